@@ -1,0 +1,5 @@
+"""``python -m moetrace`` is the ``moetrace`` command."""
+
+from moetrace.cli import main
+
+main()

@@ -1,0 +1,78 @@
+"""The command line: one file per command, each imported only when it is used, so that ``--help`` stays instant."""
+
+import importlib
+import sys
+
+import click
+
+from moetrace import __version__
+from moetrace.spec.errors import MoetraceError
+
+# Command -> its one-line help; the module is moetrace.cli.<command> (with "_" where the name is a Python keyword).
+COMMANDS = {
+    "generate": "Write a synthetic routing trace.",
+    "import": "Turn what an engine recorded into a trace file.",
+    "info": "Say what a trace file holds.",
+    "list": "List the preset models, systems or policies.",
+    "replay": "Replay a trace through policies on a described machine.",
+    "show": "Print a resolved spec and what follows from it.",
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"moetrace.cli.{'import_' if cmd_name == 'import' else cmd_name}")
+        return module.command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moetrace")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def _group(debug: bool) -> None:
+    """Replay Mixture-of-Experts routing traces through serving policies.
+
+    What latency, what utilization of every unit, how far from the best possible: see `moetrace replay --help`.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; an error is one sentence on stderr and exit code 1 (failed) or 2 (wrong usage)."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        _group.main(args, prog_name="moetrace", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        if "--debug" in args:
+            raise
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output went away (`moetrace list models | head`): not an error of ours.
+        sys.stderr.close()
+        sys.exit(0)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("moetrace: interrupted; no file was left half-written.", err=True)
+        sys.exit(1)
+    except (MoetraceError, OSError) as error:
+        if "--debug" in args:
+            raise
+        click.echo(f"moetrace: {_sentence(error)}", err=True)
+        sys.exit(error.exit_code if isinstance(error, MoetraceError) else 1)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {error.filename}" if error.filename else ""
+        return f"the system refused{where}: {error.strerror}."
+    return str(error)

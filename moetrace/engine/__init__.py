@@ -1,0 +1,1 @@
+"""The replay, in Numba: where, who, what stays, what moves early, and what it costs."""

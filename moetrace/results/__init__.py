@@ -1,0 +1,1 @@
+"""What comes out of a replay, as Polars frames and files."""

@@ -1,0 +1,1 @@
+"""What a trace runs on: models, systems and policies as TOML."""

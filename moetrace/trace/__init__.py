@@ -1,0 +1,1 @@
+"""What was routed: the trace file, its generators and importers."""
