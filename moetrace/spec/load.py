@@ -1,0 +1,261 @@
+"""Read a spec from a preset, a TOML file or an instance, override single fields, and check every value.
+
+A bad spec is one sentence: which file, which TOML path (`gpu.bandwidth_gb_s`) and what is wanted there.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import msgspec
+import msgspec.inspect
+import numpy as np
+
+from moetrace.spec.errors import MoetraceError, UsageError
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+# Top-level fields whose text is the path of a file; others hold one only in the form `file.py:function`.
+FILE_FIELDS = ("weight_bits", "loads", "static")
+
+_WORDS = {
+    "float": "a number",
+    "int": "a whole number",
+    "str": "a text in quotes",
+    "bool": "true or false",
+    "object": "a table",
+    "array": "a list",
+    "null": "nothing",
+}
+_KINDS = {
+    msgspec.inspect.FloatType: "a number",
+    msgspec.inspect.IntType: "a whole number",
+    msgspec.inspect.StrType: "a text in quotes",
+    msgspec.inspect.StructType: "a table",
+}
+_LIMITS = {">": "greater than", ">=": "of at least", "<": "less than", "<=": "of at most"}
+
+
+class Loaded(NamedTuple):
+    """A spec's values before its own rules are checked, and where they come from."""
+
+    raw: dict[str, Any]
+    where: str
+
+    def refuse(self, path: str, wants: str) -> NoReturn:
+        """Raise the UsageError that says what `path` wants and what it got."""
+        raise UsageError(f"{self.where}: {path} wants {wants}{_got(self.raw, path)}.")
+
+
+def list_presets(kind: str) -> list[str]:
+    """Names of the presets of a kind (`models`, `systems` or `policies`), sorted."""
+    return sorted(entry.name[: -len(".toml")] for entry in _folder(kind).iterdir() if entry.name.endswith(".toml"))
+
+
+def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str, object]) -> Loaded:
+    """Read the raw values of a spec and put the overrides in; `kind` is `models`, `systems` or `policies`.
+
+    A text that ends in `.toml` or holds a slash is a file, any other one a preset's name. Files named in a TOML are
+    found beside it, files named in an override in the current folder.
+
+    Raises
+    ------
+    UsageError
+        An unknown preset, or an override whose path is not one of a table.
+    MoetraceError
+        A file that cannot be read or is not TOML.
+    """
+    noun = _noun(kind)
+    if isinstance(source, msgspec.Struct):
+        raw, where = msgspec.to_builtins(source), f"{noun} {getattr(source, 'name', '')}"
+    elif isinstance(source, Path) or source.endswith(".toml") or "/" in source or "\\" in source:
+        raw, where = _parse(read_text(source), str(source)), str(source)
+        _find_files(raw, raw, Path(source).absolute().parent)
+    else:
+        raw, where = _parse(_preset_text(kind, source), f"{noun} {source}"), f"{noun} {source}"
+    for path, value in overrides.items():
+        _override(raw, path, _typed(value), where)
+    _find_files(raw, overrides, Path.cwd())
+    return Loaded(raw, where)
+
+
+def convert(loaded: Loaded, struct: type[S]) -> S:
+    """Turn raw values into `struct`, or raise the UsageError that names the path of a bad, missing or unknown one."""
+    for path, value in _leaves(loaded.raw):
+        # One comparison for NaN, both infinities, and what would overflow later on.
+        if isinstance(value, int | float) and not abs(value) < 2**64:
+            loaded.refuse(path, "a finite number")
+    try:
+        return msgspec.convert(loaded.raw, struct)
+    except msgspec.ValidationError as error:
+        raise UsageError(_explain(str(error), loaded, struct)) from None
+
+
+def read_text(path: str | Path) -> str:
+    """Text of a UTF-8 file, or a MoetraceError that says why not."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise MoetraceError(f"Cannot read {path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise MoetraceError(f"Cannot read {path}: it is not a UTF-8 text file.") from None
+
+
+def read_table(path: str | Path, rows: int, columns: int) -> np.ndarray:
+    """Read a CSV of numbers, one line per layer and one column per expert; float64 `[rows, columns]`.
+
+    Blank lines and lines that begin with `#` are skipped. Numbers must be finite and not negative.
+    """
+    lines = list(data_lines(path))
+    if len(lines) != rows:
+        raise MoetraceError(f"{path}: {len(lines)} lines of numbers, but the model has {rows} MoE layers.")
+    table = np.empty((rows, columns))
+    for row, (number, cells) in enumerate(lines):
+        if len(cells) != columns:
+            raise MoetraceError(f"{path}, line {number}: {len(cells)} numbers, but the model has {columns} experts.")
+        try:
+            table[row] = [float(cell) for cell in cells]
+        except ValueError:
+            raise MoetraceError(f"{path}, line {number}: wants numbers separated by commas.") from None
+        if not (np.isfinite(table[row]).all() and (table[row] >= 0).all()):
+            raise MoetraceError(f"{path}, line {number}: wants finite numbers that are not negative.")
+    return table
+
+
+def data_lines(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    """Line number and comma-separated cells of each line of a CSV file that is not blank or a `#` comment."""
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield number, line.split(",")
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """` (the nearest is 'x')`, or nothing when no name is near."""
+    found = difflib.get_close_matches(name, names, 1, 0.5)
+    return f" (the nearest is {found[0]!r})" if found else ""
+
+
+def canonical(spec: msgspec.Struct) -> dict[str, Any]:
+    """Every field of a spec as plain values, files by their names alone: the same on every machine."""
+    values = msgspec.to_builtins(spec)
+    for key, value in values.items():
+        if isinstance(value, str) and (key in FILE_FIELDS or ".py:" in value):
+            values[key] = Path(value).name
+    return values
+
+
+def _noun(kind: str) -> str:
+    return {"models": "model", "systems": "system", "policies": "policy"}[kind]
+
+
+def _folder(kind: str):
+    return resources.files("moetrace.spec").joinpath("presets", kind)
+
+
+def _preset_text(kind: str, name: str) -> str:
+    names = list_presets(kind)
+    if name not in names:
+        raise UsageError(
+            f"No {_noun(kind)} preset is called {name!r}{nearest(name, names)}; `moetrace list {kind}` lists them, "
+            "and a path that ends in .toml is read as a file."
+        )
+    return _folder(kind).joinpath(f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"^(.*) \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
+        what, line = (place[1], place[2] or len(text.splitlines())) if place else (str(error), "?")
+        raise MoetraceError(f"{where}, line {line}: not TOML: {what}.") from None
+
+
+def _typed(value: object) -> object:
+    """Read a text as a TOML value where it is one: `6` is a number, `balance` stays a text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        return value
+    return parsed["value"] if list(parsed) == ["value"] else value
+
+
+def _override(raw: dict[str, Any], path: str, value: object, where: str) -> None:
+    *tables, key = path.split(".")
+    table: Any = raw
+    for name in tables:
+        # An optional table that is absent is begun here; what it then lacks is reported like any missing key.
+        if table.get(name) is None:
+            table[name] = {}
+        table = table[name]
+        if not isinstance(table, dict):
+            raise UsageError(f"{where}: {path!r} cannot be set, as {name} is not a table.")
+    table[key] = value
+
+
+def _find_files(raw: dict[str, Any], keys: Mapping[str, object], folder: Path) -> None:
+    """Make the files that the fields `keys` of `raw` name absolute, as seen from `folder`."""
+    for key in keys:
+        value = raw.get(key)
+        if isinstance(value, str) and (key in FILE_FIELDS or ".py:" in value):
+            raw[key] = str(folder / value)
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _at(raw: object, path: str) -> object:
+    for key in re.findall(r"[^.\[\]]+", path):
+        raw = raw[int(key)] if isinstance(raw, list) else raw[key] if isinstance(raw, dict) else None
+    return raw
+
+
+def _got(raw: dict[str, Any], path: str) -> str:
+    try:
+        value = _at(raw, path)
+    except (KeyError, IndexError):
+        return ""
+    return ", got a table" if isinstance(value, dict) else f", got {value!r}"
+
+
+def _explain(message: str, loaded: Loaded, struct: type[msgspec.Struct]) -> str:
+    """msgspec's message, in the words of one who writes TOML."""
+    what, _, path = message.rstrip("`").partition(" - at `$")
+    path = path.lstrip(".")
+    prefix = f"{path}." if path else ""
+    if found := re.match(r"Object contains unknown field `(.*)`", what):
+        known = list(_fields(struct, path))
+        return f"{loaded.where}: {prefix}{found[1]} is unknown{nearest(found[1], known)}; known are {', '.join(known)}."
+    if found := re.match(r"Object missing required field `(.*)`", what):
+        wants = _KINDS.get(_fields(struct, path)[found[1]].__class__, "a value")
+        return f"{loaded.where}: {prefix}{found[1]} is missing, and wants {wants}."
+    if found := re.match(r"Expected `(.*?)`(?: ([<>]=?) ([\d.]+))?", what):
+        wants = " or ".join(_WORDS.get(name, name) for name in found[1].split(" | "))
+        if found[2]:
+            wants += f" {_LIMITS[found[2]]} {float(found[3]):g}"
+        return f"{loaded.where}: {path or 'the file'} wants {wants}{_got(loaded.raw, path)}."
+    return f"{loaded.where}: {path}: {what}{_got(loaded.raw, path)}."
+
+
+def _fields(struct: type[msgspec.Struct], path: str) -> dict[str, msgspec.inspect.Type]:
+    """Types of the fields of the table at `path` of a spec."""
+    node: Any = msgspec.inspect.type_info(struct)
+    for key in filter(None, path.split(".")):
+        node = next(field.type for field in node.fields if field.encode_name == key)
+        if isinstance(node, msgspec.inspect.UnionType):
+            node = next(kind for kind in node.types if isinstance(kind, msgspec.inspect.StructType))
+    return {field.encode_name: field.type for field in node.fields}

@@ -1,0 +1,113 @@
+"""What is run: the MoE layers of a model, in bytes and FLOP (timing model, section 1)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from moetrace.spec.errors import UsageError
+from moetrace.spec.load import Loaded, convert, read, read_table
+
+# Ids are at most uint16 in a trace, and its largest value says "absent".
+MAX_EXPERTS = 65535
+
+Count = Annotated[int, Meta(ge=1)]
+Bits = Annotated[float, Meta(gt=0, le=64)]
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model as the replay prices it: `moe_layers` MoE layers of `experts` experts, `top_k` of them per token.
+
+    `weight_bits` (of the experts) is one number, a list of one per layer, or the path of a CSV file with one line per
+    layer and one column per expert. Dense parameters are those read once per layer and step (attention, router,
+    shared experts); `once_params` those read once per step (LM head, dense first layers); `kv_bytes_per_token_layer`
+    is what the cache of one token takes in one layer. Biases and norms are ignored.
+    """
+
+    name: str
+    moe_layers: Annotated[int, Meta(ge=1, le=65535)]
+    experts: Annotated[int, Meta(ge=1, le=MAX_EXPERTS)]
+    top_k: Count
+    hidden: Count
+    expert_intermediate: Count
+    expert_matrices: Count = 3
+    weight_bits: Bits | list[Bits] | str
+    dense_weight_bits: Bits
+    activation_bytes: Annotated[float, Meta(gt=0)] = 2
+    dense_params_per_layer: Annotated[int, Meta(ge=0)]
+    once_params: Annotated[int, Meta(ge=0)]
+    kv_bytes_per_token_layer: Annotated[float, Meta(ge=0)]
+
+    @property
+    def expert_params(self) -> int:
+        """Weights of one expert: m*h*I."""
+        return self.expert_matrices * self.hidden * self.expert_intermediate
+
+    @property
+    def flop_per_row(self) -> float:
+        """FLOP to run one row through one expert: Q(1) = 2*m*h*I."""
+        return 2.0 * self.expert_params
+
+    @property
+    def dense_flop_per_row(self) -> float:
+        """FLOP of one row in the dense part of one layer."""
+        return 2.0 * self.dense_params_per_layer
+
+    @property
+    def dense_bytes(self) -> float:
+        """Bytes of the dense weights of one layer."""
+        return self.dense_params_per_layer * self.dense_weight_bits / 8
+
+    @property
+    def head_bytes(self) -> float:
+        """Bytes read once a step: LM head and dense first layers."""
+        return self.once_params * self.dense_weight_bits / 8
+
+    @property
+    def activation_row_bytes(self) -> float:
+        """Bytes of one row's activations: h*a."""
+        return self.hidden * float(self.activation_bytes)
+
+    def expert_bytes(self) -> np.ndarray:
+        """Bytes of each expert, W(e) = m*h*I*w(e); float64 `[moe_layers, experts]`.
+
+        Reads the table if `weight_bits` names one, and raises a MoetraceError if it is not as the model wants it.
+        """
+        shape = (self.moe_layers, self.experts)
+        if isinstance(self.weight_bits, str):
+            bits = read_table(self.weight_bits, *shape)
+        else:
+            bits = np.broadcast_to(np.asarray(self.weight_bits, np.float64).reshape(-1, 1), shape)
+        return self.expert_params * (bits / 8)
+
+
+def load_model(source: str | Path | Model, overrides: Mapping[str, object] | None = None) -> Model:
+    """Load a model from a preset's name, a TOML file or an instance, with dotted `overrides`, and check it.
+
+    Raises
+    ------
+    UsageError
+        A wrong value, an unknown key or preset: one sentence with the TOML path.
+    MoetraceError
+        A file that cannot be read.
+    """
+    loaded = read("models", source, overrides or {})
+    model = convert(loaded, Model)
+    if model.top_k > model.experts:
+        loaded.refuse("top_k", f"at most the {model.experts} experts that a layer has")
+    _check_weight_bits(model, loaded)
+    return model
+
+
+def _check_weight_bits(model: Model, loaded: Loaded) -> None:
+    bits = model.weight_bits
+    if isinstance(bits, list) and len(bits) != model.moe_layers:
+        raise UsageError(
+            f"{loaded.where}: weight_bits wants one number for each of the {model.moe_layers} MoE layers, "
+            f"got {len(bits)} numbers."
+        )
+    if isinstance(bits, str) and not (model.expert_bytes() > 0).all():
+        raise UsageError(f"{bits}: weight_bits wants numbers greater than 0, got 0.")

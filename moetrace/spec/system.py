@@ -1,0 +1,181 @@
+"""What it runs on: GPU, NDP units, host link and CPU (timing model, section 1).
+
+TOML fields carry their units in their names; the properties beside them are the same figures in SI, efficiency
+included, as the replay uses them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from moetrace.spec.errors import UsageError
+from moetrace.spec.load import convert, read
+from moetrace.spec.model import Model
+
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Efficiency = Annotated[float, Meta(gt=0, le=1)]
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The GPU. `reserve_gb` of its memory is for KV cache, activations and context."""
+
+    name: str
+    tflops: Positive
+    bandwidth_gb_s: Positive
+    memory_gb: Positive
+    reserve_gb: NotNegative
+    compute_efficiency: Efficiency = 1.0
+    memory_efficiency: Efficiency = 1.0
+    launch_us: NotNegative
+
+    @property
+    def flop_s(self) -> float:
+        """FLOP per second that it reaches: F_g."""
+        return self.tflops * 1e12 * self.compute_efficiency
+
+    @property
+    def bytes_s(self) -> float:
+        """Bytes per second that it reads from its memory: B_g."""
+        return self.bandwidth_gb_s * 1e9 * self.memory_efficiency
+
+    @property
+    def launch_s(self) -> float:
+        """Seconds that each launch adds: t_g."""
+        return self.launch_us / 1e6
+
+
+class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The NDP tier: `units` equal units, each with the figures given here."""
+
+    units: Annotated[int, Meta(ge=1, le=65535)]
+    gmac_s: Positive
+    bandwidth_gb_s: Positive
+    capacity_gb: Positive
+    command_us: NotNegative
+
+    @property
+    def flop_s(self) -> float:
+        """FLOP per second of one unit, two for each MAC: F_n."""
+        return 2 * self.gmac_s * 1e9
+
+    @property
+    def bytes_s(self) -> float:
+        """Bytes per second inside one unit: B_n."""
+        return self.bandwidth_gb_s * 1e9
+
+    @property
+    def command_s(self) -> float:
+        """Seconds that each command to a unit adds: t_n."""
+        return self.command_us / 1e6
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The host link, full duplex; `bandwidth_gb_s` per direction."""
+
+    bandwidth_gb_s: Positive
+    latency_us: NotNegative
+
+    @property
+    def bytes_s(self) -> float:
+        """Bytes per second in one direction: B_l."""
+        return self.bandwidth_gb_s * 1e9
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds that each transfer adds: t_l."""
+        return self.latency_us / 1e6
+
+
+class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The CPU tier: described, but no built-in policy of version 1 uses it."""
+
+    tflops: Positive
+    bandwidth_gb_s: Positive
+    command_us: NotNegative
+
+
+class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A machine. Without `ndp` the experts live in host memory; without `link` everything is in the GPU's memory.
+
+    `energy` and `price` are tables of numbers that version 1 carries along and does not use.
+    """
+
+    name: str
+    gpu: Gpu
+    ndp: Ndp | None = None
+    link: Link | None = None
+    cpu: Cpu | None = None
+    energy: dict[str, NotNegative] | None = None
+    price: dict[str, NotNegative] | None = None
+
+    @property
+    def units(self) -> int:
+        """Number of NDP units: N, 0 without an NDP tier."""
+        return 0 if self.ndp is None else self.ndp.units
+
+
+def load_system(source: str | Path | System, overrides: Mapping[str, object] | None = None) -> System:
+    """Load a system from a preset's name, a TOML file or an instance, with dotted `overrides`, and check it.
+
+    Raises
+    ------
+    UsageError
+        A wrong value, an unknown key or preset, NDP units without a link: one sentence with the TOML path.
+    MoetraceError
+        A file that cannot be read.
+    """
+    loaded = read("systems", source, overrides or {})
+    system = convert(loaded, System)
+    if system.gpu.reserve_gb > system.gpu.memory_gb:
+        loaded.refuse("gpu.reserve_gb", f"at most gpu.memory_gb = {system.gpu.memory_gb:g}")
+    if system.ndp is not None and system.link is None:
+        raise UsageError(f"{loaded.where}: link is missing, and NDP units need one: add [link] or remove [ndp].")
+    return system
+
+
+def gpu_space_bytes(model: Model, system: System) -> float:
+    """Bytes of GPU memory left for experts, after the reserve and the dense weights; negative if these do not fit."""
+    gpu = system.gpu
+    return (gpu.memory_gb - gpu.reserve_gb) * 1e9 - model.moe_layers * model.dense_bytes - model.head_bytes
+
+
+def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
+    """How many experts the GPU can hold, counted in the largest; all of them if there is no link.
+
+    `expert_bytes` is `[layers, experts]`: the trace's where it has its own, else `model.expert_bytes()`.
+    """
+    everything = model.moe_layers * model.experts
+    if system.link is None:
+        return everything
+    slots = gpu_space_bytes(model, system) // float(np.max(expert_bytes))
+    return int(min(max(slots, 0), everything))
+
+
+def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_capacity: bool = False) -> None:
+    """Raise a UsageError if the experts do not fit the NDP units together or, without a link, the GPU.
+
+    With a link and no NDP units they are in host memory, which has no limit here. `expert_bytes` as in `gpu_slots`.
+    """
+    need = float(np.sum(expert_bytes))
+    if ignore_capacity:
+        return
+    if system.ndp is not None:
+        have = system.ndp.units * system.ndp.capacity_gb * 1e9
+        place = f"the {system.ndp.units} NDP units of {system.ndp.capacity_gb:g} GB of system {system.name}"
+        remedy = f"give ndp.units = {int(-(-need // (system.ndp.capacity_gb * 1e9)))}"
+    elif system.link is None:
+        have = max(gpu_space_bytes(model, system), 0.0)
+        place = f"the {have / 1e9:.1f} GB that the GPU of system {system.name} has left (it has no link, so all must)"
+        remedy = "take another system"
+    else:
+        return
+    if need > have:
+        raise UsageError(
+            f"The experts of {model.name} take {need / 1e9:.1f} GB and do not fit {place}; "
+            f"{remedy}, or pass --ignore-capacity."
+        )
