@@ -1,0 +1,472 @@
+"""Trace: a file of schema ``moetrace/1`` (or arrays in memory), checked when opened, read in blocks of whole steps."""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import h5py
+import hdf5plugin
+import numpy as np
+
+from moetrace import __version__
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace import schema
+from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, Block, Rows
+from moetrace.trace.writer import Writer
+
+# gzip, shuffle, fletcher32 and zstd. HDF5 would load a plug-in for any other that a file names.
+KNOWN_FILTERS = (1, 2, 3, 32015)
+# A stranger's file may claim any size: what is not mapped, and one chunk, is read only up to this one.
+WHOLE_BYTES = 256 << 20
+CHUNK_CACHE_BYTES = 32 << 20
+
+
+class Column(NamedTuple):
+    """One dataset: its path, dtype and shape, how it is stored, and a function that returns its entries start:stop."""
+
+    path: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    storage: str  # "memory", "mapped" or "stored" (read and decompressed by HDF5)
+    sha256: str | None
+    read: Callable[[int, int], np.ndarray]
+
+
+class Trace:
+    """What was routed: for each token row and MoE layer `top_k` expert ids; rows in steps, steps in time order.
+
+    Made by `Trace.open` (a file) or `Trace.from_arrays`; a context manager.
+
+    Attributes:
+        path: the file, or None.
+        model: name of the model that was traced.
+        source: where the ids are from; created_by: what wrote the file.
+        num_experts, top_k, layers, rows, steps: sizes.
+        offset: int64 [steps + 1], rows of step s are `offset[s]:offset[s + 1]`.
+        phase: uint8 [steps], 0 prefill, 1 decode, 2 mixed.
+        layer_index: uint16 [layers], absolute index of each MoE layer in the model.
+        expert_bytes: int64 [layers] or [layers, experts], or None.
+        has: which of "gates", "token", "row_phase", "recorded" there are, or "counts" if there are no ids at all.
+    """
+
+    def __init__(self, path: Path | None, attributes: Mapping[str, Any], columns: Mapping[str, Column]) -> None:
+        """Use `Trace.open` or `Trace.from_arrays`."""
+        self.path = path
+        self._where = str(path) if path else "trace in memory"
+        self._file: h5py.File | None = None
+        self._columns = columns
+        self.model: str = attributes["model"]
+        self.source: dict[str, Any] = attributes["source"]
+        self.created_by: str = attributes["created_by"]
+        self.num_experts: int = attributes["num_experts"]
+        self.top_k: int = attributes["top_k"]
+        self.has = frozenset(name for name in (*OPTIONAL, "counts") if name in columns)
+        self.offset, self.phase, self.layer_index = (self._whole(name) for name in ("offset", "phase", "layer_index"))
+        self.expert_bytes = self._whole("expert_bytes") if "expert_bytes" in columns else None
+        self.layers, self.steps = self.layer_index.size, self.phase.size
+        self.rows = int(self.offset[-1]) if "counts" in columns else columns["experts"].shape[0]
+        schema.check_sizes(self._where, self.num_experts, self.top_k, self.layers, self.rows, self.steps)
+        schema.check_layers(self._where, self.layer_index, self.expert_bytes, self.num_experts)
+        schema.check_steps(self._where, self.offset, self.phase, self.rows, "row_phase" in columns)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Trace":
+        """Open the trace file at `path`; nothing but its steps is read now.
+
+        Raises MoetraceError, naming file and dataset, if it is not a trace file or its parts do not fit together.
+        Expert ids are not looked at: `verify` and the replay check them.
+        """
+        path = Path(path)
+        file = _open_hdf5(path)
+        try:
+            attributes = _attributes(file, str(path))
+            trace = cls(path, attributes, _columns(file, str(path), attributes["num_experts"], attributes["top_k"]))
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            file.close()
+            raise MoetraceError(f"{path} is damaged: {error}.") from error
+        except BaseException:
+            file.close()
+            raise
+        trace._file = file
+        return trace
+
+    @classmethod
+    def from_arrays(
+        cls,
+        experts: np.ndarray,
+        *,
+        num_experts: int,
+        model: str = "",
+        source: Mapping[str, Any] | None = None,
+        request: np.ndarray | None = None,
+        position: np.ndarray | None = None,
+        steps: np.ndarray | None = None,
+        phase: np.ndarray | None = None,
+        layer_index: np.ndarray | None = None,
+        expert_bytes: np.ndarray | None = None,
+        **optional: np.ndarray,
+    ) -> "Trace":
+        """A trace in memory, with the checks and the interface of one in a file.
+
+        `experts` is [rows, layers, top_k]; `steps` how many rows each step has and `phase` of each step: unless given,
+        every row is a decode step of its own, of request 0. Positions count up within a request unless given.
+        `optional`: gates and recorded [rows, layers, top_k], token and row_phase [rows].
+        """
+        if np.ndim(experts) != 3:
+            raise MoetraceError(f"experts has shape {np.shape(experts)}, but must be [rows, layers, top_k].")
+        rows, layers, top_k = np.shape(experts)
+        schema.check_sizes("trace in memory", num_experts, top_k, layers, rows, 1)
+        request = np.zeros(rows, np.int32) if request is None else request
+        steps = np.ones(rows, np.int64) if steps is None else np.asarray(steps, np.int64)
+        given = {
+            "experts": experts,
+            "request": request,
+            "position": _count_up(np.asarray(request)) if position is None else position,
+            **optional,
+        }
+        columns = {}
+        for name, array in given.items():
+            if name not in ROW_PATHS:
+                raise MoetraceError(f"a trace has no array {name!r}, only {', '.join(ROW_PATHS)}.")
+            dtype, shape = schema.row_dtype(name, num_experts), schema.row_shape(name, rows, layers, top_k)
+            columns[name] = _in_memory(ROW_PATHS[name], schema.as_dtype(name, array, dtype), shape)
+        phase = np.full(steps.size, schema.DECODE, np.uint8) if phase is None else phase
+        others = {
+            "offset": np.concatenate(([0], np.cumsum(steps))),
+            "phase": schema.as_dtype("phase", phase, np.dtype("u1")),
+            "layer_index": np.arange(layers) if layer_index is None else layer_index,
+        }
+        if expert_bytes is not None:
+            others["expert_bytes"] = expert_bytes
+        for name, array in others.items():
+            path, dtype = schema.OTHER_PATHS[name]
+            shape = {"phase": steps.shape, "layer_index": (layers,)}.get(name, np.shape(array))
+            columns[name] = _in_memory(path, schema.as_dtype(name, array, dtype), shape)
+        attributes = {"model": model, "num_experts": num_experts, "top_k": top_k, "source": dict(source or {})}
+        return cls(None, attributes | {"created_by": f"moetrace {__version__}"}, columns)
+
+    def close(self) -> None:
+        """Close the file; arrays that were read stay valid."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def storage(self) -> str:
+        """How the ids are stored: "memory", "mapped" (contiguous in a file) or "compressed"."""
+        storage = self._columns["counts" if "counts" in self.has else "experts"].storage
+        return "compressed" if storage == "stored" else storage
+
+    def blocks(self, rows: int | None = None, ahead: int = 0) -> Iterator[Block]:
+        """Cut the trace into blocks of whole steps, in order, using the same memory however long it is.
+
+        A block has at most `rows` rows (by default, as many as have about 4 MiB of ids) but at least one step; it also
+        carries up to `ahead` further steps. Raises MoetraceError at once if the trace has counts but no ids, and on
+        the way if the file turns out damaged or a request, position or phase is impossible; ids are not checked here.
+        """
+        if "experts" not in self._columns:
+            raise MoetraceError(f"{self._where} holds only counts of ids (/counts), but this needs the ids themselves.")
+        row_bytes = self.layers * self.top_k * self._columns["experts"].dtype.itemsize
+        return self._blocks(max(1, BLOCK_BYTES // row_bytes) if rows is None else rows, ahead)
+
+    def _blocks(self, rows: int, ahead: int) -> Iterator[Block]:
+        for first, stop in self._step_ranges(rows):
+            end = min(stop + ahead, self.steps)
+            part = self._rows(first, end)
+            experts = self._columns["experts"].read(int(self.offset[first]), int(self.offset[end]))
+            yield Block(first, stop - first, part.offset, experts, part.request, part.position, part.phase)
+
+    def row_blocks(self) -> Iterator[Rows]:
+        """Every row's request, position and phase, in blocks of whole steps: a first pass that reads no ids."""
+        for first, stop in self._step_ranges(BLOCK_BYTES // 16):
+            yield self._rows(first, stop)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Entries `start:stop` of "experts", "request", "position" or what `has` names (of "counts": steps)."""
+        if name not in self._columns:
+            raise MoetraceError(f"{self._where} has no {name}.")
+        column = self._columns[name]
+        start, stop, _ = slice(start, stop).indices(column.shape[0])
+        return column.read(start, max(start, stop))
+
+    def verify(self) -> None:
+        """Read everything: raise MoetraceError on a dataset that differs from its sha256, or an impossible value."""
+        for column in self._columns.values():
+            if self.path is None:
+                break
+            if column.sha256 is None:
+                raise MoetraceError(f"{self._where}: {column.path} has no sha256 to compare with.")
+            if _sha256(column) != column.sha256:
+                raise MoetraceError(f"{self._where}: {column.path} differs from its sha256, so the file was damaged.")
+        if "counts" in self.has:
+            return
+        for block in self.blocks():
+            first = int(self.offset[block.first_step])
+            schema.check_ids(self._where, first, block.experts, self.num_experts)
+            if "recorded" in self.has:
+                schema.check_recorded(
+                    self._where, first, self.read("recorded", first, first + len(block.request)), block.experts
+                )
+
+    def write(self, path: str | os.PathLike[str], compress: str | None = None) -> None:
+        """Write the trace to a file of its own, contiguous or compressed with "zstd" or "gzip"."""
+        optional = [name for name in OPTIONAL if name in self.has]
+        with Writer(
+            path,
+            model=self.model,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            layers=self.layers,
+            rows=self.rows,
+            steps=self.steps,
+            source=self.source,
+            layer_index=self.layer_index,
+            expert_bytes=self.expert_bytes,
+            optional=optional,
+            compress=compress,
+        ) as writer:
+            for block in self.blocks():
+                first, steps = (
+                    int(self.offset[block.first_step]),
+                    slice(block.first_step, block.first_step + block.steps),
+                )
+                more = {name: self.read(name, first, first + len(block.request)) for name in optional}
+                writer.append(
+                    block.experts, block.request, block.position, np.diff(block.offset), self.phase[steps], **more
+                )
+
+    def _step_ranges(self, rows: int) -> Iterator[tuple[int, int]]:
+        first = 0
+        while first < self.steps:
+            stop = int(np.searchsorted(self.offset, self.offset[first] + rows, side="right")) - 1
+            stop = max(stop, first + 1)
+            yield first, stop
+            first = stop
+
+    def _rows(self, first: int, stop: int) -> Rows:
+        offset = self.offset[first : stop + 1] - self.offset[first]
+        start, end = int(self.offset[first]), int(self.offset[stop])
+        phase = np.repeat(self.phase[first:stop], np.diff(offset))
+        if "row_phase" in self.has:
+            stated, phase = phase, self._columns["row_phase"].read(start, end)
+            schema.check_row_phase(self._where, start, phase, stated)
+        request, position = (self._columns[name].read(start, end) for name in ("request", "position"))
+        part = Rows(first, stop - first, offset, request, position, phase)
+        schema.check_rows(self._where, start, self.rows, part)
+        return part
+
+    def _whole(self, name: str) -> np.ndarray:
+        column = self._columns[name]
+        if column.storage == "stored" and math.prod(column.shape) * column.dtype.itemsize > WHOLE_BYTES:
+            raise MoetraceError(f"{self._where}: {column.path} is too large to be compressed.")
+        return column.read(0, column.shape[0])
+
+
+def _in_memory(path: str, array: np.ndarray, shape: tuple[int, ...]) -> Column:
+    if array.shape != shape:
+        raise MoetraceError(f"{path} has shape {array.shape}, but {shape} is needed.")
+    return Column(path, array.dtype, array.shape, "memory", None, lambda start, stop: array[start:stop])
+
+
+def _count_up(request: np.ndarray) -> np.ndarray:
+    """Each row's number among the rows of its request."""
+    order = np.argsort(request, kind="stable")
+    first = np.r_[True, request[order][1:] != request[order][:-1]]
+    index = np.arange(request.size)
+    position = np.empty(request.size, np.int32)
+    position[order] = index - np.maximum.accumulate(np.where(first, index, 0))
+    return position
+
+
+def _sha256(column: Column) -> str:
+    digest = hashlib.sha256()
+    rows = max(1, BLOCK_BYTES // max(1, math.prod(column.shape[1:]) * column.dtype.itemsize))
+    for start in range(0, column.shape[0], rows):
+        digest.update(column.read(start, min(start + rows, column.shape[0])).data)
+    return digest.hexdigest()
+
+
+def _open_hdf5(path: Path) -> h5py.File:
+    if not path.exists():
+        raise MoetraceError(f"there is no file {path}.")
+    if not path.is_file():
+        raise MoetraceError(f"{path} is not a file.")
+    try:
+        with path.open("rb"):  # HDF5's own words for "permission denied" are hard to read
+            return h5py.File(path, "r", driver="sec2", locking=False, rdcc_nbytes=CHUNK_CACHE_BYTES)
+    except OSError as error:
+        if error.errno and "errno" not in str(error) and error.strerror:
+            raise MoetraceError(f"{path} can't be read: {error.strerror}.") from error
+        why = "it is truncated" if "truncated" in str(error) else "it is not an HDF5 file"
+        raise MoetraceError(f"{path} is not a trace file: {why}.") from error
+
+
+def _attributes(file: h5py.File, where: str) -> dict[str, Any]:
+    found = _attribute(file, where, "schema")
+    if found != schema.SCHEMA:
+        raise MoetraceError(f"{where} has schema {found!r}, but this version reads {schema.SCHEMA!r}.")
+    values: dict[str, Any] = {"schema": found}
+    for name, kind in (("model", str), ("num_experts", int), ("top_k", int), ("source", str), ("created_by", str)):
+        values[name] = _attribute(file, where, name)
+        if not isinstance(values[name], kind):
+            raise MoetraceError(f"{where}: the attribute {name} is not {'text' if kind is str else 'a whole number'}.")
+    try:
+        values["source"] = json.loads(values["source"])
+    except (ValueError, RecursionError) as error:
+        raise MoetraceError(f"{where}: the attribute source is not JSON: {error}.") from error
+    if not isinstance(values["source"], dict):
+        raise MoetraceError(f"{where}: the attribute source is not a JSON object.")
+    # The largest sizes also bound what is asked of the datasets' shapes.
+    schema.check_sizes(where, values["num_experts"], values["top_k"], 1, 1, 1)
+    return values
+
+
+def _attribute(item: Any, where: str, name: str) -> str | int | None:
+    """A scalar text or integer attribute of a file or dataset; anything else reads as None."""
+    if name not in item.attrs:
+        raise MoetraceError(f"{where} has no attribute {name!r}, so it is not a trace file.")
+    handle = item.attrs.get_id(name)
+    if handle.shape != () or handle.get_storage_size() > schema.ATTRIBUTE_BYTES:
+        return None
+    if handle.dtype.kind not in "iuSO":
+        return None
+    value = item.attrs[name]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    return value if isinstance(value, str) else int(value) if isinstance(value, np.integer) else None
+
+
+def _columns(file: h5py.File, where: str, num_experts: int, top_k: int) -> dict[str, Column]:
+    """Every dataset that the schema knows, after checking that their shapes and dtypes agree."""
+    columns: dict[str, Column] = {}
+    for name, (path, dtype) in schema.OTHER_PATHS.items():
+        if name == "expert_bytes" and not _present(file, where, path):
+            continue
+        columns[name] = _column(file, where, path, dtype)
+    layers, steps = columns["layer_index"].shape, columns["phase"].shape
+    _expect(where, columns["layer_index"], (None,))
+    _expect(where, columns["phase"], (None,))
+    _expect(where, columns["offset"], (steps[0] + 1,))
+    if _present(file, where, "/counts") and not _present(file, where, "/experts"):
+        columns["counts"] = _column(file, where, "/counts", np.dtype("<i8"))
+        _expect(where, columns["counts"], (*steps, *layers, num_experts))
+        return columns
+    rows = 0
+    for name, path in ROW_PATHS.items():
+        if name in OPTIONAL and not _present(file, where, path):
+            continue
+        columns[name] = _column(file, where, path, schema.row_dtype(name, num_experts))
+        rows = columns["experts"].shape[0] if columns["experts"].shape else 0
+        _expect(where, columns[name], schema.row_shape(name, rows, layers[0], top_k))
+    return columns
+
+
+def _expect(where: str, column: Column, shape: tuple[int | None, ...]) -> None:
+    fits = len(column.shape) == len(shape) and all(b in (a, None) for a, b in zip(column.shape, shape, strict=True))
+    if not fits:
+        want = ", ".join("any" if n is None else str(n) for n in shape)
+        raise MoetraceError(f"{where}: {column.path} has shape {column.shape}, but ({want}) is needed.")
+
+
+def _present(file: h5py.File, where: str, path: str) -> bool:
+    """Whether `path` is in the file itself; a link elsewhere is refused, since it could name any file."""
+    group: Any = file
+    for part in path.strip("/").split("/"):
+        if not isinstance(group, h5py.Group) or part not in group.keys():  # noqa: SIM118
+            return False
+        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+            raise MoetraceError(f"{where}: {path} is a link; a trace must hold its data itself.")
+        group = group[part]
+    return True
+
+
+def _column(file: h5py.File, where: str, path: str, dtype: np.dtype) -> Column:
+    if not _present(file, where, path):
+        raise MoetraceError(f"{where} has no dataset {path}.")
+    dataset = file[path]
+    if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
+        raise MoetraceError(f"{where}: {path} is not a dataset.")
+    if dataset.dtype != dtype:
+        raise MoetraceError(f"{where}: {path} holds {dataset.dtype}, but must hold {dtype}.")
+    properties = dataset.id.get_create_plist()
+    layout = properties.get_layout()
+    if properties.get_external_count() or layout == h5py.h5d.VIRTUAL:
+        raise MoetraceError(f"{where}: {path} keeps its data in another file; a trace must hold its data itself.")
+    text = _attribute(dataset, where, "sha256") if "sha256" in dataset.attrs else None
+    sha256 = text if isinstance(text, str) else None
+    size = math.prod(dataset.shape) * dtype.itemsize
+    if layout == h5py.h5d.CONTIGUOUS and size:
+        offset = dataset.id.get_offset()
+        # HDF5 itself trusts these numbers; a map beyond the end of the file would end the process.
+        if offset is None or offset + size > Path(file.filename).stat().st_size:
+            raise MoetraceError(f"{where}: {path} has no data or ends beyond the file; it is truncated.")
+        if offset % dtype.alignment == 0:
+            return Column(path, dtype, dataset.shape, "mapped", sha256, _mapped(file, dataset, offset, where))
+    if layout == h5py.h5d.CHUNKED:
+        _check_chunks(dataset, properties, where)
+    return Column(path, dtype, dataset.shape, "stored", sha256, _stored(dataset, where))
+
+
+def _check_chunks(dataset: h5py.Dataset, properties: Any, where: str) -> None:
+    for i in range(properties.get_nfilters()):
+        number = properties.get_filter(i)[0]
+        if number not in KNOWN_FILTERS:
+            raise MoetraceError(f"{where}: {dataset.name} is compressed by filter {number}, not by zstd or gzip.")
+    chunk = dataset.chunks
+    assert chunk is not None
+    if math.prod(chunk) * dataset.dtype.itemsize > WHOLE_BYTES:
+        raise MoetraceError(f"{where}: {dataset.name} has chunks of more than {WHOLE_BYTES >> 20} MiB.")
+    wanted = math.prod(-(-n // c) for n, c in zip(dataset.shape, chunk, strict=True))
+    if dataset.id.get_num_chunks() != wanted:
+        raise MoetraceError(f"{where}: {dataset.name} lacks some of its {wanted} chunks; the file is incomplete.")
+
+
+def _mapped(file: h5py.File, dataset: h5py.Dataset, offset: int, where: str) -> Callable[[int, int], np.ndarray]:
+    """Reads entries by mapping just them: nothing is copied, and pages go when the array does.
+
+    A map of the whole file would be simpler, but a private writable one beyond the size of memory is refused by Linux.
+    Copy-on-write, because a read-only array would make Numba compile every kernel again.
+    """
+    dtype, inner = dataset.dtype, dataset.shape[1:]
+    entry_bytes = math.prod(inner) * dtype.itemsize
+
+    def read(start: int, stop: int) -> np.ndarray:
+        if not file:
+            raise MoetraceError(f"{where} was closed.")
+        if start == stop:
+            return np.empty((0, *inner), dtype)
+        begin = offset + start * entry_bytes
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        try:
+            window = mmap.mmap(
+                file.id.get_vfd_handle(),
+                offset + stop * entry_bytes - page,
+                access=mmap.ACCESS_COPY,
+                offset=page,
+            )
+        except (OSError, ValueError) as error:
+            raise MoetraceError(f"{where}: {dataset.name} entries {start} to {stop} can't be read: {error}.") from error
+        return np.frombuffer(window, dtype, (stop - start) * math.prod(inner), begin - page).reshape(-1, *inner)
+
+    return read
+
+
+def _stored(dataset: h5py.Dataset, where: str) -> Callable[[int, int], np.ndarray]:
+    def read(start: int, stop: int) -> np.ndarray:
+        try:
+            return np.ascontiguousarray(dataset[start:stop])
+        except (OSError, RuntimeError, ValueError) as error:
+            name = dataset.name if dataset else "a dataset"
+            raise MoetraceError(f"{where}: {name} entries {start} to {stop} can't be read: {error}.") from error
+
+    return read

@@ -1,0 +1,211 @@
+"""What a trace file of schema ``moetrace/1`` holds: names, dtypes, and the checks that need only NumPy."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.spec.errors import MoetraceError
+
+SCHEMA = "moetrace/1"
+PREFILL, DECODE, MIXED = 0, 1, 2
+PHASE_NAMES = ("prefill", "decode", "mixed")
+MISS, HIT, PREFETCHED, NOT_RECORDED = 0, 1, 2, 255
+
+# Name in Python -> path in the file, of the data that has one entry a row.
+ROW_PATHS = {
+    "experts": "/experts",
+    "gates": "/gates",
+    "request": "/rows/request",
+    "position": "/rows/position",
+    "token": "/rows/token",
+    "row_phase": "/rows/phase",
+    "recorded": "/recorded/resident",
+}
+# The rest, with its dtype.
+OTHER_PATHS = {
+    "offset": ("/steps/offset", np.dtype("<i8")),
+    "phase": ("/steps/phase", np.dtype("u1")),
+    "layer_index": ("/layers/index", np.dtype("<u2")),
+    "expert_bytes": ("/layers/expert_bytes", np.dtype("<i8")),
+}
+OPTIONAL = ("gates", "token", "row_phase", "recorded")
+# One row and one layer is a cell: top_k ids. These have the shape of /experts, the others one value a row.
+PER_CHOICE = ("experts", "gates", "recorded")
+
+BLOCK_BYTES = 4 << 20
+# Python strings that come from a file are read only up to this size, and written only up to it: HDF5 keeps
+# attributes up to 64 KiB in the object header, which is what makes the bytes of a file reproducible.
+ATTRIBUTE_BYTES = 32 << 10
+MAX_EXPERTS = 65535
+
+
+class Rows(NamedTuple):
+    """Whole steps without their expert ids (a first pass over a file: who ends when)."""
+
+    first_step: int
+    steps: int
+    offset: np.ndarray  # int64 [steps + 1], relative to the first row here
+    request: np.ndarray  # int32 [rows]
+    position: np.ndarray  # int32 [rows]
+    phase: np.ndarray  # uint8 [rows]: 0 prefill, 1 decode
+
+
+class Block(NamedTuple):
+    """Whole steps of a trace, and perhaps some further ones to look ahead at.
+
+    `steps` counts those to process; `offset` and the arrays over rows cover the ones ahead as well.
+    `experts` is an ordinary C-contiguous array; absent ids are 255 (uint8) or 65535 (uint16).
+    """
+
+    first_step: int
+    steps: int
+    offset: np.ndarray  # int64 [steps + ahead + 1], relative to the block's first row
+    experts: np.ndarray  # uint8 | uint16 [rows, layers, top_k]
+    request: np.ndarray  # int32 [rows]
+    position: np.ndarray  # int32 [rows]
+    phase: np.ndarray  # uint8 [rows]: 0 prefill, 1 decode
+
+
+def expert_dtype(num_experts: int) -> np.dtype:
+    """The narrowest dtype that holds every id and the absent mark: uint8 up to 255 experts, else uint16."""
+    return np.dtype(np.uint8 if num_experts <= 255 else np.uint16)
+
+
+def absent_id(num_experts: int) -> int:
+    """The id that says that a row made no choice there: 255 or 65535."""
+    return int(np.iinfo(expert_dtype(num_experts)).max)
+
+
+def row_dtype(name: str, num_experts: int) -> np.dtype:
+    """The dtype of the row data `name` (a key of `ROW_PATHS`)."""
+    if name == "experts":
+        return expert_dtype(num_experts)
+    return np.dtype({"gates": "<f2", "row_phase": "u1", "recorded": "u1"}.get(name, "<i4"))
+
+
+def row_shape(name: str, rows: int, layers: int, top_k: int) -> tuple[int, ...]:
+    """The shape of the row data `name` (a key of `ROW_PATHS`)."""
+    return (rows, layers, top_k) if name in PER_CHOICE else (rows,)
+
+
+def check_sizes(where: str, num_experts: int, top_k: int, layers: int, rows: int, steps: int) -> None:
+    """Raise a MoetraceError that starts with `where` if the sizes of a trace make no sense."""
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise MoetraceError(f"{where}: num_experts is {num_experts}, but must be 1 to {MAX_EXPERTS}.")
+    if not 1 <= top_k <= num_experts:
+        raise MoetraceError(f"{where}: top_k is {top_k}, but must be 1 to num_experts ({num_experts}).")
+    if not 1 <= layers <= 65535:
+        raise MoetraceError(f"{where}: the trace has {layers} layers, but needs 1 to 65535.")
+    if rows < 1 or steps < 1:
+        raise MoetraceError(f"{where}: the trace is empty ({rows} rows in {steps} steps).")
+
+
+def check_steps(where: str, offset: np.ndarray, phase: np.ndarray, rows: int, has_row_phase: bool) -> None:
+    """Raise unless the steps cut the rows `0:rows` into runs of one row or more, each of a known phase."""
+    path = f"{where}: /steps/offset"
+    if offset[0] != 0:
+        raise MoetraceError(f"{path} must begin with 0, but begins with {offset[0]}.")
+    if offset[-1] != rows:
+        raise MoetraceError(f"{path} must end with the number of rows ({rows}), but ends with {offset[-1]}.")
+    for start in range(0, phase.size, 1 << 20):  # in slices: a long trace has as many steps as rows
+        part = offset[start : start + (1 << 20) + 1]
+        wrong = np.flatnonzero(part[1:] <= part[:-1])
+        if wrong.size:
+            step = start + int(wrong[0])
+            raise MoetraceError(
+                f"{path} must increase by one row or more a step, but goes from {offset[step]} to "
+                f"{offset[step + 1]} at step {step}."
+            )
+    highest = int(phase.max())
+    if highest > MIXED:
+        step = int(np.argmax(phase > MIXED))
+        raise MoetraceError(f"{where}: /steps/phase of step {step} is {phase[step]}, but must be 0, 1 or 2.")
+    if highest == MIXED and not has_row_phase:
+        step = int(np.argmax(phase == MIXED))
+        raise MoetraceError(f"{where}: step {step} is mixed, so /rows/phase is needed, but it is missing.")
+
+
+def check_layers(where: str, layer_index: np.ndarray, expert_bytes: np.ndarray | None, num_experts: int) -> None:
+    """Raise unless layers are in increasing order and experts have a positive size, per layer or per expert."""
+    layers = layer_index.size
+    if np.any(layer_index[1:] <= layer_index[:-1]):
+        layer = int(np.argmax(layer_index[1:] <= layer_index[:-1]))
+        raise MoetraceError(f"{where}: /layers/index must increase, but does not after entry {layer}.")
+    if expert_bytes is None:
+        return
+    if expert_bytes.shape not in ((layers,), (layers, num_experts)):
+        raise MoetraceError(
+            f"{where}: /layers/expert_bytes has shape {expert_bytes.shape}, but must be ({layers},) or "
+            f"({layers}, {num_experts})."
+        )
+    if expert_bytes.min() < 1:
+        layer = int(np.argwhere(expert_bytes < 1)[0][0])
+        raise MoetraceError(f"{where}: /layers/expert_bytes of layer entry {layer} is not positive.")
+
+
+def check_rows(where: str, first_row: int, total_rows: int, rows: Rows) -> None:
+    """Raise unless requests are numbered from 0 (below the number of rows), positions >= 0, row phases 0 or 1."""
+    # Requests below the number of rows: whoever keeps an array per request then knows how long it can get.
+    for path, wrong, values, want in (
+        ("/rows/request", (rows.request < 0) | (rows.request >= total_rows), rows.request, f"0 to {total_rows - 1}"),
+        ("/rows/position", rows.position < 0, rows.position, "0 or more"),
+        ("/rows/phase", rows.phase > DECODE, rows.phase, "0 or 1"),
+    ):
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise MoetraceError(f"{where}: {path} of row {first_row + row} is {values[row]}, but must be {want}.")
+
+
+def check_row_phase(where: str, first_row: int, phase: np.ndarray, stated: np.ndarray) -> None:
+    """Raise unless the phase of each row is that of its step, `stated` (repeated for each row), or that is mixed."""
+    wrong = (phase != stated) & (stated != MIXED)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise MoetraceError(
+            f"{where}: /rows/phase of row {first_row + row} is {phase[row]}, but its step is "
+            f"{PHASE_NAMES[stated[row]]} ({stated[row]})."
+        )
+
+
+def check_recorded(where: str, first_row: int, recorded: np.ndarray, experts: np.ndarray) -> None:
+    """Raise unless each recorded residency [rows, layers, top_k] is 0, 1 or 2, or 255 where the id is absent."""
+    wrong = recorded > PREFETCHED
+    wrong &= ~((recorded == NOT_RECORDED) & (experts == np.iinfo(experts.dtype).max))
+    if wrong.any():
+        row, layer, slot = (int(i) for i in np.argwhere(wrong)[0])
+        raise MoetraceError(
+            f"{where}: /recorded/resident row {first_row + row}, layer entry {layer} is {recorded[row, layer, slot]}, "
+            f"but must be 0, 1 or 2."
+        )
+
+
+def check_ids(where: str, first_row: int, experts: np.ndarray, num_experts: int) -> None:
+    """Raise unless each id of `experts` [rows, layers, top_k] is absent or below `num_experts`, and none twice."""
+    absent = absent_id(num_experts)
+    wrong = (experts >= num_experts) & (experts != absent)
+    if wrong.any():
+        row, layer, slot = (int(i) for i in np.argwhere(wrong)[0])
+        raise MoetraceError(
+            f"{where}: /experts row {first_row + row}, layer entry {layer} holds the id {experts[row, layer, slot]}, "
+            f"but the model has {num_experts} experts."
+        )
+    ordered = np.sort(experts, axis=-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != absent)
+    if twice.any():
+        row, layer, slot = (int(i) for i in np.argwhere(twice)[0])
+        raise MoetraceError(
+            f"{where}: /experts row {first_row + row}, layer entry {layer} chooses expert {ordered[row, layer, slot]} "
+            f"more than once."
+        )
+
+
+def as_dtype(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`array` as contiguous `dtype`; raise MoetraceError if that would change a whole number."""
+    array = np.asarray(array)
+    if array.dtype != dtype and dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        if array.dtype.kind not in "iu":
+            raise MoetraceError(f"{name} holds {array.dtype}, but must hold whole numbers.")
+        if array.size and (array.min() < limits.min or array.max() > limits.max):
+            raise MoetraceError(f"{name} holds numbers from {array.min()} to {array.max()}, too large for {dtype}.")
+    return np.ascontiguousarray(array, dtype=dtype)

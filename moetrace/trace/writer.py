@@ -1,0 +1,304 @@
+"""Write a trace file: block by block, all or nothing, and the same bytes for the same data."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import h5py
+import hdf5plugin
+import numpy as np
+
+from moetrace import __version__
+from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.trace.schema import (
+    ATTRIBUTE_BYTES,
+    MIXED,
+    OPTIONAL,
+    ROW_PATHS,
+    SCHEMA,
+    as_dtype,
+    check_layers,
+    check_sizes,
+    row_dtype,
+    row_shape,
+)
+
+CHUNK_ROWS = 4096
+ALIGNMENT_BYTES = 4096
+COMPRESSIONS = ("zstd", "gzip")
+
+
+class Writer:
+    """A context manager that writes a trace to `path`, or nothing at all.
+
+    Data goes to a temporary file beside `path`, which is synced and takes the name when the block ends well;
+    on any error, Ctrl-C included, it is removed and what was at `path` stays as it was.
+
+    `rows` and `steps` are what `append` will have been given in the end; `optional` names the datasets beyond
+    experts, request and position: "gates", "token", "row_phase", "recorded". `layer_index` uint16 [layers] is
+    0, 1, ... if not given; `expert_bytes` is int64 [layers] or [layers, experts]. `compress` is "zstd", "gzip" or
+    None, which leaves data contiguous, so that it can be memory-mapped.
+
+    Raises MoetraceError if the data does not fit what was announced, or if the system refuses (a full disk).
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: str,
+        num_experts: int,
+        top_k: int,
+        layers: int,
+        rows: int,
+        steps: int,
+        source: Mapping[str, Any],
+        layer_index: np.ndarray | None = None,
+        expert_bytes: np.ndarray | None = None,
+        optional: Sequence[str] = (),
+        compress: str | None = None,
+    ) -> None:
+        self._shown = str(path)
+        self._path = Path(path).resolve()  # through a symlink: replace what it points to, not the link
+        check_sizes(self._shown, num_experts, top_k, layers, rows, steps)
+        if compress is not None and compress not in COMPRESSIONS:
+            raise UsageError(f"compress is {compress!r}, but must be zstd or gzip.")
+        if unknown := set(optional) - set(OPTIONAL):
+            raise UsageError(f"A trace has no optional dataset {sorted(unknown)[0]!r}, only {', '.join(OPTIONAL)}.")
+        self._attributes = {
+            "schema": SCHEMA,
+            "model": model,
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "source": json.dumps(dict(source), sort_keys=True, ensure_ascii=False),
+            "created_by": f"moetrace {__version__}",
+        }
+        self._layers, self._rows, self._steps = layers, rows, steps
+        self._names = [name for name in ROW_PATHS if name not in OPTIONAL or name in optional]
+        self._layer_index = np.arange(layers, dtype=np.uint16) if layer_index is None else layer_index
+        if np.shape(self._layer_index) != (layers,):
+            raise MoetraceError(f"{self._shown}: layer_index has {np.size(self._layer_index)} entries, not {layers}.")
+        self._layer_index = as_dtype("layer_index", self._layer_index, np.dtype("<u2"))
+        self._expert_bytes = None if expert_bytes is None else as_dtype("expert_bytes", expert_bytes, np.dtype("<i8"))
+        check_layers(self._shown, self._layer_index, self._expert_bytes, num_experts)
+        self._compress = compress
+        self._row = self._step = 0
+        self._held: list[dict[str, np.ndarray]] = []  # rows that wait until a chunk is full
+        self._hashes = {path: hashlib.sha256() for path in (*ROW_PATHS.values(), "/steps/offset", "/steps/phase")}
+
+    def __enter__(self) -> Self:
+        if self._path.exists() and not self._path.is_file():
+            raise MoetraceError(f"{self._shown} is not an ordinary file: choose another name to write to.")
+        self._temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.tmp")
+        self._file: h5py.File | None = None
+        try:
+            self._create()
+        except BaseException as error:
+            self._abandon()
+            raise self._explained(error) from error
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self._abandon()
+            return
+        try:
+            self._finish()
+        except BaseException as failure:
+            self._abandon()
+            raise self._explained(failure) from failure
+
+    def append(
+        self,
+        experts: np.ndarray,
+        request: np.ndarray,
+        position: np.ndarray,
+        steps: np.ndarray,
+        phase: np.ndarray,
+        **optional: np.ndarray | None,
+    ) -> None:
+        """Write the next whole steps.
+
+        `experts` [n, layers, top_k], `request` and `position` [n]; `steps` holds how many rows each step has, `phase`
+        0 prefill, 1 decode or 2 mixed for each step; and by name the optional arrays that were announced:
+        gates, recorded [n, layers, top_k], token, row_phase [n].
+        """
+        given = {"experts": experts, "request": request, "position": position, **optional}
+        given = {name: array for name, array in given.items() if array is not None}
+        if set(given) != set(self._names):
+            raise MoetraceError(f"{self._shown}: expected the arrays {self._names}, got {sorted(given)}.")
+        count, num_experts = len(experts), int(self._attributes["num_experts"])
+        for name, array in given.items():
+            want = row_shape(name, count, self._layers, int(self._attributes["top_k"]))
+            if np.shape(array) != want:
+                raise MoetraceError(f"{self._shown}: {name} has shape {np.shape(array)}, but {want} is needed.")
+            given[name] = as_dtype(name, array, row_dtype(name, num_experts))
+        try:
+            self._append_steps(
+                as_dtype("steps", steps, np.dtype("<i8")), as_dtype("phase", phase, np.dtype("u1")), count
+            )
+            if self._compress is None:
+                self._write_rows(given)
+            else:
+                self._held.append(given)
+                self._flush(whole_chunks=True)
+        except (OSError, RuntimeError) as error:
+            raise self._explained(error) from error
+
+    def _create(self) -> None:
+        # Low bound v108: attributes and groups in the compact form; timestamps are switched off below.
+        file = self._file = h5py.File(
+            self._temporary,
+            "x",
+            libver=("v108", "v110"),
+            alignment_threshold=1,
+            alignment_interval=ALIGNMENT_BYTES,
+            locking=False,
+        )
+        attributes = self._attributes
+        for name in ("rows", "steps", "layers", *(("recorded",) if "recorded" in self._names else ())):
+            properties = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+            properties.set_obj_track_times(False)
+            h5py.h5g.create(file.id, name.encode(), gcpl=properties)
+        for name in self._names:
+            shape = row_shape(name, self._rows, self._layers, int(attributes["top_k"]))
+            self._dataset(ROW_PATHS[name], shape, row_dtype(name, int(attributes["num_experts"])), self._compress)
+        self._dataset("/steps/offset", (self._steps + 1,), np.dtype("<i8"))
+        self._dataset("/steps/phase", (self._steps,), np.dtype("u1"))
+        self._put("/steps/offset", 0, np.zeros(1, "<i8"))
+        for path, array in (("/layers/index", self._layer_index), ("/layers/expert_bytes", self._expert_bytes)):
+            if array is not None:
+                self._hashes[path] = hashlib.sha256()
+                self._dataset(path, array.shape, array.dtype)
+                self._put(path, 0, array)
+        for name, value in attributes.items():
+            if isinstance(value, str):
+                _write_text(file, name, value, self._shown)
+            else:
+                file.attrs.create(name, value, dtype="<i8")
+        if self._compress is None and hasattr(os, "posix_fallocate"):
+            file.flush()
+            self._reserve(file.id.get_vfd_handle(), file.id.get_filesize())
+
+    def _dataset(self, path: str, shape: tuple[int, ...], dtype: np.dtype, compress: str | None = None) -> None:
+        options: dict[str, Any] = {}
+        if compress is not None:
+            options = {"chunks": (min(CHUNK_ROWS, shape[0]), *shape[1:])}
+            options |= dict(hdf5plugin.Zstd(clevel=3)) if compress == "zstd" else {"compression": "gzip"}
+        assert self._file is not None
+        # Early allocation without fill values puts every contiguous dataset at its place before any data is there.
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        if compress is None:
+            properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        self._file.create_dataset(path, shape, dtype, track_times=False, dcpl=properties, **options)
+
+    @staticmethod
+    def _reserve(descriptor: int, size: int) -> None:
+        """Claim the disk space now: a disk too small is then found before the work, and HDF5 never fails half-way."""
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise  # other errors: this file system can't promise; writing will tell
+
+    def _append_steps(self, steps: np.ndarray, phase: np.ndarray, rows: int) -> None:
+        if steps.shape != phase.shape or steps.ndim != 1:
+            raise MoetraceError(f"{self._shown}: steps and phase differ in shape: {steps.shape} and {phase.shape}.")
+        if steps.size and (steps.min() < 1 or phase.max() > MIXED):
+            raise MoetraceError(f"{self._shown}: each step needs one row or more and the phase 0, 1 or 2.")
+        if int(steps.sum()) != rows:
+            raise MoetraceError(f"{self._shown}: the steps have {steps.sum()} rows, the arrays {rows}.")
+        if np.any(phase == MIXED) and "row_phase" not in self._names:
+            raise MoetraceError(f"{self._shown}: a mixed step needs the phase of each row (row_phase).")
+        if self._row + rows > self._rows or self._step + steps.size > self._steps:
+            raise MoetraceError(f"{self._shown}: more than the announced {self._rows} rows in {self._steps} steps.")
+        self._put("/steps/offset", self._step + 1, self._row + np.cumsum(steps, dtype=np.int64))
+        self._put("/steps/phase", self._step, phase)
+        self._step += steps.size
+        self._row += rows
+
+    def _write_rows(self, given: Mapping[str, np.ndarray]) -> None:
+        first = self._row - len(given["experts"])
+        for name in self._names:
+            self._put(ROW_PATHS[name], first, given[name])
+
+    def _flush(self, whole_chunks: bool) -> None:
+        """Write what is held, each chunk once and in one order, so that bytes don't depend on the size of appends."""
+        held = sum(len(part["experts"]) for part in self._held)
+        ready = held - held % CHUNK_ROWS if whole_chunks else held
+        if ready == 0:
+            return
+        joined = {name: np.concatenate([part[name] for part in self._held]) for name in self._names}
+        for start in range(0, ready, CHUNK_ROWS):
+            for name in self._names:
+                self._put(
+                    ROW_PATHS[name], self._row - held + start, joined[name][start : min(start + CHUNK_ROWS, ready)]
+                )
+        self._held = [{name: array[ready:] for name, array in joined.items()}]
+
+    def _put(self, path: str, start: int, array: np.ndarray) -> None:
+        assert self._file is not None, "append() needs the `with` block"
+        dataset = self._file[path]
+        assert isinstance(dataset, h5py.Dataset)
+        dataset[start : start + len(array)] = array
+        self._hashes[path].update(np.ascontiguousarray(array).data)
+
+    def _finish(self) -> None:
+        if self._row != self._rows or self._step != self._steps:
+            raise MoetraceError(
+                f"{self._shown}: {self._rows} rows in {self._steps} steps were announced, but {self._row} in "
+                f"{self._step} came."
+            )
+        self._flush(whole_chunks=False)
+        assert self._file is not None
+        for path, digest in self._hashes.items():
+            if path in self._file:
+                _write_text(self._file[path], "sha256", digest.hexdigest(), self._shown)
+        self._file.close()
+        self._file = None
+        with self._temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        self._temporary.replace(self._path)
+        _sync_folder(self._path.parent)
+
+    def _abandon(self) -> None:
+        with contextlib.suppress(Exception):
+            if self._file is not None:
+                self._file.close()
+        self._file = None
+        self._temporary.unlink(missing_ok=True)
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """A refusal by the system as one sentence; anything else stays what it is."""
+        if not isinstance(error, OSError | RuntimeError) or isinstance(error, MoetraceError):
+            return error
+        number = getattr(error, "errno", None)
+        # HDF5 reports the system's error only inside its own message.
+        code = next((c for c in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if f"errno = {c}" in str(error)), number)
+        why = os.strerror(code) if code else str(error)
+        return MoetraceError(f"{self._shown} could not be written: {why}; nothing was changed.")
+
+
+def _write_text(target: Any, name: str, text: str, where: str) -> None:
+    data = text.encode()
+    if len(data) > ATTRIBUTE_BYTES:
+        raise MoetraceError(f"{where}: the attribute {name} would take {len(data)} bytes, above {ATTRIBUTE_BYTES}.")
+    # Fixed length: a variable one lives in a global heap, whose bytes depend on what was there before.
+    target.attrs.create(name, data, dtype=h5py.string_dtype("utf-8", max(len(data), 1)))
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every system lets a folder be synced
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
