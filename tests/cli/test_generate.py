@@ -1,0 +1,79 @@
+"""`moetrace generate`: what it writes, what it says and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moetrace.cli import main
+from moetrace.trace import Trace
+
+SMALL = ["--model", "mixtral-8x7b", "--requests", "3", "--prompt", "5", "--output", "4"]
+
+
+def run(*arguments):
+    """Exit code of the command."""
+    try:
+        main(["generate", *map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_options_reach_the_file(tmp_path, capsys):
+    options = ["--batch", "2", "--zipf", "0.5", "--stick", "0.25", "--seed", "9"]
+    assert run(tmp_path / "a.h5", *SMALL, *options) == 0
+    with Trace.open(tmp_path / "a.h5") as trace:
+        assert trace.model == "mixtral-8x7b"
+        assert (trace.layers, trace.top_k, trace.num_experts) == (32, 2, 8)
+        expected = {"requests": 3, "prompt": 5, "output": 4, "batch": 2, "zipf": 0.5, "stick": 0.25, "seed": 9}
+        assert trace.source["parameters"] == expected
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "27 rows in 11 steps" in said.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--stick", "2"], "--stick is 2.0"),
+        (["--zipf", "nan"], "--zipf is nan"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--model", "mixtral-8x7"], "mixtral-8x7b"),
+    ],
+)
+def test_wrong_values_are_one_sentence_and_no_file(tmp_path, capsys, options, words):
+    assert run(tmp_path / "a.h5", *SMALL, *options) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_path_is_one_sentence(tmp_path, capsys):
+    assert run(tmp_path / "missing" / "a.h5", *SMALL) == 1
+    said = capsys.readouterr().err
+    assert str(tmp_path / "missing" / "a.h5") in said
+    assert said.count("\n") == 1
+
+
+def test_first_run_says_that_it_compiles(tmp_path):
+    for out, compiles in (("a.h5", True), ("b.h5", False)):
+        ran = subprocess.run(
+            [sys.executable, "-m", "moetrace", "generate", tmp_path / out, *SMALL],
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ran.stderr.count("compiling") == compiles
+        assert ran.stdout == ""
+
+
+def test_source_is_free_of_paths_and_clock(tmp_path):
+    assert run(tmp_path / "a.h5", *SMALL) == 0
+    with Trace.open(tmp_path / "a.h5") as trace:
+        assert set(trace.source) == {"generator", "moetrace", "parameters"}
+        assert str(tmp_path) not in json.dumps(trace.source)
