@@ -1,0 +1,68 @@
+"""Yardsticks that no policy, or no residency, can do anything about (timing model, section 8)."""
+
+import numpy as np
+from numba import types
+
+from moetrace.engine.compile import kernel
+from moetrace.engine.cost import dense_s, head_s, price
+from moetrace.engine.layer import timeline
+from moetrace.engine.replay import SIGNATURE
+from moetrace.engine.state import View
+
+
+@kernel(signature=SIGNATURE and types.float64(*SIGNATURE.args[:2]))
+def work_bound_s(batch, machine):
+    """Return the seconds of a block's steps if all units shared all work perfectly: no schedule beats it."""
+    layers = machine.weight_bytes.shape[0]
+    total_s = 0.0
+    for s in range(batch.rows.size):
+        dense = dense_s(machine, batch.rows[s], batch.kv_tokens[s])
+        total_s += head_s(machine)
+        for layer in range(layers):
+            weight_bytes, rows = 0.0, 0.0
+            for i in range(batch.demand.start[s * layers + layer], batch.demand.start[s * layers + layer + 1]):
+                weight_bytes += machine.weight_bytes[layer, batch.demand.expert[i]]
+                rows += batch.demand.rows[i]
+            work_s = max(weight_bytes / machine.all_bytes_s, machine.flop_per_row * rows / machine.all_flop_s)
+            total_s += dense + work_s
+    return total_s
+
+
+@kernel(signature=SIGNATURE and types.float64(*SIGNATURE.args[:4], SIGNATURE.args[5]))
+def clairvoyant_batch(batch, machine, setting, state, dispatch):
+    """Return the seconds of a block if the most demanded experts of a layer, up to the slots, were always resident.
+
+    ``state`` is one of its own: the dispatch may write into its cells.
+    """
+    layers = machine.weight_bytes.shape[0]
+    total_s = 0.0
+    for s in range(batch.rows.size):
+        total_s += layers * dense_s(machine, batch.rows[s], batch.kv_tokens[s]) + head_s(machine)
+        for layer in range(layers):
+            first = batch.demand.start[s * layers + layer]
+            size = batch.demand.start[s * layers + layer + 1] - first
+            if size == 0:
+                continue
+            for i in range(size):
+                expert, rows = np.int64(batch.demand.expert[first + i]), np.int64(batch.demand.rows[first + i])
+                state.load[i] = rows
+                state.plan[i] = 0
+                price(machine, layer, expert, rows, state.active[i])
+                state.active[i].resident = i < setting.slots
+                state.active[i].next_use = np.inf
+            view = View(
+                batch.first_step + s,
+                np.int64(batch.phase[s]),
+                batch.rows[s],
+                setting.slots,
+                machine.share,
+                machine.row_bytes / machine.link_bytes_s,
+                machine.link_latency_s,
+                setting.alpha,
+                setting.half_life,
+                state.active,
+                state.groups,
+            )
+            dispatch(state.cells, view, layer, state.load[:size], state.plan)
+            total_s += timeline(machine, view, size, state.plan).moe_s
+    return total_s

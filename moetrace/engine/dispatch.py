@@ -1,0 +1,148 @@
+"""Who runs an active expert in this step (timing model, section 6). Each is an ordinary policy hook, compiled by ``@policy``.
+
+A dispatch hook gets ``plan`` uint8 [E + 1], all zero, and sets ``plan[i] = 1`` to run the i-th active expert (in
+demand order) on the GPU; what stays 0 runs on the units that hold it.
+"""
+
+import numpy as np
+
+from moetrace.engine.compile import kernel
+from moetrace.engine.layer import clear_groups, give_to_group, less, ndp_end_s, take_from_group
+
+OPTIMAL_UP_TO = 20  # active experts
+
+
+def all_on_ndp(state, view, layer, load, plan):
+    """``ndp``: every expert on its units."""
+    for i in range(load.size):
+        plan[i] = 0
+
+
+def all_on_gpu(state, view, layer, load, plan):
+    """``gpu``: every expert on the GPU, fetching what is missing."""
+    for i in range(load.size):
+        plan[i] = 1
+
+
+def hottest_on_gpu(state, view, layer, load, plan):
+    """``hot`` (MoNDE): the H most demanded are fetched, with the H of least time, the smallest on a tie."""
+    _all_to_units(view, load.size)
+    best_s, best = ndp_end_s(view), 0
+    free_s, arrival_s = 0.0, 0.0
+    for i in range(load.size):
+        expert = view.active[i]
+        take_from_group(view.groups, expert)
+        arrival_s += expert.fetch_s
+        free_s = max(free_s, arrival_s) + expert.gpu_s
+        moe_s = max(free_s, ndp_end_s(view))
+        if less(moe_s, best_s):
+            best_s, best = moe_s, i + 1
+        if not less(free_s, best_s):
+            break  # the GPU alone takes as long already, and only gets slower
+    for i in range(load.size):
+        plan[i] = i < best
+
+
+def balanced(state, view, layer, load, plan):
+    """``balance`` (arXiv 2601.03992): move experts to the GPU one by one while the layer gets faster."""
+    _balance(view, load.size, plan)
+
+
+def optimal(state, view, layer, load, plan):
+    """``optimal``: the least time over all splits; beyond 20 active experts ``balance``, noted in ``plan[-1]``."""
+    best_s = _balance(view, load.size, plan)
+    if load.size > OPTIMAL_UP_TO:
+        plan[-1] = 1
+    else:
+        _search(view, load.size, plan, best_s)
+
+
+DISPATCH = {"ndp": all_on_ndp, "gpu": all_on_gpu, "hot": hottest_on_gpu, "balance": balanced, "optimal": optimal}
+
+
+@kernel
+def _balance(view, size, plan):
+    _all_to_units(view, size)
+    moe_s = ndp_end_s(view)
+    free_s, arrival_s = 0.0, 0.0
+    for resident in (1, 0):  # resident ones first
+        for i in range(size):
+            expert = view.active[i]
+            if expert.resident != resident:
+                continue
+            arrives_s = arrival_s if resident else arrival_s + expert.fetch_s
+            ends_s = (free_s if resident else max(free_s, arrives_s)) + expert.gpu_s
+            if less(moe_s, ends_s):
+                continue
+            take_from_group(view.groups, expert)
+            moved_s = max(ends_s, ndp_end_s(view))
+            if less(moved_s, moe_s) or (resident and not less(moe_s, moved_s)):
+                plan[i] = 1
+                moe_s, free_s, arrival_s = moved_s, ends_s, arrives_s
+            else:
+                give_to_group(view.groups, expert)
+    return moe_s
+
+
+@kernel
+def _search(view, size, plan, best_s):
+    """Improve ``plan``, which takes ``best_s``, to the best of all splits by branch and bound.
+
+    Depth j decides the j-th expert in the order in which the GPU would run them: first for the units, then for the
+    GPU. What is decided bounds the time from below, as more work never ends earlier. A plan is a bit mask with the
+    most demanded expert in the highest bit, so of two plans of one size the larger mask is lexicographically first.
+    """
+    order, choice = np.empty(size, np.int64), np.full(size + 1, -1)
+    free_s, arrival_s = np.zeros(size + 1), np.zeros(size + 1)
+    saved = np.empty((size, 2))
+    best_count, best_mask, count, mask, j = 0, 0, 0, 0, 0
+    for resident in (1, 0):
+        for i in range(size):
+            if view.active[i].resident == resident:
+                order[j] = i
+                j += 1
+    for i in range(size):
+        best_count += plan[i]
+        best_mask += plan[i] << (size - 1 - i)
+    clear_groups(view.groups)
+    j = 0
+    while j >= 0:
+        if j == size:
+            moe_s = max(free_s[j], ndp_end_s(view))
+            if less(moe_s, best_s) or count < best_count or (count == best_count and mask > best_mask):
+                best_s, best_count, best_mask = moe_s, count, mask
+            j -= 1
+            continue
+        i = order[j]
+        expert = view.active[i]
+        group = view.groups[expert.group]
+        choice[j] += 1
+        if choice[j] == 0:
+            saved[j, 0], saved[j, 1] = group.busy_s, group.rows
+            give_to_group(view.groups, expert)
+            free_s[j + 1], arrival_s[j + 1] = free_s[j], arrival_s[j]
+        elif choice[j] == 1:
+            group.busy_s, group.rows = saved[j, 0], saved[j, 1]
+            group.count -= 1
+            count += 1
+            mask += 1 << (size - 1 - i)
+            arrival_s[j + 1] = arrival_s[j] if expert.resident else arrival_s[j] + expert.fetch_s
+            free_s[j + 1] = (free_s[j] if expert.resident else max(free_s[j], arrival_s[j + 1])) + expert.gpu_s
+        else:
+            count -= 1
+            mask -= 1 << (size - 1 - i)
+            choice[j] = -1
+            j -= 1
+            continue
+        bound_s = max(free_s[j + 1], ndp_end_s(view))
+        if less(bound_s, best_s) or (not less(best_s, bound_s) and count <= best_count):
+            j += 1
+    for i in range(size):
+        plan[i] = (best_mask >> (size - 1 - i)) & 1
+
+
+@kernel
+def _all_to_units(view, size):
+    clear_groups(view.groups)
+    for i in range(size):
+        give_to_group(view.groups, view.active[i])

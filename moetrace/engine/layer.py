@@ -1,0 +1,108 @@
+"""One layer's time line: who ends when, once it is known who runs what (timing model, section 3)."""
+
+from typing import NamedTuple
+
+from moetrace.engine.compile import kernel
+
+# Two times closer than this are equal: a sum kept incrementally and one made anew may differ in the last bit.
+SAME = 1 - 1e-12
+
+
+class Timeline(NamedTuple):
+    """Seconds from the router's word on; ``in_bytes`` is what demand fetches bring."""
+
+    moe_s: float
+    act_s: float  # activations, one way
+    fetch_s: float  # demand fetches, with their latency
+    gpu_s: float  # busy
+    act_bytes: float  # activations, one way
+    demand_bytes: float
+    busiest_s: float  # busy seconds of the busiest unit
+    busy_sum_s: float  # of all units
+
+
+@kernel
+def less(a, b):
+    """Return whether time ``a`` is smaller than ``b`` beyond rounding."""
+    return a < b * SAME
+
+
+@kernel
+def give_to_group(groups, expert):
+    """Add an active expert (a record of ``ACTIVE``) to the work of the units that hold it."""
+    group = groups[expert.group]
+    group.busy_s += expert.ndp_s
+    group.rows += expert.rows
+    group.count += 1
+
+
+@kernel
+def take_from_group(groups, expert):
+    """Undo ``give_to_group``; a group that is left without work is exactly idle."""
+    group = groups[expert.group]
+    group.count -= 1
+    group.busy_s = group.busy_s - expert.ndp_s if group.count > 0 else 0.0
+    group.rows -= expert.rows
+
+
+@kernel
+def clear_groups(groups):
+    """Take all work from the units."""
+    for g in range(groups.size):
+        groups[g].busy_s = 0.0
+        groups[g].rows = 0.0
+        groups[g].count = 0
+
+
+@kernel
+def ndp_end_s(view):
+    """Return ``T_ndp``: when the last unit's results are back, 0 if no unit has work."""
+    row_shards, busiest_s, count = 0.0, 0.0, 0
+    for g in range(view.groups.size):
+        group = view.groups[g]
+        row_shards += min(float(view.rows), group.rows)
+        busiest_s = max(busiest_s, group.busy_s)
+        count += group.count
+    if count == 0:
+        return 0.0
+    act_s = row_shards * view.share * view.out_s_per_row + view.link_latency_s
+    return act_s + busiest_s + act_s
+
+
+@kernel
+def timeline(machine, view, size, plan):
+    """Return the time line of a layer of ``size`` active experts under ``plan`` (1 = GPU), made anew.
+
+    Leaves the work of each group of units in ``view.groups``.
+    """
+    clear_groups(view.groups)
+    gpu_free_s, gpu_busy_s, arrival_s, demand_bytes = 0.0, 0.0, 0.0, 0.0
+    for i in range(size):
+        expert = view.active[i]
+        if plan[i] == 0:
+            give_to_group(view.groups, expert)
+        elif expert.resident:
+            gpu_free_s += expert.gpu_s
+            gpu_busy_s += expert.gpu_s
+    for i in range(size):
+        expert = view.active[i]
+        if plan[i] and not expert.resident:
+            arrival_s += expert.fetch_s
+            demand_bytes += expert.weight_bytes
+            gpu_busy_s += expert.gpu_s
+            gpu_free_s = max(gpu_free_s, arrival_s) + expert.gpu_s
+    row_shards, busiest_s, busy_sum_s, count = 0.0, 0.0, 0.0, 0
+    for g in range(view.groups.size):
+        group = view.groups[g]
+        row_shards += min(float(view.rows), group.rows)
+        busiest_s = max(busiest_s, group.busy_s)
+        busy_sum_s += group.busy_s * view.share
+        count += group.count
+    act_bytes, act_s, ndp_s = 0.0, 0.0, 0.0
+    if count > 0:
+        act_bytes = machine.row_bytes * (row_shards * view.share)
+        act_s = act_bytes / machine.link_bytes_s + machine.link_latency_s
+        ndp_s = act_s + busiest_s + act_s
+    return Timeline(
+        max(gpu_free_s, ndp_s), act_s, arrival_s, gpu_busy_s, act_bytes, demand_bytes, busiest_s, busy_sum_s
+    )

@@ -1,0 +1,132 @@
+"""The one door for policies: ``@policy`` compiles a hook, a built-in one as well as a user's own."""
+
+import hashlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numba
+from numba.core.errors import NumbaError
+
+from moetrace.engine.compile import HERE, engine_fingerprint, kernel
+from moetrace.spec.errors import MoetraceError, UsageError
+
+ARGUMENTS = ("state", "view", "layer", "load", "plan")
+
+
+def policy(function: Callable) -> Any:
+    """Compile a policy hook ``function(state, view, layer, load, plan)``, which returns nothing.
+
+    The same hook serves as a *dispatch*, called when the router of ``layer`` has spoken, which sets ``plan[i] = 1`` to
+    run the i-th active expert on the GPU; or as a *residency*, called after the layer, which writes ``score`` (the
+    least is evicted first, infinity never) and ``admit`` (whether a copy that arrives may be kept) into ``state``.
+
+    - ``state[layer, expert]``: ``score``, ``admit``, ``memory`` (float64, the policy's own, 0 at the start),
+      ``touched`` (when last, 0 = never), ``resident`` (for reading).
+    - ``view``: ``step``, ``phase`` (0 prefill, 1 decode, 2 mixed), ``rows``, ``slots``, ``alpha``, ``half_life``, and
+      ``view.active[i]`` with ``expert``, ``resident``, ``gpu_s``, ``ndp_s``, ``fetch_s``, ``weight_bytes``, ``group``.
+    - ``load`` int64 [n]: rows that chose each active expert, in demand order (most first, then by id).
+    - ``plan`` uint8 [n]: 0 at the start.
+
+    Raises UsageError, naming file and line, if it does not compile to that.
+    """
+    where = _where(function)
+    parameters = inspect.signature(function).parameters
+    if len(parameters) != len(ARGUMENTS):
+        raise UsageError(f"{where} takes {len(parameters)} arguments, but a policy takes ({', '.join(ARGUMENTS)}).")
+    if numba.config.DISABLE_JIT:
+        return function
+    from moetrace.engine.state import HOOK
+
+    dispatcher = kernel(function, fingerprint=_fingerprint(function))
+    try:
+        dispatcher.compile(HOOK.args)
+    except NumbaError as error:
+        raise UsageError(f"{where} is not a policy: {_first_cause(error)}") from error
+    returns = dispatcher.overloads[HOOK.args].signature.return_type
+    if returns != HOOK.return_type:
+        raise UsageError(f"{where} returns {returns}, but a policy returns nothing: it writes into plan or state.")
+    dispatcher.disable_compile()
+    return dispatcher
+
+
+def load_hook(choice: str, builtin: dict[str, Callable]) -> Any:
+    """Return the compiled hook that a spec names: one of ``builtin``, or ``file.py:function``.
+
+    Raises UsageError if the file has no such function, or it is no policy; MoetraceError if the file does not run.
+    """
+    file, separator, name = choice.rpartition(":")
+    if not separator or not file.endswith(".py"):
+        return _builtin(builtin[choice])
+    function = getattr(_run(Path(file)), name, None)
+    if function is None:
+        raise UsageError(f"{file} defines no {name}.")
+    if not callable(function):
+        raise UsageError(f"{file}: {name} is not a function.")
+    if hasattr(function, "py_func") and not getattr(function, "_can_compile", True):
+        return function  # by @policy already
+    return policy(getattr(function, "py_func", function))
+
+
+_builtin = cache(policy)
+
+
+def _run(path: Path) -> ModuleType:
+    name = f"moetrace_policy_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise MoetraceError(f"{path} cannot be read as a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except MoetraceError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a user's file may raise when it runs
+        raise MoetraceError(f"{path} does not run: {type(error).__name__}: {error}.") from error
+    return module
+
+
+def _where(function: Callable) -> str:
+    code = function.__code__
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}: {function.__name__}"
+
+
+def _fingerprint(function: Callable) -> str:
+    """Return the engine's fingerprint and that of the user's files that the function may draw from."""
+    digest = hashlib.sha256(engine_fingerprint().encode())
+    seen: set[Path] = set()
+    pending = [sys.modules.get(function.__module__)]
+    while pending:
+        module = pending.pop()
+        path = Path(getattr(module, "__file__", None) or HERE)
+        if path in seen or path.is_relative_to(HERE.parent) or "site-packages" in path.parts or path == HERE:
+            continue
+        if path.is_relative_to(Path(inspect.__file__).parent) or path.suffix != ".py":
+            continue
+        seen.add(path)
+        digest.update(path.read_bytes())
+        for value in vars(module).values():
+            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            pending.append(sys.modules.get(name or ""))
+    return digest.hexdigest()
+
+
+def _first_cause(error: NumbaError) -> str:
+    """Return what Numba found, in one line, with the line of the user's file where it says so."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    line = re.search(r'File "[^"]*?([^"/\\]+\.py)", line (\d+)', text)
+    attribute = re.search(r"Unknown attribute '(\w+)' of type (\w+)", text)
+    if attribute:
+        names = {"View": "view", "Array": "an array", "Record": "a record"}
+        cause = f"there is no {attribute[1]!r} in {names.get(attribute[2], attribute[2])}"
+    else:
+        lines = [part.strip() for part in text.splitlines() if part.strip()]
+        cause = next((part for part in lines if not part.startswith(("Failed in", "During", "-", "File"))), lines[0])
+    return f"{cause.rstrip('.')}{f' ({line[1]}, line {line[2]})' if line else ''}."

@@ -1,0 +1,221 @@
+"""What moves to the GPU without being demanded (timing model, section 7): a queue that flows beside the layers."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.engine.compile import kernel
+from moetrace.engine.residency import admit
+
+DONE_BYTES = 1e-3  # a transfer is complete when at most this remains: the flow is a fluid, and rounds
+
+
+class Queue(NamedTuple):
+    """Transfers in the order in which they run; ``place[code] = -1`` means not queued.
+
+    An entry that leaves the middle stays in ``code`` and is skipped, as its place is no longer its own.
+    """
+
+    weight_bytes: np.ndarray  # float64 [L * E]
+    code: np.ndarray  # int64 [2 * L * E]
+    ends: np.ndarray  # int64 [3]: first entry, one past the last, transfers that are complete
+    place: np.ndarray  # int64 [L * E]: where in `code` an expert stands
+    moved_bytes: np.ndarray  # float64 [L * E]
+    late: np.ndarray  # uint8 [L * E]: counted as late already
+    target: np.ndarray  # int64 [L * E]: step * L + layer that an `oracle` entry is meant for
+
+
+HEAD, TAIL, COMPLETE = 0, 1, 2
+
+
+def empty_queue(weight_bytes: np.ndarray) -> Queue:
+    """Return an empty queue for the experts of a model, of ``weight_bytes`` float64 [L, E]."""
+    cells = weight_bytes.size
+    return Queue(
+        weight_bytes=weight_bytes.reshape(-1),
+        code=np.zeros(2 * cells, np.int64),
+        ends=np.zeros(3, np.int64),
+        place=np.full(cells, -1),
+        moved_bytes=np.zeros(cells),
+        late=np.zeros(cells, np.uint8),
+        target=np.zeros(cells, np.int64),
+    )
+
+
+@kernel
+def is_complete(queue, code):
+    """Return whether all of an expert's bytes have arrived."""
+    return queue.weight_bytes[code] - queue.moved_bytes[code] <= DONE_BYTES
+
+
+@kernel
+def join(queue, code, target):
+    """Put an expert at the end of the queue."""
+    if queue.ends[TAIL] == queue.code.size:
+        _close_up(queue)
+    queue.place[code] = queue.ends[TAIL]
+    queue.code[queue.ends[TAIL]] = code
+    queue.ends[TAIL] += 1
+    queue.late[code] = 0
+    queue.target[code] = target
+
+
+@kernel
+def _close_up(queue):
+    tail = 0
+    for at in range(queue.ends[HEAD], queue.ends[TAIL]):
+        code = queue.code[at]
+        if queue.place[code] == at:
+            queue.code[tail] = code
+            queue.place[code] = tail
+            tail += 1
+    queue.ends[HEAD] = 0
+    queue.ends[TAIL] = tail
+
+
+@kernel
+def leave(queue, code):
+    """Take an expert out of the queue; return 1 if some of its bytes had moved, else 0."""
+    moved = queue.moved_bytes[code] > 0
+    if moved and is_complete(queue, code):
+        queue.ends[COMPLETE] -= 1
+    queue.place[code] = -1
+    queue.moved_bytes[code] = 0.0
+    _trim(queue)
+    return 1 if moved else 0
+
+
+@kernel
+def restore(queue, code, moved_bytes, late):
+    """Make an entry that has just joined the one that it was before the queue was made anew."""
+    queue.moved_bytes[code] = moved_bytes
+    queue.late[code] = late
+    if is_complete(queue, code):
+        queue.ends[COMPLETE] += 1
+
+
+@kernel
+def _trim(queue):
+    head, tail = queue.ends[HEAD], queue.ends[TAIL]
+    while head < tail and queue.place[queue.code[head]] != head:
+        head += 1
+    if head == tail:
+        head = tail = 0
+    queue.ends[HEAD] = head
+    queue.ends[TAIL] = tail
+
+
+@kernel
+def flow(queue, budget_bytes):
+    """Let up to ``budget_bytes`` arrive, first come first served; return the bytes that moved."""
+    left, moved_bytes = budget_bytes, 0.0
+    for at in range(queue.ends[HEAD], queue.ends[TAIL]):
+        if left <= 0:
+            break
+        code = queue.code[at]
+        if queue.place[code] != at:
+            continue
+        remaining = queue.weight_bytes[code] - queue.moved_bytes[code]
+        if remaining <= DONE_BYTES:
+            continue
+        step_bytes = min(left, remaining)
+        queue.moved_bytes[code] += step_bytes
+        left -= step_bytes
+        moved_bytes += step_bytes
+        if is_complete(queue, code):
+            queue.ends[COMPLETE] += 1
+    return moved_bytes
+
+
+@kernel
+def remaining_bytes(queue):
+    """Return what has yet to arrive of everything in the queue."""
+    total = 0.0
+    for at in range(queue.ends[HEAD], queue.ends[TAIL]):
+        code = queue.code[at]
+        if queue.place[code] == at and not is_complete(queue, code):
+            total += queue.weight_bytes[code] - queue.moved_bytes[code]
+    return total
+
+
+@kernel
+def admit_complete(queue, cells, cache, unit, tally):
+    """Before a layer's ``dense``: keep what has arrived, in queue order, or drop it for want of room."""
+    experts = cells.shape[1]
+    at = queue.ends[HEAD]
+    while queue.ends[COMPLETE] > 0:
+        code = queue.code[at]
+        if queue.place[code] == at and is_complete(queue, code):
+            leave(queue, code)
+            unit.experts += 1
+            if admit(cells, cache, code // experts, code % experts, tally):
+                cache.fresh[code] = 1
+            else:
+                tally[0].wasted += 1
+        at += 1
+
+
+@kernel
+def join_by_score(queue, cells, cache, layer, most):
+    """``online:m``: after a layer, its best non-resident experts beyond the worst resident one join the queue.
+
+    A free slot counts as a resident of score 0, and so does a layer without residents.
+    """
+    experts = cells.shape[1]
+    pool = layer if cache.count.size > 1 else 0
+    floor = 0.0 if cache.count[pool] < cache.members.shape[1] else np.inf
+    for e in range(experts):
+        if cells[layer, e].resident:
+            floor = min(floor, cells[layer, e].score)
+    if floor == np.inf:
+        floor = 0.0
+    for _ in range(most):
+        best, score = -1, floor
+        for e in range(experts):
+            cell = cells[layer, e]
+            if cell.score > score and cell.resident == 0 and queue.place[layer * experts + e] < 0:
+                best, score = e, cell.score
+        if best < 0:
+            break
+        join(queue, layer * experts + best, 0)
+
+
+@kernel
+def join_ahead(queue, cells, demand, at, now, depth, chance_of, seed):
+    """``oracle:d``: entries whose layer has passed leave; what the next ``depth`` layers want joins the queue.
+
+    ``at`` is the layer's row in ``demand``, ``now`` the same counted from the start of the trace. An expert that
+    stands in the queue already takes the later layer as its own. Returns how many left with some bytes moved.
+    """
+    layers, experts = cells.shape
+    wasted = 0
+    for entry in range(queue.ends[HEAD], queue.ends[TAIL]):
+        code = queue.code[entry]
+        if queue.place[code] == entry and queue.target[code] < now:
+            wasted += leave(queue, code)
+    for ahead in range(1, depth + 1):
+        if at + ahead + 1 >= demand.start.size:
+            break
+        target = now + ahead
+        layer = target % layers
+        for i in range(demand.start[at + ahead], demand.start[at + ahead + 1]):
+            expert = np.int64(demand.expert[i])
+            code = layer * experts + expert
+            if cells[layer, expert].resident == 0 and chance(seed, target // layers, layer, expert) < chance_of:
+                if queue.place[code] < 0:
+                    join(queue, code, target)
+                else:
+                    queue.target[code] = target
+    return wasted
+
+
+@kernel
+def chance(seed, step, layer, expert):
+    """Return a number in [0, 1) that depends on the arguments alone: a chain of splitmix64 steps."""
+    x = np.uint64(seed)
+    for value in (step, layer, expert):
+        x = x + np.uint64(0x9E3779B97F4A7C15) + np.uint64(value)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return float(x) / 18446744073709551616.0

@@ -1,0 +1,161 @@
+"""What the prompts wanted: the data-set-free residency ``prefill`` (timing model, section 7; arXiv 2601.03992).
+
+Nothing is known but the prompt: the experts that a request's prefill chose most are the ones to hold for its decode.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.engine.compile import kernel
+from moetrace.engine.prefetch import HEAD, TAIL, join, leave, restore
+
+
+class Prompts(NamedTuple):
+    """Counts of the requests that are under way, and when each of them ends."""
+
+    count: np.ndarray  # int32 [places, L * E]: of each request under way
+    total: np.ndarray  # int64 [L * E]: of all of them
+    place: np.ndarray  # int32 [requests]: where a request's counts stand
+    order: np.ndarray  # int64 [requests]: requests by their last step, those whose prefill ends there last
+    last_step: np.ndarray  # int64 [requests]
+    last_prefill_step: np.ndarray  # int64 [requests], -1 = none
+    cursor: np.ndarray  # int64 [1]: how many of `order` are over
+    kept: np.ndarray  # float64 [L * E]: bytes that had moved of what stays queued, while the queue is made anew
+
+
+def prompts_of(last_step: np.ndarray, first_prefill: np.ndarray, last_prefill: np.ndarray, cells: int) -> Prompts:
+    """Return the books for requests whose steps are given (int64 [requests], -1 = no prefill).
+
+    Requests that are never under way together share a place, so memory grows with concurrency, not with requests.
+    """
+    order = np.lexsort((last_prefill == last_step, last_step))
+    place = np.full(len(last_step), -1, np.int32)
+    free: list[int] = []
+    places, over = 0, 0
+    for request in np.argsort(first_prefill, kind="stable"):
+        if first_prefill[request] < 0:
+            continue
+        while last_step[order[over]] < first_prefill[request]:
+            if place[order[over]] >= 0:
+                free.append(int(place[order[over]]))
+            over += 1
+        if not free:
+            free.append(places)
+            places += 1
+        place[request] = free.pop()
+    return Prompts(
+        count=np.zeros((places, cells), np.int32),
+        total=np.zeros(cells, np.int64),
+        place=place,
+        order=order,
+        last_step=last_step,
+        last_prefill_step=last_prefill,
+        cursor=np.zeros(1, np.int64),
+        kept=np.zeros(cells),
+    )
+
+
+@kernel
+def count_prompt_rows(prompts, experts, request, phase, begin, stop, num_experts):
+    """Count the choices of the prefill rows among rows ``begin`` to ``stop`` of a block."""
+    for row in range(begin, stop):
+        if phase[row] != 0:
+            continue
+        count = prompts.count[prompts.place[request[row]]]
+        for l in range(experts.shape[1]):
+            for slot in range(experts.shape[2]):
+                e = np.int64(experts[row, l, slot])
+                if e < num_experts:
+                    count[l * num_experts + e] += 1
+                    prompts.total[l * num_experts + e] += 1
+
+
+@kernel
+def forget_ended(prompts, step, just_prefilled):
+    """Forget requests whose last step this is; those whose prefill ends in it only if ``just_prefilled``."""
+    while prompts.cursor[0] < prompts.order.size:
+        request = prompts.order[prompts.cursor[0]]
+        if prompts.last_step[request] > step or (prompts.last_prefill_step[request] == step and not just_prefilled):
+            return
+        prompts.cursor[0] += 1
+        if prompts.place[request] >= 0:
+            count = prompts.count[prompts.place[request]]
+            for code in range(count.size):
+                prompts.total[code] -= count[code]
+                count[code] = 0
+
+
+@kernel
+def want_most_frequent(cells, total, begin, stop, most):
+    """Want the up to ``most`` most counted of the codes ``begin`` to ``stop``; ties: lower code; never a count of 0.
+
+    What is wanted may be kept and is never evicted; what is not, the other way round.
+    """
+    experts = cells.shape[1]
+    highest = 0
+    for code in range(begin, stop):
+        highest = max(highest, total[code])
+    with_count = np.zeros(highest + 2, np.int64)
+    for code in range(begin, stop):
+        with_count[total[code]] += 1
+    threshold, above = highest + 1, 0  # counts from `threshold` on are wanted, all of them
+    while threshold > 1 and above + with_count[threshold - 1] <= most:
+        threshold -= 1
+        above += with_count[threshold]
+    ties = most - above  # wanted among those one below the threshold
+    for code in range(begin, stop):
+        wanted = total[code] >= threshold
+        if total[code] == threshold - 1 and total[code] > 0 and ties > 0:
+            ties -= 1
+            wanted = True
+        cell = cells[code // experts, code % experts]
+        cell.admit = wanted
+        cell.score = np.inf if wanted else 0.0
+
+
+@kernel
+def make_wanted(cells, cache, total):
+    """Make *wanted* anew: the capacity's worth of most frequent experts, of each layer or of the whole model."""
+    pools, capacity = cache.members.shape
+    span = total.size // pools
+    for pool in range(pools):
+        want_most_frequent(cells, total, pool * span, (pool + 1) * span, capacity)
+
+
+@kernel
+def queue_wanted(queue, cells, prompts, tally):
+    """Make the queue anew: wanted ones that are not resident, layer by layer, by count descending, then id.
+
+    A transfer that was partly done and is still wanted keeps its bytes; one that is not is wasted.
+    """
+    layers, experts = cells.shape
+    for at in range(queue.ends[HEAD], queue.ends[TAIL]):
+        code = queue.code[at]
+        if queue.place[code] != at:
+            continue
+        moved_bytes = queue.moved_bytes[code]
+        wasted = leave(queue, code)
+        if cells[code // experts, code % experts].admit:
+            prompts.kept[code] = moved_bytes
+        else:
+            tally[0].wasted += wasted
+    ids = np.empty(experts, np.int64)
+    for l in range(layers):
+        size = 0
+        for e in range(experts):
+            if cells[l, e].admit == 0 or cells[l, e].resident:
+                continue
+            j = size
+            while j > 0 and prompts.total[l * experts + ids[j - 1]] < prompts.total[l * experts + e]:
+                ids[j] = ids[j - 1]
+                j -= 1
+            ids[j] = e
+            size += 1
+        for i in range(size):
+            code = l * experts + ids[i]
+            late = queue.late[code]
+            join(queue, code, 0)
+            if prompts.kept[code] > 0:
+                restore(queue, code, prompts.kept[code], late)
+            prompts.kept[code] = 0.0

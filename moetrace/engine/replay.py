@@ -1,0 +1,318 @@
+"""The loop over steps and layers, in Numba; the state that it carries from block to block."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import config, typeof, types
+
+from moetrace.engine.compile import kernel
+from moetrace.engine.cost import Machine, dense_s, head_s, price
+from moetrace.engine.demand import Demand
+from moetrace.engine.layer import timeline
+from moetrace.engine.prefetch import (
+    Queue,
+    admit_complete,
+    empty_queue,
+    flow,
+    join_ahead,
+    join_by_score,
+    leave,
+    remaining_bytes,
+)
+from moetrace.engine.prompt import Prompts, count_prompt_rows, forget_ended, make_wanted, prompts_of, queue_wanted
+from moetrace.engine.residency import Cache, empty_cache, empty_cells, settle
+from moetrace.engine.schedule import Requests, Schedule
+from moetrace.engine.state import (
+    ACTIVE,
+    FIRST_CLASS_HOOK,
+    FIRST_GROUP,
+    GPU,
+    GROUP,
+    LINK_IN,
+    LINK_OUT,
+    Log,
+    View,
+    new_log,
+    records,
+)
+
+NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE = 0, 1, 2, 3
+DECODE = 1
+
+
+class Batch(NamedTuple):
+    """A block of steps, ready for the kernels; arrays over rows are empty where no policy counts prompts."""
+
+    first_step: int
+    rows: np.ndarray  # int64 [steps]: T
+    kv_tokens: np.ndarray  # int64 [steps]: C
+    phase: np.ndarray  # uint8 [steps]
+    prompt_ends: np.ndarray  # uint8 [steps]
+    demand: Demand
+    offset: np.ndarray  # int64 [steps + 1 + ahead]
+    experts: np.ndarray  # uint16 [rows, L, k]
+    request: np.ndarray  # int64 [rows]
+    row_phase: np.ndarray  # uint8 [rows]
+
+
+class Setting(NamedTuple):
+    """What a policy chose, in numbers."""
+
+    prefetch: int
+    depth: int  # m of online, d of oracle
+    waits: int  # 1: the first decode step waits for the queue
+    counts_prompts: int
+    slots: int
+    half_life: int  # 0 = never
+    alpha: float
+    chance: float
+    seed: int
+
+
+class State(NamedTuple):
+    """Everything that is carried from step to step, made once; and the scratch of one layer."""
+
+    cells: Any  # CELL [L, E]
+    cache: Cache
+    queue: Queue
+    prompts: Prompts
+    active: Any  # ACTIVE [E]
+    groups: Any  # GROUP [groups]
+    load: np.ndarray  # int64 [E]
+    plan: np.ndarray  # uint8 [E + 1]; the last says that `optimal` fell back
+
+
+@kernel
+def _see(at, layer, step, demand, machine, state, log):
+    """Fill the active experts of the layer and count hits, misses and late ones; return how many are active."""
+    first = demand.start[at]
+    size = demand.start[at + 1] - first
+    hits, late = 0, 0
+    base = layer * state.cells.shape[1]
+    for i in range(size):
+        expert, rows = np.int64(demand.expert[first + i]), np.int64(demand.rows[first + i])
+        state.load[i] = rows
+        state.plan[i] = 0
+        active = state.active[i]
+        price(machine, layer, expert, rows, active)
+        code = base + expert
+        resident = state.cache.slot[code] >= 0
+        active.resident = resident
+        if demand.next_step.size > 0:
+            next_step = demand.next_step[first + i]
+            active.next_use = np.inf if next_step < 0 else next_step * state.cells.shape[0] + layer + 0.0
+        if resident:
+            hits += 1
+        elif state.queue.place[code] >= 0 and state.queue.moved_bytes[code] > 0 and state.queue.late[code] == 0:
+            state.queue.late[code] = 1
+            late += 1
+    log.step[step].hits += hits
+    log.step[step].misses += size - hits
+    log.step[step].late += late
+    log.layer[layer].hits += hits
+    log.layer[layer].misses += size - hits
+    return size
+
+
+@kernel
+def _carry_out(layer, size, state, log):
+    """Note who ran what, and take what was demanded out of the prefetch queue."""
+    experts = state.cells.shape[1]
+    gpu = log.unit[GPU]
+    fetched, on_gpu = 0, 0
+    for i in range(size):
+        if state.plan[i] == 0:
+            continue
+        active = state.active[i]
+        code = layer * experts + active.expert
+        on_gpu += 1
+        gpu.rows += active.rows
+        gpu.bytes += active.weight_bytes
+        if active.resident:
+            log.tally[0].used += state.cache.fresh[code]
+            state.cache.fresh[code] = 0
+        else:
+            fetched += 1
+            if state.queue.place[code] >= 0:
+                log.tally[0].wasted += leave(state.queue, code)
+    gpu.experts += on_gpu
+    log.unit[LINK_IN].experts += fetched
+    log.layer[layer].gpu_experts += on_gpu
+    log.layer[layer].ndp_experts += size - on_gpu
+
+
+@kernel
+def _note_units(layer, size, dense, line, moved_bytes, machine, state, log):
+    """Add a layer's work to the books of the units."""
+    gpu, link_in, link_out = log.unit[GPU], log.unit[LINK_IN], log.unit[LINK_OUT]
+    gpu.busy_s += dense + line.gpu_s
+    gpu.bytes += machine.dense_bytes
+    link_in.busy_s += line.fetch_s + moved_bytes / machine.link_bytes_s + line.act_s
+    link_in.bytes += line.demand_bytes + moved_bytes + line.act_bytes
+    link_out.busy_s += line.act_s
+    link_out.bytes += line.act_bytes
+    if line.busiest_s == 0.0:
+        return
+    for i in range(size):
+        if state.plan[i] == 0:
+            log.unit[FIRST_GROUP + state.active[i].group].bytes += state.active[i].weight_bytes
+    for g in range(state.groups.size):
+        group, unit = state.groups[g], log.unit[FIRST_GROUP + g]
+        unit.busy_s += group.busy_s
+        unit.rows += group.rows
+        unit.experts += group.count
+
+
+@kernel
+def _replay_layer(at, layer, step, dense, batch, machine, setting, state, log, dispatch, residency):
+    """Replay one layer; return its time and its imbalance, -1 where that is undefined."""
+    queue, cells, tally = state.queue, state.cells, log.tally
+    admit_complete(queue, cells, state.cache, log.unit[LINK_IN], tally)
+    moved_bytes = flow(queue, dense * machine.link_bytes_s)
+    size = _see(at, layer, step, batch.demand, machine, state, log)
+    if setting.prefetch == ORACLE:
+        now = step * cells.shape[0] + layer
+        tally[0].wasted += join_ahead(
+            queue, cells, batch.demand, at, now, setting.depth, setting.chance, setting.seed
+        )
+    view = View(
+        step,
+        np.int64(batch.phase[step - batch.first_step]),
+        batch.rows[step - batch.first_step],
+        setting.slots,
+        machine.share,
+        machine.row_bytes / machine.link_bytes_s,
+        machine.link_latency_s,
+        setting.alpha,
+        setting.half_life,
+        state.active,
+        state.groups,
+    )
+    load = state.load[:size]
+    if size > 0:
+        dispatch(cells, view, layer, load, state.plan)
+    line = timeline(machine, view, size, state.plan)
+    log.fallbacks[0] += state.plan[-1]
+    state.plan[-1] = 0
+    _carry_out(layer, size, state, log)
+    moved_bytes += flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link_bytes_s)
+    residency(cells, view, layer, load, state.plan)
+    settle(cells, state.cache, layer, state.active, size, state.plan, tally)
+    if setting.prefetch == ONLINE:
+        join_by_score(queue, cells, state.cache, layer, setting.depth)
+    _note_units(layer, size, dense, line, moved_bytes, machine, state, log)
+    row, totals = log.step[step], log.layer[layer]
+    row.moe_s += line.moe_s
+    row.demand_bytes += line.demand_bytes
+    row.prefetch_bytes += moved_bytes
+    totals.dense_s += dense
+    totals.moe_s += line.moe_s
+    totals.demand_bytes += line.demand_bytes
+    if line.busiest_s == 0.0:
+        return -1.0
+    imbalance = line.busiest_s * (state.groups.size * machine.share) / line.busy_sum_s
+    totals.imbalance_sum += imbalance
+    totals.imbalance_count += 1
+    return imbalance
+
+
+@kernel
+def _wait(machine, state, row, log):
+    """Let the first decode step wait until the queue is empty; return the seconds."""
+    moved_bytes = flow(state.queue, remaining_bytes(state.queue))
+    row.prefetch_bytes += moved_bytes
+    row.wait_s = moved_bytes / machine.link_bytes_s
+    log.unit[LINK_IN].busy_s += row.wait_s
+    log.unit[LINK_IN].bytes += moved_bytes
+    return row.wait_s
+
+
+@kernel
+def _end_step(step, batch, setting, state, log):
+    """After the head: learn from the step's prompts, and forget the requests that it was the last of."""
+    s = step - batch.first_step
+    count_prompt_rows(
+        state.prompts,
+        batch.experts,
+        batch.request,
+        batch.row_phase,
+        batch.offset[s],
+        batch.offset[s + 1],
+        state.cells.shape[1],
+    )
+    forget_ended(state.prompts, step, False)
+    if batch.prompt_ends[s]:
+        make_wanted(state.cells, state.cache, state.prompts.total)
+        if setting.prefetch == FROM_PROMPT:
+            queue_wanted(state.queue, state.cells, state.prompts, log.tally)
+    forget_ended(state.prompts, step, True)
+
+
+def replay_batch(batch, machine, setting, state, log, dispatch, residency):
+    """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``."""
+    layers = state.cells.shape[0]
+    head = head_s(machine)
+    for s in range(batch.rows.size):
+        step = batch.first_step + s
+        row = log.step[step]
+        if setting.waits and batch.phase[s] == DECODE and log.tally[0].waited == 0:
+            log.tally[0].waited = 1
+            _wait(machine, state, row, log)
+        dense = dense_s(machine, batch.rows[s], batch.kv_tokens[s])
+        imbalance_sum, imbalance_count = 0.0, 0
+        for layer in range(layers):
+            imbalance = _replay_layer(
+                s * layers + layer, layer, step, dense, batch, machine, setting, state, log, dispatch, residency
+            )
+            if imbalance >= 0:
+                imbalance_sum += imbalance
+                imbalance_count += 1
+        row.imbalance = imbalance_sum / imbalance_count if imbalance_count > 0 else np.nan
+        row.dense_s = dense * layers
+        row.head_s = head
+        row.duration_s = row.dense_s + row.moe_s + head + row.wait_s
+        log.unit[GPU].busy_s += head
+        log.unit[GPU].bytes += machine.head_bytes
+        if setting.counts_prompts:
+            _end_step(step, batch, setting, state, log)
+
+
+def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int, admit: bool) -> State:
+    """Return the state before the first step; ``pools`` is 1 or the number of layers (scope global, layer)."""
+    layers, experts = machine.weight_bytes.shape
+    groups = int(machine.group_of_expert.max()) + 1
+    requests = schedule.requests
+    return State(
+        cells=empty_cells(layers, experts, admit),
+        cache=empty_cache(layers, experts, pools, setting.slots // pools),
+        queue=empty_queue(machine.weight_bytes),
+        prompts=prompts_of(
+            requests.last_step,
+            requests.first_prefill_step if setting.counts_prompts else np.full(len(requests.id), -1),
+            requests.last_prefill_step,
+            layers * experts,
+        ),
+        active=records(experts, ACTIVE),
+        groups=records(groups, GROUP),
+        load=np.zeros(experts, np.int64),
+        plan=np.zeros(experts + 1, np.uint8),
+    )
+
+
+def _signature() -> Any:
+    """Return the types that ``replay_batch`` is compiled for, read off the smallest possible arguments."""
+    one, none = np.zeros(1, np.int64), np.zeros(0, np.int64)
+    bits = np.zeros(1, np.uint8)
+    demand = Demand(np.zeros(2, np.int64), *(np.zeros(1, np.int32) for _ in range(3)))
+    batch = Batch(0, one, one, bits, bits, demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
+    numbers = (1.0 if kind is float else 1 for kind in list(Machine.__annotations__.values())[:-2])
+    machine = Machine(*numbers, np.ones((1, 1)), np.zeros((1, 1), np.int64))
+    setting = Setting(0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
+    state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True)
+    parts = (typeof(part) for part in (batch, machine, setting, state, new_log(1, 1, 1)))
+    return types.void(*parts, FIRST_CLASS_HOOK, FIRST_CLASS_HOOK)
+
+
+SIGNATURE = None if config.DISABLE_JIT else _signature()
+if SIGNATURE is not None:
+    replay_batch = kernel(replay_batch, signature=SIGNATURE)

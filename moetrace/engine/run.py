@@ -1,0 +1,256 @@
+"""One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moetrace.engine.bounds import clairvoyant_batch, work_bound_s
+from moetrace.engine.cost import Machine, machine_of
+from moetrace.engine.demand import FINE, TWICE, Demand, demand_of
+from moetrace.engine.dispatch import DISPATCH
+from moetrace.engine.lookahead import NextSteps
+from moetrace.engine.placement import group_of_expert
+from moetrace.engine.plugin import load_hook
+from moetrace.engine.replay import FROM_PROMPT, NO_PREFETCH, ONLINE, ORACLE, Batch, Setting, State, new_state, replay_batch
+from moetrace.engine.residency import RESIDENCY, hold
+from moetrace.engine.schedule import Schedule, request_index, schedule_of
+from moetrace.engine.state import Log, new_log
+from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.model import Model
+from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_static
+from moetrace.spec.system import System, check_fits, gpu_slots
+from moetrace.trace.format import Block, Trace
+
+PREFETCH = {"none": NO_PREFETCH, "prefill": FROM_PROMPT, "online": ONLINE, "oracle": ORACLE}
+
+
+@dataclass
+class Lane:
+    """One policy on its way through a trace, and what it recorded.
+
+    ``clairvoyant_s``: seconds with whatever is active resident already, up to the slots (timing model, section 8).
+    """
+
+    policy: PolicySpec
+    machine: Machine
+    setting: Setting
+    log: Log
+    state: State
+    hooks: tuple[Any, Any]
+    own_state: State | None  # of the clairvoyant run; None if the dispatch ignores residency
+    clairvoyant_s: float = 0.0
+
+    def advance(self, batch: Batch) -> None:
+        """Replay a block."""
+        replay_batch(batch, self.machine, self.setting, self.state, self.log, *self.hooks)
+        if self.own_state is not None:
+            self.clairvoyant_s += clairvoyant_batch(batch, self.machine, self.setting, self.own_state, self.hooks[0])
+
+    def finish(self) -> None:
+        """Close the books after the last block: what was prefetched and never run was wasted."""
+        self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
+        if self.own_state is None:
+            self.clairvoyant_s = float(np.sum(self.log.step["duration_s"] - self.log.step["wait_s"]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished replay: the schedule of the trace, and one lane a policy."""
+
+    model: Model
+    system: System
+    slots: int
+    schedule: Schedule
+    lanes: list[Lane]
+    work_bound_s: float
+    warnings: list[str]
+
+
+def run(
+    trace: Trace,
+    model: Model,
+    system: System,
+    policies: Sequence[PolicySpec],
+    *,
+    slots: int | None = None,
+    ignore_capacity: bool = False,
+    jobs: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> Run:
+    """Replay a trace through policies in one pass, ``jobs`` threads at a time; ``progress`` is told rows done.
+
+    The figures do not depend on ``jobs``, nor on how the trace is cut into blocks. Raises UsageError if trace, model,
+    system and policies do not go together, MoetraceError (file, dataset, row) if an id is wrong.
+    """
+    warnings = _check_model(trace, model)
+    weight_bytes = _weight_bytes(trace, model)
+    check_fits(model, system, weight_bytes, ignore_capacity)
+    slots = _slots(model, system, weight_bytes, slots)
+    schedule = schedule_of(trace)
+    lanes = [_lane(trace, model, system, policy, weight_bytes, slots, schedule) for policy in policies]
+    bound_s = 0.0
+    with ThreadPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
+        for batch, rows in _batches(trace, lanes, schedule, pool):
+            bound_s += work_bound_s(batch, lanes[0].machine)
+            _each(pool, lanes, batch)
+            if progress is not None:
+                progress(rows)
+    for lane in lanes:
+        lane.finish()
+    return Run(model, system, slots, schedule, lanes, bound_s, warnings)
+
+
+def _each(pool: Executor | None, lanes: list[Lane], batch: Batch) -> None:
+    if pool is None:
+        for lane in lanes:
+            lane.advance(batch)
+    else:
+        for future in [pool.submit(lane.advance, batch) for lane in lanes]:
+            future.result()
+
+
+def _check_model(trace: Trace, model: Model) -> list[str]:
+    if (trace.layers, trace.num_experts) != (model.moe_layers, model.experts):
+        raise UsageError(
+            f"The trace {trace.path or 'in memory'} has {trace.layers} MoE layers of {trace.num_experts} experts, but "
+            f"the model {model.name} has {model.moe_layers} of {model.experts}: name the right one with --model."
+        )
+    if trace.top_k == model.top_k:
+        return []
+    return [f"the trace has {trace.top_k} experts a token and layer, {model.name} {model.top_k}: fewer or more work."]
+
+
+def _weight_bytes(trace: Trace, model: Model) -> np.ndarray:
+    if trace.expert_bytes is None:
+        return model.expert_bytes()
+    own = np.asarray(trace.expert_bytes, np.float64)
+    return np.broadcast_to(own.reshape(trace.layers, -1), (trace.layers, trace.num_experts)).copy()
+
+
+def _slots(model: Model, system: System, weight_bytes: np.ndarray, slots: int | None) -> int:
+    everything = model.moe_layers * model.experts
+    if slots is None:
+        return gpu_slots(model, system, weight_bytes)
+    if slots < 0:
+        raise UsageError(f"--slots wants a number of experts of at least 0, got {slots}.")
+    if system.link is None and slots < everything:
+        raise UsageError(f"System {system.name} has no link, so all {everything} experts are resident: drop --slots.")
+    return min(slots, everything)
+
+
+def _lane(
+    trace: Trace,
+    model: Model,
+    system: System,
+    policy: PolicySpec,
+    weight_bytes: np.ndarray,
+    slots: int,
+    schedule: Schedule,
+) -> Lane:
+    check_policy(policy, system)
+    layers, experts = weight_bytes.shape
+    loads = load_loads(policy.loads, layers, experts) if policy.loads else None
+    groups, share = group_of_expert(policy.placement, layers, experts, system.units, loads)
+    machine = machine_of(model, system, weight_bytes, groups, share)
+    setting = Setting(
+        prefetch=PREFETCH[policy.prefetch_kind],
+        depth=policy.prefetch_depth or 0,
+        waits=int(policy.prefetch_blocks),
+        counts_prompts=int(policy.residency == "prefill"),
+        slots=slots,
+        half_life=policy.half_life or 0,
+        alpha=float(policy.alpha),
+        chance=float(policy.p),
+        seed=policy.seed,
+    )
+    pools = layers if policy.scope == "layer" else 1
+    admits = policy.residency not in ("none", "static", "prefill")
+    state = new_state(machine, schedule, setting, pools, admits)
+    if system.link is None:
+        hold(state.cells, state.cache, np.arange(layers * experts))
+    elif policy.static:
+        hold(state.cells, state.cache, _static_codes(policy, state, layers, experts))
+    ignores_residency = policy.dispatch in ("ndp", "hot")
+    own_state = None if ignores_residency else new_state(machine, schedule, setting._replace(counts_prompts=0), 1, True)
+    hooks = load_hook(policy.dispatch, DISPATCH), load_hook(policy.residency, RESIDENCY)
+    return Lane(policy, machine, setting, new_log(trace.steps, layers, len(state.groups)), state, hooks, own_state)
+
+
+def _static_codes(policy: PolicySpec, state: State, layers: int, experts: int) -> np.ndarray:
+    assert policy.static is not None
+    pairs = load_static(policy.static, layers, experts)
+    pools, capacity = state.cache.members.shape
+    most = int(np.bincount(pairs[:, 0] if pools > 1 else np.zeros(len(pairs), np.int64), minlength=1).max())
+    if most > capacity:
+        place = "a layer" if pools > 1 else "all layers together"
+        raise UsageError(
+            f"Policy {policy.name}: {policy.static} holds {most} experts for {place}, but the GPU has {capacity} slots."
+        )
+    return pairs[:, 0] * experts + pairs[:, 1]
+
+
+def _batches(
+    trace: Trace, lanes: list[Lane], schedule: Schedule, pool: Executor | None
+) -> Iterator[tuple[Batch, int]]:
+    """Yield each block ready for the kernels, and its rows; with a pool the next one is made meanwhile."""
+    depth = max((lane.setting.depth for lane in lanes if lane.setting.prefetch == ORACLE), default=0)
+    ahead = -(-depth // trace.layers)
+    next_steps = None
+    if any(lane.policy.residency == "belady" for lane in lanes):
+        most = int(np.minimum(schedule.rows * trace.top_k, trace.num_experts).sum()) * trace.layers
+        demands = (_demand(trace, block) for block in trace.blocks())
+        next_steps = NextSteps(demands, trace.layers, trace.num_experts, most)
+    counts_prompts = any(lane.setting.counts_prompts for lane in lanes)
+
+    def prepare(block: Block) -> tuple[Batch, int]:
+        demand = _demand(trace, block)
+        if next_steps is not None:
+            demand = next_steps.add_to(demand, block.steps, trace.layers)
+        return _batch(block, demand, schedule, counts_prompts), int(block.offset[block.steps])
+
+    blocks = trace.blocks(ahead=ahead)
+    if pool is None:
+        yield from map(prepare, blocks)
+        return
+    coming: Future | None = None
+    for block in blocks:
+        ready, coming = coming, pool.submit(prepare, block)
+        if ready is not None:
+            yield ready.result()
+    if coming is not None:
+        yield coming.result()
+
+
+def _demand(trace: Trace, block: Block) -> Demand:
+    demand, wrong, row = demand_of(block.experts, block.offset, trace.num_experts)
+    if wrong != FINE:
+        row += int(trace.offset[block.first_step])
+        what = (
+            "has an expert twice in one choice"
+            if wrong == TWICE
+            else f"has an id that is neither below {trace.num_experts} nor absent"
+        )
+        raise MoetraceError(f"{trace.path or 'trace in memory'}: /experts row {row} {what}; import the trace anew.")
+    return demand
+
+
+def _batch(block: Block, demand: Demand, schedule: Schedule, with_rows: bool) -> Batch:
+    steps = slice(block.first_step, block.first_step + block.steps)
+    shape = block.experts.shape
+    return Batch(
+        first_step=block.first_step,
+        rows=schedule.rows[steps],
+        kv_tokens=schedule.kv_tokens[steps],
+        phase=schedule.phase[steps],
+        prompt_ends=schedule.prompt_ends[steps],
+        demand=demand,
+        offset=np.ascontiguousarray(block.offset, np.int64),
+        experts=block.experts.astype(np.uint16) if with_rows else np.zeros((0, *shape[1:]), np.uint16),
+        request=request_index(schedule.requests, block) if with_rows else np.zeros(0, np.int64),
+        row_phase=np.ascontiguousarray(block.phase, np.uint8),
+    )

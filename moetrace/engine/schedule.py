@@ -1,0 +1,95 @@
+"""Who is in which step: the first pass over a trace, over rows and steps only."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.engine.compile import kernel
+from moetrace.trace.format import Rows, Trace
+
+PREFILL, DECODE, MIXED = 0, 1, 2
+
+
+class Requests(NamedTuple):
+    """One entry a request, by ascending id; steps are -1 where there is none."""
+
+    id: np.ndarray  # int64
+    prompt_rows: np.ndarray  # int64
+    output_rows: np.ndarray  # int64
+    first_step: np.ndarray  # int64
+    last_step: np.ndarray  # int64
+    first_prefill_step: np.ndarray  # int64
+    last_prefill_step: np.ndarray  # int64
+    first_decode_step: np.ndarray  # int64
+    last_decode_step: np.ndarray  # int64
+
+
+class Schedule(NamedTuple):
+    """The steps of a trace and the requests in them."""
+
+    rows: np.ndarray  # int64 [steps]: T
+    kv_tokens: np.ndarray  # int64 [steps]: C, cached tokens attended to
+    phase: np.ndarray  # uint8 [steps]
+    prompt_ends: np.ndarray  # uint8 [steps]: whether a prefill ends in the step
+    requests: Requests
+
+
+def schedule_of(trace: Trace) -> Schedule:
+    """Read who is in which step, in blocks; memory grows with steps and requests, not with rows."""
+    ids = np.zeros(0, np.int64)
+    for block in trace.row_blocks():
+        ids = np.union1d(ids, block.request)
+    n = len(ids)
+    requests = Requests(
+        ids.astype(np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64), *(np.full(n, -1) for _ in range(6))
+    )
+    kv_tokens = np.zeros(trace.steps, np.int64)
+    seen_in, highest = np.full(n, -1), np.zeros(n, np.int64)
+    for block in trace.row_blocks():
+        _scan(
+            block.first_step,
+            np.ascontiguousarray(block.offset, np.int64),
+            request_index(requests, block),
+            np.ascontiguousarray(block.position, np.int32),
+            np.ascontiguousarray(block.phase, np.uint8),
+            requests,
+            kv_tokens,
+            seen_in,
+            highest,
+        )
+    prompt_ends = np.zeros(trace.steps, np.uint8)
+    prompt_ends[requests.last_prefill_step[requests.last_prefill_step >= 0]] = 1
+    return Schedule(np.diff(trace.offset), kv_tokens, trace.phase, prompt_ends, requests)
+
+
+def request_index(requests: Requests, block: Rows) -> np.ndarray:
+    """Return int64 [rows]: where the request of each row of a block stands in ``requests``."""
+    return np.searchsorted(requests.id, block.request)
+
+
+@kernel
+def _scan(first_step, offset, request, position, phase, requests, kv_tokens, seen_in, highest):
+    for s in range(offset.size - 1):
+        step = first_step + s
+        for row in range(offset[s], offset[s + 1]):
+            r = request[row]
+            tokens = np.int64(position[row]) + 1
+            if seen_in[r] != step:
+                seen_in[r] = step
+                highest[r] = 0
+            if tokens > highest[r]:
+                kv_tokens[step] += tokens - highest[r]
+                highest[r] = tokens
+            if requests.first_step[r] < 0:
+                requests.first_step[r] = step
+            requests.last_step[r] = step
+            if phase[row] == PREFILL:
+                requests.prompt_rows[r] += 1
+                requests.last_prefill_step[r] = step
+                if requests.first_prefill_step[r] < 0:
+                    requests.first_prefill_step[r] = step
+            else:
+                requests.output_rows[r] += 1
+                requests.last_decode_step[r] = step
+                if requests.first_decode_step[r] < 0:
+                    requests.first_decode_step[r] = step

@@ -1,0 +1,114 @@
+"""The arrays that kernels work on, and their types: what policies see, and what the engine keeps to itself.
+
+Records (one array of structs) are used instead of one array a field: passing an array through a first-class function
+costs about 6 ns for its reference count, so five arrays cost 18-35 ns a call where fourteen cost 86.
+"""
+
+import tempfile
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import config, typeof, types
+
+# One expert of one layer, as policies see it. `resident` is a copy for reading: the engine keeps its own.
+CELL = np.dtype(
+    [
+        ("score", np.float64),  # the least is evicted first; infinity is never evicted
+        ("memory", np.float64),  # the policy's own, zero at the start
+        ("touched", np.int64),  # when it was last touched, 0 = never
+        ("resident", np.uint8),
+        ("admit", np.uint8),  # whether a copy that arrives may be kept
+    ],
+    align=True,
+)
+# One active expert of the layer at hand, in demand order.
+ACTIVE = np.dtype(
+    [
+        ("expert", np.int64),
+        ("group", np.int64),  # units that hold it
+        ("rows", np.float64),
+        ("gpu_s", np.float64),
+        ("ndp_s", np.float64),  # on each unit of its group
+        ("fetch_s", np.float64),
+        ("weight_bytes", np.float64),
+        ("next_use", np.float64),  # (step * layers + layer) of its next demand, where the policy looks ahead
+        ("resident", np.uint8),
+    ],
+    align=True,
+)
+# A group of units that share experts: sums over the experts that it runs in this layer.
+GROUP = np.dtype([("busy_s", np.float64), ("rows", np.float64), ("count", np.int64)], align=True)
+
+STEP = np.dtype(
+    [
+        (name, np.float64)
+        for name in ("duration_s", "dense_s", "moe_s", "head_s", "wait_s", "demand_bytes", "prefetch_bytes", "imbalance")
+    ]
+    + [(name, np.int64) for name in ("hits", "misses", "late")],
+)
+LAYER = np.dtype(
+    [(name, np.float64) for name in ("dense_s", "moe_s", "imbalance_sum", "demand_bytes")]
+    + [(name, np.int64) for name in ("imbalance_count", "hits", "misses", "gpu_experts", "ndp_experts")],
+)
+# Rows of the unit log: 0 the GPU, 1 the link towards the GPU, 2 the link away from it, 3.. the groups of units.
+UNIT = np.dtype([("busy_s", np.float64), ("rows", np.float64), ("bytes", np.float64), ("experts", np.int64)])
+GPU, LINK_IN, LINK_OUT, FIRST_GROUP = 0, 1, 2, 3
+TALLY = np.dtype([(name, np.int64) for name in ("wasted", "used", "clock", "waited")])
+
+
+class View(NamedTuple):
+    """What a policy may read of the layer at hand. Times in seconds, sizes in bytes."""
+
+    step: int
+    phase: int  # 0 prefill, 1 decode, 2 mixed
+    rows: int  # T
+    slots: int
+    share: int  # units in a group
+    out_s_per_row: float  # activations of one row to one unit
+    link_latency_s: float
+    alpha: float
+    half_life: int
+    active: Any  # ACTIVE [E]; the first `load.size` are valid
+    groups: Any  # GROUP [groups]; scratch of the dispatch
+
+
+class Log(NamedTuple):
+    """What a replay records."""
+
+    step: Any  # STEP [steps]
+    layer: Any  # LAYER [L]
+    unit: Any  # UNIT [3 + groups]
+    tally: Any  # TALLY [1]
+    fallbacks: Any  # int64 [1]: layers in which `optimal` fell back to `balance`
+
+
+def records(shape: int | tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return zeroed records; in pure Python (NUMBA_DISABLE_JIT) they also answer to ``record.field``."""
+    array = np.zeros(shape, dtype)
+    return array.view(np.recarray) if config.DISABLE_JIT else array
+
+
+def new_log(steps: int, layers: int, groups: int) -> Log:
+    """Return an empty log; a step log of more than 64 MiB lies in a temporary file that has no name."""
+    if steps * STEP.itemsize > 64 << 20:
+        file = tempfile.TemporaryFile()
+        file.truncate(steps * STEP.itemsize)
+        step = np.memmap(file, STEP, "r+").view(np.ndarray)
+    else:
+        step = records(steps, STEP)
+    return Log(
+        step, records(layers, LAYER), records(FIRST_GROUP + groups, UNIT), records(1, TALLY), np.zeros(1, np.int64)
+    )
+
+
+def _view(active: np.ndarray, groups: np.ndarray) -> View:
+    return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, active, groups)
+
+
+if not config.DISABLE_JIT:
+    CELLS = typeof(np.zeros((1, 1), CELL))
+    VIEW = typeof(_view(np.zeros(1, ACTIVE), np.zeros(1, GROUP)))
+    LOAD = types.int64[::1]
+    PLAN = types.uint8[::1]
+    HOOK = types.void(CELLS, VIEW, types.int64, LOAD, PLAN)
+    FIRST_CLASS_HOOK = types.FunctionType(HOOK)
