@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar
 
 import msgspec
 import msgspec.inspect
@@ -19,8 +19,9 @@ from moetrace.spec.errors import MoetraceError, UsageError
 
 S = TypeVar("S", bound=msgspec.Struct)
 
-# Top-level fields whose text is the path of a file; others hold one only in the form `file.py:function`.
-FILE_FIELDS = ("weight_bits", "loads", "static")
+# Fields whose text is the path of a file, and fields where it is one only in the form `file.py:function`.
+_FILE_FIELDS = ("weight_bits", "loads", "static")
+_FUNCTION_FIELDS = ("dispatch", "residency")
 
 _WORDS = {
     "float": "a number",
@@ -143,7 +144,7 @@ def canonical(spec: msgspec.Struct) -> dict[str, Any]:
     """Every field of a spec as plain values, files by their names alone: the same on every machine."""
     values = msgspec.to_builtins(spec)
     for key, value in values.items():
-        if isinstance(value, str) and (key in FILE_FIELDS or ".py:" in value):
+        if _is_file(key, value):
             values[key] = Path(value).name
     return values
 
@@ -202,9 +203,13 @@ def _override(raw: dict[str, Any], path: str, value: object, where: str) -> None
 def _find_files(raw: dict[str, Any], keys: Mapping[str, object], folder: Path) -> None:
     """Make the files that the fields `keys` of `raw` name absolute, as seen from `folder`."""
     for key in keys:
-        value = raw.get(key)
-        if isinstance(value, str) and (key in FILE_FIELDS or ".py:" in value):
+        value: object = raw.get(key)
+        if _is_file(key, value):
             raw[key] = str(folder / value)
+
+
+def _is_file(field: str, value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and (field in _FILE_FIELDS or (field in _FUNCTION_FIELDS and ".py:" in value))
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
@@ -234,8 +239,8 @@ def _got(raw: dict[str, Any], path: str) -> str:
 
 def _explain(message: str, loaded: Loaded, struct: type[msgspec.Struct]) -> str:
     """msgspec's message, in the words of one who writes TOML."""
-    what, _, path = message.rstrip("`").partition(" - at `$")
-    path = path.lstrip(".")
+    what, _, path = message.partition(" - at `$")
+    path = path.lstrip(".").rstrip("`")
     prefix = f"{path}." if path else ""
     if found := re.match(r"Object contains unknown field `(.*)`", what):
         known = list(_fields(struct, path))
@@ -247,7 +252,9 @@ def _explain(message: str, loaded: Loaded, struct: type[msgspec.Struct]) -> str:
         wants = " or ".join(_WORDS.get(name, name) for name in found[1].split(" | "))
         if found[2]:
             wants += f" {_LIMITS[found[2]]} {float(found[3]):g}"
-        return f"{loaded.where}: {path or 'the file'} wants {wants}{_got(loaded.raw, path)}."
+        if path.endswith("[...]"):
+            return f"{loaded.where}: every value of {path[:-5]} wants {wants}."
+        return f"{loaded.where}: {path} wants {wants}{_got(loaded.raw, path)}."
     return f"{loaded.where}: {path}: {what}{_got(loaded.raw, path)}."
 
 

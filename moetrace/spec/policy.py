@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -17,6 +17,7 @@ PLACEMENTS = ("ep", "ep-block", "ep-lpt", "tp", "tp:g")
 DISPATCHES = ("ndp", "gpu", "hot", "balance", "optimal")
 RESIDENCIES = ("none", "static", "lru", "lfu", "prefill", "ewma", "belady")
 PREFETCHES = ("none", "prefill", "online:m", "oracle:d")
+SCOPES = ("layer", "global")
 USER = "file.py:function"
 
 # Prefetch -> the built-in residencies that it goes with; it goes with a user's own where USER is among them.
@@ -40,7 +41,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     dispatch: str = "gpu"
     residency: str = "none"
     prefetch: str = "none"
-    scope: Literal["layer", "global"] = "layer"
+    scope: str = "layer"
     half_life: Annotated[int, Meta(ge=1)] | None = None
     alpha: Annotated[float, Meta(gt=0, le=1)] = 0.3
     p: Annotated[float, Meta(ge=0, le=1)] = 1.0
@@ -78,6 +79,21 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def user_residency(self) -> tuple[str, str] | None:
         """File and function of a user's own residency, None if it is built in."""
         return _split(self.residency)
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """Parameters that none of the choices reads, each with the choice that would."""
+        oracle = self.prefetch_kind == "oracle"
+        readers = {
+            "half_life": (self.residency == "lfu", "residency lfu"),
+            "alpha": (self.residency == "ewma", "residency ewma"),
+            "p": (oracle, "prefetch oracle:d"),
+            "seed": (oracle, "prefetch oracle:d"),
+            "loads": (self.placement == "ep-lpt", "placement ep-lpt"),
+            "static": (self.residency == "static", "residency static"),
+            "prefetch_blocks": (self.prefetch != "none", "a prefetch other than none"),
+        }
+        return {field: reader for field, (reads, reader) in readers.items() if not reads}
 
 
 def load_policy(source: str | Path | PolicySpec, overrides: Mapping[str, object] | None = None) -> PolicySpec:
@@ -178,6 +194,7 @@ def _check_choices(policy: PolicySpec, loaded: Loaded) -> None:
     _check_choice(loaded, "dispatch", policy.dispatch, (*DISPATCHES, USER))
     _check_choice(loaded, "residency", policy.residency, (*RESIDENCIES, USER))
     _check_choice(loaded, "prefetch", policy.prefetch, PREFETCHES)
+    _check_choice(loaded, "scope", policy.scope, SCOPES)
 
 
 def _check_choice(loaded: Loaded, field: str, choice: str, legal: tuple[str, ...]) -> None:
@@ -217,18 +234,8 @@ def _check_partners(policy: PolicySpec, loaded: Loaded) -> None:
 
 def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> None:
     """Each parameter of `given` stands beside the choice that reads it, and each choice has the file that it needs."""
-    oracle = policy.prefetch_kind == "oracle"
-    readers = {
-        "half_life": (policy.residency == "lfu", "residency lfu"),
-        "alpha": (policy.residency == "ewma", "residency ewma"),
-        "p": (oracle, "prefetch oracle:d"),
-        "seed": (oracle, "prefetch oracle:d"),
-        "loads": (policy.placement == "ep-lpt", "placement ep-lpt"),
-        "static": (policy.residency == "static", "residency static"),
-        "prefetch_blocks": (policy.prefetch_kind != "none", "a prefetch other than none"),
-    }
-    for field, (applies, reader) in readers.items():
-        if field in given and not applies:
+    for field, reader in policy.unread.items():
+        if field in given:
             raise UsageError(f"{loaded.where}: {field} applies to {reader} only; remove it or choose that.")
     if policy.placement == "ep-lpt" and policy.loads is None:
         loaded.refuse("loads", "the path of a CSV file of loads, which placement ep-lpt needs")

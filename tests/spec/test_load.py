@@ -1,0 +1,247 @@
+"""Bad specs: one sentence with the file, the TOML path and what is wanted."""
+
+import subprocess
+import sys
+
+import msgspec
+import numpy as np
+import pytest
+
+from moetrace.spec import (
+    MoetraceError,
+    UsageError,
+    canonical,
+    list_presets,
+    load_model,
+    load_policy,
+    load_system,
+)
+from moetrace.spec.load import read_table
+
+SYSTEM = """\
+name = "mine"
+[gpu]
+name = "some GPU"
+tflops = 100
+bandwidth_gb_s = 1000
+memory_gb = 16
+reserve_gb = 2
+launch_us = 5
+[ndp]
+units = 2
+gmac_s = 256
+bandwidth_gb_s = 100
+capacity_gb = 32
+command_us = 2
+[link]
+bandwidth_gb_s = 50
+latency_us = 5
+"""
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_file_is_read_with_its_defaults(tmp_path):
+    system = load_system(write(tmp_path / "mine.toml", SYSTEM))
+    assert system.gpu.compute_efficiency == 1.0
+    assert system.gpu.tflops == 100.0 and isinstance(system.gpu.tflops, float)
+    assert load_system(str(tmp_path / "mine.toml")) == system
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "wants"),
+    [
+        ("units = 0", "ndp.units", "a whole number of at least 1, got 0"),
+        ("units = 2.5", "ndp.units", "a whole number, got 2.5"),
+        ('units = "2"', "ndp.units", "a whole number, got '2'"),
+        ("units = true", "ndp.units", "a whole number, got True"),
+        ("bandwidth_gb_s = -1", "gpu.bandwidth_gb_s", "a number greater than 0, got -1"),
+        ("bandwidth_gb_s = nan", "gpu.bandwidth_gb_s", "a finite number, got nan"),
+        ("memory_gb = inf", "gpu.memory_gb", "a finite number, got inf"),
+        ("reserve_gb = nan", "gpu.reserve_gb", "a finite number, got nan"),
+        ("tflops = 1" + "0" * 400, "gpu.tflops", "a finite number"),
+        ("reserve_gb = 17", "gpu.reserve_gb", "at most gpu.memory_gb = 16, got 17"),
+        ("launch_us = -0.1", "gpu.launch_us", "a number of at least 0, got -0.1"),
+        ("compute_efficiency = 0", "gpu.compute_efficiency", "a number greater than 0, got 0"),
+        ("memory_efficiency = 1.5", "gpu.memory_efficiency", "a number of at most 1, got 1.5"),
+        ("name = 7", "gpu.name", "a text in quotes, got 7"),
+        ("bandwith_gb_s = 3", "gpu.bandwith_gb_s", "is unknown (the nearest is 'bandwidth_gb_s')"),
+    ],
+)
+def test_bad_value_names_file_path_and_wish(tmp_path, line, path, wants):
+    key, section = line.split(" = ")[0], path.split(".")[0]
+    lines = SYSTEM.splitlines()
+    start = lines.index(f"[{section}]")
+    at = next((i for i in range(start, len(lines)) if lines[i].startswith(f"{key} =")), None)
+    if at is None or key not in SYSTEM.split(f"[{section}]")[1].split("[")[0]:
+        lines.insert(start + 1, line)
+    else:
+        lines[at] = line
+    file = write(tmp_path / "bad.toml", "\n".join(lines))
+    with pytest.raises(UsageError) as caught:
+        load_system(file)
+    assert str(caught.value).startswith(f"{file}: {path} ")
+    assert wants in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "name is missing, and wants a text in quotes"),
+        ('name = "x"', "gpu is missing, and wants a table"),
+        (SYSTEM.replace("tflops = 100\n", ""), "gpu.tflops is missing, and wants a number"),
+        (SYSTEM.replace("units = 2\n", ""), "ndp.units is missing, and wants a whole number"),
+        ("nmae = 3\n" + SYSTEM, "nmae is unknown (the nearest is 'name'); known are name, gpu, ndp"),
+        (SYSTEM + "[gpuu]\nx = 1", "gpuu is unknown (the nearest is 'gpu')"),
+        (SYSTEM.split("[ndp]")[0].replace("[gpu]", "ndp = 3\n[gpu]"), "ndp wants a table or nothing, got 3"),
+        (SYSTEM.split("[link]")[0], "link is missing, and NDP units need one"),
+        (SYSTEM + "[energy]\nlink_pj_bit = -1", "every value of energy wants a number of at least 0."),
+    ],
+)
+def test_bad_table(tmp_path, text, sentence):
+    with pytest.raises(UsageError) as caught:
+        load_system(write(tmp_path / "bad.toml", text))
+    assert f"bad.toml: {sentence}" in str(caught.value)
+
+
+def test_not_toml_names_the_line(tmp_path):
+    with pytest.raises(MoetraceError, match=r"bad\.toml, line 3: not TOML: "):
+        load_system(write(tmp_path / "bad.toml", 'name = "x"\n\n[gpu\n'))
+    with pytest.raises(MoetraceError, match=r"bad\.toml, line 2: not TOML: "):
+        load_system(write(tmp_path / "bad.toml", 'name = "x"\ntext = """never ends'))
+
+
+def test_unreadable_file(tmp_path):
+    with pytest.raises(MoetraceError, match=r"Cannot read .*absent\.toml: No such file"):
+        load_model(tmp_path / "absent.toml")
+    with pytest.raises(MoetraceError, match="Is a directory"):
+        load_model(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
+    with pytest.raises(MoetraceError, match="not a UTF-8 text file"):
+        load_model(tmp_path / "latin.toml")
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(UsageError, match=r"'edge-npd' \(the nearest is 'edge-ndp'\); `moetrace list systems`"):
+        load_system("edge-npd")
+    with pytest.raises(UsageError, match=r"No policy preset is called 'zzzz'; `moetrace list policies`"):
+        load_policy("zzzz")
+    with pytest.raises(UsageError, match=r"\(the nearest is 'qwen3-30b-a3b'\)"):
+        load_model("Qwen3-30B-A3B")
+
+
+def test_overrides_are_texts_or_values():
+    assert load_system("edge-ndp", {"ndp.units": 4}).units == 4
+    assert load_system("edge-ndp", {"ndp.units": "4"}).units == 4
+    assert load_policy("monde", {"name": "my monde"}).name == "my monde"
+    assert load_model("mixtral-8x7b", {"weight_bits": "4"}).weight_bits == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"ndp.units": "0"}, "ndp.units wants a whole number of at least 1, got 0"),
+        ({"ndp.unit": 3}, r"ndp.unit is unknown \(the nearest is 'units'\)"),
+        ({"npd.units": 3}, r"npd is unknown \(the nearest is 'ndp'\)"),
+        ({"name.units": 3}, "'name.units' cannot be set, as name is not a table"),
+        ({"cpu.tflops": 3}, "cpu.bandwidth_gb_s is missing, and wants a number"),
+        ({"gpu": 3}, "gpu wants a table, got 3"),
+        ({"ndp.units": "3\nx = 1"}, "ndp.units wants a whole number, got '3.nx = 1'"),
+    ],
+)
+def test_bad_override(overrides, sentence):
+    with pytest.raises(UsageError, match=f"system edge-ndp: {sentence}"):
+        load_system("edge-ndp", overrides)
+
+
+@pytest.mark.parametrize("kind", ["models", "systems", "policies"])
+def test_instance_goes_through_the_same_door(kind):
+    load = {"models": load_model, "systems": load_system, "policies": load_policy}[kind]
+    for name in list_presets(kind):
+        spec = load(name)
+        assert load(spec) == spec
+    with pytest.raises(UsageError, match="name wants a text"):
+        load(msgspec.structs.replace(spec, name=3))
+
+
+def test_instance_is_checked_and_overridden():
+    model = load_model("mixtral-8x7b")
+    with pytest.raises(UsageError, match="model mixtral-8x7b: top_k wants at most the 8 experts"):
+        load_model(msgspec.structs.replace(model, top_k=9))
+    assert load_model(model, {"weight_bits": 8}).weight_bits == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"top_k": 9}, "top_k wants at most the 8 experts that a layer has, got 9"),
+        ({"top_k": 0}, "top_k wants a whole number of at least 1, got 0"),
+        ({"experts": 65536}, "experts wants a whole number of at most 65535, got 65536"),
+        ({"weight_bits": 0}, "weight_bits wants a number.* greater than 0, got 0"),
+        ({"weight_bits": [16, 8]}, "weight_bits wants one number for each of the 32 MoE layers, got 2 numbers"),
+        ({"weight_bits": [16] * 31 + [-1]}, r"weight_bits\[31\] wants a number greater than 0, got -1"),
+        ({"weight_bits": [16] * 31 + ["a"]}, r"weight_bits\[31\] wants a number, got 'a'"),
+        ({"weight_bits": True}, "weight_bits wants a number or a text in quotes or a list, got True"),
+        ({"once_params": -1}, "once_params wants a whole number of at least 0, got -1"),
+        ({"kv_bytes_per_token_layer": -1}, "kv_bytes_per_token_layer wants a number of at least 0, got -1"),
+    ],
+)
+def test_bad_model(overrides, sentence):
+    with pytest.raises(UsageError, match=f"model mixtral-8x7b: {sentence}"):
+        load_model("mixtral-8x7b", overrides)
+
+
+def test_expert_bytes_of_one_width_of_a_list_and_of_a_table(tmp_path, monkeypatch):
+    small = {"moe_layers": 2, "experts": 3, "hidden": 4, "expert_intermediate": 5}
+    model = load_model("mixtral-8x7b", small | {"weight_bits": 4})
+    assert model.expert_bytes().tolist() == [[30.0] * 3] * 2
+    assert model.flop_per_row == 2 * 3 * 4 * 5
+    model = load_model("mixtral-8x7b", small | {"weight_bits": [16, 8]})
+    assert model.expert_bytes().tolist() == [[120.0] * 3, [60.0] * 3]
+    write(tmp_path / "bits.csv", "# bits\n16,8,4\n\n2, 2, 16\n")
+    monkeypatch.chdir(tmp_path)
+    model = load_model("mixtral-8x7b", small | {"weight_bits": "bits.csv"})
+    assert model.expert_bytes().tolist() == [[120.0, 60.0, 30.0], [15.0, 15.0, 120.0]]
+    assert canonical(model)["weight_bits"] == "bits.csv"
+    write(tmp_path / "bits.csv", "16,8,4\n2,2,0\n")
+    with pytest.raises(UsageError, match="weight_bits wants numbers greater than 0"):
+        load_model("mixtral-8x7b", small | {"weight_bits": "bits.csv"})
+
+
+def test_file_named_in_a_toml_is_found_beside_it(tmp_path):
+    write(tmp_path / "bits.csv", "\n".join([",".join(["4"] * 8)] * 32))
+    text = "\n".join(f"{key} = {value!r}" for key, value in canonical(load_model("mixtral-8x7b")).items())
+    write(tmp_path / "mine.toml", text.replace("weight_bits = 16.0", "weight_bits = 'bits.csv'", 1))
+    model = load_model(tmp_path / "mine.toml")
+    assert model.weight_bits == str(tmp_path / "bits.csv")
+    assert (model.expert_bytes() == 3 * 4096 * 14336 / 2).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("1,2\n", "1 lines of numbers, but the model has 2 MoE layers"),
+        ("1,2\n3\n", "line 2: 1 numbers, but the model has 2 experts"),
+        ("1,2\n# x\n3,x\n", "line 3: wants numbers separated by commas"),
+        ("1,2\n3,-1\n", "line 2: wants finite numbers that are not negative"),
+        ("1,nan\n3,1\n", "line 1: wants finite numbers that are not negative"),
+    ],
+)
+def test_bad_table_file(tmp_path, text, sentence):
+    with pytest.raises(MoetraceError, match=sentence):
+        read_table(write(tmp_path / "table.csv", text), 2, 2)
+
+
+def test_table_file(tmp_path):
+    table = read_table(write(tmp_path / "table.csv", "1,2.5\n3,4\n"), 2, 2)
+    assert table.dtype == np.float64 and table.tolist() == [[1.0, 2.5], [3.0, 4.0]]
+
+
+def test_the_room_is_light():
+    heavy = "{'numba', 'h5py', 'polars', 'click', 'rich'}"
+    code = f"import sys, moetrace.spec; sys.exit(sorted({heavy} & set(sys.modules)) or 0)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

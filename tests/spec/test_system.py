@@ -1,0 +1,56 @@
+"""Slots of the GPU, and what fits where."""
+
+import numpy as np
+import pytest
+
+from moetrace.spec import UsageError, check_fits, gpu_slots, load_model, load_system
+
+
+def test_slots_follow_the_timing_model():
+    model, system = load_model("qwen3-30b-a3b"), load_system("edge-ndp")
+    dense = 48 * 19_136_512 * 2 + 311_164_928 * 2
+    assert gpu_slots(model, system, model.expert_bytes()) == int((14e9 - dense) // (3 * 2048 * 768 * 2))
+
+
+def test_slots_are_counted_in_the_largest_expert():
+    model, system = load_model("qwen3-30b-a3b"), load_system("edge-ndp")
+    weights = np.full((48, 128), 1e6)
+    weights[7, 9] = 1e9
+    assert gpu_slots(model, system, weights) == 11
+
+
+def test_slots_are_never_negative_nor_more_than_the_experts():
+    model = load_model("qwen2-57b-a14b")
+    assert gpu_slots(model, load_system("edge-ndp"), model.expert_bytes()) == 0
+    everything = load_system("edge-ndp", {"gpu.memory_gb": 1000})
+    assert gpu_slots(model, everything, model.expert_bytes()) == 28 * 64
+    no_room = load_system("edge-ndp", {"gpu.reserve_gb": 16})
+    assert gpu_slots(load_model("olmoe-1b-7b"), no_room, np.ones((16, 64))) == 0
+
+
+def test_experts_that_do_not_fit_the_units_are_refused():
+    model, system = load_model("mixtral-8x7b"), load_system("edge-ndp", {"ndp.units": 2})
+    with pytest.raises(UsageError, match=r"90\.2 GB .* 2 NDP units of 32 GB .* ndp\.units = 3, .*--ignore-capacity"):
+        check_fits(model, system, model.expert_bytes())
+    check_fits(model, system, model.expert_bytes(), ignore_capacity=True)
+    check_fits(model, system, model.expert_bytes() / 2)
+
+
+def test_host_memory_holds_anything():
+    model = load_model("deepseek-v3")
+    check_fits(model, load_system("rtx4090-offload"), model.expert_bytes())
+
+
+def test_without_a_link_the_gpu_holds_all_or_the_model_is_refused():
+    jetson = load_system("jetson-orin")
+    small, large = load_model("olmoe-1b-7b"), load_model("mixtral-8x7b")
+    check_fits(small, jetson, small.expert_bytes())
+    assert gpu_slots(small, jetson, small.expert_bytes()) == 16 * 64
+    with pytest.raises(UsageError, match=r"do not fit the 53\.1 GB that the GPU .* --ignore-capacity"):
+        check_fits(large, jetson, large.expert_bytes())
+    check_fits(large, jetson, large.expert_bytes(), ignore_capacity=True)
+    # The largest expert times L*E would not fit here, but the experts do: all of them are resident.
+    uneven = np.full((16, 64), 1e6)
+    uneven[0, 0] = 1e9
+    check_fits(small, jetson, uneven)
+    assert gpu_slots(small, jetson, uneven) == 16 * 64
