@@ -1,0 +1,73 @@
+"""How commands print: one `--format` for whatever is a table, on stdout."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+format_option = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+    help="How to print: a table to read, or JSON or CSV with every digit.",
+)
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_rows(headers: Mapping[str, str], rows: Sequence[Mapping[str, Any]], form: str) -> None:
+    """Print rows as a table, JSON or CSV; `headers` maps each column's key (for JSON and CSV) to its table heading."""
+    if form == "json":
+        print_json([{key: row.get(key) for key in headers} for row in rows])
+    elif form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(headers)
+        writer.writerows([row.get(key) for key in headers] for row in rows)
+    else:
+        _print_table(headers, rows)
+
+
+def figure(value: object) -> str:
+    """A value for people: four digits of a number with a fraction, `-` for none."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e12:
+        return f"{value:.0f}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return str(value)
+
+
+def _print_table(headers: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    # Rich takes 80 columns where there is no terminal, and would fold a piped table to that.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for column, (key, header) in enumerate(headers.items()):
+        cells = [figure(row.get(key)) for row in rows]
+        figures = all(isinstance(row.get(key), int | float | None) for row in rows)
+        whole = figures or column == 0
+        width = max(map(len, (*cells, *header.split("\n")))) if whole else None
+        table.add_column(header, justify="right" if figures else "left", min_width=width, no_wrap=whole)
+    for row in rows:
+        table.add_row(*(figure(row.get(key)) for key in headers))
+    # Words may wrap in a narrow terminal; names and figures stay whole, even if the terminal then breaks the line.
+    unlimited = console.options.update(max_width=10_000)
+    console.width = max(console.width, Measurement.get(console, unlimited, table).minimum)
+    console.print(table)

@@ -1,0 +1,129 @@
+"""`moetrace list` and `moetrace show`."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moetrace.cli import main
+from moetrace.spec import list_presets
+
+
+@pytest.fixture
+def moetrace(capsys, monkeypatch):
+    """Run a command line; returns exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*args):
+        try:
+            main(list(args))
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code or 0, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["models", "systems", "policies"])
+def test_list_names_every_preset_within_80_columns(moetrace, kind):
+    code, out, err = moetrace("list", kind)
+    assert (code, err) == (0, "")
+    assert [name for name in list_presets(kind) if f"\n{name} " not in out] == []
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("kind", ["models", "systems", "policies"])
+def test_list_formats_agree(moetrace, kind):
+    rows = json.loads(moetrace("list", kind, "--format", "json")[1])
+    table = list(csv.DictReader(io.StringIO(moetrace("list", kind, "--format", "csv")[1])))
+    assert [row["name"] for row in rows] == [row["name"] for row in table] == list_presets(kind)
+    assert list(rows[0]) == list(table[0])
+    assert [["" if value is None else str(value) for value in row.values()] for row in rows] == [
+        list(row.values()) for row in table
+    ]
+
+
+def test_narrow_terminal_keeps_names_and_figures_whole(moetrace, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    out = moetrace("list", "models")[1]
+    assert "qwen1.5-moe-a2.7b " in out and "…" not in out
+    out = moetrace("show", "system", "edge-ndp", "--model", "qwen3-30b-a3b")[1]
+    assert "fetch_beats_all_units_rows" in out and "…" not in out
+
+
+def test_show_system_with_a_model(moetrace):
+    code, out, err = moetrace("show", "system", "edge-ndp", "--model", "qwen3-30b-a3b", "--format", "json")
+    shown = json.loads(out)
+    assert (code, err) == (0, "")
+    assert shown["spec"]["ndp"]["units"] == 6
+    assert shown["derived"]["slots"] == 1222
+    assert shown["derived"]["ndp_compute_bound_rows"] == 6
+
+
+def test_show_overrides(moetrace):
+    args = ("show", "system", "edge-ndp", "--model", "mixtral-8x7b", "--format", "csv")
+    code, out, err = moetrace(*args, "--set", "system.ndp.units=2", "--set", "model.weight_bits=4")
+    assert (code, err) == (0, "")
+    assert "spec,ndp.units,2\n" in out and "derived,slots,125\n" in out
+    code, out, err = moetrace(*args, "--set", "system.ndp.units=2")
+    assert code == 0 and "derived,slots,31\n" in out
+    assert err.startswith("A replay would be refused: The experts of mixtral-8x7b take 90.2 GB")
+
+
+@pytest.mark.parametrize("kind", ["model", "system", "policy"])
+def test_show_every_preset(moetrace, kind):
+    for name in list_presets({"policy": "policies"}.get(kind, f"{kind}s")):
+        code, out, err = moetrace("show", kind, name)
+        assert (code, err) == (0, "")
+        assert name in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_show_policy_explains_its_choices_and_leaves_out_what_it_does_not_read(moetrace):
+    out = moetrace("show", "policy", "edge-ndp")[1]
+    assert "each expert split over all units" in out and "alpha" not in out and "prefetch_blocks" in out
+    out = moetrace("show", "policy", "edge-ndp", "--set", "policy.residency=ewma", "--set", "policy.prefetch=online:2")[
+        1
+    ]
+    assert "alpha" in out and "up to m experts" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["show", "system", "edge-npd"], "No system preset is called 'edge-npd' (the nearest is 'edge-ndp')"),
+        (["show", "system", "edge-ndp", "--set", "system.ndp.units=0"], "ndp.units wants a whole number of at least 1"),
+        (["show", "system", "edge-ndp", "--set", "ndp.units=0"], "--set wants system.FIELD=VALUE"),
+        (["show", "system", "edge-ndp", "--set", "system.ndp.units"], "--set wants system.FIELD=VALUE"),
+        (["show", "model", "mixtral-8x7b", "--model", "olmoe-1b-7b"], "--model goes with `show system` only"),
+        (["show", "machine", "edge-ndp"], "'machine' is not one of 'model', 'system', 'policy'"),
+        (["list", "model"], "'model' is not one of 'models', 'systems', 'policies'"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(moetrace, args, sentence):
+    code, out, err = moetrace(*args)
+    assert (code, out) == (2, "")
+    assert sentence in err and "Traceback" not in err
+
+
+def test_brackets_in_a_name_are_no_markup(moetrace):
+    assert "[bold]mine" in moetrace("show", "policy", "monde", "--set", "policy.name=[bold]mine")[1]
+
+
+def test_bad_file_is_exit_code_1(moetrace, tmp_path):
+    (tmp_path / "bad.toml").write_text("name =")
+    code, out, err = moetrace("show", "model", str(tmp_path / "bad.toml"))
+    assert (code, out) == (1, "")
+    assert "bad.toml, line 1: not TOML" in err
+
+
+def test_list_needs_nothing_heavy():
+    code = (
+        "import sys; from moetrace.cli import main; main(['list', 'systems']); "
+        "sys.exit(sorted({'numba', 'h5py', 'polars'} & set(sys.modules)) or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
