@@ -144,7 +144,7 @@ def canonical(spec: msgspec.Struct) -> dict[str, Any]:
     """Every field of a spec as plain values, files by their names alone: the same on every machine."""
     values = msgspec.to_builtins(spec)
     for key, value in values.items():
-        if _is_file(key, value):
+        if _is_file(value, key):
             values[key] = Path(value).name
     return values
 
@@ -203,12 +203,12 @@ def _override(raw: dict[str, Any], path: str, value: object, where: str) -> None
 def _find_files(raw: dict[str, Any], keys: Mapping[str, object], folder: Path) -> None:
     """Make the files that the fields `keys` of `raw` name absolute, as seen from `folder`."""
     for key in keys:
-        value: object = raw.get(key)
-        if _is_file(key, value):
+        value = raw.get(key)
+        if _is_file(value, key):
             raw[key] = str(folder / value)
 
 
-def _is_file(field: str, value: object) -> TypeGuard[str]:
+def _is_file(value: object, field: str) -> TypeGuard[str]:
     return isinstance(value, str) and (field in _FILE_FIELDS or (field in _FUNCTION_FIELDS and ".py:" in value))
 
 
