@@ -1,13 +1,19 @@
 """What a trace runs on: models, systems and policies as TOML.
 
-Importing this package needs nothing heavier than NumPy and msgspec, and reads no file.
+Importing this package loads nothing but its errors, which every command needs; the rest, and with it NumPy and msgspec,
+comes when a name is first used.
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.load import canonical, list_presets
-from moetrace.spec.model import Model, load_model
-from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_policy, load_static
-from moetrace.spec.system import Cpu, Gpu, Link, Ndp, System, check_fits, gpu_slots, load_system
+
+if TYPE_CHECKING:
+    from moetrace.spec.load import canonical, list_presets
+    from moetrace.spec.model import Model, load_model
+    from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_policy, load_static
+    from moetrace.spec.system import Cpu, Gpu, Link, Ndp, System, check_fits, gpu_slots, load_system
 
 __all__ = [
     "Cpu",
@@ -30,3 +36,12 @@ __all__ = [
     "load_static",
     "load_system",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        for module in ("load", "model", "system", "policy"):
+            home = importlib.import_module(f"moetrace.spec.{module}")
+            if hasattr(home, name):
+                return getattr(home, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
+import moetrace.spec
 from moetrace.spec import (
     MoetraceError,
     UsageError,
@@ -241,7 +242,20 @@ def test_table_file(tmp_path):
     assert table.dtype == np.float64 and table.tolist() == [[1.0, 2.5], [3.0, 4.0]]
 
 
+def imported_by(code):
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"], check=True, capture_output=True, text=True
+    )
+    return {"numba", "h5py", "polars", "click", "rich", "numpy", "msgspec"} & set(found.stdout.split())
+
+
 def test_the_room_is_light():
-    heavy = "{'numba', 'h5py', 'polars', 'click', 'rich'}"
-    code = f"import sys, moetrace.spec; sys.exit(sorted({heavy} & set(sys.modules)) or 0)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+    assert imported_by("import moetrace.spec") == set()
+    assert imported_by("from moetrace.spec import *; load_system('edge-ndp')") == {"numpy", "msgspec"}
+
+
+def test_every_name_that_the_room_offers_is_there():
+    for name in moetrace.spec.__all__:
+        assert getattr(moetrace.spec, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'load_modle'"):
+        vars(moetrace.spec)["__getattr__"]("load_modle")
