@@ -15,7 +15,8 @@ class Machine(NamedTuple):
     gpu_flop_s: float
     gpu_bytes_s: float
     gpu_launch_s: float
-    share: int  # units that share an expert
+    groups: int  # of units
+    share: int  # units in a group, which share its experts
     ndp_flop_s: float  # of the units that share an expert, together
     ndp_bytes_s: float
     ndp_command_s: float
@@ -47,6 +48,7 @@ def machine_of(
         gpu_flop_s=gpu.flop_s,
         gpu_bytes_s=gpu.bytes_s,
         gpu_launch_s=gpu.launch_s,
+        groups=max(system.units // share, 1),
         share=share,
         ndp_flop_s=share * unit_flop_s,
         ndp_bytes_s=share * unit_bytes_s,

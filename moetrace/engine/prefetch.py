@@ -18,14 +18,14 @@ class Queue(NamedTuple):
 
     weight_bytes: np.ndarray  # float64 [L * E]
     code: np.ndarray  # int64 [2 * L * E]
-    ends: np.ndarray  # int64 [3]: first entry, one past the last, transfers that are complete
+    ends: np.ndarray  # int64 [4]: first entry, one past the last, complete ones in between, completed ever
     place: np.ndarray  # int64 [L * E]: where in `code` an expert stands
     moved_bytes: np.ndarray  # float64 [L * E]
     late: np.ndarray  # uint8 [L * E]: counted as late already
     target: np.ndarray  # int64 [L * E]: step * L + layer that an `oracle` entry is meant for
 
 
-HEAD, TAIL, COMPLETE = 0, 1, 2
+HEAD, TAIL, COMPLETE, COMPLETED_EVER = 0, 1, 2, 3
 
 
 def empty_queue(weight_bytes: np.ndarray) -> Queue:
@@ -34,7 +34,7 @@ def empty_queue(weight_bytes: np.ndarray) -> Queue:
     return Queue(
         weight_bytes=weight_bytes.reshape(-1),
         code=np.zeros(2 * cells, np.int64),
-        ends=np.zeros(3, np.int64),
+        ends=np.zeros(4, np.int64),
         place=np.full(cells, -1),
         moved_bytes=np.zeros(cells),
         late=np.zeros(cells, np.uint8),
@@ -124,6 +124,7 @@ def flow(queue, budget_bytes):
         moved_bytes += step_bytes
         if is_complete(queue, code):
             queue.ends[COMPLETE] += 1
+            queue.ends[COMPLETED_EVER] += 1
     return moved_bytes
 
 
@@ -139,7 +140,7 @@ def remaining_bytes(queue):
 
 
 @kernel
-def admit_complete(queue, cells, cache, unit, tally):
+def admit_complete(queue, cells, cache, tally):
     """Before a layer's ``dense``: keep what has arrived, in queue order, or drop it for want of room."""
     experts = cells.shape[1]
     at = queue.ends[HEAD]
@@ -147,7 +148,6 @@ def admit_complete(queue, cells, cache, unit, tally):
         code = queue.code[at]
         if queue.place[code] == at and is_complete(queue, code):
             leave(queue, code)
-            unit.experts += 1
             if admit(cells, cache, code // experts, code % experts, tally):
                 cache.fresh[code] = 1
             else:

@@ -167,7 +167,7 @@ def _note_units(layer, size, dense, line, moved_bytes, machine, state, log):
 def _replay_layer(at, layer, step, dense, batch, machine, setting, state, log, dispatch, residency):
     """Replay one layer; return its time and its imbalance, -1 where that is undefined."""
     queue, cells, tally = state.queue, state.cells, log.tally
-    admit_complete(queue, cells, state.cache, log.unit[LINK_IN], tally)
+    admit_complete(queue, cells, state.cache, tally)
     moved_bytes = flow(queue, dense * machine.link_bytes_s)
     size = _see(at, layer, step, batch.demand, machine, state, log)
     if setting.prefetch == ORACLE:
@@ -210,7 +210,7 @@ def _replay_layer(at, layer, step, dense, batch, machine, setting, state, log, d
     totals.demand_bytes += line.demand_bytes
     if line.busiest_s == 0.0:
         return -1.0
-    imbalance = line.busiest_s * (state.groups.size * machine.share) / line.busy_sum_s
+    imbalance = line.busiest_s * (machine.groups * machine.share) / line.busy_sum_s
     totals.imbalance_sum += imbalance
     totals.imbalance_count += 1
     return imbalance
@@ -280,7 +280,6 @@ def replay_batch(batch, machine, setting, state, log, dispatch, residency):
 def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int, admit: bool) -> State:
     """Return the state before the first step; ``pools`` is 1 or the number of layers (scope global, layer)."""
     layers, experts = machine.weight_bytes.shape
-    groups = int(machine.group_of_expert.max()) + 1
     requests = schedule.requests
     return State(
         cells=empty_cells(layers, experts, admit),
@@ -293,7 +292,7 @@ def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int
             layers * experts,
         ),
         active=records(experts, ACTIVE),
-        groups=records(groups, GROUP),
+        groups=records(machine.groups, GROUP),
         load=np.zeros(experts, np.int64),
         plan=np.zeros(experts + 1, np.uint8),
     )

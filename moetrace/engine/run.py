@@ -16,10 +16,11 @@ from moetrace.engine.dispatch import DISPATCH
 from moetrace.engine.lookahead import NextSteps
 from moetrace.engine.placement import group_of_expert
 from moetrace.engine.plugin import load_hook
+from moetrace.engine.prefetch import COMPLETED_EVER
 from moetrace.engine.replay import FROM_PROMPT, NO_PREFETCH, ONLINE, ORACLE, Batch, Setting, State, new_state, replay_batch
 from moetrace.engine.residency import RESIDENCY, hold
 from moetrace.engine.schedule import Schedule, request_index, schedule_of
-from moetrace.engine.state import Log, new_log
+from moetrace.engine.state import LINK_IN, Log, new_log
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_static
@@ -53,6 +54,7 @@ class Lane:
 
     def finish(self) -> None:
         """Close the books after the last block: what was prefetched and never run was wasted."""
+        self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
         self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
         if self.own_state is None:
             self.clairvoyant_s = float(np.sum(self.log.step["duration_s"] - self.log.step["wait_s"]))
@@ -178,7 +180,7 @@ def _lane(
     ignores_residency = policy.dispatch in ("ndp", "hot")
     own_state = None if ignores_residency else new_state(machine, schedule, setting._replace(counts_prompts=0), 1, True)
     hooks = load_hook(policy.dispatch, DISPATCH), load_hook(policy.residency, RESIDENCY)
-    return Lane(policy, machine, setting, new_log(trace.steps, layers, len(state.groups)), state, hooks, own_state)
+    return Lane(policy, machine, setting, new_log(trace.steps, layers, machine.groups), state, hooks, own_state)
 
 
 def _static_codes(policy: PolicySpec, state: State, layers: int, experts: int) -> np.ndarray:

@@ -242,7 +242,7 @@ class Trace:
             schema.check_row_phase(self._where, start, phase, stated)
         request, position = (self._columns[name].read(start, end) for name in ("request", "position"))
         part = Rows(first, stop - first, offset, request, position, phase)
-        schema.check_rows(self._where, start, self.rows, part)
+        schema.check_rows(self._where, start, part)
         return part
 
     def _whole(self, name: str) -> np.ndarray:

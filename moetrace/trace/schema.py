@@ -143,11 +143,10 @@ def check_layers(where: str, layer_index: np.ndarray, expert_bytes: np.ndarray |
         raise MoetraceError(f"{where}: /layers/expert_bytes of layer entry {layer} is not positive.")
 
 
-def check_rows(where: str, first_row: int, total_rows: int, rows: Rows) -> None:
-    """Raise unless requests are numbered from 0 (below the number of rows), positions >= 0, row phases 0 or 1."""
-    # Requests below the number of rows: whoever keeps an array per request then knows how long it can get.
+def check_rows(where: str, first_row: int, rows: Rows) -> None:
+    """Raise unless requests and positions are >= 0 (requests need not be consecutive), row phases 0 or 1."""
     for path, wrong, values, want in (
-        ("/rows/request", (rows.request < 0) | (rows.request >= total_rows), rows.request, f"0 to {total_rows - 1}"),
+        ("/rows/request", rows.request < 0, rows.request, "0 or more"),
         ("/rows/position", rows.position < 0, rows.position, "0 or more"),
         ("/rows/phase", rows.phase > DECODE, rows.phase, "0 or 1"),
     ):
@@ -200,12 +199,12 @@ def check_ids(where: str, first_row: int, experts: np.ndarray, num_experts: int)
 
 
 def as_dtype(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`array` as contiguous `dtype`; raise MoetraceError if that would change a whole number."""
+    """`array` as contiguous `dtype`; raise MoetraceError if a number would not survive that."""
     array = np.asarray(array)
-    if array.dtype != dtype and dtype.kind in "iu":
-        limits = np.iinfo(dtype)
-        if array.dtype.kind not in "iu":
-            raise MoetraceError(f"{name} holds {array.dtype}, but must hold whole numbers.")
+    if array.dtype != dtype:
+        if array.dtype.kind not in ("iu" if dtype.kind in "iu" else "iuf"):
+            raise MoetraceError(f"{name} holds {array.dtype}, but must hold {dtype}.")
+        limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
         if array.size and (array.min() < limits.min or array.max() > limits.max):
-            raise MoetraceError(f"{name} holds numbers from {array.min()} to {array.max()}, too large for {dtype}.")
+            raise MoetraceError(f"{name} holds numbers from {array.min()} to {array.max()}, beyond those of {dtype}.")
     return np.ascontiguousarray(array, dtype=dtype)
