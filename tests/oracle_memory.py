@@ -5,9 +5,9 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from oracle_layer import PREFILL, Machine, OracleTrace, TimeLine, demand_order
 
 DONE_BYTES = 1e-3  # a transfer is complete when at most this is left; "some bytes moved" means more than this
@@ -42,14 +42,18 @@ class Copy:
     used: bool = False  # run on the GPU while resident
 
 
-def splitmix64(seed: int, step: int, layer: int, expert: int) -> int:
+def mix(z: int) -> int:
+    """The finalizer of splitmix64."""
     mask = 2**64 - 1
-    x = seed & mask
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+    return z ^ z >> 31
+
+
+def splitmix64(seed: int, step: int, layer: int, expert: int) -> int:
+    x = seed
     for v in (step, layer, expert):
-        z = (x + 0x9E3779B97F4A7C15 + v) & mask
-        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
-        x = z ^ z >> 31
+        x = mix((x + 0x9E3779B97F4A7C15 + v) % 2**64)
     return x
 
 
@@ -94,7 +98,8 @@ class Memory:
         if not m.linked:
             self.copies = {(layer, e): Copy(False) for layer in range(m.L) for e in range(m.E)}
         elif self.residency == "static":
-            for layer, e in np.loadtxt(self.policy.static, delimiter=",", dtype=int, ndmin=2).tolist():
+            for line in Path(self.policy.static).read_text().split():
+                layer, e = map(int, line.split(","))
                 if not self.room(layer):
                     raise ValueError(f"the static set does not fit: no room for expert {e} of layer {layer}")
                 self.copies[layer, e] = Copy(False)
