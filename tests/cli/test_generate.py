@@ -2,14 +2,17 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from moetrace.cli import main
 from moetrace.trace import Trace
 
+TRACES = Path(__file__).parents[2] / "traces"
 SMALL = ["--model", "mixtral-8x7b", "--requests", "3", "--prompt", "5", "--output", "4"]
 
 
@@ -77,3 +80,21 @@ def test_source_is_free_of_paths_and_clock(tmp_path):
     with Trace.open(tmp_path / "a.h5") as trace:
         assert set(trace.source) == {"generator", "moetrace", "parameters"}
         assert str(tmp_path) not in json.dumps(trace.source)
+
+
+def shipped_commands():
+    """The `moetrace generate` commands of traces/README.md, as lists of words."""
+    lines = (TRACES / "README.md").read_text(encoding="utf-8").splitlines()
+    return [shlex.split(line)[2:] for line in lines if line.strip().startswith("moetrace generate")]
+
+
+def test_shipped_traces_are_what_their_commands_draw(tmp_path):
+    commands = shipped_commands()
+    assert len(commands) == 2
+    for shipped, *options in commands:
+        assert run(tmp_path / "again.h5", *options) == 0
+        with Trace.open(TRACES.parent / shipped) as ours, Trace.open(tmp_path / "again.h5") as again:
+            assert ours.source["parameters"] == again.source["parameters"]
+            assert (ours.offset == again.offset).all()
+            for block, other in zip(ours.blocks(), again.blocks(), strict=True):
+                assert (block.experts == other.experts).all()
