@@ -52,7 +52,7 @@ class Trace:
         self.rows = int(self.offset[-1]) if "counts" in columns else columns["experts"].shape[0]
         schema.check_sizes(self._where, self.num_experts, self.top_k, self.layers, self.rows, self.steps)
         schema.check_layers(self._where, self.layer_index, self.expert_bytes, self.num_experts)
-        schema.check_steps(self._where, self.offset, self.phase, self.rows, "row_phase" in columns)
+        schema.check_steps(self._where, self.offset, self.phase, self.rows, bool(self.has & {"row_phase", "counts"}))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Trace":

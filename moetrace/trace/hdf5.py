@@ -74,11 +74,12 @@ def _attribute(item: Any, where: str, name: str) -> str | int | None:
     if name not in item.attrs:
         raise MoetraceError(f"{where} has no attribute {name!r}, so it is not a trace file.")
     handle = item.attrs.get_id(name)
-    if handle.shape != () or handle.get_storage_size() > schema.ATTRIBUTE_BYTES:
+    if handle.shape != () or handle.dtype.kind not in "iuSO":
         return None
-    if handle.dtype.kind not in "iuSO":
-        return None
-    value = item.attrs[name]
+    # Text of variable length is held elsewhere: HDF5 tells its length only with the text.
+    value = item.attrs[name] if handle.get_storage_size() <= schema.ATTRIBUTE_BYTES else None
+    if value is None or (isinstance(value, str | bytes) and len(value) > schema.ATTRIBUTE_BYTES):
+        raise MoetraceError(f"{where}: the attribute {name} is larger than {schema.ATTRIBUTE_BYTES} bytes.")
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
     return value if isinstance(value, str) else int(value) if isinstance(value, np.integer) else None

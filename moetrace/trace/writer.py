@@ -1,11 +1,8 @@
 """Write a trace file: block by block, all or nothing, and the same bytes for the same data."""
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +14,7 @@ import numpy as np
 
 from moetrace import __version__
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.trace.atomic import AtomicFile, uninterrupted
 from moetrace.trace.schema import (
     ATTRIBUTE_BYTES,
     MIXED,
@@ -66,7 +64,8 @@ class Writer:
         compress: str | None = None,
     ) -> None:
         self._shown = str(path)
-        self._path = Path(path).resolve()  # through a symlink: replace what it points to, not the link
+        self._path = Path(path)
+        self._file: h5py.File | None = None
         check_sizes(self._shown, num_experts, top_k, layers, rows, steps)
         if compress is not None and compress not in COMPRESSIONS:
             raise UsageError(f"compress is {compress!r}, but must be zstd or gzip.")
@@ -94,15 +93,19 @@ class Writer:
         self._hashes = {path: hashlib.sha256() for path in (*ROW_PATHS.values(), "/steps/offset", "/steps/phase")}
 
     def __enter__(self) -> Self:
-        if self._path.exists() and not self._path.is_file():
-            raise MoetraceError(f"{self._shown} is not an ordinary file: choose another name to write to.")
-        self._temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.tmp")
-        self._file: h5py.File | None = None
         try:
-            self._create()
+            self._output = AtomicFile(self._path)
+        except OSError as error:
+            raise self._refused(error) from error
+        try:
+            with uninterrupted():
+                self._create()
+            self._output.raise_error()
         except BaseException as error:
             self._abandon()
-            raise self._explained(error) from error
+            if isinstance(error, OSError):
+                raise self._refused(error) from error
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -110,10 +113,15 @@ class Writer:
             self._abandon()
             return
         try:
-            self._finish()
-        except BaseException as failure:
+            with uninterrupted():
+                self._finish()
+            self._output.commit()
+        except OSError as failure:
             self._abandon()
-            raise self._explained(failure) from failure
+            raise self._refused(failure) from failure
+        except BaseException:
+            self._abandon()
+            raise
 
     def append(
         self,
@@ -140,27 +148,26 @@ class Writer:
             if np.shape(array) != want:
                 raise MoetraceError(f"{self._shown}: {name} has shape {np.shape(array)}, but {want} is needed.")
             given[name] = as_dtype(name, array, row_dtype(name, num_experts))
-        try:
-            self._append_steps(
-                as_dtype("steps", steps, np.dtype("<i8")), as_dtype("phase", phase, np.dtype("u1")), count
-            )
-            if self._compress is None:
-                self._write_rows(given)
-            else:
-                self._held.append(given)
-                self._flush(whole_chunks=True)
-        except (OSError, RuntimeError) as error:
-            raise self._explained(error) from error
+        steps, phase = as_dtype("steps", steps, np.dtype("<i8")), as_dtype("phase", phase, np.dtype("u1"))
+        self._check_steps(steps, phase, count)
+        with uninterrupted():
+            self._put("/steps/offset", self._step + 1, self._row + np.cumsum(steps, dtype=np.int64))
+            self._put("/steps/phase", self._step, phase)
+            self._step += steps.size
+            self._row += count
+            self._held.append(given)
+            self._flush(whole_chunks=self._compress is not None)
+        if self._output.error is not None:
+            raise self._refused(self._output.error)
 
     def _create(self) -> None:
         # Low bound v108: attributes and groups in the compact form; timestamps are switched off below.
         file = self._file = h5py.File(
-            self._temporary,
-            "x",
+            self._output,
+            "w",
             libver=("v108", "v110"),
             alignment_threshold=1,
             alignment_interval=ALIGNMENT_BYTES,
-            locking=False,
         )
         attributes = self._attributes
         for name in ("rows", "steps", "layers", *(("recorded",) if "recorded" in self._names else ())):
@@ -183,9 +190,6 @@ class Writer:
                 _write_text(file, name, value, self._shown)
             else:
                 file.attrs.create(name, value, dtype="<i8")
-        if self._compress is None and hasattr(os, "posix_fallocate"):
-            file.flush()
-            self._reserve(file.id.get_vfd_handle(), file.id.get_filesize())
 
     def _dataset(self, path: str, shape: tuple[int, ...], dtype: np.dtype, compress: str | None = None) -> None:
         options: dict[str, Any] = {}
@@ -200,16 +204,7 @@ class Writer:
             properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         self._file.create_dataset(path, shape, dtype, track_times=False, dcpl=properties, **options)
 
-    @staticmethod
-    def _reserve(descriptor: int, size: int) -> None:
-        """Claim the disk space now: a disk too small is then found before the work, and HDF5 never fails half-way."""
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise  # other errors: this file system can't promise; writing will tell
-
-    def _append_steps(self, steps: np.ndarray, phase: np.ndarray, rows: int) -> None:
+    def _check_steps(self, steps: np.ndarray, phase: np.ndarray, rows: int) -> None:
         if steps.shape != phase.shape or steps.ndim != 1:
             raise MoetraceError(f"{self._shown}: steps and phase differ in shape: {steps.shape} and {phase.shape}.")
         if steps.size and (steps.min() < 1 or phase.max() > MIXED):
@@ -220,15 +215,6 @@ class Writer:
             raise MoetraceError(f"{self._shown}: a mixed step needs the phase of each row (row_phase).")
         if self._row + rows > self._rows or self._step + steps.size > self._steps:
             raise MoetraceError(f"{self._shown}: more than the announced {self._rows} rows in {self._steps} steps.")
-        self._put("/steps/offset", self._step + 1, self._row + np.cumsum(steps, dtype=np.int64))
-        self._put("/steps/phase", self._step, phase)
-        self._step += steps.size
-        self._row += rows
-
-    def _write_rows(self, given: Mapping[str, np.ndarray]) -> None:
-        first = self._row - len(given["experts"])
-        for name in self._names:
-            self._put(ROW_PATHS[name], first, given[name])
 
     def _flush(self, whole_chunks: bool) -> None:
         """Write what is held, each chunk once and in one order, so that bytes don't depend on the size of appends."""
@@ -237,11 +223,10 @@ class Writer:
         if ready == 0:
             return
         joined = {name: np.concatenate([part[name] for part in self._held]) for name in self._names}
-        for start in range(0, ready, CHUNK_ROWS):
+        size, first = CHUNK_ROWS if self._compress else ready, self._row - held
+        for start in range(0, ready, size):
             for name in self._names:
-                self._put(
-                    ROW_PATHS[name], self._row - held + start, joined[name][start : min(start + CHUNK_ROWS, ready)]
-                )
+                self._put(ROW_PATHS[name], first + start, joined[name][start : min(start + size, ready)])
         self._held = [{name: array[ready:] for name, array in joined.items()}]
 
     def _put(self, path: str, start: int, array: np.ndarray) -> None:
@@ -263,28 +248,16 @@ class Writer:
             if path in self._file:
                 _write_text(self._file[path], "sha256", digest.hexdigest(), self._shown)
         self._file.close()
-        self._file = None
-        with self._temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        self._temporary.replace(self._path)
-        _sync_folder(self._path.parent)
 
     def _abandon(self) -> None:
-        with contextlib.suppress(Exception):
+        with uninterrupted():
+            self._output.error = self._output.error or OSError("abandoned")  # so that closing writes nothing more
             if self._file is not None:
                 self._file.close()
-        self._file = None
-        self._temporary.unlink(missing_ok=True)
+            self._output.discard()
 
-    def _explained(self, error: BaseException) -> BaseException:
-        """A refusal by the system as one sentence; anything else stays what it is."""
-        if not isinstance(error, OSError | RuntimeError) or isinstance(error, MoetraceError):
-            return error
-        number = getattr(error, "errno", None)
-        # HDF5 reports the system's error only inside its own message.
-        code = next((c for c in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if f"errno = {c}" in str(error)), number)
-        why = os.strerror(code) if code else str(error)
-        return MoetraceError(f"{self._shown} could not be written: {why}; nothing was changed.")
+    def _refused(self, error: OSError) -> MoetraceError:
+        return MoetraceError(f"{self._shown} could not be written: {error.strerror or error}; nothing was changed.")
 
 
 def _write_text(target: Any, name: str, text: str, where: str) -> None:
@@ -293,12 +266,3 @@ def _write_text(target: Any, name: str, text: str, where: str) -> None:
         raise MoetraceError(f"{where}: the attribute {name} would take {len(data)} bytes, above {ATTRIBUTE_BYTES}.")
     # Fixed length: a variable one lives in a global heap, whose bytes depend on what was there before.
     target.attrs.create(name, data, dtype=h5py.string_dtype("utf-8", max(len(data), 1)))
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system lets a folder be synced
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

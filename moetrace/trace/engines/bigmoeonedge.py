@@ -27,6 +27,8 @@ _MODEL = re.compile(
 _LAYER = re.compile(r"# layer=(\d+) expert_bytes=(\d+)")
 _QUANTIZATION = re.compile(r"(?:^|[-_.])(i?q\d\w*|mxfp4\w*|bf16|f16|f32)(?=[-.]|$)", re.IGNORECASE)
 _HEADER_LINES = 4096
+# A header may announce any size: a file with fewer than one line in this many choices is not believed.
+SPARSEST = 100
 _COLUMNS = {
     "turn": pl.Int32,
     "phase": pl.Int32,
@@ -61,6 +63,8 @@ def read(path: Path) -> Capture:
     row = lines.join(tokens, on=["turn", "phase", "step"], how="left", maintain_order="left")["row"].to_numpy()
     cell = (row, np.searchsorted(layer_index, lines["layer"].to_numpy()), lines["slot"].to_numpy())
     shape = (tokens.height, layer_index.size, top_k)
+    if tokens.height * layer_index.size * top_k > SPARSEST * lines.height + 2**20:
+        raise MoetraceError(f"{path}: {lines.height} lines are too few for {shape} choices (tokens, layers, slots).")
     arrays = {
         "experts": np.full(shape, absent_id(num_experts), expert_dtype(num_experts)),
         "gates": np.zeros(shape, np.float16),

@@ -1,0 +1,121 @@
+"""A file that appears whole or not at all, in a form that a C library can write to without ever seeing an error."""
+
+import contextlib
+import io
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class AtomicFile(io.RawIOBase):
+    """A new file beside `path` that takes its place on `commit`, and is removed by `discard`.
+
+    For HDF5, which crashes the process when it closes a file that it could not write (a full disk): here, writing
+    never fails. The first refusal of the system is kept in `error`, and from then on nothing is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()  # through a symlink: replace what it points to, not the link
+        if self._path.exists() and not self._path.is_file():
+            raise OSError(0, "it is not an ordinary file")
+        self._temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.tmp")
+        self._file = self._temporary.open("x+b", buffering=0)
+        self._position = self._size = 0
+        self.error: OSError | None = None
+
+    def readable(self) -> bool:
+        """Yes: HDF5 reads back what it wrote."""
+        return True
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """The place of the next read or write, in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to `offset` from the start or from the end."""
+        self._position = offset + (self._size if whence == os.SEEK_END else 0)
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        """Read what was written, or zeros where nothing could be."""
+        view = memoryview(buffer).cast("B")
+        self._file.seek(self._position)
+        count = self._file.readinto(view) or 0
+        view[count:] = bytes(len(view) - count)
+        self._position += len(view)
+        return len(view)
+
+    def write(self, data) -> int:
+        """Write all of `data`, or keep the system's error and pretend."""
+        view = memoryview(data).cast("B")
+        size, rest = len(view), view
+        try:
+            self._file.seek(self._position)
+            while self.error is None and len(rest):
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.error = error
+        self._position += size
+        self._size = max(self._size, self._position)
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Cut or extend the file to `size`."""
+        self._size = self._position if size is None else size
+        try:
+            if self.error is None:
+                self._file.truncate(self._size)
+        except OSError as error:
+            self.error = error
+        return self._size
+
+    def raise_error(self) -> None:
+        """Raise what the system refused, if it did."""
+        if self.error is not None:
+            raise self.error
+
+    def commit(self) -> None:
+        """Make the file what is at `path`, on disk and not only in memory; raise OSError if that fails."""
+        self.raise_error()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.replace(self._path)
+        with contextlib.suppress(OSError):  # not every system lets a folder be synced
+            descriptor = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def discard(self) -> None:
+        """Remove the file; what is at `path` stays as it was."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends: inside HDF5's calls to a Python file it would count as a failed write."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # only the main thread gets KeyboardInterrupt
+        return
+    held: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        handler(*held[0])

@@ -1,0 +1,161 @@
+"""Writing: all or nothing, whatever goes wrong."""
+
+import os
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace import Trace, Writer
+from moetrace.trace.atomic import AtomicFile
+
+
+def writer(path: Path, rows: int = 4, **options) -> Writer:
+    sizes = {"model": "m", "num_experts": 8, "top_k": 2, "layers": 3, "rows": rows, "steps": rows, "source": {}}
+    return Writer(path, **sizes | options)
+
+
+def append(to: Writer, rows: int = 4, **changes) -> None:
+    arrays = {
+        "experts": np.broadcast_to(np.array([0, 1], np.uint8), (rows, 3, 2)),
+        "request": np.zeros(rows, np.int32),
+        "position": np.arange(rows),
+        "steps": np.ones(rows, int),
+        "phase": np.ones(rows, int),
+    }
+    to.append(**arrays | changes)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    path = tmp_path / "old.h5"
+    path.write_bytes(b"what was there")
+    return path
+
+
+def unchanged(path: Path) -> bool:
+    return path.read_bytes() == b"what was there" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_written_file_takes_the_place_of_the_old_one(old):
+    with writer(old) as to:
+        append(to, 1)
+        append(to, 3)
+        assert unchanged_so_far(old)
+    with Trace.open(old) as trace:
+        assert trace.rows == 4
+        trace.verify()
+    assert list(old.parent.iterdir()) == [old]
+
+
+def unchanged_so_far(path: Path) -> bool:
+    return path.read_bytes() == b"what was there"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+@pytest.mark.parametrize("compress", [None, "gzip"])
+def test_an_interruption_leaves_the_old_file(old, error, compress):
+    with pytest.raises(error), writer(old, compress=compress) as to:
+        append(to, 2)
+        raise error
+    assert unchanged(old)
+
+
+def test_ctrl_c_while_finishing_leaves_the_old_file(old, monkeypatch):
+    def interrupt(_descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt), writer(old) as to:
+        append(to)
+    assert unchanged(old)
+
+
+@pytest.mark.parametrize("compress", [None, "zstd"])
+@pytest.mark.parametrize("limit", [0, 5000, 200_000])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(old, compress, limit):
+    rows = 100_000
+    experts = np.random.default_rng(0).integers(0, 8, (rows, 3, 2), np.uint8)  # hardly compresses
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with (
+            pytest.raises(MoetraceError, match=r"old\.h5 could not be written: File too large; nothing was changed\."),
+            writer(old, rows, compress=compress) as to,
+        ):
+            append(to, rows, experts=experts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert unchanged(old)
+
+
+def test_ctrl_c_while_hdf5_writes_waits_for_it(old, monkeypatch):
+    def interrupted(file, data):
+        os.kill(os.getpid(), signal.SIGINT)
+        return write(file, data)
+
+    write = AtomicFile.write
+    with pytest.raises(KeyboardInterrupt), writer(old) as to:
+        monkeypatch.setattr(AtomicFile, "write", interrupted)
+        append(to)
+        pytest.fail("append must raise")
+    assert unchanged(old)
+
+
+def test_places_that_can_not_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, sentence in (
+        (tmp_path / "none" / "t.h5", "No such file or directory"),
+        (tmp_path / "file" / "t.h5", "Not a directory"),
+        (tmp_path, "not an ordinary file"),
+        (Path("/dev/full"), "not an ordinary file"),
+    ):
+        with pytest.raises(MoetraceError, match=sentence), writer(path):
+            pytest.fail("the block must not begin")
+
+
+def test_a_link_to_a_file_stays_a_link(old):
+    link = old.with_name("link.h5")
+    link.symlink_to(old)
+    with writer(link) as to:
+        append(to)
+    assert link.is_symlink() and Trace.open(old).rows == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"experts": np.zeros((4, 3, 1), np.uint8)}, "experts has shape"),
+        ({"experts": np.full((4, 3, 2), 256)}, "experts holds numbers from 256 to 256"),
+        ({"experts": np.zeros((4, 3, 2))}, "experts holds float64"),
+        ({"request": np.zeros(3, int)}, "request has shape"),
+        ({"steps": np.array([2, 1])}, "steps and phase differ"),
+        ({"steps": np.array([2, 1, 0, 1])}, "each step needs one row"),
+        ({"steps": np.array([2, 1, 1, 1])}, "the steps have 5 rows, the arrays 4"),
+        ({"phase": np.array([0, 1, 2, 1])}, "a mixed step needs"),
+        ({"gates": np.zeros((4, 3, 2))}, "expected the arrays"),
+    ],
+)
+def test_what_does_not_fit_is_refused(old, changes, sentence):
+    with pytest.raises(MoetraceError, match=sentence), writer(old) as to:
+        append(to, **changes)
+    assert unchanged(old)
+
+
+def test_more_or_less_than_announced_is_refused(old):
+    with pytest.raises(MoetraceError, match="4 rows in 4 steps were announced, but 3 in 3 came"), writer(old) as to:
+        append(to, 3)
+    with pytest.raises(MoetraceError, match="more than the announced 4 rows"), writer(old) as to:
+        append(to, 5)
+    with pytest.raises(MoetraceError, match="the trace is empty"):
+        writer(old, rows=0)
+    assert unchanged(old)
+
+
+def test_a_source_that_is_too_long_is_refused(old):
+    with pytest.raises(MoetraceError, match="attribute source would take"), writer(old, source={"x": "y" * 40000}):
+        pass
+    assert unchanged(old)
