@@ -1,0 +1,54 @@
+"""`moetrace import`: what an engine recorded becomes a trace file."""
+
+from pathlib import Path
+
+import click
+
+from moetrace.spec.errors import UsageError
+
+# The keys of moetrace.trace.engines.FORMATS, which is not imported here so that `--help` stays instant.
+FORMATS = ("npz", "bigmoeonedge")
+
+
+@click.command("import")
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT.h5")
+@click.option(
+    "--from", "form", type=click.Choice(FORMATS), help="Format of the sources; seen from their content if not given."
+)
+@click.option(
+    "--model", metavar="M", help="Model that was traced: preset or TOML file; else the source's own name decides."
+)
+@click.option(
+    "--as", "as_phase", type=click.Choice(["decode"]), help="Take rows after the prompt (--prompt) as decode steps."
+)
+@click.option(
+    "--prompt", type=click.IntRange(min=0), metavar="P", help="With --as decode: rows of each request's prompt."
+)
+@click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
+def command(
+    sources: tuple[Path, ...],
+    out: Path,
+    form: str | None,
+    model: str | None,
+    as_phase: str | None,
+    prompt: int | None,
+    compress: str | None,
+) -> None:
+    """Turn what an engine recorded into the trace file OUT.h5.
+
+    Consecutive prefill rows of a request become one step, each decode row a step of its own. `--as decode --prompt P`
+    makes decode steps of all rows of a request after the first P, for captures whose text was fed in at once.
+    Several sources follow one another in one trace, their requests numbered anew.
+    """
+    if (as_phase is None) != (prompt is None):
+        raise UsageError("--as decode and --prompt P need each other.")
+    if out.resolve() in {source.resolve() for source in sources}:
+        raise UsageError(f"{out} is a source: choose another name for the trace.")
+    from moetrace.trace.format import Trace
+    from moetrace.trace.importing import import_traces
+
+    import_traces(list(sources), out, format=form, model=model, decode_after=prompt, compress=compress)
+    with Trace.open(out) as trace:
+        size_mb = out.stat().st_size / 1e6
+        click.echo(f"{out}: {trace.model}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.", err=True)
