@@ -77,7 +77,9 @@ def test_a_unit_gets_each_row_once():
     # 3 rows that choose both experts of the only unit: it is sent 3 rows, not 6. It works 3 + 3 ms.
     outcome = simulate(trace_of([one(0, 1)] * 3), model_of(), system_of(), policy_of(dispatch="ndp"))
     assert outcome.steps["moe_s"] == ms(6 + 2 * 0.024)
-    assert unit(outcome, "link_out")["bytes"] == 6000
+    for direction in ("link_in", "link_out"):
+        assert unit(outcome, direction)["bytes"] == 6000
+        assert unit(outcome, direction)["busy_s"] == ms(0.024)
     # on two units each gets 3 rows
     outcome = simulate(trace_of([one(0, 1)] * 3), model_of(), system_of(2), policy_of(dispatch="ndp"))
     assert outcome.steps["moe_s"] == ms(3 + 2 * 0.048)
@@ -95,11 +97,12 @@ def test_an_empty_layer_costs_its_dense():
 
 
 def test_dense_attends_to_the_cached_tokens():
-    # Requests 0 (positions 0, 1) and 7 (position 0): C = 2 + 1; 1000 bytes each: 3 us more. Head: 2 MB, 2 ms.
+    # Requests 0 (positions 4, 5) and 7 (position 0): C = 6 + 1; 1000 bytes each: 7 us more. Head: 2 MB, 2 ms.
     trace = trace_of([one(0), one(0), one(0)], requests=[0, 7, 0])
+    trace.position = np.array([4, 0, 5])
     model = model_of(kv_bytes_per_token_layer=1000, once_params=2 * MB)
     outcome = simulate(trace, model, system_of(), policy_of())
-    assert outcome.steps["dense_s"] == ms(1.003)
+    assert outcome.steps["dense_s"] == ms(1.007)
     assert outcome.steps["head_s"] == ms(2)
     assert unit(outcome, "gpu")["bytes"] == 4 * MB
 

@@ -46,6 +46,8 @@ def test_lfu_keeps_what_was_demanded_most():
     trace = trace_of(*[[one(e)] for e in (0, 0, 0, 0, 1, 1, 1, 2, 1)])
     assert hits_of(trace, "lfu", 2)[-1] == 0
     assert hits_of(trace, "lfu", 2, half_life=4)[-1] == 1
+    # Halved after step 3, 1 has 0.5 and 0 has 1; step 4 makes it 1.5, so 2 evicts 0.
+    assert hits_of(trace_of(*[[one(e)] for e in (1, 0, 0, 1, 2, 1)]), "lfu", 2, half_life=3)[-1] == 1
 
 
 def test_ewma_follows_the_shares():
@@ -84,6 +86,14 @@ def test_prefill_keeps_what_the_prompt_wanted():
     trace = trace_of(PROMPT, [one(0)], [one(2)], [one(0, 2)], phases=[0, 1, 1, 1])
     assert hits_of(trace, "prefill", 2) == [0, 0, 0, 1]
     assert hits_of(trace, "prefill", 2, scope="global") == [0, 0, 0, 1]
+
+
+def test_prefill_evicts_the_unwanted_only():
+    # Two slots. Request 0 wants 0 and 3, and gets them. Request 1 makes it 1 (3 times) and 0 (twice): 1 evicts 3,
+    # though 0 was touched longer ago.
+    steps = [one(0), one(0), one(3)], [one(0)], [one(3)], [one(1)] * 3, [one(1)], [one(0)]
+    trace = trace_of(*steps, phases=[0, 1, 1, 0, 1, 1], requests=[0] * 5 + [1] * 4 + [0])
+    assert hits_of(trace, "prefill", 2) == [0, 0, 0, 0, 0, 1]
 
 
 def test_wanted_is_what_the_living_requests_wanted():
@@ -149,16 +159,17 @@ def test_a_remade_queue():
 
 
 def test_prefetch_blocks_the_first_decode_step():
-    # 2 MB at 0.25 MB/ms: 8 ms, once; both are there for the dense of that step.
-    requests = [0] * 7 + [1] * 7
-    trace = trace_of(PROMPT, [one(0)], PROMPT, [one(0, 1)], phases=[0, 1, 0, 1], requests=requests)
+    # 2 MB at 0.25 MB/ms: 8 ms; 0 and 1 are there for the dense of that step. Request 1 wants 3, and its decode does not
+    # wait: 0.25 MB came in time, late, overtaken; it evicts 1, which was never touched.
+    steps = PROMPT, [one(0)], [one(3)] * 4, [one(3)]
+    trace = trace_of(*steps, phases=[0, 1, 0, 1], requests=[0] * 7 + [1] * 5)
     outcome = replay(trace, 2, "gpu", "prefill", "prefill", prefetch_blocks=True)
     np.testing.assert_allclose(outcome.steps["wait_s"], [0, 8e-3, 0, 0])
-    assert outcome.steps["hits"].tolist() == [0, 1, 2, 2]
+    assert outcome.steps["hits"].tolist() == [0, 1, 0, 0]
     assert outcome.steps["duration_s"][1] == ms(8 + 1 + 1)
-    assert (outcome.used, outcome.wasted, outcome.late) == (2, 0, 0)
-    # the clairvoyant does not wait: 4 dense, and 3 + 1 + 3 + 2 experts if two can be resident and a third is fetched
-    assert outcome.clairvoyant_s == ms(4 + 5 + 1 + 5 + 2)
+    assert (outcome.used, outcome.wasted, outcome.late) == (1, 2, 1)
+    # the clairvoyant does not wait; of the prompt's three experts two can be resident and the third is there at 4
+    assert outcome.clairvoyant_s == ms(4 + 5 + 1 + 1 + 1)
 
 
 def test_oracle_prefetch_comes_in_time_or_is_late():
@@ -189,6 +200,22 @@ def test_oracle_prefetch_wraps_and_forgets():
     assert (outcome.hits, outcome.late, outcome.wasted, outcome.used) == (0, 1, 2, 0)
 
 
+def test_oracle_forgets_within_a_step():
+    # Two layers, depth 1, two units, 0.25 MB in each dense and moe. Each entry gets 0.5 MB while its layer is ahead or
+    # 0.25 once it is there, and leaves, wasted, when the next router speaks: of five four with some bytes moved.
+    model = model_of(layers=2, experts=3, activation_bytes=0)
+    trace = trace_of([[[0], [0]]], [[[1], [0]]], [[[2], [0]]])
+    outcome = replay(trace, 6, "ndp", "lru", "oracle:1", model, units=2)
+    np.testing.assert_allclose(outcome.steps["prefetch_bytes"], np.array([0.75, 1, 1]) * MB)
+    assert (outcome.hits, outcome.late, outcome.wasted) == (0, 1, 4)
+
+
+def test_overtaken_before_it_moved_is_not_wasted():
+    # 1 and 2 join, 1 gets 0.5 MB, 2 nothing; both are fetched.
+    outcome = replay(trace_of([one(0)], [one(1), one(2)]), 4, "gpu", "lru", "oracle:1")
+    assert (outcome.prefetch_bytes, outcome.late, outcome.wasted) == (MB / 2, 1, 1)
+
+
 def test_oracle_prefetch_stays_for_what_is_wanted_again():
     # The same with 1 in steps 2, 3 and 4: the entry is now for step 3, then 4, stays, is late once, and arrives.
     trace = trace_of([one(0)], [one(1)], [one(1)], [one(1)])
@@ -208,6 +235,14 @@ def test_online_queues_what_scores_above_the_lowest_resident():
     assert outcome.steps["late"].tolist() == [0, 1, 0, 0, 0, 1]
     np.testing.assert_allclose(outcome.steps["prefetch_bytes"], np.array([0, 0.75, 0.75, 0.5, 0, 0.75]) * MB)
     assert outcome.wasted == 2  # 0, and 1 at the end
+
+
+def test_online_fills_free_slots():
+    # Two slots. 0 joins after step 1, is complete in step 3 and there in step 4 with 3 demands. 1 has one, less than
+    # the lowest resident, but a slot is free, which counts 0: it joins.
+    trace = trace_of(*[[one(e)] for e in (0, 0, 0, 1, 2)])
+    outcome = replay(trace, 2, "ndp", "lfu", "online:1")
+    np.testing.assert_allclose(outcome.steps["prefetch_bytes"], np.array([0, 0.75, 0.25, 0, 0.75]) * MB)
 
 
 def test_a_prefetch_without_room_is_dropped():
