@@ -34,7 +34,13 @@ class _FingerprintCache(FunctionCache):
         self._cache_file._source_stamp = (self._cache_file._source_stamp, fingerprint)
 
 
-def kernel(function: Callable | None = None, *, signature: Any = None, fingerprint: str | None = None) -> Any:
+def kernel(
+    function: Callable | None = None,
+    *,
+    signature: Any = None,
+    allocates: bool = False,
+    fingerprint: str | None = None,
+) -> Any:
     """Compile a function for the engine; usable as ``@kernel`` or ``@kernel(signature=...)``.
 
     With a signature it is compiled (or fetched from the cache) at once, and never for other types. Division by zero
@@ -42,8 +48,8 @@ def kernel(function: Callable | None = None, *, signature: Any = None, fingerpri
     written the kernel works uncached.
     """
     if function is None:
-        return lambda f: kernel(f, signature=signature, fingerprint=fingerprint)
-    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+        return lambda f: kernel(f, signature=signature, allocates=allocates, fingerprint=fingerprint)
+    dispatcher = numba.njit(nogil=True, error_model="numpy", _nrt=allocates, forceinline=signature is None and not allocates)(function)
     if numba.config.DISABLE_JIT:
         return dispatcher
     try:

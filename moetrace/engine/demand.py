@@ -37,7 +37,7 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> tupl
     return Demand(start, expert, count, np.zeros(0, np.int32)), wrong, row
 
 
-@kernel
+@kernel(allocates=True)
 def _gather(experts, offset, num_experts, start, expert, count):
     layers = experts.shape[1]
     tokens = np.zeros(num_experts, np.int32)  # rows of the layer at hand that chose each expert

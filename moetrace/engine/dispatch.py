@@ -84,7 +84,7 @@ def _balance(view, size, plan):
     return moe_s
 
 
-@kernel
+@kernel(allocates=True)
 def _search(view, size, plan, best_s):
     """Improve ``plan``, which takes ``best_s``, to the best of all splits by branch and bound.
 

@@ -44,7 +44,7 @@ def policy(function: Callable) -> Any:
         return function
     from moetrace.engine.state import HOOK
 
-    dispatcher = kernel(function, fingerprint=_fingerprint(function))
+    dispatcher = kernel(function, allocates=True, fingerprint=_fingerprint(function))
     try:
         dispatcher.compile(HOOK.args)
     except NumbaError as error:

@@ -86,7 +86,7 @@ def forget_ended(prompts, step, just_prefilled):
                 count[code] = 0
 
 
-@kernel
+@kernel(allocates=True)
 def want_most_frequent(cells, total, begin, stop, most):
     """Want the up to ``most`` most counted of the codes ``begin`` to ``stop``; ties: lower code; never a count of 0.
 
@@ -123,7 +123,7 @@ def make_wanted(cells, cache, total):
         want_most_frequent(cells, total, pool * span, (pool + 1) * span, capacity)
 
 
-@kernel
+@kernel(allocates=True)
 def queue_wanted(queue, cells, prompts, tally):
     """Make the queue anew: wanted ones that are not resident, layer by layer, by count descending, then id.
 
