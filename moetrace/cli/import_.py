@@ -45,10 +45,14 @@ def command(
         raise UsageError("--as decode and --prompt P need each other.")
     if out.resolve() in {source.resolve() for source in sources}:
         raise UsageError(f"{out} is a source: choose another name for the trace.")
+    from moetrace.cli.info import harmless
     from moetrace.trace.format import Trace
     from moetrace.trace.importing import import_traces
 
     import_traces(list(sources), out, format=form, model=model, decode_after=prompt, compress=compress)
     with Trace.open(out) as trace:
         size_mb = out.stat().st_size / 1e6
-        click.echo(f"{out}: {trace.model}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.", err=True)
+        click.echo(
+            f"{out}: {harmless(trace.model)}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.",
+            err=True,
+        )

@@ -71,7 +71,7 @@ def _for_people(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts.get("verified"):
         rows.append(("verified", "every dataset has its sha256, every id is possible"))
-    return [(_harmless(name), _harmless(value)) for name, value in rows]
+    return [(harmless(name), harmless(value)) for name, value in rows]
 
 
 def _phases(facts: dict[str, Any], what: str) -> str:
@@ -95,8 +95,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 56 else text[:55] + "…"
 
 
-def _harmless(text: str) -> str:
-    """Text of a stranger's file, without what a terminal or rich would obey."""
-    from rich.markup import escape
-
-    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+def harmless(text: str) -> str:
+    """Text of a stranger's file, without the control characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

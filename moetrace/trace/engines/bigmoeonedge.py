@@ -63,7 +63,7 @@ def read(path: Path) -> Capture:
     row = lines.join(tokens, on=["turn", "phase", "step"], how="left", maintain_order="left")["row"].to_numpy()
     cell = (row, np.searchsorted(layer_index, lines["layer"].to_numpy()), lines["slot"].to_numpy())
     shape = (tokens.height, layer_index.size, top_k)
-    if tokens.height * layer_index.size * top_k > SPARSEST * lines.height + 2**20:
+    if tokens.height * layer_index.size * top_k > SPARSEST * lines.height + 2**16:
         raise MoetraceError(f"{path}: {lines.height} lines are too few for {shape} choices (tokens, layers, slots).")
     arrays = {
         "experts": np.full(shape, absent_id(num_experts), expert_dtype(num_experts)),

@@ -6,6 +6,7 @@ Arrays, all [rows] or [rows, layers, top_k], rows in time order:
 optional: `gate_weights` [rows, layers, top_k], `token_id` [rows].
 """
 
+import contextlib
 import json
 import zipfile
 import zlib
@@ -166,8 +167,8 @@ def _parts(path: Path, streamed: dict[str, _Array], num_experts: int) -> Iterato
     ids = streamed["experts"]
     rows_at_once = max(1, BLOCK_BYTES // max(1, ids.shape[1] * ids.shape[2] * ids.dtype.itemsize))
     try:
-        with zipfile.ZipFile(path) as archive:
-            files = {name: archive.open(array.member) for name, array in streamed.items()}
+        with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(archive.open(array.member)) for name, array in streamed.items()}
             for name, file in files.items():
                 file.read(streamed[name].header_bytes)
             for start in range(0, ids.shape[0], rows_at_once):

@@ -1,0 +1,161 @@
+"""`moetrace info` and `moetrace import`: what they print, write and refuse."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from moetrace.cli import main
+from moetrace.cli.import_ import FORMATS
+from moetrace.trace import Trace, engines
+
+TRACES = Path(__file__).parents[2] / "traces"
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def archive(tmp_path) -> Path:
+    path = tmp_path / "a.npz"
+    np.savez(
+        path,
+        expert_ids=np.broadcast_to(np.array([3, 1], np.uint8), (6, 2, 2)),
+        request_id=[0, 0, 0, 1, 1, 1],
+        position=[0, 1, 2] * 2,
+        phase=[0] * 6,
+        layer_index=[0, 1],
+        meta=json.dumps({"num_experts": 8, "model": "[red]x[/red]\x1b[2J", "licence": "MIT"}),
+    )
+    return path
+
+
+def test_info_says_what_a_trace_holds(run):
+    code, out, err = run("info", TRACES / "tiny-olmoe.h5", "--verify", "--format", "json")
+    facts = json.loads(out)
+    assert code == 0 and err == "" and facts["verified"] is True
+    assert (facts["model"], facts["layers"], facts["experts"], facts["top_k"]) == ("tiny-olmoe", 6, 32, 4)
+    assert (facts["rows"], facts["prefill_rows"], facts["decode_rows"]) == (16414, 9497, 6917)
+    assert (facts["steps"], facts["prefill_steps"], facts["decode_steps"]) == (6981, 64, 6917)
+    assert facts["requests"] == 64 and facts["prompt_rows"] == {"min": 48, "median": 144.5, "max": 254}
+    assert facts["decode_batch"] == {"median": 1, "max": 1} and facts["absent_share"] == 0
+    assert facts["also_holds"] == ["gates", "token"] and facts["source"]["format"] == "npz"
+
+
+def test_info_counts_batches_and_absent_choices(run, tmp_path):
+    experts = np.broadcast_to(np.array([3, 1], np.uint8), (10, 2, 2)).copy()
+    experts[0, 1] = 255
+    Trace.from_arrays(
+        experts,
+        num_experts=8,
+        request=[7, 7, 7, 9, 9, 7, 9, 7, 9, 9],
+        steps=[3, 2, 2, 2, 1],
+        phase=[0, 0, 1, 2, 1],
+        row_phase=[0, 0, 0, 0, 0, 1, 1, 1, 0, 1],
+        expert_bytes=[1_000_000, 2_500_000],
+    ).write(tmp_path / "t.h5")
+    facts = json.loads(run("info", tmp_path / "t.h5", "--format", "json")[1])
+    assert facts["absent_share"] == 2 / 40 and facts["requests"] == 2
+    assert facts["prompt_rows"] == {"min": 3, "median": 3, "max": 3} and facts["output_rows"]["max"] == 2
+    assert facts["decode_batch"] == {"median": 1, "max": 2} and facts["mixed_steps"] == 1
+    assert (facts["expert_bytes_min"], facts["expert_bytes_max"]) == (1_000_000, 2_500_000)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in TRACES.glob("*.h5")))
+def test_info_fits_80_columns(run, monkeypatch, name):
+    monkeypatch.chdir(TRACES)
+    out = run("info", name)[1]
+    assert name in out and max(len(line.rstrip()) for line in out.splitlines()) <= 80
+
+
+def test_info_as_csv_has_the_same_figures(run):
+    table = dict(csv.reader(io.StringIO(run("info", TRACES / "tiny-olmoe.h5", "--format", "csv")[1])))
+    assert table["rows"] == "16414" and table["prompt_rows.median"] == "144.5" and table["source.format"] == "npz"
+
+
+def test_info_of_counts(run, tmp_path):
+    path = tmp_path / "t.h5"
+    Trace.from_arrays(np.zeros((4, 1, 1), np.uint8), num_experts=2).write(path)
+    with h5py.File(path, "r+") as raw:
+        del raw["/experts"]
+        raw["/counts"] = np.ones((4, 1, 2), np.int64)
+    code, out, _ = run("info", path)
+    assert code == 0 and "counts" in out and "absent" not in out
+
+
+def test_info_verify_finds_damage(run, tmp_path):
+    data = bytearray((TRACES / "tiny-olmoe.h5").read_bytes())
+    with h5py.File(TRACES / "tiny-olmoe.h5") as raw:
+        data[raw["/gates"].id.get_offset() + 1000] ^= 1
+    path = tmp_path / "t.h5"
+    path.write_bytes(data)
+    assert run("info", path)[0] == 0
+    code, out, err = run("info", path, "--verify")
+    assert (
+        code == 1
+        and out == ""
+        and err == f"moetrace: {path}: /gates differs from its sha256, so the file was damaged.\n"
+    )
+
+
+def test_info_of_no_trace(run, tmp_path):
+    (tmp_path / "t.h5").write_text("no")
+    for path, said in ((tmp_path / "t.h5", "is not a trace file"), (tmp_path / "none.h5", "there is no file")):
+        code, out, err = run("info", path)
+        assert code == 1 and out == "" and said in err and len(err.splitlines()) == 1
+
+
+def test_import_writes_and_says_so(run, tmp_path, archive):
+    code, out, err = run(
+        "import", archive, "-o", tmp_path / "t.h5", "--as", "decode", "--prompt", 2, "--compress", "zstd"
+    )
+    assert code == 0 and out == "" and "6 rows in 4 steps" in err
+    with Trace.open(tmp_path / "t.h5") as trace:
+        assert trace.storage == "compressed" and trace.phase.tolist() == [0, 1, 0, 1]
+
+
+def test_texts_of_a_file_do_not_command_the_terminal(run, tmp_path, archive):
+    run("import", archive, "-o", tmp_path / "t.h5")
+    out = run("info", tmp_path / "t.h5")[1]
+    assert "[red]x[/red]" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--as", "decode"], "--as decode and --prompt P need each other"),
+        (["--prompt", "3"], "--as decode and --prompt P need each other"),
+        (["--as", "decode", "--prompt", "-1"], "-1"),
+        (["--from", "gguf"], "gguf"),
+        (["--model", "mixtral-8x7b"], "has 2 layers of 8 experts, but model mixtral-8x7b has 32 of 8"),
+        (["--model", "mixtrl-8x7b"], "mixtral-8x7b"),
+    ],
+)
+def test_import_refuses_wrong_usage(run, tmp_path, archive, options, said):
+    code, out, err = run("import", archive, "-o", tmp_path / "t.h5", *options)
+    assert code == 2 and out == "" and said in err and not (tmp_path / "t.h5").exists()
+
+
+def test_import_never_overwrites_its_source(run, archive):
+    before = archive.read_bytes()
+    code, _, err = run("import", archive, "-o", archive)
+    assert code == 2 and "is a source" in err and archive.read_bytes() == before
+
+
+def test_import_offers_every_format():
+    assert tuple(engines.FORMATS) == FORMATS
