@@ -68,7 +68,7 @@ class Trace:
             trace = cls(path, attributes, read_columns(file, str(path), attributes["num_experts"], attributes["top_k"]))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             file.close()
-            raise MoetraceError(f"{path} is damaged: {error}.") from error
+            raise MoetraceError(f"{path} is damaged: {error.args[0] if error.args else error}.") from error
         except BaseException:
             file.close()
             raise

@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ KNOWN_FILTERS = (1, 2, 3, 32015)
 # A stranger's file may claim any size: what is not mapped, and one chunk, is read only up to this one.
 WHOLE_BYTES = 256 << 20
 CHUNK_CACHE_BYTES = 32 << 20
+MAP_BYTES = 256 << 10
 
 
 class Column(NamedTuple):
@@ -174,27 +176,28 @@ def _mapped(file: h5py.File, dataset: h5py.Dataset, offset: int, where: str) -> 
     """Reads entries by mapping just them: nothing is copied, and pages go when the array does.
 
     A map of the whole file would be simpler, but a private writable one beyond the size of memory is refused by Linux.
-    Copy-on-write, because a read-only array would make Numba compile every kernel again.
+    Copy-on-write, because a read-only array would make Numba compile every kernel again. Little is copied instead: that
+    is as fast, and each map holds a file descriptor for as long as its array lives.
     """
     dtype, inner = dataset.dtype, dataset.shape[1:]
     entry_bytes = math.prod(inner) * dtype.itemsize
+    through_hdf5 = _stored(dataset, where)
 
     def read(start: int, stop: int) -> np.ndarray:
         if not file:
             raise MoetraceError(f"{where} was closed.")
-        if start == stop:
-            return np.empty((0, *inner), dtype)
-        begin = offset + start * entry_bytes
+        descriptor, begin, size = file.id.get_vfd_handle(), offset + start * entry_bytes, (stop - start) * entry_bytes
+        if os.fstat(descriptor).st_size < begin + size:  # HDF5 would return zeros, a map would end the process
+            raise MoetraceError(f"{where} became shorter while it was read.")
+        if size < MAP_BYTES and hasattr(os, "preadv"):
+            array = np.empty((stop - start, *inner), dtype)
+            if os.preadv(descriptor, [array.data], begin) == size:
+                return array
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
         try:
-            window = mmap.mmap(
-                file.id.get_vfd_handle(),
-                offset + stop * entry_bytes - page,
-                access=mmap.ACCESS_COPY,
-                offset=page,
-            )
-        except (OSError, ValueError) as error:
-            raise MoetraceError(f"{where}: {dataset.name} entries {start} to {stop} can't be read: {error}.") from error
+            window = mmap.mmap(descriptor, begin - page + size, access=mmap.ACCESS_COPY, offset=page)
+        except OSError:  # more maps than the system allows
+            return through_hdf5(start, stop)
         return np.frombuffer(window, dtype, (stop - start) * math.prod(inner), begin - page).reshape(-1, *inner)
 
     return read

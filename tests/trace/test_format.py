@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 from pathlib import Path
 
 import h5py
@@ -126,6 +127,27 @@ def test_mapped_ids_are_an_ordinary_array_and_the_file_is_safe(file):
         block.experts[:] = 7
     assert block.experts[0, 0, 0] == 7, "what was read stays valid after close"
     assert file.read_bytes() == before
+
+
+def test_any_number_of_blocks_may_be_kept(tmp_path):
+    path = tmp_path / "t.h5"
+    experts = np.zeros((100, 65535, 4), np.uint8) + np.arange(4, dtype=np.uint8)  # each row is large enough to map
+    Trace.from_arrays(experts, num_experts=4).write(path)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, before[1]))
+    try:
+        with Trace.open(path) as trace:
+            kept = list(trace.blocks(rows=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(kept) == 100 and all(np.array_equal(block.experts[0], experts[0]) for block in kept)
+
+
+def test_a_file_that_becomes_shorter_while_open_is_an_error(file):
+    with Trace.open(file) as trace:
+        os.truncate(file, 5000)
+        with pytest.raises(MoetraceError, match="became shorter while it was read"):
+            list(trace.blocks())
 
 
 def test_reading_takes_no_anonymous_memory(tmp_path):
