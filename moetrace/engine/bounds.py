@@ -4,7 +4,7 @@ import numpy as np
 from numba import types
 
 from moetrace.engine.compile import kernel
-from moetrace.engine.cost import dense_s, head_s, price
+from moetrace.engine.cost import dense_s, head_s, price, take_turns
 from moetrace.engine.layer import timeline
 from moetrace.engine.replay import SIGNATURE
 from moetrace.engine.state import View
@@ -47,16 +47,16 @@ def clairvoyant_batch(batch, machine, setting, state, dispatch):
                 expert, rows = np.int64(batch.demand.expert[first + i]), np.int64(batch.demand.rows[first + i])
                 state.load[i] = rows
                 state.plan[i] = 0
-                price(machine, layer, expert, rows, state.active[i])
-                state.active[i].resident = i < setting.slots
+                price(machine, layer, expert, rows, i < setting.slots, state.active[i])
                 state.active[i].next_use = np.inf
+            take_turns(state.active, size)
             view = View(
                 batch.first_step + s,
                 np.int64(batch.phase[s]),
                 batch.rows[s],
                 setting.slots,
                 machine.share,
-                machine.row_bytes / machine.link_bytes_s,
+                machine.row_bytes * machine.link_s_per_byte,
                 machine.link_latency_s,
                 setting.alpha,
                 setting.half_life,

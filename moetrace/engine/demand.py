@@ -20,7 +20,7 @@ class Demand(NamedTuple):
 
 
 FINE, NOT_AN_EXPERT, TWICE = 0, 1, 2
-FEW = 24  # active experts up to which sorting by insertion is the faster way
+FEW = 24  # ids of a step and layer up to which sorting by insertion is the faster way
 
 
 def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> tuple[Demand, int, int]:
@@ -40,81 +40,128 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> tupl
 @kernel(allocates=True)
 def _gather(experts, offset, num_experts, start, expert, count):
     layers = experts.shape[1]
-    tokens = np.zeros(num_experts, np.int32)  # rows of the layer at hand that chose each expert
-    last_cell = np.full(num_experts, -1)
+    # Rows of the layer at hand that chose each expert, and the last (row, layer); what is no expert goes to the last place.
+    tokens = np.zeros(num_experts + 1, np.int32)
+    last_cell = np.full(num_experts + 1, -1)
     most_rows = 0
     for s in range(offset.size - 1):
         most_rows = max(most_rows, offset[s + 1] - offset[s])
     with_count = np.zeros(most_rows + 2, np.int32)
     end, at = 0, 0
     for s in range(offset.size - 1):
+        begin, stop = offset[s], offset[s + 1]
         for l in range(layers):
             first = end
-            end, wrong, row = _count(experts, l, offset[s], offset[s + 1], tokens, last_cell, expert, end)
-            if wrong != FINE:
-                return wrong, row
-            if end - first > FEW:
-                _by_counting(expert[first:end], count[first:end], tokens, with_count)
+            if stop - begin == 1:
+                end, wrong = _one_row(experts[begin, l], num_experts, expert, count, end)
             else:
-                _by_insertion(expert[first:end], count[first:end], tokens)
+                wrong = _count(experts, l, begin, stop, tokens, last_cell)
+                if (stop - begin) * experts.shape[2] > FEW:
+                    end = _by_counting(tokens, expert, count, end, with_count)
+                else:
+                    end = _by_insertion(experts, l, begin, stop, tokens, expert, count, end)
+            if wrong:
+                return _what_is_wrong(experts, l, begin, stop, num_experts)
             at += 1
             start[at] = end
     return FINE, -1
 
 
 @kernel
-def _count(experts, layer, begin, stop, tokens, last_cell, expert, end):
-    """Count the rows of each expert and list the experts at ``expert[end:]`` as they come up."""
-    absent = (1 << (8 * experts.itemsize)) - 1
+def _absent(experts):
+    return np.int64((1 << (8 * experts.itemsize)) - 1)
+
+
+@kernel
+def _one_row(ids, num_experts, expert, count, end):
+    """List the experts of a step's only row by id, in front of ``end``; return the new end and whether ids are wrong."""
+    first, wrong = end, False
+    for slot in range(ids.size):
+        e = np.int64(ids[slot])
+        if e >= num_experts:
+            wrong |= e != _absent(ids)
+            continue
+        j = end
+        while j > first and expert[j - 1] >= e:
+            wrong |= expert[j - 1] == e
+            expert[j] = expert[j - 1]
+            j -= 1
+        expert[j] = e
+        count[end] = 1
+        end += 1
+    return end, wrong
+
+
+@kernel
+def _count(experts, layer, begin, stop, tokens, last_cell):
+    """Count the rows that chose each expert; return whether an id is wrong. Without branches: 1.7 ns an id, not 4."""
+    num_experts = tokens.size - 1
+    absent = _absent(experts)
+    wrong = False
     for row in range(begin, stop):
         cell = row * experts.shape[1] + layer
         for slot in range(experts.shape[2]):
             e = np.int64(experts[row, layer, slot])
-            if e >= tokens.size:
-                if e == absent:
-                    continue
-                return end, NOT_AN_EXPERT, row
-            if last_cell[e] == cell:
-                return end, TWICE, row
-            last_cell[e] = cell
-            if tokens[e] == 0:
-                expert[end] = e
-                end += 1
-            tokens[e] += 1
-    return end, FINE, -1
+            place = min(e, num_experts)
+            wrong |= (e >= num_experts) & (e != absent)
+            wrong |= (last_cell[place] == cell) & (e < num_experts)
+            last_cell[place] = cell
+            tokens[place] += 1
+    tokens[num_experts] = 0
+    return wrong
 
 
 @kernel
-def _by_insertion(expert, count, tokens):
-    """Put a layer's experts in demand order, fill their counts and leave ``tokens`` zero for the next layer."""
-    for i in range(expert.size):
-        e = expert[i]
-        n = tokens[e]
-        tokens[e] = 0
-        j = i
-        while j > 0 and (count[j - 1] < n or (count[j - 1] == n and expert[j - 1] > e)):
-            expert[j], count[j] = expert[j - 1], count[j - 1]
-            j -= 1
-        expert[j], count[j] = e, n
+def _what_is_wrong(experts, layer, begin, stop, num_experts):
+    for row in range(begin, stop):
+        for slot in range(experts.shape[2]):
+            e = np.int64(experts[row, layer, slot])
+            if e >= num_experts and e != _absent(experts):
+                return NOT_AN_EXPERT, row
+            for other in range(slot):
+                if e < num_experts and np.int64(experts[row, layer, other]) == e:
+                    return TWICE, row
+    return FINE, -1
 
 
 @kernel
-def _by_counting(expert, count, tokens, with_count):
+def _by_insertion(experts, layer, begin, stop, tokens, expert, count, end):
+    """List a layer's experts in demand order in front of ``end`` and leave ``tokens`` zero; return the new end."""
+    first = end
+    for row in range(begin, stop):
+        for slot in range(experts.shape[2]):
+            e = min(np.int64(experts[row, layer, slot]), tokens.size - 1)
+            n = tokens[e]
+            if n == 0:
+                continue
+            tokens[e] = 0
+            j = end
+            while j > first and (count[j - 1] < n or (count[j - 1] == n and expert[j - 1] > e)):
+                expert[j], count[j] = expert[j - 1], count[j - 1]
+                j -= 1
+            expert[j], count[j] = e, n
+            end += 1
+    return end
+
+
+@kernel
+def _by_counting(tokens, expert, count, end, with_count):
     """Do the same for many experts: ids in order by a scan, their places by a count of the counts."""
     most = 0
-    for e in range(tokens.size):
+    for e in range(tokens.size - 1):
         with_count[tokens[e]] += 1
         most = max(most, tokens[e])
-    place = 0
-    for n in range(most, -1, -1):
+    for n in range(most, 0, -1):
         here = with_count[n]
-        with_count[n] = place
-        place += here
-    for e in range(tokens.size):
+        with_count[n] = end
+        end += here
+    for e in range(tokens.size - 1):
         n = tokens[e]
         if n > 0:
-            expert[with_count[n]], count[with_count[n]] = e, n
-            with_count[n] += 1
+            place = with_count[n]
+            expert[place], count[place] = e, n
+            with_count[n] = place + 1
             tokens[e] = 0
     for n in range(most + 1):
         with_count[n] = 0
+    return end

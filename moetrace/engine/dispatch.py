@@ -65,22 +65,20 @@ def _balance(view, size, plan):
     _all_to_units(view, size)
     moe_s = ndp_end_s(view)
     free_s, arrival_s = 0.0, 0.0
-    for resident in (1, 0):  # resident ones first
-        for i in range(size):
-            expert = view.active[i]
-            if expert.resident != resident:
-                continue
-            arrives_s = arrival_s if resident else arrival_s + expert.fetch_s
-            ends_s = (free_s if resident else max(free_s, arrives_s)) + expert.gpu_s
-            if less(moe_s, ends_s):
-                continue
-            take_from_group(view.groups, expert)
-            moved_s = max(ends_s, ndp_end_s(view))
-            if less(moved_s, moe_s) or (resident and not less(moe_s, moved_s)):
-                plan[i] = 1
-                moe_s, free_s, arrival_s = moved_s, ends_s, arrives_s
-            else:
-                give_to_group(view.groups, expert)
+    for j in range(size):
+        i = view.active[j].turn
+        expert = view.active[i]
+        arrives_s = arrival_s + expert.fetch_s
+        ends_s = max(free_s, arrives_s) + expert.gpu_s
+        if less(moe_s, ends_s):
+            continue
+        take_from_group(view.groups, expert)
+        moved_s = max(ends_s, ndp_end_s(view))
+        if less(moved_s, moe_s) or (expert.resident and not less(moe_s, moved_s)):
+            plan[i] = 1
+            moe_s, free_s, arrival_s = moved_s, ends_s, arrives_s
+        else:
+            give_to_group(view.groups, expert)
     return moe_s
 
 
@@ -92,15 +90,10 @@ def _search(view, size, plan, best_s):
     GPU. What is decided bounds the time from below, as more work never ends earlier. A plan is a bit mask with the
     most demanded expert in the highest bit, so of two plans of one size the larger mask is lexicographically first.
     """
-    order, choice = np.empty(size, np.int64), np.full(size + 1, -1)
+    choice = np.full(size + 1, -1)
     free_s, arrival_s = np.zeros(size + 1), np.zeros(size + 1)
     saved = np.empty((size, 2))
-    best_count, best_mask, count, mask, j = 0, 0, 0, 0, 0
-    for resident in (1, 0):
-        for i in range(size):
-            if view.active[i].resident == resident:
-                order[j] = i
-                j += 1
+    best_count, best_mask, count, mask = 0, 0, 0, 0
     for i in range(size):
         best_count += plan[i]
         best_mask += plan[i] << (size - 1 - i)
@@ -113,7 +106,7 @@ def _search(view, size, plan, best_s):
                 best_s, best_count, best_mask = moe_s, count, mask
             j -= 1
             continue
-        i = order[j]
+        i = view.active[j].turn
         expert = view.active[i]
         group = view.groups[expert.group]
         choice[j] += 1
@@ -126,8 +119,8 @@ def _search(view, size, plan, best_s):
             group.count -= 1
             count += 1
             mask += 1 << (size - 1 - i)
-            arrival_s[j + 1] = arrival_s[j] if expert.resident else arrival_s[j] + expert.fetch_s
-            free_s[j + 1] = (free_s[j] if expert.resident else max(free_s[j], arrival_s[j + 1])) + expert.gpu_s
+            arrival_s[j + 1] = arrival_s[j] + expert.fetch_s
+            free_s[j + 1] = max(free_s[j], arrival_s[j + 1]) + expert.gpu_s
         else:
             count -= 1
             mask -= 1 << (size - 1 - i)

@@ -77,20 +77,16 @@ def timeline(machine, view, size, plan):
     """
     clear_groups(view.groups)
     gpu_free_s, gpu_busy_s, arrival_s, demand_bytes = 0.0, 0.0, 0.0, 0.0
-    for i in range(size):
+    for j in range(size):
+        i = view.active[j].turn
         expert = view.active[i]
         if plan[i] == 0:
             give_to_group(view.groups, expert)
-        elif expert.resident:
-            gpu_free_s += expert.gpu_s
-            gpu_busy_s += expert.gpu_s
-    for i in range(size):
-        expert = view.active[i]
-        if plan[i] and not expert.resident:
-            arrival_s += expert.fetch_s
-            demand_bytes += expert.weight_bytes
-            gpu_busy_s += expert.gpu_s
-            gpu_free_s = max(gpu_free_s, arrival_s) + expert.gpu_s
+            continue
+        arrival_s += expert.fetch_s
+        demand_bytes += 0.0 if expert.resident else expert.weight_bytes
+        gpu_busy_s += expert.gpu_s
+        gpu_free_s = max(gpu_free_s, arrival_s) + expert.gpu_s
     row_shards, busiest_s, busy_sum_s, count = 0.0, 0.0, 0.0, 0
     for g in range(view.groups.size):
         group = view.groups[g]
@@ -101,7 +97,7 @@ def timeline(machine, view, size, plan):
     act_bytes, act_s, ndp_s = 0.0, 0.0, 0.0
     if count > 0:
         act_bytes = machine.row_bytes * (row_shards * view.share)
-        act_s = act_bytes / machine.link_bytes_s + machine.link_latency_s
+        act_s = act_bytes * machine.link_s_per_byte + machine.link_latency_s
         ndp_s = act_s + busiest_s + act_s
     return Timeline(
         max(gpu_free_s, ndp_s), act_s, arrival_s, gpu_busy_s, act_bytes, demand_bytes, busiest_s, busy_sum_s

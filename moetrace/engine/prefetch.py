@@ -5,9 +5,11 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.engine.compile import kernel
-from moetrace.engine.residency import admit
+from moetrace.engine.residency import keep, link_by_age, pool_of
 
-DONE_BYTES = 1e-3  # a transfer is complete when at most this remains: the flow is a fluid, and rounds
+# A transfer is complete when at most this remains, and has begun when more than this has moved: the flow is a fluid,
+# and rounds.
+DONE_BYTES = 1e-3
 
 
 class Queue(NamedTuple):
@@ -76,7 +78,7 @@ def _close_up(queue):
 @kernel
 def leave(queue, code):
     """Take an expert out of the queue; return 1 if some of its bytes had moved, else 0."""
-    moved = queue.moved_bytes[code] > 0
+    moved = queue.moved_bytes[code] > DONE_BYTES
     if moved and is_complete(queue, code):
         queue.ends[COMPLETE] -= 1
     queue.place[code] = -1
@@ -148,7 +150,8 @@ def admit_complete(queue, cells, cache, tally):
         code = queue.code[at]
         if queue.place[code] == at and is_complete(queue, code):
             leave(queue, code)
-            if admit(cells, cache, code // experts, code % experts, tally):
+            if keep(cells, cache, code // experts, code % experts, tally):
+                link_by_age(cells, cache, code)
                 cache.fresh[code] = 1
             else:
                 tally[0].wasted += 1
@@ -162,8 +165,7 @@ def join_by_score(queue, cells, cache, layer, most):
     A free slot counts as a resident of score 0, and so does a layer without residents.
     """
     experts = cells.shape[1]
-    pool = layer if cache.count.size > 1 else 0
-    floor = 0.0 if cache.count[pool] < cache.members.shape[1] else np.inf
+    floor = 0.0 if cache.count[pool_of(cache, layer)] < cache.capacity else np.inf
     for e in range(experts):
         if cells[layer, e].resident:
             floor = min(floor, cells[layer, e].score)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.engine.compile import kernel
+from moetrace.engine.residency import link
 from moetrace.engine.prefetch import HEAD, TAIL, join, leave, restore
 
 
@@ -117,10 +118,29 @@ def want_most_frequent(cells, total, begin, stop, most):
 @kernel
 def make_wanted(cells, cache, total):
     """Make *wanted* anew: the capacity's worth of most frequent experts, of each layer or of the whole model."""
-    pools, capacity = cache.members.shape
+    pools = cache.count.size
     span = total.size // pools
     for pool in range(pools):
-        want_most_frequent(cells, total, pool * span, (pool + 1) * span, capacity)
+        want_most_frequent(cells, total, pool * span, (pool + 1) * span, cache.capacity)
+        _line_up_unwanted(cells, cache, pool, pool * span, (pool + 1) * span)
+
+
+@kernel(allocates=True)
+def _line_up_unwanted(cells, cache, pool, begin, stop):
+    """Make a pool's ring anew, of the residents that are not wanted any more."""
+    experts = cells.shape[1]
+    codes, touched = np.empty(cache.count[pool], np.int64), np.empty(cache.count[pool], np.int64)
+    size = 0
+    for code in range(begin, stop):
+        if cache.resident[code]:
+            cache.after[code] = -1
+            if cells[code // experts, code % experts].score < np.inf:
+                codes[size], touched[size] = code, cells[code // experts, code % experts].touched
+                size += 1
+    end = cache.resident.size + pool
+    cache.after[end] = cache.before[end] = end
+    for i in np.argsort(touched[:size], kind="mergesort"):  # stable, so ties stay in the order of codes
+        link(cache, codes[i], end)
 
 
 @kernel(allocates=True)

@@ -6,10 +6,11 @@ import numpy as np
 from numba import config, typeof, types
 
 from moetrace.engine.compile import kernel
-from moetrace.engine.cost import Machine, dense_s, head_s, price
+from moetrace.engine.cost import Machine, dense_s, head_s, price, take_turns
 from moetrace.engine.demand import Demand
 from moetrace.engine.layer import timeline
 from moetrace.engine.prefetch import (
+    DONE_BYTES,
     Queue,
     admit_complete,
     empty_queue,
@@ -91,21 +92,21 @@ def _see(at, layer, step, demand, machine, state, log):
     base = layer * state.cells.shape[1]
     for i in range(size):
         expert, rows = np.int64(demand.expert[first + i]), np.int64(demand.rows[first + i])
+        code = base + expert
+        resident = state.cache.resident[code]
+        active = state.active[i]
+        price(machine, layer, expert, rows, resident, active)
         state.load[i] = rows
         state.plan[i] = 0
-        active = state.active[i]
-        price(machine, layer, expert, rows, active)
-        code = base + expert
-        resident = state.cache.slot[code] >= 0
-        active.resident = resident
         if demand.next_step.size > 0:
             next_step = demand.next_step[first + i]
             active.next_use = np.inf if next_step < 0 else next_step * state.cells.shape[0] + layer + 0.0
         if resident:
             hits += 1
-        elif state.queue.place[code] >= 0 and state.queue.moved_bytes[code] > 0 and state.queue.late[code] == 0:
+        elif state.queue.place[code] >= 0 and state.queue.moved_bytes[code] > DONE_BYTES and state.queue.late[code] == 0:
             state.queue.late[code] = 1
             late += 1
+    take_turns(state.active, size)
     log.step[step].hits += hits
     log.step[step].misses += size - hits
     log.step[step].late += late
@@ -147,7 +148,7 @@ def _note_units(layer, size, dense, line, moved_bytes, machine, state, log):
     gpu, link_in, link_out = log.unit[GPU], log.unit[LINK_IN], log.unit[LINK_OUT]
     gpu.busy_s += dense + line.gpu_s
     gpu.bytes += machine.dense_bytes
-    link_in.busy_s += line.fetch_s + moved_bytes / machine.link_bytes_s + line.act_s
+    link_in.busy_s += line.fetch_s + moved_bytes * machine.link_s_per_byte + line.act_s
     link_in.bytes += line.demand_bytes + moved_bytes + line.act_bytes
     link_out.busy_s += line.act_s
     link_out.bytes += line.act_bytes
@@ -169,19 +170,19 @@ def _replay_layer(at, layer, step, dense, batch, machine, setting, state, log, d
     queue, cells, tally = state.queue, state.cells, log.tally
     admit_complete(queue, cells, state.cache, tally)
     moved_bytes = flow(queue, dense * machine.link_bytes_s)
-    size = _see(at, layer, step, batch.demand, machine, state, log)
     if setting.prefetch == ORACLE:
         now = step * cells.shape[0] + layer
         tally[0].wasted += join_ahead(
             queue, cells, batch.demand, at, now, setting.depth, setting.chance, setting.seed
         )
+    size = _see(at, layer, step, batch.demand, machine, state, log)
     view = View(
         step,
         np.int64(batch.phase[step - batch.first_step]),
         batch.rows[step - batch.first_step],
         setting.slots,
         machine.share,
-        machine.row_bytes / machine.link_bytes_s,
+        machine.row_bytes * machine.link_s_per_byte,
         machine.link_latency_s,
         setting.alpha,
         setting.half_life,
@@ -221,7 +222,7 @@ def _wait(machine, state, row, log):
     """Let the first decode step wait until the queue is empty; return the seconds."""
     moved_bytes = flow(state.queue, remaining_bytes(state.queue))
     row.prefetch_bytes += moved_bytes
-    row.wait_s = moved_bytes / machine.link_bytes_s
+    row.wait_s = moved_bytes * machine.link_s_per_byte
     log.unit[LINK_IN].busy_s += row.wait_s
     log.unit[LINK_IN].bytes += moved_bytes
     return row.wait_s
@@ -277,13 +278,16 @@ def replay_batch(batch, machine, setting, state, log, dispatch, residency):
             _end_step(step, batch, setting, state, log)
 
 
-def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int, admit: bool) -> State:
-    """Return the state before the first step; ``pools`` is 1 or the number of layers (scope global, layer)."""
+def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int, admit: bool, flat: bool) -> State:
+    """Return the state before the first step; ``pools`` is 1 or the number of layers (scope global, layer).
+
+    ``admit``: whether what arrives may be kept; ``flat``: whether scores never differ, but for infinite ones.
+    """
     layers, experts = machine.weight_bytes.shape
     requests = schedule.requests
     return State(
         cells=empty_cells(layers, experts, admit),
-        cache=empty_cache(layers, experts, pools, setting.slots // pools),
+        cache=empty_cache(layers, experts, pools, setting.slots // pools, flat),
         queue=empty_queue(machine.weight_bytes),
         prompts=prompts_of(
             requests.last_step,
@@ -307,7 +311,7 @@ def _signature() -> Any:
     numbers = (1.0 if kind is float else 1 for kind in list(Machine.__annotations__.values())[:-2])
     machine = Machine(*numbers, np.ones((1, 1)), np.zeros((1, 1), np.int64))
     setting = Setting(0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
-    state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True)
+    state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True, True)
     parts = (typeof(part) for part in (batch, machine, setting, state, new_log(1, 1, 1)))
     return types.void(*parts, FIRST_CLASS_HOOK, FIRST_CLASS_HOOK)
 

@@ -14,24 +14,35 @@ from moetrace.engine.state import CELL, records
 
 
 class Cache(NamedTuple):
-    """The copies that the GPU holds. A *code* is ``layer * E + expert``; a *pool* is a layer, or all layers."""
+    """The copies that the GPU holds. A *code* is ``layer * E + expert``; a *pool* is a layer, or all layers.
 
-    slot: np.ndarray  # int64 [L * E]: where in its pool a resident stands, -1 = not resident
-    members: np.ndarray  # int64 [pools, capacity]: codes of the residents
-    count: np.ndarray  # int64 [pools]
+    Those that may be evicted stand in a ring a pool, by (touched, code): touching one, and finding the one touched
+    longest ago, take the same few nanoseconds whatever the capacity. Node ``L * E + pool`` is where the ring closes.
+    """
+
+    resident: np.ndarray  # uint8 [L * E]
+    after: np.ndarray  # int64 [L * E + pools]: the next to be touched; -1 = not in a ring
+    before: np.ndarray  # int64 [L * E + pools]
+    count: np.ndarray  # int64 [pools]: residents
     fresh: np.ndarray  # uint8 [L * E]: prefetched, and not yet run on the GPU
     active: np.ndarray  # uint8 [L * E]: not to be evicted now
+    capacity: int  # of each pool
+    flat: int  # 1: scores are equal where they are not infinite, so the first of the ring is the victim
 
 
-def empty_cache(layers: int, experts: int, pools: int, capacity: int) -> Cache:
+def empty_cache(layers: int, experts: int, pools: int, capacity: int, flat: bool) -> Cache:
     """Return an empty cache of ``pools`` pools (1 or ``layers``) that hold ``capacity`` experts each."""
     cells = layers * experts
+    ring = np.concatenate((np.full(cells, -1), np.arange(cells, cells + pools)))
     return Cache(
-        slot=np.full(cells, -1),
-        members=np.zeros((pools, max(capacity, 1)), np.int64)[:, :capacity].copy(),
+        resident=np.zeros(cells, np.uint8),
+        after=ring,
+        before=ring.copy(),
         count=np.zeros(pools, np.int64),
         fresh=np.zeros(cells, np.uint8),
         active=np.zeros(cells, np.uint8),
+        capacity=capacity,
+        flat=int(flat),
     )
 
 
@@ -44,15 +55,11 @@ def empty_cells(layers: int, experts: int, admit: bool) -> np.ndarray:
 
 def hold(cells: np.ndarray, cache: Cache, codes: np.ndarray) -> None:
     """Put experts (int64 [n] codes, as many as fit) into the cache for good, before the first step."""
-    pools, experts = len(cache.count), cells.shape[1]
-    for code in codes:
-        layer, expert = divmod(int(code), experts)
-        pool = layer if pools > 1 else 0
-        cache.slot[code] = cache.count[pool]
-        cache.members[pool, cache.count[pool]] = code
-        cache.count[pool] += 1
-        cells["resident"][layer, expert] = 1
-        cells["score"][layer, expert] = np.inf
+    layer, expert = np.divmod(codes, cells.shape[1])
+    cache.resident[codes] = 1
+    np.add.at(cache.count, layer if len(cache.count) > 1 else 0 * layer, 1)
+    cells["resident"][layer, expert] = 1
+    cells["score"][layer, expert] = np.inf
 
 
 # The hooks
@@ -100,59 +107,111 @@ RESIDENCY = {
 
 
 @kernel
-def evict(cells, cache, pool, tally):
-    """Evict the member of least score that is not active; return whether there was one.
+def pool_of(cache, layer):
+    """Return the pool that a layer's experts share."""
+    return layer if cache.count.size > 1 else 0
 
-    Ties: touched longest ago, then lower layer, then lower id.
+
+@kernel
+def link(cache, code, follower):
+    """Put an expert into a ring, in front of ``follower``."""
+    leader = cache.before[follower]
+    cache.after[leader], cache.before[code] = code, leader
+    cache.after[code], cache.before[follower] = follower, code
+
+
+@kernel
+def unlink(cache, code):
+    """Take an expert out of its ring."""
+    leader, follower = cache.before[code], cache.after[code]
+    cache.after[leader], cache.before[follower] = follower, leader
+    cache.after[code] = -1
+
+
+@kernel
+def evict(cells, cache, pool, tally):
+    """Evict the resident of least score that is not active; return whether there was one.
+
+    Ties: touched longest ago, then lower layer, then lower id, which is the order of the ring.
     """
     experts = cells.shape[1]
-    victim, score, touched = -1, np.inf, 0
-    for m in range(cache.count[pool]):
-        code = cache.members[pool, m]
-        cell = cells[code // experts, code % experts]
-        if cell.score > score or cell.score == np.inf or cache.active[code]:
-            continue
-        if cell.score < score or cell.touched < touched or (cell.touched == touched and code < victim):
-            victim, score, touched = code, cell.score, cell.touched
+    end = cache.resident.size + pool
+    victim, least = -1, np.inf
+    code = cache.after[end]
+    while code != end:
+        if cache.active[code] == 0:
+            score = cells[code // experts, code % experts].score
+            if score < least:
+                victim, least = code, score
+                if cache.flat:
+                    break
+        code = cache.after[code]
     if victim < 0:
         return False
+    unlink(cache, victim)
     cells[victim // experts, victim % experts].resident = 0
+    cache.resident[victim] = 0
+    cache.count[pool] -= 1
     tally[0].wasted += cache.fresh[victim]
     cache.fresh[victim] = 0
-    cache.count[pool] -= 1
-    last = cache.members[pool, cache.count[pool]]
-    cache.members[pool, cache.slot[victim]] = last
-    cache.slot[last] = cache.slot[victim]
-    cache.slot[victim] = -1
     return True
 
 
 @kernel
-def admit(cells, cache, layer, expert, tally):
-    """Keep a copy that has arrived, if it may be kept and there is room or a victim; return whether it is kept."""
-    pool = layer if cache.count.size > 1 else 0
+def keep(cells, cache, layer, expert, tally):
+    """Keep a copy that has arrived, if it may be kept and there is room or a victim; return whether it is kept.
+
+    It then has yet to be put into the ring.
+    """
+    pool = pool_of(cache, layer)
     if cells[layer, expert].admit == 0:
         return False
-    if cache.count[pool] >= cache.members.shape[1] and not evict(cells, cache, pool, tally):
+    if cache.count[pool] >= cache.capacity and not evict(cells, cache, pool, tally):
         return False
-    code = layer * cells.shape[1] + expert
-    cache.slot[code] = cache.count[pool]
-    cache.members[pool, cache.count[pool]] = code
-    cache.count[pool] += 1
     cells[layer, expert].resident = 1
+    cache.resident[layer * cells.shape[1] + expert] = 1
+    cache.count[pool] += 1
     return True
+
+
+@kernel
+def link_by_age(cells, cache, code):
+    """Put an expert where its last touch belongs; with equal scores one that is never evicted needs no place."""
+    experts = cells.shape[1]
+    if cache.flat and cells[code // experts, code % experts].score == np.inf:
+        return
+    touched = cells[code // experts, code % experts].touched
+    end = cache.resident.size + pool_of(cache, code // experts)
+    other = cache.after[end]
+    while other != end:
+        other_touched = cells[other // experts, other % experts].touched
+        if other_touched > touched or (other_touched == touched and other > code):
+            break
+        other = cache.after[other]
+    link(cache, code, other)
 
 
 @kernel
 def settle(cells, cache, layer, active, size, plan, tally):
     """After a layer, in demand order: touch what is resident, offer what was fetched."""
     first = layer * cells.shape[1]
+    end = cache.resident.size + pool_of(cache, layer)
     for i in range(size):
         cache.active[first + active[i].expert] = 1
     for i in range(size):
         expert = active[i].expert
-        if cache.slot[first + expert] >= 0 or (plan[i] and admit(cells, cache, layer, expert, tally)):
-            tally[0].clock += 1
-            cells[layer, expert].touched = tally[0].clock
+        code = first + expert
+        if cache.resident[code]:
+            linked = cache.after[code] >= 0
+            if linked:
+                unlink(cache, code)
+        elif plan[i] and keep(cells, cache, layer, expert, tally):
+            linked = not (cache.flat and cells[layer, expert].score == np.inf)
+        else:
+            continue
+        if linked:
+            link(cache, code, end)
+        tally[0].clock += 1
+        cells[layer, expert].touched = tally[0].clock
     for i in range(size):
         cache.active[first + active[i].expert] = 0

@@ -172,13 +172,14 @@ def _lane(
     )
     pools = layers if policy.scope == "layer" else 1
     admits = policy.residency not in ("none", "static", "prefill")
-    state = new_state(machine, schedule, setting, pools, admits)
+    flat = policy.residency in ("none", "static", "prefill", "lru")
+    state = new_state(machine, schedule, setting, pools, admits, flat)
     if system.link is None:
         hold(state.cells, state.cache, np.arange(layers * experts))
     elif policy.static:
         hold(state.cells, state.cache, _static_codes(policy, state, layers, experts))
     ignores_residency = policy.dispatch in ("ndp", "hot")
-    own_state = None if ignores_residency else new_state(machine, schedule, setting._replace(counts_prompts=0), 1, True)
+    own_state = None if ignores_residency else new_state(machine, schedule, setting._replace(counts_prompts=0), 1, True, True)
     hooks = load_hook(policy.dispatch, DISPATCH), load_hook(policy.residency, RESIDENCY)
     return Lane(policy, machine, setting, new_log(trace.steps, layers, machine.groups), state, hooks, own_state)
 
@@ -186,7 +187,7 @@ def _lane(
 def _static_codes(policy: PolicySpec, state: State, layers: int, experts: int) -> np.ndarray:
     assert policy.static is not None
     pairs = load_static(policy.static, layers, experts)
-    pools, capacity = state.cache.members.shape
+    pools, capacity = len(state.cache.count), state.cache.capacity
     most = int(np.bincount(pairs[:, 0] if pools > 1 else np.zeros(len(pairs), np.int64), minlength=1).max())
     if most > capacity:
         place = "a layer" if pools > 1 else "all layers together"

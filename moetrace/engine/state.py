@@ -29,9 +29,10 @@ ACTIVE = np.dtype(
         ("rows", np.float64),
         ("gpu_s", np.float64),
         ("ndp_s", np.float64),  # on each unit of its group
-        ("fetch_s", np.float64),
+        ("fetch_s", np.float64),  # 0 if resident
         ("weight_bytes", np.float64),
         ("next_use", np.float64),  # (step * layers + layer) of its next demand, where the policy looks ahead
+        ("turn", np.int64),  # of record j: who is the j-th that the GPU would run, resident ones first
         ("resident", np.uint8),
     ],
     align=True,
