@@ -4,7 +4,7 @@ import numpy as np
 from numba import types
 
 from moetrace.engine.compile import kernel
-from moetrace.engine.cost import dense_s, head_s, price, take_turns
+from moetrace.engine.cost import dense_s, head_s, price
 from moetrace.engine.layer import timeline
 from moetrace.engine.replay import SIGNATURE
 from moetrace.engine.state import View
@@ -49,7 +49,7 @@ def clairvoyant_batch(batch, machine, setting, state, dispatch):
                 state.plan[i] = 0
                 price(machine, layer, expert, rows, i < setting.slots, state.active[i])
                 state.active[i].next_use = np.inf
-            take_turns(state.active, size)
+                state.active[i].turn = i  # resident ones are the first already
             view = View(
                 batch.first_step + s,
                 np.int64(batch.phase[s]),

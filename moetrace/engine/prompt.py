@@ -58,18 +58,34 @@ def prompts_of(last_step: np.ndarray, first_prefill: np.ndarray, last_prefill: n
 
 
 @kernel
-def count_prompt_rows(prompts, experts, request, phase, begin, stop, num_experts):
-    """Count the choices of the prefill rows among rows ``begin`` to ``stop`` of a block."""
+def count_prompts(prompts, batch, s, num_experts):
+    """Count the choices of the prefill rows of the block's step ``s``; of a lone prompt's, by its demand."""
+    begin, stop = batch.offset[s], batch.offset[s + 1]
+    layers = batch.experts.shape[1]
+    alone = True
     for row in range(begin, stop):
-        if phase[row] != 0:
-            continue
-        count = prompts.count[prompts.place[request[row]]]
-        for l in range(experts.shape[1]):
-            for slot in range(experts.shape[2]):
-                e = np.int64(experts[row, l, slot])
-                if e < num_experts:
-                    count[l * num_experts + e] += 1
-                    prompts.total[l * num_experts + e] += 1
+        alone &= batch.row_phase[row] == 0 and batch.request[row] == batch.request[begin]
+    if alone:
+        count = prompts.count[prompts.place[batch.request[begin]]]
+        for at in range(s * layers, (s + 1) * layers):
+            first = (at - s * layers) * num_experts
+            for i in range(batch.demand.start[at], batch.demand.start[at + 1]):
+                count[first + batch.demand.expert[i]] += batch.demand.rows[i]
+                prompts.total[first + batch.demand.expert[i]] += batch.demand.rows[i]
+        return
+    for row in range(begin, stop):
+        if batch.row_phase[row] == 0:
+            _count_row(prompts, batch.experts[row], prompts.place[batch.request[row]], num_experts)
+
+
+@kernel
+def _count_row(prompts, experts, place, num_experts):
+    for l in range(experts.shape[0]):
+        for slot in range(experts.shape[1]):
+            e = np.int64(experts[l, slot])
+            if e < num_experts:
+                prompts.count[place, l * num_experts + e] += 1
+                prompts.total[l * num_experts + e] += 1
 
 
 @kernel

@@ -20,7 +20,7 @@ from moetrace.engine.prefetch import (
     leave,
     remaining_bytes,
 )
-from moetrace.engine.prompt import Prompts, count_prompt_rows, forget_ended, make_wanted, prompts_of, queue_wanted
+from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wanted, prompts_of, queue_wanted
 from moetrace.engine.residency import Cache, empty_cache, empty_cells, settle
 from moetrace.engine.schedule import Requests, Schedule
 from moetrace.engine.state import (
@@ -232,15 +232,7 @@ def _wait(machine, state, row, log):
 def _end_step(step, batch, setting, state, log):
     """After the head: learn from the step's prompts, and forget the requests that it was the last of."""
     s = step - batch.first_step
-    count_prompt_rows(
-        state.prompts,
-        batch.experts,
-        batch.request,
-        batch.row_phase,
-        batch.offset[s],
-        batch.offset[s + 1],
-        state.cells.shape[1],
-    )
+    count_prompts(state.prompts, batch, s, state.cells.shape[1])
     forget_ended(state.prompts, step, False)
     if batch.prompt_ends[s]:
         make_wanted(state.cells, state.cache, state.prompts.total)
