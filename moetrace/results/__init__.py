@@ -1,1 +1,5 @@
-"""What comes out of a replay, as Polars frames and files."""
+"""What comes out of a replay: figures per policy, step, unit, layer and request, as Polars frames and as files."""
+
+from moetrace.results.result import Result, replay
+
+__all__ = ["Result", "replay"]

@@ -1,0 +1,124 @@
+"""`moetrace replay`: a trace through policies on a described machine, side by side."""
+
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import click
+
+from moetrace.cli.output import format_option, print_json
+from moetrace.cli.overrides import set_option, split_settings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+# A bar that comes and goes at once would only flicker.
+_BAR_AFTER_S = 1.0
+
+
+@click.command()
+@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.option("--model", metavar="M", help="Preset or TOML file; by default the preset that the trace names.")
+@click.option("--system", default="edge-ndp", show_default=True, metavar="S", help="Preset or TOML file.")
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    default=("monde", "edge-ndp"),
+    show_default=True,
+    metavar="P",
+    help="Preset, TOML file or file.py:function; may be repeated. Speed-ups are against the first.",
+)
+@click.option("--slots", type=int, metavar="N", help="Experts that the GPU holds; by default as many as have room.")
+@set_option
+@click.option("--jobs", type=int, metavar="N", help="Threads; by default one a policy, at most one a core.")
+@click.option("-o", "--output", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Write the result here.")
+@click.option("--ignore-capacity", is_flag=True, help="Replay even if the experts do not fit the NDP units.")
+@format_option
+def command(
+    trace: Path,
+    model: str | None,
+    system: str,
+    policies: tuple[str, ...],
+    slots: int | None,
+    settings: tuple[str, ...],
+    jobs: int | None,
+    folder: Path | None,
+    ignore_capacity: bool,
+    form: str,
+) -> None:
+    """Replay a trace through policies on a described machine.
+
+    Prints a row for each policy: how long it takes, how busy the machine is, and how much time a better policy could
+    still save. -o DIR also writes summary.json (which --format json prints) and steps, units, layers and requests as
+    Parquet files.
+
+    --set model.FIELD, system.FIELD and policy.FIELD change the specs, the last in every policy; policy.NAME.FIELD
+    changes the policy of that name alone.
+    """
+    from moetrace.cli.compiling import announce_compiling
+    from moetrace.trace import Trace
+
+    changes = split_settings(settings, ["model", "system", "policy"])
+    with Trace.open(trace) as opened, announce_compiling():
+        from moetrace.results import replay
+        from moetrace.results.write import staged
+
+        # The folder first: who can't write there should not wait for a replay to learn it.
+        with staged(folder) if folder else nullcontext() as temporary:
+            with _LateBar(opened.rows) as bar:
+                result = replay(
+                    opened,
+                    model=model,
+                    system=system,
+                    policies=policies,
+                    overrides={f"{kind}.{field}": value for kind in changes for field, value in changes[kind].items()},
+                    slots=slots,
+                    ignore_capacity=ignore_capacity,
+                    jobs=jobs,
+                    progress=bar.advance,
+                )
+            if temporary is not None:
+                result.write_into(temporary)
+    for warning in result.warnings:
+        click.echo(f"moetrace: note: {warning}", err=True)
+    if form == "json":
+        print_json(result.to_dict())
+    elif form == "csv":
+        sys.stdout.write(result.summary.write_csv())
+    else:
+        from moetrace.cli.comparison import print_comparison
+
+        print_comparison(result.to_dict(), str(trace))
+
+
+class _LateBar:
+    """A progress bar on stderr, if that is a terminal and the work has taken a second."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._start_s = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, rows: int) -> None:
+        """Note that so many more rows are done."""
+        self._done += rows
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._done)
+        elif sys.stderr.isatty() and time.monotonic() - self._start_s > _BAR_AFTER_S:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar.add_task("rows", total=self._total, completed=self._done)
+            self._bar.start()

@@ -1,0 +1,156 @@
+"""The log of a replay as Polars frames: a row for each policy and step, unit, layer or request.
+
+Columns are those of the files that `moetrace replay -o` writes; what is undefined is null, never NaN.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from moetrace.engine.run import Lane, Run
+from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT, UNIT
+from moetrace.trace.schema import PHASE_NAMES
+
+# The step log may be larger than memory: it is turned into rows this many steps at a time.
+SLICE_STEPS = 1 << 16
+
+# From the log as they are; what stands before and after them in a row of steps.parquet is made here.
+_STEP_FIGURES = ("dense_s", "moe_s", "head_s", "wait_s", "hits", "misses", "demand_bytes", "prefetch_bytes", "late")
+
+
+class RequestTimes(NamedTuple):
+    """Seconds of each request, float64 [requests], NaN where undefined (timing model, section 4)."""
+
+    ttft_s: np.ndarray
+    tpot_s: np.ndarray
+    e2e_s: np.ndarray
+
+
+def step_slices(run: Run) -> Iterator[pl.DataFrame]:
+    """Yield the rows of all steps of all policies in order, a slice at a time."""
+    phase_names = pl.Series("phase", PHASE_NAMES)
+    for lane in run.lanes:
+        end_s = 0.0
+        for first in range(0, len(lane.log.step), SLICE_STEPS):
+            log = lane.log.step[first : first + SLICE_STEPS]
+            steps = slice(first, first + len(log))
+            edge_s = np.cumsum(np.concatenate(([end_s], log["duration_s"])))
+            end_s = edge_s[-1]
+            yield pl.DataFrame(
+                {
+                    "policy": pl.repeat(lane.policy.name, len(log), eager=True),
+                    "step": np.arange(first, first + len(log)),
+                    "phase": phase_names.gather(run.schedule.phase[steps]),
+                    "rows": run.schedule.rows[steps],
+                    "start_s": edge_s[:-1],
+                    "duration_s": np.ascontiguousarray(log["duration_s"]),
+                    **{name: np.ascontiguousarray(log[name]) for name in _STEP_FIGURES},
+                    "imbalance": _nulls(log["imbalance"]),
+                }
+            )
+
+
+def unit_frame(run: Run) -> pl.DataFrame:
+    """Return what each part of the machine did: `gpu`, `ndp0` .., `cpu`, `link_in`, `link_out`.
+
+    Of a link, `experts` and `bytes` are those that it carried. No policy of version 1 uses the CPU.
+    """
+    return pl.concat([_units_of(run, lane) for lane in run.lanes])
+
+
+def layer_frame(run: Run) -> pl.DataFrame:
+    """Return the figures of each MoE layer, summed over the steps; `layer` counts from 0, as in a policy's files."""
+    return pl.concat([_layers_of(lane) for lane in run.lanes])
+
+
+def request_frame(run: Run) -> pl.DataFrame:
+    """Return rows and times of each request, by ascending id."""
+    requests = run.schedule.requests
+    frames = []
+    for lane in run.lanes:
+        times = request_times(run, lane)
+        frames.append(
+            pl.DataFrame(
+                {
+                    "policy": pl.repeat(lane.policy.name, len(requests.id), eager=True),
+                    "request": requests.id,
+                    "prompt_rows": requests.prompt_rows,
+                    "output_rows": requests.output_rows,
+                    **{name: _nulls(seconds) for name, seconds in times._asdict().items()},
+                }
+            )
+        )
+    return pl.concat(frames)
+
+
+def request_times(run: Run, lane: Lane) -> RequestTimes:
+    """Return TTFT, TPOT and the time from the first row's step to the last one's end, of each request."""
+    requests = run.schedule.requests
+    edge_s = np.zeros(len(lane.log.step) + 1)  # step s is edge_s[s] to edge_s[s + 1]
+    np.cumsum(lane.log.step["duration_s"], out=edge_s[1:])
+    first_s = edge_s[requests.first_step]
+    prompt_end_s = edge_s[requests.last_prefill_step + 1]
+    has_prompt, has_output = requests.prompt_rows > 0, requests.output_rows > 0
+    since_s = np.where(has_prompt, prompt_end_s, edge_s[requests.first_decode_step])
+    output_s = edge_s[requests.last_decode_step + 1] - since_s
+    return RequestTimes(
+        ttft_s=np.where(has_prompt, prompt_end_s - first_s, np.nan),
+        tpot_s=np.where(has_output, output_s / np.maximum(requests.output_rows, 1), np.nan),
+        e2e_s=edge_s[requests.last_step + 1] - first_s,
+    )
+
+
+def unit_names(units: int) -> list[str]:
+    """Names of the parts of a machine with so many NDP units, in the order of every table."""
+    return ["gpu", *(f"ndp{unit}" for unit in range(units)), "cpu", "link_in", "link_out"]
+
+
+def total_s(lane: Lane) -> float:
+    """Seconds of all steps."""
+    return float(np.sum(np.ascontiguousarray(lane.log.step["duration_s"])))
+
+
+def _units_of(run: Run, lane: Lane) -> pl.DataFrame:
+    units, share = run.system.units, lane.machine.share
+    log = np.concatenate((lane.log.unit, np.zeros(1, UNIT)))
+    idle = len(log) - 1  # stands for the CPU, and for units that no expert lives on
+    ndp = [min(FIRST_GROUP + unit // share, idle) for unit in range(units)]
+    log = log[[GPU, *ndp, idle, LINK_IN, LINK_OUT]]
+    sharers = np.array([1, *[share] * units, 1, 1, 1])
+    seconds = total_s(lane)
+    return pl.DataFrame(
+        {
+            "policy": pl.repeat(lane.policy.name, len(log), eager=True),
+            "unit": unit_names(units),
+            "busy_s": np.ascontiguousarray(log["busy_s"]),
+            "utilization": _nulls(log["busy_s"] / seconds if seconds else np.full(len(log), np.nan)),
+            "experts": np.ascontiguousarray(log["experts"]),
+            "rows": log["rows"] / sharers,
+            "bytes": log["bytes"] / sharers,
+        }
+    )
+
+
+def _layers_of(lane: Lane) -> pl.DataFrame:
+    log = lane.log.layer
+    count = log["imbalance_count"]
+    imbalance = np.where(count > 0, log["imbalance_sum"] / np.maximum(count, 1), np.nan)
+    columns = {
+        name: np.ascontiguousarray(log[name])
+        for name in ("dense_s", "moe_s", "hits", "misses", "gpu_experts", "ndp_experts", "demand_bytes")
+    }
+    frame = pl.DataFrame(
+        {
+            "policy": pl.repeat(lane.policy.name, len(log), eager=True),
+            "layer": np.arange(len(log)),
+            **columns,
+        }
+    )
+    return frame.insert_column(frame.get_column_index("gpu_experts"), _nulls(imbalance).rename("imbalance"))
+
+
+def _nulls(values: np.ndarray) -> pl.Series:
+    """A column with null for NaN."""
+    return pl.Series(np.ascontiguousarray(values, np.float64), nan_to_null=True)

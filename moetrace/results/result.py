@@ -1,0 +1,224 @@
+"""`replay`: a trace, a machine and policies in, a `Result` out."""
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import polars as pl
+
+from moetrace.engine.run import Run, run
+from moetrace.results import frames, summary, write
+from moetrace.spec import Model, PolicySpec, System, list_presets, load_model, load_policy, load_system
+from moetrace.spec.errors import UsageError
+from moetrace.spec.load import nearest
+from moetrace.trace import Trace
+
+DEFAULT_SYSTEM = "edge-ndp"
+DEFAULT_POLICIES = ("monde", "edge-ndp")
+
+# What `replay` takes for a policy: a preset's name, a TOML file, `file.py:function`, a spec, or a function.
+Policy = str | Path | PolicySpec | Callable
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a replay found. Frames are made when first asked for.
+
+    Attributes:
+        run: the engine's own record.
+        warnings: sentences about what may not be meant so.
+    """
+
+    run: Run
+    warnings: tuple[str, ...]
+    _trace: dict[str, Any]
+
+    @cached_property
+    def summary(self) -> pl.DataFrame:
+        """One row a policy: times, speed-up against the first policy, hits, bytes, utilization, both bounds."""
+        return summary.summary_frame(self._policies)
+
+    @cached_property
+    def steps(self) -> pl.DataFrame:
+        """One row a policy and step. `write` streams them, and needs memory for a slice of them only."""
+        return pl.concat(frames.step_slices(self.run))
+
+    @cached_property
+    def units(self) -> pl.DataFrame:
+        """One row a policy and unit: `gpu`, `ndp0` .., `cpu`, `link_in`, `link_out`."""
+        return frames.unit_frame(self.run)
+
+    @cached_property
+    def layers(self) -> pl.DataFrame:
+        """One row a policy and MoE layer."""
+        return frames.layer_frame(self.run)
+
+    @cached_property
+    def requests(self) -> pl.DataFrame:
+        """One row a policy and request."""
+        return frames.request_frame(self.run)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `summary.json` holds (schema `moetrace.result/1`)."""
+        return summary.summary_dict(self.run, self._trace, self._policies)
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write `summary.json` and the Parquet files into `folder`, which is made if need be: all of them or none.
+
+        Files of the same names are replaced, others stay. Same trace, specs and version: same bytes.
+        Raises MoetraceError if the system refuses, UsageError if `folder` is a file.
+        """
+        with write.staged(folder) as temporary:
+            self.write_into(temporary)
+
+    def write_into(self, folder: Path) -> None:
+        """Write the files into an existing folder, one after another."""
+        tables = {"units": self.units, "layers": self.layers, "requests": self.requests}
+        write.write_files(folder, self.to_dict(), lambda: frames.step_slices(self.run), tables)
+
+    @cached_property
+    def _policies(self) -> list[dict[str, Any]]:
+        return summary.policy_figures(self.run)
+
+
+def replay(
+    trace: Trace | str | os.PathLike[str],
+    *,
+    system: str | Path | System = DEFAULT_SYSTEM,
+    policies: Policy | Sequence[Policy] = DEFAULT_POLICIES,
+    model: str | Path | Model | None = None,
+    overrides: Mapping[str, object] | None = None,
+    slots: int | None = None,
+    ignore_capacity: bool = False,
+    jobs: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Result:
+    """Replay a trace (or the file of one) through policies, in one pass over it.
+
+    Args:
+        trace: what was routed.
+        system: a preset's name, a TOML file or a System.
+        policies: each a preset's name, a TOML file, `file.py:function`, a PolicySpec or a function made by
+            `moetrace.policy`, which is then the dispatch beside an LRU cache. Speed-ups are against the first. Equal
+            names get a number.
+        model: like system; by default the preset that the trace names.
+        overrides: single fields by path, as in `{"system.ndp.units": 6}`, of `model`, `system` or `policy`;
+            `policy.FIELD` is set in every policy, `policy.NAME.FIELD` in that one.
+        slots: experts that the GPU can hold; by default as many as its memory has room for.
+        ignore_capacity: replay even if the experts do not fit the NDP units.
+        jobs: threads, by default one a policy, at most one a core. They do not change a bit of the result.
+        progress: is told how many rows were done since it was last told.
+
+    Raises UsageError if something is unknown, wrong or does not go together, MoetraceError if a file is damaged or
+    cannot be read: one sentence that says what to do.
+    """
+    if not isinstance(trace, Trace):
+        with Trace.open(trace) as opened:
+            return replay(
+                opened,
+                system=system,
+                policies=policies,
+                model=model,
+                overrides=overrides,
+                slots=slots,
+                ignore_capacity=ignore_capacity,
+                jobs=jobs,
+                progress=progress,
+            )
+    changes = _by_spec(overrides or {})
+    warnings: list[str] = []
+    the_model = load_model(model or _model_of(trace), changes["model"])
+    the_system = load_system(system, changes["system"])
+    several = [policies] if isinstance(policies, str | Path | PolicySpec | Callable) else list(policies)
+    specs = _load_policies(several, changes["policy"], warnings)
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs is {jobs}, but must be at least 1.")
+    finished = run(
+        trace,
+        the_model,
+        the_system,
+        specs,
+        slots=slots,
+        ignore_capacity=ignore_capacity,
+        jobs=jobs or min(_cores(), len(specs)),
+        progress=progress,
+    )
+    return Result(finished, (*warnings, *finished.warnings), summary.trace_facts(trace))
+
+
+def _by_spec(overrides: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    by_spec: dict[str, dict[str, object]] = {"model": {}, "system": {}, "policy": {}}
+    for path, value in overrides.items():
+        kind, _, field = path.partition(".")
+        if kind not in by_spec or not field:
+            raise UsageError(f"An override is model.FIELD, system.FIELD or policy.FIELD, got {path!r}.")
+        by_spec[kind][field] = value
+    return by_spec
+
+
+def _model_of(trace: Trace) -> str:
+    """The preset that the trace names; a stranger's file may not name another file."""
+    presets = list_presets("models")
+    if trace.model in presets:
+        return trace.model
+    raise UsageError(
+        f"{trace.path or 'The trace in memory'} is of model {trace.model!r}, which is no preset"
+        f"{nearest(trace.model, presets)}: name one, or a TOML file, with --model."
+    )
+
+
+def _load_policies(sources: list[Any], changes: Mapping[str, object], warnings: list[str]) -> list[PolicySpec]:
+    """Load the policies; changes of the form NAME.FIELD go to the policy of that name."""
+    if not sources:
+        raise UsageError("A replay needs at least one policy.")
+    everywhere = {field: value for field, value in changes.items() if "." not in field}
+    own: dict[str, dict[str, object]] = {}
+    for path in changes.keys() - everywhere.keys():
+        name, _, field = path.rpartition(".")
+        own.setdefault(name, {})[field] = changes[path]
+    specs = []
+    for source in sources:
+        source = _as_text(source) if callable(source) else source
+        spec = load_policy(source, everywhere)
+        specs.append(load_policy(source, everywhere | own[spec.name]) if spec.name in own else spec)
+    names = [spec.name for spec in specs]
+    for name in own.keys() - set(names):
+        near = difflib.get_close_matches(name, names, 1, 0.0)
+        raise UsageError(f"No policy of this replay is called {name!r} (the nearest is {near[0]!r}).")
+    return _distinct(specs, warnings)
+
+
+def _distinct(specs: list[PolicySpec], warnings: list[str]) -> list[PolicySpec]:
+    """Number the second and later policies of a name, as in `mine-2`, for every table to tell them apart."""
+    taken = {spec.name for spec in specs}
+    seen: Counter[str] = Counter()
+    distinct = []
+    for spec in specs:
+        name, number = spec.name, 1
+        seen[name] += 1
+        while seen[spec.name] > 1 and name in taken:
+            number += 1
+            name = f"{spec.name}-{number}"
+        if name != spec.name:
+            warnings.append(f"more than one policy is called {spec.name}; one of them appears as {name}.")
+        taken.add(name)
+        distinct.append(msgspec.structs.replace(spec, name=name))
+    return distinct
+
+
+def _as_text(function: Callable) -> str:
+    """`file.py:function` of a function, from which the engine loads it again."""
+    code = getattr(function, "py_func", function).__code__
+    if code.co_qualname != code.co_name or not Path(code.co_filename).is_file():
+        raise UsageError(f"The policy {code.co_name} is not at the top of a file: write it into one and import it.")
+    return f"{code.co_filename}:{code.co_name}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
