@@ -6,8 +6,7 @@ from numba import types
 from moetrace.engine.compile import kernel
 from moetrace.engine.cost import dense_s, head_s, price
 from moetrace.engine.layer import timeline
-from moetrace.engine.replay import SIGNATURE
-from moetrace.engine.state import View
+from moetrace.engine.replay import SIGNATURE, view_of
 
 
 @kernel(signature=SIGNATURE and types.float64(*SIGNATURE.args[:2]))
@@ -38,6 +37,7 @@ def clairvoyant_batch(batch, machine, setting, state, dispatch):
     total_s = 0.0
     for s in range(batch.rows.size):
         total_s += layers * dense_s(machine, batch.rows[s], batch.kv_tokens[s]) + head_s(machine)
+        view = view_of(batch.first_step + s, batch, machine, setting, state)
         for layer in range(layers):
             first = batch.demand.start[s * layers + layer]
             size = batch.demand.start[s * layers + layer + 1] - first
@@ -50,19 +50,6 @@ def clairvoyant_batch(batch, machine, setting, state, dispatch):
                 price(machine, layer, expert, rows, i < setting.slots, state.active[i])
                 state.active[i].next_use = np.inf
                 state.active[i].turn = i  # resident ones are the first already
-            view = View(
-                batch.first_step + s,
-                np.int64(batch.phase[s]),
-                batch.rows[s],
-                setting.slots,
-                machine.share,
-                machine.row_bytes * machine.link_s_per_byte,
-                machine.link_latency_s,
-                setting.alpha,
-                setting.half_life,
-                state.active,
-                state.groups,
-            )
             dispatch(state.cells, view, layer, state.load[:size], state.plan)
             total_s += timeline(machine, view, size, state.plan).moe_s
     return total_s

@@ -29,7 +29,7 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> tupl
     ``experts`` uint8 or uint16 [rows, L, k]: 255 or 65535 is absent; ``offset`` int64 [steps + 1]: the rows of each
     step. An id is wrong if it is no expert's and not absent, or stands twice in one choice.
     """
-    rows, layers, top_k = experts.shape
+    layers, top_k = experts.shape[1:]
     most = int(np.minimum(np.diff(offset) * top_k, num_experts).sum()) * layers
     start = np.zeros((len(offset) - 1) * layers + 1, np.int64)
     expert, count = np.empty(most, np.int32), np.empty(most, np.int32)
@@ -37,10 +37,10 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> tupl
     return Demand(start, expert, count, np.zeros(0, np.int32)), wrong, row
 
 
-@kernel(allocates=True)
+@kernel(inline=False)
 def _gather(experts, offset, num_experts, start, expert, count):
     layers = experts.shape[1]
-    # Rows of the layer at hand that chose each expert, and the last (row, layer); what is no expert goes to the last place.
+    # Of each expert: how many rows chose it in the layer at hand, and the last (row, layer) that did; then no expert.
     tokens = np.zeros(num_experts + 1, np.int32)
     last_cell = np.full(num_experts + 1, -1)
     most_rows = 0
@@ -50,18 +50,17 @@ def _gather(experts, offset, num_experts, start, expert, count):
     end, at = 0, 0
     for s in range(offset.size - 1):
         begin, stop = offset[s], offset[s + 1]
-        for l in range(layers):
-            first = end
+        for layer in range(layers):
             if stop - begin == 1:
-                end, wrong = _one_row(experts[begin, l], num_experts, expert, count, end)
+                end, wrong = _one_row(experts[begin, layer], num_experts, expert, count, end)
             else:
-                wrong = _count(experts, l, begin, stop, tokens, last_cell)
+                wrong = _count(experts, layer, begin, stop, tokens, last_cell)
                 if (stop - begin) * experts.shape[2] > FEW:
                     end = _by_counting(tokens, expert, count, end, with_count)
                 else:
-                    end = _by_insertion(experts, l, begin, stop, tokens, expert, count, end)
+                    end = _by_insertion(experts, layer, begin, stop, tokens, expert, count, end)
             if wrong:
-                return _what_is_wrong(experts, l, begin, stop, num_experts)
+                return _what_is_wrong(experts, layer, begin, stop, num_experts)
             at += 1
             start[at] = end
     return FINE, -1

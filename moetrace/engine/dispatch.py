@@ -1,4 +1,4 @@
-"""Who runs an active expert in this step (timing model, section 6). Each is an ordinary policy hook, compiled by ``@policy``.
+"""Who runs an active expert in this step (timing model, section 6): ordinary hooks, compiled by ``@policy``.
 
 A dispatch hook gets ``plan`` uint8 [E + 1], all zero, and sets ``plan[i] = 1`` to run the i-th active expert (in
 demand order) on the GPU; what stays 0 runs on the units that hold it.
@@ -82,7 +82,7 @@ def _balance(view, size, plan):
     return moe_s
 
 
-@kernel(allocates=True)
+@kernel(inline=False)
 def _search(view, size, plan, best_s):
     """Improve ``plan``, which takes ``best_s``, to the best of all splits by branch and bound.
 

@@ -1,12 +1,12 @@
 """When an expert is demanded next, for policies that look ahead: one pass over the ids, kept in a temporary file."""
 
-import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 
 from moetrace.engine.compile import kernel
 from moetrace.engine.demand import Demand
+from moetrace.engine.state import file_backed
 
 
 class NextSteps:
@@ -17,9 +17,7 @@ class NextSteps:
 
     def __init__(self, demands: Iterator[Demand], layers: int, experts: int, most: int):
         """``demands`` are the blocks of a trace in order; ``most`` bounds the active experts in all of them."""
-        self._file = tempfile.TemporaryFile()
-        self._file.truncate(max(4 * most, 4))
-        self._next = np.memmap(self._file, np.int32, "r+").view(np.ndarray)
+        self._next = file_backed(most, np.dtype(np.int32))
         last = np.full((layers, experts), -1)
         done, step = 0, 0
         for demand in demands:

@@ -11,10 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numba
 from numba.core.errors import NumbaError
 
-from moetrace.engine.compile import HERE, engine_fingerprint, kernel
+from moetrace.engine.compile import HERE, PURE_PYTHON, engine_fingerprint, kernel
 from moetrace.spec.errors import MoetraceError, UsageError
 
 ARGUMENTS = ("state", "view", "layer", "load", "plan")
@@ -40,11 +39,11 @@ def policy(function: Callable) -> Any:
     parameters = inspect.signature(function).parameters
     if len(parameters) != len(ARGUMENTS):
         raise UsageError(f"{where} takes {len(parameters)} arguments, but a policy takes ({', '.join(ARGUMENTS)}).")
-    if numba.config.DISABLE_JIT:
+    if PURE_PYTHON:
         return function
     from moetrace.engine.state import HOOK
 
-    dispatcher = kernel(function, allocates=True, fingerprint=_fingerprint(function))
+    dispatcher = kernel(function, inline=False, fingerprint=_fingerprint(function))
     try:
         dispatcher.compile(HOOK.args)
     except NumbaError as error:
@@ -88,7 +87,7 @@ def _run(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except MoetraceError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a user's file may raise when it runs
+    except Exception as error:
         raise MoetraceError(f"{path} does not run: {type(error).__name__}: {error}.") from error
     return module
 

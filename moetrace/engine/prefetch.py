@@ -88,6 +88,15 @@ def leave(queue, code):
 
 
 @kernel
+def note_late(queue, code):
+    """Return 1 the first time that an entry is demanded with some of its bytes moved, else 0."""
+    if queue.place[code] < 0 or queue.moved_bytes[code] <= DONE_BYTES or queue.late[code]:
+        return 0
+    queue.late[code] = 1
+    return 1
+
+
+@kernel
 def restore(queue, code, moved_bytes, late):
     """Make an entry that has just joined the one that it was before the queue was made anew."""
     queue.moved_bytes[code] = moved_bytes
@@ -165,7 +174,7 @@ def join_by_score(queue, cells, cache, layer, most):
     A free slot counts as a resident of score 0, and so does a layer without residents.
     """
     experts = cells.shape[1]
-    floor = 0.0 if cache.count[pool_of(cache, layer)] < cache.capacity else np.inf
+    floor = 0.0 if cache.residents[pool_of(cache, layer)] < cache.capacity else np.inf
     for e in range(experts):
         if cells[layer, e].resident:
             floor = min(floor, cells[layer, e].score)

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.engine.compile import kernel
-from moetrace.engine.residency import link
 from moetrace.engine.prefetch import HEAD, TAIL, join, leave, restore
+from moetrace.engine.residency import link
 
 
 class Prompts(NamedTuple):
     """Counts of the requests that are under way, and when each of them ends."""
 
-    count: np.ndarray  # int32 [places, L * E]: of each request under way
+    counts: np.ndarray  # int32 [places, L * E]: of each request under way
     total: np.ndarray  # int64 [L * E]: of all of them
     place: np.ndarray  # int32 [requests]: where a request's counts stand
     order: np.ndarray  # int64 [requests]: requests by their last step, those whose prefill ends there last
@@ -46,7 +46,7 @@ def prompts_of(last_step: np.ndarray, first_prefill: np.ndarray, last_prefill: n
             places += 1
         place[request] = free.pop()
     return Prompts(
-        count=np.zeros((places, cells), np.int32),
+        counts=np.zeros((places, cells), np.int32),
         total=np.zeros(cells, np.int64),
         place=place,
         order=order,
@@ -66,7 +66,7 @@ def count_prompts(prompts, batch, s, num_experts):
     for row in range(begin, stop):
         alone &= batch.row_phase[row] == 0 and batch.request[row] == batch.request[begin]
     if alone:
-        count = prompts.count[prompts.place[batch.request[begin]]]
+        count = prompts.counts[prompts.place[batch.request[begin]]]
         for at in range(s * layers, (s + 1) * layers):
             first = (at - s * layers) * num_experts
             for i in range(batch.demand.start[at], batch.demand.start[at + 1]):
@@ -80,12 +80,12 @@ def count_prompts(prompts, batch, s, num_experts):
 
 @kernel
 def _count_row(prompts, experts, place, num_experts):
-    for l in range(experts.shape[0]):
+    for layer in range(experts.shape[0]):
         for slot in range(experts.shape[1]):
-            e = np.int64(experts[l, slot])
+            e = np.int64(experts[layer, slot])
             if e < num_experts:
-                prompts.count[place, l * num_experts + e] += 1
-                prompts.total[l * num_experts + e] += 1
+                prompts.counts[place, layer * num_experts + e] += 1
+                prompts.total[layer * num_experts + e] += 1
 
 
 @kernel
@@ -97,13 +97,13 @@ def forget_ended(prompts, step, just_prefilled):
             return
         prompts.cursor[0] += 1
         if prompts.place[request] >= 0:
-            count = prompts.count[prompts.place[request]]
+            count = prompts.counts[prompts.place[request]]
             for code in range(count.size):
                 prompts.total[code] -= count[code]
                 count[code] = 0
 
 
-@kernel(allocates=True)
+@kernel(inline=False)
 def want_most_frequent(cells, total, begin, stop, most):
     """Want the up to ``most`` most counted of the codes ``begin`` to ``stop``; ties: lower code; never a count of 0.
 
@@ -134,32 +134,49 @@ def want_most_frequent(cells, total, begin, stop, most):
 @kernel
 def make_wanted(cells, cache, total):
     """Make *wanted* anew: the capacity's worth of most frequent experts, of each layer or of the whole model."""
-    pools = cache.count.size
+    pools = cache.residents.size
     span = total.size // pools
     for pool in range(pools):
         want_most_frequent(cells, total, pool * span, (pool + 1) * span, cache.capacity)
         _line_up_unwanted(cells, cache, pool, pool * span, (pool + 1) * span)
 
 
-@kernel(allocates=True)
+@kernel(inline=False)
 def _line_up_unwanted(cells, cache, pool, begin, stop):
     """Make a pool's ring anew, of the residents that are not wanted any more."""
     experts = cells.shape[1]
-    codes, touched = np.empty(cache.count[pool], np.int64), np.empty(cache.count[pool], np.int64)
+    keys = np.empty(cache.residents[pool], np.int64)  # order of touch, then of code
     size = 0
     for code in range(begin, stop):
         if cache.resident[code]:
             cache.after[code] = -1
-            if cells[code // experts, code % experts].score < np.inf:
-                codes[size], touched[size] = code, cells[code // experts, code % experts].touched
+            cell = cells[code // experts, code % experts]
+            if cell.score < np.inf:
+                keys[size] = cell.touched * cache.resident.size + code
                 size += 1
+    _sort(keys, size)
     end = cache.resident.size + pool
     cache.after[end] = cache.before[end] = end
-    for i in np.argsort(touched[:size], kind="mergesort"):  # stable, so ties stay in the order of codes
-        link(cache, codes[i], end)
+    for i in range(size):
+        link(cache, keys[i] % cache.resident.size, end)
 
 
-@kernel(allocates=True)
+@kernel
+def _sort(keys, size):
+    """Sort the first ``size`` keys (Shell's way: NumPy's argsort would add 1.9 s to the first run's compilation)."""
+    gap = size // 2
+    while gap > 0:
+        for i in range(gap, size):
+            key = keys[i]
+            j = i
+            while j >= gap and keys[j - gap] > key:
+                keys[j] = keys[j - gap]
+                j -= gap
+            keys[j] = key
+        gap = 1 if gap == 2 else gap * 5 // 11
+
+
+@kernel(inline=False)
 def queue_wanted(queue, cells, prompts, tally):
     """Make the queue anew: wanted ones that are not resident, layer by layer, by count descending, then id.
 
@@ -177,19 +194,19 @@ def queue_wanted(queue, cells, prompts, tally):
         else:
             tally[0].wasted += wasted
     ids = np.empty(experts, np.int64)
-    for l in range(layers):
+    for layer in range(layers):
         size = 0
         for e in range(experts):
-            if cells[l, e].admit == 0 or cells[l, e].resident:
+            if cells[layer, e].admit == 0 or cells[layer, e].resident:
                 continue
             j = size
-            while j > 0 and prompts.total[l * experts + ids[j - 1]] < prompts.total[l * experts + e]:
+            while j > 0 and prompts.total[layer * experts + ids[j - 1]] < prompts.total[layer * experts + e]:
                 ids[j] = ids[j - 1]
                 j -= 1
             ids[j] = e
             size += 1
         for i in range(size):
-            code = l * experts + ids[i]
+            code = layer * experts + ids[i]
             late = queue.late[code]
             join(queue, code, 0)
             if prompts.kept[code] > 0:

@@ -3,14 +3,13 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import config, typeof, types
+from numba import typeof, types
 
-from moetrace.engine.compile import kernel
+from moetrace.engine.compile import PURE_PYTHON, kernel
 from moetrace.engine.cost import Machine, dense_s, head_s, price, take_turns
 from moetrace.engine.demand import Demand
 from moetrace.engine.layer import timeline
 from moetrace.engine.prefetch import (
-    DONE_BYTES,
     Queue,
     admit_complete,
     empty_queue,
@@ -18,6 +17,7 @@ from moetrace.engine.prefetch import (
     join_ahead,
     join_by_score,
     leave,
+    note_late,
     remaining_bytes,
 )
 from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wanted, prompts_of, queue_wanted
@@ -31,7 +31,6 @@ from moetrace.engine.state import (
     GROUP,
     LINK_IN,
     LINK_OUT,
-    Log,
     View,
     new_log,
     records,
@@ -47,7 +46,7 @@ class Batch(NamedTuple):
     first_step: int
     rows: np.ndarray  # int64 [steps]: T
     kv_tokens: np.ndarray  # int64 [steps]: C
-    phase: np.ndarray  # uint8 [steps]
+    phase: np.ndarray  # int64 [steps]
     prompt_ends: np.ndarray  # uint8 [steps]
     demand: Demand
     offset: np.ndarray  # int64 [steps + 1 + ahead]
@@ -84,6 +83,24 @@ class State(NamedTuple):
 
 
 @kernel
+def view_of(step, batch, machine, setting, state):
+    """Return what hooks may read of a step."""
+    return View(
+        step,
+        batch.phase[step - batch.first_step],
+        batch.rows[step - batch.first_step],
+        setting.slots,
+        machine.share,
+        machine.row_bytes * machine.link_s_per_byte,
+        machine.link_latency_s,
+        setting.alpha,
+        setting.half_life,
+        state.active,
+        state.groups,
+    )
+
+
+@kernel
 def _see(at, layer, step, demand, machine, state, log):
     """Fill the active experts of the layer and count hits, misses and late ones; return how many are active."""
     first = demand.start[at]
@@ -103,9 +120,8 @@ def _see(at, layer, step, demand, machine, state, log):
             active.next_use = np.inf if next_step < 0 else next_step * state.cells.shape[0] + layer + 0.0
         if resident:
             hits += 1
-        elif state.queue.place[code] >= 0 and state.queue.moved_bytes[code] > DONE_BYTES and state.queue.late[code] == 0:
-            state.queue.late[code] = 1
-            late += 1
+        else:
+            late += note_late(state.queue, code)
     take_turns(state.active, size)
     log.step[step].hits += hits
     log.step[step].misses += size - hits
@@ -172,23 +188,9 @@ def _replay_layer(at, layer, step, dense, batch, machine, setting, state, log, d
     moved_bytes = flow(queue, dense * machine.link_bytes_s)
     if setting.prefetch == ORACLE:
         now = step * cells.shape[0] + layer
-        tally[0].wasted += join_ahead(
-            queue, cells, batch.demand, at, now, setting.depth, setting.chance, setting.seed
-        )
+        tally[0].wasted += join_ahead(queue, cells, batch.demand, at, now, setting.depth, setting.chance, setting.seed)
     size = _see(at, layer, step, batch.demand, machine, state, log)
-    view = View(
-        step,
-        np.int64(batch.phase[step - batch.first_step]),
-        batch.rows[step - batch.first_step],
-        setting.slots,
-        machine.share,
-        machine.row_bytes * machine.link_s_per_byte,
-        machine.link_latency_s,
-        setting.alpha,
-        setting.half_life,
-        state.active,
-        state.groups,
-    )
+    view = view_of(step, batch, machine, setting, state)
     load = state.load[:size]
     if size > 0:
         dispatch(cells, view, layer, load, state.plan)
@@ -217,7 +219,7 @@ def _replay_layer(at, layer, step, dense, batch, machine, setting, state, log, d
     return imbalance
 
 
-@kernel
+@kernel(inline=False)
 def _wait(machine, state, row, log):
     """Let the first decode step wait until the queue is empty; return the seconds."""
     moved_bytes = flow(state.queue, remaining_bytes(state.queue))
@@ -228,7 +230,7 @@ def _wait(machine, state, row, log):
     return row.wait_s
 
 
-@kernel
+@kernel(inline=False)
 def _end_step(step, batch, setting, state, log):
     """After the head: learn from the step's prompts, and forget the requests that it was the last of."""
     s = step - batch.first_step
@@ -299,15 +301,15 @@ def _signature() -> Any:
     one, none = np.zeros(1, np.int64), np.zeros(0, np.int64)
     bits = np.zeros(1, np.uint8)
     demand = Demand(np.zeros(2, np.int64), *(np.zeros(1, np.int32) for _ in range(3)))
-    batch = Batch(0, one, one, bits, bits, demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
-    numbers = (1.0 if kind is float else 1 for kind in list(Machine.__annotations__.values())[:-2])
-    machine = Machine(*numbers, np.ones((1, 1)), np.zeros((1, 1), np.int64))
+    batch = Batch(0, one, one, one, bits, demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
+    numbers: dict[str, Any] = {name: kind(1) for name, kind in Machine.__annotations__.items() if kind in (int, float)}
+    machine = Machine(**numbers, weight_bytes=np.ones((1, 1)), group_of_expert=np.zeros((1, 1), np.int64))
     setting = Setting(0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
     state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True, True)
     parts = (typeof(part) for part in (batch, machine, setting, state, new_log(1, 1, 1)))
     return types.void(*parts, FIRST_CLASS_HOOK, FIRST_CLASS_HOOK)
 
 
-SIGNATURE = None if config.DISABLE_JIT else _signature()
+SIGNATURE = None if PURE_PYTHON else _signature()
 if SIGNATURE is not None:
     replay_batch = kernel(replay_batch, signature=SIGNATURE)

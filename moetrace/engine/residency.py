@@ -23,7 +23,7 @@ class Cache(NamedTuple):
     resident: np.ndarray  # uint8 [L * E]
     after: np.ndarray  # int64 [L * E + pools]: the next to be touched; -1 = not in a ring
     before: np.ndarray  # int64 [L * E + pools]
-    count: np.ndarray  # int64 [pools]: residents
+    residents: np.ndarray  # int64 [pools]
     fresh: np.ndarray  # uint8 [L * E]: prefetched, and not yet run on the GPU
     active: np.ndarray  # uint8 [L * E]: not to be evicted now
     capacity: int  # of each pool
@@ -38,7 +38,7 @@ def empty_cache(layers: int, experts: int, pools: int, capacity: int, flat: bool
         resident=np.zeros(cells, np.uint8),
         after=ring,
         before=ring.copy(),
-        count=np.zeros(pools, np.int64),
+        residents=np.zeros(pools, np.int64),
         fresh=np.zeros(cells, np.uint8),
         active=np.zeros(cells, np.uint8),
         capacity=capacity,
@@ -57,7 +57,7 @@ def hold(cells: np.ndarray, cache: Cache, codes: np.ndarray) -> None:
     """Put experts (int64 [n] codes, as many as fit) into the cache for good, before the first step."""
     layer, expert = np.divmod(codes, cells.shape[1])
     cache.resident[codes] = 1
-    np.add.at(cache.count, layer if len(cache.count) > 1 else 0 * layer, 1)
+    np.add.at(cache.residents, layer if len(cache.residents) > 1 else 0 * layer, 1)
     cells["resident"][layer, expert] = 1
     cells["score"][layer, expert] = np.inf
 
@@ -72,9 +72,9 @@ def unchanged(state, view, layer, load, plan):
 def by_frequency(state, view, layer, load, plan):
     """``lfu``: the number of demands so far, halved every ``half_life`` steps."""
     if layer == 0 and view.half_life > 0 and view.step > 0 and view.step % view.half_life == 0:
-        for l in range(state.shape[0]):
+        for cell_layer in range(state.shape[0]):
             for e in range(state.shape[1]):
-                state[l, e].score *= 0.5
+                state[cell_layer, e].score *= 0.5
     for i in range(load.size):
         state[layer, view.active[i].expert].score += 1.0
 
@@ -93,6 +93,9 @@ def by_next_use(state, view, layer, load, plan):
         state[layer, view.active[i].expert].score = -view.active[i].next_use
 
 
+# Residencies that keep what arrives only in part or not at all, and those whose scores do not differ.
+KEEPS_SOME = ("none", "static", "prefill")
+FLAT = (*KEEPS_SOME, "lru")
 RESIDENCY = {
     "none": unchanged,
     "static": unchanged,
@@ -109,7 +112,7 @@ RESIDENCY = {
 @kernel
 def pool_of(cache, layer):
     """Return the pool that a layer's experts share."""
-    return layer if cache.count.size > 1 else 0
+    return layer if cache.residents.size > 1 else 0
 
 
 @kernel
@@ -151,7 +154,7 @@ def evict(cells, cache, pool, tally):
     unlink(cache, victim)
     cells[victim // experts, victim % experts].resident = 0
     cache.resident[victim] = 0
-    cache.count[pool] -= 1
+    cache.residents[pool] -= 1
     tally[0].wasted += cache.fresh[victim]
     cache.fresh[victim] = 0
     return True
@@ -166,11 +169,11 @@ def keep(cells, cache, layer, expert, tally):
     pool = pool_of(cache, layer)
     if cells[layer, expert].admit == 0:
         return False
-    if cache.count[pool] >= cache.capacity and not evict(cells, cache, pool, tally):
+    if cache.residents[pool] >= cache.capacity and not evict(cells, cache, pool, tally):
         return False
     cells[layer, expert].resident = 1
     cache.resident[layer * cells.shape[1] + expert] = 1
-    cache.count[pool] += 1
+    cache.residents[pool] += 1
     return True
 
 

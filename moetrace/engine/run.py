@@ -1,6 +1,5 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -17,8 +16,18 @@ from moetrace.engine.lookahead import NextSteps
 from moetrace.engine.placement import group_of_expert
 from moetrace.engine.plugin import load_hook
 from moetrace.engine.prefetch import COMPLETED_EVER
-from moetrace.engine.replay import FROM_PROMPT, NO_PREFETCH, ONLINE, ORACLE, Batch, Setting, State, new_state, replay_batch
-from moetrace.engine.residency import RESIDENCY, hold
+from moetrace.engine.replay import (
+    FROM_PROMPT,
+    NO_PREFETCH,
+    ONLINE,
+    ORACLE,
+    Batch,
+    Setting,
+    State,
+    new_state,
+    replay_batch,
+)
+from moetrace.engine.residency import FLAT, KEEPS_SOME, RESIDENCY, hold
 from moetrace.engine.schedule import Schedule, request_index, schedule_of
 from moetrace.engine.state import LINK_IN, Log, new_log
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -171,15 +180,15 @@ def _lane(
         seed=policy.seed,
     )
     pools = layers if policy.scope == "layer" else 1
-    admits = policy.residency not in ("none", "static", "prefill")
-    flat = policy.residency in ("none", "static", "prefill", "lru")
-    state = new_state(machine, schedule, setting, pools, admits, flat)
+    keeps_all, flat = policy.residency not in KEEPS_SOME, policy.residency in FLAT
+    state = new_state(machine, schedule, setting, pools, keeps_all, flat)
     if system.link is None:
         hold(state.cells, state.cache, np.arange(layers * experts))
     elif policy.static:
         hold(state.cells, state.cache, _static_codes(policy, state, layers, experts))
     ignores_residency = policy.dispatch in ("ndp", "hot")
-    own_state = None if ignores_residency else new_state(machine, schedule, setting._replace(counts_prompts=0), 1, True, True)
+    unlearned = setting._replace(counts_prompts=0)
+    own_state = None if ignores_residency else new_state(machine, schedule, unlearned, 1, True, True)
     hooks = load_hook(policy.dispatch, DISPATCH), load_hook(policy.residency, RESIDENCY)
     return Lane(policy, machine, setting, new_log(trace.steps, layers, machine.groups), state, hooks, own_state)
 
@@ -187,7 +196,7 @@ def _lane(
 def _static_codes(policy: PolicySpec, state: State, layers: int, experts: int) -> np.ndarray:
     assert policy.static is not None
     pairs = load_static(policy.static, layers, experts)
-    pools, capacity = len(state.cache.count), state.cache.capacity
+    pools, capacity = len(state.cache.residents), state.cache.capacity
     most = int(np.bincount(pairs[:, 0] if pools > 1 else np.zeros(len(pairs), np.int64), minlength=1).max())
     if most > capacity:
         place = "a layer" if pools > 1 else "all layers together"
@@ -197,9 +206,7 @@ def _static_codes(policy: PolicySpec, state: State, layers: int, experts: int) -
     return pairs[:, 0] * experts + pairs[:, 1]
 
 
-def _batches(
-    trace: Trace, lanes: list[Lane], schedule: Schedule, pool: Executor | None
-) -> Iterator[tuple[Batch, int]]:
+def _batches(trace: Trace, lanes: list[Lane], schedule: Schedule, pool: Executor | None) -> Iterator[tuple[Batch, int]]:
     """Yield each block ready for the kernels, and its rows; with a pool the next one is made meanwhile."""
     depth = max((lane.setting.depth for lane in lanes if lane.setting.prefetch == ORACLE), default=0)
     ahead = -(-depth // trace.layers)
@@ -249,7 +256,7 @@ def _batch(block: Block, demand: Demand, schedule: Schedule, with_rows: bool) ->
         first_step=block.first_step,
         rows=schedule.rows[steps],
         kv_tokens=schedule.kv_tokens[steps],
-        phase=schedule.phase[steps],
+        phase=schedule.phase[steps].astype(np.int64),
         prompt_ends=schedule.prompt_ends[steps],
         demand=demand,
         offset=np.ascontiguousarray(block.offset, np.int64),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.engine.compile import kernel
-from moetrace.trace.format import Rows, Trace
+from moetrace.trace.format import Block, Rows, Trace
 
 PREFILL, DECODE, MIXED = 0, 1, 2
 
@@ -62,7 +62,7 @@ def schedule_of(trace: Trace) -> Schedule:
     return Schedule(np.diff(trace.offset), kv_tokens, trace.phase, prompt_ends, requests)
 
 
-def request_index(requests: Requests, block: Rows) -> np.ndarray:
+def request_index(requests: Requests, block: Block | Rows) -> np.ndarray:
     """Return int64 [rows]: where the request of each row of a block stands in ``requests``."""
     return np.searchsorted(requests.id, block.request)
 

@@ -4,11 +4,14 @@ Records (one array of structs) are used instead of one array a field: passing an
 costs about 6 ns for its reference count, so five arrays cost 18-35 ns a call where fourteen cost 86.
 """
 
+import os
 import tempfile
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import config, typeof, types
+from numba import typeof, types
+
+from moetrace.engine.compile import PURE_PYTHON
 
 # One expert of one layer, as policies see it. `resident` is a copy for reading: the engine keeps its own.
 CELL = np.dtype(
@@ -43,7 +46,16 @@ GROUP = np.dtype([("busy_s", np.float64), ("rows", np.float64), ("count", np.int
 STEP = np.dtype(
     [
         (name, np.float64)
-        for name in ("duration_s", "dense_s", "moe_s", "head_s", "wait_s", "demand_bytes", "prefetch_bytes", "imbalance")
+        for name in (
+            "duration_s",
+            "dense_s",
+            "moe_s",
+            "head_s",
+            "wait_s",
+            "demand_bytes",
+            "prefetch_bytes",
+            "imbalance",
+        )
     ]
     + [(name, np.int64) for name in ("hits", "misses", "late")],
 )
@@ -86,17 +98,26 @@ class Log(NamedTuple):
 def records(shape: int | tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return zeroed records; in pure Python (NUMBA_DISABLE_JIT) they also answer to ``record.field``."""
     array = np.zeros(shape, dtype)
-    return array.view(np.recarray) if config.DISABLE_JIT else array
+    return array.view(np.recarray) if PURE_PYTHON else array
+
+
+def file_backed(size: int, dtype: np.dtype) -> np.ndarray:
+    """Return a zeroed array in a temporary file that has no name, so that it takes no memory that is not given back.
+
+    Its space is reserved: a full disk is an OSError now, not a crash on the first write beyond it.
+    """
+    with tempfile.TemporaryFile() as file:
+        size_bytes = max(size, 1) * dtype.itemsize
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        else:
+            file.truncate(size_bytes)
+        return np.memmap(file, dtype, "r+").view(np.ndarray)
 
 
 def new_log(steps: int, layers: int, groups: int) -> Log:
     """Return an empty log; a step log of more than 64 MiB lies in a temporary file that has no name."""
-    if steps * STEP.itemsize > 64 << 20:
-        file = tempfile.TemporaryFile()
-        file.truncate(steps * STEP.itemsize)
-        step = np.memmap(file, STEP, "r+").view(np.ndarray)
-    else:
-        step = records(steps, STEP)
+    step = file_backed(steps, STEP) if steps * STEP.itemsize > 64 << 20 else records(steps, STEP)
     return Log(
         step, records(layers, LAYER), records(FIRST_GROUP + groups, UNIT), records(1, TALLY), np.zeros(1, np.int64)
     )
@@ -106,7 +127,7 @@ def _view(active: np.ndarray, groups: np.ndarray) -> View:
     return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, active, groups)
 
 
-if not config.DISABLE_JIT:
+if not PURE_PYTHON:
     CELLS = typeof(np.zeros((1, 1), CELL))
     VIEW = typeof(_view(np.zeros(1, ACTIVE), np.zeros(1, GROUP)))
     LOAD = types.int64[::1]
