@@ -121,9 +121,9 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
     return [
         f"{name}: {_count(trace['rows'], 'row')} in {_count(trace['steps'], 'step')} of "
         f"{_count(trace['requests'], 'request')}. Model {model['name']} on {system['name']} {units}; "
-        f"the GPU has room for {summary['slots']:,} of {everything:,} experts.",
-        f"TTFT and TPOT are medians. Bound: {bound_ms} ms, which no schedule of this work beats. Clairvoyant: the same "
-        "policy with the experts that a layer needs already on the GPU, as many as have room.",
+        f"the GPU keeps up to {summary['slots']:,} of {everything:,} experts (slots).",
+        f"TTFT and TPOT are medians. Over bound: time beyond the {bound_ms} ms that no schedule of this work beats. "
+        "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots.",
     ]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -103,7 +104,9 @@ def _explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or error
     except pl.exceptions.ComputeError as error:
-        why = error
+        # Polars reports the system's error only inside its own message.
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        why = os.strerror(int(code[1])) if code else error
     else:
         return
     raise MoetraceError(f"{folder} could not be written: {why}; nothing was changed.") from None

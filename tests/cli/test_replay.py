@@ -1,0 +1,237 @@
+"""`moetrace replay`: what it prints and writes, and what it says when something is wrong."""
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from moetrace.cli import main, replay
+
+TRACES = Path(__file__).parents[2] / "traces"
+TINY = str(TRACES / "tiny-olmoe.h5")
+MIXTRAL = str(TRACES / "mixtral-8x7b-b16.h5")
+
+MINE = """
+import moetrace as mt
+
+@mt.policy
+def mine(state, view, layer, load, plan):
+    for i in range(load.size):
+        plan[i] = view.active[i].resident
+
+def undecorated(state, view, layer, load, plan):
+    pass
+
+number = 3
+"""
+
+
+def run(*arguments):
+    """Exit code of the command."""
+    try:
+        main(["replay", *map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def said(capsys):
+    """Stdout, and stderr without the line that says that kernels are compiled."""
+    out, err = capsys.readouterr()
+    return out, "".join(line for line in err.splitlines(keepends=True) if "compiling for this machine" not in line)
+
+
+def test_bare_replay_compares_monde_and_edge_ndp(capsys):
+    assert run(TINY) == 0
+    out, err = said(capsys)
+    lines = out.splitlines()
+    assert lines[3].startswith("monde ")
+    assert "1.00x" in lines[3]
+    assert lines[4].startswith("edge-ndp ")
+    assert f"{TINY}: 16,414 rows in 6,981 steps of 64 requests. Model tiny-olmoe on edge-ndp with 6 NDP units" in out
+    assert err == ""
+
+
+def test_json_is_the_summary_and_csv_a_row_a_policy(tmp_path, capsys):
+    assert run(TINY, "--slots", 48, "--format", "json", "-o", tmp_path) == 0
+    out, _ = said(capsys)
+    assert json.loads(out) == json.loads((tmp_path / "summary.json").read_text())
+    assert run(TINY, "--slots", 48, "--format", "csv") == 0
+    rows = list(csv.DictReader(io.StringIO(said(capsys)[0])))
+    for row, policy in zip(rows, json.loads(out)["policies"], strict=True):
+        assert row["name"] == policy["name"]
+        assert float(row["total_s"]) == policy["total_s"]
+        assert float(row["ttft_s_p99"]) == policy["ttft_s"]["p99"]
+
+
+def summary(capsys, *arguments):
+    assert run(*arguments, "--format", "json") == 0
+    return json.loads(said(capsys)[0])
+
+
+def test_options_reach_the_replay(tmp_path, capsys):
+    (tmp_path / "own.toml").write_text('name = "own"\nplacement = "tp"\ndispatch = "balance"\nresidency = "lru"\n')
+    found = summary(
+        capsys, TINY, "--model", "tiny-olmoe", "--system", "h100-dimm-ndp", "--slots", 20, "--jobs", 2,
+        "--policy", tmp_path / "own.toml", "--policy", "edge-ndp", "--set", "system.ndp.units=3",
+        "--set", "model.weight_bits=4", "--set", "policy.scope=global", "--set", "policy.own.residency=lfu",
+    )  # fmt: skip
+    assert found["slots"] == 20
+    assert (found["system"]["name"], found["system"]["ndp"]["units"]) == ("h100-dimm-ndp", 3)
+    assert found["model"]["weight_bits"] == 4
+    assert [policy["name"] for policy in found["policies"]] == ["own", "edge-ndp"]
+    assert [policy["choices"]["residency"] for policy in found["policies"]] == ["lfu", "prefill"]
+    assert [policy["choices"]["scope"] for policy in found["policies"]] == ["global", "global"]
+    assert len(found["policies"][0]["utilization"]["ndp"]) == 3
+
+
+def test_own_functions_are_policies(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(MINE)
+    mine, undecorated, units = summary(
+        capsys, TINY, "--slots", 48, "--policy", f"{tmp_path}/own.py:mine", "--policy",
+        f"{tmp_path}/own.py:undecorated", "--policy", "ndp-ep",
+    )["policies"]  # fmt: skip
+    assert (mine["name"], mine["choices"]["dispatch"]) == ("mine", "own.py:mine")
+    # Nothing is ever fetched, so nothing is resident: all three run everything on the units.
+    assert mine["total_s"] == undecorated["total_s"] == units["total_s"]
+
+
+def test_equal_names_get_a_number(tmp_path, capsys):
+    assert run(TINY, "--format", "csv", "--policy", "monde", "--policy", "monde") == 0
+    out, err = said(capsys)
+    assert [line.split(",")[0] for line in out.splitlines()] == ["name", "monde", "monde-2"]
+    assert err == "moetrace: note: more than one policy is called monde; one of them appears as monde-2.\n"
+
+
+def test_experts_that_do_not_fit_are_refused_unless_told(capsys):
+    assert run(MIXTRAL, "--set", "system.ndp.units=2") == 2
+    assert "--ignore-capacity" in said(capsys)[1]
+    assert run(MIXTRAL, "--set", "system.ndp.units=2", "--ignore-capacity", "--policy", "ndp-tp") == 0
+
+
+@pytest.mark.parametrize("columns", [80, 100, 140])
+def test_table_fits_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    policies = [argument for name in ("monde", "edge-ndp-tp-lb", "on-demand") for argument in ("--policy", name)]
+    assert run(TINY, "--slots", 48, *policies) == 0
+    out, _ = said(capsys)
+    assert max(map(len, out.splitlines())) <= columns
+    # Every part of a table that is cut names the policies again.
+    assert out.count("edge-ndp-tp-lb") == out.count("─\n") == (3 if columns == 80 else 2)
+
+
+def test_table_without_units_or_link(capsys):
+    assert run(TINY, "--system", "jetson-orin", "--policy", "on-demand", "--ignore-capacity") == 0
+    out, _ = said(capsys)
+    assert "without NDP units" in out
+    assert "NDP\n" not in out
+    assert "link" not in out
+
+
+def test_bar_appears_on_a_terminal_when_it_takes_long(capsys, monkeypatch):
+    assert run(TINY) == 0
+    table = said(capsys)[0]
+    monkeypatch.setattr(replay, "_BAR_AFTER_S", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run(TINY) == 0
+    out, err = said(capsys)
+    assert out == table
+    assert "rows" in err
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """Files that are wrong in one way each."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "text.h5").write_text("no HDF5")
+    whole = Path(TINY).read_bytes()
+    (folder / "cut.h5").write_bytes(whole[: len(whole) // 2])
+    (folder / "p.py").write_text(
+        MINE
+        + "def two(state, view): pass\n"
+        + "def returns(state, view, layer, load, plan): return 1\n"
+        + "def typo(state, view, layer, load, plan): plan[0] = view.activ[0].resident\n"
+        + "def also(state, view, layer, load, plan): plan[0] = view.active[0].residnt\n"
+    )
+    (folder / "broken.py").write_text("1 / 0\n")
+    (folder / "p.toml").write_text('name = "p"\ndispatch = "balanced"\n')
+    (folder / "folder.h5").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["{bad}/none.h5"], 1, "there is no file {bad}/none.h5"),
+        (["{bad}/folder.h5"], 1, "{bad}/folder.h5 is not a file"),
+        (["{bad}/text.h5"], 1, "not an HDF5 file"),
+        (["{bad}/cut.h5"], 1, "truncated"),
+        ([TINY, "--model", "mixtral-8x7b"], 2, "--model"),
+        ([TINY, "--model", "mixtral-8x7"], 2, "the nearest is 'mixtral-8x7b'"),
+        ([TINY, "--system", "edge-npd"], 2, "the nearest is 'edge-ndp'"),
+        ([TINY, "--policy", "mond"], 2, "the nearest is 'monde'"),
+        ([TINY, "--policy", "{bad}/none.toml"], 1, "Cannot read {bad}/none.toml"),
+        ([TINY, "--policy", "{bad}/p.toml"], 2, "the nearest is 'balance'"),
+        ([TINY, "--set", "system.ndp.units=0"], 2, "ndp.units wants"),
+        ([TINY, "--set", "system.link.bandwidth_gb_s=-1"], 2, "link.bandwidth_gb_s wants"),
+        ([TINY, "--set", "system.ndp.unit=4"], 2, "the nearest is 'units'"),
+        ([TINY, "--set", "machine.units=4"], 2, "--set wants"),
+        ([TINY, "--set", "policy.mond.scope=global"], 2, "the nearest is 'monde'"),
+        ([TINY, "--set", "policy.half_life=4"], 2, "applies to residency lfu only"),
+        ([TINY, "--slots", "-1"], 2, "--slots"),
+        ([TINY, "--jobs", "0"], 2, "jobs is 0"),
+        ([TINY, "--policy", "{bad}/none.py:mine"], 1, "no such file"),
+        ([TINY, "--policy", "{bad}/broken.py:mine"], 1, "does not run: ZeroDivisionError"),
+        ([TINY, "--policy", "{bad}/p.py:none"], 2, "defines no none"),
+        ([TINY, "--policy", "{bad}/p.py:number"], 2, "number is not a function"),
+        ([TINY, "--policy", "{bad}/p.py:two"], 2, "takes 2 arguments"),
+        ([TINY, "--policy", "{bad}/p.py:returns"], 2, "a policy returns nothing"),
+        ([TINY, "--policy", "{bad}/p.py:typo"], 2, "'activ'"),
+        ([TINY, "--policy", "{bad}/p.py:also"], 2, "'residnt'"),
+        ([TINY, "-o", TINY], 2, "is a file, but results are written into a folder"),
+        ([TINY, "-o", "{bad}/text.h5/below"], 1, "could not be written: Not a directory"),
+    ],
+)
+def test_bad_input_is_one_sentence(bad, capsys, arguments, code, words):
+    before = sorted(bad.rglob("*.h5"))
+    output = [] if "-o" in arguments else ["-o", bad / "new"]
+    assert run(*(argument.format(bad=bad) for argument in arguments), *output) == code
+    out, err = said(capsys)
+    assert words.format(bad=bad) in err
+    assert err.count("\n") == 1, err
+    assert out == ""
+    assert not (bad / "new").exists()
+    assert sorted(bad.rglob("*.h5")) == before
+
+
+def test_model_that_is_no_preset_wants_the_option(tmp_path, capsys):
+    import moetrace as mt
+
+    with mt.Trace.open(TINY) as trace:
+        trace.model = "../tiny-olmo"
+        trace.write(tmp_path / "a.h5")
+    assert run(tmp_path / "a.h5") == 2
+    out, err = said(capsys)
+    assert "'../tiny-olmo', which is no preset (the nearest is 'tiny-olmoe')" in err
+    assert "--model" in err
+    assert out == ""
+    assert run(tmp_path / "a.h5", "--model", "tiny-olmoe") == 0
+
+
+def test_ctrl_c_leaves_nothing(tmp_path, capsys, monkeypatch):
+    from moetrace.engine.run import Lane
+
+    def interrupted(lane, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Lane, "advance", interrupted)
+    assert run(TINY, "-o", tmp_path / "new" / "er") == 1
+    out, err = said(capsys)
+    assert err.strip() == "moetrace: interrupted; no file was left half-written."
+    assert out == ""
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,83 @@
+"""The Python API: what `import moetrace` offers, and what it does not load."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import moetrace as mt
+
+
+def test_every_public_name_is_there():
+    for name in mt.__all__:
+        assert getattr(mt, name) is not None, name
+    assert set(mt.__all__) <= set(dir(mt))
+    with pytest.raises(AttributeError, match="no attribute 'replya'"):
+        mt.replya  # noqa: B018
+
+
+def test_import_and_help_load_nothing_heavy():
+    heavy = ["numpy", "numba", "polars", "h5py", "rich", "msgspec"]
+    code = f"""
+import sys, moetrace, moetrace.cli
+try:
+    moetrace.cli.main(["replay", "--help"])
+except SystemExit:
+    pass
+assert not set({heavy}) & set(sys.modules), set({heavy}) & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def trace(**more):
+    rng = np.random.default_rng(0)
+    experts = rng.permuted(np.tile(np.arange(32, dtype=np.uint8), (40, 6, 1)), axis=2)[:, :, :4]
+    return mt.Trace.from_arrays(np.ascontiguousarray(experts), num_experts=32, **{"model": "tiny-olmoe"} | more)
+
+
+def test_specs_may_be_instances_names_and_files(tmp_path):
+    (tmp_path / "own.toml").write_text('name = "own"\nplacement = "tp"\ndispatch = "ndp"\n')
+    spec = mt.load_policy("monde", {"name": "hot", "placement": "tp:2"})
+    result = mt.replay(
+        trace(model="unheard of"),
+        model=mt.load_model("tiny-olmoe"),
+        system=mt.load_system("edge-ndp", {"ndp.units": 4}),
+        policies=[spec, tmp_path / "own.toml", "ndp-ep"],
+        overrides={"system.gpu.launch_us": 1.0, "policy.hot.placement": "tp:4"},
+    )
+    assert result.summary["name"].to_list() == ["hot", "own", "ndp-ep"]
+    assert result.to_dict()["policies"][0]["choices"]["placement"] == "tp:4"
+    assert (result.run.system.units, result.run.system.gpu.launch_us) == (4, 1.0)
+    assert result.warnings == ()
+
+
+def test_progress_is_told_every_row():
+    told = []
+    mt.replay(trace(), policies="ndp-ep", progress=told.append)
+    assert sum(told) == 40
+
+
+def test_warnings_say_that_the_trace_has_another_top_k():
+    result = mt.replay(trace(), policies="ndp-ep", overrides={"model.top_k": 5})
+    (warning,) = result.warnings
+    assert "4 experts" in warning
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"overrides": {"ndp.units": 4}}, "model.FIELD, system.FIELD or policy.FIELD, got 'ndp.units'"),
+        ({"policies": []}, "at least one policy"),
+        ({"jobs": 0}, "jobs is 0"),
+        ({"policies": "monde", "overrides": {"policy.ndp-ep.scope": "global"}}, "nearest is 'monde'"),
+    ],
+)
+def test_senseless_arguments(options, words):
+    with pytest.raises(mt.UsageError, match=words):
+        mt.replay(trace(), **options)
+
+
+def test_third_policy_of_a_name_gets_the_next_free_number():
+    named = [mt.load_policy("ndp-ep", {"name": name}) for name in ("a", "a", "a-2", "a")]
+    assert mt.replay(trace(), policies=named).summary["name"].to_list() == ["a", "a-3", "a-2", "a-4"]
