@@ -215,8 +215,9 @@ def _distinct(specs: list[PolicySpec], warnings: list[str]) -> list[PolicySpec]:
 def _as_text(function: Callable) -> str:
     """`file.py:function` of a function, from which the engine loads it again."""
     code = getattr(function, "py_func", function).__code__
-    if code.co_qualname != code.co_name or not Path(code.co_filename).is_file():
-        raise UsageError(f"The policy {code.co_name} is not at the top of a file: write it into one and import it.")
+    # A script that replays would replay again while it is loaded.
+    if function.__module__ == "__main__" or code.co_qualname != code.co_name or not Path(code.co_filename).is_file():
+        raise UsageError(f"The policy {code.co_name} must stand at the top of a file of its own and be imported there.")
     return f"{code.co_filename}:{code.co_name}"
 
 

@@ -81,3 +81,26 @@ def test_senseless_arguments(options, words):
 def test_third_policy_of_a_name_gets_the_next_free_number():
     named = [mt.load_policy("ndp-ep", {"name": name}) for name in ("a", "a", "a-2", "a")]
     assert mt.replay(trace(), policies=named).summary["name"].to_list() == ["a", "a-3", "a-2", "a-4"]
+
+
+def test_a_function_by_the_decorator_is_a_policy(tmp_path, monkeypatch):
+    (tmp_path / "own_policies.py").write_text(
+        "import moetrace as mt\n\n@mt.policy\ndef on_units(state, view, layer, load, plan):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    on_units = __import__("own_policies").on_units
+    own, preset = mt.replay(trace(), policies=[on_units, "ndp-ep"]).to_dict()["policies"]
+    assert (own["name"], own["total_s"]) == ("on_units", preset["total_s"])
+
+
+def test_a_function_that_no_file_holds_is_refused():
+    def inner(state, view, layer, load, plan):
+        pass
+
+    with pytest.raises(mt.UsageError, match="inner must stand at the top of a file of its own"):
+        mt.replay(trace(), policies=inner)
+
+
+def test_summary_stays_json_whatever_the_source_holds():
+    result = mt.replay(trace(source={"loss": [float("nan"), 1.5], "by": {"max": float("inf")}}), policies="ndp-ep")
+    assert result.to_dict()["trace"]["source"] == {"loss": [None, 1.5], "by": {"max": None}}
