@@ -48,6 +48,8 @@ def policy(function: Callable) -> Any:
         dispatcher.compile(HOOK.args)
     except NumbaError as error:
         raise UsageError(f"{where} is not a policy: {_first_cause(error)}") from error
+    except KeyError as error:  # what Numba says of a record without such a field
+        raise UsageError(f"{where} is not a policy: there is no {error} in the record that it asks.") from error
     returns = dispatcher.overloads[HOOK.args].signature.return_type
     if returns != HOOK.return_type:
         raise UsageError(f"{where} returns {returns}, but a policy returns nothing: it writes into plan or state.")

@@ -127,10 +127,9 @@ def _view(active: np.ndarray, groups: np.ndarray) -> View:
     return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, active, groups)
 
 
-if not PURE_PYTHON:
-    CELLS = typeof(np.zeros((1, 1), CELL))
-    VIEW = typeof(_view(np.zeros(1, ACTIVE), np.zeros(1, GROUP)))
-    LOAD = types.int64[::1]
-    PLAN = types.uint8[::1]
-    HOOK = types.void(CELLS, VIEW, types.int64, LOAD, PLAN)
-    FIRST_CLASS_HOOK = types.FunctionType(HOOK)
+CELLS = typeof(np.zeros((1, 1), CELL))
+VIEW = typeof(_view(np.zeros(1, ACTIVE), np.zeros(1, GROUP)))
+LOAD = types.int64[::1]
+PLAN = types.uint8[::1]
+HOOK = types.void(CELLS, VIEW, types.int64, LOAD, PLAN)
+FIRST_CLASS_HOOK = types.FunctionType(HOOK)

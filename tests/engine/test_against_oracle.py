@@ -1,18 +1,21 @@
 """The kernels against the oracle: every allowed combination of choices, on random and on captured traces."""
 
-from dataclasses import replace
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import oracle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import Case, all_policies, as_arrays, cases, write_loads, write_static
+from strategies import Case, all_policies, arrivals, as_arrays, cases, routing, write_loads, write_static
 
 from moetrace.engine.run import Run, run
 from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT
+from moetrace.spec import Gpu, Link, Model, Ndp, PolicySpec, System, load_model, load_policy, load_system
 from moetrace.trace import Trace
 
+PRESETS = ("on-demand", "monde", "ndp-ep", "ndp-tp", "edge-ndp-tp-lb", "edge-ndp")
 STEP_TIMES = ("duration_s", "dense_s", "moe_s", "head_s", "wait_s", "demand_bytes", "prefetch_bytes", "imbalance")
 COUNTS = ("hits", "misses", "late")
 
@@ -57,6 +60,32 @@ def check(case: Case, outcome: Run, index: int, expected: oracle.Outcome) -> Non
     close(lane.clairvoyant_s, expected.clairvoyant_s)
 
 
+def small_case(rng: np.random.Generator, steps: int = 14) -> Case:
+    """A trace of 3 layers x 6 experts and a machine of 4 units on which every decision goes both ways."""
+    offset = np.concatenate(([0], np.cumsum(rng.integers(1, 5, steps))))
+    rows = int(offset[-1])
+    experts = routing(rng, rows, (3, 6, 2), 0.05)
+    trace = oracle.OracleTrace(experts, *arrivals(rng, rows, False), offset, rng.integers(500_000, 1_500_000, (3, 6)))
+    model = Model(
+        name="small",
+        moe_layers=3,
+        experts=6,
+        top_k=2,
+        hidden=512,
+        expert_intermediate=1024,
+        expert_matrices=1,
+        weight_bits=16,
+        dense_weight_bits=16,
+        dense_params_per_layer=2**19,
+        once_params=2**20,
+        kv_bytes_per_token_layer=1000,
+    )
+    gpu = Gpu(name="g", tflops=0.01, bandwidth_gb_s=1.1, memory_gb=1.0, reserve_gb=0.0, launch_us=30.0)
+    ndp = Ndp(units=4, gmac_s=0.3, bandwidth_gb_s=0.4, capacity_gb=1.0, command_us=20.0)
+    link = Link(bandwidth_gb_s=0.9, latency_us=10.0)
+    return Case(trace, model, System(name="small", gpu=gpu, ndp=ndp, link=link), 7)
+
+
 def compare(case: Case, policies) -> None:
     outcome = replay(case, policies)
     for i, policy in enumerate(policies):
@@ -70,3 +99,96 @@ def test_random_traces(case, data, tmp_path_factory):
     loads, static = write_loads(folder / "loads.csv", case), write_static(folder / "static.csv", case)
     allowed = all_policies(case.system.units, loads, static)
     compare(case, data.draw(st.lists(st.sampled_from(allowed), min_size=1, max_size=6), label="policies"))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(max_steps=6), data=st.data())
+def test_random_traces_every_dispatch(case, data, tmp_path_factory):
+    """One policy of each dispatch, so that the rarer ones are met as often as the others."""
+    allowed = all_policies(case.system.units)
+    dispatches = sorted({policy.dispatch for policy in allowed})
+    compare(case, [data.draw(st.sampled_from([p for p in allowed if p.dispatch == name])) for name in dispatches])
+
+
+def test_every_combination(tmp_path):
+    """Each allowed combination of placement, dispatch, residency, prefetch and scope at least once."""
+    rng = np.random.default_rng(5)
+    case = small_case(rng)
+    loads, static = write_loads(tmp_path / "loads.csv", case), write_static(tmp_path / "static.csv", case)
+    policies = all_policies(case.system.units, loads, static)
+    assert len(policies) > 500
+    compare(case, policies)
+
+
+def test_without_link_everything_is_resident():
+    case = small_case(np.random.default_rng(6))
+    system = msgspec.structs.replace(case.system, ndp=None, link=None)
+    layers, experts = case.model.moe_layers, case.model.experts
+    case = Case(case.trace, case.model, system, layers * experts)
+    compare(case, [load_policy("on-demand")])
+
+
+def test_user_dispatch(tmp_path):
+    """A user's dispatch that sends what is resident to the GPU, against the same in the oracle."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def mine(state, view, layer, load, plan):\n"
+        "    for i in range(load.size):\n"
+        "        plan[i] = view.active[i].resident and load[i] > 1\n"
+    )
+    case = small_case(np.random.default_rng(7))
+    spec = load_policy(PolicySpec(name="mine", placement="ep", dispatch=f"{path}:mine", residency="lru"))
+
+    def same(layer, active, n, resident):
+        return {e for e in active if e in resident and n[e] > 1}
+
+    expected = oracle.simulate(case.trace, case.model, case.system, spec, slots=case.slots, dispatch=same)
+    check(case, replay(case, [spec]), 0, expected)
+
+
+def test_user_residency(tmp_path):
+    """A user's residency, most recent load first to go, against the same in the oracle."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def mine(state, view, layer, load, plan):\n"
+        "    for i in range(load.size):\n"
+        "        state[layer, view.active[i].expert].score = -load[i]\n"
+    )
+    case = small_case(np.random.default_rng(8))
+    spec = load_policy(PolicySpec(name="mine", dispatch="balance", residency=f"{path}:mine", scope="global"))
+
+    def same(layer, n, T, scores):
+        return [-float(rows) if rows else score for rows, score in zip(n, scores, strict=True)]
+
+    expected = oracle.simulate(case.trace, case.model, case.system, spec, slots=case.slots, residency=same)
+    check(case, replay(case, [spec]), 0, expected)
+
+
+def test_captured_trace():
+    """Four requests of the shipped captured trace, at the README's number of slots."""
+    path = Path(__file__).parents[2] / "traces" / "tiny-olmoe.h5"
+    with Trace.open(path) as trace:
+        steps = int(np.searchsorted(trace.offset, 256 * 2))
+        block = next(trace.blocks(rows=int(trace.offset[steps])))
+    rows = int(block.offset[steps])
+    experts = np.where(block.experts[:rows] == 255, -1, block.experts[:rows].astype(np.int64))
+    offset = block.offset[: steps + 1]
+    parts = (block.request[:rows], block.position[:rows], block.phase[:rows].astype(np.int64), offset)
+    case = Case(oracle.OracleTrace(experts, *parts, None), load_model("tiny-olmoe"), load_system("edge-ndp"), 48)
+    compare(case, [load_policy(name) for name in PRESETS])
+
+
+@pytest.mark.pure
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # 64-bit hashing is meant to overflow
+def test_pure_python_selection():
+    """A few policies that meet every kernel; the suite runs this once with NUMBA_DISABLE_JIT=1 too."""
+    case = small_case(np.random.default_rng(9), steps=6)
+    chosen = [
+        PolicySpec(name="a", placement="tp", dispatch="balance", residency="prefill", prefetch="prefill"),
+        PolicySpec(name="b", dispatch="optimal", residency="ewma", prefetch="online:2"),
+        PolicySpec(name="c", dispatch="gpu", residency="lfu", prefetch="oracle:2", half_life=2, p=0.5),
+        PolicySpec(name="d", dispatch="hot"),
+        PolicySpec(name="e", dispatch="balance", residency="belady", scope="global"),
+        PolicySpec(name="f", dispatch="ndp", residency="lru", prefetch="oracle:1", prefetch_blocks=True),
+    ]
+    compare(case, chosen)

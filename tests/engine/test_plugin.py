@@ -1,0 +1,121 @@
+"""The door for policies: what it lets in, what it refuses and in which words, and what is compiled when."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moetrace
+from moetrace.engine.dispatch import DISPATCH
+from moetrace.engine.plugin import load_hook, policy
+from moetrace.spec import MoetraceError, UsageError
+
+GOOD = "def mine(state, view, layer, load, plan):\n    for i in range(load.size):\n        plan[i] = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (
+            GOOD.replace(", plan", ""),
+            r"bad.py:1: mine takes 4 arguments, but a policy takes \(state, view",
+        ),
+        (GOOD + "    return 1.5\n", r"bad.py:1: mine returns float64, but a policy returns nothing"),
+        (GOOD.replace("plan[i] = 1", "plan[i] = view.hotness"), r"no 'hotness' in view \(bad.py, line 3\)"),
+        (
+            GOOD.replace("plan[i] = 1", "plan[i] = view.active[i].heat"),
+            r"bad.py:1: .* no 'heat' in the record",
+        ),
+        (GOOD.replace("plan[i] = 1", "plan[i] = unknown(i)"), r"'unknown' is not defined"),
+        (GOOD.replace("mine", "other"), r"bad.py defines no mine"),
+        ("mine = 3\n", r"bad.py: mine is not a function"),
+    ],
+)
+def test_refuses_at_loading_in_one_sentence(tmp_path, source, says):
+    path = tmp_path / "bad.py"
+    path.write_text(source)
+    with pytest.raises(UsageError, match=says) as error:
+        load_hook(f"{path}:mine", DISPATCH)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["def mine(:\n", "import no_such_module\n", "1 / 0\n"])
+def test_a_file_that_does_not_run(tmp_path, source):
+    path = tmp_path / "bad.py"
+    path.write_text(source)
+    with pytest.raises(MoetraceError, match="does not run") as error:
+        load_hook(f"{path}:mine", DISPATCH)
+    assert "\n" not in str(error.value)
+
+
+def test_takes_decorated_and_plain_functions(tmp_path):
+    path = tmp_path / "good.py"
+    path.write_text("import moetrace as mt\n\n@mt.policy\n" + GOOD)
+    assert load_hook(f"{path}:mine", DISPATCH).nopython_signatures
+    path.write_text(GOOD)
+    assert load_hook(f"{path}:mine", DISPATCH).nopython_signatures
+
+
+def test_a_closure_is_compiled_too():
+    most = 3
+
+    def mine(state, view, layer, load, plan):
+        for i in range(min(most, load.size)):
+            plan[i] = 1
+
+    assert policy(mine).nopython_signatures
+
+
+RUN = """
+import sys
+import numpy as np
+from moetrace.engine.dispatch import DISPATCH
+from moetrace.engine.plugin import load_hook
+from moetrace.engine.state import ACTIVE, CELL, GROUP, View
+hook = load_hook(sys.argv[1], DISPATCH)
+active = np.zeros(4, ACTIVE)
+active["gpu_s"], active["ndp_s"], active["fetch_s"], active["turn"] = 1.0, 3.0, [0, 0, 9, 9], range(4)
+active["resident"] = [1, 1, 0, 0]
+view = View(0, 1, 1, 2, 1, 0.0, 0.0, 0.3, 0, active, np.zeros(1, GROUP))
+plan = np.zeros(5, np.uint8)
+hook(np.zeros((1, 4), CELL), view, 0, np.ones(4, np.int64), plan)
+print("".join(map(str, plan)), sum(hook.stats.cache_hits.values()), sum(hook.stats.cache_misses.values()))
+"""
+
+
+def run_hook(choice: str, folder: Path) -> list[str]:
+    """Run a hook in a process of its own, on the package in ``folder``; return its plan, cache hits and misses."""
+    process = subprocess.run([sys.executable, "-c", RUN, choice], cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.split()
+
+
+def test_cached_across_processes_and_never_stale(tmp_path):
+    """A built-in hook is compiled once; an edit of another file of the engine, whose function it calls, shows."""
+    package = tmp_path / "moetrace"
+    shutil.copytree(Path(moetrace.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert run_hook("balance", tmp_path) == ["11000", "0", "1"]
+    assert run_hook("balance", tmp_path) == ["11000", "1", "0"]
+    layer = package / "engine" / "layer.py"
+    layer.write_text(layer.read_text().replace("return a < b * SAME", "return a > b * SAME"))
+    plan, hits, _ = run_hook("balance", tmp_path)
+    assert hits == "0"
+    assert plan != "11000"
+
+
+def test_users_edits_show_even_in_files_that_they_import(tmp_path):
+    (tmp_path / "rule.py").write_text("import numba\n\n@numba.njit\ndef rule(i):\n    return i % 2 == 0\n")
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import sys, pathlib\nsys.path.insert(0, str(pathlib.Path(__file__).parent))\nfrom rule import rule\n\n"
+        + GOOD.replace("plan[i] = 1", "plan[i] = rule(i)")
+    )
+    root = Path(moetrace.__file__).parents[1]
+    assert run_hook(f"{mine}:mine", root) == ["10100", "0", "1"]
+    assert run_hook(f"{mine}:mine", root) == ["10100", "1", "0"]
+    (tmp_path / "rule.py").write_text("import numba\n\n@numba.njit\ndef rule(i):\n    return i % 2 == 1\n")
+    assert run_hook(f"{mine}:mine", root) == ["01010", "0", "1"]
+    mine.write_text(mine.read_text().replace("rule(i)", "rule(i + 1)"))
+    assert run_hook(f"{mine}:mine", root) == ["10100", "0", "1"]
