@@ -9,11 +9,13 @@ from moetrace.engine.layer import timeline
 from moetrace.engine.replay import SIGNATURE, view_of
 
 
-@kernel(signature=SIGNATURE and types.float64(*SIGNATURE.args[:2]))
-def work_bound_s(batch, machine):
-    """Return the seconds of a block's steps if all units shared all work perfectly: no schedule beats it."""
+@kernel(signature=SIGNATURE and types.float64(*SIGNATURE.args[:2], types.float64))
+def work_bound_s(batch, machine, total_s):
+    """Add to ``total_s`` the seconds of a block if all units shared all work perfectly: no schedule beats it.
+
+    The sum is carried from block to block, so that its last bit does not depend on how a trace is cut.
+    """
     layers = machine.weight_bytes.shape[0]
-    total_s = 0.0
     for s in range(batch.rows.size):
         dense = dense_s(machine, batch.rows[s], batch.kv_tokens[s])
         total_s += head_s(machine)
@@ -27,14 +29,13 @@ def work_bound_s(batch, machine):
     return total_s
 
 
-@kernel(signature=SIGNATURE and types.float64(*SIGNATURE.args[:4], SIGNATURE.args[5]))
-def clairvoyant_batch(batch, machine, setting, state, dispatch):
-    """Return the seconds of a block if the most demanded experts of a layer, up to the slots, were always resident.
+@kernel(signature=SIGNATURE and types.float64(*SIGNATURE.args[:4], SIGNATURE.args[5], types.float64))
+def clairvoyant_batch(batch, machine, setting, state, dispatch, total_s):
+    """Add to ``total_s`` a block's seconds if the most demanded experts of a layer, up to the slots, were resident.
 
     ``state`` is one of its own: the dispatch may write into its cells.
     """
     layers = machine.weight_bytes.shape[0]
-    total_s = 0.0
     for s in range(batch.rows.size):
         total_s += layers * dense_s(machine, batch.rows[s], batch.kv_tokens[s]) + head_s(machine)
         view = view_of(batch.first_step + s, batch, machine, setting, state)

@@ -5,7 +5,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +35,9 @@ def policy(function: Callable) -> Any:
 
     Raises UsageError, naming file and line, if it does not compile to that.
     """
+    if getattr(function, "_can_compile", True) is False:
+        return function  # compiled by this function before
+    function = getattr(function, "py_func", function)
     where = _where(function)
     parameters = inspect.signature(function).parameters
     if len(parameters) != len(ARGUMENTS):
@@ -57,25 +60,23 @@ def policy(function: Callable) -> Any:
     return dispatcher
 
 
-def load_hook(choice: str, builtin: dict[str, Callable]) -> Any:
-    """Return the compiled hook that a spec names: one of ``builtin``, or ``file.py:function``.
+def load_hook(choice: str, known: Mapping[str, Callable]) -> Any:
+    """Return the compiled hook that a spec names: one of the ``known`` ones, or ``file.py:function``.
 
     Raises UsageError if the file has no such function, or it is no policy; MoetraceError if the file does not run.
     """
-    file, separator, name = choice.rpartition(":")
-    if not separator or not file.endswith(".py"):
-        return _builtin(builtin[choice])
+    if choice in known:
+        return _known(known[choice])
+    file, _, name = choice.rpartition(":")
     function = getattr(_run(Path(file)), name, None)
     if function is None:
         raise UsageError(f"{file} defines no {name}.")
     if not callable(function):
         raise UsageError(f"{file}: {name} is not a function.")
-    if hasattr(function, "py_func") and not getattr(function, "_can_compile", True):
-        return function  # by @policy already
-    return policy(getattr(function, "py_func", function))
+    return policy(function)
 
 
-_builtin = cache(policy)
+_known = cache(policy)
 
 
 def _run(path: Path) -> ModuleType:

@@ -1,6 +1,6 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -59,7 +59,8 @@ class Lane:
         """Replay a block."""
         replay_batch(batch, self.machine, self.setting, self.state, self.log, *self.hooks)
         if self.own_state is not None:
-            self.clairvoyant_s += clairvoyant_batch(batch, self.machine, self.setting, self.own_state, self.hooks[0])
+            parts = batch, self.machine, self.setting, self.own_state, self.hooks[0]
+            self.clairvoyant_s = clairvoyant_batch(*parts, self.clairvoyant_s)
 
     def finish(self) -> None:
         """Close the books after the last block: what was prefetched and never run was wasted."""
@@ -90,10 +91,13 @@ def run(
     *,
     slots: int | None = None,
     ignore_capacity: bool = False,
+    hooks: Mapping[str, Callable] | None = None,
     jobs: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Run:
     """Replay a trace through policies in one pass, ``jobs`` threads at a time; ``progress`` is told rows done.
+
+    A policy's dispatch or residency that is a key of ``hooks`` is that function.
 
     The figures do not depend on ``jobs``, nor on how the trace is cut into blocks. Raises UsageError if trace, model,
     system and policies do not go together, MoetraceError (file, dataset, row) if an id is wrong.
@@ -103,11 +107,11 @@ def run(
     check_fits(model, system, weight_bytes, ignore_capacity)
     slots = _slots(model, system, weight_bytes, slots)
     schedule = schedule_of(trace)
-    lanes = [_lane(trace, model, system, policy, weight_bytes, slots, schedule) for policy in policies]
+    lanes = [_lane(trace, model, system, policy, weight_bytes, slots, schedule, hooks or {}) for policy in policies]
     bound_s = 0.0
     with ThreadPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
         for batch, rows in _batches(trace, lanes, schedule, pool):
-            bound_s += work_bound_s(batch, lanes[0].machine)
+            bound_s = work_bound_s(batch, lanes[0].machine, bound_s)
             _each(pool, lanes, batch)
             if progress is not None:
                 progress(rows)
@@ -162,6 +166,7 @@ def _lane(
     weight_bytes: np.ndarray,
     slots: int,
     schedule: Schedule,
+    own: Mapping[str, Callable],
 ) -> Lane:
     check_policy(policy, system)
     layers, experts = weight_bytes.shape
@@ -189,7 +194,7 @@ def _lane(
     ignores_residency = policy.dispatch in ("ndp", "hot")
     unlearned = setting._replace(counts_prompts=0)
     own_state = None if ignores_residency else new_state(machine, schedule, unlearned, 1, True, True)
-    hooks = load_hook(policy.dispatch, DISPATCH), load_hook(policy.residency, RESIDENCY)
+    hooks = load_hook(policy.dispatch, {**DISPATCH, **own}), load_hook(policy.residency, {**RESIDENCY, **own})
     return Lane(policy, machine, setting, new_log(trace.steps, layers, machine.groups), state, hooks, own_state)
 
 

@@ -135,8 +135,9 @@ def replay(
     warnings: list[str] = []
     the_model = load_model(model or _model_of(trace), changes["model"])
     the_system = load_system(system, changes["system"])
-    several = [policies] if isinstance(policies, str | Path | PolicySpec | Callable) else list(policies)
-    specs = _load_policies(several, changes["policy"], warnings)
+    several = list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]
+    hooks: dict[str, Callable] = {}
+    specs = _load_policies(several, changes["policy"], hooks, warnings)
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs is {jobs}, but must be at least 1.")
     finished = run(
@@ -146,6 +147,7 @@ def replay(
         specs,
         slots=slots,
         ignore_capacity=ignore_capacity,
+        hooks=hooks,
         jobs=jobs or min(_cores(), len(specs)),
         progress=progress,
     )
@@ -173,7 +175,9 @@ def _model_of(trace: Trace) -> str:
     )
 
 
-def _load_policies(sources: list[Any], changes: Mapping[str, object], warnings: list[str]) -> list[PolicySpec]:
+def _load_policies(
+    sources: Sequence[Policy], changes: Mapping[str, object], hooks: dict[str, Callable], warnings: list[str]
+) -> list[PolicySpec]:
     """Load the policies; changes of the form NAME.FIELD go to the policy of that name."""
     if not sources:
         raise UsageError("A replay needs at least one policy.")
@@ -184,9 +188,8 @@ def _load_policies(sources: list[Any], changes: Mapping[str, object], warnings: 
         own.setdefault(name, {})[field] = changes[path]
     specs = []
     for source in sources:
-        source = _as_text(source) if callable(source) else source
-        spec = load_policy(source, everywhere)
-        specs.append(load_policy(source, everywhere | own[spec.name]) if spec.name in own else spec)
+        spec = _load_policy(source, everywhere, hooks)
+        specs.append(_load_policy(source, everywhere | own[spec.name], hooks) if spec.name in own else spec)
     names = [spec.name for spec in specs]
     for name in own.keys() - set(names):
         near = difflib.get_close_matches(name, names, 1, 0.0)
@@ -212,13 +215,17 @@ def _distinct(specs: list[PolicySpec], warnings: list[str]) -> list[PolicySpec]:
     return distinct
 
 
-def _as_text(function: Callable) -> str:
-    """`file.py:function` of a function, from which the engine loads it again."""
-    code = getattr(function, "py_func", function).__code__
-    # A script that replays would replay again while it is loaded.
-    if function.__module__ == "__main__" or code.co_qualname != code.co_name or not Path(code.co_filename).is_file():
-        raise UsageError(f"The policy {code.co_name} must stand at the top of a file of its own and be imported there.")
-    return f"{code.co_filename}:{code.co_name}"
+def _load_policy(source: Policy, changes: Mapping[str, object], hooks: dict[str, Callable]) -> PolicySpec:
+    """Load one policy; a function becomes the dispatch beside `on-demand`'s other choices, and joins `hooks`."""
+    if isinstance(source, str | Path | PolicySpec):
+        return load_policy(source, changes)
+    code = getattr(source, "py_func", source).__code__
+    spec = load_policy("on-demand", {"name": code.co_name, **changes})
+    name, number = f"{Path(code.co_filename).name}:{code.co_name}", 1
+    while hooks.setdefault(name, source) is not source:
+        number += 1
+        name = f"{Path(code.co_filename).name}:{code.co_name}-{number}"
+    return msgspec.structs.replace(spec, dispatch=name)
 
 
 def _cores() -> int:

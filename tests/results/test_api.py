@@ -93,12 +93,21 @@ def test_a_function_by_the_decorator_is_a_policy(tmp_path, monkeypatch):
     assert (own["name"], own["total_s"]) == ("on_units", preset["total_s"])
 
 
-def test_a_function_that_no_file_holds_is_refused():
-    def inner(state, view, layer, load, plan):
-        pass
+def first(most: int):
+    @mt.policy
+    def first_few(state, view, layer, load, plan):
+        for i in range(min(most, load.size)):
+            plan[i] = 1
 
-    with pytest.raises(mt.UsageError, match="inner must stand at the top of a file of its own"):
-        mt.replay(trace(), policies=inner)
+    return first_few
+
+
+def test_functions_that_no_file_holds_are_policies_too():
+    """As in a notebook; two of one name stay two."""
+    none, every, preset = mt.replay(trace(), policies=[first(0), first(999), "on-demand"]).to_dict()["policies"]
+    assert [none["name"], every["name"]] == ["first_few", "first_few-2"]
+    assert every["total_s"] == preset["total_s"]
+    assert none["demand_bytes"] == 0 < every["demand_bytes"]
 
 
 def test_summary_stays_json_whatever_the_source_holds():

@@ -1,0 +1,167 @@
+"""Speed of the replay on one core, beside a NumPy histogram of the same trace in the same run; and its memory.
+
+    python bench/speed.py [--rounds 5] [--quick] [--write README.md]
+
+Every case is timed once a round, in turn, and the table shows medians. `--quick` leaves out the trace of 2 GB;
+`--write` puts the table between the markers of a Markdown file.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+from markers import write_between
+
+from moetrace.engine.run import run
+from moetrace.spec import load_model, load_policy, load_system
+from moetrace.trace import Trace
+from moetrace.trace.generate import generate, generate_trace
+
+MODEL = load_model("qwen3-30b-a3b")
+SYSTEM = load_system("edge-ndp")
+POLICY = [load_policy("edge-ndp")]
+# name, shape, target in ns an access
+CASES = [
+    ("batch 1, 512 in, 512 out", {"requests": 8, "prompt": 512, "output": 512, "batch": 1}, 50),
+    ("batch 1, 8 in, 512 out", {"requests": 8, "prompt": 8, "output": 512, "batch": 1}, 50),
+    ("batch 256, 512 in, 512 out", {"requests": 256, "prompt": 512, "output": 512, "batch": 256}, 8),
+    ("batch 256, 8 in, 512 out", {"requests": 256, "prompt": 8, "output": 512, "batch": 256}, 8),
+]
+COMMAND = [sys.executable, "-m", "moetrace"]
+ROOT = Path(__file__).parents[1]
+
+
+def seconds(function, *arguments) -> float:
+    start = perf_counter()
+    function(*arguments)
+    return perf_counter() - start
+
+
+def replay(trace: Trace) -> None:
+    run(trace, MODEL, SYSTEM, POLICY)
+
+
+def histogram(trace: Trace) -> None:
+    """Count rows per step, layer and expert: the least that any analysis of a trace does."""
+    layer = np.arange(trace.layers)[None, :, None]
+    for block in trace.blocks():
+        step = np.repeat(np.arange(block.steps), np.diff(block.offset))[:, None, None]
+        bins = (step * trace.layers + layer) * trace.num_experts + block.experts
+        np.bincount(bins.ravel(), minlength=block.steps * trace.layers * trace.num_experts)
+
+
+def speed(rounds: int) -> list[tuple[str, ...]]:
+    rows = []
+    for name, shape, target in CASES:
+        trace = generate_trace(MODEL, seed=0, **shape)
+        accesses = trace.rows * trace.layers * trace.top_k
+        replay(trace)  # compiles
+        ours, theirs = [], []
+        for _ in range(rounds):
+            ours.append(seconds(replay, trace))
+            theirs.append(seconds(histogram, trace))
+        ns = median(ours) / accesses * 1e9
+        ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
+        rows.append((f"`edge-ndp`, {name}", f"{ns:.1f} ns an access", f"{ratio:.2f}", f"≤ {target} ns"))
+    return rows
+
+
+def from_file(rounds: int, folder: Path) -> tuple[str, ...]:
+    path = folder / "file.h5"
+    generate(path, MODEL, requests=512, prompt=512, output=512, batch=256, seed=0)
+    ratios = []
+    with Trace.open(path) as trace:
+        offset = [np.diff(block.offset) for block in trace.blocks()]
+        block = [trace.read(name, 0, trace.rows) for name in ("experts", "request", "position")]
+        experts, request, position = (np.array(array) for array in block)
+        memory = Trace.from_arrays(
+            experts,
+            num_experts=trace.num_experts,
+            request=request,
+            position=position,
+            steps=np.concatenate(offset),
+            phase=trace.phase,
+        )
+        for _ in range(rounds + 1):
+            ratios.append(seconds(replay, trace) / seconds(replay, memory))
+        path.unlink()
+    return (
+        f"a file of {experts.nbytes / 1e6:.0f} MB, to the same in memory",
+        f"{median(ratios[1:]):.2f}x",
+        "",
+        "≤ 1.1x",
+    )
+
+
+def anonymous_memory(folder: Path) -> tuple[str, ...]:
+    """Replay a trace of 2 GB at batch 1, results written, and watch the process's anonymous memory."""
+    path = folder / "large.h5"
+    generate(path, MODEL, requests=5120, prompt=512, output=512, batch=1, seed=0)
+    size = path.stat().st_size
+    command = [*COMMAND, "replay", str(path), "--policy", "edge-ndp", "-o", str(folder / "out"), "--format", "json"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    most = [0]
+
+    def watch() -> None:
+        while process.poll() is None:
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                return
+            most[0] = max([most[0], *(int(line.split()[1]) for line in status.splitlines() if "RssAnon" in line)])
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    if process.wait():
+        sys.exit("The replay of the large trace failed.")
+    watcher.join()
+    path.unlink()
+    return (f"a trace of {size / 1e9:.2f} GB, files written", f"{most[0] / 1e6:.2f} GB anonymous", "", "< 1 GB")
+
+
+def start_up(rounds: int) -> list[tuple[str, ...]]:
+    trace = str(ROOT / "traces" / "tiny-olmoe.h5")
+    cases = [
+        ("`moetrace --help`", [*COMMAND, "--help"], 0.15),
+        ("`moetrace replay traces/tiny-olmoe.h5 --slots 48`", [*COMMAND, "replay", trace, "--slots", "48"], 1.5),
+    ]
+    times = [[] for _ in cases]
+    for _ in range(rounds + 1):
+        for (_, command, _), of_case in zip(cases, times, strict=True):
+            of_case.append(seconds(lambda c=command: subprocess.run(c, capture_output=True, check=True)))
+    return [
+        (f"{name}, compiled before", f"{median(of_case[1:]):.2f} s", "", f"≤ {target} s")
+        for (name, _, target), of_case in zip(cases, times, strict=True)
+    ]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--quick", action="store_true")
+    options.add_argument("--write", type=Path)
+    options = options.parse_args()
+    rows = [("what, Qwen3-30B-A3B on one core", "measured", "to a NumPy histogram", "target")]
+    rows += speed(options.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        rows.append(from_file(options.rounds, Path(folder)))
+        if not options.quick and Path("/proc").is_dir():
+            rows.append(anonymous_memory(Path(folder)))
+    rows += start_up(options.rounds)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "| --- " * len(rows[0]) + "|")
+    print("\n".join(lines))
+    if options.write:
+        write_between(options.write, "speed", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
