@@ -7,7 +7,7 @@ demand order) on the GPU; what stays 0 runs on the units that hold it.
 import numpy as np
 
 from moetrace.engine.compile import kernel
-from moetrace.engine.layer import clear_groups, give_to_group, less, ndp_end_s, take_from_group
+from moetrace.engine.layer import clear_groups, give_rest, give_to_group, less, ndp_end_s, take_from_group
 
 OPTIMAL_UP_TO = 20  # active experts
 
@@ -26,7 +26,7 @@ def all_on_gpu(state, view, layer, load, plan):
 
 def hottest_on_gpu(state, view, layer, load, plan):
     """``hot`` (MoNDE): the H most demanded are fetched, with the H of least time, the smallest on a tie."""
-    _all_to_units(view, load.size)
+    give_rest(view, load.size, plan)
     best_s, best = ndp_end_s(view), 0
     free_s, arrival_s = 0.0, 0.0
     for i in range(load.size):
@@ -62,7 +62,7 @@ DISPATCH = {"ndp": all_on_ndp, "gpu": all_on_gpu, "hot": hottest_on_gpu, "balanc
 
 @kernel
 def _balance(view, size, plan):
-    _all_to_units(view, size)
+    give_rest(view, size, plan)
     moe_s = ndp_end_s(view)
     free_s, arrival_s = 0.0, 0.0
     for j in range(size):
@@ -132,10 +132,3 @@ def _search(view, size, plan, best_s):
             j += 1
     for i in range(size):
         plan[i] = (best_mask >> (size - 1 - i)) & 1
-
-
-@kernel
-def _all_to_units(view, size):
-    clear_groups(view.groups)
-    for i in range(size):
-        give_to_group(view.groups, view.active[i])

@@ -33,6 +33,7 @@ def give_to_group(groups, expert):
     group = groups[expert.group]
     group.busy_s += expert.ndp_s
     group.rows += expert.rows
+    group.weight_bytes += expert.weight_bytes
     group.count += 1
 
 
@@ -43,6 +44,7 @@ def take_from_group(groups, expert):
     group.count -= 1
     group.busy_s = group.busy_s - expert.ndp_s if group.count > 0 else 0.0
     group.rows -= expert.rows
+    group.weight_bytes -= expert.weight_bytes
 
 
 @kernel
@@ -51,7 +53,30 @@ def clear_groups(groups):
     for g in range(groups.size):
         groups[g].busy_s = 0.0
         groups[g].rows = 0.0
+        groups[g].weight_bytes = 0.0
         groups[g].count = 0
+
+
+@kernel
+def give_rest(view, size, plan):
+    """Give the units what the plan does not send to the GPU, and nothing else."""
+    clear_groups(view.groups)
+    if view.groups.size > 1:
+        for i in range(size):
+            if plan[i] == 0:
+                give_to_group(view.groups, view.active[i])
+        return
+    # All units share every expert: the sums stay in registers. Through memory each addition waits for the last one.
+    busy_s, rows, weight_bytes, count = 0.0, 0.0, 0.0, 0
+    for i in range(size):
+        expert = view.active[i]
+        given = plan[i] == 0
+        busy_s += expert.ndp_s if given else 0.0
+        rows += expert.rows if given else 0.0
+        weight_bytes += expert.weight_bytes if given else 0.0
+        count += given
+    group = view.groups[0]
+    group.busy_s, group.rows, group.weight_bytes, group.count = busy_s, rows, weight_bytes, count
 
 
 @kernel
@@ -75,13 +100,12 @@ def timeline(machine, view, size, plan):
 
     Leaves the work of each group of units in ``view.groups``.
     """
-    clear_groups(view.groups)
+    give_rest(view, size, plan)
     gpu_free_s, gpu_busy_s, arrival_s, demand_bytes = 0.0, 0.0, 0.0, 0.0
     for j in range(size):
         i = view.active[j].turn
         expert = view.active[i]
         if plan[i] == 0:
-            give_to_group(view.groups, expert)
             continue
         arrival_s += expert.fetch_s
         demand_bytes += 0.0 if expert.resident else expert.weight_bytes

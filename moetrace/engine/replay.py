@@ -10,6 +10,8 @@ from moetrace.engine.cost import Machine, dense_s, head_s, price, take_turns
 from moetrace.engine.demand import Demand
 from moetrace.engine.layer import timeline
 from moetrace.engine.prefetch import (
+    HEAD,
+    TAIL,
     Queue,
     admit_complete,
     empty_queue,
@@ -62,6 +64,7 @@ class Setting(NamedTuple):
     depth: int  # m of online, d of oracle
     waits: int  # 1: the first decode step waits for the queue
     counts_prompts: int
+    learns: int  # 0: the residency's hook does nothing
     slots: int
     half_life: int  # 0 = never
     alpha: float
@@ -107,6 +110,7 @@ def _see(at, layer, step, demand, machine, state, log):
     size = demand.start[at + 1] - first
     hits, late = 0, 0
     base = layer * state.cells.shape[1]
+    queued = state.queue.ends[TAIL] > state.queue.ends[HEAD]
     for i in range(size):
         expert, rows = np.int64(demand.expert[first + i]), np.int64(demand.rows[first + i])
         code = base + expert
@@ -118,9 +122,8 @@ def _see(at, layer, step, demand, machine, state, log):
         if demand.next_step.size > 0:
             next_step = demand.next_step[first + i]
             active.next_use = np.inf if next_step < 0 else next_step * state.cells.shape[0] + layer + 0.0
-        if resident:
-            hits += 1
-        else:
+        hits += resident
+        if queued and not resident:
             late += note_late(state.queue, code)
     take_turns(state.active, size)
     log.step[step].hits += hits
@@ -137,7 +140,8 @@ def _carry_out(layer, size, state, log):
     experts = state.cells.shape[1]
     gpu = log.unit[GPU]
     fetched, on_gpu = 0, 0
-    for i in range(size):
+    for j in range(size):  # in turn: those on the GPU come together, and the processor guesses right
+        i = state.active[j].turn
         if state.plan[i] == 0:
             continue
         active = state.active[i]
@@ -159,7 +163,7 @@ def _carry_out(layer, size, state, log):
 
 
 @kernel
-def _note_units(layer, size, dense, line, moved_bytes, machine, state, log):
+def _note_units(dense, line, moved_bytes, machine, state, log):
     """Add a layer's work to the books of the units."""
     gpu, link_in, link_out = log.unit[GPU], log.unit[LINK_IN], log.unit[LINK_OUT]
     gpu.busy_s += dense + line.gpu_s
@@ -170,13 +174,11 @@ def _note_units(layer, size, dense, line, moved_bytes, machine, state, log):
     link_out.bytes += line.act_bytes
     if line.busiest_s == 0.0:
         return
-    for i in range(size):
-        if state.plan[i] == 0:
-            log.unit[FIRST_GROUP + state.active[i].group].bytes += state.active[i].weight_bytes
     for g in range(state.groups.size):
         group, unit = state.groups[g], log.unit[FIRST_GROUP + g]
         unit.busy_s += group.busy_s
         unit.rows += group.rows
+        unit.bytes += group.weight_bytes
         unit.experts += group.count
 
 
@@ -199,11 +201,12 @@ def _replay_layer(at, layer, step, dense, batch, machine, setting, state, log, d
     state.plan[-1] = 0
     _carry_out(layer, size, state, log)
     moved_bytes += flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link_bytes_s)
-    residency(cells, view, layer, load, state.plan)
+    if setting.learns:
+        residency(cells, view, layer, load, state.plan)
     settle(cells, state.cache, layer, state.active, size, state.plan, tally)
     if setting.prefetch == ONLINE:
         join_by_score(queue, cells, state.cache, layer, setting.depth)
-    _note_units(layer, size, dense, line, moved_bytes, machine, state, log)
+    _note_units(dense, line, moved_bytes, machine, state, log)
     row, totals = log.step[step], log.layer[layer]
     row.moe_s += line.moe_s
     row.demand_bytes += line.demand_bytes
@@ -304,7 +307,7 @@ def _signature() -> Any:
     batch = Batch(0, one, one, one, bits, demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
     numbers: dict[str, Any] = {name: kind(1) for name, kind in Machine.__annotations__.items() if kind in (int, float)}
     machine = Machine(**numbers, weight_bytes=np.ones((1, 1)), group_of_expert=np.zeros((1, 1), np.int64))
-    setting = Setting(0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
+    setting = Setting(0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
     state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True, True)
     parts = (typeof(part) for part in (batch, machine, setting, state, new_log(1, 1, 1)))
     return types.void(*parts, FIRST_CLASS_HOOK, FIRST_CLASS_HOOK)

@@ -178,6 +178,7 @@ def _lane(
         depth=policy.prefetch_depth or 0,
         waits=int(policy.prefetch_blocks),
         counts_prompts=int(policy.residency == "prefill"),
+        learns=int(policy.residency not in FLAT),
         slots=slots,
         half_life=policy.half_life or 0,
         alpha=float(policy.alpha),

@@ -41,7 +41,9 @@ ACTIVE = np.dtype(
     align=True,
 )
 # A group of units that share experts: sums over the experts that it runs in this layer.
-GROUP = np.dtype([("busy_s", np.float64), ("rows", np.float64), ("count", np.int64)], align=True)
+GROUP = np.dtype(
+    [("busy_s", np.float64), ("rows", np.float64), ("weight_bytes", np.float64), ("count", np.int64)], align=True
+)
 
 STEP = np.dtype(
     [
