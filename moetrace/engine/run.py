@@ -235,9 +235,10 @@ def _batches(trace: Trace, lanes: list[Lane], schedule: Schedule, pool: Executor
         return
     coming: Future | None = None
     for block in blocks:
-        ready, coming = coming, pool.submit(prepare, block)
+        ready = coming.result() if coming else None  # one at a time: what looks ahead reads the blocks in order
+        coming = pool.submit(prepare, block)
         if ready is not None:
-            yield ready.result()
+            yield ready
     if coming is not None:
         yield coming.result()
 
