@@ -34,7 +34,7 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> tupl
     start = np.zeros((len(offset) - 1) * layers + 1, np.int64)
     expert, count = np.empty(most, np.int32), np.empty(most, np.int32)
     wrong, row = _gather(experts, offset, num_experts, start, expert, count)
-    return Demand(start, expert, count, np.zeros(0, np.int32)), wrong, row
+    return Demand(start, expert[: start[-1]], count[: start[-1]], np.zeros(0, np.int32)), wrong, row
 
 
 @kernel(inline=False)
