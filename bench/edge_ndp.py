@@ -180,8 +180,8 @@ def tensor_parallelism_may_lose(points: list[Point]) -> str:
         parts.append(f"`{model}` {factor(speedups['edge-ndp-tp'])}{where}")
     return (
         f"- *Tensor parallelism alone may lose at {two} DIMMs*: {'holds' if losses else 'does not hold'}. "
-        f"`edge-ndp-tp` over `monde` there: {', '.join(parts)}. Over expert parallelism on the units alone (`ndp-ep`) it gains: "
-        f"{factor(min(gains))} to {factor(max(gains))}."
+        f"`edge-ndp-tp` over `monde` there: {', '.join(parts)}. Over expert parallelism on the units alone (`ndp-ep`) "
+        f"it gains: {factor(min(gains))} to {factor(max(gains))}."
     )
 
 
