@@ -1,6 +1,7 @@
 """The command line: one file per command, each imported only when it is used, so that ``--help`` stays instant."""
 
 import importlib
+import itertools
 import sys
 
 import click
@@ -47,16 +48,12 @@ def _group(debug: bool) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; an error is one sentence on stderr and exit code 1 (failed) or 2 (wrong usage)."""
     args = sys.argv[1:] if args is None else args
+    debug = "--debug" in itertools.takewhile(lambda arg: arg.startswith("-"), args)
     try:
         _group.main(args, prog_name="moetrace", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        if "--debug" in args:
-            raise
-        error.show()
-        sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of our output went away (`moetrace list models | head`): not an error of ours.
         sys.stderr.close()
@@ -64,14 +61,21 @@ def main(args: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("moetrace: interrupted; no file was left half-written.", err=True)
         sys.exit(1)
-    except (MoetraceError, OSError) as error:
-        if "--debug" in args:
+    except (MoetraceError, click.ClickException, OSError) as error:
+        if debug:
             raise
-        click.echo(f"moetrace: {_sentence(error)}", err=True)
-        sys.exit(error.exit_code if isinstance(error, MoetraceError) else 1)
+        if not args and isinstance(error, click.UsageError):
+            error.show()  # the help of a bare `moetrace`
+        else:
+            click.echo(f"moetrace: {_sentence(error)}", err=True)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        hint = f" See `{context.command_path} --help`." if context else ""
+        return " ".join(error.format_message().split()) + hint
     if isinstance(error, OSError) and error.strerror:
         where = f" {error.filename}" if error.filename else ""
         return f"the system refused{where}: {error.strerror}."
