@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,9 +73,10 @@ class _Run:
 def run_page(path: Path, folder: Path) -> str:
     """Run the blocks of the page at `path` in `folder`; return the page as it should be. A block that fails raises."""
     (folder / "traces").symlink_to(ROOT / "traces")
+    copy = Path(shutil.copy(path, folder))  # code that a page holds is kept beside it once compiled
     run = _Run(folder)
     kinds = {"sh": run.shell, "python": run.python, "toml": run.file, "text": run.output}
-    document = Sybil([CodeBlockParser(kind, evaluator) for kind, evaluator in kinds.items()]).parse(path)
+    document = Sybil([CodeBlockParser(kind, evaluator) for kind, evaluator in kinds.items()]).parse(copy)
     for example in document.examples():
         example.evaluate()
     page = path.read_text(encoding="utf-8")

@@ -1,0 +1,66 @@
+"""Docs name everything that there is: columns, keys, datasets, records, choices, commands."""
+
+import re
+
+import pytest
+from pages import ROOT
+
+import moetrace as mt
+from moetrace.cli import COMMANDS
+from moetrace.engine.plugin import ARGUMENTS
+from moetrace.engine.state import ACTIVE, CELL, GROUP, View
+from moetrace.results.frames import unit_names
+from moetrace.spec import PolicySpec, list_presets
+from moetrace.spec.policy import DISPATCHES, PLACEMENTS, PREFETCHES, RESIDENCIES
+from moetrace.trace.schema import OTHER_PATHS, ROW_PATHS
+
+# Of the records and the view, what only the engine needs; and what stands under the choice that reads it.
+PRIVATE = {"rows", "next_use", "turn", "alpha", "half_life"}
+
+
+def named_in(page: str) -> set[str]:
+    """Everything in code marks: `a.b`, `a[i]` and `[a, b]` name a and b too."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return {word for code in re.findall(r"`([^`\n]+)`", text) for word in [code, *re.split(r"[^\w:-]+", code)]}
+
+
+@pytest.fixture(scope="module")
+def result():
+    return mt.replay(mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2), policies="edge-ndp")
+
+
+@pytest.mark.parametrize("table", ["steps", "units", "layers", "requests"])
+def test_columns_are_explained(result, table):
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    section = page.partition(f"## {table}.parquet")[2].partition("\n## ")[0]
+    explained = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]+)", section, re.MULTILINE)))
+    assert explained == getattr(result, table).columns
+
+
+def test_summary_keys_and_units_are_explained(result):
+    summary = result.to_dict()
+    keys = {*summary, *summary["policies"][0], *summary["policies"][0]["step_s"], *unit_names(2)}
+    assert keys <= named_in("docs/results.md")
+
+
+def test_datasets_and_attributes_are_explained():
+    paths = {*ROW_PATHS.values(), *(path for path, _ in OTHER_PATHS.values()), "/counts"}
+    attributes = {"schema", "model", "num_experts", "top_k", "source", "created_by", "sha256"}
+    assert paths | attributes <= named_in("docs/trace-format.md")
+
+
+def test_what_a_policy_sees_is_explained():
+    fields = {*ARGUMENTS, *View._fields, *(CELL.names or ()), *(ACTIVE.names or ()), *(GROUP.names or ())}
+    assert fields - PRIVATE <= named_in("docs/policies.md")
+
+
+def test_choices_parameters_and_presets_are_explained():
+    choices = {*PLACEMENTS, *DISPATCHES, *RESIDENCIES, *PREFETCHES, *list_presets("policies")}
+    assert choices <= named_in("docs/timing-model.md")
+    four = {"name", "placement", "dispatch", "residency", "prefetch", "scope"}
+    assert set(PolicySpec.__struct_fields__) - four <= named_in("docs/policies.md")
+
+
+def test_readme_shows_every_command():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [command for command in COMMANDS if f"moetrace {command} " not in readme] == []
