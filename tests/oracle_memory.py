@@ -273,7 +273,8 @@ class Memory:
         """Queue the experts of this layer that score above its lowest resident; a free slot counts as score 0."""
         scores = {e: self.score.get((layer, e), 0.0) for e in range(self.machine.E)}
         residents = self.resident(layer)
-        bar = 0.0 if self.room(layer) or not residents else min(scores[e] for e in residents)
+        slots = [0.0] if self.room(layer) or not residents else []
+        bar = min(slots + [scores[e] for e in residents])
         out = [e for e in scores if scores[e] > bar and e not in residents and not self.queued((layer, e))]
         for e in sorted(out, key=lambda e: (-scores[e], e))[:most]:
             self.queue.append(Entry((layer, e), float(self.machine.W[layer, e])))

@@ -9,12 +9,13 @@ from moetrace.engine.layer import timeline
 from moetrace.engine.replay import SIGNATURE, view_of
 
 
-@kernel(signature=SIGNATURE and types.float64(*SIGNATURE.args[:2], types.float64))
-def work_bound_s(batch, machine, total_s):
+@kernel(signature=SIGNATURE and types.float64(SIGNATURE.args[0], types.float64))
+def work_bound_s(work, total_s):
     """Add to ``total_s`` the seconds of a block if all units shared all work perfectly: no schedule beats it.
 
     The sum is carried from block to block, so that its last bit does not depend on how a trace is cut.
     """
+    batch, machine = work.batch, work.machine
     layers = machine.weight_bytes.shape[0]
     for s in range(batch.rows.size):
         dense = dense_s(machine, batch.rows[s], batch.kv_tokens[s])
@@ -29,12 +30,13 @@ def work_bound_s(batch, machine, total_s):
     return total_s
 
 
-@kernel(signature=SIGNATURE and types.float64(*SIGNATURE.args[:4], SIGNATURE.args[5], types.float64))
-def clairvoyant_batch(batch, machine, setting, state, dispatch, total_s):
+@kernel(signature=SIGNATURE and types.float64(*SIGNATURE.args[:2], types.float64))
+def clairvoyant_batch(work, dispatch, total_s):
     """Add to ``total_s`` a block's seconds if the most demanded experts of a layer, up to the slots, were resident.
 
-    ``state`` is one of its own: the dispatch may write into its cells.
+    The state is one of its own: the dispatch may write into its cells.
     """
+    batch, machine, setting, state, _ = work
     layers = machine.weight_bytes.shape[0]
     for s in range(batch.rows.size):
         total_s += layers * dense_s(machine, batch.rows[s], batch.kv_tokens[s]) + head_s(machine)
@@ -49,8 +51,13 @@ def clairvoyant_batch(batch, machine, setting, state, dispatch, total_s):
                 state.load[i] = rows
                 state.plan[i] = 0
                 price(machine, layer, expert, rows, i < setting.slots, state.active[i])
-                state.active[i].next_use = np.inf
                 state.active[i].turn = i  # resident ones are the first already
-            dispatch(state.cells, view, layer, state.load[:size], state.plan)
-            total_s += timeline(machine, view, size, state.plan).moe_s
+                if setting.own_dispatch:
+                    state.cells[layer, expert].resident = i < setting.slots
+            plan = state.plan[:size]
+            dispatch(state.cells, view, layer, state.load[:size], plan)
+            total_s += timeline(machine, view, size, plan).moe_s
+            if setting.own_dispatch:
+                for i in range(size):
+                    state.cells[layer, state.active[i].expert].resident = 0
     return total_s

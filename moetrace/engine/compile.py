@@ -1,31 +1,16 @@
 """How kernels are compiled: without the GIL, without bounds checks, cached across processes and never stale."""
 
-import hashlib
-import sys
+import contextlib
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core import config
 from numba.core.caching import FunctionCache
 
-HERE = Path(__file__).parent
+from moetrace.engine.fingerprint import engine_fingerprint
+
 PURE_PYTHON = bool(vars(config)["DISABLE_JIT"])  # NUMBA_DISABLE_JIT=1: kernels are what they look like
-
-
-@cache
-def engine_fingerprint() -> str:
-    """Return the SHA-256 of every source file of the engine.
-
-    Numba's own cache notices an edit of the file that a kernel stands in, not of the files whose functions were
-    compiled into it; with this as a part of the key no kernel outlives an edit anywhere in the engine.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(HERE.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 class _FingerprintCache(FunctionCache):
@@ -41,7 +26,8 @@ def kernel(
     *,
     signature: Any = None,
     inline: bool = True,
-    fingerprint: str | None = None,
+    checked: bool = False,
+    fingerprint: str | None = "",
 ) -> Any:
     """Compile a function for the engine; usable as ``@kernel`` or ``@kernel(signature=...)``.
 
@@ -53,15 +39,15 @@ def kernel(
     calls and counts, the replay of a layer at batch 1 took 9 times as long, passing the state's arrays around.
     """
     if function is None:
-        return lambda f: kernel(f, signature=signature, inline=inline, fingerprint=fingerprint)
-    options = {"nogil": True, "error_model": "numpy", "_nrt": not inline, "forceinline": inline and signature is None}
+        return lambda f: kernel(f, signature=signature, inline=inline)
+    options = {"nogil": True, "error_model": "numpy", "_nrt": not inline, "boundscheck": checked}
+    options["forceinline"] = inline and signature is None
     dispatcher: Any = numba.njit(**options)(function)
     if PURE_PYTHON:
         return dispatcher
-    try:
-        dispatcher._cache = _FingerprintCache(function, fingerprint or engine_fingerprint())
-    except RuntimeError as error:
-        print(f"moetrace: compiled code is not kept between runs: {error}", file=sys.stderr)
+    if fingerprint is not None:
+        with contextlib.suppress(RuntimeError):  # no folder can be written
+            dispatcher._cache = _FingerprintCache(function, fingerprint or engine_fingerprint())
     if signature is not None:
         dispatcher.compile(signature)
         dispatcher.disable_compile()

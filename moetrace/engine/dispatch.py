@@ -1,6 +1,6 @@
 """Who runs an active expert in this step (timing model, section 6): ordinary hooks, compiled by ``@policy``.
 
-A dispatch hook gets ``plan`` uint8 [E + 1], all zero, and sets ``plan[i] = 1`` to run the i-th active expert (in
+A dispatch hook gets ``plan`` uint8 [n], all zero, and sets ``plan[i] = 1`` to run the i-th active expert (in
 demand order) on the GPU; what stays 0 runs on the units that hold it.
 """
 
@@ -49,11 +49,9 @@ def balanced(state, view, layer, load, plan):
 
 
 def optimal(state, view, layer, load, plan):
-    """``optimal``: the least time over all splits; beyond 20 active experts ``balance``, noted in ``plan[-1]``."""
+    """``optimal``: the least time over all splits; beyond 20 active experts ``balance``."""
     best_s = _balance(view, load.size, plan)
-    if load.size > OPTIMAL_UP_TO:
-        plan[-1] = 1
-    else:
+    if load.size <= OPTIMAL_UP_TO:
         _search(view, load.size, plan, best_s)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from numba.core.errors import NumbaError
 
-from moetrace.engine.compile import HERE, PURE_PYTHON, engine_fingerprint, kernel
+from moetrace.engine.compile import PURE_PYTHON, kernel
+from moetrace.engine.fingerprint import HERE, fingerprint_of
 from moetrace.spec.errors import MoetraceError, UsageError
 
 ARGUMENTS = ("state", "view", "layer", "load", "plan")
@@ -35,8 +36,8 @@ def policy(function: Callable) -> Any:
 
     Raises UsageError, naming file and line, if it does not compile to that.
     """
-    if getattr(function, "_can_compile", True) is False:
-        return function  # compiled by this function before
+    if getattr(function, "is_policy", False):
+        return function
     function = getattr(function, "py_func", function)
     where = _where(function)
     parameters = inspect.signature(function).parameters
@@ -46,7 +47,7 @@ def policy(function: Callable) -> Any:
         return function
     from moetrace.engine.state import HOOK
 
-    dispatcher = kernel(function, inline=False, fingerprint=_fingerprint(function))
+    dispatcher = kernel(function, inline=False, checked=_is_users(function), fingerprint=fingerprint_of(function))
     try:
         dispatcher.compile(HOOK.args)
     except NumbaError as error:
@@ -57,6 +58,7 @@ def policy(function: Callable) -> Any:
     if returns != HOOK.return_type:
         raise UsageError(f"{where} returns {returns}, but a policy returns nothing: it writes into plan or state.")
     dispatcher.disable_compile()
+    dispatcher.is_policy = True
     return dispatcher
 
 
@@ -95,29 +97,13 @@ def _run(path: Path) -> ModuleType:
     return module
 
 
+def _is_users(function: Callable) -> bool:
+    return not Path(function.__code__.co_filename).is_relative_to(HERE)
+
+
 def _where(function: Callable) -> str:
     code = function.__code__
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}: {function.__name__}"
-
-
-def _fingerprint(function: Callable) -> str:
-    """Return the engine's fingerprint and that of the user's files that the function may draw from."""
-    digest = hashlib.sha256(engine_fingerprint().encode())
-    seen: set[Path] = set()
-    pending = [sys.modules.get(function.__module__)]
-    while pending:
-        module = pending.pop()
-        path = Path(getattr(module, "__file__", None) or HERE)
-        if path in seen or path.is_relative_to(HERE.parent) or "site-packages" in path.parts or path == HERE:
-            continue
-        if path.is_relative_to(Path(inspect.__file__).parent) or path.suffix != ".py":
-            continue
-        seen.add(path)
-        digest.update(path.read_bytes())
-        for value in vars(module).values():
-            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            pending.append(sys.modules.get(name or ""))
-    return digest.hexdigest()
 
 
 def _first_cause(error: NumbaError) -> str:

@@ -174,26 +174,28 @@ def join_by_score(queue, cells, cache, layer, most):
     A free slot counts as a resident of score 0, and so does a layer without residents.
     """
     experts = cells.shape[1]
-    floor = 0.0 if cache.residents[pool_of(cache, layer)] < cache.capacity else np.inf
+    first = layer * experts
+    floor, residents = np.inf, 0
     for e in range(experts):
-        if cells[layer, e].resident:
+        if cache.resident[first + e]:
             floor = min(floor, cells[layer, e].score)
-    if floor == np.inf:
-        floor = 0.0
+            residents += 1
+    if residents == 0 or cache.residents[pool_of(cache, layer)] < cache.capacity:
+        floor = min(floor, 0.0)
     for _ in range(most):
         best, score = -1, floor
         for e in range(experts):
             cell = cells[layer, e]
-            if cell.score > score and cell.resident == 0 and queue.place[layer * experts + e] < 0:
+            if cell.score > score and cache.resident[first + e] == 0 and queue.place[first + e] < 0:
                 best, score = e, cell.score
         if best < 0:
             break
-        join(queue, layer * experts + best, 0)
+        join(queue, first + best, 0)
 
 
 @kernel
-def join_ahead(queue, cells, demand, at, now, depth, chance_of, seed):
-    """``oracle:d``: entries whose layer has passed leave; what the next ``depth`` layers want joins the queue.
+def join_ahead(queue, cells, cache, demand, at, now, setting):
+    """``oracle:d``: entries whose layer has passed leave; what the next d layers want joins the queue.
 
     ``at`` is the layer's row in ``demand``, ``now`` the same counted from the start of the trace. An expert that
     stands in the queue already takes the later layer as its own. Returns how many left with some bytes moved.
@@ -204,25 +206,24 @@ def join_ahead(queue, cells, demand, at, now, depth, chance_of, seed):
         code = queue.code[entry]
         if queue.place[code] == entry and queue.target[code] < now:
             wasted += leave(queue, code)
-    for ahead in range(1, depth + 1):
+    for ahead in range(1, setting.depth + 1):
         if at + ahead + 1 >= demand.start.size:
             break
-        target = now + ahead
-        layer = target % layers
+        step, layer = divmod(now + ahead, layers)
         for i in range(demand.start[at + ahead], demand.start[at + ahead + 1]):
             expert = np.int64(demand.expert[i])
             code = layer * experts + expert
-            if cells[layer, expert].resident == 0 and chance(seed, target // layers, layer, expert) < chance_of:
+            if cache.resident[code] == 0 and chance(setting.seed, step, layer, expert) < setting.chance:
                 if queue.place[code] < 0:
-                    join(queue, code, target)
+                    join(queue, code, now + ahead)
                 else:
-                    queue.target[code] = target
+                    queue.target[code] = now + ahead
     return wasted
 
 
 @kernel
 def chance(seed, step, layer, expert):
-    """Return a number in [0, 1) that depends on the arguments alone: a chain of splitmix64 steps."""
+    """Return a number from 0 to 1 that depends on the arguments alone: a chain of splitmix64 steps."""
     x = np.uint64(seed)
     for value in (step, layer, expert):
         x = x + np.uint64(0x9E3779B97F4A7C15) + np.uint64(value)

@@ -152,7 +152,7 @@ def _line_up_unwanted(cells, cache, pool, begin, stop):
             cache.after[code] = -1
             cell = cells[code // experts, code % experts]
             if cell.score < np.inf:
-                keys[size] = cell.touched * cache.resident.size + code
+                keys[size] = cache.touched[code] * cache.resident.size + code
                 size += 1
     _sort(keys, size)
     end = cache.resident.size + pool
@@ -177,7 +177,7 @@ def _sort(keys, size):
 
 
 @kernel(inline=False)
-def queue_wanted(queue, cells, prompts, tally):
+def queue_wanted(queue, cells, cache, prompts, tally):
     """Make the queue anew: wanted ones that are not resident, layer by layer, by count descending, then id.
 
     A transfer that was partly done and is still wanted keeps its bytes; one that is not is wasted.
@@ -197,7 +197,7 @@ def queue_wanted(queue, cells, prompts, tally):
     for layer in range(layers):
         size = 0
         for e in range(experts):
-            if cells[layer, e].admit == 0 or cells[layer, e].resident:
+            if cells[layer, e].admit == 0 or cache.resident[layer * experts + e]:
                 continue
             j = size
             while j > 0 and prompts.total[layer * experts + ids[j - 1]] < prompts.total[layer * experts + e]:

@@ -8,6 +8,7 @@ from numba import typeof, types
 from moetrace.engine.compile import PURE_PYTHON, kernel
 from moetrace.engine.cost import Machine, dense_s, head_s, price, take_turns
 from moetrace.engine.demand import Demand
+from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.layer import timeline
 from moetrace.engine.prefetch import (
     HEAD,
@@ -33,6 +34,7 @@ from moetrace.engine.state import (
     GROUP,
     LINK_IN,
     LINK_OUT,
+    Log,
     View,
     new_log,
     records,
@@ -43,7 +45,7 @@ DECODE = 1
 
 
 class Batch(NamedTuple):
-    """A block of steps, ready for the kernels; arrays over rows are empty where no policy counts prompts."""
+    """A block of steps, ready for the kernels; ``experts`` and ``request`` are empty where no policy counts prompts."""
 
     first_step: int
     rows: np.ndarray  # int64 [steps]: T
@@ -65,6 +67,9 @@ class Setting(NamedTuple):
     waits: int  # 1: the first decode step waits for the queue
     counts_prompts: int
     learns: int  # 0: the residency's hook does nothing
+    looks_ahead: int
+    optimal: int  # 1: the dispatch is `optimal`
+    own_dispatch: int  # 1: a user's
     slots: int
     half_life: int  # 0 = never
     alpha: float
@@ -82,7 +87,17 @@ class State(NamedTuple):
     active: Any  # ACTIVE [E]
     groups: Any  # GROUP [groups]
     load: np.ndarray  # int64 [E]
-    plan: np.ndarray  # uint8 [E + 1]; the last says that `optimal` fell back
+    plan: np.ndarray  # uint8 [E]
+
+
+class Work(NamedTuple):
+    """A block to replay, and all that it takes."""
+
+    batch: Batch
+    machine: Machine
+    setting: Setting
+    state: State
+    log: Log
 
 
 @kernel
@@ -104,7 +119,7 @@ def view_of(step, batch, machine, setting, state):
 
 
 @kernel
-def _see(at, layer, step, demand, machine, state, log):
+def _see(at, layer, step, demand, machine, setting, state, log):
     """Fill the active experts of the layer and count hits, misses and late ones; return how many are active."""
     first = demand.start[at]
     size = demand.start[at + 1] - first
@@ -119,7 +134,7 @@ def _see(at, layer, step, demand, machine, state, log):
         price(machine, layer, expert, rows, resident, active)
         state.load[i] = rows
         state.plan[i] = 0
-        if demand.next_step.size > 0:
+        if setting.looks_ahead:
             next_step = demand.next_step[first + i]
             active.next_use = np.inf if next_step < 0 else next_step * state.cells.shape[0] + layer + 0.0
         hits += resident
@@ -183,26 +198,27 @@ def _note_units(dense, line, moved_bytes, machine, state, log):
 
 
 @kernel
-def _replay_layer(at, layer, step, dense, batch, machine, setting, state, log, dispatch, residency):
+def _replay_layer(at, layer, step, dense, work, dispatch, residency):
     """Replay one layer; return its time and its imbalance, -1 where that is undefined."""
+    batch, machine, setting, state, log = work
     queue, cells, tally = state.queue, state.cells, log.tally
     admit_complete(queue, cells, state.cache, tally)
     moved_bytes = flow(queue, dense * machine.link_bytes_s)
     if setting.prefetch == ORACLE:
         now = step * cells.shape[0] + layer
-        tally[0].wasted += join_ahead(queue, cells, batch.demand, at, now, setting.depth, setting.chance, setting.seed)
-    size = _see(at, layer, step, batch.demand, machine, state, log)
+        tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
+    size = _see(at, layer, step, batch.demand, machine, setting, state, log)
     view = view_of(step, batch, machine, setting, state)
     load = state.load[:size]
+    plan = state.plan[:size]
     if size > 0:
-        dispatch(cells, view, layer, load, state.plan)
-    line = timeline(machine, view, size, state.plan)
-    log.fallbacks[0] += state.plan[-1]
-    state.plan[-1] = 0
+        dispatch(cells, view, layer, load, plan)
+    log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
+    line = timeline(machine, view, size, plan)
     _carry_out(layer, size, state, log)
     moved_bytes += flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link_bytes_s)
     if setting.learns:
-        residency(cells, view, layer, load, state.plan)
+        residency(cells, view, layer, load, plan)
     settle(cells, state.cache, layer, state.active, size, state.plan, tally)
     if setting.prefetch == ONLINE:
         join_by_score(queue, cells, state.cache, layer, setting.depth)
@@ -242,12 +258,13 @@ def _end_step(step, batch, setting, state, log):
     if batch.prompt_ends[s]:
         make_wanted(state.cells, state.cache, state.prompts.total)
         if setting.prefetch == FROM_PROMPT:
-            queue_wanted(state.queue, state.cells, state.prompts, log.tally)
+            queue_wanted(state.queue, state.cells, state.cache, state.prompts, log.tally)
     forget_ended(state.prompts, step, True)
 
 
-def replay_batch(batch, machine, setting, state, log, dispatch, residency):
+def replay_batch(work, dispatch, residency):
     """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``."""
+    batch, machine, setting, state, log = work
     layers = state.cells.shape[0]
     head = head_s(machine)
     for s in range(batch.rows.size):
@@ -259,9 +276,7 @@ def replay_batch(batch, machine, setting, state, log, dispatch, residency):
         dense = dense_s(machine, batch.rows[s], batch.kv_tokens[s])
         imbalance_sum, imbalance_count = 0.0, 0
         for layer in range(layers):
-            imbalance = _replay_layer(
-                s * layers + layer, layer, step, dense, batch, machine, setting, state, log, dispatch, residency
-            )
+            imbalance = _replay_layer(s * layers + layer, layer, step, dense, work, dispatch, residency)
             if imbalance >= 0:
                 imbalance_sum += imbalance
                 imbalance_count += 1
@@ -295,7 +310,7 @@ def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int
         active=records(experts, ACTIVE),
         groups=records(machine.groups, GROUP),
         load=np.zeros(experts, np.int64),
-        plan=np.zeros(experts + 1, np.uint8),
+        plan=np.zeros(experts, np.uint8),
     )
 
 
@@ -307,10 +322,10 @@ def _signature() -> Any:
     batch = Batch(0, one, one, one, bits, demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
     numbers: dict[str, Any] = {name: kind(1) for name, kind in Machine.__annotations__.items() if kind in (int, float)}
     machine = Machine(**numbers, weight_bytes=np.ones((1, 1)), group_of_expert=np.zeros((1, 1), np.int64))
-    setting = Setting(0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
+    setting = Setting(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
     state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True, True)
-    parts = (typeof(part) for part in (batch, machine, setting, state, new_log(1, 1, 1)))
-    return types.void(*parts, FIRST_CLASS_HOOK, FIRST_CLASS_HOOK)
+    work = Work(batch, machine, setting, state, new_log(1, 1, 1))
+    return types.void(typeof(work), FIRST_CLASS_HOOK, FIRST_CLASS_HOOK)
 
 
 SIGNATURE = None if PURE_PYTHON else _signature()

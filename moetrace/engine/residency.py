@@ -26,6 +26,7 @@ class Cache(NamedTuple):
     residents: np.ndarray  # int64 [pools]
     fresh: np.ndarray  # uint8 [L * E]: prefetched, and not yet run on the GPU
     active: np.ndarray  # uint8 [L * E]: not to be evicted now
+    touched: np.ndarray  # int64 [L * E]: when it was last touched, 0 = never
     capacity: int  # of each pool
     flat: int  # 1: scores are equal where they are not infinite, so the first of the ring is the victim
 
@@ -41,6 +42,7 @@ def empty_cache(layers: int, experts: int, pools: int, capacity: int, flat: bool
         residents=np.zeros(pools, np.int64),
         fresh=np.zeros(cells, np.uint8),
         active=np.zeros(cells, np.uint8),
+        touched=np.zeros(cells, np.int64),
         capacity=capacity,
         flat=int(flat),
     )
@@ -166,13 +168,13 @@ def keep(cells, cache, layer, expert, tally):
 
     It then has yet to be put into the ring.
     """
-    pool = pool_of(cache, layer)
-    if cells[layer, expert].admit == 0:
+    pool, code = pool_of(cache, layer), layer * cells.shape[1] + expert
+    if cells[layer, expert].admit == 0 or cache.resident[code]:
         return False
     if cache.residents[pool] >= cache.capacity and not evict(cells, cache, pool, tally):
         return False
     cells[layer, expert].resident = 1
-    cache.resident[layer * cells.shape[1] + expert] = 1
+    cache.resident[code] = 1
     cache.residents[pool] += 1
     return True
 
@@ -183,11 +185,11 @@ def link_by_age(cells, cache, code):
     experts = cells.shape[1]
     if cache.flat and cells[code // experts, code % experts].score == np.inf:
         return
-    touched = cells[code // experts, code % experts].touched
+    touched = cache.touched[code]
     end = cache.resident.size + pool_of(cache, code // experts)
     other = cache.after[end]
     while other != end:
-        other_touched = cells[other // experts, other % experts].touched
+        other_touched = cache.touched[other]
         if other_touched > touched or (other_touched == touched and other > code):
             break
         other = cache.after[other]
@@ -215,6 +217,6 @@ def settle(cells, cache, layer, active, size, plan, tally):
         if linked:
             link(cache, code, end)
         tally[0].clock += 1
-        cells[layer, expert].touched = tally[0].clock
+        cache.touched[code] = cells[layer, expert].touched = tally[0].clock
     for i in range(size):
         cache.active[first + active[i].expert] = 0

@@ -24,6 +24,7 @@ from moetrace.engine.replay import (
     Batch,
     Setting,
     State,
+    Work,
     new_state,
     replay_batch,
 )
@@ -57,10 +58,19 @@ class Lane:
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
-        replay_batch(batch, self.machine, self.setting, self.state, self.log, *self.hooks)
-        if self.own_state is not None:
-            parts = batch, self.machine, self.setting, self.own_state, self.hooks[0]
-            self.clairvoyant_s = clairvoyant_batch(*parts, self.clairvoyant_s)
+        try:
+            replay_batch(self.work(batch), *self.hooks)
+            if self.own_state is not None:
+                own = self.work(batch)._replace(state=self.own_state)
+                self.clairvoyant_s = clairvoyant_batch(own, self.hooks[0], self.clairvoyant_s)
+        except MemoryError:
+            raise
+        except Exception as error:  # only a user's function can raise
+            raise MoetraceError(f"Policy {self.policy.name} failed: {type(error).__name__}: {error}.") from error
+
+    def work(self, batch: Batch) -> Work:
+        """Return all that the replay of a block takes."""
+        return Work(batch, self.machine, self.setting, self.state, self.log)
 
     def finish(self) -> None:
         """Close the books after the last block: what was prefetched and never run was wasted."""
@@ -111,7 +121,7 @@ def run(
     bound_s = 0.0
     with ThreadPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
         for batch, rows in _batches(trace, lanes, schedule, pool):
-            bound_s = work_bound_s(batch, lanes[0].machine, bound_s)
+            bound_s = work_bound_s(lanes[0].work(batch), bound_s)
             _each(pool, lanes, batch)
             if progress is not None:
                 progress(rows)
@@ -171,7 +181,8 @@ def _lane(
     check_policy(policy, system)
     layers, experts = weight_bytes.shape
     loads = load_loads(policy.loads, layers, experts) if policy.loads else None
-    groups, share = group_of_expert(policy.placement, layers, experts, system.units, loads)
+    share = policy.group_size(system.units) if system.units else 1
+    groups = group_of_expert(policy.placement, layers, experts, system.units, share, loads)
     machine = machine_of(model, system, weight_bytes, groups, share)
     setting = Setting(
         prefetch=PREFETCH[policy.prefetch_kind],
@@ -179,6 +190,9 @@ def _lane(
         waits=int(policy.prefetch_blocks),
         counts_prompts=int(policy.residency == "prefill"),
         learns=int(policy.residency not in FLAT),
+        looks_ahead=int(policy.residency == "belady"),
+        optimal=int(policy.dispatch == "optimal"),
+        own_dispatch=int(policy.dispatch not in DISPATCH),
         slots=slots,
         half_life=policy.half_life or 0,
         alpha=float(policy.alpha),

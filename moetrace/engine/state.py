@@ -120,9 +120,8 @@ def file_backed(size: int, dtype: np.dtype) -> np.ndarray:
 def new_log(steps: int, layers: int, groups: int) -> Log:
     """Return an empty log; a step log of more than 64 MiB lies in a temporary file that has no name."""
     step = file_backed(steps, STEP) if steps * STEP.itemsize > 64 << 20 else records(steps, STEP)
-    return Log(
-        step, records(layers, LAYER), records(FIRST_GROUP + groups, UNIT), records(1, TALLY), np.zeros(1, np.int64)
-    )
+    unit = records(FIRST_GROUP + groups, UNIT)
+    return Log(step, records(layers, LAYER), unit, records(1, TALLY), np.zeros(1, np.int64))
 
 
 def _view(active: np.ndarray, groups: np.ndarray) -> View:

@@ -60,17 +60,18 @@ def check(case: Case, outcome: Run, index: int, expected: oracle.Outcome) -> Non
     close(lane.clairvoyant_s, expected.clairvoyant_s)
 
 
-def small_case(rng: np.random.Generator, steps: int = 14) -> Case:
-    """A trace of 3 layers x 6 experts and a machine of 4 units on which every decision goes both ways."""
-    offset = np.concatenate(([0], np.cumsum(rng.integers(1, 5, steps))))
+def small_case(rng: np.random.Generator, steps: int = 14, experts: int = 6, top_k: int = 2, most: int = 4) -> Case:
+    """A trace of 3 layers and a machine of 4 units on which every decision goes both ways."""
+    offset = np.concatenate(([0], np.cumsum(rng.integers(1, most + 1, steps))))
     rows = int(offset[-1])
-    experts = routing(rng, rows, (3, 6, 2), 0.05)
-    trace = oracle.OracleTrace(experts, *arrivals(rng, rows, False), offset, rng.integers(500_000, 1_500_000, (3, 6)))
+    ids = routing(rng, rows, (3, experts, top_k), 0.05)
+    sizes = rng.integers(500_000, 1_500_000, (3, experts))
+    trace = oracle.OracleTrace(ids, *arrivals(rng, rows, False), offset, sizes)
     model = Model(
         name="small",
         moe_layers=3,
-        experts=6,
-        top_k=2,
+        experts=experts,
+        top_k=top_k,
         hidden=512,
         expert_intermediate=1024,
         expert_matrices=1,
@@ -118,6 +119,14 @@ def test_every_combination(tmp_path):
     policies = all_policies(case.system.units, loads, static)
     assert len(policies) > 500
     compare(case, policies)
+
+
+@pytest.mark.parametrize("experts", [255, 256, 300])
+def test_many_experts_and_rows(experts):
+    """Ids of one and of two bytes, and enough of them for the other way of sorting."""
+    case = small_case(np.random.default_rng(experts), steps=6, experts=experts, top_k=8, most=60)
+    case.slots = 40
+    compare(case, [load_policy(name) for name in PRESETS])
 
 
 def test_without_link_everything_is_resident():

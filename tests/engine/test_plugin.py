@@ -1,8 +1,10 @@
 """The door for policies: what it lets in, what it refuses and in which words, and what is compiled when."""
 
+import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -85,9 +87,12 @@ print("".join(map(str, plan)), sum(hook.stats.cache_hits.values()), sum(hook.sta
 """
 
 
-def run_hook(choice: str, folder: Path) -> list[str]:
+def run_hook(choice: str, folder: Path, **environment: str) -> list[str]:
     """Run a hook in a process of its own, on the package in ``folder``; return its plan, cache hits and misses."""
-    process = subprocess.run([sys.executable, "-c", RUN, choice], cwd=folder, capture_output=True, text=True)
+    environment = os.environ | environment
+    process = subprocess.run(
+        [sys.executable, "-c", RUN, choice], cwd=folder, capture_output=True, text=True, env=environment
+    )
     assert process.returncode == 0, process.stderr
     return process.stdout.split()
 
@@ -119,3 +124,110 @@ def test_users_edits_show_even_in_files_that_they_import(tmp_path):
     assert run_hook(f"{mine}:mine", root) == ["01010", "0", "1"]
     mine.write_text(mine.read_text().replace("rule(i)", "rule(i + 1)"))
     assert run_hook(f"{mine}:mine", root) == ["10100", "0", "1"]
+
+
+def test_constants_of_other_files_and_of_the_environment_are_never_stale(tmp_path):
+    """What a name stood for when the code was compiled is a part of what is compiled."""
+    (tmp_path / "rule.py").write_text("K = 1\n")
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import os, sys, pathlib\nsys.path.insert(0, str(pathlib.Path(__file__).parent))\n"
+        "import rule\nfrom rule import K\nMOST = int(os.environ.get('MOST', '9'))\n\n"
+        + GOOD.replace("plan[i] = 1", "plan[i] = i < MOST and i % 2 == K and rule.K < 5")
+    )
+    root = Path(moetrace.__file__).parents[1]
+    assert run_hook(f"{mine}:mine", root) == ["01010", "0", "1"]
+    assert run_hook(f"{mine}:mine", root) == ["01010", "1", "0"]
+    (tmp_path / "rule.py").write_text("K = 0\n")
+    assert run_hook(f"{mine}:mine", root) == ["10100", "0", "1"]
+    assert run_hook(f"{mine}:mine", root, MOST="1") == ["10000", "0", "1"]
+
+
+def replay_with(tmp_path, body: str, **options):
+    path = tmp_path / "own.py"
+    path.write_text("def own(state, view, layer, load, plan):\n" + textwrap.indent(textwrap.dedent(body), "    "))
+    trace = moetrace.generate_trace("tiny-olmoe", requests=2, prompt=4, output=20)
+    spec = moetrace.load_policy("on-demand", {"name": "own"} | dict.fromkeys(options.pop("hooks"), f"{path}:own"))
+    policies = [moetrace.load_policy(spec, options), "edge-ndp"]
+    return moetrace.replay(trace, policies=policies, slots=24, jobs=1)
+
+
+def test_an_index_out_of_bounds_is_one_sentence(tmp_path):
+    with pytest.raises(MoetraceError, match=r"Policy own failed: IndexError: .*out of bounds") as error:
+        replay_with(tmp_path, "plan[load.size] = 1\n", hooks=["dispatch"])
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_function_raises_is_one_sentence(tmp_path):
+    with pytest.raises(MoetraceError, match="Policy own failed: ValueError: no thanks"):
+        replay_with(tmp_path, "raise ValueError('no thanks')\n", hooks=["dispatch"])
+
+
+def test_a_plan_for_all_is_not_a_fallback(tmp_path):
+    result = replay_with(tmp_path, "plan[:] = 1\n", hooks=["dispatch"])
+    own = result.to_dict()["policies"][0]
+    assert own["optimal_fallbacks"] == 0
+    assert (
+        own["total_s"]
+        == moetrace.replay(
+            moetrace.generate_trace("tiny-olmoe", requests=2, prompt=4, output=20), policies="on-demand", slots=24
+        ).to_dict()["policies"][0]["total_s"]
+    )
+
+
+@pytest.mark.parametrize("prefetch", ["none", "online:2", "oracle:2"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_hook_that_writes_what_is_not_its_own_harms_nobody(tmp_path, prefetch, scope):
+    """`resident` and `touched` are copies: the replay ends, and the cache keeps to its capacity."""
+    body = """
+    for e in range(state.shape[1]):
+        state[layer, e].resident = view.step % 2
+        state[layer, e].touched = -e
+        state[layer, e].score = e - 3.0
+    """
+    result = replay_with(tmp_path, body, hooks=["residency"], prefetch=prefetch, scope=scope)
+    for lane in result.run.lanes:
+        cache = lane.state.cache
+        assert cache.resident.sum() == cache.residents.sum() <= 24
+
+
+def test_infinite_scores_leave_nothing_to_prefetch_for(tmp_path):
+    """Where every resident is kept for good and no slot is free, nothing is worth moving."""
+    body = """
+    for i in range(load.size):
+        state[layer, view.active[i].expert].score = 1e999
+    """
+    result = replay_with(tmp_path, body, hooks=["residency"], prefetch="online:2")
+    assert result.to_dict()["policies"][0]["wasted"] <= 24
+
+
+def test_the_clairvoyant_run_shows_the_same_residents_in_both_places(tmp_path):
+    in_view = "for i in range(load.size):\n    plan[i] = view.active[i].resident\n"
+    in_state = "for i in range(load.size):\n    plan[i] = state[layer, view.active[i].expert].resident\n"
+    one, other = (
+        replay_with(tmp_path, body, hooks=["dispatch"]).to_dict()["policies"][0]["clairvoyant_s"]
+        for body in (in_view, in_state)
+    )
+    assert one == other
+
+
+def test_a_policy_does_not_depend_on_its_company(tmp_path):
+    body = "for i in range(load.size):\n    plan[i] = view.active[i].next_use > 0\n"
+    path = tmp_path / "own.py"
+    path.write_text("def own(state, view, layer, load, plan):\n" + textwrap.indent(body, "    "))
+    trace = moetrace.generate_trace("tiny-olmoe", requests=2, prompt=4, output=20)
+    belady = moetrace.load_policy("on-demand", {"residency": "belady"})
+    alone = moetrace.replay(trace, policies=f"{path}:own", slots=24).to_dict()["policies"][0]
+    beside = moetrace.replay(trace, policies=[f"{path}:own", belady], slots=24).to_dict()["policies"][0]
+    assert alone == beside
+
+
+def test_a_function_compiled_elsewhere_is_no_policy_yet():
+    import numba
+
+    @numba.njit("int64(int64, int64, int64, int64, int64)")
+    def other(state, view, layer, load, plan):
+        return state
+
+    with pytest.raises(UsageError, match=r"other returns|other is not a policy"):
+        policy(other)
