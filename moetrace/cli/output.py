@@ -20,8 +20,8 @@ format_option = click.option(
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON."""
-    click.echo(json.dumps(value, indent=2))
+    """Print a value as JSON; it must not hold NaN or infinities, which JSON does not have."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
 def print_rows(headers: Mapping[str, str], rows: Sequence[Mapping[str, Any]], form: str) -> None:

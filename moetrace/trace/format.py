@@ -40,9 +40,9 @@ class Trace:
         self._where = str(path) if path else "trace in memory"
         self._file = None
         self._columns = columns
-        self.model: str = attributes["model"]
-        self.source: dict[str, Any] = attributes["source"]
-        self.created_by: str = attributes["created_by"]
+        self.model = schema.plain_text(attributes["model"])
+        self.source: dict[str, Any] = schema.plain_json(f"{self._where}: source", attributes["source"])
+        self.created_by = schema.plain_text(attributes["created_by"])
         self.num_experts: int = attributes["num_experts"]
         self.top_k: int = attributes["top_k"]
         self.has = frozenset(name for name in (*OPTIONAL, "counts") if name in columns)

@@ -1,6 +1,7 @@
 """What a trace file of schema ``moetrace/1`` holds: names, dtypes, and the checks that need only NumPy."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +38,7 @@ BLOCK_BYTES = 4 << 20
 # attributes up to 64 KiB in the object header, which is what makes the bytes of a file reproducible.
 ATTRIBUTE_BYTES = 32 << 10
 MAX_EXPERTS = 65535
+MAX_NESTING = 64  # of `source`: deep enough for any, and far from where Python gives up
 
 
 class Rows(NamedTuple):
@@ -86,6 +88,31 @@ def row_dtype(name: str, num_experts: int) -> np.dtype:
 def row_shape(name: str, rows: int, layers: int, top_k: int) -> tuple[int, ...]:
     """The shape of the row data `name` (a key of `ROW_PATHS`)."""
     return (rows, layers, top_k) if name in PER_CHOICE else (rows,)
+
+
+def plain_text(text: str) -> str:
+    """`text` that can be encoded: a lone surrogate, which JSON and HDF5 let through, becomes a question mark."""
+    return text.encode(errors="replace").decode()
+
+
+def plain_json(where: str, value: Any, levels: int = MAX_NESTING) -> Any:
+    """`value` as any JSON reader takes it: `plain_text`, null for NaN and infinities; `where` begins the error.
+
+    Raises MoetraceError if it is nested deeper than `levels` or holds what JSON does not have.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, dict | list | tuple) and levels == 0:
+        raise MoetraceError(f"{where} is nested deeper than {MAX_NESTING} levels.")
+    if isinstance(value, dict):
+        return {plain_text(str(key)): plain_json(where, inner, levels - 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(where, inner, levels - 1) for inner in value]
+    if isinstance(value, str):
+        return plain_text(value)
+    if not isinstance(value, int | float | None):
+        raise MoetraceError(f"{where} holds a {type(value).__name__}, which JSON does not have.")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_sizes(where: str, num_experts: int, top_k: int, layers: int, rows: int, steps: int) -> None:

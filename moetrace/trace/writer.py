@@ -24,6 +24,8 @@ from moetrace.trace.schema import (
     as_dtype,
     check_layers,
     check_sizes,
+    plain_json,
+    plain_text,
     row_dtype,
     row_shape,
 )
@@ -71,12 +73,13 @@ class Writer:
             raise UsageError(f"compress is {compress!r}, but must be zstd or gzip.")
         if unknown := set(optional) - set(OPTIONAL):
             raise UsageError(f"A trace has no optional dataset {sorted(unknown)[0]!r}, only {', '.join(OPTIONAL)}.")
+        source = plain_json(f"{self._shown}: source", dict(source))
         self._attributes = {
             "schema": SCHEMA,
-            "model": model,
+            "model": plain_text(model),
             "num_experts": num_experts,
             "top_k": top_k,
-            "source": json.dumps(dict(source), sort_keys=True, ensure_ascii=False),
+            "source": json.dumps(source, sort_keys=True, ensure_ascii=False, allow_nan=False),
             "created_by": f"moetrace {__version__}",
         }
         self._layers, self._rows, self._steps = layers, rows, steps

@@ -113,6 +113,26 @@ def test_info_verify_finds_damage(run, tmp_path):
     )
 
 
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_info_of_a_strangers_source(run, tmp_path, form):
+    path = tmp_path / "t.h5"
+    Trace.from_arrays(np.zeros((4, 1, 1), np.uint8), num_experts=2).write(path)
+    with h5py.File(path, "r+") as raw:
+        raw.attrs["source"] = r'{"a": "\ud800", "b": NaN, "c": [Infinity]}'
+    code, out, err = run("info", path, "--format", form)
+    assert code == 0 and err == "" and out.encode()
+    if form == "json":
+
+        def refuse(name: str) -> None:
+            pytest.fail(f"{name} is not JSON")
+
+        assert json.loads(out, parse_constant=refuse)["source"] == {"a": "?", "b": None, "c": [None]}
+    with h5py.File(path, "r+") as raw:
+        raw.attrs["source"] = '{"a":' * 900 + "0" + "}" * 900
+    code, out, err = run("info", path, "--format", form)
+    assert code == 1 and out == "" and err == f"moetrace: {path}: source is nested deeper than 64 levels.\n"
+
+
 def test_info_of_no_trace(run, tmp_path):
     (tmp_path / "t.h5").write_text("no")
     for path, said in ((tmp_path / "t.h5", "is not a trace file"), (tmp_path / "none.h5", "there is no file")):

@@ -226,6 +226,7 @@ def change(path: Path, name: str, value) -> None:
         ("source", "{", "source is not JSON"),
         ("source", "[]", "source is not a JSON object"),
         ("source", "[" * 30000, "source is not JSON: maximum recursion"),
+        ("source", '{"a":' * 64 + "{}" + "}" * 64, "source is nested deeper than 64 levels"),
         ("source", "x" * 40000, "source is larger than 32768 bytes"),
         ("/experts", None, "has no dataset /experts"),
         ("/experts", np.zeros((40, 3), np.uint8), r"/experts has shape \(40, 3\)"),
@@ -422,6 +423,20 @@ def test_a_closed_trace_says_so(file):
     trace.close()
     with pytest.raises(MoetraceError, match="was closed"):
         next(trace.blocks())
+
+
+def test_a_source_is_json_that_every_reader_takes(file, tmp_path):
+    told = r'{"a": [NaN, 1e999, -Infinity, 0.5], "\ud800": {"b": "x\udfff", "c": [true, null, 3]}}'
+    change(file, "source", told)
+    change(file, "model", np.array(b"m\xff", dtype=h5py.string_dtype()))
+    plain = {"a": [None, None, None, 0.5], "?": {"b": "x?", "c": [True, None, 3]}}
+    with Trace.open(file) as trace:
+        assert trace.source == plain and trace.model == "m?"
+    given = {"a": (np.nan, np.inf, -np.inf, 0.5), "\ud800": {"b": "x\udfff", "c": [True, None, np.int64(3)]}}
+    trace = Trace.from_arrays(np.zeros((2, 1, 1), np.uint8), num_experts=2, model="m\udcff", source=given)
+    assert trace.source == plain and trace.model == "m?"
+    with pytest.raises(MoetraceError, match="source holds a set, which JSON does not have"):
+        Trace.from_arrays(np.zeros((2, 1, 1), np.uint8), num_experts=2, source={"a": {1}})
 
 
 def test_source_survives_as_json(file):

@@ -5,6 +5,7 @@ import resource
 import signal
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -153,6 +154,13 @@ def test_more_or_less_than_announced_is_refused(old):
     with pytest.raises(MoetraceError, match="the trace is empty"):
         writer(old, rows=0)
     assert unchanged(old)
+
+
+def test_a_source_is_written_as_json(old):
+    with writer(old, model="m\ud800", source={"a": float("nan"), "b": "\ud800"}) as to:
+        append(to)
+    with h5py.File(old) as raw:
+        assert raw.attrs["source"] == b'{"a": null, "b": "?"}' and raw.attrs["model"] == b"m?"
 
 
 def test_a_source_that_is_too_long_is_refused(old):
