@@ -102,11 +102,11 @@ class Trace:
         rows, layers, top_k = np.shape(experts)
         schema.check_sizes("trace in memory", num_experts, top_k, layers, rows, 1)
         request = np.zeros(rows, np.int32) if request is None else request
-        steps = np.ones(rows, np.int64) if steps is None else np.asarray(steps, np.int64)
+        steps = np.ones(rows, np.int64) if steps is None else schema.as_dtype("steps", steps, np.dtype("<i8"))
         given = {
             "experts": experts,
             "request": request,
-            "position": _count_up(np.asarray(request)) if position is None else position,
+            "position": _count_up(np.ravel(request)) if position is None else position,
             **optional,
         }
         columns = {}
@@ -127,7 +127,7 @@ class Trace:
             path, dtype = schema.OTHER_PATHS[name]
             shape = {"phase": steps.shape, "layer_index": (layers,)}.get(name, np.shape(array))
             columns[name] = _in_memory(path, schema.as_dtype(name, array, dtype), shape)
-        attributes = {"model": model, "num_experts": num_experts, "top_k": top_k, "source": dict(source or {})}
+        attributes = {"model": model, "num_experts": int(num_experts), "top_k": top_k, "source": dict(source or {})}
         return cls(None, attributes | {"created_by": f"moetrace {__version__}"}, columns)
 
     def close(self) -> None:
@@ -154,8 +154,7 @@ class Trace:
         carries up to `ahead` further steps. Raises MoetraceError at once if the trace has counts but no ids, and on
         the way if the file turns out damaged or a request, position or phase is impossible; ids are not checked here.
         """
-        if "experts" not in self._columns:
-            raise MoetraceError(f"{self._where} holds only counts of ids (/counts), but this needs the ids themselves.")
+        self._check_has_rows()
         row_bytes = self.layers * self.top_k * self._columns["experts"].dtype.itemsize
         return self._blocks(max(1, BLOCK_BYTES // row_bytes) if rows is None else rows, ahead)
 
@@ -167,9 +166,12 @@ class Trace:
             yield Block(first, stop - first, part.offset, experts, part.request, part.position, part.phase)
 
     def row_blocks(self) -> Iterator[Rows]:
-        """Every row's request, position and phase, in blocks of whole steps: a first pass that reads no ids."""
-        for first, stop in self._step_ranges(BLOCK_BYTES // 16):
-            yield self._rows(first, stop)
+        """Every row's request, position and phase, in blocks of whole steps: a first pass that reads no ids.
+
+        Raises MoetraceError as `blocks` does.
+        """
+        self._check_has_rows()
+        return (self._rows(first, stop) for first, stop in self._step_ranges(BLOCK_BYTES // 16))
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Entries `start:stop` of "experts", "request", "position" or what `has` names (of "counts": steps)."""
@@ -224,6 +226,10 @@ class Trace:
                 writer.append(
                     block.experts, block.request, block.position, np.diff(block.offset), self.phase[steps], **more
                 )
+
+    def _check_has_rows(self) -> None:
+        if "counts" in self.has:
+            raise MoetraceError(f"{self._where} holds only counts of ids (/counts), but this needs the ids themselves.")
 
     def _step_ranges(self, rows: int) -> Iterator[tuple[int, int]]:
         first = 0

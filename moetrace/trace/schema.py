@@ -117,6 +117,10 @@ def plain_json(where: str, value: Any, levels: int = MAX_NESTING) -> Any:
 
 def check_sizes(where: str, num_experts: int, top_k: int, layers: int, rows: int, steps: int) -> None:
     """Raise a MoetraceError that starts with `where` if the sizes of a trace make no sense."""
+    named = {"num_experts": num_experts, "top_k": top_k, "layers": layers, "rows": rows, "steps": steps}
+    for name, size in named.items():
+        if not isinstance(size, int | np.integer):
+            raise MoetraceError(f"{where}: {name} is {size!r}, but must be a whole number.")
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise MoetraceError(f"{where}: num_experts is {num_experts}, but must be 1 to {MAX_EXPERTS}.")
     if not 1 <= top_k <= num_experts:

@@ -113,6 +113,27 @@ def test_info_verify_finds_damage(run, tmp_path):
     )
 
 
+def test_replay_of_counts_is_refused(run, tmp_path):
+    path = tmp_path / "t.h5"
+    Trace.from_arrays(np.zeros((4, 16, 1), np.uint8), num_experts=64, model="olmoe-1b-7b").write(path)
+    with h5py.File(path, "r+") as raw:
+        del raw["/experts"], raw["/rows"]
+        raw["/counts"] = np.ones((4, 16, 64), np.int64)
+    code, out, err = run("replay", path)
+    assert code == 1 and out == ""
+    assert err.endswith(f"moetrace: {path} holds only counts of ids (/counts), but this needs the ids themselves.\n")
+
+
+def test_replay_writes_a_strangers_source(run, tmp_path):
+    path = tmp_path / "t.h5"
+    Trace.from_arrays(np.zeros((4, 16, 1), np.uint8), num_experts=64, model="olmoe-1b-7b").write(path)
+    with h5py.File(path, "r+") as raw:
+        raw.attrs["source"] = r'{"a": "\ud800", "b": NaN}'
+    assert run("replay", path, "-o", tmp_path / "out")[0] == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["trace"]["source"] == {"a": "?", "b": None}
+
+
 @pytest.mark.parametrize("form", ["table", "json", "csv"])
 def test_info_of_a_strangers_source(run, tmp_path, form):
     path = tmp_path / "t.h5"

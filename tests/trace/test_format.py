@@ -317,11 +317,15 @@ def test_row_phase_must_agree_with_a_pure_step():
         ({"phase": [0, 1, 0, 1, 3]}, "/steps/phase of step 4 is 3"),
         ({"phase": [0, 1, 2, 1, 0]}, "is mixed, so /rows/phase is needed"),
         ({"request": np.zeros(4, int)}, "/rows/request has shape"),
+        ({"request": np.zeros((5, 1), int)}, "/rows/request has shape"),
         ({"request": np.full(5, 1 << 40)}, "beyond those of int32"),
         ({"gates": np.zeros((5, 1, 2))}, "/gates has shape"),
         ({"gates": np.full((5, 2, 1), 1e6)}, "beyond those of float16"),
         ({"wrong": np.zeros(5)}, "no array 'wrong'"),
         ({"num_experts": 1 << 16}, "num_experts is 65536"),
+        ({"num_experts": 4.5}, "num_experts is 4.5, but must be a whole number"),
+        ({"num_experts": "4"}, "num_experts is '4', but must be a whole number"),
+        ({"steps": [2.5, 2.5]}, "steps holds float64, but must hold int64"),
     ],
 )
 def test_arrays_in_memory_are_checked_alike(arrays, sentence):
@@ -414,8 +418,9 @@ def test_counts_open_but_have_no_blocks(file):
         raw["/counts"] = np.ones((steps, 3, 8), np.int64)
     with Trace.open(file) as trace:
         assert trace.has == {"counts"} and trace.rows == 40 and trace.read("counts", 0, 1).sum() == 24
-        with pytest.raises(MoetraceError, match="holds only counts"):
-            trace.blocks()
+        for read in (trace.blocks, trace.row_blocks):
+            with pytest.raises(MoetraceError, match="holds only counts"):
+                read()
 
 
 def test_a_closed_trace_says_so(file):
