@@ -19,22 +19,21 @@ class Demand(NamedTuple):
     next_step: np.ndarray  # int32 [n]: step of its next demand, -1 = none; or [0] where no policy looks ahead
 
 
-FINE, NOT_AN_EXPERT, TWICE = 0, 1, 2
 FEW = 24  # ids of a step and layer up to which sorting by insertion is the faster way
 
 
-def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> tuple[Demand, int, int]:
-    """Return a block's demand, what is wrong with its ids (0 = nothing) and the first row that it is wrong in.
+def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> Demand | None:
+    """Return a block's demand, or None if an id is wrong: no expert's and not absent, or twice in one choice.
 
-    ``experts`` uint8 or uint16 [rows, L, k]: 255 or 65535 is absent; ``offset`` int64 [steps + 1]: the rows of each
-    step. An id is wrong if it is no expert's and not absent, or stands twice in one choice.
+    ``experts`` uint8 or uint16 [rows, L, k]: 255 or 65535 is absent; ``offset`` int64 [steps + 1]: the rows of each step.
     """
     layers, top_k = experts.shape[1:]
     most = int(np.minimum(np.diff(offset) * top_k, num_experts).sum()) * layers
     start = np.zeros((len(offset) - 1) * layers + 1, np.int64)
     expert, count = np.empty(most, np.int32), np.empty(most, np.int32)
-    wrong, row = _gather(experts, offset, num_experts, start, expert, count)
-    return Demand(start, expert[: start[-1]], count[: start[-1]], np.zeros(0, np.int32)), wrong, row
+    if not _gather(experts, offset, num_experts, start, expert, count):
+        return None
+    return Demand(start, expert[: start[-1]], count[: start[-1]], np.zeros(0, np.int32))
 
 
 @kernel(inline=False)
@@ -60,10 +59,10 @@ def _gather(experts, offset, num_experts, start, expert, count):
                 else:
                     end = _by_insertion(experts, layer, begin, stop, tokens, expert, count, end)
             if wrong:
-                return _what_is_wrong(experts, layer, begin, stop, num_experts)
+                return False
             at += 1
             start[at] = end
-    return FINE, -1
+    return True
 
 
 @kernel
@@ -111,19 +110,6 @@ def _count(experts, layer, begin, stop, tokens, last_cell):
             tokens[place] += 1
     tokens[num_experts] = 0
     return wrong
-
-
-@kernel
-def _what_is_wrong(experts, layer, begin, stop, num_experts):
-    for row in range(begin, stop):
-        for slot in range(experts.shape[2]):
-            e = np.int64(experts[row, layer, slot])
-            if e >= num_experts and e != _absent(experts):
-                return NOT_AN_EXPERT, row
-            for other in range(slot):
-                if e < num_experts and np.int64(experts[row, layer, other]) == e:
-                    return TWICE, row
-    return FINE, -1
 
 
 @kernel

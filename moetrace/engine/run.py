@@ -10,7 +10,7 @@ import numpy as np
 
 from moetrace.engine.bounds import clairvoyant_batch, work_bound_s
 from moetrace.engine.cost import Machine, machine_of
-from moetrace.engine.demand import FINE, TWICE, Demand, demand_of
+from moetrace.engine.demand import Demand, demand_of
 from moetrace.engine.dispatch import DISPATCH
 from moetrace.engine.lookahead import NextSteps
 from moetrace.engine.placement import group_of_expert
@@ -36,6 +36,7 @@ from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_static
 from moetrace.spec.system import System, check_fits, gpu_slots
 from moetrace.trace.format import Block, Trace
+from moetrace.trace.schema import check_ids
 
 PREFETCH = {"none": NO_PREFETCH, "prefill": FROM_PROMPT, "online": ONLINE, "oracle": ORACLE}
 
@@ -258,15 +259,11 @@ def _batches(trace: Trace, lanes: list[Lane], schedule: Schedule, pool: Executor
 
 
 def _demand(trace: Trace, block: Block) -> Demand:
-    demand, wrong, row = demand_of(block.experts, block.offset, trace.num_experts)
-    if wrong != FINE:
-        row += int(trace.offset[block.first_step])
-        what = (
-            "has an expert twice in one choice"
-            if wrong == TWICE
-            else f"has an id that is neither below {trace.num_experts} nor absent"
-        )
-        raise MoetraceError(f"{trace.path or 'trace in memory'}: /experts row {row} {what}; import the trace anew.")
+    demand = demand_of(block.experts, block.offset, trace.num_experts)
+    if demand is None:
+        where = str(trace.path or "trace in memory")
+        check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
+        raise MoetraceError(f"{where}: /experts changed while it was read.")
     return demand
 
 
