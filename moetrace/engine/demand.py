@@ -25,7 +25,7 @@ FEW = 24  # ids of a step and layer up to which sorting by insertion is the fast
 def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> Demand | None:
     """Return a block's demand, or None if an id is wrong: no expert's and not absent, or twice in one choice.
 
-    ``experts`` uint8 or uint16 [rows, L, k]: 255 or 65535 is absent; ``offset`` int64 [steps + 1]: the rows of each step.
+    ``experts`` uint8 or uint16 [rows, L, k], 255 or 65535 is absent; ``offset`` int64 [steps + 1], rows of each step.
     """
     layers, top_k = experts.shape[1:]
     most = int(np.minimum(np.diff(offset) * top_k, num_experts).sum()) * layers
