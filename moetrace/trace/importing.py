@@ -13,7 +13,7 @@ from moetrace.spec import list_presets, load_model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.engines import read_capture
 from moetrace.trace.engines.capture import Capture
-from moetrace.trace.schema import DECODE, PREFILL, as_dtype, check_ids
+from moetrace.trace.schema import DECODE, PREFILL, as_dtype, check_ids, check_layers, row_dtype
 from moetrace.trace.writer import Writer
 
 
@@ -35,11 +35,11 @@ def import_traces(
     """
     if decode_after is not None and decode_after < 0:
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")
-    captures = [read_capture(source, format) for source in sources]
+    captures = [_checked(source, read_capture(source, format)) for source in sources]
     for source, capture in zip(sources[1:], captures[1:], strict=True):
         _check_alike(sources[0], captures[0], source, capture)
     first = captures[0]
-    rows = [_rows(source, capture, decode_after) for source, capture in zip(sources, captures, strict=True)]
+    rows = [_rows(capture, decode_after) for capture in captures]
     steps = [_steps(request, phase) for request, _, phase in rows]
     facts = [_facts(source, capture) for source, capture in zip(sources, captures, strict=True)]
     with Writer(
@@ -62,6 +62,19 @@ def import_traces(
             requests += int(row_arrays[0].max()) + 1
 
 
+def _checked(source: Path, capture: Capture) -> Capture:
+    """The capture in the dtypes of a trace; an error here names the source, one of the writer the trace."""
+    layer_index = as_dtype(f"{source}: layer_index", capture.layer_index, np.dtype("<u2"))
+    expert_bytes = capture.expert_bytes
+    if expert_bytes is not None:
+        expert_bytes = as_dtype(f"{source}: expert_bytes", expert_bytes, np.dtype("<i8"))
+    check_layers(str(source), layer_index, expert_bytes, capture.num_experts)
+    position = as_dtype(f"{source}: position", capture.position, np.dtype("<i4"))
+    if position.min() < 0:
+        raise MoetraceError(f"{source}: position of row {int(np.argmin(position))} is negative.")
+    return capture._replace(layer_index=layer_index, expert_bytes=expert_bytes, position=position)
+
+
 def _append(writer: Writer, source: Path, capture: Capture, rows: tuple, steps: tuple) -> None:
     """Append a capture in parts that end where a step ends."""
     request, position, _ = rows
@@ -71,9 +84,13 @@ def _append(writer: Writer, source: Path, capture: Capture, rows: tuple, steps: 
     held: list[dict[str, np.ndarray]] = []
     read = 0
     for part in capture.parts():
+        part = {
+            name: as_dtype(f"{source}: {name}", array, row_dtype(name, capture.num_experts))
+            for name, array in part.items()
+        }
         check_ids(str(source), read, part["experts"], capture.num_experts)
         read += len(part["experts"])
-        held.append(dict(part))
+        held.append(part)
         stop = int(np.searchsorted(ends, read, side="right"))
         if stop == step:
             continue
@@ -94,23 +111,17 @@ def _append(writer: Writer, source: Path, capture: Capture, rows: tuple, steps: 
         done, step = end, stop
 
 
-def _rows(source: Path, capture: Capture, decode_after: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _rows(capture: Capture, decode_after: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Request int32 (0, 1, ... in order of appearance), position int32 and phase uint8 of each row."""
     _, first, inverse = np.unique(capture.request, return_index=True, return_inverse=True)
     request = np.argsort(np.argsort(first))[inverse].astype(np.int32)
-    try:
-        position = as_dtype("position", capture.position, np.dtype("<i4"))
-    except MoetraceError as error:
-        raise MoetraceError(f"{source}: {error}") from error
-    if position.min() < 0:
-        raise MoetraceError(f"{source}: position of row {int(np.argmin(position))} is negative.")
     if decode_after is None:
-        return request, position, capture.phase
+        return request, capture.position, capture.phase
     order = np.argsort(request, kind="stable")
     starts = np.r_[0, np.flatnonzero(np.diff(request[order])) + 1]
     number = np.empty(request.size, np.int64)  # of each row within its request
     number[order] = np.arange(request.size) - np.repeat(starts, np.diff(np.r_[starts, request.size]))
-    return request, position, np.where(number < decode_after, PREFILL, DECODE).astype(np.uint8)
+    return request, capture.position, np.where(number < decode_after, PREFILL, DECODE).astype(np.uint8)
 
 
 def _steps(request: np.ndarray, phase: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

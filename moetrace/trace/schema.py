@@ -10,7 +10,7 @@ from moetrace.spec.errors import MoetraceError
 SCHEMA = "moetrace/1"
 PREFILL, DECODE, MIXED = 0, 1, 2
 PHASE_NAMES = ("prefill", "decode", "mixed")
-MISS, HIT, PREFETCHED, NOT_RECORDED = 0, 1, 2, 255
+PREFETCHED, NOT_RECORDED = 2, 255  # after 0 miss and 1 hit
 
 # Name in Python -> path in the file, of the data that has one entry a row.
 ROW_PATHS = {
@@ -37,7 +37,7 @@ BLOCK_BYTES = 4 << 20
 # Python strings that come from a file are read only up to this size, and written only up to it: HDF5 keeps
 # attributes up to 64 KiB in the object header, which is what makes the bytes of a file reproducible.
 ATTRIBUTE_BYTES = 32 << 10
-MAX_EXPERTS = 65535
+MAX_EXPERTS = MAX_LAYERS = 65535
 MAX_NESTING = 64  # of `source`: deep enough for any, and far from where Python gives up
 
 
@@ -125,8 +125,8 @@ def check_sizes(where: str, num_experts: int, top_k: int, layers: int, rows: int
         raise MoetraceError(f"{where}: num_experts is {num_experts}, but must be 1 to {MAX_EXPERTS}.")
     if not 1 <= top_k <= num_experts:
         raise MoetraceError(f"{where}: top_k is {top_k}, but must be 1 to num_experts ({num_experts}).")
-    if not 1 <= layers <= 65535:
-        raise MoetraceError(f"{where}: the trace has {layers} layers, but needs 1 to 65535.")
+    if not 1 <= layers <= MAX_LAYERS:
+        raise MoetraceError(f"{where}: the trace has {layers} layers, but needs 1 to {MAX_LAYERS}.")
     if rows < 1 or steps < 1:
         raise MoetraceError(f"{where}: the trace is empty ({rows} rows in {steps} steps).")
 
@@ -230,12 +230,14 @@ def check_ids(where: str, first_row: int, experts: np.ndarray, num_experts: int)
 
 
 def as_dtype(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`array` as contiguous `dtype`; raise MoetraceError if a number would not survive that."""
+    """`array` as contiguous `dtype`; raise a MoetraceError that starts with `name` if a number would not survive."""
     array = np.asarray(array)
     if array.dtype != dtype:
         if array.dtype.kind not in ("iu" if dtype.kind in "iu" else "iuf"):
             raise MoetraceError(f"{name} holds {array.dtype}, but must hold {dtype}.")
         limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
-        if array.size and (array.min() < limits.min or array.max() > limits.max):
-            raise MoetraceError(f"{name} holds numbers from {array.min()} to {array.max()}, beyond those of {dtype}.")
+        # fmin and fmax, because min and max of what holds a NaN are NaN.
+        low, high = (f.reduce(array, axis=None) for f in (np.fmin, np.fmax)) if array.size else (0, 0)
+        if low < limits.min or high > limits.max:
+            raise MoetraceError(f"{name} holds numbers from {low} to {high}, beyond those of {dtype}.")
     return np.ascontiguousarray(array, dtype=dtype)

@@ -87,8 +87,10 @@ class Writer:
         self._layer_index = np.arange(layers, dtype=np.uint16) if layer_index is None else layer_index
         if np.shape(self._layer_index) != (layers,):
             raise MoetraceError(f"{self._shown}: layer_index has {np.size(self._layer_index)} entries, not {layers}.")
-        self._layer_index = as_dtype("layer_index", self._layer_index, np.dtype("<u2"))
-        self._expert_bytes = None if expert_bytes is None else as_dtype("expert_bytes", expert_bytes, np.dtype("<i8"))
+        self._layer_index = as_dtype(f"{self._shown}: layer_index", self._layer_index, np.dtype("<u2"))
+        if expert_bytes is not None:
+            expert_bytes = as_dtype(f"{self._shown}: expert_bytes", expert_bytes, np.dtype("<i8"))
+        self._expert_bytes = expert_bytes
         check_layers(self._shown, self._layer_index, self._expert_bytes, num_experts)
         self._compress = compress
         self._row = self._step = 0
@@ -150,8 +152,9 @@ class Writer:
             want = row_shape(name, count, self._layers, int(self._attributes["top_k"]))
             if np.shape(array) != want:
                 raise MoetraceError(f"{self._shown}: {name} has shape {np.shape(array)}, but {want} is needed.")
-            given[name] = as_dtype(name, array, row_dtype(name, num_experts))
-        steps, phase = as_dtype("steps", steps, np.dtype("<i8")), as_dtype("phase", phase, np.dtype("u1"))
+            given[name] = as_dtype(f"{self._shown}: {name}", array, row_dtype(name, num_experts))
+        steps = as_dtype(f"{self._shown}: steps", steps, np.dtype("<i8"))
+        phase = as_dtype(f"{self._shown}: phase", phase, np.dtype("u1"))
         self._check_steps(steps, phase, count)
         with uninterrupted():
             self._put("/steps/offset", self._step + 1, self._row + np.cumsum(steps, dtype=np.int64))

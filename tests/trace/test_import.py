@@ -151,8 +151,12 @@ def test_absent_ids_of_any_dtype(tmp_path, dtype, mark):
         ("layer_index", np.array([2, 1, 3]), "/layers/index must increase"),
         ("layer_index", np.arange(2), "layer_index has shape"),
         ("gate_weights", np.zeros((5, 3)), "gate_weights has shape"),
-        ("gate_weights", np.zeros((5, 3, 2), bool), "gates holds bool"),
+        ("gate_weights", np.zeros((5, 3, 2), bool), "gate_weights holds bool, but must hold float16"),
+        ("gate_weights", np.full((5, 3, 2), [np.nan, 1e6]), r"a\.npz: gates holds numbers from 1000000\.0"),
+        ("layer_index", np.arange(3.0), r"a\.npz: layer_index holds float64, but must hold uint16"),
+        ("layer_index", np.arange(-1, 2), r"a\.npz: layer_index holds numbers from -1 to 1"),
         ("meta", np.array("{"), "meta is not JSON"),
+        ("meta", np.array('{"num_experts": 8, "model": ' + "[" * 900 + "]" * 900 + "}"), "meta is nested deeper than"),
         ("meta", np.array("[1]"), "meta is not a JSON object"),
         ("meta", np.array("{}"), "meta does not say num_experts"),
         ("meta", np.array('{"num_experts": 8, "top_k": 3}'), "meta says top_k 3, but expert_ids has 2"),
@@ -182,6 +186,74 @@ def test_a_broken_archive_is_one_sentence(tmp_path):
     np.savez(source, **{k: v for k, v in arrays([0], [0]).items() if k != "phase"})
     with pytest.raises(MoetraceError, match="has no array 'phase'"):
         imported(tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<i4', 'fortran_order': False, 'shape': ((((",
+        "{'descr': '<i4', 'fortran_order': False, 'shape': (5L,), }x",
+        "{'descr': [()], 'fortran_order': False, 'shape': (5,)}",
+        "{'descr': '<U99999999999', 'fortran_order': False, 'shape': (5,)}",
+        "{'descr': [('a', '<i4', -1)], 'fortran_order': False, 'shape': (5,)}",
+        "{[]: 1}",
+        "{1: 1, 'a': 1}",
+        "-" * 9000,
+        "('\\d'",
+        "\0",
+    ],
+)
+def test_a_header_that_makes_no_sense_is_one_sentence(tmp_path, header):
+    source = save(tmp_path / "a.npz")
+    with zipfile.ZipFile(source, "a") as archive:
+        data = header.encode()
+        archive.writestr("token_id.npy", b"\x93NUMPY\1\0" + len(data).to_bytes(2, "little") + data)
+    with pytest.raises(MoetraceError, match=r"a\.npz: token_id\.npy has a header that NumPy can't read\."):
+        imported(tmp_path, source)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_methods_of_compression_are_refused(tmp_path, method):
+    with (
+        zipfile.ZipFile(save(tmp_path / "a.npz")) as given,
+        zipfile.ZipFile(tmp_path / "b.npz", "w", method) as archive,
+    ):
+        for name in given.namelist():
+            archive.writestr(name, given.read(name))
+    with pytest.raises(MoetraceError, match=r"expert_ids\.npy is encrypted, or compressed by another method than"):
+        imported(tmp_path, tmp_path / "b.npz")
+
+
+def test_an_encrypted_archive_is_refused(tmp_path):
+    source = save(tmp_path / "a.npz")
+    data = bytearray(source.read_bytes())
+    place = data.index(b"PK\1\2")
+    data[place + 8] |= 1  # general purpose flags of the first entry of the directory
+    source.write_bytes(data)
+    with pytest.raises(MoetraceError, match=r"expert_ids\.npy is encrypted"):
+        imported(tmp_path, source)
+
+
+def test_damage_anywhere_in_an_archive_is_one_sentence(tmp_path):
+    source, rng = save(tmp_path / "a.npz", gate_weights=np.ones((5, 3, 2))), np.random.default_rng(0)
+    whole, refused = source.read_bytes(), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[int(rng.integers(len(data)))] = int(rng.integers(256))
+        source.write_bytes(data)
+        try:
+            imported(tmp_path, source)
+        except MoetraceError as error:
+            assert str(source) in str(error)
+            refused += 1
+    assert refused > 50
+
+
+def test_a_surrogate_in_meta_does_not_keep_a_trace_from_being_written(tmp_path):
+    meta = r'{"num_experts": 8, "model": "x\ud800", "licence": "\udfff"}'
+    trace = imported(tmp_path, save(tmp_path / "a.npz", meta=np.array(meta)))
+    assert trace.model == "x?" and trace.source["licence"] == "?"
 
 
 def test_a_header_that_lies_about_its_size_is_refused_before_reading(tmp_path):
@@ -269,6 +341,14 @@ def test_unknown_weights_leave_no_gates(tmp_path):
     assert imported(tmp_path, route_trace(tmp_path, HEADER + COLUMNS + lines)).has == {"recorded"}
 
 
+def test_a_header_may_hold_quotes_and_the_lines_of_another_system(tmp_path):
+    text = (HEADER.replace("of mine", 'of "mine') + COLUMNS + LINES).replace("\n", "\r\n")
+    path = tmp_path / "route.csv"
+    path.write_bytes(text.encode())
+    trace = imported(tmp_path, path)
+    assert trace.rows == 5 and trace.expert_bytes.tolist() == [100, 120] and trace.model == "Some-MoE-3B-IQ4_XS.gguf"
+
+
 def test_layers_of_a_route_trace_without_layer_lines(tmp_path):
     trace = imported(tmp_path, route_trace(tmp_path, "\n".join(HEADER.splitlines()[:2]) + "\n" + COLUMNS + LINES))
     assert trace.layer_index.tolist() == [1, 3] and trace.expert_bytes is None
@@ -282,6 +362,11 @@ def test_layers_of_a_route_trace_without_layer_lines(tmp_path):
         ("n_expert_used=2", "n_expert_used=1", "line 8: slot is not 0 to 0"),
         ("n_expert_used=2", "n_expert_used=9", "top_k is 9"),
         ("n_expert=8 n_expert_used=2", "n_expert=60000 n_expert_used=60000", "15 lines are too few"),
+        ("layer=1 expert", f"layer={2**70} expert", r"route\.csv has a line '# layer=1180591620717411303424 expert"),
+        ("expert_bytes=100 dense", f"expert_bytes={2**63} dense", r"route\.csv has a line '# layer=1 expert_bytes=92"),
+        ("0,0,1,1,0,2,0.5", "0,0,1,1,0,2,1e30", "line 9: weight is beyond 65504"),
+        ("0,0,1,1,0,2,0.5", "0,0,1,1,0,2,-inf", "line 9: weight is beyond 65504"),
+        ("0,0,1,1,0,2,0.5", '0,0,1,1,0,2,"0.5\n"', "can't be read as CSV"),
         ("slot,", "sloth,", "has no column 'slot' in line 6"),
         ("0,0,1,1,0,2,", "0,0,1,1,0,x,", "can't be read as CSV"),
         ("0,0,1,1,0,2,", "0,0,1,1,1,2,", "line 9: another line has the same turn"),

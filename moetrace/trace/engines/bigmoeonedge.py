@@ -18,7 +18,7 @@ import polars as pl
 
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.engines.capture import Capture
-from moetrace.trace.schema import NOT_RECORDED, PREFETCHED, absent_id, check_sizes, expert_dtype
+from moetrace.trace.schema import MAX_LAYERS, NOT_RECORDED, PREFETCHED, absent_id, check_sizes, expert_dtype
 
 FIRST_LINE = "# route_trace v1"
 _MODEL = re.compile(
@@ -29,6 +29,7 @@ _QUANTIZATION = re.compile(r"(?:^|[-_.])(i?q\d\w*|mxfp4\w*|bf16|f16|f32)(?=[-.]|
 _HEADER_LINES = 4096
 # A header may announce any size: a file with fewer than one line in this many choices is not believed.
 SPARSEST = 100
+MAX_WEIGHT = float(np.finfo(np.float16).max)
 _COLUMNS = {
     "turn": pl.Int32,
     "phase": pl.Int32,
@@ -48,13 +49,16 @@ def recognize(first: bytes) -> bool:
 
 def read(path: Path) -> Capture:
     """Read a whole route trace; about 30 bytes of memory for each of its lines."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         header = list(_header_lines(path, file))
     said = next((match for line in header if (match := _MODEL.match(line))), None)
     if said is None:
         raise MoetraceError(f"{path} has no line '# model=... arch=... n_layer=... n_expert=... n_expert_used=...'.")
     num_experts, top_k = int(said["E"]), int(said["k"])
     expert_bytes = {int(m[1]): int(m[2]) for line in header if (m := _LAYER.match(line)) and int(m[2]) > 0}
+    for layer, size in expert_bytes.items():
+        if layer >= MAX_LAYERS or size >= 2**63:
+            raise MoetraceError(f"{path} has a line '# layer={layer} expert_bytes={size}', which is impossible.")
     lines, dropped = _lines(path, len(header))
     layer_index = np.array(sorted(expert_bytes) or lines["layer"].unique().sort().to_list())
     check_sizes(str(path), num_experts, top_k, layer_index.size, lines.height, 1)
@@ -100,18 +104,19 @@ def _header_lines(path: Path, file) -> Iterator[str]:
             raise MoetraceError(f"{path} does not begin with '{FIRST_LINE}'.")
         if not line.startswith("#"):
             return
-        yield line.rstrip("\n")
+        yield line.rstrip("\r\n")
     raise MoetraceError(f"{path} has more than {_HEADER_LINES} lines of header.")
 
 
 def _lines(path: Path, header: int) -> tuple[pl.DataFrame, int]:
     """The lines of routing, and how many of them the engine dropped."""
     try:
-        found = pl.read_csv(path, skip_rows=header, n_rows=0).columns
+        # Not skip_rows: it takes a quote in the header, as in a model's name, for the beginning of a field.
+        found = pl.read_csv(path, skip_lines=header, quote_char=None, n_rows=0).columns
         if missing := [name for name in _COLUMNS if name not in found]:
             raise MoetraceError(f"{path} has no column {missing[0]!r} in line {header + 1}.")
         wanted = _COLUMNS | ({"dropped": pl.Int32} if "dropped" in found else {})
-        lines = pl.read_csv(path, skip_rows=header, columns=list(wanted), schema_overrides=wanted)
+        lines = pl.read_csv(path, skip_lines=header, quote_char=None, columns=list(wanted), schema_overrides=wanted)
     except pl.exceptions.PolarsError as error:
         raise MoetraceError(f"{path} can't be read as CSV: {str(error).splitlines()[0]}.") from error
     if lines.is_empty():
@@ -134,6 +139,7 @@ def _check_lines(
         (~pl.col("layer").is_in(layer_index.tolist()), "layer is not one of the header's layers that hold experts"),
         (~pl.col("slot").is_between(0, top_k - 1), f"slot is not 0 to {top_k - 1}"),
         (~pl.col("expert").is_between(0, num_experts - 1), f"expert is not 0 to {num_experts - 1}"),
+        (pl.col("weight").is_not_nan() & (pl.col("weight").abs() > MAX_WEIGHT), f"weight is beyond {MAX_WEIGHT:g}"),
         (~pl.col("residency").is_between(0, PREFETCHED), "residency is not 0, 1 or 2"),
         (pl.struct(*cell, "slot").is_duplicated(), "another line has the same turn, phase, step, layer and slot"),
         (pl.struct(*cell, "expert").is_duplicated(), "its token chooses this expert of this layer more than once"),

@@ -8,6 +8,7 @@ optional: `gate_weights` [rows, layers, top_k], `token_id` [rows].
 
 import contextlib
 import json
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,13 +19,16 @@ import numpy as np
 
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.engines.capture import Capture, Part
-from moetrace.trace.schema import BLOCK_BYTES, absent_id, check_sizes, expert_dtype
+from moetrace.trace.schema import BLOCK_BYTES, absent_id, as_dtype, check_sizes, expert_dtype, plain_json, row_dtype
 
 FACTS = ("engine", "version", "source", "commit", "licence", "license", "quantization", "transformers", "torch")
 # An archive may unpack to a thousand times its size, so nothing is unpacked before its announced size is checked.
 ROW_ARRAY_BYTES = 256 << 20
 META_BYTES = 1 << 20
 _OPTIONAL = {"gates": "gate_weights", "token": "token_id"}
+# What NumPy writes. Other methods bring errors, and bombs, of their own.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
 
 
 class _Array(NamedTuple):
@@ -69,7 +73,7 @@ def read(path: Path) -> Capture:
             request, position, phase = (
                 _row_array(path, archive, arrays[name], rows) for name in ("request_id", "position", "phase")
             )
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except _UNREADABLE as error:
         raise MoetraceError(f"{path} can't be read as an npz archive: {error}.") from error
     if phase.max() > 1 or phase.min() < 0:
         row = int(np.argmax((phase > 1) | (phase < 0)))
@@ -79,6 +83,7 @@ def read(path: Path) -> Capture:
         array, want = arrays[_OPTIONAL[name]], ids.shape if name == "gates" else ids.shape[:1]
         if array.shape != want:
             raise MoetraceError(f"{path}: {_OPTIONAL[name]} has shape {array.shape}, but {want} is needed.")
+        as_dtype(f"{path}: {_OPTIONAL[name]}", np.empty(0, array.dtype), row_dtype(name, num_experts))
     streamed = {"experts": ids} | {name: arrays[_OPTIONAL[name]] for name in optional}
     return Capture(
         model=str(meta.get("model", "unknown")),
@@ -96,20 +101,25 @@ def read(path: Path) -> Capture:
 
 
 def _header(path: Path, archive: zipfile.ZipFile, member: str) -> _Array:
+    info = archive.getinfo(member)
+    if info.compress_type not in _METHODS or info.flag_bits & 1:
+        raise MoetraceError(f"{path}: {member} is encrypted, or compressed by another method than NumPy's.")
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        elif version == (2, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-        else:
+        if version not in ((1, 0), (2, 0)):
             raise MoetraceError(f"{path}: {member} is of the unknown npy version {version}.")
+        one, two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+        try:
+            with warnings.catch_warnings(action="ignore"):  # the header is Python source, and warned of as such
+                shape, fortran, dtype = (one if version == (1, 0) else two)(file)
+        except Exception as error:  # of the tokenizer, the parser, dtypes: whatever a stranger's header provokes
+            raise MoetraceError(f"{path}: {member} has a header that NumPy can't read.") from error
         array = _Array(member, shape, dtype, file.tell())
     if dtype.hasobject or min(shape, default=0) < 0:
         raise MoetraceError(f"{path}: {member} holds Python objects or a negative size, which is refused.")
     if fortran and len(shape) > 1:
         raise MoetraceError(f"{path}: {member} is in Fortran order: save numpy.ascontiguousarray of it.")
-    if array.header_bytes + array.nbytes != archive.getinfo(member).file_size:
+    if array.header_bytes + array.nbytes != info.file_size:
         raise MoetraceError(f"{path}: {member} says it has shape {shape}, but its size differs.")
     return array
 
@@ -147,15 +157,16 @@ def _meta(path: Path, archive: zipfile.ZipFile, array: _Array) -> dict[str, Any]
         raise MoetraceError(f"{path}: meta is not JSON: {error}.") from error
     if not isinstance(meta, dict):
         raise MoetraceError(f"{path}: meta is not a JSON object.")
-    return meta
+    return plain_json(f"{path}: meta", meta)
 
 
 def _num_experts(path: Path, meta: dict[str, Any], ids: _Array) -> int:
     num_experts = meta.get("num_experts")
     if type(num_experts) is not int:
         raise MoetraceError(f"{path}: meta does not say num_experts.")
-    if meta.get("top_k", ids.shape[2]) != ids.shape[2]:
-        raise MoetraceError(f"{path}: meta says top_k {meta['top_k']}, but expert_ids has {ids.shape[2]} a layer.")
+    top_k = meta.get("top_k", ids.shape[2])
+    if top_k != ids.shape[2]:
+        raise MoetraceError(f"{path}: meta says top_k {top_k!r:.20}, but expert_ids has {ids.shape[2]} a layer.")
     if ids.dtype == np.uint8 and num_experts > 255:
         raise MoetraceError(
             f"{path}: with {num_experts} experts, expert_ids needs uint16: 255 could be absent or an id."
@@ -176,7 +187,7 @@ def _parts(path: Path, streamed: dict[str, _Array], num_experts: int) -> Iterato
                 part = {name: _read_rows(file, streamed[name], rows) for name, file in files.items()}
                 part["experts"] = _narrow(path, start, part["experts"], num_experts)
                 yield part
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise MoetraceError(f"{path} can't be read as an npz archive: {error}.") from error
 
 
