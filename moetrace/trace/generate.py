@@ -110,12 +110,13 @@ class _Tables(NamedTuple):
     """What a draw looks up.
 
     threshold uint64 [E], alias uint16 [E]: Walker's alias table over ranks, thresholds in units of 2**-32;
-    weight float64 [E]: popularity of each rank; expert_of_rank uint8 or uint16 [L, E].
+    weight, tail float64 [E]: popularity of each rank, and of it and all after it; expert_of_rank uint8 or uint16 [L, E].
     """
 
     threshold: np.ndarray
     alias: np.ndarray
     weight: np.ndarray
+    tail: np.ndarray
     expert_of_rank: np.ndarray
 
 
@@ -136,7 +137,7 @@ class ZipfDrawer:
             raise UsageError(f"--seed is {seed}: give a whole number from 0 to {MAX_SEED}.")
         weight = np.arange(1, model.experts + 1, dtype=np.float64) ** -zipf
         expert_of_rank = _permutations(seed, model.moe_layers, model.experts)
-        self.tables = _Tables(*_alias_table(weight), weight, expert_of_rank)
+        self.tables = _Tables(*_alias_table(weight), weight, np.cumsum(weight[::-1])[::-1].copy(), expert_of_rank)
         self.keep = np.uint64(round(stick * 2**32))
         self.seed = np.uint64(seed)
         # Ranks of the last row of each living request; without stick nobody reads them again and one place will do.
@@ -322,7 +323,8 @@ def _draw_ranks(tables, state, count, ranks, seen, cell):
     popularity among the unseen: the switch to the scan changes the time, not the distribution.
     """
     experts = len(tables.weight)
-    for _ in range(len(ranks) + experts // 2 + 8):  # about where a scan, 2 E additions, costs less than more tries
+    # As many repeats as cost about what the scans do, where popularity is so unequal that most tries repeat.
+    for _ in range(len(ranks) + min(experts // 2 + 8, 3 * len(ranks) + 16)):
         if count == len(ranks):
             return
         state += _GOLDEN
@@ -333,25 +335,26 @@ def _draw_ranks(tables, state, count, ranks, seen, cell):
         ranks[count] = rank
         count += 0 if seen[rank] == cell else 1
         seen[rank] = cell
-    for j in range(count, len(ranks)):
-        state += _GOLDEN
-        rank = _scan(tables.weight, np.float64(_mix(state) >> _11) * 2.0**-53, seen, cell)
-        ranks[j] = rank
-        seen[rank] = cell
+    _scan_ranks(tables.weight, tables.tail, state, count, ranks, seen, cell)
 
 
 @_kernel
-def _scan(weight, uniform, seen, cell):
-    """Return the unseen rank at which the running sum of unseen weights passes the uniform share of their total."""
-    total = 0.0
-    for rank in range(len(weight)):
-        if seen[rank] != cell:
-            total += weight[rank]
-    running, last = 0.0, 0
-    for rank in range(len(weight)):
-        if seen[rank] != cell:
-            running += weight[rank]
-            last = rank
-            if running > uniform * total:
-                break
-    return last
+def _scan_ranks(weight, tail, state, count, ranks, seen, cell):
+    """Draw ranks[count:] by popularity among the unseen, however little popularity is left to them."""
+    first = 0
+    for j in range(count, len(ranks)):
+        while seen[first] == cell:
+            first += 1
+        # The popularity of the unseen, which is at least that of `first`, the largest in its tail: no digits are lost.
+        total = tail[first]
+        for rank in ranks[:j]:
+            total -= weight[rank] if rank > first else 0.0
+        state += _GOLDEN
+        share = np.float64(_mix(state) >> _11) * 2.0**-53 * total
+        for rank in range(first, len(weight)):
+            if seen[rank] != cell:
+                ranks[j] = rank
+                share -= weight[rank]
+                if share < 0:
+                    break
+        seen[ranks[j]] = cell

@@ -52,10 +52,11 @@ def gumbel_top_k(experts, top_k, zipf, draws):
     return np.argsort(-(log_popularity + noise), axis=1)[:, :top_k]
 
 
-CASES = [(8, 2, 0.0), (8, 2, 0.6), (8, 6, 2.0), (8, 8, 0.6), (32, 4, 6.0), (64, 6, 0.8), (128, 8, 0.6), (300, 8, 1.2)]
+CASES = [(8, 2, 0.0), (8, 2, 0.6), (8, 8, 0.6), (64, 6, 0.8), (128, 8, 0.6), (300, 8, 1.2)]
+MOSTLY_SCANS = [(8, 6, 2.0), (12, 12, 1.5), (16, 5, 8.0), (32, 4, 6.0), (128, 8, 3.0)]
 
 
-@pytest.mark.parametrize(("experts", "top_k", "zipf"), CASES)
+@pytest.mark.parametrize(("experts", "top_k", "zipf"), CASES + MOSTLY_SCANS)
 def test_every_slot_is_distributed_as_gumbel_top_k(experts, top_k, zipf):
     ours = draw_ranks(a_model(4, experts, top_k), zipf, length=5000).reshape(-1, top_k)
     theirs = gumbel_top_k(experts, top_k, zipf, 20_000)
