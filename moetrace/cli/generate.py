@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,9 +21,7 @@ import click
     "--stick", default=0.3, show_default=True, help="Share of experts kept from the request's previous token."
 )
 @click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
-def command(
-    out: Path, model: str, requests: int, prompt: int, output: int, batch: int, zipf: float, stick: float, seed: int
-) -> None:
+def command(out: Path, model: str, **parameters: Any) -> None:
     """Write a synthetic routing trace to OUT.h5.
 
     Each layer ranks the experts by an own random permutation, and each token takes top-k distinct experts with the
@@ -38,21 +37,10 @@ def command(
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace.generate import Schedule, generate
 
-    schedule = Schedule(requests, prompt, output, batch)
+    schedule = Schedule(*(parameters[name] for name in Schedule._fields))
     hidden = not sys.stderr.isatty()
     with announce_compiling(), Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task("rows", total=schedule.rows)
-        generate(
-            out,
-            model,
-            requests=requests,
-            prompt=prompt,
-            output=output,
-            batch=batch,
-            zipf=zipf,
-            stick=stick,
-            seed=seed,
-            progress=lambda count: bar.advance(task, count),
-        )
+        generate(out, model, **parameters, progress=lambda count: bar.advance(task, count))
     size_mb = out.stat().st_size / 1e6
     click.echo(f"{out}: {schedule.rows:,} rows in {schedule.steps:,} steps, {size_mb:,.1f} MB.", err=True)
