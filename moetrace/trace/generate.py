@@ -110,7 +110,8 @@ class _Tables(NamedTuple):
     """What a draw looks up.
 
     threshold uint64 [E], alias uint16 [E]: Walker's alias table over ranks, thresholds in units of 2**-32;
-    weight, tail float64 [E]: popularity of each rank, and of it and all after it; expert_of_rank uint8 or uint16 [L, E].
+    weight, tail float64 [E]: popularity of each rank, and of it with all after it; expert_of_rank uint8 or uint16
+    [L, E].
     """
 
     threshold: np.ndarray
