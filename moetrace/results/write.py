@@ -28,8 +28,9 @@ def to_json(summary: Mapping[str, Any]) -> str:
 def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty hidden folder inside `folder`, whose files move up when the block ends well.
 
-    A `folder` that does not exist is made, with its parents. On any error, Ctrl-C included, it is as it was before.
-    Raises MoetraceError if it cannot be written, UsageError if it is a file.
+    A `folder` that does not exist is made, with its parents. On any error, Ctrl-C included, it is as it was before,
+    unless the system refuses halfway through those moves. Raises MoetraceError if it cannot be written, UsageError if
+    it is a file.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -85,20 +86,21 @@ def _publish(temporary: Path, folder: Path) -> None:
             raise UsageError(f"{folder / file.name} is a folder, but a file of that name is to be written: move it.")
         with file.open("rb+") as written:
             os.fsync(written.fileno())
-    try:
-        for file in files:
-            file.replace(folder / file.name)
-    except KeyboardInterrupt:
-        # A few renames are left: old and new files side by side would be worse than a moment more.
-        for file in files:
-            if file.exists():
+    with _explained(folder, "its files may now be of two results"):
+        try:
+            for file in files:
                 file.replace(folder / file.name)
-        raise
+        except KeyboardInterrupt:
+            # A few renames are left: old and new files side by side would be worse than a moment more.
+            for file in files:
+                if file.exists():
+                    file.replace(folder / file.name)
+            raise
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Turn a refusal by the system into one sentence."""
+def _explained(folder: Path, outcome: str = "nothing was changed") -> Iterator[None]:
+    """Turn a refusal by the system into one sentence, which ends with the outcome."""
     try:
         yield
     except OSError as error:
@@ -109,4 +111,4 @@ def _explained(folder: Path) -> Iterator[None]:
         why = os.strerror(int(code[1])) if code else error
     else:
         return
-    raise MoetraceError(f"{folder} could not be written: {why}; nothing was changed.") from None
+    raise MoetraceError(f"{folder} could not be written: {why}; {outcome}.") from None
