@@ -115,8 +115,8 @@ def total_s(lane: Lane) -> float:
 def _units_of(run: Run, lane: Lane) -> pl.DataFrame:
     units, share = run.system.units, lane.machine.share
     log = np.concatenate((lane.log.unit, np.zeros(1, UNIT)))
-    idle = len(log) - 1  # stands for the CPU, and for units that no expert lives on
-    ndp = [min(FIRST_GROUP + unit // share, idle) for unit in range(units)]
+    idle = len(log) - 1  # stands for the CPU
+    ndp = [FIRST_GROUP + unit // share for unit in range(units)]
     log = log[[GPU, *ndp, idle, LINK_IN, LINK_OUT]]
     sharers = np.array([1, *[share] * units, 1, 1, 1])
     seconds = total_s(lane)
