@@ -1,13 +1,30 @@
 """The errors that a user may see: one sentence each, saying what, where and what to do."""
 
+import unicodedata
+
 
 class MoetraceError(Exception):
     """Something failed in a way that the message explains; commands print the message and exit with 1."""
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """The sentence, on one line whatever a stranger's file put into it."""
+        return printable(super().__str__())
+
 
 class UsageError(MoetraceError):
     """What was asked for makes no sense (a wrong name, value or combination); commands exit with 2."""
 
     exit_code = 2
+
+
+def printable(text: str) -> str:
+    """Write control characters, which could break a line or steer a terminal, as escapes (`\\x1b`)."""
+    if text.isprintable():
+        return text
+    return "".join(letter if _shows(letter) else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def _shows(letter: str) -> bool:
+    return letter.isprintable() or unicodedata.category(letter) == "Zs"

@@ -5,6 +5,7 @@ A bad spec is one sentence: which file, which TOML path (`gpu.bandwidth_gb_s`) a
 
 import difflib
 import re
+import stat
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -15,13 +16,19 @@ import msgspec
 import msgspec.inspect
 import numpy as np
 
-from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.errors import MoetraceError, UsageError, printable
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 # Fields whose text is the path of a file, and fields where it is one only in the form `file.py:function`.
 _FILE_FIELDS = ("weight_bits", "loads", "static")
 _FUNCTION_FIELDS = ("dispatch", "residency")
+
+# No text file that belongs to a spec comes near this, and no number or name this.
+MAX_FILE_BYTES = 16 << 20
+MAX_NUMBER = 2**63
+MAX_TEXT = 4096
+MAX_NAME = 100
 
 _WORDS = {
     "float": "a number",
@@ -72,7 +79,13 @@ def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str,
     """
     noun = _noun(kind)
     if isinstance(source, msgspec.Struct):
-        raw, where = msgspec.to_builtins(source), f"{noun} {getattr(source, 'name', '')}"
+        where = f"{noun} {getattr(source, 'name', '')}"
+        raw = _builtins(source, where)
+    elif not isinstance(source, str | Path):
+        raise UsageError(
+            f"A {noun} is the name of a preset, the path of a TOML file or one that load_{noun} returned, "
+            f"got {type(source).__name__}."
+        )
     elif isinstance(source, Path) or source.endswith(".toml") or "/" in source or "\\" in source:
         raw, where = _parse(read_text(source), str(source)), str(source)
         _find_files(raw, raw, Path(source).absolute().parent)
@@ -86,24 +99,34 @@ def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str,
 
 def convert(loaded: Loaded, struct: type[S]) -> S:
     """Turn raw values into `struct`, or raise the UsageError that names the path of a bad, missing or unknown one."""
-    for path, value in _leaves(loaded.raw):
-        # One comparison for NaN, both infinities, and what would overflow later on.
-        if isinstance(value, int | float) and not abs(value) < 2**64:
-            loaded.refuse(path, "a finite number")
     try:
-        return msgspec.convert(loaded.raw, struct)
+        _check_numbers(loaded)
+        spec = msgspec.convert(loaded.raw, struct)
+        _check_texts(loaded)
+        return spec
     except msgspec.ValidationError as error:
         raise UsageError(_explain(str(error), loaded, struct)) from None
+    except RecursionError:
+        raise UsageError(f"{loaded.where}: tables or lists lie too deep in each other.") from None
 
 
 def read_text(path: str | Path) -> str:
-    """Text of a UTF-8 file, or a MoetraceError that says why not."""
+    """Text of an ordinary UTF-8 file of at most 16 MiB, or a MoetraceError that says why not."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        # Looked at before it is opened, which would wait for the other end of a pipe.
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise MoetraceError(f"Cannot read {path}: it is not an ordinary file.")
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise MoetraceError(f"Cannot read {path}: it has more than {MAX_FILE_BYTES >> 20} MiB.")
+        return data.decode("utf-8")
     except OSError as error:
         raise MoetraceError(f"Cannot read {path}: {error.strerror or error}.") from None
     except UnicodeDecodeError:
         raise MoetraceError(f"Cannot read {path}: it is not a UTF-8 text file.") from None
+    except ValueError as error:
+        raise MoetraceError(f"Cannot read {path}: {error}.") from None
 
 
 def read_table(path: str | Path, rows: int, columns: int) -> np.ndarray:
@@ -174,20 +197,31 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         place = re.search(r"^(.*) \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
         what, line = (place[1], place[2] or len(text.splitlines())) if place else (str(error), "?")
         raise MoetraceError(f"{where}, line {line}: not TOML: {what}.") from None
+    except (ValueError, RecursionError):  # more digits or brackets than Python reads
+        raise MoetraceError(f"{where}: not TOML: a number is too long, or tables lie too deep.") from None
 
 
 def _typed(value: object) -> object:
-    """Read a text as a TOML value where it is one: `6` is a number, `balance` stays a text."""
+    """Read a text as a TOML value where it is one: `6` is a number, `balance` stays a text.
+
+    What else Python calls a number or a path becomes a plain one.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
     if not isinstance(value, str):
         return value
     try:
         parsed = tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return value
     return parsed["value"] if list(parsed) == ["value"] else value
 
 
 def _override(raw: dict[str, Any], path: str, value: object, where: str) -> None:
+    if not isinstance(path, str) or not all(path.split(".")):
+        raise UsageError(f"{where}: {path!r} is not the path of a field, as name or gpu.tflops would be.")
     *tables, key = path.split(".")
     table: Any = raw
     for name in tables:
@@ -212,6 +246,44 @@ def _is_file(value: object, field: str) -> TypeGuard[str]:
     return isinstance(value, str) and (field in _FILE_FIELDS or (field in _FUNCTION_FIELDS and ".py:" in value))
 
 
+def _builtins(spec: msgspec.Struct, where: str) -> dict[str, Any]:
+    try:
+        return msgspec.to_builtins(spec, enc_hook=_plain)
+    except (TypeError, RecursionError) as error:
+        raise UsageError(f"{where}: cannot be read: {error}.") from None
+
+
+def _plain(value: object) -> object:
+    plain = _typed(value)
+    if plain is value:
+        raise TypeError(f"it holds {type(value).__name__}, which TOML has not")
+    return plain
+
+
+def _check_numbers(loaded: Loaded) -> None:
+    """Refuse numbers that would overflow later on, before msgspec says less clearly that they are none."""
+    for path, value in _leaves(loaded.raw):
+        # One comparison for NaN and both infinities too.
+        if isinstance(value, int | float) and not abs(value) < MAX_NUMBER:
+            loaded.refuse(path, "a finite number below 2^63")
+
+
+def _check_texts(loaded: Loaded) -> None:
+    """Refuse texts that are empty, endless, or could steer a terminal."""
+    for path, value in _leaves(loaded.raw):
+        if path != printable(path):
+            raise UsageError(f"{loaded.where}: {path} is a key that cannot be printed.")
+        if not isinstance(value, str):
+            continue
+        # Of a path the last part is shown; what the others are called is not ours to judge.
+        shown = Path(value).name if _is_file(value, path) else value
+        longest = MAX_NAME if path.rpartition(".")[2] == "name" else MAX_TEXT
+        if not value.strip() or len(value) > longest:
+            loaded.refuse(path, f"a text of 1 to {longest} characters")
+        if shown != printable(shown):
+            loaded.refuse(path, "printable characters only")
+
+
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -234,7 +306,13 @@ def _got(raw: dict[str, Any], path: str) -> str:
         value = _at(raw, path)
     except (KeyError, IndexError):
         return ""
-    return ", got a table" if isinstance(value, dict) else f", got {value!r}"
+    if isinstance(value, dict):
+        return ", got a table"
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python writes
+        return ""
+    return f", got {text if len(text) <= MAX_NAME else text[:MAX_NAME] + '...'}"
 
 
 def _explain(message: str, loaded: Loaded, struct: type[msgspec.Struct]) -> str:
@@ -242,7 +320,7 @@ def _explain(message: str, loaded: Loaded, struct: type[msgspec.Struct]) -> str:
     what, _, path = message.partition(" - at `$")
     path = path.lstrip(".").rstrip("`")
     prefix = f"{path}." if path else ""
-    if found := re.match(r"Object contains unknown field `(.*)`", what):
+    if found := re.match(r"(?s)Object contains unknown field `(.*)`", what):
         known = list(_fields(struct, path))
         return f"{loaded.where}: {prefix}{found[1]} is unknown{nearest(found[1], known)}; known are {', '.join(known)}."
     if found := re.match(r"Object missing required field `(.*)`", what):

@@ -14,8 +14,10 @@ from moetrace.spec.load import Loaded, convert, read, read_table
 # Ids are at most uint16 in a trace, and its largest value says "absent".
 MAX_EXPERTS = 65535
 
+MAX_BITS = 64
+
 Count = Annotated[int, Meta(ge=1)]
-Bits = Annotated[float, Meta(gt=0, le=64)]
+Bits = Annotated[float, Meta(gt=0, le=MAX_BITS)]
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,11 +105,23 @@ def load_model(source: str | Path | Model, overrides: Mapping[str, object] | Non
 
 
 def _check_weight_bits(model: Model, loaded: Loaded) -> None:
+    """A width for every layer or expert, none of more than 64 bits, and none so small that an expert weighs nothing."""
     bits = model.weight_bits
     if isinstance(bits, list) and len(bits) != model.moe_layers:
         raise UsageError(
             f"{loaded.where}: weight_bits wants one number for each of the {model.moe_layers} MoE layers, "
             f"got {len(bits)} numbers."
         )
-    if isinstance(bits, str) and not (model.expert_bytes() > 0).all():
-        raise UsageError(f"{bits}: weight_bits wants numbers greater than 0, got 0.")
+    if isinstance(bits, str):
+        where, widths = bits, read_table(bits, model.moe_layers, model.experts)
+    else:
+        where, widths = loaded.where, np.asarray(bits, np.float64)
+    least, most = float(widths.min()), float(widths.max())
+    if not (least > 0 and most <= MAX_BITS):
+        got = most if least > 0 else least
+        raise UsageError(f"{where}: weight_bits wants numbers greater than 0 and of at most {MAX_BITS}, got {got:g}.")
+    if float(model.expert_params) * least < 8:
+        raise UsageError(
+            f"{where}: weight_bits wants at least one byte for the {model.expert_params} weights of an expert, "
+            f"got {least:g}."
+        )

@@ -1,5 +1,6 @@
 """Bad specs: one sentence with the file, the TOML path and what is wanted."""
 
+import os
 import subprocess
 import sys
 
@@ -13,8 +14,11 @@ from moetrace.spec import (
     UsageError,
     canonical,
     list_presets,
+    load,
+    load_loads,
     load_model,
     load_policy,
+    load_static,
     load_system,
 )
 from moetrace.spec.load import read_table
@@ -60,15 +64,21 @@ def test_file_is_read_with_its_defaults(tmp_path):
         ('units = "2"', "ndp.units", "a whole number, got '2'"),
         ("units = true", "ndp.units", "a whole number, got True"),
         ("bandwidth_gb_s = -1", "gpu.bandwidth_gb_s", "a number greater than 0, got -1"),
-        ("bandwidth_gb_s = nan", "gpu.bandwidth_gb_s", "a finite number, got nan"),
-        ("memory_gb = inf", "gpu.memory_gb", "a finite number, got inf"),
-        ("reserve_gb = nan", "gpu.reserve_gb", "a finite number, got nan"),
-        ("tflops = 1" + "0" * 400, "gpu.tflops", "a finite number"),
+        ("bandwidth_gb_s = nan", "gpu.bandwidth_gb_s", "a finite number below 2^63, got nan"),
+        ("memory_gb = inf", "gpu.memory_gb", "a finite number below 2^63, got inf"),
+        ("reserve_gb = nan", "gpu.reserve_gb", "a finite number below 2^63, got nan"),
+        ("tflops = 1" + "0" * 400, "gpu.tflops", "a finite number below 2^63, got 1000"),
+        ("units = 9223372036854775808", "ndp.units", "a finite number below 2^63, got 9223372036854775808"),
         ("reserve_gb = 17", "gpu.reserve_gb", "at most gpu.memory_gb = 16, got 17"),
         ("launch_us = -0.1", "gpu.launch_us", "a number of at least 0, got -0.1"),
         ("compute_efficiency = 0", "gpu.compute_efficiency", "a number greater than 0, got 0"),
         ("memory_efficiency = 1.5", "gpu.memory_efficiency", "a number of at most 1, got 1.5"),
         ("name = 7", "gpu.name", "a text in quotes, got 7"),
+        ('name = ""', "gpu.name", "a text of 1 to 100 characters, got ''"),
+        ('name = "  "', "gpu.name", "a text of 1 to 100 characters, got '  '"),
+        (f'name = "{"x" * 101}"', "gpu.name", "a text of 1 to 100 characters, got 'xxx"),
+        ('name = "x\\u001b[31mred"', "gpu.name", "printable characters only, got 'x\\x1b[31mred'"),
+        ('name = "two\\nlines"', "gpu.name", "printable characters only, got 'two\\nlines'"),
         ("bandwith_gb_s = 3", "gpu.bandwith_gb_s", "is unknown (the nearest is 'bandwidth_gb_s')"),
     ],
 )
@@ -119,11 +129,65 @@ def test_not_toml_names_the_line(tmp_path):
 def test_unreadable_file(tmp_path):
     with pytest.raises(MoetraceError, match=r"Cannot read .*absent\.toml: No such file"):
         load_model(tmp_path / "absent.toml")
-    with pytest.raises(MoetraceError, match="Is a directory"):
+    with pytest.raises(MoetraceError, match="not an ordinary file"):
         load_model(tmp_path)
+    with pytest.raises(MoetraceError, match=r"Cannot read a\\x00/b\.toml: embedded null byte"):
+        load_model("a\0/b.toml")
     (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
     with pytest.raises(MoetraceError, match="not a UTF-8 text file"):
         load_model(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize("text", ["hidden = " + "1" * 5000, "hidden = " + "[" * 5000, ".".join("a" * 5000) + " = 1"])
+def test_toml_that_python_cannot_hold(tmp_path, text):
+    with pytest.raises(MoetraceError, match=r"bad\.toml: (not TOML: .*|tables or lists lie) too (long|deep)"):
+        load_model(write(tmp_path / "bad.toml", text))
+
+
+def test_files_without_an_end_are_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.toml")
+    for path in ("/dev/zero", tmp_path / "pipe.toml"):
+        with pytest.raises(MoetraceError, match="not an ordinary file"):
+            load_system(path)
+    with pytest.raises(MoetraceError, match="/dev/zero: it is not an ordinary file"):
+        load_model("mixtral-8x7b", {"weight_bits": "/dev/zero"})
+    with pytest.raises(MoetraceError, match="/dev/zero: it is not an ordinary file"):
+        load_static("/dev/zero", 2, 2)
+    monkeypatch.setattr(load, "MAX_FILE_BYTES", 1 << 20)
+    with pytest.raises(MoetraceError, match=r"long\.csv: it has more than 1 MiB"):
+        load_loads(write(tmp_path / "long.csv", "1" * (1 << 20) + "1"), 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('"x\\u001b[31m" = 3\n' + SYSTEM, r"x\x1b[31m is unknown"),
+        ('"x\\ny" = []\n' + SYSTEM, r"x\ny is unknown"),
+        (SYSTEM + '[price]\n"x\\u001b" = 3', r"price.x\x1b is a key that cannot be printed"),
+    ],
+)
+def test_no_key_steers_the_terminal(tmp_path, text, sentence):
+    with pytest.raises(UsageError) as caught:
+        load_system(write(tmp_path / "bad.toml", text))
+    assert f"bad.toml: {sentence}" in str(caught.value)
+
+
+def test_names_and_folders_in_any_script(tmp_path):
+    folder = tmp_path / "\u30c7\u30fc\u30bf\u3000\x1b"
+    folder.mkdir()
+    write(folder / "bits.csv", "\n".join([",".join(["4"] * 8)] * 32))
+    model = load_model("mixtral-8x7b", {"name": "\u30c7\u30fc\u30bf\u3000", "weight_bits": folder / "bits.csv"})
+    assert model.name == "\u30c7\u30fc\u30bf\u3000" and model.weight_bits == str(folder / "bits.csv")
+    with pytest.raises(MoetraceError) as caught:
+        load_model(folder / "absent.toml")
+    assert "/\u30c7\u30fc\u30bf\u3000\\x1b/absent.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [None, {}, 3, ["edge-ndp"], b"edge-ndp"])
+def test_what_no_spec_can_be_loaded_from(source):
+    for load_spec, noun in ((load_model, "model"), (load_system, "system"), (load_policy, "policy")):
+        with pytest.raises(UsageError, match=f"A {noun} is the name of a preset, .* got {type(source).__name__}"):
+            load_spec(source)
 
 
 def test_unknown_preset_names_the_nearest():
@@ -138,6 +202,7 @@ def test_unknown_preset_names_the_nearest():
 def test_overrides_are_texts_or_values():
     assert load_system("edge-ndp", {"ndp.units": 4}).units == 4
     assert load_system("edge-ndp", {"ndp.units": "4"}).units == 4
+    assert load_system("edge-ndp", {"ndp.units": np.int64(4)}).units == 4
     assert load_policy("monde", {"name": "my monde"}).name == "my monde"
     assert load_model("mixtral-8x7b", {"weight_bits": "4"}).weight_bits == 4
 
@@ -151,6 +216,12 @@ def test_overrides_are_texts_or_values():
         ({"name.units": 3}, "'name.units' cannot be set, as name is not a table"),
         ({"cpu.tflops": 3}, "cpu.bandwidth_gb_s is missing, and wants a number"),
         ({"gpu": 3}, "gpu wants a table, got 3"),
+        ({"": 3}, "'' is not the path of a field"),
+        ({".x": 3}, "'.x' is not the path of a field"),
+        ({"ndp.": 3}, "'ndp.' is not the path of a field"),
+        ({3: 3}, "3 is not the path of a field"),
+        ({"ndp.units": "1" * 5000}, "ndp.units wants a whole number, got '1+"),
+        ({"ndp.units": 10**5000}, "ndp.units wants a finite number below"),
         ({"ndp.units": "3\nx = 1"}, "ndp.units wants a whole number, got '3.nx = 1'"),
     ],
 )
@@ -174,6 +245,9 @@ def test_instance_is_checked_and_overridden():
     with pytest.raises(UsageError, match="model mixtral-8x7b: top_k wants at most the 8 experts"):
         load_model(msgspec.structs.replace(model, top_k=9))
     assert load_model(model, {"weight_bits": 8}).weight_bits == 8
+    assert load_model(msgspec.structs.replace(model, top_k=np.int64(3))).top_k == 3
+    with pytest.raises(UsageError, match="model mixtral-8x7b: cannot be read: it holds object"):
+        load_model(msgspec.structs.replace(model, top_k=object()))
 
 
 @pytest.mark.parametrize(
@@ -187,6 +261,8 @@ def test_instance_is_checked_and_overridden():
         ({"weight_bits": [16] * 31 + [-1]}, r"weight_bits\[31\] wants a number greater than 0, got -1"),
         ({"weight_bits": [16] * 31 + ["a"]}, r"weight_bits\[31\] wants a number, got 'a'"),
         ({"weight_bits": True}, "weight_bits wants a number or a text in quotes or a list, got True"),
+        ({"weight_bits": 1e-9}, "weight_bits wants at least one byte for the 176160768 weights of .*, got 1e-09"),
+        ({"weight_bits": [16] * 31 + [1e-300]}, "weight_bits wants at least one byte for the .*, got 1e-300"),
         ({"once_params": -1}, "once_params wants a whole number of at least 0, got -1"),
         ({"kv_bytes_per_token_layer": -1}, "kv_bytes_per_token_layer wants a number of at least 0, got -1"),
     ],
@@ -208,9 +284,10 @@ def test_expert_bytes_of_one_width_of_a_list_and_of_a_table(tmp_path, monkeypatc
     model = load_model("mixtral-8x7b", small | {"weight_bits": "bits.csv"})
     assert model.expert_bytes().tolist() == [[120.0, 60.0, 30.0], [15.0, 15.0, 120.0]]
     assert canonical(model)["weight_bits"] == "bits.csv"
-    write(tmp_path / "bits.csv", "16,8,4\n2,2,0\n")
-    with pytest.raises(UsageError, match="weight_bits wants numbers greater than 0"):
-        load_model("mixtral-8x7b", small | {"weight_bits": "bits.csv"})
+    for wrong in ("0", "64.1", "0.1"):
+        write(tmp_path / "bits.csv", f"16,8,4\n2,2,{wrong}\n")
+        with pytest.raises(UsageError, match=rf"bits\.csv: weight_bits wants .*, got {wrong}\."):
+            load_model("mixtral-8x7b", small | {"weight_bits": "bits.csv"})
 
 
 def test_file_named_in_a_toml_is_found_beside_it(tmp_path):
