@@ -14,8 +14,8 @@ from moetrace.spec import PolicySpec, list_presets
 from moetrace.spec.policy import DISPATCHES, PLACEMENTS, PREFETCHES, RESIDENCIES
 from moetrace.trace.schema import OTHER_PATHS, ROW_PATHS
 
-# Of the records and the view, what only the engine needs; and what stands under the choice that reads it.
-PRIVATE = {"rows", "next_use", "turn", "alpha", "half_life"}
+# Of the records, what only the engine needs.
+PRIVATE = {"rows", "next_use", "turn"}
 
 
 def named_in(page: str) -> set[str]:

@@ -20,6 +20,9 @@ PREFETCHES = ("none", "prefill", "online:m", "oracle:d")
 SCOPES = ("layer", "global")
 USER = "file.py:function"
 
+# The largest number behind the colon. Blocks of a trace carry as many layers more as `oracle` looks ahead.
+_LARGEST = {"tp": 65535, "online": 65535, "oracle": 4096}
+
 # Prefetch -> the built-in residencies that it goes with; it goes with a user's own where USER is among them.
 _PARTNERS = {
     "none": (*RESIDENCIES, USER),
@@ -50,11 +53,6 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     static: str | None = None
     prefetch_blocks: bool = False
 
-    @property
-    def placement_kind(self) -> str:
-        """`ep`, `ep-block`, `ep-lpt` or `tp`."""
-        return self.placement.partition(":")[0]
-
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
         kind, _, size = self.placement.partition(":")
@@ -71,22 +69,13 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return int(self.prefetch.partition(":")[2] or 0)
 
     @property
-    def user_dispatch(self) -> tuple[str, str] | None:
-        """File and function of a user's own dispatch, None if it is built in."""
-        return _split(self.dispatch)
-
-    @property
-    def user_residency(self) -> tuple[str, str] | None:
-        """File and function of a user's own residency, None if it is built in."""
-        return _split(self.residency)
-
-    @property
     def unread(self) -> dict[str, str]:
         """Parameters that none of the choices reads, each with the choice that would."""
+        own = _split(self.residency) is not None  # reads what it likes of the view
         oracle = self.prefetch_kind == "oracle"
         readers = {
-            "half_life": (self.residency == "lfu", "residency lfu"),
-            "alpha": (self.residency == "ewma", "residency ewma"),
+            "half_life": (own or self.residency == "lfu", f"residency lfu or {USER}"),
+            "alpha": (own or self.residency == "ewma", f"residency ewma or {USER}"),
             "p": (oracle, "prefetch oracle:d"),
             "seed": (oracle, "prefetch oracle:d"),
             "loads": (self.placement == "ep-lpt", "placement ep-lpt"),
@@ -179,6 +168,13 @@ def _split(choice: str) -> tuple[str, str] | None:
     return (file, function) if separator and file.endswith(".py") else None
 
 
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # as for a name that is too long
+        return False
+
+
 def _show(choice: str) -> str:
     user = _split(choice)
     return f"{Path(user[0]).name}:{user[1]}" if user else choice
@@ -203,21 +199,21 @@ def _check_choice(loaded: Loaded, field: str, choice: str, legal: tuple[str, ...
         return
     kind, _, number = choice.partition(":")
     letter = next((name.partition(":")[2] for name in legal if name.startswith(f"{kind}:")), None)
-    if letter and re.fullmatch("[0-9]{1,9}", number) and int(number):
-        return
     if letter:
-        loaded.refuse(field, f"{kind}:{letter} with a whole number {letter} of at least 1")
+        if re.fullmatch("[0-9]{1,9}", number) and 1 <= int(number) <= _LARGEST[kind]:
+            return
+        loaded.refuse(field, f"{kind}:{letter} with a whole number {letter} from 1 to {_LARGEST[kind]}")
     if USER in legal and (user := _split(choice)):
         if not user[1].isidentifier():
             loaded.refuse(field, f"the name of a function after {user[0]}:")
-        if not Path(user[0]).is_file():
+        if not _is_file(user[0]):
             raise MoetraceError(f"{loaded.where}: {field} names {user[0]}, and there is no such file.")
         return
     loaded.refuse(field, f"one of {', '.join(legal)}{nearest(choice, list(legal))}")
 
 
 def _check_partners(policy: PolicySpec, loaded: Loaded) -> None:
-    residency = USER if policy.user_residency else policy.residency
+    residency = USER if _split(policy.residency) else policy.residency
     if policy.dispatch == "hot" and (policy.residency, policy.prefetch) != ("none", "none"):
         raise UsageError(
             f"{loaded.where}: dispatch hot goes with residency none and prefetch none only, "

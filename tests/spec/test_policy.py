@@ -71,29 +71,33 @@ def test_refusal_says_what_is_legal():
             {"placement": "ep-blok"},
             r"placement wants one of ep, ep-block, ep-lpt, tp, tp:g \(the nearest is 'ep-block'\), got 'ep-blok'",
         ),
-        ({"placement": "tp:0"}, "placement wants tp:g with a whole number g of at least 1, got 'tp:0'"),
+        ({"placement": "tp:0"}, "placement wants tp:g with a whole number g from 1 to 65535, got 'tp:0'"),
         ({"placement": "tp:"}, "placement wants tp:g with a whole number g"),
         ({"placement": "tp:g"}, "placement wants tp:g with a whole number g"),
         ({"placement": "ep:2"}, "placement wants one of ep, "),
         ({"dispatch": "balence"}, r"dispatch wants one of .* \(the nearest is 'balance'\), got 'balence'"),
         ({"dispatch": "file.py:function"}, "there is no such file"),
         ({"residency": "lur"}, r"residency wants one of .*file.py:function \(the nearest is 'lru'\)"),
-        ({"residency": "ewma", "prefetch": "online"}, "prefetch wants online:m with a whole number m of at least 1"),
+        ({"residency": "ewma", "prefetch": "online"}, "prefetch wants online:m with a whole number m from 1 to 65535"),
         ({"residency": "ewma", "prefetch": "online:0"}, "prefetch wants online:m"),
         ({"residency": "ewma", "prefetch": "online:-1"}, "prefetch wants online:m"),
-        ({"residency": "ewma", "prefetch": "oracle:x"}, "prefetch wants oracle:d with a whole number d of at least 1"),
+        ({"residency": "ewma", "prefetch": "online:65536"}, "prefetch wants online:m with a whole number m from 1"),
+        ({"residency": "ewma", "prefetch": "oracle:x"}, "prefetch wants oracle:d with a whole number d from 1 to 4096"),
+        ({"residency": "ewma", "prefetch": "oracle:4097"}, "prefetch wants oracle:d with a whole number d from 1 to"),
         ({"prefetch": "prefill:2"}, "prefetch wants one of none, prefill, online:m, oracle:d"),
         ({"scope": "world"}, "scope wants one of layer, global, got 'world'"),
-        ({"half_life": 3}, "half_life applies to residency lfu only"),
+        ({"half_life": 3}, "half_life applies to residency lfu or file.py:function only"),
+        ({"residency": "lfu", "half_life": 2**63}, "half_life wants a finite number below 2.63, got 922"),
         ({"residency": "lfu", "half_life": 0}, "half_life wants a whole number.* of at least 1, got 0"),
-        ({"residency": "lru", "alpha": 0.3}, "alpha applies to residency ewma only"),
+        ({"residency": "lru", "alpha": 0.3}, "alpha applies to residency ewma or file.py:function only"),
         ({"residency": "ewma", "alpha": 0}, "alpha wants a number greater than 0, got 0"),
         ({"residency": "ewma", "alpha": 1.1}, "alpha wants a number of at most 1, got 1.1"),
-        ({"residency": "ewma", "alpha": float("nan")}, "alpha wants a finite number, got nan"),
+        ({"residency": "ewma", "alpha": float("nan")}, "alpha wants a finite number below 2.63, got nan"),
         ({"p": 0.5}, "p applies to prefetch oracle:d only"),
         ({"seed": 1}, "seed applies to prefetch oracle:d only"),
         ({"residency": "lru", "prefetch": "oracle:1", "p": 1.5}, "p wants a number of at most 1, got 1.5"),
         ({"residency": "lru", "prefetch": "oracle:1", "seed": -1}, "seed wants a whole number of at least 0, got -1"),
+        ({"residency": "lru", "prefetch": "oracle:1", "seed": 2**63}, "seed wants a finite number below 2.63, got"),
         ({"loads": "x.csv"}, "loads applies to placement ep-lpt only"),
         ({"placement": "ep-lpt"}, "loads wants the path of a CSV file"),
         ({"static": "x.csv"}, "static applies to residency static only"),
@@ -111,18 +115,18 @@ def test_bad_policy(fields, sentence):
 def test_parameter_in_a_file_must_apply_even_at_its_default(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('name = "mine"\nresidency = "lru"\nalpha = 0.3\n')
-    with pytest.raises(UsageError, match="alpha applies to residency ewma only"):
+    with pytest.raises(UsageError, match="alpha applies to residency ewma or"):
         load_policy(file)
 
 
 def test_parsed_choices():
     policy = load(placement="tp:2", residency="ewma", prefetch="online:3", alpha=1)
-    assert (policy.placement_kind, policy.group_size(6)) == ("tp", 2)
+    assert policy.group_size(6) == 2
     assert (policy.prefetch_kind, policy.prefetch_depth) == ("online", 3)
     assert load(placement="tp").group_size(6) == 6
     assert load(placement="ep-block").group_size(6) == 1
     assert load().prefetch_depth == 0
-    assert load(residency="lfu", prefetch="oracle:2", p=0, half_life=1, seed=2**63).prefetch_kind == "oracle"
+    assert load(residency="lfu", prefetch="oracle:2", p=0, half_life=1, seed=2**63 - 1).prefetch_kind == "oracle"
 
 
 def test_user_functions(tmp_path, monkeypatch):
@@ -130,19 +134,25 @@ def test_user_functions(tmp_path, monkeypatch):
     file = tmp_path / "mine.toml"
     file.write_text('name = "mine"\ndispatch = "mine.py:split"\nresidency = "mine.py:keep"\nprefetch = "oracle:2"\n')
     policy = load_policy(file)
-    assert policy.user_dispatch == (str(tmp_path / "mine.py"), "split")
-    assert policy.user_residency == (str(tmp_path / "mine.py"), "keep")
+    assert (policy.dispatch, policy.residency) == (f"{tmp_path}/mine.py:split", f"{tmp_path}/mine.py:keep")
+    for prefetch in ("none", "online:2", "oracle:2"):
+        assert load_policy(file, {"prefetch": prefetch}).prefetch == prefetch
     assert canonical(policy)["dispatch"] == "mine.py:split"
     with pytest.raises(
         UsageError, match=r"got residency mine.py:keep, which goes with prefetch none or online:m or or"
     ):
         load_policy(file, {"prefetch": "prefill"})
+    seen = load_policy(file, {"alpha": 0.5, "half_life": 8})
+    assert (seen.alpha, seen.half_life) == (0.5, 8)
+    assert not {"alpha", "half_life"} & set(seen.unread)
+    with pytest.raises(MoetraceError, match=r"dispatch names .*, and there is no such file"):
+        load_policy(file, {"dispatch": f"{'x' * 300}.py:split"})
     with pytest.raises(UsageError, match="dispatch wants the name of a function after"):
         load_policy(file, {"dispatch": f"{tmp_path}/mine.py:not a name"})
     monkeypatch.chdir(tmp_path)
     policy = load_policy("mine.py:split", {"placement": "tp"})
     assert (policy.name, policy.placement, policy.residency) == ("split", "tp", "lru")
-    assert policy.user_dispatch == (str(tmp_path / "mine.py"), "split") and policy.user_residency is None
+    assert policy.dispatch == f"{tmp_path}/mine.py:split"
 
 
 def test_policy_and_system():
