@@ -1,13 +1,15 @@
 """`replay`: a trace, a machine and policies in, a `Result` out."""
 
 import difflib
+import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, SupportsIndex
 
 import msgspec
 import polars as pl
@@ -17,6 +19,7 @@ from moetrace.results import frames, summary, write
 from moetrace.spec import Model, PolicySpec, System, list_presets, load_model, load_policy, load_system
 from moetrace.spec.errors import UsageError
 from moetrace.spec.load import nearest
+from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
 
 DEFAULT_SYSTEM = "edge-ndp"
@@ -94,9 +97,9 @@ def replay(
     policies: Policy | Sequence[Policy] = DEFAULT_POLICIES,
     model: str | Path | Model | None = None,
     overrides: Mapping[str, object] | None = None,
-    slots: int | None = None,
+    slots: SupportsIndex | None = None,
     ignore_capacity: bool = False,
-    jobs: int | None = None,
+    jobs: SupportsIndex | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Replay a trace (or the file of one) through policies, in one pass over it.
@@ -119,6 +122,8 @@ def replay(
     cannot be read: one sentence that says what to do.
     """
     if not isinstance(trace, Trace):
+        if not isinstance(trace, str | os.PathLike):
+            raise UsageError(f"A trace is a Trace or the path of its file, got {type(trace).__name__}.")
         with Trace.open(trace) as opened:
             return replay(
                 opened,
@@ -131,10 +136,12 @@ def replay(
                 jobs=jobs,
                 progress=progress,
             )
-    changes = _by_spec(overrides or {})
-    warnings: list[str] = []
-    the_model = load_model(model or _model_of(trace), changes["model"])
+    slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
+    changes = _by_spec({} if overrides is None else overrides)
+    the_model = load_model(_model_of(trace) if model is None else model, changes["model"])
     the_system = load_system(system, changes["system"])
+    misfit = dense_misfit(the_model, the_system)
+    warnings = [misfit] if misfit else []
     several = list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]
     hooks: dict[str, Callable] = {}
     specs = _load_policies(several, changes["policy"], hooks, warnings)
@@ -154,11 +161,21 @@ def replay(
     return Result(finished, (*warnings, *finished.warnings), summary.trace_facts(trace))
 
 
+def _whole(name: str, value: SupportsIndex | None) -> int | None:
+    """The whole number itself, NumPy's too."""
+    try:
+        return None if value is None else operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} is {value!r}, but must be a whole number.") from None
+
+
 def _by_spec(overrides: Mapping[str, object]) -> dict[str, dict[str, object]]:
     by_spec: dict[str, dict[str, object]] = {"model": {}, "system": {}, "policy": {}}
+    if not isinstance(overrides, Mapping):
+        raise UsageError(f"overrides is a mapping of paths to values, got {type(overrides).__name__}.")
     for path, value in overrides.items():
-        kind, _, field = path.partition(".")
-        if kind not in by_spec or not field:
+        kind, _, field = str(path).partition(".")
+        if kind not in by_spec or not all(field.split(".")):
             raise UsageError(f"An override is model.FIELD, system.FIELD or policy.FIELD, got {path!r}.")
         by_spec[kind][field] = value
     return by_spec
@@ -219,7 +236,13 @@ def _load_policy(source: Policy, changes: Mapping[str, object], hooks: dict[str,
     """Load one policy; a function becomes the dispatch beside `on-demand`'s other choices, and joins `hooks`."""
     if isinstance(source, str | Path | PolicySpec):
         return load_policy(source, changes)
-    code = getattr(source, "py_func", source).__code__
+    function = getattr(source, "py_func", source)
+    if not isinstance(function, FunctionType):
+        raise UsageError(
+            "A policy is the name of a preset, the path of a TOML file, file.py:function, a PolicySpec or a function, "
+            f"got {type(source).__name__}."
+        )
+    code = function.__code__
     spec = load_policy("on-demand", {"name": code.co_name, **changes})
     name, number = f"{Path(code.co_filename).name}:{code.co_name}", 1
     while hooks.setdefault(name, source) is not source:

@@ -144,6 +144,18 @@ def gpu_space_bytes(model: Model, system: System) -> float:
     return (gpu.memory_gb - gpu.reserve_gb) * 1e9 - model.moe_layers * model.dense_bytes - model.head_bytes
 
 
+def dense_misfit(model: Model, system: System) -> str | None:
+    """Say in one sentence that the dense weights do not fit the GPU, which nothing else forbids; None if they do."""
+    if gpu_space_bytes(model, system) >= 0:
+        return None
+    have_gb = system.gpu.memory_gb - system.gpu.reserve_gb
+    need_gb = have_gb - gpu_space_bytes(model, system) / 1e9
+    return (
+        f"the dense weights of {model.name} ({need_gb:.1f} GB) do not fit the GPU of {system.name} "
+        f"({have_gb:.1f} GB left); they are priced as if they did."
+    )
+
+
 def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
     """How many experts the GPU can hold, counted in the largest; all of them if there is no link.
 

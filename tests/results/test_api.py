@@ -1,7 +1,9 @@
 """The Python API: what `import moetrace` offers, and what it does not load."""
 
+import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -70,12 +72,52 @@ def test_warnings_say_that_the_trace_has_another_top_k():
         ({"overrides": {"ndp.units": 4}}, "model.FIELD, system.FIELD or policy.FIELD, got 'ndp.units'"),
         ({"policies": []}, "at least one policy"),
         ({"jobs": 0}, "jobs is 0"),
+        ({"policies": None}, "A policy is the name of a preset, .* got NoneType"),
+        ({"policies": {"monde"}}, "got set"),
+        ({"policies": [3]}, "got int"),
+        ({"policies": [len]}, "got builtin_function_or_method"),
+        ({"policies": partial(print)}, "got partial"),
+        ({"system": None}, "A system is the name of a preset, .* got NoneType"),
+        ({"system": {}}, "got dict"),
+        ({"model": {}}, "A model is the name of a preset, .* got dict"),
+        ({"slots": "48"}, "slots is '48', but must be a whole number"),
+        ({"slots": 48.0}, "slots is 48.0, but must be a whole number"),
+        ({"jobs": 1.5}, "jobs is 1.5, but must be a whole number"),
+        ({"overrides": ["system.ndp.units"]}, "overrides is a mapping of paths to values, got list"),
+        ({"overrides": {3: 4}}, "policy.FIELD, got 3"),
+        ({"overrides": {"system..x": 4}}, "policy.FIELD, got 'system..x'"),
         ({"policies": "monde", "overrides": {"policy.ndp-ep.scope": "global"}}, "nearest is 'monde'"),
     ],
 )
 def test_senseless_arguments(options, words):
     with pytest.raises(mt.UsageError, match=words):
         mt.replay(trace(), **options)
+
+
+@pytest.mark.parametrize("source", [None, 3, {}])
+def test_senseless_trace(source):
+    with pytest.raises(mt.UsageError, match="A trace is a Trace or the path of its file, got"):
+        mt.replay(source)
+
+
+def test_whole_numbers_may_be_numpys(tmp_path):
+    result = mt.replay(
+        trace(),
+        policies="on-demand",
+        slots=np.int64(48),
+        jobs=np.int32(1),
+        overrides={"system.ndp.units": np.int64(3), "system.gpu.launch_us": np.float32(2)},
+    )
+    result.write(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["slots"], summary["system"]["ndp"]["units"]) == (48, 3)
+
+
+def test_warnings_say_that_the_dense_weights_do_not_fit():
+    result = mt.replay(trace(), policies="ndp-ep", overrides={"model.once_params": 10**11})
+    (warning,) = result.warnings
+    assert warning.startswith("the dense weights of tiny-olmoe (200.")
+    assert "do not fit the GPU of edge-ndp (14.0 GB left); they are priced as if they did." in warning
 
 
 def test_third_policy_of_a_name_gets_the_next_free_number():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import moetrace.spec.system as rules
 from moetrace.spec import UsageError, check_fits, gpu_slots, load_model, load_system
 
 
@@ -26,6 +27,16 @@ def test_slots_are_never_negative_nor_more_than_the_experts():
     assert gpu_slots(model, everything, model.expert_bytes()) == 28 * 64
     no_room = load_system("edge-ndp", {"gpu.reserve_gb": 16})
     assert gpu_slots(load_model("olmoe-1b-7b"), no_room, np.ones((16, 64))) == 0
+
+
+def test_dense_weights_that_do_not_fit_are_named():
+    model = load_model("qwen2-57b-a14b")
+    assert rules.dense_misfit(model, load_system("edge-ndp", {"gpu.memory_gb": 1000})) is None
+    need = (28 * model.dense_bytes + model.head_bytes) / 1e9
+    assert rules.dense_misfit(model, load_system("edge-ndp", {"gpu.memory_gb": 12})) == (
+        f"the dense weights of qwen2-57b-a14b ({need:.1f} GB) do not fit the GPU of edge-ndp (10.0 GB left); "
+        "they are priced as if they did."
+    )
 
 
 def test_experts_that_do_not_fit_the_units_are_refused():
