@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from moetrace.engine.dispatch import OPTIMAL_UP_TO
+
 # Between two columns.
 _GAP = 2
 # Where there is no terminal: what a pager or a file can take.
@@ -118,12 +120,19 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
     units = f"with {system['ndp']['units']} NDP units" if system["ndp"] else "without NDP units"
     everything = model["moe_layers"] * model["experts"]
     (bound_ms,) = _cells("digits", [1e3 * summary["policies"][0]["work_bound_s"]])
+    layers = trace["steps"] * trace["layers"]
     return [
         f"{name}: {_count(trace['rows'], 'row')} in {_count(trace['steps'], 'step')} of "
         f"{_count(trace['requests'], 'request')}. Model {model['name']} on {system['name']} {units}; "
         f"the GPU keeps up to {summary['slots']:,} of {everything:,} experts (slots).",
         f"TTFT and TPOT are medians. Over bound: time beyond the {bound_ms} ms that no schedule of this work beats. "
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots.",
+        *(
+            f"{policy['name']}: {policy['optimal_fallbacks']:,} of {_count(layers, 'layer')} of all steps had more "
+            f"than {OPTIMAL_UP_TO} active experts and were dispatched by balance."
+            for policy in summary["policies"]
+            if policy["optimal_fallbacks"]
+        ),
     ]
 
 

@@ -27,7 +27,7 @@ def split_settings(settings: Iterable[str], kinds: Iterable[str]) -> dict[str, d
     for setting in settings:
         path, equals, value = setting.partition("=")
         kind, _, field = path.strip().partition(".")
-        if not equals or not field or kind not in sorted_settings:
+        if not equals or not all(field.split(".")) or kind not in sorted_settings:
             wanted = " or ".join(f"{kind}.FIELD=VALUE" for kind in sorted_settings)
             raise UsageError(f"--set wants {wanted}, as in system.ndp.units=4, got {setting!r}.")
         sorted_settings[kind][field] = value.strip()

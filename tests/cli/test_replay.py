@@ -131,6 +131,21 @@ def test_table_without_units_or_link(capsys):
     assert "link" not in out
 
 
+def test_table_says_how_often_optimal_fell_back(tmp_path, capsys):
+    import moetrace as mt
+
+    mt.generate_trace("tiny-olmoe", requests=1, prompt=40, output=3).write(tmp_path / "a.h5")
+    policies = ["--policy", "ndp-ep", "--set", "policy.dispatch=optimal"]
+    (found,) = summary(capsys, tmp_path / "a.h5", *policies)["policies"]
+    fallbacks = found["optimal_fallbacks"]
+    assert fallbacks > 0
+    assert run(tmp_path / "a.h5", *policies) == 0
+    told = "of 24 layers of all steps had more than 20 active experts and were dispatched by balance."
+    assert f"ndp-ep: {fallbacks} {told}" in said(capsys)[0]
+    assert run(tmp_path / "a.h5", "--policy", "ndp-ep") == 0
+    assert "by balance" not in said(capsys)[0]
+
+
 def test_bar_appears_on_a_terminal_when_it_takes_long(capsys, monkeypatch):
     assert run(TINY) == 0
     table = said(capsys)[0]
@@ -182,7 +197,12 @@ def bad(tmp_path):
         ([TINY, "--set", "system.ndp.unit=4"], 2, "the nearest is 'units'"),
         ([TINY, "--set", "machine.units=4"], 2, "--set wants"),
         ([TINY, "--set", "policy.mond.scope=global"], 2, "the nearest is 'monde'"),
-        ([TINY, "--set", "policy.half_life=4"], 2, "applies to residency lfu only"),
+        ([TINY, "--set", "policy.half_life=4"], 2, "applies to residency lfu or file.py:function only"),
+        ([TINY, "--set", "policy.seed=9223372036854775808"], 2, "seed wants a finite number below 2^63"),
+        ([TINY, "--set", "system..x=3"], 2, "got 'system..x=3'"),
+        ([TINY, "--set", "policy..x=3"], 2, "got 'policy..x=3'"),
+        ([TINY, "--set", "policy.name=a\x1b[31mb"], 2, "name wants printable characters only, got 'a\\x1b[31mb'"),
+        ([TINY, "--set", "model.weight_bits=/dev/zero"], 1, "Cannot read /dev/zero: it is not an ordinary file"),
         ([TINY, "--slots", "-1"], 2, "--slots"),
         ([TINY, "--jobs", "0"], 2, "jobs is 0"),
         ([TINY, "--policy", "{bad}/none.py:mine"], 1, "no such file"),
