@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import UsageError, printable
 
 # The keys of moetrace.trace.engines.FORMATS, which is not imported here so that `--help` stays instant.
 FORMATS = ("npz", "bigmoeonedge")
@@ -45,7 +45,6 @@ def command(
         raise UsageError("--as decode and --prompt P need each other.")
     if out.resolve() in {source.resolve() for source in sources}:
         raise UsageError(f"{out} is a source: choose another name for the trace.")
-    from moetrace.cli.info import harmless
     from moetrace.trace.format import Trace
     from moetrace.trace.importing import import_traces
 
@@ -53,6 +52,6 @@ def command(
     with Trace.open(out) as trace:
         size_mb = out.stat().st_size / 1e6
         click.echo(
-            f"{out}: {harmless(trace.model)}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.",
+            f"{out}: {printable(trace.model)}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.",
             err=True,
         )

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from moetrace.cli.output import figure, format_option, print_json, print_rows
+from moetrace.spec.errors import printable
 
 
 @click.command()
@@ -71,7 +72,7 @@ def _for_people(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts.get("verified"):
         rows.append(("verified", "every dataset has its sha256, every id is possible"))
-    return [(harmless(name), harmless(value)) for name, value in rows]
+    return [(printable(name), printable(value)) for name, value in rows]
 
 
 def _phases(facts: dict[str, Any], what: str) -> str:
@@ -93,8 +94,3 @@ def _short(value: object) -> str:
     """What fits in 80 columns; --format json has it all."""
     text = figure(value)
     return text if len(text) <= 56 else text[:55] + "…"
-
-
-def harmless(text: str) -> str:
-    """Text of a stranger's file, without the control characters that a terminal would obey."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -27,7 +27,7 @@ def trace_facts(trace: Trace) -> dict[str, Any]:
         "rows": trace.rows,
         "steps": trace.steps,
         "own_expert_bytes": trace.expert_bytes is not None,
-        "source": _finite(trace.source),
+        "source": trace.source,
     }
 
 
@@ -145,12 +145,3 @@ def _mean(value: Any) -> float | None:
     if not isinstance(value, list):
         return value
     return math.fsum(value) / len(value) if value and None not in value else None
-
-
-def _finite(value: Any) -> Any:
-    """A stranger's JSON, with null for the NaN and infinities that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
