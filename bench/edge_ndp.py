@@ -244,7 +244,7 @@ def plot(points: list[Point], path: Path) -> None:
     styles = {
         "edge-ndp": ("#0072B2", "o", "edge-ndp"),
         "edge-ndp-tp-lb": ("#D55E00", "s", "edge-ndp-tp-lb (no prefetch)"),
-        "edge-ndp-tp": ("#009E73", "^", "edge-ndp-tp (nor balance)"),
+        "edge-ndp-tp": ("#009E73", "^", "edge-ndp-tp (neither)"),
     }
     figure, panels = pyplot.subplots(1, len(MODELS), figsize=(10, 3.7), sharey=True, layout="constrained")
     for panel, model in zip(panels, MODELS, strict=True):

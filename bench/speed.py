@@ -69,7 +69,7 @@ def speed(rounds: int) -> list[tuple[str, ...]]:
             theirs.append(seconds(histogram, trace))
         ns = median(ours) / accesses * 1e9
         ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
-        rows.append((f"`edge-ndp`, {name}", f"{ns:.1f} ns an access", f"{ratio:.2f}", f"≤ {target} ns"))
+        rows.append((f"`edge-ndp`, {name}", f"{ns:.1f} ns an access", f"{ratio:.2f}x", f"≤ {target} ns"))
     return rows
 
 
@@ -149,7 +149,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true")
     options.add_argument("--write", type=Path)
     options = options.parse_args()
-    rows = [("what, Qwen3-30B-A3B on one core", "measured", "to a NumPy histogram", "target")]
+    rows = [("what, Qwen3-30B-A3B on one core", "measured", "times a NumPy histogram", "target")]
     rows += speed(options.rounds)
     with tempfile.TemporaryDirectory() as folder:
         rows.append(from_file(options.rounds, Path(folder)))

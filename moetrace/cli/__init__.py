@@ -1,7 +1,11 @@
 """The command line: one file per command, each imported only when it is used, so that ``--help`` stays instant."""
 
+import contextlib
 import importlib
+import io
 import itertools
+import os
+import signal
 import sys
 
 import click
@@ -49,18 +53,18 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; an error is one sentence on stderr and exit code 1 (failed) or 2 (wrong usage)."""
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in itertools.takewhile(lambda arg: arg.startswith("-"), args)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _terminated)
     try:
-        _group.main(args, prog_name="moetrace", standalone_mode=False)
-        sys.stdout.flush()
+        _run(args)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except BrokenPipeError:
         # The reader of our output went away (`moetrace list models | head`): not an error of ours.
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("moetrace: interrupted; no file was left half-written.", err=True)
-        sys.exit(1)
+        _interrupted()
     except (MoetraceError, click.ClickException, OSError) as error:
         if debug:
             raise
@@ -69,13 +73,46 @@ def main(args: list[str] | None = None) -> None:
         else:
             click.echo(f"moetrace: {_sentence(error)}", err=True)
         sys.exit(getattr(error, "exit_code", 1))
+    except Exception as error:
+        if debug or not _came_from_ctrl_c(error):
+            raise
+        _interrupted()
+
+
+def _run(args: list[str]) -> None:
+    if sys.stdout is None:  # closed by who called us
+        sys.stdout = io.StringIO()
+    # Not click's own main: it ends with 1 where a pipe breaks.
+    with _group.make_context("moetrace", [*args]) as context:  # `list` is a command here
+        _group.invoke(context)
+    sys.stdout.flush()
+
+
+def _terminated(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _interrupted() -> None:
+    click.echo("moetrace: interrupted; no file was left half-written.", err=True)
+    sys.exit(1)
+
+
+def _came_from_ctrl_c(error: BaseException) -> bool:
+    """Whether a KeyboardInterrupt lies behind an error: Numba, interrupted while it compiles, raises one of its own."""
+    seen: list[BaseException] = []
+    while error not in seen:
+        seen.append(error)
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__ or error
+    return False
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         hint = f" See `{context.command_path} --help`." if context else ""
-        return " ".join(error.format_message().split()) + hint
+        return f"{' '.join(error.format_message().split()).rstrip('.')}.{hint}"
     if isinstance(error, OSError) and error.strerror:
         where = f" {error.filename}" if error.filename else ""
         return f"the system refused{where}: {error.strerror}."

@@ -1,20 +1,18 @@
 """The table of `moetrace replay`: policies side by side, in as many parts as the terminal's width asks for."""
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from moetrace.cli.output import stdout_console
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 
 # Between two columns.
 _GAP = 2
-# Where there is no terminal: what a pager or a file can take.
-_WIDTH = 160
+# Columns of a terminal that the widest group of columns needs; in a narrower one the terminal breaks the lines.
+_LEAST = 72
 
 
 class _Column(NamedTuple):
@@ -26,8 +24,8 @@ class _Column(NamedTuple):
 
 def print_comparison(summary: dict[str, Any], name: str) -> None:
     """Print what `summary.json` holds as a table on stdout; `name` is what the user called the trace."""
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    console = stdout_console()
+    console.width = max(console.width, _LEAST)
     for number, columns in enumerate(_parts(summary["policies"], console.width)):
         if number:
             console.print()

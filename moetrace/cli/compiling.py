@@ -3,26 +3,35 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Timer
+
+_MOMENT_S = 1.0
 
 
 @contextmanager
 def announce_compiling() -> Iterator[None]:
-    """Print one line on stderr if anything is compiled, rather than loaded, inside the ``with`` block.
+    """Print one line on stderr if compiling, rather than loading, takes more than a moment inside the ``with`` block.
 
     Kernels with a declared signature compile when their module is imported: import them inside the block.
     """
     from numba.core.event import Event, Listener, install_listener
 
-    class Announcement(Listener):
-        made = False
+    def announce() -> None:
+        print("moetrace: compiling for this machine, as a first run does.", file=sys.stderr, flush=True)
 
+    timer = Timer(_MOMENT_S, announce)
+    timer.daemon = True
+
+    class Start(Listener):
         def on_start(self, event: Event) -> None:
-            if not self.made:
-                print("moetrace: compiling for this machine; later runs start at once.", file=sys.stderr, flush=True)
-            self.made = True
+            if timer.ident is None:
+                timer.start()
 
         def on_end(self, event: Event) -> None:
             pass
 
-    with install_listener("numba:compile", Announcement()):
-        yield
+    try:
+        with install_listener("numba:compile", Start()):
+            yield
+    finally:
+        timer.cancel()

@@ -5,9 +5,14 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PIPED_WIDTH = 160  # what a pager or a file can take
 
 format_option = click.option(
     "--format",
@@ -49,15 +54,29 @@ def figure(value: object) -> str:
     return str(value)
 
 
+def stdout_console() -> "Console":
+    """Return a rich console that prints what it is given, and leaves a broken pipe to `main`.
+
+    Rich takes 80 columns where there is no terminal, and would fold a piped table to that.
+    """
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    columns = os.environ.get("COLUMNS", "")
+    stated = int(columns) if columns.isdecimal() and int(columns) > 0 else None
+    width = stated or (None if sys.stdout.isatty() else _PIPED_WIDTH)
+    return Plain(width=width, highlight=False, markup=False, emoji=False)
+
+
 def _print_table(headers: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
 
-    # Rich takes 80 columns where there is no terminal, and would fold a piped table to that.
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    console = stdout_console()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column, (key, header) in enumerate(headers.items()):
         cells = [figure(row.get(key)) for row in rows]

@@ -5,7 +5,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 # A bar that comes and goes at once would only flicker.
 _BAR_AFTER_S = 1.0
+
+
+class _Folder(click.Path):
+    """A folder's path; an empty one, of a variable that is not set, would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("an empty path names no folder", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 @click.command()
@@ -35,7 +44,7 @@ _BAR_AFTER_S = 1.0
 @click.option("--slots", type=int, metavar="N", help="Experts that the GPU holds; by default as many as have room.")
 @set_option
 @click.option("--jobs", type=int, metavar="N", help="Threads; by default one a policy, at most one a core.")
-@click.option("-o", "--output", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Write the result here.")
+@click.option("-o", "--output", "folder", type=_Folder(path_type=Path), metavar="DIR", help="Write the result here.")
 @click.option("--ignore-capacity", is_flag=True, help="Replay even if the experts do not fit the NDP units.")
 @format_option
 def command(

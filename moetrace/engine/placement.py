@@ -26,5 +26,6 @@ def _longest_first(load: np.ndarray, units: int) -> np.ndarray:
     for expert in np.argsort(-load, kind="stable"):
         unit = int(np.argmin(total))
         unit_of_expert[expert] = unit
-        total[unit] += load[expert]
+        with np.errstate(over="ignore"):  # absurd loads: infinity is the most loaded
+            total[unit] += load[expert]
     return unit_of_expert

@@ -29,7 +29,8 @@ def policy(function: Callable) -> Any:
 
     - ``state[layer, expert]``: ``score``, ``admit``, ``memory`` (float64, the policy's own, 0 at the start),
       ``touched`` (when last, 0 = never), ``resident`` (for reading).
-    - ``view``: ``step``, ``phase`` (0 prefill, 1 decode, 2 mixed), ``rows``, ``slots``, ``alpha``, ``half_life``, and
+    - ``view``: ``step``, ``phase`` (0 prefill, 1 decode, 2 mixed), ``rows``, ``slots``, ``share``, ``out_s_per_row``,
+      ``link_latency_s``, ``alpha``, ``half_life``, scratch ``view.groups[g]`` (``busy_s``, ``rows``, ``count``), and
       ``view.active[i]`` with ``expert``, ``resident``, ``gpu_s``, ``ndp_s``, ``fetch_s``, ``weight_bytes``, ``group``.
     - ``load`` int64 [n]: rows that chose each active expert, in demand order (most first, then by id).
     - ``plan`` uint8 [n]: 0 at the start.
@@ -39,6 +40,8 @@ def policy(function: Callable) -> Any:
     if getattr(function, "is_policy", False):
         return function
     function = getattr(function, "py_func", function)
+    if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
+        raise UsageError(f"{getattr(function, '__name__', function)!r} is not a plain Python function.")
     where = _where(function)
     parameters = inspect.signature(function).parameters
     if len(parameters) != len(ARGUMENTS):
@@ -54,9 +57,11 @@ def policy(function: Callable) -> Any:
         raise UsageError(f"{where} is not a policy: {_first_cause(error)}") from error
     except KeyError as error:  # what Numba says of a record without such a field
         raise UsageError(f"{where} is not a policy: there is no {error} in the record that it asks.") from error
+    except NotImplementedError as error:  # what Numba says of an assignment to the view, among others
+        raise UsageError(f"{where} is not a policy: it does what Numba cannot compile; view is for reading.") from error
     returns = dispatcher.overloads[HOOK.args].signature.return_type
     if returns != HOOK.return_type:
-        raise UsageError(f"{where} returns {returns}, but a policy returns nothing: it writes into plan or state.")
+        raise UsageError(f"{where} returns a value, but a policy returns nothing: it writes into plan or state.")
     dispatcher.disable_compile()
     dispatcher.is_policy = True
     return dispatcher
@@ -92,8 +97,8 @@ def _run(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except MoetraceError:
         raise
-    except Exception as error:
-        raise MoetraceError(f"{path} does not run: {type(error).__name__}: {error}.") from error
+    except (Exception, SystemExit) as error:
+        raise MoetraceError(f"{path} does not run: {type(error).__name__}: {' '.join(str(error).split())}.") from error
     return module
 
 
@@ -117,4 +122,5 @@ def _first_cause(error: NumbaError) -> str:
     else:
         lines = [part.strip() for part in text.splitlines() if part.strip()]
         cause = next((part for part in lines if not part.startswith(("Failed in", "During", "-", "File"))), lines[0])
+    cause = cause if len(cause) <= 160 else f"{cause[:159]}…"
     return f"{cause.rstrip('.')}{f' ({line[1]}, line {line[2]})' if line else ''}."

@@ -116,7 +116,10 @@ def run(
     warnings = _check_model(trace, model)
     weight_bytes = _weight_bytes(trace, model)
     check_fits(model, system, weight_bytes, ignore_capacity)
-    slots = _slots(model, system, weight_bytes, slots)
+    fitting = gpu_slots(model, system, weight_bytes)
+    slots = _slots(model, system, slots, fitting)
+    if slots > fitting:
+        warnings.append(f"{slots} slots are more than the {fitting} experts that fit the GPU of {system.name}.")
     schedule = schedule_of(trace)
     lanes = [_lane(trace, model, system, policy, weight_bytes, slots, schedule, hooks or {}) for policy in policies]
     bound_s = 0.0
@@ -158,10 +161,10 @@ def _weight_bytes(trace: Trace, model: Model) -> np.ndarray:
     return np.broadcast_to(own.reshape(trace.layers, -1), (trace.layers, trace.num_experts)).copy()
 
 
-def _slots(model: Model, system: System, weight_bytes: np.ndarray, slots: int | None) -> int:
+def _slots(model: Model, system: System, slots: int | None, fitting: int) -> int:
     everything = model.moe_layers * model.experts
     if slots is None:
-        return gpu_slots(model, system, weight_bytes)
+        return fitting
     if slots < 0:
         raise UsageError(f"--slots wants a number of experts of at least 0, got {slots}.")
     if system.link is None and slots < everything:

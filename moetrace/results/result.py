@@ -29,7 +29,7 @@ DEFAULT_POLICIES = ("monde", "edge-ndp")
 Policy = str | Path | PolicySpec | Callable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a replay found. Frames are made when first asked for.
 
@@ -41,6 +41,10 @@ class Result:
     run: Run
     warnings: tuple[str, ...]
     _trace: dict[str, Any]
+
+    def __repr__(self) -> str:
+        names = ", ".join(lane.policy.name for lane in self.run.lanes)
+        return f"<Result of {names}: .summary, .steps, .units, .layers, .requests are frames>"
 
     @cached_property
     def summary(self) -> pl.DataFrame:

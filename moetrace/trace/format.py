@@ -222,6 +222,7 @@ class Trace:
                     int(self.offset[block.first_step]),
                     slice(block.first_step, block.first_step + block.steps),
                 )
+                schema.check_ids(self._where, first, block.experts, self.num_experts)
                 more = {name: self.read(name, first, first + len(block.request)) for name in optional}
                 writer.append(
                     block.experts, block.request, block.position, np.diff(block.offset), self.phase[steps], **more

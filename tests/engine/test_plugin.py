@@ -24,7 +24,7 @@ GOOD = "def mine(state, view, layer, load, plan):\n    for i in range(load.size)
             GOOD.replace(", plan", ""),
             r"bad.py:1: mine takes 4 arguments, but a policy takes \(state, view",
         ),
-        (GOOD + "    return 1.5\n", r"bad.py:1: mine returns float64, but a policy returns nothing"),
+        (GOOD + "    return 1.5\n", r"bad.py:1: mine returns a value, but a policy returns nothing"),
         (GOOD.replace("plan[i] = 1", "plan[i] = view.hotness"), r"no 'hotness' in view \(bad.py, line 3\)"),
         (
             GOOD.replace("plan[i] = 1", "plan[i] = view.active[i].heat"),
