@@ -20,7 +20,8 @@ def test_a_reader_that_goes_away_is_no_error():
             assert process.stdout
             process.stdout.close()
             assert process.stderr
-            assert process.stderr.read() == b""
+            said = process.stderr.read().decode().splitlines()
+            assert [line for line in said if "compiling" not in line] == []  # a first run says that it compiles
             assert process.wait() == 0
 
 
