@@ -74,8 +74,11 @@ def main(args: list[str] | None = None) -> None:
             click.echo(f"moetrace: {_sentence(error)}", err=True)
         sys.exit(getattr(error, "exit_code", 1))
     except Exception as error:
-        if debug or not _came_from_ctrl_c(error):
+        stop = _stop_behind(error)
+        if debug or stop is None:
             raise
+        if isinstance(stop, SystemExit):
+            sys.exit(stop.code)
         _interrupted()
 
 
@@ -97,15 +100,15 @@ def _interrupted() -> None:
     sys.exit(1)
 
 
-def _came_from_ctrl_c(error: BaseException) -> bool:
-    """Whether a KeyboardInterrupt lies behind an error: Numba, interrupted while it compiles, raises one of its own."""
+def _stop_behind(error: BaseException) -> KeyboardInterrupt | SystemExit | None:
+    """Return the signal that lies behind an error: Numba, stopped while it compiles, raises an error of its own."""
     seen: list[BaseException] = []
     while error not in seen:
         seen.append(error)
-        if isinstance(error, KeyboardInterrupt):
-            return True
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return error
         error = error.__cause__ or error.__context__ or error
-    return False
+    return None
 
 
 def _sentence(error: Exception) -> str:
