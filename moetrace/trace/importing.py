@@ -13,8 +13,11 @@ from moetrace.spec import list_presets, load_model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.engines import read_capture
 from moetrace.trace.engines.capture import Capture
-from moetrace.trace.schema import DECODE, PREFILL, as_dtype, check_ids, check_layers, row_dtype
+from moetrace.trace.schema import DECODE, PREFILL, as_dtype, check_alike, check_ids, check_layers, row_dtype
 from moetrace.trace.writer import Writer
+
+# What captures must have in common to share a trace.
+_ALIKE = ("num_experts", "top_k", "layer_index", "expert_bytes", "optional")
 
 
 def import_traces(
@@ -37,7 +40,7 @@ def import_traces(
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")
     captures = [_checked(source, read_capture(source, format)) for source in sources]
     for source, capture in zip(sources[1:], captures[1:], strict=True):
-        _check_alike(sources[0], captures[0], source, capture)
+        check_alike(str(sources[0]), captures[0], str(source), capture, _ALIKE)
     first = captures[0]
     rows = [_rows(capture, decode_after) for capture in captures]
     steps = [_steps(request, phase) for request, _, phase in rows]
@@ -129,12 +132,6 @@ def _steps(request: np.ndarray, phase: np.ndarray) -> tuple[np.ndarray, np.ndarr
     begins = np.r_[True, (phase[1:] == DECODE) | (phase[:-1] == DECODE) | (request[1:] != request[:-1])]
     starts = np.flatnonzero(begins)
     return np.diff(np.r_[starts, request.size]), phase[starts]
-
-
-def _check_alike(source: Path, first: Capture, other_source: Path, other: Capture) -> None:
-    for what in ("num_experts", "top_k", "layer_index", "expert_bytes", "optional"):
-        if not np.array_equal(getattr(first, what), getattr(other, what)):
-            raise MoetraceError(f"{other_source} and {source} differ in {what}, so they can't share a trace.")
 
 
 def _model_name(source: Path, capture: Capture, model: str | None) -> str:
