@@ -118,7 +118,11 @@ def whole_file(path: Path) -> Iterator[AtomicFile]:
         raise _refused(path, error) from error
     try:
         yield output
-        output.commit()
+        try:
+            output.commit()
+        except OSError as error:
+            output.error = error
+            raise
     except BaseException as error:
         output.discard()
         if output.error is not None:

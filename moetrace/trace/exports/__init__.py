@@ -38,7 +38,13 @@ def export(
     try:
         keep_inputs(path, [opened.path])
         with whole_file(path) as file:
-            module.write(opened, file, progress or (lambda _: None))
+
+            def told(rows: int) -> None:
+                file.raise_error()  # a full disk need not wait for the rest
+                if progress:
+                    progress(rows)
+
+            module.write(opened, file, told)
     finally:
         if opened is not trace:
             opened.close()

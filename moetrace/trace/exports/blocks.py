@@ -5,11 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moetrace.spec.errors import MoetraceError
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import check_ids
 
 # Rows of a step that is larger come in several parts. A choice takes up to some 100 bytes on its way.
 PART_CHOICES = 1 << 19
+MAX_OBJECTS = 1 << 24  # experts of all layers; of the largest models there are some 20,000
 
 
 class Part(NamedTuple):
@@ -35,3 +37,9 @@ def parts(trace: Trace) -> Iterator[Part]:
             check_ids(where, first + start, block.experts[rows], trace.num_experts)
             columns = (array[rows] for array in (block.experts, step, block.request, block.position, block.phase))
             yield Part(first + start, *columns)
+
+
+def check_objects(trace: Trace, layers: int) -> None:
+    """Raise MoetraceError if `layers` of the trace's experts are more than any model has: an array is made of them."""
+    if layers * trace.num_experts > MAX_OBJECTS:
+        raise MoetraceError(f"{layers} layers of {trace.num_experts} experts are more than this format is made for.")
