@@ -35,6 +35,7 @@ ORDERS = ("arrival", "shuffle")
 # Ids gathered at a time. The rows of a block may lie anywhere in a capture, and of a compressed one whole chunks are
 # read for them, so larger blocks read less.
 GATHER_BYTES = 32 << 20
+GATHER_ROWS = 1 << 17
 _KEPT = ("gates", "token")
 _TOLD_BYTES = schema.ATTRIBUTE_BYTES - 4096  # what `source` says of the inputs, if it fits
 
@@ -62,12 +63,21 @@ class _Kind(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """`steps` alike: row `first[i] + s * stride[i]` of `_Rows` is the i-th of their step s."""
+    """`steps` alike: of each admitted request the next row in `_Rows`, the rows each step takes, if these are prompt.
+
+    int64 [admitted], int64 [admitted], bool [admitted], in order of admission.
+    """
 
     steps: int
-    first: np.ndarray  # int64 [rows of a step]
-    stride: np.ndarray  # int64 [rows of a step]
-    phase: int
+    row: np.ndarray
+    take: np.ndarray
+    prompt: np.ndarray
+
+    @property
+    def phase(self) -> int:
+        """Phase of each step."""
+        taken = self.prompt[self.take > 0]
+        return PREFILL if taken.all() else MIXED if taken.any() else DECODE
 
 
 def rebatch(
@@ -150,7 +160,7 @@ def _kind(trace: Trace) -> _Kind:
 
 def _block_rows(trace: Trace) -> int:
     row_bytes = trace.layers * trace.top_k * schema.expert_dtype(trace.num_experts).itemsize
-    return max(1, GATHER_BYTES // row_bytes)
+    return min(max(1, GATHER_BYTES // row_bytes), GATHER_ROWS)
 
 
 def _read_rows(traces: Sequence[Trace], order: str, seed: int) -> tuple[_Rows, list[str]]:
@@ -192,39 +202,41 @@ def _by_appearance(request: np.ndarray) -> np.ndarray:
 
 
 def _plan(rows: _Rows, batch: int, chunk: int | None) -> Iterator[_Steps]:
-    """Yield all steps in time order, as many at once as are alike: a few dozen µs for each time that a run ends."""
-    starts = np.r_[0, rows.request_end[:-1]]
+    """Yield all steps in time order, as many at once as are alike: some 20 µs for each time that a run ends."""
+    starts = np.concatenate(([0], rows.request_end[:-1]))
+    first_run = np.searchsorted(rows.run_end, starts, side="right")
     # Of the admitted requests, in order of admission: next row, number of the run that holds it, end.
     row, run, end = (np.empty(0, np.int64) for _ in range(3))
     admitted = 0
     while admitted < starts.size or row.size:
-        new = slice(admitted, admitted + batch - row.size)
-        row, end = np.r_[row, starts[new]], np.r_[end, rows.request_end[new]]
-        run = np.r_[run, np.searchsorted(rows.run_end, starts[new], side="right")]
-        admitted = min(new.stop, starts.size)
+        if admitted < starts.size and row.size < batch:
+            new = slice(admitted, admitted + batch - row.size)
+            row, run = np.concatenate((row, starts[new])), np.concatenate((run, first_run[new]))
+            end = np.concatenate((end, rows.request_end[new]))
+            admitted = min(new.stop, starts.size)
         left, prompt = rows.run_end[run] - row, rows.phase[row] == PREFILL
         take = _take(left, prompt, chunk)
-        count = int((left[take > 0] // take[take > 0]).min())
-        turn = np.argsort(prompt, kind="stable")
-        sizes = take[turn]
-        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        of_prompt = prompt[take > 0]
-        phase = MIXED if of_prompt.any() and not of_prompt.all() else PREFILL if of_prompt.all() else DECODE
-        yield _Steps(count, np.repeat(row[turn], sizes) + within, np.repeat(sizes, sizes), phase)
-        row = row + count * take
-        run += row == rows.run_end[run]
+        taking = take > 0
+        steps = int((left[taking] // take[taking]).min())
+        yield _Steps(steps, row, take, prompt)
+        row = row + steps * take
+        run = run + (row == rows.run_end[run])
         alive = row < end
-        row, run, end = row[alive], run[alive], end[alive]
+        if not alive.all():
+            row, run, end = row[alive], run[alive], end[alive]
 
 
 def _take(left: np.ndarray, prompt: np.ndarray, chunk: int | None) -> np.ndarray:
-    """How many rows the next step takes of each admitted request: int64 of `left`, the rows of its present run."""
-    if chunk is not None:
-        prompt_left = np.where(prompt, left, 0)
-        return np.where(prompt, np.clip(chunk - (np.cumsum(prompt_left) - prompt_left), 0, left), 1)
+    """How many rows the next step takes of each admitted request: int64 like `left`, the rows of its present run."""
     if not prompt.any():
         return np.ones_like(left)
-    return np.where(np.arange(left.size) == np.argmax(prompt), left, 0)
+    if chunk is None:
+        take = np.zeros_like(left)
+        first = np.argmax(prompt)
+        take[first] = left[first]
+        return take
+    prompt_left = np.where(prompt, left, 0)
+    return np.where(prompt, np.clip(chunk - (np.cumsum(prompt_left) - prompt_left), 0, left), 1)
 
 
 def _parts(plans: Iterator[_Steps], rows: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -232,11 +244,15 @@ def _parts(plans: Iterator[_Steps], rows: int) -> Iterator[tuple[np.ndarray, np.
     held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     size = 0
     for plan in plans:
-        at_once = max(1, rows // plan.first.size)
+        turn = np.argsort(plan.prompt, kind="stable")  # output rows first
+        take = plan.take[turn]
+        stride = np.repeat(take, take)
+        first = np.repeat(plan.row[turn] - np.cumsum(take) + take, take) + np.arange(stride.size)
+        at_once = max(1, rows // stride.size)
         for start in range(0, plan.steps, at_once):
             step = np.arange(start, min(start + at_once, plan.steps))[:, None]
-            place = (plan.first + step * plan.stride).ravel()
-            held.append((place, np.full(step.size, plan.first.size), np.full(step.size, plan.phase, np.uint8)))
+            place = (first + step * stride).ravel()
+            held.append((place, np.full(step.size, stride.size), np.full(step.size, plan.phase, np.uint8)))
             size += place.size
             if size >= rows:
                 yield _joined(held)
