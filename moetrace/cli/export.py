@@ -1,6 +1,5 @@
 """`moetrace export`: a trace in a format of other tools."""
 
-import sys
 from pathlib import Path
 
 import click
@@ -22,15 +21,11 @@ def command(trace: Path, out: Path, form: str | None) -> None:
     oracle-general  .oracleGeneral, .bin  the accesses to experts, for libCacheSim
     eplb            .json                 counts of each expert, for SGLang and EPLB; also of a trace of counts alone
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from moetrace.cli.bars import LateBar
     from moetrace.trace.exports import export
     from moetrace.trace.format import Trace
 
-    hidden = not sys.stderr.isatty()
-    with Trace.open(trace) as opened, Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
-        task = bar.add_task("rows", total=opened.rows)
-        export(opened, out, to=form, progress=lambda count: bar.advance(task, count))
+    with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
+        export(opened, out, to=form, progress=bar.advance)
         rows = opened.rows
     click.echo(f"{out}: {rows:,} rows, {out.stat().st_size / 1e6:,.1f} MB.", err=True)

@@ -1,6 +1,5 @@
 """`moetrace rebatch`: requests of traces, recombined into steps of several requests."""
 
-import sys
 from pathlib import Path
 
 import click
@@ -47,18 +46,13 @@ def command(
     """
     from contextlib import ExitStack
 
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from moetrace.cli.bars import LateBar
     from moetrace.trace.format import Trace
     from moetrace.trace.rebatch import rebatch
 
     with ExitStack() as stack:
         opened = [stack.enter_context(Trace.open(trace)) for trace in traces]
-        bar = stack.enter_context(
-            Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-        )
-        task = bar.add_task("rows", total=sum(trace.rows for trace in opened))
+        bar = stack.enter_context(LateBar("rows", sum(trace.rows for trace in opened)))
         rebatch(
             opened,
             out,
@@ -67,7 +61,7 @@ def command(
             order=order,
             seed=seed,
             compress=compress,
-            progress=lambda count: bar.advance(task, count),
+            progress=bar.advance,
         )
         dropped = any("recorded" in trace.has for trace in opened)
     with Trace.open(out) as trace:

@@ -81,6 +81,7 @@ def test_npz_comes_back_as_it_was(tmp_path_factory, trace, part_choices):
         back.verify()
         for name in ("experts", "position", *(trace.has - {"recorded", "row_phase"})):
             assert np.array_equal(back.read(name, 0, back.rows), trace.read(name, 0, trace.rows)), name
+        assert np.array_equal(back.offset, trace.offset) and np.array_equal(back.phase, trace.phase), "the same steps"
         phases = [np.concatenate([block.phase for block in one.blocks()]) for one in (trace, back)]
         assert np.array_equal(*phases)
         renamed = set(zip(*(one.read("request", 0, trace.rows).tolist() for one in (trace, back)), strict=True))

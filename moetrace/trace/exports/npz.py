@@ -1,9 +1,8 @@
 """NumPy archives: the arrays of moetrace.trace.engines.npz, which reads them back.
 
-`expert_ids`, `request_id`, `position`, `phase` (0 prefill, 1 decode), `layer_index`, `meta` (JSON), and if the trace
-has them `gate_weights` and `token_id`; beyond these `step_rows`, int64 [steps], the rows of each step. Members are
-stored, not compressed, at a fixed time: the same trace gives the same bytes on any machine. Sizes of experts and
-recorded residency have no place in it.
+`expert_ids`, `request_id`, `position`, `phase` (0 prefill, 1 decode), `layer_index`, `meta` (JSON), `step_rows`, and if
+the trace has them `gate_weights` and `token_id`. Members are stored, not compressed, at a fixed time: the same trace
+gives the same bytes on any machine. Sizes of experts and recorded residency have no place in it.
 """
 
 import io
@@ -18,7 +17,7 @@ import numpy as np
 from moetrace.trace.engines.npz import FACTS
 from moetrace.trace.exports.blocks import parts
 from moetrace.trace.format import Trace
-from moetrace.trace.schema import BLOCK_BYTES, row_dtype, row_shape
+from moetrace.trace.schema import BLOCK_BYTES, as_dtype, row_dtype, row_shape
 
 _NAMES = {"request": "request_id", "position": "position", "gates": "gate_weights", "token": "token_id"}
 
@@ -32,8 +31,9 @@ def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object]) -> N
             if name in ("request", "position") or name in trace.has:
                 _add(archive, member, *_columns(trace, name), _slices(trace, name))
         _add(archive, "phase", np.dtype("u1"), (trace.rows,), (block.phase for block in trace.row_blocks()))
+        step_rows = as_dtype("step_rows", np.diff(trace.offset), np.dtype("<i4"))
         meta = np.array(_meta(trace))
-        for member, array in (("layer_index", trace.layer_index), ("meta", meta), ("step_rows", np.diff(trace.offset))):
+        for member, array in (("layer_index", trace.layer_index), ("step_rows", step_rows), ("meta", meta)):
             _add(archive, member, array.dtype, array.shape, [array])
 
 

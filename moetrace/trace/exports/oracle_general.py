@@ -36,7 +36,6 @@ def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object]) -> N
     end: int = 0
     for part in parts(trace):
         end += int(np.count_nonzero(part.experts != absent_id(trace.num_experts)))
-        progress(len(part.experts))
     upcoming = np.full(trace.layers * trace.num_experts, -1, np.int64)
     for segment in reversed(list(_segments(trace))):
         step, chosen = _accesses(trace, segment)
@@ -48,7 +47,8 @@ def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object]) -> N
         records["next_access_vtime"] = _next_access(chosen, end + 1, upcoming)
         file.seek(end * RECORD.itemsize)
         file.write(records.data)
-        progress(0)
+        rows = int(trace.offset[segment.stop_step] - trace.offset[segment.first_step])
+        progress(rows if segment.first_layer == 0 else 0)
 
 
 def _sizes(trace: Trace) -> np.ndarray:
