@@ -36,7 +36,7 @@ ORDERS = ("arrival", "shuffle")
 # read for them, so larger blocks read less.
 GATHER_BYTES = 32 << 20
 GATHER_ROWS = 1 << 17
-_KEPT = ("gates", "token")
+_KEPT = ("gates", "token")  # of what a trace may hold beside ids; row_phase comes anew
 _TOLD_BYTES = schema.ATTRIBUTE_BYTES - 4096  # what `source` says of the inputs, if it fits
 
 TraceLike = Trace | str | os.PathLike[str]
@@ -98,7 +98,7 @@ def rebatch(
     stay with their row; recorded residency belongs to the old order and is left out. `compress` is the Writer's;
     `progress` is told of rows as they are written.
 
-    Takes about 50 bytes of memory a row, and constant memory for ids. Raises UsageError for parameters that make no
+    Takes about 40 bytes of memory a row, and constant memory for ids. Raises UsageError for parameters that make no
     sense, MoetraceError if traces differ in shape or in what they hold, have counts only, or hold an impossible id;
     then nothing is written.
     """
@@ -267,7 +267,7 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.
 
 
 def _gather(traces: Sequence[Trace], source: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read the rows `source` [n] of all traces, counted through, in any order, from as few places as hold them."""
+    """Read rows [n] by their number in `source`, in any order: a window of up to CHUNK_ROWS of a trace at a time."""
     order = np.argsort(source, kind="stable")
     base = np.cumsum([0, *(trace.rows for trace in traces)])
     owner = np.searchsorted(base, source[order], side="right") - 1

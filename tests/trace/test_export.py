@@ -19,6 +19,8 @@ from moetrace.trace.exports import blocks, eplb, oracle_general
 from moetrace.trace.importing import import_traces
 
 SHIPPED = Path(__file__).parents[2] / "traces"
+CAPTURES = Path(__file__).parents[3] / "shared" / "traces"
+captured = pytest.mark.skipif(not CAPTURES.exists(), reason="needs the captures beside the repository")
 FILES = {"npz": "t.npz", "parquet": "t.parquet", "oracle-general": "t.oracleGeneral", "eplb": "t.json"}
 
 
@@ -271,6 +273,21 @@ def test_a_trace_is_not_replaced_by_its_export(tmp_path):
     mt.Trace.from_arrays(np.zeros((1, 1, 1), np.uint8), num_experts=2).write(tmp_path / "t.json")
     with pytest.raises(UsageError, match=r"t\.json is what is read"):
         mt.export(tmp_path / "t.json", tmp_path / "t.json")
+
+
+@captured
+def test_a_route_trace_keeps_its_choices_sizes_and_residency(tmp_path):
+    source = CAPTURES / "qwen3-30b_bigmoeonedge.route.csv"
+    lines = pl.read_csv(source, comment_prefix="#").sort("turn", "phase", "step", "layer", "slot")
+    import_traces([source], tmp_path / "t.h5")
+    frame = pl.read_parquet(exported(tmp_path / "t.h5", tmp_path / "t.parquet"))
+    for column, name in (("layer", "layer"), ("slot", "slot"), ("expert", "expert"), ("resident", "residency")):
+        assert frame[column].to_list() == lines[name].to_list(), column
+    assert (frame["gate"] - lines["weight"]).abs().max() < 1e-3
+    records = np.fromfile(exported(tmp_path / "t.h5", tmp_path / "t.bin"), oracle_general.RECORD)
+    with mt.Trace.open(tmp_path / "t.h5") as trace:
+        assert len(records) == lines.height
+        assert np.array_equal(records["obj_size"], trace.expert_bytes[records["obj_id"] // 128])
 
 
 def test_more_experts_than_any_model_has_are_refused(tmp_path):

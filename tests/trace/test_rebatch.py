@@ -14,9 +14,12 @@ from strategies import arrivals, routing
 import moetrace as mt
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import rebatch as module
+from moetrace.trace.importing import import_traces
 from moetrace.trace.schema import row_dtype
 
 SHIPPED = Path(__file__).parents[2] / "traces"
+CAPTURES = Path(__file__).parents[3] / "shared" / "traces"
+captured = pytest.mark.skipif(not CAPTURES.exists(), reason="needs the captures beside the repository")
 COLUMNS = ("experts", "gates", "token", "position")
 
 
@@ -53,11 +56,15 @@ def captures(draw) -> list[mt.Trace]:
     return [capture(rng, draw(sizes, label="rows of each step"), wild) for _ in range(draw(st.integers(1, 3)))]
 
 
+def columns_of(trace: mt.Trace) -> list[np.ndarray]:
+    return [trace.read(name, 0, trace.rows) for name in COLUMNS if name in trace.has | {"experts", "position"}]
+
+
 def requests_of(traces) -> list[list[tuple]]:
     """(phase, what the row holds) of each row of each request, in order of appearance, captures one after another."""
     requests: dict[tuple[int, int], list[tuple]] = {}
     for number, trace in enumerate(traces):
-        columns = [trace.read(name, 0, trace.rows) for name in COLUMNS]
+        columns = columns_of(trace)
         row_phase = np.concatenate([block.phase for block in trace.blocks()])
         for row, request in enumerate(trace.read("request", 0, trace.rows).tolist()):
             held = tuple(column[row].tobytes() for column in columns)
@@ -93,7 +100,7 @@ def simulate(requests: list[list[tuple]], batch: int, chunk: int | None) -> list
 
 def steps_of(trace: mt.Trace) -> list[list[tuple]]:
     """What `simulate` returns, of a trace."""
-    columns = [trace.read(name, 0, trace.rows) for name in COLUMNS]
+    columns = columns_of(trace)
     request, steps = trace.read("request", 0, trace.rows), []
     for block in trace.blocks(rows=1):
         first = int(trace.offset[block.first_step])
@@ -162,6 +169,19 @@ def test_a_shuffle_depends_on_its_seed_alone(tmp_path):
     assert a == b != c
     with mt.Trace.open(source) as given, mt.Trace.open(tmp_path / "a") as made:
         assert sorted(requests_of([made])) == sorted(requests_of([given, given])) != requests_of([made])
+
+
+@captured
+def test_a_capture_of_single_requests_is_recombined(tmp_path):
+    import_traces([CAPTURES / "real_gpt-oss-20b_decode_24req_weights.npz"], tmp_path / "in.h5")
+    mt.rebatch(tmp_path / "in.h5", tmp_path / "out.h5", batch=8)
+    with mt.Trace.open(tmp_path / "in.h5") as given, mt.Trace.open(tmp_path / "out.h5") as made:
+        made.verify()
+        rows = np.diff(made.offset)
+        lengths = np.unique(given.read("request", 0, given.rows), return_counts=True)[1]
+        assert rows.max() == 8 and made.rows == given.rows and made.steps >= lengths.max()
+        assert np.all(rows[: np.sort(lengths)[0]] == 8), "until a place stays empty"
+        assert requests_of([made]) == requests_of([given])
 
 
 def test_source_says_what_was_done_to_what(tmp_path):
