@@ -97,12 +97,15 @@ def _next_access(chosen: np.ndarray, first_time: int, upcoming: np.ndarray) -> n
 
     `upcoming` holds for each object the time of its first access after these, and then of the first among these.
     """
-    narrow = np.uint16 if upcoming.size <= 1 << 16 else np.uint32  # NumPy sorts 16 bits by radix, 6 times faster
-    order = np.argsort(chosen.astype(narrow), kind="stable")
-    ordered, time = chosen[order], first_time + order
-    last = np.r_[ordered[1:] != ordered[:-1], True][: ordered.size]
+    if not chosen.size:
+        return chosen
+    bits = chosen.size.bit_length()  # sorting keys that hold the place takes a third of argsort's time
+    key = np.sort((chosen << bits) | np.arange(chosen.size))
+    ordered, order = key >> bits, key & ((1 << bits) - 1)
+    time = first_time + order
+    changes = ordered[1:] != ordered[:-1]
+    first, last = np.r_[True, changes], np.r_[changes, True]
     following = np.empty(chosen.size, np.int64)
-    following[order] = np.where(last, upcoming[ordered], np.r_[time[1:], 0][: time.size])
-    first = np.r_[True, last[:-1]][: ordered.size]
+    following[order] = np.where(last, upcoming[ordered], np.roll(time, -1))
     upcoming[ordered[first]] = time[first]
     return following
