@@ -29,7 +29,7 @@ def run(capsys):
 
 def test_export_writes_and_says_so(run, tmp_path):
     out = tmp_path / "t.npz"
-    assert run("export", TRACES / "tiny-olmoe.h5", "-o", out) == (0, "", f"{out}: 16,414 rows, 1.5 MB.\n")
+    assert run("export", TRACES / "tiny-olmoe.h5", "-o", out) == (0, "", f"{out}: 16,414 rows, 1.4 MB.\n")
     assert np.load(out)["expert_ids"].shape == (16414, 6, 4)
     code, _, err = run("export", TRACES / "tiny-olmoe.h5", "-o", tmp_path / "t", "--to", "oracle-general")
     assert code == 0 and err.endswith("16,414 rows, 9.5 MB.\n") and (tmp_path / "t").stat().st_size == 16414 * 24 * 24
