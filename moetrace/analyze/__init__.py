@@ -1,0 +1,1 @@
+"""Questions that a trace answers alone, without a machine: caches, balance, locality."""
