@@ -20,6 +20,7 @@ from moetrace.trace.schema import NOT_RECORDED, Block, absent_id, check_ids, che
 class Accesses(NamedTuple):
     """The accesses of whole steps: event `i = step * L + layer` has `bounds[i]:bounds[i + 1]` of them."""
 
+    first: int  # number of accesses before these
     key: np.ndarray  # int32 [n]
     bounds: np.ndarray  # int64 [steps * L + 1]
     # What the engine recorded for each (at once: for the first row that chose it), 255 = nothing; [0] if not asked for.
@@ -33,13 +34,16 @@ def accesses(trace: Trace, *, sequential: bool, recorded: bool = False) -> Itera
 
     Raises MoetraceError (file, dataset, row) if an id or a recorded residency is impossible.
     """
+    done = 0
     for block in trace.blocks():
         first = int(trace.offset[block.first_step])
         record = np.zeros((0, 0, 0), np.uint8)
         if recorded:
             record = trace.read("recorded", first, first + len(block.request))
             check_recorded(str(trace.path or "trace in memory"), first, record, block.experts)
-        yield _accesses(trace, block, record, sequential)
+        part = _accesses(trace, block, record, sequential)._replace(first=done)
+        done += part.key.size
+        yield part
 
 
 def _accesses(trace: Trace, block: Block, record: np.ndarray, sequential: bool) -> Accesses:
@@ -54,7 +58,7 @@ def _accesses(trace: Trace, block: Block, record: np.ndarray, sequential: bool) 
         check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
         raise MoetraceError(f"{where}: /experts changed while it was read.")
     phase = trace.phase[block.first_step : block.first_step + block.steps]
-    return Accesses(key[: bounds[-1]], bounds, out[: bounds[-1]], phase, len(block.request))
+    return Accesses(0, key[: bounds[-1]], bounds, out[: bounds[-1]], phase, len(block.request))
 
 
 @kernel(inline=False)

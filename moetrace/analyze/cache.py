@@ -34,6 +34,7 @@ _UNITS = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _CAPACITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]?I?B)?", re.IGNORECASE)
 MAX_CAPACITY = 1 << 60
+MAX_KEYS = 1 << 20  # models have 23,000 at most; a damaged file may claim anything
 # Columns of a lane's totals, [phases, 4].
 _HITS, _MISSED_BYTES, _RECORDED, _AGREEING = 0, 1, 2, 3
 
@@ -125,7 +126,7 @@ def cache_hits(
     recorded = "recorded" in trace.has
     counts, seen = np.zeros((len(PHASE_NAMES), 2), np.int64), np.zeros(keys, np.uint8)
     looks_ahead = accesses(trace, sequential=sequential) if "belady" in policies else iter(())
-    with NextUses(looks_ahead, keys, sequential) as next_uses:
+    with NextUses(looks_ahead, keys) as next_uses:
         for block in accesses(trace, sequential=sequential, recorded=recorded):
             _count(block.key, block.bounds, trace.layers, block.phase, seen, counts)
             next_use = next_uses.of(block) if "belady" in policies else np.zeros(0, np.int64)
@@ -171,8 +172,11 @@ def _check(
             f"/layers/expert_bytes and its model {trace.model!r} is no preset: name one with --model, or give the "
             f"capacity in experts."
         )
-    if trace.layers * trace.num_experts >= 2**31 - trace.layers:
-        raise MoetraceError(f"{trace.path or 'the trace'} has {trace.layers} x {trace.num_experts} experts: too many.")
+    where, choices = trace.path or "the trace", trace.rows * trace.layers * trace.top_k
+    if trace.layers * (trace.num_experts + 1) > MAX_KEYS:
+        raise MoetraceError(f"{where} has {trace.layers} x {trace.num_experts} experts; caches take {MAX_KEYS} at most.")
+    if trace.rows >= eviction.MAX_COUNT or choices >= 1 << eviction.TOUCHED_BITS:
+        raise MoetraceError(f"{where} has {trace.rows} rows and {choices} choices, more than this counts exactly.")
 
 
 def _lane(policy: str, capacity: Capacity, size: np.ndarray, pools: int) -> _Lane:
@@ -186,10 +190,9 @@ def _advance(
     lane: _Lane, block: Accesses, next_use: np.ndarray, layers: int, sequential: bool, hit: np.ndarray
 ) -> None:
     if isinstance(lane.state, eviction.RecencyList):
-        eviction.evict_by_recency(lane.state, block.key, block.bounds, layers, sequential, hit)
+        eviction.evict_by_recency(lane.state, block, layers, sequential, hit)
     else:
-        rule = _RULES[lane.policy]
-        eviction.evict_by_rank(lane.state, rule, block.key, next_use, block.bounds, layers, sequential, hit)
+        eviction.evict_by_rank(lane.state, _RULES[lane.policy], block, next_use, layers, sequential, hit)
 
 
 def _rows(lane: _Lane, counts: np.ndarray, sizes: np.ndarray | None) -> list[dict]:

@@ -18,22 +18,16 @@ _IN_MEMORY_BYTES = 64 << 20
 
 
 class NextUses:
-    """The time of each access's next use, asked for block by block in order; a context manager.
+    """The number of the access that is each access's next use, asked for block by block in order; a context manager."""
 
-    Sequentially the time of an access is its number in the trace; at once it is that of its event, so that experts
-    demanded together are next used together.
-    """
-
-    def __init__(self, blocks: Iterable[Accesses], keys: int, sequential: bool):
+    def __init__(self, blocks: Iterable[Accesses], keys: int):
         """Pass over `blocks`, all of a trace; its later blocks must be cut in the same way."""
-        self._sequential, self._now = sequential, 0
         self._table_bytes = keys * 8
         self._tables = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115
-        now, count = 0, 0
+        count = 0
         for block in blocks:
             first = np.full(keys, -1)
-            next_use = np.empty(block.key.size, np.int64)
-            now += _walk_back(block.key, block.bounds, now, sequential, first, next_use)
+            _walk_back(block.key, block.first, first, np.empty(0, np.int64))
             self._tables.write(first.data)
             count += 1
         upcoming = np.full(keys, NEVER)
@@ -45,10 +39,13 @@ class NextUses:
         self._done = 0
 
     def of(self, block: Accesses) -> np.ndarray:
-        """Return the time of the next use of each access of the next block, int64 [n]; NEVER if there is none."""
+        """Return the next use of each access of the next block, int64 [n].
+
+        NEVER minus its own number if there is none: of those, the one accessed longest ago is farthest.
+        """
         next_use = np.empty(block.key.size, np.int64)
         upcoming = self._table(self._done).copy()
-        self._now += _walk_back(block.key, block.bounds, self._now, self._sequential, upcoming, next_use)
+        _walk_back(block.key, block.first, upcoming, next_use)
         self._done += 1
         return next_use
 
@@ -64,14 +61,10 @@ class NextUses:
 
 
 @kernel
-def _walk_back(key, bounds, now, sequential, upcoming, next_use):
-    """Turn upcoming int64 [keys], first uses after the block, into those from its start on; return its length in time.
-
-    Fills next_use with what `upcoming` was just after each access (or event).
-    """
-    events = bounds.size - 1
-    for event in range(events - 1, -1, -1):
-        for i in range(bounds[event + 1] - 1, bounds[event] - 1, -1):
-            next_use[i] = upcoming[key[i]]
-            upcoming[key[i]] = now + (i if sequential else event)
-    return key.size if sequential else events
+def _walk_back(key, first, upcoming, next_use):
+    """Turn upcoming int64 [keys], first uses after a block, into those from its start on; fill next_use [n] or [0]."""
+    for i in range(key.size - 1, -1, -1):
+        if next_use.size:
+            after = upcoming[key[i]]
+            next_use[i] = after if after < NEVER else NEVER - (first + i)
+        upcoming[key[i]] = first + i
