@@ -57,16 +57,20 @@ def run_policy(policy: str, blocks: list[Accesses], next_uses: list[np.ndarray],
 
 
 def case(model: str, batch: int, part: int, requests: int, rounds: int) -> None:
-    trace = generate_trace(model, requests=max(requests, batch), prompt=32, output=480, batch=batch, zipf=0.6, stick=0.3)
+    trace = generate_trace(
+        model, requests=max(requests, batch), prompt=32, output=480, batch=batch, zipf=0.6, stick=0.3
+    )
     keys = trace.layers * trace.num_experts
     blocks = list(accesses(trace, sequential=True))
     total = sum(block.key.size for block in blocks)
     lists = [block.key.tolist() for block in blocks]
-    with NextUses(iter(blocks), keys) as uses:
+    with NextUses(keys) as uses:
+        uses.learn(blocks)
         next_uses = [uses.of(block) for block in blocks]
 
     def look_ahead() -> None:
-        with NextUses(accesses(trace, sequential=True), keys) as uses:
+        with NextUses(keys) as uses:
+            uses.learn(accesses(trace, sequential=True))
             for block in blocks:
                 uses.of(block)
 

@@ -1,1 +1,1 @@
-"""Questions that a trace answers alone, without a machine: caches, balance, locality."""
+"""Questions about a trace that need no hardware: what its routing is like, before any machine enters."""

@@ -68,7 +68,9 @@ def parse_capacity(text: str | int) -> Capacity:
     elif match and "." not in match[1]:
         capacity = Capacity(int(match[1]), "experts", label)
     else:
-        raise UsageError(f"the capacity {label!r} is neither a number of experts, as 400, nor of bytes, as 3000MiB or 3GB.")
+        raise UsageError(
+            f"the capacity {label!r} is neither a number of experts, as 400, nor of bytes, as 3000MiB or 3GB."
+        )
     if not 1 <= capacity.amount <= MAX_CAPACITY:
         raise UsageError(f"the capacity {label!r} is {capacity.amount} {capacity.unit}: give 1 to {MAX_CAPACITY}.")
     return capacity
@@ -125,11 +127,13 @@ def cache_hits(
     lanes = [_lane(policy, capacity, size, pools) for capacity in capacities for policy in policies]
     recorded = "recorded" in trace.has
     counts, seen = np.zeros((len(PHASE_NAMES), 2), np.int64), np.zeros(keys, np.uint8)
-    looks_ahead = accesses(trace, sequential=sequential) if "belady" in policies else iter(())
-    with NextUses(looks_ahead, keys) as next_uses:
+    looks_ahead = "belady" in policies
+    with NextUses(keys) as next_uses:
+        if looks_ahead:
+            next_uses.learn(accesses(trace, sequential=sequential))
         for block in accesses(trace, sequential=sequential, recorded=recorded):
             _count(block.key, block.bounds, trace.layers, block.phase, seen, counts)
-            next_use = next_uses.of(block) if "belady" in policies else np.zeros(0, np.int64)
+            next_use = next_uses.of(block) if looks_ahead else np.zeros(0, np.int64)
             hit = np.empty(block.key.size, np.uint8)
             for lane in lanes:
                 _advance(lane, block, next_use, trace.layers, sequential, hit)
@@ -174,7 +178,9 @@ def _check(
         )
     where, choices = trace.path or "the trace", trace.rows * trace.layers * trace.top_k
     if trace.layers * (trace.num_experts + 1) > MAX_KEYS:
-        raise MoetraceError(f"{where} has {trace.layers} x {trace.num_experts} experts; caches take {MAX_KEYS} at most.")
+        raise MoetraceError(
+            f"{where} has {trace.layers} x {trace.num_experts} experts; caches take {MAX_KEYS} at most."
+        )
     if trace.rows >= eviction.MAX_COUNT or choices >= 1 << eviction.TOUCHED_BITS:
         raise MoetraceError(f"{where} has {trace.rows} rows and {choices} choices, more than this counts exactly.")
 

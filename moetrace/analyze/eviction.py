@@ -35,7 +35,7 @@ class RecencyList(NamedTuple):
     weight: np.ndarray  # int64 [keys]
     capacity: int  # of each pool, in units of weight
     used: np.ndarray  # int64 [pools]
-    count: np.ndarray  # int64 [pools]: resident keys
+    residents: np.ndarray  # int64 [pools]: how many keys
     newer: np.ndarray  # int32 [keys + pools]; -1 = not resident
     older: np.ndarray  # int32 [keys + pools]
 
@@ -46,7 +46,7 @@ class RankedHeap(NamedTuple):
     weight: np.ndarray  # int64 [keys]
     capacity: int  # of each pool, in units of weight
     used: np.ndarray  # int64 [pools]
-    count: np.ndarray  # int64 [pools]: resident keys
+    residents: np.ndarray  # int64 [pools]: how many keys
     heap: np.ndarray  # int64 [keys, 2]: rank and key; that of pool p begins at p * keys / pools
     place: np.ndarray  # int64 [keys]: where in the heap of its pool; -1 = not resident
     accessed: np.ndarray  # int64 [keys]: how often
@@ -62,8 +62,8 @@ def recency_list(weight: np.ndarray, capacity: int, pools: int) -> RecencyList:
 def ranked_heap(weight: np.ndarray, capacity: int, pools: int) -> RankedHeap:
     """Return an empty ranked cache of keys of `weight` (int64), with `capacity` in each of the pools."""
     heap, place = np.zeros((weight.size, 2), np.int64), np.full(weight.size, -1)
-    used, count = np.zeros(pools, np.int64), np.zeros(pools, np.int64)
-    return RankedHeap(weight, capacity, used, count, heap, place, np.zeros(weight.size, np.int64))
+    used, residents = np.zeros(pools, np.int64), np.zeros(pools, np.int64)
+    return RankedHeap(weight, capacity, used, residents, heap, place, np.zeros(weight.size, np.int64))
 
 
 @kernel
@@ -113,16 +113,16 @@ def _demand_recent(cache, pool, key, start, stop, hit):
         else:
             if weight > cache.capacity:
                 continue
-            while cache.used[pool] + weight > cache.capacity and cache.count[pool] > ours:
+            while cache.used[pool] + weight > cache.capacity and cache.residents[pool] > ours:
                 victim = newer[sentinel]
                 _unlink(newer, older, victim)
                 newer[victim] = -1
                 cache.used[pool] -= cache.weight[victim]
-                cache.count[pool] -= 1
+                cache.residents[pool] -= 1
             if cache.used[pool] + weight > cache.capacity:
                 continue
             cache.used[pool] += weight
-            cache.count[pool] += 1
+            cache.residents[pool] += 1
             ours += 1
         _link_newest(newer, older, k, sentinel)
 
@@ -152,7 +152,7 @@ def _demand_ranked(cache, rule, pool, block, next_use, start, stop, hit):
         if hit[i]:
             ours += 1
             if together:
-                _sink(heap, place, cache.count[pool], place[k], _PROTECTED, k)
+                _sink(heap, place, cache.residents[pool], place[k], _PROTECTED, k)
     for i in range(start, stop):
         if place[block.key[i]] < 0:
             rank = _PROTECTED if together else _rank(cache, rule, block, next_use, i)
@@ -162,7 +162,7 @@ def _demand_ranked(cache, rule, pool, block, next_use, start, stop, hit):
         if place[k] >= 0 and (together or hit[i]):
             rank = _rank(cache, rule, block, next_use, i)
             if rank > heap[place[k], _RANK]:
-                _sink(heap, place, cache.count[pool], place[k], rank, k)
+                _sink(heap, place, cache.residents[pool], place[k], rank, k)
             else:
                 _rise(heap, place, place[k], rank, k)
 
@@ -177,7 +177,7 @@ def _rank(cache, rule, block, next_use, i):
 @kernel
 def _admit(cache, heap, pool, key, rank, ours):
     """Admit a key, evicting what has to go but `ours` keys; return whether it was (0 or 1)."""
-    weight, count = cache.weight[key], cache.count[pool]
+    weight, count = cache.weight[key], cache.residents[pool]
     if weight > cache.capacity:
         return 0
     vacant = False  # the root: its key went, and the new one may take its place, which is the cheapest
@@ -199,7 +199,7 @@ def _admit(cache, heap, pool, key, rank, ours):
             _rise(heap, cache.place, count - 1, rank, key)
     elif vacant and count:
         _sink(heap, cache.place, count, 0, heap[count, _RANK], heap[count, _KEY])
-    cache.count[pool] = count
+    cache.residents[pool] = count
     return 1 if fits else 0
 
 

@@ -18,25 +18,29 @@ _IN_MEMORY_BYTES = 64 << 20
 
 
 class NextUses:
-    """The number of the access that is each access's next use, asked for block by block in order; a context manager."""
+    """The number of the access that is each access's next use; a context manager.
 
-    def __init__(self, blocks: Iterable[Accesses], keys: int):
-        """Pass over `blocks`, all of a trace; its later blocks must be cut in the same way."""
-        self._table_bytes = keys * 8
+    It is shown all blocks of a trace (`learn`), and then asked for each in the same order, cut in the same way (`of`).
+    """
+
+    def __init__(self, keys: int):
+        self._keys, self._table_bytes, self._done = keys, keys * 8, 0
         self._tables = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115
+
+    def learn(self, blocks: Iterable[Accesses]) -> None:
+        """Pass over all blocks of a trace."""
         count = 0
         for block in blocks:
-            first = np.full(keys, -1)
+            first = np.full(self._keys, -1)
             _walk_back(block.key, block.first, first, np.empty(0, np.int64))
             self._tables.write(first.data)
             count += 1
-        upcoming = np.full(keys, NEVER)
+        upcoming = np.full(self._keys, NEVER)
         for table in range(count - 1, -1, -1):
             first = self._table(table)
             self._tables.seek(table * self._table_bytes)
             self._tables.write(upcoming.data)
             upcoming = np.where(first >= 0, first, upcoming)
-        self._done = 0
 
     def of(self, block: Accesses) -> np.ndarray:
         """Return the next use of each access of the next block, int64 [n].
