@@ -182,7 +182,7 @@ def _check(
             f"{where} has {trace.layers} x {trace.num_experts} experts; caches take {MAX_KEYS} at most."
         )
     if trace.rows >= eviction.MAX_COUNT or choices >= 1 << eviction.TOUCHED_BITS:
-        raise MoetraceError(f"{where} has {trace.rows} rows and {choices} choices, more than this counts exactly.")
+        raise MoetraceError(f"{where} has {trace.rows} rows and {choices} choices, more than LFU counts exactly.")
 
 
 def _lane(policy: str, capacity: Capacity, size: np.ndarray, pools: int) -> _Lane:
@@ -229,7 +229,7 @@ def _count(key, bounds, layers, phase, seen, counts):
     for step in range(phase.size):
         first = 0
         for i in range(bounds[step * layers], bounds[(step + 1) * layers]):
-            first += 1 - seen[key[i]]
+            first += seen[key[i]] == 0
             seen[key[i]] = 1
         counts[phase[step], 0] += bounds[(step + 1) * layers] - bounds[step * layers]
         counts[phase[step], 1] += first
@@ -242,7 +242,7 @@ def _tally(block, hit, size, layers, totals):
         start, stop = block.bounds[step * layers], block.bounds[(step + 1) * layers]
         hits, missed_bytes, known, agreeing = 0, 0, 0, 0
         for i in range(start, stop):
-            hits += hit[i]
+            hits += hit[i] > 0
             missed_bytes += 0 if hit[i] else size[block.key[i]]
         if block.recorded.size:
             for i in range(start, stop):

@@ -20,11 +20,10 @@ import numpy as np
 from moetrace.engine.compile import kernel
 
 LFU, LFU_IN_CACHE, BELADY = 0, 1, 2  # what a heap ranks by
-# LFU's rank is the number of accesses to a key above that of the touch, in one int64: comparing one number, not two,
-# a heap took half the time.
+# LFU's rank is the number of accesses to a key above that of the touch, in one int64: comparing is one comparison.
 TOUCHED_BITS = 36
 MAX_COUNT = 1 << (63 - TOUCHED_BITS)
-_PROTECTED = np.iinfo(np.int64).max  # rank of a key that the event at hand demands
+_PROTECTED = np.iinfo(np.int64).max  # rank of a key that would be the victim, were it not of the event at hand
 _RANK, _KEY = 0, 1
 _ARITY = 4  # of a heap: the children of a key, 64 bytes; 2 take 1.1 to 1.4 times as long, 8 as long as 4
 
@@ -47,9 +46,10 @@ class RankedHeap(NamedTuple):
     capacity: int  # of each pool, in units of weight
     used: np.ndarray  # int64 [pools]
     residents: np.ndarray  # int64 [pools]: how many keys
-    heap: np.ndarray  # int64 [keys, 2]: rank and key; that of pool p begins at p * keys / pools
+    heap: np.ndarray  # int64 [keys + 4, 2]: rank and key; that of pool p begins at p * keys / pools
     place: np.ndarray  # int64 [keys]: where in the heap of its pool; -1 = not resident
     accessed: np.ndarray  # int64 [keys]: how often
+    event: np.ndarray  # int64 [keys]: number of the first access of the last event of several that demanded it
 
 
 def recency_list(weight: np.ndarray, capacity: int, pools: int) -> RecencyList:
@@ -61,9 +61,11 @@ def recency_list(weight: np.ndarray, capacity: int, pools: int) -> RecencyList:
 
 def ranked_heap(weight: np.ndarray, capacity: int, pools: int) -> RankedHeap:
     """Return an empty ranked cache of keys of `weight` (int64), with `capacity` in each of the pools."""
-    heap, place = np.zeros((weight.size, 2), np.int64), np.full(weight.size, -1)
+    heap, place = np.zeros((weight.size + _ARITY, 2), np.int64), np.full(weight.size, -1)
     used, residents = np.zeros(pools, np.int64), np.zeros(pools, np.int64)
-    return RankedHeap(weight, capacity, used, residents, heap, place, np.zeros(weight.size, np.int64))
+    return RankedHeap(
+        weight, capacity, used, residents, heap, place, np.zeros(weight.size, np.int64), np.full(weight.size, -1)
+    )
 
 
 @kernel
@@ -142,28 +144,26 @@ def _link_newest(newer, older, key, sentinel):
 
 @kernel
 def _demand_ranked(cache, rule, pool, block, next_use, start, stop, hit):
-    first = pool * (cache.weight.size // cache.used.size)
-    heap, place, together = cache.heap[first:], cache.place, stop - start > 1
-    ours = 0  # residents that are keys of this event: of highest rank, so the least is a victim while there are others
+    heap = cache.heap[pool * (cache.weight.size // cache.used.size) :]
+    place, together, event = cache.place, stop - start > 1, block.first + start
+    ours = 0  # residents that are keys of this event
     for i in range(start, stop):
         k = block.key[i]
         hit[i] = place[k] >= 0
+        ours += hit[i] > 0  # NumPy alone would add in uint8
         cache.accessed[k] = 1 if rule == LFU_IN_CACHE and not hit[i] else cache.accessed[k] + 1
-        if hit[i]:
-            ours += 1
-            if together:
-                _sink(heap, place, cache.residents[pool], place[k], _PROTECTED, k)
+        if together:
+            cache.event[k] = event
     for i in range(start, stop):
-        if place[block.key[i]] < 0:
-            rank = _PROTECTED if together else _rank(cache, rule, block, next_use, i)
-            ours += _admit(cache, heap, pool, block.key[i], rank, ours)
+        if not hit[i]:
+            ours += _admit(cache, heap, pool, block.key[i], _rank(cache, rule, block, next_use, i), ours, event)
     for i in range(start, stop):
         k = block.key[i]
         if place[k] >= 0 and (together or hit[i]):
             rank = _rank(cache, rule, block, next_use, i)
             if rank > heap[place[k], _RANK]:
                 _sink(heap, place, cache.residents[pool], place[k], rank, k)
-            else:
+            elif rank < heap[place[k], _RANK]:
                 _rise(heap, place, place[k], rank, k)
 
 
@@ -175,8 +175,8 @@ def _rank(cache, rule, block, next_use, i):
 
 
 @kernel
-def _admit(cache, heap, pool, key, rank, ours):
-    """Admit a key, evicting what has to go but `ours` keys; return whether it was (0 or 1)."""
+def _admit(cache, heap, pool, key, rank, ours, event):
+    """Admit a key, evicting what has to go but `ours` keys, those of `event`; return whether it was (0 or 1)."""
     weight, count = cache.weight[key], cache.residents[pool]
     if weight > cache.capacity:
         return 0
@@ -184,6 +184,8 @@ def _admit(cache, heap, pool, key, rank, ours):
     while cache.used[pool] + weight > cache.capacity and count > ours:
         if vacant:
             _sink(heap, cache.place, count, 0, heap[count, _RANK], heap[count, _KEY])
+        while cache.event[heap[0, _KEY]] == event:
+            _sink(heap, cache.place, count, 0, _PROTECTED, heap[0, _KEY])
         victim = heap[0, _KEY]
         cache.place[victim] = -1
         cache.used[pool] -= cache.weight[victim]
@@ -219,10 +221,13 @@ def _rise(heap, place, at, rank, key):
 def _sink(heap, place, count, at, rank, key):
     """Put a key at `at` or, after what has a smaller rank, farther from the root; the heap has `count` keys."""
     while _ARITY * at + 1 < count:
-        least = _ARITY * at + 1
-        for child in range(least + 1, min(least + _ARITY, count)):
-            least = child if heap[child, _RANK] < heap[least, _RANK] else least
-        if heap[least, _RANK] >= rank:
+        first = _ARITY * at + 1
+        least, rank_of_least = first, heap[first, _RANK]
+        for child in range(first + 1, first + _ARITY):
+            # Beyond the last key there is something, so that this loop has no branch.
+            better = (heap[child, _RANK] < rank_of_least) & (child < count)
+            least, rank_of_least = (child, heap[child, _RANK]) if better else (least, rank_of_least)
+        if rank_of_least >= rank:
             break
         _move(heap, place, least, at)
         at = least

@@ -262,6 +262,12 @@ def test_what_cannot_be_asked():
         cache_hits(many, [3])
 
 
+def test_a_trace_too_long_for_exact_counts_is_refused(monkeypatch):
+    monkeypatch.setattr("moetrace.analyze.eviction.MAX_COUNT", 4)
+    with pytest.raises(MoetraceError, match="rows and .* choices, more than LFU counts exactly"):
+        cache_hits(Trace.from_arrays(**small_trace(0)), [3])
+
+
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     """Qwen3-30B-A3B, recorded by BigMoeOnEdge with 4000 MiB of cache, layers of two sizes."""
