@@ -72,10 +72,11 @@ def command(
     empty. Belady's policy knows the future: at equal sizes no other keeps more of what is needed. If the trace holds
     what its engine recorded, the last column says how much of that each cache reproduces.
     """
+    from moetrace.cli.bars import LateBar
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
-    with Trace.open(trace) as opened, announce_compiling():
+    with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.analyze.cache import cache_hits
 
         everything = opened.layers * opened.num_experts
@@ -87,6 +88,7 @@ def command(
             scope=scope,
             sequential=sequential,
             model=model,
+            progress=bar.advance,
         )
         title = _title(trace, everything, scope, sequential)
     if phase is not None:

@@ -100,6 +100,21 @@ def test_kernels_agree_with_the_oracle(seed, policy, scope, sequential, in_exper
 
 
 @pytest.mark.pure
+@pytest.mark.parametrize(("capacity", "lru", "belady"), [(3, 2, 5), (4, 4, 6)])
+def test_the_textbook_s_reference_string(capacity, lru, belady):
+    """Twelve references of Belady, Nelson and Shedler 1969: LRU faults 10 and 8 times, the optimum 7 and 6 times."""
+    experts = np.array([1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5]).reshape(-1, 1, 1)
+    frame = cache_hits(Trace.from_arrays(experts, num_experts=6), [capacity], ["lru", "belady"]).filter(phase="all")
+    assert frame["hits"].to_list() == [lru, belady]
+    demands = oracle_cache.events(experts, [1] * 12, [1] * 12, 255, True)
+    weight = np.ones((1, 6))
+    assert [sum(oracle_cache.replay(demands, policy, capacity, weight)) for policy in ("lru", "belady")] == [
+        lru,
+        belady,
+    ]
+
+
+@pytest.mark.pure
 def test_kernels_agree_with_the_oracle_without_numba():
     given = small_trace(1)
     for policy in POLICIES:
@@ -264,7 +279,7 @@ def test_what_cannot_be_asked():
 
 def test_a_trace_too_long_for_exact_counts_is_refused(monkeypatch):
     monkeypatch.setattr("moetrace.analyze.eviction.MAX_COUNT", 4)
-    with pytest.raises(MoetraceError, match="rows and .* choices, more than LFU counts exactly"):
+    with pytest.raises(MoetraceError, match=r"rows and \d+ choices, more than LFU counts exactly"):
         cache_hits(Trace.from_arrays(**small_trace(0)), [3])
 
 

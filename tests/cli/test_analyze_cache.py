@@ -11,6 +11,7 @@ import pytest
 from moetrace.analyze.cache import DEFAULT_POLICIES, POLICIES, SCOPES, cache_hits
 from moetrace.cli import analyze_cache, main
 from moetrace.trace import Trace
+from moetrace.trace.writer import CountsWriter
 
 TINY = str(Path(__file__).parents[2] / "traces" / "tiny-olmoe.h5")
 
@@ -78,6 +79,15 @@ def test_errors_are_one_sentence(run, tmp_path):
     ):
         found, out, err = run(*arguments)
         assert (found, out) == (code, "") and sentence in err and err.count("\n") == 1
+
+
+def test_a_trace_of_counts_is_refused(run, tmp_path):
+    with CountsWriter(
+        tmp_path / "a.h5", model="", num_experts=3, top_k=1, layers=1, rows=4, steps=1, source={}
+    ) as writer:
+        writer.append_counts(np.array([[[1, 2, 1]]]), np.array([4]), np.array([1], np.uint8))
+    code, out, err = run(tmp_path / "a.h5", "--capacity", 2)
+    assert (code, out) == (1, "") and "holds only counts of ids (/counts)" in err
 
 
 def test_help_names_what_there_is():
