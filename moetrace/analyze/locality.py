@@ -89,7 +89,7 @@ def locality(
         order, label = np.arange(row.size, dtype=np.int32), block.phase[row]
         for layer in range(trace.layers):
             count(ids[layer], label, counts[layer])
-            reuse.add(real, layer, ids[layer], order)
+        reuse.add(real, ids, order)
         if real.distance[:, 0].any():
             rows.check(trace, block)
         if progress:
@@ -116,10 +116,10 @@ class _Measure:
         self.any_label = sample.phase[self.orders[2]]
 
     def result(self, facts: dict[str, Any], pairs: bool) -> Locality:
+        reuse.add(self.shuffled, self.sample.ids, self.orders[2])
         layers, overlaps = [], []
         for layer in range(self.trace.layers):
             ids = self.sample.ids[layer]
-            reuse.add(self.shuffled, layer, ids, self.orders[2])
             overlaps.append([overlap(ids, order, self.sample.starts, self.lags, self.experts) for order in self.orders])
             layers.append(
                 {"layer": int(self.trace.layer_index[layer]), "rows": int(self.real.rows[layer])}
