@@ -111,7 +111,7 @@ def _move(one, other, order, one_rank, other_rank, one_place, other_place):
 
 @kernel(inline=False)
 def _note(ids, order, place, rows, stack, distance, last):
-    """Count the accesses of one layer by stack and by reuse distance; return rows so far, sum of distances, accesses."""
+    """Count the accesses of a layer by stack and by reuse distance; return rows so far, sum of distances, accesses."""
     total = accesses = 0
     for t in range(order.size):
         row = ids[order[t]]
