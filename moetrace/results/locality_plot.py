@@ -38,9 +38,14 @@ p {{ margin: .3rem 0 1.5rem; }}
 <h1>{title}</h1>
 <p>{subtitle}</p>
 <div id="chart"></div>
+<script type="application/json" id="spec">{spec}</script>
 <script type="module">{script}</script>
 </body>
 </html>
+"""
+_DRAW = """
+const spec = JSON.parse(document.getElementById("spec").textContent);
+vegaEmbed("#chart", spec, {renderer: "svg", actions: false});
 """
 
 
@@ -71,12 +76,14 @@ def plot(locality: "Locality", form: str, name: str) -> bytes:
             background=_PAPER,
         )
         return vl_convert.vegalite_to_png(chart.to_json(), scale=2)
-    # In a script no `<` may stand that a stranger's text put there.
-    spec = _charts(locality, "currentColor").properties(background="transparent").to_json(indent=None)
-    spec = json.dumps(json.loads(spec)).replace("<", "\\u003c")
-    drawn = f'vegaEmbed("#chart", {spec}, {{renderer: "svg", actions: false}});'
-    script = vl_convert.javascript_bundle(drawn).replace("</script", "<\\/script")
-    page = _PAGE.format(title=escape(title), subtitle=escape(subtitle), width=_WIDTH + 120, script=script)
+    spec = _charts(locality, "currentColor").properties(background="transparent").to_dict()
+    page = _PAGE.format(
+        title=escape(title),
+        subtitle=escape(subtitle),
+        width=_WIDTH + 120,
+        spec=json.dumps(spec).replace("<", "\\u003c"),  # so that no text in it ends the script
+        script=vl_convert.javascript_bundle(_DRAW),
+    )
     return page.encode()
 
 
