@@ -15,9 +15,8 @@ from moetrace.analyze import eviction
 from moetrace.analyze.accesses import Accesses, accesses
 from moetrace.analyze.next_use import NextUses
 from moetrace.engine.compile import kernel
-from moetrace.spec import Model, load_model
+from moetrace.spec import Model, list_presets, load_model
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.load import list_presets
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import NOT_RECORDED, PHASE_NAMES
 
@@ -35,6 +34,21 @@ _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _CAPACITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]?I?B)?", re.IGNORECASE)
 MAX_CAPACITY = 1 << 60
 MAX_KEYS = 1 << 20  # models have 23,000 at most; a damaged file may claim anything
+_SCHEMA = {
+    "policy": pl.String,
+    "capacity": pl.String,
+    "capacity_experts": pl.Int64,
+    "capacity_bytes": pl.Int64,
+    "scope": pl.String,
+    "sequential": pl.Boolean,
+    "phase": pl.String,
+    "accesses": pl.Int64,
+    "hits": pl.Int64,
+    "hit_rate": pl.Float64,
+    "compulsory_misses": pl.Int64,
+    "missed_bytes": pl.Int64,
+    "recorded_agreement": pl.Float64,
+}
 # Columns of a lane's totals, [phases, 4].
 _HITS, _MISSED_BYTES, _RECORDED, _AGREEING = 0, 1, 2, 3
 
@@ -57,7 +71,7 @@ class _Lane(NamedTuple):
 
 
 def parse_capacity(text: str | int) -> Capacity:
-    """Read `400` (experts) or `3000MiB`, `3GB`, `512 kB`, `1e0`-free numbers of bytes; raise UsageError otherwise."""
+    """Read a number of experts (`400`) or of bytes (`3000MiB`, `3GB`, `1.5 GiB`); raise UsageError for anything else."""
     label = str(text).strip()
     match = _CAPACITY.fullmatch(label)
     if match and match[2]:
@@ -144,23 +158,6 @@ def cache_hits(
     return pl.DataFrame(rows, schema=_SCHEMA)
 
 
-_SCHEMA = {
-    "policy": pl.String,
-    "capacity": pl.String,
-    "capacity_experts": pl.Int64,
-    "capacity_bytes": pl.Int64,
-    "scope": pl.String,
-    "sequential": pl.Boolean,
-    "phase": pl.String,
-    "accesses": pl.Int64,
-    "hits": pl.Int64,
-    "hit_rate": pl.Float64,
-    "compulsory_misses": pl.Int64,
-    "missed_bytes": pl.Int64,
-    "recorded_agreement": pl.Float64,
-}
-
-
 def _check(
     trace: Trace, capacities: Sequence[Capacity], policies: Sequence[str], scope: str, sizes: np.ndarray | None
 ) -> None:
@@ -183,6 +180,10 @@ def _check(
         )
     if trace.rows >= eviction.MAX_COUNT or choices >= 1 << eviction.TOUCHED_BITS:
         raise MoetraceError(f"{where} has {trace.rows} rows and {choices} choices, more than LFU counts exactly.")
+    if sizes is not None and int(sizes.max()) * choices >= 2**63:
+        raise MoetraceError(
+            f"{where} has experts of {sizes.max()} bytes: missed bytes would be more than can be counted."
+        )
 
 
 def _lane(policy: str, capacity: Capacity, size: np.ndarray, pools: int) -> _Lane:

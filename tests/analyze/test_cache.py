@@ -13,6 +13,8 @@ from moetrace.analyze import next_use as look_ahead
 from moetrace.analyze.accesses import accesses
 from moetrace.analyze.cache import POLICIES, cache_hits, expert_bytes, parse_capacity
 from moetrace.analyze.next_use import NEVER, NextUses
+from moetrace.analyze.reuse import add, no_reuse
+from moetrace.analyze.rows import ABSENT
 from moetrace.spec import Model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
@@ -148,6 +150,17 @@ def test_belady_is_never_beaten_at_equal_sizes(seed, capacity, sequential, most)
     assert in_bytes["hits"].equals(frame["hits"])
 
 
+def test_lru_of_a_layer_is_its_stack_distances():
+    """One capacity at a time, and all at once by Mattson's stack: two ways to the same hits."""
+    given = small_trace(7, steps=60)
+    ids = np.where(given["experts"] == 255, ABSENT, given["experts"].astype(np.uint16)).transpose(1, 0, 2)
+    reuse = no_reuse(3, EXPERTS)
+    add(reuse, np.ascontiguousarray(ids), np.arange(ids.shape[1], dtype=np.int32))
+    capacities = [3 * capacity for capacity in range(1, EXPERTS + 1)]
+    frame = cache_hits(Trace.from_arrays(**given), capacities, ["lru"], scope="layer", sequential=True)
+    assert frame.filter(phase="all")["hits"].to_list() == np.cumsum(reuse.stack.sum(0)).tolist()
+
+
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_a_cache_of_everything_misses_only_what_is_new(sequential, scope):
@@ -272,6 +285,9 @@ def test_what_cannot_be_asked():
     wrong["recorded"][12, 0, 0] = 9
     with pytest.raises(MoetraceError, match="/recorded/resident row 12, layer entry 0 is 9"):
         cache_hits(Trace.from_arrays(**wrong), [3])
+    large = Trace.from_arrays(np.zeros((8, 1, 1), int), num_experts=2, expert_bytes=np.array([2**60]))
+    with pytest.raises(MoetraceError, match="experts of 1152921504606846976 bytes: missed bytes would be more"):
+        cache_hits(large, [3])
     many = Trace.from_arrays(np.zeros((1, 20, 1), np.uint16), num_experts=65535)
     with pytest.raises(MoetraceError, match="20 x 65535 experts; caches take 1048576 at most"):
         cache_hits(many, [3])
