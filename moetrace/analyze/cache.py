@@ -31,7 +31,7 @@ SCOPES = ("global", "layer")
 _RULES = {"lfu": eviction.LFU, "lfu-in-cache": eviction.LFU_IN_CACHE, "belady": eviction.BELADY}
 _UNITS = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
-_CAPACITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]?I?B)?", re.IGNORECASE)
+_CAPACITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?((?:[KMGT]I?)?B)?", re.IGNORECASE | re.ASCII)
 MAX_CAPACITY = 1 << 60
 MAX_KEYS = 1 << 20  # models have 23,000 at most; a damaged file may claim anything
 _SCHEMA = {
@@ -71,7 +71,7 @@ class _Lane(NamedTuple):
 
 
 def parse_capacity(text: str | int) -> Capacity:
-    """Read a number of experts (`400`) or of bytes (`3000MiB`, `3GB`, `1.5 GiB`); raise UsageError for anything else."""
+    """Read a number of experts (`400`) or bytes (`3000MiB`, `3GB`, `1.5 GiB`); raise UsageError for anything else."""
     label = str(text).strip()
     match = _CAPACITY.fullmatch(label)
     if match and match[2]:

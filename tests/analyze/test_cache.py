@@ -241,7 +241,7 @@ def test_capacities(text, amount, unit):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "0.0GB", "-3", "1.5", "3 GiBs", "1e3", "9" * 14 + "TiB", "MiB", "٣", "9" * 99]
+    "text", ["", "0", "0.0GB", "-3", "1.5", "3 GiBs", "1e3", "9" * 14 + "TiB", "MiB", "3iB", "3\u212aB", "٣", "9" * 99]
 )
 def test_capacities_that_make_no_sense(text):
     with pytest.raises(UsageError, match="capacity"):
