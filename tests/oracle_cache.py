@@ -1,4 +1,4 @@
-"""A slow, obvious cache simulator: plain dicts and lists, a scan for every victim; it shares no code with the kernels."""
+"""A slow, obvious cache simulator: dicts and lists, a scan for every victim; it shares no code with the kernels."""
 
 from typing import NamedTuple
 
