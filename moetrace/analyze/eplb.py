@@ -66,12 +66,12 @@ def _copy(load, members, slots, heap_key, heap_id, copies):
         copies[members[i]] = 1
         heap_key[i], heap_id[i] = -load[members[i]], i
     for i in range(members.size // 2 - 1, -1, -1):
-        _sink(heap_key, heap_id, members.size, i)
+        sink(heap_key, heap_id, members.size, i)
     for _ in range(slots - members.size):
         expert = members[heap_id[0]]
         copies[expert] += 1
         heap_key[0] = -load[expert] / copies[expert]
-        _sink(heap_key, heap_id, members.size, 0)
+        sink(heap_key, heap_id, members.size, 0)
 
 
 @kernel
@@ -109,11 +109,11 @@ def _pack(weight, order, packs, heap_key, heap_id, filled, place):
         if filled[pack] == room:
             open_packs -= 1
             heap_key[0], heap_id[0] = heap_key[open_packs], heap_id[open_packs]
-        _sink(heap_key, heap_id, open_packs, 0)
+        sink(heap_key, heap_id, open_packs, 0)
 
 
 @kernel
-def _sink(key, number, size, at):
+def sink(key, number, size, at):
     """Restore a binary heap of ``size`` whose entry ``at`` grew: least key first, then least number."""
     own_key, own_number = key[at], number[at]
     child = 2 * at + 1
