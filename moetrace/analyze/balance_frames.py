@@ -26,9 +26,10 @@ def layers(lanes: "Sequence[Lane]", layer: np.ndarray, link_bytes_s: float | Non
         pause_s = none if link_bytes_s is None else lane.moved_bytes / link_bytes_s
         figures: dict[str, Any] = {
             "layer": layer,
+            "slots": np.full(layer.size, lane.plan.slots),
             "steps": steps.astype(np.int64),
             "imbalance": sums["imbalance"] / mean,
-            **{name: percentile(lane.tally, lane.plan.bins, share) for name, share in PERCENTILES.items()},
+            **{name: percentile(lane.tally, share) for name, share in PERCENTILES.items()},
             "imbalance_max": np.where(steps > 0, lane.tally.worst, np.nan),
             "least_imbalance": lane.least.imbalance / mean,
             "jain": sums["jain"] / mean,
@@ -48,6 +49,7 @@ def summary(by_layer: pl.DataFrame, rebalances: int) -> pl.DataFrame:
     """Make a row for each lane: how its layers are, and what they take together."""
     total = pl.col("busy_s").sum()
     frame = by_layer.group_by("placement", "plan", maintain_order=True).agg(
+        slots=pl.col("slots").first(),
         imbalance=pl.col("imbalance").mean(),
         imbalance_worst_layer=pl.col("imbalance").max(),
         worst_layer=pl.col("layer").get(pl.col("imbalance").fill_null(0).arg_max()),

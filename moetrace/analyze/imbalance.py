@@ -9,7 +9,7 @@ from moetrace.analyze.eplb import sink
 from moetrace.engine.compile import kernel
 from moetrace.engine.cost import ndp_s
 
-PARTS = 4096  # of the range from 1 to the number of bins, for percentiles: within 0.1 % for 64 units
+PARTS = 4096  # of the logarithm of the number of bins, for percentiles: exact to 0.1 % for 64 units
 # Sums over the steps of a layer, where it has an active expert.
 SUMS = ("steps", "imbalance", "jain", "max_rows", "time_imbalance", "busy_s")
 _STEPS, _IMBALANCE, _JAIN, _MAX_ROWS, _TIME_IMBALANCE, _BUSY_S = range(len(SUMS))
@@ -30,6 +30,7 @@ class Tally(NamedTuple):
     sums: np.ndarray  # float64 [L, len(SUMS)]
     worst: np.ndarray  # float64 [L], greatest imbalance in rows
     histogram: np.ndarray  # int64 [L, PARTS + 1], steps by logarithm of their imbalance in rows
+    highest: np.ndarray  # float64 [L, PARTS + 1], the greatest imbalance among these
     over_time: np.ndarray  # float64 [periods, L, 2]: steps, and the sum of their imbalances
 
 
@@ -46,21 +47,21 @@ def new_tally(layers: int, periods: int) -> Tally:
         np.zeros((layers, len(SUMS))),
         np.zeros(layers),
         np.zeros((layers, PARTS + 1), np.int64),
+        np.zeros((layers, PARTS + 1)),
         np.zeros((periods, layers, 2)),
     )
 
 
-def percentile(tally: Tally, bins: int, share: float) -> np.ndarray:
+def percentile(tally: Tally, share: float) -> np.ndarray:
     """Return the least imbalance in rows that ``share`` of each layer's steps do not exceed, float64 [L]; NaN if none.
 
-    It is that of a step, rounded up by at most 1 + ln(bins) / PARTS times.
+    It is that of a step, but may be a higher one's: by a factor of bins ** (1 / PARTS) at most.
     """
     found = np.full(len(tally.histogram), np.nan)
     for layer, counts in enumerate(tally.histogram):
         total = counts.sum()
         if total:
-            part = int(np.searchsorted(np.cumsum(counts), max(1, np.ceil(share * total))))
-            found[layer] = min(bins ** (part / PARTS), tally.worst[layer])
+            found[layer] = tally.highest[layer, np.searchsorted(np.cumsum(counts), max(1, np.ceil(share * total)))]
     return found
 
 
@@ -113,8 +114,9 @@ def _note(layer, rows, busy_s, period, tally):
     sums[_TIME_IMBALANCE] += most_s * rows.size / total_s if total_s > 0 else 0.0
     sums[_BUSY_S] += most_s
     tally.worst[layer] = max(tally.worst[layer], imbalance)
-    part = np.ceil(np.log(imbalance) / np.log(rows.size) * PARTS - 1e-9) if rows.size > 1 else 0.0
-    tally.histogram[layer, min(max(np.int64(part), 0), PARTS)] += 1
+    part = min(np.int64(np.log(imbalance) / np.log(rows.size) * PARTS), PARTS) if rows.size > 1 else 0
+    tally.histogram[layer, part] += 1
+    tally.highest[layer, part] = max(tally.highest[layer, part], imbalance)
     tally.over_time[period, layer, 0] += 1
     tally.over_time[period, layer, 1] += imbalance
 

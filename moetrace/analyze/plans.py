@@ -80,14 +80,19 @@ class Copies(NamedTuple):
     bin: np.ndarray  # int32 [L, slots], in the order of slots
 
 
+def check_tier(tier: Tier) -> None:
+    """Raise UsageError if there are too few or too many of something."""
+    for name, number in (("units", tier.units), ("nodes", tier.nodes), ("groups", tier.groups)):
+        if not 1 <= number <= MAX_UNITS:
+            raise UsageError(f"{name} are {number}: give 1 to {MAX_UNITS}.")
+
+
 def check_placement(placement: str, tier: Tier, experts: int) -> None:
     """Raise UsageError if there is no such placement, or not for so many units and experts."""
     kind, colon, size = placement.partition(":")
     if kind not in PLACEMENTS or (colon and kind != "tp"):
         raise UsageError(f"there is no placement {placement!r}; known are {', '.join(PLACEMENTS)} and tp:g.")
-    for name, number in (("units", tier.units), ("nodes", tier.nodes), ("groups", tier.groups)):
-        if not 1 <= number <= MAX_UNITS:
-            raise UsageError(f"{name} are {number}: give 1 to {MAX_UNITS}.")
+    check_tier(tier)
     if colon and not (
         size.isascii() and size.isdigit() and len(size) < 9 and int(size) and tier.units % int(size) == 0
     ):
