@@ -153,7 +153,7 @@ def balance(
         told(loads.all_rows)
     lanes = _lanes(trace, placements, plans, tier, machine, span, recent)
     _walk(trace, lanes, tier, machine, span, recent, told)
-    facts = _facts(trace, phase, tier, machine, span)
+    facts = _facts(trace, phase, tier, machine, span, lanes)
     layer = trace.layer_index.astype(np.int64)
     by_layer = frames.layers(lanes, layer, machine.link_bytes_s, machine.system is not None)
     return Balance(
@@ -326,7 +326,8 @@ def _make_anew(lanes: list[Lane], tier: Tier, machine: _Machine, recent: np.ndar
             lane.plan, lane.copies = new, copies_of(new, recent.shape[1])
 
 
-def _facts(trace: Trace, phase: str, tier: Tier, machine: _Machine, span: Span) -> dict[str, Any]:
+def _facts(trace: Trace, phase: str, tier: Tier, machine: _Machine, span: Span, lanes: list[Lane]) -> dict[str, Any]:
+    anew = any(lane.plan_is == REMADE for lane in lanes)
     return {
         "model": trace.model,
         "layers": trace.layers,
@@ -338,7 +339,8 @@ def _facts(trace: Trace, phase: str, tier: Tier, machine: _Machine, span: Span) 
         "judged_rows": int((trace.offset[span.judged + 1] - trace.offset[span.judged]).sum()),
         "window": span.window,
         "interval": span.interval,
-        "rebalances": (span.judged.size - 1) // span.interval,
+        "rebalance_steps": span.judged[span.interval :: span.interval].tolist() if anew else [],
+        "rebalances": (span.judged.size - 1) // span.interval if anew else 0,
         "units": tier.units,
         "redundant": tier.redundant,
         "nodes": tier.nodes,

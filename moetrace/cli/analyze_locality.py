@@ -103,7 +103,7 @@ def _check_outputs(trace: Path, form: str, out: Path | None, picture: Path | Non
     if len({path.resolve() for path in files}) < len(files):
         raise UsageError("the trace, -o FILE and --plot FILE must be different files.")
     if picture is not None:
-        from moetrace.results.locality_plot import FORMS, check_can_plot
+        from moetrace.results.picture import FORMS, check_can_plot
 
         if picture.suffix[1:].lower() not in FORMS:
             raise UsageError(f"--plot {picture}: the name must end with .png or .html.")

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from moetrace.analyze.locality import locality
-from moetrace.results.locality_plot import check_can_plot, plot
+from moetrace.results.locality_plot import plot
+from moetrace.results.picture import check_can_plot
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace import Trace
 from moetrace.trace.generate import generate_trace
