@@ -57,12 +57,10 @@ def percentile(tally: Tally, share: float) -> np.ndarray:
 
     It is that of a step, but may be a higher one's: by a factor of bins ** (1 / PARTS) at most.
     """
-    found = np.full(len(tally.histogram), np.nan)
-    for layer, counts in enumerate(tally.histogram):
-        total = counts.sum()
-        if total:
-            found[layer] = tally.highest[layer, np.searchsorted(np.cumsum(counts), max(1, np.ceil(share * total)))]
-    return found
+    so_far = np.cumsum(tally.histogram, axis=1)
+    total = so_far[:, -1]
+    part = np.argmax(so_far >= np.maximum(1, np.ceil(share * total))[:, None], axis=1)
+    return np.where(total > 0, tally.highest[np.arange(total.size), part], np.nan)
 
 
 @kernel(inline=False)
