@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetrace.analyze.balance import Balance, balance
     from moetrace.analyze.locality import Locality, locality
+    from moetrace.analyze.plans import Tier
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
     from moetrace.spec import (
@@ -25,16 +27,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Balance",
     "Locality",
     "Model",
     "MoetraceError",
     "PolicySpec",
     "Result",
     "System",
+    "Tier",
     "Trace",
     "UsageError",
     "Writer",
     "__version__",
+    "balance",
     "export",
     "generate",
     "generate_trace",
@@ -49,7 +54,9 @@ __all__ = [
 
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
 _HOMES = {
+    "moetrace.analyze.balance": ("Balance", "balance"),
     "moetrace.analyze.locality": ("Locality", "locality"),
+    "moetrace.analyze.plans": ("Tier",),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
     "moetrace.spec": (

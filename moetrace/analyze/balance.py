@@ -4,7 +4,7 @@ docs/balance.md defines every figure.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,9 @@ SCHEMA = "moetrace.balance/1"
 FRAMES = ("summary", "layers", "staleness", "over_time")
 FIXED, GIVEN, KEPT, REMADE, CLAIRVOYANT = "fixed", "given", "kept", "re-made", "clairvoyant"
 PERIODS = 120  # of the judged steps, for a picture
-MAX_CELLS = 1 << 24  # experts of all layers; of the largest models there are some 20,000
+# Of the largest models there are 94 layers and 23,000 experts; a damaged file may claim anything.
+MAX_LAYERS = 1024
+MAX_CELLS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Lane:
     tally: Tally
     moved_bytes: np.ndarray  # int64 [L]
     copies: Copies
-    least: Least = field(default=None)  # type: ignore[assignment]  # shared by lanes of as many bins and slots
+    least: Least  # shared by lanes of as many bins and slots
 
     def judge(self, loads: Loads, turn: int, period: np.ndarray) -> None:
         """Add the steps of `loads` to the tally."""
@@ -88,12 +90,13 @@ class _Machine:
     model: Model | None
     system: System | None
     expert_bytes: np.ndarray | None  # int64 [L, E]
+    weight_bytes: np.ndarray | None = None  # float64 [L, E]: the same, not rounded up
 
     def cost(self, share: int, shape: tuple[int, int]) -> Cost:
         if self.model is None or self.system is None:
             return Cost(0.0, 0.0, 0.0, np.zeros(shape))
-        assert self.expert_bytes is not None
-        machine = machine_of(self.model, self.system, self.expert_bytes, np.zeros(shape), share)
+        assert self.weight_bytes is not None
+        machine = machine_of(self.model, self.system, self.weight_bytes, np.zeros(shape), share)
         return Cost(machine.ndp_s_per_row, machine.ndp_s_per_byte, machine.ndp_command_s, machine.weight_bytes)
 
     @property
@@ -152,6 +155,7 @@ def balance(
         add(loads, recent)
         told(loads.all_rows)
     lanes = _lanes(trace, placements, plans, tier, machine, span, recent)
+    _check_bytes(trace, machine, lanes, span)
     _walk(trace, lanes, tier, machine, span, recent, told)
     facts = _facts(trace, phase, tier, machine, span, lanes)
     layer = trace.layer_index.astype(np.int64)
@@ -217,13 +221,16 @@ def _machine(
             f"{trace.path or 'the trace'} has {trace.layers} MoE layers of {trace.num_experts} experts, but the model "
             f"{spec.name} has {spec.moe_layers} of {spec.experts}: name the right one with --model."
         )
-    return _Machine(spec, system, expert_bytes(trace, spec)), tier or Tier(system.units)
+    size = expert_bytes(trace, spec)
+    weight_bytes = spec.expert_bytes() if trace.expert_bytes is None else size
+    return _Machine(spec, system, size, weight_bytes), tier or Tier(system.units)
 
 
 def _check_size(trace: Trace) -> None:
-    if trace.layers * trace.num_experts > MAX_CELLS:
+    if trace.layers > MAX_LAYERS or trace.layers * trace.num_experts > MAX_CELLS:
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has {trace.layers} x {trace.num_experts} experts; plans take {MAX_CELLS}."
+            f"{trace.path or 'the trace'} has {trace.layers} layers of {trace.num_experts} experts; balance takes "
+            f"{MAX_LAYERS} layers and {MAX_CELLS} experts at most."
         )
 
 
@@ -252,21 +259,29 @@ def _lanes(
         _check_given(name, plan, tier, shape)
         kinds.append((name, GIVEN, plan))
     least: dict[tuple[int, int, int], Least] = {}
-    lanes = []
-    for placement, plan_is, plan in kinds:
-        periods = min(PERIODS, span.judged.size)
-        lane = Lane(
+    return [
+        Lane(
             placement,
             plan_is,
             plan,
             machine.cost(plan.share, shape),
-            imbalance.new_tally(trace.layers, periods),
+            imbalance.new_tally(trace.layers, min(PERIODS, span.judged.size)),
             np.zeros(trace.layers, np.int64),
             copies_of(plan, trace.num_experts),
+            least.setdefault(_key(plan), Least(np.zeros(trace.layers), np.zeros(trace.layers))),
         )
-        lane.least = least.setdefault(_key(plan), Least(np.zeros(trace.layers), np.zeros(trace.layers)))
-        lanes.append(lane)
-    return lanes
+        for placement, plan_is, plan in kinds
+    ]
+
+
+def _check_bytes(trace: Trace, machine: _Machine, lanes: list[Lane], span: Span) -> None:
+    """Raise MoetraceError if what moves could be more bytes than are counted exactly."""
+    copies = max(lane.plan.slots for lane in lanes) * trace.layers * (span.judged.size // span.interval + 1)
+    if machine.expert_bytes is not None and int(machine.expert_bytes.max()) * copies >= 2**63:
+        raise MoetraceError(
+            f"{trace.path or 'the trace'} has experts of {machine.expert_bytes.max()} bytes: what moves would be more "
+            f"than can be counted."
+        )
 
 
 def _key(plan: Plan) -> tuple[int, int, int]:

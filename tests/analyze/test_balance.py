@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import oracle_balance as oracle
@@ -369,6 +371,17 @@ def test_what_cannot_be_asked():
         balance(trace, phase="mixed")
     with pytest.raises(MoetraceError, match="has 1 steps"):
         balance(Trace.from_arrays(np.zeros((1, 1, 1), int), num_experts=2))
+    with pytest.raises(MoetraceError, match="has 2000 layers of 2 experts; balance takes 1024 layers and 1048576"):
+        balance(Trace.from_arrays(np.zeros((2, 2000, 1), int), num_experts=2))
+    with pytest.raises(MoetraceError, match="has experts of 4611686018427387904 bytes: what moves would be more"):
+        balance(Trace.from_arrays(np.zeros((2, 1, 1), int), num_experts=2, expert_bytes=np.array([2**62])), tier=2)
+
+
+def test_every_column_is_explained(timed):
+    page = (Path(__file__).parents[2] / "docs" / "balance.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`(\w+)`", page))
+    columns = {column for frame in FRAMES for column in getattr(timed[1], frame).columns}
+    assert columns - explained == set()
 
 
 def test_impossible_ids_and_counts_are_named(tmp_path):
