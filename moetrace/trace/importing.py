@@ -44,7 +44,7 @@ def import_traces(
     facts = [_facts(source, capture) for source, capture in zip(sources, captures, strict=True)]
     with Writer(
         path,
-        model=_model_name(sources[0], first, model),
+        model=fitting_model(str(sources[0]), first.model, first.layer_index.size, first.num_experts, model),
         num_experts=first.num_experts,
         top_k=first.top_k,
         layers=first.layer_index.size,
@@ -137,24 +137,28 @@ def _check_alike(source: Path, first: Capture, other_source: Path, other: Captur
             raise MoetraceError(f"{other_source} and {source} differ in {what}, so they can't share a trace.")
 
 
-def _model_name(source: Path, capture: Capture, model: str | None) -> str:
-    """The preset that is meant: the one given, or the longest whose name is part of the source's and that fits."""
-    shape = (capture.layer_index.size, capture.num_experts)
+def fitting_model(where: str, said: str, layers: int, num_experts: int, model: str | None) -> str:
+    """The preset that is meant: the one given as `model`, or the longest whose name is part of `said` and that fits.
+
+    Fits `layers` of `num_experts`, that is. If none does, it is what the source `said`. Raises UsageError, beginning
+    with `where`, if `model` does not fit.
+    """
+    shape = (layers, num_experts)
     if model is not None:
         spec = load_model(model)
         if (spec.moe_layers, spec.experts) != shape:
             raise UsageError(
-                f"{source} has {shape[0]} layers of {shape[1]} experts, but model {spec.name} has {spec.moe_layers} of "
+                f"{where} has {shape[0]} layers of {shape[1]} experts, but model {spec.name} has {spec.moe_layers} of "
                 f"{spec.experts}."
             )
         return spec.name
-    said = _plain(capture.model)
+    plain = _plain(said)
     for name in sorted(list_presets("models"), key=len, reverse=True):
-        if _plain(name) in said:
+        if _plain(name) in plain:
             spec = load_model(name)
             if (spec.moe_layers, spec.experts) == shape:
                 return name
-    return capture.model[:200]
+    return said[:200]
 
 
 def _plain(name: str) -> str:
