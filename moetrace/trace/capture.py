@@ -256,16 +256,19 @@ class _Session:
         if self._sampling.temperature == 0:
             return greedy
         for index in np.flatnonzero(live):
-            scaled = (logits[index] - logits[index].max()) / self._sampling.temperature
-            mass = np.cumsum(np.exp(scaled))
-            drawn = np.searchsorted(mass, streams[index].random() * mass[-1], side="right")
-            greedy[index] = min(int(drawn), mass.size - 1)
+            greedy[index] = draw_token(logits[index], self._sampling.temperature, streams[index])
         return greedy
 
     def _advance(self, rows: int) -> None:
         self._done += rows
         if self._progress is not None:
             self._progress(self._done, self._total)
+
+
+def draw_token(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
+    """A token from the softmax of `logits` float64 [vocabulary] at a temperature above 0; takes one random number."""
+    mass = np.cumsum(np.exp((logits - logits.max()) / temperature))
+    return min(int(np.searchsorted(mass, random.random() * mass[-1], side="right")), mass.size - 1)
 
 
 def _check_writable(path: Path) -> None:

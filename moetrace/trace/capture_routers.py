@@ -16,8 +16,14 @@ import numpy as np
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import check_ids, expert_dtype
 
-# The rule is that a router's class is called ...TopKRouter. These return the same three tensors under another name.
-ALSO_ROUTERS = ("AfmoeTokenChoiceRouter", "Gemma4TextRouter", "HunYuanMoEV1Gate", "Llama4Router")
+# The rule is that a router's class is called ...TopKRouter. These are routers as well.
+ALSO_ROUTERS = (
+    "AfmoeTokenChoiceRouter",
+    "DeepseekV4HashRouter",
+    "Gemma4TextRouter",
+    "HunYuanMoEV1Gate",
+    "Llama4Router",  # other tensors, see _llama4
+)
 _ROUTER_LIKE = re.compile(r"(router|gate|gating)$", re.IGNORECASE)
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
