@@ -285,8 +285,8 @@ def _check_lengths(where: Path, folder: Folder, prompts: list[np.ndarray], outpu
     size = prompts[longest].size
     if isinstance(limit, int) and size + output > limit:
         raise MoetraceError(
-            f"{where}: prompt {longest} has {size} tokens, and with {output} of output goes beyond the {limit} "
-            f"positions of the model: give a smaller --max-prompt or --output."
+            f"{where}: the prompt of request {longest} has {size} tokens, and with {output} of output goes beyond the "
+            f"{limit} positions of the model: give a smaller --max-prompt or --output."
         )
 
 

@@ -87,7 +87,7 @@ def extra(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MoetraceError(
-            "to capture needs PyTorch and Transformers 5: install them with pip install 'moetrace[capture]'."
+            "a capture needs PyTorch and Transformers: install them with pip install 'moetrace[capture]'."
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     """A line of a JSONL file: one of these three."""
 
     prompt: str | None = None
-    token_ids: list[int] | None = None
+    token_ids: list[Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]] | None = None
     messages: list[_Message] | None = None
 
 
@@ -121,9 +121,10 @@ def _decoded(where: str, line: bytes) -> str:
 def _checked(where: str, ids: list[int], vocabulary: int) -> np.ndarray:
     if not ids:
         raise MoetraceError(f"{where} is an empty prompt: it has no token.")
-    for index in (ids.index(min(ids)), ids.index(max(ids))):
-        if not 0 <= ids[index] < vocabulary:
-            raise MoetraceError(f"{where}: token {index} is {ids[index]}, but the model knows 0 to {vocabulary - 1}.")
+    if (highest := max(ids)) >= vocabulary:
+        raise MoetraceError(
+            f"{where}: token {ids.index(highest)} is {highest}, but the model knows 0 to {vocabulary - 1}."
+        )
     return np.array(ids, np.int32)
 
 

@@ -440,7 +440,9 @@ def test_wrong_options_are_wrong_usage(tmp_path, options, words):
 
 
 def test_too_long_for_the_model(folder, tmp_path):
-    with pytest.raises(MoetraceError, match=r"prompt 1 has 20 tokens, and with 120 of output goes beyond the 128"):
+    with pytest.raises(
+        MoetraceError, match=r"the prompt of request 1 has 20 tokens, and with 120 of output goes beyond the 128"
+    ):
         captured(folder("olmoe"), tmp_path / "a.h5", [[5], [7] * 20], output=120)
 
 
