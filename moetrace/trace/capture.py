@@ -83,7 +83,7 @@ def capture(
     source = _source(folder, network, routers, sampling) | {
         "prompts_cut": sum(a.size < b.size for a, b in zip(cut, texts, strict=True))
     }
-    with _Spool(path.parent, first.num_experts, (len(routers), first.top_k)) as spool:
+    with _Spool(path.resolve().parent, first.num_experts, (len(routers), first.top_k)) as spool:
         with Recorder(routers) as recorder:
             _Session(network, recorder, spool, sampling, progress).run(cut)
         with Writer(
@@ -267,7 +267,8 @@ class _Session:
 
 def draw_token(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
     """A token from the softmax of `logits` float64 [vocabulary] at a temperature above 0; takes one random number."""
-    mass = np.cumsum(np.exp((logits - logits.max()) / temperature))
+    with np.errstate(over="ignore"):  # a temperature near 0 makes minus infinity of all but the largest
+        mass = np.cumsum(np.exp((logits - logits.max()) / temperature))
     return min(int(np.searchsorted(mass, random.random() * mass[-1], side="right")), mass.size - 1)
 
 

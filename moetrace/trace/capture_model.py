@@ -12,6 +12,7 @@ from moetrace.spec.errors import MoetraceError
 from moetrace.trace.capture_prompts import in_short
 
 CONFIG_BYTES = 16 << 20
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 
@@ -37,20 +38,26 @@ def open_folder(path: Path) -> Folder:
     transformers = extra("transformers")
     extra("torch")
     kind = fields.get("model_type")
-    if kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
         own = " and would need its own code, which is never run" if "auto_map" in fields else ""
         raise MoetraceError(
             f"{path}: transformers {transformers.__version__} does not know the model type {kind!r:.60}{own}."
         )
     with _quiet(transformers), _one_sentence(f"{path}: config.json does not describe a model"):
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return Folder(path, config.get_text_config(), _name(path.resolve()), hashlib.sha256(data).hexdigest())
+        config = config.get_text_config()
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise MoetraceError(f"{path}: config.json gives no vocab_size, so this is not a language model.")
+    return Folder(path, config, _name(path.resolve()), hashlib.sha256(data).hexdigest())
 
 
 def load_tokenizer(folder: Folder) -> Any:
     """The tokenizer in a model's folder; raise MoetraceError if there is none that can be loaded."""
     transformers = extra("transformers")
-    with _quiet(transformers), _one_sentence(f"{folder.path} holds no tokenizer, which prompts of text need"):
+    # Without a vocabulary, Transformers makes an empty tokenizer for some models.
+    if not any(file for pattern in VOCABULARIES for file in folder.path.glob(pattern)):
+        raise MoetraceError(f"{folder.path} holds no tokenizer, which prompts of text need: give token_ids in JSONL.")
+    with _quiet(transformers), _one_sentence(f"{folder.path} holds no tokenizer that can be loaded"):
         return transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
 
 

@@ -51,6 +51,7 @@ def test_folders_that_are_none(tmp_path, folder):
         ("[]", "is not a JSON object"),
         ("[" * 100_000, "is not JSON"),
         ("{}", "the model type None"),
+        ('{"model_type": []}', "the model type"),
     ],
 )
 def test_configs_that_are_none(folder, content, words):
@@ -116,12 +117,19 @@ def test_weights_that_are_missing_are_not_made_up(folder):
 
 
 def test_models_that_write_no_text(folder):
-    edit(folder, model_type="vit", architectures=None)
-    with pytest.raises(MoetraceError):
-        load_weights(open_folder(folder), "auto", "cpu")
+    edit(folder, model_type="vit", architectures=None, vocab_size=None)
+    with pytest.raises(MoetraceError, match="gives no vocab_size"):
+        open_folder(folder)
 
 
-def test_a_tokenizer_is_needed_for_text(folder):
+def test_a_tokenizer_is_needed_for_text(folder, tmp_path):
+    empty = open_folder(save("olmoe", tmp_path / "olmoe"))  # of which Transformers would make up an empty one
+    with pytest.raises(MoetraceError, match="holds no tokenizer, which prompts of text need"):
+        load_tokenizer(empty)
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(MoetraceError, match="holds no tokenizer that can be loaded"):
+        load_tokenizer(open_folder(folder))
+    (folder / "tokenizer.json").unlink()
     with pytest.raises(MoetraceError, match="holds no tokenizer, which prompts of text need"):
         load_tokenizer(open_folder(folder))
 
