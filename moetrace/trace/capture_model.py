@@ -70,6 +70,8 @@ def load_weights(folder: Folder, dtype: str, device: str) -> Any:
     """
     torch, transformers = extra("torch"), extra("transformers")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    with _one_sentence(f"the device {device!r:.40} can't be used"):
+        torch.empty(1, device=device).cpu()  # now, not after minutes of loading
     with _quiet(transformers), _one_sentence(f"{folder.path} can't be loaded as a causal language model"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder.path,
@@ -84,7 +86,7 @@ def load_weights(folder: Folder, dtype: str, device: str) -> Any:
         if names:
             first = sorted(map(str, names))[0]
             raise MoetraceError(f"{folder.path}: the checkpoint {what} {len(names)} of the weights, such as {first}.")
-    with _one_sentence(f"the model can't be moved to the device {device!r:.40}"):
+    with _one_sentence(f"the model does not fit the device {device!r:.40}"):
         return model.to(torch.device(device)).eval()
 
 

@@ -82,7 +82,7 @@ def test_a_model_of_ones_own_fits(model, tmp_path):
         (["--output", "-1"], 2, "--output is -1"),
         (["--dtype", "int8"], 2, "int8"),
         (["--model", "mixtral-8x7b"], 2, "has 3 layers of 8 experts"),
-        (["--device", "abacus"], 1, "can't be moved to the device 'abacus'"),
+        (["--device", "abacus"], 1, "the device 'abacus' can't be used"),
     ],
 )
 def test_what_goes_wrong_is_one_sentence_and_no_file(model, tmp_path, capsys, arguments, code, words):

@@ -453,5 +453,5 @@ def test_unwritable_is_said_before_the_model_runs(tmp_path):
 
 def test_devices_that_are_not_there(folder, tmp_path):
     for device in ("abacus", "cuda:99", "meta"):
-        with pytest.raises(MoetraceError):
+        with pytest.raises(MoetraceError, match=f"the device '{device}' can't be used"):
             captured(folder("olmoe"), tmp_path / "a.h5", device=device)
