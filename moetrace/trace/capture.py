@@ -16,7 +16,7 @@ from moetrace.trace.atomic import AtomicFile
 from moetrace.trace.capture_model import DTYPES, Folder, extra, load_tokenizer, load_weights, open_folder
 from moetrace.trace.capture_prompts import in_short, read_prompts
 from moetrace.trace.capture_routers import Choices, Recorder, Router, find_routers
-from moetrace.trace.importing import fitting_model
+from moetrace.trace.naming import model_name
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, PREFILL, expert_dtype
 from moetrace.trace.writer import Writer
 
@@ -79,7 +79,7 @@ def capture(
     network = load_weights(folder, dtype, device)
     routers = find_routers(network)
     first = routers[0]
-    name = fitting_model(str(model_dir), folder.name, len(routers), first.num_experts, model)
+    name = model_name(str(model_dir), folder.name, len(routers), first.num_experts, model)
     source = _source(folder, network, routers, sampling) | {
         "prompts_cut": sum(a.size < b.size for a, b in zip(cut, texts, strict=True))
     }

@@ -3,7 +3,7 @@
 Arrays, all [rows] or [rows, layers, top_k], rows in time order:
 `expert_ids` (integers; 255, 65535 or -1 by dtype is absent), `request_id`, `position`, `phase` (0 prefill, 1 decode),
 `layer_index` [layers], `meta` (JSON text with at least num_experts; model, licence, source, commit are kept);
-optional: `gate_weights` [rows, layers, top_k], `token_id` [rows].
+optional: `gate_weights` [rows, layers, top_k], `token_id` [rows], `step_rows` [steps] (rows of each forward pass).
 """
 
 import contextlib
@@ -11,14 +11,14 @@ import json
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Capture, Part
+from moetrace.trace.engines.capture import Capture, Hints, Part
 from moetrace.trace.schema import BLOCK_BYTES, absent_id, as_dtype, check_sizes, expert_dtype, plain_json, row_dtype
 
 FACTS = ("engine", "version", "source", "commit", "licence", "license", "quantization", "transformers", "torch")
@@ -44,12 +44,17 @@ class _Array(NamedTuple):
         return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
 
 
-def recognize(first: bytes) -> bool:
+def recognize(first: bytes, name: str) -> bool:
     """Whether a file that begins with these bytes may be such an archive."""
     return first.startswith(b"PK\x03\x04")
 
 
-def read(path: Path) -> Capture:
+def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
+    """A capture an archive."""
+    return [_read(path, hints) for path in sources]
+
+
+def _read(path: Path, hints: Hints) -> Capture:
     """Read what is per row now, and the routing when `parts` is asked for it."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -73,11 +78,13 @@ def read(path: Path) -> Capture:
             request, position, phase = (
                 _row_array(path, archive, arrays[name], rows) for name in ("request_id", "position", "phase")
             )
+            step_rows = _step_rows(path, archive, arrays["step_rows"], rows) if "step_rows" in arrays else None
     except _UNREADABLE as error:
         raise MoetraceError(f"{path} can't be read as an npz archive: {error}.") from error
     if phase.max() > 1 or phase.min() < 0:
         row = int(np.argmax((phase > 1) | (phase < 0)))
         raise MoetraceError(f"{path}: phase of row {row} is {phase[row]}, but must be 0 or 1.")
+    hints.reading(path.stat().st_size)
     optional = tuple(name for name, key in _OPTIONAL.items() if key in arrays)
     for name in optional:
         array, want = arrays[_OPTIONAL[name]], ids.shape if name == "gates" else ids.shape[:1]
@@ -86,7 +93,7 @@ def read(path: Path) -> Capture:
         as_dtype(f"{path}: {_OPTIONAL[name]}", np.empty(0, array.dtype), row_dtype(name, num_experts))
     streamed = {"experts": ids} | {name: arrays[_OPTIONAL[name]] for name in optional}
     return Capture(
-        model=str(meta.get("model", "unknown")),
+        model=str(meta.get("model", "")),
         num_experts=num_experts,
         top_k=top_k,
         layer_index=layer_index,
@@ -97,6 +104,8 @@ def read(path: Path) -> Capture:
         optional=optional,
         facts={"format": "npz"} | {key: str(meta[key])[:300] for key in FACTS if key in meta},
         parts=lambda: _parts(path, streamed, num_experts),
+        sources=(path,),
+        step_rows=step_rows,
     )
 
 
@@ -145,6 +154,13 @@ def _row_array(path: Path, archive: zipfile.ZipFile, array: _Array, rows: int) -
     if array.shape != (rows,) or array.dtype.kind not in "iu":
         raise MoetraceError(f"{path}: {array.member} is {array.dtype} {array.shape}, not integers ({rows},).")
     return _load(path, archive, array)
+
+
+def _step_rows(path: Path, archive: zipfile.ZipFile, array: _Array, rows: int) -> np.ndarray:
+    steps = _row_array(path, archive, array, (array.shape or (1,))[0])
+    if not steps.size or steps.min() < 1 or steps.max() > rows or steps.sum(dtype=np.int64) != rows:
+        raise MoetraceError(f"{path}: step_rows does not cut the {rows} rows into steps of one row or more.")
+    return steps.astype(np.int64)
 
 
 def _meta(path: Path, archive: zipfile.ZipFile, array: _Array) -> dict[str, Any]:
