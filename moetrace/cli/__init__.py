@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "Write a synthetic routing trace.",
     "import": "Turn what an engine recorded into a trace file.",
     "info": "Say what a trace file holds.",
+    "lint": "Say what is wrong or suspicious in a trace file.",
     "list": "List the preset models, systems or policies.",
     "replay": "Replay a trace through policies on a described machine.",
     "show": "Print a resolved spec and what follows from it.",

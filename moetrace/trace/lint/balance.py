@@ -129,7 +129,9 @@ class Counts:
         chance = lower[even].sum() + np.count_nonzero(even) * log(even.size)
         if even.any() and chance < _LOG_CHANCE_OF_COUNTS:
             least, most = (int(f(self.chosen[even])) for f in (np.min, np.max))
-            what = f"The experts of a layer were chosen {least:,} to {most:,} times each: more equal than chance allows."
+            what = (
+                f"The experts of a layer were chosen {least:,} to {most:,} times each: more equal than chance allows."
+            )
             yield finding("uniform", what, np.count_nonzero(even), self.layer_index[even])
             return
         ratio, sd = spread / dof, (2 / dof) ** 0.5

@@ -63,7 +63,9 @@ class CountSteps:
             number = int(np.count_nonzero(dense))
             what = f"{number} of {self.trace.layers} layers did not route: {number} without any choice."
             yield finding("dense-layer", what, number, index[dense])
-        yield finding("counts-only", f"The trace holds counts of {self.trace.steps:,} steps, but no ids.", self.trace.steps)
+        yield finding(
+            "counts-only", f"The trace holds counts of {self.trace.steps:,} steps, but no ids.", self.trace.steps
+        )
 
 
 def check_counts(trace: Trace, digests: dict[str, Any] | None) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ class Finding:
         what: one sentence, with figures; effect: what it does to results; fix: a flag or an action, or None.
         layers: absolute indices of the layers concerned, or None if it concerns no layer in particular.
         rows: the first ranges (start, stop) of the rows concerned, at most 16; empty if it concerns no row in particular.
-        count: how many rows, cells, requests or whatever `what` counts.
+        count: how many rows, cells (one row in one layer), requests or whatever `what` counts.
     """
 
     code: str
@@ -130,7 +130,8 @@ RULES = {
         "note", "Legitimate where the model does not normalise: compare gates within a choice, not between rows."
     ),
     "gate-order": Rule(
-        "note", "Legitimate (top-k without sorting): the favourite expert is that of the largest gate, not the first slot."
+        "note",
+        "Legitimate (top-k without sorting): the favourite expert is that of the largest gate, not the first slot.",
     ),
     "position-0-sink": Rule(
         "note",
@@ -143,7 +144,8 @@ RULES = {
         "a server with a prefix cache would not compute them again.",
     ),
     "periodic-overlap": Rule(
-        "note", "Legitimate (texts from a template): overlap by lag measures the template, not the memory of the router."
+        "note",
+        "Legitimate (texts from a template): overlap by lag measures the template, not the memory of the router.",
     ),
     "single-request": Rule(
         "note",
@@ -151,7 +153,9 @@ RULES = {
         "in mixed traffic.",
     ),
     "short": Rule("note", "Skew and dead experts come out too high: most of the difference between experts is chance."),
-    "layer-gap": Rule("note", "Legitimate (dense layers in between): the next layer here is not the model's next layer."),
+    "layer-gap": Rule(
+        "note", "Legitimate (dense layers in between): the next layer here is not the model's next layer."
+    ),
     "first-layer-not-0": Rule("note", "Legitimate (dense layers come first): layers keep their numbers in the model."),
     "position-jumps": Rule(
         "note",

@@ -18,7 +18,9 @@ class Gates:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.cells = 0
-        self.counts = {code: np.zeros(shape.layers, np.int64) for code in ("impossible-gates", "gates-sum", "gate-order")}
+        self.counts = {
+            code: np.zeros(shape.layers, np.int64) for code in ("impossible-gates", "gates-sum", "gate-order")
+        }
         self.rows = {code: Ranges() for code in self.counts}
         self.low, self.high = np.inf, -np.inf
 
@@ -51,11 +53,11 @@ class Gates:
     def findings(self) -> Iterator[Finding]:
         """What was found."""
         said = {
-            "impossible-gates": "hold a gate that is negative, infinite or not a number",
-            "gates-sum": f"have gates that do not sum to 1, but to {self.low:.3g} to {self.high:.3g}",
-            "gate-order": "have their largest gate in another slot than the first",
+            "impossible-gates": "a gate is negative, infinite or not a number",
+            "gates-sum": f"gates do not sum to 1, but to {self.low:.3g} to {self.high:.3g}",
+            "gate-order": "the largest gate is not in the first slot",
         }
         for code, layers in self.counts.items():
             if count := int(layers.sum()):
-                what = f"{count / self.cells:.1%} of the choices of a layer {said[code]}."
+                what = f"In {count:,} cells ({count / self.cells:.1%}), {said[code]}."
                 yield finding(code, what, count, self.shape.layer_index[layers > 0], self.rows[code])

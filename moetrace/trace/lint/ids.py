@@ -33,7 +33,7 @@ class ImpossibleIds:
         count = int(self.cells.sum())
         if count:
             layers = self.shape.layer_index[self.cells > 0]
-            what = f"{count:,} choices of a layer hold an id of {self.shape.num_experts} or above, but not absent."
+            what = f"{count:,} cells hold an id of {self.shape.num_experts} or above, but not absent."
             yield finding("impossible-id", what, count, layers, self.rows)
 
 
@@ -81,8 +81,8 @@ class DuplicateIds:
         for start, stop in self.rows.ranges:
             rows.add(start, stop)
         zeros = int(self.zero_cells[wrong].sum())
-        padding = f", {zeros:,} of them as zeros only (padding)" if zeros else ""
-        what = f"{count:,} choices of a layer hold an expert more than once{padding}."
+        padding = f", {zeros:,} of them zeros only (padding)" if zeros else ""
+        what = f"{count:,} cells hold an expert more than once{padding}."
         yield finding("duplicate-ids", what, count, self.shape.layer_index[wrong], rows)
 
 

@@ -21,13 +21,12 @@ class DenseLayers:
         self.made = np.zeros(shape.layers, np.int64)  # cells with any id, as long as all are equal
         self.constant = np.ones(shape.layers, bool)
 
-    def see(self, piece: Piece, keep: np.ndarray | None = None) -> None:
-        """Look at the next rows, or only at those that are true in `keep` [rows]."""
+    def see(self, piece: Piece) -> None:
+        """Look at the next rows."""
         for layer in np.flatnonzero(self.constant):
-            chosen = np.ones(piece.rows, bool) if keep is None else keep
+            ids = piece.experts[:, layer]
             if piece.missing is not None:
-                chosen = chosen & (piece.missing[:, layer] < self.shape.top_k)
-            ids = piece.experts[:, layer] if chosen.all() else piece.experts[chosen, layer]
+                ids = ids[piece.missing[:, layer] < self.shape.top_k]
             if len(ids) == 0:
                 continue
             if self.made[layer] == 0:
@@ -125,11 +124,11 @@ class AbsentRows:
             return
         unused = int(made[0])
         if unused:
-            what = f"No choice has more than {self.shape.top_k - unused} of {self.shape.top_k} ids."
+            what = f"No cell holds more than {self.shape.top_k - unused} of {self.shape.top_k} ids."
             yield finding("unused-slots", what, unused)
         count = int(self.partial[unused + 1 :].sum())
         if count:
-            what = f"{count:,} choices of a layer lack some of their {self.shape.top_k - unused} ids."
+            what = f"{count:,} cells lack some of their {self.shape.top_k - unused} ids."
             layers = self.shape.layer_index[self.most_missing > unused]
             yield finding("partial-cells", what, count, layers, None if unused else self.ranges["partial"])
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moetrace.trace.format import Trace
-from moetrace.trace.schema import BLOCK_BYTES, absent_id
+from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, absent_id
 
 
 class Shape(NamedTuple):
@@ -54,6 +54,20 @@ class Piece(NamedTuple):
             return np.zeros(self.rows, bool)
         return (self.missing == len(self.slots)).all(1)
 
+    def only(self, kept: np.ndarray) -> "Piece":
+        """The rows that are true in `kept` [rows], as if they had followed each other."""
+        if kept.all():
+            return self
+        arrays = {
+            name: array if array is None else array[kept]
+            for name, array in self._asdict().items()
+            if name not in _NOT_BY_ROW
+        }
+        return self._replace(slots=self.slots[:, kept], **arrays)
+
+
+_NOT_BY_ROW = ("first_row", "slots")
+
 
 def shape_of(trace: Trace) -> Shape:
     """The sizes of `trace`."""
@@ -63,10 +77,12 @@ def shape_of(trace: Trace) -> Shape:
 def pieces(trace: Trace, digests: dict[str, Any] | None = None) -> Iterator[Piece]:
     """Cut `trace` into pieces, reading everything once and in order.
 
-    `digests`, if given, gets a hash object for every dataset of rows, by name, which the data has gone through.
+    `digests`, if given, gets a hash object for every dataset of rows, by name, which the data has gone through; if not,
+    what is optional is not read.
     """
-    names = ["experts", "request", "position", *(name for name in ("gates", "token", "row_phase", "recorded"))]
-    names = [name for name in names if name in trace.has or name in ("experts", "request", "position")]
+    names = ["experts", "request", "position"]
+    if digests is not None:
+        names += [name for name in OPTIONAL if name in trace.has]
     if digests is not None:
         digests |= {name: hashlib.sha256() for name in names}
     row_bytes = trace.layers * trace.top_k * (1 if trace.num_experts <= 255 else 2)

@@ -90,7 +90,9 @@ class RepeatedRows:
             yield finding("warm-up", what, count, None, warm_up)
         others = sum(stop - start for start, stop, _ in self.found) - count
         if others:
-            what = f"{others:,} rows, in runs of {LEAST_ROWS} or more, repeat the choices of the row before in all layers."
+            what = (
+                f"{others:,} rows, in runs of {LEAST_ROWS} or more, repeat the choices of the row before in all layers."
+            )
             yield finding("repeated-rows", what, others, None, rest)
 
 
@@ -102,5 +104,3 @@ def run_rows(piece: Piece, ranges: list[tuple[int, int]]) -> np.ndarray:
         if last > 0 and first < piece.rows:
             inside[max(first, 0) : last] = True
     return inside
-
-

@@ -98,7 +98,9 @@ class Requests:
             first_rows.add(row, row + 1)
         if copies.size:
             rows = int(self.rows[copies].sum())
-            what = f"{copies.size:,} of {self.ids.size:,} requests ({rows:,} rows) repeat all choices of an earlier one."
+            what = (
+                f"{copies.size:,} of {self.ids.size:,} requests ({rows:,} rows) repeat all choices of an earlier one."
+            )
             yield finding("identical-requests", what, copies.size, None, first_rows)
         if self.ids.size == 1 and self.shape.rows > 1:
             yield finding("single-request", "The trace holds one request.", 1)

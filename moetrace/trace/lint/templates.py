@@ -12,7 +12,7 @@ SAMPLE_BYTES = 8 << 20
 SAMPLE_REQUESTS = 4096
 LEAST_REQUESTS = 8
 SINK_SHARE = 0.9  # of the requests that choose alike at position 0; DeepSeek-V2-Lite has 1.0 in 24 of 26 layers
-MAX_WINDOWS = 1 << 16
+MAX_WINDOWS = 1 << 14
 WINDOW_IDS = 96  # in a window: rows as many as hold them, and at least 8
 TEMPLATE_SHARE = 0.01
 SERIES, SERIES_ROWS, SERIES_LAYERS, LAGS = 16, 512, 8, 64
@@ -50,7 +50,9 @@ class Sink:
         later = _largest_share(np.concatenate(self.later), self.shape.absent) if self.later else np.zeros(1)
         sink = (at_first >= SINK_SHARE) & (later <= SINK_SHARE / 2)
         if sink.any():
-            what = f"At position 0, {at_first[sink].min():.0%} of {requests:,} requests or more choose the same experts."
+            what = (
+                f"At position 0, at least {at_first[sink].min():.0%} of {requests:,} requests choose the same experts."
+            )
             yield finding("position-0-sink", what, requests, self.shape.layer_index[sink], self.rows)
 
 
@@ -58,7 +60,7 @@ class Templates:
     """`repeated-template`: stretches of rows whose choices in all layers are those of rows of another request too.
 
     A stretch has 8 rows, or as many more as hold 96 ids. Of traces with many, a share is looked at, drawn by hash, so
-    that 65,536 of them are remembered at most. Stretches in which rows repeat each other are left out.
+    that 16,384 of them are remembered at most. Stretches in which rows repeat each other are left out.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -99,8 +101,10 @@ class Templates:
         self._thin_out()
 
     def _remember(self, keys: np.ndarray, request: np.ndarray, several: np.ndarray, count: np.ndarray) -> np.ndarray:
-        new = ~np.isin(keys, self.keys, kind="sort")
-        at = np.searchsorted(self.keys, keys[new])
+        at = np.searchsorted(self.keys, keys)
+        new = np.r_[self.keys, np.uint64(0)][at] != keys
+        new[at == self.keys.size] = True
+        at = at[new]
         self.keys = np.insert(self.keys, at, keys[new])
         self.request = np.insert(self.request, at, request[new])
         self.shared = np.insert(self.shared, at, False)
@@ -203,8 +207,8 @@ def _window_hashes(digests: np.ndarray, rows: int) -> np.ndarray:
 
 def _shared_by_lag(ids: np.ndarray, shape: Shape) -> np.ndarray:
     """float [LAGS]: experts that rows of `ids` [rows, top_k] share with the row at each lag, summed over rows."""
-    chosen = np.zeros((len(ids), int(np.iinfo(ids.dtype).max) + 1 if shape.num_experts <= 255 else shape.num_experts + 1), np.float32)
-    np.put_along_axis(chosen, np.minimum(ids, chosen.shape[1] - 1).astype(np.int64), 1.0, axis=1)
-    chosen = chosen[:, : shape.num_experts]
-    together = chosen @ chosen.T
-    return np.array([np.trace(together, lag) if lag < len(ids) else 0.0 for lag in range(1, LAGS + 1)])
+    chosen = np.zeros((len(ids), shape.num_experts + 1), bool)  # the last place is for absent and impossible ids
+    np.put_along_axis(chosen, np.minimum(ids, shape.num_experts).astype(np.int64), True, axis=1)
+    chosen = np.ascontiguousarray(chosen[:, :-1])
+    lags = range(1, LAGS + 1)
+    return np.array([np.count_nonzero(chosen[lag:] & chosen[:-lag]) if lag < len(ids) else 0 for lag in lags], float)
