@@ -130,16 +130,13 @@ def _dense_layers(trace: Trace, ranges: list[tuple[int, int]]) -> np.ndarray:
 
 def _source(source: dict[str, Any], left_out: LeftOut) -> dict[str, Any]:
     before = source.get("left_out")
-    before = before if isinstance(before, dict) else {}
-    said = {name: before[name] for name in ("warm_up_rows", "dense_layers") if name in before}
+    said = dict(before) if isinstance(before, dict) else {}
     if left_out.rows:
         earlier = said.get("warm_up_rows")
         said["warm_up_rows"] = left_out.rows + (earlier if isinstance(earlier, int) else 0)
     if left_out.layers:
         earlier = said.get("dense_layers")
-        layers = sorted(
-            {*left_out.layers, *(x for x in (earlier if isinstance(earlier, list) else []) if type(x) is int)}
-        )
+        layers = [*(earlier if isinstance(earlier, list) else []), *left_out.layers]
         said["dense_layers"] = layers if len(layers) <= _TOLD_LAYERS else len(layers)
     return source | ({"left_out": said} if said else {})
 

@@ -56,8 +56,10 @@ def _check_rows(trace: Trace, digests: dict[str, Any]) -> Iterator[Finding]:
     repeated.finish()
     zero_layers = duplicates.zero_layers()
     without = dense.dense(zero_layers)
-    for check in (impossible, duplicates, rows, repeated, flat, gates, requests, sink, periodic):
+    for check in (impossible, duplicates, rows, repeated, flat, gates, requests, sink):
         yield from check.findings()
+    if not flat.layers().any():
+        yield from periodic.findings()
     yield from dense.findings(zero_layers)
     yield from absent.findings(without)
     yield from counts.findings(without | flat.layers())
@@ -75,13 +77,10 @@ def _check_sha256(trace: Trace, digests: dict[str, Any]) -> Iterator[Finding]:
     """`sha256` and `no-sha256`; what was not hashed on the way is small, and held by the trace already."""
     differ, lack = [], []
     for name, column in trace._columns.items():
-        if name in digests:
-            digest = digests[name].hexdigest()
-        else:
-            digest = hashlib.sha256(getattr(trace, name).data).hexdigest()
+        digest = digests.get(name) or hashlib.sha256(getattr(trace, name).data)
         if column.sha256 is None:
             lack.append(column.path)
-        elif digest != column.sha256:
+        elif digest.hexdigest() != column.sha256:
             differ.append(column.path)
     if differ:
         yield finding("sha256", f"{', '.join(differ)} differ from the sha256 that the file states.", len(differ))

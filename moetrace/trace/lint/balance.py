@@ -17,10 +17,10 @@ _LOG_CHANCE_OF_COUNTS = log(1e-9)
 class FlatView:
     """`flat-view`: windows of successive rows whose ids are whole permutations of the experts, one after another.
 
-    A flat read of llama.cpp's `ffn_moe_topk` (a view of an argsort, strided by the number of experts) yields all experts
-    of the first token, then all of the second. With E experts and k slots, E / gcd(E, k) rows then hold each expert
-    k / gcd(E, k) times. So many windows in a row are needed that uniform random routing would have them with a
-    probability of less than 1e-15 (2 windows of 4 experts or more in all but tiny models).
+    A flat read of llama.cpp's `ffn_moe_topk` (a view of an argsort, strided by the number of experts) yields all
+    experts of the first token, then all of the second. With E experts and k slots, E / gcd(E, k) rows then hold each
+    expert k / gcd(E, k) times. So many windows in a row are needed (1 or 2, and more where E is small) that uniform
+    random routing would have them with a probability of less than 1e-15 at any one place.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -89,8 +89,8 @@ class FlatView:
         if self.count:
             times = "once" if self.times == 1 else f"{self.times} times"
             what = (
-                f"In {self.count:,} rows, every {self.window} successive rows hold each of the {self.shape.num_experts} "
-                f"experts of a layer exactly {times}."
+                f"In {self.count:,} rows, every {self.window} successive rows hold each of a layer's "
+                f"{self.shape.num_experts} experts exactly {times}."
             )
             layers = self.shape.layer_index[self.layers()]
             yield finding("flat-view", what, self.count, layers, self.rows)
@@ -129,10 +129,8 @@ class Counts:
         chance = lower[even].sum() + np.count_nonzero(even) * log(even.size)
         if even.any() and chance < _LOG_CHANCE_OF_COUNTS:
             least, most = (int(f(self.chosen[even])) for f in (np.min, np.max))
-            what = (
-                f"The experts of a layer were chosen {least:,} to {most:,} times each: more equal than chance allows."
-            )
-            yield finding("uniform", what, np.count_nonzero(even), self.layer_index[even])
+            what = f"Each expert of a layer was chosen {least:,} to {most:,} times: more equal than by chance."
+            yield finding("uniform", what, int(np.count_nonzero(even)), self.layer_index[even])
             return
         ratio, sd = spread / dof, (2 / dof) ** 0.5
         enough = judged & (mean >= 50)
@@ -141,7 +139,7 @@ class Counts:
         within = (np.abs(ratio[enough] - 1) <= 6 * sd).all()
         if within and abs(ratio[enough].mean() - 1) <= 5 * sd / np.count_nonzero(enough) ** 0.5:
             what = f"Counts spread over experts as uniform random draws do ({ratio[enough].mean():.2f} times as much)."
-            yield finding("random-routing", what, np.count_nonzero(enough), self.layer_index[enough])
+            yield finding("random-routing", what, int(np.count_nonzero(enough)), self.layer_index[enough])
 
 
 def _windows_needed(num_experts: int, top_k: int, window: int, times: int) -> int:
@@ -153,7 +151,7 @@ def _windows_needed(num_experts: int, top_k: int, window: int, times: int) -> in
     orders = lgamma(window * top_k + 1) - num_experts * lgamma(times + 1)
     rows = window * (lgamma(num_experts + 1) - lgamma(num_experts - top_k + 1))
     log_chance = min(orders - rows, log(0.75))
-    return max(2, int(np.ceil(_LOG_CHANCE / log_chance)))
+    return max(1, int(np.ceil(_LOG_CHANCE / log_chance)))
 
 
 def _log_chance_below(x: float, dof: int) -> float:

@@ -18,7 +18,7 @@ class CountSteps:
         self.trace = trace
         self.offset, self.top_k = trace.offset, trace.top_k
         self.names = ("impossible-count", "empty-steps", "unequal-counts")
-        self.steps = dict.fromkeys(self.names, 0)
+        self.steps: dict[str, int] = dict.fromkeys(self.names, 0)
         self.rows = {name: Ranges() for name in self.names}
         self.layers = {name: np.zeros(trace.layers, bool) for name in self.names}
         self.chosen = np.zeros((trace.layers, trace.num_experts), np.int64)
@@ -32,13 +32,16 @@ class CountSteps:
         wanted = np.diff(self.offset[first : first + len(counts) + 1]) * self.top_k
         unequal = (totals != wanted[:, None]) & ~empty[:, None]
         # A layer that never counts anything is dense: that is said once, not for every step.
-        self._add("impossible-count", first, negative.any(1), negative.any(0))
-        self._add("empty-steps", first, empty, np.zeros(self.trace.layers, bool))
-        self._add("unequal-counts", first, (unequal & (totals != 0)).any(1), (unequal & (totals != 0)).any(0))
+        self._add("impossible-count", first, negative)
+        self._add("empty-steps", first, empty)
+        self._add("unequal-counts", first, unequal & (totals != 0))
 
-    def _add(self, name: str, first: int, steps: np.ndarray, layers: np.ndarray) -> None:
+    def _add(self, name: str, first: int, wrong: Any) -> None:
+        """Count steps, given as `wrong` [steps] or [steps, layers]."""
+        steps = wrong if wrong.ndim == 1 else wrong.any(1)
         self.steps[name] += int(np.count_nonzero(steps))
-        self.layers[name] |= layers
+        if wrong.ndim == 2:
+            self.layers[name] |= wrong.any(0)
         for step in np.flatnonzero(steps)[: self.rows[name].limit + 1].tolist():
             self.rows[name].add(int(self.offset[first + step]), int(self.offset[first + step + 1]))
 

@@ -21,7 +21,7 @@ class Finding:
         code: what it is, a key of `RULES`; level: "error", "warning" or "note".
         what: one sentence, with figures; effect: what it does to results; fix: a flag or an action, or None.
         layers: absolute indices of the layers concerned, or None if it concerns no layer in particular.
-        rows: the first ranges (start, stop) of the rows concerned, at most 16; empty if it concerns no row in particular.
+        rows: the first ranges (start, stop) of the rows concerned, at most 16; empty if it concerns none in particular.
         count: how many rows, cells (one row in one layer), requests or whatever `what` counts.
     """
 
@@ -93,8 +93,8 @@ RULES = {
     ),
     "flat-view": Rule(
         "warning",
-        "These ids are whole rankings of all experts read row after row, not choices: routing looks perfectly balanced, "
-        "and which policy wins may reverse.",
+        "These ids are whole rankings of all experts, read row after row, not choices: routing looks perfectly "
+        "balanced, and which policy wins may reverse.",
         "capture again, reading the view of the top-k ids with its stride (nb[1])",
     ),
     "uniform": Rule(
@@ -122,8 +122,8 @@ RULES = {
     ),
     "absent-rows": Rule(
         "note",
-        "Legitimate: llama.cpp routes in the last layer of a prompt only the token that it samples from. This layer has "
-        "less work than the others.",
+        "Legitimate: llama.cpp routes in the last layer of a prompt only the token that it samples from. This layer "
+        "has less work than the others.",
     ),
     "partial-cells": Rule("note", "Legitimate where tokens are dropped at capacity; such rows do less work."),
     "gates-sum": Rule(
@@ -131,7 +131,7 @@ RULES = {
     ),
     "gate-order": Rule(
         "note",
-        "Legitimate (top-k without sorting): the favourite expert is that of the largest gate, not the first slot.",
+        "Legitimate (top-k without sorting): the favourite expert is that of the largest gate, not of slot 0.",
     ),
     "position-0-sink": Rule(
         "note",
@@ -149,8 +149,8 @@ RULES = {
     ),
     "single-request": Rule(
         "note",
-        "Nothing can be said of differences between requests, and a list fixed in advance looks better against LRU than "
-        "in mixed traffic.",
+        "Nothing can be said of differences between requests, and a list fixed in advance looks better against LRU "
+        "than in mixed traffic.",
     ),
     "short": Rule("note", "Skew and dead experts come out too high: most of the difference between experts is chance."),
     "layer-gap": Rule(
@@ -159,7 +159,7 @@ RULES = {
     "first-layer-not-0": Rule("note", "Legitimate (dense layers come first): layers keep their numbers in the model."),
     "position-jumps": Rule(
         "note",
-        "Legitimate for cached prefixes and speculative decoding; else rows were lost. Attention is priced by position.",
+        "Legitimate for cached prefixes and speculative decoding, else rows were lost. Position prices attention.",
     ),
     "prefill-only": Rule(
         "note",
@@ -169,8 +169,8 @@ RULES = {
     "decode-only": Rule("note", "Prompts are missing: there is no time to the first token, and caches start cold."),
     "random-routing": Rule(
         "note",
-        "The counts are those of uniform random draws (a forced balance, random weights or a generator): such routing has "
-        "no popularity to use.",
+        "The counts are those of uniform random draws (a forced balance, random weights or a generator): such routing "
+        "has no popularity to use.",
     ),
     "every-expert": Rule("note", "Every row uses every expert, so there is no choice to look at."),
     "counts-only": Rule("note", "Good for balance; a replay needs the ids of every row and refuses the trace."),
@@ -193,7 +193,7 @@ class Ranges:
         elif len(self.ranges) < self.limit:
             self.ranges.append((start, stop))
 
-    def add_mask(self, first_row: int, mask: np.ndarray) -> None:
+    def add_mask(self, first_row: int, mask: Any) -> None:
         """Add the rows that are true in `mask` [rows], the first of which is `first_row`."""
         for start, stop in runs(mask)[: self.limit + 1].tolist():
             self.add(first_row + start, first_row + stop)

@@ -58,15 +58,9 @@ class Piece(NamedTuple):
         """The rows that are true in `kept` [rows], as if they had followed each other."""
         if kept.all():
             return self
-        arrays = {
-            name: array if array is None else array[kept]
-            for name, array in self._asdict().items()
-            if name not in _NOT_BY_ROW
-        }
+        by_row = {name: array for name, array in self._asdict().items() if name not in ("first_row", "slots")}
+        arrays = {name: array if array is None else array[kept] for name, array in by_row.items()}
         return self._replace(slots=self.slots[:, kept], **arrays)
-
-
-_NOT_BY_ROW = ("first_row", "slots")
 
 
 def shape_of(trace: Trace) -> Shape:

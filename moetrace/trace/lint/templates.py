@@ -164,25 +164,26 @@ class Periodic:
         """What was found."""
         if self.shape.top_k == self.shape.num_experts:
             return
-        shared, pairs = np.zeros(LAGS + 1), np.zeros(LAGS + 1)
+        shared, pairs = np.zeros(LAGS), 0
         for parts in self.series.values():
             ids = np.concatenate(parts)
-            pairs[1 : len(ids)] += np.maximum(len(ids) - np.arange(1, LAGS + 1), 0)[: len(ids) - 1]
+            pairs += max(len(ids) - LAGS, 0)
             for layer in range(self.layers.size):
-                shared[1:] += _shared_by_lag(ids[:, layer], self.shape)
-        if pairs[-1] < LAGS:
+                shared += _shared_by_lag(ids[:, layer], self.shape)
+        if pairs < LAGS:
             return
-        overlap = shared[1:] / (pairs[1:] * self.layers.size * self.shape.top_k)
+        overlap = shared / (pairs * self.layers.size * self.shape.top_k)
         lag = int(np.argmax(overlap[3:])) + 4
-        # As if layers told nothing new: successive rows are not independent, so this is on the safe side.
-        error = 6 * (overlap[0] * (1 - overlap[0]) / (pairs[lag] * self.shape.top_k)) ** 0.5
+        # As if all layers told the same: successive rows are not independent, so this is on the safe side.
+        error = 6 * (overlap[0] * (1 - overlap[0]) / (pairs * self.shape.top_k)) ** 0.5
         if overlap[lag - 1] > 1.05 * overlap[0] + error:
-            what = f"Rows of a request share {overlap[lag - 1]:.1%} of their experts at lag {lag}, but {overlap[0]:.1%} at lag 1."
+            high, low = overlap[lag - 1], overlap[0]
+            what = f"Rows of a request share {high:.1%} of their experts at lag {lag}, but {low:.1%} at lag 1."
             yield finding("periodic-overlap", what, lag, self.shape.layer_index[self.layers])
 
 
 def _largest_share(experts: np.ndarray, absent: int) -> np.ndarray:
-    """float [layers]: the share of rows of `experts` [rows, layers, top_k] with the most frequent set, absent cells aside."""
+    """float [layers]: the share of the rows of `experts` [rows, layers, top_k] that have the most frequent set."""
     ordered = np.sort(experts, axis=-1)
     share = np.zeros(experts.shape[1])
     for layer in range(experts.shape[1]):
@@ -206,9 +207,14 @@ def _window_hashes(digests: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _shared_by_lag(ids: np.ndarray, shape: Shape) -> np.ndarray:
-    """float [LAGS]: experts that rows of `ids` [rows, top_k] share with the row at each lag, summed over rows."""
+    """float [LAGS]: experts that rows of `ids` [rows, top_k] share with the row 1, 2, ... later, summed over rows.
+
+    The same rows for every lag: those that have a row LAGS later.
+    """
+    rows = len(ids) - LAGS
+    if rows <= 0:
+        return np.zeros(LAGS)
     chosen = np.zeros((len(ids), shape.num_experts + 1), bool)  # the last place is for absent and impossible ids
     np.put_along_axis(chosen, np.minimum(ids, shape.num_experts).astype(np.int64), True, axis=1)
     chosen = np.ascontiguousarray(chosen[:, :-1])
-    lags = range(1, LAGS + 1)
-    return np.array([np.count_nonzero(chosen[lag:] & chosen[:-lag]) if lag < len(ids) else 0 for lag in lags], float)
+    return np.array([np.count_nonzero(chosen[lag : lag + rows] & chosen[:rows]) for lag in range(1, LAGS + 1)], float)
