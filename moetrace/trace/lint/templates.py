@@ -11,6 +11,7 @@ from moetrace.trace.lint.piece import Piece, Shape
 SAMPLE_BYTES = 8 << 20
 SAMPLE_REQUESTS = 4096
 LEAST_REQUESTS = 8
+LATER = 16  # a position at which requests have gone their own ways
 SINK_SHARE = 0.9  # of the requests that choose alike at position 0; DeepSeek-V2-Lite has 1.0 in 24 of 26 layers
 MAX_WINDOWS = 1 << 14
 WINDOW_IDS = 96  # in a window: rows as many as hold them, and at least 8
@@ -21,7 +22,8 @@ SERIES, SERIES_ROWS, SERIES_LAYERS, LAGS = 16, 512, 8, 64
 class Sink:
     """`position-0-sink`: layers in which nine of ten requests or more choose alike at position 0, and only there.
 
-    Judged by the first 4,096 rows at position 0 (8 MiB of ids at most) and as many from position 64 on.
+    Judged by the first 4,096 rows at position 0 (8 MiB of ids at most) and as many from position 16 on, so that a
+    beginning that all prompts share is not taken for chance.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -36,7 +38,7 @@ class Sink:
         """Look at the next rows."""
         first = piece.position == 0
         self.rows.add_mask(piece.first_row, first)
-        for sample, mask in ((self.first, first), (self.later, piece.position >= LAGS)):
+        for sample, mask in ((self.first, first), (self.later, piece.position >= LATER)):
             room = self.limit - sum(map(len, sample))
             if room > 0 and len(rows := np.flatnonzero(mask)[:room]):
                 sample.append(piece.experts[rows])
@@ -44,10 +46,10 @@ class Sink:
     def findings(self) -> Iterator[Finding]:
         """What was found."""
         requests = sum(map(len, self.first))
-        if requests < LEAST_REQUESTS or self.shape.top_k == self.shape.num_experts:
+        if min(requests, sum(map(len, self.later))) < LEAST_REQUESTS or self.shape.top_k == self.shape.num_experts:
             return
         at_first = _largest_share(np.concatenate(self.first), self.shape.absent)
-        later = _largest_share(np.concatenate(self.later), self.shape.absent) if self.later else np.zeros(1)
+        later = _largest_share(np.concatenate(self.later), self.shape.absent)
         sink = (at_first >= SINK_SHARE) & (later <= SINK_SHARE / 2)
         if sink.any():
             what = (
