@@ -20,7 +20,8 @@ class FlatView:
     A flat read of llama.cpp's `ffn_moe_topk` (a view of an argsort, strided by the number of experts) yields all
     experts of the first token, then all of the second. With E experts and k slots, E / gcd(E, k) rows then hold each
     expert k / gcd(E, k) times. So many windows in a row are needed (1 or 2, and more where E is small) that uniform
-    random routing would have them with a probability of less than 1e-15 at any one place.
+    random routing would have them with a probability of less than 1e-15 at any one place; routing that is skewed, or
+    sticks to the experts of the row before, has them more rarely still.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -29,10 +30,10 @@ class FlatView:
         self.window = shape.num_experts // common
         self.times = shape.top_k // common
         self.windows = _windows_needed(shape.num_experts, shape.top_k, self.window, self.times)
-        # Sums wrap as the ids' dtype does: a cheap filter before the exact comparison.
+        # Sums, which wrap as the ids' dtype does, and exclusive ors: a cheap filter before the exact comparison.
         self.dtype = np.uint8 if shape.num_experts <= 255 else np.uint16
-        total = sum(range(shape.num_experts)) * self.times
-        self.total = self.dtype(total % (1 << (8 * np.dtype(self.dtype).itemsize)))
+        every = np.repeat(np.arange(shape.num_experts), self.times).astype(self.dtype)
+        self.total, self.parity = every.sum(dtype=self.dtype), np.bitwise_xor.reduce(every)
         self.cells = np.zeros(shape.layers, np.int64)
         self.count = 0
         self.rows = Ranges()
@@ -42,11 +43,9 @@ class FlatView:
         span = self.window * self.windows
         if self.shape.top_k == self.shape.num_experts or piece.rows < span:
             return
-        prefix = np.zeros((piece.rows + 1, self.shape.layers), self.dtype)
-        sums = np.add.reduce(piece.slots, axis=0, dtype=self.dtype)
-        np.cumsum(sums, axis=0, dtype=self.dtype, out=prefix[1:])
-        fits = (prefix[self.window :] - prefix[: -self.window]) == self.total
-        starts = fits[: piece.rows - span + 1].copy()
+        fits = self._windows(piece, np.add, np.subtract) == self.total
+        fits &= self._windows(piece, np.bitwise_xor, np.bitwise_xor) == self.parity
+        starts = fits[: piece.rows - span + 1] & _together(piece, span)[:, None]
         for number in range(1, self.windows):
             first = number * self.window
             starts &= fits[first : first + len(starts)]
@@ -56,6 +55,12 @@ class FlatView:
         true = self._permutations(piece, rows, layers)
         if true.any():
             self._mark(piece, rows[true], layers[true], span)
+
+    def _windows(self, piece: Piece, join: np.ufunc, undo: np.ufunc) -> np.ndarray:
+        """[windows, layers]: the ids of each window, joined."""
+        prefix = np.zeros((piece.rows + 1, self.shape.layers), self.dtype)
+        join.accumulate(join.reduce(piece.slots, axis=0, dtype=self.dtype), axis=0, dtype=self.dtype, out=prefix[1:])
+        return undo(prefix[self.window :], prefix[: -self.window])
 
     def _permutations(self, piece: Piece, rows: np.ndarray, layers: np.ndarray) -> np.ndarray:
         """bool [starts]: whether every window from each start on holds every expert equally often."""
@@ -140,6 +145,18 @@ class Counts:
         if within and abs(ratio[enough].mean() - 1) <= 5 * sd / np.count_nonzero(enough) ** 0.5:
             what = f"Counts spread over experts as uniform random draws do ({ratio[enough].mean():.2f} times as much)."
             yield finding("random-routing", what, int(np.count_nonzero(enough)), self.layer_index[enough])
+
+
+def _together(piece: Piece, span: int) -> np.ndarray:
+    """bool [rows - span + 1]: whether the `span` rows from each on are of one step or of one request.
+
+    Others are not looked at: requests that decode in turns and stick to their experts repeat a lucky window.
+    """
+    together = np.zeros(piece.rows - span + 1, bool)
+    for number in (piece.step, piece.request):
+        changes = np.cumsum(np.r_[0, number[1:] != number[:-1]])
+        together |= changes[span - 1 :] == changes[: together.size]
+    return together
 
 
 def _windows_needed(num_experts: int, top_k: int, window: int, times: int) -> int:

@@ -10,6 +10,7 @@ from moetrace.trace.schema import PREFILL
 
 # In captured layers at most 26 successive rows chose alike, and in none more than 17 % of the rows did.
 LEAST_ROWS = 32
+_CHANCE = 1e-6
 
 
 class DenseLayers:
@@ -20,9 +21,16 @@ class DenseLayers:
         self.first = np.zeros((shape.layers, shape.top_k), np.uint16)  # the first choice of each layer
         self.made = np.zeros(shape.layers, np.int64)  # cells with any id, as long as all are equal
         self.constant = np.ones(shape.layers, bool)
+        self.equal = np.zeros(shape.layers, np.int64)  # cells that are equal to the one of the row before
+        self.pairs = 0
 
     def see(self, piece: Piece) -> None:
         """Look at the next rows."""
+        equal = piece.slots[0, 1:] == piece.slots[0, :-1]
+        for slot in piece.slots[1:]:
+            equal &= slot[1:] == slot[:-1]
+        self.equal += np.count_nonzero(equal, axis=0)
+        self.pairs += piece.rows - 1
         for layer in np.flatnonzero(self.constant):
             ids = piece.experts[:, layer]
             if piece.missing is not None:
@@ -37,9 +45,12 @@ class DenseLayers:
     def dense(self, zero_layers: np.ndarray) -> np.ndarray:
         """bool [layers]: the dense ones; `zero_layers` are those of `DuplicateIds`.
 
-        A trace whose layers all stand still has another ailment (`repeated-rows`), and too few rows show nothing.
+        A trace whose layers all stand still has another ailment (`repeated-rows`). Too few rows show nothing: as many
+        are needed as would not choose alike with a probability above 1e-6, judged by the steadiest of the other layers.
         """
         still = self.constant & (self.made >= LEAST_ROWS)
+        goes_on = self.equal[~self.constant].max(initial=0) / max(self.pairs, 1)
+        still &= self.shape.layers * goes_on ** np.maximum(self.made - 1, 0) <= _CHANCE
         if self.shape.top_k == self.shape.num_experts or still.all():
             still[:] = False
         return (self.constant & (self.made == 0)) | zero_layers | still

@@ -39,6 +39,7 @@ class Piece(NamedTuple):
     request: np.ndarray  # int32 [rows]
     position: np.ndarray  # int32 [rows]
     phase: np.ndarray  # uint8 [rows]: the row's own where there is one, else its step's
+    step: np.ndarray  # int64 [rows]: number of the step
     step_phase: np.ndarray  # uint8 [rows]: of the step
     gates: np.ndarray | None  # float16 [rows, layers, top_k]
     recorded: np.ndarray | None  # uint8 [rows, layers, top_k]
@@ -102,7 +103,8 @@ def _piece(trace: Trace, start: int, stop: int, data: dict[str, np.ndarray]) -> 
     first = int(np.searchsorted(trace.offset, start, side="right")) - 1
     last = int(np.searchsorted(trace.offset, stop, side="left"))
     lengths = np.diff(np.clip(trace.offset[first : last + 1], start, stop))
-    step_phase = np.repeat(trace.phase[first:last], lengths)
+    step = np.repeat(np.arange(first, last), lengths)
+    step_phase = trace.phase[step]
     return Piece(
         first_row=start,
         experts=experts,
@@ -111,6 +113,7 @@ def _piece(trace: Trace, start: int, stop: int, data: dict[str, np.ndarray]) -> 
         request=data["request"],
         position=data["position"],
         phase=data.get("row_phase", step_phase),
+        step=step,
         step_phase=step_phase,
         gates=data.get("gates"),
         recorded=data.get("recorded"),

@@ -17,15 +17,15 @@ class RepeatedRows:
     """`warm-up` and `repeated-rows`: runs of 32 or more rows that are equal in all layers.
 
     Warm-up are the runs at the very begin, and later ones of the same choice as the first (another source's).
-    Rows without any choice are no repetition. Where layers are few, equal rows may be chance: runs as long as chance
-    makes with probability above 1e-6, judged by how often successive rows are equal elsewhere, are ignored.
+    Rows without any choice are no repetition. Where layers are few, equal rows may be chance: runs that the trace has
+    with a probability above 1e-6, judged by how many runs go on after one row (and after 8), are ignored.
     """
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.last: np.ndarray | None = None  # ids of the last row
         self.start = 0  # of the run that the last row belongs to
-        self.equal = 0  # rows equal to the row before
+        self.longer = np.zeros(4, np.int64)  # runs of at least 1, 2, 8 and 16 rows
         self.found: list[tuple[int, int, bytes]] = []  # start, stop, ids
 
     def see(self, piece: Piece) -> None:
@@ -37,11 +37,12 @@ class RepeatedRows:
         np.all(wide[1:] == wide[:-1], axis=1, out=same[1:])
         if piece.missing is not None:
             same &= ~piece.empty()
-        self.equal += int(np.count_nonzero(same))
         breaks = np.flatnonzero(~same)  # rows that begin another run
         starts = piece.first_row + breaks
         if starts.size:
             self._ended(int(starts[0]), self.last)
+            lengths = np.diff(starts, prepend=self.start)
+            self.longer += [np.count_nonzero(lengths >= least) for least in (1, 2, 8, 16)]
             long = np.flatnonzero(np.diff(starts) >= LEAST_ROWS)
             for run in long.tolist():
                 self.start = int(starts[run])
@@ -58,10 +59,11 @@ class RepeatedRows:
         self._ended(self.shape.rows, self.last)
         if self.shape.top_k == self.shape.num_experts:
             self.found.clear()
-        inside = sum(stop - start - 1 for start, stop, _ in self.found)
-        others = self.shape.rows - inside
-        chance = (self.equal - inside) / others if others > LEAST_ROWS else 0.0
-        self.found = [run for run in self.found if others * chance ** (run[1] - run[0] - 1) <= _CHANCE]
+        every, two, eight, sixteen = self.longer.tolist()
+        goes_on = (two + 1) / (every + 2)
+        if eight >= 10:  # runs are nothing special here
+            goes_on = max(goes_on, ((sixteen + 1) / (eight + 2)) ** (1 / 8))
+        self.found = [run for run in self.found if self.shape.rows * goes_on ** (run[1] - run[0] - 1) <= _CHANCE]
 
     def warm_up(self) -> list[tuple[int, int]]:
         """Ranges of the rows of warm-up, after `finish`."""

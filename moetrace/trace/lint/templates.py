@@ -176,10 +176,10 @@ class Periodic:
             return
         overlap = shared / (pairs * self.layers.size * self.shape.top_k)
         lag = int(np.argmax(overlap[3:])) + 4
+        high, low = overlap[lag - 1], overlap[0]
         # As if all layers told the same: successive rows are not independent, so this is on the safe side.
-        error = 6 * (overlap[0] * (1 - overlap[0]) / (pairs * self.shape.top_k)) ** 0.5
-        if overlap[lag - 1] > 1.05 * overlap[0] + error:
-            high, low = overlap[lag - 1], overlap[0]
+        error = 6 * (2 * high * (1 - high) / (pairs * self.shape.top_k)) ** 0.5
+        if high > 1.05 * low + error:
             what = f"Rows of a request share {high:.1%} of their experts at lag {lag}, but {low:.1%} at lag 1."
             yield finding("periodic-overlap", what, lag, self.shape.layer_index[self.layers])
 
