@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     )
     from moetrace.trace import Trace, Writer
     from moetrace.trace.generate import generate, generate_trace
+    from moetrace.trace.lint import Finding, lint
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Finding",
     "Model",
     "MoetraceError",
     "PolicySpec",
@@ -33,6 +35,7 @@ __all__ = [
     "__version__",
     "generate",
     "generate_trace",
+    "lint",
     "load_model",
     "load_policy",
     "load_system",
@@ -56,6 +59,7 @@ _HOMES = {
     ),
     "moetrace.trace": ("Trace", "Writer"),
     "moetrace.trace.generate": ("generate", "generate_trace"),
+    "moetrace.trace.lint": ("Finding", "lint"),
 }
 
 

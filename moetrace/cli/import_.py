@@ -39,9 +39,8 @@ def command(
     prompt: int | None,
     experts: int | None,
     top_k: int | None,
-    drop_warmup: bool,
-    drop_dense: bool,
     compress: str | None,
+    **drop: bool,
 ) -> None:
     """Turn what an engine recorded into the trace file OUT.h5.
 
@@ -70,8 +69,9 @@ def command(
     with LateBar("bytes read", sum(path.stat().st_size for path in sources if path.is_file())) as bar:
         hints = Hints(num_experts=experts, top_k=top_k, reading=bar.advance)
         options = {"format": form, "model": model, "hints": hints, "decode_after": prompt, "compress": compress}
-        if drop_warmup or drop_dense:
-            left_out = import_and_leave_out(list(sources), out, warmup=drop_warmup, dense=drop_dense, **options)
+        if drop["drop_warmup"] or drop["drop_dense"]:
+            options |= {"warmup": drop["drop_warmup"], "dense": drop["drop_dense"]}
+            left_out = import_and_leave_out(list(sources), out, **options)
         else:
             import_traces(list(sources), out, **options)
     with Trace.open(out) as trace:
@@ -82,5 +82,7 @@ def command(
         )
         if left_out:
             click.echo(f"{out}: {say_left_out(left_out)}.", err=True)
-        for line in short_lines(lint(trace)):
+        with LateBar("rows judged", trace.rows) as bar:
+            found = lint(trace, bar.advance)
+        for line in short_lines(found):
             click.echo(line, err=True)

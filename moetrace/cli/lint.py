@@ -30,7 +30,9 @@ def drop_options(command):
 @click.command()
 @click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
 @drop_options
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), metavar="FIXED.h5", help="With --drop-...")
+@click.option(
+    "-o", "--output", "out", type=click.Path(path_type=Path), metavar="FIXED.h5", help="With --drop-...: the copy."
+)
 @format_option
 @click.pass_context
 def command(
@@ -43,6 +45,7 @@ def command(
 
     Exit code 3 if there is an error or a warning, else 0: notes say what is legitimate, but has to be known.
     """
+    from moetrace.cli.bars import LateBar
     from moetrace.trace.format import Trace
     from moetrace.trace.lint import lint
     from moetrace.trace.select import leave_out
@@ -57,8 +60,9 @@ def command(
         click.echo(f"{out}: {say_left_out(left_out)}.", err=True)
         trace = out
     with Trace.open(trace) as opened:
-        found = lint(opened)
         rows = opened.rows
+        with LateBar("rows", rows) as bar:
+            found = lint(opened, bar.advance)
     if not found:
         click.echo(f"{trace}: {rows:,} rows, nothing found.", err=True)
     if form == "json":
@@ -79,7 +83,8 @@ def say_left_out(left_out: "LeftOut") -> str:
     if left_out.rows:
         parts.append(f"{left_out.rows:,} rows of warm-up")
     if left_out.layers:
-        parts.append(f"{len(left_out.layers)} dense layers ({_numbers(left_out.layers)})")
+        number = len(left_out.layers)
+        parts.append(f"{number} dense layer{'s' if number > 1 else ''} ({_numbers(left_out.layers)})")
     return f"left out {' and '.join(parts)}" if parts else "there was nothing to leave out"
 
 

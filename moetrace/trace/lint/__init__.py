@@ -18,7 +18,7 @@ from moetrace.trace.lint.gates import Gates
 from moetrace.trace.lint.hashing import row_digests
 from moetrace.trace.lint.ids import DuplicateIds, ImpossibleIds, ImpossibleRows
 from moetrace.trace.lint.layers import AbsentRows, DenseLayers, layer_numbers
-from moetrace.trace.lint.piece import Shape, pieces, shape_of
+from moetrace.trace.lint.piece import Progress, Shape, pieces, shape_of
 from moetrace.trace.lint.repeats import RepeatedRows
 from moetrace.trace.lint.requests import Requests
 from moetrace.trace.lint.templates import Periodic, Sink, Templates
@@ -26,14 +26,15 @@ from moetrace.trace.lint.templates import Periodic, Sink, Templates
 __all__ = ["LEVELS", "RULES", "Finding", "Rule", "lint"]
 
 
-def lint(trace: Trace) -> list[Finding]:
+def lint(trace: Trace, progress: Progress | None = None) -> list[Finding]:
     """Everything that is wrong or suspicious in `trace`, errors first, then warnings and notes.
 
-    Reads every value once, a few MiB at a time, and compares it with the sha256s if the trace is a file.
+    Reads every value once, a few MiB at a time, and compares it with the sha256s if the trace is a file. `progress` is
+    told how many rows (of counts, steps) were done.
     Raises MoetraceError only if data can't be read at all.
     """
     digests: dict[str, Any] = {}
-    check = check_counts(trace, digests) if "counts" in trace.has else _check_rows(trace, digests)
+    check = (check_counts if "counts" in trace.has else _check_rows)(trace, digests, progress)
     found = [*check, *layer_numbers(trace.layer_index)]
     if trace.path is not None:
         found += _check_sha256(trace, digests)
@@ -41,13 +42,13 @@ def lint(trace: Trace) -> list[Finding]:
     return sorted(found, key=lambda one: (LEVELS.index(one.level), order.index(one.code)))
 
 
-def _check_rows(trace: Trace, digests: dict[str, Any]) -> Iterator[Finding]:
+def _check_rows(trace: Trace, digests: dict[str, Any], progress: Progress | None) -> Iterator[Finding]:
     shape = shape_of(trace)
     impossible, duplicates, rows = ImpossibleIds(shape), DuplicateIds(shape), ImpossibleRows(shape)
     dense, absent, repeated = DenseLayers(shape), AbsentRows(shape), RepeatedRows(shape)
     flat, counts, gates = FlatView(shape), Counts(shape.num_experts, shape.top_k, shape.layer_index), Gates(shape)
     requests, sink, templates, periodic = Requests(shape), Sink(shape), Templates(shape), Periodic(shape)
-    for piece in pieces(trace, digests):
+    for piece in pieces(trace, digests, progress):
         for check in (impossible, duplicates, rows, dense, absent, repeated, flat, counts, gates, sink, periodic):
             check.see(piece)
         order, row_digest = np.argsort(piece.request, kind="stable"), row_digests(piece)

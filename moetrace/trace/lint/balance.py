@@ -12,6 +12,7 @@ from moetrace.trace.lint.piece import Piece, Shape
 # places make that 1e-6. Skewed routing does it still more rarely.
 _LOG_CHANCE = log(1e-15)
 _LOG_CHANCE_OF_COUNTS = log(1e-9)
+MAX_COUNTED = 1 << 22  # layers x experts
 
 
 class FlatView:
@@ -32,8 +33,10 @@ class FlatView:
         self.windows = _windows_needed(shape.num_experts, shape.top_k, self.window, self.times)
         # Sums, which wrap as the ids' dtype does, and exclusive ors: a cheap filter before the exact comparison.
         self.dtype = np.uint8 if shape.num_experts <= 255 else np.uint16
-        every = np.repeat(np.arange(shape.num_experts), self.times).astype(self.dtype)
-        self.total, self.parity = every.sum(dtype=self.dtype), np.bitwise_xor.reduce(every)
+        total = shape.num_experts * (shape.num_experts - 1) // 2 * self.times
+        self.total = self.dtype(total % (np.iinfo(self.dtype).max + 1))
+        every = np.arange(shape.num_experts, dtype=self.dtype)
+        self.parity = np.bitwise_xor.reduce(every) if self.times % 2 else self.dtype(0)
         self.cells = np.zeros(shape.layers, np.int64)
         self.count = 0
         self.rows = Ranges()
@@ -111,18 +114,22 @@ class Counts:
 
     def __init__(self, num_experts: int, top_k: int, layer_index: np.ndarray) -> None:
         self.num_experts, self.top_k, self.layer_index = num_experts, top_k, layer_index
-        self.chosen = np.zeros((layer_index.size, num_experts), np.int64)
+        # A file may claim more layers and experts than memory could count; no model has 100,000 of them.
+        self.counted = layer_index.size * num_experts <= MAX_COUNTED
+        self.chosen = np.zeros((layer_index.size if self.counted else 1, num_experts), np.int64)
 
     def see(self, piece: Piece) -> None:
         """Count the ids of the next rows; impossible ones are left out."""
+        if not self.counted:
+            return
         for layer in range(self.layer_index.size):
-            counts = np.bincount(piece.experts[:, layer].ravel(), minlength=self.num_experts)
+            counts = np.bincount(piece.experts[:, layer].astype(np.intp).reshape(-1), minlength=self.num_experts)
             self.chosen[layer] += counts[: self.num_experts]
 
     def findings(self, without: np.ndarray) -> Iterator[Finding]:
         """What was found in layers other than `without` [layers]."""
         experts, dof = self.num_experts, self.num_experts - 1
-        if self.top_k >= experts:
+        if self.top_k >= experts or not self.counted:
             return
         mean = self.chosen.mean(1)
         judged = (mean >= 1) & ~without

@@ -1,5 +1,6 @@
 """Traces that hold only counts: what can be said of them."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from moetrace.trace.format import Trace
 from moetrace.trace.lint.balance import Counts
 from moetrace.trace.lint.finding import Finding, Ranges, finding
+from moetrace.trace.lint.piece import Progress
 from moetrace.trace.schema import BLOCK_BYTES
 
 
@@ -71,20 +73,17 @@ class CountSteps:
         )
 
 
-def check_counts(trace: Trace, digests: dict[str, Any] | None) -> Iterator[Finding]:
-    """Every finding in a trace of counts; `digests` as for `pieces`."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    if digests is not None:
-        digests["counts"] = digest
+def check_counts(trace: Trace, digests: dict[str, Any], progress: Progress | None) -> Iterator[Finding]:
+    """Every finding in a trace of counts; `digests` and `progress` as for `pieces`."""
+    digests["counts"] = hashlib.sha256()
     steps = CountSteps(trace)
     at_once = max(1, BLOCK_BYTES // (8 * trace.layers * trace.num_experts))
     for first in range(0, trace.steps, at_once):
         counts = trace.read("counts", first, min(first + at_once, trace.steps))
-        if digests is not None:
-            digest.update(counts.data)
+        digests["counts"].update(counts.data)
         steps.see(first, counts)
+        if progress:
+            progress(len(counts))
     yield from steps.findings()
     balance = Counts(trace.num_experts, trace.top_k, trace.layer_index)
     balance.chosen = steps.chosen

@@ -37,7 +37,8 @@ class Gates:
         first, largest, total = bits[:, :, 0], bits[:, :, 0], piece.gates[:, :, 0].astype(np.float32)
         for slot in range(1, self.shape.top_k):
             largest = np.maximum(largest, bits[:, :, slot])
-            total += piece.gates[:, :, slot]
+            with np.errstate(invalid="ignore"):  # infinity minus infinity
+                total += piece.gates[:, :, slot]
         odd = whole & (largest >= _INFINITY)
         good = whole & ~odd
         if good.any():

@@ -1,13 +1,15 @@
 """What the checks look at: a trace in pieces of a few MiB of ids, each with what several checks need of it."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, absent_id
+
+Progress = Callable[[int], object]
 
 
 class Shape(NamedTuple):
@@ -69,11 +71,11 @@ def shape_of(trace: Trace) -> Shape:
     return Shape(trace.num_experts, trace.top_k, trace.rows, trace.layer_index, absent_id(trace.num_experts))
 
 
-def pieces(trace: Trace, digests: dict[str, Any] | None = None) -> Iterator[Piece]:
+def pieces(trace: Trace, digests: dict[str, Any] | None = None, progress: Progress | None = None) -> Iterator[Piece]:
     """Cut `trace` into pieces, reading everything once and in order.
 
     `digests`, if given, gets a hash object for every dataset of rows, by name, which the data has gone through; if not,
-    what is optional is not read.
+    what is optional is not read. `progress` is told the rows of each piece once it was looked at.
     """
     names = ["experts", "request", "position"]
     if digests is not None:
@@ -89,6 +91,8 @@ def pieces(trace: Trace, digests: dict[str, Any] | None = None) -> Iterator[Piec
             for name, array in data.items():
                 digests[name].update(array.data)
         yield _piece(trace, start, stop, data)
+        if progress:
+            progress(stop - start)
 
 
 def _piece(trace: Trace, start: int, stop: int, data: dict[str, np.ndarray]) -> Piece:

@@ -52,9 +52,11 @@ class Sink:
         later = _largest_share(np.concatenate(self.later), self.shape.absent)
         sink = (at_first >= SINK_SHARE) & (later <= SINK_SHARE / 2)
         if sink.any():
-            what = (
-                f"At position 0, at least {at_first[sink].min():.0%} of {requests:,} requests choose the same experts."
+            share = at_first[sink].min()
+            who = (
+                f"all {requests:,} requests" if share == 1 else f"{int(share * 100)}% or more of {requests:,} requests"
             )
+            what = f"At position 0, {who} choose the same experts."
             yield finding("position-0-sink", what, requests, self.shape.layer_index[sink], self.rows)
 
 

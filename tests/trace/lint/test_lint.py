@@ -1,5 +1,6 @@
 """Lint: every trap, made on purpose, is found where it is; what is clean, or admitted, is not called wrong."""
 
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -11,6 +12,7 @@ from msgspec.structs import replace
 from traps import EXPERTS, LAYERS, OUTPUT, PROMPT, REQUESTS, ROWS, TOP_K, arrays, choose, flat_view, prepend, trace
 
 from moetrace.spec import load_model
+from moetrace.spec.errors import MoetraceError
 from moetrace.trace import Trace
 from moetrace.trace.generate import generate_trace
 from moetrace.trace.importing import import_traces
@@ -404,7 +406,7 @@ def test_a_sink_at_position_0():
     made["experts"][80, 2] = [5, 8, 3, 4]
     one = only(made)
     assert one.code == "position-0-sink" and one.layers == [1, 2] and one.count == 20
-    assert one.rows[:2] == [(0, 1), (80, 81)] and len(one.rows) == 16 and "at least 95%" in one.what
+    assert one.rows[:2] == [(0, 1), (80, 81)] and len(one.rows) == 16 and "95% or more of 20 requests" in one.what
 
 
 def test_few_requests_show_no_sink():
@@ -566,3 +568,46 @@ def test_memory_stays_the_same_however_long_the_trace(tmp_path, monkeypatch):
     read = opened.read
     monkeypatch.setattr(opened, "read", lambda name, start, stop: sizes.append(stop - start) or read(name, start, stop))
     assert [one.code for one in lint(opened)] == ["prefill-only"] and max(sizes) == 100
+
+
+def test_docs_name_every_code_with_its_level_and_fix():
+    page = (Path(__file__).parents[3] / "docs/lint.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").split("|")] for line in page.splitlines() if line.startswith("| `")
+    ]
+    said = {cells[0].strip("`"): cells for cells in rows}
+    assert list(said) == list(RULES)
+    for code, rule in RULES.items():
+        assert said[code][1] == rule.level
+        if rule.level != "note":
+            assert said[code][4].strip("`") == rule.fix
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 1 << 40), st.sampled_from([None, "zstd"]))
+def test_whatever_a_stranger_wrote_is_found_or_one_sentence(tmp_path_factory, seed, compress):
+    """Random values in random places of random datasets: findings, never another error than a sentence."""
+    rng, path = np.random.default_rng(seed), tmp_path_factory.mktemp("strange") / "t.h5"
+    made = arrays() | {"gates": gates(), "recorded": np.zeros((ROWS, LAYERS, TOP_K), int), "token": np.zeros(ROWS, int)}
+    trace(made | {"row_phase": np.repeat(made["phase"], made["steps"])}).write(path, compress)
+    with h5py.File(path, "r+") as raw:
+        paths = ["experts", "gates", "rows/request", "rows/position", "rows/phase", "recorded/resident"]
+        for name in rng.choice(paths, rng.integers(1, 4), replace=False):
+            data = raw[name][:]
+            view = data.reshape(-1).view(np.uint8)
+            begin, end = sorted(rng.integers(0, view.size + 1, 2).tolist())
+            kind = rng.integers(3)
+            view[begin:end] = (0, 255, rng.integers(0, 256, end - begin))[kind]
+            raw[name][:] = data
+    try:
+        found(Trace.open(path))
+    except MoetraceError as error:
+        assert str(error).endswith(".")
+
+
+def test_sizes_that_a_file_only_claims_take_no_memory():
+    tracemalloc.start()
+    experts = np.zeros((1, 65535, 1), np.uint16)
+    findings = found(Trace.from_arrays(experts, num_experts=65535))
+    assert "short" in findings and tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
