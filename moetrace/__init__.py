@@ -17,8 +17,10 @@ if TYPE_CHECKING:
         load_system,
     )
     from moetrace.trace import Trace, Writer
+    from moetrace.trace.exports import export
     from moetrace.trace.generate import generate, generate_trace
     from moetrace.trace.lint import Finding, lint
+    from moetrace.trace.rebatch import rebatch
 
 __version__ = "0.1.0"
 
@@ -33,6 +35,7 @@ __all__ = [
     "UsageError",
     "Writer",
     "__version__",
+    "export",
     "generate",
     "generate_trace",
     "lint",
@@ -40,6 +43,7 @@ __all__ = [
     "load_policy",
     "load_system",
     "policy",
+    "rebatch",
     "replay",
 ]
 
@@ -58,8 +62,10 @@ _HOMES = {
         "load_system",
     ),
     "moetrace.trace": ("Trace", "Writer"),
+    "moetrace.trace.exports": ("export",),
     "moetrace.trace.generate": ("generate", "generate_trace"),
     "moetrace.trace.lint": ("Finding", "lint"),
+    "moetrace.trace.rebatch": ("rebatch",),
 }
 
 

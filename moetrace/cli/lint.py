@@ -1,5 +1,6 @@
 """`moetrace lint`: what is wrong or suspicious in a trace file, and a copy without it."""
 
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,7 @@ def command(
     elif found:
         _print(trace, found)
     if any(one.level != "note" for one in found):
+        sys.stdout.flush()  # a broken pipe shows here, and not while Python ends
         context.exit(3)
 
 
