@@ -583,7 +583,7 @@ def test_docs_name_every_code_with_its_level_and_fix():
             assert said[code][4].strip("`") == rule.fix
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1 << 40), st.sampled_from([None, "zstd"]))
 def test_whatever_a_stranger_wrote_is_found_or_one_sentence(tmp_path_factory, seed, compress):
     """Random values in random places of random datasets: findings, never another error than a sentence."""
