@@ -46,24 +46,31 @@ class FlatView:
         span = self.window * self.windows
         if self.shape.top_k == self.shape.num_experts or piece.rows < span:
             return
-        fits = self._windows(piece, np.add, np.subtract) == self.total
-        fits &= self._windows(piece, np.bitwise_xor, np.bitwise_xor) == self.parity
+        fits = self._windows(piece, np.add) == self.total
+        fits &= self._windows(piece, np.bitwise_xor) == self.parity
         starts = fits[: piece.rows - span + 1] & _together(piece, span)[:, None]
         for number in range(1, self.windows):
             first = number * self.window
             starts &= fits[first : first + len(starts)]
-        rows, layers = np.nonzero(starts)
+        rows, layers = np.divmod(np.flatnonzero(starts), self.shape.layers)  # np.nonzero of two axes takes longer
         if rows.size == 0:
             return
         true = self._permutations(piece, rows, layers)
         if true.any():
             self._mark(piece, rows[true], layers[true], span)
 
-    def _windows(self, piece: Piece, join: np.ufunc, undo: np.ufunc) -> np.ndarray:
-        """[windows, layers]: the ids of each window, joined."""
-        prefix = np.zeros((piece.rows + 1, self.shape.layers), self.dtype)
-        join.accumulate(join.reduce(piece.slots, axis=0, dtype=self.dtype), axis=0, dtype=self.dtype, out=prefix[1:])
-        return undo(prefix[self.window :], prefix[: -self.window])
+    def _windows(self, piece: Piece, join: np.ufunc) -> np.ndarray:
+        """[windows, layers]: the ids of each window, joined; by doubling, which is faster than NumPy's running sums."""
+        block = join.reduce(piece.slots, axis=0, dtype=self.dtype)  # of 1, 2, 4, ... rows from each row on
+        count, covered, width = piece.rows - self.window + 1, 0, 1
+        joined = np.zeros((count, self.shape.layers), self.dtype)
+        while covered < self.window:
+            if self.window & width:
+                join(joined, block[covered : covered + count], out=joined)
+                covered += width
+            block = join(block[:-width], block[width:])
+            width *= 2
+        return joined
 
     def _permutations(self, piece: Piece, rows: np.ndarray, layers: np.ndarray) -> np.ndarray:
         """bool [starts]: whether every window from each start on holds every expert equally often."""
