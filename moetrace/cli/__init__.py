@@ -15,6 +15,7 @@ from moetrace.spec.errors import MoetraceError
 
 # Command -> its one-line help; the module is moetrace.cli.<command> (with "_" where the name is a Python keyword).
 COMMANDS = {
+    "analyze": "Answer questions about a trace that need no hardware.",
     "export": "Write a trace in a format of other tools.",
     "generate": "Write a synthetic routing trace.",
     "import": "Turn what an engine recorded into a trace file.",
