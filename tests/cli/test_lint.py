@@ -58,7 +58,7 @@ def test_notes_alone_exit_with_0(run):
 def test_warnings_exit_with_3(run, trapped):
     code, out, err = run("lint", trapped)
     assert code == 3 and err == ""
-    assert out.startswith(f"{trapped}: 2 warnings, 1 note\n\nwarning  warm-up\n  64 rows (14%), at the begin first")
+    assert out.startswith(f"{trapped}: 2 warnings, 1 note\n\nwarning  warm-up\n  64 rows (14%), from the first on")
     assert "\n  rows 0-63\n" in out and "\n  layer 5\n" in out
     assert "  Fix: --drop-warmup.\n" in out and "  Fix: --drop-dense.\n" in out
 
@@ -147,7 +147,7 @@ def test_import_says_what_lint_finds(run, tmp_path, archive):
     code, printed, err = run("import", archive, "-o", out)
     lines = err.splitlines()
     assert code == 0 and printed == "" and lines[0].startswith(f"{out}: mine, 440 rows in 245 steps")
-    assert lines[1].startswith("  warning: 40 rows (9%), at the begin first") and lines[1].endswith("--drop-warmup.")
+    assert lines[1].startswith("  warning: 40 rows (9%), from the first on") and lines[1].endswith("--drop-warmup.")
     assert lines[2] == "  warning: 1 of 3 layers did not route: 1 without any choice. Fix: --drop-dense."
     assert len(lines) == 3
 

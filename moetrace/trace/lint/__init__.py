@@ -84,6 +84,6 @@ def _check_sha256(trace: Trace, digests: dict[str, Any]) -> Iterator[Finding]:
         elif digest.hexdigest() != column.sha256:
             differ.append(column.path)
     if differ:
-        yield finding("sha256", f"{', '.join(differ)} differ from the sha256 that the file states.", len(differ))
+        yield finding("sha256", f"The sha256 of {', '.join(differ)} is not the one that the file states.", len(differ))
     if lack:
-        yield finding("no-sha256", f"{', '.join(lack)} have no sha256 to compare with.", len(lack))
+        yield finding("no-sha256", f"There is no sha256 to compare {', '.join(lack)} with.", len(lack))

@@ -54,15 +54,15 @@ class CountSteps:
     def findings(self) -> Iterator[Finding]:
         """What was found."""
         said = {
-            "impossible-count": "hold negative counts",
-            "empty-steps": "count nothing in any layer",
-            "unequal-counts": f"have layers whose counts do not sum to rows x top_k ({self.top_k})",
+            "impossible-count": "counts are negative",
+            "empty-steps": "nothing is counted in any layer",
+            "unequal-counts": f"counts of layers do not sum to rows x top_k ({self.top_k})",
         }
         index = self.trace.layer_index
         for name in self.names:
             if count := self.steps[name]:
                 layers = index[self.layers[name]] if self.layers[name].any() else None
-                what = f"{count:,} of {self.trace.steps:,} steps {said[name]}."
+                what = f"In {count:,} of {self.trace.steps:,} steps, {said[name]}."
                 yield finding(name, what, count, layers, self.rows[name])
         if (dense := self.dense()).any():
             number = int(np.count_nonzero(dense))

@@ -205,6 +205,11 @@ def runs(mask: np.ndarray) -> np.ndarray:
     return edges.reshape(-1, 2)
 
 
+def many(count: int, what: str) -> str:
+    """`1 row`, `2,048 rows`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def finding(
     code: str,
     what: str,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moetrace.trace.lint.finding import Finding, Ranges, finding
+from moetrace.trace.lint.finding import Finding, Ranges, finding, many
 from moetrace.trace.lint.piece import Piece, Shape
 
 # Eight float16 numbers that should sum to 1 are off by at most 0.003 in captures.
@@ -60,5 +60,5 @@ class Gates:
         }
         for code, layers in self.counts.items():
             if count := int(layers.sum()):
-                what = f"In {count:,} cells ({count / self.cells:.1%}), {said[code]}."
+                what = f"In {many(count, 'cell')} ({count / self.cells:.1%}), {said[code]}."
                 yield finding(code, what, count, self.shape.layer_index[layers > 0], self.rows[code])

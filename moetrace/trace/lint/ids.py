@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moetrace.trace.lint.finding import Finding, Ranges, finding
+from moetrace.trace.lint.finding import Finding, Ranges, finding, many
 from moetrace.trace.lint.piece import Piece, Shape
 from moetrace.trace.schema import DECODE, MIXED, NOT_RECORDED, PREFETCHED
 
@@ -33,7 +33,7 @@ class ImpossibleIds:
         count = int(self.cells.sum())
         if count:
             layers = self.shape.layer_index[self.cells > 0]
-            what = f"{count:,} cells hold an id of {self.shape.num_experts} or above, but not absent."
+            what = f"Ids of {self.shape.num_experts} or above stand in {many(count, 'cell')}."
             yield finding("impossible-id", what, count, layers, self.rows)
 
 
@@ -82,7 +82,7 @@ class DuplicateIds:
             rows.add(start, stop)
         zeros = int(self.zero_cells[wrong].sum())
         padding = f", {zeros:,} of them zeros only (padding)" if zeros else ""
-        what = f"{count:,} cells hold an expert more than once{padding}."
+        what = f"An expert stands twice or more in {many(count, 'cell')}{padding}."
         yield finding("duplicate-ids", what, count, self.shape.layer_index[wrong], rows)
 
 
@@ -97,15 +97,15 @@ class ImpossibleRows:
     def see(self, piece: Piece) -> None:
         """Look at the next rows."""
         wrong = {
-            "a negative request": piece.request < 0,
-            "a negative position": piece.position < 0,
-            "a phase that is not that of their step": (piece.phase > DECODE)
+            "negative requests": piece.request < 0,
+            "negative positions": piece.position < 0,
+            "phases that are not those of the step": (piece.phase > DECODE)
             | ((piece.phase != piece.step_phase) & (piece.step_phase != MIXED)),
         }
         if piece.recorded is not None and piece.recorded.max() > PREFETCHED:
             odd = piece.recorded > PREFETCHED
             odd &= ~((piece.recorded == NOT_RECORDED) & (piece.experts == self.shape.absent))
-            wrong["a recorded residency that is not 0, 1 or 2"] = odd.any((1, 2))
+            wrong["recorded residencies that are not 0, 1 or 2"] = odd.any((1, 2))
         for what, mask in wrong.items():
             if count := int(np.count_nonzero(mask)):
                 self.counts[what] = self.counts.get(what, 0) + count
@@ -116,8 +116,10 @@ class ImpossibleRows:
     def findings(self) -> Iterator[Finding]:
         """What was found."""
         if self.counts:
-            parts = [f"{count:,} rows have {what}" for what, count in self.counts.items()]
-            yield finding("impossible-row", f"{', '.join(parts)}.", sum(self.counts.values()), None, self.rows)
+            parts = [f"{what} in {many(count, 'row')}" for what, count in self.counts.items()]
+            yield finding(
+                "impossible-row", f"There are {', '.join(parts)}.", sum(self.counts.values()), None, self.rows
+            )
 
 
 def _holds_twice(slots: np.ndarray, absent: int) -> np.ndarray:

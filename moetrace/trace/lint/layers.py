@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moetrace.trace.lint.finding import Finding, Ranges, finding
+from moetrace.trace.lint.finding import Finding, Ranges, finding, many
 from moetrace.trace.lint.piece import Piece, Shape
 from moetrace.trace.schema import PREFILL
 
@@ -112,7 +112,7 @@ class AbsentRows:
             yield finding("empty-rows", what, self.empty, None, self.ranges["empty"])
         absent = np.where(dense, 0, self.absent)
         if absent.any() and not absent[:-1].any() and absent[-1] == self.last_of_prefill:
-            what = f"{absent[-1]:,} prefill rows made no choice in the last layer."
+            what = f"{many(int(absent[-1]), 'prefill row')} made no choice in the last layer."
             yield finding("absent-rows", what, absent[-1], index[-1:], self.ranges["last"])
         elif absent.any():
             low, high = (int(f(self.shape.rows - self.empty - absent[~dense])) for f in (np.min, np.max))
@@ -139,7 +139,7 @@ class AbsentRows:
             yield finding("unused-slots", what, unused)
         count = int(self.partial[unused + 1 :].sum())
         if count:
-            what = f"{count:,} cells lack some of their {self.shape.top_k - unused} ids."
+            what = f"In {many(count, 'cell')}, some of the {self.shape.top_k - unused} ids are lacking."
             layers = self.shape.layer_index[self.most_missing > unused]
             yield finding("partial-cells", what, count, layers, None if unused else self.ranges["partial"])
 
@@ -152,5 +152,5 @@ def layer_numbers(layer_index: np.ndarray) -> Iterator[Finding]:
     gaps = np.flatnonzero(np.diff(layer_index.astype(np.int64)) > 1)
     if gaps.size:
         lacking = last - first + 1 - layer_index.size
-        what = f"{lacking} layers between {first} and {last} are not in the trace."
+        what = f"The trace lacks {many(lacking, 'layer')} between {first} and {last}."
         yield finding("layer-gap", what, lacking, layer_index[gaps])

@@ -88,7 +88,7 @@ class RepeatedRows:
         count = sum(stop - start for start, stop in known)
         if count:
             share = count / self.shape.rows
-            what = f"{count:,} rows ({share:.0%}), at the begin first, repeat the same choices in all layers."
+            what = f"{count:,} rows ({share:.0%}), from the first on, repeat the same choices in all layers."
             yield finding("warm-up", what, count, None, warm_up)
         others = sum(stop - start for start, stop, _ in self.found) - count
         if others:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moetrace.trace.lint.finding import Finding, Ranges, finding
+from moetrace.trace.lint.finding import Finding, Ranges, finding, many
 from moetrace.trace.lint.hashing import mix
 from moetrace.trace.lint.piece import Piece, Shape
 from moetrace.trace.schema import DECODE, PREFILL
@@ -109,7 +109,7 @@ class Requests:
             what = f"In {self.shape.rows:,} rows an expert is chosen {mean:.1f} times a layer on average."
             yield finding("short", what, self.shape.rows)
         if self.jumps:
-            what = f"{self.jumps:,} rows have a position that is not one after that of their request's row before."
+            what = f"In {many(self.jumps, 'row')}, the position is not one after that of the request's row before."
             yield finding("position-jumps", what, self.jumps, None, self.jumped)
         if not self.phases[DECODE]:
             yield finding("prefill-only", f"All {self.shape.rows:,} rows are prefill.", self.shape.rows)

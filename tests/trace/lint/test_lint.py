@@ -178,7 +178,7 @@ def test_impossible_rows(tmp_path):
         raw["/recorded/resident"][60, 1, 2] = 7
     findings = found(Trace.open(tmp_path / "t.h5"))
     assert where(findings["impossible-row"]) == (None, [(5, 7), (50, 51), (60, 61)], 4)
-    assert "1 rows have a negative position" in findings["impossible-row"].what
+    assert "negative positions in 1 row," in findings["impossible-row"].what
     assert findings["sha256"].count == 4 and "/rows/phase" in findings["sha256"].what
 
 
@@ -191,7 +191,7 @@ def test_damage_is_a_finding(tmp_path):
     (tmp_path / "t.h5").write_bytes(data)
     findings = found(Trace.open(tmp_path / "t.h5"))
     assert list(findings) == ["sha256", "layer-gap"]
-    assert findings["sha256"].what == "/layers/index, /gates differ from the sha256 that the file states."
+    assert findings["sha256"].what == "The sha256 of /layers/index, /gates is not the one that the file states."
     assert findings["sha256"].count == 2
 
 
@@ -199,7 +199,7 @@ def test_a_missing_sha256_is_a_note(tmp_path):
     trace(arrays()).write(tmp_path / "t.h5", compress="zstd")
     with h5py.File(tmp_path / "t.h5", "r+") as raw:
         del raw["/rows/request"].attrs["sha256"]
-    assert only(Trace.open(tmp_path / "t.h5")).what == "/rows/request have no sha256 to compare with."
+    assert only(Trace.open(tmp_path / "t.h5")).what == "There is no sha256 to compare /rows/request with."
 
 
 @pytest.mark.parametrize("rows", [32, 2048, 16640])
