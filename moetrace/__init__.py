@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from moetrace.trace import Trace, Writer
     from moetrace.trace.exports import export
     from moetrace.trace.generate import generate, generate_trace
+    from moetrace.trace.lint import Finding, lint
     from moetrace.trace.rebatch import rebatch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Finding",
     "Locality",
     "Model",
     "MoetraceError",
@@ -38,6 +40,7 @@ __all__ = [
     "export",
     "generate",
     "generate_trace",
+    "lint",
     "load_model",
     "load_policy",
     "load_system",
@@ -65,6 +68,7 @@ _HOMES = {
     "moetrace.trace": ("Trace", "Writer"),
     "moetrace.trace.exports": ("export",),
     "moetrace.trace.generate": ("generate", "generate_trace"),
+    "moetrace.trace.lint": ("Finding", "lint"),
     "moetrace.trace.rebatch": ("rebatch",),
 }
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "Write a synthetic routing trace.",
     "import": "Turn what an engine recorded into a trace file.",
     "info": "Say what a trace file holds.",
+    "lint": "Say what is wrong or suspicious in a trace file.",
     "list": "List the preset models, systems or policies.",
     "rebatch": "Recombine the requests of traces into larger batches.",
     "replay": "Replay a trace through policies on a described machine.",
