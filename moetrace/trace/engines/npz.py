@@ -79,7 +79,7 @@ def _read(path: Path, hints: Hints) -> Capture:
                 _row_array(path, archive, arrays[name], rows) for name in ("request_id", "position", "phase")
             )
     except _UNREADABLE as error:
-        raise MoetraceError(f"{path} can't be read as an npz archive: {error}.") from error
+        raise MoetraceError(f"{path} can't be read as an npz archive: {str(error)[:200]}.") from error
     if phase.max() > 1 or phase.min() < 0:
         row = int(np.argmax((phase > 1) | (phase < 0)))
         raise MoetraceError(f"{path}: phase of row {row} is {phase[row]}, but must be 0 or 1.")
@@ -195,7 +195,7 @@ def _parts(path: Path, streamed: dict[str, _Array], num_experts: int) -> Iterato
                 part["experts"] = _narrow(path, start, part["experts"], num_experts)
                 yield part
     except _UNREADABLE as error:
-        raise MoetraceError(f"{path} can't be read as an npz archive: {error}.") from error
+        raise MoetraceError(f"{path} can't be read as an npz archive: {str(error)[:200]}.") from error
 
 
 def _narrow(path: Path, first_row: int, ids: np.ndarray, num_experts: int) -> np.ndarray:
