@@ -42,6 +42,10 @@ for folder in (ROOT, ROOT / "tests"):
 WRITERS = {
     "npz": "writers.npz",
     "bigmoeonedge": "writers.bigmoeonedge",
+    "jsonl": "writers.jsonl",
+    "sglang": "writers.sglang",
+    "sglang-request": "writers.sglang_request",
+    "vllm": "writers.vllm",
 }
 HANG_S = 10
 MEMORY_BYTES = 4 << 30  # of the process when run from the command line: a small file can't need more
