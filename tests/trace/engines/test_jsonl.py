@@ -77,6 +77,13 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, old, new, message):
     assert message in refused(tmp_path, path, num_experts=8, format="jsonl")
 
 
+def test_a_log_of_many_layers_but_few_routes_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "SPARSEST", 1)
+    path = write(tmp_path / "a.jsonl", IDS, [4, 3, 1, 1])
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
+    assert "25 routes are too few for 9 tokens in 3 layers" in refused(tmp_path, path, num_experts=8)
+
+
 def test_sizes_that_are_not_recorded_are_asked_for(tmp_path):
     path = write(tmp_path / "a.jsonl", IDS, [9])
     assert "--experts" in refused(tmp_path, path)

@@ -160,6 +160,12 @@ def test_sizes_of_strides_are_not_believed(tmp_path):
     assert "no contiguous tensor" in refused(tmp_path, tmp_path / "a.pt", top_k=2)
 
 
+def test_a_tensor_that_many_records_share_is_not_believed(tmp_path):
+    one = record(0, 0, 1, [(0, 0, 400)], routing(400, 3, 2, 8))
+    records = [one | {"forward_pass_id": number} for number in range(5)]
+    assert "its records claim" in refused(tmp_path, detailed(tmp_path / "a.pt", records))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
