@@ -10,15 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.trace.engines.capture import Capture, Counts, Hints
+from moetrace.trace.engines.capture import FIRST_BYTES, Capture, Counts, Hints
 
-# Format -> what it is, in the order in which content is tried. The module is moetrace.trace.engines.<format>.
+# Format -> what it is, in the order in which content is tried. The module has the
+# same name, with _ for -.
 FORMATS = {
+    "sglang": "SGLang's expert distribution dumps: stat, per_pass and per_token (.pt), or counts (CSV)",
     "npz": "NumPy archives with expert_ids, request_id, position, phase, layer_index and meta",
     "bigmoeonedge": "route traces (CSV) of BigMoeOnEdge, version 1",
+    "jsonl": 'route logs in JSON lines with {"type": "route"}, as patches of vLLM write them',
+    "vllm": "vLLM's routed experts of each request: .npy files, or HTTP responses (JSON or JSON lines)",
+    "sglang-request": "SGLang's routed experts of each request: HTTP responses, or their base64 texts",
 }
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_FIRST_BYTES = 64 << 10
 MAX_FILES = 100_000
 
 
@@ -73,8 +77,8 @@ def _is(format: str, path: Path) -> bool:
 
 def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(_FIRST_BYTES)
+        return file.read(FIRST_BYTES)
 
 
 def _importer(name: str):
-    return importlib.import_module(f"moetrace.trace.engines.{name}")
+    return importlib.import_module(f"moetrace.trace.engines.{name.replace('-', '_')}")
