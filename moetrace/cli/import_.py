@@ -7,7 +7,17 @@ import click
 from moetrace.spec.errors import UsageError, printable
 
 # The keys of moetrace.trace.engines.FORMATS, which is not imported here so that `--help` stays instant.
-FORMATS = ("npz", "bigmoeonedge")
+FORMATS = (
+    "npz",
+    "bigmoeonedge",
+    "colibri",
+    "fiddler",
+    "lattice",
+    "llamacpp",
+    "megatron",
+    "moecacheeval",
+    "trtllm",
+)
 
 
 @click.command("import")

@@ -16,6 +16,13 @@ from moetrace.trace.engines.capture import Capture, Counts, Hints
 FORMATS = {
     "npz": "NumPy archives with expert_ids, request_id, position, phase, layer_index and meta",
     "bigmoeonedge": "route traces (CSV) of BigMoeOnEdge, version 1",
+    "colibri": "routing traces (ROUTE_TRACE) and expert histories (.coli_usage) of colibri",
+    "fiddler": "expert popularity (JSON) of Fiddler",
+    "lattice": "routing traces (JSON lines) of lattice",
+    "llamacpp": "CSV of llama.cpp's moe-trace tools",
+    "megatron": "routing traces (JSON lines) of Megatron-LM, a file a rank",
+    "moecacheeval": "event traces (safetensors) of moe-cache-eval",
+    "trtllm": "expert statistics (safetensors) of TensorRT-LLM, a file a rank",
 }
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _FIRST_BYTES = 64 << 10
