@@ -42,6 +42,13 @@ for folder in (ROOT, ROOT / "tests"):
 WRITERS = {
     "npz": "writers.npz",
     "bigmoeonedge": "writers.bigmoeonedge",
+    "colibri": "writers.colibri",
+    "fiddler": "writers.fiddler",
+    "lattice": "writers.lattice",
+    "llamacpp": "writers.llamacpp",
+    "megatron": "writers.megatron",
+    "moecacheeval": "writers.moecacheeval",
+    "trtllm": "writers.trtllm",
 }
 HANG_S = 10
 MEMORY_BYTES = 4 << 30  # of the process when run from the command line: a small file can't need more

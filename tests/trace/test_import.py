@@ -392,7 +392,7 @@ def test_a_bad_route_trace_is_one_sentence_and_writes_nothing(tmp_path, old, new
 def test_formats_are_seen_from_content(tmp_path):
     odd = save(tmp_path / "a.npz").rename(tmp_path / "odd.csv")
     assert detect(odd) == "npz" and detect(route_trace(tmp_path)) == "bigmoeonedge"
-    with pytest.raises(MoetraceError, match=r"README.md is in no format that can be imported \(npz, bigmoeonedge\)"):
+    with pytest.raises(MoetraceError, match=r"README.md is in no format that can be imported \(npz, "):
         detect(SHIPPED / "README.md")
     with pytest.raises(MoetraceError, match="is an HDF5 file: if it is a trace already"):
         detect(SHIPPED / "tiny-olmoe.h5")

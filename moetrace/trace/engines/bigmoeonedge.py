@@ -10,7 +10,7 @@ are absent there. A dropped routing (a miss that the engine skipped) is kept, si
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -59,7 +59,7 @@ class _Header(NamedTuple):
     """What the first lines say."""
 
     lines: int
-    columns: dict[str, type[pl.DataType] | None]  # of the file, in its order; None where nothing is read
+    columns: Mapping[str, type[pl.DataType] | None]  # of the file, in its order; None where nothing is read
     num_experts: int
     top_k: int
     expert_bytes: dict[int, int]  # of each layer that has experts; none if the header does not say

@@ -144,8 +144,8 @@ class _Flat:
             ordered = np.sort(ids[start : start + size], axis=1)
             if (ordered[:, 1:] == ordered[:, :-1]).any():
                 raise MoetraceError(
-                    f"{self._path}: the prompt in line {block.line_of(start)} and on was read flat from rows that hold all "
-                    f"experts, so it holds tokens with an expert twice: only lines of decoded tokens can be imported."
+                    f"{self._path}: the prompt in line {block.line_of(start)} and on was read flat from rows of all "
+                    f"experts, so it has tokens with an expert twice: only lines of decoded tokens can be imported."
                 )
 
     def facts(self) -> dict[str, str]:

@@ -118,8 +118,8 @@ class Passes:
         self._cells += block.row.size
         if (self._spool.rows + rows) * layers > SPARSEST * self._cells + 2**16:
             raise MoetraceError(
-                f"{self._path}: {self._cells} choices of experts up to line {block.line_of(block.row.size - 1)} are too few for "
-                f"{self._spool.rows + rows} tokens in {layers} layers."
+                f"{self._path}: up to line {block.line_of(block.row.size - 1)} there are {self._cells} choices of "
+                f"experts, too few for {self._spool.rows + rows} tokens in {layers} layers."
             )
         entry = np.searchsorted(self._layer_index, block.layer)
         before = self._spool.rows

@@ -56,7 +56,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture | Counts]:
 
 
 def _read(paths: Sequence[Path], hints: Hints) -> Capture | Counts:
-    metas = [path for path in paths if not _is_tensors(path)]
+    metas = [path for path in paths if _is_meta(path)]
     files = sorted((path for path in paths if path not in metas), key=_order)
     if not files:
         raise MoetraceError(f"{paths[0].parent} has {META}, but no rank*.safetensors beside it.")
@@ -76,9 +76,10 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture | Counts:
     return found(ranks, num_experts, top_k, facts, sources)
 
 
-def _is_tensors(path: Path) -> bool:
+def _is_meta(path: Path) -> bool:
     with path.open("rb") as file:
-        return is_header(file.read(HEADER_BYTES + 1))
+        first = file.read(64)
+    return not is_header(first) and first.lstrip().startswith(b"{")
 
 
 def _order(path: Path) -> tuple[int, str]:
