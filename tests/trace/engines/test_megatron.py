@@ -18,10 +18,8 @@ def save(tmp_path, texts: list[str]):
 
 
 def batches(rank: int, tokens: list[int], layers: int = 3, num_experts: int = 8):
-    return {
-        key: routing(n, layers, 2, num_experts, 100 * rank + i)
-        for i, (key, n) in enumerate(zip(KEYS, tokens, strict=False))
-    }
+    keys = KEYS[: len(tokens)]
+    return {key: routing(n, layers, 2, num_experts, 100 * rank + n) for key, n in zip(keys, tokens, strict=True)}
 
 
 @pytest.mark.parametrize("chunk", [11, 200, 1 << 20])
