@@ -44,11 +44,15 @@ WRITERS = {
     "bigmoeonedge": "writers.bigmoeonedge",
     "colibri": "writers.colibri",
     "fiddler": "writers.fiddler",
+    "jsonl": "writers.jsonl",
     "lattice": "writers.lattice",
     "llamacpp": "writers.llamacpp",
     "megatron": "writers.megatron",
-    "moecacheeval": "writers.moecacheeval",
+    "moe-cache-eval": "writers.moe_cache_eval",
+    "sglang": "writers.sglang",
+    "sglang-request": "writers.sglang_request",
     "trtllm": "writers.trtllm",
+    "vllm": "writers.vllm",
 }
 HANG_S = 10
 MEMORY_BYTES = 4 << 30  # of the process when run from the command line: a small file can't need more

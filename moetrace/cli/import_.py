@@ -8,15 +8,19 @@ from moetrace.spec.errors import UsageError, printable
 
 # The keys of moetrace.trace.engines.FORMATS, which is not imported here so that `--help` stays instant.
 FORMATS = (
+    "sglang",
     "npz",
     "bigmoeonedge",
     "colibri",
     "fiddler",
+    "jsonl",
     "lattice",
     "llamacpp",
     "megatron",
-    "moecacheeval",
+    "moe-cache-eval",
     "trtllm",
+    "vllm",
+    "sglang-request",
 )
 
 

@@ -10,6 +10,8 @@ from moetrace.spec.errors import MoetraceError
 
 # What `Capture.parts` yields: rows of "experts" and of each optional array, by name.
 Part = Mapping[str, np.ndarray]
+# What `recognize` is told of a longer file.
+FIRST_BYTES = 64 << 10
 
 
 class Hints(NamedTuple):
@@ -72,3 +74,13 @@ def without_zero_cells(experts: np.ndarray, absent: int) -> np.ndarray:
     if experts.shape[-1] > 1:
         experts[~experts.any(axis=-1)] = absent
     return experts
+
+
+def kept_layers(used: np.ndarray, hints: Hints) -> tuple[np.ndarray, dict[str, Any]]:
+    """Indices of the layers to keep, of `used` (bool [layers]: some token chose an expert there), and what to say.
+
+    All are kept, unless the model has fewer layers with experts and exactly so many are used: then the rest is dense.
+    """
+    if hints.layers in (None, used.size) or int(used.sum()) != hints.layers:
+        return np.arange(used.size), {}
+    return np.flatnonzero(used), {"dense_layers_dropped": np.flatnonzero(~used).tolist()}

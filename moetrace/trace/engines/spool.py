@@ -84,8 +84,16 @@ class Spool:
         """Yield all rows in order, some MiB at a time."""
         at_once = max(1, BLOCK_BYTES // self._row_bytes("experts"))
         for start in range(0, self.rows, at_once):
-            stop = min(start + at_once, self.rows)
-            yield {name: np.array(self._window(name, start, stop)) for name in self._files}
+            yield self.read(start, min(start + at_once, self.rows))
+
+    def read(self, start: int, stop: int) -> Part:
+        """The rows `start:stop`, which must exist."""
+        return {name: np.array(self._window(name, start, stop)) for name in self._files}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the ids of a row."""
+        return self._row_bytes("experts")
 
     def _row_bytes(self, name: str) -> int:
         return int(np.prod(self._inner[name], dtype=np.int64)) * self._dtype[name].itemsize

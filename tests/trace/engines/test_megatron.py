@@ -84,8 +84,8 @@ def test_a_layer_that_is_missing_in_a_step_is_absent(tmp_path):
         ('"top_indices": [[', '"top_indices": [[9', "holds an expert that is not 0 to 7"),
         (
             '"top_indices": [[',
-            '"top_indices": [[-',
-            "holds an expert that is not 0 to 7|not as expected|more than once",
+            '"top_indices": [[-9',
+            "holds an expert|not as expected|more than once",
         ),
         ('"top_indices": [[', '"top_indices": [[99999999999999999999', "holds an expert|not as expected"),
         ('"top_indices": [[', '"top_indices": [["', "not as expected"),

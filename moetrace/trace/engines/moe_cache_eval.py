@@ -69,7 +69,7 @@ def _read(path: Path, hints: Hints) -> Capture | Counts:
     top_k = model.top_k if model else hints.need("top_k", path)
     events, layer_index = _events(path)
     check_sizes(str(path), num_experts, top_k, layer_index.size, 1, 1)
-    facts: dict[str, Any] = {"format": "moecacheeval", "engine": "moe-cache-eval", "slots": "by id, not by gate"}
+    facts: dict[str, Any] = {"format": "moe-cache-eval", "engine": "moe-cache-eval", "slots": "by id, not by gate"}
     found = _capture if (events.tokens == 1).all() else _counts
     return found(events, layer_index, num_experts, top_k)._replace(
         model=model.id if model else "", facts=facts, sources=sources

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from writers import routing
 from writers.check import column, imported, refused, steps
-from writers.moecacheeval import DTYPES, save
+from writers.moe_cache_eval import DTYPES, save
 
 pytest.importorskip("safetensors")
 
 
 def test_events_of_many_tokens_become_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr("moetrace.trace.engines.moecacheeval.BLOCK_BYTES", 200)
+    monkeypatch.setattr("moetrace.trace.engines.moe_cache_eval.BLOCK_BYTES", 200)
     ids = [routing(n, 3, 2, 8, n) for n in (5, 3, 1, 4)]
     given = [(0, 0, ids[0]), (0, 0, ids[1]), (1, 0, ids[2]), (-1, 1, ids[3])]
     given = [(*one, np.full(one[2].shape, 0.5)) for one in given]
-    trace = imported(save(tmp_path / "run", given, 8)[0], "moecacheeval")
+    trace = imported(save(tmp_path / "run", given, 8)[0], "moe-cache-eval")
     expected = [[np.bincount(part[:, layer].ravel(), minlength=8) for layer in range(3)] for part in ids]
     assert np.array_equal(trace.read("counts", 0, 4), expected)
     assert steps(trace) == [(5, 0), (3, 0), (1, 0), (4, 1)] and trace.model == "org/Some-MoE" and trace.top_k == 2
@@ -25,13 +25,13 @@ def test_events_of_many_tokens_become_counts(tmp_path, monkeypatch):
 @pytest.mark.parametrize("num_experts", [8, 300])
 @pytest.mark.parametrize("manifest", [True, False])
 def test_events_of_one_token_become_rows(tmp_path, monkeypatch, num_experts, manifest):
-    monkeypatch.setattr("moetrace.trace.engines.moecacheeval.BLOCK_BYTES", 50)
+    monkeypatch.setattr("moetrace.trace.engines.moe_cache_eval.BLOCK_BYTES", 50)
     ids = np.sort(routing(6, 3, 2, num_experts), axis=2)
     gates = np.random.default_rng(0).random(ids.shape).astype(np.float32)
     ids[4, 1, 1] = -1  # padding, which the engine leaves out
     given = [(request, phase, ids[n : n + 1], gates[n : n + 1]) for n, (request, phase) in enumerate(ROWS)]
     hints = {} if manifest else {"num_experts": num_experts, "top_k": 2}
-    trace = imported(save(tmp_path / "run", given, num_experts, manifest)[0], "moecacheeval", **hints)
+    trace = imported(save(tmp_path / "run", given, num_experts, manifest)[0], "moe-cache-eval", **hints)
     absent = 255 if num_experts == 8 else 65535
     assert np.array_equal(column(trace, "experts"), np.where(ids < 0, absent, ids))
     assert np.array_equal(column(trace, "gates"), np.where(ids < 0, 0, gates).astype(np.float16))
@@ -73,7 +73,7 @@ def test_bad_events_are_one_sentence(tmp_path, name, value, sentence):
         value = np.full(arrays[name].shape, value) if np.ndim(value) == 0 else value
         arrays[name] = value.astype(DTYPES.get(name, np.int64))
     save_file(arrays, path)
-    refused(path, sentence, "moecacheeval")
+    refused(path, sentence, "moe-cache-eval")
 
 
 def test_a_bad_manifest_is_one_sentence(tmp_path):
@@ -82,15 +82,15 @@ def test_a_bad_manifest_is_one_sentence(tmp_path):
     said = json.loads(manifest.read_text())
     for text in ("{", "{}", "[" * 9999):
         manifest.write_text(text)
-        refused(path, r"manifest\.json is not as expected", "moecacheeval")
+        refused(path, r"manifest\.json is not as expected", "moe-cache-eval")
     said["model"]["num_experts"] = 4
     manifest.write_text(json.dumps(said))
-    refused(path, "expert_ids holds numbers from", "moecacheeval")
+    refused(path, "expert_ids holds numbers from", "moe-cache-eval")
     manifest.unlink()
-    refused(path, "does not say num_experts", "moecacheeval")
+    refused(path, "does not say num_experts", "moe-cache-eval")
 
 
 def test_events_that_would_take_many_counts_are_refused(tmp_path):
     given = [(0, 0, routing(2, 1, 2, 60_000, seed), np.ones((2, 1, 2))) for seed in range(20)]
     given = [(*one[:2], one[2] % 100 + np.arange(2), one[3]) for one in given]
-    refused(save(tmp_path / "run", given, 60_000)[0], "would take 1200000 counts", "moecacheeval")
+    refused(save(tmp_path / "run", given, 60_000)[0], "would take 1200000 counts", "moe-cache-eval")

@@ -1,4 +1,4 @@
-"""Event traces of moe-cache-eval, as `moetrace.trace.engines.moecacheeval` describes them."""
+"""Event traces of moe-cache-eval, as `moetrace.trace.engines.moe_cache_eval` describes them."""
 
 import hashlib
 import json

@@ -1,0 +1,64 @@
+"""What SGLang's recorder saved with torch.save, unpickled without executing anything, and checked."""
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace.schema import MAX_EXPERTS, MAX_LAYERS
+
+
+class Dump(NamedTuple):
+    """A detailed dump of one rank."""
+
+    path: Path
+    records: list[dict[str, Any]]
+    logical: np.ndarray  # int64 [layers, physical experts]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The dict of a dump, its tensors mapped; raise MoetraceError if it is anything but plain data."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MoetraceError(f"reading {path} needs PyTorch: pip install 'moetrace[engines]'.") from error
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # unpickling a stranger's file raises anything
+        reason = " ".join(str(error).split())[:160]
+        raise MoetraceError(f"{path} is no dump of plain tensors, so it is not loaded ({reason}).") from error
+    if not isinstance(content, dict):
+        raise MoetraceError(f"{path} holds a {type(content).__name__}, not a dict of the recorder.")
+    return content
+
+
+def detailed(path: Path, content: dict[str, Any]) -> Dump:
+    """The records of a per_pass or per_token dump; raise MoetraceError if it has none."""
+    records = content.get("records")
+    if not isinstance(records, list) or "last_physical_to_logical_map" not in content:
+        raise MoetraceError(f"{path} has neither logical_count nor records with last_physical_to_logical_map.")
+    logical = integers(f"{path}: last_physical_to_logical_map", content["last_physical_to_logical_map"], 2)
+    if not logical.size or logical.min() < 0 or logical.max() >= MAX_EXPERTS or len(logical) > MAX_LAYERS:
+        raise MoetraceError(f"{path}: last_physical_to_logical_map {logical.shape} holds impossible experts.")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or type(record.get("forward_pass_id")) is not int:
+            raise MoetraceError(f"{path}: record {number} has no forward_pass_id.")
+        if not 0 <= record["forward_pass_id"] < 2**62 or type(record.get("rank", 0)) is not int:
+            raise MoetraceError(f"{path}: record {number} has an impossible forward_pass_id or rank.")
+    return Dump(path, records, logical.astype(np.int64))
+
+
+def integers(where: str, value: object, axes: int) -> np.ndarray:
+    """A tensor of plain integers as an array over the same memory; raise MoetraceError if it is none."""
+    import torch
+
+    if type(value) is not torch.Tensor or value.layout != torch.strided or value.device.type != "cpu":
+        raise MoetraceError(f"{where} is no plain tensor but {type(value).__name__}.")
+    if value.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8) or value.dim() != axes:
+        raise MoetraceError(f"{where} is {value.dtype} {tuple(value.shape)}, not integers of {axes} axes.")
+    if not value.is_contiguous() or value.requires_grad:  # strides of 0 would claim a size that is not there
+        raise MoetraceError(f"{where} is no contiguous tensor.")
+    return value.numpy()
