@@ -71,7 +71,7 @@ def _choices(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Ite
     """The passes of lines `layer,expert`: rows of one layer follow one another, `top_k` lines each."""
     for line, lines, starts in whole_passes(path, tables, lambda lines: np.diff(lines["layer"]) < 0):
         layer = lines["layer"]
-        runs = np.union1d(np.r_[0, np.flatnonzero(np.diff(layer)) + 1], starts)
+        runs = np.r_[0, np.flatnonzero(np.diff(layer)) + 1]  # where a pass begins, so does a run
         sizes = np.diff(np.r_[runs, layer.size])
         if (uneven := sizes % top_k != 0).any():
             at = int(uneven.argmax())
@@ -133,9 +133,8 @@ class _Flat:
         sizes = np.diff(np.r_[runs, row.size])
         top_k = ids.shape[1]
         everyone = np.arange(self._num_experts)
-        for start, size in zip(runs.tolist(), sizes.tolist(), strict=True):
-            if size < 2 or size * top_k < self._num_experts:
-                continue
+        long_enough = (sizes >= 2) & (sizes * top_k >= self._num_experts)
+        for start, size in zip(runs[long_enough].tolist(), sizes[long_enough].tolist(), strict=True):
             first = ids[start : start + size].reshape(-1)[: self._num_experts]
             self.long_enough += 1
             if not np.array_equal(np.sort(first), everyone):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.engines.capture import Capture, Hints
@@ -46,15 +47,16 @@ def whole_passes(
         yield first, held, np.zeros(1, np.int64)
 
 
-def layers_of(path: Path, tables: Iterable[tuple[int, Any]]) -> np.ndarray:
+def layers_of(path: Path, tables: Iterable[tuple[int, pl.DataFrame]]) -> np.ndarray:
     """The layers uint16 [layers] that a first reading, of nothing but the column "layer", finds."""
     seen = np.zeros(0, np.int64)
     for line, table in tables:
-        layer = table["layer"].to_numpy()
-        wrong = (layer < 0) | (layer >= MAX_LAYERS)
-        if wrong.any():
-            raise MoetraceError(f"{path}: line {line + int(wrong.argmax())}: layer {layer[wrong][0]} is impossible.")
-        seen = np.union1d(seen, layer)
+        layers = table["layer"].unique().to_numpy()
+        if layers.size and (layers.min() < 0 or layers.max() >= MAX_LAYERS):
+            layer = table["layer"].to_numpy()
+            at = int(((layer < 0) | (layer >= MAX_LAYERS)).argmax())
+            raise MoetraceError(f"{path}: line {line + at}: layer {layer[at]} is impossible.")
+        seen = np.union1d(seen, layers)
     if not seen.size:
         raise MoetraceError(f"{path} has no lines of routing.")
     return seen.astype(np.uint16)
