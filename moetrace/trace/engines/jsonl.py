@@ -142,7 +142,7 @@ class _Log:
         return narrow, gates.astype(np.float16)
 
     def _append(self, index: int, at: np.ndarray, request: np.ndarray, token: np.ndarray, arrays: Part) -> None:
-        """Append routes of one layer, `at` among those being added, if they are of the same tokens as the first layer."""
+        """Append routes of one layer, `at` among those being added, if they are of the first layer's tokens."""
         if index not in self._layers:
             if len(self._layers) == MAX_LAYERS:
                 raise MoetraceError(f"{self._path} has more than {MAX_LAYERS} layers.")

@@ -1,0 +1,244 @@
+"""Speed and memory of every importer on generated files, each in a process of its own.
+
+    python bench/importing.py [--only NAME]... [--megabytes 200] [--rounds 3] [--folder DIR]
+
+MB/s are megabytes of the sources a second of import, hashing and writing included; the next column is how many times
+as long as reading and hashing the sources alone it takes, in the same process. Memory is the peak of RssAnon
+(`/proc/self/status`) beyond what the process had after importing a small file of the same kind. Targets: 50 MB/s for
+binary forms, 20 MB/s for text. Another format: a line in `CASES`, a function(folder, megabytes) -> Case.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (ROOT, ROOT / "tests"):
+    sys.path.insert(0, str(folder))
+LAYERS, TOP_K, EXPERTS = 48, 8, 128  # of Qwen3-30B-A3B
+TARGETS_MB_S = {"binary": 50, "text": 20}
+
+
+class Case(NamedTuple):
+    sources: list[Path]
+    hints: dict[str, int]
+    form: str  # "binary" or "text"
+
+
+def ids_of(rows: int, layers: int = LAYERS, seed: int = 0) -> np.ndarray:
+    """Ids uint8 [rows, layers, TOP_K], none twice in a cell."""
+    random = np.random.default_rng(seed)
+    return np.argsort(random.random((rows, layers, EXPERTS), dtype=np.float32), -1)[..., :TOP_K].astype(np.uint8)
+
+
+def rows_of(megabytes: int, row_bytes: int, most: int = 2000) -> tuple[np.ndarray, int]:
+    """Ids of a few rows, and how often to repeat them for a size: drawing them all would take longer than importing."""
+    rows = max(1, min(most, megabytes * 1_000_000 // row_bytes))
+    return ids_of(rows), max(1, megabytes * 1_000_000 // (rows * row_bytes))
+
+
+def npz(folder: Path, megabytes: int) -> Case:
+    ids, times = rows_of(megabytes, LAYERS * TOP_K)
+    ids = np.tile(ids, (times, 1, 1))
+    rows = np.arange(len(ids))
+    meta = np.array(json.dumps({"model": "x", "num_experts": EXPERTS}))
+    path = folder / "a.npz"
+    np.savez(
+        path,
+        expert_ids=ids,
+        request_id=rows // 500,
+        position=rows % 500,
+        phase=(rows % 500 > 100).astype(np.uint8),
+        layer_index=np.arange(LAYERS),
+        meta=meta,
+    )
+    return Case([path], {}, "binary")
+
+
+def vllm_npy(folder: Path, megabytes: int) -> Case:
+    ids, times = rows_of(megabytes, LAYERS * TOP_K, 1000)
+    paths = [folder / f"{number}.npy" for number in range(times)]
+    for path in paths:
+        np.save(path, ids)
+    return Case(paths, {"num_experts": EXPERTS}, "binary")
+
+
+def vllm_json(folder: Path, megabytes: int) -> Case:
+    from writers.vllm import response
+
+    line = json.dumps(response([ids_of(1000)], 800)) + "\n"
+    path = folder / "a.jsonl"
+    path.write_text(line * max(1, megabytes * 1_000_000 // len(line)))
+    return Case([path], {"num_experts": EXPERTS}, "text")
+
+
+def sglang_request(folder: Path, megabytes: int) -> Case:
+    from writers.sglang_request import generated
+
+    line = json.dumps(generated(ids_of(1000), 800)) + "\n"
+    path = folder / "a.jsonl"
+    path.write_text(line * max(1, megabytes * 1_000_000 // len(line)))
+    return Case([path], {"num_experts": EXPERTS, "top_k": TOP_K}, "text")
+
+
+def sglang_base64(folder: Path, megabytes: int) -> Case:
+    text = base64.b64encode(ids_of(1000).astype("<i4").tobytes())
+    paths = [folder / f"{number}.b64" for number in range(max(1, megabytes * 1_000_000 // len(text)))]
+    for path in paths:
+        path.write_bytes(text)
+    return Case(paths, {"num_experts": EXPERTS, "top_k": TOP_K, "layers": LAYERS}, "text")
+
+
+def sglang_tokens(folder: Path, megabytes: int) -> Case:
+    import torch
+
+    ids, times = rows_of(megabytes, LAYERS * TOP_K * 4, 64)
+    ids = ids.astype(np.int32).transpose(1, 0, 2)
+    rows = ids.shape[1]
+    records = [
+        {
+            "forward_pass_id": number,
+            "rank": 0,
+            "gatherer_key": "primary",
+            "input_ids": [1] * rows,
+            "positions": [number + 1] * rows,
+            "extend_seq_lens": None,
+            "forward_mode": 2,
+            "topk_ids_of_layer": torch.from_numpy(ids.copy()),
+            "misc_objects": [],
+            "global_physical_count": torch.zeros((LAYERS, EXPERTS), dtype=torch.int32),
+        }
+        for number in range(times)
+    ]
+    path = folder / "a_0.pt"
+    to_logical = torch.arange(EXPERTS).repeat(LAYERS, 1)
+    torch.save({"records": records, "last_physical_to_logical_map": to_logical}, path)
+    return Case([path], {}, "binary")
+
+
+def sglang_stat(folder: Path, megabytes: int) -> Case:
+    import torch
+
+    counts = np.random.default_rng(0).integers(0, 9, (megabytes * 1_000_000 // (LAYERS * EXPERTS * 4), LAYERS, EXPERTS))
+    content = {"rank": 0, "logical_count": torch.from_numpy(counts.astype(np.int32))}
+    torch.save(content | {"average_utilization_rate_over_window": None}, folder / "a.pt")
+    return Case([folder / "a.pt"], {"top_k": TOP_K}, "binary")
+
+
+def _route_log(folder: Path, megabytes: int, layers: int) -> Case:
+    from writers.jsonl import write
+
+    path = write(folder / "one.jsonl", ids_of(max(1, 4000 // layers), layers), [max(1, 4000 // layers)])
+    head, *lines = path.read_bytes().splitlines(keepends=True)
+    size = sum(map(len, lines))
+    path.write_bytes(head + b"".join(lines) * max(1, megabytes * 1_000_000 // size))
+    return Case([path], {"num_experts": EXPERTS}, "text")
+
+
+def jsonl(folder: Path, megabytes: int) -> Case:
+    return _route_log(folder, megabytes, LAYERS)
+
+
+def jsonl_one_layer(folder: Path, megabytes: int) -> Case:
+    return _route_log(folder, megabytes, 1)
+
+
+CASES: dict[str, Callable[[Path, int], Case]] = {
+    "jsonl": jsonl,
+    "jsonl, one layer": jsonl_one_layer,
+    "npz": npz,
+    "sglang per_token": sglang_tokens,
+    "sglang stat": sglang_stat,
+    "sglang-request, base64 files": sglang_base64,
+    "sglang-request, responses": sglang_request,
+    "vllm, .npy": vllm_npy,
+    "vllm, responses": vllm_json,
+}
+
+
+def _rss_anon() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+
+def measured(name: str, folder: Path) -> dict[str, float]:
+    """Import the case in `folder` once, in this process."""
+    from moetrace.trace.engines.capture import Hints
+    from moetrace.trace.importing import import_traces
+
+    small = folder / "small"
+    small.mkdir()
+    case = CASES[name](small, 1)
+    import_traces(case.sources, folder / "small.h5", hints=Hints(**case.hints))
+    sources = [Path(path) for path in json.loads((folder / "sources.json").read_text())]
+    peak, done, base = 0, threading.Event(), _rss_anon()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, _rss_anon())
+
+    start = perf_counter()
+    for path in sources:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, "sha256")
+    hashed = perf_counter()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    begin = perf_counter()
+    import_traces(sources, folder / "out.h5", hints=Hints(**case.hints))
+    took = perf_counter() - begin
+    done.set()
+    thread.join()
+    size = sum(path.stat().st_size for path in sources)
+    return {"mb_s": size / 1e6 / took, "times_hash": took / (hashed - start), "peak_mb": max(0, peak - base) / 1e6}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", action="append", choices=list(CASES))
+    options.add_argument("--megabytes", type=int, default=200)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--folder", type=Path, help="for the generated files; the system's temporary one if not given")
+    options.add_argument("--measure", help=argparse.SUPPRESS)
+    options = options.parse_args()
+    if options.measure:
+        print(json.dumps(measured(options.measure, options.folder)))
+        return
+    table = Table("format", "MB", "MB/s", "target", "x reading and hashing", "peak RssAnon, MB more")
+    for name in options.only or CASES:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            case = CASES[name](Path(folder), options.megabytes)
+            (Path(folder) / "sources.json").write_text(json.dumps([str(path) for path in case.sources]))
+            found = []
+            for _ in range(options.rounds):
+                with tempfile.TemporaryDirectory(dir=folder) as own:
+                    (Path(own) / "sources.json").symlink_to(Path(folder) / "sources.json")
+                    command = [sys.executable, __file__, "--measure", name, "--folder", own]
+                    found.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+            size = sum(path.stat().st_size for path in case.sources) / 1e6
+            speed, times, peak = (median(one[key] for one in found) for key in ("mb_s", "times_hash", "peak_mb"))
+            target = TARGETS_MB_S[case.form]
+            table.add_row(name, f"{size:.0f}", f"{speed:.0f}", f"{target}", f"{times:.1f}", f"{peak:.0f}")
+            print(
+                f"{name}: {size:.0f} MB, {speed:.0f} MB/s, {times:.1f} x hashing, {peak:.0f} MB more", file=sys.stderr
+            )
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
