@@ -170,9 +170,15 @@ def _scatter(path: Path, line: int, lines: pl.DataFrame, tokens: _Tokens, spool:
     there = spool.take(row, layer)
     taken = there[np.arange(row.size), slot] != absent_id(header.num_experts)
     twice = (there == expert[:, None]).any(axis=1)
-    for wrong, what in ((taken, _TAKEN), (twice, _TWICE)):
-        if wrong.any():
-            raise MoetraceError(f"{path}: line {line + int(wrong.argmax())}: {what}.")
+    cell = row * tokens.layer_index.size + layer
+    for before, key, what in (
+        (taken, cell * header.top_k + slot, _TAKEN),
+        (twice, cell * header.num_experts + expert, _TWICE),
+    ):
+        if before.any():
+            raise MoetraceError(f"{path}: line {line + int(before.argmax())}: {what}.")
+        if (np.diff(np.sort(key)) == 0).any():
+            raise MoetraceError(f"{path}: line {line + (pl.Series(key).is_duplicated().arg_max() or 0)}: {what}.")
     values = {"experts": expert, "gates": lines["weight"].to_numpy(), "recorded": lines["residency"].to_numpy()}
     if not tokens.weights:
         del values["gates"]
@@ -192,9 +198,8 @@ def _header_lines(path: Path, file: IO[str]) -> Iterator[str]:
 
 
 def _check_lines(path: Path, line: int, lines: pl.DataFrame, header: _Header) -> None:
-    cell = ["turn", "phase", "step", "layer"]
     named = sorted(header.expert_bytes)
-    for wrong, what in (
+    checks = (
         (~pl.col("phase").is_between(0, 1), "phase is not 0 or 1"),
         (pl.col("turn") < 0, "turn is negative"),
         (pl.col("step") < 0, "step is negative: the engine could not tell the token's position"),
@@ -206,9 +211,8 @@ def _check_lines(path: Path, line: int, lines: pl.DataFrame, header: _Header) ->
         (~pl.col("expert").is_between(0, header.num_experts - 1), f"expert is not 0 to {header.num_experts - 1}"),
         (pl.col("weight").is_not_nan() & (pl.col("weight").abs() > MAX_WEIGHT), f"weight is beyond {MAX_WEIGHT:g}"),
         (~pl.col("residency").is_between(0, PREFETCHED), "residency is not 0, 1 or 2"),
-        (pl.struct(*cell, "slot").is_duplicated(), _TAKEN),
-        (pl.struct(*cell, "expert").is_duplicated(), _TWICE),
-    ):
-        found = lines.select(wrong).to_series()
-        if found.any():
-            raise MoetraceError(f"{path}: line {line + (found.arg_max() or 0)}: {what}.")
+    )
+    found = lines.select(wrong.any().alias(what) for wrong, what in checks).row(0, named=True)
+    for wrong, what in checks:
+        if found[what]:
+            raise MoetraceError(f"{path}: line {line + (lines.select(wrong).to_series().arg_max() or 0)}: {what}.")

@@ -29,7 +29,7 @@ def tables(
 
     `columns` names all columns of the file in order, those of type None are not read. A colon is taken as a space if
     that separates. Raises MoetraceError with the line that lacks a number, unless `ragged`, which makes it null, or
-    that holds what is none.
+    that holds what is none; one with more columns may pass if some of `columns` are not read.
     """
     schema = {name: kind or pl.String for name, kind in columns.items()}
     wanted = [name for name, kind in columns.items() if kind is not None]
@@ -79,9 +79,9 @@ def _bad_line(
 ) -> MoetraceError | None:
     """Find the line that Polars refuses: what it says of the place is of little help."""
     kinds = list(columns.values())
-    for number, line in enumerate(data.split(b"\n"), first):
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), first):
         text = (line.translate(_SPACES) if separator == " " else line).removesuffix(b"\r")
-        fields = text.split(separator.encode())
+        fields = text.split(separator.encode(), len(kinds))
         if line and (len(fields) > len(kinds) or not all(map(_fits, fields, kinds))):
             shown = line[:_SHOWN_BYTES].decode(errors="replace")
             return MoetraceError(f"{path}: line {number} can't be read as CSV of {len(kinds)} columns: {shown!r}.")

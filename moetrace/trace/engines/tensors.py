@@ -54,4 +54,4 @@ def integers(path: Path, key: str, array: np.ndarray, low: int, high: int) -> np
         raise MoetraceError(
             f"{path}: {key} holds numbers from {array.min()} to {array.max()}, but must hold {low} to {high - 1}."
         )
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)

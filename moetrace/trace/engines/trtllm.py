@@ -185,14 +185,15 @@ def _sums(ranks: list[_Rank], iterations: list[int], layers: list[int], num_expe
         files = [(rank, stack.enter_context(tensors(rank.path))) for rank in ranks]
         for start in range(0, len(iterations), at_once):
             some = iterations[start : start + at_once]
-            block = np.zeros((len(some), len(layers), num_experts), np.int64)
-            for step, iteration in enumerate(some):
-                for entry, layer in enumerate(layers):
-                    key = f"{iteration}_{layer}"
-                    for rank, file in files:
+            total = np.zeros((len(some), len(layers), num_experts), np.int64)
+            for rank, file in files:
+                block = np.zeros(total.shape, np.int64)
+                for step, iteration in enumerate(some):
+                    for entry, layer in enumerate(layers):
                         if (iteration, layer) in rank.shapes:
-                            block[step, entry] += integers(rank.path, key, file.get_tensor(key), 0, _MAX_COUNT)
-            yield block
+                            block[step, entry] = file.get_tensor(f"{iteration}_{layer}")
+                total += integers(rank.path, f"{some[0]}_{layers[0]} or a later one", block, 0, _MAX_COUNT)
+            yield total
 
 
 def _rows(

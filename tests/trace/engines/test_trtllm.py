@@ -77,8 +77,8 @@ def change(counts, cell, array):
     ("cell", "array", "sentence"),
     [
         ((9, 3), np.ones(9), r"9_3 has shape \(9,\), but there are 8 experts"),
-        ((9, 3), np.full(8, -1), "9_3 holds numbers from -1 to -1, but must hold 0"),
-        ((9, 3), np.full(8, 1 << 41), "9_3 holds numbers from"),
+        ((9, 3), np.full(8, -1), "9_3 or a later one holds numbers from -1 to"),
+        ((9, 3), np.full(8, 1 << 41), "9_3 or a later one holds numbers from"),
         ((13, 3), np.ones(8), "the tensor 13_5 is missing, in all ranks"),
         ((9, 3), np.ones((2, 2, 2)), r"9_3 has shape \(2, 2, 2\)"),
         ((9, 70000), np.ones(8), r"missing|layer_index"),
