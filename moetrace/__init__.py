@@ -17,7 +17,9 @@ if TYPE_CHECKING:
         load_system,
     )
     from moetrace.trace import Trace, Writer
+    from moetrace.trace.exports import export
     from moetrace.trace.generate import generate, generate_trace
+    from moetrace.trace.rebatch import rebatch
 
 __version__ = "0.1.0"
 
@@ -31,12 +33,14 @@ __all__ = [
     "UsageError",
     "Writer",
     "__version__",
+    "export",
     "generate",
     "generate_trace",
     "load_model",
     "load_policy",
     "load_system",
     "policy",
+    "rebatch",
     "replay",
 ]
 
@@ -55,7 +59,9 @@ _HOMES = {
         "load_system",
     ),
     "moetrace.trace": ("Trace", "Writer"),
+    "moetrace.trace.exports": ("export",),
     "moetrace.trace.generate": ("generate", "generate_trace"),
+    "moetrace.trace.rebatch": ("rebatch",),
 }
 
 

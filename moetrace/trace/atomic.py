@@ -6,8 +6,10 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from moetrace.spec.errors import MoetraceError, UsageError
 
 
 class AtomicFile(io.RawIOBase):
@@ -102,6 +104,41 @@ class AtomicFile(io.RawIOBase):
         """Remove the file; what is at `path` stays as it was."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[AtomicFile]:
+    """Yield a file that takes its place at `path` when the block ends well; on any error nothing there changes.
+
+    Raises MoetraceError if the system refuses (a full disk).
+    """
+    try:
+        output = AtomicFile(path)
+    except OSError as error:
+        raise _refused(path, error) from error
+    try:
+        yield output
+        try:
+            output.commit()
+        except OSError as error:
+            output.error = error
+            raise
+    except BaseException as error:
+        output.discard()
+        if output.error is not None:
+            raise _refused(path, output.error) from error
+        raise
+
+
+def _refused(path: Path, error: OSError) -> MoetraceError:
+    return MoetraceError(f"{path} could not be written: {error.strerror or error}; nothing was changed.")
+
+
+def keep_inputs(path: Path, inputs: Iterable[Path | None]) -> None:
+    """Raise a UsageError if writing to `path` would replace one of the `inputs`."""
+    for given in inputs:
+        if given is not None and path.exists() and given.exists() and path.samefile(given):
+            raise UsageError(f"{path} is what is read: choose another name for what is written.")
 
 
 @contextlib.contextmanager

@@ -13,11 +13,13 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.engines import read_captures
 from moetrace.trace.engines.capture import Capture, Counts, Hints
 from moetrace.trace.naming import model_name
-from moetrace.trace.schema import DECODE, MIXED, PREFILL, as_dtype, check_ids, check_layers, row_dtype
+from moetrace.trace.schema import DECODE, MIXED, PREFILL, as_dtype, check_alike, check_ids, check_layers, row_dtype
 from moetrace.trace.writer import CountsWriter, Writer
 
 # Of more files than these, `source` tells one hash of all their hashes instead of each.
 _TOLD_FILES = 32
+# What captures must have in common to share a trace.
+_ALIKE = ("num_experts", "top_k", "layer_index", "expert_bytes", "optional")
 
 Progress = Callable[[int], object]
 
@@ -110,9 +112,8 @@ def _checked(capture: Capture | Counts) -> Capture | Counts:
 def _check_alike(first: Capture | Counts, other: Capture | Counts) -> None:
     if type(first) is not type(other):
         raise MoetraceError(f"of {_where(first)} and {_where(other)}, one holds counts alone: import them apart.")
-    for what in ("num_experts", "top_k", "layer_index", "expert_bytes", "optional"):
-        if not np.array_equal(getattr(first, what, ()), getattr(other, what, ())):
-            raise MoetraceError(f"{_where(other)} and {_where(first)} differ in {what}, so they can't share a trace.")
+    names = [name for name in _ALIKE if name in first._fields]
+    check_alike(_where(first), first, _where(other), other, names)
 
 
 def _write_counts(path: Path, captures: list[Counts], facts: dict[str, Any], writing: Progress | None) -> None:

@@ -1,6 +1,7 @@
 """What a trace file of schema ``moetrace/1`` holds: names, dtypes, and the checks that need only NumPy."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -244,6 +245,13 @@ def _twice(experts: np.ndarray, absent: int) -> np.ndarray:
             same |= slots[slot] == slots[other]
         twice |= same & (slots[slot] != absent)
     return twice
+
+
+def check_alike(where: str, first: Any, other_where: str, other: Any, names: Sequence[str]) -> None:
+    """Raise unless `first` and `other` (traces, captures) are equal in each attribute of `names`: one model's shape."""
+    for name in names:
+        if not np.array_equal(getattr(first, name), getattr(other, name)):
+            raise MoetraceError(f"{other_where} and {where} differ in {name}, so they can't share a trace.")
 
 
 def as_dtype(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -111,6 +111,11 @@ def test_steps_by_the_words_of_the_rule(tmp_path_factory, rows, prompt):
         assert steps(imported(folder, folder / "a.npz", decode_after=decode_after)) == expected
 
 
+def test_steps_that_an_archive_knows_are_kept(tmp_path):
+    trace = imported(tmp_path, save(tmp_path / "a.npz", step_rows=np.array([2, 2, 1], np.uint8)))
+    assert steps(trace) == [(2, 0), (2, 2), (1, 1)]
+
+
 def test_parts_of_a_long_source_join(tmp_path, monkeypatch):
     monkeypatch.setattr("moetrace.trace.engines.npz.BLOCK_BYTES", 40)
     np.savez(tmp_path / "a.npz", **arrays([0] * 50 + [1] * 3, [0] * 30 + [1] * 20 + [0] * 3))
@@ -155,6 +160,11 @@ def test_absent_ids_of_any_dtype(tmp_path, dtype, mark):
         ("gate_weights", np.full((5, 3, 2), [np.nan, 1e6]), r"a\.npz: gates holds numbers from 1000000\.0"),
         ("layer_index", np.arange(3.0), r"a\.npz: layer_index holds float64, but must hold uint16"),
         ("layer_index", np.arange(-1, 2), r"a\.npz: layer_index holds numbers from -1 to 1"),
+        ("step_rows", np.array([2, 0, 3]), "step_rows does not cut the 5 rows into steps of one row or more"),
+        ("step_rows", np.array([2, 2]), "step_rows does not cut the 5 rows"),
+        ("step_rows", np.array([-(2**63), 5, -(2**63)]), "step_rows does not cut the 5 rows"),
+        ("step_rows", np.zeros(0, int), "step_rows does not cut the 5 rows"),
+        ("step_rows", np.ones((5, 1), int), r"step_rows.npy is int64 \(5, 1\), not integers \(5,\)"),
         ("meta", np.array("{"), "meta is not JSON"),
         ("meta", np.array('{"num_experts": 8, "model": ' + "[" * 900 + "]" * 900 + "}"), "meta is nested deeper than"),
         ("meta", np.array("[1]"), "meta is not a JSON object"),

@@ -28,6 +28,7 @@ from moetrace.trace.engines.text import json_lines
 from moetrace.trace.schema import BLOCK_BYTES, MAX_EXPERTS, PREFILL, absent_id, check_sizes, expert_dtype
 
 MAX_LAYERS = 256  # each has temporary files of its own
+SPARSEST = 100  # times as many cells as routes: a log with fewer routes in one layer than in another is not believed
 MAX_WEIGHT = float(np.finfo(np.float16).max)
 CHUNK_BYTES = 4 << 20  # its records take about five times as much as Python objects
 Number = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -168,6 +169,10 @@ class _Log:
         if not self._layers:
             raise MoetraceError(f"{self._path} has no lines of routing.")
         rows = self._token.size
+        if rows * len(self._layers) > SPARSEST * self._routes:
+            raise MoetraceError(
+                f"{self._path}: {self._routes} routes are too few for {rows} tokens in {len(self._layers)} layers."
+            )
         for spool in self._layers.values():
             spool.grow(rows)
         layers = np.array(sorted(self._layers))

@@ -3,7 +3,7 @@
 Arrays, all [rows] or [rows, layers, top_k], rows in time order:
 `expert_ids` (integers; 255, 65535 or -1 by dtype is absent), `request_id`, `position`, `phase` (0 prefill, 1 decode),
 `layer_index` [layers], `meta` (JSON text with at least num_experts; model, licence, source, commit are kept);
-optional: `gate_weights` [rows, layers, top_k], `token_id` [rows].
+optional: `gate_weights` [rows, layers, top_k], `token_id` [rows], `step_rows` [steps] (rows of each forward pass).
 """
 
 import contextlib
@@ -78,6 +78,7 @@ def _read(path: Path, hints: Hints) -> Capture:
             request, position, phase = (
                 _row_array(path, archive, arrays[name], rows) for name in ("request_id", "position", "phase")
             )
+            step_rows = _step_rows(path, archive, arrays["step_rows"], rows) if "step_rows" in arrays else None
     except _UNREADABLE as error:
         raise MoetraceError(f"{path} can't be read as an npz archive: {str(error)[:200]}.") from error
     if phase.max() > 1 or phase.min() < 0:
@@ -104,6 +105,7 @@ def _read(path: Path, hints: Hints) -> Capture:
         facts={"format": "npz"} | {key: str(meta[key])[:300] for key in FACTS if key in meta},
         parts=lambda: _parts(path, streamed, num_experts),
         sources=(path,),
+        step_rows=step_rows,
     )
 
 
@@ -139,6 +141,13 @@ def _row_array(path: Path, archive: zipfile.ZipFile, array: _Array, rows: int) -
     if array.shape != (rows,) or array.dtype.kind not in "iu":
         raise MoetraceError(f"{path}: {array.member} is {array.dtype} {array.shape}, not integers ({rows},).")
     return _load(path, archive, array)
+
+
+def _step_rows(path: Path, archive: zipfile.ZipFile, array: _Array, rows: int) -> np.ndarray:
+    steps = _row_array(path, archive, array, (array.shape or (1,))[0])
+    if not steps.size or steps.min() < 1 or steps.max() > rows or steps.sum(dtype=np.int64) != rows:
+        raise MoetraceError(f"{path}: step_rows does not cut the {rows} rows into steps of one row or more.")
+    return steps.astype(np.int64)
 
 
 def _meta(path: Path, archive: zipfile.ZipFile, array: _Array) -> dict[str, Any]:

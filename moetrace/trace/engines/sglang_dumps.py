@@ -48,6 +48,13 @@ def detailed(path: Path, content: dict[str, Any]) -> Dump:
             raise MoetraceError(f"{path}: record {number} has no forward_pass_id.")
         if not 0 <= record["forward_pass_id"] < 2**62 or type(record.get("rank", 0)) is not int:
             raise MoetraceError(f"{path}: record {number} has an impossible forward_pass_id or rank.")
+    claimed = sum(
+        getattr(record.get(name), "nbytes", 0)
+        for record in records
+        for name in ("topk_ids_of_layer", "global_physical_count")
+    )
+    if claimed > path.stat().st_size:  # a pickle may name one tensor in any number of records
+        raise MoetraceError(f"{path}: its records claim {claimed} bytes, but the file has {path.stat().st_size}.")
     return Dump(path, records, logical.astype(np.int64))
 
 

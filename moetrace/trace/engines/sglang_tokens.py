@@ -108,7 +108,10 @@ def _pass(dump: Dump, index: int, record: dict[str, Any]) -> _Pass:
         raise MoetraceError(f"{where} has {token.size} input_ids, {position.size} positions, ids of {ids.shape[1]}.")
     mode, rows = record.get("forward_mode"), token.size
     if record.get("extend_seq_lens") is None or mode in (DECODING, IDLE):
-        return _Pass(where, dump, ids, token, position, np.full(rows, DECODE, np.uint8), [1] * rows, 0)
+        lengths = [1] * rows
+        if mode == VERIFY and rows:  # the drafts of a request follow one another
+            lengths = np.diff(np.r_[0, np.flatnonzero(np.diff(position) != 1) + 1, rows]).tolist()
+        return _Pass(where, dump, ids, token, position, np.full(rows, DECODE, np.uint8), lengths, 0)
     lengths = _list(f"{where}: extend_seq_lens", record["extend_seq_lens"])
     lengths = lengths[lengths > 0]
     told = int(lengths.sum())
@@ -165,6 +168,7 @@ def _requests(steps: list[list[tuple[int, _Pass]]]) -> list[int]:
     for step, ranks in enumerate(steps):
         for rank, one in ranks:
             row = 0
+            ran: list[tuple[tuple[int, bool, int], int]] = []  # a request runs once in a pass
             for length in one.lengths:
                 position, decodes = int(one.position[row]), bool(one.phase[row] == DECODE)
                 keys = [(rank, True, position)] + ([(rank, False, position)] if decodes else [])
@@ -174,7 +178,9 @@ def _requests(steps: list[list[tuple[int, _Pass]]]) -> list[int]:
                     count += 1
                 request += [who] * length
                 row += length
-                waiting = expecting[rank, not decodes, int(one.position[row - 1]) + 1]
+                ran.append(((rank, not decodes, int(one.position[row - 1]) + 1), who))
+            for key, who in ran:
+                waiting = expecting[key]
                 if not waiting or waiting[-1][0] != step:
                     waiting.append((step, deque()))
                 waiting[-1][1].append(who)

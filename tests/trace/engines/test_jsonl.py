@@ -1,5 +1,7 @@
 """Route logs in JSON lines: every route comes out where it was, and damage is one sentence."""
 
+import gc
+
 import numpy as np
 import pytest
 from writers import imported, refused, routing, steps
@@ -12,6 +14,7 @@ IDS = routing(9, 3, 2, 8)
 
 def test_forward_passes_and_layers_come_out_as_they_went_in(tmp_path):
     trace = imported(tmp_path, write(tmp_path / "a.jsonl", IDS, [4, 3, 1, 1]), num_experts=8)
+    assert gc.isenabled()
     assert np.array_equal(trace.read("experts", 0, 9), IDS)
     assert np.array_equal(trace.read("gates", 0, 9), np.broadcast_to([0.5, 0.25], IDS.shape))
     assert steps(trace) == [(4, 0), (3, 0), (1, 0), (1, 0)], "token_idx begins anew with each pass"
@@ -72,6 +75,13 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, old, new, message):
     path = write(tmp_path / "a.jsonl", IDS, [4, 3, 1, 1])
     path.write_text(path.read_text().replace(old, new, 2))
     assert message in refused(tmp_path, path, num_experts=8, format="jsonl")
+
+
+def test_a_log_of_many_layers_but_few_routes_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "SPARSEST", 1)
+    path = write(tmp_path / "a.jsonl", IDS, [4, 3, 1, 1])
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
+    assert "25 routes are too few for 9 tokens in 3 layers" in refused(tmp_path, path, num_experts=8)
 
 
 def test_sizes_that_are_not_recorded_are_asked_for(tmp_path):

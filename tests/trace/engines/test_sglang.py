@@ -74,10 +74,12 @@ def test_dense_layers_are_absent_and_dropped_if_the_model_then_fits(tmp_path):
 def test_rows_of_padding_are_cut_and_unknown_modes_told_by_their_segments(tmp_path):
     one = record(1, 0, 1, [(0, 0, 4)], routing(4, 3, 2, 8)) | {"extend_seq_lens": [3, 0]}
     drafts = record(2, 0, 5, [(0, 3, 3)], routing(3, 3, 2, 8)) | {"extend_seq_lens": [3]}
+    more = record(4, 0, 5, [(0, 6, 3), (1, 2, 2)], routing(5, 3, 2, 8))
     later = record(3, 0, 99, [(1, 0, 2)], routing(2, 3, 2, 8)) | {"extend_seq_lens": torch.tensor([2])}
-    trace = imported(tmp_path, detailed(tmp_path / "a.pt", [one, drafts, later]))
-    assert steps(trace) == [(3, 0), (3, 1), (2, 0)] and trace.source["padding_rows_dropped"] == 1
+    trace = imported(tmp_path, detailed(tmp_path / "a.pt", [one, drafts, later, more]))
+    assert steps(trace) == [(3, 0), (3, 1), (2, 0), (5, 1)] and trace.source["padding_rows_dropped"] == 1
     assert trace.read("request", 0, 8).tolist() == [0] * 6 + [1] * 2
+    assert trace.read("request", 8, 13).tolist() == [0] * 3 + [1] * 2
 
 
 def test_a_request_that_ended_is_not_gone_on_with(tmp_path):
@@ -158,6 +160,12 @@ def test_without_torch_it_is_said_what_to_install(tmp_path, monkeypatch):
 def test_sizes_of_strides_are_not_believed(tmp_path):
     torch.save({"logical_count": torch.ones(1, dtype=torch.int32).expand(10**9, 10**6, 10**3)}, tmp_path / "a.pt")
     assert "no contiguous tensor" in refused(tmp_path, tmp_path / "a.pt", top_k=2)
+
+
+def test_a_tensor_that_many_records_share_is_not_believed(tmp_path):
+    one = record(0, 0, 1, [(0, 0, 400)], routing(400, 3, 2, 8))
+    records = [one | {"forward_pass_id": number} for number in range(5)]
+    assert "its records claim" in refused(tmp_path, detailed(tmp_path / "a.pt", records))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""A trace as accesses to experts: which key comes after which, block by block.
+
+A key is one expert of one layer, `layer * E + expert`. Accesses come step by step, within a step layer by layer, within
+a layer row by row and slot by slot; absent choices are none. One (step, layer) is an *event*. Sequentially every choice
+is an access. At once, an event demands each of its experts one time, however many rows chose it, in the order of their
+last choices.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.engine.compile import kernel
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace.format import Trace
+from moetrace.trace.schema import NOT_RECORDED, Block, absent_id, check_ids, check_recorded
+
+
+class Accesses(NamedTuple):
+    """The accesses of whole steps: event `i = step * L + layer` has `bounds[i]:bounds[i + 1]` of them."""
+
+    first: int  # number of accesses before these
+    key: np.ndarray  # int32 [n]
+    bounds: np.ndarray  # int64 [steps * L + 1]
+    # What the engine recorded for each (at once: for the first row that chose it), 255 = nothing; [0] if not asked for.
+    recorded: np.ndarray  # uint8 [n]
+    phase: np.ndarray  # uint8 [steps]: 0 prefill, 1 decode, 2 mixed
+    rows: int
+
+
+def accesses(trace: Trace, *, sequential: bool, recorded: bool = False) -> Iterator[Accesses]:
+    """Yield the accesses of a trace, some MB at a time; with `recorded` also the engine's own residency.
+
+    Raises MoetraceError (file, dataset, row) if an id or a recorded residency is impossible.
+    """
+    done = 0
+    for block in trace.blocks():
+        first = int(trace.offset[block.first_step])
+        record = np.zeros((0, 0, 0), np.uint8)
+        if recorded:
+            record = trace.read("recorded", first, first + len(block.request))
+            check_recorded(str(trace.path or "trace in memory"), first, record, block.experts)
+        part = _accesses(trace, block, record, sequential)._replace(first=done)
+        done += part.key.size
+        yield part
+
+
+def _accesses(trace: Trace, block: Block, record: np.ndarray, sequential: bool) -> Accesses:
+    events = block.steps * trace.layers
+    bounds = np.zeros(events + 1, np.int64)
+    key = np.empty(block.experts.size, np.int32)
+    out = np.full(key.size if record.size else 0, NOT_RECORDED, np.uint8)
+    gather = _all_choices if sequential else _distinct_choices
+    offset = np.ascontiguousarray(block.offset, np.int64)
+    if not gather(block.experts, record, offset, trace.num_experts, absent_id(trace.num_experts), bounds, key, out):
+        where = str(trace.path or "trace in memory")
+        check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
+        raise MoetraceError(f"{where}: /experts changed while it was read.")
+    phase = trace.phase[block.first_step : block.first_step + block.steps]
+    return Accesses(0, key[: bounds[-1]], bounds, out[: bounds[-1]], phase, len(block.request))
+
+
+@kernel(inline=False)
+def _all_choices(experts, record, offset, num_experts, absent, bounds, key, recorded):
+    """Fill bounds, key, recorded with every choice in order; return 0 if an id is no expert's or twice in a row."""
+    layers = experts.shape[1]
+    last_cell = np.full(num_experts, -1)  # of each expert: the last (row, layer) that chose it
+    end = 0
+    for step in range(offset.size - 1):
+        for layer in range(layers):
+            for row in range(offset[step], offset[step + 1]):
+                for slot in range(experts.shape[2]):
+                    expert = np.int64(experts[row, layer, slot])
+                    if expert == absent:
+                        continue
+                    if expert >= num_experts or last_cell[expert] == row * layers + layer:
+                        return 0
+                    last_cell[expert] = row * layers + layer
+                    key[end] = layer * num_experts + expert
+                    if recorded.size:
+                        recorded[end] = record[row, layer, slot]
+                    end += 1
+            bounds[step * layers + layer + 1] = end
+    return 1
+
+
+@kernel(inline=False)
+def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key, recorded):
+    """Fill bounds, key, recorded with each event's distinct experts; return 0 if an id is no expert's or twice."""
+    layers, top_k = experts.shape[1:]
+    # Of each expert: the last (row, layer), event and choice that were its own, and the record of its event's first.
+    last_cell, last_event = np.full(num_experts, -1), np.full(num_experts, -1)
+    last_choice, first_record = np.full(num_experts, -1), np.zeros(num_experts, np.uint8)
+    end = 0
+    for step in range(offset.size - 1):
+        for layer in range(layers):
+            event = step * layers + layer
+            for row in range(offset[step], offset[step + 1]):
+                for slot in range(top_k):
+                    expert = np.int64(experts[row, layer, slot])
+                    if expert == absent:
+                        continue
+                    if expert >= num_experts or last_cell[expert] == row * layers + layer:
+                        return 0
+                    last_cell[expert] = row * layers + layer
+                    last_choice[expert] = row * top_k + slot
+                    if recorded.size and last_event[expert] != event:
+                        first_record[expert] = record[row, layer, slot]
+                    last_event[expert] = event
+            for row in range(offset[step], offset[step + 1]):
+                for slot in range(top_k):
+                    expert = np.int64(experts[row, layer, slot])
+                    if expert != absent and last_choice[expert] == row * top_k + slot:
+                        key[end] = layer * num_experts + expert
+                        if recorded.size:
+                            recorded[end] = first_record[expert]
+                        end += 1
+            bounds[event + 1] = end
+    return 1

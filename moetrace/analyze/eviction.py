@@ -1,0 +1,241 @@
+"""Who is evicted, in Numba: caches of keys with a budget each, demanded by one event after another.
+
+An event demands distinct keys at once (a single access is an event of one key). Those that are resident are hits. Then
+every missing one, in order, is admitted: victims go until it fits, but never a key of the same event. If even then it
+does not fit, or is larger than the whole budget, it is not kept; in the latter case nothing is evicted for it. At last
+every resident key of the event is touched, in order. Policies differ in the victim only:
+
+- LRU: touched longest ago. A doubly linked list, O(1) an access.
+- ranked: of least rank. A heap that knows where each key is, O(log n) for n residents. LFU ranks by how often the key
+  was accessed, ever or since it was admitted last, then by when it was touched; Belady by how soon it is next used.
+
+Keys are divided among pools that do not share: one of all layers, or one a layer. Kernels check nothing: keys are
+those of `accesses`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.engine.compile import kernel
+
+LFU, LFU_IN_CACHE, BELADY = 0, 1, 2  # what a heap ranks by
+# LFU's rank is the number of accesses to a key above that of the touch, in one int64: comparing is one comparison.
+TOUCHED_BITS = 36
+MAX_COUNT = 1 << (63 - TOUCHED_BITS)
+_PROTECTED = np.iinfo(np.int64).max  # rank of a key that would be the victim, were it not of the event at hand
+_RANK, _KEY = 0, 1
+# Children of a key in a heap: 64 bytes of them. In a prototype 2 took 1.0 to 1.4 times as long, 8 took 0.85 to 1.07.
+_ARITY = 4
+
+
+class RecencyList(NamedTuple):
+    """An LRU cache: a ring a pool, from the sentinel `keys + pool` to the oldest resident key, the newest, and back."""
+
+    weight: np.ndarray  # int64 [keys]
+    capacity: int  # of each pool, in units of weight
+    used: np.ndarray  # int64 [pools]
+    residents: np.ndarray  # int64 [pools]: how many keys
+    newer: np.ndarray  # int32 [keys + pools]; -1 = not resident
+    older: np.ndarray  # int32 [keys + pools]
+
+
+class RankedHeap(NamedTuple):
+    """A cache whose victims have least rank: of each pool, a heap of resident keys."""
+
+    weight: np.ndarray  # int64 [keys]
+    capacity: int  # of each pool, in units of weight
+    used: np.ndarray  # int64 [pools]
+    residents: np.ndarray  # int64 [pools]: how many keys
+    heap: np.ndarray  # int64 [keys + 4, 2]: rank and key; that of pool p begins at p * keys / pools
+    place: np.ndarray  # int64 [keys]: where in the heap of its pool; -1 = not resident
+    accessed: np.ndarray  # int64 [keys]: how often
+    event: np.ndarray  # int64 [keys]: number of the first access of the last event of several that demanded it
+
+
+def recency_list(weight: np.ndarray, capacity: int, pools: int) -> RecencyList:
+    """Return an empty LRU cache of keys of `weight` (int64), with `capacity` in each of the pools."""
+    ring = np.full(weight.size + pools, -1, np.int32)
+    ring[weight.size :] = np.arange(weight.size, weight.size + pools)
+    return RecencyList(weight, capacity, np.zeros(pools, np.int64), np.zeros(pools, np.int64), ring, ring.copy())
+
+
+def ranked_heap(weight: np.ndarray, capacity: int, pools: int) -> RankedHeap:
+    """Return an empty ranked cache of keys of `weight` (int64), with `capacity` in each of the pools."""
+    heap, place = np.zeros((weight.size + _ARITY, 2), np.int64), np.full(weight.size, -1)
+    used, residents = np.zeros(pools, np.int64), np.zeros(pools, np.int64)
+    return RankedHeap(
+        weight, capacity, used, residents, heap, place, np.zeros(weight.size, np.int64), np.full(weight.size, -1)
+    )
+
+
+@kernel
+def evict_by_recency(cache, block, layers, sequential, hit):
+    """Replay the accesses of a block through an LRU cache, filling hit uint8 [n]."""
+    bounds = block.bounds
+    for event in range(bounds.size - 1):
+        pool = event % layers if cache.used.size > 1 else 0
+        start, stop = bounds[event], bounds[event + 1]
+        if sequential:
+            for i in range(start, stop):
+                _demand_recent(cache, pool, block.key, i, i + 1, hit)
+        else:
+            _demand_recent(cache, pool, block.key, start, stop, hit)
+
+
+@kernel
+def evict_by_rank(cache, rule, block, next_use, layers, sequential, hit):
+    """Replay the accesses of a block through a ranked cache, filling hit uint8 [n]; next_use [n] is for BELADY."""
+    bounds = block.bounds
+    for event in range(bounds.size - 1):
+        pool = event % layers if cache.used.size > 1 else 0
+        start, stop = bounds[event], bounds[event + 1]
+        if sequential:
+            for i in range(start, stop):
+                _demand_ranked(cache, rule, pool, block, next_use, i, i + 1, hit)
+        else:
+            _demand_ranked(cache, rule, pool, block, next_use, start, stop, hit)
+
+
+@kernel
+def _demand_recent(cache, pool, key, start, stop, hit):
+    newer, older, sentinel = cache.newer, cache.older, cache.weight.size + pool
+    ours = 0  # residents that are keys of this event: the newest ones, so the oldest is a victim while there are others
+    for i in range(start, stop):
+        hit[i] = newer[key[i]] >= 0
+        if hit[i]:
+            _unlink(newer, older, key[i])
+            _link_newest(newer, older, key[i], sentinel)
+            ours += 1
+    for i in range(start, stop):
+        k, weight = key[i], cache.weight[key[i]]
+        if newer[k] == sentinel:
+            continue
+        if newer[k] >= 0:
+            _unlink(newer, older, k)
+        else:
+            if weight > cache.capacity:
+                continue
+            while cache.used[pool] + weight > cache.capacity and cache.residents[pool] > ours:
+                victim = newer[sentinel]
+                _unlink(newer, older, victim)
+                newer[victim] = -1
+                cache.used[pool] -= cache.weight[victim]
+                cache.residents[pool] -= 1
+            if cache.used[pool] + weight > cache.capacity:
+                continue
+            cache.used[pool] += weight
+            cache.residents[pool] += 1
+            ours += 1
+        _link_newest(newer, older, k, sentinel)
+
+
+@kernel
+def _unlink(newer, older, key):
+    newer[older[key]] = newer[key]
+    older[newer[key]] = older[key]
+
+
+@kernel
+def _link_newest(newer, older, key, sentinel):
+    newest = older[sentinel]
+    newer[newest], older[key] = key, newest
+    newer[key], older[sentinel] = sentinel, key
+
+
+@kernel
+def _demand_ranked(cache, rule, pool, block, next_use, start, stop, hit):
+    heap = cache.heap[pool * (cache.weight.size // cache.used.size) :]
+    place, together, event = cache.place, stop - start > 1, block.first + start
+    ours = 0  # residents that are keys of this event
+    for i in range(start, stop):
+        k = block.key[i]
+        hit[i] = place[k] >= 0
+        ours += hit[i] > 0  # NumPy alone would add in uint8
+        cache.accessed[k] = 1 if rule == LFU_IN_CACHE and not hit[i] else cache.accessed[k] + 1
+        if together:
+            cache.event[k] = event
+    for i in range(start, stop):
+        if not hit[i]:
+            ours += _admit(cache, heap, pool, block.key[i], _rank(cache, rule, block, next_use, i), ours, event)
+    for i in range(start, stop):
+        k = block.key[i]
+        if place[k] >= 0 and (together or hit[i]):
+            rank = _rank(cache, rule, block, next_use, i)
+            if rank > heap[place[k], _RANK]:
+                _sink(heap, place, cache.residents[pool], place[k], rank, k)
+            elif rank < heap[place[k], _RANK]:
+                _rise(heap, place, place[k], rank, k)
+
+
+@kernel
+def _rank(cache, rule, block, next_use, i):
+    if rule == BELADY:
+        return -next_use[i]
+    return (cache.accessed[block.key[i]] << TOUCHED_BITS) + block.first + i
+
+
+@kernel
+def _admit(cache, heap, pool, key, rank, ours, event):
+    """Admit a key, evicting what has to go but `ours` keys, those of `event`; return whether it was (0 or 1)."""
+    weight, count = cache.weight[key], cache.residents[pool]
+    if weight > cache.capacity:
+        return 0
+    vacant = False  # the root: its key went, and the new one may take its place, which is the cheapest
+    while cache.used[pool] + weight > cache.capacity and count > ours:
+        if vacant:
+            _sink(heap, cache.place, count, 0, heap[count, _RANK], heap[count, _KEY])
+        while cache.event[heap[0, _KEY]] == event:
+            _sink(heap, cache.place, count, 0, _PROTECTED, heap[0, _KEY])
+        victim = heap[0, _KEY]
+        cache.place[victim] = -1
+        cache.used[pool] -= cache.weight[victim]
+        count -= 1
+        vacant = True
+    fits = cache.used[pool] + weight <= cache.capacity
+    if fits:
+        cache.used[pool] += weight
+        count += 1
+        if vacant:
+            _sink(heap, cache.place, count, 0, rank, key)
+        else:
+            _rise(heap, cache.place, count - 1, rank, key)
+    elif vacant and count:
+        _sink(heap, cache.place, count, 0, heap[count, _RANK], heap[count, _KEY])
+    cache.residents[pool] = count
+    return 1 if fits else 0
+
+
+@kernel
+def _rise(heap, place, at, rank, key):
+    """Put a key at `at` or, before what has a greater rank, nearer to the root."""
+    while at > 0:
+        parent = (at - 1) // _ARITY
+        if heap[parent, _RANK] <= rank:
+            break
+        _move(heap, place, parent, at)
+        at = parent
+    heap[at, _RANK], heap[at, _KEY], place[key] = rank, key, at
+
+
+@kernel
+def _sink(heap, place, count, at, rank, key):
+    """Put a key at `at` or, after what has a smaller rank, farther from the root; the heap has `count` keys."""
+    while _ARITY * at + 1 < count:
+        first = _ARITY * at + 1
+        least, rank_of_least = first, heap[first, _RANK]
+        for child in range(first + 1, first + _ARITY):
+            # Beyond the last key there is something, so that this loop has no branch.
+            better = (heap[child, _RANK] < rank_of_least) & (child < count)
+            least, rank_of_least = (child, heap[child, _RANK]) if better else (least, rank_of_least)
+        if rank_of_least >= rank:
+            break
+        _move(heap, place, least, at)
+        at = least
+    heap[at, _RANK], heap[at, _KEY], place[key] = rank, key, at
+
+
+@kernel
+def _move(heap, place, source, target):
+    heap[target, _RANK], heap[target, _KEY] = heap[source, _RANK], heap[source, _KEY]
+    place[heap[source, _KEY]] = target

@@ -1,0 +1,31 @@
+"""`moetrace export`: a trace in a format of other tools."""
+
+from pathlib import Path
+
+import click
+
+# The keys of moetrace.trace.exports.FORMATS, which is not imported here so that `--help` stays instant.
+FORMATS = ("npz", "parquet", "oracle-general", "eplb")
+
+
+@click.command()
+@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT")
+@click.option("--to", "form", type=click.Choice(FORMATS), help="Format of OUT; seen from its ending if not given.")
+def command(trace: Path, out: Path, form: str | None) -> None:
+    """Write a trace to OUT in a format of other tools.
+
+    \b
+    npz             .npz                  arrays of NumPy, as `moetrace import` reads them
+    parquet         .parquet              a row for each choice of an expert
+    oracle-general  .oracleGeneral, .bin  the accesses to experts, for libCacheSim
+    eplb            .json                 counts of each expert, for SGLang and EPLB; also of a trace of counts alone
+    """
+    from moetrace.cli.bars import LateBar
+    from moetrace.trace.exports import export
+    from moetrace.trace.format import Trace
+
+    with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
+        export(opened, out, to=form, progress=bar.advance)
+        rows = opened.rows
+    click.echo(f"{out}: {rows:,} rows, {out.stat().st_size / 1e6:,.1f} MB.", err=True)

@@ -1,0 +1,298 @@
+"""Rebatch: the requests of captures, recombined into the steps of a server that runs several at once.
+
+A request is its rows in time order, wherever in the capture they are: runs of prompt rows, and output rows. `_plan`
+admits at most `batch` requests at a time, in order; one that has no rows left leaves, and the next takes its place at
+the next step. What a step holds:
+
+- whole prompts (`chunk` None): while an admitted request is at prompt rows, that run of rows is a step of its own, the
+  earliest admitted first. Otherwise the step has one output row of each admitted request.
+- chunked prompts: one row of each admitted request that is at output rows, then up to `chunk` prompt rows of those that
+  are not, the earliest admitted first. With rows of both kinds the step is mixed.
+
+Rows of a step are in order of admission, output rows before prompt rows.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moetrace import __version__
+from moetrace.spec.errors import UsageError
+from moetrace.trace import schema
+from moetrace.trace.atomic import keep_inputs
+from moetrace.trace.format import Trace
+from moetrace.trace.schema import DECODE, MIXED, PREFILL
+from moetrace.trace.writer import CHUNK_ROWS, Writer
+
+ORDERS = ("arrival", "shuffle")
+# Ids gathered at a time. The rows of a block may lie anywhere in a capture, and of a compressed one whole chunks are
+# read for them, so larger blocks read less.
+GATHER_BYTES = 32 << 20
+GATHER_ROWS = 1 << 17
+_KEPT = ("gates", "token")  # of what a trace may hold beside ids; row_phase comes anew
+_TOLD_BYTES = schema.ATTRIBUTE_BYTES - 4096  # what `source` says of the inputs, if it fits
+
+TraceLike = Trace | str | os.PathLike[str]
+
+
+class _Rows(NamedTuple):
+    """All rows of all captures, sorted by request, then by time: 13 bytes a row."""
+
+    source: np.ndarray  # int64 [rows]: number of the row, captures counted through
+    phase: np.ndarray  # uint8 [rows]
+    request: np.ndarray  # int32 [rows]: new number, in order of admission
+    run_end: np.ndarray  # int64 [runs]: where runs of one phase of one request end, increasing
+    request_end: np.ndarray  # int64 [requests]
+
+
+class _Kind(NamedTuple):
+    """What traces must have in common."""
+
+    num_experts: int
+    top_k: int
+    layer_index: np.ndarray
+    expert_bytes: np.ndarray | None
+    optional: tuple[str, ...]
+
+
+class _Steps(NamedTuple):
+    """`steps` alike: of each admitted request the next row in `_Rows`, the rows each step takes, if these are prompt.
+
+    int64 [admitted], int64 [admitted], bool [admitted], in order of admission.
+    """
+
+    steps: int
+    row: np.ndarray
+    take: np.ndarray
+    prompt: np.ndarray
+
+    @property
+    def phase(self) -> int:
+        """Phase of each step."""
+        taken = self.prompt[self.take > 0]
+        return PREFILL if taken.all() else MIXED if taken.any() else DECODE
+
+
+def rebatch(
+    traces: TraceLike | Sequence[TraceLike],
+    path: str | os.PathLike[str],
+    *,
+    batch: int,
+    chunk: int | None = None,
+    order: str = "arrival",
+    seed: int = 0,
+    compress: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write to `path` the requests of one or more traces (or files), at most `batch` at a time, as the module says.
+
+    Requests are admitted in the `order` in which they first appear in the traces ("arrival"), one trace after the
+    other, or in one drawn from `seed` ("shuffle"), and are numbered so. Experts, gates, tokens, phases and positions
+    stay with their row; recorded residency belongs to the old order and is left out. `compress` is the Writer's;
+    `progress` is told of rows as they are written.
+
+    Takes about 40 bytes of memory a row, and constant memory for ids. Raises UsageError for parameters that make no
+    sense, MoetraceError if traces differ in shape or in what they hold, have counts only, or hold an impossible id;
+    then nothing is written.
+    """
+    _check(batch, chunk, order, seed)
+    given = [traces] if isinstance(traces, Trace | str | os.PathLike) else traces
+    with contextlib.ExitStack() as stack:
+        opened = [t if isinstance(t, Trace) else stack.enter_context(Trace.open(t)) for t in given]
+        if not opened:
+            raise UsageError("there is no trace to rebatch.")
+        keep_inputs(Path(path), (trace.path for trace in opened))
+        parameters = {"batch": batch, "chunk": chunk, "order": order} | ({"seed": seed} if order == "shuffle" else {})
+        first, kinds = opened[0], [_kind(trace) for trace in opened]
+        for trace, kind in zip(opened[1:], kinds[1:], strict=True):
+            schema.check_alike(_where(first), kinds[0], _where(trace), kind, _Kind._fields)
+        rows, hashes = _read_rows(opened, order, seed)
+        steps, mixed = 0, False
+        for plan in _plan(rows, batch, chunk):
+            steps += plan.steps
+            mixed |= plan.phase == MIXED
+        with Writer(
+            path,
+            model=first.model,
+            num_experts=first.num_experts,
+            top_k=first.top_k,
+            layers=first.layers,
+            rows=rows.source.size,
+            steps=steps,
+            source=_source(opened, hashes, parameters),
+            layer_index=first.layer_index,
+            expert_bytes=first.expert_bytes,
+            optional=(*kinds[0].optional, *(("row_phase",) if mixed else ())),
+            compress=compress,
+        ) as writer:
+            for part, step_rows, phase in _parts(_plan(rows, batch, chunk), _block_rows(first)):
+                optional = _gather(opened, rows.source[part], ("position", "experts", *kinds[0].optional))
+                if mixed:
+                    optional["row_phase"] = rows.phase[part]
+                writer.append(request=rows.request[part], steps=step_rows, phase=phase, **optional)
+                if progress:
+                    progress(part.size)
+
+
+def _check(batch: int, chunk: int | None, order: str, seed: int) -> None:
+    for name, value, least in (("batch", batch, 1), ("chunk", chunk, 1), ("seed", seed, 0)):
+        if value is not None and not least <= value < 2**63:
+            raise UsageError(f"{name} is {value}: give a whole number from {least} to {2**63 - 1}.")
+    if order not in ORDERS:
+        raise UsageError(f"order is {order!r}, but must be {' or '.join(ORDERS)}.")
+
+
+def _where(trace: Trace) -> str:
+    return str(trace.path) if trace.path else "trace in memory"
+
+
+def _kind(trace: Trace) -> _Kind:
+    optional = tuple(name for name in _KEPT if name in trace.has)
+    return _Kind(trace.num_experts, trace.top_k, trace.layer_index, trace.expert_bytes, optional)
+
+
+def _block_rows(trace: Trace) -> int:
+    row_bytes = trace.layers * trace.top_k * schema.expert_dtype(trace.num_experts).itemsize
+    return min(max(1, GATHER_BYTES // row_bytes), GATHER_ROWS)
+
+
+def _read_rows(traces: Sequence[Trace], order: str, seed: int) -> tuple[_Rows, list[str]]:
+    """Sort all rows by request, and check every id; also return the sha256 of each trace's ids."""
+    requests: list[np.ndarray] = []
+    phases: list[np.ndarray] = []
+    hashes, known = [], 0
+    for trace in traces:
+        digest, parts, first_row = hashlib.sha256(), [], 0
+        for block in trace.blocks():
+            schema.check_ids(_where(trace), first_row, block.experts, trace.num_experts)
+            digest.update(block.experts.data)
+            first_row += len(block.request)
+            parts.append(block.request)
+            phases.append(block.phase)
+        hashes.append(digest.hexdigest())
+        requests.append(_by_appearance(np.concatenate(parts)) + np.int32(known))
+        known = int(requests[-1].max()) + 1
+    request, phase = np.concatenate(requests), np.concatenate(phases)
+    if order == "shuffle":
+        # Raw bits, the same in any version of NumPy.
+        drawn = np.argsort(np.random.PCG64(seed).random_raw(known), kind="stable")
+        place = np.empty(known, np.int32)
+        place[drawn] = np.arange(known)
+        request = place[request]
+    source = np.argsort(request, kind="stable")
+    request, phase = request[source], phase[source]
+    ends = request[1:] != request[:-1]
+    run_end = np.r_[np.flatnonzero(ends | (phase[1:] != phase[:-1])) + 1, request.size]
+    return _Rows(source, phase, request, run_end, np.r_[np.flatnonzero(ends) + 1, request.size]), hashes
+
+
+def _by_appearance(request: np.ndarray) -> np.ndarray:
+    """Number requests int32 [rows] 0, 1, ... as they first appear."""
+    _, first, inverse = np.unique(request, return_index=True, return_inverse=True)
+    number = np.empty(first.size, np.int32)
+    number[np.argsort(first)] = np.arange(first.size)
+    return number[inverse]
+
+
+def _plan(rows: _Rows, batch: int, chunk: int | None) -> Iterator[_Steps]:
+    """Yield all steps in time order, as many at once as are alike: some 20 µs for each time that a run ends."""
+    starts = np.concatenate(([0], rows.request_end[:-1]))
+    first_run = np.searchsorted(rows.run_end, starts, side="right")
+    # Of the admitted requests, in order of admission: next row, number of the run that holds it, end.
+    row, run, end = (np.empty(0, np.int64) for _ in range(3))
+    admitted = 0
+    while admitted < starts.size or row.size:
+        if admitted < starts.size and row.size < batch:
+            new = slice(admitted, admitted + batch - row.size)
+            row, run = np.concatenate((row, starts[new])), np.concatenate((run, first_run[new]))
+            end = np.concatenate((end, rows.request_end[new]))
+            admitted = min(new.stop, starts.size)
+        left, prompt = rows.run_end[run] - row, rows.phase[row] == PREFILL
+        take = _take(left, prompt, chunk)
+        taking = take > 0
+        steps = int((left[taking] // take[taking]).min())
+        yield _Steps(steps, row, take, prompt)
+        row = row + steps * take
+        run = run + (row == rows.run_end[run])
+        alive = row < end
+        if not alive.all():
+            row, run, end = row[alive], run[alive], end[alive]
+
+
+def _take(left: np.ndarray, prompt: np.ndarray, chunk: int | None) -> np.ndarray:
+    """How many rows the next step takes of each admitted request: int64 like `left`, the rows of its present run."""
+    if not prompt.any():
+        return np.ones_like(left)
+    if chunk is None:
+        take = np.zeros_like(left)
+        first = np.argmax(prompt)
+        take[first] = left[first]
+        return take
+    prompt_left = np.where(prompt, left, 0)
+    return np.where(prompt, np.clip(chunk - (np.cumsum(prompt_left) - prompt_left), 0, left), 1)
+
+
+def _parts(plans: Iterator[_Steps], rows: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield whole steps, about `rows` rows at a time: places in `_Rows`, rows of each step, phase of each step."""
+    held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    size = 0
+    for plan in plans:
+        turn = np.argsort(plan.prompt, kind="stable")  # output rows first
+        take = plan.take[turn]
+        stride = np.repeat(take, take)
+        first = np.repeat(plan.row[turn] - np.cumsum(take) + take, take) + np.arange(stride.size)
+        at_once = max(1, rows // stride.size)
+        for start in range(0, plan.steps, at_once):
+            step = np.arange(start, min(start + at_once, plan.steps))[:, None]
+            place = (first + step * stride).ravel()
+            held.append((place, np.full(step.size, stride.size), np.full(step.size, plan.phase, np.uint8)))
+            size += place.size
+            if size >= rows:
+                yield _joined(held)
+                held, size = [], 0
+    if held:
+        yield _joined(held)
+
+
+def _joined(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    place, step_rows, phase = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return place, step_rows, phase
+
+
+def _gather(traces: Sequence[Trace], source: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read rows [n] by their number in `source`, in any order: a window of up to CHUNK_ROWS of a trace at a time."""
+    order = np.argsort(source, kind="stable")
+    base = np.cumsum([0, *(trace.rows for trace in traces)])
+    owner = np.searchsorted(base, source[order], side="right") - 1
+    row = source[order] - base[owner]
+    window = row // CHUNK_ROWS
+    cuts = np.flatnonzero((owner[1:] != owner[:-1]) | (window[1:] != window[:-1])) + 1
+    kind, found = traces[0], {}
+    for name in names:
+        shape = schema.row_shape(name, source.size, kind.layers, kind.top_k)
+        found[name] = np.empty(shape, schema.row_dtype(name, kind.num_experts))
+    for begin, end in itertools.pairwise([0, *cuts.tolist(), source.size]):
+        trace, first, stop = traces[owner[begin]], int(row[begin]), int(row[end - 1]) + 1
+        for name, array in found.items():
+            array[order[begin:end]] = trace.read(name, first, stop)[row[begin:end] - first]
+    return found
+
+
+def _source(traces: Sequence[Trace], hashes: Sequence[str], parameters: dict[str, Any]) -> dict[str, Any]:
+    """What was done, and to what; one hash of all hashes instead of the inputs if they are many."""
+    inputs: list[dict[str, Any]] = [
+        {"model": trace.model, "experts_sha256": sha256, "source": trace.source}
+        for trace, sha256 in zip(traces, hashes, strict=True)
+    ]
+    source: dict[str, Any] = {"rebatch": f"moetrace {__version__}", "parameters": parameters}
+    if len(json.dumps(inputs, ensure_ascii=False).encode()) <= _TOLD_BYTES:
+        return source | {"inputs": inputs}
+    joined = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return source | {"inputs": len(inputs), "experts_sha256": joined}

@@ -1,0 +1,96 @@
+"""`moetrace analyze cache`: what it prints, and what it says when something is wrong."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moetrace.analyze.cache import DEFAULT_POLICIES, POLICIES, SCOPES, cache_hits
+from moetrace.cli import analyze_cache, main
+from moetrace.trace import Trace
+from moetrace.trace.writer import CountsWriter
+
+TINY = str(Path(__file__).parents[2] / "traces" / "tiny-olmoe.h5")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command; returns exit code, stdout, and stderr without the line that says that kernels are compiled."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments):
+        try:
+            main(["analyze", "cache", *map(str, arguments)])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code or 0, out, "".join(line for line in err.splitlines(True) if "compiling" not in line)
+
+    return run
+
+
+def test_table_fits_80_columns(run):
+    code, out, err = run(TINY, "--capacity", "48", "--capacity", "100MB")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith(("48 ", "100MB ")) for line in lines) == 2 * 3 * 3
+    assert "192 experts; one cache for all layers; a" in out
+    assert "rec." not in out, "nothing was recorded"
+
+
+def test_json_and_csv_are_the_frame(run):
+    arguments = (TINY, "--capacity", "24", "--policy", "lru", "--policy", "belady", "--scope", "layer", "--sequential")
+    with Trace.open(TINY) as trace:
+        frame = cache_hits(trace, [24], ["lru", "belady"], scope="layer", sequential=True)
+    assert json.loads(run(*arguments, "--format", "json")[1]) == frame.to_dicts()
+    rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv", "--phase", "decode")[1])))
+    assert [row["phase"] for row in rows] == ["decode"] * 2 and list(rows[0]) == frame.columns
+    assert [int(row["hits"]) for row in rows] == frame.filter(phase="decode")["hits"].to_list()
+
+
+def test_without_a_capacity_it_is_an_eighth_a_quarter_and_a_half(run):
+    rows = json.loads(run(TINY, "--policy", "lru", "--policy", "lru", "--phase", "all", "--format", "json")[1])
+    assert [row["capacity_experts"] for row in rows] == [24, 48, 96]
+
+
+def test_agreement_with_what_was_recorded(run, tmp_path):
+    experts = np.array([0, 1, 0, 2, 0]).reshape(-1, 1, 1)
+    recorded = np.array([0, 0, 1, 0, 2]).reshape(-1, 1, 1)
+    Trace.from_arrays(experts, num_experts=3, recorded=recorded).write(tmp_path / "a.h5")
+    rows = json.loads(run(tmp_path / "a.h5", "--capacity", 2, "--policy", "lru", "--format", "json")[1])
+    assert [row["recorded_agreement"] for row in rows] == [1, 1]
+    assert "rec." in run(tmp_path / "a.h5", "--capacity", 2)[1]
+    assert "missed" not in run(tmp_path / "a.h5", "--capacity", 2)[1], "sizes are unknown"
+
+
+def test_errors_are_one_sentence(run, tmp_path):
+    Trace.from_arrays(np.zeros((1, 1, 1), int), num_experts=3, model="some").write(tmp_path / "a.h5")
+    for arguments, code, sentence in (
+        ((tmp_path / "a.h5", "--capacity", "3GB"), 2, "3GB needs the sizes of experts"),
+        ((tmp_path / "a.h5", "--capacity", "3 apples"), 2, "the capacity '3 apples' is neither a number of experts"),
+        ((tmp_path / "a.h5", "--policy", "mru"), 2, "'mru' is not one of"),
+        ((TINY, "--model", "mixtral-8x7b"), 2, "name the right one with --model"),
+        ((tmp_path / "b.h5",), 1, "b.h5"),
+    ):
+        found, out, err = run(*arguments)
+        assert (found, out) == (code, "") and sentence in err and err.count("\n") == 1
+
+
+def test_a_trace_of_counts_is_refused(run, tmp_path):
+    with CountsWriter(
+        tmp_path / "a.h5", model="", num_experts=3, top_k=1, layers=1, rows=4, steps=1, source={}
+    ) as writer:
+        writer.append_counts(np.array([[[1, 2, 1]]]), np.array([4]), np.array([1], np.uint8))
+    code, out, err = run(tmp_path / "a.h5", "--capacity", 2)
+    assert (code, out) == (1, "") and "holds only counts of ids (/counts)" in err
+
+
+def test_help_names_what_there_is():
+    assert list(POLICIES) == list(analyze_cache.POLICIES)
+    options = {option.name: option for option in analyze_cache.command.params}
+    assert tuple(options["policies"].default) == DEFAULT_POLICIES and tuple(options["scope"].type.choices) == SCOPES

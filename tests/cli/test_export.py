@@ -1,0 +1,60 @@
+"""`moetrace export`: what it writes, says and refuses."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moetrace.cli import main
+from moetrace.cli.export import FORMATS
+from moetrace.trace import exports
+
+TRACES = Path(__file__).parents[2] / "traces"
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_export_writes_and_says_so(run, tmp_path):
+    out = tmp_path / "t.npz"
+    assert run("export", TRACES / "tiny-olmoe.h5", "-o", out) == (0, "", f"{out}: 16,414 rows, 1.4 MB.\n")
+    assert np.load(out)["expert_ids"].shape == (16414, 6, 4)
+    code, _, err = run("export", TRACES / "tiny-olmoe.h5", "-o", tmp_path / "t", "--to", "oracle-general")
+    assert code == 0 and err.endswith("16,414 rows, 9.5 MB.\n") and (tmp_path / "t").stat().st_size == 16414 * 24 * 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        ([TRACES / "tiny-olmoe.h5", "-o", "t.csv"], 2, "t.csv does not say its format by its ending"),
+        ([TRACES / "tiny-olmoe.h5", "-o", "t.npz", "--to", "csv"], 2, "--to"),
+        ([TRACES / "tiny-olmoe.h5"], 2, "-o"),
+        (["none.h5", "-o", "t.npz"], 1, "there is no file none.h5"),
+        (["t.json", "-o", "t.json"], 2, "t.json is what is read: choose another name"),
+        ([TRACES / "tiny-olmoe.h5", "-o", "none/t.npz"], 1, "none/t.npz could not be written: No such file"),
+    ],
+)
+def test_export_refuses(run, tmp_path, monkeypatch, arguments, code, sentence):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TRACES / "tiny-olmoe.h5", "t.json")
+    found, out, err = run("export", *arguments)
+    assert (found, out) == (code, "") and sentence in err and len(err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
+
+
+def test_export_offers_every_format(run):
+    assert tuple(exports.FORMATS) == FORMATS
+    help_text = run("export", "--help")[1]
+    assert all(ending in help_text for endings, _ in exports.FORMATS.values() for ending in endings)

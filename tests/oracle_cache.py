@@ -1,0 +1,92 @@
+"""A slow, obvious cache simulator: dicts and lists, a scan for every victim; it shares no code with the kernels."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Access(NamedTuple):
+    phase: int  # of its step
+    layer: int
+    key: tuple[int, int]  # layer, expert
+    recorded: int  # 255 = not
+
+
+def events(experts, steps, phases, absent: int, sequential: bool, recorded=None) -> list[list[Access]]:
+    """The accesses of a trace: each list is demanded at once; experts [rows, layers, k], steps = rows of each."""
+    found = []
+    first = 0
+    for rows, phase in zip(steps, phases, strict=True):
+        for layer in range(experts.shape[1]):
+            choices = []
+            for row in range(first, first + rows):
+                for slot in range(experts.shape[2]):
+                    expert = int(experts[row, layer, slot])
+                    if expert != absent:
+                        record = 255 if recorded is None else int(recorded[row, layer, slot])
+                        choices.append(Access(phase, layer, (layer, expert), record))
+            if sequential:
+                found += [[choice] for choice in choices]
+            else:
+                keys = [choice.key for choice in choices]
+                ordered = [key for i, key in enumerate(keys) if key not in keys[i + 1 :]]  # by their last choice
+                found.append([next(choice for choice in choices if choice.key == key) for key in ordered])
+        first += rows
+    return found
+
+
+def replay(demands: list[list[Access]], policy: str, budget: int, weight, check=lambda resident: None) -> list[bool]:
+    """Whether each access hits, in a cache of `budget`; weight[layer, expert]. `check` sees the residents each time."""
+    order = [access.key for event in demands for access in event]
+    uses: dict[tuple, list[int]] = {}
+    for number, key in enumerate(order):
+        uses.setdefault(key, []).append(number)
+    resident: set[tuple] = set()
+    touched: dict[tuple, int] = {}
+    ever: dict[tuple, int] = {}
+    since_admitted: dict[tuple, int] = {}
+    now = 0  # number of the first access of the event
+
+    def used() -> int:
+        return sum(int(weight[key]) for key in resident)
+
+    def next_use(key) -> float:
+        return next((number for number in uses[key] if number > touched[key]), float("inf"))
+
+    def eviction_order(key):
+        """The least goes first."""
+        return {
+            "lru": lambda: touched[key],
+            "lfu": lambda: (ever[key], touched[key]),
+            "lfu-in-cache": lambda: (since_admitted[key], touched[key]),
+            "belady": lambda: (-next_use(key), touched[key]),
+        }[policy]()
+
+    hits = []
+    for event in demands:
+        demanded = [access.key for access in event]
+        hit = [key in resident for key in demanded]
+        for key, was_resident in zip(demanded, hit, strict=True):
+            ever[key] = ever.get(key, 0) + 1
+            since_admitted[key] = since_admitted[key] + 1 if was_resident else 1
+        for key in demanded:
+            if key in resident or weight[key] > budget:
+                continue
+            while used() + weight[key] > budget and resident - set(demanded):
+                resident.remove(min(resident - set(demanded), key=eviction_order))
+            if used() + weight[key] <= budget:
+                resident.add(key)
+            check(resident)
+        for number, key in enumerate(demanded, now):
+            touched[key] = number
+        now += len(event)
+        hits += hit
+    return hits
+
+
+def random_routing(rng: np.random.Generator, rows: int, layers: int, experts: int, top_k: int) -> np.ndarray:
+    """Skewed, distinct ids [rows, layers, top_k], some of them absent (255)."""
+    popularity = rng.random((1, layers, experts)) ** 2
+    ids = np.argsort(rng.random((rows, layers, experts)) - popularity, axis=2)[:, :, :top_k].astype(np.uint8)
+    ids[rng.random(ids.shape) < 0.1] = 255
+    return ids
