@@ -56,6 +56,8 @@ def _read(path: Path, hints: Hints) -> Capture:
     names = ["layer", "e0"] if width == 2 else ["pos", "layer", *(f"e{slot}" for slot in range(top_k))]
     only = {name: pl.Int32 if name == "layer" else None for name in names}
     layer_index = layers_of(path, tables(path, only, half(hints), header=header))
+    if width == 2 and layer_index.size == 1:
+        raise MoetraceError(f"{path} has one layer, of which 'layer,expert' can't tell where a pass ends.")
     passes = Passes(path, hints, (num_experts, top_k), layer_index)
     found = tables(path, dict.fromkeys(names, pl.Int32), half(hints), header=header)
     lines = ((line, numbers(table)) for line, table in found)

@@ -106,6 +106,8 @@ def test_sizes_come_from_the_user(tmp_path):
     refused(path, "has 2 experts a line, but top_k should be 3", "llamacpp", num_experts=8, top_k=3)
     path.write_text("1\n")
     refused(path, "line 1 is neither", "llamacpp", num_experts=8)
+    path.write_text("3,0\n3,1\n")
+    refused(path, "has one layer, of which", "llamacpp", num_experts=8, top_k=2)
 
 
 def test_lines_that_name_many_layers_but_few_choices_are_refused(tmp_path):
