@@ -6,7 +6,6 @@ from pathlib import Path
 import fuzz
 import pytest
 
-from moetrace.cli import import_
 from moetrace.trace.engines import FORMATS, _first_bytes, _importer
 from moetrace.trace.engines.capture import Hints
 
@@ -31,10 +30,6 @@ def test_samples_are_of_their_own_format_alone(tmp_path, importer):
 )
 def test_other_content_is_of_no_format(tmp_path, text):
     assert not any(_importer(name).recognize(text.encode(), "a.csv") for name in FORMATS)
-
-
-def test_the_command_knows_the_same_formats():
-    assert tuple(FORMATS) == import_.FORMATS
 
 
 @pytest.mark.parametrize("importer", ["colibri", "llamacpp", "megatron", "bigmoeonedge", "lattice"])
