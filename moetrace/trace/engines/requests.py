@@ -79,7 +79,7 @@ class Requests:
         used = narrow != absent
         if self._inner[1] == 1:
             used &= narrow > 0
-        self._used |= used.any(axis=(0, 2))
+        self._used |= used.reshape(len(used), -1).any(axis=0).reshape(self._inner).any(axis=1)
         return narrow
 
     def capture(self, model: str, facts: dict[str, Any], sources: Sequence[Path]) -> Capture:
