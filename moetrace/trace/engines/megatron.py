@@ -48,14 +48,18 @@ class _Record(msgspec.Struct, gc=False):
 
 
 class _Rank(NamedTuple):
-    """What the records of a file say but for the ids; mtp blocks left out."""
+    """What the records of a file say but for the ids; mtp blocks left out.
+
+    A run is records that follow one another and are of one step and micro-batch: mostly a record of each layer.
+    """
 
     path: Path
     rank: int
-    step: np.ndarray  # int64 [records]
-    layer: np.ndarray  # int64 [records]
-    tokens: np.ndarray  # int64 [records]
-    batch: np.ndarray  # int64 [records]: number of the micro-batch within the step
+    layer: np.ndarray  # uint16 [records]
+    records: np.ndarray  # int32 [runs]
+    step: np.ndarray  # int32 [runs]
+    batch: np.ndarray  # int32 [runs]: number of the micro-batch within the step
+    tokens: np.ndarray  # int32 [runs]: of each record
     top_k: int
     digest: bytes
     left_out: int  # records of mtp blocks
@@ -78,7 +82,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 def _read(paths: Sequence[Path], hints: Hints) -> Capture:
     num_experts = hints.need("num_experts", paths[0])
     ranks = sorted((_outline(path, hints) for path in paths), key=lambda rank: rank.rank)
-    ranks = [rank for rank in ranks if rank.step.size]
+    ranks = [rank for rank in ranks if rank.layer.size]
     if not ranks:
         raise MoetraceError(f"{paths[0]} has no records of decoder layers.")
     for one, other in pairwise(ranks):
@@ -90,13 +94,13 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
     kept, column = _columns(ranks)
     check_sizes(str(kept[0].path), num_experts, kept[0].top_k, layer_index.size, 1, 1)
     table = _Batches(kept, column)
-    records = sum(rank.tokens.sum() for rank in kept)
-    if table.rows * layer_index.size > SPARSEST * records + 2**16:
+    cells = sum(int((rank.tokens.astype(np.int64) * rank.records).sum()) for rank in kept)
+    if table.rows * layer_index.size > SPARSEST * cells + 2**16:
         raise MoetraceError(f"{kept[0].path}: records are too few for {table.rows} tokens in all layers.")
     spool = Spool(hints, num_experts, layer_index.size, kept[0].top_k)
     spool.grow(table.rows)
     for rank, first in zip(kept, table.first_rows, strict=True):
-        _fill(spool, rank, np.searchsorted(layer_index, rank.layer), first, num_experts, hints)
+        _fill(spool, rank, np.searchsorted(layer_index, rank.layer).astype(np.uint16), first, num_experts, hints)
     facts: dict[str, Any] = {"format": "megatron", "engine": "Megatron-LM", "ranks": len(kept)}
     facts["requests"] = "not recorded: the tokens of a rank and step are one, a single token continues it"
     if left_out := sum(rank.left_out for rank in ranks):
@@ -122,15 +126,15 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
 
 def _outline(path: Path, hints: Hints) -> _Rank:
     """Read a file for the first time; ids are only counted, which tells how much there will be."""
-    parts: list[np.ndarray] = []
     seen: set[tuple[int, int]] = set()  # (rank, top_k)
     digest = hashlib.sha256()
     number = left_out = 0
+    runs = _Runs(path)
     for _, records in json_lines(path, _Outline, half(hints)):
         for record in records:
             number += 1
             raw = bytes(record.top_indices)
-            if raw.count(b"[") - 1 != record.num_tokens or not 0 <= record.step < 2**40:
+            if raw.count(b"[") - 1 != record.num_tokens or not 0 <= record.step < 2**31:
                 raise MoetraceError(f"{path}: record {number} does not hold the num_tokens, or step, that it says.")
             if not 0 <= record.layer < MAX_LAYERS:
                 raise MoetraceError(f"{path}: record {number} is of layer {record.layer}.")
@@ -139,14 +143,50 @@ def _outline(path: Path, hints: Hints) -> _Rank:
                 seen.add((record.rank, record.topk))
         mine = [(r.step, r.layer, r.num_tokens) for r in records if r.block == "decoder"]
         left_out += len(records) - len(mine)
-        parts.append(np.array(mine, np.int64).reshape(-1, 3))
         if len(seen) > 1:
             raise MoetraceError(f"{path}: records up to {number} differ in rank or topk.")
-    step, layer, tokens = np.concatenate(parts or [np.zeros((0, 3), np.int64)]).T
+        runs.add(np.array(mine, np.int64).reshape(-1, 3), number)
     rank, top_k = next(iter(seen), (0, 0))
-    if not 0 <= rank < 2**40:
+    if not 0 <= rank < 2**31:
         raise MoetraceError(f"{path} is of rank {rank}.")
-    return _Rank(path, rank, step, layer, tokens, _nth(step, layer), top_k, digest.digest(), left_out)
+    return _Rank(path, rank, *runs.joined(), top_k, digest.digest(), left_out)
+
+
+class _Runs:
+    """Gathers records into runs: the n-th record of a layer in a step is of its n-th micro-batch."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._step = -1  # the last one so far
+        self._count = np.zeros(MAX_LAYERS, np.int32)  # of its records, of each layer
+        self._layers: list[np.ndarray] = []
+        self._runs: list[np.ndarray] = []
+
+    def add(self, records: np.ndarray, number: int) -> None:
+        """Add records int64 [n, (step, layer, tokens)]; `number` is that of the last one in the file."""
+        if not len(records):
+            return
+        step, layer, tokens = records.T
+        if (np.diff(np.r_[self._step, step]) < 0).any():
+            raise MoetraceError(
+                f"{self._path}: among the records up to {number}, steps go back: import one run at a time."
+            )
+        batch = _nth(step, layer) + np.where(step == self._step, self._count[layer], 0)
+        if step[-1] != self._step:
+            self._step = int(step[-1])
+            self._count[:] = 0
+        self._count += np.bincount(layer[step == self._step], minlength=MAX_LAYERS).astype(np.int32)
+        table = np.stack([step, batch, tokens])
+        starts = np.r_[0, np.flatnonzero((np.diff(table) != 0).any(axis=0)) + 1]
+        sizes = np.diff(np.r_[starts, len(records)])
+        self._layers.append(layer.astype(np.uint16))
+        self._runs.append(np.stack([sizes, *table[:, starts]]).astype(np.int32))
+
+    def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Layers of all records; records, step, micro-batch and tokens of all runs."""
+        layers = np.concatenate([np.zeros(0, np.uint16), *self._layers])
+        sizes, step, batch, tokens = np.concatenate([np.zeros((4, 0), np.int32), *self._runs], axis=1)
+        return layers, sizes, step, batch, tokens
 
 
 def _nth(step: np.ndarray, layer: np.ndarray) -> np.ndarray:
@@ -177,14 +217,15 @@ def _columns(ranks: list[_Rank]) -> tuple[list[_Rank], list[int]]:
 
 
 class _Batches:
-    """The rows of all micro-batches of all ranks: where the tokens of each record begin, and what each row is."""
+    """The rows of all micro-batches of all ranks: where the tokens of each run begin, and what each row is."""
 
     def __init__(self, ranks: list[_Rank], column: list[int]) -> None:
         sizes = [rank.step.size for rank in ranks]
         step, nth, tokens = (
-            np.concatenate([getattr(rank, name) for rank in ranks]) for name in ("step", "batch", "tokens")
+            np.concatenate([getattr(rank, name) for rank in ranks]).astype(np.int64)
+            for name in ("step", "batch", "tokens")
         )
-        _, step = np.unique(step, return_inverse=True)
+        named, (_, step) = step, np.unique(step, return_inverse=True)
         width, deep = max(column) + 1, int(nth.max()) + 1
         if (int(step.max()) + 1) * width * deep >= 2**62:
             raise MoetraceError(f"{ranks[0].path}: there are too many micro-batches.")
@@ -195,10 +236,10 @@ class _Batches:
         size = tokens[first]  # of each batch
         if (wrong := size[batch] != tokens).any():
             at = int(wrong.argmax())
-            rank, at = _place(sizes, at)
+            rank = ranks[int(np.searchsorted(np.cumsum(sizes), at, side="right"))]
             raise MoetraceError(
-                f"{ranks[rank].path}: record {at + 1} of decoder layers has {ranks[rank].tokens[at]} tokens, but "
-                f"another layer of its step and micro-batch has not."
+                f"{rank.path}: a layer of step {named[at]} has {tokens[at]} tokens, but "
+                f"another one in the same micro-batch has {size[batch][at]}."
             )
         self.rows = int(size.sum())
         if not 0 < self.rows < 2**31:
@@ -226,15 +267,10 @@ def _requests(column: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndar
     return request, position
 
 
-def _place(sizes: list[int], at: int) -> tuple[int, int]:
-    """Which rank, and which of its records, the record `at` of all is."""
-    rank = int(np.searchsorted(np.cumsum(sizes), at, side="right"))
-    return rank, at - sum(sizes[:rank])
-
-
 def _fill(spool: Spool, rank: _Rank, entry: np.ndarray, first: np.ndarray, num_experts: int, hints: Hints) -> None:
     """Read a file again and put its ids at their rows."""
     done, number = 0, 0
+    ends = np.cumsum(rank.records)
     for _, found in json_lines(rank.path, _Record, half(hints)):
         records = [record for record in found if record.block == "decoder"]
         for record in records:
@@ -243,12 +279,13 @@ def _fill(spool: Spool, rank: _Rank, entry: np.ndarray, first: np.ndarray, num_e
         number += len(found)
         if not records:
             continue
-        now = slice(done, done + len(records))
+        run = np.searchsorted(ends, np.arange(done, done + len(records)), side="right")
+        layers = entry[done : done + len(records)]
         done += len(records)
         ids = _flat(rank, records, num_experts, number - len(found))
-        size = rank.tokens[now]
-        row = np.arange(len(ids)) + np.repeat(first[now] - (np.cumsum(size) - size), size)
-        spool.put(row, np.repeat(entry[now], size), experts=ids)
+        size = rank.tokens[run].astype(np.int64)
+        row = np.arange(len(ids)) + np.repeat(first[run] - (np.cumsum(size) - size), size)
+        spool.put(row, np.repeat(layers, size), experts=ids)
 
 
 def _flat(rank: _Rank, records: list[_Record], num_experts: int, before: int) -> np.ndarray:

@@ -99,6 +99,12 @@ def test_a_bad_file_is_one_sentence(tmp_path, old, new, sentence):
     refused(paths, sentence, "megatron", num_experts=8)
 
 
+def test_steps_that_go_back_are_refused(tmp_path):
+    given = batches(0, [3, 2, 1])
+    text = records(0, given, LAYERS)
+    refused(save(tmp_path, [text * 2]), "steps go back: import one run at a time", "megatron", num_experts=8)
+
+
 def test_ranks_that_do_not_fit_are_refused(tmp_path):
     one, other = batches(0, [3, 2]), batches(1, [3, 2])
     refused(
@@ -108,7 +114,7 @@ def test_ranks_that_do_not_fit_are_refused(tmp_path):
     refused(save(tmp_path, texts), "there are 2 and 1 ranks of such", "megatron", num_experts=8)
     lines = records(0, one, LAYERS).splitlines(keepends=True)
     lines[1] = records(0, batches(0, [4]), LAYERS).splitlines(keepends=True)[1]
-    refused(save(tmp_path, ["".join(lines)]), "of decoder layers has 4 tokens, but another", "megatron", num_experts=8)
+    refused(save(tmp_path, ["".join(lines)]), "a layer of step 0 has 4 tokens, but another", "megatron", num_experts=8)
     refused(save(tmp_path, [records(0, one, LAYERS)]), "does not say num_experts", "megatron")
     refused(
         save(tmp_path, [records(0, one, LAYERS).replace("decoder", "mtp")]), "no records of", "megatron", num_experts=8
