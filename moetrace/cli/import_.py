@@ -8,7 +8,21 @@ from moetrace.cli.lint import drop_options, say_left_out, short_lines
 from moetrace.spec.errors import UsageError, printable
 
 # The keys of moetrace.trace.engines.FORMATS, which is not imported here so that `--help` stays instant.
-FORMATS = ("sglang", "npz", "bigmoeonedge", "jsonl", "vllm", "sglang-request")
+FORMATS = (
+    "sglang",
+    "npz",
+    "bigmoeonedge",
+    "colibri",
+    "fiddler",
+    "jsonl",
+    "lattice",
+    "llamacpp",
+    "megatron",
+    "moe-cache-eval",
+    "trtllm",
+    "vllm",
+    "sglang-request",
+)
 
 
 @click.command("import")
