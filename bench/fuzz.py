@@ -42,9 +42,16 @@ for folder in (ROOT, ROOT / "tests"):
 WRITERS = {
     "npz": "writers.npz",
     "bigmoeonedge": "writers.bigmoeonedge",
+    "colibri": "writers.colibri",
+    "fiddler": "writers.fiddler",
     "jsonl": "writers.jsonl",
+    "lattice": "writers.lattice",
+    "llamacpp": "writers.llamacpp",
+    "megatron": "writers.megatron",
+    "moe-cache-eval": "writers.moe_cache_eval",
     "sglang": "writers.sglang",
     "sglang-request": "writers.sglang_request",
+    "trtllm": "writers.trtllm",
     "vllm": "writers.vllm",
 }
 HANG_S = 10

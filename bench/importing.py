@@ -158,14 +158,147 @@ def jsonl_one_layer(folder: Path, megabytes: int) -> Case:
     return _route_log(folder, megabytes, 1)
 
 
+def _repeated(path: Path, text: str, megabytes: int, hints: dict[str, int], head: str = "") -> Case:
+    path.write_text(head + text * max(1, megabytes * 1_000_000 // len(text)))
+    return Case([path], hints, "text")
+
+
+def bigmoeonedge(folder: Path, megabytes: int) -> Case:
+    head = f"# route_trace v1\n# model=a.gguf arch=x n_layer={LAYERS} n_expert={EXPERTS} n_expert_used={TOP_K}\n"
+    head += "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes\n"
+    cells = ids_of(300).tolist()
+    path = folder / "a.csv"
+    with path.open("w") as file:
+        file.write(head)
+        turn = 0
+        while file.tell() < megabytes * 1_000_000:
+            for row, layers in enumerate(cells):
+                for layer, ids in enumerate(layers):
+                    start = f"{turn},1,{row},{layer},"
+                    file.writelines(f"{start}{slot},{i},0.125000,{i & 1},3059712\n" for slot, i in enumerate(ids))
+            turn += 1
+    return Case([path], {}, "text")
+
+
+def _passes() -> list:
+    from writers.known import Pass
+
+    return [Pass(part, len(part) > 1) for part in np.split(ids_of(812).astype(int), [512, *range(513, 812)])]
+
+
+def colibri(folder: Path, megabytes: int) -> Case:
+    from writers.colibri import route_trace
+
+    gates = np.random.default_rng(0).random((812, LAYERS, TOP_K))
+    text = route_trace(_passes(), gates, list(range(LAYERS)))
+    return _repeated(folder / "a.txt", text, megabytes, {"num_experts": EXPERTS})
+
+
+def lattice(folder: Path, megabytes: int) -> Case:
+    from writers.lattice import records
+
+    gates = np.random.default_rng(0).random((500, LAYERS, TOP_K)).astype(np.float32).astype(float)
+    text = records(ids_of(500), gates, list(range(500)), list(range(LAYERS)))
+    return _repeated(folder / "a.jsonl", text, megabytes, {"num_experts": EXPERTS})
+
+
+def llamacpp_choices(folder: Path, megabytes: int) -> Case:
+    from writers.llamacpp import choices
+
+    hints = {"num_experts": EXPERTS, "top_k": TOP_K}
+    return _repeated(folder / "a.csv", choices(_passes(), list(range(LAYERS))), megabytes, hints)
+
+
+def llamacpp_tokens(folder: Path, megabytes: int) -> Case:
+    from writers.llamacpp import tokens
+
+    return _repeated(folder / "a.csv", tokens(_passes(), list(range(LAYERS))), megabytes, {"num_experts": EXPERTS})
+
+
+def _megatron(folder: Path, megabytes: int, tokens: int) -> Case:
+    from writers.megatron import records
+
+    ids = ids_of(1000).astype(int)
+    path, step = folder / "router_trace_rank0.jsonl", 0
+    with path.open("w") as file:
+        while file.tell() < megabytes * 1_000_000:
+            first = step * tokens % (1000 - tokens)
+            file.write(records(0, {(step, 0): ids[first : first + tokens]}, list(range(LAYERS))))
+            step += 1
+    return Case([path], {"num_experts": EXPERTS}, "text")
+
+
+def megatron(folder: Path, megabytes: int) -> Case:
+    return _megatron(folder, megabytes, 512)
+
+
+def megatron_decode(folder: Path, megabytes: int) -> Case:
+    return _megatron(folder, megabytes, 1)
+
+
+def _events(folder: Path, megabytes: int, tokens: int) -> Case:
+    from safetensors.numpy import save_file
+
+    width = TOP_K if tokens == 1 else 100  # experts that a layer chooses in a cycle
+    cycles = max(1, megabytes * 1_000_000 // (LAYERS * (31 + 10 * width)))
+    count, random = cycles * LAYERS, np.random.default_rng(0)
+    ids = np.sort(np.argsort(random.random((1000, EXPERTS)), 1)[:, :width], 1)[random.integers(0, 1000, count)]
+    cycle = np.repeat(np.arange(cycles, dtype=np.int32), LAYERS)
+    arrays = dict.fromkeys(("scheduler_steps", "forward_cycles"), cycle)
+    arrays |= {"request_indices": cycle // 500, "phases": np.ones(count, np.uint8)}
+    arrays |= {"layer_ids": np.tile(np.arange(LAYERS, dtype=np.int16), cycles), "offsets": np.arange(count + 1) * width}
+    arrays |= {"token_counts": np.full(count, tokens, np.int32), "expert_ids": ids.astype(np.int16).ravel()}
+    arrays |= {"assignment_counts": np.ones(ids.size, np.int32), "gate_mass": random.random(ids.size, np.float32)}
+    save_file(arrays, folder / "events.safetensors")
+    return Case([folder / "events.safetensors"], {"num_experts": EXPERTS, "top_k": TOP_K}, "binary")
+
+
+def events(folder: Path, megabytes: int) -> Case:
+    return _events(folder, megabytes, 64)
+
+
+def events_of_a_token(folder: Path, megabytes: int) -> Case:
+    return _events(folder, megabytes, 1)
+
+
+def trtllm(folder: Path, megabytes: int) -> Case:
+    from writers.trtllm import save
+
+    random = np.random.default_rng(0)
+    iterations = max(1, megabytes * 1_000_000 // (4 * LAYERS * EXPERTS * 8))
+    counts = random.integers(0, 99, (4, iterations, LAYERS, EXPERTS))
+    ranks = [{(i, layer): rank[i, layer] for i in range(iterations) for layer in range(LAYERS)} for rank in counts]
+    return Case(save(folder / "run", EXPERTS, TOP_K, ranks), {}, "binary")
+
+
+def trtllm_raw(folder: Path, megabytes: int) -> Case:
+    from writers.trtllm import save
+
+    ids = ids_of(512).astype(np.int32)
+    iterations = max(1, megabytes * 1_000_000 // ids.nbytes)
+    rank = {(i, layer): ids[:, layer] for i in range(iterations) for layer in range(LAYERS)}
+    return Case(save(folder / "run", EXPERTS, TOP_K, [rank], raw=True), {}, "binary")
+
+
 CASES: dict[str, Callable[[Path, int], Case]] = {
+    "bigmoeonedge": bigmoeonedge,
+    "colibri": colibri,
     "jsonl": jsonl,
     "jsonl, one layer": jsonl_one_layer,
+    "lattice": lattice,
+    "llamacpp, layer,expert": llamacpp_choices,
+    "llamacpp, pos,layer,ids": llamacpp_tokens,
+    "megatron, 512 tokens": megatron,
+    "megatron, 1 token": megatron_decode,
+    "moe-cache-eval, counts": events,
+    "moe-cache-eval, rows": events_of_a_token,
     "npz": npz,
     "sglang per_token": sglang_tokens,
     "sglang stat": sglang_stat,
     "sglang-request, base64 files": sglang_base64,
     "sglang-request, responses": sglang_request,
+    "trtllm": trtllm,
+    "trtllm, raw": trtllm_raw,
     "vllm, .npy": vllm_npy,
     "vllm, responses": vllm_json,
 }

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetrace.analyze.locality import Locality, locality
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
     from moetrace.spec import (
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
     from moetrace.trace import Trace, Writer
     from moetrace.trace.exports import export
     from moetrace.trace.generate import generate, generate_trace
+    from moetrace.trace.lint import Finding, lint
     from moetrace.trace.rebatch import rebatch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Finding",
+    "Locality",
     "Model",
     "MoetraceError",
     "PolicySpec",
@@ -36,9 +40,11 @@ __all__ = [
     "export",
     "generate",
     "generate_trace",
+    "lint",
     "load_model",
     "load_policy",
     "load_system",
+    "locality",
     "policy",
     "rebatch",
     "replay",
@@ -46,6 +52,7 @@ __all__ = [
 
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
 _HOMES = {
+    "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
     "moetrace.spec": (
@@ -61,6 +68,7 @@ _HOMES = {
     "moetrace.trace": ("Trace", "Writer"),
     "moetrace.trace.exports": ("export",),
     "moetrace.trace.generate": ("generate", "generate_trace"),
+    "moetrace.trace.lint": ("Finding", "lint"),
     "moetrace.trace.rebatch": ("rebatch",),
 }
 

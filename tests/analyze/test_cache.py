@@ -13,7 +13,7 @@ from moetrace.analyze import next_use as look_ahead
 from moetrace.analyze.accesses import accesses
 from moetrace.analyze.cache import POLICIES, cache_hits, expert_bytes, parse_capacity
 from moetrace.analyze.next_use import NEVER, NextUses
-from moetrace.analyze.reuse import add, no_reuse
+from moetrace.analyze.reuse import add_all, no_reuse
 from moetrace.analyze.rows import ABSENT
 from moetrace.spec import Model
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -155,7 +155,7 @@ def test_lru_of_a_layer_is_its_stack_distances():
     given = small_trace(7, steps=60)
     ids = np.where(given["experts"] == 255, ABSENT, given["experts"].astype(np.uint16)).transpose(1, 0, 2)
     reuse = no_reuse(3, EXPERTS)
-    add(reuse, np.ascontiguousarray(ids), np.arange(ids.shape[1], dtype=np.int32))
+    add_all(reuse, np.ascontiguousarray(ids), np.arange(ids.shape[1], dtype=np.int32))
     capacities = [3 * capacity for capacity in range(1, EXPERTS + 1)]
     frame = cache_hits(Trace.from_arrays(**given), capacities, ["lru"], scope="layer", sequential=True)
     assert frame.filter(phase="all")["hits"].to_list() == np.cumsum(reuse.stack.sum(0)).tolist()

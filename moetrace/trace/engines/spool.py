@@ -64,6 +64,22 @@ class Spool:
             window[row - first, layer, slot] = value
             del window
 
+    def put(self, row: np.ndarray, layer: np.ndarray, **values: np.ndarray) -> None:
+        """Put whole cells, of the named arrays [n, top_k], at `[row, layer]` (integers [n]); the rows must exist."""
+        if not row.size:
+            return
+        first, stop = int(row.min()), int(row.max()) + 1
+        for name, value in values.items():
+            window = self._window(name, first, stop)
+            window[row - first, layer] = value
+            del window
+
+    def take(self, row: np.ndarray, layer: np.ndarray) -> np.ndarray:
+        """The ids [n, top_k] that are at `[row, layer]` (integers [n], one or more) by now."""
+        first = int(row.min())
+        window = self._window("experts", first, int(row.max()) + 1)
+        return np.array(window[row - first, layer])
+
     def parts(self) -> Iterator[Part]:
         """Yield all rows in order, some MiB at a time."""
         at_once = max(1, BLOCK_BYTES // self._row_bytes("experts"))

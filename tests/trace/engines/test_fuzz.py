@@ -5,7 +5,7 @@ import pytest
 
 from moetrace.trace.engines import FORMATS
 
-NEEDS = {"sglang": "torch"}
+NEEDS = {"sglang": "torch", "moe-cache-eval": "safetensors", "trtllm": "safetensors"}
 
 
 @pytest.mark.parametrize("importer", fuzz.WRITERS)
