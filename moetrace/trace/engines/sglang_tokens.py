@@ -107,6 +107,8 @@ def _pass(dump: Dump, index: int, record: dict[str, Any]) -> _Pass:
     if not token.size == position.size == ids.shape[1]:
         raise MoetraceError(f"{where} has {token.size} input_ids, {position.size} positions, ids of {ids.shape[1]}.")
     mode, rows = record.get("forward_mode"), token.size
+    if mode is not None and type(mode) is not int:
+        raise MoetraceError(f"{where}: forward_mode is a {type(mode).__name__}, not a number.")
     if record.get("extend_seq_lens") is None or mode in (DECODING, IDLE):
         lengths = [1] * rows
         if mode == VERIFY and rows:  # the drafts of a request follow one another

@@ -183,6 +183,8 @@ def test_a_tensor_that_many_records_share_is_not_believed(tmp_path):
         ({"positions": None}, "no plain tensor"),
         ({"extend_seq_lens": [9]}, "of 9 tokens"),
         ({"forward_pass_id": None}, "no forward_pass_id"),
+        ({"forward_mode": torch.ones(2)}, "forward_mode is a Tensor"),
+        ({"gatherer_key": torch.ones(2), "forward_mode": "extend"}, "forward_mode is a str"),
     ],
 )
 def test_records_that_are_refused(tmp_path, changes, message):
