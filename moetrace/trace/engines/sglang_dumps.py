@@ -2,12 +2,15 @@
 
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import MAX_EXPERTS, MAX_LAYERS
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Dump(NamedTuple):
@@ -48,11 +51,8 @@ def detailed(path: Path, content: dict[str, Any]) -> Dump:
             raise MoetraceError(f"{path}: record {number} has no forward_pass_id.")
         if not 0 <= record["forward_pass_id"] < 2**62 or type(record.get("rank", 0)) is not int:
             raise MoetraceError(f"{path}: record {number} has an impossible forward_pass_id or rank.")
-    claimed = sum(
-        getattr(record.get(name), "nbytes", 0)
-        for record in records
-        for name in ("topk_ids_of_layer", "global_physical_count")
-    )
+    tensors = [record.get(name) for record in records for name in ("topk_ids_of_layer", "global_physical_count")]
+    claimed = sum(tensor.nbytes for tensor in tensors if _is_plain(tensor))
     if claimed > path.stat().st_size:  # a pickle may name one tensor in any number of records
         raise MoetraceError(f"{path}: its records claim {claimed} bytes, but the file has {path.stat().st_size}.")
     return Dump(path, records, logical.astype(np.int64))
@@ -62,10 +62,16 @@ def integers(where: str, value: object, axes: int) -> np.ndarray:
     """A tensor of plain integers as an array over the same memory; raise MoetraceError if it is none."""
     import torch
 
-    if type(value) is not torch.Tensor or value.layout != torch.strided or value.device.type != "cpu":
+    if not _is_plain(value):
         raise MoetraceError(f"{where} is no plain tensor but {type(value).__name__}.")
     if value.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8) or value.dim() != axes:
         raise MoetraceError(f"{where} is {value.dtype} {tuple(value.shape)}, not integers of {axes} axes.")
     if not value.is_contiguous() or value.requires_grad:  # strides of 0 would claim a size that is not there
         raise MoetraceError(f"{where} is no contiguous tensor.")
     return value.numpy()
+
+
+def _is_plain(value: object) -> TypeGuard["torch.Tensor"]:
+    import torch
+
+    return type(value) is torch.Tensor and value.layout == torch.strided and value.device.type == "cpu"

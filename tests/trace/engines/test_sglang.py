@@ -177,6 +177,8 @@ def test_a_tensor_that_many_records_share_is_not_believed(tmp_path):
         ({"topk_ids_of_layer": torch.zeros((2, 4, 8), dtype=torch.int32)}, "does not fit the map"),
         ({"topk_ids_of_layer": torch.zeros((3, 4, 8), dtype=torch.int32)}, "more than once"),
         ({"topk_ids_of_layer": [1]}, "no plain tensor"),
+        ({"topk_ids_of_layer": torch.ones(3, 4, 8, dtype=torch.int32).to_sparse()}, "no plain tensor"),
+        ({"topk_ids_of_layer": torch.ones(3, 4, 8, dtype=torch.int32, device="meta")}, "no plain tensor"),
         ({"input_ids": [1]}, "1 input_ids"),
         ({"input_ids": [2**40] * 4}, "no list of int32"),
         ({"positions": [-1] * 4}, "negative"),
