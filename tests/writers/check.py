@@ -29,11 +29,6 @@ def column(trace: Trace, name: str) -> np.ndarray:
     return trace.read(name, 0, trace.rows)
 
 
-def steps(trace: Trace) -> list[tuple[int, int]]:
-    """(rows, phase) of each step."""
-    return list(zip(np.diff(trace.offset).tolist(), trace.phase.tolist(), strict=True))
-
-
 def refused(sources: Path | list[Path], sentence: str, form: str, **hints: int) -> None:
     """Importing raises an error of one line that matches `sentence`, and leaves nothing behind."""
     sources = [sources] if isinstance(sources, Path) else sources

@@ -37,7 +37,7 @@ class _Manifest(msgspec.Struct):
 
 
 class _Events(NamedTuple):
-    """What there is of each event, and which step and layer entry it is of; all int64 [events] but `offsets`."""
+    """What there is of each event, and which step and layer entry it is of; all int32 [events] but `offsets`."""
 
     path: Path
     offsets: np.ndarray  # int64 [events + 1]
@@ -104,13 +104,13 @@ def _events(path: Path) -> tuple[_Events, np.ndarray]:
         request, scheduler, cycle, phase, layer, tokens = (
             integers(path, name, file.get_tensor(name), *limits.get(name, (0, _MAX))) for name in _EVENT
         )
-        offsets = integers(path, "offsets", file.get_tensor("offsets"), 0, accesses + 1)
+        offsets = integers(path, "offsets", file.get_tensor("offsets"), 0, accesses + 1).astype(np.int64, copy=False)
     if offsets[0] != 0 or offsets[-1] != accesses or (np.diff(offsets) < 0).any():
         raise MoetraceError(f"{path}: offsets must increase from 0 to {accesses}.")
     new = (np.diff(scheduler) != 0) | (np.diff(cycle) != 0)
     if (~new & (np.diff(layer) <= 0)).any():
         raise MoetraceError(f"{path}: the layers of a forward cycle are not in ascending order.")
-    step = np.r_[0, np.cumsum(new)]
+    step = np.r_[np.int32(0), np.cumsum(new, dtype=np.int32)]
     layer_index = np.unique(layer)
     if (int(step[-1]) + 1) * layer_index.size > SPARSEST * count + 2**16:
         raise MoetraceError(
@@ -120,7 +120,8 @@ def _events(path: Path) -> tuple[_Events, np.ndarray]:
     for name, array in (("request_indices", request), ("phases", phase), ("token_counts", tokens)):
         if (array != array[starts][step]).any():
             raise MoetraceError(f"{path}: {name} differ between the layers of a forward cycle.")
-    return _Events(path, offsets, step, np.searchsorted(layer_index, layer), request, phase, tokens), layer_index
+    entry = np.searchsorted(layer_index, layer).astype(np.int32)
+    return _Events(path, offsets, step, entry, request, phase, tokens), layer_index
 
 
 def _firsts(events: _Events) -> np.ndarray:
@@ -205,12 +206,13 @@ def _counts(events: _Events, layer_index: np.ndarray, num_experts: int, top_k: i
 
 
 def _sums(events: _Events, layers: int, num_experts: int, top_k: int) -> Iterator[np.ndarray]:
+    most = events.tokens[_firsts(events)].astype(np.int64) * top_k  # choices of each step
     with tensors(events.path) as file:
         for some, part, steps in _blocks(events, max(1, BLOCK_BYTES // (layers * num_experts * 8))):
             step, entry, ids, counts, _ = _accesses(events, file, some, part, num_experts)
             block = np.zeros((steps, layers, num_experts), np.int64)
             np.add.at(block, (step, entry, ids), counts)
-            tokens = events.tokens[_firsts(events)[events.step[some.start] :][:steps]]
-            if (block.sum(axis=2).max(axis=1) > tokens * top_k).any():
+            first = int(events.step[some.start])
+            if (block.sum(axis=2).max(axis=1) > most[first : first + steps]).any():
                 raise MoetraceError(f"{events.path}: an event has more assignments than its tokens times top_k.")
             yield block

@@ -49,9 +49,9 @@ def known_shape(path: Path, file: Any, key: str, kinds: Sequence[str] = _INTEGER
 
 
 def integers(path: Path, key: str, array: np.ndarray, low: int, high: int) -> np.ndarray:
-    """`array` as int64; raise MoetraceError if a number is below `low` or not below `high` (at most 2**63)."""
+    """`array` as int32, or int64 for a `high` above 2**31; raise MoetraceError unless all are `low` to below `high`."""
     if array.size and (int(array.min()) < low or int(array.max()) >= high):
         raise MoetraceError(
             f"{path}: {key} holds numbers from {array.min()} to {array.max()}, but must hold {low} to {high - 1}."
         )
-    return array.astype(np.int64, copy=False)
+    return array.astype(np.int32 if high <= 2**31 else np.int64, copy=False)

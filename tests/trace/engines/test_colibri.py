@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from writers import routing
-from writers.check import column, imported, refused, steps
+from writers import routing, steps
+from writers.check import column, imported, refused
 from writers.colibri import route_trace, usage
 from writers.known import Pass, joined
 

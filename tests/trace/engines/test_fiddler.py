@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from writers import routing
-from writers.check import imported, refused, steps
+from writers import routing, steps
+from writers.check import imported, refused
 from writers.fiddler import counted, popularity
 
 CAPTURES = Path(__file__).parents[4] / "shared" / "traces" / "fiddler_popularity"

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from writers.check import column, imported, refused, steps
+from writers import steps
+from writers.check import column, imported, refused
 from writers.known import joined, passes
 from writers.llamacpp import choices, read_flat, tokens
 

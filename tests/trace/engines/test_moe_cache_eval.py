@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from writers import routing
-from writers.check import column, imported, refused, steps
+from writers import routing, steps
+from writers.check import column, imported, refused
 from writers.moe_cache_eval import DTYPES, save
 
 pytest.importorskip("safetensors")
