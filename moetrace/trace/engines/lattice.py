@@ -95,7 +95,7 @@ def _lines(path: Path, found: Iterator[tuple[int, list[_Record]]], top_k: int) -
                 raise MoetraceError(f"{path}: record {at} has token_idx {record.token_idx}.")
         try:
             experts = np.array(list(chain.from_iterable(r.selected_ids for r in records)), np.int32)
-            weights = np.array(list(chain.from_iterable(r.gate_weights for r in records)), np.float32)
+            weights = np.array(list(chain.from_iterable(r.gate_weights for r in records)), np.float64)
         except OverflowError:
             raise MoetraceError(f"{path}: one of the records from {count + 1} on holds an impossible id.") from None
         if records:
@@ -107,7 +107,7 @@ def _lines(path: Path, found: Iterator[tuple[int, list[_Record]]], top_k: int) -
                     "layer": np.array([r.layer_idx for r in records], np.int32),
                     "token": np.array([r.token_idx for r in records], np.int32),
                     "experts": experts.reshape(-1, top_k),
-                    "gates": gates,
+                    "gates": gates.astype(np.float32),
                 },
             )
         count += len(records)

@@ -36,6 +36,7 @@ def test_records_come_back(tmp_path, monkeypatch, chunk, num_experts):
         ('"layer_idx":2', '"layer_idx":70000', "has a record of layer_idx 70000"),
         ('"gate_weights":[0.5,', '"gate_weights":[', "record 1 holds not 2 experts and gates"),
         ('"gate_weights":[0.5,', '"gate_weights":[1e9,', "line 1: weight is beyond 65504"),
+        ('"gate_weights":[0.5,', '"gate_weights":[1e308,', "line 1: weight is beyond 65504"),
         ('"selected_ids":[', '"selected_ids":[9', r"line 1 holds the expert 9\d, but the model has 8 experts"),
         ('"selected_ids":[', '"selected_ids":[99999999999', "holds an impossible id"),
         ("}\n", "\n", "line 1 is not as expected"),
