@@ -66,11 +66,11 @@ def draw(cumulative, rows, k, random):
     ids = np.empty((rows, k), np.uint16)
     for t in range(rows):
         for slot in range(k):
-            again = True
-            while again:
+            before = 1
+            while before:
                 expert = np.searchsorted(cumulative, np.int64(random.random() * cumulative[-1]), side="right")
-                again = False
+                ids[t, slot] = expert
+                before = 0
                 for other in range(slot):
-                    again |= ids[t, other] == expert
-            ids[t, slot] = expert
+                    before += ids[t, other] == expert
     return ids

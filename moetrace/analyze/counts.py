@@ -1,7 +1,5 @@
 """How often each expert was chosen: the counts that skew, static lists and phases are about."""
 
-import numpy as np
-
 from moetrace.engine.compile import kernel
 
 

@@ -19,6 +19,7 @@ from moetrace.trace.schema import PHASE_NAMES
 
 SCHEMA = "moetrace.locality/1"
 MOST_LAGS = 4096
+FRAMES = ("summary", "layers", "overlap", "hit_curve", "load")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def locality(
     lags: Sequence[int] = LAGS,
     pairs: bool = True,
     seed: int = 0,
-    sample_bytes: int = rows.SAMPLE_BYTES,
+    sample_rows: int = rows.SAMPLE_ROWS,
     progress: Callable[[int], object] | None = None,
 ) -> Locality:
     """Measure how skewed, how repetitive and how predictable the routing of a trace is, in each of its layers.
@@ -67,30 +68,32 @@ def locality(
     out co-activation, which takes longest. The same `seed` gives the same shuffles and draws.
 
     Counts, reuse distances and hit curves come from all rows, in constant memory. The rest, and all shuffles, from
-    whole requests that fit `sample_bytes` of ids (2 bytes each); `result.trace` says how many those were.
+    whole requests of up to `sample_rows` rows in all, chosen at random; `result.trace` says how many those were.
     `progress` is told the rows of each block that was read.
 
     Raises UsageError for an option that makes no sense; MoetraceError if the trace holds only counts, no row is left to
     look at, or an id is impossible.
     """
-    lags = _checked(phase, lags, seed)
+    lags = _checked(phase, lags, seed, sample_rows)
     chosen = Chosen(phase, skip_position_0)
     seen = rows.count_requests(trace, chosen)
     if seen.rows.sum() == 0:
         raise MoetraceError(
             f"{trace.path or 'trace in memory'} has no {'' if phase == 'all' else phase + ' '}rows left."
         )
-    sampler = Sampler(trace, seen, max(1, sample_bytes // (2 * trace.layers * trace.top_k)), seed)
+    sampler = Sampler(trace, seen, sample_rows, seed)
     counts = np.zeros((trace.layers, 2, trace.num_experts), np.int64)
     real = reuse.no_reuse(trace.layers, trace.num_experts)
-    for block, keep, ids in rows.blocks(trace, chosen):
-        sampler.take(block, keep, trace.num_experts)
-        order, label = np.arange(ids.shape[1], dtype=np.int32), block.phase[: keep.size][keep]
+    for block, row, ids in rows.blocks(trace, chosen):
+        sampler.take(block, row, ids)
+        order, label = np.arange(row.size, dtype=np.int32), block.phase[row]
         for layer in range(trace.layers):
             count(ids[layer], label, counts[layer])
             reuse.add(real, layer, ids[layer], order)
+        if real.distance[:, 0].any():
+            rows.check(trace, block)
         if progress:
-            progress(keep.size)
+            progress(int(block.offset[block.steps]))
     return _Measure(trace, sampler.sample, counts, real, np.array(lags, np.int64), seed).result(
         _facts(trace, chosen, seen, sampler.sample, seed), pairs
     )
@@ -117,7 +120,7 @@ class _Measure:
         for layer in range(self.trace.layers):
             ids = self.sample.ids[layer]
             reuse.add(self.shuffled, layer, ids, self.orders[2])
-            overlaps.append([overlap(ids, order, self.sample.first, self.lags, self.experts) for order in self.orders])
+            overlaps.append([overlap(ids, order, self.sample.starts, self.lags, self.experts) for order in self.orders])
             layers.append(
                 {"layer": int(self.trace.layer_index[layer]), "rows": int(self.real.rows[layer])}
                 | self._skew(layer)
@@ -174,7 +177,7 @@ class _Measure:
         ids, both = self.sample.ids, (np.nan, np.nan)
         if layer + 1 < self.trace.layers:
             both = predict.recall(ids[layer], ids[layer + 1], self.train, self.test, 0, self.experts)
-        after = predict.recall(ids[layer], ids[layer], *self.later, 1, self.experts)
+        after = predict.recall(ids[layer], ids[layer], self.later[0], self.later[1], 1, self.experts)
         return dict(zip(_RECALLS, (*both, *after), strict=True))
 
     def _requests(self, layer: int) -> dict[str, Any]:
@@ -233,7 +236,7 @@ def _named(statistic: str, *shuffles: str) -> list[str]:
     return [statistic, *(f"{statistic}_shuffled_{shuffle}" for shuffle in shuffles)]
 
 
-def _checked(phase: str, lags: Sequence[int], seed: int) -> list[int]:
+def _checked(phase: str, lags: Sequence[int], seed: int, sample_rows: int) -> list[int]:
     if phase not in ("all", *PHASE_NAMES[:2]):
         raise UsageError(f"phase is {phase!r}: give all, prefill or decode.")
     whole = [int(lag) for lag in lags]
@@ -241,6 +244,8 @@ def _checked(phase: str, lags: Sequence[int], seed: int) -> list[int]:
         raise UsageError(f"lags are {whole}: give increasing whole numbers, 1 first, up to {MOST_LAGS}.")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed is {seed}: give a whole number from 0 to {2**63 - 1}.")
+    if not 1 <= sample_rows < 2**31:
+        raise UsageError(f"sample_rows is {sample_rows}: give a whole number from 1 to {2**31 - 1}.")
     return whole
 
 

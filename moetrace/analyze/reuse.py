@@ -18,7 +18,9 @@ class Reuse(NamedTuple):
     """
 
     stack: np.ndarray  # int64 [L, E]: accesses by stack distance
-    distance: np.ndarray  # int64 [L, DISTANCES + 1]: accesses by the rows since the expert's last choice
+    distance: (
+        np.ndarray
+    )  # int64 [L, DISTANCES + 1]: accesses by the rows since the expert's last choice; 0 = twice in a row
     total: np.ndarray  # int64 [L]: sum of these distances
     accesses: np.ndarray  # int64 [L]
     rank: np.ndarray  # uint16 [L, E]: place of each expert in the LRU stack

@@ -1,4 +1,4 @@
-"""How unequally experts are chosen: statistics of the counts of one layer. NumPy alone, exact definitions in docs/locality.md.
+"""How unequally experts are chosen: statistics of the counts of one layer.
 
 Every function takes `count`, the number of choices of each expert of one layer, int [E]; NaN where nothing was chosen.
 """
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_MOST = 50.0  # exponents are sought from -0 to here: at 50 the second expert of a layer is never chosen
+_MOST = 50.0  # exponents are sought from 0 to here: at 50 the second expert of a layer is never chosen
 
 
 class Zipf(NamedTuple):
