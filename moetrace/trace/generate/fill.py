@@ -107,6 +107,16 @@ def generate_trace(
     )
 
 
+def check_fits(what: str, layers: int, experts: int, model: Model) -> None:
+    """Raise a UsageError that begins with `what` unless the model has as many MoE layers and experts."""
+    for noun, ours, theirs in (("MoE layers", layers, model.moe_layers), ("experts a layer", experts, model.experts)):
+        if ours != theirs:
+            raise UsageError(
+                f"{what} has {ours} {noun}, but model {model.name} has {theirs}: leave --model out, or name one that "
+                "fits."
+            )
+
+
 def _prepare(
     model: Model | str | Path | None,
     schedule: Schedule,
@@ -137,15 +147,7 @@ def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedul
     name, top_k = profile.model, profile.top_k
     if model is not None:
         model = load_model(model)
-        for what, ours, theirs in (
-            ("MoE layers", profile.layers, model.moe_layers),
-            ("experts a layer", profile.experts, model.experts),
-        ):
-            if ours != theirs:
-                raise UsageError(
-                    f"Profile {profile.name} has {ours} {what}, but model {model.name} has {theirs}: leave --model "
-                    f"out, or give one that fits."
-                )
+        check_fits(f"Profile {profile.name}", profile.layers, profile.experts, model)
         name, top_k = model.name, model.top_k
     schedule.check()
     slots = min(schedule.batch, schedule.requests)

@@ -1,4 +1,4 @@
-"""Experts as a profile says that a captured model routes: a residual stream of few dimensions, and routers that read it.
+"""Experts as a profile says that a captured model routes: a stream of few dimensions, and routers that read it.
 
 The state of a row is a vector of `dimensions` standard normal numbers, x = sqrt(request) * t + sqrt(slow) * s +
 sqrt(fast) * f + sqrt(token) * v + sqrt(rest) * n: t is the request's own, s and f are autoregressive from row to row of
@@ -36,9 +36,9 @@ MAX_SHARE = 0.95  # of the rows that the most popular expert may be in
 class Tables(NamedTuple):
     """What a draw looks up; L layers, D dimensions, E experts, V tokens, phases 0 prefill and 1 decode.
 
-    router float32 [L, D, E]: w; bias float32 [2, L, E]: b; token float32 [V, D]: sqrt(token) * v; threshold uint32 [V]
-    and alias uint16 [V]: Walker's table over tokens; weights float32 [8]: see `_weights`; sink uint16 [L, k]: the
-    experts of a sink row, and sink_below uint32: the chance of one.
+    router float32 [L, D, E]: w; bias float32 [2, L, E]: b; token float32 [V, D]: sqrt(token) * v, and cumulative
+    uint64 [V]: their frequencies summed, in units of 2**-32; weights float32 [8]: see `_weights`; sink uint16 [L, k]:
+    the experts of a sink row, and sink_below: the chance of one, in units of 2**-32.
     """
 
     router: np.ndarray
@@ -57,12 +57,21 @@ class ProfileDrawer:
     never have the same request number modulo `slots`. A request's rows must come in order of position, from 0.
     """
 
-    def __init__(self, profile: Profile, seed: int, *, prompt: int = 0, slots: int = 1, top_k: int = 0) -> None:
-        """Draw the routers and set their biases; takes tenths of a second."""
+    def __init__(
+        self,
+        profile: Profile,
+        seed: int,
+        *,
+        prompt: int = 0,
+        slots: int = 1,
+        top_k: int = 0,
+        tables: Tables | None = None,
+    ) -> None:
+        """Draw the routers and set their biases, which takes tenths of a second, unless `tables` has them."""
         check_seed(seed)
         self.top_k = top_k or profile.top_k
         self.profile, self.prompt, self.seed = profile, prompt, np.uint64(seed)
-        self.tables = make_tables(profile, seed, self.top_k)
+        self.tables = make_tables(profile, seed, self.top_k) if tables is None else tables
         # Slow and fast memory of each living request.
         self.memory = np.zeros((slots, 2, profile.dimensions), np.float32)
 
@@ -87,18 +96,28 @@ def make_tables(profile: Profile, seed: int, top_k: int) -> Tables:
     with np.errstate(over="ignore"):
         router = _normals(start + _ROUTERS, layers * experts * dimensions).reshape(layers, experts, dimensions)
         router = router / np.sqrt((router.astype(np.float64) ** 2).sum(axis=2, keepdims=True))
-        token = _normals(start + _TOKENS, profile.vocabulary * dimensions).reshape(-1, dimensions)
-    token = token * np.sqrt(profile.token)
     router = np.ascontiguousarray(_rounded(router.transpose(0, 2, 1)))
     bias = _biases(profile, seed, router, start)
-    frequency = np.arange(1, profile.vocabulary + 1, dtype=np.float64) ** -profile.token_zipf
-    cumulative = np.cumsum(frequency)
-    cumulative = np.round(cumulative * (2.0**32 / cumulative[-1])).astype(np.uint64)
     sink = np.zeros((layers, top_k), np.uint16)
     with np.errstate(over="ignore"):
         _sink_experts(router, bias[0], start + _SINK, sink)
     below = np.uint64(round(profile.sink * 2**32))
-    return Tables(router, bias, _rounded(token), cumulative, _weights(profile), sink, below)
+    token, cumulative = _tokens(profile, start)
+    return Tables(router, bias, token, cumulative, _weights(profile), sink, below)
+
+
+def weights_of(profile: Profile, seed: int, tables: Tables) -> Tables:
+    """Return the tables of `profile` from those of one with the same seed, sizes and popularity, which is faster."""
+    token, cumulative = _tokens(profile, _start(seed))
+    return tables._replace(token=token, cumulative=cumulative, weights=_weights(profile))
+
+
+def _tokens(profile: Profile, start: np.uint64) -> tuple[np.ndarray, np.ndarray]:
+    """Return the state of each token float32 [V, D], and uint64 [V] below which of 2**32 numbers each is drawn."""
+    with np.errstate(over="ignore"):
+        token = _normals(start + _TOKENS, profile.vocabulary * profile.dimensions).reshape(-1, profile.dimensions)
+    cumulative = np.cumsum(np.arange(1, profile.vocabulary + 1, dtype=np.float64) ** -profile.token_zipf)
+    return _rounded(token * np.sqrt(profile.token)), np.round(cumulative * (2.0**32 / cumulative[-1])).astype(np.uint64)
 
 
 def popularity(profile: Profile, seed: int) -> np.ndarray:
