@@ -23,7 +23,9 @@ from moetrace.trace.generate.profile import Profile, load_profile
 
 # A try takes about as long as its sample has logits: some tenths of a second for so many, in so many rows at most.
 SAMPLE_LOGITS, LEAST_SAMPLE_ROWS, MOST_SAMPLE_ROWS = 1 << 24, 1 << 11, 1 << 15
-SIMULATED_ROWS, SIMULATIONS = 1 << 14, 16  # a smaller sample is simulated several times over, but so often at most
+# The sample is simulated several times: until there are so many rows, but so often at least and at most; by routers in
+# turn that so many seeds draw, so that the profile does not fit the chances of one.
+SIMULATED_ROWS, LEAST_SIMULATIONS, MOST_SIMULATIONS, SEEDS = 1 << 14, 2, 16, 2
 SMALLEST_ROWS = 64
 LAGS = np.array([1, 4, 16, 64])
 MOMENTS = ("gini", *(f"overlap_{lag}" for lag in LAGS), "lru_e8", "lru_e4", "next_layer_recall", "icc", "phase_jsd")
@@ -35,7 +37,7 @@ CURVE_KNOTS = 17
 TOKEN_PART = 0.5  # of what is not memory, if the trace has no token ids
 VOCABULARY, TOKEN_ZIPF = 4096, 1.0
 SINGLE_REQUEST = 0.1  # share of a request's preference if there is one request, from which it cannot be told
-ITERATIONS = 6
+ITERATIONS = 8
 
 
 class Measured(NamedTuple):
@@ -93,7 +95,7 @@ def fit_profile(
 
     Raises MoetraceError if the trace holds only counts, is too short (64 rows), or an id is impossible.
     """
-    sample = _sample(trace, sample_rows, seed)
+    sample = take_sample(trace, sample_rows, seed)
     if sample.first.size < SMALLEST_ROWS or trace.num_experts < 2:
         raise MoetraceError(
             f"{trace.path or 'The trace'} has {sample.first.size} rows to fit and {trace.num_experts} experts a layer, "
@@ -109,15 +111,19 @@ def search(
     measured: Measured,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
+    near: Profile | None = None,
 ) -> Profile:
     """Search the profile with which a drawer that fills the schedule of `sample` has the moments `wanted`.
 
-    `wanted` float64 is in the order of `MOMENTS`, NaN where a moment is not known.
+    `wanted` float64 is in the order of `MOMENTS`, NaN where a moment is not known. What the known ones leave open stays
+    as it is in `near`.
     """
     tried: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     dimensions = DIMENSIONS[0]
     while dimensions not in tried:
         trial = _Search(sample, wanted, measured, dimensions, seed, progress)
+        if near is not None:
+            trial.start[:6] = _parameters(near)
         start = tried[DIMENSIONS[0]][0] if tried else trial.start
         best = least_squares(trial.residuals, start, ITERATIONS)
         tried[dimensions] = best, trial.residuals(best)
@@ -153,7 +159,7 @@ class _Search:
             self.pull[0] = 30.0
         if not self.known[MOMENTS.index("phase_jsd")]:
             self.start[7], self.pull[7] = -20.0, 30.0
-        self.tables: dict[tuple, Tables] = {}
+        self.tables: dict[int, tuple[tuple, Tables]] = {}
         self.tries = 0
 
     def residuals(self, parameters: np.ndarray) -> np.ndarray:
@@ -168,22 +174,26 @@ class _Search:
     def simulated(self, parameters: np.ndarray) -> np.ndarray:
         """Return the moments of what a drawer makes of the sample's schedule, means over the repetitions."""
         profile = load_profile(_profile(self.measured, self.dimensions, parameters))
-        drawer = ProfileDrawer(profile, self.seed, slots=int(self.request.max()) + 1, tables=self._tables(profile))
-        found = []
-        for again in range(min(max(1, SIMULATED_ROWS // self.request.size), SIMULATIONS)):
-            request = self.request + np.int32(again * (self.request.max() + 1))
-            drawn = drawer.draw(request, self.position, self.sample.phase)
+        slots, found = int(self.request.max()) + 1, []
+        drawers = [
+            ProfileDrawer(profile, self.seed ^ i, slots=slots, tables=self._tables(profile, i)) for i in range(SEEDS)
+        ]
+        wanted = SIMULATED_ROWS // self.request.size
+        for again in range(min(max(wanted, LEAST_SIMULATIONS), MOST_SIMULATIONS)):
+            request = self.request + np.int32(again * slots)
+            drawn = drawers[again % SEEDS].draw(request, self.position, self.sample.phase)
             ids = np.ascontiguousarray(drawn.transpose(1, 0, 2)).astype(np.uint16)
             ids[self.sample.ids == ABSENT] = ABSENT
             found.append(moments(self.sample._replace(ids=ids), self.experts))
         return np.mean(found, axis=0)
 
-    def _tables(self, profile: Profile) -> Tables:
-        """The tables of a profile: made anew only if popularity changed, which costs most of a try."""
-        key = (*profile.skew, profile.phase)
-        if key not in self.tables:
-            self.tables = {key: make_tables(profile, self.seed, profile.top_k)}
-        return weights_of(profile, self.seed, self.tables[key])
+    def _tables(self, profile: Profile, index: int) -> Tables:
+        """The tables of a profile for a seed: made anew only if popularity changed, which costs most of a try."""
+        key, (made_for, near) = (*profile.skew, profile.phase), self.tables.get(index, ((), None))
+        if near is None or made_for != key:
+            near = make_tables(profile, self.seed ^ index, profile.top_k, near)
+            self.tables[index] = key, near
+        return weights_of(profile, self.seed ^ index, near)
 
 
 def _profile(measured: Measured, dimensions: int, parameters: np.ndarray, digits: int = 17) -> Profile:
@@ -216,7 +226,19 @@ def _profile(measured: Measured, dimensions: int, parameters: np.ndarray, digits
     return Profile(**measured.profile | rounded | {"dimensions": dimensions, "skew": skews})
 
 
-def _sample(trace: Trace, sample_rows: int | None, seed: int) -> Sample:
+def _parameters(profile: Profile) -> np.ndarray:
+    """The first six parameters with which `_profile` makes this profile."""
+    memory = np.array([profile.request, profile.slow, profile.fast])
+    shares = np.log(np.maximum(memory, 1e-4) / max(1 - memory.sum(), 1e-4))
+    depth = np.clip(profile.depth, 1e-3, 1 - 1e-3)
+    return np.array([*shares, np.log(profile.slow_rows), np.log(profile.fast_rows), np.log(depth / (1 - depth))])
+
+
+def take_sample(trace: Trace, sample_rows: int | None = None, seed: int = 0) -> Sample:
+    """Return the sample of whole requests that a fit looks at: up to `sample_rows` rows, chosen by `seed`.
+
+    Raises MoetraceError if the trace holds only counts or an id is impossible.
+    """
     if sample_rows is None:
         fitting = SAMPLE_LOGITS // (trace.layers * trace.num_experts)
         sample_rows = max(LEAST_SAMPLE_ROWS, min(fitting, MOST_SAMPLE_ROWS))

@@ -6,7 +6,7 @@ import numpy as np
 
 STEP = 0.15  # of the differences: large, as simulated residuals are noisy and have small jumps
 LARGEST_STEP = 1.2
-ENOUGH = 0.02  # stop when an iteration gains less than this part of the sum of squares
+ENOUGH = 0.01  # stop when an iteration gains less than this part of the sum of squares
 
 
 def least_squares(residuals: Callable[[np.ndarray], np.ndarray], start: np.ndarray, iterations: int) -> np.ndarray:

@@ -28,7 +28,8 @@ _LOW_16 = np.uint64(0xFFFF)
 _NORMAL_MEAN = np.float32(2 * 65535)  # of the sum of four uniform numbers from 0 to 65535 ...
 _NORMAL_SCALE = np.float32(3**0.5 / 65536)  # ... and 1 over its standard deviation
 
-CALIBRATION_ROUNDS = 14
+# Rounds that set the biases, and how many at their end are averaged: from nothing, and from biases that are near.
+CALIBRATION_ROUNDS, CALIBRATION_ROUNDS_NEAR = (14, 7), (5, 3)
 CALIBRATION_CHOICES = 96  # of the average expert in a round: 10 % noise, which the rounds average out
 MAX_SHARE = 0.95  # of the rows that the most popular expert may be in
 
@@ -89,15 +90,18 @@ class ProfileDrawer:
         return experts
 
 
-def make_tables(profile: Profile, seed: int, top_k: int) -> Tables:
-    """Draw routers, tokens and popularity from `seed`, and set the biases that give the popularity."""
+def make_tables(profile: Profile, seed: int, top_k: int, near: Tables | None = None) -> Tables:
+    """Draw routers, tokens and popularity from `seed`, and set the biases that give the popularity.
+
+    That starts from the biases of `near`, tables of the same seed and sizes and of almost the same popularity: faster.
+    """
     layers, experts, dimensions = profile.layers, profile.experts, profile.dimensions
     start = _start(seed)
     with np.errstate(over="ignore"):
         router = _normals(start + _ROUTERS, layers * experts * dimensions).reshape(layers, experts, dimensions)
         router = router / np.sqrt((router.astype(np.float64) ** 2).sum(axis=2, keepdims=True))
     router = np.ascontiguousarray(_rounded(router.transpose(0, 2, 1)))
-    bias = _biases(profile, seed, router, start)
+    bias = _biases(profile, seed, router, start, None if near is None else near.bias)
     sink = np.zeros((layers, top_k), np.uint16)
     with np.errstate(over="ignore"):
         _sink_experts(router, bias[0], start + _SINK, sink)
@@ -145,33 +149,42 @@ def _capped(shares: np.ndarray, most: float) -> np.ndarray:
     return shares
 
 
-def _biases(profile: Profile, seed: int, router: np.ndarray, start: np.uint64) -> np.ndarray:
+def _biases(profile: Profile, seed: int, router: np.ndarray, start: np.uint64, near: np.ndarray | None) -> np.ndarray:
     """Return bias float32 [2, layers, experts] that makes each layer choose with the profile's popularity."""
     shares = popularity(profile, seed)
     bias = np.empty(shares.shape, np.float32)
-    samples = int(np.ceil(CALIBRATION_CHOICES * profile.experts / profile.top_k))
-    phases = (0, 1) if profile.phase else (0,)
-    for phase in phases:
+    for phase in (0, 1) if profile.phase else (0,):
         wanted = np.log(shares[phase])
         # A logit is standard normal; near the threshold of a choice its log-chance rises by about 1.7 a unit.
-        level = (wanted - wanted.mean(axis=1, keepdims=True)) / 1.7
-        counts = np.zeros(level.shape, np.int64)
-        total = np.zeros_like(level)
-        for turn in range(CALIBRATION_ROUNDS):
-            counts[:] = 0
-            first = np.uint64(turn * samples)
-            with np.errstate(over="ignore"):
-                _count_choices(router, _rounded(level), start + _SAMPLES, first, samples, profile.top_k, counts)
-            found = np.log((counts + 0.5) / (samples * profile.top_k + 0.5 * profile.experts))
-            step = 0.6 if turn < CALIBRATION_ROUNDS // 2 else 0.3
-            level += step * np.clip(wanted - found, -2, 2)
-            level -= level.mean(axis=1, keepdims=True)
-            if turn >= CALIBRATION_ROUNDS // 2:
-                total += level
-        bias[phase] = _rounded(total / (CALIBRATION_ROUNDS - CALIBRATION_ROUNDS // 2))
+        level = (wanted - wanted.mean(axis=1, keepdims=True)) / 1.7 if near is None else near[phase].astype(np.float64)
+        bias[phase] = _calibrated(profile, router, start, wanted, level, near is not None)
     if not profile.phase:
         bias[1] = bias[0]
     return bias
+
+
+def _calibrated(
+    profile: Profile, router: np.ndarray, start: np.uint64, wanted: np.ndarray, level: np.ndarray, is_near: bool
+) -> np.ndarray:
+    """Move the biases `level` [layers, experts] until the logarithms of the shares of choices are those `wanted`.
+
+    Each round counts the choices of fresh random states and moves each bias by a part of what is missing
+    (stochastic approximation: Robbins and Monro 1951); the last rounds are averaged (Polyak and Juditsky 1992).
+    """
+    rounds, averaged = CALIBRATION_ROUNDS_NEAR if is_near else CALIBRATION_ROUNDS
+    samples = int(np.ceil(CALIBRATION_CHOICES * profile.experts / profile.top_k))
+    total = np.zeros_like(level)
+    for turn in range(rounds):
+        counts = np.zeros(level.shape, np.int64)
+        first = np.uint64(turn * samples)
+        with np.errstate(over="ignore"):
+            _count_choices(router, _rounded(level), start + _SAMPLES, first, samples, profile.top_k, counts)
+        found = np.log((counts + 0.5) / (samples * profile.top_k + 0.5 * profile.experts))
+        level = level + (0.6 if turn < rounds - averaged else 0.3) * np.clip(wanted - found, -2, 2)
+        level -= level.mean(axis=1, keepdims=True)
+        if turn >= rounds - averaged:
+            total += level
+    return _rounded(total / averaged)
 
 
 def _weights(profile: Profile) -> np.ndarray:
