@@ -51,14 +51,14 @@ class Capture(NamedTuple):
 
     files: tuple[str, ...]
     source: str
-    decode_after: int | None = None  # text that was fed in all at once is replayed token by token
+    decode_after: int | None = None  # text that was fed in at once is replayed as a prompt of so many rows and output
 
 
 CAPTURES = {
     "deepseek-v2-lite": Capture(
         ("real_deepseek-v2-lite_esft_law.npz", "real_deepseek-v2-lite_esft_summary.npz"),
         "deepseek-ai/ESFT (commit 579a7711, MIT), results/expert_scores: law and summary, teacher-forced text;\n"
-        "the requests of even number, 23 of 46, their first 64 rows taken for the prompt and the others for output.\n"
+        "the requests of even number, 23 of 46. In the capture all rows are of one phase: phase = 0 is assumed.\n"
         "It has no token ids: vocabulary, token_zipf and half of what is not memory for tokens are assumed.",
         64,
     ),
@@ -165,7 +165,8 @@ def fit(name, captures, console):
     if name == MIXTRAL:
         profile, source = fit_mixtral(captures), MIXTRAL_SOURCE
     else:
-        profile = fit_profile(halves(imported(CAPTURES[name], captures))[0], name=name)
+        as_captured = CAPTURES[name]._replace(decode_after=None)
+        profile = fit_profile(halves(imported(as_captured, captures))[0], name=name)
         source = CAPTURES[name].source
     comment = f"How {profile.model} routes; docs/generate.md explains each value. Made by bench/profiles.py --fit.\n"
     save_profile(profile, SHIPPED / f"{name}.toml", comment + f"Source: {source}")
