@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetrace.analyze.fit import fit_profile
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
     from moetrace.spec import (
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
         load_system,
     )
     from moetrace.trace import Trace, Writer
-    from moetrace.trace.generate import generate, generate_trace
+    from moetrace.trace.generate import Profile, generate, generate_trace, load_profile, save_profile
 
 __version__ = "0.1.0"
 
@@ -25,23 +26,28 @@ __all__ = [
     "Model",
     "MoetraceError",
     "PolicySpec",
+    "Profile",
     "Result",
     "System",
     "Trace",
     "UsageError",
     "Writer",
     "__version__",
+    "fit_profile",
     "generate",
     "generate_trace",
     "load_model",
     "load_policy",
+    "load_profile",
     "load_system",
     "policy",
     "replay",
+    "save_profile",
 ]
 
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
 _HOMES = {
+    "moetrace.analyze.fit": ("fit_profile",),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
     "moetrace.spec": (
@@ -55,7 +61,7 @@ _HOMES = {
         "load_system",
     ),
     "moetrace.trace": ("Trace", "Writer"),
-    "moetrace.trace.generate": ("generate", "generate_trace"),
+    "moetrace.trace.generate": ("Profile", "generate", "generate_trace", "load_profile", "save_profile"),
 }
 
 

@@ -1,5 +1,7 @@
 """Profiles: shipped ones are whole, files come back as they were, and what makes no sense is one sentence."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from imitation import a_profile, rows_of
@@ -23,6 +25,11 @@ def test_shipped_profile_is_that_of_a_preset_model(name):
     assert 0.05 < profile.request + profile.slow + profile.fast < 1
     assert 0 < profile.fast_rows < profile.slow_rows
     assert profile.curve == sorted(profile.curve, reverse=True)
+
+
+def test_every_value_is_explained():
+    page = (Path(__file__).parents[2] / "docs" / "generate.md").read_text(encoding="utf-8")
+    assert [field for field in Profile.__struct_fields__ if f"`{field}`" not in page] == []
 
 
 def test_file_comes_back_as_it_was(tmp_path):
