@@ -161,7 +161,7 @@ def figures(trace):
 
 def fit(name, captures, console):
     """Fit a profile to its half and write it where it ships from."""
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     if name == MIXTRAL:
         profile, source = fit_mixtral(captures), MIXTRAL_SOURCE
     else:
@@ -170,7 +170,8 @@ def fit(name, captures, console):
         source = CAPTURES[name].source
     comment = f"How {profile.model} routes; docs/generate.md explains each value. Made by bench/profiles.py --fit.\n"
     save_profile(profile, SHIPPED / f"{name}.toml", comment + f"Source: {source}")
-    console.print(f"{name}: fitted in {time.perf_counter() - start:.0f} s")
+    wall_s, cpu_s = time.perf_counter() - start, time.process_time() - busy
+    console.print(f"{name}: fitted in {wall_s:.0f} s, of which {cpu_s:.0f} s on a core")
 
 
 def mixtral_counts(captures):

@@ -44,7 +44,7 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
 
     --like and --profile draw as a captured model routes: how unequal popularity is, what a request prefers and
     remembers, what one layer says about the next. A fit takes a minute or so; --save-profile keeps it for --profile.
-    Shipped profiles are named after models; docs/generate.md says what is in one.
+    Shipped profiles: deepseek-v2-lite, gpt-oss-20b, mixtral-8x7b, qwen3-30b-a3b, tiny-olmoe.
 
     Each request's prompt is one prefill step. --batch requests then decode together, one token of each a step; as
     they are of equal length they end together, and the next group starts.

@@ -13,6 +13,7 @@ import pytest
 import moetrace
 from moetrace.cli import main
 from moetrace.trace import Trace
+from moetrace.trace.generate import list_profiles
 
 TRACES = Path(__file__).parents[2] / "traces"
 SMALL = ["--model", "mixtral-8x7b", "--requests", "3", "--prompt", "5", "--output", "4"]
@@ -82,6 +83,12 @@ def test_source_is_free_of_paths_and_clock(tmp_path):
     with Trace.open(tmp_path / "a.h5") as trace:
         assert set(trace.source) == {"generator", "moetrace", "parameters"}
         assert str(tmp_path) not in json.dumps(trace.source)
+
+
+def test_help_names_every_profile(capsys):
+    assert run("--help") == 0
+    shown = capsys.readouterr().out
+    assert [name for name in list_profiles() if name not in shown] == []
 
 
 PROFILED = ["--requests", "3", "--prompt", "5", "--output", "4"]
