@@ -78,9 +78,8 @@ def locality(
     chosen = Chosen(phase, skip_position_0)
     seen = rows.count_requests(trace, chosen)
     if seen.rows.sum() == 0:
-        raise MoetraceError(
-            f"{trace.path or 'trace in memory'} has no {'' if phase == 'all' else phase + ' '}rows left."
-        )
+        left = "rows" if phase == "all" else f"{phase} rows"
+        raise MoetraceError(f"{trace.path or 'trace in memory'} has no {left} to look at.")
     sampler = Sampler(trace, seen, sample_rows, seed)
     counts = np.zeros((trace.layers, 2, trace.num_experts), np.int64)
     real = reuse.no_reuse(trace.layers, trace.num_experts)
@@ -153,11 +152,12 @@ class _Measure:
 
     def _static(self, layer: int) -> dict[str, Any]:
         """The k hottest experts as a static list, tried on the rows that the overlap at lag 1 is about."""
-        ids, hottest = self.sample.ids[layer], np.argsort(-self.counts[layer].sum(axis=0), kind="stable")
-        later = np.zeros((2, self.experts), np.int64)
+        ids, later = self.sample.ids[layer], np.zeros((2, self.experts), np.int64)
         count(ids, (self.sample.first < np.arange(len(ids))).astype(np.uint8), later)
+        # Of the equally hot the better one, so that it does not depend on the experts' numbers.
+        hottest = np.lexsort((-later[1], -self.counts[layer].sum(axis=0)))[: self.trace.top_k]
         total = later[1].sum()
-        return {"static_share": later[1][hottest[: self.trace.top_k]].sum() / total if total else np.nan}
+        return {"static_share": later[1][hottest].sum() / total if total else np.nan}
 
     def _reuse(self, layer: int) -> dict[str, Any]:
         figures: dict[str, Any] = {}
