@@ -90,7 +90,16 @@ def plot(locality: "Locality", form: str, name: str) -> bytes:
 def _charts(locality: "Locality", ink: str) -> "alt.VConcatChart":
     import altair as alt
 
-    below = alt.hconcat(_overlap(locality), _hit_curve(locality), spacing=_GAP)
+    shuffles = ["overlap", "overlap_shuffled_within_requests", "overlap_shuffled_globally"]
+    overlap = _over_layers(locality.overlap, "lag", dict(zip(shuffles, _COLOURS, strict=True)))
+    hits = {"hit_rate": "as it is", "hit_rate_shuffled": "shuffled globally"}
+    hit_curve = _over_layers(locality.hit_curve, "capacity", hits)
+    below = []
+    if not overlap.is_empty():
+        below.append(_curves(overlap, "lag", "tokens later", "Experts chosen again", "log"))
+    if not hit_curve.is_empty():
+        title = "experts that each layer's LRU cache holds"
+        below.append(_curves(hit_curve, "capacity", title, "Hit rate", "linear"))
     faint: dict[str, Any] = {
         "gridColor": ink,
         "gridOpacity": 0.12,
@@ -100,7 +109,7 @@ def _charts(locality: "Locality", ink: str) -> "alt.VConcatChart":
     }
     text: dict[str, Any] = {"labelColor": ink, "titleColor": ink, "titleFontWeight": "normal"}
     return (
-        alt.vconcat(_load(locality), below, spacing=40)
+        alt.vconcat(_load(locality), *([alt.hconcat(*below, spacing=_GAP)] if below else []), spacing=40)
         .resolve_scale(color="independent")
         .configure_axis(**faint, **text)
         .configure_legend(**text, labelLimit=200)
@@ -133,24 +142,6 @@ def _load(locality: "Locality") -> "alt.Chart":
             tooltip=["layer:O", "expert:O", "choices:Q", alt.Tooltip("times:Q", title="× mean of layer")],
         )
         .properties(width=_WIDTH, height=layers * max(4, min(24, 400 // layers)))
-    )
-
-
-def _overlap(locality: "Locality") -> "alt.LayerChart":
-    columns = ["overlap", "overlap_shuffled_within_requests", "overlap_shuffled_globally"]
-    curves = _over_layers(locality.overlap, "lag", dict(zip(columns, _COLOURS, strict=True)))
-    return _curves(curves, "lag", "tokens later", "Experts chosen again", "log")
-
-
-def _hit_curve(locality: "Locality") -> "alt.LayerChart":
-    names = {"hit_rate": "as it is", "hit_rate_shuffled": "shuffled globally"}
-    curves = _over_layers(locality.hit_curve, "capacity", names)
-    return _curves(
-        curves,
-        "capacity",
-        "experts that each layer's LRU cache holds",
-        "Hit rate",
-        "linear",
     )
 
 

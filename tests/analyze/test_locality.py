@@ -155,9 +155,8 @@ def test_rows_are_those_of_requests_however_they_interleave(drawn):
     numbers = sorted(set(oracle.request.tolist()))
     of_lag = found.overlap.rows_by_key(["layer", "lag"], unique=True)
     for layer in range(trace.layers):
-        chosen = [
-            [[e for e in row if e >= 0] for row in oracle.experts[oracle.request == n, layer].tolist()] for n in numbers
-        ]
+        in_time = [[e for e in row if e >= 0] for row in oracle.experts[:, layer].tolist()]
+        chosen = [[row for row, owner in zip(in_time, oracle.request, strict=True) if owner == n] for n in numbers]
         for lag in (1, 2, 3):
             value, expected = of_lag[layer, lag][0], naive.overlap(chosen, lag)
             assert (value is None and expected is None) or value == pytest.approx(expected)
