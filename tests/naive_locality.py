@@ -53,14 +53,14 @@ def reuse_distances(rows):
 
 
 def recall(pairs_to_train, pairs_to_test, k, experts):
-    """Pairs of rows (source, target); naive Bayes and popularity; equal scores share what is left of the k places."""
+    """Pairs of rows (source, target): least and most that naive Bayes may name, as near scores fall, and popularity."""
     prior, together = Counter(), Counter()
     for source, target in pairs_to_train:
         if source:
             prior.update(target)
             together.update((i, j) for i in source for j in target)
     column = {j: sum(together[i, j] for i in range(experts)) for j in range(experts)}
-    named = popular = total = 0
+    least = most = popular = total = 0
     for source, target in pairs_to_test:
         if not source:
             continue
@@ -68,16 +68,18 @@ def recall(pairs_to_train, pairs_to_test, k, experts):
             log(prior[j] + 1) + sum(log((together[i, j] + 1) / (column[j] + experts)) for i in source)
             for j in range(experts)
         ]
-        named += sum(in_top(scores, j, k) for j in target)
-        popular += sum(in_top([prior[j] for j in range(experts)], j, k) for j in target)
+        for j in target:
+            least += sum(score > scores[j] - 1e-4 for score in scores) <= k  # itself is one of them
+            most += sum(score > scores[j] + 1e-4 for score in scores) < k
+            popular += in_top([prior[e] for e in range(experts)], j, k)
         total += len(target)
-    return (named / total, popular / total) if total else (None, None)
+    return (least / total, most / total, popular / total) if total else None
 
 
 def in_top(scores, j, k):
-    above = sum(score > scores[j] + 1e-4 for score in scores)  # the kernel's scores are of 32 bits
-    equal = sum(abs(score - scores[j]) <= 1e-4 for score in scores)
-    return min(1.0, max(0.0, (k - above) / equal))
+    """The chance to be among the k highest if lots decide between equal ones."""
+    above = sum(score > scores[j] for score in scores)
+    return min(1.0, max(0.0, (k - above) / scores.count(scores[j])))
 
 
 def between_requests(requests, experts):

@@ -3,11 +3,6 @@
 import numpy as np
 
 
-def as_it_is(first: np.ndarray) -> np.ndarray:
-    """Return the order that changes nothing, int32 [n]."""
-    return np.arange(first.size, dtype=np.int32)
-
-
 def within_requests(first: np.ndarray, seed: int) -> np.ndarray:
     """Return an order, int32 [n], that shuffles the rows of each request among themselves.
 
