@@ -107,11 +107,10 @@ def sink(first_rows):
 def coactivation(rows, experts):
     """Lift of each pair that independence expects once or more, and chi-squared over the pairs."""
     lifts, terms = [], []
+    who = [{t for t, row in enumerate(rows) if e in row} for e in range(experts)]
     for i in range(experts):
         for j in range(i + 1, experts):
-            n_i, n_j = (sum(e in row for row in rows) for e in (i, j))
-            both = sum(i in row and j in row for row in rows)
-            expected = n_i * n_j / len(rows)
+            both, expected = len(who[i] & who[j]), len(who[i]) * len(who[j]) / len(rows)
             if expected >= 1:
                 lifts.append(both / expected)
                 terms.append((both - expected) ** 2 / expected)
