@@ -1,5 +1,6 @@
 """`locality` as a whole: published figures of captures, rows that are left out, samples, and what must not matter."""
 
+import re
 from pathlib import Path
 
 import naive_locality as naive
@@ -282,3 +283,10 @@ def test_wide_ids_and_one_expert_a_row():
     assert found.layers["lru_e4"].is_between(0.1, 0.4).all() and found.layers["lift_p99"].null_count() == 2
     one = locality(Trace.from_arrays(np.zeros((5, 1, 1), np.uint8), num_experts=1)).layers.row(0, named=True)
     assert one["overlap"] == one["static_share"] == 1 and one["zipf"] is None
+
+
+def test_every_statistic_is_explained():
+    page = (Path(__file__).parents[2] / "docs" / "locality.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]+)", page, re.MULTILINE))))
+    statistics = locality(a_trace(requests=1)).summary["statistic"].to_list()
+    assert {name if name in explained else name.removesuffix("_shuffled") for name in statistics} == explained
