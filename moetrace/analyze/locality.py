@@ -10,7 +10,7 @@ import polars as pl
 from moetrace.analyze import null, predict, requests, reuse, rows, skew
 from moetrace.analyze.coactivation import coactivation
 from moetrace.analyze.counts import count
-from moetrace.analyze.overlap import LAGS, mark, overlap
+from moetrace.analyze.overlap import LAGS, mark, marked_overlap
 from moetrace.analyze.reuse import Reuse
 from moetrace.analyze.rows import Chosen, Sample, Sampler
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -19,6 +19,7 @@ from moetrace.trace.schema import PHASE_NAMES
 
 SCHEMA = "moetrace.locality/1"
 MOST_LAGS = 4096
+MOST_LAYERS, MOST_EXPERTS, MOST_CHOICES = 512, 4096, 128  # several times those of any model
 SHUFFLED_ROWS = 1 << 14  # random rows are enough of a cache without memory: their hit rates stand within 0.2 points
 FRAMES = ("summary", "layers", "overlap", "hit_curve", "load")
 
@@ -76,6 +77,7 @@ def locality(
     look at, or an id is impossible.
     """
     lags = _checked(phase, lags, seed, sample_rows)
+    _check_sizes(trace)
     chosen = Chosen(phase, skip_position_0)
     seen = rows.count_requests(trace, chosen)
     if seen.rows.sum() == 0:
@@ -89,7 +91,7 @@ def locality(
         order, label = np.arange(row.size, dtype=np.int32), block.phase[row]
         for layer in range(trace.layers):
             count(ids[layer], label, counts[layer])
-        reuse.add(real, ids, order)
+        reuse.add_all(real, ids, order)
         if real.distance[:, 0].any():
             rows.check(trace, block)
         if progress:
@@ -117,13 +119,13 @@ class _Measure:
         self.any_label = sample.phase[self.orders[1]]
 
     def result(self, facts: dict[str, Any], pairs: bool) -> Locality:
-        reuse.add(self.shuffled, self.sample.ids, self.orders[1][:SHUFFLED_ROWS])
+        reuse.add_all(self.shuffled, self.sample.ids, self.orders[1][:SHUFFLED_ROWS])
         layers, overlaps = [], []
         for layer in range(self.trace.layers):
             ids = self.sample.ids[layer]
             marks = mark(ids, self.experts)
             shown = (marks, *(marks.ordered(order) for order in self.orders))
-            overlaps.append([overlap(each, self.starts, self.lags) for each in shown])
+            overlaps.append([marked_overlap(each, self.starts, self.lags) for each in shown])
             layers.append(
                 {"layer": int(self.trace.layer_index[layer]), "rows": int(self.real.rows[layer])}
                 | self._skew(layer)
@@ -251,6 +253,19 @@ def _checked(phase: str, lags: Sequence[int], seed: int, sample_rows: int) -> li
     if not 1 <= sample_rows < 2**31:
         raise UsageError(f"sample_rows is {sample_rows}: give a whole number from 1 to {2**31 - 1}.")
     return whole
+
+
+def _check_sizes(trace: Trace) -> None:
+    """Refuse a trace whose tables no memory justifies: every layer has some of E and one of E * E numbers."""
+    for name, size, most in (
+        ("layers", trace.layers, MOST_LAYERS),
+        ("experts", trace.num_experts, MOST_EXPERTS),
+        ("choices a row", trace.top_k, MOST_CHOICES),
+    ):
+        if size > most:
+            raise MoetraceError(
+                f"{trace.path or 'trace in memory'} has {size} {name}, but locality takes up to {most}."
+            )
 
 
 def _facts(trace: Trace, chosen: Chosen, seen: rows.Requests, sample: Sample, seed: int) -> dict[str, Any]:

@@ -27,7 +27,12 @@ def mark(ids: np.ndarray, experts: int) -> Marks:
     return marks
 
 
-def overlap(marks: Marks, starts: np.ndarray, lags: np.ndarray) -> np.ndarray:
+def overlap(ids: np.ndarray, order: np.ndarray, starts: np.ndarray, lags: np.ndarray, experts: int) -> np.ndarray:
+    """Return `marked_overlap` of one layer's choices, ids uint16 [n, k], put into an order, int [n]."""
+    return marked_overlap(mark(ids, experts).ordered(order), starts, lags)
+
+
+def marked_overlap(marks: Marks, starts: np.ndarray, lags: np.ndarray) -> np.ndarray:
     """Return the overlap of one layer at each lag, float64 [lags]; NaN where no request is that long.
 
     Requests begin at `starts` int64 [R] of the rows; lags are int64, increasing. The overlap is

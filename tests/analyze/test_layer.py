@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moetrace.analyze import coactivation, null, predict, requests, reuse, skew
 from moetrace.analyze.counts import count
-from moetrace.analyze.overlap import mark, overlap
+from moetrace.analyze.overlap import overlap
 
 ABSENT = 65535
 
@@ -55,7 +55,7 @@ def everything(ids):
 def reuse_of(ids, experts, order=None):
     """Two layers of the same rows, so that they are taken together, and a third for which there is none."""
     found = reuse.no_reuse(3, experts)
-    reuse.add(found, np.stack([ids, ids, ids]), everything(ids) if order is None else order)
+    reuse.add_all(found, np.stack([ids, ids, ids]), everything(ids) if order is None else order)
     assert np.array_equal(found.stack[0], found.stack[1]) and np.array_equal(found.stack[0], found.stack[2])
     return found
 
@@ -65,7 +65,7 @@ def reuse_of(ids, experts, order=None):
 def test_overlap_is_that_of_sets(layer):
     kept, k, experts = layer
     ids, lags = as_ids(flat(kept), k), np.array([1, 2, 3, 8, 64])
-    found = overlap(mark(ids, experts), starts_of(kept), lags)
+    found = overlap(ids, everything(ids), starts_of(kept), lags, experts)
     for lag, value in zip(lags, found, strict=True):
         same(value, naive.overlap(kept, lag))
 
@@ -77,8 +77,8 @@ def test_overlap_of_an_order_is_that_of_rows_so_ordered(layer, seed):
     ids, starts, lags = as_ids(flat(kept), k), starts_of(kept), np.array([1, 2])
     first = np.repeat(starts, [len(rows) for rows in kept])
     for order in (null.within_requests(first, seed), null.globally(first, seed)):
-        both = (mark(ids, experts).ordered(order), mark(ids[order], experts))
-        assert np.array_equal(*(overlap(marks, starts, lags) for marks in both), equal_nan=True)
+        found = overlap(ids, order, starts, lags, experts)
+        assert np.array_equal(found, overlap(ids[order], everything(ids), starts, lags, experts), equal_nan=True)
 
 
 @settings(deadline=None, max_examples=50)  # compiles
@@ -117,7 +117,7 @@ def test_reuse_does_not_depend_on_how_rows_are_cut(layer, size):
     whole, parts = reuse_of(ids, experts), reuse.no_reuse(3, experts)
     for start in range(0, len(ids), size):
         part = np.ascontiguousarray(np.stack([ids[start : start + size]] * 3))
-        reuse.add(parts, part, everything(part[0]))
+        reuse.add_all(parts, part, everything(part[0]))
     assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
@@ -126,10 +126,10 @@ def test_layers_taken_together_do_not_mix():
     rng = np.random.default_rng(0)
     ids = rng.permuted(np.tile(np.arange(6, dtype=np.uint16), (3, 40, 1)), axis=2)[:, :, :2].copy()
     together = reuse.no_reuse(3, 6)
-    reuse.add(together, ids, everything(ids[0]))
+    reuse.add_all(together, ids, everything(ids[0]))
     for layer in range(3):
         alone = reuse.no_reuse(1, 6)
-        reuse.add(alone, ids[layer : layer + 1], everything(ids[0]))
+        reuse.add(alone, 0, ids[layer], everything(ids[0]))
         assert np.array_equal(alone.stack[0], together.stack[layer])
         assert np.array_equal(alone.distance[0], together.distance[layer])
 

@@ -277,6 +277,13 @@ def test_options_that_make_no_sense_are_refused(options):
         locality(a_trace(requests=1), **options)
 
 
+@pytest.mark.parametrize(("shape", "experts"), [((1, 513, 1), 4), ((1, 1, 1), 5000), ((1, 1, 200), 4000)])
+def test_a_trace_that_claims_to_be_huge_is_refused(shape, experts):
+    ids = np.broadcast_to(np.arange(shape[2], dtype=np.uint16), shape)
+    with pytest.raises(MoetraceError, match="locality takes up to"):
+        locality(Trace.from_arrays(ids, num_experts=experts))
+
+
 def test_wide_ids_and_one_expert_a_row():
     rng = np.random.default_rng(0)
     found = locality(Trace.from_arrays(rng.integers(0, 300, (500, 2, 1)).astype(np.uint16), num_experts=300))
