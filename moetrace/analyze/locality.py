@@ -46,10 +46,7 @@ class Locality:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, in which None stands for what there is not; JSON takes it."""
-        frames = {
-            name: getattr(self, name).to_dicts() for name in ("summary", "layers", "overlap", "hit_curve", "load")
-        }
-        return {"schema": SCHEMA, "trace": self.trace} | frames
+        return {"schema": SCHEMA, "trace": self.trace} | {name: getattr(self, name).to_dicts() for name in FRAMES}
 
 
 def locality(
