@@ -41,6 +41,12 @@ def no_reuse(layers: int, experts: int) -> Reuse:
     )
 
 
+def forget(reuse: Reuse) -> None:
+    """Begin with empty caches again, as if no expert had been chosen; what was counted stays."""
+    reuse.rank[:] = np.arange(reuse.rank.shape[1])
+    reuse.last[:] = -1
+
+
 def add(reuse: Reuse, layer: int, ids: np.ndarray, order: np.ndarray) -> None:
     """Feed the next rows of one layer: ids uint16 [n, k], of which `order` int32 [m] says which to look at when.
 

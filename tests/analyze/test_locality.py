@@ -95,7 +95,7 @@ TOLERANCE = {
     "reuse_mean": 0.05,
     "overlap": 0.0015,
     "icc": 0.005,
-    # Shuffles differ: of one request of 156 rows by 2 points in a standard deviation, of thousands by less than 1.
+    # Theirs are single shuffles, and these differ: of thousands of rows by up to half a point.
     "overlap_shuffled_within_requests": 0.008,
     "overlap_shuffled_globally": 0.008,
     "phase_jsd": 0.005,
@@ -105,8 +105,9 @@ TOLERANCE = {
     "reuse_within_1": 0.045, "reuse_within_4": 0.045, "reuse_p50": 0, "reuse_p50_shuffled": 0,
 }  # fmt: skip
 OWN_TOLERANCE = {
-    ("qwen3-30b_bigmoeonedge.route.csv", "overlap_shuffled_within_requests"): 0.04,
-    ("qwen3-30b_bigmoeonedge.route.csv", "overlap_shuffled_globally"): 0.04,
+    # One shuffle of 156 rows, of one request, so that both mean the same: 0.204 and 0.172.
+    ("qwen3-30b_bigmoeonedge.route.csv", "overlap_shuffled_within_requests"): 0.035,
+    ("qwen3-30b_bigmoeonedge.route.csv", "overlap_shuffled_globally"): 0.035,
     ("real_deepseek-v2-lite_esft_law.npz", "icc"): 0.0005,
     ("real_deepseek-v2-lite_esft_summary.npz", "icc"): 0.0005,
     ("tiny-olmoe_aux.npz", "phase_jsd"): 0.0005,
