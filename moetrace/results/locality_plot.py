@@ -24,6 +24,8 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:;
+ script-src 'unsafe-inline' 'unsafe-eval'">
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
