@@ -254,7 +254,7 @@ def _checked(phase: str, lags: Sequence[int], seed: int, sample_rows: int) -> li
     if phase not in ("all", *PHASE_NAMES[:2]):
         raise UsageError(f"phase is {phase!r}: give all, prefill or decode.")
     whole = [int(lag) for lag in lags]
-    if not whole or whole != sorted({*whole, 1}) or whole[-1] > MOST_LAGS:
+    if not whole or whole[0] != 1 or whole != sorted(set(whole)) or whole[-1] > MOST_LAGS:
         raise UsageError(f"lags are {whole}: give increasing whole numbers, 1 first, up to {MOST_LAGS}.")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed is {seed}: give a whole number from 0 to {2**63 - 1}.")

@@ -86,7 +86,8 @@ def hit_curve(reuse: Reuse, layer: int) -> np.ndarray:
 def quantile(reuse: Reuse, layer: int, share: float) -> float:
     """Return the least distance that `share` of the layer's reuses do not exceed, at most DISTANCES; NaN for none."""
     below = np.cumsum(reuse.distance[layer])
-    return float(np.searchsorted(below, share * below[-1])) if below[-1] else np.nan
+    enough = np.ceil(share * below[-1] - 1e-9)  # 0.1 * 30 is above 3
+    return float(np.searchsorted(below, enough)) if below[-1] else np.nan
 
 
 def share_within(reuse: Reuse, layer: int, distance: int) -> float:

@@ -269,7 +269,7 @@ def test_an_impossible_id_is_one_sentence(wrong, word):
 @pytest.mark.parametrize(
     "options",
     [
-        {"phase": "mixed"}, {"lags": ()}, {"lags": (2, 3)}, {"lags": (1, 1)}, {"lags": (1, 10**6)},
+        {"phase": "mixed"}, {"lags": ()}, {"lags": (2, 3)}, {"lags": (1, 1)}, {"lags": (-1, 1)}, {"lags": (1, 10**6)},
         {"seed": -1}, {"sample_rows": 0},
     ],
 )  # fmt: skip
