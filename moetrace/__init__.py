@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moetrace.analyze.fit import fit_profile
+    from moetrace.analyze.locality import Locality, locality
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
     from moetrace.spec import (
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Locality",
     "Model",
     "MoetraceError",
     "PolicySpec",
@@ -40,6 +42,7 @@ __all__ = [
     "load_policy",
     "load_profile",
     "load_system",
+    "locality",
     "policy",
     "replay",
     "save_profile",
@@ -48,6 +51,7 @@ __all__ = [
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
 _HOMES = {
     "moetrace.analyze.fit": ("fit_profile",),
+    "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
     "moetrace.spec": (

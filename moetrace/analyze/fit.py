@@ -14,7 +14,7 @@ import numpy as np
 from moetrace.analyze import predict, requests, reuse, rows, skew
 from moetrace.analyze.counts import count
 from moetrace.analyze.least_squares import least_squares
-from moetrace.analyze.overlap import overlap
+from moetrace.analyze.overlap import mark, marked_overlap
 from moetrace.analyze.rows import ABSENT, Chosen, Sample, Sampler
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace import Trace
@@ -61,13 +61,13 @@ def moments(sample: Sample, experts: int) -> np.ndarray:
     order = np.arange(sample.first.size, dtype=np.int32)
     train, test = predict.halves(sample.request)
     used = reuse.no_reuse(len(sample.ids), experts)
+    reuse.add_all(used, sample.ids, order)
     found = np.full((len(sample.ids), len(MOMENTS)), np.nan)
     for layer, ids in enumerate(sample.ids):
         counts = np.zeros((2, experts), np.int64)
         count(ids, sample.phase, counts)
         found[layer, 0] = skew.gini(counts.sum(axis=0))
-        found[layer, 1:5] = overlap(ids, order, sample.starts, LAGS, experts)
-        reuse.add(used, layer, ids, order)
+        found[layer, 1:5] = marked_overlap(mark(ids, experts), sample.starts, LAGS)
         curve = reuse.hit_curve(used, layer)
         found[layer, 5] = curve[max(1, experts // 8) - 1]
         found[layer, 6] = curve[max(1, experts // 4) - 1]

@@ -15,6 +15,7 @@ from moetrace.spec.errors import MoetraceError
 
 # Command -> its one-line help; the module is moetrace.cli.<command> (with "_" where the name is a Python keyword).
 COMMANDS = {
+    "analyze": "Answer questions about a trace that need no hardware.",
     "generate": "Write a synthetic routing trace.",
     "import": "Turn what an engine recorded into a trace file.",
     "info": "Say what a trace file holds.",

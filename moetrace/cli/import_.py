@@ -25,6 +25,8 @@ FORMATS = ("npz", "bigmoeonedge")
 @click.option(
     "--prompt", type=click.IntRange(min=0), metavar="P", help="With --as decode: rows of each request's prompt."
 )
+@click.option("--experts", type=click.IntRange(min=1), metavar="E", help="Experts a layer, if the source can't tell.")
+@click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Experts a token, if the source can't tell.")
 @click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
 def command(
     sources: tuple[Path, ...],
@@ -33,22 +35,32 @@ def command(
     model: str | None,
     as_phase: str | None,
     prompt: int | None,
+    experts: int | None,
+    top_k: int | None,
     compress: str | None,
 ) -> None:
     """Turn what an engine recorded into the trace file OUT.h5.
 
-    Consecutive prefill rows of a request become one step, each decode row a step of its own. `--as decode --prompt P`
-    makes decode steps of all rows of a request after the first P, for captures whose text was fed in at once.
-    Several sources follow one another in one trace, their requests numbered anew.
+    SOURCE is a file, or a folder for all its files of one format. Several sources follow one another in one trace,
+    their requests numbered anew. What a format does not hold, such as the number of experts, comes from --model, or
+    from --experts and --top-k.
+
+    Where a source does not say its steps, consecutive prefill rows of a request become one step, each decode row a
+    step of its own. `--as decode --prompt P` makes decode steps of all rows of a request after the first P, for
+    captures whose text was fed in at once.
     """
     if (as_phase is None) != (prompt is None):
         raise UsageError("--as decode and --prompt P need each other.")
     if out.resolve() in {source.resolve() for source in sources}:
         raise UsageError(f"{out} is a source: choose another name for the trace.")
+    from moetrace.cli.bars import LateBar
+    from moetrace.trace.engines.capture import Hints
     from moetrace.trace.format import Trace
     from moetrace.trace.importing import import_traces
 
-    import_traces(list(sources), out, format=form, model=model, decode_after=prompt, compress=compress)
+    with LateBar("bytes read", sum(path.stat().st_size for path in sources if path.is_file())) as bar:
+        hints = Hints(num_experts=experts, top_k=top_k, reading=bar.advance)
+        import_traces(list(sources), out, format=form, model=model, hints=hints, decode_after=prompt, compress=compress)
     with Trace.open(out) as trace:
         size_mb = out.stat().st_size / 1e6
         click.echo(

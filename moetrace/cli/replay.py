@@ -1,22 +1,14 @@
 """`moetrace replay`: a trace through policies on a described machine, side by side."""
 
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import click
 
 from moetrace.cli.output import format_option, print_json
 from moetrace.cli.overrides import set_option, split_settings
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-# A bar that comes and goes at once would only flicker.
-_BAR_AFTER_S = 1.0
 
 
 class _Folder(click.Path):
@@ -68,6 +60,7 @@ def command(
     --set model.FIELD, system.FIELD and policy.FIELD change the specs, the last in every policy; policy.NAME.FIELD
     changes the policy of that name alone.
     """
+    from moetrace.cli.bars import LateBar
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
@@ -78,7 +71,7 @@ def command(
 
         # The folder first: who can't write there should not wait for a replay to learn it.
         with staged(folder) if folder else nullcontext() as temporary:
-            with _LateBar(opened.rows) as bar:
+            with LateBar("rows", opened.rows) as bar:
                 result = replay(
                     opened,
                     model=model,
@@ -102,32 +95,3 @@ def command(
         from moetrace.cli.comparison import print_comparison
 
         print_comparison(result.to_dict(), str(trace))
-
-
-class _LateBar:
-    """A progress bar on stderr, if that is a terminal and the work has taken a second."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._start_s = time.monotonic()
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, rows: int) -> None:
-        """Note that so many more rows are done."""
-        self._done += rows
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done)
-        elif sys.stderr.isatty() and time.monotonic() - self._start_s > _BAR_AFTER_S:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True), transient=True)
-            self._bar.add_task("rows", total=self._total, completed=self._done)
-            self._bar.start()

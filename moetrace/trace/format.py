@@ -14,7 +14,7 @@ from moetrace.spec.errors import MoetraceError
 from moetrace.trace import schema
 from moetrace.trace.hdf5 import WHOLE_BYTES, Column, open_hdf5, read_attributes, read_columns
 from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, Block, Rows
-from moetrace.trace.writer import Writer
+from moetrace.trace.writer import CountsWriter, Writer
 
 
 class Trace:
@@ -202,31 +202,32 @@ class Trace:
 
     def write(self, path: str | os.PathLike[str], compress: str | None = None) -> None:
         """Write the trace to a file of its own, contiguous or compressed with "zstd" or "gzip"."""
+        facts: dict[str, Any] = self._facts() | {"compress": compress}
+        if "counts" in self.has:
+            with CountsWriter(path, **facts) as writer:
+                steps = max(1, BLOCK_BYTES // (8 * self.layers * self.num_experts))
+                for first in range(0, self.steps, steps):
+                    part = slice(first, min(first + steps, self.steps))
+                    rows = np.diff(self.offset[first : part.stop + 1])
+                    writer.append_counts(self.read("counts", first, part.stop), rows, self.phase[part])
+            return
         optional = [name for name in OPTIONAL if name in self.has]
-        with Writer(
-            path,
-            model=self.model,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            layers=self.layers,
-            rows=self.rows,
-            steps=self.steps,
-            source=self.source,
-            layer_index=self.layer_index,
-            expert_bytes=self.expert_bytes,
-            optional=optional,
-            compress=compress,
-        ) as writer:
+        with Writer(path, expert_bytes=self.expert_bytes, optional=optional, **facts) as writer:
             for block in self.blocks():
-                first, steps = (
-                    int(self.offset[block.first_step]),
-                    slice(block.first_step, block.first_step + block.steps),
-                )
+                first = int(self.offset[block.first_step])
+                steps = slice(block.first_step, block.first_step + block.steps)
                 schema.check_ids(self._where, first, block.experts, self.num_experts)
                 more = {name: self.read(name, first, first + len(block.request)) for name in optional}
                 writer.append(
                     block.experts, block.request, block.position, np.diff(block.offset), self.phase[steps], **more
                 )
+
+    def _facts(self) -> dict[str, Any]:
+        """What a Writer is told of any trace."""
+        return {
+            name: getattr(self, name)
+            for name in ("model", "num_experts", "top_k", "layers", "rows", "steps", "source", "layer_index")
+        }
 
     def _check_has_rows(self) -> None:
         if "counts" in self.has:

@@ -1,20 +1,35 @@
 """From what engines recorded to one trace file: name the model, cut rows into steps, check every id, write."""
 
 import hashlib
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moetrace import __version__
-from moetrace.spec import list_presets, load_model
+from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.trace.engines import read_capture
-from moetrace.trace.engines.capture import Capture
-from moetrace.trace.schema import DECODE, PREFILL, as_dtype, check_ids, check_layers, row_dtype
-from moetrace.trace.writer import Writer
+from moetrace.trace.engines import read_captures
+from moetrace.trace.engines.capture import Capture, Counts, Hints
+from moetrace.trace.naming import model_name
+from moetrace.trace.schema import DECODE, MIXED, PREFILL, as_dtype, check_ids, check_layers, row_dtype
+from moetrace.trace.writer import CountsWriter, Writer
+
+# Of more files than these, `source` tells one hash of all their hashes instead of each.
+_TOLD_FILES = 32
+
+Progress = Callable[[int], object]
+
+
+class _Rows(NamedTuple):
+    """The rows and steps of a capture, as a trace has them."""
+
+    request: np.ndarray  # int32 [rows]: 0, 1, ... in order of appearance
+    position: np.ndarray  # int32 [rows]
+    phase: np.ndarray  # uint8 [rows]
+    step_rows: np.ndarray  # int64 [steps]
+    step_phase: np.ndarray  # uint8 [steps]
 
 
 def import_traces(
@@ -23,72 +38,130 @@ def import_traces(
     *,
     format: str | None = None,
     model: str | None = None,
+    hints: Hints | None = None,
     decode_after: int | None = None,
     compress: str | None = None,
+    writing: Progress | None = None,
 ) -> None:
     """Write one trace file from the captures at `sources`, one after the other; requests are numbered anew.
 
-    Consecutive prefill rows of a request become one step, each decode row a step of its own. With `decode_after` P,
-    whatever the capture says, the first P rows of each request are its prompt and the rest is decode.
-    `model` names the model (a preset or a TOML file); else the source's own name decides.
+    Where a source does not say its steps, consecutive prefill rows of a request become one and each decode row a step
+    of its own. With `decode_after` P, whatever the capture says, the first P rows of each request are its prompt and
+    the rest is decode. `model` names the model (a preset or a TOML file); else the source's own name decides. It, or
+    `hints`, also tells the sizes that a source does not say. `writing` is told the rows (of counts, the steps) that
+    were written.
     Raises MoetraceError if a source is not what it claims or the sources don't fit together; then nothing is written.
     """
     if decode_after is not None and decode_after < 0:
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")
-    captures = [_checked(source, read_capture(source, format)) for source in sources]
-    for source, capture in zip(sources[1:], captures[1:], strict=True):
-        _check_alike(sources[0], captures[0], source, capture)
+    captures = [_checked(c) for c in read_captures(sources, format, _hints(hints or Hints(), model, path))]
     first = captures[0]
-    rows = [_rows(capture, decode_after) for capture in captures]
-    steps = [_steps(request, phase) for request, _, phase in rows]
-    facts = [_facts(source, capture) for source, capture in zip(sources, captures, strict=True)]
-    with Writer(
-        path,
-        model=_model_name(sources[0], first, model),
-        num_experts=first.num_experts,
-        top_k=first.top_k,
-        layers=first.layer_index.size,
-        rows=sum(request.size for request, _, _ in rows),
-        steps=sum(step_rows.size for step_rows, _ in steps),
-        source=_source(facts, decode_after),
-        layer_index=first.layer_index,
-        expert_bytes=first.expert_bytes,
-        optional=first.optional,
-        compress=compress,
-    ) as writer:
-        requests = 0
-        for source, capture, row_arrays, step_arrays in zip(sources, captures, rows, steps, strict=True):
-            _append(writer, source, capture, (row_arrays[0] + np.int32(requests), *row_arrays[1:]), step_arrays)
-            requests += int(row_arrays[0].max()) + 1
+    for other in captures[1:]:
+        _check_alike(first, other)
+    layers = first.layer_index.size
+    facts = {
+        "model": model_name(_where(first), first.model, layers, first.num_experts, model),
+        "num_experts": first.num_experts,
+        "top_k": first.top_k,
+        "layers": layers,
+        "source": _source([_facts(capture) for capture in captures], decode_after),
+        "layer_index": first.layer_index,
+        "compress": compress,
+    }
+    counts = [capture for capture in captures if isinstance(capture, Counts)]
+    if counts:
+        _write_counts(path, counts, facts, writing)
+    else:
+        _write_rows(path, [c for c in captures if isinstance(c, Capture)], decode_after, facts, writing)
 
 
-def _checked(source: Path, capture: Capture) -> Capture:
+def _hints(hints: Hints, model: str | None, path: Path) -> Hints:
+    """What `model` says of sizes, unless the user says it himself; temporary files lie beside the trace."""
+    if model is not None:
+        spec = load_model(model)
+        hints = hints._replace(
+            num_experts=hints.num_experts or spec.experts, top_k=hints.top_k or spec.top_k, layers=spec.moe_layers
+        )
+    folder = path.resolve().parent
+    return hints._replace(scratch=folder if folder.is_dir() else None)
+
+
+def _where(capture: Capture | Counts) -> str:
+    return str(capture.sources[0])
+
+
+def _checked(capture: Capture | Counts) -> Capture | Counts:
     """The capture in the dtypes of a trace; an error here names the source, one of the writer the trace."""
-    layer_index = as_dtype(f"{source}: layer_index", capture.layer_index, np.dtype("<u2"))
+    where = _where(capture)
+    layer_index = as_dtype(f"{where}: layer_index", capture.layer_index, np.dtype("<u2"))
+    if isinstance(capture, Counts):
+        check_layers(where, layer_index, None, capture.num_experts)
+        return capture._replace(layer_index=layer_index)
     expert_bytes = capture.expert_bytes
     if expert_bytes is not None:
-        expert_bytes = as_dtype(f"{source}: expert_bytes", expert_bytes, np.dtype("<i8"))
-    check_layers(str(source), layer_index, expert_bytes, capture.num_experts)
-    position = as_dtype(f"{source}: position", capture.position, np.dtype("<i4"))
-    if position.min() < 0:
-        raise MoetraceError(f"{source}: position of row {int(np.argmin(position))} is negative.")
+        expert_bytes = as_dtype(f"{where}: expert_bytes", expert_bytes, np.dtype("<i8"))
+    check_layers(where, layer_index, expert_bytes, capture.num_experts)
+    position = as_dtype(f"{where}: position", capture.position, np.dtype("<i4"))
+    if position.min(initial=0) < 0:
+        raise MoetraceError(f"{where}: position of row {int(np.argmin(position))} is negative.")
     return capture._replace(layer_index=layer_index, expert_bytes=expert_bytes, position=position)
 
 
-def _append(writer: Writer, source: Path, capture: Capture, rows: tuple, steps: tuple) -> None:
+def _check_alike(first: Capture | Counts, other: Capture | Counts) -> None:
+    if type(first) is not type(other):
+        raise MoetraceError(f"of {_where(first)} and {_where(other)}, one holds counts alone: import them apart.")
+    for what in ("num_experts", "top_k", "layer_index", "expert_bytes", "optional"):
+        if not np.array_equal(getattr(first, what, ()), getattr(other, what, ())):
+            raise MoetraceError(f"{_where(other)} and {_where(first)} differ in {what}, so they can't share a trace.")
+
+
+def _write_counts(path: Path, captures: list[Counts], facts: dict[str, Any], writing: Progress | None) -> None:
+    rows = sum(int(capture.rows.sum()) for capture in captures)
+    steps = sum(capture.rows.size for capture in captures)
+    with CountsWriter(path, rows=rows, steps=steps, **facts) as writer:
+        for capture in captures:
+            step = 0
+            for counts in capture.parts():
+                part = slice(step, step + len(counts))
+                writer.append_counts(counts, capture.rows[part], capture.phase[part])
+                step = part.stop
+                if writing:
+                    writing(len(counts))
+
+
+def _write_rows(
+    path: Path, captures: list[Capture], decode_after: int | None, facts: dict[str, Any], writing: Progress | None
+) -> None:
+    first, tables = captures[0], [_rows(capture, decode_after) for capture in captures]
+    mixed = any((rows.step_phase == MIXED).any() for rows in tables)
+    with Writer(
+        path,
+        rows=sum(rows.request.size for rows in tables),
+        steps=sum(rows.step_rows.size for rows in tables),
+        expert_bytes=first.expert_bytes,
+        optional=(*first.optional, *(("row_phase",) if mixed else ())),
+        **facts,
+    ) as writer:
+        requests = 0
+        for capture, rows in zip(captures, tables, strict=True):
+            shifted = rows._replace(request=rows.request + np.int32(requests))
+            _append(writer, capture, shifted, mixed, writing or (lambda _: None))
+            requests += int(rows.request.max()) + 1
+
+
+def _append(writer: Writer, capture: Capture, rows: _Rows, mixed: bool, writing: Progress) -> None:
     """Append a capture in parts that end where a step ends."""
-    request, position, _ = rows
-    step_rows, step_phase = steps
-    ends = np.cumsum(step_rows)
+    where = _where(capture)
+    ends = np.cumsum(rows.step_rows)
     done = step = 0  # rows and steps written
     held: list[dict[str, np.ndarray]] = []
     read = 0
     for part in capture.parts():
         part = {
-            name: as_dtype(f"{source}: {name}", array, row_dtype(name, capture.num_experts))
+            name: as_dtype(f"{where}: {name}", array, row_dtype(name, capture.num_experts))
             for name, array in part.items()
         }
-        check_ids(str(source), read, part["experts"], capture.num_experts)
+        check_ids(where, read, part["experts"], capture.num_experts)
         read += len(part["experts"])
         held.append(part)
         stop = int(np.searchsorted(ends, read, side="right"))
@@ -100,28 +173,41 @@ def _append(writer: Writer, source: Path, capture: Capture, rows: tuple, steps: 
         end = int(ends[stop - 1])
         now = {name: array[: end - done] for name, array in joined.items()}
         held = [{name: array[end - done :] for name, array in joined.items()}]
+        if mixed:
+            now["row_phase"] = rows.phase[done:end]
         writer.append(
             now.pop("experts"),
-            request[done:end],
-            position[done:end],
-            step_rows[step:stop],
-            step_phase[step:stop],
+            rows.request[done:end],
+            rows.position[done:end],
+            rows.step_rows[step:stop],
+            rows.step_phase[step:stop],
             **now,
         )
+        writing(end - done)
         done, step = end, stop
 
 
-def _rows(capture: Capture, decode_after: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Request int32 (0, 1, ... in order of appearance), position int32 and phase uint8 of each row."""
+def _rows(capture: Capture, decode_after: int | None) -> _Rows:
+    """Number requests in order of appearance, and cut rows into steps where the source doesn't."""
     _, first, inverse = np.unique(capture.request, return_index=True, return_inverse=True)
     request = np.argsort(np.argsort(first))[inverse].astype(np.int32)
-    if decode_after is None:
-        return request, capture.position, capture.phase
+    phase, step_rows = capture.phase, capture.step_rows
+    if decode_after is not None:
+        phase, step_rows = _phase_after(request, decode_after), None
+    if step_rows is None:
+        return _Rows(request, capture.position, phase, *_steps(request, phase))
+    starts = np.cumsum(step_rows) - step_rows
+    low, high = (f.reduceat(phase, starts) for f in (np.minimum, np.maximum))
+    return _Rows(request, capture.position, phase, step_rows, np.where(low == high, low, MIXED).astype(np.uint8))
+
+
+def _phase_after(request: np.ndarray, decode_after: int) -> np.ndarray:
+    """Phase uint8 [rows] where the first `decode_after` rows of each request are its prompt."""
     order = np.argsort(request, kind="stable")
     starts = np.r_[0, np.flatnonzero(np.diff(request[order])) + 1]
     number = np.empty(request.size, np.int64)  # of each row within its request
     number[order] = np.arange(request.size) - np.repeat(starts, np.diff(np.r_[starts, request.size]))
-    return request, capture.position, np.where(number < decode_after, PREFILL, DECODE).astype(np.uint8)
+    return np.where(number < decode_after, PREFILL, DECODE).astype(np.uint8)
 
 
 def _steps(request: np.ndarray, phase: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,48 +217,34 @@ def _steps(request: np.ndarray, phase: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.diff(np.r_[starts, request.size]), phase[starts]
 
 
-def _check_alike(source: Path, first: Capture, other_source: Path, other: Capture) -> None:
-    for what in ("num_experts", "top_k", "layer_index", "expert_bytes", "optional"):
-        if not np.array_equal(getattr(first, what), getattr(other, what)):
-            raise MoetraceError(f"{other_source} and {source} differ in {what}, so they can't share a trace.")
-
-
-def _model_name(source: Path, capture: Capture, model: str | None) -> str:
-    """The preset that is meant: the one given, or the longest whose name is part of the source's and that fits."""
-    shape = (capture.layer_index.size, capture.num_experts)
-    if model is not None:
-        spec = load_model(model)
-        if (spec.moe_layers, spec.experts) != shape:
-            raise UsageError(
-                f"{source} has {shape[0]} layers of {shape[1]} experts, but model {spec.name} has {spec.moe_layers} of "
-                f"{spec.experts}."
-            )
-        return spec.name
-    said = _plain(capture.model)
-    for name in sorted(list_presets("models"), key=len, reverse=True):
-        if _plain(name) in said:
-            spec = load_model(name)
-            if (spec.moe_layers, spec.experts) == shape:
-                return name
-    return capture.model[:200]
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_]+", "-", name.lower())
-
-
-def _facts(source: Path, capture: Capture) -> dict[str, Any]:
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return capture.facts | {"recorded_model": capture.model[:300], "sha256": digest}
+def _facts(capture: Capture | Counts) -> dict[str, Any]:
+    """What `source` says of one capture: its own facts, and hashes of its files."""
+    hashes = []
+    for source in capture.sources:
+        with source.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    named: dict[str, Any] = {"recorded_model": capture.model[:300]} if capture.model else {}
+    if len(hashes) == 1:
+        named["sha256"] = hashes[0]
+    elif len(hashes) <= _TOLD_FILES:
+        named["sha256"] = hashes
+    else:
+        named |= {"merged_files": len(hashes), "sha256": _hash_of(hashes)}
+    return capture.facts | named
 
 
 def _source(facts: list[dict[str, Any]], decode_after: int | None) -> dict[str, Any]:
-    """What all sources share, then what differs, one by one."""
+    """What all captures share, then what differs, one by one if they are few."""
     shared = {key: value for key, value in facts[0].items() if all(other.get(key) == value for other in facts)}
     source: dict[str, Any] = {"importer": f"moetrace {__version__}"} | shared
-    if len(facts) > 1:
+    if len(facts) > _TOLD_FILES:
+        source |= {"captures": len(facts), "sha256": _hash_of([str(own.get("sha256")) for own in facts])}
+    elif len(facts) > 1:
         source["files"] = [{key: value for key, value in own.items() if key not in shared} for own in facts]
     if decode_after is not None:
         source["decode_after"] = decode_after
     return source
+
+
+def _hash_of(hashes: Sequence[str]) -> str:
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -157,10 +157,7 @@ class Writer:
         phase = as_dtype(f"{self._shown}: phase", phase, np.dtype("u1"))
         self._check_steps(steps, phase, count)
         with uninterrupted():
-            self._put("/steps/offset", self._step + 1, self._row + np.cumsum(steps, dtype=np.int64))
-            self._put("/steps/phase", self._step, phase)
-            self._step += steps.size
-            self._row += count
+            self._put_steps(steps, phase)
             self._held.append(given)
             self._flush(whole_chunks=self._compress is not None)
         if self._output.error is not None:
@@ -175,14 +172,14 @@ class Writer:
             alignment_threshold=1,
             alignment_interval=ALIGNMENT_BYTES,
         )
-        attributes = self._attributes
-        for name in ("rows", "steps", "layers", *(("recorded",) if "recorded" in self._names else ())):
-            properties = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
-            properties.set_obj_track_times(False)
-            h5py.h5g.create(file.id, name.encode(), gcpl=properties)
-        for name in self._names:
-            shape = row_shape(name, self._rows, self._layers, int(attributes["top_k"]))
-            self._dataset(ROW_PATHS[name], shape, row_dtype(name, int(attributes["num_experts"])), self._compress)
+        attributes, data = self._attributes, self._data()
+        for name in ("rows", "steps", "layers", "recorded"):
+            if name in ("steps", "layers") or any(path.startswith(f"/{name}/") for path in data):
+                properties = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+                properties.set_obj_track_times(False)
+                h5py.h5g.create(file.id, name.encode(), gcpl=properties)
+        for path, (shape, dtype) in data.items():
+            self._dataset(path, shape, dtype, self._compress)
         self._dataset("/steps/offset", (self._steps + 1,), np.dtype("<i8"))
         self._dataset("/steps/phase", (self._steps,), np.dtype("u1"))
         self._put("/steps/offset", 0, np.zeros(1, "<i8"))
@@ -197,6 +194,14 @@ class Writer:
             else:
                 file.attrs.create(name, value, dtype="<i8")
 
+    def _data(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Path, shape and dtype of what `append` fills row by row."""
+        num_experts, top_k = int(self._attributes["num_experts"]), int(self._attributes["top_k"])
+        return {
+            ROW_PATHS[name]: (row_shape(name, self._rows, self._layers, top_k), row_dtype(name, num_experts))
+            for name in self._names
+        }
+
     def _dataset(self, path: str, shape: tuple[int, ...], dtype: np.dtype, compress: str | None = None) -> None:
         options: dict[str, Any] = {}
         if compress is not None:
@@ -210,6 +215,12 @@ class Writer:
             properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         self._file.create_dataset(path, shape, dtype, track_times=False, dcpl=properties, **options)
 
+    def _put_steps(self, steps: np.ndarray, phase: np.ndarray) -> None:
+        self._put("/steps/offset", self._step + 1, self._row + np.cumsum(steps, dtype=np.int64))
+        self._put("/steps/phase", self._step, phase)
+        self._step += steps.size
+        self._row += int(steps.sum())
+
     def _check_steps(self, steps: np.ndarray, phase: np.ndarray, rows: int) -> None:
         if steps.shape != phase.shape or steps.ndim != 1:
             raise MoetraceError(f"{self._shown}: steps and phase differ in shape: {steps.shape} and {phase.shape}.")
@@ -217,7 +228,7 @@ class Writer:
             raise MoetraceError(f"{self._shown}: each step needs one row or more and the phase 0, 1 or 2.")
         if int(steps.sum()) != rows:
             raise MoetraceError(f"{self._shown}: the steps have {steps.sum()} rows, the arrays {rows}.")
-        if np.any(phase == MIXED) and "row_phase" not in self._names:
+        if np.any(phase == MIXED) and self._names and "row_phase" not in self._names:
             raise MoetraceError(f"{self._shown}: a mixed step needs the phase of each row (row_phase).")
         if self._row + rows > self._rows or self._step + steps.size > self._steps:
             raise MoetraceError(f"{self._shown}: more than the announced {self._rows} rows in {self._steps} steps.")
@@ -264,6 +275,35 @@ class Writer:
 
     def _refused(self, error: OSError) -> MoetraceError:
         return MoetraceError(f"{self._shown} could not be written: {error.strerror or error}; nothing was changed.")
+
+
+class CountsWriter(Writer):
+    """A `Writer` of a trace that holds counts (`/counts`) instead of ids: `append_counts` in the place of `append`."""
+
+    def __init__(self, path: str | os.PathLike[str], **facts: Any) -> None:
+        super().__init__(path, **facts)
+        self._names = []
+        self._hashes["/counts"] = hashlib.sha256()
+
+    def append_counts(self, counts: np.ndarray, rows: np.ndarray, phase: np.ndarray) -> None:
+        """Write the next steps: `counts` [n, layers, experts], the token rows [n] and the phase [n] of each step."""
+        counts = as_dtype(f"{self._shown}: counts", counts, np.dtype("<i8"))
+        rows = as_dtype(f"{self._shown}: rows", rows, np.dtype("<i8"))
+        phase = as_dtype(f"{self._shown}: phase", phase, np.dtype("u1"))
+        want = (len(rows), self._layers, int(self._attributes["num_experts"]))
+        if counts.shape != want:
+            raise MoetraceError(f"{self._shown}: counts has shape {counts.shape}, but {want} is needed.")
+        if counts.size and counts.min() < 0:
+            raise MoetraceError(f"{self._shown}: a count is negative.")
+        self._check_steps(rows, phase, int(rows.sum()))
+        with uninterrupted():
+            self._put("/counts", self._step, counts)
+            self._put_steps(rows, phase)
+        if self._output.error is not None:
+            raise self._refused(self._output.error)
+
+    def _data(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        return {"/counts": ((self._steps, self._layers, int(self._attributes["num_experts"])), np.dtype("<i8"))}
 
 
 def _write_text(target: Any, name: str, text: str, where: str) -> None:

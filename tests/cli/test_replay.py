@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrace.cli import main, replay
+from moetrace.cli import main
 
 TRACES = Path(__file__).parents[2] / "traces"
 TINY = str(TRACES / "tiny-olmoe.h5")
@@ -149,7 +149,7 @@ def test_table_says_how_often_optimal_fell_back(tmp_path, capsys):
 def test_bar_appears_on_a_terminal_when_it_takes_long(capsys, monkeypatch):
     assert run(TINY) == 0
     table = said(capsys)[0]
-    monkeypatch.setattr(replay, "_BAR_AFTER_S", 0.0)
+    monkeypatch.setattr("moetrace.cli.bars._BAR_AFTER_S", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "160")
     assert run(TINY) == 0

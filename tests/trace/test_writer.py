@@ -12,6 +12,7 @@ import pytest
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace import Trace, Writer
 from moetrace.trace.atomic import AtomicFile
+from moetrace.trace.writer import CountsWriter
 
 
 def writer(path: Path, rows: int = 4, **options) -> Writer:
@@ -167,3 +168,22 @@ def test_a_source_that_is_too_long_is_refused(old):
     with pytest.raises(MoetraceError, match="attribute source would take"), writer(old, source={"x": "y" * 40000}):
         pass
     assert unchanged(old)
+
+
+def test_counts_are_written_and_copied(tmp_path):
+    counts = np.random.default_rng(0).integers(0, 9, (5, 3, 4))
+    rows, phase = np.array([1, 2, 3, 1, 1]), np.array([2, 1, 1, 0, 2])
+    facts = {"model": "m", "num_experts": 4, "top_k": 2, "layers": 3, "rows": 8, "steps": 5, "source": {}}
+    with CountsWriter(tmp_path / "a.h5", **facts) as writer:
+        writer.append_counts(counts[:2], rows[:2], phase[:2])
+        writer.append_counts(counts[2:], rows[2:], phase[2:])
+    with Trace.open(tmp_path / "a.h5") as trace:
+        trace.verify()
+        assert trace.has == {"counts"} and trace.phase.tolist() == phase.tolist() and trace.rows == 8
+        assert np.array_equal(trace.read("counts", 0, 5), counts)
+        trace.write(tmp_path / "b.h5")
+    assert (tmp_path / "b.h5").read_bytes() == (tmp_path / "a.h5").read_bytes()
+    for wrong, what in ((counts[:, :2], "has shape"), (-1 - counts, "negative")):
+        with pytest.raises(MoetraceError, match=what), CountsWriter(tmp_path / "c.h5", **facts) as writer:
+            writer.append_counts(wrong, rows, phase)
+    assert not (tmp_path / "c.h5").exists()

@@ -1,41 +1,79 @@
-"""Importers, one file for each foreign format; which one a file needs is seen from its content."""
+"""Importers, one file for each foreign format; which one a source needs is seen from its content.
+
+The module of a format has `recognize(first, name) -> bool`, told the first bytes of a file and its name, and
+`read(sources, hints) -> list[Capture | Counts]`, told all sources at once, since some formats write a file a rank or a
+request.
+"""
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.trace.engines.capture import Capture
+from moetrace.trace.engines.capture import Capture, Counts, Hints
 
-# Format -> what it is. The module moetrace.trace.engines.<format> has `recognize(first_bytes)` and `read(path)`.
+# Format -> what it is, in the order in which content is tried. The module is moetrace.trace.engines.<format>.
 FORMATS = {
     "npz": "NumPy archives with expert_ids, request_id, position, phase, layer_index and meta",
     "bigmoeonedge": "route traces (CSV) of BigMoeOnEdge, version 1",
 }
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+_FIRST_BYTES = 64 << 10
+MAX_FILES = 100_000
 
 
 def detect(path: Path) -> str:
     """The name of the format of the file at `path`, by its content; raise MoetraceError if it is none of `FORMATS`."""
-    with path.open("rb") as file:
-        first = file.read(4096)
+    first = _first_bytes(path)
     for name in FORMATS:
-        if _importer(name).recognize(first):
+        if _importer(name).recognize(first, path.name):
             return name
     if first.startswith(_HDF5):
         raise MoetraceError(f"{path} is an HDF5 file: if it is a trace already, it needs no import.")
     raise MoetraceError(f"{path} is in no format that can be imported ({', '.join(FORMATS)}).")
 
 
-def read_capture(path: Path, format: str | None = None) -> Capture:
-    """Read the source at `path` as `format`, or as what its content shows.
+def read_captures(
+    sources: Sequence[Path], format: str | None = None, hints: Hints | None = None
+) -> list[Capture | Counts]:
+    """Read the sources as `format`, or as what their content shows; a folder stands for its files of that format.
 
     Raises MoetraceError, naming file and place, if the content is not what the format promises.
     """
-    if not path.is_file():
-        raise MoetraceError(f"{path} is not a file." if path.exists() else f"there is no file {path}.")
     if format is not None and format not in FORMATS:
         raise UsageError(f"there is no format {format!r}; known are {', '.join(FORMATS)}.")
-    return _importer(format or detect(path)).read(path)
+    for source in sources:
+        if not source.is_file() and not source.is_dir():
+            raise MoetraceError(f"{source} is not a file." if source.exists() else f"there is no file {source}.")
+    files: list[Path] = []
+    for source in sources:
+        found = [source] if source.is_file() else _files_in(source, format)
+        format = format or detect(found[0])
+        files += found if source.is_file() else [path for path in found if _is(format, path)]
+        if source.is_file() and len(sources) > 1 and not _is(format, source):
+            raise MoetraceError(f"{source} is not of the format {format}: import sources of one format at a time.")
+    return _importer(format or "").read(files, hints or Hints())
+
+
+def _files_in(folder: Path, format: str | None) -> list[Path]:
+    """The files of a folder by name, beginning with one of a known format; not those of folders inside."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if len(files) > MAX_FILES:
+        raise MoetraceError(f"{folder} holds more than {MAX_FILES} files: import them in parts.")
+    names = FORMATS if format is None else (format,)
+    for number, path in enumerate(files):
+        if any(_is(name, path) for name in names):
+            return files[number:]
+    raise MoetraceError(f"{folder} holds no file in a format that can be imported ({', '.join(names)}).")
+
+
+def _is(format: str, path: Path) -> bool:
+    return _importer(format).recognize(_first_bytes(path), path.name)
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_FIRST_BYTES)
 
 
 def _importer(name: str):

@@ -10,14 +10,14 @@ are absent there. A dropped routing (a miss that the engine skipped) is kept, si
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Capture
+from moetrace.trace.engines.capture import Capture, Hints
 from moetrace.trace.schema import MAX_LAYERS, NOT_RECORDED, PREFETCHED, absent_id, check_sizes, expert_dtype
 
 FIRST_LINE = "# route_trace v1"
@@ -42,12 +42,17 @@ _COLUMNS = {
 }
 
 
-def recognize(first: bytes) -> bool:
+def recognize(first: bytes, name: str) -> bool:
     """Whether a file that begins with these bytes is such a trace."""
     return first.startswith(FIRST_LINE.encode())
 
 
-def read(path: Path) -> Capture:
+def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
+    """A capture a file."""
+    return [_read(path, hints) for path in sources]
+
+
+def _read(path: Path, hints: Hints) -> Capture:
     """Read a whole route trace; about 30 bytes of memory for each of its lines."""
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         header = list(_header_lines(path, file))
@@ -94,6 +99,7 @@ def read(path: Path) -> Capture:
         optional=tuple(name for name in ("gates", "recorded") if name in arrays),
         facts=facts | ({"dropped": dropped} if dropped else {}),
         parts=lambda: iter([arrays]),
+        sources=(path,),
     )
 
 

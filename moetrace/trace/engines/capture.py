@@ -1,18 +1,39 @@
-"""What every importer returns, whatever the format it reads."""
+"""What every importer is given and returns, whatever the format it reads."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from moetrace.spec.errors import MoetraceError
 
 # What `Capture.parts` yields: rows of "experts" and of each optional array, by name.
 Part = Mapping[str, np.ndarray]
 
 
-class Capture(NamedTuple):
-    """One source: its rows in time order, and the routing of these rows, part by part."""
+class Hints(NamedTuple):
+    """What the user says of the sources, for formats that do not say it themselves; None is unknown."""
 
-    model: str  # as the source calls it
+    num_experts: int | None = None
+    top_k: int | None = None
+    layers: int | None = None  # MoE layers
+    scratch: Path | None = None  # folder for temporary files; None: the system's own
+    reading: Callable[[int], object] = lambda _: None  # is told of bytes of the sources, as they are read
+
+    def need(self, what: str, source: Path) -> int:
+        """The hint of this name; raise a MoetraceError that says how to give it if it is unknown."""
+        value = getattr(self, what)
+        if value is None:
+            option = {"num_experts": "--model or --experts", "top_k": "--model or --top-k", "layers": "--model"}[what]
+            raise MoetraceError(f"{source} does not say {what}: give {option}.")
+        return int(value)
+
+
+class Capture(NamedTuple):
+    """Rows in time order, from one source or several (ranks), and their routing, part by part."""
+
+    model: str  # as the source calls it; "" if it does not
     num_experts: int
     top_k: int
     layer_index: np.ndarray  # uint16 [layers]
@@ -23,3 +44,31 @@ class Capture(NamedTuple):
     optional: tuple[str, ...]  # of "gates", "token", "recorded"
     facts: dict[str, Any]  # for the trace's `source`: engine, quantization, licence, ...; no path, no clock time
     parts: Callable[[], Iterator[Part]]
+    sources: tuple[Path, ...] = ()
+    step_rows: np.ndarray | None = None  # int64 [steps], if the source knows its forward passes
+
+
+class Counts(NamedTuple):
+    """Counts alone: how often each expert was chosen in each step."""
+
+    model: str
+    num_experts: int
+    top_k: int
+    layer_index: np.ndarray  # uint16 [layers]
+    rows: np.ndarray  # int64 [steps], token rows of each step, 1 or more
+    phase: np.ndarray  # uint8 [steps]: 0 prefill, 1 decode, 2 mixed or unknown
+    facts: dict[str, Any]
+    parts: Callable[[], Iterator[np.ndarray]]  # int64 [some steps, layers, experts]
+    sources: tuple[Path, ...] = ()
+
+
+def rows_of_counts(counts: np.ndarray, top_k: int) -> np.ndarray:
+    """The least rows int64 [steps] that explain `counts` [steps, layers, experts]: no layer has more choices."""
+    return -(-counts.sum(axis=2, dtype=np.int64).max(axis=1) // top_k)
+
+
+def without_zero_cells(experts: np.ndarray, absent: int) -> np.ndarray:
+    """Turn cells of [rows, layers, top_k > 1] that are all zero, as engines leave dense layers, into absent ones."""
+    if experts.shape[-1] > 1:
+        experts[~experts.any(axis=-1)] = absent
+    return experts

@@ -11,14 +11,14 @@ import json
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Capture, Part
+from moetrace.trace.engines.capture import Capture, Hints, Part
 from moetrace.trace.schema import BLOCK_BYTES, absent_id, as_dtype, check_sizes, expert_dtype, plain_json, row_dtype
 
 FACTS = ("engine", "version", "source", "commit", "licence", "license", "quantization", "transformers", "torch")
@@ -44,12 +44,17 @@ class _Array(NamedTuple):
         return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
 
 
-def recognize(first: bytes) -> bool:
+def recognize(first: bytes, name: str) -> bool:
     """Whether a file that begins with these bytes may be such an archive."""
     return first.startswith(b"PK\x03\x04")
 
 
-def read(path: Path) -> Capture:
+def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
+    """A capture an archive."""
+    return [_read(path, hints) for path in sources]
+
+
+def _read(path: Path, hints: Hints) -> Capture:
     """Read what is per row now, and the routing when `parts` is asked for it."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -78,6 +83,7 @@ def read(path: Path) -> Capture:
     if phase.max() > 1 or phase.min() < 0:
         row = int(np.argmax((phase > 1) | (phase < 0)))
         raise MoetraceError(f"{path}: phase of row {row} is {phase[row]}, but must be 0 or 1.")
+    hints.reading(path.stat().st_size)
     optional = tuple(name for name, key in _OPTIONAL.items() if key in arrays)
     for name in optional:
         array, want = arrays[_OPTIONAL[name]], ids.shape if name == "gates" else ids.shape[:1]
@@ -86,7 +92,7 @@ def read(path: Path) -> Capture:
         as_dtype(f"{path}: {_OPTIONAL[name]}", np.empty(0, array.dtype), row_dtype(name, num_experts))
     streamed = {"experts": ids} | {name: arrays[_OPTIONAL[name]] for name in optional}
     return Capture(
-        model=str(meta.get("model", "unknown")),
+        model=str(meta.get("model", "")),
         num_experts=num_experts,
         top_k=top_k,
         layer_index=layer_index,
@@ -97,6 +103,7 @@ def read(path: Path) -> Capture:
         optional=optional,
         facts={"format": "npz"} | {key: str(meta[key])[:300] for key in FACTS if key in meta},
         parts=lambda: _parts(path, streamed, num_experts),
+        sources=(path,),
     )
 
 
