@@ -83,9 +83,9 @@ CAPTURES = {
 MIXTRAL = "mixtral-8x7b"
 MIXTRAL_SOURCE = (
     "Measured: skew and curve, from the counts of efeslab/fiddler (branch popularity, commit 7f82a2d2, Apache-2.0;\n"
-    "Mixtral-8x7B-Instruct, 7 subjects of MMLU); request, from how much these subjects differ; fast and slow, from\n"
-    "how often two tokens in a row share an expert (Jiang et al. 2024, arXiv:2401.04088, table 5, layers 0, 15, 31).\n"
-    "Assumed, as in deepseek-v2-lite: slow_rows, fast_rows, slow over fast, depth, tokens, sink. phase = 0 is assumed."
+    "Mixtral-8x7B-Instruct, 7 subjects of MMLU); request and slow, from how much these subjects differ; fast,\n"
+    "from how often two tokens in a row share an expert (Jiang et al. 2024, arXiv:2401.04088, table 5, layers 0, 15\n"
+    "and 31). Assumed, as in deepseek-v2-lite: slow_rows, fast_rows, depth, tokens and sink; and phase = 0."
 )
 # Two tokens in a row share an expert, mean of the eight sources of that table, in layers 0, 15 and 31.
 MIXTRAL_SHARE = {0: 0.4804, 15: 0.6369, 31: 0.5091}

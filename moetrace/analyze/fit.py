@@ -19,7 +19,7 @@ from moetrace.analyze.rows import ABSENT, Chosen, Sample, Sampler
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace import Trace
 from moetrace.trace.generate.imitate import ProfileDrawer, Tables, make_tables, weights_of
-from moetrace.trace.generate.profile import Profile, load_profile
+from moetrace.trace.generate.profile import Profile, check_router, load_profile
 
 # A try takes about as long as its sample has logits: some tenths of a second for so many, in so many rows at most.
 SAMPLE_LOGITS, LEAST_SAMPLE_ROWS, MOST_SAMPLE_ROWS = 1 << 24, 1 << 11, 1 << 15
@@ -38,6 +38,7 @@ TOKEN_PART = 0.5  # of what is not memory, if the trace has no token ids
 VOCABULARY, TOKEN_ZIPF = 4096, 1.0
 SINGLE_REQUEST = 0.1  # share of a request's preference if there is one request, from which it cannot be told
 ITERATIONS = 8
+PULL, HELD = 0.03, 30.0  # of a parameter towards its start: weak, to decide what moments leave open; and to hold it
 
 
 class Measured(NamedTuple):
@@ -93,8 +94,10 @@ def fit_profile(
     less than a minute or two. `name` is the profile's, the model's
     name if it is empty. `progress` is told, in a few words, what was reached.
 
-    Raises MoetraceError if the trace holds only counts, is too short (64 rows), or an id is impossible.
+    Raises MoetraceError if the trace holds only counts, is too short (64 rows) or has too many experts, or an id is
+    impossible.
     """
+    check_router(str(trace.path or "trace in memory"), trace.layers, trace.num_experts, max(DIMENSIONS))
     sample = take_sample(trace, sample_rows, seed)
     if sample.first.size < SMALLEST_ROWS or trace.num_experts < 2:
         raise MoetraceError(
@@ -124,6 +127,10 @@ def search(
         trial = _Search(sample, wanted, measured, dimensions, seed, progress)
         if near is not None:
             trial.start[:6] = _parameters(near)
+            if np.isnan(wanted[2:5]).all():  # nothing tells how long memory lasts ...
+                trial.pull[3:5] = HELD
+            if np.isnan(wanted[MOMENTS.index("next_layer_recall")]):  # ... or what layers have in common
+                trial.pull[5] = HELD
         start = tried[DIMENSIONS[0]][0] if tried else trial.start
         best = least_squares(trial.residuals, start, ITERATIONS)
         tried[dimensions] = best, trial.residuals(best)
@@ -154,11 +161,11 @@ class _Search:
         self.request = np.unique(sample.request, return_inverse=True)[1].astype(np.int32)
         self.position = (np.arange(sample.first.size) - sample.first).astype(np.int32)
         self.start = np.array([-3.0, -1.5, -0.5, np.log(40), np.log(1.2), 2.5, -0.05, -3.0])
-        self.pull = np.full(self.start.size, 0.03)
+        self.pull = np.full(self.start.size, PULL)
         if measured.request is not None:
-            self.pull[0] = 30.0
+            self.pull[0] = HELD
         if not self.known[MOMENTS.index("phase_jsd")]:
-            self.start[7], self.pull[7] = -20.0, 30.0
+            self.start[7], self.pull[7] = -20.0, HELD
         self.tables: dict[int, tuple[tuple, Tables]] = {}
         self.tries = 0
 

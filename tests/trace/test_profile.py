@@ -58,6 +58,7 @@ def test_refused_file_leaves_nothing(tmp_path):
         ({"slow_rows": 0.0}, "slow_rows wants a number greater than 0"),
         ({"slow_rows": float("inf")}, "slow_rows wants a finite number"),
         ({"dimensions": 1000}, "dimensions"),
+        ({"layers": 65535, "experts": 65535}, "too many for a profile of 6 dimensions"),
         ({"vocabulary": 10**9}, "vocabulary"),
         ({"curve": [1.0]}, "curve"),
         ({"model": "x\ny"}, "model wants printable"),

@@ -18,6 +18,7 @@ from moetrace.trace.schema import MAX_EXPERTS, MAX_LAYERS
 MAX_DIMENSIONS = 64
 MAX_ROWS = 1e6  # that a memory may span
 MAX_SKEW = 8.0
+MAX_ROUTER = 1 << 26  # numbers that the routers of all layers may have: 256 MiB
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Rows = Annotated[float, Meta(gt=0, le=MAX_ROWS)]
@@ -96,6 +97,7 @@ def load_profile(source: str | Path | Profile) -> Profile:
     profile = convert(loaded, Profile)
     if profile.top_k > profile.experts:
         loaded.refuse("top_k", f"at most the {profile.experts} experts that a layer has")
+    check_router(loaded.where, profile.layers, profile.experts, profile.dimensions)
     if len(profile.skew) != profile.layers:
         raise UsageError(
             f"{loaded.where}: skew wants one number for each of the {profile.layers} layers, got {len(profile.skew)}."
@@ -103,6 +105,14 @@ def load_profile(source: str | Path | Profile) -> Profile:
     if (total := profile.request + profile.slow + profile.fast + profile.token) > 1 + 1e-9:
         raise UsageError(f"{loaded.where}: request, slow, fast and token sum to {total:g}, but are shares of 1.")
     return profile
+
+
+def check_router(where: str, layers: int, experts: int, dimensions: int) -> None:
+    """Raise a UsageError that begins with `where` if routers of these sizes take too much memory."""
+    if layers * experts * dimensions > MAX_ROUTER:
+        raise UsageError(
+            f"{where}: {layers} layers of {experts} experts are too many for a profile of {dimensions} dimensions."
+        )
 
 
 def save_profile(profile: Profile, path: str | Path, comment: str = "") -> None:
