@@ -25,7 +25,7 @@ from moetrace.trace.generate.profile import Profile, check_router, load_profile
 SAMPLE_LOGITS, LEAST_SAMPLE_ROWS, MOST_SAMPLE_ROWS = 1 << 24, 1 << 11, 1 << 15
 # The sample is simulated several times: until there are so many rows, but so often at least and at most; by routers in
 # turn that so many seeds draw, so that the profile does not fit the chances of one.
-SIMULATED_ROWS, LEAST_SIMULATIONS, MOST_SIMULATIONS, SEEDS = 1 << 14, 2, 8, 2
+SIMULATED_ROWS, LEAST_SIMULATIONS, MOST_SIMULATIONS, SEEDS = 1 << 14, 2, 16, 2
 SMALLEST_ROWS = 64
 LAGS = np.array([1, 4, 16, 64])
 MOMENTS = ("gini", *(f"overlap_{lag}" for lag in LAGS), "lru_e8", "lru_e4", "next_layer_recall", "icc", "phase_jsd")
