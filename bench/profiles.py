@@ -88,8 +88,8 @@ MIXTRAL_SOURCE = (
     "and 31). Assumed, as in deepseek-v2-lite: slow_rows, fast_rows, depth, tokens and sink; and phase = 0."
 )
 NOTES = [
-    "*Fitted half* and *held out* are the requests of even and of odd number. Where the halves differ by more than what",
-    "is allowed (10 %; recall and correlation 15 %, speed-ups 5 %), no profile fitted to one can be sure to match the",
+    "*Fitted half* and *held out* are the requests of even and of odd number. Where the halves differ by more than is",
+    "allowed (10 %; recall and correlation 15 %, speed-ups 5 %), no profile fitted to one can be sure to match the",
     "other. Speed-ups are over `monde` on system `edge-ndp`, with slots for a quarter of all experts.",
     "`qwen3-30b-a3b` has one captured request, so nothing is held out and there is no correlation between requests;",
     "`mixtral-8x7b` has no captured trace, only counts and published figures, which stand in the column of the fitted",
