@@ -91,8 +91,8 @@ def fit_profile(
     """Fit a profile to `trace`; the same trace and seed give the same profile.
 
     Looks at whole requests of up to `sample_rows` rows in all, chosen by `seed`; by default as many as let the fit take
-    less than a minute or two. `name` is the profile's, the model's
-    name if it is empty. `progress` is told, in a few words, what was reached.
+    less than two minutes. `name` is the profile's, that of the model if it is empty. `progress` is told, in a few
+    words, what was reached.
 
     Raises MoetraceError if the trace holds only counts, is too short (64 rows) or has too many experts, or an id is
     impossible.
@@ -273,7 +273,8 @@ def _measure(trace: Trace, sample: Sample, name: str) -> Measured:
         (ranked / spread[:, None]).mean(axis=0),
     )
     first = sample.ids[:, sample.position_0]
-    sinks = np.array([requests.sink(ids, experts) for ids in first]) if first.shape[1] > 1 else np.zeros(1)
+    sinks = np.array([requests.sink(ids, experts) for ids in first])
+    sinks = sinks[~np.isnan(sinks)]  # of a single request, or of absent choices only
     token = _tokens(trace, sample)
     return Measured(
         {
@@ -284,7 +285,7 @@ def _measure(trace: Trace, sample: Sample, name: str) -> Measured:
             "top_k": trace.top_k,
             "skew": [float(value) for value in spread],
             "curve": [float(f"{value:.4g}") for value in curve],
-            "sink": float(f"{np.clip(np.nan_to_num(np.nanmean(sinks)), 0, 1):.4g}"),
+            "sink": float(f"{np.clip(sinks.mean(), 0, 1):.4g}") if sinks.size else 0.0,
             "vocabulary": token[0],
             "token_zipf": token[1],
         },

@@ -86,6 +86,12 @@ def test_single_request_with_absent_choices():
     assert profile.phase == 0.0  # all rows are of one phase
 
 
+def test_nothing_chosen_at_all():
+    profile = fit_profile(Trace.from_arrays(np.full((80, 2, 3), 255, np.uint8), num_experts=16, model="none"))
+    assert profile.sink == 0.0
+    assert a_trace(profile).rows == 24 * 80
+
+
 def test_progress_says_what_was_reached():
     told = []
     fit_profile(a_trace(requests=4), progress=told.append)
