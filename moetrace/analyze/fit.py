@@ -31,7 +31,7 @@ LAGS = np.array([1, 4, 16, 64])
 MOMENTS = ("gini", *(f"overlap_{lag}" for lag in LAGS), "lru_e8", "lru_e4", "next_layer_recall", "icc", "phase_jsd")
 # How far a simulated moment may be off for a residual of 1: relative, and absolute where a moment may be near 0.
 _RELATIVE = np.array([0.1] * 5 + [0.06] * 2 + [0.15] * 3)  # hit rates decide about time most
-_ABSOLUTE = np.array([0.0] * 8 + [0.0005, 0.003])
+_ABSOLUTE = np.array([0.0] * 8 + [0.001, 0.003])
 DIMENSIONS = (8, 5, 14)  # tried first, where the next layer is more predictable than that allows, and where less
 CURVE_KNOTS = 17
 TOKEN_PART = 0.5  # of what is not memory, if the trace has no token ids
