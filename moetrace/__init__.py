@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetrace.analyze.fit import fit_profile
     from moetrace.analyze.locality import Locality, locality
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     )
     from moetrace.trace import Trace, Writer
     from moetrace.trace.exports import export
-    from moetrace.trace.generate import generate, generate_trace
+    from moetrace.trace.generate import Profile, generate, generate_trace, load_profile, save_profile
     from moetrace.trace.lint import Finding, lint
     from moetrace.trace.rebatch import rebatch
 
@@ -31,6 +32,7 @@ __all__ = [
     "Model",
     "MoetraceError",
     "PolicySpec",
+    "Profile",
     "Result",
     "System",
     "Trace",
@@ -38,20 +40,24 @@ __all__ = [
     "Writer",
     "__version__",
     "export",
+    "fit_profile",
     "generate",
     "generate_trace",
     "lint",
     "load_model",
     "load_policy",
+    "load_profile",
     "load_system",
     "locality",
     "policy",
     "rebatch",
     "replay",
+    "save_profile",
 ]
 
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
 _HOMES = {
+    "moetrace.analyze.fit": ("fit_profile",),
     "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
@@ -70,6 +76,7 @@ _HOMES = {
     "moetrace.trace.generate": ("generate", "generate_trace"),
     "moetrace.trace.lint": ("Finding", "lint"),
     "moetrace.trace.rebatch": ("rebatch",),
+    "moetrace.trace.generate": ("Profile", "generate", "generate_trace", "load_profile", "save_profile"),
 }
 
 
