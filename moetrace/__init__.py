@@ -73,10 +73,9 @@ _HOMES = {
     ),
     "moetrace.trace": ("Trace", "Writer"),
     "moetrace.trace.exports": ("export",),
-    "moetrace.trace.generate": ("generate", "generate_trace"),
+    "moetrace.trace.generate": ("Profile", "generate", "generate_trace", "load_profile", "save_profile"),
     "moetrace.trace.lint": ("Finding", "lint"),
     "moetrace.trace.rebatch": ("rebatch",),
-    "moetrace.trace.generate": ("Profile", "generate", "generate_trace", "load_profile", "save_profile"),
 }
 
 
