@@ -143,56 +143,61 @@ def bound(loads, experts, bins, slots, cost, least):
     Rows are whole, so the bound in rows is rounded up. Section 2 divides by real numbers, below which no whole number
     of rows can get.
     """
-    layers = len(least.busy_s)
+    layers, further = len(least.busy_s), slots - experts
     weight, key, number = np.empty(experts), np.empty(experts), np.empty(experts, np.int64)
-    copies = np.empty(experts, np.int64)
+    copies, order = np.empty(experts, np.int64), np.empty(experts, np.int64)
     for i in range(loads.steps * layers):
-        layer, first, stop = i % layers, loads.start[i], loads.start[i + 1]
-        active = stop - first
+        layer, first, active = i % layers, loads.start[i], loads.start[i + 1] - loads.start[i]
         if active == 0:
             continue
+        meet = active - further > bins  # where an expert with one copy must share its bin with another
         total = 0
         for j in range(active):
-            weight[j] = loads.rows[first + j]
+            order[j] = loads.rows[first + j] << 16 | j
             total += loads.rows[first + j]
-        further = slots - experts
-        meet = active - further > bins  # where an expert with one copy must share its bin with another
         if meet:
-            weight[:active].sort()
-        most_rows = _costliest_copy(loads, layer, first, active, further, False, cost, key, number, copies)
-        most_rows = max(most_rows, total / bins, _pigeonhole(weight, active - further, bins) if meet else 0.0)
-        least.imbalance[layer] += np.ceil(most_rows * (1 - 1e-12)) * bins / total
+            order[:active].sort()
+        for j in range(active):
+            weight[j] = order[j] >> 16
+        most = _costliest_copy(loads, layer, first, active, further, False, cost, total / bins, key, number, copies)
+        most = max(most, _pigeonhole(weight, active - further, bins) if meet else 0.0)
+        least.imbalance[layer] += np.ceil(most * (1 - 1e-12)) * bins / total
         if cost.s_per_byte == 0.0:
             continue
-        total_s = 0.0
+        total_s, sorted_too = 0.0, True  # experts of equal size stay in order
         for j in range(active):
-            weight_bytes = cost.expert_bytes[layer, loads.expert[first + j]]
-            weight[j] = ndp_s(loads.rows[first + j], weight_bytes, cost.s_per_row, cost.s_per_byte, cost.command_s)
+            weight[j] = _copy_cost(loads, layer, first + (order[j] & 0xFFFF), 1, True, cost)
             total_s += weight[j]
-        if meet:
+            sorted_too &= j == 0 or weight[j] >= weight[j - 1]
+        if meet and not sorted_too:
             weight[:active].sort()
-        most_s = _costliest_copy(loads, layer, first, active, further, True, cost, key, number, copies)
-        most_s = max(most_s, total_s / bins, _pigeonhole(weight, active - further, bins) if meet else 0.0)
-        least.busy_s[layer] += most_s * (1 - 1e-12)  # sums in another order may differ in the last bit
+        most = _costliest_copy(loads, layer, first, active, further, True, cost, total_s / bins, key, number, copies)
+        most = max(most, _pigeonhole(weight, active - further, bins) if meet else 0.0)
+        least.busy_s[layer] += most * (1 - 1e-12)  # sums in another order may differ in the last bit
 
 
 @kernel
-def _costliest_copy(loads, layer, first, active, further, timed, cost, key, number, copies):
-    """Least cost of the costliest copy over all ways to have ``further`` more copies than experts."""
+def _costliest_copy(loads, layer, first, active, further, timed, cost, floor, key, number, copies):
+    """Least cost of the costliest copy, over all ways to have ``further`` more copies than experts; or ``floor`` if
+    that is more."""
+    most = floor
     for j in range(active):
         copies[j], number[j] = 1, j
         key[j] = -_copy_cost(loads, layer, first + j, 1, timed, cost)
+        most = max(most, -key[j])
+    if most == floor or further == 0:
+        return most
     for j in range(active // 2 - 1, -1, -1):
         sink(key, number, active, j)
     for _ in range(further):
         j = number[0]
         copies[j] += 1
         less = -_copy_cost(loads, layer, first + j, copies[j], timed, cost)
-        if less == key[0]:
+        if less == key[0] or -key[0] <= floor:
             break  # a copy costs no less than its weights take
         key[0] = less
         sink(key, number, active, 0)
-    return -key[0]
+    return max(-key[0], floor)
 
 
 @kernel
