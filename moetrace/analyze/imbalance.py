@@ -1,5 +1,4 @@
-"""How even the units' work is under a plan, step by step and layer by layer, in rows and in seconds; and how even it
-could be at best."""
+"""How even the units' work is under a plan, in each step and layer, in rows and in seconds, and could be at best."""
 
 from typing import NamedTuple
 
@@ -39,6 +38,14 @@ class Least(NamedTuple):
 
     imbalance: np.ndarray  # of max / mean in rows
     busy_s: np.ndarray  # of the busiest bin's seconds
+
+
+class _Heap(NamedTuple):
+    """Room to give out copies in: least key first, then least number, that of an active expert with so many copies."""
+
+    key: np.ndarray  # float64 [E]
+    number: np.ndarray  # int64 [E]
+    copies: np.ndarray  # int64 [E]
 
 
 def new_tally(layers: int, periods: int) -> Tally:
@@ -121,8 +128,7 @@ def _note(layer, rows, busy_s, period, tally):
 
 @kernel(inline=False)
 def bound(loads, experts, bins, slots, cost, least):
-    """Add to ``least`` what no plan of ``slots`` copies of ``experts`` experts on ``bins`` bins can beat, made anew
-    for every step or not.
+    """Add to ``least`` what no plan of ``slots`` copies on ``bins`` bins can beat, even one made anew for every step.
 
     Let expert e have n_e rows. One copy that runs x of them costs c_e(x), which is x, or seconds: then 0 for x = 0,
     else max(x * a, b_e) + t. In both cases c_e does not decrease and c_e(x) + c_e(y) >= c_e(x + y). So
@@ -140,12 +146,12 @@ def bound(loads, experts, bins, slots, cost, least):
        costliest with one copy some bin holds j + 1 or more (pigeonhole), so the busiest bin has at least the sum of
        the j + 1 cheapest of these.
 
-    Rows are whole, so the bound in rows is rounded up. Section 2 divides by real numbers, below which no whole number
+    Rows are whole, so the bound in rows is rounded up. Point 2 divides by real numbers, below which no whole number
     of rows can get.
     """
     layers, further = len(least.busy_s), slots - experts
-    weight, key, number = np.empty(experts), np.empty(experts), np.empty(experts, np.int64)
-    copies, order = np.empty(experts, np.int64), np.empty(experts, np.int64)
+    heap = _Heap(np.empty(experts), np.empty(experts, np.int64), np.empty(experts, np.int64))
+    weight, order = np.empty(experts), np.empty(experts, np.int64)
     for i in range(loads.steps * layers):
         layer, first, active = i % layers, loads.start[i], loads.start[i + 1] - loads.start[i]
         if active == 0:
@@ -159,7 +165,7 @@ def bound(loads, experts, bins, slots, cost, least):
             order[:active].sort()
         for j in range(active):
             weight[j] = order[j] >> 16
-        most = _costliest_copy(loads, layer, first, active, further, False, cost, total / bins, key, number, copies)
+        most = _costliest_copy(loads, layer, first, active, further, False, cost, total / bins, heap)
         most = max(most, _pigeonhole(weight, active - further, bins) if meet else 0.0)
         least.imbalance[layer] += np.ceil(most * (1 - 1e-12)) * bins / total
         if cost.s_per_byte == 0.0:
@@ -171,15 +177,15 @@ def bound(loads, experts, bins, slots, cost, least):
             sorted_too &= j == 0 or weight[j] >= weight[j - 1]
         if meet and not sorted_too:
             weight[:active].sort()
-        most = _costliest_copy(loads, layer, first, active, further, True, cost, total_s / bins, key, number, copies)
+        most = _costliest_copy(loads, layer, first, active, further, True, cost, total_s / bins, heap)
         most = max(most, _pigeonhole(weight, active - further, bins) if meet else 0.0)
         least.busy_s[layer] += most * (1 - 1e-12)  # sums in another order may differ in the last bit
 
 
 @kernel
-def _costliest_copy(loads, layer, first, active, further, timed, cost, floor, key, number, copies):
-    """Least cost of the costliest copy, over all ways to have ``further`` more copies than experts; or ``floor`` if
-    that is more."""
+def _costliest_copy(loads, layer, first, active, further, timed, cost, floor, heap):
+    """Least cost of the costliest copy, over all ways to have ``further`` more copies than experts; or ``floor``."""
+    key, number, copies = heap
     most = floor
     for j in range(active):
         copies[j], number[j] = 1, j

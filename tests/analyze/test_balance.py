@@ -22,8 +22,11 @@ from moetrace.spec import load_model, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
 from moetrace.trace.generate import generate_trace
+from moetrace.trace.importing import import_traces
 from moetrace.trace.writer import CountsWriter
 
+CAPTURES = Path(__file__).parents[3] / "shared" / "traces"
+captured = pytest.mark.skipif(not CAPTURES.exists(), reason="needs the captures beside the repository")
 EXPERTS, LAYERS = 7, 3
 PLACEMENTS = ["ep", "ep-block", "ep-lpt", "eplb", "tp", "tp:2"]
 
@@ -375,6 +378,21 @@ def test_what_cannot_be_asked():
         balance(Trace.from_arrays(np.zeros((2, 2000, 1), int), num_experts=2))
     with pytest.raises(MoetraceError, match="has experts of 4611686018427387904 bytes: what moves would be more"):
         balance(Trace.from_arrays(np.zeros((2, 1, 1), int), num_experts=2, expert_bytes=np.array([2**62])), tier=2)
+
+
+@captured
+@pytest.mark.parametrize("name", ["real_deepseek-v2-lite_esft_law.npz", "real_gpt-oss-20b_decode_24req_weights.npz"])
+def test_captures(name, tmp_path):
+    import_traces([CAPTURES / name], tmp_path / "a.h5")
+    with Trace.open(tmp_path / "a.h5") as trace:
+        found = balance(trace, tier=8)
+        steps = found.trace["judged_steps"]
+        assert np.array_equal(summed(trace, np.arange(trace.steps)), counted(trace).sum(0))
+    rows = found.layers
+    assert (rows["imbalance"] >= rows["least_imbalance"]).all() and (rows["steps"] == steps).all()
+    by_plan = {(row["placement"], row["plan"]): row["imbalance"] for row in found.summary.iter_rows(named=True)}
+    if "law" in name:  # long prompts: plans made from loads are worth it
+        assert by_plan["eplb", "kept"] < by_plan["ep", "fixed"] and by_plan["ep-lpt", "kept"] < by_plan["ep", "fixed"]
 
 
 def test_every_column_is_explained(timed):
