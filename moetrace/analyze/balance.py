@@ -174,10 +174,15 @@ def plan_for_next(trace: Trace, placement: str, tier: Tier, window: int | None =
     check_placement(placement, tier, trace.num_experts)
     _check_size(trace)
     shape = (trace.layers, trace.num_experts)
-    if placement not in PLANNED:
-        return make_plan(placement, tier, shape)
+    loads = loads_for_next(trace, window, phase) if placement in PLANNED else None
+    return make_plan(placement, tier, shape, loads)
+
+
+def loads_for_next(trace: Trace, window: int | None = None, phase: str = "all") -> np.ndarray:
+    """Return the loads of the last ``window`` steps, int64 [layers, experts]: what that plan is made from."""
+    _check_size(trace)
     span = span_of(trace, phase, window, None)
-    return make_plan(placement, tier, shape, summed(trace, span.steps[-span.window :]))
+    return summed(trace, span.steps[-span.window :])
 
 
 def span_of(trace: Trace, phase: str, window: int | None, interval: int | None) -> Span:

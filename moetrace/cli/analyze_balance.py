@@ -59,7 +59,8 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     "out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write the plan of the only --placement, made from the last W steps: .json (SGLang), .yaml (TensorRT-LLM).",
+    help="Write the plan of the only --placement, made from the last W steps: .json (SGLang), .yaml (TensorRT-LLM); "
+    "of ep-lpt .csv, the loads that a policy of `moetrace replay` makes it from.",
 )
 @click.option("--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: FILE.png or .html.")
 @click.option(
@@ -126,9 +127,12 @@ def _check_outputs(trace: Path, out: Path | None, picture: Path | None, asked: d
     if out is not None:
         from moetrace.analyze.plan_files import form_of
 
-        form_of(out)
         if len(asked["placements"]) != 1:
             raise UsageError("--export writes the plan of one placement: give one --placement.")
+        if out.suffix.lower() != ".csv":
+            form_of(out)
+        elif asked["placements"] != ("ep-lpt",):
+            raise UsageError(f"--export {out}: .csv is for the loads of ep-lpt; other plans are .json or .yaml.")
     if picture is not None:
         from moetrace.results.picture import FORMS, check_can_plot
 
@@ -157,9 +161,12 @@ def _plans(trace: "Trace", files: tuple[Path, ...], tier: "Tier") -> "dict[str, 
 
 
 def _exported(trace: "Trace", placements: tuple[str, ...], tier: "Tier", asked: dict[str, Any], out: Path) -> bytes:
-    from moetrace.analyze.balance import plan_for_next
+    from moetrace.analyze.balance import loads_for_next, plan_for_next
     from moetrace.analyze.plan_files import form_of, plan_bytes
 
+    if out.suffix.lower() == ".csv":
+        loads = loads_for_next(trace, asked["window"], asked["phase"])
+        return "".join(",".join(map(str, row)) + "\n" for row in loads.tolist()).encode()
     plan = plan_for_next(trace, placements[0], tier, asked["window"], asked["phase"])
     return plan_bytes(plan, trace.layer_index, trace.num_experts, form_of(out))
 

@@ -12,6 +12,8 @@ import moetrace as mt
 from moetrace.analyze import balance as library
 from moetrace.analyze.plans import PLACEMENTS
 from moetrace.cli import analyze_balance, main
+from moetrace.engine.placement import group_of_expert
+from moetrace.spec.policy import load_loads
 from moetrace.trace.writer import CountsWriter
 
 TRACES = Path(__file__).parents[2] / "traces"
@@ -79,6 +81,17 @@ def test_a_plan_that_was_exported_is_the_one_that_is_kept(run, tmp_path, name):
     assert given == found.layers.to_dicts() and {row["placement"] for row in given} == {name}
 
 
+def test_a_replay_places_by_the_loads_that_were_exported(run, tmp_path):
+    arguments = (MIXTRAL, "--placement", "ep-lpt", "--window", 90, "--units", 4)
+    assert run(*arguments, "--export", tmp_path / "loads.csv")[0] == 0
+    with mt.Trace.open(MIXTRAL) as trace:
+        plan = library.plan_for_next(trace, "ep-lpt", library.Tier(4), 90)
+        loads = load_loads(tmp_path / "loads.csv", trace.layers, 8)
+    unit_of_expert = group_of_expert("ep-lpt", len(loads), 8, 4, 1, loads)
+    for layer, units in enumerate(plan.expert_of_slot.tolist()):
+        assert all(unit_of_expert[layer, e] == unit for unit, held in enumerate(units) for e in held if e >= 0)
+
+
 def test_counts_alone_are_enough(run, tmp_path):
     facts = {"model": "", "num_experts": 4, "top_k": 1, "layers": 1, "rows": 12, "steps": 3, "source": {}}
     with CountsWriter(tmp_path / "a.h5", **facts) as writer:
@@ -119,6 +132,7 @@ def test_errors_are_one_sentence(run, tmp_path):
             2,
             "splits experts among units",
         ),
+        ((MIXTRAL, "--export", tmp_path / "a.csv", "--placement", "eplb"), 2, ".csv is for the loads of ep-lpt"),
         ((MIXTRAL, "--plot", "a.pdf"), 2, "must end with .png or .html"),
         ((MIXTRAL, "--plot", MIXTRAL), 2, "must be different files"),
         ((tmp_path / "b.h5",), 1, "b.h5"),
