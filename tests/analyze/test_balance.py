@@ -18,7 +18,8 @@ from moetrace.analyze.balance import FRAMES, balance, plan_for_next
 from moetrace.analyze.imbalance import SUMS, Cost, Least, judge, new_tally, percentile
 from moetrace.analyze.loads import add, loads_of, steps_of_phase, summed
 from moetrace.analyze.plans import Plan, Tier, copies_of, make_plan, moved_bytes
-from moetrace.spec import load_model, load_system
+from moetrace.results import replay
+from moetrace.spec import PolicySpec, load_model, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
 from moetrace.trace.generate import generate_trace
@@ -276,6 +277,15 @@ def test_seconds_are_those_of_the_timing_model(timed):
         assert own["busy_s"].to_list() == pytest.approx([sum(map(max, steps)) for steps in busy_s], rel=1e-9)
         in_time = [np.mean([max(step) / np.mean(step) for step in steps]) for steps in busy_s]
         assert own["time_imbalance"].to_list() == pytest.approx(in_time, rel=1e-9)
+
+
+@pytest.mark.parametrize("placement", ["ep", "ep-block", "tp:2"])
+def test_a_replay_on_the_units_alone_is_as_uneven(timed, placement):
+    trace, found = timed
+    policy = PolicySpec(name="units", placement=placement, dispatch="ndp")
+    steps = replay(trace, system=load_system("edge-ndp", {"ndp.units": 6}), policies=[policy]).steps
+    own = found.summary.filter(placement=placement)["time_imbalance"].item()
+    assert steps["imbalance"].tail(found.trace["judged_steps"]).mean() == pytest.approx(own, rel=1e-12)
 
 
 def test_what_holds_of_all_plans(timed):
