@@ -8,13 +8,14 @@ written out here from its README and paper (arXiv 2412.19437, section 3.4), in t
 with a loop over layers and experts where copies are packed. The table says which. "torch over all
 layers at once" is the same algorithm with that loop turned inside out, as fast as torch can: what was not published.
 Everything is timed in turn, round after round, what is short as often as fills 20 ms; the table shows medians, and
-medians of the ratios within a round.
+medians of the ratios within a round. All of it is of one thread, so the clock is the process's own: neighbours on the
+machine do not count.
 """
 
 import argparse
 from collections.abc import Callable
 from statistics import median
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 
@@ -93,10 +94,10 @@ def times_of(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
     """Seconds of each work in each round."""
 
     def timed(work: Callable[[], object], often: int) -> float:
-        start = perf_counter()
+        start = process_time()
         for _ in range(often):
             work()
-        return (perf_counter() - start) / often
+        return (process_time() - start) / often
 
     for work in works.values():
         work()  # compiles
