@@ -1,6 +1,6 @@
 """How like its capture a generated trace is: shipped profiles against requests that they were not fitted to.
 
-    python bench/profiles.py [--captures DIR] [--fit NAME ...] [--write README.md]
+    python bench/profiles.py [--captures DIR] [--fit NAME ...] [--write docs/generate.md] [--summary README.md]
 
 Of each capture the requests of even number are for the fit and those of odd number are held out. The table compares
 statistics (means over layers) and the replay's speed-ups of the held-out half with those of traces that are generated
@@ -307,6 +307,21 @@ def table(results):
     return "\n".join([*lines, "", *NOTES])
 
 
+def summary(results):
+    """A line for each profile: how many figures are within their target, and what is farthest off, relative to it."""
+    lines = ["| profile | within target | farthest off | policies |", "| --- | --- | --- | --- |"]
+    for name, rows in results.items():
+        measured = [(title, ours / (fitted if held is None else held) - 1, limit, remark(fitted, held, 0, limit))
+                    for title, fitted, held, ours, limit in rows if limit is not None]  # fmt: skip
+        title, off, _, why = max(measured, key=lambda figure: abs(figure[1]) / figure[2])
+        within = sum(abs(off) <= limit for _, off, limit, _ in measured)
+        ranking = {True: "same ranking", False: "other ranking"} | {None: "-"}
+        same = next((ours for title, _, _, ours, limit in rows if limit is None), None)
+        farthest = f"{title} {off:+.1%}" + (f" ({why})" if why else "")
+        lines.append(f"| `{name}` | {within} of {len(measured)} | {farthest} | {ranking[same]} |")
+    return "\n".join(lines)
+
+
 def remark(fitted, held, off, tolerance):
     """Why a figure is off by more than the tolerance, or that the halves are."""
     apart = None if held is None else fitted / held - 1
@@ -321,12 +336,16 @@ def main():
     options.add_argument("--fit", nargs="+", default=[], metavar="NAME", choices=[*CAPTURES, MIXTRAL])
     options.add_argument("--only", nargs="+", default=[*CAPTURES, MIXTRAL], metavar="NAME")
     options.add_argument("--write", type=Path, metavar="PAGE.md", help="write the table between the page's markers")
+    options.add_argument("--summary", type=Path, metavar="PAGE.md", help="the same for a line a profile")
     options = options.parse_args()
     console = Console()
     for name in options.fit:
         fit(name, options.captures, console)
-    page = table({name: compare(name, options.captures) for name in options.only})
+    results = {name: compare(name, options.captures) for name in options.only}
+    page = table(results)
     console.print(page, markup=False, soft_wrap=True)
+    if options.summary:
+        write_between(options.summary, "profiles", summary(results))
     if options.write:
         write_between(options.write, "profiles", page)
 
