@@ -159,7 +159,7 @@ def balance(
     _walk(trace, lanes, tier, machine, span, recent, told)
     facts = _facts(trace, phase, tier, machine, span, lanes)
     layer = trace.layer_index.astype(np.int64)
-    by_layer = frames.layers(lanes, layer, machine.link_bytes_s, machine.system is not None)
+    by_layer = frames.layers(lanes, layer, facts["sizes_known"], machine.link_bytes_s, machine.system is not None)
     return Balance(
         facts,
         frames.summary(by_layer, facts["rebalances"]),

@@ -15,7 +15,9 @@ PERCENTILES = {"imbalance_p50": 0.5, "imbalance_p95": 0.95, "imbalance_p99": 0.9
 _STALE = {"kept": "kept", "remade": "re-made", "clairvoyant": "clairvoyant"}
 
 
-def layers(lanes: "Sequence[Lane]", layer: np.ndarray, link_bytes_s: float | None, timed: bool) -> pl.DataFrame:
+def layers(
+    lanes: "Sequence[Lane]", layer: np.ndarray, sizes_known: bool, link_bytes_s: float | None, timed: bool
+) -> pl.DataFrame:
     """Make a row for each lane and layer (int64 [L], its index in the model)."""
     parts = []
     for lane in lanes:
@@ -23,6 +25,7 @@ def layers(lanes: "Sequence[Lane]", layer: np.ndarray, link_bytes_s: float | Non
         steps = sums["steps"]
         mean = np.where(steps > 0, steps, np.nan)  # of no step there is none
         none = np.full(layer.size, np.nan)
+        moved = pl.Series(lane.moved_bytes if sizes_known else [None] * layer.size, dtype=pl.Int64)
         pause_s = none if link_bytes_s is None else lane.moved_bytes / link_bytes_s
         figures: dict[str, Any] = {
             "layer": layer,
@@ -37,7 +40,7 @@ def layers(lanes: "Sequence[Lane]", layer: np.ndarray, link_bytes_s: float | Non
             "time_imbalance": sums["time_imbalance"] / mean if timed else none,
             "busy_s": sums["busy_s"] if timed else none,
             "least_busy_s": lane.least.busy_s if timed else none,
-            "migration_bytes": lane.moved_bytes,
+            "migration_bytes": moved,
             "pause_s": pause_s,
         }
         names = {"placement": [lane.placement] * layer.size, "plan": [lane.plan_is] * layer.size}
@@ -62,7 +65,7 @@ def summary(by_layer: pl.DataFrame, rebalances: int) -> pl.DataFrame:
         time_imbalance=pl.col("time_imbalance").mean(),
         busy_s=pl.when(pl.col("busy_s").count() > 0).then(total),
         least_busy_s=pl.when(pl.col("busy_s").count() > 0).then(pl.col("least_busy_s").sum()),
-        migration_bytes=pl.col("migration_bytes").sum(),
+        migration_bytes=pl.when(pl.col("migration_bytes").count() > 0).then(pl.col("migration_bytes").sum()),
         pause_s=pl.when(pl.col("pause_s").count() > 0).then(pl.col("pause_s").sum()),
     )
     remade = pl.when(pl.col("plan") == "re-made").then(rebalances).otherwise(0)

@@ -334,6 +334,8 @@ def test_blocks_and_the_kind_of_trace_change_nothing(monkeypatch, tmp_path):
     whole = balance(trace, PLACEMENTS[:4], **arguments).to_dict()
     with as_counts(trace, tmp_path / "a.h5") as other:
         bytes_unknown = balance(other, PLACEMENTS[:4], **arguments)
+    assert bytes_unknown.layers["migration_bytes"].null_count() == len(bytes_unknown.layers)
+    assert bytes_unknown.summary["migration_bytes"].null_count() == len(bytes_unknown.summary)
     assert (
         bytes_unknown.layers.drop("migration_bytes").to_dicts()
         == pl.DataFrame(whole["layers"]).drop("migration_bytes").to_dicts()
