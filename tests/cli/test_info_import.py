@@ -9,25 +9,11 @@ import h5py
 import numpy as np
 import pytest
 
-from moetrace.cli import bars, main
+from moetrace.cli import bars
 from moetrace.cli.import_ import FORMATS
 from moetrace.trace import Trace, engines
 
 TRACES = Path(__file__).parents[2] / "traces"
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture
