@@ -16,8 +16,7 @@ import msgspec
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Capture, Counts, Hints, Part
-from moetrace.trace.engines.passes import SPARSEST
+from moetrace.trace.engines.capture import SPARSEST, Capture, Counts, Hints, Part
 from moetrace.trace.engines.tensors import HEADER_BYTES, integers, is_header, shape_of, tensors
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, MAX_LAYERS, absent_id, check_sizes, expert_dtype
 

@@ -8,13 +8,10 @@ import numpy as np
 import polars as pl
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Capture, Hints
+from moetrace.trace.engines.capture import MAX_WEIGHT, SPARSEST, Capture, Hints
 from moetrace.trace.engines.spool import Spool
 from moetrace.trace.schema import DECODE, MAX_LAYERS, PREFILL, absent_id, check_sizes
 
-# Lines name any layer and row: a source with fewer than one cell in this many is not believed.
-SPARSEST = 100
-MAX_WEIGHT = float(np.finfo(np.float16).max)
 # One pass is held in memory: a prompt of 8,192 tokens through 94 layers at 8 lines a cell.
 MAX_PASS_LINES = 1 << 23
 MAX_PASS_NUMBERS = 1 << 26  # in all columns of these lines: 32,768 tokens through 94 layers at 19 columns

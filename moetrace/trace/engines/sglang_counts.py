@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Counts, Hints, kept_layers, rows_of_counts
+from moetrace.trace.engines.capture import SPARSEST, Counts, Hints, kept_layers, rows_of_counts
 from moetrace.trace.engines.sglang_dumps import Dump, integers
 from moetrace.trace.schema import BLOCK_BYTES, MAX_EXPERTS, MAX_LAYERS, MIXED
 
 MAX_COUNT = 2**40  # of one record and expert: sums of any number of records stay exact
-# A few lines may name any layer and expert: a CSV with fewer than one line in this many counts is not believed.
-SPARSEST = 100
 _CSV_FIRST = b"layer_id,expert_id,count"
 _CSV_NAME = re.compile(r"rank(\d{1,9})_timestamp([\d.]{1,40})")
 _ROWS = "the least that explain the counts with this top_k; tensor-parallel ranks count the same tokens once each"
