@@ -78,6 +78,11 @@ def main(args: list[str] | None = None) -> None:
         else:
             click.echo(f"moetrace: {_sentence(error)}", err=True)
         sys.exit(getattr(error, "exit_code", 1))
+    except MemoryError:
+        if debug:
+            raise
+        click.echo("moetrace: there is not enough memory for this.", err=True)
+        sys.exit(1)
     except Exception as error:
         stop = _stop_behind(error)
         if debug or stop is None:

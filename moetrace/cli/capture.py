@@ -1,5 +1,6 @@
 """`moetrace capture`: a local Hugging Face model reads prompts and continues them; its routing becomes a trace."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def command(
     Needs PyTorch and Transformers: pip install 'moetrace[capture]'. Nothing is downloaded, no code of the model's is
     run, and weights are read from safetensors only.
     """
+    # Transformers fetches kernels for some quantizations, whatever it is told about local files.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     from rich.console import Console
     from rich.progress import Progress
 

@@ -80,7 +80,7 @@ def command(
     from moetrace.trace.select import import_and_leave_out
 
     left_out = None
-    with LateBar("bytes read", sum(path.stat().st_size for path in sources if path.is_file())) as bar:
+    with LateBar("bytes read", sum(map(_size_bytes, sources))) as bar:
         hints = Hints(num_experts=experts, top_k=top_k, reading=bar.advance)
         options = {"format": form, "model": model, "hints": hints, "decode_after": prompt, "compress": compress}
         if drop["drop_warmup"] or drop["drop_dense"]:
@@ -100,3 +100,9 @@ def command(
             found = lint(trace, bar.advance)
         for line in short_lines(found):
             click.echo(line, err=True)
+
+
+def _size_bytes(source: Path) -> int:
+    """Bytes of a file, or of the files of a folder, whether they will be read or not."""
+    files = source.iterdir() if source.is_dir() else [source]
+    return sum(path.stat().st_size for path in files if path.is_file())

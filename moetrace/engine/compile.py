@@ -8,7 +8,7 @@ import numba
 from numba.core import config
 from numba.core.caching import FunctionCache
 
-from moetrace.engine.fingerprint import engine_fingerprint
+from moetrace.engine.fingerprint import fingerprint_beside
 
 PURE_PYTHON = bool(vars(config)["DISABLE_JIT"])  # NUMBA_DISABLE_JIT=1: kernels are what they look like
 
@@ -47,7 +47,7 @@ def kernel(
         return dispatcher
     if fingerprint is not None:
         with contextlib.suppress(RuntimeError):  # no folder can be written
-            dispatcher._cache = _FingerprintCache(function, fingerprint or engine_fingerprint())
+            dispatcher._cache = _FingerprintCache(function, fingerprint or fingerprint_beside(function))
     if signature is not None:
         dispatcher.compile(signature)
         dispatcher.disable_compile()

@@ -140,6 +140,7 @@ def replay(
                 jobs=jobs,
                 progress=progress,
             )
+    trace.check_has_rows()  # before its model is asked for: no model would help
     slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
     changes = _by_spec({} if overrides is None else overrides)
     the_model = load_model(_model_of(trace) if model is None else model, changes["model"])

@@ -35,6 +35,7 @@ def open_folder(path: Path) -> Folder:
         raise MoetraceError(f"{path} is not a folder with a model." if path.exists() else f"there is no folder {path}.")
     data, fields = _read_config(path)
     _check_weights(path)
+    _check_attention(path, fields)
     transformers = extra("transformers")
     extra("torch")
     kind = fields.get("model_type")
@@ -128,6 +129,21 @@ def _check_weights(path: Path) -> None:
             f"safetensors."
         )
     raise MoetraceError(f"{path} has no model.safetensors, nor model.safetensors.index.json.")
+
+
+def _check_attention(path: Path, fields: dict[str, Any]) -> None:
+    """Raise if a config names attention of some repository, whose code Transformers would download and run."""
+    held: list[dict[str, Any]] = [fields]
+    while held:
+        for key, value in held.pop().items():
+            named = list(value.values()) if isinstance(value, dict) else [value]
+            foreign = [name for name in named if isinstance(name, str) and "/" in name]
+            if key.endswith("attn_implementation") and foreign:
+                raise MoetraceError(
+                    f"{path}: config.json asks for the attention {foreign[0][:100]!r}, code from elsewhere, which is "
+                    f"never run: remove {key} from it."
+                )
+            held += [value] if isinstance(value, dict) else []
 
 
 def _name(path: Path) -> str:

@@ -154,7 +154,7 @@ class Trace:
         carries up to `ahead` further steps. Raises MoetraceError at once if the trace has counts but no ids, and on
         the way if the file turns out damaged or a request, position or phase is impossible; ids are not checked here.
         """
-        self._check_has_rows()
+        self.check_has_rows()
         row_bytes = self.layers * self.top_k * self._columns["experts"].dtype.itemsize
         return self._blocks(max(1, BLOCK_BYTES // row_bytes) if rows is None else rows, ahead)
 
@@ -170,7 +170,7 @@ class Trace:
 
         Raises MoetraceError as `blocks` does.
         """
-        self._check_has_rows()
+        self.check_has_rows()
         return (self._rows(first, stop) for first, stop in self._step_ranges(BLOCK_BYTES // 16))
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -229,7 +229,8 @@ class Trace:
             for name in ("model", "num_experts", "top_k", "layers", "rows", "steps", "source", "layer_index")
         }
 
-    def _check_has_rows(self) -> None:
+    def check_has_rows(self) -> None:
+        """Raise a MoetraceError if the trace holds only counts."""
         if "counts" in self.has:
             raise MoetraceError(f"{self._where} holds only counts of ids (/counts), but this needs the ids themselves.")
 

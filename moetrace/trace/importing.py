@@ -10,6 +10,7 @@ import numpy as np
 from moetrace import __version__
 from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.trace.atomic import keep_inputs
 from moetrace.trace.engines import read_captures
 from moetrace.trace.engines.capture import Capture, Counts, Hints
 from moetrace.trace.naming import model_name
@@ -44,19 +45,21 @@ def import_traces(
     decode_after: int | None = None,
     compress: str | None = None,
     writing: Progress | None = None,
-) -> None:
+) -> list[Path]:
     """Write one trace file from the captures at `sources`, one after the other; requests are numbered anew.
 
     Where a source does not say its steps, consecutive prefill rows of a request become one and each decode row a step
     of its own. With `decode_after` P, whatever the capture says, the first P rows of each request are its prompt and
     the rest is decode. `model` names the model (a preset or a TOML file); else the source's own name decides. It, or
     `hints`, also tells the sizes that a source does not say. `writing` is told the rows (of counts, the steps) that
-    were written.
+    were written. Returns the files that were read.
     Raises MoetraceError if a source is not what it claims or the sources don't fit together; then nothing is written.
     """
     if decode_after is not None and decode_after < 0:
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")
     captures = [_checked(c) for c in read_captures(sources, format, _hints(hints or Hints(), model, path))]
+    files = [file for capture in captures for file in capture.sources]
+    keep_inputs(path, files)
     first = captures[0]
     for other in captures[1:]:
         _check_alike(first, other)
@@ -75,6 +78,7 @@ def import_traces(
         _write_counts(path, counts, facts, writing)
     else:
         _write_rows(path, [c for c in captures if isinstance(c, Capture)], decode_after, facts, writing)
+    return files
 
 
 def _hints(hints: Hints, model: str | None, path: Path) -> Hints:

@@ -9,6 +9,7 @@ import numpy as np
 
 from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError
+from moetrace.trace.atomic import keep_inputs
 from moetrace.trace.engines.capture import Hints
 from moetrace.trace.format import Trace
 from moetrace.trace.importing import import_traces
@@ -47,6 +48,7 @@ def leave_out(
     Raises MoetraceError if nothing would be left, or if what is left holds an impossible value.
     """
     where = str(trace.path or "trace in memory")
+    keep_inputs(path, [trace.path])
     ranges = _warm_up_rows(trace) if warmup and "counts" not in trace.has else []
     gone = _dense_layers(trace, ranges) if dense else np.zeros(trace.layers, bool)
     rows = sum(stop - start for start, stop in ranges)
@@ -96,7 +98,7 @@ def import_and_leave_out(
         raise MoetraceError(f"{path} could not be written: there is no such folder; nothing was changed.")
     whole = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        import_traces(sources, whole, model=None if dense else model, hints=hints, **options)
+        keep_inputs(path, import_traces(sources, whole, model=None if dense else model, hints=hints, **options))
         with Trace.open(whole) as trace:
             return leave_out(trace, path, warmup=warmup, dense=dense, model=model, compress=compress)
     except MoetraceError as error:

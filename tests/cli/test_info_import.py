@@ -9,25 +9,11 @@ import h5py
 import numpy as np
 import pytest
 
-from moetrace.cli import main
+from moetrace.cli import bars
 from moetrace.cli.import_ import FORMATS
 from moetrace.trace import Trace, engines
 
 TRACES = Path(__file__).parents[2] / "traces"
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture
@@ -43,6 +29,23 @@ def archive(tmp_path) -> Path:
         meta=json.dumps({"num_experts": 8, "model": "[red]x[/red]\x1b[2J", "licence": "MIT"}),
     )
     return path
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_progress_goes_to_the_end(run, archive, monkeypatch, folder):
+    told = []
+
+    class Bar(bars.LateBar):
+        def __init__(self, what, total):
+            super().__init__(what, total)
+            told.append([what, total, 0])
+
+        def advance(self, count):
+            told[-1][2] += count
+
+    monkeypatch.setattr(bars, "LateBar", Bar)
+    assert run("import", archive.parent if folder else archive, "-o", archive.with_suffix(".h5"))[0] == 0
+    assert told == [["bytes read", told[0][1], told[0][1]], ["rows judged", 6, 6]] and told[0][1] > 0
 
 
 def test_info_says_what_a_trace_holds(run):

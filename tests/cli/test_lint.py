@@ -10,25 +10,10 @@ import numpy as np
 import pytest
 from traps import arrays, choose, prepend, trace
 
-from moetrace.cli import main
 from moetrace.trace import Trace
 from moetrace.trace.lint import RULES
 
 TRACES = Path(__file__).parents[2] / "traces"
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from moetrace.cli import main
+
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "traces" / "qwen3-30b-a3b-b1.h5")
 MOETRACE = [sys.executable, "-m", "moetrace"]
@@ -57,3 +59,14 @@ def test_wrong_usage_is_one_sentence_with_a_hint():
 def test_debug_shows_the_traceback():
     process = subprocess.run([*MOETRACE, "--debug", "info", "none.h5"], capture_output=True, text=True)
     assert "Traceback" in process.stderr
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch, capsys):
+    def run(_):
+        raise MemoryError
+
+    monkeypatch.setattr("moetrace.cli._run", run)
+    with pytest.raises(SystemExit) as stop:
+        main(["list", "models"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "moetrace: there is not enough memory for this.\n"

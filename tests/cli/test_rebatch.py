@@ -5,24 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moetrace.cli import main
 from moetrace.trace import Trace
 
 TRACES = Path(__file__).parents[2] / "traces"
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def test_rebatch_writes_and_says_so(run, tmp_path):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import moetrace as mt
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace.writer import CountsWriter
 
 
 def test_every_public_name_is_there():
@@ -98,6 +100,14 @@ def test_senseless_arguments(options, words):
 def test_senseless_trace(source):
     with pytest.raises(mt.UsageError, match="A trace is a Trace or the path of its file, got"):
         mt.replay(source)
+
+
+def test_counts_are_refused_for_what_they_are_whatever_the_model(tmp_path):
+    facts = {"model": "unknown", "num_experts": 4, "top_k": 2, "layers": 1, "rows": 1, "steps": 1, "source": {}}
+    with CountsWriter(tmp_path / "counts.h5", **facts) as writer:
+        writer.append_counts(np.ones((1, 1, 4), int), np.array([1]), np.array([2], np.uint8))
+    with pytest.raises(MoetraceError, match="holds only counts of ids"):
+        mt.replay(tmp_path / "counts.h5")
 
 
 def test_whole_numbers_may_be_numpys(tmp_path):

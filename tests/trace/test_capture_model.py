@@ -83,6 +83,16 @@ def test_code_of_the_model_is_never_run(folder, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_attention_from_a_repository_is_refused(folder, key, nested):
+    edit(folder, **({"text_config": {key: {"": "org/kernel"}}} if nested else {key: "org/kernel@v1:attention"}))
+    with pytest.raises(MoetraceError, match=f"asks for the attention 'org/kernel.*remove {key}"):
+        open_folder(folder)
+    edit(folder, text_config=None, **{key: "eager"})
+    assert load_weights(open_folder(folder), "auto", "cpu").config._attn_implementation == "eager"
+
+
 class Bomb:
     def __reduce__(self):
         return (sys.exit, (99,))

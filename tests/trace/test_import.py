@@ -14,6 +14,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
 from moetrace.trace.engines import detect
 from moetrace.trace.importing import import_traces
+from moetrace.trace.select import import_and_leave_out
 
 SHIPPED = Path(__file__).parents[2] / "traces"
 CAPTURES = Path(__file__).parents[3] / "shared" / "traces"
@@ -423,6 +424,15 @@ def test_a_model_is_a_preset_that_fits(tmp_path):
         imported(tmp_path, tmp_path / "a.npz", model="olmoe-1b-7b")
     np.savez(tmp_path / "b.npz", **arrays([0], [1], layers=31, meta=np.array(json.dumps(meta))))
     assert imported(tmp_path, tmp_path / "b.npz").model == meta["model"], "named alike, but does not fit"
+
+
+@pytest.mark.parametrize("write", [import_traces, import_and_leave_out])
+def test_a_file_of_a_folder_that_is_read_is_not_replaced(tmp_path, write):
+    source = save(tmp_path / "a.npz")
+    before = source.read_bytes()
+    with pytest.raises(UsageError, match=r"a\.npz is what is read"):
+        write([tmp_path], source)
+    assert source.read_bytes() == before and list(tmp_path.iterdir()) == [source]
 
 
 def test_same_source_same_bytes(tmp_path):

@@ -18,8 +18,8 @@ import numpy as np
 import polars as pl
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Capture, Hints
-from moetrace.trace.engines.passes import MAX_WEIGHT, SPARSEST, half
+from moetrace.trace.engines.capture import MAX_WEIGHT, SPARSEST, Capture, Hints
+from moetrace.trace.engines.passes import half
 from moetrace.trace.engines.spool import Spool
 from moetrace.trace.engines.table import tables
 from moetrace.trace.schema import MAX_LAYERS, PREFETCHED, absent_id, check_sizes

@@ -12,6 +12,10 @@ from moetrace.spec.errors import MoetraceError
 Part = Mapping[str, np.ndarray]
 # What `recognize` is told of a longer file.
 FIRST_BYTES = 64 << 10
+# Lines and events name any layer, row and expert: a source with fewer than one of them for this many cells of a trace
+# (or, of counts, numbers) is not believed.
+SPARSEST = 100
+MAX_WEIGHT = float(np.finfo(np.float16).max)  # that a trace holds
 
 
 class Hints(NamedTuple):

@@ -21,15 +21,13 @@ import msgspec
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Capture, Hints, Part
+from moetrace.trace.engines.capture import MAX_WEIGHT, SPARSEST, Capture, Hints, Part
 from moetrace.trace.engines.requests import UNKNOWN_PHASE
 from moetrace.trace.engines.spool import Spool
 from moetrace.trace.engines.text import json_lines
 from moetrace.trace.schema import BLOCK_BYTES, MAX_EXPERTS, PREFILL, absent_id, check_sizes, expert_dtype
 
 MAX_LAYERS = 256  # each has temporary files of its own
-SPARSEST = 100  # times as many cells as routes: a log with fewer routes in one layer than in another is not believed
-MAX_WEIGHT = float(np.finfo(np.float16).max)
 CHUNK_BYTES = 4 << 20  # its records take about five times as much as Python objects
 Number = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Id = Annotated[int, msgspec.Meta(ge=-1, lt=MAX_EXPERTS)]

@@ -21,8 +21,8 @@ import msgspec
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Capture, Hints
-from moetrace.trace.engines.passes import SPARSEST, half
+from moetrace.trace.engines.capture import SPARSEST, Capture, Hints
+from moetrace.trace.engines.passes import half
 from moetrace.trace.engines.spool import Spool
 from moetrace.trace.engines.text import json_lines
 from moetrace.trace.schema import DECODE, MAX_LAYERS, PREFILL, check_sizes

@@ -7,6 +7,7 @@ assignment_counts, gate_mass [accesses]. Where all events are of one token these
 of gate, which give rows; else they are counts. Batched decode has no request (-1), which becomes one for all rows.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,7 @@ import msgspec
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Capture, Counts, Hints, Part
-from moetrace.trace.engines.passes import SPARSEST
+from moetrace.trace.engines.capture import SPARSEST, Capture, Counts, Hints, Part
 from moetrace.trace.engines.tensors import HEADER_BYTES, integers, is_header, shape_of, tensors
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, MAX_LAYERS, absent_id, check_sizes, expert_dtype
 
@@ -140,6 +140,11 @@ def _capture(events: _Events, layer_index: np.ndarray, num_experts: int, top_k: 
     if width.max() > top_k:
         at = int(width.argmax())
         raise MoetraceError(f"{events.path}: event {at} is of one token, but has {width[at]} experts of {top_k}.")
+    shape = (starts.size, layer_index.size, top_k)
+    if math.prod(shape) > SPARSEST * int(events.offsets[-1]) + 2**16:
+        raise MoetraceError(
+            f"{events.path}: {events.offsets[-1]} accesses are too few for {shape} choices (tokens, layers, slots)."
+        )
     return Capture(
         model="",
         num_experts=num_experts,

@@ -8,15 +8,13 @@ import numpy as np
 import polars as pl
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Capture, Hints
+from moetrace.trace.engines.capture import MAX_WEIGHT, SPARSEST, Capture, Hints
 from moetrace.trace.engines.spool import Spool
 from moetrace.trace.schema import DECODE, MAX_LAYERS, PREFILL, absent_id, check_sizes
 
-# Lines name any layer and row: a source with fewer than one cell in this many is not believed.
-SPARSEST = 100
-MAX_WEIGHT = float(np.finfo(np.float16).max)
 # One pass is held in memory: a prompt of 8,192 tokens through 94 layers at 8 lines a cell.
 MAX_PASS_LINES = 1 << 23
+MAX_PASS_NUMBERS = 1 << 26  # in all columns of these lines: 32,768 tokens through 94 layers at 19 columns
 
 Lines = dict[str, np.ndarray]
 
@@ -41,8 +39,11 @@ def whole_passes(
             yield first, {name: array[:cut] for name, array in lines.items()}, np.r_[0, starts[:-1]]
         held = {name: array[cut:].copy() for name, array in lines.items()}
         first += cut
-        if len(next(iter(held.values()))) > MAX_PASS_LINES:
-            raise MoetraceError(f"{path}: no pass through the layers ends in {MAX_PASS_LINES} lines from {first} on.")
+        numbers = sum(array.size for array in held.values())
+        if len(next(iter(held.values()))) > MAX_PASS_LINES or numbers > MAX_PASS_NUMBERS:
+            raise MoetraceError(
+                f"{path}: no pass through the layers ends in {len(next(iter(held.values())))} lines from {first} on."
+            )
     if held and len(next(iter(held.values()))):
         yield first, held, np.zeros(1, np.int64)
 

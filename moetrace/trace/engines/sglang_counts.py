@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.capture import Counts, Hints, kept_layers, rows_of_counts
+from moetrace.trace.engines.capture import SPARSEST, Counts, Hints, kept_layers, rows_of_counts
 from moetrace.trace.engines.sglang_dumps import Dump, integers
 from moetrace.trace.schema import BLOCK_BYTES, MAX_EXPERTS, MAX_LAYERS, MIXED
 
 MAX_COUNT = 2**40  # of one record and expert: sums of any number of records stay exact
-# A few lines may name any layer and expert: a CSV with fewer than one line in this many counts is not believed.
-SPARSEST = 100
+_CSV_FIRST = b"layer_id,expert_id,count"
 _CSV_NAME = re.compile(r"rank(\d{1,9})_timestamp([\d.]{1,40})")
 _ROWS = "the least that explain the counts with this top_k; tensor-parallel ranks count the same tokens once each"
 
@@ -103,7 +102,8 @@ def _csv(path: Path):
 
     columns = {"layer_id": pl.Int64, "expert_id": pl.Int64, "count": pl.Int64}
     try:
-        table = pl.read_csv(path, columns=list(columns), schema_overrides=columns, quote_char=None)
+        # Bytes, because of a path Polars takes [ and * as a pattern, and unpacks the file if it is compressed.
+        table = pl.read_csv(_text(path), columns=list(columns), schema_overrides=columns, quote_char=None)
     except pl.exceptions.PolarsError as error:
         raise MoetraceError(f"{path} can't be read as CSV: {str(error).splitlines()[0][:200]}.") from error
     for name, most in (("layer_id", MAX_LAYERS - 1), ("expert_id", MAX_EXPERTS - 1), ("count", MAX_COUNT)):
@@ -111,6 +111,13 @@ def _csv(path: Path):
         if wrong.any():
             raise MoetraceError(f"{path}: line {2 + (wrong.arg_max() or 0)}: {name} is not 0 to {most}.")
     return table
+
+
+def _text(path: Path) -> bytes:
+    data = path.read_bytes()
+    if not data.lstrip().startswith(_CSV_FIRST):
+        raise MoetraceError(f"{path} does not begin with the line {_CSV_FIRST.decode()}.")
+    return data
 
 
 def _counted(

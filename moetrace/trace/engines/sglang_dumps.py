@@ -1,6 +1,7 @@
 """What SGLang's recorder saved with torch.save, unpickled without executing anything, and checked."""
 
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -27,6 +28,7 @@ def load(path: Path) -> dict[str, Any]:
         import torch
     except ImportError as error:
         raise MoetraceError(f"reading {path} needs PyTorch: pip install 'moetrace[engines]'.") from error
+    _check_stored(path)
     try:
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -36,6 +38,17 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise MoetraceError(f"{path} holds a {type(content).__name__}, not a dict of the recorder.")
     return content
+
+
+def _check_stored(path: Path) -> None:
+    """Raise unless the archive is stored, as torch.save leaves it: packed, a small one may unpack to any size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [info for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise MoetraceError(f"{path} is no dump of plain tensors, so it is not loaded ({str(error)[:160]}).") from error
+    if packed:
+        raise MoetraceError(f"{path}: {packed[0].filename[:100]} is compressed, which torch.save never does.")
 
 
 def detailed(path: Path, content: dict[str, Any]) -> Dump:

@@ -14,6 +14,7 @@ Numbers = Mapping[str, np.ndarray]
 
 _LARGEST = {pl.Int32: 2**31, pl.Int64: 2**63}
 _SHOWN_BYTES = 60
+_RAGGED_CELLS = 64 << 20  # bytes read at a time x columns
 
 
 def tables(
@@ -33,7 +34,8 @@ def tables(
     """
     schema = {name: kind or pl.String for name, kind in columns.items()}
     wanted = [name for name, kind in columns.items() if kind is not None]
-    for line, data in chunks(path, reading):
+    # Nulls that a ragged line lacks take memory but no bytes of the file.
+    for line, data in chunks(path, reading, max(1 << 16, _RAGGED_CELLS // len(columns)) if ragged else None):
         while header and data:
             line, data, header = line + 1, data[data.find(b"\n") + 1 or len(data) :], header - 1
         if not data:

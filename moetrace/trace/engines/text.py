@@ -17,11 +17,11 @@ Record = TypeVar("Record")
 
 
 def chunks(path: Path, reading: Callable[[int], object], chunk_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """Yield the number of the first line (from 1) and whole lines, about `chunk_bytes` at a time.
+    """Yield the number of the first line (from 1) and whole lines, about `chunk_bytes` or CHUNK_BYTES at a time.
 
     The last line may lack its newline. Raises MoetraceError if a line is longer than `MAX_LINE_BYTES`.
     """
-    size, line, rest = chunk_bytes or CHUNK_BYTES, 1, b""
+    size, line, rest = min(chunk_bytes or CHUNK_BYTES, CHUNK_BYTES), 1, b""
     with path.open("rb") as file:
         while data := file.read(size):
             reading(len(data))

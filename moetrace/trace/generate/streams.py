@@ -5,8 +5,16 @@ So neither the size of blocks nor the batch changes what a row draws (SplitMix64
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
 import numpy as np
-from numba import njit
+from numba import config, njit
+from numba.core.caching import FunctionCache
 
 from moetrace.spec.errors import UsageError
 from moetrace.trace.schema import expert_dtype
@@ -28,12 +36,33 @@ def mix_64(z):
     return z ^ (z >> _31)
 
 
-def kernel(function):
+@cache
+def _fingerprint() -> str:
+    """SHA-256 of every source file of this folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+class _FolderCache(FunctionCache):
+    """Numba's function cache, which notices an edit of a kernel's own file alone, made to notice those beside it.
+
+    As in moetrace.engine.compile, which nothing here may import.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = (self._cache_file._source_stamp, _fingerprint())
+
+
+def kernel(function: Callable) -> Any:
     """Compile without the GIL; the machine code is kept for later processes if there is a writable folder for it."""
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
+    dispatcher: Any = njit(nogil=True)(function)
+    if not vars(config)["DISABLE_JIT"]:
+        with contextlib.suppress(RuntimeError):  # no folder can be written
+            dispatcher._cache = _FolderCache(function)
+    return dispatcher
 
 
 mix = kernel(mix_64)

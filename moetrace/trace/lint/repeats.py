@@ -1,5 +1,6 @@
 """Rows that are the row before once more: the warm-up of an engine, padding, or a text of one token."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 
 import numpy as np
@@ -59,7 +60,10 @@ class RepeatedRows:
         self._ended(self.shape.rows, self.last)
         if self.shape.top_k == self.shape.num_experts:
             self.found.clear()
-        every, two, eight, sixteen = self.longer.tolist()
+        again = 0  # runs that repeat the first one, the warm-up of other sources: however many, one reason to go on
+        if self.found and self.found[0][0] == 0:
+            again = sum(ids == self.found[0][2] for _, _, ids in self.found[1:])
+        every, two, eight, sixteen = (self.longer - again).tolist()
         goes_on = (two + 1) / (every + 2)
         if eight >= 10:  # runs are nothing special here
             goes_on = max(goes_on, ((sixteen + 1) / (eight + 2)) ** (1 / 8))
@@ -79,11 +83,12 @@ class RepeatedRows:
     def findings(self) -> Iterator[Finding]:
         """What was found."""
         warm_up, rest = Ranges(), Ranges()
-        for start, stop in self.warm_up():
-            warm_up.add(start, stop)
         known = self.warm_up()
+        for start, stop in known:
+            warm_up.add(start, stop)
         for start, stop, _ in self.found:
-            if not any(first <= start < last for first, last in known):
+            at = bisect_right(known, start, key=lambda one: one[0]) - 1  # the last range that begins no later
+            if at < 0 or start >= known[at][1]:
                 rest.add(start, stop)
         count = sum(stop - start for start, stop in known)
         if count:

@@ -7,6 +7,8 @@ from writers.check import column, imported, refused
 from writers.colibri import route_trace, usage
 from writers.known import Pass, joined
 
+from moetrace.trace.engines import colibri
+
 LAYERS = [3, 4, 7]
 
 
@@ -107,3 +109,22 @@ def test_a_bad_history_is_one_sentence(tmp_path, text, sentence):
     path = tmp_path / ".coli_usage"
     path.write_text(text)
     refused(path, sentence, "colibri", top_k=2)
+
+
+@pytest.mark.parametrize("limit", ["LINES", "NUMBERS"])
+def test_a_pass_that_does_not_end_is_refused(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(f"moetrace.trace.engines.passes.MAX_PASS_{limit}", 50)
+    path = tmp_path / "route.txt"
+    path.write_text("".join(f"0 {row} 3 1:0.5000 2:0.5000\n" for row in range(60)))
+    refused(path, "no pass through the layers ends in 60 lines from 1 on", "colibri", num_experts=8)
+
+
+def test_short_lines_beside_a_long_one_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("moetrace.trace.engines.table._RAGGED_CELLS", 0)
+    sizes = []
+    numbers = colibri.numbers
+    monkeypatch.setattr("moetrace.trace.engines.colibri.numbers", lambda t: (sizes.append(t.height), numbers(t))[1])
+    path = tmp_path / "route.txt"
+    long = " ".join(f"{expert}:0.0100" for expert in range(100))
+    path.write_text(f"0 0 3 {long}\n" + "".join(f"{call} 0 3 1:0.5000\n" for call in range(1, 20_000)))
+    assert imported(path, "colibri", num_experts=100).rows == 20_000 and max(sizes) < 5000

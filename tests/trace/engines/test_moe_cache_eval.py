@@ -94,3 +94,10 @@ def test_events_that_would_take_many_counts_are_refused(tmp_path):
     given = [(0, 0, routing(2, 1, 2, 60_000, seed), np.ones((2, 1, 2))) for seed in range(20)]
     given = [(*one[:2], one[2] % 100 + np.arange(2), one[3]) for one in given]
     refused(save(tmp_path / "run", given, 60_000)[0], "would take 1200000 counts", "moe-cache-eval")
+
+
+def test_a_manifest_that_claims_many_slots_is_refused(tmp_path):
+    given = [(0, 0, routing(1, 3, 2, 30_000), np.ones((1, 3, 2)))]
+    path, manifest = save(tmp_path / "run", given, 30_000)
+    manifest.write_text(manifest.read_text().replace('"top_k": 2', '"top_k": 30000'))
+    refused(path, r"6 accesses are too few for \(1, 3, 30000\) choices", "moe-cache-eval")

@@ -1,7 +1,9 @@
 """SGLang's recorder: dumps of all modes come out exactly, and what is none is one sentence, never executed."""
 
 import builtins
+import gzip
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,24 @@ def test_csv_of_ranks(tmp_path):
     trace = imported(tmp_path, *paths, top_k=2, num_experts=8)
     assert np.array_equal(trace.read("counts", 0, 9), [counts[0] + counts[1], counts[2]]), "copies count once"
     assert trace.source["ranks"] == 3 and imported(tmp_path, paths[0], top_k=2).source["num_experts"]
+
+
+def test_csv_is_the_file_of_that_name_and_not_packed(tmp_path):
+    named, other = (
+        csv(tmp_path, 0, 1.5, np.full((3, 8), n)).rename(tmp_path / name)
+        for n, name in ((1, "a[1].csv"), (2, "a1.csv"))
+    )
+    assert imported(tmp_path, named, top_k=2, num_experts=8).read("counts", 0, 1).max() == 1
+    (tmp_path / "a.gz").write_bytes(gzip.compress(other.read_bytes()))
+    assert "does not begin" in refused(tmp_path, tmp_path / "a.gz", format="sglang", top_k=2)
+
+
+def test_a_dump_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+    path = stat(tmp_path / "a.pt", np.ones((2, 3, 8), np.int32))
+    with zipfile.ZipFile(path) as dump, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for info in dump.infolist():
+            packed.writestr(info.filename, dump.read(info))
+    assert "is compressed" in refused(tmp_path, tmp_path / "b.pt", format="sglang", top_k=2)
 
 
 class Attack:

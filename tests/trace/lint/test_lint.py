@@ -224,6 +224,17 @@ def test_warm_up_in_several_stages_and_of_several_sources():
     assert where(found(made)["warm-up"]) == (None, [(0, 340), (540, 590)], 390)
 
 
+@pytest.mark.parametrize("sources", [2, 9, 10, 40])
+def test_warm_up_of_however_many_sources(sources):
+    rng = np.random.default_rng(1)
+    warm, text = np.repeat(choose(rng, 1), 400, axis=0), choose(rng, 600)
+    made = arrays(1000 * sources)
+    made["experts"] = np.concatenate([warm, text] * sources)
+    made |= {"request": np.repeat(np.arange(sources), 1000), "steps": [1000] * sources, "phase": [0] * sources}
+    ranges = [(1000 * source, 1000 * source + 400) for source in range(sources)]
+    assert where(found(made)["warm-up"]) == (None, ranges[:16], 400 * sources)
+
+
 def test_repeated_rows_elsewhere():
     made = arrays()
     made["experts"][210:260] = made["experts"][210]
