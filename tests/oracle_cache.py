@@ -45,6 +45,8 @@ def replay(demands: list[list[Access]], policy: str, budget: int, weight, check=
     touched: dict[tuple, int] = {}
     ever: dict[tuple, int] = {}
     since_admitted: dict[tuple, int] = {}
+    admitted: dict[tuple, int] = {}
+    admissions: list[tuple] = []
     now = 0  # number of the first access of the event
 
     def used() -> int:
@@ -57,6 +59,7 @@ def replay(demands: list[list[Access]], policy: str, budget: int, weight, check=
         """The least goes first."""
         return {
             "lru": lambda: touched[key],
+            "fifo": lambda: admitted[key],
             "lfu": lambda: (ever[key], touched[key]),
             "lfu-in-cache": lambda: (since_admitted[key], touched[key]),
             "belady": lambda: (-next_use(key), touched[key]),
@@ -76,6 +79,8 @@ def replay(demands: list[list[Access]], policy: str, budget: int, weight, check=
                 resident.remove(min(resident - set(demanded), key=eviction_order))
             if used() + weight[key] <= budget:
                 resident.add(key)
+                admitted[key] = len(admissions)
+                admissions.append(key)
             check(resident)
         for number, key in enumerate(demanded, now):
             touched[key] = number

@@ -12,7 +12,8 @@ import numpy as np
 import polars as pl
 
 from moetrace.analyze import eviction
-from moetrace.analyze.accesses import Accesses, accesses
+from moetrace.analyze.accesses import accesses
+from moetrace.analyze.caches.replays import POLICIES, Budget, Demands, make_replay
 from moetrace.analyze.next_use import NextUses
 from moetrace.engine.compile import kernel
 from moetrace.spec import Model, list_presets, load_model
@@ -20,15 +21,8 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import NOT_RECORDED, PHASE_NAMES
 
-POLICIES = {
-    "lru": "the expert accessed longest ago",
-    "lfu": "the expert accessed least often so far; of several, longest ago",
-    "lfu-in-cache": "the expert accessed least often since it was admitted; of several, longest ago",
-    "belady": "the expert whose next access is farthest; of several, accessed longest ago",
-}
 DEFAULT_POLICIES = ("lru", "lfu", "belady")
 SCOPES = ("global", "layer")
-_RULES = {"lfu": eviction.LFU, "lfu-in-cache": eviction.LFU_IN_CACHE, "belady": eviction.BELADY}
 _UNITS = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _CAPACITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?((?:[KMGT]I?)?B)?", re.IGNORECASE | re.ASCII)
@@ -66,7 +60,6 @@ class _Lane(NamedTuple):
 
     policy: str
     capacity: Capacity
-    state: eviction.RecencyList | eviction.RankedHeap
     totals: np.ndarray  # int64 [phases, 4]
 
 
@@ -138,7 +131,10 @@ def cache_hits(
     _check(trace, capacities, policies, scope, sizes)
     keys, pools = trace.layers * trace.num_experts, trace.layers if scope == "layer" else 1
     size = np.zeros(keys, np.int64) if sizes is None else sizes.reshape(-1)
-    lanes = [_lane(policy, capacity, size, pools) for capacity in capacities for policy in policies]
+    demands = Demands(trace.layers, trace.num_experts, size, pools, sequential, trace.rows * trace.top_k)
+    budgets = [Budget(capacity.amount // pools, capacity.unit == "bytes") for capacity in capacities]
+    replays = {policy: make_replay(policy, budgets, demands) for policy in policies}
+    lanes = {policy: [_lane(policy, capacity) for capacity in capacities] for policy in policies}
     recorded = "recorded" in trace.has
     counts, seen = np.zeros((len(PHASE_NAMES), 2), np.int64), np.zeros(keys, np.uint8)
     looks_ahead = "belady" in policies
@@ -148,13 +144,13 @@ def cache_hits(
         for block in accesses(trace, sequential=sequential, recorded=recorded):
             _count(block.key, block.bounds, trace.layers, block.phase, seen, counts)
             next_use = next_uses.of(block) if looks_ahead else np.zeros(0, np.int64)
-            hit = np.empty(block.key.size, np.uint8)
-            for lane in lanes:
-                _advance(lane, block, next_use, trace.layers, sequential, hit)
-                _tally(block, hit, size, trace.layers, lane.totals)
+            for policy, replay in replays.items():
+                for lane, hit in zip(lanes[policy], replay(block, next_use), strict=True):
+                    _tally(block, hit, size, trace.layers, lane.totals)
             if progress is not None:
                 progress(block.rows)
-    rows = [row | {"scope": scope, "sequential": sequential} for lane in lanes for row in _rows(lane, counts, sizes)]
+    in_order = (lane for of_capacity in zip(*lanes.values(), strict=True) for lane in of_capacity)
+    rows = [row | {"scope": scope, "sequential": sequential} for lane in in_order for row in _rows(lane, counts, sizes)]
     return pl.DataFrame(rows, schema=_SCHEMA)
 
 
@@ -186,20 +182,8 @@ def _check(
         )
 
 
-def _lane(policy: str, capacity: Capacity, size: np.ndarray, pools: int) -> _Lane:
-    weight = size if capacity.unit == "bytes" else np.ones(size.size, np.int64)
-    make = eviction.recency_list if policy == "lru" else eviction.ranked_heap
-    state = make(weight, capacity.amount // pools, pools)
-    return _Lane(policy, capacity, state, np.zeros((len(PHASE_NAMES), 4), np.int64))
-
-
-def _advance(
-    lane: _Lane, block: Accesses, next_use: np.ndarray, layers: int, sequential: bool, hit: np.ndarray
-) -> None:
-    if isinstance(lane.state, eviction.RecencyList):
-        eviction.evict_by_recency(lane.state, block, layers, sequential, hit)
-    else:
-        eviction.evict_by_rank(lane.state, _RULES[lane.policy], block, next_use, layers, sequential, hit)
+def _lane(policy: str, capacity: Capacity) -> _Lane:
+    return _Lane(policy, capacity, np.zeros((len(PHASE_NAMES), 4), np.int64))
 
 
 def _rows(lane: _Lane, counts: np.ndarray, sizes: np.ndarray | None) -> list[dict]:

@@ -8,7 +8,7 @@ import click
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
 
 # The policies and scopes of moetrace.analyze.cache, which takes too long to import for a mere --help.
-POLICIES = ("lru", "lfu", "lfu-in-cache", "belady")
+POLICIES = ("lru", "fifo", "lfu", "lfu-in-cache", "belady")
 _HEADERS = {
     "capacity": "capacity",
     "policy": "policy",

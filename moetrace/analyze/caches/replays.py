@@ -1,0 +1,129 @@
+"""Which kernel replays which policy: the quick ones where sizes are equal and accesses come one at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.analyze import eviction
+from moetrace.analyze.accesses import Accesses
+from moetrace.analyze.caches import fifo, slots, stack
+
+# Shown a block of accesses and their next uses (empty unless the policy looks ahead), yields for each capacity in turn
+# which accesses hit, uint8 [n]; the array may be the same one each time.
+Replay = Callable[[Accesses, np.ndarray], Iterator[np.ndarray]]
+
+POLICIES = {
+    "lru": "the expert accessed longest ago",
+    "fifo": "the expert admitted longest ago",
+    "lfu": "the expert accessed least often so far; of several, longest ago",
+    "lfu-in-cache": "the expert accessed least often since it was admitted; of several, longest ago",
+    "belady": "the expert whose next access is farthest; of several, accessed longest ago",
+}
+_RULES = {"lfu": eviction.LFU, "lfu-in-cache": eviction.LFU_IN_CACHE, "belady": eviction.BELADY}
+
+
+class Budget(NamedTuple):
+    """A cache's capacity in each pool: of keys, or of their bytes."""
+
+    amount: int
+    in_bytes: bool
+
+
+class Demands(NamedTuple):
+    """How the keys of a trace are demanded."""
+
+    layers: int
+    experts: int
+    size: np.ndarray  # int64 [layers * experts]: bytes, if known
+    pools: int  # 1, or one a layer
+    sequential: bool
+    choices: int  # of one layer, at most
+
+    @property
+    def keys(self) -> int:
+        """The number of keys."""
+        return self.layers * self.experts
+
+
+def make_replay(policy: str, budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Return what replays a policy at some capacities, from empty caches on."""
+    plain = demands.sequential and not any(budget.in_bytes for budget in budgets)
+    per_layer = demands.pools == demands.layers
+    amounts = [budget.amount for budget in budgets]
+    if plain and policy == "lru" and (per_layer or len(budgets) >= _WORTH_A_STACK):
+        return _lru_by_distances(amounts, demands, per_layer)
+    if plain and policy == "fifo":
+        return _fifo_in_bits(amounts, demands)
+    fits = demands.experts <= slots.MAX_EXPERTS and demands.choices <= slots.MAX_CHOICES
+    if plain and policy in _RULES and per_layer and fits:
+        return _in_slots(_RULES[policy], amounts, demands)
+    return _one_by_one(policy, budgets, demands)
+
+
+_WORTH_A_STACK = 4  # capacities: the distances of all layers' keys take as long as so many linked lists
+
+
+def _lru_by_distances(amounts: list[int], demands: Demands, per_layer: bool) -> Replay:
+    stacks = stack.layer_stacks(demands.layers, demands.experts) if per_layer else stack.global_stack(demands.keys)
+
+    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
+        del next_use
+        distance = np.empty(block.key.size, np.int32)
+        if isinstance(stacks, stack.LayerStacks):
+            stack.layer_distances(stacks, block, demands.experts, (0, demands.layers), True, distance)
+        else:
+            stack.global_distances(stacks, block, True, distance)
+        for amount in amounts:
+            yield (distance < min(amount, stack.FIRST)).view(np.uint8)
+
+    return replay
+
+
+def _fifo_in_bits(amounts: list[int], demands: Demands) -> Replay:
+    together = [
+        fifo.fifo_queues(demands.keys, amounts[first : first + fifo.TOGETHER], demands.pools)
+        for first in range(0, len(amounts), fifo.TOGETHER)
+    ]
+
+    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
+        del next_use
+        hits = np.empty(block.key.size, np.uint16)
+        for caches in together:
+            fifo.replay_queues(caches, block, demands.layers, hits)
+            for cache in range(caches.capacity.size):
+                yield (hits >> cache & 1).astype(np.uint8)
+
+    return replay
+
+
+def _in_slots(rule: int, amounts: list[int], demands: Demands) -> Replay:
+    caches = [slots.slots(demands.layers, demands.experts, amount) for amount in amounts]
+
+    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
+        hit = np.empty(block.key.size, np.uint8)
+        for cache in caches:
+            slots.replay_slots(cache, rule, block, next_use, hit)
+            yield hit
+
+    return replay
+
+
+def _one_by_one(policy: str, budgets: Sequence[Budget], demands: Demands) -> Replay:
+    equal = np.ones(demands.keys, np.int64)
+    make = {"lru": eviction.recency_list, "fifo": fifo.fifo_list}.get(policy, eviction.ranked_heap)
+    caches = [make(demands.size if b.in_bytes else equal, b.amount, demands.pools) for b in budgets]
+
+    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
+        hit = np.empty(block.key.size, np.uint8)
+        for cache in caches:
+            if isinstance(cache, eviction.RecencyList):
+                eviction.evict_by_recency(cache, block, demands.layers, demands.sequential, hit)
+            elif isinstance(cache, fifo.FifoList):
+                fifo.replay_list(cache, block, demands.layers, demands.sequential, hit)
+            else:
+                rule = _RULES[policy]
+                eviction.evict_by_rank(cache, rule, block, next_use, demands.layers, demands.sequential, hit)
+            yield hit
+
+    return replay
