@@ -89,7 +89,7 @@ def _layer_walk(trace: Trace, sequential: bool, threads: int, count: np.ndarray)
                 future.result()
             if before is not None:
                 yield before
-            distance, before = np.empty(block.key.size, np.int32), block
+            distance, before = np.empty(block.key.size, np.int16), block
             under_way = [pool.submit(work, block, distance, part) for part in parts]
         for future in under_way:
             future.result()

@@ -51,7 +51,8 @@ def make_replay(policy: str, budgets: Sequence[Budget], demands: Demands) -> Rep
     plain = demands.sequential and not any(budget.in_bytes for budget in budgets)
     per_layer = demands.pools == demands.layers
     amounts = [budget.amount for budget in budgets]
-    if plain and policy == "lru" and (per_layer or len(budgets) >= _WORTH_A_STACK):
+    small = demands.experts < stack.FIRST_OF_LAYER
+    if plain and policy == "lru" and (per_layer and small or not per_layer and len(budgets) >= _WORTH_A_STACK):
         return _lru_by_distances(amounts, demands, per_layer)
     if plain and policy == "fifo":
         return _fifo_in_bits(amounts, demands)
@@ -69,13 +70,14 @@ def _lru_by_distances(amounts: list[int], demands: Demands, per_layer: bool) -> 
 
     def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
         del next_use
-        distance = np.empty(block.key.size, np.int32)
         if isinstance(stacks, stack.LayerStacks):
+            distance, most = np.empty(block.key.size, np.int16), stack.FIRST_OF_LAYER
             stack.layer_distances(stacks, block, demands.experts, (0, demands.layers), True, distance)
         else:
+            distance, most = np.empty(block.key.size, np.int32), stack.FIRST
             stack.global_distances(stacks, block, True, distance)
         for amount in amounts:
-            yield (distance < min(amount, stack.FIRST)).view(np.uint8)
+            yield (distance < min(amount, most)).view(np.uint8)
 
     return replay
 
