@@ -52,7 +52,7 @@ def make_replay(policy: str, budgets: Sequence[Budget], demands: Demands) -> Rep
     per_layer = demands.pools == demands.layers
     amounts = [budget.amount for budget in budgets]
     small = demands.experts < stack.FIRST_OF_LAYER
-    if plain and policy == "lru" and (per_layer and small or not per_layer and len(budgets) >= _WORTH_A_STACK):
+    if plain and policy == "lru" and ((per_layer and small) or (not per_layer and len(budgets) >= _WORTH_A_STACK)):
         return _lru_by_distances(amounts, demands, per_layer)
     if plain and policy == "fifo":
         return _fifo_in_bits(amounts, demands)
