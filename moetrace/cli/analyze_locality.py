@@ -96,11 +96,14 @@ def _check_outputs(trace: Path, form: str, out: Path | None, picture: Path | Non
         raise UsageError("Parquet does not belong on a terminal: name a file with -o FILE.")
     if form == "table" and out is not None:
         raise UsageError("-o FILE goes with --format json, csv or parquet.")
+    for path in (out, picture):
+        if path is not None and not path.parent.is_dir():
+            raise MoetraceError(f"{path} could not be written: there is no folder {path.parent}.")
     files = [path for path in (trace, out, picture) if path is not None]
     if len({path.resolve() for path in files}) < len(files):
         raise UsageError("the trace, -o FILE and --plot FILE must be different files.")
     if picture is not None:
-        from moetrace.results.locality_plot import FORMS, check_can_plot
+        from moetrace.results.picture import FORMS, check_can_plot
 
         if picture.suffix[1:].lower() not in FORMS:
             raise UsageError(f"--plot {picture}: the name must end with .png or .html.")

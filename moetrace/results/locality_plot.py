@@ -1,64 +1,20 @@
 """The picture of `analyze locality`: load of each expert, overlap by lag and hit curve, as PNG or as one HTML page."""
 
-import json
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from moetrace.spec.errors import MoetraceError, printable
+from moetrace.results.picture import inline, picture
+from moetrace.spec.errors import printable
 
 if TYPE_CHECKING:
     import altair as alt
 
     from moetrace.analyze.locality import Locality
 
-FORMS = ("png", "html")
 _WIDTH, _GAP = 768, 64  # a whole number of pixels for each of 2 ** n experts: no seams
-_PAPER, _INK = "#ffffff", "#24292f"  # of the PNG; a page takes its reader's
 # Blue, orange and grey: apart for colour-blind eyes, and legible on white and on black.
 _COLOURS = {"as it is": "#2f81d0", "shuffled within requests": "#e0782f", "shuffled globally": "#8b8b8b"}
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 2rem auto; max-width: {width}px; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.3rem; margin: 0; }}
-p {{ margin: .3rem 0 1.5rem; }}
-#chart {{ overflow-x: auto; }}
-#vg-tooltip-element {{ color: #24292f; background: #fff; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{subtitle}</p>
-<div id="chart"></div>
-<script type="application/json" id="spec">{spec}</script>
-<script type="module">{script}</script>
-</body>
-</html>
-"""
-_DRAW = """
-const spec = JSON.parse(document.getElementById("spec").textContent);
-vegaEmbed("#chart", spec, {renderer: "svg", actions: false});
-"""
-
-
-def check_can_plot() -> None:
-    """Raise a MoetraceError unless what draws is installed."""
-    try:
-        import altair
-        import vl_convert
-    except ImportError as missing:
-        raise MoetraceError(
-            f"--plot needs {missing.name}, which is not installed: python -m pip install 'moetrace[report]'."
-        ) from None
-    del altair, vl_convert
 
 
 def plot(locality: "Locality", form: str, name: str) -> bytes:
@@ -66,47 +22,26 @@ def plot(locality: "Locality", form: str, name: str) -> bytes:
 
     The page loads nothing from anywhere. Raises MoetraceError if altair or vl-convert is missing.
     """
-    check_can_plot()
-    import vl_convert
-
-    title, subtitle = f"Locality of {printable(name)}", _subtitle(locality.trace)
-    if form == "png":
-        chart = _charts(locality, _INK).properties(
-            title={"text": title, "subtitle": subtitle, "fontSize": 17, "subtitleFontSize": 13, "offset": 18},
-            background=_PAPER,
-        )
-        return vl_convert.vegalite_to_png(chart.to_json(), scale=2)
-    spec = _charts(locality, "currentColor").properties(background="transparent").to_dict()
-    page = _PAGE.format(
-        title=escape(title),
-        subtitle=escape(subtitle),
-        width=_WIDTH + 120,
-        spec=json.dumps(spec).replace("<", "\\u003c"),  # so that no text in it ends the script
-        script=vl_convert.javascript_bundle(_DRAW),
-    )
-    return page.encode()
+    title = f"Locality of {printable(name)}"
+    return picture(form, title, _subtitle(locality.trace), _WIDTH + 120, lambda: _charts(locality))
 
 
-def _charts(locality: "Locality", ink: str) -> "alt.VConcatChart":
+def _charts(locality: "Locality") -> "alt.VConcatChart":
     import altair as alt
 
-    below = alt.hconcat(_overlap(locality), _hit_curve(locality), spacing=_GAP)
-    faint: dict[str, Any] = {
-        "gridColor": ink,
-        "gridOpacity": 0.12,
-        "domainColor": ink,
-        "tickColor": ink,
-        "domainOpacity": 0.5,
-    }
-    text: dict[str, Any] = {"labelColor": ink, "titleColor": ink, "titleFontWeight": "normal"}
-    return (
-        alt.vconcat(_load(locality), below, spacing=40)
-        .resolve_scale(color="independent")
-        .configure_axis(**faint, **text)
-        .configure_legend(**text, labelLimit=200)
-        .configure_title(color=ink, subtitleColor=ink, anchor="start", fontSize=13, offset=8)
-        .configure_view(stroke=None)
-    )
+    shuffles = ["overlap", "overlap_shuffled_within_requests", "overlap_shuffled_globally"]
+    overlap = _over_layers(locality.overlap, "lag", dict(zip(shuffles, _COLOURS, strict=True)))
+    hits = {"hit_rate": "as it is", "hit_rate_shuffled": "shuffled globally"}
+    hit_curve = _over_layers(locality.hit_curve, "capacity", hits)
+    below = []
+    if not overlap.is_empty():
+        below.append(_curves(overlap, "lag", "tokens later", "Experts chosen again", "log"))
+    if not hit_curve.is_empty():
+        title = "experts that each layer's LRU cache holds"
+        below.append(_curves(hit_curve, "capacity", title, "Hit rate", "linear"))
+    return alt.vconcat(
+        _load(locality), *([alt.hconcat(*below, spacing=_GAP)] if below else []), spacing=40
+    ).resolve_scale(color="independent")
 
 
 def _load(locality: "Locality") -> "alt.Chart":
@@ -120,7 +55,7 @@ def _load(locality: "Locality") -> "alt.Chart":
     layers, experts = times["layer"].n_unique(), times["expert"].n_unique()
     highest = max(2.0, float(times["times"].quantile(0.995) or 0))
     return (
-        alt.Chart(_data(times), title="Load of each expert, in times the mean of its layer")
+        alt.Chart(inline(times), title="Load of each expert, in times the mean of its layer")
         .mark_rect()
         .encode(
             x=alt.X("expert:O", title="expert", axis=alt.Axis(values=_ticks(experts), labelAngle=0, ticks=False)),
@@ -133,24 +68,6 @@ def _load(locality: "Locality") -> "alt.Chart":
             tooltip=["layer:O", "expert:O", "choices:Q", alt.Tooltip("times:Q", title="× mean of layer")],
         )
         .properties(width=_WIDTH, height=layers * max(4, min(24, 400 // layers)))
-    )
-
-
-def _overlap(locality: "Locality") -> "alt.LayerChart":
-    columns = ["overlap", "overlap_shuffled_within_requests", "overlap_shuffled_globally"]
-    curves = _over_layers(locality.overlap, "lag", dict(zip(columns, _COLOURS, strict=True)))
-    return _curves(curves, "lag", "tokens later", "Experts chosen again", "log")
-
-
-def _hit_curve(locality: "Locality") -> "alt.LayerChart":
-    names = {"hit_rate": "as it is", "hit_rate_shuffled": "shuffled globally"}
-    curves = _over_layers(locality.hit_curve, "capacity", names)
-    return _curves(
-        curves,
-        "capacity",
-        "experts that each layer's LRU cache holds",
-        "Hit rate",
-        "linear",
     )
 
 
@@ -188,7 +105,7 @@ def _curves(curves: pl.DataFrame, by: str, title: str, what: str, scale: str) ->
     spread = ["least", "lower quartile", "median", "upper quartile", "greatest"]
     figures = [alt.Tooltip(f"{name}:Q", format=".1%") for name in spread]
     legend = alt.Legend(orient="top", direction="horizontal", symbolType="stroke", symbolStrokeWidth=3, offset=4)
-    base = alt.Chart(_data(curves), title=f"{what}: median and middle half of the layers")
+    base = alt.Chart(inline(curves), title=f"{what}: median and middle half of the layers")
     band = base.mark_area(opacity=0.18).encode(
         x=x,
         y=alt.Y("lower quartile:Q", title=None, axis=share),
@@ -203,13 +120,6 @@ def _curves(curves: pl.DataFrame, by: str, title: str, what: str, scale: str) ->
     )
     layered = alt.LayerChart(layer=[band, line], width=(_WIDTH - _GAP) // 2, height=250)
     return layered.resolve_scale(color="independent")
-
-
-def _data(frame: pl.DataFrame) -> Any:
-    """Return the rows inside the chart itself, however many: a page stands alone."""
-    import altair as alt
-
-    return alt.InlineData(values=frame.to_dicts())
 
 
 def _ticks(count: int) -> list[int]:
