@@ -56,7 +56,7 @@ class Case:
 
     def ours(self, policy: str, capacities: list[int]) -> list[int]:
         size = np.ones(LAYERS * self.experts, np.int64)
-        demands = Demands(LAYERS, self.experts, size, LAYERS, True, self.trace.rows * self.trace.top_k)
+        demands = Demands(LAYERS, self.experts, size, LAYERS, True, self.trace.rows * self.trace.top_k, size[:0])
         replay = make_replay(policy, [Budget(capacity, False) for capacity in capacities], demands)
         hits = [0] * len(capacities)
         for block, next_use in zip(self.blocks, self.next_uses, strict=True):

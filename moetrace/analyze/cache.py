@@ -31,7 +31,8 @@ from moetrace.analyze.cache_tally import (
     quantiles,
     requests_of,
 )
-from moetrace.analyze.caches.replays import POLICIES, Budget, Demands, make_replay
+from moetrace.analyze.caches.replays import HINDSIGHT, ONE_AT_A_TIME, POLICIES, Budget, Demands, make_replay
+from moetrace.analyze.caches.static import count_accesses
 from moetrace.analyze.next_use import NextUses
 from moetrace.analyze.regret import link_of, with_regret
 from moetrace.spec import Model, System, list_presets, load_model
@@ -139,7 +140,9 @@ def cache_hits(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> pl.DataFrame:
-    """Replay the accesses of a trace through a cache for each policy and capacity, in one pass (Belady: two).
+    """Replay the accesses of a trace through a cache for each policy and capacity, in one pass.
+
+    Belady and static-hindsight need another one before.
 
     Caches start empty. With scope "layer" each layer has a cache of its own, of an equal part of the capacity. At once
     (not `sequential`), the experts of one (step, layer) are demanded together, one time each, and none is evicted for
@@ -172,7 +175,11 @@ def _replay(
     """Return what was demanded, and what each policy hit at each capacity."""
     keys, pools = trace.layers * trace.num_experts, trace.layers if asked.scope == "layer" else 1
     size = np.zeros(keys, np.int64) if asked.sizes is None else asked.sizes.reshape(-1)
-    demands = Demands(trace.layers, trace.num_experts, size, pools, asked.sequential, trace.rows * trace.top_k)
+    count = np.zeros(0, np.int64)
+    if HINDSIGHT in asked.policies:
+        count = count_accesses(accesses(trace, sequential=asked.sequential), keys)
+    choices = trace.rows * trace.top_k
+    demands = Demands(trace.layers, trace.num_experts, size, pools, asked.sequential, choices, count)
     budgets = [Budget(capacity.amount // pools, capacity.unit == "bytes") for capacity in asked.capacities]
     replays = {policy: make_replay(policy, budgets, demands) for policy in asked.policies}
     tallies = {policy: [no_tally(requests.groups) for _ in budgets] for policy in asked.policies}
@@ -198,6 +205,11 @@ def _check(trace: Trace, asked: Asked) -> None:
     for policy in policies:
         if policy not in POLICIES:
             raise UsageError(f"there is no cache policy {policy!r}; known are {', '.join(POLICIES)}.")
+        if policy in ONE_AT_A_TIME and not (asked.sequential and all(c.unit == "experts" for c in capacities)):
+            raise UsageError(
+                f"{policy} is defined one access at a time and for equal sizes: use --sequential, and "
+                f"capacities in experts."
+            )
     if scope not in SCOPES:
         raise UsageError(f"there is no scope {scope!r}; known are {', '.join(SCOPES)}.")
     in_bytes = next((capacity for capacity in capacities if capacity.unit == "bytes"), None)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from moetrace.trace import Trace
 
 # The policies and scopes of moetrace.analyze.cache, which takes too long to import for a mere --help.
-POLICIES = ("lru", "fifo", "lfu", "lfu-in-cache", "belady")
+POLICIES = ("lru", "fifo", "sieve", "s3-fifo", "arc", "lfu", "lfu-in-cache", "ewma", "least-stale")
+POLICIES += ("static-hindsight", "static-prefill", "belady")
 
 
 @click.command("cache")

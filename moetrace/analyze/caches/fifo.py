@@ -74,7 +74,8 @@ def _replay_queues(caches, key, bounds, layers, hits):
             while missing:
                 if missing & 1:
                     at = caches.head[cache, pool]
-                    caches.held[caches.queue[cache, pool, at]] &= ~(1 << cache)
+                    victim = caches.queue[cache, pool, at]
+                    caches.held[victim] = np.int64(caches.held[victim]) & ~(1 << cache)
                     caches.queue[cache, pool, at] = key[i]
                     caches.head[cache, pool] = at + 1 if at + 1 < caches.capacity[cache] else 0
                 missing, cache = missing >> 1, cache + 1
