@@ -52,6 +52,7 @@ class Case:
         files = [cachesim.write(part, folder / f"{model}-{layer}") for layer, part in enumerate(parts)]
         self.readers = [cachesim.reader(file) for file in files]
         self.capacities = sorted({max(1, round(self.experts * part / PARTS)) for part in range(1, PARTS)})
+        self.buffer = np.empty(max(block.key.size for block in self.blocks), np.int16)
         self.look_ahead()
 
     def ours(self, policy: str, capacities: list[int]) -> list[int]:
@@ -73,7 +74,7 @@ class Case:
         stacks, part = stack.layer_stacks(LAYERS, self.experts), (0, LAYERS)
         count = np.zeros((3, LAYERS, self.experts + 1), np.int64)
         for block in self.blocks:
-            distance = np.empty(block.key.size, np.int16)
+            distance = self.buffer[: block.key.size]
             stack.layer_distances(stacks, block, self.experts, part, True, distance)
             stack.count_distances(distance, block, LAYERS, part, count)
         return np.cumsum(count.sum((0, 1))[:-1])

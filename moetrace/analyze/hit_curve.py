@@ -83,13 +83,18 @@ def _layer_walk(trace: Trace, sequential: bool, threads: int, count: np.ndarray)
 
     with ThreadPoolExecutor(threads) as pool:
         under_way: list[Future] = []
+        buffers = [np.empty(0, np.int16), np.empty(0, np.int16)]
         before = None
         for block in accesses(trace, sequential=sequential):
             for future in under_way:
                 future.result()
             if before is not None:
                 yield before
-            distance, before = np.empty(block.key.size, np.int16), block
+            # Of two buffers one is free: new memory for each block would take as long as half of the counting.
+            if buffers[0].size < block.key.size:
+                buffers[0] = np.empty(block.key.size, np.int16)
+            distance, before = buffers[0][: block.key.size], block
+            buffers.reverse()
             under_way = [pool.submit(work, block, distance, part) for part in parts]
         for future in under_way:
             future.result()

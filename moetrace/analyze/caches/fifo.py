@@ -48,9 +48,12 @@ def fifo_list(weight: np.ndarray, capacity: int, pools: int) -> FifoList:
     return FifoList(weight, capacity, np.zeros(pools, np.int64), ring, ring.copy(), np.full(weight.size, -1))
 
 
-def replay_queues(caches: FifoQueues, block: Accesses, layers: int, hits: np.ndarray) -> None:
+def replay_queues(caches: FifoQueues, block: Accesses, hits: np.ndarray) -> None:
     """Replay the accesses of a block one at a time, filling hits uint16 [n]: bit c is 1 if cache c hits."""
-    _replay_queues(caches, block.key, block.bounds, layers, hits)
+    if caches.capacity.size == 1 and caches.capacity[0]:
+        _replay_queue(caches, block.key, block.bounds, hits)
+    else:
+        _replay_queues(caches, block.key, block.bounds, hits)
 
 
 def replay_list(cache: FifoList, block: Accesses, layers: int, sequential: bool, hit: np.ndarray) -> None:
@@ -59,12 +62,13 @@ def replay_list(cache: FifoList, block: Accesses, layers: int, sequential: bool,
 
 
 @kernel(inline=False)
-def _replay_queues(caches, key, bounds, layers, hits):
+def _replay_queues(caches, key, bounds, hits):
     keeps = 0  # bits of the caches that keep anything
     for cache in range(caches.capacity.size):
         keeps |= (caches.capacity[cache] > 0) << cache
+    pool = -1
     for event in range(bounds.size - 1):
-        pool = event % layers if caches.head.shape[1] > 1 else 0
+        pool = pool + 1 if pool + 1 < caches.head.shape[1] else 0
         for i in range(bounds[event], bounds[event + 1]):
             held = np.int64(caches.held[key[i]])
             hits[i] = held
@@ -79,6 +83,24 @@ def _replay_queues(caches, key, bounds, layers, hits):
                     caches.queue[cache, pool, at] = key[i]
                     caches.head[cache, pool] = at + 1 if at + 1 < caches.capacity[cache] else 0
                 missing, cache = missing >> 1, cache + 1
+
+
+@kernel(inline=False)
+def _replay_queue(caches, key, bounds, hits):
+    """The same for one cache only."""
+    capacity, pool = caches.capacity[0], -1
+    for event in range(bounds.size - 1):
+        pool = pool + 1 if pool + 1 < caches.head.shape[1] else 0  # a division would take as long as an access
+        queue, at = caches.queue[0, pool], np.int64(caches.head[0, pool])
+        for i in range(bounds[event], bounds[event + 1]):
+            held = caches.held[key[i]]
+            hits[i] = held
+            if not held:
+                caches.held[queue[at]] = 0
+                caches.held[key[i]] = 1
+                queue[at] = key[i]
+                at = at + 1 if at + 1 < capacity else 0
+        caches.head[0, pool] = at
 
 
 @kernel(inline=False)

@@ -107,7 +107,7 @@ def _fifo_in_bits(amounts: list[int], demands: Demands) -> Replay:
         del next_use
         hits = np.empty(block.key.size, np.uint16)
         for caches in together:
-            fifo.replay_queues(caches, block, demands.layers, hits)
+            fifo.replay_queues(caches, block, hits)
             for cache in range(caches.capacity.size):
                 yield (hits >> cache & 1).astype(np.uint8)
 
