@@ -72,3 +72,10 @@ def test_cache_policies_and_columns_are_explained():
     frame = cache_hits(mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2), [24])
     explained = named_in("docs/cache.md")
     assert {*POLICIES, *frame.columns} <= explained
+
+
+def test_prefetch_predictors_and_columns_are_explained():
+    from moetrace.analyze.prefetch import PREDICTORS, prefetch_value
+
+    frame = prefetch_value(mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2), 24)
+    assert {*PREDICTORS, *frame.columns} <= named_in("docs/prefetch.md")

@@ -201,15 +201,19 @@ def _replay(
 
 
 def _check(trace: Trace, asked: Asked) -> None:
-    capacities, policies, scope, sizes = asked.capacities, asked.policies, asked.scope, asked.sizes
-    for policy in policies:
+    for policy in asked.policies:
         if policy not in POLICIES:
             raise UsageError(f"there is no cache policy {policy!r}; known are {', '.join(POLICIES)}.")
-        if policy in ONE_AT_A_TIME and not (asked.sequential and all(c.unit == "experts" for c in capacities)):
+        if policy in ONE_AT_A_TIME and not (asked.sequential and all(c.unit == "experts" for c in asked.capacities)):
             raise UsageError(
                 f"{policy} is defined one access at a time and for equal sizes: use --sequential, and "
                 f"capacities in experts."
             )
+    check_trace(trace, asked.capacities, asked.scope, asked.sizes)
+
+
+def check_trace(trace: Trace, capacities: Sequence[Capacity], scope: str, sizes: np.ndarray | None) -> None:
+    """Raise UsageError or MoetraceError if caches of these capacities cannot be replayed over a trace."""
     if scope not in SCOPES:
         raise UsageError(f"there is no scope {scope!r}; known are {', '.join(SCOPES)}.")
     in_bytes = next((capacity for capacity in capacities if capacity.unit == "bytes"), None)

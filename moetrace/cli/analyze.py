@@ -8,6 +8,7 @@ import click
 QUESTIONS = {
     "cache": "Hit rates of caches of experts.",
     "locality": "How skewed, repetitive and predictable the routing is.",
+    "prefetch": "What predictors of the next layer's experts are worth to a cache.",
 }
 
 
