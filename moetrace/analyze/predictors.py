@@ -1,9 +1,9 @@
-"""Who names the experts that a layer will demand, one layer ahead, and what that is worth to an LRU cache, in Numba.
+"""Who names the experts that a layer will demand, some layers ahead, and what that is worth to an LRU cache, in Numba.
 
-When the router of one layer has spoken, a predictor names experts of the next one (of the last layer: of the next
-step's first). What is not resident of them is fetched in the order in which it was named, while the layer computes;
-what would not arrive in time is not begun. What arrives in vain is dropped: the cache is as if nothing had been
-prefetched.
+When the router of a layer has spoken, a predictor names experts of the layer that comes `ahead` layers later (layers
+come round: the first one after the last). What will not be resident of them is fetched over a link, one after another
+in the order in which it was named, while layers compute; what would not arrive in time is not begun. What arrives in
+vain is dropped: the cache is as if nothing had been prefetched.
 """
 
 from typing import NamedTuple
@@ -28,13 +28,14 @@ class Predictor(NamedTuple):
 
     kind: int
     most: int  # experts that it names; the oracle and what was recorded name any number
+    ahead: int  # layers
     # SCORED: what an access adds to its key's score grows by `growth` each step: by 1, and it is a frequency.
     score: np.ndarray  # float64 [layers, experts]
     gain: np.ndarray  # float64 [1]
     growth: float
     last: np.ndarray  # int32 [layers, experts]: LAST_TOKEN: experts of the layer's last event, the last one first
     last_count: np.ndarray  # int64 [layers]
-    # TRANSITION: how often each expert of a layer follows each of the layer before, as a share: learnt from the
+    # TRANSITION: how often each expert of a layer follows each of the layer `ahead` before, as a share, learnt from the
     # requests of even and of odd numbers, and used for the rows of the others.
     share: np.ndarray  # float32 [2, layers, experts, experts], or [2, 0, 0, 0]
     recall: float  # ORACLE
@@ -51,25 +52,29 @@ class Costs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What is of one event only, and how long the layer before computes."""
+    """What is of one event only, and a clock, in seconds of computing."""
 
     names: np.ndarray  # int64 [experts]
     named: np.ndarray  # int64 [keys]: number of the last event for which it was named
     arrived: np.ndarray  # int64 [keys]: number of the last event for which it arrived in time
     score: np.ndarray  # float64 [experts]
-    window_s: np.ndarray  # float64 [1]
+    now_s: np.ndarray  # float64 [1]: when the router of the layer at hand speaks
+    spoke_s: np.ndarray  # float64 [ahead]: when those of the last layers did, a ring
+    free_s: np.ndarray  # float64 [1]: when the link has done what it began
 
 
-def scratch(layers: int, experts: int) -> Scratch:
+def scratch(layers: int, experts: int, ahead: int) -> Scratch:
     """Return scratch memory, as it is before the first event."""
     keys = layers * experts
     named, arrived = np.full(keys, -1), np.full(keys, -1)
-    return Scratch(np.zeros(experts, np.int64), named, arrived, np.zeros(experts), np.zeros(1))
+    return Scratch(
+        np.zeros(experts, np.int64), named, arrived, np.zeros(experts), np.zeros(1), np.zeros(ahead), np.zeros(1)
+    )
 
 
-def learn_transitions(count: np.ndarray, experts: np.ndarray, half: np.ndarray, absent: int) -> None:
+def learn_transitions(count: np.ndarray, experts: np.ndarray, half: np.ndarray, absent: int, ahead: int) -> None:
     """Count in float32 [2, layers, experts, experts] which expert follows which; half uint8 [rows] is 0 or 1."""
-    _learn(count, experts, half, absent)
+    _learn(count, experts, half, absent, ahead)
 
 
 def replay_predictor(
@@ -91,11 +96,11 @@ def replay_predictor(
 
 
 @kernel(inline=False)
-def _learn(count, experts, half, absent):
+def _learn(count, experts, half, absent, ahead):
     for row in range(experts.shape[0]):
-        for layer in range(1, experts.shape[1]):
+        for layer in range(ahead, experts.shape[1]):
             for slot in range(experts.shape[2]):
-                before = np.int64(experts[row, layer - 1, slot])
+                before = np.int64(experts[row, layer - ahead, slot])
                 if before == absent:
                     continue
                 for other in range(experts.shape[2]):
@@ -111,6 +116,7 @@ def _replay(predictor, cache, costs, scratch, block, experts, offset, half, abse
         step, layer = event // layers, event % layers
         start, stop = block.bounds[event], block.bounds[event + 1]
         number = block.first + start
+        turn = (first_step * layers + event) % scratch.spoke_s.size
         if layer == 0:
             _next_step(predictor)
         if predictor.kind == TRANSITION:
@@ -121,9 +127,10 @@ def _replay(predictor, cache, costs, scratch, block, experts, offset, half, abse
         names = _name(predictor, scratch, block, layer, start, stop, first_step + step)
         if start < stop:
             of = totals[block.phase[step]]
-            _fetch(cache, costs, scratch, layer * count, names, number, of)
+            _fetch(cache, costs, scratch, layer * count, names, number, turn, of)
             _judge(cache, costs, scratch, block.key, start, stop, number, of)
         demand_recent(cache, layer if cache.used.size > 1 else 0, block.key, start, stop, hit)
+        scratch.spoke_s[turn] = scratch.now_s[0]
         _observe(predictor, costs, scratch, block.key, layer, start, stop)
 
 
@@ -141,11 +148,11 @@ def _next_step(predictor):
 def _score_transitions(predictor, scratch, experts, offset, half, absent, step, layer):
     for expert in range(scratch.score.size):
         scratch.score[expert] = 0.0
-    if layer == 0:
+    if layer < predictor.ahead:
         return
     for row in range(offset[step], offset[step + 1]):
         for slot in range(experts.shape[2]):
-            before = np.int64(experts[row, layer - 1, slot])
+            before = np.int64(experts[row, layer - predictor.ahead, slot])
             if before != absent:
                 share = predictor.share[1 - half[row], layer, before]
                 for expert in range(scratch.score.size):
@@ -184,15 +191,15 @@ def _name(predictor, scratch, block, layer, start, stop, step):
 
 
 @kernel
-def _fetch(cache, costs, scratch, first_key, names, number, totals):
-    left_s = scratch.window_s[0]
+def _fetch(cache, costs, scratch, first_key, names, number, turn, totals):
+    begin_s = max(scratch.free_s[0], scratch.spoke_s[turn])
     for i in range(names):
         k = first_key + scratch.names[i]
         scratch.named[k] = number
-        if cache.newer[k] < 0 and left_s >= 0:
-            left_s -= costs.fetch_s[k]
-            if left_s >= 0:
-                scratch.arrived[k] = number
+        if cache.newer[k] < 0 and begin_s <= scratch.now_s[0]:
+            begin_s += costs.fetch_s[k]
+            if begin_s <= scratch.now_s[0]:
+                scratch.arrived[k], scratch.free_s[0] = number, begin_s
                 totals[FETCHED_BYTES] += costs.size[k]
                 totals[WASTED_BYTES] += costs.size[k]  # until it is demanded
     totals[NAMED] += names
@@ -222,4 +229,4 @@ def _observe(predictor, costs, scratch, key, layer, start, stop):
         predictor.last[layer, stop - 1 - i] = key[i] - layer * experts
         seconds += costs.run_s[key[i]]
     predictor.last_count[layer] = stop - start
-    scratch.window_s[0] = seconds
+    scratch.now_s[0] += seconds

@@ -58,13 +58,14 @@ def prefetch_value(
     *,
     scope: str = "global",
     most: int | None = None,
+    ahead: int = 1,
     recall: float = 0.9,
     seed: int = 0,
     model: Model | str | Path | None = None,
     system: System | str | Path | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> pl.DataFrame:
-    """Let predictors name the experts of each layer and step one layer ahead, beside an LRU cache demanded at once.
+    """Let predictors name the experts of each event, `ahead` layers before it, beside an LRU cache demanded at once.
 
     `most` is how many experts a predictor names for an event (by default the trace's top-k; the oracle and what was
     recorded name any number), `recall` the oracle's. Returns a row for each predictor and phase of steps: predictor,
@@ -79,17 +80,17 @@ def prefetch_value(
     sizes = expert_bytes(trace, model)
     limit = capacity if isinstance(capacity, Capacity) else parse_capacity(capacity)
     check_trace(trace, [limit], scope, sizes)
-    _check(trace, names, most, recall)
+    _check(trace, names, most, ahead, recall)
     costs = _costs(trace, sizes, model, system)
     pools = trace.layers if scope == "layer" else 1
     weight = costs.size if limit.unit == "bytes" else np.ones(costs.size.size, np.int64)
     most = min(trace.top_k if most is None else most, trace.num_experts)
-    share = _transitions(trace) if "transition" in names else np.zeros((2, 0, 0, 0), np.float32)
+    share = _transitions(trace, ahead) if "transition" in names else np.zeros((2, 0, 0, 0), np.float32)
     runs = {
         name: (
-            _predictor(trace, name, most, recall, seed, share),
+            _predictor(trace, name, most, ahead, recall, seed, share),
             recency_list(weight, limit.amount // pools, pools),
-            predictors.scratch(trace.layers, trace.num_experts),
+            predictors.scratch(trace.layers, trace.num_experts, ahead),
             np.zeros((len(PHASE_NAMES), predictors.COLUMNS), np.int64),
         )
         for name in dict.fromkeys(names)
@@ -111,12 +112,14 @@ def prefetch_value(
     return pl.DataFrame(rows, schema=_SCHEMA)
 
 
-def _check(trace: Trace, names: Sequence[str], most: int | None, recall: float) -> None:
+def _check(trace: Trace, names: Sequence[str], most: int | None, ahead: int, recall: float) -> None:
     for name in names:
         if name not in PREDICTORS:
             raise UsageError(f"there is no predictor {name!r}; known are {', '.join(PREDICTORS)}.")
     if most is not None and most < 1:
         raise UsageError(f"a predictor cannot name {most} experts: give 1 or more.")
+    if not 1 <= ahead <= trace.layers:
+        raise UsageError(f"experts cannot be named {ahead} layers ahead: give 1 to {trace.layers}, a step.")
     if not 0 <= recall <= 1:
         raise UsageError(f"the oracle's recall is {recall}, but must be from 0 to 1.")
     if "recorded" in names and "recorded" not in trace.has:
@@ -144,20 +147,23 @@ def _half(request: np.ndarray) -> np.ndarray:
     return (request % 2).astype(np.uint8)
 
 
-def _transitions(trace: Trace) -> np.ndarray:
-    """How often each expert follows each of the layer before, as a share; float32 [2, layers, experts, experts]."""
+def _transitions(trace: Trace, ahead: int) -> np.ndarray:
+    """Shares of what follows each expert `ahead` layers later, float32 [2, layers, experts, experts]."""
     count = np.zeros((2, trace.layers, trace.num_experts, trace.num_experts), np.float32)
     for block in _checked(trace):
-        predictors.learn_transitions(count, block.experts, _half(block.request), absent_id(trace.num_experts))
+        predictors.learn_transitions(count, block.experts, _half(block.request), absent_id(trace.num_experts), ahead)
     count /= np.maximum(count.sum(axis=3, keepdims=True), 1)
     return count
 
 
-def _predictor(trace: Trace, name: str, most: int, recall: float, seed: int, share: np.ndarray) -> Predictor:
+def _predictor(
+    trace: Trace, name: str, most: int, ahead: int, recall: float, seed: int, share: np.ndarray
+) -> Predictor:
     shape = (trace.layers, trace.num_experts)
     return Predictor(
         kind=_KINDS.get(name, predictors.SCORED),
         most=most,
+        ahead=ahead,
         score=np.zeros(shape),
         gain=np.ones(1),
         growth=_GROWTH.get(name, 1.0),

@@ -40,6 +40,7 @@ _HEADERS = {
     help="May be repeated.",
 )
 @click.option("--most", type=click.IntRange(1), metavar="M", help="Experts to name a layer; by default the top-k.")
+@click.option("--ahead", type=int, default=1, show_default=True, metavar="D", help="Layers that they are named ahead.")
 @click.option("--recall", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Of the oracle.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the oracle.")
 @click.option(
@@ -56,7 +57,7 @@ _HEADERS = {
 def command(trace: Path, capacity: str | None, phase: str | None, form: str, **asked: Any) -> None:
     """Say what predictors of the next layer's experts are worth to an LRU cache.
 
-    While a layer computes, what a predictor names of the next one, and is not resident, is fetched. Covered are misses
+    While layers compute, what a predictor names of a layer to come, and is not resident, is fetched. Covered are misses
     that were named; in time, those that had arrived on the machine of --system; wasted, what arrived in vain.
     docs/prefetch.md defines all of it.
     """
