@@ -40,7 +40,7 @@ def lru_curve(
     layers, experts = trace.layers, trace.num_experts
     most = experts if scope == "layer" else layers * experts
     pools = layers if scope == "layer" else 1
-    if len(PHASE_NAMES) * pools * (most + 1) > _MAX_COUNTS:
+    if len(PHASE_NAMES) * pools * (most + 1) > _MAX_COUNTS or experts > stack.MAX_EXPERTS:
         raise MoetraceError(
             f"{trace.path or 'the trace'} has {layers} x {experts} experts, too many for a curve of every capacity."
         )
@@ -62,7 +62,7 @@ def lru_curve(
 
 
 def _frame(count: np.ndarray, phase: str, pools: int, largest: int) -> pl.DataFrame:
-    """The curve of one phase from its distances, int64 [most + 1], the last of which no cache hits."""
+    """The curve of one phase from its distances, int64 [keys + 1], the last of which are first accesses."""
     accessed, hits = int(count.sum()), np.cumsum(count[:-1])
     frame = pl.DataFrame({"capacity_experts": np.arange(1, hits.size + 1) * pools, "hits": hits})
     rate = pl.col("hits") / accessed if accessed else pl.lit(None, pl.Float64)
@@ -74,7 +74,7 @@ def _layer_walk(trace: Trace, sequential: bool, threads: int, count: np.ndarray)
     """Yield the blocks of a trace when their distances are counted; the next is read while threads count."""
     layers, experts = trace.layers, trace.num_experts
     stacks = stack.layer_stacks(layers, experts)
-    edges = [layers * number // threads // 4 * 4 for number in range(threads)] + [layers]
+    edges = [layers * number // threads // 8 * 8 for number in range(threads)] + [layers]
     parts = [(first, stop) for first, stop in pairwise(edges) if first < stop]
 
     def work(block: Accesses, distance: np.ndarray, part: tuple[int, int]) -> None:

@@ -62,7 +62,7 @@ def make_replay(policy: str, budgets: Sequence[Budget], demands: Demands) -> Rep
     plain = demands.sequential and not any(budget.in_bytes for budget in budgets)
     per_layer = demands.pools == demands.layers
     amounts = [budget.amount for budget in budgets]
-    small = demands.experts < stack.FIRST_OF_LAYER
+    small = demands.experts <= stack.MAX_EXPERTS
     if plain and policy == "lru" and ((per_layer and small) or (not per_layer and len(budgets) >= _WORTH_A_STACK)):
         return _lru_by_distances(amounts, demands, per_layer)
     if plain and policy == "fifo":
@@ -86,10 +86,10 @@ def _lru_by_distances(amounts: list[int], demands: Demands, per_layer: bool) -> 
     def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
         del next_use
         if isinstance(stacks, stack.LayerStacks):
-            distance, most = np.empty(block.key.size, np.int16), stack.FIRST_OF_LAYER
+            distance, most = np.empty(block.key.size, np.int16), demands.experts
             stack.layer_distances(stacks, block, demands.experts, (0, demands.layers), True, distance)
         else:
-            distance, most = np.empty(block.key.size, np.int32), stack.FIRST
+            distance, most = np.empty(block.key.size, np.int32), demands.keys
             stack.global_distances(stacks, block, True, distance)
         for amount in amounts:
             yield (distance < min(amount, most)).view(np.uint8)

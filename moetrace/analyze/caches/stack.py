@@ -1,8 +1,9 @@
 """Stack distances: one pass tells what LRU caches of every capacity hit (Mattson et al. 1970), for equal sizes.
 
 The distance of an access is how many other keys were touched since its own was: an LRU cache hits if it holds more than
-that. At once, distances are those before the event. Then they tell the hits of all caches that hold the largest event
-of their pool; a smaller one keeps what of it fits first, which is no part of what a larger one keeps.
+that. A first access, which no cache hits, has the number of all keys (of its layer) for a distance. At once, distances
+are those before the event. Then they tell the hits of all caches that hold the largest event of their pool; a smaller
+one keeps what of it fits first, which is no part of what a larger one keeps.
 
 Each layer's own stack (`LayerStacks`) is the place of each expert in it, in a few vector registers; that of all layers
 (`GlobalStack`), too large for this, is a bit for each moment at which a key was touched last, and counts of bits.
@@ -15,11 +16,11 @@ import numpy as np
 from moetrace.analyze.accesses import Accesses
 from moetrace.engine.compile import kernel
 
-FIRST = 1 << 30  # the distance of a key's first access, which no cache hits; in int16, `FIRST_OF_LAYER`
-FIRST_OF_LAYER = np.iinfo(np.int16).max
+MAX_EXPERTS = np.iinfo(np.int16).max  # of a layer, whose distances are int16
 # Places are filled up to a multiple of this: two registers of AVX-512, four of AVX2. A loop of a length that is known
 # has nothing before or after it: 128 experts take 3.4 ns an access, not 4.5.
 _LANES = 128
+_TOGETHER = 8  # layers
 _WORD = 64  # bits
 
 
@@ -83,7 +84,7 @@ def global_distances(stack: GlobalStack, block: Accesses, sequential: bool, dist
 def count_distances(
     distance: np.ndarray, block: Accesses, layers: int, part: tuple[int, int], count: np.ndarray
 ) -> None:
-    """Add the distances of layers part[0] up to part[1] to count int64 [phases, layers, most + 1]; the last are larger.
+    """Add the distances of layers part[0] up to part[1] to count int64 [phases, layers, keys + 1].
 
     A pass of its own over a buffer of distances: within the walks a histogram costs twice as much.
     """
@@ -92,12 +93,11 @@ def count_distances(
 
 @kernel(inline=False)
 def _count(distance, bounds, phase, layers, part, count):
-    most = count.shape[2] - 1
     for step in range(phase.size):
         for layer in range(part[0], part[1]):
             of = count[phase[step], layer]
             for i in range(bounds[step * layers + layer], bounds[step * layers + layer + 1]):
-                of[min(np.int64(distance[i]), most)] += 1
+                of[distance[i]] += 1
 
 
 @kernel
@@ -116,36 +116,39 @@ def _touch(place, expert):
 
 
 @kernel
-def _touch_layer(stacks, layer, expert):
+def _touch_layer(stacks, layer, experts, expert):
     """Touch an expert; return its distance."""
     own = np.int64(_touch(stacks.place[layer], expert))
     new = own >= stacks.seen[layer]
     stacks.seen[layer] += new
-    return FIRST_OF_LAYER if new else own
+    return experts if new else own
 
 
 @kernel(inline=False)
 def _walk_layers(stacks, key, bounds, experts, part, distance):
-    """Four layers in turn: an access waits for the stores of the one before it to the same stack, and this hides it.
+    """Eight layers in turn: an access waits for the stores of the one before it to the same stack, and this hides it.
 
-    With 256 experts 7.4 ns an access one layer after the other, 3.9 two in turn, 2.4 four (in a loop of its own).
+    With 128 experts 5.4 ns an access one layer after the other, 3.0 four in turn, 2.4 eight. The number of layers is a
+    constant where it can be, so that LLVM writes out their accesses one after another: it is 3.1 if it cannot.
     """
     layers = stacks.seen.size
     for step in range((bounds.size - 1) // layers):
-        for layer in range(part[0], part[1], 4):
-            event, together = step * layers + layer, 0
-            a, b = bounds[event], bounds[event + 1]
-            if layer + 4 <= part[1]:
-                c, d, end = bounds[event + 2], bounds[event + 3], bounds[event + 4]
-                together = min(min(b - a, c - b), min(d - c, end - d))
-                for i in range(together):
-                    distance[a + i] = _touch_layer(stacks, layer, key[a + i] - layer * experts)
-                    distance[b + i] = _touch_layer(stacks, layer + 1, key[b + i] - (layer + 1) * experts)
-                    distance[c + i] = _touch_layer(stacks, layer + 2, key[c + i] - (layer + 2) * experts)
-                    distance[d + i] = _touch_layer(stacks, layer + 3, key[d + i] - (layer + 3) * experts)
-            for own in range(layer, min(layer + 4, part[1])):
-                for i in range(bounds[step * layers + own] + together, bounds[step * layers + own + 1]):
-                    distance[i] = _touch_layer(stacks, own, key[i] - own * experts)
+        for first in range(part[0], part[1], _TOGETHER):
+            last = min(first + _TOGETHER, part[1])
+            start, length = bounds[step * layers + first], bounds[step * layers + first + 1]
+            length -= start
+            equal = last - first == _TOGETHER
+            for layer in range(first, last):
+                equal &= bounds[step * layers + layer + 1] - bounds[step * layers + layer] == length
+            if equal:
+                for i in range(length):
+                    for turn in range(_TOGETHER):
+                        at, layer = start + turn * length + i, first + turn
+                        distance[at] = _touch_layer(stacks, layer, experts, key[at] - layer * experts)
+                continue
+            for layer in range(first, last):
+                for at in range(bounds[step * layers + layer], bounds[step * layers + layer + 1]):
+                    distance[at] = _touch_layer(stacks, layer, experts, key[at] - layer * experts)
 
 
 @kernel(inline=False)
@@ -157,9 +160,9 @@ def _walk_layers_at_once(stacks, key, bounds, experts, part, distance):
             place, seen = stacks.place[layer], stacks.seen[layer]
             for i in range(start, stop):
                 own = np.int64(place[key[i] - layer * experts])
-                distance[i] = FIRST_OF_LAYER if own >= seen else own
+                distance[i] = experts if own >= seen else own
             for i in range(start, stop):
-                _touch_layer(stacks, layer, key[i] - layer * experts)
+                _touch_layer(stacks, layer, experts, key[i] - layer * experts)
 
 
 @kernel(inline=False)
@@ -178,7 +181,7 @@ def _walk_all(stack, key, bounds, sequential, distance):
 def _newer(stack, moment):
     """Count the marks after a moment."""
     if moment < 0:
-        return FIRST
+        return stack.moment.size
     word, group = moment // _WORD, moment // _WORD**2
     # The bits above the moment's; by two shifts, as one of 64 would do nothing.
     above = stack.marks[word] >> np.uint64(moment % _WORD) >> np.uint64(1)
