@@ -68,8 +68,8 @@ def sieve(demands: list[list[Access]], budget: int, weight, check=lambda residen
     return hits
 
 
-def static(demands: list[list[Access]], policy: str, budget: int, weight) -> list[bool]:
-    """Whether each access hits if a set is kept from first accesses on."""
+def static(demands: list[list[Access]], policy: str, budget: int, weight, phases) -> list[bool]:
+    """Whether each access hits if a set is kept from first accesses on; phases are those of all steps."""
     resident: set[tuple] = set()
     count: dict[tuple, int] = {}
 
@@ -84,13 +84,14 @@ def static(demands: list[list[Access]], policy: str, budget: int, weight) -> lis
         for access in (access for event in demands for access in event):
             count[access.key] = count.get(access.key, 0) + 1
     wanted = most_frequent()
-    before, hits = 1, []
+    before, hits = 0, []
     for event in demands:
         for access in event:
-            if policy == "static-prefill" and before == 0 and access.phase != 0:
+            ends = [step for step in range(before + 1, access.step + 1) if phases[step - 1] == 0 != phases[step]]
+            if policy == "static-prefill" and ends:
                 wanted = most_frequent()
                 resident &= wanted
-            before = access.phase
+            before = access.step
             hits.append(access.key in resident)
             if access.key in wanted:
                 resident.add(access.key)
@@ -99,12 +100,14 @@ def static(demands: list[list[Access]], policy: str, budget: int, weight) -> lis
     return hits
 
 
-def replay(demands: list[list[Access]], policy: str, budget: int, weight, check=lambda resident: None) -> list[bool]:
+def replay(
+    demands: list[list[Access]], policy: str, budget: int, weight, check=lambda resident: None, phases=()
+) -> list[bool]:
     """Whether each access hits, in a cache of `budget`; weight[layer, expert]. `check` sees the residents each time."""
     if policy == "sieve":
         return sieve(demands, budget, weight, check)
     if policy.startswith("static"):
-        return static(demands, policy, budget, weight)
+        return static(demands, policy, budget, weight, phases)
     order = [access.key for event in demands for access in event]
     uses: dict[tuple, list[int]] = {}
     for number, key in enumerate(order):

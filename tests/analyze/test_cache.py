@@ -13,6 +13,7 @@ from moetrace.analyze import next_use as look_ahead
 from moetrace.analyze.accesses import accesses
 from moetrace.analyze.cache import ONE_AT_A_TIME, POLICIES, cache_hits, expert_bytes, parse_capacity
 from moetrace.analyze.caches.replays import STATIC
+from moetrace.analyze.hit_curve import lru_curve
 from moetrace.analyze.next_use import NEVER, NextUses
 from moetrace.analyze.reuse import add, no_reuse
 from moetrace.analyze.rows import ABSENT
@@ -68,7 +69,7 @@ def oracle_frame(given: dict, policy: str, budget: int, scope: str, sequential: 
         def check(resident, share=share):
             assert sum(int(weight[key]) for key in resident) <= share
 
-        hits = oracle_cache.replay(own, policy, share, weight, check)
+        hits = oracle_cache.replay(own, policy, share, weight, check, given["phase"])
         for access, hit in zip((access for event in own for access in event), hits, strict=True):
             for phase in ("all", PHASES[access.phase]):
                 t = totals.setdefault(phase, [0, 0, 0, 0, 0])
@@ -102,6 +103,20 @@ def test_kernels_agree_with_the_oracle(seed, policy, scope, sequential, in_exper
     capacity = budget if in_experts else f"{budget}B"
     frame = cache_hits(trace, [capacity], [policy], scope=scope, sequential=sequential)
     assert frame_of(frame) == oracle_frame(given, policy, budget, scope, sequential, in_experts)
+
+
+@pytest.mark.parametrize("capacity", [2, 5])
+def test_layers_in_turn_agree_with_the_oracle(capacity):
+    """Where every layer has as many accesses, kernels take eight layers at a time; ten layers leave two."""
+    given = small_trace(4, steps=25, layers=10)
+    ids = oracle_cache.random_routing(np.random.default_rng(4), len(given["experts"]), 10, EXPERTS, 3)
+    whole = np.where((ids == 255).any(2, keepdims=True), [0, 3, 5], ids).astype(np.uint8)
+    given |= {"experts": whole, "recorded": np.ones(whole.shape, int)}
+    for policy in GENERAL:
+        frame = cache_hits(Trace.from_arrays(**given), [10 * capacity], [policy], scope="layer", sequential=True)
+        assert frame_of(frame) == oracle_frame(given, policy, 10 * capacity, "layer", True, True)
+    curve = lru_curve(Trace.from_arrays(**given), scope="layer", sequential=True).filter(phase="all")
+    assert curve["hits"][capacity - 1] == oracle_frame(given, "lru", 10 * capacity, "layer", True, True)["all"][1]
 
 
 @pytest.mark.pure
