@@ -4,6 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetrace.analyze.balance import Balance, balance
+    from moetrace.analyze.fit import fit_profile
+    from moetrace.analyze.locality import Locality, locality
+    from moetrace.analyze.plans import Tier
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
     from moetrace.spec import (
@@ -18,34 +22,50 @@ if TYPE_CHECKING:
     )
     from moetrace.trace import Trace, Writer
     from moetrace.trace.exports import export
-    from moetrace.trace.generate import generate, generate_trace
+    from moetrace.trace.generate import Profile, generate, generate_trace, load_profile, save_profile
+    from moetrace.trace.lint import Finding, lint
     from moetrace.trace.rebatch import rebatch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Balance",
+    "Finding",
+    "Locality",
     "Model",
     "MoetraceError",
     "PolicySpec",
+    "Profile",
     "Result",
     "System",
+    "Tier",
     "Trace",
     "UsageError",
     "Writer",
     "__version__",
+    "balance",
     "export",
+    "fit_profile",
     "generate",
     "generate_trace",
+    "lint",
     "load_model",
     "load_policy",
+    "load_profile",
     "load_system",
+    "locality",
     "policy",
     "rebatch",
     "replay",
+    "save_profile",
 ]
 
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
 _HOMES = {
+    "moetrace.analyze.balance": ("Balance", "balance"),
+    "moetrace.analyze.fit": ("fit_profile",),
+    "moetrace.analyze.locality": ("Locality", "locality"),
+    "moetrace.analyze.plans": ("Tier",),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
     "moetrace.spec": (
@@ -60,7 +80,8 @@ _HOMES = {
     ),
     "moetrace.trace": ("Trace", "Writer"),
     "moetrace.trace.exports": ("export",),
-    "moetrace.trace.generate": ("generate", "generate_trace"),
+    "moetrace.trace.generate": ("Profile", "generate", "generate_trace", "load_profile", "save_profile"),
+    "moetrace.trace.lint": ("Finding", "lint"),
     "moetrace.trace.rebatch": ("rebatch",),
 }
 

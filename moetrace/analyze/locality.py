@@ -10,7 +10,7 @@ import polars as pl
 from moetrace.analyze import null, predict, requests, reuse, rows, skew
 from moetrace.analyze.coactivation import coactivation
 from moetrace.analyze.counts import count
-from moetrace.analyze.overlap import LAGS, overlap
+from moetrace.analyze.overlap import LAGS, mark, marked_overlap
 from moetrace.analyze.reuse import Reuse
 from moetrace.analyze.rows import Chosen, Sample, Sampler
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -19,6 +19,10 @@ from moetrace.trace.schema import PHASE_NAMES
 
 SCHEMA = "moetrace.locality/1"
 MOST_LAGS = 4096
+MOST_LAYERS, MOST_EXPERTS, MOST_CHOICES = 512, 4096, 128  # several times those of any model
+# So many random rows are enough of a cache without memory: its hit rates stand within 0.2 points. Fewer rows than that
+# are shuffled several times, and the figures are means: one shuffle of 150 rows moves an overlap by two points.
+SHUFFLED_ROWS, MOST_SHUFFLES = 1 << 14, 16
 FRAMES = ("summary", "layers", "overlap", "hit_curve", "load")
 
 
@@ -44,10 +48,7 @@ class Locality:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, in which None stands for what there is not; JSON takes it."""
-        frames = {
-            name: getattr(self, name).to_dicts() for name in ("summary", "layers", "overlap", "hit_curve", "load")
-        }
-        return {"schema": SCHEMA, "trace": self.trace} | frames
+        return {"schema": SCHEMA, "trace": self.trace} | {name: getattr(self, name).to_dicts() for name in FRAMES}
 
 
 def locality(
@@ -75,12 +76,12 @@ def locality(
     look at, or an id is impossible.
     """
     lags = _checked(phase, lags, seed, sample_rows)
+    _check_sizes(trace)
     chosen = Chosen(phase, skip_position_0)
     seen = rows.count_requests(trace, chosen)
     if seen.rows.sum() == 0:
-        raise MoetraceError(
-            f"{trace.path or 'trace in memory'} has no {'' if phase == 'all' else phase + ' '}rows left."
-        )
+        left = "rows" if phase == "all" else f"{phase} rows"
+        raise MoetraceError(f"{trace.path or 'trace in memory'} has no {left} to look at.")
     sampler = Sampler(trace, seen, sample_rows, seed)
     counts = np.zeros((trace.layers, 2, trace.num_experts), np.int64)
     real = reuse.no_reuse(trace.layers, trace.num_experts)
@@ -89,7 +90,7 @@ def locality(
         order, label = np.arange(row.size, dtype=np.int32), block.phase[row]
         for layer in range(trace.layers):
             count(ids[layer], label, counts[layer])
-        reuse.add(real, ids, order)
+        reuse.add_all(real, ids, order)
         if real.distance[:, 0].any():
             rows.check(trace, block)
         if progress:
@@ -108,19 +109,22 @@ class _Measure:
         self.trace, self.sample, self.counts, self.real, self.lags, self.seed = trace, sample, counts, real, lags, seed
         self.experts = trace.num_experts
         first = sample.first
-        self.orders = [null.as_it_is(first), null.within_requests(first, seed), null.globally(first, seed)]
+        self.starts = sample.starts
+        turns = range(min(MOST_SHUFFLES, max(1, SHUFFLED_ROWS // first.size)))
+        self.within = [null.within_requests(first, seed, turn) for turn in turns]
+        self.globally = [null.globally(first, seed, turn) for turn in turns]
         self.shuffled = reuse.no_reuse(trace.layers, self.experts)
         self.train, self.test = predict.halves(sample.request)
         # Rows with a row of their request before them.
         self.later = [part[first[part] < part] for part in (self.train, self.test)]
-        self.any_label = sample.phase[self.orders[2]]
 
     def result(self, facts: dict[str, Any], pairs: bool) -> Locality:
-        reuse.add(self.shuffled, self.sample.ids, self.orders[2])
+        for order in self.globally:
+            reuse.forget(self.shuffled)
+            reuse.add_all(self.shuffled, self.sample.ids, order[:SHUFFLED_ROWS])
         layers, overlaps = [], []
         for layer in range(self.trace.layers):
-            ids = self.sample.ids[layer]
-            overlaps.append([overlap(ids, order, self.sample.starts, self.lags, self.experts) for order in self.orders])
+            overlaps.append(self._overlaps(layer))
             layers.append(
                 {"layer": int(self.trace.layer_index[layer]), "rows": int(self.real.rows[layer])}
                 | self._skew(layer)
@@ -136,6 +140,15 @@ class _Measure:
         return Locality(
             facts, _summary(frame), frame, self._overlap_frame(np.array(overlaps)), self._hit_curve(), self._load()
         )
+
+    def _overlaps(self, layer: int) -> list[np.ndarray]:
+        """Return the overlaps at every lag, float64 [lags]: as it is, shuffled within requests, shuffled globally."""
+        marks = mark(self.sample.ids[layer], self.experts)
+        shuffled = [
+            np.mean([marked_overlap(marks.ordered(order), self.starts, self.lags) for order in orders], axis=0)
+            for orders in (self.within, self.globally)
+        ]
+        return [marked_overlap(marks, self.starts, self.lags), *shuffled]
 
     def _skew(self, layer: int) -> dict[str, Any]:
         choices = self.counts[layer].sum(axis=0)
@@ -153,11 +166,12 @@ class _Measure:
 
     def _static(self, layer: int) -> dict[str, Any]:
         """The k hottest experts as a static list, tried on the rows that the overlap at lag 1 is about."""
-        ids, hottest = self.sample.ids[layer], np.argsort(-self.counts[layer].sum(axis=0), kind="stable")
-        later = np.zeros((2, self.experts), np.int64)
+        ids, later = self.sample.ids[layer], np.zeros((2, self.experts), np.int64)
         count(ids, (self.sample.first < np.arange(len(ids))).astype(np.uint8), later)
+        # Of the equally hot the better one, so that it does not depend on the experts' numbers.
+        hottest = np.lexsort((-later[1], -self.counts[layer].sum(axis=0)))[: self.trace.top_k]
         total = later[1].sum()
-        return {"static_share": later[1][hottest[: self.trace.top_k]].sum() / total if total else np.nan}
+        return {"static_share": later[1][hottest].sum() / total if total else np.nan}
 
     def _reuse(self, layer: int) -> dict[str, Any]:
         figures: dict[str, Any] = {}
@@ -183,17 +197,17 @@ class _Measure:
     def _requests(self, layer: int) -> dict[str, Any]:
         ids = self.sample.ids[layer]
         return {
-            "icc": requests.between_requests(ids, self.sample.starts, self.experts),
+            "icc": requests.between_requests(ids, self.starts, self.experts),
             "sink": requests.sink(ids[self.sample.position_0], self.experts),
         }
 
     def _phases(self, layer: int) -> dict[str, Any]:
-        figures = {}
-        for name, label in (("phase_jsd", self.sample.phase), ("phase_jsd_null", self.any_label)):
-            counts = np.zeros((2, self.experts), np.int64)
-            count(self.sample.ids[layer], label, counts)
-            figures[name] = skew.jsd_bits(*counts)
-        return figures
+        labels = [self.sample.phase, *(self.sample.phase[order] for order in self.globally)]
+        counts = np.zeros((len(labels), 2, self.experts), np.int64)
+        for label, of_label in zip(labels, counts, strict=True):
+            count(self.sample.ids[layer], label, of_label)
+        real, *null_bits = (skew.jsd_bits(*of_label) for of_label in counts)
+        return {"phase_jsd": real, "phase_jsd_null": float(np.mean(null_bits))}
 
     def _pairs(self, layer: int) -> dict[str, Any]:
         real, chance = coactivation(self.sample.ids[layer], self.experts, (self.seed, 3, layer))
@@ -240,13 +254,26 @@ def _checked(phase: str, lags: Sequence[int], seed: int, sample_rows: int) -> li
     if phase not in ("all", *PHASE_NAMES[:2]):
         raise UsageError(f"phase is {phase!r}: give all, prefill or decode.")
     whole = [int(lag) for lag in lags]
-    if not whole or whole != sorted({*whole, 1}) or whole[-1] > MOST_LAGS:
+    if not whole or whole[0] != 1 or whole != sorted(set(whole)) or whole[-1] > MOST_LAGS:
         raise UsageError(f"lags are {whole}: give increasing whole numbers, 1 first, up to {MOST_LAGS}.")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed is {seed}: give a whole number from 0 to {2**63 - 1}.")
     if not 1 <= sample_rows < 2**31:
         raise UsageError(f"sample_rows is {sample_rows}: give a whole number from 1 to {2**31 - 1}.")
     return whole
+
+
+def _check_sizes(trace: Trace) -> None:
+    """Refuse a trace whose tables no memory justifies: every layer has some of E and one of E * E numbers."""
+    for name, size, most in (
+        ("layers", trace.layers, MOST_LAYERS),
+        ("experts", trace.num_experts, MOST_EXPERTS),
+        ("choices a row", trace.top_k, MOST_CHOICES),
+    ):
+        if size > most:
+            raise MoetraceError(
+                f"{trace.path or 'trace in memory'} has {size} {name}, but locality takes up to {most}."
+            )
 
 
 def _facts(trace: Trace, chosen: Chosen, seen: rows.Requests, sample: Sample, seed: int) -> dict[str, Any]:

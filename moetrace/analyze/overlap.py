@@ -1,5 +1,7 @@
 """Overlap: the chance that an expert chosen at one token of a request is chosen again so many tokens later."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from moetrace.engine.compile import kernel
@@ -7,30 +9,47 @@ from moetrace.engine.compile import kernel
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 
 
+class Marks(NamedTuple):
+    """The choices of one layer's rows as bits: masks uint64 [E / 64, n], and how many they are, size int32 [n]."""
+
+    masks: np.ndarray
+    size: np.ndarray
+
+    def ordered(self, order: np.ndarray) -> "Marks":
+        """Return the rows in another order, int [n]."""
+        return Marks(np.take(self.masks, order, axis=1), np.take(self.size, order))
+
+
+def mark(ids: np.ndarray, experts: int) -> Marks:
+    """Return the choices of one layer, ids uint16 [n, k], as bits."""
+    marks = Marks(np.zeros((-(-experts // 64), len(ids)), np.uint64), np.zeros(len(ids), np.int32))
+    _mark(ids, *marks)
+    return marks
+
+
 def overlap(ids: np.ndarray, order: np.ndarray, starts: np.ndarray, lags: np.ndarray, experts: int) -> np.ndarray:
+    """Return `marked_overlap` of one layer's choices, ids uint16 [n, k], put into an order, int [n]."""
+    return marked_overlap(mark(ids, experts).ordered(order), starts, lags)
+
+
+def marked_overlap(marks: Marks, starts: np.ndarray, lags: np.ndarray) -> np.ndarray:
     """Return the overlap of one layer at each lag, float64 [lags]; NaN where no request is that long.
 
-    ids uint16 [n, k] are the layer's choices, which `order` int32 [n] puts into the order to look at; requests
-    begin at `starts` int64 [R] of that order; lags are int64, increasing.
-
-    The overlap is `sum |S_t & S_t+lag| / sum |S_t|` over all pairs of rows of one request, `lag` rows apart, that both
-    made choices in this layer. Where all rows choose k, that is the mean of `|S_t & S_t+lag| / k`.
+    Requests begin at `starts` int64 [R] of the rows; lags are int64, increasing. The overlap is
+    `sum |S_t & S_t+lag| / sum |S_t|` over all pairs of rows of one request, `lag` rows apart, that both made choices in
+    this layer. Where all rows choose k, that is the mean of `|S_t & S_t+lag| / k`.
     """
-    masks, size = np.zeros((-(-experts // 64), order.size), np.uint64), np.zeros(order.size, np.int64)
-    _mark(ids, order, masks, size)
-    shared, chosen = _shared(masks, size, starts, lags)
+    shared, chosen = _shared(marks.masks, marks.size, starts, lags)
     return np.divide(shared, chosen, out=np.full(lags.size, np.nan), where=chosen > 0)
 
 
 @kernel(inline=False)
-def _mark(ids, order, masks, size):
-    """Set the bit of every expert that row order[t] chose, in masks uint64 [words, n], and count them in size [n]."""
-    for t in range(order.size):
-        row = ids[order[t]]
-        for slot in range(row.size):
-            expert = np.uint64(row[slot])
-            if expert != np.uint64(65535):
-                masks[expert >> np.uint64(6), t] |= np.uint64(1) << (expert & np.uint64(63))
+def _mark(ids, masks, size):
+    """Set the bit of every expert that a row chose, in masks uint64 [words, n], and count them in size [n]."""
+    for t in range(len(ids)):
+        for expert in ids[t]:
+            if expert != 65535:
+                masks[expert >> 6, t] |= np.uint64(1) << np.uint64(expert & 63)
                 size[t] += 1
 
 

@@ -40,7 +40,8 @@ def recall(
     if not chosen.any():
         return np.nan, np.nan
     prior = np.log(chosen + 1.0).astype(np.float32)
-    weight = np.log((pairs + 1.0) / (pairs.sum(axis=0) + experts)).astype(np.float32)
+    # Logarithms of 32 bits: in 64 they take longer than a layer's whole test.
+    weight = np.log(pairs.astype(np.float32) + 1) - np.log(pairs.sum(axis=0) + experts).astype(np.float32)
     k = target.shape[1]
     named, popular, total = _count_named(source, target, test, gap, prior, weight, k)
     return (named / total, popular / total) if total else (np.nan, np.nan)

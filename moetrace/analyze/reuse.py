@@ -10,7 +10,7 @@ DISTANCES = 1 << 14  # reuse distances are told apart up to here; the last entry
 
 
 class Reuse(NamedTuple):
-    """What is known of each layer so far; feed it rows with `add`.
+    """What is known of each layer so far; feed it rows with `add` or `add_all`.
 
     Stack distances are Mattson's (Mattson et al. 1970): how many other experts of the layer were accessed since the
     last access of this one. An LRU cache of C experts hits exactly the accesses of a stack distance below C, so one
@@ -41,17 +41,33 @@ def no_reuse(layers: int, experts: int) -> Reuse:
     )
 
 
-def add(reuse: Reuse, ids: np.ndarray, order: np.ndarray) -> None:
-    """Feed the next rows: ids uint16 [L, n, k], of which `order` int32 [m] says which to look at when."""
+def forget(reuse: Reuse) -> None:
+    """Begin with empty caches again, as if no expert had been chosen; what was counted stays."""
+    reuse.rank[:] = np.arange(reuse.rank.shape[1])
+    reuse.last[:] = -1
+
+
+def add(reuse: Reuse, layer: int, ids: np.ndarray, order: np.ndarray) -> None:
+    """Feed the next rows of one layer: ids uint16 [n, k], of which `order` int32 [m] says which to look at when.
+
+    `add_all` is faster where all layers are at hand.
+    """
+    place, unused = np.empty((2, order.size, ids.shape[1]), reuse.rank.dtype)
+    _move(ids, ids, order, reuse.rank[layer], reuse.rank[layer].copy(), place, unused)
+    _record(reuse, layer, ids, order, place)
+
+
+def add_all(reuse: Reuse, ids: np.ndarray, order: np.ndarray) -> None:
+    """Feed the next rows of all layers: ids uint16 [L, n, k], in an `order` as `add` takes it."""
     layers, _, k = ids.shape
-    place = np.empty((2, order.size, k), reuse.rank.dtype)
-    for layer in range(0, layers, 2):
-        # The last of an odd number goes together with itself, whose stack is not needed any more.
-        pair = (layer, layer + 1) if layer + 1 < layers else (layer, layer)
-        ranks = [reuse.rank[pair[0]], reuse.rank[pair[1]] if pair[0] != pair[1] else reuse.rank[pair[0]].copy()]
-        _move(ids[pair[0]], ids[pair[1]], order, *ranks, *place)
-        for own, of in zip(place, pair[: layers - layer], strict=False):
-            _record(reuse, of, ids[of], order, own)
+    one_place, other_place = np.empty((2, order.size, k), reuse.rank.dtype)
+    for layer in range(0, layers - 1, 2):
+        other = layer + 1
+        _move(ids[layer], ids[other], order, reuse.rank[layer], reuse.rank[other], one_place, other_place)
+        _record(reuse, layer, ids[layer], order, one_place)
+        _record(reuse, other, ids[other], order, other_place)
+    if layers % 2:
+        add(reuse, layers - 1, ids[layers - 1], order)
 
 
 def _record(reuse: Reuse, layer: int, ids: np.ndarray, order: np.ndarray, place: np.ndarray) -> None:
@@ -70,7 +86,8 @@ def hit_curve(reuse: Reuse, layer: int) -> np.ndarray:
 def quantile(reuse: Reuse, layer: int, share: float) -> float:
     """Return the least distance that `share` of the layer's reuses do not exceed, at most DISTANCES; NaN for none."""
     below = np.cumsum(reuse.distance[layer])
-    return float(np.searchsorted(below, share * below[-1])) if below[-1] else np.nan
+    enough = np.ceil(share * below[-1] - 1e-9)  # 0.1 * 30 is above 3
+    return float(np.searchsorted(below, enough)) if below[-1] else np.nan
 
 
 def share_within(reuse: Reuse, layer: int, distance: int) -> float:

@@ -16,10 +16,12 @@ from moetrace.spec.errors import MoetraceError
 # Command -> its one-line help; the module is moetrace.cli.<command> (with "_" where the name is a Python keyword).
 COMMANDS = {
     "analyze": "Answer questions about a trace that need no hardware.",
+    "capture": "Run a local Hugging Face MoE model, and trace its routing.",
     "export": "Write a trace in a format of other tools.",
     "generate": "Write a synthetic routing trace.",
     "import": "Turn what an engine recorded into a trace file.",
     "info": "Say what a trace file holds.",
+    "lint": "Say what is wrong or suspicious in a trace file.",
     "list": "List the preset models, systems or policies.",
     "rebatch": "Recombine the requests of traces into larger batches.",
     "replay": "Replay a trace through policies on a described machine.",

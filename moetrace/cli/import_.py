@@ -4,10 +4,25 @@ from pathlib import Path
 
 import click
 
+from moetrace.cli.lint import drop_options, say_left_out, short_lines
 from moetrace.spec.errors import UsageError, printable
 
 # The keys of moetrace.trace.engines.FORMATS, which is not imported here so that `--help` stays instant.
-FORMATS = ("npz", "bigmoeonedge")
+FORMATS = (
+    "sglang",
+    "npz",
+    "bigmoeonedge",
+    "colibri",
+    "fiddler",
+    "jsonl",
+    "lattice",
+    "llamacpp",
+    "megatron",
+    "moe-cache-eval",
+    "trtllm",
+    "vllm",
+    "sglang-request",
+)
 
 
 @click.command("import")
@@ -27,6 +42,7 @@ FORMATS = ("npz", "bigmoeonedge")
 )
 @click.option("--experts", type=click.IntRange(min=1), metavar="E", help="Experts a layer, if the source can't tell.")
 @click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Experts a token, if the source can't tell.")
+@drop_options
 @click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
 def command(
     sources: tuple[Path, ...],
@@ -38,6 +54,7 @@ def command(
     experts: int | None,
     top_k: int | None,
     compress: str | None,
+    **drop: bool,
 ) -> None:
     """Turn what an engine recorded into the trace file OUT.h5.
 
@@ -48,6 +65,8 @@ def command(
     Where a source does not say its steps, consecutive prefill rows of a request become one step, each decode row a
     step of its own. `--as decode --prompt P` makes decode steps of all rows of a request after the first P, for
     captures whose text was fed in at once.
+
+    What `moetrace lint` finds in the new trace is said on stderr, and does not change the exit code.
     """
     if (as_phase is None) != (prompt is None):
         raise UsageError("--as decode and --prompt P need each other.")
@@ -57,13 +76,27 @@ def command(
     from moetrace.trace.engines.capture import Hints
     from moetrace.trace.format import Trace
     from moetrace.trace.importing import import_traces
+    from moetrace.trace.lint import lint
+    from moetrace.trace.select import import_and_leave_out
 
+    left_out = None
     with LateBar("bytes read", sum(path.stat().st_size for path in sources if path.is_file())) as bar:
         hints = Hints(num_experts=experts, top_k=top_k, reading=bar.advance)
-        import_traces(list(sources), out, format=form, model=model, hints=hints, decode_after=prompt, compress=compress)
+        options = {"format": form, "model": model, "hints": hints, "decode_after": prompt, "compress": compress}
+        if drop["drop_warmup"] or drop["drop_dense"]:
+            options |= {"warmup": drop["drop_warmup"], "dense": drop["drop_dense"]}
+            left_out = import_and_leave_out(list(sources), out, **options)
+        else:
+            import_traces(list(sources), out, **options)
     with Trace.open(out) as trace:
         size_mb = out.stat().st_size / 1e6
         click.echo(
             f"{out}: {printable(trace.model)}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.",
             err=True,
         )
+        if left_out:
+            click.echo(f"{out}: {say_left_out(left_out)}.", err=True)
+        with LateBar("rows judged", trace.rows) as bar:
+            found = lint(trace, bar.advance)
+        for line in short_lines(found):
+            click.echo(line, err=True)

@@ -92,6 +92,12 @@ def head_s(machine):
 
 
 @kernel
+def ndp_s(rows, weight_bytes, s_per_row, s_per_byte, command_s):
+    """Return the seconds that ``rows`` rows of an expert keep busy each of the units that share it."""
+    return max(rows * s_per_row, weight_bytes * s_per_byte) + command_s
+
+
+@kernel
 def price(machine, layer, expert, rows, resident, active):
     """Fill the record (``ACTIVE``) of an expert that ``rows`` rows chose in ``layer``."""
     weight_bytes = machine.weight_bytes[layer, expert]
@@ -101,7 +107,7 @@ def price(machine, layer, expert, rows, resident, active):
     active.weight_bytes = weight_bytes
     active.resident = resident
     active.gpu_s = max(rows * machine.gpu_s_per_row, weight_bytes * machine.gpu_s_per_byte) + machine.gpu_launch_s
-    active.ndp_s = max(rows * machine.ndp_s_per_row, weight_bytes * machine.ndp_s_per_byte) + machine.ndp_command_s
+    active.ndp_s = ndp_s(rows, weight_bytes, machine.ndp_s_per_row, machine.ndp_s_per_byte, machine.ndp_command_s)
     active.fetch_s = 0.0 if resident else weight_bytes * machine.link_s_per_byte + machine.link_latency_s
 
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from moetrace.engine.compile import kernel
+
 
 def group_of_expert(
     placement: str, layers: int, experts: int, units: int, share: int, loads: np.ndarray | None = None
@@ -22,10 +24,18 @@ def group_of_expert(
 
 def _longest_first(load: np.ndarray, units: int) -> np.ndarray:
     unit_of_expert = np.empty(len(load), np.int64)
-    total = np.zeros(units)
-    for expert in np.argsort(-load, kind="stable"):
-        unit = int(np.argmin(total))
-        unit_of_expert[expert] = unit
-        with np.errstate(over="ignore"):  # absurd loads: infinity is the most loaded
-            total[unit] += load[expert]
+    order = np.argsort(-load, kind="stable")
+    _onto_least_loaded(np.ascontiguousarray(load, np.float64), order, np.zeros(units), unit_of_expert)
     return unit_of_expert
+
+
+@kernel(inline=False)
+def _onto_least_loaded(load, order, total, unit_of_expert):
+    """Give experts in ``order`` to the unit of least ``total`` (zeros at first), the lower one on a tie."""
+    for expert in order:
+        unit = 0
+        for other in range(1, total.size):
+            if total[other] < total[unit]:
+                unit = other
+        unit_of_expert[expert] = unit
+        total[unit] += load[expert]  # absurd loads: infinity is the most loaded

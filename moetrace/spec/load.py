@@ -87,10 +87,10 @@ def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str,
             f"got {type(source).__name__}."
         )
     elif isinstance(source, Path) or source.endswith(".toml") or "/" in source or "\\" in source:
-        raw, where = _parse(read_text(source), str(source)), str(source)
+        raw, where = parse(read_text(source), str(source)), str(source)
         _find_files(raw, raw, Path(source).absolute().parent)
     else:
-        raw, where = _parse(_preset_text(kind, source), f"{noun} {source}"), f"{noun} {source}"
+        raw, where = parse(_preset_text(kind, source), f"{noun} {source}"), f"{noun} {source}"
     for path, value in overrides.items():
         _override(raw, path, _typed(value), where)
     _find_files(raw, overrides, Path.cwd())
@@ -157,6 +157,18 @@ def data_lines(path: str | Path) -> Iterator[tuple[int, list[str]]]:
             yield number, line.split(",")
 
 
+def parse(text: str, where: str) -> dict[str, Any]:
+    """Read TOML, or raise the MoetraceError that begins with `where` and names the line."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"^(.*) \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
+        what, line = (place[1], place[2] or len(text.splitlines())) if place else (str(error), "?")
+        raise MoetraceError(f"{where}, line {line}: not TOML: {what}.") from None
+    except (ValueError, RecursionError):  # more digits or brackets than Python reads
+        raise MoetraceError(f"{where}: not TOML: a number is too long, or tables lie too deep.") from None
+
+
 def nearest(name: str, names: list[str]) -> str:
     """` (the nearest is 'x')`, or nothing when no name is near."""
     found = difflib.get_close_matches(name, names, 1, 0.5)
@@ -188,17 +200,6 @@ def _preset_text(kind: str, name: str) -> str:
             "and a path that ends in .toml is read as a file."
         )
     return _folder(kind).joinpath(f"{name}.toml").read_text(encoding="utf-8")
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        place = re.search(r"^(.*) \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
-        what, line = (place[1], place[2] or len(text.splitlines())) if place else (str(error), "?")
-        raise MoetraceError(f"{where}, line {line}: not TOML: {what}.") from None
-    except (ValueError, RecursionError):  # more digits or brackets than Python reads
-        raise MoetraceError(f"{where}: not TOML: a number is too long, or tables lie too deep.") from None
 
 
 def _typed(value: object) -> object:

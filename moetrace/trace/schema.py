@@ -39,6 +39,7 @@ BLOCK_BYTES = 4 << 20
 # attributes up to 64 KiB in the object header, which is what makes the bytes of a file reproducible.
 ATTRIBUTE_BYTES = 32 << 10
 MAX_EXPERTS = MAX_LAYERS = 65535
+_PAIRS_UP_TO = 32  # slots, beyond which sorting a cell is faster than comparing all pairs
 MAX_NESTING = 64  # of `source`: deep enough for any, and far from where Python gives up
 
 
@@ -220,14 +221,30 @@ def check_ids(where: str, first_row: int, experts: np.ndarray, num_experts: int)
             f"{where}: /experts row {first_row + row}, layer entry {layer} holds the id {experts[row, layer, slot]}, "
             f"but the model has {num_experts} experts."
         )
-    ordered = np.sort(experts, axis=-1)
-    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != absent)
-    if twice.any():
-        row, layer, slot = (int(i) for i in np.argwhere(twice)[0])
+    if (twice := _twice(experts, absent)).any():
+        row, layer = (int(i) for i in np.argwhere(twice)[0])
+        found, times = np.unique(experts[row, layer], return_counts=True)
         raise MoetraceError(
-            f"{where}: /experts row {first_row + row}, layer entry {layer} chooses expert {ordered[row, layer, slot]} "
-            f"more than once."
+            f"{where}: /experts row {first_row + row}, layer entry {layer} chooses expert "
+            f"{found[(times > 1) & (found != absent)][0]} more than once."
         )
+
+
+def _twice(experts: np.ndarray, absent: int) -> np.ndarray:
+    """Bool [rows, layers]: some id other than `absent` is there more than once."""
+    top_k = experts.shape[-1]
+    if top_k > _PAIRS_UP_TO:
+        ordered = np.sort(experts, axis=-1)
+        return ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != absent)).any(axis=-1)
+    # Each pair of slots over all cells at once: 1 ns an id at top_k 8, 7 ns at 22, where sorting takes 55.
+    slots = np.ascontiguousarray(np.moveaxis(experts, -1, 0))
+    twice = np.zeros(experts.shape[:-1], bool)
+    for slot in range(1, top_k):
+        same = np.zeros_like(twice)
+        for other in range(slot):
+            same |= slots[slot] == slots[other]
+        twice |= same & (slots[slot] != absent)
+    return twice
 
 
 def check_alike(where: str, first: Any, other_where: str, other: Any, names: Sequence[str]) -> None:

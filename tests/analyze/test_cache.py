@@ -15,7 +15,7 @@ from moetrace.analyze.cache import ONE_AT_A_TIME, POLICIES, cache_hits, expert_b
 from moetrace.analyze.caches.replays import STATIC
 from moetrace.analyze.hit_curve import lru_curve
 from moetrace.analyze.next_use import NEVER, NextUses
-from moetrace.analyze.reuse import add, no_reuse
+from moetrace.analyze.reuse import add_all, no_reuse
 from moetrace.analyze.rows import ABSENT
 from moetrace.spec import Model
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -187,7 +187,7 @@ def test_lru_of_a_layer_is_its_stack_distances():
     given = small_trace(7, steps=60)
     ids = np.where(given["experts"] == 255, ABSENT, given["experts"].astype(np.uint16)).transpose(1, 0, 2)
     reuse = no_reuse(3, EXPERTS)
-    add(reuse, np.ascontiguousarray(ids), np.arange(ids.shape[1], dtype=np.int32))
+    add_all(reuse, np.ascontiguousarray(ids), np.arange(ids.shape[1], dtype=np.int32))
     capacities = [3 * capacity for capacity in range(1, EXPERTS + 1)]
     frame = cache_hits(Trace.from_arrays(**given), capacities, ["lru"], scope="layer", sequential=True)
     assert frame.filter(phase="all")["hits"].to_list() == np.cumsum(reuse.stack.sum(0)).tolist()

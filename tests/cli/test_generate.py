@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import moetrace
 from moetrace.cli import main
 from moetrace.trace import Trace
+from moetrace.trace.generate import list_profiles
 
 TRACES = Path(__file__).parents[2] / "traces"
 SMALL = ["--model", "mixtral-8x7b", "--requests", "3", "--prompt", "5", "--output", "4"]
@@ -82,6 +85,81 @@ def test_source_is_free_of_paths_and_clock(tmp_path):
     with Trace.open(tmp_path / "a.h5") as trace:
         assert set(trace.source) == {"generator", "moetrace", "parameters"}
         assert str(tmp_path) not in json.dumps(trace.source)
+
+
+def test_help_names_every_profile(capsys):
+    assert run("--help") == 0
+    shown = capsys.readouterr().out
+    assert [name for name in list_profiles() if name not in shown] == []
+
+
+PROFILED = ["--requests", "3", "--prompt", "5", "--output", "4"]
+
+
+def test_profile_reaches_the_file(tmp_path, capsys):
+    assert run(tmp_path / "a.h5", "--profile", "tiny-olmoe", *PROFILED, "--batch", "2", "--seed", "9") == 0
+    with Trace.open(tmp_path / "a.h5") as trace:
+        assert (trace.model, trace.layers, trace.num_experts, trace.top_k) == ("tiny-olmoe", 6, 32, 4)
+        assert trace.source["generator"] == "profile"
+        assert trace.source["profile"]["name"] == "tiny-olmoe"
+        assert trace.source["parameters"] == {"requests": 3, "prompt": 5, "output": 4, "batch": 2, "seed": 9}
+        trace.verify()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "27 rows in 11 steps" in said.err
+
+
+def test_like_fits_and_its_profile_draws_the_same(tmp_path, capsys):
+    captured = tmp_path / "captured.h5"
+    assert run(captured, "--profile", "tiny-olmoe", "--requests", "4", "--prompt", "20", "--output", "30") == 0
+    saved = tmp_path / "p.toml"
+    assert run(tmp_path / "a.h5", "--like", captured, *PROFILED, "--save-profile", saved) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "fitting a profile" in said.err
+    assert run(tmp_path / "b.h5", "--profile", saved, *PROFILED, "--model", "tiny-olmoe") == 0
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+    assert str(tmp_path) not in saved.read_text()
+
+
+def test_other_top_k_is_noted(tmp_path, capsys):
+    toml = tmp_path / "m.toml"
+    model = (Path(moetrace.__file__).parent / "spec/presets/models/tiny-olmoe.toml").read_text()
+    toml.write_text(re.sub(r"(?m)^top_k = 4", "top_k = 3", model))
+    assert run(tmp_path / "a.h5", "--profile", "tiny-olmoe", *PROFILED, "--model", toml) == 0
+    assert "top 4" in capsys.readouterr().err
+    with Trace.open(tmp_path / "a.h5") as trace:
+        assert trace.top_k == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "--model is missing"),
+        (["--profile", "tiny-olmoe", "--zipf", "0.6"], "--profile and --zipf exclude each other"),
+        (["--profile", "tiny-olmoe", "--stick", "0.3"], "--profile and --stick exclude each other"),
+        (["--like", "x.h5", "--profile", "tiny-olmoe"], "--like and --profile exclude each other"),
+        (["--like", "x.h5", "--zipf", "1"], "--like and --zipf exclude each other"),
+        (["--model", "mixtral-8x7b", "--save-profile", "p.toml"], "--save-profile keeps what --like fits"),
+        (["--profile", "tiny-olmo"], "the nearest is 'tiny-olmoe'"),
+        (["--profile", "tiny-olmoe", "--model", "mixtral-8x7b"], "has 6 MoE layers, but model mixtral-8x7b has 32"),
+        (["--profile", "tiny-olmoe", "--seed", "-1"], "--seed is -1"),
+        (["--like", str(TRACES / "tiny-olmoe.h5"), "--model", "mixtral-8x7b"], "but model mixtral-8x7b has 32"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, capsys, options, words):
+    assert run(tmp_path / "a.h5", *PROFILED, *options) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.strip().count("\n") == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_trace_to_imitate_is_not_overwritten(tmp_path, capsys):
+    assert run(tmp_path / "a.h5", "--like", tmp_path / "a.h5", *PROFILED) == 2
+    assert "different files" in capsys.readouterr().err
+    assert run(tmp_path / "a.h5", "--like", tmp_path / "b.h5", *PROFILED) == 1
+    assert "b.h5" in capsys.readouterr().err
 
 
 def shipped_commands():

@@ -200,3 +200,22 @@ def test_import_never_overwrites_its_source(run, archive):
 
 def test_import_offers_every_format():
     assert tuple(engines.FORMATS) == FORMATS
+
+
+def test_counts_are_imported_and_told_from_ids(run, tmp_path):
+    path = tmp_path / "popularity.json"
+    path.write_text(json.dumps({"total_input_tokens": 3, "expert_popularity": [[2, 1, 3], [4, 1, 1]]}))
+    code, _, err = run("import", path, "-o", tmp_path / "t.h5")
+    assert code == 0 and "3 rows in 1 steps" in err
+    code, out, _ = run("info", tmp_path / "t.h5", "--format", "json")
+    assert json.loads(out)["source"]["prompt_words"] == 3
+
+
+def test_what_a_format_does_not_say_comes_from_options(run, tmp_path):
+    path = tmp_path / "moe_trace.csv"
+    path.write_text("0,1\n0,2\n1,0\n1,3\n")
+    code, _, err = run("import", path, "-o", tmp_path / "t.h5", "--top-k", 2)
+    assert code == 1 and "does not say num_experts: give --model or --experts." in err
+    assert run("import", path, "-o", tmp_path / "t.h5", "--top-k", 2, "--experts", 4)[0] == 0
+    with Trace.open(tmp_path / "t.h5") as trace:
+        assert trace.read("experts", 0, 1).tolist() == [[[1, 2], [0, 3]]]

@@ -402,14 +402,14 @@ def test_a_bad_route_trace_is_one_sentence_and_writes_nothing(tmp_path, old, new
 def test_formats_are_seen_from_content(tmp_path):
     odd = save(tmp_path / "a.npz").rename(tmp_path / "odd.csv")
     assert detect(odd) == "npz" and detect(route_trace(tmp_path)) == "bigmoeonedge"
-    with pytest.raises(MoetraceError, match=r"README.md is in no format that can be imported \(npz, bigmoeonedge\)"):
+    with pytest.raises(MoetraceError, match=r"README.md is in no format that can be imported \(sglang, npz, bigm"):
         detect(SHIPPED / "README.md")
     with pytest.raises(MoetraceError, match="is an HDF5 file: if it is a trace already"):
         detect(SHIPPED / "tiny-olmoe.h5")
     with pytest.raises(MoetraceError, match="does not begin with '# route_trace v1'"):
         imported(tmp_path, odd, format="bigmoeonedge")
-    with pytest.raises(UsageError, match="no format 'vllm'"):
-        imported(tmp_path, odd, format="vllm")
+    with pytest.raises(UsageError, match="no format 'ollama'"):
+        imported(tmp_path, odd, format="ollama")
     with pytest.raises(MoetraceError, match="there is no file"):
         imported(tmp_path, tmp_path / "none.npz")
 

@@ -10,15 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.trace.engines.capture import Capture, Counts, Hints
+from moetrace.trace.engines.capture import FIRST_BYTES, Capture, Counts, Hints
 
-# Format -> what it is, in the order in which content is tried. The module is moetrace.trace.engines.<format>.
+# Format -> what it is, in the order in which content is tried. The module has the
+# same name, with _ for -.
 FORMATS = {
+    "sglang": "SGLang's expert distribution dumps: stat, per_pass and per_token (.pt), or counts (CSV)",
     "npz": "NumPy archives with expert_ids, request_id, position, phase, layer_index and meta",
     "bigmoeonedge": "route traces (CSV) of BigMoeOnEdge, version 1",
+    "colibri": "routing traces (ROUTE_TRACE) and expert histories (.coli_usage) of colibri",
+    "fiddler": "expert popularity (JSON) of Fiddler",
+    "jsonl": 'route logs in JSON lines with {"type": "route"}, as patches of vLLM write them',
+    "lattice": "routing traces (JSON lines) of lattice",
+    "llamacpp": "CSV of llama.cpp's moe-trace tools",
+    "megatron": "routing traces (JSON lines) of Megatron-LM, a file a rank",
+    "moe-cache-eval": "event traces (safetensors) of moe-cache-eval",
+    "trtllm": "expert statistics (safetensors) of TensorRT-LLM, a file a rank",
+    "vllm": "vLLM's routed experts of each request: .npy files, or HTTP responses (JSON or JSON lines)",
+    "sglang-request": "SGLang's routed experts of each request: HTTP responses, or their base64 texts",
 }
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_FIRST_BYTES = 64 << 10
 MAX_FILES = 100_000
 
 
@@ -73,8 +84,8 @@ def _is(format: str, path: Path) -> bool:
 
 def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(_FIRST_BYTES)
+        return file.read(FIRST_BYTES)
 
 
 def _importer(name: str):
-    return importlib.import_module(f"moetrace.trace.engines.{name}")
+    return importlib.import_module(f"moetrace.trace.engines.{name.replace('-', '_')}")

@@ -10,15 +10,19 @@ are absent there. A dropped routing (a miss that the engine skipped) is kept, si
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
 import polars as pl
 
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.engines.capture import Capture, Hints
-from moetrace.trace.schema import MAX_LAYERS, NOT_RECORDED, PREFETCHED, absent_id, check_sizes, expert_dtype
+from moetrace.trace.engines.passes import MAX_WEIGHT, SPARSEST, half
+from moetrace.trace.engines.spool import Spool
+from moetrace.trace.engines.table import tables
+from moetrace.trace.schema import MAX_LAYERS, PREFETCHED, absent_id, check_sizes
 
 FIRST_LINE = "# route_trace v1"
 _MODEL = re.compile(
@@ -27,9 +31,8 @@ _MODEL = re.compile(
 _LAYER = re.compile(r"# layer=(\d+) expert_bytes=(\d+)")
 _QUANTIZATION = re.compile(r"(?:^|[-_.])(i?q\d\w*|mxfp4\w*|bf16|f16|f32)(?=[-.]|$)", re.IGNORECASE)
 _HEADER_LINES = 4096
-# A header may announce any size: a file with fewer than one line in this many choices is not believed.
-SPARSEST = 100
-MAX_WEIGHT = float(np.finfo(np.float16).max)
+_TAKEN = "another line has the same turn, phase, step, layer and slot"
+_TWICE = "its token chooses this expert of this layer more than once"
 _COLUMNS = {
     "turn": pl.Int32,
     "phase": pl.Int32,
@@ -52,104 +55,164 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     return [_read(path, hints) for path in sources]
 
 
+class _Header(NamedTuple):
+    """What the first lines say."""
+
+    lines: int
+    columns: Mapping[str, type[pl.DataType] | None]  # of the file, in its order; None where nothing is read
+    num_experts: int
+    top_k: int
+    expert_bytes: dict[int, int]  # of each layer that has experts; none if the header does not say
+    model: str
+    arch: str
+
+
+class _Tokens(NamedTuple):
+    """What a first reading of all lines finds."""
+
+    keys: np.ndarray  # int64 [tokens], sorted: turn, phase and step of each token, as `_key` packs them
+    layer_index: np.ndarray  # [layers]
+    lines: int
+    dropped: int
+    weights: bool  # whether there are any
+
+
 def _read(path: Path, hints: Hints) -> Capture:
-    """Read a whole route trace; about 30 bytes of memory for each of its lines."""
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        header = list(_header_lines(path, file))
-    said = next((match for line in header if (match := _MODEL.match(line))), None)
-    if said is None:
-        raise MoetraceError(f"{path} has no line '# model=... arch=... n_layer=... n_expert=... n_expert_used=...'.")
-    num_experts, top_k = int(said["E"]), int(said["k"])
-    expert_bytes = {int(m[1]): int(m[2]) for line in header if (m := _LAYER.match(line)) and int(m[2]) > 0}
-    for layer, size in expert_bytes.items():
-        if layer >= MAX_LAYERS or size >= 2**63:
-            raise MoetraceError(f"{path} has a line '# layer={layer} expert_bytes={size}', which is impossible.")
-    lines, dropped = _lines(path, len(header))
-    layer_index = np.array(sorted(expert_bytes) or lines["layer"].unique().sort().to_list())
-    check_sizes(str(path), num_experts, top_k, layer_index.size, lines.height, 1)
-    _check_lines(path, len(header), lines, num_experts, top_k, layer_index)
-    tokens = lines.select("turn", "phase", "step").unique().sort("turn", "phase", "step").with_row_index("row")
-    row = lines.join(tokens, on=["turn", "phase", "step"], how="left", maintain_order="left")["row"].to_numpy()
-    cell = (row, np.searchsorted(layer_index, lines["layer"].to_numpy()), lines["slot"].to_numpy())
-    shape = (tokens.height, layer_index.size, top_k)
-    if tokens.height * layer_index.size * top_k > SPARSEST * lines.height + 2**16:
-        raise MoetraceError(f"{path}: {lines.height} lines are too few for {shape} choices (tokens, layers, slots).")
-    arrays = {
-        "experts": np.full(shape, absent_id(num_experts), expert_dtype(num_experts)),
-        "gates": np.zeros(shape, np.float16),
-        "recorded": np.full(shape, NOT_RECORDED, np.uint8),
-    }
-    for name, column in (("experts", "expert"), ("gates", "weight"), ("recorded", "residency")):
-        arrays[name][cell] = lines[column].to_numpy()
-    if lines["weight"].is_nan().all():  # how the engine says that it knows no weights
-        del arrays["gates"]
-    model = re.split(r"[/\\]", said["model"])[-1]
-    facts = {"format": "bigmoeonedge", "engine": "BigMoeOnEdge", "version": "route_trace v1", "arch": said["arch"]}
-    if quantization := _QUANTIZATION.search(model):
+    """Read a route trace twice: which tokens there are, then the choices of each."""
+    header = _header(path)
+    check_sizes(str(path), header.num_experts, header.top_k, 1, 1, 1)
+    tokens = _tokens(path, header, hints)
+    shape = (tokens.keys.size, tokens.layer_index.size, header.top_k)
+    check_sizes(str(path), header.num_experts, header.top_k, shape[1], shape[0], 1)
+    if shape[0] * shape[1] * shape[2] > SPARSEST * tokens.lines + 2**16:
+        raise MoetraceError(f"{path}: {tokens.lines} lines are too few for {shape} choices (tokens, layers, slots).")
+    optional = ("gates", "recorded") if tokens.weights else ("recorded",)
+    spool = Spool(hints, header.num_experts, shape[1], header.top_k, optional)
+    spool.grow(shape[0])
+    for line, lines in tables(path, header.columns, half(hints), header=header.lines + 1):
+        _scatter(path, line, lines, tokens, spool, header)
+    facts = {"format": "bigmoeonedge", "engine": "BigMoeOnEdge", "version": "route_trace v1", "arch": header.arch}
+    if quantization := _QUANTIZATION.search(header.model):
         facts["quantization"] = quantization[1]
+    sizes = [header.expert_bytes[layer] for layer in tokens.layer_index.tolist()] if header.expert_bytes else None
     return Capture(
-        model=model,
-        num_experts=num_experts,
-        top_k=top_k,
-        layer_index=layer_index,
-        expert_bytes=np.array([expert_bytes[layer] for layer in layer_index.tolist()]) if expert_bytes else None,
-        request=tokens["turn"].to_numpy(),
-        position=tokens["step"].to_numpy(),
-        phase=tokens["phase"].to_numpy().astype(np.uint8),
-        optional=tuple(name for name in ("gates", "recorded") if name in arrays),
-        facts=facts | ({"dropped": dropped} if dropped else {}),
-        parts=lambda: iter([arrays]),
+        model=header.model,
+        num_experts=header.num_experts,
+        top_k=header.top_k,
+        layer_index=tokens.layer_index,
+        expert_bytes=None if sizes is None else np.array(sizes),
+        request=(tokens.keys >> 32).astype(np.int32),
+        position=(tokens.keys & (2**31 - 1)).astype(np.int32),
+        phase=((tokens.keys >> 31) & 1).astype(np.uint8),
+        optional=optional,
+        facts=facts | ({"dropped": tokens.dropped} if tokens.dropped else {}),
+        parts=spool.parts,
         sources=(path,),
     )
 
 
-def _header_lines(path: Path, file) -> Iterator[str]:
+def _header(path: Path) -> _Header:
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        lines = list(_header_lines(path, file))
+        names = lines.pop().split(",")
+    said = next((match for line in lines if (match := _MODEL.match(line))), None)
+    if said is None:
+        raise MoetraceError(f"{path} has no line '# model=... arch=... n_layer=... n_expert=... n_expert_used=...'.")
+    expert_bytes = {int(m[1]): int(m[2]) for line in lines if (m := _LAYER.match(line)) and int(m[2]) > 0}
+    for layer, size in expert_bytes.items():
+        if layer >= MAX_LAYERS or size >= 2**63:
+            raise MoetraceError(f"{path} has a line '# layer={layer} expert_bytes={size}', which is impossible.")
+    if missing := [name for name in _COLUMNS if names.count(name) != 1]:
+        raise MoetraceError(f"{path} has no column {missing[0]!r} in line {len(lines) + 1}.")
+    wanted = _COLUMNS | {"dropped": pl.Int32}
+    wanted = {name: kind for name, kind in wanted.items() if names.count(name) == 1}
+    columns = {name if name in wanted else f"#{at}": wanted.get(name) for at, name in enumerate(names)}
+    return _Header(
+        lines=len(lines),
+        columns=columns,
+        num_experts=int(said["E"]),
+        top_k=int(said["k"]),
+        expert_bytes=expert_bytes,
+        model=re.split(r"[/\\]", said["model"])[-1],
+        arch=said["arch"],
+    )
+
+
+def _tokens(path: Path, header: _Header, hints: Hints) -> _Tokens:
+    keys = layers = np.zeros(0, np.int64)
+    count = dropped = 0
+    weights = False
+    for line, lines in tables(path, header.columns, half(hints), header=header.lines + 1):
+        _check_lines(path, line, lines, header)
+        count += lines.height
+        dropped += int(lines["dropped"].sum()) if "dropped" in lines.columns else 0
+        weights = weights or not lines["weight"].is_nan().all()
+        key = _key(lines)
+        keys = np.union1d(keys, key[np.r_[True, np.diff(key) != 0]])
+        layers = np.union1d(layers, lines["layer"].unique().to_numpy())
+    if not count:
+        raise MoetraceError(f"{path} has no lines of routing.")
+    layer_index = np.array(sorted(header.expert_bytes) or layers)
+    return _Tokens(keys, layer_index, count, dropped, weights)
+
+
+def _key(lines: pl.DataFrame) -> np.ndarray:
+    """Turn, phase and step of each line in one number, which orders tokens as they were routed."""
+    turn, phase, step = (lines[name].to_numpy().astype(np.int64) for name in ("turn", "phase", "step"))
+    return (turn << 32) | (phase << 31) | step
+
+
+def _scatter(path: Path, line: int, lines: pl.DataFrame, tokens: _Tokens, spool: Spool, header: _Header) -> None:
+    """Put the choices of some lines at their places, unless there is one already."""
+    row = np.searchsorted(tokens.keys, _key(lines))
+    layer = np.searchsorted(tokens.layer_index, lines["layer"].to_numpy())
+    slot, expert = lines["slot"].to_numpy(), lines["expert"].to_numpy()
+    there = spool.take(row, layer)
+    taken = there[np.arange(row.size), slot] != absent_id(header.num_experts)
+    twice = (there == expert[:, None]).any(axis=1)
+    cell = row * tokens.layer_index.size + layer
+    for before, key, what in (
+        (taken, cell * header.top_k + slot, _TAKEN),
+        (twice, cell * header.num_experts + expert, _TWICE),
+    ):
+        if before.any():
+            raise MoetraceError(f"{path}: line {line + int(before.argmax())}: {what}.")
+        if (np.diff(np.sort(key)) == 0).any():
+            raise MoetraceError(f"{path}: line {line + (pl.Series(key).is_duplicated().arg_max() or 0)}: {what}.")
+    values = {"experts": expert, "gates": lines["weight"].to_numpy(), "recorded": lines["residency"].to_numpy()}
+    if not tokens.weights:
+        del values["gates"]
+    spool.scatter(row, layer, slot, **values)
+
+
+def _header_lines(path: Path, file: IO[str]) -> Iterator[str]:
+    """The lines of the header, and the first one after it, which names columns."""
     for number in range(_HEADER_LINES):
         line = file.readline(4096)
         if number == 0 and not line.startswith(FIRST_LINE):
             raise MoetraceError(f"{path} does not begin with '{FIRST_LINE}'.")
+        yield line.rstrip("\r\n")
         if not line.startswith("#"):
             return
-        yield line.rstrip("\r\n")
     raise MoetraceError(f"{path} has more than {_HEADER_LINES} lines of header.")
 
 
-def _lines(path: Path, header: int) -> tuple[pl.DataFrame, int]:
-    """The lines of routing, and how many of them the engine dropped."""
-    try:
-        # Not skip_rows: it takes a quote in the header, as in a model's name, for the beginning of a field.
-        found = pl.read_csv(path, skip_lines=header, quote_char=None, n_rows=0).columns
-        if missing := [name for name in _COLUMNS if name not in found]:
-            raise MoetraceError(f"{path} has no column {missing[0]!r} in line {header + 1}.")
-        wanted = _COLUMNS | ({"dropped": pl.Int32} if "dropped" in found else {})
-        lines = pl.read_csv(path, skip_lines=header, quote_char=None, columns=list(wanted), schema_overrides=wanted)
-    except pl.exceptions.PolarsError as error:
-        raise MoetraceError(f"{path} can't be read as CSV: {str(error).splitlines()[0]}.") from error
-    if lines.is_empty():
-        raise MoetraceError(f"{path} has no lines of routing.")
-    incomplete = lines.select(pl.any_horizontal(pl.all().is_null())).to_series()
-    if incomplete.any():
-        raise MoetraceError(f"{path}: line {header + 2 + (incomplete.arg_max() or 0)} is incomplete.")
-    dropped = int(lines["dropped"].sum()) if "dropped" in found else 0
-    return lines.select(list(_COLUMNS)), dropped
-
-
-def _check_lines(
-    path: Path, header: int, lines: pl.DataFrame, num_experts: int, top_k: int, layer_index: np.ndarray
-) -> None:
-    cell = ["turn", "phase", "step", "layer"]
-    for wrong, what in (
+def _check_lines(path: Path, line: int, lines: pl.DataFrame, header: _Header) -> None:
+    named = sorted(header.expert_bytes)
+    checks = (
         (~pl.col("phase").is_between(0, 1), "phase is not 0 or 1"),
         (pl.col("turn") < 0, "turn is negative"),
         (pl.col("step") < 0, "step is negative: the engine could not tell the token's position"),
-        (~pl.col("layer").is_in(layer_index.tolist()), "layer is not one of the header's layers that hold experts"),
-        (~pl.col("slot").is_between(0, top_k - 1), f"slot is not 0 to {top_k - 1}"),
-        (~pl.col("expert").is_between(0, num_experts - 1), f"expert is not 0 to {num_experts - 1}"),
+        (
+            ~pl.col("layer").is_in(named) if named else ~pl.col("layer").is_between(0, MAX_LAYERS - 1),
+            "layer is not one of the header's layers that hold experts",
+        ),
+        (~pl.col("slot").is_between(0, header.top_k - 1), f"slot is not 0 to {header.top_k - 1}"),
+        (~pl.col("expert").is_between(0, header.num_experts - 1), f"expert is not 0 to {header.num_experts - 1}"),
         (pl.col("weight").is_not_nan() & (pl.col("weight").abs() > MAX_WEIGHT), f"weight is beyond {MAX_WEIGHT:g}"),
         (~pl.col("residency").is_between(0, PREFETCHED), "residency is not 0, 1 or 2"),
-        (pl.struct(*cell, "slot").is_duplicated(), "another line has the same turn, phase, step, layer and slot"),
-        (pl.struct(*cell, "expert").is_duplicated(), "its token chooses this expert of this layer more than once"),
-    ):
-        found = lines.select(wrong).to_series()
-        if found.any():
-            raise MoetraceError(f"{path}: line {header + 2 + (found.arg_max() or 0)}: {what}.")
+    )
+    found = lines.select(wrong.any().alias(what) for wrong, what in checks).row(0, named=True)
+    for wrong, what in checks:
+        if found[what]:
+            raise MoetraceError(f"{path}: line {line + (lines.select(wrong).to_series().arg_max() or 0)}: {what}.")

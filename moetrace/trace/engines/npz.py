@@ -8,7 +8,6 @@ optional: `gate_weights` [rows, layers, top_k], `token_id` [rows], `step_rows` [
 
 import contextlib
 import json
-import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.engines.capture import Capture, Hints, Part
+from moetrace.trace.engines.npy import read_header
 from moetrace.trace.schema import BLOCK_BYTES, absent_id, as_dtype, check_sizes, expert_dtype, plain_json, row_dtype
 
 FACTS = ("engine", "version", "source", "commit", "licence", "license", "quantization", "transformers", "torch")
@@ -80,7 +80,7 @@ def _read(path: Path, hints: Hints) -> Capture:
             )
             step_rows = _step_rows(path, archive, arrays["step_rows"], rows) if "step_rows" in arrays else None
     except _UNREADABLE as error:
-        raise MoetraceError(f"{path} can't be read as an npz archive: {error}.") from error
+        raise MoetraceError(f"{path} can't be read as an npz archive: {str(error)[:200]}.") from error
     if phase.max() > 1 or phase.min() < 0:
         row = int(np.argmax((phase > 1) | (phase < 0)))
         raise MoetraceError(f"{path}: phase of row {row} is {phase[row]}, but must be 0 or 1.")
@@ -114,22 +114,9 @@ def _header(path: Path, archive: zipfile.ZipFile, member: str) -> _Array:
     if info.compress_type not in _METHODS or info.flag_bits & 1:
         raise MoetraceError(f"{path}: {member} is encrypted, or compressed by another method than NumPy's.")
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise MoetraceError(f"{path}: {member} is of the unknown npy version {version}.")
-        one, two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
-        try:
-            with warnings.catch_warnings(action="ignore"):  # the header is Python source, and warned of as such
-                shape, fortran, dtype = (one if version == (1, 0) else two)(file)
-        except Exception as error:  # of the tokenizer, the parser, dtypes: whatever a stranger's header provokes
-            raise MoetraceError(f"{path}: {member} has a header that NumPy can't read.") from error
-        array = _Array(member, shape, dtype, file.tell())
-    if dtype.hasobject or min(shape, default=0) < 0:
-        raise MoetraceError(f"{path}: {member} holds Python objects or a negative size, which is refused.")
-    if fortran and len(shape) > 1:
-        raise MoetraceError(f"{path}: {member} is in Fortran order: save numpy.ascontiguousarray of it.")
+        array = _Array(member, *read_header(f"{path}: {member}", file))
     if array.header_bytes + array.nbytes != info.file_size:
-        raise MoetraceError(f"{path}: {member} says it has shape {shape}, but its size differs.")
+        raise MoetraceError(f"{path}: {member} says it has shape {array.shape}, but its size differs.")
     return array
 
 
@@ -204,7 +191,7 @@ def _parts(path: Path, streamed: dict[str, _Array], num_experts: int) -> Iterato
                 part["experts"] = _narrow(path, start, part["experts"], num_experts)
                 yield part
     except _UNREADABLE as error:
-        raise MoetraceError(f"{path} can't be read as an npz archive: {error}.") from error
+        raise MoetraceError(f"{path} can't be read as an npz archive: {str(error)[:200]}.") from error
 
 
 def _narrow(path: Path, first_row: int, ids: np.ndarray, num_experts: int) -> np.ndarray:

@@ -64,12 +64,36 @@ class Spool:
             window[row - first, layer, slot] = value
             del window
 
+    def put(self, row: np.ndarray, layer: np.ndarray, **values: np.ndarray) -> None:
+        """Put whole cells, of the named arrays [n, top_k], at `[row, layer]` (integers [n]); the rows must exist."""
+        if not row.size:
+            return
+        first, stop = int(row.min()), int(row.max()) + 1
+        for name, value in values.items():
+            window = self._window(name, first, stop)
+            window[row - first, layer] = value
+            del window
+
+    def take(self, row: np.ndarray, layer: np.ndarray) -> np.ndarray:
+        """The ids [n, top_k] that are at `[row, layer]` (integers [n], one or more) by now."""
+        first = int(row.min())
+        window = self._window("experts", first, int(row.max()) + 1)
+        return np.array(window[row - first, layer])
+
     def parts(self) -> Iterator[Part]:
         """Yield all rows in order, some MiB at a time."""
         at_once = max(1, BLOCK_BYTES // self._row_bytes("experts"))
         for start in range(0, self.rows, at_once):
-            stop = min(start + at_once, self.rows)
-            yield {name: np.array(self._window(name, start, stop)) for name in self._files}
+            yield self.read(start, min(start + at_once, self.rows))
+
+    def read(self, start: int, stop: int) -> Part:
+        """The rows `start:stop`, which must exist."""
+        return {name: np.array(self._window(name, start, stop)) for name in self._files}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the ids of a row."""
+        return self._row_bytes("experts")
 
     def _row_bytes(self, name: str) -> int:
         return int(np.prod(self._inner[name], dtype=np.int64)) * self._dtype[name].itemsize

@@ -31,8 +31,11 @@ def test_appended_and_scattered_rows_come_back(tmp_path, monkeypatch):
     spool.grow(20)
     spool.scatter(np.array([19, 8]), np.array([2, 0]), np.array([1, 0]), experts=np.array([7, 9]), gates=np.ones(2))
     spool.scatter(*(np.zeros(0, int),) * 3, experts=np.zeros(0))
+    spool.put(np.array([12, 9]), np.array([1, 2]), experts=np.array([[1, 2], [3, 4]]))
+    assert spool.take(np.array([12, 19, 8]), np.array([1, 2, 1])).tolist() == [[1, 2], [65535, 7], [65535, 65535]]
     expected = np.full((20, 3, 2), 65535, np.uint16)
     expected[:7], expected[19, 2, 1], expected[8, 0, 0] = first["experts"], 7, 9
+    expected[12, 1], expected[9, 2] = [1, 2], [3, 4]
     found = joined(spool)
     assert np.array_equal(found["experts"], expected)
     assert np.array_equal(found["gates"][:7], first["gates"]) and found["gates"].sum() == first["gates"].sum() + 2

@@ -1,0 +1,74 @@
+"""`moetrace capture`: a local Hugging Face model reads prompts and continues them; its routing becomes a trace."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moetrace.spec.errors import UsageError, printable
+
+
+@click.command()
+@click.argument("model_dir", type=click.Path(path_type=Path), metavar="MODEL_DIR")
+@click.option("--prompts", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Text or JSONL.")
+@click.option("-o", "out", required=True, type=click.Path(path_type=Path), metavar="OUT.h5")
+@click.option("--output", default=128, show_default=True, help="Most output tokens of each request; 0: prefill only.")
+@click.option("--batch", default=1, show_default=True, help="Requests that decode together.")
+@click.option("--max-prompt", type=int, metavar="N", help="Cut prompts to their first N tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="Of the sampling; 0: greedy.")
+@click.option("--seed", default=0, show_default=True, help="Of the sampling.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-sequence token.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "bfloat16", "float16", "float32", "float64"]),
+    help="Of the weights; auto: as they are stored.",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto: cuda if there is one.")
+@click.option("--model", metavar="M", help="Preset or TOML file of the model; else the folder's name decides.")
+@click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
+def command(
+    model_dir: Path,
+    prompts: Path,
+    out: Path,
+    dtype: str,
+    device: str,
+    model: str | None,
+    compress: str | None,
+    **sampling: Any,
+) -> None:
+    """Run the Hugging Face model in MODEL_DIR on prompts, and write what its routers choose to OUT.h5.
+
+    A line of FILE is a prompt; or, in JSONL, {"prompt": text}, {"token_ids": [...]} or {"messages": [...]}. Each
+    prompt is one prefill step. Then --batch requests decode together with a KV cache, one row of each a step.
+
+    Needs PyTorch and Transformers: pip install 'moetrace[capture]'. Nothing is downloaded, no code of the model's is
+    run, and weights are read from safetensors only.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from moetrace.trace.capture import Sampling, capture
+    from moetrace.trace.format import Trace
+
+    if out.resolve() == prompts.resolve():
+        raise UsageError(f"{out} holds the prompts: choose another name for the trace.")
+    hidden = not sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        task = bar.add_task("load the model", total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, description="rows", completed=done, total=total)
+
+        options = {"dtype": dtype, "device": device, "model": model, "compress": compress}
+        capture(model_dir, prompts, out, Sampling(**sampling), **options, progress=advance)
+    with Trace.open(out) as trace:
+        size_mb = out.stat().st_size / 1e6
+        if cut := trace.source["prompts_cut"]:
+            click.echo(f"moetrace: {cut:,} prompts were cut to {sampling['max_prompt']:,} tokens.", err=True)
+        click.echo(
+            f"{out}: {printable(trace.model)}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.",
+            err=True,
+        )

@@ -1,0 +1,58 @@
+"""The header of a NumPy array in a file, in an archive or in a text, read before anything that it promises."""
+
+import io
+import math
+import warnings
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from moetrace.spec.errors import MoetraceError
+
+MAGIC = b"\x93NUMPY"
+
+
+class Header(NamedTuple):
+    """What an array says of itself; its data begin after `header_bytes`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    header_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data that are announced, however many."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(where: str, file: IO[bytes]) -> Header:
+    """Read the header at the beginning of `file`.
+
+    Raises MoetraceError, beginning with `where`, if NumPy can't read it, or it announces Python objects, a negative
+    size or Fortran order; ValueError and EOFError if the file is none or too short.
+    """
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise MoetraceError(f"{where} is of the unknown npy version {version}.")
+    one, two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+    try:
+        with warnings.catch_warnings(action="ignore"):  # the header is Python source, and warned of as such
+            shape, fortran, dtype = (one if version == (1, 0) else two)(file)
+    except Exception as error:  # of the tokenizer, the parser, dtypes: whatever a stranger's header provokes
+        raise MoetraceError(f"{where} has a header that NumPy can't read.") from error
+    if dtype.hasobject or min(shape, default=0) < 0:
+        raise MoetraceError(f"{where} holds Python objects or a negative size, which is refused.")
+    if fortran and len(shape) > 1:
+        raise MoetraceError(f"{where} is in Fortran order: save numpy.ascontiguousarray of it.")
+    return Header(shape, dtype, file.tell())
+
+
+def from_bytes(where: str, data: bytes) -> np.ndarray:
+    """The array in the bytes of an npy file, as a view of them; raise MoetraceError if they are none."""
+    try:
+        header = read_header(where, io.BytesIO(data))
+    except (ValueError, EOFError) as error:
+        raise MoetraceError(f"{where} is no NumPy array: {str(error)[:200]}.") from error
+    if header.header_bytes + header.nbytes != len(data):
+        raise MoetraceError(f"{where} says it has shape {header.shape}, but its size differs.")
+    return np.frombuffer(data, header.dtype, offset=header.header_bytes).reshape(header.shape)

@@ -1,0 +1,77 @@
+"""What SGLang's recorder saved with torch.save, unpickled without executing anything, and checked."""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import numpy as np
+
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace.schema import MAX_EXPERTS, MAX_LAYERS
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Dump(NamedTuple):
+    """A detailed dump of one rank."""
+
+    path: Path
+    records: list[dict[str, Any]]
+    logical: np.ndarray  # int64 [layers, physical experts]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The dict of a dump, its tensors mapped; raise MoetraceError if it is anything but plain data."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MoetraceError(f"reading {path} needs PyTorch: pip install 'moetrace[engines]'.") from error
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # unpickling a stranger's file raises anything
+        reason = " ".join(str(error).split())[:160]
+        raise MoetraceError(f"{path} is no dump of plain tensors, so it is not loaded ({reason}).") from error
+    if not isinstance(content, dict):
+        raise MoetraceError(f"{path} holds a {type(content).__name__}, not a dict of the recorder.")
+    return content
+
+
+def detailed(path: Path, content: dict[str, Any]) -> Dump:
+    """The records of a per_pass or per_token dump; raise MoetraceError if it has none."""
+    records = content.get("records")
+    if not isinstance(records, list) or "last_physical_to_logical_map" not in content:
+        raise MoetraceError(f"{path} has neither logical_count nor records with last_physical_to_logical_map.")
+    logical = integers(f"{path}: last_physical_to_logical_map", content["last_physical_to_logical_map"], 2)
+    if not logical.size or logical.min() < 0 or logical.max() >= MAX_EXPERTS or len(logical) > MAX_LAYERS:
+        raise MoetraceError(f"{path}: last_physical_to_logical_map {logical.shape} holds impossible experts.")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or type(record.get("forward_pass_id")) is not int:
+            raise MoetraceError(f"{path}: record {number} has no forward_pass_id.")
+        if not 0 <= record["forward_pass_id"] < 2**62 or type(record.get("rank", 0)) is not int:
+            raise MoetraceError(f"{path}: record {number} has an impossible forward_pass_id or rank.")
+    tensors = [record.get(name) for record in records for name in ("topk_ids_of_layer", "global_physical_count")]
+    claimed = sum(tensor.nbytes for tensor in tensors if _is_plain(tensor))
+    if claimed > path.stat().st_size:  # a pickle may name one tensor in any number of records
+        raise MoetraceError(f"{path}: its records claim {claimed} bytes, but the file has {path.stat().st_size}.")
+    return Dump(path, records, logical.astype(np.int64))
+
+
+def integers(where: str, value: object, axes: int) -> np.ndarray:
+    """A tensor of plain integers as an array over the same memory; raise MoetraceError if it is none."""
+    import torch
+
+    if not _is_plain(value):
+        raise MoetraceError(f"{where} is no plain tensor but {type(value).__name__}.")
+    if value.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8) or value.dim() != axes:
+        raise MoetraceError(f"{where} is {value.dtype} {tuple(value.shape)}, not integers of {axes} axes.")
+    if not value.is_contiguous() or value.requires_grad:  # strides of 0 would claim a size that is not there
+        raise MoetraceError(f"{where} is no contiguous tensor.")
+    return value.numpy()
+
+
+def _is_plain(value: object) -> TypeGuard["torch.Tensor"]:
+    import torch
+
+    return type(value) is torch.Tensor and value.layout == torch.strided and value.device.type == "cpu"

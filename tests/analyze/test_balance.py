@@ -1,0 +1,441 @@
+"""Balance: the kernels against plain Python, bounds against every possible plan, and the walk over a trace."""
+
+import itertools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import oracle_balance as oracle
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moetrace.analyze import imbalance
+from moetrace.analyze import loads as loads_module
+from moetrace.analyze.balance import FRAMES, balance, plan_for_next
+from moetrace.analyze.imbalance import SUMS, Cost, Least, judge, new_tally, percentile
+from moetrace.analyze.loads import add, loads_of, steps_of_phase, summed
+from moetrace.analyze.plans import Plan, Tier, copies_of, make_plan, moved_bytes
+from moetrace.results import replay
+from moetrace.spec import PolicySpec, load_model, load_system
+from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.trace import Trace
+from moetrace.trace.generate import generate_trace
+from moetrace.trace.importing import import_traces
+from moetrace.trace.writer import CountsWriter
+
+CAPTURES = Path(__file__).parents[3] / "shared" / "traces"
+captured = pytest.mark.skipif(not CAPTURES.exists(), reason="needs the captures beside the repository")
+EXPERTS, LAYERS = 7, 3
+PLACEMENTS = ["ep", "ep-block", "ep-lpt", "eplb", "tp", "tp:2"]
+
+
+def small_trace(seed, steps=24, most=5, model="", experts=EXPERTS):
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(1, most + 1, steps)
+    n = int(rows.sum())
+    order = rng.permuted(np.tile(np.arange(experts, dtype=np.uint8), (n, LAYERS, 1)), axis=2)
+    ids = np.where(rng.random((n, LAYERS, 2)) < 0.15, 255, order[:, :, :2])
+    phase = rng.integers(0, 2, steps)
+    size = rng.integers(1, 40, (LAYERS, experts))
+    return Trace.from_arrays(
+        ids, num_experts=experts, steps=rows, phase=phase, expert_bytes=size, model=model, request=np.zeros(n, int)
+    )
+
+
+def counted(trace):
+    """Rows of each step, layer and expert, by plain counting."""
+    counts = np.zeros((trace.steps, trace.layers, trace.num_experts), np.int64)
+    ids = trace.read("experts", 0, trace.rows)
+    for step in range(trace.steps):
+        for row in range(trace.offset[step], trace.offset[step + 1]):
+            for layer in range(trace.layers):
+                for e in ids[row, layer]:
+                    if e != np.iinfo(ids.dtype).max:
+                        counts[step, layer, e] += 1
+    return counts
+
+
+def as_counts(trace, path):
+    counts = counted(trace)
+    facts = {"model": trace.model, "num_experts": trace.num_experts, "top_k": trace.top_k, "source": {}}
+    with CountsWriter(path, layers=trace.layers, rows=trace.rows, steps=trace.steps, **facts) as writer:
+        writer.append_counts(counts, np.diff(trace.offset), trace.phase)
+    return Trace.open(path)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), at_once=st.sampled_from([1, 40, 1 << 20]), phase=st.sampled_from(["all", "decode"]))
+def test_loads_are_counts(seed, at_once, phase):
+    trace = small_trace(seed)
+    counts, steps = counted(trace), steps_of_phase(trace, phase)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loads_module, "AT_ONCE", at_once)
+        parts = list(loads_of(trace, steps))
+        total = summed(trace, steps)
+    assert at_once > 100 or len(parts) > 5 or steps.size < 6
+    found = np.zeros_like(counts[steps])
+    step = 0
+    for part in parts:
+        for i in range(part.steps * LAYERS):
+            own = slice(part.start[i], part.start[i + 1])
+            assert (np.diff(part.expert[own]) > 0).all() and (part.rows[own] > 0).all()
+            found[step + i // LAYERS, i % LAYERS, part.expert[own]] = part.rows[own]
+        step += part.steps
+    assert np.array_equal(found, counts[steps]) and np.array_equal(total, counts[steps].sum(0))
+    assert sum(part.all_rows for part in parts) == int(np.diff(trace.offset)[steps].sum())
+
+
+@pytest.mark.pure
+def test_loads_of_ids_and_of_counts_are_the_same(tmp_path):
+    trace = small_trace(3)
+    with as_counts(trace, tmp_path / "a.h5") as other:
+        for phase in ("all", "prefill"):
+            steps = steps_of_phase(trace, phase)
+            for one, two in zip(loads_of(trace, steps), loads_of(other, steps), strict=True):
+                assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def random_plan(rng, bins, room, experts):
+    slots = np.r_[np.arange(experts), rng.integers(0, experts, bins * room - experts)]
+    return Plan(1, np.stack([rng.permutation(slots).reshape(bins, room) for _ in range(LAYERS)]).astype(np.int32))
+
+
+def cost_of(rng, timed):
+    size = rng.integers(1, 5, (LAYERS, EXPERTS)).astype(float)
+    return Cost(*rng.choice([0.25, 0.5, 1.0, 2.0], 3), size) if timed else Cost(0.0, 0.0, 0.0, size)
+
+
+def seconds(cost, layer):
+    return lambda e, n: max(n * cost.s_per_row, cost.expert_bytes[layer, e] * cost.s_per_byte) + cost.command_s
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), bins=st.integers(1, 4), room=st.integers(2, 4), timed=st.booleans())
+def test_judging_agrees_with_plain_python(seed, bins, room, timed):
+    rng = np.random.default_rng(seed)
+    room = max(room, -(-EXPERTS // bins))
+    trace, plan, cost = small_trace(seed, steps=9), random_plan(rng, bins, room, EXPERTS), cost_of(rng, timed)
+    tally, turn = new_tally(LAYERS, 3), int(rng.integers(0, 9))
+    (loads,) = loads_of(trace, np.arange(9))
+    period = np.arange(9) * 3 // 9
+    judge(loads, copies_of(plan, EXPERTS), bins, turn, period, cost, tally)
+    counts = counted(trace)
+    for layer in range(LAYERS):
+        expected, values = np.zeros(len(SUMS)), []
+        over_time = np.zeros((3, 2))
+        for step in range(9):
+            if counts[step, layer].sum() == 0:
+                continue
+            held = plan.expert_of_slot[layer].tolist()
+            rows, busy_s = oracle.bin_loads(counts[step, layer].tolist(), held, turn + step, seconds(cost, layer))
+            values.append(max(rows) / np.mean(rows))
+            jain = sum(rows) ** 2 / (bins * sum(r * r for r in rows))
+            in_time = max(busy_s) / np.mean(busy_s) if sum(busy_s) else 0.0
+            expected += [1, values[-1], jain, max(rows), in_time, max(busy_s)]
+            over_time[step // 3] += [1, values[-1]]
+        assert np.allclose(tally.sums[layer], expected, rtol=1e-12)
+        assert np.allclose(tally.over_time[:, layer], over_time, rtol=1e-12)
+        for share in (0.5, 0.95):
+            exact = sorted(values)[max(1, math.ceil(share * len(values))) - 1]
+            got = percentile(tally, share)[layer]
+            assert exact * (1 - 1e-12) <= got <= exact * bins ** (1 / imbalance.PARTS) * (1 + 1e-12)
+        assert tally.worst[layer] == pytest.approx(max(values), rel=1e-12)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), bins=st.integers(2, 3), further=st.integers(0, 2), most=st.sampled_from([1, 3, 12]))
+def test_no_plan_at_all_beats_the_bound(seed, bins, further, most):
+    """Every choice of copies and every place for them: 4 experts, up to 6 slots."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, most + 1, (1, 1, 4))
+    counts[0, 0, 0] += 1
+    cost = Cost(*rng.choice([0.25, 0.5, 1.0, 2.0], 3), rng.integers(1, 5, (1, 4)).astype(float))
+    expert = np.flatnonzero(counts[0, 0])
+    loads = loads_module.Loads(1, np.array([0, expert.size]), expert.astype(np.int32), counts[0, 0, expert], 99)
+    least = Least(np.zeros(1), np.zeros(1))
+    imbalance.bound(loads, 4, bins, 4 + further, cost, least)
+    rows, busy_s = oracle.best_possible(counts[0, 0].tolist(), bins, 4 + further, seconds(cost, 0))
+    assert least.imbalance[0] <= rows * bins / counts.sum() * (1 + 1e-12)
+    assert 0 < least.busy_s[0] <= busy_s
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize(
+    ("rows", "bins", "slots", "most"),
+    [
+        ([4, 4, 4, 4], 2, 4, 8),  # the mean
+        ([9, 1, 1, 1], 2, 4, 9),  # the heaviest
+        ([9, 1, 1, 1], 2, 5, 6),  # it halved, and rounded up with the mean
+        ([9, 1, 1, 1], 4, 6, 3),  # in three
+        ([5, 5, 5, 1], 2, 4, 10),  # two of three must meet
+        ([5, 5, 5, 1], 2, 5, 8),  # unless one of them is there twice
+        ([2, 2, 2, 2, 2], 2, 5, 6),  # three of five
+    ],
+)
+def test_bounds_by_hand(rows, bins, slots, most):
+    experts = len(rows)
+    loads = loads_module.Loads(
+        1, np.array([0, experts]), np.arange(experts, dtype=np.int32), np.array(rows, np.int64), sum(rows)
+    )
+    least = Least(np.zeros(1), np.zeros(1))
+    imbalance.bound(loads, experts, bins, slots, Cost(0.0, 0.0, 0.0, np.ones((1, experts))), least)
+    assert least.imbalance[0] * sum(rows) / bins == pytest.approx(most, rel=1e-12)
+    assert least.busy_s[0] == 0
+
+
+def expected_imbalance(counts, plan, turns):
+    """Mean imbalance of each layer over the steps of counts [steps, L, E], plan a Plan or one a step."""
+    means = []
+    for layer in range(counts.shape[1]):
+        values = []
+        for i, turn in enumerate(turns):
+            own = plan[i] if isinstance(plan, list) else plan
+            if counts[i, layer].sum():
+                rows, _ = oracle.bin_loads(
+                    counts[i, layer].tolist(), own.expert_of_slot[layer].tolist(), turn, lambda e, n: 0
+                )
+                values.append(max(rows) / np.mean(rows))
+        means.append(np.mean(values) if values else None)
+    return means
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32),
+    window=st.integers(1, 12),
+    interval=st.integers(1, 14),
+    phase=st.sampled_from(["all", "decode"]),
+)
+def test_plans_are_made_from_their_window_and_judged_on_the_rest(seed, window, interval, phase):
+    trace, tier = small_trace(seed, steps=30), Tier(3, 2)
+    steps = steps_of_phase(trace, phase)
+    if steps.size < 14:
+        return
+    counts = counted(trace)[steps]
+    found = balance(trace, ["ep-lpt", "eplb", "ep"], tier=tier, window=window, interval=interval, phase=phase)
+    judged = counts[window:]
+    turns = list(range(len(judged)))
+    for placement in ("ep-lpt", "eplb"):
+
+        def made_from(part, placement=placement):
+            return make_plan(placement, tier, (LAYERS, EXPERTS), part.sum(0))
+
+        anew = [made_from(counts[begin : begin + window]) for begin in range(0, len(judged), interval)]
+        plans = {
+            "kept": anew[0],
+            "clairvoyant": made_from(judged),
+            "re-made": [anew[i // interval] for i in turns],
+        }
+        for kind, plan in plans.items():
+            own = found.layers.filter(placement=placement, plan=kind)
+            if kind == "re-made" and len(anew) == 1:
+                assert own.is_empty()
+                continue
+            assert own["imbalance"].to_list() == pytest.approx(expected_imbalance(judged, plan, turns), rel=1e-12)
+        moved = sum(moved_bytes(a, b, trace.expert_bytes) for a, b in itertools.pairwise(anew))
+        if len(anew) > 1:
+            own = found.layers.filter(placement=placement, plan="re-made")
+            assert own["migration_bytes"].to_list() == moved.tolist()
+            stale = found.staleness.filter(placement=placement).drop_nulls("layer")
+            assert stale["migration_bytes"].to_list() == moved.tolist()
+    assert found.trace["rebalances"] == len(anew) - 1
+    assert found.trace["rebalance_steps"] == steps[window:][interval::interval].tolist()
+    next_plan = plan_for_next(trace, "eplb", tier, window, phase)
+    assert np.array_equal(next_plan.expert_of_slot, made_from(counts[-window:]).expert_of_slot)
+
+
+@pytest.fixture(scope="module")
+def timed():
+    trace = generate_trace("tiny-olmoe", requests=20, prompt=8, output=20, batch=8, zipf=0.9, seed=1)
+    return trace, balance(trace, PLACEMENTS, tier=6, window=40, interval=20, system="edge-ndp")
+
+
+def test_seconds_are_those_of_the_timing_model(timed):
+    trace, found = timed
+    model, system = load_model("tiny-olmoe"), load_system("edge-ndp")
+    counts, size = counted(trace)[40:], model.expert_bytes()[0, 0]
+    for placement, share in (("ep", 1), ("tp", 6), ("tp:2", 2)):
+        plan = make_plan(placement, Tier(6), (trace.layers, 32))
+
+        def ndp_s(e, n, share=share):
+            return (
+                max(model.flop_per_row * n / (share * system.ndp.flop_s), size / (share * system.ndp.bytes_s))
+                + system.ndp.command_s
+            )
+
+        busy_s = [
+            [
+                oracle.bin_loads(rows[layer].tolist(), plan.expert_of_slot[layer].tolist(), 0, ndp_s)[1]
+                for rows in counts
+            ]
+            for layer in range(trace.layers)
+        ]
+        own = found.layers.filter(placement=placement)
+        assert own["busy_s"].to_list() == pytest.approx([sum(map(max, steps)) for steps in busy_s], rel=1e-9)
+        in_time = [np.mean([max(step) / np.mean(step) for step in steps]) for steps in busy_s]
+        assert own["time_imbalance"].to_list() == pytest.approx(in_time, rel=1e-9)
+
+
+@pytest.mark.parametrize("placement", ["ep", "ep-block", "tp:2"])
+def test_a_replay_on_the_units_alone_is_as_uneven(timed, placement):
+    trace, found = timed
+    policy = PolicySpec(name="units", placement=placement, dispatch="ndp")
+    steps = replay(trace, system=load_system("edge-ndp", {"ndp.units": 6}), policies=[policy]).steps
+    own = found.summary.filter(placement=placement)["time_imbalance"].item()
+    assert steps["imbalance"].tail(found.trace["judged_steps"]).mean() == pytest.approx(own, rel=1e-12)
+
+
+def test_what_holds_of_all_plans(timed):
+    _, found = timed
+    rows = found.layers
+    assert (rows["imbalance"] >= rows["least_imbalance"]).all() and (rows["busy_s"] >= rows["least_busy_s"]).all()
+    assert (rows["least_imbalance"] >= 1).all() and rows["jain"].is_between(1 / 6, 1 + 1e-12).all()
+    for low, high in (
+        ("imbalance_p50", "imbalance_p95"),
+        ("imbalance_p95", "imbalance_p99"),
+        ("imbalance_p99", "imbalance_max"),
+    ):
+        assert (rows[low] <= rows[high]).all()
+    assert found.layers.filter(placement="tp").select("imbalance", "jain").to_numpy().tolist() == [[1, 1]] * 6
+    slots = dict(found.summary.select("placement", "slots").iter_rows())
+    assert slots == {"ep": 32, "ep-block": 32, "ep-lpt": 32, "eplb": 42, "tp": 32, "tp:2": 32}
+    assert rows.filter(pl.col("plan") != "re-made")["migration_bytes"].sum() == 0
+
+
+def test_staleness_follows_from_the_layers(timed):
+    _, found = timed
+    judged, first = found.trace["judged_steps"], found.trace["interval"]
+    for layer in (0, 5):
+        kept, anew, ahead = (
+            found.layers.filter(placement="eplb", plan=plan, layer=layer).row(0, named=True)
+            for plan in ("kept", "re-made", "clairvoyant")
+        )
+        row = found.staleness.filter(placement="eplb", layer=layer).row(0, named=True)
+        assert row["imbalance_loss_to_remade"] == kept["imbalance"] / anew["imbalance"] - 1
+        assert row["busy_loss_to_clairvoyant"] == kept["busy_s"] / ahead["busy_s"] - 1
+        pause_s = anew["migration_bytes"] / load_system("edge-ndp").link.bytes_s / found.trace["rebalances"]
+        saved_s = (kept["busy_s"] - anew["busy_s"]) / (judged - first)
+        assert row["pause_s_per_rebalance"] == pytest.approx(pause_s) and row["saved_s_per_step"] == pytest.approx(
+            saved_s
+        )
+        assert row["break_even_steps"] == (pytest.approx(pause_s / saved_s) if saved_s > 0 else None)
+    every = found.staleness.filter(pl.col("layer").is_null(), placement="eplb").row(0, named=True)
+    own = found.layers.filter(placement="eplb", plan="kept")
+    assert every["busy_s_kept"] == pytest.approx(own["busy_s"].sum())
+    assert every["imbalance_kept"] == pytest.approx(own["imbalance"].mean())
+
+
+def test_blocks_and_the_kind_of_trace_change_nothing(monkeypatch, tmp_path):
+    trace = small_trace(11, steps=40)
+    arguments = {"tier": Tier(3), "window": 9, "interval": 4}
+    whole = balance(trace, PLACEMENTS[:4], **arguments).to_dict()
+    with as_counts(trace, tmp_path / "a.h5") as other:
+        bytes_unknown = balance(other, PLACEMENTS[:4], **arguments)
+    assert bytes_unknown.layers["migration_bytes"].null_count() == len(bytes_unknown.layers)
+    assert bytes_unknown.summary["migration_bytes"].null_count() == len(bytes_unknown.summary)
+    assert (
+        bytes_unknown.layers.drop("migration_bytes").to_dicts()
+        == pl.DataFrame(whole["layers"]).drop("migration_bytes").to_dicts()
+    )
+    monkeypatch.setattr(loads_module, "AT_ONCE", 1)
+    assert balance(trace, PLACEMENTS[:4], **arguments).to_dict() == whole
+    assert list(whole) == ["schema", "trace", *FRAMES]
+
+
+def test_a_given_plan_is_judged_as_it_is():
+    trace = small_trace(5)
+    plan = make_plan("ep", Tier(3), (LAYERS, EXPERTS))
+    found = balance(trace, ["ep"], tier=3, plans={"mine.json": plan})
+    one, other = (found.layers.filter(placement=name).drop("placement", "plan") for name in ("ep", "mine.json"))
+    assert one.equals(other) and found.summary["plan"].to_list() == ["fixed", "given"]
+    assert found.staleness.is_empty() and found.trace["rebalances"] == 0
+
+
+def test_layers_without_choices():
+    ids = np.full((6, 2, 1), 255, np.uint8)
+    ids[:, 0, 0] = [0, 1, 2, 3, 0, 1]
+    found = balance(Trace.from_arrays(ids, num_experts=4), tier=2)
+    empty = found.layers.filter(layer=1)
+    assert empty["imbalance"].null_count() == len(empty) and empty["steps"].sum() == 0
+    assert found.summary["imbalance"].null_count() == 0
+
+
+def test_what_cannot_be_asked():
+    trace = small_trace(0)
+    for arguments, sentence in (
+        ({"placements": ["best"]}, "no placement 'best'"),
+        ({"placements": []}, "no placement and no plan is given"),
+        ({"window": 0}, "the window is 0 steps: give 1 to 23"),
+        ({"window": 24}, "the window is 24 steps"),
+        ({"interval": 0}, "the interval is 0 steps"),
+        ({"phase": "both"}, "phase is 'both'"),
+        ({"system": "jetson-orin"}, "has no NDP units"),
+        ({"system": "edge-ndp"}, "seconds need a model, but the trace names '', which is no preset"),
+        ({"system": "edge-ndp", "model": "mixtral-8x7b"}, "3 MoE layers of 7 experts, but the model mixtral-8x7b has"),
+        ({"plans": {"a": Plan(1, np.zeros((2, 2, 4), np.int32))}, "tier": 2}, "the plan a is of 2 layers, 2 units"),
+        ({"plans": {"a": Plan(1, np.zeros((3, 2, 4), np.int32))}, "tier": 3}, "the plan a is of 3 layers, 2 units"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            balance(trace, **arguments)
+    with pytest.raises(MoetraceError, match="the plan a has no copy of expert 1 in layer entry 0"):
+        balance(trace, plans={"a": Plan(1, np.zeros((3, 2, 4), np.int32))}, tier=2)
+    with pytest.raises(MoetraceError, match="has 0 mixed steps, but a plan needs"):
+        balance(trace, phase="mixed")
+    with pytest.raises(MoetraceError, match="has 1 steps"):
+        balance(Trace.from_arrays(np.zeros((1, 1, 1), int), num_experts=2))
+    with pytest.raises(MoetraceError, match="has 2000 layers of 2 experts; balance takes 1024 layers and 1048576"):
+        balance(Trace.from_arrays(np.zeros((2, 2000, 1), int), num_experts=2))
+    with pytest.raises(MoetraceError, match="has experts of 4611686018427387904 bytes: what moves would be more"):
+        balance(Trace.from_arrays(np.zeros((2, 1, 1), int), num_experts=2, expert_bytes=np.array([2**62])), tier=2)
+
+
+@captured
+@pytest.mark.parametrize("name", ["real_deepseek-v2-lite_esft_law.npz", "real_gpt-oss-20b_decode_24req_weights.npz"])
+def test_captures(name, tmp_path):
+    import_traces([CAPTURES / name], tmp_path / "a.h5")
+    with Trace.open(tmp_path / "a.h5") as trace:
+        found = balance(trace, tier=8)
+        steps = found.trace["judged_steps"]
+        assert np.array_equal(summed(trace, np.arange(trace.steps)), counted(trace).sum(0))
+    rows = found.layers
+    assert (rows["imbalance"] >= rows["least_imbalance"]).all() and (rows["steps"] == steps).all()
+    by_plan = {(row["placement"], row["plan"]): row["imbalance"] for row in found.summary.iter_rows(named=True)}
+    if "law" in name:  # long prompts: plans made from loads are worth it
+        assert by_plan["eplb", "kept"] < by_plan["ep", "fixed"] and by_plan["ep-lpt", "kept"] < by_plan["ep", "fixed"]
+
+
+def test_every_column_is_explained(timed):
+    page = (Path(__file__).parents[2] / "docs" / "balance.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`(\w+)`", page))
+    columns = {column for frame in FRAMES for column in getattr(timed[1], frame).columns}
+    assert columns - explained == set()
+
+
+def test_impossible_ids_and_counts_are_named(tmp_path):
+    ids = np.zeros((40, 2, 1), np.uint8)
+    ids[33, 1] = 9
+    with pytest.raises(MoetraceError, match="/experts row 33, layer entry 1 holds the id 9, but the model has 4"):
+        balance(Trace.from_arrays(ids, num_experts=4), tier=2)
+    trace = small_trace(2)
+    with as_counts(trace, tmp_path / "a.h5") as other:
+        column = other._columns["counts"]
+
+        def spoilt(start, stop):
+            counts = column.read(start, stop).copy()
+            counts[-1, 1, 2] = 99
+            return counts
+
+        other._columns = {**other._columns, "counts": column._replace(read=spoilt)}
+        with pytest.raises(MoetraceError, match="layer entry 1, expert 2 is 99, but must be 0 to the"):
+            balance(other, tier=2)
+
+
+def test_sums_of_loads_add_up():
+    trace = small_trace(1)
+    total = np.zeros((LAYERS, EXPERTS), np.int64)
+    for part in loads_of(trace, np.arange(trace.steps)):
+        add(part, total)
+    assert np.array_equal(total, counted(trace).sum(0))

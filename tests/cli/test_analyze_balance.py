@@ -1,0 +1,159 @@
+"""`moetrace analyze balance`: what it prints and writes, and what it says when something is wrong."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moetrace as mt
+from moetrace.analyze import balance as library
+from moetrace.analyze.plans import PLACEMENTS
+from moetrace.cli import analyze_balance, main
+from moetrace.engine.placement import group_of_expert
+from moetrace.spec.policy import load_loads
+from moetrace.trace.writer import CountsWriter
+
+TRACES = Path(__file__).parents[2] / "traces"
+MIXTRAL = str(TRACES / "mixtral-8x7b-b16.h5")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command; returns exit code, stdout, and stderr without the line that says that kernels are compiled."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments):
+        try:
+            main(["analyze", "balance", *map(str, arguments)])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code or 0, out, "".join(line for line in err.splitlines(True) if "compiling" not in line)
+
+    return run
+
+
+def test_tables_fit_80_columns(run):
+    code, out, err = run(MIXTRAL, "--system", "edge-ndp", "--placement", "eplb", "--placement", "tp")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    for part in ("What a plan that is kept loses:", "In seconds on edge-ndp:", "break-even", "on 6 units", "(7 times)"):
+        assert part in out
+    assert sum(line.startswith("eplb ") for line in out.splitlines()) == 3 + 1 + 3 + 1
+    out = run(MIXTRAL, "--units", 4, "--placement", "ep")[1]
+    assert "kept" not in out and "seconds" not in out and "In seconds" not in out
+
+
+def test_json_and_csv_are_the_frames(run):
+    arguments = (MIXTRAL, "--units", 4, "--window", 60, "--interval", 50, "--phase", "decode", "--placement", "eplb")
+    with mt.Trace.open(MIXTRAL) as trace:
+        found = library.balance(trace, ["eplb"], tier=4, window=60, interval=50, phase="decode")
+    assert json.loads(run(*arguments, "--format", "json")[1]) == json.loads(json.dumps(found.to_dict()))
+    for frame in analyze_balance.FRAMES:
+        out = run(*arguments, "--format", "csv", "--frame", frame)[1]
+        assert out == getattr(found, frame).write_csv()
+    rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv")[1])))
+    assert len(rows) == 3 * 32 and {row["plan"] for row in rows} == {"kept", "re-made", "clairvoyant"}
+
+
+@pytest.mark.parametrize("name", ["plan.json", "plan.yaml"])
+def test_a_plan_that_was_exported_is_the_one_that_is_kept(run, tmp_path, name):
+    """Made from the first part of a trace, written, read, and judged on the rest: the same figures."""
+    with mt.Trace.open(MIXTRAL) as trace:
+        experts, rows = trace.read("experts", 0, int(trace.offset[60])), np.diff(trace.offset[:61])
+        part = mt.Trace.from_arrays(experts, num_experts=8, steps=rows, phase=trace.phase[:60], model="mixtral-8x7b")
+    part.write(tmp_path / "part.h5")
+    code, _, err = run(
+        tmp_path / "part.h5", "--placement", "eplb", "--window", 59, "--units", 4, "--export", tmp_path / name
+    )
+    assert (code, err) == (0, "")
+    arguments = (MIXTRAL, "--units", 4, "--window", 60, "--format", "json", "--placement", "eplb")
+    both = json.loads(run(*arguments, "--plan", tmp_path / name)[1])["layers"]
+    with mt.Trace.open(tmp_path / "part.h5") as trace:
+        plan = library.plan_for_next(trace, "eplb", library.Tier(4), 59)
+    with mt.Trace.open(MIXTRAL) as trace:
+        found = library.balance(trace, [], tier=4, window=60, plans={name: plan})
+    given = [row for row in both if row["plan"] == "given"]
+    assert given == found.layers.to_dicts() and {row["placement"] for row in given} == {name}
+
+
+def test_a_replay_places_by_the_loads_that_were_exported(run, tmp_path):
+    arguments = (MIXTRAL, "--placement", "ep-lpt", "--window", 90, "--units", 4)
+    assert run(*arguments, "--export", tmp_path / "loads.csv")[0] == 0
+    with mt.Trace.open(MIXTRAL) as trace:
+        plan = library.plan_for_next(trace, "ep-lpt", library.Tier(4), 90)
+        loads = load_loads(tmp_path / "loads.csv", trace.layers, 8)
+    unit_of_expert = group_of_expert("ep-lpt", len(loads), 8, 4, 1, loads)
+    for layer, units in enumerate(plan.expert_of_slot.tolist()):
+        assert all(unit_of_expert[layer, e] == unit for unit, held in enumerate(units) for e in held if e >= 0)
+
+
+def test_counts_alone_are_enough(run, tmp_path):
+    facts = {"model": "", "num_experts": 4, "top_k": 1, "layers": 1, "rows": 12, "steps": 3, "source": {}}
+    with CountsWriter(tmp_path / "a.h5", **facts) as writer:
+        counts = np.array([[[4, 0, 0, 0]], [[2, 2, 0, 0]], [[1, 1, 1, 1]]])
+        writer.append_counts(counts, np.array([4, 4, 4]), np.ones(3, np.uint8))
+    code, out, _ = run(tmp_path / "a.h5", "--placement", "ep", "--units", 2, "--window", 1, "--format", "json")
+    (row,) = json.loads(out)["layers"]
+    assert code == 0 and row["imbalance"] == 1.0 and row["imbalance_max"] == 1.0 and row["steps"] == 2
+
+
+def test_picture(run, tmp_path):
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    code, _, err = run(MIXTRAL, "--units", 4, "--plot", tmp_path / "a.html")
+    assert (code, err) == (0, "") and (tmp_path / "a.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_errors_are_one_sentence(run, tmp_path):
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "bad.yaml").write_text("num_slots: 8\n")
+    for arguments, code, sentence in (
+        ((MIXTRAL, "--placement", "best"), 2, "there is no placement 'best'"),
+        ((MIXTRAL, "--units", 0), 2, "units are 0: give 1 to 4096"),
+        ((MIXTRAL, "--units", 3, "--redundant", 2), 2, "cannot share equally: give 4 redundant ones"),
+        ((MIXTRAL, "--window", 160), 2, "the window is 160 steps"),
+        ((MIXTRAL, "--system", "none"), 2, "none"),
+        ((MIXTRAL, "--system", "edge-ndp", "--set", "system.ndp.units=0"), 2, "ndp.units"),
+        ((MIXTRAL, "--set", "system.ndp.units=4"), 2, "--set system.FIELD needs --system"),
+        ((MIXTRAL, "--model", "olmoe-1b-7b"), 2, "name the right one with --model"),
+        ((MIXTRAL, "--plan", tmp_path / "none.json"), 1, "there is no plan file"),
+        ((MIXTRAL, "--plan", tmp_path / "bad.json"), 1, "bad.json is no plan of SGLang's"),
+        ((MIXTRAL, "--plan", tmp_path / "bad.yaml"), 1, "bad.yaml has no layer 0 among"),
+        ((MIXTRAL, "--plan", "a.pt"), 2, "does not say whose plan it is"),
+        ((MIXTRAL, "--export", tmp_path / "a.json"), 2, "give one --placement"),
+        ((MIXTRAL, "--export", tmp_path / "a.txt", "--placement", "ep"), 2, "does not say whose plan it is"),
+        (
+            (MIXTRAL, "--export", tmp_path / "a.json", "--placement", "tp", "--units", 4),
+            2,
+            "splits experts among units",
+        ),
+        ((MIXTRAL, "--export", tmp_path / "a.csv", "--placement", "eplb"), 2, ".csv is for the loads of ep-lpt"),
+        ((MIXTRAL, "--plot", "a.pdf"), 2, "must end with .png or .html"),
+        ((MIXTRAL, "--plot", MIXTRAL), 2, "must be different files"),
+        ((tmp_path / "b.h5",), 1, "b.h5"),
+    ):
+        found, out, err = run(*arguments)
+        assert (found, out) == (code, "") and sentence in err and err.count("\n") == 1, (arguments, err)
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_units_and_model_are_the_system_s_and_the_trace_s_unless_told(run):
+    out = run(MIXTRAL, "--system", "edge-ndp", "--set", "system.ndp.units=2", "--placement", "ep", "--format", "json")[
+        1
+    ]
+    assert json.loads(out)["trace"]["units"] == 2
+    arguments = ("--placement", "eplb", "--units", 4, "--format", "json")
+    moved = [
+        json.loads(run(MIXTRAL, *arguments, *more)[1])["summary"][1]["migration_bytes"]
+        for more in ((), ("--set", "model.weight_bits=8"))
+    ]
+    assert moved[0] == 2 * moved[1] > 0
+
+
+def test_help_names_what_there_is():
+    assert set(analyze_balance.PLACEMENTS) == {*PLACEMENTS, "tp:g"} and analyze_balance.FRAMES == library.FRAMES

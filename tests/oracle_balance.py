@@ -1,0 +1,81 @@
+"""Plans and imbalance, slow and obvious: lists and dicts, one row at a time; shares no code with the kernels."""
+
+from fractions import Fraction
+from itertools import product
+
+
+def pack(weights, packs):
+    """Which items each pack gets, in order: heaviest first, to the lightest pack with room; ties to the lower."""
+    room = len(weights) // packs
+    held = [[] for _ in range(packs)]
+    if room == 1:
+        return [[item] for item in range(packs)]
+    for item in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
+        open_packs = [p for p in range(packs) if len(held[p]) < room]
+        held[min(open_packs, key=lambda p: (sum(weights[i] for i in held[p]), p))].append(item)
+    return held
+
+
+def eplb(loads, slots, units, nodes=1, groups=1):
+    """Expert of each slot of one layer."""
+    loads = [Fraction(int(load)) for load in loads]
+    size = len(loads) // groups
+    members = [list(range(g * size, (g + 1) * size)) for g in range(groups)]
+    plan = []
+    for of_node in pack([sum(loads[e] for e in group) for group in members], nodes):
+        experts = [e for g in of_node for e in members[g]]
+        copies = dict.fromkeys(experts, 1)
+        for _ in range(slots // nodes - len(experts)):
+            copies[max(experts, key=lambda e: (loads[e] / copies[e], -experts.index(e)))] += 1
+        listed = experts + [e for e in experts for _ in range(copies[e] - 1)]
+        for unit in pack([loads[e] / copies[e] for e in listed], units // nodes):
+            plan += [listed[i] for i in unit]
+    return plan
+
+
+def lpt(loads, units):
+    """Unit of each expert."""
+    total, unit_of = [0] * units, [0] * len(loads)
+    for e in sorted(range(len(loads)), key=lambda e: (-loads[e], e)):
+        unit_of[e] = min(range(units), key=lambda u: (total[u], u))
+        total[unit_of[e]] += loads[e]
+    return unit_of
+
+
+def bin_loads(rows, held, turn, cost):
+    """Rows and seconds of each bin: rows of each expert, which experts each bin holds, a list for each copy."""
+    bins_of = {}
+    for b, experts in enumerate(held):
+        for e in experts:
+            if e >= 0:
+                bins_of.setdefault(e, []).append(b)
+    done, busy_s = [0] * len(held), [0.0] * len(held)
+    for e, n in enumerate(rows):
+        if n == 0:
+            continue
+        copies = len(bins_of[e])
+        got = [0] * copies
+        # Row after row to copy after copy, beginning with another one each step.
+        for row in range(n):
+            got[(row - turn) % copies] += 1
+        for b, own in zip(bins_of[e], got, strict=True):
+            done[b] += own
+            busy_s[b] += cost(e, own) if own else 0.0
+    return done, busy_s
+
+
+def best_possible(rows, bins, slots, cost):
+    """Least greatest rows and least greatest seconds of a bin, over every plan of so many copies, split evenly."""
+    experts = len(rows)
+    best_rows, best_s = None, None
+    further = slots - experts
+    for extra in product(range(further + 1), repeat=experts):
+        if sum(extra) != further:
+            continue
+        listed = [e for e in range(experts) for _ in range(1 + extra[e])]
+        for where in product(range(bins), repeat=slots):
+            held = [[e for e, b in zip(listed, where, strict=True) if b == bin_] for bin_ in range(bins)]
+            done, busy_s = bin_loads(rows, held, 0, cost)
+            best_rows = max(done) if best_rows is None else min(best_rows, max(done))
+            best_s = max(busy_s) if best_s is None else min(best_s, max(busy_s))
+    return best_rows, best_s
