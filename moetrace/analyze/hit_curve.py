@@ -74,7 +74,8 @@ def _layer_walk(trace: Trace, sequential: bool, threads: int, count: np.ndarray)
     """Yield the blocks of a trace when their distances are counted; the next is read while threads count."""
     layers, experts = trace.layers, trace.num_experts
     stacks = stack.layer_stacks(layers, experts)
-    edges = [layers * number // threads // 8 * 8 for number in range(threads)] + [layers]
+    unit = 8 if layers >= 8 * threads else 1  # the kernel takes eight layers in turn
+    edges = [layers * number // threads // unit * unit for number in range(threads)] + [layers]
     parts = [(first, stop) for first, stop in pairwise(edges) if first < stop]
 
     def work(block: Accesses, distance: np.ndarray, part: tuple[int, int]) -> None:

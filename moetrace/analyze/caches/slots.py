@@ -20,7 +20,7 @@ _NEVER = 1 << 53  # next uses are below: ranks have _EXPERT_BITS less than an in
 _EMPTY = np.iinfo(np.int64).max
 _FIRST_TO_GO = np.iinfo(np.int64).min  # below every rank, even with some added
 _LANES = 8  # slots in a register
-_SMALL = 32  # slots: more take longer to compare than a wrong guess costs
+_SMALL = 16  # slots: more take longer to compare than a wrong guess costs
 _TOGETHER = 8  # layers
 
 
