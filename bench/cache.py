@@ -169,8 +169,8 @@ def main() -> None:
                 "",
             ]
     lines.append(
-        f"Reading a trace of qwen3-30b-a3b and LRU's whole curve with two threads instead of one: {threads(given.rounds)} "
-        f"({os.cpu_count()} CPUs, {os.getloadavg()[0]:.0f} processes at work beside it or in it)."
+        "Reading a trace of qwen3-30b-a3b and LRU's whole curve with two threads instead of one: "
+        f"{threads(given.rounds)} ({os.cpu_count()} CPUs, {os.getloadavg()[0]:.0f} processes at work)."
     )
     print("\n".join(lines))
     if given.write:
