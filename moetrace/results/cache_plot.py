@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _WIDTH, _GAP, _HEIGHT = 768, 48, 340
 # Belady's is grey; the others are apart for colour-blind eyes, and legible on white and on black.
 _COLOURS = ("#2f81d0", "#e0782f", "#1f9e77", "#b05fc0", "#c9a227", "#d1495b", "#5c6f8f", "#17becf", "#8c564b")
+_COLOURS += ("#7fb800", "#ef7fc0")
 _YARDSTICK, _GREY = "belady", "#8b8b8b"
 _MOST_POINTS = 256  # of a curve of every capacity
 _FIGURES = ("hit_rate", "hit_rate_low", "hit_rate_high")
