@@ -45,10 +45,12 @@ def leave_out(
     Steps lose those rows, and go if they lose all; requests and positions stay as they are. Layers are judged by the
     rows that stay. `model` names the model of what is left; else, if layers go, the name that was recorded decides.
     `source` says under "left_out" what went. Memory does not grow with the trace.
-    Raises MoetraceError if nothing would be left, or if what is left holds an impossible value.
+    Raises MoetraceError if the trace differs from its sha256s, nothing would be left, or what is left holds an
+    impossible value.
     """
     where = str(trace.path or "trace in memory")
     keep_inputs(path, [trace.path])
+    trace.verify_hashes()
     ranges = _warm_up_rows(trace) if warmup and "counts" not in trace.has else []
     gone = _dense_layers(trace, ranges) if dense else np.zeros(trace.layers, bool)
     rows = sum(stop - start for start, stop in ranges)
