@@ -43,6 +43,7 @@ def import_traces(
     model: str | None = None,
     hints: Hints | None = None,
     decode_after: int | None = None,
+    uncounted: Sequence[tuple[int, int]] = (),
     compress: str | None = None,
     writing: Progress | None = None,
 ) -> list[Path]:
@@ -50,7 +51,8 @@ def import_traces(
 
     Where a source does not say its steps, consecutive prefill rows of a request become one and each decode row a step
     of its own. With `decode_after` P, whatever the capture says, the first P rows of each request are its prompt and
-    the rest is decode. `model` names the model (a preset or a TOML file); else the source's own name decides. It, or
+    the rest is decode; rows of the trace in the ranges [start, stop) `uncounted` are not counted for that, and prefill.
+    `model` names the model (a preset or a TOML file); else the source's own name decides. It, or
     `hints`, also tells the sizes that a source does not say. `writing` is told the rows (of counts, the steps) that
     were written. Returns the files that were read.
     Raises MoetraceError if a source is not what it claims or the sources don't fit together; then nothing is written.
@@ -77,7 +79,8 @@ def import_traces(
     if counts:
         _write_counts(path, counts, facts, writing)
     else:
-        _write_rows(path, [c for c in captures if isinstance(c, Capture)], decode_after, facts, writing)
+        rows = [c for c in captures if isinstance(c, Capture)]
+        _write_rows(path, rows, _tables(rows, decode_after, uncounted), facts, writing)
     return files
 
 
@@ -135,9 +138,9 @@ def _write_counts(path: Path, captures: list[Counts], facts: dict[str, Any], wri
 
 
 def _write_rows(
-    path: Path, captures: list[Capture], decode_after: int | None, facts: dict[str, Any], writing: Progress | None
+    path: Path, captures: list[Capture], tables: list[_Rows], facts: dict[str, Any], writing: Progress | None
 ) -> None:
-    first, tables = captures[0], [_rows(capture, decode_after) for capture in captures]
+    first = captures[0]
     mixed = any((rows.step_phase == MIXED).any() for rows in tables)
     with Writer(
         path,
@@ -192,13 +195,22 @@ def _append(writer: Writer, capture: Capture, rows: _Rows, mixed: bool, writing:
         done, step = end, stop
 
 
-def _rows(capture: Capture, decode_after: int | None) -> _Rows:
+def _tables(captures: list[Capture], decode_after: int | None, uncounted: Sequence[tuple[int, int]]) -> list[_Rows]:
+    rows = [capture.request.size for capture in captures]
+    counted = np.ones(sum(rows), bool)
+    for start, stop in uncounted:
+        counted[start:stop] = False
+    parts = np.split(counted, np.cumsum(rows)[:-1])
+    return [_rows(capture, decode_after, part) for capture, part in zip(captures, parts, strict=True)]
+
+
+def _rows(capture: Capture, decode_after: int | None, counted: np.ndarray) -> _Rows:
     """Number requests in order of appearance, and cut rows into steps where the source doesn't."""
     _, first, inverse = np.unique(capture.request, return_index=True, return_inverse=True)
     request = np.argsort(np.argsort(first))[inverse].astype(np.int32)
     phase, step_rows = capture.phase, capture.step_rows
     if decode_after is not None:
-        phase, step_rows = _phase_after(request, decode_after), None
+        phase, step_rows = _phase_after(request, decode_after, counted), None
     if step_rows is None:
         return _Rows(request, capture.position, phase, *_steps(request, phase))
     starts = np.cumsum(step_rows) - step_rows
@@ -206,13 +218,14 @@ def _rows(capture: Capture, decode_after: int | None) -> _Rows:
     return _Rows(request, capture.position, phase, step_rows, np.where(low == high, low, MIXED).astype(np.uint8))
 
 
-def _phase_after(request: np.ndarray, decode_after: int) -> np.ndarray:
-    """Phase uint8 [rows] where the first `decode_after` rows of each request are its prompt."""
+def _phase_after(request: np.ndarray, decode_after: int, counted: np.ndarray) -> np.ndarray:
+    """Phase uint8 [rows] where the first `decode_after` `counted` (bool [rows]) rows of each request are its prompt."""
     order = np.argsort(request, kind="stable")
     starts = np.r_[0, np.flatnonzero(np.diff(request[order])) + 1]
-    number = np.empty(request.size, np.int64)  # of each row within its request
-    number[order] = np.arange(request.size) - np.repeat(starts, np.diff(np.r_[starts, request.size]))
-    return np.where(number < decode_after, PREFILL, DECODE).astype(np.uint8)
+    before = np.cumsum(counted[order]) - counted[order]
+    number = np.empty(request.size, np.int64)  # of each row among the counted ones of its request
+    number[order] = before - np.repeat(before[starts], np.diff(np.r_[starts, request.size]))
+    return np.where(~counted | (number < decode_after), PREFILL, DECODE).astype(np.uint8)
 
 
 def _steps(request: np.ndarray, phase: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -89,7 +89,10 @@ def import_and_leave_out(
     compress: str | None = None,
     **options: Any,
 ) -> LeftOut:
-    """`import_traces`, then `leave_out`; `model` is that of what is left. Nothing is written unless both go well."""
+    """`import_traces`, then `leave_out`; `model` is that of what is left. Nothing is written unless both go well.
+
+    A prompt (`decode_after`) begins after the warm-up: where there is some, the sources are imported twice.
+    """
     hints = hints or Hints()
     if model is not None and dense:  # the source may hold layers that the model's MoE layers don't count
         spec = load_model(model)
@@ -100,13 +103,22 @@ def import_and_leave_out(
         raise MoetraceError(f"{path} could not be written: there is no such folder; nothing was changed.")
     whole = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        keep_inputs(path, import_traces(sources, whole, model=None if dense else model, hints=hints, **options))
+        options |= {"model": None if dense else model, "hints": hints}
+        keep_inputs(path, import_traces(sources, whole, **options))
+        if warmup and options.get("decode_after") is not None and (ranges := _found_warm_up(whole)):
+            options["hints"] = hints._replace(reading=lambda _: None)  # the bytes were told of
+            import_traces(sources, whole, uncounted=ranges, **options)
         with Trace.open(whole) as trace:
             return leave_out(trace, path, warmup=warmup, dense=dense, model=model, compress=compress)
     except MoetraceError as error:
         raise type(error)(str(error).replace(str(whole), str(path))) from error
     finally:
         whole.unlink(missing_ok=True)
+
+
+def _found_warm_up(path: Path) -> list[tuple[int, int]]:
+    with Trace.open(path) as trace:
+        return _warm_up_rows(trace)
 
 
 def _warm_up_rows(trace: Trace) -> list[tuple[int, int]]:
