@@ -76,6 +76,8 @@ def import_traces(
         "compress": compress,
     }
     counts = [capture for capture in captures if isinstance(capture, Counts)]
+    if counts and decode_after is not None:
+        raise UsageError(f"{_where(counts[0])} holds counts alone, which have no prompt: do without --as decode.")
     if counts:
         _write_counts(path, counts, facts, writing)
     else:
