@@ -59,7 +59,8 @@ def import_traces(
     """
     if decode_after is not None and decode_after < 0:
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")
-    captures = [_checked(c) for c in read_captures(sources, format, _hints(hints or Hints(), model, path))]
+    hints = _hints(hints or Hints(), model, path)
+    captures = [_checked(capture, hints) for capture in read_captures(sources, format, hints)]
     files = [file for capture in captures for file in capture.sources]
     keep_inputs(path, files)
     first = captures[0]
@@ -89,10 +90,7 @@ def import_traces(
 def _hints(hints: Hints, model: str | None, path: Path) -> Hints:
     """What `model` says of sizes, unless the user says it himself; temporary files lie beside the trace."""
     if model is not None:
-        spec = load_model(model)
-        hints = hints._replace(
-            num_experts=hints.num_experts or spec.experts, top_k=hints.top_k or spec.top_k, layers=spec.moe_layers
-        )
+        hints = hints.of_model(load_model(model))
     folder = path.resolve().parent
     return hints._replace(scratch=folder if folder.is_dir() else None)
 
@@ -101,9 +99,16 @@ def _where(capture: Capture | Counts) -> str:
     return str(capture.sources[0])
 
 
-def _checked(capture: Capture | Counts) -> Capture | Counts:
-    """The capture in the dtypes of a trace; an error here names the source, one of the writer the trace."""
+def _checked(capture: Capture | Counts, hints: Hints) -> Capture | Counts:
+    """The capture in the dtypes of a trace; an error here names the source, one of the writer the trace.
+
+    Raises UsageError if it has other sizes than the user says; a model's top_k may be more than was captured.
+    """
     where = _where(capture)
+    for name, what, option in (("num_experts", "layer", "--experts"), ("top_k", "token", "--top-k")):
+        said, found = getattr(hints, name), getattr(capture, name)
+        if said not in (None, found) and name not in hints.from_model:
+            raise UsageError(f"{where} has {found} experts a {what}, but {option} says {said}.")
     layer_index = as_dtype(f"{where}: layer_index", capture.layer_index, np.dtype("<u2"))
     if isinstance(capture, Counts):
         check_layers(where, layer_index, None, capture.num_experts)

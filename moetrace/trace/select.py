@@ -95,10 +95,7 @@ def import_and_leave_out(
     """
     hints = hints or Hints()
     if model is not None and dense:  # the source may hold layers that the model's MoE layers don't count
-        spec = load_model(model)
-        hints = hints._replace(
-            num_experts=hints.num_experts or spec.experts, top_k=hints.top_k or spec.top_k, layers=spec.moe_layers
-        )
+        hints = hints.of_model(load_model(model))
     if not path.resolve().parent.is_dir():
         raise MoetraceError(f"{path} could not be written: there is no such folder; nothing was changed.")
     whole = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

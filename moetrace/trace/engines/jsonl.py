@@ -112,8 +112,7 @@ class _Log:
                 self._append(index, of_layer, request[of_layer], token[of_layer], arrays)
 
     def _begin(self, route: Route) -> None:
-        num_experts = self._hints.num_experts or self._meta.num_experts
-        self._num_experts = num_experts or self._hints.need("num_experts", self._path)
+        self._num_experts = self._meta.num_experts or self._hints.need("num_experts", self._path)
         self._top_k = len(route.topk_ids)
         self._optional = () if route.topk_weights is None else ("gates",)
         check_sizes(str(self._path), self._num_experts, self._top_k, 1, 1, 1)

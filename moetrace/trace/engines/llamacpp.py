@@ -50,8 +50,6 @@ def _read(path: Path, hints: Hints) -> Capture:
         raise MoetraceError(f"{path}: line 1 is neither 'layer,expert' nor 'pos,layer,id0,id1,...'.")
     num_experts = hints.need("num_experts", path)
     top_k = hints.need("top_k", path) if width == 2 else width - 2
-    if hints.top_k not in (None, top_k):
-        raise MoetraceError(f"{path} has {top_k} experts a line, but top_k should be {hints.top_k}.")
     header = int(_HEADER.fullmatch(first.rstrip(b"\r\n")) is not None)
     names = ["layer", "e0"] if width == 2 else ["pos", "layer", *(f"e{slot}" for slot in range(top_k))]
     only = {name: pl.Int32 if name == "layer" else None for name in names}

@@ -51,7 +51,7 @@ def test_bad_counts_are_one_sentence(tmp_path, counts, sentence):
 def test_experts_that_differ_from_what_the_user_says_are_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(popularity(counted(routing(3, 2, 2, 8), 8), 1))
-    refused(path, "counts 8 experts a layer, but there should be 16", "fiddler", num_experts=16)
+    refused(path, "has 8 experts a layer, but --experts says 16", "fiddler", num_experts=16)
 
 
 def test_counts_have_no_prompt(tmp_path):
