@@ -55,13 +55,15 @@ _LINE: Any = Meta | Route
 
 
 def recognize(first: bytes, name: str) -> bool:
-    """Whether a file that begins with these bytes has such a record in its first line."""
-    line = first.lstrip().split(b"\n", 1)[0]
-    try:
-        record = msgspec.json.decode(line, type=_LINE)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return False
-    return isinstance(record, Route) or b'"layers_logged"' in line or b'"vllm_version"' in line
+    """Whether a file that begins with these bytes has a route, or such a header, after headers of any kind."""
+    for line in first.lstrip().split(b"\n"):
+        try:
+            record = msgspec.json.decode(line, type=_LINE)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return False
+        if isinstance(record, Route) or b'"layers_logged"' in line or b'"vllm_version"' in line:
+            return True
+    return False
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
