@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.engines.capture import FIRST_BYTES, Capture, Counts, Hints
+from moetrace.trace.engines.text import first_bytes
 
 # Format -> what it is, in the order in which content is tried. The module has the
 # same name, with _ for -.
@@ -106,8 +107,7 @@ def _format_of(first: bytes, name: str) -> str | None:
 
 
 def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(FIRST_BYTES)
+    return first_bytes(path, FIRST_BYTES)
 
 
 def _importer(name: str):

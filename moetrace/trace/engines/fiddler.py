@@ -13,6 +13,7 @@ import numpy as np
 
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.engines.capture import Counts, Hints
+from moetrace.trace.engines.text import text_of
 from moetrace.trace.schema import MIXED, check_sizes
 
 TOP_K = 2
@@ -41,7 +42,7 @@ def _read(path: Path, hints: Hints) -> Counts:
         raise MoetraceError(f"{path} has {size} bytes, but such counts need at most {_MAX_BYTES}.")
     hints.reading(size)
     try:
-        said = msgspec.json.decode(path.read_bytes(), type=_Popularity)
+        said = msgspec.json.decode(text_of(path), type=_Popularity)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MoetraceError(f"{path} is not as expected: {str(error).rstrip('.')[:200]}.") from None
     rows = said.expert_popularity

@@ -35,6 +35,25 @@ def test_other_content_is_of_no_format(tmp_path, text):
     assert not any(_importer(name).recognize(text.encode(), "a.csv") for name in FORMATS)
 
 
+@pytest.mark.parametrize("importer", sorted(fuzz.WRITERS.keys() - {"npz"}))
+def test_a_byte_order_mark_before_a_text_is_no_matter(tmp_path, importer):
+    if importer in NEEDS:
+        pytest.importorskip(NEEDS[importer])
+    for sample in importlib.import_module(fuzz.WRITERS[importer]).samples(tmp_path):
+        texts = [path for path in map(Path, sample.files) if path.suffix not in {".pt", ".npy", ".safetensors"}]
+        if not texts:
+            continue
+        found = []
+        for mark in (b"", b"\xef\xbb\xbf"):
+            for path in texts:
+                path.write_bytes(mark + path.read_bytes())
+            import_traces([Path(path) for path in sample.files], tmp_path / "t.h5", hints=Hints(**sample.hints))
+            with Trace.open(tmp_path / "t.h5") as trace:
+                what = "counts" if "counts" in trace.has else "experts"
+                found.append(trace.read(what, 0, max(trace.rows, trace.steps)).tolist())
+        assert found[0] == found[1]
+
+
 # A wider top_k is allowed, or what is said decides.
 SAID = {("colibri", "top_k"), ("fiddler", "top_k"), ("sglang", "num_experts")}
 
