@@ -1,6 +1,7 @@
 """From what engines recorded to one trace file: name the model, cut rows into steps, check every id, write."""
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ _TOLD_FILES = 32
 _ALIKE = ("num_experts", "top_k", "layer_index", "expert_bytes", "optional")
 
 Progress = Callable[[int], object]
+PathLike = str | os.PathLike[str]
 
 
 class _Rows(NamedTuple):
@@ -36,8 +38,8 @@ class _Rows(NamedTuple):
 
 
 def import_traces(
-    sources: Sequence[Path],
-    path: Path,
+    sources: PathLike | Sequence[PathLike],
+    path: PathLike,
     *,
     format: str | None = None,
     model: str | None = None,
@@ -49,18 +51,20 @@ def import_traces(
 ) -> list[Path]:
     """Write one trace file from the captures at `sources`, one after the other; requests are numbered anew.
 
-    Where a source does not say its steps, consecutive prefill rows of a request become one and each decode row a step
-    of its own. With `decode_after` P, whatever the capture says, the first P rows of each request are its prompt and
-    the rest is decode; rows of the trace in the ranges [start, stop) `uncounted` are not counted for that, and prefill.
-    `model` names the model (a preset or a TOML file); else the source's own name decides. It, or
-    `hints`, also tells the sizes that a source does not say. `writing` is told the rows (of counts, the steps) that
-    were written. Returns the files that were read.
-    Raises MoetraceError if a source is not what it claims or the sources don't fit together; then nothing is written.
+    A source is a file, or a folder for its files of one format. Where a source does not say its steps, consecutive
+    prefill rows of a request become one and each decode row a step of its own. With `decode_after` P, whatever the
+    capture says, the first P rows of each request are its prompt and the rest is decode; rows of the trace in the
+    ranges [start, stop) `uncounted` are not counted for that, and prefill. `model` names the model (a preset or a TOML
+    file); else the source's own name decides. It, or `hints`, also tells the sizes that a source does not say.
+    `writing` is told the rows (of counts, the steps) that were written. Returns the files that were read.
+    Raises MoetraceError if a source is not what it claims or the sources don't fit together, UsageError if what is said
+    contradicts them, is missing, or is a prompt of counts; then nothing is written.
     """
     if decode_after is not None and decode_after < 0:
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")
+    given, path = [sources] if isinstance(sources, str | os.PathLike) else sources, Path(path)
     hints = _hints(hints or Hints(), model, path)
-    captures = [_checked(capture, hints) for capture in read_captures(sources, format, hints)]
+    captures = [_checked(capture, hints) for capture in read_captures(list(map(Path, given)), format, hints)]
     files = [file for capture in captures for file in capture.sources]
     keep_inputs(path, files)
     first = captures[0]

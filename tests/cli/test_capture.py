@@ -1,4 +1,4 @@
-"""`moetrace capture`: text in, trace out, what was written and found is said; what goes wrong is one sentence and no file."""
+"""`moetrace capture`: text in, trace out, with what lint finds; what goes wrong is one sentence and no file."""
 
 import json
 import sys

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moetrace as mt
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
 from moetrace.trace.engines import detect
@@ -416,6 +417,13 @@ def test_formats_are_seen_from_content(tmp_path):
         imported(tmp_path, odd, format="ollama")
     with pytest.raises(MoetraceError, match="there is no file"):
         imported(tmp_path, tmp_path / "none.npz")
+
+
+def test_sources_are_paths_of_any_kind_one_or_several(tmp_path):
+    source, out = save(tmp_path / "a.npz"), tmp_path / "t.h5"
+    for sources in (source, str(source), [str(source)], tmp_path):
+        assert mt.import_traces(sources, str(out), hints=mt.Hints(num_experts=8)) == [source]
+        out.unlink()
 
 
 def test_a_folder_of_several_formats_is_refused_until_one_is_named(tmp_path):
