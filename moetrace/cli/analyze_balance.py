@@ -121,8 +121,10 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
 
 def _check_outputs(trace: Path, out: Path | None, picture: Path | None, asked: dict[str, Any]) -> None:
     """Refuse at once what would only fail after the work."""
+    from moetrace.trace.atomic import real_path
+
     files = [path for path in (trace, *asked["files"], out, picture) if path is not None]
-    if len({path.resolve() for path in files}) < len(files):
+    if len({real_path(path) for path in files}) < len(files):
         raise UsageError("the trace, --plan, --export and --plot must be different files.")
     if out is not None:
         from moetrace.analyze.plan_files import form_of

@@ -92,6 +92,8 @@ def command(
 
 def _check_outputs(trace: Path, form: str, out: Path | None, picture: Path | None) -> None:
     """Refuse at once what would only fail after the work."""
+    from moetrace.trace.atomic import real_path
+
     if form == "parquet" and out is None:
         raise UsageError("Parquet does not belong on a terminal: name a file with -o FILE.")
     if form == "table" and out is not None:
@@ -100,7 +102,7 @@ def _check_outputs(trace: Path, form: str, out: Path | None, picture: Path | Non
         if path is not None and not path.parent.is_dir():
             raise MoetraceError(f"{path} could not be written: there is no folder {path.parent}.")
     files = [path for path in (trace, out, picture) if path is not None]
-    if len({path.resolve() for path in files}) < len(files):
+    if len({real_path(path) for path in files}) < len(files):
         raise UsageError("the trace, -o FILE and --plot FILE must be different files.")
     if picture is not None:
         from moetrace.results.picture import FORMS, check_can_plot

@@ -53,10 +53,11 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
+    from moetrace.trace.atomic import real_path
     from moetrace.trace.capture import Sampling, capture
     from moetrace.trace.format import Trace
 
-    if out.resolve() == prompts.resolve():
+    if real_path(out) == real_path(prompts):
         raise UsageError(f"{out} holds the prompts: choose another name for the trace.")
     hidden = not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:

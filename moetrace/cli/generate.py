@@ -72,6 +72,8 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
 
 def _check_exclusive(out: Path, like: Path | None, save_profile: Path | None, parameters: dict[str, Any]) -> None:
     """Raise a UsageError for options that exclude or need each other."""
+    from moetrace.trace.atomic import real_path
+
     given = [f"--{name}" for name in ("zipf", "stick", "profile") if parameters[name] is not None]
     if like is not None and given:
         raise UsageError(f"--like and {given[0]} exclude each other: each says how experts are drawn.")
@@ -81,7 +83,7 @@ def _check_exclusive(out: Path, like: Path | None, save_profile: Path | None, pa
         raise UsageError("--save-profile keeps what --like fits: give --like TRACE.h5 too.")
     if like is None and not given[-1:] == ["--profile"] and parameters["model"] is None:
         raise UsageError("--model is missing: name a model, or give --profile or --like, which know theirs.")
-    files = [path.resolve() for path in (out, like, save_profile) if path is not None]
+    files = [real_path(path) for path in (out, like, save_profile) if path is not None]
     if len(set(files)) < len(files):
         raise UsageError(f"OUT.h5, --like and --save-profile must be different files, got {out} twice.")
 

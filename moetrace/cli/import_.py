@@ -70,15 +70,17 @@ def command(
     """
     if (as_phase is None) != (prompt is None):
         raise UsageError("--as decode and --prompt P need each other.")
-    if out.resolve() in {source.resolve() for source in sources}:
-        raise UsageError(f"{out} is a source: choose another name for the trace.")
     from moetrace.cli.bars import LateBar
+    from moetrace.trace.atomic import check_writable, real_path
     from moetrace.trace.engines.capture import Hints
     from moetrace.trace.format import Trace
     from moetrace.trace.importing import import_traces
     from moetrace.trace.lint import lint
     from moetrace.trace.select import import_and_leave_out
 
+    if real_path(out) in map(real_path, sources):
+        raise UsageError(f"{out} is a source: choose another name for the trace.")
+    check_writable(out)
     left_out = None
     with LateBar("bytes read", sum(map(_size_bytes, sources))) as bar:
         hints = Hints(num_experts=experts, top_k=top_k, reading=bar.advance)

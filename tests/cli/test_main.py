@@ -70,3 +70,31 @@ def test_too_little_memory_is_one_sentence(monkeypatch, capsys):
         main(["list", "models"])
     assert stop.value.code == 1
     assert capsys.readouterr().err == "moetrace: there is not enough memory for this.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["import", "loop", "-o", "o.h5"],
+        ["import", TINY, "-o", "loop"],
+        ["import", TINY, "-o", "loop/o.h5"],
+        ["lint", TINY, "--drop-warmup", "-o", "loop"],
+        ["analyze", "locality", "loop"],
+        ["analyze", "balance", "loop"],
+        ["analyze", "cache", "loop"],
+        ["capture", "loop", "--prompts", "loop", "-o", "o.h5"],
+        ["capture", ".", "--prompts", "loop", "-o", "loop"],
+        ["generate", "loop", "--model", "mixtral-8x7b", "--requests", "1", "--prompt", "1", "--output", "1"],
+        ["generate", "o.h5", "--like", "loop", "--requests", "1", "--prompt", "1", "--output", "1"],
+        ["rebatch", TINY, "-o", "loop", "--batch", "1"],
+        ["export", TINY, "-o", "loop", "--to", "npz"],
+        ["replay", TINY, "-o", "loop"],
+    ],
+    ids=" ".join,
+)
+def test_a_link_to_itself_is_one_sentence(run, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    code, out, err = run(*arguments)
+    assert code in (1, 2) and out == "" and "loop" in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "loop"] and Path("loop").is_symlink()
