@@ -31,7 +31,10 @@ def test_closed_output_is_no_error():
     assert (process.returncode, process.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP)],
+)
 def test_signals_while_it_writes_leave_nothing(tmp_path, stop, code):
     command = [*MOETRACE, "generate", "--model", "qwen3-30b-a3b", "--prompt", "512", "--output", "512"]
     subprocess.run(
@@ -47,6 +50,14 @@ def test_signals_while_it_writes_leave_nothing(tmp_path, stop, code):
     assert process.returncode == code, said
     assert "Traceback" not in said
     assert list(out.iterdir()) == []
+
+
+def test_nohup_is_respected():
+    program = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from moetrace.cli import main;"
+        "main(['list', 'models']); assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
 def test_wrong_usage_is_one_sentence_with_a_hint():
