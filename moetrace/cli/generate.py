@@ -62,7 +62,7 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
     hidden = not sys.stderr.isatty()
     with announce_compiling(), Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
         if like is not None:
-            parameters["profile"] = _fitted(like, save_profile, parameters, bar)
+            parameters["profile"] = _fitted(out, like, save_profile, parameters, bar)
         task = bar.add_task("rows", total=schedule.rows)
         generate(out, **parameters, progress=lambda count: bar.advance(task, count))
     size_mb = out.stat().st_size / 1e6
@@ -86,19 +86,25 @@ def _check_exclusive(out: Path, like: Path | None, save_profile: Path | None, pa
     files = [real_path(path) for path in (out, like, save_profile) if path is not None]
     if len(set(files)) < len(files):
         raise UsageError(f"OUT.h5, --like and --save-profile must be different files, got {out} twice.")
+    if save_profile is not None and save_profile.suffix != ".toml":
+        raise UsageError(f"--save-profile {save_profile}: the name must end with .toml, so that --profile takes it.")
 
 
-def _fitted(like: Path, save_profile: Path | None, parameters: dict[str, Any], bar: "Progress") -> "Profile":
-    """Fit a profile to the trace at `like`, and keep it if it is wanted."""
+def _fitted(out: Path, like: Path, save_profile: Path | None, parameters: dict[str, Any], bar: "Progress") -> "Profile":
+    """Fit a profile to the trace at `like`, and keep it if it is wanted; `out` is what it will be drawn into."""
     from moetrace import __version__
     from moetrace.analyze.fit import fit_profile
     from moetrace.spec import load_model
     from moetrace.trace import Trace
+    from moetrace.trace.atomic import check_writable
     from moetrace.trace.generate import check_fits
     from moetrace.trace.generate import save_profile as save
 
+    for path in (out, save_profile):  # before the fit, which takes time
+        if path is not None:
+            check_writable(path)
     with Trace.open(like) as trace:
-        if parameters["model"] is not None:  # before the fit, which takes time
+        if parameters["model"] is not None:
             check_fits(f"Trace {like}", trace.layers, trace.num_experts, load_model(parameters["model"]))
         if bar.disable:
             click.echo(
