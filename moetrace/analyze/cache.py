@@ -18,6 +18,7 @@ from moetrace.engine.compile import kernel
 from moetrace.spec import Model, list_presets, load_model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
+from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import NOT_RECORDED, PHASE_NAMES
 
 POLICIES = {
@@ -109,6 +110,7 @@ def expert_bytes(trace: Trace, model: Model | str | Path | None = None) -> np.nd
     return np.ceil(spec.expert_bytes()).astype(np.int64)
 
 
+@accepts_path
 def cache_hits(
     trace: Trace,
     capacities: Sequence[Capacity | str | int],
@@ -119,7 +121,9 @@ def cache_hits(
     model: Model | str | Path | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> pl.DataFrame:
-    """Replay the accesses of a trace through a cache for each policy and capacity, in one pass (Belady: two).
+    """Replay the accesses of a trace (or the file of one) through caches, in one pass (Belady: two).
+
+    There is a cache for each policy and capacity.
 
     Caches start empty. With scope "layer" each layer has a cache of its own, of an equal part of the capacity. At once
     (not `sequential`), the experts of one (step, layer) are demanded together, one time each, and none is evicted for

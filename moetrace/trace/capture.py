@@ -43,9 +43,9 @@ class Sampling(NamedTuple):
         for name, least in (("output", 0), ("seed", 0), ("batch", 1), ("max_prompt", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}, but must be {least} or more.")
+                raise UsageError(f"{name} is {value}, but must be {least} or more.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"--temperature is {self.temperature}, but must be 0 (greedy) or more.")
+            raise UsageError(f"temperature is {self.temperature}, but must be 0 (greedy) or more.")
 
 
 def capture(
@@ -70,7 +70,7 @@ def capture(
     """
     sampling.check()
     if dtype not in DTYPES:
-        raise UsageError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
+        raise UsageError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
     check_writable(path)
     folder = open_folder(model_dir)
     texts = read_prompts(prompts, lambda: load_tokenizer(folder), folder.config.vocab_size)

@@ -44,9 +44,9 @@ def test_options_reach_the_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--stick", "2"], "--stick is 2.0"),
-        (["--zipf", "nan"], "--zipf is nan"),
-        (["--batch", "0"], "--batch is 0"),
+        (["--stick", "2"], "stick is 2.0"),
+        (["--zipf", "nan"], "zipf is nan"),
+        (["--batch", "0"], "batch is 0"),
         (["--model", "mixtral-8x7"], "mixtral-8x7b"),
     ],
 )
@@ -144,7 +144,7 @@ def test_other_top_k_is_noted(tmp_path, capsys):
         (["--like", "x.h5", "--save-profile", "p"], "--save-profile p: the name must end with .toml"),
         (["--profile", "tiny-olmo"], "the nearest is 'tiny-olmoe'"),
         (["--profile", "tiny-olmoe", "--model", "mixtral-8x7b"], "has 6 MoE layers, but model mixtral-8x7b has 32"),
-        (["--profile", "tiny-olmoe", "--seed", "-1"], "--seed is -1"),
+        (["--profile", "tiny-olmoe", "--seed", "-1"], "seed is -1"),
         (["--like", str(TRACES / "tiny-olmoe.h5"), "--model", "mixtral-8x7b"], "but model mixtral-8x7b has 32"),
     ],
 )
