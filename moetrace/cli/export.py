@@ -16,10 +16,12 @@ def command(trace: Path, out: Path, form: str | None) -> None:
     """Write a trace to OUT in a format of other tools.
 
     \b
-    npz             .npz                  arrays of NumPy, as `moetrace import` reads them
-    parquet         .parquet              a row for each choice of an expert
-    oracle-general  .oracleGeneral, .bin  the accesses to experts, for libCacheSim
-    eplb            .json                 counts of each expert, for SGLang and EPLB; also of a trace of counts alone
+    npz             .npz            NumPy arrays, as `moetrace import` reads them
+    parquet         .parquet        a row for each choice of an expert
+    oracle-general  .oracleGeneral  accesses to experts, for libCacheSim (or .bin)
+    eplb            .json           counts of each expert, for SGLang and EPLB
+
+    Of a trace that holds counts alone, only eplb can be written.
     """
     from moetrace.cli.bars import LateBar
     from moetrace.trace.exports import export

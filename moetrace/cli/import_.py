@@ -29,7 +29,11 @@ FORMATS = (
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT.h5")
 @click.option(
-    "--from", "form", type=click.Choice(FORMATS), help="Format of the sources; seen from their content if not given."
+    "--from",
+    "form",
+    type=click.Choice(FORMATS),
+    metavar="FORMAT",
+    help=f"Of the sources, one of {', '.join(FORMATS)}; seen from their content if not given.",
 )
 @click.option(
     "--model", metavar="M", help="Model that was traced: preset or TOML file; else the source's own name decides."

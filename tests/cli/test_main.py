@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moetrace.cli import main
+from moetrace.cli import COMMANDS, main
+from moetrace.cli.analyze import QUESTIONS
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "traces" / "qwen3-30b-a3b-b1.h5")
@@ -109,3 +110,11 @@ def test_a_link_to_itself_is_one_sentence(run, tmp_path, monkeypatch, arguments)
     code, out, err = run(*arguments)
     assert code in (1, 2) and out == "" and "loop" in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "loop"] and Path("loop").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "command", [[name] for name in COMMANDS] + [["analyze", name] for name in QUESTIONS], ids=" ".join
+)
+def test_help_fits_80_columns(run, command):
+    code, out, _ = run(*command, "--help")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
