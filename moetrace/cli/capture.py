@@ -10,11 +10,28 @@ import click
 from moetrace.spec.errors import UsageError, printable
 
 
+class _Tokens(click.types.IntParamType):
+    """A number of tokens; in other commands --output is the long name of -o."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is no number of tokens; -o names the file", param, ctx)
+
+
 @click.command()
 @click.argument("model_dir", type=click.Path(path_type=Path), metavar="MODEL_DIR")
 @click.option("--prompts", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Text or JSONL.")
-@click.option("-o", "out", required=True, type=click.Path(path_type=Path), metavar="OUT.h5")
-@click.option("--output", default=128, show_default=True, help="Most output tokens of each request; 0: prefill only.")
+@click.option("-o", "out", required=True, type=click.Path(path_type=Path), metavar="OUT.h5", help="The trace.")
+@click.option(
+    "--output",
+    type=_Tokens(),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Most output tokens of each request; 0: prefill only.",
+)
 @click.option("--batch", default=1, show_default=True, help="Requests that decode together.")
 @click.option("--max-prompt", type=int, metavar="N", help="Cut prompts to their first N tokens.")
 @click.option("--temperature", default=0.0, show_default=True, help="Of the sampling; 0: greedy.")
