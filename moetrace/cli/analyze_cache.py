@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
+from moetrace.spec.errors import MoetraceError
 
 # The policies and scopes of moetrace.analyze.cache, which takes too long to import for a mere --help.
 POLICIES = ("lru", "lfu", "lfu-in-cache", "belady")
@@ -91,14 +92,27 @@ def command(
             progress=bar.advance,
         )
         title = _title(trace, everything, scope, sequential)
+        layers = opened.layers
+    if scope == "layer":
+        _note_empty(found.select("capacity", "capacity_experts").unique(maintain_order=True).rows(), layers)
     if phase is not None:
         found = found.filter(phase=phase)
+        if found.is_empty():
+            raise MoetraceError(f"{trace} has no {phase} steps to look at.")
     if form == "json":
         print_json(found.to_dicts())
     elif form == "csv":
         sys.stdout.write(found.write_csv())
     else:
         _print_table(found.to_dicts(), title)
+
+
+def _note_empty(capacities: list[tuple[str, int | None]], layers: int) -> None:
+    for label, experts in capacities:
+        if experts is not None and experts < layers:
+            click.echo(
+                f"moetrace: note: capacity {label} leaves each of the {layers} layers a cache of 0 experts.", err=True
+            )
 
 
 def _title(trace: Path, everything: int, scope: str, sequential: bool) -> str:

@@ -41,10 +41,15 @@ FRAMES = ("layers", "summary", "overlap", "hit_curve", "load")
     show_default=True,
     help="A table to read; everything as JSON; or one frame as CSV or Parquet.",
 )
+@click.option("--frame", type=click.Choice(FRAMES), help="Which one, with --format csv or parquet.  [default: layers]")
 @click.option(
-    "--frame", type=click.Choice(FRAMES), default="layers", show_default=True, help="Which one, of CSV and Parquet."
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write JSON, CSV or Parquet there, not to stdout.",
 )
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), metavar="FILE", help="Write it there instead.")
 @click.option("--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: FILE.png or .html.")
 def command(
     trace: Path,
@@ -54,7 +59,7 @@ def command(
     seed: int,
     sample_rows: int | None,
     form: str,
-    frame: str,
+    frame: str | None,
     out: Path | None,
     picture: Path | None,
 ) -> None:
@@ -68,7 +73,7 @@ def command(
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
-    _check_outputs(trace, form, out, picture)
+    _check_outputs(trace, form, frame, out, picture)
     with Trace.open(trace) as opened, announce_compiling():
         from moetrace.analyze.locality import locality
         from moetrace.analyze.rows import SAMPLE_ROWS
@@ -87,13 +92,15 @@ def command(
         from moetrace.results.locality_plot import plot
 
         _write(picture, plot(found, picture.suffix[1:].lower(), trace.name))
-    _print(found, str(trace), form, frame, out)
+    _print(found, str(trace), form, frame or FRAMES[0], out)
 
 
-def _check_outputs(trace: Path, form: str, out: Path | None, picture: Path | None) -> None:
+def _check_outputs(trace: Path, form: str, frame: str | None, out: Path | None, picture: Path | None) -> None:
     """Refuse at once what would only fail after the work."""
     from moetrace.trace.atomic import real_path
 
+    if form in ("table", "json") and frame is not None:
+        raise UsageError("--frame goes with --format csv or parquet: a table and JSON hold what there is.")
     if form == "parquet" and out is None:
         raise UsageError("Parquet does not belong on a terminal: name a file with -o FILE.")
     if form == "table" and out is not None:
