@@ -7,6 +7,7 @@ import click
 
 from moetrace.cli.output import print_json
 from moetrace.cli.overrides import set_option, split_settings
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
 
 
 @click.command("balance")
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option(
     "--placement",
     "placements",
@@ -32,7 +33,7 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     "--plan",
     "files",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="FILE",
     help="A plan in use, SGLang's .json or TensorRT-LLM's .yaml; may be repeated.",
 )
@@ -57,12 +58,12 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
 @click.option(
     "--export",
     "out",
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="FILE",
     help="Write the plan of the only --placement, made from the last W steps: .json (SGLang), .yaml (TensorRT-LLM); "
     "of ep-lpt .csv, the loads that a policy of `moetrace replay` makes it from.",
 )
-@click.option("--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: FILE.png or .html.")
+@click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
 @click.option(
     "--format",
     "form",

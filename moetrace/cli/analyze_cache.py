@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import MoetraceError
 
 # The policies and scopes of moetrace.analyze.cache, which takes too long to import for a mere --help.
@@ -24,7 +25,7 @@ _HEADERS = {
 
 
 @click.command("cache")
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option(
     "--capacity",
     "capacities",

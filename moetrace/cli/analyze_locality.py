@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moetrace.cli.output import print_json
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import MoetraceError, UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ FRAMES = ("layers", "summary", "overlap", "hit_curve", "load")
 
 
 @click.command("locality")
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option(
     "--phase",
     type=click.Choice(["all", "prefill", "decode"]),
@@ -46,11 +47,11 @@ FRAMES = ("layers", "summary", "overlap", "hit_curve", "load")
     "-o",
     "--output",
     "out",
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="FILE",
     help="Write JSON, CSV or Parquet there, not to stdout.",
 )
-@click.option("--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: FILE.png or .html.")
+@click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
 def command(
     trace: Path,
     phase: str,

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError, printable
 
 
@@ -21,9 +22,9 @@ class _Tokens(click.types.IntParamType):
 
 
 @click.command()
-@click.argument("model_dir", type=click.Path(path_type=Path), metavar="MODEL_DIR")
-@click.option("--prompts", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Text or JSONL.")
-@click.option("-o", "out", required=True, type=click.Path(path_type=Path), metavar="OUT.h5", help="The trace.")
+@click.argument("model_dir", type=ANY_PATH, metavar="MODEL_DIR")
+@click.option("--prompts", required=True, type=ANY_PATH, metavar="FILE", help="Text or JSONL.")
+@click.option("-o", "out", required=True, type=ANY_PATH, metavar="OUT.h5", help="The trace.")
 @click.option(
     "--output",
     type=_Tokens(),

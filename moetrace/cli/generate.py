@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from moetrace.trace.generate import Profile
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+_FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
 
 
 @click.command()
@@ -29,9 +30,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Popularity of the expert of rank r: (r + 1) ** -ZIPF; 0: uniform.  [default: 0.6]",
 )
 @click.option("--stick", type=float, help="Share of experts kept from the request's previous token.  [default: 0.3]")
-@click.option(
-    "--like", type=click.Path(path_type=Path), metavar="TRACE.h5", help="Fit a profile to a trace and use it."
-)
+@click.option("--like", type=ANY_PATH, metavar="TRACE.h5", help="Fit a profile to a trace and use it.")
 @click.option("--profile", metavar="NAME", help="Draw as a profile says: a shipped one, or a TOML file.")
 @click.option("--save-profile", type=_FILE, metavar="P.toml", help="Keep the profile that --like fits.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from moetrace.cli.lint import drop_options, say_left_out, short_lines
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError, printable
 
 # The keys of moetrace.trace.engines.FORMATS, which is not imported here so that `--help` stays instant.
@@ -26,8 +27,8 @@ FORMATS = (
 
 
 @click.command("import")
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT.h5")
+@click.argument("sources", nargs=-1, required=True, type=ANY_PATH, metavar="SOURCE...")
+@click.option("-o", "--output", "out", required=True, type=ANY_PATH, metavar="OUT.h5")
 @click.option(
     "--from",
     "form",

@@ -6,11 +6,12 @@ from typing import Any
 import click
 
 from moetrace.cli.output import figure, format_option, print_json, print_rows, stdout_console
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import printable
 
 
 @click.command()
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option("--verify", is_flag=True, help="Also compare every dataset with its sha256 and check every id.")
 @format_option
 def command(trace: Path, verify: bool, form: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -29,11 +30,9 @@ def drop_options(command):
 
 
 @click.command()
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @drop_options
-@click.option(
-    "-o", "--output", "out", type=click.Path(path_type=Path), metavar="FIXED.h5", help="With --drop-...: the copy."
-)
+@click.option("-o", "--output", "out", type=ANY_PATH, metavar="FIXED.h5", help="With --drop-...: the copy.")
 @format_option
 @click.pass_context
 def command(

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import click
 
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError, printable
 
 
 @click.command()
-@click.argument("traces", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="TRACE.h5...")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT.h5")
+@click.argument("traces", nargs=-1, required=True, type=ANY_PATH, metavar="TRACE.h5...")
+@click.option("-o", "--output", "out", required=True, type=ANY_PATH, metavar="OUT.h5")
 @click.option("--batch", required=True, type=click.IntRange(min=1), metavar="B", help="Requests that run together.")
 @click.option(
     "--chunk",

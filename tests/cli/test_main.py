@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from moetrace.cli import COMMANDS, main
+from moetrace.cli import COMMANDS, _group, main
 from moetrace.cli.analyze import QUESTIONS
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "traces" / "qwen3-30b-a3b-b1.h5")
+EVERY_COMMAND = [[name] for name in COMMANDS] + [["analyze", name] for name in QUESTIONS]
 MOETRACE = [sys.executable, "-m", "moetrace"]
 
 
@@ -112,9 +113,17 @@ def test_a_link_to_itself_is_one_sentence(run, tmp_path, monkeypatch, arguments)
     assert list(tmp_path.iterdir()) == [tmp_path / "loop"] and Path("loop").is_symlink()
 
 
-@pytest.mark.parametrize(
-    "command", [[name] for name in COMMANDS] + [["analyze", name] for name in QUESTIONS], ids=" ".join
-)
+@pytest.mark.parametrize("command", EVERY_COMMAND, ids=" ".join)
 def test_help_fits_80_columns(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0 and max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND, ids=" ".join)
+def test_what_can_not_be_read_is_no_wrong_usage(command):
+    """Exit code 1, as for what is not there: so that must be left to whatever opens it."""
+    with _group.make_context("moetrace", command[:1], resilient_parsing=True) as context:
+        found = _group
+        for name in command:
+            found = found.get_command(context, name)
+    assert not [one for one in found.params if getattr(one.type, "readable", False)]
