@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moetrace.analyze.balance import Balance, balance
+    from moetrace.analyze.cache import cache_hits
     from moetrace.analyze.fit import fit_profile
     from moetrace.analyze.locality import Locality, locality
     from moetrace.analyze.plans import Tier
@@ -47,6 +48,7 @@ __all__ = [
     "Writer",
     "__version__",
     "balance",
+    "cache_hits",
     "export",
     "fit_profile",
     "generate",
@@ -67,6 +69,7 @@ __all__ = [
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
 _HOMES = {
     "moetrace.analyze.balance": ("Balance", "balance"),
+    "moetrace.analyze.cache": ("cache_hits",),
     "moetrace.analyze.fit": ("fit_profile",),
     "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.analyze.plans": ("Tier",),

@@ -31,6 +31,7 @@ from moetrace.engine.cost import machine_of
 from moetrace.spec import Model, System, list_presets, load_model, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
+from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import PHASE_NAMES
 
 SCHEMA = "moetrace.balance/1"
@@ -118,6 +119,7 @@ class Span:
         return self.steps[self.window :]
 
 
+@accepts_path
 def balance(
     trace: Trace,
     placements: Sequence[str] = DEFAULT_PLACEMENTS,
@@ -133,12 +135,12 @@ def balance(
 ) -> Balance:
     """Say how evenly experts keep ``tier`` (a number of units, or a `Tier`) busy under placements and given ``plans``.
 
-    Of the steps of ``phase`` ("all", "prefill", "decode" or "mixed"), those after the first ``window`` (half of them)
-    are judged. A placement that is made from loads is judged three times: made from the window and kept; made anew
-    every ``interval`` steps (an eighth of those judged) from the last ``window`` ones; and made from the very steps
-    that it is judged on. With a ``system``, whose NDP units are taken unless ``tier`` says how many, figures are in
-    seconds too; ``model`` replaces the one that the trace names. Works on ids and on counts, in constant memory.
-    ``progress`` is told of rows.
+    ``trace`` is a trace or the path of its file. Of the steps of ``phase`` ("all", "prefill", "decode" or "mixed"),
+    those after the first ``window`` (half of them) are judged. A placement that is made from loads is judged three
+    times: made from the window and kept; made anew every ``interval`` steps (an eighth of those judged) from the last
+    ``window`` ones; and made from the very steps that it is judged on. With a ``system``, whose NDP units are taken
+    unless ``tier`` says how many, figures are in seconds too; ``model`` replaces the one that the trace names. Works on
+    ids and on counts, in constant memory. ``progress`` is told of rows.
 
     Raises UsageError for what makes no sense, MoetraceError (file, dataset, row) if the trace is damaged.
     """

@@ -38,6 +38,7 @@ from moetrace.analyze.regret import link_of, with_regret
 from moetrace.spec import Model, System, list_presets, load_model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
+from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import PHASE_NAMES
 
 DEFAULT_POLICIES = ("lru", "lfu", "belady")
@@ -128,6 +129,7 @@ def expert_bytes(trace: Trace, model: Model | str | Path | None = None) -> np.nd
     return np.ceil(spec.expert_bytes()).astype(np.int64)
 
 
+@accepts_path
 def cache_hits(
     trace: Trace,
     capacities: Sequence[Capacity | str | int],
@@ -140,7 +142,7 @@ def cache_hits(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> pl.DataFrame:
-    """Replay the accesses of a trace through a cache for each policy and capacity, in one pass.
+    """Replay the accesses of a trace (or the file of one) through a cache for each policy and capacity, in one pass.
 
     Belady and static-hindsight need another one before.
 

@@ -20,6 +20,7 @@ from moetrace.spec.errors import MoetraceError
 from moetrace.trace import Trace
 from moetrace.trace.generate.imitate import ProfileDrawer, Tables, make_tables, weights_of
 from moetrace.trace.generate.profile import Profile, check_router, load_profile
+from moetrace.trace.opening import accepts_path
 
 # A try takes about as long as its sample has logits: some tenths of a second for so many, in so many rows at most.
 SAMPLE_LOGITS, LEAST_SAMPLE_ROWS, MOST_SAMPLE_ROWS = 1 << 24, 1 << 11, 1 << 15
@@ -80,6 +81,7 @@ def moments(sample: Sample, experts: int) -> np.ndarray:
     return np.where(known.any(axis=0), np.nansum(found, axis=0) / np.maximum(known.sum(axis=0), 1), np.nan)
 
 
+@accepts_path
 def fit_profile(
     trace: Trace,
     *,
@@ -88,7 +90,7 @@ def fit_profile(
     sample_rows: int | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> Profile:
-    """Fit a profile to `trace`; the same trace and seed give the same profile.
+    """Fit a profile to `trace` (or the file of one); the same trace and seed give the same profile.
 
     Looks at whole requests of up to `sample_rows` rows in all, chosen by `seed`; by default as many as let the fit take
     less than two minutes. `name` is the profile's, that of the model if it is empty. `progress` is told, in a few

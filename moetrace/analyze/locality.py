@@ -15,6 +15,7 @@ from moetrace.analyze.reuse import Reuse
 from moetrace.analyze.rows import Chosen, Sample, Sampler
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
+from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import PHASE_NAMES
 
 SCHEMA = "moetrace.locality/1"
@@ -51,6 +52,7 @@ class Locality:
         return {"schema": SCHEMA, "trace": self.trace} | {name: getattr(self, name).to_dicts() for name in FRAMES}
 
 
+@accepts_path
 def locality(
     trace: Trace,
     *,
@@ -62,7 +64,7 @@ def locality(
     sample_rows: int = rows.SAMPLE_ROWS,
     progress: Callable[[int], object] | None = None,
 ) -> Locality:
-    """Measure how skewed, how repetitive and how predictable the routing of a trace is, in each of its layers.
+    """Measure how skewed, how repetitive and how predictable the routing of a trace (or the file of one) is, by layer.
 
     `phase` is "all", "prefill" or "decode": the rows that are looked at, as if there were no others; `skip_position_0`
     leaves out the first row of each request too. `lags`, increasing, are those of the overlap. `pairs` = False leaves

@@ -60,6 +60,8 @@ def main(args: list[str] | None = None) -> None:
     debug = "--debug" in itertools.takewhile(lambda arg: arg.startswith("-"), args)
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminated)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+            signal.signal(signal.SIGHUP, _terminated)
     try:
         _run(args)
     except click.exceptions.Exit as stop:
@@ -101,8 +103,8 @@ def _run(args: list[str]) -> None:
     sys.stdout.flush()
 
 
-def _terminated(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
+def _terminated(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _interrupted() -> None:

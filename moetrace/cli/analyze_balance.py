@@ -7,6 +7,7 @@ import click
 
 from moetrace.cli.output import print_json
 from moetrace.cli.overrides import set_option, split_settings
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
 
 
 @click.command("balance")
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option(
     "--placement",
     "placements",
@@ -32,7 +33,7 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     "--plan",
     "files",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="FILE",
     help="A plan in use, SGLang's .json or TensorRT-LLM's .yaml; may be repeated.",
 )
@@ -57,12 +58,12 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
 @click.option(
     "--export",
     "out",
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="FILE",
     help="Write the plan of the only --placement, made from the last W steps: .json (SGLang), .yaml (TensorRT-LLM); "
     "of ep-lpt .csv, the loads that a policy of `moetrace replay` makes it from.",
 )
-@click.option("--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: FILE.png or .html.")
+@click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
 @click.option(
     "--format",
     "form",
@@ -71,8 +72,8 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     show_default=True,
     help="Tables to read; everything as JSON; or one frame as CSV.",
 )
-@click.option("--frame", type=click.Choice(FRAMES), default="layers", show_default=True, help="Which one, of CSV.")
-def command(trace: Path, out: Path | None, picture: Path | None, form: str, frame: str, **asked: Any) -> None:
+@click.option("--frame", type=click.Choice(FRAMES), help="Which one, with --format csv.  [default: layers]")
+def command(trace: Path, out: Path | None, picture: Path | None, form: str, frame: str | None, **asked: Any) -> None:
     """Say how evenly placements and plans spread the work of experts over units, and what a new plan is worth.
 
     The steps after the first W are judged. A plan that is made from loads is judged three times: made from the first W
@@ -83,6 +84,8 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
+    if form != "csv" and frame is not None:
+        raise UsageError("--frame goes with --format csv: a table and JSON hold what there is.")
     _check_outputs(trace, out, picture, asked)
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.analyze.balance import balance
@@ -116,13 +119,15 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
         _write(picture, plot(found, picture.suffix[1:].lower(), trace.name))
     if out is not None:
         _write(out, plan)
-    _print(found, str(trace), form, frame)
+    _print(found, str(trace), form, frame or "layers")
 
 
 def _check_outputs(trace: Path, out: Path | None, picture: Path | None, asked: dict[str, Any]) -> None:
     """Refuse at once what would only fail after the work."""
+    from moetrace.trace.atomic import real_path
+
     files = [path for path in (trace, *asked["files"], out, picture) if path is not None]
-    if len({path.resolve() for path in files}) < len(files):
+    if len({real_path(path) for path in files}) < len(files):
         raise UsageError("the trace, --plan, --export and --plot must be different files.")
     if out is not None:
         from moetrace.analyze.plan_files import form_of

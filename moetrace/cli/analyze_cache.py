@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moetrace.cli.output import format_option, print_json
-from moetrace.spec.errors import UsageError
+from moetrace.cli.paths import ANY_PATH
+from moetrace.spec.errors import MoetraceError, UsageError
 
 if TYPE_CHECKING:
     from moetrace.trace import Trace
@@ -18,7 +19,7 @@ POLICIES += ("static-hindsight", "static-prefill", "belady")
 
 
 @click.command("cache")
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option(
     "--capacity",
     "capacities",
@@ -79,8 +80,13 @@ def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Pat
             found = _hits(opened, asked, bar, shares=range(1, 17) if picture else (2, 4, 8))
         if picture is not None:
             _draw(picture, opened, found, title, asked)
+        layers = opened.layers
+    if asked["scope"] == "layer" and not curve:
+        _note_empty(found.select("capacity", "capacity_experts").unique(maintain_order=True).rows(), layers)
     if phase is not None:
         found = found.filter(phase=phase)
+        if found.is_empty():
+            raise MoetraceError(f"{trace} has no {phase} steps to look at.")
     if form == "json":
         print_json(found.to_dicts())
     elif form == "csv":
@@ -89,6 +95,14 @@ def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Pat
         print_curve(found, f"{trace}: {title}")
     else:
         print_cache(found, f"{trace}: {title}", phase)
+
+
+def _note_empty(capacities: list[tuple[str, int | None]], layers: int) -> None:
+    for label, experts in capacities:
+        if experts is not None and experts < layers:
+            click.echo(
+                f"moetrace: note: capacity {label} leaves each of the {layers} layers a cache of 0 experts.", err=True
+            )
 
 
 def _check_picture(trace: Path, picture: Path | None, curve: bool) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moetrace.cli.output import print_json
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import MoetraceError, UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ FRAMES = ("layers", "summary", "overlap", "hit_curve", "load")
 
 
 @click.command("locality")
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option(
     "--phase",
     type=click.Choice(["all", "prefill", "decode"]),
@@ -41,11 +42,16 @@ FRAMES = ("layers", "summary", "overlap", "hit_curve", "load")
     show_default=True,
     help="A table to read; everything as JSON; or one frame as CSV or Parquet.",
 )
+@click.option("--frame", type=click.Choice(FRAMES), help="Which one, with --format csv or parquet.  [default: layers]")
 @click.option(
-    "--frame", type=click.Choice(FRAMES), default="layers", show_default=True, help="Which one, of CSV and Parquet."
+    "-o",
+    "--output",
+    "out",
+    type=ANY_PATH,
+    metavar="FILE",
+    help="Write JSON, CSV or Parquet there, not to stdout.",
 )
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), metavar="FILE", help="Write it there instead.")
-@click.option("--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: FILE.png or .html.")
+@click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
 def command(
     trace: Path,
     phase: str,
@@ -54,7 +60,7 @@ def command(
     seed: int,
     sample_rows: int | None,
     form: str,
-    frame: str,
+    frame: str | None,
     out: Path | None,
     picture: Path | None,
 ) -> None:
@@ -68,7 +74,7 @@ def command(
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
-    _check_outputs(trace, form, out, picture)
+    _check_outputs(trace, form, frame, out, picture)
     with Trace.open(trace) as opened, announce_compiling():
         from moetrace.analyze.locality import locality
         from moetrace.analyze.rows import SAMPLE_ROWS
@@ -87,11 +93,15 @@ def command(
         from moetrace.results.locality_plot import plot
 
         _write(picture, plot(found, picture.suffix[1:].lower(), trace.name))
-    _print(found, str(trace), form, frame, out)
+    _print(found, str(trace), form, frame or FRAMES[0], out)
 
 
-def _check_outputs(trace: Path, form: str, out: Path | None, picture: Path | None) -> None:
+def _check_outputs(trace: Path, form: str, frame: str | None, out: Path | None, picture: Path | None) -> None:
     """Refuse at once what would only fail after the work."""
+    from moetrace.trace.atomic import real_path
+
+    if form in ("table", "json") and frame is not None:
+        raise UsageError("--frame goes with --format csv or parquet: a table and JSON hold what there is.")
     if form == "parquet" and out is None:
         raise UsageError("Parquet does not belong on a terminal: name a file with -o FILE.")
     if form == "table" and out is not None:
@@ -100,7 +110,7 @@ def _check_outputs(trace: Path, form: str, out: Path | None, picture: Path | Non
         if path is not None and not path.parent.is_dir():
             raise MoetraceError(f"{path} could not be written: there is no folder {path.parent}.")
     files = [path for path in (trace, out, picture) if path is not None]
-    if len({path.resolve() for path in files}) < len(files):
+    if len({real_path(path) for path in files}) < len(files):
         raise UsageError("the trace, -o FILE and --plot FILE must be different files.")
     if picture is not None:
         from moetrace.results.picture import FORMS, check_can_plot

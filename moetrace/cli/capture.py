@@ -8,14 +8,32 @@ from typing import Any
 import click
 
 from moetrace.cli.lint import say_found
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError, printable
 
 
+class _Tokens(click.types.IntParamType):
+    """A number of tokens; in other commands --output is the long name of -o."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is no number of tokens; -o names the file", param, ctx)
+
+
 @click.command()
-@click.argument("model_dir", type=click.Path(path_type=Path), metavar="MODEL_DIR")
-@click.option("--prompts", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Text or JSONL.")
-@click.option("-o", "out", required=True, type=click.Path(path_type=Path), metavar="OUT.h5")
-@click.option("--output", default=128, show_default=True, help="Most output tokens of each request; 0: prefill only.")
+@click.argument("model_dir", type=ANY_PATH, metavar="MODEL_DIR")
+@click.option("--prompts", required=True, type=ANY_PATH, metavar="FILE", help="Text or JSONL.")
+@click.option("-o", "out", required=True, type=ANY_PATH, metavar="OUT.h5", help="The trace.")
+@click.option(
+    "--output",
+    type=_Tokens(),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Most output tokens of each request; 0: prefill only.",
+)
 @click.option("--batch", default=1, show_default=True, help="Requests that decode together.")
 @click.option("--max-prompt", type=int, metavar="N", help="Cut prompts to their first N tokens.")
 @click.option("--temperature", default=0.0, show_default=True, help="Of the sampling; 0: greedy.")
@@ -55,10 +73,11 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
+    from moetrace.trace.atomic import real_path
     from moetrace.trace.capture import Sampling, capture
     from moetrace.trace.format import Trace
 
-    if out.resolve() == prompts.resolve():
+    if real_path(out) == real_path(prompts):
         raise UsageError(f"{out} holds the prompts: choose another name for the trace.")
     hidden = not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:

@@ -4,22 +4,26 @@ from pathlib import Path
 
 import click
 
+from moetrace.cli.paths import ANY_PATH
+
 # The keys of moetrace.trace.exports.FORMATS, which is not imported here so that `--help` stays instant.
 FORMATS = ("npz", "parquet", "oracle-general", "eplb")
 
 
 @click.command()
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
+@click.option("-o", "--output", "out", required=True, type=ANY_PATH, metavar="OUT")
 @click.option("--to", "form", type=click.Choice(FORMATS), help="Format of OUT; seen from its ending if not given.")
 def command(trace: Path, out: Path, form: str | None) -> None:
     """Write a trace to OUT in a format of other tools.
 
     \b
-    npz             .npz                  arrays of NumPy, as `moetrace import` reads them
-    parquet         .parquet              a row for each choice of an expert
-    oracle-general  .oracleGeneral, .bin  the accesses to experts, for libCacheSim
-    eplb            .json                 counts of each expert, for SGLang and EPLB; also of a trace of counts alone
+    npz             .npz            NumPy arrays, as `moetrace import` reads them
+    parquet         .parquet        a row for each choice of an expert
+    oracle-general  .oracleGeneral  accesses to experts, for libCacheSim (or .bin)
+    eplb            .json           counts of each expert, for SGLang and EPLB
+
+    Of a trace that holds counts alone, only eplb can be written.
     """
     from moetrace.cli.bars import LateBar
     from moetrace.trace.exports import export

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from moetrace.trace.generate import Profile
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+_FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
 
 
 @click.command()
@@ -29,9 +30,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Popularity of the expert of rank r: (r + 1) ** -ZIPF; 0: uniform.  [default: 0.6]",
 )
 @click.option("--stick", type=float, help="Share of experts kept from the request's previous token.  [default: 0.3]")
-@click.option(
-    "--like", type=click.Path(path_type=Path), metavar="TRACE.h5", help="Fit a profile to a trace and use it."
-)
+@click.option("--like", type=ANY_PATH, metavar="TRACE.h5", help="Fit a profile to a trace and use it.")
 @click.option("--profile", metavar="NAME", help="Draw as a profile says: a shipped one, or a TOML file.")
 @click.option("--save-profile", type=_FILE, metavar="P.toml", help="Keep the profile that --like fits.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
@@ -62,7 +61,7 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
     hidden = not sys.stderr.isatty()
     with announce_compiling(), Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
         if like is not None:
-            parameters["profile"] = _fitted(like, save_profile, parameters, bar)
+            parameters["profile"] = _fitted(out, like, save_profile, parameters, bar)
         task = bar.add_task("rows", total=schedule.rows)
         generate(out, **parameters, progress=lambda count: bar.advance(task, count))
     size_mb = out.stat().st_size / 1e6
@@ -72,6 +71,8 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
 
 def _check_exclusive(out: Path, like: Path | None, save_profile: Path | None, parameters: dict[str, Any]) -> None:
     """Raise a UsageError for options that exclude or need each other."""
+    from moetrace.trace.atomic import real_path
+
     given = [f"--{name}" for name in ("zipf", "stick", "profile") if parameters[name] is not None]
     if like is not None and given:
         raise UsageError(f"--like and {given[0]} exclude each other: each says how experts are drawn.")
@@ -81,22 +82,28 @@ def _check_exclusive(out: Path, like: Path | None, save_profile: Path | None, pa
         raise UsageError("--save-profile keeps what --like fits: give --like TRACE.h5 too.")
     if like is None and not given[-1:] == ["--profile"] and parameters["model"] is None:
         raise UsageError("--model is missing: name a model, or give --profile or --like, which know theirs.")
-    files = [path.resolve() for path in (out, like, save_profile) if path is not None]
+    files = [real_path(path) for path in (out, like, save_profile) if path is not None]
     if len(set(files)) < len(files):
         raise UsageError(f"OUT.h5, --like and --save-profile must be different files, got {out} twice.")
+    if save_profile is not None and save_profile.suffix != ".toml":
+        raise UsageError(f"--save-profile {save_profile}: the name must end with .toml, so that --profile takes it.")
 
 
-def _fitted(like: Path, save_profile: Path | None, parameters: dict[str, Any], bar: "Progress") -> "Profile":
-    """Fit a profile to the trace at `like`, and keep it if it is wanted."""
+def _fitted(out: Path, like: Path, save_profile: Path | None, parameters: dict[str, Any], bar: "Progress") -> "Profile":
+    """Fit a profile to the trace at `like`, and keep it if it is wanted; `out` is what it will be drawn into."""
     from moetrace import __version__
     from moetrace.analyze.fit import fit_profile
     from moetrace.spec import load_model
     from moetrace.trace import Trace
+    from moetrace.trace.atomic import check_writable
     from moetrace.trace.generate import check_fits
     from moetrace.trace.generate import save_profile as save
 
+    for path in (out, save_profile):  # before the fit, which takes time
+        if path is not None:
+            check_writable(path)
     with Trace.open(like) as trace:
-        if parameters["model"] is not None:  # before the fit, which takes time
+        if parameters["model"] is not None:
             check_fits(f"Trace {like}", trace.layers, trace.num_experts, load_model(parameters["model"]))
         if bar.disable:
             click.echo(

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from moetrace.cli.lint import drop_options, say_found, say_left_out
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError, printable
 
 # The keys of moetrace.trace.engines.FORMATS, which is not imported here so that `--help` stays instant.
@@ -26,10 +27,14 @@ FORMATS = (
 
 
 @click.command("import")
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT.h5")
+@click.argument("sources", nargs=-1, required=True, type=ANY_PATH, metavar="SOURCE...")
+@click.option("-o", "--output", "out", required=True, type=ANY_PATH, metavar="OUT.h5")
 @click.option(
-    "--from", "form", type=click.Choice(FORMATS), help="Format of the sources; seen from their content if not given."
+    "--from",
+    "form",
+    type=click.Choice(FORMATS),
+    metavar="FORMAT",
+    help=f"Of the sources, one of {', '.join(FORMATS)}; seen from their content if not given.",
 )
 @click.option(
     "--model", metavar="M", help="Model that was traced: preset or TOML file; else the source's own name decides."
@@ -70,14 +75,16 @@ def command(
     """
     if (as_phase is None) != (prompt is None):
         raise UsageError("--as decode and --prompt P need each other.")
-    if out.resolve() in {source.resolve() for source in sources}:
-        raise UsageError(f"{out} is a source: choose another name for the trace.")
     from moetrace.cli.bars import LateBar
+    from moetrace.trace.atomic import check_writable, real_path
     from moetrace.trace.engines.capture import Hints
     from moetrace.trace.format import Trace
     from moetrace.trace.importing import import_traces
     from moetrace.trace.select import import_and_leave_out
 
+    if real_path(out) in map(real_path, sources):
+        raise UsageError(f"{out} is a source: choose another name for the trace.")
+    check_writable(out)
     left_out = None
     with LateBar("bytes read", sum(map(_size_bytes, sources))) as bar:
         hints = Hints(num_experts=experts, top_k=top_k, reading=bar.advance)

@@ -5,12 +5,13 @@ from typing import Any
 
 import click
 
-from moetrace.cli.output import figure, format_option, print_json, print_rows
+from moetrace.cli.output import figure, format_option, print_json, print_rows, stdout_console
+from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import printable
 
 
 @click.command()
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option("--verify", is_flag=True, help="Also compare every dataset with its sha256 and check every id.")
 @format_option
 def command(trace: Path, verify: bool, form: str) -> None:
@@ -31,12 +32,16 @@ def command(trace: Path, verify: bool, form: str) -> None:
         print_json(facts)
         return
     rows = _flat(facts) if form == "csv" else _for_people(facts)
-    print_rows({"name": str(trace), "value": ""}, [{"name": name, "value": value} for name, value in rows], form)
+    if form == "table":
+        stdout_console().print(printable(str(trace)), soft_wrap=True)
+    print_rows({"name": "name", "value": "value"}, [{"name": name, "value": value} for name, value in rows], form)
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for name, value in facts.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
         if isinstance(value, dict):
             rows += _flat(value, f"{prefix}{name}.")
         else:
@@ -72,7 +77,7 @@ def _for_people(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts.get("verified"):
         rows.append(("verified", "every dataset has its sha256, every id is possible"))
-    return [(printable(name), printable(value)) for name, value in rows]
+    return [(_short(printable(name), 24), printable(value)) for name, value in rows]
 
 
 def _phases(facts: dict[str, Any], what: str) -> str:
@@ -90,7 +95,7 @@ def _spread(spread: dict[str, float] | None) -> str:
     return f"{spread['min']:,} to {spread['max']:,}, median {figure(spread['median'])}"
 
 
-def _short(value: object) -> str:
+def _short(value: object, most: int = 54) -> str:
     """What fits in 80 columns; --format json has it all."""
     text = figure(value)
-    return text if len(text) <= 56 else text[:55] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"

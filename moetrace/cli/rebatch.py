@@ -4,12 +4,13 @@ from pathlib import Path
 
 import click
 
-from moetrace.spec.errors import printable
+from moetrace.cli.paths import ANY_PATH
+from moetrace.spec.errors import UsageError, printable
 
 
 @click.command()
-@click.argument("traces", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="TRACE.h5...")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT.h5")
+@click.argument("traces", nargs=-1, required=True, type=ANY_PATH, metavar="TRACE.h5...")
+@click.option("-o", "--output", "out", required=True, type=ANY_PATH, metavar="OUT.h5")
 @click.option("--batch", required=True, type=click.IntRange(min=1), metavar="B", help="Requests that run together.")
 @click.option(
     "--chunk",
@@ -24,7 +25,7 @@ from moetrace.spec.errors import printable
     show_default=True,
     help="Take requests as they come in the traces, or in an order drawn from --seed.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Same seed, same bytes.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of --order shuffle; same seed, same bytes.  [default: 0]")
 @click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
 def command(
     traces: tuple[Path, ...],
@@ -32,7 +33,7 @@ def command(
     batch: int,
     chunk: int | None,
     order: str,
-    seed: int,
+    seed: int | None,
     compress: str | None,
 ) -> None:
     """Recombine the requests of traces of one model into the trace OUT.h5, in which up to B of them run together.
@@ -44,6 +45,8 @@ def command(
     Ids, gates, tokens and positions stay as they are, and requests are numbered anew; a recorded residency belongs to
     the old order and is left out.
     """
+    if seed is not None and order != "shuffle":
+        raise UsageError("--seed goes with --order shuffle: the other order draws nothing.")
     from contextlib import ExitStack
 
     from moetrace.cli.bars import LateBar
@@ -59,7 +62,7 @@ def command(
             batch=batch,
             chunk=chunk,
             order=order,
-            seed=seed,
+            seed=seed or 0,
             compress=compress,
             progress=bar.advance,
         )

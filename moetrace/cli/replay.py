@@ -9,6 +9,7 @@ import click
 
 from moetrace.cli.output import format_option, print_json
 from moetrace.cli.overrides import set_option, split_settings
+from moetrace.cli.paths import ANY_PATH
 
 
 class _Folder(click.Path):
@@ -21,7 +22,7 @@ class _Folder(click.Path):
 
 
 @click.command()
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option("--model", metavar="M", help="Preset or TOML file; by default the preset that the trace names.")
 @click.option("--system", default="edge-ndp", show_default=True, metavar="S", help="Preset or TOML file.")
 @click.option(
@@ -36,7 +37,14 @@ class _Folder(click.Path):
 @click.option("--slots", type=int, metavar="N", help="Experts that the GPU holds; by default as many as have room.")
 @set_option
 @click.option("--jobs", type=int, metavar="N", help="Threads; by default one a policy, at most one a core.")
-@click.option("-o", "--output", "folder", type=_Folder(path_type=Path), metavar="DIR", help="Write the result here.")
+@click.option(
+    "-o",
+    "--output",
+    "folder",
+    type=_Folder(readable=False, path_type=Path),
+    metavar="DIR",
+    help="Write the result here.",
+)
 @click.option("--ignore-capacity", is_flag=True, help="Replay even if the experts do not fit the NDP units.")
 @format_option
 def command(

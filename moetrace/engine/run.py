@@ -166,7 +166,7 @@ def _slots(model: Model, system: System, slots: int | None, fitting: int) -> int
     if slots is None:
         return fitting
     if slots < 0:
-        raise UsageError(f"--slots wants a number of experts of at least 0, got {slots}.")
+        raise UsageError(f"slots wants a number of experts of at least 0, got {slots}.")
     if system.link is None and slots < everything:
         raise UsageError(f"System {system.name} has no link, so all {everything} experts are resident: drop --slots.")
     return min(slots, everything)

@@ -1,5 +1,6 @@
 """The picture of `analyze locality`: load of each expert, overlap by lag and hit curve, as PNG or as one HTML page."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -53,7 +54,8 @@ def _load(locality: "Locality") -> "alt.Chart":
         (pl.col("choices") / pl.col("choices").mean().over("layer")).fill_nan(0).round(3).alias("times")
     )
     layers, experts = times["layer"].n_unique(), times["expert"].n_unique()
-    highest = max(2.0, float(times["times"].quantile(0.995) or 0))
+    top = max(2, math.ceil(times["times"].quantile(0.995) or 0))
+    shown = [*range(0, top, max(1, top // 4)), top]
     return (
         alt.Chart(inline(times), title="Load of each expert, in times the mean of its layer")
         .mark_rect()
@@ -63,12 +65,19 @@ def _load(locality: "Locality") -> "alt.Chart":
             color=alt.Color(
                 "times:Q",
                 title="× mean",
-                scale=alt.Scale(scheme="viridis", type="sqrt", domain=[0, round(highest, 1)], clamp=True),
+                scale=alt.Scale(scheme="viridis", type="sqrt", domain=[0, top], clamp=True),
+                legend=alt.Legend(values=shown, labelExpr=_labels(times["times"], top)),
             ),
             tooltip=["layer:O", "expert:O", "choices:Q", alt.Tooltip("times:Q", title="× mean of layer")],
         )
         .properties(width=_WIDTH, height=layers * max(4, min(24, 400 // layers)))
     )
+
+
+def _labels(times: pl.Series, top: int) -> str:
+    """Return Vega's expression for the legend's labels: colours end at `top`, so its label says if there is more."""
+    above = "≥ " if (times > top).any() else ""
+    return f"datum.value < {top} ? datum.label : '{above}' + datum.label"
 
 
 def _over_layers(frame: pl.DataFrame, by: str, names: dict[str, str]) -> pl.DataFrame:

@@ -27,7 +27,7 @@ _PAGE = """<!doctype html>
 body {{ margin: 2rem auto; max-width: {width}px; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; }}
 h1 {{ font-size: 1.3rem; margin: 0; }}
 p {{ margin: .3rem 0 1.5rem; }}
-#chart {{ overflow-x: auto; }}
+#chart {{ display: block; overflow-x: auto; }} /* Vega would make it as wide as the chart */
 #vg-tooltip-element {{ color: #24292f; background: #fff; }}
 </style>
 </head>

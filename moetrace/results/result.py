@@ -21,6 +21,7 @@ from moetrace.spec.errors import UsageError
 from moetrace.spec.load import nearest
 from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
+from moetrace.trace.opening import opened
 
 DEFAULT_SYSTEM = "edge-ndp"
 DEFAULT_POLICIES = ("monde", "edge-ndp")
@@ -126,11 +127,9 @@ def replay(
     cannot be read: one sentence that says what to do.
     """
     if not isinstance(trace, Trace):
-        if not isinstance(trace, str | os.PathLike):
-            raise UsageError(f"A trace is a Trace or the path of its file, got {type(trace).__name__}.")
-        with Trace.open(trace) as opened:
+        with opened(trace) as found:
             return replay(
-                opened,
+                found,
                 system=system,
                 policies=policies,
                 model=model,

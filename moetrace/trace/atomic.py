@@ -1,6 +1,7 @@
 """A file that appears whole or not at all, in a form that a C library can write to without ever seeing an error."""
 
 import contextlib
+import errno
 import io
 import os
 import secrets
@@ -20,7 +21,9 @@ class AtomicFile(io.RawIOBase):
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path.resolve()  # through a symlink: replace what it points to, not the link
+        self._path = real_path(path)  # through a symlink: replace what it points to, not the link
+        if self._path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         if self._path.exists() and not self._path.is_file():
             raise OSError(0, "it is not an ordinary file")
         self._temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.tmp")
@@ -104,6 +107,19 @@ class AtomicFile(io.RawIOBase):
         """Remove the file; what is at `path` stays as it was."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def real_path(path: Path) -> Path:
+    """Where `path` leads through symlinks; a link that leads to itself stays, and whatever opens it says so."""
+    return Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError for such a link before Python 3.13
+
+
+def check_writable(path: Path) -> None:
+    """Raise a MoetraceError now, not after long work, if nothing can be written at `path`."""
+    try:
+        AtomicFile(path).discard()
+    except OSError as error:
+        raise _refused(path, error) from error
 
 
 @contextlib.contextmanager

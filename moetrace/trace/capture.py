@@ -12,7 +12,7 @@ import numpy as np
 
 from moetrace import __version__
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.trace.atomic import AtomicFile
+from moetrace.trace.atomic import check_writable, real_path
 from moetrace.trace.capture_model import DTYPES, Folder, extra, load_tokenizer, load_weights, open_folder
 from moetrace.trace.capture_prompts import in_short, read_prompts
 from moetrace.trace.capture_routers import Choices, Recorder, Router, find_routers
@@ -43,9 +43,9 @@ class Sampling(NamedTuple):
         for name, least in (("output", 0), ("seed", 0), ("batch", 1), ("max_prompt", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}, but must be {least} or more.")
+                raise UsageError(f"{name} is {value}, but must be {least} or more.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"--temperature is {self.temperature}, but must be 0 (greedy) or more.")
+            raise UsageError(f"temperature is {self.temperature}, but must be 0 (greedy) or more.")
 
 
 def capture(
@@ -70,8 +70,8 @@ def capture(
     """
     sampling.check()
     if dtype not in DTYPES:
-        raise UsageError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
-    _check_writable(path)
+        raise UsageError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
+    check_writable(path)
     folder = open_folder(model_dir)
     texts = read_prompts(prompts, lambda: load_tokenizer(folder), folder.config.vocab_size)
     cut = [ids[: sampling.max_prompt] for ids in texts]
@@ -83,7 +83,7 @@ def capture(
     source = _source(folder, network, routers, sampling) | {
         "prompts_cut": sum(a.size < b.size for a, b in zip(cut, texts, strict=True))
     }
-    with _Spool(path.resolve().parent, first.num_experts, (len(routers), first.top_k)) as spool:
+    with _Spool(real_path(path).parent, first.num_experts, (len(routers), first.top_k)) as spool:
         with Recorder(routers) as recorder:
             _Session(network, recorder, spool, sampling, progress).run(cut)
         with Writer(
@@ -270,14 +270,6 @@ def draw_token(logits: np.ndarray, temperature: float, random: np.random.Generat
     with np.errstate(over="ignore"):  # a temperature near 0 makes minus infinity of all but the largest
         mass = np.cumsum(np.exp((logits - logits.max()) / temperature))
     return min(int(np.searchsorted(mass, random.random() * mass[-1], side="right")), mass.size - 1)
-
-
-def _check_writable(path: Path) -> None:
-    """Raise now, not after an hour, if nothing can be written at `path`."""
-    try:
-        AtomicFile(path).discard()
-    except OSError as error:
-        raise MoetraceError(f"{path} could not be written: {error.strerror or error}; nothing was changed.") from error
 
 
 def _check_lengths(where: Path, folder: Folder, prompts: list[np.ndarray], output: int) -> None:

@@ -133,6 +133,7 @@ def test_errors_are_one_sentence(run, tmp_path):
             "splits experts among units",
         ),
         ((MIXTRAL, "--export", tmp_path / "a.csv", "--placement", "eplb"), 2, ".csv is for the loads of ep-lpt"),
+        ((MIXTRAL, "--frame", "summary"), 2, "--frame goes with --format csv"),
         ((MIXTRAL, "--plot", "a.pdf"), 2, "must end with .png or .html"),
         ((MIXTRAL, "--plot", MIXTRAL), 2, "must be different files"),
         ((tmp_path / "b.h5",), 1, "b.h5"),

@@ -54,6 +54,19 @@ def test_json_and_csv_are_the_frame(run):
     assert [int(row["hits"]) for row in rows] == frame.filter(phase="decode")["hits"].to_list()
 
 
+def test_a_capacity_that_leaves_a_layer_nothing_is_noted(run):
+    arguments = (TINY, "--capacity", "1", "--capacity", "6", "--policy", "lru", "--phase", "all", "--format", "json")
+    code, out, err = run(*arguments, "--scope", "layer")
+    assert code == 0 and [row["hits"] > 0 for row in json.loads(out)] == [False, True]
+    assert err == "moetrace: note: capacity 1 leaves each of the 6 layers a cache of 0 experts.\n"
+    assert run(*arguments)[2] == ""
+
+
+def test_a_phase_without_steps_is_one_sentence(run):
+    said = f"moetrace: {TINY} has no mixed steps to look at.\n"
+    assert run(TINY, "--capacity", "24", "--policy", "lru", "--phase", "mixed") == (1, "", said)
+
+
 def test_without_a_capacity_it_is_an_eighth_a_quarter_and_a_half(run):
     rows = json.loads(run(TINY, "--policy", "lru", "--policy", "lru", "--phase", "all", "--format", "json")[1])
     assert [row["capacity_experts"] for row in rows] == [24, 48, 96]

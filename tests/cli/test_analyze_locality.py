@@ -100,6 +100,8 @@ def test_plot_writes_a_picture_beside_the_table(run, small, tmp_path, name):
     [
         (["--format", "parquet"], 2, "name a file with -o FILE"),
         (["-o", "x.csv"], 2, "goes with --format"),
+        (["--frame", "load"], 2, "--frame goes with --format csv or parquet"),
+        (["--frame", "load", "--format", "json"], 2, "--frame goes with --format csv or parquet"),
         (["--plot", "x.pdf"], 2, "must end with .png or .html"),
         (["--plot", "small.h5"], 2, "must be different files"),
         (["--phase", "prefill"], 1, "has no prefill rows to look at"),

@@ -81,7 +81,8 @@ def test_a_model_of_ones_own_fits(model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--output", "-1"], 2, "--output is -1"),
+        (["--output", "-1"], 2, "output is -1"),
+        (["--output", "a.h5"], 2, "'a.h5' is no number of tokens; -o names the file"),
         (["--dtype", "int8"], 2, "int8"),
         (["--model", "mixtral-8x7b"], 2, "has 3 layers of 8 experts"),
         (["--device", "abacus"], 1, "the device 'abacus' can't be used"),

@@ -44,9 +44,9 @@ def test_options_reach_the_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--stick", "2"], "--stick is 2.0"),
-        (["--zipf", "nan"], "--zipf is nan"),
-        (["--batch", "0"], "--batch is 0"),
+        (["--stick", "2"], "stick is 2.0"),
+        (["--zipf", "nan"], "zipf is nan"),
+        (["--batch", "0"], "batch is 0"),
         (["--model", "mixtral-8x7"], "mixtral-8x7b"),
     ],
 )
@@ -141,9 +141,10 @@ def test_other_top_k_is_noted(tmp_path, capsys):
         (["--like", "x.h5", "--profile", "tiny-olmoe"], "--like and --profile exclude each other"),
         (["--like", "x.h5", "--zipf", "1"], "--like and --zipf exclude each other"),
         (["--model", "mixtral-8x7b", "--save-profile", "p.toml"], "--save-profile keeps what --like fits"),
+        (["--like", "x.h5", "--save-profile", "p"], "--save-profile p: the name must end with .toml"),
         (["--profile", "tiny-olmo"], "the nearest is 'tiny-olmoe'"),
         (["--profile", "tiny-olmoe", "--model", "mixtral-8x7b"], "has 6 MoE layers, but model mixtral-8x7b has 32"),
-        (["--profile", "tiny-olmoe", "--seed", "-1"], "--seed is -1"),
+        (["--profile", "tiny-olmoe", "--seed", "-1"], "seed is -1"),
         (["--like", str(TRACES / "tiny-olmoe.h5"), "--model", "mixtral-8x7b"], "but model mixtral-8x7b has 32"),
     ],
 )
@@ -160,6 +161,20 @@ def test_trace_to_imitate_is_not_overwritten(tmp_path, capsys):
     assert "different files" in capsys.readouterr().err
     assert run(tmp_path / "a.h5", "--like", tmp_path / "b.h5", *PROFILED) == 1
     assert "b.h5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("out", "profile"), [("no/a.h5", "p.toml"), ("a.h5", "no/p.toml")])
+def test_what_can_not_be_written_is_said_before_the_fit(tmp_path, monkeypatch, capsys, out, profile):
+    def fit_profile(*_, **__):
+        raise AssertionError("fitted")
+
+    monkeypatch.setattr("moetrace.analyze.fit.fit_profile", fit_profile)
+    monkeypatch.chdir(tmp_path)
+    assert run(out, "--like", TRACES / "tiny-olmoe.h5", *PROFILED, "--save-profile", profile) == 1
+    bad = out if "/" in out else profile
+    said = f"moetrace: {bad} could not be written: No such file or directory; nothing was changed.\n"
+    assert capsys.readouterr().err == said
+    assert not list(tmp_path.iterdir())
 
 
 def shipped_commands():

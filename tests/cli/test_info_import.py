@@ -222,3 +222,21 @@ def test_what_a_format_does_not_say_comes_from_options(run, tmp_path):
     assert run("import", path, "-o", tmp_path / "t.h5", "--top-k", 2, "--experts", 4)[0] == 0
     with Trace.open(tmp_path / "t.h5") as trace:
         assert trace.read("experts", 0, 1).tolist() == [[[1, 2], [0, 3]]]
+
+
+def test_info_of_a_long_name_fits_80_columns(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / ("long-" * 20 + ".h5")
+    source = {
+        "a name that goes on " * 3: "x" * 90,
+        "files": [{"sha256": "0" * 64}, {"sha256": "1" * 64}],
+        "ids": [1, 2],
+    }
+    Trace.from_arrays(np.zeros((1, 1, 1), np.uint8), num_experts=4, source=source).write(path)
+    name, *lines = run("info", path)[1].splitlines()
+    assert name == str(path)
+    assert max(map(len, lines)) <= 80
+    shown = dict(line.split(maxsplit=1) for line in lines if line.startswith("source."))
+    assert shown["source.files.1.sha256"].strip().startswith("1111") and "{" not in "".join(lines)
+    out = run("info", path, "--format", "csv")[1]
+    assert f"source.files.0.sha256,{'0' * 64}\n" in out and "source.ids,1 2\n" in out

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from moetrace.cli import main
+from moetrace.cli import COMMANDS, _group, main
+from moetrace.cli.analyze import QUESTIONS
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "traces" / "qwen3-30b-a3b-b1.h5")
+EVERY_COMMAND = [[name] for name in COMMANDS] + [["analyze", name] for name in QUESTIONS]
 MOETRACE = [sys.executable, "-m", "moetrace"]
 
 
@@ -31,7 +33,10 @@ def test_closed_output_is_no_error():
     assert (process.returncode, process.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP)],
+)
 def test_signals_while_it_writes_leave_nothing(tmp_path, stop, code):
     command = [*MOETRACE, "generate", "--model", "qwen3-30b-a3b", "--prompt", "512", "--output", "512"]
     subprocess.run(
@@ -47,6 +52,14 @@ def test_signals_while_it_writes_leave_nothing(tmp_path, stop, code):
     assert process.returncode == code, said
     assert "Traceback" not in said
     assert list(out.iterdir()) == []
+
+
+def test_nohup_is_respected():
+    program = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from moetrace.cli import main;"
+        "main(['list', 'models']); assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
 def test_wrong_usage_is_one_sentence_with_a_hint():
@@ -70,3 +83,47 @@ def test_too_little_memory_is_one_sentence(monkeypatch, capsys):
         main(["list", "models"])
     assert stop.value.code == 1
     assert capsys.readouterr().err == "moetrace: there is not enough memory for this.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["import", "loop", "-o", "o.h5"],
+        ["import", TINY, "-o", "loop"],
+        ["import", TINY, "-o", "loop/o.h5"],
+        ["lint", TINY, "--drop-warmup", "-o", "loop"],
+        ["analyze", "locality", "loop"],
+        ["analyze", "balance", "loop"],
+        ["analyze", "cache", "loop"],
+        ["capture", "loop", "--prompts", "loop", "-o", "o.h5"],
+        ["capture", ".", "--prompts", "loop", "-o", "loop"],
+        ["generate", "loop", "--model", "mixtral-8x7b", "--requests", "1", "--prompt", "1", "--output", "1"],
+        ["generate", "o.h5", "--like", "loop", "--requests", "1", "--prompt", "1", "--output", "1"],
+        ["rebatch", TINY, "-o", "loop", "--batch", "1"],
+        ["export", TINY, "-o", "loop", "--to", "npz"],
+        ["replay", TINY, "-o", "loop"],
+    ],
+    ids=" ".join,
+)
+def test_a_link_to_itself_is_one_sentence(run, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    code, out, err = run(*arguments)
+    assert code in (1, 2) and out == "" and "loop" in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "loop"] and Path("loop").is_symlink()
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND, ids=" ".join)
+def test_help_fits_80_columns(run, command):
+    code, out, _ = run(*command, "--help")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND, ids=" ".join)
+def test_what_can_not_be_read_is_no_wrong_usage(command):
+    """Exit code 1, as for what is not there: so that must be left to whatever opens it."""
+    with _group.make_context("moetrace", command[:1], resilient_parsing=True) as context:
+        found = _group
+        for name in command:
+            found = found.get_command(context, name)
+    assert not [one for one in found.params if getattr(one.type, "readable", False)]

@@ -36,6 +36,7 @@ def test_rebatch_says_what_it_leaves_out(run, tmp_path):
         (["--batch", 0], 2, "--batch"),
         (["--batch", 1, "--chunk", 0], 2, "--chunk"),
         (["--batch", 1, "--order", "random"], 2, "--order"),
+        (["--batch", 1, "--seed", 1], 2, "--seed goes with --order shuffle"),
         ([], 2, "--batch"),
         (["none.h5", "--batch", 1], 1, "there is no file none.h5"),
         ([TRACES / "mixtral-8x7b-b16.h5", "--batch", 1], 1, "differ in num_experts, so they can't share a trace"),

@@ -56,6 +56,25 @@ def test_specs_may_be_instances_names_and_files(tmp_path):
     assert result.warnings == ()
 
 
+def test_a_path_will_do_for_a_trace(tmp_path):
+    tiny = trace()
+    tiny.write(tmp_path / "t.h5")
+    for question in (mt.lint, mt.locality, mt.balance, partial(mt.cache_hits, capacities=[16])):
+        for path in (tmp_path / "t.h5", str(tmp_path / "t.h5")):
+            assert str(question(path)) == str(question(mt.Trace.open(path))), question
+        with pytest.raises(mt.UsageError, match="A trace is a Trace or the path of its file, got int"):
+            question(3)
+        with pytest.raises(mt.MoetraceError, match=r"there is no file no\.h5"):
+            question(trace="no.h5")
+    with pytest.raises(mt.MoetraceError, match="has 40 rows to fit"):
+        mt.fit_profile(str(tmp_path / "t.h5"))
+
+
+def test_a_refused_number_is_named_as_both_python_and_the_command_line_know_it():
+    with pytest.raises(mt.UsageError, match=r"^requests is 0: give a whole number from 1"):
+        mt.generate_trace("mixtral-8x7b", requests=0, prompt=1, output=1)
+
+
 def test_progress_is_told_every_row():
     told = []
     mt.replay(trace(), policies="ndp-ep", progress=told.append)

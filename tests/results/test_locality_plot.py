@@ -49,6 +49,17 @@ def test_page_loads_nothing_and_is_the_same_each_time():
 
 
 @needs_altair
+def test_legend_says_if_colours_end_below_the_greatest_load():
+    color = json.loads(re.search(r'id="spec">(.*?)</script>', plot(found(), "html", "a.h5").decode())[1])
+    color = color["vconcat"][0]["encoding"]["color"]
+    top = color["scale"]["domain"][1]
+    load = found().load
+    choices = (load["prefill"] + load["decode"]).to_numpy().reshape(6, 32)
+    above = (choices / choices.mean(axis=1, keepdims=True)).max() > top
+    assert color["legend"]["values"][-1] == top and ("≥" in color["legend"]["labelExpr"]) == above
+
+
+@needs_altair
 def test_strangers_text_is_text():
     page = plot(found(EVIL), "html", EVIL).decode()
     assert "alert(1)" in page and "<script>alert" not in page and "\x1b" not in page

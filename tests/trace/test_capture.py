@@ -425,13 +425,13 @@ def test_prefill_alone_and_cut_prompts(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"output": -1}, "--output is -1, but must be 0 or more"),
-        ({"batch": 0}, "--batch is 0"),
-        ({"seed": -1}, "--seed is -1"),
-        ({"max_prompt": 0}, "--max-prompt is 0"),
-        ({"temperature": -0.5}, "--temperature is -0.5"),
-        ({"temperature": float("nan")}, "--temperature is nan"),
-        ({"dtype": "int8"}, "--dtype is 'int8'"),
+        ({"output": -1}, "output is -1, but must be 0 or more"),
+        ({"batch": 0}, "batch is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"max_prompt": 0}, "max_prompt is 0"),
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
     ],
 )
 def test_wrong_options_are_wrong_usage(tmp_path, options, words):

@@ -127,10 +127,10 @@ def _prepare(
 ) -> _Plan:
     """Check everything and return what fills which schedule."""
     if profile is not None and (zipf is not None or stick is not None):
-        option = "--zipf" if zipf is not None else "--stick"
+        option = "zipf" if zipf is not None else "stick"
         raise UsageError(f"{option} is for traces by Zipf's law, but a profile was given: leave one of them out.")
     if profile is None and model is None:
-        raise UsageError("--model is missing: name a model, or a profile, which knows its own.")
+        raise UsageError("a model is missing: name one, or a profile, which knows its own.")
     if profile is not None:
         return _prepare_profile(load_profile(profile), model, schedule, seed)
     assert model is not None

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from moetrace.spec.errors import UsageError
 from moetrace.spec.load import Loaded, convert, nearest, parse, read_text
-from moetrace.trace.atomic import AtomicFile
+from moetrace.trace.atomic import whole_file
 from moetrace.trace.schema import MAX_EXPERTS, MAX_LAYERS
 
 MAX_DIMENSIONS = 64
@@ -116,17 +116,15 @@ def check_router(where: str, layers: int, experts: int, dimensions: int) -> None
 
 
 def save_profile(profile: Profile, path: str | Path, comment: str = "") -> None:
-    """Write `profile` to a TOML file that `load_profile` reads, whole or not at all; `comment` goes on top."""
+    """Write `profile` to a TOML file that `load_profile` reads, whole or not at all; `comment` goes on top.
+
+    Raises MoetraceError if the system refuses.
+    """
     text = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
     for name, value in msgspec.to_builtins(profile).items():
         text += f"{name} = {_toml(value)}\n"
-    output = AtomicFile(Path(path))
-    try:
-        output.write(text.encode())
-        output.commit()
-    except BaseException:
-        output.discard()
-        raise
+    with whole_file(Path(path)) as file:
+        file.write(text.encode())
 
 
 def _toml(value: object) -> str:

@@ -49,11 +49,11 @@ class Schedule(NamedTuple):
         """Raise a UsageError for a schedule that cannot run."""
         for option, value, least in zip(("requests", "prompt", "output", "batch"), self, (1, 0, 0, 1), strict=True):
             if not least <= value < 2**31:
-                raise UsageError(f"--{option} is {value}: give a whole number from {least} to {2**31 - 1}.")
+                raise UsageError(f"{option} is {value}: give a whole number from {least} to {2**31 - 1}.")
         if self.prompt + self.output == 0:
-            raise UsageError("--prompt and --output are both 0: give at least one of them a length.")
+            raise UsageError("prompt and output are both 0: give at least one of them a length.")
         if self.prompt + self.output >= 2**31:
-            raise UsageError(f"--prompt and --output together exceed {2**31 - 1} positions: shorten one of them.")
+            raise UsageError(f"prompt and output together exceed {2**31 - 1} positions: shorten one of them.")
 
     def blocks(self, rows: int) -> Iterator[StepBlock]:
         """Yield all steps in time order, about `rows` rows at a time and at least one step."""

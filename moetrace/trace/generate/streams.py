@@ -71,7 +71,7 @@ mix = kernel(mix_64)
 def check_seed(seed: int) -> None:
     """Raise a UsageError for a seed that is no uint63."""
     if not 0 <= seed <= MAX_SEED:
-        raise UsageError(f"--seed is {seed}: give a whole number from 0 to {MAX_SEED}.")
+        raise UsageError(f"seed is {seed}: give a whole number from 0 to {MAX_SEED}.")
 
 
 def permutations(seed: int, layers: int, experts: int) -> np.ndarray:

@@ -49,9 +49,9 @@ class ZipfDrawer:
     def __init__(self, model: Model, zipf: float, stick: float, seed: int, slots: int = 1) -> None:
         """Prepare the tables; a UsageError names the option whose value makes no sense."""
         if not (isfinite(zipf) and 0 <= zipf <= MAX_ZIPF):
-            raise UsageError(f"--zipf is {zipf}: give an exponent from 0 (uniform) to {MAX_ZIPF:g}.")
+            raise UsageError(f"zipf is {zipf}: give an exponent from 0 (uniform) to {MAX_ZIPF:g}.")
         if not 0 <= stick <= 1:
-            raise UsageError(f"--stick is {stick}: give a share from 0 to 1.")
+            raise UsageError(f"stick is {stick}: give a share from 0 to 1.")
         check_seed(seed)
         weight = np.arange(1, model.experts + 1, dtype=np.float64) ** -zipf
         expert_of_rank = permutations(seed, model.moe_layers, model.experts)

@@ -22,12 +22,14 @@ from moetrace.trace.lint.piece import Progress, Shape, pieces, shape_of
 from moetrace.trace.lint.repeats import RepeatedRows
 from moetrace.trace.lint.requests import Requests
 from moetrace.trace.lint.templates import Periodic, Sink, Templates
+from moetrace.trace.opening import accepts_path
 
 __all__ = ["LEVELS", "RULES", "Finding", "Rule", "lint"]
 
 
+@accepts_path
 def lint(trace: Trace, progress: Progress | None = None) -> list[Finding]:
-    """Everything that is wrong or suspicious in `trace`, errors first, then warnings and notes.
+    """Everything that is wrong or suspicious in `trace` (or the file of one), errors first, then warnings and notes.
 
     Reads every value once, a few MiB at a time, and compares it with the sha256s if the trace is a file. `progress` is
     told how many rows (of counts, steps) were done.
