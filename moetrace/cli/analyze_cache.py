@@ -35,7 +35,8 @@ POLICIES += ("static-hindsight", "static-prefill", "belady")
     type=click.Choice(POLICIES),
     default=("lru", "lfu", "belady"),
     show_default=True,
-    help="Who is evicted; may be repeated.",
+    metavar="P",
+    help=f"Who is evicted: {', '.join(POLICIES)}; may be repeated.",
 )
 @click.option(
     "--scope",
@@ -55,7 +56,7 @@ POLICIES += ("static-hindsight", "static-prefill", "belady")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the bootstrap.")
 @click.option("--curve", is_flag=True, help="Say instead what LRU caches of every capacity hit, from one pass.")
 @click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="For --curve --scope layer.")
-@click.option("--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: FILE.png or .html.")
+@click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
 @format_option
 def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Path | None, **asked: Any) -> None:
     """Say how often experts would have been in a cache of a given size, under each policy.
@@ -110,12 +111,13 @@ def _check_picture(trace: Path, picture: Path | None, curve: bool) -> None:
     if picture is None:
         return
     from moetrace.results.picture import FORMS, check_can_plot
+    from moetrace.trace.atomic import real_path
 
     if curve:
         raise UsageError("--plot draws the whole curve of LRU beside the other policies: leave out --curve.")
     if picture.suffix[1:].lower() not in FORMS:
         raise UsageError(f"--plot {picture}: the name must end with .png or .html.")
-    if picture.resolve() == trace.resolve():
+    if real_path(picture) == real_path(trace):
         raise UsageError("the trace and --plot FILE must be different files.")
     check_can_plot()
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
+from moetrace.cli.paths import ANY_PATH
 
 # The predictors of moetrace.analyze.prefetch, which takes too long to import for a mere --help.
 PREDICTORS = ("last-token", "frequency", "ewma", "transition", "recorded", "oracle")
@@ -26,7 +27,7 @@ _HEADERS = {
 
 
 @click.command("prefetch")
-@click.argument("trace", type=click.Path(path_type=Path), metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option(
     "--capacity", metavar="C", help="Of the LRU cache, as in analyze cache; by default a quarter of all experts."
 )
