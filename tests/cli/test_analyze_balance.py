@@ -81,6 +81,16 @@ def test_a_plan_that_was_exported_is_the_one_that_is_kept(run, tmp_path, name):
     assert given == found.layers.to_dicts() and {row["placement"] for row in given} == {name}
 
 
+def test_plans_of_one_name_are_told_apart_by_their_folders(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for name, placement in (("a/p.json", "ep"), ("p.json", "ep-block")):
+        assert run(MIXTRAL, "--units", 4, "--placement", placement, "--export", name)[0] == 0
+    found = json.loads(run(MIXTRAL, "--units", 4, "--plan", "a/p.json", "--plan", "p.json", "--format", "json")[1])
+    assert [row["placement"] for row in found["summary"]] == ["a/p.json", "p.json"]
+    assert found["summary"][0]["imbalance"] != found["summary"][1]["imbalance"]
+
+
 def test_a_replay_places_by_the_loads_that_were_exported(run, tmp_path):
     arguments = (MIXTRAL, "--placement", "ep-lpt", "--window", 90, "--units", 4)
     assert run(*arguments, "--export", tmp_path / "loads.csv")[0] == 0
