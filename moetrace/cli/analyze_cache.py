@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from moetrace.cli.output import format_option, print_json
 from moetrace.spec.errors import UsageError
@@ -68,6 +69,7 @@ def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Pat
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
+    _check_options(curve, asked)
     _check_picture(trace, picture, curve)
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.cli.cache_table import print_cache, print_curve, title_of
@@ -89,6 +91,18 @@ def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Pat
         print_curve(found, f"{trace}: {title}")
     else:
         print_cache(found, f"{trace}: {title}", phase)
+
+
+def _check_options(curve: bool, asked: dict[str, Any]) -> None:
+    """Refuse what would have no effect."""
+    context = click.get_current_context()
+    if curve:
+        for name in ("capacities", "policies", "model", "system", "seed"):
+            if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                option = next(option for option in context.command.params if option.name == name)
+                raise UsageError(f"--curve is of LRU at every capacity: leave out {option.opts[0]}.")
+    if asked["threads"] > 1 and not (curve and asked["scope"] == "layer"):
+        raise UsageError("--threads is for --curve --scope layer.")
 
 
 def _check_picture(trace: Path, picture: Path | None, curve: bool) -> None:

@@ -110,6 +110,20 @@ def test_regret_in_time_on_a_system(run):
     assert other[0]["hit_rate_low"] != rows[0]["hit_rate_low"] and other[0]["hits"] == rows[0]["hits"]
 
 
+def test_options_without_effect_are_refused(run):
+    for arguments, sentence in (
+        (("--curve", "--capacity", 24), "leave out --capacity"),
+        (("--curve", "--policy", "lru"), "leave out --policy"),
+        (("--curve", "--model", "tiny-olmoe"), "leave out --model"),
+        (("--curve", "--system", "rtx4090-offload"), "leave out --system"),
+        (("--curve", "--seed", 0), "leave out --seed"),
+        (("--curve", "--threads", 2), "--threads is for --curve --scope layer"),
+        (("--scope", "layer", "--threads", 2), "--threads is for --curve --scope layer"),
+    ):
+        code, out, err = run(TINY, *arguments)
+        assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1
+
+
 def test_curve(run):
     with Trace.open(TINY) as trace:
         frame = lru_curve(trace, scope="layer", sequential=True)
