@@ -71,8 +71,8 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     show_default=True,
     help="Tables to read; everything as JSON; or one frame as CSV.",
 )
-@click.option("--frame", type=click.Choice(FRAMES), default="layers", show_default=True, help="Which one, of CSV.")
-def command(trace: Path, out: Path | None, picture: Path | None, form: str, frame: str, **asked: Any) -> None:
+@click.option("--frame", type=click.Choice(FRAMES), show_default="layers", help="Which one, of CSV.")
+def command(trace: Path, out: Path | None, picture: Path | None, form: str, frame: str | None, **asked: Any) -> None:
     """Say how evenly placements and plans spread the work of experts over units, and what a new plan is worth.
 
     The steps after the first W are judged. A plan that is made from loads is judged three times: made from the first W
@@ -83,6 +83,8 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
+    if frame is not None and form != "csv":
+        raise UsageError("--frame is for --format csv; json has all frames.")
     _check_outputs(trace, out, picture, asked)
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.analyze.balance import balance
@@ -116,7 +118,7 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
         _write(picture, plot(found, picture.suffix[1:].lower(), trace.name))
     if out is not None:
         _write(out, plan)
-    _print(found, str(trace), form, frame)
+    _print(found, str(trace), form, frame or "layers")
 
 
 def _check_outputs(trace: Path, out: Path | None, picture: Path | None, asked: dict[str, Any]) -> None:
