@@ -218,6 +218,7 @@ def test_what_cannot_be_asked():
         ({"recall": 2}, "recall is 2, but must be"),
         ({"scope": "step"}, "no scope 'step'"),
         ({"system": "rtx4090-offload"}, "--system needs the model"),
+        ({"system": "rtx4090-offload", "model": "mixtral-8x7b"}, "name the right one with --model"),
         ({"system": "jetson-orin"}, "has no link"),
         ({"capacity": "3 apples"}, "neither a number"),
     ):
