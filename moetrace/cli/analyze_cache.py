@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from moetrace.cli.output import format_option, print_json
+from moetrace.cli.phases import check_phase
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Pat
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.cli.cache_table import print_cache, print_curve, title_of
 
+        check_phase(opened, phase)
         title = title_of(opened, asked["scope"], asked["sequential"])
         if curve:
             found = _curve(opened, asked, bar)

@@ -77,6 +77,7 @@ def test_errors_are_one_sentence(run, tmp_path):
         ((tmp_path / "a.h5", "--policy", "mru"), 2, "'mru' is not one of"),
         ((TINY, "--model", "mixtral-8x7b"), 2, "name the right one with --model"),
         ((tmp_path / "b.h5",), 1, "b.h5"),
+        ((TINY, "--phase", "mixed"), 1, "tiny-olmoe.h5 has no mixed steps"),
     ):
         found, out, err = run(*arguments)
         assert (found, out) == (code, "") and sentence in err and err.count("\n") == 1
