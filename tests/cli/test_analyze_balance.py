@@ -48,6 +48,14 @@ def test_tables_fit_80_columns(run):
     assert "kept" not in out and "seconds" not in out and "In seconds" not in out
 
 
+def test_a_long_name_takes_no_column_away(run, tmp_path):
+    plan = tmp_path / f"{'long' * 20}.json"
+    assert run(MIXTRAL, "--units", 4, "--placement", "ep", "--export", plan)[0] == 0
+    title, *rows = [line.split() for line in run(MIXTRAL, "--units", 4, "--plan", plan)[1].splitlines()[1:4]]
+    assert title == ["placement", "plan", "slots", "mean", "layer", "p99", "possible", "Jain"]
+    assert rows[1][:3] == [plan.name, "given", "8"] and len(rows[1]) == len(title)
+
+
 def test_json_and_csv_are_the_frames(run):
     arguments = (MIXTRAL, "--units", 4, "--window", 60, "--interval", 50, "--phase", "decode", "--placement", "eplb")
     with mt.Trace.open(MIXTRAL) as trace:

@@ -44,6 +44,12 @@ def test_table_fits_80_columns(run):
     assert "rec." not in out, "nothing was recorded"
 
 
+def test_names_of_policies_stay_whole(run):
+    policies = ("--policy", "static-hindsight", "--policy", "belady", "--system", "rtx4090-offload")
+    out = run(TINY, "--capacity", "3000000MiB", *policies)[1]
+    assert out.count("3000000MiB  static-hindsight  ") == 3
+
+
 def test_json_and_csv_are_the_frame(run):
     arguments = (TINY, "--capacity", "24", "--policy", "lru", "--policy", "belady", "--scope", "layer", "--sequential")
     with Trace.open(TINY) as trace:
