@@ -13,7 +13,6 @@ import polars as pl
 
 from moetrace.analyze import balance_frames as frames
 from moetrace.analyze import imbalance
-from moetrace.analyze.cache import expert_bytes
 from moetrace.analyze.imbalance import Cost, Least, Tally
 from moetrace.analyze.loads import Loads, add, loads_of, steps_of_phase, summed
 from moetrace.analyze.plans import (
@@ -27,8 +26,9 @@ from moetrace.analyze.plans import (
     make_plan,
     moved_bytes,
 )
+from moetrace.analyze.sizes import expert_bytes, model_of
 from moetrace.engine.cost import machine_of
-from moetrace.spec import Model, System, list_presets, load_model, load_system
+from moetrace.spec import Model, System, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
@@ -217,16 +217,11 @@ def _machine(
     system = load_system(system)
     if system.ndp is None:
         raise UsageError(f"the system {system.name} has no NDP units that could be kept busy: name another --system.")
-    if model is None and trace.model not in list_presets("models"):
+    spec = model_of(trace, model)
+    if spec is None:
         raise UsageError(
             f"seconds need a model, but {trace.path or 'the trace'} names {trace.model!r}, which is no preset: "
             f"name one with --model."
-        )
-    spec = load_model(model if model is not None else trace.model)
-    if (spec.moe_layers, spec.experts) != (trace.layers, trace.num_experts):
-        raise UsageError(
-            f"{trace.path or 'the trace'} has {trace.layers} MoE layers of {trace.num_experts} experts, but the model "
-            f"{spec.name} has {spec.moe_layers} of {spec.experts}: name the right one with --model."
         )
     size = expert_bytes(trace, spec)
     weight_bytes = spec.expert_bytes() if trace.expert_bytes is None else size

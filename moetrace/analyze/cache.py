@@ -35,7 +35,8 @@ from moetrace.analyze.caches.replays import HINDSIGHT, ONE_AT_A_TIME, POLICIES, 
 from moetrace.analyze.caches.static import count_accesses
 from moetrace.analyze.next_use import NextUses
 from moetrace.analyze.regret import link_of, with_regret
-from moetrace.spec import Model, System, list_presets, load_model
+from moetrace.analyze.sizes import expert_bytes
+from moetrace.spec import Model, System
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
@@ -108,25 +109,6 @@ def parse_capacity(text: str | int) -> Capacity:
     if not 1 <= capacity.amount <= MAX_CAPACITY:
         raise UsageError(f"the capacity {label!r} is {capacity.amount} {capacity.unit}: give 1 to {MAX_CAPACITY}.")
     return capacity
-
-
-def expert_bytes(trace: Trace, model: Model | str | Path | None = None) -> np.ndarray | None:
-    """Bytes of each expert, int64 [layers, experts]: the trace's own, else those of `model` or the preset it names.
-
-    None if neither is known. Raises UsageError if the model does not have the layers and experts of the trace.
-    """
-    shape = (trace.layers, trace.num_experts)
-    if trace.expert_bytes is not None:
-        return np.ascontiguousarray(np.broadcast_to(trace.expert_bytes.reshape(trace.layers, -1), shape))
-    if model is None and trace.model not in list_presets("models"):
-        return None
-    spec = load_model(model if model is not None else trace.model)
-    if (spec.moe_layers, spec.experts) != shape:
-        raise UsageError(
-            f"{trace.path or 'the trace'} has {trace.layers} MoE layers of {trace.num_experts} experts, but the model "
-            f"{spec.name} has {spec.moe_layers} of {spec.experts}: name the right one with --model."
-        )
-    return np.ceil(spec.expert_bytes()).astype(np.int64)
 
 
 @accepts_path

@@ -21,9 +21,10 @@ FORMATS = {".json": "SGLang", ".yaml": "TensorRT-LLM", ".yml": "TensorRT-LLM"}
 MAX_BYTES = 8 << 20  # of a plan file; one of 58 layers of 288 slots has 80 kB
 _NUMBERS = ("num_slots", "layer_updates_per_iter", "ep_size")
 _INTEGER = re.compile(r"[0-9]{1,6}", re.ASCII)
-_TOP = re.compile(r"([a-z_]+):(?: +(\S.*?))? *", re.ASCII)
-_LAYER = re.compile(r" +([0-9]{1,6}):(?: +(\S.*?))? *", re.ASCII)
-_ITEM = re.compile(r" +- +([0-9]{1,6}) *", re.ASCII)
+# Of lines without spaces at their end: to look for these here would take the square of a long line's length.
+_TOP = re.compile(r"([a-z_]+):(?: +(\S.*))?", re.ASCII)
+_LAYER = re.compile(r" +([0-9]{1,6}):(?: +(\S.*))?", re.ASCII)
+_ITEM = re.compile(r" +- +([0-9]{1,6})", re.ASCII)
 
 
 class _SGLang(msgspec.Struct):
@@ -127,7 +128,7 @@ def _parse(path: Path, text: str) -> tuple[dict[str, int], dict[int, list[int]]]
     numbers: dict[str, int] = {}
     layers: dict[int, list[int]] = {}
     inside, items, flow = False, None, ""
-    for line, content in enumerate(text.splitlines(), 1):
+    for line, content in enumerate((row.rstrip(" ") for row in text.splitlines()), 1):
         if flow:
             flow += " " + content.strip()
         elif not content.strip() or content.lstrip().startswith("#") or (content == "---" and not numbers):

@@ -196,12 +196,12 @@ def _fetch(cache, costs, scratch, first_key, names, number, turn, totals):
     for i in range(names):
         k = first_key + scratch.names[i]
         scratch.named[k] = number
-        if cache.newer[k] < 0 and begin_s <= scratch.now_s[0]:
+        # What would come too late is not begun, but a smaller one after it may be.
+        if cache.newer[k] < 0 and begin_s + costs.fetch_s[k] <= scratch.now_s[0]:
             begin_s += costs.fetch_s[k]
-            if begin_s <= scratch.now_s[0]:
-                scratch.arrived[k], scratch.free_s[0] = number, begin_s
-                totals[FETCHED_BYTES] += costs.size[k]
-                totals[WASTED_BYTES] += costs.size[k]  # until it is demanded
+            scratch.arrived[k], scratch.free_s[0] = number, begin_s
+            totals[FETCHED_BYTES] += costs.size[k]
+            totals[WASTED_BYTES] += costs.size[k]  # until it is demanded
     totals[NAMED] += names
 
 

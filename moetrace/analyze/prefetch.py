@@ -8,10 +8,11 @@ import polars as pl
 
 from moetrace.analyze import predictors
 from moetrace.analyze.accesses import accesses
-from moetrace.analyze.cache import Capacity, check_trace, expert_bytes, parse_capacity
+from moetrace.analyze.cache import Capacity, check_trace, parse_capacity
 from moetrace.analyze.eviction import recency_list
 from moetrace.analyze.predictors import Costs, Predictor
-from moetrace.spec import Model, System, list_presets, load_model, load_system
+from moetrace.analyze.sizes import expert_bytes, model_of
+from moetrace.spec import Model, System, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import PHASE_NAMES, Block, absent_id, check_ids
@@ -185,9 +186,9 @@ def _costs(
     machine = system if isinstance(system, System) else load_system(system)
     if machine.link is None:
         raise UsageError(f"system {machine.name} has no link over which experts could be fetched: name another one.")
-    if sizes is None or (model is None and trace.model not in list_presets("models")):
+    spec = model_of(trace, model)
+    if sizes is None or spec is None:
         raise UsageError("--system needs the model, to know how long a layer computes: name one with --model.")
-    spec = load_model(model if model is not None else trace.model)
     fetch_s = size / machine.link.bytes_s + machine.link.latency_s
     run_s = size / machine.gpu.bytes_s + machine.gpu.launch_s
     return Costs(size, fetch_s, run_s, float(spec.dense_bytes / machine.gpu.bytes_s + machine.gpu.launch_s))

@@ -158,11 +158,11 @@ def _tier(asked: dict[str, Any], units: int) -> "Tier":
 def _plans(trace: "Trace", files: tuple[Path, ...], tier: "Tier") -> "dict[str, Plan]":
     from moetrace.analyze.plan_files import read_plan
 
-    plans = {}
-    for file in files:
-        name = file.name if file.name not in plans else str(file)
-        plans[name] = read_plan(file, trace.layer_index, trace.num_experts, tier.units)
-    return plans
+    alone = len({file.name for file in files}) == len(files)
+    return {
+        file.name if alone else str(file): read_plan(file, trace.layer_index, trace.num_experts, tier.units)
+        for file in files
+    }
 
 
 def _exported(trace: "Trace", placements: tuple[str, ...], tier: "Tier", asked: dict[str, Any], out: Path) -> bytes:

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from moetrace.cli.output import format_option, print_json
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.cli.phases import check_phase
+from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
     from moetrace.trace import Trace
@@ -70,10 +72,12 @@ def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Pat
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
+    _check_options(curve, asked)
     _check_picture(trace, picture, curve)
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.cli.cache_table import print_cache, print_curve, title_of
 
+        check_phase(opened, phase)
         title = title_of(opened, asked["scope"], asked["sequential"])
         if curve:
             found = _curve(opened, asked, bar)
@@ -86,8 +90,6 @@ def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Pat
         _note_empty(found.select("capacity", "capacity_experts").unique(maintain_order=True).rows(), layers)
     if phase is not None:
         found = found.filter(phase=phase)
-        if found.is_empty():
-            raise MoetraceError(f"{trace} has no {phase} steps to look at.")
     if form == "json":
         print_json(found.to_dicts())
     elif form == "csv":
@@ -104,6 +106,18 @@ def _note_empty(capacities: list[tuple[str, int | None]], layers: int) -> None:
             click.echo(
                 f"moetrace: note: capacity {label} leaves each of the {layers} layers a cache of 0 experts.", err=True
             )
+
+
+def _check_options(curve: bool, asked: dict[str, Any]) -> None:
+    """Refuse what would have no effect."""
+    context = click.get_current_context()
+    if curve:
+        for name in ("capacities", "policies", "model", "system", "seed"):
+            if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                option = next(option for option in context.command.params if option.name == name)
+                raise UsageError(f"--curve is of LRU at every capacity: leave out {option.opts[0]}.")
+    if asked["threads"] > 1 and not (curve and asked["scope"] == "layer"):
+        raise UsageError("--threads is for --curve --scope layer.")
 
 
 def _check_picture(trace: Path, picture: Path | None, curve: bool) -> None:

@@ -8,6 +8,7 @@ import click
 
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
 from moetrace.cli.paths import ANY_PATH
+from moetrace.cli.phases import check_phase
 
 # The predictors of moetrace.analyze.prefetch, which takes too long to import for a mere --help.
 PREDICTORS = ("last-token", "frequency", "ewma", "transition", "recorded", "oracle")
@@ -69,6 +70,7 @@ def command(trace: Path, capacity: str | None, phase: str | None, form: str, **a
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.analyze.prefetch import prefetch_value
 
+        check_phase(opened, phase)
         everything = opened.layers * opened.num_experts
         capacity = capacity or str(max(1, everything // 4))
         names = list(dict.fromkeys(asked.pop("predictors")))

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from moetrace.cli.output import stdout_console
+from moetrace.cli.output import stdout_console, widen
 from moetrace.spec.errors import printable
 
 if TYPE_CHECKING:
     from moetrace.analyze.balance import Balance
 
-_GAP, _LEAST = 2, 79
+_GAP = 2
 _ROWS = {
     "placement": "placement",
     "plan": "plan",
@@ -51,7 +51,6 @@ _STALE_TIME = {
 def print_balance(found: "Balance", name: str) -> None:
     """Print what was found as tables on stdout; `name` is what the user called the trace."""
     console = stdout_console()
-    console.width = max(console.width, _LEAST)
     rows = [_plan(row) for row in found.summary.iter_rows(named=True)]
     stale = _stale(found)
     tables = [("", _ROWS, rows), ("What a plan that is kept loses:", _STALE, stale)]
@@ -61,7 +60,9 @@ def print_balance(found: "Balance", name: str) -> None:
         if cells:
             if title:
                 console.print(f"{title}\n")
-            console.print(_table(headers, cells), crop=False, no_wrap=True)
+            table, wide = _table(headers, cells), stdout_console()
+            widen(wide, table)
+            wide.print(table)
             console.print()
     for line in _legend(found, name):
         console.print(line)

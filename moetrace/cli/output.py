@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _PIPED_WIDTH = 160  # what a pager or a file can take
 
@@ -71,9 +72,16 @@ def stdout_console() -> "Console":
     return Plain(width=width, highlight=False, markup=False, emoji=False)
 
 
+def widen(console: "Console", table: "Table") -> None:
+    """Give a console the width that a table takes at least: in less, rich leaves out columns."""
+    from rich.measure import Measurement
+
+    unlimited = console.options.update(max_width=10_000)
+    console.width = max(console.width, Measurement.get(console, unlimited, table).minimum)
+
+
 def _print_table(headers: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
     from rich import box
-    from rich.measure import Measurement
     from rich.table import Table
 
     console = stdout_console()
@@ -82,11 +90,12 @@ def _print_table(headers: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) 
         cells = [figure(row.get(key)) for row in rows]
         figures = all(isinstance(row.get(key), int | float | None) for row in rows)
         whole = figures or column == 0
-        width = max(map(len, (*cells, *header.split("\n")))) if whole else None
+        width = max(
+            len(text) for cell in (*cells, header) for text in (cell.split("\n") if whole else cell.split() or [""])
+        )
         table.add_column(header, justify="right" if figures else "left", min_width=width, no_wrap=whole)
     for row in rows:
         table.add_row(*(figure(row.get(key)) for key in headers))
-    # Words may wrap in a narrow terminal; names and figures stay whole, even if the terminal then breaks the line.
-    unlimited = console.options.update(max_width=10_000)
-    console.width = max(console.width, Measurement.get(console, unlimited, table).minimum)
+    # Lines may wrap in a narrow terminal; words and figures stay whole, even if the terminal then breaks the line.
+    widen(console, table)
     console.print(table)

@@ -75,7 +75,7 @@ def test_loads_are_counts(seed, at_once, phase):
         patch.setattr(loads_module, "AT_ONCE", at_once)
         parts = list(loads_of(trace, steps))
         total = summed(trace, steps)
-    assert at_once > 100 or len(parts) > 5 or steps.size < 6
+    assert at_once > 100 or len(parts) > 1 or steps.size < 7  # 40 ids are those of 6 rows
     found = np.zeros_like(counts[steps])
     step = 0
     for part in parts:

@@ -291,6 +291,9 @@ def test_sizes_are_the_trace_s_or_the_model_s():
     given = small_trace(0)
     own = Trace.from_arrays(**given)
     assert np.array_equal(expert_bytes(own), given["expert_bytes"])
+    for model, sentence in (("mixtral-8x7b", "name the right one with --model"), ("none", "'none'")):
+        with pytest.raises(UsageError, match=sentence):
+            cache_hits(own, [3], model=model)  # even where its sizes are not needed
     per_layer = Trace.from_arrays(**(given | {"expert_bytes": np.array([5, 6, 7])}))
     assert expert_bytes(per_layer).tolist() == [[5] * EXPERTS, [6] * EXPERTS, [7] * EXPERTS]
     del given["expert_bytes"]

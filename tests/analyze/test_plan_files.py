@@ -123,6 +123,7 @@ def changed(old, new):
         ("a.yaml", changed("  4: [0, 2, 1, 2]", "  - 3"), "line 6 is not as in"),
         ("a.yaml", YAML + "\u0665: 3\n", "line 7 is not as in"),
         ("a.yaml", YAML + YAML, "line 7 is not as in"),
+        ("a.yaml", "num_slots: 1" + " " * 1_000_000 + "x" + " " * 1_000_000 + "\t", "line 1 is not as in"),
         ("a.yaml", YAML + "ep_size: 4\n", "is a plan for 4 units, not 2"),
         ("a.yaml", changed("[0, 2, 1, 2]", "[0, 2, 1, 2, 0]"), "num_slots must be there and"),
     ],

@@ -186,6 +186,19 @@ def test_a_link_that_is_busy_makes_the_next_ones_wait():
     assert found[2] == ends == 11
 
 
+def test_a_small_expert_arrives_after_a_large_one_that_would_not():
+    """By hand: layers that compute 1 s and more; fetches of 10 s and of half a second, named in this order."""
+    experts = np.array([[[0, 1], [0, 1]]] * 9)
+    trace = Trace.from_arrays(experts, num_experts=2, expert_bytes=np.array([[100, 5], [100, 5]]))
+    gpu = {"gpu.launch_us": 0, "gpu.bandwidth_gb_s": 115e-9, "gpu.memory_efficiency": 1}
+    system = load_system("rtx4090-offload", gpu | {"link.bandwidth_gb_s": 10e-9, "link.latency_us": 0})
+    model = load_model("mixtral-8x7b", {"moe_layers": 2, "experts": 2, "dense_params_per_layer": 10, "top_k": 1})
+    model = load_model(model, {"dense_weight_bits": 8})
+    frame = prefetch_value(trace, 2, ["oracle"], recall=1, model=model, system=system)
+    assert frame["misses"][0] == 36 and frame["timely_hits"][0] == 17, "all small ones but the first layer's"
+    assert frame["prefetched_bytes"][0] == 17 * 5 and frame["wasted_bytes"][0] == 0
+
+
 def test_transitions_come_from_other_requests():
     one = prefetch_value(generate_trace("tiny-olmoe", requests=1, prompt=2, output=9), 60, ["transition"])
     assert one["named"][0] == 0 and one["precision"][0] is None
@@ -205,6 +218,7 @@ def test_what_cannot_be_asked():
         ({"recall": 2}, "recall is 2, but must be"),
         ({"scope": "step"}, "no scope 'step'"),
         ({"system": "rtx4090-offload"}, "--system needs the model"),
+        ({"system": "rtx4090-offload", "model": "mixtral-8x7b"}, "name the right one with --model"),
         ({"system": "jetson-orin"}, "has no link"),
         ({"capacity": "3 apples"}, "neither a number"),
     ):

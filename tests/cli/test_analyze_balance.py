@@ -38,6 +38,14 @@ def test_tables_fit_80_columns(run):
     assert "kept" not in out and "seconds" not in out and "In seconds" not in out
 
 
+def test_a_long_name_takes_no_column_away(run, tmp_path):
+    plan = tmp_path / f"{'long' * 20}.json"
+    assert run(MIXTRAL, "--units", 4, "--placement", "ep", "--export", plan)[0] == 0
+    title, *rows = [line.split() for line in run(MIXTRAL, "--units", 4, "--plan", plan)[1].splitlines()[1:4]]
+    assert title == ["placement", "plan", "slots", "mean", "layer", "p99", "possible", "Jain"]
+    assert rows[1][:3] == [plan.name, "given", "8"] and len(rows[1]) == len(title)
+
+
 def test_json_and_csv_are_the_frames(run):
     arguments = (MIXTRAL, "--units", 4, "--window", 60, "--interval", 50, "--phase", "decode", "--placement", "eplb")
     with mt.Trace.open(MIXTRAL) as trace:
@@ -69,6 +77,16 @@ def test_a_plan_that_was_exported_is_the_one_that_is_kept(run, tmp_path, name):
         found = library.balance(trace, [], tier=4, window=60, plans={name: plan})
     given = [row for row in both if row["plan"] == "given"]
     assert given == found.layers.to_dicts() and {row["placement"] for row in given} == {name}
+
+
+def test_plans_of_one_name_are_told_apart_by_their_folders(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for name, placement in (("a/p.json", "ep"), ("p.json", "ep-block")):
+        assert run(MIXTRAL, "--units", 4, "--placement", placement, "--export", name)[0] == 0
+    found = json.loads(run(MIXTRAL, "--units", 4, "--plan", "a/p.json", "--plan", "p.json", "--format", "json")[1])
+    assert [row["placement"] for row in found["summary"]] == ["a/p.json", "p.json"]
+    assert found["summary"][0]["imbalance"] != found["summary"][1]["imbalance"]
 
 
 def test_a_replay_places_by_the_loads_that_were_exported(run, tmp_path):
@@ -106,6 +124,7 @@ def test_errors_are_one_sentence(run, tmp_path):
         ((MIXTRAL, "--placement", "best"), 2, "there is no placement 'best'"),
         ((MIXTRAL, "--units", 0), 2, "units are 0: give 1 to 4096"),
         ((MIXTRAL, "--units", 3, "--redundant", 2), 2, "cannot share equally: give 4 redundant ones"),
+        ((MIXTRAL, "--frame", "summary"), 2, "--frame is for --format csv"),
         ((MIXTRAL, "--window", 160), 2, "the window is 160 steps"),
         ((MIXTRAL, "--system", "none"), 2, "none"),
         ((MIXTRAL, "--system", "edge-ndp", "--set", "system.ndp.units=0"), 2, "ndp.units"),

@@ -34,6 +34,12 @@ def test_table_fits_80_columns(run):
     assert "rec." not in out, "nothing was recorded"
 
 
+def test_names_of_policies_stay_whole(run):
+    policies = ("--policy", "static-hindsight", "--policy", "belady", "--system", "rtx4090-offload")
+    out = run(TINY, "--capacity", "3000000MiB", *policies)[1]
+    assert out.count("3000000MiB  static-hindsight  ") == 3
+
+
 def test_json_and_csv_are_the_frame(run):
     arguments = (TINY, "--capacity", "24", "--policy", "lru", "--policy", "belady", "--scope", "layer", "--sequential")
     with Trace.open(TINY) as trace:
@@ -80,6 +86,7 @@ def test_errors_are_one_sentence(run, tmp_path):
         ((tmp_path / "a.h5", "--policy", "mru"), 2, "'mru' is not one of"),
         ((TINY, "--model", "mixtral-8x7b"), 2, "name the right one with --model"),
         ((tmp_path / "b.h5",), 1, "b.h5"),
+        ((TINY, "--phase", "mixed"), 1, "tiny-olmoe.h5 has no mixed steps"),
     ):
         found, out, err = run(*arguments)
         assert (found, out) == (code, "") and sentence in err and err.count("\n") == 1
@@ -111,6 +118,20 @@ def test_regret_in_time_on_a_system(run):
     assert "verdict" in rows[0] and rows[0]["hit_rate_low"] < rows[0]["hit_rate"] < rows[0]["hit_rate_high"]
     other = json.loads(run(*arguments, "--phase", "decode", "--format", "json", "--seed", "1")[1])
     assert other[0]["hit_rate_low"] != rows[0]["hit_rate_low"] and other[0]["hits"] == rows[0]["hits"]
+
+
+def test_options_without_effect_are_refused(run):
+    for arguments, sentence in (
+        (("--curve", "--capacity", 24), "leave out --capacity"),
+        (("--curve", "--policy", "lru"), "leave out --policy"),
+        (("--curve", "--model", "tiny-olmoe"), "leave out --model"),
+        (("--curve", "--system", "rtx4090-offload"), "leave out --system"),
+        (("--curve", "--seed", 0), "leave out --seed"),
+        (("--curve", "--threads", 2), "--threads is for --curve --scope layer"),
+        (("--scope", "layer", "--threads", 2), "--threads is for --curve --scope layer"),
+    ):
+        code, out, err = run(TINY, *arguments)
+        assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1
 
 
 def test_curve(run):

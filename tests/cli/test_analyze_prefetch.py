@@ -45,6 +45,7 @@ def test_errors_are_one_sentence(run, tmp_path):
         ((TINY, "--predictor", "recorded"), 1, "has no /recorded/resident"),
         ((TINY, "--system", "jetson-orin"), 2, "has no link"),
         ((tmp_path / "b.h5",), 1, "b.h5"),
+        ((TINY, "--phase", "mixed"), 1, "tiny-olmoe.h5 has no mixed steps"),
     ):
         found, out, err = run(*arguments)
         assert (found, out) == (code, "") and sentence in err and err.count("\n") == 1

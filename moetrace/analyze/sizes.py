@@ -1,0 +1,39 @@
+"""Which model a trace is of, and what its experts weigh."""
+
+from pathlib import Path
+
+import numpy as np
+
+from moetrace.spec import Model, list_presets, load_model
+from moetrace.spec.errors import UsageError
+from moetrace.trace.format import Trace
+
+
+def model_of(trace: Trace, model: Model | str | Path | None = None) -> Model | None:
+    """Return `model`, else the preset that the trace names, or None if it names none.
+
+    Raises UsageError if the model does not have the layers and experts of the trace.
+    """
+    if model is None and trace.model not in list_presets("models"):
+        return None
+    spec = load_model(model if model is not None else trace.model)
+    if (spec.moe_layers, spec.experts) != (trace.layers, trace.num_experts):
+        raise UsageError(
+            f"{trace.path or 'the trace'} has {trace.layers} MoE layers of {trace.num_experts} experts, but the model "
+            f"{spec.name} has {spec.moe_layers} of {spec.experts}: name the right one with --model."
+        )
+    return spec
+
+
+def expert_bytes(trace: Trace, model: Model | str | Path | None = None) -> np.ndarray | None:
+    """Bytes of each expert, int64 [layers, experts]: the trace's own, else those of `model` or the preset it names.
+
+    None if neither is known. Raises UsageError if a `model`, used or not, is none or not that of the trace.
+    """
+    if trace.expert_bytes is not None:
+        if model is not None:
+            model_of(trace, model)
+        shape = (trace.layers, trace.num_experts)
+        return np.ascontiguousarray(np.broadcast_to(trace.expert_bytes.reshape(trace.layers, -1), shape))
+    spec = model_of(trace, model)
+    return None if spec is None else np.ceil(spec.expert_bytes()).astype(np.int64)
