@@ -1,119 +1,180 @@
-"""Speed of the cache analysis on one core, beside an LRU of Python's OrderedDict over the same accesses.
+"""Speed of the cache analysis, beside libcachesim on the same accesses: one at a time, a cache for each layer.
 
-    python bench/cache.py [--rounds 5] [--requests 8] [--at-once]
+    python bench/cache.py [--rounds 5] [--requests 8] [--write docs/cache.md]
 
-Every case is timed once a round, in turn, and the table shows medians: nanoseconds an access, and how many times that
-the OrderedDict took in the same round. "pass" is what is done once, whatever the number of policies and capacities:
-reading ids, checking them, and putting them in order (per id); "look ahead" is Belady's next uses, also once. With
-`--at-once` the experts of a layer and step are demanded together, which OrderedDict does not do: its hits differ.
+Every case is timed once a round, in turn; the tables show medians: nanoseconds an access of one core, and how many
+times that libcachesim took in the same round. What is timed begins with accesses in memory, ours as arrays of keys,
+theirs as files (which the system caches) of 24 bytes an access that hold its next access, too; it ends with the number
+of hits, which is the same. "read" is what it takes to get there, from ids to accesses; "look ahead" finds the next
+accesses. Both are done once, for all policies and capacities. One thread's time is that of the CPU, so that neighbours
+on a busy machine count little; the last line is by the clock. `--write` puts the tables into a Markdown file.
 """
 
 import argparse
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, thread_time
 
+import cachesim
+import msgspec
 import numpy as np
+from markers import write_between
 
-from moetrace.analyze import cache
-from moetrace.analyze.accesses import Accesses, accesses
+from moetrace.analyze.accesses import accesses
+from moetrace.analyze.caches import stack
+from moetrace.analyze.caches.replays import Budget, Demands, make_replay
+from moetrace.analyze.hit_curve import lru_curve
 from moetrace.analyze.next_use import NextUses
+from moetrace.spec import load_model
 from moetrace.trace.generate import generate_trace
 
-# model, batch, share of all experts that the cache holds
-CASES = [("mixtral-8x7b", 1, 4), ("olmoe-1b-7b", 1, 4), ("qwen3-30b-a3b", 1, 4), ("qwen3-30b-a3b", 32, 4)]
-CASES += [("deepseek-v3", 1, 8)]
+MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3")  # 8, 128 and 256 experts
+LAYERS = 16  # of each model
+POLICIES = {"lru": "LRU", "fifo": "FIFO", "lfu-in-cache": "LFU in cache", "belady": "Belady"}
+TARGETS = {"lru": "5", "fifo": "5", "lfu-in-cache": "8", "belady": "3 (8 experts), 8"}
+PARTS = 13  # capacities are 1 to 12 of so many parts of a layer's experts
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = perf_counter()
-    function()
-    return perf_counter() - start
+class Case:
+    """A trace: its accesses here, and in files for libcachesim."""
+
+    def __init__(self, model: str, requests: int, folder: Path):
+        spec = msgspec.structs.replace(load_model(model), moe_layers=LAYERS)
+        self.trace = generate_trace(spec, requests=requests, prompt=32, output=480, zipf=0.6, stick=0.3)
+        self.experts = self.trace.num_experts
+        self.blocks = list(accesses(self.trace, sequential=True))
+        keys = np.concatenate([block.key for block in self.blocks])
+        parts = [keys[keys // self.experts == layer] for layer in range(LAYERS)]
+        self.accesses, self.sizes = keys.size, [part.size for part in parts]
+        files = [cachesim.write(part, folder / f"{model}-{layer}") for layer, part in enumerate(parts)]
+        self.readers = [cachesim.reader(file) for file in files]
+        self.capacities = sorted({max(1, round(self.experts * part / PARTS)) for part in range(1, PARTS)})
+        self.buffer = np.empty(max(block.key.size for block in self.blocks), np.int16)
+        self.look_ahead()
+
+    def ours(self, policy: str, capacities: list[int]) -> list[int]:
+        size = np.ones(LAYERS * self.experts, np.int64)
+        demands = Demands(LAYERS, self.experts, size, LAYERS, True, self.trace.rows * self.trace.top_k, size[:0])
+        replay = make_replay(policy, [Budget(capacity, False) for capacity in capacities], demands)
+        hits = [0] * len(capacities)
+        for block, next_use in zip(self.blocks, self.next_uses, strict=True):
+            for number, hit in enumerate(replay(block, next_use)):
+                hits[number] += int(np.count_nonzero(hit.view(np.bool_)))
+        return hits
+
+    def theirs(self, policy: str, capacity: int) -> int:
+        shares = (cachesim.misses(policy, capacity, reader) for reader in self.readers)
+        return sum(size - round(share * size) for size, share in zip(self.sizes, shares, strict=True))
+
+    def curve(self) -> np.ndarray:
+        """Hits at every capacity."""
+        stacks, part = stack.layer_stacks(LAYERS, self.experts), (0, LAYERS)
+        count = np.zeros((3, LAYERS, self.experts + 1), np.int64)
+        for block in self.blocks:
+            distance = self.buffer[: block.key.size]
+            stack.layer_distances(stacks, block, self.experts, part, True, distance)
+            stack.count_distances(distance, block, LAYERS, part, count)
+        return np.cumsum(count.sum((0, 1))[:-1])
+
+    def look_ahead(self) -> None:
+        with NextUses(LAYERS * self.experts) as uses:
+            uses.learn(self.blocks)
+            self.next_uses = [uses.of(block) for block in self.blocks]
+
+    def read(self) -> None:
+        list(accesses(self.trace, sequential=True))
 
 
-def python_lru(keys: Iterable[list[int]], capacity: int) -> int:
-    """Hits of an LRU of OrderedDict."""
-    held, hits = OrderedDict(), 0
-    for part in keys:
-        for key in part:
-            if key in held:
-                hits += 1
-                held.move_to_end(key)
-            else:
-                if len(held) == capacity:
-                    held.popitem(last=False)
-                held[key] = None
-    return hits
-
-
-def run_policy(
-    policy: str,
-    blocks: list[Accesses],
-    next_uses: list[np.ndarray],
-    layers: int,
-    keys: int,
-    part: int,
-    sequential: bool = True,
-) -> int:
-    """Replay all blocks through a new cache; return its hits."""
-    lane = cache._lane(policy, cache.parse_capacity(keys // part), np.ones(keys, np.int64), 1)
-    for block, next_use in zip(blocks, next_uses, strict=True):
-        hit = np.empty(block.key.size, np.uint8)
-        cache._advance(lane, block, next_use, layers, sequential, hit)
-        cache._tally(block, hit, lane.state.weight, layers, lane.totals)
-    return int(lane.totals[:, 0].sum())
-
-
-def case(model: str, batch: int, part: int, requests: int, rounds: int, sequential: bool) -> None:
-    trace = generate_trace(
-        model, requests=max(requests, batch), prompt=32, output=480, batch=batch, zipf=0.6, stick=0.3
-    )
-    keys = trace.layers * trace.num_experts
-    blocks = list(accesses(trace, sequential=sequential))
-    total = sum(block.key.size for block in blocks)
-    lists = [block.key.tolist() for block in blocks]
-    with NextUses(keys) as uses:
-        uses.learn(blocks)
-        next_uses = [uses.of(block) for block in blocks]
-
-    def look_ahead() -> None:
-        with NextUses(keys) as uses:
-            uses.learn(accesses(trace, sequential=sequential))
-            for block in blocks:
-                uses.of(block)
-
-    works: dict[str, Callable[[], object]] = {
-        "OrderedDict": lambda: python_lru(lists, keys // part),
-        "pass": lambda: list(accesses(trace, sequential=sequential)),
-        "look ahead": look_ahead,
-    }
-    for policy in cache.POLICIES:
-        works[policy] = lambda policy=policy: run_policy(
-            policy, blocks, next_uses, trace.layers, keys, part, sequential
-        )
-    assert not sequential or works["lru"]() == works["OrderedDict"]()
+def measure(
+    works: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = thread_time
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round, after one that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
         for name, work in works.items():
-            taken = seconds(work)
+            start = clock()
+            work()
             if turn:
-                times[name].append(taken)
-    print(f"\n{model}, batch {batch}, {keys // part} of {keys} experts, {total:,} accesses")
-    for name, taken in times.items():
-        ratio = median(theirs / ours for theirs, ours in zip(times["OrderedDict"], taken, strict=True))
-        of = trace.rows * trace.layers * trace.top_k if name == "pass" else total
-        print(f"  {name:12s} {median(taken) / of * 1e9:7.1f} ns {ratio:7.1f}x")
+                times[name].append(clock() - start)
+    return times
+
+
+def ratio(theirs: list[float], ours: list[float]) -> str:
+    value = median(a / b for a, b in zip(theirs, ours, strict=True))
+    return f"{value:.1f}" if value < 20 else f"{value:.0f}"
+
+
+def lines_of(case: Case, rounds: int) -> list[str]:
+    """The rows of one trace's table."""
+    one = case.experts // 4
+    works: dict[str, Callable[[], object]] = {"read": case.read, "look ahead": case.look_ahead, "curve": case.curve}
+    for policy in POLICIES:
+        works[policy] = lambda policy=policy: case.ours(policy, [one])
+        works["many " + policy] = lambda policy=policy: case.ours(policy, case.capacities)
+        works["peer " + policy] = lambda policy=policy: case.theirs(policy, one)
+        assert case.ours(policy, case.capacities) == [case.theirs(policy, c) for c in case.capacities]
+    works["peer lru of all"] = lambda: [case.theirs("lru", capacity) for capacity in case.capacities]
+    assert [case.curve()[c - 1] for c in case.capacities] == case.ours("lru", case.capacities)
+    times = measure(works, rounds)
+    ns = {name: f"{median(taken) / case.accesses * 1e9:.1f}" for name, taken in times.items()}
+    found = []
+    for policy, name in POLICIES.items():
+        ours, many, peer = times[policy], times["many " + policy], times["peer " + policy]
+        times_many = [seconds / len(case.capacities) for seconds in many]
+        many_ns = f"{median(times_many) / case.accesses * 1e9:.1f}"
+        found.append(
+            f"| {name} | {ns[policy]} | {many_ns} | {ns['peer ' + policy]} | {ratio(peer, ours)}x | "
+            f"{ratio(peer, times_many)}x | {TARGETS[policy]}x |"
+        )
+    found += [
+        f"| LRU, every capacity | {ns['curve']} in all | | {ns['peer lru of all']} for {len(case.capacities)} | "
+        f"{ratio(times['peer lru of all'], times['curve'])}x | | {'80x' if case.experts > 8 else ''} |",
+        f"| look ahead | {ns['look ahead']} | | | | | |",
+        f"| read | {ns['read']} | | | | | |",
+    ]
+    return found
+
+
+def threads(rounds: int) -> str:
+    """How much quicker two threads are, by the clock: the fastest of the rounds, as neighbours only make it slower."""
+    trace = generate_trace("qwen3-30b-a3b", requests=64, prompt=32, output=480, zipf=0.6, stick=0.3)
+    works = {
+        str(number): lambda number=number: lru_curve(trace, scope="layer", sequential=True, threads=number)
+        for number in (1, 2)
+    }
+    times = measure(works, 3 * rounds, perf_counter)
+    return f"{min(times['1']) / min(times['2']):.1f}x"
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--requests", type=int, default=8)
-    options.add_argument("--at-once", action="store_true")
+    options.add_argument("--requests", type=int, default=16)
+    options.add_argument("--write", type=Path)
     given = options.parse_args()
-    for model, batch, part in CASES:
-        case(model, batch, part, given.requests, given.rounds, not given.at_once)
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model in MODELS:
+            case = Case(model, given.requests, Path(folder))
+            lines += [
+                f"{case.experts} experts ({model}), a cache of {case.experts // 4} in each layer, or of "
+                f"{', '.join(map(str, case.capacities))} at once; {case.accesses:,} accesses:",
+                "",
+                f"| | ns an access | of each of {len(case.capacities)} | libcachesim | ratio | of each | wanted |",
+                "| --- | --- | --- | --- | --- | --- | --- |",
+                *lines_of(case, given.rounds),
+                "",
+            ]
+    lines.append(
+        "Reading a trace of qwen3-30b-a3b and LRU's whole curve with two threads instead of one: "
+        f"{threads(given.rounds)} ({os.cpu_count()} CPUs, {os.getloadavg()[0]:.0f} processes at work)."
+    )
+    print("\n".join(lines))
+    if given.write:
+        write_between(given.write, "speed", "\n".join(lines))
 
 
 if __name__ == "__main__":

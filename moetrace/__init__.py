@@ -22,8 +22,10 @@ if TYPE_CHECKING:
         load_system,
     )
     from moetrace.trace import Trace, Writer
+    from moetrace.trace.engines.capture import Hints
     from moetrace.trace.exports import export
     from moetrace.trace.generate import Profile, generate, generate_trace, load_profile, save_profile
+    from moetrace.trace.importing import import_traces
     from moetrace.trace.lint import Finding, lint
     from moetrace.trace.rebatch import rebatch
 
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Balance",
     "Finding",
+    "Hints",
     "Locality",
     "Model",
     "MoetraceError",
@@ -50,6 +53,7 @@ __all__ = [
     "fit_profile",
     "generate",
     "generate_trace",
+    "import_traces",
     "lint",
     "load_model",
     "load_policy",
@@ -82,8 +86,10 @@ _HOMES = {
         "load_system",
     ),
     "moetrace.trace": ("Trace", "Writer"),
+    "moetrace.trace.engines.capture": ("Hints",),
     "moetrace.trace.exports": ("export",),
     "moetrace.trace.generate": ("Profile", "generate", "generate_trace", "load_profile", "save_profile"),
+    "moetrace.trace.importing": ("import_traces",),
     "moetrace.trace.lint": ("Finding", "lint"),
     "moetrace.trace.rebatch": ("rebatch",),
 }

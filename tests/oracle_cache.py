@@ -10,13 +10,14 @@ class Access(NamedTuple):
     layer: int
     key: tuple[int, int]  # layer, expert
     recorded: int  # 255 = not
+    step: int
 
 
 def events(experts, steps, phases, absent: int, sequential: bool, recorded=None) -> list[list[Access]]:
     """The accesses of a trace: each list is demanded at once; experts [rows, layers, k], steps = rows of each."""
     found = []
     first = 0
-    for rows, phase in zip(steps, phases, strict=True):
+    for step, (rows, phase) in enumerate(zip(steps, phases, strict=True)):
         for layer in range(experts.shape[1]):
             choices = []
             for row in range(first, first + rows):
@@ -24,7 +25,7 @@ def events(experts, steps, phases, absent: int, sequential: bool, recorded=None)
                     expert = int(experts[row, layer, slot])
                     if expert != absent:
                         record = 255 if recorded is None else int(recorded[row, layer, slot])
-                        choices.append(Access(phase, layer, (layer, expert), record))
+                        choices.append(Access(phase, layer, (layer, expert), record, step))
             if sequential:
                 found += [[choice] for choice in choices]
             else:
@@ -35,8 +36,78 @@ def events(experts, steps, phases, absent: int, sequential: bool, recorded=None)
     return found
 
 
-def replay(demands: list[list[Access]], policy: str, budget: int, weight, check=lambda resident: None) -> list[bool]:
+def sieve(demands: list[list[Access]], budget: int, weight, check=lambda resident: None) -> list[bool]:
+    """Whether each access hits under Sieve: a list from what was admitted first on, and a hand, a place in it."""
+    queue: list[tuple] = []
+    visited: dict[tuple, bool] = {}
+    hand, hits = 0, []
+    for event in demands:
+        demanded = [access.key for access in event]
+        hit = [key in queue for key in demanded]
+        visited |= {key: True for key in demanded if key in queue}
+        for key in demanded:
+            if key in queue or weight[key] > budget:
+                continue
+            while sum(int(weight[k]) for k in queue) + weight[key] > budget and set(queue) - set(demanded):
+                while True:
+                    hand %= len(queue)
+                    if queue[hand] not in demanded and not visited[queue[hand]]:
+                        break
+                    if queue[hand] not in demanded:
+                        visited[queue[hand]] = False
+                    hand += 1
+                # After the last one, the hand starts again: even if another one is admitted until it moves.
+                at_end = hand == len(queue) - 1
+                del queue[hand]
+                hand = 0 if at_end else hand
+            if sum(int(weight[k]) for k in queue) + weight[key] <= budget:
+                queue.append(key)
+                visited[key] = False
+            check(set(queue))
+        hits += hit
+    return hits
+
+
+def static(demands: list[list[Access]], policy: str, budget: int, weight, phases) -> list[bool]:
+    """Whether each access hits if a set is kept from first accesses on; phases are those of all steps."""
+    resident: set[tuple] = set()
+    count: dict[tuple, int] = {}
+
+    def most_frequent() -> set[tuple]:
+        wanted: set[tuple] = set()
+        for key in sorted(count, key=lambda key: (-count[key], key)):
+            if sum(int(weight[k]) for k in wanted) + weight[key] <= budget:
+                wanted.add(key)
+        return wanted
+
+    if policy == "static-hindsight":
+        for access in (access for event in demands for access in event):
+            count[access.key] = count.get(access.key, 0) + 1
+    wanted = most_frequent()
+    before, hits = 0, []
+    for event in demands:
+        for access in event:
+            ends = [step for step in range(before + 1, access.step + 1) if phases[step - 1] == 0 != phases[step]]
+            if policy == "static-prefill" and ends:
+                wanted = most_frequent()
+                resident &= wanted
+            before = access.step
+            hits.append(access.key in resident)
+            if access.key in wanted:
+                resident.add(access.key)
+            if policy == "static-prefill" and access.phase == 0:
+                count[access.key] = count.get(access.key, 0) + 1
+    return hits
+
+
+def replay(
+    demands: list[list[Access]], policy: str, budget: int, weight, check=lambda resident: None, phases=()
+) -> list[bool]:
     """Whether each access hits, in a cache of `budget`; weight[layer, expert]. `check` sees the residents each time."""
+    if policy == "sieve":
+        return sieve(demands, budget, weight, check)
+    if policy.startswith("static"):
+        return static(demands, policy, budget, weight, phases)
     order = [access.key for event in demands for access in event]
     uses: dict[tuple, list[int]] = {}
     for number, key in enumerate(order):
@@ -44,7 +115,10 @@ def replay(demands: list[list[Access]], policy: str, budget: int, weight, check=
     resident: set[tuple] = set()
     touched: dict[tuple, int] = {}
     ever: dict[tuple, int] = {}
+    steps: dict[tuple, list[int]] = {}
     since_admitted: dict[tuple, int] = {}
+    admitted: dict[tuple, int] = {}
+    admissions: list[tuple] = []
     now = 0  # number of the first access of the event
 
     def used() -> int:
@@ -57,8 +131,11 @@ def replay(demands: list[list[Access]], policy: str, budget: int, weight, check=
         """The least goes first."""
         return {
             "lru": lambda: touched[key],
+            "fifo": lambda: admitted[key],
             "lfu": lambda: (ever[key], touched[key]),
             "lfu-in-cache": lambda: (since_admitted[key], touched[key]),
+            "ewma": lambda: (sum(0.7 ** (event[0].step - step) for step in steps[key]), touched[key]),
+            "least-stale": lambda: (-((key[0] - event[0].layer) % weight.shape[0] or weight.shape[0]), touched[key]),
             "belady": lambda: (-next_use(key), touched[key]),
         }[policy]()
 
@@ -68,6 +145,7 @@ def replay(demands: list[list[Access]], policy: str, budget: int, weight, check=
         hit = [key in resident for key in demanded]
         for key, was_resident in zip(demanded, hit, strict=True):
             ever[key] = ever.get(key, 0) + 1
+            steps.setdefault(key, []).append(event[0].step)
             since_admitted[key] = since_admitted[key] + 1 if was_resident else 1
         for key in demanded:
             if key in resident or weight[key] > budget:
@@ -76,6 +154,8 @@ def replay(demands: list[list[Access]], policy: str, budget: int, weight, check=
                 resident.remove(min(resident - set(demanded), key=eviction_order))
             if used() + weight[key] <= budget:
                 resident.add(key)
+                admitted[key] = len(admissions)
+                admissions.append(key)
             check(resident)
         for number, key in enumerate(demanded, now):
             touched[key] = number

@@ -64,3 +64,18 @@ def test_choices_parameters_and_presets_are_explained():
 def test_readme_shows_every_command():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [command for command in COMMANDS if f"moetrace {command} " not in readme] == []
+
+
+def test_cache_policies_and_columns_are_explained():
+    from moetrace.analyze.cache import POLICIES, cache_hits
+
+    frame = cache_hits(mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2), [24])
+    explained = named_in("docs/cache.md")
+    assert {*POLICIES, *frame.columns} <= explained
+
+
+def test_prefetch_predictors_and_columns_are_explained():
+    from moetrace.analyze.prefetch import PREDICTORS, prefetch_value
+
+    frame = prefetch_value(mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2), 24)
+    assert {*PREDICTORS, *frame.columns} <= named_in("docs/prefetch.md")

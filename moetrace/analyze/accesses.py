@@ -27,10 +27,14 @@ class Accesses(NamedTuple):
     recorded: np.ndarray  # uint8 [n]
     phase: np.ndarray  # uint8 [steps]: 0 prefill, 1 decode, 2 mixed
     rows: int
+    row: np.ndarray  # int32 [n]: the row of these that made each choice (at once: the last one); [0] if not asked for
+    request: np.ndarray  # int32 [rows]
 
 
-def accesses(trace: Trace, *, sequential: bool, recorded: bool = False) -> Iterator[Accesses]:
-    """Yield the accesses of a trace, some MB at a time; with `recorded` also the engine's own residency.
+def accesses(trace: Trace, *, sequential: bool, recorded: bool = False, rows: bool = False) -> Iterator[Accesses]:
+    """Yield the accesses of a trace, some MB at a time.
+
+    With `recorded` they bring what the engine recorded of its own residency, with `rows` the row of each.
 
     Raises MoetraceError (file, dataset, row) if an id or a recorded residency is impossible.
     """
@@ -41,28 +45,32 @@ def accesses(trace: Trace, *, sequential: bool, recorded: bool = False) -> Itera
         if recorded:
             record = trace.read("recorded", first, first + len(block.request))
             check_recorded(str(trace.path or "trace in memory"), first, record, block.experts)
-        part = _accesses(trace, block, record, sequential)._replace(first=done)
+        part = _accesses(trace, block, record, sequential, rows)._replace(first=done)
         done += part.key.size
         yield part
 
 
-def _accesses(trace: Trace, block: Block, record: np.ndarray, sequential: bool) -> Accesses:
+def _accesses(trace: Trace, block: Block, record: np.ndarray, sequential: bool, rows: bool) -> Accesses:
     events = block.steps * trace.layers
     bounds = np.zeros(events + 1, np.int64)
     key = np.empty(block.experts.size, np.int32)
     out = np.full(key.size if record.size else 0, NOT_RECORDED, np.uint8)
+    row = np.empty(key.size if rows else 0, np.int32)
     gather = _all_choices if sequential else _distinct_choices
     offset = np.ascontiguousarray(block.offset, np.int64)
-    if not gather(block.experts, record, offset, trace.num_experts, absent_id(trace.num_experts), bounds, key, out):
+    absent = absent_id(trace.num_experts)
+    if not gather(block.experts, record, offset, trace.num_experts, absent, bounds, key, out, row):
         where = str(trace.path or "trace in memory")
         check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
         raise MoetraceError(f"{where}: /experts changed while it was read.")
     phase = trace.phase[block.first_step : block.first_step + block.steps]
-    return Accesses(0, key[: bounds[-1]], bounds, out[: bounds[-1]], phase, len(block.request))
+    found = [array[: bounds[-1]] for array in (key, out, row)]
+    request = np.ascontiguousarray(block.request, np.int32)
+    return Accesses(0, found[0], bounds, found[1], phase, request.size, found[2], request)
 
 
 @kernel(inline=False)
-def _all_choices(experts, record, offset, num_experts, absent, bounds, key, recorded):
+def _all_choices(experts, record, offset, num_experts, absent, bounds, key, recorded, rows):
     """Fill bounds, key, recorded with every choice in order; return 0 if an id is no expert's or twice in a row."""
     layers = experts.shape[1]
     last_cell = np.full(num_experts, -1)  # of each expert: the last (row, layer) that chose it
@@ -80,13 +88,15 @@ def _all_choices(experts, record, offset, num_experts, absent, bounds, key, reco
                     key[end] = layer * num_experts + expert
                     if recorded.size:
                         recorded[end] = record[row, layer, slot]
+                    if rows.size:
+                        rows[end] = row
                     end += 1
             bounds[step * layers + layer + 1] = end
     return 1
 
 
 @kernel(inline=False)
-def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key, recorded):
+def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key, recorded, rows):
     """Fill bounds, key, recorded with each event's distinct experts; return 0 if an id is no expert's or twice."""
     layers, top_k = experts.shape[1:]
     # Of each expert: the last (row, layer), event and choice that were its own, and the record of its event's first.
@@ -115,6 +125,8 @@ def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key,
                         key[end] = layer * num_experts + expert
                         if recorded.size:
                             recorded[end] = first_record[expert]
+                        if rows.size:
+                            rows[end] = row
                         end += 1
             bounds[event + 1] = end
     return 1

@@ -4,6 +4,7 @@ What counts as an access, and how a victim is found, is in `accesses` and `evict
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,24 +13,36 @@ import numpy as np
 import polars as pl
 
 from moetrace.analyze import eviction
-from moetrace.analyze.accesses import Accesses, accesses
+from moetrace.analyze.accesses import accesses
+from moetrace.analyze.cache_tally import (
+    AGREEING,
+    HITS,
+    MISSED_BYTES,
+    QUANTILES,
+    RECORDED,
+    Demand,
+    Requests,
+    Tally,
+    count_demand,
+    count_hits,
+    intervals,
+    no_demand,
+    no_tally,
+    quantiles,
+    requests_of,
+)
+from moetrace.analyze.caches.replays import HINDSIGHT, ONE_AT_A_TIME, POLICIES, Budget, Demands, make_replay
+from moetrace.analyze.caches.static import count_accesses
 from moetrace.analyze.next_use import NextUses
-from moetrace.engine.compile import kernel
-from moetrace.spec import Model, list_presets, load_model
+from moetrace.analyze.regret import link_of, with_regret
+from moetrace.spec import Model, System, list_presets, load_model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
-from moetrace.trace.schema import NOT_RECORDED, PHASE_NAMES
+from moetrace.trace.schema import PHASE_NAMES
 
-POLICIES = {
-    "lru": "the expert accessed longest ago",
-    "lfu": "the expert accessed least often so far; of several, longest ago",
-    "lfu-in-cache": "the expert accessed least often since it was admitted; of several, longest ago",
-    "belady": "the expert whose next access is farthest; of several, accessed longest ago",
-}
 DEFAULT_POLICIES = ("lru", "lfu", "belady")
 SCOPES = ("global", "layer")
-_RULES = {"lfu": eviction.LFU, "lfu-in-cache": eviction.LFU_IN_CACHE, "belady": eviction.BELADY}
 _UNITS = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _CAPACITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?((?:[KMGT]I?)?B)?", re.IGNORECASE | re.ASCII)
@@ -43,15 +56,20 @@ _SCHEMA = {
     "scope": pl.String,
     "sequential": pl.Boolean,
     "phase": pl.String,
+    "steps": pl.Int64,
     "accesses": pl.Int64,
     "hits": pl.Int64,
     "hit_rate": pl.Float64,
+    "hit_rate_low": pl.Float64,
+    "hit_rate_high": pl.Float64,
     "compulsory_misses": pl.Int64,
+    "capacity_misses": pl.Int64,
     "missed_bytes": pl.Int64,
+    "step_misses_p50": pl.Int64,
+    "step_misses_p95": pl.Int64,
+    "step_misses_p99": pl.Int64,
     "recorded_agreement": pl.Float64,
 }
-# Columns of a lane's totals, [phases, 4].
-_HITS, _MISSED_BYTES, _RECORDED, _AGREEING = 0, 1, 2, 3
 
 
 class Capacity(NamedTuple):
@@ -62,13 +80,14 @@ class Capacity(NamedTuple):
     label: str
 
 
-class _Lane(NamedTuple):
-    """One policy at one capacity on its way through a trace."""
+class Asked(NamedTuple):
+    """What `cache_hits` is asked for, checked."""
 
-    policy: str
-    capacity: Capacity
-    state: eviction.RecencyList | eviction.RankedHeap
-    totals: np.ndarray  # int64 [phases, 4]
+    capacities: list[Capacity]
+    policies: list[str]
+    scope: str
+    sequential: bool
+    sizes: np.ndarray | None  # int64 [layers, experts]: bytes, if known
 
 
 def parse_capacity(text: str | int) -> Capacity:
@@ -119,55 +138,84 @@ def cache_hits(
     scope: str = "global",
     sequential: bool = False,
     model: Model | str | Path | None = None,
+    system: System | str | Path | None = None,
+    seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> pl.DataFrame:
-    """Replay the accesses of a trace (or the file of one) through caches, in one pass (Belady: two).
+    """Replay the accesses of a trace (or the file of one) through a cache for each policy and capacity.
 
-    There is a cache for each policy and capacity.
+    That is one pass; Belady and static-hindsight need another one before.
 
     Caches start empty. With scope "layer" each layer has a cache of its own, of an equal part of the capacity. At once
     (not `sequential`), the experts of one (step, layer) are demanded together, one time each, and none is evicted for
-    another of them. `progress` is told the rows of each block.
+    another of them. `progress` is told the rows of each block; `seed` is that of the bootstrap.
 
     Returns a row for each capacity, policy and phase of steps ("all" and, if they occur, "prefill", "decode", "mixed"):
-    policy, capacity, capacity_experts or capacity_bytes, scope, sequential, phase, accesses, hits, hit_rate,
-    compulsory_misses (first accesses), missed_bytes (null if sizes are unknown), recorded_agreement (of the accesses
-    whose residency the engine recorded, the share that hits here and was resident there, or neither; else null).
+    policy, capacity, capacity_experts or capacity_bytes, scope, sequential, phase, steps, accesses, hits, hit_rate with
+    its 95 % confidence interval over requests (hit_rate_low, hit_rate_high; null if all is one request),
+    compulsory_misses (first accesses), capacity_misses (the other ones), missed_bytes (null if sizes are unknown),
+    step_misses_p50, _p95 and _p99, recorded_agreement (of the accesses whose residency the engine recorded, the share
+    that hits here and was resident there, or neither; else null), and what `regret.with_regret` adds.
 
-    Raises UsageError for an unknown policy or scope, or a capacity in bytes where sizes are unknown; MoetraceError if
-    the trace is damaged or holds counts only.
+    Raises UsageError for an unknown policy or scope, a capacity in bytes or a system where sizes are unknown, or a
+    system without a link; MoetraceError if the trace is damaged or holds counts only.
     """
-    capacities = [c if isinstance(c, Capacity) else parse_capacity(c) for c in capacities]
     sizes = expert_bytes(trace, model)
-    _check(trace, capacities, policies, scope, sizes)
-    keys, pools = trace.layers * trace.num_experts, trace.layers if scope == "layer" else 1
-    size = np.zeros(keys, np.int64) if sizes is None else sizes.reshape(-1)
-    lanes = [_lane(policy, capacity, size, pools) for capacity in capacities for policy in policies]
-    recorded = "recorded" in trace.has
-    counts, seen = np.zeros((len(PHASE_NAMES), 2), np.int64), np.zeros(keys, np.uint8)
-    looks_ahead = "belady" in policies
+    parsed = [c if isinstance(c, Capacity) else parse_capacity(c) for c in capacities]
+    asked = Asked(parsed, list(dict.fromkeys(policies)), scope, sequential, sizes)
+    _check(trace, asked)
+    link = None if system is None else link_of(system, known=sizes is not None)
+    requests = requests_of(trace)
+    demand, tallies = _replay(trace, asked, requests, progress)
+    frame = pl.DataFrame(_rows(asked, demand, tallies, seed), schema=_SCHEMA)
+    return with_regret(frame, link)
+
+
+def _replay(
+    trace: Trace, asked: Asked, requests: Requests, progress: Callable[[int], object] | None
+) -> tuple[Demand, dict[str, list[Tally]]]:
+    """Return what was demanded, and what each policy hit at each capacity."""
+    keys, pools = trace.layers * trace.num_experts, trace.layers if asked.scope == "layer" else 1
+    size = np.zeros(keys, np.int64) if asked.sizes is None else asked.sizes.reshape(-1)
+    count = np.zeros(0, np.int64)
+    if HINDSIGHT in asked.policies:
+        count = count_accesses(accesses(trace, sequential=asked.sequential), keys)
+    choices = trace.rows * trace.top_k
+    demands = Demands(trace.layers, trace.num_experts, size, pools, asked.sequential, choices, count)
+    budgets = [Budget(capacity.amount // pools, capacity.unit == "bytes") for capacity in asked.capacities]
+    replays = {policy: make_replay(policy, budgets, demands) for policy in asked.policies}
+    tallies = {policy: [no_tally(requests.groups) for _ in budgets] for policy in asked.policies}
+    demand = no_demand(keys, requests.groups)
+    looks_ahead = "belady" in asked.policies
     with NextUses(keys) as next_uses:
         if looks_ahead:
-            next_uses.learn(accesses(trace, sequential=sequential))
-        for block in accesses(trace, sequential=sequential, recorded=recorded):
-            _count(block.key, block.bounds, trace.layers, block.phase, seen, counts)
+            next_uses.learn(accesses(trace, sequential=asked.sequential))
+        for block in accesses(trace, sequential=asked.sequential, recorded="recorded" in trace.has, rows=True):
+            group = requests.group_of(block.request)
+            count_demand(demand, block, group, trace.layers)
             next_use = next_uses.of(block) if looks_ahead else np.zeros(0, np.int64)
-            hit = np.empty(block.key.size, np.uint8)
-            for lane in lanes:
-                _advance(lane, block, next_use, trace.layers, sequential, hit)
-                _tally(block, hit, size, trace.layers, lane.totals)
+            for policy, replay in replays.items():
+                for tally, hit in zip(tallies[policy], replay(block, next_use), strict=True):
+                    count_hits(tally, block, hit, size, group)
             if progress is not None:
                 progress(block.rows)
-    rows = [row | {"scope": scope, "sequential": sequential} for lane in lanes for row in _rows(lane, counts, sizes)]
-    return pl.DataFrame(rows, schema=_SCHEMA)
+    return demand, tallies
 
 
-def _check(
-    trace: Trace, capacities: Sequence[Capacity], policies: Sequence[str], scope: str, sizes: np.ndarray | None
-) -> None:
-    for policy in policies:
+def _check(trace: Trace, asked: Asked) -> None:
+    for policy in asked.policies:
         if policy not in POLICIES:
             raise UsageError(f"there is no cache policy {policy!r}; known are {', '.join(POLICIES)}.")
+        if policy in ONE_AT_A_TIME and not (asked.sequential and all(c.unit == "experts" for c in asked.capacities)):
+            raise UsageError(
+                f"{policy} is defined one access at a time and for equal sizes: use --sequential, and "
+                f"capacities in experts."
+            )
+    check_trace(trace, asked.capacities, asked.scope, asked.sizes)
+
+
+def check_trace(trace: Trace, capacities: Sequence[Capacity], scope: str, sizes: np.ndarray | None) -> None:
+    """Raise UsageError or MoetraceError if caches of these capacities cannot be replayed over a trace."""
     if scope not in SCOPES:
         raise UsageError(f"there is no scope {scope!r}; known are {', '.join(SCOPES)}.")
     in_bytes = next((capacity for capacity in capacities if capacity.unit == "bytes"), None)
@@ -190,70 +238,39 @@ def _check(
         )
 
 
-def _lane(policy: str, capacity: Capacity, size: np.ndarray, pools: int) -> _Lane:
-    weight = size if capacity.unit == "bytes" else np.ones(size.size, np.int64)
-    make = eviction.recency_list if policy == "lru" else eviction.ranked_heap
-    state = make(weight, capacity.amount // pools, pools)
-    return _Lane(policy, capacity, state, np.zeros((len(PHASE_NAMES), 4), np.int64))
+def _rows(asked: Asked, demand: Demand, tallies: dict[str, list[Tally]], seed: int) -> list[dict]:
+    """The rows of the frame: of each capacity, policy and phase."""
+    phases = [("all", list(range(len(PHASE_NAMES))))]
+    phases += [(name, [number]) for number, name in enumerate(PHASE_NAMES) if demand.counts[number, 0]]
+    rows, hits, group_accesses = [], [], []
+    for place, capacity in enumerate(asked.capacities):
+        for policy in asked.policies:
+            for name, numbers in phases:
+                rows.append(_row(demand, tallies[policy][place], numbers) | {"policy": policy, "phase": name})
+                rows[-1] |= {"capacity": capacity.label, f"capacity_{capacity.unit}": capacity.amount}
+                rows[-1] |= {"scope": asked.scope, "sequential": asked.sequential}
+                rows[-1]["missed_bytes"] = None if asked.sizes is None else rows[-1]["missed_bytes"]
+                hits.append(tallies[policy][place].group_hits[numbers].sum(0))
+                group_accesses.append(demand.group_accesses[numbers].sum(0))
+    if rows:
+        for row, low, high in zip(rows, *intervals(np.array(hits), np.array(group_accesses), seed), strict=True):
+            known = not np.isnan(low)
+            row |= {"hit_rate_low": float(low) if known else None, "hit_rate_high": float(high) if known else None}
+    return rows
 
 
-def _advance(
-    lane: _Lane, block: Accesses, next_use: np.ndarray, layers: int, sequential: bool, hit: np.ndarray
-) -> None:
-    if isinstance(lane.state, eviction.RecencyList):
-        eviction.evict_by_recency(lane.state, block, layers, sequential, hit)
-    else:
-        eviction.evict_by_rank(lane.state, _RULES[lane.policy], block, next_use, layers, sequential, hit)
-
-
-def _rows(lane: _Lane, counts: np.ndarray, sizes: np.ndarray | None) -> list[dict]:
-    """The rows of a lane; counts int64 [phases, 2] are accesses and compulsory misses."""
-    parts = [("all", lane.totals.sum(0), counts.sum(0))]
-    parts += [(name, lane.totals[i], counts[i]) for i, name in enumerate(PHASE_NAMES) if counts[i, 0]]
-    capacity = lane.capacity
-    return [
-        {
-            "policy": lane.policy,
-            "capacity": capacity.label,
-            f"capacity_{capacity.unit}": capacity.amount,
-            "phase": name,
-            "accesses": int(accessed),
-            "hits": int(totals[_HITS]),
-            "hit_rate": totals[_HITS] / accessed if accessed else None,
-            "compulsory_misses": int(compulsory),
-            "missed_bytes": None if sizes is None else int(totals[_MISSED_BYTES]),
-            "recorded_agreement": totals[_AGREEING] / totals[_RECORDED] if totals[_RECORDED] else None,
-        }
-        for name, totals, (accessed, compulsory) in parts
-    ]
-
-
-@kernel
-def _count(key, bounds, layers, phase, seen, counts):
-    """Add each phase's accesses and first accesses to counts int64 [phases, 2]; seen uint8 [keys] is carried."""
-    for step in range(phase.size):
-        first = 0
-        for i in range(bounds[step * layers], bounds[(step + 1) * layers]):
-            first += seen[key[i]] == 0
-            seen[key[i]] = 1
-        counts[phase[step], 0] += bounds[(step + 1) * layers] - bounds[step * layers]
-        counts[phase[step], 1] += first
-
-
-@kernel
-def _tally(block, hit, size, layers, totals):
-    """Add each phase's hits, missed bytes, and accesses with a record and agreeing with it, to totals [phases, 4]."""
-    for step in range(block.phase.size):
-        start, stop = block.bounds[step * layers], block.bounds[(step + 1) * layers]
-        hits, missed_bytes, known, agreeing = 0, 0, 0, 0
-        for i in range(start, stop):
-            hits += hit[i] > 0
-            missed_bytes += 0 if hit[i] else size[block.key[i]]
-        if block.recorded.size:
-            for i in range(start, stop):
-                known += block.recorded[i] != NOT_RECORDED
-                agreeing += block.recorded[i] != NOT_RECORDED and (block.recorded[i] > 0) == (hit[i] > 0)
-        totals[block.phase[step], _HITS] += hits
-        totals[block.phase[step], _MISSED_BYTES] += missed_bytes
-        totals[block.phase[step], _RECORDED] += known
-        totals[block.phase[step], _AGREEING] += agreeing
+def _row(demand: Demand, tally: Tally, phases: list[int]) -> dict:
+    accessed, compulsory, steps = (int(count) for count in demand.counts[phases].sum(0))
+    totals = tally.totals[phases].sum(0)
+    misses = sum((tally.step_misses[phase] for phase in phases), Counter())
+    return {
+        "steps": steps,
+        "accesses": accessed,
+        "hits": int(totals[HITS]),
+        "hit_rate": totals[HITS] / accessed if accessed else None,
+        "compulsory_misses": compulsory,
+        "capacity_misses": accessed - compulsory - int(totals[HITS]),
+        "missed_bytes": int(totals[MISSED_BYTES]),
+        "recorded_agreement": totals[AGREEING] / totals[RECORDED] if totals[RECORDED] else None,
+        **{f"step_misses_p{q}": value for q, value in zip(QUANTILES, quantiles(misses), strict=True)},
+    }

@@ -78,9 +78,9 @@ def evict_by_recency(cache, block, layers, sequential, hit):
         start, stop = bounds[event], bounds[event + 1]
         if sequential:
             for i in range(start, stop):
-                _demand_recent(cache, pool, block.key, i, i + 1, hit)
+                demand_recent(cache, pool, block.key, i, i + 1, hit)
         else:
-            _demand_recent(cache, pool, block.key, start, stop, hit)
+            demand_recent(cache, pool, block.key, start, stop, hit)
 
 
 @kernel
@@ -98,7 +98,8 @@ def evict_by_rank(cache, rule, block, next_use, layers, sequential, hit):
 
 
 @kernel
-def _demand_recent(cache, pool, key, start, stop, hit):
+def demand_recent(cache, pool, key, start, stop, hit):
+    """Demand the keys start up to stop at once from an LRU cache, filling their part of hit uint8 [n]."""
     newer, older, sentinel = cache.newer, cache.older, cache.weight.size + pool
     ours = 0  # residents that are keys of this event: the newest ones, so the oldest is a victim while there are others
     for i in range(start, stop):

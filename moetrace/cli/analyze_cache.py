@@ -2,26 +2,20 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
+from moetrace.cli.output import format_option, print_json
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, UsageError
+
+if TYPE_CHECKING:
+    from moetrace.trace import Trace
 
 # The policies and scopes of moetrace.analyze.cache, which takes too long to import for a mere --help.
-POLICIES = ("lru", "lfu", "lfu-in-cache", "belady")
-_HEADERS = {
-    "capacity": "capacity",
-    "policy": "policy",
-    "phase": "phase",
-    "accesses": "accesses",
-    "hits": "hits",
-    "hit_percent": "hit\n%",
-    "compulsory_misses": "first\nuses",
-    "missed_gb": "missed\nGB",
-    "agreement_percent": "as rec.\n%",
-}
+POLICIES = ("lru", "fifo", "sieve", "s3-fifo", "arc", "lfu", "lfu-in-cache", "ewma", "least-stale")
+POLICIES += ("static-hindsight", "static-prefill", "belady")
 
 
 @click.command("cache")
@@ -41,7 +35,8 @@ _HEADERS = {
     type=click.Choice(POLICIES),
     default=("lru", "lfu", "belady"),
     show_default=True,
-    help="Who is evicted; may be repeated.",
+    metavar="P",
+    help=f"Who is evicted, one of {', '.join(POLICIES)}; may be repeated.",
 )
 @click.option(
     "--scope",
@@ -57,45 +52,38 @@ _HEADERS = {
 )
 @click.option("--sequential", is_flag=True, help="Demand one choice at a time, as general cache simulators do.")
 @click.option("--model", metavar="M", help="Preset or TOML file with the sizes of experts, if the trace has none.")
+@click.option("--system", metavar="S", help="Preset or TOML file of the machine that fetches what is missed.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--curve", is_flag=True, help="Say instead what LRU caches of every capacity hit, from one pass.")
+@click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="For --curve --scope layer.")
+@click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
 @format_option
-def command(
-    trace: Path,
-    capacities: tuple[str, ...],
-    policies: tuple[str, ...],
-    scope: str,
-    phase: str | None,
-    sequential: bool,
-    model: str | None,
-    form: str,
-) -> None:
+def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Path | None, **asked: Any) -> None:
     """Say how often experts would have been in a cache of a given size, under each policy.
 
     The experts of one layer in one step are demanded together, each one time, however many rows chose it; caches start
-    empty. Belady's policy knows the future: at equal sizes no other keeps more of what is needed. If the trace holds
-    what its engine recorded, the last column says how much of that each cache reproduces.
+    empty. Belady's policy knows the future: at equal sizes no other keeps more of what is needed, and what it misses
+    is more than fits. Hit rates come with half of their 95 % confidence interval over requests. If the trace holds what
+    its engine recorded, the last column says how much of that each cache reproduces. docs/cache.md defines all of it.
     """
     from moetrace.cli.bars import LateBar
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
+    _check_picture(trace, picture, curve)
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
-        from moetrace.analyze.cache import cache_hits
+        from moetrace.cli.cache_table import print_cache, print_curve, title_of
 
-        everything = opened.layers * opened.num_experts
-        given = capacities or dict.fromkeys(str(max(1, everything // part)) for part in (8, 4, 2))
-        found = cache_hits(
-            opened,
-            list(dict.fromkeys(given)),
-            list(dict.fromkeys(policies)),
-            scope=scope,
-            sequential=sequential,
-            model=model,
-            progress=bar.advance,
-        )
-        title = _title(trace, everything, scope, sequential)
-        layers = opened.layers
-    if scope == "layer":
-        _note_empty(found.select("capacity", "capacity_experts").unique(maintain_order=True).rows(), layers)
+        title = title_of(opened, asked["scope"], asked["sequential"])
+        if curve:
+            found = _curve(opened, asked, bar)
+        else:
+            found = _hits(opened, asked, bar, shares=range(1, 17) if picture else (2, 4, 8))
+        if picture is not None:
+            _draw(picture, opened, found, title, asked)
+        if asked["scope"] == "layer" and not curve:
+            capacities = found.select("capacity", "capacity_experts").unique(maintain_order=True).rows()
+            _note_empty(capacities, opened.layers)
     if phase is not None:
         found = found.filter(phase=phase)
         if found.is_empty():
@@ -104,8 +92,10 @@ def command(
         print_json(found.to_dicts())
     elif form == "csv":
         sys.stdout.write(found.write_csv())
+    elif curve:
+        print_curve(found, f"{trace}: {title}")
     else:
-        _print_table(found.to_dicts(), title)
+        print_cache(found, f"{trace}: {title}", phase)
 
 
 def _note_empty(capacities: list[tuple[str, int | None]], layers: int) -> None:
@@ -116,23 +106,55 @@ def _note_empty(capacities: list[tuple[str, int | None]], layers: int) -> None:
             )
 
 
-def _title(trace: Path, everything: int, scope: str, sequential: bool) -> str:
-    demand = "one choice at a time" if sequential else "a layer's experts of a step together"
-    caches = "one cache for all layers" if scope == "global" else "one cache a layer, of an equal part of the capacity"
-    return f"{trace}: {everything} experts; {caches}; {demand}."
+def _check_picture(trace: Path, picture: Path | None, curve: bool) -> None:
+    """Refuse at once what would only fail after the work."""
+    if picture is None:
+        return
+    from moetrace.results.picture import FORMS, check_can_plot
+    from moetrace.trace.atomic import real_path
+
+    if curve:
+        raise UsageError("--plot draws the whole curve of LRU beside the other policies: leave out --curve.")
+    if picture.suffix[1:].lower() not in FORMS:
+        raise UsageError(f"--plot {picture}: the name must end with .png or .html.")
+    if real_path(picture) == real_path(trace):
+        raise UsageError("the trace and --plot FILE must be different files.")
+    check_can_plot()
 
 
-def _print_table(rows: list[dict], title: str) -> None:
-    from moetrace.spec.errors import printable
+def _hits(trace: "Trace", asked: dict[str, Any], bar: Any, shares: Any) -> Any:
+    """The frame at the capacities given, else at so many sixteenths of all experts."""
+    from moetrace.analyze.cache import cache_hits
 
-    headers = dict(_HEADERS)
-    for row in rows:
-        rate, agreement, missed = row["hit_rate"], row["recorded_agreement"], row["missed_bytes"]
-        row["hit_percent"] = None if rate is None else 100 * rate
-        row["missed_gb"] = None if missed is None else missed / 1e9
-        row["agreement_percent"] = None if agreement is None else 100 * agreement
-    for column in ("missed_gb", "agreement_percent"):
-        if all(row[column] is None for row in rows):
-            del headers[column]
-    print_rows(headers, rows, "table")
-    stdout_console().print(f"\n{printable(title)}")
+    everything = trace.layers * trace.num_experts
+    capacities = asked["capacities"] or (str(max(1, everything * share // 16)) for share in shares)
+    return cache_hits(
+        trace,
+        list(dict.fromkeys(capacities)),
+        list(dict.fromkeys(asked["policies"])),
+        scope=asked["scope"],
+        sequential=asked["sequential"],
+        model=asked["model"],
+        system=asked["system"],
+        seed=asked["seed"],
+        progress=bar.advance,
+    )
+
+
+def _curve(trace: "Trace", asked: dict[str, Any], bar: Any = None) -> Any:
+    from moetrace.analyze.hit_curve import lru_curve
+
+    progress = None if bar is None else bar.advance
+    how = {name: asked[name] for name in ("scope", "sequential", "threads")}
+    return lru_curve(trace, **how, progress=progress)
+
+
+def _draw(picture: Path, trace: "Trace", found: Any, title: str, asked: dict[str, Any]) -> None:
+    from moetrace.results.cache_plot import plot
+    from moetrace.trace.atomic import whole_file
+
+    curve = _curve(trace, asked) if "lru" in asked["policies"] else None
+    name = trace.path.name if trace.path else ""
+    image = plot(found, curve, picture.suffix[1:].lower(), name, title)
+    with whole_file(picture) as file:
+        file.write(image)

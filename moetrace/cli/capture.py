@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from moetrace.cli.lint import say_found
 from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError, printable
 
@@ -64,7 +65,8 @@ def command(
     prompt is one prefill step. Then --batch requests decode together with a KV cache, one row of each a step.
 
     Needs PyTorch and Transformers: pip install 'moetrace[capture]'. Nothing is downloaded, no code of the model's is
-    run, and weights are read from safetensors only.
+    run, and weights are read from safetensors only. What `moetrace lint` finds in the new trace is said on stderr, and
+    does not change the exit code.
     """
     # Transformers fetches kernels for some quantizations, whatever it is told about local files.
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -94,3 +96,4 @@ def command(
             f"{out}: {printable(trace.model)}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.",
             err=True,
         )
+        say_found(trace)

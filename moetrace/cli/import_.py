@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from moetrace.cli.lint import drop_options, say_left_out, short_lines
+from moetrace.cli.lint import drop_options, say_found, say_left_out
 from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError, printable
 
@@ -80,7 +80,6 @@ def command(
     from moetrace.trace.engines.capture import Hints
     from moetrace.trace.format import Trace
     from moetrace.trace.importing import import_traces
-    from moetrace.trace.lint import lint
     from moetrace.trace.select import import_and_leave_out
 
     if real_path(out) in map(real_path, sources):
@@ -103,10 +102,7 @@ def command(
         )
         if left_out:
             click.echo(f"{out}: {say_left_out(left_out)}.", err=True)
-        with LateBar("rows judged", trace.rows) as bar:
-            found = lint(trace, bar.advance)
-        for line in short_lines(found):
-            click.echo(line, err=True)
+        say_found(trace)
 
 
 def _size_bytes(source: Path) -> int:

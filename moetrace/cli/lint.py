@@ -13,6 +13,7 @@ from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import UsageError, printable
 
 if TYPE_CHECKING:
+    from moetrace.trace.format import Trace
     from moetrace.trace.lint import Finding
     from moetrace.trace.select import LeftOut
 
@@ -91,9 +92,15 @@ def say_left_out(left_out: "LeftOut") -> str:
     return f"left out {' and '.join(parts)}" if parts else "there was nothing to leave out"
 
 
-def short_lines(found: Sequence["Finding"]) -> list[str]:
-    """One line for each finding, for commands whose matter is another."""
-    return [f"  {one.level}: {printable(one.what)}" + (f" Fix: {one.fix}." if one.fix else "") for one in found]
+def say_found(trace: "Trace") -> None:
+    """Judge a trace that was just written, and say on stderr what was found, a line each."""
+    from moetrace.cli.bars import LateBar
+    from moetrace.trace.lint import lint
+
+    with LateBar("rows judged", trace.rows) as bar:
+        found = lint(trace, bar.advance)
+    for one in found:
+        click.echo(f"  {one.level}: {printable(one.what)}" + (f" Fix: {one.fix}." if one.fix else ""), err=True)
 
 
 def _print(trace: Path, found: Sequence["Finding"]) -> None:

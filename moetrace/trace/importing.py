@@ -1,6 +1,7 @@
 """From what engines recorded to one trace file: name the model, cut rows into steps, check every id, write."""
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ _TOLD_FILES = 32
 _ALIKE = ("num_experts", "top_k", "layer_index", "expert_bytes", "optional")
 
 Progress = Callable[[int], object]
+PathLike = str | os.PathLike[str]
 
 
 class _Rows(NamedTuple):
@@ -36,28 +38,33 @@ class _Rows(NamedTuple):
 
 
 def import_traces(
-    sources: Sequence[Path],
-    path: Path,
+    sources: PathLike | Sequence[PathLike],
+    path: PathLike,
     *,
     format: str | None = None,
     model: str | None = None,
     hints: Hints | None = None,
     decode_after: int | None = None,
+    uncounted: Sequence[tuple[int, int]] = (),
     compress: str | None = None,
     writing: Progress | None = None,
 ) -> list[Path]:
     """Write one trace file from the captures at `sources`, one after the other; requests are numbered anew.
 
-    Where a source does not say its steps, consecutive prefill rows of a request become one and each decode row a step
-    of its own. With `decode_after` P, whatever the capture says, the first P rows of each request are its prompt and
-    the rest is decode. `model` names the model (a preset or a TOML file); else the source's own name decides. It, or
-    `hints`, also tells the sizes that a source does not say. `writing` is told the rows (of counts, the steps) that
-    were written. Returns the files that were read.
-    Raises MoetraceError if a source is not what it claims or the sources don't fit together; then nothing is written.
+    A source is a file, or a folder for its files of one format. Where a source does not say its steps, consecutive
+    prefill rows of a request become one and each decode row a step of its own. With `decode_after` P, whatever the
+    capture says, the first P rows of each request are its prompt and the rest is decode; rows of the trace in the
+    ranges [start, stop) `uncounted` are not counted for that, and prefill. `model` names the model (a preset or a TOML
+    file); else the source's own name decides. It, or `hints`, also tells the sizes that a source does not say.
+    `writing` is told the rows (of counts, the steps) that were written. Returns the files that were read.
+    Raises MoetraceError if a source is not what it claims or the sources don't fit together, UsageError if what is said
+    contradicts them, is missing, or is a prompt of counts; then nothing is written.
     """
     if decode_after is not None and decode_after < 0:
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")
-    captures = [_checked(c) for c in read_captures(sources, format, _hints(hints or Hints(), model, path))]
+    given, path = [sources] if isinstance(sources, str | os.PathLike) else sources, Path(path)
+    hints = _hints(hints or Hints(), model, path)
+    captures = [_checked(capture, hints) for capture in read_captures(list(map(Path, given)), format, hints)]
     files = [file for capture in captures for file in capture.sources]
     keep_inputs(path, files)
     first = captures[0]
@@ -74,20 +81,20 @@ def import_traces(
         "compress": compress,
     }
     counts = [capture for capture in captures if isinstance(capture, Counts)]
+    if counts and decode_after is not None:
+        raise UsageError(f"{_where(counts[0])} holds counts alone, which have no prompt: do without --as decode.")
     if counts:
         _write_counts(path, counts, facts, writing)
     else:
-        _write_rows(path, [c for c in captures if isinstance(c, Capture)], decode_after, facts, writing)
+        rows = [c for c in captures if isinstance(c, Capture)]
+        _write_rows(path, rows, _tables(rows, decode_after, uncounted), facts, writing)
     return files
 
 
 def _hints(hints: Hints, model: str | None, path: Path) -> Hints:
     """What `model` says of sizes, unless the user says it himself; temporary files lie beside the trace."""
     if model is not None:
-        spec = load_model(model)
-        hints = hints._replace(
-            num_experts=hints.num_experts or spec.experts, top_k=hints.top_k or spec.top_k, layers=spec.moe_layers
-        )
+        hints = hints.of_model(load_model(model))
     folder = path.resolve().parent
     return hints._replace(scratch=folder if folder.is_dir() else None)
 
@@ -96,9 +103,16 @@ def _where(capture: Capture | Counts) -> str:
     return str(capture.sources[0])
 
 
-def _checked(capture: Capture | Counts) -> Capture | Counts:
-    """The capture in the dtypes of a trace; an error here names the source, one of the writer the trace."""
+def _checked(capture: Capture | Counts, hints: Hints) -> Capture | Counts:
+    """The capture in the dtypes of a trace; an error here names the source, one of the writer the trace.
+
+    Raises UsageError if it has other sizes than the user says; a model's top_k may be more than was captured.
+    """
     where = _where(capture)
+    for name, what, option in (("num_experts", "layer", "--experts"), ("top_k", "token", "--top-k")):
+        said, found = getattr(hints, name), getattr(capture, name)
+        if said not in (None, found) and name not in hints.from_model:
+            raise UsageError(f"{where} has {found} experts a {what}, but {option} says {said}.")
     layer_index = as_dtype(f"{where}: layer_index", capture.layer_index, np.dtype("<u2"))
     if isinstance(capture, Counts):
         check_layers(where, layer_index, None, capture.num_experts)
@@ -135,9 +149,9 @@ def _write_counts(path: Path, captures: list[Counts], facts: dict[str, Any], wri
 
 
 def _write_rows(
-    path: Path, captures: list[Capture], decode_after: int | None, facts: dict[str, Any], writing: Progress | None
+    path: Path, captures: list[Capture], tables: list[_Rows], facts: dict[str, Any], writing: Progress | None
 ) -> None:
-    first, tables = captures[0], [_rows(capture, decode_after) for capture in captures]
+    first = captures[0]
     mixed = any((rows.step_phase == MIXED).any() for rows in tables)
     with Writer(
         path,
@@ -192,13 +206,22 @@ def _append(writer: Writer, capture: Capture, rows: _Rows, mixed: bool, writing:
         done, step = end, stop
 
 
-def _rows(capture: Capture, decode_after: int | None) -> _Rows:
+def _tables(captures: list[Capture], decode_after: int | None, uncounted: Sequence[tuple[int, int]]) -> list[_Rows]:
+    rows = [capture.request.size for capture in captures]
+    counted = np.ones(sum(rows), bool)
+    for start, stop in uncounted:
+        counted[start:stop] = False
+    parts = np.split(counted, np.cumsum(rows)[:-1])
+    return [_rows(capture, decode_after, part) for capture, part in zip(captures, parts, strict=True)]
+
+
+def _rows(capture: Capture, decode_after: int | None, counted: np.ndarray) -> _Rows:
     """Number requests in order of appearance, and cut rows into steps where the source doesn't."""
     _, first, inverse = np.unique(capture.request, return_index=True, return_inverse=True)
     request = np.argsort(np.argsort(first))[inverse].astype(np.int32)
     phase, step_rows = capture.phase, capture.step_rows
     if decode_after is not None:
-        phase, step_rows = _phase_after(request, decode_after), None
+        phase, step_rows = _phase_after(request, decode_after, counted), None
     if step_rows is None:
         return _Rows(request, capture.position, phase, *_steps(request, phase))
     starts = np.cumsum(step_rows) - step_rows
@@ -206,13 +229,14 @@ def _rows(capture: Capture, decode_after: int | None) -> _Rows:
     return _Rows(request, capture.position, phase, step_rows, np.where(low == high, low, MIXED).astype(np.uint8))
 
 
-def _phase_after(request: np.ndarray, decode_after: int) -> np.ndarray:
-    """Phase uint8 [rows] where the first `decode_after` rows of each request are its prompt."""
+def _phase_after(request: np.ndarray, decode_after: int, counted: np.ndarray) -> np.ndarray:
+    """Phase uint8 [rows] where the first `decode_after` `counted` (bool [rows]) rows of each request are its prompt."""
     order = np.argsort(request, kind="stable")
     starts = np.r_[0, np.flatnonzero(np.diff(request[order])) + 1]
-    number = np.empty(request.size, np.int64)  # of each row within its request
-    number[order] = np.arange(request.size) - np.repeat(starts, np.diff(np.r_[starts, request.size]))
-    return np.where(number < decode_after, PREFILL, DECODE).astype(np.uint8)
+    before = np.cumsum(counted[order]) - counted[order]
+    number = np.empty(request.size, np.int64)  # of each row among the counted ones of its request
+    number[order] = before - np.repeat(before[starts], np.diff(np.r_[starts, request.size]))
+    return np.where(~counted | (number < decode_after), PREFILL, DECODE).astype(np.uint8)
 
 
 def _steps(request: np.ndarray, phase: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -99,8 +99,8 @@ def rebatch(
     `progress` is told of rows as they are written.
 
     Takes about 40 bytes of memory a row, and constant memory for ids. Raises UsageError for parameters that make no
-    sense, MoetraceError if traces differ in shape or in what they hold, have counts only, or hold an impossible id;
-    then nothing is written.
+    sense, MoetraceError if traces differ in shape or in what they hold, have counts only, hold an impossible id, or
+    differ from their sha256s; then nothing is written.
     """
     _check(batch, chunk, order, seed)
     given = [traces] if isinstance(traces, Trace | str | os.PathLike) else traces
@@ -113,6 +113,8 @@ def rebatch(
         first, kinds = opened[0], [_kind(trace) for trace in opened]
         for trace, kind in zip(opened[1:], kinds[1:], strict=True):
             schema.check_alike(_where(first), kinds[0], _where(trace), kind, _Kind._fields)
+        for trace in opened:
+            trace.verify_hashes()
         rows, hashes = _read_rows(opened, order, seed)
         steps, mixed = 0, False
         for plan in _plan(rows, batch, chunk):

@@ -45,10 +45,12 @@ def leave_out(
     Steps lose those rows, and go if they lose all; requests and positions stay as they are. Layers are judged by the
     rows that stay. `model` names the model of what is left; else, if layers go, the name that was recorded decides.
     `source` says under "left_out" what went. Memory does not grow with the trace.
-    Raises MoetraceError if nothing would be left, or if what is left holds an impossible value.
+    Raises MoetraceError if the trace differs from its sha256s, nothing would be left, or what is left holds an
+    impossible value.
     """
     where = str(trace.path or "trace in memory")
     keep_inputs(path, [trace.path])
+    trace.verify_hashes()
     ranges = _warm_up_rows(trace) if warmup and "counts" not in trace.has else []
     gone = _dense_layers(trace, ranges) if dense else np.zeros(trace.layers, bool)
     rows = sum(stop - start for start, stop in ranges)
@@ -87,24 +89,33 @@ def import_and_leave_out(
     compress: str | None = None,
     **options: Any,
 ) -> LeftOut:
-    """`import_traces`, then `leave_out`; `model` is that of what is left. Nothing is written unless both go well."""
+    """`import_traces`, then `leave_out`; `model` is that of what is left. Nothing is written unless both go well.
+
+    A prompt (`decode_after`) begins after the warm-up: where there is some, the sources are imported twice.
+    """
     hints = hints or Hints()
     if model is not None and dense:  # the source may hold layers that the model's MoE layers don't count
-        spec = load_model(model)
-        hints = hints._replace(
-            num_experts=hints.num_experts or spec.experts, top_k=hints.top_k or spec.top_k, layers=spec.moe_layers
-        )
+        hints = hints.of_model(load_model(model))
     if not path.resolve().parent.is_dir():
         raise MoetraceError(f"{path} could not be written: there is no such folder; nothing was changed.")
     whole = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        keep_inputs(path, import_traces(sources, whole, model=None if dense else model, hints=hints, **options))
+        options |= {"model": None if dense else model, "hints": hints}
+        keep_inputs(path, import_traces(sources, whole, **options))
+        if warmup and options.get("decode_after") is not None and (ranges := _found_warm_up(whole)):
+            options["hints"] = hints._replace(reading=lambda _: None)  # the bytes were told of
+            import_traces(sources, whole, uncounted=ranges, **options)
         with Trace.open(whole) as trace:
             return leave_out(trace, path, warmup=warmup, dense=dense, model=model, compress=compress)
     except MoetraceError as error:
         raise type(error)(str(error).replace(str(whole), str(path))) from error
     finally:
         whole.unlink(missing_ok=True)
+
+
+def _found_warm_up(path: Path) -> list[tuple[int, int]]:
+    with Trace.open(path) as trace:
+        return _warm_up_rows(trace)
 
 
 def _warm_up_rows(trace: Trace) -> list[tuple[int, int]]:

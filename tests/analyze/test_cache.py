@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from moetrace.analyze import next_use as look_ahead
 from moetrace.analyze.accesses import accesses
-from moetrace.analyze.cache import POLICIES, cache_hits, expert_bytes, parse_capacity
+from moetrace.analyze.cache import ONE_AT_A_TIME, POLICIES, cache_hits, expert_bytes, parse_capacity
+from moetrace.analyze.caches.replays import STATIC
+from moetrace.analyze.hit_curve import lru_curve
 from moetrace.analyze.next_use import NEVER, NextUses
 from moetrace.analyze.reuse import add_all, no_reuse
 from moetrace.analyze.rows import ABSENT
@@ -25,6 +27,8 @@ CAPTURES = Path(__file__).parents[3] / "shared" / "traces"
 captured = pytest.mark.skipif(not CAPTURES.exists(), reason="needs the captures beside the repository")
 PHASES = ("prefill", "decode", "mixed")
 EXPERTS = 7
+# The others are held against libcachesim.
+GENERAL = [policy for policy in POLICIES if policy not in ONE_AT_A_TIME]
 KIB = 1 << 10
 
 
@@ -65,7 +69,7 @@ def oracle_frame(given: dict, policy: str, budget: int, scope: str, sequential: 
         def check(resident, share=share):
             assert sum(int(weight[key]) for key in resident) <= share
 
-        hits = oracle_cache.replay(own, policy, share, weight, check)
+        hits = oracle_cache.replay(own, policy, share, weight, check, given["phase"])
         for access, hit in zip((access for event in own for access in event), hits, strict=True):
             for phase in ("all", PHASES[access.phase]):
                 t = totals.setdefault(phase, [0, 0, 0, 0, 0])
@@ -85,7 +89,7 @@ def frame_of(frame: pl.DataFrame) -> dict:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32),
-    policy=st.sampled_from(list(POLICIES)),
+    policy=st.sampled_from(GENERAL),
     scope=st.sampled_from(["global", "layer"]),
     sequential=st.booleans(),
     in_experts=st.booleans(),
@@ -99,6 +103,20 @@ def test_kernels_agree_with_the_oracle(seed, policy, scope, sequential, in_exper
     capacity = budget if in_experts else f"{budget}B"
     frame = cache_hits(trace, [capacity], [policy], scope=scope, sequential=sequential)
     assert frame_of(frame) == oracle_frame(given, policy, budget, scope, sequential, in_experts)
+
+
+@pytest.mark.parametrize("capacity", [2, 5])
+def test_layers_in_turn_agree_with_the_oracle(capacity):
+    """Where every layer has as many accesses, kernels take eight layers at a time; ten layers leave two."""
+    given = small_trace(4, steps=25, layers=10)
+    ids = oracle_cache.random_routing(np.random.default_rng(4), len(given["experts"]), 10, EXPERTS, 3)
+    whole = np.where((ids == 255).any(2, keepdims=True), [0, 3, 5], ids).astype(np.uint8)
+    given |= {"experts": whole, "recorded": np.ones(whole.shape, int)}
+    for policy in GENERAL:
+        frame = cache_hits(Trace.from_arrays(**given), [10 * capacity], [policy], scope="layer", sequential=True)
+        assert frame_of(frame) == oracle_frame(given, policy, 10 * capacity, "layer", True, True)
+    curve = lru_curve(Trace.from_arrays(**given), scope="layer", sequential=True).filter(phase="all")
+    assert curve["hits"][capacity - 1] == oracle_frame(given, "lru", 10 * capacity, "layer", True, True)["all"][1]
 
 
 @pytest.mark.pure
@@ -119,22 +137,33 @@ def test_the_textbook_s_reference_string(capacity, lru, belady):
 @pytest.mark.pure
 def test_kernels_agree_with_the_oracle_without_numba():
     given = small_trace(1)
-    for policy in POLICIES:
+    for policy in GENERAL:
         for sequential in (True, False):
             frame = cache_hits(Trace.from_arrays(**given), ["60B"], [policy], sequential=sequential)
             assert frame_of(frame) == oracle_frame(given, policy, 60, "global", sequential, False)
 
 
+@pytest.mark.pure
+def test_quick_kernels_agree_with_the_oracle_without_numba():
+    given = small_trace(2, steps=12)
+    trace = Trace.from_arrays(**given)
+    for policy in GENERAL:
+        frame = cache_hits(trace, [9], [policy], scope="layer", sequential=True)
+        assert frame_of(frame) == oracle_frame(given, policy, 9, "layer", True, True)
+    hits = cache_hits(trace, [9], ["lru", *ONE_AT_A_TIME, "belady"], sequential=True).filter(phase="all")["hits"]
+    assert hits.min() > 0 and hits.max() == hits[-1]
+
+
 @pytest.mark.parametrize("sequential", [True, False])
 def test_the_size_of_blocks_changes_nothing(monkeypatch, sequential):
     trace = Trace.from_arrays(**small_trace(3, steps=40))
-    whole = cache_hits(trace, ["80B", 4], list(POLICIES), sequential=sequential)
+    whole = cache_hits(trace, ["80B", 4], GENERAL, sequential=sequential)
     blocks = trace.blocks
     monkeypatch.setattr(trace, "blocks", lambda: blocks(rows=2))
     assert len(list(trace.blocks())) > 10
-    assert cache_hits(trace, ["80B", 4], list(POLICIES), sequential=sequential).equals(whole)
+    assert cache_hits(trace, ["80B", 4], GENERAL, sequential=sequential).equals(whole)
     monkeypatch.setattr(look_ahead, "_IN_MEMORY_BYTES", 64)  # the tables go to a file
-    assert cache_hits(trace, ["80B", 4], list(POLICIES), sequential=sequential).equals(whole)
+    assert cache_hits(trace, ["80B", 4], GENERAL, sequential=sequential).equals(whole)
 
 
 @settings(max_examples=40, deadline=None)
@@ -143,10 +172,13 @@ def test_belady_is_never_beaten_at_equal_sizes(seed, capacity, sequential, most)
     trace = Trace.from_arrays(**small_trace(seed, most=most, equal=True))
     # At once, all that an event demands has to fit: what a cache may not keep at all is no choice of its policy.
     capacity = capacity if sequential else max(capacity, EXPERTS)
-    frame = cache_hits(trace, [capacity], list(POLICIES), sequential=sequential).filter(phase="all")
+    # Static sets may win: they do not keep whatever is demanded.
+    filled = [policy for policy in (POLICIES if sequential else GENERAL) if policy not in STATIC]
+    frame = cache_hits(trace, [capacity], filled, sequential=sequential).filter(phase="all")
     hits = dict(zip(frame["policy"], frame["hits"], strict=True))
     assert hits["belady"] == max(hits.values())
-    in_bytes = cache_hits(trace, [f"{8 * capacity}B"], list(POLICIES), sequential=sequential).filter(phase="all")
+    frame = cache_hits(trace, [capacity], GENERAL, sequential=sequential).filter(phase="all")
+    in_bytes = cache_hits(trace, [f"{8 * capacity}B"], GENERAL, sequential=sequential).filter(phase="all")
     assert in_bytes["hits"].equals(frame["hits"])
 
 
@@ -166,7 +198,9 @@ def test_lru_of_a_layer_is_its_stack_distances():
 def test_a_cache_of_everything_misses_only_what_is_new(sequential, scope):
     trace = Trace.from_arrays(**small_trace(5))
     most = 3 * int(trace.expert_bytes.sum())
-    frame = cache_hits(trace, [21, f"{most}B"], list(POLICIES), scope=scope, sequential=sequential)
+    # What was not in a prefill step is not wanted by static-prefill.
+    policies = [policy for policy in GENERAL if policy != "static-prefill"]
+    frame = cache_hits(trace, [21, f"{most}B"], policies, scope=scope, sequential=sequential)
     assert (frame["accesses"] - frame["hits"]).equals(frame["compulsory_misses"].rename("accesses"))
     everything = frame.filter(phase="all", policy="lru")
     choices = trace.read("experts", 0, trace.rows)
@@ -175,7 +209,7 @@ def test_a_cache_of_everything_misses_only_what_is_new(sequential, scope):
     assert everything["missed_bytes"].to_list() == [sum(int(trace.expert_bytes[key]) for key in seen)] * 2
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("policy", [policy for policy in GENERAL if policy != "static-prefill"])
 def test_what_is_larger_than_the_budget_is_never_kept_and_evicts_nothing(policy):
     experts = np.array([0, 2, 0, 2, 1, 0]).reshape(-1, 1, 1)
     trace = Trace.from_arrays(experts, num_experts=3, expert_bytes=np.array([[4, 4, 11]]))
@@ -271,6 +305,10 @@ def test_what_cannot_be_asked():
     trace = Trace.from_arrays(**small_trace(0))
     with pytest.raises(UsageError, match="no cache policy 'mru'; known are lru"):
         cache_hits(trace, [3], ["mru"])
+    for policy in ONE_AT_A_TIME:
+        for capacity, sequential in ((3, False), ("30B", True)):
+            with pytest.raises(UsageError, match=f"{policy} is defined one access at a time and for equal sizes"):
+                cache_hits(trace, [capacity], [policy], sequential=sequential)
     with pytest.raises(UsageError, match="no scope 'step'; known are global, layer"):
         cache_hits(trace, [3], scope="step")
     wrong = small_trace(0)

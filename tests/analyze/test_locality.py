@@ -100,7 +100,7 @@ TOLERANCE = {
     "overlap_shuffled_globally": 0.008,
     "phase_jsd": 0.005,
     "phase_jsd_null": 0.02,
-    # These were measured over a few of the layers, and it is not said which.
+    # Theirs differ by up to that from any reading that was tried; the reason is not known.
     "lru_e8": 0.045, "lru_e4": 0.045, "lru_e8_shuffled": 0.03, "lru_e4_shuffled": 0.03,
     "reuse_within_1": 0.045, "reuse_within_4": 0.045, "reuse_p50": 0, "reuse_p50_shuffled": 0,
 }  # fmt: skip

@@ -42,7 +42,7 @@ def test_tables_fit_80_columns(run):
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
     for part in ("What a plan that is kept loses:", "In seconds on edge-ndp:", "break-even", "on 6 units", "(7 times)"):
-        assert part in out
+        assert part in " ".join(out.split())  # wherever the name of the trace makes the lines break
     assert sum(line.startswith("eplb ") for line in out.splitlines()) == 3 + 1 + 3 + 1
     out = run(MIXTRAL, "--units", 4, "--placement", "ep")[1]
     assert "kept" not in out and "seconds" not in out and "In seconds" not in out

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moetrace.analyze.cache import DEFAULT_POLICIES, POLICIES, SCOPES, cache_hits
+from moetrace.analyze.hit_curve import lru_curve
 from moetrace.cli import analyze_cache, main
 from moetrace.trace import Trace
 from moetrace.trace.writer import CountsWriter
@@ -107,3 +108,46 @@ def test_help_names_what_there_is():
     assert list(POLICIES) == list(analyze_cache.POLICIES)
     options = {option.name: option for option in analyze_cache.command.params}
     assert tuple(options["policies"].default) == DEFAULT_POLICIES and tuple(options["scope"].type.choices) == SCOPES
+
+
+def test_regret_in_time_on_a_system(run):
+    arguments = (TINY, "--capacity", "48", "--policy", "lru", "--policy", "belady", "--system", "rtx4090-offload")
+    _, out, _ = run(*arguments, "--phase", "decode")
+    assert "ms/step" in out and "48, decode steps: policy failure. lru, the best here, misses 33.0 %" in " ".join(
+        out.split()
+    )
+    rows = json.loads(run(*arguments, "--phase", "decode", "--format", "json")[1])
+    assert rows[0]["regret_ms_per_step"] > 1 and rows[1]["regret_ms_per_step"] == 0
+    assert "verdict" in rows[0] and rows[0]["hit_rate_low"] < rows[0]["hit_rate"] < rows[0]["hit_rate_high"]
+    other = json.loads(run(*arguments, "--phase", "decode", "--format", "json", "--seed", "1")[1])
+    assert other[0]["hit_rate_low"] != rows[0]["hit_rate_low"] and other[0]["hits"] == rows[0]["hits"]
+
+
+def test_curve(run):
+    with Trace.open(TINY) as trace:
+        frame = lru_curve(trace, scope="layer", sequential=True)
+    arguments = (TINY, "--curve", "--scope", "layer", "--sequential", "--threads", "2")
+    assert json.loads(run(*arguments, "--format", "json")[1]) == frame.to_dicts()
+    code, out, _ = run(*arguments)
+    assert code == 0 and sum(line.lstrip()[:1].isdigit() for line in out.splitlines()[:-3]) == 32
+    assert "are left out" in run(TINY, "--curve")[1] and "Every 2th" not in out
+    decode = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv", "--phase", "decode")[1])))
+    assert [int(row["capacity_experts"]) for row in decode] == list(range(6, 193, 6))
+
+
+def test_plot(run, tmp_path):
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    code, out, err = run(TINY, "--policy", "lru", "--policy", "belady", "--plot", tmp_path / "a.png")
+    assert (code, err) == (0, "") and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert sum(line.startswith("192 ") for line in out.splitlines()) == 2 * 3, "sixteen capacities by default"
+    assert run(TINY, "--capacity", "48", "--plot", tmp_path / "a.html")[0] == 0
+    assert str(tmp_path) not in (tmp_path / "a.html").read_text()
+    for arguments, sentence in (
+        (("--plot", tmp_path / "a.gif"), "must end with .png or .html"),
+        (("--plot", TINY.replace(".h5", ".png"), "--curve"), "leave out --curve"),
+        (("--plot", tmp_path / "b.png", "--capacity", "3", "--capacity", "3MB"), "capacities of one kind"),
+    ):
+        code, out, err = run(TINY, *arguments)
+        assert (code, out) == (2, "") and sentence in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.png"]

@@ -1,4 +1,4 @@
-"""`moetrace capture`: text in, trace out, one line said; what goes wrong is one sentence and no file."""
+"""`moetrace capture`: text in, trace out, with what lint finds; what goes wrong is one sentence and no file."""
 
 import json
 import sys
@@ -42,7 +42,9 @@ def test_text_becomes_a_trace(model, tmp_path, capsys):
     options = ["--output", "4", "--ignore-eos", "--batch", "2", "--temperature", "0.7", "--seed", "3"]
     assert run(model, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "a.h5", *options) == 0
     said = capsys.readouterr()
-    assert said.out == "" and said.err == f"{tmp_path / 'a.h5'}: tiny, 15 rows in 6 steps, 0.1 MB.\n"
+    first, *notes = said.err.splitlines()
+    assert said.out == "" and first == f"{tmp_path / 'a.h5'}: tiny, 15 rows in 6 steps, 0.1 MB."
+    assert notes and all(line.startswith("  note: In ") for line in notes), "what lint finds, as after an import"
     with Trace.open(tmp_path / "a.h5") as trace:
         trace.verify()
         assert trace.read("token", 0, 7).tolist() == [7, 8, 9, 9, 3, 6, 7]

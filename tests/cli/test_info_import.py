@@ -218,7 +218,7 @@ def test_what_a_format_does_not_say_comes_from_options(run, tmp_path):
     path = tmp_path / "moe_trace.csv"
     path.write_text("0,1\n0,2\n1,0\n1,3\n")
     code, _, err = run("import", path, "-o", tmp_path / "t.h5", "--top-k", 2)
-    assert code == 1 and "does not say num_experts: give --model or --experts." in err
+    assert code == 2 and "does not say num_experts: give --model or --experts." in err
     assert run("import", path, "-o", tmp_path / "t.h5", "--top-k", 2, "--experts", 4)[0] == 0
     with Trace.open(tmp_path / "t.h5") as trace:
         assert trace.read("experts", 0, 1).tolist() == [[[1, 2], [0, 3]]]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moetrace as mt
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
 from moetrace.trace.engines import detect
@@ -405,6 +406,9 @@ def test_formats_are_seen_from_content(tmp_path):
     assert detect(odd) == "npz" and detect(route_trace(tmp_path)) == "bigmoeonedge"
     with pytest.raises(MoetraceError, match=r"README.md is in no format that can be imported \(sglang, npz, bigm"):
         detect(SHIPPED / "README.md")
+    (tmp_path / "none.csv").touch()
+    with pytest.raises(MoetraceError, match=r"none.csv is empty"):
+        detect(tmp_path / "none.csv")
     with pytest.raises(MoetraceError, match="is an HDF5 file: if it is a trace already"):
         detect(SHIPPED / "tiny-olmoe.h5")
     with pytest.raises(MoetraceError, match="does not begin with '# route_trace v1'"):
@@ -413,6 +417,29 @@ def test_formats_are_seen_from_content(tmp_path):
         imported(tmp_path, odd, format="ollama")
     with pytest.raises(MoetraceError, match="there is no file"):
         imported(tmp_path, tmp_path / "none.npz")
+
+
+def test_sources_are_paths_of_any_kind_one_or_several(tmp_path):
+    source, out = save(tmp_path / "a.npz"), tmp_path / "t.h5"
+    for sources in (source, str(source), [str(source)], tmp_path):
+        assert mt.import_traces(sources, str(out), hints=mt.Hints(num_experts=8)) == [source]
+        out.unlink()
+
+
+def test_a_folder_of_several_formats_is_refused_until_one_is_named(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save(folder / "z.npz")
+    (folder / "notes.md").write_text("of a run\n")
+    (folder / "empty.csv").touch()
+    assert imported(tmp_path, folder).source["format"] == "npz", "what is of no format is passed over"
+    route_trace(folder)
+    with pytest.raises(UsageError, match=r"run holds files of bigmoeonedge and npz \(z.npz\): give --from"):
+        imported(tmp_path, folder)
+    for name in ("npz", "bigmoeonedge"):
+        assert imported(tmp_path, folder, format=name).source["format"] == name
+    with pytest.raises(UsageError, match="run holds files of npz and bigmoeonedge"):
+        imported(tmp_path, folder / "z.npz", folder)
 
 
 def test_a_model_is_a_preset_that_fits(tmp_path):

@@ -240,6 +240,43 @@ def test_import_without_what_lint_finds(tmp_path, model):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "t.h5"]
 
 
+def log(path: Path, rows: list[int]) -> Path:
+    """Route logs of requests, each this many rows of warm-up and 100 others, as an npz without a dense layer."""
+    ids = choose(np.random.default_rng(4), sum(rows) + 100 * len(rows), 2, 64, 8).astype(np.uint8)
+    request = np.repeat(np.arange(len(rows)), np.array(rows) + 100)
+    for number, leading in enumerate(rows):
+        start = int(np.argmax(request == number))
+        ids[start : start + leading] = ids[0]
+    np.savez(
+        path,
+        expert_ids=ids,
+        request_id=request,
+        position=np.concatenate([np.arange(leading + 100) for leading in rows]),
+        phase=np.zeros(request.size, np.uint8),
+        layer_index=np.arange(2),
+        meta=json.dumps({"model": "m", "num_experts": 64}),
+    )
+    return path
+
+
+@pytest.mark.parametrize("warm_up", [[400], [400, 0], [400, 300], [40, 0, 64]])
+def test_a_prompt_begins_after_the_warm_up(tmp_path, warm_up):
+    sources = [log(tmp_path / "a.npz", warm_up), log(tmp_path / "b.npz", [0])]
+    options = {"warmup": True, "decode_after": 30}
+    assert import_and_leave_out(sources, tmp_path / "t.h5", **options) == (sum(warm_up), [])
+    requests = len(warm_up) + 1
+    with Trace.open(tmp_path / "t.h5") as copy:
+        copy.verify()
+        assert copy.rows == 100 * requests
+        assert np.diff(copy.offset).tolist() == [30, *[1] * 70] * requests
+        assert copy.phase.tolist() == [0, *[1] * 70] * requests
+        assert copy.source["decode_after"] == 30 and copy.source["left_out"] == {"warm_up_rows": sum(warm_up)}
+        first, second = (np.load(source)["expert_ids"] for source in sources)
+        ends = np.cumsum(np.array(warm_up) + 100)
+        text = [first[end - 100 : end] for end in ends.tolist()]
+        assert np.array_equal(copy.read("experts", 0, copy.rows), np.concatenate([*text, second]))
+
+
 def test_an_import_that_fails_leaves_nothing_and_names_no_temporary_file(tmp_path):
     source = capture(tmp_path / "a.npz", warm_up=200)
     with pytest.raises(MoetraceError, match=r"/t\.h5: every row is warm-up") as raised:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.engines.capture import FIRST_BYTES, Capture, Counts, Hints
+from moetrace.trace.engines.text import first_bytes
 
 # Format -> what it is, in the order in which content is tried. The module has the
 # same name, with _ for -.
@@ -36,12 +37,14 @@ MAX_FILES = 100_000
 def detect(path: Path) -> str:
     """The name of the format of the file at `path`, by its content; raise MoetraceError if it is none of `FORMATS`."""
     first = _first_bytes(path)
-    for name in FORMATS:
-        if _importer(name).recognize(first, path.name):
-            return name
+    if known := _format_of(first, path.name):
+        return known
+    if not first:
+        raise MoetraceError(f"{path} is empty.")
     if first.startswith(_HDF5):
         raise MoetraceError(f"{path} is an HDF5 file: if it is a trace already, it needs no import.")
-    raise MoetraceError(f"{path} is in no format that can be imported ({', '.join(FORMATS)}).")
+    known = ", ".join(FORMATS)
+    raise MoetraceError(f"{path} is in no format that can be imported ({known}): if it should be, name it with --from.")
 
 
 def read_captures(
@@ -57,34 +60,54 @@ def read_captures(
         if not source.is_file() and not source.is_dir():
             raise MoetraceError(f"{source} is not a file." if source.exists() else f"there is no file {source}.")
     files: list[Path] = []
+    told = format is not None
     for source in sources:
-        found = [source] if source.is_file() else _files_in(source, format)
-        format = format or detect(found[0])
-        files += found if source.is_file() else [path for path in found if _is(format, path)]
-        if source.is_file() and len(sources) > 1 and not _is(format, source):
+        if source.is_dir():
+            format, found = _files_in(source, format, told)
+            files += found
+            continue
+        format = format or detect(source)
+        files.append(source)
+        if len(sources) > 1 and not _is(format, source):
             raise MoetraceError(f"{source} is not of the format {format}: import sources of one format at a time.")
     return _importer(format or "").read(files, hints or Hints())
 
 
-def _files_in(folder: Path, format: str | None) -> list[Path]:
-    """The files of a folder by name, beginning with one of a known format; not those of folders inside."""
+def _files_in(folder: Path, format: str | None, told: bool) -> tuple[str, list[Path]]:
+    """The files of a folder that are of one format, by name, and that format; not those of folders inside.
+
+    Others beside them are passed over, unless they are of a known format and nobody has `told` which one is meant.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if len(files) > MAX_FILES:
         raise MoetraceError(f"{folder} holds more than {MAX_FILES} files: import them in parts.")
-    names = FORMATS if format is None else (format,)
-    for number, path in enumerate(files):
-        if any(_is(name, path) for name in names):
-            return files[number:]
-    raise MoetraceError(f"{folder} holds no file in a format that can be imported ({', '.join(names)}).")
+    found: list[Path] = []
+    for path in files:
+        first = _first_bytes(path)
+        if format is None or not _importer(format).recognize(first, path.name):
+            other = None if told else _format_of(first, path.name)
+            if other is None:
+                continue
+            if format is not None:
+                raise UsageError(f"{folder} holds files of {format} and {other} ({path.name}): give --from.")
+            format = other
+        found.append(path)
+    if format is None or not found:
+        names = FORMATS if format is None else (format,)
+        raise MoetraceError(f"{folder} holds no file in a format that can be imported ({', '.join(names)}).")
+    return format, found
 
 
 def _is(format: str, path: Path) -> bool:
     return _importer(format).recognize(_first_bytes(path), path.name)
 
 
+def _format_of(first: bytes, name: str) -> str | None:
+    return next((known for known in FORMATS if _importer(known).recognize(first, name)), None)
+
+
 def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(FIRST_BYTES)
+    return first_bytes(path, FIRST_BYTES)
 
 
 def _importer(name: str):

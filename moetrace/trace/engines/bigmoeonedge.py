@@ -112,7 +112,7 @@ def _read(path: Path, hints: Hints) -> Capture:
 
 
 def _header(path: Path) -> _Header:
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
         lines = list(_header_lines(path, file))
         names = lines.pop().split(",")
     said = next((match for line in lines if (match := _MODEL.match(line))), None)

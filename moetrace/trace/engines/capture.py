@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec import Model
+from moetrace.spec.errors import UsageError
 
 # What `Capture.parts` yields: rows of "experts" and of each optional array, by name.
 Part = Mapping[str, np.ndarray]
@@ -19,21 +20,31 @@ MAX_WEIGHT = float(np.finfo(np.float16).max)  # that a trace holds
 
 
 class Hints(NamedTuple):
-    """What the user says of the sources, for formats that do not say it themselves; None is unknown."""
+    """What the user says of the sources, for formats that do not say it themselves; None is unknown.
+
+    A source that knows better goes by itself: `import_traces` compares.
+    """
 
     num_experts: int | None = None
     top_k: int | None = None
     layers: int | None = None  # MoE layers
     scratch: Path | None = None  # folder for temporary files; None: the system's own
+    from_model: tuple[str, ...] = ()  # which of the above are of the user's model, and not said by himself
     reading: Callable[[int], object] = lambda _: None  # is told of bytes of the sources, as they are read
 
     def need(self, what: str, source: Path) -> int:
-        """The hint of this name; raise a MoetraceError that says how to give it if it is unknown."""
+        """The hint of this name; raise a UsageError that says how to give it if it is unknown."""
         value = getattr(self, what)
         if value is None:
             option = {"num_experts": "--model or --experts", "top_k": "--model or --top-k", "layers": "--model"}[what]
-            raise MoetraceError(f"{source} does not say {what}: give {option}.")
+            raise UsageError(f"{source} does not say {what}: give {option}.")
         return int(value)
+
+    def of_model(self, model: Model) -> "Hints":
+        """These hints, and the sizes of `model` where the user says none."""
+        sizes = {"num_experts": model.experts, "top_k": model.top_k}
+        sizes = {name: size for name, size in sizes.items() if getattr(self, name) is None}
+        return self._replace(**sizes, layers=model.moe_layers, from_model=tuple(sizes))
 
 
 class Capture(NamedTuple):

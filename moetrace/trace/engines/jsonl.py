@@ -55,13 +55,15 @@ _LINE: Any = Meta | Route
 
 
 def recognize(first: bytes, name: str) -> bool:
-    """Whether a file that begins with these bytes has such a record in its first line."""
-    line = first.lstrip().split(b"\n", 1)[0]
-    try:
-        record = msgspec.json.decode(line, type=_LINE)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return False
-    return isinstance(record, Route) or b'"layers_logged"' in line or b'"vllm_version"' in line
+    """Whether a file that begins with these bytes has a route, or such a header, after headers of any kind."""
+    for line in first.lstrip().split(b"\n"):
+        try:
+            record = msgspec.json.decode(line, type=_LINE)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return False
+        if isinstance(record, Route) or b'"layers_logged"' in line or b'"vllm_version"' in line:
+            return True
+    return False
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
@@ -112,8 +114,7 @@ class _Log:
                 self._append(index, of_layer, request[of_layer], token[of_layer], arrays)
 
     def _begin(self, route: Route) -> None:
-        num_experts = self._hints.num_experts or self._meta.num_experts
-        self._num_experts = num_experts or self._hints.need("num_experts", self._path)
+        self._num_experts = self._meta.num_experts or self._hints.need("num_experts", self._path)
         self._top_k = len(route.topk_ids)
         self._optional = () if route.topk_weights is None else ("gates",)
         check_sizes(str(self._path), self._num_experts, self._top_k, 1, 1, 1)

@@ -45,7 +45,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 def _read(path: Path, hints: Hints) -> Capture:
     num_experts = hints.need("num_experts", path)
     layer_index, first = _layers(path, hints), next(iter(_first(path)))
-    top_k = hints.top_k or len(first.selected_ids)
+    top_k = len(first.selected_ids)
     passes = Passes(path, hints, (num_experts, top_k), layer_index, ("gates",))
     records = json_lines(path, _Record, half(hints))
     positions: list[np.ndarray] = []

@@ -22,6 +22,7 @@ from moetrace.spec.errors import MoetraceError
 from moetrace.trace.engines.capture import Capture, Hints
 from moetrace.trace.engines.passes import Block, Lines, Passes, half, layers_of, whole_passes
 from moetrace.trace.engines.table import numbers, tables
+from moetrace.trace.engines.text import first_bytes
 
 _HEADER = re.compile(rb"layer,expert|pos,layer(,\w{1,20})+")
 _LINE = re.compile(rb"\d{1,9},\d{1,9}|-?\d{1,9},\d{1,9}(,\d{1,9})+")
@@ -43,16 +44,13 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 
 
 def _read(path: Path, hints: Hints) -> Capture:
-    with path.open("rb") as file:
-        first = file.readline(1 << 16)
+    first = first_bytes(path, 1 << 16).split(b"\n", 1)[0]
     width = first.count(b",") + 1
     if width < 2:
         raise MoetraceError(f"{path}: line 1 is neither 'layer,expert' nor 'pos,layer,id0,id1,...'.")
     num_experts = hints.need("num_experts", path)
     top_k = hints.need("top_k", path) if width == 2 else width - 2
-    if hints.top_k not in (None, top_k):
-        raise MoetraceError(f"{path} has {top_k} experts a line, but top_k should be {hints.top_k}.")
-    header = int(_HEADER.fullmatch(first.rstrip(b"\r\n")) is not None)
+    header = int(_HEADER.fullmatch(first.rstrip(b"\r")) is not None)
     names = ["layer", "e0"] if width == 2 else ["pos", "layer", *(f"e{slot}" for slot in range(top_k))]
     only = {name: pl.Int32 if name == "layer" else None for name in names}
     layer_index = layers_of(path, tables(path, only, half(hints), header=header))

@@ -18,6 +18,7 @@ import numpy as np
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.engines.capture import SPARSEST, Capture, Counts, Hints, Part
 from moetrace.trace.engines.tensors import HEADER_BYTES, integers, is_header, shape_of, tensors
+from moetrace.trace.engines.text import first_bytes
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, MAX_LAYERS, absent_id, check_sizes, expert_dtype
 
 MANIFEST = "manifest.json"
@@ -78,8 +79,7 @@ def _read(path: Path, hints: Hints) -> Capture | Counts:
 
 def _model(manifest: Path) -> _Model:
     try:
-        with manifest.open("rb") as file:
-            return msgspec.json.decode(file.read(_MANIFEST_BYTES), type=_Manifest).model
+        return msgspec.json.decode(first_bytes(manifest, _MANIFEST_BYTES), type=_Manifest).model
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MoetraceError(f"{manifest} is not as expected: {str(error).rstrip('.')[:200]}.") from None
 

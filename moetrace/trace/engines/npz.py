@@ -46,7 +46,7 @@ class _Array(NamedTuple):
 
 def recognize(first: bytes, name: str) -> bool:
     """Whether a file that begins with these bytes may be such an archive."""
-    return first.startswith(b"PK\x03\x04")
+    return first.startswith(b"PK\x03\x04") and b".npy" in first
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.engines.text import MAX_LINE_BYTES, json_lines
+from moetrace.trace.engines.text import BOM, MAX_LINE_BYTES, json_lines, text_of
 
 Tokens = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Routed = str | list[list[list[int]]] | None  # base64, or plain lists
@@ -64,7 +64,7 @@ def responses(path: Path, reading: Callable[[int], object]) -> Iterator[tuple[st
     if _is_one_value(path):
         reading(path.stat().st_size)
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=_LINE)
+            found = msgspec.json.decode(text_of(path), type=_LINE)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise MoetraceError(f"{path} is not as expected: {str(error).rstrip('.')[:200]}.") from None
         for number, response in enumerate(found if isinstance(found, list) else [found]):
@@ -85,7 +85,7 @@ def _is_one_value(path: Path) -> bool:
         if not file.read(1):
             return True
     try:
-        msgspec.json.decode(line, type=msgspec.Raw)
+        msgspec.json.decode(line.removeprefix(BOM), type=msgspec.Raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         if path.stat().st_size > MAX_LINE_BYTES:
             raise MoetraceError(

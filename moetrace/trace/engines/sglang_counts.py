@@ -11,6 +11,7 @@ import numpy as np
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.engines.capture import SPARSEST, Counts, Hints, kept_layers, rows_of_counts
 from moetrace.trace.engines.sglang_dumps import Dump, integers
+from moetrace.trace.engines.text import text_of
 from moetrace.trace.schema import BLOCK_BYTES, MAX_EXPERTS, MAX_LAYERS, MIXED
 
 MAX_COUNT = 2**40  # of one record and expert: sums of any number of records stay exact
@@ -114,7 +115,7 @@ def _csv(path: Path):
 
 
 def _text(path: Path) -> bytes:
-    data = path.read_bytes()
+    data = text_of(path)
     if not data.lstrip().startswith(_CSV_FIRST):
         raise MoetraceError(f"{path} does not begin with the line {_CSV_FIRST.decode()}.")
     return data

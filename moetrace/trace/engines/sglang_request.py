@@ -20,7 +20,7 @@ from moetrace.spec.errors import MoetraceError
 from moetrace.trace.engines.capture import FIRST_BYTES, Capture, Hints
 from moetrace.trace.engines.requests import Requests
 from moetrace.trace.engines.responses import Meta, Response, from_base64, responses
-from moetrace.trace.engines.text import MAX_LINE_BYTES
+from moetrace.trace.engines.text import MAX_LINE_BYTES, first_bytes, text_of
 from moetrace.trace.engines.vllm import recognize as recognize_vllm
 from moetrace.trace.schema import MAX_EXPERTS, MAX_LAYERS
 
@@ -86,12 +86,10 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 
 def _requests(path: Path, hints: Hints):
     """Yield each request of a file and the name of its model."""
-    with path.open("rb") as file:
-        is_json = file.read(64).lstrip().startswith((b"{", b"["))
-    if not is_json:
+    if not first_bytes(path, 64).lstrip().startswith((b"{", b"[")):
         if path.stat().st_size > MAX_LINE_BYTES:
             raise MoetraceError(f"{path} is longer than {MAX_LINE_BYTES >> 20} MiB.")
-        text = path.read_bytes()
+        text = text_of(path)
         hints.reading(len(text))
         yield _Request(str(path), _ids(str(path), text.strip()), None, None), ""
         return

@@ -155,8 +155,6 @@ def _shape(passes: list[_Pass], hints: Hints) -> tuple[np.ndarray, int, dict[str
     top_k = int(slots.nonzero()[0].max(initial=-1)) + 1
     if not top_k:
         raise MoetraceError(f"{passes[0].where} holds no choices: every id is -1.")
-    if hints.top_k is not None and hints.top_k != top_k:
-        raise MoetraceError(f"{passes[0].dump.path} has {top_k} experts a token, but {hints.top_k} were said.")
     layers, dropped = kept_layers(used, hints)
     return layers, top_k, dropped
 

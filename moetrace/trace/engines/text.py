@@ -1,5 +1,6 @@
 """Text sources, a bounded piece at a time: whole lines, and JSON lines decoded into typed records."""
 
+import codecs
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +13,32 @@ from moetrace.spec.errors import MoetraceError
 
 CHUNK_BYTES = 8 << 20
 MAX_LINE_BYTES = 256 << 20
+BOM = codecs.BOM_UTF8  # which some editors and shells put before a text
 
 Record = TypeVar("Record")
+
+
+def text_of(path: Path) -> bytes:
+    """The whole text, without a byte order mark."""
+    return path.read_bytes().removeprefix(BOM)
+
+
+def first_bytes(path: Path, most: int) -> bytes:
+    """At most so many bytes, without a byte order mark."""
+    with path.open("rb") as file:
+        return file.read(most).removeprefix(BOM)
 
 
 def chunks(path: Path, reading: Callable[[int], object], chunk_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
     """Yield the number of the first line (from 1) and whole lines, about `chunk_bytes` or CHUNK_BYTES at a time.
 
-    The last line may lack its newline. Raises MoetraceError if a line is longer than `MAX_LINE_BYTES`.
+    The last line may lack its newline; a byte order mark is left out. Raises MoetraceError if a line is longer than
+    `MAX_LINE_BYTES`.
     """
     size, line, rest = min(chunk_bytes or CHUNK_BYTES, CHUNK_BYTES), 1, b""
     with path.open("rb") as file:
+        if file.read(len(BOM)) != BOM:
+            file.seek(0)
         while data := file.read(size):
             reading(len(data))
             end = data.rfind(b"\n") + 1

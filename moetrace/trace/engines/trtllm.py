@@ -23,6 +23,7 @@ import numpy as np
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.engines.capture import Capture, Counts, Hints, Part, rows_of_counts
 from moetrace.trace.engines.tensors import HEADER_BYTES, integers, is_header, known_shape, tensors
+from moetrace.trace.engines.text import first_bytes
 from moetrace.trace.schema import BLOCK_BYTES, MIXED, PREFILL, absent_id, check_sizes, expert_dtype
 
 META = "meta_info.json"
@@ -77,8 +78,7 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture | Counts:
 
 
 def _is_meta(path: Path) -> bool:
-    with path.open("rb") as file:
-        first = file.read(64)
+    first = first_bytes(path, 64)
     return not is_header(first) and first.lstrip().startswith(b"{")
 
 

@@ -25,6 +25,7 @@ from moetrace.trace.engines import npy
 from moetrace.trace.engines.capture import Capture, Hints
 from moetrace.trace.engines.requests import Requests
 from moetrace.trace.engines.responses import Response, Routed, from_base64, responses
+from moetrace.trace.engines.text import first_bytes, text_of
 
 _NPY_IN_BASE64 = b"k05VTVBZ"
 _JSON_KEYS = (b'"prompt_routed_experts"', b'"routed_experts":[[', b'"routed_experts": [[')
@@ -52,12 +53,11 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     requests = Requests(hints, sources[0])
     model = ""
     for path in sources:
-        with path.open("rb") as file:
-            first = file.read(64).lstrip()
+        first = first_bytes(path, 64).lstrip()
         if first.startswith(npy.MAGIC):
             requests.add(str(path), _mapped(path, hints))
         elif first.startswith(_NPY_IN_BASE64):
-            text = path.read_bytes()
+            text = text_of(path)
             hints.reading(len(text))
             requests.add(str(path), npy.from_bytes(str(path), from_base64(str(path), text.strip())))
         else:

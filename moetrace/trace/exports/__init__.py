@@ -30,13 +30,15 @@ def export(
 
     The same trace gives the same bytes, in memory that does not grow with it, and the file is whole or not there.
     `progress` is told of rows as they are read. Raises UsageError if the format is not clear or `path` is the trace's
-    own, MoetraceError if the trace holds only counts (but for "eplb") or an impossible id, or the system refuses.
+    own, MoetraceError if the trace holds only counts (but for "eplb") or an impossible id or differs from its sha256s,
+    or the system refuses.
     """
     path = Path(path)
     module = importlib.import_module(f"moetrace.trace.exports.{_format(path, to).replace('-', '_')}")
     opened = trace if isinstance(trace, Trace) else Trace.open(trace)
     try:
         keep_inputs(path, [opened.path])
+        opened.verify_hashes()
         with whole_file(path) as file:
 
             def told(rows: int) -> None:

@@ -68,9 +68,9 @@ class CountSteps:
             number = int(np.count_nonzero(dense))
             what = f"{number} of {self.trace.layers} layers did not route: {number} without any choice."
             yield finding("dense-layer", what, number, index[dense])
-        yield finding(
-            "counts-only", f"The trace holds counts of {self.trace.steps:,} steps, but no ids.", self.trace.steps
-        )
+        steps = self.trace.steps
+        held = "one step" if steps == 1 else f"{steps:,} steps"
+        yield finding("counts-only", f"The trace holds counts of {held}, but no ids.", steps)
 
 
 def check_counts(trace: Trace, digests: dict[str, Any], progress: Progress | None) -> Iterator[Finding]:

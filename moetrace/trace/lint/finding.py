@@ -51,7 +51,7 @@ RULES = {
     "sha256": Rule(
         "error",
         "The file was changed or damaged after it was written; any result of it may be wrong.",
-        "copy or import it again",
+        "get it from its origin or import it again",
     ),
     "impossible-id": Rule("error", "No such expert exists; a replay refuses the trace.", "import it again"),
     "duplicate-ids": Rule(

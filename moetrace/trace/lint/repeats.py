@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from math import sqrt
 
 import numpy as np
 
@@ -19,14 +20,15 @@ class RepeatedRows:
 
     Warm-up are the runs at the very begin, and later ones of the same choice as the first (another source's).
     Rows without any choice are no repetition. Where layers are few, equal rows may be chance: runs that the trace has
-    with a probability above 1e-6, judged by how many runs go on after one row (and after 8), are ignored.
+    with a probability above 1e-6, judged by how many runs go on after one row, are ignored. So are they if some parts
+    of the trace repeat more than others, which shows in runs that end after 8 to 31 rows, and how far these go.
     """
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.last: np.ndarray | None = None  # ids of the last row
         self.start = 0  # of the run that the last row belongs to
-        self.longer = np.zeros(4, np.int64)  # runs of at least 1, 2, 8 and 16 rows
+        self.longer = np.zeros(5, np.int64)  # runs of at least 1, 2, 8, 16 and 32 rows
         self.found: list[tuple[int, int, bytes]] = []  # start, stop, ids
 
     def see(self, piece: Piece) -> None:
@@ -43,7 +45,7 @@ class RepeatedRows:
         if starts.size:
             self._ended(int(starts[0]), self.last)
             lengths = np.diff(starts, prepend=self.start)
-            self.longer += [np.count_nonzero(lengths >= least) for least in (1, 2, 8, 16)]
+            self.longer += [np.count_nonzero(lengths >= least) for least in (1, 2, 8, 16, LEAST_ROWS)]
             long = np.flatnonzero(np.diff(starts) >= LEAST_ROWS)
             for run in long.tolist():
                 self.start = int(starts[run])
@@ -63,10 +65,10 @@ class RepeatedRows:
         again = 0  # runs that repeat the first one, the warm-up of other sources: however many, one reason to go on
         if self.found and self.found[0][0] == 0:
             again = sum(ids == self.found[0][2] for _, _, ids in self.found[1:])
-        every, two, eight, sixteen = (self.longer - again).tolist()
+        every, two, eight, sixteen, long = (self.longer - again).tolist()
         goes_on = (two + 1) / (every + 2)
-        if eight >= 10:  # runs are nothing special here
-            goes_on = max(goes_on, ((sixteen + 1) / (eight + 2)) ** (1 / 8))
+        if eight - long >= 10:  # runs are nothing special here
+            goes_on = max(goes_on, _goes_on(eight - long, sixteen - long))
         self.found = [run for run in self.found if self.shape.rows * goes_on ** (run[1] - run[0] - 1) <= _CHANCE]
 
     def warm_up(self) -> list[tuple[int, int]]:
@@ -101,6 +103,17 @@ class RepeatedRows:
                 f"{others:,} rows, in runs of {LEAST_ROWS} or more, repeat the choices of the row before in all layers."
             )
             yield finding("repeated-rows", what, others, None, rest)
+
+
+def _goes_on(runs: int, reached: int) -> float:
+    """The chance of another equal row, if of this many runs that end after 8 to 31 rows so many reach 16.
+
+    Runs of 32 rows and more are what is judged, so they are no evidence. With x the chance of eight further rows, the
+    share that reaches 16 is (x - x^3) / (1 - x^3) = (x + x^2) / (1 + x + x^2), and two thirds if runs hardly end.
+    """
+    share = (reached + 1) / (runs + 2)
+    eight_more = (sqrt(1 + 4 * share / (1 - share)) - 1) / 2
+    return min(eight_more, (runs + 1) / (runs + 2)) ** (1 / 8)
 
 
 def run_rows(piece: Piece, ranges: list[tuple[int, int]]) -> np.ndarray:

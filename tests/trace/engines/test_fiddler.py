@@ -9,6 +9,11 @@ from writers import routing, steps
 from writers.check import imported, refused
 from writers.fiddler import counted, popularity
 
+from moetrace.spec.errors import UsageError
+from moetrace.trace import Trace
+from moetrace.trace.importing import import_traces
+from moetrace.trace.lint import lint
+
 CAPTURES = Path(__file__).parents[4] / "shared" / "traces" / "fiddler_popularity"
 
 
@@ -46,7 +51,17 @@ def test_bad_counts_are_one_sentence(tmp_path, counts, sentence):
 def test_experts_that_differ_from_what_the_user_says_are_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(popularity(counted(routing(3, 2, 2, 8), 8), 1))
-    refused(path, "counts 8 experts a layer, but there should be 16", "fiddler", num_experts=16)
+    refused(path, "has 8 experts a layer, but --experts says 16", "fiddler", num_experts=16)
+
+
+def test_counts_have_no_prompt(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(popularity(counted(routing(3, 2, 2, 8), 8), 1))
+    with pytest.raises(UsageError, match=r"a\.json holds counts alone, which have no prompt"):
+        import_traces([path], tmp_path / "t.h5", decode_after=4)
+    import_traces([path], tmp_path / "t.h5")
+    with Trace.open(tmp_path / "t.h5") as trace:
+        assert [one.what for one in lint(trace)] == ["The trace holds counts of one step, but no ids."]
 
 
 @pytest.mark.skipif(not CAPTURES.exists(), reason="needs the captures beside the repository")

@@ -97,3 +97,13 @@ def test_it_is_seen_from_the_content(tmp_path):
     for other in (b'{"type": "meta"}\n', b'{"type": "way"}\n', b"[]", b"", b'{"layer": 1}\n'):
         assert not jsonl.recognize(other, "a.jsonl")
     assert META["type"] == "meta"
+
+
+@pytest.mark.parametrize("headers", [['{"type": "meta"}'], ['{"type":"meta","top_k":2}'] * 2, []])
+def test_any_header_before_a_route_will_do(tmp_path, headers):
+    path = write(tmp_path / "a.jsonl", IDS, [9])
+    known = imported(tmp_path, path, num_experts=8)
+    routes = path.read_text().splitlines()[1:]
+    path.write_text("\n".join([*headers, *routes]))
+    found = imported(tmp_path, path, num_experts=8)
+    assert np.array_equal(found.read("experts", 0, 9), known.read("experts", 0, 9))

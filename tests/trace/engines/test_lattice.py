@@ -54,4 +54,4 @@ def test_the_number_of_experts_comes_from_the_user(tmp_path):
     path = tmp_path / "trace.jsonl"
     path.write_text(records(routing(3, 3, 2, 8), np.full((3, 3, 2), 0.5), [0, 1, 2], LAYERS))
     refused(path, "does not say num_experts", "lattice")
-    refused(path, "record 1 holds not 3 experts", "lattice", num_experts=8, top_k=3)
+    refused(path, "has 2 experts a token, but --top-k says 3", "lattice", num_experts=8, top_k=3)

@@ -104,7 +104,7 @@ def test_sizes_come_from_the_user(tmp_path):
     refused(path, "does not say num_experts: give --model or --experts", "llamacpp", top_k=2)
     refused(path, "does not say top_k: give --model or --top-k", "llamacpp", num_experts=8)
     path.write_text(tokens(passes([2, 1], 3, 2, 8), LAYERS))
-    refused(path, "has 2 experts a line, but top_k should be 3", "llamacpp", num_experts=8, top_k=3)
+    refused(path, "has 2 experts a token, but --top-k says 3", "llamacpp", num_experts=8, top_k=3)
     path.write_text("1\n")
     refused(path, "line 1 is neither", "llamacpp", num_experts=8)
     path.write_text("3,0\n3,1\n")

@@ -40,7 +40,7 @@ def test_tokens_requests_and_steps_come_out_as_they_went_in(tmp_path):
 def test_slots_of_padding_are_cut(tmp_path, top_k):
     path, logical = per_token(tmp_path / "a.pt", top_k=top_k)
     assert np.array_equal(imported(tmp_path, path).read("experts", 0, 99), logical)
-    assert f"{top_k} experts a token, but 9 were said" in refused(tmp_path, path, top_k=9)
+    assert f"{top_k} experts a token, but --top-k says 9" in refused(tmp_path, path, top_k=9)
 
 
 def test_ranks_with_other_tokens_follow_one_another_within_a_pass(tmp_path):

@@ -115,7 +115,7 @@ def test_arrays_that_are_refused(tmp_path):
         np.save(path, array, allow_pickle=True)
         assert message in refused(tmp_path, path, num_experts=8, format="vllm")
     assert "--experts" in refused(tmp_path, save(path, ids))
-    assert "3 were said" in refused(tmp_path, path, num_experts=8, top_k=3)
+    assert "2 experts a token, but --top-k says 3" in refused(tmp_path, path, num_experts=8, top_k=3)
     assert "more than once" in refused(tmp_path, save(path, np.full((1, 1, 2), 3)), num_experts=8)
     header = path.read_bytes().replace(b"(1, 1, 2)", b"(9999999999999, 1, 2)"[:9] + b")")
     path.write_bytes(header)

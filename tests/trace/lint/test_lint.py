@@ -235,6 +235,36 @@ def test_warm_up_of_however_many_sources(sources):
     assert where(found(made)["warm-up"]) == (None, ranges[:16], 400 * sources)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("runs", [1, 12, 40])
+def test_runs_of_other_choices_each_are_repetitions_however_many(runs, layers):
+    rng = np.random.default_rng(5)
+    cells, text = choose(rng, runs, layers), choose(rng, 300 * runs, layers)
+    between = np.split(text, runs)
+    parts = [
+        part for cell, rest in zip(cells, between, strict=True) for part in (rest, np.repeat([cell], 2048, axis=0))
+    ]
+    one = found({"experts": np.concatenate(parts), "num_experts": EXPERTS})["repeated-rows"]
+    assert one.count == 2048 * runs and one.rows[0] == (300, 2348)
+
+
+def test_short_runs_of_one_length_hide_no_warm_up():
+    rng = np.random.default_rng(5)
+    text = np.concatenate([np.repeat(choose(rng, 1), 24 if at % 40 == 0 else 1, axis=0) for at in range(480)])
+    experts = np.concatenate([np.repeat(choose(rng, 1), 4096, axis=0), text])
+    assert found({"experts": experts, "num_experts": EXPERTS})["warm-up"].rows == [(0, 4096)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_that_repeat_more_than_others_by_chance_are_no_repetition(seed):
+    rng, rows = np.random.default_rng(seed), 20_000
+    stays = (rng.random(rows) < 0.92) & (np.arange(rows) >= rows // 2)
+    latest = np.maximum.accumulate(np.where(stays, 0, np.arange(rows)))
+    assert np.bincount(latest).max() >= 48
+    found_codes = found({"experts": choose(rng, rows)[latest], "num_experts": EXPERTS}).keys()
+    assert not {"warm-up", "repeated-rows"} & found_codes
+
+
 def test_repeated_rows_elsewhere():
     made = arrays()
     made["experts"][210:260] = made["experts"][210]

@@ -1,0 +1,99 @@
+"""`moetrace analyze prefetch`: what predictors of the next layer's experts are worth."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
+from moetrace.cli.paths import ANY_PATH
+
+# The predictors of moetrace.analyze.prefetch, which takes too long to import for a mere --help.
+PREDICTORS = ("last-token", "frequency", "ewma", "transition", "recorded", "oracle")
+DEFAULT_PREDICTORS = ("last-token", "frequency", "ewma", "transition", "oracle")
+_HEADERS = {
+    "predictor": "predictor",
+    "phase": "phase",
+    "recall_percent": "recall\n%",
+    "precision_percent": "precision\n%",
+    "misses": "misses",
+    "covered_misses": "covered",
+    "timely_hits": "in time",
+    "displaced_percent": "displaced\n%",
+    "prefetched_gb": "fetched\nGB",
+    "wasted_gb": "wasted\nGB",
+}
+
+
+@click.command("prefetch")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
+@click.option(
+    "--capacity", metavar="C", help="Of the LRU cache, as in analyze cache; by default a quarter of all experts."
+)
+@click.option(
+    "--predictor",
+    "predictors",
+    multiple=True,
+    type=click.Choice(PREDICTORS),
+    default=DEFAULT_PREDICTORS,
+    show_default=True,
+    help="May be repeated.",
+)
+@click.option("--most", type=click.IntRange(1), metavar="M", help="Experts to name a layer; by default the top-k.")
+@click.option("--ahead", type=int, default=1, show_default=True, metavar="D", help="Layers that they are named ahead.")
+@click.option("--recall", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Of the oracle.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the oracle.")
+@click.option(
+    "--scope",
+    type=click.Choice(["global", "layer"]),
+    default="global",
+    show_default=True,
+    help="One cache that all layers share, or one of an equal part for each layer.",
+)
+@click.option("--phase", type=click.Choice(["all", "prefill", "decode", "mixed"]), help="Print only this phase.")
+@click.option("--system", metavar="S", help="Preset or TOML file of the machine, to tell what arrives in time.")
+@click.option("--model", metavar="M", help="Preset or TOML file of the model, if not the one that the trace names.")
+@format_option
+def command(trace: Path, capacity: str | None, phase: str | None, form: str, **asked: Any) -> None:
+    """Say what predictors of the next layer's experts are worth to an LRU cache.
+
+    While layers compute, what a predictor names of a layer to come, and is not resident, is fetched. Covered are misses
+    that were named; in time, those that had arrived on the machine of --system; wasted, what arrived in vain.
+    docs/prefetch.md defines all of it.
+    """
+    from moetrace.cli.bars import LateBar
+    from moetrace.cli.compiling import announce_compiling
+    from moetrace.trace import Trace
+
+    with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
+        from moetrace.analyze.prefetch import prefetch_value
+
+        everything = opened.layers * opened.num_experts
+        capacity = capacity or str(max(1, everything // 4))
+        names = list(dict.fromkeys(asked.pop("predictors")))
+        found = prefetch_value(opened, capacity, names, progress=bar.advance, **asked)
+    if phase is not None:
+        found = found.filter(phase=phase)
+    if form == "json":
+        print_json(found.to_dicts())
+    elif form == "csv":
+        sys.stdout.write(found.write_csv())
+    else:
+        _print_table(found.to_dicts(), f"{trace}: {everything} experts; an LRU cache of {capacity}.")
+
+
+def _print_table(rows: list[dict], below: str) -> None:
+    from moetrace.spec.errors import printable
+
+    headers = dict(_HEADERS)
+    for row in rows:
+        for name in ("recall", "precision", "displaced"):
+            row[f"{name}_percent"] = None if row[name] is None else 100 * row[name]
+        for name in ("prefetched", "wasted"):
+            row[f"{name}_gb"] = None if row[f"{name}_bytes"] is None else row[f"{name}_bytes"] / 1e9
+    for column in ("timely_hits", "prefetched_gb", "wasted_gb"):
+        if all(row[column] is None for row in rows):
+            del headers[column]
+    print_rows(headers, rows, "table")
+    stdout_console().print(f"\n{printable(below)}")

@@ -1,0 +1,65 @@
+"""`moetrace analyze prefetch`: what it prints, and what it says when something is wrong."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from moetrace.analyze.prefetch import DEFAULT_PREDICTORS, PREDICTORS, prefetch_value
+from moetrace.cli import analyze_prefetch, main
+from moetrace.trace import Trace
+
+TINY = str(Path(__file__).parents[2] / "traces" / "tiny-olmoe.h5")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command; returns exit code, stdout, and stderr without the line that says that kernels are compiled."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments):
+        try:
+            main(["analyze", "prefetch", *map(str, arguments)])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code or 0, out, "".join(line for line in err.splitlines(True) if "compiling" not in line)
+
+    return run
+
+
+def test_table(run):
+    code, out, err = run(TINY, "--predictor", "last-token", "--predictor", "oracle")
+    assert (code, err) == (0, "")
+    assert sum(line.startswith(("last-token ", "oracle ")) for line in out.splitlines()) == 2 * 3
+    assert "192 experts; an LRU cache of 48." in out and "in time" not in out
+    assert "in time" in run(TINY, "--predictor", "oracle", "--system", "rtx4090-offload")[1]
+
+
+def test_json_and_csv_are_the_frame(run):
+    arguments = (TINY, "--capacity", "40", "--predictor", "ewma", "--most", "3", "--scope", "layer")
+    with Trace.open(TINY) as trace:
+        frame = prefetch_value(trace, 40, ["ewma"], most=3, scope="layer")
+    assert json.loads(run(*arguments, "--format", "json")[1]) == frame.to_dicts()
+    rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv", "--phase", "decode")[1])))
+    assert [row["phase"] for row in rows] == ["decode"] and list(rows[0]) == frame.columns
+
+
+def test_errors_are_one_sentence(run, tmp_path):
+    for arguments, code, sentence in (
+        ((TINY, "--capacity", "3 apples"), 2, "neither a number of experts"),
+        ((TINY, "--predictor", "magic"), 2, "'magic' is not one of"),
+        ((TINY, "--predictor", "recorded"), 1, "has no /recorded/resident"),
+        ((TINY, "--system", "jetson-orin"), 2, "has no link"),
+        ((tmp_path / "b.h5",), 1, "b.h5"),
+    ):
+        found, out, err = run(*arguments)
+        assert (found, out) == (code, "") and sentence in err and err.count("\n") == 1
+
+
+def test_help_names_what_there_is():
+    assert list(PREDICTORS) == list(analyze_prefetch.PREDICTORS)
+    assert analyze_prefetch.DEFAULT_PREDICTORS == DEFAULT_PREDICTORS
