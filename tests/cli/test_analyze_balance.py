@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import moetrace as mt
 from moetrace.analyze import balance as library
 from moetrace.analyze.plans import PLACEMENTS
-from moetrace.cli import analyze_balance, main
+from moetrace.cli import analyze_balance
 from moetrace.engine.placement import group_of_expert
 from moetrace.spec.policy import load_loads
 from moetrace.trace.writer import CountsWriter
@@ -21,20 +22,9 @@ MIXTRAL = str(TRACES / "mixtral-8x7b-b16.h5")
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command; returns exit code, stdout, and stderr without the line that says that kernels are compiled."""
+def run(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments):
-        try:
-            main(["analyze", "balance", *map(str, arguments)])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code or 0, out, "".join(line for line in err.splitlines(True) if "compiling" not in line)
-
-    return run
+    return partial(run, "analyze", "balance")
 
 
 def test_tables_fit_80_columns(run):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from moetrace.analyze.cache import DEFAULT_POLICIES, POLICIES, SCOPES, cache_hits
 from moetrace.analyze.hit_curve import lru_curve
-from moetrace.cli import analyze_cache, main
+from moetrace.cli import analyze_cache
 from moetrace.trace import Trace
 from moetrace.trace.writer import CountsWriter
 
@@ -18,20 +19,9 @@ TINY = str(Path(__file__).parents[2] / "traces" / "tiny-olmoe.h5")
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command; returns exit code, stdout, and stderr without the line that says that kernels are compiled."""
+def run(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments):
-        try:
-            main(["analyze", "cache", *map(str, arguments)])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code or 0, out, "".join(line for line in err.splitlines(True) if "compiling" not in line)
-
-    return run
+    return partial(run, "analyze", "cache")
 
 
 def test_table_fits_80_columns(run):

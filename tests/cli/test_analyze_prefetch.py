@@ -3,32 +3,22 @@
 import csv
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from moetrace.analyze.prefetch import DEFAULT_PREDICTORS, PREDICTORS, prefetch_value
-from moetrace.cli import analyze_prefetch, main
+from moetrace.cli import analyze_prefetch
 from moetrace.trace import Trace
 
 TINY = str(Path(__file__).parents[2] / "traces" / "tiny-olmoe.h5")
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command; returns exit code, stdout, and stderr without the line that says that kernels are compiled."""
+def run(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments):
-        try:
-            main(["analyze", "prefetch", *map(str, arguments)])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code or 0, out, "".join(line for line in err.splitlines(True) if "compiling" not in line)
-
-    return run
+    return partial(run, "analyze", "prefetch")
 
 
 def test_table(run):
