@@ -124,9 +124,9 @@ def cache_hits(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> pl.DataFrame:
-    """Replay the accesses of a trace (or the file of one) through a cache for each policy and capacity, in one pass.
+    """Replay the accesses of a trace (or the file of one) through a cache for each policy and capacity.
 
-    Belady and static-hindsight need another one before.
+    That is one pass; Belady and static-hindsight need another one before.
 
     Caches start empty. With scope "layer" each layer has a cache of its own, of an equal part of the capacity. At once
     (not `sequential`), the experts of one (step, layer) are demanded together, one time each, and none is evicted for

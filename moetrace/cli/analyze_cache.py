@@ -38,7 +38,7 @@ POLICIES += ("static-hindsight", "static-prefill", "belady")
     default=("lru", "lfu", "belady"),
     show_default=True,
     metavar="P",
-    help=f"Who is evicted: {', '.join(POLICIES)}; may be repeated.",
+    help=f"Who is evicted, one of {', '.join(POLICIES)}; may be repeated.",
 )
 @click.option(
     "--scope",
@@ -85,9 +85,9 @@ def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Pat
             found = _hits(opened, asked, bar, shares=range(1, 17) if picture else (2, 4, 8))
         if picture is not None:
             _draw(picture, opened, found, title, asked)
-        layers = opened.layers
-    if asked["scope"] == "layer" and not curve:
-        _note_empty(found.select("capacity", "capacity_experts").unique(maintain_order=True).rows(), layers)
+        if asked["scope"] == "layer" and not curve:
+            capacities = found.select("capacity", "capacity_experts").unique(maintain_order=True).rows()
+            _note_empty(capacities, opened.layers)
     if phase is not None:
         found = found.filter(phase=phase)
     if form == "json":

@@ -135,7 +135,7 @@ def test_more_experts_of_the_same_logits():
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_impossible_seed_is_refused(seed):
-    with pytest.raises(UsageError, match="--seed"):
+    with pytest.raises(UsageError, match="seed"):
         ProfileDrawer(a_profile(), seed)
 
 
