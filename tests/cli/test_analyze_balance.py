@@ -124,7 +124,7 @@ def test_errors_are_one_sentence(run, tmp_path):
         ((MIXTRAL, "--placement", "best"), 2, "there is no placement 'best'"),
         ((MIXTRAL, "--units", 0), 2, "units are 0: give 1 to 4096"),
         ((MIXTRAL, "--units", 3, "--redundant", 2), 2, "cannot share equally: give 4 redundant ones"),
-        ((MIXTRAL, "--frame", "summary"), 2, "--frame is for --format csv"),
+        ((MIXTRAL, "--frame", "summary"), 2, "--frame goes with --format csv"),
         ((MIXTRAL, "--window", 160), 2, "the window is 160 steps"),
         ((MIXTRAL, "--system", "none"), 2, "none"),
         ((MIXTRAL, "--system", "edge-ndp", "--set", "system.ndp.units=0"), 2, "ndp.units"),
