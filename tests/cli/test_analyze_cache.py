@@ -98,6 +98,15 @@ def test_a_trace_of_counts_is_refused(run, tmp_path):
     assert (code, out) == (1, "") and "holds only counts of ids (/counts)" in err
 
 
+def test_a_picture_does_not_replace_a_spec(run, tmp_path):
+    spec = tmp_path / "a.html"
+    spec.write_text("name = 'some'\n")
+    for option in ("--system", "--model"):
+        code, out, err = run(TINY, option, spec, "--plot", spec)
+        assert (code, out) == (2, "") and "a.html is what is read" in err
+    assert spec.read_text() == "name = 'some'\n"
+
+
 def test_help_names_what_there_is():
     assert list(POLICIES) == list(analyze_cache.POLICIES)
     options = {option.name: option for option in analyze_cache.command.params}
