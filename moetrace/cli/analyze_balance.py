@@ -124,11 +124,13 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
 
 def _check_outputs(trace: Path, out: Path | None, picture: Path | None, asked: dict[str, Any]) -> None:
     """Refuse at once what would only fail after the work."""
-    from moetrace.trace.atomic import real_path
+    from moetrace.trace.atomic import keep_inputs, real_path
 
     files = [path for path in (trace, *asked["files"], out, picture) if path is not None]
     if len({real_path(path) for path in files}) < len(files):
         raise UsageError("the trace, --plan, --export and --plot must be different files.")
+    for written in (path for path in (out, picture) if path is not None):
+        keep_inputs(written, [Path(spec) for spec in (asked["system"], asked["model"]) if spec])
     if out is not None:
         from moetrace.analyze.plan_files import form_of
 

@@ -73,7 +73,7 @@ def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Pat
     from moetrace.trace import Trace
 
     _check_options(curve, asked)
-    _check_picture(trace, picture, curve)
+    _check_picture(trace, picture, curve, asked)
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.cli.cache_table import print_cache, print_curve, title_of
 
@@ -120,12 +120,12 @@ def _check_options(curve: bool, asked: dict[str, Any]) -> None:
         raise UsageError("--threads is for --curve --scope layer.")
 
 
-def _check_picture(trace: Path, picture: Path | None, curve: bool) -> None:
+def _check_picture(trace: Path, picture: Path | None, curve: bool, asked: dict[str, Any]) -> None:
     """Refuse at once what would only fail after the work."""
     if picture is None:
         return
     from moetrace.results.picture import FORMS, check_can_plot
-    from moetrace.trace.atomic import real_path
+    from moetrace.trace.atomic import keep_inputs, real_path
 
     if curve:
         raise UsageError("--plot draws the whole curve of LRU beside the other policies: leave out --curve.")
@@ -133,6 +133,7 @@ def _check_picture(trace: Path, picture: Path | None, curve: bool) -> None:
         raise UsageError(f"--plot {picture}: the name must end with .png or .html.")
     if real_path(picture) == real_path(trace):
         raise UsageError("the trace and --plot FILE must be different files.")
+    keep_inputs(picture, [Path(spec) for spec in (asked["system"], asked["model"]) if spec])
     check_can_plot()
 
 

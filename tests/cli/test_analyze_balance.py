@@ -165,5 +165,14 @@ def test_units_and_model_are_the_system_s_and_the_trace_s_unless_told(run):
     assert moved[0] == 2 * moved[1] > 0
 
 
+def test_a_picture_does_not_replace_a_spec(run, tmp_path):
+    spec = tmp_path / "a.html"
+    spec.write_text("name = 'some'\n")
+    for option in ("--system", "--model"):
+        code, out, err = run(MIXTRAL, option, spec, "--plot", spec)
+        assert (code, out) == (2, "") and "a.html is what is read" in err
+    assert spec.read_text() == "name = 'some'\n"
+
+
 def test_help_names_what_there_is():
     assert set(analyze_balance.PLACEMENTS) == {*PLACEMENTS, "tp:g"} and analyze_balance.FRAMES == library.FRAMES

@@ -59,11 +59,6 @@ def test_a_capacity_that_leaves_a_layer_nothing_is_noted(run):
     assert run(*arguments)[2] == ""
 
 
-def test_a_phase_without_steps_is_one_sentence(run):
-    said = f"moetrace: {TINY} has no mixed steps to look at.\n"
-    assert run(TINY, "--capacity", "24", "--policy", "lru", "--phase", "mixed") == (1, "", said)
-
-
 def test_without_a_capacity_it_is_an_eighth_a_quarter_and_a_half(run):
     rows = json.loads(run(TINY, "--policy", "lru", "--policy", "lru", "--phase", "all", "--format", "json")[1])
     assert [row["capacity_experts"] for row in rows] == [24, 48, 96]
@@ -100,6 +95,15 @@ def test_a_trace_of_counts_is_refused(run, tmp_path):
         writer.append_counts(np.array([[[1, 2, 1]]]), np.array([4]), np.array([1], np.uint8))
     code, out, err = run(tmp_path / "a.h5", "--capacity", 2)
     assert (code, out) == (1, "") and "holds only counts of ids (/counts)" in err
+
+
+def test_a_picture_does_not_replace_a_spec(run, tmp_path):
+    spec = tmp_path / "a.html"
+    spec.write_text("name = 'some'\n")
+    for option in ("--system", "--model"):
+        code, out, err = run(TINY, option, spec, "--plot", spec)
+        assert (code, out) == (2, "") and "a.html is what is read" in err
+    assert spec.read_text() == "name = 'some'\n"
 
 
 def test_help_names_what_there_is():
