@@ -29,17 +29,20 @@ class Accesses(NamedTuple):
     rows: int
     row: np.ndarray  # int32 [n]: the row of these that made each choice (at once: the last one); [0] if not asked for
     request: np.ndarray  # int32 [rows]
+    row_choices: int  # how many, all different, each row made in each layer, one after another; 0 if some made fewer
 
 
-def accesses(trace: Trace, *, sequential: bool, recorded: bool = False, rows: bool = False) -> Iterator[Accesses]:
-    """Yield the accesses of a trace, some MB at a time.
+def accesses(
+    trace: Trace, *, sequential: bool, recorded: bool = False, rows: bool = False, block_rows: int | None = None
+) -> Iterator[Accesses]:
+    """Yield the accesses of a trace, some MB (or, in whole steps, about so many rows) at a time.
 
     With `recorded` they bring what the engine recorded of its own residency, with `rows` the row of each.
 
     Raises MoetraceError (file, dataset, row) if an id or a recorded residency is impossible.
     """
     done = 0
-    for block in trace.blocks():
+    for block in trace.blocks(block_rows):
         first = int(trace.offset[block.first_step])
         record = np.zeros((0, 0, 0), np.uint8)
         if recorded:
@@ -66,7 +69,8 @@ def _accesses(trace: Trace, block: Block, record: np.ndarray, sequential: bool, 
     phase = trace.phase[block.first_step : block.first_step + block.steps]
     found = [array[: bounds[-1]] for array in (key, out, row)]
     request = np.ascontiguousarray(block.request, np.int32)
-    return Accesses(0, found[0], bounds, found[1], phase, request.size, found[2], request)
+    row_choices = trace.top_k if sequential and bounds[-1] == key.size else 0
+    return Accesses(0, found[0], bounds, found[1], phase, request.size, found[2], request, row_choices)
 
 
 @kernel(inline=False)

@@ -159,7 +159,7 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch, sequential):
     trace = Trace.from_arrays(**small_trace(3, steps=40))
     whole = cache_hits(trace, ["80B", 4], GENERAL, sequential=sequential)
     blocks = trace.blocks
-    monkeypatch.setattr(trace, "blocks", lambda: blocks(rows=2))
+    monkeypatch.setattr(trace, "blocks", lambda *_, **__: blocks(rows=2))
     assert len(list(trace.blocks())) > 10
     assert cache_hits(trace, ["80B", 4], GENERAL, sequential=sequential).equals(whole)
     monkeypatch.setattr(look_ahead, "_IN_MEMORY_BYTES", 64)  # the tables go to a file
@@ -247,7 +247,7 @@ def test_distinct_experts_come_in_the_order_of_their_last_choices():
 def test_next_uses(seed, rows):
     trace = Trace.from_arrays(**small_trace(seed))
     blocks = trace.blocks
-    trace.blocks = lambda: blocks(rows=rows)
+    trace.blocks = lambda *_, **__: blocks(rows=rows)
     order = [int(key) for block in accesses(trace, sequential=True) for key in block.key]
     expected = [
         next((j for j in range(i + 1, len(order)) if order[j] == key), NEVER - i) for i, key in enumerate(order)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moetrace.analyze.accesses import accesses
 from moetrace.analyze.cache import cache_hits
 from moetrace.analyze.caches import stack
 from moetrace.analyze.hit_curve import lru_curve
@@ -44,7 +45,7 @@ def routing(seed: int, layers: int, experts: int, top_k: int, rows: int = 40, mo
 def test_the_curve_is_what_caches_of_one_capacity_hit(seed, layers, experts, scope, sequential, threads, rows):
     trace = routing(seed, layers, experts, min(experts, 3))
     blocks = trace.blocks
-    trace.blocks = lambda: blocks(rows=rows)
+    trace.blocks = lambda *_, **__: blocks(rows=rows)
     curve = lru_curve(trace, scope=scope, sequential=sequential, threads=threads)
     capacities = curve.filter(phase="all")["capacity_experts"].to_list()
     pools = layers if scope == "layer" else 1
@@ -70,6 +71,49 @@ def generate_trace_of(experts: int) -> Trace:
     rng = np.random.default_rng(experts)
     ids = np.argsort(rng.random((200, 5, experts)) ** 3 * np.arange(1, experts + 1), axis=2)[:, :, :8]
     return Trace.from_arrays(ids.astype(np.uint16), num_experts=experts, expert_bytes=np.ones((5, experts), int))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    layers=st.integers(1, 17),
+    experts=st.sampled_from([16, 64, 255, 256, 257]),
+    top_k=st.sampled_from([8, 16]),
+    most=st.integers(1, 4),
+    rows=st.sampled_from([1, 4, None]),
+)
+def test_distances_of_groups_are_those_of_one_access_after_another(seed, layers, experts, top_k, most, rows):
+    """Of rows that lack no choice; some experts are seldom or never chosen."""
+    rng = np.random.default_rng(seed)
+    steps = rng.integers(1, most + 1, 60)
+    worth = rng.random((int(steps.sum()), layers, experts)) ** 2 * np.arange(1, experts + 1)
+    ids = np.argsort(worth, axis=2)[:, :, :top_k].astype(np.uint16)
+    trace = Trace.from_arrays(ids, num_experts=experts, steps=steps, expert_bytes=np.ones((layers, experts), int))
+    blocks = trace.blocks
+    trace.blocks = lambda *_, **__: blocks(rows=rows)
+    stacks = [stack.layer_stacks(layers, experts) for _ in range(2)]
+    recent: list[list[int]] = [[] for _ in range(layers)]  # what was touched, last first
+    for block in accesses(trace, sequential=True):
+        assert block.row_choices == top_k
+        found = [np.empty(block.key.size, np.int16) for _ in stacks]
+        for split in ((0, layers // 2), (layers // 2, layers)):
+            stack.layer_distances(stacks[0], block, experts, split, True, found[0])
+        stack.layer_distances(stacks[1], block._replace(row_choices=0), experts, (0, layers), True, found[1])
+        expected = []
+        for key in block.key.tolist():
+            order = recent[key // experts]
+            expected.append(order.index(key) if key in order else experts)
+            order[:] = [key, *(other for other in order if other != key)]
+        assert found[0].tolist() == expected
+        assert found[1].tolist() == expected
+
+
+def test_a_row_that_lacks_a_choice_forms_no_group():
+    ids = np.array([[[0, 1, 2, 3, 4, 5, 6, 7]], [[0, 1, 2, 3, 4, 5, 6, 255]], [[7, 1, 2, 3, 4, 5, 6, 0]]], np.uint8)
+    trace = Trace.from_arrays(ids, num_experts=8, expert_bytes=np.ones((1, 8), int))
+    assert [block.row_choices for block in accesses(trace, sequential=True)] == [0]
+    hits = lru_curve(trace, scope="layer", sequential=True).filter(phase="all")["hits"].to_list()
+    assert hits == lru_curve(trace, scope="global", sequential=True).filter(phase="all")["hits"].to_list()
 
 
 def test_moments_are_renumbered_often_enough():

@@ -111,7 +111,7 @@ def test_predictors_agree_with_the_oracle(seed, predictor, capacity, most, ahead
     given = some_trace(seed)
     trace = Trace.from_arrays(**given)
     blocks = trace.blocks
-    trace.blocks = lambda: blocks(rows=rows)
+    trace.blocks = lambda *_, **__: blocks(rows=rows)
     found = prefetch_value(trace, capacity, [predictor], most=most, ahead=ahead).row(0, named=True)
     named, correct, demanded, misses, covered, fetched, wasted = simulate(given, predictor, capacity, most, ahead)
     columns = ("named", "demanded", "misses", "covered_misses", "prefetched_bytes", "wasted_bytes")

@@ -21,6 +21,7 @@ MAX_EXPERTS = np.iinfo(np.int16).max  # of a layer, whose distances are int16
 # has nothing before or after it: 128 experts take 3.4 ns an access, not 4.5.
 _LANES = 128
 _TOGETHER = 8  # layers
+_GROUP = 8  # experts of a row that are touched in one pass over their layer's stack
 _WORD = 64  # bits
 
 
@@ -72,7 +73,11 @@ def layer_distances(
 
     Parts that do not overlap may be worked on by several threads.
     """
-    walk = _walk_layers if sequential else _walk_layers_at_once
+    # Groups of any other size would have to be filled up, which is slower than one by one.
+    if sequential and block.row_choices and block.row_choices % _GROUP == 0:
+        walk = _walk_groups
+    else:
+        walk = _walk_layers if sequential else _walk_layers_at_once
     walk(stacks, block.key, block.bounds, experts, part, distance)
 
 
@@ -88,16 +93,20 @@ def count_distances(
 
     A pass of its own over a buffer of distances: within the walks a histogram costs twice as much.
     """
-    _count(distance, block.bounds, block.phase, layers, part, count)
+    _count(distance, block.bounds, block.phase, layers, part, count.reshape(len(count), -1), count.shape[2])
 
 
 @kernel(inline=False)
-def _count(distance, bounds, phase, layers, part, count):
+def _count(distance, bounds, phase, layers, part, count, width):
+    """Add to count [phases, layers * width]. Indices are unsigned, as signed ones are tested each: 0.3 ns, not 0.6."""
     for step in range(phase.size):
+        of, first = count[phase[step]], step * layers
+        at = np.uint64(bounds[first + part[0]])
         for layer in range(part[0], part[1]):
-            of = count[phase[step], layer]
-            for i in range(bounds[step * layers + layer], bounds[step * layers + layer + 1]):
-                of[distance[i]] += 1
+            own, stop = np.uint64(layer * width), np.uint64(bounds[first + layer + 1])
+            while at < stop:
+                of[own + np.uint64(distance[at])] += 1
+                at += np.uint64(1)
 
 
 @kernel
@@ -149,6 +158,76 @@ def _walk_layers(stacks, key, bounds, experts, part, distance):
             for layer in range(first, last):
                 for at in range(bounds[step * layers + layer], bounds[step * layers + layer + 1]):
                     distance[at] = _touch_layer(stacks, layer, experts, key[at] - layer * experts)
+
+
+@kernel
+def _touch_group(stacks, layer, experts, key, start, distance):
+    """Touch eight different experts, one after another, in one pass over their stack; set their distances.
+
+    Each lay where it did before the first of them, and one lower for each touched before it that came from below it.
+    """
+    place, first = stacks.place[layer], np.uint32(layer * experts)
+    # Unsigned, as a signed index may be negative, which is tested for each time: 2.0 ns an access, not 2.3.
+    at_a = np.uint32(key[start]) - first
+    at_b = np.uint32(key[start + 1]) - first
+    at_c = np.uint32(key[start + 2]) - first
+    at_d = np.uint32(key[start + 3]) - first
+    at_e = np.uint32(key[start + 4]) - first
+    at_f = np.uint32(key[start + 5]) - first
+    at_g = np.uint32(key[start + 6]) - first
+    at_h = np.uint32(key[start + 7]) - first
+    a, b, c, d = place[at_a], place[at_b], place[at_c], place[at_d]
+    e, f, g, h = place[at_e], place[at_f], place[at_g], place[at_h]
+    distance[start] = a
+    distance[start + 1] = b + (a > b)
+    distance[start + 2] = c + (a > c) + (b > c)
+    distance[start + 3] = d + (a > d) + (b > d) + (c > d)
+    distance[start + 4] = e + (a > e) + (b > e) + (c > e) + (d > e)
+    distance[start + 5] = f + (a > f) + (b > f) + (c > f) + (d > f) + (e > f)
+    distance[start + 6] = g + (a > g) + (b > g) + (c > g) + (d > g) + (e > g) + (f > g)
+    distance[start + 7] = h + (a > h) + (b > h) + (c > h) + (d > h) + (e > h) + (f > h) + (g > h)
+    if stacks.seen[layer] < experts:
+        _mark_new(stacks, layer, experts, key, start, distance)
+    for lane in range(0, place.size, _LANES):
+        lanes = place[lane : lane + _LANES]
+        for other in range(_LANES):
+            x = lanes[other]
+            lanes[other] = x + (x < a) + (x < b) + (x < c) + (x < d) + (x < e) + (x < f) + (x < g) + (x < h)
+    place[at_a] = 7
+    place[at_b] = 6
+    place[at_c] = 5
+    place[at_d] = 4
+    place[at_e] = 3
+    place[at_f] = 2
+    place[at_g] = 1
+    place[at_h] = 0
+
+
+@kernel
+def _mark_new(stacks, layer, experts, key, start, distance):
+    """Give those of a group that is about to be touched for the first time the distance of first accesses."""
+    seen = stacks.seen[layer]
+    for i in range(start, start + _GROUP):
+        if stacks.place[layer, key[i] - layer * experts] >= seen:
+            distance[i] = experts
+            stacks.seen[layer] += 1
+
+
+@kernel(inline=False)
+def _walk_groups(stacks, key, bounds, experts, part, distance):
+    """As `_walk_layers`, where all layers have as many accesses in a step, in groups of eight different experts.
+
+    Per access 2.0 ns with 128 experts and 2.1 with 256, one by one 2.7 and 3.4.
+    """
+    layers = stacks.seen.size
+    for step in range((bounds.size - 1) // layers):
+        length = bounds[step * layers + 1] - bounds[step * layers]
+        for first in range(part[0], part[1], _TOGETHER):
+            last = min(first + _TOGETHER, part[1])
+            for group in range(0, length, _GROUP):
+                for layer in range(first, last):
+                    start = bounds[step * layers + layer] + group
+                    _touch_group(stacks, layer, experts, key, start, distance)
 
 
 @kernel(inline=False)
