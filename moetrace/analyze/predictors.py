@@ -51,6 +51,16 @@ class Costs(NamedTuple):
     dense_s: float  # the same for what else a layer has
 
 
+class Routing(NamedTuple):
+    """What a block of whole steps chose."""
+
+    experts: np.ndarray  # uint8 | uint16 [rows, layers, k]
+    offset: np.ndarray  # int64 [steps + 1]
+    half: np.ndarray  # uint8 [rows]: which half of the requests
+    absent: int
+    first_step: int
+
+
 class Scratch(NamedTuple):
     """What is of one event only, and a clock, in seconds of computing."""
 
@@ -83,16 +93,12 @@ def replay_predictor(
     costs: Costs,
     scratch: Scratch,
     block: Accesses,
-    routing: tuple[np.ndarray, np.ndarray, np.ndarray, int, int],
+    routing: Routing,
     totals: np.ndarray,
 ) -> None:
-    """Let a predictor name experts for each event of a block, and add what came of it to totals int64 [phases, 8].
-
-    routing is experts [rows, layers, k], offset int64 [steps + 1], half uint8 [rows], the absent id and the number of
-    the block's first step.
-    """
+    """Let a predictor name experts for each event of a block, and add what came of it to totals int64 [phases, 8]."""
     hit = np.empty(block.key.size, np.uint8)
-    _replay(predictor, cache, costs, scratch, block, *routing, hit, totals)
+    _replay(predictor, cache, costs, scratch, block, routing, hit, totals)
 
 
 @kernel(inline=False)
@@ -110,21 +116,21 @@ def _learn(count, experts, half, absent, ahead):
 
 
 @kernel(inline=False)
-def _replay(predictor, cache, costs, scratch, block, experts, offset, half, absent, first_step, hit, totals):
+def _replay(predictor, cache, costs, scratch, block, routing, hit, totals):
     layers, count = predictor.score.shape
     for event in range(block.bounds.size - 1):
         step, layer = event // layers, event % layers
         start, stop = block.bounds[event], block.bounds[event + 1]
         number = block.first + start
-        turn = (first_step * layers + event) % scratch.spoke_s.size
+        turn = (routing.first_step * layers + event) % scratch.spoke_s.size
         if layer == 0:
             _next_step(predictor)
         if predictor.kind == TRANSITION:
-            _score_transitions(predictor, scratch, experts, offset, half, absent, step, layer)
+            _score_transitions(predictor, scratch, routing, step, layer)
         elif predictor.kind == SCORED:
             for expert in range(count):
                 scratch.score[expert] = predictor.score[layer, expert]
-        names = _name(predictor, scratch, block, layer, start, stop, first_step + step)
+        names = _name(predictor, scratch, block, layer, start, stop, routing.first_step + step)
         if start < stop:
             of = totals[block.phase[step]]
             _fetch(cache, costs, scratch, layer * count, names, number, turn, of)
@@ -145,16 +151,16 @@ def _next_step(predictor):
 
 
 @kernel
-def _score_transitions(predictor, scratch, experts, offset, half, absent, step, layer):
+def _score_transitions(predictor, scratch, routing, step, layer):
     for expert in range(scratch.score.size):
         scratch.score[expert] = 0.0
     if layer < predictor.ahead:
         return
-    for row in range(offset[step], offset[step + 1]):
-        for slot in range(experts.shape[2]):
-            before = np.int64(experts[row, layer - predictor.ahead, slot])
-            if before != absent:
-                share = predictor.share[1 - half[row], layer, before]
+    for row in range(routing.offset[step], routing.offset[step + 1]):
+        for slot in range(routing.experts.shape[2]):
+            before = np.int64(routing.experts[row, layer - predictor.ahead, slot])
+            if before != routing.absent:
+                share = predictor.share[1 - routing.half[row], layer, before]
                 for expert in range(scratch.score.size):
                     scratch.score[expert] += share[expert]
 

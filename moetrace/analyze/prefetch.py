@@ -100,7 +100,7 @@ def prefetch_value(
     whole = accesses(trace, sequential=False, recorded="recorded" in names)
     for routed, block in zip(_checked(trace), whole, strict=True):
         offset = np.ascontiguousarray(routed.offset, np.int64)
-        routing = (routed.experts, offset, _half(block.request), absent, routed.first_step)
+        routing = predictors.Routing(routed.experts, offset, _half(block.request), absent, routed.first_step)
         for predictor, cache, scratch, totals in runs.values():
             predictors.replay_predictor(predictor, cache, costs, scratch, block, routing, totals)
         if progress is not None:

@@ -1,6 +1,5 @@
 """The table of `moetrace analyze locality`: a row for each layer, in as many parts as the terminal's width asks for."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
@@ -104,9 +103,10 @@ def _parts(
 
 def _cells(column: _Column, values: list[float | None], spread: dict[str, Any]) -> list[str]:
     factor, places = (100, 1) if column.percent else (1, column.places)
-    cell: Callable[[float | None, int], str] = lambda value, digits: (  # noqa: E731
-        "-" if value is None else f"{round(factor * value, digits) + 0.0:,.{digits}f}"
-    )
+
+    def cell(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{round(factor * value, digits) + 0.0:,.{digits}f}"
+
     # What is whole in every layer need not be so in the mean or the median.
     finer = {how: max(places, 1) if how in ("mean", "median") else places for how in _SPREAD}
     return [*(cell(value, places) for value in values), *(cell(spread[how], finer[how]) for how in _SPREAD)]
