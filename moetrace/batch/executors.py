@@ -141,13 +141,14 @@ def _begin_worker() -> None:
 
 
 @contextlib.contextmanager
-def dask_farm(address: str) -> Iterator[tuple[Farm, str]]:
+def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
     """Yield a Dask cluster as a farm, and the link of its dashboard; lost workers' tasks are run again, three times.
 
     Raises MoetraceError if `distributed` is missing, no scheduler answers or it has no workers.
     """
     try:
         import distributed
+        from distributed.comm import CommClosedError
     except ImportError:
         raise MoetraceError("--dask needs distributed: pip install 'moetrace[dask]'.") from None
     try:
@@ -156,7 +157,7 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str]]:
         why = str(error).partition("\n")[0] or type(error).__name__
         raise MoetraceError(f"No Dask scheduler answers at {address} ({why.rstrip('.')}): is it running?") from None
     with client:
-        threads = sum(client.nthreads().values())
+        threads = sum(dict(client.nthreads()).values())  # pyright: ignore
         if threads == 0:
             raise MoetraceError(f"The Dask scheduler at {address} has no workers: start some with dask worker.")
         farm = Farm(lambda: client.get_executor(retries=ATTEMPTS), threads, 2 * threads, f"on Dask at {address}")
@@ -168,6 +169,6 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str]]:
                 "command goes on from there."
             ) from None
         except (OSError, distributed.CancelledError) as error:
-            if isinstance(error, OSError) and not isinstance(error, distributed.comm.CommClosedError):
+            if isinstance(error, OSError) and not isinstance(error, CommClosedError):
                 raise
             raise MoetraceError(f"The Dask scheduler at {address} went away; finished cells are kept.") from None
