@@ -148,7 +148,7 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
     """
     try:
         import distributed
-        from distributed.comm import CommClosedError
+        from distributed.comm.core import CommClosedError
     except ImportError:
         raise MoetraceError("--dask needs distributed: pip install 'moetrace[dask]'.") from None
     try:
