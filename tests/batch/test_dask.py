@@ -37,6 +37,7 @@ def test_a_killed_worker_loses_no_cell(cluster, small, tmp_path):
     (tmp_path / "dies.py").write_text(KILLS.format(flag=str(tmp_path / "flag"), times=1))
     grid = {"trace": small, "policy": ["monde", str(tmp_path / "dies.py:dies")], "slots": [0, 4]}
     found = mt.sweep(grid, tmp_path / "dask", dask=cluster.scheduler_address)
+    assert (tmp_path / "flag").exists()
     assert (found.computed, found.failed) == (4, {})
     assert files(tmp_path / "dask") == files_of(grid, tmp_path / "here")
 

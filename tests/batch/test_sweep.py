@@ -43,7 +43,7 @@ def test_cells_are_what_their_replays_are(small, tmp_path):
         "system": ["edge-ndp", "h100-dimm-ndp"],
         "policy": ["monde", "edge-ndp"],
         "slots": [8, 48],
-        "set": {"system": {"ndp": {"units": [4, 8]}}, "policy": {"edge-ndp": {"half_life": 9}}},
+        "set": {"system": {"ndp": {"units": [4, 8]}}, "policy": {"edge-ndp": {"scope": "global"}}},
         "ignore_capacity": True,
     }
     found = mt.sweep(grid, tmp_path / "out")
@@ -55,7 +55,7 @@ def test_cells_are_what_their_replays_are(small, tmp_path):
             policies=row["policy"],
             slots=row["slots"],
             overrides={"system.ndp.units": row["system.ndp.units"]}
-            | ({"policy.half_life": 9} if row["policy"] == "edge-ndp" else {}),
+            | ({"policy.scope": "global"} if row["policy"] == "edge-ndp" else {}),
             ignore_capacity=True,
         )
         assert found.results[row["name"]] == json.loads(json.dumps(alone.to_dict()))
@@ -234,6 +234,7 @@ def test_a_killed_worker_loses_no_cell(small, tmp_path):
     (tmp_path / "dies.py").write_text(KILLS.format(flag=str(tmp_path / "flag"), times=1))
     grid = {"trace": small, "policy": ["monde", str(tmp_path / "dies.py:dies")], "slots": [0, 1, 2]}
     found = mt.sweep(grid, tmp_path / "out", jobs=2)
+    assert (tmp_path / "flag").exists()
     assert (found.computed, found.failed) == (6, {})
     assert files(tmp_path / "out") == files_of(grid, tmp_path / "alone")
 
@@ -260,8 +261,7 @@ def test_a_killed_sweep_goes_on(small, tmp_path):
     )
     (tmp_path / "s.toml").write_text(f'trace = "{small}"\npolicy = ["monde", "slow.py:slow"]\nslots = [1, 2, 3]\n')
     process = subprocess.Popen(
-        [sys.executable, "-m", "moetrace", "sweep", str(tmp_path / "s.toml"), "-o", str(tmp_path / "out")]
-        + ["--jobs", "2"],
+        [sys.executable, "-m", "moetrace", "sweep", tmp_path / "s.toml", "-o", tmp_path / "out", "--jobs", "2"],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -376,7 +376,7 @@ def test_refused_options(options, words):
 
 
 def test_an_unknown_policy_of_a_field_is_named(small):
-    with pytest.raises(mt.UsageError, match="no policy of the sweep is called 'edge' .the nearest is 'edge-ndp'"):
+    with pytest.raises(mt.UsageError, match=r"no policy of the sweep is called 'edge' .the nearest is 'edge-ndp'"):
         mt.sweep({"trace": small, "set": {"policy.edge.scope": "global"}})
 
 
