@@ -4,7 +4,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -38,6 +38,7 @@ class _Sweep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     zip: list[dict[str, Any]] = []
     ignore_capacity: bool = False
     pareto: str = "gpu_memory_bytes"
+    search: dict[str, Any] | None = None
 
 
 class Axis(NamedTuple):
@@ -54,6 +55,41 @@ class Point(NamedTuple):
     name: str  # the labels of its axes, joined by "/"
     values: dict[str, Any]  # of every field that is given
     labels: dict[str, str | int | float | bool]  # of every axis, and of trace, system and policy
+
+
+class Space(NamedTuple):
+    """The axes of a sweep, before any combination of their values is made."""
+
+    where: str
+    folder: Path  # that relative paths are seen from
+    axes: list[Axis]
+    labels: dict[str, list[Any]]  # of the values of each field, in their axis' order
+    ignore_capacity: bool
+    pareto: str
+    search: dict[str, Any] | None  # the table of that name
+
+    @property
+    def size(self) -> int:
+        """How many combinations there are."""
+        return math.prod(len(axis.values) for axis in self.axes)
+
+    @property
+    def listed(self) -> dict[str, list[Any]]:
+        """Label of each value, for the fields of axes that are lists."""
+        fields = [field for axis in self.axes if axis.listed for field in axis.fields]
+        return {field: list(dict.fromkeys(self.labels[field])) for field in fields}
+
+    def point(self, row: Sequence[int], also: Mapping[str, int | float] | None = None) -> Point:
+        """The combination that takes value `row[i]` of axis i, and beside them `also`, by field."""
+        also = also or {}
+        values, labels = {}, {}
+        for axis, at in zip(self.axes, row, strict=True):
+            for field, value in zip(axis.fields, axis.values[at], strict=True):
+                values[field] = _placed(field, value, self.folder)
+                if axis.listed or field in SOURCES:
+                    labels[field] = self.labels[field][at]
+        labels |= also
+        return Point("/".join(_part(field, label) for field, label in labels.items()), values | also, labels)
 
 
 class Grid(NamedTuple):
@@ -76,6 +112,21 @@ def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
     MoetraceError
         A file that cannot be read or is not TOML.
     """
+    space = load_space(source)
+    where = space.where
+    if space.search is not None:
+        raise UsageError(f"{where} has a [search] table: search with --search, or leave the table out.")
+    if space.size > MAX_POINTS:
+        raise UsageError(f"{where} spans {space.size:,} cells, and a sweep has at most {MAX_POINTS:,}: split it.")
+    points = [space.point(row) for row in itertools.product(*(range(len(axis.values)) for axis in space.axes))]
+    twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
+    if twice:
+        raise UsageError(f"{where} names {twice[0]} more than once: each value of an axis, or row of a zip, wants one.")
+    return Grid(where, space.listed, points, space.ignore_capacity, space.pareto)
+
+
+def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
+    """Read the axes of a sweep. Raises as `load_grid` does."""
     if isinstance(source, Mapping):
         folder, where = Path.cwd(), "the sweep"
         raw = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in source.items()}
@@ -88,16 +139,8 @@ def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
         raise UsageError(f"{where}: pareto wants one of {', '.join(FRONTS)}{near}, got {sweep.pareto!r}.")
     axes = _axes(sweep, where)
     _check_once(axes, where)
-    count = math.prod(len(axis.values) for axis in axes)
-    if count > MAX_POINTS:
-        raise UsageError(f"{where} spans {count:,} cells, and a sweep has at most {MAX_POINTS:,}: split it.")
     labels = {field: _labels(field, values, where) for axis in axes for field, values in _columns(axis)}
-    points = list(_points(axes, labels, folder))
-    twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
-    if twice:
-        raise UsageError(f"{where} names {twice[0]} more than once: each value of an axis, or row of a zip, wants one.")
-    listed = {field: list(dict.fromkeys(labels[field])) for axis in axes if axis.listed for field, _ in _columns(axis)}
-    return Grid(where, listed, points, sweep.ignore_capacity, sweep.pareto)
+    return Space(where, folder, axes, labels, sweep.ignore_capacity, sweep.pareto, sweep.search)
 
 
 def _axes(sweep: _Sweep, where: str) -> list[Axis]:
@@ -111,7 +154,7 @@ def _axes(sweep: _Sweep, where: str) -> list[Axis]:
     if given["trace"] is None and "trace" not in in_zip:
         raise UsageError(f'{where}: trace is missing: name the file, as in trace = "trace.h5".')
     single = [_axis(kind, value, where) for kind, value in given.items() if value is not None]
-    single += [_axis(field, value, where) for field, value in _flat(sweep.set, "set", where).items()]
+    single += [_axis(field, value, where) for field, value in flat_paths(sweep.set, "set", where).items()]
     order = {kind: rank for rank, kind in enumerate(KINDS)}
     return sorted([*single, *zipped], key=lambda axis: min(order.get(field, len(KINDS)) for field in axis.fields))
 
@@ -132,7 +175,7 @@ def _zip(table: dict[str, Any], where: str) -> Axis:
     inner = table.get("set", {})
     if not isinstance(inner, dict):
         raise UsageError(f"{where}: set wants a table, as in set.system.ndp.units = [2, 4].")
-    given = {key: value for key, value in table.items() if key != "set"} | _flat(inner, "set", where)
+    given = {key: value for key, value in table.items() if key != "set"} | flat_paths(inner, "set", where)
     if len(given) < 2:
         raise UsageError(f"{where} wants two axes or more that change together, got {len(given)}.")
     axes = [_axis(field, value, where) for field, value in given.items()]
@@ -152,7 +195,7 @@ def _either() -> str:
     return ", ".join((*KINDS, "set"))
 
 
-def _flat(table: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:
+def flat_paths(table: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:
     """Paths like `system.ndp.units` of the values in nested tables, each known to be the path of a field."""
     found: dict[str, Any] = {}
 
@@ -239,17 +282,6 @@ def _label(field: str, value: Any) -> Any:
         named = last.removesuffix(".toml") if field != "trace" else last.removesuffix(".h5").removesuffix(".hdf5")
         return printable(named.removesuffix(".csv"))
     return value if isinstance(value, int | float | bool) else str(value).replace("/", "-")
-
-
-def _points(axes: list[Axis], labels: Mapping[str, list[Any]], folder: Path) -> Iterator[Point]:
-    fields = [field for axis in axes for field in axis.fields]
-    shown = [field for axis in axes for field in axis.fields if axis.listed or field in SOURCES]
-    for row in itertools.product(*(range(len(axis.values)) for axis in axes)):
-        values = [value for axis, at in zip(axes, row, strict=True) for value in axis.values[at]]
-        label = {field: labels[field][at] for axis, at in zip(axes, row, strict=True) for field in axis.fields}
-        parts = [_part(field, label[field]) for field in shown]
-        placed = {field: _placed(field, value, folder) for field, value in zip(fields, values, strict=True)}
-        yield Point("/".join(parts), placed, {field: label[field] for field in shown})
 
 
 def _part(field: str, label: Any) -> str:

@@ -28,6 +28,7 @@ class Task(NamedTuple):
     trace_sha256: str
     needs: Needs
     cells: list[tuple[str, Setup, dict[str, str]]]  # key, what to replay, digest of each file that it names
+    steps: int | None = None  # the first ones alone
     moetrace: str = __version__
     engine: str = engine_fingerprint()
 
@@ -111,19 +112,20 @@ class _LastDecoded:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._key: tuple[str, str, Needs] | None = None
+        self._key: tuple[str, str, Needs, int | None] | None = None
         self._decoded: Decoded | None = None
 
     def get(self, task: Task) -> Decoded:
-        key = (task.trace, task.trace_sha256, task.needs)
+        key = (task.trace, task.trace_sha256, task.needs, task.steps)
         with self._lock:
             if self._key != key or self._decoded is None:
                 self._key = self._decoded = None  # before the next takes memory
                 trace = Trace.open(task.trace)
                 if (trace.content_sha256 or trace.hash_content()) != task.trace_sha256:
                     raise MoetraceError(f"{task.trace} was changed while the sweep ran, or differs on a worker.")
-                self._decoded, self._key = Decoded(trace, task.needs, KEEP_BYTES), key
-                if is_kept(trace, task.needs):
+                part = trace if task.steps is None else trace.head(task.steps)
+                self._decoded, self._key = Decoded(part, task.needs, KEEP_BYTES), key
+                if is_kept(part, task.needs):
                     trace.close()
             return self._decoded
 
