@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.fit import fit_profile
     from moetrace.analyze.locality import Locality, locality
     from moetrace.analyze.plans import Tier
+    from moetrace.batch.gate import Gate, gate
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
     from moetrace.spec import (
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Balance",
     "Finding",
+    "Gate",
     "Hints",
     "Locality",
     "Model",
@@ -51,6 +53,7 @@ __all__ = [
     "cache_hits",
     "export",
     "fit_profile",
+    "gate",
     "generate",
     "generate_trace",
     "import_traces",
@@ -73,6 +76,7 @@ _HOMES = {
     "moetrace.analyze.fit": ("fit_profile",),
     "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.analyze.plans": ("Tier",),
+    "moetrace.batch.gate": ("Gate", "gate"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
     "moetrace.spec": (
