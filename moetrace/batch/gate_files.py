@@ -51,7 +51,7 @@ def markdown(gate: Gate) -> str:
     """Return a table of the cells that are not the same, the gravest first, in GitHub's Markdown."""
     head = "accepted" if gate.updated else "passed" if gate.passed else "failed"
     lines = [f"### moetrace gate: {head}", "", f"{gate.counted()}.", ""]
-    shown = sorted(
+    listed = sorted(
         (cell for cell in gate.cells if cell.verdict != "same"), key=lambda cell: VERDICTS.index(cell.verdict)
     )
     if listed:
