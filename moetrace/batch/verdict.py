@@ -91,7 +91,8 @@ def _compared(
         for name in metrics
         if name in was.metrics
     )
-    verdict: Verdict = next((one for one in VERDICTS if any(one == each.verdict for each in moved)), "same")
+    verdicts: list[Verdict] = ["same", *(one.verdict for one in moved)]
+    verdict = min(verdicts, key=VERDICTS.index)
     if kinds and verdict != "worse":
         verdict = "changed"
     why = ""
@@ -136,7 +137,7 @@ def _input_change(kind: str, cell: Measured, was: Input, now: Input, specs: Mapp
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         before, after = dict(_leaves(old)), dict(_leaves(new))
         fields = [key for key in {**before, **after} if key != "name" and before.get(key) != after.get(key)]
-        said = [f"{key} {_value(before.get(key, '-'))} -> {_value(after.get(key, '-'))}" for key in fields]
+        said = [f"{key} {_value(before.get(key))} -> {_value(after.get(key))}" for key in fields]
         if len(said) > _SHOWN_FIELDS:
             said = [*said[:_SHOWN_FIELDS], f"and {len(said) - _SHOWN_FIELDS} more"]
         if said:
