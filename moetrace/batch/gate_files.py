@@ -100,13 +100,15 @@ def percent(share: float | None) -> str:
 def shown(moved: Moved) -> tuple[str, str, str]:
     """Baseline, value and unit for people: ms, GB and %, with as many digits as tell the two apart, five at least."""
     factor, unit = _SHOWN_UNITS.get(METRICS[moved.metric].unit, (1.0, METRICS[moved.metric].unit))
-    several = [None if value is None else factor * value for value in (moved.baseline, moved.value)]
-    before, after = "", ""
-    for digits in range(5, 18):
-        before, after = (_digits(value, digits) for value in several)
-        if before != after or moved.baseline == moved.value:
-            break
-    return before, after, unit
+    before, after = (None if value is None else factor * value for value in (moved.baseline, moved.value))
+    digits = 5
+    if before is not None and after is not None and before != after:
+        digits = next((some for some in range(5, 17) if _rounded(before, some) != _rounded(after, some)), 17)
+    return _digits(before, digits), _digits(after, digits), unit
+
+
+def _rounded(value: float, digits: int) -> str:
+    return f"{value:.{digits - 1}e}"
 
 
 def _digits(value: float | None, digits: int) -> str:
