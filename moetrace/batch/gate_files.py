@@ -58,7 +58,7 @@ def markdown(gate: Gate) -> str:
         lines += ["| cell | verdict | metric | baseline | now | change |", "| --- | --- | --- | ---: | ---: | ---: |"]
     for cell in listed[:_SHOWN_CELLS]:
         verdict = f"{_ICONS[cell.verdict]} {cell.verdict}"
-        moved = [one for one in cell.metrics if one.verdict != "same"]
+        moved = worth_showing(cell)
         why = f"<br>{_text(cell.why)}" if cell.why else ""
         for number, one in enumerate(moved or [None]):
             first = [f"{_text(cell.name)}{why}", verdict] if number == 0 else ["", ""]
@@ -92,6 +92,11 @@ def one_line(cell: Judged) -> str:
     return "; ".join(part for part in (moved, cell.why) if part)
 
 
+def worth_showing(cell: Judged) -> list[Moved]:
+    """The metrics that moved; of a new cell the first one."""
+    return list(cell.metrics[:1]) if cell.verdict == "new" else [one for one in cell.metrics if one.verdict != "same"]
+
+
 def percent(share: float | None) -> str:
     """`+2.81 %`, or nothing; three digits, however small."""
     return "" if share is None else f"{100 * share:+.3g} %"
@@ -113,7 +118,7 @@ def _rounded(value: float, digits: int) -> str:
 
 def _digits(value: float | None, digits: int) -> str:
     if value is None:
-        return "none"
+        return "-"
     if value.is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
     places = digits - 1 - math.floor(math.log10(abs(value)))
@@ -135,7 +140,7 @@ def _said(one: Moved) -> str:
 
 def _figures(one: Moved) -> list[str]:
     before, after, unit = shown(one)
-    sign = "**worse**" if one.verdict == "worse" else one.verdict
+    sign = {"worse": "**worse**", "same": ""}.get(one.verdict, one.verdict)
     return [f"`{one.metric}`", before, f"{after} {unit}".strip(), f"{percent(one.relative)} {sign}".strip()]
 
 

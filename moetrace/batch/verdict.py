@@ -66,13 +66,13 @@ def judge(
             found.append(_compared(cell, was, baseline.specs, tolerances, metrics, where, code))
     there = {cell.name for cell in folder.cells}
     gone = sorted(baseline.cells.keys() - there)
-    return found + [Judged(name, "missing", (), (), "it is in the baseline alone") for name in gone]
+    return found + [Judged(name, "missing", (), (), "in the baseline alone") for name in gone]
 
 
 def _new(cell: Measured, metrics: tuple[str, ...], where: str) -> Judged:
     values = [(name, value_of(cell.figures, name, f"{where}: the cell {cell.name}")) for name in metrics]
     moved = tuple(Moved(name, None, value, None, "same") for name, value in values)
-    return Judged(cell.name, "new", (), moved, "it is not in the baseline")
+    return Judged(cell.name, "new", (), moved, "not in the baseline")
 
 
 def _compared(
@@ -156,5 +156,5 @@ def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 def _value(value: object) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
-    text = "none" if value is None else str(value)
+    text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."

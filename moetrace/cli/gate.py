@@ -164,7 +164,7 @@ def _print(found: "Gate") -> None:
 
 def _rows(cell: Any) -> list[dict[str, str]]:
     """The moved metrics of a cell, a row each; the first one names it."""
-    from moetrace.batch.gate_files import percent, shown
+    from moetrace.batch.gate_files import percent, shown, worth_showing
 
     rows = [
         {
@@ -173,12 +173,12 @@ def _rows(cell: Any) -> list[dict[str, str]]:
             **dict.fromkeys(("metric", "before", "now", "change", "what"), ""),
         }
     ]
-    for number, one in enumerate(one for one in cell.metrics if one.verdict != "same"):
+    for number, one in enumerate(worth_showing(cell)):
         if number:
             rows.append({"cell": "", "verdict": ""})
         before, now, unit = shown(one)
         rows[-1] |= {"metric": one.metric, "before": before, "now": f"{now} {unit}".strip()}
-        rows[-1] |= {"change": percent(one.relative), "what": one.verdict}
+        rows[-1] |= {"change": percent(one.relative), "what": one.verdict if one.verdict != "same" else ""}
     return rows
 
 

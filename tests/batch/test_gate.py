@@ -289,7 +289,7 @@ def test_frames_and_plain_values_say_the_same(tmp_path):
     assert repr(found) == "<Gate failed: 2 cells: 1 worse, 1 new; .frame and .metrics are frames>"
     assert found.frame.rows() == [
         (MONDE, "worse", True, "", found.cells[0].why),
-        ("tiny-olmoe/edge-ndp/x", "new", False, "", "it is not in the baseline"),
+        ("tiny-olmoe/edge-ndp/x", "new", False, "", "not in the baseline"),
     ]
     moved = found.metrics.filter(cell=MONDE, metric="total_s").row(0, named=True)
     assert (moved["verdict"], moved["value"], moved["unit"]) == ("worse", 14.0, "s")

@@ -126,4 +126,4 @@ def test_small_changes_show_as_changes():
     assert shown(Moved("total_s", 1.0, 1.0 + 1e-9, 0.0, "worse")) == ("1,000", "1,000.000001", "ms")
     assert shown(Moved("total_s", 0.0, 1e-9, 0.0, "worse")) == ("0", "1e-06", "ms")
     assert shown(Moved("hit_rate", 0.7102453815, 0.7102453816, 0.0, "better")) == ("71.02453815", "71.02453816", "%")
-    assert shown(Moved("ttft_s.p50", None, 0.5, None, "changed")) == ("none", "500", "ms")
+    assert shown(Moved("ttft_s.p50", None, 0.5, None, "changed")) == ("-", "500", "ms")

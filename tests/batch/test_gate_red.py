@@ -1,4 +1,4 @@
-"""The gate shown red: a policy, a preset and the engine's arithmetic are changed in turn; and shown green under noise."""
+"""The gate shown red by a policy, a preset and the engine's arithmetic in turn, and shown green under noise."""
 
 import os
 import shutil
