@@ -102,10 +102,15 @@ def read_json(path: Path) -> Any:
     """Read JSON as plain values: no key twice, no NaN or infinity. Raises MoetraceError with the line if it is not."""
     text = read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a pair alone is no text
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except json.JSONDecodeError as error:
         conflict = "; it has the marks of a merge conflict" if re.search(r"^(<{7}|>{7}) ", text, re.MULTILINE) else ""
         raise MoetraceError(f"{path}, line {error.lineno}: not JSON: {error.msg}{conflict}.") from None
+    except UnicodeEncodeError:
+        raise MoetraceError(f"{path}: a text in it is no Unicode.") from None
     except (ValueError, RecursionError) as error:
         why = "objects or lists lie too deep in each other" if isinstance(error, RecursionError) else error
         raise MoetraceError(f"{path}: {why}.") from None

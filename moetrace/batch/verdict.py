@@ -126,7 +126,8 @@ def _code_change(folder: Folder, baseline: Baseline) -> str:
         return f"only the code changed: moetrace {baseline.moetrace} -> {folder.moetrace}"
     if folder.engine and baseline.engine and folder.engine != baseline.engine:
         return f"only the code changed: the engine, {baseline.engine[:12]} -> {folder.engine[:12]}"
-    return "no recorded input changed: code outside the engine did, or the machine computes otherwise"
+    where = "outside the engine " if folder.engine and baseline.engine else ""
+    return f"no recorded input changed: code {where}did, or this machine computes otherwise"
 
 
 def _input_change(kind: str, cell: Measured, was: Input, now: Input, specs: Mapping[str, Mapping[str, Any]]) -> str:

@@ -135,6 +135,7 @@ def write_bad(folder, baseline):
     (folder / "digits.json").write_text(text.replace("0.71", "1" * 5000))
     (folder / "twice.json").write_text(text.replace("edge-ndp/monde", "edge-ndp/edge-ndp"))
     (folder / "conflict.json").write_text(text.replace('  "cells"', '<<<<<<< HEAD\n  "cells"'))
+    (folder / "half.json").write_text(text.replace("ndp/monde", "ndp/\\ud800"))
     (folder / "deep.json").write_text("[" * 100_000)
     (folder / "binary.json").write_bytes(b"\xff\xfe\x00")
     (folder / "big.json").write_bytes(b" " * ((16 << 20) + 1))
@@ -183,6 +184,7 @@ def write_bad(folder, baseline):
         (["{was}", "--baseline", "{bad}/digits.json"], 1, "{bad}/digits.json"),
         (["{was}", "--baseline", "{bad}/twice.json"], 1, "'tiny-olmoe/edge-ndp/edge-ndp' is there twice"),
         (["{was}", "--baseline", "{bad}/conflict.json"], 1, "line 5: not JSON: "),
+        (["{was}", "--baseline", "{bad}/half.json"], 1, "a text in it is no Unicode"),
         (["{was}", "--baseline", "{bad}/deep.json"], 1, "too deep"),
         (["{was}", "--baseline", "{bad}/binary.json"], 1, "not a UTF-8 text file"),
         (["{was}", "--baseline", "{bad}/big.json"], 1, "more than 16 MiB"),
