@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.locality import Locality, locality
     from moetrace.analyze.plans import Tier
     from moetrace.batch.gate import Gate, gate
+    from moetrace.batch.sweep import Sweep, sweep
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
     from moetrace.spec import (
@@ -43,6 +44,7 @@ __all__ = [
     "PolicySpec",
     "Profile",
     "Result",
+    "Sweep",
     "System",
     "Tier",
     "Trace",
@@ -67,6 +69,7 @@ __all__ = [
     "rebatch",
     "replay",
     "save_profile",
+    "sweep",
 ]
 
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
@@ -77,6 +80,7 @@ _HOMES = {
     "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.analyze.plans": ("Tier",),
     "moetrace.batch.gate": ("Gate", "gate"),
+    "moetrace.batch.sweep": ("Sweep", "sweep"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
     "moetrace.spec": (

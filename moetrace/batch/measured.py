@@ -150,7 +150,7 @@ def _listed(folder: Path, one: _Listed) -> Measured:
         raise MoetraceError(f"{path}: result.policies wants one policy.")
     found = _measured(one.name, cell.result, cell.result.policies[0])
     # Of a sweep they say more: the content of a policy's files, axes of their own.
-    given = {kind: value for kind, value in cell.inputs.items() if value is not None}
+    given = {kind: value for kind, value in cell.inputs.items() if value not in (None, False, {})}
     return found._replace(inputs=found.inputs | given)
 
 
