@@ -16,14 +16,15 @@ SCHEMA = "moetrace.baseline/1"
 _MOST_CELLS = 100_000
 _LONGEST_NAME = 4096
 
-Input = str | int | None
+Input = str | int | bool | None
 
 
 class BaselineCell(msgspec.Struct, forbid_unknown_fields=True):
-    """A cell as it was accepted: its inputs, each as `identity` gives it, and its figures by metric."""
+    """A cell as it was accepted: its inputs, each as `identity` gives it, and figures by metric; or that it failed."""
 
     inputs: dict[str, Input]
     metrics: dict[str, float | None]
+    failed: bool = False
 
 
 class Baseline(msgspec.Struct, forbid_unknown_fields=True):
@@ -67,17 +68,19 @@ def read_baseline(path: Path) -> Baseline:
 
 
 def make_baseline(folder: Folder, metrics: Iterable[str], where: str, old: Baseline | None) -> Baseline:
-    """Return what accepts the figures of every cell of `folder` that has some; `where` names it in an error.
+    """Return what accepts the figures of every cell of `folder`, or that it failed; `where` names it in an error.
 
     Figures that differ from `old` by rounding alone keep its digits: an update on another machine leaves no trace.
     """
     wanted = check_metrics(metrics)
     cells, specs = {}, {}
     for cell in folder.cells:
-        if cell.error is None:
-            was = old.cells.get(cell.name) if old else None
-            cells[cell.name] = _accepted(cell, wanted, where, was)
-            specs |= spec_table(cell)
+        if cell.error is not None:
+            cells[cell.name] = BaselineCell({}, {}, failed=True)
+            continue
+        was = old.cells.get(cell.name) if old else None
+        cells[cell.name] = _accepted(cell, wanted, where, was)
+        specs |= spec_table(cell)
     return Baseline(folder.moetrace, folder.engine, cells, specs)
 
 
@@ -102,12 +105,7 @@ def write_baseline(path: Path, baseline: Baseline) -> bool:
 
 def to_text(baseline: Baseline) -> str:
     """Return the file's text: sorted, a line for each spec, and floats with the digits that give them back."""
-    cells = [
-        f"    {_json(name)}: {{\n"
-        f'      "inputs": {_json(cell.inputs)},\n'
-        f'      "metrics": {_json(_short(cell.metrics))}}}'
-        for name, cell in sorted(baseline.cells.items())
-    ]
+    cells = [f"    {_json(name)}: {{\n{_cell_text(cell)}}}" for name, cell in sorted(baseline.cells.items())]
     specs = [f"    {_json(key)}: {_json(spec)}" for key, spec in sorted(baseline.specs.items())]
     parts = [
         f'  "schema": {_json(SCHEMA)}',
@@ -117,6 +115,11 @@ def to_text(baseline: Baseline) -> str:
         _block("specs", specs),
     ]
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _cell_text(cell: BaselineCell) -> str:
+    parts = [f'"inputs": {_json(cell.inputs)}', f'"metrics": {_json(_short(cell.metrics))}']
+    return ",\n".join(f"      {part}" for part in [*parts, *(['"failed": true'] if cell.failed else [])])
 
 
 def _accepted(cell: Measured, metrics: Iterable[str], where: str, was: BaselineCell | None) -> BaselineCell:
@@ -141,7 +144,7 @@ def _cell(path: Path, name: str, raw: object) -> BaselineCell:
         raise MoetraceError(
             f"{path}: {at}.metrics.{bad} wants a number or null." if bad else f"{path}: {explained(error, at)}."
         ) from None
-    if not cell.metrics:
+    if not (cell.metrics or cell.failed):
         raise MoetraceError(f"{path}: {at}.metrics is empty.")
     check_metrics(cell.metrics, f"{path}: {at}.metrics: ")
     for metric, value in cell.metrics.items():

@@ -33,7 +33,7 @@ class Gate:
         fail_on: the verdicts that fail it.
         notes: sentences about what is not a verdict on a cell.
         updated: whether the baseline was replaced; then nothing fails.
-        dropped: cells that the replaced baseline had, and the new one has not.
+        dropped: cells of which the replaced baseline had figures, and the new one has none.
     """
 
     cells: tuple[Judged, ...]
@@ -158,13 +158,17 @@ def gate(
     if not update:
         return Gate(judged, verdicts, _notes(found, old, judged))
     new = make_baseline(found, compared, str(folder), old)
-    if not new.cells:
+    if all(cell.failed for cell in new.cells.values()):
         raise MoetraceError(f"{folder}: every cell failed, so there is nothing to accept: {path} is as it was.")
     write_baseline(path, new)
-    return Gate(judged, verdicts, (), True, tuple(sorted(old.cells.keys() - new.cells.keys())))
+    return Gate(judged, verdicts, (), True, tuple(sorted(_with_figures(old) - _with_figures(new))))
 
 
 _FIGURES = ("metric", "unit", "baseline", "value", "change", "relative", "allowed", "verdict")
+
+
+def _with_figures(baseline: Baseline) -> set[str]:
+    return {name for name, cell in baseline.cells.items() if not cell.failed}
 
 
 def _figures(moved: Moved) -> dict[str, Any]:
@@ -192,7 +196,7 @@ def _check_metrics_there(path: Path, baseline: Baseline, wanted: Sequence[str]) 
     if not baseline.cells:
         raise MoetraceError(f"{path} holds no cell, so it gates nothing: --update puts them in.")
     for name, cell in baseline.cells.items():
-        lacking = [metric for metric in wanted if metric not in cell.metrics]
+        lacking = [metric for metric in wanted if metric not in cell.metrics and not cell.failed]
         if lacking:
             raise UsageError(
                 f"{path}: {name} has no {lacking[0]}, but {', '.join(cell.metrics)}: --update with --metric puts it in."
@@ -202,7 +206,7 @@ def _check_metrics_there(path: Path, baseline: Baseline, wanted: Sequence[str]) 
 def _check_same_trace(folder: Path, path: Path, found: Folder, baseline: Baseline) -> None:
     """Raise a UsageError if no trace of the folder is one of the baseline: there is nothing to compare."""
     here = {identity(cell.inputs["trace"]): cell.trace for cell in found.cells if "trace" in cell.inputs}
-    there = {cell.inputs.get("trace") for cell in baseline.cells.values()}
+    there = {cell.inputs.get("trace") for cell in baseline.cells.values() if not cell.failed}
     if here and there and not there & here.keys():
         one, other = next(iter(here.items())), next(iter(there))
         raise UsageError(

@@ -59,9 +59,10 @@ def judge(
     for cell in folder.cells:
         was = baseline.cells.get(cell.name)
         if cell.error is not None:
-            found.append(Judged(cell.name, "missing" if was else "new", (), (), f"it failed: {cell.error}"))
-        elif was is None:
-            found.append(_new(cell, metrics, where))
+            verdict: Verdict = "new" if was is None else "same" if was.failed else "missing"
+            found.append(Judged(cell.name, verdict, (), (), f"it failed: {cell.error}"))
+        elif was is None or was.failed:
+            found.append(_new(cell, metrics, where, "it failed before" if was else "not in the baseline"))
         else:
             found.append(_compared(cell, was, baseline.specs, tolerances, metrics, where, code))
     there = {cell.name for cell in folder.cells}
@@ -69,10 +70,10 @@ def judge(
     return found + [Judged(name, "missing", (), (), "in the baseline alone") for name in gone]
 
 
-def _new(cell: Measured, metrics: tuple[str, ...], where: str) -> Judged:
+def _new(cell: Measured, metrics: tuple[str, ...], where: str, why: str) -> Judged:
     values = [(name, value_of(cell.figures, name, f"{where}: the cell {cell.name}")) for name in metrics]
     moved = tuple(Moved(name, None, value, None, "same") for name, value in values)
-    return Judged(cell.name, "new", (), moved, "not in the baseline")
+    return Judged(cell.name, "new", (), moved, why)
 
 
 def _compared(

@@ -187,7 +187,10 @@ def _say(found: "Gate", baseline: Path) -> None:
     for note in found.notes:
         click.echo(f"moetrace: note: {printable(note)}", err=True)
     if found.updated:
-        click.echo(f"{baseline}: {len(found.cells) - len(found.dropped):,} cells accepted.", err=True)
+        failing = sum(cell.why.startswith("it failed: ") for cell in found.cells)
+        gone = sum(cell.why == "in the baseline alone" for cell in found.cells)
+        accepted = f"{len(found.cells) - gone - failing:,} cells accepted"
+        click.echo(f"{baseline}: {accepted}{f', and that {failing:,} fail' if failing else ''}.", err=True)
         for name in found.dropped:
             click.echo(f"{baseline}: dropped {printable(name)}, which {_lost(found, name)}.", err=True)
     elif found.failed:
@@ -200,7 +203,7 @@ def _say(found: "Gate", baseline: Path) -> None:
 
 def _lost(found: "Gate", name: str) -> str:
     why = next((cell.why for cell in found.cells if cell.name == name), "")
-    return "failed" if why.startswith("it failed") else "is no longer there"
+    return "failed" if why.startswith("it failed: ") else "is no longer there"
 
 
 def _why(error: Exception) -> str:
