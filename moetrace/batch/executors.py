@@ -148,11 +148,11 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
     """
     try:
         import distributed
-        from distributed.comm import CommClosedError
+        from distributed.comm.core import CommClosedError
     except ImportError:
         raise MoetraceError("--dask needs distributed: pip install 'moetrace[dask]'.") from None
     try:
-        client = distributed.Client(address, timeout=10, set_as_default=False)
+        client = distributed.Client(address, timeout=5, set_as_default=False)
     except (OSError, ValueError, ImportError) as error:
         why = str(error).partition("\n")[0] or type(error).__name__
         raise MoetraceError(f"No Dask scheduler answers at {address} ({why.rstrip('.')}): is it running?") from None

@@ -24,7 +24,7 @@ _AGAINST = {"gpu_memory_bytes": "GPU memory (dense weights and slots)", "link_by
 def print_sweep(cells: pl.DataFrame, pareto: str) -> None:
     """Print the frame of a sweep as a table on stdout; `*` marks the Pareto front."""
     axes = cells.columns[2 : cells.columns.index("error")]
-    varying = [axis for axis in axes if cells[axis].n_unique() > 1] or ["policy"]
+    varying = [axis for axis in axes if cells[axis].drop_nulls().n_unique() > 1] or ["policy"]
     columns: list[tuple[str, list[str], bool]] = [("", ["*" if on else "" for on in cells["pareto"]], False)]
     for axis in varying:
         # A field's name is enough unless two axes end alike.
@@ -56,9 +56,7 @@ def _legend(cells: pl.DataFrame, axes: list[str], varying: list[str], pareto: st
     same = [f"{axis} {figure(cells[axis][0])}" for axis in axes if axis not in varying and cells[axis][0] is not None]
     against = _AGAINST.get(pareto, "price")
     many = " of its trace" if "trace" in varying or "model" in varying else ""
-    front = (
-        f"* Pareto front: no other cell{many} is better in total time or {against} without being worse in the other."
-    )
+    front = f"* Pareto front: no other cell{many} beats it in total time or {against} without losing in the other."
     if pareto == "price" and cells["price"].is_null().all():
         front = "No system lists a [price], so there is no front: give it one, or take another --pareto."
     lines = [f"In all cells: {', '.join(same)}."] if same else []
