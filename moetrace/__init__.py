@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.fit import fit_profile
     from moetrace.analyze.locality import Locality, locality
     from moetrace.analyze.plans import Tier
+    from moetrace.batch.gate import Gate, gate
     from moetrace.batch.sweep import Sweep, sweep
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Balance",
     "Finding",
+    "Gate",
     "Hints",
     "Locality",
     "Model",
@@ -53,6 +55,7 @@ __all__ = [
     "cache_hits",
     "export",
     "fit_profile",
+    "gate",
     "generate",
     "generate_trace",
     "import_traces",
@@ -76,6 +79,7 @@ _HOMES = {
     "moetrace.analyze.fit": ("fit_profile",),
     "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.analyze.plans": ("Tier",),
+    "moetrace.batch.gate": ("Gate", "gate"),
     "moetrace.batch.sweep": ("Sweep", "sweep"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),

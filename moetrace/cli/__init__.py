@@ -18,6 +18,7 @@ COMMANDS = {
     "analyze": "Answer questions about a trace that need no hardware.",
     "capture": "Run a local Hugging Face MoE model, and trace its routing.",
     "export": "Write a trace in a format of other tools.",
+    "gate": "Compare results with a committed baseline.",
     "generate": "Write a synthetic routing trace.",
     "import": "Turn what an engine recorded into a trace file.",
     "info": "Say what a trace file holds.",

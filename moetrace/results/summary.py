@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 
 from moetrace import __version__
+from moetrace.engine.fingerprint import engine_fingerprint
 from moetrace.engine.run import Lane, Run
 from moetrace.results.frames import request_times, total_s, unit_frame
 from moetrace.spec import canonical
@@ -43,6 +44,7 @@ def summary_dict(run: Run, trace: dict[str, Any], policies: list[dict[str, Any]]
     return {
         "schema": SCHEMA,
         "moetrace": __version__,
+        "engine": engine_fingerprint(),
         "trace": trace | counts,
         "model": canonical(run.model),
         "system": canonical(run.system),

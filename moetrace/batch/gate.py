@@ -1,0 +1,232 @@
+"""`gate`: the figures of a folder against a committed baseline, and a verdict on each cell."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetrace.batch.baseline import Baseline, make_baseline, read_baseline, write_baseline
+from moetrace.batch.measured import Folder, identity, read_folder
+from moetrace.batch.metrics import DEFAULT_METRICS, METRICS, Tolerances, check_metrics
+from moetrace.batch.verdict import VERDICTS, Judged, Moved, judge
+from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.load import nearest
+
+if TYPE_CHECKING:
+    import polars as pl
+
+SCHEMA = "moetrace.gate/1"
+# Worse is what a gate is for; missing, because a cell that is gone can't get worse; changed, because figures of other
+# inputs say nothing about the cell that the baseline holds.
+FAIL_ON = ("worse", "missing", "changed")
+
+
+@dataclass(frozen=True, repr=False)
+class Gate:
+    """What a gate found.
+
+    Attributes:
+        cells: every cell with its verdict, in the folder's order; then those that it lacks.
+        fail_on: the verdicts that fail it.
+        notes: sentences about what is not a verdict on a cell.
+        updated: whether the baseline was replaced; then nothing fails.
+        dropped: cells of which the replaced baseline had figures, and the new one has none.
+    """
+
+    cells: tuple[Judged, ...]
+    fail_on: tuple[str, ...]
+    notes: tuple[str, ...]
+    updated: bool = False
+    dropped: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Gate {'passed' if self.passed else 'failed'}: {self.counted()}; .frame and .metrics are frames>"
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the cells that fail it."""
+        return () if self.updated else tuple(cell.name for cell in self.cells if cell.verdict in self.fail_on)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no cell fails it."""
+        return not self.failed
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """How many cells have each verdict."""
+        found = Counter(cell.verdict for cell in self.cells)
+        return {verdict: found[verdict] for verdict in VERDICTS}
+
+    def counted(self) -> str:
+        """`12 cells: 1 worse, 11 same`."""
+        parts = [f"{count} {verdict}" for verdict, count in self.counts.items() if count]
+        return f"{len(self.cells):,} cell{'' if len(self.cells) == 1 else 's'}: {', '.join(parts)}"
+
+    @cached_property
+    def frame(self) -> "pl.DataFrame":
+        """One row a cell: `cell`, `verdict`, `failed`, `inputs` (kinds that changed, by commas), `why`."""
+        import polars as pl
+
+        rows = [(one.name, one.verdict, one.name in self.failed, ",".join(one.inputs), one.why) for one in self.cells]
+        names = {"cell": pl.String, "verdict": pl.String, "failed": pl.Boolean, "inputs": pl.String, "why": pl.String}
+        return pl.DataFrame(rows, schema=names, orient="row")
+
+    @cached_property
+    def metrics(self) -> "pl.DataFrame":
+        """One row a cell and metric: what `rows` gives, without cells that have no figures."""
+        import polars as pl
+
+        names = ["cell", "cell_verdict", *_FIGURES]
+        texts = {"cell", "cell_verdict", "metric", "unit", "verdict"}
+        schema = {name: pl.String if name in texts else pl.Float64 for name in names}
+        return pl.DataFrame([row for row in self.rows() if row["metric"] is not None], schema=schema)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a cell and metric, one without a metric for a cell without figures."""
+        found = []
+        for cell in self.cells:
+            for moved in cell.metrics or (None,):
+                figures = _figures(moved) if moved else dict.fromkeys(_FIGURES)
+                found.append({"cell": cell.name, "cell_verdict": cell.verdict} | figures)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values (schema `moetrace.gate/1`)."""
+        cells = [
+            {
+                "name": cell.name,
+                "verdict": cell.verdict,
+                "inputs": list(cell.inputs),
+                "why": cell.why,
+                "metrics": [_figures(moved) for moved in cell.metrics],
+            }
+            for cell in self.cells
+        ]
+        return {
+            "schema": SCHEMA,
+            "passed": self.passed,
+            "updated": self.updated,
+            "fail_on": list(self.fail_on),
+            "counts": self.counts,
+            "failed": list(self.failed),
+            "dropped": list(self.dropped),
+            "notes": list(self.notes),
+            "cells": cells,
+        }
+
+
+def gate(
+    folder: str | os.PathLike[str],
+    baseline: str | os.PathLike[str],
+    *,
+    tolerance: str | Iterable[str] = (),
+    metrics: Sequence[str] | None = None,
+    fail_on: Iterable[str] = FAIL_ON,
+    update: bool = False,
+) -> Gate:
+    """Compare the figures of a folder with a baseline; with `update`, accept them as the new baseline.
+
+    Args:
+        folder: what `sweep` or `replay` wrote.
+        baseline: the JSON file; `update` makes it if there is none.
+        tolerance: how far metrics may move: `0.5%` all, `total_s=0.1%` one, `total_s=0.002` one in its own unit. By
+            default as far as rounding moves them (1e-9 of the baseline).
+        metrics: which are compared; by default those of the baseline, for a new one DEFAULT_METRICS.
+        fail_on: verdicts that fail the gate.
+        update: write the folder's figures to `baseline`, whatever they are.
+
+    Raises UsageError if something is wrong or unknown or the baseline is of another trace, MoetraceError if a file
+    cannot be read or written, or is damaged.
+    """
+    folder, path = Path(folder), Path(baseline)
+    tolerances = Tolerances([tolerance] if isinstance(tolerance, str) else tolerance)
+    verdicts = _checked_verdicts(fail_on)
+    asked = None if metrics is None else check_metrics([metrics] if isinstance(metrics, str) else metrics)
+    if asked == ():
+        raise UsageError("A gate needs at least one metric.")
+    found = read_folder(folder)
+    old = _read(path, update, folder)
+    compared = asked or old.metrics or DEFAULT_METRICS
+    if not update:
+        _check_metrics_there(path, old, compared)
+        _check_same_trace(folder, path, found, old)
+    judged = tuple(judge(found, old, tolerances, compared, str(folder)))
+    if not update:
+        return Gate(judged, verdicts, _notes(found, old, judged))
+    new = make_baseline(found, compared, str(folder), old)
+    if all(cell.failed for cell in new.cells.values()):
+        raise MoetraceError(f"{folder}: every cell failed, so there is nothing to accept: {path} is as it was.")
+    write_baseline(path, new)
+    return Gate(judged, verdicts, (), True, tuple(sorted(_with_figures(old) - _with_figures(new))))
+
+
+_FIGURES = ("metric", "unit", "baseline", "value", "change", "relative", "allowed", "verdict")
+
+
+def _with_figures(baseline: Baseline) -> set[str]:
+    return {name for name, cell in baseline.cells.items() if not cell.failed}
+
+
+def _figures(moved: Moved) -> dict[str, Any]:
+    return {"unit": METRICS[moved.metric].unit, **{key: getattr(moved, key) for key in _FIGURES if key != "unit"}}
+
+
+def _checked_verdicts(names: Iterable[str]) -> tuple[str, ...]:
+    wanted = {names} if isinstance(names, str) else {*names}
+    for name in sorted(wanted):
+        if name not in VERDICTS or name == "same":
+            known = VERDICTS[:-1]
+            raise UsageError(f"{name!r} is no verdict to fail on{nearest(name, list(known))}: {', '.join(known)} are.")
+    return tuple(verdict for verdict in VERDICTS if verdict in wanted)
+
+
+def _read(path: Path, update: bool, folder: Path) -> Baseline:
+    if not path.exists():
+        if not update:
+            raise MoetraceError(f"There is no file {path}: --update makes it from what {folder} holds.")
+        return Baseline("", None, {}, {})
+    return read_baseline(path)
+
+
+def _check_metrics_there(path: Path, baseline: Baseline, wanted: Sequence[str]) -> None:
+    if not baseline.cells:
+        raise MoetraceError(f"{path} holds no cell, so it gates nothing: --update puts them in.")
+    for name, cell in baseline.cells.items():
+        lacking = [metric for metric in wanted if metric not in cell.metrics and not cell.failed]
+        if lacking:
+            raise UsageError(
+                f"{path}: {name} has no {lacking[0]}, but {', '.join(cell.metrics)}: --update with --metric puts it in."
+            )
+
+
+def _check_same_trace(folder: Path, path: Path, found: Folder, baseline: Baseline) -> None:
+    """Raise a UsageError if no trace of the folder is one of the baseline: there is nothing to compare."""
+    here = {identity(cell.inputs["trace"]): cell.trace for cell in found.cells if "trace" in cell.inputs}
+    there = {cell.inputs.get("trace") for cell in baseline.cells.values() if not cell.failed}
+    if here and there and not there & here.keys():
+        one, other = next(iter(here.items())), next(iter(there))
+        raise UsageError(
+            f"{path} is a baseline of another trace: it is of {_trace(other, baseline.specs.get(str(other)))}, "
+            f"{folder} of {_trace(*one)}. Compare with that trace's baseline, or accept this one with --update."
+        )
+
+
+def _trace(identity: str | int | None, facts: dict[str, Any] | None) -> str:
+    known = facts or {}
+    rows = known.get("rows")
+    what = [str(known.get("model", "")), f"{rows:,} rows" if isinstance(rows, int) else "", str(identity)]
+    return f"{what[0][:100]} ({', '.join(part for part in what[1:] if part)})".strip()
+
+
+def _notes(found: Folder, baseline: Baseline, judged: Sequence[Judged]) -> tuple[str, ...]:
+    if any(cell.verdict not in ("same", "new") for cell in judged):
+        return ()
+    if found.moetrace != baseline.moetrace:
+        return (f"moetrace {baseline.moetrace} -> {found.moetrace} moved no figure.",)
+    if found.engine and baseline.engine and found.engine != baseline.engine:
+        return ("the engine's code changed since the baseline, and moved no figure.",)
+    return ()

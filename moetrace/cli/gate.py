@@ -1,0 +1,210 @@
+"""`moetrace gate`: the figures of a sweep or a replay against a committed baseline."""
+
+import os
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moetrace.cli.output import format_option, print_json, print_rows
+from moetrace.cli.paths import ANY_PATH
+from moetrace.spec.errors import MoetraceError, UsageError, printable
+
+if TYPE_CHECKING:
+    from moetrace.batch.gate import Gate
+
+_SHOWN_CELLS = 50
+_SUMMARY = "GITHUB_STEP_SUMMARY"
+
+
+@click.command()
+@click.argument("folder", type=ANY_PATH, metavar="DIR")
+@click.option(
+    "--baseline", type=ANY_PATH, required=True, metavar="FILE", help="The committed JSON of accepted figures."
+)
+@click.option(
+    "--tolerance",
+    "tolerances",
+    multiple=True,
+    metavar="T",
+    help="How far metrics may move: 0.5%, total_s=0.1% or total_s=0.002 (in its unit); may be repeated. "
+    "By default as far as rounding moves them.",
+)
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME",
+    help="What to compare, as total_s or ttft_s.p99; may be repeated. By default what the baseline holds.",
+)
+@click.option(
+    "--fail-on",
+    default="worse,missing,changed",
+    show_default=True,
+    metavar="VERDICTS",
+    help="Verdicts that end with exit code 3; any is all but same.",
+)
+@click.option("--update", is_flag=True, help="Accept: write the figures of DIR to the baseline.")
+@click.option("--junit", type=ANY_PATH, metavar="FILE.xml", help="Also write JUnit XML.")
+@click.option("--markdown", type=ANY_PATH, metavar="FILE.md", help="Also write Markdown, as for a job's summary.")
+@click.option("--benchmark-json", type=ANY_PATH, metavar="FILE.json", help="Also write github-action-benchmark's JSON.")
+@format_option
+@click.pass_context
+def command(
+    context: click.Context,
+    folder: Path,
+    baseline: Path,
+    tolerances: tuple[str, ...],
+    metrics: tuple[str, ...],
+    fail_on: str,
+    update: bool,
+    form: str,
+    **files: Path | None,
+) -> None:
+    """Compare the figures of a sweep or a replay with a committed baseline.
+
+    DIR is what moetrace sweep -o or moetrace replay -o wrote. Each of its cells is worse, missing, changed (other
+    inputs, or a metric moved of which neither less nor more is better), better, new or the same; what changed is named.
+
+    Where GITHUB_STEP_SUMMARY is set, the Markdown is added to that file.
+
+    Exit code 3 if a cell has one of the verdicts of --fail-on, else 0.
+    """
+    from moetrace.batch.gate import gate
+    from moetrace.batch.verdict import VERDICTS
+
+    targets = {f"--{name.replace('_', '-')}": path for name, path in files.items() if path is not None}
+    summary = os.environ.get(_SUMMARY) or None
+    _check_targets(folder, baseline, targets, update, summary)
+    found = gate(
+        folder,
+        baseline,
+        tolerance=tolerances,
+        metrics=metrics or None,
+        fail_on=VERDICTS[:-1] if fail_on == "any" else [name.strip() for name in fail_on.split(",") if name.strip()],
+        update=update,
+    )
+    _write(found, files, summary)
+    if form == "json":
+        print_json(found.to_dict())
+    elif form == "csv":
+        print_rows({name: name for name in found.rows()[0]}, found.rows(), form)
+    else:
+        _print(found)
+    _say(found, baseline)
+    if not found.passed:
+        sys.stdout.flush()  # a broken pipe shows here, and not while Python ends
+        context.exit(3)
+
+
+def _check_targets(folder: Path, baseline: Path, targets: dict[str, Path], update: bool, summary: str | None) -> None:
+    """Raise now if a file could not be written, or would replace another one of this run."""
+    from moetrace.trace.atomic import check_writable, keep_inputs, real_path
+
+    for (one, first), (other, second) in combinations([("--baseline", baseline), *targets.items()], 2):
+        if real_path(first) == real_path(second):
+            raise UsageError(f"{one} and {other} are the same file, {second}: choose another name.")
+    for path in targets.values():
+        keep_inputs(path, [folder / "sweep.json", folder / "summary.json", folder / "cells.parquet"])
+        check_writable(path)
+    if update:
+        check_writable(baseline)
+    if summary is not None:
+        try:
+            with Path(summary).open("ab"):
+                pass
+        except (OSError, ValueError) as error:
+            raise MoetraceError(f"{_SUMMARY} names {summary}, which cannot be written: {_why(error)}.") from None
+
+
+def _write(found: "Gate", files: dict[str, Path | None], summary: str | None) -> None:
+    from moetrace.batch.gate_files import benchmark_json, junit, markdown
+    from moetrace.trace.atomic import whole_file
+
+    texts = {
+        "junit": lambda: junit(found),
+        "markdown": lambda: markdown(found).encode(),
+        "benchmark_json": lambda: benchmark_json(found).encode(),
+    }
+    for name, text in texts.items():
+        path = files[name]
+        if path is not None:
+            with whole_file(path) as output:
+                output.write(text())
+    if summary is not None:
+        try:
+            with Path(summary).open("ab") as file:
+                file.write(markdown(found).encode() + b"\n")
+        except OSError as error:
+            raise MoetraceError(f"{_SUMMARY} names {summary}, which cannot be written: {_why(error)}.") from None
+
+
+def _print(found: "Gate") -> None:
+    """Print the cells that are not the same, the gravest first."""
+    from moetrace.batch.verdict import VERDICTS
+
+    moved = sorted((one for one in found.cells if one.verdict != "same"), key=lambda one: VERDICTS.index(one.verdict))
+    if moved:
+        rows = [row for cell in moved[:_SHOWN_CELLS] for row in _rows(cell)]
+        headers = {"cell": "cell", "verdict": "verdict", "metric": "metric", "before": "baseline", "now": "now"}
+        print_rows(headers | {"change": "change", "what": ""}, rows, "table")
+        if len(moved) > _SHOWN_CELLS:
+            click.echo(f"{len(moved) - _SHOWN_CELLS:,} more cells are not shown; --format csv has all.")
+        reasons: dict[str, list[str]] = {}
+        for cell in moved:
+            reasons.setdefault(cell.why, []).append(cell.name)
+        click.echo()
+        for why, names in [*reasons.items()][:_SHOWN_CELLS]:
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            click.echo(printable(f"{names[0]}{more}: {why}."))
+    click.echo(f"{found.counted()}.")
+
+
+def _rows(cell: Any) -> list[dict[str, str]]:
+    """The moved metrics of a cell, a row each; the first one names it."""
+    from moetrace.batch.gate_files import percent, shown, worth_showing
+
+    rows = [
+        {
+            "cell": printable(cell.name),
+            "verdict": cell.verdict,
+            **dict.fromkeys(("metric", "before", "now", "change", "what"), ""),
+        }
+    ]
+    for number, one in enumerate(worth_showing(cell)):
+        if number:
+            rows.append({"cell": "", "verdict": ""})
+        before, now, unit = shown(one)
+        rows[-1] |= {"metric": one.metric, "before": before, "now": f"{now} {unit}".strip()}
+        rows[-1] |= {"change": percent(one.relative), "what": one.verdict if one.verdict != "same" else ""}
+    return rows
+
+
+def _say(found: "Gate", baseline: Path) -> None:
+    """Say on stderr what is no verdict on a cell."""
+    for note in found.notes:
+        click.echo(f"moetrace: note: {printable(note)}", err=True)
+    if found.updated:
+        failing = sum(cell.why.startswith("it failed: ") for cell in found.cells)
+        gone = sum(cell.why == "in the baseline alone" for cell in found.cells)
+        accepted = f"{len(found.cells) - gone - failing:,} cells accepted"
+        click.echo(f"{baseline}: {accepted}{f', and that {failing:,} fail' if failing else ''}.", err=True)
+        for name in found.dropped:
+            click.echo(f"{baseline}: dropped {printable(name)}, which {_lost(found, name)}.", err=True)
+    elif found.failed:
+        click.echo(
+            f"moetrace: {len(found.failed):,} of {len(found.cells):,} cells fail the gate; if that is meant, accept it "
+            "with --update and commit the baseline.",
+            err=True,
+        )
+
+
+def _lost(found: "Gate", name: str) -> str:
+    why = next((cell.why for cell in found.cells if cell.name == name), "")
+    return "failed" if why.startswith("it failed: ") else "is no longer there"
+
+
+def _why(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
