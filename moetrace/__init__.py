@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.locality import Locality, locality
     from moetrace.analyze.plans import Tier
     from moetrace.batch.gate import Gate, gate
+    from moetrace.batch.search import Search, search
     from moetrace.batch.sweep import Sweep, sweep
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
@@ -44,6 +45,7 @@ __all__ = [
     "PolicySpec",
     "Profile",
     "Result",
+    "Search",
     "Sweep",
     "System",
     "Tier",
@@ -69,6 +71,7 @@ __all__ = [
     "rebatch",
     "replay",
     "save_profile",
+    "search",
     "sweep",
 ]
 
@@ -80,6 +83,7 @@ _HOMES = {
     "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.analyze.plans": ("Tier",),
     "moetrace.batch.gate": ("Gate", "gate"),
+    "moetrace.batch.search": ("Search", "search"),
     "moetrace.batch.sweep": ("Sweep", "sweep"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),

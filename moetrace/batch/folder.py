@@ -64,8 +64,16 @@ class Folder:
         """How many finished cells lie here that are not of this sweep."""
         return sum(1 for path in self._cells.glob("*.json") if path.stem not in keys)
 
-    def publish(self, sweep: Mapping[str, Any], cells: pl.DataFrame) -> None:
-        """Write the tables of all cells: both or none."""
+    def publish(
+        self,
+        sweep: Mapping[str, Any],
+        cells: pl.DataFrame,
+        documents: Mapping[str, Mapping[str, Any]] | None = None,
+        tables: Mapping[str, pl.DataFrame] | None = None,
+    ) -> None:
+        """Write the tables of all cells, and others by their names: all or none."""
         with staged(self.path) as temporary:
-            (temporary / "sweep.json").write_text(to_json(sweep), encoding="utf-8")
-            cells.write_parquet(temporary / "cells.parquet", compression="zstd", compression_level=3)
+            for name, document in {"sweep.json": sweep, **(documents or {})}.items():
+                (temporary / name).write_text(to_json(document), encoding="utf-8")
+            for name, table in {"cells.parquet": cells, **(tables or {})}.items():
+                table.write_parquet(temporary / name, compression="zstd", compression_level=3)

@@ -81,15 +81,16 @@ class Space(NamedTuple):
 
     def point(self, row: Sequence[int], also: Mapping[str, int | float] | None = None) -> Point:
         """The combination that takes value `row[i]` of axis i, and beside them `also`, by field."""
-        also = also or {}
-        values, labels = {}, {}
+        values: dict[str, Any] = {}
+        labels: dict[str, Any] = {}
         for axis, at in zip(self.axes, row, strict=True):
             for field, value in zip(axis.fields, axis.values[at], strict=True):
                 values[field] = _placed(field, value, self.folder)
                 if axis.listed or field in SOURCES:
                     labels[field] = self.labels[field][at]
-        labels |= also
-        return Point("/".join(_part(field, label) for field, label in labels.items()), values | also, labels)
+        values.update(also or {})
+        labels.update(also or {})
+        return Point("/".join(_part(field, label) for field, label in labels.items()), values, labels)
 
 
 class Grid(NamedTuple):

@@ -24,6 +24,7 @@ _SHOWN_ERRORS = 10
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Processes; by default one a core.")
 @click.option("--dask", metavar="ADDRESS", help="Run on the workers of this Dask scheduler, as tcp://host:8786.")
 @click.option("--dry-run", is_flag=True, help="Print the cells, and an estimate of the time; replay no more than that.")
+@click.option("--search", "searches", is_flag=True, help="Look for the best policy instead of replaying all.")
 @click.option(
     "--pareto",
     type=click.Choice(["gpu_memory_bytes", "link_bytes", "price"]),
@@ -36,6 +37,7 @@ def command(
     jobs: int | None,
     dask: str | None,
     dry_run: bool,
+    searches: bool,
     pareto: str | None,
     form: str,
 ) -> None:
@@ -47,6 +49,9 @@ def command(
 
     The table marks the Pareto front: cells that no other of the same trace beats in both latency and GPU memory
     (or link bytes, or price).
+
+    --search takes the lists of the file as choices, and ranges of numbers from its [search] table: Optuna proposes,
+    and of what was replayed over a part of the trace the best go on to a longer one (extra `search`).
     """
     from moetrace.cli.compiling import announce_compiling
 
@@ -56,6 +61,13 @@ def command(
         raise UsageError("An empty path names no folder.")
     if jobs is not None and dask is not None:
         raise UsageError("--jobs is for this machine, --dask for a cluster: give one of them.")
+    if searches:
+        from moetrace.cli.searching import search
+
+        if dry_run:
+            raise UsageError("A search decides as it goes what to replay, so it has no --dry-run.")
+        search(source, folder or Path(), jobs or _cores(), dask, pareto, form)
+        return
     with announce_compiling():
         from moetrace.batch.folder import Folder
         from moetrace.batch.sweep import Plan

@@ -1,0 +1,361 @@
+"""`search`: the best policy of a space, by successive halving on growing parts of a trace; Optuna proposes."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from moetrace.batch.cell import Cell, Resolver, Traces, hash_of
+from moetrace.batch.choices import Choices, choices_of
+from moetrace.batch.executors import Farm, run_tasks
+from moetrace.batch.folder import Folder
+from moetrace.batch.grid import Grid, load_space
+from moetrace.batch.metrics import value_of
+from moetrace.batch.sweep import Sweep, farm_of
+from moetrace.batch.work import Outcome, Task, forget
+from moetrace.engine.decoded import needs_of
+from moetrace.spec.errors import MoetraceError, UsageError
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import Trial as Proposal
+
+SCHEMA = "moetrace.search/1"
+# Proposals for each trial of a round. A sampler that is sure of its ground repeats itself: the second half are random.
+_PROPOSALS = 40
+
+
+@dataclass
+class Trial:
+    """One proposal: how far through the trace it came, and what the objective was there.
+
+    ``part`` counts from 1; ``state`` is `complete` (of the whole trace), `stopped` or `failed`.
+    """
+
+    number: int
+    cell: Cell
+    part: int = 0
+    value: float | None = None
+    state: str = "failed"
+    error: str | None = None
+
+
+_Pair = tuple["Proposal", Trial]
+
+
+@dataclass(repr=False)
+class Search:
+    """A search, done.
+
+    Attributes:
+        choices: what there was to choose, and how.
+        trials: all different proposals, in order; fewer than asked for if there were no more.
+        reference: the first of each axis, replayed over the whole trace; its `value` is what to beat.
+        computed, reused: replays of the trace or a part of it that were made now, and found in the folder.
+    """
+
+    choices: Choices
+    trials: list[Trial]
+    reference: Trial
+    found: dict[str, Mapping[str, Any]]
+    computed: int = 0
+    reused: int = 0
+
+    def __repr__(self) -> str:
+        return f"<Search of {len(self.trials)} trials: .best is a trial, .frame and .sweep.cells are frames>"
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial of the best objective over the whole trace, the reference included; the first of equal ones."""
+        complete = [trial for trial in [self.reference, *self.trials] if trial.state == "complete"]
+        sign = -1 if self.choices.halving.maximize else 1
+        return min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
+
+    @cached_property
+    def frame(self) -> pl.DataFrame:
+        """One row a trial: its number, state, part, value, cell and error, and what it chose."""
+        rows = [
+            {"trial": trial.number, "state": trial.state, "part": trial.part, "value": trial.value}
+            | {"name": trial.cell.name, "cell": trial.cell.key}
+            | {name: str(value) if name == "policy" else value for name, value in self._chosen(trial).items()}
+            | {"error": trial.error}
+            for trial in [self.reference, *self.trials]
+        ]
+        names = dict.fromkeys(name for row in rows for name in row if name != "error")
+        columns = {name: pl.Series([row.get(name) for row in rows], strict=False) for name in names}
+        return pl.DataFrame(columns | {"error": pl.Series([row["error"] for row in rows], dtype=pl.String)})
+
+    @property
+    def sweep(self) -> Sweep:
+        """What was replayed over the whole trace, as a sweep: reports and gates take its folder."""
+        listed = {
+            trial.cell.name: trial.cell
+            for trial in [self.reference, *self.trials]
+            if trial.state == "complete" and trial.cell.key in self.found
+        }
+        space = self.choices.space
+        grid = Grid(space.where, space.listed, [], space.ignore_capacity, space.pareto)
+        return Sweep(grid, list(listed.values()), self.found, self.computed, self.reused, 0, space.pareto)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `search.json` holds."""
+        halving, best = self.choices.halving, self.best
+        states = Counter(trial.state for trial in self.trials)
+        return {
+            "schema": SCHEMA,
+            "objective": halving.objective,
+            "maximize": halving.maximize,
+            "seed": halving.seed,
+            "sampler": halving.sampler,
+            "parts": halving.parts,
+            "keep": halving.keep,
+            "reference": {"name": self.reference.cell.name, "value": self.reference.value},
+            "best": best and {"trial": best.number, "name": best.cell.name, "value": best.value} | self._chosen(best),
+            "states": {state: states[state] for state in ("complete", "stopped", "failed")},
+        }
+
+    def _chosen(self, trial: Trial) -> dict[str, Any]:
+        labels = trial.cell.point.labels
+        return {name: labels[name] for name in labels if name in self.choices.ranges or name in self._lists}
+
+    @cached_property
+    def _lists(self) -> set[str]:
+        return {"policy", *(field for axis in self.choices.space.axes if len(axis.values) > 1 for field in axis.fields)}
+
+
+@dataclass
+class _Halver:
+    """Carries trials from part to part."""
+
+    choices: Choices
+    farm: Farm
+    folder: Folder | None
+    progress: Callable[[int], None] | None
+    traces: Traces = field(default_factory=Traces)
+    found: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    computed: int = 0
+    reused: int = 0
+
+    def __post_init__(self) -> None:
+        self.path = self.choices.plain().values["trace"]
+        self.trace, self.sha256 = self.traces.get(self.path)
+        self.resolver = Resolver(self.traces, self.choices.space.ignore_capacity)
+
+    def trial(self, number: int, point: Any) -> Trial:
+        """A trial that has yet to begin; one that cannot be replayed has its error."""
+        cell = self.resolver.resolve(point)
+        return Trial(number, cell, error=cell.error)
+
+    def replay(self, trials: Sequence[Trial], part: int) -> None:
+        """Replay trials over a part of the trace, all in as few passes as there are jobs, and note their values."""
+        steps: int | None = self.choices.halving.steps(part, self.trace.steps)
+        steps = None if steps == self.trace.steps else steps
+        going = [trial for trial in trials if trial.error is None]
+        cells = {_key(trial.cell, steps): trial.cell for trial in going}
+        for key in cells.keys() - self.found.keys() - self.errors.keys():
+            if self.folder is not None and (finished := self.folder.finished(key)) is not None:
+                self.found[key] = finished
+                self.reused += 1
+        missing = {key: cell for key, cell in cells.items() if key not in self.found and key not in self.errors}
+        self._run(missing, steps)
+        for trial in going:
+            self._note(trial, part, _key(trial.cell, steps))
+        if self.progress is not None:
+            self.progress(len(trials))
+
+    def _run(self, missing: Mapping[str, Cell], steps: int | None) -> None:
+        def take(outcomes: list[Outcome]) -> None:
+            for outcome in outcomes:
+                if outcome.found is None:
+                    self.errors[outcome.key] = outcome.error or "it was lost."
+                    continue
+                self.found[outcome.key] = outcome.found
+                self.computed += 1
+                if self.folder is not None:
+                    self.folder.keep(_part_of(missing[outcome.key], steps), outcome.found)
+
+        wanted = [
+            (key, cell.setup, cell.inputs["files"]) for key, cell in missing.items() if cell.setup and cell.inputs
+        ]
+        needs = needs_of(cell.policy for cell in missing.values())
+        size = max(1, -(-len(wanted) // self.farm.jobs))
+        tasks = [
+            Task(self.path, self.sha256, needs, wanted[first : first + size], steps)
+            for first in range(0, len(wanted), size)
+        ]
+        if tasks:
+            run_tasks(tasks, self.farm, take)
+
+    def _note(self, trial: Trial, part: int, key: str) -> None:
+        trial.part = part + 1
+        if key in self.errors:
+            trial.error = self.errors[key]
+            return
+        objective = self.choices.halving.objective
+        trial.value = value_of(self.found[key]["result"]["policies"][0], objective, trial.cell.name)
+        if trial.value is None:
+            trial.error = f"{objective} is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
+
+
+def _part_of(cell: Cell, steps: int | None) -> Cell:
+    """The cell of the first steps alone, a name and a file of its own."""
+    if steps is None or cell.inputs is None:
+        return cell
+    inputs = cell.inputs | {"steps": steps}
+    return Cell(cell.point, cell.setup, inputs, hash_of(inputs))
+
+
+def _key(cell: Cell, steps: int | None) -> str:
+    key = _part_of(cell, steps).key
+    assert key is not None
+    return key
+
+
+def search(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    jobs: int = 1,
+    dask: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Search:
+    """Find the policy of a space that does best on one trace and machine.
+
+    Optuna's sampler proposes; a round of proposals is replayed over the first part of the trace, and its successive
+    halving says who goes on to a part that is several times as long. What was proposed, and what came of it, does not
+    depend on `jobs`.
+
+    Args:
+        source: the path of a sweep's TOML file, or a mapping of the same form: lists are choices, its `search` table
+            adds ranges, the objective and how many trials (docs/sweep.md).
+        folder: where replays are kept, and found again; None keeps nothing.
+        jobs: processes; 1 is this one.
+        dask: address of a Dask scheduler, to run on its workers instead.
+        progress: is told how many trials were judged, on a part of the trace, since it was last told.
+
+    Raises UsageError if the space makes no sense, MoetraceError if Optuna is missing, the trace is damaged or the
+    folder cannot be written.
+    """
+    if not isinstance(jobs, int) or jobs < 1:
+        raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
+    choices = choices_of(load_space(source))
+    with farm_of(jobs, dask) as (farm, _):
+        return run_search(choices, None if folder is None else Folder(Path(folder)), farm, progress)
+
+
+def run_search(
+    choices: Choices, folder: Folder | None, farm: Farm, progress: Callable[[int], None] | None = None
+) -> Search:
+    """Search on a farm; as `search` does."""
+    with _study(choices) as study:
+        halver = _Halver(choices, farm, folder, progress)
+        try:
+            reference = halver.trial(0, choices.plain())
+            halver.replay([reference], choices.halving.parts - 1)
+            reference.state = "failed" if reference.error else "complete"
+            trials: list[Trial] = []
+            while left := choices.halving.trials - len(trials):
+                begun = _propose(study, halver, trials, min(choices.halving.round, left))
+                if not begun:
+                    break  # all that there is was tried
+                _halve(study, halver, begun)
+                trials += [trial for _, trial in begun]
+        finally:
+            forget()
+    found = Search(choices, trials, reference, halver.found, halver.computed, halver.reused)
+    if folder is not None:
+        sweep = found.sweep
+        folder.publish(sweep.to_dict(), sweep.cells, {"search.json": found.to_dict()}, {"trials.parquet": found.frame})
+    return found
+
+
+def _propose(study: "Study", halver: _Halver, trials: Sequence[Trial], count: int) -> list[_Pair]:
+    """Return up to `count` trials that nobody proposed before, fewer if the sampler no longer finds any."""
+    import optuna
+
+    seen = {trial.cell.name for trial in trials}
+    begun: list[_Pair] = []
+    sampler, chance = study.sampler, optuna.samplers.RandomSampler(seed=halver.choices.halving.seed + len(trials))
+    for turn in range(count * _PROPOSALS):
+        study.sampler = sampler if turn < count * _PROPOSALS // 2 else chance
+        proposal = study.ask()
+        point = halver.choices.suggest(proposal)
+        if point.name in seen:
+            study.tell(proposal, state=optuna.trial.TrialState.FAIL)  # which samplers overlook
+            continue
+        seen.add(point.name)
+        begun.append((proposal, halver.trial(1 + len(trials) + len(begun), point)))
+        if len(begun) == count:
+            break
+    study.sampler = sampler
+    return begun
+
+
+def _halve(study: "Study", halver: _Halver, begun: Sequence[_Pair]) -> None:
+    """Carry trials through the parts of the trace, fewer each time."""
+    import optuna
+
+    halving, going = halver.choices.halving, list(begun)
+    for part in range(halving.parts):
+        halver.replay([trial for _, trial in going], part)
+        for proposal, trial in going:
+            if trial.error is not None:
+                study.tell(proposal, state=optuna.trial.TrialState.FAIL)
+        going = _best_first([pair for pair in going if pair[1].error is None], halving.maximize)
+        if part + 1 < halving.parts:
+            going = [pair for pair in going if _goes_on(study, *pair, halving.keep**part)]
+    for proposal, trial in going:
+        trial.state = "complete"
+        study.tell(proposal, trial.value)
+
+
+def _goes_on(study: "Study", proposal: "Proposal", trial: Trial, step: int) -> bool:
+    """Ask Optuna whether a trial is among the best so far; the best of a round are asked about first."""
+    import optuna
+
+    assert trial.value is not None
+    proposal.report(trial.value, step)
+    if proposal.should_prune():
+        trial.state = "stopped"
+        study.tell(proposal, state=optuna.trial.TrialState.PRUNED)
+        return False
+    return True
+
+
+def _best_first(going: list[_Pair], maximize: bool) -> list[_Pair]:
+    sign = -1 if maximize else 1
+    return sorted(going, key=lambda pair: (sign * (pair[1].value or 0.0), pair[1].number))
+
+
+@contextmanager
+def _study(choices: Choices) -> Iterator["Study"]:
+    """Yield an empty study, with Optuna silent; raises MoetraceError if it is missing."""
+    try:
+        import optuna
+    except ImportError:
+        raise MoetraceError("A search needs Optuna: pip install 'moetrace[search]'.") from None
+    halving = choices.halving
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # constant_liar is called experimental
+            samplers: dict[str, Callable[[], Any]] = {
+                "tpe": lambda: optuna.samplers.TPESampler(seed=halving.seed, constant_liar=True),
+                "random": lambda: optuna.samplers.RandomSampler(seed=halving.seed),
+            }
+            yield optuna.create_study(
+                direction="maximize" if halving.maximize else "minimize",
+                sampler=samplers[halving.sampler](),
+                pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=halving.keep),
+            )
+    finally:
+        optuna.logging.set_verbosity(verbosity)

@@ -1,0 +1,164 @@
+"""Searches: the best of a space is found, and what the search says is what replays say."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import moetrace as mt
+from moetrace.batch.choices import Halving
+
+pytest.importorskip("optuna")
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "traces" / "tiny-olmoe.h5")
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("t") / "small.h5"
+    mt.generate(path, "tiny-olmoe", requests=6, prompt=8, output=24, stick=0.4)
+    return str(path)
+
+
+def space(trace: str, **search) -> dict:
+    return {
+        "trace": trace,
+        "policy": ["on-demand", "edge-ndp", "lfu-balance.toml"],
+        "slots": 24,
+        "search": {
+            "trials": 30,
+            "range": {"policy": {"lfu-balance": {"half_life": {"low": 1, "high": 64, "log": True}}}},
+            **search,
+        },
+    }
+
+
+@pytest.fixture(autouse=True)
+def beside(tmp_path, monkeypatch):
+    text = 'name = "lfu-balance"\ndispatch = "balance"\nresidency = "lfu"\nhalf_life = 8\n'
+    (tmp_path / "lfu-balance.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_values_are_those_of_replays(trace):
+    found = mt.search(space(trace))
+    assert len(found.trials) == 30
+    complete = [trial for trial in [found.reference, *found.trials] if trial.state == "complete"]
+    assert 2 <= len(complete) < 31  # some were stopped
+    for trial in complete:
+        values = trial.cell.point.values
+        own = {name: value for name, value in values.items() if name.count(".") > 1}
+        alone = mt.replay(trace, policies=values["policy"], slots=24, overrides=own)
+        assert trial.value == alone.summary["total_s"][0]
+    assert found.best is not None
+    assert found.best.value == min(trial.value for trial in complete if trial.value is not None)
+    assert found.reference.cell.point.values["policy"] == "on-demand"
+
+
+def test_a_small_space_is_tried_wholly_and_no_trial_twice(trace):
+    asked = {
+        "trace": trace,
+        "policy": ["monde", "on-demand", "edge-ndp"],
+        "slots": [8, 24],
+        "search": {"trials": 40, "parts": 1},
+    }
+    found = mt.search(asked)
+    assert len({trial.cell.name for trial in found.trials}) == len(found.trials) == 6
+    grid = mt.sweep({name: value for name, value in asked.items() if name != "search"})
+    assert found.best is not None
+    assert found.best.value == grid.cells["total_s"].min()
+
+
+def test_parts_grow_and_the_last_is_all(trace):
+    halving = Halving(parts=3, keep=3)
+    assert [halving.steps(part, 100) for part in range(3)] == [12, 34, 100]
+    assert [halving.steps(part, 1) for part in range(3)] == [1, 1, 1]
+    found = mt.search(space(trace))
+    stopped = [trial for trial in found.trials if trial.state == "stopped"]
+    assert {trial.part for trial in stopped} <= {1, 2}
+    with mt.Trace.open(trace) as opened:
+        for trial in stopped[:4]:
+            head = opened.head(halving.steps(trial.part - 1, opened.steps))
+            values = trial.cell.point.values
+            own = {name: value for name, value in values.items() if name.count(".") > 1}
+            assert (
+                trial.value == mt.replay(head, policies=values["policy"], slots=24, overrides=own).summary["total_s"][0]
+            )
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_the_same_whatever_the_jobs_and_from_a_folder(trace, tmp_path, sampler):
+    asked = space(trace, sampler=sampler, seed=5)
+    first = mt.search(asked, tmp_path / "a")
+    again = mt.search(asked, tmp_path / "a")
+    side = mt.search(asked, tmp_path / "b", jobs=2)
+    assert first.frame.equals(again.frame)
+    assert first.frame.equals(side.frame)
+    assert first.computed > 0
+    assert (again.computed, again.reused) == (0, first.computed)
+    for name in ("search.json", "sweep.json", "cells.parquet", "trials.parquet"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    cells = {path.name for path in (tmp_path / "a" / "cells").iterdir()}
+    assert cells == {path.name for path in (tmp_path / "b" / "cells").iterdir()}
+    assert (
+        mt.search(asked | {"search": asked["search"] | {"seed": 6}}).frame["name"].to_list()
+        != first.frame["name"].to_list()
+    )
+
+
+def test_more_may_be_better(trace):
+    found = mt.search(space(trace, objective="hit_rate"))
+    complete = found.frame.filter(pl.col("state") == "complete")
+    assert found.best is not None
+    assert found.best.value == complete["value"].max()
+
+
+def test_trials_that_cannot_be_replayed_do_not_stop_the_others(trace):
+    asked = space(trace)
+    asked["search"]["range"] = {"policy": {"half_life": {"low": 1, "high": 64}}}  # which only lfu has
+    found = mt.search(asked)
+    failed = [trial for trial in found.trials if trial.state == "failed"]
+    assert failed and all("half_life" in str(trial.error) for trial in failed)
+    assert {trial.cell.policy.name for trial in found.trials if trial.state != "failed"} == {"lfu-balance"}
+
+
+BAD = [
+    ({"objective": "speed"}, "no metric"),
+    ({"objective": "prefetch_bytes"}, "neither"),
+    ({"trials": 0}, "trials"),
+    ({"keep": 1}, "keep"),
+    ({"parts": 9}, "parts"),
+    ({"sampler": "magic"}, "tpe"),
+    ({"seed": -1}, "seed"),
+    ({"budget": 3}, "budget"),
+    ({"range": {"policy": {"half_live": {"low": 1, "high": 2}}}}, "half_life"),
+    ({"range": {"policy": {"lfu-balance": {"half_life": {"low": 3, "high": 2}}}}}, "nothing between"),
+    ({"range": {"policy": {"lfu-balance": {"half_life": {"low": 0, "high": 2, "log": True}}}}}, "more than 0"),
+    ({"range": {"policy": {"lfu-balance": {"half_life": {"low": 1}}}}}, "high"),
+    ({"range": {"policy": {"lfu-balance": {"half_life": {"low": "a", "high": 2}}}}}, "low"),
+    ({"range": {"policy": {"lfu-balance": {"half_life": 4}}}}, "low"),
+    ({"range": {"policy": {"nobody": {"half_life": {"low": 1, "high": 2}}}}}, "nobody"),
+    ({"range": {"slots": {"low": 1, "high": 2}}}, "slots"),
+    ({"range": {"system": {"ndp": {"units": {"low": 1, "high": 2}}}}}, "one model and machine"),
+    ({"range": {"model": {"top_k": {"low": 1, "high": 2}}}}, "one model and machine"),
+]
+
+
+@pytest.mark.parametrize(("search", "says"), BAD)
+def test_a_wrong_space_is_one_sentence(trace, search, says):
+    asked = space(trace)
+    asked["search"] = asked["search"] | search
+    with pytest.raises(mt.UsageError) as error:
+        mt.search(asked)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_search_has_one_of(trace):
+    with pytest.raises(mt.UsageError, match="trace is a list"):
+        mt.search(space(trace) | {"trace": [trace, TINY]})
+    with pytest.raises(mt.UsageError, match="nothing to choose"):
+        mt.search({"trace": trace, "policy": "monde"})
+    with pytest.raises(mt.UsageError, match=r"\[search\] table"):
+        mt.sweep(space(trace))

@@ -1,0 +1,60 @@
+"""`moetrace sweep --search`."""
+
+import csv
+import io
+import json
+
+import pytest
+
+import moetrace as mt
+
+pytest.importorskip("optuna")
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("t") / "small.h5"
+    mt.generate(path, "tiny-olmoe", requests=6, prompt=8, output=24, stick=0.4)
+    return str(path)
+
+
+def searched(trace, folder):
+    """A space beside the policy that it names."""
+    policy = 'name = "lfu-balance"\ndispatch = "balance"\nresidency = "lfu"\nhalf_life = 8\n'
+    (folder / "lfu-balance.toml").write_text(policy)
+    text = f"""trace = "{trace}"
+policy = ["on-demand", "lfu-balance.toml"]
+slots = 24
+[search]
+trials = 12
+range.policy.lfu-balance.half_life = {{ low = 1, high = 64 }}
+"""
+    (folder / "s.toml").write_text(text)
+    return folder / "s.toml"
+
+
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_other_forms(trace, tmp_path, run, form):
+    path = searched(trace, tmp_path)
+    code, out, _ = run("sweep", path, "--search", "-o", tmp_path / "out", "--jobs", "1", "--format", form)
+    assert code == 0
+    trials = json.loads(out)["trials"] if form == "json" else list(csv.DictReader(io.StringIO(out)))
+    assert len(trials) == 13
+
+
+def test_best_is_what_its_command_replays(trace, tmp_path, run):
+    path = searched(trace, tmp_path)
+    code, out, err = run("sweep", path, "--search", "-o", tmp_path / "out", "--jobs", "1")
+    assert code == 0, err
+    assert "12 trials" in err
+    command = out.strip().splitlines()[-1].split()
+    assert command[:2] == ["moetrace", "replay"]
+    _, replayed, _ = run(*command[1:], "--format", "json")
+    search = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert json.loads(replayed)["policies"][0]["total_s"] == search["best"]["value"]
+
+
+def test_options_that_do_not_go_together(trace, tmp_path, run):
+    path = searched(trace, tmp_path)
+    assert run("sweep", path, "--search", "-o", tmp_path / "out", "--dry-run")[0] == 2
+    assert run("sweep", path, "-o", tmp_path / "out")[0] == 2
