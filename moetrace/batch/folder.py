@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import polars as pl
 
 from moetrace import __version__
@@ -58,7 +59,7 @@ class Folder:
         }
         # Not synced: what a crash of the machine cuts short is seen by `finished`, and replayed again.
         with whole_file(self._cells / f"{cell.key}.json", sync=False) as file:
-            file.write(to_json(content).encode())
+            file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
     def count_others(self, keys: set[str]) -> int:
         """How many finished cells lie here that are not of this sweep."""
