@@ -23,7 +23,7 @@ def start_early() -> None:
         from multiprocessing import forkserver
 
         with _no_main_module(), contextlib.suppress(OSError):  # else it is tried again, and refused, later
-            forkserver.set_forkserver_preload(["moetrace.batch.work"])
+            forkserver.set_forkserver_preload(["moetrace.engine.run"])  # not Polars, which starts threads
             forkserver.ensure_running()
 
 
