@@ -104,7 +104,7 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
     except (OSError, ValueError, ImportError) as error:
         why = str(error).partition("\n")[0] or type(error).__name__
         raise MoetraceError(f"No Dask scheduler answers at {address} ({why.rstrip('.')}): is it running?") from None
-    with client, _quiet("distributed.client"):
+    with _quiet("distributed.client"), client:
         threads = sum(dict(client.nthreads()).values())  # pyright: ignore
         if threads == 0:
             raise MoetraceError(f"The Dask scheduler at {address} has no workers: start some with dask worker.")
