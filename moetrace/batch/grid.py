@@ -37,6 +37,7 @@ class _Sweep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     slots: int | list[int] | None = None
     set: dict[str, Any] = {}
     zip: list[dict[str, Any]] = []
+    exclude: list[dict[str, Any]] = []
     ignore_capacity: bool = False
     pareto: str = "gpu_memory_bytes"
 
@@ -93,7 +94,7 @@ def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
     if count > MAX_POINTS:
         raise UsageError(f"{where} spans {count:,} cells, and a sweep has at most {MAX_POINTS:,}: split it.")
     labels = {field: _labels(field, values, where) for axis in axes for field, values in _columns(axis)}
-    points = list(_points(axes, labels, folder))
+    points = _kept(list(_points(axes, labels, folder)), sweep.exclude, folder, where)
     twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
     if twice:
         raise UsageError(f"{where} names {twice[0]} more than once: each value of an axis, or row of a zip, wants one.")
@@ -138,13 +139,7 @@ def _axis(field: str, value: Any, where: str) -> Axis:
 
 
 def _zip(table: dict[str, Any], where: str) -> Axis:
-    for key in table:
-        if key not in (*KINDS, "set"):
-            raise UsageError(f"{where}: {key} is unknown{nearest(key, [*KINDS, 'set'])}; known are {_either()}.")
-    inner = table.get("set", {})
-    if not isinstance(inner, dict):
-        raise UsageError(f"{where}: set wants a table, as in set.system.ndp.units = [2, 4].")
-    given = {key: value for key, value in table.items() if key != "set"} | _flat(inner, "set", where)
+    given = _flat_table(table, where)
     if len(given) < 2:
         raise UsageError(f"{where} wants two axes or more that change together, got {len(given)}.")
     axes = [_axis(field, value, where) for field, value in given.items()]
@@ -158,6 +153,17 @@ def _zip(table: dict[str, Any], where: str) -> Axis:
             )
     rows = [tuple(value for (value,) in row) for row in zip(*(axis.values for axis in axes), strict=True)]
     return Axis(tuple(given), rows, True)
+
+
+def _flat_table(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a table of `zip` or `exclude` gives: trace, model, system, policy, slots, and fields under `set`."""
+    for key in table:
+        if key not in (*KINDS, "set"):
+            raise UsageError(f"{where}: {key} is unknown{nearest(key, [*KINDS, 'set'])}; known are {_either()}.")
+    inner = table.get("set", {})
+    if not isinstance(inner, dict):
+        raise UsageError(f"{where}: set wants a table, as in set.system.ndp.units = [2, 4].")
+    return {key: value for key, value in table.items() if key != "set"} | _flat(inner, "set", where)
 
 
 def _either() -> str:
@@ -262,6 +268,32 @@ def _points(axes: list[Axis], labels: Mapping[str, list[Any]], folder: Path) -> 
         parts = [_part(field, label[field]) for field in shown]
         placed = {field: _placed(field, value, folder) for field, value in zip(fields, values, strict=True)}
         yield Point("/".join(parts), placed, {field: label[field] for field in shown})
+
+
+def _kept(points: list[Point], excludes: list[dict[str, Any]], folder: Path, where: str) -> list[Point]:
+    """The points that no table of `excludes` describes: in all that it names, a value or a label of it."""
+    for number, table in enumerate(excludes, 1):
+        at = f"{where}, exclude {number}"
+        wanted = _flat_table(table, at)
+        for field in wanted:
+            if not any(field in point.labels or field in point.values for point in points):
+                raise UsageError(f"{at}: {printable(field)} is nothing that this sweep gives.")
+        tests = {
+            field: [
+                one
+                for value in (values if isinstance(values, list) else [values])
+                for one in (value, _placed(field, value, folder))
+            ]
+            for field, values in wanted.items()
+        }
+        points = [
+            point
+            for point in points
+            if not all(point.labels.get(f) in t or point.values.get(f) in t for f, t in tests.items())
+        ]
+        if not points:
+            raise UsageError(f"{at} leaves no cell.")
+    return points
 
 
 def _part(field: str, label: Any) -> str:

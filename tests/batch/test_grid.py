@@ -59,6 +59,17 @@ def test_zipped_axes_go_together(tmp_path):
     assert {(p.labels["trace"], p.labels["model"]) for p in grid.points} == {("a", "x"), ("b", "y")}
 
 
+def test_what_is_excluded_is_left_out():
+    grid = {"trace": ["x/a.h5", "b.h5"], "slots": [1, 2], "set": {"system.ndp.units": [4, 6]}, "policy": "monde"}
+    left = load_grid(grid | {"exclude": [{"trace": "a", "slots": 2}, {"set": {"system": {"ndp": {"units": [4, 5]}}}}]})
+    assert names(left) == [
+        "a/edge-ndp/monde/slots=1/system.ndp.units=6",
+        "b/edge-ndp/monde/slots=1/system.ndp.units=6",
+        "b/edge-ndp/monde/slots=2/system.ndp.units=6",
+    ]
+    assert names(load_grid(grid | {"exclude": [{"trace": "x/a.h5"}, {"trace": "nothing"}]}))[0].startswith("b/")
+
+
 def test_python_may_say_it_in_its_own_words():
     plain = load_grid({"trace": ["t.h5"], "slots": [0, 2, 4], "set": {"system.gpu.launch_us": [0.5, 1.0]}})
     own = load_grid(
@@ -110,6 +121,9 @@ def test_a_grid_is_the_product_of_its_axes(data):
         ({"trace": "t.h5", "set": {"system.name": []}}, "system.name is an empty list"),
         ({"trace": "t.h5", "zip": [{"slots": [1, 2], "policy": ["monde"]}]}, "zip 1: slots has 2 values and policy 1"),
         ({"trace": "t.h5", "zip": [{"slots": [1, 2]}]}, "zip 1 wants two axes or more"),
+        ({"trace": "t.h5", "exclude": [{"policy": ["monde", "edge-ndp"]}]}, "exclude 1 leaves no cell"),
+        ({"trace": "t.h5", "exclude": [{"slots": 3}]}, "exclude 1: slots is nothing that this sweep gives"),
+        ({"trace": "t.h5", "exclude": [{"polic": "x"}]}, "exclude 1: polic is unknown .the nearest is 'policy'"),
         ({"trace": "t.h5", "zip": [{"slots": 1, "policy": ["monde"]}]}, "zip 1: slots wants a list"),
         ({"trace": "t.h5", "zip": [{"slot": [1], "policy": ["monde"]}]}, "slot is unknown .the nearest is 'slots'"),
         ({"slots": [1], "trace": "t.h5", "zip": [{"slots": [1], "policy": ["monde"]}]}, "slots is given twice"),
