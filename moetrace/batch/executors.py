@@ -1,18 +1,14 @@
 """Where tasks run: here, in processes of this machine, or on a Dask cluster; and what is done when workers die."""
 
 import contextlib
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import types
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+from moetrace.batch.processes import processes
 from moetrace.batch.work import Outcome, Task, work
 from moetrace.spec.errors import MoetraceError
 
@@ -25,7 +21,6 @@ class Farm(NamedTuple):
     open: Callable[[], AbstractContextManager[Executor]]
     jobs: int
     window: int
-    where: str
 
 
 class Inline(Executor):
@@ -44,8 +39,8 @@ class Inline(Executor):
 def local_farm(jobs: int) -> Farm:
     """Processes of this machine; with one job, this process."""
     if jobs == 1:
-        return Farm(Inline, 1, 1, "in this process")
-    return Farm(lambda: _processes(jobs), jobs, jobs + 1, f"in {jobs} processes")
+        return Farm(Inline, 1, 1)
+    return Farm(lambda: processes(jobs), jobs, jobs + 1)
 
 
 def run_tasks(tasks: Sequence[Task], farm: Farm, take: Callable[[list[Outcome]], None]) -> None:
@@ -94,53 +89,6 @@ def _halves(task: Task) -> list[Task]:
 
 
 @contextlib.contextmanager
-def _processes(jobs: int) -> Iterator[Executor]:
-    """Yield a pool of processes, none of which outlives the block, nor this process."""
-    start = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(start)
-    if start == "forkserver":
-        context.set_forkserver_preload(["moetrace.batch.work"])  # imported once, then forked
-    pool = _Pool(jobs, mp_context=context, initializer=_begin_worker)
-    try:
-        yield pool
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown(cancel_futures=True)
-
-
-class _Pool(ProcessPoolExecutor):
-    """Starts processes without importing the caller's main module, which nothing here needs.
-
-    A script without `if __name__ == "__main__"` would else start a sweep in each of them.
-    """
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            return super().submit(fn, *args, **kwargs)
-        finally:
-            sys.modules["__main__"] = main
-
-
-def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when it does, even if it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-@contextlib.contextmanager
 def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
     """Yield a Dask cluster as a farm, and the link of its dashboard; lost workers' tasks are run again, three times.
 
@@ -156,11 +104,11 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
     except (OSError, ValueError, ImportError) as error:
         why = str(error).partition("\n")[0] or type(error).__name__
         raise MoetraceError(f"No Dask scheduler answers at {address} ({why.rstrip('.')}): is it running?") from None
-    with client:
+    with _quiet("distributed.client"), client:
         threads = sum(dict(client.nthreads()).values())  # pyright: ignore
         if threads == 0:
             raise MoetraceError(f"The Dask scheduler at {address} has no workers: start some with dask worker.")
-        farm = Farm(lambda: client.get_executor(retries=ATTEMPTS), threads, 2 * threads, f"on Dask at {address}")
+        farm = Farm(lambda: client.get_executor(retries=ATTEMPTS), threads, 2 * threads)
         try:
             yield farm, client.dashboard_link
         except distributed.KilledWorker:
@@ -172,3 +120,15 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
             if isinstance(error, OSError) and not isinstance(error, CommClosedError):
                 raise
             raise MoetraceError(f"The Dask scheduler at {address} went away; finished cells are kept.") from None
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a logger from printing tracebacks of what is told in a sentence."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,10 +1,12 @@
 """The folder of a sweep: a file for each finished cell, there as soon as it is done, and the tables of all."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import polars as pl
 
 from moetrace import __version__
@@ -58,7 +60,7 @@ class Folder:
         }
         # Not synced: what a crash of the machine cuts short is seen by `finished`, and replayed again.
         with whole_file(self._cells / f"{cell.key}.json", sync=False) as file:
-            file.write(to_json(content).encode())
+            file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
     def count_others(self, keys: set[str]) -> int:
         """How many finished cells lie here that are not of this sweep."""
@@ -71,9 +73,19 @@ class Folder:
         documents: Mapping[str, Mapping[str, Any]] | None = None,
         tables: Mapping[str, pl.DataFrame] | None = None,
     ) -> None:
-        """Write the tables of all cells, and others by their names: all or none."""
+        """Write the tables of all cells, and others by their names: all or none.
+
+        Raises MoetraceError if the system refuses (a full disk).
+        """
+        contents = {name: to_json(what).encode() for name, what in {"sweep.json": sweep, **(documents or {})}.items()}
+        for name, frame in {"cells.parquet": cells, **(tables or {})}.items():
+            table = io.BytesIO()
+            frame.write_parquet(table, compression="zstd", compression_level=3)
+            contents[name] = table.getvalue()
         with staged(self.path) as temporary:
-            for name, document in {"sweep.json": sweep, **(documents or {})}.items():
-                (temporary / name).write_text(to_json(document), encoding="utf-8")
-            for name, table in {"cells.parquet": cells, **(tables or {})}.items():
-                table.write_parquet(temporary / name, compression="zstd", compression_level=3)
+            try:
+                for name, content in contents.items():
+                    (temporary / name).write_bytes(content)
+            except OSError as error:
+                why = error.strerror or error
+                raise MoetraceError(f"{self.path} could not be written: {why}; finished cells are kept.") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
+import numpy as np
 
 from moetrace.spec.errors import UsageError, printable
 from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, nearest, parse, read_text
@@ -36,6 +37,7 @@ class _Sweep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     slots: int | list[int] | None = None
     set: dict[str, Any] = {}
     zip: list[dict[str, Any]] = []
+    exclude: list[dict[str, Any]] = []
     ignore_capacity: bool = False
     pareto: str = "gpu_memory_bytes"
     search: dict[str, Any] | None = None
@@ -64,6 +66,7 @@ class Space(NamedTuple):
     folder: Path  # that relative paths are seen from
     axes: list[Axis]
     labels: dict[str, list[Any]]  # of the values of each field, in their axis' order
+    excluded: list[dict[str, list[Any]]]  # a point that has all that one of these names, by label or value, is left out
     ignore_capacity: bool
     pareto: str
     search: dict[str, Any] | None  # the table of that name
@@ -78,6 +81,13 @@ class Space(NamedTuple):
         """Label of each value, for the fields of axes that are lists."""
         fields = [field for axis in self.axes if axis.listed for field in axis.fields]
         return {field: list(dict.fromkeys(self.labels[field])) for field in fields}
+
+    def allows(self, point: Point) -> bool:
+        """Whether no exclusion describes a point."""
+        return not any(
+            all(point.labels.get(field) in values or point.values.get(field) in values for field, values in one.items())
+            for one in self.excluded
+        )
 
     def point(self, row: Sequence[int], also: Mapping[str, int | float] | None = None) -> Point:
         """The combination that takes value `row[i]` of axis i, and beside them `also`, by field."""
@@ -119,7 +129,10 @@ def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
         raise UsageError(f"{where} has a [search] table: search with --search, or leave the table out.")
     if space.size > MAX_POINTS:
         raise UsageError(f"{where} spans {space.size:,} cells, and a sweep has at most {MAX_POINTS:,}: split it.")
-    points = [space.point(row) for row in itertools.product(*(range(len(axis.values)) for axis in space.axes))]
+    rows = itertools.product(*(range(len(axis.values)) for axis in space.axes))
+    points = [point for point in map(space.point, rows) if space.allows(point)]
+    if not points:
+        raise UsageError(f"{where}: exclude leaves no cell.")
     twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
     if twice:
         raise UsageError(f"{where} names {twice[0]} more than once: each value of an axis, or row of a zip, wants one.")
@@ -130,7 +143,7 @@ def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
     """Read the axes of a sweep. Raises as `load_grid` does."""
     if isinstance(source, Mapping):
         folder, where = Path.cwd(), "the sweep"
-        raw = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in source.items()}
+        raw = {key: _plain(value) for key, value in source.items()}
     else:
         folder, where = Path(source).absolute().parent, str(source)
         raw = parse(read_text(os.fspath(source)), where)
@@ -141,7 +154,19 @@ def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
     axes = _axes(sweep, where)
     _check_once(axes, where)
     labels = {field: _labels(field, values, where) for axis in axes for field, values in _columns(axis)}
-    return Space(where, folder, axes, labels, sweep.ignore_capacity, sweep.pareto, sweep.search)
+    excluded = _exclusions(sweep.exclude, labels, folder, where)
+    return Space(where, folder, axes, labels, excluded, sweep.ignore_capacity, sweep.pareto, sweep.search)
+
+
+def _plain(value: Any) -> Any:
+    """What Python has beside what TOML has: paths, tuples, ranges, NumPy's numbers and arrays."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _axes(sweep: _Sweep, where: str) -> list[Axis]:
@@ -170,13 +195,7 @@ def _axis(field: str, value: Any, where: str) -> Axis:
 
 
 def _zip(table: dict[str, Any], where: str) -> Axis:
-    for key in table:
-        if key not in (*KINDS, "set"):
-            raise UsageError(f"{where}: {key} is unknown{nearest(key, [*KINDS, 'set'])}; known are {_either()}.")
-    inner = table.get("set", {})
-    if not isinstance(inner, dict):
-        raise UsageError(f"{where}: set wants a table, as in set.system.ndp.units = [2, 4].")
-    given = {key: value for key, value in table.items() if key != "set"} | flat_paths(inner, "set", where)
+    given = _flat_table(table, where)
     if len(given) < 2:
         raise UsageError(f"{where} wants two axes or more that change together, got {len(given)}.")
     axes = [_axis(field, value, where) for field, value in given.items()]
@@ -190,6 +209,17 @@ def _zip(table: dict[str, Any], where: str) -> Axis:
             )
     rows = [tuple(value for (value,) in row) for row in zip(*(axis.values for axis in axes), strict=True)]
     return Axis(tuple(given), rows, True)
+
+
+def _flat_table(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a table of `zip` or `exclude` gives: trace, model, system, policy, slots, and fields under `set`."""
+    for key in table:
+        if key not in (*KINDS, "set"):
+            raise UsageError(f"{where}: {key} is unknown{nearest(key, [*KINDS, 'set'])}; known are {_either()}.")
+    inner = table.get("set", {})
+    if not isinstance(inner, dict):
+        raise UsageError(f"{where}: set wants a table, as in set.system.ndp.units = [2, 4].")
+    return {key: value for key, value in table.items() if key != "set"} | flat_paths(inner, "set", where)
 
 
 def _either() -> str:
@@ -283,6 +313,30 @@ def _label(field: str, value: Any) -> Any:
         named = last.removesuffix(".toml") if field != "trace" else last.removesuffix(".h5").removesuffix(".hdf5")
         return printable(named.removesuffix(".csv"))
     return value if isinstance(value, int | float | bool) else str(value).replace("/", "-")
+
+
+def _exclusions(
+    tables: list[dict[str, Any]], known: Mapping[str, Any], folder: Path, where: str
+) -> list[dict[str, list[Any]]]:
+    """Of each table of `exclude` the values of each field, as given and, of a file, where it lies."""
+    found = []
+    for number, table in enumerate(tables, 1):
+        at = f"{where}, exclude {number}"
+        wanted = _flat_table(table, at)
+        for field in wanted:
+            if field not in known:
+                raise UsageError(f"{at}: {printable(field)} is nothing that this sweep gives.")
+        found.append(
+            {
+                field: [
+                    one
+                    for value in (values if isinstance(values, list) else [values])
+                    for one in (value, _placed(field, value, folder))
+                ]
+                for field, values in wanted.items()
+            }
+        )
+    return found
 
 
 def _part(field: str, label: Any) -> str:

@@ -288,7 +288,7 @@ def _propose(study: "Study", halver: _Halver, trials: Sequence[Trial], count: in
         study.sampler = sampler if turn < count * _PROPOSALS // 2 else chance
         proposal = study.ask()
         point = halver.choices.suggest(proposal)
-        if point.name in seen:
+        if point.name in seen or not halver.choices.space.allows(point):
             study.tell(proposal, state=optuna.trial.TrialState.FAIL)  # which samplers overlook
             continue
         seen.add(point.name)

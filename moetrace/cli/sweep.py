@@ -68,6 +68,10 @@ def command(
             raise UsageError("A search decides as it goes what to replay, so it has no --dry-run.")
         search(source, folder or Path(), jobs or _cores(), dask, pareto, form)
         return
+    if not dry_run and dask is None and (jobs or _cores()) > 1:
+        from moetrace.batch.processes import start_early
+
+        start_early()
     with announce_compiling():
         from moetrace.batch.folder import Folder
         from moetrace.batch.sweep import Plan

@@ -1,7 +1,9 @@
 """The grid: which lists are axes, which points they span, and what makes no sense."""
 
 import itertools
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +59,25 @@ def test_zipped_axes_go_together(tmp_path):
     assert {(p.labels["trace"], p.labels["model"]) for p in grid.points} == {("a", "x"), ("b", "y")}
 
 
+def test_what_is_excluded_is_left_out():
+    grid = {"trace": ["x/a.h5", "b.h5"], "slots": [1, 2], "set": {"system.ndp.units": [4, 6]}, "policy": "monde"}
+    left = load_grid(grid | {"exclude": [{"trace": "a", "slots": 2}, {"set": {"system": {"ndp": {"units": [4, 5]}}}}]})
+    assert names(left) == [
+        "a/edge-ndp/monde/slots=1/system.ndp.units=6",
+        "b/edge-ndp/monde/slots=1/system.ndp.units=6",
+        "b/edge-ndp/monde/slots=2/system.ndp.units=6",
+    ]
+    assert names(load_grid(grid | {"exclude": [{"trace": "x/a.h5"}, {"trace": "nothing"}]}))[0].startswith("b/")
+
+
+def test_python_may_say_it_in_its_own_words():
+    plain = load_grid({"trace": ["t.h5"], "slots": [0, 2, 4], "set": {"system.gpu.launch_us": [0.5, 1.0]}})
+    own = load_grid(
+        {"trace": (Path("t.h5"),), "slots": range(0, 6, 2), "set": {"system.gpu.launch_us": np.array([0.5, 1.0])}}
+    )
+    assert own == plain
+
+
 def test_files_of_one_name_are_told_apart():
     grid = load_grid({"trace": ["one/a.h5", "two/a.h5", "b.h5"], "policy": "monde"})
     assert [point.labels["trace"] for point in grid.points] == ["one-a.h5", "two-a.h5", "b"]
@@ -90,6 +111,7 @@ def test_a_grid_is_the_product_of_its_axes(data):
         ({"trace": "t.h5", "slots": "many"}, "slots wants"),
         ({"trace": "t.h5", "slots": [-1]}, "slots wants whole numbers from 0, got -1"),
         ({"trace": 3}, "trace wants"),
+        ({"trace": object()}, "trace wants"),
         ({"trace": ["t.h5", ""]}, "a text of 1 to"),
         ({"trace": "t.h5", "pareto": "cost"}, "pareto wants one of gpu_memory_bytes, link_bytes, price"),
         ({"trace": "t.h5", "set": {"system.ndp.unit": [1]}}, "system.ndp.unit is no field of a system .*'ndp.units'"),
@@ -99,6 +121,9 @@ def test_a_grid_is_the_product_of_its_axes(data):
         ({"trace": "t.h5", "set": {"system.name": []}}, "system.name is an empty list"),
         ({"trace": "t.h5", "zip": [{"slots": [1, 2], "policy": ["monde"]}]}, "zip 1: slots has 2 values and policy 1"),
         ({"trace": "t.h5", "zip": [{"slots": [1, 2]}]}, "zip 1 wants two axes or more"),
+        ({"trace": "t.h5", "exclude": [{"policy": ["monde", "edge-ndp"]}]}, "exclude leaves no cell"),
+        ({"trace": "t.h5", "exclude": [{"slots": 3}]}, "exclude 1: slots is nothing that this sweep gives"),
+        ({"trace": "t.h5", "exclude": [{"polic": "x"}]}, "exclude 1: polic is unknown .the nearest is 'policy'"),
         ({"trace": "t.h5", "zip": [{"slots": 1, "policy": ["monde"]}]}, "zip 1: slots wants a list"),
         ({"trace": "t.h5", "zip": [{"slot": [1], "policy": ["monde"]}]}, "slot is unknown .the nearest is 'slots'"),
         ({"slots": [1], "trace": "t.h5", "zip": [{"slots": [1], "policy": ["monde"]}]}, "slots is given twice"),
