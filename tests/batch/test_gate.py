@@ -136,11 +136,7 @@ def test_a_failed_cell_is_missing(tmp_path):
     assert found.failed == ("b",)
     updated = mt.gate(now, baseline, update=True)
     assert (updated.dropped, updated.passed) == (("b",), True)
-    assert {name: cell.failed for name, cell in read_baseline(baseline).cells.items()} == {
-        "a": False,
-        "b": True,
-        "c": True,
-    }
+    assert [name for name, cell in read_baseline(baseline).cells.items() if cell.failed] == ["b", "c"]
     # A machine may never be able to run a cell of a grid: once that is accepted, it is the same.
     again = mt.gate(now, baseline, fail_on=["worse", "missing", "changed", "better", "new"])
     assert (again.passed, again.counts["same"]) == (True, 3)
