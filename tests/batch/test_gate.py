@@ -98,6 +98,19 @@ def test_the_input_that_changed_is_named(tmp_path, policy, changed, inputs, why)
     assert why in cell.why
 
 
+def test_the_content_of_a_policys_files_is_an_input(tmp_path):
+    """Of a sweep, that is: it notes the hash of each, and other inputs that a cell may have."""
+    baseline = tmp_path / "b.json"
+    files = {"policy.dispatch": "12" * 32}
+    mt.gate(sweep(tmp_path / "s", {"a": summary()}, files=files, ignore_capacity=True), baseline, update=True)
+    assert mt.gate(tmp_path / "s", baseline).passed
+    edited = sweep(tmp_path / "s", {"a": summary()}, files={"policy.dispatch": "34" * 32}, ignore_capacity=False)
+    (cell,) = mt.gate(edited, baseline).cells
+    assert (cell.verdict, cell.inputs) == ("changed", ("files", "ignore_capacity"))
+    assert "files changed: policy.dispatch 1212" in cell.why
+    assert "ignore_capacity changed: true -> none" in cell.why
+
+
 def test_a_name_alone_is_no_change(tmp_path):
     cells = {"a": summary()}
     baseline = tmp_path / "b.json"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from moetrace.batch.baseline import read_baseline, to_text
 from moetrace.cli import COMMANDS, _group
@@ -15,7 +16,6 @@ CI = Path(__file__).parents[2] / "bench" / "ci"
 
 @pytest.fixture(scope="module")
 def workflow():
-    yaml = pytest.importorskip("yaml")
     return yaml.safe_load((CI / "moetrace.yml").read_text(encoding="utf-8"))
 
 
