@@ -61,6 +61,12 @@ class Gate:
         found = Counter(cell.verdict for cell in self.cells)
         return {verdict: found[verdict] for verdict in VERDICTS}
 
+    @cached_property
+    def moved(self) -> tuple[Judged, ...]:
+        """The cells that are not the same, the gravest first."""
+        moved = (cell for cell in self.cells if cell.verdict != "same")
+        return tuple(sorted(moved, key=lambda cell: VERDICTS.index(cell.verdict)))
+
     def counted(self) -> str:
         """`12 cells: 1 worse, 11 same`."""
         parts = [f"{count} {verdict}" for verdict, count in self.counts.items() if count]

@@ -143,9 +143,7 @@ def _write(found: "Gate", files: dict[str, Path | None], summary: str | None) ->
 
 def _print(found: "Gate") -> None:
     """Print the cells that are not the same, the gravest first."""
-    from moetrace.batch.verdict import VERDICTS
-
-    moved = sorted((one for one in found.cells if one.verdict != "same"), key=lambda one: VERDICTS.index(one.verdict))
+    moved = found.moved
     if moved:
         rows = [row for cell in moved[:_SHOWN_CELLS] for row in _rows(cell)]
         headers = {"cell": "cell", "verdict": "verdict", "metric": "metric", "before": "baseline", "now": "now"}
@@ -189,8 +187,9 @@ def _say(found: "Gate", baseline: Path) -> None:
     if found.updated:
         failing = sum(cell.why.startswith("it failed: ") for cell in found.cells)
         gone = sum(cell.why == "in the baseline alone" for cell in found.cells)
-        accepted = f"{len(found.cells) - gone - failing:,} cells accepted"
-        click.echo(f"{baseline}: {accepted}{f', and that {failing:,} fail' if failing else ''}.", err=True)
+        accepted = len(found.cells) - gone - failing
+        also = f", and that {failing:,} fail" if failing else ""
+        click.echo(f"{baseline}: {accepted:,} cell{'' if accepted == 1 else 's'} accepted{also}.", err=True)
         for name in found.dropped:
             click.echo(f"{baseline}: dropped {printable(name)}, which {_lost(found, name)}.", err=True)
     elif found.failed:

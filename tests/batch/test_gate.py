@@ -5,7 +5,7 @@ import math
 
 import pytest
 from gate_folders import FIGURES, TRACE, replay, summary, sweep
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moetrace as mt
@@ -243,6 +243,7 @@ def test_exactly_what_is_beyond_the_tolerance_moves(baseline, share, percent, me
     assert found == ("same" if within else "better" if (value > baseline) == more_is_better else "worse")
 
 
+@settings(deadline=None, max_examples=50)  # it writes files
 @given(st.floats(0, 1e12), st.floats(0, 1))
 def test_figures_come_back_from_the_file_to_the_bit(tmp_path_factory, total_s, hit_rate):
     folder = tmp_path_factory.getbasetemp() / "bits"
