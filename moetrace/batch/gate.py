@@ -33,7 +33,7 @@ class Gate:
         fail_on: the verdicts that fail it.
         notes: sentences about what is not a verdict on a cell.
         updated: whether the baseline was replaced; then nothing fails.
-        dropped: cells of which the replaced baseline had figures, and the new one has none.
+        dropped: cells that the replaced baseline had, and the new one has not, or without figures.
     """
 
     cells: tuple[Judged, ...]
@@ -77,7 +77,8 @@ class Gate:
         """One row a cell: `cell`, `verdict`, `failed`, `inputs` (kinds that changed, by commas), `why`."""
         import polars as pl
 
-        rows = [(one.name, one.verdict, one.name in self.failed, ",".join(one.inputs), one.why) for one in self.cells]
+        failed = {*self.failed}
+        rows = [(one.name, one.verdict, one.name in failed, ",".join(one.inputs), one.why) for one in self.cells]
         names = {"cell": pl.String, "verdict": pl.String, "failed": pl.Boolean, "inputs": pl.String, "why": pl.String}
         return pl.DataFrame(rows, schema=names, orient="row")
 
@@ -167,14 +168,15 @@ def gate(
     if all(cell.failed for cell in new.cells.values()):
         raise MoetraceError(f"{folder}: every cell failed, so there is nothing to accept: {path} is as it was.")
     write_baseline(path, new)
-    return Gate(judged, verdicts, (), True, tuple(sorted(_with_figures(old) - _with_figures(new))))
+    return Gate(judged, verdicts, (), True, _dropped(old, new))
 
 
 _FIGURES = ("metric", "unit", "baseline", "value", "change", "relative", "allowed", "verdict")
 
 
-def _with_figures(baseline: Baseline) -> set[str]:
-    return {name for name, cell in baseline.cells.items() if not cell.failed}
+def _dropped(old: Baseline, new: Baseline) -> tuple[str, ...]:
+    lost = (name for name, cell in old.cells.items() if name not in new.cells or new.cells[name].failed > cell.failed)
+    return tuple(sorted(lost))
 
 
 def _figures(moved: Moved) -> dict[str, Any]:

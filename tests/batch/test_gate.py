@@ -145,7 +145,7 @@ def test_a_failed_cell_is_missing(tmp_path):
     now = sweep(tmp_path / "two", {"a": summary(), "b": "it does not fit.", "c": "nor does this."})
     found = mt.gate(now, baseline)
     assert [cell.verdict for cell in found.cells] == ["same", "missing", "new"]
-    assert found.cells[1].why == "it failed: it does not fit."
+    assert found.cells[1].why == "it failed: it does not fit"
     assert found.failed == ("b",)
     updated = mt.gate(now, baseline, update=True)
     assert (updated.dropped, updated.passed) == (("b",), True)
