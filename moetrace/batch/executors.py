@@ -1,18 +1,13 @@
 """Where tasks run: here, in processes of this machine, or on a Dask cluster; and what is done when workers die."""
 
 import contextlib
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+from moetrace.batch.processes import processes
 from moetrace.batch.work import Outcome, Task, work
 from moetrace.spec.errors import MoetraceError
 
@@ -45,7 +40,7 @@ def local_farm(jobs: int) -> Farm:
     """Processes of this machine; with one job, this process."""
     if jobs == 1:
         return Farm(Inline, 1, 1, "in this process")
-    return Farm(lambda: _processes(jobs), jobs, jobs + 1, f"in {jobs} processes")
+    return Farm(lambda: processes(jobs), jobs, jobs + 1, f"in {jobs} processes")
 
 
 def run_tasks(tasks: Sequence[Task], farm: Farm, take: Callable[[list[Outcome]], None]) -> None:
@@ -91,53 +86,6 @@ def _drain(executor: Executor, waiting: deque[Task], window: int, take: Callable
 def _halves(task: Task) -> list[Task]:
     middle = (len(task.cells) + 1) // 2
     return [task._replace(cells=part) for part in (task.cells[:middle], task.cells[middle:]) if part]
-
-
-@contextlib.contextmanager
-def _processes(jobs: int) -> Iterator[Executor]:
-    """Yield a pool of processes, none of which outlives the block, nor this process."""
-    start = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(start)
-    if start == "forkserver":
-        context.set_forkserver_preload(["moetrace.batch.work"])  # imported once, then forked
-    pool = _Pool(jobs, mp_context=context, initializer=_begin_worker)
-    try:
-        yield pool
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown(cancel_futures=True)
-
-
-class _Pool(ProcessPoolExecutor):
-    """Starts processes without importing the caller's main module, which nothing here needs.
-
-    A script without `if __name__ == "__main__"` would else start a sweep in each of them.
-    """
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            return super().submit(fn, *args, **kwargs)
-        finally:
-            sys.modules["__main__"] = main
-
-
-def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when it does, even if it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 @contextlib.contextmanager

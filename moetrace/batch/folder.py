@@ -1,10 +1,12 @@
 """The folder of a sweep: a file for each finished cell, there as soon as it is done, and the tables of all."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import polars as pl
 
 from moetrace import __version__
@@ -58,14 +60,20 @@ class Folder:
         }
         # Not synced: what a crash of the machine cuts short is seen by `finished`, and replayed again.
         with whole_file(self._cells / f"{cell.key}.json", sync=False) as file:
-            file.write(to_json(content).encode())
+            file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
     def count_others(self, keys: set[str]) -> int:
         """How many finished cells lie here that are not of this sweep."""
         return sum(1 for path in self._cells.glob("*.json") if path.stem not in keys)
 
     def publish(self, sweep: Mapping[str, Any], cells: pl.DataFrame) -> None:
-        """Write the tables of all cells: both or none."""
+        """Write the tables of all cells: both or none. Raises MoetraceError if the system refuses (a full disk)."""
+        table = io.BytesIO()
+        cells.write_parquet(table, compression="zstd", compression_level=3)
         with staged(self.path) as temporary:
-            (temporary / "sweep.json").write_text(to_json(sweep), encoding="utf-8")
-            cells.write_parquet(temporary / "cells.parquet", compression="zstd", compression_level=3)
+            try:
+                (temporary / "sweep.json").write_text(to_json(sweep), encoding="utf-8")
+                (temporary / "cells.parquet").write_bytes(table.getvalue())
+            except OSError as error:
+                why = error.strerror or error
+                raise MoetraceError(f"{self.path} could not be written: {why}; finished cells are kept.") from None

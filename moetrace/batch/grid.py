@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
+import numpy as np
 
 from moetrace.spec.errors import UsageError, printable
 from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, nearest, parse, read_text
@@ -78,7 +79,7 @@ def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
     """
     if isinstance(source, Mapping):
         folder, where = Path.cwd(), "the sweep"
-        raw = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in source.items()}
+        raw = {key: _plain(value) for key, value in source.items()}
     else:
         folder, where = Path(source).absolute().parent, str(source)
         raw = parse(read_text(os.fspath(source)), where)
@@ -98,6 +99,17 @@ def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
         raise UsageError(f"{where} names {twice[0]} more than once: each value of an axis, or row of a zip, wants one.")
     listed = {field: list(dict.fromkeys(labels[field])) for axis in axes if axis.listed for field, _ in _columns(axis)}
     return Grid(where, listed, points, sweep.ignore_capacity, sweep.pareto)
+
+
+def _plain(value: Any) -> Any:
+    """What Python has beside what TOML has: paths, tuples, ranges, NumPy's numbers and arrays."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _axes(sweep: _Sweep, where: str) -> list[Axis]:

@@ -18,6 +18,7 @@ from moetrace.batch.executors import Farm, dask_farm, local_farm, run_tasks
 from moetrace.batch.folder import Folder
 from moetrace.batch.front import axes_of, cell_frame
 from moetrace.batch.grid import FRONTS, Grid, load_grid
+from moetrace.batch.processes import start_early
 from moetrace.batch.work import LOGS_BYTES, Outcome, Task, cell_bytes, evaluate, forget, is_kept
 from moetrace.engine.decoded import needs_of
 from moetrace.engine.fingerprint import engine_fingerprint
@@ -234,6 +235,8 @@ def sweep(
     """
     if not isinstance(jobs, int) or jobs < 1:
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
+    if jobs > 1 and dask is None:
+        start_early()
     plan = Plan(source, None if folder is None else Folder(Path(folder)), pareto)
     with farm_of(jobs, dask) as (farm, _):
         return plan.run(farm, progress)

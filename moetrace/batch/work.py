@@ -13,6 +13,7 @@ from moetrace.engine.setup import Setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, LINK_OUT, STEP
 from moetrace.results import summary
 from moetrace.spec.errors import MoetraceError
+from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
 
 # A trace that decodes to no more stays in a worker's memory, for all its tasks; a larger one is read in each of them.
@@ -89,7 +90,12 @@ def is_kept(trace: Trace, needs: Needs) -> bool:
 
 def _figures(run: Run, facts: dict[str, Any], trace: Trace) -> dict[str, Any]:
     result = summary.summary_dict(run, facts, summary.policy_figures(run))
-    return {"result": result, "costs": _costs(run, trace), "warnings": run.warnings}
+    misfit = dense_misfit(run.model, run.system)
+    return {
+        "result": result,
+        "costs": _costs(run, trace),
+        "warnings": [*([misfit] if misfit else []), *run.warnings],
+    }
 
 
 def _costs(run: Run, trace: Trace) -> dict[str, float | None]:

@@ -56,6 +56,10 @@ def command(
         raise UsageError("An empty path names no folder.")
     if jobs is not None and dask is not None:
         raise UsageError("--jobs is for this machine, --dask for a cluster: give one of them.")
+    if not dry_run and dask is None and (jobs or _cores()) > 1:
+        from moetrace.batch.processes import start_early
+
+        start_early()
     with announce_compiling():
         from moetrace.batch.folder import Folder
         from moetrace.batch.sweep import Plan

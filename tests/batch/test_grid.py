@@ -1,7 +1,9 @@
 """The grid: which lists are axes, which points they span, and what makes no sense."""
 
 import itertools
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +59,14 @@ def test_zipped_axes_go_together(tmp_path):
     assert {(p.labels["trace"], p.labels["model"]) for p in grid.points} == {("a", "x"), ("b", "y")}
 
 
+def test_python_may_say_it_in_its_own_words():
+    plain = load_grid({"trace": ["t.h5"], "slots": [0, 2, 4], "set": {"system.gpu.launch_us": [0.5, 1.0]}})
+    own = load_grid(
+        {"trace": (Path("t.h5"),), "slots": range(0, 6, 2), "set": {"system.gpu.launch_us": np.array([0.5, 1.0])}}
+    )
+    assert own == plain
+
+
 def test_files_of_one_name_are_told_apart():
     grid = load_grid({"trace": ["one/a.h5", "two/a.h5", "b.h5"], "policy": "monde"})
     assert [point.labels["trace"] for point in grid.points] == ["one-a.h5", "two-a.h5", "b"]
@@ -90,6 +100,7 @@ def test_a_grid_is_the_product_of_its_axes(data):
         ({"trace": "t.h5", "slots": "many"}, "slots wants"),
         ({"trace": "t.h5", "slots": [-1]}, "slots wants whole numbers from 0, got -1"),
         ({"trace": 3}, "trace wants"),
+        ({"trace": object()}, "trace wants"),
         ({"trace": ["t.h5", ""]}, "a text of 1 to"),
         ({"trace": "t.h5", "pareto": "cost"}, "pareto wants one of gpu_memory_bytes, link_bytes, price"),
         ({"trace": "t.h5", "set": {"system.ndp.unit": [1]}}, "system.ndp.unit is no field of a system .*'ndp.units'"),
