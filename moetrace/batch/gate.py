@@ -231,10 +231,13 @@ def _trace(identity: str | int | None, facts: dict[str, Any] | None) -> str:
 
 
 def _notes(found: Folder, baseline: Baseline, judged: Sequence[Judged]) -> tuple[str, ...]:
-    if any(cell.verdict not in ("same", "new") for cell in judged):
-        return ()
-    if found.moetrace != baseline.moetrace:
-        return (f"moetrace {baseline.moetrace} -> {found.moetrace} moved no figure.",)
-    if found.engine and baseline.engine and found.engine != baseline.engine:
-        return ("the engine's code changed since the baseline, and moved no figure.",)
-    return ()
+    notes = []
+    failing = sum(cell.verdict == "same" and cell.failed for cell in judged)
+    if failing:
+        notes.append(f"of the cells that are the same, {failing:,} failed, as when the baseline was made.")
+    if all(cell.verdict in ("same", "new") for cell in judged):
+        if found.moetrace != baseline.moetrace:
+            notes.append(f"moetrace {baseline.moetrace} -> {found.moetrace} moved no figure.")
+        elif found.engine and baseline.engine and found.engine != baseline.engine:
+            notes.append("the engine's code changed since the baseline, and moved no figure.")
+    return tuple(notes)

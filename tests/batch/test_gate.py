@@ -153,6 +153,7 @@ def test_a_failed_cell_is_missing(tmp_path):
     # A machine may never be able to run a cell of a grid: once that is accepted, it is the same.
     again = mt.gate(now, baseline, fail_on=["worse", "missing", "changed", "better", "new"])
     assert (again.passed, again.counts["same"]) == (True, 3)
+    assert again.notes == ("of the cells that are the same, 2 failed, as when the baseline was made.",)
     works = mt.gate(sweep(tmp_path / "two", dict.fromkeys("abc", summary())), baseline)
     assert [(cell.verdict, cell.why) for cell in works.cells] == [("same", ""), *[("new", "it failed before")] * 2]
 

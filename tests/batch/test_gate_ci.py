@@ -30,7 +30,7 @@ def test_the_workflow_installs_sweeps_and_gates(workflow):
         ["moetrace", "gate"],
     ]
     for step in job["steps"]:
-        assert step.keys() <= {"name", "uses", "with", "run", "if"}
+        assert step.keys() <= {"name", "uses", "with", "run", "if", "continue-on-error"}
         assert ("uses" in step) != ("run" in step)
     assert not any("${{" in command for command in commands)  # no text of a pull request reaches a shell
 
