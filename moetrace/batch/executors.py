@@ -1,6 +1,7 @@
 """Where tasks run: here, in processes of this machine, or on a Dask cluster; and what is done when workers die."""
 
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
@@ -20,7 +21,6 @@ class Farm(NamedTuple):
     open: Callable[[], AbstractContextManager[Executor]]
     jobs: int
     window: int
-    where: str
 
 
 class Inline(Executor):
@@ -39,8 +39,8 @@ class Inline(Executor):
 def local_farm(jobs: int) -> Farm:
     """Processes of this machine; with one job, this process."""
     if jobs == 1:
-        return Farm(Inline, 1, 1, "in this process")
-    return Farm(lambda: processes(jobs), jobs, jobs + 1, f"in {jobs} processes")
+        return Farm(Inline, 1, 1)
+    return Farm(lambda: processes(jobs), jobs, jobs + 1)
 
 
 def run_tasks(tasks: Sequence[Task], farm: Farm, take: Callable[[list[Outcome]], None]) -> None:
@@ -104,11 +104,11 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
     except (OSError, ValueError, ImportError) as error:
         why = str(error).partition("\n")[0] or type(error).__name__
         raise MoetraceError(f"No Dask scheduler answers at {address} ({why.rstrip('.')}): is it running?") from None
-    with client:
+    with _quiet("distributed.client"), client:
         threads = sum(dict(client.nthreads()).values())  # pyright: ignore
         if threads == 0:
             raise MoetraceError(f"The Dask scheduler at {address} has no workers: start some with dask worker.")
-        farm = Farm(lambda: client.get_executor(retries=ATTEMPTS), threads, 2 * threads, f"on Dask at {address}")
+        farm = Farm(lambda: client.get_executor(retries=ATTEMPTS), threads, 2 * threads)
         try:
             yield farm, client.dashboard_link
         except distributed.KilledWorker:
@@ -120,3 +120,15 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
             if isinstance(error, OSError) and not isinstance(error, CommClosedError):
                 raise
             raise MoetraceError(f"The Dask scheduler at {address} went away; finished cells are kept.") from None
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a logger from printing tracebacks of what is told in a sentence."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

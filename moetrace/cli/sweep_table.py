@@ -53,13 +53,16 @@ def print_sweep(cells: pl.DataFrame, pareto: str) -> None:
 
 
 def _legend(cells: pl.DataFrame, axes: list[str], varying: list[str], pareto: str) -> list[str]:
-    same = [f"{axis} {figure(cells[axis][0])}" for axis in axes if axis not in varying and cells[axis][0] is not None]
+    constant = {axis: cells[axis].drop_nulls() for axis in axes if axis not in varying}
+    same = [f"{axis} {figure(known[0])}" for axis, known in constant.items() if len(known)]
+    lines = [f"In all cells: {', '.join(same)}."] if same else []
+    if "total_s" not in cells.columns:
+        return lines
     against = _AGAINST.get(pareto, "price")
     many = " of its trace" if "trace" in varying or "model" in varying else ""
     front = f"* Pareto front: no other cell{many} beats it in total time or {against} without losing in the other."
     if pareto == "price" and cells["price"].is_null().all():
         front = "No system lists a [price], so there is no front: give it one, or take another --pareto."
-    lines = [f"In all cells: {', '.join(same)}."] if same else []
-    if "speedup" in cells.columns and "policy" in varying:
+    if "policy" in varying:
         front += " Speed-ups are against the first policy, all else equal."
     return [*lines, front]
