@@ -52,18 +52,18 @@ def replay(folder: Path, *policies, **changed) -> Path:
     return folder
 
 
-def sweep(folder: Path, cells: dict[str, dict | str], engine="e" * 64, moetrace="0.1.0") -> Path:
-    """Make a sweep's folder of `cells`: by name, the summary of each, or its error."""
+def sweep(folder: Path, cells: dict[str, dict | str], engine="e" * 64, moetrace="0.1.0", **inputs) -> Path:
+    """Make a sweep's folder of `cells`: by name, the summary of each, or its error; `inputs` are more of all cells."""
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     listed = []
     for name, cell in cells.items():
         if isinstance(cell, str):
             listed.append({"name": name, "cell": None, "error": cell})
             continue
-        policy = {key: cell["policies"][0][key] for key in ("choices",)}["choices"]
-        inputs = {"trace": cell["trace"]["sha256"], "policy": {"name": cell["policies"][0]["name"], **policy}}
-        inputs |= {key: cell[key] for key in ("model", "system", "slots")}
-        text = {"schema": "moetrace.cell/1", "moetrace": moetrace, "engine": engine, "inputs": inputs, "result": cell}
+        policy = cell["policies"][0]["choices"]
+        given = {"trace": cell["trace"]["sha256"], "policy": {"name": cell["policies"][0]["name"], **policy}}
+        given |= {key: cell[key] for key in ("model", "system", "slots")} | inputs
+        text = {"schema": "moetrace.cell/1", "moetrace": moetrace, "engine": engine, "inputs": given, "result": cell}
         key = hashlib.sha256(name.encode()).hexdigest()
         (folder / "cells" / f"{key}.json").write_text(json.dumps(text))
         listed.append({"name": name, "cell": key, "error": None, "policy": policy})

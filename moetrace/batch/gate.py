@@ -33,7 +33,7 @@ class Gate:
         fail_on: the verdicts that fail it.
         notes: sentences about what is not a verdict on a cell.
         updated: whether the baseline was replaced; then nothing fails.
-        dropped: cells of which the replaced baseline had figures, and the new one has none.
+        dropped: cells that the replaced baseline had, and the new one has not, or without figures.
     """
 
     cells: tuple[Judged, ...]
@@ -61,6 +61,12 @@ class Gate:
         found = Counter(cell.verdict for cell in self.cells)
         return {verdict: found[verdict] for verdict in VERDICTS}
 
+    @cached_property
+    def moved(self) -> tuple[Judged, ...]:
+        """The cells that are not the same, the gravest first."""
+        moved = (cell for cell in self.cells if cell.verdict != "same")
+        return tuple(sorted(moved, key=lambda cell: VERDICTS.index(cell.verdict)))
+
     def counted(self) -> str:
         """`12 cells: 1 worse, 11 same`."""
         parts = [f"{count} {verdict}" for verdict, count in self.counts.items() if count]
@@ -71,7 +77,8 @@ class Gate:
         """One row a cell: `cell`, `verdict`, `failed`, `inputs` (kinds that changed, by commas), `why`."""
         import polars as pl
 
-        rows = [(one.name, one.verdict, one.name in self.failed, ",".join(one.inputs), one.why) for one in self.cells]
+        failed = {*self.failed}
+        rows = [(one.name, one.verdict, one.name in failed, ",".join(one.inputs), one.why) for one in self.cells]
         names = {"cell": pl.String, "verdict": pl.String, "failed": pl.Boolean, "inputs": pl.String, "why": pl.String}
         return pl.DataFrame(rows, schema=names, orient="row")
 
@@ -161,14 +168,15 @@ def gate(
     if all(cell.failed for cell in new.cells.values()):
         raise MoetraceError(f"{folder}: every cell failed, so there is nothing to accept: {path} is as it was.")
     write_baseline(path, new)
-    return Gate(judged, verdicts, (), True, tuple(sorted(_with_figures(old) - _with_figures(new))))
+    return Gate(judged, verdicts, (), True, _dropped(old, new))
 
 
 _FIGURES = ("metric", "unit", "baseline", "value", "change", "relative", "allowed", "verdict")
 
 
-def _with_figures(baseline: Baseline) -> set[str]:
-    return {name for name, cell in baseline.cells.items() if not cell.failed}
+def _dropped(old: Baseline, new: Baseline) -> tuple[str, ...]:
+    lost = (name for name, cell in old.cells.items() if name not in new.cells or new.cells[name].failed > cell.failed)
+    return tuple(sorted(lost))
 
 
 def _figures(moved: Moved) -> dict[str, Any]:
@@ -223,10 +231,13 @@ def _trace(identity: str | int | None, facts: dict[str, Any] | None) -> str:
 
 
 def _notes(found: Folder, baseline: Baseline, judged: Sequence[Judged]) -> tuple[str, ...]:
-    if any(cell.verdict not in ("same", "new") for cell in judged):
-        return ()
-    if found.moetrace != baseline.moetrace:
-        return (f"moetrace {baseline.moetrace} -> {found.moetrace} moved no figure.",)
-    if found.engine and baseline.engine and found.engine != baseline.engine:
-        return ("the engine's code changed since the baseline, and moved no figure.",)
-    return ()
+    notes = []
+    failing = sum(cell.verdict == "same" and cell.failed for cell in judged)
+    if failing:
+        notes.append(f"of the cells that are the same, {failing:,} failed, as when the baseline was made.")
+    if all(cell.verdict in ("same", "new") for cell in judged):
+        if found.moetrace != baseline.moetrace:
+            notes.append(f"moetrace {baseline.moetrace} -> {found.moetrace} moved no figure.")
+        elif found.engine and baseline.engine and found.engine != baseline.engine:
+            notes.append("the engine's code changed since the baseline, and moved no figure.")
+    return tuple(notes)

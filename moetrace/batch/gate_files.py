@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from moetrace.batch.gate import Gate
 from moetrace.batch.metrics import METRICS
-from moetrace.batch.verdict import VERDICTS, Judged, Moved
+from moetrace.batch.verdict import Judged, Moved
 from moetrace.spec.errors import printable
 
 # GitHub takes 1 MiB of summary a step.
@@ -23,7 +23,12 @@ def junit(gate: Gate) -> bytes:
     It holds what Jenkins' schema and the readers of GitHub, GitLab and Azure agree on; no clock time or host.
     """
     failed = {*gate.failed}
-    skipped = [cell for cell in gate.cells if cell.verdict == "new" and cell.name not in failed]
+    # New cells, and those that failed before, too.
+    skipped = {
+        cell.name
+        for cell in gate.cells
+        if cell.name not in failed and (cell.verdict == "new" or (cell.verdict == "same" and not cell.metrics))
+    }
     counts = {"tests": len(gate.cells), "failures": len(failed), "errors": 0, "skipped": len(skipped)}
     attributes = {"name": "moetrace gate", **{key: str(count) for key, count in counts.items()}}
     suites = ElementTree.Element(
@@ -39,7 +44,7 @@ def junit(gate: Gate) -> bytes:
         if cell.name in failed:
             found = ElementTree.SubElement(case, "failure", {"type": cell.verdict, "message": said})
             found.text = _xml("\n".join(_lines(cell)), between="\n")
-        elif cell in skipped:
+        elif cell.name in skipped:
             ElementTree.SubElement(case, "skipped", {"message": said})
         elif cell.verdict != "same":
             ElementTree.SubElement(case, "system-out").text = _xml("\n".join(_lines(cell)), between="\n")
@@ -51,20 +56,17 @@ def markdown(gate: Gate) -> str:
     """Return a table of the cells that are not the same, the gravest first, in GitHub's Markdown."""
     head = "accepted" if gate.updated else "passed" if gate.passed else "failed"
     lines = [f"### moetrace gate: {head}", "", f"{gate.counted()}.", ""]
-    listed = sorted(
-        (cell for cell in gate.cells if cell.verdict != "same"), key=lambda cell: VERDICTS.index(cell.verdict)
-    )
-    if listed:
+    if gate.moved:
         lines += ["| cell | verdict | metric | baseline | now | change |", "| --- | --- | --- | ---: | ---: | ---: |"]
-    for cell in listed[:_SHOWN_CELLS]:
+    for cell in gate.moved[:_SHOWN_CELLS]:
         verdict = f"{_ICONS[cell.verdict]} {cell.verdict}"
         moved = worth_showing(cell)
         why = f"<br>{_text(cell.why)}" if cell.why else ""
         for number, one in enumerate(moved or [None]):
             first = [f"{_text(cell.name)}{why}", verdict] if number == 0 else ["", ""]
             lines.append(f"| {' | '.join([*first, *(_figures(one) if one else ['', '', '', ''])])} |")
-    if len(listed) > _SHOWN_CELLS:
-        lines += ["", f"{len(listed) - _SHOWN_CELLS:,} more cells are not shown."]
+    if len(gate.moved) > _SHOWN_CELLS:
+        lines += ["", f"{len(gate.moved) - _SHOWN_CELLS:,} more cells are not shown."]
     if gate.dropped:
         lines += ["", f"Dropped from the baseline: {', '.join(map(_text, gate.dropped[:_SHOWN_CELLS]))}."]
     lines += [f"\n{_text(note)}" for note in gate.notes]

@@ -37,13 +37,14 @@ class Moved(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A cell with its verdict, the kinds of its inputs that changed, every gated metric, and a sentence of why."""
+    """A cell with its verdict, the kinds of its inputs that changed, every gated metric, and why; or that it failed."""
 
     name: str
     verdict: Verdict
     inputs: tuple[str, ...]
     metrics: tuple[Moved, ...]
     why: str
+    failed: bool = False  # in the folder: it has no figures
 
 
 def judge(
@@ -60,7 +61,7 @@ def judge(
         was = baseline.cells.get(cell.name)
         if cell.error is not None:
             verdict: Verdict = "new" if was is None else "same" if was.failed else "missing"
-            found.append(Judged(cell.name, verdict, (), (), f"it failed: {cell.error}"))
+            found.append(Judged(cell.name, verdict, (), (), f"it failed: {cell.error.rstrip('.')}", True))
         elif was is None or was.failed:
             found.append(_new(cell, metrics, where, "it failed before" if was else "not in the baseline"))
         else:

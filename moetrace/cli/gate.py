@@ -143,9 +143,7 @@ def _write(found: "Gate", files: dict[str, Path | None], summary: str | None) ->
 
 def _print(found: "Gate") -> None:
     """Print the cells that are not the same, the gravest first."""
-    from moetrace.batch.verdict import VERDICTS
-
-    moved = sorted((one for one in found.cells if one.verdict != "same"), key=lambda one: VERDICTS.index(one.verdict))
+    moved = found.moved
     if moved:
         rows = [row for cell in moved[:_SHOWN_CELLS] for row in _rows(cell)]
         headers = {"cell": "cell", "verdict": "verdict", "metric": "metric", "before": "baseline", "now": "now"}
@@ -187,23 +185,19 @@ def _say(found: "Gate", baseline: Path) -> None:
     for note in found.notes:
         click.echo(f"moetrace: note: {printable(note)}", err=True)
     if found.updated:
-        failing = sum(cell.why.startswith("it failed: ") for cell in found.cells)
-        gone = sum(cell.why == "in the baseline alone" for cell in found.cells)
-        accepted = f"{len(found.cells) - gone - failing:,} cells accepted"
-        click.echo(f"{baseline}: {accepted}{f', and that {failing:,} fail' if failing else ''}.", err=True)
+        failing = {cell.name for cell in found.cells if cell.failed}
+        accepted = len(found.cells) - len({*found.dropped} | failing)
+        also = f", and that {len(failing):,} fail" if failing else ""
+        click.echo(f"{baseline}: {accepted:,} cell{'' if accepted == 1 else 's'} accepted{also}.", err=True)
         for name in found.dropped:
-            click.echo(f"{baseline}: dropped {printable(name)}, which {_lost(found, name)}.", err=True)
+            lost = "failed" if name in failing else "is no longer there"
+            click.echo(f"{baseline}: dropped {printable(name)}, which {lost}.", err=True)
     elif found.failed:
         click.echo(
             f"moetrace: {len(found.failed):,} of {len(found.cells):,} cells fail the gate; if that is meant, accept it "
             "with --update and commit the baseline.",
             err=True,
         )
-
-
-def _lost(found: "Gate", name: str) -> str:
-    why = next((cell.why for cell in found.cells if cell.name == name), "")
-    return "failed" if why.startswith("it failed: ") else "is no longer there"
 
 
 def _why(error: Exception) -> str:

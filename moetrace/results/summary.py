@@ -113,8 +113,8 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> dict[str, Any]:
             "link_out": busy["link_out"],
             "cpu": busy["cpu"],
         },
-        "work_bound_s": run.work_bound_s,
-        "clairvoyant_s": lane.clairvoyant_s,
+        "work_bound_s": float(run.work_bound_s),  # of plain Python, without a JIT, NumPy's
+        "clairvoyant_s": float(lane.clairvoyant_s),
         "speedup": None,  # against the first policy
         "used": int(lane.log.tally["used"][0]),
         "optimal_fallbacks": int(lane.log.fallbacks[0]),

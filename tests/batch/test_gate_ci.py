@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from moetrace.batch.baseline import read_baseline, to_text
 from moetrace.cli import COMMANDS, _group
@@ -15,7 +16,6 @@ CI = Path(__file__).parents[2] / "bench" / "ci"
 
 @pytest.fixture(scope="module")
 def workflow():
-    yaml = pytest.importorskip("yaml")
     return yaml.safe_load((CI / "moetrace.yml").read_text(encoding="utf-8"))
 
 
@@ -30,7 +30,7 @@ def test_the_workflow_installs_sweeps_and_gates(workflow):
         ["moetrace", "gate"],
     ]
     for step in job["steps"]:
-        assert step.keys() <= {"name", "uses", "with", "run", "if"}
+        assert step.keys() <= {"name", "uses", "with", "run", "if", "continue-on-error"}
         assert ("uses" in step) != ("run" in step)
     assert not any("${{" in command for command in commands)  # no text of a pull request reaches a shell
 

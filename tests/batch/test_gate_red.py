@@ -9,45 +9,32 @@ from pathlib import Path
 import pytest
 
 import moetrace as mt
-from moetrace.batch.baseline import read_baseline
+from moetrace.batch.verdict import VERDICTS
 
 POLICIES = ["monde", "on-demand", "ndp-ep", "edge-ndp"]
-# A machine with units, and one without, where only what the GPU runs alone makes sense.
-MACHINES = {"edge-ndp": POLICIES, "rtx4090-offload": ["on-demand"]}
-CELLS = [f"tiny-olmoe/{system}/{policy}" for system, policies in MACHINES.items() for policy in policies]
-SCRIPT = """
-import sys
-import moetrace as mt
-
-trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=6, output=4, batch=2, seed=3)
-for system, policies in {machines!r}.items():
-    mt.replay(trace, system=system, policies=policies, slots=48).write(f"{{sys.argv[1]}}/{{system}}")
-"""
+# Of a machine without units, every policy but one is refused: those cells fail, before and after.
+MACHINES = ["edge-ndp", "rtx4090-offload"]
+GRID = {"trace": "t.h5", "system": MACHINES, "policy": POLICIES, "slots": 48}
+SCRIPT = f"import sys, moetrace as mt; mt.sweep({GRID!r} | {{'trace': sys.argv[1]}}, sys.argv[2])"
 
 
-def replayed(package: Path, folder: Path) -> Path:
+def swept(package: Path, trace: Path, folder: Path) -> Path:
     """Run the package whose folder lies in `package`, in a process of its own, as plain Python."""
     environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(package)}
-    script = SCRIPT.format(machines=MACHINES)
-    subprocess.run([sys.executable, "-c", script, folder], env=environment, cwd=package, check=True)
+    subprocess.run([sys.executable, "-c", SCRIPT, trace, folder], env=environment, cwd=package, check=True)
     return folder
 
 
-def verdicts(folder: Path, baselines: Path, **options) -> dict[str, mt.Gate]:
-    """Gate both machines."""
-    return {name: mt.gate(folder / name, baselines / f"{name}.json", **options) for name in MACHINES}
-
-
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """A copy of the package, and the baselines of what it computes."""
+def made(tmp_path_factory):
+    """A folder with a copy of the package, a trace, and the baseline of what the copy computes."""
     folder = tmp_path_factory.mktemp("red")
-    package = folder / "package"
     home = Path(mt.__file__).parent
-    shutil.copytree(home, package / "moetrace", ignore=shutil.ignore_patterns("__pycache__"))
-    replayed(package, folder / "was")
-    verdicts(folder / "was", folder, update=True)
-    return package
+    shutil.copytree(home, folder / "package" / "moetrace", ignore=shutil.ignore_patterns("__pycache__"))
+    mt.generate_trace("tiny-olmoe", requests=2, prompt=6, output=4, batch=2, seed=3).write(folder / "t.h5")
+    found = mt.gate(swept(folder / "package", folder / "t.h5", folder / "was"), folder / "b.json", update=True)
+    assert len(found.cells) == len(MACHINES) * len(POLICIES)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -83,41 +70,51 @@ def copy(tmp_path_factory):
             "return max(rows * s_per_row, weight_bytes * s_per_byte) * 1.001 + command_s",
             "worse",
             ["edge-ndp/monde", "edge-ndp/ndp-ep", "edge-ndp/edge-ndp"],
-            "no recorded input changed",
+            "only the code changed: the engine, ",
         ),
     ],
 )
-def test_a_change_turns_exactly_the_cells_concerned_red(copy, tmp_path, file, old, new, verdict, red, why):
+def test_a_change_turns_exactly_the_cells_concerned_red(made, tmp_path, file, old, new, verdict, red, why):
     package = tmp_path / "package"
-    shutil.copytree(copy, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(made / "package", package, ignore=shutil.ignore_patterns("__pycache__"))
     path = package / "moetrace" / file
     text = path.read_text(encoding="utf-8")
     assert text.count(old) == 1
     path.write_text(text.replace(old, new), encoding="utf-8")
-    found = verdicts(replayed(package, tmp_path / "now"), copy.parent)
-    assert [name for gate in found.values() for name in gate.failed] == [f"tiny-olmoe/{name}" for name in red]
-    for gate in found.values():
-        for cell in gate.cells:
-            assert (cell.name in gate.failed) == (cell.verdict != "same")
-            if cell.name in gate.failed:
-                assert verdict in (cell.verdict, None)
-                assert why in cell.why
+    found = mt.gate(swept(package, made / "t.h5", tmp_path / "now"), made / "b.json")
+    assert found.failed == tuple(f"t/{name}" for name in red)
+    for cell in found.cells:
+        assert (cell.name in found.failed) == (cell.verdict != "same")
+        if cell.name in found.failed:
+            assert verdict in (cell.verdict, None)
+            assert why in cell.why
 
 
-def test_compiled_code_threads_and_blocks_are_no_change(copy, tmp_path, monkeypatch):
-    """The baselines are of plain Python; to the last digit whatever does not enter the arithmetic."""
-    trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=6, output=4, batch=2, seed=3)
-    written = set()
-    for jobs, block_bytes in ((1, 1 << 22), (2, 1 << 22), (4, 1), (1, 100)):
+def test_an_engine_whose_text_alone_changed_is_only_noted(made, tmp_path):
+    package = tmp_path / "package"
+    shutil.copytree(made / "package", package, ignore=shutil.ignore_patterns("__pycache__"))
+    with (package / "moetrace/engine/cost.py").open("a", encoding="utf-8") as file:
+        file.write("# Nothing.\n")
+    found = mt.gate(swept(package, made / "t.h5", tmp_path / "now"), made / "b.json")
+    assert found.counts["same"] == len(found.cells)
+    assert found.notes[-1] == "the engine's code changed since the baseline, and moved no figure."
+
+
+def test_compiled_code_processes_and_blocks_are_no_change(made, tmp_path, monkeypatch):
+    """The baseline is of plain Python; figures are equal to the bit, whatever does not enter the arithmetic."""
+    grid = GRID | {"trace": str(made / "t.h5")}
+    before = (made / "b.json").read_bytes()
+    for number, (jobs, block_bytes) in enumerate([(1, 1 << 22), (1, 1), (1, 100), (2, 1 << 22)]):
         monkeypatch.setattr("moetrace.trace.format.BLOCK_BYTES", block_bytes)
-        for system, policies in MACHINES.items():
-            mt.replay(trace, system=system, policies=policies, slots=48, jobs=jobs).write(tmp_path / system)
-        found = verdicts(tmp_path, copy.parent)
-        assert [gate.counts["same"] for gate in found.values()] == [len(policies) for policies in MACHINES.values()]
-        written.add(tuple((tmp_path / system / "summary.json").read_bytes() for system in MACHINES))
-    assert len(written) == 1
-    before = {name: (copy.parent / f"{name}.json").read_bytes() for name in MACHINES}
-    verdicts(tmp_path, copy.parent, update=True)
-    after = {name: read_baseline(copy.parent / f"{name}.json") for name in MACHINES}
-    assert {name: (copy.parent / f"{name}.json").read_bytes() for name in MACHINES} == before
-    assert [cell for baseline in after.values() for cell in sorted(baseline.cells)] == sorted(CELLS)
+        mt.sweep(grid, tmp_path / str(number), jobs=jobs)
+        found = mt.gate(tmp_path / str(number), made / "b.json", tolerance="0%", fail_on=VERDICTS[:-1])
+        assert found.passed and found.counts["same"] == len(found.cells)
+        mt.gate(tmp_path / str(number), made / "b.json", update=True)
+        assert (made / "b.json").read_bytes() == before
+
+
+def test_threads_of_a_replay_are_no_change(tmp_path):
+    trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=6, output=4, batch=2, seed=3)
+    for jobs in (1, 2, 4):
+        mt.replay(trace, policies=POLICIES, slots=48, jobs=jobs).write(tmp_path / "now")
+        assert mt.gate(tmp_path / "now", tmp_path / "b.json", tolerance="0%", update=jobs == 1).passed

@@ -33,7 +33,7 @@ def replaced(value, path, new):
     return value
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_value_anywhere_is_judged_or_refused(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "anywhere"
@@ -58,7 +58,7 @@ def test_any_value_anywhere_is_judged_or_refused(tmp_path_factory, data):
         json.dumps(found.to_dict(), allow_nan=False)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.text(min_size=1, max_size=20), st.text(max_size=20))
 def test_any_name_is_written_and_read_back(tmp_path_factory, name, why):
     folder = tmp_path_factory.getbasetemp() / "names"
@@ -74,7 +74,7 @@ def test_any_name_is_written_and_read_back(tmp_path_factory, name, why):
     assert all(line.count("|") == 7 for line in lines if line.startswith("|"))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_damaged_file_is_refused_or_read(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "bytes"
