@@ -1,9 +1,10 @@
 """`moetrace sweep --search`: how a search runs and prints."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -106,8 +107,8 @@ def _gain(value: float | None, first: float | None, more: bool) -> str | None:
 
 
 def _command(best: "Trial") -> str:
-    """The command that replays a trial."""
-    values = best.cell.point.values
+    """The command that replays a trial; files as seen from here."""
+    values = {field: _seen_from_here(value) for field, value in best.cell.point.values.items()}
     words = ["moetrace", "replay", values["trace"]]
     for option in ("model", "system", "policy", "slots"):
         words += [f"--{option}", str(values[option])] if values.get(option) is not None else []
@@ -116,3 +117,8 @@ def _command(best: "Trial") -> str:
             text = str(value).lower() if isinstance(value, bool) else str(value)
             words += ["--set", f"{field}={text}"]
     return shlex.join(words)
+
+
+def _seen_from_here(value: Any) -> Any:
+    here = f"{Path.cwd()}{os.sep}"
+    return value.removeprefix(here) if isinstance(value, str) else value
