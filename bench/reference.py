@@ -5,17 +5,15 @@
 `bench/docsite.py` puts them into the site, so none of them is committed, and none can be out of date.
 """
 
-import ast
 import inspect
-import io
 import re
 import sys
-import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import click
-import numpy as np
+import msgspec
 
 import moetrace as mt
 from moetrace.spec import list_presets
@@ -43,7 +41,9 @@ def pages() -> dict[str, str]:
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return a Markdown table; cells may hold Markdown."""
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def every_command(command: click.Command | None = None, path: str = "moetrace") -> Iterator[tuple[str, click.Context]]:
@@ -133,92 +133,81 @@ def python() -> str:
 
 
 def _directive(name: str) -> str:
-    """Fields without a docstring are shown too where a class is a record of them."""
-    fields = {"Model", "System", "PolicySpec", "Profile", "Tier", "Hints", "Finding"}
-    options = ["    options:", "      show_if_no_docstring: true"] if name in fields else []
-    return "\n".join([f"::: moetrace.{name}", *options])
+    """What mkdocstrings is told of a name; of a record also a table of its fields, which have no docstrings."""
+    thing = getattr(mt, name)
+    fields = getattr(thing, "__struct_fields__", None) or getattr(thing, "_fields", None)
+    if not fields:
+        return f"::: moetrace.{name}"
+    members = [
+        f"::: moetrace.{name}.{member}\n    options:\n      heading_level: 4"
+        for member, value in vars(thing).items()
+        if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
+    ]
+    alone = f"::: moetrace.{name}\n    options:\n      members: false"
+    return "\n\n".join([alone, *_fields(thing), *members])
+
+
+def _fields(record: type) -> list[str]:
+    """A table of a record's fields, and of those of the records that it holds."""
+    hints = get_type_hints(record)  # without the bounds that stand in `Annotated`
+    if hasattr(record, "__struct_fields__"):
+        defaults = {field.name: field.default for field in msgspec.structs.fields(record) if not field.required}
+    else:
+        defaults = record._field_defaults  # pyright: ignore[reportAttributeAccessIssue]
+    rows, held = [], []
+    for name, hint in hints.items():
+        kind = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(hint))
+        kind = re.sub(r"Union\[(.*)\]", lambda union: union[1].replace(", ", " | "), kind)
+        shown = f"`{defaults[name]!r}`" if name in defaults and not callable(defaults[name]) else ""
+        rows.append((f"`{name}`", f"`{kind}`", shown))
+        for part in [hint, *get_args(hint)]:
+            if hasattr(part, "__struct_fields__"):
+                held += [f"**`{name}`**: {_text(inspect.getdoc(part) or '')}", *_fields(part)]
+    return [table(("field", "type", "default"), rows), *held]
 
 
 def policy_arguments() -> str:
-    """Types of what a policy's function is given: records by their NumPy dtypes, with the comments beside the fields."""
+    """Types of what a policy's function is given, with what docs/policies.md says of each field."""
     from moetrace.engine import state
 
-    source = inspect.getsource(state)
-    said = _comments(source)
-    explained = _explained("docs/policies.md")
-
-    def record(dtype: np.dtype, constant: str) -> str:
-        rows = []
-        for name in dtype.names or ():
-            meaning = explained.get(name) or said.get((constant, name), "")
-            rows.append((f"`{name}`", f"`{dtype[name]}`", meaning))
-        return table(("field", "type", "meaning"), rows)
-
-    hints = inspect.get_annotations(state.View)
-    view = []
-    for name in state.View._fields:
-        kind = getattr(hints[name], "__name__", "Any")
-        kind = {"active": "records, below", "groups": "records, below"}.get(name, f"`{kind}`")
-        view.append((f"`view.{name}`", kind, said.get(("View", name), "")))
-    return "\n\n".join(
-        [
-            "# What a policy sees",
-            f"The types of `state`, `view`, `layer`, `load` and `plan`. {MADE} How to write a policy: "
-            "[Policies, and writing your own](../policies.md).",
-            table(
-                ("argument", "type", "meaning"),
-                [
-                    ("`state`", "records `[layers, experts]`", "one for each expert of each layer; kept between calls"),
-                    ("`view`", "named tuple", "this step, the active experts, the groups of units; for reading"),
-                    ("`layer`", "`int64`", "counted from 0 over the MoE layers"),
-                    ("`load`", "`int64` `[active]`", "rows that chose each active expert, in demand order"),
-                    ("`plan`", "`uint8` `[active]`", "1: the GPU runs it, 0: a unit does"),
-                ],
-            ),
-            "## state[layer, expert]",
-            record(state.CELL, "CELL"),
-            "## view",
-            table(("field", "type", "meaning"), view),
-            "## view.active[i]",
-            "Valid for `i < load.size`, most demanded first. " + _SECONDS,
-            record(state.ACTIVE, "ACTIVE"),
-            "## view.groups[g]",
-            "Scratch for a dispatch, with whatever the last one left. " + _SECONDS,
-            record(state.GROUP, "GROUP"),
-        ]
-    ) + "\n"
+    arguments, fields = _arguments()
+    kinds = {"view": inspect.get_annotations(state.View)}
+    for name, dtype in {"state": state.CELL, "view.active": state.ACTIVE, "view.groups": state.GROUP}.items():
+        kinds[name] = {field: dtype[field] for field in dtype.names or ()}
+    parts = [
+        "# What a policy sees",
+        f"The types of `state`, `view`, `layer`, `load` and `plan`. {MADE} Times are in seconds, sizes in bytes. "
+        "How to write a policy: [Policies, and writing your own](../policies.md).",
+        table(("argument", "type", "meaning"), arguments),
+    ]
+    for head, meanings in fields.items():
+        kind = kinds[head.partition("[")[0]]
+        names = {int: "int64", float: "float64"}
+        rows = [(f"`{name}`", f"`{names.get(kind[name], kind[name])}`", said) for name, said in meanings.items()]
+        parts += [f"## {head}", table(("field", "type", "meaning"), rows)]
+    return "\n\n".join(parts) + "\n"
 
 
-_SECONDS = "Names ending in `_s` are seconds, in `_bytes` bytes."
+def _arguments() -> tuple[list[tuple[str, ...]], dict[str, dict[str, str]]]:
+    """Return the rows of the table of arguments in docs/policies.md, and by argument what it says of each field."""
+    text = (ROOT / "docs/policies.md").read_text(encoding="utf-8").partition("\n| argument |")[2].partition("\n\n")[0]
+    rows, fields = [], {}
+    for names, kind, meaning in re.findall(r"^\| (`.*?) \| (.*?) \| (.*) \|$", text, re.MULTILINE):
+        if names.startswith("`."):
+            fields.setdefault(rows[-1][0].strip("`"), {}).update(
+                dict.fromkeys(re.findall(r"`\.(\w+)`", names), meaning)
+            )
+        else:
+            rows.append((names, kind, meaning))
+    return rows, fields
 
 
-def _comments(source: str) -> dict[tuple[str, str], str]:
-    """Return the comment at the end of each line that defines a field, by the name it is in and the field's own."""
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            for part in ast.walk(node.value):
-                if isinstance(part, ast.Tuple) and part.elts and isinstance(part.elts[0], ast.Constant):
-                    found[node.targets[0].id, part.elts[0].value] = comments.get(part.lineno, "")
-        elif isinstance(node, ast.ClassDef):
-            for part in node.body:
-                if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
-                    found[node.name, part.target.id] = comments.get(part.lineno, "")
-    return found
-
-
-def _explained(page: str, section: str = "") -> dict[str, str]:
-    """Return what the tables of a page say of the names in their first column."""
+def _explained(page: str, section: str) -> dict[str, str]:
+    """Return what the table of a section says of the names in its first column."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    if section:
-        text = text.partition(f"\n## {section}")[2].partition("\n## ")[0]
+    text = text.partition(f"\n## {section}")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`[^|]*) \|(?: [^|]* \|)*? ([^|]+) \|$", text, re.MULTILINE)
-    return {name: meaning for names, meaning in rows for name in re.findall(r"`\.?([\w-]+)`", names)}
+    return {name: meaning for names, meaning in rows for name in re.findall(r"`([\w-]+)`", names)}
 
 
 def columns() -> str:
@@ -230,7 +219,8 @@ def columns() -> str:
         f"The frames of a `Result`, and of the Parquet files of `moetrace replay -o DIR`. {MADE} "
         "What the words mean: [Results](../results.md) and [the timing model](../timing-model.md).",
     ]
-    for name in ("summary", "steps", "units", "layers", "requests"):
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for name in ("summary", *re.findall(r"^## (\w+)\.parquet", text, re.MULTILINE)):
         frame = getattr(result, name)
         explained = _explained("docs/results.md", "summary.json" if name == "summary" else f"{name}.parquet")
         rows = []
@@ -243,10 +233,10 @@ def columns() -> str:
 
 
 def _of_a_nested(column: str, explained: dict[str, str]) -> str:
-    """`ttft_s_p50` is the p50 of what is said of `ttft_s`."""
+    """`ttft_s_p50` is the p50 of what is said of `ttft_s`; `utilization_gpu` is of the GPU."""
     for name, meaning in explained.items():
         if column.startswith(f"{name}_"):
-            return f"`{column.removeprefix(f'{name}_')}` of `{name}`: {meaning}"
+            return f"`{column.removeprefix(f'{name}_')}`: {meaning.partition(':')[0]}"
     return ""
 
 
