@@ -16,6 +16,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+_CODE = re.compile(r"`[^`\n]+`")
 # On GitHub a list may follow a line of text at once; here it would be part of the paragraph.
 _GLUED = re.compile(r"^(?![-*|#>`]|\d+\. | |$).*\n(?:[-*]|\d+\.) ", re.MULTILINE)
 
@@ -53,7 +54,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         place = _place(posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1])))
         return posixpath.relpath(place, posixpath.dirname(here) or ".") if place else match[1]
 
-    return markdown if here.startswith("source/") else _LINK.sub(moved, markdown)
+    if here.startswith("source/"):
+        return markdown
+    # In a table GitHub wants \| for | in code, where the backslash would be shown here.
+    return _CODE.sub(lambda code: code[0].replace("\\|", "|"), _LINK.sub(moved, markdown))
 
 
 def _targets(source: str, text: str) -> list[str]:

@@ -71,7 +71,7 @@ def commands() -> str:
         parts.append(f"```text\n{path} {usage}\n```")
         parts.append(_paragraphs(command.help or ""))
         records = [option.get_help_record(context) for option in command.get_params(context)]
-        rows = [(_code(names), _text(said)) for names, said in filter(None, records)]
+        rows = [(_code(names), _text(said)) for names, said in filter(None, records) if said]
         parts.append(table(("option", "meaning"), rows))
         if isinstance(command, click.Group):
             links = []
@@ -96,10 +96,11 @@ def _code(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Plain text for Markdown: nothing but `code` keeps a meaning."""
-    return "".join(
-        part if part.startswith("`") else re.sub(r"([*_<\[\]])", r"\\\1", part) for part in re.split(r"(`[^`]*`)", text)
-    )
+    """Plain text for Markdown: nothing but `code` and the names of pages keep a meaning."""
+    parts = re.split(r"(`[^`]*`)", text)
+    plain = [re.sub(r"([*_\[\]])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
+    parts[::2] = [re.sub(r"\bdocs/([\w-]+\.md)", r"[docs/\1](../\1)", part) for part in plain]
+    return "".join(parts)
 
 
 # Of the Python page: what belongs together, in the order in which one meets it.

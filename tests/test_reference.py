@@ -24,7 +24,9 @@ def test_commands_with_all_their_options(pages):
     assert sections.keys() == commands.keys()
     for name, context in commands.items():
         options = [option for option in context.command.get_params(context) if isinstance(option, click.Option)]
-        missing = [flag for option in options if not option.hidden for flag in option.opts if flag not in sections[name]]
+        missing = [
+            flag for option in options if not option.hidden for flag in option.opts if flag not in sections[name]
+        ]
         assert not missing, name
 
 
