@@ -110,7 +110,7 @@ _SECTIONS = {
     "Make traces": ("generate", "generate_trace", "import_traces", "Hints", "rebatch", "export"),
     "Check traces": ("lint", "Finding"),
     "Profiles": ("fit_profile", "Profile", "load_profile", "save_profile"),
-    "Analyses": ("locality", "Locality", "cache_hits", "balance", "Balance", "Tier"),
+    "Analyses": ("locality", "Locality", "cache_hits", "prefetch_value", "balance", "Balance", "Tier"),
     "Specs": ("load_model", "load_system", "load_policy", "Model", "System", "PolicySpec"),
     "Errors": ("MoetraceError", "UsageError"),
 }

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.fit import fit_profile
     from moetrace.analyze.locality import Locality, locality
     from moetrace.analyze.plans import Tier
+    from moetrace.analyze.prefetch import prefetch_value
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
     from moetrace.spec import (
@@ -61,6 +62,7 @@ __all__ = [
     "load_system",
     "locality",
     "policy",
+    "prefetch_value",
     "rebatch",
     "replay",
     "save_profile",
@@ -73,6 +75,7 @@ _HOMES = {
     "moetrace.analyze.fit": ("fit_profile",),
     "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.analyze.plans": ("Tier",),
+    "moetrace.analyze.prefetch": ("prefetch_value",),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
     "moetrace.spec": (
