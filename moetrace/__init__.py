@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.locality import Locality, locality
     from moetrace.analyze.plans import Tier
     from moetrace.analyze.prefetch import prefetch_value
+    from moetrace.batch.sweep import Sweep, sweep
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
     from moetrace.spec import (
@@ -42,6 +43,7 @@ __all__ = [
     "PolicySpec",
     "Profile",
     "Result",
+    "Sweep",
     "System",
     "Tier",
     "Trace",
@@ -66,6 +68,7 @@ __all__ = [
     "rebatch",
     "replay",
     "save_profile",
+    "sweep",
 ]
 
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
@@ -76,6 +79,7 @@ _HOMES = {
     "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.analyze.plans": ("Tier",),
     "moetrace.analyze.prefetch": ("prefetch_value",),
+    "moetrace.batch.sweep": ("Sweep", "sweep"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
     "moetrace.spec": (
