@@ -1,6 +1,6 @@
 """Run every code block of Markdown pages, and write what they print into the pages.
 
-    python bench/pages.py            run README.md and docs/*.md, and rewrite the outputs that they show
+    python bench/pages.py            run README.md and the pages of docs/, and rewrite the outputs that they show
 
 A block marked `sh` is run by bash, one marked `python` in one namespace a page, both in an empty folder with the
 shipped `traces/`. A `python` or `toml` block that begins with a comment `# NAME.py` or `# NAME.toml` becomes that file
@@ -23,7 +23,7 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COLUMNS = 96
 # What installs, or runs the tests, is tried out by .ci/run, in an environment of its own.
 _INSTALLS = re.compile(r"^python -m pip install \S+(?: && pytest| && |$)", re.MULTILINE)

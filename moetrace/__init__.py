@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.fit import fit_profile
     from moetrace.analyze.locality import Locality, locality
     from moetrace.analyze.plans import Tier
+    from moetrace.analyze.prefetch import prefetch_value
     from moetrace.batch.gate import Gate, gate
     from moetrace.batch.search import Search, search
     from moetrace.batch.sweep import Sweep, sweep
@@ -68,6 +69,7 @@ __all__ = [
     "load_system",
     "locality",
     "policy",
+    "prefetch_value",
     "rebatch",
     "replay",
     "save_profile",
@@ -82,6 +84,7 @@ _HOMES = {
     "moetrace.analyze.fit": ("fit_profile",),
     "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.analyze.plans": ("Tier",),
+    "moetrace.analyze.prefetch": ("prefetch_value",),
     "moetrace.batch.gate": ("Gate", "gate"),
     "moetrace.batch.search": ("Search", "search"),
     "moetrace.batch.sweep": ("Sweep", "sweep"),

@@ -6,7 +6,7 @@ import pytest
 from pages import PAGES, ROOT, run_page
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_blocks_run_and_print_what_the_page_shows(path, tmp_path):
     """If only an output differs, and should: `python bench/pages.py` writes it."""
     assert run_page(path, tmp_path) == path.read_text(encoding="utf-8")

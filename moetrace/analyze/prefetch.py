@@ -15,6 +15,7 @@ from moetrace.analyze.sizes import expert_bytes, model_of
 from moetrace.spec import Model, System, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
+from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import PHASE_NAMES, Block, absent_id, check_ids
 
 PREDICTORS = {
@@ -52,6 +53,7 @@ _SCHEMA = {
 }
 
 
+@accepts_path
 def prefetch_value(
     trace: Trace,
     capacity: Capacity | str | int,
@@ -68,6 +70,7 @@ def prefetch_value(
 ) -> pl.DataFrame:
     """Let predictors name the experts of each event, `ahead` layers before it, beside an LRU cache demanded at once.
 
+    `trace` is a trace or the path of its file, `capacity` that of the cache, in experts (48) or bytes ("100MB").
     `most` is how many experts a predictor names for an event (by default the trace's top-k; the oracle and what was
     recorded name any number), `recall` the oracle's. Returns a row for each predictor and phase of steps: predictor,
     capacity, scope, phase, named, demanded, recall, precision (null for `recorded`, of which only hits are known),

@@ -18,10 +18,8 @@ set_option = click.option(
 def split_settings(settings: Iterable[str], kinds: Iterable[str]) -> dict[str, dict[str, object]]:
     """Sort `KIND.FIELD=VALUE` texts by kind: `{"system": {"ndp.units": "4"}, ...}`, an entry for each of `kinds`.
 
-    Raises
-    ------
-    UsageError
-        A text of another form, or a kind that is not among `kinds`.
+    Raises:
+        UsageError: a text of another form, or a kind that is not among `kinds`.
     """
     sorted_settings: dict[str, dict[str, object]] = {kind: {} for kind in kinds}
     for setting in settings:

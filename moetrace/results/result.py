@@ -111,10 +111,10 @@ def replay(
 
     Args:
         trace: what was routed.
-        system: a preset's name, a TOML file or a System.
-        policies: each a preset's name, a TOML file, `file.py:function`, a PolicySpec or a function made by
-            `moetrace.policy`, which is then the dispatch beside an LRU cache. Speed-ups are against the first. Equal
-            names get a number.
+        system: a preset's name (by default `edge-ndp`), a TOML file or a System.
+        policies: each a preset's name (by default `monde` and `edge-ndp`), a TOML file, `file.py:function`, a
+            PolicySpec or a function made by `moetrace.policy`, which is then the dispatch beside an LRU cache.
+            Speed-ups are against the first. Equal names get a number.
         model: like system; by default the preset that the trace names.
         overrides: single fields by path, as in `{"system.ndp.units": 6}`, of `model`, `system` or `policy`;
             `policy.FIELD` is set in every policy, `policy.NAME.FIELD` in that one.

@@ -70,12 +70,9 @@ def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str,
     A text that ends in `.toml` or holds a slash is a file, any other one a preset's name. Files named in a TOML are
     found beside it, files named in an override in the current folder.
 
-    Raises
-    ------
-    UsageError
-        An unknown preset, or an override whose path is not one of a table.
-    MoetraceError
-        A file that cannot be read or is not TOML.
+    Raises:
+        UsageError: an unknown preset, or an override whose path is not one of a table.
+        MoetraceError: a file that cannot be read or is not TOML.
     """
     noun = _noun(kind)
     if isinstance(source, msgspec.Struct):

@@ -45,12 +45,12 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def expert_params(self) -> int:
-        """Weights of one expert: m*h*I."""
+        """Weights of one expert: `m*h*I`."""
         return self.expert_matrices * self.hidden * self.expert_intermediate
 
     @property
     def flop_per_row(self) -> float:
-        """FLOP to run one row through one expert: Q(1) = 2*m*h*I."""
+        """FLOP to run one row through one expert: `Q(1) = 2*m*h*I`."""
         return 2.0 * self.expert_params
 
     @property
@@ -70,11 +70,11 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def activation_row_bytes(self) -> float:
-        """Bytes of one row's activations: h*a."""
+        """Bytes of one row's activations: `h*a`."""
         return self.hidden * float(self.activation_bytes)
 
     def expert_bytes(self) -> np.ndarray:
-        """Bytes of each expert, W(e) = m*h*I*w(e); float64 `[moe_layers, experts]`.
+        """Bytes of each expert, `W(e) = m*h*I*w(e)`; float64 `[moe_layers, experts]`.
 
         Reads the table if `weight_bits` names one, and raises a MoetraceError if it is not as the model wants it.
         """
@@ -89,12 +89,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 def load_model(source: str | Path | Model, overrides: Mapping[str, object] | None = None) -> Model:
     """Load a model from a preset's name, a TOML file or an instance, with dotted `overrides`, and check it.
 
-    Raises
-    ------
-    UsageError
-        A wrong value, an unknown key or preset: one sentence with the TOML path.
-    MoetraceError
-        A file that cannot be read.
+    Raises:
+        UsageError: a wrong value, an unknown key or preset: one sentence with the TOML path.
+        MoetraceError: a file that cannot be read.
     """
     loaded = read("models", source, overrides or {})
     model = convert(loaded, Model)

@@ -90,12 +90,9 @@ def load_policy(source: str | Path | PolicySpec, overrides: Mapping[str, object]
 
     `file.py:function` stands for the preset `on-demand` with that function as its dispatch.
 
-    Raises
-    ------
-    UsageError
-        A wrong value, choices that do not go together, a parameter where it does not apply.
-    MoetraceError
-        A file that cannot be read.
+    Raises:
+        UsageError: a wrong value, choices that do not go together, a parameter where it does not apply.
+        MoetraceError: a file that cannot be read.
     """
     overrides = dict(overrides or {})
     if isinstance(source, str) and _split(source):

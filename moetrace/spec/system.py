@@ -122,12 +122,9 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def load_system(source: str | Path | System, overrides: Mapping[str, object] | None = None) -> System:
     """Load a system from a preset's name, a TOML file or an instance, with dotted `overrides`, and check it.
 
-    Raises
-    ------
-    UsageError
-        A wrong value, an unknown key or preset, NDP units without a link: one sentence with the TOML path.
-    MoetraceError
-        A file that cannot be read.
+    Raises:
+        UsageError: a wrong value, an unknown key or preset, NDP units without a link: one sentence with the TOML path.
+        MoetraceError: a file that cannot be read.
     """
     loaded = read("systems", source, overrides or {})
     system = convert(loaded, System)

@@ -26,8 +26,13 @@ class Trace:
     Attributes:
         path: the file, or None.
         model: name of the model that was traced.
-        source: where the ids are from; created_by: what wrote the file.
-        num_experts, top_k, layers, rows, steps: sizes.
+        source: where the ids are from.
+        created_by: what wrote the file.
+        num_experts: experts of a layer.
+        top_k: the most that a row chooses in a layer.
+        layers: number of MoE layers.
+        rows: number of token rows.
+        steps: number of forward passes.
         offset: int64 [steps + 1], rows of step s are `offset[s]:offset[s + 1]`.
         phase: uint8 [steps], 0 prefill, 1 decode, 2 mixed.
         layer_index: uint16 [layers], absolute index of each MoE layer in the model.

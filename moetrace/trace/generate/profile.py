@@ -72,12 +72,9 @@ def load_profile(source: str | Path | Profile) -> Profile:
 
     A text that ends in `.toml` or holds a slash is a file.
 
-    Raises
-    ------
-    UsageError
-        An unknown name, or a value that makes no sense: one sentence with the TOML key.
-    MoetraceError
-        A file that cannot be read.
+    Raises:
+        UsageError: an unknown name, or a value that makes no sense: one sentence with the TOML key.
+        MoetraceError: a file that cannot be read.
     """
     if isinstance(source, Profile):
         loaded = Loaded(msgspec.to_builtins(source), f"profile {source.name}")

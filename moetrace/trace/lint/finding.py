@@ -18,8 +18,11 @@ class Finding:
     """One thing that lint found.
 
     Attributes:
-        code: what it is, a key of `RULES`; level: "error", "warning" or "note".
-        what: one sentence, with figures; effect: what it does to results; fix: a flag or an action, or None.
+        code: what it is, a key of `RULES`.
+        level: "error", "warning" or "note".
+        what: one sentence, with figures.
+        effect: what it does to results.
+        fix: a flag or an action, or None.
         layers: absolute indices of the layers concerned, or None if it concerns no layer in particular.
         rows: the first ranges (start, stop) of the rows concerned, at most 16; empty if it concerns none in particular.
         count: how many rows, cells (one row in one layer), requests or whatever `what` counts.
