@@ -28,9 +28,10 @@ from moetrace.engine.replay import (
     new_state,
     replay_batch,
 )
-from moetrace.engine.residency import FLAT, KEEPS_SOME, RESIDENCY, hold
+from moetrace.engine.residency import BY_SCORE, BY_TOUCH, KEEPS_SOME, ORDER, RESIDENCY, hold
 from moetrace.engine.schedule import Schedule, request_index, schedule_of
 from moetrace.engine.state import LINK_IN, Log, new_log
+from moetrace.engine.static_set import count_demands, keep_only, most_demanded
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_static
@@ -122,6 +123,7 @@ def run(
         warnings.append(f"{slots} slots are more than the {fitting} experts that fit the GPU of {system.name}.")
     schedule = schedule_of(trace)
     lanes = [_lane(trace, model, system, policy, weight_bytes, slots, schedule, hooks or {}) for policy in policies]
+    _foresee(trace, lanes)
     bound_s = 0.0
     with ThreadPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
         for batch, rows in _batches(trace, lanes, schedule, pool):
@@ -193,7 +195,7 @@ def _lane(
         depth=policy.prefetch_depth or 0,
         waits=int(policy.prefetch_blocks),
         counts_prompts=int(policy.residency == "prefill"),
-        learns=int(policy.residency not in FLAT),
+        learns=int(policy.residency not in ORDER),
         looks_ahead=int(policy.residency == "belady"),
         optimal=int(policy.dispatch == "optimal"),
         own_dispatch=int(policy.dispatch not in DISPATCH),
@@ -204,17 +206,29 @@ def _lane(
         seed=policy.seed,
     )
     pools = layers if policy.scope == "layer" else 1
-    keeps_all, flat = policy.residency not in KEEPS_SOME, policy.residency in FLAT
-    state = new_state(machine, schedule, setting, pools, keeps_all, flat)
+    keeps_all, order = policy.residency not in KEEPS_SOME, ORDER.get(policy.residency, BY_SCORE)
+    state = new_state(machine, schedule, setting, pools, keeps_all, order)
     if system.link is None:
         hold(state.cells, state.cache, np.arange(layers * experts))
     elif policy.static:
         hold(state.cells, state.cache, _static_codes(policy, state, layers, experts))
     ignores_residency = policy.dispatch in ("ndp", "hot")
     unlearned = setting._replace(counts_prompts=0)
-    own_state = None if ignores_residency else new_state(machine, schedule, unlearned, 1, True, True)
+    own_state = None if ignores_residency else new_state(machine, schedule, unlearned, 1, True, BY_TOUCH)
     hooks = load_hook(policy.dispatch, {**DISPATCH, **own}), load_hook(policy.residency, {**RESIDENCY, **own})
     return Lane(policy, machine, setting, new_log(trace.steps, layers, machine.groups), state, hooks, own_state)
+
+
+def _foresee(trace: Trace, lanes: list[Lane]) -> None:
+    """Tell the residencies `static-hindsight` what to keep, from a pass over the whole trace."""
+    knowing = [lane for lane in lanes if lane.policy.residency == "static-hindsight"]
+    if not knowing:
+        return
+    demands = (_demand(trace, block) for block in trace.blocks())
+    count = count_demands(demands, trace.layers, trace.num_experts)
+    for lane in knowing:
+        cache = lane.state.cache
+        keep_only(lane.state.cells, most_demanded(count, np.ones_like(count), cache.capacity, len(cache.residents)))
 
 
 def _static_codes(policy: PolicySpec, state: State, layers: int, experts: int) -> np.ndarray:

@@ -15,7 +15,8 @@ from moetrace.spec.system import System
 
 PLACEMENTS = ("ep", "ep-block", "ep-lpt", "tp", "tp:g")
 DISPATCHES = ("ndp", "gpu", "hot", "balance", "optimal")
-RESIDENCIES = ("none", "static", "lru", "lfu", "prefill", "ewma", "belady")
+RESIDENCIES = ("none", "static", "static-hindsight", "prefill", "lru", "fifo", "sieve", "lfu", "lfu-in-cache", "ewma")
+RESIDENCIES += ("least-stale", "belady")
 PREFETCHES = ("none", "prefill", "online:m", "oracle:d")
 SCOPES = ("layer", "global")
 USER = "file.py:function"
@@ -28,7 +29,7 @@ _PARTNERS = {
     "none": (*RESIDENCIES, USER),
     "prefill": ("prefill",),
     "online": ("ewma", "lfu", USER),
-    "oracle": ("lru", "lfu", "ewma", USER),
+    "oracle": ("lru", "fifo", "sieve", "lfu", "ewma", "least-stale", USER),
 }
 
 
