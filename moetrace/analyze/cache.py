@@ -172,7 +172,8 @@ def _replay(
     with NextUses(keys) as next_uses:
         if looks_ahead:
             next_uses.learn(accesses(trace, sequential=asked.sequential))
-        for block in accesses(trace, sequential=asked.sequential, recorded="recorded" in trace.has, rows=True):
+        wanted = {"recorded": "recorded" in trace.has, "rows": True, "chosen_by": "ewma" in asked.policies}
+        for block in accesses(trace, sequential=asked.sequential, **wanted):
             group = requests.group_of(block.request)
             count_demand(demand, block, group, trace.layers)
             next_use = next_uses.of(block) if looks_ahead else np.zeros(0, np.int64)
