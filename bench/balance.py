@@ -21,7 +21,7 @@ import numpy as np
 
 from moetrace.analyze import loads as loads_module
 from moetrace.analyze.balance import balance
-from moetrace.analyze.eplb import eplb_plan
+from moetrace.engine.eplb import eplb_plan
 from moetrace.analyze.loads import count_ids
 from moetrace.trace.generate import generate_trace
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.analyze.eplb import sink
+from moetrace.engine.eplb import sink
 from moetrace.engine.compile import kernel
 from moetrace.engine.cost import ndp_s
 

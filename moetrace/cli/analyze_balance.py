@@ -132,7 +132,7 @@ def _check_outputs(trace: Path, out: Path | None, picture: Path | None, asked: d
     for written in (path for path in (out, picture) if path is not None):
         keep_inputs(written, [Path(spec) for spec in (asked["system"], asked["model"]) if spec])
     if out is not None:
-        from moetrace.analyze.plan_files import form_of
+        from moetrace.spec.plan import form_of
 
         if len(asked["placements"]) != 1:
             raise UsageError("--export writes the plan of one placement: give one --placement.")
@@ -169,7 +169,8 @@ def _plans(trace: "Trace", files: tuple[Path, ...], tier: "Tier") -> "dict[str, 
 
 def _exported(trace: "Trace", placements: tuple[str, ...], tier: "Tier", asked: dict[str, Any], out: Path) -> bytes:
     from moetrace.analyze.balance import loads_for_next, plan_for_next
-    from moetrace.analyze.plan_files import form_of, plan_bytes
+    from moetrace.analyze.plan_files import plan_bytes
+    from moetrace.spec.plan import form_of
 
     if out.suffix.lower() == ".csv":
         loads = loads_for_next(trace, asked["window"], asked["phase"])

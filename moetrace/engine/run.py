@@ -13,7 +13,7 @@ from moetrace.engine.cost import Machine, machine_of
 from moetrace.engine.demand import Demand, demand_of
 from moetrace.engine.dispatch import DISPATCH
 from moetrace.engine.lookahead import NextSteps
-from moetrace.engine.placement import group_of_expert
+from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import load_hook
 from moetrace.engine.prefetch import COMPLETED_EVER
 from moetrace.engine.replay import (
@@ -34,7 +34,7 @@ from moetrace.engine.state import LINK_IN, Log, new_log
 from moetrace.engine.static_set import count_demands, keep_only, most_demanded
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model
-from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_static
+from moetrace.spec.policy import PolicySpec, check_policy, load_static
 from moetrace.spec.system import System, check_fits, gpu_slots
 from moetrace.trace.format import Block, Trace
 from moetrace.trace.schema import check_ids
@@ -186,9 +186,8 @@ def _lane(
 ) -> Lane:
     check_policy(policy, system)
     layers, experts = weight_bytes.shape
-    loads = load_loads(policy.loads, layers, experts) if policy.loads else None
     share = policy.group_size(system.units) if system.units else 1
-    groups = group_of_expert(policy.placement, layers, experts, system.units, share, loads)
+    groups = place_experts(policy, trace.layer_index, experts, system.units)
     machine = machine_of(model, system, weight_bytes, groups, share)
     setting = Setting(
         prefetch=PREFETCH[policy.prefetch_kind],

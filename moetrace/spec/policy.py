@@ -13,7 +13,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.load import Loaded, convert, data_lines, nearest, read, read_table
 from moetrace.spec.system import System
 
-PLACEMENTS = ("ep", "ep-block", "ep-lpt", "tp", "tp:g")
+PLACEMENTS = ("ep", "ep-block", "ep-lpt", "eplb", "plan", "tp", "tp:g")
 DISPATCHES = ("ndp", "gpu", "hot", "balance", "optimal")
 RESIDENCIES = ("none", "static", "static-hindsight", "prefill", "lru", "fifo", "sieve", "lfu", "lfu-in-cache", "ewma")
 RESIDENCIES += ("least-stale", "belady")
@@ -36,8 +36,8 @@ _PARTNERS = {
 class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Four independent choices and the parameters of those that have some; texts as in the TOML.
 
-    `dispatch` and `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placement `ep-lpt`) and
-    `static` (of residency `static`) are paths of CSV files.
+    `dispatch` and `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placements `ep-lpt` and
+    `eplb`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file.
     """
 
     name: str
@@ -51,6 +51,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     p: Annotated[float, Meta(ge=0, le=1)] = 1.0
     seed: Annotated[int, Meta(ge=0)] = 0
     loads: str | None = None
+    plan: str | None = None
     static: str | None = None
     prefetch_blocks: bool = False
 
@@ -79,7 +80,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             "alpha": (own or self.residency == "ewma", f"residency ewma or {USER}"),
             "p": (oracle, "prefetch oracle:d"),
             "seed": (oracle, "prefetch oracle:d"),
-            "loads": (self.placement == "ep-lpt", "placement ep-lpt"),
+            "loads": (self.placement in ("ep-lpt", "eplb"), "placement ep-lpt or eplb"),
+            "plan": (self.placement == "plan", "placement plan"),
             "static": (self.residency == "static", "residency static"),
             "prefetch_blocks": (self.prefetch != "none", "a prefetch other than none"),
         }
@@ -133,7 +135,7 @@ def check_policy(policy: PolicySpec, system: System) -> None:
 
 
 def load_loads(path: str | Path, layers: int, experts: int) -> np.ndarray:
-    """Read the loads of placement `ep-lpt`: a CSV of one line per layer, one number per expert.
+    """Read the loads of placements `ep-lpt` and `eplb`: a CSV of one line per layer, one number per expert.
 
     Returns float64 `[layers, experts]`; raises a MoetraceError that names the line.
     """
@@ -234,7 +236,9 @@ def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
     for field, reader in policy.unread.items():
         if field in given:
             raise UsageError(f"{loaded.where}: {field} applies to {reader} only; remove it or choose that.")
-    if policy.placement == "ep-lpt" and policy.loads is None:
-        loaded.refuse("loads", "the path of a CSV file of loads, which placement ep-lpt needs")
+    if policy.placement in ("ep-lpt", "eplb") and policy.loads is None:
+        loaded.refuse("loads", f"the path of a CSV file of loads, which placement {policy.placement} needs")
+    if policy.placement == "plan" and policy.plan is None:
+        loaded.refuse("plan", "the path of a plan file (.json of SGLang, .yaml of TensorRT-LLM), which it needs")
     if policy.residency == "static" and policy.static is None:
         loaded.refuse("static", "the path of a CSV file of layer,expert lines, which residency static needs")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.analyze.eplb import eplb_plan
+from moetrace.engine.eplb import eplb_plan
 from moetrace.analyze.plans import (
     PLACEMENTS,
     PLANNED,
