@@ -36,6 +36,7 @@ from moetrace.analyze.caches.static import count_accesses
 from moetrace.analyze.next_use import NextUses
 from moetrace.analyze.regret import link_of, with_regret
 from moetrace.analyze.sizes import expert_bytes
+from moetrace.engine.static_set import most_demanded
 from moetrace.spec import Model, System
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
@@ -151,6 +152,32 @@ def cache_hits(
     demand, tallies = _replay(trace, asked, requests, progress)
     frame = pl.DataFrame(_rows(asked, demand, tallies, seed), schema=_SCHEMA)
     return with_regret(frame, link)
+
+
+@accepts_path
+def hindsight_set(
+    trace: Trace,
+    capacity: Capacity | str | int,
+    *,
+    scope: str = "global",
+    sequential: bool = False,
+    model: Model | str | Path | None = None,
+) -> np.ndarray:
+    """Return the experts that policy static-hindsight keeps, int64 [n, 2] of layer and expert, in that order.
+
+    Arguments and errors are those of `cache_hits`.
+    """
+    parsed = capacity if isinstance(capacity, Capacity) else parse_capacity(capacity)
+    asked = Asked([parsed], [HINDSIGHT], scope, sequential, expert_bytes(trace, model))
+    _check(trace, asked)
+    keys, pools = trace.layers * trace.num_experts, trace.layers if scope == "layer" else 1
+    weight = np.ones(keys, np.int64)
+    if parsed.unit == "bytes":
+        assert asked.sizes is not None
+        weight = np.ascontiguousarray(asked.sizes.reshape(-1))
+    count = count_accesses(accesses(trace, sequential=sequential), keys)
+    kept = np.flatnonzero(most_demanded(count, weight, parsed.amount // pools, pools))
+    return np.stack(np.divmod(kept, trace.num_experts), 1)
 
 
 def _replay(

@@ -21,6 +21,14 @@ PREFETCHES = ("none", "prefill", "online:m", "oracle:d")
 SCOPES = ("layer", "global")
 USER = "file.py:function"
 
+# What `moetrace analyze` knows and a replay does not -> why, and what there is instead.
+_ELSEWHERE = {
+    "s3-fifo": "is of moetrace analyze cache alone, where accesses come one at a time; take residency sieve or fifo",
+    "arc": "is of moetrace analyze cache alone, where accesses come one at a time; take residency lru or lfu",
+    "static-prefill": "is of moetrace analyze cache alone; take residency prefill, which also forgets who has left",
+    "eplb-hierarchical": "is of moetrace analyze balance alone; take placement plan with what that exports",
+}
+
 # The largest number behind the colon. Blocks of a trace carry as many layers more as `oracle` looks ahead.
 _LARGEST = {"tp": 65535, "online": 65535, "oracle": 4096}
 
@@ -198,6 +206,8 @@ def _check_choices(policy: PolicySpec, loaded: Loaded) -> None:
 
 def _check_choice(loaded: Loaded, field: str, choice: str, legal: tuple[str, ...]) -> None:
     """`choice` is one of `legal`, where `kind:x` stands for a kind and a whole number of at least 1."""
+    if choice in _ELSEWHERE and field in ("placement", "residency"):
+        raise UsageError(f"{loaded.where}: {field} {choice} {_ELSEWHERE[choice]}.")
     if choice in legal and choice != USER and ":" not in choice:
         return
     kind, _, number = choice.partition(":")
