@@ -126,7 +126,7 @@ def _all_choices(experts, record, offset, num_experts, absent, bounds, key, reco
 
 @kernel(inline=False)
 def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key, recorded, rows, chosen_by):
-    """Fill bounds, key, recorded, rows, chosen_by with each event's distinct experts; return 0 if an id is no expert's or twice."""
+    """Fill bounds to chosen_by with each event's distinct experts; return 0 if an id is no expert's or twice."""
     layers, top_k = experts.shape[1:]
     # Of each expert: the last (row, layer), event and choice that were its own, and the record of its event's first.
     last_cell, last_event = np.full(num_experts, -1), np.full(num_experts, -1)

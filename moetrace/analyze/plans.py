@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.eplb import eplb_plan
 from moetrace.engine.compile import kernel
+from moetrace.engine.eplb import eplb_plan
 from moetrace.engine.placement import group_of_expert
 from moetrace.spec.errors import UsageError
 from moetrace.spec.plan import MAX_SLOTS

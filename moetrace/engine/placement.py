@@ -39,9 +39,9 @@ def group_of_expert(
 ) -> np.ndarray:
     """Return int64 [layers, experts]: the group of ``share`` units that holds each expert.
 
-    Group ``i`` is the units ``i*share`` to ``(i+1)*share - 1``. ``placement`` is ``ep``, ``ep-block``, ``ep-lpt``
-    or ``eplb`` (by ``loads`` float64 [L, E]; units divide experts), ``tp`` or ``tp:g`` (timing model, section 5). Without units there is one group that
-    nobody uses.
+    Group ``i`` is the units ``i*share`` to ``(i+1)*share - 1``.
+    ``placement`` is ``ep``, ``ep-block``, ``ep-lpt`` or ``eplb`` (by ``loads`` float64 [L, E]; for ``eplb`` units
+    divide experts), ``tp`` or ``tp:g`` (timing model, section 5). Without units there is one group that nobody uses.
     """
     expert = np.arange(experts)
     if placement == "ep-lpt" and units:

@@ -12,7 +12,6 @@ import numpy as np
 from moetrace.engine.compile import kernel
 from moetrace.engine.state import CELL, records
 
-
 # Who is evicted: the least score; or all scores are equal where they are not infinite, and it is the first of the ring,
 # which stands by touch or by admission; or, by admission, the first that a hand finds not visited (Sieve).
 BY_SCORE, BY_TOUCH, BY_ADMISSION, BY_HAND = 0, 1, 2, 3
@@ -167,7 +166,7 @@ def by_next_use(state, view, layer, load, plan):
         state[layer, view.active[i].expert].score = -view.active[i].next_use
 
 
-# Residencies that keep what arrives only in part or not at all, and the orders of those that have no scores of their own.
+# Residencies that keep what arrives only in part or not at all, and the orders of those without scores of their own.
 KEEPS_SOME = ("none", "static", "static-hindsight", "prefill")
 ORDER = dict.fromkeys((*KEEPS_SOME, "lru"), BY_TOUCH) | {"fifo": BY_ADMISSION, "sieve": BY_HAND}
 RESIDENCY = dict.fromkeys(ORDER, unchanged) | {
@@ -270,7 +269,7 @@ def keep(cells, cache, layer, expert, tally):
 
 @kernel
 def link_by_age(cells, cache, code):
-    """Put an expert where its last touch (or this admission) belongs; without scores, one kept for good has no place."""
+    """Put an expert where its last touch (or admission) belongs; without scores, one kept for good has no place."""
     experts = cells.shape[1]
     if cache.order and cells[code // experts, code % experts].score == np.inf:
         return
@@ -296,9 +295,11 @@ def settle(cells, cache, layer, active, size, plan, tally):
         expert = active[i].expert
         code = first + expert
         if cache.resident[code]:
-            linked = cache.after[code] >= 0 and cache.order < BY_ADMISSION
-            cache.visited[code] = 1
-            if linked:
+            linked = cache.after[code] >= 0
+            if cache.order >= BY_ADMISSION:
+                cache.visited[code] = 1
+                linked = False
+            elif linked:
                 unlink(cache, code)
         elif plan[i] and keep(cells, cache, layer, expert, tally):
             linked = not (cache.order and cells[layer, expert].score == np.inf)

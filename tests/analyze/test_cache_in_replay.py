@@ -62,7 +62,9 @@ def hits_of_caches(trace: Trace, policy: str, scope: str, slots: list[int]) -> l
     blocks, keys = in_demand_order(trace), trace.layers * trace.num_experts
     pools = trace.layers if scope == "layer" else 1
     shape = (trace.layers, trace.num_experts, np.ones(keys, np.int64), pools, False, trace.rows * trace.top_k)
-    replay = make_replay(policy, [Budget(s // pools, False) for s in slots], Demands(*shape, count_accesses(blocks, keys)))
+    replay = make_replay(
+        policy, [Budget(s // pools, False) for s in slots], Demands(*shape, count_accesses(blocks, keys))
+    )
     hits: list[list[np.ndarray]] = [[] for _ in slots]
     with NextUses(keys) as next_uses:
         next_uses.learn(blocks)
