@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.fit import fit_profile
     from moetrace.analyze.locality import Locality, locality
     from moetrace.analyze.plans import Tier
+    from moetrace.batch.sweep import Sweep, sweep
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
     from moetrace.spec import (
@@ -41,6 +42,7 @@ __all__ = [
     "PolicySpec",
     "Profile",
     "Result",
+    "Sweep",
     "System",
     "Tier",
     "Trace",
@@ -64,6 +66,7 @@ __all__ = [
     "rebatch",
     "replay",
     "save_profile",
+    "sweep",
 ]
 
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
@@ -73,6 +76,7 @@ _HOMES = {
     "moetrace.analyze.fit": ("fit_profile",),
     "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.analyze.plans": ("Tier",),
+    "moetrace.batch.sweep": ("Sweep", "sweep"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
     "moetrace.spec": (

@@ -26,6 +26,7 @@ COMMANDS = {
     "rebatch": "Recombine the requests of traces into larger batches.",
     "replay": "Replay a trace through policies on a described machine.",
     "show": "Print a resolved spec and what follows from it.",
+    "sweep": "Replay a grid of traces, systems, policies and settings.",
 }
 
 
