@@ -227,5 +227,10 @@ def test_pure_python_selection():
         PolicySpec(name="d", dispatch="hot"),
         PolicySpec(name="e", dispatch="balance", residency="belady", scope="global"),
         PolicySpec(name="f", dispatch="ndp", residency="lru", prefetch="oracle:1", prefetch_blocks=True),
+        PolicySpec(name="g", dispatch="balance", residency="sieve", scope="global"),
+        PolicySpec(name="h", dispatch="gpu", residency="fifo", prefetch="oracle:2"),
+        PolicySpec(name="i", dispatch="gpu", residency="lfu-in-cache"),
+        PolicySpec(name="j", dispatch="gpu", residency="least-stale", scope="global"),
+        PolicySpec(name="k", dispatch="gpu", residency="static-hindsight"),
     ]
     compare(case, chosen)
