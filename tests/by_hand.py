@@ -50,7 +50,7 @@ def system_of(units=1):
 def policy_of(placement="ep", dispatch="gpu", residency="none", prefetch="none", **changed):
     fields = {"scope": "layer", "half_life": None, "alpha": 0.3, "p": 1.0, "seed": 0, "prefetch_blocks": False}
     choices = {"placement": placement, "dispatch": dispatch, "residency": residency, "prefetch": prefetch}
-    return SimpleNamespace(**(choices | fields | {"loads": None, "static": None} | changed))
+    return SimpleNamespace(**(choices | fields | {"loads": None, "plan": None, "static": None} | changed))
 
 
 def trace_of(*steps, phases=None, requests=None, expert_bytes=None):

@@ -11,6 +11,7 @@ class Access(NamedTuple):
     key: tuple[int, int]  # layer, expert
     recorded: int  # 255 = not
     step: int
+    share: float = 0.0  # of the step's rows
 
 
 def events(experts, steps, phases, absent: int, sequential: bool, recorded=None) -> list[list[Access]]:
@@ -25,13 +26,14 @@ def events(experts, steps, phases, absent: int, sequential: bool, recorded=None)
                     expert = int(experts[row, layer, slot])
                     if expert != absent:
                         record = 255 if recorded is None else int(recorded[row, layer, slot])
-                        choices.append(Access(phase, layer, (layer, expert), record, step))
+                        choices.append(Access(phase, layer, (layer, expert), record, step, 1 / rows))
             if sequential:
                 found += [[choice] for choice in choices]
             else:
                 keys = [choice.key for choice in choices]
                 ordered = [key for i, key in enumerate(keys) if key not in keys[i + 1 :]]  # by their last choice
-                found.append([next(choice for choice in choices if choice.key == key) for key in ordered])
+                first_choices = [next(choice for choice in choices if choice.key == key) for key in ordered]
+                found.append([c._replace(share=keys.count(c.key) / rows) for c in first_choices])
         first += rows
     return found
 
@@ -115,7 +117,7 @@ def replay(
     resident: set[tuple] = set()
     touched: dict[tuple, int] = {}
     ever: dict[tuple, int] = {}
-    steps: dict[tuple, list[int]] = {}
+    shares: dict[tuple, list[tuple[int, float]]] = {}
     since_admitted: dict[tuple, int] = {}
     admitted: dict[tuple, int] = {}
     admissions: list[tuple] = []
@@ -127,6 +129,14 @@ def replay(
     def next_use(key) -> float:
         return next((number for number in uses[key] if number > touched[key]), float("inf"))
 
+    def ewma(key) -> float:
+        """Step by step, as sums of powers would round otherwise; a layer's scores change when it comes."""
+        score = 0.0
+        for step in range(event[0].step + (key[0] <= event[0].layer)):
+            score *= 0.7
+            score += sum(share for at, share in shares[key] if at == step)
+        return round(score, 12)
+
     def eviction_order(key):
         """The least goes first."""
         return {
@@ -134,7 +144,7 @@ def replay(
             "fifo": lambda: admitted[key],
             "lfu": lambda: (ever[key], touched[key]),
             "lfu-in-cache": lambda: (since_admitted[key], touched[key]),
-            "ewma": lambda: (sum(0.7 ** (event[0].step - step) for step in steps[key]), touched[key]),
+            "ewma": lambda: (ewma(key), touched[key]),
             "least-stale": lambda: (-((key[0] - event[0].layer) % weight.shape[0] or weight.shape[0]), touched[key]),
             "belady": lambda: (-next_use(key), touched[key]),
         }[policy]()
@@ -143,9 +153,10 @@ def replay(
     for event in demands:
         demanded = [access.key for access in event]
         hit = [key in resident for key in demanded]
+        accesses_of = {access.key: access for access in event}
         for key, was_resident in zip(demanded, hit, strict=True):
             ever[key] = ever.get(key, 0) + 1
-            steps.setdefault(key, []).append(event[0].step)
+            shares.setdefault(key, []).append((event[0].step, 0.3 * accesses_of[key].share))
             since_admitted[key] = since_admitted[key] + 1 if was_resident else 1
         for key in demanded:
             if key in resident or weight[key] > budget:

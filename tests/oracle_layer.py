@@ -1,5 +1,6 @@
 """The oracle's stateless half: sections 1, 2, 3, 5 and 6 of the timing model (inputs, costs, one layer, dispatch)."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -196,6 +197,12 @@ def place(policy: Any, m: Machine) -> list[list[list[int]]]:
     if kind == "ep-lpt":
         loads = np.loadtxt(policy.loads, delimiter=",", ndmin=2)
         return [longest_first(loads[layer], m.N) for layer in range(m.L)]
+    if kind == "eplb":
+        loads = np.loadtxt(policy.loads, delimiter=",", ndmin=2)
+        return [longest_first(loads[layer], m.N, m.E // m.N) for layer in range(m.L)]
+    if kind == "plan":
+        rows = json.loads(Path(policy.plan).read_text())["physical_to_logical_map"]
+        return [[[row.index(e) // (m.E // m.N)] for e in range(m.E)] for row in rows]
     if kind == "ep":
         layer_units = [[e % m.N] for e in range(m.E)]
     elif kind == "ep-block":
@@ -207,11 +214,14 @@ def place(policy: Any, m: Machine) -> list[list[list[int]]]:
     return [layer_units] * m.L
 
 
-def longest_first(load: np.ndarray, N: int) -> list[list[int]]:
+def longest_first(load: np.ndarray, N: int, room: int | None = None) -> list[list[int]]:
+    """Longest load first onto the least loaded unit, or the least loaded that has `room`: experts that it may hold."""
     units: list[list[int]] = [[] for _ in load]
     total = [0.0] * N
+    if room == 1:
+        return [[e] for e in range(len(load))]
     for e in sorted(range(len(load)), key=lambda e: (-load[e], e)):
-        u = min(range(N), key=lambda u: (total[u], u))
+        u = min((u for u in range(N) if room is None or units.count([u]) < room), key=lambda u: (total[u], u))
         units[e] = [u]
         total[u] += float(load[e])
     return units

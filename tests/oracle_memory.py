@@ -40,6 +40,9 @@ class Copy:
 
     prefetched: bool
     used: bool = False  # run on the GPU while resident
+    number: int = 0  # of its admission
+    demands: int = 0  # since it was admitted, that demand included
+    visited: bool = False  # demanded since it was admitted, or since Sieve's hand passed it
 
 
 def mix(z: int) -> int:
@@ -73,6 +76,8 @@ class Memory:
     score: dict[Expert, float] = field(default_factory=dict)  # of lfu, ewma and user residencies; 0 if absent
     now: tuple[int, int] = (0, 0)  # (step, layer)
     wanted: dict[Expert, int] = field(default_factory=dict)
+    admissions: int = 0
+    hand: dict[int, int] = field(default_factory=dict)  # of Sieve: the number of the admission that it comes to next
     prompt_count: dict[int, Counter] = field(default_factory=dict)
     queue: list[Entry] = field(default_factory=list)
     moved_bytes: float = 0.0  # of this step
@@ -95,6 +100,8 @@ class Memory:
                 self.last_step[int(self.trace.request[row])] = step
                 if self.trace.row_phase[row] == PREFILL:
                     self.last_prefill[int(self.trace.request[row])] = step
+        if self.residency == "static-hindsight":
+            self.keep_most({key: len(steps) for key, steps in self.demand_steps.items()})
         if not m.linked:
             self.copies = {(layer, e): Copy(False) for layer in range(m.L) for e in range(m.E)}
         elif self.residency == "static":
@@ -128,6 +135,12 @@ class Memory:
         elif self.residency == "belady":
             step, layer = self.next_demand(key)
             first = (-step, -layer if step < math.inf else 0)
+        elif self.residency == "fifo":
+            first = (self.copies[key].number,)
+        elif self.residency == "lfu-in-cache":
+            first = (self.copies[key].demands,)
+        elif self.residency == "least-stale":
+            first = (-((key[0] - self.now[1]) % self.machine.L or self.machine.L),)
         else:
             first = ()
         return (*first, self.touched.get(key, -1), *key)
@@ -144,11 +157,30 @@ class Memory:
             ]
             if not victims:
                 return False
-            victim = min(victims, key=self.victim_key)
+            victim = self.sieved(key[0], victims) if self.residency == "sieve" else min(victims, key=self.victim_key)
             copy = self.copies.pop(victim)
             self.wasted += copy.prefetched and not copy.used
-        self.copies[key] = Copy(prefetched)
+        self.admissions += 1
+        self.copies[key] = Copy(prefetched, number=self.admissions)
         return True
+
+    def sieved(self, layer: int, victims: list[Expert]) -> Expert:
+        """Return the first victim not visited, in the order of admission from the hand on, round and round."""
+        pool = 0 if self.policy.scope == "global" else layer
+        of_pool = {key: c for key, c in self.copies.items() if self.policy.scope == "global" or key[0] == layer}
+        queue = sorted((copy.number, key) for key, copy in of_pool.items())
+        start = next((i for i, (number, _) in enumerate(queue) if number >= self.hand.get(pool, 0)), 0)
+        at = start
+        while True:
+            number, key = queue[at % len(queue)]
+            if key in victims:
+                if not self.copies[key].visited:
+                    break
+                self.copies[key].visited = False
+            at += 1
+        # Behind the last one the hand begins again, even if another one is admitted until it moves.
+        self.hand[pool] = number + 1 if at % len(queue) + 1 < len(queue) else 0
+        return key
 
     # The link's spare time
 
@@ -241,17 +273,20 @@ class Memory:
         n = self.demand[step][layer]
         self.update_scores(layer, n, T)
         active = {(layer, e) for e in n}
+        before = set(self.copies)
         for e in demand_order(n):
             key = (layer, e)
             if key in self.copies or (e in line.fetched and self.keeps(key) and self.admit(key, active, False)):
                 self.touches += 1
                 self.touched[key] = self.touches
+                self.copies[key].demands += 1
+                self.copies[key].visited = key in before
         kind, _, most = self.policy.prefetch.partition(":")
         if kind == "online":
             self.queue_online(layer, int(most))
 
     def keeps(self, key: Expert) -> bool:
-        if self.residency == "prefill":
+        if self.residency in ("prefill", "static-hindsight"):
             return key in self.wanted
         return self.residency not in ("none", "static")
 
@@ -303,6 +338,11 @@ class Memory:
         total: Counter = Counter()
         for request in requests:
             total.update(self.prompt_count.get(request, Counter()))
+        self.keep_most(total)
+        if self.policy.prefetch == "prefill":
+            self.remake_queue()
+
+    def keep_most(self, total: dict[Expert, int]) -> None:
         ranked = sorted(total, key=lambda key: (-total[key], *key))
         if self.policy.scope == "global":
             chosen = ranked[: self.machine.slots]
@@ -310,8 +350,6 @@ class Memory:
             C = self.machine.slots // self.machine.L
             chosen = [key for layer in range(self.machine.L) for key in [key for key in ranked if key[0] == layer][:C]]
         self.wanted = {key: total[key] for key in chosen}
-        if self.policy.prefetch == "prefill":
-            self.remake_queue()
 
     def remake_queue(self) -> None:
         for entry in [entry for entry in self.queue if entry.key not in self.wanted]:

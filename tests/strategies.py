@@ -34,6 +34,14 @@ RESIDENCIES: dict[tuple[str, str], list[dict]] = {
     ("ewma", "online"): [{"prefetch": "online:2"}, {"prefetch": "online:1", "prefetch_blocks": True}],
     ("ewma", "oracle"): [{"prefetch": "oracle:3"}],
     ("belady", "none"): [{}],
+    ("fifo", "none"): [{}],
+    ("fifo", "oracle"): [{"prefetch": "oracle:2"}],
+    ("sieve", "none"): [{}],
+    ("sieve", "oracle"): [{"prefetch": "oracle:2"}],
+    ("lfu-in-cache", "none"): [{}],
+    ("least-stale", "none"): [{}],
+    ("least-stale", "oracle"): [{"prefetch": "oracle:2", "p": 0.6}],
+    ("static-hindsight", "none"): [{}],
 }
 
 

@@ -29,15 +29,25 @@ class Accesses(NamedTuple):
     rows: int
     row: np.ndarray  # int32 [n]: the row of these that made each choice (at once: the last one); [0] if not asked for
     request: np.ndarray  # int32 [rows]
+    step_rows: np.ndarray  # int64 [steps]
+    # At once, how many rows chose each; [0] if not asked for.
+    chosen_by: np.ndarray  # int32 [n]
     row_choices: int  # how many, all different, each row made in each layer, one after another; 0 if some made fewer
 
 
 def accesses(
-    trace: Trace, *, sequential: bool, recorded: bool = False, rows: bool = False, block_rows: int | None = None
+    trace: Trace,
+    *,
+    sequential: bool,
+    recorded: bool = False,
+    rows: bool = False,
+    chosen_by: bool = False,
+    block_rows: int | None = None,
 ) -> Iterator[Accesses]:
     """Yield the accesses of a trace, some MB (or, in whole steps, about so many rows) at a time.
 
-    With `recorded` they bring what the engine recorded of its own residency, with `rows` the row of each.
+    With `recorded` they bring what the engine recorded of its own residency, with `rows` the row of each, and
+    with `chosen_by` (at once) how many rows chose it.
 
     Raises MoetraceError (file, dataset, row) if an id or a recorded residency is impossible.
     """
@@ -48,29 +58,44 @@ def accesses(
         if recorded:
             record = trace.read("recorded", first, first + len(block.request))
             check_recorded(str(trace.path or "trace in memory"), first, record, block.experts)
-        part = _accesses(trace, block, record, sequential, rows)._replace(first=done)
+        part = _accesses(trace, block, record, sequential, rows, chosen_by)._replace(first=done)
         done += part.key.size
         yield part
 
 
-def _accesses(trace: Trace, block: Block, record: np.ndarray, sequential: bool, rows: bool) -> Accesses:
+def _accesses(
+    trace: Trace, block: Block, record: np.ndarray, sequential: bool, rows: bool, chosen_by: bool
+) -> Accesses:
     events = block.steps * trace.layers
     bounds = np.zeros(events + 1, np.int64)
     key = np.empty(block.experts.size, np.int32)
     out = np.full(key.size if record.size else 0, NOT_RECORDED, np.uint8)
     row = np.empty(key.size if rows else 0, np.int32)
-    gather = _all_choices if sequential else _distinct_choices
+    count = np.empty(0 if sequential or not chosen_by else key.size, np.int32)
     offset = np.ascontiguousarray(block.offset, np.int64)
     absent = absent_id(trace.num_experts)
-    if not gather(block.experts, record, offset, trace.num_experts, absent, bounds, key, out, row):
+    given = block.experts, record, offset, trace.num_experts, absent, bounds, key, out, row
+    if not (_all_choices(*given) if sequential else _distinct_choices(*given, count)):
         where = str(trace.path or "trace in memory")
         check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
         raise MoetraceError(f"{where}: /experts changed while it was read.")
     phase = trace.phase[block.first_step : block.first_step + block.steps]
-    found = [array[: bounds[-1]] for array in (key, out, row)]
+    found = [array[: bounds[-1]] for array in (key, out, row, count)]
     request = np.ascontiguousarray(block.request, np.int32)
     row_choices = trace.top_k if sequential and bounds[-1] == key.size else 0
-    return Accesses(0, found[0], bounds, found[1], phase, request.size, found[2], request, row_choices)
+    return Accesses(
+        first=0,
+        key=found[0],
+        bounds=bounds,
+        recorded=found[1],
+        phase=phase,
+        rows=request.size,
+        row=found[2],
+        request=request,
+        step_rows=np.diff(offset),
+        chosen_by=found[3],
+        row_choices=row_choices,
+    )
 
 
 @kernel(inline=False)
@@ -100,12 +125,13 @@ def _all_choices(experts, record, offset, num_experts, absent, bounds, key, reco
 
 
 @kernel(inline=False)
-def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key, recorded, rows):
-    """Fill bounds, key, recorded with each event's distinct experts; return 0 if an id is no expert's or twice."""
+def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key, recorded, rows, chosen_by):
+    """Fill bounds to chosen_by with each event's distinct experts; return 0 if an id is no expert's or twice."""
     layers, top_k = experts.shape[1:]
     # Of each expert: the last (row, layer), event and choice that were its own, and the record of its event's first.
     last_cell, last_event = np.full(num_experts, -1), np.full(num_experts, -1)
     last_choice, first_record = np.full(num_experts, -1), np.zeros(num_experts, np.uint8)
+    count = np.zeros(num_experts, np.int32)  # of the rows of the event that chose it, as long as it is not emitted
     end = 0
     for step in range(offset.size - 1):
         for layer in range(layers):
@@ -119,6 +145,7 @@ def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key,
                         return 0
                     last_cell[expert] = row * layers + layer
                     last_choice[expert] = row * top_k + slot
+                    count[expert] += 1
                     if recorded.size and last_event[expert] != event:
                         first_record[expert] = record[row, layer, slot]
                     last_event[expert] = event
@@ -131,6 +158,9 @@ def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key,
                             recorded[end] = first_record[expert]
                         if rows.size:
                             rows[end] = row
+                        if chosen_by.size:
+                            chosen_by[end] = count[expert]
+                        count[expert] = 0
                         end += 1
             bounds[event + 1] = end
     return 1

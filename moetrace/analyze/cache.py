@@ -36,6 +36,7 @@ from moetrace.analyze.caches.static import count_accesses
 from moetrace.analyze.next_use import NextUses
 from moetrace.analyze.regret import link_of, with_regret
 from moetrace.analyze.sizes import expert_bytes
+from moetrace.engine.static_set import most_demanded
 from moetrace.spec import Model, System
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
@@ -153,6 +154,32 @@ def cache_hits(
     return with_regret(frame, link)
 
 
+@accepts_path
+def hindsight_set(
+    trace: Trace,
+    capacity: Capacity | str | int,
+    *,
+    scope: str = "global",
+    sequential: bool = False,
+    model: Model | str | Path | None = None,
+) -> np.ndarray:
+    """Return the experts that policy static-hindsight keeps, int64 [n, 2] of layer and expert, in that order.
+
+    Arguments and errors are those of `cache_hits`.
+    """
+    parsed = capacity if isinstance(capacity, Capacity) else parse_capacity(capacity)
+    asked = Asked([parsed], [HINDSIGHT], scope, sequential, expert_bytes(trace, model))
+    _check(trace, asked)
+    keys, pools = trace.layers * trace.num_experts, trace.layers if scope == "layer" else 1
+    weight = np.ones(keys, np.int64)
+    if parsed.unit == "bytes":
+        assert asked.sizes is not None
+        weight = np.ascontiguousarray(asked.sizes.reshape(-1))
+    count = count_accesses(accesses(trace, sequential=sequential), keys)
+    kept = np.flatnonzero(most_demanded(count, weight, parsed.amount // pools, pools))
+    return np.stack(np.divmod(kept, trace.num_experts), 1)
+
+
 def _replay(
     trace: Trace, asked: Asked, requests: Requests, progress: Callable[[int], object] | None
 ) -> tuple[Demand, dict[str, list[Tally]]]:
@@ -172,7 +199,8 @@ def _replay(
     with NextUses(keys) as next_uses:
         if looks_ahead:
             next_uses.learn(accesses(trace, sequential=asked.sequential))
-        for block in accesses(trace, sequential=asked.sequential, recorded="recorded" in trace.has, rows=True):
+        wanted = {"recorded": "recorded" in trace.has, "rows": True, "chosen_by": "ewma" in asked.policies}
+        for block in accesses(trace, sequential=asked.sequential, **wanted):
             group = requests.group_of(block.request)
             count_demand(demand, block, group, trace.layers)
             next_use = next_uses.of(block) if looks_ahead else np.zeros(0, np.int64)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.engine.compile import kernel
+from moetrace.engine.residency import demands
 
 LFU, LFU_IN_CACHE, BELADY = 0, 1, 2  # what a heap ranks by
 # LFU's rank is the number of accesses to a key above that of the touch, in one int64: comparing is one comparison.
@@ -153,7 +154,7 @@ def _demand_ranked(cache, rule, pool, block, next_use, start, stop, hit):
         k = block.key[i]
         hit[i] = place[k] >= 0
         ours += hit[i] > 0  # NumPy alone would add in uint8
-        cache.accessed[k] = 1 if rule == LFU_IN_CACHE and not hit[i] else cache.accessed[k] + 1
+        cache.accessed[k] = demands(cache.accessed[k], rule == LFU_IN_CACHE, hit[i])
         if together:
             cache.event[k] = event
     for i in range(start, stop):

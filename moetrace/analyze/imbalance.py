@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.analyze.eplb import sink
 from moetrace.engine.compile import kernel
 from moetrace.engine.cost import ndp_s
+from moetrace.engine.eplb import sink
 
 PARTS = 4096  # of the logarithm of the number of bins, for percentiles: exact to 0.1 % for 64 units
 # Sums over the steps of a layer, where it has an active expert.

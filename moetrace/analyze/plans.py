@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.analyze.eplb import eplb_plan
 from moetrace.engine.compile import kernel
+from moetrace.engine.eplb import eplb_plan
 from moetrace.engine.placement import group_of_expert
 from moetrace.spec.errors import UsageError
+from moetrace.spec.plan import MAX_SLOTS
 
 # Placement -> what it does. Those of PLANNED are made from loads.
 PLACEMENTS = {
@@ -21,7 +22,6 @@ PLACEMENTS = {
 PLANNED = ("ep-lpt", "eplb", "eplb-hierarchical")
 DEFAULT_PLACEMENTS = ("ep", "ep-block", "ep-lpt", "eplb")
 MAX_UNITS = 4096
-MAX_SLOTS = 1 << 16  # of a layer
 
 
 class Tier(NamedTuple):

@@ -144,7 +144,8 @@ class Resolver:
 def files_of(setup: Setup) -> dict[str, str]:
     """Paths of the files that the specs of a setup name, by field: tables of numbers, and functions."""
     model, policy = setup.model, setup.policies[0]
-    found = {"model.weight_bits": model.weight_bits, "policy.loads": policy.loads, "policy.static": policy.static}
+    found = {"model.weight_bits": model.weight_bits}
+    found |= {f"policy.{field}": getattr(policy, field) for field in ("loads", "plan", "static")}
     files = {field: path for field, path in found.items() if isinstance(path, str)}
     for field in ("dispatch", "residency"):
         file, colon, _ = getattr(policy, field).rpartition(":")

@@ -61,7 +61,7 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     type=ANY_PATH,
     metavar="FILE",
     help="Write the plan of the only --placement, made from the last W steps: .json (SGLang), .yaml (TensorRT-LLM); "
-    "of ep-lpt .csv, the loads that a policy of `moetrace replay` makes it from.",
+    "of ep-lpt and eplb also .csv, the loads that a policy of `moetrace replay` makes it from.",
 )
 @click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
 @click.option(
@@ -132,14 +132,14 @@ def _check_outputs(trace: Path, out: Path | None, picture: Path | None, asked: d
     for written in (path for path in (out, picture) if path is not None):
         keep_inputs(written, [Path(spec) for spec in (asked["system"], asked["model"]) if spec])
     if out is not None:
-        from moetrace.analyze.plan_files import form_of
+        from moetrace.spec.plan import form_of
 
         if len(asked["placements"]) != 1:
             raise UsageError("--export writes the plan of one placement: give one --placement.")
         if out.suffix.lower() != ".csv":
             form_of(out)
-        elif asked["placements"] != ("ep-lpt",):
-            raise UsageError(f"--export {out}: .csv is for the loads of ep-lpt; other plans are .json or .yaml.")
+        elif asked["placements"][0] not in ("ep-lpt", "eplb"):
+            raise UsageError(f"--export {out}: .csv is for the loads of ep-lpt and eplb; plans are .json or .yaml.")
     if picture is not None:
         from moetrace.results.picture import FORMS, check_can_plot
 
@@ -169,7 +169,8 @@ def _plans(trace: "Trace", files: tuple[Path, ...], tier: "Tier") -> "dict[str, 
 
 def _exported(trace: "Trace", placements: tuple[str, ...], tier: "Tier", asked: dict[str, Any], out: Path) -> bytes:
     from moetrace.analyze.balance import loads_for_next, plan_for_next
-    from moetrace.analyze.plan_files import form_of, plan_bytes
+    from moetrace.analyze.plan_files import plan_bytes
+    from moetrace.spec.plan import form_of
 
     if out.suffix.lower() == ".csv":
         loads = loads_for_next(trace, asked["window"], asked["phase"])

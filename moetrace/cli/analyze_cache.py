@@ -58,9 +58,18 @@ POLICIES += ("static-hindsight", "static-prefill", "belady")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the bootstrap.")
 @click.option("--curve", is_flag=True, help="Say instead what LRU caches of every capacity hit, from one pass.")
 @click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="For --curve --scope layer.")
+@click.option(
+    "--export",
+    "out",
+    type=ANY_PATH,
+    metavar="FILE.csv",
+    help="Write the experts that static-hindsight keeps at the one --capacity, for residency static of a replay.",
+)
 @click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
 @format_option
-def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Path | None, **asked: Any) -> None:
+def command(
+    trace: Path, form: str, phase: str | None, curve: bool, picture: Path | None, out: Path | None, **asked: Any
+) -> None:
     """Say how often experts would have been in a cache of a given size, under each policy.
 
     The experts of one layer in one step are demanded together, each one time, however many rows chose it; caches start
@@ -74,6 +83,7 @@ def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Pat
 
     _check_options(curve, asked)
     _check_picture(trace, picture, curve, asked)
+    _check_export(trace, out, picture, curve, asked)
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.cli.cache_table import print_cache, print_curve, title_of
 
@@ -85,6 +95,8 @@ def command(trace: Path, form: str, phase: str | None, curve: bool, picture: Pat
             found = _hits(opened, asked, bar, shares=range(1, 17) if picture else (2, 4, 8))
         if picture is not None:
             _draw(picture, opened, found, title, asked)
+        if out is not None:
+            _export(out, opened, asked)
         if asked["scope"] == "layer" and not curve:
             capacities = found.select("capacity", "capacity_experts").unique(maintain_order=True).rows()
             _note_empty(capacities, opened.layers)
@@ -135,6 +147,31 @@ def _check_picture(trace: Path, picture: Path | None, curve: bool, asked: dict[s
         raise UsageError("the trace and --plot FILE must be different files.")
     keep_inputs(picture, [Path(spec) for spec in (asked["system"], asked["model"]) if spec])
     check_can_plot()
+
+
+def _check_export(trace: Path, out: Path | None, picture: Path | None, curve: bool, asked: dict[str, Any]) -> None:
+    """Refuse at once what would only fail after the work."""
+    if out is None:
+        return
+    from moetrace.trace.atomic import keep_inputs, real_path
+
+    if curve or "static-hindsight" not in asked["policies"] or len(asked["capacities"]) != 1:
+        raise UsageError("--export writes the set of static-hindsight: ask for that --policy, and for one --capacity.")
+    if out.suffix.lower() != ".csv":
+        raise UsageError(f"--export {out}: the name must end with .csv.")
+    if real_path(out) in (real_path(trace), picture and real_path(picture)):
+        raise UsageError("the trace, --export and --plot must be different files.")
+    keep_inputs(out, [Path(spec) for spec in (asked["system"], asked["model"]) if spec])
+
+
+def _export(out: Path, trace: "Trace", asked: dict[str, Any]) -> None:
+    from moetrace.analyze.cache import hindsight_set
+    from moetrace.trace.atomic import whole_file
+
+    how = {name: asked[name] for name in ("scope", "sequential", "model")}
+    lines = ["layer,expert", *(f"{layer},{e}" for layer, e in hindsight_set(trace, asked["capacities"][0], **how))]
+    with whole_file(out) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def _hits(trace: "Trace", asked: dict[str, Any], bar: Any, shares: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from moetrace.engine.demand import Demand, demand_of
 from moetrace.engine.lookahead import NextSteps
 from moetrace.engine.replay import Batch
 from moetrace.engine.schedule import Schedule, request_index, schedule_of
+from moetrace.engine.static_set import count_demands
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.policy import PolicySpec
 from moetrace.trace.format import Block, Trace
@@ -50,6 +52,17 @@ class Decoded:
     def batches(self, pool: Executor | None = None) -> Iterator[tuple[Batch, int]]:
         """Yield each block ready for the kernels, and its rows; with a pool the next one is made meanwhile."""
         return self._decode(pool) if self._kept is None else iter(self._kept)
+
+    @cached_property
+    def demand_count(self) -> np.ndarray:
+        """In how many steps each expert is demanded, int64 [layers * experts]; a pass over what is not kept."""
+        trace = self.trace
+        if self._kept is None:
+            demands = (_demand(trace, block) for block in trace.blocks())
+        else:  # without the steps that a block looks ahead at
+            ends = ((batch.demand, len(batch.rows) * trace.layers) for batch, _ in self._kept)
+            demands = (demand._replace(start=demand.start[: end + 1]) for demand, end in ends)
+        return count_demands(demands, trace.layers, trace.num_experts)
 
     def _decode(self, pool: Executor | None) -> Iterator[tuple[Batch, int]]:
         trace, schedule = self.trace, self.schedule

@@ -3,6 +3,35 @@
 import numpy as np
 
 from moetrace.engine.compile import kernel
+from moetrace.engine.eplb import eplb_plan
+from moetrace.spec.errors import UsageError
+from moetrace.spec.plan import load_plan
+from moetrace.spec.policy import PolicySpec, load_loads
+
+
+def place_experts(policy: PolicySpec, layer_index: np.ndarray, experts: int, units: int) -> np.ndarray:
+    """Return where a policy has the experts of the MoE layers at ``layer_index``, as `group_of_expert` does.
+
+    Raises MoetraceError if the file of loads or of a plan is wrong; UsageError if units cannot have equally many
+    experts (``eplb``), or if a plan has copies of experts, which this tier does not know.
+    """
+    layers, share = len(layer_index), policy.group_size(units) if units else 1
+    if policy.placement == "plan" and units:
+        assert policy.plan is not None
+        plan = load_plan(policy.plan, layer_index, experts, units)
+        if plan[0].size > experts:
+            raise UsageError(
+                f"Policy {policy.name}: {policy.plan} has {plan[0].size} slots for {experts} experts; a replay has one "
+                "copy of each (`moetrace analyze balance --redundant 0 --export` makes such a plan)."
+            )
+        return _unit_of_expert(plan)
+    if policy.placement == "eplb" and units and experts % units:
+        raise UsageError(
+            f"Policy {policy.name}: placement eplb gives units equally many experts, but {units} units cannot share "
+            f"{experts}; take ep-lpt."
+        )
+    loads = load_loads(policy.loads, layers, experts) if policy.loads else None
+    return group_of_expert(policy.placement, layers, experts, units, share, loads)
 
 
 def group_of_expert(
@@ -10,16 +39,27 @@ def group_of_expert(
 ) -> np.ndarray:
     """Return int64 [layers, experts]: the group of ``share`` units that holds each expert.
 
-    Group ``i`` is the units ``i*share`` to ``(i+1)*share - 1``. ``placement`` is ``ep``, ``ep-block``, ``ep-lpt``
-    (by ``loads`` float64 [L, E]), ``tp`` or ``tp:g`` (timing model, section 5). Without units there is one group that
-    nobody uses.
+    Group ``i`` is the units ``i*share`` to ``(i+1)*share - 1``.
+    ``placement`` is ``ep``, ``ep-block``, ``ep-lpt`` or ``eplb`` (by ``loads`` float64 [L, E]; for ``eplb`` units
+    divide experts), ``tp`` or ``tp:g`` (timing model, section 5). Without units there is one group that nobody uses.
     """
     expert = np.arange(experts)
     if placement == "ep-lpt" and units:
         assert loads is not None
         return np.stack([_longest_first(load, units) for load in loads])
+    if placement == "eplb" and units:
+        assert loads is not None
+        return _unit_of_expert(eplb_plan(loads, experts, units).reshape(layers, units, -1))
     groups = expert * units // experts if placement == "ep-block" else expert % max(units // share, 1)
     return np.tile(groups, (layers, 1))
+
+
+def _unit_of_expert(plan: np.ndarray) -> np.ndarray:
+    """Turn int [L, units, slots], each expert in one slot, into int64 [L, E]."""
+    layers, units, slots = plan.shape
+    unit_of_expert = np.empty((layers, units * slots), np.int64)
+    np.put_along_axis(unit_of_expert, plan.reshape(layers, -1).astype(np.int64), np.arange(units * slots) // slots, 1)
+    return unit_of_expert
 
 
 def _longest_first(load: np.ndarray, units: int) -> np.ndarray:

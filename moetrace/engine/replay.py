@@ -24,7 +24,7 @@ from moetrace.engine.prefetch import (
     remaining_bytes,
 )
 from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wanted, prompts_of, queue_wanted
-from moetrace.engine.residency import Cache, empty_cache, empty_cells, settle
+from moetrace.engine.residency import BY_TOUCH, Cache, empty_cache, empty_cells, settle
 from moetrace.engine.schedule import Requests, Schedule
 from moetrace.engine.state import (
     ACTIVE,
@@ -290,16 +290,16 @@ def replay_batch(work, dispatch, residency):
             _end_step(step, batch, setting, state, log)
 
 
-def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int, admit: bool, flat: bool) -> State:
+def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int, admit: bool, order: int) -> State:
     """Return the state before the first step; ``pools`` is 1 or the number of layers (scope global, layer).
 
-    ``admit``: whether what arrives may be kept; ``flat``: whether scores never differ, but for infinite ones.
+    ``admit``: whether what arrives may be kept; ``order``: who is evicted, as in ``Cache``.
     """
     layers, experts = machine.weight_bytes.shape
     requests = schedule.requests
     return State(
         cells=empty_cells(layers, experts, admit),
-        cache=empty_cache(layers, experts, pools, setting.slots // pools, flat),
+        cache=empty_cache(layers, experts, pools, setting.slots // pools, order),
         queue=empty_queue(machine.weight_bytes),
         prompts=prompts_of(
             requests.last_step,
@@ -323,7 +323,7 @@ def _signature() -> Any:
     numbers: dict[str, Any] = {name: kind(1) for name, kind in Machine.__annotations__.items() if kind in (int, float)}
     machine = Machine(**numbers, weight_bytes=np.ones((1, 1)), group_of_expert=np.zeros((1, 1), np.int64))
     setting = Setting(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
-    state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True, True)
+    state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True, BY_TOUCH)
     work = Work(batch, machine, setting, state, new_log(1, 1, 1))
     return types.void(typeof(work), FIRST_CLASS_HOOK, FIRST_CLASS_HOOK)
 

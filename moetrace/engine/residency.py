@@ -12,12 +12,17 @@ import numpy as np
 from moetrace.engine.compile import kernel
 from moetrace.engine.state import CELL, records
 
+# Who is evicted: the least score; or all scores are equal where they are not infinite, and it is the first of the ring,
+# which stands by touch or by admission; or, by admission, the first that a hand finds not visited (Sieve).
+BY_SCORE, BY_TOUCH, BY_ADMISSION, BY_HAND = 0, 1, 2, 3
+
 
 class Cache(NamedTuple):
     """The copies that the GPU holds. A *code* is ``layer * E + expert``; a *pool* is a layer, or all layers.
 
-    Those that may be evicted stand in a ring a pool, by (touched, code): touching one, and finding the one touched
-    longest ago, take the same few nanoseconds whatever the capacity. Node ``L * E + pool`` is where the ring closes.
+    Those that may be evicted stand in a ring a pool, by (touched, code) or in the order of their admission: touching
+    one, and finding the first, take the same few nanoseconds whatever the capacity. Node ``L * E + pool`` is where the
+    ring closes.
     """
 
     resident: np.ndarray  # uint8 [L * E]
@@ -27,11 +32,13 @@ class Cache(NamedTuple):
     fresh: np.ndarray  # uint8 [L * E]: prefetched, and not yet run on the GPU
     active: np.ndarray  # uint8 [L * E]: not to be evicted now
     touched: np.ndarray  # int64 [L * E]: when it was last touched, 0 = never
+    visited: np.ndarray  # uint8 [L * E]: demanded since it was admitted, or since the hand passed
+    hand: np.ndarray  # int64 [pools]: the node that it looks at next
     capacity: int  # of each pool
-    flat: int  # 1: scores are equal where they are not infinite, so the first of the ring is the victim
+    order: int  # BY_SCORE, BY_TOUCH, BY_ADMISSION or BY_HAND
 
 
-def empty_cache(layers: int, experts: int, pools: int, capacity: int, flat: bool) -> Cache:
+def empty_cache(layers: int, experts: int, pools: int, capacity: int, order: int) -> Cache:
     """Return an empty cache of ``pools`` pools (1 or ``layers``) that hold ``capacity`` experts each."""
     cells = layers * experts
     ring = np.concatenate((np.full(cells, -1), np.arange(cells, cells + pools)))
@@ -43,8 +50,10 @@ def empty_cache(layers: int, experts: int, pools: int, capacity: int, flat: bool
         fresh=np.zeros(cells, np.uint8),
         active=np.zeros(cells, np.uint8),
         touched=np.zeros(cells, np.int64),
+        visited=np.zeros(cells, np.uint8),
+        hand=ring[cells:].copy(),
         capacity=capacity,
-        flat=int(flat),
+        order=order,
     )
 
 
@@ -64,11 +73,53 @@ def hold(cells: np.ndarray, cache: Cache, codes: np.ndarray) -> None:
     cells["score"][layer, expert] = np.inf
 
 
+# The rules that a hook here and a cache of `moetrace analyze cache` share
+
+
+@kernel
+def demands(before, since_admitted, resident):
+    """Return how many demands an expert has with this one: ever, or since it was admitted."""
+    return 1 if since_admitted and not resident else before + 1
+
+
+@kernel
+def score_of_layer(step, layer, layers):
+    """Return the score of experts whose layer ran last in a step: the layer just done comes round last."""
+    return -(step * layers + layer + 1.0)
+
+
+@kernel
+def faded(score, alpha):
+    """Return an average a step later; ``gained`` is added for what was demanded in it."""
+    return score * (1.0 - alpha)
+
+
+@kernel
+def gained(rows, of_rows, alpha):
+    """Return what a demand by ``rows`` of a step's ``of_rows`` adds to an average."""
+    return alpha * rows / of_rows
+
+
+@kernel
+def find_unvisited(after, visited, guard, guarded, at, end, residents):
+    """Return the first of a ring not visited, from ``at`` on; it forgets the visits of those that it passes.
+
+    ``end`` is the node where the ring closes; those whose ``guard`` is ``guarded`` are left as they are. -1 = all are.
+    """
+    for _ in range(2 * residents + 2):
+        if at != end and guard[at] != guarded:
+            if not visited[at]:
+                return at
+            visited[at] = 0
+        at = after[at]
+    return -1
+
+
 # The hooks
 
 
 def unchanged(state, view, layer, load, plan):
-    """``none``, ``static``, ``prefill``, ``lru``: equal scores, so the one touched longest ago goes first."""
+    """What keeps to the ring: equal scores, so the one touched (or admitted) longest ago goes first."""
 
 
 def by_frequency(state, view, layer, load, plan):
@@ -78,15 +129,35 @@ def by_frequency(state, view, layer, load, plan):
             for e in range(state.shape[1]):
                 state[cell_layer, e].score *= 0.5
     for i in range(load.size):
-        state[layer, view.active[i].expert].score += 1.0
+        cell = state[layer, view.active[i].expert]
+        cell.score = demands(cell.score, False, False)
+
+
+def by_frequency_in_cache(state, view, layer, load, plan):
+    """``lfu-in-cache``: the number of demands since it was admitted, which is the first of them."""
+    for i in range(load.size):
+        cell = state[layer, view.active[i].expert]
+        cell.score = demands(cell.score, True, cell.resident)
+
+
+def by_layer(state, view, layer, load, plan):
+    """``least-stale``: an expert of the layer that ran last goes first."""
+    layers, experts = state.shape
+    if view.step == 0 and layer == 0:
+        for coming in range(1, layers):  # as if they had run in a step before
+            for e in range(experts):
+                state[coming, e].score = score_of_layer(-1, coming, layers)
+    score = score_of_layer(view.step, layer, layers)
+    for e in range(experts):
+        state[layer, e].score = score
 
 
 def by_average(state, view, layer, load, plan):
     """``ewma``: ``alpha * n / T + (1 - alpha) * score`` for every expert of the layer."""
     for e in range(state.shape[1]):
-        state[layer, e].score *= 1.0 - view.alpha
+        state[layer, e].score = faded(state[layer, e].score, view.alpha)
     for i in range(load.size):
-        state[layer, view.active[i].expert].score += view.alpha * load[i] / view.rows
+        state[layer, view.active[i].expert].score += gained(load[i], view.rows, view.alpha)
 
 
 def by_next_use(state, view, layer, load, plan):
@@ -95,16 +166,14 @@ def by_next_use(state, view, layer, load, plan):
         state[layer, view.active[i].expert].score = -view.active[i].next_use
 
 
-# Residencies that keep what arrives only in part or not at all, and those whose scores do not differ.
-KEEPS_SOME = ("none", "static", "prefill")
-FLAT = (*KEEPS_SOME, "lru")
-RESIDENCY = {
-    "none": unchanged,
-    "static": unchanged,
-    "prefill": unchanged,
-    "lru": unchanged,
+# Residencies that keep what arrives only in part or not at all, and the orders of those without scores of their own.
+KEEPS_SOME = ("none", "static", "static-hindsight", "prefill")
+ORDER = dict.fromkeys((*KEEPS_SOME, "lru"), BY_TOUCH) | {"fifo": BY_ADMISSION, "sieve": BY_HAND}
+RESIDENCY = dict.fromkeys(ORDER, unchanged) | {
     "lfu": by_frequency,
+    "lfu-in-cache": by_frequency_in_cache,
     "ewma": by_average,
+    "least-stale": by_layer,
     "belady": by_next_use,
 }
 
@@ -137,20 +206,10 @@ def unlink(cache, code):
 def evict(cells, cache, pool, tally):
     """Evict the resident of least score that is not active; return whether there was one.
 
-    Ties: touched longest ago, then lower layer, then lower id, which is the order of the ring.
+    Ties: touched longest ago, then lower layer, then lower id, which is the order of the ring (but by hand).
     """
     experts = cells.shape[1]
-    end = cache.resident.size + pool
-    victim, least = -1, np.inf
-    code = cache.after[end]
-    while code != end:
-        if cache.active[code] == 0:
-            score = cells[code // experts, code % experts].score
-            if score < least:
-                victim, least = code, score
-                if cache.flat:
-                    break
-        code = cache.after[code]
+    victim = _first_unvisited(cache, pool) if cache.order == BY_HAND else _least(cells, cache, pool)
     if victim < 0:
         return False
     unlink(cache, victim)
@@ -160,6 +219,34 @@ def evict(cells, cache, pool, tally):
     tally[0].wasted += cache.fresh[victim]
     cache.fresh[victim] = 0
     return True
+
+
+@kernel
+def _least(cells, cache, pool):
+    """Return the first of the ring of least score that is not active, -1 = none."""
+    experts = cells.shape[1]
+    end = cache.resident.size + pool
+    victim, least = -1, np.inf
+    code = cache.after[end]
+    while code != end:
+        if cache.active[code] == 0:
+            score = cells[code // experts, code % experts].score
+            if score < least:
+                victim, least = code, score
+                if cache.order:
+                    break
+        code = cache.after[code]
+    return victim
+
+
+@kernel
+def _first_unvisited(cache, pool):
+    """Return the first not visited that is not active, -1 = none; the hand then stands behind it."""
+    end, residents = cache.resident.size + pool, cache.residents[pool]
+    victim = find_unvisited(cache.after, cache.visited, cache.active, 1, cache.hand[pool], end, residents)
+    if victim >= 0:
+        cache.hand[pool] = cache.after[victim]
+    return victim
 
 
 @kernel
@@ -176,18 +263,19 @@ def keep(cells, cache, layer, expert, tally):
     cells[layer, expert].resident = 1
     cache.resident[code] = 1
     cache.residents[pool] += 1
+    cache.visited[code] = 0
     return True
 
 
 @kernel
 def link_by_age(cells, cache, code):
-    """Put an expert where its last touch belongs; with equal scores one that is never evicted needs no place."""
+    """Put an expert where its last touch (or admission) belongs; without scores, one kept for good has no place."""
     experts = cells.shape[1]
-    if cache.flat and cells[code // experts, code % experts].score == np.inf:
+    if cache.order and cells[code // experts, code % experts].score == np.inf:
         return
     touched = cache.touched[code]
     end = cache.resident.size + pool_of(cache, code // experts)
-    other = cache.after[end]
+    other = end if cache.order >= BY_ADMISSION else cache.after[end]
     while other != end:
         other_touched = cache.touched[other]
         if other_touched > touched or (other_touched == touched and other > code):
@@ -208,10 +296,13 @@ def settle(cells, cache, layer, active, size, plan, tally):
         code = first + expert
         if cache.resident[code]:
             linked = cache.after[code] >= 0
-            if linked:
+            if cache.order >= BY_ADMISSION:
+                cache.visited[code] = 1
+                linked = False
+            elif linked:
                 unlink(cache, code)
         elif plan[i] and keep(cells, cache, layer, expert, tally):
-            linked = not (cache.flat and cells[layer, expert].score == np.inf)
+            linked = not (cache.order and cells[layer, expert].score == np.inf)
         else:
             continue
         if linked:

@@ -12,7 +12,7 @@ from moetrace.engine.bounds import clairvoyant_batch, work_bound_s
 from moetrace.engine.cost import Machine, machine_of
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.dispatch import DISPATCH
-from moetrace.engine.placement import group_of_expert
+from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import load_hook
 from moetrace.engine.prefetch import COMPLETED_EVER
 from moetrace.engine.replay import (
@@ -27,13 +27,14 @@ from moetrace.engine.replay import (
     new_state,
     replay_batch,
 )
-from moetrace.engine.residency import FLAT, KEEPS_SOME, RESIDENCY, hold
+from moetrace.engine.residency import BY_SCORE, BY_TOUCH, KEEPS_SOME, ORDER, RESIDENCY, hold
 from moetrace.engine.schedule import Schedule
 from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
+from moetrace.engine.static_set import keep_only, most_demanded
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model
-from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_static
+from moetrace.spec.policy import PolicySpec, check_policy, load_static
 from moetrace.spec.system import System
 from moetrace.trace.format import Trace
 
@@ -221,16 +222,15 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
     model, system, schedule, own = setup.model, setup.system, decoded.schedule, setup.hooks
     check_policy(policy, system)
     layers, experts = weight_bytes.shape
-    loads = load_loads(policy.loads, layers, experts) if policy.loads else None
     share = policy.group_size(system.units) if system.units else 1
-    groups = group_of_expert(policy.placement, layers, experts, system.units, share, loads)
+    groups = place_experts(policy, decoded.trace.layer_index, experts, system.units)
     machine = machine_of(model, system, weight_bytes, groups, share)
     setting = Setting(
         prefetch=PREFETCH[policy.prefetch_kind],
         depth=policy.prefetch_depth or 0,
         waits=int(policy.prefetch_blocks),
         counts_prompts=int(policy.residency == "prefill"),
-        learns=int(policy.residency not in FLAT),
+        learns=int(policy.residency not in ORDER),
         looks_ahead=int(policy.residency == "belady"),
         optimal=int(policy.dispatch == "optimal"),
         own_dispatch=int(policy.dispatch not in DISPATCH),
@@ -241,15 +241,18 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
         seed=policy.seed,
     )
     pools = layers if policy.scope == "layer" else 1
-    keeps_all, flat = policy.residency not in KEEPS_SOME, policy.residency in FLAT
-    state = new_state(machine, schedule, setting, pools, keeps_all, flat)
+    keeps_all, order = policy.residency not in KEEPS_SOME, ORDER.get(policy.residency, BY_SCORE)
+    state = new_state(machine, schedule, setting, pools, keeps_all, order)
     if system.link is None:
         hold(state.cells, state.cache, np.arange(layers * experts))
     elif policy.static:
         hold(state.cells, state.cache, _static_codes(policy, state, layers, experts))
+    elif policy.residency == "static-hindsight":
+        count, capacity = decoded.demand_count, state.cache.capacity
+        keep_only(state.cells, most_demanded(count, np.ones_like(count), capacity, pools))
     ignores_residency = policy.dispatch in ("ndp", "hot")
     unlearned = setting._replace(counts_prompts=0)
-    own_state = None if ignores_residency else new_state(machine, schedule, unlearned, 1, True, True)
+    own_state = None if ignores_residency else new_state(machine, schedule, unlearned, 1, True, BY_TOUCH)
     hooks = load_hook(policy.dispatch, {**DISPATCH, **own}), load_hook(policy.residency, {**RESIDENCY, **own})
     return Lane(policy, machine, setting, new_log(decoded.trace.steps, layers, machine.groups), state, hooks, own_state)
 

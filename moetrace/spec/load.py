@@ -21,7 +21,7 @@ from moetrace.spec.errors import MoetraceError, UsageError, printable
 S = TypeVar("S", bound=msgspec.Struct)
 
 # Fields whose text is the path of a file, and fields where it is one only in the form `file.py:function`.
-FILE_FIELDS = ("weight_bits", "loads", "static")
+FILE_FIELDS = ("weight_bits", "loads", "plan", "static")
 FUNCTION_FIELDS = ("dispatch", "residency")
 
 # No text file that belongs to a spec comes near this, and no number or name this.

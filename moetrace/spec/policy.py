@@ -13,12 +13,21 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.load import Loaded, convert, data_lines, nearest, read, read_table
 from moetrace.spec.system import System
 
-PLACEMENTS = ("ep", "ep-block", "ep-lpt", "tp", "tp:g")
+PLACEMENTS = ("ep", "ep-block", "ep-lpt", "eplb", "plan", "tp", "tp:g")
 DISPATCHES = ("ndp", "gpu", "hot", "balance", "optimal")
-RESIDENCIES = ("none", "static", "lru", "lfu", "prefill", "ewma", "belady")
+RESIDENCIES = ("none", "static", "static-hindsight", "prefill", "lru", "fifo", "sieve", "lfu", "lfu-in-cache", "ewma")
+RESIDENCIES += ("least-stale", "belady")
 PREFETCHES = ("none", "prefill", "online:m", "oracle:d")
 SCOPES = ("layer", "global")
 USER = "file.py:function"
+
+# What `moetrace analyze` knows and a replay does not -> why, and what there is instead.
+_ELSEWHERE = {
+    "s3-fifo": "is of moetrace analyze cache alone, where accesses come one at a time; take residency sieve or fifo",
+    "arc": "is of moetrace analyze cache alone, where accesses come one at a time; take residency lru or lfu",
+    "static-prefill": "is of moetrace analyze cache alone; take residency prefill, which also forgets who has left",
+    "eplb-hierarchical": "is of moetrace analyze balance alone; take placement plan with what that exports",
+}
 
 # The largest number behind the colon. Blocks of a trace carry as many layers more as `oracle` looks ahead.
 _LARGEST = {"tp": 65535, "online": 65535, "oracle": 4096}
@@ -28,15 +37,15 @@ _PARTNERS = {
     "none": (*RESIDENCIES, USER),
     "prefill": ("prefill",),
     "online": ("ewma", "lfu", USER),
-    "oracle": ("lru", "lfu", "ewma", USER),
+    "oracle": ("lru", "fifo", "sieve", "lfu", "ewma", "least-stale", USER),
 }
 
 
 class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Four independent choices and the parameters of those that have some; texts as in the TOML.
 
-    `dispatch` and `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placement `ep-lpt`) and
-    `static` (of residency `static`) are paths of CSV files.
+    `dispatch` and `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placements `ep-lpt` and
+    `eplb`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file.
     """
 
     name: str
@@ -50,6 +59,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     p: Annotated[float, Meta(ge=0, le=1)] = 1.0
     seed: Annotated[int, Meta(ge=0)] = 0
     loads: str | None = None
+    plan: str | None = None
     static: str | None = None
     prefetch_blocks: bool = False
 
@@ -78,7 +88,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             "alpha": (own or self.residency == "ewma", f"residency ewma or {USER}"),
             "p": (oracle, "prefetch oracle:d"),
             "seed": (oracle, "prefetch oracle:d"),
-            "loads": (self.placement == "ep-lpt", "placement ep-lpt"),
+            "loads": (self.placement in ("ep-lpt", "eplb"), "placement ep-lpt or eplb"),
+            "plan": (self.placement == "plan", "placement plan"),
             "static": (self.residency == "static", "residency static"),
             "prefetch_blocks": (self.prefetch != "none", "a prefetch other than none"),
         }
@@ -129,7 +140,7 @@ def check_policy(policy: PolicySpec, system: System) -> None:
 
 
 def load_loads(path: str | Path, layers: int, experts: int) -> np.ndarray:
-    """Read the loads of placement `ep-lpt`: a CSV of one line per layer, one number per expert.
+    """Read the loads of placements `ep-lpt` and `eplb`: a CSV of one line per layer, one number per expert.
 
     Returns float64 `[layers, experts]`; raises a MoetraceError that names the line.
     """
@@ -192,6 +203,8 @@ def _check_choices(policy: PolicySpec, loaded: Loaded) -> None:
 
 def _check_choice(loaded: Loaded, field: str, choice: str, legal: tuple[str, ...]) -> None:
     """`choice` is one of `legal`, where `kind:x` stands for a kind and a whole number of at least 1."""
+    if choice in _ELSEWHERE and field in ("placement", "residency"):
+        raise UsageError(f"{loaded.where}: {field} {choice} {_ELSEWHERE[choice]}.")
     if choice in legal and choice != USER and ":" not in choice:
         return
     kind, _, number = choice.partition(":")
@@ -230,7 +243,9 @@ def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
     for field, reader in policy.unread.items():
         if field in given:
             raise UsageError(f"{loaded.where}: {field} applies to {reader} only; remove it or choose that.")
-    if policy.placement == "ep-lpt" and policy.loads is None:
-        loaded.refuse("loads", "the path of a CSV file of loads, which placement ep-lpt needs")
+    if policy.placement in ("ep-lpt", "eplb") and policy.loads is None:
+        loaded.refuse("loads", f"the path of a CSV file of loads, which placement {policy.placement} needs")
+    if policy.placement == "plan" and policy.plan is None:
+        loaded.refuse("plan", "the path of a plan file (.json of SGLang, .yaml of TensorRT-LLM), which it needs")
     if policy.residency == "static" and policy.static is None:
         loaded.refuse("static", "the path of a CSV file of layer,expert lines, which residency static needs")

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.analyze import plan_files
-from moetrace.analyze.plan_files import form_of, plan_bytes, read_plan
+from moetrace.analyze.plan_files import plan_bytes, read_plan
 from moetrace.analyze.plans import Plan, Tier, make_plan
+from moetrace.spec import plan as plan_spec
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.plan import form_of
 
 LAYERS = np.array([1, 2, 4], np.uint16)  # of a model whose layers 0 and 3 are dense
 YAML = """num_slots: 4
@@ -157,7 +158,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(MoetraceError, match="is no text file"):
         read_plan(tmp_path / "a.json", LAYERS, 3, 2)
-    monkeypatch.setattr(plan_files, "MAX_BYTES", 10)
+    monkeypatch.setattr(plan_spec, "MAX_BYTES", 10)
     (tmp_path / "b.yaml").write_text(YAML)
     with pytest.raises(MoetraceError, match="is larger than 0 MiB, which no plan is"):
         read_plan(tmp_path / "b.yaml", LAYERS, 3, 2)

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.analyze.eplb import eplb_plan
 from moetrace.analyze.plans import (
     PLACEMENTS,
     PLANNED,
@@ -17,6 +16,7 @@ from moetrace.analyze.plans import (
     make_plan,
     moved_bytes,
 )
+from moetrace.engine.eplb import eplb_plan
 from moetrace.engine.placement import group_of_expert
 from moetrace.spec.errors import UsageError
 

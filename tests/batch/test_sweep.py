@@ -19,6 +19,7 @@ from moetrace.batch import front, work
 from moetrace.batch import sweep as sweep_module
 from moetrace.engine import decoded as decoded_module
 from moetrace.engine.demand import demand_of
+from moetrace.engine.setup import Setup
 from moetrace.trace.atomic import AtomicFile
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +167,13 @@ def test_every_input_counts(small, tmp_path):
     assert redone() == 0
     sweep.write_text(sweep.read_text() + "[set]\nsystem.gpu.launch_us = 6.0\n")
     assert redone() == 2
+
+
+def test_the_files_that_a_policy_names_are_known():
+    named = {"loads": "l.csv", "plan": "p.json", "static": "s.csv"}
+    model, system = mt.load_model("tiny-olmoe"), mt.load_system("edge-ndp")
+    setup = Setup(model=model, system=system, policies=[mt.PolicySpec(name="a", **named)])
+    assert cell_module.files_of(setup) == {f"policy.{field}": path for field, path in named.items()}
 
 
 def test_imports_beside_a_policy_count(tmp_path):

@@ -13,7 +13,7 @@ import moetrace as mt
 from moetrace.analyze import balance as library
 from moetrace.analyze.plans import PLACEMENTS
 from moetrace.cli import analyze_balance
-from moetrace.engine.placement import group_of_expert
+from moetrace.engine.placement import group_of_expert, place_experts
 from moetrace.spec.policy import load_loads
 from moetrace.trace.writer import CountsWriter
 
@@ -100,6 +100,24 @@ def test_a_replay_places_by_the_loads_that_were_exported(run, tmp_path):
         assert all(unit_of_expert[layer, e] == unit for unit, held in enumerate(units) for e in held if e >= 0)
 
 
+@pytest.mark.parametrize("placement", ["eplb", "eplb-hierarchical"])
+def test_a_replay_places_as_the_plan_that_was_exported(run, tmp_path, placement):
+    tier = ("--units", 4, "--redundant", 0, "--nodes", 2, "--groups", 4)
+    arguments = (MIXTRAL, "--placement", placement, "--window", 90, *tier)
+    for name in ("p.json", "p.yaml", "loads.csv")[: 3 if placement == "eplb" else 2]:
+        assert run(*arguments, "--export", tmp_path / name)[0] == 0
+    with mt.Trace.open(MIXTRAL) as trace:
+        plan = library.plan_for_next(trace, placement, library.Tier(4, 0, 2, 4), 90)
+        layer_index = trace.layer_index
+    policies = [mt.PolicySpec(name="p", placement="plan", plan=str(tmp_path / name)) for name in ("p.json", "p.yaml")]
+    if placement == "eplb":
+        policies.append(mt.PolicySpec(name="p", placement="eplb", loads=str(tmp_path / "loads.csv")))
+    for policy in policies:
+        unit_of_expert = place_experts(policy, layer_index, 8, 4)
+        for layer, units in enumerate(plan.expert_of_slot.tolist()):
+            assert [[unit_of_expert[layer, e] for e in held] for held in units] == [[u] * 2 for u in range(4)]
+
+
 def test_counts_alone_are_enough(run, tmp_path):
     facts = {"model": "", "num_experts": 4, "top_k": 1, "layers": 1, "rows": 12, "steps": 3, "source": {}}
     with CountsWriter(tmp_path / "a.h5", **facts) as writer:
@@ -141,7 +159,7 @@ def test_errors_are_one_sentence(run, tmp_path):
             2,
             "splits experts among units",
         ),
-        ((MIXTRAL, "--export", tmp_path / "a.csv", "--placement", "eplb"), 2, ".csv is for the loads of ep-lpt"),
+        ((MIXTRAL, "--export", tmp_path / "a.csv", "--placement", "ep"), 2, ".csv is for the loads of ep-lpt"),
         ((MIXTRAL, "--frame", "summary"), 2, "--frame goes with --format csv"),
         ((MIXTRAL, "--plot", "a.pdf"), 2, "must end with .png or .html"),
         ((MIXTRAL, "--plot", MIXTRAL), 2, "must be different files"),

@@ -13,6 +13,8 @@ import pytest
 from moetrace.analyze.cache import DEFAULT_POLICIES, POLICIES, SCOPES, cache_hits
 from moetrace.analyze.hit_curve import lru_curve
 from moetrace.cli import analyze_cache
+from moetrace.engine.run import run as replay
+from moetrace.spec import PolicySpec, load_model, load_static, load_system
 from moetrace.trace import Trace
 from moetrace.trace.writer import CountsWriter
 
@@ -31,7 +33,7 @@ def test_table_fits_80_columns(run):
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith(("48 ", "100MB ")) for line in lines) == 2 * 3 * 3
-    assert "192 experts; one cache for all layers; a" in out
+    assert "192 experts; one cache for all layers; a" in " ".join(out.split())
     assert "rec." not in out, "nothing was recorded"
 
 
@@ -39,6 +41,33 @@ def test_names_of_policies_stay_whole(run):
     policies = ("--policy", "static-hindsight", "--policy", "belady", "--system", "rtx4090-offload")
     out = run(TINY, "--capacity", "3000000MiB", *policies)[1]
     assert out.count("3000000MiB  static-hindsight  ") == 3
+
+
+def test_the_exported_set_is_one_that_a_replay_holds(run, tmp_path):
+    """From its start on: so it hits as often as static-hindsight, and where that still fetches each expert once."""
+    for scope in SCOPES:
+        arguments = (TINY, "--capacity", 60, "--policy", "static-hindsight", "--scope", scope, "--format", "json")
+        code, out, err = run(*arguments, "--export", tmp_path / "hot.csv")
+        assert (code, err) == (0, "")
+        hits = next(row["hits"] for row in json.loads(out) if row["phase"] == "all")
+        assert load_static(tmp_path / "hot.csv", 6, 32).shape == (60, 2)
+        held = PolicySpec(name="held", residency="static", static=str(tmp_path / "hot.csv"), scope=scope)
+        filled = PolicySpec(name="filled", residency="static-hindsight", scope=scope)
+        with Trace.open(TINY) as trace:
+            outcome = replay(trace, load_model("tiny-olmoe"), load_system("rtx4090-offload"), [held, filled], slots=60)
+        assert [int(lane.log.step["hits"].sum()) for lane in outcome.lanes] == [hits + 60, hits]
+
+
+def test_what_cannot_be_exported(run, tmp_path):
+    hindsight, export = ("--policy", "static-hindsight"), ("--export", tmp_path / "a.csv")
+    for arguments, sentence in (
+        (("--capacity", 4, *export), "ask for that --policy, and for one --capacity"),
+        ((*hindsight, *export), "ask for that --policy, and for one --capacity"),
+        (("--curve", *export), "ask for that --policy, and for one --capacity"),
+        (("--capacity", 4, *hindsight, "--export", tmp_path / "a.json"), "must end with .csv"),
+    ):
+        code, out, err = run(TINY, *arguments)
+        assert (code, out) == (2, "") and sentence in " ".join(err.split())
 
 
 def test_json_and_csv_are_the_frame(run):

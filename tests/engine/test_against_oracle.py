@@ -1,5 +1,6 @@
 """The kernels against the oracle: every allowed combination of choices, on random and on captured traces."""
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ from strategies import Case, all_policies, arrivals, as_arrays, cases, routing, 
 from moetrace.engine.run import Run, run
 from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT
 from moetrace.spec import Gpu, Link, Model, Ndp, PolicySpec, System, load_model, load_policy, load_system
+from moetrace.spec.errors import UsageError
 from moetrace.trace import Trace
 
 PRESETS = ("on-demand", "monde", "ndp-ep", "ndp-tp", "edge-ndp-tp-lb", "edge-ndp")
@@ -121,6 +123,32 @@ def test_every_combination(tmp_path):
     compare(case, policies)
 
 
+@pytest.mark.parametrize("experts", [4, 8, 12])
+def test_placements_of_equally_many_experts(tmp_path, experts):
+    """`eplb` without copies, and a plan's file, which may have any expert anywhere."""
+    rng = np.random.default_rng(experts)
+    case = small_case(rng, experts=experts)
+    rows = [rng.permutation(experts).tolist() for _ in range(case.model.moe_layers)]
+    (tmp_path / "plan.json").write_text(json.dumps({"physical_to_logical_map": rows}))
+    fields = [
+        {"placement": "eplb", "loads": str(write_loads(tmp_path / "loads.csv", case))},
+        {"placement": "plan", "plan": str(tmp_path / "plan.json")},
+    ]
+    dispatches = ("ndp", "balance", "hot")
+    compare(case, [PolicySpec(name="a", dispatch=kind, **given) for given in fields for kind in dispatches])
+
+
+def test_what_units_cannot_hold(tmp_path):
+    case = small_case(np.random.default_rng(1))
+    loads = write_loads(tmp_path / "loads.csv", case)
+    with pytest.raises(UsageError, match="placement eplb gives units equally many experts, but 4 units cannot share 6"):
+        replay(case, [PolicySpec(name="a", dispatch="ndp", placement="eplb", loads=str(loads))])
+    (tmp_path / "plan.json").write_text(json.dumps({"physical_to_logical_map": [[0, 1, 2, 3, 4, 5, 0, 1]] * 3}))
+    policy = PolicySpec(name="a", dispatch="ndp", placement="plan", plan=str(tmp_path / "plan.json"))
+    with pytest.raises(UsageError, match=r"plan.json has 8 slots for 6 experts; a replay has one copy of each"):
+        replay(case, [policy])
+
+
 @pytest.mark.parametrize("experts", [255, 256, 300])
 def test_many_experts_and_rows(experts):
     """Ids of one and of two bytes, and enough of them for the other way of sorting."""
@@ -199,5 +227,10 @@ def test_pure_python_selection():
         PolicySpec(name="d", dispatch="hot"),
         PolicySpec(name="e", dispatch="balance", residency="belady", scope="global"),
         PolicySpec(name="f", dispatch="ndp", residency="lru", prefetch="oracle:1", prefetch_blocks=True),
+        PolicySpec(name="g", dispatch="balance", residency="sieve", scope="global"),
+        PolicySpec(name="h", dispatch="gpu", residency="fifo", prefetch="oracle:2"),
+        PolicySpec(name="i", dispatch="gpu", residency="lfu-in-cache"),
+        PolicySpec(name="j", dispatch="gpu", residency="least-stale", scope="global"),
+        PolicySpec(name="k", dispatch="gpu", residency="static-hindsight"),
     ]
     compare(case, chosen)

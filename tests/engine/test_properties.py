@@ -11,6 +11,7 @@ from moetrace.engine import decoded as decoded_module
 from moetrace.engine import run as run_module
 from moetrace.engine.decoded import Decoded, decoded_bytes, needs_of
 from moetrace.engine.demand import demand_of
+from moetrace.engine.residency import BY_ADMISSION
 from moetrace.engine.run import Lane, Run, run, run_setups
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, GPU
@@ -77,8 +78,9 @@ def test_capacity_is_never_exceeded(case, data, tmp_path_factory):
             walk = list(ring(cache, cache.resident.size + pool))
             touched = lane.state.cells["touched"]
             ages = [(touched[divmod(code, experts)], code) for code in walk]
-            assert ages == sorted(ages)
+            assert ages == sorted(ages) or cache.order >= BY_ADMISSION
             assert all(cache.resident[code] for code in walk)
+            assert cache.hand[pool] in (*walk, cache.resident.size + pool)
 
     original = Lane.advance
     with pytest.MonkeyPatch.context() as patch:
@@ -112,16 +114,17 @@ def test_blocks_and_jobs_change_nothing(case, data, tmp_path_factory):
 def test_relabelling_units_changes_nothing_else(case, data, tmp_path_factory):
     policies = some_policies(case, data, tmp_path_factory.mktemp("p"))
     before = replay(case, policies)
-    original = run_module.group_of_expert
+    original = run_module.place_experts
     rng = np.random.default_rng(data.draw(st.integers(0, 99), label="relabelling"))
     relabel = {}
 
-    def relabelled(placement, layers, experts, units, share, loads):
+    def relabelled(policy, layer_index, experts, units):
+        share = policy.group_size(units) if units else 1
         relabel.setdefault(share, rng.permutation(max(units // share, 1)))
-        return relabel[share][original(placement, layers, experts, units, share, loads)]
+        return relabel[share][original(policy, layer_index, experts, units)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "group_of_expert", relabelled)
+        patch.setattr(run_module, "place_experts", relabelled)
         after = replay(case, policies)
     for one, other in zip(before.lanes, after.lanes, strict=True):
         for name in ("hits", "misses", "late"):

@@ -17,6 +17,7 @@ from moetrace.spec import (
     load_static,
     load_system,
 )
+from moetrace.spec.policy import RESIDENCIES
 
 
 def load(**fields):
@@ -31,7 +32,7 @@ def legal(dispatch, residency, prefetch):
         "none": True,
         "prefill": residency == "prefill",
         "online:2": residency in ("ewma", "lfu"),
-        "oracle:1": residency in ("lru", "lfu", "ewma"),
+        "oracle:1": residency in ("lru", "fifo", "sieve", "lfu", "ewma", "least-stale"),
     }[prefetch]
 
 
@@ -40,7 +41,7 @@ def test_every_combination(tmp_path):
     accepted = 0
     for dispatch, residency, prefetch in itertools.product(
         ("ndp", "gpu", "hot", "balance", "optimal"),
-        ("none", "static", "lru", "lfu", "prefill", "ewma", "belady"),
+        RESIDENCIES,
         ("none", "prefill", "online:2", "oracle:1"),
     ):
         fields = {"dispatch": dispatch, "residency": residency, "prefetch": prefetch}
@@ -52,7 +53,7 @@ def test_every_combination(tmp_path):
         else:
             with pytest.raises(UsageError, match="goes with"):
                 load(**fields)
-    assert accepted == 4 * (7 + 1 + 2 + 3) + 1
+    assert accepted == 4 * (12 + 1 + 2 + 6) + 1
 
 
 def test_refusal_says_what_is_legal():
@@ -69,7 +70,7 @@ def test_refusal_says_what_is_legal():
     [
         (
             {"placement": "ep-blok"},
-            r"placement wants one of ep, ep-block, ep-lpt, tp, tp:g \(the nearest is 'ep-block'\), got 'ep-blok'",
+            r"placement wants one of ep, ep-block, ep-lpt, eplb, plan, tp, tp:g \(the nearest is 'ep-block'\), got",
         ),
         ({"placement": "tp:0"}, "placement wants tp:g with a whole number g from 1 to 65535, got 'tp:0'"),
         ({"placement": "tp:"}, "placement wants tp:g with a whole number g"),
@@ -98,8 +99,14 @@ def test_refusal_says_what_is_legal():
         ({"residency": "lru", "prefetch": "oracle:1", "p": 1.5}, "p wants a number of at most 1, got 1.5"),
         ({"residency": "lru", "prefetch": "oracle:1", "seed": -1}, "seed wants a whole number of at least 0, got -1"),
         ({"residency": "lru", "prefetch": "oracle:1", "seed": 2**63}, "seed wants a finite number below 2.63, got"),
-        ({"loads": "x.csv"}, "loads applies to placement ep-lpt only"),
+        ({"loads": "x.csv"}, "loads applies to placement ep-lpt or eplb only"),
         ({"placement": "ep-lpt"}, "loads wants the path of a CSV file"),
+        ({"placement": "eplb"}, "loads wants the path of a CSV file of loads, which placement eplb needs"),
+        ({"placement": "plan"}, "plan wants the path of a plan file"),
+        ({"plan": "x.json"}, "plan applies to placement plan only"),
+        ({"residency": "arc"}, "residency arc is of moetrace analyze cache alone, where accesses come one at a time"),
+        ({"residency": "static-prefill"}, "residency static-prefill .* take residency prefill"),
+        ({"placement": "eplb-hierarchical"}, "placement eplb-hierarchical .* take placement plan with what"),
         ({"static": "x.csv"}, "static applies to residency static only"),
         ({"residency": "static"}, "static wants the path of a CSV file"),
         ({"prefetch_blocks": True}, "prefetch_blocks applies to a prefetch other than none only"),
@@ -171,7 +178,9 @@ def test_policy_and_system():
 
 
 def test_unread_parameters_are_those_of_other_choices():
-    assert set(load_policy("monde").unread) == {"half_life", "alpha", "p", "seed", "loads", "static", "prefetch_blocks"}
+    assert set(load_policy("monde").unread) == {"half_life", "alpha", "p", "seed", "loads", "plan", "static"} | {
+        "prefetch_blocks"
+    }
     assert "alpha" not in load(residency="ewma").unread
 
 

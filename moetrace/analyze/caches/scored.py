@@ -1,11 +1,11 @@
 """Policies whose order of victims changes as time goes by: EWMA and least-stale. Each victim is looked for among all.
 
-- EWMA: a key's score is the sum over its accesses, resident or not, of `(1 - alpha) ** age`, age in steps; the victim
-  has the least score.
+- EWMA: each time a layer comes, the scores of all its keys, resident or not, fade, and those accessed gain by the share
+  of the step's rows that chose them; the victim has the least score.
 - least-stale: layers come round in order, so that the layer just done is the one that comes last. The victim is of the
   layer that comes last: of this layer itself, then of the one before it, and so on.
 
-Among equal ones, the victim is what was touched longest ago.
+Among equal ones, the victim is what was touched longest ago. Scores are those of the replay's residencies.
 """
 
 from typing import NamedTuple
@@ -14,10 +14,10 @@ import numpy as np
 
 from moetrace.analyze.accesses import Accesses
 from moetrace.engine.compile import kernel
+from moetrace.engine.residency import faded, gained, score_of_layer
 
 EWMA, LEAST_STALE = 0, 1
 ALPHA = 0.3  # as in the timing model, section 7
-_LARGE = 1e100
 
 
 class Scored(NamedTuple):
@@ -29,9 +29,7 @@ class Scored(NamedTuple):
     residents: np.ndarray  # int64 [pools]: how many keys
     member: np.ndarray  # int32 [keys]: residents in no order; those of pool p begin at p * keys / pools
     place: np.ndarray  # int32 [keys]: where in `member`; -1 = not resident
-    # EWMA: instead of all scores that fall from step to step, what an access adds grows. Ratios are the same.
-    score: np.ndarray  # float64 [keys]
-    gain: np.ndarray  # float64 [1]: what an access adds in this step
+    score: np.ndarray  # float64 [keys]: EWMA
     touched: np.ndarray  # int64 [keys]: number of the last access
     event: np.ndarray  # int64 [keys]: number of the first access of the last event that demanded it
 
@@ -41,8 +39,8 @@ def scored(weight: np.ndarray, capacity: int, pools: int) -> Scored:
     keys = weight.size
     used, residents = np.zeros(pools, np.int64), np.zeros(pools, np.int64)
     member, place = np.zeros(keys, np.int32), np.full(keys, -1, np.int32)
-    score, gain, touched, event = np.zeros(keys), np.ones(1), np.full(keys, -1), np.full(keys, -1)
-    return Scored(weight, capacity, used, residents, member, place, score, gain, touched, event)
+    score, touched, event = np.zeros(keys), np.full(keys, -1), np.full(keys, -1)
+    return Scored(weight, capacity, used, residents, member, place, score, touched, event)
 
 
 def replay_scored(cache: Scored, rule: int, block: Accesses, layers: int, sequential: bool, hit: np.ndarray) -> None:
@@ -52,44 +50,37 @@ def replay_scored(cache: Scored, rule: int, block: Accesses, layers: int, sequen
 
 @kernel(inline=False)
 def _replay(cache, rule, block, layers, sequential, hit):
-    bounds = block.bounds
-    for event in range(bounds.size - 1):
-        layer = event % layers
-        if layer == 0:
-            _next_step(cache)
+    bounds, experts = block.bounds, cache.score.size // layers
+    for number in range(bounds.size - 1):
+        step, layer = number // layers, number % layers
+        if rule == EWMA:
+            for key in range(layer * experts, (layer + 1) * experts):
+                cache.score[key] = faded(cache.score[key], ALPHA)
         pool = layer if cache.used.size > 1 else 0
-        start, stop = bounds[event], bounds[event + 1]
+        start, stop = bounds[number], bounds[number + 1]
         if sequential:
             for i in range(start, stop):
-                _demand(cache, rule, pool, (layer, layers), block, i, i + 1, hit)
+                _demand(cache, rule, pool, (step, layer, layers), block, i, i + 1, hit)
         else:
-            _demand(cache, rule, pool, (layer, layers), block, start, stop, hit)
+            _demand(cache, rule, pool, (step, layer, layers), block, start, stop, hit)
 
 
 @kernel
-def _next_step(cache):
-    cache.gain[0] /= 1 - ALPHA
-    if cache.gain[0] > _LARGE:
-        for key in range(cache.score.size):
-            cache.score[key] /= _LARGE
-        cache.gain[0] /= _LARGE
-
-
-@kernel
-def _demand(cache, rule, pool, layer, block, start, stop, hit):
-    event, ours = block.first + start, 0
+def _demand(cache, rule, pool, now, block, start, stop, hit):
+    event, ours, counted = block.first + start, 0, block.chosen_by.size > 0
     for i in range(start, stop):
         k = block.key[i]
         hit[i] = cache.place[k] >= 0
         ours += hit[i] > 0
         cache.event[k], cache.touched[k] = event, block.first + i
-        cache.score[k] += cache.gain[0]
+        if rule == EWMA:
+            cache.score[k] += gained(block.chosen_by[i] if counted else 1, block.step_rows[now[0]], ALPHA)
     for i in range(start, stop):
         k, weight = block.key[i], cache.weight[block.key[i]]
         if hit[i] or weight > cache.capacity:
             continue
         while cache.used[pool] + weight > cache.capacity and cache.residents[pool] > ours:
-            _remove(cache, pool, _victim(cache, rule, pool, layer, event))
+            _remove(cache, pool, _victim(cache, rule, pool, now, event))
         if cache.used[pool] + weight <= cache.capacity:
             cache.place[k] = pool * (cache.member.size // cache.used.size) + cache.residents[pool]
             cache.member[cache.place[k]] = k
@@ -99,9 +90,10 @@ def _demand(cache, rule, pool, layer, block, start, stop, hit):
 
 
 @kernel
-def _victim(cache, rule, pool, layer, event):
+def _victim(cache, rule, pool, now, event):
     """Return where in `member` the victim is: of least score, touched longest ago, and not of the event."""
-    experts = cache.member.size // layer[1]
+    step, layer, layers = now
+    experts = cache.member.size // layers
     start = pool * (cache.member.size // cache.used.size)
     best, best_score, best_touched = -1, 0.0, 0
     for place in range(start, start + cache.residents[pool]):
@@ -110,8 +102,8 @@ def _victim(cache, rule, pool, layer, event):
             continue
         score = cache.score[k]
         if rule == LEAST_STALE:
-            ahead = (k // experts - layer[0]) % layer[1]
-            score = -float(ahead if ahead else layer[1])
+            of_layer = k // experts
+            score = score_of_layer(step if of_layer <= layer else step - 1, of_layer, layers)
         if best < 0 or score < best_score or (score == best_score and cache.touched[k] < best_touched):
             best, best_score, best_touched = place, score, cache.touched[k]
     return best

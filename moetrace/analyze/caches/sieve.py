@@ -6,6 +6,7 @@ import numpy as np
 
 from moetrace.analyze.accesses import Accesses
 from moetrace.engine.compile import kernel
+from moetrace.engine.residency import find_unvisited
 
 
 class Sieve(NamedTuple):
@@ -79,12 +80,8 @@ def _demand(cache, pool, key, start, stop, event, hit):
 @kernel
 def _evict(cache, pool, sentinel, event):
     """Evict one key that is not of the event; there is one. The hand leaves those of the event as they are."""
-    newer, older = cache.newer, cache.older
-    victim = cache.hand[pool]
-    while victim == sentinel or cache.event[victim] == event or cache.visited[victim]:
-        if victim != sentinel and cache.event[victim] != event:
-            cache.visited[victim] = 0
-        victim = newer[victim]
+    newer, older, residents = cache.newer, cache.older, cache.residents[pool]
+    victim = find_unvisited(newer, cache.visited, cache.event, event, cache.hand[pool], sentinel, residents)
     cache.hand[pool] = newer[victim]
     newer[older[victim]], older[newer[victim]] = newer[victim], older[victim]
     newer[victim] = -1

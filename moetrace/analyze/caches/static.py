@@ -12,6 +12,7 @@ import numpy as np
 
 from moetrace.analyze.accesses import Accesses
 from moetrace.engine.compile import kernel
+from moetrace.engine.static_set import most_demanded
 from moetrace.trace.schema import PREFILL
 
 
@@ -24,14 +25,7 @@ class StaticSet:
 
     def want(self, count: np.ndarray) -> None:
         """Want the keys of the greatest counts, int64 [keys], in each pool, as long as they fit; a count of 0 never."""
-        self._wanted[:] = 0
-        size = self._weight.size // self._pools
-        for first in range(0, self._weight.size, size):
-            part = slice(first, first + size)
-            order = np.argsort(-count[part], kind="stable")
-            fill = np.zeros(size, np.uint8)
-            _fill(order, count[part], self._weight[part], self._capacity, fill)
-            self._wanted[part] = fill
+        self._wanted = most_demanded(count, self._weight, self._capacity, self._pools)
         self.resident &= self._wanted
 
     def replay(self, block: Accesses, start: int, stop: int, hit: np.ndarray) -> None:
@@ -67,18 +61,6 @@ class PrefillCounts:
             if self._under_way:
                 keys = block.key[block.bounds[start * layers] : block.bounds[stop * layers]]
                 self.count += np.bincount(keys, minlength=self.count.size)
-
-
-@kernel(inline=False)
-def _fill(order, count, weight, capacity, wanted):
-    used = 0
-    for i in range(order.size):
-        key = order[i]
-        if count[key] == 0:
-            break
-        if used + weight[key] <= capacity:
-            used += weight[key]
-            wanted[key] = 1
 
 
 @kernel(inline=False)

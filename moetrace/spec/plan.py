@@ -1,0 +1,163 @@
+"""Plans as engines read them, SGLang's JSON and TensorRT-LLM's YAML: which expert is in each slot of each unit.
+
+SGLang (`--init-expert-location FILE.json`, sglang/srt/eplb/expert_location.py): `physical_to_logical_map`, for each
+layer of the model, dense ones included, the expert in each slot. TensorRT-LLM (`moe_load_balancer: FILE.yaml`,
+examples/ep_load_balancer): `num_slots`, `layer_updates_per_iter` (0: the plan stays) and
+`initial_global_assignments`, the same by index of the MoE layer. In both, units have successive slots, equally many.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from moetrace.spec.errors import MoetraceError, UsageError
+
+FORMATS = {".json": "SGLang", ".yaml": "TensorRT-LLM", ".yml": "TensorRT-LLM"}
+MAX_SLOTS = 1 << 16  # of a layer
+MAX_BYTES = 8 << 20  # of a plan file; one of 58 layers of 288 slots has 80 kB
+_NUMBERS = ("num_slots", "layer_updates_per_iter", "ep_size")
+_INTEGER = re.compile(r"[0-9]{1,6}", re.ASCII)
+# Of lines without spaces at their end: to look for these here would take the square of a long line's length.
+_TOP = re.compile(r"([a-z_]+):(?: +(\S.*))?", re.ASCII)
+_LAYER = re.compile(r" +([0-9]{1,6}):(?: +(\S.*))?", re.ASCII)
+_ITEM = re.compile(r" +- +([0-9]{1,6})", re.ASCII)
+
+
+class _SGLang(msgspec.Struct):
+    physical_to_logical_map: list[list[Annotated[int, Meta(ge=0, le=65535)]]]
+
+
+def form_of(path: Path) -> str:
+    """Return whose format the name of a plan file says, a value of `FORMATS`; raise UsageError if none's."""
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise UsageError(f"{path} does not say whose plan it is: .json is SGLang's, .yaml TensorRT-LLM's.") from None
+
+
+def load_plan(path: str | Path, layer_index: np.ndarray, experts: int, units: int) -> np.ndarray:
+    """Read the plan of a file for the layers of a model that ``layer_index`` int64 [L] names, on ``units`` units.
+
+    Returns int32 [L, units, slots], the expert in each slot; every expert has one at least. SGLang's file may also have
+    a row for each of these layers only. Raises MoetraceError (file, layer or line), or
+    UsageError if ``units`` cannot share its slots equally.
+    """
+    path = Path(path)
+    form = form_of(path)
+    text = _text(path)
+    slots = _from_sglang(path, text, layer_index) if form == "SGLang" else _from_trtllm(path, text, layer_index, units)
+    sizes = {len(row) for row in slots}
+    if len(sizes) > 1 or 0 in sizes:
+        raise MoetraceError(f"{path}: layers have from {min(sizes)} to {max(sizes)} slots, but need equally many.")
+    if max(sizes) > MAX_SLOTS or max(sizes) % units:
+        raise UsageError(f"{path} has {max(sizes)} slots a layer, which {units} units cannot share: say how many.")
+    plan = np.array(slots, np.int32)
+    for row, layer in zip(plan, layer_index, strict=True):
+        if row.max() >= experts:
+            raise MoetraceError(f"{path}: layer {layer} has expert {row.max()}, but the trace has {experts} experts.")
+        missing = np.flatnonzero(np.bincount(row, minlength=experts) == 0)
+        if missing.size:
+            raise MoetraceError(f"{path}: layer {layer} has no slot for expert {missing[0]}.")
+    return plan.reshape(len(plan), units, -1)
+
+
+def _text(path: Path) -> str:
+    try:
+        if not path.is_file():
+            raise MoetraceError(f"there is no plan file {path}.")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise MoetraceError(f"{path} is larger than {MAX_BYTES >> 20} MiB, which no plan is.")
+        return data.decode()
+    except UnicodeDecodeError:
+        raise MoetraceError(f"{path} is no text file.") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise MoetraceError(f"{path} could not be read: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def _from_sglang(path: Path, text: str, layer_index: np.ndarray) -> list[list[int]]:
+    try:
+        rows = msgspec.json.decode(text, type=_SGLang).physical_to_logical_map
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise MoetraceError(f"{path} is no plan of SGLang's: {str(error).rstrip('.')[:200]}.") from None
+    if len(rows) > layer_index[-1]:
+        return [rows[layer] for layer in layer_index]
+    if len(rows) == len(layer_index):
+        return rows
+    raise MoetraceError(f"{path} has {len(rows)} layers, but the trace has layers up to {layer_index[-1]}.")
+
+
+def _from_trtllm(path: Path, text: str, layer_index: np.ndarray, units: int) -> list[list[int]]:
+    numbers, layers = _parse(path, text)
+    if numbers.get("ep_size", units) != units:
+        raise UsageError(f"{path} is a plan for {numbers['ep_size']} units, not {units}: say how many.")
+    missing = next((layer for layer in layer_index.tolist() if layer not in layers), None)
+    if missing is not None:
+        raise MoetraceError(f"{path} has no layer {missing} among its initial_global_assignments.")
+    rows = [layers[layer] for layer in layer_index.tolist()]
+    if any(len(row) != numbers.get("num_slots") for row in rows):
+        raise MoetraceError(f"{path}: num_slots must be there and the number of slots of every layer.")
+    return rows
+
+
+def _parse(path: Path, text: str) -> tuple[dict[str, int], dict[int, list[int]]]:
+    """Read the YAML that plans are written in: whole numbers, and lists of them by layer, `[1, 2]` or `- 1`."""
+    numbers: dict[str, int] = {}
+    layers: dict[int, list[int]] = {}
+    inside, items, flow = False, None, ""
+    for line, content in enumerate((row.rstrip(" ") for row in text.splitlines()), 1):
+        if flow:
+            flow += " " + content.strip()
+        elif not content.strip() or content.lstrip().startswith("#") or (content == "---" and not numbers):
+            continue
+        elif match := _TOP.fullmatch(content):
+            name, value = match.groups()
+            inside, items = name == "initial_global_assignments", None
+            if (inside and (value or layers)) or (not inside and (name not in _NUMBERS or name in numbers)):
+                raise _odd(path, line)
+            if not inside:
+                numbers[name] = _integer(path, line, value)
+            continue
+        elif inside and (match := _LAYER.fullmatch(content)):
+            layer, flow = int(match[1]), match[2] or ""
+            if layer in layers:
+                raise MoetraceError(f"{path}, line {line}: layer {layer} is there twice.")
+            items = layers[layer] = []
+        elif inside and items is not None and (match := _ITEM.fullmatch(content)):
+            items.append(int(match[1]))
+            continue
+        else:
+            raise _odd(path, line)
+        if flow.endswith("]"):
+            assert items is not None
+            items += _integers(path, line, flow)
+            flow, items = "", None
+        elif flow and (not flow.startswith("[") or len(flow) > 16 * MAX_SLOTS):
+            raise _odd(path, line)
+    if flow:
+        raise MoetraceError(f"{path}: the last list does not end.")
+    return numbers, layers
+
+
+def _integers(path: Path, line: int, flow: str) -> list[int]:
+    if not flow.startswith("["):
+        raise _odd(path, line)
+    return [_integer(path, line, part.strip()) for part in flow[1:-1].split(",")]
+
+
+def _integer(path: Path, line: int, text: str | None) -> int:
+    if text is None or not _INTEGER.fullmatch(text):
+        raise _odd(path, line)
+    return int(text)
+
+
+def _odd(path: Path, line: int) -> MoetraceError:
+    return MoetraceError(
+        f"{path}, line {line} is not as in a plan of TensorRT-LLM: num_slots, layer_updates_per_iter and "
+        f"initial_global_assignments, with whole numbers and lists of them."
+    )
