@@ -53,16 +53,37 @@ def accesses(
         yield part
 
 
-def _accesses(trace: Trace, block: Block, record: np.ndarray, sequential: bool, rows: bool) -> Accesses:
-    events = block.steps * trace.layers
-    bounds = np.zeros(events + 1, np.int64)
-    key = np.empty(block.experts.size, np.int32)
+def layer_accesses(
+    trace: Trace, block: Block, part: tuple[int, int], *, sequential: bool, buffer: np.ndarray
+) -> Accesses:
+    """Return the accesses of layers part[0] up to part[1] in a block of the trace, as of a trace that has no others.
+
+    Their keys lie in `buffer`, int32 with room for every choice, until it is used again.
+
+    Raises MoetraceError as `accesses` does.
+    """
+    return _accesses(trace, block, np.zeros((0, 0, 0), np.uint8), sequential, False, part, buffer)
+
+
+def _accesses(
+    trace: Trace,
+    block: Block,
+    record: np.ndarray,
+    sequential: bool,
+    rows: bool,
+    part: tuple[int, int] | None = None,
+    buffer: np.ndarray | None = None,
+) -> Accesses:
+    first, stop = (0, trace.layers) if part is None else part
+    choices = len(block.experts) * (stop - first) * trace.top_k
+    bounds = np.empty(block.steps * (stop - first) + 1, np.int64)
+    key = np.empty(choices, np.int32) if buffer is None else buffer[:choices]
     out = np.full(key.size if record.size else 0, NOT_RECORDED, np.uint8)
     row = np.empty(key.size if rows else 0, np.int32)
     gather = _all_choices if sequential else _distinct_choices
     offset = np.ascontiguousarray(block.offset, np.int64)
     absent = absent_id(trace.num_experts)
-    if not gather(block.experts, record, offset, trace.num_experts, absent, bounds, key, out, row):
+    if not gather(block.experts, record, offset, (first, stop), trace.num_experts, absent, bounds, key, out, row):
         where = str(trace.path or "trace in memory")
         check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
         raise MoetraceError(f"{where}: /experts changed while it was read.")
@@ -74,13 +95,13 @@ def _accesses(trace: Trace, block: Block, record: np.ndarray, sequential: bool, 
 
 
 @kernel(inline=False)
-def _all_choices(experts, record, offset, num_experts, absent, bounds, key, recorded, rows):
+def _all_choices(experts, record, offset, part, num_experts, absent, bounds, key, recorded, rows):
     """Fill bounds, key, recorded with every choice in order; return 0 if an id is no expert's or twice in a row."""
     layers = experts.shape[1]
     last_cell = np.full(num_experts, -1)  # of each expert: the last (row, layer) that chose it
-    end = 0
+    event = end = bounds[0] = 0
     for step in range(offset.size - 1):
-        for layer in range(layers):
+        for layer in range(part[0], part[1]):
             for row in range(offset[step], offset[step + 1]):
                 for slot in range(experts.shape[2]):
                     expert = np.int64(experts[row, layer, slot])
@@ -89,27 +110,27 @@ def _all_choices(experts, record, offset, num_experts, absent, bounds, key, reco
                     if expert >= num_experts or last_cell[expert] == row * layers + layer:
                         return 0
                     last_cell[expert] = row * layers + layer
-                    key[end] = layer * num_experts + expert
+                    key[end] = (layer - part[0]) * num_experts + expert
                     if recorded.size:
                         recorded[end] = record[row, layer, slot]
                     if rows.size:
                         rows[end] = row
                     end += 1
-            bounds[step * layers + layer + 1] = end
+            event += 1
+            bounds[event] = end
     return 1
 
 
 @kernel(inline=False)
-def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key, recorded, rows):
+def _distinct_choices(experts, record, offset, part, num_experts, absent, bounds, key, recorded, rows):
     """Fill bounds, key, recorded with each event's distinct experts; return 0 if an id is no expert's or twice."""
     layers, top_k = experts.shape[1:]
     # Of each expert: the last (row, layer), event and choice that were its own, and the record of its event's first.
     last_cell, last_event = np.full(num_experts, -1), np.full(num_experts, -1)
     last_choice, first_record = np.full(num_experts, -1), np.zeros(num_experts, np.uint8)
-    end = 0
+    event = end = bounds[0] = 0
     for step in range(offset.size - 1):
-        for layer in range(layers):
-            event = step * layers + layer
+        for layer in range(part[0], part[1]):
             for row in range(offset[step], offset[step + 1]):
                 for slot in range(top_k):
                     expert = np.int64(experts[row, layer, slot])
@@ -126,11 +147,12 @@ def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key,
                 for slot in range(top_k):
                     expert = np.int64(experts[row, layer, slot])
                     if expert != absent and last_choice[expert] == row * top_k + slot:
-                        key[end] = layer * num_experts + expert
+                        key[end] = (layer - part[0]) * num_experts + expert
                         if recorded.size:
                             recorded[end] = first_record[expert]
                         if rows.size:
                             rows[end] = row
                         end += 1
-            bounds[event + 1] = end
+            event += 1
+            bounds[event] = end
     return 1

@@ -66,19 +66,14 @@ def global_stack(keys: int) -> GlobalStack:
     )
 
 
-def layer_distances(
-    stacks: LayerStacks, block: Accesses, experts: int, part: tuple[int, int], sequential: bool, distance: np.ndarray
-) -> None:
-    """Fill distance int16 [n] of the accesses of layers part[0] up to part[1] in the next block.
-
-    Parts that do not overlap may be worked on by several threads.
-    """
+def layer_distances(stacks: LayerStacks, block: Accesses, experts: int, sequential: bool, distance: np.ndarray) -> None:
+    """Fill distance int16 [n] of the accesses of the next block."""
     # Groups of any other size would have to be filled up, which is slower than one by one.
     if sequential and block.row_choices and block.row_choices % _GROUP == 0:
         walk = _walk_groups
     else:
         walk = _walk_layers if sequential else _walk_layers_at_once
-    walk(stacks, block.key, block.bounds, experts, part, distance)
+    walk(stacks, block.key, block.bounds, experts, distance)
 
 
 def global_distances(stack: GlobalStack, block: Accesses, sequential: bool, distance: np.ndarray) -> None:
@@ -86,23 +81,21 @@ def global_distances(stack: GlobalStack, block: Accesses, sequential: bool, dist
     _walk_all(stack, block.key, block.bounds, sequential, distance)
 
 
-def count_distances(
-    distance: np.ndarray, block: Accesses, layers: int, part: tuple[int, int], count: np.ndarray
-) -> None:
-    """Add the distances of layers part[0] up to part[1] to count int64 [phases, layers, keys + 1].
+def count_distances(distance: np.ndarray, block: Accesses, layers: int, count: np.ndarray) -> None:
+    """Add the distances to count int64 [phases, layers, keys + 1].
 
     A pass of its own over a buffer of distances: within the walks a histogram costs twice as much.
     """
-    _count(distance, block.bounds, block.phase, layers, part, count.reshape(len(count), -1), count.shape[2])
+    _count(distance, block.bounds, block.phase, layers, count.reshape(len(count), -1), count.shape[2])
 
 
 @kernel(inline=False)
-def _count(distance, bounds, phase, layers, part, count, width):
+def _count(distance, bounds, phase, layers, count, width):
     """Add to count [phases, layers * width]. Indices are unsigned, as signed ones are tested each: 0.3 ns, not 0.6."""
     for step in range(phase.size):
         of, first = count[phase[step]], step * layers
-        at = np.uint64(bounds[first + part[0]])
-        for layer in range(part[0], part[1]):
+        at = np.uint64(bounds[first])
+        for layer in range(layers):
             own, stop = np.uint64(layer * width), np.uint64(bounds[first + layer + 1])
             while at < stop:
                 of[own + np.uint64(distance[at])] += 1
@@ -134,7 +127,7 @@ def _touch_layer(stacks, layer, experts, expert):
 
 
 @kernel(inline=False)
-def _walk_layers(stacks, key, bounds, experts, part, distance):
+def _walk_layers(stacks, key, bounds, experts, distance):
     """Eight layers in turn: an access waits for the stores of the one before it to the same stack, and this hides it.
 
     With 128 experts 5.4 ns an access one layer after the other, 3.0 four in turn, 2.4 eight. The number of layers is a
@@ -142,8 +135,8 @@ def _walk_layers(stacks, key, bounds, experts, part, distance):
     """
     layers = stacks.seen.size
     for step in range((bounds.size - 1) // layers):
-        for first in range(part[0], part[1], _TOGETHER):
-            last = min(first + _TOGETHER, part[1])
+        for first in range(0, layers, _TOGETHER):
+            last = min(first + _TOGETHER, layers)
             start, length = bounds[step * layers + first], bounds[step * layers + first + 1]
             length -= start
             equal = last - first == _TOGETHER
@@ -214,7 +207,7 @@ def _mark_new(stacks, layer, experts, key, start, distance):
 
 
 @kernel(inline=False)
-def _walk_groups(stacks, key, bounds, experts, part, distance):
+def _walk_groups(stacks, key, bounds, experts, distance):
     """As `_walk_layers`, where all layers have as many accesses in a step, in groups of eight different experts.
 
     Per access 2.0 ns with 128 experts and 2.1 with 256, one by one 2.7 and 3.4.
@@ -222,8 +215,8 @@ def _walk_groups(stacks, key, bounds, experts, part, distance):
     layers = stacks.seen.size
     for step in range((bounds.size - 1) // layers):
         length = bounds[step * layers + 1] - bounds[step * layers]
-        for first in range(part[0], part[1], _TOGETHER):
-            last = min(first + _TOGETHER, part[1])
+        for first in range(0, layers, _TOGETHER):
+            last = min(first + _TOGETHER, layers)
             for group in range(0, length, _GROUP):
                 for layer in range(first, last):
                     start = bounds[step * layers + layer] + group
@@ -231,10 +224,10 @@ def _walk_groups(stacks, key, bounds, experts, part, distance):
 
 
 @kernel(inline=False)
-def _walk_layers_at_once(stacks, key, bounds, experts, part, distance):
+def _walk_layers_at_once(stacks, key, bounds, experts, distance):
     layers = stacks.seen.size
     for step in range((bounds.size - 1) // layers):
-        for layer in range(part[0], part[1]):
+        for layer in range(layers):
             start, stop = bounds[step * layers + layer], bounds[step * layers + layer + 1]
             place, seen = stacks.place[layer], stacks.seen[layer]
             for i in range(start, stop):
