@@ -73,12 +73,12 @@ class Case:
 
     def curve(self) -> np.ndarray:
         """Hits at every capacity."""
-        stacks, part = stack.layer_stacks(LAYERS, self.experts), (0, LAYERS)
+        stacks = stack.layer_stacks(LAYERS, self.experts)
         count = np.zeros((3, LAYERS, self.experts + 1), np.int64)
         for block in self.blocks:
             distance = self.buffer[: block.key.size]
-            stack.layer_distances(stacks, block, self.experts, part, True, distance)
-            stack.count_distances(distance, block, LAYERS, part, count)
+            stack.layer_distances(stacks, block, self.experts, True, distance)
+            stack.count_distances(distance, block, LAYERS, count)
         return np.cumsum(count.sum((0, 1))[:-1])
 
     def look_ahead(self) -> None:

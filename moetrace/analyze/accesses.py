@@ -63,18 +63,38 @@ def accesses(
         yield part
 
 
-def _accesses(
-    trace: Trace, block: Block, record: np.ndarray, sequential: bool, rows: bool, chosen_by: bool
+def layer_accesses(
+    trace: Trace, block: Block, part: tuple[int, int], *, sequential: bool, buffer: np.ndarray
 ) -> Accesses:
-    events = block.steps * trace.layers
-    bounds = np.zeros(events + 1, np.int64)
-    key = np.empty(block.experts.size, np.int32)
+    """Return the accesses of layers part[0] up to part[1] in a block of the trace, as of a trace that has no others.
+
+    Their keys lie in `buffer`, int32 with room for every choice, until it is used again.
+
+    Raises MoetraceError as `accesses` does.
+    """
+    return _accesses(trace, block, np.zeros((0, 0, 0), np.uint8), sequential, False, False, part, buffer)
+
+
+def _accesses(
+    trace: Trace,
+    block: Block,
+    record: np.ndarray,
+    sequential: bool,
+    rows: bool,
+    chosen_by: bool,
+    part: tuple[int, int] | None = None,
+    buffer: np.ndarray | None = None,
+) -> Accesses:
+    first, stop = (0, trace.layers) if part is None else part
+    choices = len(block.experts) * (stop - first) * trace.top_k
+    bounds = np.empty(block.steps * (stop - first) + 1, np.int64)
+    key = np.empty(choices, np.int32) if buffer is None else buffer[:choices]
     out = np.full(key.size if record.size else 0, NOT_RECORDED, np.uint8)
     row = np.empty(key.size if rows else 0, np.int32)
     count = np.empty(0 if sequential or not chosen_by else key.size, np.int32)
     offset = np.ascontiguousarray(block.offset, np.int64)
     absent = absent_id(trace.num_experts)
-    given = block.experts, record, offset, trace.num_experts, absent, bounds, key, out, row
+    given = block.experts, record, offset, (first, stop), trace.num_experts, absent, bounds, key, out, row
     if not (_all_choices(*given) if sequential else _distinct_choices(*given, count)):
         where = str(trace.path or "trace in memory")
         check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
@@ -99,68 +119,76 @@ def _accesses(
 
 
 @kernel(inline=False)
-def _all_choices(experts, record, offset, num_experts, absent, bounds, key, recorded, rows):
-    """Fill bounds, key, recorded with every choice in order; return 0 if an id is no expert's or twice in a row."""
+def _all_choices(experts, record, offset, part, num_experts, absent, bounds, key, recorded, rows):
+    """Fill bounds, key, recorded with every choice in order; return 0 if an id is no expert's or twice in a row.
+
+    Indices are unsigned, as a signed one may be negative, which is tested for each time: 0.8 ns a choice, not 1.0.
+    """
     layers = experts.shape[1]
     last_cell = np.full(num_experts, -1)  # of each expert: the last (row, layer) that chose it
-    end = 0
+    event = end = bounds[0] = 0
     for step in range(offset.size - 1):
-        for layer in range(layers):
+        for layer in range(part[0], part[1]):
+            first = (layer - part[0]) * num_experts
             for row in range(offset[step], offset[step + 1]):
+                cell = row * layers + layer
                 for slot in range(experts.shape[2]):
-                    expert = np.int64(experts[row, layer, slot])
+                    expert = np.int64(experts[np.uint64(row), np.uint64(layer), np.uint64(slot)])
                     if expert == absent:
                         continue
-                    if expert >= num_experts or last_cell[expert] == row * layers + layer:
+                    if expert >= num_experts or last_cell[np.uint64(expert)] == cell:
                         return 0
-                    last_cell[expert] = row * layers + layer
-                    key[end] = layer * num_experts + expert
+                    last_cell[np.uint64(expert)] = cell
+                    key[np.uint64(end)] = first + expert
                     if recorded.size:
                         recorded[end] = record[row, layer, slot]
                     if rows.size:
                         rows[end] = row
                     end += 1
-            bounds[step * layers + layer + 1] = end
+            event += 1
+            bounds[event] = end
     return 1
 
 
 @kernel(inline=False)
-def _distinct_choices(experts, record, offset, num_experts, absent, bounds, key, recorded, rows, chosen_by):
+def _distinct_choices(experts, record, offset, part, num_experts, absent, bounds, key, recorded, rows, chosen_by):
     """Fill bounds to chosen_by with each event's distinct experts; return 0 if an id is no expert's or twice."""
     layers, top_k = experts.shape[1:]
     # Of each expert: the last (row, layer), event and choice that were its own, and the record of its event's first.
     last_cell, last_event = np.full(num_experts, -1), np.full(num_experts, -1)
     last_choice, first_record = np.full(num_experts, -1), np.zeros(num_experts, np.uint8)
     count = np.zeros(num_experts, np.int32)  # of the rows of the event that chose it, as long as it is not emitted
-    end = 0
+    event = end = bounds[0] = 0
     for step in range(offset.size - 1):
-        for layer in range(layers):
-            event = step * layers + layer
+        for layer in range(part[0], part[1]):
             for row in range(offset[step], offset[step + 1]):
                 for slot in range(top_k):
-                    expert = np.int64(experts[row, layer, slot])
+                    expert = np.int64(experts[np.uint64(row), np.uint64(layer), np.uint64(slot)])
+                    at = np.uint64(expert)
                     if expert == absent:
                         continue
-                    if expert >= num_experts or last_cell[expert] == row * layers + layer:
+                    if expert >= num_experts or last_cell[at] == row * layers + layer:
                         return 0
-                    last_cell[expert] = row * layers + layer
-                    last_choice[expert] = row * top_k + slot
-                    count[expert] += 1
-                    if recorded.size and last_event[expert] != event:
-                        first_record[expert] = record[row, layer, slot]
-                    last_event[expert] = event
+                    last_cell[at] = row * layers + layer
+                    last_choice[at] = row * top_k + slot
+                    count[at] += 1
+                    if recorded.size and last_event[at] != event:
+                        first_record[at] = record[row, layer, slot]
+                    last_event[at] = event
             for row in range(offset[step], offset[step + 1]):
                 for slot in range(top_k):
-                    expert = np.int64(experts[row, layer, slot])
-                    if expert != absent and last_choice[expert] == row * top_k + slot:
-                        key[end] = layer * num_experts + expert
+                    expert = np.int64(experts[np.uint64(row), np.uint64(layer), np.uint64(slot)])
+                    at = np.uint64(expert)
+                    if expert != absent and last_choice[at] == row * top_k + slot:
+                        key[np.uint64(end)] = (layer - part[0]) * num_experts + expert
                         if recorded.size:
-                            recorded[end] = first_record[expert]
+                            recorded[end] = first_record[at]
                         if rows.size:
                             rows[end] = row
                         if chosen_by.size:
-                            chosen_by[end] = count[expert]
-                        count[expert] = 0
+                            chosen_by[end] = count[at]
+                        count[at] = 0
                         end += 1
-            bounds[event + 1] = end
+            event += 1
+            bounds[event] = end
     return 1

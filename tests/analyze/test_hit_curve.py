@@ -1,12 +1,14 @@
 """LRU's curve of every capacity: the same hits as caches of one capacity each, at every capacity."""
 
+from itertools import pairwise
+
 import numpy as np
 import oracle_cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.analyze.accesses import accesses
+from moetrace.analyze.accesses import accesses, layer_accesses
 from moetrace.analyze.cache import cache_hits
 from moetrace.analyze.caches import stack
 from moetrace.analyze.hit_curve import lru_curve
@@ -96,9 +98,8 @@ def test_distances_of_groups_are_those_of_one_access_after_another(seed, layers,
     for block in accesses(trace, sequential=True):
         assert block.row_choices == top_k
         found = [np.empty(block.key.size, np.int16) for _ in stacks]
-        for split in ((0, layers // 2), (layers // 2, layers)):
-            stack.layer_distances(stacks[0], block, experts, split, True, found[0])
-        stack.layer_distances(stacks[1], block._replace(row_choices=0), experts, (0, layers), True, found[1])
+        stack.layer_distances(stacks[0], block, experts, True, found[0])
+        stack.layer_distances(stacks[1], block._replace(row_choices=0), experts, True, found[1])
         expected = []
         for key in block.key.tolist():
             order = recent[key // experts]
@@ -106,6 +107,32 @@ def test_distances_of_groups_are_those_of_one_access_after_another(seed, layers,
             order[:] = [key, *(other for other in order if other != key)]
         assert found[0].tolist() == expected
         assert found[1].tolist() == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), sequential=st.booleans(), first=st.integers(0, 4), more=st.integers(1, 5))
+def test_some_layers_have_the_accesses_that_they_have_among_all(seed, sequential, first, more):
+    trace = routing(seed, 5, 7, 3)
+    stop = min(first + more, 5)
+    for block, whole in zip(trace.blocks(4), accesses(trace, sequential=sequential, block_rows=4), strict=True):
+        buffer = np.empty(block.experts.size, np.int32)
+        part = layer_accesses(trace, block, (first, stop), sequential=sequential, buffer=buffer)
+        events = [
+            whole.key[whole.bounds[event] : whole.bounds[event + 1]].tolist() for event in range(whole.bounds.size - 1)
+        ]
+        expected = [[key - 7 * first for key in event] for i, event in enumerate(events) if first <= i % 5 < stop]
+        found = [part.key[a:b].tolist() for a, b in pairwise(part.bounds.tolist())]
+        assert found == expected
+        assert part.phase.tolist() == whole.phase.tolist()
+
+
+def test_an_impossible_id_is_named_whoever_finds_it():
+    ids = np.zeros((6, 4, 1), np.uint8)
+    ids[3, 3], ids[4, 0] = 9, 9
+    trace = Trace.from_arrays(ids, num_experts=8)
+    for threads in (1, 2, 3):
+        with pytest.raises(MoetraceError, match="row 3, layer entry 3 holds the id 9"):
+            lru_curve(trace, scope="layer", threads=threads)
 
 
 def test_a_row_that_lacks_a_choice_forms_no_group():

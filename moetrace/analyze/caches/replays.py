@@ -87,7 +87,7 @@ def _lru_by_distances(amounts: list[int], demands: Demands, per_layer: bool) -> 
         del next_use
         if isinstance(stacks, stack.LayerStacks):
             distance, most = np.empty(block.key.size, np.int16), demands.experts
-            stack.layer_distances(stacks, block, demands.experts, (0, demands.layers), True, distance)
+            stack.layer_distances(stacks, block, demands.experts, True, distance)
         else:
             distance, most = np.empty(block.key.size, np.int32), demands.keys
             stack.global_distances(stacks, block, True, distance)
