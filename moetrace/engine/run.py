@@ -10,7 +10,7 @@ import numpy as np
 
 from moetrace.engine.bounds import clairvoyant_batch, work_bound_s
 from moetrace.engine.cost import Machine, machine_of
-from moetrace.engine.demand import Demand, demand_of
+from moetrace.engine.demand import Demand, Popularity, count_experts, demand_of, new_popularity
 from moetrace.engine.dispatch import DISPATCH
 from moetrace.engine.lookahead import NextSteps
 from moetrace.engine.placement import group_of_expert
@@ -83,12 +83,13 @@ class Lane:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished replay: the schedule of the trace, and one lane a policy."""
+    """A finished replay: the schedule of the trace and how popular experts were in it, and one lane a policy."""
 
     model: Model
     system: System
     slots: int
     schedule: Schedule
+    popularity: Popularity
     lanes: list[Lane]
     work_bound_s: float
     warnings: list[str]
@@ -122,16 +123,17 @@ def run(
         warnings.append(f"{slots} slots are more than the {fitting} experts that fit the GPU of {system.name}.")
     schedule = schedule_of(trace)
     lanes = [_lane(trace, model, system, policy, weight_bytes, slots, schedule, hooks or {}) for policy in policies]
-    bound_s = 0.0
+    bound_s, popularity = 0.0, new_popularity(trace.layers, trace.num_experts)
     with ThreadPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
         for batch, rows in _batches(trace, lanes, schedule, pool):
             bound_s = work_bound_s(lanes[0].work(batch), bound_s)
+            count_experts(batch.demand, popularity)
             _each(pool, lanes, batch)
             if progress is not None:
                 progress(rows)
     for lane in lanes:
         lane.finish()
-    return Run(model, system, slots, schedule, lanes, bound_s, warnings)
+    return Run(model, system, slots, schedule, popularity, lanes, bound_s, warnings)
 
 
 def _each(pool: Executor | None, lanes: list[Lane], batch: Batch) -> None:
