@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FunctionType
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import msgspec
 import polars as pl
@@ -22,6 +22,9 @@ from moetrace.spec.load import nearest
 from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
 from moetrace.trace.opening import opened
+
+if TYPE_CHECKING:
+    from moetrace.results.plot import Plots
 
 DEFAULT_SYSTEM = "edge-ndp"
 DEFAULT_POLICIES = ("monde", "edge-ndp")
@@ -76,6 +79,13 @@ class Result:
     def experts(self) -> pl.DataFrame:
         """One row a MoE layer and expert, whatever the policy: how much it was wanted."""
         return frames.expert_frame(self.run)
+
+    @property
+    def plot(self) -> "Plots":
+        """Charts for a notebook: `result.plot.latency()` and others, of Altair (the extra `report`)."""
+        from moetrace.results.plot import Plots
+
+        return Plots(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `summary.json` holds (schema `moetrace.result/1`)."""
