@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.plans import Tier
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
+    from moetrace.results.report import report
     from moetrace.spec import (
         Model,
         MoetraceError,
@@ -63,6 +64,7 @@ __all__ = [
     "policy",
     "rebatch",
     "replay",
+    "report",
     "save_profile",
 ]
 
@@ -75,6 +77,7 @@ _HOMES = {
     "moetrace.analyze.plans": ("Tier",),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
+    "moetrace.results.report": ("report",),
     "moetrace.spec": (
         "Model",
         "MoetraceError",

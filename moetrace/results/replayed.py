@@ -1,6 +1,8 @@
 """What charts and reports are made from: a replay's figures and frames, in memory or as a stranger's folder holds them."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,8 +159,9 @@ def read_replayed(folder: Path) -> Replayed:
     names = [policy.name for policy in summary.policies]
     if not names or len(set(names)) < len(names):
         raise MoetraceError(f"{path} must have policies, each of another name.")
-    steps, units, layers, requests, experts = (scan(folder / f"{name}.parquet", COLUMNS[name]) for name in COLUMNS)
-    return Replayed(summary, steps, *(table and table.collect() for table in (units, layers, requests, experts)))
+    steps = scan(folder / "steps.parquet", COLUMNS["steps"])
+    others = (whole_frame(folder / f"{name}.parquet", columns) for name, columns in COLUMNS.items() if name != "steps")
+    return Replayed(summary, steps, *others)
 
 
 def read_json(path: Path, form: Any) -> Any:
@@ -183,14 +186,11 @@ def scan(path: Path, columns: dict[str, Any]) -> pl.LazyFrame | None:
     """
     if not os.path.lexists(path):
         return None
-    try:
+    with readable(path):
         size_bytes = path.stat().st_size
         frame = pl.scan_parquet(path, glob=False)
         schema = frame.collect_schema()
         rows = frame.select(pl.len()).collect().item()
-    except (OSError, pl.exceptions.PolarsError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MoetraceError(f"{path} could not be read: {printable(why)}.") from None
     if rows > _MOST_ROWS_A_BYTE * size_bytes:
         raise MoetraceError(f"{path} claims {rows:,} rows in {size_bytes:,} bytes: it is damaged.")
     for name, kind in columns.items():
@@ -203,15 +203,20 @@ def scan(path: Path, columns: dict[str, Any]) -> pl.LazyFrame | None:
 def whole_frame(path: Path, columns: dict[str, Any]) -> pl.DataFrame | None:
     """Return what `scan` finds, in memory."""
     frame = scan(path, columns)
-    return None if frame is None else collected(frame, path)
-
-
-def collected(frame: pl.LazyFrame, path: Path) -> pl.DataFrame:
-    """Collect a lazy frame; raises MoetraceError if the file is damaged further on."""
-    try:
+    if frame is None:
+        return None
+    with readable(path):
         return frame.collect()
-    except pl.exceptions.PolarsError as error:
-        raise MoetraceError(f"{path} could not be read: {printable(str(error).splitlines()[0])}.") from None
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn Polars' refusal of a damaged file into one sentence."""
+    try:
+        yield
+    except (OSError, pl.exceptions.PolarsError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MoetraceError(f"{path} could not be read: {printable(why)}.") from None
 
 
 def folder_of(path: str | os.PathLike[str]) -> Path:
