@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 COLOURS = ("#2f81d0", "#d56a1e", "#17916a", "#a860c4", "#9c7f14", "#d1495b", "#6f7f9c", "#c9589b")
 GREY = "#808080"
 # Never by colour alone: the next policy has another dash and another shape, too.
-DASHES = ([1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [4, 2])
+DASHES = ([1, 0], [7, 3], [3, 2], [9, 3, 2, 3], [4, 2])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
 _LEGEND_WIDTH = 280  # pixels, of a phone
 

@@ -155,9 +155,12 @@ def figure(found: Figure) -> tuple[str, str, str]:
     for number, (title, chart) in enumerate(found.panels, start=1):
         anchor = f"{found.name}-{number}"
         spec = inked(chart, "currentColor").properties(
-            width="container", background="transparent", description=f"{title}. {found.words}"
+            width="container",
+            background="transparent",
+            description=f"{title}. {found.words}",
+            autosize={"type": "fit-x", "contains": "padding"},
         )
-        encoded = _script_json(_without_addresses(spec.to_dict()))
+        encoded = _script_json(_for_page(spec.to_dict()))
         panels.append(
             f'<figure aria-labelledby="{anchor}"><figcaption id="{anchor}">{text(title)}</figcaption>'
             f'<div class="chart"></div><script type="application/json">{encoded}</script></figure>'
@@ -236,6 +239,9 @@ def _script_json(value: Any) -> str:
     return encoded.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _without_addresses(spec: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the address of the schema: the page names no host."""
+def _for_page(spec: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the address of the schema, as the page names no host; make texts as large as the page's small ones."""
+    config = spec["config"]
+    for part in ("axis", "legend"):
+        config[part] = config[part] | {"labelFontSize": 12, "titleFontSize": 12}
     return {key: value for key, value in spec.items() if key != "$schema"}
