@@ -70,7 +70,7 @@ def _others(path: Path, axes: dict[str, Any]) -> dict[str, Any]:
     if frame is None:
         return {}
     plain = {
-        name: pl.String if kind == pl.String else pl.Boolean if kind == pl.Boolean else pl.Float64
+        name: pl.Int64 if kind.is_integer() else pl.Float64 if kind.is_numeric() else kind
         for name, kind in pl.scan_parquet(path, glob=False).collect_schema().items()
         if kind in (pl.String, pl.Boolean) or kind.is_numeric()
     }

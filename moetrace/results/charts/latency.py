@@ -71,7 +71,7 @@ def parts(replayed: Replayed) -> Figure | None:
                 alt.Tooltip("share:Q", format=".1%", title="of the policy's time"),
             ],
         )
-        .properties(height={"step": 34})
+        .properties(height=34 * len(replayed.names))
     )
     words = (
         "Time of all steps, by what the GPU waits for: attention and other dense layers, the experts (on the GPU or on "
@@ -123,7 +123,7 @@ def bounds(replayed: Replayed) -> Figure | None:
         "placement and dispatch, but what a layer needs is on the GPU already, up to the slots: from the circle to the "
         "end of the bar is what better residency and prefetch could still win."
     )
-    chart = alt.LayerChart(layer=[bar, marks], height={"step": 34})
+    chart = alt.LayerChart(layer=[bar, marks], height=34 * len(replayed.names))
     table = figures.rename({name: f"{name}, s" for name in figures.columns[1:]})
     return Figure("bounds", "How far from the best possible", words, [("Total and yardsticks", chart)], table)
 
@@ -149,7 +149,7 @@ def over_time(replayed: Replayed) -> Figure | None:
         replayed.names,
         "from",
     ).with_columns(pl.col("ms").round_sig_figs(5), pl.col("hit_rate").round(4))
-    x = alt.X("from:Q", title="step", axis=alt.Axis(grid=False, format="~s", tickCount=5), scale=alt.Scale(nice=False))
+    x = alt.X("from:Q", title="step", axis=alt.Axis(grid=False, format=",d", tickCount=5), scale=alt.Scale(nice=False))
     tooltip = ["policy:N", alt.Tooltip("from:Q", title="from step"), alt.Tooltip("ms:Q", format=",.4~g")]
     tooltip.append(alt.Tooltip("hit_rate:Q", format=".1%", title="hit rate"))
     y = alt.Y("ms:Q", title="ms", scale=log_if_wide(periods["ms"]), axis=alt.Axis(tickCount=5))

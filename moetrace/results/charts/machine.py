@@ -57,7 +57,7 @@ def utilization(replayed: Replayed) -> Figure | None:
                 alt.Tooltip("busy_s:Q", format=",.4~g", title="busy, s"),
             ],
         )
-        .properties(height={"step": 24})
+        .properties(height=24 * len(units))
     )
     words = (
         "Busy time over total time. What is busiest limits the policy; units that differ are out of balance. Link in is "

@@ -83,17 +83,17 @@ def lines(
 ) -> "alt.LayerChart":
     """Draw a line for each policy; the point nearest to the pointer answers, and a click on the legend singles out.
 
-    name: of the panel, another for each of a picture.
+    name: of the panel, another for each of a picture; Altair would make one up, a new one each time.
     """
     import altair as alt
 
     chosen = alt.selection_point(fields=["policy"], bind="legend", name=f"{name}_legend")
     near = alt.selection_point(nearest=True, on="pointerover", clear="pointerout", empty=False, name=f"{name}_nearest")
     base = alt.Chart(data(frame)).encode(x=x, y=y, color=colour("policy", names, strokes=True))
-    line = base.mark_line(strokeWidth=2).encode(
+    line = base.mark_line(strokeWidth=2).properties(name=f"{name}_line").encode(
         strokeDash=dash("policy", names), opacity=alt.condition(chosen, alt.value(1), alt.value(0.15))
     )
-    point = base.mark_point(size=60, filled=True).encode(
+    point = base.mark_point(size=60, filled=True).properties(name=f"{name}_point").encode(
         opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=tooltip
     )
     return alt.layer(line, point.add_params(chosen, near)).properties(height=240)

@@ -96,7 +96,7 @@ def axes(swept: Swept) -> Figure | None:
             x=alt.X("median(relative):Q", title="times the fastest cell"),
             tooltip=["value:N", alt.Tooltip("median(relative):Q", format=".3f", title="median")],
         )
-        panels.append((axis, alt.LayerChart(layer=[ticks, middle], height={"step": 28})))
+        panels.append((axis, alt.LayerChart(layer=[ticks, middle], height=28 * min(len(order), _MOST_VALUES))))
     words = (
         "Each tick is a cell, by the value that it has on an axis; the diamond is the median of that value. Time is in "
         "times that of the fastest cell of the same trace: 1 is the fastest."

@@ -1,5 +1,6 @@
 """One HTML page that stands alone: its style, its parts as text (all escaped), its charts, the script that draws them."""
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -35,7 +36,7 @@ a { color: var(--accent); }
 .lede { font-size: 1.08rem; }
 .soft { color: var(--soft); }
 nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; list-style: none; margin: .6rem 0 0; padding: 0; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); gap: 1rem;
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); gap: 1rem;
   margin: 1.2rem 0; }
 .card { background: var(--raised); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.15rem; }
 .card .big { font-size: 1.9rem; font-weight: 650; line-height: 1.2; margin: .15rem 0 .5rem; }
@@ -125,8 +126,6 @@ def page(title: str, head: str, sections: Sequence[tuple[str, str, str]], foot: 
 
     Raises MoetraceError if altair or vl-convert is missing.
     """
-    import vl_convert
-
     links = [f'<li><a href="#{anchor}">{text(name)}</a></li>' for anchor, name, _ in sections]
     bodies = [
         f'<section aria-labelledby="{anchor}">\n<h2 id="{anchor}">{text(name)}</h2>\n{body}\n</section>'
@@ -139,9 +138,17 @@ def page(title: str, head: str, sections: Sequence[tuple[str, str, str]], foot: 
         links="\n".join(links),
         sections="\n".join(bodies),
         foot=foot,
-        script=vl_convert.javascript_bundle(_DRAW),
+        script=_bundle(),
     )
     return whole.encode()
+
+
+@functools.cache
+def _bundle() -> str:
+    """Return Vega, Vega-Lite, and what draws the charts of a page with them, as one script."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle(_DRAW)
 
 
 def text(words: object) -> str:
