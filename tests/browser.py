@@ -6,6 +6,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +15,14 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _PATIENCE_S = 60.0
+# The protocol's pipe is descriptors 3 and 4, whatever they are here.
+_ON_3_AND_4 = """
+import fcntl, os, sys
+here, back = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(here, 3)
+os.dup2(back, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -102,9 +111,14 @@ def browser() -> Iterator[Browser]:
     back_read, back_write = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --disable-background-networking"
-        command = [CHROMIUM, *options.split(), "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
-        # The protocol's pipe is descriptors 3 and 4; a shell puts them there.
-        redirected = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{back_write}', "sh", *command]
+        command = [
+            CHROMIUM,
+            *options.split(),
+            "--no-first-run",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+        ]
+        redirected = [sys.executable, "-c", _ON_3_AND_4, str(to_read), str(back_write), *command]
         process = subprocess.Popen(
             redirected,
             pass_fds=(to_read, back_write),

@@ -71,5 +71,7 @@ class Plots:
         rows = [alt.hconcat(*panels[i : i + 2], spacing=50) for i in range(0, len(panels), 2)]
         whole = alt.vconcat(*rows, spacing=30, title=alt.Title(figure.title, fontSize=16, anchor="start", offset=14))
         for parameter in whole.params if whole.params is not alt.Undefined else []:
-            parameter.views = parameter.views[-1:]  # Altair 6 gives a layer's selection to all layers, which Vega refuses
+            parameter.views = parameter.views[
+                -1:
+            ]  # Altair 6 gives a layer's selection to all layers, which Vega refuses
         return whole

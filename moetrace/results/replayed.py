@@ -153,8 +153,7 @@ def read_replayed(folder: Path) -> Replayed:
     summary = read_json(path, Summary)
     if summary.schema != "moetrace.result/1":
         raise MoetraceError(
-            f"{path} has schema {printable(summary.schema)!r}, but this moetrace reads moetrace.result/1: "
-            "replay again."
+            f"{path} has schema {printable(summary.schema)!r}, but this moetrace reads moetrace.result/1: replay again."
         )
     names = [policy.name for policy in summary.policies]
     if not names or len(set(names)) < len(names):
@@ -224,7 +223,9 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise UsageError(f"{folder} {what}, but a folder that `moetrace replay -o` or `moetrace sweep -o` wrote is wanted.")
+        raise UsageError(
+            f"{folder} {what}, but a folder that `moetrace replay -o` or `moetrace sweep -o` wrote is wanted."
+        )
     return folder
 
 

@@ -159,7 +159,9 @@ def test_what_strangers_wrote_is_text(folder, tmp_path):
     assert clean in "".join(page.text)
     assert b"\x1b" not in (tmp_path / "page.html").read_bytes()
     specs = [json.loads(script) for script in page.scripts if script.startswith("{")]
-    assert any(clean in json.dumps(spec, ensure_ascii=False).replace('\\"', '"').replace("\\\\", "\\") for spec in specs)
+    assert any(
+        clean in json.dumps(spec, ensure_ascii=False).replace('\\"', '"').replace("\\\\", "\\") for spec in specs
+    )
 
 
 def test_a_missing_file_leaves_its_section_out(folder, tmp_path):
@@ -187,8 +189,8 @@ def test_a_missing_file_leaves_its_section_out(folder, tmp_path):
         (lambda f: (f / "units.parquet").write_bytes(b""), "units.parquet could not be read"),
         (lambda f: pl.DataFrame({"a": [1]}).write_parquet(f / "layers.parquet"), "must have a column policy"),
         (
-            lambda f: pl.read_parquet(f / "units.parquet").with_columns(busy_s=pl.lit("x")).write_parquet(
-                f / "units.parquet"
+            lambda f: (
+                pl.read_parquet(f / "units.parquet").with_columns(busy_s=pl.lit("x")).write_parquet(f / "units.parquet")
             ),
             "a column busy_s of Float64, but there is String",
         ),

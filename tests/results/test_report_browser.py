@@ -70,7 +70,9 @@ def test_a_pointer_gets_a_tooltip(tab, replayed):
     tab.open(replayed, width=1200)
     for section, kind in (("bounds", ".mark-rect path"), ("load", ".mark-rect path"), ("latency", "svg .background")):
         tab.value(f"document.getElementById('{section}').scrollIntoView({{behavior: 'instant'}})")
-        box = f"document.getElementById('{section}').parentElement.querySelector('.chart {kind}').getBoundingClientRect()"
+        box = (
+            f"document.getElementById('{section}').parentElement.querySelector('.chart {kind}').getBoundingClientRect()"
+        )
         x, y = tab.value(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
         tab.point_at(x, y)
         shown = "document.querySelector('#vg-tooltip-element.visible')?.innerText"

@@ -1,11 +1,12 @@
 """Charts of time: how it is distributed, where it goes, how it runs, and how far from the yardsticks it is."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from moetrace.results.charts.style import Figure, by_policy, colour, data, in_order, lines, log_if_wide
+from moetrace.results.charts.style import Figure, by_policy, colour, data, lines, log_if_wide
 from moetrace.results.replayed import Replayed
 
 # Shares of steps or requests at which a distribution is drawn, closer together towards its slow end.
@@ -46,8 +47,12 @@ def parts(replayed: Replayed) -> Figure | None:
 
     if replayed.steps is None:
         return None
-    sums = in_order(
-        replayed.steps.group_by("policy").agg(pl.col(*PARTS).sum()).collect(engine="streaming"), replayed.names
+    sums = pl.DataFrame(
+        [
+            {"policy": name} | {part: float(steps[part].sum()) for part in PARTS}
+            for name, steps in _each(replayed, *PARTS)
+        ],
+        schema={"policy": pl.String} | dict.fromkeys(PARTS, pl.Float64),
     )
     shown = [name for name in PARTS if sums[name].sum() > 0]
     long = (
@@ -112,9 +117,7 @@ def bounds(replayed: Replayed) -> Figure | None:
             scale=alt.Scale(domain=yardsticks, range=["#d56a1e", "#17916a"]),
             legend=alt.Legend(orient="top"),
         ),
-        shape=alt.Shape(
-            "yardstick:N", title=None, scale=alt.Scale(domain=yardsticks, range=["diamond", "circle"])
-        ),
+        shape=alt.Shape("yardstick:N", title=None, scale=alt.Scale(domain=yardsticks, range=["diamond", "circle"])),
         tooltip=["policy:N", "yardstick:N", alt.Tooltip("s:Q", format=",.4~g", title="seconds")],
     )
     words = (
@@ -135,20 +138,9 @@ def over_time(replayed: Replayed) -> Figure | None:
     if replayed.steps is None or replayed.summary.trace.steps < 2:
         return None
     every = -(-max(1, replayed.summary.trace.steps) // _PERIODS)
-    periods = in_order(
-        replayed.steps.with_columns((pl.col("step") // every * every).alias("from"))
-        .group_by("policy", "from")
-        .agg(
-            (1e3 * pl.col("duration_s").mean()).alias("ms"),
-            pl.col("hits").sum(),
-            (pl.col("hits") + pl.col("misses")).sum().alias("active"),
-        )
-        .with_columns((pl.col("hits") / pl.col("active")).fill_nan(None).alias("hit_rate"))
-        .select("policy", "from", "ms", "hit_rate")
-        .collect(engine="streaming"),
-        replayed.names,
-        "from",
-    ).with_columns(pl.col("ms").round_sig_figs(5), pl.col("hit_rate").round(4))
+    periods = pl.concat(
+        [_periods(name, steps, every) for name, steps in _each(replayed, "duration_s", "hits", "misses")]
+    )
     x = alt.X("from:Q", title="step", axis=alt.Axis(grid=False, format=",d", tickCount=5), scale=alt.Scale(nice=False))
     tooltip = ["policy:N", alt.Tooltip("from:Q", title="from step"), alt.Tooltip("ms:Q", format=",.4~g")]
     tooltip.append(alt.Tooltip("hit_rate:Q", format=".1%", title="hit rate"))
@@ -167,7 +159,32 @@ def over_time(replayed: Replayed) -> Figure | None:
     return Figure("over_time", "From the first step to the last", words, panels, table)
 
 
-def _samples(replayed: Replayed):
+def _each(replayed: Replayed, *columns: str) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yield each policy and columns of its steps: one policy in memory at a time, and sums in the same order each time."""
+    assert replayed.steps is not None
+    for name in replayed.names:
+        steps = replayed.steps.filter(policy=name).select(pl.col(*columns).fill_null(0)).collect()
+        if len(steps):
+            yield name, {column: steps[column].to_numpy() for column in columns}
+
+
+def _periods(policy: str, steps: dict[str, np.ndarray], every: int) -> pl.DataFrame:
+    """Return the mean time of a step, and the hit rate, of every so many steps."""
+    first = np.arange(0, len(steps["hits"]), every)
+    sums = {name: np.add.reduceat(values, first) for name, values in steps.items()}
+    count = np.diff(np.append(first, len(steps["hits"])))
+    active = sums["hits"] + sums["misses"]
+    return pl.DataFrame(
+        {
+            "policy": pl.repeat(policy, len(first), eager=True),
+            "from": first,
+            "ms": 1e3 * sums["duration_s"] / count,
+            "hit_rate": pl.Series(sums["hits"] / np.where(active > 0, active, np.nan), nan_to_null=True),
+        }
+    ).with_columns(pl.col("ms").round_sig_figs(5), pl.col("hit_rate").round(4))
+
+
+def _samples(replayed: Replayed) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yield measure, policy and sorted milliseconds of what there is; steps of one phase each if there are several."""
     by_phase: dict[Any, Any] = {}
     if replayed.steps is not None:
@@ -207,4 +224,3 @@ def _table_row(measure: str, policy: str, sorted_ms: np.ndarray) -> dict[str, An
 
 def _title(measure: str) -> str:
     return {"TTFT": "Time to first token", "TPOT": "Time per output token"}.get(measure, f"{measure}s".capitalize())
-

@@ -36,7 +36,7 @@ def utilization(replayed: Replayed) -> Figure | None:
     if used.is_empty():
         return None
     units = used["unit"].unique(maintain_order=True).to_list()
-    units.sort(key=lambda name: (("GPU", "N", "CPU", "link in", "link out").index("N" if name[0] == "N" else name)))
+    units.sort(key=lambda name: ("GPU", "N", "CPU", "link in", "link out").index("N" if name[0] == "N" else name))
     chart = (
         alt.Chart(data(used))
         .mark_point(size=90, filled=True, opacity=0.9)
@@ -47,7 +47,9 @@ def utilization(replayed: Replayed) -> Figure | None:
                 axis=alt.Axis(format="%", tickCount=5),
                 scale=alt.Scale(domain=[0, 1]),
             ),
-            y=alt.Y("unit:N", title=None, sort=units, axis=alt.Axis(grid=True, ticks=False, domain=False, labelPadding=8)),
+            y=alt.Y(
+                "unit:N", title=None, sort=units, axis=alt.Axis(grid=True, ticks=False, domain=False, labelPadding=8)
+            ),
             color=colour("policy", replayed.names),
             shape=shape("policy", replayed.names),
             tooltip=[

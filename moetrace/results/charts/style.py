@@ -78,9 +78,7 @@ def shape(field: str, names: Sequence[str]) -> Any:
     return alt.Shape(f"{field}:N", title=None, sort=None, scale=_scale(names, SHAPES), legend=_legend(names, False))
 
 
-def lines(
-    name: str, frame: pl.DataFrame, x: Any, y: Any, names: Sequence[str], tooltip: list[Any]
-) -> "alt.LayerChart":
+def lines(name: str, frame: pl.DataFrame, x: Any, y: Any, names: Sequence[str], tooltip: list[Any]) -> "alt.LayerChart":
     """Draw a line for each policy; the point nearest to the pointer answers, and a click on the legend singles out.
 
     name: of the panel, another for each of a picture; Altair would make one up, a new one each time.
@@ -90,11 +88,15 @@ def lines(
     chosen = alt.selection_point(fields=["policy"], bind="legend", name=f"{name}_legend")
     near = alt.selection_point(nearest=True, on="pointerover", clear="pointerout", empty=False, name=f"{name}_nearest")
     base = alt.Chart(data(frame)).encode(x=x, y=y, color=colour("policy", names, strokes=True))
-    line = base.mark_line(strokeWidth=2).properties(name=f"{name}_line").encode(
-        strokeDash=dash("policy", names), opacity=alt.condition(chosen, alt.value(1), alt.value(0.15))
+    line = (
+        base.mark_line(strokeWidth=2)
+        .properties(name=f"{name}_line")
+        .encode(strokeDash=dash("policy", names), opacity=alt.condition(chosen, alt.value(1), alt.value(0.15)))
     )
-    point = base.mark_point(size=60, filled=True).properties(name=f"{name}_point").encode(
-        opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=tooltip
+    point = (
+        base.mark_point(size=60, filled=True)
+        .properties(name=f"{name}_point")
+        .encode(opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=tooltip)
     )
     return alt.layer(line, point.add_params(chosen, near)).properties(height=240)
 
@@ -128,8 +130,14 @@ def _legend(names: Sequence[str], strokes: bool) -> Any:
 
     columns = max(1, _LEGEND_WIDTH // (44 + 7 * max(min(len(name), 40) for name in names)))
     return alt.Legend(
-        orient="top", direction="vertical" if columns == 1 else "horizontal", columns=columns, symbolStrokeWidth=2.5,
-        symbolSize=240, labelLimit=260, offset=8, **({"symbolType": "stroke"} if strokes else {}),
+        orient="top",
+        direction="vertical" if columns == 1 else "horizontal",
+        columns=columns,
+        symbolStrokeWidth=2.5,
+        symbolSize=240,
+        labelLimit=260,
+        offset=8,
+        **({"symbolType": "stroke"} if strokes else {}),
     )
 
 

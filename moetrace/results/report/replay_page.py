@@ -36,7 +36,9 @@ def _lede(summary: Summary) -> str:
     if len(summary.policies) == 1:
         told = f"{best.name} takes {page.seconds(best.total_s)}"
     elif best is first:
-        told = f"{best.name}, the first of {len(summary.policies)} policies, is the fastest: {page.seconds(best.total_s)}"
+        told = (
+            f"{best.name}, the first of {len(summary.policies)} policies, is the fastest: {page.seconds(best.total_s)}"
+        )
     else:
         ratio = f", {best.speedup:.2f} times as fast as {first.name}" if best.speedup else ""
         told = f"{best.name} is the fastest of {len(summary.policies)} policies: {page.seconds(best.total_s)}{ratio}"

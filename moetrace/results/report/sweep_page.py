@@ -28,7 +28,9 @@ def sweep_page(swept: Swept) -> bytes:
             sections.append(page.figure(found))
     shown = ["name", *(column for column in _COLUMNS if column in swept.cells.columns)]
     cells = swept.cells.select(shown)
-    cells = cells.drop([name for name in shown if cells[name].null_count() == len(cells)]).rename(_COLUMNS, strict=False)
+    cells = cells.drop([name for name in shown if cells[name].null_count() == len(cells)]).rename(
+        _COLUMNS, strict=False
+    )
     sections.append(("cells", "All cells", page.table(cells, f"All {len(cells):,} cells, in the sweep's order")))
     if "error" in swept.cells.columns:
         failed = swept.cells.drop_nulls("error").select("name", "error")
