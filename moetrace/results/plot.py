@@ -1,6 +1,6 @@
 """`result.plot`: charts of a replay for a notebook, one method a question."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moetrace.results import charts
 from moetrace.results.charts.style import check_can_draw
@@ -70,8 +70,7 @@ class Plots:
             panels = [panels[0].properties(title="")]  # the figure's own says it
         rows = [alt.hconcat(*panels[i : i + 2], spacing=50) for i in range(0, len(panels), 2)]
         whole = alt.vconcat(*rows, spacing=30, title=alt.Title(figure.title, fontSize=16, anchor="start", offset=14))
-        for parameter in whole.params if whole.params is not alt.Undefined else []:
-            parameter.views = parameter.views[
-                -1:
-            ]  # Altair 6 gives a layer's selection to all layers, which Vega refuses
+        selections: Any = [] if whole.params is alt.Undefined else whole.params
+        for selection in selections:
+            selection.views = selection.views[-1:]  # Altair 6 gives one layer's to all layers, which Vega refuses
         return whole

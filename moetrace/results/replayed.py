@@ -1,4 +1,4 @@
-"""What charts and reports are made from: a replay's figures and frames, in memory or as a stranger's folder holds them."""
+"""What charts and reports are made from: a replay's figures and frames, in memory or from a stranger's folder."""
 
 import contextlib
 import os
@@ -141,7 +141,8 @@ class Replayed:
 def replayed_of(result: "Result") -> Replayed:
     """Take what a replay in memory found."""
     summary = msgspec.convert(result.to_dict(), Summary)
-    return Replayed(summary, result.steps.lazy(), result.units, result.layers, result.requests, result.experts)
+    steps, *others = (getattr(result, name).select(list(columns)) for name, columns in COLUMNS.items())
+    return Replayed(summary, steps.lazy(), *others)
 
 
 def read_replayed(folder: Path) -> Replayed:
@@ -223,9 +224,7 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise UsageError(
-            f"{folder} {what}, but a folder that `moetrace replay -o` or `moetrace sweep -o` wrote is wanted."
-        )
+        raise UsageError(f"{folder} {what}: name a folder that `moetrace replay -o` or `moetrace sweep -o` wrote.")
     return folder
 
 

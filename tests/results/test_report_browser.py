@@ -1,4 +1,4 @@
-"""The report in a real browser, with networking off: no error, all charts drawn, tooltips, dark, and a phone's width."""
+"""The report in a real browser, with networking off: no error, all charts drawn, tooltips, dark, a phone's width."""
 
 import re
 

@@ -33,9 +33,9 @@ def latency(replayed: Replayed) -> Figure | None:
         tooltip = ["policy:N", alt.Tooltip("share:Q", format=".1%"), alt.Tooltip("ms:Q", format=",.4~g")]
         panels.append((_title(measure), lines(measure.replace(" ", "_"), part, x, y, replayed.names, tooltip)))
     words = (
-        "Each curve says which share of the steps (or requests) took at most so long: further left is faster, and a long "
-        "flat end is a slow tail. TTFT: from the start of a request's first step to the end of its prompt. TPOT: from "
-        "there on, per output token."
+        "Each curve says which share of the steps (or requests) took at most so long: further left is faster, and a "
+        "long flat end is a slow tail. TTFT: from the start of a request's first step to the end of its prompt. TPOT: "
+        "from there on, per output token."
     )
     table = pl.DataFrame([_table_row(*sample) for sample in samples])
     return Figure("latency", "How long steps and requests take", words, panels, table)
@@ -121,8 +121,8 @@ def bounds(replayed: Replayed) -> Figure | None:
         tooltip=["policy:N", "yardstick:N", alt.Tooltip("s:Q", format=",.4~g", title="seconds")],
     )
     words = (
-        "The bar is the time that the policy takes. The work bound (diamond) is what no schedule of this work beats: GPU "
-        "and units share all of it perfectly, nothing waits and nothing moves. The clairvoyant run (circle) keeps "
+        "The bar is the time that the policy takes. The work bound (diamond) is what no schedule of this work beats: "
+        "GPU and units share all of it perfectly, nothing waits and nothing moves. The clairvoyant run (circle) keeps "
         "placement and dispatch, but what a layer needs is on the GPU already, up to the slots: from the circle to the "
         "end of the bar is what better residency and prefetch could still win."
     )
@@ -160,7 +160,7 @@ def over_time(replayed: Replayed) -> Figure | None:
 
 
 def _each(replayed: Replayed, *columns: str) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yield each policy and columns of its steps: one policy in memory at a time, and sums in the same order each time."""
+    """Yield each policy and columns of its steps: one policy in memory at a time, summed in one order."""
     assert replayed.steps is not None
     for name in replayed.names:
         steps = replayed.steps.filter(policy=name).select(pl.col(*columns).fill_null(0)).collect()

@@ -28,7 +28,7 @@ def utilization(replayed: Replayed) -> Figure | None:
             ndp.group_by("policy", maintain_order=True)
             .agg(how("utilization"), how("busy_s"))
             .with_columns(pl.lit(name).alias("unit"))
-            .select(used.columns[:1] + ["unit", "busy_s", "utilization"])
+            .select(used.columns)
             for name, how in extremes
         ]
         used = pl.concat([used.filter(~pl.col("unit").str.starts_with("ndp")), *spread])
@@ -47,9 +47,7 @@ def utilization(replayed: Replayed) -> Figure | None:
                 axis=alt.Axis(format="%", tickCount=5),
                 scale=alt.Scale(domain=[0, 1]),
             ),
-            y=alt.Y(
-                "unit:N", title=None, sort=units, axis=alt.Axis(grid=True, ticks=False, domain=False, labelPadding=8)
-            ),
+            y=alt.Y("unit:N", title=None, sort=units, axis=alt.Axis(ticks=False, domain=False, labelPadding=8)),
             color=colour("policy", replayed.names),
             shape=shape("policy", replayed.names),
             tooltip=[
@@ -62,8 +60,8 @@ def utilization(replayed: Replayed) -> Figure | None:
         .properties(height=24 * len(units))
     )
     words = (
-        "Busy time over total time. What is busiest limits the policy; units that differ are out of balance. Link in is "
-        "the direction towards the GPU."
+        "Busy time over total time. What is busiest limits the policy; units that differ are out of balance. Link in "
+        "is the direction towards the GPU."
     )
     table = used.pivot("policy", index="unit", values="utilization", maintain_order=True)
     return Figure("utilization", "How busy each part of the machine is", words, [("Busy share", chart)], table)

@@ -98,7 +98,8 @@ def lines(name: str, frame: pl.DataFrame, x: Any, y: Any, names: Sequence[str], 
         .properties(name=f"{name}_point")
         .encode(opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=tooltip)
     )
-    return alt.layer(line, point.add_params(chosen, near)).properties(height=240)
+    whole: Any = alt.layer(line, point.add_params(chosen, near)).properties(height=240)
+    return whole
 
 
 def log_if_wide(values: pl.Series) -> Any:
@@ -122,7 +123,7 @@ def by_policy(names: Sequence[str]) -> Any:
 def in_order(frame: pl.DataFrame, names: Sequence[str], *by: str) -> pl.DataFrame:
     """Return the rows of these policies, in their order, then by `by`."""
     order = pl.col("policy").replace_strict({name: i for i, name in enumerate(names)}, default=None)
-    return frame.with_columns(order.alias("#")).drop_nulls("#").sort("#", *by).drop("#")
+    return frame.with_columns(order.alias("#")).drop_nulls("#").sort("#", *by, maintain_order=True).drop("#")
 
 
 def _legend(names: Sequence[str], strokes: bool) -> Any:
@@ -133,11 +134,11 @@ def _legend(names: Sequence[str], strokes: bool) -> Any:
         orient="top",
         direction="vertical" if columns == 1 else "horizontal",
         columns=columns,
+        symbolType="stroke" if strokes else alt.Undefined,
         symbolStrokeWidth=2.5,
         symbolSize=240,
         labelLimit=260,
         offset=8,
-        **({"symbolType": "stroke"} if strokes else {}),
     )
 
 

@@ -1,4 +1,4 @@
-"""One HTML page that stands alone: its style, its parts as text (all escaped), its charts, the script that draws them."""
+"""One HTML page that stands alone: its style, its parts as escaped text, its charts, the script that draws them."""
 
 import functools
 import json
@@ -60,8 +60,8 @@ caption { text-align: left; padding: .5rem .7rem; color: var(--soft); }
 th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
 thead th { position: sticky; top: 0; background: var(--raised); border-top: 0; vertical-align: bottom; }
 th.text, td.text { text-align: left; }
-pre { background: var(--raised); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; margin: .5rem 0;
-  font-size: .86rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: var(--raised); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem;
+  margin: .5rem 0; font-size: .86rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font-size: .92em; }
 footer { padding-top: 2rem; padding-bottom: 2rem; color: var(--soft); font-size: .9rem; }
 #vg-tooltip-element { background: var(--paper); color: var(--ink); border: 1px solid var(--line); font-size: 13px; }

@@ -36,9 +36,7 @@ def _lede(summary: Summary) -> str:
     if len(summary.policies) == 1:
         told = f"{best.name} takes {page.seconds(best.total_s)}"
     elif best is first:
-        told = (
-            f"{best.name}, the first of {len(summary.policies)} policies, is the fastest: {page.seconds(best.total_s)}"
-        )
+        told = f"{best.name}, the first of {len(summary.policies)}, is the fastest: {page.seconds(best.total_s)}"
     else:
         ratio = f", {best.speedup:.2f} times as fast as {first.name}" if best.speedup else ""
         told = f"{best.name} is the fastest of {len(summary.policies)} policies: {page.seconds(best.total_s)}{ratio}"
@@ -52,7 +50,7 @@ def _subject(summary: Summary) -> str:
     trace = summary.trace
     everything = trace.layers * trace.experts
     return (
-        f"{trace.rows:,} rows in {trace.steps:,} steps of {trace.requests:,} request{'' if trace.requests == 1 else 's'} "
+        f"{trace.rows:,} rows in {trace.steps:,} steps, requests: {trace.requests:,} "
         f"({trace.prefill_rows:,} rows of prompts, {trace.decode_rows:,} of output); {trace.layers} MoE layers of "
         f"{trace.experts} experts, top {trace.top_k}; the GPU keeps up to {summary.slots:,} of {everything:,} experts."
     )
@@ -126,8 +124,8 @@ def _words(summary: Summary) -> str:
         f"Work bound ({page.seconds(best.work_bound_s)}, the same for all policies): GPU and units share all the work "
         "perfectly, nothing waits and nothing moves. No schedule of this work on this machine is faster.",
         "Clairvoyant (another for each policy): the same placement and dispatch, but what a layer needs is on the GPU "
-        "already, up to the slots, free of charge. A yardstick and not a bound: a dispatch that decides greedily may do "
-        "better with less.",
+        "already, up to the slots, free of charge. A yardstick and not a bound: a dispatch that decides greedily may "
+        "do better with less.",
     ]
     if best.work_bound_s > 0:
         told.append(
