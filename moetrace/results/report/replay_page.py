@@ -6,6 +6,9 @@ from typing import Any
 import polars as pl
 
 from moetrace.results.charts import QUESTIONS
+from moetrace.results.charts.analyzed import balance as balanced
+from moetrace.results.charts.analyzed import hit_curves
+from moetrace.results.charts.one_step import NAME, one_step
 from moetrace.results.replayed import PolicyFigures, Replayed, Summary, readable
 from moetrace.results.report import page
 from moetrace.results.report.again import again
@@ -19,6 +22,9 @@ def replay_page(replayed: Replayed, folder: Path | None, cache: Path | None, bal
     sections = [("policies", "Policies side by side", _side_by_side(summary))]
     with readable((folder or Path()) / "steps.parquet"):
         figures = [draw(replayed) for draw in QUESTIONS.values()]
+    figures.append(one_step(folder / NAME) if folder else None)
+    figures.append(hit_curves(cache) if cache else None)
+    figures.append(balanced(balance, summary.trace) if balance else None)
     sections += [page.figure(found) for found in figures if found is not None]
     sections.append(("words", "What the figures mean", _words(summary)))
     sections.append(("again", "How it was run, and how to run it again", _how(summary)))
