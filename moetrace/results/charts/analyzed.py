@@ -9,7 +9,7 @@ import polars as pl
 from moetrace.results.cache_plot import curves
 from moetrace.results.charts.style import Figure, in_order, lines
 from moetrace.results.replayed import TraceFacts, read_json
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import MoetraceError, UsageError
 
 _MOST_POINTS = 160  # of a curve
 _PHASES = {"all": "All steps", "prefill": "Prefill steps", "decode": "Decode steps", "mixed": "Mixed steps"}
@@ -52,6 +52,8 @@ def hit_curves(path: Path) -> Figure:
     import altair as alt
 
     found = read_json(path, list[_Cache])
+    if not found:
+        raise MoetraceError(f"{path} has no hit rates: analyze a trace that has steps of that phase.")
     frame = _frame(found, _Cache)
     if frame["capacity_experts"].null_count() not in (0, len(frame)):
         raise UsageError(f"{path} has capacities in experts and in bytes: give one kind to `moetrace analyze cache`.")
@@ -70,9 +72,9 @@ def hit_curves(path: Path) -> Figure:
         if len(of):
             panels.append((title, lines(f"cache_{phase}", of, x, y, names, tooltip)))
     words = (
-        "What `moetrace analyze cache` found: how often a cache of this size would have had the expert that was needed, "
-        "under each eviction policy. Belady's knows the future; no other of equal sizes hits more. Where it is low, the "
-        "working set does not fit; where it is high and the others are not, a better policy would help."
+        "What `moetrace analyze cache` found: how often a cache of this size would have had the expert that was "
+        "needed, under each eviction policy. Belady's knows the future; no other of equal sizes hits more. Where it is "
+        "low, the working set does not fit; where it is high and the others are not, a better policy would help."
     )
     return Figure("cache", "Hit curves of caches", words, panels, points.rename({"capacity": f"capacity, {unit}"}))
 
@@ -111,8 +113,8 @@ def balance(path: Path, trace: TraceFacts) -> Figure:
         over = lines("balance_time", in_order(periods, names, "first_step"), x, y, names, tooltip)
         panels.append(("Imbalance over time, median of the layers", over))
     words = (
-        "What `moetrace analyze balance` found: rows of the busiest unit over the mean of all, 1 at best. Kept plans are "
-        "made once and get stale; re-made ones follow the load; clairvoyant ones know what they are judged on."
+        "What `moetrace analyze balance` found: rows of the busiest unit over the mean of all, 1 at best. Kept plans "
+        "are made once and get stale; re-made ones follow the load; clairvoyant ones know what they are judged on."
     )
     table = layers.select(shown).rename({"policy": "placement, plan", "least_imbalance": "least possible"})
     return Figure("balance", "Balance of placements and plans", words, panels, table)

@@ -49,17 +49,20 @@ def one_step(path: Path) -> Figure | None:
     if not steps:
         return None
     last = max(e.args["step"] for e in steps)
-    panels, tables = [], []
+    drawn, tables = [], []
     end_ms = max(e.dur for e in steps if e.args["step"] == last) / 1e3
     for step in [e for e in steps if e.args["step"] == last][:_MOST_PANELS]:
         slices = _slices(events, tracks, step)
         if not slices.is_empty():
             name = processes.get(step.pid, f"policy {step.pid}")
-            panels.append((name, _panel(slices, [tracks[key] for key in tracks if key[0] == step.pid], end_ms)))
+            drawn.append((name, slices, [track for (pid, _), track in tracks.items() if pid == step.pid]))
             sums = slices.group_by("track", "kind", maintain_order=True).agg(pl.len().alias("slices"), pl.sum("ms"))
             tables.append(sums.select(pl.lit(name).alias("policy"), pl.all()))
-    if not panels:
+    if not drawn:
         return None
+    used = {kind for _, slices, _ in drawn for kind in slices["kind"]}
+    kinds = [kind for kind in _KINDS if kind in used]
+    panels = [(name, _panel(slices, order, kinds, end_ms)) for name, slices, order in drawn]
     words = (
         f"Step {last:,}, the last that was recorded: each bar is one piece of work, from left to right in ms since the "
         "step began. What is long and alone is what the step waits for. The whole record opens in Perfetto "
@@ -97,7 +100,7 @@ def _slices(events: list[_Event], tracks: dict[tuple[int, int], str], step: _Eve
     return frame.with_columns(pl.col("start", "end", "ms").round_sig_figs(6)).head(_MOST_SLICES)
 
 
-def _panel(slices: pl.DataFrame, order: list[str], end_ms: float) -> Any:
+def _panel(slices: pl.DataFrame, order: list[str], kinds: list[str], end_ms: float) -> Any:
     import altair as alt
 
     used = set(slices["track"].to_list())
@@ -106,10 +109,15 @@ def _panel(slices: pl.DataFrame, order: list[str], end_ms: float) -> Any:
         alt.Chart(data(slices))
         .mark_bar(stroke="#80808060", strokeWidth=0.5, height={"band": 0.8})
         .encode(
-            x=alt.X("start:Q", title="ms since the step began", scale=alt.Scale(domain=[0, end_ms], nice=False)),
+            x=alt.X(
+                "start:Q",
+                title="ms since the step began",
+                scale=alt.Scale(domain=[0, end_ms], nice=False),
+                axis=alt.Axis(tickCount=5),
+            ),
             x2="end:Q",
             y=alt.Y("track:N", title=None, sort=shown, axis=alt.Axis(ticks=False, domain=False, labelPadding=6)),
-            color=colour("kind", [kind for kind in _KINDS if kind in slices["kind"].to_list()]),
+            color=colour("kind", kinds),
             tooltip=["name:N", "kind:N", "track:N", alt.Tooltip("ms:Q", format=",.4~g")],
         )
         .properties(height=26 * len(shown))

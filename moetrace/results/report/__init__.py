@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetrace.results.charts.style import check_can_draw
+from moetrace.results.picture import check_can_plot
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def report(
         keep_inputs(path, [*folder.glob("*.json"), *folder.glob("*.parquet"), *folder.glob("*.json.gz")])
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"{path}: the name of a report must end with .html.")
-    check_can_draw()
+    check_can_plot("A report")
     check_writable(path)
     content = render(source, cache=cache, balance=balance)
     with whole_file(path) as file:

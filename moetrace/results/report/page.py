@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from string import Template
@@ -118,6 +119,7 @@ for (const chart of document.querySelectorAll(".chart")) {
 }
 document.documentElement.dataset.drawn = "true";
 """
+_CODE, _MARKED = re.compile(r"`([^`]+)`"), r"<code>\1</code>"
 MOST_ROWS = 2000  # of a table
 
 
@@ -173,7 +175,7 @@ def figure(found: Figure) -> tuple[str, str, str]:
             f'<div class="chart"></div><script type="application/json">{encoded}</script></figure>'
         )
     behind = details("The table behind it", table(found.table, found.title))
-    body = f'<p>{text(found.words)}</p>\n<div class="panels">{"".join(panels)}</div>\n{behind}'
+    body = f'<p>{_CODE.sub(_MARKED, text(found.words))}</p>\n<div class="panels">{"".join(panels)}</div>\n{behind}'
     return found.name.replace("_", "-"), found.title, body
 
 
