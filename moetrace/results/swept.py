@@ -18,6 +18,7 @@ class _Sweep(msgspec.Struct):
     moetrace: str
     axes: dict[str, Any]
     cells: list[dict[str, Any]]
+    pareto: str = "gpu_memory_bytes"
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Swept:
     Attributes:
         moetrace: version.
         axes: columns that differ between cells.
+        pareto: the column that the front weighs against time.
         cells: a row for each, in the sweep's order; `relative` is its time over that of the fastest cell of its trace.
     """
 
     moetrace: str
     axes: list[str]
+    pareto: str
     cells: pl.DataFrame
 
     @property
@@ -61,7 +64,7 @@ def read_swept(folder: Path) -> Swept:
     by_trace = ["trace"] if "trace" in cells.columns else []
     fastest = pl.col("total_s").min().over(by_trace) if by_trace else pl.col("total_s").min()
     cells = cells.with_columns((pl.col("total_s") / fastest).fill_nan(None).alias("relative"))
-    return Swept(about.moetrace, [axis for axis in axes if cells[axis].n_unique() > 1], cells)
+    return Swept(about.moetrace, [axis for axis in axes if cells[axis].n_unique() > 1], about.pareto, cells)
 
 
 def _others(path: Path, axes: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +77,16 @@ def _others(path: Path, axes: dict[str, Any]) -> dict[str, Any]:
         for name, kind in pl.scan_parquet(path, glob=False).collect_schema().items()
         if kind in (pl.String, pl.Boolean) or kind.is_numeric()
     }
-    figures = ("error", "pareto", "gpu_memory_bytes", "link_bytes", "speedup", "hit_rate", "ttft_s_p50", "tpot_s_p50")
+    figures = (
+        "error",
+        "pareto",
+        "gpu_memory_bytes",
+        "link_bytes",
+        "price",
+        "speedup",
+        "hit_rate",
+        "ttft_s_p50",
+        "tpot_s_p50",
+    )
     figures += ("work_bound_s", "clairvoyant_s", "tokens_per_s", "utilization_gpu", "demand_bytes", "prefetch_bytes")
     return {name: plain[name] for name in (*_ALWAYS, *axes, *figures) if name in plain}

@@ -7,7 +7,11 @@ import polars as pl
 from moetrace.results.charts.style import Figure, colour, data, log_if_wide, shape
 from moetrace.results.swept import Swept
 
-_COSTS = {"gpu_memory_bytes": "GPU memory for experts, GB", "link_bytes": "moved over the link, GB"}
+_COSTS = {
+    "gpu_memory_bytes": "GPU memory (dense weights and slots), GB",
+    "link_bytes": "moved over the link, GB",
+    "price": "price of the machine",
+}
 _MOST_PANELS = 6
 _MOST_VALUES = 24
 
@@ -16,12 +20,12 @@ def front(swept: Swept) -> Figure | None:
     """Draw time against GPU memory and link bytes, the Pareto front marked; a panel for each trace."""
     import altair as alt
 
-    costs = [cost for cost in _COSTS if cost in swept.cells.columns]
+    costs = [cost for cost in _COSTS if cost in swept.cells.columns and swept.done[cost].count()]
     done = swept.done
     if done.is_empty() or not costs:
         return None
     done = done.with_columns(
-        *((pl.col(cost) / 1e9).round_sig_figs(5).alias(cost) for cost in costs),
+        *((pl.col(cost) / (1e9 if cost.endswith("bytes") else 1)).round_sig_figs(5) for cost in costs),
         (pl.col("pareto").fill_null(False) if "pareto" in done.columns else pl.lit(False)).alias("pareto"),
     )
     kinds = "policy" if "policy" in done.columns else "kind"
@@ -43,13 +47,16 @@ def front(swept: Swept) -> Figure | None:
             points = base.mark_point(size=60, filled=True, opacity=0.85).encode(
                 color=colour(kinds, names), shape=shape(kinds, names), tooltip=tooltip
             )
-            line = base.transform_filter("datum.pareto").mark_line(color="#808080", strokeWidth=2)
-            ring = base.transform_filter("datum.pareto").mark_point(size=190, color="#808080", strokeWidth=2)
+            layers = [points]
+            if cost == swept.pareto:
+                best = base.transform_filter("datum.pareto")
+                ring = best.mark_point(size=190, color="#808080", strokeWidth=2)
+                layers = [best.mark_line(color="#808080", strokeWidth=2), ring, points]
             title = f"{_COSTS[cost][0].upper()}{_COSTS[cost][1:]}" + (f": {trace}" if len(traces) > 1 else "")
-            panels.append((title, alt.LayerChart(layer=[line, ring, points], height=300)))
+            panels.append((title, alt.LayerChart(layer=layers, height=300)))
     words = (
         "Each mark is a cell. Towards the lower left is better: faster, and with less. Ringed and joined: the Pareto "
-        "front, cells that no other beats in both."
+        f"front of time and {_COSTS.get(swept.pareto, swept.pareto)}, cells that no other beats in both."
     )
     columns = ["name", "total_s", *costs, "pareto"]
     table = done.filter("pareto").sort("total_s").select(columns) if done["pareto"].any() else done.select(columns)
@@ -88,7 +95,7 @@ def axes(swept: Swept) -> Figure | None:
             "name", "value", pl.col("relative").round_sig_figs(5), "total_s"
         )
         base = alt.Chart(data(shown)).encode(y=alt.Y("value:N", title=None, sort=order, axis=_labels()))
-        x = alt.X("relative:Q", title="times the fastest cell", scale=log_if_wide(shown["relative"]))
+        x = alt.X("relative:Q", title="times the fastest cell", scale=log_if_wide(shown["relative"]), axis=_few())
         tooltip = ["name:N", alt.Tooltip("relative:Q", format=".3f", title="times the fastest")]
         tooltip.append(alt.Tooltip("total_s:Q", format=",.4~g", title="seconds"))
         ticks = base.mark_tick(thickness=2, size=14, opacity=0.6, color="#2f81d0").encode(x=x, tooltip=tooltip)
@@ -102,6 +109,12 @@ def axes(swept: Swept) -> Figure | None:
         "times that of the fastest cell of the same trace: 1 is the fastest."
     )
     return Figure("axes", "What each axis does", words, panels, pl.DataFrame(rows))
+
+
+def _few() -> Any:
+    import altair as alt
+
+    return alt.Axis(tickCount=5)
 
 
 def _label(value: Any) -> str:
