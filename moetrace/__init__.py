@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.fit import fit_profile
     from moetrace.analyze.locality import Locality, locality
     from moetrace.analyze.plans import Tier
+    from moetrace.batch.sweep import Sweep, sweep
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
     from moetrace.results.report import report
@@ -42,6 +43,7 @@ __all__ = [
     "PolicySpec",
     "Profile",
     "Result",
+    "Sweep",
     "System",
     "Tier",
     "Trace",
@@ -66,6 +68,7 @@ __all__ = [
     "replay",
     "report",
     "save_profile",
+    "sweep",
 ]
 
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
@@ -75,6 +78,7 @@ _HOMES = {
     "moetrace.analyze.fit": ("fit_profile",),
     "moetrace.analyze.locality": ("Locality", "locality"),
     "moetrace.analyze.plans": ("Tier",),
+    "moetrace.batch.sweep": ("Sweep", "sweep"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
     "moetrace.results.report": ("report",),

@@ -27,6 +27,7 @@ COMMANDS = {
     "replay": "Replay a trace through policies on a described machine.",
     "report": "Make one HTML page of a result.",
     "show": "Print a resolved spec and what follows from it.",
+    "sweep": "Replay a grid of traces, systems, policies and settings.",
 }
 
 

@@ -1,18 +1,18 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from moetrace.engine.bounds import clairvoyant_batch, work_bound_s
 from moetrace.engine.cost import Machine, machine_of
-from moetrace.engine.demand import Demand, Popularity, count_experts, demand_of, new_popularity
+from moetrace.engine.decoded import Decoded, needs_of
+from moetrace.engine.demand import Popularity, count_experts, new_popularity
 from moetrace.engine.dispatch import DISPATCH
-from moetrace.engine.lookahead import NextSteps
 from moetrace.engine.placement import group_of_expert
 from moetrace.engine.plugin import load_hook
 from moetrace.engine.prefetch import COMPLETED_EVER
@@ -29,16 +29,17 @@ from moetrace.engine.replay import (
     replay_batch,
 )
 from moetrace.engine.residency import FLAT, KEEPS_SOME, RESIDENCY, hold
-from moetrace.engine.schedule import Schedule, request_index, schedule_of
+from moetrace.engine.schedule import Schedule
+from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_static
-from moetrace.spec.system import System, check_fits, gpu_slots
-from moetrace.trace.format import Block, Trace
-from moetrace.trace.schema import check_ids
+from moetrace.spec.system import System
+from moetrace.trace.format import Trace
 
 PREFETCH = {"none": NO_PREFETCH, "prefill": FROM_PROMPT, "online": ONLINE, "oracle": ORACLE}
+_Made = TypeVar("_Made")
 
 
 @dataclass
@@ -95,6 +96,27 @@ class Run:
     warnings: list[str]
 
 
+@dataclass
+class _Underway:
+    """One setup on its way through a trace; ``error`` ends it, but not the others."""
+
+    setup: Setup
+    slots: int
+    lanes: list[Lane]
+    warnings: list[str]
+    bound_s: float = 0.0
+    error: MoetraceError | None = None
+
+    def end(self, schedule: Schedule, popularity: Popularity) -> Run | MoetraceError:
+        """Close the books of a setup that came through; else return why it did not."""
+        if self.error is not None:
+            return self.error
+        for lane in self.lanes:
+            lane.finish()
+        model, system = self.setup.model, self.setup.system
+        return Run(model, system, self.slots, schedule, popularity, self.lanes, self.bound_s, self.warnings)
+
+
 def run(
     trace: Trace,
     model: Model,
@@ -114,76 +136,96 @@ def run(
     The figures do not depend on ``jobs``, nor on how the trace is cut into blocks. Raises UsageError if trace, model,
     system and policies do not go together, MoetraceError (file, dataset, row) if an id is wrong.
     """
-    warnings = _check_model(trace, model)
-    weight_bytes = _weight_bytes(trace, model)
-    check_fits(model, system, weight_bytes, ignore_capacity)
-    fitting = gpu_slots(model, system, weight_bytes)
-    slots = _slots(model, system, slots, fitting)
-    if slots > fitting:
-        warnings.append(f"{slots} slots are more than the {fitting} experts that fit the GPU of {system.name}.")
-    schedule = schedule_of(trace)
-    lanes = [_lane(trace, model, system, policy, weight_bytes, slots, schedule, hooks or {}) for policy in policies]
-    bound_s, popularity = 0.0, new_popularity(trace.layers, trace.num_experts)
+    setup = Setup(
+        model=model,
+        system=system,
+        policies=policies,
+        slots=slots,
+        ignore_capacity=ignore_capacity,
+        hooks=hooks or {},
+    )
+    (finished,) = run_setups(trace, [setup], jobs=jobs, progress=progress)
+    if isinstance(finished, MoetraceError):
+        raise finished
+    return finished
+
+
+def run_setups(
+    trace: Trace | Decoded,
+    setups: Sequence[Setup],
+    *,
+    jobs: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> list[Run | MoetraceError]:
+    """Replay a trace through any number of setups in one pass, each block decoded once; as ``run`` does one alone.
+
+    Returns, for each setup, its run or the error that it ended with: one that does not fit the trace, or whose
+    function fails, costs the others nothing. A damaged trace raises MoetraceError, as it would for each of them.
+    A ``Decoded`` must have been made for what the policies need.
+    """
+    checked = [_attempt(check_setup, _trace_of(trace), setup) for setup in setups]
+    if all(isinstance(one, MoetraceError) for one in checked):
+        return [one for one in checked if isinstance(one, MoetraceError)]
+    if isinstance(trace, Trace):
+        trace = Decoded(trace, needs_of(policy for setup in setups for policy in setup.policies))
+    begun = [
+        one if isinstance(one, MoetraceError) else _attempt(_begin, trace, setup, *one)
+        for setup, one in zip(setups, checked, strict=True)
+    ]
+    popularity = _pass(trace, [one for one in begun if isinstance(one, _Underway)], jobs, progress)
+    return [one if isinstance(one, MoetraceError) else one.end(trace.schedule, popularity) for one in begun]
+
+
+def _trace_of(trace: Trace | Decoded) -> Trace:
+    return trace if isinstance(trace, Trace) else trace.trace
+
+
+def _attempt(function: Callable[..., _Made], *arguments: Any) -> _Made | MoetraceError:
+    try:
+        return function(*arguments)
+    except MoetraceError as error:
+        return error
+
+
+def _begin(decoded: Decoded, setup: Setup, slots: int, warnings: list[str]) -> _Underway:
+    weight_bytes = weight_bytes_of(decoded.trace, setup.model)
+    lanes = [_lane(decoded, setup, policy, weight_bytes, slots) for policy in setup.policies]
+    return _Underway(setup, slots, lanes, warnings)
+
+
+def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Callable[[int], None] | None) -> Popularity:
+    """Replay every block in every lane; return how much each expert was wanted."""
+    popularity = new_popularity(decoded.trace.layers, decoded.trace.num_experts)
     with ThreadPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
-        for batch, rows in _batches(trace, lanes, schedule, pool):
-            bound_s = work_bound_s(lanes[0].work(batch), bound_s)
+        for batch, rows in decoded.batches(pool):
+            underway = [one for one in underway if one.error is None]
+            if not underway:
+                break
             count_experts(batch.demand, popularity)
-            _each(pool, lanes, batch)
+            _each(pool, underway, batch)
             if progress is not None:
                 progress(rows)
-    for lane in lanes:
-        lane.finish()
-    return Run(model, system, slots, schedule, popularity, lanes, bound_s, warnings)
+    return popularity
 
 
-def _each(pool: Executor | None, lanes: list[Lane], batch: Batch) -> None:
+def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> None:
+    """Replay a block in each lane."""
+    for one in underway:
+        one.bound_s = work_bound_s(one.lanes[0].work(batch), one.bound_s)
+    lanes = [(one, lane) for one in underway for lane in one.lanes]
     if pool is None:
-        for lane in lanes:
-            lane.advance(batch)
+        errors = [_attempt(lane.advance, batch) for _, lane in lanes]
     else:
-        for future in [pool.submit(lane.advance, batch) for lane in lanes]:
-            future.result()
+        futures = [pool.submit(_attempt, lane.advance, batch) for _, lane in lanes]
+        errors = [future.result() for future in futures]
+    for (one, _), error in zip(lanes, errors, strict=True):
+        if error is not None and one.error is None:
+            one.error = error
+            one.lanes = []  # and what they recorded
 
 
-def _check_model(trace: Trace, model: Model) -> list[str]:
-    if (trace.layers, trace.num_experts) != (model.moe_layers, model.experts):
-        raise UsageError(
-            f"The trace {trace.path or 'in memory'} has {trace.layers} MoE layers of {trace.num_experts} experts, but "
-            f"the model {model.name} has {model.moe_layers} of {model.experts}: name the right one with --model."
-        )
-    if trace.top_k == model.top_k:
-        return []
-    return [f"the trace has {trace.top_k} experts a token and layer, {model.name} {model.top_k}: fewer or more work."]
-
-
-def _weight_bytes(trace: Trace, model: Model) -> np.ndarray:
-    if trace.expert_bytes is None:
-        return model.expert_bytes()
-    own = np.asarray(trace.expert_bytes, np.float64)
-    return np.broadcast_to(own.reshape(trace.layers, -1), (trace.layers, trace.num_experts)).copy()
-
-
-def _slots(model: Model, system: System, slots: int | None, fitting: int) -> int:
-    everything = model.moe_layers * model.experts
-    if slots is None:
-        return fitting
-    if slots < 0:
-        raise UsageError(f"slots wants a number of experts of at least 0, got {slots}.")
-    if system.link is None and slots < everything:
-        raise UsageError(f"System {system.name} has no link, so all {everything} experts are resident: drop --slots.")
-    return min(slots, everything)
-
-
-def _lane(
-    trace: Trace,
-    model: Model,
-    system: System,
-    policy: PolicySpec,
-    weight_bytes: np.ndarray,
-    slots: int,
-    schedule: Schedule,
-    own: Mapping[str, Callable],
-) -> Lane:
+def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int) -> Lane:
+    model, system, schedule, own = setup.model, setup.system, decoded.schedule, setup.hooks
     check_policy(policy, system)
     layers, experts = weight_bytes.shape
     loads = load_loads(policy.loads, layers, experts) if policy.loads else None
@@ -216,7 +258,7 @@ def _lane(
     unlearned = setting._replace(counts_prompts=0)
     own_state = None if ignores_residency else new_state(machine, schedule, unlearned, 1, True, True)
     hooks = load_hook(policy.dispatch, {**DISPATCH, **own}), load_hook(policy.residency, {**RESIDENCY, **own})
-    return Lane(policy, machine, setting, new_log(trace.steps, layers, machine.groups), state, hooks, own_state)
+    return Lane(policy, machine, setting, new_log(decoded.trace.steps, layers, machine.groups), state, hooks, own_state)
 
 
 def _static_codes(policy: PolicySpec, state: State, layers: int, experts: int) -> np.ndarray:
@@ -230,60 +272,3 @@ def _static_codes(policy: PolicySpec, state: State, layers: int, experts: int) -
             f"Policy {policy.name}: {policy.static} holds {most} experts for {place}, but the GPU has {capacity} slots."
         )
     return pairs[:, 0] * experts + pairs[:, 1]
-
-
-def _batches(trace: Trace, lanes: list[Lane], schedule: Schedule, pool: Executor | None) -> Iterator[tuple[Batch, int]]:
-    """Yield each block ready for the kernels, and its rows; with a pool the next one is made meanwhile."""
-    depth = max((lane.setting.depth for lane in lanes if lane.setting.prefetch == ORACLE), default=0)
-    ahead = -(-depth // trace.layers)
-    next_steps = None
-    if any(lane.policy.residency == "belady" for lane in lanes):
-        most = int(np.minimum(schedule.rows * trace.top_k, trace.num_experts).sum()) * trace.layers
-        demands = (_demand(trace, block) for block in trace.blocks())
-        next_steps = NextSteps(demands, trace.layers, trace.num_experts, most)
-    counts_prompts = any(lane.setting.counts_prompts for lane in lanes)
-
-    def prepare(block: Block) -> tuple[Batch, int]:
-        demand = _demand(trace, block)
-        if next_steps is not None:
-            demand = next_steps.add_to(demand, block.steps, trace.layers)
-        return _batch(block, demand, schedule, counts_prompts), int(block.offset[block.steps])
-
-    blocks = trace.blocks(ahead=ahead)
-    if pool is None:
-        yield from map(prepare, blocks)
-        return
-    coming: Future | None = None
-    for block in blocks:
-        ready = coming.result() if coming else None  # one at a time: what looks ahead reads the blocks in order
-        coming = pool.submit(prepare, block)
-        if ready is not None:
-            yield ready
-    if coming is not None:
-        yield coming.result()
-
-
-def _demand(trace: Trace, block: Block) -> Demand:
-    demand = demand_of(block.experts, block.offset, trace.num_experts)
-    if demand is None:
-        where = str(trace.path or "trace in memory")
-        check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
-        raise MoetraceError(f"{where}: /experts changed while it was read.")
-    return demand
-
-
-def _batch(block: Block, demand: Demand, schedule: Schedule, with_rows: bool) -> Batch:
-    steps = slice(block.first_step, block.first_step + block.steps)
-    shape = block.experts.shape
-    return Batch(
-        first_step=block.first_step,
-        rows=schedule.rows[steps],
-        kv_tokens=schedule.kv_tokens[steps],
-        phase=schedule.phase[steps].astype(np.int64),
-        prompt_ends=schedule.prompt_ends[steps],
-        demand=demand,
-        offset=np.ascontiguousarray(block.offset, np.int64),
-        experts=block.experts.astype(np.uint16) if with_rows else np.zeros((0, *shape[1:]), np.uint16),
-        request=request_index(schedule.requests, block) if with_rows else np.zeros(0, np.int64),
-        row_phase=np.ascontiguousarray(block.phase, np.uint8),
-    )

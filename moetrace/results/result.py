@@ -156,8 +156,8 @@ def replay(
             )
     trace.check_has_rows()  # before its model is asked for: no model would help
     slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
-    changes = _by_spec({} if overrides is None else overrides)
-    the_model = load_model(_model_of(trace) if model is None else model, changes["model"])
+    changes = by_spec({} if overrides is None else overrides)
+    the_model = load_model(model_of(trace) if model is None else model, changes["model"])
     the_system = load_system(system, changes["system"])
     misfit = dense_misfit(the_model, the_system)
     warnings = [misfit] if misfit else []
@@ -188,7 +188,8 @@ def _whole(name: str, value: SupportsIndex | None) -> int | None:
         raise UsageError(f"{name} is {value!r}, but must be a whole number.") from None
 
 
-def _by_spec(overrides: Mapping[str, object]) -> dict[str, dict[str, object]]:
+def by_spec(overrides: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    """Sort overrides by `model`, `system` and `policy`, the paths without that; raise UsageError for any other."""
     by_spec: dict[str, dict[str, object]] = {"model": {}, "system": {}, "policy": {}}
     if not isinstance(overrides, Mapping):
         raise UsageError(f"overrides is a mapping of paths to values, got {type(overrides).__name__}.")
@@ -200,8 +201,8 @@ def _by_spec(overrides: Mapping[str, object]) -> dict[str, dict[str, object]]:
     return by_spec
 
 
-def _model_of(trace: Trace) -> str:
-    """The preset that the trace names; a stranger's file may not name another file."""
+def model_of(trace: Trace) -> str:
+    """Return the preset that the trace names; a stranger's file may not name another file."""
     presets = list_presets("models")
     if trace.model in presets:
         return trace.model

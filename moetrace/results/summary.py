@@ -28,6 +28,7 @@ def trace_facts(trace: Trace) -> dict[str, Any]:
         "steps": trace.steps,
         "own_expert_bytes": trace.expert_bytes is not None,
         "source": trace.source,
+        "sha256": trace.content_sha256,
     }
 
 

@@ -21,8 +21,8 @@ from moetrace.spec.errors import MoetraceError, UsageError, printable
 S = TypeVar("S", bound=msgspec.Struct)
 
 # Fields whose text is the path of a file, and fields where it is one only in the form `file.py:function`.
-_FILE_FIELDS = ("weight_bits", "loads", "static")
-_FUNCTION_FIELDS = ("dispatch", "residency")
+FILE_FIELDS = ("weight_bits", "loads", "static")
+FUNCTION_FIELDS = ("dispatch", "residency")
 
 # No text file that belongs to a spec comes near this, and no number or name this.
 MAX_FILE_BYTES = 16 << 20
@@ -184,6 +184,21 @@ def canonical(spec: msgspec.Struct) -> dict[str, Any]:
     return values
 
 
+def field_names(struct: type[msgspec.Struct]) -> list[str]:
+    """Dotted paths of a spec's fields, those of inner tables too."""
+
+    def names(kind: Any, prefix: str) -> Iterator[str]:
+        for field in kind.fields:
+            path, inner = f"{prefix}{field.encode_name}", field.type
+            tables = [each for each in getattr(inner, "types", [inner]) if isinstance(each, msgspec.inspect.StructType)]
+            if tables:
+                yield from names(tables[0], f"{path}.")
+            else:
+                yield path
+
+    return list(names(msgspec.inspect.type_info(struct), ""))
+
+
 def _noun(kind: str) -> str:
     return {"models": "model", "systems": "system", "policies": "policy"}[kind]
 
@@ -244,7 +259,7 @@ def _find_files(raw: dict[str, Any], keys: Mapping[str, object], folder: Path) -
 
 
 def _is_file(value: object, field: str) -> TypeGuard[str]:
-    return isinstance(value, str) and (field in _FILE_FIELDS or (field in _FUNCTION_FIELDS and ".py:" in value))
+    return isinstance(value, str) and (field in FILE_FIELDS or (field in FUNCTION_FIELDS and ".py:" in value))
 
 
 def _builtins(spec: msgspec.Struct, where: str) -> dict[str, Any]:

@@ -90,12 +90,18 @@ class AtomicFile(io.RawIOBase):
         if self.error is not None:
             raise self.error
 
-    def commit(self) -> None:
-        """Make the file what is at `path`, on disk and not only in memory; raise OSError if that fails."""
+    def commit(self, sync: bool = True) -> None:
+        """Make the file what is at `path`, on disk and not only in memory; raise OSError if that fails.
+
+        Without `sync` a crash of the machine (not of the process) may leave an empty file.
+        """
         self.raise_error()
-        os.fsync(self._file.fileno())
+        if sync:
+            os.fsync(self._file.fileno())
         self._file.close()
         self._temporary.replace(self._path)
+        if not sync:
+            return
         with contextlib.suppress(OSError):  # not every system lets a folder be synced
             descriptor = os.open(self._path.parent, os.O_RDONLY)
             try:
@@ -123,10 +129,10 @@ def check_writable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[AtomicFile]:
+def whole_file(path: Path, sync: bool = True) -> Iterator[AtomicFile]:
     """Yield a file that takes its place at `path` when the block ends well; on any error nothing there changes.
 
-    Raises MoetraceError if the system refuses (a full disk).
+    `sync` as in `AtomicFile.commit`. Raises MoetraceError if the system refuses (a full disk).
     """
     try:
         output = AtomicFile(path)
@@ -135,7 +141,7 @@ def whole_file(path: Path) -> Iterator[AtomicFile]:
     try:
         yield output
         try:
-            output.commit()
+            output.commit(sync)
         except OSError as error:
             output.error = error
             raise

@@ -1,6 +1,7 @@
 """Trace: a file of schema ``moetrace/1`` (or arrays in memory), checked when opened, read in blocks of whole steps."""
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -205,6 +206,40 @@ class Trace:
         for column in self._columns.values():
             if column.sha256 is not None and _sha256(column) != column.sha256:
                 raise MoetraceError(f"{self._where}: {column.path} differs from its sha256, so the file was damaged.")
+
+    @property
+    def content_sha256(self) -> str | None:
+        """SHA-256 of what was routed: shape, model name and every dataset's sha256; None if one of these is not stored.
+
+        The same however the file is compressed, and whatever `source` says; `hash_content` also tells it of a trace
+        in memory. Stored hashes are believed: `verify_hashes` compares them.
+        """
+        hashes = {name: column.sha256 for name, column in self._columns.items() if column.sha256 is not None}
+        return self._content_sha256(hashes) if len(hashes) == len(self._columns) else None
+
+    def hash_content(self) -> str:
+        """Return `content_sha256` as it would be stored: read everything, block by block, and believe nothing."""
+        return self._content_sha256({name: _sha256(column) for name, column in self._columns.items()})
+
+    def _content_sha256(self, hashes: Mapping[str, str]) -> str:
+        shape = [schema.SCHEMA, self.model, self.num_experts, self.top_k]
+        datasets = sorted((self._columns[name].path, *self._columns[name].shape, hashes[name]) for name in hashes)
+        return hashlib.sha256(json.dumps([shape, datasets]).encode()).hexdigest()
+
+    def head(self, steps: int) -> "Trace":
+        """The first `steps` steps as a trace of its own, read from the same place; all of them if there are no more.
+
+        Its `content_sha256` is None. It can be read for as long as this one.
+        """
+        steps = min(max(steps, 1), self.steps)
+        entries = dict.fromkeys(ROW_PATHS, int(self.offset[steps])) | {"phase": steps, "counts": steps}
+        entries["offset"] = steps + 1
+        columns = {
+            name: column._replace(shape=(entries.get(name, column.shape[0]), *column.shape[1:]), sha256=None)
+            for name, column in self._columns.items()
+        }
+        attributes = {name: getattr(self, name) for name in ("model", "source", "created_by", "num_experts", "top_k")}
+        return Trace(self.path, attributes, columns)
 
     def write(self, path: str | os.PathLike[str], compress: str | None = None) -> None:
         """Write the trace to a file of its own, contiguous or compressed with "zstd" or "gzip".

@@ -4,12 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from strategies import Case, all_policies, as_arrays, cases, write_loads, write_static
 
+from moetrace.engine import decoded as decoded_module
 from moetrace.engine import run as run_module
-from moetrace.engine.run import Lane, Run, run
+from moetrace.engine.decoded import Decoded, decoded_bytes, needs_of
+from moetrace.engine.demand import demand_of
+from moetrace.engine.run import Lane, Run, run, run_setups
+from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, GPU
-from moetrace.spec import MoetraceError, UsageError, load_model, load_policy, load_system
+from moetrace.spec import Gpu, MoetraceError, UsageError, load_model, load_policy, load_system
 from moetrace.trace import Trace
 from moetrace.trace import format as trace_format
 
@@ -196,3 +201,86 @@ def test_static_set_must_fit(tmp_path):
     policy = load_policy("on-demand", {"residency": "static", "static": str(path)})
     with pytest.raises(UsageError, match=r"holds 2 experts for a layer, but the GPU has 1 slots"):
         run(shipped("tiny-olmoe.h5"), load_model("tiny-olmoe"), load_system("edge-ndp"), [policy], slots=6)
+
+
+@RANDOM
+@given(case=cases(), data=st.data())
+def test_many_setups_in_one_pass_are_what_each_is_alone(case, data, tmp_path_factory):
+    """Other slots, other machines, other needs of the blocks beside each other, decoded each time or once and kept."""
+    policies = some_policies(case, data, tmp_path_factory.mktemp("p"))
+    trace = Trace.from_arrays(num_experts=case.model.experts, **as_arrays(case.trace, case.model.experts))
+    everything = case.model.moe_layers * case.model.experts
+    setups = []
+    for policy in policies:
+        slots = data.draw(st.integers(0, everything), label="slots")
+        system = data.draw(st.sampled_from([case.system, replace(case.system, gpu=faster(case.system.gpu))]))
+        static = policy.static is None or slots >= case.slots
+        slots = slots if static else case.slots
+        setups.append(Setup(model=case.model, system=system, policies=[policy], slots=slots, ignore_capacity=True))
+    alone = [run(trace, s.model, s.system, s.policies, slots=s.slots, ignore_capacity=True) for s in setups]
+    needs = needs_of(policies)
+    kept = Decoded(trace, needs, 1 << 30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace_format, "BLOCK_BYTES", 1)  # one step a block
+        streamed = run_setups(trace, setups, jobs=2)
+        kept_in_steps = Decoded(trace, needs, 1 << 30)
+    together = (streamed, *(run_setups(decoded, setups) for decoded in (kept, kept, kept_in_steps)))
+    for runs in together:
+        for one, other in zip(alone, runs, strict=True):
+            assert isinstance(other, Run)
+            assert (one.slots, one.work_bound_s, one.warnings) == (other.slots, other.work_bound_s, other.warnings)
+            assert_same(one.lanes[0], other.lanes[0])
+    sizes = sum(batch.demand.expert.nbytes + batch.demand.next_step.nbytes for batch, _ in kept.batches())
+    assert sizes <= decoded_bytes(trace, needs)
+
+
+def faster(gpu: Gpu) -> Gpu:
+    return replace(gpu, tflops=gpu.tflops * 1.5, launch_us=gpu.launch_us + 1.0)
+
+
+def test_a_setup_that_fails_costs_the_others_nothing(tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text("def bad(state, view, layer, load, plan):\n    if view.step > 3:\n        plan[load.size] = 1\n")
+    trace, model, system = shipped("tiny-olmoe.h5"), load_model("tiny-olmoe"), load_system("edge-ndp")
+    good = Setup(model=model, system=system, policies=[load_policy("monde"), load_policy("ndp-ep")], slots=48)
+    setups = [
+        good,
+        Setup(model=load_model("qwen3-30b-a3b"), system=system, policies=[load_policy("monde")]),
+        Setup(model=model, system=load_system("rtx4090-offload"), policies=[load_policy("monde")]),
+        Setup(model=model, system=system, policies=[load_policy("monde"), load_policy(f"{path}:bad")]),
+        good,
+    ]
+    for jobs in (1, 3):
+        first, fit, units, function, last = run_setups(trace, setups, jobs=jobs)
+        assert isinstance(first, Run)
+        assert isinstance(last, Run)
+        alone = run(trace, model, system, good.policies, slots=48)
+        for runs in (first, last):
+            assert runs.work_bound_s == alone.work_bound_s
+            for one, other in zip(alone.lanes, runs.lanes, strict=True):
+                assert_same(one, other)
+        assert "has 48 of 128" in str(fit)
+        assert "needs NDP units" in str(units)
+        assert "Policy bad failed: IndexError" in str(function)
+    assert all(isinstance(one, MoetraceError) for one in run_setups(trace, setups[1:4]))
+    assert all(isinstance(one, MoetraceError) for one in run_setups(trace, [setups[1]]))
+
+
+def test_a_trace_is_decoded_once_for_any_number_of_setups_and_passes(monkeypatch):
+    trace, model, system = shipped("mixtral-8x7b-b16.h5"), load_model("mixtral-8x7b"), load_system("edge-ndp")
+    policies = [load_policy(name) for name in PRESETS]
+    setups = [Setup(model=model, system=system, policies=[policy], slots=n) for policy in policies for n in range(5)]
+    calls = []
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return demand_of(*arguments)
+
+    monkeypatch.setattr(decoded_module, "demand_of", counting)
+    run_setups(trace, setups)
+    assert len(calls) == len(list(trace.blocks()))
+    decoded = Decoded(trace, needs_of(policies), decoded_bytes(trace, needs_of(policies)))
+    for _ in range(3):
+        run_setups(decoded, setups)
+    assert len(calls) == 2 * len(list(trace.blocks()))
+    assert Decoded(trace, needs_of(policies), decoded_bytes(trace, needs_of(policies)) - 1)._kept is None

@@ -447,3 +447,38 @@ def test_a_source_is_json_that_every_reader_takes(file, tmp_path):
 def test_source_survives_as_json(file):
     with h5py.File(file) as raw:
         assert json.loads(raw.attrs["source"]) == {"engine": "none", "seed": 1}
+
+
+def test_content_is_hashed_alike_however_it_is_stored(tmp_path):
+    trace = draw_trace(1, 20, mixed=True)
+    assert trace.content_sha256 is None
+    content = trace.hash_content()
+    for compress in (None, "zstd", "gzip"):
+        path = tmp_path / f"{compress}.h5"
+        trace.write(path, compress)
+        with Trace.open(path) as stored:
+            assert stored.content_sha256 == content == stored.hash_content()
+    trace.source = {"engine": "another"}
+    assert trace.hash_content() == content
+    trace.model = "another"
+    assert trace.hash_content() != content
+    assert draw_trace(2, 20, mixed=True).hash_content() != content
+    with h5py.File(path, "r+") as raw:
+        del raw["/experts"].attrs["sha256"]
+    with Trace.open(path) as lacking:
+        assert lacking.content_sha256 is None
+        assert lacking.hash_content() == content
+
+
+@settings(deadline=None)
+@given(st.integers(0, 99), st.integers(1, 50))
+def test_the_head_of_a_trace_is_its_first_steps(seed, steps):
+    trace = draw_trace(seed, 20, mixed=True)
+    head = trace.head(steps)
+    steps = min(steps, trace.steps)
+    rows = int(trace.offset[steps])
+    assert (head.steps, head.rows, head.has, head.content_sha256) == (steps, rows, trace.has, None)
+    assert head.offset.tolist() == trace.offset[: steps + 1].tolist()
+    for name in ("experts", "request", "position", *head.has):
+        np.testing.assert_array_equal(head.read(name, 0, 10**6), trace.read(name, 0, rows))
+    head.verify()

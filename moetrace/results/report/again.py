@@ -6,9 +6,22 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import msgspec
+
 from moetrace.results.replayed import Summary
 from moetrace.results.summary import choices_of
-from moetrace.spec import MoetraceError, canonical, list_presets, load_model, load_policy, load_system
+from moetrace.spec import (
+    Model,
+    MoetraceError,
+    System,
+    UsageError,
+    canonical,
+    check_fits,
+    list_presets,
+    load_model,
+    load_policy,
+    load_system,
+)
 from moetrace.spec.errors import printable
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
@@ -42,7 +55,7 @@ def again(summary: Summary) -> Again:
         if needed or own:
             named = ", ".join(map(printable, dict.fromkeys(needed + own)))
             notes.append(f"{printable(policy.name)} also needs {named}, which is not in a result, beside {name}.")
-    words += ["--slots", str(summary.slots), "-o", "results"]
+    words += ["--slots", str(summary.slots), *(["--ignore-capacity"] if _overflows(summary) else []), "-o", "results"]
     return Again(" ".join(shlex.quote(printable(word)) for word in words), files, notes)
 
 
@@ -60,6 +73,18 @@ def toml(values: Mapping[str, Any]) -> str:
 def _hash(summary: Summary) -> str:
     sha256 = summary.trace.sha256
     return f", whose content has the SHA-256 {printable(sha256)}" if sha256 else ""
+
+
+def _overflows(summary: Summary) -> bool:
+    """Whether the experts do not fit the units, as far as the specs say."""
+    try:
+        model, system = msgspec.convert(summary.model, Model), msgspec.convert(summary.system, System)
+        check_fits(model, system, model.expert_bytes())
+    except UsageError:
+        return True
+    except (msgspec.ValidationError, MoetraceError, ArithmeticError):
+        return False
+    return False
 
 
 def _named_or_file(kind: str, values: dict[str, Any], files: dict[str, str]) -> str:

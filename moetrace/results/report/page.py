@@ -52,6 +52,8 @@ dl.facts dd { text-align: left; }
 figure { margin: .4rem 0 .6rem; min-width: 0; break-inside: avoid; }
 figcaption { font-weight: 600; margin-bottom: .4rem; }
 .chart { width: 100%; min-height: 40px; overflow-x: auto; }
+/* Cells of a map would show their seams. */
+.chart .mark-rect { shape-rendering: crispEdges; }
 .chart > svg, .chart .vega-embed { display: block; width: 100%; }
 details { margin: .5rem 0 1rem; }
 summary { cursor: pointer; color: var(--accent); padding: .3rem 0; }

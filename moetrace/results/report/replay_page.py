@@ -133,10 +133,11 @@ def _words(summary: Summary) -> str:
         "already, up to the slots, free of charge. A yardstick and not a bound: a dispatch that decides greedily may "
         "do better with less.",
     ]
+    won_s = over_clairvoyant if over_clairvoyant > 1e-9 else 0.0  # less is what rounding leaves
     if best.work_bound_s > 0:
         told.append(
             f"Of {best.name}'s distance to the work bound, {page.seconds(over_bound)}, better residency and prefetch "
-            f"could win back about {page.seconds(max(0.0, over_clairvoyant))}; the rest is placement, dispatch, "
+            f"could win back about {page.seconds(won_s)}; the rest is placement, dispatch, "
             "transfers, and the parts of the machine that cannot work at once."
         )
     told.append(

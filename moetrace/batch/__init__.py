@@ -1,0 +1,1 @@
+"""Many replays: sweeps, and their figures against a committed baseline."""

@@ -1,0 +1,200 @@
+"""A cell of a sweep: one policy of one replay, resolved, and named by the hash of all that its result depends on."""
+
+import ast
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moetrace import __version__
+from moetrace.batch.grid import Point
+from moetrace.engine.fingerprint import engine_fingerprint
+from moetrace.engine.setup import Setup, check_setup
+from moetrace.results.result import by_spec, model_of
+from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_policy, load_system
+from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.load import nearest, read_text
+from moetrace.trace import Trace
+
+CELL_SCHEMA = "moetrace.cell/1"
+
+
+@dataclass
+class Cell:
+    """A point of the grid and what became of it; ``key`` is None until it is resolved, ``error`` a sentence or None."""
+
+    point: Point
+    setup: Setup | None = None
+    inputs: dict[str, Any] | None = None
+    key: str | None = None
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The labels of its axes, joined by "/"."""
+        return self.point.name
+
+    @property
+    def policy(self) -> PolicySpec:
+        """Its only policy."""
+        assert self.setup is not None
+        return self.setup.policies[0]
+
+
+class Traces:
+    """The traces of a sweep, each opened and compared with its hashes once."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[Trace, str] | MoetraceError] = {}
+
+    def get(self, path: str) -> tuple[Trace, str]:
+        """Return a trace, whose file is closed, and the hash of its content.
+
+        Raises MoetraceError if it cannot be read, or was changed under its hashes: results would be kept under a
+        wrong name.
+        """
+        if path not in self._found:
+            self._found[path] = self._open(path)
+        found = self._found[path]
+        if isinstance(found, MoetraceError):
+            raise found
+        return found
+
+    def _open(self, path: str) -> tuple[Trace, str] | MoetraceError:
+        try:
+            with Trace.open(path) as trace:
+                trace.check_has_rows()
+                trace.verify_hashes()
+                return trace, trace.content_sha256 or trace.hash_content()
+        except MoetraceError as error:
+            return error
+
+
+class Resolver:
+    """Loads what points name; each spec once, however many cells share it."""
+
+    def __init__(self, traces: Traces, ignore_capacity: bool) -> None:
+        self._traces, self._ignore_capacity = traces, ignore_capacity
+        self._loaded: dict[str, Any] = {}
+        self._policy_names: set[str] = set()
+
+    def resolve(self, point: Point) -> Cell:
+        """Return the cell of a point; one that cannot be replayed says why in ``error``."""
+        cell = Cell(point)
+        try:
+            trace, sha256 = self._traces.get(point.values["trace"])
+            setup = self._setup(point, trace)
+            check_policy(setup.policies[0], setup.system)
+            slots, _ = check_setup(trace, setup)
+            cell.setup = setup
+            cell.inputs = _inputs(setup, sha256, slots)
+            cell.key = hash_of(cell.inputs)
+        except MoetraceError as error:
+            cell.error = str(error)
+        return cell
+
+    def check_policy_names(self, points: list[Point]) -> None:
+        """Raise a UsageError if `policy.NAME.FIELD` names a policy that no point has; after they were resolved."""
+        known = sorted(self._policy_names | {str(point.labels["policy"]) for point in points})
+        for path in dict.fromkeys(path for point in points for path in point.values if path.count(".") > 1):
+            kind, _, rest = path.partition(".")
+            name = rest.rpartition(".")[0]
+            if kind == "policy" and name not in known:
+                raise UsageError(f"{printable(path)}: no policy of the sweep is called {name!r}{nearest(name, known)}.")
+
+    def _setup(self, point: Point, trace: Trace) -> Setup:
+        values = point.values
+        changes = by_spec({path: value for path, value in values.items() if "." in path})
+        model: Model = self._load(load_model, values.get("model") or model_of(trace), changes["model"])
+        system: System = self._load(load_system, values["system"], changes["system"])
+        everywhere = {field: value for field, value in changes["policy"].items() if "." not in field}
+        policy: PolicySpec = self._load(load_policy, values["policy"], everywhere)
+        names = {policy.name, str(point.labels["policy"])}
+        self._policy_names |= names
+        own = {
+            path.rpartition(".")[2]: value
+            for path, value in changes["policy"].items()
+            if "." in path and path.rpartition(".")[0] in names
+        }
+        if own:
+            policy = self._load(load_policy, values["policy"], everywhere | own)
+        return Setup(
+            model=model,
+            system=system,
+            policies=[policy],
+            slots=values.get("slots"),
+            ignore_capacity=self._ignore_capacity,
+        )
+
+    def _load(self, load: Any, source: str, overrides: Mapping[str, Any]) -> Any:
+        key = f"{load.__name__} {source} {sorted(overrides.items())!r}"
+        if key not in self._loaded:
+            try:
+                self._loaded[key] = load(source, overrides)
+            except MoetraceError as error:
+                self._loaded[key] = error
+        if isinstance(self._loaded[key], MoetraceError):
+            raise self._loaded[key]
+        return self._loaded[key]
+
+
+def files_of(setup: Setup) -> dict[str, str]:
+    """Paths of the files that the specs of a setup name, by field: tables of numbers, and functions."""
+    model, policy = setup.model, setup.policies[0]
+    found = {"model.weight_bits": model.weight_bits, "policy.loads": policy.loads, "policy.static": policy.static}
+    files = {field: path for field, path in found.items() if isinstance(path, str)}
+    for field in ("dispatch", "residency"):
+        file, colon, _ = getattr(policy, field).rpartition(":")
+        if colon and file.endswith(".py"):
+            files[f"policy.{field}"] = file
+    return files
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a file's content; of a Python file, with the modules beside it that it imports."""
+    hashed = hashlib.sha256()
+    for file in _with_imports(Path(path)) if path.endswith(".py") else [Path(path)]:
+        hashed.update(read_text(file).encode() + b"\0")
+    return hashed.hexdigest()
+
+
+def hash_of(inputs: Mapping[str, Any]) -> str:
+    """The name of a result: 32 digits of the SHA-256 of its inputs, moetrace's version and the engine's source."""
+    content = [CELL_SCHEMA, __version__, engine_fingerprint(), inputs]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _inputs(setup: Setup, trace_sha256: str, slots: int) -> dict[str, Any]:
+    return {
+        "trace": trace_sha256,
+        "model": canonical(setup.model),
+        "system": canonical(setup.system),
+        "policy": canonical(setup.policies[0]),
+        "slots": slots,
+        "ignore_capacity": setup.ignore_capacity,
+        "files": {field: digest(path) for field, path in files_of(setup).items()},
+    }
+
+
+@cache
+def _imports(text: str) -> list[str]:
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError, RecursionError):
+        return []  # whoever runs it says so
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return sorted({name.partition(".")[0] for name in names})
+
+
+def _with_imports(path: Path) -> list[Path]:
+    files = [path]
+    for file in files:  # grows
+        for name in _imports(read_text(file)):
+            beside = file.with_name(f"{name}.py")
+            if beside.is_file() and beside not in files:
+                files.append(beside)
+    return files

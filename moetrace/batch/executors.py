@@ -1,0 +1,174 @@
+"""Where tasks run: here, in processes of this machine, or on a Dask cluster; and what is done when workers die."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+from moetrace.batch.work import Outcome, Task, work
+from moetrace.spec.errors import MoetraceError
+
+ATTEMPTS = 3  # pools that may break
+
+
+class Farm(NamedTuple):
+    """How to get an executor, how many tasks it works on at once, and how many it should be given."""
+
+    open: Callable[[], AbstractContextManager[Executor]]
+    jobs: int
+    window: int
+    where: str
+
+
+class Inline(Executor):
+    """Runs what is submitted at once, in this thread: Ctrl-C ends it as it would any loop."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """Run the function; return a future that is done."""
+        future: Future = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001  the future raises it
+            future.set_exception(error)
+        return future
+
+
+def local_farm(jobs: int) -> Farm:
+    """Processes of this machine; with one job, this process."""
+    if jobs == 1:
+        return Farm(Inline, 1, 1, "in this process")
+    return Farm(lambda: _processes(jobs), jobs, jobs + 1, f"in {jobs} processes")
+
+
+def run_tasks(tasks: Sequence[Task], farm: Farm, take: Callable[[list[Outcome]], None]) -> None:
+    """Run tasks, and hand over what each found as it comes. Work of a worker that died is done again, in halves.
+
+    Raises MoetraceError if workers died too often; what was taken before stays taken.
+    """
+    waiting = deque(tasks)
+    for _ in range(ATTEMPTS):
+        with farm.open() as executor:
+            lost = _drain(executor, waiting, farm.window, take)
+        if not lost:
+            return
+        waiting.extendleft(half for task in reversed(lost) for half in reversed(_halves(task)))
+    raise MoetraceError(
+        f"Workers were killed {ATTEMPTS} times (not enough memory?); finished cells are kept, so the same command goes "
+        "on from there: try fewer --jobs."
+    )
+
+
+def _drain(executor: Executor, waiting: deque[Task], window: int, take: Callable[[list[Outcome]], None]) -> list[Task]:
+    """Run what waits until all is done, or the executor breaks; return the tasks that were lost with it."""
+    flying: dict[Future, Task] = {}
+    try:
+        while waiting or flying:
+            while waiting and len(flying) < window:
+                flying[executor.submit(work, waiting[0])] = waiting[0]
+                waiting.popleft()
+            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                take(future.result())
+                del flying[future]
+    except BrokenExecutor:
+        lost = []
+        for future, task in flying.items():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                take(future.result())
+            else:
+                lost.append(task)
+        return lost
+    return []
+
+
+def _halves(task: Task) -> list[Task]:
+    middle = (len(task.cells) + 1) // 2
+    return [task._replace(cells=part) for part in (task.cells[:middle], task.cells[middle:]) if part]
+
+
+@contextlib.contextmanager
+def _processes(jobs: int) -> Iterator[Executor]:
+    """Yield a pool of processes, none of which outlives the block, nor this process."""
+    start = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(["moetrace.batch.work"])  # imported once, then forked
+    pool = _Pool(jobs, mp_context=context, initializer=_begin_worker)
+    try:
+        yield pool
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown(cancel_futures=True)
+
+
+class _Pool(ProcessPoolExecutor):
+    """Starts processes without importing the caller's main module, which nothing here needs.
+
+    A script without `if __name__ == "__main__"` would else start a sweep in each of them.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            sys.modules["__main__"] = main
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when it does, even if it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextlib.contextmanager
+def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
+    """Yield a Dask cluster as a farm, and the link of its dashboard; lost workers' tasks are run again, three times.
+
+    Raises MoetraceError if `distributed` is missing, no scheduler answers or it has no workers.
+    """
+    try:
+        import distributed
+        from distributed.comm.core import CommClosedError
+    except ImportError:
+        raise MoetraceError("--dask needs distributed: pip install 'moetrace[dask]'.") from None
+    try:
+        client = distributed.Client(address, timeout=5, set_as_default=False)
+    except (OSError, ValueError, ImportError) as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise MoetraceError(f"No Dask scheduler answers at {address} ({why.rstrip('.')}): is it running?") from None
+    with client:
+        threads = sum(dict(client.nthreads()).values())  # pyright: ignore
+        if threads == 0:
+            raise MoetraceError(f"The Dask scheduler at {address} has no workers: start some with dask worker.")
+        farm = Farm(lambda: client.get_executor(retries=ATTEMPTS), threads, 2 * threads, f"on Dask at {address}")
+        try:
+            yield farm, client.dashboard_link
+        except distributed.KilledWorker:
+            raise MoetraceError(
+                "Dask's workers died again and again (not enough memory?); finished cells are kept, so the same "
+                "command goes on from there."
+            ) from None
+        except (OSError, distributed.CancelledError) as error:
+            if isinstance(error, OSError) and not isinstance(error, CommClosedError):
+                raise
+            raise MoetraceError(f"The Dask scheduler at {address} went away; finished cells are kept.") from None

@@ -1,0 +1,269 @@
+"""The grid of a sweep: a TOML file whose lists are axes, and the points that they span."""
+
+import itertools
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import msgspec
+
+from moetrace.spec.errors import UsageError, printable
+from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, nearest, parse, read_text
+from moetrace.spec.model import Model
+from moetrace.spec.policy import PolicySpec
+from moetrace.spec.system import System
+
+SOURCES = ("trace", "model", "system", "policy")
+KINDS = (*SOURCES, "slots")
+FRONTS = ("gpu_memory_bytes", "link_bytes", "price")
+MAX_POINTS = 100_000
+_DEFAULTS: dict[str, Any] = {"system": "edge-ndp", "policy": ["monde", "edge-ndp"]}
+_SPECS: dict[str, type[msgspec.Struct]] = {"model": Model, "system": System, "policy": PolicySpec}
+# Of a system: tables with whatever keys their owner likes.
+_OPEN_TABLES = ("system.price", "system.energy")
+
+
+class _Sweep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the file may hold; every list is an axis."""
+
+    trace: str | list[str] | None = None
+    model: str | list[str] | None = None
+    system: str | list[str] | None = None
+    policy: str | list[str] | None = None
+    slots: int | list[int] | None = None
+    set: dict[str, Any] = {}
+    zip: list[dict[str, Any]] = []
+    ignore_capacity: bool = False
+    pareto: str = "gpu_memory_bytes"
+
+
+class Axis(NamedTuple):
+    """Fields that change together (one, unless they are zipped), and the values that they take in turn."""
+
+    fields: tuple[str, ...]
+    values: list[tuple[Any, ...]]
+    listed: bool  # False: a constant, which no name mentions
+
+
+class Point(NamedTuple):
+    """One combination of values: what a cell is resolved from. Files are absolute."""
+
+    name: str  # the labels of its axes, joined by "/"
+    values: dict[str, Any]  # of every field that is given
+    labels: dict[str, str | int | float | bool]  # of every axis, and of trace, system and policy
+
+
+class Grid(NamedTuple):
+    """A sweep as it was asked for."""
+
+    where: str
+    axes: dict[str, list[Any]]  # label of each value, for the axes that are lists
+    points: list[Point]
+    ignore_capacity: bool
+    pareto: str
+
+
+def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
+    """Read a sweep from a TOML file, whose relative paths are seen from beside it, or from a mapping of the same form.
+
+    Raises
+    ------
+    UsageError
+        An unknown field, an axis that is empty or there twice, zipped axes of unequal length, too many points.
+    MoetraceError
+        A file that cannot be read or is not TOML.
+    """
+    if isinstance(source, Mapping):
+        folder, where = Path.cwd(), "the sweep"
+        raw = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in source.items()}
+    else:
+        folder, where = Path(source).absolute().parent, str(source)
+        raw = parse(read_text(os.fspath(source)), where)
+    sweep = convert(Loaded(raw, where), _Sweep)
+    if sweep.pareto not in FRONTS:
+        near = nearest(sweep.pareto, list(FRONTS))
+        raise UsageError(f"{where}: pareto wants one of {', '.join(FRONTS)}{near}, got {sweep.pareto!r}.")
+    axes = _axes(sweep, where)
+    _check_once(axes, where)
+    count = math.prod(len(axis.values) for axis in axes)
+    if count > MAX_POINTS:
+        raise UsageError(f"{where} spans {count:,} cells, and a sweep has at most {MAX_POINTS:,}: split it.")
+    labels = {field: _labels(field, values, where) for axis in axes for field, values in _columns(axis)}
+    points = list(_points(axes, labels, folder))
+    twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
+    if twice:
+        raise UsageError(f"{where} names {twice[0]} more than once: each value of an axis, or row of a zip, wants one.")
+    listed = {field: list(dict.fromkeys(labels[field])) for axis in axes if axis.listed for field, _ in _columns(axis)}
+    return Grid(where, listed, points, sweep.ignore_capacity, sweep.pareto)
+
+
+def _axes(sweep: _Sweep, where: str) -> list[Axis]:
+    """Every field as an axis, constants too: trace, model, system, policy, slots, then the others as they come."""
+    zipped = [_zip(table, f"{where}, zip {number}") for number, table in enumerate(sweep.zip, 1)]
+    in_zip = {field for axis in zipped for field in axis.fields}
+    given = {kind: getattr(sweep, kind) for kind in KINDS}
+    for kind, default in _DEFAULTS.items():
+        if given[kind] is None and kind not in in_zip:
+            given[kind] = default
+    if given["trace"] is None and "trace" not in in_zip:
+        raise UsageError(f'{where}: trace is missing: name the file, as in trace = "trace.h5".')
+    single = [_axis(kind, value, where) for kind, value in given.items() if value is not None]
+    single += [_axis(field, value, where) for field, value in _flat(sweep.set, "set", where).items()]
+    order = {kind: rank for rank, kind in enumerate(KINDS)}
+    return sorted([*single, *zipped], key=lambda axis: min(order.get(field, len(KINDS)) for field in axis.fields))
+
+
+def _axis(field: str, value: Any, where: str) -> Axis:
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise UsageError(f"{where}: {field} is an empty list, so there is no cell: give it a value, or leave it out.")
+    for each in values:
+        _check_value(field, each, where)
+    return Axis((field,), [(each,) for each in values], isinstance(value, list))
+
+
+def _zip(table: dict[str, Any], where: str) -> Axis:
+    for key in table:
+        if key not in (*KINDS, "set"):
+            raise UsageError(f"{where}: {key} is unknown{nearest(key, [*KINDS, 'set'])}; known are {_either()}.")
+    inner = table.get("set", {})
+    if not isinstance(inner, dict):
+        raise UsageError(f"{where}: set wants a table, as in set.system.ndp.units = [2, 4].")
+    given = {key: value for key, value in table.items() if key != "set"} | _flat(inner, "set", where)
+    if len(given) < 2:
+        raise UsageError(f"{where} wants two axes or more that change together, got {len(given)}.")
+    axes = [_axis(field, value, where) for field, value in given.items()]
+    for axis in axes:
+        if not axis.listed:
+            raise UsageError(f"{where}: {axis.fields[0]} wants a list, as long as the others.")
+        if len(axis.values) != len(axes[0].values):
+            raise UsageError(
+                f"{where}: {axes[0].fields[0]} has {len(axes[0].values)} values and {axis.fields[0]} "
+                f"{len(axis.values)}, but zipped axes have as many."
+            )
+    rows = [tuple(value for (value,) in row) for row in zip(*(axis.values for axis in axes), strict=True)]
+    return Axis(tuple(given), rows, True)
+
+
+def _either() -> str:
+    return ", ".join((*KINDS, "set"))
+
+
+def _flat(table: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:
+    """Paths like `system.ndp.units` of the values in nested tables, each known to be the path of a field."""
+    found: dict[str, Any] = {}
+
+    def walk(inner: Mapping[str, Any], path: str, levels: int) -> None:
+        if levels == 0:
+            raise UsageError(f"{where}: {prefix} has tables that lie too deep in each other.")
+        for key, value in inner.items():
+            at = f"{path}.{key}" if path else str(key)
+            if isinstance(value, Mapping):
+                walk(value, at, levels - 1)
+            elif at in found:
+                _twice(at, where)
+            else:
+                _check_path(at, where)
+                found[at] = value
+
+    walk(table, "", 16)
+    return found
+
+
+def _check_path(path: str, where: str) -> None:
+    """Raise unless `path` is that of a field: model.FIELD, system.TABLE.FIELD, policy.FIELD or policy.NAME.FIELD."""
+    kind, _, field = path.partition(".")
+    if kind not in _SPECS or not field or not all(field.split(".")):
+        near = nearest(kind, list(_SPECS))
+        raise UsageError(
+            f"{where}: set wants model.FIELD, system.FIELD or policy.FIELD, got {printable(path)!r}{near}."
+        )
+    if any(path.startswith(f"{table}.") for table in _OPEN_TABLES):
+        return
+    if kind == "policy":
+        field = field.rpartition(".")[2]
+    known = field_names(_SPECS[kind])
+    if field not in known:
+        near = nearest(field, known)
+        raise UsageError(f"{where}: {printable(path)} is no field of a {kind}{near}; known are {', '.join(known)}.")
+
+
+def _check_value(field: str, value: Any, where: str) -> None:
+    if field == "slots":
+        legal, wants = isinstance(value, int) and not isinstance(value, bool) and value >= 0, "whole numbers from 0"
+    elif field in SOURCES:
+        legal, wants = isinstance(value, str) and bool(value.strip()), "texts"
+    else:
+        legal, wants = isinstance(value, str | int | float | bool | list), "numbers, texts, true or false"
+    if not legal:
+        raise UsageError(f"{where}: {field} wants {wants}, got {printable(repr(value)[:100])}.")
+
+
+def _check_once(axes: list[Axis], where: str) -> None:
+    fields = Counter(field for axis in axes for field in axis.fields)
+    for field, times in fields.items():
+        if times > 1:
+            _twice(field, where)
+
+
+def _twice(field: str, where: str) -> NoReturn:
+    raise UsageError(f"{where}: {printable(field)} is given twice: keep one of them.")
+
+
+def _columns(axis: Axis) -> Iterator[tuple[str, list[Any]]]:
+    """Each field of an axis, with its values."""
+    for at, field in enumerate(axis.fields):
+        yield field, [row[at] for row in axis.values]
+
+
+def _labels(field: str, values: list[Any], where: str) -> list[Any]:
+    """A short name for each value: of files the last part without its ending, unless that is ambiguous."""
+    short = [_label(field, value) for value in values]
+    meant: dict[Any, set[str]] = {}
+    for label, value in zip(short, values, strict=True):
+        meant.setdefault(label, set()).add(repr(value))
+    return [
+        label if len(meant[label]) == 1 else printable(str(value)).replace("/", "-")
+        for label, value in zip(short, values, strict=True)
+    ]
+
+
+def _label(field: str, value: Any) -> Any:
+    if isinstance(value, str):
+        last = value.replace("\\", "/").rpartition("/")[2]
+        if ".py:" in last:
+            return printable(last.rpartition(":")[2])
+        named = last.removesuffix(".toml") if field != "trace" else last.removesuffix(".h5").removesuffix(".hdf5")
+        return printable(named.removesuffix(".csv"))
+    return value if isinstance(value, int | float | bool) else str(value).replace("/", "-")
+
+
+def _points(axes: list[Axis], labels: Mapping[str, list[Any]], folder: Path) -> Iterator[Point]:
+    fields = [field for axis in axes for field in axis.fields]
+    shown = [field for axis in axes for field in axis.fields if axis.listed or field in SOURCES]
+    for row in itertools.product(*(range(len(axis.values)) for axis in axes)):
+        values = [value for axis, at in zip(axes, row, strict=True) for value in axis.values[at]]
+        label = {field: labels[field][at] for axis, at in zip(axes, row, strict=True) for field in axis.fields}
+        parts = [_part(field, label[field]) for field in shown]
+        placed = {field: _placed(field, value, folder) for field, value in zip(fields, values, strict=True)}
+        yield Point("/".join(parts), placed, {field: label[field] for field in shown})
+
+
+def _part(field: str, label: Any) -> str:
+    text = str(label).lower() if isinstance(label, bool) else str(label)
+    return text if field in SOURCES else f"{field}={text}"
+
+
+def _placed(field: str, value: Any, folder: Path) -> Any:
+    """The value, with a file that it names made absolute, as seen from `folder`."""
+    if not isinstance(value, str):
+        return value
+    last = field.rpartition(".")[2]
+    if field in SOURCES:
+        is_file = field == "trace" or value.endswith(".toml") or "/" in value or "\\" in value or ".py:" in value
+    else:
+        is_file = last in FILE_FIELDS or (last in FUNCTION_FIELDS and ".py:" in value)
+    return str(folder / value) if is_file else value

@@ -1,0 +1,249 @@
+"""`sweep`: a grid of replays, resumed where it stopped; cells that share a trace share passes over it."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from moetrace import __version__
+from moetrace.batch.cell import Cell, Resolver, Traces
+from moetrace.batch.executors import Farm, dask_farm, local_farm, run_tasks
+from moetrace.batch.folder import Folder
+from moetrace.batch.front import axes_of, cell_frame
+from moetrace.batch.grid import FRONTS, Grid, load_grid
+from moetrace.batch.work import LOGS_BYTES, Outcome, Task, cell_bytes, evaluate, forget, is_kept
+from moetrace.engine.decoded import needs_of
+from moetrace.engine.fingerprint import engine_fingerprint
+from moetrace.spec.errors import UsageError
+from moetrace.trace import Trace
+
+SCHEMA = "moetrace.sweep/1"
+# Tasks a job: enough that all jobs end together, few enough that their cells share passes.
+_TASKS_A_JOB = 6
+_MOST_CELLS = 64
+# An estimate is measured on so many expert ids of each trace, with so many of its cells.
+_SAMPLE_IDS = 200_000
+_SAMPLE_CELLS = 8
+
+
+class Estimate(NamedTuple):
+    """How long the cells that are left will take: `seconds` of one core, from a measured sample of the work."""
+
+    cells: int
+    seconds: float
+    sampled: int
+
+
+@dataclass(repr=False)
+class Sweep:
+    """A sweep, done.
+
+    Attributes:
+        found: by hash, what each finished cell holds: `result`, `costs`, `warnings`.
+        computed, reused: how many different cells were replayed now, and found in the folder.
+        unused: finished cells in the folder that are not of this sweep.
+    """
+
+    grid: Grid
+    listed: list[Cell]
+    found: dict[str, Mapping[str, Any]]
+    computed: int = 0
+    reused: int = 0
+    unused: int = 0
+    _pareto: str = field(default="gpu_memory_bytes")
+
+    def __repr__(self) -> str:
+        return f"<Sweep of {len(self.listed)} cells, {len(self.failed)} failed: .cells is a frame, .results are dicts>"
+
+    @cached_property
+    def cells(self) -> pl.DataFrame:
+        """One row a cell, in the order of the grid: what `cells.parquet` holds."""
+        return cell_frame(self.listed, self.found, self._pareto)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Name of each cell that failed, and why."""
+        return {cell.name: cell.error for cell in self.listed if cell.error is not None}
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Name of each finished cell, and what `summary.json` of its replay would hold."""
+        return {cell.name: self.found[cell.key]["result"] for cell in self.listed if cell.key and cell.error is None}
+
+    @property
+    def warnings(self) -> dict[str, int]:
+        """Sentences about what may not be meant so, and how many cells each is about."""
+        keys = [cell.key for cell in self.listed if cell.key and cell.error is None]
+        return dict(Counter(warning for key in keys for warning in self.found[key]["warnings"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `sweep.json` holds."""
+        cells = []
+        for cell in self.listed:
+            key = cell.key if cell.error is None else None
+            cells.append({"name": cell.name, "cell": key, "error": cell.error} | axes_of(cell))
+        return {
+            "schema": SCHEMA,
+            "moetrace": __version__,
+            "engine": engine_fingerprint(),
+            "pareto": self._pareto,
+            "axes": self.grid.axes,
+            "cells": cells,
+        }
+
+
+class Plan:
+    """A sweep before it runs: its cells, and which of them a folder already has."""
+
+    def __init__(
+        self, source: str | os.PathLike[str] | Mapping[str, Any], folder: Folder | None, pareto: str | None = None
+    ) -> None:
+        """Read the grid, the traces' hashes and every spec. Raises as `load_grid` does."""
+        if pareto is not None and pareto not in FRONTS:
+            raise UsageError(f"pareto wants one of {', '.join(FRONTS)}, got {pareto!r}.")
+        self.grid = load_grid(source)
+        self.pareto = pareto or self.grid.pareto
+        self._traces, self._folder = Traces(), folder
+        resolver = Resolver(self._traces, self.grid.ignore_capacity)
+        self.cells = [resolver.resolve(point) for point in self.grid.points]
+        resolver.check_policy_names(self.grid.points)
+        base = f"{Path.cwd() if isinstance(source, Mapping) else Path(source).absolute().parent}{os.sep}"
+        self._base = base
+        for cell in self.cells:
+            cell.error = self._relative(cell.error)
+        self.found: dict[str, Mapping[str, Any]] = {}
+        for key in dict.fromkeys(cell.key for cell in self.cells if cell.key):
+            if folder is not None and (found := folder.finished(key)) is not None:
+                self.found[key] = found
+        self.reused = len(self.found)
+
+    @property
+    def missing(self) -> list[Cell]:
+        """A cell for each result that is yet to be found."""
+        first = {cell.key: cell for cell in reversed(self.cells) if cell.key and cell.key not in self.found}
+        return [cell for cell in self.cells if cell.key and first.get(cell.key) is cell]
+
+    def by_trace(self) -> dict[str, list[Cell]]:
+        """What is missing, by the path of the trace."""
+        groups: dict[str, list[Cell]] = {}
+        for cell in self.missing:
+            groups.setdefault(cell.point.values["trace"], []).append(cell)
+        return groups
+
+    def tasks(self, jobs: int) -> list[Task]:
+        """Cut what is missing into tasks: cells of one trace, as many as pay off and as memory holds."""
+        tasks = []
+        for path, cells in self.by_trace().items():
+            trace, sha256 = self._traces.get(path)
+            needs = needs_of(cell.policy for cell in cells)
+            room = max(1, LOGS_BYTES // cell_bytes(trace))
+            even = -(-len(cells) // (jobs * (_TASKS_A_JOB if is_kept(trace, needs) else 1)))
+            size = min(room, even, _MOST_CELLS)
+            for first in range(0, len(cells), size):
+                wanted = [
+                    (cell.key, cell.setup, cell.inputs["files"])
+                    for cell in cells[first : first + size]
+                    if cell.key and cell.setup and cell.inputs
+                ]
+                tasks.append(Task(path, sha256, needs, wanted))
+        return tasks
+
+    def run(self, farm: Farm, progress: Callable[[int], None] | None = None) -> Sweep:
+        """Replay what is missing; write each cell as it comes, and in the end the tables."""
+        cells = {cell.key: cell for cell in self.missing}
+        errors: dict[str, str] = {}
+
+        def take(outcomes: list[Outcome]) -> None:
+            for outcome in outcomes:
+                if outcome.found is None:
+                    errors[outcome.key] = outcome.error or "it was lost."
+                    continue
+                self.found[outcome.key] = outcome.found
+                if self._folder is not None:
+                    self._folder.keep(cells[outcome.key], outcome.found)
+            if progress is not None:
+                progress(len(outcomes))
+
+        tasks = self.tasks(farm.jobs)
+        try:
+            if tasks:
+                run_tasks(tasks, farm, take)
+        finally:
+            forget()
+        for cell in self.cells:
+            if cell.key in errors:
+                cell.error = self._relative(errors[cell.key])
+        keys = {cell.key for cell in self.cells if cell.key}
+        unused = self._folder.count_others(keys) if self._folder else 0
+        computed = len(self.found) - self.reused
+        sweep = Sweep(self.grid, self.cells, self.found, computed, self.reused, unused, self.pareto)
+        if self._folder is not None:
+            self._folder.publish(sweep.to_dict(), sweep.cells)
+        return sweep
+
+    def estimate(self) -> Estimate:
+        """Measure how long what is missing will take, on the first steps of each trace with a few of its cells."""
+        seconds, sampled = 0.0, 0
+        for path, cells in self.by_trace().items():
+            setups = list({(cell.policy.name, cell.policy.dispatch): cell.setup for cell in cells}.values())
+            setups = [setup for setup in setups if setup is not None][:_SAMPLE_CELLS]
+            with Trace.open(path) as trace:
+                rows = max(1, _SAMPLE_IDS // (trace.layers * trace.top_k))
+                head = trace.head(int((trace.offset <= rows).sum()) - 1)
+                evaluate(head, setups)  # compiles, and brings the file into memory
+                start = time.perf_counter()
+                evaluate(head, setups)
+                spent = time.perf_counter() - start
+            seconds += spent / len(setups) * len(cells) * trace.rows / head.rows
+            sampled += len(setups)
+        return Estimate(len(self.missing), seconds, sampled)
+
+    def _relative(self, error: str | None) -> str | None:
+        """The sentence with files as seen from beside the sweep: the same wherever that lies."""
+        return None if error is None else error.replace(self._base, "")
+
+
+def sweep(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    jobs: int = 1,
+    dask: str | None = None,
+    pareto: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Sweep:
+    """Replay every cell of a grid.
+
+    Args:
+        source: the path of a sweep's TOML file, or a mapping of the same form (docs/sweep.md).
+        folder: where results are kept, and found again by the next sweep; None keeps nothing.
+        jobs: processes; 1 is this one. Results do not depend on it.
+        dask: address of a Dask scheduler, to run on its workers instead.
+        pareto: what the front sets against latency: `gpu_memory_bytes`, `link_bytes` or `price`.
+        progress: is told how many cells were done since it was last told.
+
+    A cell that fails is in `.failed`, and does not stop the others. Raises UsageError if the grid makes no sense,
+    MoetraceError if the folder cannot be written or workers are killed again and again: finished cells are kept.
+    """
+    if not isinstance(jobs, int) or jobs < 1:
+        raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
+    plan = Plan(source, None if folder is None else Folder(Path(folder)), pareto)
+    with farm_of(jobs, dask) as (farm, _):
+        return plan.run(farm, progress)
+
+
+@contextmanager
+def farm_of(jobs: int, dask: str | None) -> Iterator[tuple[Farm, str | None]]:
+    """Yield where to run, and the link of a dashboard if there is one."""
+    if dask is None:
+        yield local_farm(jobs), None
+    else:
+        with dask_farm(dask) as found:
+            yield found

@@ -1,0 +1,146 @@
+"""What a worker does: cells of one trace in, their figures out; several cells in one pass, the trace decoded once."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from moetrace import __version__
+from moetrace.batch.cell import digest, files_of
+from moetrace.engine.decoded import Decoded, Needs, decoded_bytes
+from moetrace.engine.fingerprint import engine_fingerprint
+from moetrace.engine.run import Run, run_setups
+from moetrace.engine.setup import Setup, weight_bytes_of
+from moetrace.engine.state import LINK_IN, LINK_OUT, STEP
+from moetrace.results import summary
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace import Trace
+
+# A trace that decodes to no more stays in a worker's memory, for all its tasks; a larger one is read in each of them.
+KEEP_BYTES = 256 << 20
+# Logs and states of the cells of one task.
+LOGS_BYTES = 512 << 20
+
+
+class Task(NamedTuple):
+    """Cells that share a trace. The rest says what the worker must find, be it on another machine."""
+
+    trace: str
+    trace_sha256: str
+    needs: Needs
+    cells: list[tuple[str, Setup, dict[str, str]]]  # key, what to replay, digest of each file that it names
+    moetrace: str = __version__
+    engine: str = engine_fingerprint()
+
+
+class Outcome(NamedTuple):
+    """What became of a cell: what its file holds beside the inputs, or a sentence."""
+
+    key: str
+    found: dict[str, Any] | None
+    error: str | None = None
+
+
+def work(task: Task) -> list[Outcome]:
+    """Replay the cells of a task; whatever stops one, or all, is told in a sentence."""
+    try:
+        if (task.moetrace, task.engine) != (__version__, engine_fingerprint()):
+            raise MoetraceError(f"a worker runs another moetrace ({__version__}): install the same on all machines.")
+        for _, setup, digests in task.cells:
+            for field, path in files_of(setup).items():
+                if digest(path) != digests[field]:
+                    raise MoetraceError(f"{path} was changed while the sweep ran, or differs on a worker.")
+        decoded = _decoded.get(task)
+        found = evaluate(decoded, [setup for _, setup, _ in task.cells])
+    except (MoetraceError, OSError) as error:
+        return [Outcome(key, None, _sentence(error)) for key, *_ in task.cells]
+    except MemoryError:
+        return [Outcome(key, None, "there is not enough memory for this.") for key, *_ in task.cells]
+    return [
+        Outcome(key, None, str(each)) if isinstance(each, MoetraceError) else Outcome(key, each)
+        for (key, *_), each in zip(task.cells, found, strict=True)
+    ]
+
+
+def evaluate(trace: Trace | Decoded, setups: Sequence[Setup]) -> list[dict[str, Any] | MoetraceError]:
+    """Replay setups of one policy each over a trace (or `trace.head(n)`) in one pass.
+
+    Returns for each ``result`` (what `summary.json` holds), ``costs`` (`gpu_memory_bytes`, `link_bytes`, `price`) and
+    ``warnings``, or the error that it ended with. Raises MoetraceError if the trace is damaged.
+    """
+    facts = summary.trace_facts(trace if isinstance(trace, Trace) else trace.trace)
+    runs = run_setups(trace, setups)
+    return [
+        run
+        if isinstance(run, MoetraceError)
+        else _figures(run, facts, trace if isinstance(trace, Trace) else trace.trace)
+        for run in runs
+    ]
+
+
+def cell_bytes(trace: Trace) -> int:
+    """How much memory a cell takes while it is replayed: the log of its steps, and its state."""
+    return trace.steps * STEP.itemsize + trace.layers * trace.num_experts * 256
+
+
+def is_kept(trace: Trace, needs: Needs) -> bool:
+    """Whether a worker decodes a trace once for all its tasks."""
+    return decoded_bytes(trace, needs) <= KEEP_BYTES
+
+
+def _figures(run: Run, facts: dict[str, Any], trace: Trace) -> dict[str, Any]:
+    result = summary.summary_dict(run, facts, summary.policy_figures(run))
+    return {"result": result, "costs": _costs(run, trace), "warnings": run.warnings}
+
+
+def _costs(run: Run, trace: Trace) -> dict[str, float | None]:
+    """Bytes of GPU memory for dense weights and slots of the largest expert; bytes over the link; the listed prices."""
+    model, weight_bytes = run.model, weight_bytes_of(trace, run.model)
+    everything = model.moe_layers * model.experts
+    experts_bytes = float(weight_bytes.sum()) if run.slots == everything else run.slots * float(weight_bytes.max())
+    unit = run.lanes[0].log.unit
+    price = run.system.price
+    return {
+        "gpu_memory_bytes": model.moe_layers * model.dense_bytes + model.head_bytes + experts_bytes,
+        "link_bytes": float(unit["bytes"][LINK_IN] + unit["bytes"][LINK_OUT]),
+        "price": float(sum(price.values())) if price else None,
+    }
+
+
+class _LastDecoded:
+    """The trace that a worker decoded last, kept for its next task; threads of a worker wait for one another here."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: tuple[str, str, Needs] | None = None
+        self._decoded: Decoded | None = None
+
+    def get(self, task: Task) -> Decoded:
+        key = (task.trace, task.trace_sha256, task.needs)
+        with self._lock:
+            if self._key != key or self._decoded is None:
+                self._key = self._decoded = None  # before the next takes memory
+                trace = Trace.open(task.trace)
+                if (trace.content_sha256 or trace.hash_content()) != task.trace_sha256:
+                    raise MoetraceError(f"{task.trace} was changed while the sweep ran, or differs on a worker.")
+                self._decoded, self._key = Decoded(trace, task.needs, KEEP_BYTES), key
+                if is_kept(trace, task.needs):
+                    trace.close()
+            return self._decoded
+
+    def forget(self) -> None:
+        with self._lock:
+            self._key = self._decoded = None
+
+
+_decoded = _LastDecoded()
+
+
+def forget() -> None:
+    """Give back the memory of the last trace."""
+    _decoded.forget()
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"the system refused{f' {error.filename}' if error.filename else ''}: {error.strerror}."
+    return str(error)

@@ -1,0 +1,122 @@
+"""A trace ready for the kernels: who is in which step, and blocks decoded once for whatever is replayed over them."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.engine.demand import Demand, demand_of
+from moetrace.engine.lookahead import NextSteps
+from moetrace.engine.replay import Batch
+from moetrace.engine.schedule import Schedule, request_index, schedule_of
+from moetrace.spec.errors import MoetraceError
+from moetrace.spec.policy import PolicySpec
+from moetrace.trace.format import Block, Trace
+from moetrace.trace.schema import BLOCK_BYTES, check_ids
+
+
+class Needs(NamedTuple):
+    """What policies ask of the blocks of a trace, beside who is demanded."""
+
+    ahead_layers: int  # how far `oracle` looks ahead
+    next_steps: bool  # `belady`: when each is demanded next
+    prompts: bool  # `prefill`: which row chose what
+
+
+def needs_of(policies: Iterable[PolicySpec]) -> Needs:
+    """Return what at least one of the policies needs."""
+    found = list(policies)
+    return Needs(
+        max((policy.prefetch_depth for policy in found if policy.prefetch_kind == "oracle"), default=0),
+        any(policy.residency == "belady" for policy in found),
+        any(policy.residency == "prefill" for policy in found),
+    )
+
+
+class Decoded:
+    """A trace, its schedule, and its blocks as batches: decoded anew in each pass, or once and kept.
+
+    What is kept serves any number of passes, from several threads too, and outlives the trace's file.
+    """
+
+    def __init__(self, trace: Trace, needs: Needs, keep_bytes: int = 0):
+        """Read who is in which step; read and keep all else if that takes at most ``keep_bytes`` of memory."""
+        self.trace = trace
+        self.needs = needs
+        self.schedule = schedule_of(trace)
+        self._kept = list(self._decode(None)) if decoded_bytes(trace, needs) <= keep_bytes else None
+
+    def batches(self, pool: Executor | None = None) -> Iterator[tuple[Batch, int]]:
+        """Yield each block ready for the kernels, and its rows; with a pool the next one is made meanwhile."""
+        return self._decode(pool) if self._kept is None else iter(self._kept)
+
+    def _decode(self, pool: Executor | None) -> Iterator[tuple[Batch, int]]:
+        trace, schedule = self.trace, self.schedule
+        next_steps = None
+        if self.needs.next_steps:
+            most = int(np.minimum(schedule.rows * trace.top_k, trace.num_experts).sum()) * trace.layers
+            demands = (_demand(trace, block) for block in trace.blocks())
+            next_steps = NextSteps(demands, trace.layers, trace.num_experts, most)
+
+        def prepare(block: Block) -> tuple[Batch, int]:
+            demand = _demand(trace, block)
+            if next_steps is not None:
+                demand = next_steps.add_to(demand, block.steps, trace.layers)
+            return _batch(block, demand, schedule, self.needs.prompts), int(block.offset[block.steps])
+
+        blocks = trace.blocks(ahead=_ahead_steps(trace, self.needs))
+        if pool is None:
+            yield from map(prepare, blocks)
+            return
+        coming: Future | None = None
+        for block in blocks:
+            ready = coming.result() if coming else None  # one at a time: what looks ahead reads the blocks in order
+            coming = pool.submit(prepare, block)
+            if ready is not None:
+                yield ready
+        if coming is not None:
+            yield coming.result()
+
+
+def decoded_bytes(trace: Trace, needs: Needs) -> int:
+    """Return how much memory the batches of a trace take at most, from the sizes of its steps alone."""
+    rows = np.diff(trace.offset)
+    active = np.minimum(rows * trace.top_k, trace.num_experts) * trace.layers
+    a_choice = 12 if needs.next_steps else 8
+    total = int(active.sum()) * a_choice + 8 * trace.steps * trace.layers + trace.rows
+    ids = trace.rows * trace.layers * trace.top_k
+    if needs.prompts:
+        total += 2 * ids + 8 * trace.rows
+    blocks = ids * (1 if trace.num_experts <= 255 else 2) // BLOCK_BYTES
+    return total + blocks * _ahead_steps(trace, needs) * int(active.max()) * a_choice
+
+
+def _ahead_steps(trace: Trace, needs: Needs) -> int:
+    return -(-needs.ahead_layers // trace.layers)
+
+
+def _demand(trace: Trace, block: Block) -> Demand:
+    demand = demand_of(block.experts, block.offset, trace.num_experts)
+    if demand is None:
+        where = str(trace.path or "trace in memory")
+        check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
+        raise MoetraceError(f"{where}: /experts changed while it was read.")
+    return demand
+
+
+def _batch(block: Block, demand: Demand, schedule: Schedule, with_rows: bool) -> Batch:
+    steps = slice(block.first_step, block.first_step + block.steps)
+    shape = block.experts.shape
+    return Batch(
+        first_step=block.first_step,
+        rows=schedule.rows[steps],
+        kv_tokens=schedule.kv_tokens[steps],
+        phase=schedule.phase[steps].astype(np.int64),
+        prompt_ends=schedule.prompt_ends[steps],
+        demand=demand,
+        offset=np.ascontiguousarray(block.offset, np.int64),
+        experts=block.experts.astype(np.uint16) if with_rows else np.zeros((0, *shape[1:]), np.uint16),
+        request=request_index(schedule.requests, block) if with_rows else np.zeros(0, np.int64),
+        row_phase=np.ascontiguousarray(block.phase, np.uint8),
+    )

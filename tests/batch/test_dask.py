@@ -1,0 +1,54 @@
+"""The same cells on a Dask cluster: the same bytes, also when a worker is killed."""
+
+import socket
+
+import pytest
+from test_sweep import KILLS, files, files_of
+
+import moetrace as mt
+
+distributed = pytest.importorskip("distributed")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("t") / "small.h5"
+    mt.generate(path, "tiny-olmoe", requests=2, prompt=4, output=6)
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_cluster_changes_no_byte(cluster, small, tmp_path):
+    grid = {"trace": small, "policy": ["monde", "edge-ndp"], "slots": [0, 4, 8]}
+    found = mt.sweep(grid, tmp_path / "dask", dask=cluster.scheduler_address)
+    assert (found.computed, found.failed) == (6, {})
+    assert files(tmp_path / "dask") == files_of(grid, tmp_path / "here")
+    assert mt.sweep(grid, tmp_path / "dask", dask=cluster.scheduler_address).reused == 6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_worker_loses_no_cell(cluster, small, tmp_path):
+    (tmp_path / "dies.py").write_text(KILLS.format(flag=str(tmp_path / "flag"), times=1))
+    grid = {"trace": small, "policy": ["monde", str(tmp_path / "dies.py:dies")], "slots": [0, 4]}
+    found = mt.sweep(grid, tmp_path / "dask", dask=cluster.scheduler_address)
+    assert (tmp_path / "flag").exists()
+    assert (found.computed, found.failed) == (4, {})
+    assert files(tmp_path / "dask") == files_of(grid, tmp_path / "here")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_scheduler_is_one_sentence(small):
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(mt.MoetraceError, match="No Dask scheduler answers at") as error:
+            mt.sweep({"trace": small}, dask=address)
+    assert "\n" not in str(error.value)
+    with pytest.raises(mt.MoetraceError, match="No Dask scheduler answers at nonsense"):
+        mt.sweep({"trace": small}, dask="nonsense://x")

@@ -1,0 +1,121 @@
+"""The grid: which lists are axes, which points they span, and what makes no sense."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moetrace.batch.grid import load_grid
+from moetrace.spec import MoetraceError, UsageError
+
+FIELDS = ["model.top_k", "system.ndp.units", "system.link.latency_us", "policy.alpha", "policy.monde.scope"]
+
+
+def names(grid) -> list[str]:
+    return [point.name for point in grid.points]
+
+
+def test_lists_are_axes_and_the_first_changes_slowest(tmp_path):
+    (tmp_path / "s.toml").write_text(
+        'trace = "deep/a.h5"\npolicy = ["monde", "own/mine.py:fast"]\nslots = [8, 16]\n'
+        "[set]\nsystem.gpu.launch_us = 2.5\npolicy.alpha = [0.5]\n"
+    )
+    grid = load_grid(tmp_path / "s.toml")
+    assert names(grid) == [
+        f"a/edge-ndp/{policy}/slots={slots}/policy.alpha=0.5" for policy in ("monde", "fast") for slots in (8, 16)
+    ]
+    assert grid.axes == {"policy": ["monde", "fast"], "slots": [8, 16], "policy.alpha": [0.5]}
+    last = grid.points[-1]
+    assert last.values == {
+        "trace": f"{tmp_path}/deep/a.h5",
+        "system": "edge-ndp",
+        "policy": f"{tmp_path}/own/mine.py:fast",
+        "slots": 16,
+        "system.gpu.launch_us": 2.5,
+        "policy.alpha": 0.5,
+    }
+
+
+def test_zipped_axes_go_together(tmp_path):
+    grid = load_grid(
+        {
+            "slots": [1, 2],
+            "zip": [
+                {"trace": ["a.h5", "b.h5"], "model": ["x.toml", "y.toml"]},
+                {"set": {"system": {"link": {"bandwidth_gb_s": [25, 50], "latency_us": [5, 3]}}}},
+            ],
+            "policy": "monde",
+        }
+    )
+    assert len(grid.points) == 8
+    assert names(grid)[:3] == [
+        "a/x/edge-ndp/monde/slots=1/system.link.bandwidth_gb_s=25/system.link.latency_us=5",
+        "a/x/edge-ndp/monde/slots=1/system.link.bandwidth_gb_s=50/system.link.latency_us=3",
+        "a/x/edge-ndp/monde/slots=2/system.link.bandwidth_gb_s=25/system.link.latency_us=5",
+    ]
+    assert {(p.labels["trace"], p.labels["model"]) for p in grid.points} == {("a", "x"), ("b", "y")}
+
+
+def test_files_of_one_name_are_told_apart():
+    grid = load_grid({"trace": ["one/a.h5", "two/a.h5", "b.h5"], "policy": "monde"})
+    assert [point.labels["trace"] for point in grid.points] == ["one-a.h5", "two-a.h5", "b"]
+
+
+def test_files_of_fields_are_found_beside_the_sweep(tmp_path):
+    (tmp_path / "s.toml").write_text('trace = "a.h5"\n[set]\npolicy.static = ["hot/x.csv", "y.csv"]\n')
+    grid = load_grid(tmp_path / "s.toml")
+    assert grid.axes["policy.static"] == ["x", "y"]
+    assert grid.points[0].values["policy.static"] == str(tmp_path / "hot/x.csv")
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_grid_is_the_product_of_its_axes(data):
+    fields = data.draw(st.lists(st.sampled_from(FIELDS), unique=True))
+    axes = {field: data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True)) for field in fields}
+    grid = load_grid({"trace": "t.h5", "policy": "monde", "set": axes})
+    want = list(itertools.product(*axes.values()))
+    assert [tuple(point.values[field] for field in fields) for point in grid.points] == want
+    assert len(set(names(grid))) == len(want)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "trace is missing"),
+        ({"trace": []}, "trace is an empty list, so there is no cell"),
+        ({"trace": "t.h5", "polices": ["monde"]}, "polices is unknown .the nearest is 'policy'."),
+        ({"trace": "t.h5", "slots": [1, 1]}, "names t/edge-ndp/monde/slots=1 more than once"),
+        ({"trace": "t.h5", "slots": "many"}, "slots wants"),
+        ({"trace": "t.h5", "slots": [-1]}, "slots wants whole numbers from 0, got -1"),
+        ({"trace": 3}, "trace wants"),
+        ({"trace": ["t.h5", ""]}, "a text of 1 to"),
+        ({"trace": "t.h5", "pareto": "cost"}, "pareto wants one of gpu_memory_bytes, link_bytes, price"),
+        ({"trace": "t.h5", "set": {"system.ndp.unit": [1]}}, "system.ndp.unit is no field of a system .*'ndp.units'"),
+        ({"trace": "t.h5", "set": {"sistem": {"ndp": 1}}}, "got 'sistem.ndp' .the nearest is 'system'"),
+        ({"trace": "t.h5", "set": {"policy": {"half_live": 1}}}, "the nearest is 'half_life'"),
+        ({"trace": "t.h5", "set": {"system.name": "a", "system": {"name": "b"}}}, "system.name is given twice"),
+        ({"trace": "t.h5", "set": {"system.name": []}}, "system.name is an empty list"),
+        ({"trace": "t.h5", "zip": [{"slots": [1, 2], "policy": ["monde"]}]}, "zip 1: slots has 2 values and policy 1"),
+        ({"trace": "t.h5", "zip": [{"slots": [1, 2]}]}, "zip 1 wants two axes or more"),
+        ({"trace": "t.h5", "zip": [{"slots": 1, "policy": ["monde"]}]}, "zip 1: slots wants a list"),
+        ({"trace": "t.h5", "zip": [{"slot": [1], "policy": ["monde"]}]}, "slot is unknown .the nearest is 'slots'"),
+        ({"slots": [1], "trace": "t.h5", "zip": [{"slots": [1], "policy": ["monde"]}]}, "slots is given twice"),
+        ({"trace": "t.h5", "slots": list(range(400)), "set": {"system.ndp.units": list(range(400))}}, "320,000 cells"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(given, words):
+    with pytest.raises(UsageError, match=words) as error:
+        load_grid(given)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_sweep(tmp_path):
+    path = tmp_path / "s.toml"
+    for text, words in (("trace =", "not TOML"), ("[[zip]]\nset = 3\n", "set wants a table")):
+        path.write_text(text)
+        with pytest.raises(MoetraceError, match=words):
+            load_grid(path)
+    with pytest.raises(MoetraceError, match="Cannot read"):
+        load_grid(tmp_path / "none.toml")

@@ -1,0 +1,406 @@
+"""Sweeps: each cell is what its replay alone is; nothing finished is lost or repeated, whatever fails."""
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import moetrace as mt
+from moetrace.batch import cell as cell_module
+from moetrace.batch import front, work
+from moetrace.batch import sweep as sweep_module
+from moetrace.engine import decoded as decoded_module
+from moetrace.engine.demand import demand_of
+from moetrace.trace.atomic import AtomicFile
+
+ROOT = Path(__file__).parents[2]
+TINY, MIXTRAL = (str(ROOT / "traces" / f"{name}.h5") for name in ("tiny-olmoe", "mixtral-8x7b-b16"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+    """A trace that takes no time."""
+    path = tmp_path_factory.mktemp("t") / "small.h5"
+    mt.generate(path, "tiny-olmoe", requests=2, prompt=4, output=6)
+    return str(path)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_cells_are_what_their_replays_are(small, tmp_path):
+    grid = {
+        "trace": [small, MIXTRAL],
+        "system": ["edge-ndp", "h100-dimm-ndp"],
+        "policy": ["monde", "edge-ndp"],
+        "slots": [8, 48],
+        "set": {"system": {"ndp": {"units": [4, 8]}}, "policy": {"edge-ndp": {"scope": "global"}}},
+        "ignore_capacity": True,
+    }
+    found = mt.sweep(grid, tmp_path / "out")
+    assert (len(found.cells), found.computed, found.reused, found.failed) == (32, 32, 0, {})
+    for row in found.cells.iter_rows(named=True):
+        alone = mt.replay(
+            small if row["trace"] == "small" else MIXTRAL,
+            system=row["system"],
+            policies=row["policy"],
+            slots=row["slots"],
+            overrides={"system.ndp.units": row["system.ndp.units"]}
+            | ({"policy.scope": "global"} if row["policy"] == "edge-ndp" else {}),
+            ignore_capacity=True,
+        )
+        assert found.results[row["name"]] == json.loads(json.dumps(alone.to_dict()))
+        cell = json.loads((tmp_path / "out" / "cells" / f"{row['cell']}.json").read_text())
+        assert cell["result"] == found.results[row["name"]]
+        assert cell["inputs"]["trace"] == alone.to_dict()["trace"]["sha256"]
+        units = alone.units.filter(pl.col("unit").str.starts_with("link"))
+        assert row["link_bytes"] == pytest.approx(units["bytes"].sum(), rel=1e-12)
+        assert {**row, "speedup": 1.0}.items() >= alone.summary.drop("name").row(0, named=True).items()
+    frame = found.cells.filter(policy="edge-ndp")
+    base = found.cells.filter(policy="monde")
+    assert frame["speedup"].to_list() == pytest.approx((base["total_s"] / frame["total_s"]).to_list())
+    assert pl.read_parquet(tmp_path / "out" / "cells.parquet").equals(found.cells)
+    listed = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert listed == json.loads(json.dumps(found.to_dict()))
+    assert listed["schema"] == "moetrace.sweep/1"
+    assert [one["name"] for one in listed["cells"]] == found.cells["name"].to_list()
+
+
+def test_jobs_change_no_byte_and_nothing_is_done_twice(small, tmp_path):
+    grid = {"trace": [small, MIXTRAL], "policy": ["monde", "on-demand", "edge-ndp"], "slots": [0, 4, 8]}
+    seen = []
+    for jobs in (1, 2, 4):
+        found = mt.sweep(grid, tmp_path / f"{jobs}", jobs=jobs)
+        seen.append(files(tmp_path / f"{jobs}"))
+        assert (found.computed, found.reused) == (18, 0)
+    assert seen[0] == seen[1] == seen[2]
+    again = mt.sweep(grid, tmp_path / "4", jobs=4)
+    assert (again.computed, again.reused) == (0, 18)
+    assert files(tmp_path / "4") == seen[0]
+    more = mt.sweep(grid | {"slots": [4, 8, 9]}, tmp_path / "4")
+    assert (more.computed, more.reused, more.unused) == (6, 12, 6)
+
+
+def test_a_thousand_configurations_decode_their_trace_once(tmp_path, monkeypatch):
+    trace = mt.generate_trace("qwen3-30b-a3b", requests=1, prompt=2, output=2)
+    trace.write(tmp_path / "t.h5")
+    decoded, read = [], []
+    monkeypatch.setattr(decoded_module, "demand_of", lambda *args: decoded.append(args) or demand_of(*args))
+    blocks = mt.Trace.blocks
+    monkeypatch.setattr(mt.Trace, "blocks", lambda *args, **more: read.append(args) or blocks(*args, **more))
+    found = mt.sweep({"trace": str(tmp_path / "t.h5"), "policy": "on-demand", "slots": list(range(1000))})
+    assert (found.computed, len(decoded), len(read)) == (1000, 1, 1)
+
+
+def test_a_trace_too_large_to_keep_is_read_once_a_task(small, monkeypatch):
+    grid = {"trace": small, "policy": ["monde", "belady.toml"], "slots": list(range(6))}
+    whole = mt.sweep(grid | {"policy": "monde"})
+    reads = []
+    blocks = mt.Trace.blocks
+    monkeypatch.setattr(mt.Trace, "blocks", lambda *args, **more: reads.append(args) or blocks(*args, **more))
+    monkeypatch.setattr(work, "KEEP_BYTES", 0)
+    streamed = mt.sweep(grid | {"policy": "monde"})
+    assert len(reads) == 1
+    monkeypatch.setattr(sweep_module, "LOGS_BYTES", 1)
+    one_by_one = mt.sweep(grid | {"policy": "monde"})
+    assert len(reads) == 7
+    assert whole.cells.equals(streamed.cells)
+    assert whole.cells.equals(one_by_one.cells)
+
+
+def test_cells_that_fail_are_named_and_the_others_go_on(small, tmp_path):
+    (tmp_path / "bad.py").write_text(
+        "def bad(state, view, layer, load, plan):\n    if view.step > 3:\n        plan[load.size] = 1\n"
+    )
+    (tmp_path / "s.toml").write_text(
+        f'trace = ["{small}", "none.h5"]\nsystem = ["edge-ndp", "rtx4090-offload"]\npolicy = ["monde", "bad.py:bad"]\n'
+    )
+    found = mt.sweep(tmp_path / "s.toml", tmp_path / "out")
+    assert found.computed == 1
+    assert list(found.results) == ["small/edge-ndp/monde"]
+    assert found.failed["small/edge-ndp/bad"].startswith("Policy bad failed: IndexError")
+    assert "needs NDP units" in found.failed["small/rtx4090-offload/monde"]
+    assert found.failed["none/edge-ndp/monde"] == "there is no file none.h5."
+    frame = pl.read_parquet(tmp_path / "out" / "cells.parquet")
+    assert frame["error"].null_count() == 1
+    assert frame["cell"].null_count() == 7
+    assert str(tmp_path) not in (tmp_path / "out" / "sweep.json").read_text()
+    (tmp_path / "bad.py").write_text("def bad(state, view, layer, load, plan):\n    pass\n")
+    mended = mt.sweep(tmp_path / "s.toml", tmp_path / "out")
+    assert (mended.computed, mended.reused) == (1, 1)
+    assert mt.sweep({"trace": "none.h5"}).cells["pareto"].to_list() == [None, None]
+
+
+def test_every_input_counts(small, tmp_path):
+    """What changes a result changes its name; what does not, does not."""
+    own = "import moetrace\ndef own(state, view, layer, load, plan):\n    pass\n"
+    (tmp_path / "own.py").write_text(own)
+    (tmp_path / "hot.csv").write_text("0,1\n")
+    (tmp_path / "static.toml").write_text('name = "static"\nresidency = "static"\nstatic = "hot.csv"\n')
+    sweep = tmp_path / "s.toml"
+    sweep.write_text(f'trace = "{small}"\npolicy = ["own.py:own", "static.toml"]\nslots = 48\n')
+
+    def redone() -> int:
+        found = mt.sweep(sweep, tmp_path / "out")
+        assert not found.failed
+        return found.computed
+
+    assert redone() == 2
+    assert redone() == 0
+    (tmp_path / "own.py").write_text(own + "# another\n")
+    assert redone() == 1
+    (tmp_path / "hot.csv").write_text("0,2\n")
+    assert redone() == 1
+    with mt.Trace.open(small) as trace:
+        trace.write(tmp_path / "z.h5", compress="zstd")
+    sweep.write_text(sweep.read_text().replace(small, "z.h5"))
+    assert redone() == 0
+    sweep.write_text(sweep.read_text() + "[set]\nsystem.gpu.launch_us = 6.0\n")
+    assert redone() == 2
+
+
+def test_imports_beside_a_policy_count(tmp_path):
+    (tmp_path / "own.py").write_text("from helper import x\nimport numpy\n")
+    before = cell_module.digest(str(tmp_path / "own.py"))
+    (tmp_path / "helper.py").write_text("import own\n")
+    with_helper = cell_module.digest(str(tmp_path / "own.py"))
+    (tmp_path / "helper.py").write_text("import own\nx = 1\n")
+    assert len({before, with_helper, cell_module.digest(str(tmp_path / "own.py"))}) == 3
+
+
+def test_another_engine_or_version_shares_nothing(small, tmp_path, monkeypatch):
+    grid = {"trace": small}
+    assert mt.sweep(grid, tmp_path).computed == 2
+    monkeypatch.setattr(cell_module, "engine_fingerprint", lambda: "another")
+    assert mt.sweep(grid, tmp_path).computed == 2
+    monkeypatch.setattr(cell_module, "__version__", "9")
+    found = mt.sweep(grid, tmp_path)
+    assert (found.computed, found.unused) == (2, 4)
+
+
+def test_a_trace_changed_under_its_hashes_gives_no_stale_result(tmp_path):
+    path = tmp_path / "t.h5"
+    mt.generate(path, "tiny-olmoe", requests=2, prompt=4, output=6)
+    assert mt.sweep({"trace": str(path)}, tmp_path / "out").computed == 2
+    data = bytearray(path.read_bytes())
+    with mt.Trace.open(path) as trace:
+        at = data.find(trace.read("experts", 0, 10).tobytes())
+    data[at], data[at + 1] = data[at + 1], data[at]
+    path.write_bytes(data)
+    found = mt.sweep({"trace": str(path)}, tmp_path / "out")
+    assert (found.computed, found.reused) == (0, 0)
+    assert all("/experts differs from its sha256" in error for error in found.failed.values())
+
+
+def test_a_damaged_cell_is_replayed_again(small, tmp_path):
+    before = mt.sweep({"trace": small}, tmp_path)
+    whole = files(tmp_path)
+    for damage in (b"", b"{}", b"[" * 100_000, b"\xff"):
+        next((tmp_path / "cells").iterdir()).write_bytes(damage)
+        found = mt.sweep({"trace": small}, tmp_path)
+        assert (found.computed, found.reused) == (1, 1)
+        assert files(tmp_path) == whole
+    assert found.cells.equals(before.cells)
+
+
+def test_equal_cells_are_replayed_once(small):
+    found = mt.sweep({"trace": small, "policy": "monde", "slots": [192, 500]})
+    assert (found.computed, len(found.cells)) == (1, 2)
+
+
+KILLS = """
+import os, pathlib
+flag = pathlib.Path({flag!r})
+if {times} > (len(flag.read_text()) if flag.exists() else 0):
+    with flag.open("a") as file:
+        file.write("x")
+    os._exit(9)
+
+def dies(state, view, layer, load, plan):
+    pass
+"""
+
+
+def test_a_killed_worker_loses_no_cell(small, tmp_path):
+    (tmp_path / "dies.py").write_text(KILLS.format(flag=str(tmp_path / "flag"), times=1))
+    grid = {"trace": small, "policy": ["monde", str(tmp_path / "dies.py:dies")], "slots": [0, 1, 2]}
+    found = mt.sweep(grid, tmp_path / "out", jobs=2)
+    assert (tmp_path / "flag").exists()
+    assert (found.computed, found.failed) == (6, {})
+    assert files(tmp_path / "out") == files_of(grid, tmp_path / "alone")
+
+
+def files_of(grid, folder: Path) -> dict[str, bytes]:
+    mt.sweep(grid, folder)
+    return files(folder)
+
+
+def test_workers_killed_again_and_again_are_one_sentence(small, tmp_path):
+    (tmp_path / "dies.py").write_text(KILLS.format(flag=str(tmp_path / "flag"), times=99))
+    grid = {"trace": small, "policy": ["monde", str(tmp_path / "dies.py:dies")]}
+    with pytest.raises(mt.MoetraceError, match="Workers were killed 3 times"):
+        mt.sweep(grid, tmp_path / "out", jobs=2)
+    (tmp_path / "flag").write_text("x" * 99)
+    found = mt.sweep(grid, tmp_path / "out")
+    assert found.computed + found.reused == 2
+
+
+def test_a_killed_sweep_goes_on(small, tmp_path):
+    (tmp_path / "slow.py").write_text(
+        f"import pathlib, time\nif not pathlib.Path({str(tmp_path / 'go')!r}).exists():\n    time.sleep(600)\n"
+        "def slow(state, view, layer, load, plan):\n    pass\n"
+    )
+    (tmp_path / "s.toml").write_text(f'trace = "{small}"\npolicy = ["monde", "slow.py:slow"]\nslots = [1, 2, 3]\n')
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moetrace", "sweep", tmp_path / "s.toml", "-o", tmp_path / "out", "--jobs", "2"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out" / "cells").glob("*.json"))) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    while group_is_alive(process.pid):  # workers follow it
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not (tmp_path / "out" / "sweep.json").exists()
+    (tmp_path / "go").write_text("")
+    found = mt.sweep(tmp_path / "s.toml", tmp_path / "out")
+    assert (found.computed, found.reused) == (3, 3)
+
+
+def group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_ctrl_c_keeps_what_is_finished(small, tmp_path, monkeypatch):
+    grid = {"trace": small, "policy": ["monde", "edge-ndp"], "slots": list(range(6))}
+    taken = []
+
+    def interrupted(count: int) -> None:
+        taken.append(count)
+        if len(taken) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        mt.sweep(grid, tmp_path, progress=interrupted)
+    done = len(list((tmp_path / "cells").iterdir()))
+    assert done == sum(taken)
+    assert mt.sweep(grid, tmp_path).reused == done
+
+
+def test_a_full_disk_keeps_what_is_finished(small, tmp_path, monkeypatch):
+    grid = {"trace": small, "slots": list(range(6))}
+    written, write = [], AtomicFile.write
+
+    def full(self, data):
+        if ".json" in str(self._path):
+            written.append(1)
+        if len(written) > 4:
+            self.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, data)
+
+    with monkeypatch.context() as patch, pytest.raises(mt.MoetraceError, match="No space left on device"):
+        patch.setattr(AtomicFile, "write", full)
+        mt.sweep(grid, tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 4
+    assert mt.sweep(grid, tmp_path).reused == 4
+
+
+def test_a_script_without_a_main_guard_does_not_start_itself_again(small, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import moetrace as mt\nprint('once', mt.sweep({{'trace': {small!r}}}, jobs=2).computed)\n")
+    run = subprocess.run(
+        [sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (run.stdout, run.stderr) == ("once 2\n", "")
+
+
+def test_evaluate_needs_no_folder_and_takes_a_part_of_a_trace():
+    from moetrace.engine.setup import Setup
+    from moetrace.spec import load_model, load_policy, load_system
+
+    setup = Setup(model=load_model("tiny-olmoe"), system=load_system("edge-ndp"), policies=[load_policy("monde")])
+    with mt.Trace.open(TINY) as trace:
+        (first,) = work.evaluate(trace.head(100), [setup])
+        (whole,) = work.evaluate(trace, [setup])
+    assert isinstance(first, dict)
+    assert isinstance(whole, dict)
+    assert first["result"]["trace"]["steps"] == 100
+    assert first["result"]["policies"][0]["total_s"] < whole["result"]["policies"][0]["total_s"]
+
+
+def test_the_front_against_a_slow_oracle(small):
+    frame = mt.sweep({"trace": [small, MIXTRAL], "slots": [0, 4, 8, 32, 64], "set": {"system.ndp.units": [4, 6]}}).cells
+    for cost in ("gpu_memory_bytes", "link_bytes"):
+        marks = front._front(frame, cost).to_list()
+        rows = list(frame.select("trace", "total_s", cost).iter_rows())
+        for (trace, seconds, spent), mark in zip(rows, marks, strict=True):
+            beaten = any(t == trace and s <= seconds and c <= spent and (s < seconds or c < spent) for t, s, c in rows)
+            assert mark is not beaten
+
+
+def test_prices_are_the_sum_of_what_a_system_lists(small):
+    grid = {"trace": small, "policy": "monde", "set": {"system.price.gpu": [1000, 1200], "system.price.dimms": 300}}
+    frame = mt.sweep(grid, pareto="price").cells
+    assert frame["price"].to_list() == [1300.0, 1500.0]
+    assert frame["pareto"].to_list() == [True, False]
+    assert mt.sweep({"trace": small}, pareto="price").cells["pareto"].to_list() == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"jobs": 0}, "jobs is 0"), ({"pareto": "cost"}, "pareto wants one of"), ({"jobs": None}, "jobs is None")],
+)
+def test_refused_options(options, words):
+    with pytest.raises(mt.UsageError, match=words):
+        mt.sweep({"trace": TINY}, **options)
+
+
+def test_an_unknown_policy_of_a_field_is_named(small):
+    with pytest.raises(mt.UsageError, match=r"no policy of the sweep is called 'edge' .the nearest is 'edge-ndp'"):
+        mt.sweep({"trace": small, "set": {"policy.edge.scope": "global"}})
+
+
+def test_a_read_only_folder_is_one_sentence(small, tmp_path, monkeypatch):
+    if os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+        with pytest.raises(mt.MoetraceError, match="could not be written: Permission denied"):
+            mt.sweep({"trace": small}, tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(mt.UsageError, match="is a file, but a sweep is written into a folder"):
+        mt.sweep({"trace": small}, tmp_path / "file")
+
+    def refused(self, path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(AtomicFile, "__init__", refused)
+    with pytest.raises(mt.MoetraceError, match="could not be written: Read-only file system"):
+        mt.sweep({"trace": small}, tmp_path / "new")
+
+
+def test_tables_are_whole_or_not_there(small, tmp_path):
+    found = mt.sweep({"trace": small}, tmp_path)
+    file = io.BytesIO()
+    found.cells.write_parquet(file)
+    assert pl.read_parquet(file.getvalue()).columns == pl.read_parquet(tmp_path / "cells.parquet").columns
+    assert found.cells.columns[:8] == ["name", "cell", "trace", "model", "system", "policy", "slots", "error"]
+    assert found.cells.columns[-4:] == ["gpu_memory_bytes", "link_bytes", "price", "pareto"]
