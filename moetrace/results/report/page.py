@@ -43,7 +43,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; list-style: none; ma
 .card .big { font-size: 1.9rem; font-weight: 650; line-height: 1.2; margin: .15rem 0 .5rem; }
 .badge { color: var(--best); border: 1px solid currentColor; border-radius: 99px; font-size: .78rem; padding: 0 .55rem;
   font-weight: 600; margin-left: .5rem; white-space: nowrap; }
-dl { display: grid; grid-template-columns: fit-content(65%) minmax(0, 1fr); gap: .15rem 1rem; margin: 0; }
+dl { display: grid; grid-template-columns: minmax(0, 1fr) fit-content(60%); gap: .15rem .6rem; margin: 0; }
 dt { color: var(--soft); }
 dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 dl.facts { grid-template-columns: minmax(7rem, max-content) 1fr; justify-content: start; max-width: 75ch; }
