@@ -76,7 +76,7 @@ def _card(policy: PolicyFigures, fastest: bool) -> str:
         ("Speed-up", "–" if policy.speedup is None else f"{policy.speedup:.2f}×"),
         ("TTFT, median", page.seconds(policy.ttft_s.p50)),
         ("TPOT, median", page.seconds(policy.tpot_s.p50)),
-        ("Over the work bound", page.percent(_over(policy.total_s, policy.work_bound_s))),
+        ("Over work bound", page.percent(_over(policy.total_s, policy.work_bound_s))),
         ("Over clairvoyant", page.percent(_over(policy.total_s, policy.clairvoyant_s))),
         ("Hits", page.percent(policy.hit_rate)),
     ]
