@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moetrace.batch.sweep import Sweep, sweep
     from moetrace.engine.plugin import policy
     from moetrace.results import Result, replay
+    from moetrace.results.report import report
     from moetrace.spec import (
         Model,
         MoetraceError,
@@ -72,6 +73,7 @@ __all__ = [
     "prefetch_value",
     "rebatch",
     "replay",
+    "report",
     "save_profile",
     "search",
     "sweep",
@@ -90,6 +92,7 @@ _HOMES = {
     "moetrace.batch.sweep": ("Sweep", "sweep"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
+    "moetrace.results.report": ("report",),
     "moetrace.spec": (
         "Model",
         "MoetraceError",

@@ -29,7 +29,7 @@ def result():
     return mt.replay(mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2), policies="edge-ndp")
 
 
-@pytest.mark.parametrize("table", ["steps", "units", "layers", "requests"])
+@pytest.mark.parametrize("table", ["steps", "units", "layers", "requests", "experts"])
 def test_columns_are_explained(result, table):
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     section = page.partition(f"## {table}.parquet")[2].partition("\n## ")[0]

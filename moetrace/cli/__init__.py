@@ -26,6 +26,7 @@ COMMANDS = {
     "list": "List the preset models, systems or policies.",
     "rebatch": "Recombine the requests of traces into larger batches.",
     "replay": "Replay a trace through policies on a described machine.",
+    "report": "Make one HTML page of a result.",
     "show": "Print a resolved spec and what follows from it.",
     "sweep": "Replay a grid of traces, systems, policies and settings.",
 }

@@ -19,6 +19,13 @@ class Demand(NamedTuple):
     next_step: np.ndarray  # int32 [n]: step of its next demand, -1 = none; or [0] where no policy looks ahead
 
 
+class Popularity(NamedTuple):
+    """How much each expert was wanted in a whole trace, whatever the policy."""
+
+    rows: np.ndarray  # int64 [L, E]: rows that chose it
+    steps: np.ndarray  # int64 [L, E]: steps in which it was active
+
+
 FEW = 24  # ids of a step and layer up to which sorting by insertion is the faster way
 
 
@@ -34,6 +41,22 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> Dema
     if not _gather(experts, offset, num_experts, start, expert, count):
         return None
     return Demand(start, expert[: start[-1]], count[: start[-1]], np.zeros(0, np.int32))
+
+
+def new_popularity(layers: int, num_experts: int) -> Popularity:
+    """Return counts of nothing yet."""
+    return Popularity(np.zeros((layers, num_experts), np.int64), np.zeros((layers, num_experts), np.int64))
+
+
+@kernel
+def count_experts(demand, popularity):
+    """Add a block's demand to the counts: 1 ns an active expert, once for all policies."""
+    layers = popularity.rows.shape[0]
+    for i in range(demand.start.size - 1):
+        rows, steps = popularity.rows[i % layers], popularity.steps[i % layers]
+        for j in range(demand.start[i], demand.start[i + 1]):
+            rows[demand.expert[j]] += demand.rows[j]
+            steps[demand.expert[j]] += 1
 
 
 @kernel(inline=False)

@@ -11,6 +11,7 @@ import numpy as np
 from moetrace.engine.bounds import clairvoyant_batch, work_bound_s
 from moetrace.engine.cost import Machine, machine_of
 from moetrace.engine.decoded import Decoded, needs_of
+from moetrace.engine.demand import Popularity, count_experts, new_popularity
 from moetrace.engine.dispatch import DISPATCH
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import load_hook
@@ -84,12 +85,13 @@ class Lane:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished replay: the schedule of the trace, and one lane a policy."""
+    """A finished replay: the schedule of the trace and how popular experts were in it, and one lane a policy."""
 
     model: Model
     system: System
     slots: int
     schedule: Schedule
+    popularity: Popularity
     lanes: list[Lane]
     work_bound_s: float
     warnings: list[str]
@@ -106,13 +108,14 @@ class _Underway:
     bound_s: float = 0.0
     error: MoetraceError | None = None
 
-    def end(self, schedule: Schedule) -> Run | MoetraceError:
+    def end(self, schedule: Schedule, popularity: Popularity) -> Run | MoetraceError:
         """Close the books of a setup that came through; else return why it did not."""
         if self.error is not None:
             return self.error
         for lane in self.lanes:
             lane.finish()
-        return Run(self.setup.model, self.setup.system, self.slots, schedule, self.lanes, self.bound_s, self.warnings)
+        model, system = self.setup.model, self.setup.system
+        return Run(model, system, self.slots, schedule, popularity, self.lanes, self.bound_s, self.warnings)
 
 
 def run(
@@ -170,8 +173,8 @@ def run_setups(
         one if isinstance(one, MoetraceError) else _attempt(_begin, trace, setup, *one)
         for setup, one in zip(setups, checked, strict=True)
     ]
-    _pass(trace, [one for one in begun if isinstance(one, _Underway)], jobs, progress)
-    return [one if isinstance(one, MoetraceError) else one.end(trace.schedule) for one in begun]
+    popularity = _pass(trace, [one for one in begun if isinstance(one, _Underway)], jobs, progress)
+    return [one if isinstance(one, MoetraceError) else one.end(trace.schedule, popularity) for one in begun]
 
 
 def _trace_of(trace: Trace | Decoded) -> Trace:
@@ -191,15 +194,19 @@ def _begin(decoded: Decoded, setup: Setup, slots: int, warnings: list[str]) -> _
     return _Underway(setup, slots, lanes, warnings)
 
 
-def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Callable[[int], None] | None) -> None:
+def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Callable[[int], None] | None) -> Popularity:
+    """Replay every block in every lane; return how much each expert was wanted."""
+    popularity = new_popularity(decoded.trace.layers, decoded.trace.num_experts)
     with ThreadPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
         for batch, rows in decoded.batches(pool):
             underway = [one for one in underway if one.error is None]
             if not underway:
-                return
+                break
+            count_experts(batch.demand, popularity)
             _each(pool, underway, batch)
             if progress is not None:
                 progress(rows)
+    return popularity
 
 
 def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> None:

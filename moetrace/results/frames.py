@@ -1,4 +1,4 @@
-"""The log of a replay as Polars frames: a row for each policy and step, unit, layer or request.
+"""The log of a replay as Polars frames: a row for each policy and step, unit, layer or request, or for each expert.
 
 Columns are those of the files that `moetrace replay -o` writes; what is undefined is null, never NaN.
 """
@@ -63,6 +63,19 @@ def unit_frame(run: Run) -> pl.DataFrame:
 def layer_frame(run: Run) -> pl.DataFrame:
     """Return the figures of each MoE layer, summed over the steps; `layer` counts from 0, as in a policy's files."""
     return pl.concat([_layers_of(lane) for lane in run.lanes])
+
+
+def expert_frame(run: Run) -> pl.DataFrame:
+    """Return how much each expert was wanted: rows that chose it, steps in which any did; the same for all policies."""
+    layers, experts = run.popularity.rows.shape
+    return pl.DataFrame(
+        {
+            "layer": np.repeat(np.arange(layers), experts),
+            "expert": np.tile(np.arange(experts), layers),
+            "rows": run.popularity.rows.ravel(),
+            "steps": run.popularity.steps.ravel(),
+        }
+    )
 
 
 def request_frame(run: Run) -> pl.DataFrame:

@@ -46,14 +46,14 @@ vegaEmbed("#chart", spec, {renderer: "svg", actions: false});
 """
 
 
-def check_can_plot() -> None:
-    """Raise a MoetraceError unless what draws is installed."""
+def check_can_plot(what: str = "--plot") -> None:
+    """Raise a MoetraceError, `what` needs it, unless what draws is installed."""
     try:
         import altair
         import vl_convert
     except ImportError as missing:
         raise MoetraceError(
-            f"--plot needs {missing.name}, which is not installed: python -m pip install 'moetrace[report]'."
+            f"{what} needs {missing.name}, which is not installed: python -m pip install 'moetrace[report]'."
         ) from None
     del altair, vl_convert
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FunctionType
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import msgspec
 import polars as pl
@@ -22,6 +22,9 @@ from moetrace.spec.load import nearest
 from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
 from moetrace.trace.opening import opened
+
+if TYPE_CHECKING:
+    from moetrace.results.plot import Plots
 
 DEFAULT_SYSTEM = "edge-ndp"
 DEFAULT_POLICIES = ("monde", "edge-ndp")
@@ -45,7 +48,7 @@ class Result:
 
     def __repr__(self) -> str:
         names = ", ".join(lane.policy.name for lane in self.run.lanes)
-        return f"<Result of {names}: .summary, .steps, .units, .layers, .requests are frames>"
+        return f"<Result of {names}: .summary, .steps, .units, .layers, .requests, .experts are frames>"
 
     @cached_property
     def summary(self) -> pl.DataFrame:
@@ -72,6 +75,18 @@ class Result:
         """One row a policy and request."""
         return frames.request_frame(self.run)
 
+    @cached_property
+    def experts(self) -> pl.DataFrame:
+        """One row a MoE layer and expert, whatever the policy: how much it was wanted."""
+        return frames.expert_frame(self.run)
+
+    @property
+    def plot(self) -> "Plots":
+        """Charts for a notebook: `result.plot.latency()` and others, of Altair (the extra `report`)."""
+        from moetrace.results.plot import Plots
+
+        return Plots(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what `summary.json` holds (schema `moetrace.result/1`)."""
         return summary.summary_dict(self.run, self._trace, self._policies)
@@ -87,7 +102,7 @@ class Result:
 
     def write_into(self, folder: Path) -> None:
         """Write the files into an existing folder, one after another."""
-        tables = {"units": self.units, "layers": self.layers, "requests": self.requests}
+        tables = {"units": self.units, "layers": self.layers, "requests": self.requests, "experts": self.experts}
         write.write_files(folder, self.to_dict(), lambda: frames.step_slices(self.run), tables)
 
     @cached_property

@@ -10,7 +10,7 @@ from moetrace import __version__
 from moetrace.engine.fingerprint import engine_fingerprint
 from moetrace.engine.run import Lane, Run
 from moetrace.results.frames import request_times, total_s, unit_frame
-from moetrace.spec import canonical
+from moetrace.spec import PolicySpec, canonical
 from moetrace.trace import Trace
 from moetrace.trace.schema import DECODE, MIXED, PREFILL
 
@@ -60,6 +60,11 @@ def policy_figures(run: Run) -> list[dict[str, Any]]:
     for each in figures:
         each["speedup"] = _ratio(figures[0]["total_s"], each["total_s"])
     return figures
+
+
+def choices_of(policy: PolicySpec) -> dict[str, Any]:
+    """Return what a policy chose, with the parameters that apply."""
+    return {field: value for field, value in canonical(policy).items() if field not in ("name", *policy.unread)}
 
 
 def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
@@ -118,11 +123,7 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> dict[str, Any]:
         "speedup": None,  # against the first policy
         "used": int(lane.log.tally["used"][0]),
         "optimal_fallbacks": int(lane.log.fallbacks[0]),
-        "choices": {
-            field: value
-            for field, value in canonical(lane.policy).items()
-            if field != "name" and field not in lane.policy.unread
-        },
+        "choices": choices_of(lane.policy),
     }
 
 

@@ -13,7 +13,7 @@ import moetrace as mt
 from moetrace.results import frames, write
 
 TRACE = Path(__file__).parents[2] / "traces" / "tiny-olmoe.h5"
-FILES = ["layers.parquet", "requests.parquet", "steps.parquet", "summary.json", "units.parquet"]
+FILES = ["experts.parquet", "layers.parquet", "requests.parquet", "steps.parquet", "summary.json", "units.parquet"]
 POLICIES = ["monde", "edge-ndp", "on-demand", "ndp-tp"]
 
 
@@ -38,7 +38,7 @@ def test_files_hold_the_frames(result, tmp_path):
     result.write(tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
     assert names(folder) == FILES
-    for name in ("steps", "units", "layers", "requests"):
+    for name in ("steps", "units", "layers", "requests", "experts"):
         assert pl.read_parquet(folder / f"{name}.parquet").equals(getattr(result, name)), name
     text = (folder / "summary.json").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=no_constant) == result.to_dict()

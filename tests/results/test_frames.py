@@ -18,6 +18,7 @@ STEPS = """policy step phase rows start_s duration_s dense_s moe_s head_s wait_s
     prefetch_bytes late imbalance"""
 UNITS = "policy unit busy_s utilization experts rows bytes"
 LAYERS = "policy layer dense_s moe_s hits misses imbalance gpu_experts ndp_experts demand_bytes"
+EXPERTS = "layer expert rows steps"
 REQUESTS = "policy request prompt_rows output_rows ttft_s tpot_s e2e_s"
 
 
@@ -64,6 +65,25 @@ def test_columns_are_those_of_the_contract(by_hand):
     assert by_hand.units.columns == UNITS.split()
     assert by_hand.layers.columns == LAYERS.split()
     assert by_hand.requests.columns == REQUESTS.split()
+    assert by_hand.experts.columns == EXPERTS.split()
+
+
+def test_experts_count_rows_and_steps_once_for_all_policies():
+    trace = mt.generate_trace("tiny-olmoe", requests=5, prompt=7, output=9, batch=3)
+    found = mt.replay(trace, policies=["ndp-ep", "monde"]).experts
+    rows, steps = np.zeros((6, 32), int), np.zeros((6, 32), int)
+    chosen = np.concatenate([block.experts for block in trace.blocks()])
+    for begin, end in zip(trace.offset[:-1], trace.offset[1:], strict=True):
+        for layer in range(6):
+            ids = chosen[begin:end, layer].ravel().tolist()
+            for expert in ids:
+                rows[layer, expert] += 1
+            for expert in set(ids):
+                steps[layer, expert] += 1
+    assert found["layer"].to_list() == [layer for layer in range(6) for _ in range(32)]
+    assert found["expert"].to_list() == list(range(32)) * 6
+    assert found["rows"].to_list() == rows.ravel().tolist()
+    assert found["steps"].to_list() == steps.ravel().tolist()
 
 
 def test_steps_and_requests_by_hand(by_hand):

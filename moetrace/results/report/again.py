@@ -1,0 +1,123 @@
+"""How a replay is run again: a command and the TOML files that it needs, from `summary.json` alone, without paths."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from moetrace.results.replayed import Summary
+from moetrace.results.summary import choices_of
+from moetrace.spec import (
+    Model,
+    MoetraceError,
+    System,
+    UsageError,
+    canonical,
+    check_fits,
+    list_presets,
+    load_model,
+    load_policy,
+    load_system,
+)
+from moetrace.spec.errors import printable
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+_FILES = ("static", "loads")  # choices of a policy that name a file
+
+
+class Again(NamedTuple):
+    """A command line, the files that it names (name -> content), and what else is needed."""
+
+    command: str
+    files: dict[str, str]
+    notes: list[str]
+
+
+def again(summary: Summary) -> Again:
+    """Say how to run this replay again; what equals a preset is named, the rest comes as TOML."""
+    files: dict[str, str] = {}
+    notes = [f"TRACE.h5 stands for the trace{_hash(summary)}."]
+    words = ["moetrace", "replay", "TRACE.h5"]
+    words += ["--model", _named_or_file("model", summary.model, files)]
+    words += ["--system", _named_or_file("system", summary.system, files)]
+    for number, policy in enumerate(summary.policies, start=1):
+        if _is_preset_policy(policy.name, policy.choices):
+            words += ["--policy", policy.name]
+            continue
+        name = f"policy-{number}.toml"
+        files[name] = toml({"name": policy.name} | policy.choices)
+        words += ["--policy", name]
+        needed = [str(policy.choices[key]) for key in _FILES if policy.choices.get(key)]
+        own = [str(value).partition(":")[0] for value in policy.choices.values() if ".py:" in str(value)]
+        if needed or own:
+            named = ", ".join(map(printable, dict.fromkeys(needed + own)))
+            notes.append(f"{printable(policy.name)} also needs {named}, which is not in a result, beside {name}.")
+    words += ["--slots", str(summary.slots), *(["--ignore-capacity"] if _overflows(summary) else []), "-o", "results"]
+    return Again(" ".join(shlex.quote(printable(word)) for word in words), files, notes)
+
+
+def toml(values: Mapping[str, Any]) -> str:
+    """Return plain values as TOML: first what is flat, then a table for each mapping; None is left out."""
+    flat = {key: value for key, value in values.items() if value is not None and not isinstance(value, dict)}
+    lines = [f"{_key(key)} = {_value(value)}" for key, value in flat.items()]
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{_key(key)}]"]
+            lines += [f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _hash(summary: Summary) -> str:
+    sha256 = summary.trace.sha256
+    return f", whose content has the SHA-256 {printable(sha256)}" if sha256 else ""
+
+
+def _overflows(summary: Summary) -> bool:
+    """Whether the experts do not fit the units, as far as the specs say."""
+    try:
+        model, system = msgspec.convert(summary.model, Model), msgspec.convert(summary.system, System)
+        check_fits(model, system, model.expert_bytes())
+    except UsageError:
+        return True
+    except (msgspec.ValidationError, MoetraceError, ArithmeticError):
+        return False
+    return False
+
+
+def _named_or_file(kind: str, values: dict[str, Any], files: dict[str, str]) -> str:
+    """Return the preset that has these values, or a TOML file's name, which joins `files`."""
+    name = str(values.get("name"))
+    load = load_model if kind == "model" else load_system
+    if name in list_presets(f"{kind}s") and canonical(load(name)) == values:
+        return name
+    files[f"{kind}.toml"] = toml(values)
+    return f"{kind}.toml"
+
+
+def _is_preset_policy(name: str, choices: dict[str, Any]) -> bool:
+    try:
+        return name in list_presets("policies") and choices_of(load_policy(name)) == choices
+    except MoetraceError:
+        return False
+
+
+def _key(key: str) -> str:
+    return key if _BARE.fullmatch(key) else _text(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_value(each) for each in value if each is not None) + "]"
+    return repr(value) if isinstance(value, int | float) else _text(str(value))
+
+
+def _text(text: str) -> str:
+    """A basic string: JSON's, but for a character that TOML wants escaped and JSON does not."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

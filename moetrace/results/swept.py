@@ -1,0 +1,92 @@
+"""What the report of a sweep is made from: `sweep.json` and `cells.parquet`, as a stranger's folder holds them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import polars as pl
+
+from moetrace.results.replayed import read_json, scan, whole_frame
+from moetrace.spec.errors import MoetraceError, printable
+
+_ALWAYS = ("trace", "model", "system", "policy", "slots")
+
+
+class _Sweep(msgspec.Struct):
+    schema: str
+    moetrace: str
+    axes: dict[str, Any]
+    cells: list[dict[str, Any]]
+    pareto: str = "gpu_memory_bytes"
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep to be drawn.
+
+    Attributes:
+        moetrace: version.
+        axes: columns that differ between cells.
+        pareto: the column that the front weighs against time.
+        cells: a row for each, in the sweep's order; `relative` is its time over that of the fastest cell of its trace.
+    """
+
+    moetrace: str
+    axes: list[str]
+    pareto: str
+    cells: pl.DataFrame
+
+    @property
+    def done(self) -> pl.DataFrame:
+        """The cells that have a result."""
+        return self.cells.drop_nulls("total_s")
+
+
+def read_swept(folder: Path) -> Swept:
+    """Read what `moetrace sweep -o` left in a folder.
+
+    Raises MoetraceError (file, column) if a file cannot be read or is not what moetrace writes.
+    """
+    about = read_json(folder / "sweep.json", _Sweep)
+    if about.schema != "moetrace.sweep/1":
+        raise MoetraceError(
+            f"{folder / 'sweep.json'} has schema {printable(about.schema)!r}, but this moetrace reads "
+            "moetrace.sweep/1: sweep again."
+        )
+    path = folder / "cells.parquet"
+    cells = whole_frame(path, {"name": pl.String, "total_s": pl.Float64} | _others(path, about.axes))
+    if cells is None:
+        raise MoetraceError(f"{folder} has no cells.parquet: run the sweep again, which keeps finished cells.")
+    if cells.is_empty():
+        raise MoetraceError(f"{path} has no cells.")
+    axes = [axis for axis in dict.fromkeys((*_ALWAYS, *about.axes)) if axis in cells.columns]
+    by_trace = ["trace"] if "trace" in cells.columns else []
+    fastest = pl.col("total_s").min().over(by_trace) if by_trace else pl.col("total_s").min()
+    cells = cells.with_columns((pl.col("total_s") / fastest).fill_nan(None).alias("relative"))
+    return Swept(about.moetrace, [axis for axis in axes if cells[axis].n_unique() > 1], about.pareto, cells)
+
+
+def _others(path: Path, axes: dict[str, Any]) -> dict[str, Any]:
+    """Columns that need not be there, as they are: axes, and what a table or the front shows."""
+    frame = scan(path, {})
+    if frame is None:
+        return {}
+    plain = {
+        name: pl.Int64 if kind.is_integer() else pl.Float64 if kind.is_numeric() else kind
+        for name, kind in pl.scan_parquet(path, glob=False).collect_schema().items()
+        if kind in (pl.String, pl.Boolean) or kind.is_numeric()
+    }
+    figures = (
+        "error",
+        "pareto",
+        "gpu_memory_bytes",
+        "link_bytes",
+        "price",
+        "speedup",
+        "hit_rate",
+        "ttft_s_p50",
+        "tpot_s_p50",
+    )
+    figures += ("work_bound_s", "clairvoyant_s", "tokens_per_s", "utilization_gpu", "demand_bytes", "prefetch_bytes")
+    return {name: plain[name] for name in (*_ALWAYS, *axes, *figures) if name in plain}

@@ -1,0 +1,313 @@
+"""The report as a file: stands alone, escapes what strangers wrote, says what it could not read; no browser needed."""
+
+import itertools
+import json
+import re
+import shlex
+import tomllib
+from html.parser import HTMLParser
+
+import numpy as np
+import polars as pl
+import pytest
+from sweeps import sweep_folder
+
+import moetrace as mt
+from moetrace.results.replayed import Summary, read_replayed, replayed_of
+from moetrace.results.report.again import again, toml
+from moetrace.results.report.page import number, seconds
+
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
+HOSTILE = "</script><img src=x onerror=alert(1)>'\"&\x1b[31m"
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Parsed(HTMLParser):
+    """A page as elements: every start tag closed by its own end tag."""
+
+    def __init__(self, page: bytes):
+        super().__init__(convert_charrefs=True)
+        self.open, self.elements, self.scripts, self.text = [], [], [], []
+        self.feed(page.decode())
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        (self.scripts if self.open[-1:] == ["script"] else self.text).append(data)
+
+
+def domains(spec):
+    """All texts that scales of a chart list."""
+    if isinstance(spec, dict):
+        for name, value in spec.items():
+            yield from (value if name == "domain" and isinstance(value, list) else domains(value))
+    elif isinstance(spec, list):
+        for value in spec:
+            yield from domains(value)
+
+
+@pytest.fixture(scope="module")
+def result():
+    trace = mt.generate_trace("tiny-olmoe", requests=6, prompt=8, output=12, batch=3)
+    return mt.replay(trace, policies=["monde", "edge-ndp", "on-demand"], slots=48)
+
+
+@pytest.fixture(scope="module")
+def written(result, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("result")
+    result.write(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy to be spoilt."""
+    for file in written.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def change(folder, **fields):
+    path = folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def parsed(source, tmp_path, **options):
+    mt.report(source, tmp_path / "page.html", **options)
+    return Parsed((tmp_path / "page.html").read_bytes())
+
+
+def check_alone(page):
+    """Nothing is loaded: no address in any attribute but anchors of the page itself, and a policy that forbids it."""
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form", "img")
+        assert "src" not in attributes and "srcset" not in attributes
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("href", "#").startswith("#")
+    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none';") and "http" not in policy
+
+
+def test_stands_alone_and_is_the_same_from_memory_and_folder(result, written, tmp_path):
+    page = parsed(written, tmp_path)
+    check_alone(page)
+    first = (tmp_path / "page.html").read_bytes()
+    mt.report(result, tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_bytes() == first
+    assert str(tmp_path).encode() not in first and len(first) < 2 << 20
+    for name in ("cdn", "jsdelivr", "unpkg", "googleapis"):
+        assert name.encode() not in first
+
+
+def test_is_for_everybody(written, tmp_path):
+    page = parsed(written, tmp_path)
+    tags = [tag for tag, _ in page.elements]
+    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    assert ("html", {"lang": "en"}) in page.elements
+    assert tags.count("h1") == tags.count("main") == tags.count("header") == tags.count("nav") == 1
+    assert "width=device-width" in next(a["content"] for _, a in page.elements if a.get("name") == "viewport")
+    for tag, attributes in page.elements:
+        if tag in ("section", "figure"):
+            assert attributes["aria-labelledby"] in ids
+        if tag == "a":
+            assert attributes["href"][1:] in ids
+        if tag == "th":
+            assert attributes["scope"] in ("row", "col")
+    assert len(ids) == sum("id" in attributes for _, attributes in page.elements)
+    assert tags.count("caption") == tags.count("table") >= 7
+    assert tags.count("figure") == sum(a.get("type") == "application/json" for _, a in page.elements) >= 10
+    levels = [int(tag[1]) for tag in tags if re.fullmatch("h[1-6]", tag)]
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_charts_are_aggregated_and_described(written, tmp_path):
+    page = parsed(written, tmp_path)
+    specs = [json.loads(script) for script in page.scripts if script.startswith("{")]
+    for spec in specs:
+        assert spec["width"] == "container" and spec["description"] and "$schema" not in spec
+        assert spec["background"] == "transparent"
+    assert "monde" in "".join(page.text) and "TTFT" in "".join(page.text)
+
+
+def test_the_size_does_not_grow_with_the_trace(tmp_path):
+    sizes = []
+    for steps in (200, 20_000):
+        trace = mt.Trace.from_arrays(
+            np.random.default_rng(0).integers(0, 32, (steps, 6, 1)).astype(np.uint8),
+            num_experts=32,
+            request=np.arange(steps, dtype=np.int32) // 100,
+            steps=np.ones(steps, np.int64),
+            phase=np.ones(steps, np.uint8),
+        )
+        mt.report(mt.replay(trace, model="tiny-olmoe", policies="ndp-ep"), tmp_path / "page.html")
+        sizes.append((tmp_path / "page.html").stat().st_size)
+    assert sizes[1] < sizes[0] + 20_000
+
+
+def test_what_strangers_wrote_is_text(folder, tmp_path):
+    summary = json.loads((folder / "summary.json").read_text())
+    names = {"monde": HOSTILE}
+    for policy in summary["policies"]:
+        policy["name"] = names.get(policy["name"], policy["name"])
+    summary["model"]["name"] = summary["system"]["name"] = summary["moetrace"] = HOSTILE
+    summary["trace"] |= {"model": HOSTILE, "source": {HOSTILE: HOSTILE, "nested": {"a": 1}}, "sha256": HOSTILE}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for name in ("steps", "units", "layers", "requests"):
+        path = folder / f"{name}.parquet"
+        pl.read_parquet(path).with_columns(pl.col("policy").replace(names)).write_parquet(path)
+    page = parsed(folder, tmp_path)
+    check_alone(page)
+    clean = HOSTILE.replace("\x1b", "\\x1b")
+    assert clean in "".join(page.text)
+    assert b"\x1b" not in (tmp_path / "page.html").read_bytes()
+    specs = [json.loads(script) for script in page.scripts if script.startswith("{")]
+    assert any(
+        clean in json.dumps(spec, ensure_ascii=False).replace('\\"', '"').replace("\\\\", "\\") for spec in specs
+    )
+
+
+def test_a_missing_file_leaves_its_section_out(folder, tmp_path):
+    whole = parsed(folder, tmp_path)
+    for name, section in (("steps", "parts"), ("units", "utilization"), ("layers", "layers"), ("experts", "load")):
+        (folder / f"{name}.parquet").unlink()
+        fewer = parsed(folder, tmp_path)
+        assert section in {a.get("id") for _, a in whole.elements}
+        assert section not in {a.get("id") for _, a in fewer.elements}
+    (folder / "requests.parquet").unlink()
+    check_alone(parsed(folder, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda f: (f / "summary.json").write_text("{"), "not what moetrace writes"),
+        (lambda f: (f / "summary.json").write_bytes(b"\xff"), "not what moetrace writes"),
+        (lambda f: (f / "summary.json").write_text("[" * 100_000), "not what moetrace writes"),
+        (lambda f: change(f, schema="other/9"), "schema 'other/9'"),
+        (lambda f: change(f, policies=[]), "must have policies"),
+        (lambda f: change(f, policies=[{"name": 1}]), r"\$\.policies\[0\]"),
+        (lambda f: change(f, slots="many"), r"\$\.slots"),
+        (lambda f: (f / "steps.parquet").write_bytes(b"PAR1 nothing"), "steps.parquet could not be read"),
+        (lambda f: (f / "units.parquet").write_bytes(b""), "units.parquet could not be read"),
+        (lambda f: pl.DataFrame({"a": [1]}).write_parquet(f / "layers.parquet"), "must have a column policy"),
+        (
+            lambda f: (
+                pl.read_parquet(f / "units.parquet").with_columns(busy_s=pl.lit("x")).write_parquet(f / "units.parquet")
+            ),
+            "a column busy_s of Float64, but there is String",
+        ),
+        (lambda f: (f / "summary.json").unlink(), "neither summary.json nor sweep.json"),
+    ],
+)
+def test_what_is_no_result_is_one_sentence(folder, tmp_path, spoil, said):
+    spoil(folder)
+    with pytest.raises(mt.MoetraceError, match=said) as error:
+        mt.report(folder, tmp_path / "page.html")
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_damage_in_the_middle_of_a_file_is_one_sentence(folder, tmp_path):
+    content = bytearray((folder / "steps.parquet").read_bytes())
+    content[100:400] = bytes(300)
+    (folder / "steps.parquet").write_bytes(content)
+    with pytest.raises(mt.MoetraceError, match=r"steps\.parquet could not be read"):
+        mt.report(folder, tmp_path / "page.html")
+
+
+def test_a_file_may_not_claim_more_than_it_holds(folder, tmp_path):
+    pl.DataFrame({"policy": ["monde"], "unit": ["gpu"], "busy_s": [0.0], "utilization": [0.0]}).select(
+        pl.all().repeat_by(3_000_000).explode()
+    ).write_parquet(folder / "units.parquet")
+    with pytest.raises(mt.MoetraceError, match="claims 3,000,000 rows"):
+        mt.report(folder, tmp_path / "page.html")
+
+
+def test_inputs_are_kept_and_names_are_checked(folder, tmp_path):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for name in ("summary.json", "steps.parquet"):
+        with pytest.raises(mt.UsageError, match="is what is read"):
+            mt.report(folder, folder / name)
+    with pytest.raises(mt.UsageError, match=r"must end with \.html"):
+        mt.report(folder, tmp_path / "page.txt")
+    with pytest.raises(mt.UsageError, match="does not exist"):
+        mt.report(tmp_path / "nowhere", tmp_path / "page.html")
+    with pytest.raises(mt.UsageError, match="is a file"):
+        mt.report(folder / "summary.json", tmp_path / "page.html")
+    with pytest.raises(mt.MoetraceError, match="could not be written"):
+        mt.report(folder, tmp_path / "no" / "page.html")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_how_to_run_it_again_is_true(result, tmp_path, monkeypatch):
+    run = again(replayed_of(result).summary)
+    words = shlex.split(run.command)
+    assert words[:3] == ["moetrace", "replay", "TRACE.h5"] and run.files == {}
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--policy"] == ["monde", "edge-ndp", "on-demand"]
+    assert words[words.index("--slots") + 1] == "48"
+    changes = {"system.ndp.units": 3, "model.top_k": 3, "policy.edge-ndp.scope": "layer"}
+    changed = mt.replay(
+        mt.generate_trace("tiny-olmoe", requests=2, prompt=3, output=3),
+        policies=["edge-ndp", "monde"],
+        overrides=changes,
+        slots=48,
+    )
+    summary = replayed_of(changed).summary
+    run = again(summary)
+    monkeypatch.chdir(tmp_path)
+    for name, content in run.files.items():
+        tomllib.loads(content)
+        (tmp_path / name).write_text(content)
+    words = shlex.split(run.command)
+    trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=3, output=3)
+    same = mt.replay(
+        trace,
+        model=words[words.index("--model") + 1],
+        system=words[words.index("--system") + 1],
+        policies=[words[i + 1] for i, word in enumerate(words) if word == "--policy"],
+        slots=48,
+    )
+    assert replayed_of(same).summary == summary and isinstance(summary, Summary)
+    assert sorted(run.files) == ["model.toml", "policy-1.toml", "system.toml"]
+
+
+def test_toml_is_read_back():
+    values = {"a b": 'x"\\\n\x7f\x00é', "n": 1, "f": 1e300, "t": True, "none": None, "l": [1, "x"], "d": {"k.": -0.5}}
+    assert tomllib.loads(toml(values)) == {key: value for key, value in values.items() if value is not None}
+
+
+def test_numbers_are_for_people():
+    assert [number(v) for v in (None, True, 1234, 0.0, 12.3456, 0.000123456, 1e-9, 123456.7, float("nan"), "x")] == (
+        ["–", "yes", "1,234", "0", "12.35", "0.0001235", "1.000e-09", "123,457", "–", "x"]
+    )
+    assert [seconds(v) for v in (None, 0.0, 2.5e-6, 0.0123, 12.3)] == ["–", "0 µs", "2.500 µs", "12.30 ms", "12.30 s"]
+
+
+def test_a_sweep_has_its_front_and_its_axes(tmp_path):
+    folder = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp", HOSTILE])
+    page = parsed(folder, tmp_path)
+    check_alone(page)
+    ids = {a.get("id") for _, a in page.elements}
+    assert {"best", "failed", "front", "axes", "cells"} <= ids
+    text = "".join(page.text)
+    assert "26 of 27 cells have a result, 1 have none" in text and HOSTILE.replace("\x1b", "\\x1b") in text
+    with pytest.raises(mt.UsageError, match="not of a sweep"):
+        mt.report(folder, tmp_path / "page.html", cache=tmp_path / "cache.json")
+    (folder / "cells.parquet").unlink()
+    with pytest.raises(mt.MoetraceError, match=r"has no cells\.parquet"):
+        mt.report(folder, tmp_path / "page.html")
+
+
+def test_reading_gives_what_was_written(result, written):
+    read, made = read_replayed(written), replayed_of(result)
+    assert read.summary == made.summary
+    assert read.experts is not None and read.experts.equals(made.experts)
