@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,6 +38,9 @@ from moetrace.spec.system import System, check_fits, gpu_slots
 from moetrace.trace.format import Block, Trace
 from moetrace.trace.schema import check_ids
 
+if TYPE_CHECKING:  # importing it compiles the replay once more
+    from moetrace.engine.record import Recording
+
 PREFETCH = {"none": NO_PREFETCH, "prefill": FROM_PROMPT, "online": ONLINE, "oracle": ORACLE}
 
 
@@ -56,11 +59,15 @@ class Lane:
     hooks: tuple[Any, Any]
     own_state: State | None  # of the clairvoyant run; None if the dispatch ignores residency
     clairvoyant_s: float = 0.0
+    recording: "Recording | None" = None  # of the steps of a timeline
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
         try:
-            replay_batch(self.work(batch), *self.hooks)
+            if self.recording is None:
+                replay_batch(self.work(batch), *self.hooks)
+            else:
+                self._replay_and_record(batch, self.recording)
             if self.own_state is not None:
                 own = self.work(batch)._replace(state=self.own_state)
                 self.clairvoyant_s = clairvoyant_batch(own, self.hooks[0], self.clairvoyant_s)
@@ -68,6 +75,13 @@ class Lane:
             raise
         except Exception as error:  # only a user's function can raise
             raise MoetraceError(f"Policy {self.policy.name} failed: {type(error).__name__}: {error}.") from error
+
+    def _replay_and_record(self, batch: Batch, recording: "Recording") -> None:
+        for part, is_recorded in recording.parts(batch, len(self.state.cells)):
+            if is_recorded:
+                recording.record(self.work(part), self.hooks)
+            else:
+                replay_batch(self.work(part), *self.hooks)
 
     def work(self, batch: Batch) -> Work:
         """Return all that the replay of a block takes."""
@@ -105,10 +119,12 @@ def run(
     hooks: Mapping[str, Callable] | None = None,
     jobs: int = 1,
     progress: Callable[[int], None] | None = None,
+    window: range | None = None,
 ) -> Run:
     """Replay a trace through policies in one pass, ``jobs`` threads at a time; ``progress`` is told rows done.
 
-    A policy's dispatch or residency that is a key of ``hooks`` is that function.
+    A policy's dispatch or residency that is a key of ``hooks`` is that function. Of the steps in ``window`` each lane
+    keeps a recording, which changes nothing else.
 
     The figures do not depend on ``jobs``, nor on how the trace is cut into blocks. Raises UsageError if trace, model,
     system and policies do not go together, MoetraceError (file, dataset, row) if an id is wrong.
@@ -122,6 +138,11 @@ def run(
         warnings.append(f"{slots} slots are more than the {fitting} experts that fit the GPU of {system.name}.")
     schedule = schedule_of(trace)
     lanes = [_lane(trace, model, system, policy, weight_bytes, slots, schedule, hooks or {}) for policy in policies]
+    if window is not None:
+        from moetrace.engine.record import Recording
+
+        for lane in lanes:
+            lane.recording = Recording(window.start, window.stop)
     bound_s = 0.0
     with ThreadPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
         for batch, rows in _batches(trace, lanes, schedule, pool):
