@@ -8,17 +8,15 @@ from numba import typeof, types
 
 from moetrace.engine.compile import kernel
 from moetrace.engine.prefetch import HEAD, TAIL
-from moetrace.engine.replay import NO_PREFETCH, ONLINE, ORACLE, SIGNATURE, Batch, Work, replay_steps
+from moetrace.engine.replay import NO_PREFETCH, ONLINE, ORACLE, SIGNATURE, Batch, Work, replay_batch
 from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, Tape, new_tape
 
 
-def record_batch(work, dispatch, residency, tape):
-    """Replay a block of one step like ``replay_batch``, and note it on ``tape``."""
-    replay_steps(work, dispatch, residency, tape)
-
-
-if SIGNATURE is not None:
-    record_batch = kernel(record_batch, signature=types.void(*SIGNATURE.args, typeof(new_tape(1, 1))))
+# The very lines of the replay, compiled for a tape: only there are those that write on it a part of the code.
+if SIGNATURE is None:
+    record_batch = replay_batch
+else:
+    record_batch = kernel(replay_batch.py_func, signature=types.void(*SIGNATURE.args, typeof(new_tape(1, 1))))
 
 
 class Recording:

@@ -269,9 +269,11 @@ def _end_step(step, batch, setting, state, log):
     forget_ended(state.prompts, step, True)
 
 
-@kernel
-def replay_steps(work, dispatch, residency, tape):
-    """Replay a block of steps, noting it on ``tape`` unless that is None; ``replay_batch`` is this without one."""
+def replay_batch(work, dispatch, residency, tape):
+    """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``.
+
+    ``tape`` is None here; `record.py` compiles these lines once more, for one that notes everything down.
+    """
     batch, machine, setting, state, log = work
     layers = state.cells.shape[0]
     head = head_s(machine)
@@ -300,11 +302,6 @@ def replay_steps(work, dispatch, residency, tape):
             _end_step(step, batch, setting, state, log)
         if tape is not None:
             note_head(tape, step, machine, state)
-
-
-def replay_batch(work, dispatch, residency):
-    """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``."""
-    replay_steps(work, dispatch, residency, None)
 
 
 def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int, admit: bool, flat: bool) -> State:
@@ -347,4 +344,4 @@ def _signature() -> Any:
 
 SIGNATURE = None if PURE_PYTHON else _signature()
 if SIGNATURE is not None:
-    replay_batch = kernel(replay_batch, signature=SIGNATURE)
+    replay_batch = kernel(replay_batch, signature=types.void(*SIGNATURE.args, types.none))

@@ -65,7 +65,7 @@ class Lane:
         """Replay a block."""
         try:
             if self.recording is None:
-                replay_batch(self.work(batch), *self.hooks)
+                replay_batch(self.work(batch), *self.hooks, None)
             else:
                 self._replay_and_record(batch, self.recording)
             if self.own_state is not None:
@@ -81,7 +81,7 @@ class Lane:
             if is_recorded:
                 recording.record(self.work(part), self.hooks)
             else:
-                replay_batch(self.work(part), *self.hooks)
+                replay_batch(self.work(part), *self.hooks, None)
 
     def work(self, batch: Batch) -> Work:
         """Return all that the replay of a block takes."""
