@@ -9,8 +9,7 @@ from numba import typeof, types
 from moetrace.engine.compile import kernel
 from moetrace.engine.prefetch import HEAD, TAIL
 from moetrace.engine.replay import NO_PREFETCH, ONLINE, ORACLE, SIGNATURE, Batch, Work, replay_batch
-from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, Tape, new_tape
-
+from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, new_tape
 
 # The very lines of the replay, compiled for a tape: only there are those that write on it a part of the code.
 if SIGNATURE is None:

@@ -13,7 +13,8 @@ from moetrace.engine.cost import head_s
 from moetrace.engine.prefetch import HEAD, TAIL, is_complete, remaining_bytes
 from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT, records
 
-# Kinds of slices. A LAYER is dense and moe together; a WAIT is that of `prefetch_blocks`.
+# Kinds of slices. A layer is dense and moe together; a wait is that of `prefetch_blocks`.
+KINDS = ("layer", "wait", "dense", "expert", "fetch", "prefetch", "activations", "head")
 LAYER, WAIT, DENSE, EXPERT, FETCH, PREFETCH, ACTIVATIONS, HEAD_WORK = range(8)
 NOBODY = -1  # unit of a LAYER and a WAIT
 
@@ -31,8 +32,8 @@ COUNTS_A_LAYER, COUNTS_A_STEP = 4, 3
 class Tape(NamedTuple):
     """What is noted of a step. Times are seconds since the step began.
 
-    Of a SLICE, ``unit`` is a row of the unit log (a group of units is one), ``layer`` and ``expert`` are -1 where there
-    is none, ``resident`` is 1 or 0 for an EXPERT and -1 for others, ``rows`` and ``bytes`` are those of the whole group.
+    Of a SLICE, ``unit`` is a row of the unit log (a group of units is one), ``layer`` and ``expert`` are -1 where
+    there is none, ``resident`` is 1 or 0 for an EXPERT and -1 for others, ``rows`` and ``bytes`` are the whole group's.
     """
 
     slices: Any  # SLICE [n]
@@ -94,6 +95,8 @@ def note_wait(tape, step, machine, state):
     """Before it: write the wait for the queue, with which the step begins."""
     note_count(tape, step, 0.0, state)
     total_bytes = remaining_bytes(state.queue)
+    if total_bytes == 0.0:
+        return
     note_flow(tape, step, total_bytes, 0.0, machine, state)
     tape.clock_s[0] = total_bytes * machine.link_s_per_byte
     note(tape, step, -1, WAIT, NOBODY, 0.0, tape.clock_s[0], 0.0, -1)

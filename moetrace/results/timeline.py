@@ -4,52 +4,20 @@ It is not a drawing of the timing model but a recording of it: the replay itself
 with it (`moetrace.engine.tape`).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import SupportsIndex
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
-from moetrace.engine.record import Recording
 from moetrace.engine.run import Lane, Run
 from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT
-from moetrace.engine.tape import ACTIVATIONS, DENSE, EXPERT, FETCH, HEAD_WORK, LAYER, PREFETCH, WAIT
+from moetrace.engine.tape import KINDS
 from moetrace.results.frames import SLICE_STEPS
 from moetrace.spec.errors import UsageError
 
-FIRST_STEPS = 16  # of a timeline without a window
-KINDS = ("layer", "wait", "dense", "expert", "fetch", "prefetch", "activations", "head", "step")
-STEP = KINDS.index("step")
-assert (LAYER, WAIT, DENSE, EXPERT, FETCH, PREFETCH, ACTIVATIONS, HEAD_WORK) == tuple(range(STEP))
-
-Window = bool | slice | Sequence[SupportsIndex | None]
-
-
-def window_of(timeline: Window, steps: int, warnings: list[str]) -> range | None:
-    """Return the steps that a timeline covers, of a trace of so many; None for none. `True` is the first ones.
-
-    A window is `(A, B)` or `slice(A, B)`, from A up to B without it, as in Python: None is an end of the trace, and what
-    is negative counts from its end. Raises UsageError if it is none, is reversed, or lies outside the trace.
-    """
-    if timeline is False:
-        return None
-    if timeline is True:
-        if steps > FIRST_STEPS:
-            warnings.append(
-                f"the timeline covers the first {FIRST_STEPS} of {steps:,} steps; --window A:B chooses others."
-            )
-        return range(min(FIRST_STEPS, steps))
-    try:
-        first, stop = (timeline.start, timeline.stop) if isinstance(timeline, slice) else timeline
-        window = range(steps)[slice(first, stop)]
-    except (TypeError, ValueError):
-        raise UsageError(f"A timeline's window is a pair of step numbers, (A, B), got {timeline!r}.") from None
-    if not window:
-        text = f"{'' if first is None else first}:{'' if stop is None else stop}"
-        raise UsageError(
-            f"The window {text} holds none of the trace's {steps:,} steps: A:B is from step A up to step B, without it."
-        )
-    return window
+if TYPE_CHECKING:  # importing it compiles the replay once more
+    from moetrace.engine.record import Recording
 
 
 def timeline_frame(run: Run) -> pl.DataFrame:
@@ -72,7 +40,7 @@ def counter_frame(run: Run) -> pl.DataFrame:
     return pl.concat([_counts_of(lane, recording) for lane, recording in recordings(run)])
 
 
-def recordings(run: Run) -> Iterator[tuple[Lane, Recording]]:
+def recordings(run: Run) -> Iterator[tuple[Lane, "Recording"]]:
     """Yield each policy's lane, and what was recorded of it.
 
     Raises UsageError if nothing was recorded.
@@ -92,7 +60,7 @@ def step_starts_s(lane: Lane, first: int, stop: int) -> np.ndarray:
     return np.cumsum(np.concatenate(([edge_s], durations_s[first:stop])))
 
 
-def _slices_of(run: Run, lane: Lane, recording: Recording) -> pl.DataFrame:
+def _slices_of(run: Run, lane: Lane, recording: "Recording") -> pl.DataFrame:
     starts_s = step_starts_s(lane, recording.first, recording.stop)
     notes, share = recording.slices, lane.machine.share
     # A group of units is one row of the tape, but each of its units is busy.
@@ -140,7 +108,7 @@ def _slices_of(run: Run, lane: Lane, recording: Recording) -> pl.DataFrame:
     )
 
 
-def _steps_of(run: Run, lane: Lane, recording: Recording, starts_s: np.ndarray) -> pl.DataFrame:
+def _steps_of(run: Run, lane: Lane, recording: "Recording", starts_s: np.ndarray) -> pl.DataFrame:
     steps = np.arange(recording.first, recording.stop)
     nothing = np.zeros(len(steps))
     return pl.DataFrame(
@@ -181,7 +149,7 @@ def _unless(is_none: pl.Expr, column: str) -> pl.Expr:
     return pl.when(is_none).then(None).otherwise(pl.col(column)).alias(column)
 
 
-def _counts_of(lane: Lane, recording: Recording) -> pl.DataFrame:
+def _counts_of(lane: Lane, recording: "Recording") -> pl.DataFrame:
     starts_s = step_starts_s(lane, recording.first, recording.stop)
     counts = recording.counts
     what = ("residents", "queued", "queued_bytes")

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import polars as pl
 from polars.io.plugins import register_io_source
@@ -59,10 +59,11 @@ def write_files(
     summary: Mapping[str, Any],
     step_slices: Callable[[], Iterator[pl.DataFrame]],
     frames: Mapping[str, pl.DataFrame],
+    others: Mapping[str, Callable[[IO[bytes]], None]],
 ) -> None:
     """Write `summary.json`, `steps.parquet` from its slices, and a Parquet file for each of `frames`, into `folder`.
 
-    Steps stream in constant memory. Raises MoetraceError if the system refuses (a full disk).
+    Each of `others` is written by what it names. Steps stream in constant memory. Raises MoetraceError if the system refuses (a full disk).
     """
     parquet: dict[str, Any] = {
         "compression": "zstd",
@@ -76,6 +77,9 @@ def write_files(
         steps.sink_parquet(folder / "steps.parquet", maintain_order=True, **parquet)
         for name, frame in frames.items():
             frame.write_parquet(folder / f"{name}.parquet", **parquet)
+        for name, write in others.items():
+            with (folder / name).open("wb") as file:
+                write(file)
 
 
 def _publish(temporary: Path, folder: Path) -> None:
