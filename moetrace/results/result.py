@@ -92,7 +92,6 @@ class Result:
 
         Raises UsageError if `replay(timeline=...)` named no steps, MoetraceError if the system refuses.
         """
-        timeline.recordings(self.run)
         with whole_file(Path(path)) as file:
             self._write_timeline(file)
 
@@ -106,7 +105,8 @@ class Result:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write `summary.json` and the Parquet files into `folder`, which is made if need be: all of them or none.
 
-        A timeline that was recorded is written too. Files of the same names are replaced, others stay. Same trace, specs and version: same bytes.
+        A timeline that was recorded is written too. Files of the same names are replaced, others stay. Same trace,
+        specs and version: same bytes.
         Raises MoetraceError if the system refuses, UsageError if `folder` is a file.
         """
         with write.staged(folder) as temporary:

@@ -63,7 +63,8 @@ def write_files(
 ) -> None:
     """Write `summary.json`, `steps.parquet` from its slices, and a Parquet file for each of `frames`, into `folder`.
 
-    Each of `others` is written by what it names. Steps stream in constant memory. Raises MoetraceError if the system refuses (a full disk).
+    Each of `others` is written by the function that it names. Steps stream in constant memory. Raises MoetraceError if
+    the system refuses (a full disk).
     """
     parquet: dict[str, Any] = {
         "compression": "zstd",
