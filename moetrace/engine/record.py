@@ -12,10 +12,9 @@ from moetrace.engine.replay import NO_PREFETCH, ONLINE, ORACLE, SIGNATURE, Batch
 from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, new_tape
 
 # The very lines of the replay, compiled for a tape: only there are those that write on it a part of the code.
-if SIGNATURE is None:
-    record_batch = replay_batch
-else:
-    record_batch = kernel(replay_batch.py_func, signature=types.void(*SIGNATURE.args, typeof(new_tape(1, 1))))
+record_batch: Any = replay_batch
+if SIGNATURE is not None:
+    record_batch = kernel(record_batch.py_func, signature=types.void(*SIGNATURE.args, typeof(new_tape(1, 1))))
 
 
 class Recording:

@@ -6,10 +6,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import FunctionType
-from typing import IO, Any, SupportsIndex
+from typing import Any, SupportsIndex
 
 import msgspec
 import polars as pl
@@ -93,10 +93,7 @@ class Result:
         Raises UsageError if `replay(timeline=...)` named no steps, MoetraceError if the system refuses.
         """
         with whole_file(Path(path)) as file:
-            self._write_timeline(file)
-
-    def _write_timeline(self, file: IO[bytes]) -> None:
-        timeline_file.write_timeline(self.run, file)
+            timeline_file.write_timeline(self.run, file)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `summary.json` holds (schema `moetrace.result/1`)."""
@@ -115,7 +112,11 @@ class Result:
     def write_into(self, folder: Path) -> None:
         """Write the files into an existing folder, one after another."""
         tables = {"units": self.units, "layers": self.layers, "requests": self.requests}
-        more = {} if self.run.lanes[0].recording is None else {timeline_file.NAME: self._write_timeline}
+        more = (
+            {}
+            if self.run.lanes[0].recording is None
+            else {timeline_file.NAME: partial(timeline_file.write_timeline, self.run)}
+        )
         write.write_files(folder, self.to_dict(), lambda: frames.step_slices(self.run), tables, more)
 
     @cached_property

@@ -1,14 +1,14 @@
 """`timeline.json.gz`: the time line in the Trace Event Format, as Perfetto and chrome://tracing open it.
 
 The format is Google's ("Trace Event Format", JSON object form): complete slices (`ph` X), counters (C), names (M); `ts`
-and `dur` in microseconds, with fractions.
+and `dur` in microseconds, to three places.
 """
 
 import gzip
 import io
 import json
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -38,7 +38,7 @@ _COLUMNS = ("track", "kind", "name", "ts", "dur", "step", "layer", "expert", "ro
 Event = dict[str, Any]
 
 
-def write_timeline(run: Run, file: IO[bytes]) -> None:
+def write_timeline(run: Run, file: Any) -> None:
     """Write the recorded steps into a file that is open for writing; the same steps give the same bytes.
 
     Raises UsageError if nothing was recorded.
@@ -84,7 +84,7 @@ def _slice_events(run: Run, lane: Lane, pid: int, slices: pl.DataFrame) -> Itera
         yield _name(pid, tid[track], "thread_name", name=track)
         yield _name(pid, tid[track], "thread_sort_index", sort_index=tid[track])
     layers = _layer_arguments(lane)
-    for row in _in_microseconds(_with_tracks(slices)).select(_COLUMNS).iter_rows(named=True):
+    for row in _on_whole_ns(_with_tracks(slices)).select(_COLUMNS).iter_rows(named=True):
         kind = row["kind"]
         if kind == "step":
             arguments = _step_arguments(run, lane, row["step"])
@@ -98,8 +98,8 @@ def _slice_events(run: Run, lane: Lane, pid: int, slices: pl.DataFrame) -> Itera
             "cat": kind,
             "pid": pid,
             "tid": tid[row["track"]],
-            "ts": row["ts"],
-            "dur": row["dur"],
+            "ts": _plain(row["ts"]),
+            "dur": _plain(row["dur"]),
             "args": arguments,
         }
 
@@ -113,7 +113,13 @@ def _counter_events(pid: int, counts: pl.DataFrame) -> Iterator[Event]:
     for name, unit, column in counters:
         changes = counts.filter((pl.col(column) != pl.col(column).shift()).fill_null(True))
         for at_s, value in changes.select("at_s", column).iter_rows():
-            yield {"ph": "C", "name": name, "pid": pid, "ts": at_s * 1e6, "args": {unit: _plain(value)}}
+            yield {
+                "ph": "C",
+                "name": name,
+                "pid": pid,
+                "ts": _plain(round(at_s * 1e9) / 1e3),
+                "args": {unit: _plain(value)},
+            }
 
 
 def _name(pid: int, tid: int | None, what: str, **arguments: Any) -> Event:
@@ -130,17 +136,23 @@ def _with_tracks(slices: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _in_microseconds(slices: pl.DataFrame) -> pl.DataFrame:
-    """Add `ts` and `dur`; a slice that ends a rounding error after the next one of its track begins is that shorter."""
-    ts, dur = pl.col("start_s") * 1e6, pl.col("duration_s") * 1e6
-    slices = slices.with_columns(
-        ts.alias("ts"), dur.alias("dur"), (ts.shift(-1).over("track")).fill_null(np.inf).alias("next")
-    )
-    start, length, following = (slices[name].to_numpy().copy() for name in ("ts", "dur", "next"))
-    length = np.where(start + length > following, following - start, length)
-    while (late := start + length > following).any():
-        length[late] = np.nextafter(length[late], 0)
-    return slices.with_columns(pl.Series("dur", length))
+def _on_whole_ns(slices: pl.DataFrame) -> pl.DataFrame:
+    """Add `ts` and `dur` in microseconds, on whole nanoseconds.
+
+    Perfetto counts in them: a slice that ended after the next one of its track began, by rounding, would be dropped
+    there. So none does, and what rounding took from one slice goes to the next: a track's sum is right to 1 ns.
+    """
+    parts = []
+    for track in slices.partition_by("track", maintain_order=True):
+        start = np.rint(track["start_s"].to_numpy() * 1e9)
+        room = np.diff(start, append=np.inf)
+        lengths, owed = [], 0.0
+        for wanted, most in zip((track["duration_s"].to_numpy() * 1e9).tolist(), room.tolist(), strict=True):
+            length = min(max(round(wanted + owed), 0), most)
+            owed += wanted - length
+            lengths.append(length / 1e3)
+        parts.append(track.with_columns(pl.Series("ts", start / 1e3), pl.Series("dur", lengths)))
+    return pl.concat(parts)
 
 
 def _step_arguments(run: Run, lane: Lane, step: int) -> Event:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import polars as pl
 from polars.io.plugins import register_io_source
@@ -59,7 +59,7 @@ def write_files(
     summary: Mapping[str, Any],
     step_slices: Callable[[], Iterator[pl.DataFrame]],
     frames: Mapping[str, pl.DataFrame],
-    others: Mapping[str, Callable[[IO[bytes]], None]],
+    others: Mapping[str, Callable[[Any], None]],
 ) -> None:
     """Write `summary.json`, `steps.parquet` from its slices, and a Parquet file for each of `frames`, into `folder`.
 
