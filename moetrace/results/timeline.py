@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing it compiles the replay once more
 
 
 def timeline_frame(run: Run) -> pl.DataFrame:
-    """Return a row for each slice of the recorded steps, policy by policy, in order of their start.
+    """Return a row for each slice of the recorded steps, policy by policy, step by step, in order of their start.
 
     Columns: `policy`; `unit` (`gpu`, `ndp0` .., `link_in`, `link_out`; null of a step, a layer and a wait); `kind`
     (`step`, `layer`, `wait`, `dense`, `expert`, `fetch`, `prefetch`, `activations`, `head`); `name`; `start_s` (since
@@ -92,7 +92,7 @@ def _slices_of(run: Run, lane: Lane, recording: "Recording") -> pl.DataFrame:
     # Steps first, then layers: what begins together stands from the outside in.
     frame = pl.concat([steps.select(frame.columns), frame]).with_columns(pl.lit(lane.policy.name).alias("policy"))
     order = pl.col("kind").replace_strict({"step": 0, "layer": 1}, default=2, return_dtype=pl.Int8)
-    return frame.sort("start_s", order, maintain_order=True).select(
+    return frame.sort("step", "start_s", order, maintain_order=True).select(
         "policy",
         "unit",
         "kind",

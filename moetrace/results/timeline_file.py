@@ -144,7 +144,7 @@ def _on_whole_ns(slices: pl.DataFrame) -> pl.DataFrame:
     """
     parts = []
     for track in slices.partition_by("track", maintain_order=True):
-        start = np.rint(track["start_s"].to_numpy() * 1e9)
+        start = np.maximum.accumulate(np.rint(track["start_s"].to_numpy() * 1e9))
         room = np.diff(start, append=np.inf)
         lengths, owed = [], 0.0
         for wanted, most in zip((track["duration_s"].to_numpy() * 1e9).tolist(), room.tolist(), strict=True):
