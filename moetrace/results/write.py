@@ -17,6 +17,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 
 # Rows of a Parquet row group: the same for any number of threads, small enough to be written from constant memory.
 GROUP_ROWS = 1 << 17
+TIMELINE = "timeline.json.gz"
 
 
 def to_json(summary: Mapping[str, Any]) -> str:
@@ -101,6 +102,9 @@ def _publish(temporary: Path, folder: Path) -> None:
                 if file.exists():
                     file.replace(folder / file.name)
             raise
+        # A timeline of another replay would lie beside tables that it does not belong to.
+        if not any(file.name == TIMELINE for file in files):
+            (folder / TIMELINE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

