@@ -28,7 +28,7 @@ def timeline_frame(run: Run) -> pl.DataFrame:
     the trace began) and `duration_s`; `step`; `layer` and `expert` (null where there is none); `rows` and `bytes` (of a
     unit's shard, so that all add up); `resident` (of an expert, whether the GPU held it when the router spoke).
     """
-    return pl.concat([_slices_of(run, lane, recording) for lane, recording in recordings(run)])
+    return pl.concat([slices_of(run, lane, recording) for lane, recording in recordings(run)])
 
 
 def counter_frame(run: Run) -> pl.DataFrame:
@@ -37,7 +37,7 @@ def counter_frame(run: Run) -> pl.DataFrame:
     Columns: `policy`; `at_s` (since the trace began); `step`; `residents`, experts that the GPU holds; `queued`, and
     `queued_bytes`, transfers of the prefetch queue that have yet to be completed.
     """
-    return pl.concat([_counts_of(lane, recording) for lane, recording in recordings(run)])
+    return pl.concat([counts_of(lane, recording) for lane, recording in recordings(run)])
 
 
 def recordings(run: Run) -> Iterator[tuple[Lane, "Recording"]]:
@@ -60,7 +60,8 @@ def step_starts_s(lane: Lane, first: int, stop: int) -> np.ndarray:
     return np.cumsum(np.concatenate(([edge_s], durations_s[first:stop])))
 
 
-def _slices_of(run: Run, lane: Lane, recording: "Recording") -> pl.DataFrame:
+def slices_of(run: Run, lane: Lane, recording: "Recording") -> pl.DataFrame:
+    """Return the rows of `timeline_frame` that are one policy's."""
     starts_s = step_starts_s(lane, recording.first, recording.stop)
     notes, share = recording.slices, lane.machine.share
     # A group of units is one row of the tape, but each of its units is busy.
@@ -149,7 +150,8 @@ def _unless(is_none: pl.Expr, column: str) -> pl.Expr:
     return pl.when(is_none).then(None).otherwise(pl.col(column)).alias(column)
 
 
-def _counts_of(lane: Lane, recording: "Recording") -> pl.DataFrame:
+def counts_of(lane: Lane, recording: "Recording") -> pl.DataFrame:
+    """Return the rows of `counter_frame` that are one policy's."""
     starts_s = step_starts_s(lane, recording.first, recording.stop)
     counts = recording.counts
     what = ("residents", "queued", "queued_bytes")

@@ -16,7 +16,7 @@ import polars as pl
 from moetrace import __version__
 from moetrace.engine.run import Lane, Run
 from moetrace.engine.tape import EXPERT
-from moetrace.results.timeline import counter_frame, recordings, timeline_frame
+from moetrace.results.timeline import counts_of, recordings, slices_of
 from moetrace.trace.schema import PHASE_NAMES
 
 SCHEMA = "moetrace.timeline/1"
@@ -64,12 +64,9 @@ def write_timeline(run: Run, file: Any) -> None:
 
 def timeline_events(run: Run) -> Iterator[Event]:
     """Yield the events: each policy a process, each unit and link direction a thread."""
-    slices = timeline_frame(run).partition_by("policy", as_dict=True, include_key=False)
-    counts = counter_frame(run).partition_by("policy", as_dict=True, include_key=False)
-    for pid, (lane, _) in enumerate(recordings(run), 1):
-        key = (lane.policy.name,)
-        yield from _slice_events(run, lane, pid, slices[key])
-        yield from _counter_events(pid, counts[key])
+    for pid, (lane, recording) in enumerate(recordings(run), 1):
+        yield from _slice_events(run, lane, pid, slices_of(run, lane, recording))
+        yield from _counter_events(pid, counts_of(lane, recording))
 
 
 def _slice_events(run: Run, lane: Lane, pid: int, slices: pl.DataFrame) -> Iterator[Event]:
