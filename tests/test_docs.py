@@ -37,6 +37,16 @@ def test_columns_are_explained(result, table):
     assert explained == getattr(result, table).columns
 
 
+def test_timeline_columns_kinds_and_tracks_are_explained():
+    from moetrace.engine.tape import KINDS
+
+    trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
+    result = mt.replay(trace, policies="edge-ndp", timeline=True)
+    tracks = {"steps", "layers", "link_in prefetch", "link_in activations", *unit_names(2)} - {"cpu"}
+    columns = {*result.timeline.columns, *result.timeline_counters.columns}
+    assert columns | {*KINDS, "step"} | tracks <= named_in("docs/timeline.md")
+
+
 def test_summary_keys_and_units_are_explained(result):
     summary = result.to_dict()
     keys = {*summary, *summary["policies"][0], *summary["policies"][0]["step_s"], *unit_names(2)}

@@ -1,5 +1,6 @@
 """`moetrace replay`: a trace through policies on a described machine, side by side."""
 
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 from moetrace.cli.output import format_option, print_json
 from moetrace.cli.overrides import set_option, split_settings
 from moetrace.cli.paths import ANY_PATH
+from moetrace.spec.errors import UsageError
 
 
 class _Folder(click.Path):
@@ -19,6 +21,21 @@ class _Folder(click.Path):
         if not str(value):
             self.fail("an empty path names no folder", param, ctx)
         return super().convert(value, param, ctx)
+
+
+def _window(timeline: bool, window: str | None, folder: Path | None) -> bool | tuple[int | None, int | None]:
+    """What `--timeline` and `--window` ask for, as `moetrace.replay` takes it."""
+    if window is not None and not timeline:
+        raise UsageError("--window says which steps a timeline covers: add --timeline.")
+    if timeline and folder is None:
+        raise UsageError("--timeline writes a file into the folder of the result: name one with -o DIR.")
+    if window is None:
+        return timeline
+    match = re.fullmatch(r"([-+]?\d{1,18})?:([-+]?\d{1,18})?", window.strip(), re.ASCII)
+    if match is None:
+        raise UsageError(f"--window wants steps A:B, from A up to B without it, as in 100:116, got {window!r}.")
+    first, stop = (None if number is None else int(number) for number in match.groups())
+    return first, stop
 
 
 @click.command()
@@ -45,6 +62,10 @@ class _Folder(click.Path):
     metavar="DIR",
     help="Write the result here.",
 )
+@click.option("--timeline", is_flag=True, help="With -o, also write timeline.json.gz, for Perfetto (ui.perfetto.dev).")
+@click.option(
+    "--window", metavar="A:B", help="Steps of the timeline, from A up to B without it; by default the first 16."
+)
 @click.option("--ignore-capacity", is_flag=True, help="Replay even if the experts do not fit the NDP units.")
 @format_option
 def command(
@@ -56,6 +77,8 @@ def command(
     settings: tuple[str, ...],
     jobs: int | None,
     folder: Path | None,
+    timeline: bool,
+    window: str | None,
     ignore_capacity: bool,
     form: str,
 ) -> None:
@@ -63,7 +86,7 @@ def command(
 
     Prints a row for each policy: how long it takes, how busy the machine is, and how much time a better policy could
     still save. -o DIR also writes summary.json (which --format json prints) and steps, units, layers and requests as
-    Parquet files.
+    Parquet files. --timeline records what each unit and link did in a window of steps.
 
     --set model.FIELD, system.FIELD and policy.FIELD change the specs, the last in every policy; policy.NAME.FIELD
     changes the policy of that name alone.
@@ -73,6 +96,7 @@ def command(
     from moetrace.trace import Trace
 
     changes = split_settings(settings, ["model", "system", "policy"])
+    steps = _window(timeline, window, folder)
     with Trace.open(trace) as opened, announce_compiling():
         from moetrace.results import replay
         from moetrace.results.write import staged
@@ -90,6 +114,7 @@ def command(
                     ignore_capacity=ignore_capacity,
                     jobs=jobs,
                     progress=bar.advance,
+                    timeline=steps,
                 )
             if temporary is not None:
                 result.write_into(temporary)

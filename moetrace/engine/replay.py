@@ -39,6 +39,7 @@ from moetrace.engine.state import (
     new_log,
     records,
 )
+from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
 
 NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE = 0, 1, 2, 3
 DECODE = 1
@@ -198,11 +199,13 @@ def _note_units(dense, line, moved_bytes, machine, state, log):
 
 
 @kernel
-def _replay_layer(at, layer, step, dense, work, dispatch, residency):
-    """Replay one layer; return its time and its imbalance, -1 where that is undefined."""
+def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
+    """Replay one layer; return its imbalance, -1 where that is undefined."""
     batch, machine, setting, state, log = work
     queue, cells, tally = state.queue, state.cells, log.tally
     admit_complete(queue, cells, state.cache, tally)
+    if tape is not None:
+        note_dense(tape, step, layer, dense, machine, state)
     moved_bytes = flow(queue, dense * machine.link_bytes_s)
     if setting.prefetch == ORACLE:
         now = step * cells.shape[0] + layer
@@ -216,12 +219,16 @@ def _replay_layer(at, layer, step, dense, work, dispatch, residency):
     log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
     line = timeline(machine, view, size, plan)
     _carry_out(layer, size, state, log)
+    if tape is not None:
+        note_moe(tape, step, layer, dense, size, line, machine, state)
     moved_bytes += flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link_bytes_s)
     if setting.learns:
         residency(cells, view, layer, load, plan)
     settle(cells, state.cache, layer, state.active, size, state.plan, tally)
     if setting.prefetch == ONLINE:
         join_by_score(queue, cells, state.cache, layer, setting.depth)
+    if tape is not None:
+        note_layer_end(tape, step, dense + line.moe_s, state)
     _note_units(dense, line, moved_bytes, machine, state, log)
     row, totals = log.step[step], log.layer[layer]
     row.moe_s += line.moe_s
@@ -262,8 +269,11 @@ def _end_step(step, batch, setting, state, log):
     forget_ended(state.prompts, step, True)
 
 
-def replay_batch(work, dispatch, residency):
-    """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``."""
+def replay_batch(work, dispatch, residency, tape):
+    """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``.
+
+    ``tape`` is None here; `record.py` compiles these lines once more, for one that notes everything down.
+    """
     batch, machine, setting, state, log = work
     layers = state.cells.shape[0]
     head = head_s(machine)
@@ -272,11 +282,13 @@ def replay_batch(work, dispatch, residency):
         row = log.step[step]
         if setting.waits and batch.phase[s] == DECODE and log.tally[0].waited == 0:
             log.tally[0].waited = 1
+            if tape is not None:
+                note_wait(tape, step, machine, state)
             _wait(machine, state, row, log)
         dense = dense_s(machine, batch.rows[s], batch.kv_tokens[s])
         imbalance_sum, imbalance_count = 0.0, 0
         for layer in range(layers):
-            imbalance = _replay_layer(s * layers + layer, layer, step, dense, work, dispatch, residency)
+            imbalance = _replay_layer(s * layers + layer, layer, step, dense, work, dispatch, residency, tape)
             if imbalance >= 0:
                 imbalance_sum += imbalance
                 imbalance_count += 1
@@ -288,6 +300,8 @@ def replay_batch(work, dispatch, residency):
         log.unit[GPU].bytes += machine.head_bytes
         if setting.counts_prompts:
             _end_step(step, batch, setting, state, log)
+        if tape is not None:
+            note_head(tape, step, machine, state)
 
 
 def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int, admit: bool, order: int) -> State:
@@ -330,4 +344,4 @@ def _signature() -> Any:
 
 SIGNATURE = None if PURE_PYTHON else _signature()
 if SIGNATURE is not None:
-    replay_batch = kernel(replay_batch, signature=SIGNATURE)
+    replay_batch = kernel(replay_batch, signature=types.void(*SIGNATURE.args, types.none))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from moetrace.spec.policy import PolicySpec, check_policy, load_static
 from moetrace.spec.system import System
 from moetrace.trace.format import Trace
 
+if TYPE_CHECKING:  # importing it compiles the replay once more
+    from moetrace.engine.record import Recording
+
 PREFETCH = {"none": NO_PREFETCH, "prefill": FROM_PROMPT, "online": ONLINE, "oracle": ORACLE}
 _Made = TypeVar("_Made")
 
@@ -58,11 +61,15 @@ class Lane:
     hooks: tuple[Any, Any]
     own_state: State | None  # of the clairvoyant run; None if the dispatch ignores residency
     clairvoyant_s: float = 0.0
+    recording: "Recording | None" = None  # of the steps of a timeline
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
         try:
-            replay_batch(self.work(batch), *self.hooks)
+            if self.recording is None:
+                replay_batch(self.work(batch), *self.hooks, None)
+            else:
+                self._replay_and_record(batch, self.recording)
             if self.own_state is not None:
                 own = self.work(batch)._replace(state=self.own_state)
                 self.clairvoyant_s = clairvoyant_batch(own, self.hooks[0], self.clairvoyant_s)
@@ -70,6 +77,13 @@ class Lane:
             raise
         except Exception as error:  # only a user's function can raise
             raise MoetraceError(f"Policy {self.policy.name} failed: {type(error).__name__}: {error}.") from error
+
+    def _replay_and_record(self, batch: Batch, recording: "Recording") -> None:
+        for part, is_recorded in recording.parts(batch, len(self.state.cells)):
+            if is_recorded:
+                recording.record(self.work(part), self.hooks)
+            else:
+                replay_batch(self.work(part), *self.hooks, None)
 
     def work(self, batch: Batch) -> Work:
         """Return all that the replay of a block takes."""
@@ -129,10 +143,12 @@ def run(
     hooks: Mapping[str, Callable] | None = None,
     jobs: int = 1,
     progress: Callable[[int], None] | None = None,
+    window: range | None = None,
 ) -> Run:
     """Replay a trace through policies in one pass, ``jobs`` threads at a time; ``progress`` is told rows done.
 
-    A policy's dispatch or residency that is a key of ``hooks`` is that function.
+    A policy's dispatch or residency that is a key of ``hooks`` is that function. Of the steps in ``window`` each lane
+    keeps a recording, which changes nothing else.
 
     The figures do not depend on ``jobs``, nor on how the trace is cut into blocks. Raises UsageError if trace, model,
     system and policies do not go together, MoetraceError (file, dataset, row) if an id is wrong.
@@ -144,6 +160,7 @@ def run(
         slots=slots,
         ignore_capacity=ignore_capacity,
         hooks=hooks or {},
+        window=window,
     )
     (finished,) = run_setups(trace, [setup], jobs=jobs, progress=progress)
     if isinstance(finished, MoetraceError):
@@ -191,6 +208,11 @@ def _attempt(function: Callable[..., _Made], *arguments: Any) -> _Made | Moetrac
 def _begin(decoded: Decoded, setup: Setup, slots: int, warnings: list[str]) -> _Underway:
     weight_bytes = weight_bytes_of(decoded.trace, setup.model)
     lanes = [_lane(decoded, setup, policy, weight_bytes, slots) for policy in setup.policies]
+    if setup.window is not None:
+        from moetrace.engine.record import Recording
+
+        for lane in lanes:
+            lane.recording = Recording(setup.window.start, setup.window.stop)
     return _Underway(setup, slots, lanes, warnings)
 
 

@@ -16,7 +16,8 @@ from moetrace.trace.format import Trace
 class Setup:
     """Policies on a machine. A dispatch or residency that is a key of ``hooks`` is that function.
 
-    ``slots``: experts that the GPU can hold; by default as many as its memory has room for.
+    ``slots``: experts that the GPU can hold; by default as many as its memory has room for. ``window``: steps of which
+    everything that was done is noted.
     """
 
     model: Model
@@ -25,6 +26,7 @@ class Setup:
     slots: int | None = None
     ignore_capacity: bool = False
     hooks: Mapping[str, Callable] = field(default_factory=dict)
+    window: range | None = None
 
 
 def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -15,12 +15,14 @@ import msgspec
 import polars as pl
 
 from moetrace.engine.run import Run, run
-from moetrace.results import frames, summary, write
+from moetrace.results import frames, summary, timeline, timeline_file, write
+from moetrace.results.window import Window, window_of
 from moetrace.spec import Model, PolicySpec, System, list_presets, load_model, load_policy, load_system
 from moetrace.spec.errors import UsageError
 from moetrace.spec.load import nearest
 from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
+from moetrace.trace.atomic import whole_file
 from moetrace.trace.opening import opened
 
 if TYPE_CHECKING:
@@ -87,6 +89,27 @@ class Result:
 
         return Plots(self)
 
+    @cached_property
+    def timeline(self) -> pl.DataFrame:
+        """One row a slice of work in the steps that `replay(timeline=...)` named; see `results.timeline`.
+
+        Raises UsageError if it named none.
+        """
+        return timeline.timeline_frame(self.run)
+
+    @cached_property
+    def timeline_counters(self) -> pl.DataFrame:
+        """Experts resident and queued over time, in the steps of the timeline. Raises UsageError like `timeline`."""
+        return timeline.counter_frame(self.run)
+
+    def write_timeline(self, path: str | os.PathLike[str]) -> None:
+        """Write the timeline to a file (a name in .json.gz) that Perfetto and chrome://tracing open.
+
+        Raises UsageError if `replay(timeline=...)` named no steps, MoetraceError if the system refuses.
+        """
+        with whole_file(Path(path)) as file:
+            timeline_file.write_timeline(self.run, file)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what `summary.json` holds (schema `moetrace.result/1`)."""
         return summary.summary_dict(self.run, self._trace, self._policies)
@@ -94,7 +117,8 @@ class Result:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write `summary.json` and the Parquet files into `folder`, which is made if need be: all of them or none.
 
-        Files of the same names are replaced, others stay. Same trace, specs and version: same bytes.
+        A timeline that was recorded is written too; one of an earlier replay does not stay. Files of the same names
+        are replaced, others stay. Same trace, specs and version: same bytes.
         Raises MoetraceError if the system refuses, UsageError if `folder` is a file.
         """
         with write.staged(folder) as temporary:
@@ -103,7 +127,12 @@ class Result:
     def write_into(self, folder: Path) -> None:
         """Write the files into an existing folder, one after another."""
         tables = {"units": self.units, "layers": self.layers, "requests": self.requests, "experts": self.experts}
-        write.write_files(folder, self.to_dict(), lambda: frames.step_slices(self.run), tables)
+        more = (
+            {}
+            if self.run.lanes[0].recording is None
+            else {write.TIMELINE: partial(timeline_file.write_timeline, self.run)}
+        )
+        write.write_files(folder, self.to_dict(), lambda: frames.step_slices(self.run), tables, more)
 
     @cached_property
     def _policies(self) -> list[dict[str, Any]]:
@@ -121,6 +150,7 @@ def replay(
     ignore_capacity: bool = False,
     jobs: SupportsIndex | None = None,
     progress: Callable[[int], None] | None = None,
+    timeline: Window = False,
 ) -> Result:
     """Replay a trace (or the file of one) through policies, in one pass over it.
 
@@ -137,6 +167,9 @@ def replay(
         ignore_capacity: replay even if the experts do not fit the NDP units.
         jobs: threads, by default one a policy, at most one a core. They do not change a bit of the result.
         progress: is told how many rows were done since it was last told.
+        timeline: steps whose every slice of work is recorded, for `Result.timeline` and `Result.write_timeline`: a
+            window `(A, B)`, from step A up to B without it as in Python, or True for the first 16. Memory grows with
+            the window.
 
     Raises UsageError if something is unknown, wrong or does not go together, MoetraceError if a file is damaged or
     cannot be read: one sentence that says what to do.
@@ -153,6 +186,7 @@ def replay(
                 ignore_capacity=ignore_capacity,
                 jobs=jobs,
                 progress=progress,
+                timeline=timeline,
             )
     trace.check_has_rows()  # before its model is asked for: no model would help
     slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
@@ -166,6 +200,7 @@ def replay(
     specs = _load_policies(several, changes["policy"], hooks, warnings)
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs is {jobs}, but must be at least 1.")
+    window = window_of(timeline, trace.steps, warnings)
     finished = run(
         trace,
         the_model,
@@ -176,6 +211,7 @@ def replay(
         hooks=hooks,
         jobs=jobs or min(_cores(), len(specs)),
         progress=progress,
+        window=window,
     )
     return Result(finished, (*warnings, *finished.warnings), summary.trace_facts(trace))
 

@@ -17,6 +17,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 
 # Rows of a Parquet row group: the same for any number of threads, small enough to be written from constant memory.
 GROUP_ROWS = 1 << 17
+TIMELINE = "timeline.json.gz"
 
 
 def to_json(summary: Mapping[str, Any]) -> str:
@@ -59,10 +60,12 @@ def write_files(
     summary: Mapping[str, Any],
     step_slices: Callable[[], Iterator[pl.DataFrame]],
     frames: Mapping[str, pl.DataFrame],
+    others: Mapping[str, Callable[[Any], None]],
 ) -> None:
     """Write `summary.json`, `steps.parquet` from its slices, and a Parquet file for each of `frames`, into `folder`.
 
-    Steps stream in constant memory. Raises MoetraceError if the system refuses (a full disk).
+    Each of `others` is written by the function that it names. Steps stream in constant memory. Raises MoetraceError if
+    the system refuses (a full disk).
     """
     parquet: dict[str, Any] = {
         "compression": "zstd",
@@ -76,6 +79,9 @@ def write_files(
         steps.sink_parquet(folder / "steps.parquet", maintain_order=True, **parquet)
         for name, frame in frames.items():
             frame.write_parquet(folder / f"{name}.parquet", **parquet)
+        for name, write in others.items():
+            with (folder / name).open("wb") as file:
+                write(file)
 
 
 def _publish(temporary: Path, folder: Path) -> None:
@@ -96,6 +102,9 @@ def _publish(temporary: Path, folder: Path) -> None:
                 if file.exists():
                     file.replace(folder / file.name)
             raise
+        # A timeline of another replay would lie beside tables that it does not belong to.
+        if not any(file.name == TIMELINE for file in files):
+            (folder / TIMELINE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

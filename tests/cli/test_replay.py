@@ -1,6 +1,7 @@
 """`moetrace replay`: what it prints and writes, and what it says when something is wrong."""
 
 import csv
+import gzip
 import io
 import json
 import sys
@@ -255,3 +256,41 @@ def test_ctrl_c_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert err.strip() == "moetrace: interrupted; no file was left half-written."
     assert out == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_timeline_is_written_beside_the_tables(tmp_path, capsys):
+    assert run(TINY, "--slots", 48, "--timeline", "--window", "100:103", "-o", tmp_path) == 0
+    assert said(capsys)[1] == ""
+    document = json.loads(gzip.decompress((tmp_path / "timeline.json.gz").read_bytes()))
+    steps = [event["args"]["step"] for event in document["traceEvents"] if event.get("cat") == "step"]
+    assert steps == [100, 101, 102] * 2
+    assert run(TINY, "--slots", 48, "--timeline", "-o", tmp_path) == 0
+    note = "moetrace: note: the timeline covers the first 16 of 6,981 steps; --window A:B chooses others.\n"
+    assert said(capsys)[1] == note
+    assert run(TINY, "--slots", 48, "-o", tmp_path) == 0
+    assert not (tmp_path / "timeline.json.gz").exists()  # it would be another replay's
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--timeline"], "--timeline writes a file into the folder of the result: name one with -o DIR."),
+        (["--window", "1:2"], "--window says which steps a timeline covers: add --timeline."),
+        (["--timeline", "--window", "7000:"], "The window 7000: holds none of the trace's 6,981 steps: A:B is from"),
+        (["--timeline", "--window", "20:10"], "The window 20:10 holds none of the trace's 6,981 steps: A:B is from"),
+        (
+            ["--timeline", "--window", "20"],
+            "--window wants steps A:B, from A up to B without it, as in 100:116, got '20'.",
+        ),
+        (["--timeline", "--window", "a:b"], "--window wants steps A:B, from A up to B without it, as in 100:116, got"),
+        (["--timeline", "--window", "1:2:3"], "--window wants steps A:B"),
+    ],
+)
+def test_timeline_of_nothing(options, message, tmp_path, capsys):
+    folder = [] if options == ["--timeline"] else ["-o", tmp_path / "out"]
+    assert run(TINY, *options, *folder) == 2
+    out, err = said(capsys)
+    assert out == ""
+    assert err.startswith(f"moetrace: {message}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

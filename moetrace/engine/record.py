@@ -1,0 +1,97 @@
+"""The replay of a window of steps with a tape beside it; the rest of the trace runs through the replay without one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numba import typeof, types
+
+from moetrace.engine.compile import kernel
+from moetrace.engine.prefetch import HEAD, TAIL
+from moetrace.engine.replay import NO_PREFETCH, ONLINE, ORACLE, SIGNATURE, Batch, Work, replay_batch
+from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, new_tape
+
+# The very lines of the replay, compiled for a tape: only there are those that write on it a part of the code.
+record_batch: Any = replay_batch
+if SIGNATURE is not None:
+    record_batch = kernel(record_batch.py_func, signature=types.void(*SIGNATURE.args, typeof(new_tape(1, 1))))
+
+
+class Recording:
+    """What was noted of the steps ``first`` to ``stop - 1`` of one policy; grows with the window, not with the trace.
+
+    Attributes:
+        first, stop: the window.
+        slices: SLICE [n], step by step.
+        counts: COUNT [n], in time order.
+    """
+
+    def __init__(self, first: int, stop: int) -> None:
+        self.first, self.stop = first, stop
+        self._slices: list[np.ndarray] = [np.zeros(0, SLICE)]
+        self._counts: list[np.ndarray] = [np.zeros(0, COUNT)]
+
+    @property
+    def slices(self) -> np.ndarray:
+        """All slices so far."""
+        return np.concatenate(self._slices)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """All counts so far."""
+        return np.concatenate(self._counts)
+
+    def parts(self, batch: Batch, layers: int) -> Iterator[tuple[Batch, bool]]:
+        """Cut a block into steps before the window, each step in it, and steps after; say which are to be recorded."""
+        size = len(batch.rows)
+        inside = range(max(self.first - batch.first_step, 0), min(self.stop - batch.first_step, size))
+        if not inside:
+            yield batch, False
+            return
+        if inside.start > 0:
+            yield _cut(batch, 0, inside.start, layers), False
+        for s in inside:
+            yield _cut(batch, s, s + 1, layers), True
+        if inside.stop < size:
+            yield _cut(batch, inside.stop, size, layers), False
+
+    def record(self, work: Work, hooks: tuple[Any, Any]) -> None:
+        """Replay a block of one step, and keep what was noted of it."""
+        tape = new_tape(*_most_records(work))
+        record_batch(work, *hooks, tape)
+        slices, counts = tape.ends
+        self._slices.append(tape.slices[:slices].copy())
+        self._counts.append(tape.counts[:counts].copy())
+
+
+def _cut(batch: Batch, first: int, stop: int, layers: int) -> Batch:
+    """Steps ``first`` to ``stop - 1`` of a block; what lies ahead of them stays in reach."""
+    return batch._replace(
+        first_step=batch.first_step + first,
+        rows=batch.rows[first:stop],
+        kv_tokens=batch.kv_tokens[first:stop],
+        phase=batch.phase[first:stop],
+        prompt_ends=batch.prompt_ends[first:stop],
+        demand=batch.demand._replace(start=batch.demand.start[first * layers :]),
+        offset=batch.offset[first:],
+    )
+
+
+def _most_records(work: Work) -> tuple[int, int]:
+    """How many slices and counts a step can need. What is not written to takes no memory: the pages stay untouched."""
+    batch, _, setting, state, _ = work
+    layers, experts = state.cells.shape
+    cells = layers * experts
+    active = int(batch.demand.start[layers] - batch.demand.start[0])
+    moved = 0
+    if setting.prefetch != NO_PREFETCH:
+        # Each time that the queue flows, one transfer may stop halfway; the others are complete, once each.
+        moved = 2 * layers + 1 + int(state.queue.ends[TAIL] - state.queue.ends[HEAD])
+        if setting.prefetch == ONLINE:
+            moved += layers * min(setting.depth, experts)
+        elif setting.prefetch == ORACLE:
+            start = batch.demand.start
+            ahead = np.minimum(np.arange(layers) + 1 + setting.depth, len(start) - 1)
+            joining = start[ahead] - start[1 : layers + 1]
+            moved += int(np.minimum(joining, cells).sum())
+    return 2 * active + moved + 4 * layers + 2, COUNTS_A_LAYER * layers + COUNTS_A_STEP

@@ -1,0 +1,185 @@
+"""A tape beside the replay: what runs where and when, noted down by the replay itself as it goes.
+
+The replay is compiled twice from the same lines: without a tape (``None``, so that Numba drops every line that would
+write on one) and, for the steps of a timeline alone, with one.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moetrace.engine.compile import kernel
+from moetrace.engine.cost import head_s
+from moetrace.engine.prefetch import HEAD, TAIL, is_complete, remaining_bytes
+from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT, records
+
+# Kinds of slices. A layer is dense and moe together; a wait is that of `prefetch_blocks`.
+KINDS = ("layer", "wait", "dense", "expert", "fetch", "prefetch", "activations", "head")
+LAYER, WAIT, DENSE, EXPERT, FETCH, PREFETCH, ACTIVATIONS, HEAD_WORK = range(8)
+NOBODY = -1  # unit of a LAYER and a WAIT
+
+SLICE = np.dtype(
+    [(name, np.int64) for name in ("step", "layer", "kind", "unit", "expert", "resident")]
+    + [(name, np.float64) for name in ("start_s", "duration_s", "rows", "bytes")],
+)
+COUNT = np.dtype(
+    [(name, np.int64) for name in ("step", "residents", "queued")]
+    + [(name, np.float64) for name in ("at_s", "queued_bytes")],
+)
+COUNTS_A_LAYER, COUNTS_A_STEP = 4, 3
+
+
+class Tape(NamedTuple):
+    """What is noted of a step. Times are seconds since the step began.
+
+    Of a SLICE, ``unit`` is a row of the unit log (a group of units is one), ``layer`` and ``expert`` are -1 where
+    there is none, ``resident`` is 1 or 0 for an EXPERT and -1 for others, ``rows`` and ``bytes`` are the whole group's.
+    """
+
+    slices: Any  # SLICE [n]
+    counts: Any  # COUNT [n]
+    ends: np.ndarray  # int64 [2]: how many slices and counts are written
+    clock_s: np.ndarray  # float64 [1]: where the layer at hand begins
+
+
+def new_tape(slices: int, counts: int) -> Tape:
+    """Return an empty tape with room for so many records."""
+    return Tape(records(slices, SLICE), records(counts, COUNT), np.zeros(2, np.int64), np.zeros(1))
+
+
+@kernel
+def note(tape, step, layer, kind, unit, start_s, duration_s, byte_count, expert):
+    """Write a slice that no rows belong to; ``layer`` and ``expert`` are -1 where there is none."""
+    entry = tape.slices[tape.ends[0]]
+    tape.ends[0] += 1
+    entry.step, entry.layer, entry.kind, entry.unit = step, layer, kind, unit
+    entry.start_s, entry.duration_s, entry.bytes = start_s, duration_s, byte_count
+    entry.rows, entry.expert, entry.resident = 0.0, expert, -1
+
+
+@kernel
+def note_count(tape, step, at_s, state):
+    """Write how many experts are resident, and what has yet to arrive of the prefetch queue."""
+    queue = state.queue
+    queued = 0
+    for at in range(queue.ends[HEAD], queue.ends[TAIL]):
+        queued += queue.place[queue.code[at]] == at and not is_complete(queue, queue.code[at])
+    entry = tape.counts[tape.ends[1]]
+    tape.ends[1] += 1
+    entry.step, entry.at_s, entry.residents = step, at_s, state.cache.residents.sum()
+    entry.queued, entry.queued_bytes = queued, remaining_bytes(queue)
+
+
+@kernel
+def note_flow(tape, step, budget_bytes, start_s, machine, state):
+    """Write what ``flow`` is about to let arrive, in its order and by its arithmetic."""
+    queue, experts = state.queue, state.cells.shape[1]
+    left, moved_bytes = budget_bytes, 0.0
+    for at in range(queue.ends[HEAD], queue.ends[TAIL]):
+        if left <= 0:
+            break
+        code = queue.code[at]
+        if queue.place[code] != at or is_complete(queue, code):
+            continue
+        step_bytes = min(left, queue.weight_bytes[code] - queue.moved_bytes[code])
+        begin_s = start_s + moved_bytes * machine.link_s_per_byte
+        duration_s = step_bytes * machine.link_s_per_byte
+        layer, expert = divmod(code, experts)
+        note(tape, step, layer, PREFETCH, LINK_IN, begin_s, duration_s, step_bytes, expert)
+        left -= step_bytes
+        moved_bytes += step_bytes
+
+
+@kernel
+def note_wait(tape, step, machine, state):
+    """Before it: write the wait for the queue, with which the step begins."""
+    note_count(tape, step, 0.0, state)
+    total_bytes = remaining_bytes(state.queue)
+    if total_bytes == 0.0:
+        return
+    note_flow(tape, step, total_bytes, 0.0, machine, state)
+    tape.clock_s[0] = total_bytes * machine.link_s_per_byte
+    note(tape, step, -1, WAIT, NOBODY, 0.0, tape.clock_s[0], 0.0, -1)
+
+
+@kernel
+def note_dense(tape, step, layer, dense, machine, state):
+    """Before the queue flows beside it: write a layer's dense work, and that flow."""
+    start_s = tape.clock_s[0]
+    note_count(tape, step, start_s, state)
+    note(tape, step, layer, DENSE, GPU, start_s, dense, machine.dense_bytes, -1)
+    note_flow(tape, step, dense * machine.link_bytes_s, start_s, machine, state)
+
+
+@kernel
+def note_moe(tape, step, layer, dense, size, line, machine, state):
+    """Before the queue flows beside it: write who runs the layer's experts and what moves for it, and that flow.
+
+    What the timing model leaves open is drawn in demand order: a unit's shards. Prefetches flow "for the time that
+    demand fetches leave", and those come first.
+    """
+    start_s = tape.clock_s[0] + dense
+    note_count(tape, step, start_s, state)
+    _note_gpu(tape, step, layer, start_s, size, state)
+    if line.act_bytes > 0.0:
+        _note_groups(tape, step, layer, start_s + line.act_s, size, state)
+        note(tape, step, layer, ACTIVATIONS, LINK_OUT, start_s, line.act_s, line.act_bytes, -1)
+        back_s = start_s + (line.act_s + line.busiest_s)
+        note(tape, step, layer, ACTIVATIONS, LINK_IN, back_s, line.act_s, line.act_bytes, -1)
+    spare_bytes = max(0.0, line.moe_s - line.fetch_s) * machine.link_bytes_s
+    note_flow(tape, step, spare_bytes, start_s + line.fetch_s, machine, state)
+    note(tape, step, layer, LAYER, NOBODY, tape.clock_s[0], dense + line.moe_s, line.demand_bytes, -1)
+
+
+@kernel
+def _note_gpu(tape, step, layer, start_s, size, state):
+    """Write the GPU's experts and their fetches: rules 3 and 4 of a layer, as in ``layer.timeline``."""
+    gpu_free_s, arrival_s = 0.0, 0.0
+    for j in range(size):
+        i = state.active[j].turn
+        if state.plan[i] == 0:
+            continue
+        expert = state.active[i]
+        if not expert.resident:
+            begin_s = start_s + arrival_s
+            note(tape, step, layer, FETCH, LINK_IN, begin_s, expert.fetch_s, expert.weight_bytes, expert.expert)
+        arrival_s += expert.fetch_s
+        begin_s = max(gpu_free_s, arrival_s)
+        _note_expert(tape, step, layer, GPU, start_s + begin_s, expert.gpu_s, expert)
+        gpu_free_s = begin_s + expert.gpu_s
+
+
+@kernel
+def _note_groups(tape, step, layer, start_s, size, state):
+    """Write the units' experts, one after another in each group: ``busy_s`` counts up to what it is again."""
+    for g in range(state.groups.size):
+        state.groups[g].busy_s = 0.0
+    for i in range(size):
+        if state.plan[i]:
+            continue
+        expert = state.active[i]
+        group = state.groups[expert.group]
+        _note_expert(tape, step, layer, FIRST_GROUP + expert.group, start_s + group.busy_s, expert.ndp_s, expert)
+        group.busy_s += expert.ndp_s
+
+
+@kernel
+def _note_expert(tape, step, layer, unit, start_s, duration_s, expert):
+    note(tape, step, layer, EXPERT, unit, start_s, duration_s, expert.weight_bytes, expert.expert)
+    entry = tape.slices[tape.ends[0] - 1]
+    entry.rows, entry.resident = expert.rows, expert.resident
+
+
+@kernel
+def note_layer_end(tape, step, seconds, state):
+    """Write what is kept after a layer that took ``seconds``; the next one begins here."""
+    tape.clock_s[0] += seconds
+    note_count(tape, step, tape.clock_s[0], state)
+
+
+@kernel
+def note_head(tape, step, machine, state):
+    """Write the LM head, with which the step ends, and what is queued after it."""
+    head = head_s(machine)
+    note(tape, step, -1, HEAD_WORK, GPU, tape.clock_s[0], head, machine.head_bytes, -1)
+    note_count(tape, step, tape.clock_s[0] + head, state)

@@ -1,0 +1,166 @@
+"""The time line of a window of steps: every slice of work as a row, and the counters beside them.
+
+It is not a drawing of the timing model but a recording of it: the replay itself noted each slice while it computed
+with it (`moetrace.engine.tape`).
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from moetrace.engine.run import Lane, Run
+from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT
+from moetrace.engine.tape import KINDS
+from moetrace.results.frames import SLICE_STEPS
+from moetrace.spec.errors import UsageError
+
+if TYPE_CHECKING:  # importing it compiles the replay once more
+    from moetrace.engine.record import Recording
+
+
+def timeline_frame(run: Run) -> pl.DataFrame:
+    """Return a row for each slice of the recorded steps, policy by policy, step by step, in order of their start.
+
+    Columns: `policy`; `unit` (`gpu`, `ndp0` .., `link_in`, `link_out`; null of a step, a layer and a wait); `kind`
+    (`step`, `layer`, `wait`, `dense`, `expert`, `fetch`, `prefetch`, `activations`, `head`); `name`; `start_s` (since
+    the trace began) and `duration_s`; `step`; `layer` and `expert` (null where there is none); `rows` and `bytes` (of a
+    unit's shard, so that all add up); `resident` (of an expert, whether the GPU held it when the router spoke).
+    """
+    return pl.concat([slices_of(run, lane, recording) for lane, recording in recordings(run)])
+
+
+def counter_frame(run: Run) -> pl.DataFrame:
+    """Return what was resident and queued whenever that changed, policy by policy.
+
+    Columns: `policy`; `at_s` (since the trace began); `step`; `residents`, experts that the GPU holds; `queued`, and
+    `queued_bytes`, transfers of the prefetch queue that have yet to be completed.
+    """
+    return pl.concat([counts_of(lane, recording) for lane, recording in recordings(run)])
+
+
+def recordings(run: Run) -> Iterator[tuple[Lane, "Recording"]]:
+    """Yield each policy's lane, and what was recorded of it.
+
+    Raises UsageError if nothing was recorded.
+    """
+    for lane in run.lanes:
+        if lane.recording is None:
+            raise UsageError("Nothing was recorded for a timeline: replay with timeline=(A, B), steps A to B - 1.")
+        yield lane, lane.recording
+
+
+def step_starts_s(lane: Lane, first: int, stop: int) -> np.ndarray:
+    """Return float64 [stop - first + 1]: when each step begins and the last one ends, as in `steps.parquet`."""
+    durations_s, edge_s = lane.log.step["duration_s"], 0.0
+    for begin in range(0, first, SLICE_STEPS):
+        part_s = durations_s[begin : min(begin + SLICE_STEPS, first)]
+        edge_s = float(np.cumsum(np.concatenate(([edge_s], part_s)))[-1])
+    return np.cumsum(np.concatenate(([edge_s], durations_s[first:stop])))
+
+
+def slices_of(run: Run, lane: Lane, recording: "Recording") -> pl.DataFrame:
+    """Return the rows of `timeline_frame` that are one policy's."""
+    starts_s = step_starts_s(lane, recording.first, recording.stop)
+    notes, share = recording.slices, lane.machine.share
+    # A group of units is one row of the tape, but each of its units is busy.
+    in_group = notes["unit"] >= FIRST_GROUP
+    copies = np.where(in_group, share, 1)
+    first_copy = np.cumsum(copies) - copies
+    of = np.repeat(np.arange(len(notes)), copies)
+    notes, in_group = notes[of], in_group[of]
+    unit = np.where(in_group, FIRST_GROUP + (notes["unit"] - FIRST_GROUP) * share, notes["unit"])
+    unit += np.arange(len(of)) - first_copy[of]
+    part = np.where(in_group, share, 1)
+    names = {GPU: "gpu", LINK_IN: "link_in", LINK_OUT: "link_out"}
+    names |= {FIRST_GROUP + u: f"ndp{u}" for u in range(run.system.units)}
+    frame = pl.DataFrame(
+        {
+            "unit": pl.Series(unit).replace_strict(names, default=None, return_dtype=pl.String),
+            "kind": pl.Series(KINDS).gather(notes["kind"]),
+            "start_s": starts_s[notes["step"] - recording.first] + notes["start_s"],
+            "duration_s": np.ascontiguousarray(notes["duration_s"]),
+            "step": np.ascontiguousarray(notes["step"]),
+            "layer": np.ascontiguousarray(notes["layer"]),
+            "expert": np.ascontiguousarray(notes["expert"]),
+            "rows": notes["rows"] / part,
+            "bytes": notes["bytes"] / part,
+            "resident": np.ascontiguousarray(notes["resident"]),
+        }
+    )
+    steps = _steps_of(run, lane, recording, starts_s)
+    # Steps first, then layers: what begins together stands from the outside in.
+    frame = pl.concat([steps.select(frame.columns), frame]).with_columns(pl.lit(lane.policy.name).alias("policy"))
+    order = pl.col("kind").replace_strict({"step": 0, "layer": 1}, default=2, return_dtype=pl.Int8)
+    return frame.sort("step", "start_s", order, maintain_order=True).select(
+        "policy",
+        "unit",
+        "kind",
+        _name(),
+        "start_s",
+        "duration_s",
+        "step",
+        _unless(pl.col("layer") < 0, "layer"),
+        _unless(pl.col("expert") < 0, "expert"),
+        _unless(pl.col("kind") != "expert", "rows"),
+        _unless(pl.col("kind").is_in(["step", "layer", "wait"]), "bytes"),
+        _unless(pl.col("resident") < 0, "resident").cast(pl.Boolean),
+    )
+
+
+def _steps_of(run: Run, lane: Lane, recording: "Recording", starts_s: np.ndarray) -> pl.DataFrame:
+    steps = np.arange(recording.first, recording.stop)
+    nothing = np.zeros(len(steps))
+    return pl.DataFrame(
+        {
+            "unit": pl.Series([None] * len(steps), dtype=pl.String),
+            "kind": pl.repeat("step", len(steps), eager=True),
+            "start_s": starts_s[:-1],
+            "duration_s": np.ascontiguousarray(lane.log.step["duration_s"][recording.first : recording.stop]),
+            "step": steps,
+            **{name: np.full(len(steps), -1) for name in ("layer", "expert", "resident")},
+            "rows": nothing,
+            "bytes": nothing,
+        }
+    )
+
+
+def _name() -> pl.Expr:
+    """`L3 E17`, `fetch L3 E17`, `L3 dense`, `head`, `step 12`; of a layer, `L3`."""
+    layer, expert = pl.format("L{}", "layer"), pl.format("L{} E{}", "layer", "expert")
+    kind = pl.col("kind")
+    return (
+        pl.when(kind == "expert")
+        .then(expert)
+        .when(kind.is_in(["fetch", "prefetch"]))
+        .then(pl.format("{} {}", kind, expert))
+        .when(kind.is_in(["dense", "activations"]))
+        .then(pl.format("{} {}", layer, kind))
+        .when(kind == "layer")
+        .then(layer)
+        .when(kind == "step")
+        .then(pl.format("step {}", "step"))
+        .otherwise(kind)
+        .alias("name")
+    )
+
+
+def _unless(is_none: pl.Expr, column: str) -> pl.Expr:
+    return pl.when(is_none).then(None).otherwise(pl.col(column)).alias(column)
+
+
+def counts_of(lane: Lane, recording: "Recording") -> pl.DataFrame:
+    """Return the rows of `counter_frame` that are one policy's."""
+    starts_s = step_starts_s(lane, recording.first, recording.stop)
+    counts = recording.counts
+    what = ("residents", "queued", "queued_bytes")
+    frame = pl.DataFrame(
+        {
+            "policy": pl.repeat(lane.policy.name, len(counts), eager=True),
+            "at_s": starts_s[counts["step"] - recording.first] + counts["at_s"],
+            **{name: np.ascontiguousarray(counts[name]) for name in ("step", *what)},
+        }
+    )
+    changed = pl.any_horizontal(pl.col(name) != pl.col(name).shift() for name in what).fill_null(True)
+    return frame.filter(changed)

@@ -1,0 +1,181 @@
+"""`timeline.json.gz`: the time line in the Trace Event Format, as Perfetto and chrome://tracing open it.
+
+The format is Google's ("Trace Event Format", JSON object form): complete slices (`ph` X), counters (C), names (M); `ts`
+and `dur` in microseconds, to three places.
+"""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from moetrace import __version__
+from moetrace.engine.run import Lane, Run
+from moetrace.engine.tape import EXPERT
+from moetrace.results.timeline import counts_of, recordings, slices_of
+from moetrace.trace.schema import PHASE_NAMES
+
+SCHEMA = "moetrace.timeline/1"
+# Of steps and layers, and of what shares a link's direction without waiting for one another: tracks of their own.
+_OWN_TRACKS = {"step": "steps", "layer": "layers", "wait": "layers"}
+_LINK_IN_TRACKS = {"fetch": "link_in", "prefetch": "link_in prefetch", "activations": "link_in activations"}
+_ARGUMENTS = {
+    "dense": ("step", "layer", "bytes"),
+    "expert": ("step", "layer", "expert", "rows", "bytes", "resident"),
+    "fetch": ("step", "layer", "expert", "bytes"),
+    "prefetch": ("step", "layer", "expert", "bytes"),
+    "activations": ("step", "layer", "bytes"),
+    "head": ("step", "bytes"),
+    "wait": ("step",),
+}
+_COLUMNS = ("track", "kind", "name", "ts", "dur", "step", "layer", "expert", "rows", "bytes", "resident")
+
+Event = dict[str, Any]
+
+
+def write_timeline(run: Run, file: Any) -> None:
+    """Write the recorded steps into a file that is open for writing; the same steps give the same bytes.
+
+    Raises UsageError if nothing was recorded.
+    """
+    first, stop = next((recording.first, recording.stop) for _, recording in recordings(run))
+    about = {
+        "schema": SCHEMA,
+        "moetrace": __version__,
+        "model": run.model.name,
+        "system": run.system.name,
+        "slots": run.slots,
+        "window": [first, stop],
+    }
+    start = f'{{"displayTimeUnit":"ns","otherData":{_compact(about)},"traceEvents":['
+    with (
+        gzip.GzipFile("", "wb", 6, file, mtime=0) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as text,
+    ):
+        text.write(start)
+        for number, event in enumerate(timeline_events(run)):
+            text.write(("\n" if number == 0 else ",\n") + _compact(event))
+        text.write("\n]}\n")
+
+
+def timeline_events(run: Run) -> Iterator[Event]:
+    """Yield the events: each policy a process, each unit and link direction a thread."""
+    for pid, (lane, recording) in enumerate(recordings(run), 1):
+        yield from _slice_events(run, lane, pid, slices_of(run, lane, recording))
+        yield from _counter_events(pid, counts_of(lane, recording))
+
+
+def _slice_events(run: Run, lane: Lane, pid: int, slices: pl.DataFrame) -> Iterator[Event]:
+    tracks = ["steps", "layers", "gpu", *(f"ndp{u}" for u in range(run.system.units))]
+    if run.system.link is not None:
+        tracks += ["link_out", *_LINK_IN_TRACKS.values()]
+    tid = {track: number for number, track in enumerate(tracks, 1)}
+    yield _name(pid, None, "process_name", name=f"{lane.policy.name} on {run.system.name}")
+    yield _name(pid, None, "process_sort_index", sort_index=pid)
+    for track in tracks:
+        yield _name(pid, tid[track], "thread_name", name=track)
+        yield _name(pid, tid[track], "thread_sort_index", sort_index=tid[track])
+    layers = _layer_arguments(lane)
+    for row in _on_whole_ns(_with_tracks(slices)).select(_COLUMNS).iter_rows(named=True):
+        kind = row["kind"]
+        if kind == "step":
+            arguments = _step_arguments(run, lane, row["step"])
+        elif kind == "layer":
+            arguments = {"step": row["step"], "layer": row["layer"], **next(layers)}
+        else:
+            arguments = {name: _plain(row[name]) for name in _ARGUMENTS[kind]}
+        yield {
+            "ph": "X",
+            "name": row["name"],
+            "cat": kind,
+            "pid": pid,
+            "tid": tid[row["track"]],
+            "ts": _plain(row["ts"]),
+            "dur": _plain(row["dur"]),
+            "args": arguments,
+        }
+
+
+def _counter_events(pid: int, counts: pl.DataFrame) -> Iterator[Event]:
+    counters = (
+        ("experts resident", "experts", "residents"),
+        ("prefetch queue", "experts", "queued"),
+        ("prefetch queue bytes", "bytes", "queued_bytes"),
+    )
+    for name, unit, column in counters:
+        changes = counts.filter((pl.col(column) != pl.col(column).shift()).fill_null(True))
+        for at_s, value in changes.select("at_s", column).iter_rows():
+            yield {
+                "ph": "C",
+                "name": name,
+                "pid": pid,
+                "ts": _plain(round(at_s * 1e9) / 1e3),
+                "args": {unit: _plain(value)},
+            }
+
+
+def _name(pid: int, tid: int | None, what: str, **arguments: Any) -> Event:
+    thread = {} if tid is None else {"tid": tid}
+    return {"ph": "M", "name": what, "pid": pid, **thread, "args": arguments}
+
+
+def _with_tracks(slices: pl.DataFrame) -> pl.DataFrame:
+    kind, unit = pl.col("kind"), pl.col("unit")
+    of_link = kind.replace_strict(_LINK_IN_TRACKS, default=None, return_dtype=pl.String)
+    own = kind.replace_strict(_OWN_TRACKS, default=None, return_dtype=pl.String)
+    return slices.with_columns(
+        pl.when(unit == "link_in").then(of_link).otherwise(pl.coalesce(own, unit)).alias("track")
+    )
+
+
+def _on_whole_ns(slices: pl.DataFrame) -> pl.DataFrame:
+    """Add `ts` and `dur` in microseconds, on whole nanoseconds.
+
+    Perfetto counts in them: a slice that ended after the next one of its track began, by rounding, would be dropped
+    there. So none does, and what rounding took from one slice goes to the next: a track's sum is right to 1 ns.
+    """
+    parts = []
+    for track in slices.partition_by("track", maintain_order=True):
+        start = np.maximum.accumulate(np.rint(track["start_s"].to_numpy() * 1e9))
+        room = np.diff(start, append=np.inf)
+        lengths, owed = [], 0.0
+        for wanted, most in zip((track["duration_s"].to_numpy() * 1e9).tolist(), room.tolist(), strict=True):
+            length = min(max(round(wanted + owed), 0), most)
+            owed += wanted - length
+            lengths.append(length / 1e3)
+        parts.append(track.with_columns(pl.Series("ts", start / 1e3), pl.Series("dur", lengths)))
+    return pl.concat(parts)
+
+
+def _step_arguments(run: Run, lane: Lane, step: int) -> Event:
+    figures = lane.log.step[step]
+    counts = {name: int(figures[name]) for name in ("hits", "misses", "late")}
+    moved = {name: _plain(float(figures[name])) for name in ("demand_bytes", "prefetch_bytes")}
+    schedule = run.schedule
+    return {"step": step, "phase": PHASE_NAMES[schedule.phase[step]], "rows": int(schedule.rows[step])} | counts | moved
+
+
+def _layer_arguments(lane: Lane) -> Iterator[Event]:
+    """Yield hits and misses of each layer of each recorded step, in order."""
+    assert lane.recording is not None
+    notes, layers = lane.recording.slices, len(lane.log.layer)
+    experts = notes[notes["kind"] == EXPERT]
+    at = (experts["step"] - lane.recording.first) * layers + experts["layer"]
+    cells = (lane.recording.stop - lane.recording.first) * layers
+    hits = np.bincount(at, experts["resident"], minlength=cells)
+    active = np.bincount(at, minlength=cells)
+    for hit, size in zip(hits.tolist(), active.tolist(), strict=True):
+        yield {"hits": int(hit), "misses": size - int(hit)}
+
+
+def _plain(value: Any) -> Any:
+    """The value, a whole number without the `.0`."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
