@@ -11,6 +11,7 @@ from traps import EXPERTS, LAYERS, ROWS, TOP_K, arrays, choose, prepend, trace
 
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
+from moetrace.trace.importing import import_traces
 from moetrace.trace.lint import lint
 from moetrace.trace.select import import_and_leave_out, leave_out
 from moetrace.trace.writer import CountsWriter
@@ -196,6 +197,17 @@ def test_impossible_ids_that_stay_are_refused(tmp_path):
     with pytest.raises(MoetraceError, match="/experts row 9, layer entry 1 holds the id 77"):
         leave_out(trace(made), tmp_path / "t.h5", dense=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_that_leads_to_itself_is_an_error(tmp_path):
+    source, loop = capture(tmp_path / "c.npz"), tmp_path / "loop"
+    loop.symlink_to("loop")
+    for path in (loop, loop / "t.h5"):
+        with pytest.raises(MoetraceError, match="could not be written"):
+            import_traces(source, path)
+        with pytest.raises(MoetraceError, match="could not be written"):
+            import_and_leave_out([source], path, dense=True)
+    assert sorted(tmp_path.iterdir()) == [source, loop] and loop.is_symlink()
 
 
 def test_layers_of_counts(tmp_path):
