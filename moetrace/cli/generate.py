@@ -93,10 +93,9 @@ def _fitted(out: Path, like: Path, save_profile: Path | None, parameters: dict[s
     """Fit a profile to the trace at `like`, and keep it if it is wanted; `out` is what it will be drawn into."""
     from moetrace import __version__
     from moetrace.analyze.fit import fit_profile
-    from moetrace.spec import load_model
+    from moetrace.spec import check_shape, load_model
     from moetrace.trace import Trace
     from moetrace.trace.atomic import check_writable
-    from moetrace.trace.generate import check_fits
     from moetrace.trace.generate import save_profile as save
 
     for path in (out, save_profile):  # before the fit, which takes time
@@ -104,7 +103,8 @@ def _fitted(out: Path, like: Path, save_profile: Path | None, parameters: dict[s
             check_writable(path)
     with Trace.open(like) as trace:
         if parameters["model"] is not None:
-            check_fits(f"Trace {like}", trace.layers, trace.num_experts, load_model(parameters["model"]))
+            model = load_model(parameters["model"])
+            check_shape(f"Trace {like}", trace.layers, trace.num_experts, model)
         if bar.disable:
             click.echo(
                 f"moetrace: fitting a profile to {printable(str(like))}, which takes up to a minute or two.", err=True

@@ -32,7 +32,7 @@ from moetrace.engine.residency import FLAT, KEEPS_SOME, RESIDENCY, hold
 from moetrace.engine.schedule import Schedule, request_index, schedule_of
 from moetrace.engine.state import LINK_IN, Log, new_log
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.model import Model
+from moetrace.spec.model import Model, check_shape
 from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_static
 from moetrace.spec.system import System, check_fits, gpu_slots
 from moetrace.trace.format import Block, Trace
@@ -113,7 +113,12 @@ def run(
     The figures do not depend on ``jobs``, nor on how the trace is cut into blocks. Raises UsageError if trace, model,
     system and policies do not go together, MoetraceError (file, dataset, row) if an id is wrong.
     """
-    warnings = _check_model(trace, model)
+    check_shape(str(trace.path or "the trace"), trace.layers, trace.num_experts, model)
+    warnings = []
+    if trace.top_k != model.top_k:
+        warnings.append(
+            f"the trace has {trace.top_k} experts a token and layer, {model.name} {model.top_k}: fewer or more work."
+        )
     weight_bytes = _weight_bytes(trace, model)
     check_fits(model, system, weight_bytes, ignore_capacity)
     fitting = gpu_slots(model, system, weight_bytes)
@@ -141,17 +146,6 @@ def _each(pool: Executor | None, lanes: list[Lane], batch: Batch) -> None:
     else:
         for future in [pool.submit(lane.advance, batch) for lane in lanes]:
             future.result()
-
-
-def _check_model(trace: Trace, model: Model) -> list[str]:
-    if (trace.layers, trace.num_experts) != (model.moe_layers, model.experts):
-        raise UsageError(
-            f"The trace {trace.path or 'in memory'} has {trace.layers} MoE layers of {trace.num_experts} experts, but "
-            f"the model {model.name} has {model.moe_layers} of {model.experts}: name the right one with --model."
-        )
-    if trace.top_k == model.top_k:
-        return []
-    return [f"the trace has {trace.top_k} experts a token and layer, {model.name} {model.top_k}: fewer or more work."]
 
 
 def _weight_bytes(trace: Trace, model: Model) -> np.ndarray:

@@ -143,9 +143,15 @@ def test_other_top_k_is_noted(tmp_path, capsys):
         (["--model", "mixtral-8x7b", "--save-profile", "p.toml"], "--save-profile keeps what --like fits"),
         (["--like", "x.h5", "--save-profile", "p"], "--save-profile p: the name must end with .toml"),
         (["--profile", "tiny-olmo"], "the nearest is 'tiny-olmoe'"),
-        (["--profile", "tiny-olmoe", "--model", "mixtral-8x7b"], "has 6 MoE layers, but model mixtral-8x7b has 32"),
+        (
+            ["--profile", "tiny-olmoe", "--model", "mixtral-8x7b"],
+            "6 MoE layers of 32 experts, but the model mixtral",
+        ),
         (["--profile", "tiny-olmoe", "--seed", "-1"], "seed is -1"),
-        (["--like", str(TRACES / "tiny-olmoe.h5"), "--model", "mixtral-8x7b"], "but model mixtral-8x7b has 32"),
+        (
+            ["--like", str(TRACES / "tiny-olmoe.h5"), "--model", "mixtral-8x7b"],
+            "but the model mixtral-8x7b has 32 of 8",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, capsys, options, words):

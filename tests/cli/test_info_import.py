@@ -186,7 +186,7 @@ def test_texts_of_a_file_do_not_command_the_terminal(run, tmp_path, archive):
         (["--prompt", "3"], "--as decode and --prompt P need each other"),
         (["--as", "decode", "--prompt", "-1"], "-1"),
         (["--from", "gguf"], "gguf"),
-        (["--model", "mixtral-8x7b"], "has 2 layers of 8 experts, but model mixtral-8x7b has 32 of 8"),
+        (["--model", "mixtral-8x7b"], "has 2 MoE layers of 8 experts, but the model mixtral-8x7b has 32 of 8"),
         (["--model", "mixtrl-8x7b"], "mixtral-8x7b"),
     ],
 )

@@ -176,7 +176,7 @@ def test_what_is_left_may_be_a_preset(tmp_path):
     with Trace.open(tmp_path / "t.h5") as copy:
         assert copy.model == "olmoe-1b-7b"
     leave_out(opened, tmp_path / "t.h5", dense=True, model="olmoe-1b-7b")
-    with pytest.raises(UsageError, match="has 16 layers of 64 experts, but model mixtral-8x7b has 32 of 8"):
+    with pytest.raises(UsageError, match="has 16 MoE layers of 64 experts, but the model mixtral-8x7b has 32 of 8"):
         leave_out(opened, tmp_path / "t.h5", dense=True, model="mixtral-8x7b")
 
 
@@ -294,7 +294,7 @@ def test_an_import_that_fails_leaves_nothing_and_names_no_temporary_file(tmp_pat
     with pytest.raises(MoetraceError, match=r"/t\.h5: every row is warm-up") as raised:
         import_and_leave_out([source], tmp_path / "t.h5", warmup=True, dense=True)
     assert ".tmp" not in str(raised.value)
-    with pytest.raises(UsageError, match="16 layers of 64 experts, but model mixtral-8x7b"):
+    with pytest.raises(UsageError, match="16 MoE layers of 64 experts, but the model mixtral-8x7b"):
         import_and_leave_out([capture(tmp_path / "a.npz")], tmp_path / "t.h5", dense=True, model="mixtral-8x7b")
     with pytest.raises(MoetraceError, match="no such folder"):
         import_and_leave_out([source], tmp_path / "none" / "t.h5", dense=True)
