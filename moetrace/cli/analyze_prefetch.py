@@ -9,6 +9,7 @@ import click
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
 from moetrace.cli.paths import ANY_PATH
 from moetrace.cli.phases import check_phase
+from moetrace.spec.errors import counted, printable
 
 # The predictors of moetrace.analyze.prefetch, which takes too long to import for a mere --help.
 PREDICTORS = ("last-token", "frequency", "ewma", "transition", "recorded", "oracle")
@@ -82,12 +83,10 @@ def command(trace: Path, capacity: str | None, phase: str | None, form: str, **a
     elif form == "csv":
         sys.stdout.write(found.write_csv())
     else:
-        _print_table(found.to_dicts(), f"{trace}: {everything} experts; an LRU cache of {capacity}.")
+        _print_table(found.to_dicts(), f"{trace}: {counted(everything, 'expert')}; an LRU cache of {capacity}.")
 
 
 def _print_table(rows: list[dict], below: str) -> None:
-    from moetrace.spec.errors import printable
-
     headers = dict(_HEADERS)
     for row in rows:
         for name in ("recall", "precision", "displaced"):

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from moetrace.cli.lint import say_found
+from moetrace.cli.output import said_of
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import UsageError, printable
+from moetrace.spec.errors import UsageError, counted
 
 
 class _Tokens(click.types.IntParamType):
@@ -89,11 +90,9 @@ def command(
         options = {"dtype": dtype, "device": device, "model": model, "compress": compress}
         capture(model_dir, prompts, out, Sampling(**sampling), **options, progress=advance)
     with Trace.open(out) as trace:
-        size_mb = out.stat().st_size / 1e6
         if cut := trace.source["prompts_cut"]:
-            click.echo(f"moetrace: {cut:,} prompts were cut to {sampling['max_prompt']:,} tokens.", err=True)
-        click.echo(
-            f"{out}: {printable(trace.model)}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.",
-            err=True,
-        )
+            click.echo(
+                f"moetrace: {counted(cut, 'prompt')} cut to {counted(sampling['max_prompt'], 'token')}.", err=True
+            )
+        click.echo(said_of(out, trace), err=True)
         say_found(trace)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from moetrace.cli.output import stdout_console
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
+from moetrace.spec.errors import counted
 
 # Between two columns.
 _GAP = 2
@@ -115,27 +116,23 @@ def _cells(form: str, values: list[float | None]) -> list[str]:
 
 def _legend(summary: dict[str, Any], name: str) -> list[str]:
     trace, model, system = summary["trace"], summary["model"], summary["system"]
-    units = f"with {system['ndp']['units']} NDP units" if system["ndp"] else "without NDP units"
+    units = f"with {counted(system['ndp']['units'], 'NDP unit')}" if system["ndp"] else "without NDP units"
     everything = model["moe_layers"] * model["experts"]
     (bound_ms,) = _cells("digits", [1e3 * summary["policies"][0]["work_bound_s"]])
     layers = trace["steps"] * trace["layers"]
     return [
-        f"{name}: {_count(trace['rows'], 'row')} in {_count(trace['steps'], 'step')} of "
-        f"{_count(trace['requests'], 'request')}. Model {model['name']} on {system['name']} {units}; "
-        f"the GPU keeps up to {summary['slots']:,} of {everything:,} experts (slots).",
+        f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
+        f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']} {units}; "
+        f"the GPU keeps up to {summary['slots']:,} of {counted(everything, 'expert')} (slots).",
         f"TTFT and TPOT are medians. Over bound: time beyond the {bound_ms} ms that no schedule of this work beats. "
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots.",
         *(
-            f"{policy['name']}: {policy['optimal_fallbacks']:,} of {_count(layers, 'layer')} of all steps had more "
+            f"{policy['name']}: {policy['optimal_fallbacks']:,} of {counted(layers, 'layer')} of all steps had more "
             f"than {OPTIMAL_UP_TO} active experts and were dispatched by balance."
             for policy in summary["policies"]
             if policy["optimal_fallbacks"]
         ),
     ]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _times(factor: float, value: float | None) -> float | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import UsageError, printable
+from moetrace.spec.errors import UsageError, counted, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -65,7 +65,9 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
         task = bar.add_task("rows", total=schedule.rows)
         generate(out, **parameters, progress=lambda count: bar.advance(task, count))
     size_mb = out.stat().st_size / 1e6
-    click.echo(f"{out}: {schedule.rows:,} rows in {schedule.steps:,} steps, {size_mb:,.1f} MB.", err=True)
+    click.echo(
+        f"{out}: {counted(schedule.rows, 'row')} in {counted(schedule.steps, 'step')}, {size_mb:,.1f} MB.", err=True
+    )
     _note_top_k(**parameters)
 
 

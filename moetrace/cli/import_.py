@@ -5,8 +5,9 @@ from pathlib import Path
 import click
 
 from moetrace.cli.lint import drop_options, say_found, say_left_out
+from moetrace.cli.output import said_of
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import UsageError, printable
+from moetrace.spec.errors import UsageError
 
 # The keys of moetrace.trace.engines.FORMATS, which is not imported here so that `--help` stays instant.
 FORMATS = (
@@ -95,11 +96,7 @@ def command(
         else:
             import_traces(list(sources), out, **options)
     with Trace.open(out) as trace:
-        size_mb = out.stat().st_size / 1e6
-        click.echo(
-            f"{out}: {printable(trace.model)}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.",
-            err=True,
-        )
+        click.echo(said_of(out, trace), err=True)
         if left_out:
             click.echo(f"{out}: {say_left_out(left_out)}.", err=True)
         say_found(trace)

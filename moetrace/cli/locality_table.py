@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from moetrace.cli.output import stdout_console
-from moetrace.spec.errors import printable
+from moetrace.spec.errors import counted, printable
 
 if TYPE_CHECKING:
     from moetrace.analyze.locality import Locality
@@ -139,23 +139,19 @@ def _overlap_table(found: "Locality") -> Table:
 def _legend(facts: dict[str, Any], name: str) -> list[str]:
     rows = "row" if facts["phase"] == "all" else f"{facts['phase']} row"
     lines = [
-        f"{printable(name)}: {printable(facts['model'])}, {_count(facts['rows'], rows)} of "
-        f"{_count(facts['requests'], 'request')}; {facts['layers']} layers of {facts['experts']} experts, "
-        f"top {facts['top_k']}.",
+        f"{printable(name)}: {printable(facts['model'])}, {counted(facts['rows'], rows)} of "
+        f"{counted(facts['requests'], 'request')}; {counted(facts['layers'], 'layer')} of "
+        f"{counted(facts['experts'], 'expert')}, top {facts['top_k']}.",
         "Every figure is of one layer; docs/locality.md defines each. Shuffled, null and by popularity: what chance or "
         "popularity alone would give.",
     ]
     if facts["sampled_rows"] < facts["rows"]:
         lines.append(
             f"Counts, reuse and LRU are of all rows; the rest, and what is shuffled, of a sample of "
-            f"{_count(facts['sampled_rows'], 'row')} of {_count(facts['sampled_requests'], 'request')} "
+            f"{counted(facts['sampled_rows'], 'row')} of {counted(facts['sampled_requests'], 'request')} "
             f"(--sample-rows)."
         )
     return lines
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _width(columns: list[list[str]]) -> int:

@@ -60,7 +60,7 @@ def test_messages_go_through_the_chat_template(model, tmp_path, capsys):
     )
     with Trace.open(tmp_path / "a.h5") as trace:
         assert trace.read("token", 0, 9).tolist() == [4, 6, 7, 8, 5]
-    assert "1 prompts were cut to 5 tokens" in capsys.readouterr().err
+    assert "1 prompt cut to 5 tokens" in capsys.readouterr().err
 
 
 def test_a_model_of_ones_own_fits(model, tmp_path):
@@ -84,7 +84,7 @@ def test_a_model_of_ones_own_fits(model, tmp_path):
         (["--output", "-1"], 2, "output is -1"),
         (["--output", "a.h5"], 2, "'a.h5' is no number of tokens; -o names the file"),
         (["--dtype", "int8"], 2, "int8"),
-        (["--model", "mixtral-8x7b"], 2, "has 3 layers of 8 experts"),
+        (["--model", "mixtral-8x7b"], 2, "has 3 MoE layers of 8 experts"),
         (["--device", "abacus"], 1, "the device 'abacus' can't be used"),
     ],
 )
