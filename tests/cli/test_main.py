@@ -141,6 +141,6 @@ def test_one_of_something_is_not_a_plural(run, tmp_path):
     assert "2 rows of 1 request; 1 layer of 2 experts, top 1." in " ".join(said.split())
     out = tmp_path / "b.h5"
     generated = ("--model", "mixtral-8x7b", "--requests", 1, "--prompt", 0, "--output", 1)
-    assert run("generate", out, *generated)[2] == f"{out}: 1 row in 1 step, 0.0 MB.\n"
+    assert run("generate", out, *generated)[2] == f"{out}: 1 row in 1 step, 0.1 MB.\n"
     said = run("replay", out, "--set", "system.ndp.units=1", "--policy", "monde", "--ignore-capacity")[1]
     assert "1 row in 1 step of 1 request. Model mixtral-8x7b on edge-ndp with 1 NDP unit;" in said
