@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from moetrace.cli.given import refuse
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
 from moetrace.cli.paths import ANY_PATH
 from moetrace.cli.phases import check_phase
@@ -68,6 +69,7 @@ def command(trace: Path, capacity: str | None, phase: str | None, form: str, **a
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
+    _check_options(asked["predictors"], asked["system"])
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.analyze.prefetch import prefetch_value
 
@@ -84,6 +86,16 @@ def command(trace: Path, capacity: str | None, phase: str | None, form: str, **a
         sys.stdout.write(found.write_csv())
     else:
         _print_table(found.to_dicts(), f"{trace}: {counted(everything, 'expert')}; an LRU cache of {capacity}.")
+
+
+def _check_options(predictors: tuple[str, ...], system: str | None) -> None:
+    """Refuse what would have no effect."""
+    if "oracle" not in predictors:
+        refuse(("recall", "seed"), "is for --predictor oracle.")
+    if set(predictors) <= {"oracle", "recorded"}:
+        refuse(("most",), "is for predictors other than oracle and recorded, which name any number.")
+    if system is None and "transition" not in predictors:
+        refuse(("ahead",), "is for --predictor transition, or for --system, on which it gives a fetch more time.")
 
 
 def _print_table(rows: list[dict], below: str) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
+from moetrace.cli.given import refuse
 from moetrace.cli.lint import say_found
 from moetrace.cli.output import said_of
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import UsageError, counted
+from moetrace.cli.targets import check_targets
+from moetrace.spec.errors import counted
 
 
 class _Tokens(click.types.IntParamType):
@@ -74,12 +76,11 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from moetrace.trace.atomic import real_path
     from moetrace.trace.capture import Sampling, capture
     from moetrace.trace.format import Trace
 
-    if real_path(out) == real_path(prompts):
-        raise UsageError(f"{out} holds the prompts: choose another name for the trace.")
+    _check_options(sampling)
+    check_targets({"-o": out}, [prompts, model_dir, model])
     hidden = not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task("load the model", total=None)
@@ -96,3 +97,11 @@ def command(
             )
         click.echo(said_of(out, trace), err=True)
         say_found(trace)
+
+
+def _check_options(sampling: dict[str, Any]) -> None:
+    """Refuse what would have no effect."""
+    if sampling["output"] == 0:
+        refuse(("batch", "temperature", "seed", "ignore_eos"), "is for output tokens, but --output is 0.")
+    if sampling["temperature"] == 0:
+        refuse(("seed",), "is for sampling: give a --temperature above 0.")

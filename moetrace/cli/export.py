@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from moetrace.cli.paths import ANY_PATH
+from moetrace.cli.targets import check_targets
 from moetrace.spec.errors import counted
 
 # The keys of moetrace.trace.exports.FORMATS, which is not imported here so that `--help` stays instant.
@@ -30,6 +31,7 @@ def command(trace: Path, out: Path, form: str | None) -> None:
     from moetrace.trace.exports import export
     from moetrace.trace.format import Trace
 
+    check_targets({"-o": out}, [trace])
     with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
         export(opened, out, to=form, progress=bar.advance)
         rows = opened.rows

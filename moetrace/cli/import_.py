@@ -7,6 +7,7 @@ import click
 from moetrace.cli.lint import drop_options, say_found, say_left_out
 from moetrace.cli.output import said_of
 from moetrace.cli.paths import ANY_PATH
+from moetrace.cli.targets import check_targets
 from moetrace.spec.errors import UsageError
 
 # The keys of moetrace.trace.engines.FORMATS, which is not imported here so that `--help` stays instant.
@@ -77,15 +78,12 @@ def command(
     if (as_phase is None) != (prompt is None):
         raise UsageError("--as decode and --prompt P need each other.")
     from moetrace.cli.bars import LateBar
-    from moetrace.trace.atomic import check_writable, real_path
     from moetrace.trace.engines.capture import Hints
     from moetrace.trace.format import Trace
     from moetrace.trace.importing import import_traces
     from moetrace.trace.select import import_and_leave_out
 
-    if real_path(out) in map(real_path, sources):
-        raise UsageError(f"{out} is a source: choose another name for the trace.")
-    check_writable(out)
+    check_targets({"-o": out}, [*sources, model])
     left_out = None
     with LateBar("bytes read", sum(map(_size_bytes, sources))) as bar:
         hints = Hints(num_experts=experts, top_k=top_k, reading=bar.advance)

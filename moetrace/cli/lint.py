@@ -10,6 +10,7 @@ import click
 
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
 from moetrace.cli.paths import ANY_PATH
+from moetrace.cli.targets import check_targets
 from moetrace.spec.errors import UsageError, counted, printable
 
 if TYPE_CHECKING:
@@ -47,17 +48,14 @@ def command(
     Exit code 3 if there is an error or a warning, else 0: notes say what is legitimate, but has to be known.
     """
     from moetrace.cli.bars import LateBar
-    from moetrace.trace.atomic import check_writable, real_path
     from moetrace.trace.format import Trace
     from moetrace.trace.lint import lint
     from moetrace.trace.select import leave_out
 
     if (out is None) == (drop_warmup or drop_dense):
         raise UsageError("-o FIXED.h5 and --drop-warmup or --drop-dense need each other.")
-    if out is not None and real_path(out) == real_path(trace):
-        raise UsageError(f"{out} is the trace itself: choose another name for the copy.")
+    check_targets({"-o": out}, [trace])
     if out is not None:
-        check_writable(out)
         with Trace.open(trace) as opened:
             left_out = leave_out(opened, out, warmup=drop_warmup, dense=drop_dense)
         click.echo(f"{out}: {say_left_out(left_out)}.", err=True)

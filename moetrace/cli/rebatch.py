@@ -6,6 +6,7 @@ import click
 
 from moetrace.cli.output import said_of
 from moetrace.cli.paths import ANY_PATH
+from moetrace.cli.targets import check_targets
 from moetrace.spec.errors import UsageError
 
 
@@ -54,6 +55,7 @@ def command(
     from moetrace.trace.format import Trace
     from moetrace.trace.rebatch import rebatch
 
+    check_targets({"-o": out}, traces)
     with ExitStack() as stack:
         opened = [stack.enter_context(Trace.open(trace)) for trace in traces]
         bar = stack.enter_context(LateBar("rows", sum(trace.rows for trace in opened)))

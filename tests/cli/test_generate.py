@@ -164,7 +164,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys, options, words):
 
 def test_trace_to_imitate_is_not_overwritten(tmp_path, capsys):
     assert run(tmp_path / "a.h5", "--like", tmp_path / "a.h5", *PROFILED) == 2
-    assert "different files" in capsys.readouterr().err
+    assert "is what is read" in capsys.readouterr().err
     assert run(tmp_path / "a.h5", "--like", tmp_path / "b.h5", *PROFILED) == 1
     assert "b.h5" in capsys.readouterr().err
 
@@ -178,7 +178,7 @@ def test_what_can_not_be_written_is_said_before_the_fit(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     assert run(out, "--like", TRACES / "tiny-olmoe.h5", *PROFILED, "--save-profile", profile) == 1
     bad = out if "/" in out else profile
-    said = f"moetrace: {bad} could not be written: No such file or directory; nothing was changed.\n"
+    said = f"moetrace: {bad} could not be written: there is no folder no; nothing was changed.\n"
     assert capsys.readouterr().err == said
     assert not list(tmp_path.iterdir())
 
