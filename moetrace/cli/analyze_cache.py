@@ -9,7 +9,7 @@ import click
 from moetrace.cli.given import refuse
 from moetrace.cli.output import format_option, print_json
 from moetrace.cli.paths import ANY_PATH
-from moetrace.cli.phases import check_phase
+from moetrace.cli.phases import check_phase, scope_option
 from moetrace.cli.targets import check_picture, check_targets
 from moetrace.spec.errors import UsageError
 
@@ -41,13 +41,7 @@ POLICIES += ("static-hindsight", "static-prefill", "belady")
     metavar="P",
     help=f"Who is evicted, one of {', '.join(POLICIES)}; may be repeated.",
 )
-@click.option(
-    "--scope",
-    type=click.Choice(["global", "layer"]),
-    default="global",
-    show_default=True,
-    help="One cache that all layers share, or one of an equal part for each layer.",
-)
+@scope_option
 @click.option(
     "--phase",
     type=click.Choice(["all", "prefill", "decode", "mixed"]),

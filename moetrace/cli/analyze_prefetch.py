@@ -9,7 +9,7 @@ import click
 from moetrace.cli.given import refuse
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
 from moetrace.cli.paths import ANY_PATH
-from moetrace.cli.phases import check_phase
+from moetrace.cli.phases import check_phase, scope_option
 from moetrace.spec.errors import counted, printable
 
 # The predictors of moetrace.analyze.prefetch, which takes too long to import for a mere --help.
@@ -47,13 +47,7 @@ _HEADERS = {
 @click.option("--ahead", type=int, default=1, show_default=True, metavar="D", help="Layers that they are named ahead.")
 @click.option("--recall", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Of the oracle.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the oracle.")
-@click.option(
-    "--scope",
-    type=click.Choice(["global", "layer"]),
-    default="global",
-    show_default=True,
-    help="One cache that all layers share, or one of an equal part for each layer.",
-)
+@scope_option
 @click.option("--phase", type=click.Choice(["all", "prefill", "decode", "mixed"]), help="Print only this phase.")
 @click.option("--system", metavar="S", help="Preset or TOML file of the machine, to tell what arrives in time.")
 @click.option("--model", metavar="M", help="Preset or TOML file of the model, if not the one that the trace names.")

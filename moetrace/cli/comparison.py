@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
-from moetrace.cli.output import stdout_console
+from moetrace.cli.output import stdout_console, widest, width_of
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.spec.errors import counted
 
@@ -74,26 +74,18 @@ def _parts(policies: list[dict[str, Any]], width: int) -> list[list[list[str]]]:
         shown = [
             [column.heading, *_cells(column.form, values)] for column, values in figures if column.always or any(values)
         ]
-        if parts and _width([*parts[-1], *shown]) <= width:
+        if parts and width_of([*parts[-1], *shown], _GAP) <= width:
             parts[-1] += shown
         else:
             parts.append([names, *shown])
     return parts
 
 
-def _width(columns: list[list[str]]) -> int:
-    return sum(map(_widest, columns)) + _GAP * (len(columns) - 1)
-
-
-def _widest(column: list[str]) -> int:
-    return max(len(line) for text in column for line in text.split("\n"))
-
-
 def _table(columns: list[list[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(
-            column[0], justify="right" if number else "left", vertical="bottom", no_wrap=True, min_width=_widest(column)
+            column[0], justify="right" if number else "left", vertical="bottom", no_wrap=True, min_width=widest(column)
         )
     for cells in zip(*(column[1:] for column in columns), strict=True):
         table.add_row(*cells)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich import box
 from rich.table import Table
 
-from moetrace.cli.output import stdout_console
+from moetrace.cli.output import stdout_console, widest, width_of
 from moetrace.spec.errors import counted, printable
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _parts(
             for column in group
             if spread.get(column.statistic, {}).get("mean") is not None
         ]
-        if parts and _width([*parts[-1], *shown]) <= width:
+        if parts and width_of([*parts[-1], *shown], _GAP) <= width:
             parts[-1] += shown
         elif shown:
             parts.append([names, *shown])
@@ -115,7 +115,7 @@ def _cells(column: _Column, values: list[float | None], spread: dict[str, Any]) 
 def _table(columns: list[list[str]], layers: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
     for column in columns:
-        table.add_column(column[0], justify="right", vertical="bottom", no_wrap=True, min_width=_widest(column))
+        table.add_column(column[0], justify="right", vertical="bottom", no_wrap=True, min_width=widest(column))
     for number, cells in enumerate(zip(*(column[1:] for column in columns), strict=True), start=1):
         table.add_row(*cells, end_section=number == layers)
     return table
@@ -152,11 +152,3 @@ def _legend(facts: dict[str, Any], name: str) -> list[str]:
             f"(--sample-rows)."
         )
     return lines
-
-
-def _width(columns: list[list[str]]) -> int:
-    return sum(map(_widest, columns)) + _GAP * (len(columns) - 1)
-
-
-def _widest(column: list[str]) -> int:
-    return max(len(line) for text in column for line in text.split("\n"))

@@ -85,6 +85,16 @@ def stdout_console() -> "Console":
     return Plain(width=width, highlight=False, markup=False, emoji=False)
 
 
+def width_of(columns: Sequence[Sequence[str]], gap: int) -> int:
+    """Return how wide a table of these columns of cells is, `gap` between two."""
+    return sum(map(widest, columns)) + gap * (len(columns) - 1)
+
+
+def widest(column: Sequence[str]) -> int:
+    """Return the length of the longest line of a column's cells."""
+    return max(len(line) for cell in column for line in cell.split("\n"))
+
+
 def widen(console: "Console", table: "Table") -> None:
     """Give a console the width that a table takes at least: in less, rich leaves out columns."""
     from rich.measure import Measurement
