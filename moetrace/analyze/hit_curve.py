@@ -41,13 +41,13 @@ def lru_curve(
         raise UsageError(f"there is no scope {scope!r}; known are global, layer.")
     if threads < 1:
         raise UsageError(f"{threads} threads cannot work: give 1 or more.")
-    layers, experts = trace.layers, trace.num_experts
-    most = experts if scope == "layer" else layers * experts
-    pools = layers if scope == "layer" else 1
-    if len(PHASE_NAMES) * pools * (most + 1) > _MAX_COUNTS or experts > stack.MAX_EXPERTS:
+    if not has_curve(trace):
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has {layers} x {experts} experts, too many for a curve of every capacity."
+            f"{trace.path or 'the trace'} has {trace.layers} x {trace.num_experts} experts, too many for a curve of "
+            f"every capacity."
         )
+    pools = trace.layers if scope == "layer" else 1
+    most = trace.layers * trace.num_experts // pools
     count = np.zeros((len(PHASE_NAMES), 1, most + 1), np.int64)
     largest = 0
     if scope == "layer":
@@ -62,6 +62,12 @@ def lru_curve(
     frames += [_frame(of.sum(0), name, pools, largest) for name, of in zip(PHASE_NAMES, count, strict=True)]
     known = pl.concat([frame for frame in frames if frame["phase"][0] == "all" or frame["accesses"][0]])
     return known.with_columns(scope=pl.lit(scope), sequential=pl.lit(sequential)).select(*_COLUMNS)
+
+
+def has_curve(trace: Trace) -> bool:
+    """Whether a trace has not too many experts for `lru_curve`."""
+    counts = len(PHASE_NAMES) * trace.layers * (trace.num_experts + 1)
+    return counts <= _MAX_COUNTS and trace.num_experts <= stack.MAX_EXPERTS
 
 
 def _frame(count: np.ndarray, phase: str, pools: int, largest: int) -> pl.DataFrame:

@@ -83,7 +83,7 @@ def scratch(layers: int, experts: int, ahead: int) -> Scratch:
 
 
 def learn_transitions(count: np.ndarray, experts: np.ndarray, half: np.ndarray, absent: int, ahead: int) -> None:
-    """Count in float32 [2, layers, experts, experts] which expert follows which; half uint8 [rows] is 0 or 1."""
+    """Count in uint32 [2, layers, experts, experts] which expert follows which; half uint8 [rows] is 0 or 1."""
     _learn(count, experts, half, absent, ahead)
 
 
@@ -112,7 +112,7 @@ def _learn(count, experts, half, absent, ahead):
                 for other in range(experts.shape[2]):
                     now = np.int64(experts[row, layer, other])
                     if now != absent:
-                        count[half[row], layer, before, now] += np.float32(1)
+                        count[half[row], layer, before, now] += np.uint32(1)
 
 
 @kernel(inline=False)

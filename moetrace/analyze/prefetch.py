@@ -153,11 +153,15 @@ def _half(request: np.ndarray) -> np.ndarray:
 
 def _transitions(trace: Trace, ahead: int) -> np.ndarray:
     """Shares of what follows each expert `ahead` layers later, float32 [2, layers, experts, experts]."""
-    count = np.zeros((2, trace.layers, trace.num_experts, trace.num_experts), np.float32)
+    count = np.zeros((2, trace.layers, trace.num_experts, trace.num_experts), np.uint32)
     for block in _checked(trace):
         predictors.learn_transitions(count, block.experts, _half(block.request), absent_id(trace.num_experts), ahead)
-    count /= np.maximum(count.sum(axis=3, keepdims=True), 1)
-    return count
+    share = count.view(np.float32)  # takes the counts' place: there are up to a gigabyte of them
+    for half in range(2):
+        for layer in range(trace.layers):
+            total = count[half, layer].sum(axis=1, dtype=np.int64, keepdims=True)
+            share[half, layer] = count[half, layer] / np.maximum(total, 1)
+    return share
 
 
 def _predictor(

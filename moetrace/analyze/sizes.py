@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrace.spec import Model, list_presets, load_model
-from moetrace.spec.errors import UsageError
+from moetrace.spec import Model, check_shape, list_presets, load_model
 from moetrace.trace.format import Trace
 
 
@@ -17,11 +16,7 @@ def model_of(trace: Trace, model: Model | str | Path | None = None) -> Model | N
     if model is None and trace.model not in list_presets("models"):
         return None
     spec = load_model(model if model is not None else trace.model)
-    if (spec.moe_layers, spec.experts) != (trace.layers, trace.num_experts):
-        raise UsageError(
-            f"{trace.path or 'the trace'} has {trace.layers} MoE layers of {trace.num_experts} experts, but the model "
-            f"{spec.name} has {spec.moe_layers} of {spec.experts}: name the right one with --model."
-        )
+    check_shape(str(trace.path or "the trace"), trace.layers, trace.num_experts, spec)
     return spec
 
 

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moetrace.cli.given import refuse
 from moetrace.cli.output import print_json
 from moetrace.cli.overrides import set_option, split_settings
 from moetrace.cli.paths import ANY_PATH
+from moetrace.cli.targets import check_picture, check_targets
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -83,10 +85,14 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
     from moetrace.cli.bars import LateBar
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
+    from moetrace.trace.atomic import write_whole
 
     if form != "csv" and frame is not None:
         raise UsageError("--frame goes with --format csv: a table and JSON hold what there is.")
-    _check_outputs(trace, out, picture, asked)
+    _check_options(asked)
+    check_targets({"--export": out, "--plot": picture}, [trace, *asked["files"], asked["system"], asked["model"]])
+    _check_export(out, asked["placements"])
+    check_picture(picture)
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.analyze.balance import balance
         from moetrace.analyze.plans import DEFAULT_PLACEMENTS
@@ -100,6 +106,7 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
             raise UsageError("--set system.FIELD needs --system.")
         tier = _tier(asked, system.units if system else 8)
         placements = asked["placements"] or (() if asked["files"] else DEFAULT_PLACEMENTS)
+        files = {out: _exported(opened, placements, tier, asked, out)} if out else {}  # first: it may be refused
         found = balance(
             opened,
             placements,
@@ -112,40 +119,41 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
             system=system,
             progress=bar.advance,
         )
-        plan = _exported(opened, placements, tier, asked, out) if out else b""
     if picture is not None:
         from moetrace.results.balance_plot import plot
 
-        _write(picture, plot(found, picture.suffix[1:].lower(), trace.name))
-    if out is not None:
-        _write(out, plan)
+        files[picture] = plot(found, picture.suffix[1:].lower(), trace.name)
+    write_whole(files)
     _print(found, str(trace), form, frame or "layers")
 
 
-def _check_outputs(trace: Path, out: Path | None, picture: Path | None, asked: dict[str, Any]) -> None:
+def _check_options(asked: dict[str, Any]) -> None:
+    """Refuse what would have no effect, and one file as two plans."""
+    placements = asked["placements"] or (() if asked["files"] else PLACEMENTS)
+    if "eplb-hierarchical" not in asked["placements"]:
+        refuse(("nodes", "groups"), "is for --placement eplb-hierarchical.")
+    if not any(placement.startswith("eplb") for placement in placements):
+        refuse(("redundant",), "is for --placement eplb or eplb-hierarchical.")
+    if not any(placement.startswith(("eplb", "ep-lpt")) for placement in placements):
+        refuse(("interval",), "is for placements that are made anew from loads: ep-lpt, eplb or eplb-hierarchical.")
+    from moetrace.trace.atomic import real_path
+
+    if len(set(map(real_path, asked["files"]))) < len(asked["files"]):
+        raise UsageError("--plan was given the same file twice.")
+
+
+def _check_export(out: Path | None, placements: tuple[str, ...]) -> None:
     """Refuse at once what would only fail after the work."""
-    from moetrace.trace.atomic import keep_inputs, real_path
+    if out is None:
+        return
+    from moetrace.spec.plan import form_of
 
-    files = [path for path in (trace, *asked["files"], out, picture) if path is not None]
-    if len({real_path(path) for path in files}) < len(files):
-        raise UsageError("the trace, --plan, --export and --plot must be different files.")
-    for written in (path for path in (out, picture) if path is not None):
-        keep_inputs(written, [Path(spec) for spec in (asked["system"], asked["model"]) if spec])
-    if out is not None:
-        from moetrace.spec.plan import form_of
-
-        if len(asked["placements"]) != 1:
-            raise UsageError("--export writes the plan of one placement: give one --placement.")
-        if out.suffix.lower() != ".csv":
-            form_of(out)
-        elif asked["placements"][0] not in ("ep-lpt", "eplb"):
-            raise UsageError(f"--export {out}: .csv is for the loads of ep-lpt and eplb; plans are .json or .yaml.")
-    if picture is not None:
-        from moetrace.results.picture import FORMS, check_can_plot
-
-        if picture.suffix[1:].lower() not in FORMS:
-            raise UsageError(f"--plot {picture}: the name must end with .png or .html.")
-        check_can_plot()
+    if len(placements) != 1:
+        raise UsageError("--export writes the plan of one placement: give one --placement.")
+    if out.suffix.lower() != ".csv":
+        form_of(out)
+    elif placements[0] not in ("ep-lpt", "eplb"):
+        raise UsageError(f"--export {out}: .csv is for the loads of ep-lpt and eplb; plans are .json or .yaml.")
 
 
 def _tier(asked: dict[str, Any], units: int) -> "Tier":
@@ -177,13 +185,6 @@ def _exported(trace: "Trace", placements: tuple[str, ...], tier: "Tier", asked: 
         return "".join(",".join(map(str, row)) + "\n" for row in loads.tolist()).encode()
     plan = plan_for_next(trace, placements[0], tier, asked["window"], asked["phase"])
     return plan_bytes(plan, trace.layer_index, trace.num_experts, form_of(out))
-
-
-def _write(path: Path, data: bytes) -> None:
-    from moetrace.trace.atomic import whole_file
-
-    with whole_file(path) as file:
-        file.write(data)
 
 
 def _print(found: "Balance", name: str, form: str, frame: str) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
+from moetrace.cli.given import refuse
 from moetrace.cli.output import format_option, print_json
 from moetrace.cli.paths import ANY_PATH
-from moetrace.cli.phases import check_phase
+from moetrace.cli.phases import check_phase, scope_option
+from moetrace.cli.targets import check_picture, check_targets
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,13 +41,7 @@ POLICIES += ("static-hindsight", "static-prefill", "belady")
     metavar="P",
     help=f"Who is evicted, one of {', '.join(POLICIES)}; may be repeated.",
 )
-@click.option(
-    "--scope",
-    type=click.Choice(["global", "layer"]),
-    default="global",
-    show_default=True,
-    help="One cache that all layers share, or one of an equal part for each layer.",
-)
+@scope_option
 @click.option(
     "--phase",
     type=click.Choice(["all", "prefill", "decode", "mixed"]),
@@ -57,7 +52,7 @@ POLICIES += ("static-hindsight", "static-prefill", "belady")
 @click.option("--system", metavar="S", help="Preset or TOML file of the machine that fetches what is missed.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the bootstrap.")
 @click.option("--curve", is_flag=True, help="Say instead what LRU caches of every capacity hit, from one pass.")
-@click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="For --curve --scope layer.")
+@click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Of a curve by layer.")
 @click.option(
     "--export",
     "out",
@@ -81,22 +76,25 @@ def command(
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
-    _check_options(curve, asked)
-    _check_picture(trace, picture, curve, asked)
-    _check_export(trace, out, picture, curve, asked)
-    with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
+    _check_options(curve, picture, asked)
+    _check_export(out, curve, asked)
+    check_targets({"--export": out, "--plot": picture}, [trace, asked["system"], asked["model"]])
+    check_picture(picture)
+    with Trace.open(trace) as opened, announce_compiling():
         from moetrace.cli.cache_table import print_cache, print_curve, title_of
 
         check_phase(opened, phase)
         title = title_of(opened, asked["scope"], asked["sequential"])
+        draws_curve = picture is not None and _draws_curve(opened, asked)
         if curve:
-            found = _curve(opened, asked, bar)
+            found = _curve(opened, asked)
         else:
-            found = _hits(opened, asked, bar, shares=range(1, 17) if picture else (2, 4, 8))
-        if picture is not None:
-            _draw(picture, opened, found, title, asked)
+            with LateBar("rows", opened.rows) as bar:
+                found = _hits(opened, asked, bar, shares=range(1, 17) if picture else (2, 4, 8))
         if out is not None:
             _export(out, opened, asked)
+        if picture is not None:
+            _draw(picture, trace.name, found, _curve(opened, asked) if draws_curve else None, title)
         if asked["scope"] == "layer" and not curve:
             capacities = found.select("capacity", "capacity_experts").unique(maintain_order=True).rows()
             _note_empty(capacities, opened.layers)
@@ -120,48 +118,44 @@ def _note_empty(capacities: list[tuple[str, int | None]], layers: int) -> None:
             )
 
 
-def _check_options(curve: bool, asked: dict[str, Any]) -> None:
+def _check_options(curve: bool, picture: Path | None, asked: dict[str, Any]) -> None:
     """Refuse what would have no effect."""
-    context = click.get_current_context()
     if curve:
-        for name in ("capacities", "policies", "model", "system", "seed"):
-            if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-                option = next(option for option in context.command.params if option.name == name)
-                raise UsageError(f"--curve is of LRU at every capacity: leave out {option.opts[0]}.")
-    if asked["threads"] > 1 and not (curve and asked["scope"] == "layer"):
-        raise UsageError("--threads is for --curve --scope layer.")
+        unread = ("capacities", "policies", "model", "system", "seed")
+        refuse(unread, "has no effect with --curve, which is of LRU at every capacity.")
+        if picture is not None:
+            raise UsageError("--plot draws the whole curve of LRU beside the other policies: leave out --curve.")
+    draws = picture is not None and "lru" in asked["policies"]
+    if not (asked["scope"] == "layer" and (curve or draws)):
+        refuse(("threads",), "is for LRU's curve of --scope layer: with --curve, or with --plot and --policy lru.")
 
 
-def _check_picture(trace: Path, picture: Path | None, curve: bool, asked: dict[str, Any]) -> None:
-    """Refuse at once what would only fail after the work."""
-    if picture is None:
-        return
-    from moetrace.results.picture import FORMS, check_can_plot
-    from moetrace.trace.atomic import keep_inputs, real_path
+def _draws_curve(trace: "Trace", asked: dict[str, Any]) -> bool:
+    """Whether the picture has LRU's whole curve; raises UsageError if it cannot be drawn at all."""
+    from moetrace.analyze.cache import parse_capacity
+    from moetrace.analyze.hit_curve import has_curve
 
-    if curve:
-        raise UsageError("--plot draws the whole curve of LRU beside the other policies: leave out --curve.")
-    if picture.suffix[1:].lower() not in FORMS:
-        raise UsageError(f"--plot {picture}: the name must end with .png or .html.")
-    if real_path(picture) == real_path(trace):
-        raise UsageError("the trace and --plot FILE must be different files.")
-    keep_inputs(picture, [Path(spec) for spec in (asked["system"], asked["model"]) if spec])
-    check_can_plot()
+    units = {parse_capacity(capacity).unit for capacity in asked["capacities"]}
+    if len(units) > 1:
+        raise UsageError("--plot needs capacities of one kind: all in experts, or all in bytes.")
+    if "lru" not in asked["policies"] or "bytes" in units:
+        refuse(("threads",), "is for LRU's curve, which this picture does not have.")
+        return False
+    if has_curve(trace):
+        return True
+    said = f"{trace.layers} x {trace.num_experts} experts are too many for LRU's whole curve"
+    click.echo(f"moetrace: note: {said}: it is drawn from the capacities of the table.", err=True)
+    return False
 
 
-def _check_export(trace: Path, out: Path | None, picture: Path | None, curve: bool, asked: dict[str, Any]) -> None:
+def _check_export(out: Path | None, curve: bool, asked: dict[str, Any]) -> None:
     """Refuse at once what would only fail after the work."""
     if out is None:
         return
-    from moetrace.trace.atomic import keep_inputs, real_path
-
     if curve or "static-hindsight" not in asked["policies"] or len(asked["capacities"]) != 1:
         raise UsageError("--export writes the set of static-hindsight: ask for that --policy, and for one --capacity.")
     if out.suffix.lower() != ".csv":
         raise UsageError(f"--export {out}: the name must end with .csv.")
-    if real_path(out) in (real_path(trace), picture and real_path(picture)):
-        raise UsageError("the trace, --export and --plot must be different files.")
-    keep_inputs(out, [Path(spec) for spec in (asked["system"], asked["model"]) if spec])
 
 
 def _export(out: Path, trace: "Trace", asked: dict[str, Any]) -> None:
@@ -193,20 +187,17 @@ def _hits(trace: "Trace", asked: dict[str, Any], bar: Any, shares: Any) -> Any:
     )
 
 
-def _curve(trace: "Trace", asked: dict[str, Any], bar: Any = None) -> Any:
+def _curve(trace: "Trace", asked: dict[str, Any]) -> Any:
     from moetrace.analyze.hit_curve import lru_curve
+    from moetrace.cli.bars import LateBar
 
-    progress = None if bar is None else bar.advance
     how = {name: asked[name] for name in ("scope", "sequential", "threads")}
-    return lru_curve(trace, **how, progress=progress)
+    with LateBar("rows, for the curve", trace.rows) as bar:
+        return lru_curve(trace, **how, progress=bar.advance)
 
 
-def _draw(picture: Path, trace: "Trace", found: Any, title: str, asked: dict[str, Any]) -> None:
+def _draw(picture: Path, name: str, found: Any, curve: Any, title: str) -> None:
     from moetrace.results.cache_plot import plot
-    from moetrace.trace.atomic import whole_file
+    from moetrace.trace.atomic import write_whole
 
-    curve = _curve(trace, asked) if "lru" in asked["policies"] else None
-    name = trace.path.name if trace.path else ""
-    image = plot(found, curve, picture.suffix[1:].lower(), name, title)
-    with whole_file(picture) as file:
-        file.write(image)
+    write_whole({picture: plot(found, curve, picture.suffix[1:].lower(), name, title)})

@@ -7,7 +7,8 @@ import click
 
 from moetrace.cli.output import print_json
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.cli.targets import check_picture, check_targets
+from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
     from moetrace.analyze.locality import Locality
@@ -73,6 +74,7 @@ def command(
     from moetrace.cli.bars import LateBar
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
+    from moetrace.trace.atomic import write_whole
 
     _check_outputs(trace, form, frame, out, picture)
     with Trace.open(trace) as opened, announce_compiling():
@@ -89,48 +91,38 @@ def command(
                 progress=bar.advance,
                 sample_rows=sample_rows or SAMPLE_ROWS,
             )
+    frame = frame or FRAMES[0]
+    files = {} if out is None else {out: _as_bytes(found, form, getattr(found, frame))}
     if picture is not None:
         from moetrace.results.locality_plot import plot
 
-        _write(picture, plot(found, picture.suffix[1:].lower(), trace.name))
-    _print(found, str(trace), form, frame or FRAMES[0], out)
+        files[picture] = plot(found, picture.suffix[1:].lower(), trace.name)
+    write_whole(files)
+    if out is None:
+        _print(found, str(trace), form, frame)
 
 
 def _check_outputs(trace: Path, form: str, frame: str | None, out: Path | None, picture: Path | None) -> None:
     """Refuse at once what would only fail after the work."""
-    from moetrace.trace.atomic import real_path
-
     if form in ("table", "json") and frame is not None:
         raise UsageError("--frame goes with --format csv or parquet: a table and JSON hold what there is.")
     if form == "parquet" and out is None:
         raise UsageError("Parquet does not belong on a terminal: name a file with -o FILE.")
     if form == "table" and out is not None:
         raise UsageError("-o FILE goes with --format json, csv or parquet.")
-    for path in (out, picture):
-        if path is not None and not path.parent.is_dir():
-            raise MoetraceError(f"{path} could not be written: there is no folder {path.parent}.")
-    files = [path for path in (trace, out, picture) if path is not None]
-    if len({real_path(path) for path in files}) < len(files):
-        raise UsageError("the trace, -o FILE and --plot FILE must be different files.")
-    if picture is not None:
-        from moetrace.results.picture import FORMS, check_can_plot
-
-        if picture.suffix[1:].lower() not in FORMS:
-            raise UsageError(f"--plot {picture}: the name must end with .png or .html.")
-        check_can_plot()
+    check_targets({"-o": out, "--plot": picture}, [trace])
+    check_picture(picture)
 
 
-def _print(found: "Locality", name: str, form: str, frame: str, out: Path | None) -> None:
+def _print(found: "Locality", name: str, form: str, frame: str) -> None:
     if form == "table":
         from moetrace.cli.locality_table import print_locality
 
         print_locality(found, name)
-    elif out is None and form == "json":
+    elif form == "json":
         print_json(found.to_dict())
-    elif out is None:
-        click.echo(getattr(found, frame).write_csv(), nl=False)
     else:
-        _write(out, _as_bytes(found, form, getattr(found, frame)))
+        click.echo(getattr(found, frame).write_csv(), nl=False)
 
 
 def _as_bytes(found: "Locality", form: str, frame: Any) -> bytes:
@@ -144,19 +136,3 @@ def _as_bytes(found: "Locality", form: str, frame: Any) -> bytes:
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression="zstd", compression_level=3)
     return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    from moetrace.trace.atomic import AtomicFile
-
-    try:
-        file = AtomicFile(path)
-        try:
-            file.write(data)
-            file.commit()
-        except BaseException:
-            file.discard()
-            raise
-    except OSError as error:
-        raise MoetraceError(f"{path} could not be written: {error.strerror or error}; nothing was changed.") from None

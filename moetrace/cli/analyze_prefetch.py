@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
+from moetrace.cli.given import refuse
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
 from moetrace.cli.paths import ANY_PATH
-from moetrace.cli.phases import check_phase
+from moetrace.cli.phases import check_phase, scope_option
+from moetrace.spec.errors import counted, printable
 
 # The predictors of moetrace.analyze.prefetch, which takes too long to import for a mere --help.
 PREDICTORS = ("last-token", "frequency", "ewma", "transition", "recorded", "oracle")
@@ -45,13 +47,7 @@ _HEADERS = {
 @click.option("--ahead", type=int, default=1, show_default=True, metavar="D", help="Layers that they are named ahead.")
 @click.option("--recall", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Of the oracle.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the oracle.")
-@click.option(
-    "--scope",
-    type=click.Choice(["global", "layer"]),
-    default="global",
-    show_default=True,
-    help="One cache that all layers share, or one of an equal part for each layer.",
-)
+@scope_option
 @click.option("--phase", type=click.Choice(["all", "prefill", "decode", "mixed"]), help="Print only this phase.")
 @click.option("--system", metavar="S", help="Preset or TOML file of the machine, to tell what arrives in time.")
 @click.option("--model", metavar="M", help="Preset or TOML file of the model, if not the one that the trace names.")
@@ -67,6 +63,7 @@ def command(trace: Path, capacity: str | None, phase: str | None, form: str, **a
     from moetrace.cli.compiling import announce_compiling
     from moetrace.trace import Trace
 
+    _check_options(asked["predictors"], asked["system"])
     with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
         from moetrace.analyze.prefetch import prefetch_value
 
@@ -82,12 +79,20 @@ def command(trace: Path, capacity: str | None, phase: str | None, form: str, **a
     elif form == "csv":
         sys.stdout.write(found.write_csv())
     else:
-        _print_table(found.to_dicts(), f"{trace}: {everything} experts; an LRU cache of {capacity}.")
+        _print_table(found.to_dicts(), f"{trace}: {counted(everything, 'expert')}; an LRU cache of {capacity}.")
+
+
+def _check_options(predictors: tuple[str, ...], system: str | None) -> None:
+    """Refuse what would have no effect."""
+    if "oracle" not in predictors:
+        refuse(("recall", "seed"), "is for --predictor oracle.")
+    if set(predictors) <= {"oracle", "recorded"}:
+        refuse(("most",), "is for predictors other than oracle and recorded, which name any number.")
+    if system is None and "transition" not in predictors:
+        refuse(("ahead",), "is for --predictor transition, or for --system, on which it gives a fetch more time.")
 
 
 def _print_table(rows: list[dict], below: str) -> None:
-    from moetrace.spec.errors import printable
-
     headers = dict(_HEADERS)
     for row in rows:
         for name in ("recall", "precision", "displaced"):

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from moetrace.cli.output import stdout_console, widen
-from moetrace.spec.errors import printable
+from moetrace.spec.errors import counted, printable
 
 if TYPE_CHECKING:
     from moetrace.analyze.balance import Balance
@@ -133,11 +133,13 @@ def _even(row: dict[str, Any]) -> str:
 
 def _legend(found: "Balance", name: str) -> list[str]:
     facts = found.trace
-    steps = "steps" if facts["phase"] == "all" else f"{facts['phase']} steps"
-    anew = f"; re-made ones every {facts['interval']:,} ({facts['rebalances']} times)" if facts["rebalances"] else ""
+    step = "step" if facts["phase"] == "all" else f"{facts['phase']} step"
+    times = counted(facts["rebalances"], "time")
+    anew = f"; re-made ones every {facts['interval']:,} ({times})" if facts["rebalances"] else ""
     lines = [
-        f"{printable(name)}: {printable(facts['model']) or 'a model without a name'}, {facts['layers']} layers of "
-        f"{facts['experts']} experts on {facts['units']} units. Plans are made from {facts['window']:,} {steps} and "
+        f"{printable(name)}: {printable(facts['model']) or 'a model without a name'}, "
+        f"{counted(facts['layers'], 'layer')} of {counted(facts['experts'], 'expert')} on "
+        f"{counted(facts['units'], 'unit')}. Plans are made from {counted(facts['window'], step)} and "
         f"judged on the {facts['judged_steps']:,} after the first such{anew}.",
         "Max / mean: the busiest unit's rows over the mean unit's, mean over the steps, then over the layers (worst: "
         "the worst layer's). Least possible: no plan of so many slots beats it, even if made anew for every step.",

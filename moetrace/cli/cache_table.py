@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from moetrace.cli.output import print_rows, stdout_console
-from moetrace.spec.errors import printable
+from moetrace.spec.errors import counted, printable
 
 if TYPE_CHECKING:
     import polars as pl
@@ -31,7 +31,7 @@ def title_of(trace: "Trace", scope: str, sequential: bool) -> str:
     """Return what is demanded of which caches, in a sentence."""
     demand = "one choice at a time" if sequential else "a layer's experts of a step together"
     caches = "one cache for all layers" if scope == "global" else "one cache a layer, of an equal part of the capacity"
-    return f"{trace.layers * trace.num_experts} experts; {caches}; {demand}."
+    return f"{counted(trace.layers * trace.num_experts, 'expert')}; {caches}; {demand}."
 
 
 def print_cache(found: "pl.DataFrame", title: str, phase: str | None) -> None:

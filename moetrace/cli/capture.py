@@ -7,9 +7,12 @@ from typing import Any
 
 import click
 
+from moetrace.cli.given import refuse
 from moetrace.cli.lint import say_found
+from moetrace.cli.output import said_of
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import UsageError, printable
+from moetrace.cli.targets import check_targets
+from moetrace.spec.errors import counted
 
 
 class _Tokens(click.types.IntParamType):
@@ -73,12 +76,11 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from moetrace.trace.atomic import real_path
     from moetrace.trace.capture import Sampling, capture
     from moetrace.trace.format import Trace
 
-    if real_path(out) == real_path(prompts):
-        raise UsageError(f"{out} holds the prompts: choose another name for the trace.")
+    _check_options(sampling)
+    check_targets({"-o": out}, [prompts, model_dir, model])
     hidden = not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task("load the model", total=None)
@@ -89,11 +91,17 @@ def command(
         options = {"dtype": dtype, "device": device, "model": model, "compress": compress}
         capture(model_dir, prompts, out, Sampling(**sampling), **options, progress=advance)
     with Trace.open(out) as trace:
-        size_mb = out.stat().st_size / 1e6
         if cut := trace.source["prompts_cut"]:
-            click.echo(f"moetrace: {cut:,} prompts were cut to {sampling['max_prompt']:,} tokens.", err=True)
-        click.echo(
-            f"{out}: {printable(trace.model)}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.",
-            err=True,
-        )
+            click.echo(
+                f"moetrace: {counted(cut, 'prompt')} cut to {counted(sampling['max_prompt'], 'token')}.", err=True
+            )
+        click.echo(said_of(out, trace), err=True)
         say_found(trace)
+
+
+def _check_options(sampling: dict[str, Any]) -> None:
+    """Refuse what would have no effect."""
+    if sampling["output"] == 0:
+        refuse(("batch", "temperature", "seed", "ignore_eos"), "is for output tokens, but --output is 0.")
+    if sampling["temperature"] == 0:
+        refuse(("seed",), "is for sampling: give a --temperature above 0.")

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
-from moetrace.cli.output import stdout_console
+from moetrace.cli.output import stdout_console, widest, width_of
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
+from moetrace.spec.errors import counted
 
 # Between two columns.
 _GAP = 2
@@ -73,26 +74,18 @@ def _parts(policies: list[dict[str, Any]], width: int) -> list[list[list[str]]]:
         shown = [
             [column.heading, *_cells(column.form, values)] for column, values in figures if column.always or any(values)
         ]
-        if parts and _width([*parts[-1], *shown]) <= width:
+        if parts and width_of([*parts[-1], *shown], _GAP) <= width:
             parts[-1] += shown
         else:
             parts.append([names, *shown])
     return parts
 
 
-def _width(columns: list[list[str]]) -> int:
-    return sum(map(_widest, columns)) + _GAP * (len(columns) - 1)
-
-
-def _widest(column: list[str]) -> int:
-    return max(len(line) for text in column for line in text.split("\n"))
-
-
 def _table(columns: list[list[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(
-            column[0], justify="right" if number else "left", vertical="bottom", no_wrap=True, min_width=_widest(column)
+            column[0], justify="right" if number else "left", vertical="bottom", no_wrap=True, min_width=widest(column)
         )
     for cells in zip(*(column[1:] for column in columns), strict=True):
         table.add_row(*cells)
@@ -115,27 +108,23 @@ def _cells(form: str, values: list[float | None]) -> list[str]:
 
 def _legend(summary: dict[str, Any], name: str) -> list[str]:
     trace, model, system = summary["trace"], summary["model"], summary["system"]
-    units = f"with {system['ndp']['units']} NDP units" if system["ndp"] else "without NDP units"
+    units = f"with {counted(system['ndp']['units'], 'NDP unit')}" if system["ndp"] else "without NDP units"
     everything = model["moe_layers"] * model["experts"]
     (bound_ms,) = _cells("digits", [1e3 * summary["policies"][0]["work_bound_s"]])
     layers = trace["steps"] * trace["layers"]
     return [
-        f"{name}: {_count(trace['rows'], 'row')} in {_count(trace['steps'], 'step')} of "
-        f"{_count(trace['requests'], 'request')}. Model {model['name']} on {system['name']} {units}; "
-        f"the GPU keeps up to {summary['slots']:,} of {everything:,} experts (slots).",
+        f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
+        f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']} {units}; "
+        f"the GPU keeps up to {summary['slots']:,} of {counted(everything, 'expert')} (slots).",
         f"TTFT and TPOT are medians. Over bound: time beyond the {bound_ms} ms that no schedule of this work beats. "
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots.",
         *(
-            f"{policy['name']}: {policy['optimal_fallbacks']:,} of {_count(layers, 'layer')} of all steps had more "
+            f"{policy['name']}: {policy['optimal_fallbacks']:,} of {counted(layers, 'layer')} of all steps had more "
             f"than {OPTIMAL_UP_TO} active experts and were dispatched by balance."
             for policy in summary["policies"]
             if policy["optimal_fallbacks"]
         ),
     ]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _times(factor: float, value: float | None) -> float | None:

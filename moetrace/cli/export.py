@@ -5,6 +5,8 @@ from pathlib import Path
 import click
 
 from moetrace.cli.paths import ANY_PATH
+from moetrace.cli.targets import check_targets
+from moetrace.spec.errors import counted
 
 # The keys of moetrace.trace.exports.FORMATS, which is not imported here so that `--help` stays instant.
 FORMATS = ("npz", "parquet", "oracle-general", "eplb")
@@ -29,7 +31,8 @@ def command(trace: Path, out: Path, form: str | None) -> None:
     from moetrace.trace.exports import export
     from moetrace.trace.format import Trace
 
+    check_targets({"-o": out}, [trace])
     with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
         export(opened, out, to=form, progress=bar.advance)
         rows = opened.rows
-    click.echo(f"{out}: {rows:,} rows, {out.stat().st_size / 1e6:,.1f} MB.", err=True)
+    click.echo(f"{out}: {counted(rows, 'row')}, {out.stat().st_size / 1e6:,.1f} MB.", err=True)

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moetrace.cli.given import refuse
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import UsageError, printable
+from moetrace.cli.targets import check_targets
+from moetrace.spec.errors import UsageError, counted, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -61,18 +63,18 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
     hidden = not sys.stderr.isatty()
     with announce_compiling(), Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
         if like is not None:
-            parameters["profile"] = _fitted(out, like, save_profile, parameters, bar)
+            parameters["profile"] = _fitted(like, save_profile, parameters, bar)
         task = bar.add_task("rows", total=schedule.rows)
         generate(out, **parameters, progress=lambda count: bar.advance(task, count))
     size_mb = out.stat().st_size / 1e6
-    click.echo(f"{out}: {schedule.rows:,} rows in {schedule.steps:,} steps, {size_mb:,.1f} MB.", err=True)
+    click.echo(
+        f"{out}: {counted(schedule.rows, 'row')} in {counted(schedule.steps, 'step')}, {size_mb:,.1f} MB.", err=True
+    )
     _note_top_k(**parameters)
 
 
 def _check_exclusive(out: Path, like: Path | None, save_profile: Path | None, parameters: dict[str, Any]) -> None:
     """Raise a UsageError for options that exclude or need each other."""
-    from moetrace.trace.atomic import real_path
-
     given = [f"--{name}" for name in ("zipf", "stick", "profile") if parameters[name] is not None]
     if like is not None and given:
         raise UsageError(f"--like and {given[0]} exclude each other: each says how experts are drawn.")
@@ -82,29 +84,26 @@ def _check_exclusive(out: Path, like: Path | None, save_profile: Path | None, pa
         raise UsageError("--save-profile keeps what --like fits: give --like TRACE.h5 too.")
     if like is None and not given[-1:] == ["--profile"] and parameters["model"] is None:
         raise UsageError("--model is missing: name a model, or give --profile or --like, which know theirs.")
-    files = [real_path(path) for path in (out, like, save_profile) if path is not None]
-    if len(set(files)) < len(files):
-        raise UsageError(f"OUT.h5, --like and --save-profile must be different files, got {out} twice.")
+    if parameters["output"] == 0:
+        refuse(("batch",), "is for decode steps, but --output is 0.")
     if save_profile is not None and save_profile.suffix != ".toml":
         raise UsageError(f"--save-profile {save_profile}: the name must end with .toml, so that --profile takes it.")
+    read = (like, parameters["profile"], parameters["model"])
+    check_targets({"OUT.h5": out, "--save-profile": save_profile}, read)
 
 
-def _fitted(out: Path, like: Path, save_profile: Path | None, parameters: dict[str, Any], bar: "Progress") -> "Profile":
-    """Fit a profile to the trace at `like`, and keep it if it is wanted; `out` is what it will be drawn into."""
+def _fitted(like: Path, save_profile: Path | None, parameters: dict[str, Any], bar: "Progress") -> "Profile":
+    """Fit a profile to the trace at `like`, and keep it if it is wanted."""
     from moetrace import __version__
     from moetrace.analyze.fit import fit_profile
-    from moetrace.spec import load_model
+    from moetrace.spec import check_shape, load_model
     from moetrace.trace import Trace
-    from moetrace.trace.atomic import check_writable
-    from moetrace.trace.generate import check_fits
     from moetrace.trace.generate import save_profile as save
 
-    for path in (out, save_profile):  # before the fit, which takes time
-        if path is not None:
-            check_writable(path)
     with Trace.open(like) as trace:
         if parameters["model"] is not None:
-            check_fits(f"Trace {like}", trace.layers, trace.num_experts, load_model(parameters["model"]))
+            model = load_model(parameters["model"])
+            check_shape(f"Trace {like}", trace.layers, trace.num_experts, model)
         if bar.disable:
             click.echo(
                 f"moetrace: fitting a profile to {printable(str(like))}, which takes up to a minute or two.", err=True

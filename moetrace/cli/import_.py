@@ -5,8 +5,10 @@ from pathlib import Path
 import click
 
 from moetrace.cli.lint import drop_options, say_found, say_left_out
+from moetrace.cli.output import said_of
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import UsageError, printable
+from moetrace.cli.targets import check_targets
+from moetrace.spec.errors import UsageError
 
 # The keys of moetrace.trace.engines.FORMATS, which is not imported here so that `--help` stays instant.
 FORMATS = (
@@ -76,15 +78,12 @@ def command(
     if (as_phase is None) != (prompt is None):
         raise UsageError("--as decode and --prompt P need each other.")
     from moetrace.cli.bars import LateBar
-    from moetrace.trace.atomic import check_writable, real_path
     from moetrace.trace.engines.capture import Hints
     from moetrace.trace.format import Trace
     from moetrace.trace.importing import import_traces
     from moetrace.trace.select import import_and_leave_out
 
-    if real_path(out) in map(real_path, sources):
-        raise UsageError(f"{out} is a source: choose another name for the trace.")
-    check_writable(out)
+    check_targets({"-o": out}, [*sources, model])
     left_out = None
     with LateBar("bytes read", sum(map(_size_bytes, sources))) as bar:
         hints = Hints(num_experts=experts, top_k=top_k, reading=bar.advance)
@@ -95,11 +94,7 @@ def command(
         else:
             import_traces(list(sources), out, **options)
     with Trace.open(out) as trace:
-        size_mb = out.stat().st_size / 1e6
-        click.echo(
-            f"{out}: {printable(trace.model)}, {trace.rows:,} rows in {trace.steps:,} steps, {size_mb:,.1f} MB.",
-            err=True,
-        )
+        click.echo(said_of(out, trace), err=True)
         if left_out:
             click.echo(f"{out}: {say_left_out(left_out)}.", err=True)
         say_found(trace)

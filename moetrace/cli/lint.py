@@ -10,7 +10,8 @@ import click
 
 from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import UsageError, printable
+from moetrace.cli.targets import check_targets
+from moetrace.spec.errors import UsageError, counted, printable
 
 if TYPE_CHECKING:
     from moetrace.trace.format import Trace
@@ -47,17 +48,14 @@ def command(
     Exit code 3 if there is an error or a warning, else 0: notes say what is legitimate, but has to be known.
     """
     from moetrace.cli.bars import LateBar
-    from moetrace.trace.atomic import check_writable, real_path
     from moetrace.trace.format import Trace
     from moetrace.trace.lint import lint
     from moetrace.trace.select import leave_out
 
     if (out is None) == (drop_warmup or drop_dense):
         raise UsageError("-o FIXED.h5 and --drop-warmup or --drop-dense need each other.")
-    if out is not None and real_path(out) == real_path(trace):
-        raise UsageError(f"{out} is the trace itself: choose another name for the copy.")
+    check_targets({"-o": out}, [trace])
     if out is not None:
-        check_writable(out)
         with Trace.open(trace) as opened:
             left_out = leave_out(opened, out, warmup=drop_warmup, dense=drop_dense)
         click.echo(f"{out}: {say_left_out(left_out)}.", err=True)
@@ -67,7 +65,7 @@ def command(
         with LateBar("rows", rows) as bar:
             found = lint(opened, bar.advance)
     if not found:
-        click.echo(f"{trace}: {rows:,} rows, nothing found.", err=True)
+        click.echo(f"{trace}: {counted(rows, 'row')}, nothing found.", err=True)
     if form == "json":
         levels = {f"{level}s": sum(one.level == level for one in found) for level in _STYLES}
         print_json({"schema": "moetrace.lint/1", **levels, "findings": [one.to_dict() for one in found]})
@@ -85,10 +83,9 @@ def say_left_out(left_out: "LeftOut") -> str:
     """What was left out, for people."""
     parts = []
     if left_out.rows:
-        parts.append(f"{left_out.rows:,} rows of warm-up")
+        parts.append(f"{counted(left_out.rows, 'row')} of warm-up")
     if left_out.layers:
-        number = len(left_out.layers)
-        parts.append(f"{number} dense layer{'s' if number > 1 else ''} ({_numbers(left_out.layers)})")
+        parts.append(f"{counted(len(left_out.layers), 'dense layer')} ({_numbers(left_out.layers)})")
     return f"left out {' and '.join(parts)}" if parts else "there was nothing to leave out"
 
 
@@ -109,7 +106,7 @@ def _print(trace: Path, found: Sequence["Finding"]) -> None:
     console = stdout_console()
     width = min(console.width, _WIDTH)
     counts = [(sum(one.level == level for one in found), level) for level in _STYLES]
-    said = [f"{count} {level}{'s' if count > 1 else ''}" for count, level in counts if count]
+    said = [counted(count, level) for count, level in counts if count]
     console.print(f"{printable(str(trace))}: {', '.join(said)}", soft_wrap=True)
     for one in found:
         console.print()

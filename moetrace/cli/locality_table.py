@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich import box
 from rich.table import Table
 
-from moetrace.cli.output import stdout_console
-from moetrace.spec.errors import printable
+from moetrace.cli.output import stdout_console, widest, width_of
+from moetrace.spec.errors import counted, printable
 
 if TYPE_CHECKING:
     from moetrace.analyze.locality import Locality
@@ -94,7 +94,7 @@ def _parts(
             for column in group
             if spread.get(column.statistic, {}).get("mean") is not None
         ]
-        if parts and _width([*parts[-1], *shown]) <= width:
+        if parts and width_of([*parts[-1], *shown], _GAP) <= width:
             parts[-1] += shown
         elif shown:
             parts.append([names, *shown])
@@ -115,7 +115,7 @@ def _cells(column: _Column, values: list[float | None], spread: dict[str, Any]) 
 def _table(columns: list[list[str]], layers: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
     for column in columns:
-        table.add_column(column[0], justify="right", vertical="bottom", no_wrap=True, min_width=_widest(column))
+        table.add_column(column[0], justify="right", vertical="bottom", no_wrap=True, min_width=widest(column))
     for number, cells in enumerate(zip(*(column[1:] for column in columns), strict=True), start=1):
         table.add_row(*cells, end_section=number == layers)
     return table
@@ -139,28 +139,16 @@ def _overlap_table(found: "Locality") -> Table:
 def _legend(facts: dict[str, Any], name: str) -> list[str]:
     rows = "row" if facts["phase"] == "all" else f"{facts['phase']} row"
     lines = [
-        f"{printable(name)}: {printable(facts['model'])}, {_count(facts['rows'], rows)} of "
-        f"{_count(facts['requests'], 'request')}; {facts['layers']} layers of {facts['experts']} experts, "
-        f"top {facts['top_k']}.",
+        f"{printable(name)}: {printable(facts['model'])}, {counted(facts['rows'], rows)} of "
+        f"{counted(facts['requests'], 'request')}; {counted(facts['layers'], 'layer')} of "
+        f"{counted(facts['experts'], 'expert')}, top {facts['top_k']}.",
         "Every figure is of one layer; docs/locality.md defines each. Shuffled, null and by popularity: what chance or "
         "popularity alone would give.",
     ]
     if facts["sampled_rows"] < facts["rows"]:
         lines.append(
             f"Counts, reuse and LRU are of all rows; the rest, and what is shuffled, of a sample of "
-            f"{_count(facts['sampled_rows'], 'row')} of {_count(facts['sampled_requests'], 'request')} "
+            f"{counted(facts['sampled_rows'], 'row')} of {counted(facts['sampled_requests'], 'request')} "
             f"(--sample-rows)."
         )
     return lines
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _width(columns: list[list[str]]) -> int:
-    return sum(map(_widest, columns)) + _GAP * (len(columns) - 1)
-
-
-def _widest(column: list[str]) -> int:
-    return max(len(line) for text in column for line in text.split("\n"))

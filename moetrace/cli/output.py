@@ -5,13 +5,18 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from moetrace.spec.errors import counted, printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from moetrace.trace import Trace
 
 _PIPED_WIDTH = 160  # what a pager or a file can take
 
@@ -28,6 +33,14 @@ format_option = click.option(
 def print_json(value: object) -> None:
     """Print a value as JSON; it must not hold NaN or infinities, which JSON does not have."""
     click.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def said_of(path: Path, trace: "Trace") -> str:
+    """Return in a line what a trace file that was just written holds."""
+    return (
+        f"{path}: {printable(trace.model)}, {counted(trace.rows, 'row')} in {counted(trace.steps, 'step')}, "
+        f"{path.stat().st_size / 1e6:,.1f} MB."
+    )
 
 
 def print_rows(headers: Mapping[str, str], rows: Sequence[Mapping[str, Any]], form: str) -> None:
@@ -70,6 +83,16 @@ def stdout_console() -> "Console":
     stated = int(columns) if columns.isdecimal() and int(columns) > 0 else None
     width = stated or (None if sys.stdout.isatty() else _PIPED_WIDTH)
     return Plain(width=width, highlight=False, markup=False, emoji=False)
+
+
+def width_of(columns: Sequence[Sequence[str]], gap: int) -> int:
+    """Return how wide a table of these columns of cells is, `gap` between two."""
+    return sum(map(widest, columns)) + gap * (len(columns) - 1)
+
+
+def widest(column: Sequence[str]) -> int:
+    """Return the length of the longest line of a column's cells."""
+    return max(len(line) for cell in column for line in cell.split("\n"))
 
 
 def widen(console: "Console", table: "Table") -> None:

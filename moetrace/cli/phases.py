@@ -1,11 +1,22 @@
-"""The phase of steps that a command is asked to print."""
+"""Which steps a command is asked to print, and which layers share a cache."""
 
 from typing import TYPE_CHECKING
+
+import click
 
 from moetrace.spec.errors import MoetraceError
 
 if TYPE_CHECKING:
     from moetrace.trace import Trace
+
+
+scope_option = click.option(
+    "--scope",
+    type=click.Choice(["global", "layer"]),
+    default="global",
+    show_default=True,
+    help="One cache that all layers share, or one of an equal part for each layer.",
+)
 
 
 def check_phase(trace: "Trace", phase: str | None) -> None:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import click
 
+from moetrace.cli.output import said_of
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import UsageError, printable
+from moetrace.cli.targets import check_targets
+from moetrace.spec.errors import UsageError
 
 
 @click.command()
@@ -53,6 +55,7 @@ def command(
     from moetrace.trace.format import Trace
     from moetrace.trace.rebatch import rebatch
 
+    check_targets({"-o": out}, traces)
     with ExitStack() as stack:
         opened = [stack.enter_context(Trace.open(trace)) for trace in traces]
         bar = stack.enter_context(LateBar("rows", sum(trace.rows for trace in opened)))
@@ -68,8 +71,5 @@ def command(
         )
         dropped = any("recorded" in trace.has for trace in opened)
     with Trace.open(out) as trace:
-        click.echo(
-            f"{out}: {printable(trace.model)}, {trace.rows:,} rows in {trace.steps:,} steps, "
-            f"{out.stat().st_size / 1e6:,.1f} MB.{' The recorded residency was left out.' if dropped else ''}",
-            err=True,
-        )
+        note = " The recorded residency was left out." if dropped else ""
+        click.echo(f"{said_of(out, trace)}{note}", err=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moetrace.spec.errors import UsageError
-from moetrace.spec.model import Model
+from moetrace.spec.model import Model, check_shape
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System, check_fits, gpu_slots
 from moetrace.trace.format import Trace
@@ -35,7 +35,12 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
     Raises UsageError if trace, model and system do not go together.
     """
     model, system = setup.model, setup.system
-    warnings = _check_model(trace, model)
+    check_shape(str(trace.path or "the trace"), trace.layers, trace.num_experts, model)
+    warnings = []
+    if trace.top_k != model.top_k:
+        warnings.append(
+            f"the trace has {trace.top_k} experts a token and layer, {model.name} {model.top_k}: fewer or more work."
+        )
     weight_bytes = weight_bytes_of(trace, model)
     check_fits(model, system, weight_bytes, setup.ignore_capacity)
     fitting = gpu_slots(model, system, weight_bytes)
@@ -51,17 +56,6 @@ def weight_bytes_of(trace: Trace, model: Model) -> np.ndarray:
         return model.expert_bytes()
     own = np.asarray(trace.expert_bytes, np.float64)
     return np.broadcast_to(own.reshape(trace.layers, -1), (trace.layers, trace.num_experts)).copy()
-
-
-def _check_model(trace: Trace, model: Model) -> list[str]:
-    if (trace.layers, trace.num_experts) != (model.moe_layers, model.experts):
-        raise UsageError(
-            f"The trace {trace.path or 'in memory'} has {trace.layers} MoE layers of {trace.num_experts} experts, but "
-            f"the model {model.name} has {model.moe_layers} of {model.experts}: name the right one with --model."
-        )
-    if trace.top_k == model.top_k:
-        return []
-    return [f"the trace has {trace.top_k} experts a token and layer, {model.name} {model.top_k}: fewer or more work."]
 
 
 def _slots(model: Model, system: System, slots: int | None, fitting: int) -> int:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from moetrace.results.picture import inline, picture
-from moetrace.spec.errors import printable
+from moetrace.spec.errors import counted, printable
 
 if TYPE_CHECKING:
     import altair as alt
@@ -114,8 +114,9 @@ def _printable() -> pl.Expr:
 
 
 def _subtitle(facts: dict[str, Any]) -> str:
-    steps = "steps" if facts["phase"] == "all" else f"{facts['phase']} steps"
+    step = "step" if facts["phase"] == "all" else f"{facts['phase']} step"
     return (
-        f"{printable(facts['model'])}: {facts['layers']} layers of {facts['experts']} experts on {facts['units']} "
-        f"units; {facts['judged_steps']:,} {steps} judged, plans made from {facts['window']:,}"
+        f"{printable(facts['model'])}: {counted(facts['layers'], 'layer')} of {counted(facts['experts'], 'expert')} on "
+        f"{counted(facts['units'], 'unit')}; {counted(facts['judged_steps'], step)} judged, plans made from "
+        f"{facts['window']:,}"
     )

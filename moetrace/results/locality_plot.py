@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from moetrace.results.picture import inline, picture
-from moetrace.spec.errors import printable
+from moetrace.spec.errors import counted, printable
 
 if TYPE_CHECKING:
     import altair as alt
@@ -140,8 +140,8 @@ def _some(values: pl.Series) -> list[int]:
 
 
 def _subtitle(facts: dict[str, Any]) -> str:
-    rows = "rows" if facts["phase"] == "all" else f"{facts['phase']} rows"
+    row = "row" if facts["phase"] == "all" else f"{facts['phase']} row"
     return (
-        f"{printable(facts['model'])}: {facts['layers']} layers of {facts['experts']} experts, top {facts['top_k']}; "
-        f"{facts['rows']:,} {rows} of {facts['requests']:,} request{'' if facts['requests'] == 1 else 's'}"
+        f"{printable(facts['model'])}: {counted(facts['layers'], 'layer')} of {counted(facts['experts'], 'expert')}, "
+        f"top {facts['top_k']}; {counted(facts['rows'], row)} of {counted(facts['requests'], 'request')}"
     )

@@ -11,7 +11,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 
 if TYPE_CHECKING:
     from moetrace.spec.load import canonical, list_presets
-    from moetrace.spec.model import Model, load_model
+    from moetrace.spec.model import Model, check_shape, load_model
     from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_policy, load_static
     from moetrace.spec.system import Cpu, Gpu, Link, Ndp, System, check_fits, gpu_slots, load_system
 
@@ -28,6 +28,7 @@ __all__ = [
     "canonical",
     "check_fits",
     "check_policy",
+    "check_shape",
     "gpu_slots",
     "list_presets",
     "load_loads",

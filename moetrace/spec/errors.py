@@ -1,4 +1,4 @@
-"""The errors that a user may see: one sentence each, saying what, where and what to do."""
+"""The errors that a user may see: one sentence each, saying what, where and what to do; and how text is shown."""
 
 import unicodedata
 
@@ -17,6 +17,11 @@ class UsageError(MoetraceError):
     """What was asked for makes no sense (a wrong name, value or combination); commands exit with 2."""
 
     exit_code = 2
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 row` or `2,000 rows`; the plural takes an s."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def printable(text: str) -> str:

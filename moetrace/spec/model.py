@@ -101,6 +101,15 @@ def load_model(source: str | Path | Model, overrides: Mapping[str, object] | Non
     return model
 
 
+def check_shape(where: str, layers: int, experts: int, model: Model) -> None:
+    """Raise a UsageError that begins with `where` unless the model has so many MoE layers and experts in each."""
+    if (layers, experts) != (model.moe_layers, model.experts):
+        raise UsageError(
+            f"{where} has {layers} MoE layers of {experts} experts, but the model {model.name} has {model.moe_layers} "
+            f"of {model.experts}: name the right one with --model."
+        )
+
+
 def _check_weight_bits(model: Model, loaded: Loaded) -> None:
     """A width for every layer or expert, none of more than 64 bits, and none so small that an expert weighs nothing."""
     bits = model.weight_bits

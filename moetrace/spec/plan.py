@@ -7,6 +7,7 @@ examples/ep_load_balancer): `num_slots`, `layer_updates_per_iter` (0: the plan s
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,8 @@ _INTEGER = re.compile(r"[0-9]{1,6}", re.ASCII)
 _TOP = re.compile(r"([a-z_]+):(?: +(\S.*))?", re.ASCII)
 _LAYER = re.compile(r" +([0-9]{1,6}):(?: +(\S.*))?", re.ASCII)
 _ITEM = re.compile(r" +- +([0-9]{1,6})", re.ASCII)
+_ENTRY = re.compile(r" *([0-9]{1,6}) *: *(\[[^][{}]*\]) *(?:,|$) *", re.ASCII)
+_COMMENT = re.compile(r"(?:^|(?<=[ \t]))#")
 
 
 class _SGLang(msgspec.Struct):
@@ -73,7 +76,7 @@ def _text(path: Path) -> str:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise MoetraceError(f"{path} is larger than {MAX_BYTES >> 20} MiB, which no plan is.")
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise MoetraceError(f"{path} is no text file.") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
@@ -109,45 +112,76 @@ def _parse(path: Path, text: str) -> tuple[dict[str, int], dict[int, list[int]]]
     """Read the YAML that plans are written in: whole numbers, and lists of them by layer, `[1, 2]` or `- 1`."""
     numbers: dict[str, int] = {}
     layers: dict[int, list[int]] = {}
-    inside, items, flow = False, None, ""
-    for line, content in enumerate((row.rstrip(" ") for row in text.splitlines()), 1):
-        if flow:
-            flow += " " + content.strip()
-        elif not content.strip() or content.lstrip().startswith("#") or (content == "---" and not numbers):
-            continue
-        elif match := _TOP.fullmatch(content):
+    inside, items = False, None
+
+    def add(line: int, layer: int, slots: list[int]) -> list[int]:
+        if layer in layers:
+            raise MoetraceError(f"{path}, line {line}: layer {layer} is there twice.")
+        layers[layer] = slots
+        return slots
+
+    for line, content in _logical_lines(path, text):
+        if match := _TOP.fullmatch(content):
             name, value = match.groups()
             inside, items = name == "initial_global_assignments", None
-            if (inside and (value or layers)) or (not inside and (name not in _NUMBERS or name in numbers)):
+            if inside and not layers:
+                for layer, slots in _mapping(path, line, value) if value else ():
+                    add(line, layer, slots)
+            elif inside or name not in _NUMBERS or name in numbers:
                 raise _odd(path, line)
-            if not inside:
+            else:
                 numbers[name] = _integer(path, line, value)
-            continue
         elif inside and (match := _LAYER.fullmatch(content)):
-            layer, flow = int(match[1]), match[2] or ""
-            if layer in layers:
-                raise MoetraceError(f"{path}, line {line}: layer {layer} is there twice.")
-            items = layers[layer] = []
-        elif inside and items is not None and (match := _ITEM.fullmatch(content)):
+            slots = add(line, int(match[1]), _integers(path, line, match[2]) if match[2] else [])
+            items = None if match[2] else slots
+        elif items is not None and (match := _ITEM.fullmatch(content)):
             items.append(int(match[1]))
-            continue
         else:
             raise _odd(path, line)
-        if flow.endswith("]"):
-            assert items is not None
-            items += _integers(path, line, flow)
-            flow, items = "", None
-        elif flow and (not flow.startswith("[") or len(flow) > 16 * MAX_SLOTS):
-            raise _odd(path, line)
-    if flow:
-        raise MoetraceError(f"{path}: the last list does not end.")
     return numbers, layers
 
 
-def _integers(path: Path, line: int, flow: str) -> list[int]:
-    if not flow.startswith("["):
+def _logical_lines(path: Path, text: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a document with their numbers: without comments, and a list in brackets as one line."""
+    began, depth, held, first = False, 0, [], 0
+    for number, row in enumerate(text.splitlines(), 1):
+        content = _COMMENT.split(row, maxsplit=1)[0].rstrip(" \t")
+        if not content.strip() or (content == "---" and not began):
+            continue
+        if content == "...":
+            break
+        began = True
+        first = first if held else number
+        held.append(content.lstrip(" ") if held else content)
+        depth += content.count("[") + content.count("{") - content.count("]") - content.count("}")
+        if depth <= 0:
+            yield first, " ".join(held)
+            depth, held = 0, []
+    if held:
+        raise MoetraceError(f"{path}: the list that begins in line {first} does not end.")
+
+
+def _mapping(path: Path, line: int, flow: str) -> Iterator[tuple[int, list[int]]]:
+    """Read `{1: [1, 2], 2: [2, 1]}`."""
+    if not (flow.startswith("{") and flow.endswith("}")):
         raise _odd(path, line)
-    return [_integer(path, line, part.strip()) for part in flow[1:-1].split(",")]
+    at, inner = 0, flow[1:-1].strip(" ")
+    while at < len(inner):
+        match = _ENTRY.match(inner, at)
+        if not match:
+            raise _odd(path, line)
+        yield int(match[1]), _integers(path, line, match[2])
+        at = match.end()
+
+
+def _integers(path: Path, line: int, flow: str) -> list[int]:
+    """Read `[1, 2]`, in which a last comma may stand."""
+    if not (flow.startswith("[") and flow.endswith("]")):
+        raise _odd(path, line)
+    parts = [part.strip(" ") for part in flow[1:-1].split(",")]
+    if len(parts) > 1 and not parts[-1]:
+        parts.pop()
+    return [_integer(path, line, part) for part in parts]
 
 
 def _integer(path: Path, line: int, text: str | None) -> int:

@@ -7,7 +7,7 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -152,14 +152,28 @@ def whole_file(path: Path, sync: bool = True) -> Iterator[AtomicFile]:
         raise
 
 
+def write_whole(files: Mapping[Path, bytes]) -> None:
+    """Write files, each whole or not at all, and none if the system refuses one of them (MoetraceError)."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(whole_file(path)) for path in files]
+        for file, data in zip(opened, files.values(), strict=True):
+            file.write(data)
+        for file in opened:
+            file.raise_error()
+
+
 def _refused(path: Path, error: OSError) -> MoetraceError:
-    return MoetraceError(f"{path} could not be written: {error.strerror or error}; nothing was changed.")
+    missing = error.errno == errno.ENOENT and not real_path(path).parent.is_dir()
+    why = f"there is no folder {path.parent}" if missing else error.strerror or error
+    return MoetraceError(f"{path} could not be written: {why}; nothing was changed.")
 
 
 def keep_inputs(path: Path, inputs: Iterable[Path | None]) -> None:
     """Raise a UsageError if writing to `path` would replace one of the `inputs`."""
     for given in inputs:
-        if given is not None and path.exists() and given.exists() and path.samefile(given):
+        if given is None:
+            continue
+        if real_path(path) == real_path(given) or (path.exists() and given.exists() and path.samefile(given)):
             raise UsageError(f"{path} is what is read: choose another name for what is written.")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moetrace.spec.errors import MoetraceError
+from moetrace.trace.atomic import real_path
 from moetrace.trace.capture_prompts import in_short
 
 CONFIG_BYTES = 16 << 20
@@ -49,7 +50,7 @@ def open_folder(path: Path) -> Folder:
         config = config.get_text_config()
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise MoetraceError(f"{path}: config.json gives no vocab_size, so this is not a language model.")
-    return Folder(path, config, _name(path.resolve()), hashlib.sha256(data).hexdigest())
+    return Folder(path, config, _name(real_path(path)), hashlib.sha256(data).hexdigest())
 
 
 def load_tokenizer(folder: Folder) -> Any:

@@ -14,7 +14,7 @@ from moetrace import __version__
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace import schema
 from moetrace.trace.hdf5 import WHOLE_BYTES, Column, open_hdf5, read_attributes, read_columns
-from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, Block, Rows
+from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, Block, CountBlock, Rows
 from moetrace.trace.writer import CountsWriter, Writer
 
 
@@ -179,6 +179,21 @@ class Trace:
         self.check_has_rows()
         return (self._rows(first, stop) for first, stop in self._step_ranges(BLOCK_BYTES // 16))
 
+    def count_blocks(self) -> Iterator[CountBlock]:
+        """The counts of a trace that holds them instead of ids, about 4 MiB at a time, in order.
+
+        Raises MoetraceError at once if there are none, and on the way if the file turns out damaged; counts are not
+        checked here.
+        """
+        if "counts" not in self.has:
+            raise MoetraceError(f"{self._where} has no counts.")
+        steps = max(1, BLOCK_BYTES // (8 * self.layers * self.num_experts))
+        return (self._counts(first, min(first + steps, self.steps)) for first in range(0, self.steps, steps))
+
+    def _counts(self, first: int, stop: int) -> CountBlock:
+        rows = np.diff(self.offset[first : stop + 1])
+        return CountBlock(first, self._columns["counts"].read(first, stop), rows, self.phase[first:stop])
+
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Entries `start:stop` of "experts", "request", "position" or what `has` names (of "counts": steps)."""
         if name not in self._columns:
@@ -255,11 +270,8 @@ class Trace:
         facts: dict[str, Any] = self._facts() | {"compress": compress}
         if "counts" in self.has:
             with CountsWriter(path, **facts) as writer:
-                steps = max(1, BLOCK_BYTES // (8 * self.layers * self.num_experts))
-                for first in range(0, self.steps, steps):
-                    part = slice(first, min(first + steps, self.steps))
-                    rows = np.diff(self.offset[first : part.stop + 1])
-                    writer.append_counts(self.read("counts", first, part.stop), rows, self.phase[part])
+                for block in self.count_blocks():
+                    writer.append_counts(block.counts, block.rows, block.phase)
             return
         optional = [name for name in OPTIONAL if name in self.has]
         with Writer(path, expert_bytes=self.expert_bytes, optional=optional, **facts) as writer:

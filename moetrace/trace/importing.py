@@ -11,7 +11,7 @@ import numpy as np
 from moetrace import __version__
 from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.trace.atomic import keep_inputs
+from moetrace.trace.atomic import keep_inputs, real_path
 from moetrace.trace.engines import read_captures
 from moetrace.trace.engines.capture import Capture, Counts, Hints
 from moetrace.trace.naming import model_name
@@ -95,7 +95,7 @@ def _hints(hints: Hints, model: str | None, path: Path) -> Hints:
     """What `model` says of sizes, unless the user says it himself; temporary files lie beside the trace."""
     if model is not None:
         hints = hints.of_model(load_model(model))
-    folder = path.resolve().parent
+    folder = real_path(path).parent
     return hints._replace(scratch=folder if folder.is_dir() else None)
 
 

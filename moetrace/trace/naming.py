@@ -2,8 +2,7 @@
 
 import re
 
-from moetrace.spec import list_presets, load_model
-from moetrace.spec.errors import UsageError
+from moetrace.spec import check_shape, list_presets, load_model
 
 
 def model_name(where: str, said: str, layers: int, experts: int, model: str | None = None) -> str:
@@ -14,11 +13,7 @@ def model_name(where: str, said: str, layers: int, experts: int, model: str | No
     """
     if model is not None:
         spec = load_model(model)
-        if (spec.moe_layers, spec.experts) != (layers, experts):
-            raise UsageError(
-                f"{where} has {layers} layers of {experts} experts, but model {spec.name} has {spec.moe_layers} of "
-                f"{spec.experts}."
-            )
+        check_shape(where, layers, experts, spec)
         return spec.name
     for name in sorted(list_presets("models"), key=len, reverse=True):
         if _plain(name) in _plain(said):

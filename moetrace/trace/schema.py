@@ -70,6 +70,15 @@ class Block(NamedTuple):
     phase: np.ndarray  # uint8 [rows]: 0 prefill, 1 decode
 
 
+class CountBlock(NamedTuple):
+    """Whole steps of a trace that holds counts alone."""
+
+    first_step: int
+    counts: np.ndarray  # int64 [steps, layers, num_experts]
+    rows: np.ndarray  # int64 [steps]: token rows of each
+    phase: np.ndarray  # uint8 [steps]: 0 prefill, 1 decode, 2 mixed
+
+
 def expert_dtype(num_experts: int) -> np.dtype:
     """The narrowest dtype that holds every id and the absent mark: uint8 up to 255 experts, else uint16."""
     return np.dtype(np.uint8 if num_experts <= 255 else np.uint16)

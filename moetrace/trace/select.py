@@ -9,7 +9,7 @@ import numpy as np
 
 from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.atomic import keep_inputs
+from moetrace.trace.atomic import keep_inputs, real_path
 from moetrace.trace.engines.capture import Hints
 from moetrace.trace.format import Trace
 from moetrace.trace.importing import import_traces
@@ -18,7 +18,7 @@ from moetrace.trace.lint.layers import DenseLayers
 from moetrace.trace.lint.piece import pieces, shape_of
 from moetrace.trace.lint.repeats import RepeatedRows, run_rows
 from moetrace.trace.naming import model_name
-from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, PER_CHOICE, check_ids
+from moetrace.trace.schema import OPTIONAL, PER_CHOICE, check_ids
 from moetrace.trace.writer import CountsWriter, Writer
 
 _TOLD_LAYERS = 256  # of more, `source` tells the number
@@ -96,7 +96,7 @@ def import_and_leave_out(
     hints = hints or Hints()
     if model is not None and dense:  # the source may hold layers that the model's MoE layers don't count
         hints = hints.of_model(load_model(model))
-    if not path.resolve().parent.is_dir():
+    if not real_path(path).parent.is_dir():
         raise MoetraceError(f"{path} could not be written: there is no such folder; nothing was changed.")
     whole = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -130,8 +130,8 @@ def _dense_layers(trace: Trace, ranges: list[tuple[int, int]]) -> np.ndarray:
     """bool [layers]: the dense ones, judged by the rows outside `ranges`."""
     if "counts" in trace.has:
         chosen = np.zeros(trace.layers, bool)
-        for first, stop in _count_parts(trace):
-            chosen |= (trace.read("counts", first, stop) != 0).any((0, 2))
+        for block in trace.count_blocks():
+            chosen |= (block.counts != 0).any((0, 2))
         return ~chosen
     shape = shape_of(trace)
     layers, duplicates = DenseLayers(shape), DuplicateIds(shape)
@@ -203,13 +203,7 @@ def _kept_before(rows: np.ndarray, ranges: list[tuple[int, int]]) -> np.ndarray:
     return rows - gone[number] + inside
 
 
-def _count_parts(trace: Trace) -> list[tuple[int, int]]:
-    at_once = max(1, BLOCK_BYTES // (8 * trace.layers * trace.num_experts))
-    return [(first, min(first + at_once, trace.steps)) for first in range(0, trace.steps, at_once)]
-
-
 def _copy_counts(trace: Trace, path: Path, layers: np.ndarray, facts: dict[str, Any]) -> None:
     with CountsWriter(path, rows=trace.rows, steps=trace.steps, **facts) as writer:
-        for first, stop in _count_parts(trace):
-            counts = trace.read("counts", first, stop)[:, layers]
-            writer.append_counts(counts, np.diff(trace.offset[first : stop + 1]), trace.phase[first:stop])
+        for block in trace.count_blocks():
+            writer.append_counts(block.counts[:, layers], block.rows, block.phase)

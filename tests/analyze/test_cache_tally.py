@@ -116,3 +116,10 @@ def test_counting_without_numba():
     whole = cache_hits(trace, [8], ["lru", "fifo"])
     assert whole.filter(phase="all")["steps"].to_list() == [30, 30]
     assert whole["accesses"].sum() == 2 * whole.filter(policy="lru", phase="all")["accesses"].sum() * 2
+
+
+def test_the_interval_of_two_or_three_requests_is_the_range_of_their_rates():
+    for hits in ([1, 9], [1, 9, 5]):
+        low, high = intervals(np.array([hits]), np.full((1, len(hits)), 10), 0)
+        assert (low, high) == ([0.1], [0.9])
+    assert np.isnan(intervals(np.array([[1]]), np.array([[10]]), 0)).all()

@@ -66,6 +66,30 @@ ep_size: 2
 """,
         "---\n# a comment\n"
         + YAML.replace("  1: [0, 1, 2, 0]", "  1:\n  - 0\n  - 1\n\n  - 2\n  - 0").replace("\n", "\r\n"),
+        # With comments, a last comma, and what may end a document.
+        """\ufeffnum_slots: 4 # of 2 units
+layer_updates_per_iter: 0\t# the plan stays
+initial_global_assignments:   # by index
+  1: [0, 1, # the first unit
+      2, 0,]
+  2: # of other style
+  - 2 # the first
+  - 1
+  - 0
+  - 1
+# between
+  4: [
+    0, 2,
+    1, 2
+  ]
+...
+whatever comes: after the end
+""",
+        # In braces, as JSON would be.
+        """num_slots: 4
+initial_global_assignments: {1: [0, 1, 2, 0], 2: [2, 1,
+  0, 1], 4 : [0, 2, 1, 2],}
+""",
     ],
 )
 def test_yaml_as_engines_and_people_write_it(tmp_path, text):
@@ -76,6 +100,12 @@ def test_yaml_as_engines_and_people_write_it(tmp_path, text):
 def test_json_of_moe_layers_alone(tmp_path):
     rows = [[e for unit in units for e in unit] for units in WANTED]
     (tmp_path / "a.json").write_text(json.dumps({"other": {"x": [1.5]}, "physical_to_logical_map": rows}))
+    assert read_plan(tmp_path / "a.json", LAYERS, 3, 2).expert_of_slot.tolist() == WANTED
+
+
+def test_json_with_a_mark_of_its_byte_order(tmp_path):
+    data = plan_bytes(Plan(1, np.array(WANTED, np.int32)), LAYERS, 3, "SGLang")
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + data)
     assert read_plan(tmp_path / "a.json", LAYERS, 3, 2).expert_of_slot.tolist() == WANTED
 
 
@@ -119,8 +149,20 @@ def changed(old, new):
         ("a.yaml", changed("[0, 2, 1, 2]", "[0, 2, 1, 9999999]"), "line 6 is not as in"),
         ("a.yaml", changed("[0, 2, 1, 2]", "[]"), "line 6 is not as in"),
         ("a.yaml", changed("[0, 2, 1, 2]", ""), "num_slots must be there and"),
-        ("a.yaml", changed("[0, 2, 1, 2]", "[0, 2,"), "the last list does not end"),
-        ("a.yaml", changed("[0, 2, 1, 2]", "[" + "[" * 5000), "the last list does not end"),
+        ("a.yaml", changed("[0, 2, 1, 2]", "[0, 2,"), "the list that begins in line 6 does not end"),
+        ("a.yaml", changed("[0, 2, 1, 2]", "[" + "[" * 5000), "the list that begins in line 6 does not end"),
+        ("a.yaml", changed("[0, 2, 1, 2]", "[0, 2,, 1, 2]"), "line 6 is not as in"),
+        ("a.yaml", changed("[0, 2, 1, 2]", "[0, 2, 1, 2]#x"), "line 6 is not as in"),
+        ("a.yaml", changed("[0, 2, 1, 2]", "[,]"), "line 6 is not as in"),
+        (
+            "a.yaml",
+            changed("assignments:", "assignments: {1: [0], 1: [0]}"),
+            "layer 1 is there twice",
+        ),
+        ("a.yaml", changed("assignments:", "assignments: {1: [0, 1, 2, 0] 2: [0]}"), "line 3 is not as in"),
+        ("a.yaml", changed("assignments:", "assignments: {1: {2: [0]}}"), "line 3 is not as in"),
+        ("a.yaml", changed("assignments:", "assignments: " + "{1: [" * 50_000), "begins in line 3 does not end"),
+        ("a.yaml", changed("assignments:", "assignments: {" + " " * 1_000_000 + "x}"), "line 3 is not as in"),
         ("a.yaml", changed("  4: [0, 2, 1, 2]", "  - 3"), "line 6 is not as in"),
         ("a.yaml", YAML + "\u0665: 3\n", "line 7 is not as in"),
         ("a.yaml", YAML + YAML, "line 7 is not as in"),

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moetrace.analyze import predictors
 from moetrace.analyze.cache import cache_hits
 from moetrace.analyze.prefetch import PREDICTORS, prefetch_value
 from moetrace.spec import load_model, load_system
@@ -96,6 +97,13 @@ def simulate(given: dict, predictor: str, capacity: int, most: int, ahead: int) 
         for expert in demanded:
             used[layer, expert] += 1
     return totals
+
+
+def test_transitions_are_counted_beyond_what_a_float_holds():
+    count = np.full((2, 2, 3, 3), 1 << 24, np.uint32)
+    ids = np.array([[[0], [2]], [[0], [2]], [[1], [255]]], np.uint8)
+    predictors.learn_transitions(count, ids, np.array([0, 0, 1], np.uint8), 255, 1)
+    assert count[0, 1, 0, 2] == (1 << 24) + 2 and int(count.sum(dtype=np.int64)) == (36 << 24) + 2
 
 
 @settings(max_examples=25, deadline=None)

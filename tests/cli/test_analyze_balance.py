@@ -162,12 +162,29 @@ def test_errors_are_one_sentence(run, tmp_path):
         ((MIXTRAL, "--export", tmp_path / "a.csv", "--placement", "ep"), 2, ".csv is for the loads of ep-lpt"),
         ((MIXTRAL, "--frame", "summary"), 2, "--frame goes with --format csv"),
         ((MIXTRAL, "--plot", "a.pdf"), 2, "must end with .png or .html"),
-        ((MIXTRAL, "--plot", MIXTRAL), 2, "must be different files"),
+        ((MIXTRAL, "--plot", MIXTRAL), 2, "is what is read"),
         ((tmp_path / "b.h5",), 1, "b.h5"),
     ):
         found, out, err = run(*arguments)
         assert (found, out) == (code, "") and sentence in err and err.count("\n") == 1, (arguments, err)
     assert not (tmp_path / "a.json").exists()
+
+
+def test_options_without_effect_are_refused(run):
+    for arguments, sentence in (
+        (("--nodes", 2), "--nodes is for --placement eplb-hierarchical"),
+        (("--groups", 1, "--placement", "eplb"), "--groups is for --placement eplb-hierarchical"),
+        (("--redundant", 8, "--placement", "ep-lpt"), "--redundant is for --placement eplb"),
+        (("--interval", 4, "--placement", "ep", "--placement", "tp:2"), "--interval is for placements that are made"),
+    ):
+        code, out, err = run(MIXTRAL, *arguments)
+        assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1
+
+
+def test_a_plan_that_no_file_can_hold_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("moetrace.analyze.balance.balance", None)
+    code, out, err = run(MIXTRAL, "--placement", "ep", "--units", 3, "--export", tmp_path / "a.json")
+    assert (code, out) == (2, "") and "gives units unequal numbers of experts" in err
 
 
 def test_units_and_model_are_the_system_s_and_the_trace_s_unless_told(run):

@@ -156,13 +156,16 @@ def test_regret_in_time_on_a_system(run):
 
 def test_options_without_effect_are_refused(run):
     for arguments, sentence in (
-        (("--curve", "--capacity", 24), "leave out --capacity"),
-        (("--curve", "--policy", "lru"), "leave out --policy"),
-        (("--curve", "--model", "tiny-olmoe"), "leave out --model"),
-        (("--curve", "--system", "rtx4090-offload"), "leave out --system"),
-        (("--curve", "--seed", 0), "leave out --seed"),
-        (("--curve", "--threads", 2), "--threads is for --curve --scope layer"),
-        (("--scope", "layer", "--threads", 2), "--threads is for --curve --scope layer"),
+        (("--curve", "--capacity", 24), "--capacity has no effect with --curve"),
+        (("--curve", "--policy", "lru"), "--policy has no effect with --curve"),
+        (("--curve", "--model", "tiny-olmoe"), "--model has no effect with --curve"),
+        (("--curve", "--system", "rtx4090-offload"), "--system has no effect with --curve"),
+        (("--curve", "--seed", 0), "--seed has no effect with --curve"),
+        (("--curve", "--threads", 2), "--threads is for LRU's curve of --scope layer"),
+        (("--plot", "a.png", "--threads", 2), "--threads is for LRU's curve of --scope layer"),
+        (("--plot", "a.png", "--scope", "layer", "--policy", "fifo", "--threads", 2), "--threads"),
+        (("--plot", "a.png", "--scope", "layer", "--capacity", "3MB", "--threads", 2), "this picture does not have"),
+        (("--scope", "layer", "--threads", 2), "--threads is for LRU's curve of --scope layer"),
     ):
         code, out, err = run(TINY, *arguments)
         assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1
@@ -179,6 +182,32 @@ def test_curve(run):
     assert "are left out" in run(TINY, "--curve")[1] and "Every 2th" not in out
     decode = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv", "--phase", "decode")[1])))
     assert [int(row["capacity_experts"]) for row in decode] == list(range(6, 193, 6))
+
+
+def test_a_picture_without_the_curve_where_there_can_be_none(run, tmp_path):
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    Trace.from_arrays(np.arange(40).reshape(-1, 1, 1), num_experts=65535).write(tmp_path / "a.h5")
+    code, out, err = run(tmp_path / "a.h5", "--capacity", 9, "--policy", "lru", "--plot", tmp_path / "a.png")
+    assert code == 0 and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and "lru" in out
+    assert (
+        err.startswith("moetrace: note: 1 x 65535 experts are too many for LRU's whole curve") and err.count("\n") == 1
+    )
+
+
+def test_the_curve_of_a_picture_takes_threads(run, tmp_path, monkeypatch):
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    asked = []
+
+    def curve(trace, **how):
+        asked.append(how["threads"])
+        return lru_curve(trace, **how)
+
+    monkeypatch.setattr("moetrace.analyze.hit_curve.lru_curve", curve)
+    more = ("--scope", "layer", "--capacity", 48, "--policy", "lru", "--plot", tmp_path / "a.png")
+    assert run(TINY, "--threads", 2, *more)[0] == 0 and asked == [2]
+    assert run(TINY, *more[:2], "--capacity", "100MB", *more[4:])[0] == 0 and asked == [2], "not drawn over bytes"
 
 
 def test_plot(run, tmp_path):

@@ -51,6 +51,27 @@ def test_errors_are_one_sentence(run, tmp_path):
         assert (found, out) == (code, "") and sentence in err and err.count("\n") == 1
 
 
+def test_options_without_effect_are_refused(run):
+    for arguments, sentence in (
+        (("--recall", 0.5), "--recall is for --predictor oracle"),
+        (("--seed", 0), "--seed is for --predictor oracle"),
+        (("--ahead", 2), "--ahead is for --predictor transition, or for --system"),
+    ):
+        code, out, err = run(TINY, "--predictor", "ewma", *arguments)
+        assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1
+    code, out, err = run(TINY, "--predictor", "oracle", "--most", 3)
+    assert (code, out) == (2, "") and "--most is for predictors other than oracle" in err and err.count("\n") == 1
+
+
+def test_layers_ahead_matter_to_transitions_and_to_time_only():
+    with Trace.open(TINY) as trace:
+        names = ["last-token", "frequency", "ewma", "oracle"]
+        one, two = (prefetch_value(trace, 48, names, ahead=ahead) for ahead in (1, 2))
+        assert one.equals(two)
+        one, two = (prefetch_value(trace, 48, ["transition"], ahead=ahead) for ahead in (1, 2))
+        assert not one.equals(two)
+
+
 def test_help_names_what_there_is():
     assert list(PREDICTORS) == list(analyze_prefetch.PREDICTORS)
     assert analyze_prefetch.DEFAULT_PREDICTORS == DEFAULT_PREDICTORS

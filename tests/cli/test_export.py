@@ -28,7 +28,7 @@ def test_export_writes_and_says_so(run, tmp_path):
         ([TRACES / "tiny-olmoe.h5"], 2, "-o"),
         (["none.h5", "-o", "t.npz"], 1, "there is no file none.h5"),
         (["t.json", "-o", "t.json"], 2, "t.json is what is read: choose another name"),
-        ([TRACES / "tiny-olmoe.h5", "-o", "none/t.npz"], 1, "none/t.npz could not be written: No such file"),
+        ([TRACES / "tiny-olmoe.h5", "-o", "none/t.npz"], 1, "none/t.npz could not be written: there is no folder none"),
     ],
 )
 def test_export_refuses(run, tmp_path, monkeypatch, arguments, code, sentence):

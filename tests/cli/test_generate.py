@@ -143,9 +143,15 @@ def test_other_top_k_is_noted(tmp_path, capsys):
         (["--model", "mixtral-8x7b", "--save-profile", "p.toml"], "--save-profile keeps what --like fits"),
         (["--like", "x.h5", "--save-profile", "p"], "--save-profile p: the name must end with .toml"),
         (["--profile", "tiny-olmo"], "the nearest is 'tiny-olmoe'"),
-        (["--profile", "tiny-olmoe", "--model", "mixtral-8x7b"], "has 6 MoE layers, but model mixtral-8x7b has 32"),
+        (
+            ["--profile", "tiny-olmoe", "--model", "mixtral-8x7b"],
+            "6 MoE layers of 32 experts, but the model mixtral",
+        ),
         (["--profile", "tiny-olmoe", "--seed", "-1"], "seed is -1"),
-        (["--like", str(TRACES / "tiny-olmoe.h5"), "--model", "mixtral-8x7b"], "but model mixtral-8x7b has 32"),
+        (
+            ["--like", str(TRACES / "tiny-olmoe.h5"), "--model", "mixtral-8x7b"],
+            "but the model mixtral-8x7b has 32 of 8",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, capsys, options, words):
@@ -158,7 +164,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys, options, words):
 
 def test_trace_to_imitate_is_not_overwritten(tmp_path, capsys):
     assert run(tmp_path / "a.h5", "--like", tmp_path / "a.h5", *PROFILED) == 2
-    assert "different files" in capsys.readouterr().err
+    assert "is what is read" in capsys.readouterr().err
     assert run(tmp_path / "a.h5", "--like", tmp_path / "b.h5", *PROFILED) == 1
     assert "b.h5" in capsys.readouterr().err
 
@@ -172,7 +178,7 @@ def test_what_can_not_be_written_is_said_before_the_fit(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     assert run(out, "--like", TRACES / "tiny-olmoe.h5", *PROFILED, "--save-profile", profile) == 1
     bad = out if "/" in out else profile
-    said = f"moetrace: {bad} could not be written: No such file or directory; nothing was changed.\n"
+    said = f"moetrace: {bad} could not be written: there is no folder no; nothing was changed.\n"
     assert capsys.readouterr().err == said
     assert not list(tmp_path.iterdir())
 

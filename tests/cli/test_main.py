@@ -6,10 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moetrace.cli import COMMANDS, _group, main
 from moetrace.cli.analyze import QUESTIONS
+from moetrace.trace import Trace
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "traces" / "qwen3-30b-a3b-b1.h5")
@@ -127,3 +129,18 @@ def test_what_can_not_be_read_is_no_wrong_usage(command):
         for name in command:
             found = found.get_command(context, name)
     assert not [one for one in found.params if getattr(one.type, "readable", False)]
+
+
+def test_one_of_something_is_not_a_plural(run, tmp_path):
+    path = tmp_path / "a.h5"
+    Trace.from_arrays(np.array([0, 1]).reshape(-1, 1, 1), num_experts=2, model="m").write(path)
+    said = run("analyze", "balance", path, "--units", 1, "--placement", "ep")[1]
+    said = " ".join(said.split())
+    assert "1 layer of 2 experts on 1 unit. Plans are made from 1 step and judged on the 1 after" in said
+    said = run("analyze", "locality", path)[1]
+    assert "2 rows of 1 request; 1 layer of 2 experts, top 1." in " ".join(said.split())
+    out = tmp_path / "b.h5"
+    generated = ("--model", "mixtral-8x7b", "--requests", 1, "--prompt", 0, "--output", 1)
+    assert run("generate", out, *generated)[2] == f"{out}: 1 row in 1 step, 0.1 MB.\n"
+    said = run("replay", out, "--set", "system.ndp.units=1", "--policy", "monde", "--ignore-capacity")[1]
+    assert "1 row in 1 step of 1 request. Model mixtral-8x7b on edge-ndp with 1 NDP unit;" in said

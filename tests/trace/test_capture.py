@@ -412,7 +412,7 @@ def test_the_folder_names_the_model(folder, tmp_path):
     assert name(tmp_path / "models--mistralai--Mixtral-8x7B-v0.1" / "snapshots" / "fc7ac94") == (
         "mistralai/Mixtral-8x7B-v0.1"
     ), "the preset's 32 layers are not these 3"
-    with pytest.raises(UsageError, match=r"has 3 layers of 8 experts, but model mixtral-8x7b has 32 of 8"):
+    with pytest.raises(UsageError, match=r"has 3 MoE layers of 8 experts, but the model mixtral-8x7b has 32 of 8"):
         name(tmp_path / "again", model="mixtral-8x7b")
 
 

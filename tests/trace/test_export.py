@@ -15,7 +15,7 @@ from strategies import as_arrays, traces
 import moetrace as mt
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import exports
-from moetrace.trace.exports import blocks, eplb, oracle_general
+from moetrace.trace.exports import blocks, oracle_general
 from moetrace.trace.importing import import_traces
 
 SHIPPED = Path(__file__).parents[2] / "traces"
@@ -47,7 +47,7 @@ part_sizes = st.sampled_from([1, 7, 1 << 19])
 
 def exported(trace, path: Path, part_choices: int = 1 << 19, **options) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (blocks, eplb, oracle_general):
+        for module in (blocks, oracle_general):
             patch.setattr(module, "PART_CHOICES", part_choices)
         mt.export(trace, path, **options)
     return path

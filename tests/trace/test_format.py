@@ -423,6 +423,11 @@ def test_counts_open_but_have_no_blocks(file):
                 read()
 
 
+def test_ids_have_no_blocks_of_counts(file):
+    with Trace.open(file) as trace, pytest.raises(MoetraceError, match="has no counts"):
+        trace.count_blocks()
+
+
 def test_a_closed_trace_says_so(file):
     trace = Trace.open(file)
     trace.close()

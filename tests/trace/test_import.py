@@ -447,7 +447,7 @@ def test_a_model_is_a_preset_that_fits(tmp_path):
     changes = arrays([0], [1], layers=32, meta=np.array(json.dumps(meta)))
     np.savez(tmp_path / "a.npz", **changes)
     assert imported(tmp_path, tmp_path / "a.npz").model == "mixtral-8x7b"
-    with pytest.raises(UsageError, match="has 32 layers of 8 experts, but model olmoe-1b-7b has 16 of 64"):
+    with pytest.raises(UsageError, match="has 32 MoE layers of 8 experts, but the model olmoe-1b-7b has 16 of 64"):
         imported(tmp_path, tmp_path / "a.npz", model="olmoe-1b-7b")
     np.savez(tmp_path / "b.npz", **arrays([0], [1], layers=31, meta=np.array(json.dumps(meta))))
     assert imported(tmp_path, tmp_path / "b.npz").model == meta["model"], "named alike, but does not fit"

@@ -43,7 +43,7 @@ def test_file_comes_back_as_it_was(tmp_path):
 
 def test_refused_file_leaves_nothing(tmp_path):
     with pytest.raises(
-        MoetraceError, match=r"missing/p\.toml could not be written: No such file.*; nothing was changed"
+        MoetraceError, match=r"missing/p\.toml could not be written: there is no folder .*; nothing was changed"
     ):
         save_profile(a_profile(), tmp_path / "missing" / "p.toml")
     assert not list(tmp_path.iterdir())

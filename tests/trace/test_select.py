@@ -11,6 +11,7 @@ from traps import EXPERTS, LAYERS, ROWS, TOP_K, arrays, choose, prepend, trace
 
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
+from moetrace.trace.importing import import_traces
 from moetrace.trace.lint import lint
 from moetrace.trace.select import import_and_leave_out, leave_out
 from moetrace.trace.writer import CountsWriter
@@ -175,7 +176,7 @@ def test_what_is_left_may_be_a_preset(tmp_path):
     with Trace.open(tmp_path / "t.h5") as copy:
         assert copy.model == "olmoe-1b-7b"
     leave_out(opened, tmp_path / "t.h5", dense=True, model="olmoe-1b-7b")
-    with pytest.raises(UsageError, match="has 16 layers of 64 experts, but model mixtral-8x7b has 32 of 8"):
+    with pytest.raises(UsageError, match="has 16 MoE layers of 64 experts, but the model mixtral-8x7b has 32 of 8"):
         leave_out(opened, tmp_path / "t.h5", dense=True, model="mixtral-8x7b")
 
 
@@ -196,6 +197,17 @@ def test_impossible_ids_that_stay_are_refused(tmp_path):
     with pytest.raises(MoetraceError, match="/experts row 9, layer entry 1 holds the id 77"):
         leave_out(trace(made), tmp_path / "t.h5", dense=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_that_leads_to_itself_is_an_error(tmp_path):
+    source, loop = capture(tmp_path / "c.npz"), tmp_path / "loop"
+    loop.symlink_to("loop")
+    for path in (loop, loop / "t.h5"):
+        with pytest.raises(MoetraceError, match="could not be written"):
+            import_traces(source, path)
+        with pytest.raises(MoetraceError, match="could not be written"):
+            import_and_leave_out([source], path, dense=True)
+    assert sorted(tmp_path.iterdir()) == [source, loop] and loop.is_symlink()
 
 
 def test_layers_of_counts(tmp_path):
@@ -282,7 +294,7 @@ def test_an_import_that_fails_leaves_nothing_and_names_no_temporary_file(tmp_pat
     with pytest.raises(MoetraceError, match=r"/t\.h5: every row is warm-up") as raised:
         import_and_leave_out([source], tmp_path / "t.h5", warmup=True, dense=True)
     assert ".tmp" not in str(raised.value)
-    with pytest.raises(UsageError, match="16 layers of 64 experts, but model mixtral-8x7b"):
+    with pytest.raises(UsageError, match="16 MoE layers of 64 experts, but the model mixtral-8x7b"):
         import_and_leave_out([capture(tmp_path / "a.npz")], tmp_path / "t.h5", dense=True, model="mixtral-8x7b")
     with pytest.raises(MoetraceError, match="no such folder"):
         import_and_leave_out([source], tmp_path / "none" / "t.h5", dense=True)

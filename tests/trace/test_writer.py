@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace import Trace, Writer
+from moetrace.trace import Trace, Writer, format
 from moetrace.trace.atomic import AtomicFile
 from moetrace.trace.writer import CountsWriter
 
@@ -170,7 +170,7 @@ def test_a_source_that_is_too_long_is_refused(old):
     assert unchanged(old)
 
 
-def test_counts_are_written_and_copied(tmp_path):
+def test_counts_are_written_and_copied(tmp_path, monkeypatch):
     counts = np.random.default_rng(0).integers(0, 9, (5, 3, 4))
     rows, phase = np.array([1, 2, 3, 1, 1]), np.array([2, 1, 1, 0, 2])
     facts = {"model": "m", "num_experts": 4, "top_k": 2, "layers": 3, "rows": 8, "steps": 5, "source": {}}
@@ -181,6 +181,11 @@ def test_counts_are_written_and_copied(tmp_path):
         trace.verify()
         assert trace.has == {"counts"} and trace.phase.tolist() == phase.tolist() and trace.rows == 8
         assert np.array_equal(trace.read("counts", 0, 5), counts)
+        monkeypatch.setattr(format, "BLOCK_BYTES", 2 * 8 * 12)
+        blocks = list(trace.count_blocks())
+        assert [block.first_step for block in blocks] == [0, 2, 4]
+        for name, whole in (("counts", counts), ("rows", rows), ("phase", phase)):
+            assert np.array_equal(np.concatenate([getattr(block, name) for block in blocks]), whole)
         trace.write(tmp_path / "b.h5")
     assert (tmp_path / "b.h5").read_bytes() == (tmp_path / "a.h5").read_bytes()
     for wrong, what in ((counts[:, :2], "has shape"), (-1 - counts, "negative")):

@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.exports.blocks import PART_CHOICES, check_objects, parts
+from moetrace.trace.exports.blocks import check_objects, parts
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import absent_id
 
@@ -39,11 +39,10 @@ def _counted(trace: Trace, progress: Callable[[int], object]) -> np.ndarray:
 
 def _summed(trace: Trace, progress: Callable[[int], object]) -> np.ndarray:
     counts = np.zeros((trace.layers, trace.num_experts), np.int64)
-    at_once = max(1, PART_CHOICES // counts.size)
-    for step in range(0, trace.steps, at_once):
-        part = trace.read("counts", step, step + at_once)
-        if part.min() < 0:
-            raise MoetraceError(f"/counts is negative in one of the steps {step} to {step + len(part) - 1}.")
-        counts += part.sum(axis=0)
-        progress(int(trace.offset[min(step + at_once, trace.steps)] - trace.offset[step]))
+    for block in trace.count_blocks():
+        if block.counts.min() < 0:
+            last = block.first_step + len(block.counts) - 1
+            raise MoetraceError(f"/counts is negative in one of the steps {block.first_step} to {last}.")
+        counts += block.counts.sum(axis=0)
+        progress(int(block.rows.sum()))
     return counts

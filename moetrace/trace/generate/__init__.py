@@ -4,7 +4,7 @@ The two don't know each other: anything with ``draw(request, position) -> expert
 schedule. `ZipfDrawer` draws by Zipf's law, `ProfileDrawer` as a `Profile` says that a captured model routes.
 """
 
-from moetrace.trace.generate.fill import check_fits, generate, generate_trace
+from moetrace.trace.generate.fill import generate, generate_trace
 from moetrace.trace.generate.imitate import ProfileDrawer
 from moetrace.trace.generate.profile import Profile, list_profiles, load_profile, save_profile
 from moetrace.trace.generate.schedule import Schedule, StepBlock
@@ -19,7 +19,6 @@ __all__ = [
     "Schedule",
     "StepBlock",
     "ZipfDrawer",
-    "check_fits",
     "check_seed",
     "generate",
     "generate_trace",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moetrace import __version__
-from moetrace.spec import load_model
+from moetrace.spec import check_shape, load_model
 from moetrace.spec.errors import UsageError
 from moetrace.spec.model import Model
 from moetrace.trace.format import Trace
@@ -107,16 +107,6 @@ def generate_trace(
     )
 
 
-def check_fits(what: str, layers: int, experts: int, model: Model) -> None:
-    """Raise a UsageError that begins with `what` unless the model has as many MoE layers and experts."""
-    for noun, ours, theirs in (("MoE layers", layers, model.moe_layers), ("experts a layer", experts, model.experts)):
-        if ours != theirs:
-            raise UsageError(
-                f"{what} has {ours} {noun}, but model {model.name} has {theirs}: leave --model out, or name one that "
-                "fits."
-            )
-
-
 def _prepare(
     model: Model | str | Path | None,
     schedule: Schedule,
@@ -147,7 +137,7 @@ def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedul
     name, top_k = profile.model, profile.top_k
     if model is not None:
         model = load_model(model)
-        check_fits(f"Profile {profile.name}", profile.layers, profile.experts, model)
+        check_shape(f"Profile {profile.name}", profile.layers, profile.experts, model)
         name, top_k = model.name, model.top_k
     schedule.check()
     slots = min(schedule.batch, schedule.requests)

@@ -10,7 +10,6 @@ from moetrace.trace.format import Trace
 from moetrace.trace.lint.balance import Counts
 from moetrace.trace.lint.finding import Finding, Ranges, finding
 from moetrace.trace.lint.piece import Progress
-from moetrace.trace.schema import BLOCK_BYTES
 
 
 class CountSteps:
@@ -77,13 +76,11 @@ def check_counts(trace: Trace, digests: dict[str, Any], progress: Progress | Non
     """Every finding in a trace of counts; `digests` and `progress` as for `pieces`."""
     digests["counts"] = hashlib.sha256()
     steps = CountSteps(trace)
-    at_once = max(1, BLOCK_BYTES // (8 * trace.layers * trace.num_experts))
-    for first in range(0, trace.steps, at_once):
-        counts = trace.read("counts", first, min(first + at_once, trace.steps))
-        digests["counts"].update(counts.data)
-        steps.see(first, counts)
+    for block in trace.count_blocks():
+        digests["counts"].update(block.counts.data)
+        steps.see(block.first_step, block.counts)
         if progress:
-            progress(len(counts))
+            progress(len(block.counts))
     yield from steps.findings()
     balance = Counts(trace.num_experts, trace.top_k, trace.layer_index)
     balance.chosen = steps.chosen

@@ -1,0 +1,100 @@
+"""Memory of the analyses over a trace that is larger than what they may allocate.
+
+    python bench/memory.py [--file BIG.h5] [--gigabytes 4] [--limit-mib 1024] [ANALYSIS ...]
+
+Each analysis is a process of its own, which may allocate `--limit-mib` of private memory and no more (RLIMIT_DATA).
+The table shows how much anonymous memory it had at most (of /proc/PID/smaps_rollup, some fifty times a second; pages of
+the trace itself belong to the system's cache and do not count), what its temporary files, which have no name, took on
+the disk, and how long it ran. Without `--file`, a synthetic trace is written and removed again.
+"""
+
+import argparse
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+POLICIES = ("lru", "fifo", "lfu", "belady", "sieve", "arc")
+ANALYSES = {
+    **{f"cache {policy}": ["cache", "--capacity", "1536", "--policy", policy] for policy in POLICIES},
+    "cache --curve": ["cache", "--curve", "--format", "csv"],
+    "balance": ["balance"],
+    "prefetch": ["prefetch"],
+}
+for _policy in ("sieve", "arc"):  # defined one access at a time
+    ANALYSES[f"cache {_policy}"].append("--sequential")
+
+
+def anonymous_bytes(process: int) -> int:
+    """What a process has allocated and touched; 0 if it is gone."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Anonymous:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def temporary_bytes(process: int) -> int:
+    """What files without a name, which a process has open, take on the disk."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for file in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                facts = file.stat()
+                total += facts.st_blocks * 512 if facts.st_nlink == 0 else 0
+    return total
+
+
+def measure(arguments: list[str], limit_bytes: int) -> tuple[int, int, float]:
+    """Run a command of moetrace; return the most anonymous and temporary bytes, and seconds."""
+    start_s, anonymous, temporary = time.perf_counter(), 0, 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moetrace", *arguments],
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes)),
+    )
+    while process.poll() is None:
+        anonymous = max(anonymous, anonymous_bytes(process.pid))
+        temporary = max(temporary, temporary_bytes(process.pid))
+        time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed: {process.returncode}")
+    return anonymous, temporary, time.perf_counter() - start_s
+
+
+def big_trace(folder: Path, gigabytes: float) -> Path:
+    """Write a trace of qwen3-30b-a3b, of 384 bytes of ids a row."""
+    path = folder / "big.h5"
+    requests = max(16, round(gigabytes * 1e9 / 384 / 4200))
+    shape = ["--requests", str(requests), "--prompt", "3000", "--output", "1200", "--batch", "16"]
+    command = [sys.executable, "-m", "moetrace", "generate", str(path), "--model", "qwen3-30b-a3b", *shape]
+    subprocess.run(command, check=True)
+    return path
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("analyses", nargs="*", metavar="ANALYSIS", default=list(ANALYSES))
+    options.add_argument("--file", type=Path)
+    options.add_argument("--gigabytes", type=float, default=4)
+    options.add_argument("--limit-mib", type=int, default=1024)
+    given = options.parse_args()
+    if unknown := set(given.analyses) - set(ANALYSES):
+        options.error(f"there is no {unknown.pop()!r}; known are {', '.join(ANALYSES)}")
+    os.nice(19)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = given.file or big_trace(Path(folder), given.gigabytes)
+        print(f"{trace.stat().st_size / 1e9:.1f} GB; at most {given.limit_mib} MiB of private memory.\n")
+        print("| analysis | anonymous MiB | temporary MiB | s |\n| --- | --- | --- | --- |", flush=True)
+        for name in given.analyses:
+            question, *how = ANALYSES[name]
+            anonymous, temporary, seconds = measure(["analyze", question, str(trace), *how], given.limit_mib << 20)
+            print(f"| {name} | {anonymous / 2**20:.0f} | {temporary / 2**20:.0f} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
