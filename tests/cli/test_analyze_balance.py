@@ -102,7 +102,7 @@ def test_a_replay_places_by_the_loads_that_were_exported(run, tmp_path):
 
 @pytest.mark.parametrize("placement", ["eplb", "eplb-hierarchical"])
 def test_a_replay_places_as_the_plan_that_was_exported(run, tmp_path, placement):
-    tier = ("--units", 4, "--redundant", 0, "--nodes", 2, "--groups", 4)
+    tier = ("--units", 4, "--redundant", 0, *(() if placement == "eplb" else ("--nodes", 2, "--groups", 4)))
     arguments = (MIXTRAL, "--placement", placement, "--window", 90, *tier)
     for name in ("p.json", "p.yaml", "loads.csv")[: 3 if placement == "eplb" else 2]:
         assert run(*arguments, "--export", tmp_path / name)[0] == 0
