@@ -1,8 +1,8 @@
 """The experiment of arXiv 2601.03992: `edge-ndp` and its ablations against `monde`, batch 1, 2 to 6 NDP-DIMMs.
 
     python bench/edge_ndp.py            print tables and shapes
-    python bench/edge_ndp.py --write    also write bench/edge_ndp.md, bench/edge_ndp.png and the table in README.md
-    python bench/edge_ndp.py --check    exit 1 if the tables in bench/edge_ndp.md or README.md are stale
+    python bench/edge_ndp.py --write    also write bench/edge_ndp.md, bench/edge_ndp.png and the table in docs/experiment.md
+    python bench/edge_ndp.py --check    exit 1 if the tables in bench/edge_ndp.md or docs/experiment.md are stale
 
 `--write` needs matplotlib (`pip install '.[bench]'`). Everything is seeded: a second run gives the same files.
 """
@@ -20,7 +20,7 @@ from markers import replaced_between
 import moetrace as mt
 
 ROOT = Path(__file__).parents[1]
-README, TABLE, PLOT = ROOT / "README.md", ROOT / "bench/edge_ndp.md", ROOT / "bench/edge_ndp.png"
+PAGE, TABLE, PLOT = ROOT / "docs/experiment.md", ROOT / "bench/edge_ndp.md", ROOT / "bench/edge_ndp.png"
 
 # Model -> zipf and stick of its trace. Mixtral's fits the popularity that Fiddler's authors published, Qwen3's the
 # overlap of successive tokens in a public capture, DeepSeek's both in public captures; OLMoE's popularity is between
@@ -149,7 +149,7 @@ def readme_text(points: list[Point], overlaps: dict[str, float], sweeps: list[Sw
     means = {policy: fmean(p.speedup for p in points if p.policy == policy) for policy in POLICIES[2:]}
     return "\n\n".join(
         [
-            f"![End-to-end speed-up over monde on 2 to 6 DIMMs]({PLOT.relative_to(ROOT)})",
+            f"![End-to-end speed-up over monde on 2 to 6 DIMMs](../{PLOT.relative_to(ROOT)})",
             "End-to-end speed-up of `edge-ndp` over `monde`:",
             markdown(headings, rows),
             f"| | mean | least | most |\n| --- | --- | --- | --- |\n"
@@ -282,12 +282,12 @@ def main() -> None:
         points += measure(model, trace)
         sweeps += [sweep(model, blocks, points[-1].slots) for blocks in (False, True)]
     summary, full = readme_text(points, overlaps, sweeps), full_text(points, sweeps)
-    page = README.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     new_page = replaced_between(page, "edge-ndp", summary)
     if options.check:
         stale = [
             path.name
-            for path, text in ((README, new_page), (TABLE, full))
+            for path, text in ((PAGE, new_page), (TABLE, full))
             if not path.is_file() or path.read_text(encoding="utf-8") != text
         ]
         if stale:
@@ -295,7 +295,7 @@ def main() -> None:
         return
     print(full + "\n" + summary)
     if options.write:
-        README.write_text(new_page, encoding="utf-8")
+        PAGE.write_text(new_page, encoding="utf-8")
         TABLE.write_text(full, encoding="utf-8")
         plot(points, PLOT)
 

@@ -1,6 +1,6 @@
 """Speed of `moetrace analyze locality` on one core, beside NumPy doing the least of it in the same run.
 
-    python bench/locality.py [--rounds 5] [--write README.md]
+    python bench/locality.py [--rounds 5] [--write docs/speed.md]
 
 Every case is measured once a round, in turn, as processor time of this thread; the table shows medians. NumPy counts
 every expert and takes the overlap with the next token from a table of rows by experts: two of some forty statistics.

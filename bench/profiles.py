@@ -1,6 +1,6 @@
 """How like its capture a generated trace is: shipped profiles against requests that they were not fitted to.
 
-    python bench/profiles.py [--captures DIR] [--fit NAME ...] [--write docs/generate.md] [--summary README.md]
+    python bench/profiles.py [--captures DIR] [--fit NAME ...] [--write docs/generate.md]
 
 Of each capture the requests of even number are for the fit and those of odd number are held out. The table compares
 statistics (means over layers) and the replay's speed-ups of the held-out half with those of traces that are generated
@@ -335,17 +335,14 @@ def main():
     options.add_argument("--captures", type=Path, default=Path(__file__).parents[2] / "shared" / "traces")
     options.add_argument("--fit", nargs="+", default=[], metavar="NAME", choices=[*CAPTURES, MIXTRAL])
     options.add_argument("--only", nargs="+", default=[*CAPTURES, MIXTRAL], metavar="NAME")
-    options.add_argument("--write", type=Path, metavar="PAGE.md", help="write the table between the page's markers")
-    options.add_argument("--summary", type=Path, metavar="PAGE.md", help="the same for a line a profile")
+    options.add_argument("--write", type=Path, metavar="PAGE.md", help="write the tables between the page's markers")
     options = options.parse_args()
     console = Console()
     for name in options.fit:
         fit(name, options.captures, console)
     results = {name: compare(name, options.captures) for name in options.only}
-    page = table(results)
+    page = f"{summary(results)}\n\n{table(results)}"
     console.print(page, markup=False, soft_wrap=True)
-    if options.summary:
-        write_between(options.summary, "profiles", summary(results))
     if options.write:
         write_between(options.write, "profiles", page)
 

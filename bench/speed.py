@@ -1,6 +1,6 @@
 """Speed of the replay on one core, beside a NumPy histogram of the same trace in the same run; and its memory.
 
-    python bench/speed.py [--rounds 5] [--quick] [--write README.md]
+    python bench/speed.py [--rounds 5] [--quick] [--write docs/speed.md]
 
 Every case is timed once a round, in turn, and the table shows medians. `--quick` leaves out the trace of 2 GB;
 `--write` puts the table between the markers of a Markdown file.
