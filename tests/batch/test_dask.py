@@ -53,7 +53,7 @@ def test_no_scheduler_is_one_sentence(small):
             mt.sweep({"trace": small}, dask=address)
     assert "\n" not in str(error.value)
     with pytest.raises(mt.MoetraceError, match="No Dask scheduler answers at nonsense"):
-        mt.sweep({"trace": small}, dask="nonsense://x")
+        mt.sweep({"trace": small}, dask="nonsense://x:1")
 
 
 @pytest.mark.parametrize(
