@@ -57,7 +57,9 @@ def load_plan(path: str | Path, layer_index: np.ndarray, experts: int, units: in
     if len(sizes) > 1 or 0 in sizes:
         raise MoetraceError(f"{path}: layers have from {min(sizes)} to {max(sizes)} slots, but need equally many.")
     if max(sizes) > MAX_SLOTS or max(sizes) % units:
-        raise UsageError(f"{path} has {max(sizes)} slots a layer, which {units} units cannot share: take another number.")
+        raise UsageError(
+            f"{path} has {max(sizes)} slots a layer, which {units} units cannot share: take another number."
+        )
     plan = np.array(slots, np.int32)
     for row, layer in zip(plan, layer_index, strict=True):
         if row.max() >= experts:
