@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from moetrace.batch.cell import Cell, Resolver, Traces, hash_of
-from moetrace.batch.choices import Choices, choices_of
+from moetrace.batch.choices import Choices, Halving, choices_of
 from moetrace.batch.executors import Farm, run_tasks
 from moetrace.batch.folder import Folder
 from moetrace.batch.grid import Grid, load_space
@@ -145,6 +145,7 @@ class _Halver:
     reused: int = 0
 
     def __post_init__(self) -> None:
+        self.values: list[list[float]] = [[] for _ in range(self.choices.halving.parts)]  # of each part, less is better
         self.path = self.choices.plain().values["trace"]
         self.trace, self.sha256 = self.traces.get(self.path)
         self.resolver = Resolver(self.traces, self.choices.space.ignore_capacity)
@@ -229,9 +230,9 @@ def search(
 ) -> Search:
     """Find the policy of a space that does best on one trace and machine.
 
-    Optuna's sampler proposes; a round of proposals is replayed over the first part of the trace, and its successive
-    halving says who goes on to a part that is several times as long. What was proposed, and what came of it, does not
-    depend on `jobs`.
+    Optuna's sampler proposes; a round of proposals is replayed over the first part of the trace, and by successive
+    halving the best of them go on to a part that is several times as long. What was proposed, and what came of it, does
+    not depend on `jobs`.
 
     Args:
         source: the path of a sweep's TOML file, or a mapping of the same form: lists are choices, its `search` table
@@ -309,30 +310,35 @@ def _halve(study: "Study", halver: _Halver, begun: Sequence[_Pair]) -> None:
         for proposal, trial in going:
             if trial.error is not None:
                 study.tell(proposal, state=optuna.trial.TrialState.FAIL)
-        going = _best_first([pair for pair in going if pair[1].error is None], halving.maximize)
+        going = [pair for pair in going if pair[1].error is None]
         if part + 1 < halving.parts:
-            going = [pair for pair in going if _goes_on(study, *pair, halving.keep**part)]
+            going = _best_of(study, going, halving, part, halver.values[part])
     for proposal, trial in going:
         trial.state = "complete"
         study.tell(proposal, trial.value)
 
 
-def _goes_on(study: "Study", proposal: "Proposal", trial: Trial, step: int) -> bool:
-    """Ask Optuna whether a trial is among the best so far; the best of a round are asked about first."""
+def _best_of(study: "Study", going: Sequence[_Pair], halving: Halving, part: int, so_far: list[float]) -> list[_Pair]:
+    """Return the trials that go on, the best of each `keep` that were replayed over this part so far; stop the others.
+
+    The rule is that of Optuna's SuccessiveHalvingPruner, which however asks one trial after another, and so knows only
+    those before it: of a round that is replayed at once one alone would go on. `so_far` gets the round's values.
+    """
     import optuna
 
-    assert trial.value is not None
-    proposal.report(trial.value, step)
-    if proposal.should_prune():
-        trial.state = "stopped"
-        study.tell(proposal, state=optuna.trial.TrialState.PRUNED)
-        return False
-    return True
-
-
-def _best_first(going: list[_Pair], maximize: bool) -> list[_Pair]:
-    sign = -1 if maximize else 1
-    return sorted(going, key=lambda pair: (sign * (pair[1].value or 0.0), pair[1].number))
+    sign = -1 if halving.maximize else 1
+    so_far += [sign * (trial.value or 0.0) for _, trial in going]
+    worst = sorted(so_far)[max(len(so_far) // halving.keep, 1) - 1] if so_far else 0.0
+    best = []
+    for proposal, trial in going:
+        assert trial.value is not None
+        proposal.report(trial.value, halving.keep**part)  # samplers learn from it
+        if sign * trial.value <= worst:
+            best.append((proposal, trial))
+        else:
+            trial.state = "stopped"
+            study.tell(proposal, state=optuna.trial.TrialState.PRUNED)
+    return best
 
 
 @contextmanager
@@ -355,7 +361,7 @@ def _study(choices: Choices) -> Iterator["Study"]:
             yield optuna.create_study(
                 direction="maximize" if halving.maximize else "minimize",
                 sampler=samplers[halving.sampler](),
-                pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=halving.keep),
+                pruner=optuna.pruners.NopPruner(),
             )
     finally:
         optuna.logging.set_verbosity(verbosity)

@@ -87,6 +87,35 @@ def test_parts_grow_and_the_last_is_all(trace):
             )
 
 
+def test_slots_are_chosen_from_a_range_beside_fields_of_a_policy(trace):
+    asked = space(trace, trials=12)
+    del asked["slots"]  # which would be given twice
+    asked["search"]["range"]["slots"] = {"low": 3, "high": 90}
+    found = mt.search(asked)
+    assert all(3 <= trial.cell.point.values["slots"] <= 90 for trial in found.trials)
+    of_lfu = {
+        trial.cell.policy.name: "policy.lfu-balance.half_life" in trial.cell.point.values for trial in found.trials
+    }
+    assert of_lfu["lfu-balance"]
+    assert sum(of_lfu.values()) == 1
+
+
+@pytest.mark.parametrize(("trials", "keep", "reached"), [(9, 3, [9, 3, 1]), (4, 2, [4, 2, 1]), (16, 2, None)])
+def test_the_best_of_each_keep_so_far_go_on(trace, trials, keep, reached):
+    asked: dict = {"trace": trace, "policy": "on-demand"}
+    asked["search"] = {"trials": trials, "keep": keep, "sampler": "random", "range": {"slots": {"low": 0, "high": 190}}}
+    found = mt.search(asked)
+    if reached:  # of one round
+        assert [sum(trial.part >= part for trial in found.trials) for part in (1, 2, 3)] == reached
+    with mt.Trace.open(trace) as opened:
+        head = opened.head(found.choices.halving.steps(0, opened.steps))
+        slots = [trial.cell.point.values["slots"] for trial in found.trials]
+        at_first = [mt.replay(head, policies="on-demand", slots=each).summary["total_s"][0] for each in slots]
+    for at, trial in enumerate(found.trials):
+        so_far = at_first[: (at // keep**2 + 1) * keep**2]  # with its whole round
+        assert (trial.part >= 2) == (at_first[at] <= sorted(so_far)[len(so_far) // keep - 1])
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_the_same_whatever_the_jobs_and_from_a_folder(trace, tmp_path, sampler):
     asked = space(trace, sampler=sampler, seed=5)
