@@ -19,8 +19,7 @@ from moetrace.batch.folder import Folder
 from moetrace.batch.grid import Grid, load_space
 from moetrace.batch.metrics import value_of
 from moetrace.batch.sweep import Sweep, farm_of
-from moetrace.batch.work import Outcome, Task, forget
-from moetrace.engine.decoded import needs_of
+from moetrace.batch.work import Outcome, forget, tasks_of
 from moetrace.spec.errors import MoetraceError, UsageError
 
 if TYPE_CHECKING:
@@ -146,8 +145,7 @@ class _Halver:
 
     def __post_init__(self) -> None:
         self.values: list[list[float]] = [[] for _ in range(self.choices.halving.parts)]  # of each part, less is better
-        self.path = self.choices.plain().values["trace"]
-        self.trace, self.sha256 = self.traces.get(self.path)
+        self.trace, self.sha256 = self.traces.get(self.choices.plain().values["trace"])
         self.resolver = Resolver(self.traces, self.choices.space.ignore_capacity)
 
     def trial(self, number: int, point: Any) -> Trial:
@@ -183,15 +181,7 @@ class _Halver:
                 if self.folder is not None:
                     self.folder.keep(_part_of(missing[outcome.key], steps), outcome.found)
 
-        wanted = [
-            (key, cell.setup, cell.inputs["files"]) for key, cell in missing.items() if cell.setup and cell.inputs
-        ]
-        needs = needs_of(cell.policy for cell in missing.values())
-        size = max(1, -(-len(wanted) // self.farm.jobs))
-        tasks = [
-            Task(self.path, self.sha256, needs, wanted[first : first + size], steps)
-            for first in range(0, len(wanted), size)
-        ]
+        tasks = tasks_of(self.trace, self.sha256, missing, self.farm.jobs, steps)
         if tasks:
             run_tasks(tasks, self.farm, take)
 

@@ -6,7 +6,10 @@ import polars as pl
 import pytest
 
 import moetrace as mt
+from moetrace.batch import search as search_module
+from moetrace.batch import work
 from moetrace.batch.choices import Halving
+from moetrace.batch.executors import run_tasks
 
 pytest.importorskip("optuna")
 
@@ -98,6 +101,20 @@ def test_slots_are_chosen_from_a_range_beside_fields_of_a_policy(trace):
     }
     assert of_lfu["lfu-balance"]
     assert sum(of_lfu.values()) == 1
+
+
+def test_no_pass_takes_more_trials_than_memory_holds(trace, monkeypatch):
+    asked = space(trace, trials=9)
+    whole, sizes = mt.search(asked), []
+
+    def counted(tasks, *rest):
+        sizes.extend(len(task.cells) for task in tasks)
+        run_tasks(tasks, *rest)
+
+    monkeypatch.setattr(search_module, "run_tasks", counted)
+    monkeypatch.setattr(work, "LOGS_BYTES", 1)
+    assert mt.search(asked).frame.equals(whole.frame)
+    assert {*sizes} == {1}
 
 
 @pytest.mark.parametrize(("trials", "keep", "reached"), [(9, 3, [9, 3, 1]), (4, 2, [4, 2, 1]), (16, 2, None)])

@@ -16,7 +16,6 @@ import pytest
 import moetrace as mt
 from moetrace.batch import cell as cell_module
 from moetrace.batch import front, work
-from moetrace.batch import sweep as sweep_module
 from moetrace.engine import decoded as decoded_module
 from moetrace.engine.demand import demand_of
 from moetrace.engine.setup import Setup
@@ -111,7 +110,7 @@ def test_a_trace_too_large_to_keep_is_read_once_a_task(small, monkeypatch):
     monkeypatch.setattr(work, "KEEP_BYTES", 0)
     streamed = mt.sweep(grid | {"policy": "monde"})
     assert len(reads) == 1
-    monkeypatch.setattr(sweep_module, "LOGS_BYTES", 1)
+    monkeypatch.setattr(work, "LOGS_BYTES", 1)
     one_by_one = mt.sweep(grid | {"policy": "monde"})
     assert len(reads) == 7
     assert whole.cells.equals(streamed.cells)
