@@ -219,6 +219,31 @@ def test_a_damaged_cell_is_replayed_again(small, tmp_path):
     assert found.cells.equals(before.cells)
 
 
+def empty(cell: dict) -> None:
+    cell["costs"] = {}
+
+
+def faster(cell: dict) -> None:
+    cell["result"]["policies"][0]["total_s"] /= 2
+
+
+def of_others(cell: dict) -> None:
+    cell["inputs"]["slots"] += 1
+
+
+@pytest.mark.parametrize("edit", [empty, faster, of_others])
+def test_a_cell_that_was_edited_is_replayed_again(small, tmp_path, edit):
+    mt.sweep({"trace": small}, tmp_path)
+    whole = files(tmp_path)
+    path = next((tmp_path / "cells").iterdir())
+    cell = json.loads(path.read_text())
+    edit(cell)
+    path.write_text(json.dumps(cell))
+    found = mt.sweep({"trace": small}, tmp_path)
+    assert (found.computed, found.reused) == (1, 1)
+    assert files(tmp_path) == whole
+
+
 def test_equal_cells_are_replayed_once(small):
     found = mt.sweep({"trace": small, "policy": "monde", "slots": [192, 500]})
     assert (found.computed, len(found.cells)) == (1, 2)
