@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moetrace import __version__
-from moetrace.batch.cell import Cell, digest, files_of
+from moetrace.batch.cell import Cell, code_fingerprint, digest, files_of
 from moetrace.engine.decoded import Decoded, Needs, decoded_bytes, needs_of
-from moetrace.engine.fingerprint import engine_fingerprint
 from moetrace.engine.run import Run, run_setups
 from moetrace.engine.setup import Setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, LINK_OUT, STEP
@@ -32,9 +31,8 @@ class Task(NamedTuple):
     trace_sha256: str
     needs: Needs
     cells: list[tuple[str, Setup, dict[str, str]]]  # key, what to replay, digest of each file that it names
+    code: list[str]  # code_fingerprint
     steps: int | None = None  # the first ones alone
-    moetrace: str = __version__
-    engine: str = engine_fingerprint()
 
 
 class Outcome(NamedTuple):
@@ -48,7 +46,7 @@ class Outcome(NamedTuple):
 def work(task: Task) -> list[Outcome]:
     """Replay the cells of a task; whatever stops one, or all, is told in a sentence."""
     try:
-        if (task.moetrace, task.engine) != (__version__, engine_fingerprint()):
+        if task.code != code_fingerprint():
             raise MoetraceError(f"a worker runs another moetrace ({__version__}): install the same on all machines.")
         for _, setup, digests in task.cells:
             for field, path in files_of(setup).items():
@@ -91,8 +89,9 @@ def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, st
     several = _TASKS_A_JOB if steps is None and is_kept(trace, needs) else 1
     size = min(max(1, LOGS_BYTES // cell_bytes(trace)), max(1, -(-len(cells) // (jobs * several))), _MOST_CELLS)
     wanted = [(key, cell.setup, cell.inputs["files"]) for key, cell in cells.items() if cell.setup and cell.inputs]
+    code = code_fingerprint()
     return [
-        Task(str(trace.path), sha256, needs, wanted[first : first + size], steps)
+        Task(str(trace.path), sha256, needs, wanted[first : first + size], code, steps)
         for first in range(0, len(wanted), size)
     ]
 

@@ -17,7 +17,9 @@ import moetrace as mt
 from moetrace.batch import cell as cell_module
 from moetrace.batch import front, work
 from moetrace.engine import decoded as decoded_module
+from moetrace.engine.decoded import needs_of
 from moetrace.engine.demand import demand_of
+from moetrace.engine.fingerprint import folder_fingerprint
 from moetrace.engine.setup import Setup
 from moetrace.trace.atomic import AtomicFile
 
@@ -184,14 +186,27 @@ def test_imports_beside_a_policy_count(tmp_path):
     assert len({before, with_helper, cell_module.digest(str(tmp_path / "own.py"))}) == 3
 
 
-def test_another_engine_or_version_shares_nothing(small, tmp_path, monkeypatch):
-    grid = {"trace": small}
-    assert mt.sweep(grid, tmp_path).computed == 2
-    monkeypatch.setattr(cell_module, "engine_fingerprint", lambda: "another")
-    assert mt.sweep(grid, tmp_path).computed == 2
-    monkeypatch.setattr(cell_module, "__version__", "9")
-    found = mt.sweep(grid, tmp_path)
-    assert (found.computed, found.unused) == (2, 4)
+def test_other_code_shares_nothing(small, tmp_path, monkeypatch):
+    """Be it of the engine, or of what derives bytes from a spec or figures from a log."""
+    assert mt.sweep({"trace": small}, tmp_path).computed == 2
+    others = {"engine_fingerprint": lambda: "another", "folder_fingerprint": lambda _: "another", "__version__": "9"}
+    for unused, (name, other) in enumerate(others.items(), 1):
+        monkeypatch.setattr(cell_module, name, other)
+        found = mt.sweep({"trace": small}, tmp_path)
+        assert (found.computed, found.unused) == (2, 2 * unused)
+
+
+def test_what_makes_figures_is_part_of_the_code():
+    home, code = Path(mt.__file__).parent, cell_module.code_fingerprint()
+    assert {folder_fingerprint(home / room) for room in ("engine", "spec", "trace", "results")} <= {*code}
+
+
+def test_a_worker_of_other_code_is_refused(small):
+    model, system = mt.load_model("tiny-olmoe"), mt.load_system("edge-ndp")
+    setup = Setup(model=model, system=system, policies=[mt.load_policy("monde")])
+    (outcome,) = work.work(work.Task(small, "", needs_of([]), [("key", setup, {})], ["another"]))
+    assert outcome.found is None
+    assert "a worker runs another moetrace" in str(outcome.error)
 
 
 def test_a_trace_changed_under_its_hashes_gives_no_stale_result(tmp_path):
