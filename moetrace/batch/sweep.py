@@ -100,13 +100,17 @@ class Plan:
     """A sweep before it runs: its cells, and which of them a folder already has."""
 
     def __init__(
-        self, source: str | os.PathLike[str] | Mapping[str, Any], folder: Folder | None, pareto: str | None = None
+        self, source: str | os.PathLike[str] | Mapping[str, Any], path: Path | None, pareto: str | None = None
     ) -> None:
-        """Read the grid, the traces' hashes and every spec. Raises as `load_grid` does."""
+        """Read the grid, the traces' hashes and every spec; make the folder at `path`, unless that is None.
+
+        Raises as `load_grid` and `Folder` do.
+        """
         if pareto is not None and pareto not in FRONTS:
             raise UsageError(f"pareto wants one of {', '.join(FRONTS)}, got {pareto!r}.")
         self.grid = load_grid(source)
         self.pareto = pareto or self.grid.pareto
+        folder = None if path is None else Folder(path)  # before anything is read that takes long
         self._traces, self._folder = Traces(), folder
         resolver = Resolver(self._traces, self.grid.ignore_capacity)
         self.cells = [resolver.resolve(point) for point in self.grid.points]
@@ -223,7 +227,7 @@ def sweep(
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
     if jobs > 1 and dask is None:
         start_early()
-    plan = Plan(source, None if folder is None else Folder(Path(folder)), pareto)
+    plan = Plan(source, None if folder is None else Path(folder), pareto)
     with farm_of(jobs, dask) as (farm, _):
         return plan.run(farm, progress)
 

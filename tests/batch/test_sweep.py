@@ -142,6 +142,18 @@ def test_cells_that_fail_are_named_and_the_others_go_on(small, tmp_path):
     assert mt.sweep({"trace": "none.h5"}).cells["pareto"].to_list() == [None, None]
 
 
+@pytest.mark.parametrize("first", ["bad.py:bad", "refused.toml"])
+def test_speedups_are_against_the_first_policy_or_nobody(small, tmp_path, first):
+    """Whether that failed while it ran, or before."""
+    (tmp_path / "bad.py").write_text("def bad(state, view, layer, load, plan):\n    plan[load.size] = 1\n")
+    (tmp_path / "refused.toml").write_text('name = "refused"\nplacement = "tp:7"\n')
+    (tmp_path / "s.toml").write_text(f'trace = "{small}"\npolicy = ["{first}", "monde", "edge-ndp"]\n')
+    found = mt.sweep(tmp_path / "s.toml")
+    assert len(found.failed) == 1
+    assert found.cells["speedup"].to_list() == [None, None, None]
+    assert mt.sweep({"trace": small, "policy": ["monde", "edge-ndp"]}).cells["speedup"][0] == 1.0
+
+
 def test_every_input_counts(small, tmp_path):
     """What changes a result changes its name; what does not, does not."""
     own = "import moetrace\ndef own(state, view, layer, load, plan):\n    pass\n"
@@ -442,6 +454,12 @@ def test_a_read_only_folder_is_one_sentence(small, tmp_path, monkeypatch):
     monkeypatch.setattr(AtomicFile, "__init__", refused)
     with pytest.raises(mt.MoetraceError, match="could not be written: Read-only file system"):
         mt.sweep({"trace": small}, tmp_path / "new")
+
+
+def test_a_wrong_grid_leaves_no_folder(small, tmp_path):
+    with pytest.raises(mt.UsageError, match="spede"):
+        mt.sweep({"trace": small, "spede": 1}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tables_are_whole_or_not_there(small, tmp_path):
