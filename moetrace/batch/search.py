@@ -274,7 +274,8 @@ def _propose(study: "Study", halver: _Halver, trials: Sequence[Trial], count: in
 
     seen = {trial.cell.name for trial in trials}
     begun: list[_Pair] = []
-    sampler, chance = study.sampler, optuna.samplers.RandomSampler(seed=halver.choices.halving.seed + len(trials))
+    seed = (halver.choices.halving.seed + len(trials)) % 2**32
+    sampler, chance = study.sampler, optuna.samplers.RandomSampler(seed=seed)
     for turn in range(count * _PROPOSALS):
         study.sampler = sampler if turn < count * _PROPOSALS // 2 else chance
         proposal = study.ask()

@@ -201,6 +201,10 @@ def test_a_wrong_space_is_one_sentence(trace, search, says):
     assert "\n" not in str(error.value)
 
 
+def test_the_largest_seed_is_one(trace):
+    assert len(mt.search(space(trace, seed=2**32 - 1)).trials) == 30
+
+
 def test_what_a_search_has_one_of(trace):
     with pytest.raises(mt.UsageError, match="trace is a list"):
         mt.search(space(trace) | {"trace": [trace, TINY]})
