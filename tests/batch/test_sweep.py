@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import polars as pl
@@ -15,7 +16,8 @@ import pytest
 
 import moetrace as mt
 from moetrace.batch import cell as cell_module
-from moetrace.batch import front, work
+from moetrace.batch import executors, front, work
+from moetrace.batch import sweep as sweep_module
 from moetrace.engine import decoded as decoded_module
 from moetrace.engine.decoded import needs_of
 from moetrace.engine.demand import demand_of
@@ -303,14 +305,45 @@ def files_of(grid, folder: Path) -> dict[str, bytes]:
     return files(folder)
 
 
-def test_workers_killed_again_and_again_are_one_sentence(small, tmp_path):
+def test_a_cell_that_kills_its_workers_fails_and_the_others_go_on(small, tmp_path):
+    (tmp_path / "dies.py").write_text(KILLS.format(flag=str(tmp_path / "flag"), times=99))
+    grid = {"trace": small, "policy": ["monde", "edge-ndp", str(tmp_path / "dies.py:dies")], "slots": [0, 1]}
+    found = mt.sweep(grid | {"exclude": [{"policy": "dies", "slots": 1}]}, tmp_path / "out", jobs=2)
+    assert (found.computed, list(found.failed)) == (4, ["small/edge-ndp/dies/slots=0"])
+    assert "is killed" in next(iter(found.failed.values()))
+    (tmp_path / "flag").write_text("x" * 99)
+    found = mt.sweep(grid, tmp_path / "out")
+    assert (found.computed, found.reused, found.failed) == (2, 4, {})
+
+
+def test_workers_killed_again_and_again_are_one_sentence(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(executors, "_MOST_POOLS", 2)
     (tmp_path / "dies.py").write_text(KILLS.format(flag=str(tmp_path / "flag"), times=99))
     grid = {"trace": small, "policy": ["monde", str(tmp_path / "dies.py:dies")]}
-    with pytest.raises(mt.MoetraceError, match="Workers were killed 3 times"):
+    with pytest.raises(mt.MoetraceError, match="Workers were killed 2 times"):
         mt.sweep(grid, tmp_path / "out", jobs=2)
     (tmp_path / "flag").write_text("x" * 99)
     found = mt.sweep(grid, tmp_path / "out")
     assert found.computed + found.reused == 2
+
+
+class Fragile(executors.Inline):
+    """A pool that breaks, once, after its first task is done: as if a worker died that had nothing to do."""
+
+    broken = 0
+
+    def submit(self, fn, /, *args, **kwargs):
+        Fragile.broken += 1
+        if Fragile.broken == 2:
+            raise BrokenExecutor
+        return super().submit(fn, *args, **kwargs)
+
+
+def test_an_idle_worker_that_dies_loses_no_cell(small, monkeypatch):
+    monkeypatch.setattr(work, "LOGS_BYTES", 1)
+    monkeypatch.setattr(sweep_module, "local_farm", lambda jobs: executors.Farm(Fragile, 1, 1))
+    found = mt.sweep({"trace": small, "slots": [0, 1]})
+    assert (found.computed, found.failed) == (4, {})
 
 
 def test_a_killed_sweep_goes_on(small, tmp_path):
