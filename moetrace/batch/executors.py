@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
@@ -10,12 +11,13 @@ from typing import Any, NamedTuple
 
 from moetrace.batch.processes import processes
 from moetrace.batch.work import Outcome, Task, work
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, UsageError, printable
 
 ATTEMPTS = 3  # of Dask, to run a task whose worker was lost
 # Pools that may break: enough to find a few cells that kill whoever replays them among those of their tasks.
 _MOST_POOLS = 30
 _KILLED = "whoever replays it is killed (not enough memory?): the next run tries it again."
+_ADDRESS = re.compile(r"(\w+://)?(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}/?", re.ASCII)
 
 
 class Farm(NamedTuple):
@@ -108,8 +110,11 @@ def _halves(task: Task) -> list[Task]:
 def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
     """Yield a Dask cluster as a farm, and the link of its dashboard; lost workers' tasks are run again, three times.
 
-    Raises MoetraceError if `distributed` is missing, no scheduler answers or it has no workers.
+    Raises UsageError if `address` is none, MoetraceError if `distributed` is missing, no scheduler answers or it has no
+    workers.
     """
+    if not _ADDRESS.fullmatch(address):  # of which Dask's client would leave a traceback
+        raise UsageError(f"A Dask scheduler's address is as tcp://host:8786, got {printable(address)!r}.")
     try:
         import distributed
         from distributed.comm.core import CommClosedError

@@ -99,9 +99,11 @@ def worth_showing(cell: Judged) -> list[Moved]:
     return list(cell.metrics[:1]) if cell.verdict == "new" else [one for one in cell.metrics if one.verdict != "same"]
 
 
-def percent(share: float | None) -> str:
-    """`+2.81 %`, or nothing; three digits, however small."""
-    return "" if share is None else f"{100 * share:+.3g} %"
+def change(moved: Moved) -> str:
+    """`+2.81 %` of the baseline, of a share `-1.53 points`; or nothing. Three digits, however small."""
+    if METRICS[moved.metric].unit == "share" and None not in (moved.baseline, moved.value):
+        return f"{100 * ((moved.value or 0.0) - (moved.baseline or 0.0)):+#.3g} points"
+    return "" if moved.relative is None else f"{100 * moved.relative:+#.3g} %"
 
 
 def shown(moved: Moved) -> tuple[str, str, str]:
@@ -136,14 +138,14 @@ def _lines(cell: Judged) -> list[str]:
 
 def _said(one: Moved) -> str:
     before, after, unit = shown(one)
-    share = percent(one.relative)
+    share = change(one)
     return f"{one.metric} {before} -> {after}{f' {unit}' if unit else ''}{f' ({share})' if share else ''}"
 
 
 def _figures(one: Moved) -> list[str]:
     before, after, unit = shown(one)
     sign = {"worse": "**worse**", "same": ""}.get(one.verdict, one.verdict)
-    return [f"`{one.metric}`", before, f"{after} {unit}".strip(), f"{percent(one.relative)} {sign}".strip()]
+    return [f"`{one.metric}`", before, f"{after} {unit}".strip(), f"{change(one)} {sign}".strip()]
 
 
 def _xml(text: str, between: str = "") -> str:

@@ -137,7 +137,7 @@ def _parse(text: str) -> tuple[str, float, bool]:
 
 
 def _known() -> str:
-    return f"known are {', '.join(dict.fromkeys(name.partition('.')[0] for name in METRICS))}"
+    return f"known are {', '.join(METRICS)}"
 
 
 def _finite(value: object, name: str, where: str) -> float | None:

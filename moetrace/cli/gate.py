@@ -2,18 +2,21 @@
 
 import os
 import sys
+import textwrap
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from moetrace.cli.output import format_option, print_json, print_rows
+from moetrace.cli.output import format_option, print_json, print_rows, stdout_console
 from moetrace.cli.paths import ANY_PATH
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 
 if TYPE_CHECKING:
     from moetrace.batch.gate import Gate
+    from moetrace.batch.verdict import Judged
 
 _SHOWN_CELLS = 50
 _SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -145,9 +148,7 @@ def _print(found: "Gate") -> None:
     """Print the cells that are not the same, the gravest first."""
     moved = found.moved
     if moved:
-        rows = [row for cell in moved[:_SHOWN_CELLS] for row in _rows(cell)]
-        headers = {"cell": "cell", "verdict": "verdict", "metric": "metric", "before": "baseline", "now": "now"}
-        print_rows(headers | {"change": "change", "what": ""}, rows, "table")
+        _print_cells(moved[:_SHOWN_CELLS])
         if len(moved) > _SHOWN_CELLS:
             click.echo(f"{len(moved) - _SHOWN_CELLS:,} more cells are not shown; --format csv has all.")
         reasons: dict[str, list[str]] = {}
@@ -156,28 +157,30 @@ def _print(found: "Gate") -> None:
         click.echo()
         for why, names in [*reasons.items()][:_SHOWN_CELLS]:
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            click.echo(printable(f"{names[0]}{more}: {why}."))
+            click.echo(_folded(printable(f"{names[0]}{more}: {why}.")))
     click.echo(f"{found.counted()}.")
 
 
-def _rows(cell: Any) -> list[dict[str, str]]:
-    """The moved metrics of a cell, a row each; the first one names it."""
-    from moetrace.batch.gate_files import percent, shown, worth_showing
+def _print_cells(cells: Sequence["Judged"]) -> None:
+    """Print each cell's verdict and name, and under it a line for each metric that moved; all columns as one."""
+    from moetrace.batch.gate_files import change, shown, worth_showing
 
-    rows = [
-        {
-            "cell": printable(cell.name),
-            "verdict": cell.verdict,
-            **dict.fromkeys(("metric", "before", "now", "change", "what"), ""),
-        }
+    moved = [[(one, *shown(one), change(one)) for one in worth_showing(cell)] for cell in cells]
+    texts = [
+        (one.metric, before, now, unit, by, "" if one.verdict in (cell.verdict, "same") else one.verdict)
+        for cell, several in zip(cells, moved, strict=True)
+        for one, before, now, unit, by in several
     ]
-    for number, one in enumerate(worth_showing(cell)):
-        if number:
-            rows.append({"cell": "", "verdict": ""})
-        before, now, unit = shown(one)
-        rows[-1] |= {"metric": one.metric, "before": before, "now": f"{now} {unit}".strip()}
-        rows[-1] |= {"change": percent(one.relative), "what": one.verdict if one.verdict != "same" else ""}
-    return rows
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = iter(texts)
+    for cell, several in zip(cells, moved, strict=True):
+        click.echo(f"{cell.verdict:<7}  {printable(cell.name)}")
+        for _ in several:
+            metric, before, now, unit, by, verdict = (
+                f"{text:{width}}" for text, width in zip(next(lines), widths, strict=True)
+            )
+            figures = f"{before.strip():>{widths[1]}} -> {now.strip():>{widths[2]}} {unit}"
+            click.echo(f"         {metric}  {figures}  {by.strip():>{widths[4]}}  {verdict}".rstrip())
 
 
 def _say(found: "Gate", baseline: Path) -> None:
@@ -198,6 +201,11 @@ def _say(found: "Gate", baseline: Path) -> None:
             "with --update and commit the baseline.",
             err=True,
         )
+
+
+def _folded(text: str) -> str:
+    """The sentence in lines as wide as the terminal."""
+    return textwrap.fill(text, stdout_console().width, break_long_words=False, break_on_hyphens=False)
 
 
 def _why(error: Exception) -> str:

@@ -85,8 +85,8 @@ def command(
     """Replay a trace through policies on a described machine.
 
     Prints a row for each policy: how long it takes, how busy the machine is, and how much time a better policy could
-    still save. -o DIR also writes summary.json (which --format json prints) and steps, units, layers and requests as
-    Parquet files. --timeline records what each unit and link did in a window of steps.
+    still save. -o DIR also writes summary.json (which --format json prints) and steps, units, layers, requests
+    and experts as Parquet files. --timeline records what each unit and link did in a window of steps.
 
     --set model.FIELD, system.FIELD and policy.FIELD change the specs, the last in every policy; policy.NAME.FIELD
     changes the policy of that name alone.

@@ -22,7 +22,8 @@ def place_experts(policy: PolicySpec, layer_index: np.ndarray, experts: int, uni
         if plan[0].size > experts:
             raise UsageError(
                 f"Policy {policy.name}: {policy.plan} has {plan[0].size} slots for {experts} experts; a replay has one "
-                "copy of each (`moetrace analyze balance --redundant 0 --export` makes such a plan)."
+                "copy of each (`moetrace analyze balance --placement eplb --redundant 0 --export` makes such a plan, "
+                "where units can share the experts equally; else take ep-lpt)."
             )
         return _unit_of_expert(plan)
     if policy.placement == "eplb" and units and experts % units:

@@ -57,7 +57,9 @@ def load_plan(path: str | Path, layer_index: np.ndarray, experts: int, units: in
     if len(sizes) > 1 or 0 in sizes:
         raise MoetraceError(f"{path}: layers have from {min(sizes)} to {max(sizes)} slots, but need equally many.")
     if max(sizes) > MAX_SLOTS or max(sizes) % units:
-        raise UsageError(f"{path} has {max(sizes)} slots a layer, which {units} units cannot share: say how many.")
+        raise UsageError(
+            f"{path} has {max(sizes)} slots a layer, which {units} units cannot share: take another number."
+        )
     plan = np.array(slots, np.int32)
     for row, layer in zip(plan, layer_index, strict=True):
         if row.max() >= experts:
@@ -98,7 +100,7 @@ def _from_sglang(path: Path, text: str, layer_index: np.ndarray) -> list[list[in
 def _from_trtllm(path: Path, text: str, layer_index: np.ndarray, units: int) -> list[list[int]]:
     numbers, layers = _parse(path, text)
     if numbers.get("ep_size", units) != units:
-        raise UsageError(f"{path} is a plan for {numbers['ep_size']} units, not {units}: say how many.")
+        raise UsageError(f"{path} is a plan for {numbers['ep_size']} units, not {units}: take as many.")
     missing = next((layer for layer in layer_index.tolist() if layer not in layers), None)
     if missing is not None:
         raise MoetraceError(f"{path} has no layer {missing} among its initial_global_assignments.")

@@ -6,6 +6,8 @@ import pytest
 from test_sweep import KILLS, files, files_of
 
 import moetrace as mt
+from moetrace.batch.executors import dask_farm
+from moetrace.spec.errors import UsageError
 
 distributed = pytest.importorskip("distributed")
 
@@ -51,4 +53,12 @@ def test_no_scheduler_is_one_sentence(small):
             mt.sweep({"trace": small}, dask=address)
     assert "\n" not in str(error.value)
     with pytest.raises(mt.MoetraceError, match="No Dask scheduler answers at nonsense"):
-        mt.sweep({"trace": small}, dask="nonsense://x")
+        mt.sweep({"trace": small}, dask="nonsense://x:1")
+
+
+@pytest.mark.parametrize(
+    "address", ["", "banana", "tcp://", "tcp://host", "host:port", "a b:1", "tcp://127.0.0.1:123456"]
+)
+def test_what_is_no_address_is_refused_before_dask_is_asked(address):
+    with pytest.raises(UsageError, match="tcp://host:8786"), dask_farm(address):
+        pytest.fail("nothing may be opened")

@@ -11,8 +11,6 @@ from moetrace.batch import work
 from moetrace.batch.choices import Halving
 from moetrace.batch.executors import run_tasks
 
-pytest.importorskip("optuna")
-
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "traces" / "tiny-olmoe.h5")
 

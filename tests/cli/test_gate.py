@@ -32,12 +32,8 @@ def test_a_regression_ends_with_3_and_names_the_cell(run, baseline, worse, monke
     code, out, err = run("gate", worse, "--baseline", baseline)
     assert code == 3
     lines = out.splitlines()
-    assert lines[2].split() == [
-        "tiny-olmoe/edge-ndp/monde",
-        "worse",
-        "total_s",
-        *["12,957", "14,000", "ms", "+8.05", "%", "worse"],
-    ]
+    assert lines[0].split() == ["worse", "tiny-olmoe/edge-ndp/monde"]
+    assert lines[1].split() == ["total_s", "12,957", "->", "14,000", "ms", "+8.05", "%"]
     assert "tiny-olmoe/edge-ndp/monde: no recorded input changed" in out
     assert "tiny-olmoe/edge-ndp/edge-ndp" not in out
     assert lines[-1] == "2 cells: 1 worse, 1 same."
