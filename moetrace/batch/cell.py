@@ -11,7 +11,7 @@ from typing import Any
 
 from moetrace import __version__
 from moetrace.batch.grid import Point
-from moetrace.engine.fingerprint import engine_fingerprint
+from moetrace.engine.fingerprint import engine_fingerprint, folder_fingerprint
 from moetrace.engine.setup import Setup, check_setup
 from moetrace.results.result import by_spec, model_of
 from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_policy, load_system
@@ -20,6 +20,8 @@ from moetrace.spec.load import nearest, read_text
 from moetrace.trace import Trace
 
 CELL_SCHEMA = "moetrace.cell/1"
+# Beside the engine: what reads a trace, derives bytes and slots from a spec, or makes figures of the engine's logs.
+_ROOMS = ("spec", "trace", "results", "batch")
 
 
 @dataclass
@@ -162,9 +164,15 @@ def digest(path: str) -> str:
     return hashed.hexdigest()
 
 
+def code_fingerprint() -> list[str]:
+    """Moetrace's version, and hashes of all of its source that a figure depends on."""
+    home = Path(__file__).parents[1]
+    return [__version__, engine_fingerprint(), *(folder_fingerprint(home / room) for room in _ROOMS)]
+
+
 def hash_of(inputs: Mapping[str, Any]) -> str:
-    """The name of a result: 32 digits of the SHA-256 of its inputs, moetrace's version and the engine's source."""
-    content = [CELL_SCHEMA, __version__, engine_fingerprint(), inputs]
+    """The name of a result: 32 digits of the SHA-256 of its inputs and of `code_fingerprint`."""
+    content = [CELL_SCHEMA, code_fingerprint(), inputs]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

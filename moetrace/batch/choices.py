@@ -75,8 +75,8 @@ class Choices(NamedTuple):
         policy = self.space.point(row).labels["policy"]
         also: dict[str, int | float] = {}
         for field, span in self.ranges.items():
-            name = field.split(".", 1)[1].rpartition(".")[0]
-            if field.startswith("policy.") and name and name not in self.names[str(policy)]:
+            name = _policy_name(field)
+            if name and name not in self.names[str(policy)]:
                 continue
             if isinstance(span.low, int) and isinstance(span.high, int):
                 also[field] = trial.suggest_int(field, span.low, span.high, log=span.log)
@@ -121,10 +121,15 @@ def choices_of(space: Space) -> Choices:
                     names[str(label)] = {str(label), _name_of(space, axis.values[at][i])}
     known = sorted(set().union(*names.values()))
     for field in ranges:
-        name = field.split(".", 1)[1].rpartition(".")[0] if field != "slots" else ""
+        name = _policy_name(field)
         if name and name not in known:
             raise UsageError(f"{where}: range {printable(field)} is of no policy here; there are {', '.join(known)}.")
     return Choices(space, halving, ranges, names)
+
+
+def _policy_name(field: str) -> str:
+    """NAME of `policy.NAME.FIELD`, nothing of `policy.FIELD` and `slots`."""
+    return field.partition(".")[2].rpartition(".")[0]
 
 
 def _name_of(space: Space, source: str) -> str:

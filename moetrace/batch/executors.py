@@ -13,7 +13,10 @@ from moetrace.batch.processes import processes
 from moetrace.batch.work import Outcome, Task, work
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 
-ATTEMPTS = 3  # pools that may break
+ATTEMPTS = 3  # of Dask, to run a task whose worker was lost
+# Pools that may break: enough to find a few cells that kill whoever replays them among those of their tasks.
+_MOST_POOLS = 30
+_KILLED = "whoever replays it is killed (not enough memory?): the next run tries it again."
 _ADDRESS = re.compile(r"(\w+://)?(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}/?", re.ASCII)
 
 
@@ -46,20 +49,33 @@ def local_farm(jobs: int) -> Farm:
 
 
 def run_tasks(tasks: Sequence[Task], farm: Farm, take: Callable[[list[Outcome]], None]) -> None:
-    """Run tasks, and hand over what each found as it comes. Work of a worker that died is done again, in halves.
+    """Run tasks, and hand over what each found as it comes.
+
+    Work of workers that died is done again when all else is done, one task at a time and in halves: so a cell that
+    kills its worker, twice and alone, is found, and fails; it does not stop the others.
 
     Raises MoetraceError if workers died too often; what was taken before stays taken.
     """
-    waiting = deque(tasks)
-    for _ in range(ATTEMPTS):
+    waiting, suspects, blamed = deque(tasks), deque[Task](), set[str]()
+    for _ in range(_MOST_POOLS):
+        alone = False
         with farm.open() as executor:
             lost = _drain(executor, waiting, farm.window, take)
-        if not lost:
+            if not (lost or waiting):  # some wait still if a worker died that had nothing to do
+                alone, lost = True, _drain(executor, suspects, 1, take)
+        if not (lost or waiting or suspects):
             return
-        waiting.extendleft(half for task in reversed(lost) for half in reversed(_halves(task)))
+        for task in lost:
+            key = task.cells[0][0]
+            if alone and len(task.cells) == 1:
+                if key in blamed:
+                    take([Outcome(key, None, _KILLED)])
+                    continue
+                blamed.add(key)
+            suspects.extendleft(reversed(_halves(task)))
     raise MoetraceError(
-        f"Workers were killed {ATTEMPTS} times (not enough memory?); finished cells are kept, so the same command goes "
-        "on from there: try fewer --jobs."
+        f"Workers were killed {_MOST_POOLS} times (not enough memory?); finished cells are kept, so the same command "
+        "goes on from there: try fewer --jobs."
     )
 
 

@@ -1,5 +1,6 @@
 """The folder of a sweep: a file for each finished cell, there as soon as it is done, and the tables of all."""
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -39,24 +40,27 @@ class Folder:
         try:
             text = (self._cells / f"{key}.json").read_text(encoding="utf-8")
             cell = json.loads(text)
+            found = {part: cell[part] for part in _FOUND}
             if (
                 cell["schema"] == CELL_SCHEMA
                 and hash_of(cell["inputs"]) == key
-                and len(cell["result"]["policies"]) == 1
+                and cell["found_sha256"] == _sha256(found)
             ):
-                return {part: cell[part] for part in _FOUND}
+                return found
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         return None
 
     def keep(self, cell: Cell, found: Mapping[str, Any]) -> None:
         """Write a finished cell, whole or not at all. Raises MoetraceError if the system refuses (a full disk)."""
+        parts = {part: found[part] for part in _FOUND}
         content = {
             "schema": CELL_SCHEMA,
             "moetrace": __version__,
             "engine": engine_fingerprint(),
             "inputs": cell.inputs,
-            **{part: found[part] for part in _FOUND},
+            "found_sha256": _sha256(parts),
+            **parts,
         }
         # Not synced: what a crash of the machine cuts short is seen by `finished`, and replayed again.
         with whole_file(self._cells / f"{cell.key}.json", sync=False) as file:
@@ -89,3 +93,8 @@ class Folder:
             except OSError as error:
                 why = error.strerror or error
                 raise MoetraceError(f"{self.path} could not be written: {why}; finished cells are kept.") from None
+
+
+def _sha256(found: Mapping[str, Any]) -> str:
+    """Of what a cell's file holds beside its inputs, so that nobody's edit of it, or a disk's, becomes a figure."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

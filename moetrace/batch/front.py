@@ -23,7 +23,7 @@ def cell_frame(cells: Sequence[Cell], found: Mapping[str, Mapping[str, Any]], pa
     """Return one row a cell: name, hash, labels, error, figures, costs, and whether it is on the Pareto front.
 
     The front is of `total_s` against the column `pareto`, among the cells of one trace and model. `speedup` is against
-    the first cell that differs in nothing but the policy.
+    the first cell that differs in nothing but the policy, None if that failed.
     """
     rows = []
     for cell in cells:
@@ -46,7 +46,7 @@ def cell_frame(cells: Sequence[Cell], found: Mapping[str, Mapping[str, Any]], pa
         frame = frame.with_columns(pl.Series(cost, values, dtype=pl.Float64))
     if not known:
         return frame.with_columns(pl.lit(None, pl.Boolean).alias("pareto"))
-    return frame.with_columns(_speedups(frame), _front(frame, pareto))
+    return frame.with_columns(_speedups(cells, frame), _front(frame, pareto))
 
 
 def _column(values: list[Any], name: str) -> pl.Series:
@@ -60,14 +60,14 @@ def _column(values: list[Any], name: str) -> pl.Series:
     return pl.Series([None if value is None else str(value) for value in values], dtype=pl.String)
 
 
-def _speedups(frame: pl.DataFrame) -> pl.Series:
-    last = frame.columns.index("error")
-    others = [name for name in frame.columns[2:last] if name != "policy"]
+def _speedups(cells: Sequence[Cell], frame: pl.DataFrame) -> pl.Series:
     first: dict[tuple, float | None] = {}
     speedups = []
-    for row in frame.select(*others, "total_s").iter_rows():
-        base = first.setdefault(row[:-1], row[-1])
-        speedups.append(base / row[-1] if base and row[-1] else None)
+    for cell, seconds in zip(cells, frame["total_s"], strict=True):
+        # By what was asked for: of a cell that failed, what that led to may not be known.
+        others = tuple((axis, label) for axis, label in cell.point.labels.items() if axis != "policy")
+        base = first.setdefault(others, seconds)
+        speedups.append(base / seconds if base and seconds else None)
     return pl.Series("speedup", speedups, dtype=pl.Float64)
 
 

@@ -189,6 +189,8 @@ def _checked_verdicts(names: Iterable[str]) -> tuple[str, ...]:
         if name not in VERDICTS or name == "same":
             known = VERDICTS[:-1]
             raise UsageError(f"{name!r} is no verdict to fail on{nearest(name, list(known))}: {', '.join(known)} are.")
+    if not wanted:  # as of a variable that is not set
+        raise UsageError(f"A gate that fails on no verdict gates nothing: name some of {', '.join(VERDICTS[:-1])}.")
     return tuple(verdict for verdict in VERDICTS if verdict in wanted)
 
 

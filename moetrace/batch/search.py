@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from moetrace.batch.cell import Cell, Resolver, Traces, hash_of
-from moetrace.batch.choices import Choices, choices_of
+from moetrace.batch.choices import Choices, Halving, choices_of
 from moetrace.batch.executors import Farm, run_tasks
 from moetrace.batch.folder import Folder
 from moetrace.batch.grid import Grid, load_space
 from moetrace.batch.metrics import value_of
 from moetrace.batch.sweep import Sweep, farm_of
-from moetrace.batch.work import Outcome, Task, forget
-from moetrace.engine.decoded import needs_of
+from moetrace.batch.work import Outcome, forget, tasks_of
 from moetrace.spec.errors import MoetraceError, UsageError
 
 if TYPE_CHECKING:
@@ -145,8 +144,8 @@ class _Halver:
     reused: int = 0
 
     def __post_init__(self) -> None:
-        self.path = self.choices.plain().values["trace"]
-        self.trace, self.sha256 = self.traces.get(self.path)
+        self.values: list[list[float]] = [[] for _ in range(self.choices.halving.parts)]  # of each part, less is better
+        self.trace, self.sha256 = self.traces.get(self.choices.plain().values["trace"])
         self.resolver = Resolver(self.traces, self.choices.space.ignore_capacity)
 
     def trial(self, number: int, point: Any) -> Trial:
@@ -182,15 +181,7 @@ class _Halver:
                 if self.folder is not None:
                     self.folder.keep(_part_of(missing[outcome.key], steps), outcome.found)
 
-        wanted = [
-            (key, cell.setup, cell.inputs["files"]) for key, cell in missing.items() if cell.setup and cell.inputs
-        ]
-        needs = needs_of(cell.policy for cell in missing.values())
-        size = max(1, -(-len(wanted) // self.farm.jobs))
-        tasks = [
-            Task(self.path, self.sha256, needs, wanted[first : first + size], steps)
-            for first in range(0, len(wanted), size)
-        ]
+        tasks = tasks_of(self.trace, self.sha256, missing, self.farm.jobs, steps)
         if tasks:
             run_tasks(tasks, self.farm, take)
 
@@ -229,9 +220,9 @@ def search(
 ) -> Search:
     """Find the policy of a space that does best on one trace and machine.
 
-    Optuna's sampler proposes; a round of proposals is replayed over the first part of the trace, and its successive
-    halving says who goes on to a part that is several times as long. What was proposed, and what came of it, does not
-    depend on `jobs`.
+    Optuna's sampler proposes; a round of proposals is replayed over the first part of the trace, and by successive
+    halving the best of them go on to a part that is several times as long. What was proposed, and what came of it, does
+    not depend on `jobs`.
 
     Args:
         source: the path of a sweep's TOML file, or a mapping of the same form: lists are choices, its `search` table
@@ -283,7 +274,8 @@ def _propose(study: "Study", halver: _Halver, trials: Sequence[Trial], count: in
 
     seen = {trial.cell.name for trial in trials}
     begun: list[_Pair] = []
-    sampler, chance = study.sampler, optuna.samplers.RandomSampler(seed=halver.choices.halving.seed + len(trials))
+    seed = (halver.choices.halving.seed + len(trials)) % 2**32
+    sampler, chance = study.sampler, optuna.samplers.RandomSampler(seed=seed)
     for turn in range(count * _PROPOSALS):
         study.sampler = sampler if turn < count * _PROPOSALS // 2 else chance
         proposal = study.ask()
@@ -309,30 +301,35 @@ def _halve(study: "Study", halver: _Halver, begun: Sequence[_Pair]) -> None:
         for proposal, trial in going:
             if trial.error is not None:
                 study.tell(proposal, state=optuna.trial.TrialState.FAIL)
-        going = _best_first([pair for pair in going if pair[1].error is None], halving.maximize)
+        going = [pair for pair in going if pair[1].error is None]
         if part + 1 < halving.parts:
-            going = [pair for pair in going if _goes_on(study, *pair, halving.keep**part)]
+            going = _best_of(study, going, halving, part, halver.values[part])
     for proposal, trial in going:
         trial.state = "complete"
         study.tell(proposal, trial.value)
 
 
-def _goes_on(study: "Study", proposal: "Proposal", trial: Trial, step: int) -> bool:
-    """Ask Optuna whether a trial is among the best so far; the best of a round are asked about first."""
+def _best_of(study: "Study", going: Sequence[_Pair], halving: Halving, part: int, so_far: list[float]) -> list[_Pair]:
+    """Return the trials that go on, the best of each `keep` that were replayed over this part so far; stop the others.
+
+    The rule is that of Optuna's SuccessiveHalvingPruner, which however asks one trial after another, and so knows only
+    those before it: of a round that is replayed at once one alone would go on. `so_far` gets the round's values.
+    """
     import optuna
 
-    assert trial.value is not None
-    proposal.report(trial.value, step)
-    if proposal.should_prune():
-        trial.state = "stopped"
-        study.tell(proposal, state=optuna.trial.TrialState.PRUNED)
-        return False
-    return True
-
-
-def _best_first(going: list[_Pair], maximize: bool) -> list[_Pair]:
-    sign = -1 if maximize else 1
-    return sorted(going, key=lambda pair: (sign * (pair[1].value or 0.0), pair[1].number))
+    sign = -1 if halving.maximize else 1
+    so_far += [sign * (trial.value or 0.0) for _, trial in going]
+    worst = sorted(so_far)[max(len(so_far) // halving.keep, 1) - 1] if so_far else 0.0
+    best = []
+    for proposal, trial in going:
+        assert trial.value is not None
+        proposal.report(trial.value, halving.keep**part)  # samplers learn from it
+        if sign * trial.value <= worst:
+            best.append((proposal, trial))
+        else:
+            trial.state = "stopped"
+            study.tell(proposal, state=optuna.trial.TrialState.PRUNED)
+    return best
 
 
 @contextmanager
@@ -355,7 +352,7 @@ def _study(choices: Choices) -> Iterator["Study"]:
             yield optuna.create_study(
                 direction="maximize" if halving.maximize else "minimize",
                 sampler=samplers[halving.sampler](),
-                pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=halving.keep),
+                pruner=optuna.pruners.NopPruner(),
             )
     finally:
         optuna.logging.set_verbosity(verbosity)

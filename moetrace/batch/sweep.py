@@ -19,16 +19,12 @@ from moetrace.batch.folder import Folder
 from moetrace.batch.front import axes_of, cell_frame
 from moetrace.batch.grid import FRONTS, Grid, load_grid
 from moetrace.batch.processes import start_early
-from moetrace.batch.work import LOGS_BYTES, Outcome, Task, cell_bytes, evaluate, forget, is_kept
-from moetrace.engine.decoded import needs_of
+from moetrace.batch.work import Outcome, Task, evaluate, forget, tasks_of
 from moetrace.engine.fingerprint import engine_fingerprint
 from moetrace.spec.errors import UsageError
 from moetrace.trace import Trace
 
 SCHEMA = "moetrace.sweep/1"
-# Tasks a job: enough that all jobs end together, few enough that their cells share passes.
-_TASKS_A_JOB = 6
-_MOST_CELLS = 64
 # An estimate is measured on so many expert ids of each trace, with so many of its cells.
 _SAMPLE_IDS = 200_000
 _SAMPLE_CELLS = 8
@@ -104,13 +100,17 @@ class Plan:
     """A sweep before it runs: its cells, and which of them a folder already has."""
 
     def __init__(
-        self, source: str | os.PathLike[str] | Mapping[str, Any], folder: Folder | None, pareto: str | None = None
+        self, source: str | os.PathLike[str] | Mapping[str, Any], path: Path | None, pareto: str | None = None
     ) -> None:
-        """Read the grid, the traces' hashes and every spec. Raises as `load_grid` does."""
+        """Read the grid, the traces' hashes and every spec; make the folder at `path`, unless that is None.
+
+        Raises as `load_grid` and `Folder` do.
+        """
         if pareto is not None and pareto not in FRONTS:
             raise UsageError(f"pareto wants one of {', '.join(FRONTS)}, got {pareto!r}.")
         self.grid = load_grid(source)
         self.pareto = pareto or self.grid.pareto
+        folder = None if path is None else Folder(path)  # before anything is read that takes long
         self._traces, self._folder = Traces(), folder
         resolver = Resolver(self._traces, self.grid.ignore_capacity)
         self.cells = [resolver.resolve(point) for point in self.grid.points]
@@ -139,22 +139,12 @@ class Plan:
         return groups
 
     def tasks(self, jobs: int) -> list[Task]:
-        """Cut what is missing into tasks: cells of one trace, as many as pay off and as memory holds."""
-        tasks = []
-        for path, cells in self.by_trace().items():
-            trace, sha256 = self._traces.get(path)
-            needs = needs_of(cell.policy for cell in cells)
-            room = max(1, LOGS_BYTES // cell_bytes(trace))
-            even = -(-len(cells) // (jobs * (_TASKS_A_JOB if is_kept(trace, needs) else 1)))
-            size = min(room, even, _MOST_CELLS)
-            for first in range(0, len(cells), size):
-                wanted = [
-                    (cell.key, cell.setup, cell.inputs["files"])
-                    for cell in cells[first : first + size]
-                    if cell.key and cell.setup and cell.inputs
-                ]
-                tasks.append(Task(path, sha256, needs, wanted))
-        return tasks
+        """Cut what is missing into tasks: cells of one trace each."""
+        return [
+            task
+            for path, cells in self.by_trace().items()
+            for task in tasks_of(*self._traces.get(path), {cell.key: cell for cell in cells if cell.key}, jobs)
+        ]
 
     def run(self, farm: Farm, progress: Callable[[int], None] | None = None) -> Sweep:
         """Replay what is missing; write each cell as it comes, and in the end the tables."""
@@ -237,7 +227,7 @@ def sweep(
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
     if jobs > 1 and dask is None:
         start_early()
-    plan = Plan(source, None if folder is None else Folder(Path(folder)), pareto)
+    plan = Plan(source, None if folder is None else Path(folder), pareto)
     with farm_of(jobs, dask) as (farm, _):
         return plan.run(farm, progress)
 

@@ -1,13 +1,12 @@
 """What a worker does: cells of one trace in, their figures out; several cells in one pass, the trace decoded once."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moetrace import __version__
-from moetrace.batch.cell import digest, files_of
-from moetrace.engine.decoded import Decoded, Needs, decoded_bytes
-from moetrace.engine.fingerprint import engine_fingerprint
+from moetrace.batch.cell import Cell, code_fingerprint, digest, files_of
+from moetrace.engine.decoded import Decoded, Needs, decoded_bytes, needs_of
 from moetrace.engine.run import Run, run_setups
 from moetrace.engine.setup import Setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, LINK_OUT, STEP
@@ -20,6 +19,9 @@ from moetrace.trace import Trace
 KEEP_BYTES = 256 << 20
 # Logs and states of the cells of one task.
 LOGS_BYTES = 512 << 20
+# Tasks a job: enough that all jobs end together, few enough that their cells share passes.
+_TASKS_A_JOB = 6
+_MOST_CELLS = 64
 
 
 class Task(NamedTuple):
@@ -29,9 +31,8 @@ class Task(NamedTuple):
     trace_sha256: str
     needs: Needs
     cells: list[tuple[str, Setup, dict[str, str]]]  # key, what to replay, digest of each file that it names
+    code: list[str]  # code_fingerprint
     steps: int | None = None  # the first ones alone
-    moetrace: str = __version__
-    engine: str = engine_fingerprint()
 
 
 class Outcome(NamedTuple):
@@ -45,7 +46,7 @@ class Outcome(NamedTuple):
 def work(task: Task) -> list[Outcome]:
     """Replay the cells of a task; whatever stops one, or all, is told in a sentence."""
     try:
-        if (task.moetrace, task.engine) != (__version__, engine_fingerprint()):
+        if task.code != code_fingerprint():
             raise MoetraceError(f"a worker runs another moetrace ({__version__}): install the same on all machines.")
         for _, setup, digests in task.cells:
             for field, path in files_of(setup).items():
@@ -76,6 +77,22 @@ def evaluate(trace: Trace | Decoded, setups: Sequence[Setup]) -> list[dict[str, 
         if isinstance(run, MoetraceError)
         else _figures(run, facts, trace if isinstance(trace, Trace) else trace.trace)
         for run in runs
+    ]
+
+
+def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, steps: int | None = None) -> list[Task]:
+    """Cut cells of one trace (its first `steps`), by the keys of what they find, into tasks for so many jobs.
+
+    As many cells share a task as pay off and as memory holds.
+    """
+    needs = needs_of(cell.policy for cell in cells.values())
+    several = _TASKS_A_JOB if steps is None and is_kept(trace, needs) else 1
+    size = min(max(1, LOGS_BYTES // cell_bytes(trace)), max(1, -(-len(cells) // (jobs * several))), _MOST_CELLS)
+    wanted = [(key, cell.setup, cell.inputs["files"]) for key, cell in cells.items() if cell.setup and cell.inputs]
+    code = code_fingerprint()
+    return [
+        Task(str(trace.path), sha256, needs, wanted[first : first + size], code, steps)
+        for first in range(0, len(wanted), size)
     ]
 
 

@@ -73,11 +73,9 @@ def command(
 
         start_early()
     with announce_compiling():
-        from moetrace.batch.folder import Folder
         from moetrace.batch.sweep import Plan
 
-        found = Folder(folder) if folder is not None and (not dry_run or folder.is_dir()) else None
-        plan = Plan(source, found, pareto)
+        plan = Plan(source, None if folder is None or (dry_run and not folder.is_dir()) else folder, pareto)
         if dry_run:
             _print_plan(plan, jobs or _cores(), form)
             return

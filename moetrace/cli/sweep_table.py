@@ -38,7 +38,7 @@ def print_sweep(cells: pl.DataFrame, pareto: str) -> None:
             columns.append((heading, texts, True))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for heading, texts, right in columns:
-        width = max(len(line) for text in (*texts, *heading.split("\n")) for line in [text])
+        width = max(map(len, (*texts, *heading.split("\n"))))
         table.add_column(
             heading, justify="right" if right else "left", vertical="bottom", no_wrap=True, min_width=width
         )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.demand import Demand, demand_of
+from moetrace.engine.demand import Demand, demand_of, without_ahead
 from moetrace.engine.lookahead import NextSteps
 from moetrace.engine.replay import Batch
 from moetrace.engine.schedule import Schedule, request_index, schedule_of
@@ -59,9 +59,8 @@ class Decoded:
         trace = self.trace
         if self._kept is None:
             demands = (_demand(trace, block) for block in trace.blocks())
-        else:  # without the steps that a block looks ahead at
-            ends = ((batch.demand, len(batch.rows) * trace.layers) for batch, _ in self._kept)
-            demands = (demand._replace(start=demand.start[: end + 1]) for demand, end in ends)
+        else:
+            demands = (without_ahead(batch.demand, len(batch.rows), trace.layers) for batch, _ in self._kept)
         return count_demands(demands, trace.layers, trace.num_experts)
 
     def _decode(self, pool: Executor | None) -> Iterator[tuple[Batch, int]]:

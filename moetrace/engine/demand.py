@@ -43,6 +43,11 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> Dema
     return Demand(start, expert[: start[-1]], count[: start[-1]], np.zeros(0, np.int32))
 
 
+def without_ahead(demand: Demand, steps: int, layers: int) -> Demand:
+    """Return a block's demand without the steps beyond its own ``steps``, which are only looked ahead at."""
+    return demand._replace(start=demand.start[: steps * layers + 1])
+
+
 def new_popularity(layers: int, num_experts: int) -> Popularity:
     """Return counts of nothing yet."""
     return Popularity(np.zeros((layers, num_experts), np.int64), np.zeros((layers, num_experts), np.int64))

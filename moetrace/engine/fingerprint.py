@@ -23,17 +23,18 @@ def engine_fingerprint() -> str:
     Numba's own cache notices an edit of the file that a kernel stands in, not of the files whose functions were
     compiled into it; with this as a part of the key no kernel outlives an edit anywhere in the engine.
     """
-    return _folder_fingerprint(HERE)
+    return folder_fingerprint(HERE)
 
 
 def fingerprint_beside(function: Callable) -> str:
     """Return the fingerprint of a kernel of moetrace: of the engine, and of the folder that the kernel stands in."""
     folder = Path(function.__code__.co_filename).parent
-    return engine_fingerprint() if folder == HERE else f"{engine_fingerprint()} {_folder_fingerprint(folder)}"
+    return engine_fingerprint() if folder == HERE else f"{engine_fingerprint()} {folder_fingerprint(folder)}"
 
 
 @cache
-def _folder_fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: Path) -> str:
+    """Return the SHA-256 of the Python files of a folder, without those in folders of its own."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

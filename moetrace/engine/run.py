@@ -11,7 +11,7 @@ import numpy as np
 from moetrace.engine.bounds import clairvoyant_batch, work_bound_s
 from moetrace.engine.cost import Machine, machine_of
 from moetrace.engine.decoded import Decoded, needs_of
-from moetrace.engine.demand import Popularity, count_experts, new_popularity
+from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
 from moetrace.engine.dispatch import DISPATCH
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import load_hook
@@ -224,7 +224,7 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
             underway = [one for one in underway if one.error is None]
             if not underway:
                 break
-            count_experts(batch.demand, popularity)
+            count_experts(without_ahead(batch.demand, len(batch.rows), decoded.trace.layers), popularity)
             _each(pool, underway, batch)
             if progress is not None:
                 progress(rows)

@@ -24,6 +24,8 @@ def window_of(timeline: Window, steps: int, warnings: list[str]) -> range | None
                 f"the timeline covers the first {FIRST_STEPS} of {steps:,} steps; --window A:B chooses others."
             )
         return range(min(FIRST_STEPS, steps))
+    if isinstance(timeline, slice) and timeline.step not in (None, 1):
+        raise UsageError(f"A timeline's window holds every step from A up to B, got one in {timeline.step!r}.")
     try:
         first, stop = (timeline.start, timeline.stop) if isinstance(timeline, slice) else timeline
         window = range(steps)[slice(first, stop)]

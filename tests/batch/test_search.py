@@ -6,7 +6,10 @@ import polars as pl
 import pytest
 
 import moetrace as mt
+from moetrace.batch import search as search_module
+from moetrace.batch import work
 from moetrace.batch.choices import Halving
+from moetrace.batch.executors import run_tasks
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "traces" / "tiny-olmoe.h5")
@@ -85,6 +88,49 @@ def test_parts_grow_and_the_last_is_all(trace):
             )
 
 
+def test_slots_are_chosen_from_a_range_beside_fields_of_a_policy(trace):
+    asked = space(trace, trials=12)
+    del asked["slots"]  # which would be given twice
+    asked["search"]["range"]["slots"] = {"low": 3, "high": 90}
+    found = mt.search(asked)
+    assert all(3 <= trial.cell.point.values["slots"] <= 90 for trial in found.trials)
+    of_lfu = {
+        trial.cell.policy.name: "policy.lfu-balance.half_life" in trial.cell.point.values for trial in found.trials
+    }
+    assert of_lfu["lfu-balance"]
+    assert sum(of_lfu.values()) == 1
+
+
+def test_no_pass_takes_more_trials_than_memory_holds(trace, monkeypatch):
+    asked = space(trace, trials=9)
+    whole, sizes = mt.search(asked), []
+
+    def counted(tasks, *rest):
+        sizes.extend(len(task.cells) for task in tasks)
+        run_tasks(tasks, *rest)
+
+    monkeypatch.setattr(search_module, "run_tasks", counted)
+    monkeypatch.setattr(work, "LOGS_BYTES", 1)
+    assert mt.search(asked).frame.equals(whole.frame)
+    assert {*sizes} == {1}
+
+
+@pytest.mark.parametrize(("trials", "keep", "reached"), [(9, 3, [9, 3, 1]), (4, 2, [4, 2, 1]), (16, 2, None)])
+def test_the_best_of_each_keep_so_far_go_on(trace, trials, keep, reached):
+    asked: dict = {"trace": trace, "policy": "on-demand"}
+    asked["search"] = {"trials": trials, "keep": keep, "sampler": "random", "range": {"slots": {"low": 0, "high": 190}}}
+    found = mt.search(asked)
+    if reached:  # of one round
+        assert [sum(trial.part >= part for trial in found.trials) for part in (1, 2, 3)] == reached
+    with mt.Trace.open(trace) as opened:
+        head = opened.head(found.choices.halving.steps(0, opened.steps))
+        slots = [trial.cell.point.values["slots"] for trial in found.trials]
+        at_first = [mt.replay(head, policies="on-demand", slots=each).summary["total_s"][0] for each in slots]
+    for at, trial in enumerate(found.trials):
+        so_far = at_first[: (at // keep**2 + 1) * keep**2]  # with its whole round
+        assert (trial.part >= 2) == (at_first[at] <= sorted(so_far)[len(so_far) // keep - 1])
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_the_same_whatever_the_jobs_and_from_a_folder(trace, tmp_path, sampler):
     asked = space(trace, sampler=sampler, seed=5)
@@ -151,6 +197,10 @@ def test_a_wrong_space_is_one_sentence(trace, search, says):
         mt.search(asked)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_largest_seed_is_one(trace):
+    assert len(mt.search(space(trace, seed=2**32 - 1)).trials) == 30
 
 
 def test_what_a_search_has_one_of(trace):

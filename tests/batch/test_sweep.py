@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import polars as pl
@@ -15,10 +16,12 @@ import pytest
 
 import moetrace as mt
 from moetrace.batch import cell as cell_module
-from moetrace.batch import front, work
+from moetrace.batch import executors, front, work
 from moetrace.batch import sweep as sweep_module
 from moetrace.engine import decoded as decoded_module
+from moetrace.engine.decoded import needs_of
 from moetrace.engine.demand import demand_of
+from moetrace.engine.fingerprint import folder_fingerprint
 from moetrace.engine.setup import Setup
 from moetrace.trace.atomic import AtomicFile
 
@@ -111,7 +114,7 @@ def test_a_trace_too_large_to_keep_is_read_once_a_task(small, monkeypatch):
     monkeypatch.setattr(work, "KEEP_BYTES", 0)
     streamed = mt.sweep(grid | {"policy": "monde"})
     assert len(reads) == 1
-    monkeypatch.setattr(sweep_module, "LOGS_BYTES", 1)
+    monkeypatch.setattr(work, "LOGS_BYTES", 1)
     one_by_one = mt.sweep(grid | {"policy": "monde"})
     assert len(reads) == 7
     assert whole.cells.equals(streamed.cells)
@@ -139,6 +142,18 @@ def test_cells_that_fail_are_named_and_the_others_go_on(small, tmp_path):
     mended = mt.sweep(tmp_path / "s.toml", tmp_path / "out")
     assert (mended.computed, mended.reused) == (1, 1)
     assert mt.sweep({"trace": "none.h5"}).cells["pareto"].to_list() == [None, None]
+
+
+@pytest.mark.parametrize("first", ["bad.py:bad", "refused.toml"])
+def test_speedups_are_against_the_first_policy_or_nobody(small, tmp_path, first):
+    """Whether that failed while it ran, or before."""
+    (tmp_path / "bad.py").write_text("def bad(state, view, layer, load, plan):\n    plan[load.size] = 1\n")
+    (tmp_path / "refused.toml").write_text('name = "refused"\nplacement = "tp:7"\n')
+    (tmp_path / "s.toml").write_text(f'trace = "{small}"\npolicy = ["{first}", "monde", "edge-ndp"]\n')
+    found = mt.sweep(tmp_path / "s.toml")
+    assert len(found.failed) == 1
+    assert found.cells["speedup"].to_list() == [None, None, None]
+    assert mt.sweep({"trace": small, "policy": ["monde", "edge-ndp"]}).cells["speedup"][0] == 1.0
 
 
 def test_every_input_counts(small, tmp_path):
@@ -185,14 +200,27 @@ def test_imports_beside_a_policy_count(tmp_path):
     assert len({before, with_helper, cell_module.digest(str(tmp_path / "own.py"))}) == 3
 
 
-def test_another_engine_or_version_shares_nothing(small, tmp_path, monkeypatch):
-    grid = {"trace": small}
-    assert mt.sweep(grid, tmp_path).computed == 2
-    monkeypatch.setattr(cell_module, "engine_fingerprint", lambda: "another")
-    assert mt.sweep(grid, tmp_path).computed == 2
-    monkeypatch.setattr(cell_module, "__version__", "9")
-    found = mt.sweep(grid, tmp_path)
-    assert (found.computed, found.unused) == (2, 4)
+def test_other_code_shares_nothing(small, tmp_path, monkeypatch):
+    """Be it of the engine, or of what derives bytes from a spec or figures from a log."""
+    assert mt.sweep({"trace": small}, tmp_path).computed == 2
+    others = {"engine_fingerprint": lambda: "another", "folder_fingerprint": lambda _: "another", "__version__": "9"}
+    for unused, (name, other) in enumerate(others.items(), 1):
+        monkeypatch.setattr(cell_module, name, other)
+        found = mt.sweep({"trace": small}, tmp_path)
+        assert (found.computed, found.unused) == (2, 2 * unused)
+
+
+def test_what_makes_figures_is_part_of_the_code():
+    home, code = Path(mt.__file__).parent, cell_module.code_fingerprint()
+    assert {folder_fingerprint(home / room) for room in ("engine", "spec", "trace", "results")} <= {*code}
+
+
+def test_a_worker_of_other_code_is_refused(small):
+    model, system = mt.load_model("tiny-olmoe"), mt.load_system("edge-ndp")
+    setup = Setup(model=model, system=system, policies=[mt.load_policy("monde")])
+    (outcome,) = work.work(work.Task(small, "", needs_of([]), [("key", setup, {})], ["another"]))
+    assert outcome.found is None
+    assert "a worker runs another moetrace" in str(outcome.error)
 
 
 def test_a_trace_changed_under_its_hashes_gives_no_stale_result(tmp_path):
@@ -218,6 +246,31 @@ def test_a_damaged_cell_is_replayed_again(small, tmp_path):
         assert (found.computed, found.reused) == (1, 1)
         assert files(tmp_path) == whole
     assert found.cells.equals(before.cells)
+
+
+def empty(cell: dict) -> None:
+    cell["costs"] = {}
+
+
+def faster(cell: dict) -> None:
+    cell["result"]["policies"][0]["total_s"] /= 2
+
+
+def of_others(cell: dict) -> None:
+    cell["inputs"]["slots"] += 1
+
+
+@pytest.mark.parametrize("edit", [empty, faster, of_others])
+def test_a_cell_that_was_edited_is_replayed_again(small, tmp_path, edit):
+    mt.sweep({"trace": small}, tmp_path)
+    whole = files(tmp_path)
+    path = next((tmp_path / "cells").iterdir())
+    cell = json.loads(path.read_text())
+    edit(cell)
+    path.write_text(json.dumps(cell))
+    found = mt.sweep({"trace": small}, tmp_path)
+    assert (found.computed, found.reused) == (1, 1)
+    assert files(tmp_path) == whole
 
 
 def test_equal_cells_are_replayed_once(small):
@@ -252,14 +305,45 @@ def files_of(grid, folder: Path) -> dict[str, bytes]:
     return files(folder)
 
 
-def test_workers_killed_again_and_again_are_one_sentence(small, tmp_path):
+def test_a_cell_that_kills_its_workers_fails_and_the_others_go_on(small, tmp_path):
+    (tmp_path / "dies.py").write_text(KILLS.format(flag=str(tmp_path / "flag"), times=99))
+    grid = {"trace": small, "policy": ["monde", "edge-ndp", str(tmp_path / "dies.py:dies")], "slots": [0, 1]}
+    found = mt.sweep(grid | {"exclude": [{"policy": "dies", "slots": 1}]}, tmp_path / "out", jobs=2)
+    assert (found.computed, list(found.failed)) == (4, ["small/edge-ndp/dies/slots=0"])
+    assert "is killed" in next(iter(found.failed.values()))
+    (tmp_path / "flag").write_text("x" * 99)
+    found = mt.sweep(grid, tmp_path / "out")
+    assert (found.computed, found.reused, found.failed) == (2, 4, {})
+
+
+def test_workers_killed_again_and_again_are_one_sentence(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(executors, "_MOST_POOLS", 2)
     (tmp_path / "dies.py").write_text(KILLS.format(flag=str(tmp_path / "flag"), times=99))
     grid = {"trace": small, "policy": ["monde", str(tmp_path / "dies.py:dies")]}
-    with pytest.raises(mt.MoetraceError, match="Workers were killed 3 times"):
+    with pytest.raises(mt.MoetraceError, match="Workers were killed 2 times"):
         mt.sweep(grid, tmp_path / "out", jobs=2)
     (tmp_path / "flag").write_text("x" * 99)
     found = mt.sweep(grid, tmp_path / "out")
     assert found.computed + found.reused == 2
+
+
+class Fragile(executors.Inline):
+    """A pool that breaks, once, after its first task is done: as if a worker died that had nothing to do."""
+
+    broken = 0
+
+    def submit(self, fn, /, *args, **kwargs):
+        Fragile.broken += 1
+        if Fragile.broken == 2:
+            raise BrokenExecutor
+        return super().submit(fn, *args, **kwargs)
+
+
+def test_an_idle_worker_that_dies_loses_no_cell(small, monkeypatch):
+    monkeypatch.setattr(work, "LOGS_BYTES", 1)
+    monkeypatch.setattr(sweep_module, "local_farm", lambda jobs: executors.Farm(Fragile, 1, 1))
+    found = mt.sweep({"trace": small, "slots": [0, 1]})
+    assert (found.computed, found.failed) == (4, {})
 
 
 def test_a_killed_sweep_goes_on(small, tmp_path):
@@ -403,6 +487,12 @@ def test_a_read_only_folder_is_one_sentence(small, tmp_path, monkeypatch):
     monkeypatch.setattr(AtomicFile, "__init__", refused)
     with pytest.raises(mt.MoetraceError, match="could not be written: Read-only file system"):
         mt.sweep({"trace": small}, tmp_path / "new")
+
+
+def test_a_wrong_grid_leaves_no_folder(small, tmp_path):
+    with pytest.raises(mt.UsageError, match="spede"):
+        mt.sweep({"trace": small, "spede": 1}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tables_are_whole_or_not_there(small, tmp_path):

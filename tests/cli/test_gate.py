@@ -198,6 +198,7 @@ def write_bad(folder, baseline):
         (["{was}", "--baseline", "{good}", "--metric", "total"], 2, "the nearest is 'total_s'"),
         (["{was}", "--baseline", "{good}", "--metric", "misses"], 2, "has no misses"),
         (["{was}", "--baseline", "{good}", "--fail-on", "worst"], 2, "'worst' is no verdict to fail on (the nearest"),
+        (["{was}", "--baseline", "{good}", "--fail-on", ""], 2, "gates nothing"),
         (["{was}", "--baseline", "{good}", "--fail-on", "same"], 2, "'same' is no verdict to fail on"),
         (["{was}", "--baseline", "{good}", "--junit", "{good}"], 2, "--baseline and --junit are the same file"),
         (["{was}", "--baseline", "{good}", "--junit", "{bad}/x", "--markdown", "{bad}/x"], 2, "are the same file"),

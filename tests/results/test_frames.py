@@ -86,6 +86,15 @@ def test_experts_count_rows_and_steps_once_for_all_policies():
     assert found["steps"].to_list() == steps.ravel().tolist()
 
 
+@pytest.mark.parametrize("block_bytes", [1, 1000])
+def test_experts_are_not_counted_again_where_a_policy_looks_ahead(monkeypatch, block_bytes):
+    trace = mt.generate_trace("tiny-olmoe", requests=5, prompt=7, output=9, batch=3)
+    plain = mt.replay(trace, policies="on-demand").experts
+    monkeypatch.setattr("moetrace.trace.format.BLOCK_BYTES", block_bytes)
+    ahead = mt.PolicySpec(name="ahead", residency="lru", prefetch="oracle:13")
+    assert mt.replay(trace, policies=[ahead]).experts.equals(plain)
+
+
 def test_steps_and_requests_by_hand(by_hand):
     steps, requests = by_hand.steps, by_hand.requests
     assert steps["phase"].to_list() == ["prefill", "prefill", "decode", "decode"]

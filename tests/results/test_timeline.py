@@ -151,6 +151,7 @@ def test_experts_are_those_of_the_layer():
         ((5, 2), "The window 5:2 holds none of the trace's 10 steps: A:B is from step A up to step B, without it."),
         ((10, 12), "The window 10:12 holds none"),
         (slice(None, 0), "The window :0 holds none"),
+        (slice(0, 9, 2), "every step from A up to B, got one in 2"),
         ("0:3", "A timeline's window is a pair of step numbers, (A, B), got '0:3'."),
         ((1, 2, 3), "is a pair of step numbers"),
         ((1.5, 2), "is a pair of step numbers"),
