@@ -1,5 +1,6 @@
 """`moetrace report`: a page of a folder, or one sentence."""
 
+import json
 import sys
 
 import pytest
@@ -46,6 +47,18 @@ def test_analyses_of_the_trace_join(run, folder, tmp_path):
     balance.write_text('{"trace": {"model": "other"}, "layers": [], "over_time": []}')
     code, _, err = run("report", folder, "-o", page, "--balance", balance)
     assert code == 2 and "is of another trace" in err
+    facts = {"model": "tiny-olmoe", "layers": 6, "experts": 32}
+    balance.write_text(json.dumps({"trace": facts, "layers": [], "over_time": []}))
+    code, _, err = run("report", folder, "-o", page, "--balance", balance)
+    assert code == 1 and "has no imbalance of any layer" in err
+    row = {"phase": "all", "hit_rate": 0.5, "capacity_experts": 10**30}
+    for rows, said in (
+        ([row], "not what moetrace writes"),
+        ([row | {"capacity_experts": 8, "hit_rate": None}], "no hit"),
+    ):
+        cache.write_text(json.dumps(rows))
+        code, _, err = run("report", folder, "-o", page, "--cache", cache)
+        assert code == 1 and said in err and err.count("\n") == 1
 
 
 def test_inputs_are_not_replaced(run, folder, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from sweeps import sweep_folder
 
 import moetrace as mt
+from moetrace.results.charts import latency, layers, load, over_time, parts, utilization
 from moetrace.results.replayed import Summary, read_replayed, replayed_of
 from moetrace.results.report.again import again, toml
 from moetrace.results.report.page import number, seconds
@@ -214,6 +215,76 @@ def test_what_is_no_result_is_one_sentence(folder, tmp_path, spoil, said):
         mt.report(folder, tmp_path / "page.html")
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("table", ["steps", "units", "layers", "requests", "experts"])
+def test_a_file_without_rows_leaves_its_charts_out(folder, tmp_path, table):
+    path = folder / f"{table}.parquet"
+    pl.read_parquet(path).clear().write_parquet(path)
+    check_alone(parsed(folder, tmp_path))
+
+
+@pytest.mark.parametrize("unit", [None, "", "other", "ndp", "ndpx"])
+def test_units_that_no_machine_has_are_left_out(folder, tmp_path, unit):
+    path = folder / "units.parquet"
+    units = pl.read_parquet(path)
+    pl.concat([units, units.head(1).with_columns(unit=pl.lit(unit, pl.String))]).write_parquet(path)
+    spoilt = read_replayed(folder)
+    assert utilization(spoilt).table["unit"].to_list() == [
+        "GPU",
+        *(f"NDP {number}" for number in range(6)),
+        "link in",
+        "link out",
+    ]
+
+
+@pytest.mark.parametrize("steps", [-1, 10**30])
+def test_counts_are_those_of_a_column(folder, tmp_path, steps):
+    change(folder, trace=json.loads((folder / "summary.json").read_text())["trace"] | {"steps": steps})
+    with pytest.raises(mt.MoetraceError, match=r"\$\.trace\.steps"):
+        mt.report(folder, tmp_path / "page.html")
+
+
+def test_points_over_time_are_of_the_steps_that_there_are(folder):
+    change(folder, trace=json.loads((folder / "summary.json").read_text())["trace"] | {"steps": 1})
+    path = folder / "steps.parquet"
+    pl.concat([pl.read_parquet(path).filter(policy="monde")] * 40).write_parquet(path)
+    assert 80 < len(over_time(read_replayed(folder)).table) <= 160
+
+
+def test_charts_show_what_the_frames_say(result):
+    made = replayed_of(result)
+    spent = parts(made).table
+    assert spent["all, s"].to_list() == pytest.approx(result.summary["total_s"].to_list())
+    times = latency(made).table
+    decode = result.steps.filter(phase="decode")
+    for policy in ("monde", "edge-ndp"):
+        row = times.row(by_predicate=(pl.col("of") == "Decode steps") & (pl.col("policy") == policy), named=True)
+        values = 1e3 * decode.filter(policy=policy)["duration_s"]
+        assert row["count"] == len(values)
+        assert (row["least, ms"], row["most, ms"]) == pytest.approx((values.min(), values.max()))
+        assert row["p95, ms"] == pytest.approx(values.quantile(0.95, "linear"))
+    figures = result.summary.row(1, named=True)
+    row = times.row(by_predicate=(pl.col("of") == "Time to first token") & (pl.col("policy") == "edge-ndp"), named=True)
+    assert row["p50, ms"] == pytest.approx(1e3 * figures["ttft_s_p50"])
+    by_layer = layers(made).table.filter(policy="edge-ndp")
+    assert by_layer["ms a step"].sum() * len(result.steps) / 3 == pytest.approx(
+        1e3 * result.steps.filter(policy="edge-ndp")["moe_s"].sum()
+    )
+    hits, active = (
+        result.layers.filter(policy="edge-ndp").select(pl.col(names).sum()).sum_horizontal()[0]
+        for names in (["hits"], ["hits", "misses"])
+    )
+    assert hits / active == pytest.approx(figures["hit_rate"])
+    moments = over_time(made).table.filter(policy="edge-ndp")
+    assert moments["ms a step"].sum() == pytest.approx(1e3 * figures["total_s"], rel=1e-4)  # a point each step
+    busy = utilization(made).table.filter(unit="GPU")
+    assert busy["edge-ndp"][0] == figures["utilization_gpu"]
+    wanted = load(made).table
+    assert (
+        wanted["choices"].to_list()
+        == result.experts.group_by("layer").agg(pl.sum("rows")).sort("layer")["rows"].to_list()
+    )
 
 
 def test_damage_in_the_middle_of_a_file_is_one_sentence(folder, tmp_path):
