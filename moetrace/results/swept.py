@@ -11,6 +11,11 @@ from moetrace.results.replayed import read_json, scan, whole_frame
 from moetrace.spec.errors import MoetraceError, printable
 
 _ALWAYS = ("trace", "model", "system", "policy", "slots")
+# What a table or the front shows, where it is there.
+_FIGURES: dict[str, Any] = {"error": pl.String, "pareto": pl.Boolean}
+_FIGURES |= dict.fromkeys(
+    ("gpu_memory_bytes", "link_bytes", "price", "hit_rate", "ttft_s_p50", "tpot_s_p50"), pl.Float64
+)
 
 
 class _Sweep(msgspec.Struct):
@@ -60,6 +65,7 @@ def read_swept(folder: Path) -> Swept:
         raise MoetraceError(f"{folder} has no cells.parquet: run the sweep again, which keeps finished cells.")
     if cells.is_empty():
         raise MoetraceError(f"{path} has no cells.")
+    cells = cells.with_columns(pl.col(pl.String).exclude("error").fill_null("–"))
     axes = [axis for axis in dict.fromkeys((*_ALWAYS, *about.axes)) if axis in cells.columns]
     by_trace = ["trace"] if "trace" in cells.columns else []
     fastest = pl.col("total_s").min().over(by_trace) if by_trace else pl.col("total_s").min()
@@ -77,16 +83,4 @@ def _others(path: Path, axes: dict[str, Any]) -> dict[str, Any]:
         for name, kind in pl.scan_parquet(path, glob=False).collect_schema().items()
         if kind in (pl.String, pl.Boolean) or kind.is_numeric()
     }
-    figures = (
-        "error",
-        "pareto",
-        "gpu_memory_bytes",
-        "link_bytes",
-        "price",
-        "speedup",
-        "hit_rate",
-        "ttft_s_p50",
-        "tpot_s_p50",
-    )
-    figures += ("work_bound_s", "clairvoyant_s", "tokens_per_s", "utilization_gpu", "demand_bytes", "prefetch_bytes")
-    return {name: plain[name] for name in (*_ALWAYS, *axes, *figures) if name in plain}
+    return {name: _FIGURES.get(name, plain[name]) for name in (*_ALWAYS, *axes, *_FIGURES) if name in plain}

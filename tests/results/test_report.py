@@ -378,6 +378,23 @@ def test_a_sweep_has_its_front_and_its_axes(tmp_path):
         mt.report(folder, tmp_path / "page.html")
 
 
+@pytest.mark.parametrize("axis", ["trace", "policy", "slots"])
+def test_a_cell_may_have_no_value_of_an_axis(tmp_path, axis):
+    path = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp"]) / "cells.parquet"
+    few = pl.when(pl.col("slots") != 16).then(pl.col(axis))
+    pl.read_parquet(path).with_columns(few.alias(axis)).write_parquet(path)
+    check_alone(parsed(path.parent, tmp_path))
+
+
+@pytest.mark.parametrize("column", ["pareto", "gpu_memory_bytes", "ttft_s_p50", "error"])
+def test_columns_of_a_sweep_are_of_their_kind(tmp_path, column):
+    path = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp"]) / "cells.parquet"
+    wrong = pl.lit(1) if column in ("error", "pareto") else pl.lit("much")
+    pl.read_parquet(path).with_columns(wrong.alias(column)).write_parquet(path)
+    with pytest.raises(mt.MoetraceError, match=rf"cells\.parquet must have a column {column}"):
+        mt.report(path.parent, tmp_path / "page.html")
+
+
 def test_reading_gives_what_was_written(result, written):
     read, made = read_replayed(written), replayed_of(result)
     assert read.summary == made.summary

@@ -1,7 +1,7 @@
 """Charts of what `moetrace analyze` printed as JSON of the same trace: hit curves of caches, balance of plans."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 import polars as pl
@@ -128,6 +128,6 @@ def balance(path: Path, trace: TraceFacts) -> Figure:
 
 def _frame(rows: list[Any], form: Any) -> pl.DataFrame:
     """A frame with every field of the struct, of fixed types: an empty list has them too."""
-    kinds = {str: pl.String, Count: pl.Int64, Count | None: pl.Int64, float | None: pl.Float64}
-    schema = {field.name: kinds[field.type] for field in msgspec.structs.fields(form)}
+    kinds = {str: pl.String, int: pl.Int64, int | None: pl.Int64, float | None: pl.Float64}
+    schema = {name: kinds[kind] for name, kind in get_type_hints(form).items()}  # without the bounds of a Count
     return pl.DataFrame([msgspec.structs.asdict(row) for row in rows], schema=schema)

@@ -139,8 +139,8 @@ def over_time(replayed: Replayed) -> Figure | None:
 
     if replayed.steps is None:
         return None
-    count = replayed.steps.filter(pl.col("policy").is_in(replayed.names)).group_by("policy").len().collect()
-    most = count["len"].max() or 0  # of the file itself: what summary.json says of it, a stranger may have changed
+    counts = replayed.steps.filter(pl.col("policy").is_in(replayed.names)).group_by("policy").len()
+    most: int = counts.select(pl.max("len")).collect().item() or 0  # the file's own, whatever summary.json says
     if most < 2:
         return None
     every = -(-most // _PERIODS)

@@ -75,7 +75,9 @@ def axes(swept: Swept) -> Figure | None:
     panels: list[tuple[str, Any]] = []
     rows = []
     for axis in names:
-        valued = done.with_columns(pl.col(axis).map_elements(_label, return_dtype=pl.String).alias("value"))
+        valued = done.with_columns(
+            pl.col(axis).map_elements(_label, return_dtype=pl.String).fill_null("–").alias("value")
+        )
         order = valued.sort(axis)["value"].unique(maintain_order=True).to_list()
         for value in order:
             of = valued.filter(value=value).sort("relative", maintain_order=True)
