@@ -77,8 +77,9 @@ def hit_curves(path: Path) -> Figure:
     )
     if "belady" in names:
         words += (
-            " Belady's knows the future; no other of equal sizes hits more. Where it is low, the working set does not "
-            "fit; where it is high and the others are not, a better policy would help."
+            " Belady's knows the future: with experts of equal size, no other that keeps whatever is demanded hits "
+            "more. Where it is low, the working set does not fit; where it is high and the others are not, a better "
+            "policy would help."
         )
     return Figure("cache", "Hit curves of caches", words, panels, points.rename({"capacity": f"capacity, {unit}"}))
 
