@@ -351,6 +351,26 @@ def test_how_to_run_it_again_is_true(result, tmp_path, monkeypatch):
     assert sorted(run.files) == ["model.toml", "policy-1.toml", "system.toml"]
 
 
+def test_what_a_result_lacks_to_run_again_is_said(tmp_path):
+    """A policy's file is named, without where it lay; so is the hash of the trace, as `moetrace info` says it."""
+    path = tmp_path / "trace.h5"
+    mt.generate(path, "tiny-olmoe", requests=2, prompt=3, output=3)
+    rows = [list(range(32))] * 6
+    (tmp_path / "own-plan.json").write_text(json.dumps({"physical_to_logical_map": rows}))
+    (tmp_path / "own.toml").write_text(
+        'name = "own"\nplacement = "plan"\nplan = "own-plan.json"\ndispatch = "ndp"\nresidency = "none"\n'
+    )
+    mt.report(
+        mt.replay(path, policies=tmp_path / "own.toml", overrides={"system.ndp.units": 4}), tmp_path / "page.html"
+    )
+    page = Parsed((tmp_path / "page.html").read_bytes())
+    text = "".join(page.text)
+    assert "own also needs own-plan.json, which is not in a result, beside policy-1.toml." in text
+    assert str(tmp_path) not in text
+    with mt.Trace.open(path) as trace:
+        assert f"must say that its content_sha256 is {trace.content_sha256}." in text
+
+
 def test_toml_is_read_back():
     values = {"a b": 'x"\\\n\x7f\x00é', "n": 1, "f": 1e300, "t": True, "none": None, "l": [1, "x"], "d": {"k.": -0.5}}
     assert tomllib.loads(toml(values)) == {key: value for key, value in values.items() if value is not None}

@@ -160,6 +160,11 @@ def text(words: object) -> str:
     return escape(printable(str(words)))
 
 
+def prose(words: str) -> str:
+    """Return the same, with what stands in backticks as code."""
+    return _CODE.sub(_MARKED, text(words))
+
+
 def figure(found: Figure) -> tuple[str, str, str]:
     """Return a figure as a section: words, panels, and the table behind them."""
     panels = []
@@ -177,7 +182,7 @@ def figure(found: Figure) -> tuple[str, str, str]:
             f'<div class="chart"></div><script type="application/json">{encoded}</script></figure>'
         )
     behind = details("The table behind it", table(found.table, found.title))
-    body = f'<p>{_CODE.sub(_MARKED, text(found.words))}</p>\n<div class="panels">{"".join(panels)}</div>\n{behind}'
+    body = f'<p>{prose(found.words)}</p>\n<div class="panels">{"".join(panels)}</div>\n{behind}'
     return found.name.replace("_", "-"), found.title, body
 
 

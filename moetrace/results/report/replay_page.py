@@ -162,7 +162,7 @@ def _how(summary: Summary) -> str:
     blocks = [
         f"<h3>{page.text(name)}</h3><pre><code>{_lines(content)}</code></pre>" for name, content in run.files.items()
     ]
-    notes = "".join(f"<p>{page.text(note)}</p>" for note in run.notes)
+    notes = "".join(f"<p>{page.prose(note)}</p>" for note in run.notes)
     return (
         f"{page.facts([*known, *source], 'facts')}\n<p>To run it again:</p>\n"
         f"<pre><code>{page.text(run.command)}</code></pre>\n{notes}{''.join(blocks)}"
