@@ -33,12 +33,16 @@ class Swept:
     Attributes:
         moetrace: version.
         axes: columns that differ between cells.
+        grid: what was asked for: the values of each axis.
+        searched: whether `moetrace sweep --search` chose the cells.
         pareto: the column that the front weighs against time.
         cells: a row for each, in the sweep's order; `relative` is its time over that of the fastest cell of its trace.
     """
 
     moetrace: str
     axes: list[str]
+    grid: dict[str, Any]
+    searched: bool
     pareto: str
     cells: pl.DataFrame
 
@@ -70,7 +74,14 @@ def read_swept(folder: Path) -> Swept:
     by_trace = ["trace"] if "trace" in cells.columns else []
     fastest = pl.col("total_s").min().over(by_trace) if by_trace else pl.col("total_s").min()
     cells = cells.with_columns((pl.col("total_s") / fastest).fill_nan(None).alias("relative"))
-    return Swept(about.moetrace, [axis for axis in axes if cells[axis].n_unique() > 1], about.pareto, cells)
+    return Swept(
+        moetrace=about.moetrace,
+        axes=[axis for axis in axes if cells[axis].n_unique() > 1],
+        grid=about.axes,
+        searched=(folder / "search.json").exists(),
+        pareto=about.pareto,
+        cells=cells,
+    )
 
 
 def _others(path: Path, axes: dict[str, Any]) -> dict[str, Any]:

@@ -391,11 +391,29 @@ def test_a_sweep_has_its_front_and_its_axes(tmp_path):
     assert {"best", "failed", "front", "axes", "cells"} <= ids
     text = "".join(page.text)
     assert "26 of 27 cells have a result, 1 have none" in text and HOSTILE.replace("\x1b", "\\x1b") in text
+    assert "no other beats in both time and GPU memory" in text
+    assert "system.ndp.units2, 4, 6" in text and "moetrace sweep SWEEP.toml -o DIR" in text
     with pytest.raises(mt.UsageError, match="not of a sweep"):
         mt.report(folder, tmp_path / "page.html", cache=tmp_path / "cache.json")
     (folder / "cells.parquet").unlink()
     with pytest.raises(mt.MoetraceError, match=r"has no cells\.parquet"):
         mt.report(folder, tmp_path / "page.html")
+
+
+def test_a_search_is_told_as_one_and_no_front_that_is_not_drawn(tmp_path):
+    """Its cells may all have the same slots, so that there is no front to draw."""
+    folder = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp"])
+    cells = pl.read_parquet(folder / "cells.parquet").with_columns(gpu_memory_bytes=pl.lit(1e9))
+    cells.write_parquet(folder / "cells.parquet")
+    about = json.loads((folder / "sweep.json").read_text())
+    about["axes"] = {"slots": list(range(30)), HOSTILE: HOSTILE}
+    (folder / "sweep.json").write_text(json.dumps(about))
+    (folder / "search.json").write_text("{}")
+    page = parsed(folder, tmp_path)
+    check_alone(page)
+    text = "".join(page.text)
+    assert "moetrace sweep SWEEP.toml --search -o DIR" in text and "22, 23 and 6 more" in text
+    assert "Moved over the link, GB" in text and "Pareto front," not in text
 
 
 @pytest.mark.parametrize("axis", ["trace", "policy", "slots"])
