@@ -1,5 +1,7 @@
 """The report as a file: stands alone, escapes what strangers wrote, says what it could not read; no browser needed."""
 
+import base64
+import hashlib
 import itertools
 import json
 import re
@@ -87,6 +89,10 @@ def parsed(source, tmp_path, **options):
     return Parsed((tmp_path / "page.html").read_bytes())
 
 
+def digest(script):
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
 def check_alone(page):
     """Nothing is loaded: no address in any attribute but anchors of the page itself, and a policy that forbids it."""
     for tag, attributes in page.elements:
@@ -96,6 +102,7 @@ def check_alone(page):
         assert attributes.get("href", "#").startswith("#")
     policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none';") and "http" not in policy
+    assert re.findall(r"script-src ([^;]*)", policy) == [f"'sha256-{digest(page.scripts[-1])}' 'unsafe-eval'"]
 
 
 def test_stands_alone_and_is_the_same_from_memory_and_folder(result, written, tmp_path):
