@@ -21,6 +21,7 @@ class _Cache(msgspec.Struct):
     phase: str
     hit_rate: float | None
     policy: str = "lru"
+    steps: Count | None = None
     capacity_experts: Count | None = None
     capacity_bytes: float | None = None
     hit_rate_low: float | None = None
@@ -44,10 +45,11 @@ class _Balance(msgspec.Struct):
     over_time: list[_Row]
 
 
-def hit_curves(path: Path) -> Figure:
+def hit_curves(path: Path, trace: TraceFacts) -> Figure:
     """Draw how often caches of each capacity would have hit.
 
-    Raises MoetraceError if the file is not what `analyze cache` prints, UsageError if its capacities are of two kinds.
+    Raises MoetraceError if the file is not what `analyze cache` prints, UsageError if its capacities are of two kinds,
+    or if it is of a trace of another number of steps (which it says of all steps, and not of a curve).
     """
     import altair as alt
 
@@ -55,6 +57,8 @@ def hit_curves(path: Path) -> Figure:
     frame = _frame(found, _Cache).drop_nulls("hit_rate").filter(pl.col("phase").is_in(list(_PHASES)))
     if frame.is_empty():
         raise MoetraceError(f"{path} has no hit rates: analyze a trace that has steps of that phase.")
+    if not frame.filter(phase="all")["steps"].drop_nulls().is_in([trace.steps]).all():
+        raise _of_another(path)
     if frame["capacity_experts"].null_count() not in (0, len(frame)):
         raise UsageError(f"{path} has capacities in experts and in bytes: give one kind to `moetrace analyze cache`.")
     unit = "GB" if frame["capacity_experts"].null_count() else "experts"
@@ -92,9 +96,9 @@ def balance(path: Path, trace: TraceFacts) -> Figure:
     import altair as alt
 
     found = read_json(path, _Balance)
-    ours = (trace.model, trace.layers, trace.experts)
-    if tuple(found.trace.get(name) for name in ("model", "layers", "experts")) != ours:
-        raise UsageError(f"{path} is of another trace than the replay: analyze the trace that was replayed.")
+    names = ["model", "layers", "experts", *(["steps"] if found.trace.get("phase") == "all" else [])]
+    if any(found.trace.get(name) != getattr(trace, name) for name in names):
+        raise _of_another(path)
     label = (pl.col("placement") + ", " + pl.col("plan")).alias("policy")
     layers = _frame(found.layers, _Row).with_columns(label).drop_nulls("imbalance")
     if layers.is_empty():
@@ -125,6 +129,10 @@ def balance(path: Path, trace: TraceFacts) -> Figure:
     )
     table = layers.select(shown).rename({"policy": "placement, plan", "least_imbalance": "least possible"})
     return Figure("balance", "Balance of placements and plans", words, panels, table)
+
+
+def _of_another(path: Path) -> UsageError:
+    return UsageError(f"{path} is of another trace than the replay: analyze the trace that was replayed.")
 
 
 def _frame(rows: list[Any], form: Any) -> pl.DataFrame:

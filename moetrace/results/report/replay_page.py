@@ -23,7 +23,7 @@ def replay_page(replayed: Replayed, folder: Path | None, cache: Path | None, bal
     with readable((folder or Path()) / "steps.parquet"):
         figures = [draw(replayed) for draw in QUESTIONS.values()]
     figures.append(one_step(folder / NAME) if folder else None)
-    figures.append(hit_curves(cache) if cache else None)
+    figures.append(hit_curves(cache, summary.trace) if cache else None)
     figures.append(balanced(balance, summary.trace) if balance else None)
     sections += [page.figure(found) for found in figures if found is not None]
     sections.append(("words", "What the figures mean", _words(summary)))
