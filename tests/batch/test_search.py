@@ -8,8 +8,6 @@ import pytest
 import moetrace as mt
 from moetrace.batch.choices import Halving
 
-pytest.importorskip("optuna")
-
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "traces" / "tiny-olmoe.h5")
 

@@ -8,8 +8,6 @@ import pytest
 
 import moetrace as mt
 
-pytest.importorskip("optuna")
-
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory) -> str:
