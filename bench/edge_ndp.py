@@ -1,7 +1,7 @@
 """The experiment of arXiv 2601.03992: `edge-ndp` and its ablations against `monde`, batch 1, 2 to 6 NDP-DIMMs.
 
     python bench/edge_ndp.py            print tables and shapes
-    python bench/edge_ndp.py --write    also write bench/edge_ndp.md, bench/edge_ndp.png and the table in docs/experiment.md
+    python bench/edge_ndp.py --write    also write bench/edge_ndp.md and .png, and the table in docs/experiment.md
     python bench/edge_ndp.py --check    exit 1 if the tables in bench/edge_ndp.md or docs/experiment.md are stale
 
 `--write` needs matplotlib (`pip install '.[bench]'`). Everything is seeded: a second run gives the same files.

@@ -43,6 +43,7 @@ def test_every_option_has_help():
 def test_public_names(pages):
     directives = re.findall(r"^::: moetrace\.(\w+)$", pages["reference/python.md"], re.MULTILINE)
     assert sorted([*directives, "__version__"]) == sorted(mt.__all__)
+    assert "\n## More\n" not in pages["reference/python.md"]
 
 
 def test_public_names_have_docstrings():

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import polars as pl
@@ -42,6 +42,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "requests": {"policy": pl.String, "request": pl.Int64, "ttft_s": pl.Float64, "tpot_s": pl.Float64},
     "experts": {"layer": pl.Int64, "expert": pl.Int64, "rows": pl.Int64, "steps": pl.Int64},
 }
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]  # JSON knows no limit, a column does
 MOST_JSON_BYTES = 64 << 20
 # No file of ours has so many rows a byte; one that claims more would take memory that it does not justify.
 _MOST_ROWS_A_BYTE = 64
@@ -94,14 +95,14 @@ class TraceFacts(msgspec.Struct):
     """The trace of `summary.json`."""
 
     model: str
-    layers: int
-    experts: int
-    top_k: int
-    rows: int
-    steps: int
-    requests: int
-    prefill_rows: int
-    decode_rows: int
+    layers: Count
+    experts: Count
+    top_k: Count
+    rows: Count
+    steps: Count
+    requests: Count
+    prefill_rows: Count
+    decode_rows: Count
     source: dict[str, Any]
     sha256: str | None = None
 
@@ -114,7 +115,7 @@ class Summary(msgspec.Struct):
     trace: TraceFacts
     model: dict[str, Any]
     system: dict[str, Any]
-    slots: int
+    slots: Count
     policies: list[PolicyFigures]
 
 

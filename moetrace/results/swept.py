@@ -11,6 +11,11 @@ from moetrace.results.replayed import read_json, scan, whole_frame
 from moetrace.spec.errors import MoetraceError, printable
 
 _ALWAYS = ("trace", "model", "system", "policy", "slots")
+# What a table or the front shows, where it is there.
+_FIGURES: dict[str, Any] = {"error": pl.String, "pareto": pl.Boolean}
+_FIGURES |= dict.fromkeys(
+    ("gpu_memory_bytes", "link_bytes", "price", "hit_rate", "ttft_s_p50", "tpot_s_p50"), pl.Float64
+)
 
 
 class _Sweep(msgspec.Struct):
@@ -28,12 +33,16 @@ class Swept:
     Attributes:
         moetrace: version.
         axes: columns that differ between cells.
+        grid: what was asked for: the values of each axis.
+        searched: whether `moetrace sweep --search` chose the cells.
         pareto: the column that the front weighs against time.
         cells: a row for each, in the sweep's order; `relative` is its time over that of the fastest cell of its trace.
     """
 
     moetrace: str
     axes: list[str]
+    grid: dict[str, Any]
+    searched: bool
     pareto: str
     cells: pl.DataFrame
 
@@ -60,11 +69,19 @@ def read_swept(folder: Path) -> Swept:
         raise MoetraceError(f"{folder} has no cells.parquet: run the sweep again, which keeps finished cells.")
     if cells.is_empty():
         raise MoetraceError(f"{path} has no cells.")
+    cells = cells.with_columns(pl.col(pl.String).exclude("error").fill_null("–"))
     axes = [axis for axis in dict.fromkeys((*_ALWAYS, *about.axes)) if axis in cells.columns]
     by_trace = ["trace"] if "trace" in cells.columns else []
     fastest = pl.col("total_s").min().over(by_trace) if by_trace else pl.col("total_s").min()
     cells = cells.with_columns((pl.col("total_s") / fastest).fill_nan(None).alias("relative"))
-    return Swept(about.moetrace, [axis for axis in axes if cells[axis].n_unique() > 1], about.pareto, cells)
+    return Swept(
+        moetrace=about.moetrace,
+        axes=[axis for axis in axes if cells[axis].n_unique() > 1],
+        grid=about.axes,
+        searched=(folder / "search.json").exists(),
+        pareto=about.pareto,
+        cells=cells,
+    )
 
 
 def _others(path: Path, axes: dict[str, Any]) -> dict[str, Any]:
@@ -77,16 +94,4 @@ def _others(path: Path, axes: dict[str, Any]) -> dict[str, Any]:
         for name, kind in pl.scan_parquet(path, glob=False).collect_schema().items()
         if kind in (pl.String, pl.Boolean) or kind.is_numeric()
     }
-    figures = (
-        "error",
-        "pareto",
-        "gpu_memory_bytes",
-        "link_bytes",
-        "price",
-        "speedup",
-        "hit_rate",
-        "ttft_s_p50",
-        "tpot_s_p50",
-    )
-    figures += ("work_bound_s", "clairvoyant_s", "tokens_per_s", "utilization_gpu", "demand_bytes", "prefetch_bytes")
-    return {name: plain[name] for name in (*_ALWAYS, *axes, *figures) if name in plain}
+    return {name: _FIGURES.get(name, plain[name]) for name in (*_ALWAYS, *axes, *_FIGURES) if name in plain}

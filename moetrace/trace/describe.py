@@ -35,6 +35,7 @@ def describe(trace: Trace) -> dict[str, Any]:
         "storage": trace.storage,
         "file_bytes": trace.path.stat().st_size if trace.path else None,
         "schema": SCHEMA,
+        "content_sha256": trace.content_sha256,
         "created_by": trace.created_by,
         "source": trace.source,
     }

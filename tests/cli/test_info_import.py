@@ -58,6 +58,8 @@ def test_info_says_what_a_trace_holds(run):
     assert facts["requests"] == 64 and facts["prompt_rows"] == {"min": 48, "median": 144.5, "max": 254}
     assert facts["decode_batch"] == {"median": 1, "max": 1} and facts["absent_share"] == 0
     assert facts["also_holds"] == ["gates", "token"] and facts["source"]["format"] == "npz"
+    with Trace.open(TRACES / "tiny-olmoe.h5") as trace:
+        assert facts["content_sha256"] == trace.content_sha256 is not None
 
 
 def test_info_counts_batches_and_absent_choices(run, tmp_path):

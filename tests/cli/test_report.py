@@ -1,5 +1,6 @@
 """`moetrace report`: a page of a folder, or one sentence."""
 
+import json
 import sys
 
 import pytest
@@ -28,12 +29,17 @@ def test_writes_a_page_and_says_nothing(run, folder, tmp_path):
 def test_analyses_of_the_trace_join(run, folder, tmp_path):
     trace, cache, balance = tmp_path / "t.h5", tmp_path / "cache.json", tmp_path / "balance.json"
     mt.generate(trace, "tiny-olmoe", requests=2, prompt=3, output=30)
+    mt.replay(trace, policies="edge-ndp", slots=48).write(tmp_path / "result")
+    other, folder = folder, tmp_path / "result"
     for file, options in ((cache, ["cache"]), (balance, ["balance"])):
         code, out, _ = run("analyze", *options, trace, "--format", "json")
         assert code == 0
         file.write_text(out)
     page = tmp_path / "page.html"
     assert run("report", folder, "-o", page, "--cache", cache, "--balance", balance)[0] == 0
+    for file in ("cache", "balance"):
+        code, _, err = run("report", other, "-o", page, f"--{file}", tmp_path / f"{file}.json")
+        assert code == 2 and f"{file}.json is of another trace" in err
     assert b'<h2 id="cache">' in page.read_bytes() and b'<h2 id="balance">' in page.read_bytes()
     code, out, _ = run("analyze", "cache", trace, "--curve", "--format", "json")
     cache.write_text(out)
@@ -46,6 +52,18 @@ def test_analyses_of_the_trace_join(run, folder, tmp_path):
     balance.write_text('{"trace": {"model": "other"}, "layers": [], "over_time": []}')
     code, _, err = run("report", folder, "-o", page, "--balance", balance)
     assert code == 2 and "is of another trace" in err
+    facts = {"model": "tiny-olmoe", "layers": 6, "experts": 32}
+    balance.write_text(json.dumps({"trace": facts, "layers": [], "over_time": []}))
+    code, _, err = run("report", folder, "-o", page, "--balance", balance)
+    assert code == 1 and "has no imbalance of any layer" in err
+    row = {"phase": "all", "hit_rate": 0.5, "capacity_experts": 10**30}
+    for rows, said in (
+        ([row], "not what moetrace writes"),
+        ([row | {"capacity_experts": 8, "hit_rate": None}], "no hit"),
+    ):
+        cache.write_text(json.dumps(rows))
+        code, _, err = run("report", folder, "-o", page, "--cache", cache)
+        assert code == 1 and said in err and err.count("\n") == 1
 
 
 def test_inputs_are_not_replaced(run, folder, tmp_path):

@@ -1,5 +1,7 @@
 """The report as a file: stands alone, escapes what strangers wrote, says what it could not read; no browser needed."""
 
+import base64
+import hashlib
 import itertools
 import json
 import re
@@ -13,6 +15,7 @@ import pytest
 from sweeps import sweep_folder
 
 import moetrace as mt
+from moetrace.results.charts import latency, layers, load, over_time, parts, utilization
 from moetrace.results.replayed import Summary, read_replayed, replayed_of
 from moetrace.results.report.again import again, toml
 from moetrace.results.report.page import number, seconds
@@ -86,6 +89,10 @@ def parsed(source, tmp_path, **options):
     return Parsed((tmp_path / "page.html").read_bytes())
 
 
+def digest(script):
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
 def check_alone(page):
     """Nothing is loaded: no address in any attribute but anchors of the page itself, and a policy that forbids it."""
     for tag, attributes in page.elements:
@@ -95,6 +102,7 @@ def check_alone(page):
         assert attributes.get("href", "#").startswith("#")
     policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none';") and "http" not in policy
+    assert re.findall(r"script-src ([^;]*)", policy) == [f"'sha256-{digest(page.scripts[-1])}' 'unsafe-eval'"]
 
 
 def test_stands_alone_and_is_the_same_from_memory_and_folder(result, written, tmp_path):
@@ -216,6 +224,76 @@ def test_what_is_no_result_is_one_sentence(folder, tmp_path, spoil, said):
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.parametrize("table", ["steps", "units", "layers", "requests", "experts"])
+def test_a_file_without_rows_leaves_its_charts_out(folder, tmp_path, table):
+    path = folder / f"{table}.parquet"
+    pl.read_parquet(path).clear().write_parquet(path)
+    check_alone(parsed(folder, tmp_path))
+
+
+@pytest.mark.parametrize("unit", [None, "", "other", "ndp", "ndpx"])
+def test_units_that_no_machine_has_are_left_out(folder, tmp_path, unit):
+    path = folder / "units.parquet"
+    units = pl.read_parquet(path)
+    pl.concat([units, units.head(1).with_columns(unit=pl.lit(unit, pl.String))]).write_parquet(path)
+    spoilt = read_replayed(folder)
+    assert utilization(spoilt).table["unit"].to_list() == [
+        "GPU",
+        *(f"NDP {number}" for number in range(6)),
+        "link in",
+        "link out",
+    ]
+
+
+@pytest.mark.parametrize("steps", [-1, 10**30])
+def test_counts_are_those_of_a_column(folder, tmp_path, steps):
+    change(folder, trace=json.loads((folder / "summary.json").read_text())["trace"] | {"steps": steps})
+    with pytest.raises(mt.MoetraceError, match=r"\$\.trace\.steps"):
+        mt.report(folder, tmp_path / "page.html")
+
+
+def test_points_over_time_are_of_the_steps_that_there_are(folder):
+    change(folder, trace=json.loads((folder / "summary.json").read_text())["trace"] | {"steps": 1})
+    path = folder / "steps.parquet"
+    pl.concat([pl.read_parquet(path).filter(policy="monde")] * 40).write_parquet(path)
+    assert 80 < len(over_time(read_replayed(folder)).table) <= 160
+
+
+def test_charts_show_what_the_frames_say(result):
+    made = replayed_of(result)
+    spent = parts(made).table
+    assert spent["all, s"].to_list() == pytest.approx(result.summary["total_s"].to_list())
+    times = latency(made).table
+    decode = result.steps.filter(phase="decode")
+    for policy in ("monde", "edge-ndp"):
+        row = times.row(by_predicate=(pl.col("of") == "Decode steps") & (pl.col("policy") == policy), named=True)
+        values = 1e3 * decode.filter(policy=policy)["duration_s"]
+        assert row["count"] == len(values)
+        assert (row["least, ms"], row["most, ms"]) == pytest.approx((values.min(), values.max()))
+        assert row["p95, ms"] == pytest.approx(values.quantile(0.95, "linear"))
+    figures = result.summary.row(1, named=True)
+    row = times.row(by_predicate=(pl.col("of") == "Time to first token") & (pl.col("policy") == "edge-ndp"), named=True)
+    assert row["p50, ms"] == pytest.approx(1e3 * figures["ttft_s_p50"])
+    by_layer = layers(made).table.filter(policy="edge-ndp")
+    assert by_layer["ms a step"].sum() * len(result.steps) / 3 == pytest.approx(
+        1e3 * result.steps.filter(policy="edge-ndp")["moe_s"].sum()
+    )
+    hits, active = (
+        result.layers.filter(policy="edge-ndp").select(pl.col(names).sum()).sum_horizontal()[0]
+        for names in (["hits"], ["hits", "misses"])
+    )
+    assert hits / active == pytest.approx(figures["hit_rate"])
+    moments = over_time(made).table.filter(policy="edge-ndp")
+    assert moments["ms a step"].sum() == pytest.approx(1e3 * figures["total_s"], rel=1e-4)  # a point each step
+    busy = utilization(made).table.filter(unit="GPU")
+    assert busy["edge-ndp"][0] == figures["utilization_gpu"]
+    wanted = load(made).table
+    assert (
+        wanted["choices"].to_list()
+        == result.experts.group_by("layer").agg(pl.sum("rows")).sort("layer")["rows"].to_list()
+    )
+
+
 def test_damage_in_the_middle_of_a_file_is_one_sentence(folder, tmp_path):
     content = bytearray((folder / "steps.parquet").read_bytes())
     content[100:400] = bytes(300)
@@ -280,6 +358,26 @@ def test_how_to_run_it_again_is_true(result, tmp_path, monkeypatch):
     assert sorted(run.files) == ["model.toml", "policy-1.toml", "system.toml"]
 
 
+def test_what_a_result_lacks_to_run_again_is_said(tmp_path):
+    """A policy's file is named, without where it lay; so is the hash of the trace, as `moetrace info` says it."""
+    path = tmp_path / "trace.h5"
+    mt.generate(path, "tiny-olmoe", requests=2, prompt=3, output=3)
+    rows = [list(range(32))] * 6
+    (tmp_path / "own-plan.json").write_text(json.dumps({"physical_to_logical_map": rows}))
+    (tmp_path / "own.toml").write_text(
+        'name = "own"\nplacement = "plan"\nplan = "own-plan.json"\ndispatch = "ndp"\nresidency = "none"\n'
+    )
+    mt.report(
+        mt.replay(path, policies=tmp_path / "own.toml", overrides={"system.ndp.units": 4}), tmp_path / "page.html"
+    )
+    page = Parsed((tmp_path / "page.html").read_bytes())
+    text = "".join(page.text)
+    assert "own also needs own-plan.json, which is not in a result, beside policy-1.toml." in text
+    assert str(tmp_path) not in text
+    with mt.Trace.open(path) as trace:
+        assert f"must say that its content_sha256 is {trace.content_sha256}." in text
+
+
 def test_toml_is_read_back():
     values = {"a b": 'x"\\\n\x7f\x00é', "n": 1, "f": 1e300, "t": True, "none": None, "l": [1, "x"], "d": {"k.": -0.5}}
     assert tomllib.loads(toml(values)) == {key: value for key, value in values.items() if value is not None}
@@ -300,11 +398,46 @@ def test_a_sweep_has_its_front_and_its_axes(tmp_path):
     assert {"best", "failed", "front", "axes", "cells"} <= ids
     text = "".join(page.text)
     assert "26 of 27 cells have a result, 1 have none" in text and HOSTILE.replace("\x1b", "\\x1b") in text
+    assert "no other beats in both time and GPU memory" in text
+    assert "system.ndp.units2, 4, 6" in text and "moetrace sweep SWEEP.toml -o DIR" in text
     with pytest.raises(mt.UsageError, match="not of a sweep"):
         mt.report(folder, tmp_path / "page.html", cache=tmp_path / "cache.json")
     (folder / "cells.parquet").unlink()
     with pytest.raises(mt.MoetraceError, match=r"has no cells\.parquet"):
         mt.report(folder, tmp_path / "page.html")
+
+
+def test_a_search_is_told_as_one_and_no_front_that_is_not_drawn(tmp_path):
+    """Its cells may all have the same slots, so that there is no front to draw."""
+    folder = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp"])
+    cells = pl.read_parquet(folder / "cells.parquet").with_columns(gpu_memory_bytes=pl.lit(1e9))
+    cells.write_parquet(folder / "cells.parquet")
+    about = json.loads((folder / "sweep.json").read_text())
+    about["axes"] = {"slots": list(range(30)), HOSTILE: HOSTILE}
+    (folder / "sweep.json").write_text(json.dumps(about))
+    (folder / "search.json").write_text("{}")
+    page = parsed(folder, tmp_path)
+    check_alone(page)
+    text = "".join(page.text)
+    assert "moetrace sweep SWEEP.toml --search -o DIR" in text and "22, 23 and 6 more" in text
+    assert "Moved over the link, GB" in text and "Pareto front," not in text
+
+
+@pytest.mark.parametrize("axis", ["trace", "policy", "slots"])
+def test_a_cell_may_have_no_value_of_an_axis(tmp_path, axis):
+    path = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp"]) / "cells.parquet"
+    few = pl.when(pl.col("slots") != 16).then(pl.col(axis))
+    pl.read_parquet(path).with_columns(few.alias(axis)).write_parquet(path)
+    check_alone(parsed(path.parent, tmp_path))
+
+
+@pytest.mark.parametrize("column", ["pareto", "gpu_memory_bytes", "ttft_s_p50", "error"])
+def test_columns_of_a_sweep_are_of_their_kind(tmp_path, column):
+    path = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp"]) / "cells.parquet"
+    wrong = pl.lit(1) if column in ("error", "pareto") else pl.lit("much")
+    pl.read_parquet(path).with_columns(wrong.alias(column)).write_parquet(path)
+    with pytest.raises(mt.MoetraceError, match=rf"cells\.parquet must have a column {column}"):
+        mt.report(path.parent, tmp_path / "page.html")
 
 
 def test_reading_gives_what_was_written(result, written):

@@ -84,6 +84,16 @@ def test_a_pointer_gets_a_tooltip(tab, replayed):
         assert re.search("policy|expert", text)
 
 
+def test_what_got_into_a_page_would_not_run(tab, replayed, tmp_path):
+    page = replayed.read_text(encoding="utf-8")
+    bad = "<img src=x onerror='window.ran = 1'><script>window.ran = 1</script>"
+    assert page.count("<footer>") == 1
+    (tmp_path / "page.html").write_text(page.replace("<footer>", f"{bad}<footer>"), encoding="utf-8")
+    tab.open(tmp_path / "page.html")
+    assert tab.value("window.ran ?? 'no'") == "no"
+    assert sum("Content Security Policy" in error for error in tab.errors) >= 2
+
+
 def test_tables_open_and_names_are_text(tab, replayed):
     tab.open(replayed, width=375)
     tab.value("document.querySelectorAll('details').forEach(e => e.open = true)")

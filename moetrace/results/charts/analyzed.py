@@ -1,14 +1,14 @@
 """Charts of what `moetrace analyze` printed as JSON of the same trace: hit curves of caches, balance of plans."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 import polars as pl
 
 from moetrace.results.cache_plot import curves
 from moetrace.results.charts.style import Figure, in_order, lines
-from moetrace.results.replayed import TraceFacts, read_json
+from moetrace.results.replayed import Count, TraceFacts, read_json
 from moetrace.spec.errors import MoetraceError, UsageError
 
 _MOST_POINTS = 160  # of a curve
@@ -21,7 +21,8 @@ class _Cache(msgspec.Struct):
     phase: str
     hit_rate: float | None
     policy: str = "lru"
-    capacity_experts: int | None = None
+    steps: Count | None = None
+    capacity_experts: Count | None = None
     capacity_bytes: float | None = None
     hit_rate_low: float | None = None
     hit_rate_high: float | None = None
@@ -32,10 +33,10 @@ class _Row(msgspec.Struct):
 
     placement: str
     plan: str
-    layer: int
+    layer: Count
     imbalance: float | None
     least_imbalance: float | None = None
-    first_step: int = 0
+    first_step: Count = 0
 
 
 class _Balance(msgspec.Struct):
@@ -44,17 +45,20 @@ class _Balance(msgspec.Struct):
     over_time: list[_Row]
 
 
-def hit_curves(path: Path) -> Figure:
+def hit_curves(path: Path, trace: TraceFacts) -> Figure:
     """Draw how often caches of each capacity would have hit.
 
-    Raises MoetraceError if the file is not what `analyze cache` prints, UsageError if its capacities are of two kinds.
+    Raises MoetraceError if the file is not what `analyze cache` prints, UsageError if its capacities are of two kinds,
+    or if it is of a trace of another number of steps (which it says of all steps, and not of a curve).
     """
     import altair as alt
 
     found = read_json(path, list[_Cache])
-    if not found:
+    frame = _frame(found, _Cache).drop_nulls("hit_rate").filter(pl.col("phase").is_in(list(_PHASES)))
+    if frame.is_empty():
         raise MoetraceError(f"{path} has no hit rates: analyze a trace that has steps of that phase.")
-    frame = _frame(found, _Cache)
+    if not frame.filter(phase="all")["steps"].drop_nulls().is_in([trace.steps]).all():
+        raise _of_another(path)
     if frame["capacity_experts"].null_count() not in (0, len(frame)):
         raise UsageError(f"{path} has capacities in experts and in bytes: give one kind to `moetrace analyze cache`.")
     unit = "GB" if frame["capacity_experts"].null_count() else "experts"
@@ -73,9 +77,14 @@ def hit_curves(path: Path) -> Figure:
             panels.append((title, lines(f"cache_{phase}", of, x, y, names, tooltip)))
     words = (
         "What `moetrace analyze cache` found: how often a cache of this size would have had the expert that was "
-        "needed, under each eviction policy. Belady's knows the future; no other of equal sizes hits more. Where it is "
-        "low, the working set does not fit; where it is high and the others are not, a better policy would help."
+        "needed, under each eviction policy."
     )
+    if "belady" in names:
+        words += (
+            " Belady's knows the future: with experts of equal size, no other that keeps whatever is demanded hits "
+            "more. Where it is low, the working set does not fit; where it is high and the others are not, a better "
+            "policy would help."
+        )
     return Figure("cache", "Hit curves of caches", words, panels, points.rename({"capacity": f"capacity, {unit}"}))
 
 
@@ -87,11 +96,13 @@ def balance(path: Path, trace: TraceFacts) -> Figure:
     import altair as alt
 
     found = read_json(path, _Balance)
-    ours = (trace.model, trace.layers, trace.experts, trace.steps)
-    if tuple(found.trace.get(name) for name in ("model", "layers", "experts")) != ours[:3]:
-        raise UsageError(f"{path} is of another trace than the replay: analyze the trace that was replayed.")
+    names = ["model", "layers", "experts", *(["steps"] if found.trace.get("phase") == "all" else [])]
+    if any(found.trace.get(name) != getattr(trace, name) for name in names):
+        raise _of_another(path)
     label = (pl.col("placement") + ", " + pl.col("plan")).alias("policy")
     layers = _frame(found.layers, _Row).with_columns(label).drop_nulls("imbalance")
+    if layers.is_empty():
+        raise MoetraceError(f"{path} has no imbalance of any layer: analyze a trace that has steps of that phase.")
     names = layers["policy"].unique(maintain_order=True).to_list()
     periods = (
         _frame(found.over_time, _Row)
@@ -120,8 +131,12 @@ def balance(path: Path, trace: TraceFacts) -> Figure:
     return Figure("balance", "Balance of placements and plans", words, panels, table)
 
 
+def _of_another(path: Path) -> UsageError:
+    return UsageError(f"{path} is of another trace than the replay: analyze the trace that was replayed.")
+
+
 def _frame(rows: list[Any], form: Any) -> pl.DataFrame:
     """A frame with every field of the struct, of fixed types: an empty list has them too."""
     kinds = {str: pl.String, int: pl.Int64, int | None: pl.Int64, float | None: pl.Float64}
-    schema = {field.name: kinds[field.type] for field in msgspec.structs.fields(form)}
+    schema = {name: kinds[kind] for name, kind in get_type_hints(form).items()}  # without the bounds of a Count
     return pl.DataFrame([msgspec.structs.asdict(row) for row in rows], schema=schema)

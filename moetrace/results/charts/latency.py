@@ -12,7 +12,7 @@ from moetrace.results.replayed import Replayed
 # Shares of steps or requests at which a distribution is drawn, closer together towards its slow end.
 _SHARES = np.unique(np.concatenate([np.linspace(0, 0.9, 46), np.linspace(0.9, 0.99, 19), [0.995, 0.999, 1.0]]))
 _TABLE_SHARES = {"least": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "most": 1.0}
-_MEASURES = ("step", "prefill step", "decode step", "mixed step", "TTFT", "TPOT")
+_MEASURES = ("prefill step", "decode step", "mixed step", "TTFT", "TPOT")
 PARTS = {"dense_s": "dense layers", "moe_s": "experts", "head_s": "head", "wait_s": "waiting for prefetch"}
 _PERIODS = 160  # of a chart over time
 
@@ -55,6 +55,8 @@ def parts(replayed: Replayed) -> Figure | None:
         schema={"policy": pl.String} | dict.fromkeys(PARTS, pl.Float64),
     )
     shown = [name for name in PARTS if sums[name].sum() > 0]
+    if not shown:
+        return None
     long = (
         sums.rename(PARTS)
         .unpivot([PARTS[name] for name in shown], index="policy", variable_name="part", value_name="seconds")
@@ -135,9 +137,13 @@ def over_time(replayed: Replayed) -> Figure | None:
     """Draw the mean time of a step, and the hit rate, from the first step to the last."""
     import altair as alt
 
-    if replayed.steps is None or replayed.summary.trace.steps < 2:
+    if replayed.steps is None:
         return None
-    every = -(-max(1, replayed.summary.trace.steps) // _PERIODS)
+    counts = replayed.steps.filter(pl.col("policy").is_in(replayed.names)).group_by("policy").len()
+    most: int = counts.select(pl.max("len")).collect().item() or 0  # the file's own, whatever summary.json says
+    if most < 2:
+        return None
+    every = -(-most // _PERIODS)
     periods = pl.concat(
         [_periods(name, steps, every) for name, steps in _each(replayed, "duration_s", "hits", "misses")]
     )
@@ -191,13 +197,13 @@ def _samples(replayed: Replayed) -> Iterator[tuple[str, str, np.ndarray]]:
         times = replayed.steps.select("policy", "phase", "duration_s").drop_nulls().collect()
         by_phase = times.partition_by("policy", "phase", as_dict=True, maintain_order=True)
     phases = list(dict.fromkeys(phase for _, phase in by_phase))
-    for measure in _MEASURES[:4]:
+    for measure in _MEASURES[:3]:
         for policy in replayed.names:
             for phase in phases:
                 if measure == f"{phase} step" and (policy, phase) in by_phase:
                     yield measure, policy, np.sort(1e3 * by_phase[policy, phase]["duration_s"].to_numpy())
     if replayed.requests is not None:
-        for measure in _MEASURES[4:]:
+        for measure in _MEASURES[3:]:
             for policy in replayed.names:
                 column = replayed.requests.filter(policy=policy)[f"{measure.lower()}_s"].drop_nulls()
                 if len(column):

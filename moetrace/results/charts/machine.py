@@ -10,6 +10,7 @@ from moetrace.results.replayed import Replayed
 
 _MOST_UNITS = 16  # that get a row of their own
 _MOST_CELLS = 1 << 15  # of a map of experts
+_UNIT = r"^(gpu|ndp[0-9]+|cpu|link_in|link_out)$"  # a stranger's file may name more
 _NAMES = {"gpu": "GPU", "cpu": "CPU", "link_in": "link in", "link_out": "link out"}
 
 
@@ -20,7 +21,7 @@ def utilization(replayed: Replayed) -> Figure | None:
     if replayed.units is None:
         return None
     used = in_order(replayed.units, replayed.names).drop_nulls("utilization")
-    used = used.filter(pl.col("utilization").max().over("unit") > 0)
+    used = used.filter(pl.col("unit").str.contains(_UNIT) & (pl.col("utilization").max().over("unit") > 0))
     ndp = used.filter(pl.col("unit").str.starts_with("ndp"))
     if ndp["unit"].n_unique() > _MOST_UNITS:
         extremes = [("NDP, least", pl.min), ("NDP, mean", pl.mean), ("NDP, most", pl.max)]
@@ -32,7 +33,7 @@ def utilization(replayed: Replayed) -> Figure | None:
             for name, how in extremes
         ]
         used = pl.concat([used.filter(~pl.col("unit").str.starts_with("ndp")), *spread])
-    used = used.with_columns(pl.col("unit").replace(_NAMES).str.replace(r"^ndp(\d+)$", "NDP $1"))
+    used = used.with_columns(pl.col("unit").replace(_NAMES).str.replace(r"^ndp([0-9]+)$", "NDP $1"))
     if used.is_empty():
         return None
     units = used["unit"].unique(maintain_order=True).to_list()

@@ -33,6 +33,7 @@ def front(swept: Swept) -> Figure | None:
     names = done[kinds].unique(maintain_order=True).to_list()
     traces = done["trace"].unique(maintain_order=True).to_list() if "trace" in done.columns else [None]
     panels: list[tuple[str, Any]] = []
+    marked = False
     for trace in traces:
         part = done if trace is None else done.filter(trace=trace)
         for cost in costs:
@@ -49,15 +50,16 @@ def front(swept: Swept) -> Figure | None:
             )
             layers = [points]
             if cost == swept.pareto:
+                marked = True
                 best = base.transform_filter("datum.pareto")
                 ring = best.mark_point(size=190, color="#808080", strokeWidth=2)
                 layers = [best.mark_line(color="#808080", strokeWidth=2), ring, points]
             title = f"{_COSTS[cost][0].upper()}{_COSTS[cost][1:]}" + (f": {trace}" if len(traces) > 1 else "")
             panels.append((title, alt.LayerChart(layer=layers, height=300)))
-    words = (
-        "Each mark is a cell. Towards the lower left is better: faster, and with less. Ringed and joined: the Pareto "
-        f"front of time and {_COSTS.get(swept.pareto, swept.pareto)}, cells that no other beats in both."
-    )
+    words = "Each mark is a cell. Towards the lower left is better: faster, and with less."
+    if marked:
+        cost = _COSTS[swept.pareto].removesuffix(", GB")
+        words += f" Ringed and joined: the Pareto front, cells that no other beats in both time and {cost}."
     columns = ["name", "total_s", *costs, "pareto"]
     table = done.filter("pareto").sort("total_s").select(columns) if done["pareto"].any() else done.select(columns)
     table = table.rename({"total_s": "seconds", **{cost: _COSTS[cost] for cost in costs}})
@@ -75,7 +77,9 @@ def axes(swept: Swept) -> Figure | None:
     panels: list[tuple[str, Any]] = []
     rows = []
     for axis in names:
-        valued = done.with_columns(pl.col(axis).map_elements(_label, return_dtype=pl.String).alias("value"))
+        valued = done.with_columns(
+            pl.col(axis).map_elements(_label, return_dtype=pl.String).fill_null("–").alias("value")
+        )
         order = valued.sort(axis)["value"].unique(maintain_order=True).to_list()
         for value in order:
             of = valued.filter(value=value).sort("relative", maintain_order=True)

@@ -25,7 +25,7 @@ from moetrace.spec import (
 from moetrace.spec.errors import printable
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
-_FILES = ("static", "loads")  # choices of a policy that name a file
+_FILES = ("static", "loads", "plan")  # choices of a policy that name a file
 
 
 class Again(NamedTuple):
@@ -72,7 +72,9 @@ def toml(values: Mapping[str, Any]) -> str:
 
 def _hash(summary: Summary) -> str:
     sha256 = summary.trace.sha256
-    return f", whose content has the SHA-256 {printable(sha256)}" if sha256 else ""
+    if not sha256:
+        return ""
+    return f": `moetrace info TRACE.h5 --format json` must say that its content_sha256 is {printable(sha256)}"
 
 
 def _overflows(summary: Summary) -> bool:

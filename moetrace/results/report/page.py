@@ -1,6 +1,8 @@
 """One HTML page that stands alone: its style, its parts as escaped text, its charts, the script that draws them."""
 
+import base64
 import functools
+import hashlib
 import json
 import math
 import re
@@ -86,7 +88,7 @@ _PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; \
-script-src 'unsafe-inline' 'unsafe-eval'; base-uri 'none'; form-action 'none'">
+script-src 'sha256-$digest' 'unsafe-eval'; base-uri 'none'; form-action 'none'">
 <title>$title</title>
 <style>$style</style>
 </head>
@@ -108,6 +110,7 @@ $sections
 </body>
 </html>
 """)
+# The policy above allows this script alone, by its hash: whatever else got into a page would not run.
 _DRAW = """
 const options = {mode: "vega-lite", renderer: "svg", actions: false, tooltip: {theme: "custom"}};
 for (const chart of document.querySelectorAll(".chart")) {
@@ -143,6 +146,7 @@ def page(title: str, head: str, sections: Sequence[tuple[str, str, str]], foot: 
         sections="\n".join(bodies),
         foot=foot,
         script=_bundle(),
+        digest=base64.b64encode(hashlib.sha256(_bundle().encode()).digest()).decode(),
     )
     return whole.encode()
 
@@ -158,6 +162,11 @@ def _bundle() -> str:
 def text(words: object) -> str:
     """Return what may stand in HTML, between tags or in quotes, whatever a stranger wrote."""
     return escape(printable(str(words)))
+
+
+def prose(words: str) -> str:
+    """Return the same, with what stands in backticks as code."""
+    return _CODE.sub(_MARKED, text(words))
 
 
 def figure(found: Figure) -> tuple[str, str, str]:
@@ -177,7 +186,7 @@ def figure(found: Figure) -> tuple[str, str, str]:
             f'<div class="chart"></div><script type="application/json">{encoded}</script></figure>'
         )
     behind = details("The table behind it", table(found.table, found.title))
-    body = f'<p>{_CODE.sub(_MARKED, text(found.words))}</p>\n<div class="panels">{"".join(panels)}</div>\n{behind}'
+    body = f'<p>{prose(found.words)}</p>\n<div class="panels">{"".join(panels)}</div>\n{behind}'
     return found.name.replace("_", "-"), found.title, body
 
 

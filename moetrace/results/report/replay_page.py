@@ -23,7 +23,7 @@ def replay_page(replayed: Replayed, folder: Path | None, cache: Path | None, bal
     with readable((folder or Path()) / "steps.parquet"):
         figures = [draw(replayed) for draw in QUESTIONS.values()]
     figures.append(one_step(folder / NAME) if folder else None)
-    figures.append(hit_curves(cache) if cache else None)
+    figures.append(hit_curves(cache, summary.trace) if cache else None)
     figures.append(balanced(balance, summary.trace) if balance else None)
     sections += [page.figure(found) for found in figures if found is not None]
     sections.append(("words", "What the figures mean", _words(summary)))
@@ -162,7 +162,7 @@ def _how(summary: Summary) -> str:
     blocks = [
         f"<h3>{page.text(name)}</h3><pre><code>{_lines(content)}</code></pre>" for name, content in run.files.items()
     ]
-    notes = "".join(f"<p>{page.text(note)}</p>" for note in run.notes)
+    notes = "".join(f"<p>{page.prose(note)}</p>" for note in run.notes)
     return (
         f"{page.facts([*known, *source], 'facts')}\n<p>To run it again:</p>\n"
         f"<pre><code>{page.text(run.command)}</code></pre>\n{notes}{''.join(blocks)}"

@@ -1,5 +1,7 @@
 """The report of a sweep."""
 
+from typing import Any
+
 import polars as pl
 
 from moetrace.results.charts.sweep import axes, front
@@ -17,6 +19,8 @@ _COLUMNS = {
     "pareto": "Pareto front",
     "error": "error",
 }
+
+_MOST_VALUES = 24  # of an axis
 
 
 def sweep_page(swept: Swept) -> bytes:
@@ -36,7 +40,7 @@ def sweep_page(swept: Swept) -> bytes:
         failed = swept.cells.drop_nulls("error").select("name", "error")
         if len(failed):
             sections.insert(1, ("failed", "Cells that failed", page.table(failed, "Why cells have no result")))
-    sections.append(("again", "How to run it again", _again()))
+    sections.append(("again", "How it was run, and how to run it again", _again(swept)))
     head = f'<p class="lede">{page.text(_lede(swept))}</p>'
     foot = (
         f"Made by moetrace {page.text(swept.moetrace)} from simulated replays: a model of machines, not a measurement. "
@@ -77,9 +81,19 @@ def _best(swept: Swept) -> str:
     return f'{more}<div class="cards">{"".join(cards)}</div>{page.details("Their names", page.table(names, "Fastest"))}'
 
 
-def _again() -> str:
+def _again(swept: Swept) -> str:
+    known = [(axis, _values(given)) for axis, given in swept.grid.items()]
+    search = " --search" if swept.searched else ""
     return (
-        "<p>The folder of a sweep keeps every finished cell: the same command reruns what is missing or changed and "
-        "leaves the rest.</p><pre><code>moetrace sweep SWEEP.toml -o DIR</code></pre>"
+        f"{page.facts([*known, ('moetrace', swept.moetrace)], 'facts')}"
+        "<p>The folder keeps every finished cell: the same command reruns what is missing or changed and leaves the "
+        f"rest.</p><pre><code>moetrace sweep SWEEP.toml{search} -o DIR</code></pre>"
         "<p>A cell's own file, in <code>cells</code>, holds its model, system and policy as they were resolved.</p>"
     )
+
+
+def _values(given: Any) -> str:
+    """The values of an axis, or as many of them as one reads."""
+    values = given if isinstance(given, list) else [given]
+    shown = ", ".join(page.number(value) for value in values[:_MOST_VALUES])
+    return f"{shown} and {len(values) - _MOST_VALUES:,} more" if len(values) > _MOST_VALUES else shown
