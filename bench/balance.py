@@ -1,6 +1,6 @@
 """Speed of plans and of the balance analysis on one core, beside EPLB in torch and a NumPy histogram.
 
-    python bench/balance.py [--rounds 7]
+    python bench/balance.py [--rounds 7] [--write docs/balance.md]
     PYTHONPATH=path/of/deepseek-ai/EPLB python bench/balance.py
 
 If EPLB itself (https://github.com/deepseek-ai/EPLB, eplb.py) can be imported it is the peer; else its algorithm is
@@ -13,11 +13,15 @@ machine do not count.
 """
 
 import argparse
+import contextlib
+import io
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from time import process_time
 
 import numpy as np
+from markers import write_between
 
 from moetrace.analyze import loads as loads_module
 from moetrace.analyze.balance import balance
@@ -186,10 +190,15 @@ def whole(rounds: int) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=7)
-    rounds = options.parse_args().rounds
-    plans(rounds)
-    histograms(4 * rounds)
-    whole(max(3, rounds // 2))
+    options.add_argument("--write", type=Path, metavar="PAGE.md", help="write it between the page's markers")
+    given = options.parse_args()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        plans(given.rounds)
+        histograms(4 * given.rounds)
+        whole(max(3, given.rounds // 2))
+    print(printed.getvalue())
+    if given.write:
+        write_between(given.write, "speed", f"```\n{printed.getvalue().rstrip()}\n```")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Memory of the analyses over a trace that is larger than what they may allocate.
 
-    python bench/memory.py [--file BIG.h5] [--gigabytes 4] [--limit-mib 1024] [ANALYSIS ...]
+    python bench/memory.py [--file BIG.h5] [--gigabytes 4] [--limit-mib 1024] [--write docs/cache.md] [ANALYSIS ...]
 
 Each analysis is a process of its own, which may allocate `--limit-mib` of private memory and no more (RLIMIT_DATA).
 The table shows how much anonymous memory it had at most (of /proc/PID/smaps_rollup, some fifty times a second; pages of
@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from markers import write_between
 
 POLICIES = ("lru", "fifo", "lfu", "belady", "sieve", "arc")
 ANALYSES = {
@@ -82,18 +84,27 @@ def main() -> None:
     options.add_argument("--file", type=Path)
     options.add_argument("--gigabytes", type=float, default=4)
     options.add_argument("--limit-mib", type=int, default=1024)
+    options.add_argument("--write", type=Path, metavar="PAGE.md", help="write the table between the page's markers")
     given = options.parse_args()
     if unknown := set(given.analyses) - set(ANALYSES):
         options.error(f"there is no {unknown.pop()!r}; known are {', '.join(ANALYSES)}")
     os.nice(19)
     with tempfile.TemporaryDirectory() as folder:
         trace = given.file or big_trace(Path(folder), given.gigabytes)
-        print(f"{trace.stat().st_size / 1e9:.1f} GB; at most {given.limit_mib} MiB of private memory.\n")
-        print("| analysis | anonymous MiB | temporary MiB | s |\n| --- | --- | --- | --- |", flush=True)
+        lines = [
+            f"A trace of {trace.stat().st_size / 1e9:.1f} GB; processes may allocate {given.limit_mib} MiB:",
+            "",
+            "| analysis | anonymous MiB | temporary file, MiB | s |",
+            "| --- | --- | --- | --- |",
+        ]
+        print(*lines, sep="\n", flush=True)
         for name in given.analyses:
             question, *how = ANALYSES[name]
             anonymous, temporary, seconds = measure(["analyze", question, str(trace), *how], given.limit_mib << 20)
-            print(f"| {name} | {anonymous / 2**20:.0f} | {temporary / 2**20:.0f} | {seconds:.0f} |", flush=True)
+            lines.append(f"| {name} | {anonymous / 2**20:.0f} | {temporary / 2**20:.0f} | {seconds:.0f} |")
+            print(lines[-1], flush=True)
+    if given.write:
+        write_between(given.write, "memory", "\n".join(lines))
 
 
 if __name__ == "__main__":
