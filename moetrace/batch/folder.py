@@ -63,8 +63,11 @@ class Folder:
             **parts,
         }
         # Not synced: what a crash of the machine cuts short is seen by `finished`, and replayed again.
-        with whole_file(self._cells / f"{cell.key}.json", sync=False) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+        try:
+            with whole_file(self._cells / f"{cell.key}.json", sync=False) as file:
+                file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+        except MoetraceError as error:
+            raise MoetraceError(str(error).replace("nothing was changed", "finished cells are kept")) from None
 
     def count_others(self, keys: set[str]) -> int:
         """How many finished cells lie here that are not of this sweep."""

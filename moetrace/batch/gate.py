@@ -132,7 +132,7 @@ def gate(
     *,
     tolerance: str | Iterable[str] = (),
     metrics: Sequence[str] | None = None,
-    fail_on: Iterable[str] = FAIL_ON,
+    fail_on: str | Iterable[str] = FAIL_ON,
     update: bool = False,
 ) -> Gate:
     """Compare the figures of a folder with a baseline; with `update`, accept them as the new baseline.
@@ -143,13 +143,15 @@ def gate(
         tolerance: how far metrics may move: `0.5%` all, `total_s=0.1%` one, `total_s=0.002` one in its own unit. By
             default as far as rounding moves them (1e-9 of the baseline).
         metrics: which are compared; by default those of the baseline, for a new one DEFAULT_METRICS.
-        fail_on: verdicts that fail the gate.
+        fail_on: verdicts that fail the gate; "any" is all but "same".
         update: write the folder's figures to `baseline`, whatever they are.
 
     Raises UsageError if something is wrong or unknown or the baseline is of another trace, MoetraceError if a file
     cannot be read or written, or is damaged.
     """
     folder, path = Path(folder), Path(baseline)
+    if not isinstance(tolerance, Iterable):
+        raise UsageError(f"tolerance is a text as 0.5% or several, got {tolerance!r}.")
     tolerances = Tolerances([tolerance] if isinstance(tolerance, str) else tolerance)
     verdicts = _checked_verdicts(fail_on)
     asked = None if metrics is None else check_metrics([metrics] if isinstance(metrics, str) else metrics)
@@ -183,7 +185,9 @@ def _figures(moved: Moved) -> dict[str, Any]:
     return {"unit": METRICS[moved.metric].unit, **{key: getattr(moved, key) for key in _FIGURES if key != "unit"}}
 
 
-def _checked_verdicts(names: Iterable[str]) -> tuple[str, ...]:
+def _checked_verdicts(names: str | Iterable[str]) -> tuple[str, ...]:
+    if names == "any":
+        return VERDICTS[:-1]
     wanted = {names} if isinstance(names, str) else {*names}
     for name in sorted(wanted):
         if name not in VERDICTS or name == "same":

@@ -141,6 +141,8 @@ def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
 
 def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
     """Read the axes of a sweep. Raises as `load_grid` does."""
+    if not isinstance(source, str | os.PathLike | Mapping):
+        raise UsageError(f"A sweep is the path of a TOML file or a mapping, got {type(source).__name__}.")
     if isinstance(source, Mapping):
         folder, where = Path.cwd(), "the sweep"
         raw = {key: _plain(value) for key, value in source.items()}

@@ -86,8 +86,10 @@ def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, st
     As many cells share a task as pay off and as memory holds.
     """
     needs = needs_of(cell.policy for cell in cells.values())
-    several = _TASKS_A_JOB if steps is None and is_kept(trace, needs) else 1
-    size = min(max(1, LOGS_BYTES // cell_bytes(trace)), max(1, -(-len(cells) // (jobs * several))), _MOST_CELLS)
+    kept = is_kept(trace, needs)
+    even = -(-len(cells) // (jobs * (_TASKS_A_JOB if steps is None and kept else 1)))
+    # A trace that is read again by each task is read by as few as possible.
+    size = max(1, min(even, LOGS_BYTES // cell_bytes(trace), _MOST_CELLS if kept else even))
     wanted = [(key, cell.setup, cell.inputs["files"]) for key, cell in cells.items() if cell.setup and cell.inputs]
     code = code_fingerprint()
     return [

@@ -76,7 +76,6 @@ def command(
     Exit code 3 if a cell has one of the verdicts of --fail-on, else 0.
     """
     from moetrace.batch.gate import gate
-    from moetrace.batch.verdict import VERDICTS
 
     targets = {f"--{name.replace('_', '-')}": path for name, path in files.items() if path is not None}
     summary = os.environ.get(_SUMMARY) or None
@@ -86,7 +85,7 @@ def command(
         baseline,
         tolerance=tolerances,
         metrics=metrics or None,
-        fail_on=VERDICTS[:-1] if fail_on == "any" else [name.strip() for name in fail_on.split(",") if name.strip()],
+        fail_on="any" if fail_on == "any" else [name.strip() for name in fail_on.split(",") if name.strip()],
         update=update,
     )
     _write(found, files, summary)

@@ -146,7 +146,7 @@ def _report(sweep: "Sweep") -> None:
         *([f"{len(sweep.failed):,} failed"] if sweep.failed else []),
     ]
     click.echo(f"moetrace: {len(sweep.listed):,} cells: {', '.join(parts)}.", err=True)
-    if sweep.unused:
+    if sweep.unused and all(cell.key for cell in sweep.listed):  # what a cell without a key has found is not known
         click.echo(
             f"moetrace: {sweep.unused:,} finished cells in the folder are not of this sweep (changed inputs, or an "
             "earlier version); nothing needs them.",

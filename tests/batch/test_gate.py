@@ -162,6 +162,9 @@ def test_what_fails_is_chosen(tmp_path):
     better = {"total_s": 12.0}
     assert judged(tmp_path, better, fail_on=["better", "new"]).failed == (MONDE,)
     assert judged(tmp_path, {"total_s": 14.0}, fail_on="missing").passed
+    assert judged(tmp_path, better, fail_on="any").failed == (MONDE,)
+    with pytest.raises(mt.UsageError, match="tolerance is a text"):
+        judged(tmp_path, better, tolerance=5)
     assert judged(tmp_path, better, {"name": "x"}, fail_on="new").failed == ("tiny-olmoe/edge-ndp/x",)
 
 

@@ -144,3 +144,8 @@ def test_a_file_that_is_no_sweep(tmp_path):
             load_grid(path)
     with pytest.raises(MoetraceError, match="Cannot read"):
         load_grid(tmp_path / "none.toml")
+
+
+def test_what_is_no_grid_at_all_is_one_sentence():
+    with pytest.raises(UsageError, match="path of a TOML file or a mapping, got int"):
+        load_grid(5)  # pyright: ignore

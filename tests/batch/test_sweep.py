@@ -410,7 +410,10 @@ def test_a_full_disk_keeps_what_is_finished(small, tmp_path, monkeypatch):
             self.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(self, data)
 
-    with monkeypatch.context() as patch, pytest.raises(mt.MoetraceError, match="No space left on device"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(mt.MoetraceError, match="No space left on device; finished cells are kept"),
+    ):
         patch.setattr(AtomicFile, "write", full)
         mt.sweep(grid, tmp_path)
     assert len(list((tmp_path / "cells").iterdir())) == 4

@@ -31,8 +31,11 @@ def report(
     Raises UsageError if the page would replace what is read, MoetraceError if a file is not what moetrace writes, the
     page cannot be written, or altair or vl-convert is not installed.
     """
+    from moetrace.results.result import Result
     from moetrace.trace.atomic import check_writable, keep_inputs, whole_file
 
+    if not isinstance(source, Result | str | os.PathLike):
+        raise UsageError(f"A report is of a Result or a folder, got {type(source).__name__}.")
     path = Path(output)
     others = [Path(file) for file in (cache, balance) if file is not None]
     keep_inputs(path, others)
