@@ -178,7 +178,8 @@ def _print_cells(cells: Sequence["Judged"]) -> None:
             metric, before, now, unit, by, verdict = (
                 f"{text:{width}}" for text, width in zip(next(lines), widths, strict=True)
             )
-            figures = f"{before.strip():>{widths[1]}} -> {now.strip():>{widths[2]}} {unit}"
+            was = "" if before.strip() == "-" else f"{before.strip()} ->"
+            figures = f"{was:>{widths[1] + 3}} {now.strip():>{widths[2]}} {unit}"
             click.echo(f"         {metric}  {figures}  {by.strip():>{widths[4]}}  {verdict}".rstrip())
 
 
