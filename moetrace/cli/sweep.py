@@ -10,7 +10,7 @@ import click
 
 from moetrace.cli.output import format_option, print_json
 from moetrace.cli.paths import ANY_PATH
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from moetrace.batch.sweep import Plan, Sweep
@@ -120,7 +120,7 @@ def _run(plan: "Plan", jobs: int | None, dask: str | None) -> "Sweep":
                 return plan.run(farm, progress)
             except (KeyboardInterrupt, SystemExit):
                 click.echo(
-                    f"moetrace: {done:,} of {left:,} cells were finished and are kept; the same command goes on.",
+                    f"moetrace: {done:,} of {counted(left, 'cell')} finished and kept; the same command goes on.",
                     err=True,
                 )
                 raise
@@ -145,11 +145,11 @@ def _report(sweep: "Sweep") -> None:
         *([f"{same:,} the same as another"] if same > 0 else []),
         *([f"{len(sweep.failed):,} failed"] if sweep.failed else []),
     ]
-    click.echo(f"moetrace: {len(sweep.listed):,} cells: {', '.join(parts)}.", err=True)
+    click.echo(f"moetrace: {counted(len(sweep.listed), 'cell')}: {', '.join(parts)}.", err=True)
     if sweep.unused and all(cell.key for cell in sweep.listed):  # what a cell without a key has found is not known
         click.echo(
-            f"moetrace: {sweep.unused:,} finished cells in the folder are not of this sweep (changed inputs, or an "
-            "earlier version); nothing needs them.",
+            f"moetrace: also there: {counted(sweep.unused, 'finished cell')} not of this sweep (changed inputs, or an "
+            "earlier version), which nothing needs.",
             err=True,
         )
 
@@ -169,12 +169,12 @@ def _print_plan(plan: "Plan", jobs: int, form: str) -> None:
         headers["error"] = "error"
     print_rows(headers, rows, form)
     if not missing:
-        click.echo(f"moetrace: {len(rows):,} cells, none of them left to replay.", err=True)
+        click.echo(f"moetrace: {counted(len(rows), 'cell')}, none of them left to replay.", err=True)
         return
     estimate = plan.estimate()
     click.echo(
-        f"moetrace: {len(rows):,} cells, {estimate.cells:,} to replay: about {_duration(estimate.seconds / jobs)} with "
-        f"{jobs} job{'s' if jobs > 1 else ''}. Measured on the first steps of each trace with {estimate.sampled} of "
+        f"moetrace: {counted(len(rows), 'cell')}, {estimate.cells:,} to replay: about "
+        f"{_duration(estimate.seconds / jobs)} with {counted(jobs, 'job')}. Measured on the first steps of each trace with {estimate.sampled} of "
         "the cells; starting the jobs comes on top.",
         err=True,
     )

@@ -31,7 +31,7 @@ def test_table_counts_and_resumes(run, grid, tmp_path):
     grid.write_text(grid.read_text().replace("[8, 48]", "[48]"))
     _, _, err = run("sweep", grid, "-o", tmp_path / "out", "--pareto", "price")
     assert "4 cells: 0 replayed, 4 found finished." in err
-    assert "4 finished cells in the folder are not of this sweep" in err
+    assert "4 finished cells not of this sweep" in err
 
 
 def test_json_and_csv_have_every_digit(run, grid, tmp_path):

@@ -72,7 +72,8 @@ def hit_curves(path: Path, trace: TraceFacts) -> Figure:
     for phase, title in _PHASES.items():
         of = in_order(points.filter(phase=phase), names, "capacity")
         every = -(-max(1, of.group_by("policy").len()["len"].max() or 1) // _MOST_POINTS)  # type: ignore[operator]
-        of = of.filter(pl.int_range(pl.len()).over("policy") % every == 0).drop("phase")
+        at = pl.int_range(pl.len()).over("policy")
+        of = of.filter((at % every == 0) | (at == pl.len().over("policy") - 1)).drop("phase")
         if len(of):
             panels.append((title, lines(f"cache_{phase}", of, x, y, names, tooltip)))
     words = (
