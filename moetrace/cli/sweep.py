@@ -174,8 +174,8 @@ def _print_plan(plan: "Plan", jobs: int, form: str) -> None:
     estimate = plan.estimate()
     click.echo(
         f"moetrace: {counted(len(rows), 'cell')}, {estimate.cells:,} to replay: about "
-        f"{_duration(estimate.seconds / jobs)} with {counted(jobs, 'job')}. Measured on the first steps of each trace with {estimate.sampled} of "
-        "the cells; starting the jobs comes on top.",
+        f"{_duration(estimate.seconds / jobs)} with {counted(jobs, 'job')}. Measured on the first steps of each trace "
+        f"with {estimate.sampled} of the cells; starting the jobs comes on top.",
         err=True,
     )
 
