@@ -26,6 +26,7 @@ class Farm(NamedTuple):
     open: Callable[[], AbstractContextManager[Executor]]
     jobs: int
     window: int
+    killed: tuple[type[Exception], ...] = ()  # what a future raises whose workers died, where the executor lives on
 
 
 class Inline(Executor):
@@ -60,9 +61,9 @@ def run_tasks(tasks: Sequence[Task], farm: Farm, take: Callable[[list[Outcome]],
     for _ in range(_MOST_POOLS):
         alone = False
         with farm.open() as executor:
-            lost = _drain(executor, waiting, farm.window, take)
+            lost = _drain(executor, waiting, farm, take)
             if not (lost or waiting):  # some wait still if a worker died that had nothing to do
-                alone, lost = True, _drain(executor, suspects, 1, take)
+                alone, lost = True, _drain(executor, suspects, farm._replace(window=1), take)
         if not (lost or waiting or suspects):
             return
         for task in lost:
@@ -79,26 +80,28 @@ def run_tasks(tasks: Sequence[Task], farm: Farm, take: Callable[[list[Outcome]],
     )
 
 
-def _drain(executor: Executor, waiting: deque[Task], window: int, take: Callable[[list[Outcome]], None]) -> list[Task]:
-    """Run what waits until all is done, or the executor breaks; return the tasks that were lost with it."""
+def _drain(executor: Executor, waiting: deque[Task], farm: Farm, take: Callable[[list[Outcome]], None]) -> list[Task]:
+    """Run what waits until all is done, or the executor breaks; return the tasks whose workers died."""
     flying: dict[Future, Task] = {}
+    lost: list[Task] = []
     try:
         while waiting or flying:
-            while waiting and len(flying) < window:
+            while waiting and len(flying) < farm.window:
                 flying[executor.submit(work, waiting[0])] = waiting[0]
                 waiting.popleft()
             for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                take(future.result())
+                if isinstance(future.exception(), farm.killed):
+                    lost.append(flying[future])
+                else:
+                    take(future.result())
                 del flying[future]
     except BrokenExecutor:
-        lost = []
         for future, task in flying.items():
             if future.done() and not future.cancelled() and future.exception() is None:
                 take(future.result())
             else:
                 lost.append(task)
-        return lost
-    return []
+    return lost
 
 
 def _halves(task: Task) -> list[Task]:
@@ -129,14 +132,9 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
         threads = sum(dict(client.nthreads()).values())  # pyright: ignore
         if threads == 0:
             raise MoetraceError(f"The Dask scheduler at {address} has no workers: start some with dask worker.")
-        farm = Farm(lambda: client.get_executor(retries=ATTEMPTS), threads, 2 * threads)
+        farm = Farm(lambda: client.get_executor(retries=ATTEMPTS), threads, 2 * threads, (distributed.KilledWorker,))
         try:
             yield farm, client.dashboard_link
-        except distributed.KilledWorker:
-            raise MoetraceError(
-                "Dask's workers died again and again (not enough memory?); finished cells are kept, so the same "
-                "command goes on from there."
-            ) from None
         except (OSError, distributed.CancelledError) as error:
             if isinstance(error, OSError) and not isinstance(error, CommClosedError):
                 raise

@@ -10,6 +10,7 @@ from moetrace.batch.executors import dask_farm
 from moetrace.spec.errors import UsageError
 
 distributed = pytest.importorskip("distributed")
+dask = pytest.importorskip("dask")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,20 @@ def test_a_killed_worker_loses_no_cell(cluster, small, tmp_path):
     assert (tmp_path / "flag").exists()
     assert (found.computed, found.failed) == (4, {})
     assert files(tmp_path / "dask") == files_of(grid, tmp_path / "here")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_cell_that_kills_its_workers_fails_and_the_others_go_on(small, tmp_path):
+    (tmp_path / "dies.py").write_text(KILLS.format(flag=str(tmp_path / "flag"), times=99))
+    grid = {"trace": small, "policy": ["monde", "edge-ndp", str(tmp_path / "dies.py:dies")], "slots": 4}
+    how = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None, "silence_logs": 50}
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),  # else each death is tried again by Dask, too
+        distributed.LocalCluster(**how) as cluster,
+    ):
+        found = mt.sweep(grid, tmp_path / "dask", dask=cluster.scheduler_address)
+    assert (found.computed, list(found.failed)) == (2, ["small/edge-ndp/dies"])
+    assert "is killed" in next(iter(found.failed.values()))
 
 
 @pytest.mark.filterwarnings("ignore")
