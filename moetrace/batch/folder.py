@@ -23,9 +23,14 @@ _FOUND = ("result", "costs", "warnings")
 class Folder:
     """`cells/HASH.json`, `sweep.json` and `cells.parquet` under one path."""
 
-    def __init__(self, path: Path) -> None:
-        """Make the folder if need be. Raises MoetraceError now, not after long work, if it cannot be written."""
+    def __init__(self, path: Path, *, reads: bool = False) -> None:
+        """Make the folder if need be, or only read what may be there.
+
+        Raises MoetraceError now, not after long work, if it cannot be written.
+        """
         self.path, self._cells = path, path / "cells"
+        if reads:
+            return
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file, but a sweep is written into a folder: name another.")
         try:

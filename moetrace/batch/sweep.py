@@ -100,9 +100,16 @@ class Plan:
     """A sweep before it runs: its cells, and which of them a folder already has."""
 
     def __init__(
-        self, source: str | os.PathLike[str] | Mapping[str, Any], path: Path | None, pareto: str | None = None
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        path: Path | None,
+        pareto: str | None = None,
+        *,
+        reads: bool = False,
     ) -> None:
         """Read the grid, the traces' hashes and every spec; make the folder at `path`, unless that is None.
+
+        With `reads` the folder is only looked into, for what it has.
 
         Raises as `load_grid` and `Folder` do.
         """
@@ -110,7 +117,7 @@ class Plan:
             raise UsageError(f"pareto wants one of {', '.join(FRONTS)}, got {pareto!r}.")
         self.grid = load_grid(source)
         self.pareto = pareto or self.grid.pareto
-        folder = None if path is None else Folder(path)  # before anything is read that takes long
+        folder = None if path is None else Folder(path, reads=reads)  # before anything is read that takes long
         self._traces, self._folder = Traces(), folder
         resolver = Resolver(self._traces, self.grid.ignore_capacity)
         self.cells = [resolver.resolve(point) for point in self.grid.points]

@@ -75,7 +75,7 @@ def command(
     with announce_compiling():
         from moetrace.batch.sweep import Plan
 
-        plan = Plan(source, None if folder is None or (dry_run and not folder.is_dir()) else folder, pareto)
+        plan = Plan(source, folder, pareto, reads=dry_run)
         if dry_run:
             _print_plan(plan, jobs or _cores(), form)
             return

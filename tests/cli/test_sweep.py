@@ -103,3 +103,15 @@ def test_no_scheduler(run, grid, tmp_path):
     assert (code, out) == (1, "")
     assert err.startswith(f"moetrace: No Dask scheduler answers at {address}")
     assert err.count("\n") == 1
+
+
+def test_a_dry_run_leaves_a_folder_as_it_is(run, grid, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "none"):
+        code, out, _ = run("sweep", grid, "--dry-run", "-o", tmp_path / name)
+        assert (code, out.count(" replay")) == (0, 8)
+    assert [*(tmp_path / "empty").iterdir()] == []
+    assert not (tmp_path / "none").exists()
+    run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
+    _, out, _ = run("sweep", grid, "--dry-run", "-o", tmp_path / "out")
+    assert out.count(" finished") == 8
