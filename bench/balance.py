@@ -23,11 +23,11 @@ from time import process_time
 import numpy as np
 from markers import write_between
 
-from moetrace.analyze import loads as loads_module
-from moetrace.analyze.balance import balance
-from moetrace.analyze.loads import count_ids
+from moetrace.analyze.balance import loads as loads_module
+from moetrace.analyze.balance.loads import count_ids
+from moetrace.analyze.balance.units import balance
 from moetrace.engine.eplb import eplb_plan
-from moetrace.trace.generate import generate_trace
+from moetrace.generators import generate_trace
 
 LAYERS, EXPERTS, SLOTS, UNITS = 58, 256, 288, 32
 

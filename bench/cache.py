@@ -24,14 +24,14 @@ import msgspec
 import numpy as np
 from markers import write_between
 
-from moetrace.analyze.accesses import accesses
-from moetrace.analyze.caches import stack
-from moetrace.analyze.caches.replays import Budget, Demands, make_replay
-from moetrace.analyze.hit_curve import lru_curve
-from moetrace.analyze.next_use import NextUses
-from moetrace.engine.compile import kernel
+from moetrace.analyze.cache.accesses import accesses
+from moetrace.analyze.cache.hit_curve import lru_curve
+from moetrace.analyze.cache.kernels import stack
+from moetrace.analyze.cache.kernels.replays import Budget, Demands, make_replay
+from moetrace.analyze.cache.next_use import NextUses
+from moetrace.generators import generate_trace
+from moetrace.jit.compile import kernel
 from moetrace.spec import load_model
-from moetrace.trace.generate import generate_trace
 
 MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3")  # 8, 128 and 256 experts
 LAYERS = 16  # of each model

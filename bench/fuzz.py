@@ -38,21 +38,21 @@ for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-# Importer -> module (with tests/ on the path) that has `samples(folder) -> list[writers.Sample]`.
+# Importer -> module (with tests/ on the path) that has `samples(folder) -> list[support.writers.Sample]`.
 WRITERS = {
-    "npz": "writers.npz",
-    "bigmoeonedge": "writers.bigmoeonedge",
-    "colibri": "writers.colibri",
-    "fiddler": "writers.fiddler",
-    "jsonl": "writers.jsonl",
-    "lattice": "writers.lattice",
-    "llamacpp": "writers.llamacpp",
-    "megatron": "writers.megatron",
-    "moe-cache-eval": "writers.moe_cache_eval",
-    "sglang": "writers.sglang",
-    "sglang-request": "writers.sglang_request",
-    "trtllm": "writers.trtllm",
-    "vllm": "writers.vllm",
+    "npz": "support.writers.npz",
+    "bigmoeonedge": "support.writers.bigmoeonedge",
+    "colibri": "support.writers.colibri",
+    "fiddler": "support.writers.fiddler",
+    "jsonl": "support.writers.jsonl",
+    "lattice": "support.writers.lattice",
+    "llamacpp": "support.writers.llamacpp",
+    "megatron": "support.writers.megatron",
+    "moe-cache-eval": "support.writers.moe_cache_eval",
+    "sglang": "support.writers.sglang",
+    "sglang-request": "support.writers.sglang_request",
+    "trtllm": "support.writers.trtllm",
+    "vllm": "support.writers.vllm",
 }
 HANG_S = 10
 MEMORY_BYTES = 4 << 30  # of the process when run from the command line: a small file can't need more
@@ -77,7 +77,7 @@ class Tally(NamedTuple):
 
 def fuzz(importer: str, count: int, seed: int = 0, keep: Path | None = None) -> Tally:
     """Import `count` damaged inputs, and first each sample as it is, which must give a trace."""
-    from moetrace.trace.engines.capture import Hints
+    from moetrace.importers.captured import Hints
 
     ends: Counter[str] = Counter()
     failures: list[str] = []
@@ -117,9 +117,9 @@ def _write(path: Path, data: bytes) -> Path:
 
 def _import(sources: list[Path], form: str | None, hints: Any, out: Path) -> str:
     """How an import into the empty folder `out` ends: "trace", "refused" or what went wrong."""
+    from moetrace.importers.importing import import_traces
     from moetrace.spec.errors import MoetraceError
     from moetrace.trace import Trace
-    from moetrace.trace.importing import import_traces
 
     out.mkdir()
     path = out / "trace.h5"

@@ -13,8 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from moetrace.generators import ProfileDrawer, ZipfDrawer, load_profile
 from moetrace.spec import load_model
-from moetrace.trace.generate import ProfileDrawer, ZipfDrawer, load_profile
 
 TARGET_MIDS_S = {"zipf": 20, "profile": 2}
 # model, zipf, stick; the last two leave draws by rejection little to find

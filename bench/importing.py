@@ -79,7 +79,7 @@ def vllm_npy(folder: Path, megabytes: int) -> Case:
 
 
 def vllm_json(folder: Path, megabytes: int) -> Case:
-    from writers.vllm import response
+    from support.writers.vllm import response
 
     line = json.dumps(response([ids_of(1000)], 800)) + "\n"
     path = folder / "a.jsonl"
@@ -88,7 +88,7 @@ def vllm_json(folder: Path, megabytes: int) -> Case:
 
 
 def sglang_request(folder: Path, megabytes: int) -> Case:
-    from writers.sglang_request import generated
+    from support.writers.sglang_request import generated
 
     line = json.dumps(generated(ids_of(1000), 800)) + "\n"
     path = folder / "a.jsonl"
@@ -141,7 +141,7 @@ def sglang_stat(folder: Path, megabytes: int) -> Case:
 
 
 def _route_log(folder: Path, megabytes: int, layers: int) -> Case:
-    from writers.jsonl import write
+    from support.writers.jsonl import write
 
     path = write(folder / "one.jsonl", ids_of(max(1, 4000 // layers), layers), [max(1, 4000 // layers)])
     head, *lines = path.read_bytes().splitlines(keepends=True)
@@ -181,13 +181,13 @@ def bigmoeonedge(folder: Path, megabytes: int) -> Case:
 
 
 def _passes() -> list:
-    from writers.known import Pass
+    from support.writers.known import Pass
 
     return [Pass(part, len(part) > 1) for part in np.split(ids_of(812).astype(int), [512, *range(513, 812)])]
 
 
 def colibri(folder: Path, megabytes: int) -> Case:
-    from writers.colibri import route_trace
+    from support.writers.colibri import route_trace
 
     gates = np.random.default_rng(0).random((812, LAYERS, TOP_K))
     text = route_trace(_passes(), gates, list(range(LAYERS)))
@@ -195,7 +195,7 @@ def colibri(folder: Path, megabytes: int) -> Case:
 
 
 def lattice(folder: Path, megabytes: int) -> Case:
-    from writers.lattice import records
+    from support.writers.lattice import records
 
     gates = np.random.default_rng(0).random((500, LAYERS, TOP_K)).astype(np.float32).astype(float)
     text = records(ids_of(500), gates, list(range(500)), list(range(LAYERS)))
@@ -203,20 +203,20 @@ def lattice(folder: Path, megabytes: int) -> Case:
 
 
 def llamacpp_choices(folder: Path, megabytes: int) -> Case:
-    from writers.llamacpp import choices
+    from support.writers.llamacpp import choices
 
     hints = {"num_experts": EXPERTS, "top_k": TOP_K}
     return _repeated(folder / "a.csv", choices(_passes(), list(range(LAYERS))), megabytes, hints)
 
 
 def llamacpp_tokens(folder: Path, megabytes: int) -> Case:
-    from writers.llamacpp import tokens
+    from support.writers.llamacpp import tokens
 
     return _repeated(folder / "a.csv", tokens(_passes(), list(range(LAYERS))), megabytes, {"num_experts": EXPERTS})
 
 
 def _megatron(folder: Path, megabytes: int, tokens: int) -> Case:
-    from writers.megatron import records
+    from support.writers.megatron import records
 
     ids = ids_of(1000).astype(int)
     path, step = folder / "router_trace_rank0.jsonl", 0
@@ -262,7 +262,7 @@ def events_of_a_token(folder: Path, megabytes: int) -> Case:
 
 
 def trtllm(folder: Path, megabytes: int) -> Case:
-    from writers.trtllm import save
+    from support.writers.trtllm import save
 
     random = np.random.default_rng(0)
     iterations = max(1, megabytes * 1_000_000 // (4 * LAYERS * EXPERTS * 8))
@@ -272,7 +272,7 @@ def trtllm(folder: Path, megabytes: int) -> Case:
 
 
 def trtllm_raw(folder: Path, megabytes: int) -> Case:
-    from writers.trtllm import save
+    from support.writers.trtllm import save
 
     ids = ids_of(512).astype(np.int32)
     iterations = max(1, megabytes * 1_000_000 // ids.nbytes)
@@ -311,8 +311,8 @@ def _rss_anon() -> int:
 
 def measured(name: str, folder: Path) -> dict[str, float]:
     """Import the case in `folder` once, in this process."""
-    from moetrace.trace.engines.capture import Hints
-    from moetrace.trace.importing import import_traces
+    from moetrace.importers.captured import Hints
+    from moetrace.importers.importing import import_traces
 
     small = folder / "small"
     small.mkdir()

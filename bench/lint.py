@@ -15,10 +15,10 @@ from time import process_time
 from rich.console import Console
 from rich.table import Table
 
+from moetrace.generators import generate
+from moetrace.lints import lint
 from moetrace.spec import load_model
 from moetrace.trace import Trace
-from moetrace.trace.generate import generate
-from moetrace.trace.lint import lint
 from moetrace.trace.schema import expert_dtype
 
 TARGET_MB_S = 200

@@ -15,8 +15,8 @@ from time import thread_time
 import numpy as np
 from markers import write_between
 
-from moetrace.analyze.locality import locality
-from moetrace.trace.generate import generate_trace
+from moetrace.analyze.locality.measure import locality
+from moetrace.generators import generate_trace
 
 TARGET_NS = 20
 # model, requests of 512 rows; the last is so short that the predictors, whose rows are bounded, weigh on its accesses

@@ -21,12 +21,12 @@ from markers import write_between
 from rich.console import Console
 
 import moetrace as mt
-from moetrace.analyze.fit import MOMENTS, Measured, fit_profile, moments, search, take_sample
-from moetrace.analyze.rows import Sample
-from moetrace.analyze.skew import gini
+from moetrace.analyze.locality.rows import Sample
+from moetrace.analyze.locality.skew import gini
+from moetrace.generators import ProfileDrawer, load_profile, save_profile
+from moetrace.generators.fit import MOMENTS, Measured, fit_profile, moments, search, take_sample
+from moetrace.importers.importing import import_traces
 from moetrace.trace import Trace
-from moetrace.trace.generate import ProfileDrawer, load_profile, save_profile
-from moetrace.trace.importing import import_traces
 
 SHIPPED = Path(mt.__file__).parent / "trace" / "generate" / "profiles"
 POLICIES = ["monde", "ndp-ep", "edge-ndp", "edge-ndp-tp-lb", "on-demand"]

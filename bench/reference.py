@@ -244,7 +244,7 @@ def _of_a_nested(column: str, explained: dict[str, str]) -> str:
 
 def lint_codes() -> str:
     """Every code of `moetrace lint`, from `RULES`."""
-    from moetrace.trace.lint.finding import LEVELS, RULES
+    from moetrace.lints.finding import LEVELS, RULES
 
     explained = _explained_codes()
     parts = [

@@ -20,9 +20,9 @@ import numpy as np
 from markers import write_between
 
 from moetrace.engine.run import run
+from moetrace.generators import generate, generate_trace
 from moetrace.spec import load_model, load_policy, load_system
 from moetrace.trace import Trace
-from moetrace.trace.generate import generate, generate_trace
 
 MODEL = load_model("qwen3-30b-a3b")
 SYSTEM = load_system("edge-ndp")

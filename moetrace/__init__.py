@@ -3,19 +3,26 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moetrace.version import __version__
+
 if TYPE_CHECKING:
-    from moetrace.analyze.balance import Balance, balance
-    from moetrace.analyze.cache import cache_hits
-    from moetrace.analyze.fit import fit_profile
-    from moetrace.analyze.locality import Locality, locality
-    from moetrace.analyze.plans import Tier
-    from moetrace.analyze.prefetch import prefetch_value
+    from moetrace.analyze.balance.plans import Tier
+    from moetrace.analyze.balance.units import Balance, balance
+    from moetrace.analyze.cache.hits import cache_hits
+    from moetrace.analyze.locality.measure import Locality, locality
+    from moetrace.analyze.prefetch.value import prefetch_value
     from moetrace.batch.gate import Gate, gate
     from moetrace.batch.search import Search, search
     from moetrace.batch.sweep import Sweep, sweep
     from moetrace.engine.plugin import policy
+    from moetrace.exports import export
+    from moetrace.generators import Profile, generate, generate_trace, load_profile, save_profile
+    from moetrace.generators.fit import fit_profile
+    from moetrace.importers.captured import Hints
+    from moetrace.importers.importing import import_traces
+    from moetrace.lints import Finding, lint
     from moetrace.results import Result, replay
-    from moetrace.results.report import report
+    from moetrace.show.report import report
     from moetrace.spec import (
         Model,
         MoetraceError,
@@ -27,14 +34,7 @@ if TYPE_CHECKING:
         load_system,
     )
     from moetrace.trace import Trace, Writer
-    from moetrace.trace.engines.capture import Hints
-    from moetrace.trace.exports import export
-    from moetrace.trace.generate import Profile, generate, generate_trace, load_profile, save_profile
-    from moetrace.trace.importing import import_traces
-    from moetrace.trace.lint import Finding, lint
     from moetrace.trace.rebatch import rebatch
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Balance",
@@ -81,18 +81,18 @@ __all__ = [
 
 # Each is imported when it is first asked for, so that `import moetrace` takes no time.
 _HOMES = {
-    "moetrace.analyze.balance": ("Balance", "balance"),
-    "moetrace.analyze.cache": ("cache_hits",),
-    "moetrace.analyze.fit": ("fit_profile",),
-    "moetrace.analyze.locality": ("Locality", "locality"),
-    "moetrace.analyze.plans": ("Tier",),
-    "moetrace.analyze.prefetch": ("prefetch_value",),
+    "moetrace.analyze.balance.units": ("Balance", "balance"),
+    "moetrace.analyze.cache.hits": ("cache_hits",),
+    "moetrace.generators.fit": ("fit_profile",),
+    "moetrace.analyze.locality.measure": ("Locality", "locality"),
+    "moetrace.analyze.balance.plans": ("Tier",),
+    "moetrace.analyze.prefetch.value": ("prefetch_value",),
     "moetrace.batch.gate": ("Gate", "gate"),
     "moetrace.batch.search": ("Search", "search"),
     "moetrace.batch.sweep": ("Sweep", "sweep"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results": ("Result", "replay"),
-    "moetrace.results.report": ("report",),
+    "moetrace.show.report": ("report",),
     "moetrace.spec": (
         "Model",
         "MoetraceError",
@@ -104,11 +104,11 @@ _HOMES = {
         "load_system",
     ),
     "moetrace.trace": ("Trace", "Writer"),
-    "moetrace.trace.engines.capture": ("Hints",),
-    "moetrace.trace.exports": ("export",),
-    "moetrace.trace.generate": ("Profile", "generate", "generate_trace", "load_profile", "save_profile"),
-    "moetrace.trace.importing": ("import_traces",),
-    "moetrace.trace.lint": ("Finding", "lint"),
+    "moetrace.importers.captured": ("Hints",),
+    "moetrace.exports": ("export",),
+    "moetrace.generators": ("Profile", "generate", "generate_trace", "load_profile", "save_profile"),
+    "moetrace.importers.importing": ("import_traces",),
+    "moetrace.lints": ("Finding", "lint"),
     "moetrace.trace.rebatch": ("rebatch",),
 }
 

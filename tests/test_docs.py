@@ -77,7 +77,7 @@ def test_readme_shows_every_command():
 
 
 def test_cache_policies_and_columns_are_explained():
-    from moetrace.analyze.cache import POLICIES, cache_hits
+    from moetrace.analyze.cache.hits import POLICIES, cache_hits
 
     frame = cache_hits(mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2), [24])
     explained = named_in("docs/cache.md")
@@ -85,7 +85,7 @@ def test_cache_policies_and_columns_are_explained():
 
 
 def test_prefetch_predictors_and_columns_are_explained():
-    from moetrace.analyze.prefetch import PREDICTORS, prefetch_value
+    from moetrace.analyze.prefetch.value import PREDICTORS, prefetch_value
 
     frame = prefetch_value(mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2), 24)
     assert {*PREDICTORS, *frame.columns} <= named_in("docs/prefetch.md")

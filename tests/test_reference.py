@@ -8,8 +8,8 @@ import reference
 from pages import ROOT
 
 import moetrace as mt
+from moetrace.lints.finding import RULES
 from moetrace.spec import list_presets
-from moetrace.trace.lint.finding import RULES
 
 
 @pytest.fixture(scope="module")

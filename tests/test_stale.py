@@ -1,4 +1,4 @@
-"""Compiled kernels outlive no edit of a file beside their own, whose functions are compiled into them."""
+"""Compiled kernels outlive no edit of what they compile in, wherever it stands."""
 
 import os
 import shutil
@@ -10,42 +10,87 @@ import pytest
 
 import moetrace
 
-GENERATE = """
-from moetrace.trace.generate import generate_trace
-from moetrace.trace.generate.zipf import _draw_rows
-print(generate_trace("mixtral-8x7b", requests=1, prompt=3, output=0, stick=0.0).read("experts", 0, 3).sum(),
-      sum(_draw_rows.stats.cache_hits.values()))
+# Each prints a figure, and how often the kernel that made it was found in the cache.
+REPLAY = """
+import moetrace as mt
+from moetrace.engine.replay import replay_batch
+trace = mt.generate_trace("mixtral-8x7b", requests=1, prompt=3, output=2)
+print(mt.replay(trace, policies="monde").summary["total_s"][0], sum(replay_batch.stats.cache_hits.values()), sep=";")
 """
-# `reuse` calls nothing of another file yet: what is seen is that it is compiled anew.
 ANALYZE = """
-import numpy as np
-from moetrace.analyze.reuse import _note, add, no_reuse
-add(no_reuse(1, 4), 0, np.zeros((3, 2), np.uint16), np.arange(3, dtype=np.int32))
-print(0, sum(_note.stats.cache_hits.values()))
+import moetrace as mt
+from moetrace.analyze.cache.kernels import slots
+trace = mt.generate_trace("mixtral-8x7b", requests=2, prompt=20, output=20, zipf=1.0)
+print(mt.cache_hits(trace, [64], ["belady"], scope="layer", sequential=True)["hits"][0],
+      sum(slots._replay_small.stats.cache_hits.values()), sep=";")
 """
+GENERATE = """
+from moetrace.generators import generate_trace
+from moetrace.generators.zipf import _draw_rows
+print(generate_trace("mixtral-8x7b", requests=1, prompt=3, output=0, stick=0.0).read("experts", 0, 3).sum(),
+      sum(_draw_rows.stats.cache_hits.values()), sep=";")
+"""
+RULES = "LFU, LFU_IN_CACHE, BELADY = FAR"
 
 
+class Copy:
+    """A copy of the package, which can be edited."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(
+            Path(moetrace.__file__).parent, folder / "moetrace", ignore=shutil.ignore_patterns("__pycache__")
+        )
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        path = self.folder / "moetrace" / file
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    def run(self, code: str, cache: str = "cache") -> tuple[str, int]:
+        """Return the figure that code prints, and how often a kernel was found in the cache."""
+        environment = os.environ | {"NUMBA_DISABLE_JIT": "0", "NUMBA_CACHE_DIR": str(self.folder / cache)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        figure, hits = done.stdout.strip().split(";")
+        return figure, int(hits)
+
+
+@pytest.fixture
+def copy(tmp_path) -> Copy:
+    return Copy(tmp_path)
+
+
+# The kernel stands in one file; it uses `file`, which imports a constant from a third one.
 @pytest.mark.parametrize(
-    ("code", "file", "old", "new"),
+    ("code", "file", "old", "new", "before", "after"),
     [
-        (GENERATE, "trace/generate/streams.py", "return z ^ (z >> _31)", "return ~(z ^ (z >> _31))"),
-        (ANALYZE, "analyze/overlap.py", "count = 0\n", "count = 1\n"),
+        (REPLAY, "engine/layer.py", "SAME = 1 - 1e-12", "SAME = FAR", "1 - 1e-12", "0.0"),
+        (ANALYZE, "analyze/cache/eviction.py", "LFU, LFU_IN_CACHE, BELADY = 0, 1, 2", RULES, "0, 1, 2", "2, 1, 0"),
+        (GENERATE, "jit/random.py", "return z ^ (z >> _31)", "return z ^ (z >> np.uint64(FAR))", "31", "7"),
     ],
+    ids=["engine", "analyze", "generators"],
 )
-def test_an_edit_of_another_file_shows(tmp_path, code, file, old, new):
-    package = tmp_path / "moetrace"
-    shutil.copytree(Path(moetrace.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+def test_an_edit_two_modules_away_shows(copy, code, file, old, new, before, after):
+    far = copy.folder / "moetrace/spec/far.py"
+    far.write_text(f"FAR = {before}\n")
+    copy.edit(file, old, new)
+    copy.edit(
+        file,
+        "\nfrom moetrace.jit.compile import kernel",
+        "\nfrom moetrace.jit.compile import kernel\nfrom moetrace.spec.far import FAR",
+    )
+    (first, hits), (again, found) = copy.run(code), copy.run(code)
+    assert (hits, found, again) == (0, 1, first)
+    far.write_text(f"FAR = {after}\n")
+    figure, hits = copy.run(code)
+    assert hits == 0
+    # Rules that are numbered anew are the same rules: a stale kernel would take one for another.
+    assert figure == copy.run(code, "fresh")[0] and (figure == first) == (code == ANALYZE)
 
-    def run() -> tuple[str, int]:
-        command, compiled = [sys.executable, "-c", code], os.environ | {"NUMBA_DISABLE_JIT": "0"}
-        done = subprocess.run(command, cwd=tmp_path, env=compiled, capture_output=True, text=True, check=True)
-        answer, hits = done.stdout.split()
-        return answer, int(hits)
 
-    (before, first), (again, second) = run(), run()
-    assert (first, second, again) == (0, 1, before)
-    path = package / file
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new))
-    after, hits = run()
-    assert hits == 0 and (code == ANALYZE or after != before)
+def test_an_edit_elsewhere_compiles_nothing(copy):
+    assert copy.run(GENERATE)[1] == 0
+    copy.edit("jit/heap.py", "ARITY = 4", "ARITY = 8")
+    assert copy.run(GENERATE)[1] == 1

@@ -9,19 +9,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moetrace import __version__
 from moetrace.batch.grid import Point
-from moetrace.engine.fingerprint import engine_fingerprint, folder_fingerprint
 from moetrace.engine.setup import Setup, check_setup
-from moetrace.results.result import by_spec, model_of
+from moetrace.jit.fingerprint import room_fingerprint
+from moetrace.results.replay import by_spec, model_of
 from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_policy, load_system
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import nearest, read_text
 from moetrace.trace import Trace
+from moetrace.version import __version__
 
 CELL_SCHEMA = "moetrace.cell/1"
-# Beside the engine: what reads a trace, derives bytes and slots from a spec, or makes figures of the engine's logs.
-_ROOMS = ("spec", "trace", "results", "batch")
+# What replays, reads a trace, derives bytes and slots from a spec, or makes figures of the engine's logs.
+_ROOMS = ("jit", "spec", "trace", "engine", "results", "batch")
 
 
 @dataclass
@@ -166,8 +166,7 @@ def digest(path: str) -> str:
 
 def code_fingerprint() -> list[str]:
     """Moetrace's version, and hashes of all of its source that a figure depends on."""
-    home = Path(__file__).parents[1]
-    return [__version__, engine_fingerprint(), *(folder_fingerprint(home / room) for room in _ROOMS)]
+    return [__version__, *(room_fingerprint(room) for room in _ROOMS)]
 
 
 def hash_of(inputs: Mapping[str, Any]) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from moetrace import __version__
 from moetrace.batch.cell import CELL_SCHEMA, Cell, hash_of
-from moetrace.engine.fingerprint import engine_fingerprint
+from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.write import staged, to_json
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import check_writable, whole_file
+from moetrace.version import __version__
 
 _FOUND = ("result", "costs", "warnings")
 
@@ -62,7 +62,7 @@ class Folder:
         content = {
             "schema": CELL_SCHEMA,
             "moetrace": __version__,
-            "engine": engine_fingerprint(),
+            "engine": room_fingerprint("engine"),
             "inputs": cell.inputs,
             "found_sha256": _sha256(parts),
             **parts,

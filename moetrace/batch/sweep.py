@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from moetrace import __version__
 from moetrace.batch.cell import Cell, Resolver, Traces
 from moetrace.batch.executors import Farm, dask_farm, local_farm, run_tasks
 from moetrace.batch.folder import Folder
@@ -20,9 +19,10 @@ from moetrace.batch.front import axes_of, cell_frame
 from moetrace.batch.grid import FRONTS, Grid, load_grid
 from moetrace.batch.processes import start_early
 from moetrace.batch.work import Outcome, Task, evaluate, forget, tasks_of
-from moetrace.engine.fingerprint import engine_fingerprint
+from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.spec.errors import UsageError
 from moetrace.trace import Trace
+from moetrace.version import __version__
 
 SCHEMA = "moetrace.sweep/1"
 # An estimate is measured on so many expert ids of each trace, with so many of its cells.
@@ -89,7 +89,7 @@ class Sweep:
         return {
             "schema": SCHEMA,
             "moetrace": __version__,
-            "engine": engine_fingerprint(),
+            "engine": room_fingerprint("engine"),
             "pareto": self._pareto,
             "axes": self.grid.axes,
             "cells": cells,

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moetrace import __version__
 from moetrace.batch.cell import Cell, code_fingerprint, digest, files_of
 from moetrace.engine.decoded import Decoded, Needs, decoded_bytes, needs_of
 from moetrace.engine.run import Run, run_setups
@@ -14,6 +13,7 @@ from moetrace.results import summary
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
+from moetrace.version import __version__
 
 # A trace that decodes to no more stays in a worker's memory, for all its tasks; a larger one is read in each of them.
 KEEP_BYTES = 256 << 20

@@ -10,8 +10,8 @@ import sys
 
 import click
 
-from moetrace import __version__
 from moetrace.spec.errors import MoetraceError
+from moetrace.version import __version__
 
 # Command -> its one-line help; the module is moetrace.cli.<command> (with "_" where the name is a Python keyword).
 COMMANDS = {
@@ -34,12 +34,12 @@ COMMANDS = {
 
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*COMMANDS]  # not list(): `moetrace.cli.list` is a command once it is imported
+        return [*COMMANDS]  # not list(): `moetrace.cli.commands.list` is a command once it is imported
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"moetrace.cli.{'import_' if cmd_name == 'import' else cmd_name}")
+        module = importlib.import_module(f"moetrace.cli.commands.{'import_' if cmd_name == 'import' else cmd_name}")
         return module.command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

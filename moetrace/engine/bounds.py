@@ -1,15 +1,17 @@
 """Yardsticks that no policy, or no residency, can do anything about (timing model, section 8)."""
 
-import numpy as np
-from numba import types
+from typing import Any
 
-from moetrace.engine.compile import kernel
+import numpy as np
+
 from moetrace.engine.cost import dense_s, head_s, price
 from moetrace.engine.layer import timeline
-from moetrace.engine.replay import SIGNATURE, view_of
+from moetrace.engine.replay import view_of, work_type
+from moetrace.engine.state import hook_signature
+from moetrace.jit.compile import kernel
 
 
-@kernel(signature=SIGNATURE and types.float64(SIGNATURE.args[0], types.float64))
+@kernel(signature=lambda: _sum_signature(work_type()))
 def work_bound_s(work, total_s):
     """Add to ``total_s`` the seconds of a block if all units shared all work perfectly: no schedule beats it.
 
@@ -30,7 +32,7 @@ def work_bound_s(work, total_s):
     return total_s
 
 
-@kernel(signature=SIGNATURE and types.float64(*SIGNATURE.args[:2], types.float64))
+@kernel(signature=lambda: _sum_signature(work_type(), _hook_type()))
 def clairvoyant_batch(work, dispatch, total_s):
     """Add to ``total_s`` a block's seconds if the most demanded experts of a layer, up to the slots, were resident.
 
@@ -61,3 +63,15 @@ def clairvoyant_batch(work, dispatch, total_s):
                 for i in range(size):
                     state.cells[layer, state.active[i].expert].resident = 0
     return total_s
+
+
+def _sum_signature(*arguments: Any) -> Any:
+    from numba import types
+
+    return types.float64(*arguments, types.float64)
+
+
+def _hook_type() -> Any:
+    from numba import types
+
+    return types.FunctionType(hook_signature())

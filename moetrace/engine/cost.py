@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
+from moetrace.jit.compile import kernel
 from moetrace.spec.model import Model
 from moetrace.spec.system import System
 

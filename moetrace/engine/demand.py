@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
+from moetrace.jit.compile import kernel
 
 
 class Demand(NamedTuple):

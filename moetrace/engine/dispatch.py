@@ -6,8 +6,8 @@ demand order) on the GPU; what stays 0 runs on the units that hold it.
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
 from moetrace.engine.layer import clear_groups, give_rest, give_to_group, less, ndp_end_s, take_from_group
+from moetrace.jit.compile import kernel
 
 OPTIMAL_UP_TO = 20  # active experts
 

@@ -10,7 +10,8 @@ on nothing but its loads.
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
+from moetrace.jit.compile import kernel
+from moetrace.jit.heap import sink
 
 
 def eplb_plan(loads: np.ndarray, slots: int, units: int, nodes: int = 1, groups: int = 1) -> np.ndarray:
@@ -110,19 +111,3 @@ def _pack(weight, order, packs, heap_key, heap_id, filled, place):
             open_packs -= 1
             heap_key[0], heap_id[0] = heap_key[open_packs], heap_id[open_packs]
         sink(heap_key, heap_id, open_packs, 0)
-
-
-@kernel
-def sink(key, number, size, at):
-    """Restore a binary heap of ``size`` whose entry ``at`` grew: least key first, then least number."""
-    own_key, own_number = key[at], number[at]
-    child = 2 * at + 1
-    while child < size:
-        right = child + 1
-        if right < size and (key[right] < key[child] or (key[right] == key[child] and number[right] < number[child])):
-            child = right
-        if key[child] > own_key or (key[child] == own_key and number[child] > own_number):
-            break
-        key[at], number[at] = key[child], number[child]
-        at, child = child, 2 * child + 1
-    key[at], number[at] = own_key, own_number

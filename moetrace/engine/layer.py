@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from moetrace.engine.compile import kernel
+from moetrace.jit.compile import kernel
 
 # Two times closer than this are equal: a sum kept incrementally and one made anew may differ in the last bit.
 SAME = 1 - 1e-12

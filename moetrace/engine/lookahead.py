@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
 from moetrace.engine.demand import Demand
 from moetrace.engine.state import file_backed
+from moetrace.jit.compile import kernel
 
 
 class NextSteps:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
 from moetrace.engine.eplb import eplb_plan
+from moetrace.jit.compile import kernel
 from moetrace.spec.errors import UsageError
 from moetrace.spec.plan import load_plan
 from moetrace.spec.policy import PolicySpec, load_loads

@@ -11,12 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from numba.core.errors import NumbaError
-
-from moetrace.engine.compile import PURE_PYTHON, kernel
-from moetrace.engine.fingerprint import HERE, fingerprint_of
+from moetrace.jit.compile import PURE_PYTHON, kernel
 from moetrace.spec.errors import MoetraceError, UsageError
 
+_ENGINE = Path(__file__).parent
 ARGUMENTS = ("state", "view", "layer", "load", "plan")
 
 
@@ -48,19 +46,22 @@ def policy(function: Callable) -> Any:
         raise UsageError(f"{where} takes {len(parameters)} arguments, but a policy takes ({', '.join(ARGUMENTS)}).")
     if PURE_PYTHON:
         return function
-    from moetrace.engine.state import HOOK
+    from numba.core.errors import NumbaError
 
-    dispatcher = kernel(function, inline=False, checked=_is_users(function), fingerprint=fingerprint_of(function))
+    from moetrace.engine.state import hook_signature
+
+    hook = hook_signature()
+    dispatcher = kernel(function, inline=False, checked=_is_users(function)).entry()
     try:
-        dispatcher.compile(HOOK.args)
+        dispatcher.compile(hook.args)
     except NumbaError as error:
         raise UsageError(f"{where} is not a policy: {_first_cause(error)}") from error
     except KeyError as error:  # what Numba says of a record without such a field
         raise UsageError(f"{where} is not a policy: there is no {error} in the record that it asks.") from error
     except NotImplementedError as error:  # what Numba says of an assignment to the view, among others
         raise UsageError(f"{where} is not a policy: it does what Numba cannot compile; view is for reading.") from error
-    returns = dispatcher.overloads[HOOK.args].signature.return_type
-    if returns != HOOK.return_type:
+    returns = dispatcher.overloads[hook.args].signature.return_type
+    if returns != hook.return_type:
         raise UsageError(f"{where} returns a value, but a policy returns nothing: it writes into plan or state.")
     dispatcher.disable_compile()
     dispatcher.is_policy = True
@@ -103,7 +104,7 @@ def _run(path: Path) -> ModuleType:
 
 
 def _is_users(function: Callable) -> bool:
-    return not Path(function.__code__.co_filename).is_relative_to(HERE)
+    return not Path(function.__code__.co_filename).is_relative_to(_ENGINE)
 
 
 def _where(function: Callable) -> str:
@@ -111,7 +112,7 @@ def _where(function: Callable) -> str:
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}: {function.__name__}"
 
 
-def _first_cause(error: NumbaError) -> str:
+def _first_cause(error: Exception) -> str:
     """Return what Numba found, in one line, with the line of the user's file where it says so."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     line = re.search(r'File "[^"]*?([^"/\\]+\.py)", line (\d+)', text)

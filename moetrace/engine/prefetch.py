@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
 from moetrace.engine.residency import keep, link_by_age, pool_of
+from moetrace.jit.compile import kernel
+from moetrace.jit.random import GOLDEN, mix
 
 # A transfer is complete when at most this remains, and has begun when more than this has moved: the flow is a fluid,
 # and rounds.
@@ -226,8 +227,5 @@ def chance(seed, step, layer, expert):
     """Return a number from 0 to 1 that depends on the arguments alone: a chain of splitmix64 steps."""
     x = np.uint64(seed)
     for value in (step, layer, expert):
-        x = x + np.uint64(0x9E3779B97F4A7C15) + np.uint64(value)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
+        x = mix(x + GOLDEN + np.uint64(value))
     return float(x) / 18446744073709551616.0

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
 from moetrace.engine.prefetch import HEAD, TAIL, join, leave, restore
 from moetrace.engine.residency import link
+from moetrace.jit.compile import kernel
 
 
 class Prompts(NamedTuple):

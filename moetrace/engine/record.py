@@ -4,17 +4,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numba import typeof, types
 
-from moetrace.engine.compile import kernel
 from moetrace.engine.prefetch import HEAD, TAIL
-from moetrace.engine.replay import NO_PREFETCH, ONLINE, ORACLE, SIGNATURE, Batch, Work, replay_batch
+from moetrace.engine.replay import NO_PREFETCH, ONLINE, ORACLE, Batch, Work, replay_batch, replay_signature
 from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, new_tape
+from moetrace.jit.compile import kernel
 
 # The very lines of the replay, compiled for a tape: only there are those that write on it a part of the code.
-record_batch: Any = replay_batch
-if SIGNATURE is not None:
-    record_batch = kernel(record_batch.py_func, signature=types.void(*SIGNATURE.args, typeof(new_tape(1, 1))))
+_lines = getattr(replay_batch, "py_func", replay_batch)
+record_batch: Any = kernel(_lines, signature=lambda: replay_signature(new_tape(1, 1)))
 
 
 class Recording:

@@ -1,11 +1,10 @@
 """The loop over steps and layers, in Numba; the state that it carries from block to block."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import typeof, types
 
-from moetrace.engine.compile import PURE_PYTHON, kernel
 from moetrace.engine.cost import Machine, dense_s, head_s, price, take_turns
 from moetrace.engine.demand import Demand
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
@@ -28,7 +27,6 @@ from moetrace.engine.residency import BY_TOUCH, Cache, empty_cache, empty_cells,
 from moetrace.engine.schedule import Requests, Schedule
 from moetrace.engine.state import (
     ACTIVE,
-    FIRST_CLASS_HOOK,
     FIRST_GROUP,
     GPU,
     GROUP,
@@ -36,10 +34,12 @@ from moetrace.engine.state import (
     LINK_OUT,
     Log,
     View,
+    hook_signature,
     new_log,
     records,
 )
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
+from moetrace.jit.compile import kernel
 
 NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE = 0, 1, 2, 3
 DECODE = 1
@@ -269,6 +269,7 @@ def _end_step(step, batch, setting, state, log):
     forget_ended(state.prompts, step, True)
 
 
+@kernel(signature=lambda: replay_signature(None))
 def replay_batch(work, dispatch, residency, tape):
     """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``.
 
@@ -328,8 +329,11 @@ def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int
     )
 
 
-def _signature() -> Any:
-    """Return the types that ``replay_batch`` is compiled for, read off the smallest possible arguments."""
+@cache
+def work_type() -> Any:
+    """Return Numba's type of a ``Work``, read off the smallest possible one."""
+    from numba import typeof
+
     one, none = np.zeros(1, np.int64), np.zeros(0, np.int64)
     bits = np.zeros(1, np.uint8)
     demand = Demand(np.zeros(2, np.int64), *(np.zeros(1, np.int32) for _ in range(3)))
@@ -338,10 +342,12 @@ def _signature() -> Any:
     machine = Machine(**numbers, weight_bytes=np.ones((1, 1)), group_of_expert=np.zeros((1, 1), np.int64))
     setting = Setting(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
     state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True, BY_TOUCH)
-    work = Work(batch, machine, setting, state, new_log(1, 1, 1))
-    return types.void(typeof(work), FIRST_CLASS_HOOK, FIRST_CLASS_HOOK)
+    return typeof(Work(batch, machine, setting, state, new_log(1, 1, 1)))
 
 
-SIGNATURE = None if PURE_PYTHON else _signature()
-if SIGNATURE is not None:
-    replay_batch = kernel(replay_batch, signature=types.void(*SIGNATURE.args, types.none))
+def replay_signature(tape: Any) -> Any:
+    """Return the types that ``replay_batch`` is compiled for, with a tape like this one, or None."""
+    from numba import typeof, types
+
+    hook = types.FunctionType(hook_signature())
+    return types.void(work_type(), hook, hook, typeof(tape))

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
 from moetrace.engine.state import CELL, records
+from moetrace.jit.compile import kernel
 
 # Who is evicted: the least score; or all scores are equal where they are not infinite, and it is the first of the ring,
 # which stands by touch or by admission; or, by admission, the first that a hand finds not visited (Sieve).

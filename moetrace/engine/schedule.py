@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
+from moetrace.jit.compile import kernel
 from moetrace.trace.format import Block, Rows, Trace
 
 PREFILL, DECODE, MIXED = 0, 1, 2

@@ -6,12 +6,12 @@ costs about 6 ns for its reference count, so five arrays cost 18-35 ns a call wh
 
 import os
 import tempfile
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import typeof, types
 
-from moetrace.engine.compile import PURE_PYTHON
+from moetrace.jit.compile import PURE_PYTHON
 
 # One expert of one layer, as policies see it. `resident` is a copy for reading: the engine keeps its own.
 CELL = np.dtype(
@@ -128,9 +128,10 @@ def _view(active: np.ndarray, groups: np.ndarray) -> View:
     return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, active, groups)
 
 
-CELLS = typeof(np.zeros((1, 1), CELL))
-VIEW = typeof(_view(np.zeros(1, ACTIVE), np.zeros(1, GROUP)))
-LOAD = types.int64[::1]
-PLAN = types.uint8[::1]
-HOOK = types.void(CELLS, VIEW, types.int64, LOAD, PLAN)
-FIRST_CLASS_HOOK = types.FunctionType(HOOK)
+@cache
+def hook_signature() -> Any:
+    """Return the types of a policy's hook: void of cells, view, layer, load and plan."""
+    from numba import typeof, types
+
+    cells, view = typeof(np.zeros((1, 1), CELL)), typeof(_view(np.zeros(1, ACTIVE), np.zeros(1, GROUP)))
+    return types.void(cells, view, types.int64, types.int64[::1], types.uint8[::1])

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
 from moetrace.engine.demand import Demand
+from moetrace.jit.compile import kernel
 
 
 def count_demands(demands: Iterable[Demand], layers: int, experts: int) -> np.ndarray:

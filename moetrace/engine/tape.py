@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.engine.compile import kernel
 from moetrace.engine.cost import head_s
 from moetrace.engine.prefetch import HEAD, TAIL, is_complete, remaining_bytes
 from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT, records
+from moetrace.jit.compile import kernel
 
 # Kinds of slices. A layer is dense and moe together; a wait is that of `prefetch_blocks`.
 KINDS = ("layer", "wait", "dense", "expert", "fetch", "prefetch", "activations", "head")

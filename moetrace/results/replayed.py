@@ -13,7 +13,7 @@ import polars as pl
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 
 if TYPE_CHECKING:
-    from moetrace.results.result import Result
+    from moetrace.results.replay import Result
 
 # Columns that charts need of each file; whatever else is in it is left alone.
 COLUMNS: dict[str, dict[str, Any]] = {

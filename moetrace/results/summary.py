@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moetrace import __version__
-from moetrace.engine.fingerprint import engine_fingerprint
 from moetrace.engine.run import Lane, Run
+from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.frames import request_times, total_s, unit_frame
 from moetrace.spec import PolicySpec, canonical
 from moetrace.trace import Trace
 from moetrace.trace.schema import DECODE, MIXED, PREFILL
+from moetrace.version import __version__
 
 SCHEMA = "moetrace.result/1"
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -44,7 +44,7 @@ def summary_dict(run: Run, trace: dict[str, Any], policies: list[dict[str, Any]]
     return {
         "schema": SCHEMA,
         "moetrace": __version__,
-        "engine": engine_fingerprint(),
+        "engine": room_fingerprint("engine"),
         "trace": trace | counts,
         "model": canonical(run.model),
         "system": canonical(run.system),

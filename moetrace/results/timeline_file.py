@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moetrace import __version__
 from moetrace.engine.run import Lane, Run
 from moetrace.engine.tape import EXPERT
 from moetrace.results.timeline import counts_of, recordings, slices_of
 from moetrace.trace.schema import PHASE_NAMES
+from moetrace.version import __version__
 
 SCHEMA = "moetrace.timeline/1"
 # Of steps and layers, and of what shares a link's direction without waiting for one another: tracks of their own.

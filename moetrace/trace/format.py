@@ -10,12 +10,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from moetrace import __version__
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace import schema
 from moetrace.trace.hdf5 import WHOLE_BYTES, Column, open_hdf5, read_attributes, read_columns
 from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, Block, CountBlock, Rows
 from moetrace.trace.writer import CountsWriter, Writer
+from moetrace.version import __version__
 
 
 class Trace:

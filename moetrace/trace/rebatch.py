@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace import __version__
 from moetrace.spec.errors import UsageError
 from moetrace.trace import schema
 from moetrace.trace.atomic import keep_inputs
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import DECODE, MIXED, PREFILL
 from moetrace.trace.writer import CHUNK_ROWS, Writer
+from moetrace.version import __version__
 
 ORDERS = ("arrival", "shuffle")
 # Ids gathered at a time. The rows of a block may lie anywhere in a capture, and of a compressed one whole chunks are

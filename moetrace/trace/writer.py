@@ -12,7 +12,6 @@ import h5py
 import hdf5plugin
 import numpy as np
 
-from moetrace import __version__
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import AtomicFile, uninterrupted
 from moetrace.trace.schema import (
@@ -29,6 +28,7 @@ from moetrace.trace.schema import (
     row_dtype,
     row_shape,
 )
+from moetrace.version import __version__
 
 CHUNK_ROWS = 4096
 ALIGNMENT_BYTES = 4096

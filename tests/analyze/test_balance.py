@@ -6,24 +6,23 @@ import re
 from pathlib import Path
 
 import numpy as np
-import oracle_balance as oracle
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import oracle_balance as oracle
 
-from moetrace.analyze import imbalance
-from moetrace.analyze import loads as loads_module
-from moetrace.analyze.balance import FRAMES, balance, plan_for_next
-from moetrace.analyze.imbalance import SUMS, Cost, Least, judge, new_tally, percentile
-from moetrace.analyze.loads import add, loads_of, steps_of_phase, summed
-from moetrace.analyze.plans import Plan, Tier, copies_of, make_plan, moved_bytes
+from moetrace.analyze.balance import loads as loads_module
+from moetrace.analyze.balance.imbalance import SUMS, Cost, Least, judge, new_tally, percentile
+from moetrace.analyze.balance.loads import add, loads_of, steps_of_phase, summed
+from moetrace.analyze.balance.plans import Plan, Tier, copies_of, make_plan, moved_bytes
+from moetrace.analyze.balance.units import FRAMES, balance, imbalance, plan_for_next
+from moetrace.generators import generate_trace
+from moetrace.importers.importing import import_traces
 from moetrace.results import replay
 from moetrace.spec import PolicySpec, load_model, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
-from moetrace.trace.generate import generate_trace
-from moetrace.trace.importing import import_traces
 from moetrace.trace.writer import CountsWriter
 
 CAPTURES = Path(__file__).parents[3] / "shared" / "traces"

@@ -3,25 +3,25 @@
 from pathlib import Path
 
 import numpy as np
-import oracle_cache
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import oracle_cache
 
-from moetrace.analyze import next_use as look_ahead
-from moetrace.analyze.accesses import accesses
-from moetrace.analyze.cache import ONE_AT_A_TIME, POLICIES, cache_hits, expert_bytes, parse_capacity
-from moetrace.analyze.caches.replays import STATIC
-from moetrace.analyze.hit_curve import lru_curve
-from moetrace.analyze.next_use import NEVER, NextUses
-from moetrace.analyze.reuse import add_all, no_reuse
-from moetrace.analyze.rows import ABSENT
+from moetrace.analyze.cache import next_use as look_ahead
+from moetrace.analyze.cache.accesses import accesses
+from moetrace.analyze.cache.hit_curve import lru_curve
+from moetrace.analyze.cache.hits import ONE_AT_A_TIME, POLICIES, cache_hits, expert_bytes, parse_capacity
+from moetrace.analyze.cache.kernels.replays import STATIC
+from moetrace.analyze.cache.next_use import NEVER, NextUses
+from moetrace.analyze.locality.reuse import add_all, no_reuse
+from moetrace.analyze.locality.rows import ABSENT
+from moetrace.generators import generate_trace
+from moetrace.importers.importing import import_traces
 from moetrace.spec import Model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
-from moetrace.trace.generate import generate_trace
-from moetrace.trace.importing import import_traces
 
 CAPTURES = Path(__file__).parents[3] / "shared" / "traces"
 captured = pytest.mark.skipif(not CAPTURES.exists(), reason="needs the captures beside the repository")
@@ -335,7 +335,7 @@ def test_what_cannot_be_asked():
 
 
 def test_a_trace_too_long_for_exact_counts_is_refused(monkeypatch):
-    monkeypatch.setattr("moetrace.analyze.eviction.MAX_COUNT", 4)
+    monkeypatch.setattr("moetrace.analyze.cache.eviction.MAX_COUNT", 4)
     with pytest.raises(MoetraceError, match=r"rows and \d+ choices, more than LFU counts exactly"):
         cache_hits(Trace.from_arrays(**small_trace(0)), [3])
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import as_arrays, cases
+from support.strategies import as_arrays, cases
 
-from moetrace.analyze.accesses import Accesses
-from moetrace.analyze.cache import cache_hits
-from moetrace.analyze.caches.replays import ONE_AT_A_TIME, POLICIES, Budget, Demands, make_replay
-from moetrace.analyze.caches.scored import ALPHA
-from moetrace.analyze.caches.static import count_accesses
-from moetrace.analyze.next_use import NextUses
+from moetrace.analyze.cache.accesses import Accesses
+from moetrace.analyze.cache.hits import cache_hits
+from moetrace.analyze.cache.kernels.replays import ONE_AT_A_TIME, POLICIES, Budget, Demands, make_replay
+from moetrace.analyze.cache.kernels.scored import ALPHA
+from moetrace.analyze.cache.kernels.static import count_accesses
+from moetrace.analyze.cache.next_use import NextUses
 from moetrace.engine.demand import demand_of
 from moetrace.engine.run import run
 from moetrace.spec import PolicySpec, load_model, load_system

@@ -3,14 +3,14 @@
 from collections import Counter
 
 import numpy as np
-import oracle_cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracle_cache
 
-from moetrace.analyze import cache_tally
-from moetrace.analyze.cache import cache_hits
-from moetrace.analyze.cache_tally import intervals, quantiles, requests_of
+from moetrace.analyze.cache import tally as cache_tally
+from moetrace.analyze.cache.hits import cache_hits
+from moetrace.analyze.cache.tally import intervals, quantiles, requests_of
 from moetrace.trace import Trace
 
 LAYERS, EXPERTS = 3, 7

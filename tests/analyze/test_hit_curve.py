@@ -3,18 +3,18 @@
 from itertools import pairwise
 
 import numpy as np
-import oracle_cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracle_cache
 
-from moetrace.analyze.accesses import accesses, layer_accesses
-from moetrace.analyze.cache import cache_hits
-from moetrace.analyze.caches import stack
-from moetrace.analyze.hit_curve import lru_curve
+from moetrace.analyze.cache.accesses import accesses, layer_accesses
+from moetrace.analyze.cache.hit_curve import lru_curve
+from moetrace.analyze.cache.hits import cache_hits
+from moetrace.analyze.cache.kernels import stack
+from moetrace.generators import generate_trace
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
-from moetrace.trace.generate import generate_trace
 
 
 def routing(seed: int, layers: int, experts: int, top_k: int, rows: int = 40, most: int = 3) -> Trace:

@@ -2,15 +2,15 @@
 
 import math
 
-import naive_locality as naive
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import naive_locality as naive
 
-from moetrace.analyze import coactivation, null, predict, requests, reuse, skew
-from moetrace.analyze.counts import count
-from moetrace.analyze.overlap import overlap
+from moetrace.analyze.locality import coactivation, null, predict, requests, reuse, skew
+from moetrace.analyze.locality.counts import count
+from moetrace.analyze.locality.overlap import overlap
 
 ABSENT = 65535
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moetrace.analyze.accesses import accesses
-from moetrace.analyze.cache import cache_hits
+from moetrace.analyze.cache.accesses import accesses
+from moetrace.analyze.cache.hits import cache_hits
+from moetrace.generators import generate_trace
+from moetrace.importers.importing import import_traces
 from moetrace.trace import Trace
-from moetrace.trace.generate import generate_trace
-from moetrace.trace.importing import import_traces
 
 pytest.importorskip("libcachesim")
 

@@ -3,21 +3,20 @@
 import re
 from pathlib import Path
 
-import naive_locality as naive
 import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
-from strategies import as_arrays, traces
+from support import naive_locality as naive
+from support.strategies import as_arrays, traces
 
-from moetrace.analyze import rows
-from moetrace.analyze.locality import FRAMES, Locality, locality
+from moetrace.analyze.locality.measure import FRAMES, Locality, locality, rows
+from moetrace.generators import generate_trace
+from moetrace.importers.importing import import_traces
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
-from moetrace.trace.generate import generate_trace
-from moetrace.trace.importing import import_traces
 
 CAPTURES = Path(__file__).parents[3] / "shared" / "traces"
 captured = pytest.mark.skipif(not CAPTURES.exists(), reason="needs the captures beside the repository")

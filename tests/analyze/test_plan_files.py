@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.analyze.plan_files import plan_bytes, read_plan
-from moetrace.analyze.plans import Plan, Tier, make_plan
+from moetrace.analyze.balance.plan_files import plan_bytes, read_plan
+from moetrace.analyze.balance.plans import Plan, Tier, make_plan
 from moetrace.spec import plan as plan_spec
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.plan import form_of

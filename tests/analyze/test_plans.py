@@ -1,12 +1,12 @@
 """Plans: EPLB and the longest-first rule against plain Python, what must hold of any plan, and what moves."""
 
 import numpy as np
-import oracle_balance as oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracle_balance as oracle
 
-from moetrace.analyze.plans import (
+from moetrace.analyze.balance.plans import (
     PLACEMENTS,
     PLANNED,
     Plan,

@@ -1,18 +1,17 @@
 """Prefetch predictors: against a slow simulator, and what must hold of any."""
 
 import numpy as np
-import oracle_cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracle_cache
 
-from moetrace.analyze import predictors
-from moetrace.analyze.cache import cache_hits
-from moetrace.analyze.prefetch import PREDICTORS, prefetch_value
+from moetrace.analyze.cache.hits import cache_hits
+from moetrace.analyze.prefetch.value import PREDICTORS, predictors, prefetch_value
+from moetrace.generators import generate_trace
 from moetrace.spec import load_model, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
-from moetrace.trace.generate import generate_trace
 
 LAYERS, EXPERTS = 3, 7
 

@@ -4,11 +4,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from moetrace.analyze.cache import cache_hits
-from moetrace.analyze.regret import LinkCost, link_of, verdict_lines, with_regret
+from moetrace.analyze.cache.hits import cache_hits
+from moetrace.analyze.cache.regret import LinkCost, link_of, verdict_lines, with_regret
+from moetrace.generators import generate_trace
 from moetrace.spec.errors import UsageError
 from moetrace.trace import Trace
-from moetrace.trace.generate import generate_trace
 
 
 def frame_of(hits: dict[str, int], accesses: int = 1000, first: int = 10) -> pl.DataFrame:

@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from test_sweep import KILLS, files, files_of
+from support.sweeps import KILLS, files, files_of
 
 import moetrace as mt
 from moetrace.batch.executors import dask_farm

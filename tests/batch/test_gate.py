@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
-from gate_folders import FIGURES, TRACE, replay, summary, sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.gate_folders import FIGURES, TRACE, replay, summary, sweep
 
 import moetrace as mt
 from moetrace.batch.baseline import read_baseline

@@ -5,7 +5,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from gate_folders import replay, summary, sweep
+from support.gate_folders import replay, summary, sweep
 
 import moetrace as mt
 from moetrace.batch.gate_files import benchmark_json, junit, markdown

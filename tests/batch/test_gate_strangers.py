@@ -4,9 +4,9 @@ import copy
 import json
 from xml.etree import ElementTree
 
-from gate_folders import summary, sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.gate_folders import summary, sweep
 
 import moetrace as mt
 from moetrace.batch.gate_files import benchmark_json, junit, markdown

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from support.sweeps import KILLS, files, files_of
 
 import moetrace as mt
 from moetrace.batch import cell as cell_module
@@ -21,8 +22,8 @@ from moetrace.batch import sweep as sweep_module
 from moetrace.engine import decoded as decoded_module
 from moetrace.engine.decoded import needs_of
 from moetrace.engine.demand import demand_of
-from moetrace.engine.fingerprint import folder_fingerprint
 from moetrace.engine.setup import Setup
+from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.trace.atomic import AtomicFile
 
 ROOT = Path(__file__).parents[2]
@@ -35,10 +36,6 @@ def small(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("t") / "small.h5"
     mt.generate(path, "tiny-olmoe", requests=2, prompt=4, output=6)
     return str(path)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_cells_are_what_their_replays_are(small, tmp_path):
@@ -203,7 +200,7 @@ def test_imports_beside_a_policy_count(tmp_path):
 def test_other_code_shares_nothing(small, tmp_path, monkeypatch):
     """Be it of the engine, or of what derives bytes from a spec or figures from a log."""
     assert mt.sweep({"trace": small}, tmp_path).computed == 2
-    others = {"engine_fingerprint": lambda: "another", "folder_fingerprint": lambda _: "another", "__version__": "9"}
+    others = {"room_fingerprint": lambda _: "another", "__version__": "9"}
     for unused, (name, other) in enumerate(others.items(), 1):
         monkeypatch.setattr(cell_module, name, other)
         found = mt.sweep({"trace": small}, tmp_path)
@@ -211,8 +208,8 @@ def test_other_code_shares_nothing(small, tmp_path, monkeypatch):
 
 
 def test_what_makes_figures_is_part_of_the_code():
-    home, code = Path(mt.__file__).parent, cell_module.code_fingerprint()
-    assert {folder_fingerprint(home / room) for room in ("engine", "spec", "trace", "results")} <= {*code}
+    code = cell_module.code_fingerprint()
+    assert {room_fingerprint(room) for room in ("jit", "engine", "spec", "trace", "results")} <= {*code}
 
 
 def test_a_worker_of_other_code_is_refused(small):
@@ -278,19 +275,6 @@ def test_equal_cells_are_replayed_once(small):
     assert (found.computed, len(found.cells)) == (1, 2)
 
 
-KILLS = """
-import os, pathlib
-flag = pathlib.Path({flag!r})
-if {times} > (len(flag.read_text()) if flag.exists() else 0):
-    with flag.open("a") as file:
-        file.write("x")
-    os._exit(9)
-
-def dies(state, view, layer, load, plan):
-    pass
-"""
-
-
 def test_a_killed_worker_loses_no_cell(small, tmp_path):
     (tmp_path / "dies.py").write_text(KILLS.format(flag=str(tmp_path / "flag"), times=1))
     grid = {"trace": small, "policy": ["monde", str(tmp_path / "dies.py:dies")], "slots": [0, 1, 2]}
@@ -298,11 +282,6 @@ def test_a_killed_worker_loses_no_cell(small, tmp_path):
     assert (tmp_path / "flag").exists()
     assert (found.computed, found.failed) == (6, {})
     assert files(tmp_path / "out") == files_of(grid, tmp_path / "alone")
-
-
-def files_of(grid, folder: Path) -> dict[str, bytes]:
-    mt.sweep(grid, folder)
-    return files(folder)
 
 
 def test_a_cell_that_kills_its_workers_fails_and_the_others_go_on(small, tmp_path):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import moetrace as mt
-from moetrace.analyze import balance as library
-from moetrace.analyze.plans import PLACEMENTS
-from moetrace.cli import analyze_balance
+from moetrace.analyze.balance import units as library
+from moetrace.analyze.balance.plans import PLACEMENTS
+from moetrace.cli.commands import analyze_balance
 from moetrace.engine.placement import group_of_expert, place_experts
 from moetrace.spec.policy import load_loads
 from moetrace.trace.writer import CountsWriter
@@ -182,7 +182,7 @@ def test_options_without_effect_are_refused(run):
 
 
 def test_a_plan_that_no_file_can_hold_is_refused_before_the_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("moetrace.analyze.balance.balance", None)
+    monkeypatch.setattr("moetrace.analyze.balance.units.balance", None)
     code, out, err = run(MIXTRAL, "--placement", "ep", "--units", 3, "--export", tmp_path / "a.json")
     assert (code, out) == (2, "") and "gives units unequal numbers of experts" in err
 

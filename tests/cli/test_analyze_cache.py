@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moetrace.analyze.cache import DEFAULT_POLICIES, POLICIES, SCOPES, cache_hits
-from moetrace.analyze.hit_curve import lru_curve
-from moetrace.cli import analyze_cache
+from moetrace.analyze.cache.hit_curve import lru_curve
+from moetrace.analyze.cache.hits import DEFAULT_POLICIES, POLICIES, SCOPES, cache_hits
+from moetrace.cli.commands import analyze_cache
 from moetrace.engine.run import run as replay
 from moetrace.spec import PolicySpec, load_model, load_static, load_system
 from moetrace.trace import Trace
@@ -204,7 +204,7 @@ def test_the_curve_of_a_picture_takes_threads(run, tmp_path, monkeypatch):
         asked.append(how["threads"])
         return lru_curve(trace, **how)
 
-    monkeypatch.setattr("moetrace.analyze.hit_curve.lru_curve", curve)
+    monkeypatch.setattr("moetrace.analyze.cache.hit_curve.lru_curve", curve)
     more = ("--scope", "layer", "--capacity", 48, "--policy", "lru", "--plot", tmp_path / "a.png")
     assert run(TINY, "--threads", 2, *more)[0] == 0 and asked == [2]
     assert run(TINY, *more[:2], "--capacity", "100MB", *more[4:])[0] == 0 and asked == [2], "not drawn over bytes"

@@ -10,9 +10,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from moetrace.analyze import locality as library
+from moetrace.analyze.locality import measure as library
 from moetrace.cli import main
-from moetrace.cli.analyze_locality import FRAMES
+from moetrace.cli.commands.analyze_locality import FRAMES
 from moetrace.trace import Trace
 
 TINY = Path(__file__).parents[2] / "traces" / "tiny-olmoe.h5"

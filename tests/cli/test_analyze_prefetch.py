@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moetrace.analyze.prefetch import DEFAULT_PREDICTORS, PREDICTORS, prefetch_value
-from moetrace.cli import analyze_prefetch
+from moetrace.analyze.prefetch.value import DEFAULT_PREDICTORS, PREDICTORS, prefetch_value
+from moetrace.cli.commands import analyze_prefetch
 from moetrace.trace import Trace
 
 TINY = str(Path(__file__).parents[2] / "traces" / "tiny-olmoe.h5")

@@ -14,7 +14,7 @@ def model(tmp_path_factory):
     """A saved OLMoE with a tokenizer of words and a chat template."""
     pytest.importorskip("torch").set_num_threads(1)
     transformers = pytest.importorskip("transformers")
-    from tiny_models import save
+    from support.tiny_models import save
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = save("olmoe", tmp_path_factory.mktemp("cli") / "tiny")
@@ -105,7 +105,7 @@ def test_prompts_are_not_overwritten(tmp_path, capsys):
 
 
 def test_interrupted_leaves_what_was_there(model, tmp_path, capsys, monkeypatch):
-    from moetrace.trace.capture_routers import Recorder
+    from moetrace.capture.routers import Recorder
 
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 6, 7]}', encoding="utf-8")
     out = tmp_path / "out"

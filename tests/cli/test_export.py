@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moetrace.cli.export import FORMATS
-from moetrace.trace import exports
+from moetrace import exports
+from moetrace.cli.commands.export import FORMATS
 
 TRACES = Path(__file__).parents[2] / "traces"
 

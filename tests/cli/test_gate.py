@@ -7,7 +7,7 @@ import os
 from xml.etree import ElementTree
 
 import pytest
-from gate_folders import replay, summary, sweep
+from support.gate_folders import replay, summary, sweep
 
 
 @pytest.fixture(autouse=True)

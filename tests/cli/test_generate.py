@@ -12,8 +12,8 @@ import pytest
 
 import moetrace
 from moetrace.cli import main
+from moetrace.generators import list_profiles
 from moetrace.trace import Trace
-from moetrace.trace.generate import list_profiles
 
 TRACES = Path(__file__).parents[2] / "traces"
 SMALL = ["--model", "mixtral-8x7b", "--requests", "3", "--prompt", "5", "--output", "4"]
@@ -174,7 +174,7 @@ def test_what_can_not_be_written_is_said_before_the_fit(tmp_path, monkeypatch, c
     def fit_profile(*_, **__):
         raise AssertionError("fitted")
 
-    monkeypatch.setattr("moetrace.analyze.fit.fit_profile", fit_profile)
+    monkeypatch.setattr("moetrace.generators.fit.fit_profile", fit_profile)
     monkeypatch.chdir(tmp_path)
     assert run(out, "--like", TRACES / "tiny-olmoe.h5", *PROFILED, "--save-profile", profile) == 1
     bad = out if "/" in out else profile

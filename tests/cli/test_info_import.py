@@ -9,9 +9,10 @@ import h5py
 import numpy as np
 import pytest
 
-from moetrace.cli import bars
-from moetrace.cli.import_ import FORMATS
-from moetrace.trace import Trace, engines
+from moetrace.cli import progress as bars
+from moetrace.cli.commands.import_ import FORMATS
+from moetrace.importers import formats as engines
+from moetrace.trace import Trace
 
 TRACES = Path(__file__).parents[2] / "traces"
 

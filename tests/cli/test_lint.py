@@ -8,10 +8,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from traps import arrays, choose, prepend, trace
+from support.traps import arrays, choose, prepend, trace
 
+from moetrace.lints import RULES
 from moetrace.trace import Trace
-from moetrace.trace.lint import RULES
 
 TRACES = Path(__file__).parents[2] / "traces"
 

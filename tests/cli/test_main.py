@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moetrace.cli import COMMANDS, _group, main
-from moetrace.cli.analyze import QUESTIONS
+from moetrace.cli.commands.analyze import QUESTIONS
 from moetrace.trace import Trace
 
 ROOT = Path(__file__).parents[2]

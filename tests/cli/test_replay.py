@@ -150,7 +150,7 @@ def test_table_says_how_often_optimal_fell_back(tmp_path, capsys):
 def test_bar_appears_on_a_terminal_when_it_takes_long(capsys, monkeypatch):
     assert run(TINY) == 0
     table = said(capsys)[0]
-    monkeypatch.setattr("moetrace.cli.bars._BAR_AFTER_S", 0.0)
+    monkeypatch.setattr("moetrace.cli.progress._BAR_AFTER_S", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "160")
     assert run(TINY) == 0

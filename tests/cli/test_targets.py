@@ -36,8 +36,8 @@ def here(tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("read")
 
-    for reader in ("format.Trace.open", "importing.import_traces"):
-        monkeypatch.setattr(f"moetrace.trace.{reader}", refuse)
+    for reader in ("trace.format.Trace.open", "importers.importing.import_traces"):
+        monkeypatch.setattr(f"moetrace.{reader}", refuse)
     return tmp_path
 
 

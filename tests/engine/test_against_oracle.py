@@ -5,11 +5,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import oracle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import Case, all_policies, arrivals, as_arrays, cases, routing, write_loads, write_static
+from support import oracle
+from support.strategies import Case, all_policies, arrivals, as_arrays, cases, routing, write_loads, write_static
 
 from moetrace.engine.run import Run, run
 from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from strategies import Case, all_policies, as_arrays, cases, write_loads, write_static
+from support.strategies import Case, all_policies, as_arrays, cases, write_loads, write_static
 
 from moetrace.engine import decoded as decoded_module
 from moetrace.engine import run as run_module

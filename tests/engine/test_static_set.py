@@ -8,7 +8,7 @@ from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.prompt import want_most_frequent
 from moetrace.engine.residency import empty_cells
 from moetrace.engine.static_set import keep_only, most_demanded
-from moetrace.trace.generate import generate_trace
+from moetrace.generators import generate_trace
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 import numpy as np
-import oracle
 import polars as pl
 import pytest
-import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import oracle, strategies
 
 import moetrace as mt
 from moetrace.results import frames

@@ -1,12 +1,12 @@
 """The timeline's slices: against the oracle, and against the tables of the same replay."""
 
 import numpy as np
-import oracle_timeline
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import Case, all_policies, as_arrays, cases, write_loads, write_static
+from support import oracle_timeline
+from support.strategies import Case, all_policies, as_arrays, cases, write_loads, write_static
 
 import moetrace as mt
 from moetrace.engine.run import Run, run

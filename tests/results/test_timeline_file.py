@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trace_processor import query
+from support.trace_processor import query
 
 import moetrace as mt
 from moetrace.results.timeline_file import _on_whole_ns

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import arrivals, routing
+from support.strategies import arrivals, routing
 
 import moetrace as mt
+from moetrace.importers.importing import import_traces
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import rebatch as module
-from moetrace.trace.importing import import_traces
 from moetrace.trace.schema import row_dtype
 
 SHIPPED = Path(__file__).parents[2] / "traces"

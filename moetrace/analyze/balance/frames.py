@@ -1,0 +1,125 @@
+"""The frames of `balance`: what its tallies say, layer by layer."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from moetrace.analyze.balance.imbalance import SUMS, percentile
+
+if TYPE_CHECKING:
+    from moetrace.analyze.balance.units import Lane
+
+PERCENTILES = {"imbalance_p50": 0.5, "imbalance_p95": 0.95, "imbalance_p99": 0.99}
+_STALE = {"kept": "kept", "remade": "re-made", "clairvoyant": "clairvoyant"}
+
+
+def layers(
+    lanes: "Sequence[Lane]", layer: np.ndarray, sizes_known: bool, link_bytes_s: float | None, timed: bool
+) -> pl.DataFrame:
+    """Make a row for each lane and layer (int64 [L], its index in the model)."""
+    parts = []
+    for lane in lanes:
+        sums = dict(zip(SUMS, lane.tally.sums.T, strict=True))
+        steps = sums["steps"]
+        mean = np.where(steps > 0, steps, np.nan)  # of no step there is none
+        none = np.full(layer.size, np.nan)
+        moved = pl.Series(lane.moved_bytes if sizes_known else [None] * layer.size, dtype=pl.Int64)
+        pause_s = none if link_bytes_s is None else lane.moved_bytes / link_bytes_s
+        figures: dict[str, Any] = {
+            "layer": layer,
+            "slots": np.full(layer.size, lane.plan.slots),
+            "steps": steps.astype(np.int64),
+            "imbalance": sums["imbalance"] / mean,
+            **{name: percentile(lane.tally, share) for name, share in PERCENTILES.items()},
+            "imbalance_max": np.where(steps > 0, lane.tally.worst, np.nan),
+            "least_imbalance": lane.least.imbalance / mean,
+            "jain": sums["jain"] / mean,
+            "busiest_rows": sums["max_rows"] / lane.plan.share / mean,
+            "time_imbalance": sums["time_imbalance"] / mean if timed else none,
+            "busy_s": sums["busy_s"] if timed else none,
+            "least_busy_s": lane.least.busy_s if timed else none,
+            "migration_bytes": moved,
+            "pause_s": pause_s,
+        }
+        names = {"placement": [lane.placement] * layer.size, "plan": [lane.plan_is] * layer.size}
+        parts.append(pl.DataFrame(names | figures))
+    return pl.concat(parts).with_columns(pl.col(pl.Float64).fill_nan(None))
+
+
+def summary(by_layer: pl.DataFrame, rebalances: int) -> pl.DataFrame:
+    """Make a row for each lane: how its layers are, and what they take together."""
+    total = pl.col("busy_s").sum()
+    frame = by_layer.group_by("placement", "plan", maintain_order=True).agg(
+        slots=pl.col("slots").first(),
+        imbalance=pl.col("imbalance").mean(),
+        imbalance_worst_layer=pl.col("imbalance").max(),
+        worst_layer=pl.col("layer").get(pl.col("imbalance").fill_null(0).arg_max()),
+        imbalance_p50=pl.col("imbalance_p50").mean(),
+        imbalance_p95=pl.col("imbalance_p95").mean(),
+        imbalance_p99=pl.col("imbalance_p99").mean(),
+        imbalance_max=pl.col("imbalance_max").max(),
+        least_imbalance=pl.col("least_imbalance").mean(),
+        jain=pl.col("jain").mean(),
+        time_imbalance=pl.col("time_imbalance").mean(),
+        busy_s=pl.when(pl.col("busy_s").count() > 0).then(total),
+        least_busy_s=pl.when(pl.col("busy_s").count() > 0).then(pl.col("least_busy_s").sum()),
+        migration_bytes=pl.when(pl.col("migration_bytes").count() > 0).then(pl.col("migration_bytes").sum()),
+        pause_s=pl.when(pl.col("pause_s").count() > 0).then(pl.col("pause_s").sum()),
+    )
+    remade = pl.when(pl.col("plan") == "re-made").then(rebalances).otherwise(0)
+    return frame.with_columns(remade.cast(pl.Int64).alias("rebalances"))
+
+
+def staleness(by_layer: pl.DataFrame, judged: int, interval: int, rebalances: int) -> pl.DataFrame:
+    """Make a row for each planned placement and layer, and one of all layers: mean imbalance, sums of seconds.
+
+    `loss` is by how much a kept plan is worse than one made anew, or clairvoyant, as a share. A rebalance is worth its
+    pause after `break_even_steps` of the seconds that it saves a step; null if it saves none, or seconds are unknown.
+    """
+    wide = None
+    for ending, plan in _STALE.items():
+        columns = [pl.col(name).alias(f"{name}_{ending}") for name in ("imbalance", "busy_s")]
+        if plan == "re-made":
+            columns += ["migration_bytes", "pause_s"]
+        part = by_layer.filter(plan=plan).select("placement", "layer", *columns)
+        wide = part if wide is None else wide.join(part, on=["placement", "layer"], how="left", maintain_order="left")
+    assert wide is not None
+    seconds = [name for name in wide.columns if name.startswith(("busy_s", "pause_s", "migration"))]
+    every = wide.group_by("placement", maintain_order=True).agg(
+        pl.lit(None, pl.Int64).first().alias("layer"),
+        pl.col("^imbalance_.*$").mean(),
+        *(pl.when(pl.col(name).count() > 0).then(pl.col(name).sum()).alias(name) for name in seconds),
+    )
+    frame = pl.concat([wide, every.select(wide.columns)])
+    saved_s = (pl.col("busy_s_kept") - pl.col("busy_s_remade")) / max(1, judged - interval)
+    pause_s = pl.col("pause_s") / max(1, rebalances)
+    return frame.with_columns(
+        imbalance_loss_to_remade=pl.col("imbalance_kept") / pl.col("imbalance_remade") - 1,
+        imbalance_loss_to_clairvoyant=pl.col("imbalance_kept") / pl.col("imbalance_clairvoyant") - 1,
+        busy_loss_to_remade=pl.col("busy_s_kept") / pl.col("busy_s_remade") - 1,
+        busy_loss_to_clairvoyant=pl.col("busy_s_kept") / pl.col("busy_s_clairvoyant") - 1,
+        saved_s_per_step=saved_s,
+        pause_s_per_rebalance=pause_s,
+        break_even_steps=pl.when(saved_s > 0).then(pause_s / saved_s),
+    ).with_columns(pl.col(pl.Float64).fill_nan(None))
+
+
+def over_time(lanes: "Sequence[Lane]", layer: np.ndarray, judged: np.ndarray) -> pl.DataFrame:
+    """Make a row for each lane, layer and period: its first step, and the mean imbalance of its steps."""
+    parts = []
+    for lane in lanes:
+        steps, total = lane.tally.over_time[:, :, 0], lane.tally.over_time[:, :, 1]
+        periods = len(steps)
+        first = judged[-(-np.arange(periods) * judged.size // periods)]
+        size = periods * layer.size
+        columns: dict[str, Any] = {
+            "placement": [lane.placement] * size,
+            "plan": [lane.plan_is] * size,
+            "layer": np.tile(layer, periods),
+            "first_step": np.repeat(first, layer.size),
+            "imbalance": (total / np.where(steps > 0, steps, np.nan)).ravel(),
+        }
+        parts.append(pl.DataFrame(columns))
+    return pl.concat(parts).with_columns(pl.col(pl.Float64).fill_nan(None))

@@ -1,0 +1,195 @@
+"""Plans: which unit holds which experts, copies included, and what it takes to get from one plan to the next."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.engine.eplb import eplb_plan
+from moetrace.engine.placement import group_of_expert
+from moetrace.jit.compile import kernel
+from moetrace.spec.errors import UsageError
+from moetrace.spec.plan import MAX_SLOTS
+
+# Placement -> what it does. Those of PLANNED are made from loads.
+PLACEMENTS = {
+    "ep": "expert e on unit e mod N",
+    "ep-block": "equal runs of successive experts on each unit",
+    "ep-lpt": "longest load first onto the least loaded unit, any number of experts on each",
+    "eplb": "EPLB's global policy: redundant copies where they are needed most, equally many slots on each unit",
+    "eplb-hierarchical": "EPLB's hierarchical policy: groups of experts to nodes first, then the same within each node",
+    "tp": "a part of every expert on each unit; tp:g: groups of g units, which share their experts",
+}
+PLANNED = ("ep-lpt", "eplb", "eplb-hierarchical")
+DEFAULT_PLACEMENTS = ("ep", "ep-block", "ep-lpt", "eplb")
+MAX_UNITS = 4096
+
+
+class Tier(NamedTuple):
+    """What the experts of a layer are spread over.
+
+    units: N. redundant: further slots than experts, for EPLB; None: the fewest that give each unit one at least and
+    all units equally many slots. nodes, groups: of units and of experts, for hierarchical EPLB.
+    """
+
+    units: int
+    redundant: int | None = None
+    nodes: int = 1
+    groups: int = 1
+
+    def slots(self, experts: int) -> int:
+        """Slots of a layer under EPLB; raise UsageError if these units cannot have equally many."""
+        if self.redundant is None:
+            return -(-(experts + self.units) // self.units) * self.units
+        slots = experts + self.redundant
+        if self.redundant < 0 or slots > MAX_SLOTS:
+            raise UsageError(f"redundant experts are {self.redundant}: give 0 to {MAX_SLOTS - experts}.")
+        if slots % self.units:
+            fitting = -slots % self.units + self.redundant
+            raise UsageError(
+                f"{experts} experts and {self.redundant} redundant ones are {slots} slots, which {self.units} units "
+                f"cannot share equally: give {fitting} redundant ones."
+            )
+        return slots
+
+
+class Plan(NamedTuple):
+    """Where every copy of every expert of L layers is.
+
+    share: units that hold a part of each expert together (1 but for tensor parallelism).
+    expert_of_slot: int32 [L, bins, room], what each bin (a unit, or a group of ``share`` units) holds; -1 = nothing.
+    """
+
+    share: int
+    expert_of_slot: np.ndarray
+
+    @property
+    def bins(self) -> int:
+        """Units, or groups of units that share their experts."""
+        return self.expert_of_slot.shape[1]
+
+    @property
+    def slots(self) -> int:
+        """Copies of experts in a layer."""
+        return int((self.expert_of_slot[0] >= 0).sum())
+
+
+class Copies(NamedTuple):
+    """A plan turned around: the bins that hold expert e of layer l are ``bin[l, start[l, e]:start[l, e + 1]]``."""
+
+    start: np.ndarray  # int32 [L, E + 1]
+    bin: np.ndarray  # int32 [L, slots], in the order of slots
+
+
+def check_tier(tier: Tier) -> None:
+    """Raise UsageError if there are too few or too many of something."""
+    for name, number in (("units", tier.units), ("nodes", tier.nodes), ("groups", tier.groups)):
+        if not 1 <= number <= MAX_UNITS:
+            raise UsageError(f"{name} are {number}: give 1 to {MAX_UNITS}.")
+
+
+def check_placement(placement: str, tier: Tier, experts: int) -> None:
+    """Raise UsageError if there is no such placement, or not for so many units and experts."""
+    kind, colon, size = placement.partition(":")
+    if kind not in PLACEMENTS or (colon and kind != "tp"):
+        raise UsageError(f"there is no placement {placement!r}; known are {', '.join(PLACEMENTS)} and tp:g.")
+    check_tier(tier)
+    if colon and not (
+        size.isascii() and size.isdigit() and len(size) < 9 and int(size) and tier.units % int(size) == 0
+    ):
+        raise UsageError(f"placement {placement!r} wants groups of a size that divides the {tier.units} units.")
+    if kind.startswith("eplb"):
+        tier.slots(experts)
+    if placement == "eplb-hierarchical":
+        for what, number, of, parts in (
+            ("units", tier.units, "nodes", tier.nodes),
+            ("groups", tier.groups, "nodes", tier.nodes),
+            ("experts", experts, "groups", tier.groups),
+        ):
+            if number % parts:
+                raise UsageError(f"hierarchical EPLB cannot share {number} {what} among {parts} {of} equally.")
+
+
+def make_plan(placement: str, tier: Tier, shape: tuple[int, int], loads: np.ndarray | None = None) -> Plan:
+    """Return the plan of a placement that `check_placement` accepts.
+
+    ``shape`` is (layers, experts); ``loads`` [layers, experts], 0 or more, is what those of PLANNED are made from.
+    """
+    layers, experts = shape
+    if placement.startswith("eplb"):
+        assert loads is not None
+        nodes, groups = (tier.nodes, tier.groups) if placement == "eplb-hierarchical" else (1, 1)
+        slots = eplb_plan(loads, tier.slots(experts), tier.units, nodes, groups)
+        return Plan(1, slots.reshape(layers, tier.units, -1))
+    kind, _, size = placement.partition(":")
+    share = 1 if kind != "tp" else int(size) if size else tier.units
+    of_unit = group_of_expert(
+        placement, layers, experts, tier.units, share, None if loads is None else loads.astype(np.float64)
+    )
+    return Plan(share, _by_bin(of_unit, tier.units // share))
+
+
+def copies_of(plan: Plan, experts: int) -> Copies:
+    """Turn a plan around."""
+    layers = len(plan.expert_of_slot)
+    start = np.zeros((layers, experts + 1), np.int32)
+    bin_of_copy = np.empty((layers, plan.expert_of_slot[0].size), np.int32)
+    _turn(plan.expert_of_slot, start, bin_of_copy)
+    return Copies(start, bin_of_copy)
+
+
+def moved_bytes(old: Plan, new: Plan, expert_bytes: np.ndarray) -> np.ndarray:
+    """Bytes that each layer copies to get from one plan to another of as many units, int64 [layers].
+
+    A unit has to get what it is to hold and does not hold; ``expert_bytes`` is int64 [layers, experts]. Units keep
+    their numbers: that another numbering of the new plan's units would move less is not made use of, as in engines.
+    """
+    moved = np.zeros(len(expert_bytes), np.int64)
+    _count_moved(old.expert_of_slot, new.expert_of_slot, expert_bytes, moved)
+    return moved
+
+
+def _by_bin(bin_of_expert: np.ndarray, bins: int) -> np.ndarray:
+    """Turn int64 [layers, experts] into what each bin holds, in the order of experts."""
+    layers, experts = bin_of_expert.shape
+    room = max(int(np.bincount(held, minlength=bins).max()) for held in bin_of_expert)
+    expert_of_slot = np.full((layers, bins, room), -1, np.int32)
+    for layer, held in enumerate(bin_of_expert):
+        order = np.argsort(held, kind="stable")
+        rank = np.arange(experts) - np.searchsorted(held[order], held[order])
+        expert_of_slot[layer, held[order], rank] = order
+    return expert_of_slot
+
+
+@kernel(inline=False)
+def _turn(expert_of_slot, start, bin_of_copy):
+    layers, bins, room = expert_of_slot.shape
+    end = np.empty(start.shape[1] - 1, np.int32)
+    for layer in range(layers):
+        for b in range(bins):
+            for slot in range(room):
+                if expert_of_slot[layer, b, slot] >= 0:
+                    start[layer, expert_of_slot[layer, b, slot] + 1] += 1
+        for e in range(end.size):
+            end[e] = start[layer, e]
+            start[layer, e + 1] += start[layer, e]
+        for b in range(bins):
+            for slot in range(room):
+                expert = expert_of_slot[layer, b, slot]
+                if expert >= 0:
+                    bin_of_copy[layer, end[expert]] = b
+                    end[expert] += 1
+
+
+@kernel(inline=False)
+def _count_moved(old, new, expert_bytes, moved):
+    layers, bins = new.shape[:2]
+    for layer in range(layers):
+        held = np.full(expert_bytes.shape[1], -1)  # of each expert: the last bin that held it, or got it
+        for b in range(bins):
+            for expert in old[layer, b]:
+                if expert >= 0:
+                    held[expert] = b
+            for expert in new[layer, b]:
+                if expert >= 0 and held[expert] != b:
+                    held[expert] = b
+                    moved[layer] += expert_bytes[layer, expert]

@@ -1,0 +1,366 @@
+"""How evenly a trace's experts keep units busy under placements and plans: made on one part of it, judged on the rest.
+
+docs/balance.md defines every figure.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from moetrace.analyze.balance import frames, imbalance
+from moetrace.analyze.balance.imbalance import Cost, Least, Tally
+from moetrace.analyze.balance.loads import Loads, add, loads_of, steps_of_phase, summed
+from moetrace.analyze.balance.plans import (
+    DEFAULT_PLACEMENTS,
+    PLANNED,
+    Copies,
+    Plan,
+    Tier,
+    check_placement,
+    copies_of,
+    make_plan,
+    moved_bytes,
+)
+from moetrace.analyze.sizes import expert_bytes, model_of
+from moetrace.engine.cost import machine_of
+from moetrace.spec import Model, System, load_system
+from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.trace.format import Trace
+from moetrace.trace.opening import accepts_path
+from moetrace.trace.schema import PHASE_NAMES
+
+SCHEMA = "moetrace.balance/1"
+FRAMES = ("summary", "layers", "staleness", "over_time")
+FIXED, GIVEN, KEPT, REMADE, CLAIRVOYANT = "fixed", "given", "kept", "re-made", "clairvoyant"
+PERIODS = 120  # of the judged steps, for a picture
+# Of the largest models there are 94 layers and 23,000 experts; a damaged file may claim anything.
+MAX_LAYERS = 1024
+MAX_CELLS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What `balance` found. Imbalances are of one layer; nothing is pooled over layers.
+
+    Attributes:
+        trace: what was judged and how, with plain values.
+        summary: a row for each plan: means and extremes over the layers, sums of seconds and bytes.
+        layers: a row for each plan and layer.
+        staleness: a row for each placement that is made from loads, and layer (null: all): what keeping a plan loses.
+        over_time: a row for each plan, layer and period of the judged steps: its mean imbalance.
+    """
+
+    trace: dict[str, Any]
+    summary: pl.DataFrame
+    layers: pl.DataFrame
+    staleness: pl.DataFrame
+    over_time: pl.DataFrame
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, in which None stands for what there is not; JSON takes it."""
+        return {"schema": SCHEMA, "trace": self.trace} | {name: getattr(self, name).to_dicts() for name in FRAMES}
+
+
+@dataclass
+class Lane:
+    """A plan, or a series of plans, on its way through the judged steps."""
+
+    placement: str
+    plan_is: str  # FIXED, GIVEN, KEPT, REMADE or CLAIRVOYANT
+    plan: Plan
+    cost: Cost
+    tally: Tally
+    moved_bytes: np.ndarray  # int64 [L]
+    copies: Copies
+    least: Least  # shared by lanes of as many bins and slots
+
+    def judge(self, loads: Loads, turn: int, period: np.ndarray) -> None:
+        """Add the steps of `loads` to the tally."""
+        imbalance.judge(loads, self.copies, self.plan.bins, turn, period, self.cost, self.tally)
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What a unit costs, if a model and a system are known, and what an expert weighs, if that is."""
+
+    model: Model | None
+    system: System | None
+    expert_bytes: np.ndarray | None  # int64 [L, E]
+    weight_bytes: np.ndarray | None = None  # float64 [L, E]: the same, not rounded up
+
+    def cost(self, share: int, shape: tuple[int, int]) -> Cost:
+        if self.model is None or self.system is None:
+            return Cost(0.0, 0.0, 0.0, np.zeros(shape))
+        assert self.weight_bytes is not None
+        machine = machine_of(self.model, self.system, self.weight_bytes, np.zeros(shape), share)
+        return Cost(machine.ndp_s_per_row, machine.ndp_s_per_byte, machine.ndp_command_s, machine.weight_bytes)
+
+    @property
+    def link_bytes_s(self) -> float | None:
+        return None if self.system is None or self.system.link is None else self.system.link.bytes_s
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which steps plans are made from, and which they are judged on."""
+
+    steps: np.ndarray  # int64, of the trace: those that are looked at
+    window: int
+    interval: int
+
+    @property
+    def judged(self) -> np.ndarray:
+        """The steps that plans are judged on, of the trace."""
+        return self.steps[self.window :]
+
+
+@accepts_path
+def balance(
+    trace: Trace,
+    placements: Sequence[str] = DEFAULT_PLACEMENTS,
+    *,
+    tier: Tier | int | None = None,
+    window: int | None = None,
+    interval: int | None = None,
+    phase: str = "all",
+    plans: Mapping[str, Plan] | None = None,
+    model: Model | str | Path | None = None,
+    system: System | str | Path | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Balance:
+    """Say how evenly experts keep ``tier`` (a number of units, or a `Tier`) busy under placements and given ``plans``.
+
+    ``trace`` is a trace or the path of its file. Of the steps of ``phase`` ("all", "prefill", "decode" or "mixed"),
+    those after the first ``window`` (half of them) are judged. A placement that is made from loads is judged three
+    times: made from the window and kept; made anew every ``interval`` steps (an eighth of those judged) from the last
+    ``window`` ones; and made from the very steps that it is judged on. With a ``system``, whose NDP units are taken
+    unless ``tier`` says how many, figures are in seconds too; ``model`` replaces the one that the trace names. Works on
+    ids and on counts, in constant memory. ``progress`` is told of rows.
+
+    Raises UsageError for what makes no sense, MoetraceError (file, dataset, row) if the trace is damaged.
+    """
+    machine, tier = _machine(trace, model, system, tier)
+    span = span_of(trace, phase, window, interval)
+    plans = plans or {}
+    for placement in placements:
+        check_placement(placement, tier, trace.num_experts)
+    if not placements and not plans:
+        raise UsageError("no placement and no plan is given to judge.")
+    told = progress or (lambda rows: None)
+    recent = np.zeros((trace.layers, trace.num_experts), np.int64)
+    for loads in loads_of(trace, span.steps[: span.window]):
+        add(loads, recent)
+        told(loads.all_rows)
+    lanes = _lanes(trace, placements, plans, tier, machine, span, recent)
+    _check_bytes(trace, machine, lanes, span)
+    _walk(trace, lanes, tier, machine, span, recent, told)
+    facts = _facts(trace, phase, tier, machine, span, lanes)
+    layer = trace.layer_index.astype(np.int64)
+    by_layer = frames.layers(lanes, layer, facts["sizes_known"], machine.link_bytes_s, machine.system is not None)
+    return Balance(
+        facts,
+        frames.summary(by_layer, facts["rebalances"]),
+        by_layer,
+        frames.staleness(by_layer, facts["judged_steps"], facts["interval"], facts["rebalances"]),
+        frames.over_time(lanes, layer, span.judged),
+    )
+
+
+def plan_for_next(trace: Trace, placement: str, tier: Tier, window: int | None = None, phase: str = "all") -> Plan:
+    """Return the plan that a rebalance after the last step would install, made from the last ``window`` steps."""
+    check_placement(placement, tier, trace.num_experts)
+    _check_size(trace)
+    shape = (trace.layers, trace.num_experts)
+    loads = loads_for_next(trace, window, phase) if placement in PLANNED else None
+    return make_plan(placement, tier, shape, loads)
+
+
+def loads_for_next(trace: Trace, window: int | None = None, phase: str = "all") -> np.ndarray:
+    """Return the loads of the last ``window`` steps, int64 [layers, experts]: what that plan is made from."""
+    _check_size(trace)
+    span = span_of(trace, phase, window, None)
+    return summed(trace, span.steps[-span.window :])
+
+
+def span_of(trace: Trace, phase: str, window: int | None, interval: int | None) -> Span:
+    """Choose the steps; raise UsageError or MoetraceError if that leaves nothing to plan from or to judge."""
+    if phase not in ("all", *PHASE_NAMES):
+        raise UsageError(f"phase is {phase!r}: give all, {', '.join(PHASE_NAMES)}.")
+    steps = steps_of_phase(trace, phase)
+    which = "" if phase == "all" else f"{phase} "
+    if steps.size < 2:
+        raise MoetraceError(
+            f"{trace.path or 'the trace'} has {steps.size} {which}steps, but a plan needs one to be made from and one "
+            f"to be judged on."
+        )
+    window = steps.size // 2 if window is None else window
+    if not 1 <= window < steps.size:
+        raise UsageError(f"the window is {window} steps: give 1 to {steps.size - 1}, less than the {which}steps.")
+    interval = -(-(steps.size - window) // 8) if interval is None else interval
+    if interval < 1:
+        raise UsageError(f"the interval is {interval} steps: give 1 or more.")
+    return Span(steps, window, interval)
+
+
+def _machine(
+    trace: Trace, model: Model | str | Path | None, system: System | str | Path | None, tier: Tier | int | None
+) -> tuple[_Machine, Tier]:
+    _check_size(trace)
+    tier = Tier(tier) if isinstance(tier, int) else tier
+    if system is None:
+        return _Machine(None, None, expert_bytes(trace, model)), tier or Tier(8)
+    system = load_system(system)
+    if system.ndp is None:
+        raise UsageError(f"the system {system.name} has no NDP units that could be kept busy: name another --system.")
+    spec = model_of(trace, model)
+    if spec is None:
+        raise UsageError(
+            f"seconds need a model, but {trace.path or 'the trace'} names {trace.model!r}, which is no preset: "
+            f"name one with --model."
+        )
+    size = expert_bytes(trace, spec)
+    weight_bytes = spec.expert_bytes() if trace.expert_bytes is None else size
+    return _Machine(spec, system, size, weight_bytes), tier or Tier(system.units)
+
+
+def _check_size(trace: Trace) -> None:
+    if trace.layers > MAX_LAYERS or trace.layers * trace.num_experts > MAX_CELLS:
+        raise MoetraceError(
+            f"{trace.path or 'the trace'} has {trace.layers} layers of {trace.num_experts} experts; balance takes "
+            f"{MAX_LAYERS} layers and {MAX_CELLS} experts at most."
+        )
+
+
+def _lanes(
+    trace: Trace,
+    placements: Sequence[str],
+    plans: Mapping[str, Plan],
+    tier: Tier,
+    machine: _Machine,
+    span: Span,
+    recent: np.ndarray,
+) -> list[Lane]:
+    shape = (trace.layers, trace.num_experts)
+    ahead = summed(trace, span.judged) if any(placement in PLANNED for placement in placements) else recent
+    kinds: list[tuple[str, str, Plan]] = []
+    for placement in dict.fromkeys(placements):
+        if placement not in PLANNED:
+            kinds.append((placement, FIXED, make_plan(placement, tier, shape)))
+            continue
+        first = make_plan(placement, tier, shape, recent)
+        kinds.append((placement, KEPT, first))
+        if span.interval < span.judged.size:
+            kinds.append((placement, REMADE, first))
+        kinds.append((placement, CLAIRVOYANT, make_plan(placement, tier, shape, ahead)))
+    for name, plan in plans.items():
+        _check_given(name, plan, tier, shape)
+        kinds.append((name, GIVEN, plan))
+    least: dict[tuple[int, int, int], Least] = {}
+    return [
+        Lane(
+            placement,
+            plan_is,
+            plan,
+            machine.cost(plan.share, shape),
+            imbalance.new_tally(trace.layers, min(PERIODS, span.judged.size)),
+            np.zeros(trace.layers, np.int64),
+            copies_of(plan, trace.num_experts),
+            least.setdefault(_key(plan), Least(np.zeros(trace.layers), np.zeros(trace.layers))),
+        )
+        for placement, plan_is, plan in kinds
+    ]
+
+
+def _check_bytes(trace: Trace, machine: _Machine, lanes: list[Lane], span: Span) -> None:
+    """Raise MoetraceError if what moves could be more bytes than are counted exactly."""
+    copies = max(lane.plan.slots for lane in lanes) * trace.layers * (span.judged.size // span.interval + 1)
+    if machine.expert_bytes is not None and int(machine.expert_bytes.max()) * copies >= 2**63:
+        raise MoetraceError(
+            f"{trace.path or 'the trace'} has experts of {machine.expert_bytes.max()} bytes: what moves would be more "
+            f"than can be counted."
+        )
+
+
+def _key(plan: Plan) -> tuple[int, int, int]:
+    """Plans of the same key have the same lower bounds."""
+    return plan.share, plan.bins, plan.slots
+
+
+def _check_given(name: str, plan: Plan, tier: Tier, shape: tuple[int, int]) -> None:
+    layers, experts = shape
+    held = plan.expert_of_slot.reshape(len(plan.expert_of_slot), -1)
+    if (len(held), plan.bins * plan.share) != (layers, tier.units) or held.max() >= experts:
+        raise UsageError(
+            f"the plan {name} is of {len(held)} layers, {plan.bins * plan.share} units and experts up to "
+            f"{held.max()}, but there are {layers} layers of {experts} experts and {tier.units} units."
+        )
+    for layer, slots in enumerate(held):
+        missing = np.setdiff1d(np.arange(experts), slots)
+        if missing.size:
+            raise MoetraceError(f"the plan {name} has no copy of expert {missing[0]} in layer entry {layer}.")
+
+
+def _walk(
+    trace: Trace,
+    lanes: list[Lane],
+    tier: Tier,
+    machine: _Machine,
+    span: Span,
+    recent: np.ndarray,
+    told: Callable[[int], object],
+) -> None:
+    """Judge all lanes on the judged steps, making plans anew at every interval from ``recent``, the window's loads."""
+    periods = lanes[0].tally.over_time.shape[0]
+    period = np.arange(span.judged.size) * periods // span.judged.size
+    bounds = {_key(lane.plan): lane for lane in lanes}
+    turn, remade = 0, any(lane.plan_is == REMADE for lane in lanes)
+    for begin in range(0, span.judged.size, span.interval):
+        if begin and remade:
+            recent -= summed(trace, span.steps[begin - span.interval : begin])
+            _make_anew(lanes, tier, machine, recent)
+        for loads in loads_of(trace, span.judged[begin : begin + span.interval]):
+            for lane in lanes:
+                lane.judge(loads, turn, period[turn : turn + loads.steps])
+            for (_, bins, slots), lane in bounds.items():
+                imbalance.bound(loads, trace.num_experts, bins, slots, lane.cost, lane.least)
+            if remade:
+                add(loads, recent)
+            turn += loads.steps
+            told(loads.all_rows)
+
+
+def _make_anew(lanes: list[Lane], tier: Tier, machine: _Machine, recent: np.ndarray) -> None:
+    for lane in lanes:
+        if lane.plan_is == REMADE:
+            new = make_plan(lane.placement, tier, recent.shape, recent)
+            if machine.expert_bytes is not None:
+                lane.moved_bytes += moved_bytes(lane.plan, new, machine.expert_bytes)
+            lane.plan, lane.copies = new, copies_of(new, recent.shape[1])
+
+
+def _facts(trace: Trace, phase: str, tier: Tier, machine: _Machine, span: Span, lanes: list[Lane]) -> dict[str, Any]:
+    anew = any(lane.plan_is == REMADE for lane in lanes)
+    return {
+        "model": trace.model,
+        "layers": trace.layers,
+        "experts": trace.num_experts,
+        "top_k": trace.top_k,
+        "phase": phase,
+        "steps": int(span.steps.size),
+        "judged_steps": int(span.judged.size),
+        "judged_rows": int((trace.offset[span.judged + 1] - trace.offset[span.judged]).sum()),
+        "window": span.window,
+        "interval": span.interval,
+        "rebalance_steps": span.judged[span.interval :: span.interval].tolist() if anew else [],
+        "rebalances": (span.judged.size - 1) // span.interval if anew else 0,
+        "units": tier.units,
+        "redundant": tier.redundant,
+        "nodes": tier.nodes,
+        "groups": tier.groups,
+        "system": None if machine.system is None else machine.system.name,
+        "sizes_known": machine.expert_bytes is not None,
+    }

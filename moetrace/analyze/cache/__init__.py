@@ -1,0 +1,1 @@
+"""What a cache of experts would hit, whatever the hardware."""

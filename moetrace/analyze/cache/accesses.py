@@ -1,0 +1,194 @@
+"""A trace as accesses to experts: which key comes after which, block by block.
+
+A key is one expert of one layer, `layer * E + expert`. Accesses come step by step, within a step layer by layer, within
+a layer row by row and slot by slot; absent choices are none. One (step, layer) is an *event*. Sequentially every choice
+is an access. At once, an event demands each of its experts one time, however many rows chose it, in the order of their
+last choices.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.jit.compile import kernel
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace.format import Trace
+from moetrace.trace.schema import NOT_RECORDED, Block, absent_id, check_ids, check_recorded
+
+
+class Accesses(NamedTuple):
+    """The accesses of whole steps: event `i = step * L + layer` has `bounds[i]:bounds[i + 1]` of them."""
+
+    first: int  # number of accesses before these
+    key: np.ndarray  # int32 [n]
+    bounds: np.ndarray  # int64 [steps * L + 1]
+    # What the engine recorded for each (at once: for the first row that chose it), 255 = nothing; [0] if not asked for.
+    recorded: np.ndarray  # uint8 [n]
+    phase: np.ndarray  # uint8 [steps]: 0 prefill, 1 decode, 2 mixed
+    rows: int
+    row: np.ndarray  # int32 [n]: the row of these that made each choice (at once: the last one); [0] if not asked for
+    request: np.ndarray  # int32 [rows]
+    step_rows: np.ndarray  # int64 [steps]
+    # At once, how many rows chose each; [0] if not asked for.
+    chosen_by: np.ndarray  # int32 [n]
+    row_choices: int  # how many, all different, each row made in each layer, one after another; 0 if some made fewer
+
+
+def accesses(
+    trace: Trace,
+    *,
+    sequential: bool,
+    recorded: bool = False,
+    rows: bool = False,
+    chosen_by: bool = False,
+    block_rows: int | None = None,
+) -> Iterator[Accesses]:
+    """Yield the accesses of a trace, some MB (or, in whole steps, about so many rows) at a time.
+
+    With `recorded` they bring what the engine recorded of its own residency, with `rows` the row of each, and
+    with `chosen_by` (at once) how many rows chose it.
+
+    Raises MoetraceError (file, dataset, row) if an id or a recorded residency is impossible.
+    """
+    done = 0
+    for block in trace.blocks(block_rows):
+        first = int(trace.offset[block.first_step])
+        record = np.zeros((0, 0, 0), np.uint8)
+        if recorded:
+            record = trace.read("recorded", first, first + len(block.request))
+            check_recorded(str(trace.path or "trace in memory"), first, record, block.experts)
+        part = _accesses(trace, block, record, sequential, rows, chosen_by)._replace(first=done)
+        done += part.key.size
+        yield part
+
+
+def layer_accesses(
+    trace: Trace, block: Block, part: tuple[int, int], *, sequential: bool, buffer: np.ndarray
+) -> Accesses:
+    """Return the accesses of layers part[0] up to part[1] in a block of the trace, as of a trace that has no others.
+
+    Their keys lie in `buffer`, int32 with room for every choice, until it is used again.
+
+    Raises MoetraceError as `accesses` does.
+    """
+    return _accesses(trace, block, np.zeros((0, 0, 0), np.uint8), sequential, False, False, part, buffer)
+
+
+def _accesses(
+    trace: Trace,
+    block: Block,
+    record: np.ndarray,
+    sequential: bool,
+    rows: bool,
+    chosen_by: bool,
+    part: tuple[int, int] | None = None,
+    buffer: np.ndarray | None = None,
+) -> Accesses:
+    first, stop = (0, trace.layers) if part is None else part
+    choices = len(block.experts) * (stop - first) * trace.top_k
+    bounds = np.empty(block.steps * (stop - first) + 1, np.int64)
+    key = np.empty(choices, np.int32) if buffer is None else buffer[:choices]
+    out = np.full(key.size if record.size else 0, NOT_RECORDED, np.uint8)
+    row = np.empty(key.size if rows else 0, np.int32)
+    count = np.empty(0 if sequential or not chosen_by else key.size, np.int32)
+    offset = np.ascontiguousarray(block.offset, np.int64)
+    absent = absent_id(trace.num_experts)
+    given = block.experts, record, offset, (first, stop), trace.num_experts, absent, bounds, key, out, row
+    if not (_all_choices(*given) if sequential else _distinct_choices(*given, count)):
+        where = str(trace.path or "trace in memory")
+        check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
+        raise MoetraceError(f"{where}: /experts changed while it was read.")
+    phase = trace.phase[block.first_step : block.first_step + block.steps]
+    found = [array[: bounds[-1]] for array in (key, out, row, count)]
+    request = np.ascontiguousarray(block.request, np.int32)
+    row_choices = trace.top_k if sequential and bounds[-1] == key.size else 0
+    return Accesses(
+        first=0,
+        key=found[0],
+        bounds=bounds,
+        recorded=found[1],
+        phase=phase,
+        rows=request.size,
+        row=found[2],
+        request=request,
+        step_rows=np.diff(offset),
+        chosen_by=found[3],
+        row_choices=row_choices,
+    )
+
+
+@kernel(inline=False)
+def _all_choices(experts, record, offset, part, num_experts, absent, bounds, key, recorded, rows):
+    """Fill bounds, key, recorded with every choice in order; return 0 if an id is no expert's or twice in a row.
+
+    Indices are unsigned, as a signed one may be negative, which is tested for each time: 0.8 ns a choice, not 1.0.
+    """
+    layers = experts.shape[1]
+    last_cell = np.full(num_experts, -1)  # of each expert: the last (row, layer) that chose it
+    event = end = bounds[0] = 0
+    for step in range(offset.size - 1):
+        for layer in range(part[0], part[1]):
+            first = (layer - part[0]) * num_experts
+            for row in range(offset[step], offset[step + 1]):
+                cell = row * layers + layer
+                for slot in range(experts.shape[2]):
+                    expert = np.int64(experts[np.uint64(row), np.uint64(layer), np.uint64(slot)])
+                    if expert == absent:
+                        continue
+                    if expert >= num_experts or last_cell[np.uint64(expert)] == cell:
+                        return 0
+                    last_cell[np.uint64(expert)] = cell
+                    key[np.uint64(end)] = first + expert
+                    if recorded.size:
+                        recorded[end] = record[row, layer, slot]
+                    if rows.size:
+                        rows[end] = row
+                    end += 1
+            event += 1
+            bounds[event] = end
+    return 1
+
+
+@kernel(inline=False)
+def _distinct_choices(experts, record, offset, part, num_experts, absent, bounds, key, recorded, rows, chosen_by):
+    """Fill bounds to chosen_by with each event's distinct experts; return 0 if an id is no expert's or twice."""
+    layers, top_k = experts.shape[1:]
+    # Of each expert: the last (row, layer), event and choice that were its own, and the record of its event's first.
+    last_cell, last_event = np.full(num_experts, -1), np.full(num_experts, -1)
+    last_choice, first_record = np.full(num_experts, -1), np.zeros(num_experts, np.uint8)
+    count = np.zeros(num_experts, np.int32)  # of the rows of the event that chose it, as long as it is not emitted
+    event = end = bounds[0] = 0
+    for step in range(offset.size - 1):
+        for layer in range(part[0], part[1]):
+            for row in range(offset[step], offset[step + 1]):
+                for slot in range(top_k):
+                    expert = np.int64(experts[np.uint64(row), np.uint64(layer), np.uint64(slot)])
+                    at = np.uint64(expert)
+                    if expert == absent:
+                        continue
+                    if expert >= num_experts or last_cell[at] == row * layers + layer:
+                        return 0
+                    last_cell[at] = row * layers + layer
+                    last_choice[at] = row * top_k + slot
+                    count[at] += 1
+                    if recorded.size and last_event[at] != event:
+                        first_record[at] = record[row, layer, slot]
+                    last_event[at] = event
+            for row in range(offset[step], offset[step + 1]):
+                for slot in range(top_k):
+                    expert = np.int64(experts[np.uint64(row), np.uint64(layer), np.uint64(slot)])
+                    at = np.uint64(expert)
+                    if expert != absent and last_choice[at] == row * top_k + slot:
+                        key[np.uint64(end)] = (layer - part[0]) * num_experts + expert
+                        if recorded.size:
+                            recorded[end] = first_record[at]
+                        if rows.size:
+                            rows[end] = row
+                        if chosen_by.size:
+                            chosen_by[end] = count[at]
+                        count[at] = 0
+                        end += 1
+            event += 1
+            bounds[event] = end
+    return 1

@@ -1,0 +1,286 @@
+"""How often experts would have been in a cache: LRU, LFU and Belady, over the accesses of a trace, at given capacities.
+
+What counts as an access, and how a victim is found, is in `accesses` and `eviction`; docs/cache.md says it for users.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from moetrace.analyze.cache import eviction
+from moetrace.analyze.cache.accesses import accesses
+from moetrace.analyze.cache.kernels.replays import HINDSIGHT, ONE_AT_A_TIME, POLICIES, Budget, Demands, make_replay
+from moetrace.analyze.cache.kernels.static import count_accesses
+from moetrace.analyze.cache.next_use import NextUses
+from moetrace.analyze.cache.regret import link_of, with_regret
+from moetrace.analyze.cache.tally import (
+    AGREEING,
+    HITS,
+    MISSED_BYTES,
+    QUANTILES,
+    RECORDED,
+    Demand,
+    Requests,
+    Tally,
+    count_demand,
+    count_hits,
+    intervals,
+    no_demand,
+    no_tally,
+    quantiles,
+    requests_of,
+)
+from moetrace.analyze.sizes import expert_bytes
+from moetrace.engine.static_set import most_demanded
+from moetrace.spec import Model, System
+from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.trace.format import Trace
+from moetrace.trace.opening import accepts_path
+from moetrace.trace.schema import PHASE_NAMES
+
+DEFAULT_POLICIES = ("lru", "lfu", "belady")
+SCOPES = ("global", "layer")
+_UNITS = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
+_UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+_CAPACITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?((?:[KMGT]I?)?B)?", re.IGNORECASE | re.ASCII)
+MAX_CAPACITY = 1 << 60
+MAX_KEYS = 1 << 20  # models have 23,000 at most; a damaged file may claim anything
+_SCHEMA = {
+    "policy": pl.String,
+    "capacity": pl.String,
+    "capacity_experts": pl.Int64,
+    "capacity_bytes": pl.Int64,
+    "scope": pl.String,
+    "sequential": pl.Boolean,
+    "phase": pl.String,
+    "steps": pl.Int64,
+    "accesses": pl.Int64,
+    "hits": pl.Int64,
+    "hit_rate": pl.Float64,
+    "hit_rate_low": pl.Float64,
+    "hit_rate_high": pl.Float64,
+    "compulsory_misses": pl.Int64,
+    "capacity_misses": pl.Int64,
+    "missed_bytes": pl.Int64,
+    "step_misses_p50": pl.Int64,
+    "step_misses_p95": pl.Int64,
+    "step_misses_p99": pl.Int64,
+    "recorded_agreement": pl.Float64,
+}
+
+
+class Capacity(NamedTuple):
+    """What a cache holds at most: so many `unit` ("experts" or "bytes") of all layers together."""
+
+    amount: int
+    unit: str
+    label: str
+
+
+class Asked(NamedTuple):
+    """What `cache_hits` is asked for, checked."""
+
+    capacities: list[Capacity]
+    policies: list[str]
+    scope: str
+    sequential: bool
+    sizes: np.ndarray | None  # int64 [layers, experts]: bytes, if known
+
+
+def parse_capacity(text: str | int) -> Capacity:
+    """Read a number of experts (`400`) or bytes (`3000MiB`, `3GB`, `1.5 GiB`); raise UsageError for anything else."""
+    label = str(text).strip()
+    match = _CAPACITY.fullmatch(label)
+    if match and match[2]:
+        whole, _, fraction = match[1].partition(".")
+        scale = _UNITS[match[2].upper()]
+        amount = int(whole) * scale + (int(fraction) * scale // 10 ** len(fraction) if fraction else 0)
+        capacity = Capacity(amount, "bytes", label)
+    elif match and "." not in match[1]:
+        capacity = Capacity(int(match[1]), "experts", label)
+    else:
+        raise UsageError(
+            f"the capacity {label!r} is neither a number of experts, as 400, nor of bytes, as 3000MiB or 3GB."
+        )
+    if not 1 <= capacity.amount <= MAX_CAPACITY:
+        raise UsageError(f"the capacity {label!r} is {capacity.amount} {capacity.unit}: give 1 to {MAX_CAPACITY}.")
+    return capacity
+
+
+@accepts_path
+def cache_hits(
+    trace: Trace,
+    capacities: Sequence[Capacity | str | int],
+    policies: Sequence[str] = DEFAULT_POLICIES,
+    *,
+    scope: str = "global",
+    sequential: bool = False,
+    model: Model | str | Path | None = None,
+    system: System | str | Path | None = None,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> pl.DataFrame:
+    """Replay the accesses of a trace (or the file of one) through a cache for each policy and capacity.
+
+    That is one pass; Belady and static-hindsight need another one before.
+
+    Caches start empty. With scope "layer" each layer has a cache of its own, of an equal part of the capacity. At once
+    (not `sequential`), the experts of one (step, layer) are demanded together, one time each, and none is evicted for
+    another of them. `progress` is told the rows of each block; `seed` is that of the bootstrap.
+
+    Returns a row for each capacity, policy and phase of steps ("all" and, if they occur, "prefill", "decode", "mixed"):
+    policy, capacity, capacity_experts or capacity_bytes, scope, sequential, phase, steps, accesses, hits, hit_rate with
+    its 95 % confidence interval over requests (hit_rate_low, hit_rate_high; null if all is one request),
+    compulsory_misses (first accesses), capacity_misses (the other ones), missed_bytes (null if sizes are unknown),
+    step_misses_p50, _p95 and _p99, recorded_agreement (of the accesses whose residency the engine recorded, the share
+    that hits here and was resident there, or neither; else null), and what `regret.with_regret` adds.
+
+    Raises UsageError for an unknown policy or scope, a capacity in bytes or a system where sizes are unknown, or a
+    system without a link; MoetraceError if the trace is damaged or holds counts only.
+    """
+    sizes = expert_bytes(trace, model)
+    parsed = [c if isinstance(c, Capacity) else parse_capacity(c) for c in capacities]
+    asked = Asked(parsed, list(dict.fromkeys(policies)), scope, sequential, sizes)
+    _check(trace, asked)
+    link = None if system is None else link_of(system, known=sizes is not None)
+    requests = requests_of(trace)
+    demand, tallies = _replay(trace, asked, requests, progress)
+    frame = pl.DataFrame(_rows(asked, demand, tallies, seed), schema=_SCHEMA)
+    return with_regret(frame, link)
+
+
+@accepts_path
+def hindsight_set(
+    trace: Trace,
+    capacity: Capacity | str | int,
+    *,
+    scope: str = "global",
+    sequential: bool = False,
+    model: Model | str | Path | None = None,
+) -> np.ndarray:
+    """Return the experts that policy static-hindsight keeps, int64 [n, 2] of layer and expert, in that order.
+
+    Arguments and errors are those of `cache_hits`.
+    """
+    parsed = capacity if isinstance(capacity, Capacity) else parse_capacity(capacity)
+    asked = Asked([parsed], [HINDSIGHT], scope, sequential, expert_bytes(trace, model))
+    _check(trace, asked)
+    keys, pools = trace.layers * trace.num_experts, trace.layers if scope == "layer" else 1
+    weight = np.ones(keys, np.int64)
+    if parsed.unit == "bytes":
+        assert asked.sizes is not None
+        weight = np.ascontiguousarray(asked.sizes.reshape(-1))
+    count = count_accesses(accesses(trace, sequential=sequential), keys)
+    kept = np.flatnonzero(most_demanded(count, weight, parsed.amount // pools, pools))
+    return np.stack(np.divmod(kept, trace.num_experts), 1)
+
+
+def _replay(
+    trace: Trace, asked: Asked, requests: Requests, progress: Callable[[int], object] | None
+) -> tuple[Demand, dict[str, list[Tally]]]:
+    """Return what was demanded, and what each policy hit at each capacity."""
+    keys, pools = trace.layers * trace.num_experts, trace.layers if asked.scope == "layer" else 1
+    size = np.zeros(keys, np.int64) if asked.sizes is None else asked.sizes.reshape(-1)
+    count = np.zeros(0, np.int64)
+    if HINDSIGHT in asked.policies:
+        count = count_accesses(accesses(trace, sequential=asked.sequential), keys)
+    choices = trace.rows * trace.top_k
+    demands = Demands(trace.layers, trace.num_experts, size, pools, asked.sequential, choices, count)
+    budgets = [Budget(capacity.amount // pools, capacity.unit == "bytes") for capacity in asked.capacities]
+    replays = {policy: make_replay(policy, budgets, demands) for policy in asked.policies}
+    tallies = {policy: [no_tally(requests.groups) for _ in budgets] for policy in asked.policies}
+    demand = no_demand(keys, requests.groups)
+    looks_ahead = "belady" in asked.policies
+    with NextUses(keys) as next_uses:
+        if looks_ahead:
+            next_uses.learn(accesses(trace, sequential=asked.sequential))
+        wanted = {"recorded": "recorded" in trace.has, "rows": True, "chosen_by": "ewma" in asked.policies}
+        for block in accesses(trace, sequential=asked.sequential, **wanted):
+            group = requests.group_of(block.request)
+            count_demand(demand, block, group, trace.layers)
+            next_use = next_uses.of(block) if looks_ahead else np.zeros(0, np.int64)
+            for policy, replay in replays.items():
+                for tally, hit in zip(tallies[policy], replay(block, next_use), strict=True):
+                    count_hits(tally, block, hit, size, group)
+            if progress is not None:
+                progress(block.rows)
+    return demand, tallies
+
+
+def _check(trace: Trace, asked: Asked) -> None:
+    for policy in asked.policies:
+        if policy not in POLICIES:
+            raise UsageError(f"there is no cache policy {policy!r}; known are {', '.join(POLICIES)}.")
+        if policy in ONE_AT_A_TIME and not (asked.sequential and all(c.unit == "experts" for c in asked.capacities)):
+            raise UsageError(
+                f"{policy} is defined one access at a time and for equal sizes: use --sequential, and "
+                f"capacities in experts."
+            )
+    check_trace(trace, asked.capacities, asked.scope, asked.sizes)
+
+
+def check_trace(trace: Trace, capacities: Sequence[Capacity], scope: str, sizes: np.ndarray | None) -> None:
+    """Raise UsageError or MoetraceError if caches of these capacities cannot be replayed over a trace."""
+    if scope not in SCOPES:
+        raise UsageError(f"there is no scope {scope!r}; known are {', '.join(SCOPES)}.")
+    in_bytes = next((capacity for capacity in capacities if capacity.unit == "bytes"), None)
+    if in_bytes is not None and sizes is None:
+        raise UsageError(
+            f"the capacity {in_bytes.label} needs the sizes of experts, but {trace.path or 'the trace'} has no "
+            f"/layers/expert_bytes and its model {trace.model!r} is no preset: name one with --model, or give the "
+            f"capacity in experts."
+        )
+    where, choices = trace.path or "the trace", trace.rows * trace.layers * trace.top_k
+    if trace.layers * (trace.num_experts + 1) > MAX_KEYS:
+        raise MoetraceError(
+            f"{where} has {trace.layers} x {trace.num_experts} experts; caches take {MAX_KEYS} at most."
+        )
+    if trace.rows >= eviction.MAX_COUNT or choices >= 1 << eviction.TOUCHED_BITS:
+        raise MoetraceError(f"{where} has {trace.rows} rows and {choices} choices, more than LFU counts exactly.")
+    if sizes is not None and int(sizes.max()) * choices >= 2**63:
+        raise MoetraceError(
+            f"{where} has experts of {sizes.max()} bytes: missed bytes would be more than can be counted."
+        )
+
+
+def _rows(asked: Asked, demand: Demand, tallies: dict[str, list[Tally]], seed: int) -> list[dict]:
+    """The rows of the frame: of each capacity, policy and phase."""
+    phases = [("all", list(range(len(PHASE_NAMES))))]
+    phases += [(name, [number]) for number, name in enumerate(PHASE_NAMES) if demand.counts[number, 0]]
+    rows, hits, group_accesses = [], [], []
+    for place, capacity in enumerate(asked.capacities):
+        for policy in asked.policies:
+            for name, numbers in phases:
+                rows.append(_row(demand, tallies[policy][place], numbers) | {"policy": policy, "phase": name})
+                rows[-1] |= {"capacity": capacity.label, f"capacity_{capacity.unit}": capacity.amount}
+                rows[-1] |= {"scope": asked.scope, "sequential": asked.sequential}
+                rows[-1]["missed_bytes"] = None if asked.sizes is None else rows[-1]["missed_bytes"]
+                hits.append(tallies[policy][place].group_hits[numbers].sum(0))
+                group_accesses.append(demand.group_accesses[numbers].sum(0))
+    if rows:
+        for row, low, high in zip(rows, *intervals(np.array(hits), np.array(group_accesses), seed), strict=True):
+            known = not np.isnan(low)
+            row |= {"hit_rate_low": float(low) if known else None, "hit_rate_high": float(high) if known else None}
+    return rows
+
+
+def _row(demand: Demand, tally: Tally, phases: list[int]) -> dict:
+    accessed, compulsory, steps = (int(count) for count in demand.counts[phases].sum(0))
+    totals = tally.totals[phases].sum(0)
+    misses = sum((tally.step_misses[phase] for phase in phases), Counter())
+    return {
+        "steps": steps,
+        "accesses": accessed,
+        "hits": int(totals[HITS]),
+        "hit_rate": totals[HITS] / accessed if accessed else None,
+        "compulsory_misses": compulsory,
+        "capacity_misses": accessed - compulsory - int(totals[HITS]),
+        "missed_bytes": int(totals[MISSED_BYTES]),
+        "recorded_agreement": totals[AGREEING] / totals[RECORDED] if totals[RECORDED] else None,
+        **{f"step_misses_p{q}": value for q, value in zip(QUANTILES, quantiles(misses), strict=True)},
+    }

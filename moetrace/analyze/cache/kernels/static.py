@@ -1,0 +1,71 @@
+"""Static sets: what is wanted is kept from its first access on, and nothing else is.
+
+The hindsight set is of the keys accessed most often in the whole trace. The prefill-seeded one is of those accessed
+most often in the prefill steps so far, made anew whenever prefill steps have come to an end; keys wanted no longer go
+then. Of equal counts, the lower key is wanted. Sets are filled in this order with whatever still fits.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import numpy as np
+
+from moetrace.analyze.cache.accesses import Accesses
+from moetrace.engine.static_set import most_demanded
+from moetrace.jit.compile import kernel
+from moetrace.trace.schema import PREFILL
+
+
+class StaticSet:
+    """The wanted keys of one cache, and those of them that are resident."""
+
+    def __init__(self, weight: np.ndarray, capacity: int, pools: int):
+        self._weight, self._capacity, self._pools = weight, capacity, pools
+        self._wanted, self.resident = np.zeros(weight.size, np.uint8), np.zeros(weight.size, np.uint8)
+
+    def want(self, count: np.ndarray) -> None:
+        """Want the keys of the greatest counts, int64 [keys], in each pool, as long as they fit; a count of 0 never."""
+        self._wanted = most_demanded(count, self._weight, self._capacity, self._pools)
+        self.resident &= self._wanted
+
+    def replay(self, block: Accesses, start: int, stop: int, hit: np.ndarray) -> None:
+        """Fill hit uint8 [n] of the accesses of events start up to stop."""
+        _replay(self._wanted, self.resident, block.key, block.bounds[start : stop + 1], hit)
+
+
+def count_accesses(blocks: Iterable[Accesses], keys: int) -> np.ndarray:
+    """Return how often each key is accessed, int64 [keys]."""
+    count = np.zeros(keys, np.int64)
+    for block in blocks:
+        count += np.bincount(block.key, minlength=keys)
+    return count
+
+
+class PrefillCounts:
+    """How often each key was accessed in prefill steps so far; it divides blocks where sets are made anew."""
+
+    def __init__(self, keys: int):
+        self.count = np.zeros(keys, np.int64)
+        self._under_way = False
+
+    def parts(self, block: Accesses, layers: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield ranges of events, and whether the set is made anew before each; counts are those until then."""
+        prefill = block.phase == PREFILL
+        edges = [0, *(np.flatnonzero(np.diff(prefill)) + 1).tolist(), prefill.size]
+        for start, stop in pairwise(edges):
+            if start == stop:
+                continue
+            anew = self._under_way and not prefill[start]
+            yield start * layers, stop * layers, anew
+            self._under_way = bool(prefill[start])
+            if self._under_way:
+                keys = block.key[block.bounds[start * layers] : block.bounds[stop * layers]]
+                self.count += np.bincount(keys, minlength=self.count.size)
+
+
+@kernel(inline=False)
+def _replay(wanted, resident, key, bounds, hit):
+    for event in range(bounds.size - 1):
+        for i in range(bounds[event], bounds[event + 1]):
+            hit[i] = resident[key[i]]
+            resident[key[i]] = wanted[key[i]]

@@ -1,0 +1,1 @@
+"""How skewed, repetitive and predictable routing is."""

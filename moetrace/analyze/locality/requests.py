@@ -1,0 +1,62 @@
+"""How much requests differ: the part of the variance of choices that the request explains, and the position-0 sink."""
+
+import numpy as np
+
+from moetrace.jit.compile import kernel
+
+
+def between_requests(ids: np.ndarray, starts: np.ndarray, experts: int) -> float:
+    """Return the intraclass correlation of one layer: 0 if requests are alike, 1 if the request decides everything.
+
+    ids uint16 [n, k], the rows of one request after those of another; starts int64 [R], where each begins.
+
+    Of R requests with n_r rows that made choices, a share p_re of which chose expert e, and a share p_e of all rows:
+    `sum_e (var_r(p_re) - p_e (1 - p_e) / mean(n_r)) / sum_e p_e (1 - p_e)`, var with R - 1 below: the variance between
+    requests without what chance adds to it, over the variance of a single choice (the one-way random effects ICC for
+    yes-no outcomes by moments, Fleiss 1981; requests count alike). It may fall below 0 by chance. NaN with fewer than
+    two requests, or where there is no variance.
+    """
+    rows, total, share, square = _per_request(ids, starts, experts)
+    some = int((rows > 0).sum())
+    if some < 2:
+        return np.nan
+    variance = (square - share**2 / some) / (some - 1)
+    p = total / rows.sum()
+    single = p * (1 - p)
+    noise = single * some / rows.sum()
+    return float((variance - noise).sum() / single.sum()) if single.sum() > 0 else np.nan
+
+
+def sink(ids: np.ndarray, experts: int) -> float:
+    """Return the mean overlap of two requests' rows at position 0 in one layer; NaN with fewer than two of them.
+
+    ids uint16 [R, k] are those rows. `sum_e c_e (c_e - 1) / ((R - 1) sum_e c_e)` for counts c_e: 1 if all requests
+    begin with the same experts, as the attention sink of a BOS token makes them.
+    """
+    ids = ids[(ids != 65535).any(axis=1)]
+    count = np.bincount(ids[ids != 65535], minlength=experts).astype(np.float64)
+    return float((count * (count - 1)).sum() / ((len(ids) - 1) * count.sum())) if len(ids) > 1 else np.nan
+
+
+@kernel(inline=False)
+def _per_request(ids, starts, experts):
+    """Return rows [R] that made choices, choices [E], sum [E] and sum of squares [E] of the shares of the requests."""
+    rows = np.zeros(starts.size, np.int64)
+    total, share, square = np.zeros(experts, np.int64), np.zeros(experts), np.zeros(experts)
+    count = np.zeros(experts, np.int64)
+    for request in range(starts.size):
+        count[:] = 0
+        stop = starts[request + 1] if request + 1 < starts.size else len(ids)
+        for t in range(starts[request], stop):
+            some = 0
+            for slot in range(ids.shape[1]):
+                if ids[t, slot] != 65535:
+                    count[ids[t, slot]] += 1
+                    some = 1
+            rows[request] += some
+        for expert in range(experts):
+            total[expert] += count[expert]
+            part = count[expert] / max(rows[request], 1)
+            share[expert] += part
+            square[expert] += part * part
+    return rows, total, share, square

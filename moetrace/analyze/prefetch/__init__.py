@@ -1,0 +1,1 @@
+"""What a prefetch would bring in time, whatever the hardware."""

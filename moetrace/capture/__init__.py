@@ -1,0 +1,1 @@
+"""Run a local Hugging Face model, and trace its routing."""

@@ -1,0 +1,198 @@
+"""`moetrace analyze balance`: how evenly placements and plans spread the work of experts over units."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moetrace.cli.options.given import refuse
+from moetrace.cli.options.overrides import set_option, split_settings
+from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.targets import check_picture, check_targets
+from moetrace.cli.tables.output import print_json
+from moetrace.spec.errors import UsageError
+
+if TYPE_CHECKING:
+    from moetrace.analyze.balance.plans import Plan, Tier
+    from moetrace.analyze.balance.units import Balance
+    from moetrace.trace import Trace
+
+# What is in moetrace.analyze.balance.units and .plans, which take too long to import for a mere --help.
+PLACEMENTS = ("ep", "ep-block", "ep-lpt", "eplb", "eplb-hierarchical", "tp", "tp:g")
+FRAMES = ("summary", "layers", "staleness", "over_time")
+
+
+@click.command("balance")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
+@click.option(
+    "--placement",
+    "placements",
+    multiple=True,
+    metavar="P",
+    help=f"One of {', '.join(PLACEMENTS)}; may be repeated. By default ep, ep-block, ep-lpt and eplb.",
+)
+@click.option(
+    "--plan",
+    "files",
+    multiple=True,
+    type=ANY_PATH,
+    metavar="FILE",
+    help="A plan in use, SGLang's .json or TensorRT-LLM's .yaml; may be repeated.",
+)
+@click.option("--units", type=int, metavar="N", help="Units that hold experts; by default the system's, else 8.")
+@click.option(
+    "--redundant", type=int, metavar="R", help="EPLB's further copies a layer; by default one a unit or more."
+)
+@click.option("--nodes", type=int, default=1, show_default=True, help="Of units, for eplb-hierarchical.")
+@click.option("--groups", type=int, default=1, show_default=True, help="Of experts, for eplb-hierarchical.")
+@click.option("--window", type=int, metavar="W", help="Steps that a plan is made from; by default half of them.")
+@click.option("--interval", type=int, metavar="I", help="Steps from one new plan to the next; by default an eighth.")
+@click.option(
+    "--phase",
+    type=click.Choice(["all", "prefill", "decode", "mixed"]),
+    default="all",
+    show_default=True,
+    help="Which steps to look at, as if there were no others.",
+)
+@click.option("--system", metavar="S", help="Preset or TOML file of the units, for figures in seconds.")
+@click.option("--model", metavar="M", help="Preset or TOML file of the model, if not the one that the trace names.")
+@set_option
+@click.option(
+    "--export",
+    "out",
+    type=ANY_PATH,
+    metavar="FILE",
+    help="Write the plan of the only --placement, made from the last W steps: .json (SGLang), .yaml (TensorRT-LLM); "
+    "of ep-lpt and eplb also .csv, the loads that a policy of `moetrace replay` makes it from.",
+)
+@click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+    help="Tables to read; everything as JSON; or one frame as CSV.",
+)
+@click.option("--frame", type=click.Choice(FRAMES), help="Which one, with --format csv.  [default: layers]")
+def command(trace: Path, out: Path | None, picture: Path | None, form: str, frame: str | None, **asked: Any) -> None:
+    """Say how evenly placements and plans spread the work of experts over units, and what a new plan is worth.
+
+    The steps after the first W are judged. A plan that is made from loads is judged three times: made from the first W
+    steps and kept, made anew every I steps from the last W, and clairvoyant: made from what it is judged on. Imbalance
+    is the busiest unit's rows over the mean, of each step and layer; docs/balance.md defines every figure.
+    """
+    from moetrace.cli.compiling import announce_compiling
+    from moetrace.cli.progress import LateBar
+    from moetrace.trace import Trace
+    from moetrace.trace.atomic import write_whole
+
+    if form != "csv" and frame is not None:
+        raise UsageError("--frame goes with --format csv: a table and JSON hold what there is.")
+    _check_options(asked)
+    check_targets({"--export": out, "--plot": picture}, [trace, *asked["files"], asked["system"], asked["model"]])
+    _check_export(out, asked["placements"])
+    check_picture(picture)
+    with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
+        from moetrace.analyze.balance.plans import DEFAULT_PLACEMENTS
+        from moetrace.analyze.balance.units import balance
+        from moetrace.spec import load_model, load_system
+
+        settings = split_settings(asked["settings"], ("model", "system"))
+        system = load_system(asked["system"], settings["system"]) if asked["system"] else None
+        model = asked["model"] or (opened.model if settings["model"] else None)
+        model = load_model(model, settings["model"]) if model else None
+        if settings["system"] and system is None:
+            raise UsageError("--set system.FIELD needs --system.")
+        tier = _tier(asked, system.units if system else 8)
+        placements = asked["placements"] or (() if asked["files"] else DEFAULT_PLACEMENTS)
+        files = {out: _exported(opened, placements, tier, asked, out)} if out else {}  # first: it may be refused
+        found = balance(
+            opened,
+            placements,
+            tier=tier,
+            window=asked["window"],
+            interval=asked["interval"],
+            phase=asked["phase"],
+            plans=_plans(opened, asked["files"], tier),
+            model=model,
+            system=system,
+            progress=bar.advance,
+        )
+    if picture is not None:
+        from moetrace.show.plots.balance_plot import plot
+
+        files[picture] = plot(found, picture.suffix[1:].lower(), trace.name)
+    write_whole(files)
+    _print(found, str(trace), form, frame or "layers")
+
+
+def _check_options(asked: dict[str, Any]) -> None:
+    """Refuse what would have no effect, and one file as two plans."""
+    placements = asked["placements"] or (() if asked["files"] else PLACEMENTS)
+    if "eplb-hierarchical" not in asked["placements"]:
+        refuse(("nodes", "groups"), "is for --placement eplb-hierarchical.")
+    if not any(placement.startswith("eplb") for placement in placements):
+        refuse(("redundant",), "is for --placement eplb or eplb-hierarchical.")
+    if not any(placement.startswith(("eplb", "ep-lpt")) for placement in placements):
+        refuse(("interval",), "is for placements that are made anew from loads: ep-lpt, eplb or eplb-hierarchical.")
+    from moetrace.trace.atomic import real_path
+
+    if len(set(map(real_path, asked["files"]))) < len(asked["files"]):
+        raise UsageError("--plan was given the same file twice.")
+
+
+def _check_export(out: Path | None, placements: tuple[str, ...]) -> None:
+    """Refuse at once what would only fail after the work."""
+    if out is None:
+        return
+    from moetrace.spec.plan import form_of
+
+    if len(placements) != 1:
+        raise UsageError("--export writes the plan of one placement: give one --placement.")
+    if out.suffix.lower() != ".csv":
+        form_of(out)
+    elif placements[0] not in ("ep-lpt", "eplb"):
+        raise UsageError(f"--export {out}: .csv is for the loads of ep-lpt and eplb; plans are .json or .yaml.")
+
+
+def _tier(asked: dict[str, Any], units: int) -> "Tier":
+    from moetrace.analyze.balance.plans import Tier, check_tier
+
+    units = units if asked["units"] is None else asked["units"]
+    tier = Tier(units, asked["redundant"], asked["nodes"], asked["groups"])
+    check_tier(tier)
+    return tier
+
+
+def _plans(trace: "Trace", files: tuple[Path, ...], tier: "Tier") -> "dict[str, Plan]":
+    from moetrace.analyze.balance.plan_files import read_plan
+
+    alone = len({file.name for file in files}) == len(files)
+    return {
+        file.name if alone else str(file): read_plan(file, trace.layer_index, trace.num_experts, tier.units)
+        for file in files
+    }
+
+
+def _exported(trace: "Trace", placements: tuple[str, ...], tier: "Tier", asked: dict[str, Any], out: Path) -> bytes:
+    from moetrace.analyze.balance.plan_files import plan_bytes
+    from moetrace.analyze.balance.units import loads_for_next, plan_for_next
+    from moetrace.spec.plan import form_of
+
+    if out.suffix.lower() == ".csv":
+        loads = loads_for_next(trace, asked["window"], asked["phase"])
+        return "".join(",".join(map(str, row)) + "\n" for row in loads.tolist()).encode()
+    plan = plan_for_next(trace, placements[0], tier, asked["window"], asked["phase"])
+    return plan_bytes(plan, trace.layer_index, trace.num_experts, form_of(out))
+
+
+def _print(found: "Balance", name: str, form: str, frame: str) -> None:
+    if form == "table":
+        from moetrace.cli.tables.balance_table import print_balance
+
+        print_balance(found, name)
+    elif form == "json":
+        print_json(found.to_dict())
+    else:
+        click.echo(getattr(found, frame).write_csv(), nl=False)

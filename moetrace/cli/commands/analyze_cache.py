@@ -1,0 +1,203 @@
+"""`moetrace analyze cache`: how often experts would have been in a cache of a given size."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moetrace.cli.options.given import refuse
+from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.phases import check_phase, scope_option
+from moetrace.cli.options.targets import check_picture, check_targets
+from moetrace.cli.tables.output import format_option, print_json
+from moetrace.spec.errors import UsageError
+
+if TYPE_CHECKING:
+    from moetrace.trace import Trace
+
+# The policies and scopes of moetrace.analyze.cache.hits, which takes too long to import for a mere --help.
+POLICIES = ("lru", "fifo", "sieve", "s3-fifo", "arc", "lfu", "lfu-in-cache", "ewma", "least-stale")
+POLICIES += ("static-hindsight", "static-prefill", "belady")
+
+
+@click.command("cache")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
+@click.option(
+    "--capacity",
+    "capacities",
+    multiple=True,
+    metavar="C",
+    help="Experts (400) or bytes (3000MiB, 3GB) that the cache of all layers holds; may be repeated. By default an "
+    "eighth, a quarter and a half of all experts.",
+)
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    type=click.Choice(POLICIES),
+    default=("lru", "lfu", "belady"),
+    show_default=True,
+    metavar="P",
+    help=f"Who is evicted, one of {', '.join(POLICIES)}; may be repeated.",
+)
+@scope_option
+@click.option(
+    "--phase",
+    type=click.Choice(["all", "prefill", "decode", "mixed"]),
+    help="Print only this phase (all: all steps together); everything is replayed all the same.",
+)
+@click.option("--sequential", is_flag=True, help="Demand one choice at a time, as general cache simulators do.")
+@click.option("--model", metavar="M", help="Preset or TOML file with the sizes of experts, if the trace has none.")
+@click.option("--system", metavar="S", help="Preset or TOML file of the machine that fetches what is missed.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--curve", is_flag=True, help="Say instead what LRU caches of every capacity hit, from one pass.")
+@click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Of a curve by layer.")
+@click.option(
+    "--export",
+    "out",
+    type=ANY_PATH,
+    metavar="FILE.csv",
+    help="Write the experts that static-hindsight keeps at the one --capacity, for residency static of a replay.",
+)
+@click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
+@format_option
+def command(
+    trace: Path, form: str, phase: str | None, curve: bool, picture: Path | None, out: Path | None, **asked: Any
+) -> None:
+    """Say how often experts would have been in a cache of a given size, under each policy.
+
+    The experts of one layer in one step are demanded together, each one time, however many rows chose it; caches start
+    empty. Belady's policy knows the future: at equal sizes no other keeps more of what is needed, and what it misses
+    is more than fits. Hit rates come with half of their 95 % confidence interval over requests. If the trace holds what
+    its engine recorded, the last column says how much of that each cache reproduces. docs/cache.md defines all of it.
+    """
+    from moetrace.cli.compiling import announce_compiling
+    from moetrace.cli.progress import LateBar
+    from moetrace.trace import Trace
+
+    _check_options(curve, picture, asked)
+    _check_export(out, curve, asked)
+    check_targets({"--export": out, "--plot": picture}, [trace, asked["system"], asked["model"]])
+    check_picture(picture)
+    with Trace.open(trace) as opened, announce_compiling():
+        from moetrace.cli.tables.cache_table import print_cache, print_curve, title_of
+
+        check_phase(opened, phase)
+        title = title_of(opened, asked["scope"], asked["sequential"])
+        draws_curve = picture is not None and _draws_curve(opened, asked)
+        if curve:
+            found = _curve(opened, asked)
+        else:
+            with LateBar("rows", opened.rows) as bar:
+                found = _hits(opened, asked, bar, shares=range(1, 17) if picture else (2, 4, 8))
+        if out is not None:
+            _export(out, opened, asked)
+        if picture is not None:
+            _draw(picture, trace.name, found, _curve(opened, asked) if draws_curve else None, title)
+        if asked["scope"] == "layer" and not curve:
+            capacities = found.select("capacity", "capacity_experts").unique(maintain_order=True).rows()
+            _note_empty(capacities, opened.layers)
+    if phase is not None:
+        found = found.filter(phase=phase)
+    if form == "json":
+        print_json(found.to_dicts())
+    elif form == "csv":
+        sys.stdout.write(found.write_csv())
+    elif curve:
+        print_curve(found, f"{trace}: {title}")
+    else:
+        print_cache(found, f"{trace}: {title}", phase)
+
+
+def _note_empty(capacities: list[tuple[str, int | None]], layers: int) -> None:
+    for label, experts in capacities:
+        if experts is not None and experts < layers:
+            click.echo(
+                f"moetrace: note: capacity {label} leaves each of the {layers} layers a cache of 0 experts.", err=True
+            )
+
+
+def _check_options(curve: bool, picture: Path | None, asked: dict[str, Any]) -> None:
+    """Refuse what would have no effect."""
+    if curve:
+        unread = ("capacities", "policies", "model", "system", "seed")
+        refuse(unread, "has no effect with --curve, which is of LRU at every capacity.")
+        if picture is not None:
+            raise UsageError("--plot draws the whole curve of LRU beside the other policies: leave out --curve.")
+    draws = picture is not None and "lru" in asked["policies"]
+    if not (asked["scope"] == "layer" and (curve or draws)):
+        refuse(("threads",), "is for LRU's curve of --scope layer: with --curve, or with --plot and --policy lru.")
+
+
+def _draws_curve(trace: "Trace", asked: dict[str, Any]) -> bool:
+    """Whether the picture has LRU's whole curve; raises UsageError if it cannot be drawn at all."""
+    from moetrace.analyze.cache.hit_curve import has_curve
+    from moetrace.analyze.cache.hits import parse_capacity
+
+    units = {parse_capacity(capacity).unit for capacity in asked["capacities"]}
+    if len(units) > 1:
+        raise UsageError("--plot needs capacities of one kind: all in experts, or all in bytes.")
+    if "lru" not in asked["policies"] or "bytes" in units:
+        refuse(("threads",), "is for LRU's curve, which this picture does not have.")
+        return False
+    if has_curve(trace):
+        return True
+    said = f"{trace.layers} x {trace.num_experts} experts are too many for LRU's whole curve"
+    click.echo(f"moetrace: note: {said}: it is drawn from the capacities of the table.", err=True)
+    return False
+
+
+def _check_export(out: Path | None, curve: bool, asked: dict[str, Any]) -> None:
+    """Refuse at once what would only fail after the work."""
+    if out is None:
+        return
+    if curve or "static-hindsight" not in asked["policies"] or len(asked["capacities"]) != 1:
+        raise UsageError("--export writes the set of static-hindsight: ask for that --policy, and for one --capacity.")
+    if out.suffix.lower() != ".csv":
+        raise UsageError(f"--export {out}: the name must end with .csv.")
+
+
+def _export(out: Path, trace: "Trace", asked: dict[str, Any]) -> None:
+    from moetrace.analyze.cache.hits import hindsight_set
+    from moetrace.trace.atomic import whole_file
+
+    how = {name: asked[name] for name in ("scope", "sequential", "model")}
+    lines = ["layer,expert", *(f"{layer},{e}" for layer, e in hindsight_set(trace, asked["capacities"][0], **how))]
+    with whole_file(out) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def _hits(trace: "Trace", asked: dict[str, Any], bar: Any, shares: Any) -> Any:
+    """The frame at the capacities given, else at so many sixteenths of all experts."""
+    from moetrace.analyze.cache.hits import cache_hits
+
+    everything = trace.layers * trace.num_experts
+    capacities = asked["capacities"] or (str(max(1, everything * share // 16)) for share in shares)
+    return cache_hits(
+        trace,
+        list(dict.fromkeys(capacities)),
+        list(dict.fromkeys(asked["policies"])),
+        scope=asked["scope"],
+        sequential=asked["sequential"],
+        model=asked["model"],
+        system=asked["system"],
+        seed=asked["seed"],
+        progress=bar.advance,
+    )
+
+
+def _curve(trace: "Trace", asked: dict[str, Any]) -> Any:
+    from moetrace.analyze.cache.hit_curve import lru_curve
+    from moetrace.cli.progress import LateBar
+
+    how = {name: asked[name] for name in ("scope", "sequential", "threads")}
+    with LateBar("rows, for the curve", trace.rows) as bar:
+        return lru_curve(trace, **how, progress=bar.advance)
+
+
+def _draw(picture: Path, name: str, found: Any, curve: Any, title: str) -> None:
+    from moetrace.show.plots.cache_plot import plot
+    from moetrace.trace.atomic import write_whole
+
+    write_whole({picture: plot(found, curve, picture.suffix[1:].lower(), name, title)})

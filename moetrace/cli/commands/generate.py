@@ -1,0 +1,134 @@
+"""``moetrace generate``: a synthetic trace, by Zipf's law or in imitation of a capture."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moetrace.cli.options.given import refuse
+from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.targets import check_targets
+from moetrace.spec.errors import UsageError, counted, printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from moetrace.generators import Profile
+
+_FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
+
+
+@click.command()
+@click.argument("out", type=_FILE, metavar="OUT.h5")
+@click.option("--model", metavar="M", help="Preset or TOML file; see `moetrace list models`. A profile knows its own.")
+@click.option("--requests", required=True, type=int, help="Number of requests.")
+@click.option("--prompt", required=True, type=int, help="Prompt tokens of each request; 0: no prefill steps.")
+@click.option("--output", required=True, type=int, help="Output tokens of each request; 0: no decode steps.")
+@click.option("--batch", default=1, show_default=True, help="Requests that decode together.")
+@click.option(
+    "--zipf",
+    type=float,
+    help="Popularity of the expert of rank r: (r + 1) ** -ZIPF; 0: uniform.  [default: 0.6]",
+)
+@click.option("--stick", type=float, help="Share of experts kept from the request's previous token.  [default: 0.3]")
+@click.option("--like", type=ANY_PATH, metavar="TRACE.h5", help="Fit a profile to a trace and use it.")
+@click.option("--profile", metavar="NAME", help="Draw as a profile says: a shipped one, or a TOML file.")
+@click.option("--save-profile", type=_FILE, metavar="P.toml", help="Keep the profile that --like fits.")
+@click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
+def command(out: Path, like: Path | None, save_profile: Path | None, **parameters: Any) -> None:
+    """Write a synthetic routing trace to OUT.h5.
+
+    By default each layer ranks the experts by an own random permutation, and each token takes top-k distinct experts
+    with the distribution of Gumbel top-k. --stick first keeps each expert of the request's previous token in that layer
+    with this probability; the rest is drawn from the others.
+
+    --like and --profile draw as a captured model routes: how unequal popularity is, what a request prefers and
+    remembers, what one layer says about the next. A fit takes a minute or so; --save-profile keeps it for --profile.
+    Shipped profiles: deepseek-v2-lite, gpt-oss-20b, mixtral-8x7b, qwen3-30b-a3b, tiny-olmoe.
+
+    Each request's prompt is one prefill step. --batch requests then decode together, one token of each a step; as
+    they are of equal length they end together, and the next group starts.
+    """
+    _check_exclusive(out, like, save_profile, parameters)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from moetrace.cli.compiling import announce_compiling
+    from moetrace.generators import Schedule, check_seed, generate
+
+    schedule = Schedule(*(parameters[name] for name in Schedule._fields))
+    schedule.check()
+    check_seed(parameters["seed"])
+    hidden = not sys.stderr.isatty()
+    with announce_compiling(), Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        if like is not None:
+            parameters["profile"] = _fitted(like, save_profile, parameters, bar)
+        task = bar.add_task("rows", total=schedule.rows)
+        generate(out, **parameters, progress=lambda count: bar.advance(task, count))
+    size_mb = out.stat().st_size / 1e6
+    click.echo(
+        f"{out}: {counted(schedule.rows, 'row')} in {counted(schedule.steps, 'step')}, {size_mb:,.1f} MB.", err=True
+    )
+    _note_top_k(**parameters)
+
+
+def _check_exclusive(out: Path, like: Path | None, save_profile: Path | None, parameters: dict[str, Any]) -> None:
+    """Raise a UsageError for options that exclude or need each other."""
+    given = [f"--{name}" for name in ("zipf", "stick", "profile") if parameters[name] is not None]
+    if like is not None and given:
+        raise UsageError(f"--like and {given[0]} exclude each other: each says how experts are drawn.")
+    if parameters["profile"] is not None and len(given) > 1:
+        raise UsageError(f"--profile and {given[0]} exclude each other: each says how experts are drawn.")
+    if like is None and save_profile is not None:
+        raise UsageError("--save-profile keeps what --like fits: give --like TRACE.h5 too.")
+    if like is None and not given[-1:] == ["--profile"] and parameters["model"] is None:
+        raise UsageError("--model is missing: name a model, or give --profile or --like, which know theirs.")
+    if parameters["output"] == 0:
+        refuse(("batch",), "is for decode steps, but --output is 0.")
+    if save_profile is not None and save_profile.suffix != ".toml":
+        raise UsageError(f"--save-profile {save_profile}: the name must end with .toml, so that --profile takes it.")
+    read = (like, parameters["profile"], parameters["model"])
+    check_targets({"OUT.h5": out, "--save-profile": save_profile}, read)
+
+
+def _fitted(like: Path, save_profile: Path | None, parameters: dict[str, Any], bar: "Progress") -> "Profile":
+    """Fit a profile to the trace at `like`, and keep it if it is wanted."""
+    from moetrace import __version__
+    from moetrace.generators import save_profile as save
+    from moetrace.generators.fit import fit_profile
+    from moetrace.spec import check_shape, load_model
+    from moetrace.trace import Trace
+
+    with Trace.open(like) as trace:
+        if parameters["model"] is not None:
+            model = load_model(parameters["model"])
+            check_shape(f"Trace {like}", trace.layers, trace.num_experts, model)
+        if bar.disable:
+            click.echo(
+                f"moetrace: fitting a profile to {printable(str(like))}, which takes up to a minute or two.", err=True
+            )
+        task = bar.add_task("fitting", total=None)
+        profile = fit_profile(
+            trace, seed=parameters["seed"], progress=lambda text: bar.update(task, description=f"fitting: {text}")
+        )
+        bar.remove_task(task)
+    if save_profile is not None:
+        save(profile, save_profile, f"Fitted by moetrace {__version__} (generate --like), seed {parameters['seed']}.")
+    return profile
+
+
+def _note_top_k(model: str | None, profile: Any, **_: Any) -> None:
+    """Say so if the model routes to another number of experts than the profile was fitted to."""
+    if model is None or profile is None:
+        return
+    from moetrace.generators import load_profile
+    from moetrace.spec import load_model
+
+    ours, theirs = load_profile(profile), load_model(model)
+    if ours.top_k != theirs.top_k:
+        click.echo(
+            f"Note: profile {ours.name} was fitted to top {ours.top_k}; model {theirs.name} takes the "
+            f"top {theirs.top_k} of the same router logits.",
+            err=True,
+        )

@@ -1,0 +1,106 @@
+"""`moetrace import`: what an engine recorded becomes a trace file."""
+
+from pathlib import Path
+
+import click
+
+from moetrace.cli.commands.lint import drop_options, say_found, say_left_out
+from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.targets import check_targets
+from moetrace.cli.tables.output import said_of
+from moetrace.spec.errors import UsageError
+
+# The keys of moetrace.importers.formats.FORMATS, which is not imported here so that `--help` stays instant.
+FORMATS = (
+    "sglang",
+    "npz",
+    "bigmoeonedge",
+    "colibri",
+    "fiddler",
+    "jsonl",
+    "lattice",
+    "llamacpp",
+    "megatron",
+    "moe-cache-eval",
+    "trtllm",
+    "vllm",
+    "sglang-request",
+)
+
+
+@click.command("import")
+@click.argument("sources", nargs=-1, required=True, type=ANY_PATH, metavar="SOURCE...")
+@click.option("-o", "--output", "out", required=True, type=ANY_PATH, metavar="OUT.h5")
+@click.option(
+    "--from",
+    "form",
+    type=click.Choice(FORMATS),
+    metavar="FORMAT",
+    help=f"Of the sources, one of {', '.join(FORMATS)}; seen from their content if not given.",
+)
+@click.option(
+    "--model", metavar="M", help="Model that was traced: preset or TOML file; else the source's own name decides."
+)
+@click.option(
+    "--as", "as_phase", type=click.Choice(["decode"]), help="Take rows after the prompt (--prompt) as decode steps."
+)
+@click.option(
+    "--prompt", type=click.IntRange(min=0), metavar="P", help="With --as decode: rows of each request's prompt."
+)
+@click.option("--experts", type=click.IntRange(min=1), metavar="E", help="Experts a layer, if the source can't tell.")
+@click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Experts a token, if the source can't tell.")
+@drop_options
+@click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
+def command(
+    sources: tuple[Path, ...],
+    out: Path,
+    form: str | None,
+    model: str | None,
+    as_phase: str | None,
+    prompt: int | None,
+    experts: int | None,
+    top_k: int | None,
+    compress: str | None,
+    **drop: bool,
+) -> None:
+    """Turn what an engine recorded into the trace file OUT.h5.
+
+    SOURCE is a file, or a folder for all its files of one format. Several sources follow one another in one trace,
+    their requests numbered anew. What a format does not hold, such as the number of experts, comes from --model, or
+    from --experts and --top-k.
+
+    Where a source does not say its steps, consecutive prefill rows of a request become one step, each decode row a
+    step of its own. `--as decode --prompt P` makes decode steps of all rows of a request after the first P, for
+    captures whose text was fed in at once.
+
+    What `moetrace lint` finds in the new trace is said on stderr, and does not change the exit code.
+    """
+    if (as_phase is None) != (prompt is None):
+        raise UsageError("--as decode and --prompt P need each other.")
+    from moetrace.cli.progress import LateBar
+    from moetrace.importers.captured import Hints
+    from moetrace.importers.importing import import_traces
+    from moetrace.lints.leave_out import import_and_leave_out
+    from moetrace.trace.format import Trace
+
+    check_targets({"-o": out}, [*sources, model])
+    left_out = None
+    with LateBar("bytes read", sum(map(_size_bytes, sources))) as bar:
+        hints = Hints(num_experts=experts, top_k=top_k, reading=bar.advance)
+        options = {"format": form, "model": model, "hints": hints, "decode_after": prompt, "compress": compress}
+        if drop["drop_warmup"] or drop["drop_dense"]:
+            options |= {"warmup": drop["drop_warmup"], "dense": drop["drop_dense"]}
+            left_out = import_and_leave_out(list(sources), out, **options)
+        else:
+            import_traces(list(sources), out, **options)
+    with Trace.open(out) as trace:
+        click.echo(said_of(out, trace), err=True)
+        if left_out:
+            click.echo(f"{out}: {say_left_out(left_out)}.", err=True)
+        say_found(trace)
+
+
+def _size_bytes(source: Path) -> int:
+    """Bytes of a file, or of the files of a folder, whether they will be read or not."""
+    files = source.iterdir() if source.is_dir() else [source]
+    return sum(path.stat().st_size for path in files if path.is_file())

@@ -1,0 +1,92 @@
+"""`moetrace list`: the presets, each with its main figures."""
+
+import click
+
+from moetrace.cli.tables.output import format_option, print_rows
+
+_HEADERS = {
+    "models": {
+        "name": "model",
+        "layers": "layers",
+        "experts": "experts",
+        "top_k": "k",
+        "weight_bits": "bits",
+        "expert_mb": "expert MB",
+        "experts_gb": "experts GB",
+        "dense_gb": "dense GB",
+    },
+    "systems": {
+        "name": "system",
+        "gpu": "GPU",
+        "gpu_tflops": "TFLOPS",
+        "gpu_bandwidth_gb_s": "GB/s",
+        "gpu_memory_gb": "GB",
+        "units": "NDP\nunits",
+        "unit_gmac_s": "GMAC/s\neach",
+        "unit_bandwidth_gb_s": "GB/s\neach",
+        "link_gb_s": "link\nGB/s",
+    },
+    "policies": {
+        "name": "policy",
+        "placement": "placement",
+        "dispatch": "dispatch",
+        "residency": "residency",
+        "prefetch": "prefetch",
+        "scope": "scope",
+    },
+}
+
+
+@click.command("list")
+@click.argument("kind", type=click.Choice(list(_HEADERS)))
+@format_option
+def command(kind: str, form: str) -> None:
+    """List the preset models, systems or policies.
+
+    `moetrace show` prints all of one.
+    """
+    from moetrace.spec import list_presets
+
+    rows = {"models": _model_row, "systems": _system_row, "policies": _policy_row}[kind]
+    print_rows(_HEADERS[kind], [rows(name) for name in list_presets(kind)], form)
+
+
+def _model_row(name: str) -> dict[str, object]:
+    from moetrace.spec import load_model
+
+    model = load_model(name)
+    expert_bytes = model.expert_bytes()
+    return {
+        "name": name,
+        "layers": model.moe_layers,
+        "experts": model.experts,
+        "top_k": model.top_k,
+        "weight_bits": model.weight_bits,
+        "expert_mb": float(expert_bytes.max()) / 1e6,
+        "experts_gb": float(expert_bytes.sum()) / 1e9,
+        "dense_gb": (model.moe_layers * model.dense_bytes + model.head_bytes) / 1e9,
+    }
+
+
+def _system_row(name: str) -> dict[str, object]:
+    from moetrace.spec import load_system
+
+    system = load_system(name)
+    ndp, link = system.ndp, system.link
+    return {
+        "name": name,
+        "gpu": system.gpu.name,
+        "gpu_tflops": system.gpu.tflops,
+        "gpu_bandwidth_gb_s": system.gpu.bandwidth_gb_s,
+        "gpu_memory_gb": system.gpu.memory_gb,
+        "units": system.units,
+        "unit_gmac_s": ndp and ndp.gmac_s,
+        "unit_bandwidth_gb_s": ndp and ndp.bandwidth_gb_s,
+        "link_gb_s": link and link.bandwidth_gb_s,
+    }
+
+
+def _policy_row(name: str) -> dict[str, object]:
+    from moetrace.spec import canonical, load_policy
+
+    return canonical(load_policy(name))

@@ -1,0 +1,130 @@
+"""`moetrace replay`: a trace through policies on a described machine, side by side."""
+
+import re
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moetrace.cli.options.overrides import set_option, split_settings
+from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.tables.output import format_option, print_json
+from moetrace.spec.errors import UsageError
+
+
+class _Folder(click.Path):
+    """A folder's path; an empty one, of a variable that is not set, would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("an empty path names no folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _window(timeline: bool, window: str | None, folder: Path | None) -> bool | tuple[int | None, int | None]:
+    """What `--timeline` and `--window` ask for, as `moetrace.replay` takes it."""
+    if window is not None and not timeline:
+        raise UsageError("--window says which steps a timeline covers: add --timeline.")
+    if timeline and folder is None:
+        raise UsageError("--timeline writes a file into the folder of the result: name one with -o DIR.")
+    if window is None:
+        return timeline
+    match = re.fullmatch(r"([-+]?\d{1,18})?:([-+]?\d{1,18})?", window.strip(), re.ASCII)
+    if match is None:
+        raise UsageError(f"--window wants steps A:B, from A up to B without it, as in 100:116, got {window!r}.")
+    first, stop = (None if number is None else int(number) for number in match.groups())
+    return first, stop
+
+
+@click.command()
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
+@click.option("--model", metavar="M", help="Preset or TOML file; by default the preset that the trace names.")
+@click.option("--system", default="edge-ndp", show_default=True, metavar="S", help="Preset or TOML file.")
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    default=("monde", "edge-ndp"),
+    show_default=True,
+    metavar="P",
+    help="Preset, TOML file or file.py:function; may be repeated. Speed-ups are against the first.",
+)
+@click.option("--slots", type=int, metavar="N", help="Experts that the GPU holds; by default as many as have room.")
+@set_option
+@click.option("--jobs", type=int, metavar="N", help="Threads; by default one a policy, at most one a core.")
+@click.option(
+    "-o",
+    "--output",
+    "folder",
+    type=_Folder(readable=False, path_type=Path),
+    metavar="DIR",
+    help="Write the result here.",
+)
+@click.option("--timeline", is_flag=True, help="With -o, also write timeline.json.gz, for Perfetto (ui.perfetto.dev).")
+@click.option(
+    "--window", metavar="A:B", help="Steps of the timeline, from A up to B without it; by default the first 16."
+)
+@click.option("--ignore-capacity", is_flag=True, help="Replay even if the experts do not fit the NDP units.")
+@format_option
+def command(
+    trace: Path,
+    model: str | None,
+    system: str,
+    policies: tuple[str, ...],
+    slots: int | None,
+    settings: tuple[str, ...],
+    jobs: int | None,
+    folder: Path | None,
+    timeline: bool,
+    window: str | None,
+    ignore_capacity: bool,
+    form: str,
+) -> None:
+    """Replay a trace through policies on a described machine.
+
+    Prints a row for each policy: how long it takes, how busy the machine is, and how much time a better policy could
+    still save. -o DIR also writes summary.json (which --format json prints) and steps, units, layers, requests
+    and experts as Parquet files. --timeline records what each unit and link did in a window of steps.
+
+    --set model.FIELD, system.FIELD and policy.FIELD change the specs, the last in every policy; policy.NAME.FIELD
+    changes the policy of that name alone.
+    """
+    from moetrace.cli.compiling import announce_compiling
+    from moetrace.cli.progress import LateBar
+    from moetrace.trace import Trace
+
+    changes = split_settings(settings, ["model", "system", "policy"])
+    steps = _window(timeline, window, folder)
+    with Trace.open(trace) as opened, announce_compiling():
+        from moetrace.results import replay
+        from moetrace.results.write import staged
+
+        # The folder first: who can't write there should not wait for a replay to learn it.
+        with staged(folder) if folder else nullcontext() as temporary:
+            with LateBar("rows", opened.rows) as bar:
+                result = replay(
+                    opened,
+                    model=model,
+                    system=system,
+                    policies=policies,
+                    overrides={f"{kind}.{field}": value for kind in changes for field, value in changes[kind].items()},
+                    slots=slots,
+                    ignore_capacity=ignore_capacity,
+                    jobs=jobs,
+                    progress=bar.advance,
+                    timeline=steps,
+                )
+            if temporary is not None:
+                result.write_into(temporary)
+    for warning in result.warnings:
+        click.echo(f"moetrace: note: {warning}", err=True)
+    if form == "json":
+        print_json(result.to_dict())
+    elif form == "csv":
+        sys.stdout.write(result.summary.write_csv())
+    else:
+        from moetrace.cli.tables.replay_table import print_comparison
+
+        print_comparison(result.to_dict(), str(trace))

@@ -1,0 +1,124 @@
+"""`moetrace sweep --search`: how a search runs and prints."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moetrace.cli.tables.output import figure, print_json, print_rows
+
+if TYPE_CHECKING:
+    from moetrace.batch.choices import Choices
+    from moetrace.batch.search import Search, Trial
+
+_SHOWN = 12
+
+
+def search(source: Path, folder: Path, jobs: int, dask: str | None, pareto: str | None, form: str) -> None:
+    """Search, and print the best trials; `folder` keeps what was replayed."""
+    from moetrace.cli.compiling import announce_compiling
+    from moetrace.cli.progress import LateBar
+
+    with announce_compiling():
+        from moetrace.batch.choices import choices_of
+        from moetrace.batch.folder import Folder
+        from moetrace.batch.grid import load_space
+        from moetrace.batch.search import run_search
+        from moetrace.batch.sweep import farm_of
+
+        space = load_space(source)
+        choices = choices_of(space._replace(pareto=pareto or space.pareto))
+        with farm_of(jobs, dask) as (farm, dashboard):
+            if dashboard:
+                click.echo(f"moetrace: Dask's dashboard: {dashboard}", err=True)
+            with LateBar("trials", _judged(choices)) as bar:
+                found = run_search(choices, Folder(folder), farm, bar.advance)
+    _report(found)
+    if form == "json":
+        print_json(found.to_dict() | {"trials": found.frame.to_dicts()})
+    elif form == "csv":
+        sys.stdout.write(found.frame.write_csv())
+    else:
+        _print(found)
+    if found.best is None:
+        sys.stdout.flush()
+        raise click.exceptions.Exit(1)
+
+
+def _judged(choices: "Choices") -> int:
+    """About how many trials will be judged, over all parts."""
+    halving = choices.halving
+    return 1 + sum(-(-halving.trials // halving.keep**part) for part in range(halving.parts))
+
+
+def _report(found: "Search") -> None:
+    halving = found.choices.halving
+    states = found.to_dict()["states"]
+    failed = [trial for trial in [found.reference, *found.trials] if trial.state == "failed"]
+    for error in list(dict.fromkeys(trial.error for trial in failed))[:_SHOWN]:
+        names = [trial.cell.name for trial in failed if trial.error == error]
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        click.echo(f"moetrace: {names[0]}{more} failed: {error}", err=True)
+    fewer = "" if len(found.trials) == halving.trials else f" (of {halving.trials:,}; there was no other to try)"
+    click.echo(
+        f"moetrace: {len(found.trials):,} trials{fewer}: {states['complete']:,} over the whole trace, "
+        f"{states['stopped']:,} stopped before, {states['failed']:,} failed; {found.computed:,} replays of a part or "
+        f"all were made, {found.reused:,} found finished.",
+        err=True,
+    )
+
+
+def _print(found: "Search") -> None:
+    """Print the best trials over the whole trace, the reference, and how to replay the best."""
+    halving, best = found.choices.halving, found.best
+    sign = -1 if halving.maximize else 1
+    complete = [trial for trial in found.trials if trial.state == "complete"]
+    shown = sorted(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))[:_SHOWN]
+    columns = found.frame.columns[6:-1]
+    chosen = {row["trial"]: row for row in found.frame.iter_rows(named=True)}
+    against = found.reference.value
+    rows = [
+        {name: chosen[trial.number][name] for name in columns}
+        | {"value": trial.value, "gain": _gain(trial.value, against, halving.maximize)}
+        | {"trial": trial.number or "first"}
+        for trial in [*shown, found.reference]
+    ]
+    headers = {"trial": "trial"} | {name: name.removeprefix("policy.") for name in columns}
+    print_rows(headers | {"value": halving.objective, "gain": "gain"}, rows, "table")
+    if best is None:
+        return
+    click.echo()
+    click.echo(
+        f"The best of {len(found.trials)} trials by {halving.objective}, {'more' if halving.maximize else 'less'} is "
+        f"better: {figure(best.value)}. Gains are over the first of each list, without ranges.\n"
+        "Replay the best:"
+    )
+    click.echo(f"  {_command(best)}")
+
+
+def _gain(value: float | None, first: float | None, more: bool) -> str | None:
+    """How many times better than the first."""
+    if not value or not first:
+        return None
+    return f"{value / first if more else first / value:.2f}x"
+
+
+def _command(best: "Trial") -> str:
+    """The command that replays a trial; files as seen from here."""
+    values = {field: _seen_from_here(value) for field, value in best.cell.point.values.items()}
+    words = ["moetrace", "replay", values["trace"]]
+    for option in ("model", "system", "policy", "slots"):
+        words += [f"--{option}", str(values[option])] if values.get(option) is not None else []
+    for field, value in values.items():
+        if "." in field:
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            words += ["--set", f"{field}={text}"]
+    return shlex.join(words)
+
+
+def _seen_from_here(value: Any) -> Any:
+    here = f"{Path.cwd()}{os.sep}"
+    return value.removeprefix(here) if isinstance(value, str) else value

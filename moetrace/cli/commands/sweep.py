@@ -1,0 +1,190 @@
+"""`moetrace sweep`: a grid of replays, resumable, on this machine or on a Dask cluster."""
+
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.tables.output import format_option, print_json
+from moetrace.spec.errors import UsageError, counted
+
+if TYPE_CHECKING:
+    from moetrace.batch.sweep import Plan, Sweep
+
+_SHOWN_ERRORS = 10
+
+
+@click.command()
+@click.argument("source", type=ANY_PATH, metavar="SWEEP.toml")
+@click.option("-o", "--output", "folder", type=ANY_PATH, metavar="DIR", help="Where results are kept, and found again.")
+@click.option("--jobs", type=click.IntRange(1), metavar="N", help="Processes; by default one a core.")
+@click.option("--dask", metavar="ADDRESS", help="Run on the workers of this Dask scheduler, as tcp://host:8786.")
+@click.option("--dry-run", is_flag=True, help="Print the cells, and an estimate of the time; replay no more than that.")
+@click.option("--search", "searches", is_flag=True, help="Look for the best policy instead of replaying all.")
+@click.option(
+    "--pareto",
+    type=click.Choice(["gpu_memory_bytes", "link_bytes", "price"]),
+    help="What the front sets against latency; by default what the file says, else GPU memory.",
+)
+@format_option
+def command(
+    source: Path,
+    folder: Path | None,
+    jobs: int | None,
+    dask: str | None,
+    dry_run: bool,
+    searches: bool,
+    pareto: str | None,
+    form: str,
+) -> None:
+    """Replay a grid of traces, models, systems, policies, slots and single fields.
+
+    Every list in SWEEP.toml is an axis. -o DIR keeps each cell's result under the hash of all that it depends on: the
+    same command goes on where it stopped, and a cell that did not change costs nothing. DIR also gets sweep.json and
+    cells.parquet. A cell that fails is named and does not stop the others; the exit code is then 1.
+
+    The table marks the Pareto front: cells that no other of the same trace beats in both latency and GPU memory
+    (or link bytes, or price).
+
+    --search takes the lists of the file as choices, and ranges of numbers from its [search] table: Optuna proposes,
+    and of what was replayed over a part of the trace the best go on to a longer one (extra `search`).
+    """
+    from moetrace.cli.compiling import announce_compiling
+
+    if folder is None and not dry_run:
+        raise UsageError("A sweep keeps its results in a folder: name one with -o DIR.")
+    if folder is not None and not str(folder):
+        raise UsageError("An empty path names no folder.")
+    if jobs is not None and dask is not None:
+        raise UsageError("--jobs is for this machine, --dask for a cluster: give one of them.")
+    if searches:
+        from moetrace.cli.commands.searching import search
+
+        if dry_run:
+            raise UsageError("A search decides as it goes what to replay, so it has no --dry-run.")
+        search(source, folder or Path(), jobs or _cores(), dask, pareto, form)
+        return
+    if not dry_run and dask is None and (jobs or _cores()) > 1:
+        from moetrace.batch.processes import start_early
+
+        start_early()
+    with announce_compiling():
+        from moetrace.batch.sweep import Plan
+
+        plan = Plan(source, folder, pareto, reads=dry_run)
+        if dry_run:
+            _print_plan(plan, jobs or _cores(), form)
+            return
+        sweep = _run(plan, jobs, dask)
+    _report(sweep)
+    if form == "json":
+        print_json(sweep.to_dict() | {"cells": sweep.cells.to_dicts()})
+    elif form == "csv":
+        sys.stdout.write(sweep.cells.write_csv())
+    else:
+        from moetrace.cli.tables.sweep_table import print_sweep
+
+        print_sweep(sweep.cells, plan.pareto)
+    if sweep.failed:
+        sys.stdout.flush()
+        raise click.exceptions.Exit(1)
+
+
+def _run(plan: "Plan", jobs: int | None, dask: str | None) -> "Sweep":
+    from moetrace.batch.sweep import farm_of
+    from moetrace.cli.progress import LateBar
+
+    left = len(plan.missing)
+    if jobs is None:
+        jobs = min(_cores(), max(left, 1))
+    with farm_of(jobs, dask) if left else nullcontext((None, None)) as (farm, dashboard):
+        if dashboard:
+            click.echo(f"moetrace: Dask's dashboard: {dashboard}", err=True)
+        if farm is None:
+            from moetrace.batch.executors import local_farm
+
+            farm = local_farm(1)
+        done = 0
+        with LateBar("cells", left) as bar:
+
+            def progress(count: int) -> None:
+                nonlocal done
+                done += count
+                bar.advance(count)
+
+            try:
+                return plan.run(farm, progress)
+            except (KeyboardInterrupt, SystemExit):
+                click.echo(
+                    f"moetrace: {done:,} of {counted(left, 'cell')} finished and kept; the same command goes on.",
+                    err=True,
+                )
+                raise
+
+
+def _report(sweep: "Sweep") -> None:
+    """Say what was done, reused, and why the rest failed."""
+    for warning, times in sweep.warnings.items():
+        click.echo(f"moetrace: note: {warning}{f' ({times:,} cells)' if times > 1 else ''}", err=True)
+    by_error: dict[str, list[str]] = {}
+    for name, error in sweep.failed.items():
+        by_error.setdefault(error, []).append(name)
+    for error, names in list(by_error.items())[:_SHOWN_ERRORS]:
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        click.echo(f"moetrace: {names[0]}{more} failed: {error}", err=True)
+    if len(by_error) > _SHOWN_ERRORS:
+        click.echo(f"moetrace: {len(by_error) - _SHOWN_ERRORS:,} more errors are in sweep.json.", err=True)
+    same = len(sweep.results) - sweep.computed - sweep.reused
+    parts = [
+        f"{sweep.computed:,} replayed",
+        f"{sweep.reused:,} found finished",
+        *([f"{same:,} the same as another"] if same > 0 else []),
+        *([f"{len(sweep.failed):,} failed"] if sweep.failed else []),
+    ]
+    click.echo(f"moetrace: {counted(len(sweep.listed), 'cell')}: {', '.join(parts)}.", err=True)
+    if sweep.unused and all(cell.key for cell in sweep.listed):  # what a cell without a key has found is not known
+        click.echo(
+            f"moetrace: also there: {counted(sweep.unused, 'finished cell')} not of this sweep (changed inputs, or an "
+            "earlier version), which nothing needs.",
+            err=True,
+        )
+
+
+def _print_plan(plan: "Plan", jobs: int, form: str) -> None:
+    """Print the cells, each with what would be done, and how long that takes."""
+    from moetrace.cli.tables.output import print_rows
+
+    missing = {id(cell) for cell in plan.missing}
+    rows = []
+    for cell in plan.cells:
+        state = "replay" if id(cell) in missing else "failed" if cell.error else "same as another"
+        state = "finished" if cell.key in plan.found else state
+        rows.append({"name": cell.name, "state": state, "cell": cell.key, "error": cell.error})
+    headers = {"name": "cell", "state": "state"} if form == "table" else {key: key for key in rows[0]}
+    if form == "table" and any(cell.error for cell in plan.cells):
+        headers["error"] = "error"
+    print_rows(headers, rows, form)
+    if not missing:
+        click.echo(f"moetrace: {counted(len(rows), 'cell')}, none of them left to replay.", err=True)
+        return
+    estimate = plan.estimate()
+    click.echo(
+        f"moetrace: {counted(len(rows), 'cell')}, {estimate.cells:,} to replay: about "
+        f"{_duration(estimate.seconds / jobs)} with {counted(jobs, 'job')}. Measured on the first steps of each trace "
+        f"with {estimate.sampled} of the cells; starting the jobs comes on top.",
+        err=True,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,156 @@
+"""The tables of `moetrace analyze balance`: every plan, and what keeping one loses."""
+
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from moetrace.cli.tables.output import stdout_console, widen
+from moetrace.spec.errors import counted, printable
+
+if TYPE_CHECKING:
+    from moetrace.analyze.balance.units import Balance
+
+_GAP = 2
+_ROWS = {
+    "placement": "placement",
+    "plan": "plan",
+    "slots": "slots",
+    "imbalance": "max /\nmean",
+    "worst": "worst\nlayer",
+    "p99": "p99",
+    "least": "least\npossible",
+    "jain": "Jain",
+    "moved_gb": "moved\nGB",
+}
+_TIME = {
+    "placement": "placement",
+    "plan": "plan",
+    "time": "max / mean\nin time",
+    "busy_ms": "busy\nms",
+    "least_ms": "least pos-\nsible ms",
+    "over": "over\n%",
+    "pause_ms": "pauses\nms",
+}
+_STALE = {
+    "placement": "placement",
+    "remade": "max / mean %\nto re-made",
+    "clairvoyant": "to clair-\nvoyant",
+    "layers": "layers better\nre-made",
+}
+_STALE_TIME = {
+    "placement": "placement",
+    "busy_remade": "busy ms %\nto re-made",
+    "busy_clairvoyant": "to clair-\nvoyant",
+    "saved_us": "saved a\nstep µs",
+    "pause_ms": "pause a\nplan ms",
+    "even": "break-even\nsteps",
+}
+
+
+def print_balance(found: "Balance", name: str) -> None:
+    """Print what was found as tables on stdout; `name` is what the user called the trace."""
+    console = stdout_console()
+    rows = [_plan(row) for row in found.summary.iter_rows(named=True)]
+    stale = _stale(found)
+    tables = [("", _ROWS, rows), ("What a plan that is kept loses:", _STALE, stale)]
+    if found.trace["system"]:
+        tables += [(f"In seconds on {printable(found.trace['system'])}:", _TIME, rows), ("", _STALE_TIME, stale)]
+    for title, headers, cells in tables:
+        if cells:
+            if title:
+                console.print(f"{title}\n")
+            table, wide = _table(headers, cells), stdout_console()
+            widen(wide, table)
+            wide.print(table)
+            console.print()
+    for line in _legend(found, name):
+        console.print(line)
+
+
+def _table(headers: dict[str, str], rows: list[dict[str, str]]) -> Table:
+    """Make a table without the columns that no row has anything for."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+    shown = [key for key in headers if any(row[key] != "-" for row in rows)]
+    for key in shown:
+        justify = "left" if key in ("placement", "plan") else "right"
+        width = max(len(text) for text in (*(row[key] for row in rows), *headers[key].split("\n")))
+        table.add_column(headers[key], justify=justify, vertical="bottom", no_wrap=True, min_width=width)
+    for row in rows:
+        table.add_row(*(row[key] for key in shown))
+    return table
+
+
+def _plan(row: dict[str, Any]) -> dict[str, str]:
+    moves = row["plan"] == "re-made"
+    busy, least = row["busy_s"], row["least_busy_s"]
+    return {
+        "placement": printable(row["placement"]),
+        "plan": row["plan"],
+        "slots": f"{row['slots']:,}",
+        "imbalance": _figure(row["imbalance"], 3),
+        "worst": _figure(row["imbalance_worst_layer"], 3),
+        "p99": _figure(row["imbalance_p99"], 3),
+        "least": _figure(row["least_imbalance"], 3),
+        "jain": _figure(row["jain"], 3),
+        "moved_gb": _figure(row["migration_bytes"] / 1e9, 2) if moves and row["migration_bytes"] else "-",
+        "time": _figure(row["time_imbalance"], 3),
+        "busy_ms": _figure(busy, 1, 1e3),
+        "least_ms": _figure(least, 1, 1e3),
+        "over": _figure(busy / least - 1 if busy and least else None, 1, 100),
+        "pause_ms": _figure(row["pause_s"], 1, 1e3) if moves else "-",
+    }
+
+
+def _stale(found: "Balance") -> list[dict[str, str]]:
+    """A row for each placement: all its layers, and in how many of them a plan made anew is better."""
+    rows = []
+    for row in found.staleness.filter(found.staleness["layer"].is_null()).iter_rows(named=True):
+        own = found.staleness.filter(placement=row["placement"]).drop_nulls("layer")
+        better = int((own["imbalance_loss_to_remade"].fill_null(0) > 0).sum())
+        known = row["imbalance_remade"] is not None
+        rows.append(
+            {
+                "placement": row["placement"],
+                "remade": _figure(row["imbalance_loss_to_remade"], 2, 100),
+                "clairvoyant": _figure(row["imbalance_loss_to_clairvoyant"], 2, 100),
+                "layers": f"{better} of {len(own)}" if known else "-",
+                "busy_remade": _figure(row["busy_loss_to_remade"], 2, 100),
+                "busy_clairvoyant": _figure(row["busy_loss_to_clairvoyant"], 2, 100),
+                "saved_us": _figure(row["saved_s_per_step"], 2, 1e6),
+                "pause_ms": _figure(row["pause_s_per_rebalance"] if known else None, 2, 1e3),
+                "even": _even(row),
+            }
+        )
+    return rows
+
+
+def _even(row: dict[str, Any]) -> str:
+    if row["saved_s_per_step"] is None or row["pause_s_per_rebalance"] is None:
+        return "-"
+    return "never" if row["break_even_steps"] is None else f"{row['break_even_steps']:,.0f}"
+
+
+def _legend(found: "Balance", name: str) -> list[str]:
+    facts = found.trace
+    step = "step" if facts["phase"] == "all" else f"{facts['phase']} step"
+    times = counted(facts["rebalances"], "time")
+    anew = f"; re-made ones every {facts['interval']:,} ({times})" if facts["rebalances"] else ""
+    lines = [
+        f"{printable(name)}: {printable(facts['model']) or 'a model without a name'}, "
+        f"{counted(facts['layers'], 'layer')} of {counted(facts['experts'], 'expert')} on "
+        f"{counted(facts['units'], 'unit')}. Plans are made from {counted(facts['window'], step)} and "
+        f"judged on the {facts['judged_steps']:,} after the first such{anew}.",
+        "Max / mean: the busiest unit's rows over the mean unit's, mean over the steps, then over the layers (worst: "
+        "the worst layer's). Least possible: no plan of so many slots beats it, even if made anew for every step.",
+    ]
+    if facts["system"]:
+        lines.append(
+            "Busy: seconds of the busiest unit, summed over layers and steps. Pauses: what moves to make plans anew, "
+            "over the link."
+        )
+    return lines
+
+
+def _figure(value: float | None, places: int, factor: float = 1.0) -> str:
+    return "-" if value is None else f"{round(factor * value, places) + 0.0:,.{places}f}"

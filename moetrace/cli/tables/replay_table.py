@@ -1,0 +1,140 @@
+"""The table of `moetrace replay`: policies side by side, in as many parts as the terminal's width asks for."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from moetrace.cli.tables.output import stdout_console, widest, width_of
+from moetrace.engine.dispatch import OPTIMAL_UP_TO
+from moetrace.spec.errors import counted
+
+# Between two columns.
+_GAP = 2
+# Columns of a terminal that the widest group of columns needs; in a narrower one the terminal breaks the lines.
+_LEAST = 72
+
+
+class _Column(NamedTuple):
+    heading: str
+    figure: Callable[[dict[str, Any]], float | None]  # of a policy, in the heading's unit
+    form: str = "digits"  # or "percent" or "factor"
+    always: bool = True  # False: only if it is neither zero nor undefined for every policy
+
+
+def print_comparison(summary: dict[str, Any], name: str) -> None:
+    """Print what `summary.json` holds as a table on stdout; `name` is what the user called the trace."""
+    console = stdout_console()
+    console.width = max(console.width, _LEAST)
+    for number, columns in enumerate(_parts(summary["policies"], console.width)):
+        if number:
+            console.print()
+        console.print(_table(columns), crop=False, no_wrap=True)
+    console.print()
+    for line in _legend(summary, name):
+        console.print(line)
+
+
+def _groups() -> list[list[_Column]]:
+    """Columns that should stay together: what it takes, what could be saved, how the machine is used."""
+    return [
+        [
+            _Column("total\nms", lambda p: _times(1e3, p["total_s"])),
+            _Column("speed-\nup", lambda p: p["speedup"], "factor"),
+            _Column("prefill\nms", lambda p: _times(1e3, p["prefill_s"]), always=False),
+            _Column("decode\nms", lambda p: _times(1e3, p["decode_s"]), always=False),
+            _Column("mixed\nms", lambda p: _times(1e3, p["mixed_s"]), always=False),
+            _Column("TTFT\nms", lambda p: _times(1e3, p["ttft_s"]["p50"]), always=False),
+            _Column("TPOT\nms", lambda p: _times(1e3, p["tpot_s"]["p50"]), always=False),
+        ],
+        [
+            _Column("over bound\nms", lambda p: 1e3 * (p["total_s"] - p["work_bound_s"])),
+            _Column("\n%", lambda p: _over(p, "work_bound_s"), "percent"),
+            _Column("over clairv.\nms", lambda p: 1e3 * (p["total_s"] - p["clairvoyant_s"])),
+            _Column("\n%", lambda p: _over(p, "clairvoyant_s"), "percent"),
+        ],
+        [
+            _Column("hits\n%", lambda p: _times(100, p["hit_rate"]), "percent"),
+            _Column("GPU\nbusy %", lambda p: _times(100, p["utilization"]["gpu"]), "percent"),
+            _Column("NDP\nbusy %", lambda p: _times(100, _mean(p["utilization"]["ndp"])), "percent", False),
+            _Column("link in\nbusy %", lambda p: _times(100, p["utilization"]["link_in"]), "percent", False),
+            _Column("fetched\nGB", lambda p: _times(1e-9, p["demand_bytes"]), always=False),
+            _Column("prefetch\nGB", lambda p: _times(1e-9, p["prefetch_bytes"]), always=False),
+        ],
+    ]
+
+
+def _parts(policies: list[dict[str, Any]], width: int) -> list[list[list[str]]]:
+    """Put groups side by side as long as they fit the width; a column is its heading, then a cell for each policy."""
+    names = ["policy", *(policy["name"] for policy in policies)]
+    parts: list[list[list[str]]] = []
+    for group in _groups():
+        figures = [(column, [column.figure(policy) for policy in policies]) for column in group]
+        shown = [
+            [column.heading, *_cells(column.form, values)] for column, values in figures if column.always or any(values)
+        ]
+        if parts and width_of([*parts[-1], *shown], _GAP) <= width:
+            parts[-1] += shown
+        else:
+            parts.append([names, *shown])
+    return parts
+
+
+def _table(columns: list[list[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(
+            column[0], justify="right" if number else "left", vertical="bottom", no_wrap=True, min_width=widest(column)
+        )
+    for cells in zip(*(column[1:] for column in columns), strict=True):
+        table.add_row(*cells)
+    return table
+
+
+def _cells(form: str, values: list[float | None]) -> list[str]:
+    """The figures of a column, as many digits behind the point for each; `-` where undefined."""
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
+    if form == "digits":
+        # Less than a millionth is what rounding leaves of nothing.
+        limits = enumerate((1000, 100, 10, 1, 1e-6))
+        places = next((places for places, limit in limits if largest >= limit), 0)
+    else:
+        places = 2 if form == "factor" else 1
+    unit = "x" if form == "factor" else ""
+    # Adding zero turns -0.0 into 0.0.
+    return ["-" if value is None else f"{round(value, places) + 0.0:,.{places}f}{unit}" for value in values]
+
+
+def _legend(summary: dict[str, Any], name: str) -> list[str]:
+    trace, model, system = summary["trace"], summary["model"], summary["system"]
+    units = f"with {counted(system['ndp']['units'], 'NDP unit')}" if system["ndp"] else "without NDP units"
+    everything = model["moe_layers"] * model["experts"]
+    (bound_ms,) = _cells("digits", [1e3 * summary["policies"][0]["work_bound_s"]])
+    layers = trace["steps"] * trace["layers"]
+    return [
+        f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
+        f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']} {units}; "
+        f"the GPU keeps up to {summary['slots']:,} of {counted(everything, 'expert')} (slots).",
+        f"TTFT and TPOT are medians. Over bound: time beyond the {bound_ms} ms that no schedule of this work beats. "
+        "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots.",
+        *(
+            f"{policy['name']}: {policy['optimal_fallbacks']:,} of {counted(layers, 'layer')} of all steps had more "
+            f"than {OPTIMAL_UP_TO} active experts and were dispatched by balance."
+            for policy in summary["policies"]
+            if policy["optimal_fallbacks"]
+        ),
+    ]
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
+
+
+def _over(policy: dict[str, Any], bound: str) -> float | None:
+    return 100 * (policy["total_s"] / policy[bound] - 1) if policy[bound] else None
+
+
+def _mean(shares: list[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None

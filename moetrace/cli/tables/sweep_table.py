@@ -1,0 +1,68 @@
+"""The table of `moetrace sweep`: a row a cell, the axes that vary and what they lead to."""
+
+import polars as pl
+from rich import box
+from rich.table import Table
+
+from moetrace.cli.tables.output import figure, stdout_console, widen
+
+_LABELS = ("trace", "model", "system", "policy", "slots")
+# Column of the frame, heading, factor, form; those that are zero or undefined in all cells are left out.
+_FIGURES = (
+    ("total_s", "total\nms", 1e3, "{:,.1f}"),
+    ("speedup", "speed-\nup", 1, "{:.2f}x"),
+    ("ttft_s_p50", "TTFT\nms", 1e3, "{:,.2f}"),
+    ("tpot_s_p50", "TPOT\nms", 1e3, "{:,.3f}"),
+    ("hit_rate", "hits\n%", 100, "{:.1f}"),
+    ("gpu_memory_bytes", "GPU mem.\nGB", 1e-9, "{:,.2f}"),
+    ("link_bytes", "link\nGB", 1e-9, "{:,.1f}"),
+    ("price", "price", 1, "{:,.0f}"),
+)
+_AGAINST = {"gpu_memory_bytes": "GPU memory (dense weights and slots)", "link_bytes": "bytes over the link"}
+
+
+def print_sweep(cells: pl.DataFrame, pareto: str) -> None:
+    """Print the frame of a sweep as a table on stdout; `*` marks the Pareto front."""
+    axes = cells.columns[2 : cells.columns.index("error")]
+    varying = [axis for axis in axes if cells[axis].drop_nulls().n_unique() > 1] or ["policy"]
+    columns: list[tuple[str, list[str], bool]] = [("", ["*" if on else "" for on in cells["pareto"]], False)]
+    for axis in varying:
+        # A field's name is enough unless two axes end alike.
+        heading = (
+            axis.rpartition(".")[2] if sum(a.rpartition(".")[2] == axis.rpartition(".")[2] for a in axes) == 1 else axis
+        )
+        columns.append((heading, [figure(value) for value in cells[axis]], cells[axis].dtype.is_numeric()))
+    for name, heading, factor, form in _FIGURES:
+        if name in cells.columns and any(cells[name].drop_nulls()):
+            texts = ["-" if value is None else form.format(factor * value) for value in cells[name]]
+            columns.append((heading, texts, True))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading, texts, right in columns:
+        width = max(map(len, (*texts, *heading.split("\n"))))
+        table.add_column(
+            heading, justify="right" if right else "left", vertical="bottom", no_wrap=True, min_width=width
+        )
+    for row in zip(*(texts for _, texts, _ in columns), strict=True):
+        table.add_row(*row)
+    console = stdout_console()
+    widen(console, table)
+    console.print(table, crop=False)
+    console.print()
+    for line in _legend(cells, axes, varying, pareto):
+        console.print(line)
+
+
+def _legend(cells: pl.DataFrame, axes: list[str], varying: list[str], pareto: str) -> list[str]:
+    constant = {axis: cells[axis].drop_nulls() for axis in axes if axis not in varying}
+    same = [f"{axis} {figure(known[0])}" for axis, known in constant.items() if len(known)]
+    lines = [f"In all cells: {', '.join(same)}."] if same else []
+    if "total_s" not in cells.columns:
+        return lines
+    against = _AGAINST.get(pareto, "price")
+    many = " of its trace" if "trace" in varying or "model" in varying else ""
+    front = f"* Pareto front: no other cell{many} beats it in total time or {against} without losing in the other."
+    if pareto == "price" and cells["price"].is_null().all():
+        front = "No system lists a [price], so there is no front: give it one, or take another --pareto."
+    if "policy" in varying:
+        front += " Speed-ups are against the first policy, all else equal."
+    return [*lines, front]

@@ -1,0 +1,138 @@
+"""How a model routes, in a few numbers: read from a shipped or a user's TOML file, checked, and written."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from moetrace.spec.errors import UsageError
+from moetrace.spec.load import Loaded, convert, nearest, parse, read_text
+from moetrace.trace.atomic import whole_file
+from moetrace.trace.schema import MAX_EXPERTS, MAX_LAYERS
+
+MAX_DIMENSIONS = 64
+MAX_ROWS = 1e6  # that a memory may span
+MAX_SKEW = 8.0
+MAX_ROUTER = 1 << 26  # numbers that the routers of all layers may have: 256 MiB
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Rows = Annotated[float, Meta(gt=0, le=MAX_ROWS)]
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a model routes: what `ProfileDrawer` draws from.
+
+    `request`, `slow`, `fast` and `token` are shares of the variance of a router's logit, which sum to 1 at most; the
+    rest is new in every row. `slow_rows` and `fast_rows` are the rows after which slow and fast memory have fallen to
+    1/e. A token is one of `vocabulary`, that of rank r with the frequency (r + 1) ** -token_zipf. `depth` is the
+    correlation of what is new between one layer and the next, `dimensions` the number of directions that routers read.
+    `curve` is the logarithm of popularity from the most to the least popular expert, at equal distances of rank, and
+    `skew` its standard deviation in each layer; `phase` is the share of its variance that prompt and output do not
+    have in common. `sink` is the chance that a request's first row takes the experts that all sink rows take.
+    """
+
+    name: str
+    model: str
+    layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
+    experts: Annotated[int, Meta(ge=2, le=MAX_EXPERTS)]
+    top_k: Annotated[int, Meta(ge=1)]
+    dimensions: Annotated[int, Meta(ge=2, le=MAX_DIMENSIONS)]
+    request: Share
+    slow: Share
+    slow_rows: Rows
+    fast: Share
+    fast_rows: Rows
+    token: Share
+    vocabulary: Annotated[int, Meta(ge=1, le=65535)]
+    token_zipf: Annotated[float, Meta(ge=0, le=8)]
+    depth: Share
+    phase: Share
+    sink: Share
+    skew: list[Annotated[float, Meta(ge=0, le=MAX_SKEW)]]
+    curve: Annotated[list[Annotated[float, Meta(ge=-100, le=100)]], Meta(min_length=2, max_length=257)]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of every field, in the order of their names."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+
+def list_profiles() -> list[str]:
+    """Names of the profiles that ship with moetrace, sorted."""
+    return sorted(entry.name[: -len(".toml")] for entry in _folder().iterdir() if entry.name.endswith(".toml"))
+
+
+def load_profile(source: str | Path | Profile) -> Profile:
+    """Load a profile from the name of a shipped one, a TOML file or an instance, and check it.
+
+    A text that ends in `.toml` or holds a slash is a file.
+
+    Raises:
+        UsageError: an unknown name, or a value that makes no sense: one sentence with the TOML key.
+        MoetraceError: a file that cannot be read.
+    """
+    if isinstance(source, Profile):
+        loaded = Loaded(msgspec.to_builtins(source), f"profile {source.name}")
+    elif not isinstance(source, str | Path):
+        raise UsageError(f"A profile is a name, the path of a TOML file or a Profile, got {type(source).__name__}.")
+    elif isinstance(source, Path) or source.endswith(".toml") or "/" in source or "\\" in source:
+        loaded = Loaded(parse(read_text(source), str(source)), str(source))
+    else:
+        names = list_profiles()
+        if source not in names:
+            raise UsageError(
+                f"No profile is called {source!r}{nearest(source, names)}; there are {', '.join(names)}, and a path "
+                "that ends in .toml is read as a file."
+            )
+        text = _folder().joinpath(f"{source}.toml").read_text(encoding="utf-8")
+        loaded = Loaded(parse(text, f"profile {source}"), f"profile {source}")
+    profile = convert(loaded, Profile)
+    if profile.top_k > profile.experts:
+        loaded.refuse("top_k", f"at most the {profile.experts} experts that a layer has")
+    check_router(loaded.where, profile.layers, profile.experts, profile.dimensions)
+    if len(profile.skew) != profile.layers:
+        raise UsageError(
+            f"{loaded.where}: skew wants one number for each of the {profile.layers} layers, got {len(profile.skew)}."
+        )
+    if (total := profile.request + profile.slow + profile.fast + profile.token) > 1 + 1e-9:
+        raise UsageError(f"{loaded.where}: request, slow, fast and token sum to {total:g}, but are shares of 1.")
+    return profile
+
+
+def check_router(where: str, layers: int, experts: int, dimensions: int) -> None:
+    """Raise a UsageError that begins with `where` if routers of these sizes take too much memory."""
+    if layers * experts * dimensions > MAX_ROUTER:
+        raise UsageError(
+            f"{where}: {layers} layers of {experts} experts are too many for a profile of {dimensions} dimensions."
+        )
+
+
+def save_profile(profile: Profile, path: str | Path, comment: str = "") -> None:
+    """Write `profile` to a TOML file that `load_profile` reads, whole or not at all; `comment` goes on top.
+
+    Raises MoetraceError if the system refuses.
+    """
+    text = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
+    for name, value in msgspec.to_builtins(profile).items():
+        text += f"{name} = {_toml(value)}\n"
+    with whole_file(Path(path)) as file:
+        file.write(text.encode())
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, list):
+        rows = [
+            ", ".join(f"{number:.4g}" for number in value[start : start + 12]) for start in range(0, len(value), 12)
+        ]
+        return "[\n" + "".join(f"    {row},\n" for row in rows) + "]"
+    # JSON's strings are TOML's basic strings.
+    return msgspec.json.encode(value).decode()
+
+
+def _folder():
+    return resources.files("moetrace.generators").joinpath("profiles")

@@ -1,0 +1,235 @@
+"""Route logs in JSON lines, as patches of vLLM's `FusedMoE` write them (`VLLM_LOG_MOE=routes.jsonl`).
+
+Layout as three public patches share it (vLLM 0.6.6, 0.11.2 and 0.15.1): a line
+`{"type": "meta", "model_id", "vllm_version", "torch_version", "device", "seed", "layers_logged", "top_k"}`, in one of
+them with `num_experts`, then a line for each token and logged layer,
+`{"type": "route", "req_id", "token_idx", "layer", "topk_ids", "topk_weights"}`, layer by layer within a forward pass.
+
+* The n-th route of each layer is of the n-th token, so that tokens need no key. In two of the patches `token_idx` is
+  the row within the call, so it begins anew with each forward pass, which gives the steps, and `req_id` is always the
+  same; in the third it counts on, and is taken as the position.
+* Phases are not recorded: every row is prefill unless `--as decode --prompt P` says otherwise.
+* vLLM's warm-up is in these logs: thousands of leading rows that are all alike. The import keeps them; lint finds them.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints, Part
+from moetrace.importers.reading.requests import UNKNOWN_PHASE
+from moetrace.importers.reading.spool import Spool
+from moetrace.importers.reading.text import json_lines
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace.schema import BLOCK_BYTES, MAX_EXPERTS, PREFILL, absent_id, check_sizes, expert_dtype
+
+MAX_LAYERS = 256  # each has temporary files of its own
+CHUNK_BYTES = 4 << 20  # its records take about five times as much as Python objects
+Number = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Id = Annotated[int, msgspec.Meta(ge=-1, lt=MAX_EXPERTS)]
+
+
+class Meta(msgspec.Struct, tag="meta"):
+    """The header, once for each start of the engine."""
+
+    model_id: str = ""
+    vllm_version: str = ""
+    num_experts: int | None = None
+
+
+class Route(msgspec.Struct, tag="route", gc=False):
+    """One token in one layer."""
+
+    token_idx: Number
+    layer: Annotated[int, msgspec.Meta(ge=0, lt=65535)]
+    topk_ids: list[Id]
+    topk_weights: list[float] | None = None
+    req_id: str | int = ""
+
+
+_LINE: Any = Meta | Route
+
+
+def recognize(first: bytes, name: str) -> bool:
+    """Whether a file that begins with these bytes has a route, or such a header, after headers of any kind."""
+    for line in first.lstrip().split(b"\n"):
+        try:
+            record = msgspec.json.decode(line, type=_LINE)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return False
+        if isinstance(record, Route) or b'"layers_logged"' in line or b'"vllm_version"' in line:
+            return True
+    return False
+
+
+def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
+    """A capture a file."""
+    return [_Log(path, hints).capture() for path in sources]
+
+
+class _Log:
+    """The routes of a file, spooled by layer as they come."""
+
+    def __init__(self, path: Path, hints: Hints) -> None:
+        self._path, self._hints = path, hints
+        self._meta = Meta()
+        self._num_experts = self._top_k = 0
+        self._optional: tuple[str, ...] = ()
+        self._layers: dict[int, Spool] = {}  # the first is the one whose routes say what each row is
+        self._requests: dict[str | int, int] = {}
+        self._request, self._token = _Growing(), _Growing()  # of each row
+        self._runs_on, self._last = True, -1  # token_idx of all lines, whatever their layer, only counts up
+        self._routes = 0  # before those that are being added
+        for _, records in json_lines(path, _LINE, hints.reading, CHUNK_BYTES):
+            for record in records:
+                if isinstance(record, Meta):
+                    self._meta = record
+            routes = [record for record in records if isinstance(record, Route)]
+            if routes:
+                self._add(routes)
+                self._routes += len(routes)
+
+    def _add(self, routes: list[Route]) -> None:
+        if not self._layers:
+            self._begin(routes[0])
+        choices, weights = self._choices(routes)
+        layer = np.fromiter((route.layer for route in routes), np.int64, len(routes))
+        token = np.fromiter((route.token_idx for route in routes), np.int64, len(routes))
+        number = self._requests
+        request = np.fromiter((number.setdefault(r.req_id, len(number)) for r in routes), np.int64, len(routes))
+        self._runs_on &= bool((np.diff(token, prepend=self._last) == 1).all())
+        self._last = int(token[-1])
+        # The reference first, then the others in the order in which they come: all layers of a pass follow it.
+        _, first_at = np.unique(layer, return_index=True)
+        for index in dict.fromkeys([*self._layers, *layer[np.sort(first_at)].tolist()]):
+            of_layer = np.flatnonzero(layer == index)
+            if of_layer.size:
+                arrays = {"experts": choices[of_layer, None]}
+                if weights is not None:
+                    arrays["gates"] = weights[of_layer, None]
+                self._append(index, of_layer, request[of_layer], token[of_layer], arrays)
+
+    def _begin(self, route: Route) -> None:
+        self._num_experts = self._meta.num_experts or self._hints.need("num_experts", self._path)
+        self._top_k = len(route.topk_ids)
+        self._optional = () if route.topk_weights is None else ("gates",)
+        check_sizes(str(self._path), self._num_experts, self._top_k, 1, 1, 1)
+
+    def _choices(self, routes: list[Route]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids and weights [routes, top_k] in the dtypes of a trace."""
+        for number, route in enumerate(routes):
+            ids, weights = len(route.topk_ids), route.topk_weights
+            if ids != self._top_k or (weights is None) != (not self._optional):
+                raise self._wrong(number, f"has {ids} ids and {'no ' * (weights is None)}weights, unlike the first")
+            if weights is not None and len(weights) != ids:
+                raise self._wrong(number, f"has {len(weights)} weights for {ids} ids")
+        shape, size = (len(routes), self._top_k), len(routes) * self._top_k
+        ids = np.fromiter(chain.from_iterable(r.topk_ids for r in routes), np.int32, size).reshape(shape)
+        if ids.max() >= self._num_experts:
+            number = int(np.argmax(ids.max(axis=1)))
+            raise self._wrong(number, f"has the id {ids[number].max()}, but there are {self._num_experts} experts")
+        narrow = ids.astype(expert_dtype(self._num_experts))
+        narrow[ids < 0] = absent_id(self._num_experts)
+        if not self._optional:
+            return narrow, None
+        gates = np.fromiter(chain.from_iterable(r.topk_weights or () for r in routes), np.float64, size).reshape(shape)
+        if (beyond := ~(np.abs(gates) <= MAX_WEIGHT).all(axis=1)).any():
+            raise self._wrong(int(np.argmax(beyond)), f"has a weight beyond {MAX_WEIGHT:g}")
+        return narrow, gates.astype(np.float16)
+
+    def _append(self, index: int, at: np.ndarray, request: np.ndarray, token: np.ndarray, arrays: Part) -> None:
+        """Append routes of one layer, `at` among those being added, if they are of the first layer's tokens."""
+        if index not in self._layers:
+            if len(self._layers) == MAX_LAYERS:
+                raise MoetraceError(f"{self._path} has more than {MAX_LAYERS} layers.")
+            self._layers[index] = Spool(self._hints, self._num_experts, 1, self._top_k, self._optional)
+        reference, spool = next(iter(self._layers)), self._layers[index]
+        if index == reference:
+            self._request.add(request)
+            self._token.add(token)
+        rows = slice(spool.rows, spool.rows + at.size)
+        known = self._request.array[rows]
+        other = known != request[: known.size]
+        if not self._runs_on:
+            other |= self._token.array[rows] != token[: known.size]
+        if other.any() or known.size < at.size:
+            number = int(at[int(np.argmax(other)) if other.any() else known.size])
+            raise self._wrong(number, f"of layer {index} is of another token than that of layer {reference}")
+        spool.append(**arrays)
+
+    def _wrong(self, number: int, what: str) -> MoetraceError:
+        return MoetraceError(f"{self._path}: route {self._routes + number} (from 0) {what}.")
+
+    def capture(self) -> Capture:
+        if not self._layers:
+            raise MoetraceError(f"{self._path} has no lines of routing.")
+        rows = self._token.size
+        if rows * len(self._layers) > SPARSEST * self._routes:
+            raise MoetraceError(
+                f"{self._path}: {self._routes} routes are too few for {rows} tokens in {len(self._layers)} layers."
+            )
+        for spool in self._layers.values():
+            spool.grow(rows)
+        layers = np.array(sorted(self._layers))
+        request, token = self._request.array, self._token.array
+        facts: dict[str, Any] = {"format": "jsonl", "engine": "vLLM", "phase": UNKNOWN_PHASE}
+        if self._meta.vllm_version:
+            facts["version"] = self._meta.vllm_version[:100]
+        order = np.argsort(request, kind="stable")
+        same = request[order][1:] == request[order][:-1]
+        counts_on = bool((np.diff(token[order])[same] > 0).all())
+        step_rows = None
+        if counts_on:
+            position = token
+        else:
+            facts["requests"] = "not recorded: token_idx is the row within a forward pass"
+            begins = np.r_[True, (np.diff(token) != 1) | (np.diff(request) != 0)]
+            step_rows = np.diff(np.r_[np.flatnonzero(begins), rows])
+            position = np.empty(rows, np.int32)
+            first = np.maximum.accumulate(np.where(np.r_[True, ~same], np.arange(rows), 0))
+            position[order] = np.arange(rows) - first
+        return Capture(
+            model=self._meta.model_id[:200],
+            num_experts=self._num_experts,
+            top_k=self._top_k,
+            layer_index=layers,
+            expert_bytes=None,
+            request=request,
+            position=position,
+            phase=np.full(rows, PREFILL, np.uint8),
+            optional=self._optional,
+            facts=facts,
+            parts=lambda: _parts([self._layers[index] for index in layers.tolist()], rows),
+            sources=(self._path,),
+            step_rows=step_rows,
+        )
+
+
+class _Growing:
+    """An int32 array that grows at its end."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._data = np.empty(1024, np.int32)
+
+    @property
+    def array(self) -> np.ndarray:
+        return self._data[: self.size]
+
+    def add(self, values: np.ndarray) -> None:
+        if self.size + values.size > self._data.size:
+            self._data = np.concatenate([self.array, np.empty(self.size // 2 + values.size, np.int32)])
+        self._data[self.size : self.size + values.size] = values
+        self.size += values.size
+
+
+def _parts(layers: list[Spool], rows: int) -> Iterator[Part]:
+    """The rows of all layers side by side, some MiB at a time."""
+    at_once = max(1, BLOCK_BYTES // sum(spool.row_bytes for spool in layers))
+    for start in range(0, rows, at_once):
+        parts = [spool.read(start, min(start + at_once, rows)) for spool in layers]
+        yield {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}

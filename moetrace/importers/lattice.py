@@ -1,0 +1,117 @@
+"""JSON lines of lattice: a record for each token and MoE layer, as `dump_moe_routing_trace_jsonl` writes it.
+
+Records have layer_idx, token_idx (position in the sequence), selected_ids and gate_weights, which sum to 1
+(`crates/inference/src/forward/metal_qwen35.rs`, pull request 920). The engine takes one token through all layers at a
+time, so each token is a step of its own. Which of them were prompt is not recorded: all are decode (`--as decode
+--prompt P` tells the prompt). A request begins where positions do not increase. The number of experts is not said.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from moetrace.importers.captured import Capture, Hints
+from moetrace.importers.reading.passes import Block, Lines, Passes, check_gates, half, whole_passes
+from moetrace.importers.reading.text import json_lines
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace.schema import DECODE, MAX_LAYERS
+
+
+class _Record(msgspec.Struct, gc=False):
+    layer_idx: int
+    token_idx: int
+    selected_ids: list[int]
+    gate_weights: list[float | None]  # null is how JSON says NaN
+
+
+class _Layer(msgspec.Struct, gc=False):
+    layer_idx: int
+
+
+def recognize(first: bytes, name: str) -> bool:
+    """Whether a file that begins with these bytes has such records."""
+    line = first.split(b"\n", 1)[0].lstrip()
+    return line.startswith(b"{") and all(b'"%s"' % key.encode() in line for key in _Record.__struct_fields__)
+
+
+def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
+    """A capture a file."""
+    return [_read(path, hints) for path in sources]
+
+
+def _read(path: Path, hints: Hints) -> Capture:
+    num_experts = hints.need("num_experts", path)
+    layer_index, first = _layers(path, hints), next(iter(_first(path)))
+    top_k = len(first.selected_ids)
+    passes = Passes(path, hints, (num_experts, top_k), layer_index, ("gates",))
+    records = json_lines(path, _Record, half(hints))
+    positions: list[np.ndarray] = []
+    last = -1  # position of the token before
+    count = 0
+    for _, lines, starts in whole_passes(path, _lines(path, records, top_k), _begins):
+        position = lines["token"][starts]
+        begins = position <= np.r_[last, position[:-1]]
+        last = int(position[-1])
+        ones = np.ones(starts.size, np.int64)
+        row = np.repeat(np.arange(starts.size), np.diff(np.r_[starts, lines["token"].size]))
+        number = count + 1  # of the first record here
+        phase = np.full(starts.size, DECODE, np.uint8)
+        ids, gates = lines["experts"], lines["gates"]
+        passes.add(Block(lambda i, at=number: at + i, ones, row, lines["layer"], ids, phase, begins, gates))
+        positions.append(position)
+        count += row.size
+    facts = {"format": "lattice", "engine": "lattice", "phases": "not recorded: all decode"}
+    return passes.capture(facts)._replace(position=np.concatenate(positions))
+
+
+def _first(path: Path) -> Iterator[_Record]:
+    for _, records in json_lines(path, _Record, abs, chunk_bytes=1 << 16):
+        yield from records[:1]
+
+
+def _layers(path: Path, hints: Hints) -> np.ndarray:
+    """The layers uint16 [layers] that records name."""
+    seen: set[int] = set()
+    for _, records in json_lines(path, _Layer, half(hints)):
+        seen.update(record.layer_idx for record in records)
+    if not seen:
+        raise MoetraceError(f"{path} has no records.")
+    if min(seen) < 0 or max(seen) >= MAX_LAYERS:
+        raise MoetraceError(f"{path} has a record of layer_idx {min(seen) if min(seen) < 0 else max(seen)}.")
+    return np.array(sorted(seen), np.uint16)
+
+
+def _lines(path: Path, found: Iterator[tuple[int, list[_Record]]], top_k: int) -> Iterator[tuple[int, Lines]]:
+    """Records as arrays; they, not lines, are counted, since lines may be blank."""
+    count = 0
+    for _, records in found:
+        for at, record in enumerate(records, count + 1):
+            if not len(record.selected_ids) == len(record.gate_weights) == top_k:
+                raise MoetraceError(f"{path}: record {at} holds not {top_k} experts and gates, as others.")
+            if not 0 <= record.token_idx < 2**31:
+                raise MoetraceError(f"{path}: record {at} has token_idx {record.token_idx}.")
+        try:
+            experts = np.array(list(chain.from_iterable(r.selected_ids for r in records)), np.int32)
+            weights = np.array(list(chain.from_iterable(r.gate_weights for r in records)), np.float64)
+        except OverflowError:
+            raise MoetraceError(f"{path}: one of the records from {count + 1} on holds an impossible id.") from None
+        if records:
+            gates = weights.reshape(-1, top_k)
+            check_gates(path, lambda i, first=count + 1: first + i, gates)
+            yield (
+                count + 1,
+                {
+                    "layer": np.array([r.layer_idx for r in records], np.int32),
+                    "token": np.array([r.token_idx for r in records], np.int32),
+                    "experts": experts.reshape(-1, top_k),
+                    "gates": gates.astype(np.float32),
+                },
+            )
+        count += len(records)
+
+
+def _begins(lines: Lines) -> np.ndarray:
+    return (np.diff(lines["layer"]) <= 0) | (np.diff(lines["token"]) != 0)

@@ -1,0 +1,155 @@
+"""CSV of llama.cpp's moe-trace tools, which have no header: the chosen experts of each layer, pass by pass.
+
+Two layouts. `layer,expert`, a line a choice (`examples/moe-trace` of pull request 28544): a pass lists its layers in
+order, each with top_k lines a token, so that top_k must be known to tell tokens apart. `pos,layer,id0,id1,...`, a line
+a token and layer (`tools/moe-trace` of the fork thecodacus/llama.cpp, commit 380d831d): prompt tokens have a negative
+position, -1 being the last of its batch, decoded ones count from 0. Neither says the number of experts.
+
+In a prompt the last layer routes only the tokens whose output is wanted, the last ones: the others are absent there.
+The first tool reads the ids of a prompt as if they were contiguous, though they are a view into sorted rows of all
+experts: then every num_experts / top_k tokens of a prompt choose each expert once, and only the first of a pass is
+real. Such rows are kept; `flat_view` in the facts tells of them. Its decoded tokens, and the second tool, are right.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from moetrace.importers.captured import Capture, Hints
+from moetrace.importers.reading.passes import Block, Lines, Passes, half, layers_of, whole_passes
+from moetrace.importers.reading.table import numbers, tables
+from moetrace.importers.reading.text import first_bytes
+from moetrace.spec.errors import MoetraceError
+
+_HEADER = re.compile(rb"layer,expert|pos,layer(,\w{1,20})+")
+_LINE = re.compile(rb"\d{1,9},\d{1,9}|-?\d{1,9},\d{1,9}(,\d{1,9})+")
+_LINES_SEEN = 8
+
+
+def recognize(first: bytes, name: str) -> bool:
+    """Whether a file that begins with these bytes is such a CSV: the first lines are whole numbers, alike in number."""
+    lines = first.split(b"\n")
+    lines = [line.removesuffix(b"\r") for line in (lines[:-1] or lines)[: _LINES_SEEN + 1]]
+    data = lines[1:] if _HEADER.fullmatch(lines[0]) else lines
+    commas = {line.count(b",") for line in lines}
+    return bool(data) and len(commas) == 1 and all(map(_LINE.fullmatch, data))
+
+
+def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
+    """A capture a file."""
+    return [_read(path, hints) for path in sources]
+
+
+def _read(path: Path, hints: Hints) -> Capture:
+    first = first_bytes(path, 1 << 16).split(b"\n", 1)[0]
+    width = first.count(b",") + 1
+    if width < 2:
+        raise MoetraceError(f"{path}: line 1 is neither 'layer,expert' nor 'pos,layer,id0,id1,...'.")
+    num_experts = hints.need("num_experts", path)
+    top_k = hints.need("top_k", path) if width == 2 else width - 2
+    header = int(_HEADER.fullmatch(first.rstrip(b"\r")) is not None)
+    names = ["layer", "e0"] if width == 2 else ["pos", "layer", *(f"e{slot}" for slot in range(top_k))]
+    only = {name: pl.Int32 if name == "layer" else None for name in names}
+    layer_index = layers_of(path, tables(path, only, half(hints), header=header))
+    if width == 2 and layer_index.size == 1:
+        raise MoetraceError(f"{path} has one layer, of which 'layer,expert' can't tell where a pass ends.")
+    passes = Passes(path, hints, (num_experts, top_k), layer_index)
+    found = tables(path, dict.fromkeys(names, pl.Int32), half(hints), header=header)
+    lines = ((line, numbers(table)) for line, table in found)
+    flat = _Flat(path, num_experts)
+    for block in _choices(path, lines, top_k) if width == 2 else _tokens(path, lines, top_k):
+        flat.look(block)
+        passes.add(block)
+    facts = {"format": "llamacpp", "engine": "llama.cpp", "layout": "layer,expert" if width == 2 else "pos,layer,ids"}
+    return passes.capture(facts | flat.facts())
+
+
+def _choices(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Iterator[Block]:
+    """The passes of lines `layer,expert`: rows of one layer follow one another, `top_k` lines each."""
+    for line, lines, starts in whole_passes(path, tables, lambda lines: np.diff(lines["layer"]) < 0):
+        layer = lines["layer"]
+        runs = np.r_[0, np.flatnonzero(np.diff(layer)) + 1]  # where a pass begins, so does a run
+        sizes = np.diff(np.r_[runs, layer.size])
+        if (uneven := sizes % top_k != 0).any():
+            at = int(uneven.argmax())
+            raise MoetraceError(
+                f"{path}: layer {layer[runs[at]]} has {sizes[at]} lines from {line + runs[at]} on, which is no "
+                f"multiple of top_k ({top_k})."
+            )
+        runs, sizes, first = runs // top_k, sizes // top_k, starts // top_k
+        step = np.searchsorted(first, runs, side="right") - 1  # of each run
+        step_rows = np.maximum.reduceat(sizes, np.searchsorted(runs, first))
+        # A run shorter than its pass has only its last tokens.
+        shift = (np.cumsum(step_rows) - step_rows)[step] + step_rows[step] - sizes - runs
+        row = np.arange(layer.size // top_k) + np.repeat(shift, sizes)
+        ids = lines["e0"].reshape(-1, top_k)
+        yield Block(lambda at, line=line: line + at * top_k, step_rows, row, layer[::top_k], ids)
+
+
+def _tokens(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Iterator[Block]:
+    """The passes of lines `pos,layer,id0,id1,...`."""
+    last = -1  # position that was decoded last
+    for line, lines, starts in whole_passes(path, tables, _token_begins):
+        pos, layer = lines["pos"].astype(np.int64), lines["layer"]
+        decoded = pos[starts]
+        jumps = (decoded >= 0) & (decoded != 0) & (decoded != np.r_[last, decoded[:-1]] + 1)
+        if jumps.any():
+            at = int(starts[int(jumps.argmax())])
+            raise MoetraceError(f"{path}: line {line + at}: position {pos[at]} does not follow the one before.")
+        low, high = (function.reduceat(pos, starts) for function in (np.minimum, np.maximum))
+        step_rows = high - low + 1
+        count = np.diff(np.r_[starts, pos.size])
+        if (gaps := step_rows > count).any():
+            at = int(starts[int(gaps.argmax())])
+            raise MoetraceError(f"{path}: the pass from line {line + at} on lacks positions.")
+        row = pos + np.repeat(np.cumsum(step_rows) - step_rows - low, count)
+        ids = np.stack([lines[f"e{slot}"] for slot in range(top_k)], axis=1)
+        phase = (decoded >= 0).astype(np.uint8)
+        begins = (decoded == 0) & (np.r_[last, decoded[:-1]] >= 0)
+        last = int(decoded[-1])
+        yield Block(lambda at, line=line: line + at, step_rows, row, layer, ids, phase, begins)
+
+
+def _token_begins(lines: Lines) -> np.ndarray:
+    pos, layer = lines["pos"], lines["layer"]
+    again = (layer[1:] < layer[:-1]) | ((layer[1:] == layer[:-1]) & (pos[1:] <= pos[:-1]))
+    return again | ((pos[1:] != pos[:-1]) & ((pos[1:] >= 0) | (pos[:-1] >= 0)))
+
+
+class _Flat:
+    """Looks for prompts that were read flat from sorted rows: their ids, as they follow, are a permutation."""
+
+    def __init__(self, path: Path, num_experts: int) -> None:
+        self._path, self._num_experts = path, num_experts
+        self.long_enough = self.permuted = 0
+
+    def look(self, block: Block) -> None:
+        """Count the layers of the passes in a block whose first ids are each expert once."""
+        row, layer, ids = block.row, block.layer, block.experts
+        runs = np.r_[0, np.flatnonzero((np.diff(layer) != 0) | (np.diff(row) != 1)) + 1]
+        sizes = np.diff(np.r_[runs, row.size])
+        top_k = ids.shape[1]
+        everyone = np.arange(self._num_experts)
+        long_enough = (sizes >= 2) & (sizes * top_k >= self._num_experts)
+        for start, size in zip(runs[long_enough].tolist(), sizes[long_enough].tolist(), strict=True):
+            first = ids[start : start + size].reshape(-1)[: self._num_experts]
+            self.long_enough += 1
+            if not np.array_equal(np.sort(first), everyone):
+                continue
+            self.permuted += 1
+            ordered = np.sort(ids[start : start + size], axis=1)
+            if (ordered[:, 1:] == ordered[:, :-1]).any():
+                raise MoetraceError(
+                    f"{self._path}: the prompt in line {block.line_of(start)} and on was read flat from rows of all "
+                    f"experts, so it has tokens with an expert twice: only lines of decoded tokens can be imported."
+                )
+
+    def facts(self) -> dict[str, str]:
+        """What to tell of it, if anything."""
+        if not self.permuted:
+            return {}
+        found = f"{self.permuted} of {self.long_enough}"
+        return {"flat_view": f"in {found} layers of prompts, the ids are a permutation: read flat, not real choices"}

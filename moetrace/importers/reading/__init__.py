@@ -1,0 +1,1 @@
+"""Readers that importers share: text, tables, tensors, NumPy files, HTTP responses."""

@@ -1,0 +1,123 @@
+"""How kernels are compiled: when first needed, without the GIL or bounds checks, cached, and never stale."""
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from moetrace.jit.fingerprint import fingerprint_of
+
+if TYPE_CHECKING:
+    from numba.core.dispatcher import Dispatcher
+
+# NUMBA_DISABLE_JIT=1: kernels are what they look like. Numba reads the same variable, but takes 0.3 s to import.
+PURE_PYTHON = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+
+
+def kernel(
+    function: Callable | None = None,
+    *,
+    signature: Callable[[], Any] | None = None,
+    inline: bool = True,
+    checked: bool = False,
+) -> Any:
+    """Declare a kernel: usable as ``@kernel`` or ``@kernel(inline=False)``. Nothing is compiled, nor Numba imported.
+
+    Division by zero follows IEEE 754 and array bounds are not checked: what goes in was checked before. Where no
+    folder can be written the kernel works uncached.
+
+    Args:
+        function: the kernel. Its globals may be constants, named tuples, NumPy's functions and other kernels.
+        signature: returns the types that it is compiled for, and no others; by default, those of its first call.
+        inline: within other kernels it becomes a part of its caller and counts no references to arrays, so it may not
+            make any: with calls and counts, the replay of a layer at batch 1 took 9 times as long, passing the
+            state's arrays around.
+        checked: check array bounds, as for a user's function.
+
+    Returns:
+        A `Kernel`; the function itself where NUMBA_DISABLE_JIT is set.
+    """
+    if function is None:
+        return functools.partial(kernel, signature=signature, inline=inline, checked=checked)
+    return function if PURE_PYTHON else Kernel(function, signature, inline, checked)
+
+
+class Kernel:
+    """A function that Numba compiles when it is first called from Python, or by a kernel that is compiled itself.
+
+    Attributes:
+        py_func: the function as it was written.
+    """
+
+    def __init__(self, function: Callable, signature: Callable[[], Any] | None, inline: bool, checked: bool) -> None:
+        functools.update_wrapper(self, function)
+        self.py_func = function
+        self._signature, self._inline, self._checked = signature, inline, checked
+        self._lock = threading.Lock()  # not held while Numba compiles, which has a lock of its own
+        self._entry: Dispatcher | None = None
+        self._part: Dispatcher | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the kernel, compiled or fetched from the cache if it has not been yet."""
+        entry = self._entry
+        return (self.entry() if entry is None else entry)(*arguments)
+
+    def entry(self) -> "Dispatcher":
+        """Return the dispatcher that Python calls, compiled or fetched from the cache if the types are declared."""
+        with self._lock:
+            entry = self._entry or _entry(self.py_func, self._inline, self._checked)
+        if self._signature is not None and not entry.overloads:
+            signature = self._signature()
+            entry.compile(signature)
+            entry.disable_compile()
+        self._entry = entry
+        return entry
+
+    @property
+    def stats(self) -> Any:
+        """Numba's counts of what was compiled, and what was found in the cache."""
+        return self.entry().stats
+
+    @property
+    def _numba_type_(self) -> Any:
+        """What Numba takes this for where another kernel names it."""
+        with self._lock:
+            if self._part is None:
+                self._part = _part(self.py_func, self._inline, self._checked)
+        return self._part._numba_type_
+
+
+def _options(inline: bool, checked: bool) -> dict[str, Any]:
+    return {"nogil": True, "error_model": "numpy", "boundscheck": checked, "_nrt": not inline}
+
+
+def _entry(function: Callable, inline: bool, checked: bool) -> "Dispatcher":
+    import numba
+    from numba.core.caching import FunctionCache
+
+    class FingerprintCache(FunctionCache):
+        """Numba's cache, which notices edits of a kernel's own file, with the fingerprint beside that file's stamp."""
+
+        def __init__(self, function: Callable, fingerprint: str) -> None:
+            super().__init__(function)
+            self._cache_file._source_stamp = (self._cache_file._source_stamp, fingerprint)
+
+    options = _options(inline, checked)
+    dispatcher: Any = numba.njit(**options)(function)
+    fingerprint = fingerprint_of(function, repr(options))
+    if fingerprint is not None:
+        with contextlib.suppress(RuntimeError):  # no folder can be written
+            dispatcher._cache = FingerprintCache(function, fingerprint)
+    return dispatcher
+
+
+def _part(function: Callable, inline: bool, checked: bool) -> "Dispatcher":
+    import numba
+
+    from moetrace.jit.parts import PartCompiler
+
+    wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    options = _options(inline, checked) | wrappers | {"forceinline": inline, "pipeline_class": PartCompiler}
+    return numba.njit(**options)(function)

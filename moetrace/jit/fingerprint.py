@@ -1,0 +1,135 @@
+"""What compiled code depends on: beside its own lines, all that its globals were when it was compiled.
+
+Numba's cache notices an edit of the file that a kernel stands in. What the kernel compiles in may stand anywhere: a
+constant of a module that is imported by the module of a function that it calls.
+"""
+
+import dis
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+
+_HERE = Path(__file__).parent
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
+# What these packages bring changes with their versions only, which are a part of the fingerprint.
+_SETTLED = {*sys.stdlib_module_names, "numpy", "numba", "llvmlite"}
+
+
+@cache
+def room_fingerprint(*rooms: str) -> str:
+    """Return the SHA-256 of every source file of rooms of the package (``"engine"``), with those of their folders.
+
+    Args:
+        rooms: names of folders of the package.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    package = _HERE.parent
+    found = [path for room in rooms for path in sorted((package / room).rglob("*.py"))]
+    return _files(package, *(path.relative_to(package).as_posix() for path in found))
+
+
+@cache
+def _files(folder: Path, *names: str) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode() + b"\0" + (folder / name).read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def fingerprint_of(function: Callable, options: str = "") -> str | None:
+    """Return a fingerprint of all that a compiled function holds: its code, and the globals that the code names.
+
+    Functions among them are followed, in the file that they stand in, and so are kernels, modules and named tuples.
+
+    Args:
+        function: a kernel or a policy, as it was written.
+        options: what else decides how it is compiled.
+
+    Returns:
+        64 hexadecimal digits; None if a value is of a kind whose content cannot be told, as an open file: such a
+        function must be compiled in every process.
+    """
+    import numba
+
+    parts = [_files(_HERE, "compile.py", "parts.py"), np.__version__, numba.__version__, options]
+    try:
+        parts += _describe_function(function, set())
+    except TypeError:
+        return None
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _describe(value: Any, seen: set[int], attributes: tuple[str, ...]) -> Iterator[str]:
+    """Yield what a value is; of a module, what its ``attributes`` are that code names."""
+    value = getattr(value, "py_func", value)
+    if isinstance(value, _PLAIN):
+        yield f"{type(value).__name__} {value!r}"
+    elif isinstance(value, np.ndarray):
+        yield f"{value.dtype} {value.shape} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+    elif isinstance(value, np.dtype):
+        yield f"{value!r} {value.itemsize}"
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _describe(item, seen, attributes)
+    elif isinstance(value, type) and issubclass(value, tuple) and hasattr(value, "_fields"):
+        yield f"{value.__qualname__} {value._fields}"
+    elif _home(value) in _SETTLED:
+        yield str(getattr(value, "__qualname__", repr(value)))
+    elif isinstance(value, ModuleType):
+        for name in attributes:
+            if hasattr(value, name):
+                yield from _describe(getattr(value, name), seen, attributes)
+    elif isinstance(value, FunctionType):
+        yield from _describe_function(value, seen)
+    else:
+        raise TypeError(f"cannot tell what {value!r} holds")
+
+
+def _describe_function(function: Any, seen: set[int]) -> Iterator[str]:
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    globals_named, attributes = _names(function.__code__)
+    yield from _describe_code(function.__code__)
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = [function.__globals__[name] for name in globals_named if name in function.__globals__]
+    for value in (*cells, *(function.__defaults__ or ()), *values):
+        yield from _describe(value, seen, attributes)
+
+
+def _describe_code(code: CodeType) -> Iterator[str]:
+    """Yield a code object's instructions and constants, nested ones too."""
+    yield f"{code.co_code.hex()} {code.co_names} {code.co_varnames}"
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _describe_code(constant)
+        else:
+            yield repr(constant)
+
+
+def _names(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of globals that a code object loads, and the names that it may ask a module for."""
+    found, attributes = [], list(code.co_names)
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            found.append(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            inner, more = _names(constant)
+            found += inner
+            attributes += more
+    return tuple(dict.fromkeys(found)), tuple(dict.fromkeys(attributes))
+
+
+def _home(value: Any) -> str:
+    """Return the top-level package that a module, function, class or object of a class comes from."""
+    module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    return (module or type(value).__module__).partition(".")[0]

@@ -1,0 +1,71 @@
+"""Kernels within kernels: translated, but left to their caller to be optimized and made machine code, once.
+
+Numba optimizes each function that a kernel calls, and emits its machine code, before it links the function into the
+caller, where it is optimized again: once a level. Nobody calls these from Python, so all of that is waste: it took
+10 of the 31 s that a first replay compiled for.
+"""
+
+from typing import Any
+
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+from numba.core.compiler_machinery import LoweringPass, register_pass
+from numba.core.typed_passes import IRLegalization
+
+
+class _NoEnvironments:
+    """Stands for a code generator where the only thing asked of it is to remember a function's environment.
+
+    Environments are for code that holds Python objects, which kernels don't.
+    """
+
+    def set_env(self, name: str, env: Any) -> None:
+        """Forget it."""
+
+
+class _PartLibrary(JITCodeLibrary):
+    """Code to link into other libraries, as it comes from Numba."""
+
+    codegen: Any = _NoEnvironments()  # type: ignore[assignment]
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        ll_module.data_layout = self._codegen._data_layout
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        """Say, by a 0, that there is no machine code; the library is complete all the same."""
+        self._ensure_finalized()
+        return 0
+
+
+@register_pass(mutates_CFG=False, analysis_only=False)
+class _UsePartLibrary(LoweringPass):
+    """Let the lowering that follows put its code into a `_PartLibrary`."""
+
+    _name = "moetrace_use_part_library"
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def run_pass(self, state: Any) -> bool:
+        """Set the library that the lowering fills."""
+        state.library = _PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library.enable_object_caching()
+        return True
+
+
+class PartCompiler(Compiler):
+    """Numba's pipeline, but for the library that the code is put into."""
+
+    def define_pipelines(self) -> list[Any]:
+        """Return the passes."""
+        (pipeline,) = super().define_pipelines()
+        pipeline.add_pass_after(_UsePartLibrary, IRLegalization)
+        pipeline.finalize()
+        return [pipeline]

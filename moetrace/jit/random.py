@@ -1,0 +1,23 @@
+"""Counter-based random numbers by SplitMix64 (Steele, Lea and Flood 2014): what is drawn depends on its counter only.
+
+Numba turns uint64 with a plain integer into float64, so every constant of the arithmetic is typed.
+"""
+
+import numpy as np
+
+from moetrace.jit.compile import kernel
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # what the state grows by from number to number
+_FACTOR_1 = np.uint64(0xBF58476D1CE4E5B9)
+_FACTOR_2 = np.uint64(0x94D049BB133111EB)
+_27, _30, _31 = (np.uint64(bits) for bits in (27, 30, 31))
+
+
+def mix_64(z):
+    """Return SplitMix64's output for a state, of uint64 numbers or arrays."""
+    z = (z ^ (z >> _30)) * _FACTOR_1
+    z = (z ^ (z >> _27)) * _FACTOR_2
+    return z ^ (z >> _31)
+
+
+mix = kernel(mix_64)

@@ -1,0 +1,91 @@
+"""Lint: what is wrong or suspicious in a trace, found in one pass and in constant memory.
+
+Each check is a class that sees the trace piece by piece and then says what it found; none of them knows the others.
+NumPy only, and nothing is refused on the way: an impossible id is a finding like any other.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from moetrace.lints.balance import Counts, FlatView
+from moetrace.lints.counts import check_counts
+from moetrace.lints.finding import LEVELS, RULES, Finding, Rule, finding
+from moetrace.lints.gates import Gates
+from moetrace.lints.hashing import row_digests
+from moetrace.lints.ids import DuplicateIds, ImpossibleIds, ImpossibleRows
+from moetrace.lints.layers import AbsentRows, DenseLayers, layer_numbers
+from moetrace.lints.piece import Progress, Shape, pieces, shape_of
+from moetrace.lints.repeats import RepeatedRows
+from moetrace.lints.requests import Requests
+from moetrace.lints.templates import Periodic, Sink, Templates
+from moetrace.trace.format import Trace
+from moetrace.trace.opening import accepts_path
+
+__all__ = ["LEVELS", "RULES", "Finding", "Rule", "lint"]
+
+
+@accepts_path
+def lint(trace: Trace, progress: Progress | None = None) -> list[Finding]:
+    """Everything that is wrong or suspicious in `trace` (or the file of one), errors first, then warnings and notes.
+
+    Reads every value once, a few MiB at a time, and compares it with the sha256s if the trace is a file. `progress` is
+    told how many rows (of counts, steps) were done.
+    Raises MoetraceError only if data can't be read at all.
+    """
+    digests: dict[str, Any] = {}
+    check = (check_counts if "counts" in trace.has else _check_rows)(trace, digests, progress)
+    found = [*check, *layer_numbers(trace.layer_index)]
+    if trace.path is not None:
+        found += _check_sha256(trace, digests)
+    order = list(RULES)
+    return sorted(found, key=lambda one: (LEVELS.index(one.level), order.index(one.code)))
+
+
+def _check_rows(trace: Trace, digests: dict[str, Any], progress: Progress | None) -> Iterator[Finding]:
+    shape = shape_of(trace)
+    impossible, duplicates, rows = ImpossibleIds(shape), DuplicateIds(shape), ImpossibleRows(shape)
+    dense, absent, repeated = DenseLayers(shape), AbsentRows(shape), RepeatedRows(shape)
+    flat, counts, gates = FlatView(shape), Counts(shape.num_experts, shape.top_k, shape.layer_index), Gates(shape)
+    requests, sink, templates, periodic = Requests(shape), Sink(shape), Templates(shape), Periodic(shape)
+    for piece in pieces(trace, digests, progress):
+        for check in (impossible, duplicates, rows, dense, absent, repeated, flat, counts, gates, sink, periodic):
+            check.see(piece)
+        order, row_digest = np.argsort(piece.request, kind="stable"), row_digests(piece)
+        requests.see(piece, order, row_digest)
+        templates.see(piece, order, row_digest)
+    repeated.finish()
+    zero_layers = duplicates.zero_layers()
+    without = dense.dense(zero_layers)
+    for check in (impossible, duplicates, rows, repeated, flat, gates, requests, sink):
+        yield from check.findings()
+    if not flat.layers().any():
+        yield from periodic.findings()
+    yield from dense.findings(zero_layers)
+    yield from absent.findings(without)
+    yield from counts.findings(without | flat.layers())
+    yield from templates.findings(int(requests.rows[requests.copies()].sum()))
+    yield from _every_expert(shape)
+
+
+def _every_expert(shape: Shape) -> Iterator[Finding]:
+    if shape.top_k == shape.num_experts:
+        what = f"top_k is the number of experts, {shape.num_experts}."
+        yield finding("every-expert", what, shape.num_experts)
+
+
+def _check_sha256(trace: Trace, digests: dict[str, Any]) -> Iterator[Finding]:
+    """`sha256` and `no-sha256`; what was not hashed on the way is small, and held by the trace already."""
+    differ, lack = [], []
+    for name, column in trace._columns.items():
+        digest = digests.get(name) or hashlib.sha256(getattr(trace, name).data)
+        if column.sha256 is None:
+            lack.append(column.path)
+        elif digest.hexdigest() != column.sha256:
+            differ.append(column.path)
+    if differ:
+        yield finding("sha256", f"The sha256 of {', '.join(differ)} is not the one that the file states.", len(differ))
+    if lack:
+        yield finding("no-sha256", f"There is no sha256 to compare {', '.join(lack)} with.", len(lack))

@@ -1,0 +1,87 @@
+"""Traces that hold only counts: what can be said of them."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from moetrace.lints.balance import Counts
+from moetrace.lints.finding import Finding, Ranges, finding
+from moetrace.lints.piece import Progress
+from moetrace.trace.format import Trace
+
+
+class CountSteps:
+    """`impossible-count`, `empty-steps`, `unequal-counts`, and dense layers, of /counts [steps, layers, experts]."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.offset, self.top_k = trace.offset, trace.top_k
+        self.names = ("impossible-count", "empty-steps", "unequal-counts")
+        self.steps: dict[str, int] = dict.fromkeys(self.names, 0)
+        self.rows = {name: Ranges() for name in self.names}
+        self.layers = {name: np.zeros(trace.layers, bool) for name in self.names}
+        self.chosen = np.zeros((trace.layers, trace.num_experts), np.int64)
+
+    def see(self, first: int, counts: np.ndarray) -> None:
+        """Look at the next steps, from step `first` on."""
+        self.chosen += counts.sum(0)
+        totals = counts.sum(2)
+        negative = (counts < 0).any(2)
+        empty = (counts == 0).all((1, 2))
+        wanted = np.diff(self.offset[first : first + len(counts) + 1]) * self.top_k
+        unequal = (totals != wanted[:, None]) & ~empty[:, None]
+        # A layer that never counts anything is dense: that is said once, not for every step.
+        self._add("impossible-count", first, negative)
+        self._add("empty-steps", first, empty)
+        self._add("unequal-counts", first, unequal & (totals != 0))
+
+    def _add(self, name: str, first: int, wrong: Any) -> None:
+        """Count steps, given as `wrong` [steps] or [steps, layers]."""
+        steps = wrong if wrong.ndim == 1 else wrong.any(1)
+        self.steps[name] += int(np.count_nonzero(steps))
+        if wrong.ndim == 2:
+            self.layers[name] |= wrong.any(0)
+        for step in np.flatnonzero(steps)[: self.rows[name].limit + 1].tolist():
+            self.rows[name].add(int(self.offset[first + step]), int(self.offset[first + step + 1]))
+
+    def dense(self) -> np.ndarray:
+        """bool [layers]: layers that counted nothing."""
+        return (self.chosen == 0).all(1)
+
+    def findings(self) -> Iterator[Finding]:
+        """What was found."""
+        said = {
+            "impossible-count": "counts are negative",
+            "empty-steps": "nothing is counted in any layer",
+            "unequal-counts": f"counts of layers do not sum to rows x top_k ({self.top_k})",
+        }
+        index = self.trace.layer_index
+        for name in self.names:
+            if count := self.steps[name]:
+                layers = index[self.layers[name]] if self.layers[name].any() else None
+                what = f"In {count:,} of {self.trace.steps:,} steps, {said[name]}."
+                yield finding(name, what, count, layers, self.rows[name])
+        if (dense := self.dense()).any():
+            number = int(np.count_nonzero(dense))
+            what = f"{number} of {self.trace.layers} layers did not route: {number} without any choice."
+            yield finding("dense-layer", what, number, index[dense])
+        steps = self.trace.steps
+        held = "one step" if steps == 1 else f"{steps:,} steps"
+        yield finding("counts-only", f"The trace holds counts of {held}, but no ids.", steps)
+
+
+def check_counts(trace: Trace, digests: dict[str, Any], progress: Progress | None) -> Iterator[Finding]:
+    """Every finding in a trace of counts; `digests` and `progress` as for `pieces`."""
+    digests["counts"] = hashlib.sha256()
+    steps = CountSteps(trace)
+    for block in trace.count_blocks():
+        digests["counts"].update(block.counts.data)
+        steps.see(block.first_step, block.counts)
+        if progress:
+            progress(len(block.counts))
+    yield from steps.findings()
+    balance = Counts(trace.num_experts, trace.top_k, trace.layer_index)
+    balance.chosen = steps.chosen
+    yield from balance.findings(steps.dense())

@@ -1,0 +1,156 @@
+"""Layers that did not route, or not every row: dense ones, the last layer of a llama.cpp prompt, padding."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from moetrace.lints.finding import Finding, Ranges, finding, many
+from moetrace.lints.piece import Piece, Shape
+from moetrace.trace.schema import PREFILL
+
+# In captured layers at most 26 successive rows chose alike, and in none more than 17 % of the rows did.
+LEAST_ROWS = 32
+_CHANCE = 1e-6
+
+
+class DenseLayers:
+    """`dense-layer`: layers without any choice, with the same one in every row, or with zeros only."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.first = np.zeros((shape.layers, shape.top_k), np.uint16)  # the first choice of each layer
+        self.made = np.zeros(shape.layers, np.int64)  # cells with any id, as long as all are equal
+        self.constant = np.ones(shape.layers, bool)
+        self.equal = np.zeros(shape.layers, np.int64)  # cells that are equal to the one of the row before
+        self.pairs = 0
+
+    def see(self, piece: Piece) -> None:
+        """Look at the next rows."""
+        equal = piece.slots[0, 1:] == piece.slots[0, :-1]
+        for slot in piece.slots[1:]:
+            equal &= slot[1:] == slot[:-1]
+        self.equal += np.count_nonzero(equal, axis=0)
+        self.pairs += piece.rows - 1
+        for layer in np.flatnonzero(self.constant):
+            ids = piece.experts[:, layer]
+            if piece.missing is not None:
+                ids = ids[piece.missing[:, layer] < self.shape.top_k]
+            if len(ids) == 0:
+                continue
+            if self.made[layer] == 0:
+                self.first[layer] = ids[0]
+            self.made[layer] += len(ids)
+            self.constant[layer] = bool((ids == self.first[layer]).all())
+
+    def dense(self, zero_layers: np.ndarray) -> np.ndarray:
+        """bool [layers]: the dense ones; `zero_layers` are those of `DuplicateIds`.
+
+        A trace whose layers all stand still has another ailment (`repeated-rows`). Too few rows show nothing: as many
+        are needed as would not choose alike with a probability above 1e-6, judged by the steadiest of the other layers.
+        """
+        still = self.constant & (self.made >= LEAST_ROWS)
+        goes_on = self.equal[~self.constant].max(initial=0) / max(self.pairs, 1)
+        still &= self.shape.layers * goes_on ** np.maximum(self.made - 1, 0) <= _CHANCE
+        if self.shape.top_k == self.shape.num_experts or still.all():
+            still[:] = False
+        return (self.constant & (self.made == 0)) | zero_layers | still
+
+    def findings(self, zero_layers: np.ndarray) -> Iterator[Finding]:
+        """What was found."""
+        dense = self.dense(zero_layers)
+        count = int(np.count_nonzero(dense))
+        if not count:
+            return
+        none = int(np.count_nonzero(dense & (self.made == 0)))
+        zeros = int(np.count_nonzero(dense & (self.made > 0) & (self.first[:, 0] == 0) & (self.first.max(1) == 0)))
+        parts = [(none, "without any choice"), (zeros, "of zeros only")]
+        parts.append((count - none - zeros, "with the same choice in every row"))
+        said = ", ".join(f"{number} {what}" for number, what in parts if number)
+        what = f"{count} of {self.shape.layers} layers did not route: {said}."
+        effect = None
+        if (dense & zero_layers).any():
+            effect = "A dense layer has no router, and zeros as its ids are no choice: a replay refuses the trace."
+        yield finding("dense-layer", what, count, self.shape.layer_index[dense], None, effect)
+
+
+class AbsentRows:
+    """`empty-rows`, `absent-rows`, `unequal-layers`, `partial-cells` and `unused-slots`: choices that are not there."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.empty = 0  # rows without a choice in any layer
+        self.absent = np.zeros(shape.layers, np.int64)  # of other rows, cells without a choice
+        self.last_of_prefill = 0  # of those, in the last layer and in prefill rows
+        self.partial = np.zeros(shape.top_k, np.int64)  # cells by how many of their ids are missing
+        self.most_missing = np.zeros(shape.layers, np.int64)  # in a cell that has any id
+        self.ranges = {name: Ranges() for name in ("empty", "last", "others", "partial")}
+
+    def see(self, piece: Piece) -> None:
+        """Look at the next rows."""
+        k, missing = self.shape.top_k, piece.missing
+        if missing is None:
+            self.partial[0] += piece.rows * self.shape.layers
+            return
+        empty = piece.empty()
+        gone = (missing == k) & ~empty[:, None]
+        last = gone[:, -1] & (piece.phase == PREFILL)
+        some = np.where(missing < k, missing, 0)
+        self.empty += int(np.count_nonzero(empty))
+        self.absent += np.count_nonzero(gone, axis=0)
+        self.last_of_prefill += int(np.count_nonzero(last))
+        self.partial += np.bincount(missing.ravel(), minlength=k + 1)[:k]
+        np.maximum(self.most_missing, some.max(0), out=self.most_missing)
+        others = gone[:, :-1].any(1) | (gone[:, -1] & ~last)
+        for name, mask in (("empty", empty), ("last", last), ("others", others), ("partial", some.any(1))):
+            self.ranges[name].add_mask(piece.first_row, mask)
+
+    def findings(self, dense: np.ndarray) -> Iterator[Finding]:
+        """What was found; layers that are `dense` [layers] are reported as such."""
+        index = self.shape.layer_index
+        if self.empty:
+            what = f"{self.empty:,} of {self.shape.rows:,} rows made no choice in any layer."
+            yield finding("empty-rows", what, self.empty, None, self.ranges["empty"])
+        absent = np.where(dense, 0, self.absent)
+        if absent.any() and not absent[:-1].any() and absent[-1] == self.last_of_prefill:
+            what = f"{many(int(absent[-1]), 'prefill row')} made no choice in the last layer."
+            yield finding("absent-rows", what, absent[-1], index[-1:], self.ranges["last"])
+        elif absent.any():
+            low, high = (int(f(self.shape.rows - self.empty - absent[~dense])) for f in (np.min, np.max))
+            what = f"Layers differ in length: they routed {low:,} to {high:,} of {self.shape.rows - self.empty:,} rows."
+            yield finding("unequal-layers", what, absent.sum(), index[absent > 0], self._unequal_rows(dense))
+        yield from self._slots()
+
+    def _unequal_rows(self, dense: np.ndarray) -> Ranges | None:
+        """The rows concerned; a layer that is absent as a whole would make them all rows."""
+        if (dense & (self.absent > 0)).any():
+            return None
+        rows = Ranges()
+        for start, stop in sorted([*self.ranges["others"].ranges, *self.ranges["last"].ranges]):
+            rows.add(start, stop)
+        return rows
+
+    def _slots(self) -> Iterator[Finding]:
+        made = np.flatnonzero(self.partial)
+        if not made.size:
+            return
+        unused = int(made[0])
+        if unused:
+            what = f"No cell holds more than {self.shape.top_k - unused} of {self.shape.top_k} ids."
+            yield finding("unused-slots", what, unused)
+        count = int(self.partial[unused + 1 :].sum())
+        if count:
+            what = f"In {many(count, 'cell')}, some of the {self.shape.top_k - unused} ids are lacking."
+            layers = self.shape.layer_index[self.most_missing > unused]
+            yield finding("partial-cells", what, count, layers, None if unused else self.ranges["partial"])
+
+
+def layer_numbers(layer_index: np.ndarray) -> Iterator[Finding]:
+    """`first-layer-not-0` and `layer-gap`: absolute layer numbers that are not 0, 1, 2, ..."""
+    first, last = int(layer_index[0]), int(layer_index[-1])
+    if first:
+        yield finding("first-layer-not-0", f"The first MoE layer is layer {first}.", first, [first])
+    gaps = np.flatnonzero(np.diff(layer_index.astype(np.int64)) > 1)
+    if gaps.size:
+        lacking = last - first + 1 - layer_index.size
+        what = f"The trace lacks {many(lacking, 'layer')} between {first} and {last}."
+        yield finding("layer-gap", what, lacking, layer_index[gaps])

@@ -1,0 +1,209 @@
+"""A trace without what `lint` says may go: the rows of an engine's warm-up, layers that did not route."""
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moetrace.importers.captured import Hints
+from moetrace.importers.importing import import_traces
+from moetrace.lints.ids import DuplicateIds
+from moetrace.lints.layers import DenseLayers
+from moetrace.lints.piece import pieces, shape_of
+from moetrace.lints.repeats import RepeatedRows, run_rows
+from moetrace.spec import load_model
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace.atomic import keep_inputs, real_path
+from moetrace.trace.format import Trace
+from moetrace.trace.naming import model_name
+from moetrace.trace.schema import OPTIONAL, PER_CHOICE, check_ids
+from moetrace.trace.writer import CountsWriter, Writer
+
+_TOLD_LAYERS = 256  # of more, `source` tells the number
+
+
+class LeftOut(NamedTuple):
+    """What a copy lacks: the number of warm-up rows, and the absolute indices of dense layers."""
+
+    rows: int
+    layers: list[int]
+
+
+def leave_out(
+    trace: Trace,
+    path: Path,
+    *,
+    warmup: bool = False,
+    dense: bool = False,
+    model: str | None = None,
+    compress: str | None = None,
+) -> LeftOut:
+    """Copy `trace` to `path` without the rows of `warm-up` and the layers of `dense-layer`, as lint finds them.
+
+    Steps lose those rows, and go if they lose all; requests and positions stay as they are. Layers are judged by the
+    rows that stay. `model` names the model of what is left; else, if layers go, the name that was recorded decides.
+    `source` says under "left_out" what went. Memory does not grow with the trace.
+    Raises MoetraceError if the trace differs from its sha256s, nothing would be left, or what is left holds an
+    impossible value.
+    """
+    where = str(trace.path or "trace in memory")
+    keep_inputs(path, [trace.path])
+    trace.verify_hashes()
+    ranges = _warm_up_rows(trace) if warmup and "counts" not in trace.has else []
+    gone = _dense_layers(trace, ranges) if dense else np.zeros(trace.layers, bool)
+    rows = sum(stop - start for start, stop in ranges)
+    if rows == trace.rows:
+        raise MoetraceError(f"{where}: every row is warm-up, so nothing would be left of it.")
+    if gone.all():
+        raise MoetraceError(f"{where}: no layer routes, so nothing would be left of it.")
+    left_out = LeftOut(rows, trace.layer_index[gone].tolist())
+    facts: dict[str, Any] = {
+        "model": trace.model,
+        "num_experts": trace.num_experts,
+        "top_k": trace.top_k,
+        "layers": int(np.count_nonzero(~gone)),
+        "layer_index": trace.layer_index[~gone],
+        "source": _source(trace.source, left_out),
+        "compress": compress,
+    }
+    if model is not None or gone.any():
+        said = str(trace.source.get("recorded_model") or trace.model)
+        facts["model"] = model_name(where, said, facts["layers"], trace.num_experts, model)
+    if "counts" in trace.has:
+        _copy_counts(trace, path, ~gone, facts)
+    else:
+        _copy_rows(trace, path, ranges, ~gone, facts)
+    return left_out
+
+
+def import_and_leave_out(
+    sources: Sequence[Path],
+    path: Path,
+    *,
+    warmup: bool = False,
+    dense: bool = False,
+    model: str | None = None,
+    hints: Hints | None = None,
+    compress: str | None = None,
+    **options: Any,
+) -> LeftOut:
+    """`import_traces`, then `leave_out`; `model` is that of what is left. Nothing is written unless both go well.
+
+    A prompt (`decode_after`) begins after the warm-up: where there is some, the sources are imported twice.
+    """
+    hints = hints or Hints()
+    if model is not None and dense:  # the source may hold layers that the model's MoE layers don't count
+        hints = hints.of_model(load_model(model))
+    if not real_path(path).parent.is_dir():
+        raise MoetraceError(f"{path} could not be written: there is no such folder; nothing was changed.")
+    whole = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        options |= {"model": None if dense else model, "hints": hints}
+        keep_inputs(path, import_traces(sources, whole, **options))
+        if warmup and options.get("decode_after") is not None and (ranges := _found_warm_up(whole)):
+            options["hints"] = hints._replace(reading=lambda _: None)  # the bytes were told of
+            import_traces(sources, whole, uncounted=ranges, **options)
+        with Trace.open(whole) as trace:
+            return leave_out(trace, path, warmup=warmup, dense=dense, model=model, compress=compress)
+    except MoetraceError as error:
+        raise type(error)(str(error).replace(str(whole), str(path))) from error
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def _found_warm_up(path: Path) -> list[tuple[int, int]]:
+    with Trace.open(path) as trace:
+        return _warm_up_rows(trace)
+
+
+def _warm_up_rows(trace: Trace) -> list[tuple[int, int]]:
+    repeated = RepeatedRows(shape_of(trace))
+    for piece in pieces(trace):
+        repeated.see(piece)
+    repeated.finish()
+    return repeated.warm_up()
+
+
+def _dense_layers(trace: Trace, ranges: list[tuple[int, int]]) -> np.ndarray:
+    """bool [layers]: the dense ones, judged by the rows outside `ranges`."""
+    if "counts" in trace.has:
+        chosen = np.zeros(trace.layers, bool)
+        for block in trace.count_blocks():
+            chosen |= (block.counts != 0).any((0, 2))
+        return ~chosen
+    shape = shape_of(trace)
+    layers, duplicates = DenseLayers(shape), DuplicateIds(shape)
+    for piece in pieces(trace):
+        kept = piece.only(~run_rows(piece, ranges))
+        if kept.rows:
+            layers.see(kept)
+            duplicates.see(kept)
+    return layers.dense(duplicates.zero_layers())
+
+
+def _source(source: dict[str, Any], left_out: LeftOut) -> dict[str, Any]:
+    before = source.get("left_out")
+    said = dict(before) if isinstance(before, dict) else {}
+    if left_out.rows:
+        earlier = said.get("warm_up_rows")
+        said["warm_up_rows"] = left_out.rows + (earlier if isinstance(earlier, int) else 0)
+    if left_out.layers:
+        earlier = said.get("dense_layers")
+        layers = [*(earlier if isinstance(earlier, list) else []), *left_out.layers]
+        said["dense_layers"] = layers if len(layers) <= _TOLD_LAYERS else len(layers)
+    return source | ({"left_out": said} if said else {})
+
+
+def _copy_rows(
+    trace: Trace, path: Path, ranges: list[tuple[int, int]], layers: np.ndarray, facts: dict[str, Any]
+) -> None:
+    step_rows = np.diff(_kept_before(trace.offset, ranges))
+    optional = [name for name in OPTIONAL if name in trace.has]
+    expert_bytes = None if trace.expert_bytes is None else trace.expert_bytes[layers]
+    with Writer(
+        path,
+        rows=int(step_rows.sum()),
+        steps=int(np.count_nonzero(step_rows)),
+        expert_bytes=expert_bytes,
+        optional=optional,
+        **facts,
+    ) as writer:
+        for block in trace.blocks():
+            first, steps = int(trace.offset[block.first_step]), slice(block.first_step, block.first_step + block.steps)
+            kept = np.ones(len(block.request), bool)
+            for start, stop in ranges:
+                kept[max(start - first, 0) : max(stop - first, 0)] = False
+            lengths = step_rows[steps]
+            if not kept.any():
+                continue
+            data = {name: trace.read(name, first, first + kept.size)[kept] for name in optional}
+            data["experts"] = block.experts[kept]
+            data |= {name: data[name][:, layers] for name in PER_CHOICE if name in data}
+            check_ids(str(trace.path or "trace in memory"), first, data["experts"], trace.num_experts)
+            writer.append(
+                data.pop("experts"),
+                block.request[kept],
+                block.position[kept],
+                lengths[lengths > 0],
+                trace.phase[steps][lengths > 0],
+                **data,
+            )
+
+
+def _kept_before(rows: np.ndarray, ranges: list[tuple[int, int]]) -> np.ndarray:
+    """How many rows before each of `rows` [n] are outside of all `ranges`, which are in order and apart."""
+    if not ranges:
+        return rows
+    starts, stops = np.array(ranges, np.int64).T
+    gone = np.r_[0, np.cumsum(stops - starts)]
+    number = np.searchsorted(starts, rows, side="left")  # ranges that begin before the row
+    inside = np.where(number > 0, np.maximum(stops[number - 1] - rows, 0), 0)
+    return rows - gone[number] + inside
+
+
+def _copy_counts(trace: Trace, path: Path, layers: np.ndarray, facts: dict[str, Any]) -> None:
+    with CountsWriter(path, rows=trace.rows, steps=trace.steps, **facts) as writer:
+        for block in trace.count_blocks():
+            writer.append_counts(block.counts[:, layers], block.rows, block.phase)

@@ -1,0 +1,1 @@
+"""Charts, plots and reports: results as pictures and pages."""

@@ -1,0 +1,79 @@
+"""One self-contained HTML page of a replay or a sweep: figures, charts with their tables, and how to run it again."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetrace.show.plots.picture import check_can_plot
+from moetrace.spec.errors import UsageError
+
+if TYPE_CHECKING:
+    from moetrace.results.replay import Result
+
+__all__ = ["render", "report"]
+
+
+def report(
+    source: "Result | str | os.PathLike[str]",
+    output: str | os.PathLike[str],
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    balance: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write an HTML page that needs no network: the same input gives the same bytes.
+
+    Args:
+        source: a Result, or a folder that `moetrace replay -o` or `moetrace sweep -o` wrote.
+        output: the page, FILE.html; it appears whole or not at all.
+        cache: what `moetrace analyze cache --format json` printed of the same trace, for its hit curves.
+        balance: what `moetrace analyze balance --format json` printed of the same trace.
+
+    Raises UsageError if the page would replace what is read, MoetraceError if a file is not what moetrace writes, the
+    page cannot be written, or altair or vl-convert is not installed.
+    """
+    from moetrace.results.replay import Result
+    from moetrace.trace.atomic import check_writable, keep_inputs, whole_file
+
+    if not isinstance(source, Result | str | os.PathLike):
+        raise UsageError(f"A report is of a Result or a folder, got {type(source).__name__}.")
+    path = Path(output)
+    others = [Path(file) for file in (cache, balance) if file is not None]
+    keep_inputs(path, others)
+    if isinstance(source, str | os.PathLike) and path.exists():
+        folder = Path(source)
+        keep_inputs(path, [*folder.glob("*.json"), *folder.glob("*.parquet"), *folder.glob("*.json.gz")])
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{path}: the name of a report must end with .html.")
+    check_can_plot("A report")
+    check_writable(path)
+    content = render(source, cache=cache, balance=balance)
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def render(
+    source: "Result | str | os.PathLike[str]",
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    balance: str | os.PathLike[str] | None = None,
+) -> bytes:
+    """Return the page's bytes; arguments and errors are those of `report`."""
+    from moetrace.results.replayed import folder_of, read_replayed, replayed_of
+    from moetrace.results.swept import read_swept
+    from moetrace.show.report.replay_page import replay_page
+    from moetrace.show.report.sweep_page import sweep_page
+
+    extra = [Path(file) if file is not None else None for file in (cache, balance)]
+    if not isinstance(source, str | os.PathLike):
+        return replay_page(replayed_of(source), None, *extra)
+    folder = folder_of(source)
+    if (folder / "summary.json").exists():
+        return replay_page(read_replayed(folder), folder, *extra)
+    if (folder / "sweep.json").exists():
+        if cache is not None or balance is not None:
+            raise UsageError("What `moetrace analyze` found goes into the report of one replay, not of a sweep.")
+        return sweep_page(read_swept(folder))
+    raise UsageError(
+        f"{folder} has neither summary.json nor sweep.json: name a folder that `moetrace replay -o` or "
+        "`moetrace sweep -o` wrote."
+    )

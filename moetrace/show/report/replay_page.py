@@ -1,0 +1,185 @@
+"""The report of one replay."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from moetrace.results.replayed import PolicyFigures, Replayed, Summary, readable
+from moetrace.show.charts import QUESTIONS
+from moetrace.show.charts.analyzed import balance as balanced
+from moetrace.show.charts.analyzed import hit_curves
+from moetrace.show.charts.one_step import NAME, one_step
+from moetrace.show.report import page
+from moetrace.show.report.again import again
+
+_FEW = 6  # policies that get a card each
+
+
+def replay_page(replayed: Replayed, folder: Path | None, cache: Path | None, balance: Path | None) -> bytes:
+    """Return the page; `folder` may hold a time line, `cache` and `balance` are what `moetrace analyze` printed."""
+    summary = replayed.summary
+    sections = [("policies", "Policies side by side", _side_by_side(summary))]
+    with readable((folder or Path()) / "steps.parquet"):
+        figures = [draw(replayed) for draw in QUESTIONS.values()]
+    figures.append(one_step(folder / NAME) if folder else None)
+    figures.append(hit_curves(cache, summary.trace) if cache else None)
+    figures.append(balanced(balance, summary.trace) if balance else None)
+    sections += [page.figure(found) for found in figures if found is not None]
+    sections.append(("words", "What the figures mean", _words(summary)))
+    sections.append(("again", "How it was run, and how to run it again", _how(summary)))
+    names = f"{summary.model.get('name')} on {summary.system.get('name')}"
+    head = f'<p class="lede">{page.text(_lede(summary))}</p>\n<p class="soft">{page.text(_subject(summary))}</p>'
+    foot = (
+        f"Made by moetrace {page.text(summary.moetrace)} from a simulated replay: a model of a machine, not a "
+        "measurement. Everything is in this file; nothing is loaded from anywhere."
+    )
+    return page.page(f"Replay of {names}", head, sections, foot)
+
+
+def _lede(summary: Summary) -> str:
+    first, best = summary.policies[0], _fastest(summary)
+    if len(summary.policies) == 1:
+        told = f"{best.name} takes {page.seconds(best.total_s)}"
+    elif best is first:
+        told = f"{best.name}, the first of {len(summary.policies)}, is the fastest: {page.seconds(best.total_s)}"
+    else:
+        ratio = f", {best.speedup:.2f} times as fast as {first.name}" if best.speedup else ""
+        told = f"{best.name} is the fastest of {len(summary.policies)} policies: {page.seconds(best.total_s)}{ratio}"
+    over = _over(best.total_s, best.work_bound_s)
+    return f"{told}. No schedule of this work could save more than {page.percent(_saved(best))} of that." + (
+        "" if over is None or over >= 0.05 else " It is close to the best possible."
+    )
+
+
+def _subject(summary: Summary) -> str:
+    trace = summary.trace
+    everything = trace.layers * trace.experts
+    return (
+        f"{trace.rows:,} rows in {trace.steps:,} steps, requests: {trace.requests:,} "
+        f"({trace.prefill_rows:,} rows of prompts, {trace.decode_rows:,} of output); {trace.layers} MoE layers of "
+        f"{trace.experts} experts, top {trace.top_k}; the GPU keeps up to {summary.slots:,} of {everything:,} experts."
+    )
+
+
+def _side_by_side(summary: Summary) -> str:
+    best = _fastest(summary)
+    shown = summary.policies[:_FEW]
+    cards = [_card(policy, len(summary.policies) > 1 and policy is best) for policy in shown]
+    more = "" if len(summary.policies) <= _FEW else f"<p>The first {_FEW} of {len(summary.policies)} policies.</p>"
+    whole = page.table(_figures(summary), "All figures of all policies")
+    return f'{more}<div class="cards">{"".join(cards)}</div>\n{page.details("All figures", whole)}'
+
+
+def _card(policy: PolicyFigures, fastest: bool) -> str:
+    pairs = [
+        ("Speed-up", "–" if policy.speedup is None else f"{policy.speedup:.2f}×"),
+        ("TTFT, median", page.seconds(policy.ttft_s.p50)),
+        ("TPOT, median", page.seconds(policy.tpot_s.p50)),
+        ("Over work bound", page.percent(_over(policy.total_s, policy.work_bound_s))),
+        ("Over clairvoyant", page.percent(_over(policy.total_s, policy.clairvoyant_s))),
+        ("Hits", page.percent(policy.hit_rate)),
+    ]
+    badge = '<span class="badge">fastest</span>' if fastest else ""
+    return (
+        f'<article class="card"><h3>{page.text(policy.name)}{badge}</h3>'
+        f'<p class="big">{page.text(page.seconds(policy.total_s))}</p>{page.facts(pairs)}</article>'
+    )
+
+
+def _figures(summary: Summary) -> pl.DataFrame:
+    """A row for each figure, a column for each policy."""
+    rows: dict[str, list[str]] = {}
+
+    def row(name: str, value: Any) -> None:
+        rows.setdefault(name, []).append(value)
+
+    for policy in summary.policies:
+        ndp = [share for share in policy.utilization.ndp if share is not None]
+        row("total", page.seconds(policy.total_s))
+        row("speed-up against the first", "–" if policy.speedup is None else f"{policy.speedup:.3f}×")
+        for name in ("prefill_s", "decode_s", "mixed_s"):
+            row(f"in {name[:-2]} steps", page.seconds(getattr(policy, name)))
+        row("output tokens a second", page.number(policy.tokens_per_s))
+        for name, spread in (("step", policy.step_s), ("TTFT", policy.ttft_s), ("TPOT", policy.tpot_s)):
+            for part in ("mean", "p50", "p95", "p99", "max"):
+                row(f"{name}, {part}", page.seconds(getattr(spread, part)))
+        row("work bound", page.seconds(policy.work_bound_s))
+        row("clairvoyant", page.seconds(policy.clairvoyant_s))
+        row("hits", page.percent(policy.hit_rate))
+        row("fetched on demand, GB", page.number(policy.demand_bytes / 1e9))
+        row("prefetched, GB", page.number(policy.prefetch_bytes / 1e9))
+        row("imbalance of units", page.number(policy.imbalance_mean))
+        row("GPU busy", page.percent(policy.utilization.gpu))
+        row("NDP busy, mean", page.percent(sum(ndp) / len(ndp) if ndp else None))
+        row("link in busy", page.percent(policy.utilization.link_in))
+        row("link out busy", page.percent(policy.utilization.link_out))
+    kept = {name: cells for name, cells in rows.items() if any(cell not in ("–", "0 µs", "0.0 %") for cell in cells)}
+    return pl.DataFrame(
+        {
+            "figure": list(kept),
+            **{p.name: [cells[i] for cells in kept.values()] for i, p in enumerate(summary.policies)},
+        }
+    )
+
+
+def _words(summary: Summary) -> str:
+    best = _fastest(summary)
+    over_bound, over_clairvoyant = best.total_s - best.work_bound_s, best.total_s - best.clairvoyant_s
+    told = [
+        f"Work bound ({page.seconds(best.work_bound_s)}, the same for all policies): GPU and units share all the work "
+        "perfectly, nothing waits and nothing moves. No schedule of this work on this machine is faster.",
+        "Clairvoyant (another for each policy): the same placement and dispatch, but what a layer needs is on the GPU "
+        "already, up to the slots, free of charge. A yardstick and not a bound: a dispatch that decides greedily may "
+        "do better with less.",
+    ]
+    won_s = over_clairvoyant if over_clairvoyant > 1e-9 else 0.0  # less is what rounding leaves
+    if best.work_bound_s > 0:
+        told.append(
+            f"Of {best.name}'s distance to the work bound, {page.seconds(over_bound)}, better residency and prefetch "
+            f"could win back about {page.seconds(won_s)}; the rest is placement, dispatch, "
+            "transfers, and the parts of the machine that cannot work at once."
+        )
+    told.append(
+        "TTFT and TPOT are of requests as the trace batches them, without queueing. A hit is an active expert that was "
+        "on the GPU when the router spoke, wherever it then ran: a hit rate is not a latency."
+    )
+    return "".join(f"<p>{page.text(words)}</p>" for words in told)
+
+
+def _how(summary: Summary) -> str:
+    trace = summary.trace
+    run = again(summary)
+    known: list[tuple[str, object]] = [
+        ("Trace", f"of {trace.model}{f', SHA-256 {trace.sha256}' if trace.sha256 else ''}"),
+        ("Model", summary.model.get("name")),
+        ("System", summary.system.get("name")),
+        ("Policies", ", ".join(policy.name for policy in summary.policies)),
+        ("Slots", f"{summary.slots:,}"),
+        ("moetrace", summary.moetrace),
+    ]
+    source = [(f"Trace's {key}", value) for key, value in trace.source.items() if isinstance(value, str | int | float)]
+    blocks = [
+        f"<h3>{page.text(name)}</h3><pre><code>{_lines(content)}</code></pre>" for name, content in run.files.items()
+    ]
+    notes = "".join(f"<p>{page.prose(note)}</p>" for note in run.notes)
+    return (
+        f"{page.facts([*known, *source], 'facts')}\n<p>To run it again:</p>\n"
+        f"<pre><code>{page.text(run.command)}</code></pre>\n{notes}{''.join(blocks)}"
+    )
+
+
+def _lines(content: str) -> str:
+    return "\n".join(page.text(line) for line in content.rstrip("\n").split("\n"))
+
+
+def _fastest(summary: Summary) -> PolicyFigures:
+    return min(summary.policies, key=lambda policy: policy.total_s)
+
+
+def _saved(policy: PolicyFigures) -> float | None:
+    return max(0.0, 1 - policy.work_bound_s / policy.total_s) if policy.total_s else None
+
+
+def _over(total_s: float, yardstick_s: float) -> float | None:
+    return total_s / yardstick_s - 1 if yardstick_s else None

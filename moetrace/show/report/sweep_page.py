@@ -1,0 +1,99 @@
+"""The report of a sweep."""
+
+from typing import Any
+
+import polars as pl
+
+from moetrace.results.swept import Swept
+from moetrace.show.charts.sweep import axes, front
+from moetrace.show.report import page
+
+_COLUMNS = {
+    "total_s": "seconds",
+    "relative": "times the fastest",
+    "ttft_s_p50": "TTFT p50, s",
+    "tpot_s_p50": "TPOT p50, s",
+    "hit_rate": "hit rate",
+    "gpu_memory_bytes": "GPU memory, bytes",
+    "link_bytes": "link, bytes",
+    "pareto": "Pareto front",
+    "error": "error",
+}
+
+_MOST_VALUES = 24  # of an axis
+
+
+def sweep_page(swept: Swept) -> bytes:
+    """Return the page."""
+    sections = [("best", "The best cells", _best(swept))]
+    for draw in (front, axes):
+        found = draw(swept)
+        if found is not None:
+            sections.append(page.figure(found))
+    shown = ["name", *(column for column in _COLUMNS if column in swept.cells.columns)]
+    cells = swept.cells.select(shown)
+    cells = cells.drop([name for name in shown if cells[name].null_count() == len(cells)]).rename(
+        _COLUMNS, strict=False
+    )
+    sections.append(("cells", "All cells", page.table(cells, f"All {len(cells):,} cells, in the sweep's order")))
+    if "error" in swept.cells.columns:
+        failed = swept.cells.drop_nulls("error").select("name", "error")
+        if len(failed):
+            sections.insert(1, ("failed", "Cells that failed", page.table(failed, "Why cells have no result")))
+    sections.append(("again", "How it was run, and how to run it again", _again(swept)))
+    head = f'<p class="lede">{page.text(_lede(swept))}</p>'
+    foot = (
+        f"Made by moetrace {page.text(swept.moetrace)} from simulated replays: a model of machines, not a measurement. "
+        "Everything is in this file; nothing is loaded from anywhere."
+    )
+    return page.page(f"Sweep of {len(swept.cells):,} cells", head, sections, foot)
+
+
+def _lede(swept: Swept) -> str:
+    done = len(swept.done)
+    failed = len(swept.cells) - done
+    told = f"{done:,} of {len(swept.cells):,} cells have a result{f', {failed:,} have none' if failed else ''}"
+    return f"{told}. What differs between them: {', '.join(swept.axes) or 'nothing'}."
+
+
+def _best(swept: Swept) -> str:
+    """A card for the fastest cell of each trace."""
+    done = swept.done.sort("total_s", maintain_order=True)
+    if done.is_empty():
+        return "<p>No cell has a result.</p>"
+    several = "trace" in swept.axes
+    best = done.unique("trace", keep="first", maintain_order=True) if several else done.head(1)
+    cards = []
+    for row in best.head(6).iter_rows(named=True):
+        pairs = [(axis, page.number(row[axis])) for axis in swept.axes if axis != "trace"]
+        pairs += [
+            (name, page.seconds(row[column]))
+            for column, name in (("ttft_s_p50", "TTFT, median"), ("tpot_s_p50", "TPOT, median"))
+            if row.get(column) is not None
+        ]
+        title = f"Fastest of {row['trace']}" if several else "Fastest"
+        cards.append(
+            f'<article class="card"><h3>{page.text(title)}</h3>'
+            f'<p class="big">{page.text(page.seconds(row["total_s"]))}</p>{page.facts(pairs)}</article>'
+        )
+    more = f"<p>The first 6 of {len(best)} traces.</p>" if len(best) > 6 else ""
+    names = best.select("name", pl.col("total_s").alias("seconds"))
+    return f'{more}<div class="cards">{"".join(cards)}</div>{page.details("Their names", page.table(names, "Fastest"))}'
+
+
+def _again(swept: Swept) -> str:
+    known = [(axis, _values(given)) for axis, given in swept.grid.items()]
+    search = " --search" if swept.searched else ""
+    return (
+        f"{page.facts([*known, ('moetrace', swept.moetrace)], 'facts')}"
+        "<p>The folder keeps every finished cell: the same command reruns what is missing or changed and leaves the "
+        f"rest.</p><pre><code>moetrace sweep SWEEP.toml{search} -o DIR</code></pre>"
+        "<p>A cell's own file, in <code>cells</code>, holds its model, system and policy as they were resolved.</p>"
+    )
+
+
+def _values(given: Any) -> str:
+    """The values of an axis, or as many of them as one reads."""
+    values = given if isinstance(given, list) else [given]
+    shown = ", ".join(page.number(value) for value in values[:_MOST_VALUES])
+    return f"{shown} and {len(values) - _MOST_VALUES:,} more" if len(values) > _MOST_VALUES else shown

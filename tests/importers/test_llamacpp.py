@@ -1,0 +1,116 @@
+"""llama.cpp's CSV: passes are cut where the engine made them, and prompts that were read flat are told of."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.writers import steps
+from support.writers.check import column, imported, refused
+from support.writers.known import joined, passes
+from support.writers.llamacpp import choices, read_flat, tokens
+
+LAYERS = [1, 2, 5]
+
+
+def save(tmp_path, text: str):
+    path = tmp_path / "moe_trace.csv"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("write", [choices, tokens])
+@pytest.mark.parametrize("chunk", [7, 40, 1 << 20])
+@pytest.mark.parametrize("num_experts", [8, 300])
+def test_ids_come_back(tmp_path, monkeypatch, write, chunk, num_experts):
+    monkeypatch.setattr("moetrace.importers.reading.text.CHUNK_BYTES", chunk)
+    known = passes([4, 3, 1, 1, 5, 1], 3, 2, num_experts)
+    trace = imported(save(tmp_path, write(known, LAYERS)), "llamacpp", num_experts=num_experts, top_k=2)
+    assert np.array_equal(column(trace, "experts"), joined(known, num_experts))
+    assert steps(trace) == [(4, 0), (3, 0), (1, 1), (1, 1), (5, 0), (1, 1)]
+    assert column(trace, "request").tolist() == [0] * 9 + [1] * 6, "a prompt after decoding is another request"
+    assert column(trace, "position").tolist() == [*range(9), *range(6)]
+    assert trace.layer_index.tolist() == LAYERS and "flat_view" not in trace.source
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=8), st.integers(2, 4), st.integers(1, 3), st.integers(1, 60))
+def test_any_passes_come_back(tmp_path_factory, rows, layers, top_k, chunk):
+    known = passes(rows, layers, top_k, 8, seed=sum(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moetrace.importers.reading.text.CHUNK_BYTES", chunk)
+        for write in (choices, tokens):
+            path = save(tmp_path_factory.mktemp("llamacpp"), write(known, list(range(layers))))
+            trace = imported(path, "llamacpp", num_experts=8, top_k=top_k)
+            assert np.array_equal(column(trace, "experts"), joined(known, 8))
+            assert steps(trace) == [(n, int(n == 1)) for n in rows]
+
+
+def test_a_header_and_windows_lines_are_allowed(tmp_path):
+    known = passes([2, 1], 3, 2, 8)
+    for header, write in (("layer,expert\n", choices), ("pos,layer,id0,id1\n", tokens)):
+        path = tmp_path / "a.csv"
+        path.write_bytes((header + write(known, LAYERS)).replace("\n", "\r\n").encode())
+        trace = imported(path, "llamacpp", num_experts=8, top_k=2)
+        assert np.array_equal(column(trace, "experts"), joined(known, 8))
+
+
+def test_a_decoded_request_alone_begins_at_0(tmp_path):
+    known = passes([1, 1, 1], 3, 2, 8)
+    text = tokens(known, LAYERS) * 2
+    trace = imported(save(tmp_path, text), "llamacpp", num_experts=8)
+    assert column(trace, "request").tolist() == [0] * 3 + [1] * 3
+    assert column(trace, "position").tolist() == [0, 1, 2] * 2
+
+
+def test_prompts_that_were_read_flat_are_kept_and_told_of(tmp_path):
+    known = read_flat(passes([4, 9, 1, 1], 3, 2, 8), 8)
+    trace = imported(save(tmp_path, choices(known, LAYERS)), "llamacpp", num_experts=8, top_k=2)
+    assert np.array_equal(column(trace, "experts"), joined(known, 8)), "they are not dropped"
+    assert trace.source["flat_view"].startswith("in 6 of 6 layers of prompts, the ids are a permutation")
+
+
+def test_a_flat_prompt_with_an_expert_twice_is_refused_for_it(tmp_path):
+    known = read_flat(passes([7, 1], 3, 3, 8), 8)  # 8 is no multiple of 3: rows straddle
+    assert any(len(set(ids)) < 3 for one in known for row in one.ids.tolist() for ids in row)
+    refused(
+        save(tmp_path, choices(known, LAYERS)), "was read flat from rows of all", "llamacpp", num_experts=8, top_k=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("write", "old", "new", "sentence"),
+    [
+        (choices, "\n1,", "\n1\n1,", "line 2 is incomplete"),
+        (choices, "1,", "1,x", "line 1 can't be read as CSV of 2 columns: '1,x"),
+        (choices, "1,", "70000,", "line 1: layer 70000 is impossible"),
+        (choices, "1,", "1,9", "line 1 holds the expert 9\\d, but the model has 8 experts"),
+        (choices, "1,", "2,", r"layer 2 has 1 lines from 1 on, which is no multiple of top_k \(2\)"),
+        (tokens, "-2,1,", "-9,1,", "the pass from line 1 on lacks positions"),
+        (tokens, "\n0,1,", "\n7,1,", "position 7 does not follow the one before"),
+        (tokens, "-2,1,", "-2,1,-1", "holds the expert -1\\d"),
+        (tokens, "-2,1,", "-2,-1,", "line 1: layer -1 is impossible"),
+        (tokens, "-2,1,", "-2,1,99999999999", "line 1 can't be read as CSV of 4 columns"),
+        (tokens, "\n", "\n\n", "line 2 is incomplete"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path, write, old, new, sentence):
+    text = write(passes([2, 1], 3, 2, 8), LAYERS)
+    assert old in text
+    refused(save(tmp_path, text.replace(old, new, 1)), sentence, "llamacpp", num_experts=8, top_k=2)
+
+
+def test_sizes_come_from_the_user(tmp_path):
+    path = save(tmp_path, choices(passes([2, 1], 3, 2, 8), LAYERS))
+    refused(path, "does not say num_experts: give --model or --experts", "llamacpp", top_k=2)
+    refused(path, "does not say top_k: give --model or --top-k", "llamacpp", num_experts=8)
+    path.write_text(tokens(passes([2, 1], 3, 2, 8), LAYERS))
+    refused(path, "has 2 experts a token, but --top-k says 3", "llamacpp", num_experts=8, top_k=3)
+    path.write_text("1\n")
+    refused(path, "line 1 is neither", "llamacpp", num_experts=8)
+    path.write_text("3,0\n3,1\n")
+    refused(path, "has one layer, of which", "llamacpp", num_experts=8, top_k=2)
+
+
+def test_lines_that_name_many_layers_but_few_choices_are_refused(tmp_path):
+    lines = [f"{layer},0" for layer in range(3000)] + ["0,1"] * 3000
+    refused(save(tmp_path, "\n".join(lines)), "too few for", "llamacpp", num_experts=8, top_k=1)

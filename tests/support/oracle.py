@@ -1,0 +1,281 @@
+"""A slow, obvious simulator of the timing model, version 1: what every kernel of the engine is held against.
+
+It follows the page of the timing model section by section, in plain Python, and recomputes everything from scratch:
+`moe` of a split is the whole time line of the layer, the victim of an eviction is the minimum over all residents,
+Belady looks forward over the whole trace. It shares no code with the package: from the specs it reads raw fields only.
+`oracle_layer.py` has what needs no memory (sections 1, 2, 3, 5, 6), `oracle_memory.py` what does (4, 7), this file runs
+the steps, adds up and computes the yardsticks (4, 8). Where the page leaves room, a comment says how it is read.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from support.oracle_layer import (
+    DECODE,
+    MIXED,
+    OPTIMAL_LIMIT,
+    PREFILL,
+    Machine,
+    OracleTrace,
+    TimeLine,
+    demand_order,
+    dispatch,
+    machine_of,
+    place,
+    time_line,
+)
+from support.oracle_memory import Memory
+
+__all__ = ["DECODE", "MIXED", "PREFILL", "OracleTrace", "Outcome", "simulate"]
+
+STEP_SUMS: tuple[str, ...] = ("dense_s", "moe_s", "hits", "misses", "demand_bytes")
+STEP_COLUMNS: tuple[str, ...] = (
+    "phase",
+    "rows",
+    "start_s",
+    "duration_s",
+    "head_s",
+    "wait_s",
+    "prefetch_bytes",
+    "late",
+    "imbalance",
+)
+LAYER_COLUMNS: tuple[str, ...] = (*STEP_SUMS, "gpu_experts", "ndp_experts")
+
+
+@dataclass
+class Outcome:
+    """What a replay yields; tables are columns of arrays, NaN where a figure is undefined."""
+
+    steps: dict[str, np.ndarray]  # phase rows start_s duration_s dense_s moe_s head_s wait_s hits misses ...
+    layers: dict[str, np.ndarray]  # dense_s moe_s hits misses imbalance gpu_experts ndp_experts demand_bytes
+    units: dict[str, np.ndarray]  # unit busy_s utilization experts rows bytes
+    requests: dict[str, np.ndarray]  # request prompt_rows output_rows ttft_s tpot_s e2e_s
+    total_s: float
+    prefill_s: float
+    decode_s: float
+    mixed_s: float
+    tokens_per_s: float
+    hits: int
+    misses: int
+    late: int
+    wasted: int  # prefetches that brought nothing
+    used: int  # prefetched copies that the GPU ran; each once
+    demand_bytes: float
+    prefetch_bytes: float
+    imbalance_mean: float
+    work_bound_s: float
+    clairvoyant_s: float
+    optimal_fallbacks: int
+
+
+class Replay:
+    """One policy over one trace."""
+
+    def __init__(self, trace: OracleTrace, machine: Machine, policy: Any, user_dispatch, user_residency):
+        self.trace, self.machine, self.policy = trace, machine, policy
+        self.user_dispatch = user_dispatch
+        self.units = place(policy, machine)
+        self.demand = [[trace.demand(step, layer) for layer in range(machine.L)] for step in range(trace.steps)]
+        residency = "user" if user_residency else policy.residency
+        self.memory = Memory(trace, machine, policy, residency, self.demand, user_residency)
+        self.unit_names = ["gpu", *(f"ndp{u}" for u in range(machine.N)), "cpu", "link_in", "link_out"]
+        self.unit = {name: dict.fromkeys(("busy_s", "experts", "rows", "bytes"), 0.0) for name in self.unit_names}
+        self.steps: list[dict[str, float]] = []
+        self.layers = [dict.fromkeys(LAYER_COLUMNS, 0.0) for _ in range(machine.L)]
+        self.imbalance: list[list[float]] = []  # [step][layer], NaN where undefined
+        self.work_bound_s = 0.0
+        self.clairvoyant_s = 0.0
+        self.optimal_fallbacks = 0
+        self.has_waited = False
+
+    def add(self, name: str, **amounts: float) -> None:
+        for column, amount in amounts.items():
+            self.unit[name][column] += amount
+
+    def run(self) -> None:
+        start_s = 0.0
+        for step in range(self.trace.steps):
+            figures = self.run_step(step)
+            figures["start_s"] = start_s
+            figures["duration_s"] = figures["wait_s"] + figures["dense_s"] + figures["moe_s"] + figures["head_s"]
+            start_s += figures["duration_s"]
+            self.steps.append(figures)
+        self.memory.finish()
+        moved = math.fsum(figures["prefetch_bytes"] for figures in self.steps)
+        self.add("link_in", busy_s=moved / self.machine.B_l if moved else 0.0, bytes=moved)
+        self.add("link_in", experts=self.memory.completed)
+
+    def run_step(self, step: int) -> dict[str, float]:
+        m, memory = self.machine, self.memory
+        rows = self.trace.rows_of(step)
+        highest: dict[int, int] = {}
+        for row in rows:
+            request, position = int(self.trace.request[row]), int(self.trace.position[row])
+            highest[request] = max(highest.get(request, -1), position)
+        C = sum(position + 1 for position in highest.values())
+        figures = dict.fromkeys(STEP_COLUMNS + STEP_SUMS, 0.0)
+        figures.update(phase=self.trace.phase(step), rows=len(rows), head_s=m.head_s())
+        late, memory.moved_bytes = memory.late, 0.0
+        # only the first step of the whole trace that is all decode waits
+        if self.policy.prefetch_blocks and figures["phase"] == DECODE and not self.has_waited:
+            self.has_waited = True
+            figures["wait_s"] = memory.wait()
+        self.imbalance.append([])
+        for layer in range(m.L):
+            for column, amount in self.run_layer(step, layer, len(rows), C).items():
+                if column in STEP_SUMS:
+                    figures[column] += amount
+                self.layers[layer][column] += amount
+        self.add("gpu", busy_s=m.head_s(), bytes=m.head_bytes)
+        self.work_bound_s += m.head_s()
+        self.clairvoyant_s += m.head_s()
+        memory.step_done(step)
+        figures["prefetch_bytes"] = memory.moved_bytes
+        figures["late"] = memory.late - late
+        figures["imbalance"] = mean(self.imbalance[-1])
+        return figures
+
+    def run_layer(self, step: int, layer: int, T: int, C: int) -> dict[str, float]:
+        m, memory, n = self.machine, self.memory, self.demand[step][layer]
+        dense_s = m.dense_s(T, C)
+        memory.admit_completed()
+        memory.flow(dense_s)
+        memory.router_speaks(step, layer)
+        resident = memory.resident(layer)
+        hits = sum(e in resident for e in n)
+        line = self.split(layer, n, T, resident)
+        self.optimal_fallbacks += self.policy.dispatch == "optimal" and len(n) > OPTIMAL_LIMIT
+        memory.dispatched(layer, line)
+        memory.flow(max(0.0, line.moe - line.fetch_s))
+        memory.layer_done(line, T)
+        demand_bytes = math.fsum(m.W[layer, e] for e in line.fetched)
+        self.account(layer, n, line, dense_s, demand_bytes)
+        self.yardsticks(layer, n, T, dense_s, line.moe)
+        self.imbalance[-1].append(max(line.busy) / (math.fsum(line.busy) / m.N) if line.on_ndp else math.nan)
+        figures = (dense_s, line.moe, hits, len(n) - hits, demand_bytes, len(line.on_gpu), len(line.on_ndp))
+        return dict(zip(LAYER_COLUMNS, figures, strict=True))
+
+    def split(self, layer: int, n: dict[int, int], T: int, resident: set[int]) -> TimeLine:
+        """Dispatch the active experts and return the layer's time line."""
+        units = self.units[layer]
+
+        def line_of(G: set[int]) -> TimeLine:
+            return time_line(self.machine, layer, n, T, G, resident, units)
+
+        order = demand_order(n)
+        if not order:
+            return line_of(set())
+        if self.user_dispatch:
+            return line_of(set(self.user_dispatch(layer, order, n, resident)))
+        return line_of(dispatch(self.policy.dispatch, order, resident, lambda G: line_of(G).moe))
+
+    def account(self, layer: int, n: dict[int, int], line: TimeLine, dense_s: float, demand_bytes: float) -> None:
+        """Add one layer to the units: seconds, experts run, rows, and bytes of weights read (of links: moved)."""
+        m = self.machine
+        self.add("gpu", busy_s=dense_s, bytes=m.dense_bytes)
+        for e in line.on_gpu:
+            self.add("gpu", busy_s=m.gpu_s(layer, e, n[e]), experts=1, rows=n[e], bytes=m.W[layer, e])
+        for e in line.on_ndp:
+            g = len(self.units[layer][e])
+            for u in self.units[layer][e]:
+                busy_s = m.ndp_s(layer, e, n[e], g)
+                self.add(f"ndp{u}", busy_s=busy_s, experts=1, rows=n[e] / g, bytes=m.W[layer, e] / g)
+        self.add("link_in", busy_s=line.fetch_s + line.act, experts=len(line.fetched), bytes=demand_bytes + line.X)
+        self.add("link_out", busy_s=line.act, bytes=line.X)
+
+    def yardsticks(self, layer: int, n: dict[int, int], T: int, dense_s: float, moe_s: float) -> None:
+        """Section 8, for one layer."""
+        m = self.machine
+        weights_s = math.fsum(m.W[layer, e] for e in n) / (m.B_g + m.N * m.B_n)
+        flops_s = m.flop_per_row * sum(n.values()) / (m.F_g + m.N * m.F_n)
+        self.work_bound_s += dense_s + max(weights_s, flops_s)
+        if not self.user_dispatch and self.policy.dispatch in ("hot", "ndp"):  # they ignore residency
+            self.clairvoyant_s += dense_s + moe_s
+        else:
+            resident = set(demand_order(n)[: m.slots]) if m.linked else set(n)
+            self.clairvoyant_s += dense_s + self.split(layer, n, T, resident).moe
+
+
+def mean(values: list[float]) -> float:
+    """Return the mean of those that are defined."""
+    defined = [value for value in values if not math.isnan(value)]
+    return math.fsum(defined) / len(defined) if defined else math.nan
+
+
+def requests_of(trace: OracleTrace, start_s: np.ndarray, end_s: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the requests, by ascending id; a row of a mixed step counts by its own phase."""
+    steps: dict[int, dict[int, list[int]]] = {}  # of each row, by request and phase
+    for step in range(trace.steps):
+        for row in trace.rows_of(step):
+            of_request = steps.setdefault(int(trace.request[row]), {PREFILL: [], DECODE: []})
+            of_request[int(trace.row_phase[row])].append(step)
+    table: dict[str, list] = {
+        name: [] for name in ("request", "prompt_rows", "output_rows", "ttft_s", "tpot_s", "e2e_s")
+    }
+    for request in sorted(steps):
+        prompt, output = steps[request][PREFILL], steps[request][DECODE]
+        first, last = min(prompt + output), max(prompt + output)
+        ttft_s = end_s[prompt[-1]] - start_s[first] if prompt else math.nan
+        since_s = end_s[prompt[-1]] if prompt else start_s[first]
+        tpot_s = (end_s[output[-1]] - since_s) / len(output) if output else math.nan
+        figures = (request, len(prompt), len(output), ttft_s, tpot_s, end_s[last] - start_s[first])
+        for name, figure in zip(table, figures, strict=True):
+            table[name].append(figure)
+    return {name: np.asarray(column) for name, column in table.items()}
+
+
+def simulate(
+    trace: OracleTrace,
+    model: Any,
+    system: Any,
+    policy: Any,
+    slots: int | None = None,
+    *,
+    dispatch: Callable | None = None,
+    residency: Callable | None = None,
+) -> Outcome:
+    """Replay a trace.
+
+    model, system and policy are the spec structs, or anything with the same fields. `dispatch(layer, active, n,
+    resident) -> G` and `residency(layer, n, T, scores) -> scores` stand in for a user's own functions: active is in
+    demand order, n a dict of the active ones' rows, resident a set; the latter's n and scores are lists over the
+    layer's experts, and the victim is the one of least score.
+    """
+    replay = Replay(trace, machine_of(trace, model, system, slots), policy, dispatch, residency)
+    replay.run()
+    steps = {name: np.asarray([step[name] for step in replay.steps]) for name in STEP_COLUMNS + STEP_SUMS}
+    layers = {name: np.asarray([layer[name] for layer in replay.layers]) for name in LAYER_COLUMNS}
+    layers["imbalance"] = np.asarray([mean(list(of_steps)) for of_steps in zip(*replay.imbalance, strict=True)])
+    total_s = math.fsum(steps["duration_s"])
+    units = {"unit": np.asarray(replay.unit_names)}
+    for name in ("busy_s", "experts", "rows", "bytes"):
+        units[name] = np.asarray([replay.unit[unit][name] for unit in replay.unit_names])
+    units["utilization"] = units["busy_s"] / total_s
+    phase_s = [math.fsum(steps["duration_s"][steps["phase"] == phase]) for phase in (PREFILL, DECODE, MIXED)]
+    return Outcome(
+        steps=steps,
+        layers=layers,
+        units=units,
+        requests=requests_of(trace, steps["start_s"], steps["start_s"] + steps["duration_s"]),
+        total_s=total_s,
+        prefill_s=phase_s[PREFILL],
+        decode_s=phase_s[DECODE],
+        mixed_s=phase_s[MIXED],
+        tokens_per_s=int((trace.row_phase == DECODE).sum()) / total_s,
+        hits=int(steps["hits"].sum()),
+        misses=int(steps["misses"].sum()),
+        late=replay.memory.late,
+        wasted=replay.memory.wasted,
+        used=replay.memory.used,
+        demand_bytes=math.fsum(steps["demand_bytes"]),
+        prefetch_bytes=math.fsum(steps["prefetch_bytes"]),
+        imbalance_mean=mean([value for of_layers in replay.imbalance for value in of_layers]),
+        work_bound_s=replay.work_bound_s,
+        clairvoyant_s=replay.clairvoyant_s,
+        optimal_fallbacks=replay.optimal_fallbacks,
+    )
