@@ -5,8 +5,11 @@ caller, where it is optimized again: once a level. Nobody calls these from Pytho
 10 of the 31 s that a first replay compiled for.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import numba
+from numba import types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.compiler_machinery import LoweringPass, register_pass
@@ -53,7 +56,7 @@ class _UsePartLibrary(LoweringPass):
     def __init__(self) -> None:
         super().__init__()
 
-    def run_pass(self, state: Any) -> bool:
+    def run_pass(self, state: Any) -> Any:
         """Set the library that the lowering fills."""
         state.library = _PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
         state.library.enable_object_caching()
@@ -69,3 +72,15 @@ class PartCompiler(Compiler):
         pipeline.add_pass_after(_UsePartLibrary, IRLegalization)
         pipeline.finalize()
         return [pipeline]
+
+
+def part(function: Callable, options: dict[str, Any]) -> Any:
+    """Return the dispatcher of a kernel where another one names it, for which a constant is a number like any other.
+
+    Numba compiles a function once for each constant that it is called with, and once more for numbers.
+    """
+    wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    dispatcher: Any = numba.njit(**options, **wrappers, pipeline_class=PartCompiler)(function)
+    with_constants = dispatcher.get_call_template
+    dispatcher.get_call_template = lambda args, kws: with_constants(tuple(map(types.unliteral, args)), kws)
+    return dispatcher

@@ -9,7 +9,7 @@ import polars as pl
 from moetrace.engine.run import Lane, Run
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.frames import request_times, total_s, unit_frame
-from moetrace.spec import PolicySpec, canonical
+from moetrace.spec import PolicySpec, System, canonical
 from moetrace.trace import Trace
 from moetrace.trace.schema import DECODE, MIXED, PREFILL
 from moetrace.version import __version__
@@ -92,7 +92,6 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> dict[str, Any]:
     seconds = total_s(lane)
     times = request_times(run, lane)
     hits, misses = int(layers["hits"].sum()), int(layers["misses"].sum())
-    busy = dict(zip(units["unit"], units["utilization"], strict=True))
     return {
         "name": lane.policy.name,
         "total_s": seconds,
@@ -111,13 +110,7 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> dict[str, Any]:
         "late": int(np.sum(log["late"])),
         "wasted": int(lane.log.tally["wasted"][0]),
         "imbalance_mean": _ratio(float(layers["imbalance_sum"].sum()), int(layers["imbalance_count"].sum())),
-        "utilization": {
-            "gpu": busy["gpu"],
-            "ndp": [busy[f"ndp{unit}"] for unit in range(run.system.units)],
-            "link_in": busy["link_in"],
-            "link_out": busy["link_out"],
-            "cpu": busy["cpu"],
-        },
+        "utilization": _utilization(run.system, dict(zip(units["unit"], units["utilization"], strict=True))),
         "work_bound_s": float(run.work_bound_s),  # of plain Python, without a JIT, NumPy's
         "clairvoyant_s": float(lane.clairvoyant_s),
         "speedup": None,  # against the first policy
@@ -125,6 +118,16 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> dict[str, Any]:
         "optimal_fallbacks": int(lane.log.fallbacks[0]),
         "choices": choices_of(lane.policy),
     }
+
+
+def _utilization(system: System, of_part: dict[str, float | None]) -> dict[str, Any]:
+    """Return busy over total time of each part; of units at home, a list."""
+    found: dict[str, Any] = dict(of_part)
+    home = system.home
+    units = [found.pop(name) for name in home.names] if home else []
+    ordered = {system.accelerator.name: found.pop(system.accelerator.name), home.name if home else "ndp": units}
+    cpu = found.pop("cpu")
+    return {**ordered, **found, "cpu": cpu}
 
 
 def _spread(values: np.ndarray) -> dict[str, float | None]:

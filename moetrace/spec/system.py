@@ -5,6 +5,7 @@ included, as the replay uses them.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,24 @@ from msgspec import Meta
 from moetrace.spec.errors import UsageError
 from moetrace.spec.load import convert, read
 from moetrace.spec.model import Model
+
+
+@dataclass(frozen=True)
+class Device:
+    """A class of ``count`` equal devices, in SI units, efficiency included: what a replay knows of them."""
+
+    name: str  # of a device; of several, with a number behind it
+    count: int
+    flop_s: float
+    bytes_s: float  # of the memory that it reads experts from
+    start_s: float  # that each expert adds
+    is_numbered: bool
+
+    @property
+    def names(self) -> list[str]:
+        """What each of them is called."""
+        return [f"{self.name}{number}" for number in range(self.count)] if self.is_numbered else [self.name]
+
 
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
@@ -117,6 +136,24 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def units(self) -> int:
         """Number of NDP units: N, 0 without an NDP tier."""
         return 0 if self.ndp is None else self.ndp.units
+
+    @property
+    def accelerator(self) -> Device:
+        """What runs the dense layers, and experts that are resident or fetched."""
+        gpu = self.gpu
+        return Device("gpu", 1, gpu.flop_s, gpu.bytes_s, gpu.launch_s, is_numbered=False)
+
+    @property
+    def home(self) -> Device | None:
+        """Where experts live and run if nothing moves: the NDP units, if there are any."""
+        ndp = self.ndp
+        return ndp and Device("ndp", ndp.units, ndp.flop_s, ndp.bytes_s, ndp.command_s, is_numbered=True)
+
+    @property
+    def part_names(self) -> list[str]:
+        """Names of all parts, in the order of every table: devices, then the directions of the link."""
+        devices = [self.accelerator, *([self.home] if self.home else [])]
+        return [*(name for device in devices for name in device.names), "cpu", "link_in", "link_out"]
 
 
 def load_system(source: str | Path | System, overrides: Mapping[str, object] | None = None) -> System:

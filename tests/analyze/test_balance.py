@@ -108,7 +108,7 @@ def cost_of(rng, timed):
 
 
 def seconds(cost, layer):
-    return lambda e, n: max(n * cost.s_per_row, cost.expert_bytes[layer, e] * cost.s_per_byte) + cost.command_s
+    return lambda e, n: max(n * cost.s_per_row, cost.expert_bytes[layer, e] * cost.s_per_byte) + cost.start_s
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

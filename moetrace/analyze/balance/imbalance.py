@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.cost import ndp_s
+from moetrace.engine.cost import expert_s
 from moetrace.engine.eplb import sink
 from moetrace.jit.compile import kernel
 
@@ -19,7 +19,7 @@ class Cost(NamedTuple):
 
     s_per_row: float
     s_per_byte: float
-    command_s: float
+    start_s: float
     expert_bytes: np.ndarray  # float64 [L, E]
 
 
@@ -97,7 +97,7 @@ def judge(loads, copies, bins, turn, period, cost, tally):
                 if own:
                     b = copies.bin[layer, first + copy]
                     rows[b] += own
-                    busy_s[b] += ndp_s(own, weight_bytes, cost.s_per_row, cost.s_per_byte, cost.command_s)
+                    busy_s[b] += expert_s(cost, own, weight_bytes)
         _note(layer, rows, busy_s, period[i // layers], tally)
 
 
@@ -211,7 +211,7 @@ def _copy_cost(loads, layer, at, copies, timed, cost):
     rows = loads.rows[at] / copies
     if not timed:
         return rows
-    return ndp_s(rows, cost.expert_bytes[layer, loads.expert[at]], cost.s_per_row, cost.s_per_byte, cost.command_s)
+    return expert_s(cost, rows, cost.expert_bytes[layer, loads.expert[at]])
 
 
 @kernel

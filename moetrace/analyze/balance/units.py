@@ -26,7 +26,7 @@ from moetrace.analyze.balance.plans import (
     moved_bytes,
 )
 from moetrace.analyze.sizes import expert_bytes, model_of
-from moetrace.engine.cost import machine_of
+from moetrace.engine.machine import FIRST_HOME, machine_of
 from moetrace.spec import Model, System, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
@@ -97,7 +97,8 @@ class _Machine:
             return Cost(0.0, 0.0, 0.0, np.zeros(shape))
         assert self.weight_bytes is not None
         machine = machine_of(self.model, self.system, self.weight_bytes, np.zeros(shape), share)
-        return Cost(machine.ndp_s_per_row, machine.ndp_s_per_byte, machine.ndp_command_s, machine.weight_bytes)
+        home = machine.device[FIRST_HOME]
+        return Cost(*(float(home[name]) for name in ("s_per_row", "s_per_byte", "start_s")), machine.weight_bytes)
 
     @property
     def link_bytes_s(self) -> float | None:
