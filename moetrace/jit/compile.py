@@ -83,7 +83,7 @@ class Kernel:
     @property
     def _numba_type_(self) -> Any:
         """What Numba takes this for where another kernel names it."""
-        from moetrace.jit.parts import part
+        from moetrace.jit.pipeline import part
 
         with self._lock:
             if self._part is None:
@@ -104,8 +104,9 @@ def _options(inline: bool, checked: bool) -> dict[str, Any]:
 
 
 def _entry(function: Callable, inline: bool, checked: bool) -> "Dispatcher":
-    import numba
     from numba.core.caching import FunctionCache
+
+    from moetrace.jit.pipeline import entry
 
     class FingerprintCache(FunctionCache):
         """Numba's cache, which notices edits of a kernel's own file, with the fingerprint beside that file's stamp."""
@@ -115,7 +116,7 @@ def _entry(function: Callable, inline: bool, checked: bool) -> "Dispatcher":
             self._cache_file._source_stamp = (self._cache_file._source_stamp, fingerprint)
 
     options = _options(inline, checked)
-    dispatcher: Any = numba.njit(**options)(function)
+    dispatcher: Any = entry(function, options)
     fingerprint = fingerprint_of(function, repr(options))
     if fingerprint is not None:
         with contextlib.suppress(RuntimeError):  # no folder can be written

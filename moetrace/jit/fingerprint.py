@@ -59,7 +59,7 @@ def fingerprint_of(function: Callable, options: str = "") -> str | None:
     """
     import numba
 
-    parts = [_files(_HERE, "compile.py", "parts.py"), np.__version__, numba.__version__, options]
+    parts = [_files(_HERE, "compile.py", "pipeline.py"), np.__version__, numba.__version__, options]
     try:
         parts += _describe_function(function, set())
     except TypeError:

@@ -1,8 +1,9 @@
-"""Kernels within kernels: translated, but left to their caller to be optimized and made machine code, once.
+"""How Numba is led to compile less: what it does for each function is done once for each kernel.
 
 Numba optimizes each function that a kernel calls, and emits its machine code, before it links the function into the
 caller, where it is optimized again: once a level. Nobody calls these from Python, so all of that is waste: it took
-10 of the 31 s that a first replay compiled for.
+10 of the 31 s that a first replay compiled for. A kernel within a kernel is a *part* here: translated, and left to its
+caller to be optimized.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 import numba
 from numba import types
 from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler
+from numba.core.compiler import Compiler, Flags
 from numba.core.compiler_machinery import LoweringPass, register_pass
+from numba.core.targetconfig import TargetConfig
 from numba.core.typed_passes import IRLegalization
 
 
@@ -63,8 +65,37 @@ class _UsePartLibrary(LoweringPass):
         return True
 
 
-class PartCompiler(Compiler):
-    """Numba's pipeline, but for the library that the code is put into."""
+class _QuickFlags(Flags):
+    """Numba's flags, compared as they are set; they are a part of every look-up of a function's implementation.
+
+    Numba lists all 25 options with their values each time, to hash and to compare: a tenth of the compilation.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return _HASH_OF_FLAGS
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, TargetConfig) and self._values == other._values:
+            return True
+        return super().__eq__(other)
+
+
+_HASH_OF_FLAGS = hash(Flags())  # it is of the options' names, so the same for all
+
+
+class EntryCompiler(Compiler):
+    """Numba's pipeline, for kernels that Python calls."""
+
+    def __init__(
+        self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Flags, locals: Any
+    ) -> None:
+        super().__init__(typingctx, targetctx, library, args, return_type, _QuickFlags(flags), locals)
+
+
+class PartCompiler(EntryCompiler):
+    """The same for parts, but for the library that their code is put into."""
 
     def define_pipelines(self) -> list[Any]:
         """Return the passes."""
@@ -72,6 +103,11 @@ class PartCompiler(Compiler):
         pipeline.add_pass_after(_UsePartLibrary, IRLegalization)
         pipeline.finalize()
         return [pipeline]
+
+
+def entry(function: Callable, options: dict[str, Any]) -> Any:
+    """Return the dispatcher of a kernel that Python calls."""
+    return numba.njit(**options, pipeline_class=EntryCompiler)(function)
 
 
 def part(function: Callable, options: dict[str, Any]) -> Any:
