@@ -112,10 +112,11 @@ def fit_profile(
 
     Examples:
         >>> import moetrace as mt
-        >>> trace = mt.generate_trace("tiny-olmoe", requests=4, prompt=8, output=8)
-        >>> profile = mt.fit_profile(trace, name="mine", sample_rows=64)
+        >>> model = mt.load_model("tiny-olmoe", {"moe_layers": 2, "experts": 8, "top_k": 2})
+        >>> trace = mt.generate_trace(model, requests=4, prompt=8, output=8)
+        >>> profile = mt.fit_profile(trace, name="mine")
         >>> profile.name, profile.layers, profile.experts, profile.top_k
-        ('mine', 6, 32, 4)
+        ('mine', 2, 8, 2)
     """
     check_router(str(trace.path or "trace in memory"), trace.layers, trace.num_experts, max(DIMENSIONS))
     sample = take_sample(trace, sample_rows, seed)

@@ -20,9 +20,22 @@ MAX_WEIGHT = float(np.finfo(np.float16).max)  # that a trace holds
 
 
 class Hints(NamedTuple):
-    """What the user says of the sources, for formats that do not say it themselves; None is unknown.
+    """What the user says of the sources, for formats that do not say it themselves.
 
-    A source that knows better goes by itself: `import_traces` compares.
+    A source that knows better goes by itself; `import_traces` compares.
+
+    Attributes:
+        num_experts: Experts of a layer. By default not known.
+        top_k: Experts that a row chooses in a layer. By default not known.
+        layers: Number of MoE layers. By default not known.
+        scratch: Folder for temporary files. By default the system's own.
+        from_model: Which of the above are of the user's model, and not said by the user.
+        reading: A function that gets the number of bytes read of the sources since its last call.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.Hints(num_experts=64).of_model(mt.load_model("olmoe-1b-7b")).top_k
+        8
     """
 
     num_experts: int | None = None
@@ -33,7 +46,18 @@ class Hints(NamedTuple):
     reading: Callable[[int], object] = lambda _: None  # is told of bytes of the sources, as they are read
 
     def need(self, what: str, source: Path) -> int:
-        """The hint of this name; raise a UsageError that says how to give it if it is unknown."""
+        """The hint of a name, which the source at hand does not know.
+
+        Args:
+            what: "num_experts", "top_k" or "layers".
+            source: The file, for the message.
+
+        Returns:
+            The number.
+
+        Raises:
+            UsageError: It is unknown. The message says how to give it.
+        """
         value = getattr(self, what)
         if value is None:
             option = {"num_experts": "--model or --experts", "top_k": "--model or --top-k", "layers": "--model"}[what]

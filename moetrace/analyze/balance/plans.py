@@ -25,10 +25,19 @@ MAX_UNITS = 4096
 
 
 class Tier(NamedTuple):
-    """What the experts of a layer are spread over.
+    """The units that the experts of a layer are spread over.
 
-    units: N. redundant: further slots than experts, for EPLB; None: the fewest that give each unit one at least and
-    all units equally many slots. nodes, groups: of units and of experts, for hierarchical EPLB.
+    Attributes:
+        units: Number of units, N.
+        redundant: Slots beyond one for each expert, for EPLB. By default the fewest that give each unit at least one
+            and all units equally many slots.
+        nodes: Nodes that the units are in, for hierarchical EPLB.
+        groups: Groups that the experts are in, for hierarchical EPLB.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.Tier(units=8).slots(32), mt.Tier(units=8, redundant=16).slots(32)
+        (40, 48)
     """
 
     units: int
@@ -37,7 +46,17 @@ class Tier(NamedTuple):
     groups: int = 1
 
     def slots(self, experts: int) -> int:
-        """Slots of a layer under EPLB; raise UsageError if these units cannot have equally many."""
+        """Slots of a layer under EPLB.
+
+        Args:
+            experts: Experts of a layer.
+
+        Returns:
+            The number of slots.
+
+        Raises:
+            UsageError: The units cannot have equally many slots.
+        """
         if self.redundant is None:
             return -(-(experts + self.units) // self.units) * self.units
         slots = experts + self.redundant
