@@ -100,9 +100,16 @@ class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A machine. Without `ndp` the experts live in host memory; without `link` everything is in the GPU's memory.
+    """A machine (docs/timing-model.md, section 1).
 
-    `energy` and `price` are tables of numbers that version 1 carries along and does not use.
+    Attributes:
+        name: Name of the system.
+        gpu: The GPU.
+        ndp: The NDP tier. Without it the experts live in host memory.
+        link: The host link. Without it everything is in the GPU's memory.
+        cpu: The CPU tier.
+        energy: Numbers that version 1 carries along and does not use.
+        price: Numbers that version 1 carries along and does not use.
     """
 
     name: str
@@ -120,11 +127,24 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def load_system(source: str | Path | System, overrides: Mapping[str, object] | None = None) -> System:
-    """Load a system from a preset's name, a TOML file or an instance, with dotted `overrides`, and check it.
+    """Load a system and check it.
+
+    Args:
+        source: A preset's name, a TOML file or an instance.
+        overrides: New values of single fields, by dotted path. By default none.
+
+    Returns:
+        The system.
 
     Raises:
-        UsageError: a wrong value, an unknown key or preset, NDP units without a link: one sentence with the TOML path.
-        MoetraceError: a file that cannot be read.
+        UsageError: A value is wrong, a key or preset is unknown, or NDP units have no link. The message names the TOML
+            path.
+        MoetraceError: A file cannot be read.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.load_system("edge-ndp", {"ndp.units": 4}).units
+        4
     """
     loaded = read("systems", source, overrides or {})
     system = convert(loaded, System)
