@@ -96,6 +96,8 @@ def test_each_parameter_is_described(name):
 def test_what_comes_back_is_described(name):
     nothing = inspect.signature(_function(name)).return_annotation in (None, "None")
     assert ("Returns" in SAID[name]) == (not nothing)
+    # The site would take what stands before a colon for a type.
+    assert ": " not in SAID[name].get("Returns", "").partition("\n")[0]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -65,7 +65,14 @@ class Hints(NamedTuple):
         return int(value)
 
     def of_model(self, model: Model) -> "Hints":
-        """These hints, and the sizes of `model` where the user says none."""
+        """These hints, and the sizes of a model where the user says none.
+
+        Args:
+            model: The model.
+
+        Returns:
+            The hints.
+        """
         sizes = {"num_experts": model.experts, "top_k": model.top_k}
         sizes = {name: size for name, size in sizes.items() if getattr(self, name) is None}
         return self._replace(**sizes, layers=model.moe_layers, from_model=tuple(sizes))

@@ -185,7 +185,7 @@ def replay(
             with the window.
 
     Returns:
-        The result: frames, `summary.json` as a dict, and files with `Result.write`.
+        The result. It has frames and `summary.json` as a dict, and `Result.write` writes files.
 
     Raises:
         UsageError: A name or value is unknown or wrong, or values do not go together. The message says what to do.

@@ -22,7 +22,18 @@ Efficiency = Annotated[float, Meta(gt=0, le=1)]
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The GPU. `reserve_gb` of its memory is for KV cache, activations and context."""
+    """The GPU.
+
+    Attributes:
+        name: Name of the GPU.
+        tflops: Peak of its arithmetic, 1e12 FLOP a second.
+        bandwidth_gb_s: Peak of its memory's bandwidth, GB a second.
+        memory_gb: Size of its memory, GB.
+        reserve_gb: Part of it for KV cache, activations and context, GB.
+        compute_efficiency: Share of `tflops` that it reaches.
+        memory_efficiency: Share of `bandwidth_gb_s` that it reaches.
+        launch_us: Microseconds that each launch adds.
+    """
 
     name: str
     tflops: Positive
@@ -50,7 +61,15 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The NDP tier: `units` equal units, each with the figures given here."""
+    """The NDP tier of equal units.
+
+    Attributes:
+        units: Number of units, N.
+        gmac_s: Arithmetic of one unit, 1e9 MAC a second; a MAC is two FLOP.
+        bandwidth_gb_s: Bandwidth inside one unit, GB a second.
+        capacity_gb: Memory of one unit, GB.
+        command_us: Microseconds that each command to a unit adds.
+    """
 
     units: Annotated[int, Meta(ge=1, le=65535)]
     gmac_s: Positive
@@ -75,7 +94,12 @@ class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The host link, full duplex; `bandwidth_gb_s` per direction."""
+    """The host link, full duplex.
+
+    Attributes:
+        bandwidth_gb_s: Bandwidth in one direction, GB a second.
+        latency_us: Microseconds that each transfer adds.
+    """
 
     bandwidth_gb_s: Positive
     latency_us: NotNegative
@@ -92,7 +116,13 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The CPU tier: described, but no built-in policy of version 1 uses it."""
+    """The CPU tier. No built-in policy of version 1 uses it.
+
+    Attributes:
+        tflops: Its arithmetic, 1e12 FLOP a second.
+        bandwidth_gb_s: Bandwidth of its memory, GB a second.
+        command_us: Microseconds that each command adds.
+    """
 
     tflops: Positive
     bandwidth_gb_s: Positive
