@@ -98,7 +98,7 @@ def fit_profile(
         trace: A trace or the path of its file.
         name: Name of the profile. By default that of the model.
         seed: Chooses the requests that are looked at and draws the simulations.
-        sample_rows: The most rows that are looked at, in whole requests. By default as many as let the fit take less
+        sample_rows: The most rows that are looked at, in whole requests. By default the number that lets a fit take less
             than two minutes.
         progress: A function that gets a few words on what was reached, after each try.
 
@@ -137,10 +137,18 @@ def search(
     progress: Callable[[str], object] | None = None,
     near: Profile | None = None,
 ) -> Profile:
-    """Search the profile with which a drawer that fills the schedule of `sample` has the moments `wanted`.
+    """Search the profile with which a drawer that fills the schedule of a sample has the wanted moments.
 
-    `wanted` float64 is in the order of `MOMENTS`, NaN where a moment is not known. What the known ones leave open stays
-    as it is in `near`.
+    Args:
+        sample: Whole requests of the trace.
+        wanted: Moments float64, in the order of `MOMENTS`; NaN where one is not known.
+        measured: What is measured directly.
+        seed: Seed of the simulations.
+        progress: A function that gets a few words after each try.
+        near: What the known moments leave open stays as it is here. By default it stays at the start of the search.
+
+    Returns:
+        The profile.
     """
     tried: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     dimensions = DIMENSIONS[0]

@@ -176,7 +176,7 @@ def replay(
         model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
         overrides: New values of single fields, by path: `{"system.ndp.units": 6}`. A path begins with `model`, `system`
             or `policy`. `policy.FIELD` is set in every policy, `policy.NAME.FIELD` in that one.
-        slots: Experts that the GPU can hold. By default as many as its memory has room for.
+        slots: Experts that the GPU can hold. By default its memory decides.
         ignore_capacity: Replay even if the experts do not fit the NDP units.
         jobs: Threads. By default one a policy, at most one a core. They do not change the result.
         progress: A function that gets the number of rows since its last call.

@@ -204,9 +204,15 @@ def dense_misfit(model: Model, system: System) -> str | None:
 
 
 def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
-    """How many experts the GPU can hold, counted in the largest; all of them if there is no link.
+    """How many experts the GPU can hold, counted in the largest.
 
-    `expert_bytes` is `[layers, experts]`: the trace's where it has its own, else `model.expert_bytes()`.
+    Args:
+        model: The model.
+        system: The system.
+        expert_bytes: [layers, experts]; the trace's where it has its own, else `model.expert_bytes()`.
+
+    Returns:
+        The number of experts; all of them if there is no link.
     """
     everything = model.moe_layers * model.experts
     if system.link is None:
@@ -216,9 +222,18 @@ def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
 
 
 def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_capacity: bool = False) -> None:
-    """Raise a UsageError if the experts do not fit the NDP units together or, without a link, the GPU.
+    """Check that the experts fit the NDP units together or, without a link, the GPU.
 
-    With a link and no NDP units they are in host memory, which has no limit here. `expert_bytes` as in `gpu_slots`.
+    With a link and no NDP units they are in host memory, which has no limit here.
+
+    Args:
+        model: The model.
+        system: The system.
+        expert_bytes: [layers, experts], as in `gpu_slots`.
+        ignore_capacity: Check nothing.
+
+    Raises:
+        UsageError: They do not fit.
     """
     need = float(np.sum(expert_bytes))
     if ignore_capacity:

@@ -129,9 +129,16 @@ def check_placement(placement: str, tier: Tier, experts: int) -> None:
 
 
 def make_plan(placement: str, tier: Tier, shape: tuple[int, int], loads: np.ndarray | None = None) -> Plan:
-    """Return the plan of a placement that `check_placement` accepts.
+    """Make the plan of a placement.
 
-    ``shape`` is (layers, experts); ``loads`` [layers, experts], 0 or more, is what those of PLANNED are made from.
+    Args:
+        placement: A placement that `check_placement` accepts.
+        tier: The units.
+        shape: (layers, experts).
+        loads: Load of each expert, [layers, experts], 0 or more. Only those of PLANNED need it.
+
+    Returns:
+        The plan.
     """
     layers, experts = shape
     if placement.startswith("eplb"):
@@ -157,10 +164,18 @@ def copies_of(plan: Plan, experts: int) -> Copies:
 
 
 def moved_bytes(old: Plan, new: Plan, expert_bytes: np.ndarray) -> np.ndarray:
-    """Bytes that each layer copies to get from one plan to another of as many units, int64 [layers].
+    """Bytes that each layer copies to get from one plan to another.
 
-    A unit has to get what it is to hold and does not hold; ``expert_bytes`` is int64 [layers, experts]. Units keep
-    their numbers: that another numbering of the new plan's units would move less is not made use of, as in engines.
+    A unit has to get what it is to hold and does not hold. Units keep their numbers: another numbering of the new
+    plan's units would move less, but engines do not make use of that.
+
+    Args:
+        old: The plan before.
+        new: The plan after, of equally many units.
+        expert_bytes: int64 [layers, experts].
+
+    Returns:
+        int64 [layers].
     """
     moved = np.zeros(len(expert_bytes), np.int64)
     _count_moved(old.expert_of_slot, new.expert_of_slot, expert_bytes, moved)

@@ -187,9 +187,21 @@ def hindsight_set(
     sequential: bool = False,
     model: Model | str | Path | None = None,
 ) -> np.ndarray:
-    """Return the experts that policy static-hindsight keeps, int64 [n, 2] of layer and expert, in that order.
+    """The experts that policy static-hindsight keeps.
 
-    Arguments and errors are those of `cache_hits`.
+    Args:
+        trace: A trace or the path of its file.
+        capacity: Size of the cache, as in `cache_hits`.
+        scope: "global" or "layer".
+        sequential: Demand experts one access at a time instead of together.
+        model: A preset's name, a TOML file or a Model, for sizes.
+
+    Returns:
+        int64 [n, 2] of layer and expert, in that order.
+
+    Raises:
+        UsageError: As `cache_hits`.
+        MoetraceError: As `cache_hits`.
     """
     parsed = capacity if isinstance(capacity, Capacity) else parse_capacity(capacity)
     asked = Asked([parsed], [HINDSIGHT], scope, sequential, expert_bytes(trace, model))
