@@ -98,8 +98,8 @@ def fit_profile(
         trace: A trace or the path of its file.
         name: Name of the profile. By default that of the model.
         seed: Chooses the requests that are looked at and draws the simulations.
-        sample_rows: The most rows that are looked at, in whole requests. By default the number that lets a fit take less
-            than two minutes.
+        sample_rows: The most rows that are looked at, in whole requests. By default the number that lets a fit take
+            less than two minutes.
         progress: A function that gets a few words on what was reached, after each try.
 
     Returns:

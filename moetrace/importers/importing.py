@@ -61,8 +61,8 @@ def import_traces(
         model: A preset's name or a TOML file: the model's name, and sizes that a source does not say. By default the
             source's own name decides.
         hints: Sizes that a source does not say.
-        decode_after: How many rows of each request are its prompt; the rest is decode, even if the source says otherwise. By
-            default the source decides.
+        decode_after: How many rows of each request are its prompt; the rest is decode, even if the source says
+            otherwise. By default the source decides.
         uncounted: Ranges [start, stop) of rows of the trace that `decode_after` does not count; they are prefill.
         compress: "zstd" or "gzip". By default data is contiguous, so that it can be memory-mapped.
         writing: A function that gets the number of rows (of counts, steps) written since its last call.
