@@ -90,14 +90,33 @@ def fit_profile(
     sample_rows: int | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> Profile:
-    """Fit a profile to `trace` (or the file of one); the same trace and seed give the same profile.
+    """Fit a profile to a trace. The same trace and seed give the same profile.
 
-    Looks at whole requests of up to `sample_rows` rows in all, chosen by `seed`; by default as many as let the fit take
-    less than two minutes. `name` is the profile's, that of the model if it is empty. `progress` is told, in a few
-    words, what was reached.
+    The method is that of simulated moments (docs/generate.md, "The fit").
 
-    Raises MoetraceError if the trace holds only counts, is too short (64 rows) or has too many experts, or an id is
-    impossible.
+    Args:
+        trace: A trace or the path of its file.
+        name: Name of the profile. By default that of the model.
+        seed: Chooses the requests that are looked at and draws the simulations.
+        sample_rows: The most rows that are looked at, in whole requests. By default the number that lets a fit take
+            less than two minutes.
+        progress: A function that gets a few words on what was reached, after each try.
+
+    Returns:
+        The profile. `save_profile` writes it, `generate` draws from it.
+
+    Raises:
+        MoetraceError: The trace holds only counts, is too short (64 rows), has fewer than 2 experts a layer or an
+            impossible id.
+        UsageError: The trace has too many layers and experts.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> model = mt.load_model("tiny-olmoe", {"moe_layers": 2, "experts": 8, "top_k": 2})
+        >>> trace = mt.generate_trace(model, requests=4, prompt=8, output=8)
+        >>> profile = mt.fit_profile(trace, name="mine")
+        >>> profile.name, profile.layers, profile.experts, profile.top_k
+        ('mine', 2, 8, 2)
     """
     check_router(str(trace.path or "trace in memory"), trace.layers, trace.num_experts, max(DIMENSIONS))
     sample = take_sample(trace, sample_rows, seed)
@@ -118,10 +137,18 @@ def search(
     progress: Callable[[str], object] | None = None,
     near: Profile | None = None,
 ) -> Profile:
-    """Search the profile with which a drawer that fills the schedule of `sample` has the moments `wanted`.
+    """Search the profile with which a drawer that fills the schedule of a sample has the wanted moments.
 
-    `wanted` float64 is in the order of `MOMENTS`, NaN where a moment is not known. What the known ones leave open stays
-    as it is in `near`.
+    Args:
+        sample: Whole requests of the trace.
+        wanted: Moments float64, in the order of `MOMENTS`; NaN where one is not known.
+        measured: What is measured directly.
+        seed: Seed of the simulations.
+        progress: A function that gets a few words after each try.
+        near: What the known moments leave open stays as it is here. By default it stays at the start of the search.
+
+    Returns:
+        The profile.
     """
     tried: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     dimensions = DIMENSIONS[0]

@@ -49,16 +49,39 @@ def import_traces(
     compress: str | None = None,
     writing: Progress | None = None,
 ) -> list[Path]:
-    """Write one trace file from the captures at `sources`, one after the other; requests are numbered anew.
+    """Write one trace file from what engines recorded, one source after the other.
 
-    A source is a file, or a folder for its files of one format. Where a source does not say its steps, consecutive
-    prefill rows of a request become one and each decode row a step of its own. With `decode_after` P, whatever the
-    capture says, the first P rows of each request are its prompt and the rest is decode; rows of the trace in the
-    ranges [start, stop) `uncounted` are not counted for that, and prefill. `model` names the model (a preset or a TOML
-    file); else the source's own name decides. It, or `hints`, also tells the sizes that a source does not say.
-    `writing` is told the rows (of counts, the steps) that were written. Returns the files that were read.
-    Raises MoetraceError if a source is not what it claims or the sources don't fit together, UsageError if what is said
-    contradicts them, is missing, or is a prompt of counts; then nothing is written.
+    docs/importing.md describes the formats. Requests get new numbers, in order of appearance. Where a source does not
+    say its steps, consecutive prefill rows of a request are one step, and each decode row is a step of its own.
+
+    Args:
+        sources: Files, or folders whose files are of one format; one or several.
+        path: The new trace file. It is whole, or nothing is written.
+        format: Name of the format. By default each source is recognized.
+        model: A preset's name or a TOML file: the model's name, and sizes that a source does not say. By default the
+            source's own name decides.
+        hints: Sizes that a source does not say.
+        decode_after: How many rows of each request are its prompt; the rest is decode, even if the source says
+            otherwise. By default the source decides.
+        uncounted: Ranges [start, stop) of rows of the trace that `decode_after` does not count; they are prefill.
+        compress: "zstd" or "gzip". By default data is contiguous, so that it can be memory-mapped.
+        writing: A function that gets the number of rows (of counts, steps) written since its last call.
+
+    Returns:
+        The files that were read.
+
+    Raises:
+        UsageError: What the user says contradicts the sources, is missing, or is a prompt of counts.
+        MoetraceError: A source is not what it claims, or the sources do not fit together.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> import numpy as np
+        >>> np.save("request-0.npy", np.array([[[3, 1]], [[1, 2]], [[0, 1]]], np.uint8))  # tokens, layers, top_k
+        >>> files = mt.import_traces("request-0.npy", "out.h5", hints=mt.Hints(num_experts=4), decode_after=2)
+        >>> with mt.Trace.open("out.h5") as trace:
+        ...     print(trace.rows, trace.steps, trace.source["format"])
+        3 2 vllm
     """
     if decode_after is not None and decode_after < 0:
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")

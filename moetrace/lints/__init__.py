@@ -29,11 +29,24 @@ __all__ = ["LEVELS", "RULES", "Finding", "Rule", "lint"]
 
 @accepts_path
 def lint(trace: Trace, progress: Progress | None = None) -> list[Finding]:
-    """Everything that is wrong or suspicious in `trace` (or the file of one), errors first, then warnings and notes.
+    """Find what is wrong or suspicious in a trace. docs/lint.md explains every code.
 
-    Reads every value once, a few MiB at a time, and compares it with the sha256s if the trace is a file. `progress` is
-    told how many rows (of counts, steps) were done.
-    Raises MoetraceError only if data can't be read at all.
+    Reads every value once, a few MiB at a time, and compares it with the sha256s if the trace is a file.
+
+    Args:
+        trace: A trace or the path of its file.
+        progress: A function that gets the number of rows (of a trace of counts, steps) since its last call.
+
+    Returns:
+        The findings, errors first, then warnings and notes.
+
+    Raises:
+        MoetraceError: Data cannot be read at all.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> [(found.level, found.code) for found in mt.lint("traces/tiny-olmoe.h5")]
+        [('note', 'gates-sum'), ('note', 'position-0-sink')]
     """
     digests: dict[str, Any] = {}
     check = (check_counts if "counts" in trace.has else _check_rows)(trace, digests, progress)

@@ -40,13 +40,25 @@ def leave_out(
     model: str | None = None,
     compress: str | None = None,
 ) -> LeftOut:
-    """Copy `trace` to `path` without the rows of `warm-up` and the layers of `dense-layer`, as lint finds them.
+    """Copy a trace without the rows of `warm-up` and the layers of `dense-layer`, as lint finds them.
 
-    Steps lose those rows, and go if they lose all; requests and positions stay as they are. Layers are judged by the
-    rows that stay. `model` names the model of what is left; else, if layers go, the name that was recorded decides.
-    `source` says under "left_out" what went. Memory does not grow with the trace.
-    Raises MoetraceError if the trace differs from its sha256s, nothing would be left, or what is left holds an
-    impossible value.
+    Steps lose those rows, and go if they lose all. Requests and positions stay as they are. Layers are judged by the
+    rows that stay. `source` says under "left_out" what went. Memory does not grow with the trace.
+
+    Args:
+        trace: The trace.
+        path: The new file.
+        warmup: Leave out the warm-up.
+        dense: Leave out dense layers.
+        model: Names the model of what is left. By default, if layers go, the name that was recorded decides.
+        compress: "zstd" or "gzip". By default data is contiguous.
+
+    Returns:
+        How many rows and which layers went.
+
+    Raises:
+        MoetraceError: The trace differs from its sha256s, nothing would be left, or what is left holds an impossible
+            value.
     """
     where = str(trace.path or "trace in memory")
     keep_inputs(path, [trace.path])

@@ -37,11 +37,11 @@ Policy = str | Path | PolicySpec | Callable
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What a replay found. Frames are made when first asked for.
+    """What a replay found. It makes each frame when you first ask for it; docs/results.md explains the columns.
 
     Attributes:
-        run: the engine's own record.
-        warnings: sentences about what may not be meant so.
+        run: The engine's own record.
+        warnings: Sentences about what may not be meant so.
     """
 
     run: Run
@@ -103,9 +103,14 @@ class Result:
         return timeline.counter_frame(self.run)
 
     def write_timeline(self, path: str | os.PathLike[str]) -> None:
-        """Write the timeline to a file (a name in .json.gz) that Perfetto and chrome://tracing open.
+        """Write the timeline to a file that Perfetto and chrome://tracing open.
 
-        Raises UsageError if `replay(timeline=...)` named no steps, MoetraceError if the system refuses.
+        Args:
+            path: The new file; its name ends in .json.gz.
+
+        Raises:
+            UsageError: `replay(timeline=...)` named no steps.
+            MoetraceError: The system refuses.
         """
         with whole_file(Path(path)) as file:
             timeline_file.write_timeline(self.run, file)
@@ -115,11 +120,17 @@ class Result:
         return summary.summary_dict(self.run, self._trace, self._policies)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write `summary.json` and the Parquet files into `folder`, which is made if need be: all of them or none.
+        """Write `summary.json` and the Parquet files into a folder: all of them or none.
 
-        A timeline that was recorded is written too; one of an earlier replay does not stay. Files of the same names
-        are replaced, others stay. Same trace, specs and version: same bytes.
-        Raises MoetraceError if the system refuses, UsageError if `folder` is a file.
+        Files of the same names are replaced, others stay. A timeline that was recorded is written too; one of an
+        earlier replay does not stay. The same trace, specs and version give the same bytes.
+
+        Args:
+            folder: The folder, which is made if it does not exist.
+
+        Raises:
+            UsageError: `folder` is a file.
+            MoetraceError: The system refuses.
         """
         with write.staged(folder) as temporary:
             self.write_into(temporary)
@@ -152,27 +163,41 @@ def replay(
     progress: Callable[[int], None] | None = None,
     timeline: Window = False,
 ) -> Result:
-    """Replay a trace (or the file of one) through policies, in one pass over it.
+    """Replay a trace through policies on a system, in one pass over it.
+
+    docs/timing-model.md defines every figure. The same trace, specs and version give the same result to the last bit.
 
     Args:
-        trace: what was routed.
-        system: a preset's name (by default `edge-ndp`), a TOML file or a System.
-        policies: each a preset's name (by default `monde` and `edge-ndp`), a TOML file, `file.py:function`, a
-            PolicySpec or a function made by `moetrace.policy`, which is then the dispatch beside an LRU cache.
-            Speed-ups are against the first. Equal names get a number.
-        model: like system; by default the preset that the trace names.
-        overrides: single fields by path, as in `{"system.ndp.units": 6}`, of `model`, `system` or `policy`;
-            `policy.FIELD` is set in every policy, `policy.NAME.FIELD` in that one.
-        slots: experts that the GPU can hold; by default as many as its memory has room for.
-        ignore_capacity: replay even if the experts do not fit the NDP units.
-        jobs: threads, by default one a policy, at most one a core. They do not change a bit of the result.
-        progress: is told how many rows were done since it was last told.
-        timeline: steps whose every slice of work is recorded, for `Result.timeline` and `Result.write_timeline`: a
-            window `(A, B)`, from step A up to B without it as in Python, or True for the first 16. Memory grows with
-            the window.
+        trace: A trace or the path of its file.
+        system: A preset's name, a TOML file or a System.
+        policies: One policy or several. Each is a preset's name, a TOML file, `file.py:function`, a PolicySpec or a
+            function. A function is the dispatch beside an LRU cache. Speed-ups are against the first policy. Equal
+            names get a number.
+        model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
+        overrides: New values of single fields, by path: `{"system.ndp.units": 6}`. A path begins with `model`, `system`
+            or `policy`. `policy.FIELD` is set in every policy, `policy.NAME.FIELD` in that one.
+        slots: Experts that the GPU can hold. By default its memory decides.
+        ignore_capacity: Replay even if the experts do not fit the NDP units.
+        jobs: Threads. By default one a policy, at most one a core. They do not change the result.
+        progress: A function that gets the number of rows since its last call.
+        timeline: The steps whose every slice of work is recorded, for `Result.timeline` and `Result.write_timeline`: a
+            window `(A, B)`, from step A up to B without it as in Python, or True for the first 16 steps. Memory grows
+            with the window.
 
-    Raises UsageError if something is unknown, wrong or does not go together, MoetraceError if a file is damaged or
-    cannot be read: one sentence that says what to do.
+    Returns:
+        The result. It has frames and `summary.json` as a dict, and `Result.write` writes files.
+
+    Raises:
+        UsageError: A name or value is unknown or wrong, or values do not go together. The message says what to do.
+        MoetraceError: A file is damaged or cannot be read.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> result = mt.replay("traces/tiny-olmoe.h5", policies=["monde", "edge-ndp"], slots=48)
+        >>> for name, total_s in result.summary.select("name", "total_s").rows():
+        ...     print(f"{name} {total_s:.2f} s")
+        monde 12.96 s
+        edge-ndp 5.93 s
     """
     if not isinstance(trace, Trace):
         with opened(trace) as found:

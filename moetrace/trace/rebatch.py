@@ -91,16 +91,35 @@ def rebatch(
     compress: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write to `path` the requests of one or more traces (or files), at most `batch` at a time, as the module says.
+    """Write the requests of one or more traces as the steps of a server that runs up to `batch` of them at a time.
 
-    Requests are admitted in the `order` in which they first appear in the traces ("arrival"), one trace after the
-    other, or in one drawn from `seed` ("shuffle"), and are numbered so. Experts, gates, tokens, phases and positions
-    stay with their row; recorded residency belongs to the old order and is left out. `compress` is the Writer's;
-    `progress` is told of rows as they are written.
+    docs/rebatch.md says what a step holds. Requests are numbered in the order of admission. Experts, gates, tokens,
+    phases and positions stay with their row. Recorded residency belongs to the old order and is left out. Memory is
+    about 40 bytes a row; for ids it is constant.
 
-    Takes about 40 bytes of memory a row, and constant memory for ids. Raises UsageError for parameters that make no
-    sense, MoetraceError if traces differ in shape or in what they hold, have counts only, hold an impossible id, or
-    differ from their sha256s; then nothing is written.
+    Args:
+        traces: A trace or the path of its file, or a sequence of these.
+        path: The new trace file. It is whole, or nothing is written.
+        batch: The most requests that run at a time.
+        chunk: The most prompt rows of a step, which also has the output rows of the other requests. By default a prompt
+            is a step of its own.
+        order: "arrival" admits requests as they first appear in the traces, one trace after the other; "shuffle" draws
+            the order from `seed`.
+        seed: Seed of "shuffle", from 0.
+        compress: "zstd" or "gzip". By default data is contiguous, so that it can be memory-mapped.
+        progress: A function that gets the number of rows written since its last call.
+
+    Raises:
+        UsageError: A parameter makes no sense, there is no trace, or `path` is one of the traces.
+        MoetraceError: Traces differ in shape or in what they hold, have only counts, hold an impossible id, or differ
+            from their sha256s; or the file cannot be written.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.rebatch("traces/tiny-olmoe.h5", "batched.h5", batch=16)
+        >>> with mt.Trace.open("batched.h5") as trace:
+        ...     print(trace.rows, trace.steps)
+        16414 597
     """
     _check(batch, chunk, order, seed)
     given = [traces] if isinstance(traces, Trace | str | os.PathLike) else traces

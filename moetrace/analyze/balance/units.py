@@ -47,11 +47,11 @@ class Balance:
     """What `balance` found. Imbalances are of one layer; nothing is pooled over layers.
 
     Attributes:
-        trace: what was judged and how, with plain values.
-        summary: a row for each plan: means and extremes over the layers, sums of seconds and bytes.
-        layers: a row for each plan and layer.
-        staleness: a row for each placement that is made from loads, and layer (null: all): what keeping a plan loses.
-        over_time: a row for each plan, layer and period of the judged steps: its mean imbalance.
+        trace: What was judged and how, with plain values.
+        summary: A row for each plan: means and extremes over the layers, sums of seconds and bytes.
+        layers: A row for each plan and layer.
+        staleness: A row for each placement that is made from loads, and layer (null: all): what keeping a plan loses.
+        over_time: A row for each plan, layer and period of the judged steps: its mean imbalance.
     """
 
     trace: dict[str, Any]
@@ -133,16 +133,40 @@ def balance(
     system: System | str | Path | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Balance:
-    """Say how evenly experts keep ``tier`` (a number of units, or a `Tier`) busy under placements and given ``plans``.
+    """Say how evenly experts keep units busy under placements and given plans.
 
-    ``trace`` is a trace or the path of its file. Of the steps of ``phase`` ("all", "prefill", "decode" or "mixed"),
-    those after the first ``window`` (half of them) are judged. A placement that is made from loads is judged three
-    times: made from the window and kept; made anew every ``interval`` steps (an eighth of those judged) from the last
-    ``window`` ones; and made from the very steps that it is judged on. With a ``system``, whose NDP units are taken
-    unless ``tier`` says how many, figures are in seconds too; ``model`` replaces the one that the trace names. Works on
-    ids and on counts, in constant memory. ``progress`` is told of rows.
+    Plans are made from the first part of the trace and judged on the rest. A placement that is made from loads is
+    judged three times: made from the window and kept; made again every `interval` steps from the last `window` ones;
+    and made from the very steps that it is judged on. docs/balance.md defines every figure. Memory is constant.
 
-    Raises UsageError for what makes no sense, MoetraceError (file, dataset, row) if the trace is damaged.
+    Args:
+        trace: A trace of ids or counts, or the path of its file.
+        placements: Keys of `PLACEMENTS`, or "tp:g". By default ep, ep-block, ep-lpt and eplb.
+        tier: The units: a number or a `Tier`. By default the NDP units of `system`; 8 without one.
+        window: How many steps plans are made from; those after them are judged. By default half of the steps.
+        interval: Steps after which a plan is made again. By default an eighth of the judged ones.
+        phase: The steps that count: "all", "prefill", "decode" or "mixed".
+        plans: Plans to judge, by name.
+        model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
+        system: A preset's name, a TOML file or a System. Figures are then in seconds too. By default none.
+        progress: A function that gets the number of rows since its last call.
+
+    Returns:
+        Frames of the plans, layers and periods.
+
+    Raises:
+        UsageError: A value makes no sense, or values do not go together.
+        MoetraceError: The trace is damaged, or has too few steps or too many experts.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> found = mt.balance("traces/tiny-olmoe.h5", ["ep", "eplb"], tier=8, phase="prefill")
+        >>> for placement, plan, imbalance in found.summary.select("placement", "plan", "imbalance").rows():
+        ...     print(f"{placement:4} {plan:11} {imbalance:.3f}")
+        ep   fixed       2.229
+        eplb kept        1.548
+        eplb re-made     1.564
+        eplb clairvoyant 1.544
     """
     machine, tier = _machine(trace, model, system, tier)
     span = span_of(trace, phase, window, interval)

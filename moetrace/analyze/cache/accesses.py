@@ -44,12 +44,18 @@ def accesses(
     chosen_by: bool = False,
     block_rows: int | None = None,
 ) -> Iterator[Accesses]:
-    """Yield the accesses of a trace, some MB (or, in whole steps, about so many rows) at a time.
+    """Yield the accesses of a trace in parts.
 
-    With `recorded` they bring what the engine recorded of its own residency, with `rows` the row of each, and
-    with `chosen_by` (at once) how many rows chose it.
+    Args:
+        trace: The trace.
+        sequential: One access at a time instead of together.
+        recorded: Bring what the engine recorded of its own residency.
+        rows: Bring the row of each access.
+        chosen_by: Bring how many rows chose it, if not `sequential`.
+        block_rows: About how many rows a part has, in whole steps. By default some MB.
 
-    Raises MoetraceError (file, dataset, row) if an id or a recorded residency is impossible.
+    Raises:
+        MoetraceError: An id or a recorded residency is impossible. The message names file, dataset and row.
     """
     done = 0
     for block in trace.blocks(block_rows):

@@ -32,12 +32,12 @@ class Locality:
     """What `locality` found. Nothing is pooled over layers.
 
     Attributes:
-        trace: sizes of the trace and what was looked at, with plain values.
-        summary: a row for each statistic: its mean, median, min and max over the layers that have it.
-        layers: a row for each layer, a column for each statistic; null where a layer does not have it.
-        overlap: a row for each layer and lag: overlap as it is, shuffled within requests, shuffled globally.
-        hit_curve: a row for each layer and capacity of an LRU cache: hit rate as it is, and shuffled globally.
-        load: a row for each layer and expert: choices in prefill and in decode rows.
+        trace: Sizes of the trace and what was looked at, with plain values.
+        summary: A row for each statistic: its mean, median, min and max over the layers that have it.
+        layers: A row for each layer, a column for each statistic; null where a layer does not have it.
+        overlap: A row for each layer and lag: overlap as it is, shuffled within requests, shuffled globally.
+        hit_curve: A row for each layer and capacity of an LRU cache: hit rate as it is, and shuffled globally.
+        load: A row for each layer and expert: choices in prefill and in decode rows.
     """
 
     trace: dict[str, Any]
@@ -64,18 +64,34 @@ def locality(
     sample_rows: int = rows.SAMPLE_ROWS,
     progress: Callable[[int], object] | None = None,
 ) -> Locality:
-    """Measure how skewed, how repetitive and how predictable the routing of a trace (or the file of one) is, by layer.
+    """Measure by layer how skewed, how repetitive and how predictable the routing of a trace is.
 
-    `phase` is "all", "prefill" or "decode": the rows that are looked at, as if there were no others; `skip_position_0`
-    leaves out the first row of each request too. `lags`, increasing, are those of the overlap. `pairs` = False leaves
-    out co-activation, which takes longest. The same `seed` gives the same shuffles and draws.
+    docs/locality.md defines every statistic. Counts, reuse distances and hit curves come from all rows, in constant
+    memory. The rest, and all shuffles, come from a sample of whole requests.
 
-    Counts, reuse distances and hit curves come from all rows, in constant memory. The rest, and all shuffles, from
-    whole requests of up to `sample_rows` rows in all, chosen at random; `result.trace` says how many those were.
-    `progress` is told the rows of each block that was read.
+    Args:
+        trace: A trace or the path of its file.
+        phase: The rows that are looked at, as if there were no others: "all", "prefill" or "decode".
+        skip_position_0: Leave out the first row of each request too.
+        lags: Distances in rows at which overlap is measured, increasing, 1 first, up to 4096.
+        pairs: Whether to measure co-activation, which takes longest.
+        seed: Seed of shuffles and draws, from 0.
+        sample_rows: The most rows of the sample. `Locality.trace` says how many it has.
+        progress: A function that gets the number of rows of each block.
 
-    Raises UsageError for an option that makes no sense; MoetraceError if the trace holds only counts, no row is left to
-    look at, or an id is impossible.
+    Returns:
+        Frames of the statistics, lags, capacities and loads.
+
+    Raises:
+        UsageError: An option makes no sense.
+        MoetraceError: The trace holds only counts, has no row to look at, is too large, or holds an impossible id.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> found = mt.locality("traces/tiny-olmoe.h5", phase="decode", pairs=False, sample_rows=2048)
+        >>> overlap = found.summary.filter(statistic="overlap").row(0, named=True)
+        >>> print(f"{overlap['median']:.3f}")
+        0.445
     """
     lags = _checked(phase, lags, seed, sample_rows)
     _check_sizes(trace)
