@@ -94,11 +94,11 @@ def _check_exclusive(out: Path, like: Path | None, save_profile: Path | None, pa
 
 def _fitted(like: Path, save_profile: Path | None, parameters: dict[str, Any], bar: "Progress") -> "Profile":
     """Fit a profile to the trace at `like`, and keep it if it is wanted."""
-    from moetrace import __version__
     from moetrace.generators import save_profile as save
     from moetrace.generators.fit import fit_profile
     from moetrace.spec import check_shape, load_model
     from moetrace.trace import Trace
+    from moetrace.version import __version__
 
     with Trace.open(like) as trace:
         if parameters["model"] is not None:
