@@ -99,11 +99,11 @@ def fit_profile(
     Raises MoetraceError if the trace holds only counts, is too short (64 rows) or has too many experts, or an id is
     impossible.
     """
-    check_router(str(trace.path or "trace in memory"), trace.layers, trace.num_experts, max(DIMENSIONS))
+    check_router(trace.shown, trace.layers, trace.num_experts, max(DIMENSIONS))
     sample = take_sample(trace, sample_rows, seed)
     if sample.first.size < SMALLEST_ROWS or trace.num_experts < 2:
         raise MoetraceError(
-            f"{trace.path or 'The trace'} has {sample.first.size} rows to fit and {trace.num_experts} experts a layer, "
+            f"{trace.shown} has {sample.first.size} rows to fit and {trace.num_experts} experts a layer, "
             f"but a fit needs {SMALLEST_ROWS} rows and 2 experts."
         )
     measured = _measure(trace, sample, name or trace.model or "fitted")

@@ -48,7 +48,7 @@ def leave_out(
     Raises MoetraceError if the trace differs from its sha256s, nothing would be left, or what is left holds an
     impossible value.
     """
-    where = str(trace.path or "trace in memory")
+    where = trace.shown
     keep_inputs(path, [trace.path])
     trace.verify_hashes()
     ranges = _warm_up_rows(trace) if warmup and "counts" not in trace.has else []
@@ -181,7 +181,7 @@ def _copy_rows(
             data = {name: trace.read(name, first, first + kept.size)[kept] for name in optional}
             data["experts"] = block.experts[kept]
             data |= {name: data[name][:, layers] for name in PER_CHOICE if name in data}
-            check_ids(str(trace.path or "trace in memory"), first, data["experts"], trace.num_experts)
+            check_ids(trace.shown, first, data["experts"], trace.num_experts)
             writer.append(
                 data.pop("experts"),
                 block.request[kept],

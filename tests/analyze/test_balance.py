@@ -372,7 +372,7 @@ def test_what_cannot_be_asked():
         ({"interval": 0}, "the interval is 0 steps"),
         ({"phase": "both"}, "phase is 'both'"),
         ({"system": "jetson-orin"}, "has no NDP units"),
-        ({"system": "edge-ndp"}, "seconds need a model, but the trace names '', which is no preset"),
+        ({"system": "edge-ndp"}, "seconds need a model, but trace in memory names '', which is no preset"),
         ({"system": "edge-ndp", "model": "mixtral-8x7b"}, "3 MoE layers of 7 experts, but the model mixtral-8x7b has"),
         ({"plans": {"a": Plan(1, np.zeros((2, 2, 4), np.int32))}, "tier": 2}, "the plan a is of 2 layers, 2 units"),
         ({"plans": {"a": Plan(1, np.zeros((3, 2, 4), np.int32))}, "tier": 3}, "the plan a is of 3 layers, 2 units"),

@@ -194,7 +194,7 @@ def span_of(trace: Trace, phase: str, window: int | None, interval: int | None) 
     which = "" if phase == "all" else f"{phase} "
     if steps.size < 2:
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has {steps.size} {which}steps, but a plan needs one to be made from and one "
+            f"{trace.shown} has {steps.size} {which}steps, but a plan needs one to be made from and one "
             f"to be judged on."
         )
     window = steps.size // 2 if window is None else window
@@ -219,8 +219,7 @@ def _machine(
     spec = model_of(trace, model)
     if spec is None:
         raise UsageError(
-            f"seconds need a model, but {trace.path or 'the trace'} names {trace.model!r}, which is no preset: "
-            f"name one with --model."
+            f"seconds need a model, but {trace.shown} names {trace.model!r}, which is no preset: name one with --model."
         )
     size = expert_bytes(trace, spec)
     weight_bytes = spec.expert_bytes() if trace.expert_bytes is None else size
@@ -230,7 +229,7 @@ def _machine(
 def _check_size(trace: Trace) -> None:
     if trace.layers > MAX_LAYERS or trace.layers * trace.num_experts > MAX_CELLS:
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has {trace.layers} layers of {trace.num_experts} experts; balance takes "
+            f"{trace.shown} has {trace.layers} layers of {trace.num_experts} experts; balance takes "
             f"{MAX_LAYERS} layers and {MAX_CELLS} experts at most."
         )
 
@@ -280,7 +279,7 @@ def _check_bytes(trace: Trace, machine: _Machine, lanes: list[Lane], span: Span)
     copies = max(lane.plan.slots for lane in lanes) * trace.layers * (span.judged.size // span.interval + 1)
     if machine.expert_bytes is not None and int(machine.expert_bytes.max()) * copies >= 2**63:
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has experts of {machine.expert_bytes.max()} bytes: what moves would be more "
+            f"{trace.shown} has experts of {machine.expert_bytes.max()} bytes: what moves would be more "
             f"than can be counted."
         )
 

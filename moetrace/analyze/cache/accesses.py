@@ -57,7 +57,7 @@ def accesses(
         record = np.zeros((0, 0, 0), np.uint8)
         if recorded:
             record = trace.read("recorded", first, first + len(block.request))
-            check_recorded(str(trace.path or "trace in memory"), first, record, block.experts)
+            check_recorded(trace.shown, first, record, block.experts)
         part = _accesses(trace, block, record, sequential, rows, chosen_by)._replace(first=done)
         done += part.key.size
         yield part
@@ -96,7 +96,7 @@ def _accesses(
     absent = absent_id(trace.num_experts)
     given = block.experts, record, offset, (first, stop), trace.num_experts, absent, bounds, key, out, row
     if not (_all_choices(*given) if sequential else _distinct_choices(*given, count)):
-        where = str(trace.path or "trace in memory")
+        where = trace.shown
         check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
         raise MoetraceError(f"{where}: /experts changed while it was read.")
     phase = trace.phase[block.first_step : block.first_step + block.steps]

@@ -231,11 +231,11 @@ def check_trace(trace: Trace, capacities: Sequence[Capacity], scope: str, sizes:
     in_bytes = next((capacity for capacity in capacities if capacity.unit == "bytes"), None)
     if in_bytes is not None and sizes is None:
         raise UsageError(
-            f"the capacity {in_bytes.label} needs the sizes of experts, but {trace.path or 'the trace'} has no "
+            f"the capacity {in_bytes.label} needs the sizes of experts, but {trace.shown} has no "
             f"/layers/expert_bytes and its model {trace.model!r} is no preset: name one with --model, or give the "
             f"capacity in experts."
         )
-    where, choices = trace.path or "the trace", trace.rows * trace.layers * trace.top_k
+    where, choices = trace.shown, trace.rows * trace.layers * trace.top_k
     if trace.layers * (trace.num_experts + 1) > MAX_KEYS:
         raise MoetraceError(
             f"{where} has {trace.layers} x {trace.num_experts} experts; caches take {MAX_KEYS} at most."

@@ -83,7 +83,7 @@ def locality(
     seen = rows.count_requests(trace, chosen)
     if seen.rows.sum() == 0:
         left = "rows" if phase == "all" else f"{phase} rows"
-        raise MoetraceError(f"{trace.path or 'trace in memory'} has no {left} to look at.")
+        raise MoetraceError(f"{trace.shown} has no {left} to look at.")
     sampler = Sampler(trace, seen, sample_rows, seed)
     counts = np.zeros((trace.layers, 2, trace.num_experts), np.int64)
     real = reuse.no_reuse(trace.layers, trace.num_experts)
@@ -273,9 +273,7 @@ def _check_sizes(trace: Trace) -> None:
         ("choices a row", trace.top_k, MOST_CHOICES),
     ):
         if size > most:
-            raise MoetraceError(
-                f"{trace.path or 'trace in memory'} has {size} {name}, but locality takes up to {most}."
-            )
+            raise MoetraceError(f"{trace.shown} has {size} {name}, but locality takes up to {most}.")
 
 
 def _facts(trace: Trace, chosen: Chosen, seen: rows.Requests, sample: Sample, seed: int) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def blocks(trace: Trace, chosen: Chosen) -> Iterator[tuple[Block, np.ndarray, np
 
 def check(trace: Trace, block: Block) -> None:
     """Raise a MoetraceError that names row and layer if a choice of the block is impossible."""
-    where = str(trace.path or "trace in memory")
+    where = trace.shown
     schema.check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)
 
 
