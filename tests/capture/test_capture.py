@@ -10,9 +10,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from support.tiny_models import CAPTURED, EXPERTS, FAMILIES, TOP_K, build, prompts, save  # noqa: E402
 
-from moetrace.capture.capture import Sampling, capture, draw_token  # noqa: E402
-from moetrace.capture.model import load_weights, open_folder  # noqa: E402
+from moetrace.capture.checkpoint import load_weights, open_folder  # noqa: E402
 from moetrace.capture.routers import Recorder, find_routers  # noqa: E402
+from moetrace.capture.session import Sampling, capture, draw_token  # noqa: E402
 from moetrace.spec.errors import MoetraceError, UsageError  # noqa: E402
 from moetrace.trace import Trace  # noqa: E402
 
@@ -391,7 +391,7 @@ def test_same_capture_same_bytes_and_no_path(folder, tmp_path):
 
 def test_long_captures_are_written_in_blocks(folder, tmp_path, monkeypatch):
     whole = captured(folder("olmoe"), tmp_path / "a.h5", batch=2)
-    monkeypatch.setattr("moetrace.capture.capture.BLOCK_BYTES", 100)
+    monkeypatch.setattr("moetrace.capture.session.BLOCK_BYTES", 100)
     captured(folder("olmoe"), tmp_path / "b.h5", batch=2)
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
     captured(folder("olmoe"), tmp_path / "c.h5", batch=2, compress="zstd")
