@@ -42,7 +42,7 @@ ITERATIONS = 8
 PULL, HELD = 0.03, 30.0  # of a parameter towards its start: weak, to decide what moments leave open; and to hold it
 
 
-class Measured(NamedTuple):
+class MeasuredTrace(NamedTuple):
     """What is measured directly and the search leaves alone.
 
     profile: fields of the profile, skew and curve among them; skew is the one that the search scales.
@@ -113,7 +113,7 @@ def fit_profile(
 def search(
     sample: Sample,
     wanted: np.ndarray,
-    measured: Measured,
+    measured: MeasuredTrace,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
     near: Profile | None = None,
@@ -150,7 +150,7 @@ class _Search:
         self,
         sample: Sample,
         wanted: np.ndarray,
-        measured: Measured,
+        measured: MeasuredTrace,
         dimensions: int,
         seed: int,
         progress: Callable[[str], object] | None,
@@ -205,7 +205,7 @@ class _Search:
         return weights_of(profile, self.seed ^ index, near)
 
 
-def _profile(measured: Measured, dimensions: int, parameters: np.ndarray, digits: int = 17) -> Profile:
+def _profile(measured: MeasuredTrace, dimensions: int, parameters: np.ndarray, digits: int = 17) -> Profile:
     """Turn the parameters of a search into a profile.
 
     They are the logarithms of the shares of request, slow and fast memory over what is not memory, of slow and fast
@@ -259,7 +259,7 @@ def take_sample(trace: Trace, sample_rows: int | None = None, seed: int = 0) -> 
     return sampler.sample
 
 
-def _measure(trace: Trace, sample: Sample, name: str) -> Measured:
+def _measure(trace: Trace, sample: Sample, name: str) -> MeasuredTrace:
     experts = trace.num_experts
     counts = np.zeros((trace.layers, 1, experts), np.int64)
     label = np.zeros(sample.first.size, np.uint8)
@@ -278,7 +278,7 @@ def _measure(trace: Trace, sample: Sample, name: str) -> Measured:
     sinks = np.array([requests.sink(ids, experts) for ids in first])
     sinks = sinks[~np.isnan(sinks)]  # of a single request, or of absent choices only
     token = _tokens(trace, sample)
-    return Measured(
+    return MeasuredTrace(
         {
             "name": name,
             "model": trace.model or name,

@@ -55,9 +55,9 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
     from rich.progress import Progress
 
     from moetrace.cli.compiling import announce_compiling
-    from moetrace.generators import Schedule, check_seed, generate
+    from moetrace.generators import BatchSchedule, check_seed, generate
 
-    schedule = Schedule(*(parameters[name] for name in Schedule._fields))
+    schedule = BatchSchedule(*(parameters[name] for name in BatchSchedule._fields))
     schedule.check()
     check_seed(parameters["seed"])
     hidden = not sys.stderr.isatty()
