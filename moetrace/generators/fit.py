@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.analyze.locality import predict, requests, reuse, rows, skew
-from moetrace.analyze.locality.counts import count
+from moetrace.analyze.locality import predict, request_spread, reuse, rows, skew
+from moetrace.analyze.locality.chosen_counts import count
 from moetrace.analyze.locality.overlap import mark, marked_overlap
 from moetrace.analyze.locality.rows import ABSENT, Chosen, Sample, Sampler
 from moetrace.generators.imitate import ProfileDrawer, Tables, make_tables, weights_of
@@ -75,7 +75,7 @@ def moments(sample: Sample, experts: int) -> np.ndarray:
         found[layer, 6] = curve[max(1, experts // 4) - 1]
         if layer + 1 < len(sample.ids):
             found[layer, 7] = predict.recall(ids, sample.ids[layer + 1], train, test, 0, experts)[0]
-        found[layer, 8] = requests.between_requests(ids, sample.starts, experts)
+        found[layer, 8] = request_spread.between_requests(ids, sample.starts, experts)
         found[layer, 9] = skew.jsd_bits(*counts)
     known = ~np.isnan(found)
     return np.where(known.any(axis=0), np.nansum(found, axis=0) / np.maximum(known.sum(axis=0), 1), np.nan)
@@ -275,7 +275,7 @@ def _measure(trace: Trace, sample: Sample, name: str) -> MeasuredTrace:
         (ranked / spread[:, None]).mean(axis=0),
     )
     first = sample.ids[:, sample.position_0]
-    sinks = np.array([requests.sink(ids, experts) for ids in first])
+    sinks = np.array([request_spread.sink(ids, experts) for ids in first])
     sinks = sinks[~np.isnan(sinks)]  # of a single request, or of absent choices only
     token = _tokens(trace, sample)
     return MeasuredTrace(

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moetrace.analyze.locality import null, predict, requests, reuse, rows, skew
+from moetrace.analyze.locality import null, predict, request_spread, reuse, rows, skew
+from moetrace.analyze.locality.chosen_counts import count
 from moetrace.analyze.locality.coactivation import coactivation
-from moetrace.analyze.locality.counts import count
 from moetrace.analyze.locality.overlap import LAGS, mark, marked_overlap
 from moetrace.analyze.locality.reuse import Reuse
 from moetrace.analyze.locality.rows import Chosen, Sample, Sampler
@@ -199,8 +199,8 @@ class _Measure:
     def _requests(self, layer: int) -> dict[str, Any]:
         ids = self.sample.ids[layer]
         return {
-            "icc": requests.between_requests(ids, self.starts, self.experts),
-            "sink": requests.sink(ids[self.sample.position_0], self.experts),
+            "icc": request_spread.between_requests(ids, self.starts, self.experts),
+            "sink": request_spread.sink(ids[self.sample.position_0], self.experts),
         }
 
     def _phases(self, layer: int) -> dict[str, Any]:
@@ -276,7 +276,7 @@ def _check_sizes(trace: Trace) -> None:
             raise MoetraceError(f"{trace.shown} has {size} {name}, but locality takes up to {most}.")
 
 
-def _facts(trace: Trace, chosen: Chosen, seen: rows.Requests, sample: Sample, seed: int) -> dict[str, Any]:
+def _facts(trace: Trace, chosen: Chosen, seen: rows.RequestRows, sample: Sample, seed: int) -> dict[str, Any]:
     return {
         "model": trace.model,
         "layers": trace.layers,
