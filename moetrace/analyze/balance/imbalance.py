@@ -23,7 +23,7 @@ class Cost(NamedTuple):
     expert_bytes: np.ndarray  # float64 [L, E]
 
 
-class Tally(NamedTuple):
+class ImbalanceTally(NamedTuple):
     """What is kept of the steps so far, of each layer."""
 
     sums: np.ndarray  # float64 [L, len(SUMS)]
@@ -48,9 +48,9 @@ class _Heap(NamedTuple):
     copies: np.ndarray  # int64 [E]
 
 
-def new_tally(layers: int, periods: int) -> Tally:
+def new_tally(layers: int, periods: int) -> ImbalanceTally:
     """Return a tally of no steps."""
-    return Tally(
+    return ImbalanceTally(
         np.zeros((layers, len(SUMS))),
         np.zeros(layers),
         np.zeros((layers, PARTS + 1), np.int64),
@@ -59,7 +59,7 @@ def new_tally(layers: int, periods: int) -> Tally:
     )
 
 
-def percentile(tally: Tally, share: float) -> np.ndarray:
+def percentile(tally: ImbalanceTally, share: float) -> np.ndarray:
     """Return the least imbalance in rows that ``share`` of each layer's steps do not exceed, float64 [L]; NaN if none.
 
     It is that of a step, but may be a higher one's: by a factor of bins ** (1 / PARTS) at most.

@@ -10,7 +10,7 @@ from moetrace.jit.compile import kernel
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import NOT_RECORDED, PHASE_NAMES
 
-# Columns of a lane's totals.
+# Columns of a tally's totals.
 HITS, MISSED_BYTES, RECORDED, AGREEING = 0, 1, 2, 3
 MAX_GROUPS = 4096  # of requests, that a bootstrap draws from
 _DRAWS, _AT_A_TIME = 1000, 50
