@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from moetrace.cli.commands.lint import say_found
-from moetrace.cli.options.given import refuse
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
+from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import said_of
 from moetrace.spec.errors import counted
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moetrace.cli.options.given import refuse
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
+from moetrace.cli.options.without_effect import refuse
 from moetrace.spec.errors import UsageError, counted, printable
 
 if TYPE_CHECKING:
