@@ -113,6 +113,7 @@ def intervals(hits: np.ndarray, accesses: np.ndarray, seed: int) -> tuple[np.nda
 
 @kernel(inline=False)
 def _count(key, row, bounds, layers, phase, group, demand):
+    """Add the accesses of whole steps to ``demand``; key int32 [n], row int32 [n], group int32 [rows]."""
     counts = demand.counts
     for step in range(phase.size):
         start, stop, first = bounds[step * layers], bounds[(step + 1) * layers], 0
