@@ -44,7 +44,7 @@ class Router(NamedTuple):
         return f"{type(self.module).__name__} ({self.path})"
 
 
-class Choices(NamedTuple):
+class RouterChoices(NamedTuple):
     """What the routers chose for some rows; both arrays are [rows, layers, top_k]."""
 
     experts: np.ndarray  # uint8 or uint16
@@ -109,7 +109,7 @@ class Recorder:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._remove()
 
-    def take(self, rows: int, keep: np.ndarray | None = None) -> Choices:
+    def take(self, rows: int, keep: np.ndarray | None = None) -> RouterChoices:
         """The choices of the one pass that the model made since the last `take`.
 
         Args:
@@ -132,7 +132,7 @@ class Recorder:
         experts, gates = (np.stack(arrays, axis=1) for arrays in zip(*parts, strict=True))
         if keep is not None:
             experts, gates = experts[keep], gates[keep]
-        return Choices(self._checked_ids(experts), self._checked_gates(gates))
+        return RouterChoices(self._checked_ids(experts), self._checked_gates(gates))
 
     def _hook(self, router: Router) -> Callable[[Any, Any, Any], None]:
         def record(module: Any, inputs: Any, output: Any) -> None:  # what is not None would replace the output

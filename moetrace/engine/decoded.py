@@ -111,7 +111,7 @@ def _ahead_steps(trace: Trace, needs: Needs) -> int:
 def _demand(trace: Trace, block: Block) -> Demand:
     demand = demand_of(block.experts, block.offset, trace.num_experts)
     if demand is None:
-        where = str(trace.path or "trace in memory")
+        where = trace.shown
         check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
         raise MoetraceError(f"{where}: /experts changed while it was read.")
     return demand

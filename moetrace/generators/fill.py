@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moetrace.generators.batch_schedule import BatchSchedule
 from moetrace.generators.imitate import ProfileDrawer
 from moetrace.generators.profile import Profile, load_profile
-from moetrace.generators.schedule import Schedule
 from moetrace.generators.zipf import ZipfDrawer
 from moetrace.spec import check_shape, load_model
 from moetrace.spec.errors import UsageError
@@ -30,7 +30,7 @@ class _Plan(NamedTuple):
     layers: int
     experts: int
     top_k: int
-    schedule: Schedule
+    schedule: BatchSchedule
     drawer: ZipfDrawer | ProfileDrawer
     source: dict[str, Any]
 
@@ -83,7 +83,7 @@ def generate(
         ...     print(trace.rows, trace.steps, trace.phase)
         14 5 [0 0 1 1 1]
     """
-    plan = _prepare(model, Schedule(requests, prompt, output, batch), zipf, stick, profile, seed)
+    plan = _prepare(model, BatchSchedule(requests, prompt, output, batch), zipf, stick, profile, seed)
     with Writer(
         path,
         model=plan.name,
@@ -139,7 +139,7 @@ def generate_trace(
         >>> trace.model, trace.rows, trace.layers, trace.num_experts, trace.top_k
         ('gpt-oss-20b', 32, 24, 32, 4)
     """
-    plan = _prepare(model, Schedule(requests, prompt, output, batch), zipf, stick, profile, seed)
+    plan = _prepare(model, BatchSchedule(requests, prompt, output, batch), zipf, stick, profile, seed)
     blocks = list(plan.schedule.blocks(plan.block_rows))
     request, position, step_rows, phase = (np.concatenate(column) for column in zip(*blocks, strict=True))
     return Trace.from_arrays(
@@ -156,7 +156,7 @@ def generate_trace(
 
 def _prepare(
     model: Model | str | Path | None,
-    schedule: Schedule,
+    schedule: BatchSchedule,
     zipf: float | None,
     stick: float | None,
     profile: Profile | str | Path | None,
@@ -180,7 +180,7 @@ def _prepare(
     return _Plan(model.name, model.moe_layers, model.experts, model.top_k, schedule, drawer, source)
 
 
-def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedule: Schedule, seed: int) -> _Plan:
+def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedule: BatchSchedule, seed: int) -> _Plan:
     name, top_k = profile.model, profile.top_k
     if model is not None:
         model = load_model(model)

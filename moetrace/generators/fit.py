@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.analyze.locality import predict, requests, reuse, rows, skew
-from moetrace.analyze.locality.counts import count
+from moetrace.analyze.locality import predict, request_spread, reuse, rows, skew
+from moetrace.analyze.locality.chosen_counts import count
 from moetrace.analyze.locality.overlap import mark, marked_overlap
 from moetrace.analyze.locality.rows import ABSENT, Chosen, Sample, Sampler
 from moetrace.generators.imitate import ProfileDrawer, Tables, make_tables, weights_of
@@ -42,7 +42,7 @@ ITERATIONS = 8
 PULL, HELD = 0.03, 30.0  # of a parameter towards its start: weak, to decide what moments leave open; and to hold it
 
 
-class Measured(NamedTuple):
+class MeasuredTrace(NamedTuple):
     """What is measured directly and the search leaves alone.
 
     profile: fields of the profile, skew and curve among them; skew is the one that the search scales.
@@ -75,7 +75,7 @@ def moments(sample: Sample, experts: int) -> np.ndarray:
         found[layer, 6] = curve[max(1, experts // 4) - 1]
         if layer + 1 < len(sample.ids):
             found[layer, 7] = predict.recall(ids, sample.ids[layer + 1], train, test, 0, experts)[0]
-        found[layer, 8] = requests.between_requests(ids, sample.starts, experts)
+        found[layer, 8] = request_spread.between_requests(ids, sample.starts, experts)
         found[layer, 9] = skew.jsd_bits(*counts)
     known = ~np.isnan(found)
     return np.where(known.any(axis=0), np.nansum(found, axis=0) / np.maximum(known.sum(axis=0), 1), np.nan)
@@ -118,11 +118,11 @@ def fit_profile(
         >>> profile.name, profile.layers, profile.experts, profile.top_k
         ('mine', 2, 8, 2)
     """
-    check_router(str(trace.path or "trace in memory"), trace.layers, trace.num_experts, max(DIMENSIONS))
+    check_router(trace.shown, trace.layers, trace.num_experts, max(DIMENSIONS))
     sample = take_sample(trace, sample_rows, seed)
     if sample.first.size < SMALLEST_ROWS or trace.num_experts < 2:
         raise MoetraceError(
-            f"{trace.path or 'The trace'} has {sample.first.size} rows to fit and {trace.num_experts} experts a layer, "
+            f"{trace.shown} has {sample.first.size} rows to fit and {trace.num_experts} experts a layer, "
             f"but a fit needs {SMALLEST_ROWS} rows and 2 experts."
         )
     measured = _measure(trace, sample, name or trace.model or "fitted")
@@ -132,7 +132,7 @@ def fit_profile(
 def search(
     sample: Sample,
     wanted: np.ndarray,
-    measured: Measured,
+    measured: MeasuredTrace,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
     near: Profile | None = None,
@@ -177,7 +177,7 @@ class _Search:
         self,
         sample: Sample,
         wanted: np.ndarray,
-        measured: Measured,
+        measured: MeasuredTrace,
         dimensions: int,
         seed: int,
         progress: Callable[[str], object] | None,
@@ -232,7 +232,7 @@ class _Search:
         return weights_of(profile, self.seed ^ index, near)
 
 
-def _profile(measured: Measured, dimensions: int, parameters: np.ndarray, digits: int = 17) -> Profile:
+def _profile(measured: MeasuredTrace, dimensions: int, parameters: np.ndarray, digits: int = 17) -> Profile:
     """Turn the parameters of a search into a profile.
 
     They are the logarithms of the shares of request, slow and fast memory over what is not memory, of slow and fast
@@ -286,7 +286,7 @@ def take_sample(trace: Trace, sample_rows: int | None = None, seed: int = 0) -> 
     return sampler.sample
 
 
-def _measure(trace: Trace, sample: Sample, name: str) -> Measured:
+def _measure(trace: Trace, sample: Sample, name: str) -> MeasuredTrace:
     experts = trace.num_experts
     counts = np.zeros((trace.layers, 1, experts), np.int64)
     label = np.zeros(sample.first.size, np.uint8)
@@ -302,10 +302,10 @@ def _measure(trace: Trace, sample: Sample, name: str) -> Measured:
         (ranked / spread[:, None]).mean(axis=0),
     )
     first = sample.ids[:, sample.position_0]
-    sinks = np.array([requests.sink(ids, experts) for ids in first])
+    sinks = np.array([request_spread.sink(ids, experts) for ids in first])
     sinks = sinks[~np.isnan(sinks)]  # of a single request, or of absent choices only
     token = _tokens(trace, sample)
-    return Measured(
+    return MeasuredTrace(
         {
             "name": name,
             "model": trace.model or name,

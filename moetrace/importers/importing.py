@@ -27,7 +27,7 @@ Progress = Callable[[int], object]
 PathLike = str | os.PathLike[str]
 
 
-class _Rows(NamedTuple):
+class _TraceRows(NamedTuple):
     """The rows and steps of a capture, as a trace has them."""
 
     request: np.ndarray  # int32 [rows]: 0, 1, ... in order of appearance
@@ -172,7 +172,7 @@ def _write_counts(path: Path, captures: list[Counts], facts: dict[str, Any], wri
 
 
 def _write_rows(
-    path: Path, captures: list[Capture], tables: list[_Rows], facts: dict[str, Any], writing: Progress | None
+    path: Path, captures: list[Capture], tables: list[_TraceRows], facts: dict[str, Any], writing: Progress | None
 ) -> None:
     first = captures[0]
     mixed = any((rows.step_phase == MIXED).any() for rows in tables)
@@ -191,7 +191,7 @@ def _write_rows(
             requests += int(rows.request.max()) + 1
 
 
-def _append(writer: Writer, capture: Capture, rows: _Rows, mixed: bool, writing: Progress) -> None:
+def _append(writer: Writer, capture: Capture, rows: _TraceRows, mixed: bool, writing: Progress) -> None:
     """Append a capture in parts that end where a step ends."""
     where = _where(capture)
     ends = np.cumsum(rows.step_rows)
@@ -229,7 +229,9 @@ def _append(writer: Writer, capture: Capture, rows: _Rows, mixed: bool, writing:
         done, step = end, stop
 
 
-def _tables(captures: list[Capture], decode_after: int | None, uncounted: Sequence[tuple[int, int]]) -> list[_Rows]:
+def _tables(
+    captures: list[Capture], decode_after: int | None, uncounted: Sequence[tuple[int, int]]
+) -> list[_TraceRows]:
     rows = [capture.request.size for capture in captures]
     counted = np.ones(sum(rows), bool)
     for start, stop in uncounted:
@@ -238,7 +240,7 @@ def _tables(captures: list[Capture], decode_after: int | None, uncounted: Sequen
     return [_rows(capture, decode_after, part) for capture, part in zip(captures, parts, strict=True)]
 
 
-def _rows(capture: Capture, decode_after: int | None, counted: np.ndarray) -> _Rows:
+def _rows(capture: Capture, decode_after: int | None, counted: np.ndarray) -> _TraceRows:
     """Number requests in order of appearance, and cut rows into steps where the source doesn't."""
     _, first, inverse = np.unique(capture.request, return_index=True, return_inverse=True)
     request = np.argsort(np.argsort(first))[inverse].astype(np.int32)
@@ -246,10 +248,10 @@ def _rows(capture: Capture, decode_after: int | None, counted: np.ndarray) -> _R
     if decode_after is not None:
         phase, step_rows = _phase_after(request, decode_after, counted), None
     if step_rows is None:
-        return _Rows(request, capture.position, phase, *_steps(request, phase))
+        return _TraceRows(request, capture.position, phase, *_steps(request, phase))
     starts = np.cumsum(step_rows) - step_rows
     low, high = (f.reduceat(phase, starts) for f in (np.minimum, np.maximum))
-    return _Rows(request, capture.position, phase, step_rows, np.where(low == high, low, MIXED).astype(np.uint8))
+    return _TraceRows(request, capture.position, phase, step_rows, np.where(low == high, low, MIXED).astype(np.uint8))
 
 
 def _phase_after(request: np.ndarray, decode_after: int, counted: np.ndarray) -> np.ndarray:

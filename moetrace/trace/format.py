@@ -17,6 +17,8 @@ from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, Block, Count
 from moetrace.trace.writer import CountsWriter, Writer
 from moetrace.version import __version__
 
+IN_MEMORY = "trace in memory"  # what messages call a trace without a file
+
 
 class Trace:
     """What was routed: `top_k` expert ids for each token row and MoE layer. Rows stand in steps, steps in time order.
@@ -25,6 +27,7 @@ class Trace:
 
     Attributes:
         path: The file; None for a trace in memory.
+        shown: What messages call it: its path, or "trace in memory".
         model: Name of the model that was traced.
         source: Where the ids are from.
         created_by: Program and version that wrote the file.
@@ -44,11 +47,11 @@ class Trace:
     def __init__(self, path: Path | None, attributes: Mapping[str, Any], columns: Mapping[str, Column]) -> None:
         """Check the parts of a trace. Use `Trace.open` or `Trace.from_arrays` to make one."""
         self.path = path
-        self._where = str(path) if path else "trace in memory"
+        self.shown = str(path or IN_MEMORY)
         self._file = None
         self._columns = columns
         self.model = schema.plain_text(attributes["model"])
-        self.source: dict[str, Any] = schema.plain_json(f"{self._where}: source", attributes["source"])
+        self.source: dict[str, Any] = schema.plain_json(f"{self.shown}: source", attributes["source"])
         self.created_by = schema.plain_text(attributes["created_by"])
         self.num_experts: int = attributes["num_experts"]
         self.top_k: int = attributes["top_k"]
@@ -57,9 +60,9 @@ class Trace:
         self.expert_bytes = self._whole("expert_bytes") if "expert_bytes" in columns else None
         self.layers, self.steps = self.layer_index.size, self.phase.size
         self.rows = int(self.offset[-1]) if "counts" in columns else columns["experts"].shape[0]
-        schema.check_sizes(self._where, self.num_experts, self.top_k, self.layers, self.rows, self.steps)
-        schema.check_layers(self._where, self.layer_index, self.expert_bytes, self.num_experts)
-        schema.check_steps(self._where, self.offset, self.phase, self.rows, bool(self.has & {"row_phase", "counts"}))
+        schema.check_sizes(self.shown, self.num_experts, self.top_k, self.layers, self.rows, self.steps)
+        schema.check_layers(self.shown, self.layer_index, self.expert_bytes, self.num_experts)
+        schema.check_steps(self.shown, self.offset, self.phase, self.rows, bool(self.has & {"row_phase", "counts"}))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Trace":
@@ -134,7 +137,7 @@ class Trace:
         if np.ndim(experts) != 3:
             raise MoetraceError(f"experts has shape {np.shape(experts)}, but must be [rows, layers, top_k].")
         rows, layers, top_k = np.shape(experts)
-        schema.check_sizes("trace in memory", num_experts, top_k, layers, rows, 1)
+        schema.check_sizes(IN_MEMORY, num_experts, top_k, layers, rows, 1)
         request = np.zeros(rows, np.int32) if request is None else request
         steps = np.ones(rows, np.int64) if steps is None else schema.as_dtype("steps", steps, np.dtype("<i8"))
         given = {
@@ -214,7 +217,7 @@ class Trace:
         checked here.
         """
         if "counts" not in self.has:
-            raise MoetraceError(f"{self._where} has no counts.")
+            raise MoetraceError(f"{self.shown} has no counts.")
         steps = max(1, BLOCK_BYTES // (8 * self.layers * self.num_experts))
         return (self._counts(first, min(first + steps, self.steps)) for first in range(0, self.steps, steps))
 
@@ -244,7 +247,7 @@ class Trace:
             (2, 6, 4) [0 1 2 3]
         """
         if name not in self._columns:
-            raise MoetraceError(f"{self._where} has no {name}.")
+            raise MoetraceError(f"{self.shown} has no {name}.")
         column = self._columns[name]
         start, stop, _ = slice(start, stop).indices(column.shape[0])
         return column.read(start, max(start, stop))
@@ -253,16 +256,16 @@ class Trace:
         """Read everything: raise MoetraceError on a dataset that differs from its sha256, or an impossible value."""
         lacking = [column.path for column in self._columns.values() if column.sha256 is None]
         if self.path is not None and lacking:
-            raise MoetraceError(f"{self._where}: {lacking[0]} has no sha256 to compare with.")
+            raise MoetraceError(f"{self.shown}: {lacking[0]} has no sha256 to compare with.")
         self.verify_hashes()
         if "counts" in self.has:
             return
         for block in self.blocks():
             first = int(self.offset[block.first_step])
-            schema.check_ids(self._where, first, block.experts, self.num_experts)
+            schema.check_ids(self.shown, first, block.experts, self.num_experts)
             if "recorded" in self.has:
                 schema.check_recorded(
-                    self._where, first, self.read("recorded", first, first + len(block.request)), block.experts
+                    self.shown, first, self.read("recorded", first, first + len(block.request)), block.experts
                 )
 
     def verify_hashes(self) -> None:
@@ -272,7 +275,7 @@ class Trace:
         """
         for column in self._columns.values():
             if column.sha256 is not None and _sha256(column) != column.sha256:
-                raise MoetraceError(f"{self._where}: {column.path} differs from its sha256, so the file was damaged.")
+                raise MoetraceError(f"{self.shown}: {column.path} differs from its sha256, so the file was damaged.")
 
     @property
     def content_sha256(self) -> str | None:
@@ -325,7 +328,7 @@ class Trace:
             for block in self.blocks():
                 first = int(self.offset[block.first_step])
                 steps = slice(block.first_step, block.first_step + block.steps)
-                schema.check_ids(self._where, first, block.experts, self.num_experts)
+                schema.check_ids(self.shown, first, block.experts, self.num_experts)
                 more = {name: self.read(name, first, first + len(block.request)) for name in optional}
                 writer.append(
                     block.experts, block.request, block.position, np.diff(block.offset), self.phase[steps], **more
@@ -341,7 +344,7 @@ class Trace:
     def check_has_rows(self) -> None:
         """Raise a MoetraceError if the trace holds only counts."""
         if "counts" in self.has:
-            raise MoetraceError(f"{self._where} holds only counts of ids (/counts), but this needs the ids themselves.")
+            raise MoetraceError(f"{self.shown} holds only counts of ids (/counts), but this needs the ids themselves.")
 
     def _step_ranges(self, rows: int) -> Iterator[tuple[int, int]]:
         first = 0
@@ -357,16 +360,16 @@ class Trace:
         phase = np.repeat(self.phase[first:stop], np.diff(offset))
         if "row_phase" in self.has:
             stated, phase = phase, self._columns["row_phase"].read(start, end)
-            schema.check_row_phase(self._where, start, phase, stated)
+            schema.check_row_phase(self.shown, start, phase, stated)
         request, position = (self._columns[name].read(start, end) for name in ("request", "position"))
         part = Rows(first, stop - first, offset, request, position, phase)
-        schema.check_rows(self._where, start, part)
+        schema.check_rows(self.shown, start, part)
         return part
 
     def _whole(self, name: str) -> np.ndarray:
         column = self._columns[name]
         if column.storage == "stored" and math.prod(column.shape) * column.dtype.itemsize > WHOLE_BYTES:
-            raise MoetraceError(f"{self._where}: {column.path} is too large to be compressed.")
+            raise MoetraceError(f"{self.shown}: {column.path} is too large to be compressed.")
         return column.read(0, column.shape[0])
 
 

@@ -131,7 +131,7 @@ def rebatch(
         parameters = {"batch": batch, "chunk": chunk, "order": order} | ({"seed": seed} if order == "shuffle" else {})
         first, kinds = opened[0], [_kind(trace) for trace in opened]
         for trace, kind in zip(opened[1:], kinds[1:], strict=True):
-            schema.check_alike(_where(first), kinds[0], _where(trace), kind, _Kind._fields)
+            schema.check_alike(first.shown, kinds[0], trace.shown, kind, _Kind._fields)
         for trace in opened:
             trace.verify_hashes()
         rows, hashes = _read_rows(opened, order, seed)
@@ -170,10 +170,6 @@ def _check(batch: int, chunk: int | None, order: str, seed: int) -> None:
         raise UsageError(f"order is {order!r}, but must be {' or '.join(ORDERS)}.")
 
 
-def _where(trace: Trace) -> str:
-    return str(trace.path) if trace.path else "trace in memory"
-
-
 def _kind(trace: Trace) -> _Kind:
     optional = tuple(name for name in _KEPT if name in trace.has)
     return _Kind(trace.num_experts, trace.top_k, trace.layer_index, trace.expert_bytes, optional)
@@ -192,7 +188,7 @@ def _read_rows(traces: Sequence[Trace], order: str, seed: int) -> tuple[_Rows, l
     for trace in traces:
         digest, parts, first_row = hashlib.sha256(), [], 0
         for block in trace.blocks():
-            schema.check_ids(_where(trace), first_row, block.experts, trace.num_experts)
+            schema.check_ids(trace.shown, first_row, block.experts, trace.num_experts)
             digest.update(block.experts.data)
             first_row += len(block.request)
             parts.append(block.request)

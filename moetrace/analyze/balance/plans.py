@@ -196,6 +196,7 @@ def _by_bin(bin_of_expert: np.ndarray, bins: int) -> np.ndarray:
 
 @kernel(inline=False)
 def _turn(expert_of_slot, start, bin_of_copy):
+    """Fill start int32 [L, E + 1] and bin_of_copy int32 [L, slots] from expert_of_slot int32 [L, bins, room]."""
     layers, bins, room = expert_of_slot.shape
     end = np.empty(start.shape[1] - 1, np.int32)
     for layer in range(layers):
@@ -216,6 +217,7 @@ def _turn(expert_of_slot, start, bin_of_copy):
 
 @kernel(inline=False)
 def _count_moved(old, new, expert_bytes, moved):
+    """Add to moved int64 [L] the bytes that bins get; old, new int32 [L, bins, room], expert_bytes int64 [L, E]."""
     layers, bins = new.shape[:2]
     for layer in range(layers):
         held = np.full(expert_bytes.shape[1], -1)  # of each expert: the last bin that held it, or got it

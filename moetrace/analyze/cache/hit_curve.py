@@ -56,8 +56,7 @@ def lru_curve(
         raise UsageError(f"{threads} threads cannot work: give 1 or more.")
     if not has_curve(trace):
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has {trace.layers} x {trace.num_experts} experts, too many for a curve of "
-            f"every capacity."
+            f"{trace.shown} has {trace.layers} x {trace.num_experts} experts, too many for a curve of every capacity."
         )
     pools = trace.layers if scope == "layer" else 1
     most = trace.layers * trace.num_experts // pools

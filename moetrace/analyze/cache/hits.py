@@ -24,9 +24,9 @@ from moetrace.analyze.cache.tally import (
     MISSED_BYTES,
     QUANTILES,
     RECORDED,
-    Demand,
-    Requests,
-    Tally,
+    DemandCounts,
+    HitTally,
+    RequestGroups,
     count_demand,
     count_hits,
     intervals,
@@ -217,8 +217,8 @@ def hindsight_set(
 
 
 def _replay(
-    trace: Trace, asked: Asked, requests: Requests, progress: Callable[[int], object] | None
-) -> tuple[Demand, dict[str, list[Tally]]]:
+    trace: Trace, asked: Asked, requests: RequestGroups, progress: Callable[[int], object] | None
+) -> tuple[DemandCounts, dict[str, list[HitTally]]]:
     """Return what was demanded, and what each policy hit at each capacity."""
     keys, pools = trace.layers * trace.num_experts, trace.layers if asked.scope == "layer" else 1
     size = np.zeros(keys, np.int64) if asked.sizes is None else asked.sizes.reshape(-1)
@@ -267,11 +267,11 @@ def check_trace(trace: Trace, capacities: Sequence[Capacity], scope: str, sizes:
     in_bytes = next((capacity for capacity in capacities if capacity.unit == "bytes"), None)
     if in_bytes is not None and sizes is None:
         raise UsageError(
-            f"the capacity {in_bytes.label} needs the sizes of experts, but {trace.path or 'the trace'} has no "
+            f"the capacity {in_bytes.label} needs the sizes of experts, but {trace.shown} has no "
             f"/layers/expert_bytes and its model {trace.model!r} is no preset: name one with --model, or give the "
             f"capacity in experts."
         )
-    where, choices = trace.path or "the trace", trace.rows * trace.layers * trace.top_k
+    where, choices = trace.shown, trace.rows * trace.layers * trace.top_k
     if trace.layers * (trace.num_experts + 1) > MAX_KEYS:
         raise MoetraceError(
             f"{where} has {trace.layers} x {trace.num_experts} experts; caches take {MAX_KEYS} at most."
@@ -284,7 +284,7 @@ def check_trace(trace: Trace, capacities: Sequence[Capacity], scope: str, sizes:
         )
 
 
-def _rows(asked: Asked, demand: Demand, tallies: dict[str, list[Tally]], seed: int) -> list[dict]:
+def _rows(asked: Asked, demand: DemandCounts, tallies: dict[str, list[HitTally]], seed: int) -> list[dict]:
     """The rows of the frame: of each capacity, policy and phase."""
     phases = [("all", list(range(len(PHASE_NAMES))))]
     phases += [(name, [number]) for number, name in enumerate(PHASE_NAMES) if demand.counts[number, 0]]
@@ -305,7 +305,7 @@ def _rows(asked: Asked, demand: Demand, tallies: dict[str, list[Tally]], seed: i
     return rows
 
 
-def _row(demand: Demand, tally: Tally, phases: list[int]) -> dict:
+def _row(demand: DemandCounts, tally: HitTally, phases: list[int]) -> dict:
     accessed, compulsory, steps = (int(count) for count in demand.counts[phases].sum(0))
     totals = tally.totals[phases].sum(0)
     misses = sum((tally.step_misses[phase] for phase in phases), Counter())

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moetrace.analyze.locality import null, predict, requests, reuse, rows, skew
+from moetrace.analyze.locality import null, predict, request_spread, reuse, rows, skew
+from moetrace.analyze.locality.chosen_counts import count
 from moetrace.analyze.locality.coactivation import coactivation
-from moetrace.analyze.locality.counts import count
 from moetrace.analyze.locality.overlap import LAGS, mark, marked_overlap
 from moetrace.analyze.locality.reuse import Reuse
 from moetrace.analyze.locality.rows import Chosen, Sample, Sampler
@@ -99,7 +99,7 @@ def locality(
     seen = rows.count_requests(trace, chosen)
     if seen.rows.sum() == 0:
         left = "rows" if phase == "all" else f"{phase} rows"
-        raise MoetraceError(f"{trace.path or 'trace in memory'} has no {left} to look at.")
+        raise MoetraceError(f"{trace.shown} has no {left} to look at.")
     sampler = Sampler(trace, seen, sample_rows, seed)
     counts = np.zeros((trace.layers, 2, trace.num_experts), np.int64)
     real = reuse.no_reuse(trace.layers, trace.num_experts)
@@ -215,8 +215,8 @@ class _Measure:
     def _requests(self, layer: int) -> dict[str, Any]:
         ids = self.sample.ids[layer]
         return {
-            "icc": requests.between_requests(ids, self.starts, self.experts),
-            "sink": requests.sink(ids[self.sample.position_0], self.experts),
+            "icc": request_spread.between_requests(ids, self.starts, self.experts),
+            "sink": request_spread.sink(ids[self.sample.position_0], self.experts),
         }
 
     def _phases(self, layer: int) -> dict[str, Any]:
@@ -289,12 +289,10 @@ def _check_sizes(trace: Trace) -> None:
         ("choices a row", trace.top_k, MOST_CHOICES),
     ):
         if size > most:
-            raise MoetraceError(
-                f"{trace.path or 'trace in memory'} has {size} {name}, but locality takes up to {most}."
-            )
+            raise MoetraceError(f"{trace.shown} has {size} {name}, but locality takes up to {most}.")
 
 
-def _facts(trace: Trace, chosen: Chosen, seen: rows.Requests, sample: Sample, seed: int) -> dict[str, Any]:
+def _facts(trace: Trace, chosen: Chosen, seen: rows.RequestRows, sample: Sample, seed: int) -> dict[str, Any]:
     return {
         "model": trace.model,
         "layers": trace.layers,

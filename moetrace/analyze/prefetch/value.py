@@ -156,10 +156,10 @@ def _check(trace: Trace, names: Sequence[str], most: int | None, ahead: int, rec
     if not 0 <= recall <= 1:
         raise UsageError(f"the oracle's recall is {recall}, but must be from 0 to 1.")
     if "recorded" in names and "recorded" not in trace.has:
-        raise MoetraceError(f"{trace.path or 'the trace'} has no /recorded/resident: leave out the predictor recorded.")
+        raise MoetraceError(f"{trace.shown} has no /recorded/resident: leave out the predictor recorded.")
     if "transition" in names and 2 * trace.layers * trace.num_experts**2 > _MOST_SHARES:
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has {trace.layers} x {trace.num_experts} experts, too many for a table of "
+            f"{trace.shown} has {trace.layers} x {trace.num_experts} experts, too many for a table of "
             f"transitions: leave out the predictor transition."
         )
 
@@ -168,7 +168,7 @@ def _checked(trace: Trace) -> Iterator[Block]:
     """The blocks of a trace; raises MoetraceError before the first that has an impossible id."""
     for block in trace.blocks():
         check_ids(
-            str(trace.path or "trace in memory"),
+            trace.shown,
             int(trace.offset[block.first_step]),
             block.experts,
             trace.num_experts,

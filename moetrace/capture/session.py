@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.capture.model import DTYPES, Folder, extra, load_tokenizer, load_weights, open_folder
+from moetrace.capture.checkpoint import DTYPES, ModelFolder, extra, load_tokenizer, load_weights, open_folder
 from moetrace.capture.prompts import in_short, read_prompts
-from moetrace.capture.routers import Choices, Recorder, Router, find_routers
+from moetrace.capture.routers import Recorder, Router, RouterChoices, find_routers
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import check_writable, real_path
 from moetrace.trace.naming import model_name
@@ -142,7 +142,7 @@ class _Spool:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def append(self, choices: Choices, steps: np.ndarray, phase: int, **row: np.ndarray) -> None:
+    def append(self, choices: RouterChoices, steps: np.ndarray, phase: int, **row: np.ndarray) -> None:
         """Add whole steps of one phase: `steps` [n] says how many rows each has."""
         records = np.empty(len(choices.experts), self._dtype)
         for name, values in {**choices._asdict(), **row}.items():
@@ -287,7 +287,7 @@ def draw_token(logits: np.ndarray, temperature: float, random: np.random.Generat
     return min(int(np.searchsorted(mass, random.random() * mass[-1], side="right")), mass.size - 1)
 
 
-def _check_lengths(where: Path, folder: Folder, prompts: list[np.ndarray], output: int) -> None:
+def _check_lengths(where: Path, folder: ModelFolder, prompts: list[np.ndarray], output: int) -> None:
     limit = getattr(folder.config, "max_position_embeddings", None)
     longest = max(range(len(prompts)), key=lambda index: prompts[index].size)
     size = prompts[longest].size
@@ -307,7 +307,7 @@ def _end_tokens(network: Any) -> list[int]:
     return []
 
 
-def _source(folder: Folder, network: Any, routers: list[Router], sampling: Sampling) -> dict[str, Any]:
+def _source(folder: ModelFolder, network: Any, routers: list[Router], sampling: Sampling) -> dict[str, Any]:
     """Where the trace is from: everything that decides it, but no path and no clock time."""
     quantization = getattr(network.config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
