@@ -11,7 +11,7 @@ from moetrace.engine.plugin import ARGUMENTS
 from moetrace.engine.state import ACTIVE, CELL, GROUP, View
 from moetrace.results.frames import unit_names
 from moetrace.spec import PolicySpec, list_presets
-from moetrace.spec.policy import DISPATCHES, PLACEMENTS, PREFETCHES, RESIDENCIES
+from moetrace.spec.choices import KINDS, cache_policies, legal
 from moetrace.trace.schema import OTHER_PATHS, ROW_PATHS
 
 # Of the records, what only the engine needs.
@@ -65,7 +65,7 @@ def test_what_a_policy_sees_is_explained():
 
 
 def test_choices_parameters_and_presets_are_explained():
-    choices = {*PLACEMENTS, *DISPATCHES, *RESIDENCIES, *PREFETCHES, *list_presets("policies")}
+    choices = {*list_presets("policies"), *(choice for kind in KINDS for choice in legal(kind))}
     assert choices <= named_in("docs/timing-model.md")
     four = {"name", "placement", "dispatch", "residency", "prefetch", "scope"}
     assert set(PolicySpec.__struct_fields__) - four <= named_in("docs/policies.md")
@@ -77,11 +77,11 @@ def test_readme_shows_every_command():
 
 
 def test_cache_policies_and_columns_are_explained():
-    from moetrace.analyze.cache.hits import POLICIES, cache_hits
+    from moetrace.analyze.cache.hits import cache_hits
 
     frame = cache_hits(mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2), [24])
     explained = named_in("docs/cache.md")
-    assert {*POLICIES, *frame.columns} <= explained
+    assert {*cache_policies(), *frame.columns} <= explained
 
 
 def test_prefetch_predictors_and_columns_are_explained():

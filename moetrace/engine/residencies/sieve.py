@@ -1,0 +1,16 @@
+"""`sieve` (Zhang et al. 2024): the GPU drops the first not demanded since a hand passed it."""
+
+from moetrace.spec.choices import BY_HAND, CachePolicy, Residency
+
+RECORD = Residency(
+    name="sieve",
+    meaning="the GPU drops the first not demanded since a hand passed it",
+    order=BY_HAND,
+    prefetches=("oracle",),
+    cache=CachePolicy(
+        replays="moetrace.analyze.cache.kernels.replays:sieve",
+        evicts="the first not accessed since a hand passed it, from the expert admitted longest ago on",
+        place=30,
+    ),
+    place=70,
+)
