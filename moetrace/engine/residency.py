@@ -1,8 +1,8 @@
 """What the GPU keeps between steps (timing model, section 7).
 
-A residency is a hook (`residencies/`), called after each layer before anything is evicted: it writes ``score`` (the least is evicted
-first, infinity never) and ``admit`` (whether a copy that arrives may be kept) of any expert in ``state``. Who is then
-touched, offered and evicted is the engine's business, here: so no hook can exceed the capacity.
+A residency is a hook (`residencies/`), called after each layer before anything is evicted: it writes ``score`` (the
+least is evicted first, infinity never) and ``admit`` (whether a copy that arrives may be kept) of any expert in
+``state``. Who is then touched, offered and evicted is the engine's business, here: so no hook can exceed the capacity.
 """
 
 from typing import NamedTuple

@@ -72,7 +72,7 @@ class PolicyChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Placement(PolicyChoice, frozen=True, kw_only=True):
-    """Which units hold an expert. Its hook takes a `moetrace.engine.placement.Placing`, returns int64 [layers, experts].
+    """Which units hold an expert. Its hook takes a `moetrace.engine.placement.Placing`, which says what it returns.
 
     Attributes:
         splits: whether each expert is split over a group of units, as many as its number says, else over all.
@@ -126,7 +126,7 @@ class CachePolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Residency(PolicyChoice, frozen=True, kw_only=True):
-    """What the GPU keeps. Its hook is one of `moetrace.policy`, called after each layer; None keeps to the ring's order.
+    """What the GPU keeps. Its hook is one of `moetrace.policy`, called after each layer; None keeps the ring's order.
 
     Attributes:
         order: what is evicted: BY_SCORE (of the hook), BY_TOUCH, BY_ADMISSION or BY_HAND.

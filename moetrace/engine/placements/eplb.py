@@ -9,7 +9,7 @@ from moetrace.spec.errors import UsageError
 
 
 def equally_many(placing: Placing) -> np.ndarray:
-    """Place experts by the kernel of `moetrace analyze balance`; raise UsageError if units cannot share them equally."""
+    """Place experts by the kernel of `moetrace analyze balance`; raise UsageError if units cannot have equally many."""
     experts, units = placing.experts, placing.units
     if experts % units:
         raise UsageError(
