@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import msgspec
 
 from moetrace.spec.errors import MoetraceError
+from moetrace.spec.load import FUNCTION_FIELDS
 
 ENTRY_POINTS = "moetrace.choices"
 USER = "file.py:function"
@@ -29,7 +30,6 @@ FOLDERS = {
     "prefetch": "prefetches",
 }
 KINDS = tuple(FOLDERS)
-_USERS = ("dispatch", "residency")  # kinds that may also be a user's own function
 _LAST = 1000
 
 # What a residency evicts: the least score; or all scores are equal where they are not infinite, and it is the first of
@@ -108,7 +108,6 @@ class CachePolicy(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         replays: `module:name` of the function that makes its `Replay` from budgets and demands.
-        evicts: what it evicts, for people.
         one_at_a_time: whether it is defined for one access at a time and equal sizes only.
         next_use: whether it is told when each key is accessed next.
         row_counts: whether it is told how many rows chose each key.
@@ -117,7 +116,6 @@ class CachePolicy(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     replays: str
-    evicts: str
     one_at_a_time: bool = False
     next_use: bool = False
     row_counts: bool = False
@@ -184,7 +182,7 @@ def find(kind: str, choice: str) -> Any:
 def legal(kind: str) -> tuple[str, ...]:
     """Return the forms of the choices that a replay takes: `("ep", ..., "tp", "tp:g")`."""
     forms = [form for record in records(kind).values() if not record.instead for form in record.forms]
-    return (*forms, USER) if kind in _USERS else tuple(forms)
+    return (*forms, USER) if kind in FUNCTION_FIELDS else tuple(forms)
 
 
 def source_of(kind: str, choice: str) -> Path | None:

@@ -8,7 +8,6 @@ RECORD = Residency(
     instead="is of moetrace analyze cache alone, where accesses come one at a time; take residency lru or lfu",
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:arc",
-        evicts="ARC: a balance of those accessed once and more often, led by what was evicted lately",
         one_at_a_time=True,
         place=50,
     ),

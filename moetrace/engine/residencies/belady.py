@@ -17,7 +17,6 @@ RECORD = Residency(
     knows_future=True,
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:belady",
-        evicts="the expert whose next access is farthest; of several, accessed longest ago",
         next_use=True,
         place=120,
     ),

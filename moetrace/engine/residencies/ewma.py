@@ -20,7 +20,6 @@ RECORD = Residency(
     prefetches=("oracle",),
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:ewma",
-        evicts="the expert of the least average of its accesses, which counts those long ago less",
         row_counts=True,
         place=80,
     ),

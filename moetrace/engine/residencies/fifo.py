@@ -9,7 +9,6 @@ RECORD = Residency(
     prefetches=("oracle",),
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:fifo",
-        evicts="the expert admitted longest ago",
         place=20,
     ),
     place=60,

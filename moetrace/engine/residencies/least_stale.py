@@ -23,7 +23,6 @@ RECORD = Residency(
     prefetches=("oracle",),
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:least_stale",
-        evicts="an expert of the layer that comes round last; of several, accessed longest ago",
         place=90,
     ),
     place=110,

@@ -23,7 +23,6 @@ RECORD = Residency(
     prefetches=("oracle",),
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:lfu",
-        evicts="the expert accessed least often so far; of several, longest ago",
         place=60,
     ),
     place=80,

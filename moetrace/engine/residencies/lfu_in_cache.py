@@ -17,7 +17,6 @@ RECORD = Residency(
     hook=by_frequency_in_cache,
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:lfu_in_cache",
-        evicts="the expert accessed least often since it was admitted; of several, longest ago",
         place=70,
     ),
     place=90,

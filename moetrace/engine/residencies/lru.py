@@ -9,7 +9,6 @@ RECORD = Residency(
     prefetches=("oracle",),
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:lru",
-        evicts="the expert accessed longest ago",
         place=10,
     ),
     place=50,

@@ -8,7 +8,6 @@ RECORD = Residency(
     instead="is of moetrace analyze cache alone, where accesses come one at a time; take residency sieve or fifo",
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:s3_fifo",
-        evicts="S3-FIFO: a small queue, whose experts go unless accessed twice, and a main one",
         one_at_a_time=True,
         place=40,
     ),

@@ -9,7 +9,6 @@ RECORD = Residency(
     prefetches=("oracle",),
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:sieve",
-        evicts="the first not accessed since a hand passed it, from the expert admitted longest ago on",
         place=30,
     ),
     place=70,

@@ -28,7 +28,6 @@ RECORD = Residency(
     knows_future=True,
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:static_hindsight",
-        evicts="none: kept are the experts accessed most often in the whole trace",
         totals=True,
         place=100,
     ),

@@ -8,7 +8,6 @@ RECORD = Residency(
     instead="is of moetrace analyze cache alone; take residency prefill, which also forgets who has left",
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:static_prefill",
-        evicts="none: kept are the experts accessed most often in the prefill steps so far",
         place=110,
     ),
     place=130,
