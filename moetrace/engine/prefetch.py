@@ -8,6 +8,9 @@ from moetrace.engine.residency import keep, link_by_age, pool_of
 from moetrace.jit.compile import kernel
 from moetrace.jit.random import GOLDEN, mix
 
+# What a prefetch (`prefetches/`) does.
+NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE = 0, 1, 2, 3
+
 # A transfer is complete when at most this remains, and has begun when more than this has moved: the flow is a fluid,
 # and rounds.
 DONE_BYTES = 1e-3

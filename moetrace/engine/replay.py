@@ -11,7 +11,10 @@ from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.layer import timeline
 from moetrace.engine.machine import DEVICE, FIRST_HOME, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
+    FROM_PROMPT,
     HEAD,
+    ONLINE,
+    ORACLE,
     TAIL,
     Queue,
     admit_complete,
@@ -24,7 +27,7 @@ from moetrace.engine.prefetch import (
     remaining_bytes,
 )
 from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wanted, prompts_of, queue_wanted
-from moetrace.engine.residency import BY_TOUCH, Cache, empty_cache, empty_cells, settle
+from moetrace.engine.residency import Cache, empty_cache, empty_cells, settle
 from moetrace.engine.schedule import Requests, Schedule
 from moetrace.engine.state import (
     ACTIVE,
@@ -41,8 +44,8 @@ from moetrace.engine.state import (
 )
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
 from moetrace.jit.compile import kernel
+from moetrace.spec.choices import BY_TOUCH
 
-NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE = 0, 1, 2, 3
 DECODE = 1
 
 

@@ -1,8 +1,8 @@
 """What the GPU keeps between steps (timing model, section 7).
 
-A residency is a hook, called after each layer before anything is evicted: it writes ``score`` (the least is evicted
-first, infinity never) and ``admit`` (whether a copy that arrives may be kept) of any expert in ``state``. Who is then
-touched, offered and evicted is the engine's business, here: so no hook can exceed the capacity.
+A residency is a hook (`residencies/`), called after each layer before anything is evicted: it writes ``score`` (the
+least is evicted first, infinity never) and ``admit`` (whether a copy that arrives may be kept) of any expert in
+``state``. Who is then touched, offered and evicted is the engine's business, here: so no hook can exceed the capacity.
 """
 
 from typing import NamedTuple
@@ -11,10 +11,7 @@ import numpy as np
 
 from moetrace.engine.state import CELL, records
 from moetrace.jit.compile import kernel
-
-# Who is evicted: the least score; or all scores are equal where they are not infinite, and it is the first of the ring,
-# which stands by touch or by admission; or, by admission, the first that a hand finds not visited (Sieve).
-BY_SCORE, BY_TOUCH, BY_ADMISSION, BY_HAND = 0, 1, 2, 3
+from moetrace.spec.choices import BY_ADMISSION, BY_HAND
 
 
 class Cache(NamedTuple):
@@ -73,7 +70,7 @@ def hold(cells: np.ndarray, cache: Cache, codes: np.ndarray) -> None:
     cells["score"][layer, expert] = np.inf
 
 
-# The rules that a hook here and a cache of `moetrace analyze cache` share
+# The rules that a hook and a cache of `moetrace analyze cache` share
 
 
 @kernel
@@ -115,67 +112,9 @@ def find_unvisited(after, visited, guard, guarded, at, end, residents):
     return -1
 
 
-# The hooks
-
-
 def unchanged(state, view, layer, load, plan):
     """What keeps to the ring: equal scores, so the one touched (or admitted) longest ago goes first."""
 
-
-def by_frequency(state, view, layer, load, plan):
-    """``lfu``: the number of demands so far, halved every ``half_life`` steps."""
-    if layer == 0 and view.half_life > 0 and view.step > 0 and view.step % view.half_life == 0:
-        for cell_layer in range(state.shape[0]):
-            for e in range(state.shape[1]):
-                state[cell_layer, e].score *= 0.5
-    for i in range(load.size):
-        cell = state[layer, view.active[i].expert]
-        cell.score = demands(cell.score, False, False)
-
-
-def by_frequency_in_cache(state, view, layer, load, plan):
-    """``lfu-in-cache``: the number of demands since it was admitted, which is the first of them."""
-    for i in range(load.size):
-        cell = state[layer, view.active[i].expert]
-        cell.score = demands(cell.score, True, cell.resident)
-
-
-def by_layer(state, view, layer, load, plan):
-    """``least-stale``: an expert of the layer that ran last goes first."""
-    layers, experts = state.shape
-    if view.step == 0 and layer == 0:
-        for coming in range(1, layers):  # as if they had run in a step before
-            for e in range(experts):
-                state[coming, e].score = score_of_layer(-1, coming, layers)
-    score = score_of_layer(view.step, layer, layers)
-    for e in range(experts):
-        state[layer, e].score = score
-
-
-def by_average(state, view, layer, load, plan):
-    """``ewma``: ``alpha * n / T + (1 - alpha) * score`` for every expert of the layer."""
-    for e in range(state.shape[1]):
-        state[layer, e].score = faded(state[layer, e].score, view.alpha)
-    for i in range(load.size):
-        state[layer, view.active[i].expert].score += gained(load[i], view.rows, view.alpha)
-
-
-def by_next_use(state, view, layer, load, plan):
-    """``belady``: the one whose next demand is farthest goes first."""
-    for i in range(load.size):
-        state[layer, view.active[i].expert].score = -view.active[i].next_use
-
-
-# Residencies that keep what arrives only in part or not at all, and the orders of those without scores of their own.
-KEEPS_SOME = ("none", "static", "static-hindsight", "prefill")
-ORDER = dict.fromkeys((*KEEPS_SOME, "lru"), BY_TOUCH) | {"fifo": BY_ADMISSION, "sieve": BY_HAND}
-RESIDENCY = dict.fromkeys(ORDER, unchanged) | {
-    "lfu": by_frequency,
-    "lfu-in-cache": by_frequency_in_cache,
-    "ewma": by_average,
-    "least-stale": by_layer,
-    "belady": by_next_use,
-}
 
 # What the engine does with them
 
