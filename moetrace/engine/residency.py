@@ -15,9 +15,9 @@ from moetrace.spec.choices import BY_ADMISSION, BY_HAND
 
 
 class Cache(NamedTuple):
-    """The copies that the GPU holds. A *code* is ``layer * E + expert``; a *pool* is a layer, or all layers.
+    """The copies that the GPU holds. A *key* is ``layer * E + expert``; a *pool* is a layer, or all layers.
 
-    Those that may be evicted stand in a ring a pool, by (touched, code) or in the order of their admission: touching
+    Those that may be evicted stand in a ring a pool, by (touched, key) or in the order of their admission: touching
     one, and finding the first, take the same few nanoseconds whatever the capacity. Node ``L * E + pool`` is where the
     ring closes.
     """
@@ -61,10 +61,10 @@ def empty_cells(layers: int, experts: int, admit: bool) -> np.ndarray:
     return cells
 
 
-def hold(cells: np.ndarray, cache: Cache, codes: np.ndarray) -> None:
-    """Put experts (int64 [n] codes, as many as fit) into the cache for good, before the first step."""
-    layer, expert = np.divmod(codes, cells.shape[1])
-    cache.resident[codes] = 1
+def keep_for_good(cells: np.ndarray, cache: Cache, keys: np.ndarray) -> None:
+    """Put experts (int64 [n] keys, as many as fit) into the cache for good, before the first step."""
+    layer, expert = np.divmod(keys, cells.shape[1])
+    cache.resident[keys] = 1
     np.add.at(cache.residents, layer if len(cache.residents) > 1 else 0 * layer, 1)
     cells["resident"][layer, expert] = 1
     cells["score"][layer, expert] = np.inf
@@ -126,19 +126,19 @@ def pool_of(cache, layer):
 
 
 @kernel
-def link(cache, code, follower):
+def link(cache, key, follower):
     """Put an expert into a ring, in front of ``follower``."""
     leader = cache.before[follower]
-    cache.after[leader], cache.before[code] = code, leader
-    cache.after[code], cache.before[follower] = follower, code
+    cache.after[leader], cache.before[key] = key, leader
+    cache.after[key], cache.before[follower] = follower, key
 
 
 @kernel
-def unlink(cache, code):
+def unlink(cache, key):
     """Take an expert out of its ring."""
-    leader, follower = cache.before[code], cache.after[code]
+    leader, follower = cache.before[key], cache.after[key]
     cache.after[leader], cache.before[follower] = follower, leader
-    cache.after[code] = -1
+    cache.after[key] = -1
 
 
 @kernel
@@ -166,15 +166,15 @@ def _least(cells, cache, pool):
     experts = cells.shape[1]
     end = cache.resident.size + pool
     victim, least = -1, np.inf
-    code = cache.after[end]
-    while code != end:
-        if cache.active[code] == 0:
-            score = cells[code // experts, code % experts].score
+    key = cache.after[end]
+    while key != end:
+        if cache.active[key] == 0:
+            score = cells[key // experts, key % experts].score
             if score < least:
-                victim, least = code, score
+                victim, least = key, score
                 if cache.order:
                     break
-        code = cache.after[code]
+        key = cache.after[key]
     return victim
 
 
@@ -194,37 +194,37 @@ def keep(cells, cache, layer, expert, tally):
 
     It then has yet to be put into the ring.
     """
-    pool, code = pool_of(cache, layer), layer * cells.shape[1] + expert
-    if cells[layer, expert].admit == 0 or cache.resident[code]:
+    pool, key = pool_of(cache, layer), layer * cells.shape[1] + expert
+    if cells[layer, expert].admit == 0 or cache.resident[key]:
         return False
     if cache.residents[pool] >= cache.capacity and not evict(cells, cache, pool, tally):
         return False
     cells[layer, expert].resident = 1
-    cache.resident[code] = 1
+    cache.resident[key] = 1
     cache.residents[pool] += 1
-    cache.visited[code] = 0
+    cache.visited[key] = 0
     return True
 
 
 @kernel
-def link_by_age(cells, cache, code):
+def link_by_age(cells, cache, key):
     """Put an expert where its last touch (or admission) belongs; without scores, one kept for good has no place."""
     experts = cells.shape[1]
-    if cache.order and cells[code // experts, code % experts].score == np.inf:
+    if cache.order and cells[key // experts, key % experts].score == np.inf:
         return
-    touched = cache.touched[code]
-    end = cache.resident.size + pool_of(cache, code // experts)
+    touched = cache.touched[key]
+    end = cache.resident.size + pool_of(cache, key // experts)
     other = end if cache.order >= BY_ADMISSION else cache.after[end]
     while other != end:
         other_touched = cache.touched[other]
-        if other_touched > touched or (other_touched == touched and other > code):
+        if other_touched > touched or (other_touched == touched and other > key):
             break
         other = cache.after[other]
-    link(cache, code, other)
+    link(cache, key, other)
 
 
 @kernel
-def settle(cells, cache, layer, active, size, plan, tally):
+def touch_and_admit(cells, cache, layer, active, size, plan, tally):
     """After a layer, in demand order: touch what is resident, offer what was fetched."""
     first = layer * cells.shape[1]
     end = cache.resident.size + pool_of(cache, layer)
@@ -232,21 +232,21 @@ def settle(cells, cache, layer, active, size, plan, tally):
         cache.active[first + active[i].expert] = 1
     for i in range(size):
         expert = active[i].expert
-        code = first + expert
-        if cache.resident[code]:
-            linked = cache.after[code] >= 0
+        key = first + expert
+        if cache.resident[key]:
+            linked = cache.after[key] >= 0
             if cache.order >= BY_ADMISSION:
-                cache.visited[code] = 1
+                cache.visited[key] = 1
                 linked = False
             elif linked:
-                unlink(cache, code)
+                unlink(cache, key)
         elif plan[i] and keep(cells, cache, layer, expert, tally):
             linked = not (cache.order and cells[layer, expert].score == np.inf)
         else:
             continue
         if linked:
-            link(cache, code, end)
+            link(cache, key, end)
         tally[0].clock += 1
-        cache.touched[code] = cells[layer, expert].touched = tally[0].clock
+        cache.touched[key] = cells[layer, expert].touched = tally[0].clock
     for i in range(size):
         cache.active[first + active[i].expert] = 0

@@ -11,12 +11,12 @@ import numpy as np
 from moetrace.engine.bounds import clairvoyant_s, work_bound_s
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
-from moetrace.engine.machine import Machine, Part, machine_of, parts_of
+from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import load_hook
 from moetrace.engine.prefetch import COMPLETED_EVER
-from moetrace.engine.replay import Batch, Scratch, State, Work, new_scratch, new_setting, new_state, replay_batch
-from moetrace.engine.residency import empty_cells, hold
+from moetrace.engine.replay import Batch, LayerScratch, State, Work, new_scratch, new_setting, new_state, replay_batch
+from moetrace.engine.residency import empty_cells, keep_for_good
 from moetrace.engine.schedule import Schedule
 from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
@@ -45,12 +45,14 @@ class Lane:
 
     policy: PolicySpec
     machine: Machine
-    parts: list[Part]
+    parts: list[MachinePart]
     setting: Any  # SETTING [1]
     log: Log
     state: State
     hooks: tuple[Any, Any]
-    clairvoyant: tuple[Any, Scratch] | None  # cells and scratch of that run; None if the dispatch ignores residency
+    clairvoyant: (
+        tuple[Any, LayerScratch] | None
+    )  # cells and scratch of that run; None if the dispatch ignores residency
     clairvoyant_s: float = 0.0
     recording: "Recording | None" = None  # of the steps of a timeline
 
@@ -268,7 +270,7 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
     pools = layers if policy.scope == "layer" else 1
     state = new_state(machine, schedule, setting, pools, residency.admits, residency.order)
     if system.link is None:
-        hold(state.cells, state.cache, np.arange(layers * experts))
+        keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
     clairvoyant = None if dispatch.ignores_residency else (empty_cells(layers, experts, True), new_scratch(machine))

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moetrace.engine.residency import hold
+from moetrace.engine.residency import keep_for_good
 from moetrace.spec.choices import BY_TOUCH, Residency
 from moetrace.spec.errors import UsageError
 from moetrace.spec.policy import PolicySpec, load_static
@@ -26,7 +26,7 @@ def hold_given(policy: PolicySpec, state: "State", decoded: "Decoded") -> None:
         raise UsageError(
             f"Policy {policy.name}: {policy.static} holds {most} experts for {place}, but the GPU has {capacity} slots."
         )
-    hold(state.cells, state.cache, pairs[:, 0] * experts + pairs[:, 1])
+    keep_for_good(state.cells, state.cache, pairs[:, 0] * experts + pairs[:, 1])
 
 
 RECORD = Residency(
