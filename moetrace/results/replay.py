@@ -16,6 +16,7 @@ import polars as pl
 
 from moetrace.engine.run import Run, run
 from moetrace.results import frames, summary, timeline, timeline_file, write
+from moetrace.results.record import TIMELINE_FILE
 from moetrace.results.window import Window, window_of
 from moetrace.spec import Model, PolicySpec, System, list_presets, load_model, load_policy, load_system
 from moetrace.spec.errors import UsageError
@@ -111,7 +112,7 @@ class Result:
             timeline_file.write_timeline(self.run, file)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `summary.json` holds (schema `moetrace.result/1`)."""
+        """Return what `summary.json` holds."""
         return summary.summary_dict(self.run, self._trace, self._policies)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
@@ -130,7 +131,7 @@ class Result:
         more = (
             {}
             if self.run.lanes[0].recording is None
-            else {write.TIMELINE: partial(timeline_file.write_timeline, self.run)}
+            else {TIMELINE_FILE: partial(timeline_file.write_timeline, self.run)}
         )
         write.write_files(folder, self.to_dict(), lambda: frames.step_slices(self.run), tables, more)
 
