@@ -1,7 +1,7 @@
 """Every figure of a replay and of a sweep, and the fields of the files that hold them: each stands here once.
 
 Frames, files, tables, the gate, the search, reports and docs/results.md read names, units, meanings and directions from
-here. To add a figure, add a field to `PolicyFigures` or `Costs`, and its value where the others are computed:
+here. To add a figure, add a field to `PolicyFigures` or `CellCosts`, and its value where the others are computed:
 `results.summary` or `batch.work`.
 """
 
@@ -152,7 +152,7 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
     choices: Annotated[dict[str, Any], Meta(description="what it chose, with the parameters that apply")]
 
 
-class Costs(msgspec.Struct):
+class CellCosts(msgspec.Struct):
     """What a cell of a sweep takes beside time; a Pareto front sets one of them against it."""
 
     gpu_memory_bytes: Annotated[
@@ -277,7 +277,7 @@ def _figures_of(struct: type[msgspec.Struct]) -> Iterator[tuple[str, Figure]]:
 # By the path in a policy's part of summary.json, `ttft_s.p50`; a frame's column has `_` for each point.
 FIGURES: dict[str, Figure] = dict(_figures_of(PolicyFigures))
 METRICS: dict[str, Figure] = {name: figure for name, figure in FIGURES.items() if figure.gated}
-COSTS: dict[str, Figure] = dict(_figures_of(Costs))
+COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
 COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
 
 
