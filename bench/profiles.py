@@ -24,7 +24,7 @@ import moetrace as mt
 from moetrace.analyze.locality.rows import Sample
 from moetrace.analyze.locality.skew import gini
 from moetrace.generators import ProfileDrawer, load_profile, save_profile
-from moetrace.generators.fit import MOMENTS, Measured, fit_profile, moments, search, take_sample
+from moetrace.generators.fit import MOMENTS, MeasuredTrace, fit_profile, moments, search, take_sample
 from moetrace.importers.importing import import_traces
 from moetrace.trace import Trace
 
@@ -229,7 +229,7 @@ def fit_mixtral(captures):
     found, both = near, 0.07
     for _ in range(2):
         wanted[1] = (share + both) / 2
-        found = search(sample, wanted, Measured(profile), near=near)
+        found = search(sample, wanted, MeasuredTrace(profile), near=near)
         one_or_both, both = shared_in_a_row(mixtral_trace(found, 0))
     assert abs(one_or_both / share - 1) < 0.1
     return found

@@ -135,7 +135,7 @@ def python() -> str:
 
 
 def _directive(name: str) -> str:
-    """What mkdocstrings is told of a name; of a record also a table of its fields, which have no docstrings."""
+    """Make the directive for a name; after a record's comes a table of its fields, with their meanings."""
     thing = getattr(mt, name)
     fields = getattr(thing, "__struct_fields__", None) or getattr(thing, "_fields", None)
     if not fields:
@@ -145,27 +145,34 @@ def _directive(name: str) -> str:
         for member, value in vars(thing).items()
         if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
     ]
-    alone = f"::: moetrace.{name}\n    options:\n      members: false"
+    alone = f"::: moetrace.{name}\n    options:\n      members: false\n      show_docstring_attributes: false"
     return "\n\n".join([alone, *_fields(thing), *members])
 
 
 def _fields(record: type) -> list[str]:
-    """A table of a record's fields, and of those of the records that it holds."""
+    """A table of a record's fields and what "Attributes" says of them; then one of each record that it holds."""
     hints = get_type_hints(record)  # without the bounds that stand in `Annotated`
     if hasattr(record, "__struct_fields__"):
         defaults = {field.name: field.default for field in msgspec.structs.fields(record) if not field.required}
     else:
         defaults = record._field_defaults  # pyright: ignore[reportAttributeAccessIssue]
+    meanings = _attributes(record)[1]
     rows, held = [], []
     for name, hint in hints.items():
         kind = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(hint))
         kind = re.sub(r"Union\[(.*)\]", lambda union: union[1].replace(", ", " | "), kind)
         shown = f"`{defaults[name]!r}`" if name in defaults and not callable(defaults[name]) else ""
-        rows.append((f"`{name}`", f"`{kind}`", shown))
+        rows.append((f"`{name}`", f"`{kind}`", shown, _text(meanings.get(name, "")))[: 4 if meanings else 3])
         for part in [hint, *get_args(hint)]:
             if hasattr(part, "__struct_fields__"):
-                held += [f"**`{name}`**: {_text(inspect.getdoc(part) or '')}", *_fields(part)]
-    return [table(("field", "type", "default"), rows), *held]
+                held += [f"**`{name}`**: {_text(_attributes(part)[0])}", *_fields(part)]
+    return [table(("field", "type", "default", "meaning")[: len(rows[0])], rows), *held]
+
+
+def _attributes(record: type) -> tuple[str, dict[str, str]]:
+    """Split a record's docstring: what stands before "Attributes", and what is said of each field there."""
+    text, _, fields = (inspect.getdoc(record) or "").partition("\n\nAttributes:\n")
+    return text, dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", fields.partition("\n\n")[0], re.MULTILINE))
 
 
 def policy_arguments() -> str:

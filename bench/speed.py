@@ -1,9 +1,11 @@
 """Speed of the replay on one core, beside a NumPy histogram of the same trace in the same run; and its memory.
 
     python bench/speed.py [--rounds 5] [--quick] [--write docs/speed.md]
+    python bench/speed.py --against COMMIT [--rounds 7] [--write docs/speed.md]
 
 Every case is timed once a round, in turn, and the table shows medians. `--quick` leaves out the trace of 2 GB;
-`--write` puts the table between the markers of a Markdown file.
+`--write` puts the table between the markers of a Markdown file. `--against` measures this work tree beside another
+commit instead, processor time, interleaved.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
+from against import against
 from markers import write_between
 
 from moetrace.engine.run import run
@@ -148,7 +151,11 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--quick", action="store_true")
     options.add_argument("--write", type=Path)
+    options.add_argument("--against", metavar="COMMIT")
     options = options.parse_args()
+    if options.against:
+        show(against(options.against, options.rounds), "against", options.write)
+        return
     rows = [("what, Qwen3-30B-A3B on one core", "measured", "times a NumPy histogram", "target")]
     rows += speed(options.rounds)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,11 +163,16 @@ def main() -> None:
         if not options.quick and Path("/proc").is_dir():
             rows.append(anonymous_memory(Path(folder)))
     rows += start_up(options.rounds)
+    show(rows, "speed", options.write)
+
+
+def show(rows: list[tuple[str, ...]], name: str, page: Path | None) -> None:
+    """Print a table, and put it between the markers of a page if there is one."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "| --- " * len(rows[0]) + "|")
     print("\n".join(lines))
-    if options.write:
-        write_between(options.write, "speed", "\n".join(lines))
+    if page:
+        write_between(page, name, "\n".join(lines))
 
 
 if __name__ == "__main__":

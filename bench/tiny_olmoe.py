@@ -169,7 +169,7 @@ def main() -> None:
     import torch
     import transformers
 
-    from moetrace.capture.capture import Sampling, capture
+    from moetrace.capture.session import Sampling, capture
 
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(options.threads)

@@ -9,13 +9,16 @@ import moetrace as mt
 from moetrace.cli import COMMANDS
 from moetrace.engine.plugin import ARGUMENTS
 from moetrace.engine.state import ACTIVE, CELL, GROUP, View
-from moetrace.results.frames import unit_names
-from moetrace.spec import PolicySpec, list_presets
+from moetrace.spec import PolicySpec, list_presets, load_system
 from moetrace.spec.policy import DISPATCHES, PLACEMENTS, PREFETCHES, RESIDENCIES
 from moetrace.trace.schema import OTHER_PATHS, ROW_PATHS
 
 # Of the records, what only the engine needs.
 PRIVATE = {"rows", "next_use", "turn"}
+
+
+def part_names() -> list[str]:
+    return load_system("edge-ndp", {"ndp.units": 2}).part_names
 
 
 def named_in(page: str) -> set[str]:
@@ -42,14 +45,14 @@ def test_timeline_columns_kinds_and_tracks_are_explained():
 
     trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
     result = mt.replay(trace, policies="edge-ndp", timeline=True)
-    tracks = {"steps", "layers", "link_in prefetch", "link_in activations", *unit_names(2)} - {"cpu"}
+    tracks = {"steps", "layers", "link_in prefetch", "link_in activations", *part_names()} - {"cpu"}
     columns = {*result.timeline.columns, *result.timeline_counters.columns}
     assert columns | {*KINDS, "step"} | tracks <= named_in("docs/timeline.md")
 
 
 def test_summary_keys_and_units_are_explained(result):
     summary = result.to_dict()
-    keys = {*summary, *summary["policies"][0], *summary["policies"][0]["step_s"], *unit_names(2)}
+    keys = {*summary, *summary["policies"][0], *summary["policies"][0]["step_s"], *part_names()}
     assert keys <= named_in("docs/results.md")
 
 

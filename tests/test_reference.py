@@ -50,6 +50,13 @@ def test_public_names_have_docstrings():
     assert [name for name in mt.__all__ if name != "__version__" and not getattr(mt, name).__doc__] == []
 
 
+def test_fields_of_records_are_explained(pages):
+    """What "Attributes" says of each stands in the table, and nowhere else."""
+    tables = re.findall(r"^\| field \|.* meaning \|\n((?:\|.*\n)+)", pages["reference/python.md"], re.MULTILINE)
+    assert len(tables) >= len(["Hints", "Tier", "Profile", "Model", "System", "Gpu", "Ndp", "Link", "Cpu"])
+    assert not any(row.endswith("|  |") for table in tables for row in table.splitlines())
+
+
 def test_tables_explain_what_they_list(pages):
     """Of a record's fields the last column is the default, which may be empty."""
     for name in ("policy-arguments", "columns", "lint-codes"):

@@ -15,7 +15,7 @@ REPLAY = """
 import moetrace as mt
 from moetrace.engine.replay import replay_batch
 trace = mt.generate_trace("mixtral-8x7b", requests=1, prompt=3, output=2)
-print(mt.replay(trace, policies="monde").summary["total_s"][0], sum(replay_batch.stats.cache_hits.values()), sep=";")
+print(mt.replay(trace, policies="edge-ndp").summary["total_s"][0], sum(replay_batch.stats.cache_hits.values()), sep=";")
 """
 ANALYZE = """
 import moetrace as mt
@@ -66,7 +66,7 @@ def copy(tmp_path) -> Copy:
 @pytest.mark.parametrize(
     ("code", "file", "old", "new", "before", "after"),
     [
-        (REPLAY, "engine/layer.py", "SAME = 1 - 1e-12", "SAME = FAR", "1 - 1e-12", "0.0"),
+        (REPLAY, "engine/prefetch.py", "DONE_BYTES = 1e-3", "DONE_BYTES = FAR", "1e-3", "1e15"),
         (ANALYZE, "analyze/cache/eviction.py", "LFU, LFU_IN_CACHE, BELADY = 0, 1, 2", RULES, "0, 1, 2", "2, 1, 0"),
         (GENERATE, "jit/random.py", "return z ^ (z >> _31)", "return z ^ (z >> np.uint64(FAR))", "31", "7"),
     ],

@@ -16,7 +16,7 @@ def model_of(trace: Trace, model: Model | str | Path | None = None) -> Model | N
     if model is None and trace.model not in list_presets("models"):
         return None
     spec = load_model(model if model is not None else trace.model)
-    check_shape(str(trace.path or "the trace"), trace.layers, trace.num_experts, spec)
+    check_shape(trace.shown, trace.layers, trace.num_experts, spec)
     return spec
 
 

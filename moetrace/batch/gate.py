@@ -30,11 +30,11 @@ class Gate:
     """What a gate found.
 
     Attributes:
-        cells: every cell with its verdict, in the folder's order; then those that it lacks.
-        fail_on: the verdicts that fail it.
-        notes: sentences about what is not a verdict on a cell.
-        updated: whether the baseline was replaced; then nothing fails.
-        dropped: cells that the replaced baseline had, and the new one has not, or without figures.
+        cells: Every cell with its verdict, in the folder's order; then those that the folder lacks.
+        fail_on: The verdicts that fail the gate.
+        notes: Sentences about what is not a verdict on a cell.
+        updated: Whether the baseline was replaced; then nothing fails.
+        dropped: Cells that the replaced baseline had and the new one lacks, or has without figures.
     """
 
     cells: tuple[Judged, ...]
@@ -136,19 +136,33 @@ def gate(
     fail_on: str | Iterable[str] = FAIL_ON,
     update: bool = False,
 ) -> Gate:
-    """Compare the figures of a folder with a baseline; with `update`, accept them as the new baseline.
+    """Compare the figures of a folder with a baseline, or accept them as the new baseline.
+
+    docs/gate.md defines the verdicts, and says why figures can be compared to the last bit.
 
     Args:
-        folder: what `sweep` or `replay` wrote.
-        baseline: the JSON file; `update` makes it if there is none.
-        tolerance: how far metrics may move: `0.5%` all, `total_s=0.1%` one, `total_s=0.002` one in its own unit. By
-            default as far as rounding moves them (1e-9 of the baseline).
-        metrics: which are compared; by default those of the baseline, for a new one DEFAULT_METRICS.
-        fail_on: verdicts that fail the gate; "any" is all but "same".
-        update: write the folder's figures to `baseline`, whatever they are.
+        folder: A folder that `sweep` or `replay` wrote.
+        baseline: The JSON file; `update` makes it if it does not exist.
+        tolerance: How far metrics may move: `0.5%` for all, `total_s=0.1%` for one, `total_s=0.002` for one in its own
+            unit; one text or several. By default as far as rounding moves them (1e-9 of the baseline).
+        metrics: The metrics that are compared. By default those of the baseline; for a new one DEFAULT_METRICS.
+        fail_on: The verdicts that fail the gate. "any" is all but "same".
+        update: Write the folder's figures to `baseline`, whether they are better or worse.
 
-    Raises UsageError if something is wrong or unknown or the baseline is of another trace, MoetraceError if a file
-    cannot be read or written, or is damaged.
+    Returns:
+        A verdict on each cell, and whether the gate passed.
+
+    Raises:
+        UsageError: A value is wrong or unknown, or the baseline is of another trace.
+        MoetraceError: A file cannot be read or written, or is damaged.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> result = mt.replay("traces/tiny-olmoe.h5", slots=48)
+        >>> result.write("results")
+        >>> accepted = mt.gate("results", "baseline.json", update=True)
+        >>> mt.gate("results", "baseline.json", tolerance="0.5%").counted()
+        '2 cells: 2 same'
     """
     folder, path = Path(folder), Path(baseline)
     if not isinstance(tolerance, Iterable):

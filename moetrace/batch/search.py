@@ -51,13 +51,15 @@ _Pair = tuple["Proposal", Trial]
 
 @dataclass(repr=False)
 class Search:
-    """A search, done.
+    """A finished search.
 
     Attributes:
-        choices: what there was to choose, and how.
-        trials: all different proposals, in order; fewer than asked for if there were no more.
-        reference: the first of each axis, replayed over the whole trace; its `value` is what to beat.
-        computed, reused: replays of the trace or a part of it that were made now, and found in the folder.
+        choices: What there was to choose, and how.
+        trials: All different proposals, in order; fewer than asked for if there were no more.
+        reference: The first of each axis, replayed over the whole trace; its `value` is what to beat.
+        found: What each replay holds, by hash: `result`, `costs`, `warnings`.
+        computed: How many replays of the trace or a part of it were made now.
+        reused: How many were found in the folder.
     """
 
     choices: SearchChoices
@@ -218,22 +220,34 @@ def search(
     dask: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Search:
-    """Find the policy of a space that does best on one trace and machine.
+    """Find the policy of a space that does best on one trace and system.
 
-    Optuna's sampler proposes; a round of proposals is replayed over the first part of the trace, and by successive
-    halving the best of them go on to a part that is several times as long. What was proposed, and what came of it, does
-    not depend on `jobs`.
+    Optuna's sampler proposes. A round of proposals is replayed over the first part of the trace. By successive halving
+    the best of them go on to a part that is several times as long. docs/search.md describes it. Neither the proposals
+    nor their values depend on `jobs`.
 
     Args:
-        source: the path of a sweep's TOML file, or a mapping of the same form: lists are choices, its `search` table
-            adds ranges, the objective and how many trials (docs/sweep.md).
-        folder: where replays are kept, and found again; None keeps nothing.
-        jobs: processes; 1 is this one.
-        dask: address of a Dask scheduler, to run on its workers instead.
-        progress: is told how many trials were judged, on a part of the trace, since it was last told.
+        source: The path of a sweep's TOML file, or a mapping of the same form. Lists are choices; its `search` table
+            adds ranges, the objective and the number of trials.
+        folder: Keeps the replays, which the next search finds again. By default nothing is kept.
+        jobs: Processes; 1 is this one.
+        dask: Address of a Dask scheduler, to run on its workers instead.
+        progress: A function that gets the number of trials judged, on a part of the trace, since its last call.
 
-    Raises UsageError if the space makes no sense, MoetraceError if Optuna is missing, the trace is damaged or the
-    folder cannot be written.
+    Returns:
+        The finished search. `Search.best` is the best trial.
+
+    Raises:
+        UsageError: The space makes no sense.
+        MoetraceError: Optuna is missing, the trace is damaged, or the folder cannot be written.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.generate("made.h5", "tiny-olmoe", requests=2, prompt=8, output=8)
+        >>> space = {"trace": "made.h5", "policy": ["monde", "edge-ndp"], "slots": 48}
+        >>> found = mt.search(space | {"search": {"trials": 2, "parts": 1}})
+        >>> found.best.cell.name
+        'made/edge-ndp/edge-ndp'
     """
     if not isinstance(jobs, int) or jobs < 1:
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")

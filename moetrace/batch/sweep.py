@@ -41,12 +41,15 @@ class Estimate(NamedTuple):
 
 @dataclass(repr=False)
 class Sweep:
-    """A sweep, done.
+    """A finished sweep.
 
     Attributes:
-        found: by hash, what each finished cell holds: `result`, `costs`, `warnings`.
-        computed, reused: how many different cells were replayed now, and found in the folder.
-        unused: finished cells in the folder that are not of this sweep.
+        grid: The axes of the sweep's file.
+        listed: Every cell, in the order of the grid.
+        found: What each finished cell holds, by hash: `result`, `costs`, `warnings`.
+        computed: How many different cells were replayed now.
+        reused: How many different cells were found in the folder.
+        unused: How many finished cells in the folder are not of this sweep.
     """
 
     grid: Grid
@@ -218,18 +221,34 @@ def sweep(
     pareto: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Sweep:
-    """Replay every cell of a grid.
+    """Replay every cell of a grid. Cells that share a trace share passes over it.
+
+    docs/sweep.md describes the file and the folder. A cell that fails is in `Sweep.failed` and does not stop the
+    others.
 
     Args:
-        source: the path of a sweep's TOML file, or a mapping of the same form (docs/sweep.md).
-        folder: where results are kept, and found again by the next sweep; None keeps nothing.
-        jobs: processes; 1 is this one. Results do not depend on it.
-        dask: address of a Dask scheduler, to run on its workers instead.
-        pareto: what the front sets against latency: `gpu_memory_bytes`, `link_bytes` or `price`.
-        progress: is told how many cells were done since it was last told.
+        source: The path of a sweep's TOML file, or a mapping of the same form. Lists are axes of the grid.
+        folder: Keeps the results, which the next sweep finds again. By default nothing is kept.
+        jobs: Processes; 1 is this one. Results do not depend on it.
+        dask: Address of a Dask scheduler, to run on its workers instead.
+        pareto: What the front sets against latency: "gpu_memory_bytes", "link_bytes" or "price". By default the file
+            says it.
+        progress: A function that gets the number of cells done since its last call.
 
-    A cell that fails is in `.failed`, and does not stop the others. Raises UsageError if the grid makes no sense,
-    MoetraceError if the folder cannot be written or workers are killed again and again: finished cells are kept.
+    Returns:
+        The finished sweep. `Sweep.cells` is a frame with a row a cell.
+
+    Raises:
+        UsageError: The grid makes no sense.
+        MoetraceError: The folder cannot be written, or workers are killed again and again. Finished cells are kept.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> found = mt.sweep({"trace": "traces/tiny-olmoe.h5", "policy": "edge-ndp", "slots": [24, 48]})
+        >>> for slots, total_s in found.cells.select("slots", "total_s").rows():
+        ...     print(f"{slots} {total_s:.2f} s")
+        24 6.35 s
+        48 5.93 s
     """
     if not isinstance(jobs, int) or jobs < 1:
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")

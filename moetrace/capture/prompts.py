@@ -36,7 +36,7 @@ def read_prompts(path: Path, tokenizer: Callable[[], Any], vocabulary: int) -> l
     """
     if not path.is_file():
         raise MoetraceError(f"{path} is not a file." if path.exists() else f"there is no file {path}.")
-    reader = _Tokens(tokenizer)
+    reader = _Tokenizing(tokenizer)
     prompts: list[np.ndarray] = []
     form: bool | None = True if path.suffix.lower() in (".jsonl", ".ndjson") else None  # whether lines are JSON
     with path.open("rb") as file:
@@ -56,7 +56,7 @@ def read_prompts(path: Path, tokenizer: Callable[[], Any], vocabulary: int) -> l
     return prompts
 
 
-class _Tokens:
+class _Tokenizing:
     """Turns what a line holds into token ids; the tokenizer is loaded when a line first needs it."""
 
     def __init__(self, load: Callable[[], Any]) -> None:

@@ -44,7 +44,7 @@ class Router(NamedTuple):
         return f"{type(self.module).__name__} ({self.path})"
 
 
-class Choices(NamedTuple):
+class RouterChoices(NamedTuple):
     """What the routers chose for some rows; both arrays are [rows, layers, top_k]."""
 
     experts: np.ndarray  # uint8 or uint16
@@ -54,8 +54,15 @@ class Choices(NamedTuple):
 def find_routers(model: Any) -> list[Router]:
     """The router of each MoE layer of a PyTorch model, by layer.
 
-    Raises MoetraceError, naming the class, if a layer has experts but no router that is known, if routers differ in
-    size, or if the model has no MoE layers.
+    Args:
+        model: A `torch.nn.Module`.
+
+    Returns:
+        A router for each MoE layer; all have equally many experts and the same top_k.
+
+    Raises:
+        MoetraceError: A layer has experts but no router that is known, routers differ in size, or the model has no MoE
+            layers. The message names the class.
     """
     modules = {path: module for path, module in model.named_modules() if path}
     routers = [_router(path, module) for path, module in modules.items() if _is_router(type(module).__name__)]
@@ -102,11 +109,18 @@ class Recorder:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._remove()
 
-    def take(self, rows: int, keep: np.ndarray | None = None) -> Choices:
-        """The choices of the one pass over `rows` rows that the model made since the last `take`.
+    def take(self, rows: int, keep: np.ndarray | None = None) -> RouterChoices:
+        """The choices of the one pass that the model made since the last `take`.
 
-        `keep` is a bool [rows]: which rows to return (not padding), or all. Raises MoetraceError if a router did not
-        run for just these rows, or chose what can't be.
+        Args:
+            rows: Rows of the pass.
+            keep: bool [rows]; the rows to return, without padding. By default all.
+
+        Returns:
+            Experts and gates, both [kept rows, layers, top_k].
+
+        Raises:
+            MoetraceError: A router did not run for just these rows, or chose an impossible id.
         """
         said, self._said = self._said, {}
         for router in self._routers:
@@ -118,7 +132,7 @@ class Recorder:
         experts, gates = (np.stack(arrays, axis=1) for arrays in zip(*parts, strict=True))
         if keep is not None:
             experts, gates = experts[keep], gates[keep]
-        return Choices(self._checked_ids(experts), self._checked_gates(gates))
+        return RouterChoices(self._checked_ids(experts), self._checked_gates(gates))
 
     def _hook(self, router: Router) -> Callable[[Any, Any, Any], None]:
         def record(module: Any, inputs: Any, output: Any) -> None:  # what is not None would replace the output

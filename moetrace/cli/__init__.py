@@ -1,7 +1,6 @@
 """The command line: one file per command, each imported only when it is used, so that ``--help`` stays instant."""
 
 import contextlib
-import importlib
 import io
 import itertools
 import os
@@ -10,10 +9,11 @@ import sys
 
 import click
 
+from moetrace.cli.lazy_group import LazyGroup
 from moetrace.spec.errors import MoetraceError
 from moetrace.version import __version__
 
-# Command -> its one-line help; the module is moetrace.cli.<command> (with "_" where the name is a Python keyword).
+# Command -> its one-line help; the module is moetrace.cli.commands.<command>, of `import` import_.
 COMMANDS = {
     "analyze": "Answer questions about a trace that need no hardware.",
     "capture": "Run a local Hugging Face MoE model, and trace its routing.",
@@ -32,22 +32,16 @@ COMMANDS = {
 }
 
 
-class _LazyGroup(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*COMMANDS]  # not list(): `moetrace.cli.commands.list` is a command once it is imported
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"moetrace.cli.commands.{'import_' if cmd_name == 'import' else cmd_name}")
-        return module.command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([*COMMANDS.items()])
+def _module_of(command: str) -> str:
+    return f"moetrace.cli.commands.{'import_' if command == 'import' else command}"
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    one_lines=COMMANDS,
+    module_of=_module_of,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="moetrace")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def _group(debug: bool) -> None:

@@ -4,74 +4,76 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.engine.cost import dense_s, head_s, price
+from moetrace.engine.cost import dense_s, head_s, price, prices_of
 from moetrace.engine.layer import timeline
-from moetrace.engine.replay import view_of, work_type
+from moetrace.engine.replay import smallest_work, view_of
 from moetrace.engine.state import hook_signature
 from moetrace.jit.compile import kernel
 
 
-@kernel(signature=lambda: _sum_signature(work_type()))
-def work_bound_s(work, total_s):
+def _work_bound_signature() -> Any:
+    from numba import typeof, types
+
+    work = smallest_work()
+    arguments = map(typeof, (work.batch.steps, work.batch.demand, work.machine))
+    return types.float64(*arguments, types.float64)
+
+
+def _clairvoyant_signature() -> Any:
+    from numba import typeof, types
+
+    work, hook = smallest_work(), types.FunctionType(hook_signature())
+    batch, state = work.batch, work.state
+    arguments = (batch.steps, batch.demand, work.machine, work.setting, state.cells, state.scratch)
+    return types.float64(*map(typeof, arguments), hook, types.float64)
+
+
+@kernel(signature=_work_bound_signature)
+def work_bound_s(steps, demand, machine, total_s):
     """Add to ``total_s`` the seconds of a block if all units shared all work perfectly: no schedule beats it.
 
     The sum is carried from block to block, so that its last bit does not depend on how a trace is cut.
     """
-    batch, machine = work.batch, work.machine
-    layers = machine.weight_bytes.shape[0]
-    for s in range(batch.rows.size):
-        dense = dense_s(machine, batch.rows[s], batch.kv_tokens[s])
+    layers, work = machine.weight_bytes.shape[0], machine.work[0]
+    for s in range(steps.rows.size):
+        dense = dense_s(machine, steps.rows[s], steps.kv_tokens[s])
         total_s += head_s(machine)
         for layer in range(layers):
             weight_bytes, rows = 0.0, 0.0
-            for i in range(batch.demand.start[s * layers + layer], batch.demand.start[s * layers + layer + 1]):
-                weight_bytes += machine.weight_bytes[layer, batch.demand.expert[i]]
-                rows += batch.demand.rows[i]
-            work_s = max(weight_bytes / machine.all_bytes_s, machine.flop_per_row * rows / machine.all_flop_s)
-            total_s += dense + work_s
+            for i in range(demand.start[s * layers + layer], demand.start[s * layers + layer + 1]):
+                weight_bytes += machine.weight_bytes[layer, demand.expert[i]]
+                rows += demand.rows[i]
+            total_s += dense + max(weight_bytes / work.all_bytes_s, work.flop_per_row * rows / work.all_flop_s)
     return total_s
 
 
-@kernel(signature=lambda: _sum_signature(work_type(), _hook_type()))
-def clairvoyant_batch(work, dispatch, total_s):
+@kernel(signature=_clairvoyant_signature)
+def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, total_s):
     """Add to ``total_s`` a block's seconds if the most demanded experts of a layer, up to the slots, were resident.
 
-    The state is one of its own: the dispatch may write into its cells.
+    ``cells`` and ``scratch`` are its own: the dispatch may write into them.
     """
-    batch, machine, setting, state, _ = work
-    layers = machine.weight_bytes.shape[0]
-    for s in range(batch.rows.size):
-        total_s += layers * dense_s(machine, batch.rows[s], batch.kv_tokens[s]) + head_s(machine)
-        view = view_of(batch.first_step + s, batch, machine, setting, state)
+    layers, prices, setting = machine.weight_bytes.shape[0], prices_of(machine), settings[0]
+    for s in range(steps.rows.size):
+        total_s += layers * dense_s(machine, steps.rows[s], steps.kv_tokens[s]) + head_s(machine)
+        view = view_of(steps.first + s, steps, machine, setting, scratch)
         for layer in range(layers):
-            first = batch.demand.start[s * layers + layer]
-            size = batch.demand.start[s * layers + layer + 1] - first
+            first = demand.start[s * layers + layer]
+            size = demand.start[s * layers + layer + 1] - first
             if size == 0:
                 continue
             for i in range(size):
-                expert, rows = np.int64(batch.demand.expert[first + i]), np.int64(batch.demand.rows[first + i])
-                state.load[i] = rows
-                state.plan[i] = 0
-                price(machine, layer, expert, rows, i < setting.slots, state.active[i])
-                state.active[i].turn = i  # resident ones are the first already
+                expert, rows = np.int64(demand.expert[first + i]), np.int64(demand.rows[first + i])
+                scratch.load[i] = rows
+                scratch.plan[i] = 0
+                price(machine, prices, layer, expert, rows, i < setting.slots, scratch.active[i])
+                scratch.active[i].turn = i  # resident ones are the first already
                 if setting.own_dispatch:
-                    state.cells[layer, expert].resident = i < setting.slots
-            plan = state.plan[:size]
-            dispatch(state.cells, view, layer, state.load[:size], plan)
+                    cells[layer, expert].resident = i < setting.slots
+            plan = scratch.plan[:size]
+            dispatch(cells, view, layer, scratch.load[:size], plan)
             total_s += timeline(machine, view, size, plan).moe_s
             if setting.own_dispatch:
                 for i in range(size):
-                    state.cells[layer, state.active[i].expert].resident = 0
+                    cells[layer, scratch.active[i].expert].resident = 0
     return total_s
-
-
-def _sum_signature(*arguments: Any) -> Any:
-    from numba import types
-
-    return types.float64(*arguments, types.float64)
-
-
-def _hook_type() -> Any:
-    from numba import types
-
-    return types.FunctionType(hook_signature())

@@ -9,7 +9,7 @@ import numpy as np
 
 from moetrace.engine.demand import Demand, demand_of, without_ahead
 from moetrace.engine.lookahead import NextSteps
-from moetrace.engine.replay import Batch
+from moetrace.engine.replay import Batch, Steps
 from moetrace.engine.schedule import Schedule, request_index, schedule_of
 from moetrace.engine.static_set import count_demands
 from moetrace.spec.errors import MoetraceError
@@ -60,7 +60,7 @@ class Decoded:
         if self._kept is None:
             demands = (_demand(trace, block) for block in trace.blocks())
         else:
-            demands = (without_ahead(batch.demand, len(batch.rows), trace.layers) for batch, _ in self._kept)
+            demands = (without_ahead(batch.demand, len(batch.steps.rows), trace.layers) for batch, _ in self._kept)
         return count_demands(demands, trace.layers, trace.num_experts)
 
     def _decode(self, pool: Executor | None) -> Iterator[tuple[Batch, int]]:
@@ -111,7 +111,7 @@ def _ahead_steps(trace: Trace, needs: Needs) -> int:
 def _demand(trace: Trace, block: Block) -> Demand:
     demand = demand_of(block.experts, block.offset, trace.num_experts)
     if demand is None:
-        where = str(trace.path or "trace in memory")
+        where = trace.shown
         check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
         raise MoetraceError(f"{where}: /experts changed while it was read.")
     return demand
@@ -121,11 +121,13 @@ def _batch(block: Block, demand: Demand, schedule: Schedule, with_rows: bool) ->
     steps = slice(block.first_step, block.first_step + block.steps)
     shape = block.experts.shape
     return Batch(
-        first_step=block.first_step,
-        rows=schedule.rows[steps],
-        kv_tokens=schedule.kv_tokens[steps],
-        phase=schedule.phase[steps].astype(np.int64),
-        prompt_ends=schedule.prompt_ends[steps],
+        steps=Steps(
+            first=block.first_step,
+            rows=schedule.rows[steps],
+            kv_tokens=schedule.kv_tokens[steps],
+            phase=schedule.phase[steps].astype(np.int64),
+            prompt_ends=schedule.prompt_ends[steps],
+        ),
         demand=demand,
         offset=np.ascontiguousarray(block.offset, np.int64),
         experts=block.experts.astype(np.uint16) if with_rows else np.zeros((0, *shape[1:]), np.uint16),

@@ -15,11 +15,17 @@ from moetrace.jit.heap import sink
 
 
 def eplb_plan(loads: np.ndarray, slots: int, units: int, nodes: int = 1, groups: int = 1) -> np.ndarray:
-    """Plan each layer by EPLB; return int32 [layers, slots], the expert in each slot.
+    """Plan each layer by EPLB: copies of experts for slots, and slots for units (arXiv 2412.19437, section 3.4).
 
-    ``loads`` [layers, experts], 0 or more; slots ``u * slots / units`` and on are unit ``u``'s, in the order in which
-    it got them. ``units`` divides ``slots``, which are at least as many as experts; ``nodes`` divides ``units`` and
-    ``groups``, and these the experts. (Asserted: `plans.Tier` is where users' numbers are refused.)
+    Args:
+        loads: Load of each expert, [layers, experts], 0 or more.
+        slots: Slots of a layer, at least one for each expert; `units` divides it.
+        units: Number of units; unit u has the slots from `u * slots / units` on, in the order in which it got them.
+        nodes: Nodes that the units are in; it divides `units` and `groups`.
+        groups: Groups that the experts are in; it divides the experts.
+
+    Returns:
+        int32 [layers, slots], the expert in each slot. The numbers are only asserted here; `Tier` refuses users' ones.
     """
     layers, experts = loads.shape
     assert slots >= experts and slots % units == 0 and units % nodes == 0

@@ -120,8 +120,8 @@ def timeline(machine, view, size, plan):
         count += group.count
     act_bytes, act_s, ndp_s = 0.0, 0.0, 0.0
     if count > 0:
-        act_bytes = machine.row_bytes * (row_shards * view.share)
-        act_s = act_bytes * machine.link_s_per_byte + machine.link_latency_s
+        act_bytes = machine.work[0].row_bytes * (row_shards * view.share)
+        act_s = act_bytes * machine.link[0].s_per_byte + machine.link[0].latency_s
         ndp_s = act_s + busiest_s + act_s
     return Timeline(
         max(gpu_free_s, ndp_s), act_s, arrival_s, gpu_busy_s, act_bytes, demand_bytes, busiest_s, busy_sum_s

@@ -19,21 +19,38 @@ ARGUMENTS = ("state", "view", "layer", "load", "plan")
 
 
 def policy(function: Callable) -> Any:
-    """Compile a policy hook ``function(state, view, layer, load, plan)``, which returns nothing.
+    """Compile a policy hook `function(state, view, layer, load, plan)`, which returns nothing.
 
-    The same hook serves as a *dispatch*, called when the router of ``layer`` has spoken, which sets ``plan[i] = 1`` to
-    run the i-th active expert on the GPU; or as a *residency*, called after the layer, which writes ``score`` (the
-    least is evicted first, infinity never) and ``admit`` (whether a copy that arrives may be kept) into ``state``.
+    The same hook serves as a *dispatch*, called when the router of `layer` has spoken, which sets `plan[i] = 1` to run
+    the i-th active expert on the GPU; or as a *residency*, called after the layer, which writes `score` (the least is
+    evicted first, infinity never) and `admit` (whether a copy that arrives may be kept) into `state`. docs/policies.md
+    has the rules and an example of each.
 
-    - ``state[layer, expert]``: ``score``, ``admit``, ``memory`` (float64, the policy's own, 0 at the start),
-      ``touched`` (when last, 0 = never), ``resident`` (for reading).
-    - ``view``: ``step``, ``phase`` (0 prefill, 1 decode, 2 mixed), ``rows``, ``slots``, ``share``, ``out_s_per_row``,
-      ``link_latency_s``, ``alpha``, ``half_life``, scratch ``view.groups[g]`` (``busy_s``, ``rows``, ``count``), and
-      ``view.active[i]`` with ``expert``, ``resident``, ``gpu_s``, ``ndp_s``, ``fetch_s``, ``weight_bytes``, ``group``.
-    - ``load`` int64 [n]: rows that chose each active expert, in demand order (most first, then by id).
-    - ``plan`` uint8 [n]: 0 at the start.
+    - `state[layer, expert]`: `score`, `admit`, `memory` (float64, the policy's own, 0 at the start), `touched` (when
+      last, 0 = never), `resident` (for reading).
+    - `view`: `step`, `phase` (0 prefill, 1 decode, 2 mixed), `rows`, `slots`, `share`, `out_s_per_row`,
+      `link_latency_s`, `alpha`, `half_life`, scratch `view.groups[g]` (`busy_s`, `rows`, `count`), and `view.active[i]`
+      with `expert`, `resident`, `gpu_s`, `ndp_s`, `fetch_s`, `weight_bytes`, `group`.
+    - `load` int64 [n]: rows that chose each active expert, in demand order (most first, then by id).
+    - `plan` uint8 [n]: 0 at the start.
 
-    Raises UsageError, naming file and line, if it does not compile to that.
+    Args:
+        function: A plain Python function of these five arguments that Numba can compile.
+
+    Returns:
+        The compiled hook, which `replay` takes as a policy.
+
+    Raises:
+        UsageError: It does not compile to that. The message names file and line.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> @mt.policy
+        ... def residents_only(state, view, layer, load, plan):
+        ...     for i in range(load.size):
+        ...         plan[i] = view.active[i].resident
+        >>> mt.replay("traces/tiny-olmoe.h5", policies=residents_only, slots=48).summary["name"].to_list()
+        ['residents_only']
     """
     if getattr(function, "is_policy", False):
         return function

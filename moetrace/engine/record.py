@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moetrace.engine.prefetch import HEAD, TAIL
-from moetrace.engine.replay import NO_PREFETCH, ONLINE, ORACLE, Batch, Work, replay_batch, replay_signature
+from moetrace.engine.replay import NO_PREFETCH, ONLINE, ORACLE, Batch, Steps, Work, replay_batch, replay_signature
 from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, new_tape
 from moetrace.jit.compile import kernel
 
@@ -41,8 +41,8 @@ class Recording:
 
     def parts(self, batch: Batch, layers: int) -> Iterator[tuple[Batch, bool]]:
         """Cut a block into steps before the window, each step in it, and steps after; say which are to be recorded."""
-        size = len(batch.rows)
-        inside = range(max(self.first - batch.first_step, 0), min(self.stop - batch.first_step, size))
+        size = len(batch.steps.rows)
+        inside = range(max(self.first - batch.steps.first, 0), min(self.stop - batch.steps.first, size))
         if not inside:
             yield batch, False
             return
@@ -64,12 +64,9 @@ class Recording:
 
 def _cut(batch: Batch, first: int, stop: int, layers: int) -> Batch:
     """Steps ``first`` to ``stop - 1`` of a block; what lies ahead of them stays in reach."""
+    rows, kv_tokens, phase, prompt_ends = (column[first:stop] for column in batch.steps[1:])
     return batch._replace(
-        first_step=batch.first_step + first,
-        rows=batch.rows[first:stop],
-        kv_tokens=batch.kv_tokens[first:stop],
-        phase=batch.phase[first:stop],
-        prompt_ends=batch.prompt_ends[first:stop],
+        steps=Steps(batch.steps.first + first, rows, kv_tokens, phase, prompt_ends),
         demand=batch.demand._replace(start=batch.demand.start[first * layers :]),
         offset=batch.offset[first:],
     )
@@ -77,19 +74,19 @@ def _cut(batch: Batch, first: int, stop: int, layers: int) -> Batch:
 
 def _most_records(work: Work) -> tuple[int, int]:
     """How many slices and counts a step can need. What is not written to takes no memory: the pages stay untouched."""
-    batch, _, setting, state, _ = work
+    batch, setting, state = work.batch, work.setting[0], work.state
     layers, experts = state.cells.shape
     cells = layers * experts
     active = int(batch.demand.start[layers] - batch.demand.start[0])
     moved = 0
-    if setting.prefetch != NO_PREFETCH:
+    if setting["prefetch"] != NO_PREFETCH:
         # Each time that the queue flows, one transfer may stop halfway; the others are complete, once each.
         moved = 2 * layers + 1 + int(state.queue.ends[TAIL] - state.queue.ends[HEAD])
-        if setting.prefetch == ONLINE:
-            moved += layers * min(setting.depth, experts)
-        elif setting.prefetch == ORACLE:
+        if setting["prefetch"] == ONLINE:
+            moved += layers * min(setting["depth"], experts)
+        elif setting["prefetch"] == ORACLE:
             start = batch.demand.start
-            ahead = np.minimum(np.arange(layers) + 1 + setting.depth, len(start) - 1)
+            ahead = np.minimum(np.arange(layers) + 1 + setting["depth"], len(start) - 1)
             joining = start[ahead] - start[1 : layers + 1]
             moved += int(np.minimum(joining, cells).sum())
     return 2 * active + moved + 4 * layers + 2, COUNTS_A_LAYER * layers + COUNTS_A_STEP

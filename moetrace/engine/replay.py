@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.engine.cost import Machine, dense_s, head_s, price, take_turns
+from moetrace.engine.cost import dense_s, head_s, order_on_gpu, price, prices_of
 from moetrace.engine.demand import Demand
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.layer import timeline
+from moetrace.engine.machine import DEVICE, FIRST_HOME, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
     HEAD,
     TAIL,
@@ -45,14 +46,20 @@ NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE = 0, 1, 2, 3
 DECODE = 1
 
 
-class Batch(NamedTuple):
-    """A block of steps, ready for the kernels; ``experts`` and ``request`` are empty where no policy counts prompts."""
+class Steps(NamedTuple):
+    """Successive steps: who is in them."""
 
-    first_step: int
+    first: int
     rows: np.ndarray  # int64 [steps]: T
     kv_tokens: np.ndarray  # int64 [steps]: C
     phase: np.ndarray  # int64 [steps]
     prompt_ends: np.ndarray  # uint8 [steps]
+
+
+class Batch(NamedTuple):
+    """A block of steps, ready for the kernels; ``experts`` and ``request`` are empty where no policy counts prompts."""
+
+    steps: Steps
     demand: Demand
     offset: np.ndarray  # int64 [steps + 1 + ahead]
     experts: np.ndarray  # uint16 [rows, L, k]
@@ -60,22 +67,33 @@ class Batch(NamedTuple):
     row_phase: np.ndarray  # uint8 [rows]
 
 
-class Setting(NamedTuple):
-    """What a policy chose, in numbers."""
+# What a policy chose, in numbers.
+SETTING = np.dtype(
+    [
+        ("prefetch", np.int64),
+        ("depth", np.int64),  # m of online, d of oracle
+        ("waits", np.int64),  # 1: the first decode step waits for the queue
+        ("counts_prompts", np.int64),
+        ("learns", np.int64),  # 0: the residency's hook does nothing
+        ("looks_ahead", np.int64),
+        ("optimal", np.int64),  # 1: the dispatch is `optimal`
+        ("own_dispatch", np.int64),  # 1: a user's
+        ("slots", np.int64),
+        ("half_life", np.int64),  # 0 = never
+        ("alpha", np.float64),
+        ("chance", np.float64),
+        ("seed", np.int64),
+    ]
+)
 
-    prefetch: int
-    depth: int  # m of online, d of oracle
-    waits: int  # 1: the first decode step waits for the queue
-    counts_prompts: int
-    learns: int  # 0: the residency's hook does nothing
-    looks_ahead: int
-    optimal: int  # 1: the dispatch is `optimal`
-    own_dispatch: int  # 1: a user's
-    slots: int
-    half_life: int  # 0 = never
-    alpha: float
-    chance: float
-    seed: int
+
+class Scratch(NamedTuple):
+    """What is known of the layer at hand."""
+
+    active: Any  # ACTIVE [E]
+    groups: Any  # GROUP [groups]
+    load: np.ndarray  # int64 [E]
+    plan: np.ndarray  # uint8 [E]
 
 
 class State(NamedTuple):
@@ -85,10 +103,7 @@ class State(NamedTuple):
     cache: Cache
     queue: Queue
     prompts: Prompts
-    active: Any  # ACTIVE [E]
-    groups: Any  # GROUP [groups]
-    load: np.ndarray  # int64 [E]
-    plan: np.ndarray  # uint8 [E]
+    scratch: Scratch
 
 
 class Work(NamedTuple):
@@ -96,26 +111,26 @@ class Work(NamedTuple):
 
     batch: Batch
     machine: Machine
-    setting: Setting
+    setting: Any  # SETTING [1]
     state: State
     log: Log
 
 
 @kernel
-def view_of(step, batch, machine, setting, state):
+def view_of(step, steps, machine, setting, scratch):
     """Return what hooks may read of a step."""
     return View(
         step,
-        batch.phase[step - batch.first_step],
-        batch.rows[step - batch.first_step],
+        steps.phase[step - steps.first],
+        steps.rows[step - steps.first],
         setting.slots,
         machine.share,
-        machine.row_bytes * machine.link_s_per_byte,
-        machine.link_latency_s,
+        machine.work[0].row_bytes * machine.link[0].s_per_byte,
+        machine.link[0].latency_s,
         setting.alpha,
         setting.half_life,
-        state.active,
-        state.groups,
+        scratch.active,
+        scratch.groups,
     )
 
 
@@ -127,21 +142,22 @@ def _see(at, layer, step, demand, machine, setting, state, log):
     hits, late = 0, 0
     base = layer * state.cells.shape[1]
     queued = state.queue.ends[TAIL] > state.queue.ends[HEAD]
+    prices, looks_ahead = prices_of(machine), setting.looks_ahead
     for i in range(size):
         expert, rows = np.int64(demand.expert[first + i]), np.int64(demand.rows[first + i])
         code = base + expert
         resident = state.cache.resident[code]
-        active = state.active[i]
-        price(machine, layer, expert, rows, resident, active)
-        state.load[i] = rows
-        state.plan[i] = 0
-        if setting.looks_ahead:
+        active = state.scratch.active[i]
+        price(machine, prices, layer, expert, rows, resident, active)
+        state.scratch.load[i] = rows
+        state.scratch.plan[i] = 0
+        if looks_ahead:
             next_step = demand.next_step[first + i]
             active.next_use = np.inf if next_step < 0 else next_step * state.cells.shape[0] + layer + 0.0
         hits += resident
         if queued and not resident:
             late += note_late(state.queue, code)
-    take_turns(state.active, size)
+    order_on_gpu(state.scratch.active, size)
     log.step[step].hits += hits
     log.step[step].misses += size - hits
     log.step[step].late += late
@@ -157,10 +173,10 @@ def _carry_out(layer, size, state, log):
     gpu = log.unit[GPU]
     fetched, on_gpu = 0, 0
     for j in range(size):  # in turn: those on the GPU come together, and the processor guesses right
-        i = state.active[j].turn
-        if state.plan[i] == 0:
+        i = state.scratch.active[j].turn
+        if state.scratch.plan[i] == 0:
             continue
-        active = state.active[i]
+        active = state.scratch.active[i]
         code = layer * experts + active.expert
         on_gpu += 1
         gpu.rows += active.rows
@@ -183,15 +199,15 @@ def _note_units(dense, line, moved_bytes, machine, state, log):
     """Add a layer's work to the books of the units."""
     gpu, link_in, link_out = log.unit[GPU], log.unit[LINK_IN], log.unit[LINK_OUT]
     gpu.busy_s += dense + line.gpu_s
-    gpu.bytes += machine.dense_bytes
-    link_in.busy_s += line.fetch_s + moved_bytes * machine.link_s_per_byte + line.act_s
+    gpu.bytes += machine.work[0].dense_bytes
+    link_in.busy_s += line.fetch_s + moved_bytes * machine.link[0].s_per_byte + line.act_s
     link_in.bytes += line.demand_bytes + moved_bytes + line.act_bytes
     link_out.busy_s += line.act_s
     link_out.bytes += line.act_bytes
     if line.busiest_s == 0.0:
         return
-    for g in range(state.groups.size):
-        group, unit = state.groups[g], log.unit[FIRST_GROUP + g]
+    for g in range(state.scratch.groups.size):
+        group, unit = state.scratch.groups[g], log.unit[FIRST_GROUP + g]
         unit.busy_s += group.busy_s
         unit.rows += group.rows
         unit.bytes += group.weight_bytes
@@ -201,19 +217,19 @@ def _note_units(dense, line, moved_bytes, machine, state, log):
 @kernel
 def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
     """Replay one layer; return its imbalance, -1 where that is undefined."""
-    batch, machine, setting, state, log = work
+    batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     queue, cells, tally = state.queue, state.cells, log.tally
     admit_complete(queue, cells, state.cache, tally)
     if tape is not None:
         note_dense(tape, step, layer, dense, machine, state)
-    moved_bytes = flow(queue, dense * machine.link_bytes_s)
+    moved_bytes = flow(queue, dense * machine.link[0].bytes_s)
     if setting.prefetch == ORACLE:
         now = step * cells.shape[0] + layer
         tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
     size = _see(at, layer, step, batch.demand, machine, setting, state, log)
-    view = view_of(step, batch, machine, setting, state)
-    load = state.load[:size]
-    plan = state.plan[:size]
+    view = view_of(step, batch.steps, machine, setting, state.scratch)
+    load = state.scratch.load[:size]
+    plan = state.scratch.plan[:size]
     if size > 0:
         dispatch(cells, view, layer, load, plan)
     log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
@@ -221,10 +237,10 @@ def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
     _carry_out(layer, size, state, log)
     if tape is not None:
         note_moe(tape, step, layer, dense, size, line, machine, state)
-    moved_bytes += flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link_bytes_s)
+    moved_bytes += flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link[0].bytes_s)
     if setting.learns:
         residency(cells, view, layer, load, plan)
-    settle(cells, state.cache, layer, state.active, size, state.plan, tally)
+    settle(cells, state.cache, layer, state.scratch.active, size, state.scratch.plan, tally)
     if setting.prefetch == ONLINE:
         join_by_score(queue, cells, state.cache, layer, setting.depth)
     if tape is not None:
@@ -239,7 +255,7 @@ def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
     totals.demand_bytes += line.demand_bytes
     if line.busiest_s == 0.0:
         return -1.0
-    imbalance = line.busiest_s * (machine.groups * machine.share) / line.busy_sum_s
+    imbalance = line.busiest_s * (state.scratch.groups.size * machine.share) / line.busy_sum_s
     totals.imbalance_sum += imbalance
     totals.imbalance_count += 1
     return imbalance
@@ -250,7 +266,7 @@ def _wait(machine, state, row, log):
     """Let the first decode step wait until the queue is empty; return the seconds."""
     moved_bytes = flow(state.queue, remaining_bytes(state.queue))
     row.prefetch_bytes += moved_bytes
-    row.wait_s = moved_bytes * machine.link_s_per_byte
+    row.wait_s = moved_bytes * machine.link[0].s_per_byte
     log.unit[LINK_IN].busy_s += row.wait_s
     log.unit[LINK_IN].bytes += moved_bytes
     return row.wait_s
@@ -259,10 +275,10 @@ def _wait(machine, state, row, log):
 @kernel(inline=False)
 def _end_step(step, batch, setting, state, log):
     """After the head: learn from the step's prompts, and forget the requests that it was the last of."""
-    s = step - batch.first_step
+    s = step - batch.steps.first
     count_prompts(state.prompts, batch, s, state.cells.shape[1])
     forget_ended(state.prompts, step, False)
-    if batch.prompt_ends[s]:
+    if batch.steps.prompt_ends[s]:
         make_wanted(state.cells, state.cache, state.prompts.total)
         if setting.prefetch == FROM_PROMPT:
             queue_wanted(state.queue, state.cells, state.cache, state.prompts, log.tally)
@@ -275,18 +291,18 @@ def replay_batch(work, dispatch, residency, tape):
 
     ``tape`` is None here; `record.py` compiles these lines once more, for one that notes everything down.
     """
-    batch, machine, setting, state, log = work
+    batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     layers = state.cells.shape[0]
     head = head_s(machine)
-    for s in range(batch.rows.size):
-        step = batch.first_step + s
+    for s in range(batch.steps.rows.size):
+        step = batch.steps.first + s
         row = log.step[step]
-        if setting.waits and batch.phase[s] == DECODE and log.tally[0].waited == 0:
+        if setting.waits and batch.steps.phase[s] == DECODE and log.tally[0].waited == 0:
             log.tally[0].waited = 1
             if tape is not None:
                 note_wait(tape, step, machine, state)
             _wait(machine, state, row, log)
-        dense = dense_s(machine, batch.rows[s], batch.kv_tokens[s])
+        dense = dense_s(machine, batch.steps.rows[s], batch.steps.kv_tokens[s])
         imbalance_sum, imbalance_count = 0.0, 0
         for layer in range(layers):
             imbalance = _replay_layer(s * layers + layer, layer, step, dense, work, dispatch, residency, tape)
@@ -298,14 +314,22 @@ def replay_batch(work, dispatch, residency, tape):
         row.head_s = head
         row.duration_s = row.dense_s + row.moe_s + head + row.wait_s
         log.unit[GPU].busy_s += head
-        log.unit[GPU].bytes += machine.head_bytes
+        log.unit[GPU].bytes += machine.work[0].head_bytes
         if setting.counts_prompts:
             _end_step(step, batch, setting, state, log)
         if tape is not None:
             note_head(tape, step, machine, state)
 
 
-def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int, admit: bool, order: int) -> State:
+def new_setting(**fields: float) -> Any:
+    """Return SETTING [1] of the given fields; the others are 0."""
+    setting = records(1, SETTING)
+    for name, value in fields.items():
+        setting[name] = value
+    return setting
+
+
+def new_state(machine: Machine, schedule: Schedule, setting: Any, pools: int, admit: bool, order: int) -> State:
     """Return the state before the first step; ``pools`` is 1 or the number of layers (scope global, layer).
 
     ``admit``: whether what arrives may be kept; ``order``: who is evicted, as in ``Cache``.
@@ -314,35 +338,41 @@ def new_state(machine: Machine, schedule: Schedule, setting: Setting, pools: int
     requests = schedule.requests
     return State(
         cells=empty_cells(layers, experts, admit),
-        cache=empty_cache(layers, experts, pools, setting.slots // pools, order),
+        cache=empty_cache(layers, experts, pools, int(setting["slots"][0]) // pools, order),
         queue=empty_queue(machine.weight_bytes),
         prompts=prompts_of(
             requests.last_step,
-            requests.first_prefill_step if setting.counts_prompts else np.full(len(requests.id), -1),
+            requests.first_prefill_step if setting["counts_prompts"][0] else np.full(len(requests.id), -1),
             requests.last_prefill_step,
             layers * experts,
         ),
+        scratch=new_scratch(machine),
+    )
+
+
+def new_scratch(machine: Machine) -> Scratch:
+    """Return room for a layer's active experts."""
+    experts = machine.home.shape[1]
+    return Scratch(
         active=records(experts, ACTIVE),
-        groups=records(machine.groups, GROUP),
+        groups=records(len(machine.device) - FIRST_HOME, GROUP),
         load=np.zeros(experts, np.int64),
         plan=np.zeros(experts, np.uint8),
     )
 
 
 @cache
-def work_type() -> Any:
-    """Return Numba's type of a ``Work``, read off the smallest possible one."""
-    from numba import typeof
-
+def smallest_work() -> Work:
+    """Return the smallest possible work, of which the types are read that kernels are compiled for."""
     one, none = np.zeros(1, np.int64), np.zeros(0, np.int64)
     bits = np.zeros(1, np.uint8)
     demand = Demand(np.zeros(2, np.int64), *(np.zeros(1, np.int32) for _ in range(3)))
-    batch = Batch(0, one, one, one, bits, demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
-    numbers: dict[str, Any] = {name: kind(1) for name, kind in Machine.__annotations__.items() if kind in (int, float)}
-    machine = Machine(**numbers, weight_bytes=np.ones((1, 1)), group_of_expert=np.zeros((1, 1), np.int64))
-    setting = Setting(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
+    batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
+    nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
+    machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones)
+    setting = records(1, SETTING)
     state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True, BY_TOUCH)
-    return typeof(Work(batch, machine, setting, state, new_log(1, 1, 1)))
+    return Work(batch, machine, setting, state, new_log(1, 1, 1))
 
 
 def replay_signature(tape: Any) -> Any:
@@ -350,4 +380,4 @@ def replay_signature(tape: Any) -> Any:
     from numba import typeof, types
 
     hook = types.FunctionType(hook_signature())
-    return types.void(work_type(), hook, hook, typeof(tape))
+    return types.void(typeof(smallest_work()), hook, hook, typeof(tape))

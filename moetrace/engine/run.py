@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from moetrace.engine.bounds import clairvoyant_batch, work_bound_s
-from moetrace.engine.cost import Machine, machine_of
+from moetrace.engine.bounds import clairvoyant_s, work_bound_s
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
 from moetrace.engine.dispatch import DISPATCH
+from moetrace.engine.machine import Machine, Part, machine_of, parts_of
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import load_hook
 from moetrace.engine.prefetch import COMPLETED_EVER
@@ -22,17 +22,20 @@ from moetrace.engine.replay import (
     ONLINE,
     ORACLE,
     Batch,
-    Setting,
+    Scratch,
     State,
     Work,
+    new_scratch,
+    new_setting,
     new_state,
     replay_batch,
 )
-from moetrace.engine.residency import BY_SCORE, BY_TOUCH, KEEPS_SOME, ORDER, RESIDENCY, hold
+from moetrace.engine.residency import BY_SCORE, KEEPS_SOME, ORDER, RESIDENCY, empty_cells, hold
 from moetrace.engine.schedule import Schedule
 from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
 from moetrace.engine.static_set import keep_only, most_demanded
+from moetrace.jit.compile import compile_now
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec, check_policy, load_static
@@ -55,11 +58,12 @@ class Lane:
 
     policy: PolicySpec
     machine: Machine
-    setting: Setting
+    parts: list[Part]
+    setting: Any  # SETTING [1]
     log: Log
     state: State
     hooks: tuple[Any, Any]
-    own_state: State | None  # of the clairvoyant run; None if the dispatch ignores residency
+    clairvoyant: tuple[Any, Scratch] | None  # cells and scratch of that run; None if the dispatch ignores residency
     clairvoyant_s: float = 0.0
     recording: "Recording | None" = None  # of the steps of a timeline
 
@@ -70,9 +74,9 @@ class Lane:
                 replay_batch(self.work(batch), *self.hooks, None)
             else:
                 self._replay_and_record(batch, self.recording)
-            if self.own_state is not None:
-                own = self.work(batch)._replace(state=self.own_state)
-                self.clairvoyant_s = clairvoyant_batch(own, self.hooks[0], self.clairvoyant_s)
+            if self.clairvoyant is not None:
+                facts = (batch.steps, batch.demand, self.machine, self.setting, *self.clairvoyant)
+                self.clairvoyant_s = clairvoyant_s(*facts, self.hooks[0], self.clairvoyant_s)
         except MemoryError:
             raise
         except Exception as error:  # only a user's function can raise
@@ -93,7 +97,7 @@ class Lane:
         """Close the books after the last block: what was prefetched and never run was wasted."""
         self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
         self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
-        if self.own_state is None:
+        if self.clairvoyant is None:
             self.clairvoyant_s = float(np.sum(self.log.step["duration_s"] - self.log.step["wait_s"]))
 
 
@@ -219,12 +223,13 @@ def _begin(decoded: Decoded, setup: Setup, slots: int, warnings: list[str]) -> _
 def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Callable[[int], None] | None) -> Popularity:
     """Replay every block in every lane; return how much each expert was wanted."""
     popularity = new_popularity(decoded.trace.layers, decoded.trace.num_experts)
+    compile_now(replay_batch)  # here, not in a thread of the pool: Ctrl-C stops it
     with ThreadPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
         for batch, rows in decoded.batches(pool):
             underway = [one for one in underway if one.error is None]
             if not underway:
                 break
-            count_experts(without_ahead(batch.demand, len(batch.rows), decoded.trace.layers), popularity)
+            count_experts(without_ahead(batch.demand, len(batch.steps.rows), decoded.trace.layers), popularity)
             _each(pool, underway, batch)
             if progress is not None:
                 progress(rows)
@@ -234,7 +239,7 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
 def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> None:
     """Replay a block in each lane."""
     for one in underway:
-        one.bound_s = work_bound_s(one.lanes[0].work(batch), one.bound_s)
+        one.bound_s = work_bound_s(batch.steps, batch.demand, one.lanes[0].machine, one.bound_s)
     lanes = [(one, lane) for one in underway for lane in one.lanes]
     if pool is None:
         errors = [_attempt(lane.advance, batch) for _, lane in lanes]
@@ -254,7 +259,7 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units)
     machine = machine_of(model, system, weight_bytes, groups, share)
-    setting = Setting(
+    setting = new_setting(
         prefetch=PREFETCH[policy.prefetch_kind],
         depth=policy.prefetch_depth or 0,
         waits=int(policy.prefetch_blocks),
@@ -280,10 +285,10 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
         count, capacity = decoded.demand_count, state.cache.capacity
         keep_only(state.cells, most_demanded(count, np.ones_like(count), capacity, pools))
     ignores_residency = policy.dispatch in ("ndp", "hot")
-    unlearned = setting._replace(counts_prompts=0)
-    own_state = None if ignores_residency else new_state(machine, schedule, unlearned, 1, True, BY_TOUCH)
+    clairvoyant = None if ignores_residency else (empty_cells(layers, experts, True), new_scratch(machine))
     hooks = load_hook(policy.dispatch, {**DISPATCH, **own}), load_hook(policy.residency, {**RESIDENCY, **own})
-    return Lane(policy, machine, setting, new_log(decoded.trace.steps, layers, machine.groups), state, hooks, own_state)
+    log = new_log(decoded.trace.steps, layers, len(state.scratch.groups))
+    return Lane(policy, machine, parts_of(system, share), setting, log, state, hooks, clairvoyant)
 
 
 def _static_codes(policy: PolicySpec, state: State, layers: int, experts: int) -> np.ndarray:

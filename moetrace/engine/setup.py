@@ -35,7 +35,7 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
     Raises UsageError if trace, model and system do not go together.
     """
     model, system = setup.model, setup.system
-    check_shape(str(trace.path or "the trace"), trace.layers, trace.num_experts, model)
+    check_shape(trace.shown, trace.layers, trace.num_experts, model)
     warnings = []
     if trace.top_k != model.top_k:
         warnings.append(

@@ -13,6 +13,10 @@ import numpy as np
 
 from moetrace.jit.compile import PURE_PYTHON
 
+# What `plan[i]` may be: where an active expert runs.
+DEVICES = ("home", "gpu")
+HOME, ON_GPU = range(len(DEVICES))
+
 # One expert of one layer, as policies see it. `resident` is a copy for reading: the engine keeps its own.
 CELL = np.dtype(
     [
@@ -25,20 +29,27 @@ CELL = np.dtype(
     align=True,
 )
 # One active expert of the layer at hand, in demand order.
+_ACTIVE = [
+    ("expert", np.int64),
+    ("group", np.int64),  # units that hold it
+    ("rows", np.float64),
+    ("ndp_s", np.float64),  # where it lives: on each unit of its group
+    ("gpu_s", np.float64),
+    ("fetch_s", np.float64),  # 0 if resident
+    ("weight_bytes", np.float64),
+    ("next_use", np.float64),  # (step * layers + layer) of its next demand, where the policy looks ahead
+    ("turn", np.int64),  # of record j: who is the j-th that the GPU would run, resident ones first
+    ("resident", np.uint8),
+]
+# `device_s[d]` are the same seconds by what a plan says: 0 = home, 1 = GPU. It overlays the two fields above.
 ACTIVE = np.dtype(
-    [
-        ("expert", np.int64),
-        ("group", np.int64),  # units that hold it
-        ("rows", np.float64),
-        ("gpu_s", np.float64),
-        ("ndp_s", np.float64),  # on each unit of its group
-        ("fetch_s", np.float64),  # 0 if resident
-        ("weight_bytes", np.float64),
-        ("next_use", np.float64),  # (step * layers + layer) of its next demand, where the policy looks ahead
-        ("turn", np.int64),  # of record j: who is the j-th that the GPU would run, resident ones first
-        ("resident", np.uint8),
-    ],
-    align=True,
+    {
+        "names": [name for name, _ in _ACTIVE] + ["device_s"],
+        "formats": [kind for _, kind in _ACTIVE] + [(np.float64, len(DEVICES))],
+        "offsets": [*range(0, 8 * len(_ACTIVE), 8), 8 * [name for name, _ in _ACTIVE].index("ndp_s")],
+        "itemsize": 8 * len(_ACTIVE),
+        "aligned": True,
+    }
 )
 # A group of units that share experts: sums over the experts that it runs in this layer.
 GROUP = np.dtype(

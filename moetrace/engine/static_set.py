@@ -17,10 +17,18 @@ def count_demands(demands: Iterable[Demand], layers: int, experts: int) -> np.nd
 
 
 def most_demanded(count: np.ndarray, weight: np.ndarray, capacity: int, pools: int) -> np.ndarray:
-    """Return uint8 [keys]: 1 for those of the greatest counts in each pool, each as long as it fits.
+    """Choose the keys of the greatest counts in each pool, each as long as it fits.
 
-    ``count`` and ``weight`` are int64 [keys], pools equal runs of keys, ``capacity`` is each pool's, in units of
-    weight. Of equal counts the lower key goes first; a count of 0 never.
+    The lower of two keys with equal counts goes first. A key with a count of 0 is never chosen.
+
+    Args:
+        count: Demands of each key, int64 [keys].
+        weight: What each key takes of the capacity, int64 [keys].
+        capacity: Capacity of each pool, in the units of `weight`.
+        pools: Number of pools, equal runs of keys.
+
+    Returns:
+        uint8 [keys], 1 for a chosen key.
     """
     wanted, size = np.zeros(weight.size, np.uint8), weight.size // pools
     for first in range(0, weight.size, size):

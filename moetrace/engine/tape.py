@@ -82,8 +82,8 @@ def note_flow(tape, step, budget_bytes, start_s, machine, state):
         if queue.place[code] != at or is_complete(queue, code):
             continue
         step_bytes = min(left, queue.weight_bytes[code] - queue.moved_bytes[code])
-        begin_s = start_s + moved_bytes * machine.link_s_per_byte
-        duration_s = step_bytes * machine.link_s_per_byte
+        begin_s = start_s + moved_bytes * machine.link[0].s_per_byte
+        duration_s = step_bytes * machine.link[0].s_per_byte
         layer, expert = divmod(code, experts)
         note(tape, step, layer, PREFETCH, LINK_IN, begin_s, duration_s, step_bytes, expert)
         left -= step_bytes
@@ -98,7 +98,7 @@ def note_wait(tape, step, machine, state):
     if total_bytes == 0.0:
         return
     note_flow(tape, step, total_bytes, 0.0, machine, state)
-    tape.clock_s[0] = total_bytes * machine.link_s_per_byte
+    tape.clock_s[0] = total_bytes * machine.link[0].s_per_byte
     note(tape, step, -1, WAIT, NOBODY, 0.0, tape.clock_s[0], 0.0, -1)
 
 
@@ -107,8 +107,8 @@ def note_dense(tape, step, layer, dense, machine, state):
     """Before the queue flows beside it: write a layer's dense work, and that flow."""
     start_s = tape.clock_s[0]
     note_count(tape, step, start_s, state)
-    note(tape, step, layer, DENSE, GPU, start_s, dense, machine.dense_bytes, -1)
-    note_flow(tape, step, dense * machine.link_bytes_s, start_s, machine, state)
+    note(tape, step, layer, DENSE, GPU, start_s, dense, machine.work[0].dense_bytes, -1)
+    note_flow(tape, step, dense * machine.link[0].bytes_s, start_s, machine, state)
 
 
 @kernel
@@ -126,7 +126,7 @@ def note_moe(tape, step, layer, dense, size, line, machine, state):
         note(tape, step, layer, ACTIVATIONS, LINK_OUT, start_s, line.act_s, line.act_bytes, -1)
         back_s = start_s + (line.act_s + line.busiest_s)
         note(tape, step, layer, ACTIVATIONS, LINK_IN, back_s, line.act_s, line.act_bytes, -1)
-    spare_bytes = max(0.0, line.moe_s - line.fetch_s) * machine.link_bytes_s
+    spare_bytes = max(0.0, line.moe_s - line.fetch_s) * machine.link[0].bytes_s
     note_flow(tape, step, spare_bytes, start_s + line.fetch_s, machine, state)
     note(tape, step, layer, LAYER, NOBODY, tape.clock_s[0], dense + line.moe_s, line.demand_bytes, -1)
 
@@ -136,10 +136,10 @@ def _note_gpu(tape, step, layer, start_s, size, state):
     """Write the GPU's experts and their fetches: rules 3 and 4 of a layer, as in ``layer.timeline``."""
     gpu_free_s, arrival_s = 0.0, 0.0
     for j in range(size):
-        i = state.active[j].turn
-        if state.plan[i] == 0:
+        i = state.scratch.active[j].turn
+        if state.scratch.plan[i] == 0:
             continue
-        expert = state.active[i]
+        expert = state.scratch.active[i]
         if not expert.resident:
             begin_s = start_s + arrival_s
             note(tape, step, layer, FETCH, LINK_IN, begin_s, expert.fetch_s, expert.weight_bytes, expert.expert)
@@ -152,13 +152,13 @@ def _note_gpu(tape, step, layer, start_s, size, state):
 @kernel
 def _note_groups(tape, step, layer, start_s, size, state):
     """Write the units' experts, one after another in each group: ``busy_s`` counts up to what it is again."""
-    for g in range(state.groups.size):
-        state.groups[g].busy_s = 0.0
+    for g in range(state.scratch.groups.size):
+        state.scratch.groups[g].busy_s = 0.0
     for i in range(size):
-        if state.plan[i]:
+        if state.scratch.plan[i]:
             continue
-        expert = state.active[i]
-        group = state.groups[expert.group]
+        expert = state.scratch.active[i]
+        group = state.scratch.groups[expert.group]
         _note_expert(tape, step, layer, FIRST_GROUP + expert.group, start_s + group.busy_s, expert.ndp_s, expert)
         group.busy_s += expert.ndp_s
 
@@ -181,5 +181,5 @@ def note_layer_end(tape, step, seconds, state):
 def note_head(tape, step, machine, state):
     """Write the LM head, with which the step ends, and what is queued after it."""
     head = head_s(machine)
-    note(tape, step, -1, HEAD_WORK, GPU, tape.clock_s[0], head, machine.head_bytes, -1)
+    note(tape, step, -1, HEAD_WORK, GPU, tape.clock_s[0], head, machine.work[0].head_bytes, -1)
     note_count(tape, step, tape.clock_s[0] + head, state)

@@ -26,12 +26,27 @@ def export(
     to: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Write `trace` (or the file of one) to `path` in the format `to`, a key of `FORMATS`, or the one of the suffix.
+    """Write a trace in the format of another tool. The same trace gives the same bytes.
 
-    The same trace gives the same bytes, in memory that does not grow with it, and the file is whole or not there.
-    `progress` is told of rows as they are read. Raises UsageError if the format is not clear or `path` is the trace's
-    own, MoetraceError if the trace holds only counts (but for "eplb") or an impossible id or differs from its sha256s,
-    or the system refuses.
+    docs/export.md describes the formats. Memory does not grow with the trace.
+
+    Args:
+        trace: A trace or the path of its file.
+        path: The new file. It is whole or not there.
+        to: The format: "npz", "parquet", "oracle-general" or "eplb". By default the suffix of `path` says it.
+        progress: A function that gets the number of rows read since its last call.
+
+    Raises:
+        UsageError: The format is unknown or not clear, or `path` is the trace's own.
+        MoetraceError: The trace holds only counts (but for "eplb") or an impossible id, differs from its sha256s, or
+            the system refuses.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> import polars as pl
+        >>> mt.export("traces/tiny-olmoe.h5", "tiny.parquet")
+        >>> pl.scan_parquet("tiny.parquet").select(pl.len()).collect().item()
+        393936
     """
     path = Path(path)
     module = importlib.import_module(f"moetrace.exports.{_format(path, to).replace('-', '_')}")

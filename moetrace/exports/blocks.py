@@ -28,7 +28,7 @@ class Part(NamedTuple):
 def parts(trace: Trace) -> Iterator[Part]:
     """Yield all rows; raise MoetraceError on an impossible id, request, position or phase, or if there are no ids."""
     at_once = max(1, PART_CHOICES // (trace.layers * trace.top_k))
-    where = str(trace.path) if trace.path else "trace in memory"
+    where = trace.shown
     for block in trace.blocks(rows=at_once):
         first = int(trace.offset[block.first_step])
         step = block.first_step + np.repeat(np.arange(block.steps), np.diff(block.offset))

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moetrace.generators.batch_schedule import BatchSchedule
 from moetrace.generators.imitate import ProfileDrawer
 from moetrace.generators.profile import Profile, load_profile
-from moetrace.generators.schedule import Schedule
 from moetrace.generators.zipf import ZipfDrawer
 from moetrace.spec import check_shape, load_model
 from moetrace.spec.errors import UsageError
@@ -30,7 +30,7 @@ class _Plan(NamedTuple):
     layers: int
     experts: int
     top_k: int
-    schedule: Schedule
+    schedule: BatchSchedule
     drawer: ZipfDrawer | ProfileDrawer
     source: dict[str, Any]
 
@@ -53,15 +53,37 @@ def generate(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Write a synthetic trace to `path`, block by block in constant memory; the same arguments give the same bytes.
+    """Write a synthetic trace, block by block in constant memory. The same arguments give the same bytes.
 
-    `model` is a Model, a preset or a TOML file. Experts are drawn by Zipf's law (`zipf` 0.6 and `stick` 0.3 if they are
-    not given), or as `profile` says: a Profile, the name of a shipped one or a TOML file. It knows its layers, experts
-    and top_k, so that it needs no model; one that is given must have as many layers and experts, and its top_k counts.
-    `progress` is told the rows of each block once they are written.
-    Raises UsageError for a value that makes no sense and MoetraceError or OSError where the file cannot be written.
+    Experts are drawn by Zipf's law (`zipf`, `stick`), or as a `profile` says that a captured model routes.
+    docs/generate.md has the formulas.
+
+    Args:
+        path: The new trace file.
+        model: A preset's name, a TOML file or a Model. A profile knows its layers, experts and top_k and needs none; a
+            model beside it must have as many layers and experts, and its top_k counts.
+        requests: Number of requests.
+        prompt: Prompt rows of each request; they are one prefill step.
+        output: Output rows of each request; each is a row of a decode step.
+        batch: The most requests that decode together.
+        zipf: Exponent of popularity over rank, from 0 (uniform) to 20. By default 0.6.
+        stick: Chance, from 0 to 1, that each expert of the request's previous row stays. By default 0.3.
+        profile: A shipped profile's name, a TOML file or a Profile. It goes without `zipf` and `stick`.
+        seed: Seed of all draws, from 0.
+        progress: A function that gets the number of rows of each block once they are written.
+
+    Raises:
+        UsageError: A value makes no sense, or values do not go together.
+        MoetraceError: A file cannot be read or written.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.generate("made.h5", "tiny-olmoe", requests=2, prompt=4, output=3, batch=2)
+        >>> with mt.Trace.open("made.h5") as trace:
+        ...     print(trace.rows, trace.steps, trace.phase)
+        14 5 [0 0 1 1 1]
     """
-    plan = _prepare(model, Schedule(requests, prompt, output, batch), zipf, stick, profile, seed)
+    plan = _prepare(model, BatchSchedule(requests, prompt, output, batch), zipf, stick, profile, seed)
     with Writer(
         path,
         model=plan.name,
@@ -91,8 +113,33 @@ def generate_trace(
     profile: Profile | str | Path | None = None,
     seed: int = 0,
 ) -> Trace:
-    """Return in memory the trace that `generate` would write."""
-    plan = _prepare(model, Schedule(requests, prompt, output, batch), zipf, stick, profile, seed)
+    """Return in memory the trace that `generate` would write.
+
+    Args:
+        model: As in `generate`: a preset's name, a TOML file or a Model; a profile needs none.
+        requests: Number of requests.
+        prompt: Prompt rows of each request.
+        output: Output rows of each request.
+        batch: The most requests that decode together.
+        zipf: Exponent of popularity over rank. By default 0.6.
+        stick: Chance that each expert of the request's previous row stays. By default 0.3.
+        profile: A shipped profile's name, a TOML file or a Profile, instead of `zipf` and `stick`.
+        seed: Seed of all draws, from 0.
+
+    Returns:
+        The trace.
+
+    Raises:
+        UsageError: A value makes no sense, or values do not go together.
+        MoetraceError: A file cannot be read.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> trace = mt.generate_trace(profile="gpt-oss-20b", requests=2, prompt=8, output=8)
+        >>> trace.model, trace.rows, trace.layers, trace.num_experts, trace.top_k
+        ('gpt-oss-20b', 32, 24, 32, 4)
+    """
+    plan = _prepare(model, BatchSchedule(requests, prompt, output, batch), zipf, stick, profile, seed)
     blocks = list(plan.schedule.blocks(plan.block_rows))
     request, position, step_rows, phase = (np.concatenate(column) for column in zip(*blocks, strict=True))
     return Trace.from_arrays(
@@ -109,7 +156,7 @@ def generate_trace(
 
 def _prepare(
     model: Model | str | Path | None,
-    schedule: Schedule,
+    schedule: BatchSchedule,
     zipf: float | None,
     stick: float | None,
     profile: Profile | str | Path | None,
@@ -133,7 +180,7 @@ def _prepare(
     return _Plan(model.name, model.moe_layers, model.experts, model.top_k, schedule, drawer, source)
 
 
-def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedule: Schedule, seed: int) -> _Plan:
+def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedule: BatchSchedule, seed: int) -> _Plan:
     name, top_k = profile.model, profile.top_k
     if model is not None:
         model = load_model(model)

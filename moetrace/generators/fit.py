@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.analyze.locality import predict, requests, reuse, rows, skew
-from moetrace.analyze.locality.counts import count
+from moetrace.analyze.locality import predict, request_spread, reuse, rows, skew
+from moetrace.analyze.locality.chosen_counts import count
 from moetrace.analyze.locality.overlap import mark, marked_overlap
 from moetrace.analyze.locality.rows import ABSENT, Chosen, Sample, Sampler
 from moetrace.generators.imitate import ProfileDrawer, Tables, make_tables, weights_of
@@ -42,7 +42,7 @@ ITERATIONS = 8
 PULL, HELD = 0.03, 30.0  # of a parameter towards its start: weak, to decide what moments leave open; and to hold it
 
 
-class Measured(NamedTuple):
+class MeasuredTrace(NamedTuple):
     """What is measured directly and the search leaves alone.
 
     profile: fields of the profile, skew and curve among them; skew is the one that the search scales.
@@ -75,7 +75,7 @@ def moments(sample: Sample, experts: int) -> np.ndarray:
         found[layer, 6] = curve[max(1, experts // 4) - 1]
         if layer + 1 < len(sample.ids):
             found[layer, 7] = predict.recall(ids, sample.ids[layer + 1], train, test, 0, experts)[0]
-        found[layer, 8] = requests.between_requests(ids, sample.starts, experts)
+        found[layer, 8] = request_spread.between_requests(ids, sample.starts, experts)
         found[layer, 9] = skew.jsd_bits(*counts)
     known = ~np.isnan(found)
     return np.where(known.any(axis=0), np.nansum(found, axis=0) / np.maximum(known.sum(axis=0), 1), np.nan)
@@ -90,20 +90,39 @@ def fit_profile(
     sample_rows: int | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> Profile:
-    """Fit a profile to `trace` (or the file of one); the same trace and seed give the same profile.
+    """Fit a profile to a trace. The same trace and seed give the same profile.
 
-    Looks at whole requests of up to `sample_rows` rows in all, chosen by `seed`; by default as many as let the fit take
-    less than two minutes. `name` is the profile's, that of the model if it is empty. `progress` is told, in a few
-    words, what was reached.
+    The method is that of simulated moments (docs/generate.md, "The fit").
 
-    Raises MoetraceError if the trace holds only counts, is too short (64 rows) or has too many experts, or an id is
-    impossible.
+    Args:
+        trace: A trace or the path of its file.
+        name: Name of the profile. By default that of the model.
+        seed: Chooses the requests that are looked at and draws the simulations.
+        sample_rows: The most rows that are looked at, in whole requests. By default the number that lets a fit take
+            less than two minutes.
+        progress: A function that gets a few words on what was reached, after each try.
+
+    Returns:
+        The profile. `save_profile` writes it, `generate` draws from it.
+
+    Raises:
+        MoetraceError: The trace holds only counts, is too short (64 rows), has fewer than 2 experts a layer or an
+            impossible id.
+        UsageError: The trace has too many layers and experts.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> model = mt.load_model("tiny-olmoe", {"moe_layers": 2, "experts": 8, "top_k": 2})
+        >>> trace = mt.generate_trace(model, requests=4, prompt=8, output=8)
+        >>> profile = mt.fit_profile(trace, name="mine")
+        >>> profile.name, profile.layers, profile.experts, profile.top_k
+        ('mine', 2, 8, 2)
     """
-    check_router(str(trace.path or "trace in memory"), trace.layers, trace.num_experts, max(DIMENSIONS))
+    check_router(trace.shown, trace.layers, trace.num_experts, max(DIMENSIONS))
     sample = take_sample(trace, sample_rows, seed)
     if sample.first.size < SMALLEST_ROWS or trace.num_experts < 2:
         raise MoetraceError(
-            f"{trace.path or 'The trace'} has {sample.first.size} rows to fit and {trace.num_experts} experts a layer, "
+            f"{trace.shown} has {sample.first.size} rows to fit and {trace.num_experts} experts a layer, "
             f"but a fit needs {SMALLEST_ROWS} rows and 2 experts."
         )
     measured = _measure(trace, sample, name or trace.model or "fitted")
@@ -113,15 +132,23 @@ def fit_profile(
 def search(
     sample: Sample,
     wanted: np.ndarray,
-    measured: Measured,
+    measured: MeasuredTrace,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
     near: Profile | None = None,
 ) -> Profile:
-    """Search the profile with which a drawer that fills the schedule of `sample` has the moments `wanted`.
+    """Search the profile with which a drawer that fills the schedule of a sample has the wanted moments.
 
-    `wanted` float64 is in the order of `MOMENTS`, NaN where a moment is not known. What the known ones leave open stays
-    as it is in `near`.
+    Args:
+        sample: Whole requests of the trace.
+        wanted: Moments float64, in the order of `MOMENTS`; NaN where one is not known.
+        measured: What is measured directly.
+        seed: Seed of the simulations.
+        progress: A function that gets a few words after each try.
+        near: What the known moments leave open stays as it is here. By default it stays at the start of the search.
+
+    Returns:
+        The profile.
     """
     tried: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     dimensions = DIMENSIONS[0]
@@ -150,7 +177,7 @@ class _Search:
         self,
         sample: Sample,
         wanted: np.ndarray,
-        measured: Measured,
+        measured: MeasuredTrace,
         dimensions: int,
         seed: int,
         progress: Callable[[str], object] | None,
@@ -205,7 +232,7 @@ class _Search:
         return weights_of(profile, self.seed ^ index, near)
 
 
-def _profile(measured: Measured, dimensions: int, parameters: np.ndarray, digits: int = 17) -> Profile:
+def _profile(measured: MeasuredTrace, dimensions: int, parameters: np.ndarray, digits: int = 17) -> Profile:
     """Turn the parameters of a search into a profile.
 
     They are the logarithms of the shares of request, slow and fast memory over what is not memory, of slow and fast
@@ -259,7 +286,7 @@ def take_sample(trace: Trace, sample_rows: int | None = None, seed: int = 0) -> 
     return sampler.sample
 
 
-def _measure(trace: Trace, sample: Sample, name: str) -> Measured:
+def _measure(trace: Trace, sample: Sample, name: str) -> MeasuredTrace:
     experts = trace.num_experts
     counts = np.zeros((trace.layers, 1, experts), np.int64)
     label = np.zeros(sample.first.size, np.uint8)
@@ -275,10 +302,10 @@ def _measure(trace: Trace, sample: Sample, name: str) -> Measured:
         (ranked / spread[:, None]).mean(axis=0),
     )
     first = sample.ids[:, sample.position_0]
-    sinks = np.array([requests.sink(ids, experts) for ids in first])
+    sinks = np.array([request_spread.sink(ids, experts) for ids in first])
     sinks = sinks[~np.isnan(sinks)]  # of a single request, or of absent choices only
     token = _tokens(trace, sample)
-    return Measured(
+    return MeasuredTrace(
         {
             "name": name,
             "model": trace.model or name,

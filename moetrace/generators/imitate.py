@@ -223,6 +223,7 @@ def _normal(state):
 
 @kernel(inline=False)
 def _normals(state, count):
+    """Return count numbers, float32, each as `_normal` makes it."""
     numbers = np.empty(count, np.float32)
     for i in range(count):
         state += GOLDEN

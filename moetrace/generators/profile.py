@@ -25,15 +25,31 @@ Rows = Annotated[float, Meta(gt=0, le=MAX_ROWS)]
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a model routes: what `ProfileDrawer` draws from.
+    """How a model routes: the figures that `ProfileDrawer` draws from (docs/generate.md, "The model").
 
-    `request`, `slow`, `fast` and `token` are shares of the variance of a router's logit, which sum to 1 at most; the
-    rest is new in every row. `slow_rows` and `fast_rows` are the rows after which slow and fast memory have fallen to
-    1/e. A token is one of `vocabulary`, that of rank r with the frequency (r + 1) ** -token_zipf. `depth` is the
-    correlation of what is new between one layer and the next, `dimensions` the number of directions that routers read.
-    `curve` is the logarithm of popularity from the most to the least popular expert, at equal distances of rank, and
-    `skew` its standard deviation in each layer; `phase` is the share of its variance that prompt and output do not
-    have in common. `sink` is the chance that a request's first row takes the experts that all sink rows take.
+    A router's logit of a row is a sum of independent parts. `request`, `slow`, `fast` and `token` are their shares of
+    its variance and sum to 1 at most; the rest is new in every row.
+
+    Attributes:
+        name: Name of the profile.
+        model: Name of the model that it describes.
+        layers: Number of MoE layers.
+        experts: Experts of a layer.
+        top_k: Experts that a row chooses in a layer.
+        dimensions: Number of directions that routers read.
+        request: Share of the request's own preference.
+        slow: Share of slow memory, from row to row of a request.
+        slow_rows: Rows after which slow memory has fallen to 1/e.
+        fast: Share of fast memory, from row to row of a request.
+        fast_rows: Rows after which fast memory has fallen to 1/e.
+        token: Share of the row's token.
+        vocabulary: Number of tokens.
+        token_zipf: The token of rank r has the frequency (r + 1) ** -token_zipf.
+        depth: Correlation of the new part between one layer and the next.
+        phase: Share of the variance of popularity that prompt and output do not have in common.
+        sink: Chance that a request's first row takes the experts that all sink rows take.
+        skew: Standard deviation of the logarithm of popularity, one number a layer.
+        curve: Logarithm of popularity from the most to the least popular expert, at equal distances of rank.
     """
 
     name: str
@@ -68,13 +84,23 @@ def list_profiles() -> list[str]:
 
 
 def load_profile(source: str | Path | Profile) -> Profile:
-    """Load a profile from the name of a shipped one, a TOML file or an instance, and check it.
+    """Load a profile and check it.
 
-    A text that ends in `.toml` or holds a slash is a file.
+    Args:
+        source: Name of a shipped profile, a TOML file or an instance. A text that ends in `.toml` or holds a slash is a
+            file.
+
+    Returns:
+        The profile.
 
     Raises:
-        UsageError: an unknown name, or a value that makes no sense: one sentence with the TOML key.
-        MoetraceError: a file that cannot be read.
+        UsageError: The name is unknown, or a value makes no sense. The message names the TOML key.
+        MoetraceError: A file cannot be read.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.load_profile("gpt-oss-20b").top_k
+        4
     """
     if isinstance(source, Profile):
         loaded = Loaded(msgspec.to_builtins(source), f"profile {source.name}")
@@ -113,9 +139,21 @@ def check_router(where: str, layers: int, experts: int, dimensions: int) -> None
 
 
 def save_profile(profile: Profile, path: str | Path, comment: str = "") -> None:
-    """Write `profile` to a TOML file that `load_profile` reads, whole or not at all; `comment` goes on top.
+    """Write a profile to a TOML file that `load_profile` reads, whole or not at all.
 
-    Raises MoetraceError if the system refuses.
+    Args:
+        profile: The profile.
+        path: The new file.
+        comment: Text that goes on top of the file, as a comment.
+
+    Raises:
+        MoetraceError: The system refuses.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.save_profile(mt.load_profile("gpt-oss-20b"), "mine.toml", "A copy.")
+        >>> mt.load_profile("mine.toml") == mt.load_profile("gpt-oss-20b")
+        True
     """
     text = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
     for name, value in msgspec.to_builtins(profile).items():

@@ -20,9 +20,22 @@ MAX_WEIGHT = float(np.finfo(np.float16).max)  # that a trace holds
 
 
 class Hints(NamedTuple):
-    """What the user says of the sources, for formats that do not say it themselves; None is unknown.
+    """What the user says of the sources, for formats that do not say it themselves.
 
-    A source that knows better goes by itself: `import_traces` compares.
+    A source that knows better goes by itself; `import_traces` compares.
+
+    Attributes:
+        num_experts: Experts of a layer. By default not known.
+        top_k: Experts that a row chooses in a layer. By default not known.
+        layers: Number of MoE layers. By default not known.
+        scratch: Folder for temporary files. By default the system's own.
+        from_model: Which of the above are of the user's model, and not said by the user.
+        reading: A function that gets the number of bytes read of the sources since its last call.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.Hints(num_experts=64).of_model(mt.load_model("olmoe-1b-7b")).top_k
+        8
     """
 
     num_experts: int | None = None
@@ -33,7 +46,18 @@ class Hints(NamedTuple):
     reading: Callable[[int], object] = lambda _: None  # is told of bytes of the sources, as they are read
 
     def need(self, what: str, source: Path) -> int:
-        """The hint of this name; raise a UsageError that says how to give it if it is unknown."""
+        """The hint of a name, which the source at hand does not know.
+
+        Args:
+            what: "num_experts", "top_k" or "layers".
+            source: The file, for the message.
+
+        Returns:
+            The number.
+
+        Raises:
+            UsageError: It is unknown. The message says how to give it.
+        """
         value = getattr(self, what)
         if value is None:
             option = {"num_experts": "--model or --experts", "top_k": "--model or --top-k", "layers": "--model"}[what]
@@ -41,7 +65,14 @@ class Hints(NamedTuple):
         return int(value)
 
     def of_model(self, model: Model) -> "Hints":
-        """These hints, and the sizes of `model` where the user says none."""
+        """These hints, and the sizes of a model where the user says none.
+
+        Args:
+            model: The model.
+
+        Returns:
+            The hints.
+        """
         sizes = {"num_experts": model.experts, "top_k": model.top_k}
         sizes = {name: size for name, size in sizes.items() if getattr(self, name) is None}
         return self._replace(**sizes, layers=model.moe_layers, from_model=tuple(sizes))

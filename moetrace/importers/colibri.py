@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import Capture, Counts, Hints, rows_of_counts
-from moetrace.importers.reading.passes import Block, Lines, Passes, check_gates, half, layers_of, whole_passes
+from moetrace.importers.reading.passes import Lines, PassBlock, Passes, check_gates, half, layers_of, whole_passes
 from moetrace.importers.reading.table import numbers, tables
 from moetrace.importers.reading.text import chunks
 from moetrace.spec.errors import MoetraceError
@@ -97,7 +97,7 @@ def _begins(lines: Lines) -> np.ndarray:
     return (call < 0) | ((call != 0) & (layer <= 0))
 
 
-def _blocks(path: Path, found: Iterator[tuple[int, Lines]], top_k: int) -> Iterator[Block]:
+def _blocks(path: Path, found: Iterator[tuple[int, Lines]], top_k: int) -> Iterator[PassBlock]:
     """The passes of a trace."""
     last = -1
     for line, lines, starts in whole_passes(path, found, _begins):
@@ -121,7 +121,7 @@ def _blocks(path: Path, found: Iterator[tuple[int, Lines]], top_k: int) -> Itera
         anew = np.diff(np.r_[last, call[starts]]) < 0  # the engine was started again
         last = int(call[-1])
         row = row + np.repeat(np.cumsum(step_rows) - step_rows, count)
-        yield Block(lambda at, line=line: line + at, step_rows, row, layer, ids, None, anew, gates)
+        yield PassBlock(lambda at, line=line: line + at, step_rows, row, layer, ids, None, anew, gates)
 
 
 def _usage(path: Path, hints: Hints) -> Counts:

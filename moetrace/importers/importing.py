@@ -27,7 +27,7 @@ Progress = Callable[[int], object]
 PathLike = str | os.PathLike[str]
 
 
-class _Rows(NamedTuple):
+class _TraceRows(NamedTuple):
     """The rows and steps of a capture, as a trace has them."""
 
     request: np.ndarray  # int32 [rows]: 0, 1, ... in order of appearance
@@ -49,16 +49,39 @@ def import_traces(
     compress: str | None = None,
     writing: Progress | None = None,
 ) -> list[Path]:
-    """Write one trace file from the captures at `sources`, one after the other; requests are numbered anew.
+    """Write one trace file from what engines recorded, one source after the other.
 
-    A source is a file, or a folder for its files of one format. Where a source does not say its steps, consecutive
-    prefill rows of a request become one and each decode row a step of its own. With `decode_after` P, whatever the
-    capture says, the first P rows of each request are its prompt and the rest is decode; rows of the trace in the
-    ranges [start, stop) `uncounted` are not counted for that, and prefill. `model` names the model (a preset or a TOML
-    file); else the source's own name decides. It, or `hints`, also tells the sizes that a source does not say.
-    `writing` is told the rows (of counts, the steps) that were written. Returns the files that were read.
-    Raises MoetraceError if a source is not what it claims or the sources don't fit together, UsageError if what is said
-    contradicts them, is missing, or is a prompt of counts; then nothing is written.
+    docs/importing.md describes the formats. Requests get new numbers, in order of appearance. Where a source does not
+    say its steps, consecutive prefill rows of a request are one step, and each decode row is a step of its own.
+
+    Args:
+        sources: Files, or folders whose files are of one format; one or several.
+        path: The new trace file. It is whole, or nothing is written.
+        format: Name of the format. By default each source is recognized.
+        model: A preset's name or a TOML file: the model's name, and sizes that a source does not say. By default the
+            source's own name decides.
+        hints: Sizes that a source does not say.
+        decode_after: How many rows of each request are its prompt; the rest is decode, even if the source says
+            otherwise. By default the source decides.
+        uncounted: Ranges [start, stop) of rows of the trace that `decode_after` does not count; they are prefill.
+        compress: "zstd" or "gzip". By default data is contiguous, so that it can be memory-mapped.
+        writing: A function that gets the number of rows (of counts, steps) written since its last call.
+
+    Returns:
+        The files that were read.
+
+    Raises:
+        UsageError: What the user says contradicts the sources, is missing, or is a prompt of counts.
+        MoetraceError: A source is not what it claims, or the sources do not fit together.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> import numpy as np
+        >>> np.save("request-0.npy", np.array([[[3, 1]], [[1, 2]], [[0, 1]]], np.uint8))  # tokens, layers, top_k
+        >>> files = mt.import_traces("request-0.npy", "out.h5", hints=mt.Hints(num_experts=4), decode_after=2)
+        >>> with mt.Trace.open("out.h5") as trace:
+        ...     print(trace.rows, trace.steps, trace.source["format"])
+        3 2 vllm
     """
     if decode_after is not None and decode_after < 0:
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")
@@ -149,7 +172,7 @@ def _write_counts(path: Path, captures: list[Counts], facts: dict[str, Any], wri
 
 
 def _write_rows(
-    path: Path, captures: list[Capture], tables: list[_Rows], facts: dict[str, Any], writing: Progress | None
+    path: Path, captures: list[Capture], tables: list[_TraceRows], facts: dict[str, Any], writing: Progress | None
 ) -> None:
     first = captures[0]
     mixed = any((rows.step_phase == MIXED).any() for rows in tables)
@@ -168,7 +191,7 @@ def _write_rows(
             requests += int(rows.request.max()) + 1
 
 
-def _append(writer: Writer, capture: Capture, rows: _Rows, mixed: bool, writing: Progress) -> None:
+def _append(writer: Writer, capture: Capture, rows: _TraceRows, mixed: bool, writing: Progress) -> None:
     """Append a capture in parts that end where a step ends."""
     where = _where(capture)
     ends = np.cumsum(rows.step_rows)
@@ -206,7 +229,9 @@ def _append(writer: Writer, capture: Capture, rows: _Rows, mixed: bool, writing:
         done, step = end, stop
 
 
-def _tables(captures: list[Capture], decode_after: int | None, uncounted: Sequence[tuple[int, int]]) -> list[_Rows]:
+def _tables(
+    captures: list[Capture], decode_after: int | None, uncounted: Sequence[tuple[int, int]]
+) -> list[_TraceRows]:
     rows = [capture.request.size for capture in captures]
     counted = np.ones(sum(rows), bool)
     for start, stop in uncounted:
@@ -215,7 +240,7 @@ def _tables(captures: list[Capture], decode_after: int | None, uncounted: Sequen
     return [_rows(capture, decode_after, part) for capture, part in zip(captures, parts, strict=True)]
 
 
-def _rows(capture: Capture, decode_after: int | None, counted: np.ndarray) -> _Rows:
+def _rows(capture: Capture, decode_after: int | None, counted: np.ndarray) -> _TraceRows:
     """Number requests in order of appearance, and cut rows into steps where the source doesn't."""
     _, first, inverse = np.unique(capture.request, return_index=True, return_inverse=True)
     request = np.argsort(np.argsort(first))[inverse].astype(np.int32)
@@ -223,10 +248,10 @@ def _rows(capture: Capture, decode_after: int | None, counted: np.ndarray) -> _R
     if decode_after is not None:
         phase, step_rows = _phase_after(request, decode_after, counted), None
     if step_rows is None:
-        return _Rows(request, capture.position, phase, *_steps(request, phase))
+        return _TraceRows(request, capture.position, phase, *_steps(request, phase))
     starts = np.cumsum(step_rows) - step_rows
     low, high = (f.reduceat(phase, starts) for f in (np.minimum, np.maximum))
-    return _Rows(request, capture.position, phase, step_rows, np.where(low == high, low, MIXED).astype(np.uint8))
+    return _TraceRows(request, capture.position, phase, step_rows, np.where(low == high, low, MIXED).astype(np.uint8))
 
 
 def _phase_after(request: np.ndarray, decode_after: int, counted: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints, Part
-from moetrace.importers.reading.requests import UNKNOWN_PHASE
+from moetrace.importers.reading.request_spool import UNKNOWN_PHASE
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.text import json_lines
 from moetrace.spec.errors import MoetraceError
@@ -33,7 +33,7 @@ Number = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Id = Annotated[int, msgspec.Meta(ge=-1, lt=MAX_EXPERTS)]
 
 
-class Meta(msgspec.Struct, tag="meta"):
+class RouteHeader(msgspec.Struct, tag="meta"):
     """The header, once for each start of the engine."""
 
     model_id: str = ""
@@ -51,7 +51,7 @@ class Route(msgspec.Struct, tag="route", gc=False):
     req_id: str | int = ""
 
 
-_LINE: Any = Meta | Route
+_LINE: Any = RouteHeader | Route
 
 
 def recognize(first: bytes, name: str) -> bool:
@@ -76,7 +76,7 @@ class _Log:
 
     def __init__(self, path: Path, hints: Hints) -> None:
         self._path, self._hints = path, hints
-        self._meta = Meta()
+        self._meta = RouteHeader()
         self._num_experts = self._top_k = 0
         self._optional: tuple[str, ...] = ()
         self._layers: dict[int, Spool] = {}  # the first is the one whose routes say what each row is
@@ -86,7 +86,7 @@ class _Log:
         self._routes = 0  # before those that are being added
         for _, records in json_lines(path, _LINE, hints.reading, CHUNK_BYTES):
             for record in records:
-                if isinstance(record, Meta):
+                if isinstance(record, RouteHeader):
                     self._meta = record
             routes = [record for record in records if isinstance(record, Route)]
             if routes:

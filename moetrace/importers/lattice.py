@@ -14,13 +14,13 @@ import msgspec
 import numpy as np
 
 from moetrace.importers.captured import Capture, Hints
-from moetrace.importers.reading.passes import Block, Lines, Passes, check_gates, half, whole_passes
+from moetrace.importers.reading.passes import Lines, PassBlock, Passes, check_gates, half, whole_passes
 from moetrace.importers.reading.text import json_lines
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import DECODE, MAX_LAYERS
 
 
-class _Record(msgspec.Struct, gc=False):
+class _Choice(msgspec.Struct, gc=False):
     layer_idx: int
     token_idx: int
     selected_ids: list[int]
@@ -34,7 +34,7 @@ class _Layer(msgspec.Struct, gc=False):
 def recognize(first: bytes, name: str) -> bool:
     """Whether a file that begins with these bytes has such records."""
     line = first.split(b"\n", 1)[0].lstrip()
-    return line.startswith(b"{") and all(b'"%s"' % key.encode() in line for key in _Record.__struct_fields__)
+    return line.startswith(b"{") and all(b'"%s"' % key.encode() in line for key in _Choice.__struct_fields__)
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
@@ -47,7 +47,7 @@ def _read(path: Path, hints: Hints) -> Capture:
     layer_index, first = _layers(path, hints), next(iter(_first(path)))
     top_k = len(first.selected_ids)
     passes = Passes(path, hints, (num_experts, top_k), layer_index, ("gates",))
-    records = json_lines(path, _Record, half(hints))
+    records = json_lines(path, _Choice, half(hints))
     positions: list[np.ndarray] = []
     last = -1  # position of the token before
     count = 0
@@ -60,15 +60,15 @@ def _read(path: Path, hints: Hints) -> Capture:
         number = count + 1  # of the first record here
         phase = np.full(starts.size, DECODE, np.uint8)
         ids, gates = lines["experts"], lines["gates"]
-        passes.add(Block(lambda i, at=number: at + i, ones, row, lines["layer"], ids, phase, begins, gates))
+        passes.add(PassBlock(lambda i, at=number: at + i, ones, row, lines["layer"], ids, phase, begins, gates))
         positions.append(position)
         count += row.size
     facts = {"format": "lattice", "engine": "lattice", "phases": "not recorded: all decode"}
     return passes.capture(facts)._replace(position=np.concatenate(positions))
 
 
-def _first(path: Path) -> Iterator[_Record]:
-    for _, records in json_lines(path, _Record, abs, chunk_bytes=1 << 16):
+def _first(path: Path) -> Iterator[_Choice]:
+    for _, records in json_lines(path, _Choice, abs, chunk_bytes=1 << 16):
         yield from records[:1]
 
 
@@ -84,7 +84,7 @@ def _layers(path: Path, hints: Hints) -> np.ndarray:
     return np.array(sorted(seen), np.uint16)
 
 
-def _lines(path: Path, found: Iterator[tuple[int, list[_Record]]], top_k: int) -> Iterator[tuple[int, Lines]]:
+def _lines(path: Path, found: Iterator[tuple[int, list[_Choice]]], top_k: int) -> Iterator[tuple[int, Lines]]:
     """Records as arrays; they, not lines, are counted, since lines may be blank."""
     count = 0
     for _, records in found:

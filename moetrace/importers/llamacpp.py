@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import Capture, Hints
-from moetrace.importers.reading.passes import Block, Lines, Passes, half, layers_of, whole_passes
+from moetrace.importers.reading.passes import Lines, PassBlock, Passes, half, layers_of, whole_passes
 from moetrace.importers.reading.table import numbers, tables
 from moetrace.importers.reading.text import first_bytes
 from moetrace.spec.errors import MoetraceError
@@ -67,7 +67,7 @@ def _read(path: Path, hints: Hints) -> Capture:
     return passes.capture(facts | flat.facts())
 
 
-def _choices(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Iterator[Block]:
+def _choices(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Iterator[PassBlock]:
     """The passes of lines `layer,expert`: rows of one layer follow one another, `top_k` lines each."""
     for line, lines, starts in whole_passes(path, tables, lambda lines: np.diff(lines["layer"]) < 0):
         layer = lines["layer"]
@@ -86,10 +86,10 @@ def _choices(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Ite
         shift = (np.cumsum(step_rows) - step_rows)[step] + step_rows[step] - sizes - runs
         row = np.arange(layer.size // top_k) + np.repeat(shift, sizes)
         ids = lines["e0"].reshape(-1, top_k)
-        yield Block(lambda at, line=line: line + at * top_k, step_rows, row, layer[::top_k], ids)
+        yield PassBlock(lambda at, line=line: line + at * top_k, step_rows, row, layer[::top_k], ids)
 
 
-def _tokens(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Iterator[Block]:
+def _tokens(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Iterator[PassBlock]:
     """The passes of lines `pos,layer,id0,id1,...`."""
     last = -1  # position that was decoded last
     for line, lines, starts in whole_passes(path, tables, _token_begins):
@@ -110,7 +110,7 @@ def _tokens(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Iter
         phase = (decoded >= 0).astype(np.uint8)
         begins = (decoded == 0) & (np.r_[last, decoded[:-1]] >= 0)
         last = int(decoded[-1])
-        yield Block(lambda at, line=line: line + at, step_rows, row, layer, ids, phase, begins)
+        yield PassBlock(lambda at, line=line: line + at, step_rows, row, layer, ids, phase, begins)
 
 
 def _token_begins(lines: Lines) -> np.ndarray:
@@ -126,7 +126,7 @@ class _Flat:
         self._path, self._num_experts = path, num_experts
         self.long_enough = self.permuted = 0
 
-    def look(self, block: Block) -> None:
+    def look(self, block: PassBlock) -> None:
         """Count the layers of the passes in a block whose first ids are each expert once."""
         row, layer, ids = block.row, block.layer, block.experts
         runs = np.r_[0, np.flatnonzero((np.diff(layer) != 0) | (np.diff(row) != 1)) + 1]

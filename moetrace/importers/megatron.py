@@ -47,7 +47,7 @@ class _Record(msgspec.Struct, gc=False):
     block: str = "decoder"
 
 
-class _Rank(NamedTuple):
+class _RankRecords(NamedTuple):
     """What the records of a file say but for the ids; mtp blocks left out.
 
     A run is records that follow one another and are of one step and micro-batch: mostly a record of each layer.
@@ -124,7 +124,7 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
     )
 
 
-def _outline(path: Path, hints: Hints) -> _Rank:
+def _outline(path: Path, hints: Hints) -> _RankRecords:
     """Read a file for the first time; ids are only counted, which tells how much there will be."""
     seen: set[tuple[int, int]] = set()  # (rank, top_k)
     digest = hashlib.sha256()
@@ -149,7 +149,7 @@ def _outline(path: Path, hints: Hints) -> _Rank:
     rank, top_k = next(iter(seen), (0, 0))
     if not 0 <= rank < 2**31:
         raise MoetraceError(f"{path} is of rank {rank}.")
-    return _Rank(path, rank, *runs.joined(), top_k, digest.digest(), left_out)
+    return _RankRecords(path, rank, *runs.joined(), top_k, digest.digest(), left_out)
 
 
 class _Runs:
@@ -199,9 +199,9 @@ def _nth(step: np.ndarray, layer: np.ndarray) -> np.ndarray:
     return nth
 
 
-def _columns(ranks: list[_Rank]) -> tuple[list[_Rank], list[int]]:
+def _columns(ranks: list[_RankRecords]) -> tuple[list[_RankRecords], list[int]]:
     """The ranks but for copies, and which of the ranks of its stage each is."""
-    stages: dict[tuple[int, ...], dict[bytes, _Rank]] = {}
+    stages: dict[tuple[int, ...], dict[bytes, _RankRecords]] = {}
     for rank in ranks:
         stages.setdefault(tuple(np.unique(rank.layer).tolist()), {}).setdefault(rank.digest, rank)
     width = len(next(iter(stages.values())))
@@ -219,7 +219,7 @@ def _columns(ranks: list[_Rank]) -> tuple[list[_Rank], list[int]]:
 class _Batches:
     """The rows of all micro-batches of all ranks: where the tokens of each run begin, and what each row is."""
 
-    def __init__(self, ranks: list[_Rank], column: list[int]) -> None:
+    def __init__(self, ranks: list[_RankRecords], column: list[int]) -> None:
         sizes = [rank.step.size for rank in ranks]
         step, nth, tokens = (
             np.concatenate([getattr(rank, name) for rank in ranks]).astype(np.int64)
@@ -267,7 +267,9 @@ def _requests(column: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndar
     return request, position
 
 
-def _fill(spool: Spool, rank: _Rank, entry: np.ndarray, first: np.ndarray, num_experts: int, hints: Hints) -> None:
+def _fill(
+    spool: Spool, rank: _RankRecords, entry: np.ndarray, first: np.ndarray, num_experts: int, hints: Hints
+) -> None:
     """Read a file again and put its ids at their rows."""
     done, number = 0, 0
     ends = np.cumsum(rank.records)
@@ -288,7 +290,7 @@ def _fill(spool: Spool, rank: _Rank, entry: np.ndarray, first: np.ndarray, num_e
         spool.put(row, np.repeat(layers, size), experts=ids)
 
 
-def _flat(rank: _Rank, records: list[_Record], num_experts: int, before: int) -> np.ndarray:
+def _flat(rank: _RankRecords, records: list[_Record], num_experts: int, before: int) -> np.ndarray:
     """The ids [tokens, top_k] of some records."""
     rows: Iterator[list[int]] = chain.from_iterable(record.top_indices for record in records)
     count = sum(len(record.top_indices) for record in records)

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from moetrace.importers.captured import FIRST_BYTES, Capture, Hints
-from moetrace.importers.reading.requests import Requests
+from moetrace.importers.reading.request_spool import RequestSpool
 from moetrace.importers.reading.responses import Meta, Response, from_base64, responses
 from moetrace.importers.reading.text import MAX_LINE_BYTES, first_bytes, text_of
 from moetrace.importers.vllm import recognize as recognize_vllm
@@ -58,7 +58,7 @@ def recognize(first: bytes, name: str) -> bool:
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     """One capture of all requests, in the order of the sources."""
     top_k = hints.need("top_k", sources[0])
-    requests, planes, model, starts = Requests(hints, sources[0]), 0, "", set()
+    requests, planes, model, starts = RequestSpool(hints, sources[0]), 0, "", set()
     for path in sources:
         for request, said in _requests(path, hints):
             model = model or said

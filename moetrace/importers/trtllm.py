@@ -36,7 +36,7 @@ _MAX_COUNT = 1 << 40
 Cell = tuple[int, int]  # iteration, layer
 
 
-class _Rank(NamedTuple):
+class _RankFile(NamedTuple):
     path: Path
     shapes: dict[Cell, tuple[int, ...]]
 
@@ -104,7 +104,7 @@ def _sizes(meta: Path | None, first: Path, hints: Hints) -> tuple[int, int]:
     return num_experts, top_k
 
 
-def _rank(path: Path) -> _Rank:
+def _rank(path: Path) -> _RankFile:
     shapes: dict[Cell, tuple[int, ...]] = {}
     with tensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - it is no mapping
@@ -114,10 +114,10 @@ def _rank(path: Path) -> _Rank:
             shapes[int(found[1]), int(found[2])] = known_shape(path, file, key)
     if not shapes:
         raise MoetraceError(f"{path} holds no tensors.")
-    return _Rank(path, shapes)
+    return _RankFile(path, shapes)
 
 
-def _grid(ranks: list[_Rank]) -> tuple[list[int], list[int]]:
+def _grid(ranks: list[_RankFile]) -> tuple[list[int], list[int]]:
     """All iterations and layers; raise MoetraceError unless each layer of each iteration was recorded."""
     cells = set().union(*(rank.shapes for rank in ranks))
     iterations, layers = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
@@ -128,7 +128,7 @@ def _grid(ranks: list[_Rank]) -> tuple[list[int], list[int]]:
 
 
 def _counts(
-    ranks: list[_Rank], num_experts: int, top_k: int, facts: dict[str, Any], sources: tuple[Path, ...]
+    ranks: list[_RankFile], num_experts: int, top_k: int, facts: dict[str, Any], sources: tuple[Path, ...]
 ) -> Counts:
     for rank in ranks:
         for (iteration, layer), shape in rank.shapes.items():
@@ -160,9 +160,9 @@ def _counts(
     )
 
 
-def _without_copies(ranks: list[_Rank]) -> list[_Rank]:
+def _without_copies(ranks: list[_RankFile]) -> list[_RankFile]:
     """Of ranks with the same layers and iterations, the first alone if all hold the same."""
-    alike: dict[frozenset[Cell], list[_Rank]] = {}
+    alike: dict[frozenset[Cell], list[_RankFile]] = {}
     for rank in ranks:
         alike.setdefault(frozenset(rank.shapes), []).append(rank)
     kept = []
@@ -171,14 +171,14 @@ def _without_copies(ranks: list[_Rank]) -> list[_Rank]:
     return kept
 
 
-def _equal(one: _Rank, other: _Rank) -> bool:
+def _equal(one: _RankFile, other: _RankFile) -> bool:
     with tensors(one.path) as mine, tensors(other.path) as theirs:
         return one.shapes == other.shapes and all(
             np.array_equal(mine.get_tensor(f"{i}_{j}"), theirs.get_tensor(f"{i}_{j}")) for i, j in one.shapes
         )
 
 
-def _sums(ranks: list[_Rank], iterations: list[int], layers: list[int], num_experts: int) -> Iterator[np.ndarray]:
+def _sums(ranks: list[_RankFile], iterations: list[int], layers: list[int], num_experts: int) -> Iterator[np.ndarray]:
     """Counts int64 [some iterations, layers, experts], summed over ranks."""
     at_once = max(1, BLOCK_BYTES // (8 * len(layers) * num_experts))
     with ExitStack() as stack:
@@ -197,7 +197,7 @@ def _sums(ranks: list[_Rank], iterations: list[int], layers: list[int], num_expe
 
 
 def _rows(
-    ranks: list[_Rank], num_experts: int, top_k: int, facts: dict[str, Any], sources: tuple[Path, ...]
+    ranks: list[_RankFile], num_experts: int, top_k: int, facts: dict[str, Any], sources: tuple[Path, ...]
 ) -> Capture:
     iterations, layers = _grid(ranks)
     for rank in ranks:
@@ -237,7 +237,9 @@ def _rows(
     )
 
 
-def _ids(ranks: list[_Rank], iterations: list[int], layers: list[int], num_experts: int, top_k: int) -> Iterator[Part]:
+def _ids(
+    ranks: list[_RankFile], iterations: list[int], layers: list[int], num_experts: int, top_k: int
+) -> Iterator[Part]:
     """Ids of one rank and iteration at a time; -1 is absent."""
     with ExitStack() as stack:
         files = [(rank, stack.enter_context(tensors(rank.path))) for rank in ranks]

@@ -22,7 +22,7 @@ import numpy as np
 
 from moetrace.importers.captured import Capture, Hints
 from moetrace.importers.reading import npy
-from moetrace.importers.reading.requests import Requests
+from moetrace.importers.reading.request_spool import RequestSpool
 from moetrace.importers.reading.responses import Response, Routed, from_base64, responses
 from moetrace.importers.reading.text import first_bytes, text_of
 from moetrace.spec.errors import MoetraceError
@@ -50,7 +50,7 @@ def recognize(first: bytes, name: str) -> bool:
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     """One capture of all requests, files in the order of their names, the numbers in these as numbers."""
     sources = sorted(sources, key=natural)
-    requests = Requests(hints, sources[0])
+    requests = RequestSpool(hints, sources[0])
     model = ""
     for path in sources:
         first = first_bytes(path, 64).lstrip()
@@ -90,7 +90,7 @@ def _mapped(path: Path, hints: Hints) -> np.ndarray:
     return np.memmap(path, header.dtype, "r", header.header_bytes, header.shape)
 
 
-def _add(requests: Requests, where: str, response: Response) -> None:
+def _add(requests: RequestSpool, where: str, response: Response) -> None:
     if not response.choices:
         raise MoetraceError(f"{where} has no choices: it is no response of a completion.")
     prompt_tokens = response.usage.prompt_tokens if response.usage else None

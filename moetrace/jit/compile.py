@@ -57,7 +57,7 @@ class Kernel:
         self._signature, self._inline, self._checked = signature, inline, checked
         self._lock = threading.Lock()  # not held while Numba compiles, which has a lock of its own
         self._entry: Dispatcher | None = None
-        self._part: Dispatcher | None = None
+        self._part: Any = None
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the kernel, compiled or fetched from the cache if it has not been yet."""
@@ -83,10 +83,20 @@ class Kernel:
     @property
     def _numba_type_(self) -> Any:
         """What Numba takes this for where another kernel names it."""
+        from moetrace.jit.pipeline import part
+
         with self._lock:
             if self._part is None:
-                self._part = _part(self.py_func, self._inline, self._checked)
+                options = _options(self._inline, self._checked) | {"forceinline": self._inline}
+                self._part = part(self.py_func, options)
         return self._part._numba_type_
+
+
+def compile_now(*kernels: Any) -> None:
+    """Compile kernels whose types are declared, or fetch them from the cache."""
+    for each in kernels:
+        if isinstance(each, Kernel):
+            each.entry()
 
 
 def _options(inline: bool, checked: bool) -> dict[str, Any]:
@@ -94,8 +104,9 @@ def _options(inline: bool, checked: bool) -> dict[str, Any]:
 
 
 def _entry(function: Callable, inline: bool, checked: bool) -> "Dispatcher":
-    import numba
     from numba.core.caching import FunctionCache
+
+    from moetrace.jit.pipeline import entry
 
     class FingerprintCache(FunctionCache):
         """Numba's cache, which notices edits of a kernel's own file, with the fingerprint beside that file's stamp."""
@@ -105,19 +116,9 @@ def _entry(function: Callable, inline: bool, checked: bool) -> "Dispatcher":
             self._cache_file._source_stamp = (self._cache_file._source_stamp, fingerprint)
 
     options = _options(inline, checked)
-    dispatcher: Any = numba.njit(**options)(function)
+    dispatcher: Any = entry(function, options)
     fingerprint = fingerprint_of(function, repr(options))
     if fingerprint is not None:
         with contextlib.suppress(RuntimeError):  # no folder can be written
             dispatcher._cache = FingerprintCache(function, fingerprint)
     return dispatcher
-
-
-def _part(function: Callable, inline: bool, checked: bool) -> "Dispatcher":
-    import numba
-
-    from moetrace.jit.parts import PartCompiler
-
-    wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    options = _options(inline, checked) | wrappers | {"forceinline": inline, "pipeline_class": PartCompiler}
-    return numba.njit(**options)(function)

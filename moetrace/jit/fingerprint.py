@@ -59,7 +59,7 @@ def fingerprint_of(function: Callable, options: str = "") -> str | None:
     """
     import numba
 
-    parts = [_files(_HERE, "compile.py", "parts.py"), np.__version__, numba.__version__, options]
+    parts = [_files(_HERE, "compile.py", "pipeline.py"), np.__version__, numba.__version__, options]
     try:
         parts += _describe_function(function, set())
     except TypeError:
@@ -80,7 +80,7 @@ def _describe(value: Any, seen: set[int], attributes: tuple[str, ...]) -> Iterat
         for item in value:
             yield from _describe(item, seen, attributes)
     elif isinstance(value, type) and issubclass(value, tuple) and hasattr(value, "_fields"):
-        yield f"{value.__qualname__} {value._fields}"
+        yield f"{value.__qualname__} {vars(value)['_fields']}"
     elif _home(value) in _SETTLED:
         yield str(getattr(value, "__qualname__", repr(value)))
     elif isinstance(value, ModuleType):

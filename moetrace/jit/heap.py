@@ -54,5 +54,6 @@ def sink_placed(heap, place, count, at, rank, key):
 
 @kernel
 def _move(heap, place, source, target):
+    """Copy the entry at source to target, and note its key's new place."""
     heap[target, RANK], heap[target, KEY] = heap[source, RANK], heap[source, KEY]
     place[heap[source, KEY]] = target

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.lints.balance import Counts, FlatView
-from moetrace.lints.counts import check_counts
+from moetrace.lints.counts_only import check_counts
+from moetrace.lints.evenness import EvennessCheck, FlatView
 from moetrace.lints.finding import LEVELS, RULES, Finding, Rule, finding
 from moetrace.lints.gates import Gates
 from moetrace.lints.hashing import row_digests
@@ -19,8 +19,8 @@ from moetrace.lints.ids import DuplicateIds, ImpossibleIds, ImpossibleRows
 from moetrace.lints.layers import AbsentRows, DenseLayers, layer_numbers
 from moetrace.lints.piece import Progress, Shape, pieces, shape_of
 from moetrace.lints.repeats import RepeatedRows
-from moetrace.lints.requests import Requests
 from moetrace.lints.templates import Periodic, Sink, Templates
+from moetrace.lints.whole_requests import RequestCheck
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
 
@@ -29,11 +29,24 @@ __all__ = ["LEVELS", "RULES", "Finding", "Rule", "lint"]
 
 @accepts_path
 def lint(trace: Trace, progress: Progress | None = None) -> list[Finding]:
-    """Everything that is wrong or suspicious in `trace` (or the file of one), errors first, then warnings and notes.
+    """Find what is wrong or suspicious in a trace. docs/lint.md explains every code.
 
-    Reads every value once, a few MiB at a time, and compares it with the sha256s if the trace is a file. `progress` is
-    told how many rows (of counts, steps) were done.
-    Raises MoetraceError only if data can't be read at all.
+    Reads every value once, a few MiB at a time, and compares it with the sha256s if the trace is a file.
+
+    Args:
+        trace: A trace or the path of its file.
+        progress: A function that gets the number of rows (of a trace of counts, steps) since its last call.
+
+    Returns:
+        The findings, errors first, then warnings and notes.
+
+    Raises:
+        MoetraceError: Data cannot be read at all.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> [(found.level, found.code) for found in mt.lint("traces/tiny-olmoe.h5")]
+        [('note', 'gates-sum'), ('note', 'position-0-sink')]
     """
     digests: dict[str, Any] = {}
     check = (check_counts if "counts" in trace.has else _check_rows)(trace, digests, progress)
@@ -48,10 +61,14 @@ def _check_rows(trace: Trace, digests: dict[str, Any], progress: Progress | None
     shape = shape_of(trace)
     impossible, duplicates, rows = ImpossibleIds(shape), DuplicateIds(shape), ImpossibleRows(shape)
     dense, absent, repeated = DenseLayers(shape), AbsentRows(shape), RepeatedRows(shape)
-    flat, counts, gates = FlatView(shape), Counts(shape.num_experts, shape.top_k, shape.layer_index), Gates(shape)
-    requests, sink, templates, periodic = Requests(shape), Sink(shape), Templates(shape), Periodic(shape)
+    flat, evenness, gates = (
+        FlatView(shape),
+        EvennessCheck(shape.num_experts, shape.top_k, shape.layer_index),
+        Gates(shape),
+    )
+    requests, sink, templates, periodic = RequestCheck(shape), Sink(shape), Templates(shape), Periodic(shape)
     for piece in pieces(trace, digests, progress):
-        for check in (impossible, duplicates, rows, dense, absent, repeated, flat, counts, gates, sink, periodic):
+        for check in (impossible, duplicates, rows, dense, absent, repeated, flat, evenness, gates, sink, periodic):
             check.see(piece)
         order, row_digest = np.argsort(piece.request, kind="stable"), row_digests(piece)
         requests.see(piece, order, row_digest)
@@ -65,7 +82,7 @@ def _check_rows(trace: Trace, digests: dict[str, Any], progress: Progress | None
         yield from periodic.findings()
     yield from dense.findings(zero_layers)
     yield from absent.findings(without)
-    yield from counts.findings(without | flat.layers())
+    yield from evenness.findings(without | flat.layers())
     yield from templates.findings(int(requests.rows[requests.copies()].sum()))
     yield from _every_expert(shape)
 

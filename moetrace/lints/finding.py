@@ -18,14 +18,14 @@ class Finding:
     """One thing that lint found.
 
     Attributes:
-        code: what it is, a key of `RULES`.
+        code: A key of `RULES`.
         level: "error", "warning" or "note".
-        what: one sentence, with figures.
-        effect: what it does to results.
-        fix: a flag or an action, or None.
-        layers: absolute indices of the layers concerned, or None if it concerns no layer in particular.
-        rows: the first ranges (start, stop) of the rows concerned, at most 16; empty if it concerns none in particular.
-        count: how many rows, cells (one row in one layer), requests or whatever `what` counts.
+        what: One sentence, with figures.
+        effect: What it does to results.
+        fix: A flag or an action, or None.
+        layers: Absolute indices of the layers concerned, or None if it concerns no layer in particular.
+        rows: The first ranges (start, stop) of the rows concerned, at most 16; empty if it concerns none in particular.
+        count: How many rows, cells (one row in one layer) or requests; `what` says which.
     """
 
     code: str

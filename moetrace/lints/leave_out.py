@@ -18,8 +18,7 @@ from moetrace.spec.errors import MoetraceError
 from moetrace.trace.atomic import keep_inputs, real_path
 from moetrace.trace.format import Trace
 from moetrace.trace.naming import model_name
-from moetrace.trace.schema import OPTIONAL, PER_CHOICE, check_ids
-from moetrace.trace.writer import CountsWriter, Writer
+from moetrace.trace.select import copy_without
 
 _TOLD_LAYERS = 256  # of more, `source` tells the number
 
@@ -40,15 +39,27 @@ def leave_out(
     model: str | None = None,
     compress: str | None = None,
 ) -> LeftOut:
-    """Copy `trace` to `path` without the rows of `warm-up` and the layers of `dense-layer`, as lint finds them.
+    """Copy a trace without the rows of `warm-up` and the layers of `dense-layer`, as lint finds them.
 
-    Steps lose those rows, and go if they lose all; requests and positions stay as they are. Layers are judged by the
-    rows that stay. `model` names the model of what is left; else, if layers go, the name that was recorded decides.
-    `source` says under "left_out" what went. Memory does not grow with the trace.
-    Raises MoetraceError if the trace differs from its sha256s, nothing would be left, or what is left holds an
-    impossible value.
+    Steps lose those rows, and go if they lose all. Requests and positions stay as they are. Layers are judged by the
+    rows that stay. `source` says under "left_out" what went. Memory does not grow with the trace.
+
+    Args:
+        trace: The trace.
+        path: The new file.
+        warmup: Leave out the warm-up.
+        dense: Leave out dense layers.
+        model: Names the model of what is left. By default, if layers go, the name that was recorded decides.
+        compress: "zstd" or "gzip". By default data is contiguous.
+
+    Returns:
+        How many rows and which layers went.
+
+    Raises:
+        MoetraceError: The trace differs from its sha256s, nothing would be left, or what is left holds an impossible
+            value.
     """
-    where = str(trace.path or "trace in memory")
+    where = trace.shown
     keep_inputs(path, [trace.path])
     trace.verify_hashes()
     ranges = _warm_up_rows(trace) if warmup and "counts" not in trace.has else []
@@ -59,22 +70,12 @@ def leave_out(
     if gone.all():
         raise MoetraceError(f"{where}: no layer routes, so nothing would be left of it.")
     left_out = LeftOut(rows, trace.layer_index[gone].tolist())
-    facts: dict[str, Any] = {
-        "model": trace.model,
-        "num_experts": trace.num_experts,
-        "top_k": trace.top_k,
-        "layers": int(np.count_nonzero(~gone)),
-        "layer_index": trace.layer_index[~gone],
-        "source": _source(trace.source, left_out),
-        "compress": compress,
-    }
+    name = trace.model
     if model is not None or gone.any():
         said = str(trace.source.get("recorded_model") or trace.model)
-        facts["model"] = model_name(where, said, facts["layers"], trace.num_experts, model)
-    if "counts" in trace.has:
-        _copy_counts(trace, path, ~gone, facts)
-    else:
-        _copy_rows(trace, path, ranges, ~gone, facts)
+        name = model_name(where, said, int(np.count_nonzero(~gone)), trace.num_experts, model)
+    source = _source(trace.source, left_out)
+    copy_without(trace, path, rows=ranges, layers=gone, model=name, source=source, compress=compress)
     return left_out
 
 
@@ -154,56 +155,3 @@ def _source(source: dict[str, Any], left_out: LeftOut) -> dict[str, Any]:
         layers = [*(earlier if isinstance(earlier, list) else []), *left_out.layers]
         said["dense_layers"] = layers if len(layers) <= _TOLD_LAYERS else len(layers)
     return source | ({"left_out": said} if said else {})
-
-
-def _copy_rows(
-    trace: Trace, path: Path, ranges: list[tuple[int, int]], layers: np.ndarray, facts: dict[str, Any]
-) -> None:
-    step_rows = np.diff(_kept_before(trace.offset, ranges))
-    optional = [name for name in OPTIONAL if name in trace.has]
-    expert_bytes = None if trace.expert_bytes is None else trace.expert_bytes[layers]
-    with Writer(
-        path,
-        rows=int(step_rows.sum()),
-        steps=int(np.count_nonzero(step_rows)),
-        expert_bytes=expert_bytes,
-        optional=optional,
-        **facts,
-    ) as writer:
-        for block in trace.blocks():
-            first, steps = int(trace.offset[block.first_step]), slice(block.first_step, block.first_step + block.steps)
-            kept = np.ones(len(block.request), bool)
-            for start, stop in ranges:
-                kept[max(start - first, 0) : max(stop - first, 0)] = False
-            lengths = step_rows[steps]
-            if not kept.any():
-                continue
-            data = {name: trace.read(name, first, first + kept.size)[kept] for name in optional}
-            data["experts"] = block.experts[kept]
-            data |= {name: data[name][:, layers] for name in PER_CHOICE if name in data}
-            check_ids(str(trace.path or "trace in memory"), first, data["experts"], trace.num_experts)
-            writer.append(
-                data.pop("experts"),
-                block.request[kept],
-                block.position[kept],
-                lengths[lengths > 0],
-                trace.phase[steps][lengths > 0],
-                **data,
-            )
-
-
-def _kept_before(rows: np.ndarray, ranges: list[tuple[int, int]]) -> np.ndarray:
-    """How many rows before each of `rows` [n] are outside of all `ranges`, which are in order and apart."""
-    if not ranges:
-        return rows
-    starts, stops = np.array(ranges, np.int64).T
-    gone = np.r_[0, np.cumsum(stops - starts)]
-    number = np.searchsorted(starts, rows, side="left")  # ranges that begin before the row
-    inside = np.where(number > 0, np.maximum(stops[number - 1] - rows, 0), 0)
-    return rows - gone[number] + inside
-
-
-def _copy_counts(trace: Trace, path: Path, layers: np.ndarray, facts: dict[str, Any]) -> None:
-    with CountsWriter(path, rows=trace.rows, steps=trace.steps, **facts) as writer:
-        for block in trace.count_blocks():
-            writer.append_counts(block.counts[:, layers], block.rows, block.phase)

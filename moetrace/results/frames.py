@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from moetrace.engine.run import Lane, Run
-from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT, UNIT
+from moetrace.engine.state import UNIT
 from moetrace.trace.schema import PHASE_NAMES
 
 # The step log may be larger than memory: it is turned into rows this many steps at a time.
@@ -53,11 +53,11 @@ def step_slices(run: Run) -> Iterator[pl.DataFrame]:
 
 
 def unit_frame(run: Run) -> pl.DataFrame:
-    """Return what each part of the machine did: `gpu`, `ndp0` .., `cpu`, `link_in`, `link_out`.
+    """Return what each part of the machine did, by the names that the machine gives them: `gpu`, `ndp0` .. `link_out`.
 
     Of a link, `experts` and `bytes` are those that it carried. No policy of version 1 uses the CPU.
     """
-    return pl.concat([_units_of(run, lane) for lane in run.lanes])
+    return pl.concat([_units_of(lane) for lane in run.lanes])
 
 
 def layer_frame(run: Run) -> pl.DataFrame:
@@ -115,28 +115,20 @@ def request_times(run: Run, lane: Lane) -> RequestTimes:
     )
 
 
-def unit_names(units: int) -> list[str]:
-    """Names of the parts of a machine with so many NDP units, in the order of every table."""
-    return ["gpu", *(f"ndp{unit}" for unit in range(units)), "cpu", "link_in", "link_out"]
-
-
 def total_s(lane: Lane) -> float:
     """Seconds of all steps."""
     return float(np.sum(np.ascontiguousarray(lane.log.step["duration_s"])))
 
 
-def _units_of(run: Run, lane: Lane) -> pl.DataFrame:
-    units, share = run.system.units, lane.machine.share
-    log = np.concatenate((lane.log.unit, np.zeros(1, UNIT)))
-    idle = len(log) - 1  # stands for the CPU
-    ndp = [FIRST_GROUP + unit // share for unit in range(units)]
-    log = log[[GPU, *ndp, idle, LINK_IN, LINK_OUT]]
-    sharers = np.array([1, *[share] * units, 1, 1, 1])
+def _units_of(lane: Lane) -> pl.DataFrame:
+    log = np.concatenate((lane.log.unit, np.zeros(1, UNIT)))  # its last row is that of whatever takes no part
+    log = log[[part.log_row for part in lane.parts]]
+    sharers = np.array([part.share for part in lane.parts])
     seconds = total_s(lane)
     return pl.DataFrame(
         {
             "policy": pl.repeat(lane.policy.name, len(log), eager=True),
-            "unit": unit_names(units),
+            "unit": [part.name for part in lane.parts],
             "busy_s": np.ascontiguousarray(log["busy_s"]),
             "utilization": _nulls(log["busy_s"] / seconds if seconds else np.full(len(log), np.nan)),
             "experts": np.ascontiguousarray(log["experts"]),

@@ -5,7 +5,7 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import FunctionType
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import msgspec
 import polars as pl
 
-from moetrace.engine.run import Run, run
+from moetrace.engine.run import Run, run_setups
+from moetrace.engine.setup import Setup
 from moetrace.results import frames, summary, timeline, timeline_file, write
 from moetrace.results.record import TIMELINE_FILE
 from moetrace.results.window import Window, window_of
 from moetrace.spec import Model, PolicySpec, System, list_presets, load_model, load_policy, load_system
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.load import nearest
 from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
@@ -38,11 +39,11 @@ Policy = str | Path | PolicySpec | Callable
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What a replay found. Frames are made when first asked for.
+    """What a replay found. It makes each frame when you first ask for it; docs/results.md explains the columns.
 
     Attributes:
-        run: the engine's own record.
-        warnings: sentences about what may not be meant so.
+        run: The engine's own record.
+        warnings: Sentences about what may not be meant so.
     """
 
     run: Run
@@ -104,9 +105,14 @@ class Result:
         return timeline.counter_frame(self.run)
 
     def write_timeline(self, path: str | os.PathLike[str]) -> None:
-        """Write the timeline to a file (a name in .json.gz) that Perfetto and chrome://tracing open.
+        """Write the timeline to a file that Perfetto and chrome://tracing open.
 
-        Raises UsageError if `replay(timeline=...)` named no steps, MoetraceError if the system refuses.
+        Args:
+            path: The new file; its name ends in .json.gz.
+
+        Raises:
+            UsageError: `replay(timeline=...)` named no steps.
+            MoetraceError: The system refuses.
         """
         with whole_file(Path(path)) as file:
             timeline_file.write_timeline(self.run, file)
@@ -116,11 +122,17 @@ class Result:
         return summary.summary_dict(self.run, self._trace, self._policies)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write `summary.json` and the Parquet files into `folder`, which is made if need be: all of them or none.
+        """Write `summary.json` and the Parquet files into a folder: all of them or none.
 
-        A timeline that was recorded is written too; one of an earlier replay does not stay. Files of the same names
-        are replaced, others stay. Same trace, specs and version: same bytes.
-        Raises MoetraceError if the system refuses, UsageError if `folder` is a file.
+        Files of the same names are replaced, others stay. A timeline that was recorded is written too; one of an
+        earlier replay does not stay. The same trace, specs and version give the same bytes.
+
+        Args:
+            folder: The folder, which is made if it does not exist.
+
+        Raises:
+            UsageError: `folder` is a file.
+            MoetraceError: The system refuses.
         """
         with write.staged(folder) as temporary:
             self.write_into(temporary)
@@ -153,45 +165,64 @@ def replay(
     progress: Callable[[int], None] | None = None,
     timeline: Window = False,
 ) -> Result:
-    """Replay a trace (or the file of one) through policies, in one pass over it.
+    """Replay a trace through policies on a system, in one pass over it.
+
+    docs/timing-model.md defines every figure. The same trace, specs and version give the same result to the last bit.
 
     Args:
-        trace: what was routed.
-        system: a preset's name (by default `edge-ndp`), a TOML file or a System.
-        policies: each a preset's name (by default `monde` and `edge-ndp`), a TOML file, `file.py:function`, a
-            PolicySpec or a function made by `moetrace.policy`, which is then the dispatch beside an LRU cache.
-            Speed-ups are against the first. Equal names get a number.
-        model: like system; by default the preset that the trace names.
-        overrides: single fields by path, as in `{"system.ndp.units": 6}`, of `model`, `system` or `policy`;
-            `policy.FIELD` is set in every policy, `policy.NAME.FIELD` in that one.
-        slots: experts that the GPU can hold; by default as many as its memory has room for.
-        ignore_capacity: replay even if the experts do not fit the NDP units.
-        jobs: threads, by default one a policy, at most one a core. They do not change a bit of the result.
-        progress: is told how many rows were done since it was last told.
-        timeline: steps whose every slice of work is recorded, for `Result.timeline` and `Result.write_timeline`: a
-            window `(A, B)`, from step A up to B without it as in Python, or True for the first 16. Memory grows with
-            the window.
+        trace: A trace or the path of its file.
+        system: A preset's name, a TOML file or a System.
+        policies: One policy or several. Each is a preset's name, a TOML file, `file.py:function`, a PolicySpec or a
+            function. A function is the dispatch beside an LRU cache. Speed-ups are against the first policy. Equal
+            names get a number.
+        model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
+        overrides: New values of single fields, by path: `{"system.ndp.units": 6}`. A path begins with `model`, `system`
+            or `policy`. `policy.FIELD` is set in every policy, `policy.NAME.FIELD` in that one.
+        slots: Experts that the GPU can hold. By default its memory decides.
+        ignore_capacity: Replay even if the experts do not fit the NDP units.
+        jobs: Threads. By default one a policy, at most one a core. They do not change the result.
+        progress: A function that gets the number of rows since its last call.
+        timeline: The steps whose every slice of work is recorded, for `Result.timeline` and `Result.write_timeline`: a
+            window `(A, B)`, from step A up to B without it as in Python, or True for the first 16 steps. Memory grows
+            with the window.
 
-    Raises UsageError if something is unknown, wrong or does not go together, MoetraceError if a file is damaged or
-    cannot be read: one sentence that says what to do.
+    Returns:
+        The result. It has frames and `summary.json` as a dict, and `Result.write` writes files.
+
+    Raises:
+        UsageError: A name or value is unknown or wrong, or values do not go together. The message says what to do.
+        MoetraceError: A file is damaged or cannot be read.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> result = mt.replay("traces/tiny-olmoe.h5", policies=["monde", "edge-ndp"], slots=48)
+        >>> for name, total_s in result.summary.select("name", "total_s").rows():
+        ...     print(f"{name} {total_s:.2f} s")
+        monde 12.96 s
+        edge-ndp 5.93 s
     """
-    if not isinstance(trace, Trace):
-        with opened(trace) as found:
-            return replay(
-                found,
-                system=system,
-                policies=policies,
-                model=model,
-                overrides=overrides,
-                slots=slots,
-                ignore_capacity=ignore_capacity,
-                jobs=jobs,
-                progress=progress,
-                timeline=timeline,
-            )
-    trace.check_has_rows()  # before its model is asked for: no model would help
-    slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
-    changes = by_spec({} if overrides is None else overrides)
+    with opened(trace) as found:
+        found.check_has_rows()  # before its model is asked for: no model would help
+        slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
+        setup, warnings = _load_setup(found, model, system, policies, {} if overrides is None else overrides)
+        jobs = min(_cores(), len(setup.policies)) if jobs is None else _at_least_one("jobs", jobs)
+        window = window_of(timeline, found.steps, warnings)
+        setup = replace(setup, slots=slots, ignore_capacity=ignore_capacity, window=window)
+        (run,) = run_setups(found, [setup], jobs=jobs, progress=progress)
+        if isinstance(run, MoetraceError):
+            raise run
+        return Result(run, (*warnings, *run.warnings), summary.trace_facts(found))
+
+
+def _load_setup(
+    trace: Trace,
+    model: str | Path | Model | None,
+    system: str | Path | System,
+    policies: Policy | Sequence[Policy],
+    overrides: Mapping[str, object],
+) -> tuple[Setup, list[str]]:
+    """Return the specs that were named, with their overrides, and sentences about what may not be meant so."""
+    changes = by_spec(overrides)
     the_model = load_model(model_of(trace) if model is None else model, changes["model"])
     the_system = load_system(system, changes["system"])
     misfit = dense_misfit(the_model, the_system)
@@ -199,22 +230,7 @@ def replay(
     several = list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]
     hooks: dict[str, Callable] = {}
     specs = _load_policies(several, changes["policy"], hooks, warnings)
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"jobs is {jobs}, but must be at least 1.")
-    window = window_of(timeline, trace.steps, warnings)
-    finished = run(
-        trace,
-        the_model,
-        the_system,
-        specs,
-        slots=slots,
-        ignore_capacity=ignore_capacity,
-        hooks=hooks,
-        jobs=jobs or min(_cores(), len(specs)),
-        progress=progress,
-        window=window,
-    )
-    return Result(finished, (*warnings, *finished.warnings), summary.trace_facts(trace))
+    return Setup(model=the_model, system=the_system, policies=specs, hooks=hooks), warnings
 
 
 def _whole(name: str, value: SupportsIndex | None) -> int | None:
@@ -223,6 +239,12 @@ def _whole(name: str, value: SupportsIndex | None) -> int | None:
         return None if value is None else operator.index(value)
     except TypeError:
         raise UsageError(f"{name} is {value!r}, but must be a whole number.") from None
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise UsageError(f"{name} is {value}, but must be at least 1.")
+    return value
 
 
 def by_spec(overrides: Mapping[str, object]) -> dict[str, dict[str, object]]:

@@ -1,11 +1,12 @@
 """The figures of a whole replay, one set a policy: what `summary.json` holds. What each means stands in `record`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 import polars as pl
 
+from moetrace.engine.run import Lane, Run
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.frames import request_times, total_s, unit_frame
 from moetrace.results.record import (
@@ -19,13 +20,10 @@ from moetrace.results.record import (
     choices_of,
     value_in,
 )
-from moetrace.spec import canonical
+from moetrace.spec import System, canonical
 from moetrace.trace import Trace
 from moetrace.trace.schema import DECODE, MIXED, PREFILL
 from moetrace.version import __version__
-
-if TYPE_CHECKING:
-    from moetrace.engine.run import Lane, Run
 
 # Column of the frame -> path in `summary.json`.
 _PATHS = {path.replace(".", "_"): path for path in FIGURES}
@@ -47,7 +45,7 @@ def trace_facts(trace: Trace) -> dict[str, Any]:
     }
 
 
-def summary_dict(run: "Run", trace: dict[str, Any], policies: list[dict[str, Any]]) -> dict[str, Any]:
+def summary_dict(run: Run, trace: dict[str, Any], policies: list[dict[str, Any]]) -> dict[str, Any]:
     """Put together what `summary.json` holds, from `trace_facts` and the figures of each policy."""
     requests = run.schedule.requests
     facts: dict[str, Any] = trace | {
@@ -67,7 +65,7 @@ def summary_dict(run: "Run", trace: dict[str, Any], policies: list[dict[str, Any
     return msgspec.to_builtins(summary)
 
 
-def policy_figures(run: "Run") -> list[dict[str, Any]]:
+def policy_figures(run: Run) -> list[dict[str, Any]]:
     """Return the figures of each policy, in order; seconds, bytes, counts and ratios, None where undefined."""
     units = {name: rows for (name,), rows in unit_frame(run).partition_by("policy", as_dict=True).items()}
     figures = [_figures(run, lane, units[lane.policy.name]) for lane in run.lanes]
@@ -83,14 +81,13 @@ def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame({"name": [policy["name"] for policy in policies]} | columns, {"name": pl.String} | types)
 
 
-def _figures(run: "Run", lane: "Lane", units: pl.DataFrame) -> PolicyFigures:
+def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> PolicyFigures:
     log, layers = lane.log.step, lane.log.layer
     duration_s = np.ascontiguousarray(log["duration_s"])
     phase_s = [float(np.sum(duration_s[run.schedule.phase == phase])) for phase in (PREFILL, DECODE, MIXED)]
     seconds = total_s(lane)
     times = request_times(run, lane)
     hits, misses = int(layers["hits"].sum()), int(layers["misses"].sum())
-    busy = dict(zip(units["unit"], units["utilization"], strict=True))
     return PolicyFigures(
         name=lane.policy.name,
         total_s=seconds,
@@ -109,13 +106,7 @@ def _figures(run: "Run", lane: "Lane", units: pl.DataFrame) -> PolicyFigures:
         late=int(np.sum(log["late"])),
         wasted=int(lane.log.tally["wasted"][0]),
         imbalance_mean=_ratio(float(layers["imbalance_sum"].sum()), int(layers["imbalance_count"].sum())),
-        utilization=Utilization(
-            gpu=busy["gpu"],
-            ndp=[busy[f"ndp{unit}"] for unit in range(run.system.units)],
-            link_in=busy["link_in"],
-            link_out=busy["link_out"],
-            cpu=busy["cpu"],
-        ),
+        utilization=_utilization(run.system, dict(zip(units["unit"], units["utilization"], strict=True))),
         work_bound_s=float(run.work_bound_s),  # of plain Python, without a JIT, NumPy's
         clairvoyant_s=float(lane.clairvoyant_s),
         speedup=None,  # against the first policy
@@ -123,6 +114,14 @@ def _figures(run: "Run", lane: "Lane", units: pl.DataFrame) -> PolicyFigures:
         optimal_fallbacks=int(lane.log.fallbacks[0]),
         choices=choices_of(lane.policy),
     )
+
+
+def _utilization(system: System, of_part: dict[str, float | None]) -> Utilization:
+    """Return busy over total time of each part; of units at home, a list."""
+    shares: dict[str, Any] = dict(of_part)
+    home = system.home
+    shares[home.name if home else "ndp"] = [shares.pop(name) for name in home.names] if home else []
+    return Utilization(**shares)
 
 
 def _spread(values: np.ndarray) -> Spread:

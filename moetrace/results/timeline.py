@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from moetrace.engine.machine import NO_ROW
 from moetrace.engine.run import Lane, Run
-from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT
+from moetrace.engine.state import FIRST_GROUP
 from moetrace.engine.tape import KINDS
 from moetrace.results.frames import SLICE_STEPS
 from moetrace.spec.errors import UsageError
@@ -73,8 +74,7 @@ def slices_of(run: Run, lane: Lane, recording: "Recording") -> pl.DataFrame:
     unit = np.where(in_group, FIRST_GROUP + (notes["unit"] - FIRST_GROUP) * share, notes["unit"])
     unit += np.arange(len(of)) - first_copy[of]
     part = np.where(in_group, share, 1)
-    names = {GPU: "gpu", LINK_IN: "link_in", LINK_OUT: "link_out"}
-    names |= {FIRST_GROUP + u: f"ndp{u}" for u in range(run.system.units)}
+    names = _names_of(lane)
     frame = pl.DataFrame(
         {
             "unit": pl.Series(unit).replace_strict(names, default=None, return_dtype=pl.String),
@@ -107,6 +107,18 @@ def slices_of(run: Run, lane: Lane, recording: "Recording") -> pl.DataFrame:
         _unless(pl.col("kind").is_in(["step", "layer", "wait"]), "bytes"),
         _unless(pl.col("resident") < 0, "resident").cast(pl.Boolean),
     )
+
+
+def _names_of(lane: Lane) -> dict[int, str]:
+    """Names of parts by their row in the unit log; of the units of a group, by the rows that they would have alone."""
+    names, in_group = {}, 0
+    for part in lane.parts:
+        if part.log_row >= FIRST_GROUP:
+            names[FIRST_GROUP + in_group] = part.name
+            in_group += 1
+        elif part.log_row != NO_ROW:
+            names[part.log_row] = part.name
+    return names
 
 
 def _steps_of(run: Run, lane: Lane, recording: "Recording", starts_s: np.ndarray) -> pl.DataFrame:

@@ -21,12 +21,23 @@ Bits = Annotated[float, Meta(gt=0, le=MAX_BITS)]
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A model as the replay prices it: `moe_layers` MoE layers of `experts` experts, `top_k` of them per token.
+    """A model as the replay prices it (docs/timing-model.md, section 1). Biases and norms are ignored.
 
-    `weight_bits` (of the experts) is one number, a list of one per layer, or the path of a CSV file with one line per
-    layer and one column per expert. Dense parameters are those read once per layer and step (attention, router,
-    shared experts); `once_params` those read once per step (LM head, dense first layers); `kv_bytes_per_token_layer`
-    is what the cache of one token takes in one layer. Biases and norms are ignored.
+    Attributes:
+        name: Name of the model.
+        moe_layers: Number of MoE layers, L.
+        experts: Experts of a layer, E.
+        top_k: Experts that a row chooses in a layer.
+        hidden: Numbers in a row's activations, h.
+        expert_intermediate: Intermediate size of an expert, I.
+        expert_matrices: Weight matrices of an expert, m.
+        weight_bits: Bits of an expert's weight: one number, a list with one for each layer, or the path of a CSV file
+            with a line for each layer and a column for each expert.
+        dense_weight_bits: Bits of a dense weight.
+        activation_bytes: Bytes of an activation, a.
+        dense_params_per_layer: Weights that are read once per layer and step: attention, router, shared experts.
+        once_params: Weights that are read once per step: LM head, dense first layers.
+        kv_bytes_per_token_layer: Bytes of the KV cache of one token in one layer.
     """
 
     name: str
@@ -74,9 +85,13 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return self.hidden * float(self.activation_bytes)
 
     def expert_bytes(self) -> np.ndarray:
-        """Bytes of each expert, `W(e) = m*h*I*w(e)`; float64 `[moe_layers, experts]`.
+        """Bytes of each expert, `W(e) = m*h*I*w(e)`.
 
-        Reads the table if `weight_bits` names one, and raises a MoetraceError if it is not as the model wants it.
+        Returns:
+            float64 [moe_layers, experts].
+
+        Raises:
+            MoetraceError: `weight_bits` names a table, and it is not as the model wants it.
         """
         shape = (self.moe_layers, self.experts)
         if isinstance(self.weight_bits, str):
@@ -87,11 +102,23 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def load_model(source: str | Path | Model, overrides: Mapping[str, object] | None = None) -> Model:
-    """Load a model from a preset's name, a TOML file or an instance, with dotted `overrides`, and check it.
+    """Load a model and check it.
+
+    Args:
+        source: A preset's name, a TOML file or an instance.
+        overrides: New values of single fields, by dotted path. By default none.
+
+    Returns:
+        The model.
 
     Raises:
-        UsageError: a wrong value, an unknown key or preset: one sentence with the TOML path.
-        MoetraceError: a file that cannot be read.
+        UsageError: A value is wrong, or a key or preset is unknown. The message names the TOML path.
+        MoetraceError: A file cannot be read.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.load_model("mixtral-8x7b", {"weight_bits": 4}).weight_bits
+        4.0
     """
     loaded = read("models", source, overrides or {})
     model = convert(loaded, Model)

@@ -43,11 +43,20 @@ def form_of(path: Path) -> str:
 
 
 def load_plan(path: str | Path, layer_index: np.ndarray, experts: int, units: int) -> np.ndarray:
-    """Read the plan of a file for the layers of a model that ``layer_index`` int64 [L] names, on ``units`` units.
+    """Read the plan of a file.
 
-    Returns int32 [L, units, slots], the expert in each slot; every expert has one at least. SGLang's file may also have
-    a row for each of these layers only. Raises MoetraceError (file, layer or line), or
-    UsageError if ``units`` cannot share its slots equally.
+    Args:
+        path: SGLang's file (.json) or TensorRT-LLM's (.yaml). SGLang's may also have a row for each MoE layer only.
+        layer_index: Absolute index of each MoE layer in the model, int64 [L].
+        experts: Experts of a layer.
+        units: Number of units that share the slots.
+
+    Returns:
+        int32 [L, units, slots], the expert in each slot. Every expert has at least one.
+
+    Raises:
+        UsageError: `units` cannot share the plan's slots equally, or the suffix is another one.
+        MoetraceError: The file cannot be read or is wrong. The message names file, and layer or line.
     """
     path = Path(path)
     form = form_of(path)

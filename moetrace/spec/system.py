@@ -5,6 +5,7 @@ included, as the replay uses them.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +17,42 @@ from moetrace.spec.errors import UsageError
 from moetrace.spec.load import convert, read
 from moetrace.spec.model import Model
 
+
+@dataclass(frozen=True)
+class Device:
+    """A class of ``count`` equal devices, in SI units, efficiency included: what a replay knows of them."""
+
+    name: str  # of a device; of several, with a number behind it
+    count: int
+    flop_s: float
+    bytes_s: float  # of the memory that it reads experts from
+    start_s: float  # that each expert adds
+    is_numbered: bool
+
+    @property
+    def names(self) -> list[str]:
+        """What each of them is called."""
+        return [f"{self.name}{number}" for number in range(self.count)] if self.is_numbered else [self.name]
+
+
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Efficiency = Annotated[float, Meta(gt=0, le=1)]
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The GPU. `reserve_gb` of its memory is for KV cache, activations and context."""
+    """The GPU.
+
+    Attributes:
+        name: Name of the GPU.
+        tflops: Peak of its arithmetic, 1e12 FLOP a second.
+        bandwidth_gb_s: Peak of its memory's bandwidth, GB a second.
+        memory_gb: Size of its memory, GB.
+        reserve_gb: Part of it for KV cache, activations and context, GB.
+        compute_efficiency: Share of `tflops` that it reaches.
+        memory_efficiency: Share of `bandwidth_gb_s` that it reaches.
+        launch_us: Microseconds that each launch adds.
+    """
 
     name: str
     tflops: Positive
@@ -50,7 +80,15 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The NDP tier: `units` equal units, each with the figures given here."""
+    """The NDP tier of equal units.
+
+    Attributes:
+        units: Number of units, N.
+        gmac_s: Arithmetic of one unit, 1e9 MAC a second; a MAC is two FLOP.
+        bandwidth_gb_s: Bandwidth inside one unit, GB a second.
+        capacity_gb: Memory of one unit, GB.
+        command_us: Microseconds that each command to a unit adds.
+    """
 
     units: Annotated[int, Meta(ge=1, le=65535)]
     gmac_s: Positive
@@ -75,7 +113,12 @@ class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The host link, full duplex; `bandwidth_gb_s` per direction."""
+    """The host link, full duplex.
+
+    Attributes:
+        bandwidth_gb_s: Bandwidth in one direction, GB a second.
+        latency_us: Microseconds that each transfer adds.
+    """
 
     bandwidth_gb_s: Positive
     latency_us: NotNegative
@@ -92,7 +135,13 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The CPU tier: described, but no built-in policy of version 1 uses it."""
+    """The CPU tier. No built-in policy of version 1 uses it.
+
+    Attributes:
+        tflops: Its arithmetic, 1e12 FLOP a second.
+        bandwidth_gb_s: Bandwidth of its memory, GB a second.
+        command_us: Microseconds that each command adds.
+    """
 
     tflops: Positive
     bandwidth_gb_s: Positive
@@ -100,9 +149,16 @@ class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A machine. Without `ndp` the experts live in host memory; without `link` everything is in the GPU's memory.
+    """A machine (docs/timing-model.md, section 1).
 
-    `energy` and `price` are tables of numbers that version 1 carries along and does not use.
+    Attributes:
+        name: Name of the system.
+        gpu: The GPU.
+        ndp: The NDP tier. Without it the experts live in host memory.
+        link: The host link. Without it everything is in the GPU's memory.
+        cpu: The CPU tier.
+        energy: Numbers that version 1 carries along and does not use.
+        price: Numbers that version 1 carries along and does not use.
     """
 
     name: str
@@ -118,13 +174,44 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Number of NDP units: N, 0 without an NDP tier."""
         return 0 if self.ndp is None else self.ndp.units
 
+    @property
+    def accelerator(self) -> Device:
+        """What runs the dense layers, and experts that are resident or fetched."""
+        gpu = self.gpu
+        return Device("gpu", 1, gpu.flop_s, gpu.bytes_s, gpu.launch_s, is_numbered=False)
+
+    @property
+    def home(self) -> Device | None:
+        """Where experts live and run if nothing moves: the NDP units, if there are any."""
+        ndp = self.ndp
+        return ndp and Device("ndp", ndp.units, ndp.flop_s, ndp.bytes_s, ndp.command_s, is_numbered=True)
+
+    @property
+    def part_names(self) -> list[str]:
+        """Names of all parts, in the order of every table: devices, then the directions of the link."""
+        devices = [self.accelerator, *([self.home] if self.home else [])]
+        return [*(name for device in devices for name in device.names), "cpu", "link_in", "link_out"]
+
 
 def load_system(source: str | Path | System, overrides: Mapping[str, object] | None = None) -> System:
-    """Load a system from a preset's name, a TOML file or an instance, with dotted `overrides`, and check it.
+    """Load a system and check it.
+
+    Args:
+        source: A preset's name, a TOML file or an instance.
+        overrides: New values of single fields, by dotted path. By default none.
+
+    Returns:
+        The system.
 
     Raises:
-        UsageError: a wrong value, an unknown key or preset, NDP units without a link: one sentence with the TOML path.
-        MoetraceError: a file that cannot be read.
+        UsageError: A value is wrong, a key or preset is unknown, or NDP units have no link. The message names the TOML
+            path.
+        MoetraceError: A file cannot be read.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.load_system("edge-ndp", {"ndp.units": 4}).units
+        4
     """
     loaded = read("systems", source, overrides or {})
     system = convert(loaded, System)
@@ -154,9 +241,15 @@ def dense_misfit(model: Model, system: System) -> str | None:
 
 
 def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
-    """How many experts the GPU can hold, counted in the largest; all of them if there is no link.
+    """How many experts the GPU can hold, counted in the largest.
 
-    `expert_bytes` is `[layers, experts]`: the trace's where it has its own, else `model.expert_bytes()`.
+    Args:
+        model: The model.
+        system: The system.
+        expert_bytes: [layers, experts]; the trace's where it has its own, else `model.expert_bytes()`.
+
+    Returns:
+        The number of experts; all of them if there is no link.
     """
     everything = model.moe_layers * model.experts
     if system.link is None:
@@ -166,9 +259,18 @@ def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
 
 
 def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_capacity: bool = False) -> None:
-    """Raise a UsageError if the experts do not fit the NDP units together or, without a link, the GPU.
+    """Check that the experts fit the NDP units together or, without a link, the GPU.
 
-    With a link and no NDP units they are in host memory, which has no limit here. `expert_bytes` as in `gpu_slots`.
+    With a link and no NDP units they are in host memory, which has no limit here.
+
+    Args:
+        model: The model.
+        system: The system.
+        expert_bytes: [layers, experts], as in `gpu_slots`.
+        ignore_capacity: Check nothing.
+
+    Raises:
+        UsageError: They do not fit.
     """
     need = float(np.sum(expert_bytes))
     if ignore_capacity:

@@ -17,37 +17,41 @@ from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, Block, Count
 from moetrace.trace.writer import CountsWriter, Writer
 from moetrace.version import __version__
 
+IN_MEMORY = "trace in memory"  # what messages call a trace without a file
+
 
 class Trace:
-    """What was routed: for each token row and MoE layer `top_k` expert ids; rows in steps, steps in time order.
+    """What was routed: `top_k` expert ids for each token row and MoE layer. Rows stand in steps, steps in time order.
 
-    Made by `Trace.open` (a file) or `Trace.from_arrays`; a context manager.
+    `Trace.open` (a file) and `Trace.from_arrays` make one. It is a context manager. docs/trace-format.md says more.
 
     Attributes:
-        path: the file, or None.
-        model: name of the model that was traced.
-        source: where the ids are from.
-        created_by: what wrote the file.
-        num_experts: experts of a layer.
-        top_k: the most that a row chooses in a layer.
-        layers: number of MoE layers.
-        rows: number of token rows.
-        steps: number of forward passes.
-        offset: int64 [steps + 1], rows of step s are `offset[s]:offset[s + 1]`.
-        phase: uint8 [steps], 0 prefill, 1 decode, 2 mixed.
-        layer_index: uint16 [layers], absolute index of each MoE layer in the model.
-        expert_bytes: int64 [layers] or [layers, experts], or None.
-        has: which of "gates", "token", "row_phase", "recorded" there are, or "counts" if there are no ids at all.
+        path: The file; None for a trace in memory.
+        shown: What messages call it: its path, or "trace in memory".
+        model: Name of the model that was traced.
+        source: Where the ids are from.
+        created_by: Program and version that wrote the file.
+        num_experts: Experts of a layer.
+        top_k: The most experts that a row chooses in a layer.
+        layers: Number of MoE layers.
+        rows: Number of token rows.
+        steps: Number of steps (forward passes).
+        offset: int64 [steps + 1]; the rows of step s are `offset[s]:offset[s + 1]`.
+        phase: uint8 [steps]; 0 prefill, 1 decode, 2 mixed.
+        layer_index: uint16 [layers]; absolute index of each MoE layer in the model.
+        expert_bytes: int64 [layers] or [layers, experts]; None if the trace does not hold it.
+        has: The optional data that the trace holds: "gates", "token", "row_phase", "recorded"; or "counts" if it has no
+            ids at all.
     """
 
     def __init__(self, path: Path | None, attributes: Mapping[str, Any], columns: Mapping[str, Column]) -> None:
-        """Use `Trace.open` or `Trace.from_arrays`."""
+        """Check the parts of a trace. Use `Trace.open` or `Trace.from_arrays` to make one."""
         self.path = path
-        self._where = str(path) if path else "trace in memory"
+        self.shown = str(path or IN_MEMORY)
         self._file = None
         self._columns = columns
         self.model = schema.plain_text(attributes["model"])
-        self.source: dict[str, Any] = schema.plain_json(f"{self._where}: source", attributes["source"])
+        self.source: dict[str, Any] = schema.plain_json(f"{self.shown}: source", attributes["source"])
         self.created_by = schema.plain_text(attributes["created_by"])
         self.num_experts: int = attributes["num_experts"]
         self.top_k: int = attributes["top_k"]
@@ -56,9 +60,9 @@ class Trace:
         self.expert_bytes = self._whole("expert_bytes") if "expert_bytes" in columns else None
         self.layers, self.steps = self.layer_index.size, self.phase.size
         self.rows = int(self.offset[-1]) if "counts" in columns else columns["experts"].shape[0]
-        schema.check_sizes(self._where, self.num_experts, self.top_k, self.layers, self.rows, self.steps)
-        schema.check_layers(self._where, self.layer_index, self.expert_bytes, self.num_experts)
-        schema.check_steps(self._where, self.offset, self.phase, self.rows, bool(self.has & {"row_phase", "counts"}))
+        schema.check_sizes(self.shown, self.num_experts, self.top_k, self.layers, self.rows, self.steps)
+        schema.check_layers(self.shown, self.layer_index, self.expert_bytes, self.num_experts)
+        schema.check_steps(self.shown, self.offset, self.phase, self.rows, bool(self.has & {"row_phase", "counts"}))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Trace":
@@ -97,16 +101,43 @@ class Trace:
         expert_bytes: np.ndarray | None = None,
         **optional: np.ndarray,
     ) -> "Trace":
-        """A trace in memory, with the checks and the interface of one in a file.
+        """Make a trace in memory, with the checks and the interface of one in a file.
 
-        `experts` is [rows, layers, top_k]; `steps` how many rows each step has and `phase` of each step: unless given,
-        every row is a decode step of its own, of request 0. Positions count up within a request unless given.
-        `optional`: gates and recorded [rows, layers, top_k], token and row_phase [rows].
+        Without `steps` and `phase` every row is a decode step of its own. Without `request` all rows are of request 0.
+
+        Args:
+            experts: Expert ids, integers [rows, layers, top_k]. A row that made no choice has the absent id: 255 up to
+                255 experts, else 65535.
+            num_experts: Experts of a layer.
+            model: Name of the model.
+            source: Where the ids are from, as JSON values. By default empty.
+            request: Request of each row, integers [rows]. By default 0.
+            position: Position of each row in its request, integers [rows]. By default it counts up within a request.
+            steps: How many rows each step has, integers [steps]. By default 1 each.
+            phase: Phase of each step, integers [steps]: 0 prefill, 1 decode, 2 mixed. By default 1.
+            layer_index: Absolute index of each MoE layer in the model, integers [layers]. By default 0, 1, ...
+            expert_bytes: Bytes of the experts, integers [layers] or [layers, experts]. By default not known.
+            **optional: `gates` float16 and `recorded` uint8, both [rows, layers, top_k]; `token` int32 and `row_phase`
+                uint8, both [rows]. Other dtypes are converted where every value fits.
+
+        Returns:
+            The trace. It has no file and need not be closed.
+
+        Raises:
+            MoetraceError: A shape or a value does not fit, or there is no such array.
+
+        Examples:
+            >>> import moetrace as mt
+            >>> import numpy as np
+            >>> ids = np.array([[[3, 1]], [[1, 2]], [[0, 1]]])  # 3 rows, 1 layer, top 2
+            >>> trace = mt.Trace.from_arrays(ids, num_experts=4, steps=np.array([2, 1]), phase=np.array([0, 1]))
+            >>> trace.rows, trace.steps, trace.layers, trace.top_k
+            (3, 2, 1, 2)
         """
         if np.ndim(experts) != 3:
             raise MoetraceError(f"experts has shape {np.shape(experts)}, but must be [rows, layers, top_k].")
         rows, layers, top_k = np.shape(experts)
-        schema.check_sizes("trace in memory", num_experts, top_k, layers, rows, 1)
+        schema.check_sizes(IN_MEMORY, num_experts, top_k, layers, rows, 1)
         request = np.zeros(rows, np.int32) if request is None else request
         steps = np.ones(rows, np.int64) if steps is None else schema.as_dtype("steps", steps, np.dtype("<i8"))
         given = {
@@ -154,11 +185,11 @@ class Trace:
         return "compressed" if storage == "stored" else storage
 
     def blocks(self, rows: int | None = None, ahead: int = 0) -> Iterator[Block]:
-        """Cut the trace into blocks of whole steps, in order, using the same memory however long it is.
+        """Cut the trace into blocks of whole steps, in time order. Memory does not grow with the trace.
 
-        A block has at most `rows` rows (by default, as many as have about 4 MiB of ids) but at least one step; it also
-        carries up to `ahead` further steps. Raises MoetraceError at once if the trace has counts but no ids, and on
-        the way if the file turns out damaged or a request, position or phase is impossible; ids are not checked here.
+        A block has at most `rows` rows (by default, about 4 MiB of ids) but at least one step. It also carries up to
+        `ahead` further steps. Ids are not checked here. Raises MoetraceError at once if the trace has counts but no
+        ids, and on the way if the file is damaged or a request, position or phase is impossible.
         """
         self.check_has_rows()
         row_bytes = self.layers * self.top_k * self._columns["experts"].dtype.itemsize
@@ -186,7 +217,7 @@ class Trace:
         checked here.
         """
         if "counts" not in self.has:
-            raise MoetraceError(f"{self._where} has no counts.")
+            raise MoetraceError(f"{self.shown} has no counts.")
         steps = max(1, BLOCK_BYTES // (8 * self.layers * self.num_experts))
         return (self._counts(first, min(first + steps, self.steps)) for first in range(0, self.steps, steps))
 
@@ -195,9 +226,28 @@ class Trace:
         return CountBlock(first, self._columns["counts"].read(first, stop), rows, self.phase[first:stop])
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Entries `start:stop` of "experts", "request", "position" or what `has` names (of "counts": steps)."""
+        """Read a range of one dataset.
+
+        Args:
+            name: "experts", "request", "position", or a name that `has` lists.
+            start: First row (for "counts", first step); as in a slice, a negative number counts from the end.
+            stop: The row (for "counts", the step) after the last.
+
+        Returns:
+            An array of n = stop - start entries. It is [n, layers, top_k] for "experts", "gates" and "recorded", [n,
+            layers, experts] for "counts", [n] for the others.
+
+        Raises:
+            MoetraceError: The trace has no such dataset, or the file is damaged.
+
+        Examples:
+            >>> import moetrace as mt
+            >>> with mt.Trace.open("traces/tiny-olmoe.h5") as trace:
+            ...     print(trace.read("experts", 0, 2).shape, trace.read("position", 0, 4))
+            (2, 6, 4) [0 1 2 3]
+        """
         if name not in self._columns:
-            raise MoetraceError(f"{self._where} has no {name}.")
+            raise MoetraceError(f"{self.shown} has no {name}.")
         column = self._columns[name]
         start, stop, _ = slice(start, stop).indices(column.shape[0])
         return column.read(start, max(start, stop))
@@ -206,26 +256,26 @@ class Trace:
         """Read everything: raise MoetraceError on a dataset that differs from its sha256, or an impossible value."""
         lacking = [column.path for column in self._columns.values() if column.sha256 is None]
         if self.path is not None and lacking:
-            raise MoetraceError(f"{self._where}: {lacking[0]} has no sha256 to compare with.")
+            raise MoetraceError(f"{self.shown}: {lacking[0]} has no sha256 to compare with.")
         self.verify_hashes()
         if "counts" in self.has:
             return
         for block in self.blocks():
             first = int(self.offset[block.first_step])
-            schema.check_ids(self._where, first, block.experts, self.num_experts)
+            schema.check_ids(self.shown, first, block.experts, self.num_experts)
             if "recorded" in self.has:
                 schema.check_recorded(
-                    self._where, first, self.read("recorded", first, first + len(block.request)), block.experts
+                    self.shown, first, self.read("recorded", first, first + len(block.request)), block.experts
                 )
 
     def verify_hashes(self) -> None:
         """Raise MoetraceError on a dataset that differs from its sha256; one without is taken as it is.
 
-        Whatever writes a trace anew asks first: a copy's fresh hashes would hide the damage.
+        A copy's fresh hashes would hide the damage, so a function that copies a trace calls this first.
         """
         for column in self._columns.values():
             if column.sha256 is not None and _sha256(column) != column.sha256:
-                raise MoetraceError(f"{self._where}: {column.path} differs from its sha256, so the file was damaged.")
+                raise MoetraceError(f"{self.shown}: {column.path} differs from its sha256, so the file was damaged.")
 
     @property
     def content_sha256(self) -> str | None:
@@ -278,7 +328,7 @@ class Trace:
             for block in self.blocks():
                 first = int(self.offset[block.first_step])
                 steps = slice(block.first_step, block.first_step + block.steps)
-                schema.check_ids(self._where, first, block.experts, self.num_experts)
+                schema.check_ids(self.shown, first, block.experts, self.num_experts)
                 more = {name: self.read(name, first, first + len(block.request)) for name in optional}
                 writer.append(
                     block.experts, block.request, block.position, np.diff(block.offset), self.phase[steps], **more
@@ -294,7 +344,7 @@ class Trace:
     def check_has_rows(self) -> None:
         """Raise a MoetraceError if the trace holds only counts."""
         if "counts" in self.has:
-            raise MoetraceError(f"{self._where} holds only counts of ids (/counts), but this needs the ids themselves.")
+            raise MoetraceError(f"{self.shown} holds only counts of ids (/counts), but this needs the ids themselves.")
 
     def _step_ranges(self, rows: int) -> Iterator[tuple[int, int]]:
         first = 0
@@ -310,16 +360,16 @@ class Trace:
         phase = np.repeat(self.phase[first:stop], np.diff(offset))
         if "row_phase" in self.has:
             stated, phase = phase, self._columns["row_phase"].read(start, end)
-            schema.check_row_phase(self._where, start, phase, stated)
+            schema.check_row_phase(self.shown, start, phase, stated)
         request, position = (self._columns[name].read(start, end) for name in ("request", "position"))
         part = Rows(first, stop - first, offset, request, position, phase)
-        schema.check_rows(self._where, start, part)
+        schema.check_rows(self.shown, start, part)
         return part
 
     def _whole(self, name: str) -> np.ndarray:
         column = self._columns[name]
         if column.storage == "stored" and math.prod(column.shape) * column.dtype.itemsize > WHOLE_BYTES:
-            raise MoetraceError(f"{self._where}: {column.path} is too large to be compressed.")
+            raise MoetraceError(f"{self.shown}: {column.path} is too large to be compressed.")
         return column.read(0, column.shape[0])
 
 

@@ -91,16 +91,35 @@ def rebatch(
     compress: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write to `path` the requests of one or more traces (or files), at most `batch` at a time, as the module says.
+    """Write the requests of one or more traces as the steps of a server that runs up to `batch` of them at a time.
 
-    Requests are admitted in the `order` in which they first appear in the traces ("arrival"), one trace after the
-    other, or in one drawn from `seed` ("shuffle"), and are numbered so. Experts, gates, tokens, phases and positions
-    stay with their row; recorded residency belongs to the old order and is left out. `compress` is the Writer's;
-    `progress` is told of rows as they are written.
+    docs/rebatch.md says what a step holds. Requests are numbered in the order of admission. Experts, gates, tokens,
+    phases and positions stay with their row. Recorded residency belongs to the old order and is left out. Memory is
+    about 40 bytes a row; for ids it is constant.
 
-    Takes about 40 bytes of memory a row, and constant memory for ids. Raises UsageError for parameters that make no
-    sense, MoetraceError if traces differ in shape or in what they hold, have counts only, hold an impossible id, or
-    differ from their sha256s; then nothing is written.
+    Args:
+        traces: A trace or the path of its file, or a sequence of these.
+        path: The new trace file. It is whole, or nothing is written.
+        batch: The most requests that run at a time.
+        chunk: The most prompt rows of a step, which also has the output rows of the other requests. By default a prompt
+            is a step of its own.
+        order: "arrival" admits requests as they first appear in the traces, one trace after the other; "shuffle" draws
+            the order from `seed`.
+        seed: Seed of "shuffle", from 0.
+        compress: "zstd" or "gzip". By default data is contiguous, so that it can be memory-mapped.
+        progress: A function that gets the number of rows written since its last call.
+
+    Raises:
+        UsageError: A parameter makes no sense, there is no trace, or `path` is one of the traces.
+        MoetraceError: Traces differ in shape or in what they hold, have only counts, hold an impossible id, or differ
+            from their sha256s; or the file cannot be written.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.rebatch("traces/tiny-olmoe.h5", "batched.h5", batch=16)
+        >>> with mt.Trace.open("batched.h5") as trace:
+        ...     print(trace.rows, trace.steps)
+        16414 597
     """
     _check(batch, chunk, order, seed)
     given = [traces] if isinstance(traces, Trace | str | os.PathLike) else traces
@@ -112,7 +131,7 @@ def rebatch(
         parameters = {"batch": batch, "chunk": chunk, "order": order} | ({"seed": seed} if order == "shuffle" else {})
         first, kinds = opened[0], [_kind(trace) for trace in opened]
         for trace, kind in zip(opened[1:], kinds[1:], strict=True):
-            schema.check_alike(_where(first), kinds[0], _where(trace), kind, _Kind._fields)
+            schema.check_alike(first.shown, kinds[0], trace.shown, kind, _Kind._fields)
         for trace in opened:
             trace.verify_hashes()
         rows, hashes = _read_rows(opened, order, seed)
@@ -151,10 +170,6 @@ def _check(batch: int, chunk: int | None, order: str, seed: int) -> None:
         raise UsageError(f"order is {order!r}, but must be {' or '.join(ORDERS)}.")
 
 
-def _where(trace: Trace) -> str:
-    return str(trace.path) if trace.path else "trace in memory"
-
-
 def _kind(trace: Trace) -> _Kind:
     optional = tuple(name for name in _KEPT if name in trace.has)
     return _Kind(trace.num_experts, trace.top_k, trace.layer_index, trace.expert_bytes, optional)
@@ -173,7 +188,7 @@ def _read_rows(traces: Sequence[Trace], order: str, seed: int) -> tuple[_Rows, l
     for trace in traces:
         digest, parts, first_row = hashlib.sha256(), [], 0
         for block in trace.blocks():
-            schema.check_ids(_where(trace), first_row, block.experts, trace.num_experts)
+            schema.check_ids(trace.shown, first_row, block.experts, trace.num_experts)
             digest.update(block.experts.data)
             first_row += len(block.request)
             parts.append(block.request)

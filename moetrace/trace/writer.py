@@ -36,17 +36,45 @@ COMPRESSIONS = ("zstd", "gzip")
 
 
 class Writer:
-    """A context manager that writes a trace to `path`, or nothing at all.
+    """Write a trace file block by block: the whole file or nothing. A context manager.
 
-    Data goes to a temporary file beside `path`, which is synced and takes the name when the block ends well;
-    on any error, Ctrl-C included, it is removed and what was at `path` stays as it was.
+    Data goes to a temporary file beside `path`. When the `with` block ends well, that file is synced and takes the
+    name. On any error, Ctrl-C included, it is removed, and what was at `path` stays as it was. The same data gives the
+    same bytes. docs/trace-format.md describes schema `moetrace/1`.
 
-    `rows` and `steps` are what `append` will have been given in the end; `optional` names the datasets beyond
-    experts, request and position: "gates", "token", "row_phase", "recorded". `layer_index` uint16 [layers] is
-    0, 1, ... if not given; `expert_bytes` is int64 [layers] or [layers, experts]. `compress` is "zstd", "gzip" or
-    None, which leaves data contiguous, so that it can be memory-mapped.
+    Args:
+        path: The new file.
+        model: Name of the model.
+        num_experts: Experts of a layer.
+        top_k: The most experts that a row chooses in a layer.
+        layers: Number of MoE layers.
+        rows: Token rows that `append` gets in total.
+        steps: Steps that `append` gets in total.
+        source: Where the ids are from, as JSON values.
+        layer_index: Absolute index of each MoE layer in the model, uint16 [layers]. By default 0, 1, ...
+        expert_bytes: Bytes of the experts, int64 [layers] or [layers, experts]. By default not known.
+        optional: The datasets beyond experts, request and position: "gates", "token", "row_phase", "recorded".
+        compress: "zstd" or "gzip". By default data is contiguous, so that it can be memory-mapped.
 
-    Raises MoetraceError if the data does not fit what was announced, or if the system refuses (a full disk).
+    Raises:
+        UsageError: There is no such compression or optional dataset.
+        MoetraceError: The data does not fit what was announced, or the system refuses (a full disk).
+
+    Examples:
+        >>> import moetrace as mt
+        >>> import numpy as np
+        >>> facts = {"model": "mine", "num_experts": 4, "top_k": 2, "layers": 1, "source": {"engine": "my engine"}}
+        >>> with mt.Writer("mine.h5", rows=3, steps=2, **facts) as writer:
+        ...     writer.append(
+        ...         experts=np.array([[[3, 1]], [[1, 2]], [[0, 1]]]),
+        ...         request=np.array([0, 0, 0]),
+        ...         position=np.array([0, 1, 2]),
+        ...         steps=np.array([2, 1]),
+        ...         phase=np.array([0, 1]),
+        ...     )
+        >>> with mt.Trace.open("mine.h5") as trace:
+        ...     print(trace.rows, trace.model)
+        3 mine
     """
 
     def __init__(
@@ -139,9 +167,31 @@ class Writer:
     ) -> None:
         """Write the next whole steps.
 
-        `experts` [n, layers, top_k], `request` and `position` [n]; `steps` holds how many rows each step has, `phase`
-        0 prefill, 1 decode or 2 mixed for each step; and by name the optional arrays that were announced:
-        gates, recorded [n, layers, top_k], token, row_phase [n].
+        Args:
+            experts: Expert ids, integers [n, layers, top_k].
+            request: Request of each row, integers [n].
+            position: Position of each row in its request, integers [n].
+            steps: How many rows each step has, integers [steps], at least 1 each; they sum to n.
+            phase: Phase of each step, integers [steps]: 0 prefill, 1 decode, 2 mixed.
+            **optional: The arrays that were announced: `gates` and `recorded` [n, layers, top_k], `token` and
+                `row_phase` [n]. None counts as not given.
+
+        Raises:
+            MoetraceError: A shape or a value does not fit, an announced array is missing, there are more rows or steps
+                than announced, or the system refuses.
+
+        Examples:
+            >>> import moetrace as mt
+            >>> with mt.Trace.open("traces/tiny-olmoe.h5") as trace:
+            ...     names = ("model", "num_experts", "top_k", "layers", "rows", "steps", "source")
+            ...     with mt.Writer("copy.h5", **{name: getattr(trace, name) for name in names}) as writer:
+            ...         for block in trace.blocks():
+            ...             steps = block.offset[1:] - block.offset[:-1]
+            ...             phase = trace.phase[block.first_step : block.first_step + block.steps]
+            ...             writer.append(block.experts, block.request, block.position, steps, phase)
+            >>> with mt.Trace.open("copy.h5") as copy:
+            ...     print(copy.rows)
+            16414
         """
         given = {"experts": experts, "request": request, "position": position, **optional}
         given = {name: array for name, array in given.items() if array is not None}

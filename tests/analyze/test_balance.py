@@ -1,7 +1,6 @@
 """Balance: the kernels against plain Python, bounds against every possible plan, and the walk over a trace."""
 
 import itertools
-import math
 import re
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import oracle_balance as oracle
+from support.balance_traces import EXPERTS, LAYERS, counted, small_trace
 
 from moetrace.analyze.balance import loads as loads_module
-from moetrace.analyze.balance.imbalance import SUMS, Cost, Least, judge, new_tally, percentile
 from moetrace.analyze.balance.loads import add, loads_of, steps_of_phase, summed
-from moetrace.analyze.balance.plans import Plan, Tier, copies_of, make_plan, moved_bytes
-from moetrace.analyze.balance.units import FRAMES, balance, imbalance, plan_for_next
+from moetrace.analyze.balance.plans import Plan, Tier, make_plan, moved_bytes
+from moetrace.analyze.balance.units import FRAMES, balance, plan_for_next
 from moetrace.generators import generate_trace
 from moetrace.importers.importing import import_traces
 from moetrace.results.replay import replay
@@ -27,34 +26,7 @@ from moetrace.trace.writer import CountsWriter
 
 CAPTURES = Path(__file__).parents[3] / "shared" / "traces"
 captured = pytest.mark.skipif(not CAPTURES.exists(), reason="needs the captures beside the repository")
-EXPERTS, LAYERS = 7, 3
 PLACEMENTS = ["ep", "ep-block", "ep-lpt", "eplb", "tp", "tp:2"]
-
-
-def small_trace(seed, steps=24, most=5, model="", experts=EXPERTS):
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(1, most + 1, steps)
-    n = int(rows.sum())
-    order = rng.permuted(np.tile(np.arange(experts, dtype=np.uint8), (n, LAYERS, 1)), axis=2)
-    ids = np.where(rng.random((n, LAYERS, 2)) < 0.15, 255, order[:, :, :2])
-    phase = rng.integers(0, 2, steps)
-    size = rng.integers(1, 40, (LAYERS, experts))
-    return Trace.from_arrays(
-        ids, num_experts=experts, steps=rows, phase=phase, expert_bytes=size, model=model, request=np.zeros(n, int)
-    )
-
-
-def counted(trace):
-    """Rows of each step, layer and expert, by plain counting."""
-    counts = np.zeros((trace.steps, trace.layers, trace.num_experts), np.int64)
-    ids = trace.read("experts", 0, trace.rows)
-    for step in range(trace.steps):
-        for row in range(trace.offset[step], trace.offset[step + 1]):
-            for layer in range(trace.layers):
-                for e in ids[row, layer]:
-                    if e != np.iinfo(ids.dtype).max:
-                        counts[step, layer, e] += 1
-    return counts
 
 
 def as_counts(trace, path):
@@ -95,94 +67,6 @@ def test_loads_of_ids_and_of_counts_are_the_same(tmp_path):
             steps = steps_of_phase(trace, phase)
             for one, two in zip(loads_of(trace, steps), loads_of(other, steps), strict=True):
                 assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
-
-
-def random_plan(rng, bins, room, experts):
-    slots = np.r_[np.arange(experts), rng.integers(0, experts, bins * room - experts)]
-    return Plan(1, np.stack([rng.permutation(slots).reshape(bins, room) for _ in range(LAYERS)]).astype(np.int32))
-
-
-def cost_of(rng, timed):
-    size = rng.integers(1, 5, (LAYERS, EXPERTS)).astype(float)
-    return Cost(*rng.choice([0.25, 0.5, 1.0, 2.0], 3), size) if timed else Cost(0.0, 0.0, 0.0, size)
-
-
-def seconds(cost, layer):
-    return lambda e, n: max(n * cost.s_per_row, cost.expert_bytes[layer, e] * cost.s_per_byte) + cost.command_s
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 2**32), bins=st.integers(1, 4), room=st.integers(2, 4), timed=st.booleans())
-def test_judging_agrees_with_plain_python(seed, bins, room, timed):
-    rng = np.random.default_rng(seed)
-    room = max(room, -(-EXPERTS // bins))
-    trace, plan, cost = small_trace(seed, steps=9), random_plan(rng, bins, room, EXPERTS), cost_of(rng, timed)
-    tally, turn = new_tally(LAYERS, 3), int(rng.integers(0, 9))
-    (loads,) = loads_of(trace, np.arange(9))
-    period = np.arange(9) * 3 // 9
-    judge(loads, copies_of(plan, EXPERTS), bins, turn, period, cost, tally)
-    counts = counted(trace)
-    for layer in range(LAYERS):
-        expected, values = np.zeros(len(SUMS)), []
-        over_time = np.zeros((3, 2))
-        for step in range(9):
-            if counts[step, layer].sum() == 0:
-                continue
-            held = plan.expert_of_slot[layer].tolist()
-            rows, busy_s = oracle.bin_loads(counts[step, layer].tolist(), held, turn + step, seconds(cost, layer))
-            values.append(max(rows) / np.mean(rows))
-            jain = sum(rows) ** 2 / (bins * sum(r * r for r in rows))
-            in_time = max(busy_s) / np.mean(busy_s) if sum(busy_s) else 0.0
-            expected += [1, values[-1], jain, max(rows), in_time, max(busy_s)]
-            over_time[step // 3] += [1, values[-1]]
-        assert np.allclose(tally.sums[layer], expected, rtol=1e-12)
-        assert np.allclose(tally.over_time[:, layer], over_time, rtol=1e-12)
-        for share in (0.5, 0.95):
-            exact = sorted(values)[max(1, math.ceil(share * len(values))) - 1]
-            got = percentile(tally, share)[layer]
-            assert exact * (1 - 1e-12) <= got <= exact * bins ** (1 / imbalance.PARTS) * (1 + 1e-12)
-        assert tally.worst[layer] == pytest.approx(max(values), rel=1e-12)
-
-
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 2**32), bins=st.integers(2, 3), further=st.integers(0, 2), most=st.sampled_from([1, 3, 12]))
-def test_no_plan_at_all_beats_the_bound(seed, bins, further, most):
-    """Every choice of copies and every place for them: 4 experts, up to 6 slots."""
-    rng = np.random.default_rng(seed)
-    counts = rng.integers(0, most + 1, (1, 1, 4))
-    counts[0, 0, 0] += 1
-    cost = Cost(*rng.choice([0.25, 0.5, 1.0, 2.0], 3), rng.integers(1, 5, (1, 4)).astype(float))
-    expert = np.flatnonzero(counts[0, 0])
-    loads = loads_module.Loads(1, np.array([0, expert.size]), expert.astype(np.int32), counts[0, 0, expert], 99)
-    least = Least(np.zeros(1), np.zeros(1))
-    imbalance.bound(loads, 4, bins, 4 + further, cost, least)
-    rows, busy_s = oracle.best_possible(counts[0, 0].tolist(), bins, 4 + further, seconds(cost, 0))
-    assert least.imbalance[0] <= rows * bins / counts.sum() * (1 + 1e-12)
-    assert 0 < least.busy_s[0] <= busy_s
-
-
-@pytest.mark.pure
-@pytest.mark.parametrize(
-    ("rows", "bins", "slots", "most"),
-    [
-        ([4, 4, 4, 4], 2, 4, 8),  # the mean
-        ([9, 1, 1, 1], 2, 4, 9),  # the heaviest
-        ([9, 1, 1, 1], 2, 5, 6),  # it halved, and rounded up with the mean
-        ([9, 1, 1, 1], 4, 6, 3),  # in three
-        ([5, 5, 5, 1], 2, 4, 10),  # two of three must meet
-        ([5, 5, 5, 1], 2, 5, 8),  # unless one of them is there twice
-        ([2, 2, 2, 2, 2], 2, 5, 6),  # three of five
-    ],
-)
-def test_bounds_by_hand(rows, bins, slots, most):
-    experts = len(rows)
-    loads = loads_module.Loads(
-        1, np.array([0, experts]), np.arange(experts, dtype=np.int32), np.array(rows, np.int64), sum(rows)
-    )
-    least = Least(np.zeros(1), np.zeros(1))
-    imbalance.bound(loads, experts, bins, slots, Cost(0.0, 0.0, 0.0, np.ones((1, experts))), least)
-    assert least.imbalance[0] * sum(rows) / bins == pytest.approx(most, rel=1e-12)
-    assert least.busy_s[0] == 0
 
 
 def expected_imbalance(counts, plan, turns):
@@ -372,7 +256,7 @@ def test_what_cannot_be_asked():
         ({"interval": 0}, "the interval is 0 steps"),
         ({"phase": "both"}, "phase is 'both'"),
         ({"system": "jetson-orin"}, "has no NDP units"),
-        ({"system": "edge-ndp"}, "seconds need a model, but the trace names '', which is no preset"),
+        ({"system": "edge-ndp"}, "seconds need a model, but trace in memory names '', which is no preset"),
         ({"system": "edge-ndp", "model": "mixtral-8x7b"}, "3 MoE layers of 7 experts, but the model mixtral-8x7b has"),
         ({"plans": {"a": Plan(1, np.zeros((2, 2, 4), np.int32))}, "tier": 2}, "the plan a is of 2 layers, 2 units"),
         ({"plans": {"a": Plan(1, np.zeros((3, 2, 4), np.int32))}, "tier": 3}, "the plan a is of 3 layers, 2 units"),

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import naive_locality as naive
 
-from moetrace.analyze.locality import coactivation, null, predict, requests, reuse, skew
-from moetrace.analyze.locality.counts import count
+from moetrace.analyze.locality import coactivation, null, predict, request_spread, reuse, skew
+from moetrace.analyze.locality.chosen_counts import count
 from moetrace.analyze.locality.overlap import overlap
 
 ABSENT = 65535
@@ -172,12 +172,12 @@ def test_halves_are_requests_or_rows_if_requests_are_few():
 @given(layers())
 def test_between_requests_and_sink_are_those_by_hand(layer):
     kept, k, experts = layer
-    found = requests.between_requests(as_ids(flat(kept), k), starts_of(kept), experts)
+    found = request_spread.between_requests(as_ids(flat(kept), k), starts_of(kept), experts)
     alive = sum(any(rows) for rows in kept)
     same(found, naive.between_requests(kept, experts) if alive > 1 else None, 1e-9)
     firsts = [rows[0] for rows in kept]
     if all(len(row) in (0, k) for row in firsts):
-        same(requests.sink(as_ids(firsts, k), experts), naive.sink(firsts))
+        same(request_spread.sink(as_ids(firsts, k), experts), naive.sink(firsts))
 
 
 @settings(deadline=None, max_examples=50)  # compiles

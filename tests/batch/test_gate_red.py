@@ -66,8 +66,8 @@ def made(tmp_path_factory):
         ),
         (
             "engine/cost.py",
-            "return max(rows * s_per_row, weight_bytes * s_per_byte) + command_s",
-            "return max(rows * s_per_row, weight_bytes * s_per_byte) * 1.001 + command_s",
+            "return max(rows * device.s_per_row, weight_bytes * device.s_per_byte) + device.start_s",
+            "return max(rows * device.s_per_row, weight_bytes * device.s_per_byte) * 1.001 + device.start_s",
             "worse",
             ["edge-ndp/monde", "edge-ndp/ndp-ep", "edge-ndp/edge-ndp"],
             "only the code changed: the engine, ",

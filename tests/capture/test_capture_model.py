@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from support.tiny_models import save  # noqa: E402
 
-from moetrace.capture.model import load_tokenizer, load_weights, open_folder  # noqa: E402
+from moetrace.capture.checkpoint import load_tokenizer, load_weights, open_folder  # noqa: E402
 from moetrace.spec.errors import MoetraceError  # noqa: E402
 
 
@@ -67,7 +67,7 @@ def test_sizes_that_make_no_sense_are_one_sentence(folder):
 
 
 def test_a_long_config_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr("moetrace.capture.model.CONFIG_BYTES", 10)
+    monkeypatch.setattr("moetrace.capture.checkpoint.CONFIG_BYTES", 10)
     with pytest.raises(MoetraceError, match="at most 10 are read"):
         open_folder(folder)
 

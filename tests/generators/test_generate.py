@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.generators import Schedule, ZipfDrawer, generate, generate_trace
+from moetrace.generators import BatchSchedule, ZipfDrawer, generate, generate_trace
 from moetrace.spec import load_model
 from moetrace.spec.errors import UsageError
 from moetrace.spec.model import Model
@@ -147,7 +147,7 @@ def plain_steps(requests, prompt, output, batch):
 def test_schedule_is_continuous_batching(requests, prompt, output, batch, rows):
     if prompt + output == 0:
         return
-    schedule = Schedule(requests, prompt, output, batch)
+    schedule = BatchSchedule(requests, prompt, output, batch)
     steps = []
     for block in schedule.blocks(rows):
         first = 0
@@ -163,7 +163,7 @@ def test_schedule_is_continuous_batching(requests, prompt, output, batch, rows):
 
 
 def test_block_size_does_not_change_what_is_drawn():
-    model, schedule = a_model(3, 16, 4), Schedule(5, 7, 6, 2)
+    model, schedule = a_model(3, 16, 4), BatchSchedule(5, 7, 6, 2)
     drawn = []
     for rows in (1, 5, 1000):
         drawer = ZipfDrawer(model, 0.6, 0.5, 0, slots=2)

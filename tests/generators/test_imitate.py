@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.imitation import a_profile, reference, rows_of
 
-from moetrace.generators import ProfileDrawer, Schedule, generate_trace
+from moetrace.generators import BatchSchedule, ProfileDrawer, generate_trace
 from moetrace.generators.imitate import popularity
 from moetrace.spec.errors import UsageError
 
@@ -94,7 +94,7 @@ def test_ids_are_uint16_beyond_255_experts():
 
 
 def test_blocks_do_not_change_what_is_drawn():
-    schedule, drawn = Schedule(5, 7, 6, 2), []
+    schedule, drawn = BatchSchedule(5, 7, 6, 2), []
     for rows in (1, 5, 1000):
         drawer = ProfileDrawer(a_profile(), 0, prompt=7, slots=2)
         drawn.append(np.concatenate([drawer.draw(block.request, block.position) for block in schedule.blocks(rows)]))

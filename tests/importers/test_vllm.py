@@ -95,7 +95,7 @@ def test_a_base64_text_alone_and_files_of_both_kinds(tmp_path):
 
 
 def test_large_arrays_are_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("moetrace.importers.reading.requests.BLOCK_BYTES", 64)
+    monkeypatch.setattr("moetrace.importers.reading.request_spool.BLOCK_BYTES", 64)
     ids = request(50, 3, 2, 8)
     assert np.array_equal(imported(tmp_path, save(tmp_path / "a.npy", ids), num_experts=8).read("experts", 0, 50), ids)
 

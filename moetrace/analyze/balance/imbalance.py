@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.cost import ndp_s
+from moetrace.engine.cost import expert_s
 from moetrace.engine.eplb import sink
 from moetrace.jit.compile import kernel
 
@@ -19,11 +19,11 @@ class Cost(NamedTuple):
 
     s_per_row: float
     s_per_byte: float
-    command_s: float
+    start_s: float
     expert_bytes: np.ndarray  # float64 [L, E]
 
 
-class Tally(NamedTuple):
+class ImbalanceTally(NamedTuple):
     """What is kept of the steps so far, of each layer."""
 
     sums: np.ndarray  # float64 [L, len(SUMS)]
@@ -48,9 +48,17 @@ class _Heap(NamedTuple):
     copies: np.ndarray  # int64 [E]
 
 
-def new_tally(layers: int, periods: int) -> Tally:
+class _Active(NamedTuple):
+    """The active experts of one step and layer: ``number`` of them, in the loads from ``first`` on."""
+
+    layer: int
+    first: int
+    number: int
+
+
+def new_tally(layers: int, periods: int) -> ImbalanceTally:
     """Return a tally of no steps."""
-    return Tally(
+    return ImbalanceTally(
         np.zeros((layers, len(SUMS))),
         np.zeros(layers),
         np.zeros((layers, PARTS + 1), np.int64),
@@ -59,7 +67,7 @@ def new_tally(layers: int, periods: int) -> Tally:
     )
 
 
-def percentile(tally: Tally, share: float) -> np.ndarray:
+def percentile(tally: ImbalanceTally, share: float) -> np.ndarray:
     """Return the least imbalance in rows that ``share`` of each layer's steps do not exceed, float64 [L]; NaN if none.
 
     It is that of a step, but may be a higher one's: by a factor of bins ** (1 / PARTS) at most.
@@ -97,12 +105,13 @@ def judge(loads, copies, bins, turn, period, cost, tally):
                 if own:
                     b = copies.bin[layer, first + copy]
                     rows[b] += own
-                    busy_s[b] += ndp_s(own, weight_bytes, cost.s_per_row, cost.s_per_byte, cost.command_s)
+                    busy_s[b] += expert_s(cost, own, weight_bytes)
         _note(layer, rows, busy_s, period[i // layers], tally)
 
 
 @kernel
 def _note(layer, rows, busy_s, period, tally):
+    """Add a step of a layer to ``tally``: rows int64 [bins] and busy_s float64 [bins] are what its bins have to do."""
     total, most, squares, total_s, most_s = 0, 0, 0.0, 0.0, 0.0
     for b in range(rows.size):
         total += rows[b]
@@ -165,7 +174,7 @@ def bound(loads, experts, bins, slots, cost, least):
             order[:active].sort()
         for j in range(active):
             weight[j] = order[j] >> 16
-        most = _costliest_copy(loads, layer, first, active, further, False, cost, total / bins, heap)
+        most = _costliest_copy(loads, _Active(layer, first, active), further, False, cost, total / bins, heap)
         most = max(most, _pigeonhole(weight, active - further, bins) if meet else 0.0)
         least.imbalance[layer] += np.ceil(most * (1 - 1e-12)) * bins / total
         if cost.s_per_byte == 0.0:
@@ -177,15 +186,16 @@ def bound(loads, experts, bins, slots, cost, least):
             sorted_too &= j == 0 or weight[j] >= weight[j - 1]
         if meet and not sorted_too:
             weight[:active].sort()
-        most = _costliest_copy(loads, layer, first, active, further, True, cost, total_s / bins, heap)
+        most = _costliest_copy(loads, _Active(layer, first, active), further, True, cost, total_s / bins, heap)
         most = max(most, _pigeonhole(weight, active - further, bins) if meet else 0.0)
         least.busy_s[layer] += most * (1 - 1e-12)  # sums in another order may differ in the last bit
 
 
 @kernel
-def _costliest_copy(loads, layer, first, active, further, timed, cost, floor, heap):
+def _costliest_copy(loads, experts, further, timed, cost, floor, heap):
     """Least cost of the costliest copy, over all ways to have ``further`` more copies than experts; or ``floor``."""
     key, number, copies = heap
+    layer, first, active = experts
     most = floor
     for j in range(active):
         copies[j], number[j] = 1, j
@@ -208,10 +218,11 @@ def _costliest_copy(loads, layer, first, active, further, timed, cost, floor, he
 
 @kernel
 def _copy_cost(loads, layer, at, copies, timed, cost):
+    """Return what one of so many copies of an expert costs: rows or, if ``timed``, seconds."""
     rows = loads.rows[at] / copies
     if not timed:
         return rows
-    return ndp_s(rows, cost.expert_bytes[layer, loads.expert[at]], cost.s_per_row, cost.s_per_byte, cost.command_s)
+    return expert_s(cost, rows, cost.expert_bytes[layer, loads.expert[at]])
 
 
 @kernel

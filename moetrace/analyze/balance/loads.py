@@ -38,7 +38,7 @@ def loads_of(trace: Trace, steps: np.ndarray) -> Iterator[Loads]:
     its step. That a row chooses no expert twice is not checked here.
     """
     if trace.rows > MAX_ROWS:
-        raise MoetraceError(f"{_where(trace)} has {trace.rows} rows, more than can be summed.")
+        raise MoetraceError(f"{trace.shown} has {trace.rows} rows, more than can be summed.")
     counts = "counts" in trace.has
     for first, stop in _parts(trace, steps, counts):
         part = steps[first:stop]
@@ -61,10 +61,6 @@ def add(loads, total):
         own = total[i % layers]
         for j in range(loads.start[i], loads.start[i + 1]):
             own[loads.expert[j]] += loads.rows[j]
-
-
-def _where(trace: Trace) -> str:
-    return str(trace.path or "trace in memory")
 
 
 def _parts(trace: Trace, steps: np.ndarray, counts: bool) -> Iterator[tuple[int, int]]:
@@ -93,8 +89,8 @@ def _from_ids(trace: Trace, steps: np.ndarray) -> Loads:
     start = np.zeros(steps.size * trace.layers + 1, np.int64)
     expert, rows = np.empty(most, np.int32), np.empty(most, np.int64)
     if not count_ids(experts, begin, end, trace.num_experts, start, expert, rows):
-        check_ids(_where(trace), first, experts, trace.num_experts)  # says which
-        raise MoetraceError(f"{_where(trace)}: /experts changed while it was read.")
+        check_ids(trace.shown, first, experts, trace.num_experts)  # says which
+        raise MoetraceError(f"{trace.shown}: /experts changed while it was read.")
     return Loads(steps.size, start, expert[: start[-1]], rows[: start[-1]], int((end - begin).sum()))
 
 
@@ -105,7 +101,7 @@ def _from_counts(trace: Trace, steps: np.ndarray) -> Loads:
     if wrong.any():
         step, layer, expert = (int(i) for i in np.argwhere(wrong)[0])
         raise MoetraceError(
-            f"{_where(trace)}: /counts of step {steps[step]}, layer entry {layer}, expert {expert} is "
+            f"{trace.shown}: /counts of step {steps[step]}, layer entry {layer}, expert {expert} is "
             f"{counts[step, layer, expert]}, but must be 0 to the {all_rows[step]} rows of the step."
         )
     of, expert = np.nonzero(counts.reshape(-1, trace.num_experts))

@@ -25,10 +25,19 @@ MAX_UNITS = 4096
 
 
 class Tier(NamedTuple):
-    """What the experts of a layer are spread over.
+    """The units that the experts of a layer are spread over.
 
-    units: N. redundant: further slots than experts, for EPLB; None: the fewest that give each unit one at least and
-    all units equally many slots. nodes, groups: of units and of experts, for hierarchical EPLB.
+    Attributes:
+        units: Number of units, N.
+        redundant: Slots beyond one for each expert, for EPLB. By default the fewest that give each unit at least one
+            and all units equally many slots.
+        nodes: Nodes that the units are in, for hierarchical EPLB.
+        groups: Groups that the experts are in, for hierarchical EPLB.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.Tier(units=8).slots(32), mt.Tier(units=8, redundant=16).slots(32)
+        (40, 48)
     """
 
     units: int
@@ -37,7 +46,17 @@ class Tier(NamedTuple):
     groups: int = 1
 
     def slots(self, experts: int) -> int:
-        """Slots of a layer under EPLB; raise UsageError if these units cannot have equally many."""
+        """Slots of a layer under EPLB.
+
+        Args:
+            experts: Experts of a layer.
+
+        Returns:
+            The number of slots.
+
+        Raises:
+            UsageError: The units cannot have equally many slots.
+        """
         if self.redundant is None:
             return -(-(experts + self.units) // self.units) * self.units
         slots = experts + self.redundant
@@ -110,9 +129,16 @@ def check_placement(placement: str, tier: Tier, experts: int) -> None:
 
 
 def make_plan(placement: str, tier: Tier, shape: tuple[int, int], loads: np.ndarray | None = None) -> Plan:
-    """Return the plan of a placement that `check_placement` accepts.
+    """Make the plan of a placement.
 
-    ``shape`` is (layers, experts); ``loads`` [layers, experts], 0 or more, is what those of PLANNED are made from.
+    Args:
+        placement: A placement that `check_placement` accepts.
+        tier: The units.
+        shape: (layers, experts).
+        loads: Load of each expert, [layers, experts], 0 or more. Only those of PLANNED need it.
+
+    Returns:
+        The plan.
     """
     layers, experts = shape
     if placement.startswith("eplb"):
@@ -138,10 +164,18 @@ def copies_of(plan: Plan, experts: int) -> Copies:
 
 
 def moved_bytes(old: Plan, new: Plan, expert_bytes: np.ndarray) -> np.ndarray:
-    """Bytes that each layer copies to get from one plan to another of as many units, int64 [layers].
+    """Bytes that each layer copies to get from one plan to another.
 
-    A unit has to get what it is to hold and does not hold; ``expert_bytes`` is int64 [layers, experts]. Units keep
-    their numbers: that another numbering of the new plan's units would move less is not made use of, as in engines.
+    A unit has to get what it is to hold and does not hold. Units keep their numbers: another numbering of the new
+    plan's units would move less, but engines do not make use of that.
+
+    Args:
+        old: The plan before.
+        new: The plan after, of equally many units.
+        expert_bytes: int64 [layers, experts].
+
+    Returns:
+        int64 [layers].
     """
     moved = np.zeros(len(expert_bytes), np.int64)
     _count_moved(old.expert_of_slot, new.expert_of_slot, expert_bytes, moved)
@@ -162,6 +196,7 @@ def _by_bin(bin_of_expert: np.ndarray, bins: int) -> np.ndarray:
 
 @kernel(inline=False)
 def _turn(expert_of_slot, start, bin_of_copy):
+    """Fill start int32 [L, E + 1] and bin_of_copy int32 [L, slots] from expert_of_slot int32 [L, bins, room]."""
     layers, bins, room = expert_of_slot.shape
     end = np.empty(start.shape[1] - 1, np.int32)
     for layer in range(layers):
@@ -182,6 +217,7 @@ def _turn(expert_of_slot, start, bin_of_copy):
 
 @kernel(inline=False)
 def _count_moved(old, new, expert_bytes, moved):
+    """Add to moved int64 [L] the bytes that bins get; old, new int32 [L, bins, room], expert_bytes int64 [L, E]."""
     layers, bins = new.shape[:2]
     for layer in range(layers):
         held = np.full(expert_bytes.shape[1], -1)  # of each expert: the last bin that held it, or got it

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moetrace.analyze.balance import frames, imbalance
-from moetrace.analyze.balance.imbalance import Cost, Least, Tally
-from moetrace.analyze.balance.loads import Loads, add, loads_of, steps_of_phase, summed
+from moetrace.analyze.balance import imbalance, plan_frames
+from moetrace.analyze.balance.imbalance import Cost, Least
+from moetrace.analyze.balance.judged import CLAIRVOYANT, FIXED, GIVEN, KEPT, REMADE, JudgedPlan
+from moetrace.analyze.balance.loads import add, loads_of, steps_of_phase, summed
 from moetrace.analyze.balance.plans import (
     DEFAULT_PLACEMENTS,
     PLANNED,
-    Copies,
     Plan,
     Tier,
     check_placement,
@@ -26,7 +26,7 @@ from moetrace.analyze.balance.plans import (
     moved_bytes,
 )
 from moetrace.analyze.sizes import expert_bytes, model_of
-from moetrace.engine.cost import machine_of
+from moetrace.engine.machine import FIRST_HOME, machine_of
 from moetrace.spec import Model, System, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
@@ -35,7 +35,6 @@ from moetrace.trace.schema import PHASE_NAMES
 
 SCHEMA = "moetrace.balance/1"
 FRAMES = ("summary", "layers", "staleness", "over_time")
-FIXED, GIVEN, KEPT, REMADE, CLAIRVOYANT = "fixed", "given", "kept", "re-made", "clairvoyant"
 PERIODS = 120  # of the judged steps, for a picture
 # Of the largest models there are 94 layers and 23,000 experts; a damaged file may claim anything.
 MAX_LAYERS = 1024
@@ -47,11 +46,11 @@ class Balance:
     """What `balance` found. Imbalances are of one layer; nothing is pooled over layers.
 
     Attributes:
-        trace: what was judged and how, with plain values.
-        summary: a row for each plan: means and extremes over the layers, sums of seconds and bytes.
-        layers: a row for each plan and layer.
-        staleness: a row for each placement that is made from loads, and layer (null: all): what keeping a plan loses.
-        over_time: a row for each plan, layer and period of the judged steps: its mean imbalance.
+        trace: What was judged and how, with plain values.
+        summary: A row for each plan: means and extremes over the layers, sums of seconds and bytes.
+        layers: A row for each plan and layer.
+        staleness: A row for each placement that is made from loads, and layer (null: all): what keeping a plan loses.
+        over_time: A row for each plan, layer and period of the judged steps: its mean imbalance.
     """
 
     trace: dict[str, Any]
@@ -63,24 +62,6 @@ class Balance:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, in which None stands for what there is not; JSON takes it."""
         return {"schema": SCHEMA, "trace": self.trace} | {name: getattr(self, name).to_dicts() for name in FRAMES}
-
-
-@dataclass
-class Lane:
-    """A plan, or a series of plans, on its way through the judged steps."""
-
-    placement: str
-    plan_is: str  # FIXED, GIVEN, KEPT, REMADE or CLAIRVOYANT
-    plan: Plan
-    cost: Cost
-    tally: Tally
-    moved_bytes: np.ndarray  # int64 [L]
-    copies: Copies
-    least: Least  # shared by lanes of as many bins and slots
-
-    def judge(self, loads: Loads, turn: int, period: np.ndarray) -> None:
-        """Add the steps of `loads` to the tally."""
-        imbalance.judge(loads, self.copies, self.plan.bins, turn, period, self.cost, self.tally)
 
 
 @dataclass(frozen=True)
@@ -97,7 +78,8 @@ class _Machine:
             return Cost(0.0, 0.0, 0.0, np.zeros(shape))
         assert self.weight_bytes is not None
         machine = machine_of(self.model, self.system, self.weight_bytes, np.zeros(shape), share)
-        return Cost(machine.ndp_s_per_row, machine.ndp_s_per_byte, machine.ndp_command_s, machine.weight_bytes)
+        home = machine.device[FIRST_HOME]
+        return Cost(*(float(home[name]) for name in ("s_per_row", "s_per_byte", "start_s")), machine.weight_bytes)
 
     @property
     def link_bytes_s(self) -> float | None:
@@ -132,16 +114,40 @@ def balance(
     system: System | str | Path | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Balance:
-    """Say how evenly experts keep ``tier`` (a number of units, or a `Tier`) busy under placements and given ``plans``.
+    """Say how evenly experts keep units busy under placements and given plans.
 
-    ``trace`` is a trace or the path of its file. Of the steps of ``phase`` ("all", "prefill", "decode" or "mixed"),
-    those after the first ``window`` (half of them) are judged. A placement that is made from loads is judged three
-    times: made from the window and kept; made anew every ``interval`` steps (an eighth of those judged) from the last
-    ``window`` ones; and made from the very steps that it is judged on. With a ``system``, whose NDP units are taken
-    unless ``tier`` says how many, figures are in seconds too; ``model`` replaces the one that the trace names. Works on
-    ids and on counts, in constant memory. ``progress`` is told of rows.
+    Plans are made from the first part of the trace and judged on the rest. A placement that is made from loads is
+    judged three times: made from the window and kept; made again every `interval` steps from the last `window` ones;
+    and made from the very steps that it is judged on. docs/balance.md defines every figure. Memory is constant.
 
-    Raises UsageError for what makes no sense, MoetraceError (file, dataset, row) if the trace is damaged.
+    Args:
+        trace: A trace of ids or counts, or the path of its file.
+        placements: Keys of `PLACEMENTS`, or "tp:g". By default ep, ep-block, ep-lpt and eplb.
+        tier: The units: a number or a `Tier`. By default the NDP units of `system`; 8 without one.
+        window: How many steps plans are made from; those after them are judged. By default half of the steps.
+        interval: Steps after which a plan is made again. By default an eighth of the judged ones.
+        phase: The steps that count: "all", "prefill", "decode" or "mixed".
+        plans: Plans to judge, by name.
+        model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
+        system: A preset's name, a TOML file or a System. Figures are then in seconds too. By default none.
+        progress: A function that gets the number of rows since its last call.
+
+    Returns:
+        Frames of the plans, layers and periods.
+
+    Raises:
+        UsageError: A value makes no sense, or values do not go together.
+        MoetraceError: The trace is damaged, or has too few steps or too many experts.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> found = mt.balance("traces/tiny-olmoe.h5", ["ep", "eplb"], tier=8, phase="prefill")
+        >>> for placement, plan, imbalance in found.summary.select("placement", "plan", "imbalance").rows():
+        ...     print(f"{placement:4} {plan:11} {imbalance:.3f}")
+        ep   fixed       2.229
+        eplb kept        1.548
+        eplb re-made     1.564
+        eplb clairvoyant 1.544
     """
     machine, tier = _machine(trace, model, system, tier)
     span = span_of(trace, phase, window, interval)
@@ -155,18 +161,20 @@ def balance(
     for loads in loads_of(trace, span.steps[: span.window]):
         add(loads, recent)
         told(loads.all_rows)
-    lanes = _lanes(trace, placements, plans, tier, machine, span, recent)
-    _check_bytes(trace, machine, lanes, span)
-    _walk(trace, lanes, tier, machine, span, recent, told)
-    facts = _facts(trace, phase, tier, machine, span, lanes)
+    judged_plans = _judged_plans(trace, placements, plans, tier, machine, span, recent)
+    _check_bytes(trace, machine, judged_plans, span)
+    _walk(trace, judged_plans, tier, machine, span, recent, told)
+    facts = _facts(trace, phase, tier, machine, span, judged_plans)
     layer = trace.layer_index.astype(np.int64)
-    by_layer = frames.layers(lanes, layer, facts["sizes_known"], machine.link_bytes_s, machine.system is not None)
+    by_layer = plan_frames.layers(
+        judged_plans, layer, facts["sizes_known"], machine.link_bytes_s, machine.system is not None
+    )
     return Balance(
         facts,
-        frames.summary(by_layer, facts["rebalances"]),
+        plan_frames.summary(by_layer, facts["rebalances"]),
         by_layer,
-        frames.staleness(by_layer, facts["judged_steps"], facts["interval"], facts["rebalances"]),
-        frames.over_time(lanes, layer, span.judged),
+        plan_frames.staleness(by_layer, facts["judged_steps"], facts["interval"], facts["rebalances"]),
+        plan_frames.over_time(judged_plans, layer, span.judged),
     )
 
 
@@ -194,7 +202,7 @@ def span_of(trace: Trace, phase: str, window: int | None, interval: int | None) 
     which = "" if phase == "all" else f"{phase} "
     if steps.size < 2:
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has {steps.size} {which}steps, but a plan needs one to be made from and one "
+            f"{trace.shown} has {steps.size} {which}steps, but a plan needs one to be made from and one "
             f"to be judged on."
         )
     window = steps.size // 2 if window is None else window
@@ -219,8 +227,7 @@ def _machine(
     spec = model_of(trace, model)
     if spec is None:
         raise UsageError(
-            f"seconds need a model, but {trace.path or 'the trace'} names {trace.model!r}, which is no preset: "
-            f"name one with --model."
+            f"seconds need a model, but {trace.shown} names {trace.model!r}, which is no preset: name one with --model."
         )
     size = expert_bytes(trace, spec)
     weight_bytes = spec.expert_bytes() if trace.expert_bytes is None else size
@@ -230,12 +237,12 @@ def _machine(
 def _check_size(trace: Trace) -> None:
     if trace.layers > MAX_LAYERS or trace.layers * trace.num_experts > MAX_CELLS:
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has {trace.layers} layers of {trace.num_experts} experts; balance takes "
+            f"{trace.shown} has {trace.layers} layers of {trace.num_experts} experts; balance takes "
             f"{MAX_LAYERS} layers and {MAX_CELLS} experts at most."
         )
 
 
-def _lanes(
+def _judged_plans(
     trace: Trace,
     placements: Sequence[str],
     plans: Mapping[str, Plan],
@@ -243,7 +250,7 @@ def _lanes(
     machine: _Machine,
     span: Span,
     recent: np.ndarray,
-) -> list[Lane]:
+) -> list[JudgedPlan]:
     shape = (trace.layers, trace.num_experts)
     ahead = summed(trace, span.judged) if any(placement in PLANNED for placement in placements) else recent
     kinds: list[tuple[str, str, Plan]] = []
@@ -261,7 +268,7 @@ def _lanes(
         kinds.append((name, GIVEN, plan))
     least: dict[tuple[int, int, int], Least] = {}
     return [
-        Lane(
+        JudgedPlan(
             placement,
             plan_is,
             plan,
@@ -275,12 +282,12 @@ def _lanes(
     ]
 
 
-def _check_bytes(trace: Trace, machine: _Machine, lanes: list[Lane], span: Span) -> None:
+def _check_bytes(trace: Trace, machine: _Machine, judged_plans: list[JudgedPlan], span: Span) -> None:
     """Raise MoetraceError if what moves could be more bytes than are counted exactly."""
-    copies = max(lane.plan.slots for lane in lanes) * trace.layers * (span.judged.size // span.interval + 1)
+    copies = max(judged.plan.slots for judged in judged_plans) * trace.layers * (span.judged.size // span.interval + 1)
     if machine.expert_bytes is not None and int(machine.expert_bytes.max()) * copies >= 2**63:
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has experts of {machine.expert_bytes.max()} bytes: what moves would be more "
+            f"{trace.shown} has experts of {machine.expert_bytes.max()} bytes: what moves would be more "
             f"than can be counted."
         )
 
@@ -306,44 +313,46 @@ def _check_given(name: str, plan: Plan, tier: Tier, shape: tuple[int, int]) -> N
 
 def _walk(
     trace: Trace,
-    lanes: list[Lane],
+    judged_plans: list[JudgedPlan],
     tier: Tier,
     machine: _Machine,
     span: Span,
     recent: np.ndarray,
     told: Callable[[int], object],
 ) -> None:
-    """Judge all lanes on the judged steps, making plans anew at every interval from ``recent``, the window's loads."""
-    periods = lanes[0].tally.over_time.shape[0]
+    """Judge all plans on the judged steps, making plans anew at every interval from ``recent``, the window's loads."""
+    periods = judged_plans[0].tally.over_time.shape[0]
     period = np.arange(span.judged.size) * periods // span.judged.size
-    bounds = {_key(lane.plan): lane for lane in lanes}
-    turn, remade = 0, any(lane.plan_is == REMADE for lane in lanes)
+    bounds = {_key(judged.plan): judged for judged in judged_plans}
+    turn, remade = 0, any(judged.plan_is == REMADE for judged in judged_plans)
     for begin in range(0, span.judged.size, span.interval):
         if begin and remade:
             recent -= summed(trace, span.steps[begin - span.interval : begin])
-            _make_anew(lanes, tier, machine, recent)
+            _make_anew(judged_plans, tier, machine, recent)
         for loads in loads_of(trace, span.judged[begin : begin + span.interval]):
-            for lane in lanes:
-                lane.judge(loads, turn, period[turn : turn + loads.steps])
-            for (_, bins, slots), lane in bounds.items():
-                imbalance.bound(loads, trace.num_experts, bins, slots, lane.cost, lane.least)
+            for judged in judged_plans:
+                judged.judge(loads, turn, period[turn : turn + loads.steps])
+            for (_, bins, slots), judged in bounds.items():
+                imbalance.bound(loads, trace.num_experts, bins, slots, judged.cost, judged.least)
             if remade:
                 add(loads, recent)
             turn += loads.steps
             told(loads.all_rows)
 
 
-def _make_anew(lanes: list[Lane], tier: Tier, machine: _Machine, recent: np.ndarray) -> None:
-    for lane in lanes:
-        if lane.plan_is == REMADE:
-            new = make_plan(lane.placement, tier, recent.shape, recent)
+def _make_anew(judged_plans: list[JudgedPlan], tier: Tier, machine: _Machine, recent: np.ndarray) -> None:
+    for judged in judged_plans:
+        if judged.plan_is == REMADE:
+            new = make_plan(judged.placement, tier, recent.shape, recent)
             if machine.expert_bytes is not None:
-                lane.moved_bytes += moved_bytes(lane.plan, new, machine.expert_bytes)
-            lane.plan, lane.copies = new, copies_of(new, recent.shape[1])
+                judged.moved_bytes += moved_bytes(judged.plan, new, machine.expert_bytes)
+            judged.plan, judged.copies = new, copies_of(new, recent.shape[1])
 
 
-def _facts(trace: Trace, phase: str, tier: Tier, machine: _Machine, span: Span, lanes: list[Lane]) -> dict[str, Any]:
-    anew = any(lane.plan_is == REMADE for lane in lanes)
+def _facts(
+    trace: Trace, phase: str, tier: Tier, machine: _Machine, span: Span, judged_plans: list[JudgedPlan]
+) -> dict[str, Any]:
+    anew = any(judged.plan_is == REMADE for judged in judged_plans)
     return {
         "model": trace.model,
         "layers": trace.layers,

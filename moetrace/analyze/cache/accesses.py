@@ -35,6 +35,16 @@ class Accesses(NamedTuple):
     row_choices: int  # how many, all different, each row made in each layer, one after another; 0 if some made fewer
 
 
+class _Room(NamedTuple):
+    """Room for the accesses of a block, which kernels fill; what is not asked for has a size of 0."""
+
+    bounds: np.ndarray  # int64 [events + 1]
+    key: np.ndarray  # int32 [choices]
+    recorded: np.ndarray  # uint8 [choices]
+    row: np.ndarray  # int32 [choices]
+    chosen_by: np.ndarray  # int32 [choices]
+
+
 def accesses(
     trace: Trace,
     *,
@@ -44,12 +54,18 @@ def accesses(
     chosen_by: bool = False,
     block_rows: int | None = None,
 ) -> Iterator[Accesses]:
-    """Yield the accesses of a trace, some MB (or, in whole steps, about so many rows) at a time.
+    """Yield the accesses of a trace in parts.
 
-    With `recorded` they bring what the engine recorded of its own residency, with `rows` the row of each, and
-    with `chosen_by` (at once) how many rows chose it.
+    Args:
+        trace: The trace.
+        sequential: One access at a time instead of together.
+        recorded: Bring what the engine recorded of its own residency.
+        rows: Bring the row of each access.
+        chosen_by: Bring how many rows chose it, if not `sequential`.
+        block_rows: About how many rows a part has, in whole steps. By default some MB.
 
-    Raises MoetraceError (file, dataset, row) if an id or a recorded residency is impossible.
+    Raises:
+        MoetraceError: An id or a recorded residency is impossible. The message names file, dataset and row.
     """
     done = 0
     for block in trace.blocks(block_rows):
@@ -57,7 +73,7 @@ def accesses(
         record = np.zeros((0, 0, 0), np.uint8)
         if recorded:
             record = trace.read("recorded", first, first + len(block.request))
-            check_recorded(str(trace.path or "trace in memory"), first, record, block.experts)
+            check_recorded(trace.shown, first, record, block.experts)
         part = _accesses(trace, block, record, sequential, rows, chosen_by)._replace(first=done)
         done += part.key.size
         yield part
@@ -87,43 +103,47 @@ def _accesses(
 ) -> Accesses:
     first, stop = (0, trace.layers) if part is None else part
     choices = len(block.experts) * (stop - first) * trace.top_k
-    bounds = np.empty(block.steps * (stop - first) + 1, np.int64)
     key = np.empty(choices, np.int32) if buffer is None else buffer[:choices]
-    out = np.full(key.size if record.size else 0, NOT_RECORDED, np.uint8)
-    row = np.empty(key.size if rows else 0, np.int32)
-    count = np.empty(0 if sequential or not chosen_by else key.size, np.int32)
+    room = _Room(
+        np.empty(block.steps * (stop - first) + 1, np.int64),
+        key,
+        np.full(key.size if record.size else 0, NOT_RECORDED, np.uint8),
+        np.empty(key.size if rows else 0, np.int32),
+        np.empty(0 if sequential or not chosen_by else key.size, np.int32),
+    )
     offset = np.ascontiguousarray(block.offset, np.int64)
+    fill = _all_choices if sequential else _distinct_choices
     absent = absent_id(trace.num_experts)
-    given = block.experts, record, offset, (first, stop), trace.num_experts, absent, bounds, key, out, row
-    if not (_all_choices(*given) if sequential else _distinct_choices(*given, count)):
-        where = str(trace.path or "trace in memory")
+    if not fill(block.experts, record, offset, (first, stop), trace.num_experts, absent, room):
+        where = trace.shown
         check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
         raise MoetraceError(f"{where}: /experts changed while it was read.")
     phase = trace.phase[block.first_step : block.first_step + block.steps]
-    found = [array[: bounds[-1]] for array in (key, out, row, count)]
+    end = room.bounds[-1]
     request = np.ascontiguousarray(block.request, np.int32)
-    row_choices = trace.top_k if sequential and bounds[-1] == key.size else 0
+    row_choices = trace.top_k if sequential and end == key.size else 0
     return Accesses(
         first=0,
-        key=found[0],
-        bounds=bounds,
-        recorded=found[1],
+        key=key[:end],
+        bounds=room.bounds,
+        recorded=room.recorded[:end],
         phase=phase,
         rows=request.size,
-        row=found[2],
+        row=room.row[:end],
         request=request,
         step_rows=np.diff(offset),
-        chosen_by=found[3],
+        chosen_by=room.chosen_by[:end],
         row_choices=row_choices,
     )
 
 
 @kernel(inline=False)
-def _all_choices(experts, record, offset, part, num_experts, absent, bounds, key, recorded, rows):
-    """Fill bounds, key, recorded with every choice in order; return 0 if an id is no expert's or twice in a row.
+def _all_choices(experts, record, offset, part, num_experts, absent, room):
+    """Fill room with every choice of experts [rows, L, k] in order; return 0 if an id is no expert's or twice in a row.
 
     Indices are unsigned, as a signed one may be negative, which is tested for each time: 0.8 ns a choice, not 1.0.
     """
+    bounds, key, recorded, rows, _ = room
     layers = experts.shape[1]
     last_cell = np.full(num_experts, -1)  # of each expert: the last (row, layer) that chose it
     event = end = bounds[0] = 0
@@ -151,8 +171,9 @@ def _all_choices(experts, record, offset, part, num_experts, absent, bounds, key
 
 
 @kernel(inline=False)
-def _distinct_choices(experts, record, offset, part, num_experts, absent, bounds, key, recorded, rows, chosen_by):
-    """Fill bounds to chosen_by with each event's distinct experts; return 0 if an id is no expert's or twice."""
+def _distinct_choices(experts, record, offset, part, num_experts, absent, room):
+    """Fill room with the distinct experts of each event; return 0 if an id is no expert's or twice."""
+    bounds, key, recorded, rows, chosen_by = room
     layers, top_k = experts.shape[1:]
     # Of each expert: the last (row, layer), event and choice that were its own, and the record of its event's first.
     last_cell, last_event = np.full(num_experts, -1), np.full(num_experts, -1)

@@ -132,12 +132,14 @@ def demand_recent(cache, pool, key, start, stop, hit):
 
 @kernel
 def _unlink(newer, older, key):
+    """Take a key out of its ring, int32 [keys + pools] each way."""
     newer[older[key]] = newer[key]
     older[newer[key]] = older[key]
 
 
 @kernel
 def _link_newest(newer, older, key, sentinel):
+    """Put a key, which is in no ring, into a pool's as the newest one."""
     newest = older[sentinel]
     newer[newest], older[key] = key, newest
     newer[key], older[sentinel] = sentinel, key
@@ -145,6 +147,7 @@ def _link_newest(newer, older, key, sentinel):
 
 @kernel
 def _demand_ranked(cache, rule, pool, block, next_use, start, stop, hit):
+    """Demand the keys start up to stop at once from a ranked cache, filling their part of hit uint8 [n]."""
     heap = cache.heap[pool * (cache.weight.size // cache.used.size) :]
     place, together, event = cache.place, stop - start > 1, block.first + start
     ours = 0  # residents that are keys of this event
@@ -170,6 +173,7 @@ def _demand_ranked(cache, rule, pool, block, next_use, start, stop, hit):
 
 @kernel
 def _rank(cache, rule, block, next_use, i):
+    """Return the rank, int64, that access i gives to its key; the least goes first."""
     if rule == BELADY:
         return -next_use[i]
     return (cache.accessed[block.key[i]] << TOUCHED_BITS) + block.first + i

@@ -29,13 +29,26 @@ def lru_curve(
     threads: int = 1,
     progress: Callable[[int], object] | None = None,
 ) -> pl.DataFrame:
-    """Return a row for each phase and capacity, from 1 on until everything fits, of experts of equal size.
+    """Hit rate of an LRU cache at every capacity, from 1 on until everything fits, of experts of equal size.
 
-    Columns: scope, sequential, phase ("all" and those that occur), capacity_experts (of all layers together; with scope
-    "layer" the multiples of the number of layers), accesses, hits, hit_rate. At once, the rows begin with the least
-    capacity of a pool that holds every event of the trace. With scope "layer", several threads share the layers.
+    docs/cache.md, "Every capacity at once". With experts demanded at once, the rows begin with the least capacity of a
+    pool that holds every event of the trace.
 
-    Raises UsageError for an unknown scope or no thread; MoetraceError if the trace is damaged or holds counts only.
+    Args:
+        trace: The trace.
+        scope: "global" is one cache; "layer" gives each layer its own.
+        sequential: Demand experts one access at a time instead of together.
+        threads: Threads, which share the layers with scope "layer".
+        progress: A function that gets the number of rows since its last call.
+
+    Returns:
+        A frame with a row for each phase and capacity. Its columns are scope, sequential, phase ("all" and those that
+        occur), capacity_experts (of all layers together; with scope "layer" the multiples of the number of layers),
+        accesses, hits, hit_rate.
+
+    Raises:
+        UsageError: The scope is unknown, or there is no thread.
+        MoetraceError: The trace is damaged or holds only counts.
     """
     if scope not in ("global", "layer"):
         raise UsageError(f"there is no scope {scope!r}; known are global, layer.")
@@ -43,8 +56,7 @@ def lru_curve(
         raise UsageError(f"{threads} threads cannot work: give 1 or more.")
     if not has_curve(trace):
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has {trace.layers} x {trace.num_experts} experts, too many for a curve of "
-            f"every capacity."
+            f"{trace.shown} has {trace.layers} x {trace.num_experts} experts, too many for a curve of every capacity."
         )
     pools = trace.layers if scope == "layer" else 1
     most = trace.layers * trace.num_experts // pools

@@ -24,9 +24,9 @@ from moetrace.analyze.cache.tally import (
     MISSED_BYTES,
     QUANTILES,
     RECORDED,
-    Demand,
-    Requests,
-    Tally,
+    DemandCounts,
+    HitTally,
+    RequestGroups,
     count_demand,
     count_hits,
     intervals,
@@ -125,23 +125,47 @@ def cache_hits(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> pl.DataFrame:
-    """Replay the accesses of a trace (or the file of one) through a cache for each policy and capacity.
+    """Replay the accesses of a trace through a cache for each policy and capacity.
 
-    That is one pass; Belady and static-hindsight need another one before.
+    docs/cache.md defines accesses, hits and policies. Caches start empty. The experts of one (step, layer) are demanded
+    together, one time each, and none is evicted for another of them. One pass over the trace does it; belady and
+    static-hindsight need another one before.
 
-    Caches start empty. With scope "layer" each layer has a cache of its own, of an equal part of the capacity. At once
-    (not `sequential`), the experts of one (step, layer) are demanded together, one time each, and none is evicted for
-    another of them. `progress` is told the rows of each block; `seed` is that of the bootstrap.
+    Args:
+        trace: A trace or the path of its file.
+        capacities: Sizes of the cache, over all layers together: experts (48) or bytes ("100MB", "3GiB").
+        policies: Cache policies, keys of `POLICIES`. By default lru, lfu and belady.
+        scope: "global" is one cache; "layer" gives each layer its own, of an equal part of the capacity.
+        sequential: Demand experts one access at a time instead of together.
+        model: A preset's name, a TOML file or a Model, for the sizes of experts that the trace does not hold. By
+            default the preset that the trace names.
+        system: A preset's name, a TOML file or a System, whose link prices misses. By default none.
+        seed: Seed of the bootstrap.
+        progress: A function that gets the number of rows of each block.
 
-    Returns a row for each capacity, policy and phase of steps ("all" and, if they occur, "prefill", "decode", "mixed"):
-    policy, capacity, capacity_experts or capacity_bytes, scope, sequential, phase, steps, accesses, hits, hit_rate with
-    its 95 % confidence interval over requests (hit_rate_low, hit_rate_high; null if all is one request),
-    compulsory_misses (first accesses), capacity_misses (the other ones), missed_bytes (null if sizes are unknown),
-    step_misses_p50, _p95 and _p99, recorded_agreement (of the accesses whose residency the engine recorded, the share
-    that hits here and was resident there, or neither; else null), and what `regret.with_regret` adds.
+    Returns:
+        A frame with a row for each capacity, policy and phase of steps ("all" and, if they occur, "prefill", "decode",
+        "mixed"). The columns are:
 
-    Raises UsageError for an unknown policy or scope, a capacity in bytes or a system where sizes are unknown, or a
-    system without a link; MoetraceError if the trace is damaged or holds counts only.
+        - policy, capacity, capacity_experts or capacity_bytes, scope, sequential, phase, steps, accesses, hits;
+        - hit_rate, with its 95 % confidence interval over requests (hit_rate_low, hit_rate_high; null for one request);
+        - compulsory_misses (first accesses) and capacity_misses (the others);
+        - missed_bytes, null if sizes are unknown;
+        - step_misses_p50, step_misses_p95, step_misses_p99;
+        - recorded_agreement: the share of the accesses whose residency the engine recorded that hit here and there, or
+          miss in both; null without a record;
+        - regret_points, miss_ms_per_step, regret_ms_per_step and verdict (docs/cache.md, "Policy or working set?").
+
+    Raises:
+        UsageError: A policy or scope is unknown, a system has no link, or sizes are unknown and a capacity in bytes or
+            a system needs them.
+        MoetraceError: The trace is damaged or holds only counts.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> frame = mt.cache_hits("traces/tiny-olmoe.h5", [48], ["lru", "belady"])
+        >>> frame.filter(phase="decode").select("policy", "hits").rows()
+        [('lru', 111204), ('belady', 141689)]
     """
     sizes = expert_bytes(trace, model)
     parsed = [c if isinstance(c, Capacity) else parse_capacity(c) for c in capacities]
@@ -163,9 +187,21 @@ def hindsight_set(
     sequential: bool = False,
     model: Model | str | Path | None = None,
 ) -> np.ndarray:
-    """Return the experts that policy static-hindsight keeps, int64 [n, 2] of layer and expert, in that order.
+    """The experts that policy static-hindsight keeps.
 
-    Arguments and errors are those of `cache_hits`.
+    Args:
+        trace: A trace or the path of its file.
+        capacity: Size of the cache, as in `cache_hits`.
+        scope: "global" or "layer".
+        sequential: Demand experts one access at a time instead of together.
+        model: A preset's name, a TOML file or a Model, for sizes.
+
+    Returns:
+        int64 [n, 2] of layer and expert, in that order.
+
+    Raises:
+        UsageError: As `cache_hits`.
+        MoetraceError: As `cache_hits`.
     """
     parsed = capacity if isinstance(capacity, Capacity) else parse_capacity(capacity)
     asked = Asked([parsed], [HINDSIGHT], scope, sequential, expert_bytes(trace, model))
@@ -181,8 +217,8 @@ def hindsight_set(
 
 
 def _replay(
-    trace: Trace, asked: Asked, requests: Requests, progress: Callable[[int], object] | None
-) -> tuple[Demand, dict[str, list[Tally]]]:
+    trace: Trace, asked: Asked, requests: RequestGroups, progress: Callable[[int], object] | None
+) -> tuple[DemandCounts, dict[str, list[HitTally]]]:
     """Return what was demanded, and what each policy hit at each capacity."""
     keys, pools = trace.layers * trace.num_experts, trace.layers if asked.scope == "layer" else 1
     size = np.zeros(keys, np.int64) if asked.sizes is None else asked.sizes.reshape(-1)
@@ -231,11 +267,11 @@ def check_trace(trace: Trace, capacities: Sequence[Capacity], scope: str, sizes:
     in_bytes = next((capacity for capacity in capacities if capacity.unit == "bytes"), None)
     if in_bytes is not None and sizes is None:
         raise UsageError(
-            f"the capacity {in_bytes.label} needs the sizes of experts, but {trace.path or 'the trace'} has no "
+            f"the capacity {in_bytes.label} needs the sizes of experts, but {trace.shown} has no "
             f"/layers/expert_bytes and its model {trace.model!r} is no preset: name one with --model, or give the "
             f"capacity in experts."
         )
-    where, choices = trace.path or "the trace", trace.rows * trace.layers * trace.top_k
+    where, choices = trace.shown, trace.rows * trace.layers * trace.top_k
     if trace.layers * (trace.num_experts + 1) > MAX_KEYS:
         raise MoetraceError(
             f"{where} has {trace.layers} x {trace.num_experts} experts; caches take {MAX_KEYS} at most."
@@ -248,7 +284,7 @@ def check_trace(trace: Trace, capacities: Sequence[Capacity], scope: str, sizes:
         )
 
 
-def _rows(asked: Asked, demand: Demand, tallies: dict[str, list[Tally]], seed: int) -> list[dict]:
+def _rows(asked: Asked, demand: DemandCounts, tallies: dict[str, list[HitTally]], seed: int) -> list[dict]:
     """The rows of the frame: of each capacity, policy and phase."""
     phases = [("all", list(range(len(PHASE_NAMES))))]
     phases += [(name, [number]) for number, name in enumerate(PHASE_NAMES) if demand.counts[number, 0]]
@@ -269,7 +305,7 @@ def _rows(asked: Asked, demand: Demand, tallies: dict[str, list[Tally]], seed: i
     return rows
 
 
-def _row(demand: Demand, tally: Tally, phases: list[int]) -> dict:
+def _row(demand: DemandCounts, tally: HitTally, phases: list[int]) -> dict:
     accessed, compulsory, steps = (int(count) for count in demand.counts[phases].sum(0))
     totals = tally.totals[phases].sum(0)
     misses = sum((tally.step_misses[phase] for phase in phases), Counter())

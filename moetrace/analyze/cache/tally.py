@@ -10,14 +10,14 @@ from moetrace.jit.compile import kernel
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import NOT_RECORDED, PHASE_NAMES
 
-# Columns of a lane's totals.
+# Columns of a tally's totals.
 HITS, MISSED_BYTES, RECORDED, AGREEING = 0, 1, 2, 3
 MAX_GROUPS = 4096  # of requests, that a bootstrap draws from
 _DRAWS, _AT_A_TIME = 1000, 50
 QUANTILES = (50, 95, 99)
 
 
-class Requests(NamedTuple):
+class RequestGroups(NamedTuple):
     """The requests of a trace, in at most MAX_GROUPS groups; each is a group of its own if there are not more."""
 
     number: np.ndarray  # int32 [requests], ascending
@@ -28,7 +28,7 @@ class Requests(NamedTuple):
         return (np.searchsorted(self.number, request) % self.groups).astype(np.int32)
 
 
-class Tally(NamedTuple):
+class HitTally(NamedTuple):
     """What one policy at one capacity hit so far, by phase of step."""
 
     totals: np.ndarray  # int64 [phases, 4]: hits, missed bytes, accesses with a record, and those that agree with it
@@ -36,7 +36,7 @@ class Tally(NamedTuple):
     step_misses: list[Counter[int]]  # [phases]: how many steps had so many misses
 
 
-class Demand(NamedTuple):
+class DemandCounts(NamedTuple):
     """What was demanded so far, by phase of step, whoever hit it."""
 
     counts: np.ndarray  # int64 [phases, 3]: accesses, first accesses, steps
@@ -44,34 +44,34 @@ class Demand(NamedTuple):
     seen: np.ndarray  # uint8 [keys]: whether each was accessed
 
 
-def requests_of(trace: Trace) -> Requests:
+def requests_of(trace: Trace) -> RequestGroups:
     """Return the requests of a trace, from a pass over its rows that reads no ids."""
     number = np.zeros(0, np.int32)
     for part in trace.row_blocks():
         number = np.union1d(number, part.request)
-    return Requests(number, max(1, min(number.size, MAX_GROUPS)))
+    return RequestGroups(number, max(1, min(number.size, MAX_GROUPS)))
 
 
-def no_tally(groups: int) -> Tally:
+def no_tally(groups: int) -> HitTally:
     """Return what is known before the first access."""
     phases = len(PHASE_NAMES)
-    return Tally(
+    return HitTally(
         np.zeros((phases, 4), np.int64), np.zeros((phases, groups), np.int64), [Counter() for _ in PHASE_NAMES]
     )
 
 
-def no_demand(keys: int, groups: int) -> Demand:
+def no_demand(keys: int, groups: int) -> DemandCounts:
     """Return what is known before the first access."""
     phases = len(PHASE_NAMES)
-    return Demand(np.zeros((phases, 3), np.int64), np.zeros((phases, groups), np.int64), np.zeros(keys, np.uint8))
+    return DemandCounts(np.zeros((phases, 3), np.int64), np.zeros((phases, groups), np.int64), np.zeros(keys, np.uint8))
 
 
-def count_demand(demand: Demand, block: Accesses, group: np.ndarray, layers: int) -> None:
+def count_demand(demand: DemandCounts, block: Accesses, group: np.ndarray, layers: int) -> None:
     """Add the accesses of a block; group int32 [rows] is that of each row's request."""
     _count(block.key, block.row, block.bounds, layers, block.phase, group, demand)
 
 
-def count_hits(tally: Tally, block: Accesses, hit: np.ndarray, size: np.ndarray, group: np.ndarray) -> None:
+def count_hits(tally: HitTally, block: Accesses, hit: np.ndarray, size: np.ndarray, group: np.ndarray) -> None:
     """Add the hits of a block: hit uint8 [n], size int64 [keys] in bytes, group as in `count_demand`."""
     layers = (block.bounds.size - 1) // max(1, block.phase.size)
     misses = np.empty(block.phase.size, np.int64)
@@ -113,6 +113,7 @@ def intervals(hits: np.ndarray, accesses: np.ndarray, seed: int) -> tuple[np.nda
 
 @kernel(inline=False)
 def _count(key, row, bounds, layers, phase, group, demand):
+    """Add the accesses of whole steps to ``demand``; key int32 [n], row int32 [n], group int32 [rows]."""
     counts = demand.counts
     for step in range(phase.size):
         start, stop, first = bounds[step * layers], bounds[(step + 1) * layers], 0

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moetrace.analyze.locality import null, predict, requests, reuse, rows, skew
+from moetrace.analyze.locality import null, predict, request_spread, reuse, rows, skew
+from moetrace.analyze.locality.chosen_counts import count
 from moetrace.analyze.locality.coactivation import coactivation
-from moetrace.analyze.locality.counts import count
 from moetrace.analyze.locality.overlap import LAGS, mark, marked_overlap
 from moetrace.analyze.locality.reuse import Reuse
 from moetrace.analyze.locality.rows import Chosen, Sample, Sampler
@@ -32,12 +32,12 @@ class Locality:
     """What `locality` found. Nothing is pooled over layers.
 
     Attributes:
-        trace: sizes of the trace and what was looked at, with plain values.
-        summary: a row for each statistic: its mean, median, min and max over the layers that have it.
-        layers: a row for each layer, a column for each statistic; null where a layer does not have it.
-        overlap: a row for each layer and lag: overlap as it is, shuffled within requests, shuffled globally.
-        hit_curve: a row for each layer and capacity of an LRU cache: hit rate as it is, and shuffled globally.
-        load: a row for each layer and expert: choices in prefill and in decode rows.
+        trace: Sizes of the trace and what was looked at, with plain values.
+        summary: A row for each statistic: its mean, median, min and max over the layers that have it.
+        layers: A row for each layer, a column for each statistic; null where a layer does not have it.
+        overlap: A row for each layer and lag: overlap as it is, shuffled within requests, shuffled globally.
+        hit_curve: A row for each layer and capacity of an LRU cache: hit rate as it is, and shuffled globally.
+        load: A row for each layer and expert: choices in prefill and in decode rows.
     """
 
     trace: dict[str, Any]
@@ -64,18 +64,34 @@ def locality(
     sample_rows: int = rows.SAMPLE_ROWS,
     progress: Callable[[int], object] | None = None,
 ) -> Locality:
-    """Measure how skewed, how repetitive and how predictable the routing of a trace (or the file of one) is, by layer.
+    """Measure by layer how skewed, how repetitive and how predictable the routing of a trace is.
 
-    `phase` is "all", "prefill" or "decode": the rows that are looked at, as if there were no others; `skip_position_0`
-    leaves out the first row of each request too. `lags`, increasing, are those of the overlap. `pairs` = False leaves
-    out co-activation, which takes longest. The same `seed` gives the same shuffles and draws.
+    docs/locality.md defines every statistic. Counts, reuse distances and hit curves come from all rows, in constant
+    memory. The rest, and all shuffles, come from a sample of whole requests.
 
-    Counts, reuse distances and hit curves come from all rows, in constant memory. The rest, and all shuffles, from
-    whole requests of up to `sample_rows` rows in all, chosen at random; `result.trace` says how many those were.
-    `progress` is told the rows of each block that was read.
+    Args:
+        trace: A trace or the path of its file.
+        phase: The rows that are looked at, as if there were no others: "all", "prefill" or "decode".
+        skip_position_0: Leave out the first row of each request too.
+        lags: Distances in rows at which overlap is measured, increasing, 1 first, up to 4096.
+        pairs: Whether to measure co-activation, which takes longest.
+        seed: Seed of shuffles and draws, from 0.
+        sample_rows: The most rows of the sample. `Locality.trace` says how many it has.
+        progress: A function that gets the number of rows of each block.
 
-    Raises UsageError for an option that makes no sense; MoetraceError if the trace holds only counts, no row is left to
-    look at, or an id is impossible.
+    Returns:
+        Frames of the statistics, lags, capacities and loads.
+
+    Raises:
+        UsageError: An option makes no sense.
+        MoetraceError: The trace holds only counts, has no row to look at, is too large, or holds an impossible id.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> found = mt.locality("traces/tiny-olmoe.h5", phase="decode", pairs=False, sample_rows=2048)
+        >>> overlap = found.summary.filter(statistic="overlap").row(0, named=True)
+        >>> print(f"{overlap['median']:.3f}")
+        0.445
     """
     lags = _checked(phase, lags, seed, sample_rows)
     _check_sizes(trace)
@@ -83,7 +99,7 @@ def locality(
     seen = rows.count_requests(trace, chosen)
     if seen.rows.sum() == 0:
         left = "rows" if phase == "all" else f"{phase} rows"
-        raise MoetraceError(f"{trace.path or 'trace in memory'} has no {left} to look at.")
+        raise MoetraceError(f"{trace.shown} has no {left} to look at.")
     sampler = Sampler(trace, seen, sample_rows, seed)
     counts = np.zeros((trace.layers, 2, trace.num_experts), np.int64)
     real = reuse.no_reuse(trace.layers, trace.num_experts)
@@ -199,8 +215,8 @@ class _Measure:
     def _requests(self, layer: int) -> dict[str, Any]:
         ids = self.sample.ids[layer]
         return {
-            "icc": requests.between_requests(ids, self.starts, self.experts),
-            "sink": requests.sink(ids[self.sample.position_0], self.experts),
+            "icc": request_spread.between_requests(ids, self.starts, self.experts),
+            "sink": request_spread.sink(ids[self.sample.position_0], self.experts),
         }
 
     def _phases(self, layer: int) -> dict[str, Any]:
@@ -273,12 +289,10 @@ def _check_sizes(trace: Trace) -> None:
         ("choices a row", trace.top_k, MOST_CHOICES),
     ):
         if size > most:
-            raise MoetraceError(
-                f"{trace.path or 'trace in memory'} has {size} {name}, but locality takes up to {most}."
-            )
+            raise MoetraceError(f"{trace.shown} has {size} {name}, but locality takes up to {most}.")
 
 
-def _facts(trace: Trace, chosen: Chosen, seen: rows.Requests, sample: Sample, seed: int) -> dict[str, Any]:
+def _facts(trace: Trace, chosen: Chosen, seen: rows.RequestRows, sample: Sample, seed: int) -> dict[str, Any]:
     return {
         "model": trace.model,
         "layers": trace.layers,

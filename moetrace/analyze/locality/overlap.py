@@ -33,11 +33,18 @@ def overlap(ids: np.ndarray, order: np.ndarray, starts: np.ndarray, lags: np.nda
 
 
 def marked_overlap(marks: Marks, starts: np.ndarray, lags: np.ndarray) -> np.ndarray:
-    """Return the overlap of one layer at each lag, float64 [lags]; NaN where no request is that long.
+    """Overlap of one layer at each lag.
 
-    Requests begin at `starts` int64 [R] of the rows; lags are int64, increasing. The overlap is
-    `sum |S_t & S_t+lag| / sum |S_t|` over all pairs of rows of one request, `lag` rows apart, that both made choices in
-    this layer. Where all rows choose k, that is the mean of `|S_t & S_t+lag| / k`.
+    The overlap is `sum |S_t & S_t+lag| / sum |S_t|` over all pairs of rows of one request, `lag` rows apart, that both
+    made choices in this layer. Where all rows choose k, that is the mean of `|S_t & S_t+lag| / k`.
+
+    Args:
+        marks: The choices of the layer.
+        starts: Row at which each request begins, int64 [R].
+        lags: Distances in rows, int64, increasing.
+
+    Returns:
+        float64 [lags]; NaN where no request is that long.
     """
     shared, chosen = _shared(marks.masks, marks.size, starts, lags)
     return np.divide(shared, chosen, out=np.full(lags.size, np.nan), where=chosen > 0)

@@ -29,11 +29,21 @@ def halves(request: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def recall(
     source: np.ndarray, target: np.ndarray, train: np.ndarray, test: np.ndarray, gap: int, experts: int
 ) -> tuple[float, float]:
-    """Return the recall at k of the predictor, and that of the k experts most chosen in training.
+    """Recall at k of the predictor, and of the k experts most chosen in training.
 
-    source, target uint16 [n, k]: experts of target's row t are predicted from those of source's row t - gap;
-    train, test int64 hold the rows t. Pairs in which either row made no choice are left out. Recall is
-    `sum |named & chosen| / sum |chosen|` over the tested rows; NaN if there is nothing to train on or to test.
+    Recall is `sum |named & chosen| / sum |chosen|` over the tested rows. Pairs in which either row made no choice are
+    left out.
+
+    Args:
+        source: Choices that a prediction is made from, uint16 [n, k].
+        target: Choices that are predicted, uint16 [n, k].
+        train: Rows t to train on, int64.
+        test: Rows t to test on, int64.
+        gap: The experts of target's row t are predicted from those of source's row t - gap.
+        experts: Experts of a layer.
+
+    Returns:
+        Both recalls; NaN if there is nothing to train on or to test.
     """
     pairs, chosen = np.zeros((experts, experts), np.int32), np.zeros(experts, np.int64)
     _count_pairs(source, target, train, gap, pairs, chosen)

@@ -32,7 +32,7 @@ class Chosen(NamedTuple):
         return keep
 
 
-class Requests(NamedTuple):
+class RequestRows(NamedTuple):
     """The requests that have rows that count, by increasing number: request int32 [R], rows int64 [R] of each."""
 
     request: np.ndarray
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
     ids: uint16 [layers, n, k].
     first: int32 [n], the index here of the first row of the row's request.
-    request: int32 [n], which of the trace's requests (an index of `Requests`).
+    request: int32 [n], which of the trace's requests (an index of `RequestRows`).
     phase: uint8 [n], 0 prefill, 1 decode.
     position_0: bool [n], rows at position 0.
     """
@@ -61,7 +61,7 @@ class Sample(NamedTuple):
         return np.flatnonzero(self.first == np.arange(self.first.size))
 
 
-def count_requests(trace: Trace, chosen: Chosen) -> Requests:
+def count_requests(trace: Trace, chosen: Chosen) -> RequestRows:
     """Pass over the rows, without their ids, and count those of each request."""
     request, rows = np.zeros(0, np.int32), np.zeros(0, np.int64)
     for part in trace.row_blocks():
@@ -71,7 +71,7 @@ def count_requests(trace: Trace, chosen: Chosen) -> Requests:
         total[np.searchsorted(merged, request)] += rows
         total[np.searchsorted(merged, new)] += count
         request, rows = merged, total
-    return Requests(request, rows)
+    return RequestRows(request, rows)
 
 
 class Sampler:
@@ -81,7 +81,7 @@ class Sampler:
     one does, its first `most` rows.
     """
 
-    def __init__(self, trace: Trace, requests: Requests, most: int, seed: int) -> None:
+    def __init__(self, trace: Trace, requests: RequestRows, most: int, seed: int) -> None:
         """Choose the requests and make room for them."""
         index = np.arange(requests.request.size)
         if requests.rows.sum() > most:
@@ -133,7 +133,7 @@ def blocks(trace: Trace, chosen: Chosen) -> Iterator[tuple[Block, np.ndarray, np
 
 def check(trace: Trace, block: Block) -> None:
     """Raise a MoetraceError that names row and layer if a choice of the block is impossible."""
-    where = str(trace.path or "trace in memory")
+    where = trace.shown
     schema.check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)
 
 

@@ -103,6 +103,7 @@ def replay_predictor(
 
 @kernel(inline=False)
 def _learn(count, experts, half, absent, ahead):
+    """Add to count uint32 [2, L, E, E] what follows what in experts [rows, L, k]; half uint8 [rows]."""
     for row in range(experts.shape[0]):
         for layer in range(ahead, experts.shape[1]):
             for slot in range(experts.shape[2]):
@@ -117,6 +118,7 @@ def _learn(count, experts, half, absent, ahead):
 
 @kernel(inline=False)
 def _replay(predictor, cache, costs, scratch, block, routing, hit, totals):
+    """Let the predictor name experts for each event; fill hit uint8 [n], add to totals int64 [phases, 8]."""
     layers, count = predictor.score.shape
     for event in range(block.bounds.size - 1):
         step, layer = event // layers, event % layers
@@ -142,6 +144,7 @@ def _replay(predictor, cache, costs, scratch, block, routing, hit, totals):
 
 @kernel
 def _next_step(predictor):
+    """Let older accesses weigh less: what the next ones add grows, and all is scaled before it gets too large."""
     predictor.gain[0] *= predictor.growth
     if predictor.gain[0] > _LARGE:
         for layer in range(predictor.score.shape[0]):
@@ -152,6 +155,7 @@ def _next_step(predictor):
 
 @kernel
 def _score_transitions(predictor, scratch, routing, step, layer):
+    """Sum the shares of a layer's experts over the choices of the step's rows, `ahead` layers before."""
     for expert in range(scratch.score.size):
         scratch.score[expert] = 0.0
     if layer < predictor.ahead:
@@ -198,6 +202,7 @@ def _name(predictor, scratch, block, layer, start, stop, step):
 
 @kernel
 def _fetch(cache, costs, scratch, first_key, names, number, turn, totals):
+    """Fetch what is named, not resident and in time over the link; add to totals int64 [8]."""
     begin_s = max(scratch.free_s[0], scratch.spoke_s[turn])
     for i in range(names):
         k = first_key + scratch.names[i]
@@ -213,6 +218,7 @@ def _fetch(cache, costs, scratch, first_key, names, number, turn, totals):
 
 @kernel
 def _judge(cache, costs, scratch, key, start, stop, number, totals):
+    """Add to totals int64 [8] what was right of the names for keys start up to stop, before they are demanded."""
     for i in range(start, stop):
         k = key[i]
         missed, named = cache.newer[k] < 0, scratch.named[k] == number

@@ -68,18 +68,47 @@ def prefetch_value(
     system: System | str | Path | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> pl.DataFrame:
-    """Let predictors name the experts of each event, `ahead` layers before it, beside an LRU cache demanded at once.
+    """Let predictors name the experts of each event some layers before it, beside an LRU cache.
 
-    `trace` is a trace or the path of its file, `capacity` that of the cache, in experts (48) or bytes ("100MB").
-    `most` is how many experts a predictor names for an event (by default the trace's top-k; the oracle and what was
-    recorded name any number), `recall` the oracle's. Returns a row for each predictor and phase of steps: predictor,
-    capacity, scope, phase, named, demanded, recall, precision (null for `recorded`, of which only hits are known),
-    misses (without prefetch), covered_misses (named ones), timely_hits (those that arrive before they are demanded;
-    null without a system), displaced (timely_hits / misses; without a system covered_misses / misses),
-    prefetched_bytes, wasted_bytes (prefetched and not demanded; null where sizes are unknown).
+    docs/prefetch.md defines events, predictors and what counts as timely. The experts of one event are demanded
+    together.
 
-    Raises UsageError for an unknown predictor or scope, a system without a link, or sizes or a model that are not
-    known; MoetraceError if the trace is damaged, holds counts only, or has no record.
+    Args:
+        trace: A trace or the path of its file.
+        capacity: Size of the cache, over all layers together: experts (48) or bytes ("100MB").
+        names: Predictors, keys of `PREDICTORS`. By default all but "recorded".
+        scope: "global" is one cache; "layer" gives each layer its own, of an equal part of the capacity.
+        most: How many experts a predictor names for an event. By default the trace's top_k. "oracle" and "recorded"
+            name any number.
+        ahead: How many layers before the event it is named, from 1 to the trace's layers.
+        recall: Chance with which "oracle" names a demanded expert, from 0 to 1.
+        seed: Seed of the oracle.
+        model: A preset's name, a TOML file or a Model, for sizes and times. By default the preset that the trace names.
+        system: A preset's name, a TOML file or a System, whose link decides what is timely. By default none.
+        progress: A function that gets the number of rows of each block.
+
+    Returns:
+        A frame with a row for each predictor and phase of steps. The columns are:
+
+        - predictor, capacity, scope, phase, named, demanded, recall;
+        - precision, null for "recorded", of which only hits are known;
+        - misses (without prefetch) and covered_misses (the named ones);
+        - timely_hits, those that arrive before they are demanded; null without a system;
+        - displaced, timely_hits / misses; without a system covered_misses / misses;
+        - prefetched_bytes and wasted_bytes (prefetched and not demanded), null if sizes are unknown.
+
+    Raises:
+        UsageError: A predictor or scope is unknown, a number is out of range, a system has no link, or sizes or the
+            model are unknown.
+        MoetraceError: The trace is damaged, holds only counts, or has no record for "recorded".
+
+    Examples:
+        >>> import moetrace as mt
+        >>> frame = mt.prefetch_value("traces/tiny-olmoe.h5", 48, ["transition", "oracle"], recall=0.8)
+        >>> for name, recall in frame.filter(phase="decode").select("predictor", "recall").rows():
+        ...     print(f"{name} {recall:.2f}")
+        transition 0.47
+        oracle 0.80
     """
     sizes = expert_bytes(trace, model)
     limit = capacity if isinstance(capacity, Capacity) else parse_capacity(capacity)
@@ -127,10 +156,10 @@ def _check(trace: Trace, names: Sequence[str], most: int | None, ahead: int, rec
     if not 0 <= recall <= 1:
         raise UsageError(f"the oracle's recall is {recall}, but must be from 0 to 1.")
     if "recorded" in names and "recorded" not in trace.has:
-        raise MoetraceError(f"{trace.path or 'the trace'} has no /recorded/resident: leave out the predictor recorded.")
+        raise MoetraceError(f"{trace.shown} has no /recorded/resident: leave out the predictor recorded.")
     if "transition" in names and 2 * trace.layers * trace.num_experts**2 > _MOST_SHARES:
         raise MoetraceError(
-            f"{trace.path or 'the trace'} has {trace.layers} x {trace.num_experts} experts, too many for a table of "
+            f"{trace.shown} has {trace.layers} x {trace.num_experts} experts, too many for a table of "
             f"transitions: leave out the predictor transition."
         )
 
@@ -139,7 +168,7 @@ def _checked(trace: Trace) -> Iterator[Block]:
     """The blocks of a trace; raises MoetraceError before the first that has an impossible id."""
     for block in trace.blocks():
         check_ids(
-            str(trace.path or "trace in memory"),
+            trace.shown,
             int(trace.offset[block.first_step]),
             block.experts,
             trace.num_experts,

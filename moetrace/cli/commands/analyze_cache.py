@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moetrace.cli.options.given import refuse
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.phases import check_phase, scope_option
 from moetrace.cli.options.targets import check_picture, check_targets
+from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import format_option, print_json
 from moetrace.spec.errors import UsageError
 

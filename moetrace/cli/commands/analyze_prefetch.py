@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from moetrace.cli.options.given import refuse
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.phases import check_phase, scope_option
+from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import format_option, print_json, print_rows, stdout_console
 from moetrace.spec.errors import counted, printable
 

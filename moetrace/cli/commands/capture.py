@@ -8,14 +8,14 @@ from typing import Any
 import click
 
 from moetrace.cli.commands.lint import say_found
-from moetrace.cli.options.given import refuse
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
+from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import said_of
 from moetrace.spec.errors import counted
 
 
-class _Tokens(click.types.IntParamType):
+class _TokenCount(click.types.IntParamType):
     """A number of tokens; in other commands --output is the long name of -o."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -31,7 +31,7 @@ class _Tokens(click.types.IntParamType):
 @click.option("-o", "out", required=True, type=ANY_PATH, metavar="OUT.h5", help="The trace.")
 @click.option(
     "--output",
-    type=_Tokens(),
+    type=_TokenCount(),
     default=128,
     show_default=True,
     metavar="N",
@@ -76,7 +76,7 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from moetrace.capture.capture import Sampling, capture
+    from moetrace.capture.session import Sampling, capture
     from moetrace.trace.format import Trace
 
     _check_options(sampling)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moetrace.cli.options.given import refuse
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
+from moetrace.cli.options.without_effect import refuse
 from moetrace.spec.errors import UsageError, counted, printable
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
     from rich.progress import Progress
 
     from moetrace.cli.compiling import announce_compiling
-    from moetrace.generators import Schedule, check_seed, generate
+    from moetrace.generators import BatchSchedule, check_seed, generate
 
-    schedule = Schedule(*(parameters[name] for name in Schedule._fields))
+    schedule = BatchSchedule(*(parameters[name] for name in BatchSchedule._fields))
     schedule.check()
     check_seed(parameters["seed"])
     hidden = not sys.stderr.isatty()
@@ -94,11 +94,11 @@ def _check_exclusive(out: Path, like: Path | None, save_profile: Path | None, pa
 
 def _fitted(like: Path, save_profile: Path | None, parameters: dict[str, Any], bar: "Progress") -> "Profile":
     """Fit a profile to the trace at `like`, and keep it if it is wanted."""
-    from moetrace import __version__
     from moetrace.generators import save_profile as save
     from moetrace.generators.fit import fit_profile
     from moetrace.spec import check_shape, load_model
     from moetrace.trace import Trace
+    from moetrace.version import __version__
 
     with Trace.open(like) as trace:
         if parameters["model"] is not None:

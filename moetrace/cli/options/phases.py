@@ -24,4 +24,4 @@ def check_phase(trace: "Trace", phase: str | None) -> None:
     from moetrace.trace.schema import PHASE_NAMES
 
     if phase not in (None, "all") and not (trace.phase == PHASE_NAMES.index(phase)).any():
-        raise MoetraceError(f"{trace.path} has no {phase} steps: leave out --phase.")
+        raise MoetraceError(f"{trace.shown} has no {phase} steps: leave out --phase.")

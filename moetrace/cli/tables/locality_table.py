@@ -15,7 +15,7 @@ _GAP, _LEAST = 2, 72
 _SPREAD = ("mean", "median", "min", "max")
 
 
-class _Column(NamedTuple):
+class _Statistic(NamedTuple):
     heading: str
     statistic: str
     percent: bool = False
@@ -37,53 +37,53 @@ def print_locality(found: "Locality", name: str) -> None:
         console.print(line)
 
 
-def _columns(facts: dict[str, Any]) -> list[list[_Column]]:
+def _columns(facts: dict[str, Any]) -> list[list[_Statistic]]:
     """Columns that belong together: skew, then what time, layers, requests, phases and pairs add."""
     eighth, quarter = max(1, facts["experts"] // 8), max(1, facts["experts"] // 4)
     return [
         [
-            _Column("\nZipf", "zipf"),
-            _Column("mis-\nfit %", "zipf_misfit", True),
-            _Column("slope\nln-ln", "zipf_least_squares"),
-            _Column("\nGini", "gini"),
-            _Column("top 10\n%", "top10_share", True),
-            _Column("max /\nmean", "max_over_mean"),
-            _Column("dis-\ntinct", "distinct", places=0),
-            _Column("\ndead", "dead", places=0),
+            _Statistic("\nZipf", "zipf"),
+            _Statistic("mis-\nfit %", "zipf_misfit", True),
+            _Statistic("slope\nln-ln", "zipf_least_squares"),
+            _Statistic("\nGini", "gini"),
+            _Statistic("top 10\n%", "top10_share", True),
+            _Statistic("max /\nmean", "max_over_mean"),
+            _Statistic("dis-\ntinct", "distinct", places=0),
+            _Statistic("\ndead", "dead", places=0),
         ],
         [
-            _Column("overlap\n%", "overlap", True),
-            _Column("in req.\nshuffled", "overlap_shuffled_within_requests", True),
-            _Column("all\nshuffled", "overlap_shuffled_globally", True),
-            _Column("static\n%", "static_share", True),
+            _Statistic("overlap\n%", "overlap", True),
+            _Statistic("in req.\nshuffled", "overlap_shuffled_within_requests", True),
+            _Statistic("all\nshuffled", "overlap_shuffled_globally", True),
+            _Statistic("static\n%", "static_share", True),
         ],
         [
-            _Column("reuse\nmedian", "reuse_p50", places=0),
-            _Column("\nshuffled", "reuse_p50_shuffled", places=0),
-            _Column(f"LRU {eighth}\nhit %", "lru_e8", True),
-            _Column("\nshuffled", "lru_e8_shuffled", True),
-            _Column(f"LRU {quarter}\nhit %", "lru_e4", True),
-            _Column("\nshuffled", "lru_e4_shuffled", True),
+            _Statistic("reuse\nmedian", "reuse_p50", places=0),
+            _Statistic("\nshuffled", "reuse_p50_shuffled", places=0),
+            _Statistic(f"LRU {eighth}\nhit %", "lru_e8", True),
+            _Statistic("\nshuffled", "lru_e8_shuffled", True),
+            _Statistic(f"LRU {quarter}\nhit %", "lru_e4", True),
+            _Statistic("\nshuffled", "lru_e4_shuffled", True),
         ],
         [
-            _Column("next\nlayer %", "next_layer_recall", True),
-            _Column("by pop-\nularity", "next_layer_popularity", True),
-            _Column("next\ntoken %", "next_token_recall", True),
-            _Column("by pop-\nularity", "next_token_popularity", True),
+            _Statistic("next\nlayer %", "next_layer_recall", True),
+            _Statistic("by pop-\nularity", "next_layer_popularity", True),
+            _Statistic("next\ntoken %", "next_token_recall", True),
+            _Statistic("by pop-\nularity", "next_token_popularity", True),
         ],
         [
-            _Column("\nICC", "icc", places=3),
-            _Column("sink\n%", "sink", True),
-            _Column("phases\nbits", "phase_jsd", places=4),
-            _Column("\nnull", "phase_jsd_null", places=4),
-            _Column("lift\np99", "lift_p99", places=1),
-            _Column("\nnull", "lift_p99_null", places=1),
+            _Statistic("\nICC", "icc", places=3),
+            _Statistic("sink\n%", "sink", True),
+            _Statistic("phases\nbits", "phase_jsd", places=4),
+            _Statistic("\nnull", "phase_jsd_null", places=4),
+            _Statistic("lift\np99", "lift_p99", places=1),
+            _Statistic("\nnull", "lift_p99_null", places=1),
         ],
     ]
 
 
 def _parts(
-    spread: dict[str, dict[str, Any]], layers: list[dict[str, Any]], groups: list[list[_Column]], width: int
+    spread: dict[str, dict[str, Any]], layers: list[dict[str, Any]], groups: list[list[_Statistic]], width: int
 ) -> list[list[list[str]]]:
     """Put groups side by side as long as they fit the width; a column is its heading, then a cell for each row."""
     names = ["\nlayer", *(str(row["layer"]) for row in layers), *_SPREAD]
@@ -101,7 +101,7 @@ def _parts(
     return parts
 
 
-def _cells(column: _Column, values: list[float | None], spread: dict[str, Any]) -> list[str]:
+def _cells(column: _Statistic, values: list[float | None], spread: dict[str, Any]) -> list[str]:
     factor, places = (100, 1) if column.percent else (1, column.places)
 
     def cell(value: float | None, digits: int) -> str:

@@ -68,7 +68,7 @@ def half(hints: Hints) -> Callable[[int], object]:
     return lambda count: hints.reading(count // 2)
 
 
-class Block(NamedTuple):
+class PassBlock(NamedTuple):
     """Some whole passes: what they choose, cell by cell (one row in one layer)."""
 
     line_of: Callable[[int], int]  # the line of a cell, for errors
@@ -107,7 +107,7 @@ class Passes:
         self._begins: list[np.ndarray] = []  # whether a request begins with the step
         self._last = PREFILL
 
-    def add(self, block: Block) -> None:
+    def add(self, block: PassBlock) -> None:
         """Take whole passes; raise MoetraceError for an expert that the model has not."""
         experts = block.experts
         wrong = (experts < -1) | (experts >= self.num_experts)

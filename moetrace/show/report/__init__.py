@@ -20,16 +20,23 @@ def report(
     cache: str | os.PathLike[str] | None = None,
     balance: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write an HTML page that needs no network: the same input gives the same bytes.
+    """Write an HTML page of a replay or a sweep that needs no network. The same input gives the same bytes.
 
     Args:
-        source: a Result, or a folder that `moetrace replay -o` or `moetrace sweep -o` wrote.
-        output: the page, FILE.html; it appears whole or not at all.
-        cache: what `moetrace analyze cache --format json` printed of the same trace, for its hit curves.
-        balance: what `moetrace analyze balance --format json` printed of the same trace.
+        source: A Result, or a folder that `moetrace replay -o` or `moetrace sweep -o` wrote.
+        output: The page, FILE.html. It appears whole or not at all.
+        cache: What `moetrace analyze cache --format json` printed of the same trace, for its hit curves.
+        balance: What `moetrace analyze balance --format json` printed of the same trace.
 
-    Raises UsageError if the page would replace what is read, MoetraceError if a file is not what moetrace writes, the
-    page cannot be written, or altair or vl-convert is not installed.
+    Raises:
+        UsageError: The page would replace a file that is read, or its name does not end in .html.
+        MoetraceError: A file is not what moetrace writes, the page cannot be written, or altair or vl-convert is not
+            installed.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=8, output=8)
+        >>> mt.report(mt.replay(trace, slots=48), "report.html")
     """
     from moetrace.trace.atomic import check_writable, keep_inputs, whole_file
 

@@ -64,6 +64,7 @@ def replay_list(cache: FifoList, block: Accesses, layers: int, sequential: bool,
 
 @kernel(inline=False)
 def _replay_queues(caches, key, bounds, hits):
+    """Replay key int32 [n] through up to 16 caches, filling hits uint16 [n], a bit a cache."""
     keeps = 0  # bits of the caches that keep anything
     for cache in range(caches.capacity.size):
         keeps |= (caches.capacity[cache] > 0) << cache
@@ -112,6 +113,7 @@ def _replay_queue(caches, key, bounds, hits):
 
 @kernel
 def _demand_guessing(caches, pool, key):
+    """Demand a key from the first cache; return 1 if it hits, else 0."""
     held = np.int64(caches.held[key])
     if not held:
         at = caches.head[0, pool]
@@ -136,6 +138,7 @@ def _demand_without_branches(caches, pool, key):
 
 @kernel(inline=False)
 def _replay_list(cache, block, layers, sequential, hit):
+    """Replay the accesses of a block through a linked list, filling hit uint8 [n]."""
     bounds = block.bounds
     for event in range(bounds.size - 1):
         pool = event % layers if cache.used.size > 1 else 0
@@ -149,6 +152,7 @@ def _replay_list(cache, block, layers, sequential, hit):
 
 @kernel
 def _demand(cache, pool, key, start, stop, event, hit):
+    """Demand the keys start up to stop at once, filling their part of hit uint8 [n]."""
     newer, older, sentinel = cache.newer, cache.older, cache.weight.size + pool
     for i in range(start, stop):
         hit[i] = newer[key[i]] >= 0

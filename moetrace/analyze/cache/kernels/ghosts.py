@@ -49,6 +49,7 @@ def replay_queues(cache: Queues, policy: int, block: Accesses, layers: int, hit:
 
 @kernel
 def _add(cache, pool, queue, key):
+    """Put a key, which is in no queue, into one of its pool as the newest."""
     sentinel = cache.where.size + _QUEUES * pool + queue
     newest = cache.older[sentinel]
     cache.newer[newest], cache.older[key] = key, newest
@@ -59,6 +60,7 @@ def _add(cache, pool, queue, key):
 
 @kernel
 def _remove(cache, pool, key):
+    """Take a key out of the queue of its pool that it is in."""
     cache.newer[cache.older[key]], cache.older[cache.newer[key]] = cache.newer[key], cache.older[key]
     cache.length[pool, cache.where[key]] -= 1
     cache.where[key] = _NOWHERE
@@ -74,6 +76,7 @@ def _take_oldest(cache, pool, queue):
 
 @kernel(inline=False)
 def _replay_s3_fifo(cache, key, bounds, layers, hit):
+    """Replay key int32 [n], event by event, through S3-FIFO, filling hit uint8 [n]."""
     small = max(1, cache.capacity // 10)
     ghosts = cache.capacity * 9 // 10
     for event in range(bounds.size - 1):
@@ -119,6 +122,7 @@ def _evict_s3_fifo(cache, pool, small, ghosts):
 
 @kernel(inline=False)
 def _replay_arc(cache, key, bounds, layers, hit):
+    """Replay key int32 [n], event by event, through ARC, filling hit uint8 [n]."""
     for event in range(bounds.size - 1):
         pool = event % layers if cache.length.shape[0] > 1 else 0
         length = cache.length[pool]

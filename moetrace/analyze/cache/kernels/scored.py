@@ -50,6 +50,7 @@ def replay_scored(cache: Scored, rule: int, block: Accesses, layers: int, sequen
 
 @kernel(inline=False)
 def _replay(cache, rule, block, layers, sequential, hit):
+    """Replay the accesses of a block, filling hit uint8 [n]."""
     bounds, experts = block.bounds, cache.score.size // layers
     for number in range(bounds.size - 1):
         step, layer = number // layers, number % layers
@@ -67,6 +68,7 @@ def _replay(cache, rule, block, layers, sequential, hit):
 
 @kernel
 def _demand(cache, rule, pool, now, block, start, stop, hit):
+    """Demand the keys start up to stop at once, filling their part of hit uint8 [n]; now is step, layer and layers."""
     event, ours, counted = block.first + start, 0, block.chosen_by.size > 0
     for i in range(start, stop):
         k = block.key[i]
@@ -111,6 +113,7 @@ def _victim(cache, rule, pool, now, event):
 
 @kernel
 def _remove(cache, pool, place):
+    """Evict what is at a place of `member`; the last resident of the pool takes that place."""
     victim = cache.member[place]
     cache.used[pool] -= cache.weight[victim]
     cache.residents[pool] -= 1

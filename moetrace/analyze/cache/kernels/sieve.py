@@ -40,6 +40,7 @@ def replay_sieve(cache: Sieve, block: Accesses, layers: int, sequential: bool, h
 
 @kernel(inline=False)
 def _replay(cache, block, layers, sequential, hit):
+    """Replay the accesses of a block, filling hit uint8 [n]."""
     bounds = block.bounds
     for event in range(bounds.size - 1):
         pool = event % layers if cache.used.size > 1 else 0
@@ -53,6 +54,7 @@ def _replay(cache, block, layers, sequential, hit):
 
 @kernel
 def _demand(cache, pool, key, start, stop, event, hit):
+    """Demand the keys start up to stop at once, filling their part of hit uint8 [n]."""
     ours = 0  # residents that are keys of this event
     for i in range(start, stop):
         k = key[i]

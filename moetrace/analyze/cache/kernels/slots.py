@@ -156,6 +156,7 @@ def _demand_small(cache, lanes, looks_ahead, kept, layer, expert, next_use):
 
 @kernel(inline=False)
 def _replay(cache, looks_ahead, key, bounds, next_use, hit):
+    """Replay key int32 [n] one at a time by LFU or, with next_use int64 [n], Belady, filling hit uint8 [n]."""
     layers, experts = cache.slot.shape[0], cache.experts
     for step in range((bounds.size - 1) // layers):
         for layer in range(layers):
@@ -194,6 +195,7 @@ def _vacate(cache, layer, rank, slot):
 
 @kernel(inline=False)
 def _replay_lfu(cache, key, bounds, hit):
+    """Replay key int32 [n] one at a time by LFU in cache, filling hit uint8 [n]."""
     layers, experts = cache.slot.shape[0], cache.experts
     for step in range((bounds.size - 1) // layers):
         for layer in range(layers):
@@ -235,6 +237,7 @@ def _vacate_once(cache, layer, rank, slot):
 
 @kernel
 def _wait(cache, layer, order):
+    """Append the rank of what was just admitted to those of its layer that wait for a second access."""
     tail = cache.head[layer] + cache.waiting[layer]
     cache.once[layer, tail if tail < cache.capacity else tail - cache.capacity] = order
     cache.waiting[layer] += 1

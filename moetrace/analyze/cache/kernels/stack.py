@@ -228,6 +228,7 @@ def _walk_groups(stacks, key, bounds, experts, distance):
 
 @kernel(inline=False)
 def _walk_layers_at_once(stacks, key, bounds, experts, distance):
+    """Fill distance int16 [n] of key int32 [n], all accesses of an event at once."""
     layers = stacks.seen.size
     for step in range((bounds.size - 1) // layers):
         for layer in range(layers):
@@ -242,6 +243,7 @@ def _walk_layers_at_once(stacks, key, bounds, experts, distance):
 
 @kernel(inline=False)
 def _walk_all(stack, key, bounds, sequential, distance):
+    """Fill distance int32 [n] of key int32 [n] in the stack of all layers."""
     for event in range(bounds.size - 1):
         for i in range(bounds[event], bounds[event + 1]):
             distance[i] = _newer(stack, stack.moment[key[i]])
@@ -292,6 +294,7 @@ def _mark(stack, key):
 
 @kernel
 def _flip(stack, moment, change):
+    """Mark a moment (change 1), or take its mark away (-1)."""
     stack.marks[moment // _WORD] ^= np.uint64(1) << np.uint64(moment % _WORD)
     stack.words[moment // _WORD] += change
     stack.groups[moment // _WORD**2] += change

@@ -65,6 +65,7 @@ class PrefillCounts:
 
 @kernel(inline=False)
 def _replay(wanted, resident, key, bounds, hit):
+    """Fill hit uint8 [n] of key int32 [n]; what is wanted, uint8 [keys], is resident from its first access on."""
     for event in range(bounds.size - 1):
         for i in range(bounds[event], bounds[event + 1]):
             hit[i] = resident[key[i]]

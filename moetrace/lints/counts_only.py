@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.lints.balance import Counts
+from moetrace.lints.evenness import EvennessCheck
 from moetrace.lints.finding import Finding, Ranges, finding
 from moetrace.lints.piece import Progress
 from moetrace.trace.format import Trace
@@ -82,6 +82,6 @@ def check_counts(trace: Trace, digests: dict[str, Any], progress: Progress | Non
         if progress:
             progress(len(block.counts))
     yield from steps.findings()
-    balance = Counts(trace.num_experts, trace.top_k, trace.layer_index)
-    balance.chosen = steps.chosen
-    yield from balance.findings(steps.dense())
+    evenness = EvennessCheck(trace.num_experts, trace.top_k, trace.layer_index)
+    evenness.chosen = steps.chosen
+    yield from evenness.findings(steps.dense())

@@ -1,4 +1,4 @@
-"""Which options the user gave: those that would have no effect are refused, not passed over."""
+"""Options that would have no effect: if the user gave one, it is refused, not passed over."""
 
 from collections.abc import Iterable
 

@@ -1,55 +1,53 @@
 """The frames of `balance`: what its tallies say, layer by layer."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from moetrace.analyze.balance.imbalance import SUMS, percentile
-
-if TYPE_CHECKING:
-    from moetrace.analyze.balance.units import Lane
+from moetrace.analyze.balance.judged import JudgedPlan
 
 PERCENTILES = {"imbalance_p50": 0.5, "imbalance_p95": 0.95, "imbalance_p99": 0.99}
 _STALE = {"kept": "kept", "remade": "re-made", "clairvoyant": "clairvoyant"}
 
 
 def layers(
-    lanes: "Sequence[Lane]", layer: np.ndarray, sizes_known: bool, link_bytes_s: float | None, timed: bool
+    judged_plans: Sequence[JudgedPlan], layer: np.ndarray, sizes_known: bool, link_bytes_s: float | None, timed: bool
 ) -> pl.DataFrame:
-    """Make a row for each lane and layer (int64 [L], its index in the model)."""
+    """Make a row for each plan and layer (int64 [L], its index in the model)."""
     parts = []
-    for lane in lanes:
-        sums = dict(zip(SUMS, lane.tally.sums.T, strict=True))
+    for judged in judged_plans:
+        sums = dict(zip(SUMS, judged.tally.sums.T, strict=True))
         steps = sums["steps"]
         mean = np.where(steps > 0, steps, np.nan)  # of no step there is none
         none = np.full(layer.size, np.nan)
-        moved = pl.Series(lane.moved_bytes if sizes_known else [None] * layer.size, dtype=pl.Int64)
-        pause_s = none if link_bytes_s is None else lane.moved_bytes / link_bytes_s
+        moved = pl.Series(judged.moved_bytes if sizes_known else [None] * layer.size, dtype=pl.Int64)
+        pause_s = none if link_bytes_s is None else judged.moved_bytes / link_bytes_s
         figures: dict[str, Any] = {
             "layer": layer,
-            "slots": np.full(layer.size, lane.plan.slots),
+            "slots": np.full(layer.size, judged.plan.slots),
             "steps": steps.astype(np.int64),
             "imbalance": sums["imbalance"] / mean,
-            **{name: percentile(lane.tally, share) for name, share in PERCENTILES.items()},
-            "imbalance_max": np.where(steps > 0, lane.tally.worst, np.nan),
-            "least_imbalance": lane.least.imbalance / mean,
+            **{name: percentile(judged.tally, share) for name, share in PERCENTILES.items()},
+            "imbalance_max": np.where(steps > 0, judged.tally.worst, np.nan),
+            "least_imbalance": judged.least.imbalance / mean,
             "jain": sums["jain"] / mean,
-            "busiest_rows": sums["max_rows"] / lane.plan.share / mean,
+            "busiest_rows": sums["max_rows"] / judged.plan.share / mean,
             "time_imbalance": sums["time_imbalance"] / mean if timed else none,
             "busy_s": sums["busy_s"] if timed else none,
-            "least_busy_s": lane.least.busy_s if timed else none,
+            "least_busy_s": judged.least.busy_s if timed else none,
             "migration_bytes": moved,
             "pause_s": pause_s,
         }
-        names = {"placement": [lane.placement] * layer.size, "plan": [lane.plan_is] * layer.size}
+        names = {"placement": [judged.placement] * layer.size, "plan": [judged.plan_is] * layer.size}
         parts.append(pl.DataFrame(names | figures))
     return pl.concat(parts).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
 def summary(by_layer: pl.DataFrame, rebalances: int) -> pl.DataFrame:
-    """Make a row for each lane: how its layers are, and what they take together."""
+    """Make a row for each plan: how its layers are, and what they take together."""
     total = pl.col("busy_s").sum()
     frame = by_layer.group_by("placement", "plan", maintain_order=True).agg(
         slots=pl.col("slots").first(),
@@ -106,17 +104,17 @@ def staleness(by_layer: pl.DataFrame, judged: int, interval: int, rebalances: in
     ).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
-def over_time(lanes: "Sequence[Lane]", layer: np.ndarray, judged: np.ndarray) -> pl.DataFrame:
-    """Make a row for each lane, layer and period: its first step, and the mean imbalance of its steps."""
+def over_time(judged_plans: Sequence[JudgedPlan], layer: np.ndarray, judged_steps: np.ndarray) -> pl.DataFrame:
+    """Make a row for each plan, layer and period: its first step, and the mean imbalance of its steps."""
     parts = []
-    for lane in lanes:
-        steps, total = lane.tally.over_time[:, :, 0], lane.tally.over_time[:, :, 1]
+    for judged in judged_plans:
+        steps, total = judged.tally.over_time[:, :, 0], judged.tally.over_time[:, :, 1]
         periods = len(steps)
-        first = judged[-(-np.arange(periods) * judged.size // periods)]
+        first = judged_steps[-(-np.arange(periods) * judged_steps.size // periods)]
         size = periods * layer.size
         columns: dict[str, Any] = {
-            "placement": [lane.placement] * size,
-            "plan": [lane.plan_is] * size,
+            "placement": [judged.placement] * size,
+            "plan": [judged.plan_is] * size,
             "layer": np.tile(layer, periods),
             "first_step": np.repeat(first, layer.size),
             "imbalance": (total / np.where(steps > 0, steps, np.nan)).ravel(),

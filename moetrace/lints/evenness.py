@@ -111,7 +111,7 @@ class FlatView:
             yield finding("flat-view", what, self.count, layers, self.rows)
 
 
-class Counts:
+class EvennessCheck:
     """`uniform` and `random-routing`: how often each expert was chosen, beside what uniform random draws would give.
 
     The statistic is Pearson's chi-square over the experts of a layer, divided by (E - k) / (E - 1), because a row draws

@@ -20,7 +20,7 @@ class StepBlock(NamedTuple):
     phase: np.ndarray
 
 
-class Schedule(NamedTuple):
+class BatchSchedule(NamedTuple):
     """Equal requests through continuous batching that prefills before it decodes; no step mixes the two.
 
     As soon as a place is free the next request takes it: its prompt rows are one prefill step of their own, then it

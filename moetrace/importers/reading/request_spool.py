@@ -14,7 +14,7 @@ from moetrace.trace.schema import BLOCK_BYTES, DECODE, PREFILL, absent_id, check
 UNKNOWN_PHASE = "unknown: every row is taken as prefill unless --as decode --prompt P says otherwise"
 
 
-class Requests:
+class RequestSpool:
     """Requests one after the other, spooled; engines give a plane to each layer, zeros to a dense one.
 
     What is zero in all slots of a cell becomes absent (no router chooses an expert twice), as -1 does.

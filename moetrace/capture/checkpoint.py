@@ -17,7 +17,7 @@ VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktok
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 
-class Folder(NamedTuple):
+class ModelFolder(NamedTuple):
     """A folder with a model that can be loaded; nothing but its config.json was read."""
 
     path: Path
@@ -26,7 +26,7 @@ class Folder(NamedTuple):
     config_sha256: str
 
 
-def open_folder(path: Path) -> Folder:
+def open_folder(path: Path) -> ModelFolder:
     """Look at the folder of a model.
 
     Raises MoetraceError if it is none, if only code of its own could run it, if its weights are pickled or missing,
@@ -50,10 +50,10 @@ def open_folder(path: Path) -> Folder:
         config = config.get_text_config()
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise MoetraceError(f"{path}: config.json gives no vocab_size, so this is not a language model.")
-    return Folder(path, config, _name(real_path(path)), hashlib.sha256(data).hexdigest())
+    return ModelFolder(path, config, _name(real_path(path)), hashlib.sha256(data).hexdigest())
 
 
-def load_tokenizer(folder: Folder) -> Any:
+def load_tokenizer(folder: ModelFolder) -> Any:
     """The tokenizer in a model's folder; raise MoetraceError if there is none that can be loaded."""
     transformers = extra("transformers")
     # Without a vocabulary, Transformers makes an empty tokenizer for some models.
@@ -63,7 +63,7 @@ def load_tokenizer(folder: Folder) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
 
 
-def load_weights(folder: Folder, dtype: str, device: str) -> Any:
+def load_weights(folder: ModelFolder, dtype: str, device: str) -> Any:
     """The model in a folder as a PyTorch module, for inference.
 
     `dtype` is one of `DTYPES`, auto meaning the checkpoint's own; `device` is PyTorch's name of one, auto meaning cuda

@@ -14,7 +14,7 @@ SHORT_MEAN = 20  # choices of an expert below which its count is mostly chance
 LEAST_ROWS = 8  # of two requests that are called the same
 
 
-class Requests:
+class RequestCheck:
     """`identical-requests`, `single-request`, `short`, `position-jumps`, `prefill-only` and `decode-only`."""
 
     def __init__(self, shape: Shape) -> None:

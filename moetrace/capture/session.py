@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.capture.model import DTYPES, Folder, extra, load_tokenizer, load_weights, open_folder
+from moetrace.capture.checkpoint import DTYPES, ModelFolder, extra, load_tokenizer, load_weights, open_folder
 from moetrace.capture.prompts import in_short, read_prompts
-from moetrace.capture.routers import Choices, Recorder, Router, find_routers
+from moetrace.capture.routers import Recorder, Router, RouterChoices, find_routers
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import check_writable, real_path
 from moetrace.trace.naming import model_name
@@ -26,9 +26,13 @@ Progress = Callable[[int, int], None]
 class Sampling(NamedTuple):
     """What is generated after each prompt, and how.
 
-    `output` tokens at most, each a decode row, and none after an end-of-sequence token unless `ignore_eos`; greedy if
-    `temperature` is 0, else sampled from the softmax at that temperature, with an own stream of `seed` for each
-    request. `batch` requests decode together; prompts are cut to their first `max_prompt` tokens.
+    Attributes:
+        output: The most tokens that are generated, each a decode row. An end-of-sequence token is the last one.
+        temperature: 0 is greedy; else tokens are sampled from the softmax at this temperature.
+        seed: Each request samples with a stream of its own of this seed.
+        batch: Requests that decode together.
+        max_prompt: The most tokens of a prompt; the rest is cut off. By default prompts stay whole.
+        ignore_eos: Generate further tokens after an end-of-sequence token.
     """
 
     output: int
@@ -60,13 +64,24 @@ def capture(
     compress: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write to `path` the trace of the model in `model_dir` as it reads the prompts of a file and continues them.
+    """Write the trace of a Hugging Face MoE model as it reads prompts and continues them (docs/capture.md).
 
-    Each prompt is one prefill step; then each decode step has one row of each of the `batch` requests that still run.
-    `dtype` and `device` as `load_weights` takes them. `model` names the preset or TOML file that the trace is of; else
-    the folder's name decides. `progress(done, total)` counts rows, of the most that there can be.
-    Raises MoetraceError if the folder holds no MoE model whose routers are known, or a prompt can't be read; then, and
-    on Ctrl-C, nothing is written.
+    Each prompt is one prefill step. Then each decode step has one row of each of the `batch` requests that still run.
+
+    Args:
+        model_dir: Folder of the model: weights, configuration, tokenizer.
+        prompts: File of the prompts.
+        path: The new trace file. On an error or Ctrl-C nothing is written.
+        sampling: What is generated after each prompt, and how.
+        dtype: Data type of the weights, one of `DTYPES`. "auto" is the checkpoint's own.
+        device: A device of PyTorch. "auto" is "cuda" if there is one.
+        model: The preset or TOML file that the trace is of. By default the folder's name decides.
+        compress: "zstd" or "gzip". By default data is contiguous, so that it can be memory-mapped.
+        progress: A function that gets the number of rows done, and the most that there can be.
+
+    Raises:
+        UsageError: A value makes no sense.
+        MoetraceError: The folder holds no MoE model whose routers are known, or a prompt cannot be read.
     """
     sampling.check()
     if dtype not in DTYPES:
@@ -127,7 +142,7 @@ class _Spool:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def append(self, choices: Choices, steps: np.ndarray, phase: int, **row: np.ndarray) -> None:
+    def append(self, choices: RouterChoices, steps: np.ndarray, phase: int, **row: np.ndarray) -> None:
         """Add whole steps of one phase: `steps` [n] says how many rows each has."""
         records = np.empty(len(choices.experts), self._dtype)
         for name, values in {**choices._asdict(), **row}.items():
@@ -272,7 +287,7 @@ def draw_token(logits: np.ndarray, temperature: float, random: np.random.Generat
     return min(int(np.searchsorted(mass, random.random() * mass[-1], side="right")), mass.size - 1)
 
 
-def _check_lengths(where: Path, folder: Folder, prompts: list[np.ndarray], output: int) -> None:
+def _check_lengths(where: Path, folder: ModelFolder, prompts: list[np.ndarray], output: int) -> None:
     limit = getattr(folder.config, "max_position_embeddings", None)
     longest = max(range(len(prompts)), key=lambda index: prompts[index].size)
     size = prompts[longest].size
@@ -292,7 +307,7 @@ def _end_tokens(network: Any) -> list[int]:
     return []
 
 
-def _source(folder: Folder, network: Any, routers: list[Router], sampling: Sampling) -> dict[str, Any]:
+def _source(folder: ModelFolder, network: Any, routers: list[Router], sampling: Sampling) -> dict[str, Any]:
     """Where the trace is from: everything that decides it, but no path and no clock time."""
     quantization = getattr(network.config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):

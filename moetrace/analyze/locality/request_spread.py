@@ -6,15 +6,20 @@ from moetrace.jit.compile import kernel
 
 
 def between_requests(ids: np.ndarray, starts: np.ndarray, experts: int) -> float:
-    """Return the intraclass correlation of one layer: 0 if requests are alike, 1 if the request decides everything.
+    """Intraclass correlation of one layer: 0 if requests are alike, 1 if the request decides everything.
 
-    ids uint16 [n, k], the rows of one request after those of another; starts int64 [R], where each begins.
+    Let R requests have n_r rows that made choices, a share p_re of which chose expert e, and a share p_e of all rows.
+    The correlation is `sum_e (var_r(p_re) - p_e (1 - p_e) / mean(n_r)) / sum_e p_e (1 - p_e)`, var with R - 1 below:
+    the variance between requests without what chance adds to it, over the variance of a single choice (the one-way
+    random effects ICC for yes-no outcomes by moments, Fleiss 1981; requests count alike).
 
-    Of R requests with n_r rows that made choices, a share p_re of which chose expert e, and a share p_e of all rows:
-    `sum_e (var_r(p_re) - p_e (1 - p_e) / mean(n_r)) / sum_e p_e (1 - p_e)`, var with R - 1 below: the variance between
-    requests without what chance adds to it, over the variance of a single choice (the one-way random effects ICC for
-    yes-no outcomes by moments, Fleiss 1981; requests count alike). It may fall below 0 by chance. NaN with fewer than
-    two requests, or where there is no variance.
+    Args:
+        ids: uint16 [n, k], the rows of one request after those of another.
+        starts: Row at which each request begins, int64 [R].
+        experts: Experts of a layer.
+
+    Returns:
+        The correlation, by chance also below 0. NaN with fewer than two requests, or where there is no variance.
     """
     rows, total, share, square = _per_request(ids, starts, experts)
     some = int((rows > 0).sum())

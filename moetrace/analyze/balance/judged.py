@@ -1,0 +1,30 @@
+"""A plan on its way through the steps that it is judged on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moetrace.analyze.balance import imbalance
+from moetrace.analyze.balance.imbalance import Cost, ImbalanceTally, Least
+from moetrace.analyze.balance.loads import Loads
+from moetrace.analyze.balance.plans import Copies, Plan
+
+FIXED, GIVEN, KEPT, REMADE, CLAIRVOYANT = "fixed", "given", "kept", "re-made", "clairvoyant"
+
+
+@dataclass
+class JudgedPlan:
+    """A plan, or a series of plans, on its way through the judged steps."""
+
+    placement: str
+    plan_is: str  # FIXED, GIVEN, KEPT, REMADE or CLAIRVOYANT
+    plan: Plan
+    cost: Cost
+    tally: ImbalanceTally
+    moved_bytes: np.ndarray  # int64 [L]
+    copies: Copies
+    least: Least  # shared by plans of as many bins and slots
+
+    def judge(self, loads: Loads, turn: int, period: np.ndarray) -> None:
+        """Add the steps of `loads` to the tally."""
+        imbalance.judge(loads, self.copies, self.plan.bins, turn, period, self.cost, self.tally)

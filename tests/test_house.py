@@ -1,0 +1,352 @@
+"""The rules of the house, which docs/contributing.md explains: read from the source, without running it.
+
+Each list of exceptions says why; an exception that is no longer needed must go, too.
+"""
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "moetrace"
+
+# From the lowest floor to the highest: a room imports from the floors below its own, and not from its neighbours.
+FLOORS = (
+    {"jit"},
+    {"spec"},
+    {"trace"},
+    {"capture", "importers"},
+    {"engine"},
+    {"analyze"},
+    {"generators"},
+    {"exports", "lints"},
+    {"results"},
+    {"show"},
+    {"batch"},
+    {"cli"},
+)
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+HEAVY = {"numba", "h5py", "polars", "click", "rich"}
+FORBIDDEN = {
+    "jit": {"h5py", "polars", "click", "rich"},
+    "spec": HEAVY,
+    "engine": HEAVY,
+    "cli": {"numba"},
+}
+FORBIDDEN = {room: FORBIDDEN.get(room, {"numba", "click", "rich"}) for room in ROOMS}
+
+# (importing file, imported module): why.
+UPWARD = {
+    ("results/replay.py", "show.plot"): "Result.plot draws, and nothing else here does",
+}
+HEAVY_IMPORTS = {
+    ("engine/replay.py", "numba"): "declares the types that the replay is compiled for",
+    ("engine/state.py", "numba"): "declares the types that the replay is compiled for",
+    ("engine/bounds.py", "numba"): "declares the types that the bounds are compiled for",
+    ("engine/plugin.py", "numba"): "says in one sentence what Numba refuses in a user's function",
+    ("cli/compiling.py", "numba"): "says on the terminal that kernels are being compiled",
+}
+NUMBA_AT_THE_TOP = {"jit/parts.py"}  # it derives classes from Numba's, and is itself imported when a kernel compiles
+LONG_MODULES = {
+    "tests/analyze/test_balance.py": "to be mended",
+    "tests/batch/test_sweep.py": "to be mended",
+    "tests/capture/test_capture.py": "to be mended",
+    "tests/importers/test_import.py": "to be mended",
+    "tests/lints/test_lint.py": "to be mended",
+    "tests/show/test_report.py": "to be mended",
+    "tests/trace/test_format.py": "to be mended",
+}
+LONG_FUNCTIONS = {
+    ("results/replay.py", "replay"): "to be mended",
+}
+MANY_PARAMETERS = {
+    ("analyze/balance/imbalance.py", "_costliest_copy"): "to be mended",
+    ("analyze/cache/accesses.py", "_all_choices"): "to be mended",
+    ("analyze/cache/accesses.py", "_distinct_choices"): "to be mended",
+    ("engine/schedule.py", "_scan"): "to be mended",
+    ("engine/tape.py", "note"): "to be mended",
+}
+KERNELS_WITHOUT_DOCSTRING = {
+    ("analyze/balance/imbalance.py", "_copy_cost"): "to be mended",
+    ("analyze/balance/imbalance.py", "_note"): "to be mended",
+    ("analyze/balance/plans.py", "_count_moved"): "to be mended",
+    ("analyze/balance/plans.py", "_turn"): "to be mended",
+    ("analyze/cache/eviction.py", "_demand_ranked"): "to be mended",
+    ("analyze/cache/eviction.py", "_link_newest"): "to be mended",
+    ("analyze/cache/eviction.py", "_rank"): "to be mended",
+    ("analyze/cache/eviction.py", "_unlink"): "to be mended",
+    ("analyze/cache/kernels/fifo.py", "_demand"): "to be mended",
+    ("analyze/cache/kernels/fifo.py", "_demand_guessing"): "to be mended",
+    ("analyze/cache/kernels/fifo.py", "_replay_list"): "to be mended",
+    ("analyze/cache/kernels/fifo.py", "_replay_queues"): "to be mended",
+    ("analyze/cache/kernels/ghosts.py", "_add"): "to be mended",
+    ("analyze/cache/kernels/ghosts.py", "_remove"): "to be mended",
+    ("analyze/cache/kernels/ghosts.py", "_replay_arc"): "to be mended",
+    ("analyze/cache/kernels/ghosts.py", "_replay_s3_fifo"): "to be mended",
+    ("analyze/cache/kernels/scored.py", "_demand"): "to be mended",
+    ("analyze/cache/kernels/scored.py", "_remove"): "to be mended",
+    ("analyze/cache/kernels/scored.py", "_replay"): "to be mended",
+    ("analyze/cache/kernels/sieve.py", "_demand"): "to be mended",
+    ("analyze/cache/kernels/sieve.py", "_replay"): "to be mended",
+    ("analyze/cache/kernels/slots.py", "_replay"): "to be mended",
+    ("analyze/cache/kernels/slots.py", "_replay_lfu"): "to be mended",
+    ("analyze/cache/kernels/slots.py", "_wait"): "to be mended",
+    ("analyze/cache/kernels/stack.py", "_flip"): "to be mended",
+    ("analyze/cache/kernels/stack.py", "_walk_all"): "to be mended",
+    ("analyze/cache/kernels/stack.py", "_walk_layers_at_once"): "to be mended",
+    ("analyze/cache/kernels/static.py", "_replay"): "to be mended",
+    ("analyze/cache/tally.py", "_count"): "to be mended",
+    ("analyze/prefetch/predictors.py", "_fetch"): "to be mended",
+    ("analyze/prefetch/predictors.py", "_judge"): "to be mended",
+    ("analyze/prefetch/predictors.py", "_learn"): "to be mended",
+    ("analyze/prefetch/predictors.py", "_next_step"): "to be mended",
+    ("analyze/prefetch/predictors.py", "_replay"): "to be mended",
+    ("analyze/prefetch/predictors.py", "_score_transitions"): "to be mended",
+    ("engine/demand.py", "_absent"): "to be mended",
+    ("engine/demand.py", "_gather"): "to be mended",
+    ("engine/dispatch.py", "_balance"): "to be mended",
+    ("engine/eplb.py", "_plan"): "to be mended",
+    ("engine/lookahead.py", "_link"): "to be mended",
+    ("engine/prefetch.py", "_close_up"): "to be mended",
+    ("engine/prefetch.py", "_trim"): "to be mended",
+    ("engine/prompt.py", "_count_row"): "to be mended",
+    ("engine/schedule.py", "_scan"): "to be mended",
+    ("engine/static_set.py", "_count"): "to be mended",
+    ("engine/static_set.py", "_fill"): "to be mended",
+    ("engine/tape.py", "_note_expert"): "to be mended",
+    ("generators/imitate.py", "_normals"): "to be mended",
+    ("jit/heap.py", "_move"): "to be mended",
+}
+CLASSES_TWICE = {
+    "Block": "to be mended",
+    "Choices": "to be mended",
+    "Counts": "to be mended",
+    "Demand": "to be mended",
+    "Figure": "to be mended",
+    "Folder": "to be mended",
+    "Lane": "to be mended",
+    "Measured": "to be mended",
+    "Meta": "to be mended",
+    "Plan": "to be mended",
+    "Requests": "to be mended",
+    "Schedule": "to be mended",
+    "Tally": "to be mended",
+    "_Column": "to be mended",
+    "_LazyGroup": "to be mended",
+    "_Rank": "to be mended",
+    "_Record": "to be mended",
+    "_Rows": "to be mended",
+    "_Sweep": "to be mended",
+    "_Tokens": "to be mended",
+}
+MODULES_TWICE = {
+    "balance": "to be mended",
+    "capture": "to be mended",
+    "counts": "to be mended",
+    "eplb": "to be mended",
+    "frames": "to be mended",
+    "model": "to be mended",
+    "npz": "to be mended",
+    "prefetch": "to be mended",
+    "replay": "to be mended",
+    "requests": "to be mended",
+    "schedule": "to be mended",
+    "sweep": "to be mended",
+}
+
+
+class Module:
+    """A file of the package."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.relative_to(PACKAGE).as_posix()
+        self.lines = path.read_text(encoding="utf-8").splitlines()
+        self.tree = ast.parse("\n".join(self.lines))
+        self.room = self.file.partition("/")[0]
+        parts = self.file.removesuffix(".py").split("/")
+        self.name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+    def imports(self) -> Iterator[tuple[str, bool]]:
+        """Yield every module that is imported, wherever in the file, and whether that is at the top level."""
+        top = {id(node) for node in self.tree.body}
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from ((alias.name, id(node) in top) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{self.file}: imports are absolute"
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    yield whole if whole.removeprefix("moetrace.") in modules() else str(node.module), id(node) in top
+
+    def functions(self) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+        """Yield every function with its name, behind that of the class or function that it stands in."""
+        yield from _functions(self.tree, "")
+
+
+def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for child in ast.iter_child_nodes(node):
+        name = f"{prefix}{child.name}" if isinstance(child, ast.FunctionDef | ast.ClassDef) else ""
+        if isinstance(child, ast.FunctionDef):
+            yield name, child
+        yield from _functions(child, f"{name}." if name else prefix)
+
+
+@cache
+def modules() -> dict[str, Module]:
+    """Every file in a room, by its name without `moetrace.`."""
+    found = [Module(path) for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE]
+    return {module.name: module for module in found}
+
+
+def _inner_imports() -> Iterator[tuple[Module, str]]:
+    for module in modules().values():
+        for name, _ in module.imports():
+            if name == "moetrace" or name.startswith("moetrace."):
+                yield module, name.removeprefix("moetrace").removeprefix(".")
+
+
+def _same(found: set, listed: object) -> None:
+    """Check that what breaks a rule is what is listed, no more and no less."""
+    listed = set(listed)  # type: ignore[call-overload]
+    assert (found - listed, listed - found) == (set(), set()), "(breaks the rule, no longer does)"
+
+
+def test_every_room_has_a_floor_and_says_what_it_is():
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms == set(ROOMS)
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "version.py"}
+    folders = {path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+    silent = [name for name, module in modules().items() if not ast.get_docstring(module.tree)]
+    assert silent == []
+
+
+def test_arrows_point_down():
+    found = set()
+    for module, name in _inner_imports():
+        room = name.partition(".")[0]
+        if name == "version" or room == module.room:
+            continue
+        assert room in ROOMS, f"{module.file} imports moetrace.{name}: import from the room itself"
+        if ROOMS[room] >= ROOMS[module.room]:
+            found.add((module.file, name))
+    _same(found, UPWARD)
+
+
+def test_no_circle_among_modules():
+    arrows = defaultdict(set)
+    for module, name in _inner_imports():
+        if name != module.name and (module.file, name) not in UPWARD:
+            arrows[module.name].add(name)
+    open_, done = [], set()
+
+    def walk(name: str) -> None:
+        assert name not in open_, f"a circle: {' -> '.join([*open_[open_.index(name) :], name])}"
+        if name not in done:
+            open_.append(name)
+            for other in sorted(arrows[name]):
+                walk(other)
+            done.add(open_.pop())
+
+    for name in modules():
+        walk(name)
+
+
+def test_heavy_packages_stay_in_their_rooms():
+    found, top = set(), set()
+    for module in modules().values():
+        for name, at_top in module.imports():
+            package = name.partition(".")[0]
+            if package in FORBIDDEN[module.room]:
+                found.add((module.file, package))
+            if package == "numba" and at_top:
+                top.add(module.file)
+    _same(found, HEAVY_IMPORTS)
+    assert top == NUMBA_AT_THE_TOP
+
+
+def test_modules_have_400_lines_at_most():
+    files = [path for folder in ("moetrace", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    long = {path.relative_to(ROOT).as_posix() for path in files if len(path.read_text().splitlines()) > 400}
+    _same(long, LONG_MODULES)
+
+
+def test_functions_have_70_lines_and_8_parameters_at_most():
+    long, wide = set(), set()
+    for module in modules().values():
+        for name, function in module.functions():
+            if function.end_lineno - function.lineno >= 70:
+                long.add((module.file, name))
+            given = function.args
+            positional = [a.arg for a in (*given.posonlyargs, *given.args) if a.arg not in ("self", "cls")]
+            public = not any(part.startswith("_") for part in name.split(".") if part != "__init__")
+            counted = positional if public else [*positional, *given.kwonlyargs]
+            if len(counted) > 8 and not _is_command(function):
+                wide.add((module.file, name))
+    _same(long, LONG_FUNCTIONS)
+    _same(wide, MANY_PARAMETERS)
+
+
+def _decorators(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    return [ast.unparse(d.func if isinstance(d, ast.Call) else d) for d in function.decorator_list]
+
+
+def _is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return "click.command" in _decorators(function)
+
+
+def test_kernels_say_what_they_do():
+    silent = {
+        (module.file, name)
+        for module in modules().values()
+        for name, function in module.functions()
+        if "kernel" in _decorators(function) and not ast.get_docstring(function)
+    }
+    _same(silent, KERNELS_WITHOUT_DOCSTRING)
+
+
+def test_kernels_stand_in_rooms_of_kernels():
+    found = {
+        module.room
+        for module in modules().values()
+        for _, function in module.functions()
+        if "kernel" in _decorators(function)
+    }
+    assert found <= {"jit", "engine", "analyze", "generators"}
+
+
+def test_no_class_is_named_as_another():
+    places = defaultdict(set)
+    for module in modules().values():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].add(module.file)
+    _same({name for name, files in places.items() if len(files) > 1}, CLASSES_TWICE)
+
+
+def test_no_module_is_named_as_another():
+    places = defaultdict(set)
+    for name in modules():
+        if not name.startswith("cli.commands."):  # named by their commands, which are named by what they call
+            places[name.rpartition(".")[2]].add(name)
+    _same({name for name, found in places.items() if len(found) > 1}, MODULES_TWICE)
+
+
+def test_names_say_something():
+    names = [name for module in modules().values() for name in module.name.split(".")]
+    names += [
+        node.name
+        for module in modules().values()
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    ]
+    empty = re.compile(r"_*Base([A-Z]\w*)?|\w*Manager|_*(utils?|helpers?|common|misc)")
+    assert [name for name in names if empty.fullmatch(name)] == []
+
+
+def test_tests_mirror_the_package():
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.rglob("*.py"))}
+    assert folders - {"support"} <= set(ROOMS)
