@@ -7,12 +7,14 @@ from typing import Any
 
 import msgspec
 
-from moetrace.batch.measured import Folder, Measured, explained, identity, read_json
-from moetrace.batch.metrics import METRICS, ROUNDING, check_metrics, value_of
+from moetrace.batch.identity import identity
+from moetrace.batch.metrics import ROUNDING, check_metrics, value_of
+from moetrace.results.folder import ResultCell, ResultFolder
+from moetrace.results.read_json import convert_strict, explained, read_strict_json
+from moetrace.results.record import BASELINE_SCHEMA, METRICS
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.atomic import whole_file
 
-SCHEMA = "moetrace.baseline/1"
 _MOST_CELLS = 100_000
 _LONGEST_NAME = 4096
 
@@ -34,7 +36,7 @@ class Baseline(msgspec.Struct, forbid_unknown_fields=True):
     engine: str | None
     cells: dict[str, BaselineCell]
     specs: dict[str, dict[str, Any]]
-    schema: str = SCHEMA
+    schema: str = BASELINE_SCHEMA
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -43,7 +45,7 @@ class Baseline(msgspec.Struct, forbid_unknown_fields=True):
         return tuple(name for name in METRICS if name in found)
 
 
-class _Raw(msgspec.Struct, forbid_unknown_fields=True):
+class _UncheckedBaseline(msgspec.Struct, forbid_unknown_fields=True):
     schema: str
     moetrace: str
     engine: str | None
@@ -53,21 +55,18 @@ class _Raw(msgspec.Struct, forbid_unknown_fields=True):
 
 def read_baseline(path: Path) -> Baseline:
     """Read and check a baseline. Raises MoetraceError, with the path of what is wrong in it, if it is none."""
-    raw = read_json(path)
+    raw = read_strict_json(path)
     stated = raw.get("schema") if isinstance(raw, dict) else None
-    if stated != SCHEMA:
-        raise MoetraceError(f"{path} is no baseline: schema wants {SCHEMA!r}, got {str(stated)[:100]!r}.")
-    try:
-        found = msgspec.convert(raw, _Raw)
-    except msgspec.ValidationError as error:
-        raise MoetraceError(f"{path}: {explained(error)}.") from None
+    if stated != BASELINE_SCHEMA:
+        raise MoetraceError(f"{path} is no baseline: schema wants {BASELINE_SCHEMA!r}, got {str(stated)[:100]!r}.")
+    found = convert_strict(path, raw, _UncheckedBaseline)
     if len(found.cells) > _MOST_CELLS:
         raise MoetraceError(f"{path}: cells has {len(found.cells):,} of them, but {_MOST_CELLS:,} is the most.")
     cells = {name: _cell(path, name, cell) for name, cell in found.cells.items()}
     return Baseline(found.moetrace, found.engine, cells, found.specs)
 
 
-def make_baseline(folder: Folder, metrics: Iterable[str], where: str, old: Baseline | None) -> Baseline:
+def make_baseline(folder: ResultFolder, metrics: Iterable[str], where: str, old: Baseline | None) -> Baseline:
     """Return what accepts the figures of every cell of `folder`, or that it failed; `where` names it in an error.
 
     Figures that differ from `old` by rounding alone keep its digits: an update on another machine leaves no trace.
@@ -84,7 +83,7 @@ def make_baseline(folder: Folder, metrics: Iterable[str], where: str, old: Basel
     return Baseline(folder.moetrace, folder.engine, cells, specs)
 
 
-def spec_table(cell: Measured) -> dict[str, dict[str, Any]]:
+def spec_table(cell: ResultCell) -> dict[str, dict[str, Any]]:
     """Return the inputs that are more than a number, by their identity; of a trace, what tells which one it was."""
     return {
         str(identity(value)): cell.trace if kind == "trace" else dict(value)
@@ -108,7 +107,7 @@ def to_text(baseline: Baseline) -> str:
     cells = [f"    {_json(name)}: {{\n{_cell_text(cell)}}}" for name, cell in sorted(baseline.cells.items())]
     specs = [f"    {_json(key)}: {_json(spec)}" for key, spec in sorted(baseline.specs.items())]
     parts = [
-        f'  "schema": {_json(SCHEMA)}',
+        f'  "schema": {_json(BASELINE_SCHEMA)}',
         f'  "moetrace": {_json(baseline.moetrace)}',
         f'  "engine": {_json(baseline.engine)}',
         _block("cells", cells),
@@ -122,7 +121,7 @@ def _cell_text(cell: BaselineCell) -> str:
     return ",\n".join(f"      {part}" for part in [*parts, *(['"failed": true'] if cell.failed else [])])
 
 
-def _accepted(cell: Measured, metrics: Iterable[str], where: str, was: BaselineCell | None) -> BaselineCell:
+def _accepted(cell: ResultCell, metrics: Iterable[str], where: str, was: BaselineCell | None) -> BaselineCell:
     figures = {name: value_of(cell.figures, name, f"{where}: the cell {cell.name}") for name in metrics}
     if was is not None:
         for name, value in figures.items():

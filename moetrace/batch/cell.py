@@ -12,6 +12,7 @@ from typing import Any
 from moetrace.batch.grid import Point
 from moetrace.engine.setup import Setup, check_setup
 from moetrace.jit.fingerprint import room_fingerprint
+from moetrace.results.record import CELL_SCHEMA
 from moetrace.results.replay import by_spec, model_of
 from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_policy, load_system
 from moetrace.spec.choices import KINDS, source_of
@@ -20,7 +21,6 @@ from moetrace.spec.load import nearest, read_text
 from moetrace.trace import Trace
 from moetrace.version import __version__
 
-CELL_SCHEMA = "moetrace.cell/1"
 # What replays, reads a trace, derives bytes and slots from a spec, or makes figures of the engine's logs.
 _ROOMS = ("jit", "spec", "trace", "engine", "results", "batch")
 

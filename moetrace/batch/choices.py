@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from moetrace.batch.grid import Point, Space, flat_paths
-from moetrace.batch.metrics import METRICS, check_metrics
+from moetrace.batch.metrics import check_metrics
+from moetrace.results.record import METRICS
 from moetrace.spec import load_policy
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import Loaded, convert
@@ -45,7 +46,7 @@ class Halving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def maximize(self) -> bool:
         """Whether more of the objective is better."""
-        return METRICS[self.objective].better == "more"
+        return METRICS[self.objective].better == "higher"
 
     @property
     def round(self) -> int:
@@ -57,7 +58,7 @@ class Halving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return -(-steps // self.keep ** (self.parts - 1 - part))
 
 
-class Choices(NamedTuple):
+class SearchChoices(NamedTuple):
     """The space of a search, checked."""
 
     space: Space
@@ -88,7 +89,7 @@ class Choices(NamedTuple):
         return trial.suggest_categorical(" ".join(fields), list(range(count))) if count > 1 else 0
 
 
-def choices_of(space: Space) -> Choices:
+def check_choices(space: Space) -> SearchChoices:
     """Check the space of a search.
 
     Raises UsageError for an unknown objective, a range that is empty, of no number or also an axis, a trace, model or
@@ -124,7 +125,7 @@ def choices_of(space: Space) -> Choices:
         name = _policy_name(field)
         if name and name not in known:
             raise UsageError(f"{where}: range {printable(field)} is of no policy here; there are {', '.join(known)}.")
-    return Choices(space, halving, ranges, names)
+    return SearchChoices(space, halving, ranges, names)
 
 
 def _policy_name(field: str) -> str:

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetrace.batch.baseline import Baseline, make_baseline, read_baseline, write_baseline
-from moetrace.batch.measured import Folder, identity, read_folder
-from moetrace.batch.metrics import DEFAULT_METRICS, METRICS, Tolerances, check_metrics
+from moetrace.batch.identity import identity
+from moetrace.batch.metrics import DEFAULT_METRICS, Tolerances, check_metrics
 from moetrace.batch.verdict import VERDICTS, Judged, Moved, judge
+from moetrace.results.folder import ResultFolder, read_cells
+from moetrace.results.record import GATE_SCHEMA, METRICS
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.load import nearest
 
 if TYPE_CHECKING:
     import polars as pl
 
-SCHEMA = "moetrace.gate/1"
 # Worse is what a gate is for; missing, because a cell that is gone can't get worse; changed, because figures of other
 # inputs say nothing about the cell that the baseline holds.
 FAIL_ON = ("worse", "missing", "changed")
@@ -87,7 +88,7 @@ class Gate:
         """One row a cell and metric: what `rows` gives, without cells that have no figures."""
         import polars as pl
 
-        names = ["cell", "cell_verdict", *_FIGURES]
+        names = ["cell", "cell_verdict", *_MOVED]
         texts = {"cell", "cell_verdict", "metric", "unit", "verdict"}
         schema = {name: pl.String if name in texts else pl.Float64 for name in names}
         return pl.DataFrame([row for row in self.rows() if row["metric"] is not None], schema=schema)
@@ -97,24 +98,24 @@ class Gate:
         found = []
         for cell in self.cells:
             for moved in cell.metrics or (None,):
-                figures = _figures(moved) if moved else dict.fromkeys(_FIGURES)
+                figures = _row(moved) if moved else dict.fromkeys(_MOVED)
                 found.append({"cell": cell.name, "cell_verdict": cell.verdict} | figures)
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values (schema `moetrace.gate/1`)."""
+        """Return everything as plain values."""
         cells = [
             {
                 "name": cell.name,
                 "verdict": cell.verdict,
                 "inputs": list(cell.inputs),
                 "why": cell.why,
-                "metrics": [_figures(moved) for moved in cell.metrics],
+                "metrics": [_row(moved) for moved in cell.metrics],
             }
             for cell in self.cells
         ]
         return {
-            "schema": SCHEMA,
+            "schema": GATE_SCHEMA,
             "passed": self.passed,
             "updated": self.updated,
             "fail_on": list(self.fail_on),
@@ -171,7 +172,7 @@ def gate(
     asked = None if metrics is None else check_metrics([metrics] if isinstance(metrics, str) else metrics)
     if asked == ():
         raise UsageError("A gate needs at least one metric.")
-    found = read_folder(folder)
+    found = read_cells(folder)
     old = _read(path, update, folder)
     compared = asked or old.metrics or DEFAULT_METRICS
     if not update:
@@ -187,7 +188,7 @@ def gate(
     return Gate(judged, verdicts, (), True, _dropped(old, new))
 
 
-_FIGURES = ("metric", "unit", "baseline", "value", "change", "relative", "allowed", "verdict")
+_MOVED = ("metric", "unit", "baseline", "value", "change", "relative", "allowed", "verdict")
 
 
 def _dropped(old: Baseline, new: Baseline) -> tuple[str, ...]:
@@ -195,8 +196,8 @@ def _dropped(old: Baseline, new: Baseline) -> tuple[str, ...]:
     return tuple(sorted(lost))
 
 
-def _figures(moved: Moved) -> dict[str, Any]:
-    return {"unit": METRICS[moved.metric].unit, **{key: getattr(moved, key) for key in _FIGURES if key != "unit"}}
+def _row(moved: Moved) -> dict[str, Any]:
+    return {"unit": METRICS[moved.metric].sign, **{key: getattr(moved, key) for key in _MOVED if key != "unit"}}
 
 
 def _checked_verdicts(names: str | Iterable[str]) -> tuple[str, ...]:
@@ -231,7 +232,7 @@ def _check_metrics_there(path: Path, baseline: Baseline, wanted: Sequence[str]) 
             )
 
 
-def _check_same_trace(folder: Path, path: Path, found: Folder, baseline: Baseline) -> None:
+def _check_same_trace(folder: Path, path: Path, found: ResultFolder, baseline: Baseline) -> None:
     """Raise a UsageError if no trace of the folder is one of the baseline: there is nothing to compare."""
     here = {identity(cell.inputs["trace"]): cell.trace for cell in found.cells if "trace" in cell.inputs}
     there = {cell.inputs.get("trace") for cell in baseline.cells.values() if not cell.failed}
@@ -250,7 +251,7 @@ def _trace(identity: str | int | None, facts: dict[str, Any] | None) -> str:
     return f"{what[0][:100]} ({', '.join(part for part in what[1:] if part)})".strip()
 
 
-def _notes(found: Folder, baseline: Baseline, judged: Sequence[Judged]) -> tuple[str, ...]:
+def _notes(found: ResultFolder, baseline: Baseline, judged: Sequence[Judged]) -> tuple[str, ...]:
     notes = []
     failing = sum(cell.verdict == "same" and cell.failed for cell in judged)
     if failing:

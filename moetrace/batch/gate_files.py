@@ -6,14 +6,13 @@ import re
 from xml.etree import ElementTree
 
 from moetrace.batch.gate import Gate
-from moetrace.batch.metrics import METRICS
 from moetrace.batch.verdict import Judged, Moved
+from moetrace.results.record import METRICS
 from moetrace.spec.errors import printable
 
 # GitHub takes 1 MiB of summary a step.
 _SHOWN_CELLS = 100
 _LONGEST_TEXT = 500
-_SHOWN_UNITS = {"s": (1e3, "ms"), "bytes": (1e-9, "GB"), "share": (100.0, "%")}
 _ICONS = {"worse": "🔴", "missing": "🔴", "changed": "🟠", "better": "🟢", "new": "⚪", "same": ""}
 
 
@@ -78,12 +77,12 @@ def benchmark_json(gate: Gate) -> str:
     points = [
         {
             "name": printable(f"{cell.name} {one.metric}"),
-            "unit": METRICS[one.metric].unit or "count",
+            "unit": METRICS[one.metric].sign or "count",
             "value": one.value,
         }
         for cell in gate.cells
         for one in cell.metrics
-        if METRICS[one.metric].better == "less" and one.value is not None
+        if METRICS[one.metric].better == "lower" and one.value is not None
     ]
     return json.dumps(points, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -108,7 +107,7 @@ def change(moved: Moved) -> str:
 
 def shown(moved: Moved) -> tuple[str, str, str]:
     """Baseline, value and unit for people: ms, GB and %, with as many digits as tell the two apart, five at least."""
-    factor, unit = _SHOWN_UNITS.get(METRICS[moved.metric].unit, (1.0, METRICS[moved.metric].unit))
+    factor, unit = METRICS[moved.metric].shown
     before, after = (None if value is None else factor * value for value in (moved.baseline, moved.value))
     digits = 5
     if before is not None and after is not None and before != after:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 import numpy as np
 
+from moetrace.results.record import COSTS
 from moetrace.spec.errors import UsageError, printable
 from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, nearest, parse, read_text
 from moetrace.spec.model import Model
@@ -19,7 +20,7 @@ from moetrace.spec.system import System
 
 SOURCES = ("trace", "model", "system", "policy")
 KINDS = (*SOURCES, "slots")
-FRONTS = ("gpu_memory_bytes", "link_bytes", "price")
+FRONTS = tuple(COSTS)
 MAX_POINTS = 100_000
 _DEFAULTS: dict[str, Any] = {"system": "edge-ndp", "policy": ["monde", "edge-ndp"]}
 _SPECS: dict[str, type[msgspec.Struct]] = {"model": Model, "system": System, "policy": PolicySpec}
@@ -27,7 +28,7 @@ _SPECS: dict[str, type[msgspec.Struct]] = {"model": Model, "system": System, "po
 _OPEN_TABLES = ("system.price", "system.energy")
 
 
-class _Sweep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the file may hold; every list is an axis."""
 
     trace: str | list[str] | None = None
@@ -149,7 +150,7 @@ def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
     else:
         folder, where = Path(source).absolute().parent, str(source)
         raw = parse(read_text(os.fspath(source)), where)
-    sweep = convert(Loaded(raw, where), _Sweep)
+    sweep = convert(Loaded(raw, where), _GridFile)
     if sweep.pareto not in FRONTS:
         near = nearest(sweep.pareto, list(FRONTS))
         raise UsageError(f"{where}: pareto wants one of {', '.join(FRONTS)}{near}, got {sweep.pareto!r}.")
@@ -171,7 +172,7 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _axes(sweep: _Sweep, where: str) -> list[Axis]:
+def _axes(sweep: _GridFile, where: str) -> list[Axis]:
     """Every field as an axis, constants too: trace, model, system, policy, slots, then the others as they come."""
     zipped = [_zip(table, f"{where}, zip {number}") for number, table in enumerate(sweep.zip, 1)]
     in_zip = {field for axis in zipped for field in axis.fields}

@@ -1,10 +1,11 @@
-"""The figures of a cell that can be gated: name, unit, and whether less or more is better."""
+"""Figures that a gate compares and a search judges by: their names as a user writes them, values and tolerances."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from moetrace.results.record import METRICS
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.load import nearest
 
@@ -14,39 +15,7 @@ from moetrace.spec.load import nearest
 ROUNDING = 1e-9
 
 
-class Metric(NamedTuple):
-    """A figure: its unit (`""` of ratios and counts), and which way is better, if either is."""
-
-    unit: str
-    better: Literal["less", "more"] | None
-
-
-def _spread(name: str, unit: str) -> dict[str, Metric]:
-    return {f"{name}.{of}": Metric(unit, "less") for of in ("mean", "p50", "p95", "p99", "max")}
-
-
-# By the path in a policy's part of summary.json.
-METRICS: dict[str, Metric] = {
-    **{name: Metric("s", "less") for name in ("total_s", "prefill_s", "decode_s", "mixed_s")},
-    "tokens_per_s": Metric("1/s", "more"),
-    **_spread("step_s", "s"),
-    **_spread("ttft_s", "s"),
-    **_spread("tpot_s", "s"),
-    "hits": Metric("", "more"),
-    "misses": Metric("", "less"),
-    "hit_rate": Metric("share", "more"),
-    "demand_bytes": Metric("bytes", "less"),
-    "prefetch_bytes": Metric("bytes", None),
-    "late": Metric("", "less"),
-    "wasted": Metric("", "less"),
-    "used": Metric("", None),
-    "imbalance_mean": Metric("", "less"),
-    **{f"utilization.{unit}": Metric("share", None) for unit in ("gpu", "ndp", "link_in", "link_out", "cpu")},
-    "work_bound_s": Metric("s", None),
-    "clairvoyant_s": Metric("s", None),
-    "optimal_fallbacks": Metric("", None),
-}
-# What a new baseline gates. `speedup` is of another cell as much as of its own, so it is no metric at all.
+# What a new baseline gates.
 DEFAULT_METRICS = (
     "total_s",
     "step_s.p99",

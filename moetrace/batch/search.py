@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from moetrace.batch.cell import Cell, Resolver, Traces, hash_of
-from moetrace.batch.choices import Choices, Halving, choices_of
+from moetrace.batch.choices import Halving, SearchChoices, check_choices
 from moetrace.batch.executors import Farm, run_tasks
-from moetrace.batch.folder import Folder
 from moetrace.batch.grid import Grid, load_space
 from moetrace.batch.metrics import value_of
 from moetrace.batch.sweep import Sweep, farm_of
+from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, forget, tasks_of
+from moetrace.results.record import SEARCH_FILE, SEARCH_SCHEMA
 from moetrace.spec.errors import MoetraceError, UsageError
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import Trial as Proposal
 
-SCHEMA = "moetrace.search/1"
 # Proposals for each trial of a round. A sampler that is sure of its ground repeats itself: the second half are random.
 _PROPOSALS = 40
 
@@ -62,7 +62,7 @@ class Search:
         reused: How many were found in the folder.
     """
 
-    choices: Choices
+    choices: SearchChoices
     trials: list[Trial]
     reference: Trial
     found: dict[str, Mapping[str, Any]]
@@ -110,7 +110,7 @@ class Search:
         halving, best = self.choices.halving, self.best
         states = Counter(trial.state for trial in self.trials)
         return {
-            "schema": SCHEMA,
+            "schema": SEARCH_SCHEMA,
             "objective": halving.objective,
             "maximize": halving.maximize,
             "seed": halving.seed,
@@ -135,9 +135,9 @@ class Search:
 class _Halver:
     """Carries trials from part to part."""
 
-    choices: Choices
+    choices: SearchChoices
     farm: Farm
-    folder: Folder | None
+    folder: SweepFolder | None
     progress: Callable[[int], None] | None
     traces: Traces = field(default_factory=Traces)
     found: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -251,13 +251,13 @@ def search(
     """
     if not isinstance(jobs, int) or jobs < 1:
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
-    choices = choices_of(load_space(source))
+    choices = check_choices(load_space(source))
     with farm_of(jobs, dask) as (farm, _):
-        return run_search(choices, None if folder is None else Folder(Path(folder)), farm, progress)
+        return run_search(choices, None if folder is None else SweepFolder(Path(folder)), farm, progress)
 
 
 def run_search(
-    choices: Choices, folder: Folder | None, farm: Farm, progress: Callable[[int], None] | None = None
+    choices: SearchChoices, folder: SweepFolder | None, farm: Farm, progress: Callable[[int], None] | None = None
 ) -> Search:
     """Search on a farm; as `search` does."""
     with _study(choices) as study:
@@ -278,7 +278,7 @@ def run_search(
     found = Search(choices, trials, reference, halver.found, halver.computed, halver.reused)
     if folder is not None:
         sweep = found.sweep
-        folder.publish(sweep.to_dict(), sweep.cells, {"search.json": found.to_dict()}, {"trials.parquet": found.frame})
+        folder.publish(sweep.to_dict(), sweep.cells, {SEARCH_FILE: found.to_dict()}, {"trials.parquet": found.frame})
     return found
 
 
@@ -347,7 +347,7 @@ def _best_of(study: "Study", going: Sequence[_Pair], halving: Halving, part: int
 
 
 @contextmanager
-def _study(choices: Choices) -> Iterator["Study"]:
+def _study(choices: SearchChoices) -> Iterator["Study"]:
     """Yield an empty study, with Optuna silent; raises MoetraceError if it is missing."""
     try:
         import optuna

@@ -10,21 +10,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import polars as pl
 
 from moetrace.batch.cell import Cell, Resolver, Traces
+from moetrace.batch.cell_frame import axes_of, cell_frame
 from moetrace.batch.executors import Farm, dask_farm, local_farm, run_tasks
-from moetrace.batch.folder import Folder
-from moetrace.batch.front import axes_of, cell_frame
 from moetrace.batch.grid import FRONTS, Grid, load_grid
 from moetrace.batch.processes import start_early
+from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, Task, evaluate, forget, tasks_of
 from moetrace.jit.fingerprint import room_fingerprint
+from moetrace.results.record import ListedCell, SweepFile
 from moetrace.spec.errors import UsageError
 from moetrace.trace import Trace
 from moetrace.version import __version__
 
-SCHEMA = "moetrace.sweep/1"
 # An estimate is measured on so many expert ids of each trace, with so many of its cells.
 _SAMPLE_IDS = 200_000
 _SAMPLE_CELLS = 8
@@ -87,19 +88,19 @@ class Sweep:
         """Return what `sweep.json` holds."""
         cells = []
         for cell in self.listed:
-            key = cell.key if cell.error is None else None
-            cells.append({"name": cell.name, "cell": key, "error": cell.error} | axes_of(cell))
-        return {
-            "schema": SCHEMA,
-            "moetrace": __version__,
-            "engine": room_fingerprint("engine"),
-            "pareto": self._pareto,
-            "axes": self.grid.axes,
-            "cells": cells,
-        }
+            listed = ListedCell(cell.name, cell.key if cell.error is None else None, cell.error)
+            cells.append(msgspec.structs.asdict(listed) | axes_of(cell))
+        sweep = SweepFile(
+            moetrace=__version__,
+            engine=room_fingerprint("engine"),
+            pareto=self._pareto,
+            axes=self.grid.axes,
+            cells=cells,
+        )
+        return msgspec.structs.asdict(sweep)
 
 
-class Plan:
+class SweepPlan:
     """A sweep before it runs: its cells, and which of them a folder already has."""
 
     def __init__(
@@ -114,13 +115,13 @@ class Plan:
 
         With `reads` the folder is only looked into, for what it has.
 
-        Raises as `load_grid` and `Folder` do.
+        Raises as `load_grid` and `SweepFolder` do.
         """
         if pareto is not None and pareto not in FRONTS:
             raise UsageError(f"pareto wants one of {', '.join(FRONTS)}, got {pareto!r}.")
         self.grid = load_grid(source)
         self.pareto = pareto or self.grid.pareto
-        folder = None if path is None else Folder(path, reads=reads)  # before anything is read that takes long
+        folder = None if path is None else SweepFolder(path, reads=reads)  # before anything is read that takes long
         self._traces, self._folder = Traces(), folder
         resolver = Resolver(self._traces, self.grid.ignore_capacity)
         self.cells = [resolver.resolve(point) for point in self.grid.points]
@@ -253,7 +254,7 @@ def sweep(
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
     if jobs > 1 and dask is None:
         start_early()
-    plan = Plan(source, None if folder is None else Path(folder), pareto)
+    plan = SweepPlan(source, None if folder is None else Path(folder), pareto)
     with farm_of(jobs, dask) as (farm, _):
         return plan.run(farm, progress)
 

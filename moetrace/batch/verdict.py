@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from moetrace.batch.baseline import Baseline, BaselineCell, Input
-from moetrace.batch.measured import Folder, Measured, identity
-from moetrace.batch.metrics import METRICS, Tolerances, value_of
+from moetrace.batch.identity import identity
+from moetrace.batch.metrics import Tolerances, value_of
+from moetrace.results.folder import ResultCell, ResultFolder
+from moetrace.results.record import METRICS
 
 Verdict = Literal["worse", "missing", "changed", "better", "new", "same"]
 # The gravest first, as they are shown.
@@ -48,7 +50,7 @@ class Judged(NamedTuple):
 
 
 def judge(
-    folder: Folder, baseline: Baseline, tolerances: Tolerances, metrics: tuple[str, ...], where: str
+    folder: ResultFolder, baseline: Baseline, tolerances: Tolerances, metrics: tuple[str, ...], where: str
 ) -> list[Judged]:
     """Judge every cell of the folder, in its order, and then the baseline's cells that it lacks.
 
@@ -71,14 +73,14 @@ def judge(
     return found + [Judged(name, "missing", (), (), "in the baseline alone") for name in gone]
 
 
-def _new(cell: Measured, metrics: tuple[str, ...], where: str, why: str) -> Judged:
+def _new(cell: ResultCell, metrics: tuple[str, ...], where: str, why: str) -> Judged:
     values = [(name, value_of(cell.figures, name, f"{where}: the cell {cell.name}")) for name in metrics]
     moved = tuple(Moved(name, None, value, None, "same") for name, value in values)
     return Judged(cell.name, "new", (), moved, why)
 
 
 def _compared(
-    cell: Measured,
+    cell: ResultCell,
     was: BaselineCell,
     specs: Mapping[str, Mapping[str, Any]],
     tolerances: Tolerances,
@@ -114,7 +116,7 @@ def _moved(name: str, baseline: float | None, value: float | None, tolerances: T
     better = METRICS[name].better
     if better is None:
         return Moved(name, baseline, value, allowed, "changed")
-    return Moved(name, baseline, value, allowed, "better" if (value < baseline) == (better == "less") else "worse")
+    return Moved(name, baseline, value, allowed, "better" if (value < baseline) == (better == "lower") else "worse")
 
 
 def _kinds(now: Mapping[str, Input], was: Mapping[str, Input]) -> list[str]:
@@ -122,7 +124,7 @@ def _kinds(now: Mapping[str, Input], was: Mapping[str, Input]) -> list[str]:
     return [*first, *sorted((now.keys() | was.keys()) - {*first})]
 
 
-def _code_change(folder: Folder, baseline: Baseline) -> str:
+def _code_change(folder: ResultFolder, baseline: Baseline) -> str:
     """Why figures moved whose inputs are the same: only code is left."""
     if folder.moetrace != baseline.moetrace:
         return f"only the code changed: moetrace {baseline.moetrace} -> {folder.moetrace}"
@@ -132,7 +134,7 @@ def _code_change(folder: Folder, baseline: Baseline) -> str:
     return f"no recorded input changed: code {where}did, or this machine computes otherwise"
 
 
-def _input_change(kind: str, cell: Measured, was: Input, now: Input, specs: Mapping[str, Mapping[str, Any]]) -> str:
+def _input_change(kind: str, cell: ResultCell, was: Input, now: Input, specs: Mapping[str, Mapping[str, Any]]) -> str:
     """`system changed: link.bandwidth_gb_s 55 -> 50`, or as much of that as is known."""
     old, new = specs.get(str(was)), cell.inputs.get(kind)
     if kind == "trace":

@@ -4,12 +4,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from moetrace.batch.cell import Cell, code_fingerprint, digest, files_of
 from moetrace.engine.decoded import Decoded, Needs, decoded_bytes, needs_of
 from moetrace.engine.run import Run, run_setups
 from moetrace.engine.setup import Setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, LINK_OUT, STEP
 from moetrace.results import summary
+from moetrace.results.record import CellCosts
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
@@ -67,7 +70,7 @@ def work(task: Task) -> list[Outcome]:
 def evaluate(trace: Trace | Decoded, setups: Sequence[Setup]) -> list[dict[str, Any] | MoetraceError]:
     """Replay setups of one policy each over a trace (or `trace.head(n)`) in one pass.
 
-    Returns for each ``result`` (what `summary.json` holds), ``costs`` (`gpu_memory_bytes`, `link_bytes`, `price`) and
+    Returns for each ``result`` (what `summary.json` holds), ``costs`` (the fields of `CellCosts`) and
     ``warnings``, or the error that it ended with. Raises MoetraceError if the trace is damaged.
     """
     facts = summary.trace_facts(trace if isinstance(trace, Trace) else trace.trace)
@@ -113,23 +116,23 @@ def _figures(run: Run, facts: dict[str, Any], trace: Trace) -> dict[str, Any]:
     misfit = dense_misfit(run.model, run.system)
     return {
         "result": result,
-        "costs": _costs(run, trace),
+        "costs": msgspec.to_builtins(_costs(run, trace)),
         "warnings": [*([misfit] if misfit else []), *run.warnings],
     }
 
 
-def _costs(run: Run, trace: Trace) -> dict[str, float | None]:
+def _costs(run: Run, trace: Trace) -> CellCosts:
     """Bytes of GPU memory for dense weights and slots of the largest expert; bytes over the link; the listed prices."""
     model, weight_bytes = run.model, weight_bytes_of(trace, run.model)
     everything = model.moe_layers * model.experts
     experts_bytes = float(weight_bytes.sum()) if run.slots == everything else run.slots * float(weight_bytes.max())
     unit = run.lanes[0].log.unit
     price = run.system.price
-    return {
-        "gpu_memory_bytes": model.moe_layers * model.dense_bytes + model.head_bytes + experts_bytes,
-        "link_bytes": float(unit["bytes"][LINK_IN] + unit["bytes"][LINK_OUT]),
-        "price": float(sum(price.values())) if price else None,
-    }
+    return CellCosts(
+        gpu_memory_bytes=model.moe_layers * model.dense_bytes + model.head_bytes + experts_bytes,
+        link_bytes=float(unit["bytes"][LINK_IN] + unit["bytes"][LINK_OUT]),
+        price=float(sum(price.values())) if price else None,
+    )
 
 
 class _LastDecoded:

@@ -5,7 +5,7 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import FunctionType
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import msgspec
 import polars as pl
 
-from moetrace.engine.run import Run, run
+from moetrace.engine.run import Run, run_setups
+from moetrace.engine.setup import Setup
 from moetrace.results import frames, summary, timeline, timeline_file, write
+from moetrace.results.record import TIMELINE_FILE
 from moetrace.results.window import Window, window_of
 from moetrace.spec import Model, PolicySpec, System, list_presets, load_model, load_policy, load_system
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.load import nearest
 from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
@@ -116,7 +118,7 @@ class Result:
             timeline_file.write_timeline(self.run, file)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `summary.json` holds (schema `moetrace.result/1`)."""
+        """Return what `summary.json` holds."""
         return summary.summary_dict(self.run, self._trace, self._policies)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
@@ -141,7 +143,7 @@ class Result:
         more = (
             {}
             if self.run.lanes[0].recording is None
-            else {write.TIMELINE: partial(timeline_file.write_timeline, self.run)}
+            else {TIMELINE_FILE: partial(timeline_file.write_timeline, self.run)}
         )
         write.write_files(folder, self.to_dict(), lambda: frames.step_slices(self.run), tables, more)
 
@@ -199,23 +201,28 @@ def replay(
         monde 12.96 s
         edge-ndp 5.93 s
     """
-    if not isinstance(trace, Trace):
-        with opened(trace) as found:
-            return replay(
-                found,
-                system=system,
-                policies=policies,
-                model=model,
-                overrides=overrides,
-                slots=slots,
-                ignore_capacity=ignore_capacity,
-                jobs=jobs,
-                progress=progress,
-                timeline=timeline,
-            )
-    trace.check_has_rows()  # before its model is asked for: no model would help
-    slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
-    changes = by_spec({} if overrides is None else overrides)
+    with opened(trace) as found:
+        found.check_has_rows()  # before its model is asked for: no model would help
+        slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
+        setup, warnings = _load_setup(found, model, system, policies, {} if overrides is None else overrides)
+        jobs = min(_cores(), len(setup.policies)) if jobs is None else _at_least_one("jobs", jobs)
+        window = window_of(timeline, found.steps, warnings)
+        setup = replace(setup, slots=slots, ignore_capacity=ignore_capacity, window=window)
+        (run,) = run_setups(found, [setup], jobs=jobs, progress=progress)
+        if isinstance(run, MoetraceError):
+            raise run
+        return Result(run, (*warnings, *run.warnings), summary.trace_facts(found))
+
+
+def _load_setup(
+    trace: Trace,
+    model: str | Path | Model | None,
+    system: str | Path | System,
+    policies: Policy | Sequence[Policy],
+    overrides: Mapping[str, object],
+) -> tuple[Setup, list[str]]:
+    """Return the specs that were named, with their overrides, and sentences about what may not be meant so."""
+    changes = by_spec(overrides)
     the_model = load_model(model_of(trace) if model is None else model, changes["model"])
     the_system = load_system(system, changes["system"])
     misfit = dense_misfit(the_model, the_system)
@@ -223,22 +230,7 @@ def replay(
     several = list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]
     hooks: dict[str, Callable] = {}
     specs = _load_policies(several, changes["policy"], hooks, warnings)
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"jobs is {jobs}, but must be at least 1.")
-    window = window_of(timeline, trace.steps, warnings)
-    finished = run(
-        trace,
-        the_model,
-        the_system,
-        specs,
-        slots=slots,
-        ignore_capacity=ignore_capacity,
-        hooks=hooks,
-        jobs=jobs or min(_cores(), len(specs)),
-        progress=progress,
-        window=window,
-    )
-    return Result(finished, (*warnings, *finished.warnings), summary.trace_facts(trace))
+    return Setup(model=the_model, system=the_system, policies=specs, hooks=hooks), warnings
 
 
 def _whole(name: str, value: SupportsIndex | None) -> int | None:
@@ -247,6 +239,12 @@ def _whole(name: str, value: SupportsIndex | None) -> int | None:
         return None if value is None else operator.index(value)
     except TypeError:
         raise UsageError(f"{name} is {value!r}, but must be a whole number.") from None
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise UsageError(f"{name} is {value}, but must be at least 1.")
+    return value
 
 
 def by_spec(overrides: Mapping[str, object]) -> dict[str, dict[str, object]]:

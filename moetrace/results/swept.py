@@ -4,26 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import polars as pl
 
-from moetrace.results.replayed import read_json, scan, whole_frame
-from moetrace.spec.errors import MoetraceError, printable
+from moetrace.results.folder import read_sweep
+from moetrace.results.read_parquet import scan, whole_frame
+from moetrace.results.record import CELLS_FILE, COSTS, SEARCH_FILE
+from moetrace.spec.errors import MoetraceError
 
 _ALWAYS = ("trace", "model", "system", "policy", "slots")
 # What a table or the front shows, where it is there.
 _FIGURES: dict[str, Any] = {"error": pl.String, "pareto": pl.Boolean}
-_FIGURES |= dict.fromkeys(
-    ("gpu_memory_bytes", "link_bytes", "price", "hit_rate", "ttft_s_p50", "tpot_s_p50"), pl.Float64
-)
-
-
-class _Sweep(msgspec.Struct):
-    schema: str
-    moetrace: str
-    axes: dict[str, Any]
-    cells: list[dict[str, Any]]
-    pareto: str = "gpu_memory_bytes"
+_FIGURES |= dict.fromkeys((*COSTS, "hit_rate", "ttft_s_p50", "tpot_s_p50"), pl.Float64)
 
 
 @dataclass(frozen=True)
@@ -57,13 +48,8 @@ def read_swept(folder: Path) -> Swept:
 
     Raises MoetraceError (file, column) if a file cannot be read or is not what moetrace writes.
     """
-    about = read_json(folder / "sweep.json", _Sweep)
-    if about.schema != "moetrace.sweep/1":
-        raise MoetraceError(
-            f"{folder / 'sweep.json'} has schema {printable(about.schema)!r}, but this moetrace reads "
-            "moetrace.sweep/1: sweep again."
-        )
-    path = folder / "cells.parquet"
+    about = read_sweep(folder)
+    path = folder / CELLS_FILE
     cells = whole_frame(path, {"name": pl.String, "total_s": pl.Float64} | _others(path, about.axes))
     if cells is None:
         raise MoetraceError(f"{folder} has no cells.parquet: run the sweep again, which keeps finished cells.")
@@ -78,7 +64,7 @@ def read_swept(folder: Path) -> Swept:
         moetrace=about.moetrace,
         axes=[axis for axis in axes if cells[axis].n_unique() > 1],
         grid=about.axes,
-        searched=(folder / "search.json").exists(),
+        searched=(folder / SEARCH_FILE).exists(),
         pareto=about.pareto,
         cells=cells,
     )

@@ -15,11 +15,11 @@ import polars as pl
 
 from moetrace.engine.run import Lane, Run
 from moetrace.engine.tape import EXPERT
+from moetrace.results.record import TIMELINE_SCHEMA
 from moetrace.results.timeline import counts_of, recordings, slices_of
 from moetrace.trace.schema import PHASE_NAMES
 from moetrace.version import __version__
 
-SCHEMA = "moetrace.timeline/1"
 # Of steps and layers, and of what shares a link's direction without waiting for one another: tracks of their own.
 _OWN_TRACKS = {"step": "steps", "layer": "layers", "wait": "layers"}
 _LINK_IN_TRACKS = {"fetch": "link_in", "prefetch": "link_in prefetch", "activations": "link_in activations"}
@@ -44,7 +44,7 @@ def write_timeline(run: Run, file: Any) -> None:
     """
     first, stop = next((recording.first, recording.stop) for _, recording in recordings(run))
     about = {
-        "schema": SCHEMA,
+        "schema": TIMELINE_SCHEMA,
         "moetrace": __version__,
         "model": run.model.name,
         "system": run.system.name,

@@ -13,11 +13,11 @@ from typing import Any
 import polars as pl
 from polars.io.plugins import register_io_source
 
+from moetrace.results.record import SUMMARY_FILE, TIMELINE_FILE
 from moetrace.spec.errors import MoetraceError, UsageError
 
 # Rows of a Parquet row group: the same for any number of threads, small enough to be written from constant memory.
 GROUP_ROWS = 1 << 17
-TIMELINE = "timeline.json.gz"
 
 
 def to_json(summary: Mapping[str, Any]) -> str:
@@ -74,7 +74,7 @@ def write_files(
         "row_group_size": GROUP_ROWS,
     }
     with _explained(folder.parent):
-        (folder / "summary.json").write_text(to_json(summary), encoding="utf-8")
+        (folder / SUMMARY_FILE).write_text(to_json(summary), encoding="utf-8")
         steps = register_io_source(lambda *_: step_slices(), schema=next(step_slices()).schema)
         steps.sink_parquet(folder / "steps.parquet", maintain_order=True, **parquet)
         for name, frame in frames.items():
@@ -103,8 +103,8 @@ def _publish(temporary: Path, folder: Path) -> None:
                     file.replace(folder / file.name)
             raise
         # A timeline of another replay would lie beside tables that it does not belong to.
-        if not any(file.name == TIMELINE for file in files):
-            (folder / TIMELINE).unlink(missing_ok=True)
+        if not any(file.name == TIMELINE_FILE for file in files):
+            (folder / TIMELINE_FILE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

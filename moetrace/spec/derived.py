@@ -12,7 +12,7 @@ from moetrace.spec.system import System, gpu_slots, gpu_space_bytes
 MAX_ROWS = 1_000_000
 
 
-class Figure(NamedTuple):
+class Derived(NamedTuple):
     """One derived quantity: a name with its unit, the value (None: there is none) and what it says."""
 
     name: str
@@ -20,66 +20,66 @@ class Figure(NamedTuple):
     meaning: str
 
 
-def model_figures(model: Model) -> list[Figure]:
+def model_figures(model: Model) -> list[Derived]:
     """Sizes of the weights and of what moves, and FLOP."""
     expert_bytes = model.expert_bytes()
     experts, largest, smallest = float(expert_bytes.sum()), float(expert_bytes.max()), float(expert_bytes.min())
     dense = model.moe_layers * model.dense_bytes
     read = float(expert_bytes.mean(axis=1).sum()) * model.top_k + dense + model.head_bytes
     return [
-        Figure("expert_mb", largest / 1e6, "W: weights of one expert"),
-        *([Figure("expert_mb_min", smallest / 1e6, "W of the smallest expert")] if smallest < largest else []),
-        Figure("expert_mflop_per_row", model.flop_per_row / 1e6, "Q(1): one row through one expert"),
-        Figure("experts_gb", experts / 1e9, f"all {model.moe_layers * model.experts} experts"),
-        Figure("dense_layer_mb", model.dense_bytes / 1e6, "dense weights of one layer"),
-        Figure("dense_gb", dense / 1e9, f"dense weights of all {model.moe_layers} layers"),
-        Figure("head_mb", model.head_bytes / 1e6, "LM head and dense first layers, once a step"),
-        Figure("weights_per_token_gb", read / 1e9, "weights that one row alone needs"),
-        Figure("activation_row_kb", model.activation_row_bytes / 1e3, "one row sent to a unit, and as much back"),
-        Figure(
+        Derived("expert_mb", largest / 1e6, "W: weights of one expert"),
+        *([Derived("expert_mb_min", smallest / 1e6, "W of the smallest expert")] if smallest < largest else []),
+        Derived("expert_mflop_per_row", model.flop_per_row / 1e6, "Q(1): one row through one expert"),
+        Derived("experts_gb", experts / 1e9, f"all {model.moe_layers * model.experts} experts"),
+        Derived("dense_layer_mb", model.dense_bytes / 1e6, "dense weights of one layer"),
+        Derived("dense_gb", dense / 1e9, f"dense weights of all {model.moe_layers} layers"),
+        Derived("head_mb", model.head_bytes / 1e6, "LM head and dense first layers, once a step"),
+        Derived("weights_per_token_gb", read / 1e9, "weights that one row alone needs"),
+        Derived("activation_row_kb", model.activation_row_bytes / 1e3, "one row sent to a unit, and as much back"),
+        Derived(
             "kv_token_kb", model.moe_layers * model.kv_bytes_per_token_layer / 1e3, "KV cache of one token, all layers"
         ),
     ]
 
 
-def system_figures(system: System) -> list[Figure]:
+def system_figures(system: System) -> list[Derived]:
     """Effective rates, totals of the NDP tier, and the machine balance of GPU and unit."""
     gpu, ndp = system.gpu, system.ndp
     figures = [
-        Figure("gpu_tflops", gpu.flop_s / 1e12, "F_g: reached by the GPU"),
-        Figure("gpu_bandwidth_gb_s", gpu.bytes_s / 1e9, "B_g: reached by the GPU"),
-        Figure("gpu_flop_per_byte", gpu.flop_s / gpu.bytes_s, "balance of the GPU: below it, memory-bound"),
+        Derived("gpu_tflops", gpu.flop_s / 1e12, "F_g: reached by the GPU"),
+        Derived("gpu_bandwidth_gb_s", gpu.bytes_s / 1e9, "B_g: reached by the GPU"),
+        Derived("gpu_flop_per_byte", gpu.flop_s / gpu.bytes_s, "balance of the GPU: below it, memory-bound"),
     ]
     if ndp is not None:
         figures += [
-            Figure("ndp_tflops", ndp.units * ndp.flop_s / 1e12, f"N x F_n: all {ndp.units} units"),
-            Figure("ndp_bandwidth_gb_s", ndp.units * ndp.bytes_s / 1e9, f"N x B_n: all {ndp.units} units"),
-            Figure("ndp_capacity_gb", ndp.units * ndp.capacity_gb, f"all {ndp.units} units"),
-            Figure("ndp_flop_per_byte", ndp.flop_s / ndp.bytes_s, "balance of a unit: below it, memory-bound"),
+            Derived("ndp_tflops", ndp.units * ndp.flop_s / 1e12, f"N x F_n: all {ndp.units} units"),
+            Derived("ndp_bandwidth_gb_s", ndp.units * ndp.bytes_s / 1e9, f"N x B_n: all {ndp.units} units"),
+            Derived("ndp_capacity_gb", ndp.units * ndp.capacity_gb, f"all {ndp.units} units"),
+            Derived("ndp_flop_per_byte", ndp.flop_s / ndp.bytes_s, "balance of a unit: below it, memory-bound"),
         ]
     return figures
 
 
-def pair_figures(model: Model, system: System) -> list[Figure]:
+def pair_figures(model: Model, system: System) -> list[Derived]:
     """What fits where, and what one expert (the largest) costs on each part of the machine."""
     expert_bytes = model.expert_bytes()
     slots = gpu_slots(model, system, expert_bytes)
     everything = model.moe_layers * model.experts
     figures = [
-        Figure("gpu_space_gb", gpu_space_bytes(model, system) / 1e9, "GPU memory left for experts"),
-        Figure("slots", slots, f"experts that the GPU can hold, of {everything}"),
-        Figure("slots_per_layer", slots // model.moe_layers, "the same with scope = layer"),
-        Figure("slots_percent", 100 * slots / everything, "share of all experts"),
+        Derived("gpu_space_gb", gpu_space_bytes(model, system) / 1e9, "GPU memory left for experts"),
+        Derived("slots", slots, f"experts that the GPU can hold, of {everything}"),
+        Derived("slots_per_layer", slots // model.moe_layers, "the same with scope = layer"),
+        Derived("slots_percent", 100 * slots / everything, "share of all experts"),
     ]
     if system.ndp is not None:
         needed = -(-float(expert_bytes.sum()) // (system.ndp.capacity_gb * 1e9))
         figures.append(
-            Figure("ndp_units_needed", int(needed), f"units whose memory holds all experts, of {system.units}")
+            Derived("ndp_units_needed", int(needed), f"units whose memory holds all experts, of {system.units}")
         )
     return figures + _times(model, system, float(expert_bytes.max()))
 
 
-def _times(model: Model, system: System, weight: float) -> list[Figure]:
+def _times(model: Model, system: System, weight: float) -> list[Derived]:
     """Microseconds at one row, then the rows at which one way overtakes another (timing model, section 2)."""
     gpu, ndp, link, flop = system.gpu, system.ndp, system.link, model.flop_per_row
 
@@ -89,15 +89,15 @@ def _times(model: Model, system: System, weight: float) -> list[Figure]:
     bound = _first(lambda rows: flop * rows / gpu.flop_s - weight / gpu.bytes_s)
     dense = max(model.dense_bytes / gpu.bytes_s, model.dense_flop_per_row / gpu.flop_s) + gpu.launch_s
     times = [
-        Figure("dense_us", 1e6 * dense, "dense part of a layer at one row, empty KV cache"),
-        Figure("head_us", 1e6 * (model.head_bytes / gpu.bytes_s + gpu.launch_s), "head, once a step"),
-        Figure("gpu_us", 1e6 * float(on_gpu(1)), "a resident expert on the GPU, one row"),
+        Derived("dense_us", 1e6 * dense, "dense part of a layer at one row, empty KV cache"),
+        Derived("head_us", 1e6 * (model.head_bytes / gpu.bytes_s + gpu.launch_s), "head, once a step"),
+        Derived("gpu_us", 1e6 * float(on_gpu(1)), "a resident expert on the GPU, one row"),
     ]
-    crossovers = [Figure("gpu_compute_bound_rows", bound, "from here an expert is compute-bound on the GPU")]
+    crossovers = [Derived("gpu_compute_bound_rows", bound, "from here an expert is compute-bound on the GPU")]
     if link is None:
         return times + crossovers
     fetch = weight / link.bytes_s + link.latency_s
-    times.append(Figure("fetch_us", 1e6 * fetch, "its weights over the link"))
+    times.append(Derived("fetch_us", 1e6 * fetch, "its weights over the link"))
     if ndp is None:
         return times + crossovers
 
@@ -107,14 +107,14 @@ def _times(model: Model, system: System, weight: float) -> list[Figure]:
         return work + 2 * activations
 
     bound = _first(lambda rows: flop * rows / ndp.flop_s - weight / ndp.bytes_s)
-    crossovers.append(Figure("ndp_compute_bound_rows", bound, "from here it is compute-bound on NDP units"))
+    crossovers.append(Derived("ndp_compute_bound_rows", bound, "from here it is compute-bound on NDP units"))
     shares = {1: ("unit", "one unit"), ndp.units: ("all_units", f"all {ndp.units} units")}
     for g, (name, words) in shares.items():
-        times.append(Figure(f"{name}_us", 1e6 * float(on_units(1, g)), f"on {words}, one row, activations included"))
+        times.append(Derived(f"{name}_us", 1e6 * float(on_units(1, g)), f"on {words}, one row, activations included"))
         resident = _first(lambda rows, g=g: on_units(rows, g) - on_gpu(rows))
         fetched = _first(lambda rows, g=g: on_units(rows, g) - on_gpu(rows) - fetch)
-        crossovers.append(Figure(f"gpu_beats_{name}_rows", resident, f"from here a resident expert beats {words}"))
-        crossovers.append(Figure(f"fetch_beats_{name}_rows", fetched, f"from here fetching it first beats {words}"))
+        crossovers.append(Derived(f"gpu_beats_{name}_rows", resident, f"from here a resident expert beats {words}"))
+        crossovers.append(Derived(f"fetch_beats_{name}_rows", fetched, f"from here fetching it first beats {words}"))
     return times + crossovers
 
 

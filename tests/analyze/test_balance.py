@@ -18,7 +18,7 @@ from moetrace.analyze.balance.plans import Plan, Tier, make_plan, moved_bytes
 from moetrace.analyze.balance.units import FRAMES, balance, plan_for_next
 from moetrace.generators import generate_trace
 from moetrace.importers.importing import import_traces
-from moetrace.results import replay
+from moetrace.results.replay import replay
 from moetrace.spec import PolicySpec, load_model, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace

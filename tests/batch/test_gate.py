@@ -243,7 +243,7 @@ def test_exactly_what_is_beyond_the_tolerance_moves(baseline, share, percent, me
     value = baseline * (1 + share)
     found = _moved(metric, baseline, value, Tolerances([f"{percent!r}%"])).verdict
     within = abs(value - baseline) <= percent / 100 * baseline
-    more_is_better = METRICS[metric].better == "more"
+    more_is_better = METRICS[metric].better == "higher"
     assert found == ("same" if within else "better" if (value > baseline) == more_is_better else "worse")
 
 

@@ -17,8 +17,9 @@ from support.sweeps import KILLS, files, files_of
 
 import moetrace as mt
 from moetrace.batch import cell as cell_module
-from moetrace.batch import executors, front, work
+from moetrace.batch import executors, work
 from moetrace.batch import sweep as sweep_module
+from moetrace.batch.cell_frame import pareto_marks
 from moetrace.engine import decoded as decoded_module
 from moetrace.engine.decoded import needs_of
 from moetrace.engine.demand import demand_of
@@ -425,7 +426,7 @@ def test_evaluate_needs_no_folder_and_takes_a_part_of_a_trace():
 def test_the_front_against_a_slow_oracle(small):
     frame = mt.sweep({"trace": [small, MIXTRAL], "slots": [0, 4, 8, 32, 64], "set": {"system.ndp.units": [4, 6]}}).cells
     for cost in ("gpu_memory_bytes", "link_bytes"):
-        marks = front._front(frame, cost).to_list()
+        marks = pareto_marks(frame, cost).to_list()
         rows = list(frame.select("trace", "total_s", cost).iter_rows())
         for (trace, seconds, spent), mark in zip(rows, marks, strict=True):
             beaten = any(t == trace and s <= seconds and c <= spent and (s < seconds or c < spent) for t, s, c in rows)

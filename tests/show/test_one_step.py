@@ -6,7 +6,8 @@ import json
 import pytest
 
 import moetrace as mt
-from moetrace.show.charts.one_step import NAME, one_step
+from moetrace.results.record import TIMELINE_FILE
+from moetrace.show.charts.one_step import one_step
 
 pytest.importorskip("altair")
 
@@ -35,8 +36,8 @@ EVENTS = [
 
 
 def write(folder, value):
-    (folder / NAME).write_bytes(gzip.compress(json.dumps(value).encode()))
-    return folder / NAME
+    (folder / TIMELINE_FILE).write_bytes(gzip.compress(json.dumps(value).encode()))
+    return folder / TIMELINE_FILE
 
 
 def test_the_last_step_is_drawn_from_its_start(tmp_path):
@@ -53,7 +54,7 @@ def test_the_last_step_is_drawn_from_its_start(tmp_path):
 
 
 def test_nothing_recorded_is_no_section(tmp_path):
-    assert one_step(tmp_path / NAME) is None
+    assert one_step(tmp_path / TIMELINE_FILE) is None
     assert one_step(write(tmp_path, {"traceEvents": []})) is None
 
 
@@ -62,12 +63,12 @@ def test_nothing_recorded_is_no_section(tmp_path):
     [b"", b"no gzip", gzip.compress(b"{")[:-4], gzip.compress(b"[]"), gzip.compress(b'{"traceEvents": [{}]}')],
 )
 def test_what_is_no_timeline_is_one_sentence(tmp_path, content):
-    (tmp_path / NAME).write_bytes(content)
+    (tmp_path / TIMELINE_FILE).write_bytes(content)
     with pytest.raises(mt.MoetraceError, match="is not what moetrace writes"):
-        one_step(tmp_path / NAME)
+        one_step(tmp_path / TIMELINE_FILE)
 
 
 def test_what_unpacks_to_too_much_is_refused(tmp_path):
-    (tmp_path / NAME).write_bytes(gzip.compress(bytes(65 << 20), 1))
+    (tmp_path / TIMELINE_FILE).write_bytes(gzip.compress(bytes(65 << 20), 1))
     with pytest.raises(mt.MoetraceError, match="too long for a report"):
-        one_step(tmp_path / NAME)
+        one_step(tmp_path / TIMELINE_FILE)

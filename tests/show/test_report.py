@@ -15,7 +15,8 @@ import pytest
 from support.sweeps import sweep_folder
 
 import moetrace as mt
-from moetrace.results.replayed import Summary, read_replayed, replayed_of
+from moetrace.results.record import SummaryFile
+from moetrace.results.replayed import read_replayed, replayed_of
 from moetrace.show.charts import latency, layers, load, over_time, parts, utilization
 from moetrace.show.report.again import again, toml
 from moetrace.show.report.page import number, seconds
@@ -354,7 +355,7 @@ def test_how_to_run_it_again_is_true(result, tmp_path, monkeypatch):
         policies=[words[i + 1] for i, word in enumerate(words) if word == "--policy"],
         slots=48,
     )
-    assert replayed_of(same).summary == summary and isinstance(summary, Summary)
+    assert replayed_of(same).summary == summary and isinstance(summary, SummaryFile)
     assert sorted(run.files) == ["model.toml", "policy-1.toml", "system.toml"]
 
 

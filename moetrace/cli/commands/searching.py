@@ -11,7 +11,7 @@ import click
 from moetrace.cli.tables.output import figure, print_json, print_rows
 
 if TYPE_CHECKING:
-    from moetrace.batch.choices import Choices
+    from moetrace.batch.choices import SearchChoices
     from moetrace.batch.search import Search, Trial
 
 _SHOWN = 12
@@ -23,19 +23,19 @@ def search(source: Path, folder: Path, jobs: int, dask: str | None, pareto: str 
     from moetrace.cli.progress import LateBar
 
     with announce_compiling():
-        from moetrace.batch.choices import choices_of
-        from moetrace.batch.folder import Folder
+        from moetrace.batch.choices import check_choices
         from moetrace.batch.grid import load_space
         from moetrace.batch.search import run_search
         from moetrace.batch.sweep import farm_of
+        from moetrace.batch.sweep_folder import SweepFolder
 
         space = load_space(source)
-        choices = choices_of(space._replace(pareto=pareto or space.pareto))
+        choices = check_choices(space._replace(pareto=pareto or space.pareto))
         with farm_of(jobs, dask) as (farm, dashboard):
             if dashboard:
                 click.echo(f"moetrace: Dask's dashboard: {dashboard}", err=True)
             with LateBar("trials", _judged(choices)) as bar:
-                found = run_search(choices, Folder(folder), farm, bar.advance)
+                found = run_search(choices, SweepFolder(folder), farm, bar.advance)
     _report(found)
     if form == "json":
         print_json(found.to_dict() | {"trials": found.frame.to_dicts()})
@@ -48,7 +48,7 @@ def search(source: Path, folder: Path, jobs: int, dask: str | None, pareto: str 
         raise click.exceptions.Exit(1)
 
 
-def _judged(choices: "Choices") -> int:
+def _judged(choices: "SearchChoices") -> int:
     """About how many trials will be judged, over all parts."""
     halving = choices.halving
     return 1 + sum(-(-halving.trials // halving.keep**part) for part in range(halving.parts))

@@ -11,7 +11,7 @@ from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
     from moetrace.spec import Model, PolicySpec, System
-    from moetrace.spec.derived import Figure
+    from moetrace.spec.derived import Derived
 
 
 @click.command("show")
@@ -49,7 +49,7 @@ def command(kind: str, name: str, model_name: str | None, settings: tuple[str, .
             click.echo(f"A replay would be refused: {misfit}", err=True)
 
 
-def _print(spec: "Model | System | PolicySpec", figures: "list[Figure]", form: str) -> None:
+def _print(spec: "Model | System | PolicySpec", figures: "list[Derived]", form: str) -> None:
     from moetrace.spec import PolicySpec, canonical
 
     resolved = canonical(spec)

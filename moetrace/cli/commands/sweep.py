@@ -13,7 +13,7 @@ from moetrace.cli.tables.output import format_option, print_json
 from moetrace.spec.errors import UsageError, counted
 
 if TYPE_CHECKING:
-    from moetrace.batch.sweep import Plan, Sweep
+    from moetrace.batch.sweep import Sweep, SweepPlan
 
 _SHOWN_ERRORS = 10
 
@@ -73,9 +73,9 @@ def command(
 
         start_early()
     with announce_compiling():
-        from moetrace.batch.sweep import Plan
+        from moetrace.batch.sweep import SweepPlan
 
-        plan = Plan(source, folder, pareto, reads=dry_run)
+        plan = SweepPlan(source, folder, pareto, reads=dry_run)
         if dry_run:
             _print_plan(plan, jobs or _cores(), form)
             return
@@ -94,7 +94,7 @@ def command(
         raise click.exceptions.Exit(1)
 
 
-def _run(plan: "Plan", jobs: int | None, dask: str | None) -> "Sweep":
+def _run(plan: "SweepPlan", jobs: int | None, dask: str | None) -> "Sweep":
     from moetrace.batch.sweep import farm_of
     from moetrace.cli.progress import LateBar
 
@@ -154,7 +154,7 @@ def _report(sweep: "Sweep") -> None:
         )
 
 
-def _print_plan(plan: "Plan", jobs: int, form: str) -> None:
+def _print_plan(plan: "SweepPlan", jobs: int, form: str) -> None:
     """Print the cells, each with what would be done, and how long that takes."""
     from moetrace.cli.tables.output import print_rows
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from moetrace.cli.tables.output import stdout_console, widest, width_of
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
+from moetrace.results.record import FIGURES, value_in
 from moetrace.spec.errors import counted
 
 # Between two columns.
@@ -16,11 +17,19 @@ _GAP = 2
 _LEAST = 72
 
 
-class _Column(NamedTuple):
+class _FigureColumn(NamedTuple):
     heading: str
-    figure: Callable[[dict[str, Any]], float | None]  # of a policy, in the heading's unit
+    value: Callable[[dict[str, Any]], float | None]  # of a policy, in the heading's unit
     form: str = "digits"  # or "percent" or "factor"
     always: bool = True  # False: only if it is neither zero nor undefined for every policy
+
+
+def _column(name: str, always: bool = True) -> _FigureColumn:
+    """The column of a figure of `summary.json`, with what `results.record` says of it."""
+    figure = FIGURES[name]
+    factor, _ = figure.shown
+    form = {"share": "percent", "ratio": "factor"}.get(figure.unit, "digits")
+    return _FigureColumn(figure.column, lambda policy: _times(factor, value_in(policy, name)), form, always)
 
 
 def print_comparison(summary: dict[str, Any], name: str) -> None:
@@ -36,31 +45,31 @@ def print_comparison(summary: dict[str, Any], name: str) -> None:
         console.print(line)
 
 
-def _groups() -> list[list[_Column]]:
+def _groups() -> list[list[_FigureColumn]]:
     """Columns that should stay together: what it takes, what could be saved, how the machine is used."""
     return [
         [
-            _Column("total\nms", lambda p: _times(1e3, p["total_s"])),
-            _Column("speed-\nup", lambda p: p["speedup"], "factor"),
-            _Column("prefill\nms", lambda p: _times(1e3, p["prefill_s"]), always=False),
-            _Column("decode\nms", lambda p: _times(1e3, p["decode_s"]), always=False),
-            _Column("mixed\nms", lambda p: _times(1e3, p["mixed_s"]), always=False),
-            _Column("TTFT\nms", lambda p: _times(1e3, p["ttft_s"]["p50"]), always=False),
-            _Column("TPOT\nms", lambda p: _times(1e3, p["tpot_s"]["p50"]), always=False),
+            _column("total_s"),
+            _column("speedup"),
+            _column("prefill_s", always=False),
+            _column("decode_s", always=False),
+            _column("mixed_s", always=False),
+            _column("ttft_s.p50", always=False),
+            _column("tpot_s.p50", always=False),
         ],
         [
-            _Column("over bound\nms", lambda p: 1e3 * (p["total_s"] - p["work_bound_s"])),
-            _Column("\n%", lambda p: _over(p, "work_bound_s"), "percent"),
-            _Column("over clairv.\nms", lambda p: 1e3 * (p["total_s"] - p["clairvoyant_s"])),
-            _Column("\n%", lambda p: _over(p, "clairvoyant_s"), "percent"),
+            _FigureColumn("over bound\nms", lambda p: 1e3 * (p["total_s"] - p["work_bound_s"])),
+            _FigureColumn("\n%", lambda p: _over(p, "work_bound_s"), "percent"),
+            _FigureColumn("over clairv.\nms", lambda p: 1e3 * (p["total_s"] - p["clairvoyant_s"])),
+            _FigureColumn("\n%", lambda p: _over(p, "clairvoyant_s"), "percent"),
         ],
         [
-            _Column("hits\n%", lambda p: _times(100, p["hit_rate"]), "percent"),
-            _Column("GPU\nbusy %", lambda p: _times(100, p["utilization"]["gpu"]), "percent"),
-            _Column("NDP\nbusy %", lambda p: _times(100, _mean(p["utilization"]["ndp"])), "percent", False),
-            _Column("link in\nbusy %", lambda p: _times(100, p["utilization"]["link_in"]), "percent", False),
-            _Column("fetched\nGB", lambda p: _times(1e-9, p["demand_bytes"]), always=False),
-            _Column("prefetch\nGB", lambda p: _times(1e-9, p["prefetch_bytes"]), always=False),
+            _column("hit_rate"),
+            _column("utilization.gpu"),
+            _column("utilization.ndp", always=False),
+            _column("utilization.link_in", always=False),
+            _column("demand_bytes", always=False),
+            _column("prefetch_bytes", always=False),
         ],
     ]
 
@@ -70,7 +79,7 @@ def _parts(policies: list[dict[str, Any]], width: int) -> list[list[list[str]]]:
     names = ["policy", *(policy["name"] for policy in policies)]
     parts: list[list[list[str]]] = []
     for group in _groups():
-        figures = [(column, [column.figure(policy) for policy in policies]) for column in group]
+        figures = [(column, [column.value(policy) for policy in policies]) for column in group]
         shown = [
             [column.heading, *_cells(column.form, values)] for column, values in figures if column.always or any(values)
         ]
@@ -133,8 +142,3 @@ def _times(factor: float, value: float | None) -> float | None:
 
 def _over(policy: dict[str, Any], bound: str) -> float | None:
     return 100 * (policy["total_s"] / policy[bound] - 1) if policy[bound] else None
-
-
-def _mean(shares: list[float | None]) -> float | None:
-    known = [share for share in shares if share is not None]
-    return sum(known) / len(known) if known else None

@@ -5,20 +5,21 @@ from rich import box
 from rich.table import Table
 
 from moetrace.cli.tables.output import figure, stdout_console, widen
+from moetrace.results.record import COLUMNS, COSTS
 
-_LABELS = ("trace", "model", "system", "policy", "slots")
-# Column of the frame, heading, factor, form; those that are zero or undefined in all cells are left out.
-_FIGURES = (
-    ("total_s", "total\nms", 1e3, "{:,.1f}"),
-    ("speedup", "speed-\nup", 1, "{:.2f}x"),
-    ("ttft_s_p50", "TTFT\nms", 1e3, "{:,.2f}"),
-    ("tpot_s_p50", "TPOT\nms", 1e3, "{:,.3f}"),
-    ("hit_rate", "hits\n%", 100, "{:.1f}"),
-    ("gpu_memory_bytes", "GPU mem.\nGB", 1e-9, "{:,.2f}"),
-    ("link_bytes", "link\nGB", 1e-9, "{:,.1f}"),
-    ("price", "price", 1, "{:,.0f}"),
-)
-_AGAINST = {"gpu_memory_bytes": "GPU memory (dense weights and slots)", "link_bytes": "bytes over the link"}
+# Columns of the frame, and how a number of each is written in the unit that people are shown; those that are zero or
+# undefined in all cells are left out.
+_FORMS = {
+    "total_s": "{:,.1f}",
+    "speedup": "{:.2f}x",
+    "ttft_s_p50": "{:,.2f}",
+    "tpot_s_p50": "{:,.3f}",
+    "hit_rate": "{:.1f}",
+    "gpu_memory_bytes": "{:,.2f}",
+    "link_bytes": "{:,.1f}",
+    "price": "{:,.0f}",
+}
+_AGAINST = {"gpu_memory_bytes": COSTS["gpu_memory_bytes"].label, "link_bytes": "bytes over the link"}
 
 
 def print_sweep(cells: pl.DataFrame, pareto: str) -> None:
@@ -32,10 +33,11 @@ def print_sweep(cells: pl.DataFrame, pareto: str) -> None:
             axis.rpartition(".")[2] if sum(a.rpartition(".")[2] == axis.rpartition(".")[2] for a in axes) == 1 else axis
         )
         columns.append((heading, [figure(value) for value in cells[axis]], cells[axis].dtype.is_numeric()))
-    for name, heading, factor, form in _FIGURES:
+    for name, form in _FORMS.items():
         if name in cells.columns and any(cells[name].drop_nulls()):
+            factor, _ = COLUMNS[name].shown
             texts = ["-" if value is None else form.format(factor * value) for value in cells[name]]
-            columns.append((heading, texts, True))
+            columns.append((COLUMNS[name].column, texts, True))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for heading, texts, right in columns:
         width = max(map(len, (*texts, *heading.split("\n"))))

@@ -6,8 +6,9 @@ from typing import Any, get_type_hints
 import msgspec
 import polars as pl
 
-from moetrace.results.replayed import Count, TraceFacts, read_json
-from moetrace.show.charts.style import Figure, in_order, lines
+from moetrace.results.read_json import read_json
+from moetrace.results.record import Count, TraceFacts
+from moetrace.show.charts.style import ChartGroup, in_order, lines
 from moetrace.show.plots.cache_plot import curves
 from moetrace.spec.errors import MoetraceError, UsageError
 
@@ -45,7 +46,7 @@ class _Balance(msgspec.Struct):
     over_time: list[_Row]
 
 
-def hit_curves(path: Path, trace: TraceFacts) -> Figure:
+def hit_curves(path: Path, trace: TraceFacts) -> ChartGroup:
     """Draw how often caches of each capacity would have hit.
 
     Raises MoetraceError if the file is not what `analyze cache` prints, UsageError if its capacities are of two kinds,
@@ -86,10 +87,10 @@ def hit_curves(path: Path, trace: TraceFacts) -> Figure:
             "more. Where it is low, the working set does not fit; where it is high and the others are not, a better "
             "policy would help."
         )
-    return Figure("cache", "Hit curves of caches", words, panels, points.rename({"capacity": f"capacity, {unit}"}))
+    return ChartGroup("cache", "Hit curves of caches", words, panels, points.rename({"capacity": f"capacity, {unit}"}))
 
 
-def balance(path: Path, trace: TraceFacts) -> Figure:
+def balance(path: Path, trace: TraceFacts) -> ChartGroup:
     """Draw how evenly placements and plans spread rows over units, by layer and over time.
 
     Raises MoetraceError if the file is not what `analyze balance` prints, UsageError if it is of another trace.
@@ -129,7 +130,7 @@ def balance(path: Path, trace: TraceFacts) -> Figure:
         "are made once and get stale; re-made ones follow the load; clairvoyant ones know what they are judged on."
     )
     table = layers.select(shown).rename({"policy": "placement, plan", "least_imbalance": "least possible"})
-    return Figure("balance", "Balance of placements and plans", words, panels, table)
+    return ChartGroup("balance", "Balance of placements and plans", words, panels, table)
 
 
 def _of_another(path: Path) -> UsageError:

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from moetrace.results.replayed import Replayed
-from moetrace.show.charts.style import Figure, by_policy, colour, data, lines, log_if_wide
+from moetrace.show.charts.style import ChartGroup, by_policy, colour, data, lines, log_if_wide
 
 # Shares of steps or requests at which a distribution is drawn, closer together towards its slow end.
 _SHARES = np.unique(np.concatenate([np.linspace(0, 0.9, 46), np.linspace(0.9, 0.99, 19), [0.995, 0.999, 1.0]]))
@@ -17,7 +17,7 @@ PARTS = {"dense_s": "dense layers", "moe_s": "experts", "head_s": "head", "wait_
 _PERIODS = 160  # of a chart over time
 
 
-def latency(replayed: Replayed) -> Figure | None:
+def latency(replayed: Replayed) -> ChartGroup | None:
     """Draw which share of steps and of requests was done within which time."""
     import altair as alt
 
@@ -38,10 +38,10 @@ def latency(replayed: Replayed) -> Figure | None:
         "from there on, per output token."
     )
     table = pl.DataFrame([_table_row(*sample) for sample in samples])
-    return Figure("latency", "How long steps and requests take", words, panels, table)
+    return ChartGroup("latency", "How long steps and requests take", words, panels, table)
 
 
-def parts(replayed: Replayed) -> Figure | None:
+def parts(replayed: Replayed) -> ChartGroup | None:
     """Draw the time of each policy, split into what it was spent on."""
     import altair as alt
 
@@ -89,10 +89,10 @@ def parts(replayed: Replayed) -> Figure | None:
         *(pl.col(name).alias(f"{PARTS[name]}, s") for name in shown),
         pl.sum_horizontal(*PARTS).alias("all, s"),
     )
-    return Figure("parts", "Where the time goes", words, [("Time by part", chart)], table)
+    return ChartGroup("parts", "Where the time goes", words, [("Time by part", chart)], table)
 
 
-def bounds(replayed: Replayed) -> Figure | None:
+def bounds(replayed: Replayed) -> ChartGroup | None:
     """Draw the total of each policy beside its two yardsticks."""
     import altair as alt
 
@@ -130,10 +130,10 @@ def bounds(replayed: Replayed) -> Figure | None:
     )
     chart = alt.LayerChart(layer=[bar, marks], height=34 * len(replayed.names))
     table = figures.rename({name: f"{name}, s" for name in figures.columns[1:]})
-    return Figure("bounds", "How far from the best possible", words, [("Total and yardsticks", chart)], table)
+    return ChartGroup("bounds", "How far from the best possible", words, [("Total and yardsticks", chart)], table)
 
 
-def over_time(replayed: Replayed) -> Figure | None:
+def over_time(replayed: Replayed) -> ChartGroup | None:
     """Draw the mean time of a step, and the hit rate, from the first step to the last."""
     import altair as alt
 
@@ -162,7 +162,7 @@ def over_time(replayed: Replayed) -> Figure | None:
         "slow; a hit rate that rises at first is a cache that fills."
     )
     table = periods.rename({"from": "from step", "ms": "ms a step", "hit_rate": "hit rate"})
-    return Figure("over_time", "From the first step to the last", words, panels, table)
+    return ChartGroup("over_time", "From the first step to the last", words, panels, table)
 
 
 def _each(replayed: Replayed, *columns: str) -> Iterator[tuple[str, dict[str, np.ndarray]]]:

@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 
 from moetrace.results.replayed import Replayed
-from moetrace.show.charts.style import Figure, colour, data, in_order, lines, shape
+from moetrace.show.charts.style import ChartGroup, colour, data, in_order, lines, shape
 
 _MOST_UNITS = 16  # that get a row of their own
 _MOST_CELLS = 1 << 15  # of a map of experts
@@ -14,7 +14,7 @@ _UNIT = r"^(gpu|ndp[0-9]+|cpu|link_in|link_out)$"  # a stranger's file may name 
 _NAMES = {"gpu": "GPU", "cpu": "CPU", "link_in": "link in", "link_out": "link out"}
 
 
-def utilization(replayed: Replayed) -> Figure | None:
+def utilization(replayed: Replayed) -> ChartGroup | None:
     """Draw the busy share of each part of the machine, a mark for each policy."""
     import altair as alt
 
@@ -65,10 +65,10 @@ def utilization(replayed: Replayed) -> Figure | None:
         "is the direction towards the GPU."
     )
     table = used.pivot("policy", index="unit", values="utilization", maintain_order=True)
-    return Figure("utilization", "How busy each part of the machine is", words, [("Busy share", chart)], table)
+    return ChartGroup("utilization", "How busy each part of the machine is", words, [("Busy share", chart)], table)
 
 
-def layers(replayed: Replayed) -> Figure | None:
+def layers(replayed: Replayed) -> ChartGroup | None:
     """Draw imbalance, hit rate and time of each layer, a line for each policy."""
     import altair as alt
 
@@ -108,10 +108,10 @@ def layers(replayed: Replayed) -> Figure | None:
         "units had work. A hit is an active expert that was on the GPU when the router spoke."
     )
     table = rows.rename({"hit_rate": "hit rate", "ms": "ms a step"})
-    return Figure("layers", "How layers differ", words, panels, table)
+    return ChartGroup("layers", "How layers differ", words, panels, table)
 
 
-def load(replayed: Replayed) -> Figure | None:
+def load(replayed: Replayed) -> ChartGroup | None:
     """Draw a cell for each layer and expert: how often it is chosen, in times the mean of its layer."""
     import altair as alt
 
@@ -172,7 +172,7 @@ def load(replayed: Replayed) -> Figure | None:
         "experts worth keeping on the GPU; a layer of one colour leaves a cache nothing to learn."
         + (f" A cell is {grouped} neighbouring experts." if grouped > 1 else "")
     )
-    return Figure("load", "Which experts are wanted", words, [("Load of each expert", chart)], _load_table(experts))
+    return ChartGroup("load", "Which experts are wanted", words, [("Load of each expert", chart)], _load_table(experts))
 
 
 def _load_table(experts: pl.DataFrame) -> pl.DataFrame:

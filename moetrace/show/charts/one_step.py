@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from moetrace.results.replayed import MOST_JSON_BYTES
-from moetrace.show.charts.style import Figure, colour, data
+from moetrace.results.read_json import MOST_JSON_BYTES
+from moetrace.results.record import TIMELINE_FILE
+from moetrace.show.charts.style import ChartGroup, colour, data
 from moetrace.spec.errors import MoetraceError, printable
 
-NAME = "timeline.json.gz"
 _KINDS = ("dense", "expert", "fetch", "prefetch", "activations", "wait", "head")
 _MOST_PANELS = 4
 _MOST_SLICES = 2500  # of a panel
@@ -35,7 +35,7 @@ class _Timeline(msgspec.Struct):
     traceEvents: list[_Event]  # noqa: N815 (the format's own name)
 
 
-def one_step(path: Path) -> Figure | None:
+def one_step(path: Path) -> ChartGroup | None:
     """Draw the last step that was recorded, a panel for each policy; None if there is no such file, or nothing in it.
 
     Raises MoetraceError if the file is not what `moetrace replay --timeline` writes.
@@ -66,9 +66,9 @@ def one_step(path: Path) -> Figure | None:
     words = (
         f"Step {last:,}, the last that was recorded: each bar is one piece of work, from left to right in ms since the "
         "step began. What is long and alone is what the step waits for. The whole record opens in Perfetto "
-        f"({NAME})."
+        f"({TIMELINE_FILE})."
     )
-    return Figure("one_step", "One step in time", words, panels, pl.concat(tables))
+    return ChartGroup("one_step", "One step in time", words, panels, pl.concat(tables))
 
 
 def _read(path: Path) -> list[_Event]:

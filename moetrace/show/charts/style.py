@@ -1,4 +1,4 @@
-"""What all charts share: colours and dashes of policies, marks that answer to a pointer, the form of a figure."""
+"""What all charts share: colours and dashes of policies, marks that answer to a pointer, the form of an answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _LEGEND_WIDTH = 280  # pixels, of a phone
 
 
 @dataclass(frozen=True)
-class Figure:
+class ChartGroup:
     """The answer to one question: panels, the table behind them, and what they show in plain words.
 
     Attributes:

@@ -4,19 +4,17 @@ from typing import Any
 
 import polars as pl
 
+from moetrace.results.record import COSTS
 from moetrace.results.swept import Swept
-from moetrace.show.charts.style import Figure, colour, data, log_if_wide, shape
+from moetrace.show.charts.style import ChartGroup, colour, data, log_if_wide, shape
 
-_COSTS = {
-    "gpu_memory_bytes": "GPU memory (dense weights and slots), GB",
-    "link_bytes": "moved over the link, GB",
-    "price": "price of the machine",
-}
+# Titles of axes.
+_COSTS = {name: f"{cost.label}, GB" if cost.unit == "bytes" else cost.label for name, cost in COSTS.items()}
 _MOST_PANELS = 6
 _MOST_VALUES = 24
 
 
-def front(swept: Swept) -> Figure | None:
+def pareto_front(swept: Swept) -> ChartGroup | None:
     """Draw time against GPU memory and link bytes, the Pareto front marked; a panel for each trace."""
     import altair as alt
 
@@ -58,15 +56,15 @@ def front(swept: Swept) -> Figure | None:
             panels.append((title, alt.LayerChart(layer=layers, height=300)))
     words = "Each mark is a cell. Towards the lower left is better: faster, and with less."
     if marked:
-        cost = _COSTS[swept.pareto].removesuffix(", GB")
+        cost = COSTS[swept.pareto].label
         words += f" Ringed and joined: the Pareto front, cells that no other beats in both time and {cost}."
     columns = ["name", "total_s", *costs, "pareto"]
     table = done.filter("pareto").sort("total_s").select(columns) if done["pareto"].any() else done.select(columns)
     table = table.rename({"total_s": "seconds", **{cost: _COSTS[cost] for cost in costs}})
-    return Figure("front", "Time against what it costs", words, panels[:_MOST_PANELS], table) if panels else None
+    return ChartGroup("front", "Time against what it costs", words, panels[:_MOST_PANELS], table) if panels else None
 
 
-def axes(swept: Swept) -> Figure | None:
+def axes(swept: Swept) -> ChartGroup | None:
     """Draw the cells by the value of each axis; time is relative to the fastest cell of its trace."""
     import altair as alt
 
@@ -112,7 +110,7 @@ def axes(swept: Swept) -> Figure | None:
         "Each tick is a cell, by the value that it has on an axis; the diamond is the median of that value. Time is in "
         "times that of the fastest cell of the same trace: 1 is the fastest."
     )
-    return Figure("axes", "What each axis does", words, panels, pl.DataFrame(rows))
+    return ChartGroup("axes", "What each axis does", words, panels, pl.DataFrame(rows))
 
 
 def _few() -> Any:

@@ -38,11 +38,13 @@ def report(
         >>> trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=8, output=8)
         >>> mt.report(mt.replay(trace, slots=48), "report.html")
     """
-    from moetrace.results.replay import Result
     from moetrace.trace.atomic import check_writable, keep_inputs, whole_file
 
-    if not isinstance(source, Result | str | os.PathLike):
-        raise UsageError(f"A report is of a Result or a folder, got {type(source).__name__}.")
+    if not isinstance(source, str | os.PathLike):
+        from moetrace.results.replay import Result  # who has one has loaded the engine
+
+        if not isinstance(source, Result):
+            raise UsageError(f"A report is of a Result or a folder, got {type(source).__name__}.")
     path = Path(output)
     others = [Path(file) for file in (cache, balance) if file is not None]
     keep_inputs(path, others)
@@ -65,7 +67,9 @@ def render(
     balance: str | os.PathLike[str] | None = None,
 ) -> bytes:
     """Return the page's bytes; arguments and errors are those of `report`."""
-    from moetrace.results.replayed import folder_of, read_replayed, replayed_of
+    from moetrace.results.folder import existing_folder
+    from moetrace.results.record import SUMMARY_FILE, SWEEP_FILE
+    from moetrace.results.replayed import read_replayed, replayed_of
     from moetrace.results.swept import read_swept
     from moetrace.show.report.replay_page import replay_page
     from moetrace.show.report.sweep_page import sweep_page
@@ -73,10 +77,10 @@ def render(
     extra = [Path(file) if file is not None else None for file in (cache, balance)]
     if not isinstance(source, str | os.PathLike):
         return replay_page(replayed_of(source), None, *extra)
-    folder = folder_of(source)
-    if (folder / "summary.json").exists():
+    folder = existing_folder(source)
+    if (folder / SUMMARY_FILE).exists():
         return replay_page(read_replayed(folder), folder, *extra)
-    if (folder / "sweep.json").exists():
+    if (folder / SWEEP_FILE).exists():
         if cache is not None or balance is not None:
             raise UsageError("What `moetrace analyze` found goes into the report of one replay, not of a sweep.")
         return sweep_page(read_swept(folder))

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from moetrace.results.replayed import Summary
-from moetrace.results.summary import choices_of
+from moetrace.results.record import Summary, choices_of
 from moetrace.spec import (
     Model,
     MoetraceError,

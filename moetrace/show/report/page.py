@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from moetrace.show.charts.style import Figure
+from moetrace.show.charts.style import ChartGroup
 from moetrace.show.plots.picture import inked
 from moetrace.spec.errors import printable
 
@@ -169,7 +169,7 @@ def prose(words: str) -> str:
     return _CODE.sub(_MARKED, text(words))
 
 
-def figure(found: Figure) -> tuple[str, str, str]:
+def figure(found: ChartGroup) -> tuple[str, str, str]:
     """Return a figure as a section: words, panels, and the table behind them."""
     panels = []
     for number, (title, chart) in enumerate(found.panels, start=1):

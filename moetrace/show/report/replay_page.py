@@ -1,19 +1,33 @@
 """The report of one replay."""
 
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import polars as pl
 
-from moetrace.results.replayed import PolicyFigures, Replayed, Summary, readable
+from moetrace.results.read_parquet import readable
+from moetrace.results.record import FIGURES, TIMELINE_FILE, PolicyFigures, Summary, value_in
+from moetrace.results.replayed import Replayed
 from moetrace.show.charts import QUESTIONS
 from moetrace.show.charts.analyzed import balance as balanced
 from moetrace.show.charts.analyzed import hit_curves
-from moetrace.show.charts.one_step import NAME, one_step
+from moetrace.show.charts.one_step import one_step
 from moetrace.show.report import page
 from moetrace.show.report.again import again
 
 _FEW = 6  # policies that get a card each
+# In the table of all figures: the speed-up after the total, the yardsticks before the hits, the rest as in the file.
+_PLACES = {"speedup": "prefill_s", "work_bound_s": "hit_rate", "clairvoyant_s": "hit_rate"}
+
+
+def _in_order() -> list[str]:
+    names = [name for name, figure in FIGURES.items() if figure.label and name not in _PLACES]
+    for name, before in _PLACES.items():
+        names.insert(names.index(before), name)
+    return names
+
+
+_LISTED = _in_order()
 
 
 def replay_page(replayed: Replayed, folder: Path | None, cache: Path | None, balance: Path | None) -> bytes:
@@ -22,7 +36,7 @@ def replay_page(replayed: Replayed, folder: Path | None, cache: Path | None, bal
     sections = [("policies", "Policies side by side", _side_by_side(summary))]
     with readable((folder or Path()) / "steps.parquet"):
         figures = [draw(replayed) for draw in QUESTIONS.values()]
-    figures.append(one_step(folder / NAME) if folder else None)
+    figures.append(one_step(folder / TIMELINE_FILE) if folder else None)
     figures.append(hit_curves(cache, summary.trace) if cache else None)
     figures.append(balanced(balance, summary.trace) if balance else None)
     sections += [page.figure(found) for found in figures if found is not None]
@@ -88,32 +102,9 @@ def _card(policy: PolicyFigures, fastest: bool) -> str:
 
 
 def _figures(summary: Summary) -> pl.DataFrame:
-    """A row for each figure, a column for each policy."""
-    rows: dict[str, list[str]] = {}
-
-    def row(name: str, value: Any) -> None:
-        rows.setdefault(name, []).append(value)
-
-    for policy in summary.policies:
-        ndp = [share for share in policy.utilization.ndp if share is not None]
-        row("total", page.seconds(policy.total_s))
-        row("speed-up against the first", "–" if policy.speedup is None else f"{policy.speedup:.3f}×")
-        for name in ("prefill_s", "decode_s", "mixed_s"):
-            row(f"in {name[:-2]} steps", page.seconds(getattr(policy, name)))
-        row("output tokens a second", page.number(policy.tokens_per_s))
-        for name, spread in (("step", policy.step_s), ("TTFT", policy.ttft_s), ("TPOT", policy.tpot_s)):
-            for part in ("mean", "p50", "p95", "p99", "max"):
-                row(f"{name}, {part}", page.seconds(getattr(spread, part)))
-        row("work bound", page.seconds(policy.work_bound_s))
-        row("clairvoyant", page.seconds(policy.clairvoyant_s))
-        row("hits", page.percent(policy.hit_rate))
-        row("fetched on demand, GB", page.number(policy.demand_bytes / 1e9))
-        row("prefetched, GB", page.number(policy.prefetch_bytes / 1e9))
-        row("imbalance of units", page.number(policy.imbalance_mean))
-        row("GPU busy", page.percent(policy.utilization.gpu))
-        row("NDP busy, mean", page.percent(sum(ndp) / len(ndp) if ndp else None))
-        row("link in busy", page.percent(policy.utilization.link_in))
-        row("link out busy", page.percent(policy.utilization.link_out))
+    """A row for each figure that has a label, a column for each policy; without rows that say nothing."""
+    policies = [msgspec.to_builtins(policy) for policy in summary.policies]
+    rows = {_row_name(name): [_shown(name, value_in(policy, name)) for policy in policies] for name in _LISTED}
     kept = {name: cells for name, cells in rows.items() if any(cell not in ("–", "0 µs", "0.0 %") for cell in cells)}
     return pl.DataFrame(
         {
@@ -121,6 +112,22 @@ def _figures(summary: Summary) -> pl.DataFrame:
             **{p.name: [cells[i] for cells in kept.values()] for i, p in enumerate(summary.policies)},
         }
     )
+
+
+def _row_name(name: str) -> str:
+    figure = FIGURES[name]
+    return f"{figure.label}, GB" if figure.unit == "bytes" else figure.label
+
+
+def _shown(name: str, value: float | None) -> str:
+    if name == "speedup":
+        return "–" if value is None else f"{value:.3f}×"
+    forms = {"s": page.seconds, "share": page.percent, "bytes": _gigabytes}
+    return forms.get(FIGURES[name].unit, page.number)(value)
+
+
+def _gigabytes(value: float | None) -> str:
+    return page.number(None if value is None else value / 1e9)
 
 
 def _words(summary: Summary) -> str:

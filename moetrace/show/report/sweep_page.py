@@ -5,7 +5,7 @@ from typing import Any
 import polars as pl
 
 from moetrace.results.swept import Swept
-from moetrace.show.charts.sweep import axes, front
+from moetrace.show.charts.sweep import axes, pareto_front
 from moetrace.show.report import page
 
 _COLUMNS = {
@@ -26,7 +26,7 @@ _MOST_VALUES = 24  # of an axis
 def sweep_page(swept: Swept) -> bytes:
     """Return the page."""
     sections = [("best", "The best cells", _best(swept))]
-    for draw in (front, axes):
+    for draw in (pareto_front, axes):
         found = draw(swept)
         if found is not None:
             sections.append(page.figure(found))

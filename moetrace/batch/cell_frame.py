@@ -6,6 +6,7 @@ from typing import Any
 import polars as pl
 
 from moetrace.batch.cell import Cell
+from moetrace.results.record import COSTS
 from moetrace.results.summary import summary_frame
 
 _LABELS = ("trace", "model", "system", "policy", "slots")
@@ -41,12 +42,12 @@ def cell_frame(cells: Sequence[Cell], found: Mapping[str, Mapping[str, Any]], pa
             figures.with_columns(places.alias("_at")), on="_at", how="left", maintain_order="left"
         )
         frame = frame.drop("_at")
-    for cost in ("gpu_memory_bytes", "link_bytes", "price"):
+    for cost in COSTS:
         values = [found[key]["costs"][cost] if key else None for key in good]
         frame = frame.with_columns(pl.Series(cost, values, dtype=pl.Float64))
     if not known:
         return frame.with_columns(pl.lit(None, pl.Boolean).alias("pareto"))
-    return frame.with_columns(_speedups(cells, frame), _front(frame, pareto))
+    return frame.with_columns(_speedups(cells, frame), pareto_marks(frame, pareto))
 
 
 def _column(values: list[Any], name: str) -> pl.Series:
@@ -71,7 +72,11 @@ def _speedups(cells: Sequence[Cell], frame: pl.DataFrame) -> pl.Series:
     return pl.Series("speedup", speedups, dtype=pl.Float64)
 
 
-def _front(frame: pl.DataFrame, cost: str) -> pl.Series:
+def pareto_marks(frame: pl.DataFrame, cost: str) -> pl.Series:
+    """Return for each cell whether no other of its trace and model beats it in both `total_s` and `cost`.
+
+    None for a cell without a time.
+    """
     marks: list[bool | None] = [None] * len(frame)
     groups: dict[tuple, list[tuple[float, float, int]]] = {}
     for at, (trace, model, seconds, spent) in enumerate(frame.select("trace", "model", "total_s", cost).iter_rows()):

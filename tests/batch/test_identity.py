@@ -1,6 +1,6 @@
 """What stands for an input in a baseline."""
 
-from moetrace.batch.measured import identity
+from moetrace.batch.identity import identity
 
 
 def test_fields_that_are_not_set_and_names_do_not_count():

@@ -10,17 +10,16 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from moetrace.batch.cell import CELL_SCHEMA, Cell, hash_of
+from moetrace.batch.cell import Cell, hash_of
 from moetrace.jit.fingerprint import room_fingerprint
+from moetrace.results.record import CELL_SCHEMA, CELLS_FILE, CELLS_FOLDER, SWEEP_FILE, CellFile
 from moetrace.results.write import staged, to_json
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import check_writable, whole_file
 from moetrace.version import __version__
 
-_FOUND = ("result", "costs", "warnings")
 
-
-class Folder:
+class SweepFolder:
     """`cells/HASH.json`, `sweep.json` and `cells.parquet` under one path."""
 
     def __init__(self, path: Path, *, reads: bool = False) -> None:
@@ -28,7 +27,7 @@ class Folder:
 
         Raises MoetraceError now, not after long work, if it cannot be written.
         """
-        self.path, self._cells = path, path / "cells"
+        self.path, self._cells = path, path / CELLS_FOLDER
         if reads:
             return
         if path.exists() and not path.is_dir():
@@ -37,36 +36,31 @@ class Folder:
             self._cells.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MoetraceError(f"{path} could not be written: {error.strerror or error}.") from None
-        check_writable(path / "sweep.json")
+        check_writable(path / SWEEP_FILE)
         check_writable(self._cells / "cell.json")
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """What a cell's file holds beside its inputs; None if there is none, or it is not what its name says."""
         try:
-            text = (self._cells / f"{key}.json").read_text(encoding="utf-8")
-            cell = json.loads(text)
-            found = {part: cell[part] for part in _FOUND}
-            if (
-                cell["schema"] == CELL_SCHEMA
-                and hash_of(cell["inputs"]) == key
-                and cell["found_sha256"] == _sha256(found)
-            ):
-                return found
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            pass
-        return None
+            content = (self._cells / f"{key}.json").read_bytes()
+            cell = msgspec.json.decode(content, type=CellFile[dict[str, Any]])
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+        found = _found(cell)
+        is_whole = cell.schema == CELL_SCHEMA and hash_of(cell.inputs) == key and cell.found_sha256 == _sha256(found)
+        return found if is_whole else None
 
     def keep(self, cell: Cell, found: Mapping[str, Any]) -> None:
         """Write a finished cell, whole or not at all. Raises MoetraceError if the system refuses (a full disk)."""
-        parts = {part: found[part] for part in _FOUND}
-        content = {
-            "schema": CELL_SCHEMA,
-            "moetrace": __version__,
-            "engine": room_fingerprint("engine"),
-            "inputs": cell.inputs,
-            "found_sha256": _sha256(parts),
-            **parts,
-        }
+        content = CellFile(
+            moetrace=__version__,
+            engine=room_fingerprint("engine"),
+            inputs=cell.inputs or {},
+            result=found["result"],
+            costs=found["costs"],
+            warnings=found["warnings"],
+        )
+        content.found_sha256 = _sha256(_found(content))
         # Not synced: what a crash of the machine cuts short is seen by `finished`, and replayed again.
         try:
             with whole_file(self._cells / f"{cell.key}.json", sync=False) as file:
@@ -89,8 +83,8 @@ class Folder:
 
         Raises MoetraceError if the system refuses (a full disk).
         """
-        contents = {name: to_json(what).encode() for name, what in {"sweep.json": sweep, **(documents or {})}.items()}
-        for name, frame in {"cells.parquet": cells, **(tables or {})}.items():
+        contents = {name: to_json(what).encode() for name, what in {SWEEP_FILE: sweep, **(documents or {})}.items()}
+        for name, frame in {CELLS_FILE: cells, **(tables or {})}.items():
             table = io.BytesIO()
             frame.write_parquet(table, compression="zstd", compression_level=3)
             contents[name] = table.getvalue()
@@ -101,6 +95,11 @@ class Folder:
             except OSError as error:
                 why = error.strerror or error
                 raise MoetraceError(f"{self.path} could not be written: {why}; finished cells are kept.") from None
+
+
+def _found(cell: CellFile[dict[str, Any]]) -> dict[str, Any]:
+    """What a cell's file holds beside its inputs."""
+    return {"result": cell.result, "costs": cell.costs, "warnings": cell.warnings}
 
 
 def _sha256(found: Mapping[str, Any]) -> str:

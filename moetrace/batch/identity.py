@@ -1,0 +1,33 @@
+"""What stands for an input of a cell in a baseline."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+# Of a SHA-256's digits, as many as tell apart what one project ever has.
+_DIGITS = 12
+
+
+def identity(value: object) -> str | int | None:
+    """What stands for an input in a baseline: a number itself, a SHA-256's first digits, or those of the content.
+
+    The top-level `name` of a spec is a label, and does not count; nor does a field that is not set, so that one which a
+    later version adds changes nothing as long as nobody sets it.
+    """
+    if value is None or isinstance(value, int):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return value[:_DIGITS]
+    if isinstance(value, Mapping):
+        value = {key: inner for key, inner in _set_fields(value).items() if key != "name"}
+    return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()[:_DIGITS]
+
+
+def _set_fields(value: Any) -> Any:
+    """A spec without the fields that are None."""
+    if isinstance(value, Mapping):
+        return {key: _set_fields(inner) for key, inner in value.items() if inner is not None}
+    return value

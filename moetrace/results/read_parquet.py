@@ -1,0 +1,61 @@
+"""Parquet files as strangers may have written them: checked, or refused in one sentence."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from moetrace.spec.errors import MoetraceError, printable
+
+# No file of ours has so many rows a byte; one that claims more would take memory that it does not justify.
+_MOST_ROWS_A_BYTE = 64
+
+
+def scan(path: Path, columns: dict[str, Any]) -> pl.LazyFrame | None:
+    """Return these columns of a Parquet file, as these types, or None if there is no such file.
+
+    Raises MoetraceError (file, column) if it is damaged, lacks a column, or claims more rows than its size justifies.
+    """
+    if not os.path.lexists(path):
+        return None
+    with readable(path):
+        size_bytes = path.stat().st_size
+        frame = pl.scan_parquet(path, glob=False)
+        schema = frame.collect_schema()
+        rows = frame.select(pl.len()).collect().item()
+    if rows > _MOST_ROWS_A_BYTE * size_bytes:
+        raise MoetraceError(f"{path} claims {rows:,} rows in {size_bytes:,} bytes: it is damaged.")
+    for name, kind in columns.items():
+        if name not in schema or not _alike(schema[name], kind):
+            found = f"{schema[name]}" if name in schema else "no such column"
+            raise MoetraceError(f"{path} must have a column {name} of {kind}, but there is {found}: replay again.")
+    return frame.select(pl.col(name).cast(kind) for name, kind in columns.items())
+
+
+def whole_frame(path: Path, columns: dict[str, Any]) -> pl.DataFrame | None:
+    """Return what `scan` finds, in memory."""
+    frame = scan(path, columns)
+    if frame is None:
+        return None
+    with readable(path):
+        return frame.collect()
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn Polars' refusal of a damaged file into one sentence."""
+    try:
+        yield
+    except (OSError, pl.exceptions.PolarsError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MoetraceError(f"{path} could not be read: {printable(why)}.") from None
+
+
+def _alike(found: Any, wanted: Any) -> bool:
+    """Whether a column can stand for another: any width of integers, any number for a float."""
+    if wanted == pl.Int64:
+        return found.is_integer()
+    return found.is_numeric() if wanted == pl.Float64 else found == wanted

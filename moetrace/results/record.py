@@ -1,0 +1,292 @@
+"""Every figure of a replay and of a sweep, and the fields of the files that hold them: each stands here once.
+
+Frames, files, tables, the gate, the search, reports and docs/results.md read names, units, meanings and directions from
+here. To add a figure, add a field to `PolicyFigures` or `CellCosts`, and its value where the others are computed:
+`results.summary` or `batch.work`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from moetrace.spec import PolicySpec, canonical
+
+RESULT_SCHEMA = "moetrace.result/1"
+TIMELINE_SCHEMA = "moetrace.timeline/1"
+SWEEP_SCHEMA = "moetrace.sweep/1"
+CELL_SCHEMA = "moetrace.cell/1"
+SEARCH_SCHEMA = "moetrace.search/1"
+BASELINE_SCHEMA = "moetrace.baseline/1"
+GATE_SCHEMA = "moetrace.gate/1"
+
+SUMMARY_FILE = "summary.json"
+TIMELINE_FILE = "timeline.json.gz"
+SWEEP_FILE = "sweep.json"
+SEARCH_FILE = "search.json"
+CELLS_FILE = "cells.parquet"
+CELLS_FOLDER = "cells"
+
+Count = Annotated[int, Meta(ge=0, le=1 << 62)]  # JSON knows no limit, a column does
+
+# What people are shown of a unit: factor and sign.
+SHOWN_UNITS = {"s": (1e3, "ms"), "bytes": (1e-9, "GB"), "share": (100.0, "%")}
+
+
+class Figure(NamedTuple):
+    """What a number in a file means.
+
+    Attributes:
+        unit: seconds, bytes, 1/s, a share of 1, a price as the system lists it, a plain ratio, or how many.
+        meaning: one line of Markdown.
+        better: which of two values is better; None if neither is.
+        label: its name in a report, without the unit; a figure without one is not in the report's table.
+        heading: its name over a column of the terminal's tables, without the unit; "" if no table has it.
+        gated: whether a baseline may hold it.
+    """
+
+    unit: Literal["s", "bytes", "1/s", "share", "price", "ratio", "count"]
+    meaning: str
+    better: Literal["lower", "higher"] | None = None
+    label: str = ""
+    heading: str = ""
+    gated: bool = True
+
+    @property
+    def sign(self) -> str:
+        """The unit as files for other tools have it: nothing for a ratio, a count or a price."""
+        return "" if self.unit in ("ratio", "count", "price") else self.unit
+
+    @property
+    def shown(self) -> tuple[float, str]:
+        """Factor and sign of the unit that people are shown: ms, GB, %."""
+        return SHOWN_UNITS.get(self.unit, (1.0, self.sign))
+
+    @property
+    def column(self) -> str:
+        """Its heading with the unit that people are shown, on two lines."""
+        between = " " if "\n" in self.heading else "\n"
+        return f"{self.heading}{between}{self.shown[1]}".rstrip()
+
+
+class Spread(msgspec.Struct):
+    """Mean, quantiles and maximum; None where nothing is defined."""
+
+    mean: float | None
+    p50: float | None
+    p95: float | None
+    p99: float | None
+    max: float | None
+
+
+class Utilization(msgspec.Struct):
+    """Busy time over total time of each part of the machine."""
+
+    gpu: Annotated[float | None, Figure("share", "of the GPU", None, "GPU busy", "GPU\nbusy")]
+    ndp: Annotated[
+        list[float | None],
+        Figure("share", "of each NDP unit, a list; their mean in tables", None, "NDP busy, mean", "NDP\nbusy"),
+    ]
+    link_in: Annotated[
+        float | None, Figure("share", "of the link towards the GPU", None, "link in busy", "link in\nbusy")
+    ]
+    link_out: Annotated[float | None, Figure("share", "of the link away from the GPU", None, "link out busy")]
+    cpu: Annotated[float | None, Figure("share", "of the CPU")]
+
+
+class PolicyFigures(msgspec.Struct, kw_only=True):
+    """One policy of `summary.json`, its fields in the file's order."""
+
+    name: Annotated[str, Meta(description="the policy")]
+    total_s: Annotated[float, Figure("s", "time of all steps", "lower", "total", "total")]
+    prefill_s: Annotated[float, Figure("s", "time of the prefill steps", "lower", "in prefill steps", "prefill")]
+    decode_s: Annotated[float, Figure("s", "time of the decode steps", "lower", "in decode steps", "decode")]
+    mixed_s: Annotated[float, Figure("s", "time of the mixed steps", "lower", "in mixed steps", "mixed")]
+    tokens_per_s: Annotated[float | None, Figure("1/s", "decode rows / `total_s`", "higher", "output tokens a second")]
+    hits: Annotated[Count, Figure("count", "active experts per (step, layer) that were resident", "higher")]
+    misses: Annotated[Count, Figure("count", "those that were not", "lower")]
+    step_s: Annotated[Spread, Figure("s", "time of a step, over the steps", "lower", "step")]
+    ttft_s: Annotated[Spread, Figure("s", "time to the first token, over the requests", "lower", "TTFT", "TTFT")]
+    tpot_s: Annotated[Spread, Figure("s", "time per output token, over the requests", "lower", "TPOT", "TPOT")]
+    hit_rate: Annotated[float | None, Figure("share", "`hits` / (`hits` + `misses`)", "higher", "hits", "hits")]
+    demand_bytes: Annotated[
+        float,
+        Figure("bytes", "weights that moved because they were demanded", "lower", "fetched on demand", "fetched"),
+    ]
+    prefetch_bytes: Annotated[
+        float, Figure("bytes", "weights that moved ahead of time", None, "prefetched", "prefetch")
+    ]
+    late: Annotated[Count, Figure("count", "misses that were on their way", "lower")]
+    wasted: Annotated[Count, Figure("count", "prefetched experts that moved for nothing", "lower")]
+    imbalance_mean: Annotated[
+        float | None,
+        Figure(
+            "ratio",
+            "longest busy time of a unit / mean of all units, over layers where units had work",
+            "lower",
+            "imbalance of units",
+        ),
+    ]
+    utilization: Utilization
+    work_bound_s: Annotated[float, Figure("s", "the work bound: no schedule is faster", None, "work bound")]
+    clairvoyant_s: Annotated[
+        float,
+        Figure("s", "the clairvoyant run: what a layer needs is on the GPU, up to the slots", None, "clairvoyant"),
+    ]
+    # It moves when another policy does, so no baseline holds it.
+    speedup: Annotated[
+        float | None,
+        Figure(
+            "ratio",
+            "`total_s` of the first policy / that of this one",
+            "higher",
+            "speed-up against the first",
+            "speed-\nup",
+            gated=False,
+        ),
+    ]
+    used: Annotated[Count, Figure("count", "prefetched experts that the GPU ran")]
+    optimal_fallbacks: Annotated[Count, Figure("count", "layers that dispatch `optimal` left to `balance`")]
+    choices: Annotated[dict[str, Any], Meta(description="what it chose, with the parameters that apply")]
+
+
+class CellCosts(msgspec.Struct):
+    """What a cell of a sweep takes beside time; a Pareto front sets one of them against it."""
+
+    gpu_memory_bytes: Annotated[
+        float,
+        Figure(
+            "bytes",
+            "GPU memory of the dense weights, and of the slots at the size of the largest expert",
+            "lower",
+            "GPU memory (dense weights and slots)",
+            "GPU mem.",
+        ),
+    ]
+    link_bytes: Annotated[
+        float, Figure("bytes", "what the link carried, both ways", "lower", "moved over the link", "link")
+    ]
+    price: Annotated[
+        float | None,
+        Figure("price", "sum of what the system's `[price]` lists", "lower", "price of the machine", "price"),
+    ]
+
+
+class TraceFacts(msgspec.Struct, kw_only=True):
+    """The trace of `summary.json`: which one it was, without where it lay."""
+
+    model: str
+    layers: Count
+    experts: Count
+    top_k: Count
+    rows: Count
+    steps: Count
+    own_expert_bytes: bool = False
+    source: dict[str, Any]
+    sha256: str | None = None
+    requests: Count
+    prefill_rows: Count
+    decode_rows: Count
+
+
+# How far the parts of a file are checked when it is read: a report takes structs, a gate whatever it is to compare.
+TraceForm = TypeVar("TraceForm")
+PolicyForm = TypeVar("PolicyForm")
+CellForm = TypeVar("CellForm")
+ResultForm = TypeVar("ResultForm")
+
+
+class SummaryFile(msgspec.Struct, Generic[TraceForm, PolicyForm], kw_only=True):
+    """`summary.json`."""
+
+    schema: str = RESULT_SCHEMA
+    moetrace: str
+    engine: str | None = None
+    trace: TraceForm
+    model: dict[str, Any]
+    system: dict[str, Any]
+    slots: Count
+    policies: list[PolicyForm]
+
+
+Summary = SummaryFile[TraceFacts, PolicyFigures]
+PlainSummary = SummaryFile[dict[str, Any], dict[str, Any]]
+
+
+class ListedCell(msgspec.Struct):
+    """A cell in `sweep.json`: its name and the hash that names its file, or why it has none. Its axes are beside it."""
+
+    name: str
+    cell: str | None
+    error: str | None = None
+
+
+class SweepFile(msgspec.Struct, Generic[CellForm], kw_only=True):
+    """`sweep.json`."""
+
+    schema: str = SWEEP_SCHEMA
+    moetrace: str
+    engine: str | None = None
+    pareto: str = "gpu_memory_bytes"
+    axes: dict[str, Any]
+    cells: list[CellForm]
+
+
+class CellFile(msgspec.Struct, Generic[ResultForm], kw_only=True):
+    """`cells/HASH.json` of a sweep; `found_sha256` is of `result`, `costs` and `warnings`."""
+
+    schema: str = CELL_SCHEMA
+    moetrace: str = ""
+    engine: str | None = None
+    inputs: dict[str, Any]
+    found_sha256: str = ""
+    result: ResultForm
+    costs: dict[str, Any] = {}
+    warnings: list[str] = []
+
+
+def choices_of(policy: PolicySpec) -> dict[str, Any]:
+    """Return what a policy chose, with the parameters that apply."""
+    return {field: value for field, value in canonical(policy).items() if field not in ("name", *policy.unread)}
+
+
+def fields_of(struct: type[msgspec.Struct]) -> Iterator[tuple[str, Figure | Meta, Any]]:
+    """Yield name, annotation and type of each field; of the parts of `utilization`, names such as `utilization.gpu`."""
+    for name, hint in get_type_hints(struct, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            kind, *notes = get_args(hint)
+            yield name, notes[-1], kind
+        elif isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+            yield from ((f"{name}.{part}", note, kind) for part, note, kind in fields_of(hint))
+
+
+def _figures_of(struct: type[msgspec.Struct]) -> Iterator[tuple[str, Figure]]:
+    for name, figure, kind in fields_of(struct):
+        if not isinstance(figure, Figure):
+            continue
+        if kind is Spread:
+            for part in Spread.__struct_fields__:
+                label = f"{figure.label}, {part}"
+                yield f"{name}.{part}", figure._replace(meaning=f"`{part}`: {figure.meaning}", label=label)
+        else:
+            yield name, figure
+
+
+# By the path in a policy's part of summary.json, `ttft_s.p50`; a frame's column has `_` for each point.
+FIGURES: dict[str, Figure] = dict(_figures_of(PolicyFigures))
+METRICS: dict[str, Figure] = {name: figure for name, figure in FIGURES.items() if figure.gated}
+COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
+COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
+
+
+def value_in(policy: Mapping[str, Any], name: str) -> Any:
+    """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is."""
+    value: Any = policy
+    for key in name.split("."):
+        value = value[key]
+    if not isinstance(value, list):
+        return value
+    known = [one for one in value if one is not None]
+    return math.fsum(known) / len(known) if known else None
