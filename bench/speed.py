@@ -22,7 +22,8 @@ import numpy as np
 from against import against
 from markers import write_between
 
-from moetrace.engine.run import run
+from moetrace.engine.run import run_setups
+from moetrace.engine.setup import Setup
 from moetrace.generators import generate, generate_trace
 from moetrace.spec import load_model, load_policy, load_system
 from moetrace.trace import Trace
@@ -48,7 +49,7 @@ def seconds(function, *arguments) -> float:
 
 
 def replay(trace: Trace) -> None:
-    run(trace, MODEL, SYSTEM, POLICY)
+    run_setups(trace, [Setup(model=MODEL, system=SYSTEM, policies=POLICY)])
 
 
 def histogram(trace: Trace) -> None:

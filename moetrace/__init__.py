@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from moetrace.importers.captured import Hints
     from moetrace.importers.importing import import_traces
     from moetrace.lints import Finding, lint
-    from moetrace.results.replay import Result, replay
+    from moetrace.results.replay import replay
+    from moetrace.results.result import Result
     from moetrace.show.report import report
     from moetrace.spec import (
         Model,
@@ -91,7 +92,8 @@ _HOMES = {
     "moetrace.batch.search": ("Search", "search"),
     "moetrace.batch.sweep": ("Sweep", "sweep"),
     "moetrace.engine.plugin": ("policy",),
-    "moetrace.results.replay": ("Result", "replay"),
+    "moetrace.results.replay": ("replay",),
+    "moetrace.results.result": ("Result",),
     "moetrace.show.report": ("report",),
     "moetrace.spec": (
         "Model",

@@ -13,7 +13,7 @@ from moetrace.batch.grid import Point
 from moetrace.engine.setup import Setup, check_setup
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.record import CELL_SCHEMA
-from moetrace.results.replay import by_spec, model_of
+from moetrace.results.resolve import by_spec, model_of
 from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_policy, load_system
 from moetrace.spec.choices import KINDS, source_of
 from moetrace.spec.errors import MoetraceError, UsageError, printable

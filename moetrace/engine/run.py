@@ -1,6 +1,6 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from moetrace.spec.system import System
 from moetrace.trace.format import Trace
 
 if TYPE_CHECKING:  # importing it compiles the replay once more
-    from moetrace.engine.record import Recording
+    from moetrace.engine.recording import Recording
 
 # What is taken to be true of a user's own function.
 _OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name="own", meaning="")
@@ -125,42 +125,6 @@ class _Underway:
         return Run(model, system, self.slots, schedule, popularity, self.lanes, self.bound_s, self.warnings)
 
 
-def run(
-    trace: Trace,
-    model: Model,
-    system: System,
-    policies: Sequence[PolicySpec],
-    *,
-    slots: int | None = None,
-    ignore_capacity: bool = False,
-    hooks: Mapping[str, Callable] | None = None,
-    jobs: int = 1,
-    progress: Callable[[int], None] | None = None,
-    window: range | None = None,
-) -> Run:
-    """Replay a trace through policies in one pass, ``jobs`` threads at a time; ``progress`` is told rows done.
-
-    A policy's dispatch or residency that is a key of ``hooks`` is that function. Of the steps in ``window`` each lane
-    keeps a recording, which changes nothing else.
-
-    The figures do not depend on ``jobs``, nor on how the trace is cut into blocks. Raises UsageError if trace, model,
-    system and policies do not go together, MoetraceError (file, dataset, row) if an id is wrong.
-    """
-    setup = Setup(
-        model=model,
-        system=system,
-        policies=policies,
-        slots=slots,
-        ignore_capacity=ignore_capacity,
-        hooks=hooks or {},
-        window=window,
-    )
-    (finished,) = run_setups(trace, [setup], jobs=jobs, progress=progress)
-    if isinstance(finished, MoetraceError):
-        raise finished
-    return finished
-
-
 def run_setups(
     trace: Trace | Decoded,
     setups: Sequence[Setup],
@@ -168,7 +132,10 @@ def run_setups(
     jobs: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[Run | MoetraceError]:
-    """Replay a trace through any number of setups in one pass, each block decoded once; as ``run`` does one alone.
+    """Replay a trace through any number of setups in one pass, each block decoded once.
+
+    ``jobs`` threads work at a time; ``progress`` is told rows done. Of the steps in a setup's window each lane keeps a
+    recording, which changes nothing else. The figures do not depend on ``jobs``, nor on how the trace is cut.
 
     Returns, for each setup, its run or the error that it ended with: one that does not fit the trace, or whose
     function fails, costs the others nothing. A damaged trace raises MoetraceError, as it would for each of them.
@@ -202,7 +169,7 @@ def _begin(decoded: Decoded, setup: Setup, slots: int, warnings: list[str]) -> _
     weight_bytes = weight_bytes_of(decoded.trace, setup.model)
     lanes = [_lane(decoded, setup, policy, weight_bytes, slots) for policy in setup.policies]
     if setup.window is not None:
-        from moetrace.engine.record import Recording
+        from moetrace.engine.recording import Recording
 
         for lane in lanes:
             lane.recording = Recording(setup.window.start, setup.window.stop)

@@ -18,7 +18,7 @@ from moetrace.results.frames import SLICE_STEPS
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:  # importing it compiles the replay once more
-    from moetrace.engine.record import Recording
+    from moetrace.engine.recording import Recording
 
 
 def timeline_frame(run: Run) -> pl.DataFrame:

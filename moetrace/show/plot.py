@@ -10,7 +10,7 @@ from moetrace.spec.errors import UsageError
 if TYPE_CHECKING:
     import altair as alt
 
-    from moetrace.results.replay import Result
+    from moetrace.results.result import Result
 
 _WIDTH = 380  # of a panel; two of them are beside each other
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.one_run import run
 from support.strategies import as_arrays, cases
 
 from moetrace.analyze.cache.accesses import Accesses
@@ -16,7 +17,6 @@ from moetrace.analyze.cache.kernels.scored import ALPHA
 from moetrace.analyze.cache.kernels.static import count_accesses
 from moetrace.analyze.cache.next_use import NextUses
 from moetrace.engine.demand import demand_of
-from moetrace.engine.run import run
 from moetrace.spec import PolicySpec, load_model, load_system
 from moetrace.spec.choices import cache_policies, legal
 from moetrace.trace import Trace

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.one_run import run as replay
 
 from moetrace.analyze.cache.hit_curve import lru_curve
 from moetrace.analyze.cache.hits import DEFAULT_POLICIES, SCOPES, cache_hits
 from moetrace.cli.commands import analyze_cache
-from moetrace.engine.run import run as replay
 from moetrace.spec import PolicySpec, load_model, load_static, load_system
 from moetrace.spec.choices import cache_policies
 from moetrace.trace import Trace

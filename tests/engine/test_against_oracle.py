@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import oracle
+from support.one_run import run
 from support.strategies import Case, all_policies, arrivals, as_arrays, cases, routing, write_loads, write_static
 
-from moetrace.engine.run import Run, run
+from moetrace.engine.run import Run
 from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT
 from moetrace.spec import Gpu, Link, Model, Ndp, PolicySpec, System, load_model, load_policy, load_system
 from moetrace.spec.errors import UsageError

@@ -5,13 +5,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from support.one_run import run
 from support.strategies import Case, all_policies, as_arrays, cases, write_loads, write_static
 
 from moetrace.engine import decoded as decoded_module
 from moetrace.engine import run as run_module
 from moetrace.engine.decoded import Decoded, decoded_bytes, needs_of
 from moetrace.engine.demand import demand_of
-from moetrace.engine.run import Lane, Run, run, run_setups
+from moetrace.engine.run import Lane, Run, run_setups
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, GPU
 from moetrace.spec import Gpu, MoetraceError, UsageError, load_model, load_policy, load_system

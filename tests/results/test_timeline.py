@@ -6,10 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import oracle_timeline
+from support.one_run import run
 from support.strategies import Case, all_policies, as_arrays, cases, write_loads, write_static
 
 import moetrace as mt
-from moetrace.engine.run import Run, run
+from moetrace.engine.run import Run
 from moetrace.results.frames import step_slices, unit_frame
 from moetrace.results.timeline import counter_frame, timeline_frame
 from moetrace.spec import PolicySpec

@@ -78,8 +78,8 @@ class _Machine:
             return Cost(0.0, 0.0, 0.0, np.zeros(shape))
         assert self.weight_bytes is not None
         machine = machine_of(self.model, self.system, self.weight_bytes, np.zeros(shape), share)
-        home = machine.device[FIRST_HOME]
-        return Cost(*(float(home[name]) for name in ("s_per_row", "s_per_byte", "start_s")), machine.weight_bytes)
+        s_per_row, s_per_byte, start_s = (float(machine.device[FIRST_HOME][name]) for name in Cost._fields[:3])
+        return Cost(s_per_row, s_per_byte, start_s, machine.weight_bytes)
 
     @property
     def link_bytes_s(self) -> float | None:

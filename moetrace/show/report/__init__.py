@@ -8,7 +8,7 @@ from moetrace.show.plots.picture import check_can_plot
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
-    from moetrace.results.replay import Result
+    from moetrace.results.result import Result
 
 __all__ = ["render", "report"]
 
@@ -41,7 +41,7 @@ def report(
     from moetrace.trace.atomic import check_writable, keep_inputs, whole_file
 
     if not isinstance(source, str | os.PathLike):
-        from moetrace.results.replay import Result  # who has one has loaded the engine
+        from moetrace.results.result import Result  # who has one has loaded the engine
 
         if not isinstance(source, Result):
             raise UsageError(f"A report is of a Result or a folder, got {type(source).__name__}.")

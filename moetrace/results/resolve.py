@@ -1,0 +1,121 @@
+"""From what a user names (presets, files, functions, overrides) to the specs that are replayed."""
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FunctionType
+
+import msgspec
+
+from moetrace.engine.setup import Setup
+from moetrace.spec import Model, PolicySpec, System, list_presets, load_model, load_policy, load_system
+from moetrace.spec.errors import UsageError
+from moetrace.spec.load import nearest
+from moetrace.spec.system import dense_misfit
+from moetrace.trace import Trace
+
+# What `replay` takes for a policy: a preset's name, a TOML file, `file.py:function`, a spec, or a function.
+Policy = str | Path | PolicySpec | Callable
+
+
+def resolve(
+    trace: Trace,
+    model: str | Path | Model | None,
+    system: str | Path | System,
+    policies: Policy | Sequence[Policy],
+    overrides: Mapping[str, object],
+) -> tuple[Setup, list[str]]:
+    """Return the specs that were named, with their overrides, and sentences about what may not be meant so."""
+    changes = by_spec(overrides)
+    the_model = load_model(model_of(trace) if model is None else model, changes["model"])
+    the_system = load_system(system, changes["system"])
+    misfit = dense_misfit(the_model, the_system)
+    warnings = [misfit] if misfit else []
+    several = list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]
+    hooks: dict[str, Callable] = {}
+    specs = _load_policies(several, changes["policy"], hooks, warnings)
+    return Setup(model=the_model, system=the_system, policies=specs, hooks=hooks), warnings
+
+
+def by_spec(overrides: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    """Sort overrides by `model`, `system` and `policy`, the paths without that; raise UsageError for any other."""
+    by_spec: dict[str, dict[str, object]] = {"model": {}, "system": {}, "policy": {}}
+    if not isinstance(overrides, Mapping):
+        raise UsageError(f"overrides is a mapping of paths to values, got {type(overrides).__name__}.")
+    for path, value in overrides.items():
+        kind, _, field = str(path).partition(".")
+        if kind not in by_spec or not all(field.split(".")):
+            raise UsageError(f"An override is model.FIELD, system.FIELD or policy.FIELD, got {path!r}.")
+        by_spec[kind][field] = value
+    return by_spec
+
+
+def model_of(trace: Trace) -> str:
+    """Return the preset that the trace names; a stranger's file may not name another file."""
+    presets = list_presets("models")
+    if trace.model in presets:
+        return trace.model
+    raise UsageError(
+        f"{trace.path or 'The trace in memory'} is of model {trace.model!r}, which is no preset"
+        f"{nearest(trace.model, presets)}: name one, or a TOML file, with --model."
+    )
+
+
+def _load_policies(
+    sources: Sequence[Policy], changes: Mapping[str, object], hooks: dict[str, Callable], warnings: list[str]
+) -> list[PolicySpec]:
+    """Load the policies; changes of the form NAME.FIELD go to the policy of that name."""
+    if not sources:
+        raise UsageError("A replay needs at least one policy.")
+    everywhere = {field: value for field, value in changes.items() if "." not in field}
+    own: dict[str, dict[str, object]] = {}
+    for path in changes.keys() - everywhere.keys():
+        name, _, field = path.rpartition(".")
+        own.setdefault(name, {})[field] = changes[path]
+    specs = []
+    for source in sources:
+        spec = _load_policy(source, everywhere, hooks)
+        specs.append(_load_policy(source, everywhere | own[spec.name], hooks) if spec.name in own else spec)
+    names = [spec.name for spec in specs]
+    for name in own.keys() - set(names):
+        near = difflib.get_close_matches(name, names, 1, 0.0)
+        raise UsageError(f"No policy of this replay is called {name!r} (the nearest is {near[0]!r}).")
+    return _distinct(specs, warnings)
+
+
+def _distinct(specs: list[PolicySpec], warnings: list[str]) -> list[PolicySpec]:
+    """Number the second and later policies of a name, as in `mine-2`, for every table to tell them apart."""
+    taken = {spec.name for spec in specs}
+    seen: Counter[str] = Counter()
+    distinct = []
+    for spec in specs:
+        name, number = spec.name, 1
+        seen[name] += 1
+        while seen[spec.name] > 1 and name in taken:
+            number += 1
+            name = f"{spec.name}-{number}"
+        if name != spec.name:
+            warnings.append(f"more than one policy is called {spec.name}; one of them appears as {name}.")
+        taken.add(name)
+        distinct.append(msgspec.structs.replace(spec, name=name))
+    return distinct
+
+
+def _load_policy(source: Policy, changes: Mapping[str, object], hooks: dict[str, Callable]) -> PolicySpec:
+    """Load one policy; a function becomes the dispatch beside `on-demand`'s other choices, and joins `hooks`."""
+    if isinstance(source, str | Path | PolicySpec):
+        return load_policy(source, changes)
+    function = getattr(source, "py_func", source)
+    if not isinstance(function, FunctionType):
+        raise UsageError(
+            "A policy is the name of a preset, the path of a TOML file, file.py:function, a PolicySpec or a function, "
+            f"got {type(source).__name__}."
+        )
+    code = function.__code__
+    spec = load_policy("on-demand", {"name": code.co_name, **changes})
+    name, number = f"{Path(code.co_filename).name}:{code.co_name}", 1
+    while hooks.setdefault(name, source) is not source:
+        number += 1
+        name = f"{Path(code.co_filename).name}:{code.co_name}-{number}"
+    return msgspec.structs.replace(spec, dispatch=name)

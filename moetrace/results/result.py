@@ -1,0 +1,132 @@
+"""What a replay found: figures, frames and files, made from the engine's logs when they are asked for."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from moetrace.engine.run import Run
+from moetrace.results import frames, summary, timeline, timeline_file, write
+from moetrace.results.record import TIMELINE_FILE
+from moetrace.trace.atomic import whole_file
+
+if TYPE_CHECKING:
+    from moetrace.show.plot import Plots
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """What a replay found. It makes each frame when you first ask for it; docs/results.md explains the columns.
+
+    Attributes:
+        run: The engine's own record.
+        warnings: Sentences about what may not be meant so.
+    """
+
+    run: Run
+    warnings: tuple[str, ...]
+    _trace: dict[str, Any]
+
+    def __repr__(self) -> str:
+        names = ", ".join(lane.policy.name for lane in self.run.lanes)
+        return f"<Result of {names}: .summary, .steps, .units, .layers, .requests, .experts are frames>"
+
+    @cached_property
+    def summary(self) -> pl.DataFrame:
+        """One row a policy: times, speed-up against the first policy, hits, bytes, utilization, both bounds."""
+        return summary.summary_frame(self._policies)
+
+    @cached_property
+    def steps(self) -> pl.DataFrame:
+        """One row a policy and step. `write` streams them, and needs memory for a slice of them only."""
+        return pl.concat(frames.step_slices(self.run))
+
+    @cached_property
+    def units(self) -> pl.DataFrame:
+        """One row a policy and unit: `gpu`, `ndp0` .., `cpu`, `link_in`, `link_out`."""
+        return frames.unit_frame(self.run)
+
+    @cached_property
+    def layers(self) -> pl.DataFrame:
+        """One row a policy and MoE layer."""
+        return frames.layer_frame(self.run)
+
+    @cached_property
+    def requests(self) -> pl.DataFrame:
+        """One row a policy and request."""
+        return frames.request_frame(self.run)
+
+    @cached_property
+    def experts(self) -> pl.DataFrame:
+        """One row a MoE layer and expert, whatever the policy: how much it was wanted."""
+        return frames.expert_frame(self.run)
+
+    @property
+    def plot(self) -> "Plots":
+        """Charts for a notebook: `result.plot.latency()` and others, of Altair (the extra `report`)."""
+        from moetrace.show.plot import Plots
+
+        return Plots(self)
+
+    @cached_property
+    def timeline(self) -> pl.DataFrame:
+        """One row a slice of work in the steps that `replay(timeline=...)` named; see `results.timeline`.
+
+        Raises UsageError if it named none.
+        """
+        return timeline.timeline_frame(self.run)
+
+    @cached_property
+    def timeline_counters(self) -> pl.DataFrame:
+        """Experts resident and queued over time, in the steps of the timeline. Raises UsageError like `timeline`."""
+        return timeline.counter_frame(self.run)
+
+    def write_timeline(self, path: str | os.PathLike[str]) -> None:
+        """Write the timeline to a file that Perfetto and chrome://tracing open.
+
+        Args:
+            path: The new file; its name ends in .json.gz.
+
+        Raises:
+            UsageError: `replay(timeline=...)` named no steps.
+            MoetraceError: The system refuses.
+        """
+        with whole_file(Path(path)) as file:
+            timeline_file.write_timeline(self.run, file)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `summary.json` holds."""
+        return summary.summary_dict(self.run, self._trace, self._policies)
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write `summary.json` and the Parquet files into a folder: all of them or none.
+
+        Files of the same names are replaced, others stay. A timeline that was recorded is written too; one of an
+        earlier replay does not stay. The same trace, specs and version give the same bytes.
+
+        Args:
+            folder: The folder, which is made if it does not exist.
+
+        Raises:
+            UsageError: `folder` is a file.
+            MoetraceError: The system refuses.
+        """
+        with write.staged(folder) as temporary:
+            self.write_into(temporary)
+
+    def write_into(self, folder: Path) -> None:
+        """Write the files into an existing folder, one after another."""
+        tables = {"units": self.units, "layers": self.layers, "requests": self.requests, "experts": self.experts}
+        more = (
+            {}
+            if self.run.lanes[0].recording is None
+            else {TIMELINE_FILE: partial(timeline_file.write_timeline, self.run)}
+        )
+        write.write_files(folder, self.to_dict(), lambda: frames.step_slices(self.run), tables, more)
+
+    @cached_property
+    def _policies(self) -> list[dict[str, Any]]:
+        return summary.policy_figures(self.run)
