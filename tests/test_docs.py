@@ -10,7 +10,7 @@ from moetrace.cli import COMMANDS
 from moetrace.engine.plugin import ARGUMENTS
 from moetrace.engine.state import ACTIVE, CELL, GROUP, View
 from moetrace.spec import PolicySpec, list_presets, load_system
-from moetrace.spec.policy import DISPATCHES, PLACEMENTS, PREFETCHES, RESIDENCIES
+from moetrace.spec.choices import KINDS, USER, cache_policies, legal
 from moetrace.trace.schema import OTHER_PATHS, ROW_PATHS
 
 # Of the records, what only the engine needs.
@@ -68,8 +68,8 @@ def test_what_a_policy_sees_is_explained():
 
 
 def test_choices_parameters_and_presets_are_explained():
-    choices = {*PLACEMENTS, *DISPATCHES, *RESIDENCIES, *PREFETCHES, *list_presets("policies")}
-    assert choices <= named_in("docs/timing-model.md")
+    choices = {*list_presets("policies"), *(choice for kind in KINDS for choice in legal(kind))}
+    assert choices - {USER} <= named_in("docs/timing-model.md")
     four = {"name", "placement", "dispatch", "residency", "prefetch", "scope"}
     assert set(PolicySpec.__struct_fields__) - four <= named_in("docs/policies.md")
 
@@ -80,11 +80,11 @@ def test_readme_shows_every_command():
 
 
 def test_cache_policies_and_columns_are_explained():
-    from moetrace.analyze.cache.hits import POLICIES, cache_hits
+    from moetrace.analyze.cache.hits import cache_hits
 
     frame = cache_hits(mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2), [24])
     explained = named_in("docs/cache.md")
-    assert {*POLICIES, *frame.columns} <= explained
+    assert {*cache_policies(), *frame.columns} <= explained
 
 
 def test_prefetch_predictors_and_columns_are_explained():

@@ -6,7 +6,7 @@ Each list of exceptions says why; an exception that is no longer needed must go,
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -30,13 +30,12 @@ FLOORS = (
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"numba", "h5py", "polars", "click", "rich"}
-FORBIDDEN = {
+FORBIDDEN = {room: {"numba", "click", "rich"} for room in ROOMS} | {
     "jit": {"h5py", "polars", "click", "rich"},
     "spec": HEAVY,
     "engine": HEAVY,
     "cli": {"numba"},
 }
-FORBIDDEN = {room: FORBIDDEN.get(room, {"numba", "click", "rich"}) for room in ROOMS}
 
 # (importing file, imported module): why.
 UPWARD = {
@@ -50,111 +49,44 @@ HEAVY_IMPORTS = {
     ("cli/compiling.py", "numba"): "says on the terminal that kernels are being compiled",
 }
 NUMBA_AT_THE_TOP = {"jit/parts.py"}  # it derives classes from Numba's, and is itself imported when a kernel compiles
+ANOTHER_BRANCH = "another branch mends this"
 LONG_MODULES = {
-    "tests/analyze/test_balance.py": "to be mended",
-    "tests/batch/test_sweep.py": "to be mended",
-    "tests/capture/test_capture.py": "to be mended",
-    "tests/importers/test_import.py": "to be mended",
-    "tests/lints/test_lint.py": "to be mended",
-    "tests/show/test_report.py": "to be mended",
-    "tests/trace/test_format.py": "to be mended",
+    "tests/batch/test_sweep.py": ANOTHER_BRANCH,
+    "tests/show/test_report.py": ANOTHER_BRANCH,
 }
 LONG_FUNCTIONS = {
-    ("results/replay.py", "replay"): "to be mended",
+    ("results/replay.py", "replay"): ANOTHER_BRANCH,
 }
 MANY_PARAMETERS = {
-    ("analyze/balance/imbalance.py", "_costliest_copy"): "to be mended",
-    ("analyze/cache/accesses.py", "_all_choices"): "to be mended",
-    ("analyze/cache/accesses.py", "_distinct_choices"): "to be mended",
-    ("engine/schedule.py", "_scan"): "to be mended",
-    ("engine/tape.py", "note"): "to be mended",
+    ("engine/schedule.py", "_scan"): ANOTHER_BRANCH,
+    ("engine/tape.py", "note"): ANOTHER_BRANCH,
 }
 KERNELS_WITHOUT_DOCSTRING = {
-    ("analyze/balance/imbalance.py", "_copy_cost"): "to be mended",
-    ("analyze/balance/imbalance.py", "_note"): "to be mended",
-    ("analyze/balance/plans.py", "_count_moved"): "to be mended",
-    ("analyze/balance/plans.py", "_turn"): "to be mended",
-    ("analyze/cache/eviction.py", "_demand_ranked"): "to be mended",
-    ("analyze/cache/eviction.py", "_link_newest"): "to be mended",
-    ("analyze/cache/eviction.py", "_rank"): "to be mended",
-    ("analyze/cache/eviction.py", "_unlink"): "to be mended",
-    ("analyze/cache/kernels/fifo.py", "_demand"): "to be mended",
-    ("analyze/cache/kernels/fifo.py", "_demand_guessing"): "to be mended",
-    ("analyze/cache/kernels/fifo.py", "_replay_list"): "to be mended",
-    ("analyze/cache/kernels/fifo.py", "_replay_queues"): "to be mended",
-    ("analyze/cache/kernels/ghosts.py", "_add"): "to be mended",
-    ("analyze/cache/kernels/ghosts.py", "_remove"): "to be mended",
-    ("analyze/cache/kernels/ghosts.py", "_replay_arc"): "to be mended",
-    ("analyze/cache/kernels/ghosts.py", "_replay_s3_fifo"): "to be mended",
-    ("analyze/cache/kernels/scored.py", "_demand"): "to be mended",
-    ("analyze/cache/kernels/scored.py", "_remove"): "to be mended",
-    ("analyze/cache/kernels/scored.py", "_replay"): "to be mended",
-    ("analyze/cache/kernels/sieve.py", "_demand"): "to be mended",
-    ("analyze/cache/kernels/sieve.py", "_replay"): "to be mended",
-    ("analyze/cache/kernels/slots.py", "_replay"): "to be mended",
-    ("analyze/cache/kernels/slots.py", "_replay_lfu"): "to be mended",
-    ("analyze/cache/kernels/slots.py", "_wait"): "to be mended",
-    ("analyze/cache/kernels/stack.py", "_flip"): "to be mended",
-    ("analyze/cache/kernels/stack.py", "_walk_all"): "to be mended",
-    ("analyze/cache/kernels/stack.py", "_walk_layers_at_once"): "to be mended",
-    ("analyze/cache/kernels/static.py", "_replay"): "to be mended",
-    ("analyze/cache/tally.py", "_count"): "to be mended",
-    ("analyze/prefetch/predictors.py", "_fetch"): "to be mended",
-    ("analyze/prefetch/predictors.py", "_judge"): "to be mended",
-    ("analyze/prefetch/predictors.py", "_learn"): "to be mended",
-    ("analyze/prefetch/predictors.py", "_next_step"): "to be mended",
-    ("analyze/prefetch/predictors.py", "_replay"): "to be mended",
-    ("analyze/prefetch/predictors.py", "_score_transitions"): "to be mended",
-    ("engine/demand.py", "_absent"): "to be mended",
-    ("engine/demand.py", "_gather"): "to be mended",
-    ("engine/dispatch.py", "_balance"): "to be mended",
-    ("engine/eplb.py", "_plan"): "to be mended",
-    ("engine/lookahead.py", "_link"): "to be mended",
-    ("engine/prefetch.py", "_close_up"): "to be mended",
-    ("engine/prefetch.py", "_trim"): "to be mended",
-    ("engine/prompt.py", "_count_row"): "to be mended",
-    ("engine/schedule.py", "_scan"): "to be mended",
-    ("engine/static_set.py", "_count"): "to be mended",
-    ("engine/static_set.py", "_fill"): "to be mended",
-    ("engine/tape.py", "_note_expert"): "to be mended",
-    ("generators/imitate.py", "_normals"): "to be mended",
-    ("jit/heap.py", "_move"): "to be mended",
+    ("engine/demand.py", "_absent"): ANOTHER_BRANCH,
+    ("engine/demand.py", "_gather"): ANOTHER_BRANCH,
+    ("engine/dispatch.py", "_balance"): ANOTHER_BRANCH,
+    ("engine/eplb.py", "_plan"): ANOTHER_BRANCH,
+    ("engine/lookahead.py", "_link"): ANOTHER_BRANCH,
+    ("engine/prefetch.py", "_close_up"): ANOTHER_BRANCH,
+    ("engine/prefetch.py", "_trim"): ANOTHER_BRANCH,
+    ("engine/prompt.py", "_count_row"): ANOTHER_BRANCH,
+    ("engine/schedule.py", "_scan"): ANOTHER_BRANCH,
+    ("engine/static_set.py", "_count"): ANOTHER_BRANCH,
+    ("engine/static_set.py", "_fill"): ANOTHER_BRANCH,
+    ("engine/tape.py", "_note_expert"): ANOTHER_BRANCH,
 }
 CLASSES_TWICE = {
-    "Block": "to be mended",
-    "Choices": "to be mended",
-    "Counts": "to be mended",
-    "Demand": "to be mended",
-    "Figure": "to be mended",
-    "Folder": "to be mended",
-    "Lane": "to be mended",
-    "Measured": "to be mended",
-    "Meta": "to be mended",
-    "Plan": "to be mended",
-    "Requests": "to be mended",
-    "Schedule": "to be mended",
-    "Tally": "to be mended",
-    "_Column": "to be mended",
-    "_LazyGroup": "to be mended",
-    "_Rank": "to be mended",
-    "_Record": "to be mended",
-    "_Rows": "to be mended",
-    "_Sweep": "to be mended",
-    "_Tokens": "to be mended",
+    "Figure": ANOTHER_BRANCH,
+    "Folder": ANOTHER_BRANCH,
+    "Plan": ANOTHER_BRANCH,
+    "_Sweep": ANOTHER_BRANCH,
 }
 MODULES_TWICE = {
-    "balance": "to be mended",
-    "capture": "to be mended",
-    "counts": "to be mended",
-    "eplb": "to be mended",
-    "frames": "to be mended",
-    "model": "to be mended",
-    "npz": "to be mended",
-    "prefetch": "to be mended",
-    "replay": "to be mended",
-    "requests": "to be mended",
-    "schedule": "to be mended",
-    "sweep": "to be mended",
+    "eplb": "the algorithm of that name, and the format that exports counts for it",
+    "npz": "one format: an exporter and an importer are named by their format",
+    "prefetch": "the folder of a question, and the same in the replay",
+    "replay": ANOTHER_BRANCH,
+    "sweep": ANOTHER_BRANCH,
 }
 
 
@@ -208,10 +140,10 @@ def _inner_imports() -> Iterator[tuple[Module, str]]:
                 yield module, name.removeprefix("moetrace").removeprefix(".")
 
 
-def _same(found: set, listed: object) -> None:
+def _check(found: Iterable, listed: Iterable) -> None:
     """Check that what breaks a rule is what is listed, no more and no less."""
-    listed = set(listed)  # type: ignore[call-overload]
-    assert (found - listed, listed - found) == (set(), set()), "(breaks the rule, no longer does)"
+    found, listed = set(found), set(listed)
+    assert (found - listed, listed - found) == (set(), set()), "(breaks the rule, is listed but no longer does)"
 
 
 def test_every_room_has_a_floor_and_says_what_it_is():
@@ -233,7 +165,7 @@ def test_arrows_point_down():
         assert room in ROOMS, f"{module.file} imports moetrace.{name}: import from the room itself"
         if ROOMS[room] >= ROOMS[module.room]:
             found.add((module.file, name))
-    _same(found, UPWARD)
+    _check(found, UPWARD)
 
 
 def test_no_circle_among_modules():
@@ -264,21 +196,21 @@ def test_heavy_packages_stay_in_their_rooms():
                 found.add((module.file, package))
             if package == "numba" and at_top:
                 top.add(module.file)
-    _same(found, HEAVY_IMPORTS)
+    _check(found, HEAVY_IMPORTS)
     assert top == NUMBA_AT_THE_TOP
 
 
 def test_modules_have_400_lines_at_most():
     files = [path for folder in ("moetrace", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
     long = {path.relative_to(ROOT).as_posix() for path in files if len(path.read_text().splitlines()) > 400}
-    _same(long, LONG_MODULES)
+    _check(long, LONG_MODULES)
 
 
 def test_functions_have_70_lines_and_8_parameters_at_most():
     long, wide = set(), set()
     for module in modules().values():
         for name, function in module.functions():
-            if function.end_lineno - function.lineno >= 70:
+            if (function.end_lineno or 0) - function.lineno >= 70:
                 long.add((module.file, name))
             given = function.args
             positional = [a.arg for a in (*given.posonlyargs, *given.args) if a.arg not in ("self", "cls")]
@@ -286,8 +218,8 @@ def test_functions_have_70_lines_and_8_parameters_at_most():
             counted = positional if public else [*positional, *given.kwonlyargs]
             if len(counted) > 8 and not _is_command(function):
                 wide.add((module.file, name))
-    _same(long, LONG_FUNCTIONS)
-    _same(wide, MANY_PARAMETERS)
+    _check(long, LONG_FUNCTIONS)
+    _check(wide, MANY_PARAMETERS)
 
 
 def _decorators(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
@@ -305,7 +237,7 @@ def test_kernels_say_what_they_do():
         for name, function in module.functions()
         if "kernel" in _decorators(function) and not ast.get_docstring(function)
     }
-    _same(silent, KERNELS_WITHOUT_DOCSTRING)
+    _check(silent, KERNELS_WITHOUT_DOCSTRING)
 
 
 def test_kernels_stand_in_rooms_of_kernels():
@@ -324,7 +256,7 @@ def test_no_class_is_named_as_another():
         for node in ast.walk(module.tree):
             if isinstance(node, ast.ClassDef):
                 places[node.name].add(module.file)
-    _same({name for name, files in places.items() if len(files) > 1}, CLASSES_TWICE)
+    _check({name for name, files in places.items() if len(files) > 1}, CLASSES_TWICE)
 
 
 def test_no_module_is_named_as_another():
@@ -332,7 +264,7 @@ def test_no_module_is_named_as_another():
     for name in modules():
         if not name.startswith("cli.commands."):  # named by their commands, which are named by what they call
             places[name.rpartition(".")[2]].add(name)
-    _same({name for name, found in places.items() if len(found) > 1}, MODULES_TWICE)
+    _check({name for name, found in places.items() if len(found) > 1}, MODULES_TWICE)
 
 
 def test_names_say_something():

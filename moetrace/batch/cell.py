@@ -15,6 +15,7 @@ from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.record import CELL_SCHEMA
 from moetrace.results.replay import by_spec, model_of
 from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_policy, load_system
+from moetrace.spec.choices import KINDS, source_of
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import nearest, read_text
 from moetrace.trace import Trace
@@ -144,22 +145,28 @@ class Resolver:
 
 
 def files_of(setup: Setup) -> dict[str, str]:
-    """Paths of the files that the specs of a setup name, by field: tables of numbers, and functions."""
+    """Paths of the files that the specs of a setup name, by field: tables of numbers, functions, other packages."""
     model, policy = setup.model, setup.policies[0]
     found = {"model.weight_bits": model.weight_bits}
     found |= {f"policy.{field}": getattr(policy, field) for field in ("loads", "plan", "static")}
     files = {field: path for field, path in found.items() if isinstance(path, str)}
-    for field in ("dispatch", "residency"):
+    for field in KINDS:
         file, colon, _ = getattr(policy, field).rpartition(":")
         if colon and file.endswith(".py"):
             files[f"policy.{field}"] = file
+        elif source := source_of(field, getattr(policy, field)):
+            files[f"policy.{field}"] = str(source)
     return files
 
 
 def digest(path: str) -> str:
-    """SHA-256 of a file's content; of a Python file, with the modules beside it that it imports."""
+    """SHA-256 of a file's content; of a Python file, with the modules beside it that it imports; of a package, all."""
     hashed = hashlib.sha256()
-    for file in _with_imports(Path(path)) if path.endswith(".py") else [Path(path)]:
+    if Path(path).is_dir():
+        found = sorted(Path(path).rglob("*.py"))
+    else:
+        found = _with_imports(Path(path)) if path.endswith(".py") else [Path(path)]
+    for file in found:
         hashed.update(read_text(file).encode() + b"\0")
     return hashed.hexdigest()
 

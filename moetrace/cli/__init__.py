@@ -23,7 +23,7 @@ COMMANDS = {
     "import": "Turn what an engine recorded into a trace file.",
     "info": "Say what a trace file holds.",
     "lint": "Say what is wrong or suspicious in a trace file.",
-    "list": "List the preset models, systems or policies.",
+    "list": "List the preset models, systems or policies, or the choices of a policy.",
     "rebatch": "Recombine the requests of traces into larger batches.",
     "replay": "Replay a trace through policies on a described machine.",
     "report": "Make one HTML page of a result.",

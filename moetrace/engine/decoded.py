@@ -12,6 +12,7 @@ from moetrace.engine.lookahead import NextSteps
 from moetrace.engine.replay import Batch, Steps
 from moetrace.engine.schedule import Schedule, request_index, schedule_of
 from moetrace.engine.static_set import count_demands
+from moetrace.spec.choices import find
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.policy import PolicySpec
 from moetrace.trace.format import Block, Trace
@@ -21,18 +22,24 @@ from moetrace.trace.schema import BLOCK_BYTES, check_ids
 class Needs(NamedTuple):
     """What policies ask of the blocks of a trace, beside who is demanded."""
 
-    ahead_layers: int  # how far `oracle` looks ahead
-    next_steps: bool  # `belady`: when each is demanded next
-    prompts: bool  # `prefill`: which row chose what
+    ahead_layers: int  # how far a prefetch looks ahead
+    next_steps: bool  # when each is demanded next
+    prompts: bool  # which row chose what
 
 
 def needs_of(policies: Iterable[PolicySpec]) -> Needs:
     """Return what at least one of the policies needs."""
-    found = list(policies)
+    ahead_layers, residencies = 0, []
+    for policy in policies:
+        prefetch, residency = find("prefetch", policy.prefetch), find("residency", policy.residency)
+        if prefetch.ahead:
+            ahead_layers = max(ahead_layers, policy.prefetch_depth)
+        if residency is not None:
+            residencies.append(residency)
     return Needs(
-        max((policy.prefetch_depth for policy in found if policy.prefetch_kind == "oracle"), default=0),
-        any(policy.residency == "belady" for policy in found),
-        any(policy.residency == "prefill" for policy in found),
+        ahead_layers,
+        any(residency.next_steps for residency in residencies),
+        any(residency.counts_prompts for residency in residencies),
     )
 
 

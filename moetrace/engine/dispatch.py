@@ -1,7 +1,7 @@
-"""Who runs an active expert in this step (timing model, section 6): ordinary hooks, compiled by ``@policy``.
+"""Splits of a layer's work between the GPU and the units (timing model, section 6), which several dispatches share.
 
-A dispatch hook gets ``plan`` uint8 [n], all zero, and sets ``plan[i] = 1`` to run the i-th active expert (in
-demand order) on the GPU; what stays 0 runs on the units that hold it.
+A dispatch hook (`dispatches/`) gets ``plan`` uint8 [n], all zero, and sets ``plan[i] = 1`` to run the i-th active
+expert (in demand order) on the GPU; what stays 0 runs on the units that hold it.
 """
 
 import numpy as np
@@ -12,54 +12,9 @@ from moetrace.jit.compile import kernel
 OPTIMAL_UP_TO = 20  # active experts
 
 
-def all_on_ndp(state, view, layer, load, plan):
-    """``ndp``: every expert on its units."""
-    for i in range(load.size):
-        plan[i] = 0
-
-
-def all_on_gpu(state, view, layer, load, plan):
-    """``gpu``: every expert on the GPU, fetching what is missing."""
-    for i in range(load.size):
-        plan[i] = 1
-
-
-def hottest_on_gpu(state, view, layer, load, plan):
-    """``hot`` (MoNDE): the H most demanded are fetched, with the H of least time, the smallest on a tie."""
-    give_rest(view, load.size, plan)
-    best_s, best = ndp_end_s(view), 0
-    free_s, arrival_s = 0.0, 0.0
-    for i in range(load.size):
-        expert = view.active[i]
-        take_from_group(view.groups, expert)
-        arrival_s += expert.fetch_s
-        free_s = max(free_s, arrival_s) + expert.gpu_s
-        moe_s = max(free_s, ndp_end_s(view))
-        if less(moe_s, best_s):
-            best_s, best = moe_s, i + 1
-        if not less(free_s, best_s):
-            break  # the GPU alone takes as long already, and only gets slower
-    for i in range(load.size):
-        plan[i] = i < best
-
-
-def balanced(state, view, layer, load, plan):
-    """``balance`` (arXiv 2601.03992): move experts to the GPU one by one while the layer gets faster."""
-    _balance(view, load.size, plan)
-
-
-def optimal(state, view, layer, load, plan):
-    """``optimal``: the least time over all splits; beyond 20 active experts ``balance``."""
-    best_s = _balance(view, load.size, plan)
-    if load.size <= OPTIMAL_UP_TO:
-        _search(view, load.size, plan, best_s)
-
-
-DISPATCH = {"ndp": all_on_ndp, "gpu": all_on_gpu, "hot": hottest_on_gpu, "balance": balanced, "optimal": optimal}
-
-
 @kernel
-def _balance(view, size, plan):
+def move_while_faster(view, size, plan):
+    """Move experts to the GPU one by one while the layer gets faster; return the layer's seconds."""
     give_rest(view, size, plan)
     moe_s = ndp_end_s(view)
     free_s, arrival_s = 0.0, 0.0
@@ -81,7 +36,7 @@ def _balance(view, size, plan):
 
 
 @kernel(inline=False)
-def _search(view, size, plan, best_s):
+def search_splits(view, size, plan, best_s):
     """Improve ``plan``, which takes ``best_s``, to the best of all splits by branch and bound.
 
     Depth j decides the j-th expert in the order in which the GPU would run them: first for the units, then for the

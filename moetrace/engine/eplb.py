@@ -37,6 +37,7 @@ def eplb_plan(loads: np.ndarray, slots: int, units: int, nodes: int = 1, groups:
 
 @kernel(inline=False)
 def _plan(loads, units, nodes, groups, expert_of_slot):
+    """Fill expert_of_slot int32 [layers, slots] for loads float64 [layers, experts]."""
     layers, experts = loads.shape
     slots = expert_of_slot.shape[1]
     in_node, node_slots, node_units = experts // nodes, slots // nodes, units // nodes

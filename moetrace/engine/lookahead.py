@@ -35,6 +35,7 @@ class NextSteps:
 
 @kernel
 def _link(demand, layers, first_step, first, last, next_step):
+    """Write a block's next steps into next_step int32 from ``first`` on; last int64 [L, E] is where each was last."""
     for at in range(demand.start.size - 1):
         step, layer = first_step + at // layers, at % layers
         for i in range(demand.start[at], demand.start[at + 1]):

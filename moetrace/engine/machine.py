@@ -58,7 +58,7 @@ class Machine(NamedTuple):
     home: np.ndarray  # int64 [L, E]: the device that each expert lives on
 
 
-class Part(NamedTuple):
+class MachinePart(NamedTuple):
     """What a table has a row for: a device or a direction of a link."""
 
     name: str
@@ -106,12 +106,12 @@ def machine_of(
     )
 
 
-def parts_of(system: System, share: int) -> list[Part]:
+def parts_of(system: System, share: int) -> list[MachinePart]:
     """Return the parts of a machine in the order of every table, where groups of ``share`` units share experts."""
     rows = {system.accelerator.name: (GPU, 1), "link_in": (LINK_IN, 1), "link_out": (LINK_OUT, 1)}
     if system.home is not None:
         rows |= {name: (FIRST_GROUP + unit // share, share) for unit, name in enumerate(system.home.names)}
-    return [Part(name, *rows.get(name, (NO_ROW, 1))) for name in system.part_names]
+    return [MachinePart(name, *rows.get(name, (NO_ROW, 1))) for name in system.part_names]
 
 
 def _describe(device: np.ndarray, kind: Device, share: int, model: Model) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from moetrace.engine.residency import unchanged
 from moetrace.jit.compile import PURE_PYTHON, kernel
+from moetrace.spec.choices import find, legal
 from moetrace.spec.errors import MoetraceError, UsageError
 
 _ENGINE = Path(__file__).parent
@@ -30,7 +32,7 @@ def policy(function: Callable) -> Any:
       last, 0 = never), `resident` (for reading).
     - `view`: `step`, `phase` (0 prefill, 1 decode, 2 mixed), `rows`, `slots`, `share`, `out_s_per_row`,
       `link_latency_s`, `alpha`, `half_life`, scratch `view.groups[g]` (`busy_s`, `rows`, `count`), and `view.active[i]`
-      with `expert`, `resident`, `gpu_s`, `ndp_s`, `fetch_s`, `weight_bytes`, `group`.
+      with `expert`, `resident`, `gpu_s`, `ndp_s`, `device_s`, `fetch_s`, `weight_bytes`, `group`.
     - `load` int64 [n]: rows that chose each active expert, in demand order (most first, then by id).
     - `plan` uint8 [n]: 0 at the start.
 
@@ -85,14 +87,19 @@ def policy(function: Callable) -> Any:
     return dispatcher
 
 
-def load_hook(choice: str, known: Mapping[str, Callable]) -> Any:
-    """Return the compiled hook that a spec names: one of the ``known`` ones, or ``file.py:function``.
+def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None) -> Any:
+    """Return the compiled hook that a policy names: a key of ``own``, that of a record, or ``file.py:function``.
 
-    Raises UsageError if the file has no such function, or it is no policy; MoetraceError if the file does not run.
+    Raises UsageError if there is no such function, or it is no policy; MoetraceError if the file does not run.
     """
-    if choice in known:
-        return _known(known[choice])
+    if own and choice in own:
+        return _compiled(own[choice])
+    record = find(kind, choice)
+    if record is not None:
+        return _compiled(record.hook or unchanged)
     file, _, name = choice.rpartition(":")
+    if not file:
+        raise UsageError(f"There is no {kind} {choice!r}; known are {', '.join(legal(kind))}.")
     function = getattr(_run(Path(file)), name, None)
     if function is None:
         raise UsageError(f"{file} defines no {name}.")
@@ -101,7 +108,7 @@ def load_hook(choice: str, known: Mapping[str, Callable]) -> Any:
     return policy(function)
 
 
-_known = cache(policy)
+_compiled = cache(policy)
 
 
 def _run(path: Path) -> ModuleType:

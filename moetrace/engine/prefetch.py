@@ -8,21 +8,24 @@ from moetrace.engine.residency import keep, link_by_age, pool_of
 from moetrace.jit.compile import kernel
 from moetrace.jit.random import GOLDEN, mix
 
+# What a prefetch (`prefetches/`) does.
+NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE = 0, 1, 2, 3
+
 # A transfer is complete when at most this remains, and has begun when more than this has moved: the flow is a fluid,
 # and rounds.
 DONE_BYTES = 1e-3
 
 
 class Queue(NamedTuple):
-    """Transfers in the order in which they run; ``place[code] = -1`` means not queued.
+    """Transfers in the order in which they run; ``place[key] = -1`` means not queued.
 
-    An entry that leaves the middle stays in ``code`` and is skipped, as its place is no longer its own.
+    An entry that leaves the middle stays in ``key`` and is skipped, as its place is no longer its own.
     """
 
     weight_bytes: np.ndarray  # float64 [L * E]
-    code: np.ndarray  # int64 [2 * L * E]
+    key: np.ndarray  # int64 [2 * L * E]
     ends: np.ndarray  # int64 [4]: first entry, one past the last, complete ones in between, completed ever
-    place: np.ndarray  # int64 [L * E]: where in `code` an expert stands
+    place: np.ndarray  # int64 [L * E]: where in `key` an expert stands
     moved_bytes: np.ndarray  # float64 [L * E]
     late: np.ndarray  # uint8 [L * E]: counted as late already
     target: np.ndarray  # int64 [L * E]: step * L + layer that an `oracle` entry is meant for
@@ -36,7 +39,7 @@ def empty_queue(weight_bytes: np.ndarray) -> Queue:
     cells = weight_bytes.size
     return Queue(
         weight_bytes=weight_bytes.reshape(-1),
-        code=np.zeros(2 * cells, np.int64),
+        key=np.zeros(2 * cells, np.int64),
         ends=np.zeros(4, np.int64),
         place=np.full(cells, -1),
         moved_bytes=np.zeros(cells),
@@ -46,70 +49,72 @@ def empty_queue(weight_bytes: np.ndarray) -> Queue:
 
 
 @kernel
-def is_complete(queue, code):
+def is_complete(queue, key):
     """Return whether all of an expert's bytes have arrived."""
-    return queue.weight_bytes[code] - queue.moved_bytes[code] <= DONE_BYTES
+    return queue.weight_bytes[key] - queue.moved_bytes[key] <= DONE_BYTES
 
 
 @kernel
-def join(queue, code, target):
+def join(queue, key, target):
     """Put an expert at the end of the queue."""
-    if queue.ends[TAIL] == queue.code.size:
+    if queue.ends[TAIL] == queue.key.size:
         _close_up(queue)
-    queue.place[code] = queue.ends[TAIL]
-    queue.code[queue.ends[TAIL]] = code
+    queue.place[key] = queue.ends[TAIL]
+    queue.key[queue.ends[TAIL]] = key
     queue.ends[TAIL] += 1
-    queue.late[code] = 0
-    queue.target[code] = target
+    queue.late[key] = 0
+    queue.target[key] = target
 
 
 @kernel
 def _close_up(queue):
+    """Move the entries to the front of the queue's room, without those that left."""
     tail = 0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
-        code = queue.code[at]
-        if queue.place[code] == at:
-            queue.code[tail] = code
-            queue.place[code] = tail
+        key = queue.key[at]
+        if queue.place[key] == at:
+            queue.key[tail] = key
+            queue.place[key] = tail
             tail += 1
     queue.ends[HEAD] = 0
     queue.ends[TAIL] = tail
 
 
 @kernel
-def leave(queue, code):
+def leave(queue, key):
     """Take an expert out of the queue; return 1 if some of its bytes had moved, else 0."""
-    moved = queue.moved_bytes[code] > DONE_BYTES
-    if moved and is_complete(queue, code):
+    moved = queue.moved_bytes[key] > DONE_BYTES
+    if moved and is_complete(queue, key):
         queue.ends[COMPLETE] -= 1
-    queue.place[code] = -1
-    queue.moved_bytes[code] = 0.0
+    queue.place[key] = -1
+    queue.moved_bytes[key] = 0.0
     _trim(queue)
     return 1 if moved else 0
 
 
 @kernel
-def note_late(queue, code):
+def note_late(queue, key):
     """Return 1 the first time that an entry is demanded with some of its bytes moved, else 0."""
-    if queue.place[code] < 0 or queue.moved_bytes[code] <= DONE_BYTES or queue.late[code]:
+    if queue.place[key] < 0 or queue.moved_bytes[key] <= DONE_BYTES or queue.late[key]:
         return 0
-    queue.late[code] = 1
+    queue.late[key] = 1
     return 1
 
 
 @kernel
-def restore(queue, code, moved_bytes, late):
+def restore(queue, key, moved_bytes, late):
     """Make an entry that has just joined the one that it was before the queue was made anew."""
-    queue.moved_bytes[code] = moved_bytes
-    queue.late[code] = late
-    if is_complete(queue, code):
+    queue.moved_bytes[key] = moved_bytes
+    queue.late[key] = late
+    if is_complete(queue, key):
         queue.ends[COMPLETE] += 1
 
 
 @kernel
 def _trim(queue):
+    """Let the queue begin with an entry that has not left."""
     head, tail = queue.ends[HEAD], queue.ends[TAIL]
-    while head < tail and queue.place[queue.code[head]] != head:
+    while head < tail and queue.place[queue.key[head]] != head:
         head += 1
     if head == tail:
         head = tail = 0
@@ -124,17 +129,17 @@ def flow(queue, budget_bytes):
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
         if left <= 0:
             break
-        code = queue.code[at]
-        if queue.place[code] != at:
+        key = queue.key[at]
+        if queue.place[key] != at:
             continue
-        remaining = queue.weight_bytes[code] - queue.moved_bytes[code]
+        remaining = queue.weight_bytes[key] - queue.moved_bytes[key]
         if remaining <= DONE_BYTES:
             continue
         step_bytes = min(left, remaining)
-        queue.moved_bytes[code] += step_bytes
+        queue.moved_bytes[key] += step_bytes
         left -= step_bytes
         moved_bytes += step_bytes
-        if is_complete(queue, code):
+        if is_complete(queue, key):
             queue.ends[COMPLETE] += 1
             queue.ends[COMPLETED_EVER] += 1
     return moved_bytes
@@ -145,9 +150,9 @@ def remaining_bytes(queue):
     """Return what has yet to arrive of everything in the queue."""
     total = 0.0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
-        code = queue.code[at]
-        if queue.place[code] == at and not is_complete(queue, code):
-            total += queue.weight_bytes[code] - queue.moved_bytes[code]
+        key = queue.key[at]
+        if queue.place[key] == at and not is_complete(queue, key):
+            total += queue.weight_bytes[key] - queue.moved_bytes[key]
     return total
 
 
@@ -157,12 +162,12 @@ def admit_complete(queue, cells, cache, tally):
     experts = cells.shape[1]
     at = queue.ends[HEAD]
     while queue.ends[COMPLETE] > 0:
-        code = queue.code[at]
-        if queue.place[code] == at and is_complete(queue, code):
-            leave(queue, code)
-            if keep(cells, cache, code // experts, code % experts, tally):
-                link_by_age(cells, cache, code)
-                cache.fresh[code] = 1
+        key = queue.key[at]
+        if queue.place[key] == at and is_complete(queue, key):
+            leave(queue, key)
+            if keep(cells, cache, key // experts, key % experts, tally):
+                link_by_age(cells, cache, key)
+                cache.fresh[key] = 1
             else:
                 tally[0].wasted += 1
         at += 1
@@ -204,21 +209,21 @@ def join_ahead(queue, cells, cache, demand, at, now, setting):
     layers, experts = cells.shape
     wasted = 0
     for entry in range(queue.ends[HEAD], queue.ends[TAIL]):
-        code = queue.code[entry]
-        if queue.place[code] == entry and queue.target[code] < now:
-            wasted += leave(queue, code)
+        key = queue.key[entry]
+        if queue.place[key] == entry and queue.target[key] < now:
+            wasted += leave(queue, key)
     for ahead in range(1, setting.depth + 1):
         if at + ahead + 1 >= demand.start.size:
             break
         step, layer = divmod(now + ahead, layers)
         for i in range(demand.start[at + ahead], demand.start[at + ahead + 1]):
             expert = np.int64(demand.expert[i])
-            code = layer * experts + expert
-            if cache.resident[code] == 0 and chance(setting.seed, step, layer, expert) < setting.chance:
-                if queue.place[code] < 0:
-                    join(queue, code, now + ahead)
+            key = layer * experts + expert
+            if cache.resident[key] == 0 and chance(setting.seed, step, layer, expert) < setting.chance:
+                if queue.place[key] < 0:
+                    join(queue, key, now + ahead)
                 else:
-                    queue.target[code] = now + ahead
+                    queue.target[key] = now + ahead
     return wasted
 
 

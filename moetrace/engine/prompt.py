@@ -80,6 +80,7 @@ def count_prompts(prompts, batch, s, num_experts):
 
 @kernel
 def _count_row(prompts, experts, place, num_experts):
+    """Count the choices, uint16 [L, k], of a prefill row for the request whose counts stand at ``place``."""
     for layer in range(experts.shape[0]):
         for slot in range(experts.shape[1]):
             e = np.int64(experts[layer, slot])
@@ -98,35 +99,35 @@ def forget_ended(prompts, step, just_prefilled):
         prompts.cursor[0] += 1
         if prompts.place[request] >= 0:
             count = prompts.counts[prompts.place[request]]
-            for code in range(count.size):
-                prompts.total[code] -= count[code]
-                count[code] = 0
+            for key in range(count.size):
+                prompts.total[key] -= count[key]
+                count[key] = 0
 
 
 @kernel(inline=False)
 def want_most_frequent(cells, total, begin, stop, most):
-    """Want the up to ``most`` most counted of the codes ``begin`` to ``stop``; ties: lower code; never a count of 0.
+    """Want the up to ``most`` most counted of the keys ``begin`` to ``stop``; ties: lower key; never a count of 0.
 
     What is wanted may be kept and is never evicted; what is not, the other way round.
     """
     experts = cells.shape[1]
     highest = 0
-    for code in range(begin, stop):
-        highest = max(highest, total[code])
+    for key in range(begin, stop):
+        highest = max(highest, total[key])
     with_count = np.zeros(highest + 2, np.int64)
-    for code in range(begin, stop):
-        with_count[total[code]] += 1
+    for key in range(begin, stop):
+        with_count[total[key]] += 1
     threshold, above = highest + 1, 0  # counts from `threshold` on are wanted, all of them
     while threshold > 1 and above + with_count[threshold - 1] <= most:
         threshold -= 1
         above += with_count[threshold]
     ties = most - above  # wanted among those one below the threshold
-    for code in range(begin, stop):
-        wanted = total[code] >= threshold
-        if total[code] == threshold - 1 and total[code] > 0 and ties > 0:
+    for key in range(begin, stop):
+        wanted = total[key] >= threshold
+        if total[key] == threshold - 1 and total[key] > 0 and ties > 0:
             ties -= 1
             wanted = True
-        cell = cells[code // experts, code % experts]
+        cell = cells[key // experts, key % experts]
         cell.admit = wanted
         cell.score = np.inf if wanted else 0.0
 
@@ -145,20 +146,20 @@ def make_wanted(cells, cache, total):
 def _line_up_unwanted(cells, cache, pool, begin, stop):
     """Make a pool's ring anew, of the residents that are not wanted any more."""
     experts = cells.shape[1]
-    keys = np.empty(cache.residents[pool], np.int64)  # order of touch, then of code
+    by_touch = np.empty(cache.residents[pool], np.int64)  # order of touch, then of key
     size = 0
-    for code in range(begin, stop):
-        if cache.resident[code]:
-            cache.after[code] = -1
-            cell = cells[code // experts, code % experts]
+    for key in range(begin, stop):
+        if cache.resident[key]:
+            cache.after[key] = -1
+            cell = cells[key // experts, key % experts]
             if cell.score < np.inf:
-                keys[size] = cache.touched[code] * cache.resident.size + code
+                by_touch[size] = cache.touched[key] * cache.resident.size + key
                 size += 1
-    _sort(keys, size)
+    _sort(by_touch, size)
     end = cache.resident.size + pool
     cache.after[end] = cache.before[end] = end
     for i in range(size):
-        link(cache, keys[i] % cache.resident.size, end)
+        link(cache, by_touch[i] % cache.resident.size, end)
 
 
 @kernel
@@ -184,13 +185,13 @@ def queue_wanted(queue, cells, cache, prompts, tally):
     """
     layers, experts = cells.shape
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
-        code = queue.code[at]
-        if queue.place[code] != at:
+        key = queue.key[at]
+        if queue.place[key] != at:
             continue
-        moved_bytes = queue.moved_bytes[code]
-        wasted = leave(queue, code)
-        if cells[code // experts, code % experts].admit:
-            prompts.kept[code] = moved_bytes
+        moved_bytes = queue.moved_bytes[key]
+        wasted = leave(queue, key)
+        if cells[key // experts, key % experts].admit:
+            prompts.kept[key] = moved_bytes
         else:
             tally[0].wasted += wasted
     ids = np.empty(experts, np.int64)
@@ -206,9 +207,9 @@ def queue_wanted(queue, cells, cache, prompts, tally):
             ids[j] = e
             size += 1
         for i in range(size):
-            code = layer * experts + ids[i]
-            late = queue.late[code]
-            join(queue, code, 0)
-            if prompts.kept[code] > 0:
-                restore(queue, code, prompts.kept[code], late)
-            prompts.kept[code] = 0.0
+            key = layer * experts + ids[i]
+            late = queue.late[key]
+            join(queue, key, 0)
+            if prompts.kept[key] > 0:
+                restore(queue, key, prompts.kept[key], late)
+            prompts.kept[key] = 0.0

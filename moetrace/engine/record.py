@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.engine.prefetch import HEAD, TAIL
-from moetrace.engine.replay import NO_PREFETCH, ONLINE, ORACLE, Batch, Steps, Work, replay_batch, replay_signature
+from moetrace.engine.prefetch import HEAD, NO_PREFETCH, ONLINE, ORACLE, TAIL
+from moetrace.engine.replay import Batch, Steps, Work, replay_batch, replay_signature
 from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, new_tape
 from moetrace.jit.compile import kernel
 

@@ -11,7 +11,10 @@ from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.layer import timeline
 from moetrace.engine.machine import DEVICE, FIRST_HOME, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
+    FROM_PROMPT,
     HEAD,
+    ONLINE,
+    ORACLE,
     TAIL,
     Queue,
     admit_complete,
@@ -24,7 +27,7 @@ from moetrace.engine.prefetch import (
     remaining_bytes,
 )
 from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wanted, prompts_of, queue_wanted
-from moetrace.engine.residency import BY_TOUCH, Cache, empty_cache, empty_cells, settle
+from moetrace.engine.residency import Cache, empty_cache, empty_cells, touch_and_admit
 from moetrace.engine.schedule import Requests, Schedule
 from moetrace.engine.state import (
     ACTIVE,
@@ -41,8 +44,8 @@ from moetrace.engine.state import (
 )
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
 from moetrace.jit.compile import kernel
+from moetrace.spec.choices import BY_TOUCH
 
-NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE = 0, 1, 2, 3
 DECODE = 1
 
 
@@ -87,7 +90,7 @@ SETTING = np.dtype(
 )
 
 
-class Scratch(NamedTuple):
+class LayerScratch(NamedTuple):
     """What is known of the layer at hand."""
 
     active: Any  # ACTIVE [E]
@@ -103,7 +106,7 @@ class State(NamedTuple):
     cache: Cache
     queue: Queue
     prompts: Prompts
-    scratch: Scratch
+    scratch: LayerScratch
 
 
 class Work(NamedTuple):
@@ -145,8 +148,8 @@ def _see(at, layer, step, demand, machine, setting, state, log):
     prices, looks_ahead = prices_of(machine), setting.looks_ahead
     for i in range(size):
         expert, rows = np.int64(demand.expert[first + i]), np.int64(demand.rows[first + i])
-        code = base + expert
-        resident = state.cache.resident[code]
+        key = base + expert
+        resident = state.cache.resident[key]
         active = state.scratch.active[i]
         price(machine, prices, layer, expert, rows, resident, active)
         state.scratch.load[i] = rows
@@ -156,7 +159,7 @@ def _see(at, layer, step, demand, machine, setting, state, log):
             active.next_use = np.inf if next_step < 0 else next_step * state.cells.shape[0] + layer + 0.0
         hits += resident
         if queued and not resident:
-            late += note_late(state.queue, code)
+            late += note_late(state.queue, key)
     order_on_gpu(state.scratch.active, size)
     log.step[step].hits += hits
     log.step[step].misses += size - hits
@@ -177,17 +180,17 @@ def _carry_out(layer, size, state, log):
         if state.scratch.plan[i] == 0:
             continue
         active = state.scratch.active[i]
-        code = layer * experts + active.expert
+        key = layer * experts + active.expert
         on_gpu += 1
         gpu.rows += active.rows
         gpu.bytes += active.weight_bytes
         if active.resident:
-            log.tally[0].used += state.cache.fresh[code]
-            state.cache.fresh[code] = 0
+            log.tally[0].used += state.cache.fresh[key]
+            state.cache.fresh[key] = 0
         else:
             fetched += 1
-            if state.queue.place[code] >= 0:
-                log.tally[0].wasted += leave(state.queue, code)
+            if state.queue.place[key] >= 0:
+                log.tally[0].wasted += leave(state.queue, key)
     gpu.experts += on_gpu
     log.unit[LINK_IN].experts += fetched
     log.layer[layer].gpu_experts += on_gpu
@@ -240,7 +243,7 @@ def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
     moved_bytes += flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link[0].bytes_s)
     if setting.learns:
         residency(cells, view, layer, load, plan)
-    settle(cells, state.cache, layer, state.scratch.active, size, state.scratch.plan, tally)
+    touch_and_admit(cells, state.cache, layer, state.scratch.active, size, state.scratch.plan, tally)
     if setting.prefetch == ONLINE:
         join_by_score(queue, cells, state.cache, layer, setting.depth)
     if tape is not None:
@@ -350,10 +353,10 @@ def new_state(machine: Machine, schedule: Schedule, setting: Any, pools: int, ad
     )
 
 
-def new_scratch(machine: Machine) -> Scratch:
+def new_scratch(machine: Machine) -> LayerScratch:
     """Return room for a layer's active experts."""
     experts = machine.home.shape[1]
-    return Scratch(
+    return LayerScratch(
         active=records(experts, ACTIVE),
         groups=records(len(machine.device) - FIRST_HOME, GROUP),
         load=np.zeros(experts, np.int64),

@@ -1,8 +1,8 @@
 """What the GPU keeps between steps (timing model, section 7).
 
-A residency is a hook, called after each layer before anything is evicted: it writes ``score`` (the least is evicted
-first, infinity never) and ``admit`` (whether a copy that arrives may be kept) of any expert in ``state``. Who is then
-touched, offered and evicted is the engine's business, here: so no hook can exceed the capacity.
+A residency is a hook (`residencies/`), called after each layer before anything is evicted: it writes ``score`` (the
+least is evicted first, infinity never) and ``admit`` (whether a copy that arrives may be kept) of any expert in
+``state``. Who is then touched, offered and evicted is the engine's business, here: so no hook can exceed the capacity.
 """
 
 from typing import NamedTuple
@@ -11,16 +11,13 @@ import numpy as np
 
 from moetrace.engine.state import CELL, records
 from moetrace.jit.compile import kernel
-
-# Who is evicted: the least score; or all scores are equal where they are not infinite, and it is the first of the ring,
-# which stands by touch or by admission; or, by admission, the first that a hand finds not visited (Sieve).
-BY_SCORE, BY_TOUCH, BY_ADMISSION, BY_HAND = 0, 1, 2, 3
+from moetrace.spec.choices import BY_ADMISSION, BY_HAND
 
 
 class Cache(NamedTuple):
-    """The copies that the GPU holds. A *code* is ``layer * E + expert``; a *pool* is a layer, or all layers.
+    """The copies that the GPU holds. A *key* is ``layer * E + expert``; a *pool* is a layer, or all layers.
 
-    Those that may be evicted stand in a ring a pool, by (touched, code) or in the order of their admission: touching
+    Those that may be evicted stand in a ring a pool, by (touched, key) or in the order of their admission: touching
     one, and finding the first, take the same few nanoseconds whatever the capacity. Node ``L * E + pool`` is where the
     ring closes.
     """
@@ -64,16 +61,16 @@ def empty_cells(layers: int, experts: int, admit: bool) -> np.ndarray:
     return cells
 
 
-def hold(cells: np.ndarray, cache: Cache, codes: np.ndarray) -> None:
-    """Put experts (int64 [n] codes, as many as fit) into the cache for good, before the first step."""
-    layer, expert = np.divmod(codes, cells.shape[1])
-    cache.resident[codes] = 1
+def keep_for_good(cells: np.ndarray, cache: Cache, keys: np.ndarray) -> None:
+    """Put experts (int64 [n] keys, as many as fit) into the cache for good, before the first step."""
+    layer, expert = np.divmod(keys, cells.shape[1])
+    cache.resident[keys] = 1
     np.add.at(cache.residents, layer if len(cache.residents) > 1 else 0 * layer, 1)
     cells["resident"][layer, expert] = 1
     cells["score"][layer, expert] = np.inf
 
 
-# The rules that a hook here and a cache of `moetrace analyze cache` share
+# The rules that a hook and a cache of `moetrace analyze cache` share
 
 
 @kernel
@@ -115,67 +112,9 @@ def find_unvisited(after, visited, guard, guarded, at, end, residents):
     return -1
 
 
-# The hooks
-
-
 def unchanged(state, view, layer, load, plan):
     """What keeps to the ring: equal scores, so the one touched (or admitted) longest ago goes first."""
 
-
-def by_frequency(state, view, layer, load, plan):
-    """``lfu``: the number of demands so far, halved every ``half_life`` steps."""
-    if layer == 0 and view.half_life > 0 and view.step > 0 and view.step % view.half_life == 0:
-        for cell_layer in range(state.shape[0]):
-            for e in range(state.shape[1]):
-                state[cell_layer, e].score *= 0.5
-    for i in range(load.size):
-        cell = state[layer, view.active[i].expert]
-        cell.score = demands(cell.score, False, False)
-
-
-def by_frequency_in_cache(state, view, layer, load, plan):
-    """``lfu-in-cache``: the number of demands since it was admitted, which is the first of them."""
-    for i in range(load.size):
-        cell = state[layer, view.active[i].expert]
-        cell.score = demands(cell.score, True, cell.resident)
-
-
-def by_layer(state, view, layer, load, plan):
-    """``least-stale``: an expert of the layer that ran last goes first."""
-    layers, experts = state.shape
-    if view.step == 0 and layer == 0:
-        for coming in range(1, layers):  # as if they had run in a step before
-            for e in range(experts):
-                state[coming, e].score = score_of_layer(-1, coming, layers)
-    score = score_of_layer(view.step, layer, layers)
-    for e in range(experts):
-        state[layer, e].score = score
-
-
-def by_average(state, view, layer, load, plan):
-    """``ewma``: ``alpha * n / T + (1 - alpha) * score`` for every expert of the layer."""
-    for e in range(state.shape[1]):
-        state[layer, e].score = faded(state[layer, e].score, view.alpha)
-    for i in range(load.size):
-        state[layer, view.active[i].expert].score += gained(load[i], view.rows, view.alpha)
-
-
-def by_next_use(state, view, layer, load, plan):
-    """``belady``: the one whose next demand is farthest goes first."""
-    for i in range(load.size):
-        state[layer, view.active[i].expert].score = -view.active[i].next_use
-
-
-# Residencies that keep what arrives only in part or not at all, and the orders of those without scores of their own.
-KEEPS_SOME = ("none", "static", "static-hindsight", "prefill")
-ORDER = dict.fromkeys((*KEEPS_SOME, "lru"), BY_TOUCH) | {"fifo": BY_ADMISSION, "sieve": BY_HAND}
-RESIDENCY = dict.fromkeys(ORDER, unchanged) | {
-    "lfu": by_frequency,
-    "lfu-in-cache": by_frequency_in_cache,
-    "ewma": by_average,
-    "least-stale": by_layer,
-    "belady": by_next_use,
-}
 
 # What the engine does with them
 
@@ -187,19 +126,19 @@ def pool_of(cache, layer):
 
 
 @kernel
-def link(cache, code, follower):
+def link(cache, key, follower):
     """Put an expert into a ring, in front of ``follower``."""
     leader = cache.before[follower]
-    cache.after[leader], cache.before[code] = code, leader
-    cache.after[code], cache.before[follower] = follower, code
+    cache.after[leader], cache.before[key] = key, leader
+    cache.after[key], cache.before[follower] = follower, key
 
 
 @kernel
-def unlink(cache, code):
+def unlink(cache, key):
     """Take an expert out of its ring."""
-    leader, follower = cache.before[code], cache.after[code]
+    leader, follower = cache.before[key], cache.after[key]
     cache.after[leader], cache.before[follower] = follower, leader
-    cache.after[code] = -1
+    cache.after[key] = -1
 
 
 @kernel
@@ -227,15 +166,15 @@ def _least(cells, cache, pool):
     experts = cells.shape[1]
     end = cache.resident.size + pool
     victim, least = -1, np.inf
-    code = cache.after[end]
-    while code != end:
-        if cache.active[code] == 0:
-            score = cells[code // experts, code % experts].score
+    key = cache.after[end]
+    while key != end:
+        if cache.active[key] == 0:
+            score = cells[key // experts, key % experts].score
             if score < least:
-                victim, least = code, score
+                victim, least = key, score
                 if cache.order:
                     break
-        code = cache.after[code]
+        key = cache.after[key]
     return victim
 
 
@@ -255,37 +194,37 @@ def keep(cells, cache, layer, expert, tally):
 
     It then has yet to be put into the ring.
     """
-    pool, code = pool_of(cache, layer), layer * cells.shape[1] + expert
-    if cells[layer, expert].admit == 0 or cache.resident[code]:
+    pool, key = pool_of(cache, layer), layer * cells.shape[1] + expert
+    if cells[layer, expert].admit == 0 or cache.resident[key]:
         return False
     if cache.residents[pool] >= cache.capacity and not evict(cells, cache, pool, tally):
         return False
     cells[layer, expert].resident = 1
-    cache.resident[code] = 1
+    cache.resident[key] = 1
     cache.residents[pool] += 1
-    cache.visited[code] = 0
+    cache.visited[key] = 0
     return True
 
 
 @kernel
-def link_by_age(cells, cache, code):
+def link_by_age(cells, cache, key):
     """Put an expert where its last touch (or admission) belongs; without scores, one kept for good has no place."""
     experts = cells.shape[1]
-    if cache.order and cells[code // experts, code % experts].score == np.inf:
+    if cache.order and cells[key // experts, key % experts].score == np.inf:
         return
-    touched = cache.touched[code]
-    end = cache.resident.size + pool_of(cache, code // experts)
+    touched = cache.touched[key]
+    end = cache.resident.size + pool_of(cache, key // experts)
     other = end if cache.order >= BY_ADMISSION else cache.after[end]
     while other != end:
         other_touched = cache.touched[other]
-        if other_touched > touched or (other_touched == touched and other > code):
+        if other_touched > touched or (other_touched == touched and other > key):
             break
         other = cache.after[other]
-    link(cache, code, other)
+    link(cache, key, other)
 
 
 @kernel
-def settle(cells, cache, layer, active, size, plan, tally):
+def touch_and_admit(cells, cache, layer, active, size, plan, tally):
     """After a layer, in demand order: touch what is resident, offer what was fetched."""
     first = layer * cells.shape[1]
     end = cache.resident.size + pool_of(cache, layer)
@@ -293,21 +232,21 @@ def settle(cells, cache, layer, active, size, plan, tally):
         cache.active[first + active[i].expert] = 1
     for i in range(size):
         expert = active[i].expert
-        code = first + expert
-        if cache.resident[code]:
-            linked = cache.after[code] >= 0
+        key = first + expert
+        if cache.resident[key]:
+            linked = cache.after[key] >= 0
             if cache.order >= BY_ADMISSION:
-                cache.visited[code] = 1
+                cache.visited[key] = 1
                 linked = False
             elif linked:
-                unlink(cache, code)
+                unlink(cache, key)
         elif plan[i] and keep(cells, cache, layer, expert, tally):
             linked = not (cache.order and cells[layer, expert].score == np.inf)
         else:
             continue
         if linked:
-            link(cache, code, end)
+            link(cache, key, end)
         tally[0].clock += 1
-        cache.touched[code] = cells[layer, expert].touched = tally[0].clock
+        cache.touched[key] = cells[layer, expert].touched = tally[0].clock
     for i in range(size):
         cache.active[first + active[i].expert] = 0

@@ -11,41 +11,28 @@ import numpy as np
 from moetrace.engine.bounds import clairvoyant_s, work_bound_s
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
-from moetrace.engine.dispatch import DISPATCH
-from moetrace.engine.machine import Machine, Part, machine_of, parts_of
+from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import load_hook
 from moetrace.engine.prefetch import COMPLETED_EVER
-from moetrace.engine.replay import (
-    FROM_PROMPT,
-    NO_PREFETCH,
-    ONLINE,
-    ORACLE,
-    Batch,
-    Scratch,
-    State,
-    Work,
-    new_scratch,
-    new_setting,
-    new_state,
-    replay_batch,
-)
-from moetrace.engine.residency import BY_SCORE, KEEPS_SOME, ORDER, RESIDENCY, empty_cells, hold
+from moetrace.engine.replay import Batch, LayerScratch, State, Work, new_scratch, new_setting, new_state, replay_batch
+from moetrace.engine.residency import empty_cells, keep_for_good
 from moetrace.engine.schedule import Schedule
 from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
-from moetrace.engine.static_set import keep_only, most_demanded
 from moetrace.jit.compile import compile_now
-from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
+from moetrace.spec.errors import MoetraceError
 from moetrace.spec.model import Model
-from moetrace.spec.policy import PolicySpec, check_policy, load_static
+from moetrace.spec.policy import PolicySpec, check_policy
 from moetrace.spec.system import System
 from moetrace.trace.format import Trace
 
 if TYPE_CHECKING:  # importing it compiles the replay once more
     from moetrace.engine.record import Recording
 
-PREFETCH = {"none": NO_PREFETCH, "prefill": FROM_PROMPT, "online": ONLINE, "oracle": ORACLE}
+# What is taken to be true of a user's own function.
+_OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name="own", meaning="")
 _Made = TypeVar("_Made")
 
 
@@ -58,12 +45,14 @@ class Lane:
 
     policy: PolicySpec
     machine: Machine
-    parts: list[Part]
+    parts: list[MachinePart]
     setting: Any  # SETTING [1]
     log: Log
     state: State
     hooks: tuple[Any, Any]
-    clairvoyant: tuple[Any, Scratch] | None  # cells and scratch of that run; None if the dispatch ignores residency
+    clairvoyant: (
+        tuple[Any, LayerScratch] | None
+    )  # cells and scratch of that run; None if the dispatch ignores residency
     clairvoyant_s: float = 0.0
     recording: "Recording | None" = None  # of the steps of a timeline
 
@@ -259,15 +248,19 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units)
     machine = machine_of(model, system, weight_bytes, groups, share)
+    dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
+    residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
+    prefetch: Prefetch = find("prefetch", policy.prefetch)
+    hooks = load_hook("dispatch", policy.dispatch, own), load_hook("residency", policy.residency, own)
     setting = new_setting(
-        prefetch=PREFETCH[policy.prefetch_kind],
+        prefetch=prefetch.rule,
         depth=policy.prefetch_depth or 0,
         waits=int(policy.prefetch_blocks),
-        counts_prompts=int(policy.residency == "prefill"),
-        learns=int(policy.residency not in ORDER),
-        looks_ahead=int(policy.residency == "belady"),
-        optimal=int(policy.dispatch == "optimal"),
-        own_dispatch=int(policy.dispatch not in DISPATCH),
+        counts_prompts=int(residency.counts_prompts),
+        learns=int(residency is _OWN_RESIDENCY or residency.hook is not None),
+        looks_ahead=int(residency.next_steps),
+        optimal=int(dispatch.counts_fallbacks),
+        own_dispatch=int(dispatch.reads_state),
         slots=slots,
         half_life=policy.half_life or 0,
         alpha=float(policy.alpha),
@@ -275,30 +268,11 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
         seed=policy.seed,
     )
     pools = layers if policy.scope == "layer" else 1
-    keeps_all, order = policy.residency not in KEEPS_SOME, ORDER.get(policy.residency, BY_SCORE)
-    state = new_state(machine, schedule, setting, pools, keeps_all, order)
+    state = new_state(machine, schedule, setting, pools, residency.admits, residency.order)
     if system.link is None:
-        hold(state.cells, state.cache, np.arange(layers * experts))
-    elif policy.static:
-        hold(state.cells, state.cache, _static_codes(policy, state, layers, experts))
-    elif policy.residency == "static-hindsight":
-        count, capacity = decoded.demand_count, state.cache.capacity
-        keep_only(state.cells, most_demanded(count, np.ones_like(count), capacity, pools))
-    ignores_residency = policy.dispatch in ("ndp", "hot")
-    clairvoyant = None if ignores_residency else (empty_cells(layers, experts, True), new_scratch(machine))
-    hooks = load_hook(policy.dispatch, {**DISPATCH, **own}), load_hook(policy.residency, {**RESIDENCY, **own})
+        keep_for_good(state.cells, state.cache, np.arange(layers * experts))
+    elif residency.begin is not None:
+        residency.begin(policy, state, decoded)
+    clairvoyant = None if dispatch.ignores_residency else (empty_cells(layers, experts, True), new_scratch(machine))
     log = new_log(decoded.trace.steps, layers, len(state.scratch.groups))
     return Lane(policy, machine, parts_of(system, share), setting, log, state, hooks, clairvoyant)
-
-
-def _static_codes(policy: PolicySpec, state: State, layers: int, experts: int) -> np.ndarray:
-    assert policy.static is not None
-    pairs = load_static(policy.static, layers, experts)
-    pools, capacity = len(state.cache.residents), state.cache.capacity
-    most = int(np.bincount(pairs[:, 0] if pools > 1 else np.zeros(len(pairs), np.int64), minlength=1).max())
-    if most > capacity:
-        place = "a layer" if pools > 1 else "all layers together"
-        raise UsageError(
-            f"Policy {policy.name}: {policy.static} holds {most} experts for {place}, but the GPU has {capacity} slots."
-        )
-    return pairs[:, 0] * experts + pairs[:, 1]

@@ -34,6 +34,13 @@ class Schedule(NamedTuple):
     requests: Requests
 
 
+class _Latest(NamedTuple):
+    """Of each request, int64 [requests]: its latest step so far, and its highest position + 1 in that."""
+
+    step: np.ndarray
+    position: np.ndarray
+
+
 def schedule_of(trace: Trace) -> Schedule:
     """Read who is in which step, in blocks; memory grows with steps and requests, not with rows."""
     ids = np.zeros(0, np.int64)
@@ -44,7 +51,7 @@ def schedule_of(trace: Trace) -> Schedule:
         ids.astype(np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64), *(np.full(n, -1) for _ in range(6))
     )
     kv_tokens = np.zeros(trace.steps, np.int64)
-    seen_in, highest = np.full(n, -1), np.zeros(n, np.int64)
+    latest = _Latest(np.full(n, -1), np.zeros(n, np.int64))
     for block in trace.row_blocks():
         _scan(
             block.first_step,
@@ -54,8 +61,7 @@ def schedule_of(trace: Trace) -> Schedule:
             np.ascontiguousarray(block.phase, np.uint8),
             requests,
             kv_tokens,
-            seen_in,
-            highest,
+            latest,
         )
     prompt_ends = np.zeros(trace.steps, np.uint8)
     prompt_ends[requests.last_prefill_step[requests.last_prefill_step >= 0]] = 1
@@ -68,7 +74,9 @@ def request_index(requests: Requests, block: Block | Rows) -> np.ndarray:
 
 
 @kernel
-def _scan(first_step, offset, request, position, phase, requests, kv_tokens, seen_in, highest):
+def _scan(first_step, offset, request, position, phase, requests, kv_tokens, latest):
+    """Note the rows of a block (int [rows]) in ``requests`` and kv_tokens int64 [steps]."""
+    seen_in, highest = latest.step, latest.position
     for s in range(offset.size - 1):
         step = first_step + s
         for row in range(offset[s], offset[s + 1]):

@@ -46,6 +46,7 @@ def keep_only(cells: np.ndarray, wanted: np.ndarray) -> None:
 
 @kernel(inline=False)
 def _count(start, expert, layers, experts, count):
+    """Add the steps in which each expert of a block is demanded to count int64 [L * E]."""
     for at in range(start.size - 1):
         for i in range(start[at], start[at + 1]):
             count[at % layers * experts + expert[i]] += 1
@@ -53,6 +54,7 @@ def _count(start, expert, layers, experts, count):
 
 @kernel(inline=False)
 def _fill(order, count, weight, capacity, wanted):
+    """Set wanted uint8 [keys] to 1 for keys in ``order`` as long as they fit ``capacity``."""
     used = 0
     for i in range(order.size):
         key = order[i]

@@ -48,13 +48,13 @@ def new_tape(slices: int, counts: int) -> Tape:
 
 
 @kernel
-def note(tape, step, layer, kind, unit, start_s, duration_s, byte_count, expert):
-    """Write a slice that no rows belong to; ``layer`` and ``expert`` are -1 where there is none."""
+def note(tape, step, layer, kind, unit, start_s, duration_s, byte_count):
+    """Write a slice that no expert and no rows belong to; ``layer`` is -1 where there is none."""
     entry = tape.slices[tape.ends[0]]
     tape.ends[0] += 1
     entry.step, entry.layer, entry.kind, entry.unit = step, layer, kind, unit
     entry.start_s, entry.duration_s, entry.bytes = start_s, duration_s, byte_count
-    entry.rows, entry.expert, entry.resident = 0.0, expert, -1
+    entry.rows, entry.expert, entry.resident = 0.0, -1, -1
 
 
 @kernel
@@ -63,7 +63,7 @@ def note_count(tape, step, at_s, state):
     queue = state.queue
     queued = 0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
-        queued += queue.place[queue.code[at]] == at and not is_complete(queue, queue.code[at])
+        queued += queue.place[queue.key[at]] == at and not is_complete(queue, queue.key[at])
     entry = tape.counts[tape.ends[1]]
     tape.ends[1] += 1
     entry.step, entry.at_s, entry.residents = step, at_s, state.cache.residents.sum()
@@ -78,14 +78,15 @@ def note_flow(tape, step, budget_bytes, start_s, machine, state):
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
         if left <= 0:
             break
-        code = queue.code[at]
-        if queue.place[code] != at or is_complete(queue, code):
+        key = queue.key[at]
+        if queue.place[key] != at or is_complete(queue, key):
             continue
-        step_bytes = min(left, queue.weight_bytes[code] - queue.moved_bytes[code])
+        step_bytes = min(left, queue.weight_bytes[key] - queue.moved_bytes[key])
         begin_s = start_s + moved_bytes * machine.link[0].s_per_byte
         duration_s = step_bytes * machine.link[0].s_per_byte
-        layer, expert = divmod(code, experts)
-        note(tape, step, layer, PREFETCH, LINK_IN, begin_s, duration_s, step_bytes, expert)
+        layer, expert = divmod(key, experts)
+        note(tape, step, layer, PREFETCH, LINK_IN, begin_s, duration_s, step_bytes)
+        tape.slices[tape.ends[0] - 1].expert = expert
         left -= step_bytes
         moved_bytes += step_bytes
 
@@ -99,7 +100,7 @@ def note_wait(tape, step, machine, state):
         return
     note_flow(tape, step, total_bytes, 0.0, machine, state)
     tape.clock_s[0] = total_bytes * machine.link[0].s_per_byte
-    note(tape, step, -1, WAIT, NOBODY, 0.0, tape.clock_s[0], 0.0, -1)
+    note(tape, step, -1, WAIT, NOBODY, 0.0, tape.clock_s[0], 0.0)
 
 
 @kernel
@@ -107,7 +108,7 @@ def note_dense(tape, step, layer, dense, machine, state):
     """Before the queue flows beside it: write a layer's dense work, and that flow."""
     start_s = tape.clock_s[0]
     note_count(tape, step, start_s, state)
-    note(tape, step, layer, DENSE, GPU, start_s, dense, machine.work[0].dense_bytes, -1)
+    note(tape, step, layer, DENSE, GPU, start_s, dense, machine.work[0].dense_bytes)
     note_flow(tape, step, dense * machine.link[0].bytes_s, start_s, machine, state)
 
 
@@ -123,12 +124,12 @@ def note_moe(tape, step, layer, dense, size, line, machine, state):
     _note_gpu(tape, step, layer, start_s, size, state)
     if line.act_bytes > 0.0:
         _note_groups(tape, step, layer, start_s + line.act_s, size, state)
-        note(tape, step, layer, ACTIVATIONS, LINK_OUT, start_s, line.act_s, line.act_bytes, -1)
+        note(tape, step, layer, ACTIVATIONS, LINK_OUT, start_s, line.act_s, line.act_bytes)
         back_s = start_s + (line.act_s + line.busiest_s)
-        note(tape, step, layer, ACTIVATIONS, LINK_IN, back_s, line.act_s, line.act_bytes, -1)
+        note(tape, step, layer, ACTIVATIONS, LINK_IN, back_s, line.act_s, line.act_bytes)
     spare_bytes = max(0.0, line.moe_s - line.fetch_s) * machine.link[0].bytes_s
     note_flow(tape, step, spare_bytes, start_s + line.fetch_s, machine, state)
-    note(tape, step, layer, LAYER, NOBODY, tape.clock_s[0], dense + line.moe_s, line.demand_bytes, -1)
+    note(tape, step, layer, LAYER, NOBODY, tape.clock_s[0], dense + line.moe_s, line.demand_bytes)
 
 
 @kernel
@@ -142,7 +143,8 @@ def _note_gpu(tape, step, layer, start_s, size, state):
         expert = state.scratch.active[i]
         if not expert.resident:
             begin_s = start_s + arrival_s
-            note(tape, step, layer, FETCH, LINK_IN, begin_s, expert.fetch_s, expert.weight_bytes, expert.expert)
+            note(tape, step, layer, FETCH, LINK_IN, begin_s, expert.fetch_s, expert.weight_bytes)
+            tape.slices[tape.ends[0] - 1].expert = expert.expert
         arrival_s += expert.fetch_s
         begin_s = max(gpu_free_s, arrival_s)
         _note_expert(tape, step, layer, GPU, start_s + begin_s, expert.gpu_s, expert)
@@ -165,9 +167,10 @@ def _note_groups(tape, step, layer, start_s, size, state):
 
 @kernel
 def _note_expert(tape, step, layer, unit, start_s, duration_s, expert):
-    note(tape, step, layer, EXPERT, unit, start_s, duration_s, expert.weight_bytes, expert.expert)
+    """Write the slice of an expert, a record of ACTIVE."""
+    note(tape, step, layer, EXPERT, unit, start_s, duration_s, expert.weight_bytes)
     entry = tape.slices[tape.ends[0] - 1]
-    entry.rows, entry.resident = expert.rows, expert.resident
+    entry.expert, entry.rows, entry.resident = expert.expert, expert.rows, expert.resident
 
 
 @kernel
@@ -181,5 +184,5 @@ def note_layer_end(tape, step, seconds, state):
 def note_head(tape, step, machine, state):
     """Write the LM head, with which the step ends, and what is queued after it."""
     head = head_s(machine)
-    note(tape, step, -1, HEAD_WORK, GPU, tape.clock_s[0], head, machine.work[0].head_bytes, -1)
+    note(tape, step, -1, HEAD_WORK, GPU, tape.clock_s[0], head, machine.work[0].head_bytes)
     note_count(tape, step, tape.clock_s[0] + head, state)

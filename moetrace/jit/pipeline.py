@@ -115,8 +115,8 @@ def part(function: Callable, options: dict[str, Any]) -> Any:
 
     Numba compiles a function once for each constant that it is called with, and once more for numbers.
     """
-    wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    dispatcher: Any = numba.njit(**options, **wrappers, pipeline_class=PartCompiler)(function)
+    options = options | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": PartCompiler}
+    dispatcher: Any = numba.njit(**options)(function)
     with_constants = dispatcher.get_call_template
     dispatcher.get_call_template = lambda args, kws: with_constants(tuple(map(types.unliteral, args)), kws)
     return dispatcher

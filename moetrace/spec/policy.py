@@ -1,7 +1,7 @@
 """What is decided: placement, dispatch, residency and prefetch, and which go together (timing model, section 5)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -9,35 +9,19 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from moetrace.spec.choices import KINDS, USER, find, legal, prefetches_of, records, residencies_of
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.load import Loaded, convert, data_lines, nearest, read, read_table
 from moetrace.spec.system import System
 
-PLACEMENTS = ("ep", "ep-block", "ep-lpt", "eplb", "plan", "tp", "tp:g")
-DISPATCHES = ("ndp", "gpu", "hot", "balance", "optimal")
-RESIDENCIES = ("none", "static", "static-hindsight", "prefill", "lru", "fifo", "sieve", "lfu", "lfu-in-cache", "ewma")
-RESIDENCIES += ("least-stale", "belady")
-PREFETCHES = ("none", "prefill", "online:m", "oracle:d")
-SCOPES = ("layer", "global")
-USER = "file.py:function"
-
-# What `moetrace analyze` knows and a replay does not -> why, and what there is instead.
-_ELSEWHERE = {
-    "s3-fifo": "is of moetrace analyze cache alone, where accesses come one at a time; take residency sieve or fifo",
-    "arc": "is of moetrace analyze cache alone, where accesses come one at a time; take residency lru or lfu",
-    "static-prefill": "is of moetrace analyze cache alone; take residency prefill, which also forgets who has left",
-    "eplb-hierarchical": "is of moetrace analyze balance alone; take placement plan with what that exports",
-}
-
-# The largest number behind the colon. Blocks of a trace carry as many layers more as `oracle` looks ahead.
-_LARGEST = {"tp": 65535, "online": 65535, "oracle": 4096}
-
-# Prefetch -> the built-in residencies that it goes with; it goes with a user's own where USER is among them.
-_PARTNERS = {
-    "none": (*RESIDENCIES, USER),
-    "prefill": ("prefill",),
-    "online": ("ewma", "lfu", USER),
-    "oracle": ("lru", "fifo", "sieve", "lfu", "ewma", "least-stale", USER),
+SCOPES = {"layer": "each layer has its own share of the slots", "global": "all layers share the slots"}
+# Parameters that a residency of a user's own may read.
+_OWN_READS = ("half_life", "alpha")
+# Parameters that name a file, which a choice that reads it needs.
+_NEEDED = {
+    "loads": "the path of a CSV file of loads, which {} needs",
+    "plan": "the path of a plan file (.json of SGLang, .yaml of TensorRT-LLM), which it needs",
+    "static": "the path of a CSV file of layer,expert lines, which {} needs",
 }
 
 
@@ -65,8 +49,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
-        kind, _, size = self.placement.partition(":")
-        return 1 if kind != "tp" else int(size) if size else units
+        placement, size = find("placement", self.placement), self.placement.partition(":")[2]
+        return 1 if placement is None or not placement.splits else int(size) if size else units
 
     @property
     def prefetch_kind(self) -> str:
@@ -81,19 +65,31 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def unread(self) -> dict[str, str]:
         """Parameters that none of the choices reads, each with the choice that would."""
-        own = _split(self.residency) is not None  # reads what it likes of the view
-        oracle = self.prefetch_kind == "oracle"
-        readers = {
-            "half_life": (own or self.residency == "lfu", f"residency lfu or {USER}"),
-            "alpha": (own or self.residency == "ewma", f"residency ewma or {USER}"),
-            "p": (oracle, "prefetch oracle:d"),
-            "seed": (oracle, "prefetch oracle:d"),
-            "loads": (self.placement in ("ep-lpt", "eplb"), "placement ep-lpt or eplb"),
-            "plan": (self.placement == "plan", "placement plan"),
-            "static": (self.residency == "static", "residency static"),
-            "prefetch_blocks": (self.prefetch != "none", "a prefetch other than none"),
-        }
-        return {field: reader for field, (reads, reader) in readers.items() if not reads}
+        read = set(_OWN_READS if _split(self.residency) else ())
+        for kind in KINDS:
+            record = find(kind, getattr(self, kind))
+            read |= set(record.parameters) if record else set()
+        return {field: readers(field) for field in parameters() if field not in read}
+
+
+def parameters() -> list[str]:
+    """Return the fields of a policy that only some choices read."""
+    return [field for field in PolicySpec.__struct_fields__ if field not in ("name", *KINDS, "scope")]
+
+
+def readers(parameter: str) -> str:
+    """Say which choices read a parameter: `residency ewma or file.py:function`."""
+    said = []
+    for kind in KINDS:
+        known = [record for record in records(kind).values() if not record.instead]
+        others = [record for record in known if parameter not in record.parameters]
+        names = [form for record in known if record not in others for form in record.forms]
+        if names and len(others) == 1:
+            said.append(f"a {kind} other than {others[0].name}")
+            continue
+        names += [USER] if kind == "residency" and parameter in _OWN_READS else []
+        said += [f"{kind} {' or '.join(names)}"] if names else []
+    return " or ".join(said)
 
 
 def load_policy(source: str | Path | PolicySpec, overrides: Mapping[str, object] | None = None) -> PolicySpec:
@@ -125,10 +121,12 @@ def check_policy(policy: PolicySpec, system: System) -> None:
     to decide, so a user's own is refused too (and `placement`, which then places nothing, is not looked at).
     """
     if system.ndp is None:
-        if policy.dispatch != "gpu":
+        dispatch = find("dispatch", policy.dispatch)
+        if dispatch is None or not dispatch.without_units:
+            able = [f'"{name}"' for name, record in records("dispatch").items() if record.without_units]
             raise UsageError(
                 f"Policy {policy.name}: dispatch {_show(policy.dispatch)} needs NDP units, and system {system.name} "
-                'has none; only dispatch = "gpu" (as in on-demand) runs there.'
+                f"has none; only dispatch = {' or '.join(able)} (as in on-demand) runs there."
             )
         return
     size = policy.group_size(system.ndp.units)
@@ -194,48 +192,53 @@ def _changed(policy: PolicySpec) -> set[str]:
 
 
 def _check_choices(policy: PolicySpec, loaded: Loaded) -> None:
-    _check_choice(loaded, "placement", policy.placement, PLACEMENTS)
-    _check_choice(loaded, "dispatch", policy.dispatch, (*DISPATCHES, USER))
-    _check_choice(loaded, "residency", policy.residency, (*RESIDENCIES, USER))
-    _check_choice(loaded, "prefetch", policy.prefetch, PREFETCHES)
-    _check_choice(loaded, "scope", policy.scope, SCOPES)
+    for kind in KINDS:
+        _check_choice(loaded, kind, getattr(policy, kind))
+    if policy.scope not in SCOPES:
+        loaded.refuse("scope", f"one of {', '.join(SCOPES)}{nearest(policy.scope, list(SCOPES))}")
 
 
-def _check_choice(loaded: Loaded, field: str, choice: str, legal: tuple[str, ...]) -> None:
-    """`choice` is one of `legal`, where `kind:x` stands for a kind and a whole number of at least 1."""
-    if choice in _ELSEWHERE and field in ("placement", "residency"):
-        raise UsageError(f"{loaded.where}: {field} {choice} {_ELSEWHERE[choice]}.")
-    if choice in legal and choice != USER and ":" not in choice:
+def _check_choice(loaded: Loaded, kind: str, choice: str) -> None:
+    """`choice` is one that a replay takes, with a whole number of at least 1 where its record has one."""
+    name, colon, number = choice.partition(":")
+    record, known = records(kind).get(name), legal(kind)
+    if record and record.instead and not colon:
+        raise UsageError(f"{loaded.where}: {kind} {choice} {record.instead}.")
+    if record and record.bare and not record.instead and not colon:
         return
-    kind, _, number = choice.partition(":")
-    letter = next((name.partition(":")[2] for name in legal if name.startswith(f"{kind}:")), None)
-    if letter:
-        if re.fullmatch("[0-9]{1,9}", number) and 1 <= int(number) <= _LARGEST[kind]:
+    if record and record.letter:
+        if re.fullmatch("[0-9]{1,9}", number) and 1 <= int(number) <= record.largest:
             return
-        loaded.refuse(field, f"{kind}:{letter} with a whole number {letter} from 1 to {_LARGEST[kind]}")
-    if USER in legal and (user := _split(choice)):
+        letter = record.letter
+        loaded.refuse(kind, f"{name}:{letter} with a whole number {letter} from 1 to {record.largest}")
+    if USER in known and (user := _split(choice)):
         if not user[1].isidentifier():
-            loaded.refuse(field, f"the name of a function after {user[0]}:")
+            loaded.refuse(kind, f"the name of a function after {user[0]}:")
         if not _is_file(user[0]):
-            raise MoetraceError(f"{loaded.where}: {field} names {user[0]}, and there is no such file.")
+            raise MoetraceError(f"{loaded.where}: {kind} names {user[0]}, and there is no such file.")
         return
-    loaded.refuse(field, f"one of {', '.join(legal)}{nearest(choice, list(legal))}")
+    loaded.refuse(kind, f"one of {', '.join(known)}{nearest(choice, list(known))}")
 
 
 def _check_partners(policy: PolicySpec, loaded: Loaded) -> None:
+    dispatch, prefetch = find("dispatch", policy.dispatch), find("prefetch", policy.prefetch)
+    partners = dispatch.partners if dispatch else ()
+    if any(getattr(policy, kind) != name for kind, name in partners):
+        raise UsageError(
+            f"{loaded.where}: dispatch {policy.dispatch} goes with {_joined(partners)} only, "
+            f"got {_joined((kind, _show(getattr(policy, kind))) for kind, _ in partners)}."
+        )
     residency = USER if _split(policy.residency) else policy.residency
-    if policy.dispatch == "hot" and (policy.residency, policy.prefetch) != ("none", "none"):
+    if residency not in residencies_of(prefetch):
         raise UsageError(
-            f"{loaded.where}: dispatch hot goes with residency none and prefetch none only, "
-            f"got residency {_show(policy.residency)} and prefetch {policy.prefetch}."
+            f"{loaded.where}: prefetch {policy.prefetch} goes with residency "
+            f"{' or '.join(residencies_of(prefetch))} only, got residency {_show(policy.residency)}, which goes with "
+            f"prefetch {' or '.join(prefetches_of(residency))}."
         )
-    partners = _PARTNERS[policy.prefetch_kind]
-    if residency not in partners:
-        legal = [name for name in PREFETCHES if residency in _PARTNERS[name.partition(":")[0]]]
-        raise UsageError(
-            f"{loaded.where}: prefetch {policy.prefetch} goes with residency {' or '.join(partners)} only, "
-            f"got residency {_show(policy.residency)}, which goes with prefetch {' or '.join(legal)}."
-        )
+
+
+def _joined(choices: Iterable[tuple[str, str]]) -> str:
+    return " and ".join(f"{kind} {name}" for kind, name in choices)
 
 
 def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> None:
@@ -243,9 +246,8 @@ def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
     for field, reader in policy.unread.items():
         if field in given:
             raise UsageError(f"{loaded.where}: {field} applies to {reader} only; remove it or choose that.")
-    if policy.placement in ("ep-lpt", "eplb") and policy.loads is None:
-        loaded.refuse("loads", f"the path of a CSV file of loads, which placement {policy.placement} needs")
-    if policy.placement == "plan" and policy.plan is None:
-        loaded.refuse("plan", "the path of a plan file (.json of SGLang, .yaml of TensorRT-LLM), which it needs")
-    if policy.residency == "static" and policy.static is None:
-        loaded.refuse("static", "the path of a CSV file of layer,expert lines, which residency static needs")
+    for kind in KINDS:
+        record = find(kind, getattr(policy, kind))
+        for field, wanted in _NEEDED.items():
+            if record and field in record.parameters and getattr(policy, field) is None:
+                loaded.refuse(field, wanted.format(f"{kind} {record.name}"))

@@ -1,4 +1,4 @@
-"""What was routed: the trace file, its generators and importers."""
+"""What was routed: the trace file, checked when it is opened, read in blocks of whole steps, and written whole."""
 
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import Block, Rows

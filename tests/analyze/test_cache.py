@@ -12,14 +12,14 @@ from support import oracle_cache
 from moetrace.analyze.cache import next_use as look_ahead
 from moetrace.analyze.cache.accesses import accesses
 from moetrace.analyze.cache.hit_curve import lru_curve
-from moetrace.analyze.cache.hits import ONE_AT_A_TIME, POLICIES, cache_hits, expert_bytes, parse_capacity
-from moetrace.analyze.cache.kernels.replays import STATIC
+from moetrace.analyze.cache.hits import cache_hits, expert_bytes, parse_capacity
 from moetrace.analyze.cache.next_use import NEVER, NextUses
 from moetrace.analyze.locality.reuse import add_all, no_reuse
 from moetrace.analyze.locality.rows import ABSENT
 from moetrace.generators import generate_trace
 from moetrace.importers.importing import import_traces
 from moetrace.spec import Model
+from moetrace.spec.choices import cache_policies
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
 
@@ -28,7 +28,9 @@ captured = pytest.mark.skipif(not CAPTURES.exists(), reason="needs the captures 
 PHASES = ("prefill", "decode", "mixed")
 EXPERTS = 7
 # The others are held against libcachesim.
-GENERAL = [policy for policy in POLICIES if policy not in ONE_AT_A_TIME]
+POLICIES = cache_policies()
+ONE_AT_A_TIME = [name for name, policy in POLICIES.items() if policy.one_at_a_time]
+GENERAL = [name for name in POLICIES if name not in ONE_AT_A_TIME]
 KIB = 1 << 10
 
 
@@ -173,7 +175,7 @@ def test_belady_is_never_beaten_at_equal_sizes(seed, capacity, sequential, most)
     # At once, all that an event demands has to fit: what a cache may not keep at all is no choice of its policy.
     capacity = capacity if sequential else max(capacity, EXPERTS)
     # Static sets may win: they do not keep whatever is demanded.
-    filled = [policy for policy in (POLICIES if sequential else GENERAL) if policy not in STATIC]
+    filled = [policy for policy in (POLICIES if sequential else GENERAL) if not policy.startswith("static-")]
     frame = cache_hits(trace, [capacity], filled, sequential=sequential).filter(phase="all")
     hits = dict(zip(frame["policy"], frame["hits"], strict=True))
     assert hits["belady"] == max(hits.values())

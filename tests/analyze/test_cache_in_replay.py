@@ -11,18 +11,19 @@ from support.strategies import as_arrays, cases
 
 from moetrace.analyze.cache.accesses import Accesses
 from moetrace.analyze.cache.hits import cache_hits
-from moetrace.analyze.cache.kernels.replays import ONE_AT_A_TIME, POLICIES, Budget, Demands, make_replay
+from moetrace.analyze.cache.kernels.replays import Budget, Demands, make_replay
 from moetrace.analyze.cache.kernels.scored import ALPHA
 from moetrace.analyze.cache.kernels.static import count_accesses
 from moetrace.analyze.cache.next_use import NextUses
 from moetrace.engine.demand import demand_of
 from moetrace.engine.run import run
 from moetrace.spec import PolicySpec, load_model, load_system
-from moetrace.spec.policy import RESIDENCIES
+from moetrace.spec.choices import cache_policies, legal
 from moetrace.trace import Trace
 
 SHIPPED = Path(__file__).parents[2] / "traces"
-SHARED = [name for name in POLICIES if name in RESIDENCIES]
+POLICIES = cache_policies()
+SHARED = [name for name in POLICIES if name in legal("residency")]
 SCOPES = ("global", "layer")
 
 
@@ -63,7 +64,7 @@ def hits_of_caches(trace: Trace, policy: str, scope: str, slots: list[int]) -> l
     pools = trace.layers if scope == "layer" else 1
     shape = (trace.layers, trace.num_experts, np.ones(keys, np.int64), pools, False, trace.rows * trace.top_k)
     replay = make_replay(
-        policy, [Budget(s // pools, False) for s in slots], Demands(*shape, count_accesses(blocks, keys))
+        POLICIES[policy], [Budget(s // pools, False) for s in slots], Demands(*shape, count_accesses(blocks, keys))
     )
     hits: list[list[np.ndarray]] = [[] for _ in slots]
     with NextUses(keys) as next_uses:
@@ -90,7 +91,7 @@ def largest_event(trace: Trace) -> int:
 
 
 def test_all_but_what_is_defined_one_at_a_time_are_shared():
-    assert set(POLICIES) - set(SHARED) == {*ONE_AT_A_TIME, "static-prefill"}
+    assert set(POLICIES) - set(SHARED) == {"s3-fifo", "arc", "static-prefill"}
     assert on_demand("ewma", "layer").alpha == ALPHA
 
 

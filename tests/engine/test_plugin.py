@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import moetrace
-from moetrace.engine.dispatch import DISPATCH
 from moetrace.engine.plugin import load_hook, policy
 from moetrace.spec import MoetraceError, UsageError
 
@@ -39,7 +38,7 @@ def test_refuses_at_loading_in_one_sentence(tmp_path, source, says):
     path = tmp_path / "bad.py"
     path.write_text(source)
     with pytest.raises(UsageError, match=says) as error:
-        load_hook(f"{path}:mine", DISPATCH)
+        load_hook("dispatch", f"{path}:mine")
     assert "\n" not in str(error.value)
 
 
@@ -48,16 +47,16 @@ def test_a_file_that_does_not_run(tmp_path, source):
     path = tmp_path / "bad.py"
     path.write_text(source)
     with pytest.raises(MoetraceError, match="does not run") as error:
-        load_hook(f"{path}:mine", DISPATCH)
+        load_hook("dispatch", f"{path}:mine")
     assert "\n" not in str(error.value)
 
 
 def test_takes_decorated_and_plain_functions(tmp_path):
     path = tmp_path / "good.py"
     path.write_text("import moetrace as mt\n\n@mt.policy\n" + GOOD)
-    assert load_hook(f"{path}:mine", DISPATCH).nopython_signatures
+    assert load_hook("dispatch", f"{path}:mine").nopython_signatures
     path.write_text(GOOD)
-    assert load_hook(f"{path}:mine", DISPATCH).nopython_signatures
+    assert load_hook("dispatch", f"{path}:mine").nopython_signatures
 
 
 def test_a_closure_is_compiled_too():
@@ -73,10 +72,9 @@ def test_a_closure_is_compiled_too():
 RUN = """
 import sys
 import numpy as np
-from moetrace.engine.dispatch import DISPATCH
 from moetrace.engine.plugin import load_hook
 from moetrace.engine.state import ACTIVE, CELL, GROUP, View
-hook = load_hook(sys.argv[1], DISPATCH)
+hook = load_hook("dispatch", sys.argv[1])
 active = np.zeros(4, ACTIVE)
 active["gpu_s"], active["ndp_s"], active["fetch_s"], active["turn"] = 1.0, 3.0, [0, 0, 9, 9], range(4)
 active["resident"] = [1, 1, 0, 0]

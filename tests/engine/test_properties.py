@@ -11,11 +11,11 @@ from moetrace.engine import decoded as decoded_module
 from moetrace.engine import run as run_module
 from moetrace.engine.decoded import Decoded, decoded_bytes, needs_of
 from moetrace.engine.demand import demand_of
-from moetrace.engine.residency import BY_ADMISSION
 from moetrace.engine.run import Lane, Run, run, run_setups
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, GPU
 from moetrace.spec import Gpu, MoetraceError, UsageError, load_model, load_policy, load_system
+from moetrace.spec.choices import BY_ADMISSION
 from moetrace.trace import Trace
 from moetrace.trace import format as trace_format
 

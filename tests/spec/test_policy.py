@@ -17,7 +17,8 @@ from moetrace.spec import (
     load_static,
     load_system,
 )
-from moetrace.spec.policy import RESIDENCIES
+from moetrace.spec.choices import USER
+from moetrace.spec.choices import legal as legal_choices
 
 
 def load(**fields):
@@ -41,7 +42,7 @@ def test_every_combination(tmp_path):
     accepted = 0
     for dispatch, residency, prefetch in itertools.product(
         ("ndp", "gpu", "hot", "balance", "optimal"),
-        RESIDENCIES,
+        [name for name in legal_choices("residency") if name != USER],
         ("none", "prefill", "online:2", "oracle:1"),
     ):
         fields = {"dispatch": dispatch, "residency": residency, "prefetch": prefetch}

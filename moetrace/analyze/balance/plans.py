@@ -1,5 +1,6 @@
 """Plans: which unit holds which experts, copies included, and what it takes to get from one plan to the next."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -7,19 +8,10 @@ import numpy as np
 from moetrace.engine.eplb import eplb_plan
 from moetrace.engine.placement import group_of_expert
 from moetrace.jit.compile import kernel
+from moetrace.spec.choices import find, planned_placements, resolve
 from moetrace.spec.errors import UsageError
 from moetrace.spec.plan import MAX_SLOTS
 
-# Placement -> what it does. Those of PLANNED are made from loads.
-PLACEMENTS = {
-    "ep": "expert e on unit e mod N",
-    "ep-block": "equal runs of successive experts on each unit",
-    "ep-lpt": "longest load first onto the least loaded unit, any number of experts on each",
-    "eplb": "EPLB's global policy: redundant copies where they are needed most, equally many slots on each unit",
-    "eplb-hierarchical": "EPLB's hierarchical policy: groups of experts to nodes first, then the same within each node",
-    "tp": "a part of every expert on each unit; tp:g: groups of g units, which share their experts",
-}
-PLANNED = ("ep-lpt", "eplb", "eplb-hierarchical")
 DEFAULT_PLACEMENTS = ("ep", "ep-block", "ep-lpt", "eplb")
 MAX_UNITS = 4096
 
@@ -108,24 +100,22 @@ def check_tier(tier: Tier) -> None:
 
 def check_placement(placement: str, tier: Tier, experts: int) -> None:
     """Raise UsageError if there is no such placement, or not for so many units and experts."""
-    kind, colon, size = placement.partition(":")
-    if kind not in PLACEMENTS or (colon and kind != "tp"):
-        raise UsageError(f"there is no placement {placement!r}; known are {', '.join(PLACEMENTS)} and tp:g.")
+    record = find("placement", placement)
+    _, colon, size = placement.partition(":")
+    if record is None or not record.planner or (colon and not record.letter):
+        *known, last = planned_placements()
+        raise UsageError(f"there is no placement {placement!r}; known are {', '.join(known)} and {last}.")
     check_tier(tier)
     if colon and not (
         size.isascii() and size.isdigit() and len(size) < 9 and int(size) and tier.units % int(size) == 0
     ):
         raise UsageError(f"placement {placement!r} wants groups of a size that divides the {tier.units} units.")
-    if kind.startswith("eplb"):
-        tier.slots(experts)
-    if placement == "eplb-hierarchical":
-        for what, number, of, parts in (
-            ("units", tier.units, "nodes", tier.nodes),
-            ("groups", tier.groups, "nodes", tier.nodes),
-            ("experts", experts, "groups", tier.groups),
-        ):
-            if number % parts:
-                raise UsageError(f"hierarchical EPLB cannot share {number} {what} among {parts} {of} equally.")
+    resolve(record.planner).check(tier, experts)
+
+
+def is_made_from_loads(placement: str) -> bool:
+    """Return whether a placement's plan is made from loads."""
+    return "loads" in find("placement", placement).parameters
 
 
 def make_plan(placement: str, tier: Tier, shape: tuple[int, int], loads: np.ndarray | None = None) -> Plan:
@@ -135,23 +125,57 @@ def make_plan(placement: str, tier: Tier, shape: tuple[int, int], loads: np.ndar
         placement: A placement that `check_placement` accepts.
         tier: The units.
         shape: (layers, experts).
-        loads: Load of each expert, [layers, experts], 0 or more. Only those of PLANNED need it.
+        loads: Load of each expert, [layers, experts], 0 or more, if the placement is made from loads.
 
     Returns:
         The plan.
     """
-    layers, experts = shape
-    if placement.startswith("eplb"):
-        assert loads is not None
-        nodes, groups = (tier.nodes, tier.groups) if placement == "eplb-hierarchical" else (1, 1)
-        slots = eplb_plan(loads, tier.slots(experts), tier.units, nodes, groups)
-        return Plan(1, slots.reshape(layers, tier.units, -1))
-    kind, _, size = placement.partition(":")
-    share = 1 if kind != "tp" else int(size) if size else tier.units
-    of_unit = group_of_expert(
-        placement, layers, experts, tier.units, share, None if loads is None else loads.astype(np.float64)
-    )
+    return resolve(find("placement", placement).planner).make(placement, tier, shape, loads)
+
+
+class Planner(NamedTuple):
+    """What makes the plans of a placement; records name it (`Placement.planner`)."""
+
+    check: Callable[[Tier, int], object]  # of a tier and a number of experts: raises UsageError if they do not fit
+    make: Callable[[str, Tier, tuple[int, int], np.ndarray | None], Plan]  # as `make_plan`
+
+
+def _one_copy_each(placement: str, tier: Tier, shape: tuple[int, int], loads: np.ndarray | None) -> Plan:
+    """Place experts as a replay does."""
+    record, size = find("placement", placement), placement.partition(":")[2]
+    share = 1 if not record.splits else int(size) if size else tier.units
+    of_unit = group_of_expert(placement, *shape, tier.units, share, None if loads is None else loads.astype(np.float64))
     return Plan(share, _by_bin(of_unit, tier.units // share))
+
+
+def _with_copies(placement: str, tier: Tier, shape: tuple[int, int], loads: np.ndarray | None) -> Plan:
+    """Place experts and their copies by EPLB's global policy."""
+    return _in_nodes(placement, tier._replace(nodes=1, groups=1), shape, loads)
+
+
+def _in_nodes(placement: str, tier: Tier, shape: tuple[int, int], loads: np.ndarray | None) -> Plan:
+    """Place experts and their copies by EPLB's hierarchical policy."""
+    del placement
+    assert loads is not None
+    layers, experts = shape
+    slots = eplb_plan(loads, tier.slots(experts), tier.units, tier.nodes, tier.groups)
+    return Plan(1, slots.reshape(layers, tier.units, -1))
+
+
+def _check_nodes(tier: Tier, experts: int) -> None:
+    tier.slots(experts)
+    for what, number, of, parts in (
+        ("units", tier.units, "nodes", tier.nodes),
+        ("groups", tier.groups, "nodes", tier.nodes),
+        ("experts", experts, "groups", tier.groups),
+    ):
+        if number % parts:
+            raise UsageError(f"hierarchical EPLB cannot share {number} {what} among {parts} {of} equally.")
+
+
+ONE_COPY = Planner(lambda tier, experts: None, _one_copy_each)
+EPLB = Planner(Tier.slots, _with_copies)
+HIERARCHICAL = Planner(_check_nodes, _in_nodes)
 
 
 def copies_of(plan: Plan, experts: int) -> Copies:

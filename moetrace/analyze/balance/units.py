@@ -17,11 +17,11 @@ from moetrace.analyze.balance.judged import CLAIRVOYANT, FIXED, GIVEN, KEPT, REM
 from moetrace.analyze.balance.loads import add, loads_of, steps_of_phase, summed
 from moetrace.analyze.balance.plans import (
     DEFAULT_PLACEMENTS,
-    PLANNED,
     Plan,
     Tier,
     check_placement,
     copies_of,
+    is_made_from_loads,
     make_plan,
     moved_bytes,
 )
@@ -183,7 +183,7 @@ def plan_for_next(trace: Trace, placement: str, tier: Tier, window: int | None =
     check_placement(placement, tier, trace.num_experts)
     _check_size(trace)
     shape = (trace.layers, trace.num_experts)
-    loads = loads_for_next(trace, window, phase) if placement in PLANNED else None
+    loads = loads_for_next(trace, window, phase) if is_made_from_loads(placement) else None
     return make_plan(placement, tier, shape, loads)
 
 
@@ -252,10 +252,10 @@ def _judged_plans(
     recent: np.ndarray,
 ) -> list[JudgedPlan]:
     shape = (trace.layers, trace.num_experts)
-    ahead = summed(trace, span.judged) if any(placement in PLANNED for placement in placements) else recent
+    ahead = summed(trace, span.judged) if any(is_made_from_loads(placement) for placement in placements) else recent
     kinds: list[tuple[str, str, Plan]] = []
     for placement in dict.fromkeys(placements):
-        if placement not in PLANNED:
+        if not is_made_from_loads(placement):
             kinds.append((placement, FIXED, make_plan(placement, tier, shape)))
             continue
         first = make_plan(placement, tier, shape, recent)

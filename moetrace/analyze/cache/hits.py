@@ -14,7 +14,7 @@ import polars as pl
 
 from moetrace.analyze.cache import eviction
 from moetrace.analyze.cache.accesses import accesses
-from moetrace.analyze.cache.kernels.replays import HINDSIGHT, ONE_AT_A_TIME, POLICIES, Budget, Demands, make_replay
+from moetrace.analyze.cache.kernels.replays import Budget, Demands, make_replay
 from moetrace.analyze.cache.kernels.static import count_accesses
 from moetrace.analyze.cache.next_use import NextUses
 from moetrace.analyze.cache.regret import link_of, with_regret
@@ -38,6 +38,7 @@ from moetrace.analyze.cache.tally import (
 from moetrace.analyze.sizes import expert_bytes
 from moetrace.engine.static_set import most_demanded
 from moetrace.spec import Model, System
+from moetrace.spec.choices import CachePolicy, cache_policies
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
@@ -86,7 +87,7 @@ class Asked(NamedTuple):
     """What `cache_hits` is asked for, checked."""
 
     capacities: list[Capacity]
-    policies: list[str]
+    policies: dict[str, CachePolicy]
     scope: str
     sequential: bool
     sizes: np.ndarray | None  # int64 [layers, experts]: bytes, if known
@@ -169,7 +170,7 @@ def cache_hits(
     """
     sizes = expert_bytes(trace, model)
     parsed = [c if isinstance(c, Capacity) else parse_capacity(c) for c in capacities]
-    asked = Asked(parsed, list(dict.fromkeys(policies)), scope, sequential, sizes)
+    asked = Asked(parsed, _known(policies), scope, sequential, sizes)
     _check(trace, asked)
     link = None if system is None else link_of(system, known=sizes is not None)
     requests = requests_of(trace)
@@ -204,7 +205,7 @@ def hindsight_set(
         MoetraceError: As `cache_hits`.
     """
     parsed = capacity if isinstance(capacity, Capacity) else parse_capacity(capacity)
-    asked = Asked([parsed], [HINDSIGHT], scope, sequential, expert_bytes(trace, model))
+    asked = Asked([parsed], _known(["static-hindsight"]), scope, sequential, expert_bytes(trace, model))
     _check(trace, asked)
     keys, pools = trace.layers * trace.num_experts, trace.layers if scope == "layer" else 1
     weight = np.ones(keys, np.int64)
@@ -223,19 +224,24 @@ def _replay(
     keys, pools = trace.layers * trace.num_experts, trace.layers if asked.scope == "layer" else 1
     size = np.zeros(keys, np.int64) if asked.sizes is None else asked.sizes.reshape(-1)
     count = np.zeros(0, np.int64)
-    if HINDSIGHT in asked.policies:
+    needs = asked.policies.values()
+    if any(policy.totals for policy in needs):
         count = count_accesses(accesses(trace, sequential=asked.sequential), keys)
     choices = trace.rows * trace.top_k
     demands = Demands(trace.layers, trace.num_experts, size, pools, asked.sequential, choices, count)
     budgets = [Budget(capacity.amount // pools, capacity.unit == "bytes") for capacity in asked.capacities]
-    replays = {policy: make_replay(policy, budgets, demands) for policy in asked.policies}
+    replays = {name: make_replay(policy, budgets, demands) for name, policy in asked.policies.items()}
     tallies = {policy: [no_tally(requests.groups) for _ in budgets] for policy in asked.policies}
     demand = no_demand(keys, requests.groups)
-    looks_ahead = "belady" in asked.policies
+    looks_ahead = any(policy.next_use for policy in needs)
     with NextUses(keys) as next_uses:
         if looks_ahead:
             next_uses.learn(accesses(trace, sequential=asked.sequential))
-        wanted = {"recorded": "recorded" in trace.has, "rows": True, "chosen_by": "ewma" in asked.policies}
+        wanted = {
+            "recorded": "recorded" in trace.has,
+            "rows": True,
+            "chosen_by": any(policy.row_counts for policy in needs),
+        }
         for block in accesses(trace, sequential=asked.sequential, **wanted):
             group = requests.group_of(block.request)
             count_demand(demand, block, group, trace.layers)
@@ -248,13 +254,20 @@ def _replay(
     return demand, tallies
 
 
+def _known(names: Sequence[str]) -> dict[str, CachePolicy]:
+    """Return the records of policies, each once; raise UsageError for one that there is not."""
+    known = cache_policies()
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no cache policy {name!r}; known are {', '.join(known)}.")
+    return {name: known[name] for name in names}
+
+
 def _check(trace: Trace, asked: Asked) -> None:
-    for policy in asked.policies:
-        if policy not in POLICIES:
-            raise UsageError(f"there is no cache policy {policy!r}; known are {', '.join(POLICIES)}.")
-        if policy in ONE_AT_A_TIME and not (asked.sequential and all(c.unit == "experts" for c in asked.capacities)):
+    for name, policy in asked.policies.items():
+        if policy.one_at_a_time and not (asked.sequential and all(c.unit == "experts" for c in asked.capacities)):
             raise UsageError(
-                f"{policy} is defined one access at a time and for equal sizes: use --sequential, and "
+                f"{name} is defined one access at a time and for equal sizes: use --sequential, and "
                 f"capacities in experts."
             )
     check_trace(trace, asked.capacities, asked.scope, asked.sizes)

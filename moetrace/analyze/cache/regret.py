@@ -6,11 +6,10 @@ from typing import NamedTuple
 import polars as pl
 
 from moetrace.spec import System, load_system
+from moetrace.spec.choices import records
 from moetrace.spec.errors import UsageError
 
 YARDSTICK = "belady"
-# Policies that know the trace beforehand: no engine has them.
-CLAIRVOYANT = ("belady", "static-hindsight")
 ENOUGH = 0.05  # of all accesses: fewer misses than this, but for first uses, are no failure
 POLICY, WORKING_SET, NEITHER = "policy", "working set", "neither"
 _CASE = ["capacity", "phase"]
@@ -56,7 +55,7 @@ def with_regret(frame: pl.DataFrame, link: LinkCost | None) -> pl.DataFrame:
     frame = frame.with_columns(
         regret_points=100 * (belady("hit_rate") - pl.col("hit_rate")),
         regret_ms_per_step=pl.col("miss_ms_per_step") - belady("miss_ms_per_step"),
-        _best=pl.col("hits").filter(~pl.col("policy").is_in(CLAIRVOYANT)).max().over(_CASE),
+        _best=pl.col("hits").filter(~pl.col("policy").is_in(_clairvoyant())).max().over(_CASE),
         _belady=belady("hits"),
         _beyond=belady("capacity_misses"),
     )
@@ -68,12 +67,17 @@ def with_regret(frame: pl.DataFrame, link: LinkCost | None) -> pl.DataFrame:
     return frame.drop("_best", "_belady", "_beyond")
 
 
+def _clairvoyant() -> list[str]:
+    """Policies that know the trace beforehand: no engine has them."""
+    return [name for name, record in records("residency").items() if record.knows_future]
+
+
 def verdict_lines(frame: pl.DataFrame) -> list[str]:
     """Return a sentence for each capacity and phase that there is a verdict on, with its numbers."""
     lines = []
     for (capacity, phase), of in frame.group_by(_CASE, maintain_order=True):
         belady = of.filter(policy=YARDSTICK)
-        usable = of.filter(~pl.col("policy").is_in(CLAIRVOYANT)).sort("hits", descending=True, maintain_order=True)
+        usable = of.filter(~pl.col("policy").is_in(_clairvoyant())).sort("hits", descending=True, maintain_order=True)
         if of["verdict"][0] is None:
             continue
         best, accessed = usable.row(0, named=True), of["accesses"][0]

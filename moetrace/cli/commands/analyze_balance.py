@@ -10,6 +10,7 @@ from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_picture, check_targets
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import print_json
+from moetrace.spec.choices import planned_placements
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from moetrace.analyze.balance.units import Balance
     from moetrace.trace import Trace
 
-# What is in moetrace.analyze.balance.units and .plans, which take too long to import for a mere --help.
-PLACEMENTS = ("ep", "ep-block", "ep-lpt", "eplb", "eplb-hierarchical", "tp", "tp:g")
+PLACEMENTS = planned_placements()
+# What is in moetrace.analyze.balance.units, which takes too long to import for a mere --help.
 FRAMES = ("summary", "layers", "staleness", "over_time")
 
 

@@ -11,14 +11,14 @@ from moetrace.cli.options.phases import check_phase, scope_option
 from moetrace.cli.options.targets import check_picture, check_targets
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import format_option, print_json
+from moetrace.spec.choices import cache_policies
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
     from moetrace.trace import Trace
 
-# The policies and scopes of moetrace.analyze.cache.hits, which takes too long to import for a mere --help.
-POLICIES = ("lru", "fifo", "sieve", "s3-fifo", "arc", "lfu", "lfu-in-cache", "ewma", "least-stale")
-POLICIES += ("static-hindsight", "static-prefill", "belady")
+# From the records, and not from moetrace.analyze.cache.hits, which takes too long to import for a mere --help.
+POLICIES = tuple(cache_policies())
 
 
 @click.command("cache")

@@ -1,4 +1,4 @@
-"""`moetrace list`: the presets, each with its main figures."""
+"""`moetrace list`: the presets, each with its main figures, and the choices that a policy is made of."""
 
 import click
 
@@ -36,17 +36,32 @@ _HEADERS = {
     },
 }
 
+# The choices -> the kind of their records.
+_CHOICES = {"placements": "placement", "dispatches": "dispatch", "residencies": "residency", "prefetches": "prefetch"}
+_OF_A_CHOICE = {
+    "name": "name",
+    "meaning": "meaning",
+    "parameters": "parameters",
+    "goes_with": "goes with",
+    "used_by": "used by",
+}
+
 
 @click.command("list")
-@click.argument("kind", type=click.Choice(list(_HEADERS)))
+@click.argument("kind", type=click.Choice([*_HEADERS, *_CHOICES]))
 @format_option
 def command(kind: str, form: str) -> None:
-    """List the preset models, systems or policies.
+    """List the preset models, systems or policies, or the choices of a policy.
 
-    `moetrace show` prints all of one.
+    `moetrace show` prints all of one preset.
     """
     from moetrace.spec import list_presets
 
+    if kind in _CHOICES:
+        from moetrace.spec.choices import described
+
+        print_rows(_OF_A_CHOICE, described(_CHOICES[kind]), form)
+        return
     rows = {"models": _model_row, "systems": _system_row, "policies": _policy_row}[kind]
     print_rows(_HEADERS[kind], [rows(name) for name in list_presets(kind)], form)
 

@@ -1,5 +1,6 @@
 """`moetrace replay`: a trace through policies on a described machine, side by side."""
 
+import inspect
 import re
 import sys
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import click
 from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.tables.output import format_option, print_json
+from moetrace.spec.choices import KINDS, legal
 from moetrace.spec.errors import UsageError
 
 
@@ -36,6 +38,12 @@ def _window(timeline: bool, window: str | None, folder: Path | None) -> bool | t
         raise UsageError(f"--window wants steps A:B, from A up to B without it, as in 100:116, got {window!r}.")
     first, stop = (None if number is None else int(number) for number in match.groups())
     return first, stop
+
+
+def _choices() -> str:
+    """The choices that a policy may make, from their records: read when this command is, not for `moetrace --help`."""
+    said = [f"{kind} {', '.join(legal(kind))}" for kind in KINDS]
+    return f"A policy's choices: {'; '.join(said)}. `moetrace list residencies` says what each residency means."
 
 
 @click.command()
@@ -128,3 +136,6 @@ def command(
         from moetrace.cli.tables.replay_table import print_comparison
 
         print_comparison(result.to_dict(), str(trace))
+
+
+command.help = f"{inspect.cleandoc(command.help or '')}\n\n{_choices()}"

@@ -13,39 +13,6 @@ if TYPE_CHECKING:
     from moetrace.spec import Model, PolicySpec, System
     from moetrace.spec.derived import Derived
 
-# What each choice of a policy means; a parameter behind a colon and a user's own function are cut off first.
-_MEANINGS = {
-    ("placement", "ep"): "each expert whole on one unit, unit = id mod N",
-    ("placement", "ep-block"): "each expert whole on one unit, equal blocks of ids",
-    ("placement", "ep-lpt"): "each expert whole on one unit, longest load first",
-    ("placement", "eplb"): "each expert whole on one unit, equally many on each, longest load first",
-    ("placement", "plan"): "each expert whole on the unit that a plan's file says",
-    ("placement", "tp"): "each expert split over all units, or over groups of g",
-    ("dispatch", "ndp"): "all active experts run on the NDP units",
-    ("dispatch", "gpu"): "all active experts run on the GPU, missing ones are fetched",
-    ("dispatch", "hot"): "the most demanded experts are fetched to the GPU, the rest stay",
-    ("dispatch", "balance"): "experts move to the GPU one by one while the layer gets faster",
-    ("dispatch", "optimal"): "the split between GPU and units of least time",
-    ("residency", "none"): "the GPU keeps no expert",
-    ("residency", "static"): "the GPU keeps a given set",
-    ("residency", "static-hindsight"): "the GPU keeps what the whole trace demands most, once fetched",
-    ("residency", "fifo"): "the GPU drops what it has kept longest",
-    ("residency", "sieve"): "the GPU drops the first not demanded since a hand passed it",
-    ("residency", "lru"): "the GPU drops what was touched longest ago",
-    ("residency", "lfu"): "the GPU drops what was demanded least",
-    ("residency", "lfu-in-cache"): "the GPU drops what was demanded least since it is kept",
-    ("residency", "least-stale"): "the GPU drops an expert of the layer that comes round last",
-    ("residency", "prefill"): "the GPU keeps what the running requests' prompts used most",
-    ("residency", "ewma"): "the GPU drops what has the least moving average of load",
-    ("residency", "belady"): "the GPU drops what is needed farthest in the future",
-    ("prefetch", "none"): "weights move on demand alone",
-    ("prefetch", "prefill"): "what the prompts used most moves after each prefill",
-    ("prefetch", "online"): "up to m experts of a layer move when their score earns a slot",
-    ("prefetch", "oracle"): "what the next d layers need moves ahead, with probability p",
-    ("scope", "layer"): "each layer has its own share of the slots",
-    ("scope", "global"): "all layers share the slots",
-}
-
 
 @click.command("show")
 @click.argument("kind", type=click.Choice(["model", "system", "policy"]))
@@ -107,8 +74,15 @@ def _print(spec: "Model | System | PolicySpec", figures: "list[Derived]", form: 
 
 
 def _meaning(field: str, value: object) -> str:
-    kind = str(value).partition(":")[0]
-    return "a user's own function" if kind.endswith(".py") else _MEANINGS.get((field, kind), "")
+    from moetrace.spec.choices import KINDS, find
+    from moetrace.spec.policy import SCOPES
+
+    if field == "scope":
+        return SCOPES[str(value)]
+    if field not in KINDS:
+        return ""
+    record = find(field, str(value))
+    return record.meaning if record else "a user's own function"
 
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -1,4 +1,7 @@
-"""Which kernel replays which policy: the quick ones where sizes are equal and accesses come one at a time."""
+"""What replays each cache policy: the quick kernels where sizes are equal and accesses come one at a time.
+
+The functions at the end are what the records of residencies name (`CachePolicy.replays`).
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -7,30 +10,14 @@ import numpy as np
 
 from moetrace.analyze.cache import eviction
 from moetrace.analyze.cache.accesses import Accesses
-from moetrace.analyze.cache.kernels import fifo, ghosts, scored, sieve, slots, stack, static
+from moetrace.analyze.cache.kernels import fifo as queue
+from moetrace.analyze.cache.kernels import ghosts, scored, slots, stack, static
+from moetrace.analyze.cache.kernels import sieve as with_hand
+from moetrace.spec.choices import CachePolicy, resolve
 
 # Shown a block of accesses and their next uses (empty unless the policy looks ahead), yields for each capacity in turn
 # which accesses hit, uint8 [n]; the array may be the same one each time.
 Replay = Callable[[Accesses, np.ndarray], Iterator[np.ndarray]]
-
-POLICIES = {
-    "lru": "the expert accessed longest ago",
-    "fifo": "the expert admitted longest ago",
-    "sieve": "the first not accessed since a hand passed it, from the expert admitted longest ago on",
-    "s3-fifo": "S3-FIFO: a small queue, whose experts go unless accessed twice, and a main one",
-    "arc": "ARC: a balance of those accessed once and more often, led by what was evicted lately",
-    "lfu": "the expert accessed least often so far; of several, longest ago",
-    "lfu-in-cache": "the expert accessed least often since it was admitted; of several, longest ago",
-    "ewma": "the expert of the least average of its accesses, which counts those long ago less",
-    "least-stale": "an expert of the layer that comes round last; of several, accessed longest ago",
-    "static-hindsight": "none: kept are the experts accessed most often in the whole trace",
-    "static-prefill": "none: kept are the experts accessed most often in the prefill steps so far",
-    "belady": "the expert whose next access is farthest; of several, accessed longest ago",
-}
-ONE_AT_A_TIME = {"s3-fifo": ghosts.S3_FIFO, "arc": ghosts.ARC}  # and of equal sizes
-HINDSIGHT, PREFILL = STATIC = ("static-hindsight", "static-prefill")
-_SCORED = {"ewma": scored.EWMA, "least-stale": scored.LEAST_STALE}
-_RULES = {"lfu": eviction.LFU, "lfu-in-cache": eviction.LFU_IN_CACHE, "belady": eviction.BELADY}
 
 
 class Budget(NamedTuple):
@@ -57,24 +44,9 @@ class Demands(NamedTuple):
         return self.layers * self.experts
 
 
-def make_replay(policy: str, budgets: Sequence[Budget], demands: Demands) -> Replay:
+def make_replay(policy: CachePolicy, budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Return what replays a policy at some capacities, from empty caches on."""
-    plain = demands.sequential and not any(budget.in_bytes for budget in budgets)
-    per_layer = demands.pools == demands.layers
-    amounts = [budget.amount for budget in budgets]
-    small = demands.experts <= stack.MAX_EXPERTS
-    if plain and policy == "lru" and ((per_layer and small) or (not per_layer and len(budgets) >= _WORTH_A_STACK)):
-        return _lru_by_distances(amounts, demands, per_layer)
-    if plain and policy == "fifo":
-        return _fifo_in_bits(amounts, demands)
-    if policy in STATIC:
-        return _static(policy, budgets, demands)
-    if policy in ONE_AT_A_TIME:
-        return _with_ghosts(ONE_AT_A_TIME[policy], amounts, demands)
-    fits = demands.experts <= slots.MAX_EXPERTS and demands.choices <= slots.MAX_CHOICES
-    if plain and policy in _RULES and per_layer and fits:
-        return _in_slots(_RULES[policy], amounts, demands)
-    return _one_by_one(policy, budgets, demands)
+    return resolve(policy.replays)(budgets, demands)
 
 
 _WORTH_A_STACK = 4  # capacities: the distances of all layers' keys take as long as so many linked lists
@@ -99,15 +71,15 @@ def _lru_by_distances(amounts: list[int], demands: Demands, per_layer: bool) -> 
 
 def _fifo_in_bits(amounts: list[int], demands: Demands) -> Replay:
     together = [
-        fifo.fifo_queues(demands.keys, amounts[first : first + fifo.CACHES], demands.pools)
-        for first in range(0, len(amounts), fifo.CACHES)
+        queue.fifo_queues(demands.keys, amounts[first : first + queue.CACHES], demands.pools)
+        for first in range(0, len(amounts), queue.CACHES)
     ]
 
     def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
         del next_use
         hits = np.empty(block.key.size, np.uint16)
         for caches in together:
-            fifo.replay_queues(caches, block, hits)
+            queue.replay_queues(caches, block, hits)
             for cache in range(caches.capacity.size):
                 yield (hits >> cache & 1).astype(np.uint8)
 
@@ -139,19 +111,134 @@ def _with_ghosts(policy: int, amounts: list[int], demands: Demands) -> Replay:
     return replay
 
 
-def _static(policy: str, budgets: Sequence[Budget], demands: Demands) -> Replay:
+def _one_by_one(make: Callable, replay_cache: Callable, budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Replay any caches: ``replay_cache(cache, block, next_use, layers, sequential, hit)``."""
     equal = np.ones(demands.keys, np.int64)
-    sets = [static.StaticSet(demands.size if b.in_bytes else equal, b.amount, demands.pools) for b in budgets]
-    prefill = static.PrefillCounts(demands.keys)
-    if policy == HINDSIGHT:
+    caches = [make(demands.size if b.in_bytes else equal, b.amount, demands.pools) for b in budgets]
+
+    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
+        hit = np.empty(block.key.size, np.uint8)
+        for cache in caches:
+            replay_cache(cache, block, next_use, demands.layers, demands.sequential, hit)
+            yield hit
+
+    return replay
+
+
+def _scored(rule: int, budgets: Sequence[Budget], demands: Demands) -> Replay:
+    def replay_cache(cache: Any, block: Accesses, _: np.ndarray, *how: Any) -> None:
+        scored.replay_scored(cache, rule, block, *how)
+
+    return _one_by_one(scored.scored, replay_cache, budgets, demands)
+
+
+def _ranked(rule: int, budgets: Sequence[Budget], demands: Demands) -> Replay:
+    fits = demands.experts <= slots.MAX_EXPERTS and demands.choices <= slots.MAX_CHOICES
+    if _is_plain(budgets, demands) and demands.pools == demands.layers and fits:
+        return _in_slots(rule, [budget.amount for budget in budgets], demands)
+
+    def replay_cache(cache: Any, block: Accesses, next_use: np.ndarray, *how: Any) -> None:
+        eviction.evict_by_rank(cache, rule, block, next_use, *how)
+
+    return _one_by_one(eviction.ranked_heap, replay_cache, budgets, demands)
+
+
+def _is_plain(budgets: Sequence[Budget], demands: Demands) -> bool:
+    return demands.sequential and not any(budget.in_bytes for budget in budgets)
+
+
+def lru(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict the expert accessed longest ago."""
+    per_layer, small = demands.pools == demands.layers, demands.experts <= stack.MAX_EXPERTS
+    by_distances = small if per_layer else len(budgets) >= _WORTH_A_STACK
+    if _is_plain(budgets, demands) and by_distances:
+        return _lru_by_distances([budget.amount for budget in budgets], demands, per_layer)
+
+    def replay_cache(cache: Any, block: Accesses, _: np.ndarray, *how: Any) -> None:
+        eviction.evict_by_recency(cache, block, *how)
+
+    return _one_by_one(eviction.recency_list, replay_cache, budgets, demands)
+
+
+def fifo(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict the expert admitted longest ago."""
+    if _is_plain(budgets, demands):
+        return _fifo_in_bits([budget.amount for budget in budgets], demands)
+
+    def replay_cache(cache: Any, block: Accesses, _: np.ndarray, *how: Any) -> None:
+        queue.replay_list(cache, block, *how)
+
+    return _one_by_one(queue.fifo_list, replay_cache, budgets, demands)
+
+
+def sieve(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict the first that a hand finds not accessed."""
+
+    def replay_cache(cache: Any, block: Accesses, _: np.ndarray, *how: Any) -> None:
+        with_hand.replay_sieve(cache, block, *how)
+
+    return _one_by_one(with_hand.sieve, replay_cache, budgets, demands)
+
+
+def s3_fifo(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict by S3-FIFO."""
+    return _with_ghosts(ghosts.S3_FIFO, [budget.amount for budget in budgets], demands)
+
+
+def arc(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict by ARC."""
+    return _with_ghosts(ghosts.ARC, [budget.amount for budget in budgets], demands)
+
+
+def lfu(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict the expert accessed least often so far."""
+    return _ranked(eviction.LFU, budgets, demands)
+
+
+def lfu_in_cache(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict the expert accessed least often since it was admitted."""
+    return _ranked(eviction.LFU_IN_CACHE, budgets, demands)
+
+
+def belady(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict the expert whose next access is farthest."""
+    return _ranked(eviction.BELADY, budgets, demands)
+
+
+def ewma(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict the expert of the least average of its accesses."""
+    return _scored(scored.EWMA, budgets, demands)
+
+
+def least_stale(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict an expert of the layer that comes round last."""
+    return _scored(scored.LEAST_STALE, budgets, demands)
+
+
+def static_hindsight(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Keep the experts accessed most often in the whole trace."""
+    sets = _sets(budgets, demands)
+    for cache in sets:
+        cache.want(demands.key_accesses)
+
+    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
+        del next_use
+        hit = np.empty(block.key.size, np.uint8)
         for cache in sets:
-            cache.want(demands.key_accesses)
+            cache.replay(block, 0, block.bounds.size - 1, hit)
+            yield hit
+
+    return replay
+
+
+def static_prefill(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Keep the experts accessed most often in the prefill steps so far."""
+    sets, prefill = _sets(budgets, demands), static.PrefillCounts(demands.keys)
 
     def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
         del next_use
         hits = np.empty((len(sets), block.key.size), np.uint8)
-        whole = [(0, block.bounds.size - 1, False)]
-        for start, stop, anew in prefill.parts(block, demands.layers) if policy == PREFILL else whole:
+        for start, stop, anew in prefill.parts(block, demands.layers):
             for cache, hit in zip(sets, hits, strict=True):
                 if anew:
                     cache.want(prefill.count)
@@ -161,26 +248,6 @@ def _static(policy: str, budgets: Sequence[Budget], demands: Demands) -> Replay:
     return replay
 
 
-def _one_by_one(policy: str, budgets: Sequence[Budget], demands: Demands) -> Replay:
+def _sets(budgets: Sequence[Budget], demands: Demands) -> list[static.StaticSet]:
     equal = np.ones(demands.keys, np.int64)
-    makes: dict[str, Any] = {"lru": eviction.recency_list, "fifo": fifo.fifo_list, "sieve": sieve.sieve}
-    make = makes.get(policy, scored.scored if policy in _SCORED else eviction.ranked_heap)
-    caches = [make(demands.size if b.in_bytes else equal, b.amount, demands.pools) for b in budgets]
-    how = (demands.layers, demands.sequential)
-
-    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
-        hit = np.empty(block.key.size, np.uint8)
-        for cache in caches:
-            if isinstance(cache, eviction.RecencyList):
-                eviction.evict_by_recency(cache, block, *how, hit)
-            elif isinstance(cache, fifo.FifoList):
-                fifo.replay_list(cache, block, *how, hit)
-            elif isinstance(cache, sieve.Sieve):
-                sieve.replay_sieve(cache, block, *how, hit)
-            elif isinstance(cache, scored.Scored):
-                scored.replay_scored(cache, _SCORED[policy], block, *how, hit)
-            else:
-                eviction.evict_by_rank(cache, _RULES[policy], block, next_use, *how, hit)
-            yield hit
-
-    return replay
+    return [static.StaticSet(demands.size if b.in_bytes else equal, b.amount, demands.pools) for b in budgets]

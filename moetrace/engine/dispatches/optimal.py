@@ -1,0 +1,21 @@
+"""`optimal`: the least time over all splits."""
+
+from moetrace.engine.dispatch import OPTIMAL_UP_TO, move_while_faster, search_splits
+from moetrace.spec.choices import Dispatch
+
+
+def optimal(state, view, layer, load, plan):
+    """Search from the split of `balance`, which stands beyond 20 active experts."""
+    best_s = move_while_faster(view, load.size, plan)
+    if load.size <= OPTIMAL_UP_TO:
+        search_splits(view, load.size, plan, best_s)
+
+
+RECORD = Dispatch(
+    name="optimal",
+    meaning="the split between GPU and units of least time",
+    hook=optimal,
+    reads_state=False,
+    counts_fallbacks=True,
+    place=50,
+)

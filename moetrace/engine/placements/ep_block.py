@@ -1,0 +1,21 @@
+"""`ep-block`: equal runs of successive experts on each unit."""
+
+import numpy as np
+
+from moetrace.engine.placement import Placing
+from moetrace.spec.choices import Placement
+
+
+def in_blocks(placing: Placing) -> np.ndarray:
+    """Cut the ids into as many runs as there are units."""
+    groups = np.arange(placing.experts) * placing.units // placing.experts
+    return np.tile(groups, (len(placing.layer_index), 1))
+
+
+RECORD = Placement(
+    name="ep-block",
+    meaning="each expert whole on one unit, equal blocks of ids",
+    hook=in_blocks,
+    planner="moetrace.analyze.balance.plans:ONE_COPY",
+    place=20,
+)

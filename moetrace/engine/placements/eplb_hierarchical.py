@@ -1,0 +1,12 @@
+"""`eplb-hierarchical`: EPLB's policy for nodes, which a replay takes as a plan only."""
+
+from moetrace.spec.choices import Placement
+
+RECORD = Placement(
+    name="eplb-hierarchical",
+    meaning="EPLB's policy for nodes: groups of experts to nodes first, then the same within each node",
+    parameters=("loads",),
+    instead="is of moetrace analyze balance alone; take placement plan with what that exports",
+    planner="moetrace.analyze.balance.plans:HIERARCHICAL",
+    place=50,
+)

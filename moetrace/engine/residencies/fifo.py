@@ -1,0 +1,15 @@
+"""`fifo`: the GPU drops what it has kept longest."""
+
+from moetrace.spec.choices import BY_ADMISSION, CachePolicy, Residency
+
+RECORD = Residency(
+    name="fifo",
+    meaning="the GPU drops what it has kept longest",
+    order=BY_ADMISSION,
+    prefetches=("oracle",),
+    cache=CachePolicy(
+        replays="moetrace.analyze.cache.kernels.replays:fifo",
+        place=20,
+    ),
+    place=60,
+)

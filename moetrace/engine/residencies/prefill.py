@@ -1,0 +1,12 @@
+"""`prefill`: the GPU keeps what the running requests' prompts used most (its books: `engine/prompt.py`)."""
+
+from moetrace.spec.choices import BY_TOUCH, Residency
+
+RECORD = Residency(
+    name="prefill",
+    meaning="the GPU keeps what the running requests' prompts used most",
+    order=BY_TOUCH,
+    admits=False,
+    counts_prompts=True,
+    place=40,
+)

@@ -1,0 +1,15 @@
+"""`s3-fifo` (Yang et al. 2023): defined one access at a time, so of `analyze cache` only."""
+
+from moetrace.spec.choices import CachePolicy, Residency
+
+RECORD = Residency(
+    name="s3-fifo",
+    meaning="a small queue, whose experts go unless demanded twice, and a main one",
+    instead="is of moetrace analyze cache alone, where accesses come one at a time; take residency sieve or fifo",
+    cache=CachePolicy(
+        replays="moetrace.analyze.cache.kernels.replays:s3_fifo",
+        one_at_a_time=True,
+        place=40,
+    ),
+    place=140,
+)

@@ -1,0 +1,15 @@
+"""`sieve` (Zhang et al. 2024): the GPU drops the first not demanded since a hand passed it."""
+
+from moetrace.spec.choices import BY_HAND, CachePolicy, Residency
+
+RECORD = Residency(
+    name="sieve",
+    meaning="the GPU drops the first not demanded since a hand passed it",
+    order=BY_HAND,
+    prefetches=("oracle",),
+    cache=CachePolicy(
+        replays="moetrace.analyze.cache.kernels.replays:sieve",
+        place=30,
+    ),
+    place=70,
+)

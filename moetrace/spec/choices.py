@@ -1,0 +1,318 @@
+"""The choices of a policy as records: what each is called, what it means and reads, and what it goes with.
+
+A record stands beside its hook in the engine, one file a choice, and the folder is the registry. Here the folders are
+named as text: this is the one place where the spec knows of the engine. A record's file imports nothing heavy.
+Other packages bring records by entry points of the group `moetrace.choices`.
+"""
+
+import importlib
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import msgspec
+
+from moetrace.spec.errors import MoetraceError
+from moetrace.spec.load import FUNCTION_FIELDS
+
+ENTRY_POINTS = "moetrace.choices"
+USER = "file.py:function"
+# Kinds of choices, as the fields of a policy -> the folder of the engine that holds their records.
+FOLDERS = {
+    "placement": "placements",
+    "dispatch": "dispatches",
+    "residency": "residencies",
+    "prefetch": "prefetches",
+}
+KINDS = tuple(FOLDERS)
+_LAST = 1000
+
+# What a residency evicts: the least score; or all scores are equal where they are not infinite, and it is the first of
+# the ring, which stands by touch or by admission; or, by admission, the first that a hand finds not visited (Sieve).
+BY_SCORE, BY_TOUCH, BY_ADMISSION, BY_HAND = 0, 1, 2, 3
+
+
+class PolicyChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """What every record says.
+
+    Attributes:
+        name: lower-case letters, digits and dashes.
+        meaning: one line, for `--help`, `moetrace list`, `moetrace show` and the documentation.
+        hook: what does it, a plain function; see the record's own class.
+        parameters: fields of `PolicySpec` that it reads. It needs those that name files.
+        letter, largest: of a choice with a number behind a colon (`online:m`): the number's letter and largest value.
+        bare: whether it is also a choice without that number.
+        instead: why a replay refuses it and what to use instead, if `moetrace analyze` alone knows it.
+        knows_future: whether it uses what comes later in the trace, which no engine can.
+        place: where it stands in lists: those of lower numbers come first, equal ones by name.
+    """
+
+    name: str
+    meaning: str
+    hook: Callable | None = None
+    parameters: tuple[str, ...] = ()
+    letter: str = ""
+    largest: int = 0
+    bare: bool = True
+    instead: str = ""
+    knows_future: bool = False
+    place: int = _LAST
+    kind: ClassVar[str]
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms in which a policy may name it: `tp` and `tp:g`."""
+        numbered = (f"{self.name}:{self.letter}",) if self.letter else ()
+        return (*((self.name,) if self.bare else ()), *numbered)
+
+
+class Placement(PolicyChoice, frozen=True, kw_only=True):
+    """Which units hold an expert. Its hook takes a `moetrace.engine.placement.Placing`, which says what it returns.
+
+    Attributes:
+        splits: whether each expert is split over a group of units, as many as its number says, else over all.
+        planner: `module:name` of the `Planner` that makes plans for `moetrace analyze balance`; "" if that has it not.
+    """
+
+    splits: bool = False
+    planner: str = ""
+    kind: ClassVar[str] = "placement"
+
+
+class Dispatch(PolicyChoice, frozen=True, kw_only=True):
+    """Who runs an active expert. Its hook is one of `moetrace.policy`.
+
+    Attributes:
+        partners: choices that it goes with only, as pairs of kind and name.
+        without_units: whether it runs on a system without NDP units.
+        ignores_residency: whether it does the same whatever the GPU holds.
+        reads_state: whether it looks at `state`, and not only at `view`.
+        counts_fallbacks: whether it searches up to `OPTIMAL_UP_TO` active experts, and layers with more are counted.
+    """
+
+    partners: tuple[tuple[str, str], ...] = ()
+    without_units: bool = False
+    ignores_residency: bool = False
+    reads_state: bool = True
+    counts_fallbacks: bool = False
+    kind: ClassVar[str] = "dispatch"
+
+
+class CachePolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """A residency as `moetrace analyze cache` replays it.
+
+    Attributes:
+        replays: `module:name` of the function that makes its `Replay` from budgets and demands.
+        one_at_a_time: whether it is defined for one access at a time and equal sizes only.
+        next_use: whether it is told when each key is accessed next.
+        row_counts: whether it is told how many rows chose each key.
+        totals: whether it is told how often each key is accessed in the whole trace.
+        place: where it stands in lists of cache policies, as in `PolicyChoice`.
+    """
+
+    replays: str
+    one_at_a_time: bool = False
+    next_use: bool = False
+    row_counts: bool = False
+    totals: bool = False
+    place: int = _LAST
+
+
+class Residency(PolicyChoice, frozen=True, kw_only=True):
+    """What the GPU keeps. Its hook is one of `moetrace.policy`, called after each layer; None keeps the ring's order.
+
+    Attributes:
+        order: what is evicted: BY_SCORE (of the hook), BY_TOUCH, BY_ADMISSION or BY_HAND.
+        admits: whether a copy that arrives may be kept as long as nothing else is said.
+        begin: `begin(policy, state, decoded)`, called before the first step of a system with a link.
+        prefetches: names of those that it goes with, beside `none` and those that name it themselves.
+        next_steps: whether it reads when an expert is demanded next.
+        counts_prompts: whether the engine counts what the prompts chose, and lets it keep that.
+        cache: how `moetrace analyze cache` replays it; None if that has it not.
+    """
+
+    order: int = BY_SCORE
+    admits: bool = True
+    begin: Callable | None = None
+    prefetches: tuple[str, ...] = ()
+    next_steps: bool = False
+    counts_prompts: bool = False
+    cache: CachePolicy | None = None
+    kind: ClassVar[str] = "residency"
+
+
+class Prefetch(PolicyChoice, frozen=True, kw_only=True):
+    """What moves to the GPU without being demanded.
+
+    Attributes:
+        rule: what the engine does: one of the constants in `moetrace.engine.prefetch`.
+        residencies: names of those that it is made for; others may name it themselves.
+        any_residency: whether it goes with every residency, also of a user.
+        users: whether it goes with a residency of a user.
+        ahead: whether its number is how many layers the blocks of a trace must carry more.
+    """
+
+    rule: int
+    residencies: tuple[str, ...] = ()
+    any_residency: bool = False
+    users: bool = False
+    ahead: bool = False
+    kind: ClassVar[str] = "prefetch"
+
+
+def records(kind: str) -> Mapping[str, Any]:
+    """Return the records of a kind (`placement`, `dispatch`, `residency` or `prefetch`) by name, in a stable order.
+
+    Raises MoetraceError if another package brings what is no record, or a name that is there already.
+    """
+    return {name: found.record for name, found in _registry()[kind].items()}
+
+
+def find(kind: str, choice: str) -> Any:
+    """Return the record of a choice, whatever its number (`tp:2`); None for a user's own function or anything else."""
+    found = _registry()[kind].get(choice.partition(":")[0])
+    return found and found.record
+
+
+def legal(kind: str) -> tuple[str, ...]:
+    """Return the forms of the choices that a replay takes: `("ep", ..., "tp", "tp:g")`."""
+    forms = [form for record in records(kind).values() if not record.instead for form in record.forms]
+    return (*forms, USER) if kind in FUNCTION_FIELDS else tuple(forms)
+
+
+def source_of(kind: str, choice: str) -> Path | None:
+    """Return the file, or the folder, that holds a choice of another package; None for a built-in one."""
+    found = _registry()[kind].get(choice.partition(":")[0])
+    return found and found.source
+
+
+def residencies_of(prefetch: Prefetch) -> tuple[str, ...]:
+    """Return the residencies that a prefetch goes with: those that it names, those that name it, and a user's."""
+    known = {name: record for name, record in records("residency").items() if not record.instead}
+    others = [name for name, record in known.items() if prefetch.any_residency or prefetch.name in record.prefetches]
+    named = dict.fromkeys([name for name in prefetch.residencies if name in known] + others)
+    return (*named, USER) if prefetch.users or prefetch.any_residency else tuple(named)
+
+
+def prefetches_of(residency: str) -> tuple[str, ...]:
+    """Return the forms of the prefetches that a residency goes with, or `file.py:function`."""
+    partners = [record for record in records("prefetch").values() if residency in residencies_of(record)]
+    return tuple(form for record in partners for form in record.forms)
+
+
+def cache_policies() -> dict[str, CachePolicy]:
+    """Return the residencies that `moetrace analyze cache` knows, by name and in its order."""
+    found = [(record.cache.place, name, record.cache) for name, record in records("residency").items() if record.cache]
+    return {name: policy for _, name, policy in sorted(found, key=lambda each: each[:2])}
+
+
+def planned_placements() -> tuple[str, ...]:
+    """Return the forms of the placements that `moetrace analyze balance` knows: `("ep", ..., "tp", "tp:g")`."""
+    return tuple(form for record in records("placement").values() if record.planner for form in record.forms)
+
+
+def described(kind: str) -> list[dict[str, str]]:
+    """Return a row for each record of a kind, for people: name, meaning, parameters, goes_with and used_by."""
+    return [
+        {
+            "name": ", ".join(record.forms),
+            "meaning": record.meaning,
+            "parameters": ", ".join(record.parameters),
+            "goes_with": _partners(record),
+            "used_by": ", ".join(_users(record)),
+        }
+        for record in records(kind).values()
+    ]
+
+
+def _partners(record: Any) -> str:
+    if record.instead:
+        return ""
+    if isinstance(record, Dispatch) and record.partners:
+        return ", ".join(f"{kind} {name}" for kind, name in record.partners)
+    if isinstance(record, Residency):
+        return f"prefetch {', '.join(prefetches_of(record.name))}"
+    if isinstance(record, Prefetch) and not record.any_residency:
+        return f"residency {', '.join(residencies_of(record))}"
+    return "any"
+
+
+def _users(record: Any) -> Iterator[str]:
+    if not record.instead:
+        yield "replay"
+    if isinstance(record, Residency) and record.cache:
+        yield "analyze cache"
+    if isinstance(record, Placement) and record.planner:
+        yield "analyze balance"
+
+
+def resolve(reference: str) -> Any:
+    """Return what a `module:name` of a record stands for."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class _Found(NamedTuple):
+    record: Any
+    package: str
+    source: Path | None
+
+
+@cache
+def _registry() -> dict[str, dict[str, _Found]]:
+    """Read every record, in the order of `place`, then of names."""
+    found: dict[tuple[str, str], _Found] = {}
+    for one in (*_built_in(), *_of_other_packages()):
+        key = one.record.kind, one.record.name
+        if other := found.get(key):
+            raise MoetraceError(
+                f"The packages {other.package} and {one.package} both bring a {key[0]} called {key[1]}: rename or "
+                "uninstall one of them."
+            )
+        found[key] = one
+    ordered = sorted(found.items(), key=lambda item: (item[1].record.place, item[0][1]))
+    return {kind: {name: one for (of, name), one in ordered if of == kind} for kind in KINDS}
+
+
+def _built_in() -> Iterator[_Found]:
+    for folder in FOLDERS.values():
+        package = importlib.import_module(f"moetrace.engine.{folder}")
+        for module in pkgutil.iter_modules(package.__path__):
+            record = importlib.import_module(f"{package.__name__}.{module.name}").RECORD
+            yield _Found(record, "moetrace", None)
+
+
+def _of_other_packages() -> Iterator[_Found]:
+    for point in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.value):
+        package = point.dist.name if point.dist else point.value
+        try:
+            record = point.load()
+        except (Exception, SystemExit) as error:
+            raise MoetraceError(
+                f"The package {package} brings choices, but {point.value} cannot be read: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}."
+            ) from error
+        record = getattr(record, "RECORD", record)
+        if not isinstance(record, Placement | Dispatch | Residency | Prefetch):
+            raise MoetraceError(
+                f"The package {package} brings {point.value}, which must be a Placement, Dispatch, Residency or "
+                "Prefetch of moetrace.spec.choices, or a module that has one as RECORD."
+            )
+        if not re.fullmatch("[a-z0-9][a-z0-9-]{0,63}", record.name):
+            raise MoetraceError(
+                f"The package {package} brings a {record.kind} whose name is not of lower-case letters, digits and "
+                f"dashes: {record.name!r}."
+            )
+        yield _Found(record, package, _source(point.module))
+
+
+def _source(module: str) -> Path | None:
+    """Return the folder of the package that a module is of, or the file of a module that is of none."""
+    file = getattr(sys.modules[module.partition(".")[0]], "__file__", None) or sys.modules[module].__file__
+    path = Path(file) if file else None
+    return path.parent if path and path.name == "__init__.py" else path
