@@ -55,7 +55,6 @@ LONG_MODULES = {
     "tests/show/test_report.py": ANOTHER_BRANCH,
 }
 LONG_FUNCTIONS = {
-    ("results/replay.py", "replay"): ANOTHER_BRANCH,
 }
 MANY_PARAMETERS = {
     ("engine/schedule.py", "_scan"): ANOTHER_BRANCH,
@@ -75,18 +74,13 @@ KERNELS_WITHOUT_DOCSTRING = {
     ("engine/static_set.py", "_fill"): ANOTHER_BRANCH,
     ("engine/tape.py", "_note_expert"): ANOTHER_BRANCH,
 }
-CLASSES_TWICE = {
-    "Figure": ANOTHER_BRANCH,
-    "Folder": ANOTHER_BRANCH,
-    "Plan": ANOTHER_BRANCH,
-    "_Sweep": ANOTHER_BRANCH,
-}
+CLASSES_TWICE: dict[str, str] = {}
 MODULES_TWICE = {
     "eplb": "the algorithm of that name, and the format that exports counts for it",
     "npz": "one format: an exporter and an importer are named by their format",
     "prefetch": "the folder of a question, and the same in the replay",
+    "record": "every figure and the fields of files, and the recording of a window of steps",
     "replay": ANOTHER_BRANCH,
-    "sweep": ANOTHER_BRANCH,
 }
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from moetrace.batch.cell import Cell, Resolver, Traces, hash_of
-from moetrace.batch.choices import Halving, SearchChoices, check_choices
 from moetrace.batch.executors import Farm, run_tasks
 from moetrace.batch.grid import Grid, load_space
 from moetrace.batch.metrics import value_of
+from moetrace.batch.search_space import Halving, SearchChoices, check_choices
 from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, forget, tasks_of

@@ -8,8 +8,8 @@ import pytest
 import moetrace as mt
 from moetrace.batch import search as search_module
 from moetrace.batch import work
-from moetrace.batch.choices import Halving
 from moetrace.batch.executors import run_tasks
+from moetrace.batch.search_space import Halving
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "traces" / "tiny-olmoe.h5")

@@ -11,8 +11,8 @@ import click
 from moetrace.cli.tables.output import figure, print_json, print_rows
 
 if TYPE_CHECKING:
-    from moetrace.batch.choices import SearchChoices
     from moetrace.batch.search import Search, Trial
+    from moetrace.batch.search_space import SearchChoices
 
 _SHOWN = 12
 
@@ -23,9 +23,9 @@ def search(source: Path, folder: Path, jobs: int, dask: str | None, pareto: str 
     from moetrace.cli.progress import LateBar
 
     with announce_compiling():
-        from moetrace.batch.choices import check_choices
         from moetrace.batch.grid import load_space
         from moetrace.batch.search import run_search
+        from moetrace.batch.search_space import check_choices
         from moetrace.batch.sweep import farm_of
         from moetrace.batch.sweep_folder import SweepFolder
 
