@@ -231,22 +231,20 @@ def columns() -> str:
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     for name in ("summary", *re.findall(r"^## (\w+)\.parquet", text, re.MULTILINE)):
         frame = getattr(result, name)
-        explained = _explained("docs/results.md", "summary.json" if name == "summary" else f"{name}.parquet")
+        explained = _summary_columns() if name == "summary" else _explained("docs/results.md", f"{name}.parquet")
         rows = []
         for column, kind in frame.schema.items():
-            meaning = explained.get(column) or _of_a_nested(column, explained)
-            rows.append((f"`{column}`", f"`{kind}`", meaning))
+            rows.append((f"`{column}`", f"`{kind}`", explained.get(column, "")))
         head = "`result.summary`, a row for each policy" if name == "summary" else f"`result.{name}`, `{name}.parquet`"
         parts += [f"## {name}", head, table(("column", "type", "meaning"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def _of_a_nested(column: str, explained: dict[str, str]) -> str:
-    """`ttft_s_p50` is the p50 of what is said of `ttft_s`; `utilization_gpu` is of the GPU."""
-    for name, meaning in explained.items():
-        if column.startswith(f"{name}_"):
-            return f"`{column.removeprefix(f'{name}_')}`: {meaning.partition(':')[0]}"
-    return ""
+def _summary_columns() -> dict[str, str]:
+    """What the record of figures says of each column of a summary."""
+    from moetrace.results.record import COLUMNS
+
+    return {"name": "the policy"} | {name: figure.meaning for name, figure in COLUMNS.items()}
 
 
 def lint_codes() -> str:

@@ -84,16 +84,16 @@ class Spread(msgspec.Struct):
 class Utilization(msgspec.Struct):
     """Busy time over total time of each part of the machine."""
 
-    gpu: Annotated[float | None, Figure("share", "of the GPU", None, "GPU busy", "GPU\nbusy")]
+    gpu: Annotated[float | None, Figure("share", "busy time of the GPU / `total_s`", None, "GPU busy", "GPU\nbusy")]
     ndp: Annotated[
         list[float | None],
-        Figure("share", "of each NDP unit, a list; their mean in tables", None, "NDP busy, mean", "NDP\nbusy"),
+        Figure("share", "the same of the NDP units, a list; in tables their mean", None, "NDP busy, mean", "NDP\nbusy"),
     ]
     link_in: Annotated[
-        float | None, Figure("share", "of the link towards the GPU", None, "link in busy", "link in\nbusy")
+        float | None, Figure("share", "the same of the link towards the GPU", None, "link in busy", "link in\nbusy")
     ]
-    link_out: Annotated[float | None, Figure("share", "of the link away from the GPU", None, "link out busy")]
-    cpu: Annotated[float | None, Figure("share", "of the CPU")]
+    link_out: Annotated[float | None, Figure("share", "the same of the link away from the GPU", None, "link out busy")]
+    cpu: Annotated[float | None, Figure("share", "the same of the CPU")]
 
 
 class PolicyFigures(msgspec.Struct, kw_only=True):
@@ -106,7 +106,7 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
     mixed_s: Annotated[float, Figure("s", "time of the mixed steps", "lower", "in mixed steps", "mixed")]
     tokens_per_s: Annotated[float | None, Figure("1/s", "decode rows / `total_s`", "higher", "output tokens a second")]
     hits: Annotated[Count, Figure("count", "active experts per (step, layer) that were resident", "higher")]
-    misses: Annotated[Count, Figure("count", "those that were not", "lower")]
+    misses: Annotated[Count, Figure("count", "active experts per (step, layer) that were not", "lower")]
     step_s: Annotated[Spread, Figure("s", "time of a step, over the steps", "lower", "step")]
     ttft_s: Annotated[Spread, Figure("s", "time to the first token, over the requests", "lower", "TTFT", "TTFT")]
     tpot_s: Annotated[Spread, Figure("s", "time per output token, over the requests", "lower", "TPOT", "TPOT")]

@@ -5,7 +5,7 @@ from typing import Any
 import polars as pl
 
 from moetrace.results.swept import Swept
-from moetrace.show.charts.sweeps import axes, pareto_front
+from moetrace.show.charts.sweep_charts import axes, pareto_front
 from moetrace.show.report import page
 
 _COLUMNS = {

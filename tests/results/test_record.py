@@ -1,0 +1,132 @@
+"""One record of figures: frames, files, gate, search, sweep and docs have what it says, and nothing else."""
+
+import json
+import subprocess
+import sys
+
+import figures
+import msgspec
+import polars as pl
+import pytest
+from support.sweeps import sweep_folder
+
+import moetrace as mt
+from moetrace.batch.grid import FRONTS
+from moetrace.batch.metrics import DEFAULT_METRICS
+from moetrace.cli.commands.sweep import command
+from moetrace.results.folder import read_cells, read_summary, read_sweep
+from moetrace.results.record import (
+    COLUMNS,
+    COSTS,
+    FIGURES,
+    METRICS,
+    CellCosts,
+    PolicyFigures,
+    SummaryFile,
+    fields_of,
+    value_in,
+)
+
+
+@pytest.fixture(scope="module")
+def result():
+    trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=3, output=3)
+    return mt.replay(trace, policies=["monde", "edge-ndp"], slots=48)
+
+
+@pytest.fixture(scope="module")
+def folder(result, tmp_path_factory):
+    path = tmp_path_factory.mktemp("result")
+    result.write(path)
+    return path
+
+
+def test_every_figure_is_a_column_and_a_value_of_the_summary(result):
+    frame = result.summary
+    assert frame.columns == ["name", *(name for name in COLUMNS if name not in COSTS)]
+    for path, figure in FIGURES.items():
+        column = frame[path.replace(".", "_")]
+        assert column.dtype == (pl.Int64 if figure.unit == "count" else pl.Float64), path
+        assert column.to_list() == [value_in(policy, path) for policy in result.to_dict()["policies"]], path
+
+
+def test_a_files_fields_are_those_of_its_struct_in_their_order(result):
+    summary = result.to_dict()
+    assert list(summary) == list(SummaryFile.__struct_fields__)
+    assert list(summary["policies"][0]) == list(PolicyFigures.__struct_fields__)
+    assert msgspec.to_builtins(msgspec.convert(summary, SummaryFile[dict, PolicyFigures])) == summary
+
+
+def test_every_field_is_explained():
+    for struct in (PolicyFigures, CellCosts):
+        names = [name.partition(".")[0] for name, _, _ in fields_of(struct)]
+        assert list(dict.fromkeys(names)) == list(struct.__struct_fields__)
+    for name, figure in {**FIGURES, **COSTS}.items():
+        assert figure.meaning and "|" not in figure.meaning and "\n" not in figure.meaning, name
+        assert (figure.unit == "s") == name.partition(".")[0].endswith("_s") or name == "tokens_per_s"
+
+
+def test_gate_search_and_sweep_know_the_figures():
+    assert {*FIGURES} - {*METRICS} == {"speedup"}
+    assert {*DEFAULT_METRICS} <= {*METRICS}
+    assert all(METRICS[name].better for name in DEFAULT_METRICS)
+    assert (*COSTS,) == FRONTS
+    (pareto,) = (option for option in command.params if option.name == "pareto")
+    assert [*pareto.type.choices] == [*FRONTS]
+
+
+def test_the_tables_of_the_docs_are_up_to_date():
+    for path, page in figures.pages().items():
+        assert path.read_text(encoding="utf-8") == page, "python bench/figures.py writes it"
+
+
+def test_a_report_and_a_gate_read_the_same_replay(result, folder):
+    summary, cells = read_summary(folder), read_cells(folder)
+    assert [policy.name for policy in summary.policies] == ["monde", "edge-ndp"]
+    assert [cell.figures for cell in cells.cells] == msgspec.to_builtins(summary.policies)
+    assert (cells.moetrace, cells.engine) == (summary.moetrace, summary.engine)
+
+
+def test_a_report_and_a_gate_read_the_same_sweep(tmp_path):
+    trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=3, output=3)
+    trace.write(tmp_path / "t.h5")
+    swept = mt.sweep({"trace": str(tmp_path / "t.h5"), "policy": ["monde", "edge-ndp"], "slots": 48}, tmp_path / "s")
+    sweep, cells = read_sweep(tmp_path / "s"), read_cells(tmp_path / "s")
+    assert (
+        [cell["name"] for cell in sweep.cells] == [cell.name for cell in cells.cells] == swept.cells["name"].to_list()
+    )
+    assert [cell.figures["total_s"] for cell in cells.cells] == swept.cells["total_s"].to_list()
+
+
+SCRIPT = """
+import sys
+from moetrace.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+print([name for name in sys.modules if name.split(".")[0] in ("numba", "llvmlite") or "moetrace.engine" in name])
+"""
+
+
+@pytest.mark.parametrize("command", ["report", "gate"])
+@pytest.mark.parametrize("kind", ["replay", "sweep"])
+def test_a_finished_result_is_read_without_the_engine(folder, tmp_path, command, kind):
+    """It compiles the whole of it when imported with a cold cache, and half a second goes even with a warm one."""
+    source = folder
+    if kind == "sweep":
+        source = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp"])
+        about = json.loads((source / "sweep.json").read_text())
+        about["cells"] = [{"name": "a", "cell": None, "error": "it failed"}]
+        (source / "sweep.json").write_text(json.dumps(about))
+    if command == "report":
+        pytest.importorskip("altair")
+        pytest.importorskip("vl_convert")
+        words = ["report", source, "-o", tmp_path / "page.html"]
+    else:
+        baseline = tmp_path / "baseline.json"
+        mt.gate(folder, baseline, update=True)
+        words = ["gate", source, "--baseline", baseline, "--fail-on", "worse"]
+    run = [sys.executable, "-c", SCRIPT, *map(str, words)]
+    done = subprocess.run(run, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
