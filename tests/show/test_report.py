@@ -9,7 +9,7 @@ import tomllib
 import numpy as np
 import polars as pl
 import pytest
-from support.report_page import check_alone, parsed
+from support.report_page import HOSTILE, Parsed, check_alone, parsed
 
 import moetrace as mt
 from moetrace.results.record import SummaryFile
