@@ -94,3 +94,11 @@ def test_an_edit_elsewhere_compiles_nothing(copy):
     assert copy.run(GENERATE)[1] == 0
     copy.edit("jit/heap.py", "ARITY = 4", "ARITY = 8")
     assert copy.run(GENERATE)[1] == 1
+
+
+def test_a_named_tuple_of_another_name_compiles_anew(copy):
+    """Types are in the cache by the names of their classes, those of earlier versions too."""
+    figure, hits = copy.run(GENERATE)
+    copy.edit("generators/zipf.py", "_Tables", "_Renamed")
+    assert copy.run(GENERATE) == (figure, hits) == (figure, 0)
+    assert copy.run(GENERATE) == (figure, 1)

@@ -115,6 +115,17 @@ def _entry(function: Callable, inline: bool, checked: bool) -> "Dispatcher":
             super().__init__(function)
             self._cache_file._source_stamp = (self._cache_file._source_stamp, fingerprint)
 
+        def load_overload(self, sig: Any, target_context: Any) -> Any:
+            """Find what was compiled; None if nothing was, or for named tuples whose class has another name now.
+
+            Numba unpickles the types of all that is in a file before it looks at the stamp.
+            """
+            try:
+                return super().load_overload(sig, target_context)
+            except (AttributeError, ImportError):
+                self.flush()
+                return None
+
     options = _options(inline, checked)
     dispatcher: Any = entry(function, options)
     fingerprint = fingerprint_of(function, repr(options))

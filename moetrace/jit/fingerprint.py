@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 
 _HERE = Path(__file__).parent
+_NAMED = (type, ModuleType, FunctionType, BuiltinFunctionType, np.ufunc)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 # What these packages bring changes with their versions only, which are a part of the fingerprint.
 _SETTLED = {*sys.stdlib_module_names, "numpy", "numba", "llvmlite"}
@@ -81,7 +82,7 @@ def _describe(value: Any, seen: set[int], attributes: tuple[str, ...]) -> Iterat
             yield from _describe(item, seen, attributes)
     elif isinstance(value, type) and issubclass(value, tuple) and hasattr(value, "_fields"):
         yield f"{value.__qualname__} {vars(value)['_fields']}"
-    elif _home(value) in _SETTLED:
+    elif _home(value) in _SETTLED and (isinstance(value, _NAMED) or _home(type(value)) == "numba"):
         yield str(getattr(value, "__qualname__", repr(value)))
     elif isinstance(value, ModuleType):
         for name in attributes:

@@ -1,18 +1,15 @@
 """The report as a file: stands alone, escapes what strangers wrote, says what it could not read; no browser needed."""
 
-import base64
-import hashlib
 import itertools
 import json
 import re
 import shlex
 import tomllib
-from html.parser import HTMLParser
 
 import numpy as np
 import polars as pl
 import pytest
-from support.sweeps import sweep_folder
+from support.report_page import check_alone, parsed
 
 import moetrace as mt
 from moetrace.results.record import SummaryFile
@@ -23,30 +20,6 @@ from moetrace.show.report.page import number, seconds
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
-HOSTILE = "</script><img src=x onerror=alert(1)>'\"&\x1b[31m"
-VOID = {"meta", "link", "img", "br", "hr", "input"}
-
-
-class Parsed(HTMLParser):
-    """A page as elements: every start tag closed by its own end tag."""
-
-    def __init__(self, page: bytes):
-        super().__init__(convert_charrefs=True)
-        self.open, self.elements, self.scripts, self.text = [], [], [], []
-        self.feed(page.decode())
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        (self.scripts if self.open[-1:] == ["script"] else self.text).append(data)
 
 
 def domains(spec):
@@ -83,27 +56,6 @@ def folder(written, tmp_path):
 def change(folder, **fields):
     path = folder / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def parsed(source, tmp_path, **options):
-    mt.report(source, tmp_path / "page.html", **options)
-    return Parsed((tmp_path / "page.html").read_bytes())
-
-
-def digest(script):
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def check_alone(page):
-    """Nothing is loaded: no address in any attribute but anchors of the page itself, and a policy that forbids it."""
-    for tag, attributes in page.elements:
-        assert tag not in ("link", "iframe", "object", "embed", "base", "form", "img")
-        assert "src" not in attributes and "srcset" not in attributes
-        assert not any(name.startswith("on") for name in attributes)
-        assert attributes.get("href", "#").startswith("#")
-    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none';") and "http" not in policy
-    assert re.findall(r"script-src ([^;]*)", policy) == [f"'sha256-{digest(page.scripts[-1])}' 'unsafe-eval'"]
 
 
 def test_stands_alone_and_is_the_same_from_memory_and_folder(result, written, tmp_path):
@@ -389,56 +341,6 @@ def test_numbers_are_for_people():
         ["–", "yes", "1,234", "0", "12.35", "0.0001235", "1.000e-09", "123,457", "–", "x"]
     )
     assert [seconds(v) for v in (None, 0.0, 2.5e-6, 0.0123, 12.3)] == ["–", "0 µs", "2.500 µs", "12.30 ms", "12.30 s"]
-
-
-def test_a_sweep_has_its_front_and_its_axes(tmp_path):
-    folder = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp", HOSTILE])
-    page = parsed(folder, tmp_path)
-    check_alone(page)
-    ids = {a.get("id") for _, a in page.elements}
-    assert {"best", "failed", "front", "axes", "cells"} <= ids
-    text = "".join(page.text)
-    assert "26 of 27 cells have a result, 1 have none" in text and HOSTILE.replace("\x1b", "\\x1b") in text
-    assert "no other beats in both time and GPU memory" in text
-    assert "system.ndp.units2, 4, 6" in text and "moetrace sweep SWEEP.toml -o DIR" in text
-    with pytest.raises(mt.UsageError, match="not of a sweep"):
-        mt.report(folder, tmp_path / "page.html", cache=tmp_path / "cache.json")
-    (folder / "cells.parquet").unlink()
-    with pytest.raises(mt.MoetraceError, match=r"has no cells\.parquet"):
-        mt.report(folder, tmp_path / "page.html")
-
-
-def test_a_search_is_told_as_one_and_no_front_that_is_not_drawn(tmp_path):
-    """Its cells may all have the same slots, so that there is no front to draw."""
-    folder = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp"])
-    cells = pl.read_parquet(folder / "cells.parquet").with_columns(gpu_memory_bytes=pl.lit(1e9))
-    cells.write_parquet(folder / "cells.parquet")
-    about = json.loads((folder / "sweep.json").read_text())
-    about["axes"] = {"slots": list(range(30)), HOSTILE: HOSTILE}
-    (folder / "sweep.json").write_text(json.dumps(about))
-    (folder / "search.json").write_text("{}")
-    page = parsed(folder, tmp_path)
-    check_alone(page)
-    text = "".join(page.text)
-    assert "moetrace sweep SWEEP.toml --search -o DIR" in text and "22, 23 and 6 more" in text
-    assert "Moved over the link, GB" in text and "Pareto front," not in text
-
-
-@pytest.mark.parametrize("axis", ["trace", "policy", "slots"])
-def test_a_cell_may_have_no_value_of_an_axis(tmp_path, axis):
-    path = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp"]) / "cells.parquet"
-    few = pl.when(pl.col("slots") != 16).then(pl.col(axis))
-    pl.read_parquet(path).with_columns(few.alias(axis)).write_parquet(path)
-    check_alone(parsed(path.parent, tmp_path))
-
-
-@pytest.mark.parametrize("column", ["pareto", "gpu_memory_bytes", "ttft_s_p50", "error"])
-def test_columns_of_a_sweep_are_of_their_kind(tmp_path, column):
-    path = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp"]) / "cells.parquet"
-    wrong = pl.lit(1) if column in ("error", "pareto") else pl.lit("much")
-    pl.read_parquet(path).with_columns(wrong.alias(column)).write_parquet(path)
-    with pytest.raises(mt.MoetraceError, match=rf"cells\.parquet must have a column {column}"):
-        mt.report(path.parent, tmp_path / "page.html")
 
 
 def test_reading_gives_what_was_written(result, written):
