@@ -66,8 +66,8 @@ def made(tmp_path_factory):
         ),
         (
             "engine/cost.py",
-            "return max(rows * device.s_per_row, weight_bytes * device.s_per_byte) + device.start_s",
-            "return max(rows * device.s_per_row, weight_bytes * device.s_per_byte) * 1.001 + device.start_s",
+            "active.ndp_s = expert_s(machine.device[home], rows, weight_bytes)",
+            "active.ndp_s = 1.001 * expert_s(machine.device[home], rows, weight_bytes)",
             "worse",
             ["edge-ndp/monde", "edge-ndp/ndp-ep", "edge-ndp/edge-ndp"],
             "only the code changed: the engine, ",

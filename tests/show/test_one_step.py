@@ -69,6 +69,6 @@ def test_what_is_no_timeline_is_one_sentence(tmp_path, content):
 
 
 def test_what_unpacks_to_too_much_is_refused(tmp_path):
-    (tmp_path / TIMELINE_FILE).write_bytes(gzip.compress(bytes(65 << 20, mtime=0), 1))
+    (tmp_path / TIMELINE_FILE).write_bytes(gzip.compress(bytes(65 << 20), 1, mtime=0))
     with pytest.raises(mt.MoetraceError, match="too long for a report"):
         one_step(tmp_path / TIMELINE_FILE)

@@ -1,7 +1,7 @@
 """Charts of a replay's figures: one function a question, used by `result.plot` and by reports alike."""
 
 from moetrace.show.charts.latency import bounds, latency, over_time, parts
-from moetrace.show.charts.parts import layers, load, utilization
+from moetrace.show.charts.machine_parts import layers, load, utilization
 
 # In the order of a report.
 QUESTIONS = {
