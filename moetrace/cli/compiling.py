@@ -12,7 +12,7 @@ _MOMENT_S = 1.0
 def announce_compiling() -> Iterator[None]:
     """Print one line on stderr if compiling, rather than loading, takes more than a moment inside the ``with`` block.
 
-    Kernels with a declared signature compile when their module is imported: import them inside the block.
+    A kernel compiles when it is first called: call it inside the block.
     """
     from numba.core.event import Event, Listener, install_listener
 

@@ -28,7 +28,7 @@ from moetrace.spec.policy import PolicySpec, check_policy
 from moetrace.spec.system import System
 from moetrace.trace.format import Trace
 
-if TYPE_CHECKING:  # importing it compiles the replay once more
+if TYPE_CHECKING:
     from moetrace.engine.recording import Recording
 
 # What is taken to be true of a user's own function.

@@ -17,7 +17,7 @@ from moetrace.engine.tape import KINDS
 from moetrace.results.frames import SLICE_STEPS
 from moetrace.spec.errors import UsageError
 
-if TYPE_CHECKING:  # importing it compiles the replay once more
+if TYPE_CHECKING:
     from moetrace.engine.recording import Recording
 
 
