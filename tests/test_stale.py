@@ -30,6 +30,7 @@ from moetrace.generators.zipf import _draw_rows
 print(generate_trace("mixtral-8x7b", requests=1, prompt=3, output=0, stick=0.0).read("experts", 0, 3).sum(),
       sum(_draw_rows.stats.cache_hits.values()), sep=";")
 """
+ORDER = "    order: int  # BY_SCORE, BY_TOUCH, BY_ADMISSION or BY_HAND\n"
 RULES = "LFU, LFU_IN_CACHE, BELADY = FAR"
 
 
@@ -102,3 +103,45 @@ def test_a_named_tuple_of_another_name_compiles_anew(copy):
     copy.edit("generators/zipf.py", "_Tables", "_Renamed")
     assert copy.run(GENERATE) == (figure, hits) == (figure, 0)
     assert copy.run(GENERATE) == (figure, 1)
+
+
+POLICY = """
+import numba
+import moetrace as mt
+
+@mt.policy
+def by_phase(state, view, layer, load, plan):
+    for i in range(load.size):
+        plan[i] = view.phase == 1
+
+trace = mt.generate_trace("mixtral-8x7b", requests=1, prompt=3, output=2)
+print(mt.replay(trace, policies=by_phase).summary["total_s"][0], sum(by_phase.stats.cache_hits.values()), sep=";")
+"""
+RING = """
+import moetrace as mt
+from moetrace.engine.replay import replay_batch
+trace = mt.generate_trace("mixtral-8x7b", requests=2, prompt=3, output=20)
+print(mt.replay(trace, policies="on-demand", slots=96).summary["hits"][0],
+      sum(replay_batch.stats.cache_hits.values()), sep=";")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "file", "one", "other"),
+    [
+        (POLICY, "engine/state.py", "    phase: int  # 0 prefill, 1 decode, 2 mixed\n", "    rows: int  # T\n"),
+        (RING, "engine/residency.py", "    capacity: int  # of each pool\n", ORDER),
+    ],
+    ids=["a user's hook", "replay"],
+)
+def test_fields_of_a_named_tuple_in_another_order_compile_anew(copy, code, file, one, other):
+    """Numba tells named tuples apart by their class and the types in them."""
+    (copy.folder / "policy.py").write_text(code)
+    run = "import runpy; runpy.run_path('policy.py')"
+    figure, _ = copy.run(run)
+    assert copy.run(run) == (figure, 1)
+    path = copy.folder / "moetrace" / file
+    text = path.read_text()
+    assert text.index(one) < text.index(other)
+    path.write_text(text.replace(one, "@").replace(other, one).replace("@", other))
+    assert copy.run(run) == (figure, 0)

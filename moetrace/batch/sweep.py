@@ -92,7 +92,7 @@ class Sweep:
             cells.append(msgspec.structs.asdict(listed) | axes_of(cell))
         sweep = SweepFile(
             moetrace=__version__,
-            engine=room_fingerprint("engine"),
+            engine=room_fingerprint("jit", "engine"),
             pareto=self._pareto,
             axes=self.grid.axes,
             cells=cells,

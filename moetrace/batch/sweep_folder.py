@@ -54,7 +54,7 @@ class SweepFolder:
         """Write a finished cell, whole or not at all. Raises MoetraceError if the system refuses (a full disk)."""
         content = CellFile(
             moetrace=__version__,
-            engine=room_fingerprint("engine"),
+            engine=room_fingerprint("jit", "engine"),
             inputs=cell.inputs or {},
             result=found["result"],
             costs=found["costs"],

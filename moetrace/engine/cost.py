@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.state import GPU
+from moetrace.engine.machine import FIRST_HOME, GPU_DEVICE
 from moetrace.jit.compile import kernel
 
 
 @kernel
 def dense_s(machine, rows, kv_tokens):
     """Return the seconds of attention, shared experts and router of one layer of a step."""
-    gpu, work = machine.device[GPU], machine.work[0]
+    gpu, work = machine.device[GPU_DEVICE], machine.work[0]
     weights_s = max(work.dense_bytes / gpu.bytes_s, work.dense_flop_per_row * rows / gpu.flop_s)
     return weights_s + work.kv_bytes * kv_tokens / gpu.bytes_s + gpu.start_s
 
@@ -19,7 +19,7 @@ def dense_s(machine, rows, kv_tokens):
 @kernel
 def head_s(machine):
     """Return the seconds of the LM head and the dense first layers, once a step."""
-    return machine.work[0].head_bytes / machine.device[GPU].bytes_s + machine.device[GPU].start_s
+    return machine.work[0].head_bytes / machine.device[GPU_DEVICE].bytes_s + machine.device[GPU_DEVICE].start_s
 
 
 @kernel
@@ -47,7 +47,7 @@ class Rates(NamedTuple):
 @kernel
 def prices_of(machine):
     """Return the machine's ``Prices``."""
-    gpu, link = machine.device[GPU], machine.link[0]
+    gpu, link = machine.device[GPU_DEVICE], machine.link[0]
     return Prices(Rates(gpu.s_per_row, gpu.s_per_byte, gpu.start_s), link.s_per_byte, link.latency_s)
 
 
@@ -56,7 +56,7 @@ def price(machine, prices, layer, expert, rows, resident, active):
     """Fill the record (``ACTIVE``) of an expert that ``rows`` rows chose in ``layer``."""
     weight_bytes, home = machine.weight_bytes[layer, expert], machine.home[layer, expert]
     active.expert = expert
-    active.group = home - 1
+    active.group = home - FIRST_HOME
     active.rows = rows
     active.weight_bytes = weight_bytes
     active.resident = resident

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from moetrace.engine.state import HOME
 from moetrace.jit.compile import kernel
 
 # Two times closer than this are equal: a sum kept incrementally and one made anew may differ in the last bit.
@@ -63,14 +64,14 @@ def give_rest(view, size, plan):
     clear_groups(view.groups)
     if view.groups.size > 1:
         for i in range(size):
-            if plan[i] == 0:
+            if plan[i] == HOME:
                 give_to_group(view.groups, view.active[i])
         return
     # All units share every expert: the sums stay in registers. Through memory each addition waits for the last one.
     busy_s, rows, weight_bytes, count = 0.0, 0.0, 0.0, 0
     for i in range(size):
         expert = view.active[i]
-        given = plan[i] == 0
+        given = plan[i] == HOME
         busy_s += expert.ndp_s if given else 0.0
         rows += expert.rows if given else 0.0
         weight_bytes += expert.weight_bytes if given else 0.0
@@ -105,7 +106,7 @@ def timeline(machine, view, size, plan):
     for j in range(size):
         i = view.active[j].turn
         expert = view.active[i]
-        if plan[i] == 0:
+        if plan[i] == HOME:
             continue
         arrival_s += expert.fetch_s
         demand_bytes += 0.0 if expert.resident else expert.weight_bytes

@@ -43,7 +43,7 @@ WORK = np.dtype(
         )
     ]
 )
-FIRST_HOME = 1  # of the devices, the first that experts live on
+GPU_DEVICE, FIRST_HOME = 0, 1  # of the devices: the GPU, and the first that experts live on
 NO_ROW = -1
 
 

@@ -34,6 +34,7 @@ from moetrace.engine.state import (
     FIRST_GROUP,
     GPU,
     GROUP,
+    HOME,
     LINK_IN,
     LINK_OUT,
     Log,
@@ -177,7 +178,7 @@ def _carry_out(layer, size, state, log):
     fetched, on_gpu = 0, 0
     for j in range(size):  # in turn: those on the GPU come together, and the processor guesses right
         i = state.scratch.active[j].turn
-        if state.scratch.plan[i] == 0:
+        if state.scratch.plan[i] == HOME:
             continue
         active = state.scratch.active[i]
         key = layer * experts + active.expert
@@ -292,7 +293,7 @@ def _end_step(step, batch, setting, state, log):
 def replay_batch(work, dispatch, residency, tape):
     """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``.
 
-    ``tape`` is None here; `record.py` compiles these lines once more, for one that notes everything down.
+    ``tape`` is None here; `recording.py` compiles these lines once more, for one that notes everything down.
     """
     batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     layers = state.cells.shape[0]

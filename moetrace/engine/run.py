@@ -1,10 +1,10 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import load_hook
 from moetrace.engine.prefetch import COMPLETED_EVER
+from moetrace.engine.recording import Recording, record_batch
 from moetrace.engine.replay import Batch, LayerScratch, State, Work, new_scratch, new_setting, new_state, replay_batch
 from moetrace.engine.residency import empty_cells, keep_for_good
 from moetrace.engine.schedule import Schedule
@@ -27,9 +28,6 @@ from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec, check_policy
 from moetrace.spec.system import System
 from moetrace.trace.format import Trace
-
-if TYPE_CHECKING:
-    from moetrace.engine.recording import Recording
 
 # What is taken to be true of a user's own function.
 _OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name="own", meaning="")
@@ -54,7 +52,7 @@ class Lane:
         tuple[Any, LayerScratch] | None
     )  # cells and scratch of that run; None if the dispatch ignores residency
     clairvoyant_s: float = 0.0
-    recording: "Recording | None" = None  # of the steps of a timeline
+    recording: Recording | None = None  # of the steps of a timeline
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
@@ -71,7 +69,7 @@ class Lane:
         except Exception as error:  # only a user's function can raise
             raise MoetraceError(f"Policy {self.policy.name} failed: {type(error).__name__}: {error}.") from error
 
-    def _replay_and_record(self, batch: Batch, recording: "Recording") -> None:
+    def _replay_and_record(self, batch: Batch, recording: Recording) -> None:
         for part, is_recorded in recording.parts(batch, len(self.state.cells)):
             if is_recorded:
                 recording.record(self.work(part), self.hooks)
@@ -169,8 +167,6 @@ def _begin(decoded: Decoded, setup: Setup, slots: int, warnings: list[str]) -> _
     weight_bytes = weight_bytes_of(decoded.trace, setup.model)
     lanes = [_lane(decoded, setup, policy, weight_bytes, slots) for policy in setup.policies]
     if setup.window is not None:
-        from moetrace.engine.recording import Recording
-
         for lane in lanes:
             lane.recording = Recording(setup.window.start, setup.window.stop)
     return _Underway(setup, slots, lanes, warnings)
@@ -179,7 +175,7 @@ def _begin(decoded: Decoded, setup: Setup, slots: int, warnings: list[str]) -> _
 def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Callable[[int], None] | None) -> Popularity:
     """Replay every block in every lane; return how much each expert was wanted."""
     popularity = new_popularity(decoded.trace.layers, decoded.trace.num_experts)
-    compile_now(replay_batch)  # here, not in a thread of the pool: Ctrl-C stops it
+    compile_now(*_kernels_of(lane for one in underway for lane in one.lanes))  # here, not in a thread: Ctrl-C stops it
     with ThreadPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
         for batch, rows in decoded.batches(pool):
             underway = [one for one in underway if one.error is None]
@@ -190,6 +186,15 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
             if progress is not None:
                 progress(rows)
     return popularity
+
+
+def _kernels_of(lanes: Iterable[Lane]) -> list[Any]:
+    """Return what the lanes of a pass call, in threads if there are some."""
+    found = [replay_batch]
+    for lane in lanes:
+        found += [clairvoyant_s] if lane.clairvoyant is not None else []
+        found += [record_batch] if lane.recording is not None else []
+    return found
 
 
 def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> None:

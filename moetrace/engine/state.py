@@ -15,7 +15,7 @@ from moetrace.jit.compile import PURE_PYTHON
 
 # What `plan[i]` may be: where an active expert runs.
 DEVICES = ("home", "gpu")
-HOME, ON_GPU = range(len(DEVICES))
+HOME = DEVICES.index("home")
 
 # One expert of one layer, as policies see it. `resident` is a copy for reading: the engine keeps its own.
 CELL = np.dtype(

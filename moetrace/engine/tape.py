@@ -10,7 +10,7 @@ import numpy as np
 
 from moetrace.engine.cost import head_s
 from moetrace.engine.prefetch import HEAD, TAIL, is_complete, remaining_bytes
-from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT, records
+from moetrace.engine.state import FIRST_GROUP, GPU, HOME, LINK_IN, LINK_OUT, records
 from moetrace.jit.compile import kernel
 
 # Kinds of slices. A layer is dense and moe together; a wait is that of `prefetch_blocks`.
@@ -138,7 +138,7 @@ def _note_gpu(tape, step, layer, start_s, size, state):
     gpu_free_s, arrival_s = 0.0, 0.0
     for j in range(size):
         i = state.scratch.active[j].turn
-        if state.scratch.plan[i] == 0:
+        if state.scratch.plan[i] == HOME:
             continue
         expert = state.scratch.active[i]
         if not expert.resident:
@@ -157,7 +157,7 @@ def _note_groups(tape, step, layer, start_s, size, state):
     for g in range(state.scratch.groups.size):
         state.scratch.groups[g].busy_s = 0.0
     for i in range(size):
-        if state.scratch.plan[i]:
+        if state.scratch.plan[i] != HOME:
             continue
         expert = state.scratch.active[i]
         group = state.scratch.groups[expert.group]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from moetrace.jit.dispatchers import cache_of, entry, part
 from moetrace.jit.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:
@@ -55,9 +56,10 @@ class Kernel:
         functools.update_wrapper(self, function)
         self.py_func = function
         self._signature, self._inline, self._checked = signature, inline, checked
-        self._lock = threading.Lock()  # not held while Numba compiles, which has a lock of its own
         self._entry: Dispatcher | None = None
-        self._part: Any = None
+        self._part: Dispatcher | None = None
+        # Who compiles holds the first one, then Numba's own lock, then the second one of each kernel that is named.
+        self._entry_lock, self._part_lock = threading.Lock(), threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the kernel, compiled or fetched from the cache if it has not been yet."""
@@ -66,14 +68,14 @@ class Kernel:
 
     def entry(self) -> "Dispatcher":
         """Return the dispatcher that Python calls, compiled or fetched from the cache if the types are declared."""
-        with self._lock:
-            entry = self._entry or _entry(self.py_func, self._inline, self._checked)
-        if self._signature is not None and not entry.overloads:
-            signature = self._signature()
-            entry.compile(signature)
-            entry.disable_compile()
-        self._entry = entry
-        return entry
+        with self._entry_lock:
+            if self._entry is None:
+                entry = _entry(self.py_func, self._inline, self._checked)
+                if self._signature is not None:
+                    entry.compile(self._signature())
+                    entry.disable_compile()
+                self._entry = entry
+            return self._entry
 
     @property
     def stats(self) -> Any:
@@ -81,15 +83,17 @@ class Kernel:
         return self.entry().stats
 
     @property
+    def targetoptions(self) -> dict[str, Any]:
+        """How it is compiled as a part of other kernels."""
+        return _options(self._inline, self._checked) | {"forceinline": self._inline}
+
+    @property
     def _numba_type_(self) -> Any:
         """What Numba takes this for where another kernel names it."""
-        from moetrace.jit.pipeline import part
-
-        with self._lock:
+        with self._part_lock:
             if self._part is None:
-                options = _options(self._inline, self._checked) | {"forceinline": self._inline}
-                self._part = part(self.py_func, options)
-        return self._part._numba_type_
+                self._part = part(self.py_func, self.targetoptions)
+            return self._part._numba_type_
 
 
 def compile_now(*kernels: Any) -> None:
@@ -104,32 +108,10 @@ def _options(inline: bool, checked: bool) -> dict[str, Any]:
 
 
 def _entry(function: Callable, inline: bool, checked: bool) -> "Dispatcher":
-    from numba.core.caching import FunctionCache
-
-    from moetrace.jit.pipeline import entry
-
-    class FingerprintCache(FunctionCache):
-        """Numba's cache, which notices edits of a kernel's own file, with the fingerprint beside that file's stamp."""
-
-        def __init__(self, function: Callable, fingerprint: str) -> None:
-            super().__init__(function)
-            self._cache_file._source_stamp = (self._cache_file._source_stamp, fingerprint)
-
-        def load_overload(self, sig: Any, target_context: Any) -> Any:
-            """Find what was compiled; None if nothing was, or for named tuples whose class has another name now.
-
-            Numba unpickles the types of all that is in a file before it looks at the stamp.
-            """
-            try:
-                return super().load_overload(sig, target_context)
-            except (AttributeError, ImportError):
-                self.flush()
-                return None
-
     options = _options(inline, checked)
-    dispatcher: Any = entry(function, options)
+    dispatcher = entry(function, options)
     fingerprint = fingerprint_of(function, repr(options))
     if fingerprint is not None:
         with contextlib.suppress(RuntimeError):  # no folder can be written
-            dispatcher._cache = FingerprintCache(function, fingerprint)
+            dispatcher._cache = cache_of(function, fingerprint)
     return dispatcher

@@ -6,6 +6,7 @@ constant of a module that is imported by the module of a function that it calls.
 
 import dis
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -60,17 +61,19 @@ def fingerprint_of(function: Callable, options: str = "") -> str | None:
     """
     import numba
 
-    parts = [_files(_HERE, "compile.py", "pipeline.py"), np.__version__, numba.__version__, options]
+    parts = [_files(_HERE, "compile.py", "dispatchers.py", "pipeline.py"), np.__version__, numba.__version__, options]
     try:
         parts += _describe_function(function, set())
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: of a cell without a content yet
         return None
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _describe(value: Any, seen: set[int], attributes: tuple[str, ...]) -> Iterator[str]:
+def _describe(value: Any, seen: set[Any], attributes: tuple[str, ...]) -> Iterator[str]:
     """Yield what a value is; of a module, what its ``attributes`` are that code names."""
-    value = getattr(value, "py_func", value)
+    if hasattr(value, "targetoptions"):  # a kernel, or a function under @njit
+        yield f"{sorted(value.targetoptions.items(), key=str)!r} {getattr(value, 'locals', None)!r}"
+    value = getattr(value, "py_func", getattr(value, "_pyfunc", value))
     if isinstance(value, _PLAIN):
         yield f"{type(value).__name__} {value!r}"
     elif isinstance(value, np.ndarray):
@@ -78,23 +81,26 @@ def _describe(value: Any, seen: set[int], attributes: tuple[str, ...]) -> Iterat
     elif isinstance(value, np.dtype):
         yield f"{value!r} {value.itemsize}"
     elif isinstance(value, tuple):
+        yield f"tuple {len(value)}"
         for item in value:
             yield from _describe(item, seen, attributes)
     elif isinstance(value, type) and issubclass(value, tuple) and hasattr(value, "_fields"):
         yield f"{value.__qualname__} {vars(value)['_fields']}"
-    elif _home(value) in _SETTLED and (isinstance(value, _NAMED) or _home(type(value)) == "numba"):
+    elif _is_settled(value):
         yield str(getattr(value, "__qualname__", repr(value)))
     elif isinstance(value, ModuleType):
-        for name in attributes:
-            if hasattr(value, name):
-                yield from _describe(getattr(value, name), seen, attributes)
+        if (id(value), attributes) not in seen:
+            seen.add((id(value), attributes))
+            for name in attributes:
+                if hasattr(value, name):
+                    yield from _describe(getattr(value, name), seen, attributes)
     elif isinstance(value, FunctionType):
         yield from _describe_function(value, seen)
     else:
         raise TypeError(f"cannot tell what {value!r} holds")
 
 
-def _describe_function(function: Any, seen: set[int]) -> Iterator[str]:
+def _describe_function(function: Any, seen: set[Any]) -> Iterator[str]:
     if id(function) in seen:
         return
     seen.add(id(function))
@@ -128,6 +134,32 @@ def _names(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
             found += inner
             attributes += more
     return tuple(dict.fromkeys(found)), tuple(dict.fromkeys(attributes))
+
+
+def _is_settled(value: Any) -> bool:
+    """Whether a value is of Python, NumPy or Numba, whose versions say what it is."""
+    if _home(value) not in _SETTLED:
+        return False
+    if isinstance(value, FunctionType):
+        return _comes_with_python(value.__code__.co_filename)
+    if isinstance(value, ModuleType):
+        return _comes_with_python(getattr(value, "__file__", None) or "<built in>")
+    return isinstance(value, _NAMED) or _home(type(value)) == "numba"
+
+
+def _comes_with_python(file: str) -> bool:
+    """Whether a file is of the standard library, NumPy or Numba; a user's module may be named as one of theirs."""
+    path, (stdlib, *packages) = Path(file), _homes_of_settled()
+    if path.is_relative_to(stdlib) and not {"site-packages", "dist-packages"} & {*path.relative_to(stdlib).parts}:
+        return True
+    return file.startswith("<") or any(path.is_relative_to(folder) for folder in packages)
+
+
+@cache
+def _homes_of_settled() -> list[Path]:
+    import numba
+
+    return [Path(os.__file__).parent, Path(np.__file__).parent, Path(numba.__file__).parent]
 
 
 def _home(value: Any) -> str:

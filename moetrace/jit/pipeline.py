@@ -6,16 +6,17 @@ caller, where it is optimized again: once a level. Nobody calls these from Pytho
 caller to be optimized.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
-from numba import types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, Flags
 from numba.core.compiler_machinery import LoweringPass, register_pass
 from numba.core.targetconfig import TargetConfig
 from numba.core.typed_passes import IRLegalization
+
+_STEPS = ("_optimize_functions", "_optimize_final_module", "_finalize_dynamic_globals", "_finalize_final_module")
+if not all(hasattr(JITCodeLibrary, step) for step in _STEPS) or not hasattr(Flags(), "_values"):
+    raise ImportError("this Numba makes its libraries in other steps: kernels compile as it has them")
 
 
 class _NoEnvironments:
@@ -103,20 +104,3 @@ class PartCompiler(EntryCompiler):
         pipeline.add_pass_after(_UsePartLibrary, IRLegalization)
         pipeline.finalize()
         return [pipeline]
-
-
-def entry(function: Callable, options: dict[str, Any]) -> Any:
-    """Return the dispatcher of a kernel that Python calls."""
-    return numba.njit(**options, pipeline_class=EntryCompiler)(function)
-
-
-def part(function: Callable, options: dict[str, Any]) -> Any:
-    """Return the dispatcher of a kernel where another one names it, for which a constant is a number like any other.
-
-    Numba compiles a function once for each constant that it is called with, and once more for numbers.
-    """
-    options = options | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": PartCompiler}
-    dispatcher: Any = numba.njit(**options)(function)
-    with_constants = dispatcher.get_call_template
-    dispatcher.get_call_template = lambda args, kws: with_constants(tuple(map(types.unliteral, args)), kws)
-    return dispatcher

@@ -2,17 +2,10 @@
 
 import numpy as np
 
+from moetrace.jit.random import GOLDEN, mix_64
 from moetrace.lints.piece import Piece
 
-_GOLDEN = 0x9E3779B97F4A7C15
 _WEIGHTS_AT_ONCE = 1 << 16
-
-
-def mix(numbers: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea and Flood 2014) of uint64 `numbers`."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
 
 
 def row_digests(piece: Piece) -> np.ndarray:
@@ -24,7 +17,7 @@ def row_digests(piece: Piece) -> np.ndarray:
     total = np.zeros(piece.rows, np.uint64)
     for start in range(0, words.shape[1], _WEIGHTS_AT_ONCE):
         part = words[:, start : start + _WEIGHTS_AT_ONCE]
-        weights = np.arange(start + 1, start + 1 + part.shape[1], dtype=np.uint64) * np.uint64(_GOLDEN)
+        weights = np.arange(start + 1, start + 1 + part.shape[1], dtype=np.uint64) * GOLDEN
         # A product loses what differs in high bits only, so these count in low bits too.
-        total += np.einsum("ij,j->i", part ^ (part >> np.uint64(32)), mix(weights) | np.uint64(1))
-    return mix(total)
+        total += np.einsum("ij,j->i", part ^ (part >> np.uint64(32)), mix_64(weights) | np.uint64(1))
+    return mix_64(total)

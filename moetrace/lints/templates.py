@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from moetrace.jit.random import mix_64
 from moetrace.lints.finding import Finding, Ranges, finding
-from moetrace.lints.hashing import mix
 from moetrace.lints.piece import Piece, Shape
 
 SAMPLE_BYTES = 8 << 20
@@ -207,7 +207,7 @@ def _window_hashes(digests: np.ndarray, rows: int) -> np.ndarray:
     shifts = np.cumprod(np.r_[np.uint64(1), np.full(digests.size, inverse, np.uint64)], dtype=np.uint64)
     prefix = np.zeros(digests.size + 1, np.uint64)
     np.cumsum(digests * powers[:-1], dtype=np.uint64, out=prefix[1:])
-    return mix((prefix[rows:] - prefix[:-rows]) * shifts[: digests.size - rows + 1])
+    return mix_64((prefix[rows:] - prefix[:-rows]) * shifts[: digests.size - rows + 1])
 
 
 def _shared_by_lag(ids: np.ndarray, shape: Shape) -> np.ndarray:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from moetrace.jit.random import mix_64
 from moetrace.lints.finding import Finding, Ranges, finding, many
-from moetrace.lints.hashing import mix
 from moetrace.lints.piece import Piece, Shape
 from moetrace.trace.schema import DECODE, PREFILL
 
@@ -45,7 +45,7 @@ class RequestCheck:
         before[begins] = np.where(self.rows[place] > 0, self.previous[place], ~digest[begins])
         changed = known & (digest != before)
         # Sums of a hash of number and content, because rows of a request come in several pieces.
-        weight = mix(digest ^ mix(number.astype(np.uint64)))
+        weight = mix_64(digest ^ mix_64(number.astype(np.uint64)))
         np.add.at(self.digest, group[known], weight[known])
         self.changes += np.bincount(group[changed], minlength=self.ids.size)
         self.rows += np.bincount(group[known], minlength=self.ids.size)

@@ -55,7 +55,7 @@ def summary_dict(run: Run, trace: dict[str, Any], policies: list[dict[str, Any]]
     }
     summary = SummaryFile(
         moetrace=__version__,
-        engine=room_fingerprint("engine"),
+        engine=room_fingerprint("jit", "engine"),
         trace=TraceFacts(**facts),
         model=canonical(run.model),
         system=canonical(run.system),

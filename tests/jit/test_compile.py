@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import moetrace
+from moetrace.jit import compile as compile_module
 from moetrace.jit.compile import PURE_PYTHON, Kernel, kernel
 from moetrace.jit.fingerprint import fingerprint_of
 
@@ -59,7 +60,7 @@ def test_kernels_are_the_functions_that_they_look_like():
 
 @compiled
 def test_a_part_compiles_once_for_numbers_and_constants():
-    from moetrace.jit.pipeline import entry
+    from moetrace.jit.dispatchers import entry
 
     entry(with_a_constant.py_func, {})(np.arange(5))  # not cached
     (signature,) = sum_of_doubled._part.signatures
@@ -77,8 +78,15 @@ def test_declared_types_are_the_only_ones():
 
 
 @compiled
-def test_threads_compile_a_kernel_once():
-    shared = kernel(lambda x: x + 1)
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_threads_compile_a_kernel_once(monkeypatch, is_declared):
+    from numba import types
+
+    made: list[object] = []
+    make = compile_module._entry
+    monkeypatch.setattr(compile_module, "_entry", lambda *arguments: made.append(make(*arguments)) or made[-1])
+    signature = (lambda: types.int64(types.int64)) if is_declared else None
+    shared = kernel(lambda x: x + 1, signature=signature)
     found: list[int] = []
     threads = [threading.Thread(target=lambda: found.append(shared(1))) for _ in range(8)]
     for thread in threads:
@@ -86,7 +94,7 @@ def test_threads_compile_a_kernel_once():
     for thread in threads:
         thread.join()
     assert found == [2] * 8
-    assert len(shared.entry().signatures) == 1
+    assert len(made) == len(shared.entry().signatures) == 1
 
 
 def every_kernel() -> list[Kernel]:

@@ -1,13 +1,16 @@
 """A fingerprint follows all that a function compiles in, and nothing else."""
 
+import importlib.util
+import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numba
 import numpy as np
 import pytest
 
 from moetrace.engine import layer
-from moetrace.jit.compile import kernel
+from moetrace.jit.compile import PURE_PYTHON, kernel
 from moetrace.jit.fingerprint import fingerprint_of, room_fingerprint
 
 FACTOR = 2.0
@@ -100,3 +103,38 @@ def test_what_cannot_be_told_is_compiled_each_time():
 def test_rooms_have_fingerprints_of_their_own():
     assert room_fingerprint("engine") != room_fingerprint("jit")
     assert room_fingerprint("engine", "jit") not in (room_fingerprint("engine"), room_fingerprint("jit"))
+
+
+def helper_under(**options):
+    helper = numba.njit(**options)(lambda x: x / 2)
+    return lambda x: helper(x)
+
+
+@pytest.mark.skipif(PURE_PYTHON, reason="options are for what is compiled")
+@pytest.mark.parametrize("options", [{"fastmath": True}, {"error_model": "numpy"}, {"locals": {"y": numba.float32}}])
+def test_options_of_a_function_that_is_called_count(options):
+    assert fingerprint_of(helper_under(**options)) != fingerprint_of(helper_under())
+
+
+def test_tuples_are_told_apart_by_where_they_end():
+    def of(a, b):
+        return lambda x: x + a[0] + b[0]
+
+    assert fingerprint_of(of((1, 2), (3,))) != fingerprint_of(of((1,), (2, 3)))
+
+
+def test_a_user_s_module_may_be_named_as_one_of_python(tmp_path, monkeypatch):
+    """And modules may name each other."""
+    found = []
+    for body in ("return x", "return -x"):
+        (tmp_path / "trace.py").write_text(f"import trace\n\ndef helper(x):\n    {body}\n")
+        spec = importlib.util.spec_from_file_location("trace", tmp_path / "trace.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "trace", module)
+        spec.loader.exec_module(module)
+        helper = module.helper
+        found += [
+            fingerprint_of(lambda x, helper=helper: helper(x)),
+            fingerprint_of(lambda x, m=module: m.helper(m.trace)),
+        ]
+    assert None not in found and len({*found}) == 4
