@@ -143,5 +143,6 @@ def test_fields_of_a_named_tuple_in_another_order_compile_anew(copy, code, file,
     path = copy.folder / "moetrace" / file
     text = path.read_text()
     assert text.index(one) < text.index(other)
-    path.write_text(text.replace(one, "@").replace(other, one).replace("@", other))
-    assert copy.run(run) == (figure, 0)
+    path.write_text(text.replace(one, "    ?\n").replace(other, one).replace("    ?\n", other))
+    # The engine hands over a view by the order of its fields, so figures may change: but not only in a fresh cache.
+    assert copy.run(run) == (copy.run(run, "fresh")[0], 0)

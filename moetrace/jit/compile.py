@@ -57,7 +57,7 @@ class Kernel:
         self.py_func = function
         self._signature, self._inline, self._checked = signature, inline, checked
         self._entry: Dispatcher | None = None
-        self._part: Dispatcher | None = None
+        self._part: Any = None
         # Who compiles holds the first one, then Numba's own lock, then the second one of each kernel that is named.
         self._entry_lock, self._part_lock = threading.Lock(), threading.Lock()
 
