@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from moetrace.results.record import METRICS
+from moetrace.results.record import METRICS, value_in
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.load import nearest
 
@@ -42,16 +42,10 @@ def value_of(figures: Mapping[str, Any], name: str, where: str) -> float | None:
 
     Of the units' utilization it is the mean. Raises MoetraceError, which begins with `where`, if it is no number.
     """
-    value: Any = figures
-    for key in name.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            raise MoetraceError(f"{where} has no {name}: write the folder again with this version.")
-        value = value[key]
-    if isinstance(value, list):
-        several = [_finite(one, name, where) for one in value]
-        known = [one for one in several if one is not None]
-        return math.fsum(known) / len(known) if known else None
-    return _finite(value, name, where)
+    try:
+        return value_in(figures, name, lambda value: _finite(value, name, where))
+    except (LookupError, TypeError):
+        raise MoetraceError(f"{where} has no {name}: write the folder again with this version.") from None
 
 
 class _Allowed(NamedTuple):

@@ -6,7 +6,7 @@ here. To add a figure, add a field to `PolicyFigures` or `CellCosts`, and its va
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -281,12 +281,15 @@ COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
 COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
 
 
-def value_in(policy: Mapping[str, Any], name: str) -> Any:
-    """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is."""
+def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is.
+
+    `check` returns each number as it is to be used; by default as it is.
+    """
     value: Any = policy
     for key in name.split("."):
         value = value[key]
     if not isinstance(value, list):
-        return value
-    known = [one for one in value if one is not None]
+        return check(value)
+    known = [one for one in map(check, value) if one is not None]
     return math.fsum(known) / len(known) if known else None

@@ -13,6 +13,7 @@ from moetrace.results.result import Result
 from moetrace.results.summary import trace_facts
 from moetrace.results.window import Window, window_of
 from moetrace.spec import Model, System
+from moetrace.spec.cores import cores
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
 from moetrace.trace.opening import opened
@@ -74,7 +75,7 @@ def replay(
         found.check_has_rows()  # before its model is asked for: no model would help
         slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
         setup, warnings = resolve(found, model, system, policies, {} if overrides is None else overrides)
-        jobs = min(_cores(), len(setup.policies)) if jobs is None else _at_least_one("jobs", jobs)
+        jobs = min(cores(), len(setup.policies)) if jobs is None else _at_least_one("jobs", jobs)
         window = window_of(timeline, found.steps, warnings)
         setup = replace(setup, slots=slots, ignore_capacity=ignore_capacity, window=window)
         (run,) = run_setups(found, [setup], jobs=jobs, progress=progress)
@@ -95,7 +96,3 @@ def _at_least_one(name: str, value: int) -> int:
     if value < 1:
         raise UsageError(f"{name} is {value}, but must be at least 1.")
     return value
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -117,11 +117,14 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> PolicyFigures:
 
 
 def _utilization(system: System, of_part: dict[str, float | None]) -> Utilization:
-    """Return busy over total time of each part; of units at home, a list."""
-    shares: dict[str, Any] = dict(of_part)
-    home = system.home
-    shares[home.name if home else "ndp"] = [shares.pop(name) for name in home.names] if home else []
-    return Utilization(**shares)
+    """Return busy over total time of each part, and a list for the units at home.
+
+    A part that `Utilization` has no field for is only in `unit_frame`.
+    """
+    shares: dict[str, Any] = {"ndp": []} | of_part
+    if system.home and system.home.is_numbered:
+        shares[system.home.name] = [of_part[name] for name in system.home.names]
+    return Utilization(**{name: shares.get(name) for name in Utilization.__struct_fields__})
 
 
 def _spread(values: np.ndarray) -> Spread:

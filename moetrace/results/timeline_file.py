@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from moetrace.engine.machine import NO_ROW
 from moetrace.engine.run import Lane, Run
+from moetrace.engine.state import LINK_IN, LINK_OUT
 from moetrace.engine.tape import EXPERT
 from moetrace.results.record import TIMELINE_SCHEMA
 from moetrace.results.timeline import counts_of, recordings, slices_of
@@ -70,9 +72,10 @@ def timeline_events(run: Run) -> Iterator[Event]:
 
 
 def _slice_events(run: Run, lane: Lane, pid: int, slices: pl.DataFrame) -> Iterator[Event]:
-    tracks = ["steps", "layers", "gpu", *(f"ndp{u}" for u in range(run.system.units))]
+    devices = [part.name for part in lane.parts if part.log_row not in (NO_ROW, LINK_IN, LINK_OUT)]
+    tracks = ["steps", "layers", *devices]
     if run.system.link is not None:
-        tracks += ["link_out", *_LINK_IN_TRACKS.values()]
+        tracks += [*(part.name for part in lane.parts if part.log_row == LINK_OUT), *_LINK_IN_TRACKS.values()]
     tid = {track: number for number, track in enumerate(tracks, 1)}
     yield _name(pid, None, "process_name", name=f"{lane.policy.name} on {run.system.name}")
     yield _name(pid, None, "process_sort_index", sort_index=pid)

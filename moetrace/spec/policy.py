@@ -53,11 +53,6 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return 1 if placement is None or not placement.splits else int(size) if size else units
 
     @property
-    def prefetch_kind(self) -> str:
-        """`none`, `prefill`, `online` or `oracle`."""
-        return self.prefetch.partition(":")[0]
-
-    @property
     def prefetch_depth(self) -> int:
         """The m of `online:m` and the d of `oracle:d`; else 0."""
         return int(self.prefetch.partition(":")[2] or 0)

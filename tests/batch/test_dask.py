@@ -19,13 +19,6 @@ def cluster():
         yield found
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("t") / "small.h5"
-    mt.generate(path, "tiny-olmoe", requests=2, prompt=4, output=6)
-    return str(path)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_cluster_changes_no_byte(cluster, small, tmp_path):
     grid = {"trace": small, "policy": ["monde", "edge-ndp"], "slots": [0, 4, 8]}

@@ -25,14 +25,6 @@ ROOT = Path(__file__).parents[2]
 TINY, MIXTRAL = (str(ROOT / "traces" / f"{name}.h5") for name in ("tiny-olmoe", "mixtral-8x7b-b16"))
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> str:
-    """A trace that takes no time."""
-    path = tmp_path_factory.mktemp("t") / "small.h5"
-    mt.generate(path, "tiny-olmoe", requests=2, prompt=4, output=6)
-    return str(path)
-
-
 def test_cells_are_what_their_replays_are(small, tmp_path):
     grid = {
         "trace": [small, MIXTRAL],

@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from moetrace.cli import main
+from moetrace.cli.commands.list import _CHOICES
 from moetrace.spec import list_presets
+from moetrace.spec.choices import FOLDERS
 
 
 @pytest.fixture
@@ -81,6 +83,10 @@ def test_show_every_preset(moetrace, kind):
         code, out, err = moetrace("show", kind, name)
         assert (code, err) == (0, "")
         assert name in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_choices_are_listed_by_their_folders():
+    assert {folder: kind for kind, folder in FOLDERS.items()} == _CHOICES
 
 
 def test_show_policy_explains_its_choices_and_leaves_out_what_it_does_not_read(moetrace):

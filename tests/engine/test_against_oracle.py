@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import oracle
-from support.one_run import run
-from support.strategies import Case, all_policies, arrivals, as_arrays, cases, routing, write_loads, write_static
+from support.drawn_runs import replay
+from support.strategies import Case, all_policies, arrivals, cases, routing, write_loads, write_static
 
 from moetrace.engine.run import Run
 from moetrace.engine.state import FIRST_GROUP, GPU, LINK_IN, LINK_OUT
@@ -21,11 +21,6 @@ from moetrace.trace import Trace
 PRESETS = ("on-demand", "monde", "ndp-ep", "ndp-tp", "edge-ndp-tp-lb", "edge-ndp")
 STEP_TIMES = ("duration_s", "dense_s", "moe_s", "head_s", "wait_s", "demand_bytes", "prefetch_bytes", "imbalance")
 COUNTS = ("hits", "misses", "late")
-
-
-def replay(case: Case, policies, **options) -> Run:
-    trace = Trace.from_arrays(num_experts=case.model.experts, **as_arrays(case.trace, case.model.experts))
-    return run(trace, case.model, case.system, policies, slots=case.slots, ignore_capacity=True, **options)
 
 
 def close(actual, expected) -> None:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from support.drawn_runs import replay
 from support.one_run import run
 from support.strategies import Case, all_policies, as_arrays, cases, write_loads, write_static
 
@@ -22,11 +23,6 @@ from moetrace.trace import format as trace_format
 
 RANDOM = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 PRESETS = ("on-demand", "monde", "ndp-ep", "ndp-tp", "edge-ndp-tp-lb", "edge-ndp")
-
-
-def replay(case: Case, policies, **options) -> Run:
-    trace = Trace.from_arrays(num_experts=case.model.experts, **as_arrays(case.trace, case.model.experts))
-    return run(trace, case.model, case.system, policies, slots=case.slots, ignore_capacity=True, **options)
 
 
 def some_policies(case: Case, data, folder, most: int = 5):

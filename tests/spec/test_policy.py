@@ -107,7 +107,10 @@ def test_refusal_says_what_is_legal():
         ({"plan": "x.json"}, "plan applies to placement plan only"),
         ({"residency": "arc"}, "residency arc is of moetrace analyze cache alone, where accesses come one at a time"),
         ({"residency": "static-prefill"}, "residency static-prefill .* take residency prefill"),
-        ({"placement": "eplb-hierarchical"}, "placement eplb-hierarchical .* take placement plan with what"),
+        (
+            {"placement": "eplb-hierarchical"},
+            "placement eplb-hierarchical is only available in `moetrace analyze balance`; export",
+        ),
         ({"static": "x.csv"}, "static applies to residency static only"),
         ({"residency": "static"}, "static wants the path of a CSV file"),
         ({"prefetch_blocks": True}, "prefetch_blocks applies to a prefetch other than none only"),
@@ -130,11 +133,11 @@ def test_parameter_in_a_file_must_apply_even_at_its_default(tmp_path):
 def test_parsed_choices():
     policy = load(placement="tp:2", residency="ewma", prefetch="online:3", alpha=1)
     assert policy.group_size(6) == 2
-    assert (policy.prefetch_kind, policy.prefetch_depth) == ("online", 3)
+    assert policy.prefetch_depth == 3
     assert load(placement="tp").group_size(6) == 6
     assert load(placement="ep-block").group_size(6) == 1
     assert load().prefetch_depth == 0
-    assert load(residency="lfu", prefetch="oracle:2", p=0, half_life=1, seed=2**63 - 1).prefetch_kind == "oracle"
+    assert load(residency="lfu", prefetch="oracle:2", p=0, half_life=1, seed=2**63 - 1).prefetch_depth == 2
 
 
 def test_user_functions(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ _HEADERS = {
     },
 }
 
-# The choices -> the kind of their records.
+# The choices -> the kind of their records: `FOLDERS` of spec.choices the other way, which `--help` would wait for.
 _CHOICES = {"placements": "placement", "dispatches": "dispatch", "residencies": "residency", "prefetches": "prefetch"}
 _OF_A_CHOICE = {
     "name": "name",

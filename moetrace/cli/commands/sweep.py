@@ -1,6 +1,5 @@
 """`moetrace sweep`: a grid of replays, resumable, on this machine or on a Dask cluster."""
 
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +9,7 @@ import click
 
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.tables.output import format_option, print_json
+from moetrace.spec.cores import cores
 from moetrace.spec.errors import UsageError, counted
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def command(
 
         if dry_run:
             raise UsageError("A search decides as it goes what to replay, so it has no --dry-run.")
-        search(source, folder or Path(), jobs or _cores(), dask, pareto, form)
+        search(source, folder or Path(), jobs or cores(), dask, pareto, form)
         return
-    if not dry_run and dask is None and (jobs or _cores()) > 1:
+    if not dry_run and dask is None and (jobs or cores()) > 1:
         from moetrace.batch.processes import start_early
 
         start_early()
@@ -77,7 +77,7 @@ def command(
 
         plan = SweepPlan(source, folder, pareto, reads=dry_run)
         if dry_run:
-            _print_plan(plan, jobs or _cores(), form)
+            _print_plan(plan, jobs or cores(), form)
             return
         sweep = _run(plan, jobs, dask)
     _report(sweep)
@@ -100,7 +100,7 @@ def _run(plan: "SweepPlan", jobs: int | None, dask: str | None) -> "Sweep":
 
     left = len(plan.missing)
     if jobs is None:
-        jobs = min(_cores(), max(left, 1))
+        jobs = min(cores(), max(left, 1))
     with farm_of(jobs, dask) if left else nullcontext((None, None)) as (farm, dashboard):
         if dashboard:
             click.echo(f"moetrace: Dask's dashboard: {dashboard}", err=True)
@@ -184,7 +184,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,7 +7,7 @@ from moetrace.spec.choices import Placement
 
 
 def in_blocks(placing: Placing) -> np.ndarray:
-    """Cut the ids into as many runs as there are units."""
+    """Cut the ids into one run of successive ids for each unit."""
     groups = np.arange(placing.experts) * placing.units // placing.experts
     return np.tile(groups, (len(placing.layer_index), 1))
 

@@ -6,7 +6,7 @@ RECORD = Placement(
     name="eplb-hierarchical",
     meaning="EPLB's policy for nodes: groups of experts to nodes first, then the same within each node",
     parameters=("loads",),
-    instead="is of moetrace analyze balance alone; take placement plan with what that exports",
+    instead='is only available in `moetrace analyze balance`; export its plan and use `placement = "plan"`',
     planner="moetrace.analyze.balance.plans:HIERARCHICAL",
     place=50,
 )

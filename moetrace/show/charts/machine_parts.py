@@ -6,12 +6,11 @@ from typing import Any
 import polars as pl
 
 from moetrace.results.replayed import Replayed
-from moetrace.show.charts.style import ChartGroup, colour, data, in_order, lines, shape
+from moetrace.show.charts.style import ChartGroup, colour, data, in_order, lines, part_label, shape
 
 _MOST_UNITS = 16  # that get a row of their own
 _MOST_CELLS = 1 << 15  # of a map of experts
 _UNIT = r"^(gpu|ndp[0-9]+|cpu|link_in|link_out)$"  # a stranger's file may name more
-_NAMES = {"gpu": "GPU", "cpu": "CPU", "link_in": "link in", "link_out": "link out"}
 
 
 def utilization(replayed: Replayed) -> ChartGroup | None:
@@ -22,22 +21,9 @@ def utilization(replayed: Replayed) -> ChartGroup | None:
         return None
     used = in_order(replayed.units, replayed.names).drop_nulls("utilization")
     used = used.filter(pl.col("unit").str.contains(_UNIT) & (pl.col("utilization").max().over("unit") > 0))
-    ndp = used.filter(pl.col("unit").str.starts_with("ndp"))
-    if ndp["unit"].n_unique() > _MOST_UNITS:
-        extremes = [("NDP, least", pl.min), ("NDP, mean", pl.mean), ("NDP, most", pl.max)]
-        spread = [
-            ndp.group_by("policy", maintain_order=True)
-            .agg(how("utilization"), how("busy_s"))
-            .with_columns(pl.lit(name).alias("unit"))
-            .select(used.columns)
-            for name, how in extremes
-        ]
-        used = pl.concat([used.filter(~pl.col("unit").str.starts_with("ndp")), *spread])
-    used = used.with_columns(pl.col("unit").replace(_NAMES).str.replace(r"^ndp([0-9]+)$", "NDP $1"))
+    used, units = _rows(used)
     if used.is_empty():
         return None
-    units = used["unit"].unique(maintain_order=True).to_list()
-    units.sort(key=lambda name: ("GPU", "N", "CPU", "link in", "link out").index("N" if name[0] == "N" else name))
     chart = (
         alt.Chart(data(used))
         .mark_point(size=90, filled=True, opacity=0.9)
@@ -66,6 +52,24 @@ def utilization(replayed: Replayed) -> ChartGroup | None:
     )
     table = used.pivot("policy", index="unit", values="utilization", maintain_order=True)
     return ChartGroup("utilization", "How busy each part of the machine is", words, [("Busy share", chart)], table)
+
+
+def _rows(used: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """Return the rows with the units' names for people, and these in order; of too many equal units, the extremes."""
+    kind = pl.col("unit").str.strip_chars_end("0123456789")
+    parts, units = [], []
+    for (name,), equal in used.group_by(kind, maintain_order=True):
+        names = equal["unit"].unique(maintain_order=True).to_list()
+        if len(names) <= _MOST_UNITS:
+            units += map(part_label, names)
+            continue
+        used = used.filter(kind != name)
+        for word, how in (("least", pl.min), ("mean", pl.mean), ("most", pl.max)):
+            units.append(f"{part_label(str(name))}, {word}")
+            by_policy = equal.group_by("policy", maintain_order=True).agg(how("utilization"), how("busy_s"))
+            parts.append(by_policy.with_columns(pl.lit(units[-1]).alias("unit")).select(used.columns))
+    labels = {unit: part_label(unit) for unit in used["unit"].unique()}
+    return pl.concat([used.with_columns(pl.col("unit").replace(labels)), *parts]), units
 
 
 def layers(replayed: Replayed) -> ChartGroup | None:

@@ -10,14 +10,13 @@ import polars as pl
 
 from moetrace.results.read_json import MOST_JSON_BYTES
 from moetrace.results.record import TIMELINE_FILE
-from moetrace.show.charts.style import ChartGroup, colour, data
+from moetrace.show.charts.style import ChartGroup, colour, data, part_label
 from moetrace.spec.errors import MoetraceError, printable
 
 _KINDS = ("dense", "expert", "fetch", "prefetch", "activations", "wait", "head")
 _MOST_PANELS = 4
 _MOST_SLICES = 2500  # of a panel
-_NAMES = {"gpu": "GPU", "link_in": "link in", "link_out": "link out", "link_in prefetch": "prefetch"}
-_NAMES |= {"link_in activations": "link in, activations", "layers": "waiting"}
+_NAMES = {"link_in prefetch": "prefetch", "link_in activations": "link in, activations", "layers": "waiting"}
 
 
 class _Event(msgspec.Struct):
@@ -125,7 +124,7 @@ def _panel(slices: pl.DataFrame, order: list[str], kinds: list[str], end_ms: flo
 
 
 def _short(track: str) -> str:
-    return _NAMES.get(track, f"NDP {track[3:]}" if track.startswith("ndp") else track)
+    return _NAMES.get(track) or part_label(track)
 
 
 def _times() -> dict[str, Any]:

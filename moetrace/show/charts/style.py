@@ -1,5 +1,6 @@
 """What all charts share: colours and dashes of policies, marks that answer to a pointer, the form of an answer."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
 # Apart for colour-blind eyes, and at least 3.5 : 1 against white and against a page's dark.
 COLOURS = ("#2f81d0", "#d56a1e", "#17916a", "#a860c4", "#9c7f14", "#d1495b", "#6f7f9c", "#c9589b")
-GREY = "#808080"
 # Never by colour alone: the next policy has another dash and another shape, too.
 DASHES = ([1, 0], [7, 3], [3, 2], [9, 3, 2, 3], [4, 2])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
@@ -124,6 +124,12 @@ def in_order(frame: pl.DataFrame, names: Sequence[str], *by: str) -> pl.DataFram
     """Return the rows of these policies, in their order, then by `by`."""
     order = pl.col("policy").replace_strict({name: i for i, name in enumerate(names)}, default=None)
     return frame.with_columns(order.alias("#")).drop_nulls("#").sort("#", *by, maintain_order=True).drop("#")
+
+
+def part_label(part: str) -> str:
+    """Return what people call a part of the machine: `ndp3` is NDP 3, `link_in` is link in."""
+    device = re.fullmatch(r"([a-z]+)([0-9]*)", part)
+    return f"{device[1].upper()} {device[2]}".rstrip() if device else part.replace("_", " ")
 
 
 def _legend(names: Sequence[str], strokes: bool) -> Any:

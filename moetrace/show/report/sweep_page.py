@@ -4,18 +4,20 @@ from typing import Any
 
 import polars as pl
 
+from moetrace.results.record import COLUMNS
 from moetrace.results.swept import Swept
 from moetrace.show.charts.sweep_charts import axes, pareto_front
 from moetrace.show.report import page
 
+_MEDIANS = ("ttft_s_p50", "tpot_s_p50")
+# Where a heading of the record is short for the terminal, or without a unit, the words stand here.
 _COLUMNS = {
     "total_s": "seconds",
     "relative": "times the fastest",
-    "ttft_s_p50": "TTFT p50, s",
-    "tpot_s_p50": "TPOT p50, s",
+    **{name: f"{COLUMNS[name].heading} p50, {COLUMNS[name].sign}" for name in _MEDIANS},
     "hit_rate": "hit rate",
-    "gpu_memory_bytes": "GPU memory, bytes",
-    "link_bytes": "link, bytes",
+    "gpu_memory_bytes": f"GPU memory, {COLUMNS['gpu_memory_bytes'].sign}",
+    "link_bytes": f"{COLUMNS['link_bytes'].heading}, {COLUMNS['link_bytes'].sign}",
     "pareto": "Pareto front",
     "error": "error",
 }
@@ -67,8 +69,8 @@ def _best(swept: Swept) -> str:
     for row in best.head(6).iter_rows(named=True):
         pairs = [(axis, page.number(row[axis])) for axis in swept.axes if axis != "trace"]
         pairs += [
-            (name, page.seconds(row[column]))
-            for column, name in (("ttft_s_p50", "TTFT, median"), ("tpot_s_p50", "TPOT, median"))
+            (f"{COLUMNS[column].heading}, median", page.seconds(row[column]))
+            for column in _MEDIANS
             if row.get(column) is not None
         ]
         title = f"Fastest of {row['trace']}" if several else "Fastest"

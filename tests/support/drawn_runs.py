@@ -1,0 +1,14 @@
+"""A drawn case through the engine."""
+
+from typing import Any
+
+from moetrace.engine.run import Run
+from moetrace.spec import PolicySpec
+from moetrace.trace import Trace
+from support.one_run import run
+from support.strategies import Case, as_arrays
+
+
+def replay(case: Case, policies: list[PolicySpec], **options: Any) -> Run:
+    trace = Trace.from_arrays(num_experts=case.model.experts, **as_arrays(case.trace, case.model.experts))
+    return run(trace, case.model, case.system, policies, slots=case.slots, ignore_capacity=True, **options)
