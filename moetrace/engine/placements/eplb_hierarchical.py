@@ -8,5 +8,5 @@ RECORD = Placement(
     parameters=("loads",),
     instead="is of moetrace analyze balance alone; take placement plan with what that exports",
     planner="moetrace.analyze.balance.plans:HIERARCHICAL",
-    place=50,
+    list_order=50,
 )
