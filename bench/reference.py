@@ -16,6 +16,7 @@ import click
 import msgspec
 
 import moetrace as mt
+from moetrace.cli.commands.replay import choices
 from moetrace.spec import list_presets
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,8 @@ def commands() -> str:
         usage = " ".join(command.collect_usage_pieces(context))
         parts.append(f"```text\n{path} {usage}\n```")
         parts.append(_paragraphs(command.help or ""))
+        if path == "moetrace replay":
+            parts.append(_text(choices()))
         records = [option.get_help_record(context) for option in command.get_params(context)]
         rows = [(_code(names), _text(said)) for names, said in filter(None, records) if said]
         parts.append(table(("option", "meaning"), rows))

@@ -2,9 +2,11 @@
 
 A record stands beside its hook in the engine, one file a choice, and the folder is the registry. Here the folders are
 named as text: this is the one place where the spec knows of the engine. A record's file imports nothing heavy.
-Other packages bring records by entry points of the group `moetrace.choices`.
+Other packages bring records by entry points of the group `moetrace.choices`. Their code is imported only for a name
+that no built-in choice has, and for lists of choices: what is wrong with a package never stops a built-in choice.
 """
 
+import contextlib
 import importlib
 import pkgutil
 import re
@@ -31,6 +33,7 @@ FOLDERS = {
 }
 KINDS = tuple(FOLDERS)
 _LAST = 1000
+_NAME = re.compile("[a-z0-9][a-z0-9-]{0,63}")
 
 # What a residency evicts: the least score; or all scores are equal where they are not infinite, and it is the first of
 # the ring, which stands by touch or by admission; or, by admission, the first that a hand finds not visited (Sieve).
@@ -47,9 +50,9 @@ class PolicyChoice(msgspec.Struct, frozen=True, kw_only=True):
         parameters: fields of `PolicySpec` that it reads. It needs those that name files.
         letter, largest: of a choice with a number behind a colon (`online:m`): the number's letter and largest value.
         bare: whether it is also a choice without that number.
-        instead: why a replay refuses it and what to use instead, if `moetrace analyze` alone knows it.
+        instead: why a replay refuses it and what to use instead, if only `moetrace analyze` knows it.
         knows_future: whether it uses what comes later in the trace, which no engine can.
-        place: where it stands in lists: those of lower numbers come first, equal ones by name.
+        list_order: its position in lists: lower numbers come first, equal numbers by name.
     """
 
     name: str
@@ -61,7 +64,7 @@ class PolicyChoice(msgspec.Struct, frozen=True, kw_only=True):
     bare: bool = True
     instead: str = ""
     knows_future: bool = False
-    place: int = _LAST
+    list_order: int = _LAST
     kind: ClassVar[str]
 
     @property
@@ -75,7 +78,7 @@ class Placement(PolicyChoice, frozen=True, kw_only=True):
     """Which units hold an expert. Its hook takes a `moetrace.engine.placement.Placing`, which says what it returns.
 
     Attributes:
-        splits: whether each expert is split over a group of units, as many as its number says, else over all.
+        splits: whether each expert is split over a group of units: its number is the group's size, else all units.
         planner: `module:name` of the `Planner` that makes plans for `moetrace analyze balance`; "" if that has it not.
     """
 
@@ -90,7 +93,7 @@ class Dispatch(PolicyChoice, frozen=True, kw_only=True):
     Attributes:
         partners: choices that it goes with only, as pairs of kind and name.
         without_units: whether it runs on a system without NDP units.
-        ignores_residency: whether it does the same whatever the GPU holds.
+        ignores_residency: whether its decision does not depend on what the GPU holds.
         reads_state: whether it looks at `state`, and not only at `view`.
         counts_fallbacks: whether it searches up to `OPTIMAL_UP_TO` active experts, and layers with more are counted.
     """
@@ -109,10 +112,10 @@ class CachePolicy(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         replays: `module:name` of the function that makes its `Replay` from budgets and demands.
         one_at_a_time: whether it is defined for one access at a time and equal sizes only.
-        next_use: whether it is told when each key is accessed next.
-        row_counts: whether it is told how many rows chose each key.
-        totals: whether it is told how often each key is accessed in the whole trace.
-        place: where it stands in lists of cache policies, as in `PolicyChoice`.
+        next_use: whether it reads when each key is accessed next.
+        row_counts: whether it reads how many rows chose each key.
+        totals: whether it reads how often each key is accessed in the whole trace.
+        list_order: its position in lists of cache policies, as in `PolicyChoice`.
     """
 
     replays: str
@@ -120,7 +123,7 @@ class CachePolicy(msgspec.Struct, frozen=True, kw_only=True):
     next_use: bool = False
     row_counts: bool = False
     totals: bool = False
-    place: int = _LAST
+    list_order: int = _LAST
 
 
 class Residency(PolicyChoice, frozen=True, kw_only=True):
@@ -165,55 +168,77 @@ class Prefetch(PolicyChoice, frozen=True, kw_only=True):
     kind: ClassVar[str] = "prefetch"
 
 
-def records(kind: str) -> Mapping[str, Any]:
+def choices_of(kind: str) -> Mapping[str, Any]:
     """Return the records of a kind (`placement`, `dispatch`, `residency` or `prefetch`) by name, in a stable order.
 
-    Raises MoetraceError if another package brings what is no record, or a name that is there already.
+    It reads the choices of all installed packages, and says on stderr which of them it skips.
     """
-    return {name: found.record for name, found in _registry()[kind].items()}
+    _note_faults()
+    found = [*_built_in()[kind].values(), *(one for (of, _), one in _brought().found.items() if of == kind)]
+    return {
+        one.record.name: one.record for one in sorted(found, key=lambda one: (one.record.list_order, one.record.name))
+    }
 
 
 def find(kind: str, choice: str) -> Any:
-    """Return the record of a choice, whatever its number (`tp:2`); None for a user's own function or anything else."""
-    found = _registry()[kind].get(choice.partition(":")[0])
+    """Return the record of a choice, with any number (`tp:2`); None for a user's own function and unknown names.
+
+    Raises MoetraceError if the name is that of another package's choice, and that cannot be used.
+    """
+    found = _find(kind, choice)
     return found and found.record
 
 
 def legal(kind: str) -> tuple[str, ...]:
     """Return the forms of the choices that a replay takes: `("ep", ..., "tp", "tp:g")`."""
-    forms = [form for record in records(kind).values() if not record.instead for form in record.forms]
+    forms = [form for record in choices_of(kind).values() if not record.instead for form in record.forms]
     return (*forms, USER) if kind in FUNCTION_FIELDS else tuple(forms)
 
 
 def source_of(kind: str, choice: str) -> Path | None:
     """Return the file, or the folder, that holds a choice of another package; None for a built-in one."""
-    found = _registry()[kind].get(choice.partition(":")[0])
+    found = _find(kind, choice)
     return found and found.source
+
+
+def go_together(prefetch: Prefetch, residency: str) -> bool:
+    """Whether a prefetch goes with a residency, or with a user's (`file.py:function`)."""
+    if residency == USER:
+        return prefetch.users or prefetch.any_residency
+    record = find("residency", residency)
+    if record is None or record.instead:
+        return False
+    return prefetch.any_residency or residency in prefetch.residencies or prefetch.name in record.prefetches
 
 
 def residencies_of(prefetch: Prefetch) -> tuple[str, ...]:
     """Return the residencies that a prefetch goes with: those that it names, those that name it, and a user's."""
-    known = {name: record for name, record in records("residency").items() if not record.instead}
-    others = [name for name, record in known.items() if prefetch.any_residency or prefetch.name in record.prefetches]
-    named = dict.fromkeys([name for name in prefetch.residencies if name in known] + others)
-    return (*named, USER) if prefetch.users or prefetch.any_residency else tuple(named)
+    known = choices_of("residency")
+    names = dict.fromkeys([*(name for name in prefetch.residencies if name in known), *known, USER])
+    return tuple(name for name in names if go_together(prefetch, name))
 
 
 def prefetches_of(residency: str) -> tuple[str, ...]:
     """Return the forms of the prefetches that a residency goes with, or `file.py:function`."""
-    partners = [record for record in records("prefetch").values() if residency in residencies_of(record)]
+    partners = [record for record in choices_of("prefetch").values() if go_together(record, residency)]
     return tuple(form for record in partners for form in record.forms)
+
+
+def cache_policy(name: str) -> CachePolicy | None:
+    """Return the residency of that name as `moetrace analyze cache` replays it; None if there is none."""
+    record = None if ":" in name else find("residency", name)
+    return record and record.cache
 
 
 def cache_policies() -> dict[str, CachePolicy]:
     """Return the residencies that `moetrace analyze cache` knows, by name and in its order."""
-    found = [(record.cache.place, name, record.cache) for name, record in records("residency").items() if record.cache]
-    return {name: policy for _, name, policy in sorted(found, key=lambda each: each[:2])}
+    found = {name: record.cache for name, record in choices_of("residency").items() if record.cache}
+    return dict(sorted(found.items(), key=lambda item: (item[1].list_order, item[0])))
 
 
 def planned_placements() -> tuple[str, ...]:
     """Return the forms of the placements that `moetrace analyze balance` knows: `("ep", ..., "tp", "tp:g")`."""
-    return tuple(form for record in records("placement").values() if record.planner for form in record.forms)
+    return tuple(form for record in choices_of("placement").values() if record.planner for form in record.forms)
 
 
 def described(kind: str) -> list[dict[str, str]]:
@@ -226,7 +251,7 @@ def described(kind: str) -> list[dict[str, str]]:
             "goes_with": _partners(record),
             "used_by": ", ".join(_users(record)),
         }
-        for record in records(kind).values()
+        for record in choices_of(kind).values()
     ]
 
 
@@ -263,52 +288,97 @@ class _Found(NamedTuple):
     source: Path | None
 
 
+class _Fault(NamedTuple):
+    name: str  # of the choice, or of the entry point that brings it
+    sentence: str
+
+
+class _Brought(NamedTuple):
+    found: dict[tuple[str, str], _Found]  # by kind and name
+    faults: list[_Fault]
+
+
+def _find(kind: str, choice: str) -> _Found | None:
+    name = choice.partition(":")[0]
+    if built_in := _built_in()[kind].get(name):
+        return built_in
+    if not _NAME.fullmatch(name):  # as of file.py:function: no package can have it
+        return None
+    brought = _brought()
+    if (kind, name) not in brought.found:
+        for fault in brought.faults:
+            if fault.name == name:
+                raise MoetraceError(fault.sentence)
+    return brought.found.get((kind, name))
+
+
 @cache
-def _registry() -> dict[str, dict[str, _Found]]:
-    """Read every record, in the order of `place`, then of names."""
-    found: dict[tuple[str, str], _Found] = {}
-    for one in (*_built_in(), *_of_other_packages()):
-        key = one.record.kind, one.record.name
-        if other := found.get(key):
-            raise MoetraceError(
-                f"The packages {other.package} and {one.package} both bring a {key[0]} called {key[1]}: rename or "
+def _built_in() -> dict[str, dict[str, _Found]]:
+    """Read the records of this package, by kind and name."""
+    found: dict[str, dict[str, _Found]] = {}
+    for kind, folder in FOLDERS.items():
+        package = importlib.import_module(f"moetrace.engine.{folder}")
+        modules = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+        records = [importlib.import_module(module).RECORD for module in modules]
+        found[kind] = {record.name: _Found(record, "moetrace", None) for record in records}
+    return found
+
+
+@cache
+def _brought() -> _Brought:
+    """Read the records of other packages. A name that two packages bring stands for neither of them."""
+    brought, clashes = _Brought({}, []), set()
+    for point in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.value):
+        try:
+            one = _load(point)
+        except MoetraceError as error:
+            brought.faults.append(_Fault(point.name, str(error)))
+            continue
+        kind, name = key = one.record.kind, one.record.name
+        if other := _built_in()[kind].get(name) or brought.found.get(key):
+            clashes.add(key)
+            sentence = (
+                f"The packages {other.package} and {one.package} both bring a {kind} called {name}: rename or "
                 "uninstall one of them."
             )
-        found[key] = one
-    ordered = sorted(found.items(), key=lambda item: (item[1].record.place, item[0][1]))
-    return {kind: {name: one for (of, name), one in ordered if of == kind} for kind in KINDS}
+            brought.faults.append(_Fault(name, sentence))
+        else:
+            brought.found[key] = one
+    for key in clashes:
+        brought.found.pop(key, None)
+    return brought
 
 
-def _built_in() -> Iterator[_Found]:
-    for folder in FOLDERS.values():
-        package = importlib.import_module(f"moetrace.engine.{folder}")
-        for module in pkgutil.iter_modules(package.__path__):
-            record = importlib.import_module(f"{package.__name__}.{module.name}").RECORD
-            yield _Found(record, "moetrace", None)
+@cache
+def _note_faults() -> None:
+    """Say once which choices of other packages are skipped."""
+    for fault in _brought().faults:
+        print(f"moetrace: note: {fault.sentence}", file=sys.stderr)
 
 
-def _of_other_packages() -> Iterator[_Found]:
-    for point in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.value):
-        package = point.dist.name if point.dist else point.value
-        try:
+def _load(point: metadata.EntryPoint) -> _Found:
+    """Import what an entry point names; raise MoetraceError if that is no record."""
+    package = point.dist.name if point.dist else point.value
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for data
             record = point.load()
-        except (Exception, SystemExit) as error:
-            raise MoetraceError(
-                f"The package {package} brings choices, but {point.value} cannot be read: {type(error).__name__}: "
-                f"{' '.join(str(error).split())}."
-            ) from error
-        record = getattr(record, "RECORD", record)
-        if not isinstance(record, Placement | Dispatch | Residency | Prefetch):
-            raise MoetraceError(
-                f"The package {package} brings {point.value}, which must be a Placement, Dispatch, Residency or "
-                "Prefetch of moetrace.spec.choices, or a module that has one as RECORD."
-            )
-        if not re.fullmatch("[a-z0-9][a-z0-9-]{0,63}", record.name):
-            raise MoetraceError(
-                f"The package {package} brings a {record.kind} whose name is not of lower-case letters, digits and "
-                f"dashes: {record.name!r}."
-            )
-        yield _Found(record, package, _source(point.module))
+    except (Exception, SystemExit) as error:
+        raise MoetraceError(
+            f"The package {package} brings choices, but {point.value} cannot be read: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}."
+        ) from error
+    record = getattr(record, "RECORD", record)
+    if not isinstance(record, Placement | Dispatch | Residency | Prefetch):
+        raise MoetraceError(
+            f"The package {package} brings {point.value}, which must be a Placement, Dispatch, Residency or "
+            "Prefetch of moetrace.spec.choices, or a module that has one as RECORD."
+        )
+    if not _NAME.fullmatch(record.name):
+        raise MoetraceError(
+            f"The package {package} brings a {record.kind} whose name is not of lower-case letters, digits and "
+            f"dashes: {record.name!r}."
+        )
+    return _Found(record, package, _source(point.module))
 
 
 def _source(module: str) -> Path | None:

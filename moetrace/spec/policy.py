@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from moetrace.spec.choices import KINDS, USER, find, legal, prefetches_of, records, residencies_of
+from moetrace.spec.choices import KINDS, USER, choices_of, find, go_together, legal, prefetches_of, residencies_of
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.load import Loaded, convert, data_lines, nearest, read, read_table
+from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, nearest, read, read_table
 from moetrace.spec.system import System
 
 SCOPES = {"layer": "each layer has its own share of the slots", "global": "all layers share the slots"}
@@ -58,13 +58,13 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return int(self.prefetch.partition(":")[2] or 0)
 
     @property
-    def unread(self) -> dict[str, str]:
-        """Parameters that none of the choices reads, each with the choice that would."""
+    def unread(self) -> list[str]:
+        """Parameters that none of the choices reads."""
         read = set(_OWN_READS if _split(self.residency) else ())
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
             read |= set(record.parameters) if record else set()
-        return {field: readers(field) for field in parameters() if field not in read}
+        return [field for field in parameters() if field not in read]
 
 
 def parameters() -> list[str]:
@@ -76,7 +76,7 @@ def readers(parameter: str) -> str:
     """Say which choices read a parameter: `residency ewma or file.py:function`."""
     said = []
     for kind in KINDS:
-        known = [record for record in records(kind).values() if not record.instead]
+        known = [record for record in choices_of(kind).values() if not record.instead]
         others = [record for record in known if parameter not in record.parameters]
         names = [form for record in known if record not in others for form in record.forms]
         if names and len(others) == 1:
@@ -118,7 +118,7 @@ def check_policy(policy: PolicySpec, system: System) -> None:
     if system.ndp is None:
         dispatch = find("dispatch", policy.dispatch)
         if dispatch is None or not dispatch.without_units:
-            able = [f'"{name}"' for name, record in records("dispatch").items() if record.without_units]
+            able = [f'"{name}"' for name, record in choices_of("dispatch").items() if record.without_units]
             raise UsageError(
                 f"Policy {policy.name}: dispatch {_show(policy.dispatch)} needs NDP units, and system {system.name} "
                 f"has none; only dispatch = {' or '.join(able)} (as in on-demand) runs there."
@@ -196,7 +196,7 @@ def _check_choices(policy: PolicySpec, loaded: Loaded) -> None:
 def _check_choice(loaded: Loaded, kind: str, choice: str) -> None:
     """`choice` is one that a replay takes, with a whole number of at least 1 where its record has one."""
     name, colon, number = choice.partition(":")
-    record, known = records(kind).get(name), legal(kind)
+    record = find(kind, choice)
     if record and record.instead and not colon:
         raise UsageError(f"{loaded.where}: {kind} {choice} {record.instead}.")
     if record and record.bare and not record.instead and not colon:
@@ -206,12 +206,13 @@ def _check_choice(loaded: Loaded, kind: str, choice: str) -> None:
             return
         letter = record.letter
         loaded.refuse(kind, f"{name}:{letter} with a whole number {letter} from 1 to {record.largest}")
-    if USER in known and (user := _split(choice)):
+    if kind in FUNCTION_FIELDS and (user := _split(choice)):
         if not user[1].isidentifier():
             loaded.refuse(kind, f"the name of a function after {user[0]}:")
         if not _is_file(user[0]):
             raise MoetraceError(f"{loaded.where}: {kind} names {user[0]}, and there is no such file.")
         return
+    known = legal(kind)
     loaded.refuse(kind, f"one of {', '.join(known)}{nearest(choice, list(known))}")
 
 
@@ -224,7 +225,7 @@ def _check_partners(policy: PolicySpec, loaded: Loaded) -> None:
             f"got {_joined((kind, _show(getattr(policy, kind))) for kind, _ in partners)}."
         )
     residency = USER if _split(policy.residency) else policy.residency
-    if residency not in residencies_of(prefetch):
+    if not go_together(prefetch, residency):
         raise UsageError(
             f"{loaded.where}: prefetch {policy.prefetch} goes with residency "
             f"{' or '.join(residencies_of(prefetch))} only, got residency {_show(policy.residency)}, which goes with "
@@ -238,9 +239,9 @@ def _joined(choices: Iterable[tuple[str, str]]) -> str:
 
 def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> None:
     """Each parameter of `given` stands beside the choice that reads it, and each choice has the file that it needs."""
-    for field, reader in policy.unread.items():
+    for field in policy.unread:
         if field in given:
-            raise UsageError(f"{loaded.where}: {field} applies to {reader} only; remove it or choose that.")
+            raise UsageError(f"{loaded.where}: {field} applies to {readers(field)} only; remove it or choose that.")
     for kind in KINDS:
         record = find(kind, getattr(policy, kind))
         for field, wanted in _NEEDED.items():

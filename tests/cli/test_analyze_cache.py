@@ -15,7 +15,6 @@ from moetrace.analyze.cache.hit_curve import lru_curve
 from moetrace.analyze.cache.hits import DEFAULT_POLICIES, SCOPES, cache_hits
 from moetrace.cli.commands import analyze_cache
 from moetrace.spec import PolicySpec, load_model, load_static, load_system
-from moetrace.spec.choices import cache_policies
 from moetrace.trace import Trace
 from moetrace.trace.writer import CountsWriter
 
@@ -137,7 +136,6 @@ def test_a_picture_does_not_replace_a_spec(run, tmp_path):
 
 
 def test_help_names_what_there_is():
-    assert list(cache_policies()) == list(analyze_cache.POLICIES)
     options = {option.name: option for option in analyze_cache.command.params}
     assert tuple(options["policies"].default) == DEFAULT_POLICIES and tuple(options["scope"].type.choices) == SCOPES
 

@@ -10,17 +10,17 @@ import choice_tables
 import pytest
 
 from moetrace.spec import PolicySpec, load_policy
-from moetrace.spec.choices import FOLDERS, KINDS, cache_policies, find, legal, planned_placements, records, resolve
+from moetrace.spec.choices import FOLDERS, KINDS, cache_policies, choices_of, find, legal, planned_placements, resolve
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.policy import parameters
 
 ROOT = Path(__file__).parents[2]
-EVERY = [(kind, name) for kind in KINDS for name in records(kind)]
+EVERY = [(kind, name) for kind in KINDS for name in choices_of(kind)]
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_what_a_record_says_is_there(kind, name):
-    record = records(kind)[name]
+    record = choices_of(kind)[name]
     assert record.kind == kind and record.name == name and record.meaning
     assert set(record.parameters) <= set(parameters()) < set(PolicySpec.__struct_fields__)
     assert bool(record.letter) == bool(record.largest) and (record.bare or record.letter)
@@ -32,9 +32,9 @@ def test_what_a_record_says_is_there(kind, name):
     if kind == "dispatch":
         assert all(partner in legal(of) for of, partner in record.partners)
     if kind == "residency":
-        assert set(record.prefetches) <= set(records("prefetch"))
+        assert set(record.prefetches) <= set(choices_of("prefetch"))
     if kind == "prefetch":
-        assert set(record.residencies) <= set(records("residency"))
+        assert set(record.residencies) <= set(choices_of("residency"))
 
 
 def test_references_of_cache_policies_lead_somewhere():
@@ -50,7 +50,7 @@ def test_orders_are_those_that_messages_have():
 def test_a_file_a_choice():
     for kind, folder in FOLDERS.items():
         files = sorted(path.stem for path in (ROOT / "moetrace/engine" / folder).glob("[a-z]*.py"))
-        assert files == sorted(name.replace("-", "_") for name in records(kind))
+        assert files == sorted(name.replace("-", "_") for name in choices_of(kind))
 
 
 def test_reading_all_records_imports_nothing_heavy():
@@ -101,19 +101,21 @@ class Package:
 
     def __init__(self, folder: Path, module: str = MODULE, name: str = "two_touch") -> None:
         self.folder, self.module = folder, folder / "site" / f"{name}.py"
+        self.said = ""
         about = folder / "site" / f"{name}-1.0.dist-info"
         about.mkdir(parents=True)
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n")
-        (about / "entry_points.txt").write_text(f"[moetrace.choices]\nmine = {name}\n")
+        (about / "entry_points.txt").write_text(f"[moetrace.choices]\n{name.replace('_', '-')} = {name}\n")
         self.module.write_text(module)
 
     def run(self, *command: object, code: int = 0) -> str:
-        """Run Python with the package on its path; return what it printed, or what it said on stderr."""
+        """Run Python with the package on its path; return its stdout, or its stderr if it failed."""
         path = os.pathsep.join([str(self.folder / "site"), str(ROOT)])
         environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}
         arguments = [sys.executable, *map(str, command)]
         done = subprocess.run(arguments, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
+        self.said = done.stderr
         return done.stderr if code else done.stdout
 
     def moetrace(self, *arguments: object, code: int = 0) -> str:
@@ -158,12 +160,61 @@ def test_a_package_of_one_file_brings_a_residency(tmp_path):
         (MODULE.replace('"two-touch"', '"lru"'), "packages moetrace and two-touch both bring a residency called lru"),
         ("RECORD = 3\n", "brings two_touch, which must be a Placement, Dispatch, Residency or Prefetch"),
         ("1 / 0\n", "brings choices, but two_touch cannot be read: ZeroDivisionError: division by zero."),
+        ("raise SystemExit('no GPU')\n", "brings choices, but two_touch cannot be read: SystemExit: no GPU."),
         (MODULE.replace('"two-touch"', '"Two:touch"'), "a residency whose name is not of lower-case letters"),
     ],
 )
-def test_what_a_package_brings_in_vain_is_one_sentence(tmp_path, module, says):
-    said = Package(tmp_path, module).moetrace("list", "residencies", code=1)
-    assert says in said and said.count("\n") == 1
+def test_what_a_package_brings_in_vain_is_skipped_with_a_note(tmp_path, module, says):
+    package = Package(tmp_path, module)
+    rows = json.loads(package.moetrace("list", "residencies", "--format", "json"))
+    assert [row["name"] for row in rows] == [*choices_of("residency")]
+    assert says in package.said and package.said.startswith("moetrace: note: ") and package.said.count("\n") == 1
+    assert {row["name"]: row["meaning"] for row in rows}["lru"] == find("residency", "lru").meaning
+
+
+def test_a_broken_package_ends_only_what_names_it(tmp_path):
+    Package(tmp_path, "print('hello')\n1 / 0\n", "broken")
+    package = Package(tmp_path)
+    package.moetrace("show", "policy", "on-demand", "--set", "policy.residency=two-touch")
+    assert package.said == "hello\n"
+    for command in (("replay", "--help"), ("analyze", "cache", "--help"), ("analyze", "balance", "--help")):
+        said = package.moetrace(*command)
+        assert "hello" not in said and ("two-touch" in said) == (command[0] == "replay")
+        assert package.said.count("moetrace: note: The package broken brings choices") == 1
+
+    refused = package.moetrace("show", "policy", "on-demand", "--set", "policy.residency=broken", code=1)
+    assert refused.endswith("package broken brings choices, but broken cannot be read: "
+                            "ZeroDivisionError: division by zero.\n")  # fmt: skip
+    assert "Traceback" not in refused and "note" not in refused
+    unknown = package.moetrace("show", "policy", "on-demand", "--set", "policy.residency=two-tuch", code=2)
+    assert "two-touch" in unknown and "note: The package broken" in unknown
+
+
+def test_a_built_in_choice_imports_no_package(tmp_path):
+    package = Package(tmp_path, "raise SystemExit('imported')\n")
+    package.moetrace("generate", "t.h5", "--model", "tiny-olmoe", "--requests", 2, "--prompt", 4, "--output", 4)
+    for command in (
+        ("show", "policy", "edge-ndp", "--format", "json"),
+        ("analyze", "cache", "t.h5", "--capacity", 48, "--policy", "lru", "--format", "json"),
+        ("replay", "t.h5", "--slots", 24, "--policy", "on-demand", "--format", "json"),
+    ):
+        json.loads(package.moetrace(*command))
+        assert "imported" not in package.said, command
+
+
+def test_what_a_package_prints_is_not_data(tmp_path):
+    package = Package(tmp_path, "print('hello')\n" + MODULE)
+    rows = json.loads(package.moetrace("list", "residencies", "--format", "json"))
+    assert "two-touch" in [row["name"] for row in rows] and package.said == "hello\n"
+
+
+def test_a_name_that_two_packages_bring_is_that_of_neither(tmp_path):
+    Package(tmp_path, MODULE, "other")
+    package = Package(tmp_path)
+    rows = json.loads(package.moetrace("list", "residencies", "--format", "json"))
+    assert "two-touch" not in [row["name"] for row in rows]
+    refused = package.moetrace("show", "policy", "on-demand", "--set", "policy.residency=two-touch", code=1)
+    assert refused.count("packages other and two-touch both bring a residency called two-touch: rename or") == 1
 
 
 def test_a_choice_that_a_worker_lacks_is_one_sentence():

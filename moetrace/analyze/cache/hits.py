@@ -38,7 +38,7 @@ from moetrace.analyze.cache.tally import (
 from moetrace.analyze.sizes import expert_bytes
 from moetrace.engine.static_set import most_demanded
 from moetrace.spec import Model, System
-from moetrace.spec.choices import CachePolicy, cache_policies
+from moetrace.spec.choices import CachePolicy, cache_policies, cache_policy
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
@@ -256,11 +256,11 @@ def _replay(
 
 def _known(names: Sequence[str]) -> dict[str, CachePolicy]:
     """Return the records of policies, each once; raise UsageError for one that there is not."""
-    known = cache_policies()
-    for name in names:
-        if name not in known:
-            raise UsageError(f"there is no cache policy {name!r}; known are {', '.join(known)}.")
-    return {name: known[name] for name in names}
+    known = {name: cache_policy(name) for name in names}
+    for name, policy in known.items():
+        if policy is None:
+            raise UsageError(f"there is no cache policy {name!r}; known are {', '.join(cache_policies())}.")
+    return known
 
 
 def _check(trace: Trace, asked: Asked) -> None:

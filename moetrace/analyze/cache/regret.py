@@ -6,7 +6,7 @@ from typing import NamedTuple
 import polars as pl
 
 from moetrace.spec import System, load_system
-from moetrace.spec.choices import records
+from moetrace.spec.choices import find
 from moetrace.spec.errors import UsageError
 
 YARDSTICK = "belady"
@@ -55,7 +55,7 @@ def with_regret(frame: pl.DataFrame, link: LinkCost | None) -> pl.DataFrame:
     frame = frame.with_columns(
         regret_points=100 * (belady("hit_rate") - pl.col("hit_rate")),
         regret_ms_per_step=pl.col("miss_ms_per_step") - belady("miss_ms_per_step"),
-        _best=pl.col("hits").filter(~pl.col("policy").is_in(_clairvoyant())).max().over(_CASE),
+        _best=pl.col("hits").filter(~pl.col("policy").is_in(_clairvoyant(frame))).max().over(_CASE),
         _belady=belady("hits"),
         _beyond=belady("capacity_misses"),
     )
@@ -67,9 +67,9 @@ def with_regret(frame: pl.DataFrame, link: LinkCost | None) -> pl.DataFrame:
     return frame.drop("_best", "_belady", "_beyond")
 
 
-def _clairvoyant() -> list[str]:
-    """Policies that know the trace beforehand: no engine has them."""
-    return [name for name, record in records("residency").items() if record.knows_future]
+def _clairvoyant(frame: pl.DataFrame) -> list[str]:
+    """Policies of the frame that know the trace beforehand: no engine has them."""
+    return [name for name in frame["policy"].unique().sort() if find("residency", name).knows_future]
 
 
 def verdict_lines(frame: pl.DataFrame) -> list[str]:
@@ -77,7 +77,7 @@ def verdict_lines(frame: pl.DataFrame) -> list[str]:
     lines = []
     for (capacity, phase), of in frame.group_by(_CASE, maintain_order=True):
         belady = of.filter(policy=YARDSTICK)
-        usable = of.filter(~pl.col("policy").is_in(_clairvoyant())).sort("hits", descending=True, maintain_order=True)
+        usable = of.filter(~pl.col("policy").is_in(_clairvoyant(of))).sort("hits", descending=True, maintain_order=True)
         if of["verdict"][0] is None:
             continue
         best, accessed = usable.row(0, named=True), of["accesses"][0]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moetrace.cli.options.listing import ListingOption
 from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_picture, check_targets
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from moetrace.analyze.balance.units import Balance
     from moetrace.trace import Trace
 
-PLACEMENTS = planned_placements()
 # What is in moetrace.analyze.balance.units, which takes too long to import for a mere --help.
 FRAMES = ("summary", "layers", "staleness", "over_time")
 
@@ -28,9 +28,11 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
 @click.option(
     "--placement",
     "placements",
+    cls=ListingOption,
+    listed=planned_placements,
     multiple=True,
     metavar="P",
-    help=f"One of {', '.join(PLACEMENTS)}; may be repeated. By default ep, ep-block, ep-lpt and eplb.",
+    help="One of {listed}; may be repeated. By default ep, ep-block, ep-lpt and eplb.",
 )
 @click.option(
     "--plan",
@@ -130,7 +132,9 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
 
 def _check_options(asked: dict[str, Any]) -> None:
     """Refuse what would have no effect, and one file as two plans."""
-    placements = asked["placements"] or (() if asked["files"] else PLACEMENTS)
+    from moetrace.analyze.balance.plans import DEFAULT_PLACEMENTS
+
+    placements = asked["placements"] or (() if asked["files"] else DEFAULT_PLACEMENTS)
     if "eplb-hierarchical" not in asked["placements"]:
         refuse(("nodes", "groups"), "is for --placement eplb-hierarchical.")
     if not any(placement.startswith("eplb") for placement in placements):

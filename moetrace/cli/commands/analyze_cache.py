@@ -6,19 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moetrace.cli.options.listing import ListingOption
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.phases import check_phase, scope_option
 from moetrace.cli.options.targets import check_picture, check_targets
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import format_option, print_json
-from moetrace.spec.choices import cache_policies
+from moetrace.spec.choices import cache_policies, cache_policy
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
     from moetrace.trace import Trace
 
-# From the records, and not from moetrace.analyze.cache.hits, which takes too long to import for a mere --help.
-POLICIES = tuple(cache_policies())
+
+class _PolicyName(click.ParamType):
+    """A name of a cache policy; what others there are is read only where that is none."""
+
+    name = "policy"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if cache_policy(value) else click.Choice(tuple(cache_policies())).convert(value, param, ctx)
 
 
 @click.command("cache")
@@ -34,12 +41,14 @@ POLICIES = tuple(cache_policies())
 @click.option(
     "--policy",
     "policies",
+    cls=ListingOption,
+    listed=cache_policies,
     multiple=True,
-    type=click.Choice(POLICIES),
+    type=_PolicyName(),
     default=("lru", "lfu", "belady"),
     show_default=True,
     metavar="P",
-    help=f"Who is evicted, one of {', '.join(POLICIES)}; may be repeated.",
+    help="Who is evicted, one of {listed}; may be repeated.",
 )
 @scope_option
 @click.option(

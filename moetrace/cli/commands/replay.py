@@ -1,6 +1,5 @@
 """`moetrace replay`: a trace through policies on a described machine, side by side."""
 
-import inspect
 import re
 import sys
 from contextlib import nullcontext
@@ -40,13 +39,23 @@ def _window(timeline: bool, window: str | None, folder: Path | None) -> bool | t
     return first, stop
 
 
-def _choices() -> str:
-    """The choices that a policy may make, from their records: read when this command is, not for `moetrace --help`."""
+def choices() -> str:
+    """The choices that a policy may make, from their records."""
     said = [f"{kind} {', '.join(legal(kind))}" for kind in KINDS]
     return f"A policy's choices: {'; '.join(said)}. `moetrace list residencies` says what each residency means."
 
 
-@click.command()
+class _Command(click.Command):
+    """The command; the choices at the end of its help are read when the help is printed, not before a run."""
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help_text(ctx, formatter)
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(choices())
+
+
+@click.command(cls=_Command)
 @click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option("--model", metavar="M", help="Preset or TOML file; by default the preset that the trace names.")
 @click.option("--system", default="edge-ndp", show_default=True, metavar="S", help="Preset or TOML file.")
@@ -136,6 +145,3 @@ def command(
         from moetrace.cli.tables.replay_table import print_comparison
 
         print_comparison(result.to_dict(), str(trace))
-
-
-command.help = f"{inspect.cleandoc(command.help or '')}\n\n{_choices()}"

@@ -14,5 +14,5 @@ RECORD = Dispatch(
     meaning="experts move to the GPU one by one while the layer gets faster",
     hook=balanced,
     reads_state=False,
-    place=40,
+    list_order=40,
 )

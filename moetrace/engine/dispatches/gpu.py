@@ -15,5 +15,5 @@ RECORD = Dispatch(
     hook=all_on_gpu,
     without_units=True,
     reads_state=False,
-    place=20,
+    list_order=20,
 )

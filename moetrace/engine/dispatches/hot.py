@@ -30,5 +30,5 @@ RECORD = Dispatch(
     partners=(("residency", "none"), ("prefetch", "none")),
     ignores_residency=True,
     reads_state=False,
-    place=30,
+    list_order=30,
 )

@@ -15,5 +15,5 @@ RECORD = Dispatch(
     hook=all_on_ndp,
     ignores_residency=True,
     reads_state=False,
-    place=10,
+    list_order=10,
 )

@@ -17,5 +17,5 @@ RECORD = Dispatch(
     hook=optimal,
     reads_state=False,
     counts_fallbacks=True,
-    place=50,
+    list_order=50,
 )

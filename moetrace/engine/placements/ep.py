@@ -8,5 +8,5 @@ RECORD = Placement(
     meaning="each expert whole on one unit, unit = id mod N",
     hook=round_robin,
     planner="moetrace.analyze.balance.plans:ONE_COPY",
-    place=10,
+    list_order=10,
 )

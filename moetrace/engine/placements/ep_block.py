@@ -17,5 +17,5 @@ RECORD = Placement(
     meaning="each expert whole on one unit, equal blocks of ids",
     hook=in_blocks,
     planner="moetrace.analyze.balance.plans:ONE_COPY",
-    place=20,
+    list_order=20,
 )

@@ -38,5 +38,5 @@ RECORD = Placement(
     hook=longest_first,
     parameters=("loads",),
     planner="moetrace.analyze.balance.plans:ONE_COPY",
-    place=30,
+    list_order=30,
 )

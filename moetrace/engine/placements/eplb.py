@@ -26,5 +26,5 @@ RECORD = Placement(
     hook=equally_many,
     parameters=("loads",),
     planner="moetrace.analyze.balance.plans:EPLB",
-    place=40,
+    list_order=40,
 )

@@ -8,5 +8,5 @@ RECORD = Placement(
     parameters=("loads",),
     instead='is only available in `moetrace analyze balance`; export its plan and use `placement = "plan"`',
     planner="moetrace.analyze.balance.plans:HIERARCHICAL",
-    place=50,
+    list_order=50,
 )

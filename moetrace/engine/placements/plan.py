@@ -26,5 +26,5 @@ RECORD = Placement(
     meaning="each expert whole on the unit that a plan's file says",
     hook=as_planned,
     parameters=("plan",),
-    place=60,
+    list_order=60,
 )

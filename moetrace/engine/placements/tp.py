@@ -11,5 +11,5 @@ RECORD = Placement(
     largest=65535,
     splits=True,
     planner="moetrace.analyze.balance.plans:ONE_COPY",
-    place=70,
+    list_order=70,
 )

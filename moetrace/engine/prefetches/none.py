@@ -8,5 +8,5 @@ RECORD = Prefetch(
     meaning="weights move on demand alone",
     rule=NO_PREFETCH,
     any_residency=True,
-    place=10,
+    list_order=10,
 )

@@ -13,5 +13,5 @@ RECORD = Prefetch(
     bare=False,
     residencies=("ewma", "lfu"),
     users=True,
-    place=30,
+    list_order=30,
 )

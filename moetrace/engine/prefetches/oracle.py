@@ -14,5 +14,5 @@ RECORD = Prefetch(
     users=True,
     ahead=True,
     knows_future=True,
-    place=40,
+    list_order=40,
 )

@@ -9,5 +9,5 @@ RECORD = Prefetch(
     rule=FROM_PROMPT,
     parameters=("prefetch_blocks",),
     residencies=("prefill",),
-    place=20,
+    list_order=20,
 )

@@ -9,7 +9,7 @@ RECORD = Residency(
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:arc",
         one_at_a_time=True,
-        place=50,
+        list_order=50,
     ),
-    place=150,
+    list_order=150,
 )

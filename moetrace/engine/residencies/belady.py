@@ -18,7 +18,7 @@ RECORD = Residency(
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:belady",
         next_use=True,
-        place=120,
+        list_order=120,
     ),
-    place=120,
+    list_order=120,
 )

@@ -21,7 +21,7 @@ RECORD = Residency(
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:ewma",
         row_counts=True,
-        place=80,
+        list_order=80,
     ),
-    place=100,
+    list_order=100,
 )

@@ -9,7 +9,7 @@ RECORD = Residency(
     prefetches=("oracle",),
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:fifo",
-        place=20,
+        list_order=20,
     ),
-    place=60,
+    list_order=60,
 )

@@ -23,7 +23,7 @@ RECORD = Residency(
     prefetches=("oracle",),
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:least_stale",
-        place=90,
+        list_order=90,
     ),
-    place=110,
+    list_order=110,
 )

@@ -23,7 +23,7 @@ RECORD = Residency(
     prefetches=("oracle",),
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:lfu",
-        place=60,
+        list_order=60,
     ),
-    place=80,
+    list_order=80,
 )

@@ -17,7 +17,7 @@ RECORD = Residency(
     hook=by_frequency_in_cache,
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:lfu_in_cache",
-        place=70,
+        list_order=70,
     ),
-    place=90,
+    list_order=90,
 )

@@ -9,7 +9,7 @@ RECORD = Residency(
     prefetches=("oracle",),
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:lru",
-        place=10,
+        list_order=10,
     ),
-    place=50,
+    list_order=50,
 )

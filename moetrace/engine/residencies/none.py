@@ -2,4 +2,4 @@
 
 from moetrace.spec.choices import BY_TOUCH, Residency
 
-RECORD = Residency(name="none", meaning="the GPU keeps no expert", order=BY_TOUCH, admits=False, place=10)
+RECORD = Residency(name="none", meaning="the GPU keeps no expert", order=BY_TOUCH, admits=False, list_order=10)

@@ -8,5 +8,5 @@ RECORD = Residency(
     order=BY_TOUCH,
     admits=False,
     counts_prompts=True,
-    place=40,
+    list_order=40,
 )

@@ -9,7 +9,7 @@ RECORD = Residency(
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:s3_fifo",
         one_at_a_time=True,
-        place=40,
+        list_order=40,
     ),
-    place=140,
+    list_order=140,
 )

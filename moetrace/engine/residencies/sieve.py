@@ -9,7 +9,7 @@ RECORD = Residency(
     prefetches=("oracle",),
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:sieve",
-        place=30,
+        list_order=30,
     ),
-    place=70,
+    list_order=70,
 )

@@ -36,5 +36,5 @@ RECORD = Residency(
     order=BY_TOUCH,
     admits=False,
     begin=hold_given,
-    place=20,
+    list_order=20,
 )

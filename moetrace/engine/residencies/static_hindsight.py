@@ -29,7 +29,7 @@ RECORD = Residency(
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:static_hindsight",
         totals=True,
-        place=100,
+        list_order=100,
     ),
-    place=30,
+    list_order=30,
 )

@@ -8,7 +8,7 @@ RECORD = Residency(
     instead="is of moetrace analyze cache alone; take residency prefill, which also forgets who has left",
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:static_prefill",
-        place=110,
+        list_order=110,
     ),
-    place=130,
+    list_order=130,
 )
