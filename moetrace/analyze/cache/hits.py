@@ -256,10 +256,12 @@ def _replay(
 
 def _known(names: Sequence[str]) -> dict[str, CachePolicy]:
     """Return the records of policies, each once; raise UsageError for one that there is not."""
-    known = {name: cache_policy(name) for name in names}
-    for name, policy in known.items():
+    known = {}
+    for name in names:
+        policy = cache_policy(name)
         if policy is None:
             raise UsageError(f"there is no cache policy {name!r}; known are {', '.join(cache_policies())}.")
+        known[name] = policy
     return known
 
 
