@@ -121,10 +121,11 @@ def _utilization(system: System, of_part: dict[str, float | None]) -> Utilizatio
 
     A part that `Utilization` has no field for is only in `unit_frame`.
     """
-    shares: dict[str, Any] = {"ndp": []} | of_part
+    fields = Utilization.__struct_fields__
+    shares: dict[str, Any] = dict.fromkeys(fields) | {"ndp": []} | of_part
     if system.home and system.home.is_numbered:
         shares[system.home.name] = [of_part[name] for name in system.home.names]
-    return Utilization(**{name: shares.get(name) for name in Utilization.__struct_fields__})
+    return Utilization(**{name: shares[name] for name in fields})
 
 
 def _spread(values: np.ndarray) -> Spread:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import figures
 import msgspec
@@ -23,9 +24,12 @@ from moetrace.results.record import (
     CellCosts,
     PolicyFigures,
     SummaryFile,
+    Utilization,
     fields_of,
     value_in,
 )
+from moetrace.results.summary import _utilization
+from moetrace.spec.system import Device
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +135,12 @@ def test_a_finished_result_is_read_without_the_engine(folder, tmp_path, command,
     run = [sys.executable, "-c", SCRIPT, *map(str, words)]
     done = subprocess.run(run, check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_a_part_without_a_field_is_no_figure(numbered):
+    """A machine may have devices of kinds that the summary knows nothing of."""
+    home = Device("dpu", 1, 1.0, 1.0, 0.0, is_numbered=numbered)
+    shares = {"gpu": 0.5, home.names[0]: 0.25, "cpu": 0.0, "link_in": 0.0}
+    found = _utilization(SimpleNamespace(home=home), shares)
+    assert found == Utilization(gpu=0.5, ndp=[], link_in=0.0, link_out=None, cpu=0.0)
