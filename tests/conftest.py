@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import signal
 
 import pytest
@@ -11,3 +12,9 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def piped_width():
+    """Print tables as to a pipe: a shell may export the width of its terminal, and pytest-xdist does."""
+    os.environ.pop("COLUMNS", None)
