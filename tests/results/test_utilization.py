@@ -32,14 +32,7 @@ def link_in(unit_ms: float, dense_ms: float):
         ndp=Ndp(units=1, gmac_s=1e6, bandwidth_gb_s=1 / unit_ms, capacity_gb=1, command_us=0),
         link=Link(bandwidth_gb_s=1.0, latency_us=0),
     )
-    trace = mt.Trace.from_arrays(
-        num_experts=4,
-        experts=np.arange(4).reshape(1, 1, 4),
-        request=np.zeros(1, np.int64),
-        position=np.zeros(1, np.int64),
-        phase=np.ones(1, np.uint8),
-        offset=np.arange(2),
-    )
+    trace = mt.Trace.from_arrays(np.arange(4).reshape(1, 1, 4), num_experts=4)
     units = mt.replay(trace, model=model, system=system, policies=[HOT], slots=0).units
     return units.filter(unit="link_in").row(0, named=True)
 
@@ -48,7 +41,7 @@ def test_activations_that_return_beside_weights_count_once():
     """They return from 2.5 to 3 ms, while the third expert comes in: 3.5 ms of transfers in 3 ms."""
     found = link_in(unit_ms=2, dense_ms=0)
     assert found["busy_s"] == pytest.approx(3.5e-3)
-    assert found["utilization"] == 1
+    assert found["utilization"] == pytest.approx(1, rel=1e-3) and found["utilization"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -62,7 +55,7 @@ def test_activations_that_return_beside_weights_count_once():
 def test_only_what_overlaps_counts_once(unit_ms, busy_ms):
     found = link_in(unit_ms, dense_ms=1)
     assert found["busy_s"] == pytest.approx(3.5e-3)
-    assert found["utilization"] == pytest.approx(busy_ms / (1 + max(3, unit_ms + 1)), rel=1e-6)
+    assert found["utilization"] == pytest.approx(busy_ms / (1 + max(3, unit_ms + 1)), rel=1e-3)
 
 
 def test_no_part_of_any_preset_is_busier_than_always():

@@ -1,4 +1,4 @@
-"""What a tooltip of any chart says is there: every field is in the data of its layer, also where a cell stands for it."""
+"""What a tooltip of any chart says is there: each field is in the data of its layer, and of the mark that answers."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ def charts(tmp_path_factory):
     mt.replay(trace, policies=["monde", "edge-ndp"], slots=48, timeline=(0, None)).write(folder / "result")
     asked = {
         "cache": ["cache", "t.h5", "--capacity", "24", "--capacity", "96", "--policy", "lru", "--policy", "belady"],
-        "balance": ["balance", "t.h5", "--units", "4", "--placement", "ep,eplb", "--window", "4", "--interval", "4"],
+        "balance": ["balance", "t.h5", "--units", "4", "--placement", "eplb", "--window", "4", "--interval", "4"],
         "locality": ["locality", "t.h5"],
     }
     found = {}
@@ -77,7 +77,7 @@ def test_every_field_of_a_tooltip_is_in_the_data_of_its_layer(charts):
         "cache": 1,
         "balance": 1,
         "locality": 1,
-        "replay": 15,
+        "replay": 20,
         "sweep": 5,
     }
     seen = 0

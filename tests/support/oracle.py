@@ -7,6 +7,7 @@ Belady looks forward over the whole trace. It shares no code with the package: f
 the steps, adds up and computes the yardsticks (4, 8). Where the page leaves room, a comment says how it is read.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -213,7 +214,7 @@ def union_s(intervals: list[tuple[float, float]]) -> float:
     edges = sorted({edge for interval in intervals for edge in interval})
     covered = [
         end - start
-        for start, end in zip(edges, edges[1:], strict=False)
+        for start, end in itertools.pairwise(edges)
         if any(first <= start and end <= last for first, last in intervals)
     ]
     return math.fsum(covered)

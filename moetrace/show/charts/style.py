@@ -110,7 +110,7 @@ def _near(tooltip: Any) -> Any:
     """
     import altair as alt
 
-    said = alt.Tooltip(tooltip) if isinstance(tooltip, str) else tooltip
+    said: Any = alt.Tooltip(tooltip) if isinstance(tooltip, str) else tooltip
     said = said.copy()
     if said.to_dict(context={})["type"] == "nominal":
         said["format"] = ""
