@@ -98,7 +98,10 @@ def test_refusal_says_what_is_legal():
         ({"p": 0.5}, "p applies to prefetch oracle:d only"),
         ({"seed": 1}, "seed applies to prefetch oracle:d only"),
         ({"residency": "lru", "prefetch": "oracle:1", "p": 1.5}, "p wants a number from 0 to 1, got 1.5"),
-        ({"residency": "lru", "prefetch": "oracle:1", "seed": -1}, "seed wants a whole number from 0 to 9223372036854775807, got -1"),
+        (
+            {"residency": "lru", "prefetch": "oracle:1", "seed": -1},
+            "seed wants a whole number from 0 to 9223372036854775807, got -1",
+        ),
         ({"residency": "lru", "prefetch": "oracle:1", "seed": 2**63}, "seed wants a finite number below 2.63, got"),
         ({"loads": "x.csv"}, "loads applies to placement ep-lpt or eplb only"),
         ({"placement": "ep-lpt"}, "loads wants the path of a CSV file"),

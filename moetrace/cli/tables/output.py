@@ -83,8 +83,9 @@ def csv_of(frame: "pl.DataFrame") -> str:
     """Return a frame as CSV; its texts are made printable, and with `--safe-csv` none is a formula."""
     import polars as pl
 
+    shown = _csv_text()
     is_text = [pl.col(name) for name, kind in frame.schema.items() if kind == pl.String]
-    frame = frame.with_columns(each.map_elements(_csv_text, return_dtype=pl.String) for each in is_text)
+    frame = frame.with_columns(each.map_elements(shown, return_dtype=pl.String) for each in is_text)
     return inert(frame.rename(printable).write_csv())
 
 
@@ -101,10 +102,12 @@ def print_rows(headers: Mapping[str, str], rows: Sequence[Mapping[str, Any]], fo
     if form == "json":
         print_json([{key: row.get(key) for key in headers} for row in rows])
     elif form == "csv":
-        text = io.StringIO()
+        text, shown = io.StringIO(), _csv_text()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(headers)
-        writer.writerows([_csv_value(row.get(key)) for key in headers] for row in rows)
+        for row in rows:
+            values = [row.get(key) for key in headers]
+            writer.writerow([shown(value) if isinstance(value, str) else value for value in values])
         sys.stdout.write(inert(text.getvalue()))
     else:
         _print_table(headers, rows)
@@ -174,15 +177,14 @@ def widen(console: "Console", table: "Table") -> None:
     console.width = max(console.width, Measurement.get(console, unlimited, table).minimum)
 
 
-def _csv_text(text: str) -> str:
-    """The text of a cell: printable, and with `--safe-csv` no formula."""
+def _csv_text() -> Callable[[str], str]:
+    """Return what makes the text of a cell printable, and with the running command's `--safe-csv` no formula.
+
+    The option is read here: Polars may call that in a thread, where click knows of no command.
+    """
     context = click.get_current_context(silent=True)
     is_safe = context is not None and context.meta.get(_SAFE_CSV, False)
-    return f"'{printable(text)}" if is_safe and text.startswith(_FORMULA) else printable(text)
-
-
-def _csv_value(value: Any) -> Any:
-    return _csv_text(value) if isinstance(value, str) else value
+    return lambda text: f"'{printable(text)}" if is_safe and text.startswith(_FORMULA) else printable(text)
 
 
 def _print_table(headers: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
