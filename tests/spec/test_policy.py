@@ -100,7 +100,7 @@ def test_refusal_says_what_is_legal():
         ({"residency": "lru", "prefetch": "oracle:1", "p": 1.5}, "p wants a number from 0 to 1, got 1.5"),
         (
             {"residency": "lru", "prefetch": "oracle:1", "seed": -1},
-            "seed wants a whole number from 0 to 9223372036854775807, got -1",
+            "seed wants a whole number from 0 to .*, got -1",
         ),
         ({"residency": "lru", "prefetch": "oracle:1", "seed": 2**63}, "seed wants a finite number below 2.63, got"),
         ({"loads": "x.csv"}, "loads applies to placement ep-lpt or eplb only"),
