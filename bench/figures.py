@@ -1,15 +1,18 @@
-"""The tables of figures in docs/results.md and docs/gate.md, from the one record of them.
+"""The tables of figures in docs/results.md and docs/gate.md, and of ranges in docs/security.md, from their records.
 
-python bench/figures.py     write both between their markers
+python bench/figures.py     write all between their markers
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from markers import replaced_between
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 from moetrace.results.record import METRICS, PolicyFigures, Spread, fields_of
+from moetrace.spec import Model, PolicySpec, System
+from moetrace.spec.load import range_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 _DIRECTIONS = (("less", "lower"), ("more", "higher"), ("neither", None))
@@ -17,10 +20,11 @@ _DIRECTIONS = (("less", "lower"), ("more", "higher"), ("neither", None))
 
 def pages() -> dict[Path, str]:
     """Return what each page should be, by its path."""
-    results, gate = DOCS / "results.md", DOCS / "gate.md"
+    results, gate, security = DOCS / "results.md", DOCS / "gate.md", DOCS / "security.md"
     return {
         results: replaced_between(results.read_text(encoding="utf-8"), "figures", "\n".join(_figures())),
         gate: replaced_between(gate.read_text(encoding="utf-8"), "metrics", "\n".join(_metrics())),
+        security: replaced_between(security.read_text(encoding="utf-8"), "ranges", "\n".join(_ranges())),
     }
 
 
@@ -44,6 +48,30 @@ def _metrics() -> Iterator[str]:
     for word, code in _DIRECTIONS:
         names = [name for name, figure in METRICS.items() if figure.better == code]
         yield f"| {word} | {'; '.join(_listed(names))} |"
+
+
+def _ranges() -> Iterator[str]:
+    """Yield the table of what each number of a spec may be."""
+    yield "| spec | fields | from | to |"
+    yield "| --- | --- | ---: | ---: |"
+    for spec, struct in (("model", Model), ("system", System), ("policy", PolicySpec)):
+        alike: dict[str, list[str]] = {}
+        for path, kind in _numbers(inspect.type_info(struct)):
+            alike.setdefault(range_of(kind), []).append(f"`{path}`")
+        for ends, fields in alike.items():
+            least, _, most = ends.removeprefix(" from ").partition(" to ")
+            yield f"| {spec} | {', '.join(fields)} | {least} | {most} |"
+
+
+def _numbers(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield path and type of each field that holds a number, or a table of numbers."""
+    for field in kind.fields:
+        path = f"{prefix}{field.encode_name}"
+        for one in getattr(field.type, "types", [field.type]):
+            if isinstance(one, inspect.StructType):
+                yield from _numbers(one, f"{path}.")
+        if range_of(field.type):
+            yield path, field.type
 
 
 def _listed(names: list[str]) -> Iterator[str]:

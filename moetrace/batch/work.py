@@ -73,14 +73,9 @@ def evaluate(trace: Trace | Decoded, setups: Sequence[Setup]) -> list[dict[str, 
     Returns for each ``result`` (what `summary.json` holds), ``costs`` (the fields of `CellCosts`) and
     ``warnings``, or the error that it ended with. Raises MoetraceError if the trace is damaged.
     """
-    facts = summary.trace_facts(trace if isinstance(trace, Trace) else trace.trace)
-    runs = run_setups(trace, setups)
-    return [
-        run
-        if isinstance(run, MoetraceError)
-        else _figures(run, facts, trace if isinstance(trace, Trace) else trace.trace)
-        for run in runs
-    ]
+    of = trace if isinstance(trace, Trace) else trace.trace
+    facts = summary.trace_facts(of)
+    return [run if isinstance(run, MoetraceError) else _figures(run, facts, of) for run in run_setups(trace, setups)]
 
 
 def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, steps: int | None = None) -> list[Task]:
@@ -111,8 +106,11 @@ def is_kept(trace: Trace, needs: Needs) -> bool:
     return decoded_bytes(trace, needs) <= KEEP_BYTES
 
 
-def _figures(run: Run, facts: dict[str, Any], trace: Trace) -> dict[str, Any]:
-    result = summary.summary_dict(run, facts, summary.policy_figures(run))
+def _figures(run: Run, facts: dict[str, Any], trace: Trace) -> dict[str, Any] | MoetraceError:
+    try:
+        result = summary.summary_dict(run, facts, summary.policy_figures(run))
+    except MoetraceError as error:  # a figure that is not finite costs the other setups nothing
+        return error
     misfit = dense_misfit(run.model, run.system)
     return {
         "result": result,

@@ -10,7 +10,7 @@ import sys
 import click
 
 from moetrace.cli.lazy_group import LazyGroup
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, harmless
 from moetrace.version import __version__
 
 # Command -> its one-line help; the module is moetrace.cli.commands.<command>, of `import` import_.
@@ -75,7 +75,7 @@ def main(args: list[str] | None = None) -> None:
         if not args and isinstance(error, click.UsageError):
             error.show()  # the help of a bare `moetrace`
         else:
-            click.echo(f"moetrace: {_sentence(error)}", err=True)
+            click.echo(harmless(f"moetrace: {_sentence(error)}"), err=True)
         sys.exit(getattr(error, "exit_code", 1))
     except MemoryError:
         if debug:

@@ -96,6 +96,13 @@ def ndp_end_s(view):
 
 
 @kernel
+def shared_s(line, prefetch_s):
+    """Return the seconds in which activations come back beside weights: fetches, then ``prefetch_s`` of prefetches."""
+    back_s = line.act_s + line.busiest_s
+    return max(0.0, min(line.act_s, line.fetch_s + prefetch_s - back_s))
+
+
+@kernel
 def timeline(machine, view, size, plan):
     """Return the time line of a layer of ``size`` active experts under ``plan`` (1 = GPU), made anew.
 

@@ -8,7 +8,7 @@ import numpy as np
 from moetrace.engine.cost import dense_s, head_s, order_on_gpu, price, prices_of
 from moetrace.engine.demand import Demand
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
-from moetrace.engine.layer import timeline
+from moetrace.engine.layer import shared_s, timeline
 from moetrace.engine.machine import DEVICE, FIRST_HOME, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
     FROM_PROMPT,
@@ -241,7 +241,9 @@ def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
     _carry_out(layer, size, state, log)
     if tape is not None:
         note_moe(tape, step, layer, dense, size, line, machine, state)
-    moved_bytes += flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link[0].bytes_s)
+    beside_bytes = flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link[0].bytes_s)
+    moved_bytes += beside_bytes
+    log.unit[LINK_IN].shared_s += shared_s(line, beside_bytes * machine.link[0].s_per_byte)
     if setting.learns:
         residency(cells, view, layer, load, plan)
     touch_and_admit(cells, state.cache, layer, state.scratch.active, size, state.scratch.plan, tally)

@@ -77,7 +77,10 @@ LAYER = np.dtype(
     + [(name, np.int64) for name in ("imbalance_count", "hits", "misses", "gpu_experts", "ndp_experts")],
 )
 # Rows of the unit log: 0 the GPU, 1 the link towards the GPU, 2 the link away from it, 3.. the groups of units.
-UNIT = np.dtype([("busy_s", np.float64), ("rows", np.float64), ("bytes", np.float64), ("experts", np.int64)])
+# `shared_s` of a link: seconds of `busy_s` that count twice, as two transfers pass at the same time.
+UNIT = np.dtype(
+    [(name, np.float64) for name in ("busy_s", "shared_s", "rows", "bytes")] + [("experts", np.int64)],
+)
 GPU, LINK_IN, LINK_OUT, FIRST_GROUP = 0, 1, 2, 3
 TALLY = np.dtype([(name, np.int64) for name in ("wasted", "used", "clock", "waited")])
 

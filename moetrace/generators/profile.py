@@ -21,7 +21,7 @@ MAX_SKEW = 8.0
 MAX_ROUTER = 1 << 26  # numbers that the routers of all layers may have: 256 MiB
 
 Share = Annotated[float, Meta(ge=0, le=1)]
-Rows = Annotated[float, Meta(gt=0, le=MAX_ROWS)]
+Rows = Annotated[float, Meta(ge=1e-9, le=MAX_ROWS)]
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

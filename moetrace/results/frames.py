@@ -130,12 +130,19 @@ def _units_of(lane: Lane) -> pl.DataFrame:
             "policy": pl.repeat(lane.policy.name, len(log), eager=True),
             "unit": [part.name for part in lane.parts],
             "busy_s": np.ascontiguousarray(log["busy_s"]),
-            "utilization": _nulls(log["busy_s"] / seconds if seconds else np.full(len(log), np.nan)),
+            "utilization": _nulls(_utilization(log, seconds)),
             "experts": np.ascontiguousarray(log["experts"]),
             "rows": log["rows"] / sharers,
             "bytes": log["bytes"] / sharers,
         }
     )
+
+
+def _utilization(log: np.ndarray, seconds: float) -> np.ndarray:
+    """Share of the time in which each part works: what passes a link at the same time counts once."""
+    if seconds == 0:
+        return np.full(len(log), np.nan)
+    return np.clip((log["busy_s"] - log["shared_s"]) / seconds, 0.0, 1.0)  # a sum's rounding may lead beyond 1
 
 
 def _layers_of(lane: Lane) -> pl.DataFrame:

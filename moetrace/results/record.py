@@ -82,7 +82,7 @@ class Spread(msgspec.Struct):
 
 
 class Utilization(msgspec.Struct):
-    """Busy time over total time of each part of the machine."""
+    """Share of the total time in which each part of the machine works; at most 1."""
 
     gpu: Annotated[float | None, Figure("share", "busy time of the GPU / `total_s`", None, "GPU busy", "GPU\nbusy")]
     ndp: Annotated[
@@ -90,10 +90,17 @@ class Utilization(msgspec.Struct):
         Figure("share", "the same of the NDP units, a list; in tables their mean", None, "NDP busy, mean", "NDP\nbusy"),
     ]
     link_in: Annotated[
-        float | None, Figure("share", "the same of the link towards the GPU", None, "link in busy", "link in\nbusy")
+        float | None,
+        Figure(
+            "share",
+            "share of `total_s` in which the link towards the GPU carries anything",
+            None,
+            "link in busy",
+            "link in\nbusy",
+        ),
     ]
     link_out: Annotated[float | None, Figure("share", "the same of the link away from the GPU", None, "link out busy")]
-    cpu: Annotated[float | None, Figure("share", "the same of the CPU")]
+    cpu: Annotated[float | None, Figure("share", "busy time of the CPU / `total_s`")]
 
 
 class PolicyFigures(msgspec.Struct, kw_only=True):

@@ -1,5 +1,6 @@
 """The figures of a whole replay, one set a policy: what `summary.json` holds. What each means stands in `record`."""
 
+import math
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from moetrace.results.record import (
     value_in,
 )
 from moetrace.spec import System, canonical
+from moetrace.spec.errors import MoetraceError
 from moetrace.trace import Trace
 from moetrace.trace.schema import DECODE, MIXED, PREFILL
 from moetrace.version import __version__
@@ -66,12 +68,28 @@ def summary_dict(run: Run, trace: dict[str, Any], policies: list[dict[str, Any]]
 
 
 def policy_figures(run: Run) -> list[dict[str, Any]]:
-    """Return the figures of each policy, in order; seconds, bytes, counts and ratios, None where undefined."""
+    """Return the figures of each policy, in order; seconds, bytes, counts and ratios, None where undefined.
+
+    Raises MoetraceError if one is not a finite number: JSON has no other, and no comparison could trust it.
+    """
     units = {name: rows for (name,), rows in unit_frame(run).partition_by("policy", as_dict=True).items()}
     figures = [_figures(run, lane, units[lane.policy.name]) for lane in run.lanes]
     for each in figures:
         each.speedup = _ratio(figures[0].total_s, each.total_s)
-    return msgspec.to_builtins(figures)
+    found = msgspec.to_builtins(figures)
+    for policy in found:
+        _check_finite(policy, run)
+    return found
+
+
+def _check_finite(policy: dict[str, Any], run: Run) -> None:
+    for path in FIGURES:
+        value = value_in(policy, path)
+        if value is not None and not math.isfinite(value):
+            raise MoetraceError(
+                f"{path} of policy {policy['name']} is {value}, and not a finite number: the rates and sizes of system "
+                f"{run.system.name} and model {run.model.name} lie too far apart for a replay."
+            )
 
 
 def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:

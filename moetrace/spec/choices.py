@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, harmless
 from moetrace.spec.load import FUNCTION_FIELDS
 
 ENTRY_POINTS = "moetrace.choices"
@@ -353,7 +353,7 @@ def _brought() -> _Brought:
 def _note_faults() -> None:
     """Say once which choices of other packages are skipped."""
     for fault in _brought().faults:
-        print(f"moetrace: note: {fault.sentence}", file=sys.stderr)
+        print(harmless(f"moetrace: note: {fault.sentence}"), file=sys.stderr)
 
 
 def _load(point: metadata.EntryPoint) -> _Found:

@@ -1,6 +1,11 @@
 """The errors that a user may see: one sentence each, saying what, where and what to do; and how text is shown."""
 
+import re
 import unicodedata
+
+# Lines that a CI log obeys: GitHub's `::error::` after any blanks, its `##[group]` and Azure's `##vso[...]` anywhere.
+_STARTS_COMMAND = re.compile(r"^([^\S\n]*):(?=:)", re.MULTILINE)
+_HOLDS_COMMAND = re.compile(r"#(?=#\w*\[)")
 
 
 class MoetraceError(Exception):
@@ -9,8 +14,8 @@ class MoetraceError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """The sentence, on one line whatever a stranger's file put into it."""
-        return printable(super().__str__())
+        """The sentence, on one harmless line whatever a stranger's file put into it."""
+        return harmless(super().__str__())
 
 
 class UsageError(MoetraceError):
@@ -22,6 +27,18 @@ class UsageError(MoetraceError):
 def counted(number: int, noun: str) -> str:
     """Return `1 row` or `2,000 rows`; the plural takes an s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def harmless(line: str) -> str:
+    """Return a line as a terminal and the log of a CI run may see it: `printable`, and no command to either."""
+    return inert(printable(line))
+
+
+def inert(text: str) -> str:
+    """Write the sign with which a line that is a command to a CI log begins (`::error::`, `##[group]`) as an escape."""
+    if "::" not in text and "##" not in text:
+        return text
+    return _HOLDS_COMMAND.sub(r"\\x23", _STARTS_COMMAND.sub(r"\1\\x3a", text))
 
 
 def printable(text: str) -> str:

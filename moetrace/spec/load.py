@@ -129,7 +129,7 @@ def read_text(path: str | Path) -> str:
 def read_table(path: str | Path, rows: int, columns: int) -> np.ndarray:
     """Read a CSV of numbers, one line per layer and one column per expert; float64 `[rows, columns]`.
 
-    Blank lines and lines that begin with `#` are skipped. Numbers must be finite and not negative.
+    Blank lines and lines that begin with `#` are skipped. Numbers must be below 2^63 and not negative.
     """
     lines = list(data_lines(path))
     if len(lines) != rows:
@@ -142,8 +142,8 @@ def read_table(path: str | Path, rows: int, columns: int) -> np.ndarray:
             table[row] = [float(cell) for cell in cells]
         except ValueError:
             raise MoetraceError(f"{path}, line {number}: wants numbers separated by commas.") from None
-        if not (np.isfinite(table[row]).all() and (table[row] >= 0).all()):
-            raise MoetraceError(f"{path}, line {number}: wants finite numbers that are not negative.")
+        if not ((table[row] >= 0) & (table[row] < MAX_NUMBER)).all():
+            raise MoetraceError(f"{path}, line {number}: wants finite numbers below 2^63 that are not negative.")
     return table
 
 
@@ -339,14 +339,36 @@ def _explain(message: str, loaded: Loaded, struct: type[msgspec.Struct]) -> str:
     if found := re.match(r"Object missing required field `(.*)`", what):
         wants = _KINDS.get(_fields(struct, path)[found[1]].__class__, "a value")
         return f"{loaded.where}: {prefix}{found[1]} is missing, and wants {wants}."
-    if found := re.match(r"Expected `(.*?)`(?: ([<>]=?) ([\d.]+))?", what):
+    if found := re.match(r"Expected `(.*?)`(?: ([<>]=?) ([\d.e+-]+))?", what):
         wants = " or ".join(_WORDS.get(name, name) for name in found[1].split(" | "))
         if found[2]:
-            wants += f" {_LIMITS[found[2]]} {float(found[3]):g}"
+            wants += range_of(_type_at(struct, path)) or f" {_LIMITS[found[2]]} {float(found[3]):g}"
         if path.endswith("[...]"):
             return f"{loaded.where}: every value of {path[:-5]} wants {wants}."
         return f"{loaded.where}: {path} wants {wants}{_got(loaded.raw, path)}."
     return f"{loaded.where}: {path}: {what}{_got(loaded.raw, path)}."
+
+
+def range_of(kind: Any) -> str:
+    """` from 1e-09 to 1e+09`: what a field of that type (of `msgspec.inspect`) takes, "" if it is open at an end."""
+    kinds = [getattr(each, "value_type", each) for each in getattr(kind, "types", [kind])]
+    kinds = [each for each in kinds if getattr(each, "ge", None) is not None]
+    if not kinds or kinds[0].le is None:
+        return ""
+    return f" from {_number(kinds[0].ge)} to {_number(kinds[0].le)}"
+
+
+def _number(limit: float) -> str:
+    return f"{limit:g}" if isinstance(limit, float) else f"{limit}"
+
+
+def _type_at(struct: type[msgspec.Struct], path: str) -> Any:
+    """Return the type of a field, of the values of a list or of a table of numbers; None if there is none."""
+    table, _, key = re.sub(r"\[[^\]]*\]$", "", path).rpartition(".")
+    try:
+        return _fields(struct, table).get(key)
+    except (AttributeError, StopIteration):
+        return None
 
 
 def _fields(struct: type[msgspec.Struct], path: str) -> dict[str, msgspec.inspect.Type]:

@@ -14,10 +14,13 @@ from moetrace.spec.load import Loaded, convert, read, read_table
 # Ids are at most uint16 in a trace, and its largest value says "absent".
 MAX_EXPERTS = 65535
 
-MAX_BITS = 64
+MIN_BITS, MAX_BITS = 1e-6, 64
+MAX_WIDTH = 1_000_000
+MAX_PARAMS = 10**15
 
-Count = Annotated[int, Meta(ge=1)]
-Bits = Annotated[float, Meta(gt=0, le=MAX_BITS)]
+Width = Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
+Bits = Annotated[float, Meta(ge=MIN_BITS, le=MAX_BITS)]
+Params = Annotated[int, Meta(ge=0, le=MAX_PARAMS)]
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,16 +46,16 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     name: str
     moe_layers: Annotated[int, Meta(ge=1, le=65535)]
     experts: Annotated[int, Meta(ge=1, le=MAX_EXPERTS)]
-    top_k: Count
-    hidden: Count
-    expert_intermediate: Count
-    expert_matrices: Count = 3
+    top_k: Annotated[int, Meta(ge=1, le=MAX_EXPERTS)]
+    hidden: Width
+    expert_intermediate: Width
+    expert_matrices: Annotated[int, Meta(ge=1, le=100)] = 3
     weight_bits: Bits | list[Bits] | str
     dense_weight_bits: Bits
-    activation_bytes: Annotated[float, Meta(gt=0)] = 2
-    dense_params_per_layer: Annotated[int, Meta(ge=0)]
-    once_params: Annotated[int, Meta(ge=0)]
-    kv_bytes_per_token_layer: Annotated[float, Meta(ge=0)]
+    activation_bytes: Annotated[float, Meta(ge=1e-3, le=1000)] = 2
+    dense_params_per_layer: Params
+    once_params: Params
+    kv_bytes_per_token_layer: Annotated[float, Meta(ge=0, le=1e9)]
 
     @property
     def expert_params(self) -> int:
@@ -138,7 +141,7 @@ def check_shape(where: str, layers: int, experts: int, model: Model) -> None:
 
 
 def _check_weight_bits(model: Model, loaded: Loaded) -> None:
-    """A width for every layer or expert, none of more than 64 bits, and none so small that an expert weighs nothing."""
+    """A width for every layer or expert, each in the range, and none so small that an expert weighs nothing."""
     bits = model.weight_bits
     if isinstance(bits, list) and len(bits) != model.moe_layers:
         raise UsageError(
@@ -150,9 +153,9 @@ def _check_weight_bits(model: Model, loaded: Loaded) -> None:
     else:
         where, widths = loaded.where, np.asarray(bits, np.float64)
     least, most = float(widths.min()), float(widths.max())
-    if not (least > 0 and most <= MAX_BITS):
-        got = most if least > 0 else least
-        raise UsageError(f"{where}: weight_bits wants numbers greater than 0 and of at most {MAX_BITS}, got {got:g}.")
+    if not (least >= MIN_BITS and most <= MAX_BITS):
+        got = most if least >= MIN_BITS else least
+        raise UsageError(f"{where}: weight_bits wants numbers from {MIN_BITS:g} to {MAX_BITS}, got {got:g}.")
     if float(model.expert_params) * least < 8:
         raise UsageError(
             f"{where}: weight_bits wants at least one byte for the {model.expert_params} weights of an expert, "

@@ -38,10 +38,10 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     residency: str = "none"
     prefetch: str = "none"
     scope: str = "layer"
-    half_life: Annotated[int, Meta(ge=1)] | None = None
-    alpha: Annotated[float, Meta(gt=0, le=1)] = 0.3
+    half_life: Annotated[int, Meta(ge=1, le=10**9)] | None = None
+    alpha: Annotated[float, Meta(ge=1e-6, le=1)] = 0.3
     p: Annotated[float, Meta(ge=0, le=1)] = 1.0
-    seed: Annotated[int, Meta(ge=0)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     loads: str | None = None
     plan: str | None = None
     static: str | None = None

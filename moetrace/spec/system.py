@@ -35,9 +35,10 @@ class Device:
         return [f"{self.name}{number}" for number in range(self.count)] if self.is_numbered else [self.name]
 
 
-Positive = Annotated[float, Meta(gt=0)]
-NotNegative = Annotated[float, Meta(ge=0)]
-Efficiency = Annotated[float, Meta(gt=0, le=1)]
+# Wide enough for any machine, and so narrow that no product or quotient of a replay leaves the finite numbers.
+Positive = Annotated[float, Meta(ge=1e-9, le=1e9)]  # rates and sizes
+NotNegative = Annotated[float, Meta(ge=0, le=1e9)]
+Efficiency = Annotated[float, Meta(ge=1e-6, le=1)]
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

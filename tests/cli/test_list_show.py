@@ -102,7 +102,10 @@ def test_show_policy_explains_its_choices_and_leaves_out_what_it_does_not_read(m
     ("args", "sentence"),
     [
         (["show", "system", "edge-npd"], "No system preset is called 'edge-npd' (the nearest is 'edge-ndp')"),
-        (["show", "system", "edge-ndp", "--set", "system.ndp.units=0"], "ndp.units wants a whole number of at least 1"),
+        (
+            ["show", "system", "edge-ndp", "--set", "system.ndp.units=0"],
+            "ndp.units wants a whole number from 1 to 65535",
+        ),
         (["show", "system", "edge-ndp", "--set", "ndp.units=0"], "--set wants system.FIELD=VALUE"),
         (["show", "system", "edge-ndp", "--set", "system..x=3"], "--set wants system.FIELD=VALUE"),
         (["show", "system", "edge-ndp", "--set", "system.ndp.units"], "--set wants system.FIELD=VALUE"),

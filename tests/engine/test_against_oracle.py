@@ -51,6 +51,8 @@ def check(case: Case, outcome: Run, index: int, expected: oracle.Outcome) -> Non
     in_order = [i for i, name in enumerate(expected.units["unit"]) if name != "cpu"]
     for column in ("busy_s", "experts", "rows", "bytes"):
         close(unit_column(lane, case.system.units, column), expected.units[column][in_order])
+    working_s = np.subtract(*(unit_column(lane, case.system.units, column) for column in ("busy_s", "shared_s")))
+    close(working_s / expected.total_s, expected.units["utilization"][in_order])
     assert log.tally["wasted"][0] == expected.wasted
     assert log.tally["used"][0] == expected.used
     assert log.fallbacks[0] == expected.optimal_fallbacks

@@ -53,7 +53,8 @@ def test_conserves_rows_and_never_beats_the_work_bound(case, data, tmp_path_fact
         assert lane.clairvoyant_s >= outcome.work_bound_s * (1 - 1e-12)
         busy_s = unit["busy_s"][FIRST_GROUP:]
         assert (busy_s <= step["moe_s"].sum() * (1 + 1e-9)).all()
-        assert unit["busy_s"][GPU] <= step["duration_s"].sum() * (1 + 1e-9)
+        assert (unit["busy_s"] - unit["shared_s"] <= step["duration_s"].sum() * (1 + 1e-9)).all()
+        assert ((unit["shared_s"] >= 0) & (unit["shared_s"] <= unit["busy_s"])).all()
 
 
 @RANDOM

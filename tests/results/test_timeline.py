@@ -40,6 +40,19 @@ def check_oracle(case: Case, policies) -> None:
             np.testing.assert_allclose(*values, rtol=1e-9, atol=1e-15)
 
 
+def check_utilization(run: Run, frame: pl.DataFrame) -> None:
+    """Utilization is the share of the time in which a part has at least one slice: never more than 1."""
+    table = unit_frame(run)
+    assert table["utilization"].is_between(0, 1).all()
+    total_s = frame.filter(kind="step").group_by("policy").agg(pl.sum("duration_s").alias("total_s"))
+    for row in table.join(total_s, on="policy").iter_rows(named=True):
+        own = frame.filter(pl.col("kind").is_in(BUSY), policy=row["policy"], unit=row["unit"]).sort("start_s")
+        start, stop = own["start_s"].to_numpy(), (own["start_s"] + own["duration_s"]).to_numpy()
+        before = np.concatenate(([0.0], np.maximum.accumulate(stop)[:-1]))
+        covered_s = np.maximum(stop - np.maximum(start, before), 0.0).sum() if len(own) else 0.0
+        np.testing.assert_allclose(row["utilization"], covered_s / row["total_s"], rtol=1e-9, atol=1e-12)
+
+
 def check_tables(run: Run) -> None:
     """Ends of steps, busy seconds, rows and bytes are those of the tables; nothing runs twice at a time."""
     frame = timeline_frame(run)
@@ -50,6 +63,7 @@ def check_tables(run: Run) -> None:
     table = unit_frame(run).join(sums, on=["policy", "unit"], how="left").fill_null(0)
     for ours, theirs in (("duration_s", "busy_s"), ("slice_rows", "rows"), ("slice_bytes", "bytes")):
         np.testing.assert_allclose(table[ours], table[theirs], rtol=1e-9, atol=1e-18)
+    check_utilization(run, frame)
     end_s = float(steps.select(pl.col("start_s") + pl.col("duration_s")).max().item())
     for (*_, unit, _kind), track in frame.with_columns(
         pl.when(unit="link_in").then("kind").when(pl.col("unit").is_null()).then("kind").alias("track")

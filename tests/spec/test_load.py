@@ -59,20 +59,20 @@ def test_file_is_read_with_its_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("line", "path", "wants"),
     [
-        ("units = 0", "ndp.units", "a whole number of at least 1, got 0"),
+        ("units = 0", "ndp.units", "a whole number from 1 to 65535, got 0"),
         ("units = 2.5", "ndp.units", "a whole number, got 2.5"),
         ('units = "2"', "ndp.units", "a whole number, got '2'"),
         ("units = true", "ndp.units", "a whole number, got True"),
-        ("bandwidth_gb_s = -1", "gpu.bandwidth_gb_s", "a number greater than 0, got -1"),
+        ("bandwidth_gb_s = -1", "gpu.bandwidth_gb_s", "a number from 1e-09 to 1e+09, got -1"),
         ("bandwidth_gb_s = nan", "gpu.bandwidth_gb_s", "a finite number below 2^63, got nan"),
         ("memory_gb = inf", "gpu.memory_gb", "a finite number below 2^63, got inf"),
         ("reserve_gb = nan", "gpu.reserve_gb", "a finite number below 2^63, got nan"),
         ("tflops = 1" + "0" * 400, "gpu.tflops", "a finite number below 2^63, got 1000"),
         ("units = 9223372036854775808", "ndp.units", "a finite number below 2^63, got 9223372036854775808"),
         ("reserve_gb = 17", "gpu.reserve_gb", "at most gpu.memory_gb = 16, got 17"),
-        ("launch_us = -0.1", "gpu.launch_us", "a number of at least 0, got -0.1"),
-        ("compute_efficiency = 0", "gpu.compute_efficiency", "a number greater than 0, got 0"),
-        ("memory_efficiency = 1.5", "gpu.memory_efficiency", "a number of at most 1, got 1.5"),
+        ("launch_us = -0.1", "gpu.launch_us", "a number from 0 to 1e+09, got -0.1"),
+        ("compute_efficiency = 0", "gpu.compute_efficiency", "a number from 1e-06 to 1, got 0"),
+        ("memory_efficiency = 1.5", "gpu.memory_efficiency", "a number from 1e-06 to 1, got 1.5"),
         ("name = 7", "gpu.name", "a text in quotes, got 7"),
         ('name = ""', "gpu.name", "a text of 1 to 100 characters, got ''"),
         ('name = "  "', "gpu.name", "a text of 1 to 100 characters, got '  '"),
@@ -110,7 +110,7 @@ def test_bad_value_names_file_path_and_wish(tmp_path, line, path, wants):
         (SYSTEM + "[gpuu]\nx = 1", "gpuu is unknown (the nearest is 'gpu')"),
         (SYSTEM.split("[ndp]")[0].replace("[gpu]", "ndp = 3\n[gpu]"), "ndp wants a table or nothing, got 3"),
         (SYSTEM.split("[link]")[0], "link is missing, and NDP units need one"),
-        (SYSTEM + "[energy]\nlink_pj_bit = -1", "every value of energy wants a number of at least 0."),
+        (SYSTEM + "[energy]\nlink_pj_bit = -1", "every value of energy wants a number from 0 to 1e+09."),
     ],
 )
 def test_bad_table(tmp_path, text, sentence):
@@ -210,7 +210,7 @@ def test_overrides_are_texts_or_values():
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"ndp.units": "0"}, "ndp.units wants a whole number of at least 1, got 0"),
+        ({"ndp.units": "0"}, "ndp.units wants a whole number from 1 to 65535, got 0"),
         ({"ndp.unit": 3}, r"ndp.unit is unknown \(the nearest is 'units'\)"),
         ({"npd.units": 3}, r"npd is unknown \(the nearest is 'ndp'\)"),
         ({"name.units": 3}, "'name.units' cannot be set, as name is not a table"),
@@ -254,17 +254,20 @@ def test_instance_is_checked_and_overridden():
     ("overrides", "sentence"),
     [
         ({"top_k": 9}, "top_k wants at most the 8 experts that a layer has, got 9"),
-        ({"top_k": 0}, "top_k wants a whole number of at least 1, got 0"),
-        ({"experts": 65536}, "experts wants a whole number of at most 65535, got 65536"),
-        ({"weight_bits": 0}, "weight_bits wants a number.* greater than 0, got 0"),
+        ({"top_k": 0}, "top_k wants a whole number from 1 to 65535, got 0"),
+        ({"experts": 65536}, "experts wants a whole number from 1 to 65535, got 65536"),
+        ({"weight_bits": 0}, "weight_bits wants a number.* from 1e-06 to 64, got 0"),
         ({"weight_bits": [16, 8]}, "weight_bits wants one number for each of the 32 MoE layers, got 2 numbers"),
-        ({"weight_bits": [16] * 31 + [-1]}, r"weight_bits\[31\] wants a number greater than 0, got -1"),
+        ({"weight_bits": [16] * 31 + [-1]}, r"weight_bits\[31\] wants a number from 1e-06 to 64, got -1"),
         ({"weight_bits": [16] * 31 + ["a"]}, r"weight_bits\[31\] wants a number, got 'a'"),
         ({"weight_bits": True}, "weight_bits wants a number or a text in quotes or a list, got True"),
-        ({"weight_bits": 1e-9}, "weight_bits wants at least one byte for the 176160768 weights of .*, got 1e-09"),
-        ({"weight_bits": [16] * 31 + [1e-300]}, "weight_bits wants at least one byte for the .*, got 1e-300"),
-        ({"once_params": -1}, "once_params wants a whole number of at least 0, got -1"),
-        ({"kv_bytes_per_token_layer": -1}, "kv_bytes_per_token_layer wants a number of at least 0, got -1"),
+        (
+            {"hidden": 1, "expert_intermediate": 1, "weight_bits": 2},
+            "weight_bits wants at least one byte for the 3 weights of an expert, got 2",
+        ),
+        ({"weight_bits": [16] * 31 + [1e-300]}, r"weight_bits\[31\] wants a number from 1e-06 to 64, got 1e-300"),
+        ({"once_params": -1}, "once_params wants a whole number from 0 to 1000000000000000, got -1"),
+        ({"kv_bytes_per_token_layer": -1}, "kv_bytes_per_token_layer wants a number from 0 to 1e\\+09, got -1"),
     ],
 )
 def test_bad_model(overrides, sentence):
@@ -305,8 +308,8 @@ def test_file_named_in_a_toml_is_found_beside_it(tmp_path):
         ("1,2\n", "1 lines of numbers, but the model has 2 MoE layers"),
         ("1,2\n3\n", "line 2: 1 numbers, but the model has 2 experts"),
         ("1,2\n# x\n3,x\n", "line 3: wants numbers separated by commas"),
-        ("1,2\n3,-1\n", "line 2: wants finite numbers that are not negative"),
-        ("1,nan\n3,1\n", "line 1: wants finite numbers that are not negative"),
+        ("1,2\n3,-1\n", "line 2: wants finite numbers below 2\\^63 that are not negative"),
+        ("1,nan\n3,1\n", "line 1: wants finite numbers below 2\\^63 that are not negative"),
     ],
 )
 def test_bad_table_file(tmp_path, text, sentence):

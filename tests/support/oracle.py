@@ -7,6 +7,7 @@ Belady looks forward over the whole trace. It shares no code with the package: f
 the steps, adds up and computes the yardsticks (4, 8). Where the page leaves room, a comment says how it is read.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class Replay:
         self.memory = Memory(trace, machine, policy, residency, self.demand, user_residency)
         self.unit_names = ["gpu", *(f"ndp{u}" for u in range(machine.N)), "cpu", "link_in", "link_out"]
         self.unit = {name: dict.fromkeys(("busy_s", "experts", "rows", "bytes"), 0.0) for name in self.unit_names}
+        self.carrying_s = 0.0  # in which the link towards the GPU carries anything, however much at once
         self.steps: list[dict[str, float]] = []
         self.layers = [dict.fromkeys(LAYER_COLUMNS, 0.0) for _ in range(machine.L)]
         self.imbalance: list[list[float]] = []  # [step][layer], NaN where undefined
@@ -125,6 +127,7 @@ class Replay:
         if self.policy.prefetch_blocks and figures["phase"] == DECODE and not self.has_waited:
             self.has_waited = True
             figures["wait_s"] = memory.wait()
+            self.carrying_s += figures["wait_s"]
         self.imbalance.append([])
         for layer in range(m.L):
             for column, amount in self.run_layer(step, layer, len(rows), C).items():
@@ -144,14 +147,19 @@ class Replay:
         m, memory, n = self.machine, self.memory, self.demand[step][layer]
         dense_s = m.dense_s(T, C)
         memory.admit_completed()
+        before = memory.moved_bytes
         memory.flow(dense_s)
+        self.carrying_s += (memory.moved_bytes - before) / m.B_l if m.linked else 0.0
         memory.router_speaks(step, layer)
         resident = memory.resident(layer)
         hits = sum(e in resident for e in n)
         line = self.split(layer, n, T, resident)
         self.optimal_fallbacks += self.policy.dispatch == "optimal" and len(n) > OPTIMAL_LIMIT
         memory.dispatched(layer, line)
+        before = memory.moved_bytes
         memory.flow(max(0.0, line.moe - line.fetch_s))
+        weights_s = line.fetch_s + ((memory.moved_bytes - before) / m.B_l if m.linked else 0.0)
+        self.carrying_s += union_s([(0.0, weights_s), (line.T_ndp - line.act, line.T_ndp)])
         memory.layer_done(line, T)
         demand_bytes = math.fsum(m.W[layer, e] for e in line.fetched)
         self.account(layer, n, line, dense_s, demand_bytes)
@@ -199,6 +207,17 @@ class Replay:
         else:
             resident = set(demand_order(n)[: m.slots]) if m.linked else set(n)
             self.clairvoyant_s += dense_s + self.split(layer, n, T, resident).moe
+
+
+def union_s(intervals: list[tuple[float, float]]) -> float:
+    """Return how long at least one of the intervals lasts."""
+    edges = sorted({edge for interval in intervals for edge in interval})
+    covered = [
+        end - start
+        for start, end in itertools.pairwise(edges)
+        if any(first <= start and end <= last for first, last in intervals)
+    ]
+    return math.fsum(covered)
 
 
 def mean(values: list[float]) -> float:
@@ -256,6 +275,7 @@ def simulate(
     for name in ("busy_s", "experts", "rows", "bytes"):
         units[name] = np.asarray([replay.unit[unit][name] for unit in replay.unit_names])
     units["utilization"] = units["busy_s"] / total_s
+    units["utilization"][replay.unit_names.index("link_in")] = replay.carrying_s / total_s
     phase_s = [math.fsum(steps["duration_s"][steps["phase"] == phase]) for phase in (PREFILL, DECODE, MIXED)]
     return Outcome(
         steps=steps,

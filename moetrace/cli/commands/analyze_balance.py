@@ -10,7 +10,7 @@ from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_picture, check_targets
 from moetrace.cli.options.without_effect import refuse
-from moetrace.cli.tables.output import print_json
+from moetrace.cli.tables.output import print_csv, print_json, safe_csv_option
 from moetrace.spec.choices import planned_placements
 from moetrace.spec.errors import UsageError
 
@@ -77,6 +77,7 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     show_default=True,
     help="Tables to read; everything as JSON; or one frame as CSV.",
 )
+@safe_csv_option
 @click.option("--frame", type=click.Choice(FRAMES), help="Which one, with --format csv.  [default: layers]")
 def command(trace: Path, out: Path | None, picture: Path | None, form: str, frame: str | None, **asked: Any) -> None:
     """Say how evenly placements and plans spread the work of experts over units, and what a new plan is worth.
@@ -200,4 +201,4 @@ def _print(found: "Balance", name: str, form: str, frame: str) -> None:
     elif form == "json":
         print_json(found.to_dict())
     else:
-        click.echo(getattr(found, frame).write_csv(), nl=False)
+        print_csv(getattr(found, frame))

@@ -1,6 +1,5 @@
 """`moetrace analyze cache`: how often experts would have been in a cache of a given size."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.phases import check_phase, scope_option
 from moetrace.cli.options.targets import check_picture, check_targets
 from moetrace.cli.options.without_effect import refuse
-from moetrace.cli.tables.output import format_option, print_json
+from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.choices import cache_policies, cache_policy
 from moetrace.spec.errors import UsageError
 
@@ -112,7 +111,7 @@ def command(
     if form == "json":
         print_json(found.to_dicts())
     elif form == "csv":
-        sys.stdout.write(found.write_csv())
+        print_csv(found)
     elif curve:
         print_curve(found, f"{trace}: {title}")
     else:
@@ -122,9 +121,7 @@ def command(
 def _note_empty(capacities: list[tuple[str, int | None]], layers: int) -> None:
     for label, experts in capacities:
         if experts is not None and experts < layers:
-            click.echo(
-                f"moetrace: note: capacity {label} leaves each of the {layers} layers a cache of 0 experts.", err=True
-            )
+            say(f"moetrace: note: capacity {label} leaves each of the {layers} layers a cache of 0 experts.")
 
 
 def _check_options(curve: bool, picture: Path | None, asked: dict[str, Any]) -> None:
@@ -153,7 +150,7 @@ def _draws_curve(trace: "Trace", asked: dict[str, Any]) -> bool:
     if has_curve(trace):
         return True
     said = f"{trace.layers} x {trace.num_experts} experts are too many for LRU's whole curve"
-    click.echo(f"moetrace: note: {said}: it is drawn from the capacities of the table.", err=True)
+    say(f"moetrace: note: {said}: it is drawn from the capacities of the table.")
     return False
 
 

@@ -7,7 +7,7 @@ import click
 
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_picture, check_targets
-from moetrace.cli.tables.output import print_json
+from moetrace.cli.tables.output import csv_of, print_csv, print_json, safe_csv_option
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ FRAMES = ("layers", "summary", "overlap", "hit_curve", "load")
     show_default=True,
     help="A table to read; everything as JSON; or one frame as CSV or Parquet.",
 )
+@safe_csv_option
 @click.option("--frame", type=click.Choice(FRAMES), help="Which one, with --format csv or parquet.  [default: layers]")
 @click.option(
     "-o",
@@ -122,7 +123,7 @@ def _print(found: "Locality", name: str, form: str, frame: str) -> None:
     elif form == "json":
         print_json(found.to_dict())
     else:
-        click.echo(getattr(found, frame).write_csv(), nl=False)
+        print_csv(getattr(found, frame))
 
 
 def _as_bytes(found: "Locality", form: str, frame: Any) -> bytes:
@@ -132,7 +133,7 @@ def _as_bytes(found: "Locality", form: str, frame: Any) -> bytes:
     if form == "json":
         return (json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n").encode()
     if form == "csv":
-        return frame.write_csv().encode()
+        return csv_of(frame).encode()
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression="zstd", compression_level=3)
     return buffer.getvalue()

@@ -1,6 +1,5 @@
 """`moetrace analyze prefetch`: what predictors of the next layer's experts are worth."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import click
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.phases import check_phase, scope_option
 from moetrace.cli.options.without_effect import refuse
-from moetrace.cli.tables.output import format_option, print_json, print_rows, stdout_console
+from moetrace.cli.tables.output import format_option, print_csv, print_json, print_rows, stdout_console
 from moetrace.spec.errors import counted, printable
 
 # The predictors of moetrace.analyze.prefetch.value, which takes too long to import for a mere --help.
@@ -77,7 +76,7 @@ def command(trace: Path, capacity: str | None, phase: str | None, form: str, **a
     if form == "json":
         print_json(found.to_dicts())
     elif form == "csv":
-        sys.stdout.write(found.write_csv())
+        print_csv(found)
     else:
         _print_table(found.to_dicts(), f"{trace}: {counted(everything, 'expert')}; an LRU cache of {capacity}.")
 

@@ -11,7 +11,7 @@ from moetrace.cli.commands.lint import say_found
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.options.without_effect import refuse
-from moetrace.cli.tables.output import said_of
+from moetrace.cli.tables.output import said_of, say
 from moetrace.spec.errors import counted
 
 
@@ -92,10 +92,8 @@ def command(
         capture(model_dir, prompts, out, Sampling(**sampling), **options, progress=advance)
     with Trace.open(out) as trace:
         if cut := trace.source["prompts_cut"]:
-            click.echo(
-                f"moetrace: {counted(cut, 'prompt')} cut to {counted(sampling['max_prompt'], 'token')}.", err=True
-            )
-        click.echo(said_of(out, trace), err=True)
+            say(f"moetrace: {counted(cut, 'prompt')} cut to {counted(sampling['max_prompt'], 'token')}.")
+        say(said_of(out, trace))
         say_found(trace)
 
 

@@ -6,6 +6,7 @@ import click
 
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
+from moetrace.cli.tables.output import say
 from moetrace.spec.errors import counted
 
 # The keys of moetrace.exports.FORMATS, which is not imported here so that `--help` stays instant.
@@ -35,4 +36,4 @@ def command(trace: Path, out: Path, form: str | None) -> None:
     with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
         export(opened, out, to=form, progress=bar.advance)
         rows = opened.rows
-    click.echo(f"{out}: {counted(rows, 'row')}, {out.stat().st_size / 1e6:,.1f} MB.", err=True)
+    say(f"{out}: {counted(rows, 'row')}, {out.stat().st_size / 1e6:,.1f} MB.")

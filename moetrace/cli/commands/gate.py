@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moetrace.cli.options.paths import ANY_PATH
-from moetrace.cli.tables.output import format_option, print_json, print_rows, stdout_console
+from moetrace.cli.tables.output import format_option, print_json, print_rows, print_text, say, stdout_console
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -149,15 +149,15 @@ def _print(found: "Gate") -> None:
     if moved:
         _print_cells(moved[:_SHOWN_CELLS])
         if len(moved) > _SHOWN_CELLS:
-            click.echo(f"{len(moved) - _SHOWN_CELLS:,} more cells are not shown; --format csv has all.")
+            print_text(f"{len(moved) - _SHOWN_CELLS:,} more cells are not shown; --format csv has all.")
         reasons: dict[str, list[str]] = {}
         for cell in moved:
             reasons.setdefault(cell.why, []).append(cell.name)
-        click.echo()
+        print_text("")
         for why, names in [*reasons.items()][:_SHOWN_CELLS]:
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            click.echo(_folded(printable(f"{names[0]}{more}: {why}.")))
-    click.echo(f"{found.counted()}.")
+            print_text(_folded(printable(f"{names[0]}{more}: {why}.")))
+    print_text(f"{found.counted()}.")
 
 
 def _print_cells(cells: Sequence["Judged"]) -> None:
@@ -173,33 +173,32 @@ def _print_cells(cells: Sequence["Judged"]) -> None:
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = iter(texts)
     for cell, several in zip(cells, moved, strict=True):
-        click.echo(f"{cell.verdict:<7}  {printable(cell.name)}")
+        print_text(f"{cell.verdict:<7}  {printable(cell.name)}")
         for _ in several:
             metric, before, now, unit, by, verdict = (
                 f"{text:{width}}" for text, width in zip(next(lines), widths, strict=True)
             )
             was = "" if before.strip() == "-" else f"{before.strip()} ->"
             figures = f"{was:>{widths[1] + 3}} {now.strip():>{widths[2]}} {unit}"
-            click.echo(f"         {metric}  {figures}  {by.strip():>{widths[4]}}  {verdict}".rstrip())
+            print_text(f"         {metric}  {figures}  {by.strip():>{widths[4]}}  {verdict}".rstrip())
 
 
 def _say(found: "Gate", baseline: Path) -> None:
     """Say on stderr what is no verdict on a cell."""
     for note in found.notes:
-        click.echo(f"moetrace: note: {printable(note)}", err=True)
+        say(f"moetrace: note: {printable(note)}")
     if found.updated:
         failing = {cell.name for cell in found.cells if cell.failed}
         accepted = len(found.cells) - len({*found.dropped} | failing)
         also = f", and that {len(failing):,} fail" if failing else ""
-        click.echo(f"{baseline}: {accepted:,} cell{'' if accepted == 1 else 's'} accepted{also}.", err=True)
+        say(f"{baseline}: {accepted:,} cell{'' if accepted == 1 else 's'} accepted{also}.")
         for name in found.dropped:
             lost = "failed" if name in failing else "is no longer there"
-            click.echo(f"{baseline}: dropped {printable(name)}, which {lost}.", err=True)
+            say(f"{baseline}: dropped {printable(name)}, which {lost}.")
     elif found.failed:
-        click.echo(
+        say(
             f"moetrace: {len(found.failed):,} of {len(found.cells):,} cells fail the gate; if that is meant, accept it "
-            "with --update and commit the baseline.",
-            err=True,
+            "with --update and commit the baseline."
         )
 
 

@@ -9,6 +9,7 @@ import click
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.options.without_effect import refuse
+from moetrace.cli.tables.output import say
 from moetrace.spec.errors import UsageError, counted, printable
 
 if TYPE_CHECKING:
@@ -67,9 +68,7 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
         task = bar.add_task("rows", total=schedule.rows)
         generate(out, **parameters, progress=lambda count: bar.advance(task, count))
     size_mb = out.stat().st_size / 1e6
-    click.echo(
-        f"{out}: {counted(schedule.rows, 'row')} in {counted(schedule.steps, 'step')}, {size_mb:,.1f} MB.", err=True
-    )
+    say(f"{out}: {counted(schedule.rows, 'row')} in {counted(schedule.steps, 'step')}, {size_mb:,.1f} MB.")
     _note_top_k(**parameters)
 
 
@@ -105,9 +104,7 @@ def _fitted(like: Path, save_profile: Path | None, parameters: dict[str, Any], b
             model = load_model(parameters["model"])
             check_shape(f"Trace {like}", trace.layers, trace.num_experts, model)
         if bar.disable:
-            click.echo(
-                f"moetrace: fitting a profile to {printable(str(like))}, which takes up to a minute or two.", err=True
-            )
+            say(f"moetrace: fitting a profile to {printable(str(like))}, which takes up to a minute or two.")
         task = bar.add_task("fitting", total=None)
         profile = fit_profile(
             trace, seed=parameters["seed"], progress=lambda text: bar.update(task, description=f"fitting: {text}")
@@ -127,8 +124,7 @@ def _note_top_k(model: str | None, profile: Any, **_: Any) -> None:
 
     ours, theirs = load_profile(profile), load_model(model)
     if ours.top_k != theirs.top_k:
-        click.echo(
+        say(
             f"Note: profile {ours.name} was fitted to top {ours.top_k}; model {theirs.name} takes the "
-            f"top {theirs.top_k} of the same router logits.",
-            err=True,
+            f"top {theirs.top_k} of the same router logits."
         )

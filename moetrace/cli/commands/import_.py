@@ -7,7 +7,7 @@ import click
 from moetrace.cli.commands.lint import drop_options, say_found, say_left_out
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
-from moetrace.cli.tables.output import said_of
+from moetrace.cli.tables.output import said_of, say
 from moetrace.spec.errors import UsageError
 
 # The keys of moetrace.importers.formats.FORMATS, which is not imported here so that `--help` stays instant.
@@ -94,9 +94,9 @@ def command(
         else:
             import_traces(list(sources), out, **options)
     with Trace.open(out) as trace:
-        click.echo(said_of(out, trace), err=True)
+        say(said_of(out, trace))
         if left_out:
-            click.echo(f"{out}: {say_left_out(left_out)}.", err=True)
+            say(f"{out}: {say_left_out(left_out)}.")
         say_found(trace)
 
 

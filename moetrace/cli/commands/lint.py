@@ -10,7 +10,7 @@ import click
 
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
-from moetrace.cli.tables.output import format_option, print_json, print_rows, stdout_console
+from moetrace.cli.tables.output import format_option, print_json, print_rows, say, stdout_console
 from moetrace.spec.errors import UsageError, counted, printable
 
 if TYPE_CHECKING:
@@ -58,14 +58,14 @@ def command(
     if out is not None:
         with Trace.open(trace) as opened:
             left_out = leave_out(opened, out, warmup=drop_warmup, dense=drop_dense)
-        click.echo(f"{out}: {say_left_out(left_out)}.", err=True)
+        say(f"{out}: {say_left_out(left_out)}.")
         trace = out
     with Trace.open(trace) as opened:
         rows = opened.rows
         with LateBar("rows", rows) as bar:
             found = lint(opened, bar.advance)
     if not found:
-        click.echo(f"{trace}: {counted(rows, 'row')}, nothing found.", err=True)
+        say(f"{trace}: {counted(rows, 'row')}, nothing found.")
     if form == "json":
         levels = {f"{level}s": sum(one.level == level for one in found) for level in _STYLES}
         print_json({"schema": "moetrace.lint/1", **levels, "findings": [one.to_dict() for one in found]})
@@ -97,7 +97,7 @@ def say_found(trace: "Trace") -> None:
     with LateBar("rows judged", trace.rows) as bar:
         found = lint(trace, bar.advance)
     for one in found:
-        click.echo(f"  {one.level}: {printable(one.what)}" + (f" Fix: {one.fix}." if one.fix else ""), err=True)
+        say(f"  {one.level}: {printable(one.what)}" + (f" Fix: {one.fix}." if one.fix else ""))
 
 
 def _print(trace: Path, found: Sequence["Finding"]) -> None:

@@ -6,7 +6,7 @@ import click
 
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
-from moetrace.cli.tables.output import said_of
+from moetrace.cli.tables.output import said_of, say
 from moetrace.spec.errors import UsageError
 
 
@@ -72,4 +72,4 @@ def command(
         dropped = any("recorded" in trace.has for trace in opened)
     with Trace.open(out) as trace:
         note = " The recorded residency was left out." if dropped else ""
-        click.echo(f"{said_of(out, trace)}{note}", err=True)
+        say(f"{said_of(out, trace)}{note}")

@@ -1,7 +1,6 @@
 """`moetrace replay`: a trace through policies on a described machine, side by side."""
 
 import re
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import click
 
 from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.options.paths import ANY_PATH
-from moetrace.cli.tables.output import format_option, print_json
+from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.choices import KINDS, legal
 from moetrace.spec.errors import UsageError
 
@@ -136,11 +135,11 @@ def command(
             if temporary is not None:
                 result.write_into(temporary)
     for warning in result.warnings:
-        click.echo(f"moetrace: note: {warning}", err=True)
+        say(f"moetrace: note: {warning}")
     if form == "json":
         print_json(result.to_dict())
     elif form == "csv":
-        sys.stdout.write(result.summary.write_csv())
+        print_csv(result.summary)
     else:
         from moetrace.cli.tables.replay_table import print_comparison
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moetrace.cli.tables.output import figure, print_json, print_rows
+from moetrace.cli.tables.output import figure, print_csv, print_json, print_rows, print_text, say
 
 if TYPE_CHECKING:
     from moetrace.batch.search import Search, Trial
@@ -33,14 +33,14 @@ def search(source: Path, folder: Path, jobs: int, dask: str | None, pareto: str 
         choices = check_choices(space._replace(pareto=pareto or space.pareto))
         with farm_of(jobs, dask) as (farm, dashboard):
             if dashboard:
-                click.echo(f"moetrace: Dask's dashboard: {dashboard}", err=True)
+                say(f"moetrace: Dask's dashboard: {dashboard}")
             with LateBar("trials", _judged(choices)) as bar:
                 found = run_search(choices, SweepFolder(folder), farm, bar.advance)
     _report(found)
     if form == "json":
         print_json(found.to_dict() | {"trials": found.frame.to_dicts()})
     elif form == "csv":
-        sys.stdout.write(found.frame.write_csv())
+        print_csv(found.frame)
     else:
         _print(found)
     if found.best is None:
@@ -61,13 +61,12 @@ def _report(found: "Search") -> None:
     for error in list(dict.fromkeys(trial.error for trial in failed))[:_SHOWN]:
         names = [trial.cell.name for trial in failed if trial.error == error]
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        click.echo(f"moetrace: {names[0]}{more} failed: {error}", err=True)
+        say(f"moetrace: {names[0]}{more} failed: {error}")
     fewer = "" if len(found.trials) == halving.trials else f" (of {halving.trials:,}; there was no other to try)"
-    click.echo(
+    say(
         f"moetrace: {len(found.trials):,} trials{fewer}: {states['complete']:,} over the whole trace, "
         f"{states['stopped']:,} stopped before, {states['failed']:,} failed; {found.computed:,} replays of a part or "
-        f"all were made, {found.reused:,} found finished.",
-        err=True,
+        f"all were made, {found.reused:,} found finished."
     )
 
 
@@ -90,13 +89,13 @@ def _print(found: "Search") -> None:
     print_rows(headers | {"value": halving.objective, "gain": "gain"}, rows, "table")
     if best is None:
         return
-    click.echo()
-    click.echo(
+    print_text("")
+    print_text(
         f"The best of {len(found.trials)} trials by {halving.objective}, {'more' if halving.maximize else 'less'} is "
         f"better: {figure(best.value)}. Gains are over the first of each list, without ranges.\n"
         "Replay the best:"
     )
-    click.echo(f"  {_command(best)}")
+    print_text(f"  {_command(best)}")
 
 
 def _gain(value: float | None, first: float | None, more: bool) -> str | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moetrace.cli.options.overrides import set_option, split_settings
-from moetrace.cli.tables.output import format_option, print_json, print_rows
+from moetrace.cli.tables.output import format_option, print_json, print_rows, say
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def command(kind: str, name: str, model_name: str | None, settings: tuple[str, .
         try:
             check_fits(model, system, model.expert_bytes())
         except UsageError as misfit:
-            click.echo(f"A replay would be refused: {misfit}", err=True)
+            say(f"A replay would be refused: {misfit}")
 
 
 def _print(spec: "Model | System | PolicySpec", figures: "list[Derived]", form: str) -> None:

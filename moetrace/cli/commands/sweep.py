@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moetrace.cli.options.paths import ANY_PATH
-from moetrace.cli.tables.output import format_option, print_json
+from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.cores import cores
 from moetrace.spec.errors import UsageError, counted
 
@@ -84,7 +84,7 @@ def command(
     if form == "json":
         print_json(sweep.to_dict() | {"cells": sweep.cells.to_dicts()})
     elif form == "csv":
-        sys.stdout.write(sweep.cells.write_csv())
+        print_csv(sweep.cells)
     else:
         from moetrace.cli.tables.sweep_table import print_sweep
 
@@ -103,7 +103,7 @@ def _run(plan: "SweepPlan", jobs: int | None, dask: str | None) -> "Sweep":
         jobs = min(cores(), max(left, 1))
     with farm_of(jobs, dask) if left else nullcontext((None, None)) as (farm, dashboard):
         if dashboard:
-            click.echo(f"moetrace: Dask's dashboard: {dashboard}", err=True)
+            say(f"moetrace: Dask's dashboard: {dashboard}")
         if farm is None:
             from moetrace.batch.executors import local_farm
 
@@ -119,25 +119,22 @@ def _run(plan: "SweepPlan", jobs: int | None, dask: str | None) -> "Sweep":
             try:
                 return plan.run(farm, progress)
             except (KeyboardInterrupt, SystemExit):
-                click.echo(
-                    f"moetrace: {done:,} of {counted(left, 'cell')} finished and kept; the same command goes on.",
-                    err=True,
-                )
+                say(f"moetrace: {done:,} of {counted(left, 'cell')} finished and kept; the same command goes on.")
                 raise
 
 
 def _report(sweep: "Sweep") -> None:
     """Say what was done, reused, and why the rest failed."""
     for warning, times in sweep.warnings.items():
-        click.echo(f"moetrace: note: {warning}{f' ({times:,} cells)' if times > 1 else ''}", err=True)
+        say(f"moetrace: note: {warning}{f' ({times:,} cells)' if times > 1 else ''}")
     by_error: dict[str, list[str]] = {}
     for name, error in sweep.failed.items():
         by_error.setdefault(error, []).append(name)
     for error, names in list(by_error.items())[:_SHOWN_ERRORS]:
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        click.echo(f"moetrace: {names[0]}{more} failed: {error}", err=True)
+        say(f"moetrace: {names[0]}{more} failed: {error}")
     if len(by_error) > _SHOWN_ERRORS:
-        click.echo(f"moetrace: {len(by_error) - _SHOWN_ERRORS:,} more errors are in sweep.json.", err=True)
+        say(f"moetrace: {len(by_error) - _SHOWN_ERRORS:,} more errors are in sweep.json.")
     same = len(sweep.results) - sweep.computed - sweep.reused
     parts = [
         f"{sweep.computed:,} replayed",
@@ -145,12 +142,11 @@ def _report(sweep: "Sweep") -> None:
         *([f"{same:,} the same as another"] if same > 0 else []),
         *([f"{len(sweep.failed):,} failed"] if sweep.failed else []),
     ]
-    click.echo(f"moetrace: {counted(len(sweep.listed), 'cell')}: {', '.join(parts)}.", err=True)
+    say(f"moetrace: {counted(len(sweep.listed), 'cell')}: {', '.join(parts)}.")
     if sweep.unused and all(cell.key for cell in sweep.listed):  # what a cell without a key has found is not known
-        click.echo(
+        say(
             f"moetrace: also there: {counted(sweep.unused, 'finished cell')} not of this sweep (changed inputs, or an "
-            "earlier version), which nothing needs.",
-            err=True,
+            "earlier version), which nothing needs."
         )
 
 
@@ -169,14 +165,13 @@ def _print_plan(plan: "SweepPlan", jobs: int, form: str) -> None:
         headers["error"] = "error"
     print_rows(headers, rows, form)
     if not missing:
-        click.echo(f"moetrace: {counted(len(rows), 'cell')}, none of them left to replay.", err=True)
+        say(f"moetrace: {counted(len(rows), 'cell')}, none of them left to replay.")
         return
     estimate = plan.estimate()
-    click.echo(
+    say(
         f"moetrace: {counted(len(rows), 'cell')}, {estimate.cells:,} to replay: about "
         f"{_duration(estimate.seconds / jobs)} with {counted(jobs, 'job')}. Measured on the first steps of each trace "
-        f"with {estimate.sampled} of the cells; starting the jobs comes on top.",
-        err=True,
+        f"with {estimate.sampled} of the cells; starting the jobs comes on top."
     )
 
 

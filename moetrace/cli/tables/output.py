@@ -1,18 +1,21 @@
 """How commands print: one `--format` for whatever is a table, on stdout."""
 
 import csv
+import functools
+import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moetrace.spec.errors import counted, printable
+from moetrace.spec.errors import UsageError, counted, harmless, inert, printable
 
 if TYPE_CHECKING:
+    import polars as pl
     from rich.console import Console
     from rich.table import Table
 
@@ -20,19 +23,70 @@ if TYPE_CHECKING:
 
 _PIPED_WIDTH = 160  # what a pager or a file can take
 
-format_option = click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "json", "csv"]),
-    default="table",
-    show_default=True,
-    help="How to print: a table to read, or JSON or CSV with every digit.",
-)
+# Text that a spreadsheet takes for a formula begins so; a tab or a line's end only hides such a sign.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+_SAFE_CSV = "moetrace.safe_csv"
+
+
+def safe_csv_option(command: Callable) -> Callable:
+    """Give a command that has a `--format` (parameter `form`) the option `--safe-csv`, which `print_csv` knows of."""
+
+    @click.option(
+        "--safe-csv",
+        is_flag=True,
+        help="With --format csv: put an apostrophe before texts that a spreadsheet would take for formulas.",
+    )
+    @functools.wraps(command)
+    def with_option(*arguments: Any, safe_csv: bool, **options: Any) -> Any:
+        if safe_csv and options["form"] != "csv":
+            raise UsageError("--safe-csv goes with --format csv.")
+        click.get_current_context().meta[_SAFE_CSV] = safe_csv
+        return command(*arguments, **options)
+
+    return with_option
+
+
+def format_option(command: Callable) -> Callable:
+    """Give a command the options `--format` (parameter `form`) and `--safe-csv`."""
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice(["table", "json", "csv"]),
+        default="table",
+        show_default=True,
+        help="How to print: a table to read, or JSON or CSV with every digit.",
+    )(safe_csv_option(command))
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, whatever strangers' names are in it."""
+    click.echo(harmless(line), err=True)
+
+
+def print_text(text: str) -> None:
+    """Print lines on stdout in which strangers' names, `printable` already, may stand."""
+    click.echo(inert(text))
 
 
 def print_json(value: object) -> None:
     """Print a value as JSON; it must not hold NaN or infinities, which JSON does not have."""
-    click.echo(json.dumps(value, indent=2, allow_nan=False))
+    encoded = json.dumps(value, indent=2, allow_nan=False)
+    click.echo(encoded.replace("##", "\\u0023#"))  # the same value, but no `##vso[...]` to a CI log
+
+
+def print_csv(frame: "pl.DataFrame") -> None:
+    """Print a frame as CSV."""
+    sys.stdout.write(csv_of(frame))
+
+
+def csv_of(frame: "pl.DataFrame") -> str:
+    """Return a frame as CSV; its texts are made printable, and with `--safe-csv` none is a formula."""
+    import polars as pl
+
+    shown = _csv_text()
+    is_text = [pl.col(name) for name, kind in frame.schema.items() if kind == pl.String]
+    frame = frame.with_columns(each.map_elements(shown, return_dtype=pl.String) for each in is_text)
+    return inert(frame.rename(printable).write_csv())
 
 
 def said_of(path: Path, trace: "Trace") -> str:
@@ -48,9 +102,13 @@ def print_rows(headers: Mapping[str, str], rows: Sequence[Mapping[str, Any]], fo
     if form == "json":
         print_json([{key: row.get(key) for key in headers} for row in rows])
     elif form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
+        text, shown = io.StringIO(), _csv_text()
+        writer = csv.writer(text, lineterminator="\n")
         writer.writerow(headers)
-        writer.writerows([row.get(key) for key in headers] for row in rows)
+        for row in rows:
+            values = [row.get(key) for key in headers]
+            writer.writerow([shown(value) if isinstance(value, str) else value for value in values])
+        sys.stdout.write(inert(text.getvalue()))
     else:
         _print_table(headers, rows)
 
@@ -65,7 +123,17 @@ def figure(value: object) -> str:
         return f"{value:.0f}"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-    return str(value)
+    return printable(str(value))
+
+
+class _Inert:
+    """Stdout, on which no line is a command to a CI log; it is the console's that sees where a table folds a text."""
+
+    def write(self, text: str) -> int:
+        return sys.stdout.write(inert(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
 
 
 def stdout_console() -> "Console":
@@ -74,15 +142,21 @@ def stdout_console() -> "Console":
     Rich takes 80 columns where there is no terminal, and would fold a piped table to that.
     """
     from rich.console import Console
+    from rich.text import Text
 
     class Plain(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
+        def render_str(self, text: str, **style: Any) -> Text:
+            # Of a text that is printed, or of a cell; a line's end is ours.
+            return super().render_str("\n".join(map(printable, text.split("\n"))), **style)
+
     columns = os.environ.get("COLUMNS", "")
     stated = int(columns) if columns.isdecimal() and int(columns) > 0 else None
     width = stated or (None if sys.stdout.isatty() else _PIPED_WIDTH)
-    return Plain(width=width, highlight=False, markup=False, emoji=False)
+    file: Any = _Inert()
+    return Plain(file=file, width=width, highlight=False, markup=False, emoji=False)
 
 
 def width_of(columns: Sequence[Sequence[str]], gap: int) -> int:
@@ -101,6 +175,16 @@ def widen(console: "Console", table: "Table") -> None:
 
     unlimited = console.options.update(max_width=10_000)
     console.width = max(console.width, Measurement.get(console, unlimited, table).minimum)
+
+
+def _csv_text() -> Callable[[str], str]:
+    """Return what makes the text of a cell printable, and with the running command's `--safe-csv` no formula.
+
+    The option is read here: Polars may call that in a thread, where click knows of no command.
+    """
+    context = click.get_current_context(silent=True)
+    is_safe = context is not None and context.meta.get(_SAFE_CSV, False)
+    return lambda text: f"'{printable(text)}" if is_safe and text.startswith(_FORMULA) else printable(text)
 
 
 def _print_table(headers: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -96,10 +96,25 @@ def lines(name: str, frame: pl.DataFrame, x: Any, y: Any, names: Sequence[str], 
     point = (
         base.mark_point(size=60, filled=True)
         .properties(name=f"{name}_point")
-        .encode(opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=tooltip)
+        .encode(opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=[_near(each) for each in tooltip])
     )
     whole: Any = alt.layer(line, point.add_params(chosen, near)).properties(height=240)
     return whole
+
+
+def _near(tooltip: Any) -> Any:
+    """Return what a tooltip says of a point that is the nearest, and not the one under the pointer.
+
+    For that, Vega-Lite lays cells over the points, and of a text without a format Vega-Lite 6.4 then asks the cell
+    and not its point: "undefined". An empty format changes nothing else.
+    """
+    import altair as alt
+
+    said: Any = alt.Tooltip(tooltip) if isinstance(tooltip, str) else tooltip
+    said = said.copy()
+    if said.to_dict(context={})["type"] == "nominal":
+        said["format"] = ""
+    return said
 
 
 def log_if_wide(values: pl.Series) -> Any:
