@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -24,16 +24,16 @@ class Sizes(NamedTuple):
     group_bytes: int
 
 
-class DamagedParquet(ValueError):
+class DamagedParquetError(ValueError):
     """What is wrong with the file, as the end of a sentence."""
 
 
 def parquet_sizes(file: BinaryIO) -> Sizes:
-    """Return how large the file becomes. Raises DamagedParquet if it is no Parquet file, or damaged."""
+    """Return how large the file becomes. Raises DamagedParquetError if it is no Parquet file, or damaged."""
     try:
         return _sizes(file)
     except (IndexError, KeyError, TypeError, AttributeError, struct.error):
-        raise DamagedParquet("its footer or a page is damaged") from None
+        raise DamagedParquetError("its footer or a page is damaged") from None
 
 
 def _sizes(file: BinaryIO) -> Sizes:
@@ -41,10 +41,10 @@ def _sizes(file: BinaryIO) -> Sizes:
     file.seek(max(0, size_bytes - 8))
     tail = file.read(8)
     if len(tail) < 8 or tail[4:] != _MAGIC:
-        raise DamagedParquet("it is not a Parquet file")
+        raise DamagedParquetError("it is not a Parquet file")
     length = int.from_bytes(tail[:4], "little")
     if length > min(_MOST_FOOTER, size_bytes - 12):
-        raise DamagedParquet(f"its footer claims {length:,} bytes")
+        raise DamagedParquetError(f"its footer claims {length:,} bytes")
     file.seek(size_bytes - 8 - length)
     footer = _Thrift(file.read(length)).struct()
     rows, total, most_rows, most_bytes, pages = footer[3], 0, 0, 0, 0
@@ -56,7 +56,7 @@ def _sizes(file: BinaryIO) -> Sizes:
             group_bytes, pages = group_bytes + found, pages + count
         most_rows, most_bytes, total = max(most_rows, group[3]), max(most_bytes, group_bytes), total + group_bytes
     if min(rows, *(group[3] for group in groups), 0) < 0 or sum(group[3] for group in groups) != rows:
-        raise DamagedParquet("its row groups do not add up to its rows")
+        raise DamagedParquetError("its row groups do not add up to its rows")
     return Sizes(rows, most_rows, total, most_bytes)
 
 
@@ -65,19 +65,19 @@ def _unpacked(file: BinaryIO, column: dict[int, Any], size_bytes: int, most_page
     at = min(offset for offset in (column[9], column.get(11)) if offset)
     stop, total, pages = at + column[7], 0, 0
     if not 4 <= at <= stop <= size_bytes:
-        raise DamagedParquet("a column lies outside the file")
+        raise DamagedParquetError("a column lies outside the file")
     while at < stop:
         file.seek(at)
         header = _Thrift(file.read(min(_HEADER_BYTES, stop - at)))
         page = header.struct()
         if page[2] < 0 or page[3] < 0:
-            raise DamagedParquet("a page has a negative size")
+            raise DamagedParquetError("a page has a negative size")
         at += header.at + page[3]
         total, pages = total + page[2], pages + 1
         if pages > most_pages:
-            raise DamagedParquet(f"it has more than {_MOST_PAGES:,} pages")
+            raise DamagedParquetError(f"it has more than {_MOST_PAGES:,} pages")
     if at != stop:
-        raise DamagedParquet("a page ends outside its column")
+        raise DamagedParquetError("a page ends outside its column")
     return total, pages
 
 
@@ -89,7 +89,7 @@ class _Thrift:
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
         if depth > _MOST_DEPTH:
-            raise DamagedParquet("its footer is nested too deep")
+            raise DamagedParquetError("its footer is nested too deep")
         found: dict[int, Any] = {}
         number = 0
         while kind := self._byte():
@@ -112,15 +112,15 @@ class _Thrift:
             return self._list(depth + 1)
         if kind == 12:
             return self.struct(depth + 1)
-        raise DamagedParquet("its footer has a field of no known kind")  # maps stand nowhere in it
+        raise DamagedParquetError("its footer has a field of no known kind")  # maps stand nowhere in it
 
     def _list(self, depth: int) -> list[Any]:
         if depth > _MOST_DEPTH:
-            raise DamagedParquet("its footer is nested too deep")
+            raise DamagedParquetError("its footer is nested too deep")
         head = self._byte()
         count = head >> 4 if head >> 4 != 15 else self._varint()
         if count > len(self._data) - self.at:  # an element has a byte at least
-            raise DamagedParquet("its footer claims more than it holds")
+            raise DamagedParquetError("its footer claims more than it holds")
         return [self._value(head & 15, depth, inside=True) for _ in range(count)]
 
     def _byte(self) -> int:
@@ -129,7 +129,7 @@ class _Thrift:
 
     def _bytes(self, count: int) -> bytes:
         if count > len(self._data) - self.at:
-            raise DamagedParquet("its footer claims more than it holds")
+            raise DamagedParquetError("its footer claims more than it holds")
         self.at += count
         return self._data[self.at - count : self.at]
 
@@ -142,7 +142,7 @@ class _Thrift:
                 return value
             shift += 7
             if shift > 63:
-                raise DamagedParquet("a number in its footer is too long")
+                raise DamagedParquetError("a number in its footer is too long")
 
     def _zigzag(self) -> int:
         value = self._varint()

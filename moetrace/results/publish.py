@@ -120,7 +120,7 @@ def _move_up(folder: Path) -> None:
             (folder / name.removesuffix(GONE)).unlink(missing_ok=True)
             (waiting / name).unlink()
         else:
-            os.replace(waiting / name, folder / name)  # of a link the link itself
+            os.replace(waiting / name, folder / name)  # noqa: PTH105  over a link, not through it
     waiting.rmdir()
     sync_folder(folder)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from moetrace.results.parquet_pages import DamagedParquet, Sizes, parquet_sizes
+from moetrace.results.parquet_pages import DamagedParquetError, Sizes, parquet_sizes
 from moetrace.results.record import PARQUET_MARK
 from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.ordinary_file import open_ordinary
@@ -85,7 +85,7 @@ def _checked_sizes(path: Path) -> Sizes:
         try:
             size_bytes = os.fstat(file.fileno()).st_size
             sizes = parquet_sizes(file)
-        except DamagedParquet as error:
+        except DamagedParquetError as error:
             raise MoetraceError(f"{path} could not be read: {error}.") from None
         except OSError as error:
             raise MoetraceError(f"{path} could not be read: {error.strerror or error}.") from None

@@ -82,4 +82,4 @@ def read_replayed(folder: Path) -> Replayed:
     files = {name: file_in(folder, f"{name}.parquet") for name in COLUMNS}
     steps = scan(files["steps"], COLUMNS["steps"], of=sha256)
     others = (whole_frame(files[name], columns, of=sha256) for name, columns in COLUMNS.items() if name != "steps")
-    return Replayed(summary, steps, *others, sha256)
+    return Replayed(summary, steps, *others, sha256=sha256)

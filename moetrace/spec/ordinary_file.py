@@ -19,7 +19,7 @@ def open_ordinary(path: str | os.PathLike[str], *, follow: bool = True) -> Binar
     """
     try:
         # Looked at before it is opened, as to open a device may do something; and after, as it may be another one then.
-        _check(path, os.stat(path, follow_symlinks=follow).st_mode)
+        _check(path, Path(path).stat(follow_symlinks=follow).st_mode)
         descriptor = os.open(path, _FLAGS | (0 if follow else _NO_FOLLOW))
         try:
             _check(path, os.fstat(descriptor).st_mode)

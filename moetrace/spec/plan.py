@@ -82,7 +82,7 @@ def load_plan(path: str | Path, layer_index: np.ndarray, experts: int, units: in
 
 
 def _text(path: Path) -> str:
-    if not os.path.exists(path):  # Path.exists may raise
+    if not os.path.lexists(path):
         raise MoetraceError(f"there is no plan file {path}.")
     try:
         return read_ordinary(path, MAX_BYTES).decode("utf-8-sig")

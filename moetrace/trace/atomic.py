@@ -202,7 +202,7 @@ def remove_stale(folder: Path, name: re.Pattern[str]) -> None:
                 if about.st_mtime >= oldest or (hasattr(os, "getuid") and about.st_uid != os.getuid()):
                     continue
                 if stat.S_ISREG(about.st_mode):
-                    os.unlink(entry.path)
+                    Path(entry.path).unlink()
                 elif stat.S_ISDIR(about.st_mode):
                     _remove_unheld(entry.path)
 
