@@ -5,7 +5,6 @@ Polars does not tell, and a page of 100 kB may unpack to 2 GiB. Footer and heade
 https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift.
 """
 
-import struct
 from typing import Any, BinaryIO, NamedTuple
 
 _MAGIC = b"PAR1"
@@ -32,7 +31,9 @@ def parquet_sizes(file: BinaryIO) -> Sizes:
     """Return how large the file becomes. Raises DamagedParquetError if it is no Parquet file, or damaged."""
     try:
         return _sizes(file)
-    except (IndexError, KeyError, TypeError, AttributeError, struct.error):
+    except DamagedParquetError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError):  # a field is missing, or of another kind
         raise DamagedParquetError("its footer or a page is damaged") from None
 
 
