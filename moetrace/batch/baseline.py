@@ -95,7 +95,7 @@ def spec_table(cell: ResultCell) -> dict[str, dict[str, Any]]:
 def write_baseline(path: Path, baseline: Baseline) -> bool:
     """Write it, whole or not at all; return whether that changed anything. Raises MoetraceError if it cannot be."""
     text = to_text(baseline).encode()
-    if path.is_file() and path.read_bytes() == text:
+    if path.is_file() and path.stat().st_size == len(text) and path.read_bytes() == text:
         return False
     with whole_file(path) as output:
         output.write(text)

@@ -16,7 +16,7 @@ from moetrace.results.record import CELL_SCHEMA
 from moetrace.results.resolve import by_spec, model_of
 from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_policy, load_system
 from moetrace.spec.choices import KINDS, source_of
-from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.errors import MoetraceError, UsageError, printable, stop_behind
 from moetrace.spec.load import nearest, read_text
 from moetrace.trace import Trace
 from moetrace.version import __version__
@@ -97,6 +97,10 @@ class Resolver:
             cell.key = hash_of(cell.inputs)
         except MoetraceError as error:
             cell.error = str(error)
+        except Exception as error:
+            if (stop := stop_behind(error)) is not None:
+                raise stop from error
+            cell.error = error_sentence(error)
         return cell
 
     def check_policy_names(self, points: list[Point]) -> None:
@@ -142,6 +146,19 @@ class Resolver:
         if isinstance(self._loaded[key], MoetraceError):
             raise self._loaded[key]
         return self._loaded[key]
+
+
+def error_sentence(error: BaseException) -> str:
+    """What is said of a cell that ended with this error."""
+    if isinstance(error, MoetraceError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this."
+    if isinstance(error, OSError) and error.strerror:
+        return f"the system refused{f' {error.filename}' if error.filename else ''}: {error.strerror}."
+    first, *_ = [*str(error).splitlines(), ""]
+    what = f"{type(error).__name__}: {first[:200].rstrip('.')}" if first else type(error).__name__
+    return f"moetrace has a fault that this cell meets ({printable(what)}): please report it."
 
 
 def files_of(setup: Setup) -> dict[str, str]:

@@ -5,17 +5,18 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from moetrace.batch.processes import processes
-from moetrace.batch.work import Outcome, Task, work
+from moetrace.batch.work import Outcome, Task, failed, work
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 
 ATTEMPTS = 3  # of Dask, to run a task whose worker was lost
 # Pools that may break: enough to find a few cells that kill whoever replays them among those of their tasks.
 _MOST_POOLS = 30
+_ENDS_ALL = (BrokenExecutor, CancelledError, OSError)  # of the executor, not of a cell: a lost scheduler is an OSError
 _KILLED = "whoever replays it is killed (not enough memory?): the next run tries it again."
 _ADDRESS = re.compile(r"(\w+://)?(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}/?", re.ASCII)
 
@@ -90,8 +91,11 @@ def _drain(executor: Executor, waiting: deque[Task], farm: Farm, take: Callable[
                 flying[executor.submit(work, waiting[0])] = waiting[0]
                 waiting.popleft()
             for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                if isinstance(future.exception(), farm.killed):
+                error = future.exception()
+                if isinstance(error, farm.killed):
                     lost.append(flying[future])
+                elif isinstance(error, Exception) and not isinstance(error, _ENDS_ALL):
+                    take(failed(flying[future], error))  # what came back cannot be read, say
                 else:
                     take(future.result())
                 del flying[future]

@@ -20,7 +20,7 @@ from moetrace.batch.search_space import Halving, SearchChoices, check_choices
 from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, forget, tasks_of
-from moetrace.results.record import SEARCH_FILE, SEARCH_SCHEMA
+from moetrace.results.record import SEARCH_FILE, SEARCH_SCHEMA, TRIALS_FILE
 from moetrace.spec.errors import MoetraceError, UsageError
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def run_search(
     found = Search(choices, trials, reference, halver.found, halver.computed, halver.reused)
     if folder is not None:
         sweep = found.sweep
-        folder.publish(sweep.to_dict(), sweep.cells, {SEARCH_FILE: found.to_dict()}, {"trials.parquet": found.frame})
+        folder.publish(sweep.to_dict(), sweep.cells, {SEARCH_FILE: found.to_dict()}, {TRIALS_FILE: found.frame})
     return found
 
 

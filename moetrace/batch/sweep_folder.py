@@ -12,11 +12,27 @@ import polars as pl
 
 from moetrace.batch.cell import Cell, hash_of
 from moetrace.jit.fingerprint import room_fingerprint
-from moetrace.results.record import CELL_SCHEMA, CELLS_FILE, CELLS_FOLDER, SWEEP_FILE, CellFile
-from moetrace.results.write import staged, to_json
+from moetrace.results.folder import check_summary
+from moetrace.results.publish import staged
+from moetrace.results.read_json import MOST_JSON_BYTES, convert_strict, decode_json
+from moetrace.results.record import (
+    CELL_SCHEMA,
+    CELLS_FILE,
+    CELLS_FOLDER,
+    PARQUET_MARK,
+    SWEEP_FILE,
+    SWEEP_FILES,
+    CellCosts,
+    CellFile,
+    Summary,
+)
+from moetrace.results.write import sha256_of, to_json
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.trace.atomic import check_writable, whole_file
+from moetrace.spec.ordinary_file import is_folder, read_ordinary
+from moetrace.trace.atomic import check_writable, remove_stale, temporary_of, whole_file
 from moetrace.version import __version__
+
+_TEMPORARY = temporary_of(r"[0-9a-f]{32}\.json|cell\.json")
 
 
 class SweepFolder:
@@ -25,7 +41,8 @@ class SweepFolder:
     def __init__(self, path: Path, *, reads: bool = False) -> None:
         """Make the folder if need be, or only read what may be there.
 
-        Raises MoetraceError now, not after long work, if it cannot be written.
+        The folder may be a symbolic link, but nothing inside it: a stranger's link would lead writes out of it. Raises
+        MoetraceError now, not after long work, if it cannot be written.
         """
         self.path, self._cells = path, path / CELLS_FOLDER
         if reads:
@@ -36,19 +53,33 @@ class SweepFolder:
             self._cells.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MoetraceError(f"{path} could not be written: {error.strerror or error}.") from None
-        check_writable(path / SWEEP_FILE)
-        check_writable(self._cells / "cell.json")
+        if not is_folder(self._cells):
+            raise MoetraceError(
+                f"{self._cells} is a symbolic link, and a sweep writes inside its folder only: remove it, or name "
+                "another folder."
+            )
+        remove_stale(self._cells, _TEMPORARY)
+        check_writable(path / SWEEP_FILE, follow=False)
+        check_writable(self._cells / "cell.json", follow=False)
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """What a cell's file holds beside its inputs; None if there is none, or it is not what its name says."""
-        try:
-            content = (self._cells / f"{key}.json").read_bytes()
-            cell = msgspec.json.decode(content, type=CellFile[dict[str, Any]])
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        path = self._cells / f"{key}.json"
+        if not is_folder(self._cells):
             return None
-        found = _found(cell)
-        is_whole = cell.schema == CELL_SCHEMA and hash_of(cell.inputs) == key and cell.found_sha256 == _sha256(found)
-        return found if is_whole else None
+        try:
+            content = read_ordinary(path, MOST_JSON_BYTES, follow=False)
+            cell = decode_json(path, content, CellFile[dict[str, Any]])
+            found = _found(cell)
+            if cell.schema != CELL_SCHEMA or hash_of(cell.inputs) != key or cell.found_sha256 != _sha256(found):
+                return None
+            # The hashes are of public things: that they are right says nothing about what a stranger wrote.
+            summary = convert_strict(path, cell.result, Summary)
+            check_summary(summary, path)
+            convert_strict(path, cell.costs, CellCosts)
+        except MoetraceError:
+            return None
+        return found if len(summary.policies) == 1 else None
 
     def keep(self, cell: Cell, found: Mapping[str, Any]) -> None:
         """Write a finished cell, whole or not at all. Raises MoetraceError if the system refuses (a full disk)."""
@@ -63,7 +94,7 @@ class SweepFolder:
         content.found_sha256 = _sha256(_found(content))
         # Not synced: what a crash of the machine cuts short is seen by `finished`, and replayed again.
         try:
-            with whole_file(self._cells / f"{cell.key}.json", sync=False) as file:
+            with whole_file(self._cells / f"{cell.key}.json", sync=False, follow=False) as file:
                 file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
         except MoetraceError as error:
             raise MoetraceError(str(error).replace("nothing was changed", "finished cells are kept")) from None
@@ -83,12 +114,14 @@ class SweepFolder:
 
         Raises MoetraceError if the system refuses (a full disk).
         """
-        contents = {name: to_json(what).encode() for name, what in {SWEEP_FILE: sweep, **(documents or {})}.items()}
+        texts = {name: to_json(what) for name, what in {SWEEP_FILE: sweep, **(documents or {})}.items()}
+        contents = {name: text.encode() for name, text in texts.items()}
+        mark = {PARQUET_MARK: sha256_of(texts[SWEEP_FILE])}
         for name, frame in {CELLS_FILE: cells, **(tables or {})}.items():
             table = io.BytesIO()
-            frame.write_parquet(table, compression="zstd", compression_level=3)
+            frame.write_parquet(table, compression="zstd", compression_level=3, metadata=mark)
             contents[name] = table.getvalue()
-        with staged(self.path) as temporary:
+        with staged(self.path, SWEEP_FILES) as temporary:
             try:
                 for name, content in contents.items():
                     (temporary / name).write_bytes(content)

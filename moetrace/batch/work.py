@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from moetrace.batch.cell import Cell, code_fingerprint, digest, files_of
+from moetrace.batch.cell import Cell, code_fingerprint, digest, error_sentence, files_of
 from moetrace.engine.decoded import Decoded, Needs, decoded_bytes, needs_of
 from moetrace.engine.run import Run, run_setups
 from moetrace.engine.setup import Setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, LINK_OUT, STEP
 from moetrace.results import summary
 from moetrace.results.record import CellCosts
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, stop_behind
 from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
 from moetrace.version import __version__
@@ -51,20 +51,40 @@ def work(task: Task) -> list[Outcome]:
     try:
         if task.code != code_fingerprint():
             raise MoetraceError(f"a worker runs another moetrace ({__version__}): install the same on all machines.")
-        for _, setup, digests in task.cells:
-            for field, path in files_of(setup).items():
-                if digest(path) != digests[field]:
-                    raise MoetraceError(f"{path} was changed while the sweep ran, or differs on a worker.")
-        decoded = _decoded.get(task)
-        found = evaluate(decoded, [setup for _, setup, _ in task.cells])
-    except (MoetraceError, OSError) as error:
-        return [Outcome(key, None, _sentence(error)) for key, *_ in task.cells]
-    except MemoryError:
-        return [Outcome(key, None, "there is not enough memory for this.") for key, *_ in task.cells]
-    return [
+        changed = {key: why for key, setup, digests in task.cells if (why := _changed(setup, digests)) is not None}
+        cells = [cell for cell in task.cells if cell[0] not in changed]
+        found = evaluate(_decoded.get(task), [setup for _, setup, _ in cells]) if cells else []
+    except MoetraceError as error:
+        return failed(task, error)
+    except Exception as error:
+        if (stop := stop_behind(error)) is not None:
+            raise stop from error
+        # Whichever of them it was, the others go on.
+        return failed(task, error) if len(task.cells) == 1 else [each for one in _single(task) for each in work(one)]
+    return [Outcome(key, None, why) for key, why in changed.items()] + [
         Outcome(key, None, str(each)) if isinstance(each, MoetraceError) else Outcome(key, each)
-        for (key, *_), each in zip(task.cells, found, strict=True)
+        for (key, *_), each in zip(cells, found, strict=True)
     ]
+
+
+def _changed(setup: Setup, digests: Mapping[str, str]) -> str | None:
+    """Say which file of a cell is not what it was when the sweep began; None if all are."""
+    for field, path in files_of(setup).items():
+        try:
+            if digest(path) != digests[field]:
+                return f"{path} was changed while the sweep ran, or differs on a worker."
+        except MoetraceError as error:
+            return str(error)
+    return None
+
+
+def failed(task: Task, error: BaseException) -> list[Outcome]:
+    """Say of every cell of a task that it ended with this error."""
+    return [Outcome(key, None, error_sentence(error)) for key, *_ in task.cells]
+
+
+def _single(task: Task) -> list[Task]:
+    return [task._replace(cells=[cell]) for cell in task.cells]
 
 
 def evaluate(trace: Trace | Decoded, setups: Sequence[Setup]) -> list[dict[str, Any] | MoetraceError]:
@@ -166,9 +186,3 @@ _decoded = _LastDecoded()
 def forget() -> None:
     """Give back the memory of the last trace."""
     _decoded.forget()
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"the system refused{f' {error.filename}' if error.filename else ''}: {error.strerror}."
-    return str(error)

@@ -10,7 +10,7 @@ import sys
 import click
 
 from moetrace.cli.lazy_group import LazyGroup
-from moetrace.spec.errors import MoetraceError, harmless
+from moetrace.spec.errors import MoetraceError, harmless, stop_behind
 from moetrace.version import __version__
 
 # Command -> its one-line help; the module is moetrace.cli.commands.<command>, of `import` import_.
@@ -83,7 +83,7 @@ def main(args: list[str] | None = None) -> None:
         click.echo("moetrace: there is not enough memory for this.", err=True)
         sys.exit(1)
     except Exception as error:
-        stop = _stop_behind(error)
+        stop = stop_behind(error)
         if debug or stop is None:
             raise
         if isinstance(stop, SystemExit):
@@ -107,17 +107,6 @@ def _terminated(number: int, _: object) -> None:
 def _interrupted() -> None:
     click.echo("moetrace: interrupted; no file was left half-written.", err=True)
     sys.exit(1)
-
-
-def _stop_behind(error: BaseException) -> KeyboardInterrupt | SystemExit | None:
-    """Return the signal that lies behind an error: Numba, stopped while it compiles, raises an error of its own."""
-    seen: list[BaseException] = []
-    while error not in seen:
-        seen.append(error)
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            return error
-        error = error.__cause__ or error.__context__ or error
-    return None
 
 
 def _sentence(error: Exception) -> str:

@@ -3,15 +3,20 @@
 A report reads what it draws as structs. A gate reads a cell as plain values, since it compares whatever is there.
 """
 
+import hashlib
 import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moetrace.results.read_json import convert_strict, read_json, read_strict_json
+import msgspec
+
+from moetrace.results.publish import file_in
+from moetrace.results.read_json import MOST_JSON_BYTES, convert_strict, decode_json, read_strict_json
 from moetrace.results.record import (
     CELL_SCHEMA,
     CELLS_FOLDER,
+    FIGURES,
     RESULT_SCHEMA,
     SUMMARY_FILE,
     SWEEP_FILE,
@@ -21,8 +26,10 @@ from moetrace.results.record import (
     PlainSummary,
     Summary,
     SweepFile,
+    value_in,
 )
 from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.ordinary_file import is_folder, read_ordinary
 
 _HASH = re.compile(r"[0-9a-f]{8,128}")
 
@@ -54,23 +61,39 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def read_summary(folder: Path) -> Summary:
-    """Read `summary.json`; raises MoetraceError (file, field) if it is not what docs/results.md says."""
-    path = folder / SUMMARY_FILE
-    summary = read_json(path, Summary)
+def read_summary(folder: Path) -> tuple[Summary, str]:
+    """Read `summary.json`; return it, and the hash that its other files are marked with.
+
+    Raises MoetraceError (file, field) if it is not what docs/results.md says.
+    """
+    path = file_in(folder, SUMMARY_FILE)
+    content = read_ordinary(path, MOST_JSON_BYTES, follow=False)
+    summary = decode_json(path, content, Summary)
+    check_summary(summary, path)
+    return summary, hashlib.sha256(content).hexdigest()
+
+
+def check_summary(summary: Summary, path: Path) -> None:
+    """Raise MoetraceError if the schema is another one, policies are missing or twice, or a figure is negative."""
     _check_schema(path, summary.schema, RESULT_SCHEMA, "replay")
     names = [policy.name for policy in summary.policies]
     if not names or len(set(names)) < len(names):
         raise MoetraceError(f"{path} must have policies, each of another name.")
-    return summary
+    for policy in msgspec.to_builtins(summary.policies):
+        for name in FIGURES:
+            value_in(policy, name, lambda value, name=name: _not_negative(value, f"{path}: {name}"))
 
 
-def read_sweep(folder: Path) -> SweepFile[dict[str, Any]]:
-    """Read `sweep.json`; raises MoetraceError (file, field) if it is not what moetrace writes."""
-    path = folder / SWEEP_FILE
-    sweep = read_json(path, SweepFile[dict[str, Any]])
+def read_sweep(folder: Path) -> tuple[SweepFile[dict[str, Any]], str]:
+    """Read `sweep.json`; return it, and the hash that its other files are marked with.
+
+    Raises MoetraceError (file, field) if it is not what moetrace writes.
+    """
+    path = file_in(folder, SWEEP_FILE)
+    content = read_ordinary(path, MOST_JSON_BYTES, follow=False)
+    sweep = decode_json(path, content, SweepFile[dict[str, Any]])
     _check_schema(path, sweep.schema, SWEEP_SCHEMA, "sweep")
-    return sweep
+    return sweep, hashlib.sha256(content).hexdigest()
 
 
 def read_cells(folder: Path) -> ResultFolder:
@@ -78,13 +101,24 @@ def read_cells(folder: Path) -> ResultFolder:
 
     Raises UsageError if it is no such folder, MoetraceError if a file in it cannot be read or is damaged.
     """
-    if (folder / SWEEP_FILE).exists():
+    if has_file(folder, SWEEP_FILE):
         return _cells_of_sweep(folder)
-    if (folder / SUMMARY_FILE).exists():
-        return _cells_of_replay(folder / SUMMARY_FILE)
+    if has_file(folder, SUMMARY_FILE):
+        return _cells_of_replay(file_in(folder, SUMMARY_FILE))
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder: name one that moetrace sweep -o or replay -o wrote.")
     raise UsageError(f"{folder} holds neither sweep.json nor summary.json: moetrace sweep -o or replay -o writes them.")
+
+
+def has_file(folder: Path, name: str) -> bool:
+    """Whether a result folder has something of this name, be it readable or not."""
+    return os.path.lexists(file_in(folder, name))
+
+
+def _not_negative(value: float | None, where: str) -> float | None:
+    if value is not None and value < 0:
+        raise MoetraceError(f"{where} must not be negative, but is {value:g}.")
+    return value
 
 
 def _check_schema(path: Path, stated: str, wanted: str, command: str) -> None:
@@ -96,7 +130,7 @@ def _check_schema(path: Path, stated: str, wanted: str, command: str) -> None:
 
 def _read_strict(path: Path, form: Any, schema: str) -> Any:
     """Return a file as the struct `form`; its schema is looked at first, as another one has other fields."""
-    raw = read_strict_json(path)
+    raw = read_strict_json(path, follow=False)
     stated = raw.get("schema") if isinstance(raw, dict) else None
     if stated != schema:
         raise MoetraceError(f"{path}: schema wants {schema!r}, got {str(stated)[:100]!r}.")
@@ -114,7 +148,7 @@ def _cells_of_replay(path: Path) -> ResultFolder:
 
 
 def _cells_of_sweep(folder: Path) -> ResultFolder:
-    path = folder / SWEEP_FILE
+    path = file_in(folder, SWEEP_FILE)
     sweep: SweepFile[ListedCell] = _read_strict(path, SweepFile[ListedCell], SWEEP_SCHEMA)
     cells = [_read_listed(folder, listed) for listed in sweep.cells]
     return ResultFolder(sweep.moetrace, sweep.engine, _distinct(cells, path))
@@ -125,6 +159,8 @@ def _read_listed(folder: Path, listed: ListedCell) -> ResultCell:
         return ResultCell(listed.name, {}, {}, {}, listed.error or "it was not run to its end")
     if not _HASH.fullmatch(listed.cell):  # else a stranger's file might lead out of the folder
         raise MoetraceError(f"{folder / SWEEP_FILE}: the cell of {listed.name} is no hash.")
+    if not is_folder(folder / CELLS_FOLDER):
+        raise MoetraceError(f"{folder / CELLS_FOLDER} is not a folder, but the cells of a sweep lie in one.")
     path = folder / CELLS_FOLDER / f"{listed.cell}.json"
     file: CellFile[PlainSummary] = _read_strict(path, CellFile[PlainSummary], CELL_SCHEMA)
     if len(file.result.policies) != 1:

@@ -1,6 +1,7 @@
 """JSON files as strangers may have written them: checked, or refused in one sentence."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,30 +10,35 @@ import msgspec
 
 from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.load import read_text
+from moetrace.spec.ordinary_file import read_ordinary
 
 MOST_JSON_BYTES = 64 << 20
 
 
-def read_json(path: Path, form: Any) -> Any:
-    """Return a JSON file as the struct `form`; raises MoetraceError (file, field) if it is not one."""
+def read_json(path: Path, form: Any, *, follow: bool = True) -> Any:
+    """Return a JSON file as the struct `form`; raises MoetraceError (file, field) if it is not one.
+
+    Every number is finite. `follow` as in `open_ordinary`.
+    """
+    return decode_json(path, read_ordinary(path, MOST_JSON_BYTES, follow=follow), form)
+
+
+def decode_json(path: Path, content: bytes, form: Any) -> Any:
+    """Return what a JSON file holds as the struct `form`; as `read_json`."""
     try:
-        size_bytes = path.stat().st_size
-        content = path.read_bytes() if size_bytes <= MOST_JSON_BYTES else b""
-    except OSError as error:
-        raise MoetraceError(f"{path} could not be read: {error.strerror or error}.") from None
-    if size_bytes > MOST_JSON_BYTES:
-        raise MoetraceError(f"{path} has {size_bytes:,} bytes, more than any that moetrace writes.")
-    try:
-        return msgspec.json.decode(content, type=form)
+        return msgspec.json.decode(content, type=form)  # which refuses 1e999
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MoetraceError(f"{path} is not what moetrace writes: {printable(str(error))}.") from None
 
 
-def read_strict_json(path: Path) -> Any:
-    """Read JSON as plain values: no key twice, no NaN or infinity. Raises MoetraceError with the line if it is not."""
-    text = read_text(path)
+def read_strict_json(path: Path, *, follow: bool = True) -> Any:
+    """Read JSON as plain values: no key twice, every number finite; raises MoetraceError with the line if not.
+
+    `follow` as in `open_ordinary`.
+    """
+    text = read_text(path, follow=follow)
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite)
         if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a pair alone is no text
             json.dumps(found, ensure_ascii=False).encode()
         return found
@@ -72,3 +78,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:50]} is too large a number")
+    return value

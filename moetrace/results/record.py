@@ -27,7 +27,18 @@ TIMELINE_FILE = "timeline.json.gz"
 SWEEP_FILE = "sweep.json"
 SEARCH_FILE = "search.json"
 CELLS_FILE = "cells.parquet"
+TRIALS_FILE = "trials.parquet"
 CELLS_FOLDER = "cells"
+TABLES = ("steps", "units", "layers", "requests", "experts")  # of a replay, each NAME.parquet
+
+# What one write replaces: of an older result nothing of these names stays.
+RESULT_FILES = (SUMMARY_FILE, *(f"{name}.parquet" for name in TABLES), TIMELINE_FILE)
+SWEEP_FILES = (SWEEP_FILE, CELLS_FILE, SEARCH_FILE, TRIALS_FILE)
+OWN_FILES = frozenset((*RESULT_FILES, *SWEEP_FILES))
+
+# In the metadata of a Parquet file, and in a timeline: the SHA-256 of the summary.json, or sweep.json, that it is of.
+PARQUET_MARK = "moetrace.of_sha256"
+TIMELINE_MARK = "summary_sha256"
 
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]  # JSON knows no limit, a column does
 

@@ -8,6 +8,7 @@ import msgspec
 import polars as pl
 
 from moetrace.results.folder import read_summary
+from moetrace.results.publish import file_in
 from moetrace.results.read_parquet import scan, whole_frame
 from moetrace.results.record import Summary
 
@@ -45,7 +46,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Replayed:
-    """A replay to be drawn. Of a folder, a frame is None where its file is missing.
+    """A replay to be drawn. Of a folder, a frame is None where its file is missing, and `sha256` is of summary.json.
 
     steps may be larger than memory, so it is a lazy frame.
     """
@@ -56,6 +57,7 @@ class Replayed:
     layers: pl.DataFrame | None
     requests: pl.DataFrame | None
     experts: pl.DataFrame | None
+    sha256: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -73,9 +75,11 @@ def replayed_of(result: "Result") -> Replayed:
 def read_replayed(folder: Path) -> Replayed:
     """Read what `moetrace replay -o` left in a folder; a missing Parquet file is None.
 
-    Raises MoetraceError (file, field or column) if a file cannot be read or is not what `docs/results.md` says.
+    Raises MoetraceError (file, field or column) if a file cannot be read, is not what `docs/results.md`
+    says, or is of another result than `summary.json`.
     """
-    summary = read_summary(folder)
-    steps = scan(folder / "steps.parquet", COLUMNS["steps"])
-    others = (whole_frame(folder / f"{name}.parquet", columns) for name, columns in COLUMNS.items() if name != "steps")
-    return Replayed(summary, steps, *others)
+    summary, sha256 = read_summary(folder)
+    files = {name: file_in(folder, f"{name}.parquet") for name in COLUMNS}
+    steps = scan(files["steps"], COLUMNS["steps"], of=sha256)
+    others = (whole_frame(files[name], columns, of=sha256) for name, columns in COLUMNS.items() if name != "steps")
+    return Replayed(summary, steps, *others, sha256=sha256)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from moetrace.engine.run import Run
-from moetrace.results import frames, summary, timeline, timeline_file, write
+from moetrace.results import frames, publish, summary, timeline, timeline_file, write
 from moetrace.results.record import TIMELINE_FILE
 from moetrace.trace.atomic import whole_file
 
@@ -95,7 +95,7 @@ class Result:
             MoetraceError: The system refuses.
         """
         with whole_file(Path(path)) as file:
-            timeline_file.write_timeline(self.run, file)
+            timeline_file.write_timeline(self.run, file, write.sha256_of(write.to_json(self.to_dict())))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `summary.json` holds."""
@@ -104,8 +104,9 @@ class Result:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write `summary.json` and the Parquet files into a folder: all of them or none.
 
-        Files of the same names are replaced, others stay. A timeline that was recorded is written too; one of an
-        earlier replay does not stay. The same trace, specs and version give the same bytes.
+        Files of the same names are replaced, others stay; a kill in between leaves the older result or this one. A
+        timeline that was recorded is written too; one of an earlier replay does not stay. The same trace, specs and
+        version give the same bytes.
 
         Args:
             folder: The folder, which is made if it does not exist.
@@ -114,7 +115,7 @@ class Result:
             UsageError: `folder` is a file.
             MoetraceError: The system refuses.
         """
-        with write.staged(folder) as temporary:
+        with publish.staged(folder) as temporary:
             self.write_into(temporary)
 
     def write_into(self, folder: Path) -> None:

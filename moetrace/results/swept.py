@@ -6,9 +6,10 @@ from typing import Any
 
 import polars as pl
 
-from moetrace.results.folder import read_sweep
+from moetrace.results.folder import has_file, read_sweep
+from moetrace.results.publish import file_in
 from moetrace.results.read_parquet import scan, whole_frame
-from moetrace.results.record import CELLS_FILE, COSTS, SEARCH_FILE
+from moetrace.results.record import CELLS_FILE, COLUMNS, COSTS, SEARCH_FILE
 from moetrace.spec.errors import MoetraceError
 
 _ALWAYS = ("trace", "model", "system", "policy", "slots")
@@ -46,11 +47,12 @@ class Swept:
 def read_swept(folder: Path) -> Swept:
     """Read what `moetrace sweep -o` left in a folder.
 
-    Raises MoetraceError (file, column) if a file cannot be read or is not what moetrace writes.
+    Raises MoetraceError (file, column) if a file cannot be read, is not what moetrace writes, or is of another sweep.
     """
-    about = read_sweep(folder)
-    path = folder / CELLS_FILE
-    cells = whole_frame(path, {"name": pl.String, "total_s": pl.Float64} | _others(path, about.axes))
+    about, sha256 = read_sweep(folder)
+    path = file_in(folder, CELLS_FILE)
+    columns = {"name": pl.String, "total_s": pl.Float64} | _others(path, about.axes)
+    cells = whole_frame(path, columns, of=sha256, signed=[name for name in columns if name not in COLUMNS])
     if cells is None:
         raise MoetraceError(f"{folder} has no cells.parquet: run the sweep again, which keeps finished cells.")
     if cells.is_empty():
@@ -64,7 +66,7 @@ def read_swept(folder: Path) -> Swept:
         moetrace=about.moetrace,
         axes=[axis for axis in axes if cells[axis].n_unique() > 1],
         grid=about.axes,
-        searched=(folder / SEARCH_FILE).exists(),
+        searched=has_file(folder, SEARCH_FILE),
         pareto=about.pareto,
         cells=cells,
     )

@@ -17,7 +17,7 @@ from moetrace.engine.machine import NO_ROW
 from moetrace.engine.run import Lane, Run
 from moetrace.engine.state import LINK_IN, LINK_OUT
 from moetrace.engine.tape import EXPERT
-from moetrace.results.record import TIMELINE_SCHEMA
+from moetrace.results.record import TIMELINE_MARK, TIMELINE_SCHEMA
 from moetrace.results.timeline import counts_of, recordings, slices_of
 from moetrace.trace.schema import PHASE_NAMES
 from moetrace.version import __version__
@@ -39,8 +39,10 @@ _COLUMNS = ("track", "kind", "name", "ts", "dur", "step", "layer", "expert", "ro
 Event = dict[str, Any]
 
 
-def write_timeline(run: Run, file: Any) -> None:
+def write_timeline(run: Run, file: Any, summary_sha256: str) -> None:
     """Write the recorded steps into a file that is open for writing; the same steps give the same bytes.
+
+    `summary_sha256` says which summary.json they go with.
 
     Raises UsageError if nothing was recorded.
     """
@@ -52,6 +54,7 @@ def write_timeline(run: Run, file: Any) -> None:
         "system": run.system.name,
         "slots": run.slots,
         "window": [first, stop],
+        TIMELINE_MARK: summary_sha256,
     }
     start = f'{{"displayTimeUnit":"ns","otherData":{_compact(about)},"traceEvents":['
     with (

@@ -24,6 +24,17 @@ class UsageError(MoetraceError):
     exit_code = 2
 
 
+def stop_behind(error: BaseException) -> KeyboardInterrupt | SystemExit | None:
+    """Return the signal that lies behind an error: Numba, stopped while it compiles, raises an error of its own."""
+    seen: list[BaseException] = []
+    while error not in seen:
+        seen.append(error)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return error
+        error = error.__cause__ or error.__context__ or error
+    return None
+
+
 def counted(number: int, noun: str) -> str:
     """Return `1 row` or `2,000 rows`; the plural takes an s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -5,7 +5,6 @@ A bad spec is one sentence: which file, which TOML path (`gpu.bandwidth_gb_s`) a
 
 import difflib
 import re
-import stat
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -17,6 +16,7 @@ import msgspec.inspect
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.ordinary_file import read_ordinary
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -107,23 +107,12 @@ def convert(loaded: Loaded, struct: type[S]) -> S:
         raise UsageError(f"{loaded.where}: tables or lists lie too deep in each other.") from None
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, *, follow: bool = True) -> str:
     """Text of an ordinary UTF-8 file of at most 16 MiB, or a MoetraceError that says why not."""
     try:
-        # Looked at before it is opened, which would wait for the other end of a pipe.
-        if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise MoetraceError(f"Cannot read {path}: it is not an ordinary file.")
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise MoetraceError(f"Cannot read {path}: it has more than {MAX_FILE_BYTES >> 20} MiB.")
-        return data.decode("utf-8")
-    except OSError as error:
-        raise MoetraceError(f"Cannot read {path}: {error.strerror or error}.") from None
+        return read_ordinary(path, MAX_FILE_BYTES, follow=follow).decode("utf-8")
     except UnicodeDecodeError:
         raise MoetraceError(f"Cannot read {path}: it is not a UTF-8 text file.") from None
-    except ValueError as error:
-        raise MoetraceError(f"Cannot read {path}: {error}.") from None
 
 
 def read_table(path: str | Path, rows: int, columns: int) -> np.ndarray:

@@ -6,6 +6,7 @@ examples/ep_load_balancer): `num_slots`, `layer_updates_per_iter` (0: the plan s
 `initial_global_assignments`, the same by index of the MoE layer. In both, units have successive slots, equally many.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from msgspec import Meta
 
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.ordinary_file import read_ordinary
 
 FORMATS = {".json": "SGLang", ".yaml": "TensorRT-LLM", ".yml": "TensorRT-LLM"}
 MAX_SLOTS = 1 << 16  # of a layer
@@ -80,18 +82,12 @@ def load_plan(path: str | Path, layer_index: np.ndarray, experts: int, units: in
 
 
 def _text(path: Path) -> str:
+    if not os.path.lexists(path):
+        raise MoetraceError(f"there is no plan file {path}.")
     try:
-        if not path.is_file():
-            raise MoetraceError(f"there is no plan file {path}.")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise MoetraceError(f"{path} is larger than {MAX_BYTES >> 20} MiB, which no plan is.")
-        return data.decode("utf-8-sig")
+        return read_ordinary(path, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise MoetraceError(f"{path} is no text file.") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        raise MoetraceError(f"{path} could not be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def _from_sglang(path: Path, text: str, layer_index: np.ndarray) -> list[list[int]]:

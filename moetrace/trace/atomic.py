@@ -4,13 +4,21 @@ import contextlib
 import errno
 import io
 import os
+import re
 import secrets
+import shutil
 import signal
+import stat
 import threading
+import time
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.ordinary_file import is_folder
+
+STALE_S = 24 * 3600.0  # after which what a killed run left is removed
 
 
 class AtomicFile(io.RawIOBase):
@@ -18,14 +26,20 @@ class AtomicFile(io.RawIOBase):
 
     For HDF5, which crashes the process when it closes a file that it could not write (a full disk): here, writing
     never fails. The first refusal of the system is kept in `error`, and from then on nothing is written.
+
+    A `path` that the user names may be a symlink: what it points to is replaced. A name inside a folder may come from
+    a stranger: without `follow` the file takes the place of the link itself.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = real_path(path)  # through a symlink: replace what it points to, not the link
-        if self._path.is_symlink():
+    def __init__(self, path: Path, *, follow: bool = True) -> None:
+        self._path = real_path(path) if follow else path
+        if follow and self._path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-        if self._path.exists() and not self._path.is_file():
+        # Without `follow` whatever has the name is replaced and not opened, but for a folder.
+        if (self._path.exists() and not self._path.is_file()) if follow else is_folder(self._path):
             raise OSError(0, "it is not an ordinary file")
+        if follow:  # else whoever owns the folder does it, once for all of its files
+            remove_stale(self._path.parent, temporary_of(re.escape(self._path.name)))
         self._temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.tmp")
         self._file = self._temporary.open("x+b", buffering=0)
         self._position = self._size = 0
@@ -102,12 +116,7 @@ class AtomicFile(io.RawIOBase):
         self._temporary.replace(self._path)
         if not sync:
             return
-        with contextlib.suppress(OSError):  # not every system lets a folder be synced
-            descriptor = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        sync_folder(self._path.parent)
 
     def discard(self) -> None:
         """Remove the file; what is at `path` stays as it was."""
@@ -120,22 +129,23 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError for such a link before Python 3.13
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, follow: bool = True) -> None:
     """Raise a MoetraceError now, not after long work, if nothing can be written at `path`."""
     try:
-        AtomicFile(path).discard()
+        AtomicFile(path, follow=follow).discard()
     except OSError as error:
         raise _refused(path, error) from error
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, sync: bool = True) -> Iterator[AtomicFile]:
+def whole_file(path: Path, *, sync: bool = True, follow: bool = True) -> Iterator[AtomicFile]:
     """Yield a file that takes its place at `path` when the block ends well; on any error nothing there changes.
 
-    `sync` as in `AtomicFile.commit`. Raises MoetraceError if the system refuses (a full disk).
+    `sync` as in `AtomicFile.commit`, `follow` as in `AtomicFile`. Raises MoetraceError if the system refuses (a full
+    disk).
     """
     try:
-        output = AtomicFile(path)
+        output = AtomicFile(path, follow=follow)
     except OSError as error:
         raise _refused(path, error) from error
     try:
@@ -177,18 +187,95 @@ def keep_inputs(path: Path, inputs: Iterable[Path | None]) -> None:
             raise UsageError(f"{path} is what is read: choose another name for what is written.")
 
 
+def remove_stale(folder: Path, name: re.Pattern[str]) -> None:
+    """Remove what killed runs of this user left in `folder` under names of this form, older than a day.
+
+    Ordinary files, and folders that nobody holds (`lock`); never a link, nor what lies behind one. Never an error.
+    """
+    oldest = time.time() - STALE_S
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if not name.fullmatch(entry.name):
+                    continue
+                about = entry.stat(follow_symlinks=False)
+                if about.st_mtime >= oldest or (hasattr(os, "getuid") and about.st_uid != os.getuid()):
+                    continue
+                if stat.S_ISREG(about.st_mode):
+                    Path(entry.path).unlink()
+                elif stat.S_ISDIR(about.st_mode):
+                    _remove_unheld(entry.path)
+
+
+def lock(folder: str | os.PathLike[str]) -> int | None:
+    """Hold a folder until the descriptor that is returned is closed, or this process ends, however that happens.
+
+    Raises BlockingIOError if another process holds it. Returns None where the system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None  # a file system without locks
+    return descriptor
+
+
+def unlock(descriptor: int | None) -> None:
+    """Let go of what `lock` returned."""
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system lets a folder be synced."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_unheld(folder: str) -> None:
+    held = lock(folder)
+    try:
+        shutil.rmtree(folder)  # which does not follow links
+    finally:
+        unlock(held)
+
+
+def temporary_of(name: str) -> re.Pattern[str]:
+    """Names of `AtomicFile` for files whose name is of the form `name`."""
+    return re.compile(rf"\.(?:{name})\.[0-9a-f]{{8}}\.tmp")
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends: inside HDF5's calls to a Python file it would count as a failed write."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield  # only the main thread gets KeyboardInterrupt
+    """Hold Ctrl-C, SIGTERM and SIGHUP back until the block ends.
+
+    Inside HDF5's calls to a Python file they would count as a failed write; between renames they would leave files of
+    two results.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread runs handlers
         return
-    held: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
+    held: list[tuple[int, types.FrameType | None]] = []
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # What no handler of Python's takes, as SIGTERM in a program that only imports moetrace, is left alone.
+    handlers = {number: handler for number in signals if callable(handler := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda *arguments: held.append(arguments))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if held:
-        handler(*held[0])
+        handlers[held[0][0]](*held[0])

@@ -131,39 +131,6 @@ def test_ctrl_c_changes_nothing(result, before, monkeypatch):
     assert contents(before) == dict.fromkeys(FILES, b"old")
 
 
-def test_ctrl_c_between_renames_leaves_one_generation(result, before, monkeypatch):
-    rename = Path.replace
-
-    def interrupted(path, target):
-        moved = rename(path, target)
-        if path.name == "requests.parquet":
-            raise KeyboardInterrupt
-        return moved
-
-    monkeypatch.setattr(Path, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        result.write(before)
-    assert names(before) == FILES
-    assert b"old" not in contents(before).values()
-
-
-def test_refusal_between_renames_does_not_claim_that_nothing_changed(result, before, monkeypatch):
-    rename = Path.replace
-
-    def refused(path, target):
-        if path.name == "requests.parquet":
-            raise OSError(5, "Input/output error")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "replace", refused)
-    with pytest.raises(
-        mt.MoetraceError, match=r"written: Input/output error; its files may now be of two results\."
-    ) as error:
-        result.write(before)
-    assert "nothing was changed" not in str(error.value)
-    assert names(before) == FILES
-
-
 def test_places_that_cannot_be_written(result, before):
     with pytest.raises(mt.UsageError, match="is a file, but results are written into a folder"):
         result.write(before / "summary.json")

@@ -85,7 +85,7 @@ def test_the_tables_of_the_docs_are_up_to_date():
 
 
 def test_a_report_and_a_gate_read_the_same_replay(result, folder):
-    summary, cells = read_summary(folder), read_cells(folder)
+    (summary, _), cells = read_summary(folder), read_cells(folder)
     assert [policy.name for policy in summary.policies] == ["monde", "edge-ndp"]
     assert [cell.figures for cell in cells.cells] == msgspec.to_builtins(summary.policies)
     assert (cells.moetrace, cells.engine) == (summary.moetrace, summary.engine)
@@ -95,7 +95,7 @@ def test_a_report_and_a_gate_read_the_same_sweep(tmp_path):
     trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=3, output=3)
     trace.write(tmp_path / "t.h5")
     swept = mt.sweep({"trace": str(tmp_path / "t.h5"), "policy": ["monde", "edge-ndp"], "slots": 48}, tmp_path / "s")
-    sweep, cells = read_sweep(tmp_path / "s"), read_cells(tmp_path / "s")
+    (sweep, _), cells = read_sweep(tmp_path / "s"), read_cells(tmp_path / "s")
     assert (
         [cell["name"] for cell in sweep.cells] == [cell.name for cell in cells.cells] == swept.cells["name"].to_list()
     )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_schema(document):
 def test_what_it_is_of(document):
     steps = document["otherData"].pop("window")
     assert steps == [0, 27]
+    assert re.fullmatch("[0-9a-f]{64}", document["otherData"].pop("summary_sha256"))
     assert document["otherData"] == {
         "schema": "moetrace.timeline/1",
         "moetrace": mt.__version__,

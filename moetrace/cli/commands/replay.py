@@ -114,8 +114,8 @@ def command(
     changes = split_settings(settings, ["model", "system", "policy"])
     steps = _window(timeline, window, folder)
     with Trace.open(trace) as opened, announce_compiling():
+        from moetrace.results.publish import staged
         from moetrace.results.replay import replay
-        from moetrace.results.write import staged
 
         # The folder first: who can't write there should not wait for a replay to learn it.
         with staged(folder) if folder else nullcontext() as temporary:

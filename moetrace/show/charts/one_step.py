@@ -1,17 +1,20 @@
 """The time line of one step, from the `timeline.json.gz` of a replay: what each unit and link did, and when."""
 
 import gzip
+import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import polars as pl
+from msgspec import Meta
 
-from moetrace.results.read_json import MOST_JSON_BYTES
-from moetrace.results.record import TIMELINE_FILE
+from moetrace.results.read_json import MOST_JSON_BYTES, decode_json
+from moetrace.results.record import TIMELINE_FILE, TIMELINE_MARK
 from moetrace.show.charts.style import ChartGroup, colour, data, part_label
 from moetrace.spec.errors import MoetraceError, printable
+from moetrace.spec.ordinary_file import open_ordinary
 
 _KINDS = ("dense", "expert", "fetch", "prefetch", "activations", "wait", "head")
 _MOST_PANELS = 4
@@ -25,23 +28,28 @@ class _Event(msgspec.Struct):
     pid: int = 0
     tid: int = 0
     cat: str = ""
-    ts: float = 0.0
-    dur: float = 0.0
+    ts: Annotated[float, Meta(ge=0)] = 0.0
+    dur: Annotated[float, Meta(ge=0)] = 0.0
     args: dict[str, Any] = {}
 
 
 class _Timeline(msgspec.Struct):
     traceEvents: list[_Event]  # noqa: N815 (the format's own name)
+    otherData: dict[str, Any] = {}  # noqa: N815
 
 
-def one_step(path: Path) -> ChartGroup | None:
+def one_step(path: Path, of: str | None = None) -> ChartGroup | None:
     """Draw the last step that was recorded, a panel for each policy; None if there is no such file, or nothing in it.
 
-    Raises MoetraceError if the file is not what `moetrace replay --timeline` writes.
+    Raises MoetraceError if the file is not what `moetrace replay --timeline` writes, or is marked as of another
+    summary.json than the one whose hash is `of`.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    events = _read(path)
+    found = _read(path)
+    mark, events = found.otherData.get(TIMELINE_MARK), found.traceEvents
+    if of is not None and mark is not None and mark != of:
+        raise MoetraceError(f"{path} is of another result than the files beside it: write the folder again.")
     processes = {e.pid: str(e.args.get("name")) for e in events if e.ph == "M" and e.name == "process_name"}
     tracks = {(e.pid, e.tid): str(e.args.get("name")) for e in events if e.ph == "M" and e.name == "thread_name"}
     steps = [e for e in events if e.ph == "X" and e.cat == "step" and isinstance(e.args.get("step"), int)]
@@ -70,15 +78,15 @@ def one_step(path: Path) -> ChartGroup | None:
     return ChartGroup("one_step", "One step in time", words, panels, pl.concat(tables))
 
 
-def _read(path: Path) -> list[_Event]:
+def _read(path: Path) -> _Timeline:
     try:
-        with gzip.open(path) as packed:
-            content = packed.read(MOST_JSON_BYTES + 1)
-        if len(content) > MOST_JSON_BYTES:
-            raise MoetraceError(f"{path} is too long for a report: record fewer steps with --window.")
-        return msgspec.json.decode(content, type=_Timeline).traceEvents
-    except (OSError, EOFError, zlib.error, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        with open_ordinary(path, follow=False) as file, gzip.GzipFile(fileobj=file) as packed:
+            content = packed.read(MOST_JSON_BYTES + 1)  # no more than that is unpacked
+    except (OSError, EOFError, zlib.error) as error:
         raise MoetraceError(f"{path} is not what moetrace writes: {printable(str(error))}.") from None
+    if len(content) > MOST_JSON_BYTES:
+        raise MoetraceError(f"{path} is too long for a report: record fewer steps with --window.")
+    return decode_json(path, content, _Timeline)
 
 
 def _slices(events: list[_Event], tracks: dict[tuple[int, int], str], step: _Event) -> pl.DataFrame:

@@ -67,7 +67,7 @@ def render(
     balance: str | os.PathLike[str] | None = None,
 ) -> bytes:
     """Return the page's bytes; arguments and errors are those of `report`."""
-    from moetrace.results.folder import existing_folder
+    from moetrace.results.folder import existing_folder, has_file
     from moetrace.results.record import SUMMARY_FILE, SWEEP_FILE
     from moetrace.results.replayed import read_replayed, replayed_of
     from moetrace.results.swept import read_swept
@@ -78,9 +78,9 @@ def render(
     if not isinstance(source, str | os.PathLike):
         return replay_page(replayed_of(source), None, *extra)
     folder = existing_folder(source)
-    if (folder / SUMMARY_FILE).exists():
+    if has_file(folder, SUMMARY_FILE):
         return replay_page(read_replayed(folder), folder, *extra)
-    if (folder / SWEEP_FILE).exists():
+    if has_file(folder, SWEEP_FILE):
         if cache is not None or balance is not None:
             raise UsageError("What `moetrace analyze` found goes into the report of one replay, not of a sweep.")
         return sweep_page(read_swept(folder))

@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 import polars as pl
 
+from moetrace.results.publish import file_in
 from moetrace.results.read_parquet import readable
 from moetrace.results.record import FIGURES, TIMELINE_FILE, PolicyFigures, Summary, value_in
 from moetrace.results.replayed import Replayed
@@ -36,7 +37,7 @@ def replay_page(replayed: Replayed, folder: Path | None, cache: Path | None, bal
     sections = [("policies", "Policies side by side", _side_by_side(summary))]
     with readable((folder or Path()) / "steps.parquet"):
         figures = [draw(replayed) for draw in QUESTIONS.values()]
-    figures.append(one_step(folder / TIMELINE_FILE) if folder else None)
+    figures.append(one_step(file_in(folder, TIMELINE_FILE), replayed.sha256) if folder else None)
     figures.append(hit_curves(cache, summary.trace) if cache else None)
     figures.append(balanced(balance, summary.trace) if balance else None)
     sections += [page.figure(found) for found in figures if found is not None]
