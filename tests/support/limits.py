@@ -60,7 +60,7 @@ def run_limited(
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
     assert code is not None, f"{' '.join(command)} took longer than {timeout_s} s: {texts[1][-2000:]}"
-    return Done(code, *texts, peak_bytes)
+    return Done(code, texts[0], texts[1], peak_bytes)
 
 
 def _wait(process: subprocess.Popen[bytes], until: float) -> tuple[int | None, int]:
