@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,9 +26,9 @@ def sha256_of(column: Column) -> str:
     return digest.hexdigest()
 
 
-def content_sha256_of(model: str, num_experts: int, top_k: int, columns: Mapping[str, Column], hashes: Any) -> str:
-    """The sha256 of what was routed, from the hash of each dataset by name."""
-    shape = [SCHEMA, model, num_experts, top_k]
+def content_sha256_of(trace: Any, columns: Mapping[str, Column], hashes: Mapping[str, str]) -> str:
+    """The sha256 of what was routed, from the sizes of a trace, its columns, and the hash of each by name."""
+    shape = [SCHEMA, trace.model, trace.num_experts, trace.top_k]
     datasets = sorted((columns[name].path, *columns[name].shape, hashes[name]) for name in hashes)
     return hashlib.sha256(json.dumps([shape, datasets]).encode()).hexdigest()
 
@@ -62,12 +62,15 @@ class PassingHashes:
 
     def compare(self) -> None:
         """After the last entries, raise MoetraceError if a dataset differs from its sha256."""
-        self.close()
+        self.__exit__()
         for name, digest in self._digests.items():
             if digest.hexdigest() != self._columns[name].sha256:
                 raise refuse_changed(self._where, self._columns[name].path)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End the thread, once it has hashed what it has."""
         if self._thread is not None:
             self._thread.shutdown()

@@ -13,7 +13,7 @@ from moetrace.trace import arrays, schema
 from moetrace.trace.arrays import IN_MEMORY
 from moetrace.trace.digests import PassingHashes, content_sha256_of, refuse_changed, sha256_of
 from moetrace.trace.hdf5 import WHOLE_BYTES, Column, Source, read_attributes, read_columns
-from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, STEP_BYTES, Block, CountBlock, Part, Rows
+from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, Block, CountBlock, Part, Rows
 from moetrace.trace.writer import CountsWriter, Writer
 from moetrace.version import __version__
 
@@ -71,17 +71,16 @@ class Trace:
         """
         path = Path(path)
         source = Source(path)
-        file = source.file
         try:
             attributes = read_attributes(source)
             trace = cls(path, attributes, read_columns(source, attributes["num_experts"], attributes["top_k"]))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            file.close()
+            source.file.close()
             raise MoetraceError(f"{path} is damaged: {error.args[0] if error.args else error}.") from error
         except BaseException:
-            file.close()
+            source.file.close()
             raise
-        trace._file = file
+        trace._file = source.file
         return trace
 
     @classmethod
@@ -167,8 +166,7 @@ class Trace:
         return self._blocks(max(1, BLOCK_BYTES // self._row_bytes) if rows is None else rows, ahead, compare)
 
     def _blocks(self, rows: int, ahead: int, compare: bool) -> Iterator[Block]:
-        hashes = PassingHashes(self.shown, {"experts": self._columns["experts"]} if compare else {})
-        try:
+        with PassingHashes(self.shown, {"experts": self._columns["experts"]} if compare else {}) as hashes:
             for first, stop in self._step_ranges(rows):
                 end = min(stop + ahead, self.steps)
                 self.check_at_once(first, end)
@@ -177,8 +175,6 @@ class Trace:
                 hashes.add(experts=experts[: part.offset[stop - first]])
                 yield Block(first, stop - first, part.offset, experts, part.request, part.position, part.phase)
             hashes.compare()
-        finally:
-            hashes.close()
 
     def row_blocks(self, *, compare: bool = False) -> Iterator[Rows]:
         """Every row's request, position and phase, in blocks of whole steps: a first pass that reads no ids.
@@ -192,17 +188,14 @@ class Trace:
     def _row_blocks(self, compare: bool) -> Iterator[Rows]:
         names = ("request", "position", "row_phase", "offset", "phase", "layer_index", "expert_bytes")
         known = {name: self._columns[name] for name in names if compare and name in self._columns}
-        hashes = PassingHashes(self.shown, known)
-        try:
+        with PassingHashes(self.shown, known) as hashes:
             hashes.add(**{name: getattr(self, name) for name in known if name not in ROW_PATHS})
             for first, stop in self._step_ranges(BLOCK_BYTES // 16):
-                self.check_at_once(first, stop, 0)
+                self.check_at_once(first, stop, ids=False)
                 part = self._rows(first, stop)
                 hashes.add(request=part.request, position=part.position, row_phase=part.phase)
                 yield part
             hashes.compare()
-        finally:
-            hashes.close()
 
     def parts(self, rows: int | None = None, *, ids: bool = True) -> Iterator[Part]:
         """Cut the trace into parts of at most `rows` rows, in order: memory does not grow with its steps either.
@@ -214,7 +207,6 @@ class Trace:
         return self._parts(min(max(1, BLOCK_BYTES // self._row_bytes), schema.PART_ROWS) if rows is None else rows, ids)
 
     def _parts(self, rows: int, ids: bool) -> Iterator[Part]:
-        experts = self._columns["experts"]
         for first, stop in self._step_ranges(rows):
             begin, end = int(self.offset[first]), int(self.offset[stop])
             for start in range(begin, end, rows):
@@ -222,7 +214,8 @@ class Trace:
                 lengths = np.diff(np.clip(self.offset[first : stop + 1], start, up_to))
                 step = np.repeat(np.arange(first, stop), lengths)
                 request, position, phase = self._row_data(start, up_to, self.phase[step])
-                part = Part(start, experts.read(start, up_to if ids else start), step, request, position, phase)
+                experts = self._columns["experts"].read(start, up_to if ids else start)
+                part = Part(start, experts, step, request, position, phase)
                 schema.check_rows(self.shown, start, part)
                 yield part
 
@@ -231,19 +224,10 @@ class Trace:
         """What the ids of a row take."""
         return self.layers * self.top_k * self._columns["experts"].dtype.itemsize
 
-    def check_at_once(self, first: int, stop: int, row_bytes: int | None = None) -> None:
-        """Raise MoetraceError if the rows of the steps first:stop are too large to be taken at once, as a step must be.
-
-        `row_bytes` is what is read of a row beside its request, position and phase: by default its ids.
-        """
-        rows = int(self.offset[stop] - self.offset[first])
-        size = rows * (schema.ROW_BYTES + (self._row_bytes if row_bytes is None else row_bytes))
-        if size > STEP_BYTES:
-            which = f"step {first} has" if stop - first == 1 else f"the steps {first} to {stop - 1} have"
-            raise MoetraceError(
-                f"{self.shown}: {which} {rows:,} rows, which take {size / 2**20:,.0f} MiB at once, above the "
-                f"{STEP_BYTES >> 20} MiB of a step: cut long prompts with `moetrace rebatch --chunk`."
-            )
+    def check_at_once(self, first: int, stop: int, *, ids: bool = True) -> None:
+        """Raise MoetraceError if the rows of the steps first:stop, with their ids, are too large to be taken at once."""
+        rows, row_bytes = int(self.offset[stop] - self.offset[first]), self._row_bytes if ids else 0
+        schema.check_step_bytes(self.shown, first, stop, rows, row_bytes)
 
     def count_blocks(self, *, check: bool = True) -> Iterator[CountBlock]:
         """The counts of a trace that holds them instead of ids, about 4 MiB at a time, in order.
@@ -261,9 +245,7 @@ class Trace:
             stop = min(first + at_once, self.steps)
             counts = self._columns["counts"].read(first, stop)
             if check:
-                schema.check_counts(self.shown, first, counts)
-                counted += int(counts.sum())
-                schema.check_counted(self.shown, counted)
+                counted = schema.check_counts(self.shown, first, counts, counted=counted)
             yield CountBlock(first, counts, np.diff(self.offset[first : stop + 1]), self.phase[first:stop])
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -326,14 +308,12 @@ class Trace:
         in memory. Stored hashes are believed: `verify_hashes` compares them.
         """
         hashes = {name: column.sha256 for name, column in self._columns.items() if column.sha256 is not None}
-        return self._content_sha256(hashes) if len(hashes) == len(self._columns) else None
+        return content_sha256_of(self, self._columns, hashes) if len(hashes) == len(self._columns) else None
 
     def hash_content(self) -> str:
         """Return `content_sha256` as it would be stored: read everything, block by block, and believe nothing."""
-        return self._content_sha256({name: sha256_of(column) for name, column in self._columns.items()})
-
-    def _content_sha256(self, hashes: Mapping[str, str]) -> str:
-        return content_sha256_of(self.model, self.num_experts, self.top_k, self._columns, hashes)
+        hashes = {name: sha256_of(column) for name, column in self._columns.items()}
+        return content_sha256_of(self, self._columns, hashes)
 
     def head(self, steps: int) -> "Trace":
         """The first `steps` steps as a trace of its own, read from the same place; all of them if there are no more.

@@ -214,14 +214,14 @@ def _in_place(source: Source, dataset: h5py.Dataset, offset: int) -> Callable[[i
     def read(start: int, stop: int) -> np.ndarray:
         source.check_same()
         array = np.empty((stop - start, *inner), dtype)
-        rest, place = memoryview(array.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType], offset + start * entry_bytes
-        while len(rest):
-            count = os.preadv(source.descriptor, [rest], place)
+        flat, done = array.reshape(-1).view(np.uint8), 0
+        while done < flat.size:  # the system reads some 2 GiB at a time
+            count = os.preadv(source.descriptor, [flat[done:].data], offset + start * entry_bytes + done)
             if count <= 0:
                 break
-            rest, place = rest[count:], place + count
+            done += count
         source.check_same()
-        if len(rest):
+        if done < flat.size:
             raise MoetraceError(f"{source.where}: {dataset.name} ends beyond the file; it is truncated.")
         return array
 

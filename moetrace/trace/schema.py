@@ -225,26 +225,41 @@ def check_requests(where: str, requests: int) -> None:
         raise MoetraceError(f"{where} has more than the {MAX_REQUESTS:,} requests that a trace may have.")
 
 
-def check_counts(where: str, first_step: int, counts: np.ndarray, rows: np.ndarray | None = None) -> None:
+def check_counts(
+    where: str, first_step: int, counts: np.ndarray, rows: np.ndarray | None = None, counted: int = 0
+) -> int:
     """Raise unless counts [steps, layers, experts] are 0 to MAX_COUNT, or to the `rows` [steps] of their step.
 
-    `first_step` is the number of the first step.
+    `first_step` is the number of the first step, `counted` the sum of the counts before it. Returns the sum with these;
+    raises if it is more than can be summed further.
     """
-    most = np.full(len(counts), MAX_COUNT) if rows is None else rows
-    if not counts.size or (counts.min() >= 0 and (counts.max((1, 2)) <= most).all()):
-        return
-    step, layer, expert = (int(i) for i in np.argwhere((counts < 0) | (counts > most[:, None, None]))[0])
-    upper = f"{MAX_COUNT}" if rows is None else f"the {rows[step]} rows of the step"
-    raise MoetraceError(
-        f"{where}: /counts of step {first_step + step}, layer entry {layer}, expert {expert} is "
-        f"{counts[step, layer, expert]}, but must be 0 to {upper}."
-    )
-
-
-def check_counted(where: str, counted: int) -> None:
-    """Raise if all counts of a trace sum to more than can be summed further."""
+    most = np.full(len(counts), MAX_COUNT) if rows is None else np.minimum(rows, MAX_COUNT)
+    wrong = (counts < 0) | (counts > most[:, None, None])
+    if wrong.any():
+        step, layer, expert = (int(i) for i in np.argwhere(wrong)[0])
+        upper = f"{MAX_COUNT}" if rows is None else f"the {rows[step]} rows of the step"
+        raise MoetraceError(
+            f"{where}: /counts of step {first_step + step}, layer entry {layer}, expert {expert} is "
+            f"{counts[step, layer, expert]}, but must be 0 to {upper}."
+        )
+    counted += int(counts.sum())
     if counted > MAX_COUNTED:
         raise MoetraceError(f"{where}: the counts sum to {counted}, but may sum to {MAX_COUNTED} at most.")
+    return counted
+
+
+def check_step_bytes(where: str, first: int, stop: int, rows: int, row_bytes: int) -> None:
+    """Raise if the `rows` of the steps first:stop are too large to be taken at once, as a step must be.
+
+    `row_bytes` is what is read of a row beside its request, position and phase.
+    """
+    size = rows * (ROW_BYTES + row_bytes)
+    if size > STEP_BYTES:
+        which = f"step {first} has" if stop - first == 1 else f"the steps {first} to {stop - 1} have"
+        raise MoetraceError(
+            f"{where}: {which} {rows:,} rows, which take {size / 2**20:,.0f} MiB at once, above the "
+            f"{STEP_BYTES >> 20} MiB of a step: cut long prompts with `moetrace rebatch --chunk`."
+        )
 
 
 def check_rows(where: str, first_row: int, rows: Rows | Part) -> None:

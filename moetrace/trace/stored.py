@@ -25,7 +25,7 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 def check_chunks(dataset: h5py.Dataset, where: str) -> int:
-    """Return the bytes of a chunk; raise MoetraceError unless filters are known, and chunks all there, not too large."""
+    """Return the bytes of a chunk; raise MoetraceError unless filters are known, and chunks there and small."""
     filters = _filters(dataset)
     for number in filters:
         if number not in KNOWN_FILTERS:
