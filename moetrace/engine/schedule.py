@@ -6,6 +6,7 @@ import numpy as np
 
 from moetrace.jit.compile import kernel
 from moetrace.trace.format import Block, Rows, Trace
+from moetrace.trace.schema import check_requests
 
 PREFILL, DECODE, MIXED = 0, 1, 2
 
@@ -42,10 +43,14 @@ class _Latest(NamedTuple):
 
 
 def schedule_of(trace: Trace) -> Schedule:
-    """Read who is in which step, in blocks; memory grows with steps and requests, not with rows."""
+    """Read who is in which step, in blocks; memory grows with steps and requests, not with rows.
+
+    What is read is compared with its sha256; raises MoetraceError if it differs.
+    """
     ids = np.zeros(0, np.int64)
-    for block in trace.row_blocks():
+    for block in trace.row_blocks(compare=True):
         ids = np.union1d(ids, block.request)
+        check_requests(trace.shown, len(ids))
     n = len(ids)
     requests = Requests(
         ids.astype(np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64), *(np.full(n, -1) for _ in range(6))

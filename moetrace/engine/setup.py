@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model, check_shape
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System, check_fits, gpu_slots
 from moetrace.trace.format import Trace
+
+# Layers x experts of a replay, which keeps some 200 bytes of each for a policy. Models have 23,000 at most; a file may
+# claim anything.
+MAX_CELLS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +36,13 @@ class Setup:
 def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
     """Return the slots that a setup has for a trace, and sentences about what may not be meant so; reads no ids.
 
-    Raises UsageError if trace, model and system do not go together.
+    Raises UsageError if trace, model and system do not go together, MoetraceError if they have too many experts.
     """
     model, system = setup.model, setup.system
+    if trace.layers * trace.num_experts > MAX_CELLS:
+        raise MoetraceError(
+            f"{trace.shown} has {trace.layers} x {trace.num_experts} experts; a replay takes {MAX_CELLS:,} at most."
+        )
     check_shape(trace.shown, trace.layers, trace.num_experts, model)
     warnings = []
     if trace.top_k != model.top_k:

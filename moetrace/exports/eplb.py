@@ -11,7 +11,6 @@ from typing import IO
 import numpy as np
 
 from moetrace.exports.blocks import check_objects, parts
-from moetrace.spec.errors import MoetraceError
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import absent_id
 
@@ -40,9 +39,6 @@ def _counted(trace: Trace, progress: Callable[[int], object]) -> np.ndarray:
 def _summed(trace: Trace, progress: Callable[[int], object]) -> np.ndarray:
     counts = np.zeros((trace.layers, trace.num_experts), np.int64)
     for block in trace.count_blocks():
-        if block.counts.min() < 0:
-            last = block.first_step + len(block.counts) - 1
-            raise MoetraceError(f"/counts is negative in one of the steps {block.first_step} to {last}.")
         counts += block.counts.sum(axis=0)
         progress(int(block.rows.sum()))
     return counts

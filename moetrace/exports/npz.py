@@ -17,7 +17,7 @@ import numpy as np
 from moetrace.exports.blocks import parts
 from moetrace.importers.npz import FACTS
 from moetrace.trace.format import Trace
-from moetrace.trace.schema import BLOCK_BYTES, as_dtype, row_dtype, row_shape
+from moetrace.trace.schema import BLOCK_BYTES, PART_ROWS, as_dtype, row_dtype, row_shape
 
 _NAMES = {"request": "request_id", "position": "position", "gates": "gate_weights", "token": "token_id"}
 
@@ -30,7 +30,9 @@ def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object]) -> N
         for name, member in _NAMES.items():
             if name in ("request", "position") or name in trace.has:
                 _add(archive, member, *_columns(trace, name), _slices(trace, name))
-        _add(archive, "phase", np.dtype("u1"), (trace.rows,), (block.phase for block in trace.row_blocks()))
+        _add(
+            archive, "phase", np.dtype("u1"), (trace.rows,), (part.phase for part in trace.parts(PART_ROWS, ids=False))
+        )
         step_rows = as_dtype("step_rows", np.diff(trace.offset), np.dtype("<i4"))
         meta = np.array(_meta(trace))
         for member, array in (("layer_index", trace.layer_index), ("step_rows", step_rows), ("meta", meta)):

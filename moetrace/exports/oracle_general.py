@@ -21,12 +21,14 @@ _UINT32 = np.iinfo(np.uint32)
 
 
 class _Segment(NamedTuple):
-    """Accesses that follow one another: whole steps, or some layers of one."""
+    """Accesses that follow one another: whole steps, some layers of one, or some rows of one of its layers."""
 
     first_step: int
     stop_step: int
     first_layer: int
     stop_layer: int
+    first_row: int
+    stop_row: int
 
 
 def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object]) -> None:
@@ -47,8 +49,7 @@ def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object]) -> N
         records["next_access_vtime"] = _next_access(chosen, end + 1, upcoming)
         file.seek(end * RECORD.itemsize)
         file.write(records.data)
-        rows = int(trace.offset[segment.stop_step] - trace.offset[segment.first_step])
-        progress(rows if segment.first_layer == 0 else 0)
+        progress(segment.stop_row - segment.first_row if segment.first_layer == 0 else 0)
 
 
 def _sizes(trace: Trace) -> np.ndarray:
@@ -66,16 +67,18 @@ def _segments(trace: Trace) -> Iterator[_Segment]:
     while first < trace.steps:
         stop = int(np.searchsorted(trace.offset, trace.offset[first] + at_once, side="right")) - 1
         stop = max(stop, first + 1)
-        rows = int(trace.offset[stop] - trace.offset[first])
-        layers = min(trace.layers, max(1, PART_CHOICES // (rows * trace.top_k)))
+        begin, end = int(trace.offset[first]), int(trace.offset[stop])
+        layers = min(trace.layers, max(1, PART_CHOICES // ((end - begin) * trace.top_k)))
+        rows = max(1, PART_CHOICES // trace.top_k) if layers == 1 and stop - first == 1 else end - begin
         for layer in range(0, trace.layers, layers):
-            yield _Segment(first, stop, layer, min(layer + layers, trace.layers))
+            for row in range(begin, end, rows):
+                yield _Segment(first, stop, layer, min(layer + layers, trace.layers), row, min(row + rows, end))
         first = stop
 
 
 def _accesses(trace: Trace, segment: _Segment) -> tuple[np.ndarray, np.ndarray]:
     """Step and object of each access, in order."""
-    offset = trace.offset[segment.first_step : segment.stop_step + 1]
+    offset = np.clip(trace.offset[segment.first_step : segment.stop_step + 1], segment.first_row, segment.stop_row)
     rows = np.diff(offset)
     layer = np.arange(segment.first_layer, segment.stop_layer)
     ids = trace.read("experts", int(offset[0]), int(offset[-1]))[:, segment.first_layer : segment.stop_layer]

@@ -11,10 +11,10 @@ import numpy as np
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from moetrace.exports.blocks import Part, parts
+from moetrace.exports.blocks import parts
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.format import Trace
-from moetrace.trace.schema import PHASE_NAMES, absent_id
+from moetrace.trace.schema import PHASE_NAMES, Part, absent_id
 
 GROUP_ROWS = 1 << 18
 _PHASES = pl.Enum(PHASE_NAMES[:2])

@@ -111,8 +111,8 @@ class Counts(NamedTuple):
 
 
 def rows_of_counts(counts: np.ndarray, top_k: int) -> np.ndarray:
-    """The least rows int64 [steps] that explain `counts` [steps, layers, experts]: no layer has more choices."""
-    return -(-counts.sum(axis=2, dtype=np.int64).max(axis=1) // top_k)
+    """The least rows int64 [steps] that explain `counts` [steps, layers, experts]: no layer or expert has more."""
+    return np.maximum(-(-counts.sum(axis=2, dtype=np.int64).max(axis=1) // top_k), counts.max(axis=(1, 2)))
 
 
 def without_zero_cells(experts: np.ndarray, absent: int) -> np.ndarray:

@@ -14,7 +14,17 @@ from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import keep_inputs, real_path
 from moetrace.trace.naming import model_name
-from moetrace.trace.schema import DECODE, MIXED, PREFILL, as_dtype, check_alike, check_ids, check_layers, row_dtype
+from moetrace.trace.schema import (
+    DECODE,
+    MIXED,
+    PREFILL,
+    as_dtype,
+    check_alike,
+    check_counts,
+    check_ids,
+    check_layers,
+    row_dtype,
+)
 from moetrace.trace.writer import CountsWriter, Writer
 from moetrace.version import __version__
 
@@ -165,6 +175,7 @@ def _write_counts(path: Path, captures: list[Counts], facts: dict[str, Any], wri
             step = 0
             for counts in capture.parts():
                 part = slice(step, step + len(counts))
+                check_counts(_where(capture), step, counts)
                 writer.append_counts(counts, capture.rows[part], capture.phase[part])
                 step = part.stop
                 if writing:

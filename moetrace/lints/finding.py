@@ -63,7 +63,9 @@ RULES = {
         "import it again, with padding and dense layers as absent",
     ),
     "impossible-row": Rule("error", "A replay refuses the trace.", "import it again"),
-    "impossible-count": Rule("error", "Nothing can be counted fewer than 0 times.", "import it again"),
+    "impossible-count": Rule(
+        "error", "A row chooses an expert once or not at all; an analysis refuses such a count.", "import it again"
+    ),
     "warm-up": Rule(
         "warning",
         "These rows are the engine's warm-up, not traffic: every cache hits on them and a few experts look hot.",

@@ -1,7 +1,5 @@
 """Trace: a file of schema ``moetrace/1`` (or arrays in memory), checked when opened, read in blocks of whole steps."""
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -11,13 +9,13 @@ from typing import Any, Self
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace import schema
-from moetrace.trace.hdf5 import WHOLE_BYTES, Column, open_hdf5, read_attributes, read_columns
-from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, Block, CountBlock, Rows
+from moetrace.trace import arrays, schema
+from moetrace.trace.arrays import IN_MEMORY
+from moetrace.trace.digests import PassingHashes, content_sha256_of, refuse_changed, sha256_of
+from moetrace.trace.hdf5 import WHOLE_BYTES, Column, Source, read_attributes, read_columns
+from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, Block, CountBlock, Part, Rows
 from moetrace.trace.writer import CountsWriter, Writer
 from moetrace.version import __version__
-
-IN_MEMORY = "trace in memory"  # what messages call a trace without a file
 
 
 class Trace:
@@ -72,17 +70,17 @@ class Trace:
         Expert ids are not looked at: `verify` and the replay check them.
         """
         path = Path(path)
-        file = open_hdf5(path)
+        source = Source(path)
         try:
-            attributes = read_attributes(file, str(path))
-            trace = cls(path, attributes, read_columns(file, str(path), attributes["num_experts"], attributes["top_k"]))
+            attributes = read_attributes(source)
+            trace = cls(path, attributes, read_columns(source, attributes["num_experts"], attributes["top_k"]))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            file.close()
+            source.file.close()
             raise MoetraceError(f"{path} is damaged: {error.args[0] if error.args else error}.") from error
         except BaseException:
-            file.close()
+            source.file.close()
             raise
-        trace._file = file
+        trace._file = source.file
         return trace
 
     @classmethod
@@ -134,37 +132,9 @@ class Trace:
             >>> trace.rows, trace.steps, trace.layers, trace.top_k
             (3, 2, 1, 2)
         """
-        if np.ndim(experts) != 3:
-            raise MoetraceError(f"experts has shape {np.shape(experts)}, but must be [rows, layers, top_k].")
-        rows, layers, top_k = np.shape(experts)
-        schema.check_sizes(IN_MEMORY, num_experts, top_k, layers, rows, 1)
-        request = np.zeros(rows, np.int32) if request is None else request
-        steps = np.ones(rows, np.int64) if steps is None else schema.as_dtype("steps", steps, np.dtype("<i8"))
-        given = {
-            "experts": experts,
-            "request": request,
-            "position": _count_up(np.ravel(request)) if position is None else position,
-            **optional,
-        }
-        columns = {}
-        for name, array in given.items():
-            if name not in ROW_PATHS:
-                raise MoetraceError(f"a trace has no array {name!r}, only {', '.join(ROW_PATHS)}.")
-            dtype, shape = schema.row_dtype(name, num_experts), schema.row_shape(name, rows, layers, top_k)
-            columns[name] = _in_memory(ROW_PATHS[name], schema.as_dtype(name, array, dtype), shape)
-        phase = np.full(steps.size, schema.DECODE, np.uint8) if phase is None else phase
-        others = {
-            "offset": np.concatenate(([0], np.cumsum(steps))),
-            "phase": schema.as_dtype("phase", phase, np.dtype("u1")),
-            "layer_index": np.arange(layers) if layer_index is None else layer_index,
-        }
-        if expert_bytes is not None:
-            others["expert_bytes"] = expert_bytes
-        for name, array in others.items():
-            path, dtype = schema.OTHER_PATHS[name]
-            shape = {"phase": steps.shape, "layer_index": (layers,)}.get(name, np.shape(array))
-            columns[name] = _in_memory(path, schema.as_dtype(name, array, dtype), shape)
-        attributes = {"model": model, "num_experts": int(num_experts), "top_k": top_k, "source": dict(source or {})}
+        columns, facts = arrays.columns_of(experts, num_experts, request, position, optional)
+        columns |= arrays.other_columns(facts, steps, phase, layer_index, expert_bytes)
+        attributes = {"model": model, "num_experts": int(num_experts), "top_k": facts[2], "source": dict(source or {})}
         return cls(None, attributes | {"created_by": f"moetrace {__version__}"}, columns)
 
     def close(self) -> None:
@@ -184,46 +154,99 @@ class Trace:
         storage = self._columns["counts" if "counts" in self.has else "experts"].storage
         return "compressed" if storage == "stored" else storage
 
-    def blocks(self, rows: int | None = None, ahead: int = 0) -> Iterator[Block]:
+    def blocks(self, rows: int | None = None, ahead: int = 0, *, compare: bool = False) -> Iterator[Block]:
         """Cut the trace into blocks of whole steps, in time order. Memory does not grow with the trace.
 
         A block has at most `rows` rows (by default, about 4 MiB of ids) but at least one step. It also carries up to
-        `ahead` further steps. Ids are not checked here. Raises MoetraceError at once if the trace has counts but no
-        ids, and on the way if the file is damaged or a request, position or phase is impossible.
+        `ahead` further steps. Ids are not checked here; with `compare`, the ids of all blocks are compared with their
+        sha256 in the end. Raises MoetraceError at once if the trace has counts but no ids, and on the way if the file
+        is damaged, a request, position or phase is impossible, or a step is too large to be taken at once.
         """
         self.check_has_rows()
-        row_bytes = self.layers * self.top_k * self._columns["experts"].dtype.itemsize
-        return self._blocks(max(1, BLOCK_BYTES // row_bytes) if rows is None else rows, ahead)
+        return self._blocks(max(1, BLOCK_BYTES // self._row_bytes) if rows is None else rows, ahead, compare)
 
-    def _blocks(self, rows: int, ahead: int) -> Iterator[Block]:
-        for first, stop in self._step_ranges(rows):
-            end = min(stop + ahead, self.steps)
-            part = self._rows(first, end)
-            experts = self._columns["experts"].read(int(self.offset[first]), int(self.offset[end]))
-            yield Block(first, stop - first, part.offset, experts, part.request, part.position, part.phase)
+    def _blocks(self, rows: int, ahead: int, compare: bool) -> Iterator[Block]:
+        with PassingHashes(self.shown, {"experts": self._columns["experts"]} if compare else {}) as hashes:
+            for first, stop in self._step_ranges(rows):
+                end = min(stop + ahead, self.steps)
+                self.check_at_once(first, end)
+                part = self._rows(first, end)
+                experts = self._columns["experts"].read(int(self.offset[first]), int(self.offset[end]))
+                hashes.add(experts=experts[: part.offset[stop - first]])
+                yield Block(first, stop - first, part.offset, experts, part.request, part.position, part.phase)
+            hashes.compare()
 
-    def row_blocks(self) -> Iterator[Rows]:
+    def row_blocks(self, *, compare: bool = False) -> Iterator[Rows]:
         """Every row's request, position and phase, in blocks of whole steps: a first pass that reads no ids.
 
-        Raises MoetraceError as `blocks` does.
+        With `compare`, all but the ids and what is optional is compared with its sha256. Raises MoetraceError as
+        `blocks` does.
         """
         self.check_has_rows()
-        return (self._rows(first, stop) for first, stop in self._step_ranges(BLOCK_BYTES // 16))
+        return self._row_blocks(compare)
 
-    def count_blocks(self) -> Iterator[CountBlock]:
+    def _row_blocks(self, compare: bool) -> Iterator[Rows]:
+        names = ("request", "position", "row_phase", "offset", "phase", "layer_index", "expert_bytes")
+        known = {name: self._columns[name] for name in names if compare and name in self._columns}
+        with PassingHashes(self.shown, known) as hashes:
+            hashes.add(**{name: getattr(self, name) for name in known if name not in ROW_PATHS})
+            for first, stop in self._step_ranges(BLOCK_BYTES // 16):
+                self.check_at_once(first, stop, ids=False)
+                part = self._rows(first, stop)
+                hashes.add(request=part.request, position=part.position, row_phase=part.phase)
+                yield part
+            hashes.compare()
+
+    def parts(self, rows: int | None = None, *, ids: bool = True) -> Iterator[Part]:
+        """Cut the trace into parts of at most `rows` rows, in order: memory does not grow with its steps either.
+
+        A step that is larger comes in several parts. Without `ids` these are not read. Raises MoetraceError as
+        `blocks` does, but no step is too large.
+        """
+        self.check_has_rows()
+        return self._parts(min(max(1, BLOCK_BYTES // self._row_bytes), schema.PART_ROWS) if rows is None else rows, ids)
+
+    def _parts(self, rows: int, ids: bool) -> Iterator[Part]:
+        for first, stop in self._step_ranges(rows):
+            begin, end = int(self.offset[first]), int(self.offset[stop])
+            for start in range(begin, end, rows):
+                up_to = min(start + rows, end)
+                lengths = np.diff(np.clip(self.offset[first : stop + 1], start, up_to))
+                step = np.repeat(np.arange(first, stop), lengths)
+                request, position, phase = self._row_data(start, up_to, self.phase[step])
+                experts = self._columns["experts"].read(start, up_to if ids else start)
+                part = Part(start, experts, step, request, position, phase)
+                schema.check_rows(self.shown, start, part)
+                yield part
+
+    @property
+    def _row_bytes(self) -> int:
+        """What the ids of a row take."""
+        return self.layers * self.top_k * self._columns["experts"].dtype.itemsize
+
+    def check_at_once(self, first: int, stop: int, *, ids: bool = True) -> None:
+        """Raise MoetraceError if the rows of the steps first:stop, with their ids, are too large to be taken at once."""
+        rows, row_bytes = int(self.offset[stop] - self.offset[first]), self._row_bytes if ids else 0
+        schema.check_step_bytes(self.shown, first, stop, rows, row_bytes)
+
+    def count_blocks(self, *, check: bool = True) -> Iterator[CountBlock]:
         """The counts of a trace that holds them instead of ids, about 4 MiB at a time, in order.
 
-        Raises MoetraceError at once if there are none, and on the way if the file turns out damaged; counts are not
-        checked here.
+        Raises MoetraceError at once if there are none, and on the way if the file turns out damaged or, unless `check`
+        is false, a count is negative or too large to be summed.
         """
         if "counts" not in self.has:
             raise MoetraceError(f"{self.shown} has no counts.")
-        steps = max(1, BLOCK_BYTES // (8 * self.layers * self.num_experts))
-        return (self._counts(first, min(first + steps, self.steps)) for first in range(0, self.steps, steps))
+        return self._count_blocks(check)
 
-    def _counts(self, first: int, stop: int) -> CountBlock:
-        rows = np.diff(self.offset[first : stop + 1])
-        return CountBlock(first, self._columns["counts"].read(first, stop), rows, self.phase[first:stop])
+    def _count_blocks(self, check: bool) -> Iterator[CountBlock]:
+        at_once, counted = max(1, BLOCK_BYTES // (8 * self.layers * self.num_experts)), 0
+        for first in range(0, self.steps, at_once):
+            stop = min(first + at_once, self.steps)
+            counts = self._columns["counts"].read(first, stop)
+            if check:
+                counted = schema.check_counts(self.shown, first, counts, counted=counted)
+            yield CountBlock(first, counts, np.diff(self.offset[first : stop + 1]), self.phase[first:stop])
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Read a range of one dataset.
@@ -259,14 +282,14 @@ class Trace:
             raise MoetraceError(f"{self.shown}: {lacking[0]} has no sha256 to compare with.")
         self.verify_hashes()
         if "counts" in self.has:
+            for counts in self.count_blocks():
+                schema.check_counts(self.shown, counts.first_step, counts.counts, counts.rows)
             return
-        for block in self.blocks():
-            first = int(self.offset[block.first_step])
-            schema.check_ids(self.shown, first, block.experts, self.num_experts)
+        for part in self.parts():
+            schema.check_ids(self.shown, part.first, part.experts, self.num_experts)
             if "recorded" in self.has:
-                schema.check_recorded(
-                    self.shown, first, self.read("recorded", first, first + len(block.request)), block.experts
-                )
+                recorded = self.read("recorded", part.first, part.first + len(part.experts))
+                schema.check_recorded(self.shown, part.first, recorded, part.experts)
 
     def verify_hashes(self) -> None:
         """Raise MoetraceError on a dataset that differs from its sha256; one without is taken as it is.
@@ -274,8 +297,8 @@ class Trace:
         A copy's fresh hashes would hide the damage, so a function that copies a trace calls this first.
         """
         for column in self._columns.values():
-            if column.sha256 is not None and _sha256(column) != column.sha256:
-                raise MoetraceError(f"{self.shown}: {column.path} differs from its sha256, so the file was damaged.")
+            if column.sha256 is not None and sha256_of(column) != column.sha256:
+                raise refuse_changed(self.shown, column.path)
 
     @property
     def content_sha256(self) -> str | None:
@@ -285,16 +308,12 @@ class Trace:
         in memory. Stored hashes are believed: `verify_hashes` compares them.
         """
         hashes = {name: column.sha256 for name, column in self._columns.items() if column.sha256 is not None}
-        return self._content_sha256(hashes) if len(hashes) == len(self._columns) else None
+        return content_sha256_of(self, self._columns, hashes) if len(hashes) == len(self._columns) else None
 
     def hash_content(self) -> str:
         """Return `content_sha256` as it would be stored: read everything, block by block, and believe nothing."""
-        return self._content_sha256({name: _sha256(column) for name, column in self._columns.items()})
-
-    def _content_sha256(self, hashes: Mapping[str, str]) -> str:
-        shape = [schema.SCHEMA, self.model, self.num_experts, self.top_k]
-        datasets = sorted((self._columns[name].path, *self._columns[name].shape, hashes[name]) for name in hashes)
-        return hashlib.sha256(json.dumps([shape, datasets]).encode()).hexdigest()
+        hashes = {name: sha256_of(column) for name, column in self._columns.items()}
+        return content_sha256_of(self, self._columns, hashes)
 
     def head(self, steps: int) -> "Trace":
         """The first `steps` steps as a trace of its own, read from the same place; all of them if there are no more.
@@ -357,41 +376,23 @@ class Trace:
     def _rows(self, first: int, stop: int) -> Rows:
         offset = self.offset[first : stop + 1] - self.offset[first]
         start, end = int(self.offset[first]), int(self.offset[stop])
-        phase = np.repeat(self.phase[first:stop], np.diff(offset))
-        if "row_phase" in self.has:
-            stated, phase = phase, self._columns["row_phase"].read(start, end)
-            schema.check_row_phase(self.shown, start, phase, stated)
-        request, position = (self._columns[name].read(start, end) for name in ("request", "position"))
+        stated = np.repeat(self.phase[first:stop], np.diff(offset))
+        request, position, phase = self._row_data(start, end, stated)
         part = Rows(first, stop - first, offset, request, position, phase)
         schema.check_rows(self.shown, start, part)
         return part
+
+    def _row_data(self, start: int, end: int, stated: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Request, position and phase of rows; `stated` is the phase of the step of each."""
+        phase = stated
+        if "row_phase" in self.has:
+            phase = self._columns["row_phase"].read(start, end)
+            schema.check_row_phase(self.shown, start, phase, stated)
+        request, position = (self._columns[name].read(start, end) for name in ("request", "position"))
+        return request, position, phase
 
     def _whole(self, name: str) -> np.ndarray:
         column = self._columns[name]
         if column.storage == "stored" and math.prod(column.shape) * column.dtype.itemsize > WHOLE_BYTES:
             raise MoetraceError(f"{self.shown}: {column.path} is too large to be compressed.")
         return column.read(0, column.shape[0])
-
-
-def _in_memory(path: str, array: np.ndarray, shape: tuple[int, ...]) -> Column:
-    if array.shape != shape:
-        raise MoetraceError(f"{path} has shape {array.shape}, but {shape} is needed.")
-    return Column(path, array.dtype, array.shape, "memory", None, lambda start, stop: array[start:stop])
-
-
-def _count_up(request: np.ndarray) -> np.ndarray:
-    """Each row's number among the rows of its request."""
-    order = np.argsort(request, kind="stable")
-    first = np.r_[True, request[order][1:] != request[order][:-1]]
-    index = np.arange(request.size)
-    position = np.empty(request.size, np.int32)
-    position[order] = index - np.maximum.accumulate(np.where(first, index, 0))
-    return position
-
-
-def _sha256(column: Column) -> str:
-    digest = hashlib.sha256()
-    rows = max(1, BLOCK_BYTES // max(1, math.prod(column.shape[1:]) * column.dtype.itemsize))
-    for start in range(0, column.shape[0], rows):
-        digest.update(column.read(start, min(start + rows, column.shape[0])).data)
-    return digest.hexdigest()

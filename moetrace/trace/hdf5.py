@@ -1,10 +1,9 @@
-"""What a trace file holds, as HDF5 has it: opened, checked as a stranger's, and mapped where it lies contiguous."""
+"""What a trace file holds, as HDF5 has it: opened, checked as a stranger's, and read in place if contiguous."""
 
 import json
 import math
-import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +12,16 @@ import numpy as np
 
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace import schema
-from moetrace.trace.schema import OPTIONAL, ROW_PATHS
+from moetrace.trace.apart import attributes_apart
+from moetrace.trace.plain import is_cut, is_hdf5, is_plain
+from moetrace.trace.probe import Attributes, attributes_of, hard_path
+from moetrace.trace.schema import OPTIONAL, OTHER_PATHS, ROW_PATHS
+from moetrace.trace.stored import CHUNK_CACHE_BYTES, check_chunks, stored_reader, with_cache
 
-# gzip, shuffle, fletcher32 and zstd. HDF5 would load a plug-in for any other that a file names.
-KNOWN_FILTERS = (1, 2, 3, 32015)
-# A stranger's file may claim any size: what is not mapped, and one chunk, is read only up to this one.
+# A stranger's file may claim any size: what compressed data is read whole has at most this one.
 WHOLE_BYTES = 256 << 20
-CHUNK_CACHE_BYTES = 32 << 20
-MAP_BYTES = 256 << 10
+ROOT_NAMES = {"schema": str, "model": str, "num_experts": int, "top_k": int, "source": str, "created_by": str}
+PATHS = (*ROW_PATHS.values(), *(path for path, _ in OTHER_PATHS.values()), "/counts")
 
 
 class Column(NamedTuple):
@@ -29,35 +30,71 @@ class Column(NamedTuple):
     path: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    storage: str  # "memory", "mapped" or "stored" (read and decompressed by HDF5)
+    storage: str  # "memory", "mapped" (contiguous in a file) or "stored" (read and decompressed by HDF5)
     sha256: str | None
     read: Callable[[int, int], np.ndarray]
 
 
-def open_hdf5(path: Path) -> h5py.File:
-    """Open an HDF5 file for reading; raise MoetraceError if the system or HDF5 refuses."""
-    if not path.exists():
-        raise MoetraceError(f"there is no file {path}.")
-    if not path.is_file():
-        raise MoetraceError(f"{path} is not a file.")
-    try:
-        with path.open("rb"):  # HDF5's own words for "permission denied" are hard to read
-            return h5py.File(path, "r", driver="sec2", locking=False, rdcc_nbytes=CHUNK_CACHE_BYTES)
-    except OSError as error:
-        if error.errno and "errno" not in str(error) and error.strerror:
-            raise MoetraceError(f"{path} can't be read: {error.strerror}.") from error
-        why = "it is truncated" if "truncated" in str(error) else "it is not an HDF5 file"
-        raise MoetraceError(f"{path} is not a trace file: {why}.") from error
+class Source:
+    """An open trace file: what it is called, its attributes, and whether it is still what was opened."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it for reading; raise MoetraceError if the system or HDF5 refuses."""
+        self.path, self.where = path, str(path)
+        if not path.exists():
+            raise MoetraceError(f"there is no file {path}.")
+        if not path.is_file():
+            raise MoetraceError(f"{path} is not a file.")
+        try:
+            with path.open("rb") as raw:  # HDF5's own words for "permission denied" are hard to read
+                self._stamp = _stamp(raw.fileno())
+                if not is_hdf5(raw):
+                    raise MoetraceError(f"{path} is not a trace file: it is not an HDF5 file.")
+                if is_cut(raw):
+                    raise MoetraceError(f"{path} is not a trace file: it is truncated.")
+                plain = is_plain(raw, PATHS)
+            self._apart = None if plain else attributes_apart(path, ROOT_NAMES, PATHS, ["sha256"])
+            self.file = h5py.File(path, "r", driver="sec2", locking=False, rdcc_nbytes=CHUNK_CACHE_BYTES)
+        except OSError as error:
+            if error.errno and "errno" not in str(error) and error.strerror:
+                raise MoetraceError(f"{path} can't be read: {error.strerror}.") from error
+            why = "it is truncated" if "truncated" in str(error) else "it is not an HDF5 file"
+            raise MoetraceError(f"{path} is not a trace file: {why}.") from error
+
+    def attributes(self, item: Any, path: str, names: Mapping[str, Any] | list[str]) -> Attributes:
+        """Attributes of the root ("/") or of a dataset; of a file that is not plain, as another process read them."""
+        if self._apart is not None:
+            return self._apart.get(path, {})
+        return attributes_of(item, names, schema.ATTRIBUTE_BYTES)
+
+    def check_same(self) -> None:
+        """Raise MoetraceError if the file was closed here, or written to since it was opened."""
+        if not self.file:
+            raise MoetraceError(f"{self.where} was closed.")
+        if (now := _stamp(self.descriptor)) != self._stamp:
+            how = "became shorter" if now[0] < self._stamp[0] else "was changed"
+            raise MoetraceError(f"{self.where} {how} while it was read: run this again when nothing writes to it.")
+
+    @property
+    def descriptor(self) -> int:
+        """The system's number of the open file."""
+        return self.file.id.get_vfd_handle()
 
 
-def read_attributes(file: h5py.File, where: str) -> dict[str, Any]:
+def _stamp(descriptor: int) -> tuple[int, int]:
+    """Size and time of the last write. Not the time of the last change: that of another link to the file counts."""
+    facts = os.fstat(descriptor)
+    return facts.st_size, facts.st_mtime_ns
+
+
+def read_attributes(source: Source) -> dict[str, Any]:
     """The root attributes of a trace file, `source` parsed; raise MoetraceError if one is missing or senseless."""
-    found = _attribute(file, where, "schema")
-    if found != schema.SCHEMA:
-        raise MoetraceError(f"{where} has schema {found!r}, but this version reads {schema.SCHEMA!r}.")
-    values: dict[str, Any] = {"schema": found}
-    for name, kind in (("model", str), ("num_experts", int), ("top_k", int), ("source", str), ("created_by", str)):
-        values[name] = _attribute(file, where, name)
+    where, values = source.where, {}
+    found = source.attributes(source.file, "/", ROOT_NAMES)
+    for name, kind in ROOT_NAMES.items():
+        values[name] = _checked(found, where, name)
+        if name == "schema" and values[name] != schema.SCHEMA:
+            raise MoetraceError(f"{where} has schema {values[name]!r}, but this version reads {schema.SCHEMA!r}.")
         if not isinstance(values[name], kind):
             raise MoetraceError(f"{where}: the attribute {name} is not {'text' if kind is str else 'a whole number'}.")
     try:
@@ -71,44 +108,48 @@ def read_attributes(file: h5py.File, where: str) -> dict[str, Any]:
     return values
 
 
-def _attribute(item: Any, where: str, name: str) -> str | int | None:
-    """A scalar text or integer attribute of a file or dataset; anything else reads as None."""
-    if name not in item.attrs:
+def _checked(found: Attributes, where: str, name: str) -> str | int | None:
+    """The value of a text or whole number; None for anything else."""
+    if name not in found:
         raise MoetraceError(f"{where} has no attribute {name!r}, so it is not a trace file.")
-    handle = item.attrs.get_id(name)
-    if handle.shape != () or handle.dtype.kind not in "iuSO":
-        return None
-    # Text of variable length is held elsewhere: HDF5 tells its length only with the text.
-    value = item.attrs[name] if handle.get_storage_size() <= schema.ATTRIBUTE_BYTES else None
-    if value is None or (isinstance(value, str | bytes) and len(value) > schema.ATTRIBUTE_BYTES):
+    kind, value = found[name]
+    if kind == "large":
         raise MoetraceError(f"{where}: the attribute {name} is larger than {schema.ATTRIBUTE_BYTES} bytes.")
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    return value if isinstance(value, str) else int(value) if isinstance(value, np.integer) else None
+    return value
 
 
-def read_columns(file: h5py.File, where: str, num_experts: int, top_k: int) -> dict[str, Column]:
-    """Every dataset that the schema knows, after checking that their shapes and dtypes agree."""
+def read_columns(source: Source, num_experts: int, top_k: int) -> dict[str, Column]:
+    """Every dataset that the schema knows, after checking that sizes are possible, and shapes and dtypes agree."""
+    where = source.where
     columns: dict[str, Column] = {}
-    for name, (path, dtype) in schema.OTHER_PATHS.items():
-        if name == "expert_bytes" and not _present(file, where, path):
+    for name, (path, dtype) in OTHER_PATHS.items():
+        if name == "expert_bytes" and not _present(source, path):
             continue
-        columns[name] = _column(file, where, path, dtype)
+        columns[name] = _column(source, path, dtype)
     layers, steps = columns["layer_index"].shape, columns["phase"].shape
     _expect(where, columns["layer_index"], (None,))
     _expect(where, columns["phase"], (None,))
     _expect(where, columns["offset"], (steps[0] + 1,))
-    if _present(file, where, "/counts") and not _present(file, where, "/experts"):
-        columns["counts"] = _column(file, where, "/counts", np.dtype("<i8"))
+    schema.check_sizes(where, num_experts, top_k, layers[0], 1, steps[0])
+    if _present(source, "/counts") and not _present(source, "/experts"):
+        columns["counts"] = _column(source, "/counts", np.dtype("<i8"))
         _expect(where, columns["counts"], (*steps, *layers, num_experts))
-        return columns
+    else:
+        columns |= _row_columns(source, num_experts, top_k, layers[0])
+    if "expert_bytes" in columns:  # before it is read
+        schema.check_expert_bytes_shape(where, columns["expert_bytes"].shape, layers[0], num_experts)
+    return columns
+
+
+def _row_columns(source: Source, num_experts: int, top_k: int, layers: int) -> dict[str, Column]:
+    columns: dict[str, Column] = {}
     rows = 0
     for name, path in ROW_PATHS.items():
-        if name in OPTIONAL and not _present(file, where, path):
+        if name in OPTIONAL and not _present(source, path):
             continue
-        columns[name] = _column(file, where, path, schema.row_dtype(name, num_experts))
+        columns[name] = _column(source, path, schema.row_dtype(name, num_experts))
         rows = columns["experts"].shape[0] if columns["experts"].shape else 0
-        _expect(where, columns[name], schema.row_shape(name, rows, layers[0], top_k))
+        _expect(source.where, columns[name], schema.row_shape(name, rows, layers, top_k))
     return columns
 
 
@@ -119,22 +160,19 @@ def _expect(where: str, column: Column, shape: tuple[int | None, ...]) -> None:
         raise MoetraceError(f"{where}: {column.path} has shape {column.shape}, but ({want}) is needed.")
 
 
-def _present(file: h5py.File, where: str, path: str) -> bool:
+def _present(source: Source, path: str) -> bool:
     """Whether `path` is in the file itself; a link elsewhere is refused, since it could name any file."""
-    group: Any = file
-    for part in path.strip("/").split("/"):
-        if not isinstance(group, h5py.Group) or part not in group.keys():  # noqa: SIM118
-            return False
-        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise MoetraceError(f"{where}: {path} is a link; a trace must hold its data itself.")
-        group = group[part]
-    return True
+    found = hard_path(source.file, path)
+    if found is False:
+        raise MoetraceError(f"{source.where}: {path} is a link; a trace must hold its data itself.")
+    return found is not None
 
 
-def _column(file: h5py.File, where: str, path: str, dtype: np.dtype) -> Column:
-    if not _present(file, where, path):
+def _column(source: Source, path: str, dtype: np.dtype) -> Column:
+    where = source.where
+    if not _present(source, path):
         raise MoetraceError(f"{where} has no dataset {path}.")
-    dataset = file[path]
+    dataset = source.file[path]
     if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
         raise MoetraceError(f"{where}: {path} is not a dataset.")
     if dataset.dtype != dtype:
@@ -143,72 +181,60 @@ def _column(file: h5py.File, where: str, path: str, dtype: np.dtype) -> Column:
     layout = properties.get_layout()
     if properties.get_external_count() or layout == h5py.h5d.VIRTUAL:
         raise MoetraceError(f"{where}: {path} keeps its data in another file; a trace must hold its data itself.")
-    text = _attribute(dataset, where, "sha256") if "sha256" in dataset.attrs else None
+    found = source.attributes(dataset, path, ["sha256"])
+    text = _checked(found, where, "sha256") if "sha256" in found else None
     sha256 = text if isinstance(text, str) else None
     size = math.prod(dataset.shape) * dtype.itemsize
     if layout == h5py.h5d.CONTIGUOUS and size:
         offset = dataset.id.get_offset()
-        # HDF5 itself trusts these numbers; a map beyond the end of the file would end the process.
-        if offset is None or offset + size > Path(file.filename).stat().st_size:
+        # HDF5 itself trusts these numbers, and returns zeros for what is not there.
+        if offset is None or offset + size > os.fstat(source.descriptor).st_size:
             raise MoetraceError(f"{where}: {path} has no data or ends beyond the file; it is truncated.")
-        if offset % dtype.alignment == 0:
-            return Column(path, dtype, dataset.shape, "mapped", sha256, _mapped(file, dataset, offset, where))
+        return Column(path, dtype, dataset.shape, "mapped", sha256, _in_place(source, dataset, offset))
     if layout == h5py.h5d.CHUNKED:
-        _check_chunks(dataset, properties, where)
-    return Column(path, dtype, dataset.shape, "stored", sha256, _stored(dataset, where))
+        chunk_bytes = check_chunks(dataset, where)
+        if chunk_bytes > CHUNK_CACHE_BYTES:
+            del dataset  # HDF5 keeps the cache of a dataset as it was when it was first opened
+            dataset = with_cache(source.file, path, chunk_bytes)
+    return Column(path, dtype, dataset.shape, "stored", sha256, _stored(source, dataset))
 
 
-def _check_chunks(dataset: h5py.Dataset, properties: Any, where: str) -> None:
-    for i in range(properties.get_nfilters()):
-        number = properties.get_filter(i)[0]
-        if number not in KNOWN_FILTERS:
-            raise MoetraceError(f"{where}: {dataset.name} is compressed by filter {number}, not by zstd or gzip.")
-    chunk = dataset.chunks
-    assert chunk is not None
-    if math.prod(chunk) * dataset.dtype.itemsize > WHOLE_BYTES:
-        raise MoetraceError(f"{where}: {dataset.name} has chunks of more than {WHOLE_BYTES >> 20} MiB.")
-    wanted = math.prod(-(-n // c) for n, c in zip(dataset.shape, chunk, strict=True))
-    if dataset.id.get_num_chunks() != wanted:
-        raise MoetraceError(f"{where}: {dataset.name} lacks some of its {wanted} chunks; the file is incomplete.")
+def _in_place(source: Source, dataset: h5py.Dataset, offset: int) -> Callable[[int, int], np.ndarray]:
+    """Reads entries where they lie in the file, without HDF5.
 
-
-def _mapped(file: h5py.File, dataset: h5py.Dataset, offset: int, where: str) -> Callable[[int, int], np.ndarray]:
-    """Reads entries by mapping just them: nothing is copied, and pages go when the array does.
-
-    A map of the whole file would be simpler, but a private writable one beyond the size of memory is refused by Linux.
-    Copy-on-write, because a read-only array would make Numba compile every kernel again. Little is copied instead: that
-    is as fast, and each map holds a file descriptor for as long as its array lives.
+    They are copied: a map of the file would end the process where another one cuts the file, and is no faster (see
+    docs/security.md).
     """
     dtype, inner = dataset.dtype, dataset.shape[1:]
     entry_bytes = math.prod(inner) * dtype.itemsize
-    through_hdf5 = _stored(dataset, where)
+    through_hdf5 = _stored(source, dataset)
+    if not hasattr(os, "preadv"):
+        return through_hdf5
 
     def read(start: int, stop: int) -> np.ndarray:
-        if not file:
-            raise MoetraceError(f"{where} was closed.")
-        descriptor, begin, size = file.id.get_vfd_handle(), offset + start * entry_bytes, (stop - start) * entry_bytes
-        if os.fstat(descriptor).st_size < begin + size:  # HDF5 would return zeros, a map would end the process
-            raise MoetraceError(f"{where} became shorter while it was read.")
-        if size < MAP_BYTES and hasattr(os, "preadv"):
-            array = np.empty((stop - start, *inner), dtype)
-            if os.preadv(descriptor, [array.data], begin) == size:
-                return array
-        page = begin - begin % mmap.ALLOCATIONGRANULARITY
-        try:
-            window = mmap.mmap(descriptor, begin - page + size, access=mmap.ACCESS_COPY, offset=page)
-        except OSError:  # more maps than the system allows
-            return through_hdf5(start, stop)
-        return np.frombuffer(window, dtype, (stop - start) * math.prod(inner), begin - page).reshape(-1, *inner)
+        source.check_same()
+        array = np.empty((stop - start, *inner), dtype)
+        flat, done = array.reshape(-1).view(np.uint8), 0
+        while done < flat.size:  # the system reads some 2 GiB at a time
+            count = os.preadv(source.descriptor, [flat[done:].data], offset + start * entry_bytes + done)
+            if count <= 0:
+                break
+            done += count
+        source.check_same()
+        if done < flat.size:
+            raise MoetraceError(f"{source.where}: {dataset.name} ends beyond the file; it is truncated.")
+        return array
 
     return read
 
 
-def _stored(dataset: h5py.Dataset, where: str) -> Callable[[int, int], np.ndarray]:
+def _stored(source: Source, dataset: h5py.Dataset) -> Callable[[int, int], np.ndarray]:
+    through_hdf5 = stored_reader(dataset, source.where)
+
     def read(start: int, stop: int) -> np.ndarray:
-        try:
-            return np.ascontiguousarray(dataset[start:stop])
-        except (OSError, RuntimeError, ValueError) as error:
-            name = dataset.name if dataset else "a dataset"
-            raise MoetraceError(f"{where}: {name} entries {start} to {stop} can't be read: {error}.") from error
+        source.check_same()
+        array = through_hdf5(start, stop)
+        source.check_same()
+        return array
 
     return read

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import schema
 from moetrace.trace.atomic import keep_inputs
 from moetrace.trace.format import Trace
@@ -36,6 +36,7 @@ ORDERS = ("arrival", "shuffle")
 # read for them, so larger blocks read less.
 GATHER_BYTES = 32 << 20
 GATHER_ROWS = 1 << 17
+MAX_ROWS = 1 << 27  # of all captures: 40 bytes of memory each
 _KEPT = ("gates", "token")  # of what a trace may hold beside ids; row_phase comes anew
 _TOLD_BYTES = schema.ATTRIBUTE_BYTES - 4096  # what `source` says of the inputs, if it fits
 
@@ -112,7 +113,8 @@ def rebatch(
     Raises:
         UsageError: A parameter makes no sense, there is no trace, or `path` is one of the traces.
         MoetraceError: Traces differ in shape or in what they hold, have only counts, hold an impossible id, or differ
-            from their sha256s; or the file cannot be written.
+            from their sha256s; they have more than 2^27 rows, or a step would be too large; or the file cannot be
+            written.
 
     Examples:
         >>> import moetrace as mt
@@ -132,6 +134,8 @@ def rebatch(
         first, kinds = opened[0], [_kind(trace) for trace in opened]
         for trace, kind in zip(opened[1:], kinds[1:], strict=True):
             schema.check_alike(first.shown, kinds[0], trace.shown, kind, _Kind._fields)
+        if (total := sum(trace.rows for trace in opened)) > MAX_ROWS:
+            raise MoetraceError(f"the traces have {total:,} rows, but at most {MAX_ROWS:,} can be put in order.")
         for trace in opened:
             trace.verify_hashes()
         rows, hashes = _read_rows(opened, order, seed)
@@ -139,6 +143,7 @@ def rebatch(
         for plan in _plan(rows, batch, chunk):
             steps += plan.steps
             mixed |= plan.phase == MIXED
+            _check_step(first, int(plan.take.sum()))
         with Writer(
             path,
             model=first.model,
@@ -180,19 +185,28 @@ def _block_rows(trace: Trace) -> int:
     return min(max(1, GATHER_BYTES // row_bytes), GATHER_ROWS)
 
 
+def _check_step(trace: Trace, rows: int) -> None:
+    """Raise if a new step of the rows would be too large to be replayed, or to be put together."""
+    row_bytes = schema.ROW_BYTES + trace.layers * trace.top_k * schema.expert_dtype(trace.num_experts).itemsize
+    if rows * row_bytes > schema.STEP_BYTES:
+        raise MoetraceError(
+            f"a step would have {rows:,} rows, which take more than the {schema.STEP_BYTES >> 20} MiB of a step: cut "
+            f"prompts with --chunk."
+        )
+
+
 def _read_rows(traces: Sequence[Trace], order: str, seed: int) -> tuple[_Rows, list[str]]:
     """Sort all rows by request, and check every id; also return the sha256 of each trace's ids."""
     requests: list[np.ndarray] = []
     phases: list[np.ndarray] = []
     hashes, known = [], 0
     for trace in traces:
-        digest, parts, first_row = hashlib.sha256(), [], 0
-        for block in trace.blocks():
-            schema.check_ids(trace.shown, first_row, block.experts, trace.num_experts)
-            digest.update(block.experts.data)
-            first_row += len(block.request)
-            parts.append(block.request)
-            phases.append(block.phase)
+        digest, parts = hashlib.sha256(), []
+        for part in trace.parts():
+            schema.check_ids(trace.shown, part.first, part.experts, trace.num_experts)
+            digest.update(part.experts.data)
+            parts.append(part.request)
+            phases.append(part.phase)
         hashes.append(digest.hexdigest())
         requests.append(_by_appearance(np.concatenate(parts)) + np.int32(known))
         known = int(requests[-1].max()) + 1
@@ -289,9 +303,10 @@ def _gather(traces: Sequence[Trace], source: np.ndarray, names: Sequence[str]) -
     base = np.cumsum([0, *(trace.rows for trace in traces)])
     owner = np.searchsorted(base, source[order], side="right") - 1
     row = source[order] - base[owner]
-    window = row // CHUNK_ROWS
-    cuts = np.flatnonzero((owner[1:] != owner[:-1]) | (window[1:] != window[:-1])) + 1
     kind, found = traces[0], {}
+    row_bytes = kind.layers * kind.top_k * schema.expert_dtype(kind.num_experts).itemsize
+    window = row // min(CHUNK_ROWS, max(1, GATHER_BYTES // row_bytes))
+    cuts = np.flatnonzero((owner[1:] != owner[:-1]) | (window[1:] != window[:-1])) + 1
     for name in names:
         shape = schema.row_shape(name, source.size, kind.layers, kind.top_k)
         found[name] = np.empty(shape, schema.row_dtype(name, kind.num_experts))

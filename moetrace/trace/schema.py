@@ -39,6 +39,15 @@ BLOCK_BYTES = 4 << 20
 # attributes up to 64 KiB in the object header, which is what makes the bytes of a file reproducible.
 ATTRIBUTE_BYTES = 32 << 10
 MAX_EXPERTS = MAX_LAYERS = 65535
+# Memory is taken by the numbers that a file states, so these have bounds. The largest models have some 20,000 experts
+# in all layers; 67 million steps are four days of decoding at 5 ms a step.
+MAX_CELLS = 1 << 24  # layers x experts; a row or a step of counts is at most as long
+MAX_ROWS, MAX_STEPS, MAX_REQUESTS = 1 << 40, 1 << 26, 1 << 24
+MAX_COUNT, MAX_COUNTED = 1 << 32, 1 << 62  # of one expert in a step, and of all in a trace: sums fit int64
+STEP_BYTES = 512 << 20  # of the rows of a step where whole steps are needed: their ids, and ROW_BYTES each
+ROW_BYTES = 32  # request, position and phase of a row, and what is made of them
+CHUNK_BYTES = 64 << 20  # the most that a compressed chunk unpacks to
+PART_ROWS = 1 << 18  # at a time, where rows are narrow
 _PAIRS_UP_TO = 32  # slots, beyond which sorting a cell is faster than comparing all pairs
 MAX_NESTING = 64  # of `source`: deep enough for any, and far from where Python gives up
 
@@ -65,6 +74,17 @@ class Block(NamedTuple):
     steps: int
     offset: np.ndarray  # int64 [steps + ahead + 1], relative to the block's first row
     experts: np.ndarray  # uint8 | uint16 [rows, layers, top_k]
+    request: np.ndarray  # int32 [rows]
+    position: np.ndarray  # int32 [rows]
+    phase: np.ndarray  # uint8 [rows]: 0 prefill, 1 decode
+
+
+class Part(NamedTuple):
+    """Successive rows, of whole steps or of a part of one; values are checked, but for ids."""
+
+    first: int  # number of the first row
+    experts: np.ndarray  # uint8 | uint16 [rows, layers, top_k]; [0, layers, top_k] where ids were not asked for
+    step: np.ndarray  # int64 [rows]
     request: np.ndarray  # int32 [rows]
     position: np.ndarray  # int32 [rows]
     phase: np.ndarray  # uint8 [rows]: 0 prefill, 1 decode
@@ -138,8 +158,18 @@ def check_sizes(where: str, num_experts: int, top_k: int, layers: int, rows: int
         raise MoetraceError(f"{where}: top_k is {top_k}, but must be 1 to num_experts ({num_experts}).")
     if not 1 <= layers <= MAX_LAYERS:
         raise MoetraceError(f"{where}: the trace has {layers} layers, but needs 1 to {MAX_LAYERS}.")
+    if layers * num_experts > MAX_CELLS:
+        raise MoetraceError(
+            f"{where}: {layers} layers of {num_experts} experts are more than the {MAX_CELLS:,} experts that a trace "
+            f"may have."
+        )
     if rows < 1 or steps < 1:
         raise MoetraceError(f"{where}: the trace is empty ({rows} rows in {steps} steps).")
+    if rows > MAX_ROWS or steps > MAX_STEPS:
+        raise MoetraceError(
+            f"{where}: {rows:,} rows in {steps:,} steps are too many: a trace may have {MAX_ROWS:,} rows and "
+            f"{MAX_STEPS:,} steps."
+        )
 
 
 def check_steps(where: str, offset: np.ndarray, phase: np.ndarray, rows: int, has_row_phase: bool) -> None:
@@ -175,17 +205,64 @@ def check_layers(where: str, layer_index: np.ndarray, expert_bytes: np.ndarray |
         raise MoetraceError(f"{where}: /layers/index must increase, but does not after entry {layer}.")
     if expert_bytes is None:
         return
-    if expert_bytes.shape not in ((layers,), (layers, num_experts)):
-        raise MoetraceError(
-            f"{where}: /layers/expert_bytes has shape {expert_bytes.shape}, but must be ({layers},) or "
-            f"({layers}, {num_experts})."
-        )
+    check_expert_bytes_shape(where, expert_bytes.shape, layers, num_experts)
     if expert_bytes.min() < 1:
         layer = int(np.argwhere(expert_bytes < 1)[0][0])
         raise MoetraceError(f"{where}: /layers/expert_bytes of layer entry {layer} is not positive.")
 
 
-def check_rows(where: str, first_row: int, rows: Rows) -> None:
+def check_expert_bytes_shape(where: str, shape: tuple[int, ...], layers: int, num_experts: int) -> None:
+    """Raise unless sizes of experts are given per layer or per expert."""
+    if shape not in ((layers,), (layers, num_experts)):
+        raise MoetraceError(
+            f"{where}: /layers/expert_bytes has shape {shape}, but must be ({layers},) or ({layers}, {num_experts})."
+        )
+
+
+def check_requests(where: str, requests: int) -> None:
+    """Raise if a trace has more requests than anything keeps a figure of each of."""
+    if requests > MAX_REQUESTS:
+        raise MoetraceError(f"{where} has more than the {MAX_REQUESTS:,} requests that a trace may have.")
+
+
+def check_counts(
+    where: str, first_step: int, counts: np.ndarray, rows: np.ndarray | None = None, counted: int = 0
+) -> int:
+    """Raise unless counts [steps, layers, experts] are 0 to MAX_COUNT, or to the `rows` [steps] of their step.
+
+    `first_step` is the number of the first step, `counted` the sum of the counts before it. Returns the sum with these;
+    raises if it is more than can be summed further.
+    """
+    most = np.full(len(counts), MAX_COUNT) if rows is None else np.minimum(rows, MAX_COUNT)
+    wrong = (counts < 0) | (counts > most[:, None, None])
+    if wrong.any():
+        step, layer, expert = (int(i) for i in np.argwhere(wrong)[0])
+        upper = f"{MAX_COUNT}" if rows is None else f"the {rows[step]} rows of the step"
+        raise MoetraceError(
+            f"{where}: /counts of step {first_step + step}, layer entry {layer}, expert {expert} is "
+            f"{counts[step, layer, expert]}, but must be 0 to {upper}."
+        )
+    counted += int(counts.sum())
+    if counted > MAX_COUNTED:
+        raise MoetraceError(f"{where}: the counts sum to {counted}, but may sum to {MAX_COUNTED} at most.")
+    return counted
+
+
+def check_step_bytes(where: str, first: int, stop: int, rows: int, row_bytes: int) -> None:
+    """Raise if the `rows` of the steps first:stop are too large to be taken at once, as a step must be.
+
+    `row_bytes` is what is read of a row beside its request, position and phase.
+    """
+    size = rows * (ROW_BYTES + row_bytes)
+    if size > STEP_BYTES:
+        which = f"step {first} has" if stop - first == 1 else f"the steps {first} to {stop - 1} have"
+        raise MoetraceError(
+            f"{where}: {which} {rows:,} rows, which take {size / 2**20:,.0f} MiB at once, above the "
+            f"{STEP_BYTES >> 20} MiB of a step: cut long prompts with `moetrace rebatch --chunk`."
+        )
+
+
+def check_rows(where: str, first_row: int, rows: Rows | Part) -> None:
     """Raise unless requests and positions are >= 0 (requests need not be consecutive), row phases 0 or 1."""
     for path, wrong, values, want in (
         ("/rows/request", rows.request < 0, rows.request, "0 or more"),

@@ -16,6 +16,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import AtomicFile, uninterrupted
 from moetrace.trace.schema import (
     ATTRIBUTE_BYTES,
+    CHUNK_BYTES,
     MIXED,
     OPTIONAL,
     ROW_PATHS,
@@ -111,6 +112,7 @@ class Writer:
             "created_by": f"moetrace {__version__}",
         }
         self._layers, self._rows, self._steps = layers, rows, steps
+        self._chunk_rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (2 * layers * top_k)))
         self._names = [name for name in ROW_PATHS if name not in OPTIONAL or name in optional]
         self._layer_index = np.arange(layers, dtype=np.uint16) if layer_index is None else layer_index
         if np.shape(self._layer_index) != (layers,):
@@ -255,7 +257,7 @@ class Writer:
     def _dataset(self, path: str, shape: tuple[int, ...], dtype: np.dtype, compress: str | None = None) -> None:
         options: dict[str, Any] = {}
         if compress is not None:
-            options = {"chunks": (min(CHUNK_ROWS, shape[0]), *shape[1:])}
+            options = {"chunks": (min(self._chunk_rows, shape[0]), *shape[1:])}
             options |= dict(hdf5plugin.Zstd(clevel=3)) if compress == "zstd" else {"compression": "gzip"}
         assert self._file is not None
         # Early allocation without fill values puts every contiguous dataset at its place before any data is there.
@@ -286,11 +288,11 @@ class Writer:
     def _flush(self, whole_chunks: bool) -> None:
         """Write what is held, each chunk once and in one order, so that bytes don't depend on the size of appends."""
         held = sum(len(part["experts"]) for part in self._held)
-        ready = held - held % CHUNK_ROWS if whole_chunks else held
+        ready = held - held % self._chunk_rows if whole_chunks else held
         if ready == 0:
             return
         joined = {name: np.concatenate([part[name] for part in self._held]) for name in self._names}
-        size, first = CHUNK_ROWS if self._compress else ready, self._row - held
+        size, first = self._chunk_rows if self._compress else ready, self._row - held
         for start in range(0, ready, size):
             for name in self._names:
                 self._put(ROW_PATHS[name], first + start, joined[name][start : min(start + size, ready)])

@@ -172,14 +172,14 @@ def test_a_source_that_is_too_long_is_refused(old):
 
 def test_counts_are_written_and_copied(tmp_path, monkeypatch):
     counts = np.random.default_rng(0).integers(0, 9, (5, 3, 4))
-    rows, phase = np.array([1, 2, 3, 1, 1]), np.array([2, 1, 1, 0, 2])
-    facts = {"model": "m", "num_experts": 4, "top_k": 2, "layers": 3, "rows": 8, "steps": 5, "source": {}}
+    rows, phase = np.array([9, 8, 12, 9, 9]), np.array([2, 1, 1, 0, 2])
+    facts = {"model": "m", "num_experts": 4, "top_k": 2, "layers": 3, "rows": 47, "steps": 5, "source": {}}
     with CountsWriter(tmp_path / "a.h5", **facts) as writer:
         writer.append_counts(counts[:2], rows[:2], phase[:2])
         writer.append_counts(counts[2:], rows[2:], phase[2:])
     with Trace.open(tmp_path / "a.h5") as trace:
         trace.verify()
-        assert trace.has == {"counts"} and trace.phase.tolist() == phase.tolist() and trace.rows == 8
+        assert trace.has == {"counts"} and trace.phase.tolist() == phase.tolist() and trace.rows == 47
         assert np.array_equal(trace.read("counts", 0, 5), counts)
         monkeypatch.setattr(format, "BLOCK_BYTES", 2 * 8 * 12)
         blocks = list(trace.count_blocks())

@@ -82,6 +82,7 @@ def _parts(trace: Trace, steps: np.ndarray, counts: bool) -> Iterator[tuple[int,
 
 
 def _from_ids(trace: Trace, steps: np.ndarray) -> Loads:
+    trace.check_at_once(int(steps[0]), int(steps[-1]) + 1)
     first, stop = int(trace.offset[steps[0]]), int(trace.offset[steps[-1] + 1])
     experts = trace.read("experts", first, stop)
     begin, end = trace.offset[steps] - first, trace.offset[steps + 1] - first
