@@ -61,7 +61,8 @@ def fingerprint_of(function: Callable, options: str = "") -> str | None:
     """
     import numba
 
-    parts = [_files(_HERE, "compile.py", "dispatchers.py", "pipeline.py"), np.__version__, numba.__version__, options]
+    ours = _files(_HERE, "compile.py", "dispatchers.py", "pipeline.py", "reading.py")
+    parts = [ours, np.__version__, numba.__version__, options]
     try:
         parts += _describe_function(function, set())
     except (TypeError, ValueError):  # ValueError: of a cell without a content yet

@@ -107,21 +107,27 @@ def convert(loaded: Loaded, struct: type[S]) -> S:
         raise UsageError(f"{loaded.where}: tables or lists lie too deep in each other.") from None
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, most_bytes: int = MAX_FILE_BYTES) -> str:
     """Text of an ordinary UTF-8 file of at most 16 MiB, or a MoetraceError that says why not."""
+    try:
+        return read_bytes(path, most_bytes).decode("utf-8")
+    except UnicodeDecodeError:
+        raise MoetraceError(f"Cannot read {path}: it is not a UTF-8 text file.") from None
+
+
+def read_bytes(path: str | Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """Content of an ordinary file of at most 16 MiB, or a MoetraceError that says why not."""
     try:
         # Looked at before it is opened, which would wait for the other end of a pipe.
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise MoetraceError(f"Cannot read {path}: it is not an ordinary file.")
         with Path(path).open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise MoetraceError(f"Cannot read {path}: it has more than {MAX_FILE_BYTES >> 20} MiB.")
-        return data.decode("utf-8")
+            data = file.read(most_bytes + 1)
+        if len(data) > most_bytes:
+            raise MoetraceError(f"Cannot read {path}: it has more than {most_bytes >> 20} MiB.")
+        return data
     except OSError as error:
         raise MoetraceError(f"Cannot read {path}: {error.strerror or error}.") from None
-    except UnicodeDecodeError:
-        raise MoetraceError(f"Cannot read {path}: it is not a UTF-8 text file.") from None
     except ValueError as error:
         raise MoetraceError(f"Cannot read {path}: {error}.") from None
 
