@@ -16,7 +16,7 @@ from moetrace.jit.refusals import READS_ONLY, RETURNS
 from moetrace.spec.choices import find, legal
 from moetrace.spec.errors import UsageError
 
-_ENGINE, _HERE = Path(__file__).parent, Path(__file__).name
+_ENGINE = Path(__file__).parent
 _MAY_WRITE = {True: "plan, state and view.groups", False: "state"}
 ARGUMENTS = ("state", "view", "layer", "load", "plan")
 
@@ -80,7 +80,7 @@ def _compile(function: Callable, decides: bool) -> Any:
     try:
         dispatcher.compile(hook.args)
     except NumbaError as error:
-        said = RETURNS if RETURNS in str(error) else f"is not a policy: {_cause(error, decides)}"
+        said = RETURNS if RETURNS in str(error) else f"is not a policy: {_cause(error, decides, Path(function.__code__.co_filename).name)}"
         raise UsageError(f"{where} {said}") from error
     except KeyError as error:  # what Numba says of a record without such a field
         raise UsageError(f"{where} is not a policy: there is no {error} in the record that it asks.") from error
@@ -176,10 +176,10 @@ def _where(function: Callable) -> str:
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}: {function.__name__}"
 
 
-def _cause(error: Exception, decides: bool) -> str:
-    """Return what Numba found, in one line, with the line of the user's file where it says so."""
+def _cause(error: Exception, decides: bool, file: str) -> str:
+    """Return what Numba found, in one line, with the line of the user's ``file`` where it says so."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    lines = [line for line in re.findall(r'File "[^"]*?([^"/\\]+\.py)", line (\d+)', text) if line[0] != _HERE]
+    lines = [line for line in re.findall(r'File "[^"]*?([^"/\\]+)", line (\d+)', text) if line[0] == file]
     attribute = re.search(r"Unknown attribute '(\w+)' of type (\w+)", text)
     if attribute:
         names = {"View": "view", "Array": "an array", "Record": "a record", "ReadingRecord": "a record"}
