@@ -22,6 +22,7 @@ from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, forget, tasks_of
 from moetrace.results.record import SEARCH_FILE, SEARCH_SCHEMA
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.forks import refuse_if_forked
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -249,6 +250,7 @@ def search(
         >>> found.best.cell.name
         'made/edge-ndp/edge-ndp'
     """
+    refuse_if_forked()
     if not isinstance(jobs, int) or jobs < 1:
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
     choices = check_choices(load_space(source))

@@ -23,6 +23,7 @@ from moetrace.batch.work import Outcome, Task, evaluate, forget, tasks_of
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.record import ListedCell, SweepFile
 from moetrace.spec.errors import UsageError
+from moetrace.spec.forks import refuse_if_forked
 from moetrace.trace import Trace
 from moetrace.version import __version__
 
@@ -250,6 +251,7 @@ def sweep(
         24 6.35 s
         48 5.93 s
     """
+    refuse_if_forked()
     if not isinstance(jobs, int) or jobs < 1:
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
     if jobs > 1 and dask is None:

@@ -15,6 +15,7 @@ from moetrace.results.window import Window, window_of
 from moetrace.spec import Model, System
 from moetrace.spec.cores import cores
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.forks import refuse_if_forked
 from moetrace.trace import Trace
 from moetrace.trace.opening import opened
 
@@ -71,6 +72,7 @@ def replay(
         monde 12.96 s
         edge-ndp 5.93 s
     """
+    refuse_if_forked()
     with opened(trace) as found:
         found.check_has_rows()  # before its model is asked for: no model would help
         slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
