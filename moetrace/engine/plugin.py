@@ -80,7 +80,11 @@ def _compile(function: Callable, decides: bool) -> Any:
     try:
         dispatcher.compile(hook.args)
     except NumbaError as error:
-        said = RETURNS if RETURNS in str(error) else f"is not a policy: {_cause(error, decides, Path(function.__code__.co_filename).name)}"
+        said = (
+            RETURNS
+            if RETURNS in str(error)
+            else f"is not a policy: {_cause(error, decides, Path(function.__code__.co_filename).name)}"
+        )
         raise UsageError(f"{where} {said}") from error
     except KeyError as error:  # what Numba says of a record without such a field
         raise UsageError(f"{where} is not a policy: there is no {error} in the record that it asks.") from error

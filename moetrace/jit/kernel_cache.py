@@ -33,10 +33,7 @@ def cache_of(function: Callable, fingerprint: str, own: bool) -> Any:
     """
     found = _cache_classes()[own](function)
     if own:
-        found._cache_file._index_name = f"{function.__name__}-{fingerprint[:32]}.nbi"
-        found._cache_file._index_path = os.path.join(found.cache_path, found._cache_file._index_name)
-        found._cache_file._data_name_pattern = f"{function.__name__}-{fingerprint[:32]}.{{number:d}}.nbc"
-        found._cache_file._source_stamp = fingerprint
+        found._cache_file = _index_file(found.cache_path, f"{function.__name__}-{fingerprint[:32]}", fingerprint)
     else:
         found._cache_file._source_stamp = (found._cache_file._source_stamp, fingerprint)
     return found
@@ -46,7 +43,7 @@ def is_private(folder: str | Path) -> bool:
     """Whether a folder is this user's, and one that not everybody may write to."""
     if not hasattr(os, "getuid"):
         return True
-    found = os.stat(folder)
+    found = Path(folder).stat()
     return found.st_uid == os.getuid() and not found.st_mode & stat.S_IWOTH
 
 
@@ -70,8 +67,8 @@ def _say(sentence: str) -> None:
 
 def _checked(folder: str, top: str) -> str:
     """Make a folder under ``top``, for this user only; raise OSError if it, or ``top``, is another's."""
-    os.makedirs(folder, mode=0o700, exist_ok=True)
     for each in (top, folder):
+        Path(each).mkdir(mode=0o700, parents=True, exist_ok=True)
         if not is_private(each):
             raise PermissionError(f"{each} is another user's")
     tempfile.TemporaryFile(dir=folder).close()
@@ -87,7 +84,7 @@ def _cache_classes() -> tuple[Any, Any]:
     def given_folder() -> str | None:
         """Return what NUMBA_CACHE_DIR names, if it may be used."""
         given = config.CACHE_DIR
-        if given and os.path.isdir(given) and not is_private(given):
+        if given and Path(given).is_dir() and not is_private(given):
             _say(f"compiled code is not kept in {given}, which NUMBA_CACHE_DIR names, as others may write there")
             return None
         return given
@@ -102,12 +99,12 @@ def _cache_classes() -> tuple[Any, Any]:
 
     class InTree(caching.InTreeCacheLocator):
         def ensure_cache_path(self) -> None:
-            os.makedirs(self.get_cache_path(), exist_ok=True)
+            Path(self.get_cache_path()).mkdir(exist_ok=True)
             _checked(self.get_cache_path(), self.get_cache_path())
 
     class UserWide(caching.UserWideCacheLocator):
         def ensure_cache_path(self) -> None:
-            _checked(self.get_cache_path(), os.path.dirname(self.get_cache_path()))
+            _checked(self.get_cache_path(), str(Path(self.get_cache_path()).parent))
 
     class Fresh(caching.UserWideCacheLocator):
         def get_cache_path(self) -> str:
@@ -120,16 +117,16 @@ def _cache_classes() -> tuple[Any, Any]:
         def __init__(self, py_func: Any, py_file: str) -> None:
             super().__init__(py_func, py_file)
             self._top = given_folder() or AppDirs(appname="moetrace", appauthor=False).user_cache_dir
-            self._cache_path = os.path.join(self._top, "policies")
+            self._cache_path = str(Path(self._top) / "policies")
 
         def ensure_cache_path(self) -> None:
             _remove_oldest(_checked(self._cache_path, self._top))
 
     class Impl(caching.CompileResultCacheImpl):
-        _locator_classes = [Given, InTree, UserWide, Fresh]
+        _locator_classes = (Given, InTree, UserWide, Fresh)
 
     class OwnImpl(caching.CompileResultCacheImpl):
-        _locator_classes = [Own, Fresh]
+        _locator_classes = (Own, Fresh)
 
     class KernelCache(caching.FunctionCache):
         """Numba's cache, which takes a named tuple for the same as long as its class has the same name."""
@@ -157,6 +154,12 @@ def _cache_classes() -> tuple[Any, Any]:
         _impl_class = OwnImpl
 
     return KernelCache, OwnCache
+
+
+def _index_file(folder: str, name: str, stamp: str) -> Any:
+    from numba.core.caching import IndexDataCacheFile
+
+    return IndexDataCacheFile(folder, name, stamp)
 
 
 def _remove_oldest(folder: str) -> None:

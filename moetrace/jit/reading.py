@@ -7,7 +7,7 @@ when it runs: the arrays are the same, only their types differ.
 from typing import Any
 
 from numba.core import types
-from numba.core.datamodel.models import ArrayModel, NestedArrayModel, RecordModel
+from numba.core.datamodel.models import NestedArrayModel, RecordModel
 from numba.core.datamodel.registry import register_default
 from numba.core.errors import NumbaTypeError
 from numba.core.imputils import impl_ret_borrowed

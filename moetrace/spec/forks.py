@@ -1,4 +1,4 @@
-"""Whether this process was forked off one whose Polars had threads: a fork takes none along, and Polars waits for them."""
+"""Whether this process was forked off one whose Polars had threads: a fork takes none along, and Polars waits."""
 
 import os
 import re
@@ -39,8 +39,7 @@ def _has_threads() -> bool:
     if "polars" not in sys.modules:
         return False
     try:
-        tasks = os.listdir("/proc/self/task")
-        return any(_THREAD.match(Path(f"/proc/self/task/{task}/comm").read_text()) for task in tasks)
+        return any(_THREAD.match((task / "comm").read_text()) for task in Path("/proc/self/task").iterdir())
     except OSError:
         return True
 
