@@ -183,7 +183,8 @@ def _where(function: Callable) -> str:
 def _cause(error: Exception, decides: bool, file: str) -> str:
     """Return what Numba found, in one line, with the line of the user's ``file`` where it says so."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    lines = [line for line in re.findall(r'File "[^"]*?([^"/\\]+)", line (\d+)', text) if line[0] == file]
+    found = re.findall(r'File "[^"]*?([^"/\\]+)", line (\d+)', text) + re.findall(r"([^/\\\n]+) \((\d+)\)$", text, re.M)
+    lines = [line for line in found if line[0] == file]
     attribute = re.search(r"Unknown attribute '(\w+)' of type (\w+)", text)
     if attribute:
         names = {"View": "view", "Array": "an array", "Record": "a record", "ReadingRecord": "a record"}

@@ -13,8 +13,26 @@ def entry(function: Callable, options: dict[str, Any]) -> Any:
 
     dispatcher: Any = numba.njit(**options, **_pipelines()[0])(function)
     compile_here = dispatcher.compile
+    if options["boundscheck"]:
+        compile_here = _checked(compile_here)
     dispatcher.compile = lambda sig: heard(compile_here, sig)
     return dispatcher
+
+
+def _checked(compile_here: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Let functions that are compiled on the way check array bounds, too: those that a user's function calls."""
+    from numba.core import config
+    from numba.core.compiler_lock import global_compiler_lock
+
+    def compile_it(sig: Any) -> Any:
+        with global_compiler_lock:  # nobody else compiles meanwhile
+            before, config.BOUNDSCHECK = config.BOUNDSCHECK, 1
+            try:
+                return compile_here(sig)
+            finally:
+                config.BOUNDSCHECK = before
+
+    return compile_it
 
 
 def part(function: Callable, options: dict[str, Any]) -> Any:
