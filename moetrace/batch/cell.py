@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moetrace.batch.grid import Point
+from moetrace.batch.grid import Grid, Point, Space
 from moetrace.engine.setup import Setup, check_setup
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.record import CELL_SCHEMA
@@ -17,7 +17,8 @@ from moetrace.results.resolve import by_spec, model_of
 from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_policy, load_system
 from moetrace.spec.choices import KINDS, source_of
 from moetrace.spec.errors import MoetraceError, UsageError, printable, stop_behind
-from moetrace.spec.load import nearest, read_text
+from moetrace.spec.load import FUNCTION_FIELDS, nearest, read_text
+from moetrace.spec.policy import note_code, refuse_code
 from moetrace.trace import Trace
 from moetrace.version import __version__
 
@@ -79,8 +80,9 @@ class Traces:
 class Resolver:
     """Loads what points name; each spec once, however many cells share it."""
 
-    def __init__(self, traces: Traces, ignore_capacity: bool) -> None:
-        self._traces, self._ignore_capacity = traces, ignore_capacity
+    def __init__(self, traces: Traces, grid: Grid | Space, code: bool) -> None:
+        self._traces, self._ignore_capacity, self._code = traces, grid.ignore_capacity, code
+        self._where = grid.where if grid.is_file else None
         self._loaded: dict[str, Any] = {}
         self._policy_names: set[str] = set()
 
@@ -90,6 +92,7 @@ class Resolver:
         try:
             trace, sha256 = self._traces.get(point.values["trace"])
             setup = self._setup(point, trace)
+            self._check_code(point, setup.policies[0])
             check_policy(setup.policies[0], setup.system)
             slots, _ = check_setup(trace, setup)
             cell.setup = setup
@@ -135,6 +138,19 @@ class Resolver:
             slots=values.get("slots"),
             ignore_capacity=self._ignore_capacity,
         )
+
+    def _check_code(self, point: Point, policy: PolicySpec) -> None:
+        """Name each Python file that the sweep's file names; or refuse it."""
+        named = [str(point.values["policy"])]
+        named += [str(value) for path, value in point.values.items() if path.rpartition(".")[2] in FUNCTION_FIELDS]
+        for kind in FUNCTION_FIELDS:
+            file, colon, _ = getattr(policy, kind).rpartition(":")
+            if not (colon and file.endswith(".py")):
+                continue
+            if not self._code:
+                refuse_code(f"policy {policy.name}: {kind}", file)
+            if self._where is not None and any(one.rpartition(":")[0] == file for one in named):
+                note_code(self._where, file)
 
     def _load(self, load: Any, source: str, overrides: Mapping[str, Any]) -> Any:
         key = f"{load.__name__} {source} {sorted(overrides.items())!r}"

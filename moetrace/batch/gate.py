@@ -15,6 +15,7 @@ from moetrace.batch.verdict import VERDICTS, Judged, Moved, judge
 from moetrace.results.folder import ResultFolder, read_cells
 from moetrace.results.record import GATE_SCHEMA, METRICS
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.forks import refuse_if_forked
 from moetrace.spec.load import nearest
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def gate(
         >>> mt.gate("results", "baseline.json", tolerance="0.5%").counted()
         '2 cells: 2 same'
     """
+    refuse_if_forked()
     folder, path = Path(folder), Path(baseline)
     if not isinstance(tolerance, Iterable):
         raise UsageError(f"tolerance is a text as 0.5% or several, got {tolerance!r}.")

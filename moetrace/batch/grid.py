@@ -13,7 +13,7 @@ import numpy as np
 
 from moetrace.results.record import COSTS
 from moetrace.spec.errors import UsageError, printable
-from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, nearest, parse, read_text
+from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, nearest, read_toml
 from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
@@ -71,6 +71,7 @@ class Space(NamedTuple):
     ignore_capacity: bool
     pareto: str
     search: dict[str, Any] | None  # the table of that name
+    is_file: bool = False  # it was read from one
 
     @property
     def size(self) -> int:
@@ -112,6 +113,7 @@ class Grid(NamedTuple):
     points: list[Point]
     ignore_capacity: bool
     pareto: str
+    is_file: bool = False  # it was read from one
 
 
 def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
@@ -137,7 +139,7 @@ def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
     twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
     if twice:
         raise UsageError(f"{where} names {twice[0]} more than once: each value of an axis, or row of a zip, wants one.")
-    return Grid(where, space.listed, points, space.ignore_capacity, space.pareto)
+    return Grid(where, space.listed, points, space.ignore_capacity, space.pareto, space.is_file)
 
 
 def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
@@ -149,7 +151,7 @@ def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
         raw = {key: _plain(value) for key, value in source.items()}
     else:
         folder, where = Path(source).absolute().parent, str(source)
-        raw = parse(read_text(os.fspath(source)), where)
+        raw = read_toml(os.fspath(source))
     sweep = convert(Loaded(raw, where), _GridFile)
     if sweep.pareto not in FRONTS:
         near = nearest(sweep.pareto, list(FRONTS))
@@ -158,7 +160,8 @@ def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
     _check_once(axes, where)
     labels = {field: _labels(field, values, where) for axis in axes for field, values in _columns(axis)}
     excluded = _exclusions(sweep.exclude, labels, folder, where)
-    return Space(where, folder, axes, labels, excluded, sweep.ignore_capacity, sweep.pareto, sweep.search)
+    is_file = not isinstance(source, Mapping)
+    return Space(where, folder, axes, labels, excluded, sweep.ignore_capacity, sweep.pareto, sweep.search, is_file)
 
 
 def _plain(value: Any) -> Any:

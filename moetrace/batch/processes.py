@@ -9,9 +9,11 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from multiprocessing.connection import wait
 from typing import Any
 
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_LOOK_UP_S = 5.0
 
 
 def start_early() -> None:
@@ -67,10 +69,30 @@ def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+def _follow(parent: Any) -> None:
+    """Wait for the end of the parent, and end.
+
+    A pipe says so, unless a child that the parent forked has it open too; then the system does, where it can be asked.
+    """
+    ends = [parent.sentinel]
+    with contextlib.suppress(AttributeError, OSError):  # not Linux; or it is gone
+        ends.append(os.pidfd_open(parent.pid))  # type: ignore[attr-defined]
+    while not wait(ends, _LOOK_UP_S) and _is_there(parent.pid):
+        pass
+    os._exit(1)
+
+
+def _is_there(pid: int) -> bool:
+    if os.name != "posix":  # there, signal 0 ends a process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -22,6 +22,7 @@ from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, forget, tasks_of
 from moetrace.results.record import SEARCH_FILE, SEARCH_SCHEMA, TRIALS_FILE
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.forks import refuse_if_forked
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -139,6 +140,7 @@ class _Halver:
     farm: Farm
     folder: SweepFolder | None
     progress: Callable[[int], None] | None
+    code: bool = True
     traces: Traces = field(default_factory=Traces)
     found: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
@@ -148,7 +150,7 @@ class _Halver:
     def __post_init__(self) -> None:
         self.values: list[list[float]] = [[] for _ in range(self.choices.halving.parts)]  # of each part, less is better
         self.trace, self.sha256 = self.traces.get(self.choices.plain().values["trace"])
-        self.resolver = Resolver(self.traces, self.choices.space.ignore_capacity)
+        self.resolver = Resolver(self.traces, self.choices.space, self.code)
 
     def trial(self, number: int, point: Any) -> Trial:
         """A trial that has yet to begin; one that cannot be replayed has its error."""
@@ -219,6 +221,7 @@ def search(
     jobs: int = 1,
     dask: str | None = None,
     progress: Callable[[int], None] | None = None,
+    code: bool = True,
 ) -> Search:
     """Find the policy of a space that does best on one trace and system.
 
@@ -233,6 +236,7 @@ def search(
         jobs: Processes; 1 is this one.
         dask: Address of a Dask scheduler, to run on its workers instead.
         progress: A function that gets the number of trials judged, on a part of the trace, since its last call.
+        code: With False trials fail whose policy names a Python file, whose code would run.
 
     Returns:
         The finished search. `Search.best` is the best trial.
@@ -249,19 +253,24 @@ def search(
         >>> found.best.cell.name
         'made/edge-ndp/edge-ndp'
     """
+    refuse_if_forked()
     if not isinstance(jobs, int) or jobs < 1:
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
     choices = check_choices(load_space(source))
     with farm_of(jobs, dask) as (farm, _):
-        return run_search(choices, None if folder is None else SweepFolder(Path(folder)), farm, progress)
+        return run_search(choices, None if folder is None else SweepFolder(Path(folder)), farm, progress, code)
 
 
 def run_search(
-    choices: SearchChoices, folder: SweepFolder | None, farm: Farm, progress: Callable[[int], None] | None = None
+    choices: SearchChoices,
+    folder: SweepFolder | None,
+    farm: Farm,
+    progress: Callable[[int], None] | None = None,
+    code: bool = True,
 ) -> Search:
     """Search on a farm; as `search` does."""
     with _study(choices) as study:
-        halver = _Halver(choices, farm, folder, progress)
+        halver = _Halver(choices, farm, folder, progress, code)
         try:
             reference = halver.trial(0, choices.plain())
             halver.replay([reference], choices.halving.parts - 1)

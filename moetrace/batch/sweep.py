@@ -23,6 +23,8 @@ from moetrace.batch.work import Outcome, Task, evaluate, forget, tasks_of
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.record import ListedCell, SweepFile
 from moetrace.spec.errors import UsageError
+from moetrace.spec.forks import refuse_if_forked
+from moetrace.spec.policy import names_code
 from moetrace.trace import Trace
 from moetrace.version import __version__
 
@@ -32,11 +34,15 @@ _SAMPLE_CELLS = 8
 
 
 class Estimate(NamedTuple):
-    """How long the cells that are left will take: `seconds` of one core, from a measured sample of the work."""
+    """How long the cells that are left will take: `seconds` of one core, from a measured sample of the work.
+
+    `seconds` are without `unmeasured` cells: their policy names a Python file, and nothing of it is run for this.
+    """
 
     cells: int
     seconds: float
     sampled: int
+    unmeasured: int
 
 
 @dataclass(repr=False)
@@ -110,10 +116,12 @@ class SweepPlan:
         pareto: str | None = None,
         *,
         reads: bool = False,
+        code: bool = True,
     ) -> None:
         """Read the grid, the traces' hashes and every spec; make the folder at `path`, unless that is None.
 
-        With `reads` the folder is only looked into, for what it has.
+        With `reads` the folder is only looked into, for what it has. Without `code` cells fail whose policy names a
+        Python file.
 
         Raises as `load_grid` and `SweepFolder` do.
         """
@@ -123,7 +131,7 @@ class SweepPlan:
         self.pareto = pareto or self.grid.pareto
         folder = None if path is None else SweepFolder(path, reads=reads)  # before anything is read that takes long
         self._traces, self._folder = Traces(), folder
-        resolver = Resolver(self._traces, self.grid.ignore_capacity)
+        resolver = Resolver(self._traces, self.grid, code)
         self.cells = [resolver.resolve(point) for point in self.grid.points]
         resolver.check_policy_names(self.grid.points)
         base = f"{Path.cwd() if isinstance(source, Mapping) else Path(source).absolute().parent}{os.sep}"
@@ -192,8 +200,12 @@ class SweepPlan:
 
     def estimate(self) -> Estimate:
         """Measure how long what is missing will take, on the first steps of each trace with a few of its cells."""
-        seconds, sampled = 0.0, 0
-        for path, cells in self.by_trace().items():
+        seconds, sampled, unmeasured = 0.0, 0, 0
+        for path, missing in self.by_trace().items():
+            cells = [cell for cell in missing if not names_code(cell.policy)]
+            unmeasured += len(missing) - len(cells)
+            if not cells:
+                continue
             setups = list({(cell.policy.name, cell.policy.dispatch): cell.setup for cell in cells}.values())
             setups = [setup for setup in setups if setup is not None][:_SAMPLE_CELLS]
             with Trace.open(path) as trace:
@@ -205,7 +217,7 @@ class SweepPlan:
                 spent = time.perf_counter() - start
             seconds += spent / len(setups) * len(cells) * trace.rows / head.rows
             sampled += len(setups)
-        return Estimate(len(self.missing), seconds, sampled)
+        return Estimate(len(self.missing), seconds, sampled, unmeasured)
 
     def _relative(self, error: str | None) -> str | None:
         """The sentence with files as seen from beside the sweep: the same wherever that lies."""
@@ -220,6 +232,7 @@ def sweep(
     dask: str | None = None,
     pareto: str | None = None,
     progress: Callable[[int], None] | None = None,
+    code: bool = True,
 ) -> Sweep:
     """Replay every cell of a grid. Cells that share a trace share passes over it.
 
@@ -234,6 +247,7 @@ def sweep(
         pareto: What the front sets against latency: "gpu_memory_bytes", "link_bytes" or "price". By default the file
             says it.
         progress: A function that gets the number of cells done since its last call.
+        code: With False cells fail whose policy names a Python file, whose code would run.
 
     Returns:
         The finished sweep. `Sweep.cells` is a frame with a row a cell.
@@ -250,11 +264,12 @@ def sweep(
         24 6.35 s
         48 5.93 s
     """
+    refuse_if_forked()
     if not isinstance(jobs, int) or jobs < 1:
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
     if jobs > 1 and dask is None:
         start_early()
-    plan = SweepPlan(source, None if folder is None else Path(folder), pareto)
+    plan = SweepPlan(source, None if folder is None else Path(folder), pareto, code=code)
     with farm_of(jobs, dask) as (farm, _):
         return plan.run(farm, progress)
 

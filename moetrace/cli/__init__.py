@@ -1,15 +1,16 @@
 """The command line: one file per command, each imported only when it is used, so that ``--help`` stays instant."""
 
 import contextlib
-import io
 import itertools
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import click
 
 from moetrace.cli.lazy_group import LazyGroup
+from moetrace.cli.streams import open_missing_streams
 from moetrace.spec.errors import MoetraceError, harmless, stop_behind
 from moetrace.version import __version__
 
@@ -55,6 +56,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; an error is one sentence on stderr and exit code 1 (failed) or 2 (wrong usage)."""
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in itertools.takewhile(lambda arg: arg.startswith("-"), args)
+    open_missing_streams()
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminated)
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
@@ -67,8 +69,8 @@ def main(args: list[str] | None = None) -> None:
         # The reader of our output went away (`moetrace list models | head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (KeyboardInterrupt, click.Abort):
-        _interrupted()
+    except (KeyboardInterrupt, click.Abort) as stop:
+        _end(stop)
     except (MoetraceError, click.ClickException, OSError) as error:
         if debug:
             raise
@@ -86,27 +88,38 @@ def main(args: list[str] | None = None) -> None:
         stop = stop_behind(error)
         if debug or stop is None:
             raise
-        if isinstance(stop, SystemExit):
-            sys.exit(stop.code)
-        _interrupted()
+        _end(stop)
 
 
 def _run(args: list[str]) -> None:
-    if sys.stdout is None:  # closed by who called us
-        sys.stdout = io.StringIO()
     # Not click's own main: it ends with 1 where a pipe breaks.
     with _group.make_context("moetrace", [*args]) as context:  # `list` is a command here
         _group.invoke(context)
     sys.stdout.flush()
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal other than Ctrl-C's asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
 def _terminated(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
+    raise _Stopped(number)
 
 
-def _interrupted() -> None:
-    click.echo("moetrace: interrupted; no file was left half-written.", err=True)
-    sys.exit(1)
+def _end(stop: BaseException) -> NoReturn:
+    """End as a signal asked; a function that still runs somewhere cannot hold the process."""
+    code, how = 1, "interrupted"
+    if isinstance(stop, _Stopped):
+        code, how = 128 + stop.signal, f"ended by {stop.signal.name}"
+    with contextlib.suppress(OSError):  # SIGHUP: the terminal is gone
+        click.echo(f"moetrace: {how}; no file was left half-written.", err=True)
+    if "moetrace.jit.apart" in sys.modules:
+        sys.modules["moetrace.jit.apart"].end_process(code)
+    sys.exit(code)
 
 
 def _sentence(error: Exception) -> str:

@@ -1,22 +1,23 @@
 """The one door for policies: ``@policy`` compiles a hook, a built-in one as well as a user's own."""
 
-import hashlib
-import importlib.util
 import inspect
 import re
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType
 from typing import Any
 
+from moetrace.engine.policy_file import run_file
 from moetrace.engine.residency import unchanged
+from moetrace.engine.state import DEVICES, View
 from moetrace.jit.compile import PURE_PYTHON, kernel
+from moetrace.jit.refusals import READS_ONLY, RETURNS
 from moetrace.spec.choices import find, legal
-from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.errors import UsageError
 
 _ENGINE = Path(__file__).parent
+_MAY_WRITE = {True: "plan, state and view.groups", False: "state"}
 ARGUMENTS = ("state", "view", "layer", "load", "plan")
 
 
@@ -56,7 +57,11 @@ def policy(function: Callable) -> Any:
     """
     if getattr(function, "is_policy", False):
         return function
-    function = getattr(function, "py_func", function)
+    return _compile(getattr(function, "py_func", function), decides=True)
+
+
+def _compile(function: Callable, decides: bool) -> Any:
+    """Compile a hook as `policy` does; unless it ``decides``, a user's may only read the plan."""
     if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
         raise UsageError(f"{getattr(function, '__name__', function)!r} is not a plain Python function.")
     where = _where(function)
@@ -70,21 +75,70 @@ def policy(function: Callable) -> Any:
     from moetrace.engine.state import hook_signature
 
     hook = hook_signature()
-    dispatcher = kernel(function, inline=False, checked=_is_users(function)).entry()
+    written = _guarded(function, decides) if _is_users(function) else function
+    dispatcher = kernel(written, inline=False, checked=_is_users(function)).entry()
     try:
         dispatcher.compile(hook.args)
     except NumbaError as error:
-        raise UsageError(f"{where} is not a policy: {_first_cause(error)}") from error
+        said = (
+            RETURNS
+            if RETURNS in str(error)
+            else f"is not a policy: {_cause(error, decides, Path(function.__code__.co_filename).name)}"
+        )
+        raise UsageError(f"{where} {said}") from error
     except KeyError as error:  # what Numba says of a record without such a field
         raise UsageError(f"{where} is not a policy: there is no {error} in the record that it asks.") from error
     except NotImplementedError as error:  # what Numba says of an assignment to the view, among others
         raise UsageError(f"{where} is not a policy: it does what Numba cannot compile; view is for reading.") from error
-    returns = dispatcher.overloads[hook.args].signature.return_type
-    if returns != hook.return_type:
-        raise UsageError(f"{where} returns a value, but a policy returns nothing: it writes into plan or state.")
     dispatcher.disable_compile()
-    dispatcher.is_policy = True
+    dispatcher.is_policy, dispatcher.decides, dispatcher.function = True, decides, function
     return dispatcher
+
+
+def _guarded(function: Callable, decides: bool) -> Callable:
+    """Return a hook that calls a user's, which then can't write what the engine relies on.
+
+    Its code is that of `_user_hook`, with names of its own: compiled code holds what they stood for.
+    """
+    from moetrace.jit.reading import for_reading, nothing
+
+    names = {
+        "__name__": __name__,
+        "View": View,
+        "_function": kernel(function, inline=False, checked=True),
+        "_nothing": nothing,
+        "_for_reading": for_reading,
+        "_plan_of": _as_it_is if decides else for_reading,
+        "_devices": len(DEVICES) if decides else 256,
+    }
+    return FunctionType(_user_hook.__code__, names, function.__name__)
+
+
+def _user_hook(state, view, layer, load, plan):
+    """Call a user's function, and check what it planned. It may write into state, view.groups and, to decide, plan."""
+    seen = View(
+        view.step,
+        view.phase,
+        view.rows,
+        view.slots,
+        view.share,
+        view.out_s_per_row,
+        view.link_latency_s,
+        view.alpha,
+        view.half_life,
+        _for_reading(view.active),  # noqa: F821  names of `_guarded`
+        view.groups,
+    )
+    _nothing(_function(state, seen, layer, _for_reading(load), _plan_of(plan)))  # noqa: F821
+    for i in range(plan.size):
+        if plan[i] >= _devices:  # noqa: F821
+            raise ValueError("plan[i] must be 0 or 1")
+
+
+@kernel
+def _as_it_is(plan):
+    """Return a plan."""
+    return plan
 
 
 def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None) -> Any:
@@ -93,38 +147,28 @@ def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None)
     Raises UsageError if there is no such function, or it is no policy; MoetraceError if the file does not run.
     """
     if own and choice in own:
-        return _compiled(own[choice])
+        return _hook(kind, own[choice])
     record = find(kind, choice)
     if record is not None:
-        return _compiled(record.hook or unchanged)
+        return _hook(kind, record.hook or unchanged)
     file, _, name = choice.rpartition(":")
     if not file:
         raise UsageError(f"There is no {kind} {choice!r}; known are {', '.join(legal(kind))}.")
-    function = getattr(_run(Path(file)), name, None)
+    function = getattr(run_file(Path(file)), name, None)
     if function is None:
         raise UsageError(f"{file} defines no {name}.")
     if not callable(function):
         raise UsageError(f"{file}: {name} is not a function.")
+    return _hook(kind, function)
+
+
+@cache
+def _hook(kind: str, function: Callable) -> Any:
+    """Compile a function for what it is to be: a user's residency may not change the plan, which was carried out."""
+    if kind == "residency" and not PURE_PYTHON:
+        function = getattr(function, "function", getattr(function, "py_func", function))
+        return _compile(function, decides=not _is_users(function))
     return policy(function)
-
-
-_compiled = cache(policy)
-
-
-def _run(path: Path) -> ModuleType:
-    name = f"moetrace_policy_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise MoetraceError(f"{path} cannot be read as a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except MoetraceError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise MoetraceError(f"{path} does not run: {type(error).__name__}: {' '.join(str(error).split())}.") from error
-    return module
 
 
 def _is_users(function: Callable) -> bool:
@@ -136,16 +180,19 @@ def _where(function: Callable) -> str:
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}: {function.__name__}"
 
 
-def _first_cause(error: Exception) -> str:
-    """Return what Numba found, in one line, with the line of the user's file where it says so."""
+def _cause(error: Exception, decides: bool, file: str) -> str:
+    """Return what Numba found, in one line, with the line of the user's ``file`` where it says so."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    line = re.search(r'File "[^"]*?([^"/\\]+\.py)", line (\d+)', text)
+    found = re.findall(r'File "[^"]*?([^"/\\]+)", line (\d+)', text) + re.findall(r"([^/\\\n]+) \((\d+)\)$", text, re.M)
+    lines = [line for line in found if line[0] == file]
     attribute = re.search(r"Unknown attribute '(\w+)' of type (\w+)", text)
     if attribute:
-        names = {"View": "view", "Array": "an array", "Record": "a record"}
+        names = {"View": "view", "Array": "an array", "Record": "a record", "ReadingRecord": "a record"}
         cause = f"there is no {attribute[1]!r} in {names.get(attribute[2], attribute[2])}"
+    elif READS_ONLY in text or "readonly array" in text:
+        cause = f"{READS_ONLY}: a {'dispatch' if decides else 'residency'} may write into {_MAY_WRITE[decides]} only"
     else:
-        lines = [part.strip() for part in text.splitlines() if part.strip()]
-        cause = next((part for part in lines if not part.startswith(("Failed in", "During", "-", "File"))), lines[0])
+        parts = [part.strip() for part in text.splitlines() if part.strip()]
+        cause = next((part for part in parts if not part.startswith(("Failed in", "During", "-", "File"))), parts[0])
     cause = cause if len(cause) <= 160 else f"{cause[:159]}…"
-    return f"{cause.rstrip('.')}{f' ({line[1]}, line {line[2]})' if line else ''}."
+    return f"{cause.rstrip('.')}{f' ({lines[0][0]}, line {lines[0][1]})' if lines else ''}."

@@ -1,7 +1,7 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from moetrace.engine.residency import empty_cells, keep_for_good
 from moetrace.engine.schedule import Schedule
 from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
+from moetrace.jit.apart import Hands, in_main_thread, result_of
 from moetrace.jit.compile import compile_now
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError
@@ -175,9 +176,10 @@ def _begin(decoded: Decoded, setup: Setup, slots: int, warnings: list[str]) -> _
 def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Callable[[int], None] | None) -> Popularity:
     """Replay every block in every lane; return how much each expert was wanted."""
     popularity = new_popularity(decoded.trace.layers, decoded.trace.num_experts)
-    compile_now(*_kernels_of(lane for one in underway for lane in one.lanes))  # here, not in a thread: Ctrl-C stops it
-    with ThreadPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
-        for batch, rows in decoded.batches(pool):
+    compile_now(*_kernels_of(lane for one in underway for lane in one.lanes))  # before threads want them
+    # A function that never returns must not keep the main thread from hearing Ctrl-C.
+    with Hands(jobs) if jobs > 1 or in_main_thread() else nullcontext() as pool:
+        for batch, rows in decoded.batches(pool if jobs > 1 else None):
             underway = [one for one in underway if one.error is None]
             if not underway:
                 break
@@ -206,7 +208,7 @@ def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> Non
         errors = [_attempt(lane.advance, batch) for _, lane in lanes]
     else:
         futures = [pool.submit(_attempt, lane.advance, batch) for _, lane in lanes]
-        errors = [future.result() for future in futures]
+        errors = [result_of(future) for future in futures]
     for (one, _), error in zip(lanes, errors, strict=True):
         if error is not None and one.error is None:
             one.error = error

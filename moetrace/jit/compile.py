@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from moetrace.jit.dispatchers import cache_of, entry, part
+from moetrace.jit.dispatchers import entry, part
 from moetrace.jit.fingerprint import fingerprint_of
+from moetrace.jit.kernel_cache import cache_of
 
 if TYPE_CHECKING:
     from numba.core.dispatcher import Dispatcher
@@ -35,7 +36,7 @@ def kernel(
         inline: within other kernels it becomes a part of its caller and counts no references to arrays, so it may not
             make any: with calls and counts, the replay of a layer at batch 1 took 9 times as long, passing the
             state's arrays around.
-        checked: check array bounds, as for a user's function.
+        checked: for a user's function: check array bounds, and keep what it compiles to in the user's own cache.
 
     Returns:
         A `Kernel`; the function itself where NUMBA_DISABLE_JIT is set.
@@ -113,5 +114,5 @@ def _entry(function: Callable, inline: bool, checked: bool) -> "Dispatcher":
     fingerprint = fingerprint_of(function, repr(options))
     if fingerprint is not None:
         with contextlib.suppress(RuntimeError):  # no folder can be written
-            dispatcher._cache = cache_of(function, fingerprint)
+            dispatcher._cache = cache_of(function, fingerprint, checked)
     return dispatcher

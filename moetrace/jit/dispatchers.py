@@ -1,15 +1,38 @@
-"""Numba's dispatchers as kernels need them, and their cache. Numba is imported when the first one is made."""
+"""Numba's dispatchers as kernels need them. Numba is imported when the first one is made."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from moetrace.jit.apart import heard
+
 
 def entry(function: Callable, options: dict[str, Any]) -> Any:
-    """Return the dispatcher of a kernel that Python calls."""
+    """Return the dispatcher of a kernel that Python calls; it compiles where that leaves signals alone."""
     import numba
 
-    return numba.njit(**options, **_pipelines()[0])(function)
+    dispatcher: Any = numba.njit(**options, **_pipelines()[0])(function)
+    compile_here = dispatcher.compile
+    if options["boundscheck"]:
+        compile_here = _checked(compile_here)
+    dispatcher.compile = lambda sig: heard(compile_here, sig)
+    return dispatcher
+
+
+def _checked(compile_here: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Let functions that are compiled on the way check array bounds, too: those that a user's function calls."""
+    from numba.core import config
+    from numba.core.compiler_lock import global_compiler_lock
+
+    def compile_it(sig: Any) -> Any:
+        with global_compiler_lock:  # nobody else compiles meanwhile
+            before, config.BOUNDSCHECK = config.BOUNDSCHECK, 1
+            try:
+                return compile_here(sig)
+            finally:
+                config.BOUNDSCHECK = before
+
+    return compile_it
 
 
 def part(function: Callable, options: dict[str, Any]) -> Any:
@@ -35,48 +58,3 @@ def _pipelines() -> tuple[dict[str, Any], dict[str, Any]]:
     except ImportError:
         return {}, {}
     return {"pipeline_class": EntryCompiler}, {"pipeline_class": PartCompiler}
-
-
-def cache_of(function: Callable, fingerprint: str) -> Any:
-    """Return Numba's cache for a function, with the fingerprint as a part of what makes an entry stale.
-
-    Raises RuntimeError where no folder can be written.
-    """
-    found = _cache_class()(function)
-    found._cache_file._source_stamp = (found._cache_file._source_stamp, fingerprint)
-    return found
-
-
-@cache
-def _cache_class() -> Any:
-    from numba.core.caching import FunctionCache
-
-    class KernelCache(FunctionCache):
-        """Numba's cache, which takes a named tuple for the same as long as its class has the same name."""
-
-        def load_overload(self, sig: Any, target_context: Any) -> Any:
-            """Find what was compiled; None if nothing was, or for named tuples whose class has another name now.
-
-            Numba unpickles the types of all that is in a file before it looks at the stamp.
-            """
-            try:
-                return super().load_overload(sig, target_context)
-            except (AttributeError, ImportError):
-                self.flush()
-                return None
-
-        def _index_key(self, sig: Any, codegen: Any) -> Any:
-            """Add the names of the fields: compiled code knows of their order only."""
-            return (*super()._index_key(sig, codegen), tuple(_fields(getattr(sig, "args", sig))))
-
-    return KernelCache
-
-
-def _fields(types: Any) -> Iterator[tuple[str, ...]]:
-    """Yield the names of the fields of all named tuples among types, and in them."""
-    for each in types:
-        if isinstance(fields := getattr(each, "fields", None), tuple):
-            yield fields
-        inner = getattr(each, "types", None) or getattr(getattr(each, "signature", None), "args", ())
-        if isinstance(inner, tuple):
-            yield from _fields(inner)

@@ -20,6 +20,7 @@ _HERE = Path(__file__).parent
 _NAMED = (type, ModuleType, FunctionType, BuiltinFunctionType, np.ufunc)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 # What these packages bring changes with their versions only, which are a part of the fingerprint.
+_NO_FILES = ("<built in>", "<frozen ", "<__array_function__")  # and not "<string>", which is anybody's
 _SETTLED = {*sys.stdlib_module_names, "numpy", "numba", "llvmlite"}
 
 
@@ -61,7 +62,8 @@ def fingerprint_of(function: Callable, options: str = "") -> str | None:
     """
     import numba
 
-    parts = [_files(_HERE, "compile.py", "dispatchers.py", "pipeline.py"), np.__version__, numba.__version__, options]
+    ours = _files(_HERE, "compile.py", "dispatchers.py", "pipeline.py", "reading.py")
+    parts = [ours, np.__version__, numba.__version__, options]
     try:
         parts += _describe_function(function, set())
     except (TypeError, ValueError):  # ValueError: of a cell without a content yet
@@ -152,7 +154,7 @@ def _comes_with_python(file: str) -> bool:
     path, (stdlib, *packages) = Path(file), _homes_of_settled()
     if path.is_relative_to(stdlib) and not {"site-packages", "dist-packages"} & {*path.relative_to(stdlib).parts}:
         return True
-    return file.startswith("<") or any(path.is_relative_to(folder) for folder in packages)
+    return file.startswith(_NO_FILES) or any(path.is_relative_to(folder) for folder in packages)
 
 
 @cache

@@ -15,6 +15,7 @@ from moetrace.results.window import Window, window_of
 from moetrace.spec import Model, System
 from moetrace.spec.cores import cores
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.forks import refuse_if_forked
 from moetrace.trace import Trace
 from moetrace.trace.opening import opened
 
@@ -34,6 +35,7 @@ def replay(
     jobs: SupportsIndex | None = None,
     progress: Callable[[int], None] | None = None,
     timeline: Window = False,
+    code: bool = True,
 ) -> Result:
     """Replay a trace through policies on a system, in one pass over it.
 
@@ -55,6 +57,7 @@ def replay(
         timeline: The steps whose every slice of work is recorded, for `Result.timeline` and `Result.write_timeline`: a
             window `(A, B)`, from step A up to B without it as in Python, or True for the first 16 steps. Memory grows
             with the window.
+        code: False refuses policies that name a Python file, whose code would run.
 
     Returns:
         The result. It has frames and `summary.json` as a dict, and `Result.write` writes files.
@@ -71,10 +74,11 @@ def replay(
         monde 12.96 s
         edge-ndp 5.93 s
     """
+    refuse_if_forked()
     with opened(trace) as found:
         found.check_has_rows()  # before its model is asked for: no model would help
         slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
-        setup, warnings = resolve(found, model, system, policies, {} if overrides is None else overrides)
+        setup, warnings = resolve(found, model, system, policies, {} if overrides is None else overrides, code)
         jobs = min(cores(), len(setup.policies)) if jobs is None else _at_least_one("jobs", jobs)
         window = window_of(timeline, found.steps, warnings)
         setup = replace(setup, slots=slots, ignore_capacity=ignore_capacity, window=window)

@@ -25,8 +25,12 @@ def resolve(
     system: str | Path | System,
     policies: Policy | Sequence[Policy],
     overrides: Mapping[str, object],
+    code: bool = True,
 ) -> tuple[Setup, list[str]]:
-    """Return the specs that were named, with their overrides, and sentences about what may not be meant so."""
+    """Return the specs that were named, with their overrides, and sentences about what may not be meant so.
+
+    Without ``code``, a policy that names a Python file is refused.
+    """
     changes = by_spec(overrides)
     the_model = load_model(model_of(trace) if model is None else model, changes["model"])
     the_system = load_system(system, changes["system"])
@@ -34,7 +38,7 @@ def resolve(
     warnings = [misfit] if misfit else []
     several = list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]
     hooks: dict[str, Callable] = {}
-    specs = _load_policies(several, changes["policy"], hooks, warnings)
+    specs = _load_policies(several, changes["policy"], hooks, warnings, code)
     return Setup(model=the_model, system=the_system, policies=specs, hooks=hooks), warnings
 
 
@@ -63,7 +67,11 @@ def model_of(trace: Trace) -> str:
 
 
 def _load_policies(
-    sources: Sequence[Policy], changes: Mapping[str, object], hooks: dict[str, Callable], warnings: list[str]
+    sources: Sequence[Policy],
+    changes: Mapping[str, object],
+    hooks: dict[str, Callable],
+    warnings: list[str],
+    code: bool,
 ) -> list[PolicySpec]:
     """Load the policies; changes of the form NAME.FIELD go to the policy of that name."""
     if not sources:
@@ -75,8 +83,8 @@ def _load_policies(
         own.setdefault(name, {})[field] = changes[path]
     specs = []
     for source in sources:
-        spec = _load_policy(source, everywhere, hooks)
-        specs.append(_load_policy(source, everywhere | own[spec.name], hooks) if spec.name in own else spec)
+        spec = _load_policy(source, everywhere, hooks, code)
+        specs.append(_load_policy(source, everywhere | own[spec.name], hooks, code) if spec.name in own else spec)
     names = [spec.name for spec in specs]
     for name in own.keys() - set(names):
         near = difflib.get_close_matches(name, names, 1, 0.0)
@@ -102,20 +110,20 @@ def _distinct(specs: list[PolicySpec], warnings: list[str]) -> list[PolicySpec]:
     return distinct
 
 
-def _load_policy(source: Policy, changes: Mapping[str, object], hooks: dict[str, Callable]) -> PolicySpec:
+def _load_policy(source: Policy, changes: Mapping[str, object], hooks: dict[str, Callable], code: bool) -> PolicySpec:
     """Load one policy; a function becomes the dispatch beside `on-demand`'s other choices, and joins `hooks`."""
     if isinstance(source, str | Path | PolicySpec):
-        return load_policy(source, changes)
+        return load_policy(source, changes, code=code)
     function = getattr(source, "py_func", source)
     if not isinstance(function, FunctionType):
         raise UsageError(
             "A policy is the name of a preset, the path of a TOML file, file.py:function, a PolicySpec or a function, "
             f"got {type(source).__name__}."
         )
-    code = function.__code__
-    spec = load_policy("on-demand", {"name": code.co_name, **changes})
-    name, number = f"{Path(code.co_filename).name}:{code.co_name}", 1
+    written = function.__code__
+    spec = load_policy("on-demand", {"name": written.co_name, **changes}, code=code)
+    name, number = f"{Path(written.co_filename).name}:{written.co_name}", 1
     while hooks.setdefault(name, source) is not source:
         number += 1
-        name = f"{Path(code.co_filename).name}:{code.co_name}-{number}"
+        name = f"{Path(written.co_filename).name}:{written.co_name}-{number}"
     return msgspec.structs.replace(spec, dispatch=name)

@@ -15,6 +15,7 @@ import msgspec
 import msgspec.inspect
 import numpy as np
 
+from moetrace.spec.deep_keys import MOST_PARTS, has_deep_key
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.ordinary_file import read_ordinary
 
@@ -24,8 +25,9 @@ S = TypeVar("S", bound=msgspec.Struct)
 FILE_FIELDS = ("weight_bits", "loads", "plan", "static")
 FUNCTION_FIELDS = ("dispatch", "residency")
 
-# No text file that belongs to a spec comes near this, and no number or name this.
+# No text file that belongs to a spec comes near this, no TOML this, and no number or name this.
 MAX_FILE_BYTES = 16 << 20
+MAX_TOML_BYTES = 1 << 20
 MAX_NUMBER = 2**63
 MAX_TEXT = 4096
 MAX_NAME = 100
@@ -84,7 +86,7 @@ def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str,
             f"got {type(source).__name__}."
         )
     elif isinstance(source, Path) or source.endswith(".toml") or "/" in source or "\\" in source:
-        raw, where = parse(read_text(source), str(source)), str(source)
+        raw, where = read_toml(source), str(source)
         _find_files(raw, raw, Path(source).absolute().parent)
     else:
         raw, where = parse(_preset_text(kind, source), f"{noun} {source}"), f"{noun} {source}"
@@ -107,10 +109,10 @@ def convert(loaded: Loaded, struct: type[S]) -> S:
         raise UsageError(f"{loaded.where}: tables or lists lie too deep in each other.") from None
 
 
-def read_text(path: str | Path, *, follow: bool = True) -> str:
+def read_text(path: str | Path, most_bytes: int = MAX_FILE_BYTES, *, follow: bool = True) -> str:
     """Text of an ordinary UTF-8 file of at most 16 MiB, or a MoetraceError that says why not."""
     try:
-        return read_ordinary(path, MAX_FILE_BYTES, follow=follow).decode("utf-8")
+        return read_ordinary(path, most_bytes, follow=follow).decode("utf-8")
     except UnicodeDecodeError:
         raise MoetraceError(f"Cannot read {path}: it is not a UTF-8 text file.") from None
 
@@ -143,8 +145,15 @@ def data_lines(path: str | Path) -> Iterator[tuple[int, list[str]]]:
             yield number, line.split(",")
 
 
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file of at most 1 MiB, or raise a MoetraceError that says why not."""
+    return parse(read_text(path, MAX_TOML_BYTES), str(path))
+
+
 def parse(text: str, where: str) -> dict[str, Any]:
     """Read TOML, or raise the MoetraceError that begins with `where` and names the line."""
+    if has_deep_key(text):
+        raise MoetraceError(f"{where}: a key has more than {MOST_PARTS} parts, so tables lie too deep.")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -212,7 +221,7 @@ def _typed(value: object) -> object:
         return value.item()
     if isinstance(value, Path):
         return str(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
         return value
     try:
         parsed = tomllib.loads(f"value = {value}")

@@ -1,16 +1,19 @@
 """What is decided: placement, dispatch, residency and prefetch, and which go together (timing model, section 5)."""
 
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
 from moetrace.spec.choices import KINDS, USER, choices_of, find, go_together, legal, prefetches_of, residencies_of
-from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, nearest, read, read_table
 from moetrace.spec.system import System
 
@@ -87,14 +90,25 @@ def readers(parameter: str) -> str:
     return " or ".join(said)
 
 
-def load_policy(source: str | Path | PolicySpec, overrides: Mapping[str, object] | None = None) -> PolicySpec:
+def load_policy(
+    source: str | Path | PolicySpec, overrides: Mapping[str, object] | None = None, *, code: bool = True
+) -> PolicySpec:
     """Load a policy from a preset's name, a TOML file or an instance, with dotted `overrides`, and check it.
 
-    `file.py:function` stands for the preset `on-demand` with that function as its dispatch.
+    `file.py:function` stands for the preset `on-demand` with that function as its dispatch. Nothing is run here. A note
+    on stderr names a Python file that a TOML file names, as a replay runs it.
+
+    Args:
+        source: The preset, the file or the instance.
+        overrides: New values of single fields.
+        code: False refuses a policy that names a Python file.
+
+    Returns:
+        The policy.
 
     Raises:
         UsageError: a wrong value, choices that do not go together, a parameter where it does not apply.
-        MoetraceError: a file that cannot be read.
+        MoetraceError: a file that cannot be read, or that names a Python file where `code` is False.
     """
     overrides = dict(overrides or {})
     if isinstance(source, str) and _split(source):
@@ -106,7 +120,28 @@ def load_policy(source: str | Path | PolicySpec, overrides: Mapping[str, object]
     _check_partners(policy, loaded)
     given = _changed(policy) | set(overrides) if isinstance(source, PolicySpec) else set(loaded.raw)
     _check_parameters(policy, loaded, given)
+    for kind in FUNCTION_FIELDS:
+        if user := _split(getattr(policy, kind)):
+            if not code:
+                refuse_code(f"{loaded.where}: {kind}", user[0])
+            if isinstance(source, str | Path) and loaded.where == str(source) and kind not in overrides:
+                note_code(loaded.where, user[0])
     return policy
+
+
+def refuse_code(where: str, file: str) -> NoReturn:
+    """Raise the MoetraceError that says where a Python file is named although no code is to run."""
+    raise MoetraceError(f"{where} names the Python file {_from_here(file)}, and no code is to run (--no-code).")
+
+
+@cache
+def note_code(where: str, file: str) -> None:
+    """Say on stderr, once, that a file names a Python file, which a replay runs."""
+    if sys.stderr is not None:
+        print(
+            printable(f"moetrace: note: {_from_here(where)} names {_from_here(file)}: a replay runs its code."),
+            file=sys.stderr,
+        )
 
 
 def check_policy(policy: PolicySpec, system: System) -> None:
@@ -164,6 +199,11 @@ def load_static(path: str | Path, layers: int, experts: int) -> np.ndarray:
     return np.array(list(pairs), np.int64).reshape(-1, 2)
 
 
+def names_code(policy: PolicySpec) -> bool:
+    """Whether a replay of the policy runs a Python file that it names."""
+    return any(_split(getattr(policy, kind)) for kind in FUNCTION_FIELDS)
+
+
 def _split(choice: str) -> tuple[str, str] | None:
     file, separator, function = choice.rpartition(":")
     return (file, function) if separator and file.endswith(".py") else None
@@ -174,6 +214,10 @@ def _is_file(path: str) -> bool:
         return Path(path).is_file()
     except OSError:  # as for a name that is too long
         return False
+
+
+def _from_here(file: str) -> str:
+    return file.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
 def _show(choice: str) -> str:

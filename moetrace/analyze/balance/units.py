@@ -29,6 +29,7 @@ from moetrace.analyze.sizes import expert_bytes, model_of
 from moetrace.engine.machine import FIRST_HOME, machine_of
 from moetrace.spec import Model, System, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.forks import refuse_if_forked
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import PHASE_NAMES
@@ -149,6 +150,7 @@ def balance(
         eplb re-made     1.564
         eplb clairvoyant 1.544
     """
+    refuse_if_forked()
     machine, tier = _machine(trace, model, system, tier)
     span = span_of(trace, phase, window, interval)
     plans = plans or {}

@@ -40,6 +40,7 @@ from moetrace.engine.static_set import most_demanded
 from moetrace.spec import Model, System
 from moetrace.spec.choices import CachePolicy, cache_policies, cache_policy
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.forks import refuse_if_forked
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import PHASE_NAMES
@@ -168,6 +169,7 @@ def cache_hits(
         >>> frame.filter(phase="decode").select("policy", "hits").rows()
         [('lru', 111204), ('belady', 141689)]
     """
+    refuse_if_forked()
     sizes = expert_bytes(trace, model)
     parsed = [c if isinstance(c, Capacity) else parse_capacity(c) for c in capacities]
     asked = Asked(parsed, _known(policies), scope, sequential, sizes)

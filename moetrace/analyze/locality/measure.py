@@ -14,6 +14,7 @@ from moetrace.analyze.locality.overlap import LAGS, mark, marked_overlap
 from moetrace.analyze.locality.reuse import Reuse
 from moetrace.analyze.locality.rows import Chosen, Sample, Sampler
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.forks import refuse_if_forked
 from moetrace.trace import Trace
 from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import PHASE_NAMES
@@ -93,6 +94,7 @@ def locality(
         >>> print(f"{overlap['median']:.3f}")
         0.445
     """
+    refuse_if_forked()
     lags = _checked(phase, lags, seed, sample_rows)
     _check_sizes(trace)
     chosen = Chosen(phase, skip_position_0)

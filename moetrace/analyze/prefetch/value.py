@@ -14,6 +14,7 @@ from moetrace.analyze.prefetch.predictors import Costs, Predictor
 from moetrace.analyze.sizes import expert_bytes, model_of
 from moetrace.spec import Model, System, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.forks import refuse_if_forked
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import PHASE_NAMES, Block, absent_id, check_ids
@@ -110,6 +111,7 @@ def prefetch_value(
         transition 0.47
         oracle 0.80
     """
+    refuse_if_forked()
     sizes = expert_bytes(trace, model)
     limit = capacity if isinstance(capacity, Capacity) else parse_capacity(capacity)
     check_trace(trace, [limit], scope, sizes)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from moetrace.cli.options.code import code_option
 from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.tables.output import format_option, print_csv, print_json, say
@@ -83,6 +84,7 @@ class _Command(click.Command):
     "--window", metavar="A:B", help="Steps of the timeline, from A up to B without it; by default the first 16."
 )
 @click.option("--ignore-capacity", is_flag=True, help="Replay even if the experts do not fit the NDP units.")
+@code_option
 @format_option
 def command(
     trace: Path,
@@ -96,6 +98,7 @@ def command(
     timeline: bool,
     window: str | None,
     ignore_capacity: bool,
+    code: bool,
     form: str,
 ) -> None:
     """Replay a trace through policies on a described machine.
@@ -131,6 +134,7 @@ def command(
                     jobs=jobs,
                     progress=bar.advance,
                     timeline=steps,
+                    code=code,
                 )
             if temporary is not None:
                 result.write_into(temporary)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SHOWN = 12
 
 
-def search(source: Path, folder: Path, jobs: int, dask: str | None, pareto: str | None, form: str) -> None:
+def search(source: Path, folder: Path, jobs: int, dask: str | None, pareto: str | None, code: bool, form: str) -> None:
     """Search, and print the best trials; `folder` keeps what was replayed."""
     from moetrace.cli.compiling import announce_compiling
     from moetrace.cli.progress import LateBar
@@ -35,7 +35,7 @@ def search(source: Path, folder: Path, jobs: int, dask: str | None, pareto: str 
             if dashboard:
                 say(f"moetrace: Dask's dashboard: {dashboard}")
             with LateBar("trials", _judged(choices)) as bar:
-                found = run_search(choices, SweepFolder(folder), farm, bar.advance)
+                found = run_search(choices, SweepFolder(folder), farm, bar.advance, code)
     _report(found)
     if form == "json":
         print_json(found.to_dict() | {"trials": found.frame.to_dicts()})

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moetrace.cli.options.code import code_option
 from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.tables.output import format_option, print_json, print_rows, say
 from moetrace.spec.errors import UsageError
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 @click.argument("name")
 @click.option("--model", "model_name", metavar="MODEL", help="With a system: also what this model means on it.")
 @set_option
+@code_option
 @format_option
-def command(kind: str, name: str, model_name: str | None, settings: tuple[str, ...], form: str) -> None:
+def command(kind: str, name: str, model_name: str | None, settings: tuple[str, ...], code: bool, form: str) -> None:
     """Print a resolved spec and what follows from it.
 
     NAME is a preset (see `moetrace list`) or the path of a TOML file.
@@ -34,7 +36,7 @@ def command(kind: str, name: str, model_name: str | None, settings: tuple[str, .
         model = load_model(name, overrides["model"])
         _print(model, derived.model_figures(model), form)
     elif kind == "policy":
-        _print(load_policy(name, overrides["policy"]), [], form)
+        _print(load_policy(name, overrides["policy"], code=code), [], form)
     else:
         system = load_system(name, overrides["system"])
         figures = derived.system_figures(system)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moetrace.cli.options.code import code_option
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.cores import cores
@@ -30,6 +31,7 @@ _SHOWN_ERRORS = 10
     type=click.Choice(["gpu_memory_bytes", "link_bytes", "price"]),
     help="What the front sets against latency; by default what the file says, else GPU memory.",
 )
+@code_option
 @format_option
 def command(
     source: Path,
@@ -39,6 +41,7 @@ def command(
     dry_run: bool,
     searches: bool,
     pareto: str | None,
+    code: bool,
     form: str,
 ) -> None:
     """Replay a grid of traces, models, systems, policies, slots and single fields.
@@ -66,7 +69,7 @@ def command(
 
         if dry_run:
             raise UsageError("A search decides as it goes what to replay, so it has no --dry-run.")
-        search(source, folder or Path(), jobs or cores(), dask, pareto, form)
+        search(source, folder or Path(), jobs or cores(), dask, pareto, code, form)
         return
     if not dry_run and dask is None and (jobs or cores()) > 1:
         from moetrace.batch.processes import start_early
@@ -75,7 +78,7 @@ def command(
     with announce_compiling():
         from moetrace.batch.sweep import SweepPlan
 
-        plan = SweepPlan(source, folder, pareto, reads=dry_run)
+        plan = SweepPlan(source, folder, pareto, reads=dry_run, code=code)
         if dry_run:
             _print_plan(plan, jobs or cores(), form)
             return
@@ -168,6 +171,14 @@ def _print_plan(plan: "SweepPlan", jobs: int, form: str) -> None:
         say(f"moetrace: {counted(len(rows), 'cell')}, none of them left to replay.")
         return
     estimate = plan.estimate()
+    if estimate.unmeasured:
+        say(
+            f"moetrace: {counted(estimate.unmeasured, 'cell')} of policies in Python files are not in the estimate: a "
+            "dry run does not run them."
+        )
+    if not estimate.sampled:
+        say(f"moetrace: {counted(len(rows), 'cell')}, {estimate.cells:,} to replay.")
+        return
     say(
         f"moetrace: {counted(len(rows), 'cell')}, {estimate.cells:,} to replay: about "
         f"{_duration(estimate.seconds / jobs)} with {counted(jobs, 'job')}. Measured on the first steps of each trace "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from moetrace.show.plots.picture import check_can_plot
 from moetrace.spec.errors import UsageError
+from moetrace.spec.forks import refuse_if_forked
 
 if TYPE_CHECKING:
     from moetrace.results.result import Result
@@ -38,6 +39,7 @@ def report(
         >>> trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=8, output=8)
         >>> mt.report(mt.replay(trace, slots=48), "report.html")
     """
+    refuse_if_forked()
     from moetrace.trace.atomic import check_writable, keep_inputs, whole_file
 
     if not isinstance(source, str | os.PathLike):

@@ -1,0 +1,149 @@
+"""A policy's Python file: what runs is its text, where its compiled code lies, and what it may not write."""
+
+import importlib.util
+import marshal
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import moetrace as mt
+from moetrace.engine.plugin import load_hook
+from moetrace.engine.policy_file import run_file
+from moetrace.jit import kernel_cache
+from moetrace.jit.kernel_cache import is_private
+from moetrace.spec import MoetraceError, UsageError
+
+HOOK = "def mine(state, view, layer, load, plan):\n    for i in range(load.size):\n        {}\n"
+
+
+def leave_compiled(path: Path, text: str) -> None:
+    """Put the compiled form of another text where Python would look for that of a file, and have it fit."""
+    cached = Path(importlib.util.cache_from_source(str(path)))
+    cached.parent.mkdir(exist_ok=True)
+    found = path.stat()
+    head = importlib.util.MAGIC_NUMBER + bytes(4) + int(found.st_mtime).to_bytes(4, "little")
+    cached.write_bytes(head + found.st_size.to_bytes(4, "little") + marshal.dumps(compile(text, str(path), "exec")))
+
+
+def test_what_was_compiled_from_another_text_does_not_run(tmp_path):
+    for name in ("mine", "beside"):
+        (tmp_path / f"{name}.py").write_text("import sys\nWHAT = 'text'\n")
+        leave_compiled(tmp_path / f"{name}.py", "WHAT = 'other'\n")
+    assert run_file(tmp_path / "mine.py").WHAT == "text"
+    (tmp_path / "imports.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport beside\nsys.path.pop(0)\nWHAT = beside.WHAT\n"
+    )
+    try:
+        assert run_file(tmp_path / "imports.py").WHAT == "text"
+    finally:
+        sys.modules.pop("beside", None)
+    (tmp_path / "bare.pyc").write_bytes(
+        (tmp_path / "__pycache__" / f"beside.{sys.implementation.cache_tag}.pyc").read_bytes()
+    )
+    (tmp_path / "imports.py").write_text(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport bare\n")
+    with pytest.raises(MoetraceError, match="has no source beside it"):
+        run_file(tmp_path / "imports.py")
+    sys.path.remove(str(tmp_path))
+
+
+def test_nothing_is_left_beside_the_file(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("print('hello')\n" + HOOK.format("plan[i] = 1"))
+    hook = load_hook("dispatch", f"{tmp_path / 'mine.py'}:mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+    assert capsys.readouterr() == ("", "hello\n")
+    assert Path(hook.stats.cache_path).name == "policies"
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder"])
+def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path, what):
+    path = tmp_path / "mine.py"
+    os.mkfifo(path) if what == "pipe" else path.mkdir()
+    with pytest.raises(MoetraceError, match="is not an ordinary file"):
+        run_file(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "view.active[i].expert = 60000",
+        "view.active[i].rows += 1.0",
+        "a = view.active[i]; a.group = 999",
+        "view.active.expert[::-1][0] = 9",
+        "view.active[i].device_s[0] = 0.0",
+        "load[:2][0] = 7",
+    ],
+)
+def test_what_is_for_reading_cannot_be_written(tmp_path, line):
+    (tmp_path / "mine.py").write_text(HOOK.format(line))
+    with pytest.raises(UsageError, match=r"for reading: a dispatch may write into plan.*\(mine.py, line 3\)") as error:
+        load_hook("dispatch", f"{tmp_path / 'mine.py'}:mine")
+    assert "\n" not in str(error.value)
+
+
+def test_a_helper_and_a_residency_cannot_either(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import numba\n\n@numba.njit\ndef helper(record):\n    record.expert = 1\n\n"
+        + HOOK.format("helper(view.active[i])")
+    )
+    with pytest.raises(UsageError, match="for reading"):
+        load_hook("dispatch", f"{tmp_path / 'mine.py'}:mine")
+    (tmp_path / "mine.py").write_text(HOOK.format("plan[i] = 1"))
+    with pytest.raises(UsageError, match=r"a residency may write into state only \(mine.py, line 3\)"):
+        load_hook("residency", f"{tmp_path / 'mine.py'}:mine")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("plan[i] = 2", r"plan\[i\] must be 0 or 1"),
+        ("plan[i] = view.active[-500].resident", "out of bounds"),
+        ("plan[i] = beyond(load) > 0", "out of bounds"),
+    ],
+)
+def test_what_shows_when_it_runs_is_one_sentence(tmp_path, line, says):
+    helper = "import numba\n\n@numba.njit\ndef beyond(load):\n    return load[load.size + 5]\n\n"
+    (tmp_path / "mine.py").write_text(helper + HOOK.format(line))
+    trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
+    with pytest.raises(MoetraceError, match=f"Policy mine failed: .*{says}"):
+        mt.replay(trace, policies=f"{tmp_path / 'mine.py'}:mine", slots=24, jobs=1)
+
+
+def test_functions_of_no_file_are_told_apart():
+    """Two texts that were run without a module's name: what was compiled of one is not taken for the other."""
+    hooks = []
+    for line in ("plan[i] = 1", "load[i] = 1"):
+        names: dict = {}
+        exec(HOOK.format(line), names)
+        hooks.append(names["mine"])
+    mt.policy(hooks[0])
+    with pytest.raises(UsageError, match="for reading"):
+        mt.policy(hooks[1])
+
+
+def test_compiled_code_is_read_from_private_folders_only(tmp_path, monkeypatch, capsys):
+    numba = pytest.importorskip("numba")
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    assert not is_private(open_to_all) and is_private(tmp_path)
+    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(open_to_all))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    kernel_cache._say.cache_clear()
+    (tmp_path / "mine.py").write_text(HOOK.format("plan[i] = layer == 3"))
+    hook = load_hook("dispatch", f"{tmp_path / 'mine.py'}:mine")
+    assert not any(open_to_all.iterdir())
+    assert Path(hook.stats.cache_path).is_relative_to(tmp_path / "home") and is_private(hook.stats.cache_path)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "NUMBA_CACHE_DIR names, as others may write there" in said
+
+
+def test_the_oldest_compiled_functions_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_cache, "_NEWEST", 2)
+    for number in range(4):
+        for ending in ("nbi", "1.nbc"):
+            (tmp_path / f"f-{number}.{ending}").write_bytes(b"")
+            os.utime(tmp_path / f"f-{number}.{ending}", (number, number))
+    kernel_cache._remove_oldest(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f-2.1.nbc", "f-2.nbi", "f-3.1.nbc", "f-3.nbi"]
