@@ -10,7 +10,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.spec.load import read_bytes
+from moetrace.spec.load import MAX_FILE_BYTES
+from moetrace.spec.ordinary_file import read_ordinary
 
 
 def run_file(path: Path) -> ModuleType:
@@ -26,7 +27,7 @@ def run_file(path: Path) -> ModuleType:
     module = ModuleType(name)
     module.__file__ = str(path)
     sys.modules[name] = module
-    source = read_bytes(path)
+    source = read_ordinary(path, MAX_FILE_BYTES)
     try:
         with _imports_from_source(path.resolve().parent), contextlib.redirect_stdout(sys.stderr):
             exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
