@@ -44,6 +44,7 @@ MARK = "MOETRACE_KILLS"
 AFTER_S = 0.1  # of the first hidden file
 GRACE_S = 10.0  # for processes to end after their command
 LIMIT_S = 300.0
+MADE = ["--model", "tiny-olmoe", "--batch", "8"]
 SWEEP = 'trace = "t.h5"\npolicy = ["monde", "edge-ndp", "on-demand"]\nslots = {slots}\n'
 
 
@@ -124,7 +125,7 @@ CASES = [
             "--batch",
             "8",
         ],
-        ["generate", "out.h5", "--model", "tiny-olmoe", "--requests", "2", "--prompt", "8", "--output", "8"],
+        ["generate", "out.h5", *MADE, "--requests", "2", "--prompt", "8", "--output", "8"],
         "out.h5",
         trace_of,
     ),
@@ -185,8 +186,8 @@ def finished(words: list[str], folder: Path) -> float:
 def inputs(folder: Path) -> None:
     """Write what the commands read."""
     for name, requests, slots in (("t", 32, 0), ("o", 2, 8), ("n", 64, 48)):
-        sizes = f"--model tiny-olmoe --requests {requests} --prompt 32 --output 64 --batch 8"
-        finished(["generate", f"{name}.h5", *sizes.split()], folder)
+        sizes = ["--requests", f"{requests}", "--prompt", "32", "--output", "64"]
+        finished(["generate", f"{name}.h5", *MADE, *sizes], folder)
         if slots:
             finished(["export", f"{name}.h5", "-o", f"{name}.npz"], folder)
             finished(["replay", "t.h5", "--slots", f"{slots}", "-o", {"o": "old", "n": "new"}[name]], folder)
