@@ -317,7 +317,7 @@ def test_a_read_only_folder_is_one_sentence(small, tmp_path, monkeypatch):
     with pytest.raises(mt.UsageError, match="is a file, but a sweep is written into a folder"):
         mt.sweep({"trace": small}, tmp_path / "file")
 
-    def refused(self, path):
+    def refused(self, path, follow):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(AtomicFile, "__init__", refused)

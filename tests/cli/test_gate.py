@@ -176,7 +176,7 @@ def write_bad(folder, baseline):
         (["{was}", "--baseline", "{bad}/huge.json"], 1, "monde.metrics.total_s wants a finite number"),
         (["{was}", "--baseline", "{bad}/inputs.json"], 1, "cells.tiny-olmoe/edge-ndp/monde.inputs"),
         (["{was}", "--baseline", "{bad}/nan.json"], 1, "NaN is no number of JSON"),
-        (["{was}", "--baseline", "{bad}/inf.json"], 1, "hit_rate wants a"),
+        (["{was}", "--baseline", "{bad}/inf.json"], 1, "1e999 is too large a number"),
         (["{was}", "--baseline", "{bad}/digits.json"], 1, "{bad}/digits.json"),
         (["{was}", "--baseline", "{bad}/twice.json"], 1, "'tiny-olmoe/edge-ndp/edge-ndp' is there twice"),
         (["{was}", "--baseline", "{bad}/conflict.json"], 1, "line 5: not JSON: "),
