@@ -1,7 +1,7 @@
 """Memory of the commands that read a trace, over one that is larger than what they may allocate.
 
     python bench/memory.py [--file BIG.h5] [--gigabytes 4] [--limit-mib 1024] [--write docs/cache.md] [NAME ...]
-    python bench/memory.py --all [--file BIG.h5] [--write docs/security.md] [NAME ...]
+    python bench/memory.py --all [--file BIG.h5] [--gigabytes 3] [--write docs/security.md] [NAME ...]
     python bench/memory.py --replays 2000
 
 Each command is a process of its own, which may allocate `--limit-mib` of private memory and no more (RLIMIT_DATA).

@@ -87,14 +87,10 @@ def test_what_reads_in_pieces_says_the_same_of_a_step_that_is_too_large(tmp_path
         for read in (cut.blocks, cut.row_blocks):
             with pytest.raises(MoetraceError, match=r"t\.h5: .* rows, which take .* cut long prompts with"):
                 list(read())
-        with pytest.raises(
-            MoetraceError, match="a step would have 2 rows, which take more than the .* cut prompts with"
-        ):
+        with pytest.raises(MoetraceError, match=r"a step would have 2 rows, .* cut prompts with"):
             mt.rebatch(cut, tmp_path / "again.h5", batch=2)
-    assert (
-        not (tmp_path / "again.h5").exists()
-        and (tmp_path / "cut.bin").read_bytes() == (tmp_path / "t.bin").read_bytes()
-    )
+    assert not (tmp_path / "again.h5").exists()
+    assert (tmp_path / "cut.bin").read_bytes() == (tmp_path / "t.bin").read_bytes()
 
 
 def test_experts_of_all_layers_have_a_bound_before_anything_is_made_of_them(tmp_path):
