@@ -175,7 +175,7 @@ def _write_counts(path: Path, captures: list[Counts], facts: dict[str, Any], wri
             step = 0
             for counts in capture.parts():
                 part = slice(step, step + len(counts))
-                check_counts(_where(capture), step, counts)
+                check_counts(_where(capture), step, counts, capture.rows[part])
                 writer.append_counts(counts, capture.rows[part], capture.phase[part])
                 step = part.stop
                 if writing:

@@ -225,7 +225,7 @@ class Trace:
         return self.layers * self.top_k * self._columns["experts"].dtype.itemsize
 
     def check_at_once(self, first: int, stop: int, *, ids: bool = True) -> None:
-        """Raise MoetraceError if the rows of steps first:stop, with their ids, are too large to be taken at once."""
+        """Raise MoetraceError if the rows of the steps first:stop, with ids, are too large to be taken at once."""
         rows, row_bytes = int(self.offset[stop] - self.offset[first]), self._row_bytes if ids else 0
         schema.check_step_bytes(self.shown, first, stop, rows, row_bytes)
 

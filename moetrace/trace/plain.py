@@ -52,7 +52,7 @@ def is_plain(file: BinaryIO, paths: Iterable[str]) -> bool:
     """Whether the objects at `paths` (those that exist) and the groups above them are as the writer makes them."""
     try:
         _Walk(file).check(paths)
-    except (_NotPlainError, struct.error, OverflowError, OSError):
+    except (_NotPlainError, struct.error, IndexError, OverflowError, OSError):
         return False
     return True
 

@@ -12,7 +12,7 @@ from moetrace.spec.errors import printable
 
 @click.command()
 @click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
-@click.option("--verify", is_flag=True, help="Also compare every dataset with its sha256 and check every id.")
+@click.option("--verify", is_flag=True, help="Also compare every dataset with its sha256 and check every id or count.")
 @format_option
 def command(trace: Path, verify: bool, form: str) -> None:
     """Say what a trace file holds: model, rows, steps, requests, and where it is from.
@@ -76,7 +76,8 @@ def _for_people(facts: dict[str, Any]) -> list[tuple[str, str]]:
         *((name.replace("_", " "), _short(value)) for name, value in _flat({"source": facts["source"]})),
     ]
     if facts.get("verified"):
-        rows.append(("verified", "every dataset has its sha256, every id is possible"))
+        what = "count" if "counts" in facts["also_holds"] else "id"
+        rows.append(("verified", f"every dataset has its sha256, every {what} is possible"))
     return [(_short(printable(name), 24), printable(value)) for name, value in rows]
 
 
