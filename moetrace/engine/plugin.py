@@ -91,7 +91,7 @@ def _compile(function: Callable, decides: bool) -> Any:
     except NotImplementedError as error:  # what Numba says of an assignment to the view, among others
         raise UsageError(f"{where} is not a policy: it does what Numba cannot compile; view is for reading.") from error
     dispatcher.disable_compile()
-    dispatcher.is_policy, dispatcher.decides, dispatcher.function = True, decides, function
+    dispatcher.is_policy, dispatcher.py_func = True, function  # by whose name it is shown
     return dispatcher
 
 
@@ -100,7 +100,7 @@ def _guarded(function: Callable, decides: bool) -> Callable:
 
     Its code is that of `_user_hook`, with names of its own: compiled code holds what they stood for.
     """
-    from moetrace.jit.reading import for_reading, nothing
+    from moetrace.jit.read_only import for_reading, nothing
 
     names = {
         "__name__": __name__,
@@ -166,7 +166,7 @@ def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None)
 def _hook(kind: str, function: Callable) -> Any:
     """Compile a function for what it is to be: a user's residency may not change the plan, which was carried out."""
     if kind == "residency" and not PURE_PYTHON:
-        function = getattr(function, "function", getattr(function, "py_func", function))
+        function = getattr(function, "py_func", function)
         return _compile(function, decides=not _is_users(function))
     return policy(function)
 

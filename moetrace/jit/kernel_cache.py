@@ -76,8 +76,8 @@ def _checked(folder: str, top: str) -> str:
 
 
 @cache
-def _cache_classes() -> tuple[Any, Any]:
-    """Return the cache classes of the package's kernels, and of users' functions."""
+def _locators() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return how to find a folder for the package's kernels, and for users' functions: the first that has one serves."""
     from numba.core import caching, config
     from numba.misc.appdirs import AppDirs
 
@@ -122,11 +122,19 @@ def _cache_classes() -> tuple[Any, Any]:
         def ensure_cache_path(self) -> None:
             _remove_oldest(_checked(self._cache_path, self._top))
 
+    return (Given, InTree, UserWide, Fresh), (Own, Fresh)
+
+
+@cache
+def _cache_classes() -> tuple[Any, Any]:
+    """Return the cache classes of the package's kernels, and of users' functions."""
+    from numba.core import caching
+
     class Impl(caching.CompileResultCacheImpl):
-        _locator_classes = (Given, InTree, UserWide, Fresh)
+        _locator_classes = _locators()[0]  # type: ignore[assignment]
 
     class OwnImpl(caching.CompileResultCacheImpl):
-        _locator_classes = (Own, Fresh)
+        _locator_classes = _locators()[1]  # type: ignore[assignment]
 
     class KernelCache(caching.FunctionCache):
         """Numba's cache, which takes a named tuple for the same as long as its class has the same name."""
