@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 from moetrace.engine.policy_file import run_file
 from moetrace.engine.residency import unchanged
@@ -114,6 +114,11 @@ def _guarded(function: Callable, decides: bool) -> Callable:
     return FunctionType(_user_hook.__code__, names, function.__name__)
 
 
+# What `_guarded` gives the code of `_user_hook` for each function.
+_function = _nothing = _for_reading = _plan_of = cast("Callable", None)
+_devices = 0
+
+
 def _user_hook(state, view, layer, load, plan):
     """Call a user's function, and check what it planned. It may write into state, view.groups and, to decide, plan."""
     seen = View(
@@ -126,12 +131,12 @@ def _user_hook(state, view, layer, load, plan):
         view.link_latency_s,
         view.alpha,
         view.half_life,
-        _for_reading(view.active),  # noqa: F821  names of `_guarded`
+        _for_reading(view.active),
         view.groups,
     )
-    _nothing(_function(state, seen, layer, _for_reading(load), _plan_of(plan)))  # noqa: F821
+    _nothing(_function(state, seen, layer, _for_reading(load), _plan_of(plan)))
     for i in range(plan.size):
-        if plan[i] >= _devices:  # noqa: F821
+        if plan[i] >= _devices:
             raise ValueError("plan[i] must be 0 or 1")
 
 

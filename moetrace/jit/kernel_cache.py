@@ -77,9 +77,12 @@ def _checked(folder: str, top: str) -> str:
 
 @cache
 def _locators() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return how to find a folder for the package's kernels, and for users' functions: the first that has one serves."""
-    from numba.core import caching, config
+    """Return what finds a folder for the package's kernels, and for users' functions: the first that does serves."""
+    import numba.core.config
+    from numba.core import caching
     from numba.misc.appdirs import AppDirs
+
+    config: Any = numba.core.config
 
     def given_folder() -> str | None:
         """Return what NUMBA_CACHE_DIR names, if it may be used."""
