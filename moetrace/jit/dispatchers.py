@@ -13,7 +13,7 @@ def entry(function: Callable, options: dict[str, Any]) -> Any:
 
     dispatcher: Any = numba.njit(**options, **_pipelines()[0])(function)
     compile_here = dispatcher.compile
-    if options["boundscheck"]:
+    if options.get("boundscheck"):
         compile_here = _checked(compile_here)
     dispatcher.compile = lambda sig: heard(compile_here, sig)
     return dispatcher
