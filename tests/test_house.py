@@ -53,7 +53,10 @@ HEAVY_IMPORTS = {
     ("engine/plugin.py", "numba"): "says in one sentence what Numba refuses in a user's function",
     ("cli/compiling.py", "numba"): "says on the terminal that kernels are being compiled",
 }
-NUMBA_AT_THE_TOP = {"jit/pipeline.py"}  # it derives classes from Numba's, and is itself imported when a kernel compiles
+NUMBA_AT_THE_TOP = {
+    "jit/pipeline.py",
+    "jit/read_only.py",
+}  # they derive classes from Numba's, and are imported when a kernel compiles
 LONG_MODULES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[tuple[str, str], str] = {}
 MANY_PARAMETERS: dict[tuple[str, str], str] = {}

@@ -10,7 +10,7 @@ from typing import NoReturn
 import click
 
 from moetrace.cli.lazy_group import LazyGroup
-from moetrace.cli.streams import open_missing_streams
+from moetrace.cli.standard_streams import open_missing_streams
 from moetrace.spec.errors import MoetraceError, harmless, stop_behind
 from moetrace.version import __version__
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 from moetrace.engine.policy_file import run_file
 from moetrace.engine.residency import unchanged
@@ -91,7 +91,7 @@ def _compile(function: Callable, decides: bool) -> Any:
     except NotImplementedError as error:  # what Numba says of an assignment to the view, among others
         raise UsageError(f"{where} is not a policy: it does what Numba cannot compile; view is for reading.") from error
     dispatcher.disable_compile()
-    dispatcher.is_policy, dispatcher.decides, dispatcher.function = True, decides, function
+    dispatcher.is_policy, dispatcher.py_func = True, function  # by whose name it is shown
     return dispatcher
 
 
@@ -100,7 +100,7 @@ def _guarded(function: Callable, decides: bool) -> Callable:
 
     Its code is that of `_user_hook`, with names of its own: compiled code holds what they stood for.
     """
-    from moetrace.jit.reading import for_reading, nothing
+    from moetrace.jit.read_only import for_reading, nothing
 
     names = {
         "__name__": __name__,
@@ -112,6 +112,11 @@ def _guarded(function: Callable, decides: bool) -> Callable:
         "_devices": len(DEVICES) if decides else 256,
     }
     return FunctionType(_user_hook.__code__, names, function.__name__)
+
+
+# What `_guarded` gives the code of `_user_hook` for each function.
+_function = _nothing = _for_reading = _plan_of = cast("Callable", None)
+_devices = 0
 
 
 def _user_hook(state, view, layer, load, plan):
@@ -126,12 +131,12 @@ def _user_hook(state, view, layer, load, plan):
         view.link_latency_s,
         view.alpha,
         view.half_life,
-        _for_reading(view.active),  # noqa: F821  names of `_guarded`
+        _for_reading(view.active),
         view.groups,
     )
-    _nothing(_function(state, seen, layer, _for_reading(load), _plan_of(plan)))  # noqa: F821
+    _nothing(_function(state, seen, layer, _for_reading(load), _plan_of(plan)))
     for i in range(plan.size):
-        if plan[i] >= _devices:  # noqa: F821
+        if plan[i] >= _devices:
             raise ValueError("plan[i] must be 0 or 1")
 
 
@@ -166,7 +171,7 @@ def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None)
 def _hook(kind: str, function: Callable) -> Any:
     """Compile a function for what it is to be: a user's residency may not change the plan, which was carried out."""
     if kind == "residency" and not PURE_PYTHON:
-        function = getattr(function, "function", getattr(function, "py_func", function))
+        function = getattr(function, "py_func", function)
         return _compile(function, decides=not _is_users(function))
     return policy(function)
 

@@ -13,7 +13,7 @@ def entry(function: Callable, options: dict[str, Any]) -> Any:
 
     dispatcher: Any = numba.njit(**options, **_pipelines()[0])(function)
     compile_here = dispatcher.compile
-    if options["boundscheck"]:
+    if options.get("boundscheck"):
         compile_here = _checked(compile_here)
     dispatcher.compile = lambda sig: heard(compile_here, sig)
     return dispatcher
@@ -21,8 +21,10 @@ def entry(function: Callable, options: dict[str, Any]) -> Any:
 
 def _checked(compile_here: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Let functions that are compiled on the way check array bounds, too: those that a user's function calls."""
-    from numba.core import config
+    import numba.core.config
     from numba.core.compiler_lock import global_compiler_lock
+
+    config: Any = numba.core.config
 
     def compile_it(sig: Any) -> Any:
         with global_compiler_lock:  # nobody else compiles meanwhile

@@ -76,10 +76,13 @@ def _checked(folder: str, top: str) -> str:
 
 
 @cache
-def _cache_classes() -> tuple[Any, Any]:
-    """Return the cache classes of the package's kernels, and of users' functions."""
-    from numba.core import caching, config
+def _locators() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return what finds a folder for the package's kernels, and for users' functions: the first that does serves."""
+    import numba.core.config
+    from numba.core import caching
     from numba.misc.appdirs import AppDirs
+
+    config: Any = numba.core.config
 
     def given_folder() -> str | None:
         """Return what NUMBA_CACHE_DIR names, if it may be used."""
@@ -122,11 +125,19 @@ def _cache_classes() -> tuple[Any, Any]:
         def ensure_cache_path(self) -> None:
             _remove_oldest(_checked(self._cache_path, self._top))
 
+    return (Given, InTree, UserWide, Fresh), (Own, Fresh)
+
+
+@cache
+def _cache_classes() -> tuple[Any, Any]:
+    """Return the cache classes of the package's kernels, and of users' functions."""
+    from numba.core import caching
+
     class Impl(caching.CompileResultCacheImpl):
-        _locator_classes = (Given, InTree, UserWide, Fresh)
+        _locator_classes = _locators()[0]  # type: ignore[assignment]
 
     class OwnImpl(caching.CompileResultCacheImpl):
-        _locator_classes = (Own, Fresh)
+        _locator_classes = _locators()[1]  # type: ignore[assignment]
 
     class KernelCache(caching.FunctionCache):
         """Numba's cache, which takes a named tuple for the same as long as its class has the same name."""

@@ -109,6 +109,11 @@ def load_policy(
     Raises:
         UsageError: a wrong value, choices that do not go together, a parameter where it does not apply.
         MoetraceError: a file that cannot be read, or that names a Python file where `code` is False.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.load_policy("monde", {"scope": "global"}, code=False).scope
+        'global'
     """
     overrides = dict(overrides or {})
     if isinstance(source, str) and _split(source):

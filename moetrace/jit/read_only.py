@@ -22,7 +22,7 @@ class ReadingRecord(types.Record):
     mutable = False
 
     def __init__(self, record: types.Record) -> None:
-        fields = [(name, field._asdict()) for name, field in record.fields.items()]
+        fields: Any = [(name, field._asdict()) for name, field in record.fields.items()]
         for _, field in fields:
             if isinstance(field["type"], types.NestedArray):
                 field["type"] = ReadingNestedArray(field["type"].dtype, field["type"].shape)
@@ -58,7 +58,7 @@ def for_reading(array: Any) -> Any:
 
 @overload(for_reading, strict=False)
 def _for_reading(array: Any) -> Any:
-    return lambda array: _same_for_reading(array)
+    return lambda array: _same_for_reading(array)  # type: ignore[call-arg]  an intrinsic's first argument is Numba's
 
 
 @intrinsic
