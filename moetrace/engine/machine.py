@@ -20,7 +20,7 @@ DEVICE = np.dtype(
         for name in (
             "s_per_row",  # of one row in one expert, on all units of a group together
             "s_per_byte",
-            "serial",  # 1: reading and arithmetic do not overlap (roofline "sum"), else 0
+            "is_serial",  # 1: reading and arithmetic do not overlap (roofline "sum"), else 0
             "start_s",  # of one launch
             "each_s",  # that each expert adds which need not be fetched: start_s, or 0 with launch "layer"
             "layer_s",  # that all these experts of a layer add once: 0, or start_s with launch "layer"
@@ -60,6 +60,7 @@ class Machine(NamedTuple):
     share: int  # units in a group, which share its experts
     weight_bytes: np.ndarray  # float64 [L, E]
     home: np.ndarray  # int64 [L, E]: the device that each expert lives on
+    is_plain: int  # 1: every expert starts itself, and reading overlaps with arithmetic, on all devices
 
 
 class MachinePart(NamedTuple):
@@ -107,6 +108,7 @@ def machine_of(
         share,
         np.ascontiguousarray(weight_bytes, np.float64),
         FIRST_HOME + np.ascontiguousarray(group_of_expert, np.int64),
+        int(not (device["is_serial"].any() or device["layer_s"].any())),
     )
 
 
@@ -122,6 +124,6 @@ def _describe(device: np.ndarray, kind: Device, share: int, model: Model) -> Non
     """Fill the records (DEVICE [n]) of devices, each of ``share`` units of a kind."""
     device["s_per_row"] = model.flop_per_row / (share * kind.flop_s)
     device["s_per_byte"] = 1 / (share * kind.bytes_s)
-    device["serial"], device["start_s"] = kind.is_serial, kind.start_s
+    device["is_serial"], device["start_s"] = kind.is_serial, kind.start_s
     device["each_s"], device["layer_s"] = (0.0, kind.start_s) if kind.starts_once else (kind.start_s, 0.0)
     device["flop_s"], device["bytes_s"] = kind.flop_s, kind.bytes_s

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.cost import expert_s
+from moetrace.engine.cost import varied_s
 from moetrace.engine.eplb import sink
 from moetrace.jit.compile import kernel
 
@@ -19,7 +19,7 @@ class Cost(NamedTuple):
 
     s_per_row: float
     s_per_byte: float
-    serial: float
+    is_serial: float
     each_s: float
     layer_s: float
     expert_bytes: np.ndarray  # float64 [L, E]
@@ -106,7 +106,9 @@ def judge(loads, copies, bins, turn, period, cost, tally):
                 own = each + ((copy + shift) % number < left if left else 0)
                 if own:
                     b = copies.bin[layer, first + copy]
-                    busy_s[b] += expert_s(cost, own, weight_bytes) + (0.0 if rows[b] else cost.layer_s)
+                    if cost.layer_s > 0.0 and rows[b] == 0:
+                        busy_s[b] += cost.layer_s
+                    busy_s[b] += varied_s(cost, own, weight_bytes, cost.each_s)
                     rows[b] += own
         _note(layer, rows, busy_s, period[i // layers], tally)
 
@@ -224,7 +226,7 @@ def _copy_cost(loads, layer, at, copies, timed, cost):
     rows = loads.rows[at] / copies
     if not timed:
         return rows
-    return expert_s(cost, rows, cost.expert_bytes[layer, loads.expert[at]])
+    return varied_s(cost, rows, cost.expert_bytes[layer, loads.expert[at]], cost.each_s)
 
 
 @kernel
