@@ -93,7 +93,7 @@ class Utilization(msgspec.Struct):
         float | None, Figure("share", "the same of the link towards the GPU", None, "link in busy", "link in\nbusy")
     ]
     link_out: Annotated[float | None, Figure("share", "the same of the link away from the GPU", None, "link out busy")]
-    cpu: Annotated[float | None, Figure("share", "the same of the CPU")]
+    cpu: Annotated[float | None, Figure("share", "the same of the CPU", None, "CPU busy", "CPU\nbusy")]
 
 
 class PolicyFigures(msgspec.Struct, kw_only=True):

@@ -19,14 +19,13 @@ from moetrace.trace import Trace
 from moetrace.trace.opening import opened
 
 DEFAULT_SYSTEM = "edge-ndp"
-DEFAULT_POLICIES = ("monde", "edge-ndp")
 
 
 def replay(
     trace: Trace | str | os.PathLike[str],
     *,
     system: str | Path | System = DEFAULT_SYSTEM,
-    policies: Policy | Sequence[Policy] = DEFAULT_POLICIES,
+    policies: Policy | Sequence[Policy] | None = None,
     model: str | Path | Model | None = None,
     overrides: Mapping[str, object] | None = None,
     slots: SupportsIndex | None = None,
@@ -44,7 +43,8 @@ def replay(
         system: A preset's name, a TOML file or a System.
         policies: One policy or several. Each is a preset's name, a TOML file, `file.py:function`, a PolicySpec or a
             function. A function is the dispatch beside an LRU cache. Speed-ups are against the first policy. Equal
-            names get a number.
+            names get a number. By default two that suit the system: `monde` and `edge-ndp` with NDP units,
+            `n-cpu-moe` and `hybrid` with a CPU, `on-demand` and `on-demand-lfu` with a link alone.
         model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
         overrides: New values of single fields, by path: `{"system.ndp.units": 6}`. A path begins with `model`, `system`
             or `policy`. `policy.FIELD` is set in every policy, `policy.NAME.FIELD` in that one.

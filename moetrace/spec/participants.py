@@ -14,14 +14,35 @@ def seen_by(policy: PolicySpec, system: System) -> System:
     NDP units, under the dispatches that say so. Then, and with `link.host_read` under the others, the link carries no
     more than host memory gives.
     """
-    cpu, link = system.cpu, system.link
-    if cpu is None:
+    link = system.link
+    if system.cpu is None:
         return system
     dispatch: Dispatch | None = find("dispatch", policy.dispatch)
     runs = link is not None and _runs_experts(dispatch, system)
-    if link is not None and system.ndp is None and (runs or link.host_read) and cpu.bandwidth_gb_s * 1e9 < link.bytes_s:
-        system = replace(system, link=replace(link, bandwidth_gb_s=cpu.bandwidth_gb_s, efficiency=1.0))
+    if runs or (link is not None and link.host_read):
+        system = fed_by_host(system)
     return system if runs else replace(system, cpu=None)
+
+
+def fed_by_host(system: System) -> System:
+    """Return the system with a link that carries no more than the CPU's memory gives, where experts live in it."""
+    cpu, link = system.cpu, system.link
+    if cpu is None or link is None or system.ndp is not None or link.bytes_s <= cpu.bandwidth_gb_s * 1e9:
+        return system
+    return replace(system, link=replace(link, bandwidth_gb_s=cpu.bandwidth_gb_s, efficiency=1.0))
+
+
+def default_policies(system: System) -> tuple[str, ...]:
+    """Return the presets that a replay compares where none is named: what its class of machine does, and a better one.
+
+    With NDP units MoNDE and the framework of arXiv 2601.03992, with a CPU whole layers on the GPU and a balance of both
+    sides, with a link alone two caches; without one everything is resident, and there is nothing to compare.
+    """
+    if system.ndp is not None:
+        return "monde", "edge-ndp"
+    if system.home is not None:
+        return "n-cpu-moe", "hybrid"
+    return ("on-demand",) if system.link is None else ("on-demand", "on-demand-lfu")
 
 
 def idle_cpu(policy: PolicySpec, system: System) -> str | None:

@@ -54,7 +54,7 @@ def test_every_combination(tmp_path):
         else:
             with pytest.raises(UsageError, match="goes with"):
                 load(**fields)
-    assert accepted == 4 * (12 + 1 + 2 + 6) + 1
+    assert accepted == 4 * (14 + 1 + 2 + 6) + 1
 
 
 def test_refusal_says_what_is_legal():

@@ -63,10 +63,9 @@ class _Command(click.Command):
     "--policy",
     "policies",
     multiple=True,
-    default=("monde", "edge-ndp"),
-    show_default=True,
     metavar="P",
-    help="Preset, TOML file or file.py:function; may be repeated. Speed-ups are against the first.",
+    help="Preset, TOML file or file.py:function; may be repeated. By default two that suit the system, as monde and "
+    "edge-ndp with NDP units. Speed-ups are against the first.",
 )
 @click.option("--slots", type=int, metavar="N", help="Experts that the GPU holds; by default as many as have room.")
 @set_option
@@ -125,7 +124,7 @@ def command(
                     opened,
                     model=model,
                     system=system,
-                    policies=policies,
+                    policies=policies or None,
                     overrides={f"{kind}.{field}": value for kind in changes for field, value in changes[kind].items()},
                     slots=slots,
                     ignore_capacity=ignore_capacity,
