@@ -14,6 +14,7 @@ import numpy as np
 
 from moetrace.results.record import COSTS
 from moetrace.spec import default_policies, load_system
+from moetrace.spec.budget import check_slots
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, nearest, parse, read_text
 from moetrace.spec.model import Model
@@ -37,7 +38,7 @@ class _GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     model: str | list[str] | None = None
     system: str | list[str] | None = None
     policy: str | list[str] | None = None
-    slots: int | list[int] | None = None
+    slots: int | str | list[int | str] | None = None
     set: dict[str, Any] = {}
     zip: list[dict[str, Any]] = []
     exclude: list[dict[str, Any]] = []
@@ -286,13 +287,22 @@ def _check_path(path: str, where: str) -> None:
 
 def _check_value(field: str, value: Any, where: str) -> None:
     if field == "slots":
-        legal, wants = isinstance(value, int) and not isinstance(value, bool) and value >= 0, "whole numbers from 0"
+        legal, wants = isinstance(value, int | str) and not isinstance(value, bool), "whole numbers, shares or memory"
+        if legal:
+            _check_slots(value, where)
     elif field in SOURCES:
         legal, wants = isinstance(value, str) and bool(value.strip()), "texts"
     else:
         legal, wants = isinstance(value, str | int | float | bool | list), "numbers, texts, true or false"
     if not legal:
         raise UsageError(f"{where}: {field} wants {wants}, got {printable(repr(value)[:100])}.")
+
+
+def _check_slots(slots: int | str, where: str) -> None:
+    try:
+        check_slots(slots)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 def _check_once(axes: list[Axis], where: str) -> None:

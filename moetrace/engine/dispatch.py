@@ -1,4 +1,4 @@
-"""Splits of a layer's work between the GPU and where experts live (timing model, section 6), which several dispatches share.
+"""Splits of a layer's work between the GPU and home (timing model, section 6), which several dispatches share.
 
 A dispatch hook (`dispatches/`) gets ``plan`` uint8 [n], all zero, and sets ``plan[i] = 1`` to run the i-th active
 expert (in demand order) on the GPU; what stays 0 runs at home: on the units that hold it, or on the CPU.

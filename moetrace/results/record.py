@@ -149,6 +149,7 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
     ]
     used: Annotated[Count, Figure("count", "prefetched experts that the GPU ran")]
     optimal_fallbacks: Annotated[Count, Figure("count", "layers that dispatch `optimal` left to `balance`")]
+    overhead_s: Annotated[float, Figure("s", "the host's overhead of all layers, a part of `dense_s`", "lower")] = 0.0
     choices: Annotated[dict[str, Any], Meta(description="what it chose, with the parameters that apply")]
 
 

@@ -9,7 +9,16 @@ from types import FunctionType
 import msgspec
 
 from moetrace.engine.setup import Setup
-from moetrace.spec import Model, PolicySpec, System, default_policies, list_presets, load_model, load_policy, load_system
+from moetrace.spec import (
+    Model,
+    PolicySpec,
+    System,
+    default_policies,
+    list_presets,
+    load_model,
+    load_policy,
+    load_system,
+)
 from moetrace.spec.errors import UsageError
 from moetrace.spec.load import nearest
 from moetrace.spec.system import dense_misfit

@@ -112,6 +112,7 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> PolicyFigures:
         speedup=None,  # against the first policy
         used=int(lane.log.tally["used"][0]),
         optimal_fallbacks=int(lane.log.fallbacks[0]),
+        overhead_s=len(duration_s) * len(layers) * run.system.gpu.layer_overhead_s,
         choices=choices_of(lane.policy),
     )
 

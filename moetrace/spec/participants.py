@@ -1,4 +1,4 @@
-"""Which parts of a machine take part under a dispatch, and how fast what it reads can come (timing model, section 1)."""
+"""Which parts of a machine take part under a dispatch, and what suits a machine (timing model, section 1)."""
 
 from msgspec.structs import replace
 

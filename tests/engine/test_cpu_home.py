@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.drawn_runs import replay as replay_case
-from support.in_ms import moe_ms, policy, replay, rows, steps, system
+from support.in_ms import model, moe_ms, policy, replay, rows, steps, system
 from support.one_run import run
 from support.strategies import Case, all_policies, cases, write_loads, write_static
 
@@ -16,7 +16,9 @@ from moetrace.spec.policy import PolicySpec
 
 RANDOM = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 MORE = [
-    PolicySpec(name=f"{dispatch} {residency}", dispatch=dispatch, residency=residency, scope="global", gpu_rows=gpu_rows)
+    PolicySpec(
+        name=f"{dispatch} {residency}", dispatch=dispatch, residency=residency, scope="global", gpu_rows=gpu_rows
+    )
     for dispatch, gpu_rows in (("home", None), ("in-place", 3), ("in-place", None), ("fiddler", None))
     for residency in ("none", "lru", "static-popular", "static-layers")
 ]
@@ -81,7 +83,9 @@ def test_host_memory_feeds_the_link():
     assert moe_ms(replay(trace, system(cpu=slow), policy("balance"))) == pytest.approx([11, 11])  # at home it takes 20
     assert moe_ms(replay(trace, system(cpu=slow), policy("gpu"))) == pytest.approx([5, 5])
     assert moe_ms(replay(trace, system(cpu=slow, link={"host_read": True}), policy("gpu"))) == pytest.approx([11, 11])
-    assert moe_ms(replay(trace, system(cpu=slow, ndp={"bandwidth_gb_s": 0.01}), policy("balance"))) == pytest.approx([5, 5])
+    assert moe_ms(replay(trace, system(cpu=slow, ndp={"bandwidth_gb_s": 0.01}), policy("balance"))) == pytest.approx(
+        [5, 5]
+    )
 
 
 def test_who_takes_part():
@@ -94,7 +98,9 @@ def test_who_takes_part():
     assert bounds["home", True, True] < bounds["home", True, False] == bounds["ndp", True, True]
     assert bounds["balance", True, True] == bounds["balance", True, False] == bounds["gpu", True, True]
     assert bounds["balance", False, True] == bounds["balance", True, False] < bounds["gpu", False, True]
-    result = replay_trace(trace, model=_model(), system=system(cpu={}), policies=[policy("gpu"), policy("balance")], slots=2)
+    result = replay_trace(
+        trace, model=model(), system=system(cpu={}), policies=[policy("gpu"), policy("balance")], slots=2
+    )
     shares = result.summary["utilization_cpu"].to_list()
     assert shares[0] == 0 and shares[1] > 0
     assert result.summary["imbalance_mean"].to_list() == [None, None]
@@ -104,7 +110,7 @@ def test_who_takes_part():
     assert result.warnings == (
         "the CPU of by-hand takes no part in policy gpu: dispatch gpu runs every expert on the GPU.",
     )
-    beside = replay_trace(trace, model=_model(), system=both, policies=[policy("home"), policy("balance")], slots=2)
+    beside = replay_trace(trace, model=model(), system=both, policies=[policy("home"), policy("balance")], slots=2)
     assert beside.warnings == (
         "the CPU of by-hand takes no part in policy balance: beside NDP units, dispatch balance uses these.",
     )
@@ -112,29 +118,25 @@ def test_who_takes_part():
 
 def test_a_cpu_without_a_link_runs_nothing():
     jetson = load_system("jetson-orin", {"cpu.tflops": 1, "cpu.bandwidth_gb_s": 50, "cpu.command_us": 0})
-    trace, model = steps(rows(0)), _model()
-    lane = run(trace, model, jetson, [load_policy("on-demand")])
+    trace = steps(rows(0))
+    lane = run(trace, model(), jetson, [load_policy("on-demand")])
     assert lane.warnings == [
         "the CPU of jetson-orin takes no part in policy on-demand: without [link] every expert is in GPU memory."
     ]
-    with pytest.raises(UsageError, match="dispatch balance needs NDP units or a CPU .* jetson-orin has no link to"):
-        run(trace, model, jetson, [load_policy("hybrid")])
-    with pytest.raises(UsageError, match="dispatch balance needs NDP units or a CPU .* rtx4090-offload has none; only"):
-        run(trace, model, load_system("rtx4090-offload"), [load_policy("hybrid")])
+    with pytest.raises(UsageError, match=r"dispatch balance needs NDP units or a CPU .* jetson-orin has no link to"):
+        run(trace, model(), jetson, [load_policy("hybrid")])
+    with pytest.raises(
+        UsageError, match=r"dispatch balance needs NDP units or .* rtx4090-offload has none; only"
+    ):
+        run(trace, model(), load_system("rtx4090-offload"), [load_policy("hybrid")])
 
 
 def test_host_memory_holds_the_experts_or_they_are_refused():
-    model = load_model("mixtral-8x7b")
+    mixtral = load_model("mixtral-8x7b")
     for parts in ({}, {"cpu.tflops": 1, "cpu.bandwidth_gb_s": 50, "cpu.command_us": 0}):
         small = load_system("rtx4090-offload", parts | {"host.memory_gb": 64})
         with pytest.raises(UsageError, match=r"90\.2 GB .* 64 GB of host memory .* host\.memory_gb = 91, .*ignore-cap"):
-            check_fits(model, small, model.expert_bytes())
-        check_fits(model, small, model.expert_bytes(), ignore_capacity=True)
-        check_fits(model, small, model.expert_bytes() / 2)
-    check_fits(model, load_system("edge-ndp", {"host.memory_gb": 1}), model.expert_bytes())
-
-
-def _model():
-    from support.in_ms import model
-
-    return model()
+            check_fits(mixtral, small, mixtral.expert_bytes())
+        check_fits(mixtral, small, mixtral.expert_bytes(), ignore_capacity=True)
+        check_fits(mixtral, small, mixtral.expert_bytes() / 2)
+    check_fits(mixtral, load_system("edge-ndp", {"host.memory_gb": 1}), mixtral.expert_bytes())

@@ -6,6 +6,7 @@ latencies are free unless they are given.
 
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from moetrace.engine.run import Lane
@@ -35,15 +36,11 @@ LINK = {"bandwidth_gb_s": 0.25, "latency_us": 0}
 
 
 def model(**changed: Any) -> Model:
-    import msgspec
-
     return load_model(msgspec.convert(MODEL | changed, Model))
 
 
 def system(gpu: dict | None = None, link: dict | None = None, **parts: dict | None) -> System:
     """Return a system of a GPU, a link and the parts that are named, each with its fields changed."""
-    import msgspec
-
     given: dict[str, Any] = {"name": "by-hand", "gpu": GPU | (gpu or {}), "link": LINK | (link or {})}
     for name, base in (("ndp", NDP), ("cpu", CPU), ("host", {})):
         if name in parts:

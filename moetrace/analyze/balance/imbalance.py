@@ -144,7 +144,8 @@ def bound(loads, experts, bins, slots, cost, least):
     """Add to ``least`` what no plan of ``slots`` copies on ``bins`` bins can beat, even one made anew for every step.
 
     Let expert e have n_e rows. One copy that runs x of them costs c_e(x), which is x, or seconds: then 0 for x = 0,
-    else max(x * a, b_e) + t, or the sum of x * a and b_e (what a bin starts with once is left out). In all cases c_e does not decrease and c_e(x) + c_e(y) >= c_e(x + y). So
+    else max(x * a, b_e) + t, or x * a + b_e + t (what a bin starts with once is left out). In all cases c_e does not
+    decrease and c_e(x) + c_e(y) >= c_e(x + y). So
 
     1. all copies of e together cost c_e(n_e) at least, however the rows are split: the bins' sum is at least that of
        all c_e(n_e), and the greatest of ``bins`` numbers is at least their mean;

@@ -24,7 +24,6 @@ _HEADERS = {
         "units": "NDP\nunits",
         "unit_gmac_s": "GMAC/s\neach",
         "unit_bandwidth_gb_s": "GB/s\neach",
-        "cpu_tflops": "CPU\nTFLOPS",
         "cpu_bandwidth_gb_s": "CPU\nGB/s",
         "link_gb_s": "link\nGB/s",
     },
@@ -99,7 +98,6 @@ def _system_row(name: str) -> dict[str, object]:
         "units": system.units,
         "unit_gmac_s": ndp and ndp.gmac_s,
         "unit_bandwidth_gb_s": ndp and ndp.bandwidth_gb_s,
-        "cpu_tflops": cpu and cpu.tflops,
         "cpu_bandwidth_gb_s": cpu and cpu.bandwidth_gb_s,
         "link_gb_s": link and link.bandwidth_gb_s,
     }
