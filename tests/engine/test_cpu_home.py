@@ -125,9 +125,7 @@ def test_a_cpu_without_a_link_runs_nothing():
     ]
     with pytest.raises(UsageError, match=r"dispatch balance needs NDP units or a CPU .* jetson-orin has no link to"):
         run(trace, model(), jetson, [load_policy("hybrid")])
-    with pytest.raises(
-        UsageError, match=r"dispatch balance needs NDP units or .* rtx4090-offload has none; only"
-    ):
+    with pytest.raises(UsageError, match=r"dispatch balance needs NDP units or .* rtx4090-offload has none; only"):
         run(trace, model(), load_system("rtx4090-offload"), [load_policy("hybrid")])
 
 

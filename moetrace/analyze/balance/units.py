@@ -78,7 +78,8 @@ class _Machine:
             return Cost(0.0, 0.0, 0.0, 0.0, 0.0, np.zeros(shape))
         assert self.weight_bytes is not None
         machine = machine_of(self.model, self.system, self.weight_bytes, np.zeros(shape), share)
-        return Cost(*(float(machine.device[FIRST_HOME][name]) for name in Cost._fields[:-1]), machine.weight_bytes)
+        rates: dict[str, Any] = {name: float(machine.device[FIRST_HOME][name]) for name in Cost._fields[:-1]}
+        return Cost(expert_bytes=machine.weight_bytes, **rates)
 
     @property
     def link_bytes_s(self) -> float | None:
