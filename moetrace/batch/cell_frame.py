@@ -17,6 +17,8 @@ def axes_of(cell: Cell) -> dict[str, Any]:
     labels: dict[str, Any] = dict(cell.point.labels)
     if cell.setup is not None and cell.inputs is not None:
         labels = {"model": cell.setup.model.name} | labels | {"slots": cell.inputs["slots"]}
+    elif isinstance(labels.get("slots"), str):  # 25%: how many that would have been, the cell did not come to know
+        labels["slots"] = None
     return {kind: labels.pop(kind, None) for kind in _LABELS} | labels
 
 

@@ -1,5 +1,6 @@
 """The grid of a sweep: a TOML file whose lists are axes, and the points that they span."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -12,7 +13,9 @@ import msgspec
 import numpy as np
 
 from moetrace.results.record import COSTS
-from moetrace.spec.errors import UsageError, printable
+from moetrace.spec import default_policies, load_system
+from moetrace.spec.budget import check_slots
+from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, nearest, read_toml
 from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec
@@ -22,7 +25,7 @@ SOURCES = ("trace", "model", "system", "policy")
 KINDS = (*SOURCES, "slots")
 FRONTS = tuple(COSTS)
 MAX_POINTS = 100_000
-_DEFAULTS: dict[str, Any] = {"system": "edge-ndp", "policy": ["monde", "edge-ndp"]}
+_SYSTEM = "edge-ndp"  # where none is given
 _SPECS: dict[str, type[msgspec.Struct]] = {"model": Model, "system": System, "policy": PolicySpec}
 # Of a system: tables with whatever keys their owner likes.
 _OPEN_TABLES = ("system.price", "system.energy")
@@ -35,7 +38,7 @@ class _GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     model: str | list[str] | None = None
     system: str | list[str] | None = None
     policy: str | list[str] | None = None
-    slots: int | list[int] | None = None
+    slots: int | str | list[int | str] | None = None
     set: dict[str, Any] = {}
     zip: list[dict[str, Any]] = []
     exclude: list[dict[str, Any]] = []
@@ -156,7 +159,7 @@ def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
     if sweep.pareto not in FRONTS:
         near = nearest(sweep.pareto, list(FRONTS))
         raise UsageError(f"{where}: pareto wants one of {', '.join(FRONTS)}{near}, got {sweep.pareto!r}.")
-    axes = _axes(sweep, where)
+    axes = _axes(sweep, folder, where)
     _check_once(axes, where)
     labels = {field: _labels(field, values, where) for axis in axes for field, values in _columns(axis)}
     excluded = _exclusions(sweep.exclude, labels, folder, where)
@@ -175,20 +178,34 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _axes(sweep: _GridFile, where: str) -> list[Axis]:
+def _axes(sweep: _GridFile, folder: Path, where: str) -> list[Axis]:
     """Every field as an axis, constants too: trace, model, system, policy, slots, then the others as they come."""
     zipped = [_zip(table, f"{where}, zip {number}") for number, table in enumerate(sweep.zip, 1)]
     in_zip = {field for axis in zipped for field in axis.fields}
     given = {kind: getattr(sweep, kind) for kind in KINDS}
-    for kind, default in _DEFAULTS.items():
-        if given[kind] is None and kind not in in_zip:
-            given[kind] = default
+    if given["system"] is None and "system" not in in_zip:
+        given["system"] = _SYSTEM
+    if given["policy"] is None and "policy" not in in_zip:
+        given["policy"] = _default_policies(given["system"], zipped, folder, where)
     if given["trace"] is None and "trace" not in in_zip:
         raise UsageError(f'{where}: trace is missing: name the file, as in trace = "trace.h5".')
     single = [_axis(kind, value, where) for kind, value in given.items() if value is not None]
     single += [_axis(field, value, where) for field, value in flat_paths(sweep.set, "set", where).items()]
     order = {kind: rank for rank, kind in enumerate(KINDS)}
     return sorted([*single, *zipped], key=lambda axis: min(order.get(field, len(KINDS)) for field in axis.fields))
+
+
+def _default_policies(systems: Any, zipped: list[Axis], folder: Path, where: str) -> list[str]:
+    """Return the policies that suit every system of the sweep; raise UsageError if there are none."""
+    named = [systems] if isinstance(systems, str) else systems or []
+    named += [value for axis in zipped for field, values in _columns(axis) if field == "system" for value in values]
+    found = set()
+    for system in named:
+        with contextlib.suppress(MoetraceError):  # what is wrong with a system is said of its cells
+            found.add(default_policies(load_system(_placed("system", system, folder))))
+    if len(found) > 1:
+        raise UsageError(f"{where}: policy is missing, and its systems have no defaults in common: name some policies.")
+    return list(found.pop() if found else default_policies(load_system(_SYSTEM)))
 
 
 def _axis(field: str, value: Any, where: str) -> Axis:
@@ -273,13 +290,22 @@ def _check_path(path: str, where: str) -> None:
 
 def _check_value(field: str, value: Any, where: str) -> None:
     if field == "slots":
-        legal, wants = isinstance(value, int) and not isinstance(value, bool) and value >= 0, "whole numbers from 0"
+        legal, wants = isinstance(value, int | str) and not isinstance(value, bool), "whole numbers, shares or memory"
+        if legal:
+            _check_slots(value, where)
     elif field in SOURCES:
         legal, wants = isinstance(value, str) and bool(value.strip()), "texts"
     else:
         legal, wants = isinstance(value, str | int | float | bool | list), "numbers, texts, true or false"
     if not legal:
         raise UsageError(f"{where}: {field} wants {wants}, got {printable(repr(value)[:100])}.")
+
+
+def _check_slots(slots: int | str, where: str) -> None:
+    try:
+        check_slots(slots)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 def _check_once(axes: list[Axis], where: str) -> None:

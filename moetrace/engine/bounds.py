@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.engine.cost import dense_s, head_s, price, prices_of
+from moetrace.engine.cost import dense_s, head_s, price, price_varied, prices_of
 from moetrace.engine.layer import timeline
 from moetrace.engine.replay import smallest_work, view_of
 from moetrace.engine.state import hook_signature
@@ -70,6 +70,8 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
                 scratch.active[i].turn = i  # resident ones are the first already
                 if setting.own_dispatch:
                     cells[layer, expert].resident = i < setting.slots
+            if not machine.is_plain:
+                price_varied(machine, scratch.active, size)
             plan = scratch.plan[:size]
             dispatch(cells, view, layer, scratch.load[:size], plan)
             total_s += timeline(machine, view, size, plan).moe_s

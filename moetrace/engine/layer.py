@@ -82,7 +82,7 @@ def give_rest(view, size, plan):
 
 @kernel
 def ndp_end_s(view):
-    """Return ``T_ndp``: when the last unit's results are back, 0 if no unit has work."""
+    """Return ``T_ndp``: when the last results are back from where experts live, 0 if nothing runs there."""
     row_shards, busiest_s, count = 0.0, 0.0, 0
     for g in range(view.groups.size):
         group = view.groups[g]
@@ -92,7 +92,29 @@ def ndp_end_s(view):
     if count == 0:
         return 0.0
     act_s = row_shards * view.share * view.out_s_per_row + view.link_latency_s
-    return act_s + busiest_s + act_s
+    return act_s + (busiest_s + view.home_start_s) + act_s
+
+
+@kernel
+def gpu_end_s(view, free_s, arrived_s, expert):
+    """Return when the GPU is done with one more expert: it is free at ``free_s``, the weights are there at the other.
+
+    Residents come first; where one kernel runs them all, the first waits for its start. (A branch that is always
+    guessed right: a choice by ``resident`` took 1 ns an expert.)
+    """
+    if view.gpu_start_s > 0.0 and expert.resident:
+        free_s = max(free_s, view.gpu_start_s)
+    return max(free_s, arrived_s) + expert.gpu_s
+
+
+@kernel
+def gpu_start_s(view, size, plan):
+    """Return what the GPU's kernel for residents takes to start: 0 if each starts itself, or the GPU runs none."""
+    if view.gpu_start_s > 0.0:
+        for i in range(size):
+            if plan[i] != HOME and view.active[i].resident:
+                return view.gpu_start_s
+    return 0.0
 
 
 @kernel
@@ -109,7 +131,9 @@ def timeline(machine, view, size, plan):
     Leaves the work of each group of units in ``view.groups``.
     """
     give_rest(view, size, plan)
-    gpu_free_s, gpu_busy_s, arrival_s, demand_bytes = 0.0, 0.0, 0.0, 0.0
+    arrival_s, demand_bytes = 0.0, 0.0
+    gpu_free_s = gpu_start_s(view, size, plan)
+    gpu_busy_s = gpu_free_s
     for j in range(size):
         i = view.active[j].turn
         expert = view.active[i]
@@ -126,6 +150,10 @@ def timeline(machine, view, size, plan):
         busiest_s = max(busiest_s, group.busy_s)
         busy_sum_s += group.busy_s * view.share
         count += group.count
+    if view.home_start_s > 0.0 and count > 0:
+        busiest_s += view.home_start_s
+        for g in range(view.groups.size):
+            busy_sum_s += view.home_start_s * view.share if view.groups[g].count > 0 else 0.0
     act_bytes, act_s, ndp_s = 0.0, 0.0, 0.0
     if count > 0:
         act_bytes = machine.work[0].row_bytes * (row_shards * view.share)

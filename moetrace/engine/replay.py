@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.engine.cost import dense_s, head_s, order_on_gpu, price, prices_of
+from moetrace.engine.cost import dense_s, head_s, order_on_gpu, price, price_varied, prices_of
 from moetrace.engine.demand import Demand
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.layer import shared_s, timeline
-from moetrace.engine.machine import DEVICE, FIRST_HOME, LINK, WORK, Machine
+from moetrace.engine.machine import DEVICE, FIRST_HOME, GPU_DEVICE, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
     FROM_PROMPT,
     HEAD,
@@ -84,6 +84,7 @@ SETTING = np.dtype(
         ("own_dispatch", np.int64),  # 1: a user's
         ("slots", np.int64),
         ("half_life", np.int64),  # 0 = never
+        ("gpu_rows", np.int64),  # 0 = never
         ("alpha", np.float64),
         ("chance", np.float64),
         ("seed", np.int64),
@@ -133,6 +134,9 @@ def view_of(step, steps, machine, setting, scratch):
         machine.link[0].latency_s,
         setting.alpha,
         setting.half_life,
+        machine.device[GPU_DEVICE].layer_s,
+        machine.device[FIRST_HOME].layer_s,
+        setting.gpu_rows,
         scratch.active,
         scratch.groups,
     )
@@ -161,6 +165,8 @@ def _see(at, layer, step, demand, machine, setting, state, log):
         hits += resident
         if queued and not resident:
             late += note_late(state.queue, key)
+    if not machine.is_plain:
+        price_varied(machine, state.scratch.active, size)
     order_on_gpu(state.scratch.active, size)
     log.step[step].hits += hits
     log.step[step].misses += size - hits
@@ -200,9 +206,9 @@ def _carry_out(layer, size, state, log):
 
 @kernel
 def _note_units(dense, line, moved_bytes, machine, state, log):
-    """Add a layer's work to the books of the units."""
+    """Add a layer's work to the books of the units; in the host's overhead the GPU is idle."""
     gpu, link_in, link_out = log.unit[GPU], log.unit[LINK_IN], log.unit[LINK_OUT]
-    gpu.busy_s += dense + line.gpu_s
+    gpu.busy_s += dense - machine.work[0].overhead_s + line.gpu_s
     gpu.bytes += machine.work[0].dense_bytes
     link_in.busy_s += line.fetch_s + moved_bytes * machine.link[0].s_per_byte + line.act_s
     link_in.bytes += line.demand_bytes + moved_bytes + line.act_bytes
@@ -216,6 +222,10 @@ def _note_units(dense, line, moved_bytes, machine, state, log):
         unit.rows += group.rows
         unit.bytes += group.weight_bytes
         unit.experts += group.count
+    if not machine.is_plain:
+        for g in range(state.scratch.groups.size):
+            if state.scratch.groups[g].count > 0:
+                log.unit[FIRST_GROUP + g].busy_s += machine.device[FIRST_HOME + g].layer_s
 
 
 @kernel
@@ -375,7 +385,7 @@ def smallest_work() -> Work:
     demand = Demand(np.zeros(2, np.int64), *(np.zeros(1, np.int32) for _ in range(3)))
     batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
-    machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones)
+    machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)
     setting = records(1, SETTING)
     state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True, BY_TOUCH)
     return Work(batch, machine, setting, state, new_log(1, 1, 1))

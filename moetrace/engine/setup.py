@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moetrace.spec.budget import slots_of
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model, check_shape
+from moetrace.spec.participants import idle_cpu
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System, check_fits, gpu_slots
 from moetrace.trace.format import Trace
@@ -20,14 +22,14 @@ MAX_CELLS = 1 << 20
 class Setup:
     """Policies on a machine. A dispatch or residency that is a key of ``hooks`` is that function.
 
-    ``slots``: experts that the GPU can hold; by default as many as its memory has room for. ``window``: steps of which
-    everything that was done is noted.
+    ``slots``: experts that the GPU can hold, as `moetrace.spec.budget` reads them; by default as many as its memory has
+    room for. ``window``: steps of which everything that was done is noted.
     """
 
     model: Model
     system: System
     policies: Sequence[PolicySpec]
-    slots: int | None = None
+    slots: int | str | None = None
     ignore_capacity: bool = False
     hooks: Mapping[str, Callable] = field(default_factory=dict)
     window: range | None = None
@@ -52,9 +54,10 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
     weight_bytes = weight_bytes_of(trace, model)
     check_fits(model, system, weight_bytes, setup.ignore_capacity)
     fitting = gpu_slots(model, system, weight_bytes)
-    slots = _slots(model, system, setup.slots, fitting)
+    slots = fitting if setup.slots is None else _asked(system, slots_of(setup.slots, weight_bytes), weight_bytes.size)
     if slots > fitting:
         warnings.append(f"{slots} slots are more than the {fitting} experts that fit the GPU of {system.name}.")
+    warnings += [note for policy in setup.policies if (note := idle_cpu(policy, system))]
     return slots, warnings
 
 
@@ -66,12 +69,7 @@ def weight_bytes_of(trace: Trace, model: Model) -> np.ndarray:
     return np.broadcast_to(own.reshape(trace.layers, -1), (trace.layers, trace.num_experts)).copy()
 
 
-def _slots(model: Model, system: System, slots: int | None, fitting: int) -> int:
-    everything = model.moe_layers * model.experts
-    if slots is None:
-        return fitting
-    if slots < 0:
-        raise UsageError(f"slots wants a number of experts of at least 0, got {slots}.")
+def _asked(system: System, slots: int, everything: int) -> int:
     if system.link is None and slots < everything:
         raise UsageError(f"System {system.name} has no link, so all {everything} experts are resident: drop --slots.")
     return min(slots, everything)

@@ -55,7 +55,7 @@ def step_slices(run: Run) -> Iterator[pl.DataFrame]:
 def unit_frame(run: Run) -> pl.DataFrame:
     """Return what each part of the machine did, by the names that the machine gives them: `gpu`, `ndp0` .. `link_out`.
 
-    Of a link, `experts` and `bytes` are those that it carried. No policy of version 1 uses the CPU.
+    Of a link, `experts` and `bytes` are those that it carried. Those of a CPU that takes no part are 0.
     """
     return pl.concat([_units_of(lane) for lane in run.lanes])
 

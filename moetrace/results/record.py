@@ -111,7 +111,7 @@ class Utilization(msgspec.Struct):
         ),
     ]
     link_out: Annotated[float | None, Figure("share", "the same of the link away from the GPU", None, "link out busy")]
-    cpu: Annotated[float | None, Figure("share", "busy time of the CPU / `total_s`")]
+    cpu: Annotated[float | None, Figure("share", "busy time of the CPU / `total_s`", None, "CPU busy", "CPU\nbusy")]
 
 
 class PolicyFigures(msgspec.Struct, kw_only=True):
@@ -167,6 +167,7 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
     ]
     used: Annotated[Count, Figure("count", "prefetched experts that the GPU ran")]
     optimal_fallbacks: Annotated[Count, Figure("count", "layers that dispatch `optimal` left to `balance`")]
+    overhead_s: Annotated[float, Figure("s", "the host's overhead of all layers, a part of `dense_s`", "lower")] = 0.0
     choices: Annotated[dict[str, Any], Meta(description="what it chose, with the parameters that apply")]
 
 

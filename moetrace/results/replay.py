@@ -20,17 +20,16 @@ from moetrace.trace import Trace
 from moetrace.trace.opening import opened
 
 DEFAULT_SYSTEM = "edge-ndp"
-DEFAULT_POLICIES = ("monde", "edge-ndp")
 
 
 def replay(
     trace: Trace | str | os.PathLike[str],
     *,
     system: str | Path | System = DEFAULT_SYSTEM,
-    policies: Policy | Sequence[Policy] = DEFAULT_POLICIES,
+    policies: Policy | Sequence[Policy] | None = None,
     model: str | Path | Model | None = None,
     overrides: Mapping[str, object] | None = None,
-    slots: SupportsIndex | None = None,
+    slots: SupportsIndex | str | None = None,
     ignore_capacity: bool = False,
     jobs: SupportsIndex | None = None,
     progress: Callable[[int], None] | None = None,
@@ -46,11 +45,13 @@ def replay(
         system: A preset's name, a TOML file or a System.
         policies: One policy or several. Each is a preset's name, a TOML file, `file.py:function`, a PolicySpec or a
             function. A function is the dispatch beside an LRU cache. Speed-ups are against the first policy. Equal
-            names get a number.
+            names get a number. By default two that suit the system: `monde` and `edge-ndp` with NDP units,
+            `n-cpu-moe` and `hybrid` with a CPU, `on-demand` and `on-demand-lfu` with a link alone.
         model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
         overrides: New values of single fields, by path: `{"system.ndp.units": 6}`. A path begins with `model`, `system`
             or `policy`. `policy.FIELD` is set in every policy, `policy.NAME.FIELD` in that one.
-        slots: Experts that the GPU can hold. By default its memory decides.
+        slots: Experts that the GPU can hold: a number, a share of all as `"25%"`, or memory as `"4000MiB"`, counted in
+            the largest expert. By default the GPU's memory decides.
         ignore_capacity: Replay even if the experts do not fit the NDP units.
         jobs: Threads. By default one a policy, at most one a core. They do not change the result.
         progress: A function that gets the number of rows since its last call.
@@ -77,7 +78,8 @@ def replay(
     refuse_if_forked()
     with opened(trace) as found:
         found.check_has_rows()  # before its model is asked for: no model would help
-        slots, jobs = _whole("slots", slots), _whole("jobs", jobs)
+        jobs = _whole("jobs", jobs)
+        slots = slots if isinstance(slots, str) else _whole("slots", slots)
         setup, warnings = resolve(found, model, system, policies, {} if overrides is None else overrides, code)
         jobs = min(cores(), len(setup.policies)) if jobs is None else _at_least_one("jobs", jobs)
         window = window_of(timeline, found.steps, warnings)

@@ -9,7 +9,16 @@ from types import FunctionType
 import msgspec
 
 from moetrace.engine.setup import Setup
-from moetrace.spec import Model, PolicySpec, System, list_presets, load_model, load_policy, load_system
+from moetrace.spec import (
+    Model,
+    PolicySpec,
+    System,
+    default_policies,
+    list_presets,
+    load_model,
+    load_policy,
+    load_system,
+)
 from moetrace.spec.errors import UsageError
 from moetrace.spec.load import nearest
 from moetrace.spec.system import dense_misfit
@@ -23,7 +32,7 @@ def resolve(
     trace: Trace,
     model: str | Path | Model | None,
     system: str | Path | System,
-    policies: Policy | Sequence[Policy],
+    policies: Policy | Sequence[Policy] | None,
     overrides: Mapping[str, object],
     code: bool = True,
 ) -> tuple[Setup, list[str]]:
@@ -34,6 +43,8 @@ def resolve(
     changes = by_spec(overrides)
     the_model = load_model(model_of(trace) if model is None else model, changes["model"])
     the_system = load_system(system, changes["system"])
+    if policies is None:
+        policies = default_policies(the_system)
     misfit = dense_misfit(the_model, the_system)
     warnings = [misfit] if misfit else []
     several = list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]

@@ -12,12 +12,14 @@ from moetrace.spec.errors import MoetraceError, UsageError
 if TYPE_CHECKING:
     from moetrace.spec.load import canonical, list_presets
     from moetrace.spec.model import Model, check_shape, load_model
+    from moetrace.spec.participants import default_policies
     from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_policy, load_static
-    from moetrace.spec.system import Cpu, Gpu, Link, Ndp, System, check_fits, gpu_slots, load_system
+    from moetrace.spec.system import Cpu, Gpu, Host, Link, Ndp, System, check_fits, gpu_slots, load_system
 
 __all__ = [
     "Cpu",
     "Gpu",
+    "Host",
     "Link",
     "Model",
     "MoetraceError",
@@ -29,6 +31,7 @@ __all__ = [
     "check_fits",
     "check_policy",
     "check_shape",
+    "default_policies",
     "gpu_slots",
     "list_presets",
     "load_loads",
@@ -41,7 +44,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        for module in ("load", "model", "system", "policy"):
+        for module in ("load", "model", "system", "policy", "participants"):
             home = importlib.import_module(f"moetrace.spec.{module}")
             if hasattr(home, name):
                 return getattr(home, name)

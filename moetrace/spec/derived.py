@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.spec.model import Model
+from moetrace.spec.participants import fed_by_host
 from moetrace.spec.system import System, gpu_slots, gpu_space_bytes
 
 # Crossovers are looked for up to this many rows of one expert in one step.
@@ -43,8 +44,8 @@ def model_figures(model: Model) -> list[Derived]:
 
 
 def system_figures(system: System) -> list[Derived]:
-    """Effective rates, totals of the NDP tier, and the machine balance of GPU and unit."""
-    gpu, ndp = system.gpu, system.ndp
+    """Effective rates, totals of the NDP tier, and the machine balance of GPU, unit and CPU."""
+    gpu, ndp, cpu = system.gpu, system.ndp, system.cpu
     figures = [
         Derived("gpu_tflops", gpu.flop_s / 1e12, "F_g: reached by the GPU"),
         Derived("gpu_bandwidth_gb_s", gpu.bytes_s / 1e9, "B_g: reached by the GPU"),
@@ -56,6 +57,17 @@ def system_figures(system: System) -> list[Derived]:
             Derived("ndp_bandwidth_gb_s", ndp.units * ndp.bytes_s / 1e9, f"N x B_n: all {ndp.units} units"),
             Derived("ndp_capacity_gb", ndp.units * ndp.capacity_gb, f"all {ndp.units} units"),
             Derived("ndp_flop_per_byte", ndp.flop_s / ndp.bytes_s, "balance of a unit: below it, memory-bound"),
+        ]
+    if cpu is not None:
+        runs = "runs experts where the dispatch is not gpu"
+        if system.link is None:
+            runs = "takes no part: without a link everything is in GPU memory"
+        elif ndp is not None:
+            runs = "takes no part beside NDP units, but with dispatch home"
+        figures += [
+            Derived("cpu_tflops", cpu.flop_s / 1e12, f"F_c: reached by the CPU, which {runs}"),
+            Derived("cpu_bandwidth_gb_s", cpu.bytes_s / 1e9, "B_c: reached by the CPU"),
+            Derived("cpu_flop_per_byte", cpu.flop_s / cpu.bytes_s, "balance of the CPU: below it, memory-bound"),
         ]
     return figures
 
@@ -76,18 +88,25 @@ def pair_figures(model: Model, system: System) -> list[Derived]:
         figures.append(
             Derived("ndp_units_needed", int(needed), f"units whose memory holds all experts, of {system.units}")
         )
-    return figures + _times(model, system, float(expert_bytes.max()))
+    elif system.link is not None:
+        figures.append(Derived("host_gb_needed", float(expert_bytes.sum()) / 1e9, "host memory that holds all experts"))
+    return figures + _times(model, fed_by_host(system), float(expert_bytes.max()))
 
 
 def _times(model: Model, system: System, weight: float) -> list[Derived]:
     """Microseconds at one row, then the rows at which one way overtakes another (timing model, section 2)."""
-    gpu, ndp, link, flop = system.gpu, system.ndp, system.link, model.flop_per_row
+    gpu, home, link, flop = system.gpu, system.home, system.link, model.flop_per_row
+
+    def work(device, rows, g=1):
+        compute_s, read_s = flop * rows / (g * device.flop_s), weight / (g * device.bytes_s)
+        return (compute_s + read_s if device.is_serial else np.maximum(compute_s, read_s)) + device.start_s
 
     def on_gpu(rows):
-        return np.maximum(flop * rows / gpu.flop_s, weight / gpu.bytes_s) + gpu.launch_s
+        return work(system.accelerator, rows)
 
     bound = _first(lambda rows: flop * rows / gpu.flop_s - weight / gpu.bytes_s)
     dense = max(model.dense_bytes / gpu.bytes_s, model.dense_flop_per_row / gpu.flop_s) + gpu.launch_s
+    dense += gpu.layer_overhead_s
     times = [
         Derived("dense_us", 1e6 * dense, "dense part of a layer at one row, empty KV cache"),
         Derived("head_us", 1e6 * (model.head_bytes / gpu.bytes_s + gpu.launch_s), "head, once a step"),
@@ -98,21 +117,23 @@ def _times(model: Model, system: System, weight: float) -> list[Derived]:
         return times + crossovers
     fetch = weight / link.bytes_s + link.latency_s
     times.append(Derived("fetch_us", 1e6 * fetch, "its weights over the link"))
-    if ndp is None:
+    if home is None:
         return times + crossovers
 
-    def on_units(rows, g):
+    def at_home(rows, g):
         activations = model.activation_row_bytes * rows * g / link.bytes_s + link.latency_s
-        work = np.maximum(flop * rows / (g * ndp.flop_s), weight / (g * ndp.bytes_s)) + ndp.command_s
-        return work + 2 * activations
+        return work(home, rows, g) + 2 * activations
 
-    bound = _first(lambda rows: flop * rows / ndp.flop_s - weight / ndp.bytes_s)
-    crossovers.append(Derived("ndp_compute_bound_rows", bound, "from here it is compute-bound on NDP units"))
-    shares = {1: ("unit", "one unit"), ndp.units: ("all_units", f"all {ndp.units} units")}
+    bound = _first(lambda rows: flop * rows / home.flop_s - weight / home.bytes_s)
+    where = "NDP units" if home.is_numbered else "the CPU"
+    crossovers.append(Derived(f"{home.name}_compute_bound_rows", bound, f"from here it is compute-bound on {where}"))
+    shares = {1: ("unit", "one unit"), home.count: ("all_units", f"all {home.count} units")}
+    if not home.is_numbered:
+        shares = {1: ("cpu", where)}
     for g, (name, words) in shares.items():
-        times.append(Derived(f"{name}_us", 1e6 * float(on_units(1, g)), f"on {words}, one row, activations included"))
-        resident = _first(lambda rows, g=g: on_units(rows, g) - on_gpu(rows))
-        fetched = _first(lambda rows, g=g: on_units(rows, g) - on_gpu(rows) - fetch)
+        times.append(Derived(f"{name}_us", 1e6 * float(at_home(1, g)), f"on {words}, one row, activations included"))
+        resident = _first(lambda rows, g=g: at_home(rows, g) - on_gpu(rows))
+        fetched = _first(lambda rows, g=g: at_home(rows, g) - on_gpu(rows) - fetch)
         crossovers.append(Derived(f"gpu_beats_{name}_rows", resident, f"from here a resident expert beats {words}"))
         crossovers.append(Derived(f"fetch_beats_{name}_rows", fetched, f"from here fetching it first beats {words}"))
     return times + crossovers

@@ -1,6 +1,7 @@
 """The grid: which lists are axes, which points they span, and what makes no sense."""
 
 import itertools
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,26 @@ def test_python_may_say_it_in_its_own_words():
     assert own == plain
 
 
+def test_policies_by_default_suit_the_systems(tmp_path):
+    text = (resources.files("moetrace.spec") / "presets/systems/rtx4090-ddr5.toml").read_text(encoding="utf-8")
+    (tmp_path / "pc.toml").write_text(text, encoding="utf-8")
+    (tmp_path / "sweep.toml").write_text('trace = "t.h5"\nsystem = ["pc.toml", "rtx3090-ddr4"]\n', encoding="utf-8")
+    offload = {"system": ["rtx4090-offload"] * 2, "slots": [1, 2]}
+    for sweep, policies in (
+        ({"trace": "t.h5"}, ["monde", "edge-ndp"]),
+        ({"trace": "t.h5", "system": ["edge-ndp", "monde-cxl"]}, ["monde", "edge-ndp"]),
+        (
+            {"trace": "t.h5", "zip": [offload]},
+            ["on-demand", "on-demand-lfu"],
+        ),
+        ({"trace": "t.h5", "system": "there-is-none"}, ["monde", "edge-ndp"]),
+        (tmp_path / "sweep.toml", ["n-cpu-moe", "hybrid"]),
+    ):
+        assert list(dict.fromkeys(point.labels["policy"] for point in load_grid(sweep).points)) == policies
+    with pytest.raises(UsageError, match="policy is missing, and its systems have no defaults in common"):
+        load_grid({"trace": "t.h5", "system": ["edge-ndp", "rtx4090-ddr5"]})
+
+
 def test_files_of_one_name_are_told_apart():
     grid = load_grid({"trace": ["one/a.h5", "two/a.h5", "b.h5"], "policy": "monde"})
     assert [point.labels["trace"] for point in grid.points] == ["one-a.h5", "two-a.h5", "b"]
@@ -109,7 +130,7 @@ def test_a_grid_is_the_product_of_its_axes(data):
         ({"trace": "t.h5", "polices": ["monde"]}, "polices is unknown .the nearest is 'policy'."),
         ({"trace": "t.h5", "slots": [1, 1]}, "names t/edge-ndp/monde/slots=1 more than once"),
         ({"trace": "t.h5", "slots": "many"}, "slots wants"),
-        ({"trace": "t.h5", "slots": [-1]}, "slots wants whole numbers from 0, got -1"),
+        ({"trace": "t.h5", "slots": [-1]}, "slots wants a number of experts of at least 0, .* got -1"),
         ({"trace": 3}, "trace wants"),
         ({"trace": object()}, "trace wants"),
         ({"trace": ["t.h5", ""]}, "a text of 1 to"),

@@ -67,6 +67,29 @@ def test_one_unit_is_all_units():
     assert len(found) == len(pair_figures(load_model("mixtral-8x7b"), load_system("monde-cxl")))
 
 
+def test_a_cpu_is_priced_as_a_unit_is():
+    cpu = {"tflops": 3.072, "bandwidth_gb_s": 614.4, "command_us": 2}
+    given = {f"cpu.{name}": value for name, value in cpu.items()}
+    base = {"link.bandwidth_gb_s": 55, "gpu.roofline": "sum", "gpu.layer_overhead_us": 30}
+    on_cpu = load_system("rtx4090-offload", base | given | {"cpu.roofline": "sum", "cpu.memory_efficiency": 0.5})
+    found = values(pair_figures(load_model("qwen3-30b-a3b"), on_cpu))
+    weight = flop = 9437184
+    act = 4096 / 55e9 + 5e-6
+    assert found["cpu_us"] == pytest.approx(1e6 * (weight / 307.2e9 + flop / 3.072e12 + 2e-6 + 2 * act))
+    assert found["gpu_us"] == pytest.approx(1e6 * (weight / 1008e9 + flop / 165e12 + 5e-6))
+    assert found["dense_us"] == pytest.approx(1e6 * (19_136_512 * 2 / 1008e9 + 5e-6 + 30e-6))
+    assert found["host_gb_needed"] == pytest.approx(6144 * weight / 1e9)
+    assert values(system_figures(on_cpu))["cpu_bandwidth_gb_s"] == 307.2
+    fed = load_system("rtx4090-offload", given | {"cpu.bandwidth_gb_s": 10})
+    fetch_us = values(pair_figures(load_model("qwen3-30b-a3b"), fed))["fetch_us"]
+    assert fetch_us == pytest.approx(1e6 * (weight / 10e9 + 5e-6))
+    said = {
+        next(row.meaning for row in system_figures(load_system(name, given)) if row.name == "cpu_tflops")
+        for name in ("edge-ndp", "rtx4090-offload", "jetson-orin")
+    }
+    assert len(said) == 3
+
+
 def test_without_units_or_link_there_is_less_to_say():
     offload = values(pair_figures(load_model("olmoe-1b-7b"), load_system("rtx4090-offload")))
     assert "fetch_us" in offload and "unit_us" not in offload

@@ -54,7 +54,7 @@ def test_every_combination(tmp_path):
         else:
             with pytest.raises(UsageError, match="goes with"):
                 load(**fields)
-    assert accepted == 4 * (12 + 1 + 2 + 6) + 1
+    assert accepted == 4 * (14 + 1 + 2 + 6) + 1
 
 
 def test_refusal_says_what_is_legal():
@@ -104,6 +104,14 @@ def test_refusal_says_what_is_legal():
         ),
         ({"residency": "lru", "prefetch": "oracle:1", "seed": 2**63}, "seed wants a finite number below 2.63, got"),
         ({"loads": "x.csv"}, "loads applies to placement ep-lpt or eplb only"),
+        ({"gpu_rows": 32}, "gpu_rows applies to dispatch in-place only"),
+        ({"dispatch": "in-place", "gpu_rows": 0}, "gpu_rows wants a whole number.* of at least 1, got 0"),
+        ({"gpu_layers": 3}, "gpu_layers applies to residency static-layers only"),
+        ({"residency": "static-layers", "gpu_layers": -1}, "gpu_layers wants a whole number.* of at least 0, got -1"),
+        (
+            {"residency": "static-layers", "gpu_layers_end": "frist"},
+            r"gpu_layers_end wants one of first, last \(the nearest is 'first'\), got 'frist'",
+        ),
         ({"placement": "ep-lpt"}, "loads wants the path of a CSV file"),
         ({"placement": "eplb"}, "loads wants the path of a CSV file of loads, which placement eplb needs"),
         ({"placement": "plan"}, "plan wants the path of a plan file"),
@@ -178,15 +186,21 @@ def test_policy_and_system():
     with pytest.raises(UsageError, match="tp:12 wants a group size that divides"):
         check_policy(load(placement="tp:12"), edge)
     check_policy(load_policy("on-demand"), offload)
-    with pytest.raises(UsageError, match="dispatch hot needs NDP units, and system rtx4090-offload has none; only"):
+    with pytest.raises(UsageError, match=r"dispatch hot needs NDP units or a CPU .* rtx4090-offload has none; only"):
         check_policy(load_policy("monde"), offload)
+    own = PolicySpec(name="mine", dispatch="/there/mine.py:split")
     with pytest.raises(UsageError, match=r"dispatch mine.py:split needs NDP units"):
-        check_policy(PolicySpec(name="mine", dispatch="/there/mine.py:split"), offload)
+        check_policy(own, offload)
+    for policy in (own, load_policy("monde"), load(placement="tp:4")):  # a CPU is home, and places nothing
+        check_policy(policy, load_system("rtx4090-ddr5"))
 
 
 def test_unread_parameters_are_those_of_other_choices():
     assert set(load_policy("monde").unread) == {"half_life", "alpha", "p", "seed", "loads", "plan", "static"} | {
-        "prefetch_blocks"
+        "prefetch_blocks",
+        "gpu_rows",
+        "gpu_layers",
+        "gpu_layers_end",
     }
     assert "alpha" not in load(residency="ewma").unread
 

@@ -5,7 +5,16 @@ from importlib import resources
 
 import pytest
 
-from moetrace.spec import check_fits, gpu_slots, list_presets, load_model, load_policy, load_system
+from moetrace.spec import (
+    check_fits,
+    check_policy,
+    default_policies,
+    gpu_slots,
+    list_presets,
+    load_model,
+    load_policy,
+    load_system,
+)
 
 # (heads, KV heads, head dim), or for MLA (heads, q_lora or None) with kv_lora 512, rope 64, nope 128, v 128.
 # model: (L, E, k, shared, h, I, attention, vocab, dense first layers, their width, expert bits)
@@ -82,7 +91,16 @@ def test_preset_is_named_as_its_file_and_numbers_have_a_source(kind):
 
 
 def test_systems():
-    assert list_presets("systems") == ["edge-ndp", "h100-dimm-ndp", "jetson-orin", "monde-cxl", "rtx4090-offload"]
+    assert list_presets("systems") == [
+        "edge-ndp",
+        "epyc-ktransformers",
+        "h100-dimm-ndp",
+        "jetson-orin",
+        "monde-cxl",
+        "rtx3090-ddr4",
+        "rtx4090-ddr5",
+        "rtx4090-offload",
+    ]
     edge = load_system("edge-ndp")
     assert (edge.units, edge.gpu.flop_s, edge.gpu.bytes_s, edge.gpu.launch_s) == (6, 112e12, 960e9, 5e-6)
     assert edge.ndp is not None and edge.link is not None
@@ -95,11 +113,31 @@ def test_systems():
     offload, jetson = load_system("rtx4090-offload"), load_system("jetson-orin")
     assert (offload.units, jetson.units, jetson.link) == (0, 0, None)
     assert offload.link is not None and offload.link.bandwidth_gb_s == 25
+    for name, reached_gb_s in (("rtx4090-ddr5", 35.84), ("rtx3090-ddr4", 20.48), ("epyc-ktransformers", 193.536)):
+        home = load_system(name).home
+        assert home is not None and (home.name, home.starts_once) == ("cpu", True)
+        assert home.bytes_s == pytest.approx(reached_gb_s * 1e9)
+
+
+def test_what_a_replay_compares_where_nobody_says():
+    pairs = {name: default_policies(load_system(name)) for name in list_presets("systems")}
+    assert pairs["edge-ndp"] == pairs["monde-cxl"] == ("monde", "edge-ndp")
+    assert pairs["rtx4090-ddr5"] == pairs["epyc-ktransformers"] == ("n-cpu-moe", "hybrid")
+    assert pairs["rtx4090-offload"] == ("on-demand", "on-demand-lfu")
+    assert pairs["jetson-orin"] == ("on-demand",)
+    for name, policies in pairs.items():
+        for policy in policies:
+            check_policy(load_policy(policy), load_system(name))
 
 
 def test_policies():
     expected = {
         "on-demand": ("ep", "gpu", "lru", "none", "layer"),
+        "on-demand-lfu": ("ep", "gpu", "lfu", "none", "layer"),
+        "n-cpu-moe": ("ep", "in-place", "static-layers", "none", "global"),
+        "ktransformers": ("ep", "home", "none", "none", "layer"),
+        "fiddler": ("ep", "fiddler", "static-popular", "none", "global"),
+        "hybrid": ("ep", "balance", "lru", "none", "layer"),
         "monde": ("ep", "hot", "none", "none", "layer"),
         "ndp-ep": ("ep", "ndp", "none", "none", "layer"),
         "ndp-tp": ("tp", "ndp", "none", "none", "layer"),

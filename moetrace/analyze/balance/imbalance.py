@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.cost import expert_s
+from moetrace.engine.cost import varied_s
 from moetrace.engine.eplb import sink
 from moetrace.jit.compile import kernel
 
@@ -19,7 +19,9 @@ class Cost(NamedTuple):
 
     s_per_row: float
     s_per_byte: float
-    start_s: float
+    is_serial: float
+    each_s: float
+    layer_s: float
     expert_bytes: np.ndarray  # float64 [L, E]
 
 
@@ -104,8 +106,10 @@ def judge(loads, copies, bins, turn, period, cost, tally):
                 own = each + ((copy + shift) % number < left if left else 0)
                 if own:
                     b = copies.bin[layer, first + copy]
+                    if cost.layer_s > 0.0 and rows[b] == 0:
+                        busy_s[b] += cost.layer_s
+                    busy_s[b] += varied_s(cost, own, weight_bytes, cost.each_s)
                     rows[b] += own
-                    busy_s[b] += expert_s(cost, own, weight_bytes)
         _note(layer, rows, busy_s, period[i // layers], tally)
 
 
@@ -140,7 +144,8 @@ def bound(loads, experts, bins, slots, cost, least):
     """Add to ``least`` what no plan of ``slots`` copies on ``bins`` bins can beat, even one made anew for every step.
 
     Let expert e have n_e rows. One copy that runs x of them costs c_e(x), which is x, or seconds: then 0 for x = 0,
-    else max(x * a, b_e) + t. In both cases c_e does not decrease and c_e(x) + c_e(y) >= c_e(x + y). So
+    else max(x * a, b_e) + t, or x * a + b_e + t (what a bin starts with once is left out). In all cases c_e does not
+    decrease and c_e(x) + c_e(y) >= c_e(x + y). So
 
     1. all copies of e together cost c_e(n_e) at least, however the rows are split: the bins' sum is at least that of
        all c_e(n_e), and the greatest of ``bins`` numbers is at least their mean;
@@ -222,7 +227,7 @@ def _copy_cost(loads, layer, at, copies, timed, cost):
     rows = loads.rows[at] / copies
     if not timed:
         return rows
-    return expert_s(cost, rows, cost.expert_bytes[layer, loads.expert[at]])
+    return varied_s(cost, rows, cost.expert_bytes[layer, loads.expert[at]], cost.each_s)
 
 
 @kernel

@@ -3,7 +3,6 @@
 What counts as an access, and how a victim is found, is in `accesses` and `eviction`; docs/cache.md says it for users.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from moetrace.analyze.cache.tally import (
 from moetrace.analyze.sizes import expert_bytes
 from moetrace.engine.static_set import most_demanded
 from moetrace.spec import Model, System
+from moetrace.spec.budget import parse_amount
 from moetrace.spec.choices import CachePolicy, cache_policies, cache_policy
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
@@ -47,9 +47,6 @@ from moetrace.trace.schema import PHASE_NAMES
 
 DEFAULT_POLICIES = ("lru", "lfu", "belady")
 SCOPES = ("global", "layer")
-_UNITS = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
-_UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
-_CAPACITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?((?:[KMGT]I?)?B)?", re.IGNORECASE | re.ASCII)
 MAX_CAPACITY = 1 << 60
 MAX_KEYS = 1 << 20  # models have 23,000 at most; a damaged file may claim anything
 _SCHEMA = {
@@ -97,18 +94,12 @@ class Asked(NamedTuple):
 def parse_capacity(text: str | int) -> Capacity:
     """Read a number of experts (`400`) or bytes (`3000MiB`, `3GB`, `1.5 GiB`); raise UsageError for anything else."""
     label = str(text).strip()
-    match = _CAPACITY.fullmatch(label)
-    if match and match[2]:
-        whole, _, fraction = match[1].partition(".")
-        scale = _UNITS[match[2].upper()]
-        amount = int(whole) * scale + (int(fraction) * scale // 10 ** len(fraction) if fraction else 0)
-        capacity = Capacity(amount, "bytes", label)
-    elif match and "." not in match[1]:
-        capacity = Capacity(int(match[1]), "experts", label)
-    else:
+    amount = parse_amount(label)
+    if amount is None or amount[2] == "%":
         raise UsageError(
             f"the capacity {label!r} is neither a number of experts, as 400, nor of bytes, as 3000MiB or 3GB."
         )
+    capacity = Capacity(amount[0] // amount[1], "bytes" if amount[2] else "experts", label)
     if not 1 <= capacity.amount <= MAX_CAPACITY:
         raise UsageError(f"the capacity {label!r} is {capacity.amount} {capacity.unit}: give 1 to {MAX_CAPACITY}.")
     return capacity

@@ -24,6 +24,7 @@ _HEADERS = {
         "units": "NDP\nunits",
         "unit_gmac_s": "GMAC/s\neach",
         "unit_bandwidth_gb_s": "GB/s\neach",
+        "cpu_bandwidth_gb_s": "CPU\nGB/s",
         "link_gb_s": "link\nGB/s",
     },
     "policies": {
@@ -87,7 +88,7 @@ def _system_row(name: str) -> dict[str, object]:
     from moetrace.spec import load_system
 
     system = load_system(name)
-    ndp, link = system.ndp, system.link
+    ndp, link, cpu = system.ndp, system.link, system.cpu
     return {
         "name": name,
         "gpu": system.gpu.name,
@@ -97,6 +98,7 @@ def _system_row(name: str) -> dict[str, object]:
         "units": system.units,
         "unit_gmac_s": ndp and ndp.gmac_s,
         "unit_bandwidth_gb_s": ndp and ndp.bandwidth_gb_s,
+        "cpu_bandwidth_gb_s": cpu and cpu.bandwidth_gb_s,
         "link_gb_s": link and link.bandwidth_gb_s,
     }
 

@@ -63,12 +63,13 @@ class _Command(click.Command):
     "--policy",
     "policies",
     multiple=True,
-    default=("monde", "edge-ndp"),
-    show_default=True,
     metavar="P",
-    help="Preset, TOML file or file.py:function; may be repeated. Speed-ups are against the first.",
+    help="Preset, TOML file or file.py:function; may be repeated. By default two that suit the system, as monde and "
+    "edge-ndp with NDP units. Speed-ups are against the first.",
 )
-@click.option("--slots", type=int, metavar="N", help="Experts that the GPU holds; by default as many as have room.")
+@click.option(
+    "--slots", metavar="N", help="Experts that the GPU holds: 48, 25% or 4000MiB; by default as many as have room."
+)
 @set_option
 @click.option("--jobs", type=int, metavar="N", help="Threads; by default one a policy, at most one a core.")
 @click.option(
@@ -91,7 +92,7 @@ def command(
     model: str | None,
     system: str,
     policies: tuple[str, ...],
-    slots: int | None,
+    slots: str | None,
     settings: tuple[str, ...],
     jobs: int | None,
     folder: Path | None,
@@ -127,7 +128,7 @@ def command(
                     opened,
                     model=model,
                     system=system,
-                    policies=policies,
+                    policies=policies or None,
                     overrides={f"{kind}.{field}": value for kind in changes for field, value in changes[kind].items()},
                     slots=slots,
                     ignore_capacity=ignore_capacity,

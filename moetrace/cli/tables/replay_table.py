@@ -67,6 +67,7 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("hit_rate"),
             _column("utilization.gpu"),
             _column("utilization.ndp", always=False),
+            _column("utilization.cpu", always=False),
             _column("utilization.link_in", always=False),
             _column("demand_bytes", always=False),
             _column("prefetch_bytes", always=False),
@@ -118,6 +119,8 @@ def _cells(form: str, values: list[float | None]) -> list[str]:
 def _legend(summary: dict[str, Any], name: str) -> list[str]:
     trace, model, system = summary["trace"], summary["model"], summary["system"]
     units = f"with {counted(system['ndp']['units'], 'NDP unit')}" if system["ndp"] else "without NDP units"
+    if system["cpu"] and system["link"] and not system["ndp"]:
+        units = "with a CPU"
     everything = model["moe_layers"] * model["experts"]
     (bound_ms,) = _cells("digits", [1e3 * summary["policies"][0]["work_bound_s"]])
     layers = trace["steps"] * trace["layers"]
