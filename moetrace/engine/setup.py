@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model, check_shape
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System, check_fits, gpu_slots
@@ -37,9 +37,10 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
     model, system = setup.model, setup.system
     check_shape(trace.shown, trace.layers, trace.num_experts, model)
     warnings = []
-    if trace.top_k != model.top_k:
+    if trace.top_k != model.most_top_k:
         warnings.append(
-            f"the trace has {trace.top_k} experts a token and layer, {model.name} {model.top_k}: fewer or more work."
+            f"the trace has {trace.top_k} experts a token and layer, {model.name} {model.most_top_k}: "
+            "fewer or more work."
         )
     weight_bytes = weight_bytes_of(trace, model)
     check_fits(model, system, weight_bytes, setup.ignore_capacity)
@@ -48,6 +49,23 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
     if slots > fitting:
         warnings.append(f"{slots} slots are more than the {fitting} experts that fit the GPU of {system.name}.")
     return slots, warnings
+
+
+def check_ids_of(model: Model, rows: np.ndarray) -> MoetraceError | None:
+    """Return why the ids of a trace cannot be those of a model whose layers have different numbers of experts, or None.
+
+    ``rows`` int64 [layers, experts]: rows that chose each id. Ids of other models were checked when they were read.
+    """
+    if isinstance(model.experts, int):
+        return None
+    wrong = np.argwhere((rows > 0) & ~model.has_expert)
+    if not len(wrong):
+        return None
+    layer, expert = wrong[0]
+    return MoetraceError(
+        f"The trace chooses expert {expert} in MoE layer {layer}, but that layer of {model.name} has "
+        f"{model.layer_experts[layer]} experts: name the right model with --model."
+    )
 
 
 def weight_bytes_of(trace: Trace, model: Model) -> np.ndarray:
@@ -59,7 +77,7 @@ def weight_bytes_of(trace: Trace, model: Model) -> np.ndarray:
 
 
 def _slots(model: Model, system: System, slots: int | None, fitting: int) -> int:
-    everything = model.moe_layers * model.experts
+    everything = model.all_experts
     if slots is None:
         return fitting
     if slots < 0:

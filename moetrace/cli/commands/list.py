@@ -74,8 +74,8 @@ def _model_row(name: str) -> dict[str, object]:
     return {
         "name": name,
         "layers": model.moe_layers,
-        "experts": model.experts,
-        "top_k": model.top_k,
+        "experts": model.most_experts,
+        "top_k": model.most_top_k,
         "weight_bits": model.weight_bits,
         "expert_mb": float(expert_bytes.max()) / 1e6,
         "experts_gb": float(expert_bytes.sum()) / 1e9,
