@@ -56,13 +56,15 @@ class Fields:
     def get(self, *names: str) -> Any:
         """The value of the first of `names` that the file has and does not leave null, else the family's default.
 
-        A dotted name is a field of an inner object.
+        A dotted name is a field of that name, or one of an inner object.
         """
         for source in (self._values, self._defaults):
             for name in names:
-                value: Any = source
-                for key in name.split("."):
-                    value = value.get(key) if isinstance(value, Mapping) else None
+                value: Any = source.get(name)
+                if value is None and "." in name:
+                    value = source
+                    for key in name.split("."):
+                        value = value.get(key) if isinstance(value, Mapping) else None
                 if value is not None:
                     return value
         return None
