@@ -45,7 +45,8 @@ def replay(
         policies: One policy or several. Each is a preset's name, a TOML file, `file.py:function`, a PolicySpec or a
             function. A function is the dispatch beside an LRU cache. Speed-ups are against the first policy. Equal
             names get a number.
-        model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
+        model: A preset's name, a TOML, config.json or GGUF file, a model's folder or a Model. By default the preset
+            that the trace names.
         overrides: New values of single fields, by path: `{"system.ndp.units": 6}`. A path begins with `model`, `system`
             or `policy`. `policy.FIELD` is set in every policy, `policy.NAME.FIELD` in that one.
         slots: Experts that the GPU can hold. By default its memory decides.

@@ -12,6 +12,7 @@ from moetrace.engine.setup import Setup
 from moetrace.spec import Model, PolicySpec, System, list_presets, load_model, load_policy, load_system
 from moetrace.spec.errors import UsageError
 from moetrace.spec.load import nearest
+from moetrace.spec.model_files.quantization import quantized_name
 from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
 
@@ -56,9 +57,10 @@ def model_of(trace: Trace) -> str:
     presets = list_presets("models")
     if trace.model in presets:
         return trace.model
+    quantized = " and its bits with --set model.weight_bits=BITS" if quantized_name(trace.model) else ""
     raise UsageError(
         f"{trace.path or 'The trace in memory'} is of model {trace.model!r}, which is no preset"
-        f"{nearest(trace.model, presets)}: name one, or a TOML file, with --model."
+        f"{nearest(trace.model, presets)}: name one{quantized}, or a TOML, config.json or GGUF file, with --model."
     )
 
 

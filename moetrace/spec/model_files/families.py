@@ -174,6 +174,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             has_experts=layer_kinds.after_first,
             kinds=layer_kinds.indexed,
             mixers={"": mixers.indexed_attention},
+            defaults={"n_shared_experts": 1},
         ),
         "mistral4": _DEEPSEEK,
         "mixtral": _MIXTRAL,

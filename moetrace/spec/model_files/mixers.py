@@ -67,10 +67,11 @@ def gemma_attention(fields: Fields, kind: str) -> Mixer:
     kv_heads = fields.maybe("num_key_value_heads", default=heads)
     if kind != "full_attention":
         return _grouped(hidden, heads, kv_heads, head_dim, head_dim)
-    head_dim = fields.maybe("global_head_dim") or head_dim
+    full = _overrides(fields)  # how Transformers writes it; released files have global_head_dim
+    head_dim = full.maybe("head_dim") or fields.maybe("global_head_dim") or head_dim
     if not fields.flag("attention_k_eq_v"):
         return _grouped(hidden, heads, kv_heads, head_dim, head_dim)
-    kv_heads = fields.maybe("num_global_key_value_heads") or kv_heads
+    kv_heads = full.maybe("num_key_value_heads") or fields.maybe("num_global_key_value_heads") or kv_heads
     full = _grouped(hidden, heads, kv_heads, head_dim, head_dim)
     return full._replace(params=full.params - hidden * kv_heads * head_dim)
 
@@ -201,6 +202,15 @@ def _heads(fields: Fields) -> tuple[int, int, int]:
     """Hidden size, query heads, and numbers in a head."""
     hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     return hidden, heads, fields.maybe("head_dim", "attention_head_dim") or hidden // heads
+
+
+def _overrides(fields: Fields) -> Fields:
+    """What `per_layer_config` says of the layers that it names, which must be one and the same."""
+    layers = fields.get("per_layer_config")
+    changes = list(layers.values()) if isinstance(layers, dict) else []
+    if not all(isinstance(each, dict) and each == changes[0] for each in changes):
+        fields.refuse("per_layer_config must say the same of all layers that it names")
+    return Fields(fields.where, changes[0] if changes else {}, {})
 
 
 def _grouped(hidden: int, heads: int, kv_heads: int, key_dim: int, value_dim: int) -> Mixer:
