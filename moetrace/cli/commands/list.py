@@ -11,9 +11,9 @@ _HEADERS = {
         "experts": "experts",
         "top_k": "k",
         "weight_bits": "bits",
-        "expert_mb": "expert MB",
-        "experts_gb": "experts GB",
-        "dense_gb": "dense GB",
+        "expert_mb": "expert\nMB",
+        "experts_gb": "experts\nGB",
+        "dense_gb": "dense\nGB",
     },
     "systems": {
         "name": "system",

@@ -8,7 +8,7 @@ from typing import Any
 from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.load import MAX_NAME
 from moetrace.spec.model_files.anatomy import CACHE_BYTES, Anatomy, Layer, fields_of
-from moetrace.spec.model_files.gguf_header import Header, Tensor, read_header
+from moetrace.spec.model_files.gguf_header import GgufHeader, Tensor, read_header
 from moetrace.spec.model_files.json_fields import MAX_LAYERS, Fields
 
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.(.+)")
@@ -80,7 +80,7 @@ def _part(name: str) -> str:
     return "dense" if _DENSE.fullmatch(name) else "mixer"
 
 
-def _blocks(header: Header, fields: Fields, path: Path) -> list[_Block]:
+def _blocks(header: GgufHeader, fields: Fields, path: Path) -> list[_Block]:
     """The blocks of the model, without those that predict further tokens."""
     count = fields.count("block_count") - fields.maybe("nextn_predict_layers")
     if not 1 <= count <= MAX_LAYERS:
@@ -93,7 +93,7 @@ def _blocks(header: Header, fields: Fields, path: Path) -> list[_Block]:
     return blocks
 
 
-def _anatomy(header: Header, blocks: list[_Block], fields: Fields) -> Anatomy:
+def _anatomy(header: GgufHeader, blocks: list[_Block], fields: Fields) -> Anatomy:
     hidden, used = fields.count("embedding_length"), fields.get("expert_used_count")
     listed = isinstance(used, list) and fields.numbers("expert_used_count", len(blocks))
     layers = []
@@ -143,13 +143,13 @@ def _kv_bytes(fields: Fields, index: int, blocks: int) -> float:
     return kv_heads * (key + fields.maybe("attention.value_length", default=head_dim)) * CACHE_BYTES
 
 
-def _head(header: Header) -> Tensor | None:
+def _head(header: GgufHeader) -> Tensor | None:
     """The LM head: a tensor of its own, or the embedding."""
     by_name = {tensor.name: tensor for tensor in header.tensors}
     return by_name.get("output.weight") or by_name.get("token_embd.weight")
 
 
-def _bits(header: Header, blocks: list[_Block], anatomy: Anatomy) -> dict[str, Any]:
+def _bits(header: GgufHeader, blocks: list[_Block], anatomy: Anatomy) -> dict[str, Any]:
     """Bits of experts, layer by layer, and the mean bits of what else the model counts."""
     moe = [block for block in blocks if block.experts]
     bits = [8 * block.expert_bytes / (block.experts * anatomy.expert_params) for block in moe]

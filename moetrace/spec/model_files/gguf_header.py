@@ -43,14 +43,14 @@ class Tensor(NamedTuple):
         return params
 
 
-class Header(NamedTuple):
+class GgufHeader(NamedTuple):
     """What the files of one model say: metadata (no long arrays) and all tensors."""
 
     metadata: Mapping[str, Any]
     tensors: list[Tensor]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> GgufHeader:
     """The header of a GGUF model; of a split one, of all its files, which must be beside each other.
 
     Raises:
@@ -72,10 +72,10 @@ def read_header(path: Path) -> Header:
         metadata = dict(part.metadata) | metadata if number > 1 else metadata | dict(part.metadata)
         tensors += part.tensors
     _check_names(path, tensors)
-    return Header(metadata, tensors)
+    return GgufHeader(metadata, tensors)
 
 
-def _read_file(path: Path) -> Header:
+def _read_file(path: Path) -> GgufHeader:
     try:
         # Looked at before it is opened, which would wait for the other end of a pipe.
         if not stat.S_ISREG(path.stat().st_mode):
@@ -105,7 +105,7 @@ class _Reader:
         self._order = "<"
         self._words = 0
 
-    def header(self) -> Header:
+    def header(self) -> GgufHeader:
         magic, version = self._take(4), self._take(4)
         if magic != b"GGUF":
             self._refuse("it is not a GGUF file")
@@ -126,7 +126,7 @@ class _Reader:
         self._check_data(infos, metadata.get("general.alignment", 32))
         tensors = [tensor for tensor, _ in infos]
         _check_names(self._path, tensors)
-        return Header(metadata, tensors)
+        return GgufHeader(metadata, tensors)
 
     def _tensor(self) -> tuple[Tensor, int]:
         name, axes = self._text(), self._number("I")
