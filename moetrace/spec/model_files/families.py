@@ -6,7 +6,7 @@ marked `remote`, whose code stands in their repositories and is never run; their
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moetrace.spec.model_files import layer_kinds, mixers
 from moetrace.spec.model_files.layer_kinds import Kinds, Places
@@ -37,10 +37,13 @@ class Family(NamedTuple):
     remote: bool = False
 
 
-_SHARED = {"shared_count": "n_shared_experts|num_shared_experts", "shared_width": "moe_intermediate_size"}
-_OWN_SHARED = {"shared_width": "shared_expert_intermediate_size"}
+_SHARED: dict[str, Any] = {
+    "shared_count": "n_shared_experts|num_shared_experts",
+    "shared_width": "moe_intermediate_size",
+}
+_OWN_SHARED: dict[str, Any] = {"shared_width": "shared_expert_intermediate_size"}
 _DELTA = {"": mixers.gated_attention, "linear_attention": mixers.delta_net}
-_GRANITE = {"experts": "num_local_experts", "width": "intermediate_size"}
+_GRANITE: dict[str, Any] = {"experts": "num_local_experts", "width": "intermediate_size"}
 _MIXTRAL = Family(experts="num_local_experts", width="intermediate_size")
 _QWEN_2 = Family(has_experts=layer_kinds.sparse_steps, **_OWN_SHARED)
 _QWEN_3 = Family(experts="num_experts|num_local_experts", has_experts=layer_kinds.sparse_steps)

@@ -111,8 +111,8 @@ def _anatomy(header: GgufHeader, blocks: list[_Block], fields: Fields) -> Anatom
     for block in blocks:
         if block.experts and _expert(block, fields) != (width, matrices, moe_hidden):
             fields.refuse("the experts of its layers have different sizes")
-    latent = moe_hidden if moe_hidden != hidden else None
-    return Anatomy(layers, hidden, latent, width, matrices, _head(header).params if _head(header) else 0)
+    latent, head = moe_hidden if moe_hidden != hidden else None, _head(header)
+    return Anatomy(layers, hidden, latent, width, matrices, head.params if head else 0)
 
 
 def _expert(block: _Block, fields: Fields) -> tuple[int, int, int]:

@@ -117,12 +117,18 @@ def _tensors(path: Path) -> dict[str, tuple[int, int]]:
     for name, tensor in header.items():
         if name == "__metadata__":
             continue
-        try:
-            (first, last), axes = tensor["data_offsets"], len(tensor["shape"])
-            whole = type(first) is int and type(last) is int and 0 <= first <= last <= room
-        except (TypeError, KeyError, ValueError):
-            whole = False
-        if not whole:
+        place = _place(tensor, room)
+        if place is None:
             raise MoetraceError(f"Cannot read {path}: the place of the tensor {name[:60]!r} makes no sense.")
-        found[name] = axes, last - first
+        found[name] = place
     return found
+
+
+def _place(tensor: Any, room: int) -> tuple[int, int] | None:
+    """Axes and bytes of a tensor as a header describes it, or None if it would lie outside the file."""
+    try:
+        (first, last), axes = tensor["data_offsets"], len(tensor["shape"])
+    except (TypeError, KeyError, ValueError):
+        return None
+    whole = type(first) is int and type(last) is int and 0 <= first <= last <= room
+    return (axes, last - first) if whole else None
