@@ -18,6 +18,7 @@ from moetrace.spec.budget import check_slots
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, nearest, read_toml
 from moetrace.spec.model import Model
+from moetrace.spec.model_files import is_model_file
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 
@@ -342,7 +343,8 @@ def _label(field: str, value: Any) -> Any:
         last = value.replace("\\", "/").rpartition("/")[2]
         if ".py:" in last:
             return printable(last.rpartition(":")[2])
-        named = last.removesuffix(".toml") if field != "trace" else last.removesuffix(".h5").removesuffix(".hdf5")
+        endings = (".h5", ".hdf5") if field == "trace" else (".toml", ".gguf")
+        named = next((last.removesuffix(ending) for ending in endings if last.endswith(ending)), last)
         return printable(named.removesuffix(".csv"))
     return value if isinstance(value, int | float | bool) else str(value).replace("/", "-")
 
@@ -383,6 +385,7 @@ def _placed(field: str, value: Any, folder: Path) -> Any:
     last = field.rpartition(".")[2]
     if field in SOURCES:
         is_file = field == "trace" or value.endswith(".toml") or "/" in value or "\\" in value or ".py:" in value
+        is_file = is_file or (field == "model" and is_model_file(value))
     else:
         is_file = last in FILE_FIELDS or (last in FUNCTION_FIELDS and ".py:" in value)
     return str(folder / value) if is_file else value

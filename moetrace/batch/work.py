@@ -142,7 +142,7 @@ def _figures(run: Run, facts: dict[str, Any], trace: Trace) -> dict[str, Any] | 
 def _costs(run: Run, trace: Trace) -> CellCosts:
     """Bytes of GPU memory for dense weights and slots of the largest expert; bytes over the link; the listed prices."""
     model, weight_bytes = run.model, weight_bytes_of(trace, run.model)
-    everything = model.moe_layers * model.experts
+    everything = model.all_experts
     experts_bytes = float(weight_bytes.sum()) if run.slots == everything else run.slots * float(weight_bytes.max())
     unit = run.lanes[0].log.unit
     price = run.system.price

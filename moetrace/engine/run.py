@@ -19,7 +19,7 @@ from moetrace.engine.recording import Recording, record_batch
 from moetrace.engine.replay import Batch, LayerScratch, State, Work, new_scratch, new_setting, new_state, replay_batch
 from moetrace.engine.residency import empty_cells, keep_for_good
 from moetrace.engine.schedule import Schedule
-from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
+from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
 from moetrace.jit.apart import Hands, in_main_thread, result_of
 from moetrace.jit.compile import compile_now
@@ -128,9 +128,11 @@ class _Underway:
         """Close the books of a setup that came through; else return why it did not."""
         if self.error is not None:
             return self.error
+        model, system = self.setup.model, self.setup.system
+        if (error := check_ids_of(model, popularity.rows)) is not None:
+            return error
         for lane in self.lanes:
             lane.finish()
-        model, system = self.setup.model, self.setup.system
         return Run(model, system, self.slots, schedule, popularity, self.lanes, self.warnings)
 
     def add_bound(self, batch: Batch) -> None:

@@ -47,18 +47,38 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
         )
     check_shape(trace.shown, trace.layers, trace.num_experts, model)
     warnings = []
-    if trace.top_k != model.top_k:
+    if trace.top_k != model.most_top_k:
         warnings.append(
-            f"the trace has {trace.top_k} experts a token and layer, {model.name} {model.top_k}: fewer or more work."
+            f"the trace has {trace.top_k} experts a token and layer, {model.name} {model.most_top_k}: "
+            "fewer or more work."
         )
     weight_bytes = weight_bytes_of(trace, model)
     check_fits(model, system, weight_bytes, setup.ignore_capacity)
     fitting = gpu_slots(model, system, weight_bytes)
-    slots = fitting if setup.slots is None else _asked(system, slots_of(setup.slots, weight_bytes), weight_bytes.size)
+    slots = fitting
+    if setup.slots is not None:
+        slots = _asked(system, slots_of(setup.slots, weight_bytes[model.has_expert]), model.all_experts)
     if slots > fitting:
         warnings.append(f"{slots} slots are more than the {fitting} experts that fit the GPU of {system.name}.")
     warnings += [note for policy in setup.policies if (note := idle_cpu(policy, system))]
     return slots, warnings
+
+
+def check_ids_of(model: Model, rows: np.ndarray) -> MoetraceError | None:
+    """Return why the ids of a trace cannot be those of a model whose layers have different numbers of experts, or None.
+
+    ``rows`` int64 [layers, experts]: rows that chose each id. Ids of other models were checked when they were read.
+    """
+    if isinstance(model.experts, int):
+        return None
+    wrong = np.argwhere((rows > 0) & ~model.has_expert)
+    if not len(wrong):
+        return None
+    layer, expert = wrong[0]
+    return MoetraceError(
+        f"The trace chooses expert {expert} in MoE layer {layer}, but that layer of {model.name} has "
+        f"{model.layer_experts[layer]} experts: name the right model with --model."
+    )
 
 
 def weight_bytes_of(trace: Trace, model: Model) -> np.ndarray:

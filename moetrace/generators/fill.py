@@ -177,7 +177,7 @@ def _prepare(
     drawer = ZipfDrawer(model, zipf, stick, seed, slots=min(schedule.batch, schedule.requests))
     parameters = {**schedule._asdict(), "zipf": float(zipf), "stick": float(stick), "seed": seed}
     source = {"generator": "zipf", "moetrace": __version__, "parameters": parameters}
-    return _Plan(model.name, model.moe_layers, model.experts, model.top_k, schedule, drawer, source)
+    return _Plan(model.name, model.moe_layers, model.most_experts, model.most_top_k, schedule, drawer, source)
 
 
 def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedule: BatchSchedule, seed: int) -> _Plan:
@@ -185,7 +185,7 @@ def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedul
     if model is not None:
         model = load_model(model)
         check_shape(f"Profile {profile.name}", profile.layers, profile.experts, model)
-        name, top_k = model.name, model.top_k
+        name, top_k = model.name, model.most_top_k
     schedule.check()
     slots = min(schedule.batch, schedule.requests)
     drawer = ProfileDrawer(profile, seed, prompt=schedule.prompt, slots=slots, top_k=top_k)

@@ -55,13 +55,17 @@ class ZipfDrawer:
         if not 0 <= stick <= 1:
             raise UsageError(f"stick is {stick}: give a share from 0 to 1.")
         check_seed(seed)
-        weight = np.arange(1, model.experts + 1, dtype=np.float64) ** -zipf
-        expert_of_rank = permutations(seed, model.moe_layers, model.experts)
+        if isinstance(model.experts, list) or isinstance(model.top_k, list):
+            raise UsageError(
+                f"Zipf's law draws equally many experts in every layer, but those of {model.name} differ: use --like."
+            )
+        weight = np.arange(1, model.most_experts + 1, dtype=np.float64) ** -zipf
+        expert_of_rank = permutations(seed, model.moe_layers, model.most_experts)
         self.tables = _Tables(*_alias_table(weight), weight, np.cumsum(weight[::-1])[::-1].copy(), expert_of_rank)
         self.keep = np.uint64(round(stick * 2**32))
         self.seed = np.uint64(seed)
         # Ranks of the last row of each living request; without stick nobody reads them again and one place will do.
-        self.last = np.zeros((slots if stick else 1, model.moe_layers, model.top_k), np.uint16)
+        self.last = np.zeros((slots if stick else 1, model.moe_layers, model.most_top_k), np.uint16)
 
     def draw(self, request: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Return the experts uint8 or uint16 [rows, layers, top_k] of the rows (request, position int32 [rows])."""

@@ -73,7 +73,7 @@ class Hints(NamedTuple):
         Returns:
             The hints.
         """
-        sizes = {"num_experts": model.experts, "top_k": model.top_k}
+        sizes = {"num_experts": model.most_experts, "top_k": model.most_top_k}
         sizes = {name: size for name, size in sizes.items() if getattr(self, name) is None}
         return self._replace(**sizes, layers=model.moe_layers, from_model=tuple(sizes))
 

@@ -47,7 +47,8 @@ def replay(
             function. A function is the dispatch beside an LRU cache. Speed-ups are against the first policy. Equal
             names get a number. By default two that suit the system: `monde` and `edge-ndp` with NDP units,
             `n-cpu-moe` and `hybrid` with a CPU, `on-demand` and `on-demand-lfu` with a link alone.
-        model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
+        model: A preset's name, a TOML, config.json or GGUF file, a model's folder or a Model. By default the preset
+            that the trace names.
         overrides: New values of single fields, by path: `{"system.ndp.units": 6}`. A path begins with `model`, `system`
             or `policy`. `policy.FIELD` is set in every policy, `policy.NAME.FIELD` in that one.
         slots: Experts that the GPU can hold: a number, a share of all as `"25%"`, or memory as `"4000MiB"`, counted in

@@ -21,6 +21,7 @@ from moetrace.spec import (
 )
 from moetrace.spec.errors import UsageError
 from moetrace.spec.load import nearest
+from moetrace.spec.model_files.quantization import quantized_name
 from moetrace.spec.system import dense_misfit
 from moetrace.trace import Trace
 
@@ -71,9 +72,10 @@ def model_of(trace: Trace) -> str:
     presets = list_presets("models")
     if trace.model in presets:
         return trace.model
+    quantized = " and its bits with --set model.weight_bits=BITS" if quantized_name(trace.model) else ""
     raise UsageError(
         f"{trace.path or 'The trace in memory'} is of model {trace.model!r}, which is no preset"
-        f"{nearest(trace.model, presets)}: name one, or a TOML file, with --model."
+        f"{nearest(trace.model, presets)}: name one{quantized}, or a TOML, config.json or GGUF file, with --model."
     )
 
 

@@ -24,14 +24,19 @@ class Derived(NamedTuple):
 def model_figures(model: Model) -> list[Derived]:
     """Sizes of the weights and of what moves, and FLOP."""
     expert_bytes = model.expert_bytes()
-    experts, largest, smallest = float(expert_bytes.sum()), float(expert_bytes.max()), float(expert_bytes.min())
+    experts, largest = float(expert_bytes.sum()), float(expert_bytes.max())
+    smallest = float(expert_bytes[model.has_expert].min())
     dense = model.moe_layers * model.dense_bytes
-    read = float(expert_bytes.mean(axis=1).sum()) * model.top_k + dense + model.head_bytes
+    if isinstance(model.experts, int) and isinstance(model.top_k, int):
+        read = float(expert_bytes.mean(axis=1).sum()) * model.top_k + dense + model.head_bytes
+    else:
+        chosen = expert_bytes.sum(axis=1) / model.layer_experts * model.layer_top_k
+        read = float(chosen.sum()) + dense + model.head_bytes
     return [
         Derived("expert_mb", largest / 1e6, "W: weights of one expert"),
         *([Derived("expert_mb_min", smallest / 1e6, "W of the smallest expert")] if smallest < largest else []),
         Derived("expert_mflop_per_row", model.flop_per_row / 1e6, "Q(1): one row through one expert"),
-        Derived("experts_gb", experts / 1e9, f"all {model.moe_layers * model.experts} experts"),
+        Derived("experts_gb", experts / 1e9, f"all {model.all_experts} experts"),
         Derived("dense_layer_mb", model.dense_bytes / 1e6, "dense weights of one layer"),
         Derived("dense_gb", dense / 1e9, f"dense weights of all {model.moe_layers} layers"),
         Derived("head_mb", model.head_bytes / 1e6, "LM head and dense first layers, once a step"),
@@ -76,7 +81,7 @@ def pair_figures(model: Model, system: System) -> list[Derived]:
     """What fits where, and what one expert (the largest) costs on each part of the machine."""
     expert_bytes = model.expert_bytes()
     slots = gpu_slots(model, system, expert_bytes)
-    everything = model.moe_layers * model.experts
+    everything = model.all_experts
     figures = [
         Derived("gpu_space_gb", gpu_space_bytes(model, system) / 1e9, "GPU memory left for experts"),
         Derived("slots", slots, f"experts that the GPU can hold, of {everything}"),

@@ -32,6 +32,9 @@ MAX_NUMBER = 2**63
 MAX_TEXT = 4096
 MAX_NAME = 100
 
+# What a message about an unknown model adds.
+OWN_FILES = ", as are a config.json, a GGUF file and the folder of a Hugging Face model (./NAME)"
+
 _WORDS = {
     "float": "a number",
     "int": "a whole number",
@@ -90,10 +93,15 @@ def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str,
         _find_files(raw, raw, Path(source).absolute().parent)
     else:
         raw, where = parse(_preset_text(kind, source), f"{noun} {source}"), f"{noun} {source}"
+    return overridden(Loaded(raw, where), overrides)
+
+
+def overridden(loaded: Loaded, overrides: Mapping[str, object]) -> Loaded:
+    """Put new values of single fields into raw ones; files that they name are found in the current folder."""
     for path, value in overrides.items():
-        _override(raw, path, _typed(value), where)
-    _find_files(raw, overrides, Path.cwd())
-    return Loaded(raw, where)
+        _override(loaded.raw, path, _typed(value), loaded.where)
+    _find_files(loaded.raw, overrides, Path.cwd())
+    return loaded
 
 
 def convert(loaded: Loaded, struct: type[S]) -> S:
@@ -207,7 +215,7 @@ def _preset_text(kind: str, name: str) -> str:
     if name not in names:
         raise UsageError(
             f"No {_noun(kind)} preset is called {name!r}{nearest(name, names)}; `moetrace list {kind}` lists them, "
-            "and a path that ends in .toml is read as a file."
+            f"and a path that ends in .toml is read as a file{OWN_FILES if kind == 'models' else ''}."
         )
     return _folder(kind).joinpath(f"{name}.toml").read_text(encoding="utf-8")
 

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import msgspec
 import numpy as np
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from moetrace.spec.errors import UsageError
-from moetrace.spec.load import Loaded, convert, read, read_table
+from moetrace.spec.load import Loaded, convert, overridden, read, read_table
+from moetrace.spec.model_files import is_model_file, read_model_file
 
 # Ids are at most uint16 in a trace, and its largest value says "absent".
 MAX_EXPERTS = 65535
@@ -19,6 +20,7 @@ MAX_WIDTH = 1_000_000
 MAX_PARAMS = 10**15
 
 Width = Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
+Experts = Annotated[int, Meta(ge=1, le=MAX_EXPERTS)]
 Bits = Annotated[float, Meta(ge=MIN_BITS, le=MAX_BITS)]
 Params = Annotated[int, Meta(ge=0, le=MAX_PARAMS)]
 
@@ -29,9 +31,11 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     Attributes:
         name: Name of the model.
         moe_layers: Number of MoE layers, L.
-        experts: Experts of a layer, E.
-        top_k: Experts that a row chooses in a layer.
+        experts: Experts of a layer: one number, or a list with one for each layer. The largest is E.
+        top_k: Experts that a row chooses in a layer: one number, or a list with one for each layer.
         hidden: Numbers in a row's activations, h.
+        moe_hidden: Width in which experts work and in which rows travel to them, where it is not `hidden`: such a model
+            projects each row to a latent vector of this width before its experts, and back after them.
         expert_intermediate: Intermediate size of an expert, I.
         expert_matrices: Weight matrices of an expert, m.
         weight_bits: Bits of an expert's weight: one number, a list with one for each layer, or the path of a CSV file
@@ -45,9 +49,10 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     name: str
     moe_layers: Annotated[int, Meta(ge=1, le=65535)]
-    experts: Annotated[int, Meta(ge=1, le=MAX_EXPERTS)]
-    top_k: Annotated[int, Meta(ge=1, le=MAX_EXPERTS)]
+    experts: Experts | list[Experts]
+    top_k: Experts | list[Experts]
     hidden: Width
+    moe_hidden: Width | UnsetType = UNSET
     expert_intermediate: Width
     expert_matrices: Annotated[int, Meta(ge=1, le=100)] = 3
     weight_bits: Bits | list[Bits] | str
@@ -58,9 +63,39 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     kv_bytes_per_token_layer: Annotated[float, Meta(ge=0, le=1e9)]
 
     @property
+    def layer_experts(self) -> np.ndarray:
+        """Experts of each layer; int64 [moe_layers]."""
+        return np.broadcast_to(np.asarray(self.experts, np.int64), self.moe_layers)
+
+    @property
+    def most_experts(self) -> int:
+        """Experts of the layer that has most, E."""
+        return self.experts if isinstance(self.experts, int) else max(self.experts)
+
+    @property
+    def all_experts(self) -> int:
+        """Experts of all layers."""
+        return self.moe_layers * self.experts if isinstance(self.experts, int) else sum(self.experts)
+
+    @property
+    def layer_top_k(self) -> np.ndarray:
+        """Experts that a row chooses in each layer; int64 [moe_layers]."""
+        return np.broadcast_to(np.asarray(self.top_k, np.int64), self.moe_layers)
+
+    @property
+    def most_top_k(self) -> int:
+        """Experts that a row chooses in the layer where it chooses most."""
+        return self.top_k if isinstance(self.top_k, int) else max(self.top_k)
+
+    @property
+    def expert_hidden(self) -> int:
+        """Width in which experts work: `moe_hidden`, or h where the model has no width of its own for them."""
+        return self.hidden if self.moe_hidden is UNSET else self.moe_hidden
+
+    @property
     def expert_params(self) -> int:
-        """Weights of one expert: `m*h*I`."""
-        return self.expert_matrices * self.hidden * self.expert_intermediate
+        """Weights of one expert: `m*h*I`, with the width of the experts for h."""
+        return self.expert_matrices * self.expert_hidden * self.expert_intermediate
 
     @property
     def flop_per_row(self) -> float:
@@ -84,31 +119,38 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def activation_row_bytes(self) -> float:
-        """Bytes of one row's activations: `h*a`."""
-        return self.hidden * float(self.activation_bytes)
+        """Bytes of one row's activations on their way to an expert: `h*a`, with the width of the experts for h."""
+        return self.expert_hidden * float(self.activation_bytes)
 
     def expert_bytes(self) -> np.ndarray:
-        """Bytes of each expert, `W(e) = m*h*I*w(e)`.
+        """Bytes of each expert, `W(e) = m*h*I*w(e)`; 0 for an id that a layer of fewer experts does not have.
 
         Returns:
-            float64 [moe_layers, experts].
+            float64 [moe_layers, most_experts].
 
         Raises:
             MoetraceError: `weight_bits` names a table, and it is not as the model wants it.
         """
-        shape = (self.moe_layers, self.experts)
+        shape = (self.moe_layers, self.most_experts)
         if isinstance(self.weight_bits, str):
             bits = read_table(self.weight_bits, *shape)
         else:
             bits = np.broadcast_to(np.asarray(self.weight_bits, np.float64).reshape(-1, 1), shape)
-        return self.expert_params * (bits / 8)
+        sizes = self.expert_params * (bits / 8)
+        return sizes if isinstance(self.experts, int) else np.where(self.has_expert, sizes, 0.0)
+
+    @property
+    def has_expert(self) -> np.ndarray:
+        """Whether a layer has an expert of an id; bool [moe_layers, most_experts]."""
+        return np.arange(self.most_experts) < self.layer_experts[:, None]
 
 
 def load_model(source: str | Path | Model, overrides: Mapping[str, object] | None = None) -> Model:
     """Load a model and check it.
 
     Args:
-        source: A preset's name, a TOML file or an instance.
+        source: A preset's name, a TOML file or an instance; or a model's own file: the folder of a Hugging Face model
+            or its `config.json`, or a GGUF file. Of these, only descriptions are read, and no code is run.
         overrides: New values of single fields, by dotted path. By default none.
 
     Returns:
@@ -123,21 +165,53 @@ def load_model(source: str | Path | Model, overrides: Mapping[str, object] | Non
         >>> mt.load_model("mixtral-8x7b", {"weight_bits": 4}).weight_bits
         4.0
     """
-    loaded = read("models", source, overrides or {})
+    if isinstance(source, str | Path) and is_model_file(source):
+        loaded = overridden(read_model_file(source), overrides or {})
+        _check_bits_known(loaded)
+    else:
+        loaded = read("models", source, overrides or {})
     model = convert(loaded, Model)
-    if model.top_k > model.experts:
-        loaded.refuse("top_k", f"at most the {model.experts} experts that a layer has")
+    _check_layers(model, loaded)
     _check_weight_bits(model, loaded)
     return model
 
 
 def check_shape(where: str, layers: int, experts: int, model: Model) -> None:
     """Raise a UsageError that begins with `where` unless the model has so many MoE layers and experts in each."""
-    if (layers, experts) != (model.moe_layers, model.experts):
+    if (layers, experts) != (model.moe_layers, model.most_experts):
         raise UsageError(
             f"{where} has {layers} MoE layers of {experts} experts, but the model {model.name} has {model.moe_layers} "
-            f"of {model.experts}: name the right one with --model."
+            f"of {model.most_experts}: name the right one with --model."
         )
+
+
+def _check_layers(model: Model, loaded: Loaded) -> None:
+    """Lists with a number for each layer, and in no layer a larger top_k than it has experts."""
+    for field, value in (("experts", model.experts), ("top_k", model.top_k)):
+        if isinstance(value, list) and len(value) != model.moe_layers:
+            raise UsageError(
+                f"{loaded.where}: {field} wants one number for each of the {model.moe_layers} MoE layers, "
+                f"got {len(value)} numbers."
+            )
+    if isinstance(model.experts, int) and isinstance(model.top_k, int):
+        if model.top_k > model.experts:
+            loaded.refuse("top_k", f"at most the {model.experts} experts that a layer has")
+        return
+    for layer, (experts, top_k) in enumerate(zip(model.layer_experts, model.layer_top_k, strict=True)):
+        if top_k > experts:
+            raise UsageError(
+                f"{loaded.where}: top_k wants at most the {experts} experts that MoE layer {layer} has, got {top_k}."
+            )
+
+
+def _check_bits_known(loaded: Loaded) -> None:
+    """Refuse a quantized model whose bits no file says: a width of 16 bits would be wrong in silence."""
+    for field in ("weight_bits", "dense_weight_bits"):
+        if field not in loaded.raw:
+            raise UsageError(
+                f"{loaded.where}: the model {loaded.raw.get('name')} is quantized, but its files do not say to how "
+                f"many bits: give --set model.{field}=BITS."
+            )
 
 
 def _check_weight_bits(model: Model, loaded: Loaded) -> None:
@@ -149,7 +223,7 @@ def _check_weight_bits(model: Model, loaded: Loaded) -> None:
             f"got {len(bits)} numbers."
         )
     if isinstance(bits, str):
-        where, widths = bits, read_table(bits, model.moe_layers, model.experts)
+        where, widths = bits, read_table(bits, model.moe_layers, model.most_experts)[model.has_expert]
     else:
         where, widths = loaded.where, np.asarray(bits, np.float64)
     least, most = float(widths.min()), float(widths.max())

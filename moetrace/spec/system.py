@@ -336,7 +336,7 @@ def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
     Returns:
         The number of experts; all of them if there is no link.
     """
-    everything = model.moe_layers * model.experts
+    everything = model.all_experts
     if system.link is None:
         return everything
     slots = gpu_space_bytes(model, system) // float(np.max(expert_bytes))

@@ -2,13 +2,15 @@
 
 import re
 
-from moetrace.spec import check_shape, list_presets, load_model
+from moetrace.spec import Model, check_shape, list_presets, load_model
+from moetrace.spec.model_files.quantization import named_bits, quantized_name
 
 
 def model_name(where: str, said: str, layers: int, experts: int, model: str | None = None) -> str:
     """The preset that is meant: `model` if given, else the longest whose name is part of `said` and that fits.
 
-    If none does, what was said, or "unknown". Raises UsageError, beginning with `where`, if `model` (a preset or a
+    A name that says a quantization (FP8, AWQ, MXFP4, Q4_K_M) means no preset of other bits. If no preset is meant, what
+    was said, or "unknown". Raises UsageError, beginning with `where`, if `model` (a preset or a
     TOML file) has other layers or experts.
     """
     if model is not None:
@@ -18,9 +20,18 @@ def model_name(where: str, said: str, layers: int, experts: int, model: str | No
     for name in sorted(list_presets("models"), key=len, reverse=True):
         if _plain(name) in _plain(said):
             spec = load_model(name)
-            if (spec.moe_layers, spec.experts) == (layers, experts):
+            if (spec.moe_layers, spec.most_experts) == (layers, experts) and _same_bits(said, name, spec):
                 return name
     return said[:200] or "unknown"
+
+
+def _same_bits(said: str, name: str, spec: Model) -> bool:
+    """Whether the preset `name` has the bits that a name says; one that says none means the preset's own."""
+    rest = _plain(said).replace(_plain(name), " ")
+    if quantized_name(rest) is None:
+        return True
+    bits = named_bits(rest)
+    return bits is not None and spec.weight_bits == bits
 
 
 def _plain(name: str) -> str:

@@ -15,8 +15,9 @@ import moetrace as mt
 from moetrace.results.record import SummaryFile
 from moetrace.results.replayed import read_replayed, replayed_of
 from moetrace.show.charts import latency, layers, load, over_time, parts, utilization
-from moetrace.show.report.again import again, toml
+from moetrace.show.report.again import again
 from moetrace.show.report.page import number, seconds
+from moetrace.spec.toml_text import toml
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")

@@ -129,8 +129,10 @@ def test_not_toml_names_the_line(tmp_path):
 def test_unreadable_file(tmp_path):
     with pytest.raises(MoetraceError, match=r"Cannot read .*absent\.toml: No such file"):
         load_model(tmp_path / "absent.toml")
-    with pytest.raises(MoetraceError, match="not an ordinary file"):
+    with pytest.raises(MoetraceError, match=r"it has no config\.json and no GGUF file"):
         load_model(tmp_path)
+    with pytest.raises(MoetraceError, match="not an ordinary file"):
+        load_system(tmp_path)
     with pytest.raises(MoetraceError, match=r"Cannot read a\\x00/b\.toml: embedded null byte"):
         load_model("a\0/b.toml")
     (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')

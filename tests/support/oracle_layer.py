@@ -100,7 +100,7 @@ class Machine:
 
 def expert_bytes(trace: OracleTrace, model: Any) -> np.ndarray:
     """Return W, float [L, E]: the trace's own sizes if it has them, else from the model's weight bits."""
-    shape = (model.moe_layers, model.experts)
+    shape = (model.moe_layers, most(model.experts))
     if trace.expert_bytes is not None:
         given = np.asarray(trace.expert_bytes, dtype=float)
         return np.broadcast_to(given[:, None] if given.ndim == 1 else given, shape)
@@ -110,22 +110,36 @@ def expert_bytes(trace: OracleTrace, model: Any) -> np.ndarray:
     elif isinstance(bits, list | tuple):
         bits = np.asarray(bits, dtype=float)[:, None]
     w = np.broadcast_to(np.asarray(bits, dtype=float) / 8, shape)
-    return model.expert_matrices * model.hidden * model.expert_intermediate * w
+    sizes = model.expert_matrices * expert_width(model) * model.expert_intermediate * w
+    if isinstance(model.experts, list):
+        for layer, count in enumerate(model.experts):
+            sizes[layer, count:] = 0.0
+    return sizes
+
+
+def expert_width(model: Any) -> int:
+    """Return the width in which experts work: that of the rows, unless the model says another."""
+    return model.moe_hidden if isinstance(model.moe_hidden, int) else model.hidden
+
+
+def most(numbers: int | list[int]) -> int:
+    """Return a number that may be said for each layer: the largest."""
+    return max(numbers) if isinstance(numbers, list) else numbers
 
 
 def machine_of(trace: OracleTrace, model: Any, system: Any, slots: int | None) -> Machine:
     gpu, ndp, link = system.gpu, system.ndp, system.link
     machine = Machine(
         L=model.moe_layers,
-        E=model.experts,
+        E=most(model.experts),
         N=ndp.units if ndp else 0,
         W=expert_bytes(trace, model),
-        flop_per_row=2.0 * model.expert_matrices * model.hidden * model.expert_intermediate,
+        flop_per_row=2.0 * model.expert_matrices * expert_width(model) * model.expert_intermediate,
         dense_bytes=model.dense_params_per_layer * model.dense_weight_bits / 8,
         dense_flop_per_row=2.0 * model.dense_params_per_layer,
         head_bytes=model.once_params * model.dense_weight_bits / 8,
         kv_bytes=model.kv_bytes_per_token_layer,
-        activation_row_bytes=model.hidden * model.activation_bytes,
+        activation_row_bytes=expert_width(model) * model.activation_bytes,
         F_g=gpu.tflops * 1e12 * gpu.compute_efficiency,
         B_g=gpu.bandwidth_gb_s * 1e9 * gpu.memory_efficiency,
         t_g=gpu.launch_us * 1e-6,
@@ -138,7 +152,8 @@ def machine_of(trace: OracleTrace, model: Any, system: Any, slots: int | None) -
     )
     left = (gpu.memory_gb - gpu.reserve_gb) * 1e9 - machine.L * machine.dense_bytes - machine.head_bytes
     room = math.floor(left / machine.W.max()) if slots is None else slots
-    machine.slots = min(max(room, 0), machine.L * machine.E)
+    everything = sum(model.experts) if isinstance(model.experts, list) else machine.L * machine.E
+    machine.slots = min(max(room, 0), everything)
     return machine
 
 

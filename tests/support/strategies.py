@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
+from msgspec import UNSET
 
 from moetrace.spec import Gpu, Link, Model, Ndp, PolicySpec, System
 from support.oracle import DECODE, PREFILL, OracleTrace
@@ -161,6 +162,7 @@ def models(draw, layers: int, experts: int, top_k: int, ties: bool = False) -> M
         experts=experts,
         top_k=top_k,
         hidden=512,
+        moe_hidden=draw(st.sampled_from([UNSET, 512, 256])),
         expert_intermediate=1024,
         expert_matrices=draw(st.sampled_from([1, 2])),
         weight_bits=weight_bits,

@@ -58,7 +58,11 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     help="Which steps to look at, as if there were no others.",
 )
 @click.option("--system", metavar="S", help="Preset or TOML file of the units, for figures in seconds.")
-@click.option("--model", metavar="M", help="Preset or TOML file of the model, if not the one that the trace names.")
+@click.option(
+    "--model",
+    metavar="M",
+    help="Preset or model file of the model, if not the one that the trace names.",
+)
 @set_option
 @click.option(
     "--export",

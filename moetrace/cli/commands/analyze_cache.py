@@ -56,7 +56,11 @@ class _PolicyName(click.ParamType):
     help="Print only this phase (all: all steps together); everything is replayed all the same.",
 )
 @click.option("--sequential", is_flag=True, help="Demand one choice at a time, as general cache simulators do.")
-@click.option("--model", metavar="M", help="Preset or TOML file with the sizes of experts, if the trace has none.")
+@click.option(
+    "--model",
+    metavar="M",
+    help="Preset or model file with the sizes of experts, if the trace has none.",
+)
 @click.option("--system", metavar="S", help="Preset or TOML file of the machine that fetches what is missed.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the bootstrap.")
 @click.option("--curve", is_flag=True, help="Say instead what LRU caches of every capacity hit, from one pass.")

@@ -49,7 +49,11 @@ _HEADERS = {
 @scope_option
 @click.option("--phase", type=click.Choice(["all", "prefill", "decode", "mixed"]), help="Print only this phase.")
 @click.option("--system", metavar="S", help="Preset or TOML file of the machine, to tell what arrives in time.")
-@click.option("--model", metavar="M", help="Preset or TOML file of the model, if not the one that the trace names.")
+@click.option(
+    "--model",
+    metavar="M",
+    help="Preset or model file of the model, if not the one that the trace names.",
+)
 @format_option
 def command(trace: Path, capacity: str | None, phase: str | None, form: str, **asked: Any) -> None:
     """Say what predictors of the next layer's experts are worth to an LRU cache.

@@ -50,7 +50,7 @@ class _TokenCount(click.types.IntParamType):
     help="Of the weights; auto: as they are stored.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto: cuda if there is one.")
-@click.option("--model", metavar="M", help="Preset or TOML file of the model; else the folder's name decides.")
+@click.option("--model", metavar="M", help="Preset or model file of the model; else the folder's name decides.")
 @click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
 def command(
     model_dir: Path,

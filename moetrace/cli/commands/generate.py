@@ -22,7 +22,11 @@ _FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
 
 @click.command()
 @click.argument("out", type=_FILE, metavar="OUT.h5")
-@click.option("--model", metavar="M", help="Preset or TOML file; see `moetrace list models`. A profile knows its own.")
+@click.option(
+    "--model",
+    metavar="M",
+    help="Preset or model file; see `moetrace list models`. A profile knows its own.",
+)
 @click.option("--requests", required=True, type=int, help="Number of requests.")
 @click.option("--prompt", required=True, type=int, help="Prompt tokens of each request; 0: no prefill steps.")
 @click.option("--output", required=True, type=int, help="Output tokens of each request; 0: no decode steps.")

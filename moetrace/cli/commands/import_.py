@@ -39,7 +39,9 @@ FORMATS = (
     help=f"Of the sources, one of {', '.join(FORMATS)}; seen from their content if not given.",
 )
 @click.option(
-    "--model", metavar="M", help="Model that was traced: preset or TOML file; else the source's own name decides."
+    "--model",
+    metavar="M",
+    help="Model that was traced: preset or model file; else the source's own name decides.",
 )
 @click.option(
     "--as", "as_phase", type=click.Choice(["decode"]), help="Take rows after the prompt (--prompt) as decode steps."

@@ -11,9 +11,9 @@ _HEADERS = {
         "experts": "experts",
         "top_k": "k",
         "weight_bits": "bits",
-        "expert_mb": "expert MB",
-        "experts_gb": "experts GB",
-        "dense_gb": "dense GB",
+        "expert_mb": "expert\nMB",
+        "experts_gb": "experts\nGB",
+        "dense_gb": "dense\nGB",
     },
     "systems": {
         "name": "system",
@@ -75,8 +75,8 @@ def _model_row(name: str) -> dict[str, object]:
     return {
         "name": name,
         "layers": model.moe_layers,
-        "experts": model.experts,
-        "top_k": model.top_k,
+        "experts": model.most_experts,
+        "top_k": model.most_top_k,
         "weight_bits": model.weight_bits,
         "expert_mb": float(expert_bytes.max()) / 1e6,
         "experts_gb": float(expert_bytes.sum()) / 1e9,

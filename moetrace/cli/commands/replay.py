@@ -57,7 +57,9 @@ class _Command(click.Command):
 
 @click.command(cls=_Command)
 @click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
-@click.option("--model", metavar="M", help="Preset or TOML file; by default the preset that the trace names.")
+@click.option(
+    "--model", metavar="M", help="Preset, TOML, config.json or GGUF file; by default the preset that the trace names."
+)
 @click.option("--system", default="edge-ndp", show_default=True, metavar="S", help="Preset or TOML file.")
 @click.option(
     "--policy",

@@ -7,7 +7,7 @@ import click
 
 from moetrace.cli.options.code import code_option
 from moetrace.cli.options.overrides import set_option, split_settings
-from moetrace.cli.tables.output import format_option, print_json, print_rows, say
+from moetrace.cli.tables.output import format_option_with, print_json, print_rows, print_text, say
 from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 @click.option("--model", "model_name", metavar="MODEL", help="With a system: also what this model means on it.")
 @set_option
 @code_option
-@format_option
+@format_option_with("toml", "the spec as a TOML file to keep")
 def command(kind: str, name: str, model_name: str | None, settings: tuple[str, ...], code: bool, form: str) -> None:
     """Print a resolved spec and what follows from it.
 
-    NAME is a preset (see `moetrace list`) or the path of a TOML file.
+    NAME is a preset (see `moetrace list`) or the path of a TOML file. A model can also be your own: the folder or the
+    config.json of a Hugging Face model, or a GGUF file; `--format toml` prints it as a file to keep.
     """
     if model_name and kind != "system":
         raise UsageError(f"--model goes with `show system` only, not with `show {kind}`.")
@@ -57,6 +58,11 @@ def _print(spec: "Model | System | PolicySpec", figures: "list[Derived]", form: 
     resolved = canonical(spec)
     if isinstance(spec, PolicySpec):
         resolved = {field: value for field, value in resolved.items() if field not in spec.unread}
+    if form == "toml":
+        from moetrace.spec.toml_text import toml
+
+        print_text(toml(resolved).rstrip("\n"))
+        return
     if form == "json":
         print_json({"spec": resolved, "derived": {row.name: row.value for row in figures}})
         return

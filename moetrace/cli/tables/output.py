@@ -48,13 +48,22 @@ def safe_csv_option(command: Callable) -> Callable:
 
 def format_option(command: Callable) -> Callable:
     """Give a command the options `--format` (parameter `form`) and `--safe-csv`."""
+    return _format_option(command, (), "or JSON or CSV with every digit.")
+
+
+def format_option_with(form: str, meaning: str) -> Callable[[Callable], Callable]:
+    """Return `format_option` with one more form."""
+    return lambda command: _format_option(command, (form,), f"JSON or CSV with every digit, or {meaning}.")
+
+
+def _format_option(command: Callable, more: tuple[str, ...], rest: str) -> Callable:
     return click.option(
         "--format",
         "form",
-        type=click.Choice(["table", "json", "csv"]),
+        type=click.Choice(["table", "json", "csv", *more]),
         default="table",
         show_default=True,
-        help="How to print: a table to read, or JSON or CSV with every digit.",
+        help=f"How to print: a table to read, {rest}",
     )(safe_csv_option(command))
 
 

@@ -1,9 +1,6 @@
 """How a replay is run again: a command and the TOML files that it needs, from `summary.json` alone, without paths."""
 
-import json
-import re
 import shlex
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -22,8 +19,8 @@ from moetrace.spec import (
     load_system,
 )
 from moetrace.spec.errors import printable
+from moetrace.spec.toml_text import toml
 
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
 _FILES = ("static", "loads", "plan")  # choices of a policy that name a file
 
 
@@ -56,17 +53,6 @@ def again(summary: Summary) -> Again:
             notes.append(f"{printable(policy.name)} also needs {named}, which is not in a result, beside {name}.")
     words += ["--slots", str(summary.slots), *(["--ignore-capacity"] if _overflows(summary) else []), "-o", "results"]
     return Again(" ".join(shlex.quote(printable(word)) for word in words), files, notes)
-
-
-def toml(values: Mapping[str, Any]) -> str:
-    """Return plain values as TOML: first what is flat, then a table for each mapping; None is left out."""
-    flat = {key: value for key, value in values.items() if value is not None and not isinstance(value, dict)}
-    lines = [f"{_key(key)} = {_value(value)}" for key, value in flat.items()]
-    for key, value in values.items():
-        if isinstance(value, dict):
-            lines += ["", f"[{_key(key)}]"]
-            lines += [f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None]
-    return "\n".join(lines) + "\n"
 
 
 def _hash(summary: Summary) -> str:
@@ -103,22 +89,3 @@ def _is_preset_policy(name: str, choices: dict[str, Any]) -> bool:
         return name in list_presets("policies") and choices_of(load_policy(name)) == choices
     except MoetraceError:
         return False
-
-
-def _key(key: str) -> str:
-    return key if _BARE.fullmatch(key) else _text(key)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_value(each) for each in value if each is not None) + "]"
-    return repr(value) if isinstance(value, int | float) else _text(str(value))
-
-
-def _text(text: str) -> str:
-    """A basic string: JSON's, but for a character that TOML wants escaped and JSON does not."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,67 @@
+"""The tables of docs/models.md: the presets, the bits of formats, and the families that a config.json may be of.
+
+python bench/model_table.py     write them between their markers
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from markers import replaced_between
+
+from moetrace.spec import list_presets, load_model
+from moetrace.spec.model_files.bits import FORMATS, GGML_TYPES
+from moetrace.spec.model_files.families import ALIASES, FAMILIES
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+def page() -> str:
+    """Return what the page should be."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, lines in (("presets", _presets()), ("bits", _bits()), ("ggml", _ggml()), ("families", _families())):
+        text = replaced_between(text, name, "\n".join(lines))
+    return text
+
+
+def _presets() -> Iterator[str]:
+    """Yield the table of the presets, with the sizes that follow from them."""
+    numbers = ("MoE layers", "experts", "top-k", "hidden", "width", "bits", "expert, MB", "experts, GB", "dense, GB")
+    yield f"| preset | {' | '.join(numbers)} |"
+    yield "| --- |" + " --: |" * len(numbers)
+    for name in list_presets("models"):
+        model = load_model(name)
+        sizes = model.expert_bytes()
+        dense = (model.moe_layers * model.dense_bytes + model.head_bytes) / 1e9
+        hidden = f"{model.hidden}" if model.expert_hidden == model.hidden else f"{model.hidden}, {model.expert_hidden}"
+        shape = (
+            f"{model.moe_layers} | {model.most_experts} | {model.most_top_k} | {hidden} | {model.expert_intermediate}"
+        )
+        yield (
+            f"| `{name}` | {shape} | {model.weight_bits:g} | {sizes.max() / 1e6:.1f} | {sizes.sum() / 1e9:,.1f} "
+            f"| {dense:.2f} |"
+        )
+
+
+def _bits() -> Iterator[str]:
+    """Yield the table of formats that a config.json may name."""
+    yield "| format | bits | stored |"
+    yield "| --- | --: | --- |"
+    for form in FORMATS:
+        yield f"| {form.name} | {form.bits:g} | {form.stored} |"
+
+
+def _ggml() -> Iterator[str]:
+    """Yield the table of the types of GGUF tensors, by their bits."""
+    yield "| type | bits | weights in a block | bytes of a block |"
+    yield "| --- | --: | --: | --: |"
+    for kind in sorted(GGML_TYPES.values(), key=lambda kind: (-kind.bits, kind.name)):
+        yield f"| {kind.name} | {kind.bits:g} | {kind.block} | {kind.block_bytes} |"
+
+
+def _families() -> Iterator[str]:
+    """Yield one paragraph with every `model_type`."""
+    yield ", ".join(f"`{name}`" for name in sorted([*FAMILIES, *ALIASES])) + "."
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,134 @@
+"""How many bits the weights of a folder take as stored, from the headers of its safetensors files."""
+
+import json
+import re
+import stat
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moetrace.spec.errors import MoetraceError
+from moetrace.spec.model_files.anatomy import Anatomy
+from moetrace.spec.model_files.json_fields import read_json
+
+MAX_INDEX_BYTES = 64 << 20
+MAX_HEADER_BYTES = 100_000_000  # as safetensors itself
+MAX_FILES = 10_000
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,5})\.(.+)")
+_ELSEWHERE = re.compile(r"(?:^|\.)(?:visual|vision\w*|audio\w*|mtp|multi_modal\w*|embed_\w+|mm_\w+)\.")
+_EXPERT = re.compile(r"(?:^|\.)experts(?:\.|_)")
+# Widths to which norms, biases and gates, which are stored but not counted, do not move the dense weights.
+_WIDTHS = (4.0, 8.0, 16.0, 32.0)
+_NEAR = 0.01
+
+
+class _Stored(NamedTuple):
+    """Bytes of a folder's weights."""
+
+    experts: dict[int, int]  # of the experts of a layer, scales included
+    dense: int  # of the other matrices of the layers, and of the LM head
+
+
+def stored_bits(folder: Path, anatomy: Anatomy) -> dict[str, Any]:
+    """`weight_bits` and `dense_weight_bits` as the folder's safetensors files have them.
+
+    Nothing if not all files are there: then what config.json says of its quantization holds.
+
+    Raises:
+        MoetraceError: A file is damaged, or does not hold the experts that config.json describes.
+    """
+    files = _files(folder)
+    if not files or not all(file.exists() for file in files):
+        return {}
+    stored = _Stored({}, 0)
+    for file in files:
+        stored = _add(stored, file, len(anatomy.layers))
+    moe = [index for index, layer in enumerate(anatomy.layers) if layer.experts]
+    lacking = next((index for index in moe if not stored.experts.get(index)), None)
+    if lacking is not None:
+        raise MoetraceError(
+            f"The safetensors files of {folder} hold no experts of layer {lacking}, though config.json describes some."
+        )
+    bits = [8 * stored.experts[index] / (anatomy.layers[index].experts * anatomy.expert_params) for index in moe]
+    if not all(0.5 <= each <= 64 for each in bits):
+        raise MoetraceError(
+            f"The experts in the safetensors files of {folder} do not have the sizes that config.json describes."
+        )
+    rest = anatomy.params - sum(layer.experts for layer in anatomy.layers) * anatomy.expert_params
+    dense = 8 * stored.dense / rest
+    near = next((width for width in _WIDTHS if abs(dense / width - 1) <= _NEAR), dense)
+    found = {"weight_bits": bits[0] if len(set(bits)) == 1 else bits}
+    return found | ({"dense_weight_bits": near} if 0.5 <= near <= 64 else {})
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those of its index, or its only one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [single] if (single := folder / "model.safetensors").exists() else []
+    names = read_json(index, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise MoetraceError(f"Cannot read {index}: it has no weight_map.")
+    files = sorted({name for name in names.values() if isinstance(name, str)})
+    if len(files) > MAX_FILES:
+        raise MoetraceError(f"Cannot read {index}: it names {len(files):,} files.")
+    for name in files:
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise MoetraceError(f"Cannot read {index}: {name[:100]!r} is not the name of a file beside it.")
+    return [folder / name for name in files]
+
+
+def _add(stored: _Stored, file: Path, layers: int) -> _Stored:
+    """What is stored with that of one more file."""
+    experts, dense = dict(stored.experts), stored.dense
+    for name, (axes, size) in _tensors(file).items():
+        found = _LAYER.search(name)
+        if _ELSEWHERE.search(name):
+            continue
+        if found is None:
+            dense += size if name.endswith("lm_head.weight") else 0
+        elif int(found[1]) < layers:
+            if _EXPERT.search(found[2]) and "shared" not in found[2]:
+                experts[int(found[1])] = experts.get(int(found[1]), 0) + size
+            elif axes > 1:
+                dense += size
+    return _Stored(experts, dense)
+
+
+def _tensors(path: Path) -> dict[str, tuple[int, int]]:
+    """Axes and bytes of each tensor in the header of a safetensors file."""
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise MoetraceError(f"Cannot read {path}: it is not an ordinary file.")
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER_BYTES, info.st_size - 8):
+                raise MoetraceError(f"Cannot read {path}: it is not a whole safetensors file.")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise MoetraceError(f"Cannot read {path}: {error.strerror or error}.") from None
+    except (ValueError, RecursionError):
+        raise MoetraceError(f"Cannot read {path}: its header is not JSON.") from None
+    if not isinstance(header, dict):
+        raise MoetraceError(f"Cannot read {path}: its header is not a JSON object.")
+    room, found = info.st_size - 8 - length, {}
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        place = _place(tensor, room)
+        if place is None:
+            raise MoetraceError(f"Cannot read {path}: the place of the tensor {name[:60]!r} makes no sense.")
+        found[name] = place
+    return found
+
+
+def _place(tensor: Any, room: int) -> tuple[int, int] | None:
+    """Axes and bytes of a tensor as a header describes it, or None if it would lie outside the file."""
+    try:
+        (first, last), axes = tensor["data_offsets"], len(tensor["shape"])
+    except (TypeError, KeyError, ValueError):
+        return None
+    whole = type(first) is int and type(last) is int and 0 <= first <= last <= room
+    return (axes, last - first) if whole else None
