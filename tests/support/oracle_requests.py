@@ -138,7 +138,7 @@ def figures_of(rows: list[Row], start_s: list[float], end_s: list[float]) -> Fig
     drafted = accepted = 0
     for step in sorted({row.step for turn in turns for row in turn.decode}):
         drafted += sum(row.step == step for turn in turns for row in turn.decode) - 1
-        kept = {row.position for turn in turns for row in turn.accepted() if row.step == step}
+        kept = {(i, row.position) for i, turn in enumerate(turns) for row in turn.accepted() if row.step == step}
         accepted += max(len(kept) - 1, 0)
     decode = [row for turn in turns for row in turn.decode]
     recomputed = [
