@@ -452,3 +452,35 @@ def _add_gaps(spans, first_of_turn, used, r, first, stride, count):
     span.stride = stride
     span.count = count
     return used + 1
+
+
+@kernel(inline=False)
+def gap_quantiles(edge_s, spans, bounds, shares, found):
+    """Write quantiles [requests, shares] of each request's gaps into ``found``, NaN where it has none.
+
+    edge_s: seconds [steps + 1]; spans: SPAN by request, those of request r from bounds[r] to bounds[r + 1] - 1.
+    """
+    most = 0
+    for r in range(bounds.size - 1):
+        gaps = 0
+        for i in range(bounds[r], bounds[r + 1]):
+            gaps += spans[i].count
+        most = max(most, gaps)
+    scratch = np.empty(most)
+    for r in range(bounds.size - 1):
+        size = 0
+        for i in range(bounds[r], bounds[r + 1]):
+            span = spans[i]
+            for gap in range(span.count):
+                first = span.first + gap * span.stride
+                scratch[size] = edge_s[first + span.stride] - edge_s[first]
+                size += 1
+        if size == 0:
+            found[r] = np.nan
+            continue
+        gaps_s = np.sort(scratch[:size])
+        for q in range(shares.size):
+            at = shares[q] * (size - 1)
+            low = int(at)
+            high = min(low + 1, size - 1)
+            found[r, q] = gaps_s[low] + (at - low) * (gaps_s[high] - gaps_s[low])

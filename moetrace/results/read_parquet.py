@@ -14,8 +14,10 @@ from moetrace.spec.errors import MoetraceError, printable
 _MOST_ROWS_A_BYTE = 64
 
 
-def scan(path: Path, columns: dict[str, Any]) -> pl.LazyFrame | None:
+def scan(path: Path, columns: dict[str, Any], newer: dict[str, Any] | None = None) -> pl.LazyFrame | None:
     """Return these columns of a Parquet file, as these types, or None if there is no such file.
+
+    `newer` columns are null where the file, of an earlier version, has none of them.
 
     Raises MoetraceError (file, column) if it is damaged, lacks a column, or claims more rows than its size justifies.
     """
@@ -28,16 +30,19 @@ def scan(path: Path, columns: dict[str, Any]) -> pl.LazyFrame | None:
         rows = frame.select(pl.len()).collect().item()
     if rows > _MOST_ROWS_A_BYTE * size_bytes:
         raise MoetraceError(f"{path} claims {rows:,} rows in {size_bytes:,} bytes: it is damaged.")
+    missing = [name for name in newer or {} if name not in schema]
+    columns = columns | {name: kind for name, kind in (newer or {}).items() if name in schema}
     for name, kind in columns.items():
         if name not in schema or not _alike(schema[name], kind):
             found = f"{schema[name]}" if name in schema else "no such column"
             raise MoetraceError(f"{path} must have a column {name} of {kind}, but there is {found}: replay again.")
-    return frame.select(pl.col(name).cast(kind) for name, kind in columns.items())
+    kept = [pl.col(name).cast(kind) for name, kind in columns.items()]
+    return frame.select(*kept, *(pl.lit(None, pl.Float64).alias(name) for name in missing))
 
 
-def whole_frame(path: Path, columns: dict[str, Any]) -> pl.DataFrame | None:
+def whole_frame(path: Path, columns: dict[str, Any], newer: dict[str, Any] | None = None) -> pl.DataFrame | None:
     """Return what `scan` finds, in memory."""
-    frame = scan(path, columns)
+    frame = scan(path, columns, newer)
     if frame is None:
         return None
     with readable(path):

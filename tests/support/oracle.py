@@ -30,6 +30,7 @@ from support.oracle_layer import (
     time_line,
 )
 from support.oracle_memory import Memory
+from support.oracle_requests import Row, all_figures, quantile
 
 __all__ = ["DECODE", "MIXED", "PREFILL", "OracleTrace", "Outcome", "simulate"]
 
@@ -56,7 +57,7 @@ class Outcome:
     steps: dict[str, np.ndarray]  # phase rows start_s duration_s dense_s moe_s head_s wait_s hits misses ...
     layers: dict[str, np.ndarray]  # dense_s moe_s hits misses imbalance gpu_experts ndp_experts cpu_experts ...
     units: dict[str, np.ndarray]  # unit busy_s utilization experts rows bytes
-    requests: dict[str, np.ndarray]  # request prompt_rows output_rows ttft_s tpot_s e2e_s
+    requests: dict[str, np.ndarray]  # request prompt_rows output_rows ttft_s tpot_s e2e_s turns tokens ...
     total_s: float
     prefill_s: float
     decode_s: float
@@ -237,23 +238,25 @@ def mean(values: list[float]) -> float:
 
 def requests_of(trace: OracleTrace, start_s: np.ndarray, end_s: np.ndarray) -> dict[str, np.ndarray]:
     """Return the requests, by ascending id; a row of a mixed step counts by its own phase."""
-    steps: dict[int, dict[int, list[int]]] = {}  # of each row, by request and phase
-    for step in range(trace.steps):
-        for row in trace.rows_of(step):
-            of_request = steps.setdefault(int(trace.request[row]), {PREFILL: [], DECODE: []})
-            of_request[int(trace.row_phase[row])].append(step)
-    table: dict[str, list] = {
-        name: [] for name in ("request", "prompt_rows", "output_rows", "ttft_s", "tpot_s", "e2e_s")
-    }
-    for request in sorted(steps):
-        prompt, output = steps[request][PREFILL], steps[request][DECODE]
-        first, last = min(prompt + output), max(prompt + output)
-        ttft_s = end_s[prompt[-1]] - start_s[first] if prompt else math.nan
-        since_s = end_s[prompt[-1]] if prompt else start_s[first]
-        tpot_s = (end_s[output[-1]] - since_s) / len(output) if output else math.nan
-        figures = (request, len(prompt), len(output), ttft_s, tpot_s, end_s[last] - start_s[first])
-        for name, figure in zip(table, figures, strict=True):
-            table[name].append(figure)
+    rows = [
+        Row(step, int(trace.request[row]), int(trace.position[row]), int(trace.row_phase[row]))
+        for step in range(trace.steps)
+        for row in trace.rows_of(step)
+    ]
+    table: dict[str, list] = {}
+    for request, figures in all_figures(rows, start_s.tolist(), end_s.tolist()).items():
+        own = [row for row in rows if row.request == request]
+        found: dict[str, float] = {
+            "request": request,
+            "prompt_rows": sum(row.phase == PREFILL for row in own),
+            "output_rows": sum(row.phase == DECODE for row in own),
+            "e2e_s": end_s[own[-1].step] - start_s[own[0].step],
+            "tokens_per_s": 1 / figures.tpot_s if figures.tpot_s > 0 else math.nan,
+        }
+        found |= {f"itl_s_p{q}": quantile(figures.gaps, q / 100) for q in (50, 95, 99)}
+        found |= {name: value for name, value in vars(figures).items() if name != "gaps"}
+        for name, value in found.items():
+            table.setdefault(name, []).append(value)
     return {name: np.asarray(column) for name, column in table.items()}
 
 
@@ -285,17 +288,18 @@ def simulate(
     for name in ("busy_s", "experts", "rows", "bytes"):
         units[name] = np.asarray([replay.unit[unit][name] for unit in replay.unit_names])
     units["utilization"] = units["busy_s"] / total_s
+    requests = requests_of(trace, steps["start_s"], steps["start_s"] + steps["duration_s"])
     phase_s = [math.fsum(steps["duration_s"][steps["phase"] == phase]) for phase in (PREFILL, DECODE, MIXED)]
     return Outcome(
         steps=steps,
         layers=layers,
         units=units,
-        requests=requests_of(trace, steps["start_s"], steps["start_s"] + steps["duration_s"]),
+        requests=requests,
         total_s=total_s,
         prefill_s=phase_s[PREFILL],
         decode_s=phase_s[DECODE],
         mixed_s=phase_s[MIXED],
-        tokens_per_s=int((trace.row_phase == DECODE).sum()) / total_s,
+        tokens_per_s=int(requests["tokens"].sum()) / total_s,
         hits=int(steps["hits"].sum()),
         misses=int(steps["misses"].sum()),
         late=replay.memory.late,
