@@ -9,31 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moetrace.engine.gaps import SPAN, measure_gaps
 from moetrace.engine.state import records
+from moetrace.engine.tokens import NONE, PAGES, RUN, RUNS, TURN, TURNS, accept, append
 from moetrace.jit.compile import kernel
 from moetrace.jit.random import mix
 from moetrace.trace.schema import PREFILL
-
-NONE = -1
-
-# Gaps between tokens: `count` gaps one after another from edge `first` on, each of `stride` edges. Edge s is where step
-# s begins, and s + 1 where it ends.
-SPAN = np.dtype([("request", "i8"), ("first", "i8"), ("stride", "i8"), ("count", "i8")])
-
-# A turn; steps are NONE where there is none. prompt_step: the step of the last prefill row before the first decode row.
-TURN = np.dtype(
-    [
-        ("request", "i8"),
-        ("first_step", "i8"),
-        ("prompt_step", "i8"),
-        ("first_decode_step", "i8"),
-        ("last_decode_step", "i8"),
-        ("last_run", "i8"),  # its last run of tokens
-    ]
-)
-
-# Accepted positions `low`, `low` + 1, ... in steps that lie `stride` apart; 0: all in one step.
-_RUN = np.dtype([("step", "i8"), ("low", "i8"), ("count", "i8"), ("stride", "i8"), ("before", "i8")])
 
 # Which of 64 positions of a request were seen: of those that do not follow on what was seen before.
 _PAGE = np.dtype([("key", "u8"), ("bits", "u8")])
@@ -63,7 +44,6 @@ _REQUEST = np.dtype(
     ]
 )
 
-_TURNS, _RUNS, _FREE, _PAGES = 0, 1, 2, 3  # of Book.ends: how many are used; the first run that is free again
 _ROOM = 4  # runs and turns that a row may need
 _ONE, _SHIFT, _LOW_BITS = np.uint64(1), np.uint64(32), np.uint64(63)
 
@@ -86,7 +66,7 @@ class Book(NamedTuple):
     requests: np.ndarray  # _REQUEST
     ends: np.ndarray  # int64 [4]
     turns: np.ndarray  # TURN
-    runs: np.ndarray  # _RUN
+    runs: np.ndarray  # RUN
     pages: np.ndarray  # _PAGE [a power of two], a hash table; key 0 = free
 
 
@@ -96,7 +76,7 @@ def new_book(requests: int) -> Book:
     for name in ("turn", "highest", "low", "stop", "last_decode_step"):
         state[name] = NONE
     first = requests + _ROOM
-    return Book(state, np.array([0, 0, NONE, 0]), records(first, TURN), records(first, _RUN), records(64, _PAGE))
+    return Book(state, np.array([0, 0, NONE, 0]), records(first, TURN), records(first, RUN), records(64, _PAGE))
 
 
 def note_rows(book: Book, first_step: int, offset: np.ndarray, rows: tuple[np.ndarray, ...]) -> Book:
@@ -114,10 +94,10 @@ def turns_of(book: Book) -> Turns:
     while done < len(book.requests):
         book = _grown(book)
         done = _settle_all(book, done)
-    turns, state = book.turns[: book.ends[_TURNS]], book.requests
-    spans = records(2 * book.ends[_RUNS] + len(turns), SPAN)
+    turns, state = book.turns[: book.ends[TURNS]], book.requests
+    spans = records(2 * book.ends[RUNS] + len(turns), SPAN)
     tokens, token_steps = np.zeros((2, len(state)), np.int64)
-    spans = spans[: _measure(book, tokens, token_steps, np.full(len(state), NONE), spans)]
+    spans = spans[: measure_gaps(book, tokens, token_steps, np.full(len(state), NONE), spans)]
     return Turns(
         turns=state["turns"].copy(),
         tokens=tokens,
@@ -132,11 +112,11 @@ def turns_of(book: Book) -> Turns:
 def _grown(book: Book) -> Book:
     """Return the book with room for one more row at least."""
     turns, runs, pages = book.turns, book.runs, book.pages
-    if len(turns) - book.ends[_TURNS] < _ROOM:
+    if len(turns) - book.ends[TURNS] < _ROOM:
         turns = _longer(turns)
-    if len(runs) - book.ends[_RUNS] < _ROOM:
+    if len(runs) - book.ends[RUNS] < _ROOM:
         runs = _longer(runs)
-    if _is_full(book.ends[_PAGES], len(pages)):
+    if _is_full(book.ends[PAGES], len(pages)):
         pages = records(2 * len(pages), _PAGE)
         _move_pages(book.pages, pages)
     return book._replace(turns=turns, runs=runs, pages=pages)
@@ -159,9 +139,9 @@ def _has_room(book):
     """Whether any row finds room in the book."""
     ends = book.ends
     return (
-        book.turns.size - ends[_TURNS] >= _ROOM
-        and book.runs.size - ends[_RUNS] >= _ROOM
-        and not _is_full(ends[_PAGES], book.pages.size)
+        book.turns.size - ends[TURNS] >= _ROOM
+        and book.runs.size - ends[RUNS] >= _ROOM
+        and not _is_full(ends[PAGES], book.pages.size)
     )
 
 
@@ -182,7 +162,7 @@ def _note(book, first_step, offset, request, position, phase, done):
                 if state.in_doubt:
                     _settle(book, r)
                 _count_decode(book, r, 1, 1, step, step)
-                _accept(book, state.turn, step, at)
+                accept(book, state.turn, step, at)
             elif book.turns[state.turn].first_decode_step == NONE:
                 book.turns[state.turn].prompt_step = step
                 state.recomputed += was_seen
@@ -195,8 +175,8 @@ def _note(book, first_step, offset, request, position, phase, done):
 @kernel
 def _begin_turn(book, r, step):
     """Begin a turn of request ``r`` in the step."""
-    number = book.ends[_TURNS]
-    book.ends[_TURNS] = number + 1
+    number = book.ends[TURNS]
+    book.ends[TURNS] = number + 1
     turn = book.turns[number]
     turn.request = r
     turn.first_step = step
@@ -239,7 +219,7 @@ def _settle(book, r):
     elif state.next_rows:
         # The next token. No row took anything back, but the last of several at its position.
         _count_decode(book, r, state.next_rows, state.next_steps, state.next_first_step, state.next_last_step)
-        _append(book, state.turn, state.next_last_step, state.before + 1)
+        append(book, state.turn, state.next_last_step, state.before + 1)
 
 
 @kernel
@@ -266,93 +246,6 @@ def _count_decode(book, r, rows, steps, first_step, last_step):
 
 
 @kernel
-def _accept(book, number, step, at):
-    """Accept position ``at`` in a turn, and take back those from it on that earlier steps had accepted."""
-    turn, runs = book.turns[number], book.runs
-    aside = NONE  # higher ones of this very step
-    while turn.last_run != NONE:
-        last = turn.last_run
-        run = runs[last]
-        if _last_step(run) < step:
-            if run.low + run.count <= at:
-                break
-            if run.low < at:
-                run.count = at - run.low
-                break
-            turn.last_run = run.before
-            _free(book, last)
-            continue
-        if run.low + run.count <= at:
-            break
-        if run.stride == 0 or run.count == 1:
-            if run.low <= at:
-                at = NONE  # there already
-                break
-            turn.last_run = run.before
-            run.before = aside
-            aside = last
-            continue
-        if run.low + run.count - 1 == at:
-            at = NONE
-            break
-        run.count -= 1  # its last one is of this step
-        aside = _new_run(book, step, run.low + run.count, aside)
-    if at != NONE:
-        _append(book, number, step, at)
-    while aside != NONE:
-        run = runs[aside]
-        after = run.before
-        run.before = turn.last_run
-        turn.last_run = aside
-        aside = after
-
-
-@kernel
-def _append(book, number, step, at):
-    """Append position ``at``, which is higher than all of the turn, to its last run or as a run of its own."""
-    turn = book.turns[number]
-    if turn.last_run != NONE:
-        run = book.runs[turn.last_run]
-        stride = step - _last_step(run)
-        if run.low + run.count == at and (run.count == 1 or run.stride == stride):
-            run.stride = stride
-            run.count += 1
-            return
-    turn.last_run = _new_run(book, step, at, turn.last_run)
-
-
-@kernel
-def _last_step(run):
-    """The step of the last position of a run."""
-    return run.step + (run.count - 1) * run.stride
-
-
-@kernel
-def _new_run(book, step, at, before):
-    """Make a run of one position; return its number."""
-    number = book.ends[_FREE]
-    if number != NONE:
-        book.ends[_FREE] = book.runs[number].before
-    else:
-        number = book.ends[_RUNS]
-        book.ends[_RUNS] = number + 1
-    run = book.runs[number]
-    run.step = step
-    run.low = at
-    run.count = 1
-    run.stride = 0
-    run.before = before
-    return number
-
-
-@kernel
-def _free(book, number):
-    """Give a run back."""
-    book.runs[number].before = book.ends[_FREE]
-    book.ends[_FREE] = number
-
-
-@kernel
 def _see(book, r, at):
     """Note that request ``r`` has a row at position ``at``; return 1 if it had one before, else 0."""
     state = book.requests[r]
@@ -371,7 +264,7 @@ def _see(book, r, at):
     page = book.pages[place]
     if page.key == 0:
         page.key = key
-        book.ends[_PAGES] += 1
+        book.ends[PAGES] += 1
     bit = _ONE << (np.uint64(at) & _LOW_BITS)
     if page.bits & bit:
         return 1
@@ -397,90 +290,3 @@ def _move_pages(old, new):
             place = _place(new, old[i].key)
             new[place].key = old[i].key
             new[place].bits = old[i].bits
-
-
-@kernel
-def _measure(book, tokens, token_steps, last_token_step, spans):
-    """Add up tokens and the steps that brought some, int64 [requests]; write the gaps into ``spans``; return how many.
-
-    Each turn is walked from its last token to its first, so its spans are in that order.
-    """
-    used = 0
-    for number in range(book.ends[_TURNS]):
-        turn = book.turns[number]
-        r = turn.request
-        if turn.last_run == NONE:
-            continue
-        first_of_turn = used
-        later = NONE  # the edge at which the token after those of the run was there
-        at = turn.last_run
-        newest = oldest = _last_step(book.runs[at])
-        while at != NONE:
-            run = book.runs[at]
-            tokens[r] += run.count
-            edge = _last_step(run) + 1
-            token_steps[r] += 1 if run.stride == 0 else run.count
-            if edge == later:
-                token_steps[r] -= 1  # in the same step as the ones after it
-            elif later != NONE:
-                used = _add_gaps(spans, first_of_turn, used, r, edge, later - edge, 1)
-            if run.stride and run.count > 1:
-                used = _add_gaps(spans, first_of_turn, used, r, run.step + 1, run.stride, run.count - 1)
-            oldest = run.step
-            later = oldest + 1
-            at = run.before
-        since = turn.prompt_step + 1 if turn.prompt_step != NONE else turn.first_decode_step
-        used = _add_gaps(spans, first_of_turn, used, r, since, later - since, 1)
-        if oldest == last_token_step[r]:
-            token_steps[r] -= 1  # the turn before ended in this very step
-        last_token_step[r] = newest
-    return used
-
-
-@kernel
-def _add_gaps(spans, first_of_turn, used, r, first, stride, count):
-    """Put gaps before those of the turn that are there; return how many spans are used."""
-    if used > first_of_turn:
-        last = spans[used - 1]
-        if last.stride == stride and stride > 0 and first + stride * count == last.first:
-            last.first = first
-            last.count += count
-            return used
-    span = spans[used]
-    span.request = r
-    span.first = first
-    span.stride = stride
-    span.count = count
-    return used + 1
-
-
-@kernel(inline=False)
-def gap_quantiles(edge_s, spans, bounds, shares, found):
-    """Write quantiles [requests, shares] of each request's gaps into ``found``, NaN where it has none.
-
-    edge_s: seconds [steps + 1]; spans: SPAN by request, those of request r from bounds[r] to bounds[r + 1] - 1.
-    """
-    most = 0
-    for r in range(bounds.size - 1):
-        gaps = 0
-        for i in range(bounds[r], bounds[r + 1]):
-            gaps += spans[i].count
-        most = max(most, gaps)
-    scratch = np.empty(most)
-    for r in range(bounds.size - 1):
-        size = 0
-        for i in range(bounds[r], bounds[r + 1]):
-            span = spans[i]
-            for gap in range(span.count):
-                first = span.first + gap * span.stride
-                scratch[size] = edge_s[first + span.stride] - edge_s[first]
-                size += 1
-        if size == 0:
-            found[r] = np.nan
-            continue
-        gaps_s = np.sort(scratch[:size])
-        for q in range(shares.size):
-            at = shares[q] * (size - 1)
-            low = int(at)
-            high = min(low + 1, size - 1)
-            found[r, q] = gaps_s[low] + (at - low) * (gaps_s[high] - gaps_s[low])

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moetrace.engine.gaps import gap_quantiles
 from moetrace.engine.run import Lane, Run
-from moetrace.engine.turns import NONE, Turns, gap_quantiles
+from moetrace.engine.tokens import NONE
+from moetrace.engine.turns import Turns
 
 QUANTILES = (0.5, 0.95, 0.99)
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from support.oracle_requests import DECODE, PREFILL, Row, all_figures, quantile
 
 import moetrace as mt
-from moetrace.engine.turns import SPAN, Turns, new_book, note_rows, turns_of
+from moetrace.engine.gaps import SPAN
+from moetrace.engine.turns import Turns, new_book, note_rows, turns_of
 from moetrace.results.requests import QUANTILES, REQUEST_COUNTS, all_gaps, request_gaps, weighted_quantiles
 
 Drawn = list[tuple[int, int, int]]  # step, position, phase of each row
