@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import strategies
 from support.by_hand import MB, cpu_of, model_of, ms, one, policy_of, system_of, trace_of, unit
+from support.drawn_machines import machine_cases, machine_policies, plain_policy
 from support.oracle import simulate
 
 
@@ -141,8 +142,8 @@ def test_units_leave_the_cpu_out_but_where_a_dispatch_knows_it():
     assert unit(outcome, "cpu")["busy_s"] == 0
 
 
-@settings(max_examples=50, deadline=None)
-@given(case=strategies.cases(max_steps=6), data=st.data())
+@settings(max_examples=20, deadline=None)
+@given(case=strategies.cases(max_steps=4), data=st.data())
 def test_a_cpu_is_one_unit_by_another_name(case, data):
     policy = data.draw(st.sampled_from([p for p in strategies.all_policies(1) if p.dispatch != "gpu"]))
     gpu, link = case.system.gpu, case.system.link
@@ -268,3 +269,46 @@ def test_defaults_are_version_1():
     for dispatch in ("ndp", "gpu", "balance", "hot"):
         one_way, other = (simulate(trace, model_of(), s, policy_of(dispatch=dispatch)) for s in (said, system_of(2)))
         assert one_way.total_s == other.total_s
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=machine_cases(max_steps=5), data=st.data())
+def test_what_goes_in_comes_out(case, data):
+    """On any machine nothing is lost, nothing runs twice, no device is busy for longer than all, no bound is beaten."""
+    policy = plain_policy(data.draw(machine_policies(case)))
+    outcome = simulate(case.trace, case.model, case.plain, policy, case.slots)
+    names = outcome.units["unit"].tolist()
+    layers = case.model.moe_layers
+    active = [len(case.trace.demand(step, layer)) for step in range(case.trace.steps) for layer in range(layers)]
+    ran = [outcome.layers[f"{name}_experts"].sum() for name in ("gpu", "ndp", "cpu")]
+    assert sum(ran) == sum(active) == outcome.hits + outcome.misses
+    assert outcome.units["rows"].sum() == pytest.approx((case.trace.experts >= 0).sum())
+    computing = [name for name in names if not name.startswith("link")]
+    assert all(outcome.units["utilization"][names.index(name)] <= 1 + 1e-9 for name in computing)
+    assert outcome.work_bound_s <= outcome.total_s * (1 + 1e-9)
+    moved = outcome.units["bytes"][names.index("link_out")]
+    carried = outcome.demand_bytes + outcome.prefetch_bytes + moved
+    assert outcome.units["bytes"][names.index("link_in")] == pytest.approx(carried)
+    overhead_s = case.system["gpu"].get("layer_overhead_us", 0.0) * 1e-6 * layers * case.trace.steps
+    assert outcome.steps["overhead_s"].sum() == pytest.approx(overhead_s)
+    if policy.dispatch == "gpu" or "cpu" not in case.system:
+        assert ran[2] == 0
+    if policy.dispatch == "home" and policy.gpu_rows is None:
+        assert outcome.demand_bytes == 0
+    if policy.residency == "static-layers":
+        kept = range(layers)[: policy.layers] if policy.end == "first" else range(layers)[-policy.layers :]
+        assert outcome.hits == sum(n for i, n in enumerate(active) if i % layers in kept)
+
+
+@settings(max_examples=20, deadline=None)
+@given(case=machine_cases(max_steps=3, max_experts=6), data=st.data())
+def test_optimal_is_not_beaten_on_any_machine(case, data):
+    if "ndp" not in case.system and "cpu" not in case.system:
+        return
+    kinds = ("ndp", "gpu", "hot", "balance") if "ndp" in case.system else ("ndp", "hot", "balance", "home", "fiddler")
+    other = data.draw(st.sampled_from(kinds))
+    best, others = (
+        simulate(case.trace, case.model, case.plain, plain_policy({"dispatch": kind}), case.slots)
+        for kind in ("optimal", other)
+    )
+    assert (best.steps["moe_s"] <= others.steps["moe_s"] * (1 + 1e-9)).all()
