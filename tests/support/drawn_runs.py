@@ -11,4 +11,5 @@ from support.strategies import Case, as_arrays
 
 def replay(case: Case, policies: list[PolicySpec], **options: Any) -> Run:
     trace = Trace.from_arrays(num_experts=case.model.experts, **as_arrays(case.trace, case.model.experts))
-    return run(trace, case.model, case.system, policies, slots=case.slots, ignore_capacity=True, **options)
+    options = {"ignore_capacity": True} | options
+    return run(trace, case.model, case.system, policies, slots=case.slots, **options)
