@@ -44,6 +44,7 @@ from moetrace.engine.state import (
     records,
 )
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
+from moetrace.engine.turns import Turns
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import BY_TOUCH
 
@@ -387,7 +388,8 @@ def smallest_work() -> Work:
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
     machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)
     setting = records(1, SETTING)
-    state = new_state(machine, Schedule(one, one, bits, bits, Requests(*[none] * 9)), setting, 1, True, BY_TOUCH)
+    schedule = Schedule(one, one, bits, bits, Requests(*[none] * 9), Turns(*[none] * 7))
+    state = new_state(machine, schedule, setting, 1, True, BY_TOUCH)
     return Work(batch, machine, setting, state, new_log(1, 1, 1))
 
 

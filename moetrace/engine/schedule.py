@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moetrace.engine.turns import Turns, new_book, note_rows, turns_of
 from moetrace.jit.compile import kernel
 from moetrace.trace.format import Block, Rows, Trace
 from moetrace.trace.schema import check_requests
@@ -33,6 +34,7 @@ class Schedule(NamedTuple):
     phase: np.ndarray  # uint8 [steps]
     prompt_ends: np.ndarray  # uint8 [steps]: whether a prefill ends in the step
     requests: Requests
+    turns: Turns
 
 
 class _Latest(NamedTuple):
@@ -57,20 +59,16 @@ def schedule_of(trace: Trace) -> Schedule:
     )
     kv_tokens = np.zeros(trace.steps, np.int64)
     latest = _Latest(np.full(n, -1), np.zeros(n, np.int64))
+    book = new_book(n)
     for block in trace.row_blocks():
-        _scan(
-            block.first_step,
-            np.ascontiguousarray(block.offset, np.int64),
-            request_index(requests, block),
-            np.ascontiguousarray(block.position, np.int32),
-            np.ascontiguousarray(block.phase, np.uint8),
-            requests,
-            kv_tokens,
-            latest,
-        )
+        offset = np.ascontiguousarray(block.offset, np.int64)
+        position = np.ascontiguousarray(block.position, np.int32)
+        rows = (request_index(requests, block), position, np.ascontiguousarray(block.phase, np.uint8))
+        _scan(block.first_step, offset, *rows, requests, kv_tokens, latest)
+        book = note_rows(book, block.first_step, offset, rows)
     prompt_ends = np.zeros(trace.steps, np.uint8)
     prompt_ends[requests.last_prefill_step[requests.last_prefill_step >= 0]] = 1
-    return Schedule(np.diff(trace.offset), kv_tokens, trace.phase, prompt_ends, requests)
+    return Schedule(np.diff(trace.offset), kv_tokens, trace.phase, prompt_ends, requests, turns_of(book))
 
 
 def request_index(requests: Requests, block: Block | Rows) -> np.ndarray:

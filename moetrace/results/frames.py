@@ -4,13 +4,13 @@ Columns are those of the files that `moetrace replay -o` writes; what is undefin
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 
 from moetrace.engine.run import Lane, Run
 from moetrace.engine.state import UNIT
+from moetrace.results.requests import QUANTILES, REQUEST_COUNTS, edges_of, request_gaps, request_times
 from moetrace.trace.schema import PHASE_NAMES
 
 # The step log may be larger than memory: it is turned into rows this many steps at a time.
@@ -18,14 +18,6 @@ SLICE_STEPS = 1 << 16
 
 # From the log as they are; what stands before and after them in a row of steps.parquet is made here.
 _STEP_FIGURES = ("dense_s", "moe_s", "head_s", "wait_s", "hits", "misses", "demand_bytes", "prefetch_bytes", "late")
-
-
-class RequestTimes(NamedTuple):
-    """Seconds of each request, float64 [requests], NaN where undefined (timing model, section 4)."""
-
-    ttft_s: np.ndarray
-    tpot_s: np.ndarray
-    e2e_s: np.ndarray
 
 
 def step_slices(run: Run) -> Iterator[pl.DataFrame]:
@@ -80,39 +72,30 @@ def expert_frame(run: Run) -> pl.DataFrame:
 
 def request_frame(run: Run) -> pl.DataFrame:
     """Return rows and times of each request, by ascending id."""
-    requests = run.schedule.requests
+    requests, turns = run.schedule.requests, run.schedule.turns
+    rows = {
+        "request": requests.id,
+        "prompt_rows": requests.prompt_rows,
+        "output_rows": requests.output_rows,
+    }
     frames = []
     for lane in run.lanes:
-        times = request_times(run, lane)
+        edge_s = edges_of(lane)
+        times = {name: _nulls(values) for name, values in request_times(run, edge_s)._asdict().items()}
+        gaps = request_gaps(turns, edge_s)
         frames.append(
             pl.DataFrame(
                 {
                     "policy": pl.repeat(lane.policy.name, len(requests.id), eager=True),
-                    "request": requests.id,
-                    "prompt_rows": requests.prompt_rows,
-                    "output_rows": requests.output_rows,
-                    **{name: _nulls(seconds) for name, seconds in times._asdict().items()},
+                    **rows,
+                    **{name: times.pop(name) for name in ("ttft_s", "tpot_s", "e2e_s")},
+                    **{name: getattr(turns, name) for name in REQUEST_COUNTS},
+                    **times,
+                    **{f"itl_s_p{100 * q:.0f}": _nulls(gaps[:, i]) for i, q in enumerate(QUANTILES)},
                 }
             )
         )
     return pl.concat(frames)
-
-
-def request_times(run: Run, lane: Lane) -> RequestTimes:
-    """Return TTFT, TPOT and the time from the first row's step to the last one's end, of each request."""
-    requests = run.schedule.requests
-    edge_s = np.zeros(len(lane.log.step) + 1)  # step s is edge_s[s] to edge_s[s + 1]
-    np.cumsum(lane.log.step["duration_s"], out=edge_s[1:])
-    first_s = edge_s[requests.first_step]
-    prompt_end_s = edge_s[requests.last_prefill_step + 1]
-    has_prompt, has_output = requests.prompt_rows > 0, requests.output_rows > 0
-    since_s = np.where(has_prompt, prompt_end_s, edge_s[requests.first_decode_step])
-    output_s = edge_s[requests.last_decode_step + 1] - since_s
-    return RequestTimes(
-        ttft_s=np.where(has_prompt, prompt_end_s - first_s, np.nan),
-        tpot_s=np.where(has_output, output_s / np.maximum(requests.output_rows, 1), np.nan),
-        e2e_s=edge_s[requests.last_step + 1] - first_s,
-    )
 
 
 def total_s(lane: Lane) -> float:

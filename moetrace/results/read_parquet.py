@@ -24,13 +24,19 @@ MOST_BYTES_IN_PARTS = 1 << 40
 
 
 def scan(
-    path: Path, columns: dict[str, Any], *, of: str | None = None, signed: Collection[str] = ()
+    path: Path,
+    columns: dict[str, Any],
+    newer: dict[str, Any] | None = None,
+    *,
+    of: str | None = None,
+    signed: Collection[str] = (),
 ) -> pl.LazyFrame | None:
     """Return these columns of a Parquet file, as these types, or None if there is no such file.
 
-    `of` is the hash of the file that it belongs to: one that is marked as of another is refused. Numbers must be
-    finite, and but for columns `signed` not negative. Raises MoetraceError (file, column) if it is damaged, no ordinary
-    file, lacks a column, or unpacks to more than the ceilings above or than its size justifies.
+    `newer` columns are null where the file, of an earlier version, has none of them. `of` is the hash of the file that
+    it belongs to: one that is marked as of another is refused. Numbers must be finite, and but for columns `signed` not
+    negative. Raises MoetraceError (file, column) if it is damaged, no ordinary file, lacks a column, or unpacks to more
+    than the ceilings above or than its size justifies.
     """
     if not os.path.lexists(path):
         return None
@@ -44,25 +50,33 @@ def scan(
         raise MoetraceError(f"{path} is of another result than the files beside it: write the folder again.")
     if rows != sizes.rows:
         raise MoetraceError(f"{path} claims {sizes.rows:,} rows, but has {rows:,}: it is damaged.")
+    missing = [name for name in newer or {} if name not in schema]
+    columns = columns | {name: kind for name, kind in (newer or {}).items() if name in schema}
     for name, kind in columns.items():
         if name not in schema or not _alike(schema[name], kind):
             found = f"{schema[name]}" if name in schema else "no such column"
             raise MoetraceError(f"{path} must have a column {name} of {kind}, but there is {found}: replay again.")
-    frame = frame.select(pl.col(name).cast(kind) for name, kind in columns.items())
+    kept = [pl.col(name).cast(kind) for name, kind in columns.items()]
+    frame = frame.select(*kept, *(pl.lit(None, pl.Float64).alias(name) for name in missing))
     numbers = {name: name in signed for name, kind in columns.items() if kind.is_numeric()}
     _check_numbers(path, frame, numbers)
     return frame
 
 
 def whole_frame(
-    path: Path, columns: dict[str, Any], *, of: str | None = None, signed: Collection[str] = ()
+    path: Path,
+    columns: dict[str, Any],
+    newer: dict[str, Any] | None = None,
+    *,
+    of: str | None = None,
+    signed: Collection[str] = (),
 ) -> pl.DataFrame | None:
     """Return what `scan` finds, in memory; the file may have `MOST_ROWS` rows, and unpack to `MOST_BYTES`."""
     if os.path.lexists(path):
         sizes = _checked_sizes(path)
         _check_size(path, "rows", sizes.rows, MOST_ROWS)
         _check_size(path, "bytes when it is unpacked", sizes.unpacked_bytes, MOST_BYTES)
-    frame = scan(path, columns, of=of, signed=signed)
+    frame = scan(path, columns, newer, of=of, signed=signed)
     if frame is None:
         return None
     with readable(path):

@@ -55,6 +55,7 @@ class Figure(NamedTuple):
         better: which of two values is better; None if neither is.
         label: its name in a report, without the unit; a figure without one is not in the report's table.
         heading: its name over a column of the terminal's tables, without the unit; "" if no table has it.
+            Of a spread's parts all but the median say which they are.
         gated: whether a baseline may hold it.
     """
 
@@ -92,6 +93,11 @@ class Spread(msgspec.Struct):
     max: float | None
 
 
+def _nothing() -> Spread:
+    """What a file of an earlier version says of a spread that it does not have."""
+    return Spread(mean=None, p50=None, p95=None, p99=None, max=None)
+
+
 class Utilization(msgspec.Struct):
     """Share of the total time in which each part of the machine works; at most 1."""
 
@@ -122,7 +128,10 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
     prefill_s: Annotated[float, Figure("s", "time of the prefill steps", "lower", "in prefill steps", "prefill")]
     decode_s: Annotated[float, Figure("s", "time of the decode steps", "lower", "in decode steps", "decode")]
     mixed_s: Annotated[float, Figure("s", "time of the mixed steps", "lower", "in mixed steps", "mixed")]
-    tokens_per_s: Annotated[float | None, Figure("1/s", "decode rows / `total_s`", "higher", "output tokens a second")]
+    tokens_per_s: Annotated[
+        float | None,
+        Figure("1/s", "output tokens of all requests / `total_s`", "higher", "output tokens a second", "tokens"),
+    ]
     hits: Annotated[Count, Figure("count", "active experts per (step, layer) that were resident", "higher")]
     misses: Annotated[Count, Figure("count", "active experts per (step, layer) that were not", "lower")]
     step_s: Annotated[Spread, Figure("s", "time of a step, over the steps", "lower", "step")]
@@ -169,6 +178,23 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
     optimal_fallbacks: Annotated[Count, Figure("count", "layers that dispatch `optimal` left to `balance`")]
     overhead_s: Annotated[float, Figure("s", "the host's overhead of all layers, a part of `dense_s`", "lower")] = 0.0
     choices: Annotated[dict[str, Any], Meta(description="what it chose, with the parameters that apply")]
+    # A folder of an earlier version has none of those below.
+    ttft_max_s: Annotated[
+        Spread, Figure("s", "the longest TTFT of a request's turns, over the requests", "lower", "longest TTFT")
+    ] = msgspec.field(default_factory=_nothing)
+    itl_s: Annotated[
+        Spread, Figure("s", "time between two tokens of a turn, over all of them (ITL)", "lower", "ITL", "ITL")
+    ] = msgspec.field(default_factory=_nothing)
+    request_tokens_per_s: Annotated[
+        Spread,
+        Figure(
+            "1/s",
+            "output tokens a second that a request sees, 1 / `tpot_s`, over the requests",
+            "higher",
+            "output tokens a second and request",
+            "tokens a\nrequest",
+        ),
+    ] = msgspec.field(default_factory=_nothing)
 
 
 class CellCosts(msgspec.Struct):
@@ -208,6 +234,12 @@ class TraceFacts(msgspec.Struct, kw_only=True):
     requests: Count
     prefill_rows: Count
     decode_rows: Count
+    # A folder of an earlier version has none of these.
+    turns: Count = 0
+    tokens: Count = 0
+    recomputed_rows: Count = 0
+    drafted_rows: Count = 0
+    accepted_rows: Count = 0
 
 
 # How far the parts of a file are checked when it is read: a report takes structs, a gate whatever it is to compare.
@@ -288,7 +320,9 @@ def _figures_of(struct: type[msgspec.Struct]) -> Iterator[tuple[str, Figure]]:
         if kind is Spread:
             for part in Spread.__struct_fields__:
                 label = f"{figure.label}, {part}"
-                yield f"{name}.{part}", figure._replace(meaning=f"`{part}`: {figure.meaning}", label=label)
+                heading = figure.heading if part == "p50" or not figure.heading else f"{figure.heading} {part}"
+                meaning = f"`{part}`: {figure.meaning}"
+                yield f"{name}.{part}", figure._replace(meaning=meaning, label=label, heading=heading)
         else:
             yield name, figure
 

@@ -42,6 +42,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "requests": {"policy": pl.String, "request": pl.Int64, "ttft_s": pl.Float64, "tpot_s": pl.Float64},
     "experts": {"layer": pl.Int64, "expert": pl.Int64, "rows": pl.Int64, "steps": pl.Int64},
 }
+# And numbers that earlier versions did not write.
+_NEWER: dict[str, dict[str, Any]] = {"requests": {"itl_s_p99": pl.Float64}}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Replayed:
 def replayed_of(result: "Result") -> Replayed:
     """Take what a replay in memory found."""
     summary = msgspec.convert(result.to_dict(), Summary)
-    steps, *others = (getattr(result, name).select(list(columns)) for name, columns in COLUMNS.items())
+    wanted = {name: [*columns, *_NEWER.get(name, {})] for name, columns in COLUMNS.items()}
+    steps, *others = (getattr(result, name).select(columns) for name, columns in wanted.items())
     return Replayed(summary, steps.lazy(), *others)
 
 
@@ -81,5 +84,9 @@ def read_replayed(folder: Path) -> Replayed:
     summary, sha256 = read_summary(folder)
     files = {name: file_in(folder, f"{name}.parquet") for name in COLUMNS}
     steps = scan(files["steps"], COLUMNS["steps"], of=sha256)
-    others = (whole_frame(files[name], columns, of=sha256) for name, columns in COLUMNS.items() if name != "steps")
+    others = (
+        whole_frame(files[name], columns, _NEWER.get(name), of=sha256)
+        for name, columns in COLUMNS.items()
+        if name != "steps"
+    )
     return Replayed(summary, steps, *others, sha256=sha256)

@@ -9,7 +9,7 @@ import polars as pl
 
 from moetrace.engine.run import Lane, Run
 from moetrace.jit.fingerprint import room_fingerprint
-from moetrace.results.frames import request_times, total_s, unit_frame
+from moetrace.results.frames import total_s, unit_frame
 from moetrace.results.record import (
     COLUMNS,
     FIGURES,
@@ -21,6 +21,15 @@ from moetrace.results.record import (
     choices_of,
     value_in,
 )
+from moetrace.results.requests import (
+    QUANTILES,
+    REQUEST_COUNTS,
+    Gaps,
+    all_gaps,
+    edges_of,
+    request_times,
+    weighted_quantiles,
+)
 from moetrace.spec import System, canonical
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace import Trace
@@ -29,7 +38,6 @@ from moetrace.version import __version__
 
 # Column of the frame -> path in `summary.json`.
 _PATHS = {path.replace(".", "_"): path for path in FIGURES}
-QUANTILES = (0.5, 0.95, 0.99)
 
 
 def trace_facts(trace: Trace) -> dict[str, Any]:
@@ -49,11 +57,12 @@ def trace_facts(trace: Trace) -> dict[str, Any]:
 
 def summary_dict(run: Run, trace: dict[str, Any], policies: list[dict[str, Any]]) -> dict[str, Any]:
     """Put together what `summary.json` holds, from `trace_facts` and the figures of each policy."""
-    requests = run.schedule.requests
+    requests, turns = run.schedule.requests, run.schedule.turns
     facts: dict[str, Any] = trace | {
         "requests": len(requests.id),
         "prefill_rows": int(requests.prompt_rows.sum()),
         "decode_rows": int(requests.output_rows.sum()),
+        **{name: int(getattr(turns, name).sum()) for name in REQUEST_COUNTS},
     }
     summary = SummaryFile(
         moetrace=__version__,
@@ -104,7 +113,8 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> PolicyFigures:
     duration_s = np.ascontiguousarray(log["duration_s"])
     phase_s = [float(np.sum(duration_s[run.schedule.phase == phase])) for phase in (PREFILL, DECODE, MIXED)]
     seconds = total_s(lane)
-    times = request_times(run, lane)
+    turns, edge_s = run.schedule.turns, edges_of(lane)
+    times, gaps = request_times(run, edge_s), all_gaps(turns, edge_s)
     hits, misses = int(layers["hits"].sum()), int(layers["misses"].sum())
     return PolicyFigures(
         name=lane.policy.name,
@@ -112,7 +122,7 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> PolicyFigures:
         prefill_s=phase_s[0],
         decode_s=phase_s[1],
         mixed_s=phase_s[2],
-        tokens_per_s=_ratio(int(run.schedule.requests.output_rows.sum()), seconds),
+        tokens_per_s=_ratio(int(turns.tokens.sum()), seconds),
         hits=hits,
         misses=misses,
         step_s=_spread(duration_s),
@@ -132,6 +142,9 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> PolicyFigures:
         optimal_fallbacks=int(lane.log.fallbacks[0]),
         overhead_s=len(duration_s) * len(layers) * run.system.gpu.layer_overhead_s,
         choices=choices_of(lane.policy),
+        ttft_max_s=_spread(times.ttft_max_s),
+        itl_s=_weighted_spread(gaps),
+        request_tokens_per_s=_spread(times.tokens_per_s),
     )
 
 
@@ -154,6 +167,16 @@ def _spread(values: np.ndarray) -> Spread:
         return Spread(mean=None, p50=None, p95=None, p99=None, max=None)
     p50, p95, p99 = np.quantile(values, QUANTILES).tolist()
     return Spread(mean=float(np.mean(values)), p50=p50, p95=p95, p99=p99, max=float(np.max(values)))
+
+
+def _weighted_spread(gaps: Gaps) -> Spread:
+    """The same of gaps that stand for more than one."""
+    seconds, weight = gaps
+    if seconds.size == 0:
+        return _spread(seconds)
+    p50, p95, p99 = weighted_quantiles(seconds, weight)
+    mean = float(np.sum(seconds * weight) / np.sum(weight))
+    return Spread(mean=mean, p50=p50, p95=p95, p99=p99, max=float(np.max(seconds)))
 
 
 def _ratio(part: float, whole: float) -> float | None:

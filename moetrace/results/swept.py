@@ -13,9 +13,10 @@ from moetrace.results.record import CELLS_FILE, COLUMNS, COSTS, SEARCH_FILE
 from moetrace.spec.errors import MoetraceError
 
 _ALWAYS = ("trace", "model", "system", "policy", "slots")
+LATENCIES = ("ttft_s_p50", "tpot_s_p50", "itl_s_p50", "itl_s_p99", "tokens_per_s")
 # What a table or the front shows, where it is there.
 _FIGURES: dict[str, Any] = {"error": pl.String, "pareto": pl.Boolean}
-_FIGURES |= dict.fromkeys((*COSTS, "hit_rate", "ttft_s_p50", "tpot_s_p50"), pl.Float64)
+_FIGURES |= dict.fromkeys((*COSTS, "hit_rate", *LATENCIES), pl.Float64)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_table_fits_the_terminal(capsys, monkeypatch, columns):
     out, _ = said(capsys)
     assert max(map(len, out.splitlines())) <= columns
     # Every part of a table that is cut names the policies again.
-    assert out.count("edge-ndp-tp-lb") == out.count("─\n") == (3 if columns == 80 else 2)
+    assert out.count("edge-ndp-tp-lb") == out.count("─\n") == (4 if columns == 80 else 2)
 
 
 def test_table_without_units_or_link(capsys):

@@ -18,7 +18,8 @@ STEPS = """policy step phase rows start_s duration_s dense_s moe_s head_s wait_s
 UNITS = "policy unit busy_s utilization experts rows bytes"
 LAYERS = "policy layer dense_s moe_s hits misses imbalance gpu_experts ndp_experts demand_bytes"
 EXPERTS = "layer expert rows steps"
-REQUESTS = "policy request prompt_rows output_rows ttft_s tpot_s e2e_s"
+REQUESTS = """policy request prompt_rows output_rows ttft_s tpot_s e2e_s turns tokens recomputed_rows drafted_rows
+    accepted_rows ttft_max_s tokens_per_s itl_s_p50 itl_s_p95 itl_s_p99"""
 
 
 def ms(*values):
@@ -107,6 +108,10 @@ def test_steps_and_requests_by_hand(by_hand):
     assert requests["ttft_s"].to_list() == ms(3.016, 3.016)
     assert requests["tpot_s"].to_list() == ms(3.032, 9.064 / 2)
     assert requests["e2e_s"].to_list() == ms(6.048, 12.08)
+    # Request 7 waits in step 1: its tokens come 6.048 and 3.016 ms after what was before them.
+    assert requests["itl_s_p50"].to_list() == ms(3.032, (6.048 + 3.016) / 2)
+    assert requests["tokens_per_s"].to_list() == pytest.approx([1 / 0.003032, 2 / 0.009064])
+    assert requests["tokens"].to_list() == [1, 2]
 
 
 def test_units_by_hand(by_hand):
@@ -125,6 +130,17 @@ def test_summary_by_hand(by_hand):
     # Four steps, linear: the 95th percentile lies 0.85 of the way from the third to the fourth.
     spread = {"mean": 3.02, "p50": 3.016, "p95": 3.016 + 0.85 * 0.016, "p99": 3.016 + 0.97 * 0.016, "max": 3.032}
     assert policy["step_s"] == {name: pytest.approx(value * 1e-3) for name, value in spread.items()}
+    assert policy["itl_s"] == {
+        name: pytest.approx(value * 1e-3)
+        for name, value in {
+            "mean": (3.032 + 6.048 + 3.016) / 3,
+            "p50": 3.032,
+            "p95": 3.032 + 0.9 * 3.016,
+            "p99": 3.032 + 0.98 * 3.016,
+            "max": 6.048,
+        }.items()
+    }
+    assert policy["request_tokens_per_s"]["p50"] == pytest.approx((1 / 0.003032 + 2 / 0.009064) / 2)
     assert policy["tpot_s"]["p50"] == pytest.approx((3.032 + 4.532) / 2 * 1e-3)
     assert (policy["hits"], policy["misses"], policy["hit_rate"], policy["imbalance_mean"]) == (0, 4, 0.0, 2.0)
     # 1 MB over 1 + 2 x 0.5 GB/s beside 1 ms of dense; what runs on units only ignores residency.

@@ -67,7 +67,7 @@ def test_every_field_is_explained():
         assert list(dict.fromkeys(names)) == list(struct.__struct_fields__)
     for name, figure in {**FIGURES, **COSTS}.items():
         assert figure.meaning and "|" not in figure.meaning and "\n" not in figure.meaning, name
-        assert (figure.unit == "s") == name.partition(".")[0].endswith("_s") or name == "tokens_per_s"
+        assert (figure.unit == "s") == name.partition(".")[0].endswith("_s") or "tokens_per_s" in name
 
 
 def test_gate_search_and_sweep_know_the_figures():

@@ -48,6 +48,12 @@ def system_of(units=1):
     return SimpleNamespace(gpu=gpu, ndp=ndp if units else None, link=link, cpu=None)
 
 
+def cpu_of(**changed):
+    """A CPU that is as fast as one NDP unit."""
+    fields = {"tflops": 0.002, "bandwidth_gb_s": 0.5, "command_us": 0.0}
+    return SimpleNamespace(**(fields | changed))
+
+
 def policy_of(placement="ep", dispatch="gpu", residency="none", prefetch="none", **changed):
     fields = {"scope": "layer", "half_life": None, "alpha": 0.3, "p": 1.0, "seed": 0, "prefetch_blocks": False}
     choices = {"placement": placement, "dispatch": dispatch, "residency": residency, "prefetch": prefetch}

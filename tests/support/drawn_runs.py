@@ -10,5 +10,7 @@ from support.strategies import Case, as_arrays
 
 
 def replay(case: Case, policies: list[PolicySpec], **options: Any) -> Run:
-    trace = Trace.from_arrays(num_experts=case.model.most_experts, **as_arrays(case.trace, case.model.most_experts))
-    return run(trace, case.model, case.system, policies, slots=case.slots, ignore_capacity=True, **options)
+    experts = case.model.most_experts
+    trace = Trace.from_arrays(num_experts=experts, **as_arrays(case.trace, experts))
+    options = {"ignore_capacity": True} | options
+    return run(trace, case.model, case.system, policies, slots=case.slots, **options)

@@ -1,4 +1,4 @@
-"""A slow, obvious simulator of the timing model, version 1: what every kernel of the engine is held against.
+"""A slow, obvious simulator of the timing model: what every kernel of the engine is held against.
 
 It follows the page of the timing model section by section, in plain Python, and recomputes everything from scratch:
 `moe` of a split is the whole time line of the layer, the victim of an eviction is the minimum over all residents,
@@ -25,11 +25,13 @@ from support.oracle_layer import (
     TimeLine,
     demand_order,
     dispatch,
+    dispatch_by_cost,
     machine_of,
     place,
     time_line,
 )
 from support.oracle_memory import Memory
+from support.oracle_requests import Row, all_figures, quantile
 
 __all__ = ["DECODE", "MIXED", "PREFILL", "OracleTrace", "Outcome", "simulate"]
 
@@ -41,11 +43,12 @@ STEP_COLUMNS: tuple[str, ...] = (
     "duration_s",
     "head_s",
     "wait_s",
+    "overhead_s",
     "prefetch_bytes",
     "late",
     "imbalance",
 )
-LAYER_COLUMNS: tuple[str, ...] = (*STEP_SUMS, "gpu_experts", "ndp_experts")
+LAYER_COLUMNS: tuple[str, ...] = (*STEP_SUMS, "gpu_experts", "ndp_experts", "cpu_experts")
 
 
 @dataclass
@@ -53,9 +56,9 @@ class Outcome:
     """What a replay yields; tables are columns of arrays, NaN where a figure is undefined."""
 
     steps: dict[str, np.ndarray]  # phase rows start_s duration_s dense_s moe_s head_s wait_s hits misses ...
-    layers: dict[str, np.ndarray]  # dense_s moe_s hits misses imbalance gpu_experts ndp_experts demand_bytes
+    layers: dict[str, np.ndarray]  # dense_s moe_s hits misses imbalance gpu_experts ndp_experts cpu_experts ...
     units: dict[str, np.ndarray]  # unit busy_s utilization experts rows bytes
-    requests: dict[str, np.ndarray]  # request prompt_rows output_rows ttft_s tpot_s e2e_s
+    requests: dict[str, np.ndarray]  # request prompt_rows output_rows ttft_s tpot_s e2e_s turns tokens ...
     total_s: float
     prefill_s: float
     decode_s: float
@@ -84,7 +87,8 @@ class Replay:
         self.demand = [[trace.demand(step, layer) for layer in range(machine.L)] for step in range(trace.steps)]
         residency = "user" if user_residency else policy.residency
         self.memory = Memory(trace, machine, policy, residency, self.demand, user_residency)
-        self.unit_names = ["gpu", *(f"ndp{u}" for u in range(machine.N)), "cpu", "link_in", "link_out"]
+        units = [] if machine.home_is_cpu else machine.home_names
+        self.unit_names = ["gpu", *units, "cpu", "link_in", "link_out"]
         self.unit = {name: dict.fromkeys(("busy_s", "experts", "rows", "bytes"), 0.0) for name in self.unit_names}
         self.carrying_s = 0.0  # in which the link towards the GPU carries anything, however much at once
         self.steps: list[dict[str, float]] = []
@@ -104,7 +108,8 @@ class Replay:
         for step in range(self.trace.steps):
             figures = self.run_step(step)
             figures["start_s"] = start_s
-            figures["duration_s"] = figures["wait_s"] + figures["dense_s"] + figures["moe_s"] + figures["head_s"]
+            parts = ("wait_s", "dense_s", "moe_s", "head_s")
+            figures["duration_s"] = sum(figures[part] for part in parts)
             start_s += figures["duration_s"]
             self.steps.append(figures)
         self.memory.finish()
@@ -128,6 +133,7 @@ class Replay:
             self.has_waited = True
             figures["wait_s"] = memory.wait()
             self.carrying_s += figures["wait_s"]
+        figures["overhead_s"] = m.L * m.overhead_s
         self.imbalance.append([])
         for layer in range(m.L):
             for column, amount in self.run_layer(step, layer, len(rows), C).items():
@@ -148,7 +154,8 @@ class Replay:
         dense_s = m.dense_s(T, C)
         memory.admit_completed()
         before = memory.moved_bytes
-        memory.flow(dense_s)
+        before_s = dense_s + m.overhead_s  # the host's work follows the dense part; prefetches flow, the GPU is idle
+        memory.flow(before_s)
         self.carrying_s += (memory.moved_bytes - before) / m.B_l if m.linked else 0.0
         memory.router_speaks(step, layer)
         resident = memory.resident(layer)
@@ -159,54 +166,76 @@ class Replay:
         before = memory.moved_bytes
         memory.flow(max(0.0, line.moe - line.fetch_s))
         weights_s = line.fetch_s + ((memory.moved_bytes - before) / m.B_l if m.linked else 0.0)
-        self.carrying_s += union_s([(0.0, weights_s), (line.T_ndp - line.act, line.T_ndp)])
+        self.carrying_s += union_s([(0.0, weights_s), (line.T_home - line.act, line.T_home)])
         memory.layer_done(line, T)
         demand_bytes = math.fsum(m.W[layer, e] for e in line.fetched)
         self.account(layer, n, line, dense_s, demand_bytes)
-        self.yardsticks(layer, n, T, dense_s, line.moe)
-        self.imbalance[-1].append(max(line.busy) / (math.fsum(line.busy) / m.N) if line.on_ndp else math.nan)
-        figures = (dense_s, line.moe, hits, len(n) - hits, demand_bytes, len(line.on_gpu), len(line.on_ndp))
+        self.yardsticks(layer, n, T, before_s, line.moe)
+        measured = line.at_home and not m.home_is_cpu
+        self.imbalance[-1].append(max(line.busy) / (math.fsum(line.busy) / m.N) if measured else math.nan)
+        on_cpu = len(line.on_cpu) + (len(line.at_home) if m.home_is_cpu else 0)
+        on_units = 0 if m.home_is_cpu else len(line.at_home)
+        experts = (len(line.on_gpu), on_units, on_cpu)
+        figures = (before_s, line.moe, hits, len(n) - hits, demand_bytes, *experts)
         return dict(zip(LAYER_COLUMNS, figures, strict=True))
 
     def split(self, layer: int, n: dict[int, int], T: int, resident: set[int]) -> TimeLine:
         """Dispatch the active experts and return the layer's time line."""
         units = self.units[layer]
 
-        def line_of(G: set[int]) -> TimeLine:
-            return time_line(self.machine, layer, n, T, G, resident, units)
+        def line_of(G: set[int], C: set[int] = frozenset()) -> TimeLine:
+            return time_line(self.machine, layer, n, T, G, C, resident, units)
 
         order = demand_order(n)
         if not order:
             return line_of(set())
         if self.user_dispatch:
-            return line_of(set(self.user_dispatch(layer, order, n, resident)))
+            return line_of(*self.planned(self.user_dispatch(layer, order, n, resident), order))
+        if self.policy.dispatch in ("in-place", "fiddler", "cheapest"):
+            return line_of(*dispatch_by_cost(self.policy, self.machine, layer, n, T, resident, units))
         return line_of(dispatch(self.policy.dispatch, order, resident, lambda G: line_of(G).moe))
+
+    def planned(self, plan: set[int] | dict[int, int], order: list[int]) -> tuple[set[int], set[int]]:
+        """Return G and C of what a user's function decides: G, or 0 = home, 1 = GPU, 2 = CPU of each active expert."""
+        if not isinstance(plan, dict):
+            plan = {e: int(e in plan) for e in order}
+        if 2 in plan.values() and self.machine.cpu is None:
+            raise ValueError("the plan gives experts to a CPU that is home or absent")
+        if 0 in plan.values() and self.machine.home is None:
+            raise ValueError("the plan leaves experts at home, and there is none")
+        return {e for e in plan if plan[e] == 1}, {e for e in plan if plan[e] == 2}
 
     def account(self, layer: int, n: dict[int, int], line: TimeLine, dense_s: float, demand_bytes: float) -> None:
         """Add one layer to the units: seconds, experts run, rows, and bytes of weights read (of links: moved)."""
         m = self.machine
-        self.add("gpu", busy_s=dense_s, bytes=m.dense_bytes)
+        self.add("gpu", busy_s=dense_s + line.gpu_busy, bytes=m.dense_bytes)
         for e in line.on_gpu:
-            self.add("gpu", busy_s=m.gpu_s(layer, e, n[e]), experts=1, rows=n[e], bytes=m.W[layer, e])
-        for e in line.on_ndp:
+            self.add("gpu", experts=1, rows=n[e], bytes=m.W[layer, e])
+        for e in line.at_home:
             g = len(self.units[layer][e])
             for u in self.units[layer][e]:
-                busy_s = m.ndp_s(layer, e, n[e], g)
-                self.add(f"ndp{u}", busy_s=busy_s, experts=1, rows=n[e] / g, bytes=m.W[layer, e] / g)
-        self.add("link_in", busy_s=line.fetch_s + line.act, experts=len(line.fetched), bytes=demand_bytes + line.X)
-        self.add("link_out", busy_s=line.act, bytes=line.X)
+                self.add(m.home_names[u], experts=1, rows=n[e] / g, bytes=m.W[layer, e] / g)
+        for name, busy_s in zip(m.home_names, line.busy, strict=True):
+            self.add(name, busy_s=busy_s)
+        for e in line.on_cpu:
+            self.add("cpu", experts=1, rows=n[e], bytes=m.W[layer, e])
+        self.add("cpu", busy_s=line.cpu_busy)
+        act_s, act_bytes = line.act + line.act_cpu, line.X + line.X_cpu
+        self.add("link_in", busy_s=line.fetch_s + act_s, experts=len(line.fetched), bytes=demand_bytes + act_bytes)
+        self.add("link_out", busy_s=act_s, bytes=act_bytes)
 
-    def yardsticks(self, layer: int, n: dict[int, int], T: int, dense_s: float, moe_s: float) -> None:
-        """Section 8, for one layer."""
+    def yardsticks(self, layer: int, n: dict[int, int], T: int, before_s: float, moe_s: float) -> None:
+        """Section 8, for one layer; every schedule pays what comes before its experts."""
         m = self.machine
-        weights_s = math.fsum(m.W[layer, e] for e in n) / (m.B_g + m.N * m.B_n)
-        flops_s = m.flop_per_row * sum(n.values()) / (m.F_g + m.N * m.F_n)
-        self.work_bound_s += dense_s + max(weights_s, flops_s)
-        if not self.user_dispatch and self.policy.dispatch in ("hot", "ndp"):  # they ignore residency
-            self.clairvoyant_s += dense_s + moe_s
+        devices = [m.gpu] + [m.home] * m.N + ([m.cpu] if m.cpu else [])
+        weights_s = math.fsum(m.W[layer, e] for e in n) / sum(device.B for device in devices)
+        flops_s = m.flop_per_row * sum(n.values()) / sum(device.F for device in devices)
+        self.work_bound_s += before_s + max(weights_s, flops_s)
+        if not self.user_dispatch and self.policy.dispatch in ("hot", "ndp", "home"):  # they ignore residency
+            self.clairvoyant_s += before_s + moe_s
         else:
             resident = set(demand_order(n)[: m.slots]) if m.linked else set(n)
-            self.clairvoyant_s += dense_s + self.split(layer, n, T, resident).moe
+            self.clairvoyant_s += before_s + self.split(layer, n, T, resident).moe
 
 
 def union_s(intervals: list[tuple[float, float]]) -> float:
@@ -228,23 +257,25 @@ def mean(values: list[float]) -> float:
 
 def requests_of(trace: OracleTrace, start_s: np.ndarray, end_s: np.ndarray) -> dict[str, np.ndarray]:
     """Return the requests, by ascending id; a row of a mixed step counts by its own phase."""
-    steps: dict[int, dict[int, list[int]]] = {}  # of each row, by request and phase
-    for step in range(trace.steps):
-        for row in trace.rows_of(step):
-            of_request = steps.setdefault(int(trace.request[row]), {PREFILL: [], DECODE: []})
-            of_request[int(trace.row_phase[row])].append(step)
-    table: dict[str, list] = {
-        name: [] for name in ("request", "prompt_rows", "output_rows", "ttft_s", "tpot_s", "e2e_s")
-    }
-    for request in sorted(steps):
-        prompt, output = steps[request][PREFILL], steps[request][DECODE]
-        first, last = min(prompt + output), max(prompt + output)
-        ttft_s = end_s[prompt[-1]] - start_s[first] if prompt else math.nan
-        since_s = end_s[prompt[-1]] if prompt else start_s[first]
-        tpot_s = (end_s[output[-1]] - since_s) / len(output) if output else math.nan
-        figures = (request, len(prompt), len(output), ttft_s, tpot_s, end_s[last] - start_s[first])
-        for name, figure in zip(table, figures, strict=True):
-            table[name].append(figure)
+    rows = [
+        Row(step, int(trace.request[row]), int(trace.position[row]), int(trace.row_phase[row]))
+        for step in range(trace.steps)
+        for row in trace.rows_of(step)
+    ]
+    table: dict[str, list] = {}
+    for request, figures in all_figures(rows, start_s.tolist(), end_s.tolist()).items():
+        own = [row for row in rows if row.request == request]
+        found: dict[str, float] = {
+            "request": request,
+            "prompt_rows": sum(row.phase == PREFILL for row in own),
+            "output_rows": sum(row.phase == DECODE for row in own),
+            "e2e_s": end_s[own[-1].step] - start_s[own[0].step],
+            "tokens_per_s": 1 / figures.tpot_s if figures.tpot_s > 0 else math.nan,
+        }
+        found |= {f"itl_s_p{q}": quantile(figures.gaps, q / 100) for q in (50, 95, 99)}
+        found |= {name: value for name, value in vars(figures).items() if name != "gaps"}
+        for name, value in found.items():
+            table.setdefault(name, []).append(value)
     return {name: np.asarray(column) for name, column in table.items()}
 
 
@@ -261,11 +292,12 @@ def simulate(
     """Replay a trace.
 
     model, system and policy are the spec structs, or anything with the same fields. `dispatch(layer, active, n,
-    resident) -> G` and `residency(layer, n, T, scores) -> scores` stand in for a user's own functions: active is in
-    demand order, n a dict of the active ones' rows, resident a set; the latter's n and scores are lists over the
-    layer's experts, and the victim is the one of least score.
+    resident) -> G` (or a dict: 0 home, 1 GPU, 2 CPU) and `residency(layer, n, T, scores) -> scores` stand in for a
+    user's own functions: active is in demand order, n a dict of the active ones' rows, resident a set; the latter's n
+    and scores are lists over the layer's experts, and the victim is the one of least score.
     """
-    replay = Replay(trace, machine_of(trace, model, system, slots), policy, dispatch, residency)
+    machine = machine_of(trace, model, system, slots, "user" if dispatch else policy.dispatch)
+    replay = Replay(trace, machine, policy, dispatch, residency)
     replay.run()
     steps = {name: np.asarray([step[name] for step in replay.steps]) for name in STEP_COLUMNS + STEP_SUMS}
     layers = {name: np.asarray([layer[name] for layer in replay.layers]) for name in LAYER_COLUMNS}
@@ -276,17 +308,18 @@ def simulate(
         units[name] = np.asarray([replay.unit[unit][name] for unit in replay.unit_names])
     units["utilization"] = units["busy_s"] / total_s
     units["utilization"][replay.unit_names.index("link_in")] = replay.carrying_s / total_s
+    requests = requests_of(trace, steps["start_s"], steps["start_s"] + steps["duration_s"])
     phase_s = [math.fsum(steps["duration_s"][steps["phase"] == phase]) for phase in (PREFILL, DECODE, MIXED)]
     return Outcome(
         steps=steps,
         layers=layers,
         units=units,
-        requests=requests_of(trace, steps["start_s"], steps["start_s"] + steps["duration_s"]),
+        requests=requests,
         total_s=total_s,
         prefill_s=phase_s[PREFILL],
         decode_s=phase_s[DECODE],
         mixed_s=phase_s[MIXED],
-        tokens_per_s=int((trace.row_phase == DECODE).sum()) / total_s,
+        tokens_per_s=int(requests["tokens"].sum()) / total_s,
         hits=int(steps["hits"].sum()),
         misses=int(steps["misses"].sum()),
         late=replay.memory.late,

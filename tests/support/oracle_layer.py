@@ -1,4 +1,7 @@
-"""The oracle's stateless half: sections 1, 2, 3, 5 and 6 of the timing model (inputs, costs, one layer, dispatch)."""
+"""The oracle's stateless half: inputs, costs, one layer, placement, dispatch.
+
+Sections 1, 2, 3, 5 and 6 of the timing model, with what version 2 adds to them: a CPU, launches and rooflines.
+"""
 
 import json
 import math
@@ -57,12 +60,39 @@ class OracleTrace:
 
 
 @dataclass
+class Device:
+    """One device that runs experts, efficiencies included."""
+
+    F: float  # FLOP/s
+    B: float  # bytes/s of the memory that it reads experts from
+    start: float  # seconds
+    launch: str = "expert"  # who pays the start: each "expert", or the "layer" once
+    roofline: str = "max"  # or "sum": compute and memory do not overlap
+
+    def work_s(self, flop: float, weight_bytes: float) -> float:
+        compute_s, memory_s = flop / self.F, weight_bytes / self.B
+        return compute_s + memory_s if self.roofline == "sum" else max(compute_s, memory_s)
+
+    @property
+    def own_start(self) -> float:
+        """What each expert pays that needs no start of its own."""
+        return self.start if self.launch == "expert" else 0.0
+
+    @property
+    def layer_start(self) -> float:
+        """What a layer pays once if it runs such experts here."""
+        return self.start if self.launch == "layer" else 0.0
+
+
+@dataclass
 class Machine:
-    """Model and system in SI units, and what section 2 makes of them."""
+    """Model and system in SI units, and what section 2 makes of them.
+
+    Home is where an expert lives and runs if nothing moves: N units, or the CPU as if it were the only unit.
+    """
 
     L: int
     E: int
-    N: int
     W: np.ndarray  # bytes [L, E]
     flop_per_row: float
     dense_bytes: float
@@ -70,32 +100,44 @@ class Machine:
     head_bytes: float
     kv_bytes: float
     activation_row_bytes: float
-    F_g: float
-    B_g: float
-    t_g: float
-    F_n: float
-    B_n: float
-    t_n: float
+    gpu: Device
+    home: Device | None  # each of its N devices
+    N: int
+    home_is_cpu: bool
+    home_bytes: float  # capacity of all of home
+    cpu: Device | None  # where it takes part and is not home
+    host_activations: bool  # a row goes to the host once, however many units want it
+    overhead_s: float  # of each layer of each step
     linked: bool
     B_l: float
     t_l: float
     slots: int = 0
 
-    def gpu_s(self, layer: int, e: int, n: int) -> float:
-        return max(self.flop_per_row * n / self.F_g, self.W[layer, e] / self.B_g) + self.t_g
+    def gpu_s(self, layer: int, e: int, n: int, resident: bool) -> float:
+        """Seconds of one expert; a fetched one always starts itself."""
+        start = self.gpu.own_start if resident else self.gpu.start
+        return self.gpu.work_s(self.flop_per_row * n, self.W[layer, e]) + start
 
-    def ndp_s(self, layer: int, e: int, n: int, g: int) -> float:
-        return max(self.flop_per_row * n / (g * self.F_n), self.W[layer, e] / (g * self.B_n)) + self.t_n
+    def home_s(self, layer: int, e: int, n: int, g: int) -> float:
+        """Seconds on each of the g units that share the expert."""
+        return self.home.work_s(self.flop_per_row * n / g, self.W[layer, e] / g) + self.home.own_start
+
+    def cpu_s(self, layer: int, e: int, n: int) -> float:
+        return self.cpu.work_s(self.flop_per_row * n, self.W[layer, e]) + self.cpu.own_start
 
     def fetch_s(self, layer: int, e: int) -> float:
         return self.W[layer, e] / self.B_l + self.t_l
 
     def dense_s(self, T: int, C: int) -> float:
-        work = max(self.dense_bytes / self.B_g, self.dense_flop_per_row * T / self.F_g)
-        return work + self.kv_bytes * C / self.B_g + self.t_g
+        work = max(self.dense_bytes / self.gpu.B, self.dense_flop_per_row * T / self.gpu.F)
+        return work + self.kv_bytes * C / self.gpu.B + self.gpu.start
 
     def head_s(self) -> float:
-        return self.head_bytes / self.B_g + self.t_g
+        return self.head_bytes / self.gpu.B + self.gpu.start
+
+    @property
+    def home_names(self) -> list[str]:
+        return ["cpu"] if self.home_is_cpu else [f"ndp{u}" for u in range(self.N)]
 
 
 def expert_bytes(trace: OracleTrace, model: Any) -> np.ndarray:
@@ -119,7 +161,8 @@ def expert_bytes(trace: OracleTrace, model: Any) -> np.ndarray:
 
 def expert_width(model: Any) -> int:
     """Return the width in which experts work: that of the rows, unless the model says another."""
-    return model.moe_hidden if isinstance(model.moe_hidden, int) else model.hidden
+    width = getattr(model, "moe_hidden", None)
+    return width if isinstance(width, int) else model.hidden
 
 
 def most(numbers: int | list[int]) -> int:
@@ -127,12 +170,44 @@ def most(numbers: int | list[int]) -> int:
     return max(numbers) if isinstance(numbers, list) else numbers
 
 
-def machine_of(trace: OracleTrace, model: Any, system: Any, slots: int | None) -> Machine:
+def device_of(part: Any, flop: float, start_us: float) -> Device:
+    """Read a part of the system; what it does not say is as in version 1."""
+    return Device(
+        F=flop * (getattr(part, "compute_efficiency", None) or 1.0),
+        B=part.bandwidth_gb_s * 1e9 * (getattr(part, "memory_efficiency", None) or 1.0),
+        start=start_us * 1e-6,
+        launch=getattr(part, "launch", None) or "expert",
+        roofline=getattr(part, "roofline", None) or "max",
+    )
+
+
+def cpu_takes_part(system: Any, dispatch: str) -> bool:
+    """Version 1 knows no CPU, so what version 1 can replay has none; `dispatch` is "user" for a user's own."""
+    if system.cpu is None or system.link is None or dispatch == "gpu":
+        return False
+    return system.ndp is None or dispatch in ("home", "cheapest")
+
+
+def link_bytes_s(system: Any, dispatch: str) -> float:
+    """B_l: if the experts live in host memory, the link is no faster than that is read."""
+    link, cpu = system.link, system.cpu
+    rate = link.bandwidth_gb_s * 1e9 * (getattr(link, "efficiency", None) or 1.0)
+    asked = cpu is not None and dispatch == "gpu" and getattr(link, "host_read", False)
+    if system.ndp is None and (asked or cpu_takes_part(system, dispatch)):
+        rate = min(rate, cpu.bandwidth_gb_s * 1e9)
+    return rate
+
+
+def machine_of(trace: OracleTrace, model: Any, system: Any, slots: int | None, dispatch: str = "ndp") -> Machine:
+    """Describe the machine as a policy of that dispatch sees it."""
     gpu, ndp, link = system.gpu, system.ndp, system.link
+    units = device_of(ndp, 2 * ndp.gmac_s * 1e9, ndp.command_us) if ndp else None
+    takes_part = cpu_takes_part(system, dispatch)
+    cpu = device_of(system.cpu, system.cpu.tflops * 1e12, system.cpu.command_us) if takes_part else None
+    host_gb = getattr(getattr(system, "host", None), "memory_gb", None)
     machine = Machine(
         L=model.moe_layers,
         E=most(model.experts),
-        N=ndp.units if ndp else 0,
         W=expert_bytes(trace, model),
         flop_per_row=2.0 * model.expert_matrices * expert_width(model) * model.expert_intermediate,
         dense_bytes=model.dense_params_per_layer * model.dense_weight_bits / 8,
@@ -140,14 +215,16 @@ def machine_of(trace: OracleTrace, model: Any, system: Any, slots: int | None) -
         head_bytes=model.once_params * model.dense_weight_bits / 8,
         kv_bytes=model.kv_bytes_per_token_layer,
         activation_row_bytes=expert_width(model) * model.activation_bytes,
-        F_g=gpu.tflops * 1e12 * gpu.compute_efficiency,
-        B_g=gpu.bandwidth_gb_s * 1e9 * gpu.memory_efficiency,
-        t_g=gpu.launch_us * 1e-6,
-        F_n=2 * ndp.gmac_s * 1e9 if ndp else 0.0,
-        B_n=ndp.bandwidth_gb_s * 1e9 if ndp else 0.0,
-        t_n=ndp.command_us * 1e-6 if ndp else 0.0,
+        gpu=device_of(gpu, gpu.tflops * 1e12, gpu.launch_us),
+        home=units or cpu,
+        N=ndp.units if ndp else (1 if takes_part else 0),
+        home_is_cpu=takes_part and ndp is None,
+        home_bytes=ndp.units * ndp.capacity_gb * 1e9 if ndp else (math.inf if host_gb is None else host_gb * 1e9),
+        cpu=cpu if ndp else None,
+        host_activations=ndp is not None and getattr(ndp, "activations", "per-unit") == "host",
+        overhead_s=(getattr(gpu, "layer_overhead_us", None) or 0.0) * 1e-6,
         linked=link is not None,
-        B_l=link.bandwidth_gb_s * 1e9 if link else math.nan,
+        B_l=link_bytes_s(system, dispatch) if link else math.nan,
         t_l=link.latency_us * 1e-6 if link else math.nan,
     )
     left = (gpu.memory_gb - gpu.reserve_gb) * 1e9 - machine.L * machine.dense_bytes - machine.head_bytes
@@ -165,28 +242,52 @@ class TimeLine:
     """What happens in one layer after the router has spoken."""
 
     on_gpu: list[int]
-    on_ndp: list[int]
+    at_home: list[int]
+    on_cpu: list[int]  # where the CPU is not home
     fetched: list[int]
-    X: float
+    X: float  # bytes of activations that go to home, and as many come back
     act: float
-    busy: list[float]  # seconds of each NDP unit
+    X_cpu: float
+    act_cpu: float
+    gpu_busy: float
+    busy: list[float]  # seconds of each device of home
+    cpu_busy: float
     fetch_s: float
     T_gpu: float
-    T_ndp: float
-    moe: float
+    T_home: float
+    T_cpu: float
+
+    @property
+    def moe(self) -> float:
+        return max(self.T_gpu, self.T_home, self.T_cpu)
 
 
-def time_line(m: Machine, layer: int, n: dict[int, int], T: int, G: set[int], resident: set[int], units) -> TimeLine:
-    """Run the experts of G on the GPU and the other active ones on the units; units[e] lists those that share e."""
+def time_line(
+    m: Machine, layer: int, n: dict[int, int], T: int, G: set[int], C: set[int], resident: set[int], units
+) -> TimeLine:
+    """Run the experts of G on the GPU, those of C on the CPU, the others at home, where units[e] share expert e."""
     on_gpu = [e for e in demand_order(n) if e in G]
-    on_ndp = [e for e in demand_order(n) if e not in G]
+    on_cpu = [e for e in demand_order(n) if e in C]
+    at_home = [e for e in demand_order(n) if e not in G and e not in C]
     # 1. activations go out, and come back when the last unit is done
-    rows_on = [sum(n[e] for e in on_ndp if u in units[e]) for u in range(m.N)]
-    X = m.activation_row_bytes * sum(min(T, rows) for rows in rows_on)
-    act = X / m.B_l + m.t_l if on_ndp else 0.0
+    sent_to = [sum(n[e] for e in at_home if u in units[e]) for u in range(m.N)]
+    if m.host_activations:
+        sent_to = [sum(n[e] for e in at_home)]
+    X = m.activation_row_bytes * sum(min(T, rows) for rows in sent_to)
+    act = X / m.B_l + m.t_l if at_home else 0.0
     # 2. the units
-    busy = [math.fsum(m.ndp_s(layer, e, n[e], len(units[e])) for e in on_ndp if u in units[e]) for u in range(m.N)]
-    T_ndp = act + max(busy) + act if on_ndp else 0.0
+    busy = [0.0] * m.N
+    for u in range(m.N):
+        shards = [e for e in at_home if u in units[e]]
+        if shards:
+            seconds = math.fsum(m.home_s(layer, e, n[e], len(units[e])) for e in shards)
+            busy[u] = m.home.layer_start + seconds
+    T_home = act + max(busy) + act if at_home else 0.0
+    # and the CPU beside them
+    X_cpu = m.activation_row_bytes * min(T, sum(n[e] for e in on_cpu))
+    act_cpu = X_cpu / m.B_l + m.t_l if on_cpu else 0.0
+    cpu_busy = m.cpu.layer_start + math.fsum(m.cpu_s(layer, e, n[e]) for e in on_cpu) if on_cpu else 0.0
+    T_cpu = act_cpu + cpu_busy + act_cpu
     # 3. weights come in, one expert after another
     arrival: dict[int, float] = {}
     clock = 0.0
@@ -195,10 +296,16 @@ def time_line(m: Machine, layer: int, n: dict[int, int], T: int, G: set[int], re
             clock += m.fetch_s(layer, e)
             arrival[e] = clock
     # 4. the GPU runs the resident ones, then the fetched ones as they arrive
-    T_gpu = 0.0
-    for e in [e for e in on_gpu if e in resident] + list(arrival):
-        T_gpu = max(T_gpu, arrival.get(e, 0.0)) + m.gpu_s(layer, e, n[e])
-    return TimeLine(on_gpu, on_ndp, list(arrival), X, act, busy, clock, T_gpu, T_ndp, max(T_gpu, T_ndp))
+    there = [e for e in on_gpu if e in resident]
+    T_gpu = gpu_busy = m.gpu.layer_start if there else 0.0
+    for e in there + list(arrival):
+        seconds = m.gpu_s(layer, e, n[e], e in resident)
+        T_gpu = max(T_gpu, arrival.get(e, 0.0)) + seconds
+        gpu_busy += seconds
+    fetched = list(arrival)
+    return TimeLine(
+        on_gpu, at_home, on_cpu, fetched, X, act, X_cpu, act_cpu, gpu_busy, busy, cpu_busy, clock, T_gpu, T_home, T_cpu
+    )
 
 
 # --- 5. Placement ----------------------------------------------------------------------------------------------------
@@ -209,6 +316,8 @@ def place(policy: Any, m: Machine) -> list[list[list[int]]]:
     kind, _, g = policy.placement.partition(":")
     if m.N == 0:
         return [[[] for _ in range(m.E)] for _ in range(m.L)]
+    if m.home_is_cpu:  # nothing to choose
+        return [[[0] for _ in range(m.E)] for _ in range(m.L)]
     if kind == "ep-lpt":
         loads = np.loadtxt(policy.loads, delimiter=",", ndmin=2)
         return [longest_first(loads[layer], m.N) for layer in range(m.L)]
@@ -247,7 +356,7 @@ def longest_first(load: np.ndarray, N: int, room: int | None = None) -> list[lis
 
 def dispatch(kind: str, order: list[int], resident: set[int], moe_of: Callable[[set[int]], float]) -> set[int]:
     """Return G; order is the active experts in demand order, moe_of(G) the layer's `moe` if G goes to the GPU."""
-    if kind == "ndp":
+    if kind in ("ndp", "home"):
         return set()
     if kind == "gpu":
         return set(order)
@@ -264,6 +373,32 @@ def dispatch(kind: str, order: list[int], resident: set[int], moe_of: Callable[[
         if less(then, now) or (e in resident and not less(now, then)):
             G = G | {e}
     return G
+
+
+def dispatch_by_cost(
+    policy: Any, m: Machine, layer: int, n: dict[int, int], T: int, resident: set[int], units
+) -> tuple[set[int], set[int]]:
+    """Return G and C of `in-place`, `fiddler` and `cheapest`, which look at each expert by itself."""
+    if policy.dispatch == "in-place":
+        gpu_rows = getattr(policy, "gpu_rows", None)
+        all_on_gpu = gpu_rows is not None and gpu_rows <= T
+        return {e for e in n if e in resident or all_on_gpu}, set()
+    G: set[int] = set()
+    C: set[int] = set()
+    for e in demand_order(n):
+        home_s = m.home_s(layer, e, n[e], len(units[e]))
+        gpu_s = m.gpu_s(layer, e, n[e], e in resident) + (0.0 if e in resident else m.fetch_s(layer, e))
+        if policy.dispatch == "fiddler":
+            if e in resident or less(gpu_s, home_s):
+                G.add(e)
+            continue
+        cpu_s = m.cpu_s(layer, e, n[e]) if m.cpu else math.inf
+        best = min(gpu_s, cpu_s, home_s)
+        if not less(best, gpu_s):
+            G.add(e)
+        elif not less(best, cpu_s):
+            C.add(e)
+    return G, C
 
 
 def least(splits: list[set[int]], moe_of: Callable[[set[int]], float]) -> set[int]:

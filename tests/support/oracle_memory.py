@@ -60,6 +60,12 @@ def splitmix64(seed: int, step: int, layer: int, expert: int) -> int:
     return x
 
 
+def static_layers(policy: Any, m: Machine) -> range:
+    """Return the MoE layers that `static-layers` keeps: the first or the last so many."""
+    count = policy.gpu_layers
+    return range(count) if policy.gpu_layers_end == "first" else range(m.L - count, m.L)
+
+
 @dataclass
 class Memory:
     """The GPU's expert copies and the prefetch queue."""
@@ -110,6 +116,10 @@ class Memory:
                 if not self.room(layer):
                     raise ValueError(f"the static set does not fit: no room for expert {e} of layer {layer}")
                 self.copies[layer, e] = Copy(False)
+        elif self.residency == "static-layers":
+            self.copies = {(layer, e): Copy(False) for layer in static_layers(self.policy, m) for e in range(m.E)}
+            if len(self.copies) > m.slots:
+                raise ValueError(f"the static layers do not fit: {len(self.copies)} experts, {m.slots} slots")
 
     # Capacity and victims
 
@@ -288,7 +298,7 @@ class Memory:
     def keeps(self, key: Expert) -> bool:
         if self.residency in ("prefill", "static-hindsight"):
             return key in self.wanted
-        return self.residency not in ("none", "static")
+        return self.residency not in ("none", "static", "static-layers")
 
     def update_scores(self, layer: int, n: dict[int, int], T: int) -> None:
         experts = range(self.machine.E)

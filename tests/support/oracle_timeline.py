@@ -14,7 +14,7 @@ class Recorder(Replay):
     """A replay that notes (step, layer, kind, unit, expert, start_s, duration_s, rows, bytes, resident); -1 = none."""
 
     def __init__(self, trace: OracleTrace, model: Any, system: Any, policy: Any, slots: int):
-        super().__init__(trace, machine_of(trace, model, system, slots), policy, None, None)
+        super().__init__(trace, machine_of(trace, model, system, slots, policy.dispatch), policy, None, None)
         self.slices: list[Slice] = []
         self.start_s = self.clock_s = self.flow_s = 0.0
         self.step = 0
@@ -66,18 +66,18 @@ class Recorder(Replay):
         free_s = 0.0
         for e in sorted(line.on_gpu, key=lambda e: (e not in self.resident, demand_order(n).index(e))):
             begin_s = max(free_s, arrival.get(e, 0.0))
-            seconds = m.gpu_s(layer, e, n[e])
+            seconds = m.gpu_s(layer, e, n[e], e in self.resident)
             self.note(layer, "expert", "gpu", e, router_s + begin_s, seconds, n[e], m.W[layer, e], e in self.resident)
             free_s = begin_s + seconds
         for u in range(m.N):
             unit_s = router_s + line.act
-            for e in line.on_ndp:
+            for e in line.at_home:
                 if u in self.units[layer][e]:
                     g = len(self.units[layer][e])
-                    seconds, part = m.ndp_s(layer, e, n[e], g), m.W[layer, e] / g
+                    seconds, part = m.home_s(layer, e, n[e], g), m.W[layer, e] / g
                     self.note(layer, "expert", f"ndp{u}", e, unit_s, seconds, n[e] / g, part, e in self.resident)
                     unit_s += seconds
-        if line.on_ndp:
+        if line.at_home:
             self.note(layer, "activations", "link_out", -1, router_s, line.act, None, line.X)
             back_s = router_s + line.act + max(line.busy)
             self.note(layer, "activations", "link_in", -1, back_s, line.act, None, line.X)

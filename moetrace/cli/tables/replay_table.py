@@ -46,7 +46,7 @@ def print_comparison(summary: dict[str, Any], name: str) -> None:
 
 
 def _groups() -> list[list[_FigureColumn]]:
-    """Columns that should stay together: what it takes, what could be saved, how the machine is used."""
+    """Columns that should stay together: time, latency, what could be saved, how the machine is used."""
     return [
         [
             _column("total_s"),
@@ -54,8 +54,13 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("prefill_s", always=False),
             _column("decode_s", always=False),
             _column("mixed_s", always=False),
+        ],
+        [
             _column("ttft_s.p50", always=False),
             _column("tpot_s.p50", always=False),
+            _column("itl_s.p50", always=False),
+            _column("itl_s.p99", always=False),
+            _column("tokens_per_s", always=False),
         ],
         [
             _FigureColumn("over bound\nms", lambda p: 1e3 * (p["total_s"] - p["work_bound_s"])),
@@ -128,7 +133,8 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
         f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
         f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']} {units}; "
         f"the GPU keeps up to {summary['slots']:,} of {counted(everything, 'expert')} (slots).",
-        f"TTFT and TPOT are medians. Over bound: time beyond the {bound_ms} ms that no schedule of this work beats. "
+        "TTFT, TPOT and ITL (the time between two tokens) are medians, but for the p99. "
+        f"Over bound: time beyond the {bound_ms} ms that no schedule of this work beats. "
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots.",
         *(
             f"{policy['name']}: {policy['optimal_fallbacks']:,} of {counted(layers, 'layer')} of all steps had more "

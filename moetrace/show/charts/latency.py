@@ -12,7 +12,13 @@ from moetrace.show.charts.style import ChartGroup, by_policy, colour, data, line
 # Shares of steps or requests at which a distribution is drawn, closer together towards its slow end.
 _SHARES = np.unique(np.concatenate([np.linspace(0, 0.9, 46), np.linspace(0.9, 0.99, 19), [0.995, 0.999, 1.0]]))
 _TABLE_SHARES = {"least": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "most": 1.0}
-_MEASURES = ("prefill step", "decode step", "mixed step", "TTFT", "TPOT")
+_STEPS = ("prefill step", "decode step", "mixed step")
+# Of requests: column and title.
+_LATENCIES = {
+    "TTFT": ("ttft_s", "Time to first token"),
+    "TPOT": ("tpot_s", "Time per output token"),
+    "ITL p99": ("itl_s_p99", "Time between tokens, p99 of a request"),
+}
 PARTS = {"dense_s": "dense layers", "moe_s": "experts", "head_s": "head", "wait_s": "waiting for prefetch"}
 _PERIODS = 160  # of a chart over time
 
@@ -35,7 +41,7 @@ def latency(replayed: Replayed) -> ChartGroup | None:
     words = (
         "Each curve says which share of the steps (or requests) took at most so long: further left is faster, and a "
         "long flat end is a slow tail. TTFT: from the start of a request's first step to the end of its prompt. TPOT: "
-        "from there on, per output token."
+        "from there on, per output token. ITL p99: of a hundred gaps between a request's tokens, the longest but one."
     )
     table = pl.DataFrame([_table_row(*sample) for sample in samples])
     return ChartGroup("latency", "How long steps and requests take", words, panels, table)
@@ -197,15 +203,15 @@ def _samples(replayed: Replayed) -> Iterator[tuple[str, str, np.ndarray]]:
         times = replayed.steps.select("policy", "phase", "duration_s").drop_nulls().collect()
         by_phase = times.partition_by("policy", "phase", as_dict=True, maintain_order=True)
     phases = list(dict.fromkeys(phase for _, phase in by_phase))
-    for measure in _MEASURES[:3]:
+    for measure in _STEPS:
         for policy in replayed.names:
             for phase in phases:
                 if measure == f"{phase} step" and (policy, phase) in by_phase:
                     yield measure, policy, np.sort(1e3 * by_phase[policy, phase]["duration_s"].to_numpy())
     if replayed.requests is not None:
-        for measure in _MEASURES[3:]:
+        for measure, (name, _) in _LATENCIES.items():
             for policy in replayed.names:
-                column = replayed.requests.filter(policy=policy)[f"{measure.lower()}_s"].drop_nulls()
+                column = replayed.requests.filter(policy=policy)[name].drop_nulls()
                 if len(column):
                     yield measure, policy, np.sort(1e3 * column.to_numpy())
 
@@ -229,4 +235,4 @@ def _table_row(measure: str, policy: str, sorted_ms: np.ndarray) -> dict[str, An
 
 
 def _title(measure: str) -> str:
-    return {"TTFT": "Time to first token", "TPOT": "Time per output token"}.get(measure, f"{measure}s".capitalize())
+    return _LATENCIES[measure][1] if measure in _LATENCIES else f"{measure}s".capitalize()

@@ -91,6 +91,8 @@ def _card(policy: PolicyFigures, fastest: bool) -> str:
         ("Speed-up", "–" if policy.speedup is None else f"{policy.speedup:.2f}×"),
         ("TTFT, median", page.seconds(policy.ttft_s.p50)),
         ("TPOT, median", page.seconds(policy.tpot_s.p50)),
+        ("ITL, p99", page.seconds(policy.itl_s.p99)),
+        ("Tokens a second", page.number(policy.tokens_per_s)),
         ("Over work bound", page.percent(_over(policy.total_s, policy.work_bound_s))),
         ("Over clairvoyant", page.percent(_over(policy.total_s, policy.clairvoyant_s))),
         ("Hits", page.percent(policy.hit_rate)),

@@ -5,16 +5,21 @@ from typing import Any
 import polars as pl
 
 from moetrace.results.record import COLUMNS
-from moetrace.results.swept import Swept
+from moetrace.results.swept import LATENCIES, Swept
 from moetrace.show.charts.sweep_charts import axes, pareto_front
 from moetrace.show.report import page
 
-_MEDIANS = ("ttft_s_p50", "tpot_s_p50")
+
+def _heading(name: str) -> str:
+    part = " p50" if name.endswith("_p50") else ""
+    return f"{COLUMNS[name].heading}{part}, {COLUMNS[name].sign}"
+
+
 # Where a heading of the record is short for the terminal, or without a unit, the words stand here.
 _COLUMNS = {
     "total_s": "seconds",
     "relative": "times the fastest",
-    **{name: f"{COLUMNS[name].heading} p50, {COLUMNS[name].sign}" for name in _MEDIANS},
+    **{name: _heading(name) for name in LATENCIES},
     "hit_rate": "hit rate",
     "gpu_memory_bytes": f"GPU memory, {COLUMNS['gpu_memory_bytes'].sign}",
     "link_bytes": f"{COLUMNS['link_bytes'].heading}, {COLUMNS['link_bytes'].sign}",
@@ -69,9 +74,9 @@ def _best(swept: Swept) -> str:
     for row in best.head(6).iter_rows(named=True):
         pairs = [(axis, page.number(row[axis])) for axis in swept.axes if axis != "trace"]
         pairs += [
-            (f"{COLUMNS[column].heading}, median", page.seconds(row[column]))
-            for column in _MEDIANS
-            if row.get(column) is not None
+            (COLUMNS[column].label, page.seconds(row[column]))
+            for column in LATENCIES
+            if row.get(column) is not None and COLUMNS[column].unit == "s"
         ]
         title = f"Fastest of {row['trace']}" if several else "Fastest"
         cards.append(
