@@ -23,11 +23,20 @@ def random_plan(rng, bins, room, experts):
 
 def cost_of(rng, timed):
     size = rng.integers(1, 5, (LAYERS, EXPERTS)).astype(float)
-    return Cost(*rng.choice([0.25, 0.5, 1.0, 2.0], 3), size) if timed else Cost(0.0, 0.0, 0.0, size)
+    return drawn_cost(rng, size) if timed else Cost(0.0, 0.0, 0.0, 0.0, 0.0, size)
+
+
+def drawn_cost(rng, size):
+    s_per_row, s_per_byte, each_s, layer_s = rng.choice([0.25, 0.5, 1.0, 2.0], 4)
+    return Cost(s_per_row, s_per_byte, float(rng.integers(2)), each_s, layer_s * rng.integers(2), size)
 
 
 def seconds(cost, layer):
-    return lambda e, n: max(n * cost.s_per_row, cost.expert_bytes[layer, e] * cost.s_per_byte) + cost.start_s
+    def of_expert(e, n):
+        parts = n * cost.s_per_row, cost.expert_bytes[layer, e] * cost.s_per_byte
+        return (sum(parts) if cost.is_serial else max(parts)) + cost.each_s
+
+    return of_expert
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -49,6 +58,7 @@ def test_judging_agrees_with_plain_python(seed, bins, room, timed):
                 continue
             held = plan.expert_of_slot[layer].tolist()
             rows, busy_s = oracle.bin_loads(counts[step, layer].tolist(), held, turn + step, seconds(cost, layer))
+            busy_s = [own + (cost.layer_s if n else 0.0) for own, n in zip(busy_s, rows, strict=True)]
             values.append(max(rows) / np.mean(rows))
             jain = sum(rows) ** 2 / (bins * sum(r * r for r in rows))
             in_time = max(busy_s) / np.mean(busy_s) if sum(busy_s) else 0.0
@@ -70,7 +80,7 @@ def test_no_plan_at_all_beats_the_bound(seed, bins, further, most):
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, most + 1, (1, 1, 4))
     counts[0, 0, 0] += 1
-    cost = Cost(*rng.choice([0.25, 0.5, 1.0, 2.0], 3), rng.integers(1, 5, (1, 4)).astype(float))
+    cost = drawn_cost(rng, rng.integers(1, 5, (1, 4)).astype(float))
     expert = np.flatnonzero(counts[0, 0])
     loads = loads_module.Loads(1, np.array([0, expert.size]), expert.astype(np.int32), counts[0, 0, expert], 99)
     least = Least(np.zeros(1), np.zeros(1))
@@ -99,6 +109,6 @@ def test_bounds_by_hand(rows, bins, slots, most):
         1, np.array([0, experts]), np.arange(experts, dtype=np.int32), np.array(rows, np.int64), sum(rows)
     )
     least = Least(np.zeros(1), np.zeros(1))
-    imbalance.bound(loads, experts, bins, slots, Cost(0.0, 0.0, 0.0, np.ones((1, experts))), least)
+    imbalance.bound(loads, experts, bins, slots, Cost(0.0, 0.0, 0.0, 0.0, 0.0, np.ones((1, experts))), least)
     assert least.imbalance[0] * sum(rows) / bins == pytest.approx(most, rel=1e-12)
     assert least.busy_s[0] == 0
