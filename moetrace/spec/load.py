@@ -87,7 +87,7 @@ def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str,
         raw, where = parse(read_text(source), str(source)), str(source)
         _find_files(raw, raw, Path(source).absolute().parent)
     else:
-        raw, where = parse(_preset_text(kind, source), f"{noun} {source}"), f"{noun} {source}"
+        raw, where = parse(preset_text(kind, source), f"{noun} {source}"), f"{noun} {source}"
     for path, value in overrides.items():
         _override(raw, path, _typed(value), where)
     _find_files(raw, overrides, Path.cwd())
@@ -204,7 +204,7 @@ def _folder(kind: str):
     return resources.files("moetrace.spec").joinpath("presets", kind)
 
 
-def _preset_text(kind: str, name: str) -> str:
+def preset_text(kind: str, name: str) -> str:
     names = list_presets(kind)
     if name not in names:
         raise UsageError(
