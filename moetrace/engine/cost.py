@@ -10,10 +10,10 @@ from moetrace.jit.compile import kernel
 
 @kernel
 def dense_s(machine, rows, kv_tokens):
-    """Return the seconds of attention, shared experts and router of one layer of a step."""
+    """Return the seconds of attention, shared experts and router of one layer of a step, and the host's overhead."""
     gpu, work = machine.device[GPU_DEVICE], machine.work[0]
     weights_s = max(work.dense_bytes / gpu.bytes_s, work.dense_flop_per_row * rows / gpu.flop_s)
-    return weights_s + work.kv_bytes * kv_tokens / gpu.bytes_s + gpu.start_s
+    return weights_s + work.kv_bytes * kv_tokens / gpu.bytes_s + gpu.start_s + work.overhead_s
 
 
 @kernel
@@ -23,9 +23,19 @@ def head_s(machine):
 
 
 @kernel
+def roofline_s(device, rows, weight_bytes):
+    """Return the seconds of arithmetic and reading for ``rows`` rows of an expert (a record of DEVICE, or ``Rates``).
+
+    Their maximum, or their sum: a product with 0 or 1 costs less than a branch, and both are exact.
+    """
+    compute_s, read_s = rows * device.s_per_row, weight_bytes * device.s_per_byte
+    return max(compute_s, read_s) + device.serial * min(compute_s, read_s)
+
+
+@kernel
 def expert_s(device, rows, weight_bytes):
-    """Return the seconds that ``rows`` rows of an expert keep a device busy (a record of DEVICE, or ``Rates``)."""
-    return max(rows * device.s_per_row, weight_bytes * device.s_per_byte) + device.start_s
+    """Return the seconds that an expert which need not be fetched keeps a device busy; see ``roofline_s``."""
+    return roofline_s(device, rows, weight_bytes) + device.each_s
 
 
 class Prices(NamedTuple):
@@ -41,14 +51,17 @@ class Rates(NamedTuple):
 
     s_per_row: float
     s_per_byte: float
+    serial: float
     start_s: float
+    each_s: float
 
 
 @kernel
 def prices_of(machine):
     """Return the machine's ``Prices``."""
     gpu, link = machine.device[GPU_DEVICE], machine.link[0]
-    return Prices(Rates(gpu.s_per_row, gpu.s_per_byte, gpu.start_s), link.s_per_byte, link.latency_s)
+    rates = Rates(gpu.s_per_row, gpu.s_per_byte, gpu.serial, gpu.start_s, gpu.each_s)
+    return Prices(rates, link.s_per_byte, link.latency_s)
 
 
 @kernel
@@ -60,7 +73,7 @@ def price(machine, prices, layer, expert, rows, resident, active):
     active.rows = rows
     active.weight_bytes = weight_bytes
     active.resident = resident
-    active.gpu_s = expert_s(prices.gpu, rows, weight_bytes)
+    active.gpu_s = roofline_s(prices.gpu, rows, weight_bytes) + (prices.gpu.each_s if resident else prices.gpu.start_s)
     active.ndp_s = expert_s(machine.device[home], rows, weight_bytes)
     active.fetch_s = 0.0 if resident else weight_bytes * prices.fetch_s_per_byte + prices.fetch_latency_s
 

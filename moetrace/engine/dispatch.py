@@ -1,12 +1,12 @@
-"""Splits of a layer's work between the GPU and the units (timing model, section 6), which several dispatches share.
+"""Splits of a layer's work between the GPU and where experts live (timing model, section 6), which several dispatches share.
 
 A dispatch hook (`dispatches/`) gets ``plan`` uint8 [n], all zero, and sets ``plan[i] = 1`` to run the i-th active
-expert (in demand order) on the GPU; what stays 0 runs on the units that hold it.
+expert (in demand order) on the GPU; what stays 0 runs at home: on the units that hold it, or on the CPU.
 """
 
 import numpy as np
 
-from moetrace.engine.layer import clear_groups, give_rest, give_to_group, less, ndp_end_s, take_from_group
+from moetrace.engine.layer import clear_groups, give_rest, give_to_group, gpu_end_s, less, ndp_end_s, take_from_group
 from moetrace.jit.compile import kernel
 
 OPTIMAL_UP_TO = 20  # active experts
@@ -22,7 +22,7 @@ def move_while_faster(view, size, plan):
         i = view.active[j].turn
         expert = view.active[i]
         arrives_s = arrival_s + expert.fetch_s
-        ends_s = max(free_s, arrives_s) + expert.gpu_s
+        ends_s = gpu_end_s(view, free_s, arrives_s, expert)
         if less(moe_s, ends_s):
             continue
         take_from_group(view.groups, expert)
@@ -73,7 +73,7 @@ def search_splits(view, size, plan, best_s):
             count += 1
             mask += 1 << (size - 1 - i)
             arrival_s[j + 1] = arrival_s[j] + expert.fetch_s
-            free_s[j + 1] = max(free_s[j], arrival_s[j + 1]) + expert.gpu_s
+            free_s[j + 1] = gpu_end_s(view, free_s[j], arrival_s[j + 1], expert)
         else:
             count -= 1
             mask -= 1 << (size - 1 - i)

@@ -82,7 +82,7 @@ def give_rest(view, size, plan):
 
 @kernel
 def ndp_end_s(view):
-    """Return ``T_ndp``: when the last unit's results are back, 0 if no unit has work."""
+    """Return ``T_ndp``: when the last results are back from where experts live, 0 if nothing runs there."""
     row_shards, busiest_s, count = 0.0, 0.0, 0
     for g in range(view.groups.size):
         group = view.groups[g]
@@ -92,7 +92,17 @@ def ndp_end_s(view):
     if count == 0:
         return 0.0
     act_s = row_shards * view.share * view.out_s_per_row + view.link_latency_s
-    return act_s + busiest_s + act_s
+    return act_s + (busiest_s + view.home_start_s) + act_s
+
+
+@kernel
+def gpu_end_s(view, free_s, arrived_s, expert):
+    """Return when the GPU is done with one more expert: it is free at ``free_s``, the weights are there at the other.
+
+    Residents come first and fetch nothing: what they wait for is the start of the layer's kernel, if that is one.
+    """
+    ready_s = view.gpu_start_s if expert.resident else arrived_s
+    return max(free_s, ready_s) + expert.gpu_s
 
 
 @kernel
@@ -102,7 +112,7 @@ def timeline(machine, view, size, plan):
     Leaves the work of each group of units in ``view.groups``.
     """
     give_rest(view, size, plan)
-    gpu_free_s, gpu_busy_s, arrival_s, demand_bytes = 0.0, 0.0, 0.0, 0.0
+    gpu_free_s, gpu_busy_s, arrival_s, demand_bytes, gpu_start_s = 0.0, 0.0, 0.0, 0.0, 0.0
     for j in range(size):
         i = view.active[j].turn
         expert = view.active[i]
@@ -111,13 +121,16 @@ def timeline(machine, view, size, plan):
         arrival_s += expert.fetch_s
         demand_bytes += 0.0 if expert.resident else expert.weight_bytes
         gpu_busy_s += expert.gpu_s
-        gpu_free_s = max(gpu_free_s, arrival_s) + expert.gpu_s
+        gpu_free_s = gpu_end_s(view, gpu_free_s, arrival_s, expert)
+        gpu_start_s = view.gpu_start_s if expert.resident else gpu_start_s
+    gpu_busy_s += gpu_start_s
     row_shards, busiest_s, busy_sum_s, count = 0.0, 0.0, 0.0, 0
     for g in range(view.groups.size):
         group = view.groups[g]
         row_shards += min(float(view.rows), group.rows)
-        busiest_s = max(busiest_s, group.busy_s)
-        busy_sum_s += group.busy_s * view.share
+        busy_s = group.busy_s + (view.home_start_s if group.count > 0 else 0.0)
+        busiest_s = max(busiest_s, busy_s)
+        busy_sum_s += busy_s * view.share
         count += group.count
     act_bytes, act_s, ndp_s = 0.0, 0.0, 0.0
     if count > 0:

@@ -20,7 +20,10 @@ DEVICE = np.dtype(
         for name in (
             "s_per_row",  # of one row in one expert, on all units of a group together
             "s_per_byte",
-            "start_s",
+            "serial",  # 1: reading and arithmetic do not overlap (roofline "sum"), else 0
+            "start_s",  # of one launch
+            "each_s",  # that each expert adds which need not be fetched: start_s, or 0 with launch "layer"
+            "layer_s",  # that all these experts of a layer add once: 0, or start_s with launch "layer"
             "flop_s",
             "bytes_s",
         )
@@ -38,6 +41,7 @@ WORK = np.dtype(
             "dense_flop_per_row",
             "kv_bytes",  # a token and layer
             "head_bytes",
+            "overhead_s",  # of the host, a layer and step
             "all_flop_s",  # of all devices together
             "all_bytes_s",
         )
@@ -73,7 +77,7 @@ def machine_of(
 
     Args:
         model: what is served.
-        system: what it is served on.
+        system: what it is served on, as the policy sees it (`moetrace.spec.participants`).
         weight_bytes: float64 [L, E], of each expert.
         group_of_expert: int64 [L, E], the group of ``share`` units that holds it.
         share: units in a group.
@@ -81,7 +85,7 @@ def machine_of(
     Returns:
         Records for the GPU and for each group; one group of no rate where experts have no home but the link's end.
     """
-    groups = max(system.units // share, 1)
+    groups = max(system.units // share, 1)  # the CPU is a group of its own
     device = records(FIRST_HOME + groups, DEVICE)
     _describe(device[:FIRST_HOME], system.accelerator, 1, model)
     if system.home is not None:
@@ -93,9 +97,9 @@ def machine_of(
     for name in ("flop_per_row", "dense_bytes", "dense_flop_per_row", "head_bytes"):
         work[name] = getattr(model, name)
     work["row_bytes"], work["kv_bytes"] = model.activation_row_bytes, model.kv_bytes_per_token_layer
-    devices = [system.accelerator, *([system.home] if system.home else [])]
-    work["all_flop_s"] = sum(each.count * each.flop_s for each in devices)
-    work["all_bytes_s"] = sum(each.count * each.bytes_s for each in devices)
+    work["overhead_s"] = system.gpu.layer_overhead_s
+    work["all_flop_s"] = sum(each.count * each.flop_s for each in system.devices)
+    work["all_bytes_s"] = sum(each.count * each.bytes_s for each in system.devices)
     return Machine(
         device,
         link,
@@ -118,4 +122,6 @@ def _describe(device: np.ndarray, kind: Device, share: int, model: Model) -> Non
     """Fill the records (DEVICE [n]) of devices, each of ``share`` units of a kind."""
     device["s_per_row"] = model.flop_per_row / (share * kind.flop_s)
     device["s_per_byte"] = 1 / (share * kind.bytes_s)
-    device["start_s"], device["flop_s"], device["bytes_s"] = kind.start_s, kind.flop_s, kind.bytes_s
+    device["serial"], device["start_s"] = kind.is_serial, kind.start_s
+    device["each_s"], device["layer_s"] = (0.0, kind.start_s) if kind.starts_once else (kind.start_s, 0.0)
+    device["flop_s"], device["bytes_s"] = kind.flop_s, kind.bytes_s

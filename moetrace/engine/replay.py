@@ -9,7 +9,7 @@ from moetrace.engine.cost import dense_s, head_s, order_on_gpu, price, prices_of
 from moetrace.engine.demand import Demand
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.layer import timeline
-from moetrace.engine.machine import DEVICE, FIRST_HOME, LINK, WORK, Machine
+from moetrace.engine.machine import DEVICE, FIRST_HOME, GPU_DEVICE, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
     FROM_PROMPT,
     HEAD,
@@ -84,6 +84,7 @@ SETTING = np.dtype(
         ("own_dispatch", np.int64),  # 1: a user's
         ("slots", np.int64),
         ("half_life", np.int64),  # 0 = never
+        ("gpu_rows", np.int64),  # 0 = never
         ("alpha", np.float64),
         ("chance", np.float64),
         ("seed", np.int64),
@@ -133,6 +134,9 @@ def view_of(step, steps, machine, setting, scratch):
         machine.link[0].latency_s,
         setting.alpha,
         setting.half_life,
+        machine.device[GPU_DEVICE].layer_s,
+        machine.device[FIRST_HOME].layer_s,
+        setting.gpu_rows,
         scratch.active,
         scratch.groups,
     )
@@ -200,9 +204,10 @@ def _carry_out(layer, size, state, log):
 
 @kernel
 def _note_units(dense, line, moved_bytes, machine, state, log):
-    """Add a layer's work to the books of the units."""
+    """Add a layer's work to the books of the units; in the host's overhead the GPU is idle."""
     gpu, link_in, link_out = log.unit[GPU], log.unit[LINK_IN], log.unit[LINK_OUT]
-    gpu.busy_s += dense + line.gpu_s
+    home_start_s = machine.device[FIRST_HOME].layer_s
+    gpu.busy_s += dense - machine.work[0].overhead_s + line.gpu_s
     gpu.bytes += machine.work[0].dense_bytes
     link_in.busy_s += line.fetch_s + moved_bytes * machine.link[0].s_per_byte + line.act_s
     link_in.bytes += line.demand_bytes + moved_bytes + line.act_bytes
@@ -212,7 +217,7 @@ def _note_units(dense, line, moved_bytes, machine, state, log):
         return
     for g in range(state.scratch.groups.size):
         group, unit = state.scratch.groups[g], log.unit[FIRST_GROUP + g]
-        unit.busy_s += group.busy_s
+        unit.busy_s += group.busy_s + (home_start_s if group.count > 0 else 0.0)
         unit.rows += group.rows
         unit.bytes += group.weight_bytes
         unit.experts += group.count

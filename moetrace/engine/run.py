@@ -25,6 +25,7 @@ from moetrace.jit.compile import compile_now
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.model import Model
+from moetrace.spec.participants import seen_by
 from moetrace.spec.policy import PolicySpec, check_policy
 from moetrace.spec.system import System
 from moetrace.trace.format import Trace
@@ -38,12 +39,14 @@ _Made = TypeVar("_Made")
 class Lane:
     """One policy on its way through a trace, and what it recorded.
 
-    ``clairvoyant_s``: seconds with whatever is active resident already, up to the slots (timing model, section 8).
+    ``clairvoyant_s``: seconds with whatever is active resident already, up to the slots; ``work_bound_s``: of any
+    schedule on the parts that take part (timing model, section 8).
     """
 
     policy: PolicySpec
     machine: Machine
     parts: list[MachinePart]
+    has_units: bool
     setting: Any  # SETTING [1]
     log: Log
     state: State
@@ -52,6 +55,7 @@ class Lane:
         tuple[Any, LayerScratch] | None
     )  # cells and scratch of that run; None if the dispatch ignores residency
     clairvoyant_s: float = 0.0
+    work_bound_s: float = 0.0
     recording: Recording | None = None  # of the steps of a timeline
 
     def advance(self, batch: Batch) -> None:
@@ -84,6 +88,9 @@ class Lane:
         """Close the books after the last block: what was prefetched and never run was wasted."""
         self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
         self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
+        if not self.has_units:  # one CPU is no tier that could be out of balance
+            self.log.step["imbalance"] = np.nan
+            self.log.layer["imbalance_sum"], self.log.layer["imbalance_count"] = 0.0, 0
         if self.clairvoyant is None:
             self.clairvoyant_s = float(np.sum(self.log.step["duration_s"] - self.log.step["wait_s"]))
 
@@ -98,8 +105,12 @@ class Run:
     schedule: Schedule
     popularity: Popularity
     lanes: list[Lane]
-    work_bound_s: float
     warnings: list[str]
+
+    @property
+    def work_bound_s(self) -> float:
+        """The work bound of the first policy: that of all, unless a CPU takes part in some of them only."""
+        return self.lanes[0].work_bound_s
 
 
 @dataclass
@@ -110,7 +121,6 @@ class _Underway:
     slots: int
     lanes: list[Lane]
     warnings: list[str]
-    bound_s: float = 0.0
     error: MoetraceError | None = None
 
     def end(self, schedule: Schedule, popularity: Popularity) -> Run | MoetraceError:
@@ -120,7 +130,17 @@ class _Underway:
         for lane in self.lanes:
             lane.finish()
         model, system = self.setup.model, self.setup.system
-        return Run(model, system, self.slots, schedule, popularity, self.lanes, self.bound_s, self.warnings)
+        return Run(model, system, self.slots, schedule, popularity, self.lanes, self.warnings)
+
+    def add_bound(self, batch: Batch) -> None:
+        """Add a block to the lanes' work bounds, which differ only where what takes part does."""
+        bounds: dict[tuple[float, float], float] = {}
+        for lane in self.lanes:
+            work = lane.machine.work[0]
+            rates = float(work["all_flop_s"]), float(work["all_bytes_s"])
+            if rates not in bounds:
+                bounds[rates] = work_bound_s(batch.steps, batch.demand, lane.machine, lane.work_bound_s)
+            lane.work_bound_s = bounds[rates]
 
 
 def run_setups(
@@ -200,7 +220,7 @@ def _kernels_of(lanes: Iterable[Lane]) -> list[Any]:
 def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> None:
     """Replay a block in each lane."""
     for one in underway:
-        one.bound_s = work_bound_s(batch.steps, batch.demand, one.lanes[0].machine, one.bound_s)
+        one.add_bound(batch)
     lanes = [(one, lane) for one in underway for lane in one.lanes]
     if pool is None:
         errors = [_attempt(lane.advance, batch) for _, lane in lanes]
@@ -214,8 +234,9 @@ def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> Non
 
 
 def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int) -> Lane:
-    model, system, schedule, own = setup.model, setup.system, decoded.schedule, setup.hooks
-    check_policy(policy, system)
+    check_policy(policy, setup.system)
+    model, system = setup.model, seen_by(policy, setup.system)
+    schedule, own = decoded.schedule, setup.hooks
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units)
@@ -235,11 +256,12 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
         own_dispatch=int(dispatch.reads_state),
         slots=slots,
         half_life=policy.half_life or 0,
+        gpu_rows=policy.gpu_rows or 0,
         alpha=float(policy.alpha),
         chance=float(policy.p),
         seed=policy.seed,
     )
-    pools = layers if policy.scope == "layer" else 1
+    pools = layers if policy.scope == "layer" and not residency.shares_slots else 1
     state = new_state(machine, schedule, setting, pools, residency.admits, residency.order)
     if system.link is None:
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
@@ -247,4 +269,5 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
         residency.begin(policy, state, decoded)
     clairvoyant = None if dispatch.ignores_residency else (empty_cells(layers, experts, True), new_scratch(machine))
     log = new_log(decoded.trace.steps, layers, len(state.scratch.groups))
-    return Lane(policy, machine, parts_of(system, share), setting, log, state, hooks, clairvoyant)
+    parts = parts_of(system, share)
+    return Lane(policy, machine, parts, system.ndp is not None, setting, log, state, hooks, clairvoyant)

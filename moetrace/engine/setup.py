@@ -7,6 +7,7 @@ import numpy as np
 
 from moetrace.spec.errors import UsageError
 from moetrace.spec.model import Model, check_shape
+from moetrace.spec.participants import idle_cpu
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System, check_fits, gpu_slots
 from moetrace.trace.format import Trace
@@ -47,6 +48,7 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
     slots = _slots(model, system, setup.slots, fitting)
     if slots > fitting:
         warnings.append(f"{slots} slots are more than the {fitting} experts that fit the GPU of {system.name}.")
+    warnings += [note for policy in setup.policies if (note := idle_cpu(policy, system))]
     return slots, warnings
 
 

@@ -94,6 +94,9 @@ class View(NamedTuple):
     link_latency_s: float
     alpha: float
     half_life: int
+    gpu_start_s: float  # before the first resident that the GPU runs; 0 unless its launch is "layer"
+    home_start_s: float  # before a unit's first expert; 0 unless the units' launch is "layer"
+    gpu_rows: int  # from so many rows on all experts run on the GPU; 0 = never
     active: Any  # ACTIVE [E]; the first `load.size` are valid
     groups: Any  # GROUP [groups]; scratch of the dispatch
 
@@ -136,7 +139,7 @@ def new_log(steps: int, layers: int, groups: int) -> Log:
 
 
 def _view(active: np.ndarray, groups: np.ndarray) -> View:
-    return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, active, groups)
+    return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0, active, groups)
 
 
 @cache

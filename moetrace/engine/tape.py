@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moetrace.engine.cost import head_s
+from moetrace.engine.machine import FIRST_HOME, GPU_DEVICE
 from moetrace.engine.prefetch import HEAD, TAIL, is_complete, remaining_bytes
 from moetrace.engine.state import FIRST_GROUP, GPU, HOME, LINK_IN, LINK_OUT, records
 from moetrace.jit.compile import kernel
@@ -108,7 +109,8 @@ def note_dense(tape, step, layer, dense, machine, state):
     """Before the queue flows beside it: write a layer's dense work, and that flow."""
     start_s = tape.clock_s[0]
     note_count(tape, step, start_s, state)
-    note(tape, step, layer, DENSE, GPU, start_s, dense, machine.work[0].dense_bytes)
+    # The host's overhead, in which the GPU is idle, comes after the dense work: before the router's word.
+    note(tape, step, layer, DENSE, GPU, start_s, dense - machine.work[0].overhead_s, machine.work[0].dense_bytes)
     note_flow(tape, step, dense * machine.link[0].bytes_s, start_s, machine, state)
 
 
@@ -121,9 +123,9 @@ def note_moe(tape, step, layer, dense, size, line, machine, state):
     """
     start_s = tape.clock_s[0] + dense
     note_count(tape, step, start_s, state)
-    _note_gpu(tape, step, layer, start_s, size, state)
+    _note_gpu(tape, step, layer, start_s, size, machine, state)
     if line.act_bytes > 0.0:
-        _note_groups(tape, step, layer, start_s + line.act_s, size, state)
+        _note_groups(tape, step, layer, start_s + line.act_s, size, machine, state)
         note(tape, step, layer, ACTIVATIONS, LINK_OUT, start_s, line.act_s, line.act_bytes)
         back_s = start_s + (line.act_s + line.busiest_s)
         note(tape, step, layer, ACTIVATIONS, LINK_IN, back_s, line.act_s, line.act_bytes)
@@ -133,9 +135,12 @@ def note_moe(tape, step, layer, dense, size, line, machine, state):
 
 
 @kernel
-def _note_gpu(tape, step, layer, start_s, size, state):
-    """Write the GPU's experts and their fetches: rules 3 and 4 of a layer, as in ``layer.timeline``."""
-    gpu_free_s, arrival_s = 0.0, 0.0
+def _note_gpu(tape, step, layer, start_s, size, machine, state):
+    """Write the GPU's experts and their fetches: rules 3 and 4 of a layer, as in ``layer.timeline``.
+
+    The start of a layer's kernel is a part of its first expert's slice.
+    """
+    gpu_free_s, arrival_s, layer_s = 0.0, 0.0, machine.device[GPU_DEVICE].layer_s
     for j in range(size):
         i = state.scratch.active[j].turn
         if state.scratch.plan[i] == HOME:
@@ -147,13 +152,19 @@ def _note_gpu(tape, step, layer, start_s, size, state):
             tape.slices[tape.ends[0] - 1].expert = expert.expert
         arrival_s += expert.fetch_s
         begin_s = max(gpu_free_s, arrival_s)
-        _note_expert(tape, step, layer, GPU, start_s + begin_s, expert.gpu_s, expert)
-        gpu_free_s = begin_s + expert.gpu_s
+        duration_s = expert.gpu_s + (layer_s if expert.resident else 0.0)
+        layer_s = 0.0 if expert.resident else layer_s
+        _note_expert(tape, step, layer, GPU, start_s + begin_s, duration_s, expert)
+        gpu_free_s = begin_s + duration_s
 
 
 @kernel
-def _note_groups(tape, step, layer, start_s, size, state):
-    """Write the units' experts, one after another in each group: ``busy_s`` counts up to what it is again."""
+def _note_groups(tape, step, layer, start_s, size, machine, state):
+    """Write the units' experts, one after another in each group: ``busy_s`` counts up to what it is again.
+
+    The start of a layer's work is a part of its first expert's slice.
+    """
+    layer_s = machine.device[FIRST_HOME].layer_s
     for g in range(state.scratch.groups.size):
         state.scratch.groups[g].busy_s = 0.0
     for i in range(size):
@@ -161,7 +172,10 @@ def _note_groups(tape, step, layer, start_s, size, state):
             continue
         expert = state.scratch.active[i]
         group = state.scratch.groups[expert.group]
-        _note_expert(tape, step, layer, FIRST_GROUP + expert.group, start_s + group.busy_s, expert.ndp_s, expert)
+        is_first = group.busy_s == 0.0
+        begin_s = start_s + (group.busy_s + (0.0 if is_first else layer_s))
+        duration_s = expert.ndp_s + (layer_s if is_first else 0.0)
+        _note_expert(tape, step, layer, FIRST_GROUP + expert.group, begin_s, duration_s, expert)
         group.busy_s += expert.ndp_s
 
 

@@ -107,7 +107,7 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> PolicyFigures:
         wasted=int(lane.log.tally["wasted"][0]),
         imbalance_mean=_ratio(float(layers["imbalance_sum"].sum()), int(layers["imbalance_count"].sum())),
         utilization=_utilization(run.system, dict(zip(units["unit"], units["utilization"], strict=True))),
-        work_bound_s=float(run.work_bound_s),  # of plain Python, without a JIT, NumPy's
+        work_bound_s=float(lane.work_bound_s),  # of plain Python, without a JIT, NumPy's
         clairvoyant_s=float(lane.clairvoyant_s),
         speedup=None,  # against the first policy
         used=int(lane.log.tally["used"][0]),

@@ -92,7 +92,8 @@ class Dispatch(PolicyChoice, frozen=True, kw_only=True):
 
     Attributes:
         partners: choices that it goes with only, as pairs of kind and name.
-        without_units: whether it runs on a system without NDP units.
+        without_units: whether it runs on a system where nothing but the GPU runs experts: it sends all of them there.
+        beside_units: whether a CPU takes part beside NDP units.
         ignores_residency: whether its decision does not depend on what the GPU holds.
         reads_state: whether it looks at `state`, and not only at `view`.
         counts_fallbacks: whether it searches up to `OPTIMAL_UP_TO` active experts, and layers with more are counted.
@@ -100,6 +101,7 @@ class Dispatch(PolicyChoice, frozen=True, kw_only=True):
 
     partners: tuple[tuple[str, str], ...] = ()
     without_units: bool = False
+    beside_units: bool = False
     ignores_residency: bool = False
     reads_state: bool = True
     counts_fallbacks: bool = False
@@ -133,6 +135,7 @@ class Residency(PolicyChoice, frozen=True, kw_only=True):
         order: what is evicted: BY_SCORE (of the hook), BY_TOUCH, BY_ADMISSION or BY_HAND.
         admits: whether a copy that arrives may be kept as long as nothing else is said.
         begin: `begin(policy, state, decoded)`, called before the first step of a system with a link.
+        shares_slots: whether all layers share the slots, whatever `scope` says.
         prefetches: names of those that it goes with, beside `none` and those that name it themselves.
         next_steps: whether it reads when an expert is demanded next.
         counts_prompts: whether the engine counts what the prompts chose, and lets it keep that.
@@ -142,6 +145,7 @@ class Residency(PolicyChoice, frozen=True, kw_only=True):
     order: int = BY_SCORE
     admits: bool = True
     begin: Callable | None = None
+    shares_slots: bool = False
     prefetches: tuple[str, ...] = ()
     next_steps: bool = False
     counts_prompts: bool = False

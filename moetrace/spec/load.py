@@ -346,6 +346,11 @@ def _explain(message: str, loaded: Loaded, struct: type[msgspec.Struct]) -> str:
         if path.endswith("[...]"):
             return f"{loaded.where}: every value of {path[:-5]} wants {wants}."
         return f"{loaded.where}: {path} wants {wants}{_got(loaded.raw, path)}."
+    table, _, field = path.rpartition(".")
+    kind = _fields(struct, table).get(field)
+    if legal := [name for inner in getattr(kind, "types", [kind]) for name in getattr(inner, "values", ())]:
+        near = nearest(str(_at(loaded.raw, path)), legal)
+        return f"{loaded.where}: {path} wants one of {', '.join(legal)}{near}{_got(loaded.raw, path)}."
     return f"{loaded.where}: {path}: {what}{_got(loaded.raw, path)}."
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -46,6 +46,9 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     plan: str | None = None
     static: str | None = None
     prefetch_blocks: bool = False
+    gpu_rows: Annotated[int, Meta(ge=1)] | None = None
+    gpu_layers: Annotated[int, Meta(ge=0)] | None = None
+    gpu_layers_end: Literal["first", "last"] | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
@@ -112,17 +115,20 @@ def load_policy(source: str | Path | PolicySpec, overrides: Mapping[str, object]
 def check_policy(policy: PolicySpec, system: System) -> None:
     """Raise a UsageError if the policy cannot run on the system.
 
-    `tp:g` wants a g that divides the number of NDP units. Without any, `gpu` is the only dispatch: there is nothing
-    to decide, so a user's own is refused too (and `placement`, which then places nothing, is not looked at).
+    `tp:g` wants a g that divides the number of NDP units. Without these and without a CPU that could run experts,
+    `gpu` is the only dispatch: there is nothing to decide, so a user's own is refused too. `placement` places nothing
+    where there are no units, and is not looked at.
     """
-    if system.ndp is None:
+    if system.home is None:
         dispatch = find("dispatch", policy.dispatch)
         if dispatch is None or not dispatch.without_units:
             able = [f'"{name}"' for name, record in choices_of("dispatch").items() if record.without_units]
+            missing = "has none" if system.link is not None else "has no link to either"
             raise UsageError(
-                f"Policy {policy.name}: dispatch {_show(policy.dispatch)} needs NDP units, and system {system.name} "
-                f"has none; only dispatch = {' or '.join(able)} (as in on-demand) runs there."
+                f"Policy {policy.name}: dispatch {shown(policy.dispatch)} needs NDP units or a CPU that runs experts, "
+                f"and system {system.name} {missing}; only dispatch = {' or '.join(able)} (as in on-demand) runs there."
             )
+    if system.ndp is None:
         return
     size = policy.group_size(system.ndp.units)
     if system.ndp.units % size:
@@ -176,7 +182,8 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def _show(choice: str) -> str:
+def shown(choice: str) -> str:
+    """Return a choice as messages name it: of a function's file the last part of its path."""
     user = _split(choice)
     return f"{Path(user[0]).name}:{user[1]}" if user else choice
 
@@ -222,13 +229,13 @@ def _check_partners(policy: PolicySpec, loaded: Loaded) -> None:
     if any(getattr(policy, kind) != name for kind, name in partners):
         raise UsageError(
             f"{loaded.where}: dispatch {policy.dispatch} goes with {_joined(partners)} only, "
-            f"got {_joined((kind, _show(getattr(policy, kind))) for kind, _ in partners)}."
+            f"got {_joined((kind, shown(getattr(policy, kind))) for kind, _ in partners)}."
         )
     residency = USER if _split(policy.residency) else policy.residency
     if not go_together(prefetch, residency):
         raise UsageError(
             f"{loaded.where}: prefetch {policy.prefetch} goes with residency "
-            f"{' or '.join(residencies_of(prefetch))} only, got residency {_show(policy.residency)}, which goes with "
+            f"{' or '.join(residencies_of(prefetch))} only, got residency {shown(policy.residency)}, which goes with "
             f"prefetch {' or '.join(prefetches_of(residency))}."
         )
 

@@ -7,7 +7,7 @@ included, as the replay uses them.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -26,8 +26,10 @@ class Device:
     count: int
     flop_s: float
     bytes_s: float  # of the memory that it reads experts from
-    start_s: float  # that each expert adds
-    is_numbered: bool
+    start_s: float  # of one launch
+    is_numbered: bool = False
+    is_serial: bool = False  # arithmetic and reading do not overlap
+    starts_once: bool = False  # a layer, for all experts that need not be fetched; else each expert starts itself
 
     @property
     def names(self) -> list[str]:
@@ -38,6 +40,12 @@ class Device:
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Efficiency = Annotated[float, Meta(gt=0, le=1)]
+Roofline = Literal["max", "sum"]
+Launch = Literal["expert", "layer"]
+
+
+# A field that a later version added is None where nobody sets it: `canonical` then says nothing of it, so that a
+# baseline from before compares as the same (`moetrace.batch.identity`). Its meaning says what holds then.
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,6 +60,11 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         compute_efficiency: Share of `tflops` that it reaches.
         memory_efficiency: Share of `bandwidth_gb_s` that it reaches.
         launch_us: Microseconds that each launch adds.
+        launch: Whether each expert is a launch (`expert`, the default), or one launch runs all residents of a layer
+            (`layer`).
+        roofline: Whether arithmetic and reading overlap (`max`, the default) or follow each other (`sum`).
+        layer_overhead_us: Microseconds of the host's work for each layer and step, in which nothing computes. By
+            default 0.
     """
 
     name: str
@@ -62,6 +75,9 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     compute_efficiency: Efficiency = 1.0
     memory_efficiency: Efficiency = 1.0
     launch_us: NotNegative
+    launch: Launch | None = None
+    roofline: Roofline | None = None
+    layer_overhead_us: NotNegative | None = None
 
     @property
     def flop_s(self) -> float:
@@ -78,6 +94,11 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """Seconds that each launch adds: t_g."""
         return self.launch_us / 1e6
 
+    @property
+    def layer_overhead_s(self) -> float:
+        """Seconds of the host's work for each layer and step: t_o."""
+        return (self.layer_overhead_us or 0.0) / 1e6
+
 
 class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The NDP tier of equal units.
@@ -88,6 +109,11 @@ class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         bandwidth_gb_s: Bandwidth inside one unit, GB a second.
         capacity_gb: Memory of one unit, GB.
         command_us: Microseconds that each command to a unit adds.
+        compute_efficiency: Share of `gmac_s` that a unit reaches. By default 1.
+        memory_efficiency: Share of `bandwidth_gb_s` that a unit reaches. By default 1.
+        launch: Whether each expert is a command (`expert`, the default), or one command starts a unit's experts of a
+            layer (`layer`).
+        roofline: Whether arithmetic and reading overlap (`max`, the default) or follow each other (`sum`).
     """
 
     units: Annotated[int, Meta(ge=1, le=65535)]
@@ -95,16 +121,20 @@ class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     bandwidth_gb_s: Positive
     capacity_gb: Positive
     command_us: NotNegative
+    compute_efficiency: Efficiency | None = None
+    memory_efficiency: Efficiency | None = None
+    launch: Launch | None = None
+    roofline: Roofline | None = None
 
     @property
     def flop_s(self) -> float:
-        """FLOP per second of one unit, two for each MAC: F_n."""
-        return 2 * self.gmac_s * 1e9
+        """FLOP per second that one unit reaches, two for each MAC: F_n."""
+        return 2 * self.gmac_s * 1e9 * (self.compute_efficiency or 1.0)
 
     @property
     def bytes_s(self) -> float:
-        """Bytes per second inside one unit: B_n."""
-        return self.bandwidth_gb_s * 1e9
+        """Bytes per second that one unit reads from its memory: B_n."""
+        return self.bandwidth_gb_s * 1e9 * (self.memory_efficiency or 1.0)
 
     @property
     def command_s(self) -> float:
@@ -118,15 +148,19 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     Attributes:
         bandwidth_gb_s: Bandwidth in one direction, GB a second.
         latency_us: Microseconds that each transfer adds.
+        efficiency: Share of `bandwidth_gb_s` that it reaches. By default 1.
+        host_read: Whether the CPU's memory bandwidth also limits fetches of dispatch `gpu`. By default it does not.
     """
 
     bandwidth_gb_s: Positive
     latency_us: NotNegative
+    efficiency: Efficiency | None = None
+    host_read: bool | None = None
 
     @property
     def bytes_s(self) -> float:
-        """Bytes per second in one direction: B_l."""
-        return self.bandwidth_gb_s * 1e9
+        """Bytes per second that it reaches in one direction: B_l."""
+        return self.bandwidth_gb_s * 1e9 * (self.efficiency or 1.0)
 
     @property
     def latency_s(self) -> float:
@@ -135,17 +169,51 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The CPU tier. No built-in policy of version 1 uses it.
+    """The CPU, which runs experts out of host memory where there are no NDP units.
 
     Attributes:
-        tflops: Its arithmetic, 1e12 FLOP a second.
-        bandwidth_gb_s: Bandwidth of its memory, GB a second.
-        command_us: Microseconds that each command adds.
+        tflops: Peak of its arithmetic, 1e12 FLOP a second.
+        bandwidth_gb_s: Peak of its memory's bandwidth, GB a second.
+        command_us: Microseconds that each expert adds.
+        compute_efficiency: Share of `tflops` that it reaches. By default 1.
+        memory_efficiency: Share of `bandwidth_gb_s` that it reaches. By default 1.
+        launch: Whether each expert adds `command_us` (`expert`, the default), or all experts of a layer add it once
+            (`layer`).
+        roofline: Whether arithmetic and reading overlap (`max`, the default) or follow each other (`sum`).
     """
 
     tflops: Positive
     bandwidth_gb_s: Positive
     command_us: NotNegative
+    compute_efficiency: Efficiency | None = None
+    memory_efficiency: Efficiency | None = None
+    launch: Launch | None = None
+    roofline: Roofline | None = None
+
+    @property
+    def flop_s(self) -> float:
+        """FLOP per second that it reaches: F_c."""
+        return self.tflops * 1e12 * (self.compute_efficiency or 1.0)
+
+    @property
+    def bytes_s(self) -> float:
+        """Bytes per second that it reads from host memory: B_c."""
+        return self.bandwidth_gb_s * 1e9 * (self.memory_efficiency or 1.0)
+
+    @property
+    def command_s(self) -> float:
+        """Seconds that each expert adds: t_c."""
+        return self.command_us / 1e6
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Host memory, where experts live if there are no NDP units.
+
+    Attributes:
+        memory_gb: Memory for experts, GB. Without it there is no limit.
+    """
+
+    memory_gb: Positive | None = None
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -156,7 +224,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         gpu: The GPU.
         ndp: The NDP tier. Without it the experts live in host memory.
         link: The host link. Without it everything is in the GPU's memory.
-        cpu: The CPU tier.
+        cpu: The CPU. It runs experts where there are no NDP units.
+        host: Host memory.
         energy: Numbers that version 1 carries along and does not use.
         price: Numbers that version 1 carries along and does not use.
     """
@@ -166,6 +235,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ndp: Ndp | None = None
     link: Link | None = None
     cpu: Cpu | None = None
+    host: Host | None = None
     energy: dict[str, NotNegative] | None = None
     price: dict[str, NotNegative] | None = None
 
@@ -178,19 +248,33 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def accelerator(self) -> Device:
         """What runs the dense layers, and experts that are resident or fetched."""
         gpu = self.gpu
-        return Device("gpu", 1, gpu.flop_s, gpu.bytes_s, gpu.launch_s, is_numbered=False)
+        return _device("gpu", 1, gpu, gpu.launch_s)
 
     @property
     def home(self) -> Device | None:
-        """Where experts live and run if nothing moves: the NDP units, if there are any."""
-        ndp = self.ndp
-        return ndp and Device("ndp", ndp.units, ndp.flop_s, ndp.bytes_s, ndp.command_s, is_numbered=True)
+        """Where experts live and run if nothing moves: the NDP units, else the CPU at the other end of the link."""
+        ndp, cpu = self.ndp, self.cpu
+        if ndp is not None:
+            return _device("ndp", ndp.units, ndp, ndp.command_s, is_numbered=True)
+        return _device("cpu", 1, cpu, cpu.command_s) if cpu is not None and self.link is not None else None
+
+    @property
+    def devices(self) -> list[Device]:
+        """All that computes: the GPU, the units, the CPU."""
+        home, cpu = self.home, self.cpu
+        beside = [_device("cpu", 1, cpu, cpu.command_s)] if self.ndp is not None and cpu is not None else []
+        return [self.accelerator, *([home] if home else []), *beside]
 
     @property
     def part_names(self) -> list[str]:
         """Names of all parts, in the order of every table: devices, then the directions of the link."""
-        devices = [self.accelerator, *([self.home] if self.home else [])]
+        devices = [self.accelerator, *([self.home] if self.ndp and self.home else [])]
         return [*(name for device in devices for name in device.names), "cpu", "link_in", "link_out"]
+
+
+def _device(name: str, count: int, part: Gpu | Ndp | Cpu, start_s: float, is_numbered: bool = False) -> Device:
+    is_serial, starts_once = part.roofline == "sum", part.launch == "layer"
+    return Device(name, count, part.flop_s, part.bytes_s, start_s, is_numbered, is_serial, starts_once)
 
 
 def load_system(source: str | Path | System, overrides: Mapping[str, object] | None = None) -> System:
@@ -259,9 +343,9 @@ def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
 
 
 def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_capacity: bool = False) -> None:
-    """Check that the experts fit the NDP units together or, without a link, the GPU.
+    """Check that the experts fit the NDP units together, or host memory or, without a link, the GPU.
 
-    With a link and no NDP units they are in host memory, which has no limit here.
+    With a link and no NDP units they are in host memory, which has no limit unless `host.memory_gb` is given.
 
     Args:
         model: The model.
@@ -283,6 +367,10 @@ def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_ca
         have = max(gpu_space_bytes(model, system), 0.0)
         place = f"the {have / 1e9:.1f} GB that the GPU of system {system.name} has left (it has no link, so all must)"
         remedy = "take another system"
+    elif system.host is not None and system.host.memory_gb is not None:
+        have = system.host.memory_gb * 1e9
+        place = f"the {have / 1e9:g} GB of host memory of system {system.name}"
+        remedy = f"give host.memory_gb = {int(-(-need // 1e9))}"
     else:
         return
     if need > have:

@@ -19,7 +19,9 @@ class Cost(NamedTuple):
 
     s_per_row: float
     s_per_byte: float
-    start_s: float
+    serial: float
+    each_s: float
+    layer_s: float
     expert_bytes: np.ndarray  # float64 [L, E]
 
 
@@ -104,8 +106,8 @@ def judge(loads, copies, bins, turn, period, cost, tally):
                 own = each + ((copy + shift) % number < left if left else 0)
                 if own:
                     b = copies.bin[layer, first + copy]
+                    busy_s[b] += expert_s(cost, own, weight_bytes) + (0.0 if rows[b] else cost.layer_s)
                     rows[b] += own
-                    busy_s[b] += expert_s(cost, own, weight_bytes)
         _note(layer, rows, busy_s, period[i // layers], tally)
 
 
@@ -140,7 +142,7 @@ def bound(loads, experts, bins, slots, cost, least):
     """Add to ``least`` what no plan of ``slots`` copies on ``bins`` bins can beat, even one made anew for every step.
 
     Let expert e have n_e rows. One copy that runs x of them costs c_e(x), which is x, or seconds: then 0 for x = 0,
-    else max(x * a, b_e) + t. In both cases c_e does not decrease and c_e(x) + c_e(y) >= c_e(x + y). So
+    else max(x * a, b_e) + t, or the sum of x * a and b_e (what a bin starts with once is left out). In all cases c_e does not decrease and c_e(x) + c_e(y) >= c_e(x + y). So
 
     1. all copies of e together cost c_e(n_e) at least, however the rows are split: the bins' sum is at least that of
        all c_e(n_e), and the greatest of ``bins`` numbers is at least their mean;

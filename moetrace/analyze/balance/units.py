@@ -75,11 +75,10 @@ class _Machine:
 
     def cost(self, share: int, shape: tuple[int, int]) -> Cost:
         if self.model is None or self.system is None:
-            return Cost(0.0, 0.0, 0.0, np.zeros(shape))
+            return Cost(0.0, 0.0, 0.0, 0.0, 0.0, np.zeros(shape))
         assert self.weight_bytes is not None
         machine = machine_of(self.model, self.system, self.weight_bytes, np.zeros(shape), share)
-        s_per_row, s_per_byte, start_s = (float(machine.device[FIRST_HOME][name]) for name in Cost._fields[:3])
-        return Cost(s_per_row, s_per_byte, start_s, machine.weight_bytes)
+        return Cost(*(float(machine.device[FIRST_HOME][name]) for name in Cost._fields[:-1]), machine.weight_bytes)
 
     @property
     def link_bytes_s(self) -> float | None:

@@ -1,6 +1,6 @@
 """`hot` (MoNDE): the H most demanded experts are fetched."""
 
-from moetrace.engine.layer import give_rest, less, ndp_end_s, take_from_group
+from moetrace.engine.layer import give_rest, gpu_end_s, less, ndp_end_s, take_from_group
 from moetrace.spec.choices import Dispatch
 
 
@@ -13,7 +13,7 @@ def hottest_on_gpu(state, view, layer, load, plan):
         expert = view.active[i]
         take_from_group(view.groups, expert)
         arrival_s += expert.fetch_s
-        free_s = max(free_s, arrival_s) + expert.gpu_s
+        free_s = gpu_end_s(view, free_s, arrival_s, expert)
         moe_s = max(free_s, ndp_end_s(view))
         if less(moe_s, best_s):
             best_s, best = moe_s, i + 1

@@ -1,0 +1,43 @@
+"""Which parts of a machine take part under a dispatch, and how fast what it reads can come (timing model, section 1)."""
+
+from msgspec.structs import replace
+
+from moetrace.spec.choices import Dispatch, find
+from moetrace.spec.policy import PolicySpec, shown
+from moetrace.spec.system import System
+
+
+def seen_by(policy: PolicySpec, system: System) -> System:
+    """Return the system that a policy replays on: without a CPU that takes no part, with the link as fast as it is fed.
+
+    The CPU takes part where experts live in host memory, unless the dispatch sends all of them to the GPU, or, beside
+    NDP units, under the dispatches that say so. Then, and with `link.host_read` under the others, the link carries no
+    more than host memory gives.
+    """
+    cpu, link = system.cpu, system.link
+    if cpu is None:
+        return system
+    dispatch: Dispatch | None = find("dispatch", policy.dispatch)
+    runs = link is not None and _runs_experts(dispatch, system)
+    if link is not None and system.ndp is None and (runs or link.host_read) and cpu.bandwidth_gb_s * 1e9 < link.bytes_s:
+        system = replace(system, link=replace(link, bandwidth_gb_s=cpu.bandwidth_gb_s, efficiency=1.0))
+    return system if runs else replace(system, cpu=None)
+
+
+def idle_cpu(policy: PolicySpec, system: System) -> str | None:
+    """Say in one sentence that a described CPU takes no part in a replay, and why; None if it does or there is none."""
+    if system.cpu is None or seen_by(policy, system).cpu is not None:
+        return None
+    if system.link is None:
+        why = "without [link] every expert is in GPU memory"
+    elif system.ndp is not None:
+        why = f"beside NDP units, dispatch {shown(policy.dispatch)} uses these"
+    else:
+        why = f"dispatch {shown(policy.dispatch)} runs every expert on the GPU"
+    return f"the CPU of {system.name} takes no part in policy {policy.name}: {why}."
+
+
+def _runs_experts(dispatch: Dispatch | None, system: System) -> bool:
+    if system.ndp is not None:
+        return dispatch is not None and dispatch.beside_units
+    return dispatch is None or not dispatch.without_units
