@@ -1,19 +1,24 @@
 """Fit a system's constants to measured times, and write it down."""
 
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
-from moetrace.calibration.fit import Fit, fit_copies, fit_kernels, predict
+from moetrace.calibration.fitting import Fit, fit_copies, fit_kernels, predict
 from moetrace.calibration.measured import SHAPE, Measured, read_measured, work
 from moetrace.calibration.system_file import Change, base_text, rewritten
 from moetrace.spec import System, UsageError, load_system
 from moetrace.spec.errors import counted
+from moetrace.spec.load import Loaded, convert
 
 # Beyond this many rows kernels of another kind run; decode and short prompts are below.
 MAX_ROWS = 256
+# What version 1 of the timing model takes for the start of an expert on a GPU that nobody measured.
+SHEET_START_S = 5e-6
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ def calibrate(
     name: str | None = None,
     cache_mb: float = 0.0,
     max_rows: int = MAX_ROWS,
+    source: str | None = None,
 ) -> Calibrated:
     """Fit efficiencies and starts of a system to measured times.
 
@@ -60,6 +66,7 @@ def calibrate(
         cache_mb: Size of the processor's last cache, MB. Layers whose weights are smaller are left out: a whole model
             never reads them from there.
         max_rows: Leave out layers with more rows.
+        source: What the table is, for the TOML. By default its file's name and what was chosen.
 
     Returns:
         The calibrated system.
@@ -74,15 +81,17 @@ def calibrate(
     """
     choose = {column: value for column, value in (("gpu", gpu), ("dtype", dtype)) if value is not None}
     measured = table if isinstance(table, Measured) else read_measured(table, choose)
+    if source is not None:
+        measured = measured._replace(source=source)
     base = load_system(system)
     text, left_out = base_text(system), list(measured.left_out)
     changes, fits, rows = [Change("", "name", name or f"{base.name}-calibrated", "")], {}, []
     for part, kernels in measured.kernels.items():
         used = _used(kernels, part, cache_mb if part == "gpu" else 0.0, max_rows, left_out)
-        flop_s, bytes_s, start_s, keys = _peaks(base, part)
+        flop_s, bytes_s, start = _peaks(base, part)
         fit = fits[part] = fit_kernels(used, flop_s, bytes_s)
-        rows.append({"part": part, **_row(fit, flop_s, bytes_s), **_sheet_errors(used, flop_s, bytes_s, start_s)})
-        changes += _kernel_changes(part, fit, flop_s, bytes_s, keys, measured.source)
+        rows.append({"part": part, **_row(fit, flop_s, bytes_s), **_sheet_errors(used, flop_s, bytes_s)})
+        changes += _kernel_changes(part, fit, (flop_s, bytes_s), start, measured.source)
     for part, copies in measured.copies.items():
         if copies["bytes"].n_unique() < 2:
             raise UsageError(f"Copies of one size say nothing of latency and bandwidth; measure two sizes for {part}.")
@@ -111,15 +120,15 @@ def _used(kernels: pl.DataFrame, part: str, cache_mb: float, max_rows: int, left
     return used
 
 
-def _peaks(system: System, part: str) -> tuple[float, float, float, tuple[str, str]]:
-    """FLOP/s and bytes/s at the data sheet's peak, the start of an expert in s, and the names of launch and start."""
+def _peaks(system: System, part: str) -> tuple[float, float, str]:
+    """FLOP/s and bytes/s at the data sheet's peak, and the name of the field for a start."""
     if part == "gpu":
-        gpu = system.gpu
-        return gpu.tflops * 1e12, gpu.bandwidth_gb_s * 1e9, gpu.launch_us / 1e6, ("launch", "launch_us")
+        return system.gpu.tflops * 1e12, system.gpu.bandwidth_gb_s * 1e9, "launch_us"
     if system.cpu is None:
-        raise UsageError(f"The table has times of a CPU, but system {system.name} has no [cpu]: add one with its peaks.")
-    cpu = system.cpu
-    return cpu.tflops * 1e12, cpu.bandwidth_gb_s * 1e9, cpu.command_us / 1e6, ("launch", "command_us")
+        raise UsageError(
+            f"The table has times of a CPU, but system {system.name} has no [cpu]: add one with its peaks."
+        )
+    return system.cpu.tflops * 1e12, system.cpu.bandwidth_gb_s * 1e9, "command_us"
 
 
 def _row(fit: Fit, flop_s: float | None, bytes_s: float | None) -> dict[str, object]:
@@ -135,25 +144,23 @@ def _row(fit: Fit, flop_s: float | None, bytes_s: float | None) -> dict[str, obj
     }
 
 
-def _sheet_errors(kernels: pl.DataFrame, flop_s: float, bytes_s: float, start_s: float) -> dict[str, float]:
+def _sheet_errors(kernels: pl.DataFrame, flop_s: float, bytes_s: float) -> dict[str, float]:
     """Errors of the peaks with a start for each expert and the greater of its two times: version 1 of the model."""
     amounts = work(kernels)
     active, seconds = kernels["active"].to_numpy(), kernels["seconds"].to_numpy()
-    experts = predict(amounts * [[0, 1, 1]], [start_s, 1 / flop_s, 1 / bytes_s], "max") + active * start_s
-    errors = pl.Series(abs(experts / seconds - 1))
-    return {"sheet_median_error": float(errors.median()), "sheet_p90_error": float(errors.quantile(0.9, "linear"))}
+    experts = predict(amounts, np.array([0.0, 1 / flop_s, 1 / bytes_s]), "max") + active * SHEET_START_S
+    errors = np.abs(experts / seconds - 1)
+    return {"sheet_median_error": float(np.median(errors)), "sheet_p90_error": float(np.quantile(errors, 0.9))}
 
 
-def _kernel_changes(
-    part: str, fit: Fit, flop_s: float, bytes_s: float, keys: tuple[str, str], source: str
-) -> Iterator[Change]:
-    launch, start = keys
+def _kernel_changes(part: str, fit: Fit, peaks: tuple[float, float], start: str, source: str) -> Iterator[Change]:
+    flop_s, bytes_s = peaks
     how = f"calibrated: {source}"
     compute = min(fit.flop_s / flop_s, 1.0) if fit.flop_s else 1.0
     yield Change(part, "compute_efficiency", round(compute, 4), how)
     yield Change(part, "memory_efficiency", round(min(fit.bytes_s / bytes_s, 1.0), 4), how)
     yield Change(part, start, round(fit.start_s * 1e6, 2), f"{how}, of a layer's kernel")
-    yield Change(part, launch, "layer", how)
+    yield Change(part, "launch", "layer", how)
     yield Change(part, "roofline", "sum", how)
     yield from _known(part, fit, source)
 
@@ -176,15 +183,4 @@ def _known(part: str, fit: Fit, source: str) -> Iterator[Change]:
 
 
 def _loaded(text: str) -> System:
-    import tomllib
-
-    from moetrace.spec.load import Loaded, convert
-
     return convert(Loaded(tomllib.loads(text), "the calibrated system"), System)
-
-
-def summary_of(fits: Mapping[str, Fit]) -> str:
-    """Say in a few words how well fitted constants predict what was not fitted."""
-    return "; ".join(
-        f"{part} calibrated (median error {fit.median_error:.1%}, p90 {fit.p90_error:.1%})" for part, fit in fits.items()
-    )

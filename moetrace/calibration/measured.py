@@ -168,7 +168,7 @@ def _with_matrices(rows: pl.DataFrame, left_out: list[str]) -> pl.DataFrame:
     """
     shape = ["hidden", "intermediate", "experts", "top_k"]
     plain = pl.col("kernel_source").str.contains("nongated").any().over(shape)
-    gateless = (pl.col("intermediate").is_in([1856, 2688])) | (pl.col("top_k") == 22)
+    gateless = pl.col("intermediate").cast(pl.Float64).is_in([1856.0, 2688.0]) | (pl.col("top_k") == 22)
     kept = rows.with_columns(matrices=pl.when(plain).then(2).otherwise(3)).filter(~gateless | plain)
     if len(kept) < len(rows):
         left_out.append(f"{counted(len(rows) - len(kept), 'row')} of shapes whose number of matrices is open left out.")
@@ -204,7 +204,6 @@ def _checked(rows: pl.DataFrame, columns: tuple[str, ...], path: Path) -> pl.Dat
             raise MoetraceError(f"{path}: column {name} must hold numbers.") from None
         bad = ~(values.is_not_null() & values.is_finite() & (values > 0) & (values <= MAX_SIZE))
         if bad.any():
-            raise MoetraceError(
-                f"{path}: column {name} must hold numbers greater than 0 (and at most 2^40), got {values[bad.arg_max()]}."
-            )
+            wants = "numbers greater than 0 (and at most 2^40)"
+            raise MoetraceError(f"{path}: column {name} must hold {wants}, got {values.filter(bad)[0]}.")
     return rows.select(pl.col(name).cast(pl.Float64) for name in columns)

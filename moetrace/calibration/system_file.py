@@ -44,7 +44,9 @@ def rewritten(text: str, changes: Iterable[Change]) -> str:
     except tomllib.TOMLDecodeError:
         same = False
     if not same:
-        raise MoetraceError("The system's TOML cannot be changed line by line: write its tables as [table] and key = value.")
+        raise MoetraceError(
+            "The system's TOML cannot be changed line by line: write its tables as [table] and key = value."
+        )
     return written
 
 
@@ -63,7 +65,11 @@ def _set(lines: list[str], change: Change) -> None:
 
 def _table(lines: list[str], table: str) -> tuple[int, int]:
     """Return first and last line (exclusive) of a table's body; append the table if it is not there."""
-    heads = [(number, found[1].strip()) for number, line in enumerate(lines) if (found := re.match(r"\s*\[([^\[\]]+)\]", line))]
+    heads = [
+        (number, found[1].strip())
+        for number, line in enumerate(lines)
+        if (found := re.match(r"\s*\[([^\[\]]+)\]", line))
+    ]
     if not table:
         return 0, heads[0][0] if heads else len(lines)
     for place, (number, name) in enumerate(heads):

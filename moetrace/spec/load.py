@@ -205,6 +205,7 @@ def _folder(kind: str):
 
 
 def preset_text(kind: str, name: str) -> str:
+    """Text of a preset's TOML, or a UsageError that names the nearest; `kind` as in `list_presets`."""
     names = list_presets(kind)
     if name not in names:
         raise UsageError(

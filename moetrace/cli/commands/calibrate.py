@@ -44,7 +44,9 @@ _COLUMNS = {
     help="The GPU's last cache: leave out layers whose weights fit it.",
 )
 @click.option("--measure", is_flag=True, help="Time this machine: CPU, disk, and a CUDA device if there is one.")
-@click.option("--only", "parts", multiple=True, metavar="PART", help="With --measure: cpu, disk or cuda; may be repeated.")
+@click.option(
+    "--only", "parts", multiple=True, metavar="PART", help="With --measure: cpu, disk or cuda; may be repeated."
+)
 @click.option("--folder", type=ANY_PATH, help="With --measure: where the disk is timed.  [default: temporary folder]")
 @click.option("--save-table", type=_FILE, metavar="T.csv", help="With --measure: keep the times, for TABLE.")
 @format_option
@@ -88,7 +90,9 @@ def command(
     _print(found, form)
     if output is not None:
         write_whole({output: found.text.encode()})
-        click.echo(f"{printable(str(output))}: system {printable(found.system.name)}, {found.known}.", err=True)
+        click.echo(
+            f"{printable(str(output))}: system {printable(found.system.name)}, {found.system.how_known}.", err=True
+        )
 
 
 def _check(
@@ -113,7 +117,7 @@ def _check(
 
 
 def _measured(parts: tuple[str, ...], folder: Path | None, save_table: Path | None) -> "Measured":
-    from moetrace.calibration.measure import PARTS, measure, to_frame
+    from moetrace.calibration.this_machine import PARTS, measure, to_frame
     from moetrace.trace.atomic import write_whole
 
     measured = measure(parts or PARTS, folder=folder, report=lambda line: click.echo(f"moetrace: {line}", err=True))

@@ -62,9 +62,7 @@ def fit_kernels(kernels: pl.DataFrame, peak_flop_s: float, peak_bytes_s: float, 
         out = number.reshape(-1) % 2 == half
         errors[out] = np.abs(predict(amounts[out], solve(~out), roofline) / seconds[out] - 1)
     start, flop, byte = solve(np.ones(len(seconds), bool))
-    return Fit(
-        float(start), float(1 / flop), float(1 / byte), len(seconds), int(number.max()) + 1, *_summary(errors)
-    )
+    return Fit(float(start), float(1 / flop), float(1 / byte), len(seconds), int(number.max()) + 1, *_summary(errors))
 
 
 def fit_copies(copies: pl.DataFrame) -> Fit:
@@ -130,7 +128,7 @@ def _least_sum(amounts: np.ndarray, seconds: np.ndarray, floors: np.ndarray) -> 
 def _absolute(columns: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     scale = np.abs(columns).max(axis=0)
     columns = columns / np.where(scale > 0, scale, 1)
-    weights = np.ones(len(wanted))
+    weights, found = np.ones(len(wanted)), np.zeros(columns.shape[1])
     for _ in range(_ROUNDS):
         found = np.linalg.lstsq(columns * weights[:, None], wanted * weights, rcond=None)[0]
         weights = 1 / np.sqrt(np.maximum(np.abs(columns @ found - wanted), 1e-6))
