@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moetrace.batch.gate import Gate, gate
     from moetrace.batch.search import Search, search
     from moetrace.batch.sweep import Sweep, sweep
+    from moetrace.calibration import Calibrated, calibrate
     from moetrace.engine.plugin import policy
     from moetrace.exports import export
     from moetrace.generators import Profile, generate, generate_trace, load_profile, save_profile
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Balance",
+    "Calibrated",
     "Finding",
     "Gate",
     "Hints",
@@ -58,6 +60,7 @@ __all__ = [
     "__version__",
     "balance",
     "cache_hits",
+    "calibrate",
     "export",
     "fit_profile",
     "gate",
@@ -91,6 +94,7 @@ _HOMES = {
     "moetrace.batch.gate": ("Gate", "gate"),
     "moetrace.batch.search": ("Search", "search"),
     "moetrace.batch.sweep": ("Sweep", "sweep"),
+    "moetrace.calibration": ("Calibrated", "calibrate"),
     "moetrace.engine.plugin": ("policy",),
     "moetrace.results.replay": ("replay",),
     "moetrace.results.result": ("Result",),

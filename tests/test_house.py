@@ -18,7 +18,7 @@ FLOORS = (
     {"jit"},
     {"spec"},
     {"trace"},
-    {"capture", "importers"},
+    {"calibration", "capture", "importers"},
     {"engine"},
     {"analyze"},
     {"generators"},

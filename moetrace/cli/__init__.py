@@ -17,6 +17,7 @@ from moetrace.version import __version__
 # Command -> its one-line help; the module is moetrace.cli.commands.<command>, of `import` import_.
 COMMANDS = {
     "analyze": "Answer questions about a trace that need no hardware.",
+    "calibrate": "Fit the constants of a system to measured times.",
     "capture": "Run a local Hugging Face MoE model, and trace its routing.",
     "export": "Write a trace in a format of other tools.",
     "gate": "Compare results with a committed baseline.",

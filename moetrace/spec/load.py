@@ -92,7 +92,7 @@ def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str,
         raw, where = read_toml(source), str(source)
         _find_files(raw, raw, Path(source).absolute().parent)
     else:
-        raw, where = parse(_preset_text(kind, source), f"{noun} {source}"), f"{noun} {source}"
+        raw, where = parse(preset_text(kind, source), f"{noun} {source}"), f"{noun} {source}"
     return overridden(Loaded(raw, where), overrides)
 
 
@@ -210,7 +210,8 @@ def _folder(kind: str):
     return resources.files("moetrace.spec").joinpath("presets", kind)
 
 
-def _preset_text(kind: str, name: str) -> str:
+def preset_text(kind: str, name: str) -> str:
+    """Text of a preset's TOML, or a UsageError that names the nearest; `kind` as in `list_presets`."""
     names = list_presets(kind)
     if name not in names:
         raise UsageError(

@@ -14,6 +14,7 @@ import numpy as np
 from msgspec import Meta
 
 from moetrace.spec.errors import UsageError
+from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.load import convert, read
 from moetrace.spec.model import Model
 
@@ -229,6 +230,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         host: Host memory.
         energy: Numbers that version 1 carries along and does not use.
         price: Numbers that version 1 carries along and does not use.
+        known: Where the constants come from that were not calibrated.
+        calibration: Part (gpu, cpu, link) -> how well its fitted constants predict.
     """
 
     name: str
@@ -239,6 +242,13 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     host: Host | None = None
     energy: dict[str, NotNegative] | None = None
     price: dict[str, NotNegative] | None = None
+    known: Known | None = None
+    calibration: dict[str, Calibration] | None = None
+
+    @property
+    def how_known(self) -> str | None:
+        """How well the constants are known, in a few words; None if the system does not say."""
+        return how_known(self.known, self.calibration)
 
     @property
     def units(self) -> int:

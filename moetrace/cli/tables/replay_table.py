@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import msgspec
 from rich import box
 from rich.table import Table
 
@@ -10,6 +11,7 @@ from moetrace.cli.tables.output import stdout_console, widest, width_of
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.results.record import FIGURES, value_in
 from moetrace.spec.errors import counted
+from moetrace.spec.known import Calibration, how_known
 
 # Between two columns.
 _GAP = 2
@@ -136,6 +138,7 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
         "TTFT, TPOT and ITL (the time between two tokens) are medians, but for the p99. "
         f"Over bound: time beyond the {bound_ms} ms that no schedule of this work beats. "
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots.",
+        *_known(system),
         *(
             f"{policy['name']}: {policy['optimal_fallbacks']:,} of {counted(layers, 'layer')} of all steps had more "
             f"than {OPTIMAL_UP_TO} active experts and were dispatched by balance."
@@ -143,6 +146,13 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
             if policy["optimal_fallbacks"]
         ),
     ]
+
+
+def _known(system: dict[str, Any]) -> list[str]:
+    """Say how well the constants of the machine are known, if its spec does."""
+    table = msgspec.convert(system.get("calibration"), dict[str, Calibration] | None)
+    words = how_known(system.get("known"), table)
+    return [f"Constants of {system['name']}: {words}."] if words else []
 
 
 def _times(factor: float, value: float | None) -> float | None:

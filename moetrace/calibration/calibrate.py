@@ -1,0 +1,186 @@
+"""Fit a system's constants to measured times, and write it down."""
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from moetrace.calibration.fitting import Fit, fit_copies, fit_kernels, predict
+from moetrace.calibration.measured import SHAPE, Measured, read_measured, work
+from moetrace.calibration.system_file import Change, base_text, rewritten
+from moetrace.spec import System, UsageError, load_system
+from moetrace.spec.errors import counted
+from moetrace.spec.load import Loaded, convert
+
+# Beyond this many rows kernels of another kind run; decode and short prompts are below.
+MAX_ROWS = 256
+# What version 1 of the timing model takes for the start of an expert on a GPU that nobody measured.
+SHEET_START_S = 5e-6
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A system with fitted constants.
+
+    Attributes:
+        system: The system.
+        text: Its TOML, with a source at each fitted value.
+        fits: Part (gpu, cpu, link) -> its fit.
+        frame: A row for each fitted part: its constants, the points and shapes, median and p90 of the error on what
+            was not fitted, and of the data-sheet constants with a start for each expert on the same points.
+        left_out: What of the table was not used, as sentences.
+    """
+
+    system: System
+    text: str
+    fits: dict[str, Fit]
+    frame: pl.DataFrame
+    left_out: list[str]
+
+
+def calibrate(
+    table: str | Path | Measured,
+    system: str | Path,
+    *,
+    gpu: str | None = None,
+    dtype: str | None = None,
+    name: str | None = None,
+    cache_mb: float = 0.0,
+    max_rows: int = MAX_ROWS,
+    source: str | None = None,
+) -> Calibrated:
+    """Fit efficiencies and starts of a system to measured times.
+
+    The GPU's (and a CPU's) layer of experts is predicted as one start and the sum of its arithmetic and memory times
+    (docs/timing-model.md, launches and roofline); a copy over the link as a latency and bytes over a bandwidth.
+
+    Args:
+        table: A file as `read_measured` takes it, or measured times.
+        system: The preset or TOML file to begin with: its data-sheet peaks are the most that a fit may reach.
+        gpu: Use the rows of this GPU only (column gpu).
+        dtype: Use the rows of this type only (column dtype or moe_dtype).
+        name: Name of the calibrated system. By default that of `system` with `-calibrated` behind it.
+        cache_mb: Size of the processor's last cache, MB. Layers whose weights are smaller are left out: a whole model
+            never reads them from there.
+        max_rows: Leave out layers with more rows.
+        source: What the table is, for the TOML. By default its file's name and what was chosen.
+
+    Returns:
+        The calibrated system.
+
+    Raises:
+        UsageError: No row can be used, there are fewer than two shapes, or the system lacks a part that was measured.
+        MoetraceError: A file cannot be read, or a value is wrong.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> found = mt.calibrate("mine.parquet", "rtx4090-offload")  # doctest: +SKIP
+    """
+    choose = {column: value for column, value in (("gpu", gpu), ("dtype", dtype)) if value is not None}
+    measured = table if isinstance(table, Measured) else read_measured(table, choose)
+    if source is not None:
+        measured = measured._replace(source=source)
+    base = load_system(system)
+    text, left_out = base_text(system), list(measured.left_out)
+    changes, fits, rows = [Change("", "name", name or f"{base.name}-calibrated", "")], {}, []
+    for part, kernels in measured.kernels.items():
+        used = _used(kernels, part, cache_mb if part == "gpu" else 0.0, max_rows, left_out)
+        flop_s, bytes_s, start = _peaks(base, part)
+        fit = fits[part] = fit_kernels(used, flop_s, bytes_s)
+        rows.append({"part": part, **_row(fit, flop_s, bytes_s), **_sheet_errors(used, flop_s, bytes_s)})
+        changes += _kernel_changes(part, fit, (flop_s, bytes_s), start, measured.source)
+    for part, copies in measured.copies.items():
+        if copies["bytes"].n_unique() < 2:
+            raise UsageError(f"Copies of one size say nothing of latency and bandwidth; measure two sizes for {part}.")
+        fit = fits[part] = fit_copies(copies)
+        rows.append({"part": part, **_row(fit, None, None), "sheet_median_error": None, "sheet_p90_error": None})
+        if part == "link" and base.link is not None:
+            changes += _copy_changes(fit, measured.source)
+    text = rewritten(text, changes)
+    return Calibrated(_loaded(text), text, fits, pl.DataFrame(rows, infer_schema_length=None), left_out)
+
+
+def _used(kernels: pl.DataFrame, part: str, cache_mb: float, max_rows: int, left_out: list[str]) -> pl.DataFrame:
+    used = kernels.filter(pl.col("rows") <= max_rows)
+    if len(used) < len(kernels):
+        left_out.append(f"{counted(len(kernels) - len(used), 'layer')} of more than {max_rows} rows left out.")
+    cached = work(used)[:, 2] < cache_mb * 1e6
+    if cached.any():
+        left_out.append(f"{counted(int(cached.sum()), 'layer')} whose weights fit a cache of {cache_mb:g} MB left out.")
+        used = used.filter(~pl.Series(cached))
+    shapes = used.select(*SHAPE, "bits").n_unique() if len(used) else 0
+    if shapes < 2:
+        raise UsageError(
+            f"The table has {counted(shapes, 'shape')} of experts that can be used for the {part}; at least 2 are "
+            "needed, so that one can be predicted from the other."
+        )
+    return used
+
+
+def _peaks(system: System, part: str) -> tuple[float, float, str]:
+    """FLOP/s and bytes/s at the data sheet's peak, and the name of the field for a start."""
+    if part == "gpu":
+        return system.gpu.tflops * 1e12, system.gpu.bandwidth_gb_s * 1e9, "launch_us"
+    if system.cpu is None:
+        raise UsageError(
+            f"The table has times of a CPU, but system {system.name} has no [cpu]: add one with its peaks."
+        )
+    return system.cpu.tflops * 1e12, system.cpu.bandwidth_gb_s * 1e9, "command_us"
+
+
+def _row(fit: Fit, flop_s: float | None, bytes_s: float | None) -> dict[str, object]:
+    return {
+        "start_us": fit.start_s * 1e6,
+        "compute_efficiency": fit.flop_s / flop_s if fit.flop_s and flop_s else None,
+        "memory_efficiency": fit.bytes_s / bytes_s if bytes_s else None,
+        "bandwidth_gb_s": fit.bytes_s / 1e9,
+        "points": fit.points,
+        "shapes": fit.shapes,
+        "median_error": fit.median_error,
+        "p90_error": fit.p90_error,
+    }
+
+
+def _sheet_errors(kernels: pl.DataFrame, flop_s: float, bytes_s: float) -> dict[str, float]:
+    """Errors of the peaks with a start for each expert and the greater of its two times: version 1 of the model."""
+    amounts = work(kernels)
+    active, seconds = kernels["active"].to_numpy(), kernels["seconds"].to_numpy()
+    experts = predict(amounts, np.array([0.0, 1 / flop_s, 1 / bytes_s]), "max") + active * SHEET_START_S
+    errors = np.abs(experts / seconds - 1)
+    return {"sheet_median_error": float(np.median(errors)), "sheet_p90_error": float(np.quantile(errors, 0.9))}
+
+
+def _kernel_changes(part: str, fit: Fit, peaks: tuple[float, float], start: str, source: str) -> Iterator[Change]:
+    flop_s, bytes_s = peaks
+    how = f"calibrated: {source}"
+    compute = min(fit.flop_s / flop_s, 1.0) if fit.flop_s else 1.0
+    yield Change(part, "compute_efficiency", round(compute, 4), how)
+    yield Change(part, "memory_efficiency", round(min(fit.bytes_s / bytes_s, 1.0), 4), how)
+    yield Change(part, start, round(fit.start_s * 1e6, 2), f"{how}, of a layer's kernel")
+    yield Change(part, "launch", "layer", how)
+    yield Change(part, "roofline", "sum", how)
+    yield from _known(part, fit, source)
+
+
+def _copy_changes(fit: Fit, source: str) -> Iterator[Change]:
+    how = f"measured: {source}"
+    yield Change("link", "bandwidth_gb_s", round(fit.bytes_s / 1e9, 3), how)
+    yield Change("link", "latency_us", round(fit.start_s * 1e6, 2), how)
+    yield Change("link", "efficiency", 1.0, "the bandwidth is what was reached")
+    yield from _known("link", fit, source)
+
+
+def _known(part: str, fit: Fit, source: str) -> Iterator[Change]:
+    table = f"calibration.{part}"
+    yield Change(table, "source", source, "")
+    yield Change(table, "points", fit.points, "")
+    yield Change(table, "shapes", fit.shapes, "each predicted from the others")
+    yield Change(table, "median_error", round(fit.median_error, 4), "of |predicted / measured - 1|, not fitted")
+    yield Change(table, "p90_error", round(fit.p90_error, 4), "")
+
+
+def _loaded(text: str) -> System:
+    return convert(Loaded(tomllib.loads(text), "the calibrated system"), System)

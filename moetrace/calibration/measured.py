@@ -1,0 +1,209 @@
+"""A table of measured times: one layer's experts on a GPU or CPU, or one copy over the link or from the disk."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from moetrace.spec.errors import MoetraceError, UsageError, counted
+
+# Other names of the columns, as the tables of NVIDIA's aisimulate (Apache-2.0) have them.
+ALIASES = {
+    "hidden_size": "hidden",
+    "inter_size": "intermediate",
+    "num_experts": "experts",
+    "topk": "top_k",
+    "num_tokens": "rows",
+    "moe_dtype": "dtype",
+}
+SHAPE = ("hidden", "intermediate", "experts", "matrices")
+KERNEL = (*SHAPE, "top_k", "rows", "bits", "active", "seconds")
+COPY = ("bytes", "seconds")
+PARTS = ("gpu", "cpu", "link", "disk")
+# Bits of a stored weight with its scales, by the name of its type.
+DTYPE_BITS = {
+    "float32": 32.0,
+    "bfloat16": 16.0,
+    "float16": 16.0,
+    "fp8": 8.0,
+    "fp8_block": 8.0 + 32 / 128**2,
+    "int4_wo": 4.0 + 16 / 128,
+    "nvfp4": 4.5,
+    "w4a16_mxfp4": 4.25,
+    "w4a8_mxfp4_mxfp8": 4.25,
+    "w4afp8": 4.0 + 16 / 128,
+}
+MAX_BYTES = 256 << 20
+MAX_ROWS = 2_000_000
+MAX_SIZE = 2**40  # of any figure in a table: no shape or copy comes near
+
+
+class Measured(NamedTuple):
+    """Measured times, by the part of the machine.
+
+    Attributes:
+        kernels: Part (gpu, cpu) -> a frame with the columns `KERNEL`; a row is one layer's experts: `rows` rows of
+            activations, `active` experts that have some.
+        copies: Part (link, disk) -> a frame with the columns `COPY`; a row is one copy.
+        source: What the table is, in a few words, for comments.
+        left_out: What was left out, as sentences.
+    """
+
+    kernels: dict[str, pl.DataFrame]
+    copies: dict[str, pl.DataFrame]
+    source: str
+    left_out: list[str]
+
+
+def read_measured(path: str | Path, choose: Mapping[str, str] | None = None) -> Measured:
+    """Read a table of measured times.
+
+    Args:
+        path: A Parquet or CSV file with the columns hidden, intermediate, experts, top_k, rows, bits (or dtype) and
+            seconds (or latency_ms), and if it has them part (gpu if not), matrices (3 if not), active (experts with
+            rows; if not, as many as balanced routing reaches), distribution, moe_ep_size and kernel_source. Rows of
+            the parts link and disk have bytes and seconds.
+        choose: Column -> the value that a row must have, such as {"gpu": "h100_sxm", "dtype": "bfloat16"}.
+
+    Returns:
+        The table. Rows of unbalanced routing without `active`, and of experts that are spread over several GPUs, are
+        left out.
+
+    Raises:
+        MoetraceError: The file cannot be read, or a value is wrong.
+        UsageError: A column is missing, or no row is left.
+    """
+    path = Path(path)
+    frame = _read(path).rename(lambda name: ALIASES.get(name, name))
+    words = [path.name]
+    for column, value in (choose or {}).items():
+        frame = _chosen(frame, column, value, path)
+        words.append(value)
+    for column in ("gpu", "dtype"):
+        if column in frame.columns and frame[column].n_unique() > 1 and column not in (choose or {}):
+            names = ", ".join(sorted(map(str, frame[column].unique().to_list()))[:12])
+            raise UsageError(f"{path} has rows of several values of {column} ({names}): choose one with --{column}.")
+    if "latency_ms" in frame.columns and "seconds" not in frame.columns:
+        frame = frame.with_columns(seconds=pl.col("latency_ms") / 1e3)
+    if "part" not in frame.columns:
+        frame = frame.with_columns(part=pl.lit("gpu"))
+    unknown = sorted(set(map(str, frame["part"].unique())) - set(PARTS))
+    if unknown:
+        raise UsageError(f"{path}: part {unknown[0]!r} is unknown; use one of {', '.join(PARTS)}.")
+    kernels, copies, left_out = {}, {}, []
+    for part in PARTS:
+        rows = frame.filter(pl.col("part") == part)
+        if rows.is_empty():
+            continue
+        if part in ("link", "disk"):
+            copies[part] = _checked(rows, COPY, path)
+        elif not (rows := _usable(rows, left_out)).is_empty():
+            kernels[part] = _checked(_completed(rows, path), KERNEL, path)
+    if not kernels and not copies:
+        raise UsageError(f"{path}: no row can be used. {' '.join(left_out)}".rstrip())
+    return Measured(kernels, copies, ", ".join(words), left_out)
+
+
+def work(kernels: pl.DataFrame) -> np.ndarray:
+    """Starts, FLOP and bytes of the layers of a table; float64 `[points, 3]` (timing model, section 2)."""
+    columns = kernels.select("hidden", "intermediate", "top_k", "matrices", "rows", "bits", "active")
+    hidden, intermediate, top_k, matrices, rows, bits, active = columns.cast(pl.Float64).to_numpy().T
+    weights = matrices * hidden * intermediate
+    return np.stack([np.ones_like(rows), 2 * weights * rows * top_k, active * weights * bits / 8], axis=1)
+
+
+def _read(path: Path) -> pl.DataFrame:
+    try:
+        if not path.is_file():
+            raise MoetraceError(f"Cannot read {path}: it is not an ordinary file.")
+        if path.stat().st_size > MAX_BYTES:
+            raise MoetraceError(f"Cannot read {path}: it has more than {MAX_BYTES >> 20} MiB.")
+        lazy = pl.scan_csv(path) if path.suffix == ".csv" else pl.scan_parquet(path)
+        rows = lazy.select(pl.len()).collect().item()
+        if rows > MAX_ROWS:
+            raise MoetraceError(f"Cannot read {path}: it has {rows:,} rows, and {MAX_ROWS:,} is the most.")
+        return lazy.collect()
+    except OSError as error:
+        raise MoetraceError(f"Cannot read {path}: {error.strerror or error}.") from None
+    except pl.exceptions.PolarsError as error:
+        why = " ".join(str(error).split())[:200]
+        raise MoetraceError(f"Cannot read {path}: it is not a table in Parquet or CSV ({why}).") from None
+
+
+def _chosen(frame: pl.DataFrame, column: str, value: str, path: Path) -> pl.DataFrame:
+    if column not in frame.columns:
+        raise UsageError(f"{path} has no column {column}: leave out --{column}.")
+    kept = frame.filter(pl.col(column).cast(pl.String) == value)
+    if kept.is_empty():
+        names = ", ".join(sorted(map(str, frame[column].unique().to_list()))[:20])
+        raise UsageError(f"{path} has no row with {column} = {value}; it has {names}.")
+    return kept
+
+
+def _usable(rows: pl.DataFrame, left_out: list[str]) -> pl.DataFrame:
+    """Leave out what one device with known experts did not run, and say so."""
+    tests = {
+        "moe_ep_size": (pl.col("moe_ep_size") == 1, "of experts that are spread over several GPUs"),
+        "distribution": (pl.col("distribution") == "balanced", "of unbalanced routing"),
+    }
+    for column, (test, words) in tests.items():
+        if column not in rows.columns or (column == "distribution" and "active" in rows.columns):
+            continue
+        kept = rows.filter(test)
+        if len(kept) < len(rows):
+            left_out.append(f"{counted(len(rows) - len(kept), 'row')} {words} left out.")
+        rows = kept
+    if "kernel_source" in rows.columns and "matrices" not in rows.columns:
+        rows = _with_matrices(rows, left_out)
+    return rows
+
+
+def _with_matrices(rows: pl.DataFrame, left_out: list[str]) -> pl.DataFrame:
+    """Count an expert's matrices: 2 where a kernel without a gate ran the shape, else 3.
+
+    The table does not say it otherwise, and a width of its own (not a multiple of 512, or 22 experts of 512) belongs
+    to models without a gate: these shapes count only where such a kernel ran them.
+    """
+    shape = ["hidden", "intermediate", "experts", "top_k"]
+    plain = pl.col("kernel_source").str.contains("nongated").any().over(shape)
+    gateless = pl.col("intermediate").cast(pl.Float64).is_in([1856.0, 2688.0]) | (pl.col("top_k") == 22)
+    kept = rows.with_columns(matrices=pl.when(plain).then(2).otherwise(3)).filter(~gateless | plain)
+    if len(kept) < len(rows):
+        left_out.append(f"{counted(len(rows) - len(kept), 'row')} of shapes whose number of matrices is open left out.")
+    return kept
+
+
+def _completed(rows: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """Add the columns that have a default."""
+    if "bits" not in rows.columns:
+        if "dtype" not in rows.columns:
+            raise UsageError(f"{path} has neither a column bits nor a column dtype.")
+        unknown = sorted(set(map(str, rows["dtype"].unique())) - DTYPE_BITS.keys())
+        if unknown:
+            raise UsageError(f"{path}: the bits of dtype {unknown[0]} are unknown; give a column bits.")
+        rows = rows.with_columns(bits=pl.col("dtype").replace_strict(DTYPE_BITS, return_dtype=pl.Float64))
+    if "matrices" not in rows.columns:
+        rows = rows.with_columns(matrices=pl.lit(3))
+    if "active" not in rows.columns:
+        missing = [name for name in ("experts", "rows", "top_k") if name not in rows.columns]
+        if missing:
+            raise UsageError(f"{path} has no column {missing[0]}.")
+        rows = rows.with_columns(active=pl.min_horizontal("experts", pl.col("rows") * pl.col("top_k")))
+    return rows
+
+
+def _checked(rows: pl.DataFrame, columns: tuple[str, ...], path: Path) -> pl.DataFrame:
+    for name in columns:
+        if name not in rows.columns:
+            raise UsageError(f"{path} has no column {name}.")
+        try:
+            values = rows[name].cast(pl.Float64)
+        except pl.exceptions.PolarsError:
+            raise MoetraceError(f"{path}: column {name} must hold numbers.") from None
+        bad = ~(values.is_not_null() & values.is_finite() & (values > 0) & (values <= MAX_SIZE))
+        if bad.any():
+            wants = "numbers greater than 0 (and at most 2^40)"
+            raise MoetraceError(f"{path}: column {name} must hold {wants}, got {values.filter(bad)[0]}.")
+    return rows.select(pl.col(name).cast(pl.Float64) for name in columns)

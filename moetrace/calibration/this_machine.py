@@ -1,0 +1,187 @@
+"""Time this machine: experts on its CPU, reads from its disk, and copies and experts on a CUDA device if there is one.
+
+Each expert's weights are touched in turn, in a pool larger than the caches, as a model touches them; a time is the
+median of repetitions.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from moetrace.calibration.disk import disk_times
+from moetrace.calibration.measured import COPY, KERNEL, Measured
+from moetrace.spec.errors import UsageError
+
+# (hidden, intermediate): OLMoE, Qwen3-30B, DeepSeek-V2-Lite, gpt-oss and Mixtral's, and one of launches only.
+SHAPES = ((1024, 512), (2048, 768), (2048, 1024), (2048, 1408), (2880, 2880), (4096, 1536))
+ACTIVE = (1, 8)
+ROWS = (1, 4, 16, 64)
+POOL_BYTES = 768 << 20  # above any last-level cache
+COPY_BYTES = (1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
+_LEAST_S, _LEAST_TIMES = 0.1, 5
+PARTS = ("cpu", "disk", "cuda")
+
+Report = Callable[[str], None]
+
+
+class Runner(NamedTuple):
+    """What runs one layer's experts: `prepare(hidden, intermediate, experts)` returns `run(first, active, rows)`."""
+
+    bits: int
+    prepare: Callable[[int, int, int], Callable[[int, int, int], None]]
+
+
+def measure(
+    parts: tuple[str, ...] = PARTS, *, folder: str | Path | None = None, report: Report = lambda _: None
+) -> Measured:
+    """Time this machine.
+
+    Args:
+        parts: Of cpu (experts through PyTorch in bfloat16 where it is installed, else through NumPy's BLAS in
+            float32), disk (reads past the page cache) and cuda (copies from pinned memory, experts in bfloat16).
+            CUDA is left out where PyTorch finds no device.
+        folder: Where the file of 256 MiB is written that the disk is measured by. By default the temporary folder.
+        report: Called with a line on what is measured now.
+
+    Returns:
+        The times, as `calibrate` takes them.
+
+    Raises:
+        UsageError: A part is unknown.
+        MoetraceError: The folder cannot be written.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise UsageError(f"Part {unknown[0]!r} cannot be measured; use one of {', '.join(PARTS)}.")
+    kernels, copies, left_out = {}, {}, []
+    if "cpu" in parts:
+        kernels["cpu"] = _kernels(_torch_runner("cpu") if find_spec("torch") else _numpy_runner(), "CPU", report)
+    if "disk" in parts:
+        report("disk: reads past the page cache")
+        copies["disk"] = pl.DataFrame(list(disk_times(folder)), schema=list(COPY), orient="row")
+    if "cuda" in parts:
+        if _has_cuda():
+            kernels["gpu"] = _kernels(_torch_runner("cuda"), "CUDA device", report)
+            report("CUDA device: copies from pinned memory")
+            copies["link"] = pl.DataFrame(list(_cuda_copies()), schema=list(COPY), orient="row")
+        else:
+            left_out.append("No CUDA device was found (PyTorch is needed to use one), so none was measured.")
+    return Measured(kernels, copies, "this machine, moetrace calibrate --measure", left_out)
+
+
+def to_frame(measured: Measured) -> pl.DataFrame:
+    """Return measured times as one table that `read_measured` reads."""
+    frames = [
+        frame.select(pl.lit(part).alias("part"), pl.all())
+        for frames in (measured.kernels, measured.copies)
+        for part, frame in frames.items()
+    ]
+    return pl.concat(frames, how="diagonal")
+
+
+def _kernels(runner: Runner, place: str, report: Report) -> pl.DataFrame:
+    rows = []
+    for hidden, intermediate in SHAPES:
+        report(f"{place}: experts of {hidden} x {intermediate}")
+        experts = max(-(-POOL_BYTES * 8 // (3 * hidden * intermediate * runner.bits)), 2 * max(ACTIVE))
+        run = runner.prepare(hidden, intermediate, experts)
+        for active in ACTIVE:
+            for count in ROWS:
+                seconds = _median_s(_turns(run, experts, active, count))
+                rows.append((hidden, intermediate, experts, 3, active, count, runner.bits, active, seconds))
+    return pl.DataFrame(rows, schema=dict.fromkeys(KERNEL, pl.Float64), orient="row")
+
+
+def _turns(run: Callable[[int, int, int], None], experts: int, active: int, rows: int) -> Iterator[None]:
+    """Run a layer each time, on the experts that were not touched for longest."""
+    first = 0
+    while True:
+        run(first, active, rows)
+        yield
+        first = (first + active) % (experts - active + 1)
+
+
+def _median_s(turns: Iterator[None]) -> float:
+    next(turns)  # the first one allocates, and starts threads
+    times: list[float] = []
+    while len(times) < _LEAST_TIMES or sum(times) < _LEAST_S:
+        start = perf_counter()
+        next(turns)
+        times.append(perf_counter() - start)
+    return statistics.median(times)
+
+
+def _numpy_runner() -> Runner:
+    import numpy as np
+
+    def prepare(hidden: int, intermediate: int, experts: int):
+        draw = np.random.default_rng(0).random  # pages of zeros would all be one page
+        gate_up = draw((experts, 2 * intermediate, hidden), np.float32)
+        down = draw((experts, hidden, intermediate), np.float32)
+
+        def run(first: int, active: int, rows: int) -> None:
+            x = np.full((hidden, rows), 1e-3, np.float32)
+            for expert in range(first, first + active):
+                both = gate_up[expert] @ x
+                gate, up = both[:intermediate], both[intermediate:]
+                _ = down[expert] @ (gate / (1 + np.exp(-gate)) * up)
+
+        return run
+
+    return Runner(32, prepare)
+
+
+def _torch_runner(device: str) -> Runner:
+    import torch
+
+    def prepare(hidden: int, intermediate: int, experts: int):
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+        gate_up = torch.rand((experts, hidden, 2 * intermediate), **options)
+        down = torch.rand((experts, intermediate, hidden), **options)
+
+        def layer(first: int, active: int, rows: int) -> None:
+            """Run the active experts as one batched product for each matrix: a kernel a layer, as fused ones do."""
+            x = torch.full((active, rows, hidden), 1e-3, **options)
+            both = torch.bmm(x, gate_up[first : first + active])
+            gate, up = both.chunk(2, dim=2)
+            torch.bmm(torch.nn.functional.silu(gate) * up, down[first : first + active])
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        def run(first: int, active: int, rows: int) -> None:
+            with torch.inference_mode():
+                layer(first, active, rows)
+
+        return run
+
+    return Runner(16, prepare)
+
+
+def _has_cuda() -> bool:
+    if not find_spec("torch"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _cuda_copies() -> Iterator[tuple[int, float]]:
+    """Bytes and seconds of copies from pinned host memory to the device."""
+    import torch
+
+    for size in COPY_BYTES:
+        source = torch.ones(size, dtype=torch.uint8).pin_memory()
+        target = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+        def turns(source=source, target=target) -> Iterator[None]:
+            while True:
+                target.copy_(source, non_blocking=True)
+                torch.cuda.synchronize()
+                yield
+
+        yield size, _median_s(turns())

@@ -1,0 +1,141 @@
+"""``moetrace calibrate``: the constants of a real machine, from measured times."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.targets import check_targets
+from moetrace.cli.tables.output import format_option, print_json, print_rows
+from moetrace.spec.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from moetrace.calibration import Calibrated, Measured
+
+_FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
+_COLUMNS = {
+    "part": "part",
+    "start_us": "start\nus",
+    "compute_efficiency": "compute\nefficiency",
+    "memory_efficiency": "memory\nefficiency",
+    "bandwidth_gb_s": "bandwidth\nGB/s",
+    "points": "points",
+    "shapes": "shapes",
+    "median_error_percent": "error\nmedian %",
+    "p90_error_percent": "error\np90 %",
+    "sheet_median_error_percent": "data sheet\nmedian %",
+    "sheet_p90_error_percent": "data sheet\np90 %",
+}
+
+
+@click.command()
+@click.argument("table", type=ANY_PATH, required=False)
+@click.option("--system", "base", metavar="S", help="Preset or TOML file to begin with, with the data sheet's peaks.")
+@click.option("-o", "--output", type=_FILE, metavar="SYSTEM.toml", help="Write the calibrated system.")
+@click.option("--gpu", metavar="NAME", help="Use the rows of this GPU (column gpu).")
+@click.option("--dtype", metavar="NAME", help="Use the rows of this type of weights (column dtype or moe_dtype).")
+@click.option("--max-rows", type=click.IntRange(1), default=256, show_default=True, help="Leave out larger layers.")
+@click.option(
+    "--cache-mb",
+    type=click.FloatRange(0, 1e6),
+    default=0.0,
+    show_default=True,
+    help="The GPU's last cache: leave out layers whose weights fit it.",
+)
+@click.option("--measure", is_flag=True, help="Time this machine: CPU, disk, and a CUDA device if there is one.")
+@click.option(
+    "--only", "parts", multiple=True, metavar="PART", help="With --measure: cpu, disk or cuda; may be repeated."
+)
+@click.option("--folder", type=ANY_PATH, help="With --measure: where the disk is timed.  [default: temporary folder]")
+@click.option("--save-table", type=_FILE, metavar="T.csv", help="With --measure: keep the times, for TABLE.")
+@format_option
+def command(
+    table: Path | None,
+    base: str | None,
+    output: Path | None,
+    gpu: str | None,
+    dtype: str | None,
+    max_rows: int,
+    cache_mb: float,
+    measure: bool,
+    parts: tuple[str, ...],
+    folder: Path | None,
+    save_table: Path | None,
+    form: str,
+) -> None:
+    """Fit the constants of a system to measured times.
+
+    TABLE is a Parquet or CSV file of times of one layer's experts (columns hidden, intermediate, experts, top_k, rows,
+    bits or dtype, seconds or latency_ms) and of copies (part link or disk; bytes, seconds). --measure times this
+    machine instead. Shapes are halved, and each half is predicted from the other: these errors are printed, beside
+    those of the data sheet's peaks with a start for each expert, and written into the TOML.
+    """
+    _check(table, base, output, measure, parts, folder, save_table)
+    from moetrace.calibration import calibrate, read_measured
+    from moetrace.trace.atomic import write_whole
+
+    check_targets({"--output": output, "--save-table": save_table}, (table, base))
+    if table is not None:
+        choose = {column: value for column, value in (("gpu", gpu), ("dtype", dtype)) if value is not None}
+        measured = read_measured(table, choose)
+    else:
+        measured = _measured(parts, folder, save_table)
+    if base is None:
+        return
+    name = output.name.removesuffix(".toml") if output else None
+    found = calibrate(measured, base, name=name, cache_mb=cache_mb, max_rows=max_rows)
+    for sentence in found.left_out:
+        click.echo(f"Note: {sentence}", err=True)
+    _print(found, form)
+    if output is not None:
+        write_whole({output: found.text.encode()})
+        click.echo(
+            f"{printable(str(output))}: system {printable(found.system.name)}, {found.system.how_known}.", err=True
+        )
+
+
+def _check(
+    table: Path | None,
+    base: str | None,
+    output: Path | None,
+    measure: bool,
+    parts: tuple[str, ...],
+    folder: Path | None,
+    save_table: Path | None,
+) -> None:
+    if (table is None) == (not measure):
+        raise UsageError("Give either a TABLE of measured times or --measure.")
+    if not measure and (parts or folder or save_table):
+        raise UsageError("--only, --folder and --save-table go with --measure only.")
+    if base is None and (table is not None or output is not None or save_table is None):
+        raise UsageError("--system is missing: name a preset or a TOML file that has the data sheet's peaks.")
+    if output is not None and output.suffix != ".toml":
+        raise UsageError(f"--output {output}: the name must end with .toml, so that --system takes it.")
+    if save_table is not None and save_table.suffix != ".csv":
+        raise UsageError(f"--save-table {save_table}: the name must end with .csv.")
+
+
+def _measured(parts: tuple[str, ...], folder: Path | None, save_table: Path | None) -> "Measured":
+    from moetrace.calibration.this_machine import PARTS, measure, to_frame
+    from moetrace.trace.atomic import write_whole
+
+    measured = measure(parts or PARTS, folder=folder, report=lambda line: click.echo(f"moetrace: {line}", err=True))
+    if save_table is not None:
+        write_whole({save_table: to_frame(measured).write_csv().encode()})
+    return measured
+
+
+def _print(found: "Calibrated", form: str) -> None:
+    rows = found.frame.to_dicts()
+    if form == "json":
+        print_json({"system": found.system.name, "parts": rows})
+        return
+    if form == "table":
+        for row in rows:
+            for name in ("median_error", "p90_error", "sheet_median_error", "sheet_p90_error"):
+                row[f"{name}_percent"] = None if row[name] is None else 100 * row[name]
+        columns = _COLUMNS
+    else:
+        columns = {name: name for name in rows[0]}
+    print_rows(columns, rows, form)

@@ -1,0 +1,39 @@
+"""How well the constants of a system are known: measured, calibrated with an error, from a data sheet, or assumed."""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Known = Literal["measured", "data sheet", "assumed"]
+_WORDS = {"measured": "measured", "data sheet": "from data sheets", "assumed": "assumed"}
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How well fitted constants of a part predict what they were not fitted to.
+
+    Attributes:
+        source: The table of measured times.
+        points: Number of times.
+        shapes: Number of shapes of experts, or of sizes of copies.
+        median_error: Median of |predicted / measured - 1| on shapes that were not fitted.
+        p90_error: 90th percentile of the same.
+    """
+
+    source: str
+    points: Annotated[int, Meta(ge=1)]
+    shapes: Annotated[int, Meta(ge=2)]
+    median_error: Annotated[float, Meta(ge=0, le=1e6)]
+    p90_error: Annotated[float, Meta(ge=0, le=1e6)]
+
+
+def how_known(known: Known | None, calibration: Mapping[str, Calibration] | None) -> str | None:
+    """Say in a few words how well a system's constants are known; None if it does not say."""
+    words = [
+        f"{part} calibrated (error {fit.median_error:.1%} in the median, {fit.p90_error:.1%} at p90)"
+        for part, fit in (calibration or {}).items()
+    ]
+    if known is not None:
+        words.append(f"the rest {_WORDS[known]}" if words else f"all constants {_WORDS[known]}")
+    return ", ".join(words) or None

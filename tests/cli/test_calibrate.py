@@ -1,0 +1,48 @@
+"""`moetrace calibrate`."""
+
+import json
+
+import pytest
+
+import moetrace as mt
+
+TABLE = "hidden,intermediate,experts,top_k,rows,bits,seconds\n" + "".join(
+    f"{hidden},768,64,4,{rows},16,{20e-6 + min(64, 4 * rows) * 3 * hidden * 768 * 2 / 600e9}\n"
+    for hidden in (1024, 2048, 4096)
+    for rows in (1, 8, 64)
+)
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(TABLE)
+    return path
+
+
+def test_a_table_becomes_a_system(run, table, tmp_path):
+    out = tmp_path / "mine.toml"
+    code, said, err = run("calibrate", table, "--system", "rtx4090-offload", "-o", out)
+    assert code == 0 and "data sheet" in said and "mine.toml: system mine, gpu calibrated (error" in err
+    assert mt.load_system(out).gpu.bytes_s == pytest.approx(600e9, rel=0.01)
+    code, said, _ = run("calibrate", table, "--system", "rtx4090-offload", "--format", "json")
+    (part,) = json.loads(said)["parts"]
+    assert code == 0 and part["shapes"] == 3 and part["start_us"] == pytest.approx(20, abs=0.5)
+    assert run("show", "system", out)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "either a TABLE"),
+        (("T", "--measure"), "either a TABLE"),
+        (("T",), "--system is missing"),
+        (("T", "--system", "rtx4090-offload", "--only", "cpu"), "go with --measure only"),
+        (("T", "--system", "rtx4090-offload", "-o", "x.txt"), "must end with .toml"),
+        (("--measure", "--save-table", "x.txt"), "must end with .csv"),
+        (("T", "--system", "rtx4090-offload", "--gpu", "h100"), "no column gpu"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(run, table, arguments, says):
+    code, _, err = run("calibrate", *(table if argument == "T" else argument for argument in arguments))
+    assert code == 2 and says in err and err.count("\n") == 1
