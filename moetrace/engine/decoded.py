@@ -84,7 +84,7 @@ class Decoded:
                 demand = next_steps.add_to(demand, block.steps, trace.layers)
             return _batch(block, demand, schedule, self.needs.prompts), int(block.offset[block.steps])
 
-        blocks = trace.blocks(ahead=_ahead_steps(trace, self.needs), compare=True)
+        blocks = trace.compared_blocks(_ahead_steps(trace, self.needs))
         if pool is None:
             yield from map(prepare, blocks)
             return

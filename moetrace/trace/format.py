@@ -154,24 +154,29 @@ class Trace:
         storage = self._columns["counts" if "counts" in self.has else "experts"].storage
         return "compressed" if storage == "stored" else storage
 
-    def blocks(self, rows: int | None = None, ahead: int = 0, *, compare: bool = False) -> Iterator[Block]:
+    def blocks(self, rows: int | None = None, ahead: int = 0) -> Iterator[Block]:
         """Cut the trace into blocks of whole steps, in time order. Memory does not grow with the trace.
 
         A block has at most `rows` rows (by default, about 4 MiB of ids) but at least one step. It also carries up to
-        `ahead` further steps. Ids are not checked here; with `compare`, the ids of all blocks are compared with their
-        sha256 in the end. Raises MoetraceError at once if the trace has counts but no ids, and on the way if the file
-        is damaged, a request, position or phase is impossible, or a step is too large to be taken at once.
+        `ahead` further steps. Ids are not checked here. Raises MoetraceError at once if the trace has counts but no
+        ids, and on the way if the file is damaged, a request, position or phase is impossible, or a step too large.
         """
         self.check_has_rows()
-        return self._blocks(max(1, BLOCK_BYTES // self._row_bytes) if rows is None else rows, ahead, compare)
+        return self._blocks(max(1, BLOCK_BYTES // self._row_bytes) if rows is None else rows, ahead, False)
+
+    def compared_blocks(self, ahead: int = 0) -> Iterator[Block]:
+        """The same blocks; raises MoetraceError after the last if their ids differ from the sha256 in the file."""
+        self.check_has_rows()
+        return self._blocks(max(1, BLOCK_BYTES // self._row_bytes), ahead, True)
 
     def _blocks(self, rows: int, ahead: int, compare: bool) -> Iterator[Block]:
-        with PassingHashes(self.shown, {"experts": self._columns["experts"]} if compare else {}) as hashes:
+        ids = self._columns["experts"]
+        with PassingHashes(self.shown, {"experts": ids} if compare else {}) as hashes:
             for first, stop in self._step_ranges(rows):
                 end = min(stop + ahead, self.steps)
                 self.check_at_once(first, end)
                 part = self._rows(first, end)
-                experts = self._columns["experts"].read(int(self.offset[first]), int(self.offset[end]))
+                experts = ids.read(int(self.offset[first]), int(self.offset[end]))
                 hashes.add(experts=experts[: part.offset[stop - first]])
                 yield Block(first, stop - first, part.offset, experts, part.request, part.position, part.phase)
             hashes.compare()
@@ -186,12 +191,12 @@ class Trace:
         return self._row_blocks(compare)
 
     def _row_blocks(self, compare: bool) -> Iterator[Rows]:
-        names = ("request", "position", "row_phase", "offset", "phase", "layer_index", "expert_bytes")
+        names = "request", "position", "row_phase", "offset", "phase", "layer_index", "expert_bytes"
         known = {name: self._columns[name] for name in names if compare and name in self._columns}
         with PassingHashes(self.shown, known) as hashes:
             hashes.add(**{name: getattr(self, name) for name in known if name not in ROW_PATHS})
             for first, stop in self._step_ranges(BLOCK_BYTES // 16):
-                self.check_at_once(first, stop, ids=False)
+                schema.check_step_bytes(self.shown, first, stop, int(self.offset[stop] - self.offset[first]), 0)
                 part = self._rows(first, stop)
                 hashes.add(request=part.request, position=part.position, row_phase=part.phase)
                 yield part
@@ -200,8 +205,7 @@ class Trace:
     def parts(self, rows: int | None = None, *, ids: bool = True) -> Iterator[Part]:
         """Cut the trace into parts of at most `rows` rows, in order: memory does not grow with its steps either.
 
-        A step that is larger comes in several parts. Without `ids` these are not read. Raises MoetraceError as
-        `blocks` does, but no step is too large.
+        Without `ids` these are not read. Raises MoetraceError as `blocks` does, but no step is too large.
         """
         self.check_has_rows()
         return self._parts(min(max(1, BLOCK_BYTES // self._row_bytes), schema.PART_ROWS) if rows is None else rows, ids)
@@ -224,10 +228,9 @@ class Trace:
         """What the ids of a row take."""
         return self.layers * self.top_k * self._columns["experts"].dtype.itemsize
 
-    def check_at_once(self, first: int, stop: int, *, ids: bool = True) -> None:
+    def check_at_once(self, first: int, stop: int) -> None:
         """Raise MoetraceError if the rows of the steps first:stop, with ids, are too large to be taken at once."""
-        rows, row_bytes = int(self.offset[stop] - self.offset[first]), self._row_bytes if ids else 0
-        schema.check_step_bytes(self.shown, first, stop, rows, row_bytes)
+        schema.check_step_bytes(self.shown, first, stop, int(self.offset[stop] - self.offset[first]), self._row_bytes)
 
     def count_blocks(self, *, check: bool = True) -> Iterator[CountBlock]:
         """The counts of a trace that holds them instead of ids, about 4 MiB at a time, in order.
@@ -312,8 +315,7 @@ class Trace:
 
     def hash_content(self) -> str:
         """Return `content_sha256` as it would be stored: read everything, block by block, and believe nothing."""
-        hashes = {name: sha256_of(column) for name, column in self._columns.items()}
-        return content_sha256_of(self, self._columns, hashes)
+        return content_sha256_of(self, self._columns, {name: sha256_of(one) for name, one in self._columns.items()})
 
     def head(self, steps: int) -> "Trace":
         """The first `steps` steps as a trace of its own, read from the same place; all of them if there are no more.

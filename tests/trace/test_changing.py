@@ -10,7 +10,7 @@ from support.drawn_traces import draw_trace
 
 import moetrace as mt
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace import Trace
+from moetrace.trace import Trace, format
 
 TINY = "traces/tiny-olmoe.h5"
 REPLAY = {"system": "rtx4090-offload", "policies": ["on-demand"]}
@@ -79,9 +79,10 @@ def test_a_replay_refuses_what_differs_from_its_hash(tmp_path):
         trace.verify()
 
 
-def test_blocks_are_compared_however_they_are_cut(file):
+def test_blocks_are_compared_however_they_are_cut(file, monkeypatch):
     with Trace.open(file) as trace:
-        for rows, ahead in ((None, 0), (1, 3), (7, 100)):
-            assert sum(block.steps for block in trace.blocks(rows, ahead, compare=True)) == trace.steps
+        for block_bytes, ahead in ((1 << 20, 0), (1, 3), (50, 100)):
+            monkeypatch.setattr(format, "BLOCK_BYTES", block_bytes)
+            assert sum(block.steps for block in trace.compared_blocks(ahead)) == trace.steps
         assert sum(part.steps for part in trace.row_blocks(compare=True)) == trace.steps
-        assert len(list(trace.head(3).blocks(compare=True))) == 1  # without hashes
+        assert len(list(trace.head(3).compared_blocks())) == 1  # without hashes
