@@ -147,8 +147,8 @@ def _cell(path: Path, name: str, raw: object) -> BaselineCell:
         raise MoetraceError(f"{path}: {at}.metrics is empty.")
     check_metrics(cell.metrics, f"{path}: {at}.metrics: ")
     for metric, value in cell.metrics.items():
-        if value is not None and not abs(value) < 1e300:
-            raise MoetraceError(f"{path}: {at}.metrics.{metric} wants a finite number.")
+        if value is not None and not 0 <= value < 1e300:
+            raise MoetraceError(f"{path}: {at}.metrics.{metric} wants a finite number that is not negative.")
     return cell
 
 

@@ -38,7 +38,7 @@ def check_metrics(names: Iterable[str], where: str = "") -> tuple[str, ...]:
 
 
 def value_of(figures: Mapping[str, Any], name: str, where: str) -> float | None:
-    """Return a figure of what summary.json says of a policy: a finite number, or None where it is undefined.
+    """Return a figure of what summary.json says of a policy: finite, not negative, or None where it is undefined.
 
     Of the units' utilization it is the mean. Raises MoetraceError, which begins with `where`, if it is no number.
     """
@@ -106,6 +106,6 @@ def _known() -> str:
 def _finite(value: object, name: str, where: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise MoetraceError(f"{where}: {name} wants a finite number or null.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300:
+        raise MoetraceError(f"{where}: {name} wants a finite number that is not negative, or null.")
     return float(value)

@@ -13,7 +13,7 @@ import polars as pl
 from moetrace.batch.cell import Cell, hash_of
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.folder import check_summary
-from moetrace.results.publish import staged
+from moetrace.results.publish import check_committed, staged
 from moetrace.results.read_json import MOST_JSON_BYTES, convert_strict, decode_json
 from moetrace.results.record import (
     CELL_SCHEMA,
@@ -58,6 +58,7 @@ class SweepFolder:
                 f"{self._cells} is a symbolic link, and a sweep writes inside its folder only: remove it, or name "
                 "another folder."
             )
+        check_committed(path)
         remove_stale(self._cells, _TEMPORARY)
         check_writable(path / SWEEP_FILE, follow=False)
         check_writable(self._cells / "cell.json", follow=False)

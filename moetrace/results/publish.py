@@ -37,13 +37,19 @@ def file_in(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def check_committed(folder: Path) -> None:
+    """Raise a MoetraceError now, not after long work, if `.moetrace-new` is none that a write of ours leaves."""
+    with _held(folder):
+        _waiting_names(folder)
+
+
 @contextlib.contextmanager
 def staged(folder: str | os.PathLike[str], owned: Iterable[str] = RESULT_FILES) -> Iterator[Path]:
     """Yield an empty hidden folder inside `folder`, whose files move up when the block ends well.
 
     A `folder` that does not exist is made, with its parents. On any error, Ctrl-C included, it is as it was before.
     Files of the names `owned` are those of the older result: one that the new result lacks is removed. Raises
-    MoetraceError if the folder cannot be written, UsageError if it is a file.
+    MoetraceError if the folder cannot be written or a stranger's `.moetrace-new` is in it, UsageError if it is a file.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -53,6 +59,7 @@ def staged(folder: str | os.PathLike[str], owned: Iterable[str] = RESULT_FILES) 
     try:
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            check_committed(folder)
             remove_stale(folder, _STAGED)
             temporary = Path(tempfile.mkdtemp(prefix=".moetrace-", dir=folder))
             held = lock(temporary)  # so that nobody takes it for what a killed run left
@@ -110,10 +117,9 @@ def _publish(temporary: Path, folder: Path, owned: Iterable[str]) -> None:
 
 def _move_up(folder: Path) -> None:
     """Finish what a commit began; the folder is held."""
-    waiting = folder / COMMITTED
-    if not os.path.lexists(waiting):
+    waiting, names = folder / COMMITTED, _waiting_names(folder)
+    if names is None:
         return
-    names = _waiting_names(waiting)
     # First what the new result lacks: nothing that is read by its name then belongs to the older one only.
     for name in sorted(names, key=lambda name: (not name.endswith(GONE), name)):
         if name.endswith(GONE):
@@ -125,8 +131,11 @@ def _move_up(folder: Path) -> None:
     sync_folder(folder)
 
 
-def _waiting_names(waiting: Path) -> list[str]:
-    """Names in a committed folder. Raises MoetraceError if it is none of ours, but a stranger's."""
+def _waiting_names(folder: Path) -> list[str] | None:
+    """Names in the committed folder of a killed write, None if there is none; the folder is held."""
+    waiting = folder / COMMITTED
+    if not os.path.lexists(waiting):
+        return None
     names = sorted(entry.name for entry in os.scandir(waiting)) if is_folder(waiting) else [""]
     for name in names:
         plain = name in OWN_FILES or name.removesuffix(GONE) in OWN_FILES

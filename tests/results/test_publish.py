@@ -197,8 +197,8 @@ def test_a_strangers_committed_folder_moves_nothing(tmp_path, what):
     (folder / "notes.txt").write_text("mine")
     strange(folder, what)
     before = sorted(folder.rglob("*"))
-    with pytest.raises(mt.MoetraceError, match="is not what a write of moetrace leaves"):
-        put(folder, "new")
+    with pytest.raises(mt.MoetraceError, match="is not what a write of moetrace leaves"), staged(folder):
+        pytest.fail("it is seen before the work, not after it")
     assert sorted(folder.rglob("*")) == before
     assert (folder / "notes.txt").read_text() == "mine" and (folder / "units.parquet").read_text() == "old"
 

@@ -107,6 +107,8 @@ def test_a_negative_figure_is_refused(folder, name):
     altered(folder, keys, "[0.5, -1]" if name == "utilization.ndp" else "-1")
     with pytest.raises(mt.MoetraceError, match=r"summary\.json"):
         read_summary(folder)
+    with pytest.raises(mt.MoetraceError, match=f"{name} wants a finite number that is not negative"):
+        mt.gate(folder, folder / "b.json", metrics=[name], update=True)
 
 
 @pytest.mark.parametrize(
