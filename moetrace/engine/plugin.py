@@ -75,8 +75,8 @@ def _compile(function: Callable, decides: bool) -> Any:
     from moetrace.engine.state import hook_signature
 
     hook = hook_signature()
-    written = _guarded(function, decides) if _is_users(function) else function
-    dispatcher = kernel(written, inline=False, checked=_is_users(function)).entry()
+    written = _guarded(function, decides) if is_users(function) else function
+    dispatcher = kernel(written, inline=False, checked=is_users(function)).entry()
     try:
         dispatcher.compile(hook.args)
     except NumbaError as error:
@@ -172,12 +172,13 @@ def _hook(kind: str, function: Callable) -> Any:
     """Compile a function for what it is to be: a user's residency may not change the plan, which was carried out."""
     if kind == "residency" and not PURE_PYTHON:
         function = getattr(function, "py_func", function)
-        return _compile(function, decides=not _is_users(function))
+        return _compile(function, decides=not is_users(function))
     return policy(function)
 
 
-def _is_users(function: Callable) -> bool:
-    return not Path(function.__code__.co_filename).is_relative_to(_ENGINE)
+def is_users(function: Callable) -> bool:
+    """Whether a hook, compiled or not, is a user's or another package's."""
+    return not Path(getattr(function, "py_func", function).__code__.co_filename).is_relative_to(_ENGINE)
 
 
 def _where(function: Callable) -> str:

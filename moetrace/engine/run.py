@@ -13,7 +13,7 @@ from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
-from moetrace.engine.plugin import load_hook
+from moetrace.engine.plugin import is_users, load_hook
 from moetrace.engine.prefetch import COMPLETED_EVER
 from moetrace.engine.recording import Recording, record_batch
 from moetrace.engine.replay import Batch, LayerScratch, State, Work, new_scratch, new_setting, new_state, replay_batch
@@ -199,8 +199,10 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
     """Replay every block in every lane; return how much each expert was wanted."""
     popularity = new_popularity(decoded.trace.layers, decoded.trace.num_experts)
     compile_now(*_kernels_of(lane for one in underway for lane in one.lanes))  # before threads want them
-    # A function that never returns must not keep the main thread from hearing Ctrl-C.
-    with Hands(jobs) if jobs > 1 or in_main_thread() else nullcontext() as pool:
+    # A user's function may never return: that must not keep the main thread from hearing Ctrl-C. What is built in does
+    # soon, and would take a few percent longer in another thread, whose caches are cold.
+    own = in_main_thread() and any(is_users(hook) for one in underway for lane in one.lanes for hook in lane.hooks)
+    with Hands(jobs) if jobs > 1 or own else nullcontext() as pool:
         for batch, rows in decoded.batches(pool if jobs > 1 else None):
             underway = [one for one in underway if one.error is None]
             if not underway:
