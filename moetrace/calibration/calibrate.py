@@ -176,10 +176,10 @@ def _copy_changes(fit: Fit, source: str) -> Iterator[Change]:
 def _known(part: str, fit: Fit, source: str) -> Iterator[Change]:
     table = f"calibration.{part}"
     yield Change(table, "source", source, "")
-    yield Change(table, "points", fit.points, "")
+    yield Change(table, "points", fit.points, "measured layers" if fit.flop_s else "measured copies")
     yield Change(table, "shapes", fit.shapes, "each predicted from the others")
     yield Change(table, "median_error", round(fit.median_error, 4), "of |predicted / measured - 1|, not fitted")
-    yield Change(table, "p90_error", round(fit.p90_error, 4), "")
+    yield Change(table, "p90_error", round(fit.p90_error, 4), "90th percentile of the same")
 
 
 def _loaded(text: str) -> System:

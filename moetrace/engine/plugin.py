@@ -131,6 +131,9 @@ def _user_hook(state, view, layer, load, plan):
         view.link_latency_s,
         view.alpha,
         view.half_life,
+        view.gpu_start_s,
+        view.home_start_s,
+        view.gpu_rows,
         _for_reading(view.active),
         view.groups,
     )

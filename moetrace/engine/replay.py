@@ -47,8 +47,7 @@ from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe
 from moetrace.engine.turns import Turns
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import BY_TOUCH
-
-DECODE = 1
+from moetrace.trace.schema import DECODE
 
 
 class Steps(NamedTuple):

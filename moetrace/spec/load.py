@@ -117,10 +117,10 @@ def convert(loaded: Loaded, struct: type[S]) -> S:
         raise UsageError(f"{loaded.where}: tables or lists lie too deep in each other.") from None
 
 
-def read_text(path: str | Path, most_bytes: int = MAX_FILE_BYTES, *, follow: bool = True) -> str:
+def read_text(path: str | Path, most_bytes: int | None = None, *, follow: bool = True) -> str:
     """Text of an ordinary UTF-8 file of at most 16 MiB, or a MoetraceError that says why not."""
     try:
-        return read_ordinary(path, most_bytes, follow=follow).decode("utf-8")
+        return read_ordinary(path, most_bytes or MAX_FILE_BYTES, follow=follow).decode("utf-8")
     except UnicodeDecodeError:
         raise MoetraceError(f"Cannot read {path}: it is not a UTF-8 text file.") from None
 

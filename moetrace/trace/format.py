@@ -157,24 +157,37 @@ class Trace:
     def blocks(self, rows: int | None = None, ahead: int = 0) -> Iterator[Block]:
         """Cut the trace into blocks of whole steps, in time order. Memory does not grow with the trace.
 
-        A block has at most `rows` rows (by default, about 4 MiB of ids) but at least one step. It also carries up to
-        `ahead` further steps. Ids are not checked here. Raises MoetraceError at once if the trace has counts but no
-        ids, and on the way if the file is damaged, a request, position or phase is impossible, or a step too large.
+        Args:
+            rows: Most rows of a block, which has at least one step. By default about 4 MiB of ids.
+            ahead: Further steps that a block also carries.
+
+        Returns:
+            The blocks. Ids are not checked here.
+
+        Raises:
+            MoetraceError: The trace has counts but no ids; on the way, the file is damaged, a request, position or
+                phase is impossible, or a step is too large.
+
+        Examples:
+            >>> import moetrace as mt
+            >>> with mt.Trace.open("traces/tiny-olmoe.h5") as trace:
+            ...     print(sum(block.steps for block in trace.blocks(rows=1000)))
+            6981
         """
         self.check_has_rows()
-        return self._blocks(max(1, BLOCK_BYTES // self._row_bytes) if rows is None else rows, ahead, False)
+        return self._blocks(max(1, BLOCK_BYTES // self.id_bytes) if rows is None else rows, ahead, False)
 
     def compared_blocks(self, ahead: int = 0) -> Iterator[Block]:
         """The same blocks; raises MoetraceError after the last if their ids differ from the sha256 in the file."""
         self.check_has_rows()
-        return self._blocks(max(1, BLOCK_BYTES // self._row_bytes), ahead, True)
+        return self._blocks(max(1, BLOCK_BYTES // self.id_bytes), ahead, True)
 
     def _blocks(self, rows: int, ahead: int, compare: bool) -> Iterator[Block]:
         ids = self._columns["experts"]
         with PassingHashes(self.shown, {"experts": ids} if compare else {}) as hashes:
-            for first, stop in self._step_ranges(rows):
+            for first, stop in schema.step_ranges(self.offset, rows):
                 end = min(stop + ahead, self.steps)
-                self.check_at_once(first, end)
+                schema.check_step_bytes(self.shown, self.offset, first, end, self.id_bytes)
                 part = self._rows(first, end)
                 experts = ids.read(int(self.offset[first]), int(self.offset[end]))
                 hashes.add(experts=experts[: part.offset[stop - first]])
@@ -195,8 +208,8 @@ class Trace:
         known = {name: self._columns[name] for name in names if compare and name in self._columns}
         with PassingHashes(self.shown, known) as hashes:
             hashes.add(**{name: getattr(self, name) for name in known if name not in ROW_PATHS})
-            for first, stop in self._step_ranges(BLOCK_BYTES // 16):
-                schema.check_step_bytes(self.shown, first, stop, int(self.offset[stop] - self.offset[first]), 0)
+            for first, stop in schema.step_ranges(self.offset, BLOCK_BYTES // 16):
+                schema.check_step_bytes(self.shown, self.offset, first, stop, 0)
                 part = self._rows(first, stop)
                 hashes.add(request=part.request, position=part.position, row_phase=part.phase)
                 yield part
@@ -208,10 +221,10 @@ class Trace:
         Without `ids` these are not read. Raises MoetraceError as `blocks` does, but no step is too large.
         """
         self.check_has_rows()
-        return self._parts(min(max(1, BLOCK_BYTES // self._row_bytes), schema.PART_ROWS) if rows is None else rows, ids)
+        return self._parts(min(max(1, BLOCK_BYTES // self.id_bytes), schema.PART_ROWS) if rows is None else rows, ids)
 
     def _parts(self, rows: int, ids: bool) -> Iterator[Part]:
-        for first, stop in self._step_ranges(rows):
+        for first, stop in schema.step_ranges(self.offset, rows):
             begin, end = int(self.offset[first]), int(self.offset[stop])
             for start in range(begin, end, rows):
                 up_to = min(start + rows, end)
@@ -224,13 +237,9 @@ class Trace:
                 yield part
 
     @property
-    def _row_bytes(self) -> int:
+    def id_bytes(self) -> int:
         """What the ids of a row take."""
         return self.layers * self.top_k * self._columns["experts"].dtype.itemsize
-
-    def check_at_once(self, first: int, stop: int) -> None:
-        """Raise MoetraceError if the rows of the steps first:stop, with ids, are too large to be taken at once."""
-        schema.check_step_bytes(self.shown, first, stop, int(self.offset[stop] - self.offset[first]), self._row_bytes)
 
     def count_blocks(self, *, check: bool = True) -> Iterator[CountBlock]:
         """The counts of a trace that holds them instead of ids, about 4 MiB at a time, in order.
@@ -323,8 +332,11 @@ class Trace:
         Its `content_sha256` is None. It can be read for as long as this one.
         """
         steps = min(max(steps, 1), self.steps)
-        entries = dict.fromkeys(ROW_PATHS, int(self.offset[steps])) | {"phase": steps, "counts": steps}
-        entries["offset"] = steps + 1
+        entries = dict.fromkeys(ROW_PATHS, int(self.offset[steps])) | {
+            "phase": steps,
+            "counts": steps,
+            "offset": steps + 1,
+        }
         columns = {
             name: column._replace(shape=(entries.get(name, column.shape[0]), *column.shape[1:]), sha256=None)
             for name, column in self._columns.items()
@@ -366,14 +378,6 @@ class Trace:
         """Raise a MoetraceError if the trace holds only counts."""
         if "counts" in self.has:
             raise MoetraceError(f"{self.shown} holds only counts of ids (/counts), but this needs the ids themselves.")
-
-    def _step_ranges(self, rows: int) -> Iterator[tuple[int, int]]:
-        first = 0
-        while first < self.steps:
-            stop = int(np.searchsorted(self.offset, self.offset[first] + rows, side="right")) - 1
-            stop = max(stop, first + 1)
-            yield first, stop
-            first = stop
 
     def _rows(self, first: int, stop: int) -> Rows:
         offset = self.offset[first : stop + 1] - self.offset[first]

@@ -12,7 +12,7 @@ import numpy as np
 
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace import schema
-from moetrace.trace.apart import attributes_apart
+from moetrace.trace.own_process import attributes_apart
 from moetrace.trace.plain import is_cut, is_hdf5, is_plain
 from moetrace.trace.probe import Attributes, attributes_of, hard_path
 from moetrace.trace.schema import OPTIONAL, OTHER_PATHS, ROW_PATHS

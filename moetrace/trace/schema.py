@@ -1,7 +1,7 @@
 """What a trace file of schema ``moetrace/1`` holds: names, dtypes, and the checks that need only NumPy."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -248,11 +248,22 @@ def check_counts(
     return counted
 
 
-def check_step_bytes(where: str, first: int, stop: int, rows: int, row_bytes: int) -> None:
-    """Raise if the `rows` of the steps first:stop are too large to be taken at once, as a step must be.
+def step_ranges(offset: np.ndarray, rows: int) -> Iterator[tuple[int, int]]:
+    """Cut steps into ranges of at most `rows` rows, but at least one step; `offset` int64 [steps + 1]."""
+    first = 0
+    while first < len(offset) - 1:
+        stop = int(np.searchsorted(offset, offset[first] + rows, side="right")) - 1
+        stop = max(stop, first + 1)
+        yield first, stop
+        first = stop
 
-    `row_bytes` is what is read of a row beside its request, position and phase.
+
+def check_step_bytes(where: str, offset: np.ndarray, first: int, stop: int, row_bytes: int) -> None:
+    """Raise if the rows of the steps first:stop are too large to be taken at once, as a step must be.
+
+    `offset` is int64 [steps + 1], `row_bytes` what is read of a row beside its request, position and phase.
     """
+    rows = int(offset[stop] - offset[first])
     size = rows * (ROW_BYTES + row_bytes)
     if size > STEP_BYTES:
         which = f"step {first} has" if stop - first == 1 else f"the steps {first} to {stop - 1} have"

@@ -142,7 +142,7 @@ def test_unreadable_file(tmp_path):
 
 @pytest.mark.parametrize("text", ["hidden = " + "1" * 5000, "hidden = " + "[" * 5000, ".".join("a" * 5000) + " = 1"])
 def test_toml_that_python_cannot_hold(tmp_path, text):
-    with pytest.raises(MoetraceError, match=r"bad\.toml: (not TOML: .*|tables or lists lie) too (long|deep)"):
+    with pytest.raises(MoetraceError, match=r"bad\.toml: (not TOML: .*|.*(tables|lists) lie) too (long|deep)"):
         load_model(write(tmp_path / "bad.toml", text))
 
 

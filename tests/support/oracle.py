@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from support.oracle_dispatch import dispatch, dispatch_by_cost
 from support.oracle_layer import (
     DECODE,
     MIXED,
@@ -24,8 +25,6 @@ from support.oracle_layer import (
     OracleTrace,
     TimeLine,
     demand_order,
-    dispatch,
-    dispatch_by_cost,
     machine_of,
     place,
     time_line,

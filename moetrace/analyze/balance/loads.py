@@ -8,7 +8,7 @@ import numpy as np
 from moetrace.jit.compile import kernel
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.format import Trace
-from moetrace.trace.schema import PHASE_NAMES, check_ids
+from moetrace.trace.schema import PHASE_NAMES, check_ids, check_step_bytes
 
 AT_ONCE = 1 << 20  # ids, or counts, that are looked at together
 MAX_ROWS = 1 << 40  # sums of loads stay exact, also as float64
@@ -82,7 +82,7 @@ def _parts(trace: Trace, steps: np.ndarray, counts: bool) -> Iterator[tuple[int,
 
 
 def _from_ids(trace: Trace, steps: np.ndarray) -> Loads:
-    trace.check_at_once(int(steps[0]), int(steps[-1]) + 1)
+    check_step_bytes(trace.shown, trace.offset, int(steps[0]), int(steps[-1]) + 1, trace.id_bytes)
     first, stop = int(trace.offset[steps[0]]), int(trace.offset[steps[-1] + 1])
     experts = trace.read("experts", first, stop)
     begin, end = trace.offset[steps] - first, trace.offset[steps + 1] - first
