@@ -350,7 +350,8 @@ class Trace:
         Raises MoetraceError if the trace's own file is damaged, or holds an impossible value.
         """
         self.verify_hashes()
-        facts: dict[str, Any] = self._facts() | {"compress": compress}
+        names = ("model", "num_experts", "top_k", "layers", "rows", "steps", "source", "layer_index")
+        facts: dict[str, Any] = {name: getattr(self, name) for name in names} | {"compress": compress}
         if "counts" in self.has:
             with CountsWriter(path, **facts) as writer:
                 for block in self.count_blocks():
@@ -366,13 +367,6 @@ class Trace:
                 writer.append(
                     block.experts, block.request, block.position, np.diff(block.offset), self.phase[steps], **more
                 )
-
-    def _facts(self) -> dict[str, Any]:
-        """What a Writer is told of any trace."""
-        return {
-            name: getattr(self, name)
-            for name in ("model", "num_experts", "top_k", "layers", "rows", "steps", "source", "layer_index")
-        }
 
     def check_has_rows(self) -> None:
         """Raise a MoetraceError if the trace holds only counts."""
