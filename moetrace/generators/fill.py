@@ -16,7 +16,7 @@ from moetrace.spec import check_shape, load_model
 from moetrace.spec.errors import UsageError
 from moetrace.spec.model import Model
 from moetrace.trace.format import Trace
-from moetrace.trace.schema import BLOCK_BYTES, expert_dtype
+from moetrace.trace.schema import BLOCK_BYTES, check_sizes, expert_dtype
 from moetrace.trace.writer import Writer
 from moetrace.version import __version__
 
@@ -173,11 +173,17 @@ def _prepare(
     assert model is not None
     model = load_model(model)
     schedule.check()
+    _check_sizes(model.name, model.moe_layers, model.experts, model.top_k, schedule)
     zipf, stick = DEFAULT_ZIPF if zipf is None else zipf, DEFAULT_STICK if stick is None else stick
     drawer = ZipfDrawer(model, zipf, stick, seed, slots=min(schedule.batch, schedule.requests))
     parameters = {**schedule._asdict(), "zipf": float(zipf), "stick": float(stick), "seed": seed}
     source = {"generator": "zipf", "moetrace": __version__, "parameters": parameters}
     return _Plan(model.name, model.moe_layers, model.most_experts, model.most_top_k, schedule, drawer, source)
+
+
+def _check_sizes(name: str, layers: int, experts: int, top_k: int, schedule: BatchSchedule) -> None:
+    """Raise MoetraceError if no trace may be so large, before tables are made of these sizes."""
+    check_sizes(f"a trace of {name}", experts, top_k, layers, schedule.rows, schedule.steps)
 
 
 def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedule: BatchSchedule, seed: int) -> _Plan:
@@ -187,6 +193,7 @@ def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedul
         check_shape(f"Profile {profile.name}", profile.layers, profile.experts, model)
         name, top_k = model.name, model.most_top_k
     schedule.check()
+    _check_sizes(name, profile.layers, profile.experts, top_k, schedule)
     slots = min(schedule.batch, schedule.requests)
     drawer = ProfileDrawer(profile, seed, prompt=schedule.prompt, slots=slots, top_k=top_k)
     source = {

@@ -106,6 +106,10 @@ def test_experts_of_all_layers_have_a_bound_before_anything_is_made_of_them(tmp_
     more = {"weight_bits": 16, "dense_weight_bits": 16, "dense_params_per_layer": 1, "once_params": 1}
     text = "".join(f"{name} = {value}\n" for name, value in (values | more | {"kv_bytes_per_token_layer": 64}).items())
     (tmp_path / "m.toml").write_text('name = "wide"\n' + text)
+    many = (tmp_path / "m.toml").read_text().replace("layers = 17", "layers = 300")
+    (tmp_path / "many.toml").write_text(many)
+    with pytest.raises(MoetraceError, match="a trace of wide: 300 layers of 65535 experts are more than"):
+        mt.generate(tmp_path / "made.h5", str(tmp_path / "many.toml"), requests=1, prompt=1, output=1)
     trace = Trace.from_arrays(wide[:, :17], num_experts=65535)
     with pytest.raises(MoetraceError, match=r"17 x 65535 experts; a replay takes 1,048,576 at most"):
         mt.replay(trace, model=str(tmp_path / "m.toml"), system="rtx4090-offload", policies=["on-demand"])
