@@ -22,6 +22,7 @@ SHAPE = ("hidden", "intermediate", "experts", "matrices")
 KERNEL = (*SHAPE, "top_k", "rows", "bits", "active", "seconds")
 COPY = ("bytes", "seconds")
 PARTS = ("gpu", "cpu", "link", "disk")
+_TEXTS = ("gpu", "dtype", "distribution", "kernel_source")
 # Bits of a stored weight with its scales, by the name of its type.
 DTYPE_BITS = {
     "float32": 32.0,
@@ -76,7 +77,7 @@ def read_measured(path: str | Path, choose: Mapping[str, str] | None = None) -> 
         UsageError: A column is missing, or no row is left.
     """
     path = Path(path)
-    frame = _read(path).rename(lambda name: ALIASES.get(name, name))
+    frame = _typed(_read(path).rename(lambda name: ALIASES.get(name, name)), path)
     words = [path.name]
     for column, value in (choose or {}).items():
         frame = _chosen(frame, column, value, path)
@@ -132,6 +133,19 @@ def _read(path: Path) -> pl.DataFrame:
         raise MoetraceError(f"Cannot read {path}: it is not a table in Parquet or CSV ({why}).") from None
 
 
+def _typed(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """Texts as texts and numbers as numbers, whatever the file has."""
+    texts = [name for name in (*_TEXTS, "part") if name in frame.columns]
+    numbers = [name for name in {*KERNEL, *COPY, "latency_ms", "moe_ep_size"} if name in frame.columns]
+    frame = frame.with_columns(pl.col(name).cast(pl.String, strict=False) for name in texts)
+    for name in sorted(numbers):
+        try:
+            frame = frame.with_columns(pl.col(name).cast(pl.Float64))
+        except pl.exceptions.PolarsError:
+            raise MoetraceError(f"{path}: column {name} must hold numbers.") from None
+    return frame
+
+
 def _chosen(frame: pl.DataFrame, column: str, value: str, path: Path) -> pl.DataFrame:
     if column not in frame.columns:
         raise UsageError(f"{path} has no column {column}: leave out --{column}.")
@@ -145,7 +159,7 @@ def _chosen(frame: pl.DataFrame, column: str, value: str, path: Path) -> pl.Data
 def _usable(rows: pl.DataFrame, left_out: list[str]) -> pl.DataFrame:
     """Leave out what one device with known experts did not run, and say so."""
     tests = {
-        "moe_ep_size": (pl.col("moe_ep_size") == 1, "of experts that are spread over several GPUs"),
+        "moe_ep_size": (pl.col("moe_ep_size") == 1.0, "of experts that are spread over several GPUs"),
         "distribution": (pl.col("distribution") == "balanced", "of unbalanced routing"),
     }
     for column, (test, words) in tests.items():
@@ -168,8 +182,8 @@ def _with_matrices(rows: pl.DataFrame, left_out: list[str]) -> pl.DataFrame:
     """
     shape = ["hidden", "intermediate", "experts", "top_k"]
     plain = pl.col("kernel_source").str.contains("nongated").any().over(shape)
-    gateless = pl.col("intermediate").cast(pl.Float64).is_in([1856.0, 2688.0]) | (pl.col("top_k") == 22)
-    kept = rows.with_columns(matrices=pl.when(plain).then(2).otherwise(3)).filter(~gateless | plain)
+    gateless = pl.col("intermediate").is_in([1856.0, 2688.0]) | (pl.col("top_k") == 22)
+    kept = rows.with_columns(matrices=pl.when(plain).then(2.0).otherwise(3.0)).filter(~gateless | plain)
     if len(kept) < len(rows):
         left_out.append(f"{counted(len(rows) - len(kept), 'row')} of shapes whose number of matrices is open left out.")
     return kept
@@ -185,7 +199,7 @@ def _completed(rows: pl.DataFrame, path: Path) -> pl.DataFrame:
             raise UsageError(f"{path}: the bits of dtype {unknown[0]} are unknown; give a column bits.")
         rows = rows.with_columns(bits=pl.col("dtype").replace_strict(DTYPE_BITS, return_dtype=pl.Float64))
     if "matrices" not in rows.columns:
-        rows = rows.with_columns(matrices=pl.lit(3))
+        rows = rows.with_columns(matrices=pl.lit(3.0))
     if "active" not in rows.columns:
         missing = [name for name in ("experts", "rows", "top_k") if name not in rows.columns]
         if missing:
@@ -198,12 +212,9 @@ def _checked(rows: pl.DataFrame, columns: tuple[str, ...], path: Path) -> pl.Dat
     for name in columns:
         if name not in rows.columns:
             raise UsageError(f"{path} has no column {name}.")
-        try:
-            values = rows[name].cast(pl.Float64)
-        except pl.exceptions.PolarsError:
-            raise MoetraceError(f"{path}: column {name} must hold numbers.") from None
+        values = rows[name]
         bad = ~(values.is_not_null() & values.is_finite() & (values > 0) & (values <= MAX_SIZE))
         if bad.any():
             wants = "numbers greater than 0 (and at most 2^40)"
             raise MoetraceError(f"{path}: column {name} must hold {wants}, got {values.filter(bad)[0]}.")
-    return rows.select(pl.col(name).cast(pl.Float64) for name in columns)
+    return rows.select(columns)

@@ -384,10 +384,21 @@ def _type_at(struct: type[msgspec.Struct], path: str) -> Any:
 
 
 def _fields(struct: type[msgspec.Struct], path: str) -> dict[str, msgspec.inspect.Type]:
-    """Types of the fields of the table at `path` of a spec."""
+    """Types of the fields of the table at `path` of a spec; none where it is no table, or its keys are the user's."""
     node: Any = msgspec.inspect.type_info(struct)
     for key in filter(None, path.split(".")):
-        node = next(field.type for field in node.fields if field.encode_name == key)
-        if isinstance(node, msgspec.inspect.UnionType):
-            node = next(kind for kind in node.types if isinstance(kind, msgspec.inspect.StructType))
+        name, inside, _ = key.partition("[")  # `calibration[...]`: any value of it
+        if name:
+            types = {field.encode_name: field.type for field in getattr(node, "fields", ())}
+            node = _table_in(types.get(name))
+        if inside:
+            node = _table_in(getattr(node, "value_type", getattr(node, "item_type", None)))
+    if not isinstance(node, msgspec.inspect.StructType):
+        return {}
     return {field.encode_name: field.type for field in node.fields}
+
+
+def _table_in(kind: Any) -> Any:
+    """Of the types that a field may have, the one of a table."""
+    tables = msgspec.inspect.StructType | msgspec.inspect.DictType
+    return next((each for each in getattr(kind, "types", [kind]) if isinstance(each, tables)), kind)

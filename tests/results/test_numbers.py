@@ -38,11 +38,14 @@ def limits(struct) -> dict[str, tuple[Any, float, float]]:
             kinds = getattr(kind, "types", [kind])
             kind = next(one for one in kinds if isinstance(one, msgspec.inspect.StructType))
             kind = next(field.type for field in kind.fields if field.encode_name == key)
-        (number,) = [
+        numbers = [
             one
             for one in getattr(kind, "types", [kind])
             if isinstance(one, msgspec.inspect.FloatType | msgspec.inspect.IntType)
         ]
+        if not numbers:  # a choice of words, or a switch
+            continue
+        (number,) = numbers
         found[path] = (type(number), number.ge, number.le)
     return found
 

@@ -61,6 +61,7 @@ def test_nothing_recorded_is_no_section(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [b"", b"no gzip", gzip.compress(b"{", mtime=0)[:-4], gzip.compress(b"[]"), gzip.compress(b'{"traceEvents": [{}]}')],
+    ids=["empty", "no gzip", "cut", "a list", "no event"],
 )
 def test_what_is_no_timeline_is_one_sentence(tmp_path, content):
     (tmp_path / TIMELINE_FILE).write_bytes(content)

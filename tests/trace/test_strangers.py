@@ -15,7 +15,7 @@ from support.limits import run_limited
 import moetrace as mt
 from moetrace.engine.schedule import schedule_of
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace import Trace, apart, hdf5, plain, schema
+from moetrace.trace import Trace, hdf5, own_process, plain, schema
 from moetrace.trace.describe import describe
 from moetrace.trace.writer import CountsWriter
 
@@ -275,7 +275,7 @@ def test_a_file_that_hdf5_does_not_survive_is_one_sentence(tmp_path, monkeypatch
         ("print('no JSON')", "the process that looks at it failed"),
         ("while True: pass", r"HDF5 did not come to an end within 0\.2 s"),
     ):
-        monkeypatch.setattr(apart, "_PROGRAM", program)
-        monkeypatch.setattr(apart, "TIME_LIMIT_S", 0.2 if "while" in program else 10.0)
+        monkeypatch.setattr(own_process, "_PROGRAM", program)
+        monkeypatch.setattr(own_process, "TIME_LIMIT_S", 0.2 if "while" in program else 10.0)
         with pytest.raises(MoetraceError, match=rf"t\.h5 can't be read as HDF5: {sentence}"):
             Trace.open(path)
