@@ -1,6 +1,6 @@
 """Kill commands at random moments, and look what is left: nothing finished lost, nothing half accepted, no process.
 
-    nice python bench/kills.py [--kills 100] [--seed 0] [--show]
+    nice python bench/kills.py [--kills 100] [--seed 0] [--only COMMAND] [--show]
 
 Writes the table of docs/security.md, section "Kills" (`--show` only prints it). Each command writes over an older
 output of its own. A run to its end first, with a warm compile cache, says how long it takes and what it writes. Then
@@ -238,7 +238,10 @@ def killed(case: Case, folder: Path, number: int, run: Run, chance: random.Rando
     saw["processes"] = len(left)
     for one in left:
         os.kill(one, signal.SIGKILL)
-    saw["tracebacks"] = "Traceback" in (folder / "stderr.txt").read_text(errors="replace")
+    errors = (folder / "stderr.txt").read_text(errors="replace")
+    if "Traceback" in errors and f"{os.sep}moetrace{os.sep}" in errors:  # not while Python itself still starts
+        saw["tracebacks"] = 1
+        print(f"  {case.name}, {sign.name}:\n{errors}", file=sys.stderr)
     return saw + Counter(hidden_left=bool(hidden(watched) - known)) + looked_at(case, folder, run)
 
 
@@ -283,6 +286,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=100)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--only", metavar="COMMAND", help="kill this one only, and print only")
     options.add_argument("--show", action="store_true", help="print only")
     options = options.parse_args()
     found: dict[str, Counter] = {}
@@ -291,6 +295,8 @@ def main() -> None:
         base.mkdir()
         inputs(base)
         for at, case in enumerate(CASES):
+            if options.only not in (None, case.name):
+                continue
             finished(case.older, base)
             whole = shutil.copytree(base, Path(name) / "whole")
             finished(case.words, whole)  # compiles
@@ -310,7 +316,7 @@ def main() -> None:
             output = base / case.output
             shutil.rmtree(output) if output.is_dir() else output.unlink()
     print(table(found))
-    if not options.show:
+    if not (options.show or options.only):
         write_between(ROOT / "docs" / "security.md", "kills", table(found))
     bad = sum(counts[key] for counts in found.values() for key in ("mixed", "refused", "processes", "not_finished"))
     sys.exit(1 if bad else 0)
