@@ -9,12 +9,14 @@ import msgspec
 
 # Of a SHA-256's digits, as many as tell apart what one project ever has.
 _DIGITS = 12
+# What a spec is called, and how well its constants are known: no figure depends on them.
+_LABELS = ("name", "known", "calibration")
 
 
 def identity(value: object) -> str | int | None:
     """What stands for an input in a baseline: a number itself, a SHA-256's first digits, or those of the content.
 
-    The top-level `name` of a spec is a label, and does not count; nor does a field that is not set, so that one which a
+    The labels of a spec (its name, how well it is known) do not count; nor does a field that is not set, so that one which a
     later version adds changes nothing as long as nobody sets it.
     """
     if value is None or isinstance(value, int):
@@ -22,7 +24,7 @@ def identity(value: object) -> str | int | None:
     if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
         return value[:_DIGITS]
     if isinstance(value, Mapping):
-        value = {key: inner for key, inner in _set_fields(value).items() if key != "name"}
+        value = {key: inner for key, inner in _set_fields(value).items() if key not in _LABELS}
     return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()[:_DIGITS]
 
 

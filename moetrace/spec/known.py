@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 Known = Literal["measured", "data sheet", "assumed"]
-_WORDS = {"measured": "measured", "data sheet": "from data sheets", "assumed": "assumed"}
+_WORDS = {"measured": "measured", "data sheet": "from data sheets", "assumed": "from data sheets and assumptions"}
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,5 +35,5 @@ def how_known(known: Known | None, calibration: Mapping[str, Calibration] | None
         for part, fit in (calibration or {}).items()
     ]
     if known is not None:
-        words.append(f"the rest {_WORDS[known]}" if words else f"all constants {_WORDS[known]}")
+        words.append(f"the rest {_WORDS[known]}" if words else f"{_WORDS[known]}, not calibrated")
     return ", ".join(words) or None

@@ -230,7 +230,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         host: Host memory.
         energy: Numbers that version 1 carries along and does not use.
         price: Numbers that version 1 carries along and does not use.
-        known: Where the constants come from that were not calibrated.
+        known: Where the constants come from that were not calibrated; `assumed` if any of them is.
         calibration: Part (gpu, cpu, link) -> how well its fitted constants predict.
     """
 
