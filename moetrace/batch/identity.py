@@ -16,8 +16,8 @@ _LABELS = ("name", "known", "calibration")
 def identity(value: object) -> str | int | None:
     """What stands for an input in a baseline: a number itself, a SHA-256's first digits, or those of the content.
 
-    The labels of a spec (its name, how well it is known) do not count; nor does a field that is not set, so that one which a
-    later version adds changes nothing as long as nobody sets it.
+    The labels of a spec (its name, how well it is known) do not count; nor does a field that is not set, so that one
+    which a later version adds changes nothing as long as nobody sets it.
     """
     if value is None or isinstance(value, int):
         return value
