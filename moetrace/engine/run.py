@@ -21,7 +21,7 @@ from moetrace.engine.residency import empty_cells, keep_for_good
 from moetrace.engine.schedule import Schedule
 from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
-from moetrace.jit.apart import Hands, in_main_thread, result_of
+from moetrace.jit.apart import Hands, may_wait, result_of
 from moetrace.jit.compile import compile_now
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError
@@ -201,7 +201,7 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
     compile_now(*_kernels_of(lane for one in underway for lane in one.lanes))  # before threads want them
     # A user's function may never return: that must not keep the main thread from hearing Ctrl-C. What is built in does
     # soon, and would take a few percent longer in another thread, whose caches are cold.
-    own = in_main_thread() and any(is_users(hook) for one in underway for lane in one.lanes for hook in lane.hooks)
+    own = may_wait() and any(is_users(hook) for one in underway for lane in one.lanes for hook in lane.hooks)
     with Hands(jobs) if jobs > 1 or own else nullcontext() as pool:
         for batch, rows in decoded.batches(pool if jobs > 1 else None):
             underway = [one for one in underway if one.error is None]

@@ -74,7 +74,7 @@ class Hands(Executor):
 
 def heard(function: Callable[..., _Made], *arguments: Any) -> _Made:
     """Call a function; where this is the main thread, in another one, while this one waits and hears signals."""
-    if not in_main_thread():
+    if not may_wait():
         return function(*arguments)
     with Hands(1) as hands:
         return result_of(hands.submit(function, *arguments))
@@ -87,9 +87,17 @@ def result_of(future: Future) -> Any:
     return future.result()
 
 
-def in_main_thread() -> bool:
-    """Whether this is the thread that hears signals."""
-    return threading.current_thread() is threading.main_thread()
+def may_wait() -> bool:
+    """Whether this is the thread that hears signals, and may wait for another one.
+
+    It may not while it imports a module: Numba imports the module of what it compiles, and would wait for it in turn.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is None
 
 
 def end_process(code: object) -> None:
