@@ -27,7 +27,7 @@ for folder in (ROOT, ROOT / "tests", ROOT / "bench"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-HANG_S = 20
+HANG_S = 60
 MEMORY_MB = 4096
 MAX_MESSAGE = 4000
 

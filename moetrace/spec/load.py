@@ -386,7 +386,7 @@ def _type_at(struct: type[msgspec.Struct], path: str) -> Any:
 def _fields(struct: type[msgspec.Struct], path: str) -> dict[str, msgspec.inspect.Type]:
     """Types of the fields of the table at `path` of a spec; none where it is no table, or its keys are the user's."""
     node: Any = msgspec.inspect.type_info(struct)
-    for key in filter(None, path.split(".")):
+    for key in filter(None, path.replace("[...]", "[").split(".")):
         name, inside, _ = key.partition("[")  # `calibration[...]`: any value of it
         if name:
             types = {field.encode_name: field.type for field in getattr(node, "fields", ())}

@@ -49,8 +49,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     plan: str | None = None
     static: str | None = None
     prefetch_blocks: bool = False
-    gpu_rows: Annotated[int, Meta(ge=1)] | None = None
-    gpu_layers: Annotated[int, Meta(ge=0)] | None = None
+    gpu_rows: Annotated[int, Meta(ge=1, le=10**9)] | None = None
+    gpu_layers: Annotated[int, Meta(ge=0, le=65535)] | None = None
     gpu_layers_end: Literal["first", "last"] | None = None
 
     def group_size(self, units: int) -> int:
