@@ -173,7 +173,7 @@ def _prepare(
     assert model is not None
     model = load_model(model)
     schedule.check()
-    _check_sizes(model.name, model.moe_layers, model.experts, model.top_k, schedule)
+    _check_sizes(model.name, model.moe_layers, model.most_experts, model.most_top_k, schedule)
     zipf, stick = DEFAULT_ZIPF if zipf is None else zipf, DEFAULT_STICK if stick is None else stick
     drawer = ZipfDrawer(model, zipf, stick, seed, slots=min(schedule.batch, schedule.requests))
     parameters = {**schedule._asdict(), "zipf": float(zipf), "stick": float(stick), "seed": seed}

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from moetrace.results.parquet_pages import DamagedParquetError, Sizes, parquet_sizes
+from moetrace.spec.parquet_pages import DamagedParquetError, Sizes, parquet_sizes
 from moetrace.results.record import PARQUET_MARK
 from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.ordinary_file import open_ordinary
