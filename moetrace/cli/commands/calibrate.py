@@ -77,10 +77,7 @@ def command(
     from moetrace.trace.atomic import write_whole
 
     check_targets({"--output": output, "--save-table": save_table}, (table, base))
-    if table is not None:
-        measured = read_measured(table, choose)
-    else:
-        measured = _measured(parts, folder, save_table)
+    measured = read_measured(table, choose) if table is not None else _measured(parts, folder, save_table)
     if base is None:
         return
     name = output.name.removesuffix(".toml") if output else None

@@ -148,7 +148,7 @@ def test_language_model_inside(tmp_path):
         ({"num_experts": 4}, "it has no model_type"),
         (QWEN | {"mlp_only_layers": 3}, "mlp_only_layers must be a list of layers, got 3"),
         (
-            QWEN | {"model_type": "nemotron_h", "layers_block_type": [["moe"]] * 4},
+            QWEN | {"model_type": "nemotron_h", "n_routed_experts": 8, "layers_block_type": [["moe"]] * 4},
             "hybrid_override_pattern must have one of",
         ),
         ({key: value for key, value in QWEN.items() if key != "hidden_size"}, "it has no hidden_size"),
