@@ -115,12 +115,12 @@ def _check(
 
 
 def _measured(parts: tuple[str, ...], folder: Path | None, save_table: Path | None) -> "Measured":
-    from moetrace.calibration.this_machine import PARTS, measure, to_frame
+    from moetrace.calibration.this_machine import PARTS, measure, to_csv
     from moetrace.trace.atomic import write_whole
 
     measured = measure(parts or PARTS, folder=folder, report=lambda line: say(f"moetrace: {line}"))
     if save_table is not None:
-        write_whole({save_table: to_frame(measured).write_csv().encode()})
+        write_whole({save_table: to_csv(measured)})
     return measured
 
 
