@@ -198,7 +198,7 @@ def _axes(sweep: _GridFile, folder: Path, where: str) -> list[Axis]:
 
 def _default_policies(systems: Any, zipped: list[Axis], folder: Path, where: str) -> list[str]:
     """Return the policies that suit every system of the sweep; raise UsageError if there are none."""
-    named = [systems] if isinstance(systems, str) else systems or []
+    named = [systems] if isinstance(systems, str) else [*(systems or [])]
     named += [value for axis in zipped for field, values in _columns(axis) if field == "system" for value in values]
     found = set()
     for system in named:

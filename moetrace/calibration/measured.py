@@ -1,5 +1,6 @@
 """A table of measured times: one layer's experts on a GPU or CPU, or one copy over the link or from the disk."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,8 @@ import numpy as np
 import polars as pl
 
 from moetrace.spec.errors import MoetraceError, UsageError, counted
+from moetrace.spec.ordinary_file import open_ordinary
+from moetrace.spec.parquet_pages import DamagedParquetError, parquet_sizes
 
 # Other names of the columns, as the tables of NVIDIA's aisimulate (Apache-2.0) have them.
 ALIASES = {
@@ -37,6 +40,7 @@ DTYPE_BITS = {
     "w4afp8": 4.0 + 16 / 128,
 }
 MAX_BYTES = 256 << 20
+MAX_UNPACKED_BYTES = 1 << 30
 MAX_ROWS = 2_000_000
 MAX_SIZE = 2**40  # of any figure in a table: no shape or copy comes near
 
@@ -77,13 +81,21 @@ def read_measured(path: str | Path, choose: Mapping[str, str] | None = None) -> 
         UsageError: A column is missing, or no row is left.
     """
     path = Path(path)
-    frame = _typed(_read(path).rename(lambda name: ALIASES.get(name, name)), path)
+    try:
+        return _measured(_read(path), path, choose or {})
+    except pl.exceptions.PolarsError as error:  # a column twice, a text that is no UTF-8, ...
+        why = " ".join(str(error).split())[:200]
+        raise MoetraceError(f"Cannot read {path}: it is not a table of times in Parquet or CSV ({why}).") from None
+
+
+def _measured(frame: pl.DataFrame, path: Path, choose: Mapping[str, str]) -> Measured:
+    frame = _typed(frame.rename(lambda name: ALIASES.get(name, name)), path)
     words = [path.name]
-    for column, value in (choose or {}).items():
+    for column, value in choose.items():
         frame = _chosen(frame, column, value, path)
         words.append(value)
     for column in ("gpu", "dtype"):
-        if column in frame.columns and frame[column].n_unique() > 1 and column not in (choose or {}):
+        if column in frame.columns and frame[column].n_unique() > 1 and column not in choose:
             names = ", ".join(sorted(map(str, frame[column].unique().to_list()))[:12])
             raise UsageError(f"{path} has rows of several values of {column} ({names}): choose one with --{column}.")
     if "latency_ms" in frame.columns and "seconds" not in frame.columns:
@@ -116,21 +128,30 @@ def work(kernels: pl.DataFrame) -> np.ndarray:
 
 
 def _read(path: Path) -> pl.DataFrame:
-    try:
-        if not path.is_file():
-            raise MoetraceError(f"Cannot read {path}: it is not an ordinary file.")
-        if path.stat().st_size > MAX_BYTES:
+    """The table as it is; raises PolarsError if it is none."""
+    with open_ordinary(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise MoetraceError(f"Cannot read {path}: it has more than {MAX_BYTES >> 20} MiB.")
-        lazy = pl.scan_csv(path) if path.suffix == ".csv" else pl.scan_parquet(path)
-        rows = lazy.select(pl.len()).collect().item()
-        if rows > MAX_ROWS:
-            raise MoetraceError(f"Cannot read {path}: it has {rows:,} rows, and {MAX_ROWS:,} is the most.")
-        return lazy.collect()
-    except OSError as error:
-        raise MoetraceError(f"Cannot read {path}: {error.strerror or error}.") from None
-    except pl.exceptions.PolarsError as error:
-        why = " ".join(str(error).split())[:200]
-        raise MoetraceError(f"Cannot read {path}: it is not a table in Parquet or CSV ({why}).") from None
+        try:
+            if path.suffix == ".csv":
+                frame = pl.read_csv(file, n_rows=MAX_ROWS + 1)
+                _check_rows(len(frame), path)
+                return frame
+            sizes = parquet_sizes(file)
+            _check_rows(sizes.rows, path)
+            if sizes.unpacked_bytes > MAX_UNPACKED_BYTES:
+                raise MoetraceError(f"Cannot read {path}: it unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB.")
+            file.seek(0)
+            return pl.read_parquet(file)
+        except DamagedParquetError as error:
+            raise MoetraceError(f"Cannot read {path}: {error}, and no CSV file, whose name ends with .csv.") from None
+        except OSError as error:
+            raise MoetraceError(f"Cannot read {path}: {error.strerror or error}.") from None
+
+
+def _check_rows(rows: int, path: Path) -> None:
+    if rows > MAX_ROWS:
+        raise MoetraceError(f"Cannot read {path}: it has more than {MAX_ROWS:,} rows.")
 
 
 def _typed(frame: pl.DataFrame, path: Path) -> pl.DataFrame:

@@ -84,6 +84,11 @@ def to_frame(measured: Measured) -> pl.DataFrame:
     return pl.concat(frames, how="diagonal")
 
 
+def to_csv(measured: Measured) -> bytes:
+    """Return that table as a CSV file."""
+    return to_frame(measured).write_csv().encode()
+
+
 def _kernels(runner: Runner, place: str, report: Report) -> pl.DataFrame:
     rows = []
     for hidden, intermediate in SHAPES:

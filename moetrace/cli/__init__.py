@@ -117,7 +117,7 @@ def _end(stop: BaseException) -> NoReturn:
     if isinstance(stop, _Stopped):
         code, how = 128 + stop.signal, f"ended by {stop.signal.name}"
     with contextlib.suppress(OSError):  # SIGHUP: the terminal is gone
-        click.echo(f"moetrace: {how}; no file was left half-written.", err=True)
+        click.echo(harmless(f"moetrace: {how}; no file was left half-written."), err=True)
     if "moetrace.jit.apart" in sys.modules:
         sys.modules["moetrace.jit.apart"].end_process(code)
     sys.exit(code)

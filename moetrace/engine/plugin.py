@@ -155,10 +155,10 @@ def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None)
     Raises UsageError if there is no such function, or it is no policy; MoetraceError if the file does not run.
     """
     if own and choice in own:
-        return _hook(kind, own[choice])
+        return _kept_hook(kind, own[choice])
     record = find(kind, choice)
     if record is not None:
-        return _hook(kind, record.hook or unchanged)
+        return _kept_hook(kind, record.hook or unchanged)
     file, _, name = choice.rpartition(":")
     if not file:
         raise UsageError(f"There is no {kind} {choice!r}; known are {', '.join(legal(kind))}.")
@@ -167,16 +167,18 @@ def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None)
         raise UsageError(f"{file} defines no {name}.")
     if not callable(function):
         raise UsageError(f"{file}: {name} is not a function.")
-    return _hook(kind, function)
+    return _hook(kind, function)  # not kept: a file is run, and its functions made, each time
 
 
-@cache
 def _hook(kind: str, function: Callable) -> Any:
     """Compile a function for what it is to be: a user's residency may not change the plan, which was carried out."""
     if kind == "residency" and not PURE_PYTHON:
         function = getattr(function, "py_func", function)
-        return _compile(function, decides=not is_users(function))
+        return _compile(function, decides=not (inspect.isfunction(function) and is_users(function)))
     return policy(function)
+
+
+_kept_hook = cache(_hook)
 
 
 def is_users(function: Callable) -> bool:

@@ -5,6 +5,7 @@ source, or in the user's cache. What a user's function compiles to never lies be
 stranger's: it goes to a folder of the user's, by a name that is made of the function's content.
 """
 
+import contextlib
 import os
 import stat
 import sys
@@ -175,7 +176,11 @@ def _index_file(folder: str, name: str, stamp: str) -> Any:
 
 def _remove_oldest(folder: str) -> None:
     """Leave the newest of users' compiled functions; another process may do the same."""
-    files = [(entry.stat().st_mtime, entry.path) for entry in os.scandir(folder) if entry.name.endswith(".nbi")]
+    files = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if entry.name.endswith(".nbi"):
+                files.append((entry.stat().st_mtime, entry.path))
     for _, path in sorted(files)[:-_NEWEST]:
         for each in (Path(path), Path(path.removesuffix(".nbi") + ".1.nbc")):
             each.unlink(missing_ok=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 import polars as pl
 
-from moetrace.results.parquet_pages import DamagedParquetError, Sizes, parquet_sizes
 from moetrace.results.record import PARQUET_MARK
 from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.ordinary_file import open_ordinary
+from moetrace.spec.parquet_pages import DamagedParquetError, Sizes, parquet_sizes
 
 # No file of ours has so many rows a byte; one that claims more would take memory that it does not justify.
 _MOST_ROWS_A_BYTE = 64

@@ -34,5 +34,10 @@ def _value(value: Any) -> str:
 
 
 def _text(text: str) -> str:
-    """A basic string: JSON's, but for a character that TOML wants escaped and JSON does not."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    """A basic string: JSON's, in which nothing steers a terminal and no `##vso[...]` is a command to a CI log."""
+    quoted = json.dumps(text, ensure_ascii=False).replace("##", "\\u0023#")
+    return "".join(letter if letter.isprintable() else _escape(letter) for letter in quoted)
+
+
+def _escape(letter: str) -> str:
+    return f"\\u{ord(letter):04x}" if ord(letter) < 1 << 16 else f"\\U{ord(letter):08x}"

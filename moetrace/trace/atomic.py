@@ -270,9 +270,9 @@ def uninterrupted() -> Iterator[None]:
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     # What no handler of Python's takes, as SIGTERM in a program that only imports moetrace, is left alone.
     handlers = {number: handler for number in signals if callable(handler := signal.getsignal(number))}
-    for number in handlers:
-        signal.signal(number, lambda *arguments: held.append(arguments))
     try:
+        for number in handlers:
+            signal.signal(number, lambda *arguments: held.append(arguments))
         yield
     finally:
         for number, handler in handlers.items():

@@ -3,7 +3,7 @@
 HDF5 follows whatever addresses a file holds: some files keep it busy for ever, deaf to signals, and some end the
 process. This reader follows only what the writer uses, each address once: headers of version 2, links and attributes
 inside of headers, numbers and text of fixed length, contiguous data or chunks that a B-tree of version 1 lists. HDF5
-may open such a file here; any other goes through `apart` first. Layout: HDF5 File Format Specification 3.0.
+may open such a file here; any other goes through `own_process` first. Layout: HDF5 File Format Specification 3.0.
 """
 
 import struct

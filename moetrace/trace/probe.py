@@ -1,4 +1,4 @@
-"""Read the attributes of an HDF5 file, and all else that opening it takes; also run as a program by `apart`.
+"""Read the attributes of an HDF5 file, and all else that opening it takes; also run as a program by `own_process`.
 
 It imports h5py and nothing of moetrace, so that the program starts fast. No data is read here, but for attributes.
 """

@@ -40,6 +40,7 @@ def test_a_table_becomes_a_system(run, table, tmp_path):
         (("T", "--system", "rtx4090-offload", "--only", "cpu"), "go with --measure only"),
         (("T", "--system", "rtx4090-offload", "-o", "x.txt"), "must end with .toml"),
         (("--measure", "--save-table", "x.txt"), "must end with .csv"),
+        (("--measure", "--system", "rtx4090-offload", "--gpu", "h100"), "choose rows of a TABLE"),
         (("T", "--system", "rtx4090-offload", "--gpu", "h100"), "no column gpu"),
     ],
 )

@@ -147,3 +147,10 @@ def test_the_oldest_compiled_functions_go(tmp_path, monkeypatch):
             os.utime(tmp_path / f"f-{number}.{ending}", (number, number))
     kernel_cache._remove_oldest(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f-2.1.nbc", "f-2.nbi", "f-3.1.nbc", "f-3.nbi"]
+
+
+def test_a_residency_that_is_no_function_is_one_sentence(tmp_path):
+    (tmp_path / "mine.py").write_text("class Thing:\n    __hash__ = None\n")
+    for kind in ("dispatch", "residency"):
+        with pytest.raises(UsageError, match="'Thing' is not a plain Python function"):
+            load_hook(kind, f"{tmp_path / 'mine.py'}:Thing")

@@ -8,8 +8,11 @@ import pytest
 from engine.test_against_oracle import compare, small_case
 from support.strategies import all_policies, as_arrays, routing
 
+from moetrace.cli.tables.replay_table import print_comparison
 from moetrace.engine.run import run_setups
 from moetrace.engine.setup import Setup
+from moetrace.generators import generate_trace
+from moetrace.results.replay import replay
 from moetrace.spec import MoetraceError, PolicySpec, UsageError, gpu_slots, load_model, load_policy, load_system
 from moetrace.trace.format import Trace
 
@@ -80,3 +83,13 @@ def test_no_link_and_policies_of_a_user():
 def test_bad_lists(change, says):
     with pytest.raises(UsageError, match=says):
         load_model("mixtral-8x7b", change)
+
+
+def test_the_table_and_a_generator_know_them(capsys):
+    case = uneven_case(0)
+    trace = Trace.from_arrays(num_experts=6, **as_arrays(case.trace, 6))
+    result = replay(trace, model=case.model, system=case.system, policies="monde")
+    print_comparison(result.to_dict(), "t.h5")
+    assert "of 15 experts" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="Zipf's law draws equally many experts in every layer"):
+        generate_trace(case.model, requests=1, prompt=1, output=1)

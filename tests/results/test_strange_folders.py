@@ -13,12 +13,13 @@ import polars as pl
 import pytest
 
 import moetrace as mt
-from moetrace.results import parquet_pages, read_parquet
+from moetrace.results import read_parquet
 from moetrace.results.folder import read_cells, read_summary
-from moetrace.results.parquet_pages import DamagedParquetError, parquet_sizes
 from moetrace.results.replayed import read_replayed
+from moetrace.spec import parquet_pages
 from moetrace.spec.load import read_text
 from moetrace.spec.ordinary_file import read_ordinary
+from moetrace.spec.parquet_pages import DamagedParquetError, parquet_sizes
 from moetrace.spec.plan import load_plan
 
 

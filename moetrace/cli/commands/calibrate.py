@@ -7,8 +7,8 @@ import click
 
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
-from moetrace.cli.tables.output import format_option, print_json, print_rows
-from moetrace.spec.errors import UsageError, printable
+from moetrace.cli.tables.output import format_option, print_json, print_rows, say
+from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
     from moetrace.calibration import Calibrated, Measured
@@ -71,28 +71,23 @@ def command(
     machine instead. Shapes are halved, and each half is predicted from the other: these errors are printed, beside
     those of the data sheet's peaks with a start for each expert, and written into the TOML.
     """
-    _check(table, base, output, measure, parts, folder, save_table)
+    choose = {column: value for column, value in (("gpu", gpu), ("dtype", dtype)) if value is not None}
+    _check(table, base, output, measure, parts, folder, save_table, bool(choose))
     from moetrace.calibration import calibrate, read_measured
     from moetrace.trace.atomic import write_whole
 
     check_targets({"--output": output, "--save-table": save_table}, (table, base))
-    if table is not None:
-        choose = {column: value for column, value in (("gpu", gpu), ("dtype", dtype)) if value is not None}
-        measured = read_measured(table, choose)
-    else:
-        measured = _measured(parts, folder, save_table)
+    measured = read_measured(table, choose) if table is not None else _measured(parts, folder, save_table)
     if base is None:
         return
     name = output.name.removesuffix(".toml") if output else None
     found = calibrate(measured, base, name=name, cache_mb=cache_mb, max_rows=max_rows)
     for sentence in found.left_out:
-        click.echo(f"Note: {sentence}", err=True)
+        say(f"moetrace: note: {sentence}")
     _print(found, form)
     if output is not None:
         write_whole({output: found.text.encode()})
-        click.echo(
-            f"{printable(str(output))}: system {printable(found.system.name)}, {found.system.how_known}.", err=True
-        )
+        say(f"{output}: system {found.system.name}, {found.system.how_known}.")
 
 
 def _check(
@@ -103,11 +98,14 @@ def _check(
     parts: tuple[str, ...],
     folder: Path | None,
     save_table: Path | None,
+    chosen: bool,
 ) -> None:
     if (table is None) == (not measure):
         raise UsageError("Give either a TABLE of measured times or --measure.")
     if not measure and (parts or folder or save_table):
         raise UsageError("--only, --folder and --save-table go with --measure only.")
+    if measure and chosen:
+        raise UsageError("--gpu and --dtype choose rows of a TABLE: leave them out with --measure.")
     if base is None and (table is not None or output is not None or save_table is None):
         raise UsageError("--system is missing: name a preset or a TOML file that has the data sheet's peaks.")
     if output is not None and output.suffix != ".toml":
@@ -117,12 +115,12 @@ def _check(
 
 
 def _measured(parts: tuple[str, ...], folder: Path | None, save_table: Path | None) -> "Measured":
-    from moetrace.calibration.this_machine import PARTS, measure, to_frame
+    from moetrace.calibration.this_machine import PARTS, measure, to_csv
     from moetrace.trace.atomic import write_whole
 
-    measured = measure(parts or PARTS, folder=folder, report=lambda line: click.echo(f"moetrace: {line}", err=True))
+    measured = measure(parts or PARTS, folder=folder, report=lambda line: say(f"moetrace: {line}"))
     if save_table is not None:
-        write_whole({save_table: to_frame(measured).write_csv().encode()})
+        write_whole({save_table: to_csv(measured)})
     return measured
 
 

@@ -128,7 +128,8 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
     units = f"with {counted(system['ndp']['units'], 'NDP unit')}" if system["ndp"] else "without NDP units"
     if system["cpu"] and system["link"] and not system["ndp"]:
         units = "with a CPU"
-    everything = model["moe_layers"] * model["experts"]
+    each = model["experts"]  # one number, or one for each layer
+    everything = model["moe_layers"] * each if isinstance(each, int) else sum(each)
     (bound_ms,) = _cells("digits", [1e3 * summary["policies"][0]["work_bound_s"]])
     layers = trace["steps"] * trace["layers"]
     return [

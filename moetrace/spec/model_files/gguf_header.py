@@ -5,8 +5,8 @@ takes seconds, and it believes the counts of a file. Here every count is compare
 is used, words are skipped, and a file of any size costs its header only.
 """
 
+import os
 import re
-import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.model_files.bits import GGML_TYPES, BlockType
+from moetrace.spec.ordinary_file import open_ordinary
 
 MAX_HEADER_BYTES = 256 << 20
 MAX_METADATA = 1 << 16
 MAX_TENSORS = 1 << 18  # Kimi-K2, with one tensor for each matrix of each expert, would have 70,000
 MAX_WORDS = 1 << 24  # strings in arrays; the largest vocabularies have 300,000
+MAX_LISTED = 1 << 20  # numbers in lists that are kept; a model has a few lists of a number for each layer
 MAX_NAME = 1 << 16
 MAX_FILES = 1000
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -77,11 +79,8 @@ def read_header(path: Path) -> GgufHeader:
 
 def _read_file(path: Path) -> GgufHeader:
     try:
-        # Looked at before it is opened, which would wait for the other end of a pipe.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise MoetraceError(f"Cannot read {path}: it is not an ordinary file.")
-        with path.open("rb") as file:
-            return _Reader(path, file, path.stat().st_size).header()
+        with open_ordinary(path) as file:
+            return _Reader(path, file, os.fstat(file.fileno()).st_size).header()
     except OSError as error:
         raise MoetraceError(f"Cannot read {path}: {error.strerror or error}.") from None
     except ValueError as error:
@@ -104,6 +103,7 @@ class _Reader:
         self._place = 0
         self._order = "<"
         self._words = 0
+        self._listed = 0
 
     def header(self) -> GgufHeader:
         magic, version = self._take(4), self._take(4)
@@ -173,6 +173,9 @@ class _Reader:
         if count > 1 << 14:  # scores of words; numbers for each layer are fewer
             self._skip(count * size)
             return None
+        self._listed += count
+        if self._listed > MAX_LISTED:
+            self._refuse(f"its metadata have more than {MAX_LISTED:,} numbers in short lists")
         return list(struct.unpack(f"{self._order}{count}{form}", self._take(count * size)))
 
     def _number(self, form: str) -> Any:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from moetrace.spec.errors import printable
+from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.load import MAX_NAME, nearest
 from moetrace.spec.model_files.anatomy import Anatomy, Layer, fields_of
 from moetrace.spec.model_files.families import ALIASES, FAMILIES, Family
@@ -21,11 +21,14 @@ def read_folder(path: Path) -> dict[str, Any]:
         MoetraceError: The file is not JSON, or not that of a MoE model that is known, or its numbers make no sense.
     """
     whole = read_json(path, MAX_CONFIG_BYTES)
-    family, fields = family_of(path, whole)
-    anatomy = anatomy_of(family, fields)
     name = name_of(path)
-    values = {"name": name} | fields_of(anatomy, str(path))
-    return values | bits_of(whole, name, path.parent) | stored_bits(path.parent, anatomy)
+    try:
+        family, fields = family_of(path, whole)
+        anatomy = anatomy_of(family, fields)
+        values = {"name": name} | fields_of(anatomy, str(path)) | bits_of(whole, name, path.parent)
+    except RecursionError:  # a value that is nested nearly as deep as JSON may be
+        raise MoetraceError(f"Cannot read {path}: its JSON is nested too deep.") from None
+    return values | stored_bits(path.parent, anatomy)
 
 
 def name_of(path: Path) -> str:

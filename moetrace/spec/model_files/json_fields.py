@@ -1,12 +1,12 @@
 """Read a JSON file of a stranger, and take numbers from it that are checked before anything is computed with them."""
 
 import json
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moetrace.spec.errors import MoetraceError, printable
+from moetrace.spec.ordinary_file import read_ordinary
 
 # Released config.json files have 1 to 30 KB; lists of what was not quantized make some of 3 MB.
 MAX_CONFIG_BYTES = 4 << 20
@@ -16,7 +16,7 @@ MAX_COUNT = 2**31
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """The object in an ordinary JSON file of at most `limit` bytes, or a MoetraceError that says why there is none."""
-    data = read_start(path, limit)
+    data = read_ordinary(path, limit)
     try:
         found = json.loads(data)
     except RecursionError:
@@ -26,23 +26,6 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise MoetraceError(f"Cannot read {path}: it must be a JSON object.")
     return found
-
-
-def read_start(path: Path, limit: int) -> bytes:
-    """All bytes of an ordinary file of at most `limit` bytes, or a MoetraceError."""
-    try:
-        # Looked at before it is opened, which would wait for the other end of a pipe.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise MoetraceError(f"Cannot read {path}: it is not an ordinary file.")
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise MoetraceError(f"Cannot read {path}: {error.strerror or error}.") from None
-    except ValueError as error:
-        raise MoetraceError(f"Cannot read {path}: {error}.") from None
-    if len(data) > limit:
-        raise MoetraceError(f"Cannot read {path}: it has more than {limit >> 20} MiB.")
-    return data
 
 
 class Fields:
@@ -98,6 +81,13 @@ class Fields:
         if len(value) < length or not all(isinstance(each, str) for each in value):
             self.refuse(f"{name} must have a text for each of the {length} layers, got {len(value)} values")
         return value[:length]
+
+    def places(self, name: str) -> set[int] | None:
+        """The whole numbers in a list that names layers; None if the file has no list of that name."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, list):
+            self.refuse(f"{name} must be a list of layers, got {printable(repr(value)[:60])}")
+        return None if value is None else {each for each in value if isinstance(each, int)}
 
     def flag(self, name: str) -> bool:
         """Whether a field is true."""

@@ -26,14 +26,14 @@ def after_first(fields: Fields, layers: int) -> list[bool]:
 
 def sparse_steps(fields: Fields, layers: int) -> list[bool]:
     """Every `decoder_sparse_step`-th layer, but those that `mlp_only_layers` names (Qwen)."""
-    step, dense = max(fields.maybe("decoder_sparse_step", default=1), 1), fields.get("mlp_only_layers") or []
+    step, dense = max(fields.maybe("decoder_sparse_step", default=1), 1), fields.places("mlp_only_layers") or set()
     return [index not in dense and (index + 1) % step == 0 for index in range(layers)]
 
 
 def interleaved(fields: Fields, layers: int) -> list[bool]:
     """The layers that `moe_layers` names, else every `interleave_moe_layer_step`-th (Llama 4)."""
-    listed, step = fields.get("moe_layers"), max(fields.maybe("interleave_moe_layer_step", default=1), 1)
-    if isinstance(listed, list):
+    listed, step = fields.places("moe_layers"), max(fields.maybe("interleave_moe_layer_step", default=1), 1)
+    if listed is not None:
         return [index in listed for index in range(layers)]
     return [(index + 1) % step == 0 for index in range(layers)]
 
@@ -87,8 +87,8 @@ def kimi_lists(fields: Fields, layers: int) -> list[str]:
     """`layer_types`, or the lists of `linear_attn_config`, which count from 1 (Kimi Linear)."""
     if kinds := fields.words("layer_types", layers):
         return kinds
-    full = fields.get("linear_attn_config.full_attn_layers")
-    if not isinstance(full, list):
+    full = fields.places("linear_attn_config.full_attn_layers")
+    if full is None:
         fields.refuse("it has neither layer_types nor linear_attn_config.full_attn_layers")
     return ["full_attention" if index + 1 in full else "linear_attention" for index in range(layers)]
 
@@ -120,8 +120,8 @@ def convolutions(fields: Fields, layers: int) -> list[str]:
     """`layer_types`, or convolutions but for the layers in `full_attn_idxs` (LFM2)."""
     if kinds := fields.words("layer_types", layers):
         return kinds
-    full = fields.get("full_attn_idxs")
-    if not isinstance(full, list):
+    full = fields.places("full_attn_idxs")
+    if full is None:
         fields.refuse("it has neither layer_types nor full_attn_idxs")
     return ["full_attention" if index in full else "conv" for index in range(layers)]
 
@@ -173,6 +173,6 @@ def pattern(fields: Fields, layers: int) -> list[str]:
     letters, words = fields.get("hybrid_override_pattern"), fields.get("layers_block_type")
     if isinstance(letters, str) and len(letters) >= layers and set(letters) <= set(_LETTERS):
         return [_LETTERS[letter] for letter in letters[:layers]]
-    if not isinstance(words, list) or len(words) < layers or not all(word in _WORDS for word in words):
+    if not isinstance(words, list) or len(words) < layers or not set(map(str, words)) <= set(_WORDS):
         fields.refuse("its hybrid_override_pattern must have one of M, *, E and - for each layer")
     return [_WORDS[word] for word in words[:layers]]

@@ -14,6 +14,8 @@ _QUANTIZED = re.compile(
     r"[2-8](?:\.[0-9]+)?bpw|quantized|dynamic-?quant|marlin)(?![a-z0-9])"
 )
 _WIDTHS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
+# Of a name in a list: the search below takes time that grows with its square.
+_MOST_LETTERS = 300
 _ATTENTION = re.compile(r"(?:attn|attention)(?![^/]*(?:norm|index))")
 
 
@@ -50,7 +52,7 @@ def bits_of(config: Mapping[str, Any], name: str, folder: Path) -> dict[str, flo
     bits = _quantized_bits(quantization)
     names = ("modules_to_not_convert", "ignore", "exclude_modules")
     left_out = next((quantization[each] for each in names if isinstance(quantization.get(each), list)), [])
-    plain_attention = any(_ATTENTION.search(str(each)) for each in left_out)
+    plain_attention = any(_ATTENTION.search(str(each)[:_MOST_LETTERS]) for each in left_out)
     plain_attention = plain_attention or quantization.get("quant_method") == "mxfp4"
     dense = plain if plain_attention or bits is None else bits
     if config.get("expert_dtype") == "fp4" and bits == 8:

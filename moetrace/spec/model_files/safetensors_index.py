@@ -1,8 +1,8 @@
 """How many bits the weights of a folder take as stored, from the headers of its safetensors files."""
 
 import json
+import os
 import re
-import stat
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.model_files.anatomy import Anatomy
 from moetrace.spec.model_files.json_fields import read_json
+from moetrace.spec.ordinary_file import open_ordinary
 
 MAX_INDEX_BYTES = 64 << 20
-MAX_HEADER_BYTES = 100_000_000  # as safetensors itself
+MAX_HEADER_BYTES = 32 << 20  # safetensors allows 100 MB; 100,000 tensors take 12 MB
 MAX_FILES = 10_000
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,5})\.(.+)")
 _ELSEWHERE = re.compile(r"(?:^|\.)(?:visual|vision\w*|audio\w*|mtp|multi_modal\w*|embed_\w+|mm_\w+)\.")
@@ -98,13 +99,10 @@ def _add(stored: _Stored, file: Path, layers: int) -> _Stored:
 def _tensors(path: Path) -> dict[str, tuple[int, int]]:
     """Axes and bytes of each tensor in the header of a safetensors file."""
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise MoetraceError(f"Cannot read {path}: it is not an ordinary file.")
-        with path.open("rb") as file:
-            start = file.read(8)
+        with open_ordinary(path) as file:
+            size_bytes, start = os.fstat(file.fileno()).st_size, file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER_BYTES, info.st_size - 8):
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size_bytes - 8):
                 raise MoetraceError(f"Cannot read {path}: it is not a whole safetensors file.")
             header = json.loads(file.read(length))
     except OSError as error:
@@ -113,7 +111,7 @@ def _tensors(path: Path) -> dict[str, tuple[int, int]]:
         raise MoetraceError(f"Cannot read {path}: its header is not JSON.") from None
     if not isinstance(header, dict):
         raise MoetraceError(f"Cannot read {path}: its header is not a JSON object.")
-    room, found = info.st_size - 8 - length, {}
+    room, found = size_bytes - 8 - length, {}
     for name, tensor in header.items():
         if name == "__metadata__":
             continue

@@ -146,6 +146,11 @@ def test_language_model_inside(tmp_path):
         (QWEN | {"mlp_only_layers": [0, 1, 2, 3]}, "it is dense, none of its layers has experts"),
         ({"model_type": "qwen9_moe", "num_experts": 4}, "the model type 'qwen9_moe' is unknown (the nearest is 'qwen"),
         ({"num_experts": 4}, "it has no model_type"),
+        (QWEN | {"mlp_only_layers": 3}, "mlp_only_layers must be a list of layers, got 3"),
+        (
+            QWEN | {"model_type": "nemotron_h", "n_routed_experts": 8, "layers_block_type": [["moe"]] * 4},
+            "hybrid_override_pattern must have one of",
+        ),
         ({key: value for key, value in QWEN.items() if key != "hidden_size"}, "it has no hidden_size"),
         ({key: value for key, value in QWEN.items() if key != "num_experts_per_tok"}, "it has no num_experts_per_tok"),
         (QWEN | {"hidden_size": "64"}, "hidden_size must be a whole number from 1 to 2^31, got '64'"),
