@@ -135,9 +135,9 @@ GOOD = "hidden,intermediate,experts,top_k,rows,bits,seconds\n2048,768,128,8,1,16
             "choose one with --gpu",
         ),
         ("part,bytes,seconds\nlink,100,1\n", "Copies of one size"),
-        (GOOD.replace("128", "many"), "not a table of times"),
-        (GOOD.replace("seconds", "hidden_size"), "not a table of times"),
-        (GOOD.replace("seconds", "moe_ep_size").replace("1e-4", "one"), "not a table of times"),
+        (GOOD.replace("128", "many"), "not a table of times|must hold numbers"),
+        (GOOD.replace("seconds", "hidden_size"), "not a table of times|must hold numbers"),
+        (GOOD.replace("seconds", "moe_ep_size").replace("1e-4", "one"), "not a table of times|must hold numbers"),
         ("", "not a table|no column"),
     ],
 )
