@@ -233,7 +233,7 @@ def check_counts(
     `first_step` is the number of the first step, `counted` the sum of the counts before it. Returns the sum with these;
     raises if it is more than can be summed further.
     """
-    most = np.full(len(counts), MAX_COUNT) if rows is None else np.minimum(rows, MAX_COUNT)
+    most = np.full(len(counts), MAX_COUNT) if rows is None else np.minimum(np.asarray(rows, np.int64), MAX_COUNT)
     wrong = (counts < 0) | (counts > most[:, None, None])
     if wrong.any():
         step, layer, expert = (int(i) for i in np.argwhere(wrong)[0])
