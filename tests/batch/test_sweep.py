@@ -83,8 +83,8 @@ def test_a_thousand_configurations_decode_their_trace_once(tmp_path, monkeypatch
     trace.write(tmp_path / "t.h5")
     decoded, read = [], []
     monkeypatch.setattr(decoded_module, "demand_of", lambda *args: decoded.append(args) or demand_of(*args))
-    blocks = mt.Trace.blocks
-    monkeypatch.setattr(mt.Trace, "blocks", lambda *args, **more: read.append(args) or blocks(*args, **more))
+    blocks = mt.Trace.compared_blocks
+    monkeypatch.setattr(mt.Trace, "compared_blocks", lambda *args, **more: read.append(args) or blocks(*args, **more))
     found = mt.sweep({"trace": str(tmp_path / "t.h5"), "policy": "on-demand", "slots": list(range(1000))})
     assert (found.computed, len(decoded), len(read)) == (1000, 1, 1)
 
@@ -93,8 +93,8 @@ def test_a_trace_too_large_to_keep_is_read_once_a_task(small, monkeypatch):
     grid = {"trace": small, "policy": ["monde", "belady.toml"], "slots": list(range(6))}
     whole = mt.sweep(grid | {"policy": "monde"})
     reads = []
-    blocks = mt.Trace.blocks
-    monkeypatch.setattr(mt.Trace, "blocks", lambda *args, **more: reads.append(args) or blocks(*args, **more))
+    blocks = mt.Trace.compared_blocks
+    monkeypatch.setattr(mt.Trace, "compared_blocks", lambda *args, **more: reads.append(args) or blocks(*args, **more))
     monkeypatch.setattr(work, "KEEP_BYTES", 0)
     streamed = mt.sweep(grid | {"policy": "monde"})
     assert len(reads) == 1
