@@ -156,8 +156,6 @@ def _usage_counts(path: Path, counts: pl.DataFrame, said: dict[int, tuple[int, i
     num_experts, top_k = said[-1][1] if -1 in said else hints.need("num_experts", path), hints.need("top_k", path)
     layer_index = np.unique(counts["layer"].to_numpy())
     check_sizes(str(path), num_experts, top_k, layer_index.size, 1, 1)
-    if num_experts * layer_index.size > MAX_COUNTERS:
-        raise MoetraceError(f"{path} claims {num_experts} experts in {layer_index.size} layers, which is too many.")
     expert = counts["expert"].to_numpy()
     if expert.max() >= num_experts:
         raise MoetraceError(f"{path} counts expert {expert.max()}, but the model has {num_experts} experts.")

@@ -210,7 +210,7 @@ def test_import_offers_every_format():
 
 def test_counts_are_imported_and_told_from_ids(run, tmp_path):
     path = tmp_path / "popularity.json"
-    path.write_text(json.dumps({"total_input_tokens": 3, "expert_popularity": [[2, 1, 3], [4, 1, 1]]}))
+    path.write_text(json.dumps({"total_input_tokens": 3, "expert_popularity": [[2, 1, 3], [3, 2, 1]]}))
     code, _, err = run("import", path, "-o", tmp_path / "t.h5")
     assert code == 0 and "3 rows in 1 step," in err
     code, out, _ = run("info", tmp_path / "t.h5", "--format", "json")

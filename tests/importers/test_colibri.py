@@ -102,7 +102,7 @@ def test_a_history_becomes_counts(tmp_path):
         ("-1 3 8\n1 1\n", "line 2 is incomplete"),
         ("-1 3 8\n1 1 1 1\n", "line 2 can't be read as CSV"),
         ("-1 3 99999\n1 1 1\n", "num_experts is 99999"),
-        ("-1 3 65535\n" + "".join(f"{layer} 1 1\n" for layer in range(300)), "which is too many"),
+        ("-1 3 65535\n" + "".join(f"{layer} 1 1\n" for layer in range(300)), "300 layers of 65535 experts are more"),
     ],
 )
 def test_a_bad_history_is_one_sentence(tmp_path, text, sentence):
