@@ -115,6 +115,7 @@ _SECTIONS = {
     "Profiles": ("fit_profile", "Profile", "load_profile", "save_profile"),
     "Analyses": ("locality", "Locality", "cache_hits", "prefetch_value", "balance", "Balance", "Tier"),
     "Many replays": ("sweep", "Sweep", "search", "Search", "gate", "Gate", "report"),
+    "Machines": ("calibrate", "Calibrated"),
     "Specs": ("load_model", "load_system", "load_policy", "Model", "System", "PolicySpec"),
     "Errors": ("MoetraceError", "UsageError"),
 }

@@ -238,4 +238,8 @@ def _checked(rows: pl.DataFrame, columns: tuple[str, ...], path: Path) -> pl.Dat
         if bad.any():
             wants = "numbers greater than 0 (and at most 2^40)"
             raise MoetraceError(f"{path}: column {name} must hold {wants}, got {values.filter(bad)[0]}.")
+    if "top_k" in columns and (wrong := rows.filter(pl.col("top_k") > pl.col("experts"))).height:
+        raise MoetraceError(
+            f"{path}: top_k must be at most experts, got {wrong['top_k'][0]:g} of {wrong['experts'][0]:g}."
+        )
     return rows.select(columns)

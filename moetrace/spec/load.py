@@ -25,12 +25,11 @@ S = TypeVar("S", bound=msgspec.Struct)
 FILE_FIELDS = ("weight_bits", "loads", "plan", "static")
 FUNCTION_FIELDS = ("dispatch", "residency")
 
-# No text file that belongs to a spec comes near this, no TOML this, and no number or name this.
+# Nothing that belongs to a spec comes near: a text file, a TOML file, a number, a text, a name.
 MAX_FILE_BYTES = 16 << 20
 MAX_TOML_BYTES = 1 << 20
 MAX_NUMBER = 2**63
-MAX_TEXT = 4096
-MAX_NAME = 100
+MAX_TEXT, MAX_NAME = 4096, 100
 
 # What a message about an unknown model adds.
 OWN_FILES = ", as are a config.json, a GGUF file and the folder of a Hugging Face model (./NAME)"
@@ -50,6 +49,7 @@ _KINDS = {
     msgspec.inspect.StrType: "a text in quotes",
     msgspec.inspect.StructType: "a table",
 }
+_TABLES = msgspec.inspect.StructType | msgspec.inspect.DictType
 _LIMITS = {">": "greater than", ">=": "of at least", "<": "less than", "<=": "of at most"}
 
 
@@ -389,16 +389,12 @@ def _fields(struct: type[msgspec.Struct], path: str) -> dict[str, msgspec.inspec
     for key in filter(None, path.replace("[...]", "[").split(".")):
         name, inside, _ = key.partition("[")  # `calibration[...]`: any value of it
         if name:
-            types = {field.encode_name: field.type for field in getattr(node, "fields", ())}
-            node = _table_in(types.get(name))
+            node = _table_in({field.encode_name: field.type for field in getattr(node, "fields", ())}.get(name))
         if inside:
             node = _table_in(getattr(node, "value_type", getattr(node, "item_type", None)))
-    if not isinstance(node, msgspec.inspect.StructType):
-        return {}
-    return {field.encode_name: field.type for field in node.fields}
+    return {field.encode_name: field.type for field in getattr(node, "fields", ())}
 
 
 def _table_in(kind: Any) -> Any:
     """Of the types that a field may have, the one of a table."""
-    tables = msgspec.inspect.StructType | msgspec.inspect.DictType
-    return next((each for each in getattr(kind, "types", [kind]) if isinstance(each, tables)), kind)
+    return next((each for each in getattr(kind, "types", [kind]) if isinstance(each, _TABLES)), kind)

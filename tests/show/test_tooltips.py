@@ -77,7 +77,7 @@ def test_every_field_of_a_tooltip_is_in_the_data_of_its_layer(charts):
         "cache": 1,
         "balance": 1,
         "locality": 1,
-        "replay": 20,
+        "replay": 21,
         "sweep": 5,
     }
     seen = 0

@@ -77,6 +77,8 @@ def command(
     from moetrace.trace.atomic import write_whole
 
     check_targets({"--output": output, "--save-table": save_table}, (table, base))
+    if measure:
+        _check_parts(base, parts)
     measured = read_measured(table, choose) if table is not None else _measured(parts, folder, save_table)
     if base is None:
         return
@@ -112,6 +114,16 @@ def _check(
         raise UsageError(f"--output {output}: the name must end with .toml, so that --system takes it.")
     if save_table is not None and save_table.suffix != ".csv":
         raise UsageError(f"--save-table {save_table}: the name must end with .csv.")
+
+
+def _check_parts(base: str | None, parts: tuple[str, ...]) -> None:
+    """Raise UsageError before the work, which takes a minute, if the system lacks what is to be measured."""
+    from moetrace.spec import load_system
+
+    if base is not None and (not parts or "cpu" in parts) and (system := load_system(base)).cpu is None:
+        raise UsageError(
+            f"System {system.name} has no [cpu] to calibrate: add it, or measure others with --only."
+        )
 
 
 def _measured(parts: tuple[str, ...], folder: Path | None, save_table: Path | None) -> "Measured":
