@@ -121,9 +121,7 @@ def _check_parts(base: str | None, parts: tuple[str, ...]) -> None:
     from moetrace.spec import load_system
 
     if base is not None and (not parts or "cpu" in parts) and (system := load_system(base)).cpu is None:
-        raise UsageError(
-            f"System {system.name} has no [cpu] to calibrate: add it, or measure others with --only."
-        )
+        raise UsageError(f"System {system.name} has no [cpu] to calibrate: add it, or measure others with --only.")
 
 
 def _measured(parts: tuple[str, ...], folder: Path | None, save_table: Path | None) -> "Measured":
