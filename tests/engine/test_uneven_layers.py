@@ -75,7 +75,7 @@ def test_no_link_and_policies_of_a_user():
         ({"top_k": [2] * 31}, "top_k wants one number for each of the 32 MoE layers, got 31 numbers"),
         ({"experts": [8] * 31 + [1]}, "top_k wants at most the 1 experts that MoE layer 31 has, got 2"),
         ({"experts": [8] * 31 + [0]}, "experts"),
-        ({"moe_hidden": 0}, "moe_hidden wants a whole number of at least 1"),
+        ({"moe_hidden": 0}, "moe_hidden wants a whole number from 1 to 1000000"),
         ({"moe_hidden": "x"}, "moe_hidden wants a whole number"),
         ({"top_k": []}, "top_k wants one number for each"),
     ],

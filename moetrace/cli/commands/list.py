@@ -18,7 +18,7 @@ _HEADERS = {
     "systems": {
         "name": "system",
         "gpu": "GPU",
-        "gpu_tflops": "TFLOPS",
+        "gpu_tflops": "TFLOP\n/s",
         "gpu_bandwidth_gb_s": "GB/s",
         "gpu_memory_gb": "GB",
         "units": "NDP\nunits",
