@@ -57,7 +57,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     expert_matrices: Annotated[int, Meta(ge=1, le=100)] = 3
     weight_bits: Bits | list[Bits] | str
     dense_weight_bits: Bits
-    activation_bytes: Annotated[float, Meta(ge=1e-3, le=1000)] = 2
+    activation_bytes: Annotated[float, Meta(ge=1e-9, le=1000)] = 2
     dense_params_per_layer: Params
     once_params: Params
     kv_bytes_per_token_layer: Annotated[float, Meta(ge=0, le=1e9)]
