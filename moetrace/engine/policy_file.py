@@ -23,17 +23,18 @@ def run_file(path: Path) -> ModuleType:
     Raises:
         MoetraceError: It cannot be read, or does not run.
     """
+    source = read_ordinary(path, MAX_FILE_BYTES)
     name = f"moetrace_policy_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     module = ModuleType(name)
     module.__file__ = str(path)
     sys.modules[name] = module
-    source = read_ordinary(path, MAX_FILE_BYTES)
     try:
         with _imports_from_source(path.resolve().parent), contextlib.redirect_stdout(sys.stderr):
             exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
-    except MoetraceError:
-        raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        sys.modules.pop(name, None)  # others may look into the files of all modules, as Hypothesis does
+        if isinstance(error, MoetraceError) or not isinstance(error, Exception | SystemExit):
+            raise
         raise MoetraceError(f"{path} does not run: {type(error).__name__}: {' '.join(str(error).split())}.") from error
     return module
 

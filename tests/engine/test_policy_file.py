@@ -60,8 +60,18 @@ def test_nothing_is_left_beside_the_file(tmp_path, capsys):
 def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path, what):
     path = tmp_path / "mine.py"
     os.mkfifo(path) if what == "pipe" else path.mkdir()
+    known = set(sys.modules)
     with pytest.raises(MoetraceError, match="is not an ordinary file"):
         run_file(path)
+    assert set(sys.modules) == known  # whoever opens the files of all modules would wait for the pipe
+
+
+def test_a_file_that_does_not_run_is_no_module(tmp_path):
+    (tmp_path / "mine.py").write_text("1 / 0\n")
+    known = set(sys.modules)
+    with pytest.raises(MoetraceError, match="does not run: ZeroDivisionError"):
+        run_file(tmp_path / "mine.py")
+    assert set(sys.modules) == known
 
 
 @pytest.mark.parametrize(
