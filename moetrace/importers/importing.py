@@ -105,7 +105,9 @@ def import_traces(
         _check_alike(first, other)
     layers = first.layer_index.size
     facts = {
-        "model": model_name(_where(first), first.model, layers, first.num_experts, model),
+        "model": model_name(
+            _where(first), first.model, layers, first.num_experts, model, sized=first.expert_bytes is not None
+        ),
         "num_experts": first.num_experts,
         "top_k": first.top_k,
         "layers": layers,

@@ -73,7 +73,9 @@ def leave_out(
     name = trace.model
     if model is not None or gone.any():
         said = str(trace.source.get("recorded_model") or trace.model)
-        name = model_name(where, said, int(np.count_nonzero(~gone)), trace.num_experts, model)
+        name = model_name(
+            where, said, int(np.count_nonzero(~gone)), trace.num_experts, model, sized=trace.expert_bytes is not None
+        )
     source = _source(trace.source, left_out)
     copy_without(trace, path, rows=ranges, layers=gone, model=name, source=source, compress=compress)
     return left_out

@@ -6,12 +6,14 @@ from moetrace.spec import Model, check_shape, list_presets, load_model
 from moetrace.spec.model_files.quantization import named_bits, quantized_name
 
 
-def model_name(where: str, said: str, layers: int, experts: int, model: str | None = None) -> str:
+def model_name(
+    where: str, said: str, layers: int, experts: int, model: str | None = None, *, sized: bool = False
+) -> str:
     """The preset that is meant: `model` if given, else the longest whose name is part of `said` and that fits.
 
-    A name that says a quantization (FP8, AWQ, MXFP4, Q4_K_M) means no preset of other bits. If no preset is meant, what
-    was said, or "unknown". Raises UsageError, beginning with `where`, if `model` (a preset or a
-    TOML file) has other layers or experts.
+    A name that says a quantization (FP8, AWQ, MXFP4, Q4_K_M) means no preset of other bits, unless the trace is
+    `sized`: it holds the bytes of its experts, which then count. If no preset is meant, what was said, or "unknown".
+    Raises UsageError, beginning with `where`, if `model` (a preset or a TOML file) has other layers or experts.
     """
     if model is not None:
         spec = load_model(model)
@@ -20,7 +22,7 @@ def model_name(where: str, said: str, layers: int, experts: int, model: str | No
     for name in sorted(list_presets("models"), key=len, reverse=True):
         if _plain(name) in _plain(said):
             spec = load_model(name)
-            if (spec.moe_layers, spec.most_experts) == (layers, experts) and _same_bits(said, name, spec):
+            if (spec.moe_layers, spec.most_experts) == (layers, experts) and (sized or _same_bits(said, name, spec)):
                 return name
     return said[:200] or "unknown"
 

@@ -100,18 +100,18 @@ def test_what_home_cannot_hold(case):
 
 
 def test_a_plan_of_the_users_own(tmp_path):
-    """0 = home, 1 = GPU, 2 = CPU where it is not home: by the expert's number."""
+    """0 = home, 1 = GPU, by the expert's number. Beside units a CPU takes no part in it."""
     path = tmp_path / "mine.py"
     path.write_text(
         "def mine(state, view, layer, load, plan):\n"
         "    for i in range(load.size):\n"
-        "        plan[i] = view.active[i].expert % 3\n"
+        "        plan[i] = view.active[i].expert % 2\n"
     )
     case = example_with_units_and_a_cpu()
     spec = load_policy(PolicySpec(name="mine", dispatch=f"{path}:mine", residency="lru"))
 
     def same(layer, active, n, resident):
-        return {e: e % 3 for e in active}
+        return {e: e % 2 for e in active}
 
     fields = {"dispatch": "user", "residency": "lru"}
     expected = oracle.simulate(

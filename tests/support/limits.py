@@ -21,7 +21,7 @@ class Done(NamedTuple):
     code: int
     stdout: str
     stderr: str
-    peak_bytes: int  # the most memory that was resident at a time (ru_maxrss), pages of mapped files included
+    peak_bytes: int  # the most memory that was resident at a time, pages of mapped files included
 
 
 def run_limited(
@@ -64,13 +64,18 @@ def run_limited(
 
 
 def _wait(process: subprocess.Popen[bytes], until: float) -> tuple[int | None, int]:
-    """Return the exit code (None if the process had to be killed) and the peak of its memory in bytes."""
+    """Return the exit code (None if the process had to be killed) and the peak of its memory in bytes.
+
+    The peak is read while the process runs, since ru_maxrss counts what this process held when it forked.
+    """
+    peak_bytes = 0
     try:
         while True:
-            found, status, usage = os.wait4(process.pid, os.WNOHANG)
+            peak_bytes = _peak_bytes(process.pid) or peak_bytes
+            found, status = os.waitpid(process.pid, os.WNOHANG)
             if found:
                 process.returncode = os.waitstatus_to_exitcode(status)
-                return process.returncode, usage.ru_maxrss << 10
+                return process.returncode, peak_bytes
             if time.monotonic() > until:
                 return None, 0
             time.sleep(_POLL_S)
@@ -79,3 +84,11 @@ def _wait(process: subprocess.Popen[bytes], until: float) -> tuple[int | None, i
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _peak_bytes(pid: int) -> int | None:
+    """Peak of a running process's memory; None of one that has ended."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return None

@@ -84,3 +84,7 @@ def test_preset_has_the_parameters_that_its_maker_states(name, tmp_path):
 )
 def test_quantized_name_gets_no_preset_of_other_bits(said, layers, experts, preset):
     assert model_name("here", said, layers, experts) == (preset or said)
+
+
+def test_a_trace_that_holds_bytes_of_experts_gets_the_preset_of_any_bits():
+    assert model_name("here", "Qwen3-30B-A3B-Q4_K_M.gguf", 48, 128, sized=True) == "qwen3-30b-a3b"
