@@ -213,8 +213,8 @@ def differences(found: Found) -> str:
             "Here an expert crosses the link whole or not at all. While one crosses, "
             + ", ".join(f"{n} DIMMs read {value:.1f}" for n, value in crossing.items())
             + f" experts. A token chooses {', '.join(map(str, chosen[:-1]))} or {chosen[-1]} in a layer. Many "
-            "DIMMs have read all of these before the first one has crossed. If every expert could be divided between link "
-            f"and DIMMs, the gain would be up to {100 / crossing[FULL[0]]:.0f} % with {FULL[0]} DIMMs and up to "
+            "DIMMs have read all of these before the first one has crossed. If every expert could be divided between "
+            f"link and DIMMs, the gain would be up to {100 / crossing[FULL[0]]:.0f} % with {FULL[0]} DIMMs and up to "
             f"{100 / crossing[FULL[-1]]:.0f} % with {FULL[-1]}. The paper's exact rule is not known to us.",
         ],
         [
@@ -239,8 +239,8 @@ def differences(found: Found) -> str:
             f"{span(over_rival(found, found.fiddler_s))}; with a slower CPU "
             f"{span(over_rival(found, found.slow_fiddler_s))}",
             "Fiddler has no DIMMs either, and this is Mixtral's figure, too. The first range has the CPU at its peak, "
-            f"like all other parts here. The second has it read at {percent(SLOW_CPU)} of its memory's bandwidth, which "
-            "published speeds of llama.cpp and KTransformers imply. Fiddler here knows from the start which experts "
+            f"like all other parts here. The second has it read at {percent(SLOW_CPU)} of its memory's bandwidth, as "
+            "published speeds of llama.cpp and KTransformers suggest. Fiddler here knows from the start which experts "
             "of the trace are popular.",
         ],
         [
