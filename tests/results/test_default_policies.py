@@ -1,4 +1,4 @@
-"""What a replay compares where no policy is named, on every preset system, and what a layer on the GPU only pays there."""
+"""What a replay compares where no policy is named, on every preset system, and who pays the hand-off to a CPU."""
 
 import pytest
 
