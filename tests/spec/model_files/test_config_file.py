@@ -8,6 +8,7 @@ import pytest
 
 from moetrace.spec import MoetraceError, UsageError, canonical, load_model
 from moetrace.spec.model_files.bits import FORMAT_BITS, FORMATS
+from moetrace.spec.model_files.json_fields import Fields
 from moetrace.spec.model_files.quantization import quantized_name
 from moetrace.spec.toml_text import toml
 
@@ -169,6 +170,20 @@ def test_language_model_inside(tmp_path):
 )
 def test_bad_config_is_one_sentence(tmp_path, config, says):
     assert says in refused(tmp_path, config)
+
+
+def test_a_sentence_takes_of_a_value_what_it_shows():
+    shown = []
+
+    class Loud:
+        def __repr__(self):
+            shown.append(self)
+            return "loud"
+
+    for read in (lambda fields: fields.count("field"), lambda fields: fields.places("field")):
+        with pytest.raises(MoetraceError, match=r"got .*loud, \.\.\."):
+            read(Fields("here", {"field": {"inner": [Loud()] * 1000}}, {}))
+    assert len(shown) < 50
 
 
 def test_numbers_of_a_config_are_bounded(tmp_path):
