@@ -8,7 +8,7 @@ import click
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.tables.output import format_option, print_json, print_rows, say
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from moetrace.calibration import Calibrated, Measured
@@ -125,13 +125,16 @@ def _check_parts(base: str | None, parts: tuple[str, ...]) -> None:
 
 
 def _measured(parts: tuple[str, ...], folder: Path | None, save_table: Path | None) -> "Measured":
-    from moetrace.calibration.this_machine import PARTS, measure, to_csv
+    from moetrace.calibration.this_machine import PARTS, measure, to_csv, to_frame
     from moetrace.trace.atomic import write_whole
 
-    measured = measure(parts or PARTS, folder=folder, report=lambda line: say(f"moetrace: {line}"))
-    if save_table is not None:
-        write_whole({save_table: to_csv(measured)})
-    return measured
+    found: list[Measured] = []
+    try:
+        return measure(parts or PARTS, folder=folder, report=lambda line: say(f"moetrace: {line}"), keep=found.append)
+    finally:  # also of what an interruption leaves
+        if save_table is not None and found:
+            write_whole({save_table: to_csv(found[-1])})
+            say(f"{save_table}: {counted(len(to_frame(found[-1])), 'time')}.")
 
 
 def _print(found: "Calibrated", form: str) -> None:
