@@ -32,6 +32,13 @@ def test_a_table_becomes_a_system(run, table, tmp_path):
     assert run("show", "system", out)[0] == 0
 
 
+def test_the_errors_fit_the_terminal(run, table, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, said, _ = run("calibrate", table, "--system", "rtx4090-offload")
+    assert code == 0 and max(map(len, said.splitlines())) <= 80
+    assert said.count("gpu ") == 2 and "data sheet" in said and "efficiency" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -34,6 +34,19 @@ def test_table_counts_and_resumes(run, grid, tmp_path):
     assert "4 finished cells not of this sweep" in err
 
 
+@pytest.mark.parametrize("columns", [20, 80])
+def test_table_fits_the_terminal(run, grid, tmp_path, monkeypatch, columns):
+    """Each part begins with the axes, and no figure is lost; what is wider than the terminal is not cut."""
+    _, wide, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, narrow, _ = run("sweep", grid, "-o", tmp_path / "out")
+    table = narrow.split("In all cells")[0]
+    assert columns < 80 or max(map(len, narrow.splitlines())) <= columns
+    assert table.count("units") == table.count("\n\n") > 1
+    for figure in wide.split("In all cells")[0].split():
+        assert figure.startswith("─") or figure in table
+
+
 def test_json_and_csv_have_every_digit(run, grid, tmp_path):
     code, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--format", "json", "--jobs", 1)
     assert code == 0

@@ -7,26 +7,20 @@ import click
 
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
-from moetrace.cli.tables.output import format_option, print_json, print_rows, say
+from moetrace.cli.tables.output import figure, format_option, print_json, print_rows, say, stdout_console
 from moetrace.spec.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from moetrace.calibration import Calibrated, Measured
 
 _FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
-_COLUMNS = {
-    "part": "part",
-    "start_us": "start\nus",
-    "compute_efficiency": "compute\nefficiency",
-    "memory_efficiency": "memory\nefficiency",
-    "bandwidth_gb_s": "bandwidth\nGB/s",
-    "points": "points",
-    "shapes": "shapes",
-    "median_error_percent": "error\nmedian %",
-    "p90_error_percent": "error\np90 %",
-    "sheet_median_error_percent": "data sheet\nmedian %",
-    "sheet_p90_error_percent": "data sheet\np90 %",
-}
+# Groups of columns; errors in percent.
+_COLUMNS = (
+    {"start_us": "start\nus", "compute_efficiency": "compute\nefficiency", "memory_efficiency": "memory\nefficiency"},
+    {"bandwidth_gb_s": "bandwidth\nGB/s", "points": "points", "shapes": "shapes"},
+    {"median_error": "error\nmedian %", "p90_error": "error\np90 %"},
+    {"sheet_median_error": "data sheet\nmedian %", "sheet_p90_error": "data sheet\np90 %"},
+)
 
 
 @click.command()
@@ -142,11 +136,14 @@ def _print(found: "Calibrated", form: str) -> None:
     if form == "json":
         print_json({"system": found.system.name, "parts": rows})
         return
-    if form == "table":
-        for row in rows:
-            for name in ("median_error", "p90_error", "sheet_median_error", "sheet_p90_error"):
-                row[f"{name}_percent"] = None if row[name] is None else 100 * row[name]
-        columns = _COLUMNS
-    else:
-        columns = {name: name for name in rows[0]}
-    print_rows(columns, rows, form)
+    if form == "csv":
+        print_rows({name: name for name in rows[0]}, rows, form)
+        return
+    from moetrace.cli.tables.parts import Column, print_parts
+
+    def cells(name: str) -> list[str]:
+        factor = 100 if name.endswith("_error") else 1
+        return [figure(None if row[name] is None else factor * row[name]) for row in rows]
+
+    groups = [[Column(heading, cells(name)) for name, heading in group.items()] for group in _COLUMNS]
+    print_parts(stdout_console(), [Column("part", cells("part"), right=False)], groups)
