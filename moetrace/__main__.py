@@ -2,7 +2,6 @@
 
 import os
 import signal
-from typing import NoReturn
 
 
 def main() -> None:
@@ -19,7 +18,7 @@ def main() -> None:
         _interrupted()
 
 
-def _interrupted(*_: object) -> NoReturn:
+def _interrupted(*_: object) -> None:
     """End at once; nothing was begun."""
     os.write(2, b"moetrace: interrupted; no file was left half-written.\n")
     os._exit(1)

@@ -3,6 +3,7 @@
 import importlib.util
 import marshal
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,6 +148,9 @@ def test_a_helper_and_a_residency_cannot_either(tmp_path):
         ("plan[i] = 2", r"plan\[i\] must be 0 or 1"),
         ("plan[i] = view.active[-500].resident", "out of bounds"),
         ("plan[i] = beyond(load) > 0", "out of bounds"),
+        ("plan[i] = 1 // layer", "ZeroDivisionError: .*; with NUMBA_DISABLE_JIT=1 the line is named"),
+        ("plan[i] = 1.0 / layer > 0.5", "ZeroDivisionError"),
+        ("plan[i] = layer % layer", "ZeroDivisionError"),
     ],
 )
 def test_what_shows_when_it_runs_is_one_sentence(tmp_path, line, says):
@@ -155,6 +159,18 @@ def test_what_shows_when_it_runs_is_one_sentence(tmp_path, line, says):
     trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
     with pytest.raises(MoetraceError, match=f"Policy mine failed: .*{says}"):
         mt.replay(trace, policies=f"{tmp_path / 'mine.py'}:mine", slots=24, jobs=1)
+
+
+def test_without_compilation_the_line_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text(HOOK.format("plan[i] = 1 // layer"))
+    program = (
+        "import sys, moetrace as mt\ntrace = mt.generate_trace('tiny-olmoe', requests=1, prompt=1, output=1)\n"
+        "try:\n    mt.replay(trace, policies=sys.argv[1], slots=24, jobs=1)\nexcept mt.MoetraceError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", program, f"{tmp_path / 'mine.py'}:mine"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NUMBA_DISABLE_JIT": "1"})
+    assert done.stdout.startswith("Policy mine failed: ZeroDivisionError") and "(mine.py, line 3).\n" in done.stdout
 
 
 def test_functions_of_no_file_are_told_apart():
