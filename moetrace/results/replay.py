@@ -46,7 +46,7 @@ def replay(
         policies: One policy or several. Each is a preset's name, a TOML file, `file.py:function`, a PolicySpec or a
             function. A function is the dispatch beside an LRU cache. Speed-ups are against the first policy. Equal
             names get a number. By default two that suit the system: `monde` and `edge-ndp` with NDP units,
-            `n-cpu-moe` and `hybrid` with a CPU, `on-demand` and `on-demand-lfu` with a link alone.
+            `n-cpu-moe` and `hybrid` with a CPU, `on-demand` and `on-demand-lfu` with only a link.
         model: A preset's name, a TOML, config.json or GGUF file, a model's folder or a Model. By default the preset
             that the trace names.
         overrides: New values of single fields, by path: `{"system.ndp.units": 6}`. A path begins with `model`, `system`
