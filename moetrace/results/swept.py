@@ -29,6 +29,7 @@ class Swept:
         grid: what was asked for: the values of each axis.
         searched: whether `moetrace sweep --search` chose the cells.
         pareto: the column that the front weighs against time.
+        notes: sentences about the cells as a whole.
         cells: a row for each, in the sweep's order; `relative` is its time over that of the fastest cell of its trace.
     """
 
@@ -37,6 +38,7 @@ class Swept:
     grid: dict[str, Any]
     searched: bool
     pareto: str
+    notes: list[str]
     cells: pl.DataFrame
 
     @property
@@ -69,6 +71,7 @@ def read_swept(folder: Path) -> Swept:
         grid=about.axes,
         searched=has_file(folder, SEARCH_FILE),
         pareto=about.pareto,
+        notes=about.notes,
         cells=cells,
     )
 

@@ -24,8 +24,8 @@ _FORMS = {
 _AGAINST = {"gpu_memory_bytes": COSTS["gpu_memory_bytes"].label, "link_bytes": "bytes over the link"}
 
 
-def print_sweep(cells: pl.DataFrame, pareto: str) -> None:
-    """Print the frame of a sweep as a table on stdout; `*` marks the Pareto front."""
+def print_sweep(cells: pl.DataFrame, pareto: str, notes: list[str]) -> None:
+    """Print the frame of a sweep as a table on stdout, and `notes` under it; `*` marks the Pareto front."""
     axes = cells.columns[2 : cells.columns.index("error")]
     varying = [axis for axis in axes if cells[axis].drop_nulls().n_unique() > 1] or ["policy"]
     keys = [Column("", ["*" if on else "" for on in cells["pareto"]], right=False)]
@@ -44,7 +44,7 @@ def print_sweep(cells: pl.DataFrame, pareto: str) -> None:
     console = stdout_console()
     print_parts(console, keys, figures or [[]])
     console.print()
-    for line in _legend(cells, axes, varying, pareto):
+    for line in [*_legend(cells, axes, varying, pareto), *notes]:
         console.print(line)
 
 
