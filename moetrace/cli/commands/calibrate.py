@@ -139,11 +139,11 @@ def _print(found: "Calibrated", form: str) -> None:
     if form == "csv":
         print_rows({name: name for name in rows[0]}, rows, form)
         return
-    from moetrace.cli.tables.parts import Column, print_parts
+    from moetrace.cli.tables.parts import TextColumn, print_parts
 
     def cells(name: str) -> list[str]:
         factor = 100 if name.endswith("_error") else 1
         return [figure(None if row[name] is None else factor * row[name]) for row in rows]
 
-    groups = [[Column(heading, cells(name)) for name, heading in group.items()] for group in _COLUMNS]
-    print_parts(stdout_console(), [Column("part", cells("part"), right=False)], groups)
+    groups = [[TextColumn(heading, cells(name)) for name, heading in group.items()] for group in _COLUMNS]
+    print_parts(stdout_console(), [TextColumn("part", cells("part"), right=False)], groups)

@@ -13,7 +13,7 @@ from moetrace.cli.tables.output import widest, width_of
 _GAP = 2
 
 
-class Column(NamedTuple):
+class TextColumn(NamedTuple):
     """A column of texts."""
 
     heading: str
@@ -26,12 +26,12 @@ class Column(NamedTuple):
         return [self.heading, *self.cells]
 
 
-def print_parts(console: Console, keys: Sequence[Column], groups: Sequence[Sequence[Column]]) -> None:
+def print_parts(console: Console, keys: Sequence[TextColumn], groups: Sequence[Sequence[TextColumn]]) -> None:
     """Print `keys` and beside them groups of columns, which stay together, as long as they fit the console's width.
 
     A part has one group at least; where that is wider, the terminal breaks the lines.
     """
-    parts: list[list[Column]] = []
+    parts: list[list[TextColumn]] = []
     for group in groups:
         if parts and _width([*parts[-1], *group]) <= console.width:
             parts[-1] += group
@@ -46,11 +46,11 @@ def print_parts(console: Console, keys: Sequence[Column], groups: Sequence[Seque
     console.width = width
 
 
-def _width(columns: Sequence[Column]) -> int:
+def _width(columns: Sequence[TextColumn]) -> int:
     return width_of([column.lines for column in columns], _GAP)
 
 
-def _table(columns: list[Column]) -> Table:
+def _table(columns: list[TextColumn]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
     for column in columns:
         justify = "right" if column.right else "left"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from moetrace.cli.tables.output import stdout_console
-from moetrace.cli.tables.parts import Column, print_parts
+from moetrace.cli.tables.parts import TextColumn, print_parts
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.results.record import FIGURES, value_in
 from moetrace.spec.errors import counted
@@ -36,7 +36,7 @@ def print_comparison(summary: dict[str, Any], name: str) -> None:
     console = stdout_console()
     console.width = max(console.width, _LEAST)
     policies = summary["policies"]
-    names = Column("policy", [policy["name"] for policy in policies], right=False)
+    names = TextColumn("policy", [policy["name"] for policy in policies], right=False)
     print_parts(console, [names], [_shown(group, policies) for group in _groups()])
     console.print()
     for line in _legend(summary, name):
@@ -78,11 +78,11 @@ def _groups() -> list[list[_FigureColumn]]:
     ]
 
 
-def _shown(group: list[_FigureColumn], policies: list[dict[str, Any]]) -> list[Column]:
+def _shown(group: list[_FigureColumn], policies: list[dict[str, Any]]) -> list[TextColumn]:
     """The columns of a group that have something to show, with a cell for each policy."""
     figures = [(column, [column.value(policy) for policy in policies]) for column in group]
     return [
-        Column(column.heading, _cells(column.form, values))
+        TextColumn(column.heading, _cells(column.form, values))
         for column, values in figures
         if column.always or any(values)
     ]

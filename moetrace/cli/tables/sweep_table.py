@@ -3,7 +3,7 @@
 import polars as pl
 
 from moetrace.cli.tables.output import figure, stdout_console
-from moetrace.cli.tables.parts import Column, print_parts
+from moetrace.cli.tables.parts import TextColumn, print_parts
 from moetrace.results.record import COLUMNS, COSTS
 
 # Columns of the frame, and how a number of each is written in the unit that people are shown; those that are zero or
@@ -28,19 +28,19 @@ def print_sweep(cells: pl.DataFrame, pareto: str, notes: list[str]) -> None:
     """Print the frame of a sweep as a table on stdout, and `notes` under it; `*` marks the Pareto front."""
     axes = cells.columns[2 : cells.columns.index("error")]
     varying = [axis for axis in axes if cells[axis].drop_nulls().n_unique() > 1] or ["policy"]
-    keys = [Column("", ["*" if on else "" for on in cells["pareto"]], right=False)]
+    keys = [TextColumn("", ["*" if on else "" for on in cells["pareto"]], right=False)]
     for axis in varying:
         # A field's name is enough unless two axes end alike.
         heading = (
             axis.rpartition(".")[2] if sum(a.rpartition(".")[2] == axis.rpartition(".")[2] for a in axes) == 1 else axis
         )
-        keys.append(Column(heading, [figure(value) for value in cells[axis]], cells[axis].dtype.is_numeric()))
+        keys.append(TextColumn(heading, [figure(value) for value in cells[axis]], cells[axis].dtype.is_numeric()))
     figures = []
     for name, form in _FORMS.items():
         if name in cells.columns and any(cells[name].drop_nulls()):
             factor, _ = COLUMNS[name].shown
             texts = ["-" if value is None else form.format(factor * value) for value in cells[name]]
-            figures.append([Column(COLUMNS[name].column, texts)])
+            figures.append([TextColumn(COLUMNS[name].column, texts)])
     console = stdout_console()
     print_parts(console, keys, figures or [[]])
     console.print()

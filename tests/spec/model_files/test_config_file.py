@@ -5,6 +5,7 @@ import os
 import tomllib
 
 import pytest
+from support.small_configs import QWEN
 
 from moetrace.spec import MoetraceError, UsageError, canonical, load_model
 from moetrace.spec.model_files.bits import FORMAT_BITS, FORMATS
@@ -12,19 +13,6 @@ from moetrace.spec.model_files.json_fields import Fields
 from moetrace.spec.model_files.quantization import quantized_name
 from moetrace.spec.toml_text import toml
 
-QWEN = {
-    "model_type": "qwen3_moe",
-    "num_hidden_layers": 4,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "hidden_size": 64,
-    "moe_intermediate_size": 32,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 100,
-}
 HUNYUAN = {
     "model_type": "hunyuan_v1_moe",
     "num_hidden_layers": 3,

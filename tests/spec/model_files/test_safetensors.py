@@ -4,24 +4,12 @@ import json
 import struct
 
 import pytest
+from support.small_configs import QWEN
 
 from moetrace.spec import MoetraceError, load_model
 from moetrace.spec.model_files.hugging_face import anatomy_of, family_of
 
-CONFIG = {
-    "model_type": "qwen3_moe",
-    "num_hidden_layers": 3,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "hidden_size": 64,
-    "moe_intermediate_size": 32,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 100,
-    "mlp_only_layers": [0],
-}
+CONFIG = QWEN | {"num_hidden_layers": 3, "num_experts": 4, "mlp_only_layers": [0]}
 
 
 def tensors(expert_bytes, dense_bytes):
