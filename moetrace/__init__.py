@@ -1,10 +1,10 @@
 """moetrace: replay Mixture-of-Experts routing traces through serving policies on a described machine."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from moetrace.version import __version__
 
+TYPE_CHECKING = False  # to import typing takes as long as all the rest of this
 if TYPE_CHECKING:
     from moetrace.analyze.balance.plans import Tier
     from moetrace.analyze.balance.units import Balance, balance
@@ -119,7 +119,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     for module, names in _HOMES.items():
         if name in names:
             globals()[name] = value = getattr(import_module(module), name)

@@ -1,6 +1,7 @@
 """Docs name everything that there is: columns, keys, datasets, records, choices, commands."""
 
 import re
+import tomllib
 
 import pytest
 from pages import ROOT
@@ -92,3 +93,13 @@ def test_prefetch_predictors_and_columns_are_explained():
 
     frame = prefetch_value(mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2), 24)
     assert {*PREDICTORS, *frame.columns} <= named_in("docs/prefetch.md")
+
+
+def test_what_to_install_is_said_for_a_clone():
+    """moetrace is installed from its folder, so no extra can be asked for by the package's name."""
+    pages = [*(ROOT / "moetrace").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    texts = {page.name: page.read_text(encoding="utf-8") for page in pages}
+    assert not [name for name, text in texts.items() if "moetrace[" in text]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {extra for text in texts.values() for extra in re.findall(r"pip install '\.\[(\w+)\]'", text)}
+    assert {"report", "search", "dask", "engines", "capture"} <= named <= set(extras)

@@ -14,11 +14,11 @@ from moetrace.engine.setup import Setup, check_setup
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.record import CELL_SCHEMA
 from moetrace.results.resolve import by_spec, model_of
-from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_policy, load_system
+from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_system
 from moetrace.spec.choices import KINDS, source_of
 from moetrace.spec.errors import MoetraceError, UsageError, printable, stop_behind
 from moetrace.spec.load import FUNCTION_FIELDS, nearest, read_text
-from moetrace.spec.policy import note_code, refuse_code
+from moetrace.spec.policy import CodeFile, note_code, read_policy, refuse_code
 from moetrace.trace import Trace
 from moetrace.version import __version__
 
@@ -92,7 +92,6 @@ class Resolver:
         try:
             trace, sha256 = self._traces.get(point.values["trace"])
             setup = self._setup(point, trace)
-            self._check_code(point, setup.policies[0])
             check_policy(setup.policies[0], setup.system)
             slots, _ = check_setup(trace, setup)
             cell.setup = setup
@@ -121,7 +120,7 @@ class Resolver:
         model: Model = self._load(load_model, values.get("model") or model_of(trace), changes["model"])
         system: System = self._load(load_system, values["system"], changes["system"])
         everywhere = {field: value for field, value in changes["policy"].items() if "." not in field}
-        policy: PolicySpec = self._load(load_policy, values["policy"], everywhere)
+        policy, files = self._load(read_policy, values["policy"], everywhere)
         names = {policy.name, str(point.labels["policy"])}
         self._policy_names |= names
         own = {
@@ -130,7 +129,8 @@ class Resolver:
             if "." in path and path.rpartition(".")[0] in names
         }
         if own:
-            policy = self._load(load_policy, values["policy"], everywhere | own)
+            policy, files = self._load(read_policy, values["policy"], everywhere | own)
+        self._check_code(point, policy, files)
         return Setup(
             model=model,
             system=system,
@@ -139,18 +139,17 @@ class Resolver:
             ignore_capacity=self._ignore_capacity,
         )
 
-    def _check_code(self, point: Point, policy: PolicySpec) -> None:
-        """Name each Python file that the sweep's file names; or refuse it."""
+    def _check_code(self, point: Point, policy: PolicySpec, files: list[CodeFile]) -> None:
+        """Refuse each Python file that is named, or say which the sweep's file or the policy's file names."""
         named = [str(point.values["policy"])]
         named += [str(value) for path, value in point.values.items() if path.rpartition(".")[2] in FUNCTION_FIELDS]
-        for kind in FUNCTION_FIELDS:
-            file, colon, _ = getattr(policy, kind).rpartition(":")
-            if not (colon and file.endswith(".py")):
-                continue
+        for file in files:
             if not self._code:
-                refuse_code(f"policy {policy.name}: {kind}", file)
-            if self._where is not None and any(one.rpartition(":")[0] == file for one in named):
-                note_code(self._where, file)
+                refuse_code(f"policy {policy.name}: {file.kind}", file.path)
+            if file.in_file:
+                note_code(file.where, file.path)
+            if self._where is not None and any(one.rpartition(":")[0] == file.path for one in named):
+                note_code(self._where, file.path)
 
     def _load(self, load: Any, source: str, overrides: Mapping[str, Any]) -> Any:
         key = f"{load.__name__} {source} {sorted(overrides.items())!r}"

@@ -126,7 +126,7 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
         import distributed
         from distributed.comm.core import CommClosedError
     except ImportError:
-        raise MoetraceError("--dask needs distributed: pip install 'moetrace[dask]'.") from None
+        raise MoetraceError("--dask needs distributed: pip install '.[dask]' in the clone of moetrace.") from None
     try:
         client = distributed.Client(address, timeout=5, set_as_default=False)
     except (OSError, ValueError, ImportError) as error:

@@ -361,7 +361,7 @@ def _study(choices: SearchChoices) -> Iterator["Study"]:
     try:
         import optuna
     except ImportError:
-        raise MoetraceError("A search needs Optuna: pip install 'moetrace[search]'.") from None
+        raise MoetraceError("A search needs Optuna: pip install '.[search]' in the clone of moetrace.") from None
     halving = choices.halving
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -24,6 +24,7 @@ from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.record import ListedCell, SweepFile
 from moetrace.spec.errors import UsageError
 from moetrace.spec.forks import refuse_if_forked
+from moetrace.spec.known import known_unlike
 from moetrace.spec.policy import names_code
 from moetrace.trace import Trace
 from moetrace.version import __version__
@@ -90,6 +91,13 @@ class Sweep:
         keys = [cell.key for cell in self.listed if cell.key and cell.error is None]
         return dict(Counter(warning for key in keys for warning in self.found[key]["warnings"]))
 
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about the cells as a whole, as that only some of the machines are calibrated."""
+        systems = [cell.setup.system for cell in self.listed if cell.setup]
+        note = known_unlike((system.name, system.known, system.calibration) for system in systems)
+        return [note] if note else []
+
     def to_dict(self) -> dict[str, Any]:
         """Return what `sweep.json` holds."""
         cells = []
@@ -102,6 +110,7 @@ class Sweep:
             pareto=self._pareto,
             axes=self.grid.axes,
             cells=cells,
+            notes=self.notes,
         )
         return msgspec.structs.asdict(sweep)
 

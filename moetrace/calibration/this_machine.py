@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from moetrace.calibration.disk import disk_times
+from moetrace.calibration.disk import NO_DISK, disk_times
 from moetrace.calibration.measured import COPY, KERNEL, Measured
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import MoetraceError, UsageError
 
 # (hidden, intermediate): OLMoE, Qwen3-30B, DeepSeek-V2-Lite, gpt-oss and Mixtral's, and one of launches only.
 SHAPES = ((1024, 512), (2048, 768), (2048, 1024), (2048, 1408), (2880, 2880), (4096, 1536))
@@ -27,6 +27,8 @@ _LEAST_S, _LEAST_TIMES = 0.1, 5
 PARTS = ("cpu", "disk", "cuda")
 
 Report = Callable[[str], None]
+Keep = Callable[[Measured], None]
+_SOURCE = "this machine, moetrace calibrate --measure"
 
 
 class Runner(NamedTuple):
@@ -37,41 +39,58 @@ class Runner(NamedTuple):
 
 
 def measure(
-    parts: tuple[str, ...] = PARTS, *, folder: str | Path | None = None, report: Report = lambda _: None
+    parts: tuple[str, ...] = PARTS,
+    *,
+    folder: str | Path | None = None,
+    report: Report = lambda _: None,
+    keep: Keep = lambda _: None,
 ) -> Measured:
     """Time this machine.
 
     Args:
         parts: Of cpu (experts through PyTorch in bfloat16 where it is installed, else through NumPy's BLAS in
             float32), disk (reads past the page cache) and cuda (copies from pinned memory, experts in bfloat16).
-            CUDA is left out where PyTorch finds no device.
+            CUDA is left out where PyTorch finds no device, and a disk where all reads go through the page cache.
         folder: Where the file of 256 MiB is written that the disk is measured by. By default the temporary folder.
         report: Called with a line on what is measured now.
+        keep: Called with all times so far, whenever there are more: what an interruption leaves.
 
     Returns:
         The times, as `calibrate` takes them.
 
     Raises:
         UsageError: A part is unknown.
-        MoetraceError: The folder cannot be written.
+        MoetraceError: The folder cannot be written, or nothing can be measured.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise UsageError(f"Part {unknown[0]!r} cannot be measured; use one of {', '.join(PARTS)}.")
-    kernels, copies, left_out = {}, {}, []
+    found = Measured({}, {}, _SOURCE, [])
+
+    def take(frames: dict[str, pl.DataFrame], part: str, columns: tuple[str, ...], rows: Iterator[tuple]) -> None:
+        taken = []
+        for row in rows:
+            taken.append(row)
+            frames[part] = pl.DataFrame(taken, schema=dict.fromkeys(columns, pl.Float64), orient="row")
+            keep(found)
+
     if "cpu" in parts:
-        kernels["cpu"] = _kernels(_torch_runner("cpu") if find_spec("torch") else _numpy_runner(), "CPU", report)
-    if "disk" in parts:
+        runner = _torch_runner("cpu") if find_spec("torch") else _numpy_runner()
+        take(found.kernels, "cpu", KERNEL, _kernels(runner, "CPU", report))
+    if "disk" in parts and NO_DISK:
+        found.left_out.append(NO_DISK)
+    elif "disk" in parts:
         report("disk: reads past the page cache")
-        copies["disk"] = pl.DataFrame(list(disk_times(folder)), schema=list(COPY), orient="row")
-    if "cuda" in parts:
-        if _has_cuda():
-            kernels["gpu"] = _kernels(_torch_runner("cuda"), "CUDA device", report)
-            report("CUDA device: copies from pinned memory")
-            copies["link"] = pl.DataFrame(list(_cuda_copies()), schema=list(COPY), orient="row")
-        else:
-            left_out.append("No CUDA device was found (PyTorch is needed to use one), so none was measured.")
-    return Measured(kernels, copies, "this machine, moetrace calibrate --measure", left_out)
+        take(found.copies, "disk", COPY, disk_times(folder))
+    if "cuda" in parts and _has_cuda():
+        take(found.kernels, "gpu", KERNEL, _kernels(_torch_runner("cuda"), "CUDA device", report))
+        report("CUDA device: copies from pinned memory")
+        take(found.copies, "link", COPY, _cuda_copies())
+    elif "cuda" in parts:
+        found.left_out.append("No CUDA device was found (PyTorch is needed to use one), so none was measured.")
+    if not found.kernels and not found.copies:
+        raise MoetraceError(" ".join(["Nothing was measured.", *found.left_out]))
+    return found
 
 
 def to_frame(measured: Measured) -> pl.DataFrame:
@@ -89,8 +108,8 @@ def to_csv(measured: Measured) -> bytes:
     return to_frame(measured).write_csv().encode()
 
 
-def _kernels(runner: Runner, place: str, report: Report) -> pl.DataFrame:
-    rows = []
+def _kernels(runner: Runner, place: str, report: Report) -> Iterator[tuple]:
+    """Yield a row of `KERNEL` for each layer."""
     for hidden, intermediate in SHAPES:
         report(f"{place}: experts of {hidden} x {intermediate}")
         experts = max(-(-POOL_BYTES * 8 // (3 * hidden * intermediate * runner.bits)), 2 * max(ACTIVE))
@@ -98,8 +117,7 @@ def _kernels(runner: Runner, place: str, report: Report) -> pl.DataFrame:
         for active in ACTIVE:
             for count in ROWS:
                 seconds = _median_s(_turns(run, experts, active, count))
-                rows.append((hidden, intermediate, experts, 3, active, count, runner.bits, active, seconds))
-    return pl.DataFrame(rows, schema=dict.fromkeys(KERNEL, pl.Float64), orient="row")
+                yield hidden, intermediate, experts, 3, active, count, runner.bits, active, seconds
 
 
 def _turns(run: Callable[[int, int, int], None], experts: int, active: int, rows: int) -> Iterator[None]:

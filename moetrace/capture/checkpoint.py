@@ -98,7 +98,7 @@ def extra(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MoetraceError(
-            "a capture needs PyTorch and Transformers: install them with pip install 'moetrace[capture]'."
+            "a capture needs PyTorch and Transformers: pip install '.[capture]' in the clone of moetrace."
         ) from error
 
 

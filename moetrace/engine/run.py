@@ -1,9 +1,11 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +24,7 @@ from moetrace.engine.schedule import Schedule
 from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
 from moetrace.jit.apart import Hands, may_wait, result_of
-from moetrace.jit.compile import compile_now
+from moetrace.jit.compile import PURE_PYTHON, compile_now
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.model import Model
@@ -72,7 +74,8 @@ class Lane:
         except MemoryError:
             raise
         except Exception as error:  # only a user's function can raise
-            raise MoetraceError(f"Policy {self.policy.name} failed: {type(error).__name__}: {error}.") from error
+            why = f"{type(error).__name__}: {error}{_line_of(error)}"
+            raise MoetraceError(f"Policy {self.policy.name} failed: {why}.") from error
 
     def _replay_and_record(self, batch: Batch, recording: Recording) -> None:
         for part, is_recorded in recording.parts(batch, len(self.state.cells)):
@@ -173,6 +176,14 @@ def run_setups(
     ]
     popularity = _pass(trace, [one for one in begun if isinstance(one, _Underway)], jobs, progress)
     return [one if isinstance(one, MoetraceError) else one.end(trace.schedule, popularity) for one in begun]
+
+
+def _line_of(error: Exception) -> str:
+    """Say in which line a user's function raised, or how to find out: compiled code has no lines."""
+    if not PURE_PYTHON:
+        return "; with NUMBA_DISABLE_JIT=1 the line is named"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({Path(last.filename).name}, line {last.lineno})"
 
 
 def _trace_of(trace: Trace | Decoded) -> Trace:

@@ -27,7 +27,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError as error:
-        raise MoetraceError(f"reading {path} needs PyTorch: pip install 'moetrace[engines]'.") from error
+        raise MoetraceError(f"{path} needs PyTorch: pip install '.[engines]' in the clone of moetrace.") from error
     _check_stored(path)
     try:
         with warnings.catch_warnings(action="ignore"):

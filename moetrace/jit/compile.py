@@ -27,8 +27,8 @@ def kernel(
 ) -> Any:
     """Declare a kernel: usable as ``@kernel`` or ``@kernel(inline=False)``. Nothing is compiled, nor Numba imported.
 
-    Division by zero follows IEEE 754 and array bounds are not checked: what goes in was checked before. Where no
-    folder can be written the kernel works uncached.
+    Division by zero follows IEEE 754 and array bounds are not checked, unless the kernel is ``checked``: what goes in
+    was checked before. Where no folder can be written the kernel works uncached.
 
     Args:
         function: the kernel. Its globals may be constants, named tuples, NumPy's functions and other kernels.
@@ -36,7 +36,8 @@ def kernel(
         inline: within other kernels it becomes a part of its caller and counts no references to arrays, so it may not
             make any: with calls and counts, the replay of a layer at batch 1 took 9 times as long, passing the
             state's arrays around.
-        checked: for a user's function: check array bounds, and keep what it compiles to in the user's own cache.
+        checked: for a user's function: check array bounds, let a division by zero raise, and keep what it compiles to
+            in the user's own cache.
 
     Returns:
         A `Kernel`; the function itself where NUMBA_DISABLE_JIT is set.
@@ -105,7 +106,8 @@ def compile_now(*kernels: Any) -> None:
 
 
 def _options(inline: bool, checked: bool) -> dict[str, Any]:
-    return {"nogil": True, "error_model": "numpy", "boundscheck": checked, "_nrt": not inline}
+    error_model = "python" if checked else "numpy"
+    return {"nogil": True, "error_model": error_model, "boundscheck": checked, "_nrt": not inline}
 
 
 def _entry(function: Callable, inline: bool, checked: bool) -> "Dispatcher":

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import polars as pl
 
@@ -40,16 +40,67 @@ def scan(
     """
     if not os.path.lexists(path):
         return None
-    sizes = _checked_sizes(path)
+    return _checked(path, _opened(path), columns, newer, of, signed)
+
+
+def whole_frame(
+    path: Path,
+    columns: dict[str, Any],
+    newer: dict[str, Any] | None = None,
+    *,
+    of: str | None = None,
+    signed: Collection[str] = (),
+) -> pl.DataFrame | None:
+    """Return what `scan` finds, in memory; the file may have `MOST_ROWS` rows, and unpack to `MOST_BYTES`."""
+    if not os.path.lexists(path):
+        return None
+    frame = _checked(path, _opened(path, whole=True), columns, newer, of, signed)
     with readable(path):
-        mark = pl.read_parquet_metadata(path).get(PARQUET_MARK)
-        frame = pl.scan_parquet(path, glob=False)
-        schema = frame.collect_schema()
-        rows = frame.select(pl.len()).collect().item()
-    if of is not None and mark is not None and mark != of:
-        raise MoetraceError(f"{path} is of another result than the files beside it: write the folder again.")
+        return frame.collect()
+
+
+def schema_of(path: Path) -> dict[str, Any]:
+    """Return the columns of a file and their types, none if there is no such file; raises MoetraceError as `scan`."""
+    return dict(_opened(path).schema) if os.path.lexists(path) else {}
+
+
+class _Opened(NamedTuple):
+    """A file that was opened once: what was checked is what is read, even if another one takes its name meanwhile."""
+
+    frame: pl.LazyFrame
+    schema: pl.Schema
+    mark: str | None
+
+
+def _opened(path: Path, whole: bool = False) -> _Opened:
+    with open_ordinary(path, follow=False) as file:
+        sizes = _checked_sizes(path, file)
+        if whole:
+            _check_size(path, "rows", sizes.rows, MOST_ROWS)
+            _check_size(path, "bytes when it is unpacked", sizes.unpacked_bytes, MOST_BYTES)
+        with readable(path):
+            file.seek(0)
+            mark = pl.read_parquet_metadata(file).get(PARQUET_MARK)
+            file.seek(0)
+            frame = pl.scan_parquet(file, glob=False)  # which keeps the file open
+            schema = frame.collect_schema()
+            rows = frame.select(pl.len()).collect().item()
     if rows != sizes.rows:
         raise MoetraceError(f"{path} claims {sizes.rows:,} rows, but has {rows:,}: it is damaged.")
+    return _Opened(frame, schema, mark)
+
+
+def _checked(
+    path: Path,
+    opened: _Opened,
+    columns: dict[str, Any],
+    newer: dict[str, Any] | None,
+    of: str | None,
+    signed: Collection[str],
+) -> pl.LazyFrame:
+    frame, schema, mark = opened
+    if of is not None and mark is not None and mark != of:
+        raise MoetraceError(f"{path} is of another result than the files beside it: write the folder again.")
     missing = [name for name in newer or {} if name not in schema]
     columns = columns | {name: kind for name, kind in (newer or {}).items() if name in schema}
     for name, kind in columns.items():
@@ -63,26 +114,6 @@ def scan(
     return frame
 
 
-def whole_frame(
-    path: Path,
-    columns: dict[str, Any],
-    newer: dict[str, Any] | None = None,
-    *,
-    of: str | None = None,
-    signed: Collection[str] = (),
-) -> pl.DataFrame | None:
-    """Return what `scan` finds, in memory; the file may have `MOST_ROWS` rows, and unpack to `MOST_BYTES`."""
-    if os.path.lexists(path):
-        sizes = _checked_sizes(path)
-        _check_size(path, "rows", sizes.rows, MOST_ROWS)
-        _check_size(path, "bytes when it is unpacked", sizes.unpacked_bytes, MOST_BYTES)
-    frame = scan(path, columns, newer, of=of, signed=signed)
-    if frame is None:
-        return None
-    with readable(path):
-        return frame.collect()
-
-
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Turn Polars' refusal of a damaged file into one sentence."""
@@ -93,16 +124,15 @@ def readable(path: Path) -> Iterator[None]:
         raise MoetraceError(f"{path} could not be read: {printable(why)}.") from None
 
 
-def _checked_sizes(path: Path) -> Sizes:
+def _checked_sizes(path: Path, file: BinaryIO) -> Sizes:
     """Return the sizes of a file that can be read in parts, without unpacking it."""
-    with open_ordinary(path, follow=False) as file:
-        try:
-            size_bytes = os.fstat(file.fileno()).st_size
-            sizes = parquet_sizes(file)
-        except DamagedParquetError as error:
-            raise MoetraceError(f"{path} could not be read: {error}.") from None
-        except OSError as error:
-            raise MoetraceError(f"{path} could not be read: {error.strerror or error}.") from None
+    try:
+        size_bytes = os.fstat(file.fileno()).st_size
+        sizes = parquet_sizes(file)
+    except DamagedParquetError as error:
+        raise MoetraceError(f"{path} could not be read: {error}.") from None
+    except OSError as error:
+        raise MoetraceError(f"{path} could not be read: {error.strerror or error}.") from None
     if sizes.rows > _MOST_ROWS_A_BYTE * size_bytes:
         raise MoetraceError(f"{path} claims {sizes.rows:,} rows in {size_bytes:,} bytes: it is damaged.")
     _check_size(path, "rows", sizes.rows, MOST_ROWS_IN_PARTS)

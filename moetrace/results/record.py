@@ -283,6 +283,7 @@ class SweepFile(msgspec.Struct, Generic[CellForm], kw_only=True):
     pareto: str = "gpu_memory_bytes"
     axes: dict[str, Any]
     cells: list[CellForm]
+    notes: list[str] = []
 
 
 class CellFile(msgspec.Struct, Generic[ResultForm], kw_only=True):

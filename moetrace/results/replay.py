@@ -47,7 +47,7 @@ def replay(
         policies: One policy or several. Each is a preset's name, a TOML file, `file.py:function`, a PolicySpec or a
             function. A function is the dispatch beside an LRU cache. Speed-ups are against the first policy. Equal
             names get a number. By default two that suit the system: `monde` and `edge-ndp` with NDP units,
-            `n-cpu-moe` and `hybrid` with a CPU, `resident` and `on-demand-lfu` with a link alone; `resident` only
+            `n-cpu-moe` and `hybrid` with a CPU, `resident` and `on-demand-lfu` with only a link; `resident` only
             without a link.
         model: A preset's name, a TOML, config.json or GGUF file, a model's folder or a Model. By default the preset
             that the trace names.

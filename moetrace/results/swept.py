@@ -8,7 +8,7 @@ import polars as pl
 
 from moetrace.results.folder import has_file, read_sweep
 from moetrace.results.publish import file_in
-from moetrace.results.read_parquet import scan, whole_frame
+from moetrace.results.read_parquet import schema_of, whole_frame
 from moetrace.results.record import CELLS_FILE, COLUMNS, COSTS, SEARCH_FILE
 from moetrace.spec.errors import MoetraceError
 
@@ -29,6 +29,7 @@ class Swept:
         grid: what was asked for: the values of each axis.
         searched: whether `moetrace sweep --search` chose the cells.
         pareto: the column that the front weighs against time.
+        notes: sentences about the cells as a whole.
         cells: a row for each, in the sweep's order; `relative` is its time over that of the fastest cell of its trace.
     """
 
@@ -37,6 +38,7 @@ class Swept:
     grid: dict[str, Any]
     searched: bool
     pareto: str
+    notes: list[str]
     cells: pl.DataFrame
 
     @property
@@ -69,18 +71,16 @@ def read_swept(folder: Path) -> Swept:
         grid=about.axes,
         searched=has_file(folder, SEARCH_FILE),
         pareto=about.pareto,
+        notes=about.notes,
         cells=cells,
     )
 
 
 def _others(path: Path, axes: dict[str, Any]) -> dict[str, Any]:
     """Columns that need not be there, as they are: axes, and what a table or the front shows."""
-    frame = scan(path, {})
-    if frame is None:
-        return {}
     plain = {
         name: pl.Int64 if kind.is_integer() else pl.Float64 if kind.is_numeric() else kind
-        for name, kind in pl.scan_parquet(path, glob=False).collect_schema().items()
+        for name, kind in schema_of(path).items()
         if kind in (pl.String, pl.Boolean) or kind.is_numeric()
     }
     return {name: _FIGURES.get(name, plain[name]) for name in (*_ALWAYS, *axes, *_FIGURES) if name in plain}

@@ -45,7 +45,7 @@ def slots_of(slots: int | str, expert_bytes: np.ndarray) -> int:
     """Return how many experts the GPU may hold.
 
     Args:
-        slots: A number, `"25%"` of all experts, or memory (`"4000MiB"`, `"4GB"`) for experts alone.
+        slots: A number, `"25%"` of all experts, or memory (`"4000MiB"`, `"4GB"`) for experts only.
         expert_bytes: [layers, experts], bytes of each.
 
     Returns:

@@ -1,6 +1,6 @@
 """How well the constants of a system are known: measured, calibrated with an error, from a data sheet, or assumed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -37,3 +37,26 @@ def how_known(known: Known | None, calibration: Mapping[str, Calibration] | None
     if known is not None:
         words.append(f"the rest {_WORDS[known]}" if words else f"{_WORDS[known]}, not calibrated")
     return ", ".join(words) or None
+
+
+def known_unlike(systems: Iterable[tuple[str, Known | None, Mapping[str, Calibration] | None]]) -> str | None:
+    """Say which of the systems that are compared are calibrated, if others are not; None if they are alike.
+
+    Args:
+        systems: Name, `known` and `calibration` of each.
+    """
+    fitted: dict[str, None] = {}
+    others: dict[str, None] = {}
+    for name, known, calibration in systems:
+        (fitted if calibration or known == "measured" else others)[name] = None
+    if not fitted or not others:
+        return None
+    return (
+        f"Constants of {_names(fitted)} are calibrated, those of {_names(others)} are not: peaks of data sheets make a "
+        "machine look faster than it is."
+    )
+
+
+def _names(names: Iterable[str]) -> str:
+    first, *more = names
+    return f"{', '.join([first, *more[:3]])}{f' and {len(more) - 3} more' if len(more) > 3 else ''}"

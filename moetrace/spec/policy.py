@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import msgspec
 import numpy as np
@@ -118,6 +118,28 @@ def load_policy(
         >>> mt.load_policy("monde", {"scope": "global"}, code=False).scope
         'global'
     """
+    policy, files = read_policy(source, overrides)
+    for file in files:
+        if not code:
+            refuse_code(f"{file.where}: {file.kind}", file.path)
+        if file.in_file:
+            note_code(file.where, file.path)
+    return policy
+
+
+class CodeFile(NamedTuple):
+    """A Python file that a policy names."""
+
+    where: str  # what says so
+    kind: str
+    path: str
+    in_file: bool  # whether that is the policy's file, and not who asked for it
+
+
+def read_policy(
+    source: str | Path | PolicySpec, overrides: Mapping[str, object] | None = None
+) -> tuple[PolicySpec, list[CodeFile]]:
+    """Load a policy as `load_policy` does, say nothing, and return with it the Python files that it names."""
     overrides = overridden = dict(overrides or {})
     if isinstance(source, str) and _split(source):
         overrides = {"dispatch": source, "name": source.rpartition(":")[2]} | overrides
@@ -129,13 +151,12 @@ def load_policy(
     _check_partners(policy, loaded)
     given = _changed(policy) | set(overrides) if isinstance(source, PolicySpec) else set(loaded.raw)
     _check_parameters(policy, loaded, given)
-    for kind in FUNCTION_FIELDS:
-        if user := _split(getattr(policy, kind)):
-            if not code:
-                refuse_code(f"{loaded.where}: {kind}", user[0])
-            if isinstance(source, str | Path) and loaded.where == str(source) and kind not in overrides:
-                note_code(loaded.where, user[0])
-    return policy
+    is_file = isinstance(source, str | Path) and loaded.where == str(source)
+    return policy, [
+        CodeFile(loaded.where, kind, user[0], is_file and kind not in overrides)
+        for kind in FUNCTION_FIELDS
+        if (user := _split(getattr(policy, kind)))
+    ]
 
 
 def refuse_code(where: str, file: str) -> NoReturn:

@@ -338,3 +338,18 @@ def test_tables_are_whole_or_not_there(small, tmp_path):
     assert pl.read_parquet(file.getvalue()).columns == pl.read_parquet(tmp_path / "cells.parquet").columns
     assert found.cells.columns[:8] == ["name", "cell", "trace", "model", "system", "policy", "slots", "error"]
     assert found.cells.columns[-4:] == ["gpu_memory_bytes", "link_bytes", "price", "pareto"]
+
+
+@pytest.mark.parametrize(
+    ("systems", "note"),
+    [
+        (["edge-ndp", "h100-sxm", "l40s"], "Constants of h100-sxm, l40s are calibrated, those of edge-ndp are not: "),
+        (["h100-sxm", "l40s"], None),
+        (["edge-ndp", "h100-dimm-ndp"], None),
+    ],
+)
+def test_calibrated_machines_beside_others_are_told(tmp_path, systems, note):
+    mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2).write(tmp_path / "t.h5")
+    swept = mt.sweep({"trace": str(tmp_path / "t.h5"), "system": systems, "policy": "on-demand", "slots": 48})
+    assert not swept.failed
+    assert (swept.notes[0].startswith(note) if note else not swept.notes) and swept.to_dict()["notes"] == swept.notes

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import moetrace as mt
+from moetrace.calibration import read_measured, this_machine
 
 TABLE = "hidden,intermediate,experts,top_k,rows,bits,seconds\n" + "".join(
     f"{hidden},768,64,4,{rows},16,{20e-6 + min(64, 4 * rows) * 3 * hidden * 768 * 2 / 600e9}\n"
@@ -31,6 +32,13 @@ def test_a_table_becomes_a_system(run, table, tmp_path):
     assert run("show", "system", out)[0] == 0
 
 
+def test_the_errors_fit_the_terminal(run, table, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, said, _ = run("calibrate", table, "--system", "rtx4090-offload")
+    assert code == 0 and max(map(len, said.splitlines())) <= 80
+    assert said.count("gpu ") == 2 and "data sheet" in said and "efficiency" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -47,3 +55,21 @@ def test_a_table_becomes_a_system(run, table, tmp_path):
 def test_wrong_usage_is_one_sentence(run, table, arguments, says):
     code, _, err = run("calibrate", *(table if argument == "T" else argument for argument in arguments))
     assert code == 2 and says in err and err.count("\n") == 1
+
+
+def test_an_interruption_leaves_the_times_so_far(run, tmp_path, monkeypatch):
+    def reads(_):
+        yield 65536, 1e-4
+        yield 1048576, 1e-3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(this_machine, "disk_times", reads)
+    code, _, err = run("calibrate", "--measure", "--only", "disk", "--save-table", tmp_path / "t.csv")
+    assert code == 1 and "t.csv: 2 times." in err and "interrupted" in err
+    assert read_measured(tmp_path / "t.csv").copies["disk"].rows() == [(65536, 1e-4), (1048576, 1e-3)]
+
+
+def test_a_disk_that_cannot_be_measured_is_left_out(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(this_machine, "NO_DISK", "No disk here.")
+    code, _, err = run("calibrate", "--measure", "--only", "disk", "--save-table", tmp_path / "t.csv")
+    assert code == 1 and err == "moetrace: Nothing was measured. No disk here.\n" and not (tmp_path / "t.csv").exists()

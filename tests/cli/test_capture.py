@@ -132,5 +132,5 @@ def test_without_the_extra_it_is_one_sentence(tmp_path, capsys, monkeypatch):
     assert run(tmp_path, "--prompts", tmp_path / "p.txt", "-o", tmp_path / "a.h5") == 1
     said = capsys.readouterr().err
     assert said == (
-        "moetrace: a capture needs PyTorch and Transformers: install them with pip install 'moetrace[capture]'.\n"
+        "moetrace: a capture needs PyTorch and Transformers: pip install '.[capture]' in the clone of moetrace.\n"
     )

@@ -1,5 +1,6 @@
 """The command as a process: pipes, signals, closed output."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -54,6 +55,18 @@ def test_signals_while_it_writes_leave_nothing(tmp_path, stop, code):
     assert process.returncode == code, said
     assert "Traceback" not in said
     assert list(out.iterdir()) == []
+
+
+def test_ctrl_c_while_it_starts_is_one_sentence(tmp_path):
+    """The signal comes while the first module is imported that takes time."""
+    (tmp_path / "click.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [*MOETRACE, "list", "models"]
+    process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=8)
+    said = "moetrace: interrupted; no file was left half-written.\n"
+    assert (process.returncode, process.stdout, process.stderr) == (1, "", said)
+    with pytest.raises(subprocess.TimeoutExpired):  # in the background of a shell it is ignored
+        subprocess.run(command, env=env, timeout=2, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
 
 
 def test_nohup_is_respected():

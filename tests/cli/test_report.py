@@ -87,5 +87,5 @@ def test_without_the_extra_it_says_what_to_install(run, folder, tmp_path, monkey
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, missing, None)
             code, _, err = run("report", folder, "-o", tmp_path / "page.html")
-        assert code == 1 and "pip install 'moetrace[report]'" in err and err.count("\n") == 1
+        assert code == 1 and "pip install '.[report]'" in err and err.count("\n") == 1
     assert not (tmp_path / "page.html").exists()

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 import moetrace as mt
+from moetrace.results.swept import read_swept
 
 
 @pytest.fixture
@@ -32,6 +33,26 @@ def test_table_counts_and_resumes(run, grid, tmp_path):
     _, _, err = run("sweep", grid, "-o", tmp_path / "out", "--pareto", "price")
     assert "4 cells: 0 replayed, 4 found finished." in err
     assert "4 finished cells not of this sweep" in err
+
+
+def test_calibrated_machines_beside_others_are_told(run, grid, tmp_path):
+    grid.write_text('trace = "t.h5"\nsystem = ["edge-ndp", "l40s"]\npolicy = "on-demand"\nslots = 8\n')
+    code, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
+    assert code == 0 and "Constants of l40s are calibrated, those of edge-ndp are not" in out
+    assert "Constants of l40s are calibrated" in read_swept(tmp_path / "out").notes[0]
+
+
+@pytest.mark.parametrize("columns", [20, 80])
+def test_table_fits_the_terminal(run, grid, tmp_path, monkeypatch, columns):
+    """Each part begins with the axes, and no figure is lost; what is wider than the terminal is not cut."""
+    _, wide, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, narrow, _ = run("sweep", grid, "-o", tmp_path / "out")
+    table = narrow.split("In all cells")[0]
+    assert columns < 80 or max(map(len, narrow.splitlines())) <= columns
+    assert table.count("units") == table.count("\n\n") > 1
+    for figure in wide.split("In all cells")[0].split():
+        assert figure.startswith("─") or figure in table
 
 
 def test_json_and_csv_have_every_digit(run, grid, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import marshal
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,10 +36,7 @@ def test_what_was_compiled_from_another_text_does_not_run(tmp_path):
     (tmp_path / "imports.py").write_text(
         f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport beside\nsys.path.pop(0)\nWHAT = beside.WHAT\n"
     )
-    try:
-        assert run_file(tmp_path / "imports.py").WHAT == "text"
-    finally:
-        sys.modules.pop("beside", None)
+    assert run_file(tmp_path / "imports.py").WHAT == "text"
     (tmp_path / "bare.pyc").write_bytes(
         (tmp_path / "__pycache__" / f"beside.{sys.implementation.cache_tag}.pyc").read_bytes()
     )
@@ -54,6 +52,46 @@ def test_nothing_is_left_beside_the_file(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
     assert capsys.readouterr() == ("", "hello\n")
     assert Path(hook.stats.cache_path).name == "policies"
+
+
+def test_each_file_sees_the_modules_of_its_own_folder(tmp_path, monkeypatch):
+    """Also where a script has a module of that name; and the compiled code of one is not taken for another's."""
+    for number in range(3):
+        folder = tmp_path / f"{number}"
+        (folder / "parts").mkdir(parents=True)
+        (folder / "beside.py").write_text(
+            f"import numba\nfrom parts.deep import WHAT\n\n@numba.njit\ndef what():\n    return {number} + 10 * WHAT\n"
+        )
+        (folder / "parts/__init__.py").write_text("")
+        (folder / "parts/deep.py").write_text(f"WHAT = {number}\n")
+        (folder / "mine.py").write_text("from beside import WHAT, what\n" + HOOK.format("state[0, 0].score = what()"))
+    monkeypatch.syspath_prepend(str(tmp_path / "2"))
+    scripts = importlib.import_module("beside")
+    known = dict(sys.modules)
+    try:
+        for number in (0, 1, 0):
+            module = run_file(tmp_path / f"{number}" / "mine.py")
+            assert (module.WHAT, module.what()) == (number, 11 * number)
+            assert sys.modules["beside"] is scripts and sys.modules["parts.deep"] is known["parts.deep"]
+            hooks = [load_hook("residency", f"{tmp_path / str(number)}/mine.py:mine") for _ in range(2)]
+            assert sum(hooks[1].stats.cache_hits.values()) == 1
+        new = {name for name in sys.modules.keys() - known.keys() if not name.startswith("moetrace_policy")}
+        assert not [name for name in new if str(tmp_path) in str(getattr(sys.modules[name], "__file__", ""))]
+    finally:
+        for name in ("beside", "parts", "parts.deep"):
+            sys.modules.pop(name, None)
+
+
+def test_a_helper_that_was_edited_is_read_again(tmp_path):
+    (tmp_path / "mine.py").write_text("from beside import WHAT\n")
+    for what in (1, 2):
+        (tmp_path / "beside.py").write_text(f"WHAT = {what}\n")
+        assert what == run_file(tmp_path / "mine.py").WHAT
+    (tmp_path / "beside.py").write_text("1 / 0\n")
+    known = set(sys.modules)
+    with pytest.raises(MoetraceError, match="does not run: ZeroDivisionError"):
+        run_file(tmp_path / "mine.py")
+    assert set(sys.modules) <= known and "beside" not in sys.modules
 
 
 @pytest.mark.parametrize("what", ["pipe", "folder"])
@@ -110,6 +148,9 @@ def test_a_helper_and_a_residency_cannot_either(tmp_path):
         ("plan[i] = 2", r"plan\[i\] must be 0 or 1"),
         ("plan[i] = view.active[-500].resident", "out of bounds"),
         ("plan[i] = beyond(load) > 0", "out of bounds"),
+        ("plan[i] = 1 // layer", "ZeroDivisionError: .*; with NUMBA_DISABLE_JIT=1 the line is named"),
+        ("plan[i] = 1.0 / layer > 0.5", "ZeroDivisionError"),
+        ("plan[i] = layer % layer", "ZeroDivisionError"),
     ],
 )
 def test_what_shows_when_it_runs_is_one_sentence(tmp_path, line, says):
@@ -118,6 +159,18 @@ def test_what_shows_when_it_runs_is_one_sentence(tmp_path, line, says):
     trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
     with pytest.raises(MoetraceError, match=f"Policy mine failed: .*{says}"):
         mt.replay(trace, policies=f"{tmp_path / 'mine.py'}:mine", slots=24, jobs=1)
+
+
+def test_without_compilation_the_line_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text(HOOK.format("plan[i] = 1 // layer"))
+    program = (
+        "import sys, moetrace as mt\ntrace = mt.generate_trace('tiny-olmoe', requests=1, prompt=1, output=1)\n"
+        "try:\n    mt.replay(trace, policies=sys.argv[1], slots=24, jobs=1)\nexcept mt.MoetraceError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", program, f"{tmp_path / 'mine.py'}:mine"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NUMBA_DISABLE_JIT": "1"})
+    assert done.stdout.startswith("Policy mine failed: ZeroDivisionError") and "(mine.py, line 3).\n" in done.stdout
 
 
 def test_functions_of_no_file_are_told_apart():

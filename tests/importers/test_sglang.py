@@ -175,7 +175,7 @@ def test_without_torch_it_is_said_what_to_install(tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "moetrace[engines]" in refused(tmp_path, path)
+    assert "pip install '.[engines]'" in refused(tmp_path, path)
 
 
 def test_sizes_of_strides_are_not_believed(tmp_path):

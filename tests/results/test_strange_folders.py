@@ -189,6 +189,26 @@ def test_a_footer_that_understates_its_pages_is_not_believed(tmp_path):
     assert sizes(path).unpacked_bytes == found.unpacked_bytes
 
 
+def test_the_file_that_was_checked_is_the_one_that_is_read(tmp_path, monkeypatch):
+    """Another file takes its name, after its sizes were checked and again before its rows are read."""
+    path = tmp_path / "a.parquet"
+    pl.DataFrame({"a": [1, 2]}).write_parquet(path)
+
+    def swap(*arguments):
+        path.unlink()
+        path.write_text("another file")
+        return sizes_of(*arguments)
+
+    sizes_of = read_parquet._checked_sizes
+    monkeypatch.setattr(read_parquet, "_checked_sizes", swap)
+    frame = read_parquet.scan(path, {"a": pl.Int64})
+    assert frame is not None and frame.collect()["a"].to_list() == [1, 2]
+    assert frame.select(pl.col("a").sum()).collect(engine="streaming").item() == 3
+    path.unlink()
+    pl.DataFrame({"a": [3]}).write_parquet(path)
+    assert read_parquet.whole_frame(path, {"a": pl.Int64})["a"].to_list() == [3]
+
+
 def test_any_damage_to_a_parquet_file_is_read_or_refused(written):
     data = (written / "units.parquet").read_bytes()
     refused = 0

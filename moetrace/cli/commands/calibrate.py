@@ -7,26 +7,20 @@ import click
 
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
-from moetrace.cli.tables.output import format_option, print_json, print_rows, say
-from moetrace.spec.errors import UsageError
+from moetrace.cli.tables.output import figure, format_option, print_json, print_rows, say, stdout_console
+from moetrace.spec.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from moetrace.calibration import Calibrated, Measured
 
 _FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
-_COLUMNS = {
-    "part": "part",
-    "start_us": "start\nus",
-    "compute_efficiency": "compute\nefficiency",
-    "memory_efficiency": "memory\nefficiency",
-    "bandwidth_gb_s": "bandwidth\nGB/s",
-    "points": "points",
-    "shapes": "shapes",
-    "median_error_percent": "error\nmedian %",
-    "p90_error_percent": "error\np90 %",
-    "sheet_median_error_percent": "data sheet\nmedian %",
-    "sheet_p90_error_percent": "data sheet\np90 %",
-}
+# Groups of columns; errors in percent.
+_COLUMNS = (
+    {"start_us": "start\nus", "compute_efficiency": "compute\nefficiency", "memory_efficiency": "memory\nefficiency"},
+    {"bandwidth_gb_s": "bandwidth\nGB/s", "points": "points", "shapes": "shapes"},
+    {"median_error": "error\nmedian %", "p90_error": "error\np90 %"},
+    {"sheet_median_error": "data sheet\nmedian %", "sheet_p90_error": "data sheet\np90 %"},
+)
 
 
 @click.command()
@@ -125,13 +119,16 @@ def _check_parts(base: str | None, parts: tuple[str, ...]) -> None:
 
 
 def _measured(parts: tuple[str, ...], folder: Path | None, save_table: Path | None) -> "Measured":
-    from moetrace.calibration.this_machine import PARTS, measure, to_csv
+    from moetrace.calibration.this_machine import PARTS, measure, to_csv, to_frame
     from moetrace.trace.atomic import write_whole
 
-    measured = measure(parts or PARTS, folder=folder, report=lambda line: say(f"moetrace: {line}"))
-    if save_table is not None:
-        write_whole({save_table: to_csv(measured)})
-    return measured
+    found: list[Measured] = []
+    try:
+        return measure(parts or PARTS, folder=folder, report=lambda line: say(f"moetrace: {line}"), keep=found.append)
+    finally:  # also of what an interruption leaves
+        if save_table is not None and found:
+            write_whole({save_table: to_csv(found[-1])})
+            say(f"{save_table}: {counted(len(to_frame(found[-1])), 'time')}.")
 
 
 def _print(found: "Calibrated", form: str) -> None:
@@ -139,11 +136,14 @@ def _print(found: "Calibrated", form: str) -> None:
     if form == "json":
         print_json({"system": found.system.name, "parts": rows})
         return
-    if form == "table":
-        for row in rows:
-            for name in ("median_error", "p90_error", "sheet_median_error", "sheet_p90_error"):
-                row[f"{name}_percent"] = None if row[name] is None else 100 * row[name]
-        columns = _COLUMNS
-    else:
-        columns = {name: name for name in rows[0]}
-    print_rows(columns, rows, form)
+    if form == "csv":
+        print_rows({name: name for name in rows[0]}, rows, form)
+        return
+    from moetrace.cli.tables.parts import TextColumn, print_parts
+
+    def cells(name: str) -> list[str]:
+        factor = 100 if name.endswith("_error") else 1
+        return [figure(None if row[name] is None else factor * row[name]) for row in rows]
+
+    groups = [[TextColumn(heading, cells(name)) for name, heading in group.items()] for group in _COLUMNS]
+    print_parts(stdout_console(), [TextColumn("part", cells("part"), right=False)], groups)

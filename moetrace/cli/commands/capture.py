@@ -67,7 +67,7 @@ def command(
     A line of FILE is a prompt; or, in JSONL, {"prompt": text}, {"token_ids": [...]} or {"messages": [...]}. Each
     prompt is one prefill step. Then --batch requests decode together with a KV cache, one row of each a step.
 
-    Needs PyTorch and Transformers: pip install 'moetrace[capture]'. Nothing is downloaded, no code of the model's is
+    Needs PyTorch and Transformers: pip install '.[capture]'. Nothing is downloaded, no code of the model's is
     run, and weights are read from safetensors only. What `moetrace lint` finds in the new trace is said on stderr, and
     does not change the exit code.
     """

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moetrace.cli.tables.output import figure, print_csv, print_json, print_rows, print_text, say
+from moetrace.spec.errors import printable
 
 if TYPE_CHECKING:
     from moetrace.batch.search import Search, Trial
@@ -90,6 +91,8 @@ def _print(found: "Search") -> None:
     if best is None:
         return
     print_text("")
+    for note in found.sweep.notes:
+        print_text(printable(note))
     print_text(
         f"The best of {len(found.trials)} trials by {halving.objective}, {'more' if halving.maximize else 'less'} is "
         f"better: {figure(best.value)}. Gains are over the first of each list, without ranges.\n"

@@ -91,7 +91,7 @@ def command(
     else:
         from moetrace.cli.tables.sweep_table import print_sweep
 
-        print_sweep(sweep.cells, plan.pareto)
+        print_sweep(sweep.cells, plan.pareto, sweep.notes)
     if sweep.failed:
         sys.stdout.flush()
         raise click.exceptions.Exit(1)

@@ -4,17 +4,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
-from rich import box
-from rich.table import Table
 
-from moetrace.cli.tables.output import stdout_console, widest, width_of
+from moetrace.cli.tables.output import stdout_console
+from moetrace.cli.tables.parts import TextColumn, print_parts
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.results.record import FIGURES, value_in
 from moetrace.spec.errors import counted
 from moetrace.spec.known import Calibration, how_known
 
-# Between two columns.
-_GAP = 2
 # Columns of a terminal that the widest group of columns needs; in a narrower one the terminal breaks the lines.
 _LEAST = 72
 
@@ -38,10 +35,9 @@ def print_comparison(summary: dict[str, Any], name: str) -> None:
     """Print what `summary.json` holds as a table on stdout; `name` is what the user called the trace."""
     console = stdout_console()
     console.width = max(console.width, _LEAST)
-    for number, columns in enumerate(_parts(summary["policies"], console.width)):
-        if number:
-            console.print()
-        console.print(_table(columns), crop=False, no_wrap=True)
+    policies = summary["policies"]
+    names = TextColumn("policy", [policy["name"] for policy in policies], right=False)
+    print_parts(console, [names], [_shown(group, policies) for group in _groups()])
     console.print()
     for line in _legend(summary, name):
         console.print(line)
@@ -82,31 +78,14 @@ def _groups() -> list[list[_FigureColumn]]:
     ]
 
 
-def _parts(policies: list[dict[str, Any]], width: int) -> list[list[list[str]]]:
-    """Put groups side by side as long as they fit the width; a column is its heading, then a cell for each policy."""
-    names = ["policy", *(policy["name"] for policy in policies)]
-    parts: list[list[list[str]]] = []
-    for group in _groups():
-        figures = [(column, [column.value(policy) for policy in policies]) for column in group]
-        shown = [
-            [column.heading, *_cells(column.form, values)] for column, values in figures if column.always or any(values)
-        ]
-        if parts and width_of([*parts[-1], *shown], _GAP) <= width:
-            parts[-1] += shown
-        else:
-            parts.append([names, *shown])
-    return parts
-
-
-def _table(columns: list[list[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
-    for number, column in enumerate(columns):
-        table.add_column(
-            column[0], justify="right" if number else "left", vertical="bottom", no_wrap=True, min_width=widest(column)
-        )
-    for cells in zip(*(column[1:] for column in columns), strict=True):
-        table.add_row(*cells)
-    return table
+def _shown(group: list[_FigureColumn], policies: list[dict[str, Any]]) -> list[TextColumn]:
+    """The columns of a group that have something to show, with a cell for each policy."""
+    figures = [(column, [column.value(policy) for policy in policies]) for column in group]
+    return [
+        TextColumn(column.heading, _cells(column.form, values))
+        for column, values in figures
+        if column.always or any(values)
+    ]
 
 
 def _cells(form: str, values: list[float | None]) -> list[str]:

@@ -1,10 +1,9 @@
 """The table of `moetrace sweep`: a row a cell, the axes that vary and what they lead to."""
 
 import polars as pl
-from rich import box
-from rich.table import Table
 
-from moetrace.cli.tables.output import figure, stdout_console, widen
+from moetrace.cli.tables.output import figure, stdout_console
+from moetrace.cli.tables.parts import TextColumn, print_parts
 from moetrace.results.record import COLUMNS, COSTS
 
 # Columns of the frame, and how a number of each is written in the unit that people are shown; those that are zero or
@@ -25,35 +24,27 @@ _FORMS = {
 _AGAINST = {"gpu_memory_bytes": COSTS["gpu_memory_bytes"].label, "link_bytes": "bytes over the link"}
 
 
-def print_sweep(cells: pl.DataFrame, pareto: str) -> None:
-    """Print the frame of a sweep as a table on stdout; `*` marks the Pareto front."""
+def print_sweep(cells: pl.DataFrame, pareto: str, notes: list[str]) -> None:
+    """Print the frame of a sweep as a table on stdout, and `notes` under it; `*` marks the Pareto front."""
     axes = cells.columns[2 : cells.columns.index("error")]
     varying = [axis for axis in axes if cells[axis].drop_nulls().n_unique() > 1] or ["policy"]
-    columns: list[tuple[str, list[str], bool]] = [("", ["*" if on else "" for on in cells["pareto"]], False)]
+    keys = [TextColumn("", ["*" if on else "" for on in cells["pareto"]], right=False)]
     for axis in varying:
         # A field's name is enough unless two axes end alike.
         heading = (
             axis.rpartition(".")[2] if sum(a.rpartition(".")[2] == axis.rpartition(".")[2] for a in axes) == 1 else axis
         )
-        columns.append((heading, [figure(value) for value in cells[axis]], cells[axis].dtype.is_numeric()))
+        keys.append(TextColumn(heading, [figure(value) for value in cells[axis]], cells[axis].dtype.is_numeric()))
+    figures = []
     for name, form in _FORMS.items():
         if name in cells.columns and any(cells[name].drop_nulls()):
             factor, _ = COLUMNS[name].shown
             texts = ["-" if value is None else form.format(factor * value) for value in cells[name]]
-            columns.append((COLUMNS[name].column, texts, True))
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading, texts, right in columns:
-        width = max(map(len, (*texts, *heading.split("\n"))))
-        table.add_column(
-            heading, justify="right" if right else "left", vertical="bottom", no_wrap=True, min_width=width
-        )
-    for row in zip(*(texts for _, texts, _ in columns), strict=True):
-        table.add_row(*row)
+            figures.append([TextColumn(COLUMNS[name].column, texts)])
     console = stdout_console()
-    widen(console, table)
-    console.print(table, crop=False)
+    print_parts(console, keys, figures or [[]])
     console.print()
-    for line in _legend(cells, axes, varying, pareto):
+    for line in [*_legend(cells, axes, varying, pareto), *notes]:
         console.print(line)
 
 

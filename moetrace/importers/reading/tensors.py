@@ -20,7 +20,7 @@ def tensors(path: Path) -> Iterator[Any]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise MoetraceError(f"{path} needs the library safetensors: install moetrace[engines].") from None
+        raise MoetraceError(f"{path} needs safetensors: pip install '.[engines]' in the clone of moetrace.") from None
     try:
         with safe_open(path, framework="numpy") as file:
             yield file

@@ -42,7 +42,7 @@ def check_can_draw() -> None:
     try:
         import altair
     except ImportError:
-        raise MoetraceError("Charts need altair, which is not installed: pip install 'moetrace[report]'.") from None
+        raise MoetraceError("Charts need altair: pip install '.[report]' in the clone of moetrace.") from None
     del altair
 
 

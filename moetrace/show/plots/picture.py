@@ -53,7 +53,7 @@ def check_can_plot(what: str = "--plot") -> None:
         import vl_convert
     except ImportError as missing:
         raise MoetraceError(
-            f"{what} needs {missing.name}, which is not installed: python -m pip install 'moetrace[report]'."
+            f"{what} needs {missing.name}, which is not installed: pip install '.[report]' in the clone of moetrace."
         ) from None
     del altair, vl_convert
 

@@ -60,7 +60,7 @@ def _lede(swept: Swept) -> str:
     done = len(swept.done)
     failed = len(swept.cells) - done
     told = f"{done:,} of {len(swept.cells):,} cells have a result{f', {failed:,} have none' if failed else ''}"
-    return f"{told}. What differs between them: {', '.join(swept.axes) or 'nothing'}."
+    return " ".join([f"{told}. What differs between them: {', '.join(swept.axes) or 'nothing'}.", *swept.notes])
 
 
 def _best(swept: Swept) -> str:

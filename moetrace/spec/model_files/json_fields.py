@@ -1,6 +1,7 @@
 """Read a JSON file of a stranger, and take numbers from it that are checked before anything is computed with them."""
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,7 +87,7 @@ class Fields:
         """The whole numbers in a list that names layers; None if the file has no list of that name."""
         value = self.get(name)
         if value is not None and not isinstance(value, list):
-            self.refuse(f"{name} must be a list of layers, got {printable(repr(value)[:60])}")
+            self.refuse(f"{name} must be a list of layers, got {_shown(value)}")
         return None if value is None else {each for each in value if isinstance(each, int)}
 
     def flag(self, name: str) -> bool:
@@ -100,6 +101,11 @@ class Fields:
     def _checked(self, names: tuple[str, ...], value: Any, least: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < MAX_COUNT:
             name = next((name for name in names if self.get(name) is not None), names[0])
-            got = printable(repr(value)[:60]) if not isinstance(value, int) or abs(value) < 2**64 else "a longer number"
+            got = _shown(value) if not isinstance(value, int) or abs(value) < 2**64 else "a longer number"
             self.refuse(f"{name} must be a whole number from {least} to 2^31, got {got}")
         return value
+
+
+def _shown(value: Any) -> str:
+    """A value in few words: of a long list, or a text, what is not shown is not looked at."""
+    return printable(reprlib.repr(value)[:60])

@@ -1,19 +1,22 @@
 """How many bits the weights of a folder take as stored, from the headers of its safetensors files."""
 
-import json
 import os
 import re
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from moetrace.spec.errors import MoetraceError
+import msgspec
+from msgspec import Meta
+
+from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.model_files.anatomy import Anatomy
-from moetrace.spec.model_files.json_fields import read_json
-from moetrace.spec.ordinary_file import open_ordinary
+from moetrace.spec.ordinary_file import open_ordinary, read_ordinary
 
 MAX_INDEX_BYTES = 64 << 20
 MAX_HEADER_BYTES = 32 << 20  # safetensors allows 100 MB; 100,000 tensors take 12 MB
+# A tensor has four in a header, and one in an index. So many without content take 140 MiB in memory.
+MAX_COLONS = 1 << 20
 MAX_FILES = 10_000
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,5})\.(.+)")
 _ELSEWHERE = re.compile(r"(?:^|\.)(?:visual|vision\w*|audio\w*|mtp|multi_modal\w*|embed_\w+|mm_\w+)\.")
@@ -21,6 +24,23 @@ _EXPERT = re.compile(r"(?:^|\.)experts(?:\.|_)")
 # Widths to which norms, biases and gates, which are stored but not counted, do not move the dense weights.
 _WIDTHS = (4.0, 8.0, 16.0, 32.0)
 _NEAR = 0.01
+
+
+_Whole = Annotated[int, Meta(ge=0, le=2**62)]
+_Form = TypeVar("_Form")
+
+
+class _Tensor(msgspec.Struct):
+    """What a header says of a tensor; `__metadata__` has neither field."""
+
+    shape: Annotated[list[_Whole], Meta(max_length=16)] | None = None
+    data_offsets: tuple[_Whole, _Whole] | None = None
+
+
+class _Index(msgspec.Struct):
+    """Tensor -> the name of its file."""
+
+    weight_map: dict[str, str]
 
 
 class _Stored(NamedTuple):
@@ -67,10 +87,10 @@ def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [single] if (single := folder / "model.safetensors").exists() else []
-    names = read_json(index, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise MoetraceError(f"Cannot read {index}: it has no weight_map.")
-    files = sorted({name for name in names.values() if isinstance(name, str)})
+    names = _decoded(index, read_ordinary(index, MAX_INDEX_BYTES), _Index).weight_map
+    if not names:
+        raise MoetraceError(f"Cannot read {index}: its weight_map is empty.")
+    files = sorted(set(names.values()))
     if len(files) > MAX_FILES:
         raise MoetraceError(f"Cannot read {index}: it names {len(files):,} files.")
     for name in files:
@@ -104,29 +124,25 @@ def _tensors(path: Path) -> dict[str, tuple[int, int]]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER_BYTES, size_bytes - 8):
                 raise MoetraceError(f"Cannot read {path}: it is not a whole safetensors file.")
-            header = json.loads(file.read(length))
+            data = file.read(length)
     except OSError as error:
         raise MoetraceError(f"Cannot read {path}: {error.strerror or error}.") from None
-    except (ValueError, RecursionError):
-        raise MoetraceError(f"Cannot read {path}: its header is not JSON.") from None
-    if not isinstance(header, dict):
-        raise MoetraceError(f"Cannot read {path}: its header is not a JSON object.")
     room, found = size_bytes - 8 - length, {}
-    for name, tensor in header.items():
+    for name, tensor in _decoded(path, data, dict[str, _Tensor]).items():
         if name == "__metadata__":
             continue
-        place = _place(tensor, room)
-        if place is None:
+        first, last = tensor.data_offsets or (1, 0)
+        if tensor.shape is None or not first <= last <= room:
             raise MoetraceError(f"Cannot read {path}: the place of the tensor {name[:60]!r} makes no sense.")
-        found[name] = place
+        found[name] = len(tensor.shape), last - first
     return found
 
 
-def _place(tensor: Any, room: int) -> tuple[int, int] | None:
-    """Axes and bytes of a tensor as a header describes it, or None if it would lie outside the file."""
+def _decoded(path: Path, data: bytes, form: type[_Form]) -> _Form:
+    """JSON as `form`, or a MoetraceError that says why it is none."""
+    if data.count(b":") > MAX_COLONS:
+        raise MoetraceError(f"Cannot read {path}: its JSON has more than {MAX_COLONS:,} fields.")
     try:
-        (first, last), axes = tensor["data_offsets"], len(tensor["shape"])
-    except (TypeError, KeyError, ValueError):
-        return None
-    whole = type(first) is int and type(last) is int and 0 <= first <= last <= room
-    return (axes, last - first) if whole else None
+        return msgspec.json.decode(data, type=form)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MoetraceError(f"Cannot read {path}: {printable(str(error)[:200])}.") from None

@@ -5,25 +5,14 @@ import os
 import tomllib
 
 import pytest
+from support.small_configs import QWEN
 
 from moetrace.spec import MoetraceError, UsageError, canonical, load_model
 from moetrace.spec.model_files.bits import FORMAT_BITS, FORMATS
+from moetrace.spec.model_files.json_fields import Fields
 from moetrace.spec.model_files.quantization import quantized_name
 from moetrace.spec.toml_text import toml
 
-QWEN = {
-    "model_type": "qwen3_moe",
-    "num_hidden_layers": 4,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "hidden_size": 64,
-    "moe_intermediate_size": 32,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 100,
-}
 HUNYUAN = {
     "model_type": "hunyuan_v1_moe",
     "num_hidden_layers": 3,
@@ -169,6 +158,20 @@ def test_language_model_inside(tmp_path):
 )
 def test_bad_config_is_one_sentence(tmp_path, config, says):
     assert says in refused(tmp_path, config)
+
+
+def test_a_sentence_takes_of_a_value_what_it_shows():
+    shown = []
+
+    class Loud:
+        def __repr__(self):
+            shown.append(self)
+            return "loud"
+
+    for read in (lambda fields: fields.count("field"), lambda fields: fields.places("field")):
+        with pytest.raises(MoetraceError, match=r"got .*loud, \.\.\."):
+            read(Fields("here", {"field": {"inner": [Loud()] * 1000}}, {}))
+    assert len(shown) < 50
 
 
 def test_numbers_of_a_config_are_bounded(tmp_path):

@@ -4,24 +4,12 @@ import json
 import struct
 
 import pytest
+from support.small_configs import QWEN
 
 from moetrace.spec import MoetraceError, load_model
 from moetrace.spec.model_files.hugging_face import anatomy_of, family_of
 
-CONFIG = {
-    "model_type": "qwen3_moe",
-    "num_hidden_layers": 3,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "hidden_size": 64,
-    "moe_intermediate_size": 32,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 100,
-    "mlp_only_layers": [0],
-}
+CONFIG = QWEN | {"num_hidden_layers": 3, "num_experts": 4, "mlp_only_layers": [0]}
 
 
 def tensors(expert_bytes, dense_bytes):
@@ -47,14 +35,18 @@ def tensors(expert_bytes, dense_bytes):
 
 
 def save(path, named):
-    header, place = {"__metadata__": {"format": "pt"}}, 0
+    described, place = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, size) in named.items():
-        header[name] = {"dtype": "U8", "shape": list(shape), "data_offsets": [place, place + size]}
+        described[name] = {"dtype": "U8", "shape": list(shape), "data_offsets": [place, place + size]}
         place += size
-    data = json.dumps(header).encode()
+    data = json.dumps(described).encode()
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(data)) + data)
+        file.write(header(data))
         file.truncate(8 + len(data) + place)
+
+
+def header(data):
+    return struct.pack("<Q", len(data)) + data
 
 
 def folder_of(path, named, shards=2, **changes):
@@ -100,15 +92,22 @@ def test_damage_is_one_sentence(tmp_path):
     shard, index = folder / "model-00001-of-00002.safetensors", folder / "model.safetensors.index.json"
     whole = shard.read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
-    huge = json.dumps({"a": {"shape": [1], "data_offsets": [0, 2**70]}}).encode()
     for data, says in [
         (b"", "not a whole safetensors file"),
         (whole[: length // 2], "not a whole safetensors file"),
         (struct.pack("<Q", 2**60) + whole[8:], "not a whole safetensors file"),
         (whole[:-1], "the place of the tensor"),
-        (struct.pack("<Q", len(huge)) + huge, "the place of the tensor 'a' makes no sense"),
-        (struct.pack("<Q", 4) + b"[[[[", "its header is not JSON"),
-        (struct.pack("<Q", 2) + b"[]", "not a JSON object"),
+        (header(b'{"a": {"shape": [1], "data_offsets": [0, 1]}}'), "the place of the tensor 'a' makes no sense"),
+        (header(b'{"a": {"shape": [1]}}'), "the place of the tensor 'a' makes no sense"),
+        (header(b'{"a": {"shape": [1], "data_offsets": [0, 1e400]}}'), "data_offsets"),
+        (header(b'{"a": {"shape": [1], "data_offsets": [0, 1180591620717411303424]}}'), "data_offsets"),
+        (header(b'{"a": {"shape": [' + b"1," * 20 + b"1]}}"), "of length <= 16"),
+        (header(b'{"a": 0}'), "Expected `object"),
+        (header(b"[[[["), "Expected `object"),
+        (header(b"[" * 100_000), "Expected `object"),
+        (header(b'{"a": {"b": ' + b"[" * 100_000), "Cannot read"),
+        (header(b'{"a'), "Input data was truncated"),
+        (header(b"{" + b'"a":{},' * (1 << 20) + b'"a":{}}'), "more than 1,048,576 fields"),
     ]:
         shard.write_bytes(data)
         with pytest.raises(MoetraceError, match=says) as caught:
@@ -118,7 +117,9 @@ def test_damage_is_one_sentence(tmp_path):
     for names, says in [
         ({"a": "../config.json"}, "is not the name of a file beside it"),
         ({"a": "/etc/x.safetensors"}, "is not the name of a file beside it"),
-        ({}, "it has no weight_map"),
+        ({}, "its weight_map is empty"),
+        ([], "Expected `object"),
+        ({"a": 1}, "Expected `str`"),
         ({"a": shard.name}, "hold no experts of layer"),
     ]:
         index.write_text(json.dumps({"weight_map": names}))
