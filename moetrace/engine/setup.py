@@ -10,7 +10,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model, check_shape
 from moetrace.spec.participants import idle_cpu
 from moetrace.spec.policy import PolicySpec
-from moetrace.spec.system import System, check_fits, gpu_slots
+from moetrace.spec.system import System, check_fits, gpu_slots, gpu_space_bytes
 from moetrace.trace.format import Trace
 
 # Layers x experts of a replay, which keeps some 200 bytes of each for a policy. Models have 23,000 at most; a file may
@@ -59,9 +59,24 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
     if setup.slots is not None:
         slots = _asked(system, slots_of(setup.slots, weight_bytes[model.has_expert]), model.all_experts)
     if slots > fitting:
-        warnings.append(f"{slots} slots are more than the {fitting} experts that fit the GPU of {system.name}.")
+        warnings.append(_too_many(setup, slots, fitting, weight_bytes))
     warnings += [note for policy in setup.policies if (note := idle_cpu(policy, system))]
     return slots, warnings
+
+
+def unneeded_units(trace: Trace, setup: Setup) -> str | None:
+    """Say in one sentence that all experts fit the GPU of a machine with NDP units, which then need not run any.
+
+    None if they do not, or if the setup says how many the GPU may hold, or if there are no units.
+    """
+    model, system = setup.model, setup.system
+    fitting = gpu_slots(model, system, weight_bytes_of(trace, model))
+    if system.ndp is None or setup.slots is not None or fitting < model.all_experts:
+        return None
+    return (
+        f"all {fitting} experts fit the GPU of {system.name}, and policy resident would keep them there: "
+        "compare with it, or give the GPU fewer slots."
+    )
 
 
 def check_ids_of(model: Model, rows: np.ndarray) -> MoetraceError | None:
@@ -87,6 +102,17 @@ def weight_bytes_of(trace: Trace, model: Model) -> np.ndarray:
         return model.expert_bytes()
     own = np.asarray(trace.expert_bytes, np.float64)
     return np.broadcast_to(own.reshape(trace.layers, -1), (trace.layers, trace.num_experts)).copy()
+
+
+def _too_many(setup: Setup, slots: int, fitting: int, weight_bytes: np.ndarray) -> str:
+    model, system = setup.model, setup.system
+    everything = slots == model.all_experts
+    need_gb = float(np.sum(weight_bytes) if everything else slots * np.max(weight_bytes)) / 1e9
+    have_gb = max(gpu_space_bytes(model, system), 0.0) / 1e9
+    return (
+        f"{slots} slots take {need_gb:.1f} GB, {need_gb - have_gb:.1f} GB more than the GPU of {system.name} has left "
+        f"for experts, and are priced as if they fit: give slots = {fitting} at most, or raise system.gpu.memory_gb."
+    )
 
 
 def _asked(system: System, slots: int, everything: int) -> int:

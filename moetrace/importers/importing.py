@@ -104,10 +104,9 @@ def import_traces(
     for other in captures[1:]:
         _check_alike(first, other)
     layers = first.layer_index.size
+    sized = isinstance(first, Capture) and first.expert_bytes is not None
     facts = {
-        "model": model_name(
-            _where(first), first.model, layers, first.num_experts, model, sized=first.expert_bytes is not None
-        ),
+        "model": model_name(_where(first), first.model, layers, first.num_experts, model, sized=sized),
         "num_experts": first.num_experts,
         "top_k": first.top_k,
         "layers": layers,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import SupportsIndex
 
 from moetrace.engine.run import run_setups
+from moetrace.engine.setup import unneeded_units
 from moetrace.results.resolve import Policy, resolve
 from moetrace.results.result import Result
 from moetrace.results.summary import trace_facts
@@ -46,7 +47,8 @@ def replay(
         policies: One policy or several. Each is a preset's name, a TOML file, `file.py:function`, a PolicySpec or a
             function. A function is the dispatch beside an LRU cache. Speed-ups are against the first policy. Equal
             names get a number. By default two that suit the system: `monde` and `edge-ndp` with NDP units,
-            `n-cpu-moe` and `hybrid` with a CPU, `on-demand` and `on-demand-lfu` with a link alone.
+            `n-cpu-moe` and `hybrid` with a CPU, `resident` and `on-demand-lfu` with a link alone; `resident` only
+            without a link.
         model: A preset's name, a TOML, config.json or GGUF file, a model's folder or a Model. By default the preset
             that the trace names.
         overrides: New values of single fields, by path: `{"system.ndp.units": 6}`. A path begins with `model`, `system`
@@ -85,6 +87,8 @@ def replay(
         jobs = min(cores(), len(setup.policies)) if jobs is None else _at_least_one("jobs", jobs)
         window = window_of(timeline, found.steps, warnings)
         setup = replace(setup, slots=slots, ignore_capacity=ignore_capacity, window=window)
+        if policies is None and (note := unneeded_units(found, setup)):
+            warnings.append(note)
         (run,) = run_setups(found, [setup], jobs=jobs, progress=progress)
         if isinstance(run, MoetraceError):
             raise run

@@ -134,7 +134,8 @@ def _load_policy(source: Policy, changes: Mapping[str, object], hooks: dict[str,
             f"got {type(source).__name__}."
         )
     written = function.__code__
-    spec = load_policy("on-demand", {"name": written.co_name, **changes}, code=code)
+    spec = msgspec.structs.replace(load_policy("on-demand"), name=written.co_name)
+    spec = load_policy(spec, changes, code=code)
     name, number = f"{Path(written.co_filename).name}:{written.co_name}", 1
     while hooks.setdefault(name, source) is not source:
         number += 1

@@ -94,7 +94,9 @@ def pair_figures(model: Model, system: System) -> list[Derived]:
             Derived("ndp_units_needed", int(needed), f"units whose memory holds all experts, of {system.units}")
         )
     elif system.link is not None:
-        figures.append(Derived("host_gb_needed", float(expert_bytes.sum()) / 1e9, "host memory that holds all experts"))
+        figures.append(
+            Derived("host_gb_needed", float(expert_bytes.sum()) / 1e9, "host memory, or disk, that holds all experts")
+        )
     return figures + _times(model, fed_by_host(system), float(expert_bytes.max()))
 
 

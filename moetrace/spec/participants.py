@@ -36,13 +36,14 @@ def default_policies(system: System) -> tuple[str, ...]:
     """Return the presets that a replay compares where none is named: what its class of machine does, and a better one.
 
     With NDP units MoNDE and the framework of arXiv 2601.03992, with a CPU whole layers on the GPU and a balance of both
-    sides, with a link alone two caches; without one everything is resident, and there is nothing to compare.
+    sides, with a link alone whole layers on the GPU and a cache; without one everything is resident, and there is
+    nothing to compare. Beside NDP units alone the first of them moves weights although all would fit the GPU.
     """
     if system.ndp is not None:
         return "monde", "edge-ndp"
     if system.home is not None:
         return "n-cpu-moe", "hybrid"
-    return ("on-demand",) if system.link is None else ("on-demand", "on-demand-lfu")
+    return ("resident",) if system.link is None else ("resident", "on-demand-lfu")
 
 
 def idle_cpu(policy: PolicySpec, system: System) -> str | None:

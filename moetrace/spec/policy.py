@@ -118,13 +118,14 @@ def load_policy(
         >>> mt.load_policy("monde", {"scope": "global"}, code=False).scope
         'global'
     """
-    overrides = dict(overrides or {})
+    overrides = overridden = dict(overrides or {})
     if isinstance(source, str) and _split(source):
         overrides = {"dispatch": source, "name": source.rpartition(":")[2]} | overrides
-        source = "on-demand"
-    loaded = read("policies", source, overrides)
+        loaded = read("policies", "on-demand", overrides)._replace(where=f"policy {printable(source)}")
+    else:
+        loaded = read("policies", source, overrides)
     policy = convert(loaded, PolicySpec)
-    _check_choices(policy, loaded)
+    _check_choices(policy, loaded, overridden)
     _check_partners(policy, loaded)
     given = _changed(policy) | set(overrides) if isinstance(source, PolicySpec) else set(loaded.raw)
     _check_parameters(policy, loaded, given)
@@ -242,9 +243,11 @@ def _changed(policy: PolicySpec) -> set[str]:
     return {field.name for field in fields if getattr(policy, field.name) != field.default}
 
 
-def _check_choices(policy: PolicySpec, loaded: Loaded) -> None:
+def _check_choices(policy: PolicySpec, loaded: Loaded, overridden: Mapping[str, object]) -> None:
+    """Each choice is one that a replay takes; a message about an override does not blame the policy that it changes."""
     for kind in KINDS:
-        _check_choice(loaded, kind, getattr(policy, kind))
+        where = f"an override of {loaded.where}" if kind in overridden else loaded.where
+        _check_choice(loaded._replace(where=where), kind, getattr(policy, kind))
     if policy.scope not in SCOPES:
         loaded.refuse("scope", f"one of {', '.join(SCOPES)}{nearest(policy.scope, list(SCOPES))}")
 

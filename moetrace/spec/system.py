@@ -65,8 +65,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         launch: Whether each expert is a launch (`expert`, the default), or one launch runs all residents of a layer
             (`layer`).
         roofline: Whether arithmetic and reading overlap (`max`, the default) or follow each other (`sum`).
-        layer_overhead_us: Microseconds of the host's work for each layer and step, in which nothing computes. By
-            default 0.
+        layer_overhead_us: Microseconds of the host's work for each layer and step, in which nothing computes, as of
+            Python. By default 0. The hand-off to a CPU is `cpu.command_us`.
     """
 
     name: str
@@ -176,7 +176,7 @@ class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     Attributes:
         tflops: Peak of its arithmetic, 1e12 FLOP a second.
         bandwidth_gb_s: Peak of its memory's bandwidth, GB a second.
-        command_us: Microseconds that each expert adds.
+        command_us: Microseconds that each expert adds, as for the hand-off from the GPU and back.
         compute_efficiency: Share of `tflops` that it reaches. By default 1.
         memory_efficiency: Share of `bandwidth_gb_s` that it reaches. By default 1.
         launch: Whether each expert adds `command_us` (`expert`, the default), or all experts of a layer add it once

@@ -89,7 +89,7 @@ def test_policies_by_default_suit_the_systems(tmp_path):
         ({"trace": "t.h5", "system": ["edge-ndp", "monde-cxl"]}, ["monde", "edge-ndp"]),
         (
             {"trace": "t.h5", "zip": [offload]},
-            ["on-demand", "on-demand-lfu"],
+            ["resident", "on-demand-lfu"],
         ),
         ({"trace": "t.h5", "system": "there-is-none"}, ["monde", "edge-ndp"]),
         (tmp_path / "sweep.toml", ["n-cpu-moe", "hybrid"]),

@@ -53,7 +53,30 @@ def test_bare_replay_compares_monde_and_edge_ndp(capsys):
     assert "1.00x" in lines[3]
     assert lines[4].startswith("edge-ndp ")
     assert f"{TINY}: 16,414 rows in 6,981 steps of 64 requests. Model tiny-olmoe on edge-ndp with 6 NDP units" in out
-    assert err == ""
+    assert "all 192 experts fit the GPU of edge-ndp, and policy resident would keep them there" in err
+    assert run(TINY, "--slots", 48) == 0
+    assert said(capsys)[1] == ""
+
+
+def test_slots_that_the_gpu_has_no_room_for_are_said_in_gb(capsys):
+    assert run(TINY, "--system", "edge-ndp", "--set", "system.gpu.memory_gb=4", "--slots", "100%") == 0
+    err = said(capsys)[1]
+    assert (
+        "note: 192 slots take 2.4 GB, 0.8 GB more than the GPU of edge-ndp has left for experts, and are priced" in err
+    )
+    assert "as if they fit: give slots = 126 at most, or raise system.gpu.memory_gb." in err
+
+
+def test_a_message_about_a_users_file_does_not_blame_a_preset(capsys):
+    for arguments, blamed in (
+        (("--policy", "none.py:f"), "moetrace: policy none.py:f: dispatch names "),
+        (
+            ("--policy", "on-demand", "--set", "policy.residency=none.py:f"),
+            "moetrace: an override of policy on-demand: residency names ",
+        ),
+    ):
+        assert run(TINY, *arguments) == 1
+        assert said(capsys)[1].startswith(blamed)
 
 
 def test_json_is_the_summary_and_csv_a_row_a_policy(tmp_path, capsys):

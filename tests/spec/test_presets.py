@@ -98,14 +98,21 @@ def test_systems():
     gpus = {"a100-sxm", "b200", "b300", "gb200", "gb300", "h100-sxm", "h200", "l40s", "rtx-pro-6000"}
     assert gpus <= set(list_presets("systems"))
     assert [name for name in list_presets("systems") if name not in gpus] == [
+        "dgx-spark",
         "edge-ndp",
         "epyc-ktransformers",
         "h100-dimm-ndp",
         "jetson-orin",
+        "mac-m4-max",
+        "mac-mini-m4",
         "monde-cxl",
+        "phone-ufs",
+        "rtx3060-ddr4",
         "rtx3090-ddr4",
         "rtx4090-ddr5",
         "rtx4090-offload",
+        "rtx5090-ddr5",
+        "strix-halo",
     ]
     edge = load_system("edge-ndp")
     assert (edge.units, edge.gpu.flop_s, edge.gpu.bytes_s, edge.gpu.launch_s) == (6, 112e12, 960e9, 5e-6)
@@ -119,18 +126,35 @@ def test_systems():
     offload, jetson = load_system("rtx4090-offload"), load_system("jetson-orin")
     assert (offload.units, jetson.units, jetson.link) == (0, 0, None)
     assert offload.link is not None and offload.link.bandwidth_gb_s == 25
-    for name, reached_gb_s in (("rtx4090-ddr5", 35.84), ("rtx3090-ddr4", 20.48), ("epyc-ktransformers", 193.536)):
-        home = load_system(name).home
-        assert home is not None and (home.name, home.starts_once) == ("cpu", True)
-        assert home.bytes_s == pytest.approx(reached_gb_s * 1e9)
+    for name, reached_gb_s in (
+        ("rtx3060-ddr4", 20.48),
+        ("rtx3090-ddr4", 20.48),
+        ("rtx4090-ddr5", 35.84),
+        ("rtx5090-ddr5", 35.84),
+        ("epyc-ktransformers", 193.536),
+    ):
+        system = load_system(name)
+        assert system.home is not None and (system.home.name, system.home.starts_once) == ("cpu", True)
+        assert system.home.bytes_s == pytest.approx(reached_gb_s * 1e9)
+        assert (system.home.start_s, system.gpu.layer_overhead_s) == (120e-6, 0)
+    for name, read_gb_s in (
+        ("strix-halo", 5.6),
+        ("dgx-spark", 5.6),
+        ("mac-m4-max", 5.92),
+        ("mac-mini-m4", 2.4),
+        ("phone-ufs", 1419 * 2**20 / 1e9),
+    ):
+        unified = load_system(name)
+        assert unified.home is None and unified.link is not None
+        assert unified.link.bytes_s == pytest.approx(read_gb_s * 1e9, rel=1e-3)
 
 
 def test_what_a_replay_compares_where_nobody_says():
     pairs = {name: default_policies(load_system(name)) for name in list_presets("systems")}
     assert pairs["edge-ndp"] == pairs["monde-cxl"] == ("monde", "edge-ndp")
     assert pairs["rtx4090-ddr5"] == pairs["epyc-ktransformers"] == ("n-cpu-moe", "hybrid")
-    assert pairs["rtx4090-offload"] == ("on-demand", "on-demand-lfu")
-    assert pairs["jetson-orin"] == ("on-demand",)
+    assert pairs["rtx4090-offload"] == pairs["dgx-spark"] == ("resident", "on-demand-lfu")
+    assert pairs["jetson-orin"] == ("resident",)
     for name, policies in pairs.items():
         for policy in policies:
             check_policy(load_policy(policy), load_system(name))
@@ -140,6 +164,7 @@ def test_policies():
     expected = {
         "on-demand": ("ep", "gpu", "lru", "none", "layer"),
         "on-demand-lfu": ("ep", "gpu", "lfu", "none", "layer"),
+        "resident": ("ep", "gpu", "static-layers", "none", "global"),
         "n-cpu-moe": ("ep", "in-place", "static-layers", "none", "global"),
         "ktransformers": ("ep", "home", "none", "none", "layer"),
         "fiddler": ("ep", "fiddler", "static-popular", "none", "global"),
