@@ -48,6 +48,10 @@ def _values(values: tuple[float, ...]) -> str:
     return " / ".join(f"{value:.3g}" for value in values)
 
 
+def _constant(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
 def page() -> str:
     """The table, how many are met, what explains the rest, and the constants that fit each machine best."""
     some = engines()
@@ -83,7 +87,8 @@ def page() -> str:
             engine.name,
             ", ".join(str(figure.number) for figure in engine.figures),
             engine.source,
-            ", ".join(f"`{path.removeprefix('system.')}` = {value:.2g}" for path, value in engine.best.items()) or "-",
+            ", ".join(f"`{path.removeprefix('system.')}` = {_constant(value)}" for path, value in engine.best.items())
+            or "-",
         )
         for engine in some
     ]

@@ -155,7 +155,7 @@ def gpu_table(preset: str) -> Constants:
 
 GDDR, HBM = gpu_table("l40s"), gpu_table("a100-sxm")
 ONE_COMMAND = {"system.cpu.launch": "layer"}
-HAND_OFF = {"system.cpu.memory_efficiency": (0.1, 1.0), "system.cpu.command_us": (5.0, 1000.0)}
+MEMORY_SHARE = {"system.cpu.memory_efficiency": (0.1, 1.0)}
 CPU_SHARE = {"system.cpu.memory_efficiency": (0.1, 1.0), "system.cpu.compute_efficiency": (0.05, 1.0)}
 RUNTIME = {"system.gpu.layer_overhead_us": (1.0, 30_000.0)}
 
@@ -209,7 +209,7 @@ def llama_cpp() -> Engine:
     # DeepSeek's experts are 1,408 wide, which Q4_K's blocks of 256 do not divide: half of their tensors are Q5_0, Q8_0.
     wide = (("model.weight_bits", 5.3), ("model.dense_weight_bits", Q4_K_M))
     where = "llama.cpp, RTX 2080, four channels of DDR4"
-    why = "The CPU gets a share of its memory's bandwidth, and each hand-off to it costs time."
+    why = "The CPU gets a share of its memory's bandwidth."
     return Engine(
         where,
         (
@@ -241,7 +241,7 @@ def llama_cpp() -> Engine:
         ),
         "its other two figures; GPU: kernels of the L40S",
         {**GDDR, **ONE_COMMAND},
-        HAND_OFF,
+        MEMORY_SHARE,
     )
 
 

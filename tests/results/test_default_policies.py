@@ -33,7 +33,7 @@ def test_only_a_layer_that_runs_experts_on_the_cpu_pays_the_hand_off(name):
     assert seconds(name, "n-cpu-moe", "total") == seconds(name, "n-cpu-moe", "total", free)
     layers_done = mt.load_model("tiny-olmoe").moe_layers * 6981
     saved_s = seconds(name, "ktransformers", "total") - seconds(name, "ktransformers", "total", free)
-    assert saved_s == pytest.approx(120e-6 * layers_done)
+    assert saved_s == pytest.approx(5e-6 * layers_done)
 
 
 def test_gpus_differ_by_their_memory_in_decode_and_by_their_arithmetic_in_prefill():
@@ -42,5 +42,5 @@ def test_gpus_differ_by_their_memory_in_decode_and_by_their_arithmetic_in_prefil
         seconds("rtx3090-ddr4", "n-cpu-moe", phase, no_starts) / seconds("rtx4090-ddr5", "n-cpu-moe", phase, no_starts)
         for phase in ("decode", "prefill")
     )
-    assert decode == pytest.approx(1008 / 936)
+    assert decode == pytest.approx(1008 / 936, rel=0.02)  # and the arithmetic of a row, which the memory does not hide
     assert 1008 / 936 < prefill < 165 / 71

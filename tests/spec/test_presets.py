@@ -127,16 +127,16 @@ def test_systems():
     assert (offload.units, jetson.units, jetson.link) == (0, 0, None)
     assert offload.link is not None and offload.link.bandwidth_gb_s == 25
     for name, reached_gb_s in (
-        ("rtx3060-ddr4", 20.48),
-        ("rtx3090-ddr4", 20.48),
-        ("rtx4090-ddr5", 35.84),
-        ("rtx5090-ddr5", 35.84),
-        ("epyc-ktransformers", 193.536),
+        ("rtx3060-ddr4", 16.896),
+        ("rtx3090-ddr4", 16.896),
+        ("rtx4090-ddr5", 29.568),
+        ("rtx5090-ddr5", 29.568),
+        ("epyc-ktransformers", 165.888),
     ):
         system = load_system(name)
         assert system.home is not None and (system.home.name, system.home.starts_once) == ("cpu", True)
         assert system.home.bytes_s == pytest.approx(reached_gb_s * 1e9)
-        assert (system.home.start_s, system.gpu.layer_overhead_s) == (120e-6, 0)
+        assert (system.home.start_s, system.gpu.layer_overhead_s) == (5e-6, 0)
     for name, read_gb_s in (
         ("strix-halo", 5.6),
         ("dgx-spark", 5.6),
