@@ -48,8 +48,9 @@ def _values(values: tuple[float, ...]) -> str:
     return " / ".join(f"{value:.3g}" for value in values)
 
 
-def _constant(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+def _constant(item: tuple[str, float]) -> str:
+    path, value = item
+    return f"`{path.removeprefix('system.')}` = {f'{value:.0f}' if value >= 100 else f'{value:.2g}'}"
 
 
 def page() -> str:
