@@ -69,7 +69,7 @@ def test_strangers_text_is_text():
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "altair", None)
-    with pytest.raises(MoetraceError, match=r"altair, which is not installed: .*moetrace\[report\]"):
+    with pytest.raises(MoetraceError, match=r"altair, which is not installed: .*\.\[report\]"):
         check_can_plot()
 
 

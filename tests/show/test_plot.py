@@ -32,7 +32,7 @@ def test_every_chart_is_drawn(result, name):
 def test_what_is_not_installed_is_said(result, monkeypatch):
     plot = result.plot
     monkeypatch.setitem(sys.modules, "altair", None)
-    with pytest.raises(mt.MoetraceError, match=r"pip install 'moetrace\[report\]'"):
+    with pytest.raises(mt.MoetraceError, match=r"pip install '\.\[report\]'"):
         plot.latency()
 
 
