@@ -110,7 +110,7 @@ def import_traces(
         "num_experts": first.num_experts,
         "top_k": first.top_k,
         "layers": layers,
-        "source": _source([_facts(capture) for capture in captures], decode_after),
+        "source": _source([_facts(capture) for capture in captures], decode_after) | _said(hints),
         "layer_index": first.layer_index,
         "compress": compress,
     }
@@ -131,6 +131,14 @@ def _hints(hints: Hints, model: str | None, path: Path) -> Hints:
         hints = hints.of_model(load_model(model))
     folder = real_path(path).parent
     return hints._replace(scratch=folder if folder.is_dir() else None)
+
+
+def _said(hints: Hints) -> dict[str, Any]:
+    """What `source` says of the user's wishes that change rows or choices."""
+    said: dict[str, Any] = {"cached_rows": "kept"} if hints.keep_cached else {}
+    if hints.absent_from is not None:
+        said["absent_from"] = hints.absent_from
+    return said | ({"absent_ids": list(hints.absent_ids)} if hints.absent_ids else {})
 
 
 def _where(capture: Capture | Counts) -> str:

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from moetrace.importers.captured import SPARSEST, Capture, Hints
+from moetrace.importers.captured import FIRST_BYTES, SPARSEST, Capture, Hints
+from moetrace.importers.megatron_answers import KEY, read_answers
 from moetrace.importers.reading.passes import half
 from moetrace.importers.reading.spool import Spool
-from moetrace.importers.reading.text import json_lines
+from moetrace.importers.reading.text import first_bytes, json_lines
+from moetrace.importers.vllm import without_event
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import DECODE, MAX_LAYERS, PREFILL, check_sizes
 
@@ -66,13 +68,24 @@ class _RankRecords(NamedTuple):
 
 
 def recognize(first: bytes, name: str) -> bool:
-    """Whether a file that begins with these bytes has such records."""
+    """Whether a file that begins with these bytes has such records, or answers of the inference server."""
+    if _is_answers(first):
+        return True
     line = first.split(b"\n", 1)[0].lstrip()
     return line.startswith(b"{") and all(key in line for key in _KEYS)
 
 
+def _is_answers(first: bytes) -> bool:
+    return KEY in first and without_event(first).startswith((b"{", b"["))
+
+
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
-    """A capture of all ranks a folder."""
+    """A capture of all ranks a folder; one of all answers, if the sources are such."""
+    answers = [path for path in sources if _is_answers(first_bytes(path, FIRST_BYTES))]
+    if answers:
+        if len(answers) < len(sources):
+            raise MoetraceError(f"{answers[0]} holds answers of the server, but others do not: import them apart.")
+        return [read_answers(sources, hints)]
     folders: dict[Path, list[Path]] = {}
     for path in sources:
         folders.setdefault(path.parent, []).append(path)

@@ -2,10 +2,11 @@
 
 import codecs
 import gc
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -55,22 +56,56 @@ def chunks(path: Path, reading: Callable[[int], object], chunk_bytes: int | None
         yield line, rest
 
 
+# Python writes what JSON does not have: as a value, after a bracket, comma or colon.
+_NO_NUMBER = re.compile(rb"(?<=[\[,:\s])(?:NaN|-?Infinity)(?=\s*[,\]}])")
+_EVENT = re.compile(rb"\s*data:(?!\s*\[DONE\])|\s*(?:data|event|id|retry|):.*")  # of a stream: the payload stays
+
+
+def mended(text: bytes) -> bytes:
+    """JSON with null for NaN and infinities, which Python's `json` writes."""
+    return _NO_NUMBER.sub(b"null", text) if b"NaN" in text or b"Infinity" in text else text
+
+
 def json_lines(
-    path: Path, record: type[Record], reading: Callable[[int], object], chunk_bytes: int | None = None
+    path: Path,
+    record: type[Record],
+    reading: Callable[[int], object],
+    chunk_bytes: int | None = None,
+    bad: Callable[[str], object] | None = None,
 ) -> Iterator[tuple[int, list[Record]]]:
     """Yield the number of the first line and the records of successive JSON lines; blank lines are allowed.
 
-    `record` is a msgspec type, a Struct or a union of tagged ones. Raises MoetraceError with the line that does not
-    fit it.
+    `record` is a msgspec type, a Struct or a union of tagged ones. NaN is null. A line that does not fit it goes to
+    `bad` as a sentence, and server-sent events are lines, if there is a `bad`; else it raises MoetraceError.
     """
     decoder = msgspec.json.Decoder(record)
     for line, data in chunks(path, reading, chunk_bytes):
         try:
             with _no_collection():
-                records = decoder.decode_lines(data)
+                try:
+                    records = decoder.decode_lines(data)
+                except msgspec.DecodeError:
+                    records = decoder.decode_lines(mended(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise _bad_line(path, decoder, line, data) from None
+            records = list(_one_by_one(path, decoder, line, data, bad))  # the decoder does not say which line it is
         yield line, records
+
+
+def _one_by_one(
+    path: Path, decoder: msgspec.json.Decoder, first: int, data: bytes, bad: Callable[[str], object] | None
+) -> Iterator[Any]:
+    """The records of the lines that can be read; the first one that can't is an error if there is no `bad`."""
+    for number, line in enumerate(data.split(b"\n"), first):
+        text = _EVENT.sub(b"", line, count=1) if bad and _EVENT.match(line) else line
+        if not text.strip():
+            continue
+        try:
+            yield decoder.decode(mended(text))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            sentence = f"{path}: line {number} is not as expected: {str(error).rstrip('.')[:200]}."
+            if bad is None:
+                raise MoetraceError(sentence) from None
+            bad(sentence)
 
 
 @contextmanager
@@ -83,14 +118,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _bad_line(path: Path, decoder: msgspec.json.Decoder, first: int, data: bytes) -> MoetraceError:
-    """Find the line that the decoder refuses: it does not say so itself."""
-    for number, line in enumerate(data.split(b"\n"), first):
-        try:
-            if line.strip():
-                decoder.decode(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            return MoetraceError(f"{path}: line {number} is not as expected: {str(error).rstrip('.')[:200]}.")
-    return MoetraceError(f"{path}: lines from {first} on can't be read as JSON lines.")

@@ -32,7 +32,7 @@ def response(choices: list[np.ndarray], prompt: int, model: str = "x/Some-Model"
             {"index": n, "text": "é\n", "logprobs": None, "finish_reason": "length", "routed_experts": npy_base64(ids)}
             for n, ids in enumerate(choices)
         ],
-        "usage": {"prompt_tokens": prompt, "total_tokens": prompt + 3, "completion_tokens": 3},
+        "usage": {"prompt_tokens": prompt, "completion_tokens": sum(len(ids) + 1 - prompt for ids in choices)},
     }
 
 

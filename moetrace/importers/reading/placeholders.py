@@ -1,0 +1,60 @@
+"""Ids that carry no expert: padding, zero-computation and shared experts, and whatever the user says is none."""
+
+from typing import Any
+
+import numpy as np
+
+from moetrace.importers.captured import Hints
+
+
+class Placeholders:
+    """Turns ids that carry no expert into -1, and counts them.
+
+    These are the ids of `Hints.absent_from` and `Hints.absent_ids`, and every id beyond the experts that fills a cell
+    of several slots: no router chooses an expert twice. Formats with a mark of their own (`marks`) have no others.
+    """
+
+    def __init__(self, num_experts: int, hints: Hints, marks: bool = False) -> None:
+        self._num_experts, self._hints, self._marks = num_experts, hints, marks
+        self.cells = 0  # of one id beyond the experts
+
+    def marked(self, ids: np.ndarray) -> np.ndarray:
+        """`ids` [..., top_k], a copy with -1 for what carries no expert if there is any; others are left as they are."""
+        hints = self._hints
+        if hints.absent_from is not None or hints.absent_ids:
+            gone = np.isin(ids, hints.absent_ids)
+            if hints.absent_from is not None:
+                gone |= ids >= hints.absent_from
+            ids = np.where(gone, -1, ids.astype(np.int64))
+        if not self._marks and ids.shape[-1] > 1 and ids.size and int(ids.max()) >= self._num_experts:
+            one = (ids[..., :1] >= self._num_experts) & (ids == ids[..., :1])
+            cells = one.all(axis=-1)
+            if cells.any():
+                self.cells += int(cells.sum())
+                ids = ids.astype(np.int64)
+                ids[cells] = -1
+        return ids
+
+    def checked(self, ids: np.ndarray) -> tuple[np.ndarray, tuple[int, ...] | None]:
+        """`marked` ids, and the index of the first that is neither -1 nor an expert."""
+        ids = self.marked(ids)
+        if not ids.size or (int(ids.max()) < self._num_experts and int(ids.min()) >= -1):
+            return ids, None
+        wrong = (ids < -1) | (ids >= self._num_experts)
+        return ids, tuple(int(i) for i in np.argwhere(wrong)[0])
+
+    def told(self, where: str) -> dict[str, Any]:
+        """What `source` says of cells of one id beyond the experts; a note says it too."""
+        if not self.cells:
+            return {}
+        self._hints.note(
+            f"{where}: {self.cells:,} cells hold one id that is no expert in every slot, which is padding: absent."
+        )
+        return {"padding_cells": self.cells}
+
+
+def advice(expert: int, num_experts: int) -> str:
+    """What to do about an id beyond the experts, as the end of a sentence."""
+    if expert < num_experts:
+        return ""
+    return f": if ids from {num_experts} on carry no expert (padding, zero or shared experts), give --absent-from {num_experts}"

@@ -1,0 +1,129 @@
+"""Which answers are of one request: chunks of a stream, prefill and decode servers, and turns of a conversation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.importers.reading.told import Told
+
+# Rows that two answers share are the same if this share of their cells is. Kernels that run another batch flip a few
+# choices; unrelated tokens agree in few cells.
+_ALIKE = 0.75
+_COMPARED_ROWS = 4096  # at most, of the end of what two answers share
+_FEWEST_ROWS = 4  # without ids, fewer rows than these that are equal may be chance
+_SAMPLED = 8  # ids of a row that find it again; then all are compared
+
+Stored = Callable[["Piece", int, int], np.ndarray]  # ids [rows, planes, top_k] of the positions first:stop of a piece
+
+
+class Piece(NamedTuple):
+    """Successive rows of a request, as one answer brought them."""
+
+    row: int  # in the spool
+    first: int  # position
+    rows: int
+    prompt: int | None  # tokens; later positions are decode
+
+
+class Request:
+    """The pieces of one request so far."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.pieces: list[Piece] = []
+        self.places: list[int] = []  # of the pieces among all
+        self.prompt: int | None = None  # of the last turn
+
+    @property
+    def end(self) -> int:
+        """The position after the last row."""
+        return max((piece.first + piece.rows for piece in self.pieces), default=0)
+
+
+class Turns:
+    """Finds the request that an answer continues.
+
+    It has the id of an earlier answer and begins where that ended or later, or repeats its rows; or its prompt begins
+    with all that an earlier answer routed, prompt and output: the same tokens, or the same rows where tokens are not
+    told.
+    """
+
+    def __init__(self, absent: int, stored: Stored) -> None:
+        self._absent, self._stored = absent, stored
+        self._of_id: dict[tuple[str, int], Request] = {}
+        self._of_tokens: dict[tuple[int, bytes], Request] = {}
+        self._of_rows: dict[tuple[int, bytes], Request] = {}
+        self._lengths: tuple[set[int], set[int]] = (set(), set())  # of the keys of tokens, of rows
+
+    def of_id(self, told: Told) -> Request | None:
+        """The request of an answer's id and choice, if there is one."""
+        return self._of_id.get((told.id, told.index)) if told.id else None
+
+    def found(self, first: int, told: Told, ids: Callable[[int, int], np.ndarray], rows: int) -> Request | None:
+        """The request that an answer continues, whose `rows` begin at position `first`; `ids(start, stop)` are its own."""
+        known = self.of_id(told)
+        if known and (first >= known.end or self._alike(known, first, ids, rows, _ALIKE)):
+            return known
+        if told.prompt_ids:
+            found = [self._of_tokens.get(key) for key in _prefixes(told.prompt_ids, self._lengths[0])]
+            if known := next((request for request in reversed(found) if request), None):
+                return known
+        if first or told.prompt is None:
+            return None
+        for length in sorted((n for n in self._lengths[1] if n < min(told.prompt, rows)), reverse=True):
+            request = self._of_rows.get((length, _sampled(ids(length - 1, length)[0])))
+            if request and request.end == length and self._alike(request, first, ids, rows, 1):
+                return request
+        return None
+
+    def _alike(
+        self, request: Request, first: int, ids: Callable[[int, int], np.ndarray], rows: int, share: float
+    ) -> bool:
+        """Whether an answer repeats the rows of a request where both have some; its output decides if it is there."""
+        stop = min(first + rows, request.end)
+        start = max(first, stop - _COMPARED_ROWS)
+        same: list[np.ndarray] = []
+        decoded: list[np.ndarray] = []
+        for piece in request.pieces:
+            low, high = max(start, piece.first), min(stop, piece.first + piece.rows)
+            if low >= high:
+                continue
+            theirs, mine = self._stored(piece, low, high), ids(low - first, high - first)
+            known = ((theirs != self._absent) & (mine != self._absent)).any(axis=(1, 2))
+            same.append((theirs == mine).all(axis=2)[known])
+            decoded.append(np.arange(low, high)[known] >= (2**31 if piece.prompt is None else piece.prompt))
+        if not same:
+            return False
+        cells, output = np.concatenate(same), np.concatenate(decoded)
+        cells = cells[output] if output.any() else cells
+        return bool(cells.size == 0 or cells.mean() >= share)
+
+    def add(self, request: Request, told: Told, last_row: np.ndarray) -> None:
+        """Remember how `request`, which an answer has just begun or continued, can be continued."""
+        if told.id:
+            self._of_id[told.id, told.index] = request
+        if told.prompt is None or request.end <= told.prompt:  # nothing of its output was routed, so nothing repeats it
+            return
+        tokens, length = [*told.prompt_ids, *told.output_ids], request.end
+        if told.prompt_ids and len(tokens) >= length:
+            self._lengths[0].add(length)
+            self._of_tokens[length, next(_prefixes(tokens, {length}))[1]] = request
+        elif length >= _FEWEST_ROWS and request.pieces[0].first == 0:
+            self._lengths[1].add(length)
+            self._of_rows[length, _sampled(last_row)] = request
+
+
+def _prefixes(tokens: Sequence[int], lengths: set[int]) -> Iterator[tuple[int, bytes]]:
+    """The keys of the first tokens, of each of these numbers of them, the shortest first."""
+    data, done, digest = np.array(tokens, np.int64), 0, blake2b(digest_size=16)
+    for length in sorted(n for n in lengths if n <= data.size):
+        digest.update(data[done:length].tobytes())
+        done = length
+        yield length, digest.digest()
+
+
+def _sampled(row: np.ndarray) -> bytes:
+    flat = row.reshape(-1)
+    return flat[:: -(-flat.size // _SAMPLED)].tobytes()
