@@ -139,14 +139,11 @@ class _Log:
         narrow[ids < 0] = absent_id(self._num_experts)
         if not self._optional:
             return narrow, None
-        weights = chain.from_iterable(r.topk_weights or () for r in routes)
-        try:
-            gates = np.fromiter(weights, np.float64, size).reshape(shape)
-        except TypeError:  # null, which takes a list to become NaN: twice the time
-            gates = np.array([r.topk_weights for r in routes], np.float64)
+        gates = np.fromiter(chain.from_iterable(r.topk_weights or () for r in routes), np.float64, size).reshape(shape)
+        if np.isnan(gates.sum()):  # null, as which NaN was read
             unknown = np.isnan(gates)
             if self._hints.strict:
-                raise self._wrong(int(unknown.any(axis=1).argmax()), "has a weight that is no number") from None
+                raise self._wrong(int(unknown.any(axis=1).argmax()), "has a weight that is no number")
             self._unknown_gates += int(unknown.sum())
         if (beyond := (np.abs(gates) > MAX_WEIGHT).any(axis=1)).any():
             raise self._wrong(int(np.argmax(beyond)), f"has a weight beyond {MAX_WEIGHT:g}")
@@ -198,7 +195,7 @@ class _Log:
             note(f"{self._path}: {routes} of another shape are absent, the first because {self._odd}")
         if self._unknown_gates:
             facts["unknown_weights"] = self._unknown_gates
-            note(f"{self._path}: {counted(self._unknown_gates, 'weight')} that are no number are unknown in the trace.")
+            note(f"{self._path}: {counted(self._unknown_gates, 'weight')} of NaN left unknown in the trace.")
         return facts
 
     def capture(self) -> Capture:

@@ -23,10 +23,11 @@ import numpy as np
 from moetrace.importers.captured import FIRST_BYTES, SPARSEST, Capture, Hints
 from moetrace.importers.megatron_answers import KEY, read_answers
 from moetrace.importers.reading.passes import half
+from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.text import first_bytes, json_lines
 from moetrace.importers.vllm import without_event
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import DECODE, MAX_LAYERS, PREFILL, check_sizes
 
 _KEYS = (b'"step"', b'"layer"', b'"num_tokens"', b'"topk"', b'"top_indices"')
@@ -62,6 +63,7 @@ class _RankRecords(NamedTuple):
     step: np.ndarray  # int32 [runs]
     batch: np.ndarray  # int32 [runs]: number of the micro-batch within the step
     tokens: np.ndarray  # int32 [runs]: of each record
+    padding: np.ndarray  # int32 [runs]: how many of them, the last ones, are -1 in every slot
     top_k: int
     digest: bytes
     left_out: int  # records of mtp blocks
@@ -112,12 +114,18 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
         raise MoetraceError(f"{kept[0].path}: records are too few for {table.rows} tokens in all layers.")
     spool = Spool(hints, num_experts, layer_index.size, kept[0].top_k)
     spool.grow(table.rows)
-    for rank, first in zip(kept, table.first_rows, strict=True):
-        _fill(spool, rank, np.searchsorted(layer_index, rank.layer).astype(np.uint16), first, num_experts, hints)
+    placeholders = Placeholders(num_experts, hints)
+    for rank, *rows in zip(kept, table.first_rows, table.kept, strict=True):
+        entry = np.searchsorted(layer_index, rank.layer).astype(np.uint16)
+        _fill(spool, rank, entry, rows, placeholders, hints)
     facts: dict[str, Any] = {"format": "megatron", "engine": "Megatron-LM", "ranks": len(kept)}
     facts["requests"] = "not recorded: the tokens of a rank and step are one, a single token continues it"
     if left_out := sum(rank.left_out for rank in ranks):
         facts["left_out_mtp_records"] = left_out
+    if table.padding:
+        facts["left_out_padding_rows"] = table.padding
+        hints.note(f"{paths[0]}: left out {counted(table.padding, 'row')} of padding (-1 in every slot).")
+    facts |= placeholders.told(str(paths[0]))
     if len(kept) < len(ranks):
         facts["left_out_ranks_that_are_copies"] = [rank.rank for rank in ranks if rank not in kept]
     return Capture(
@@ -154,15 +162,26 @@ def _outline(path: Path, hints: Hints) -> _RankRecords:
             if record.block == "decoder":
                 digest.update(b"%d %d " % (record.step, record.layer) + raw)
                 seen.add((record.rank, record.topk))
-        mine = [(r.step, r.layer, r.num_tokens) for r in records if r.block == "decoder"]
+        mine = [(r.step, r.layer, r.num_tokens, _padding(r)) for r in records if r.block == "decoder"]
         left_out += len(records) - len(mine)
         if len(seen) > 1:
             raise MoetraceError(f"{path}: records up to {number} differ in rank or topk.")
-        runs.add(np.array(mine, np.int64).reshape(-1, 3), number)
+        runs.add(np.array(mine, np.int64).reshape(-1, 4), number)
     rank, top_k = next(iter(seen), (0, 0))
     if not 0 <= rank < 2**31:
         raise MoetraceError(f"{path} is of rank {rank}.")
     return _RankRecords(path, rank, *runs.joined(), top_k, digest.digest(), left_out)
+
+
+def _padding(record: _Outline) -> int:
+    """How many of the last tokens have -1 in every slot, as a CUDA graph pads a batch."""
+    if b"-1" not in (raw := bytes(record.top_indices)):
+        return 0
+    try:
+        rows = msgspec.json.decode(raw, type=list[list[int]])
+    except (msgspec.MsgspecError, RecursionError):
+        return 0  # the second reading refuses it
+    return next((number for number, row in enumerate(reversed(rows)) if set(row) != {-1}), len(rows))
 
 
 class _Runs:
@@ -176,10 +195,10 @@ class _Runs:
         self._runs: list[np.ndarray] = []
 
     def add(self, records: np.ndarray, number: int) -> None:
-        """Add records int64 [n, (step, layer, tokens)]; `number` is that of the last one in the file."""
+        """Add records int64 [n, (step, layer, tokens, padding)]; `number` is that of the last one in the file."""
         if not len(records):
             return
-        step, layer, tokens = records.T
+        step, layer, tokens, padding = records.T
         if (np.diff(np.r_[self._step, step]) < 0).any():
             raise MoetraceError(
                 f"{self._path}: among the records up to {number}, steps go back: import one run at a time."
@@ -189,17 +208,16 @@ class _Runs:
             self._step = int(step[-1])
             self._count[:] = 0
         self._count += np.bincount(layer[step == self._step], minlength=MAX_LAYERS).astype(np.int32)
-        table = np.stack([step, batch, tokens])
+        table = np.stack([step, batch, tokens, padding])
         starts = np.r_[0, np.flatnonzero((np.diff(table) != 0).any(axis=0)) + 1]
         sizes = np.diff(np.r_[starts, len(records)])
         self._layers.append(layer.astype(np.uint16))
         self._runs.append(np.stack([sizes, *table[:, starts]]).astype(np.int32))
 
-    def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Layers of all records; records, step, micro-batch and tokens of all runs."""
+    def joined(self) -> tuple[np.ndarray, ...]:
+        """Layers of all records; records, step, micro-batch, tokens and padding of all runs."""
         layers = np.concatenate([np.zeros(0, np.uint16), *self._layers])
-        sizes, step, batch, tokens = np.concatenate([np.zeros((4, 0), np.int32), *self._runs], axis=1)
-        return layers, sizes, step, batch, tokens
+        return layers, *np.concatenate([np.zeros((5, 0), np.int32), *self._runs], axis=1)
 
 
 def _nth(step: np.ndarray, layer: np.ndarray) -> np.ndarray:
@@ -234,9 +252,9 @@ class _Batches:
 
     def __init__(self, ranks: list[_RankRecords], column: list[int]) -> None:
         sizes = [rank.step.size for rank in ranks]
-        step, nth, tokens = (
+        step, nth, tokens, padding = (
             np.concatenate([getattr(rank, name) for rank in ranks]).astype(np.int64)
-            for name in ("step", "batch", "tokens")
+            for name in ("step", "batch", "tokens", "padding")
         )
         named, (_, step) = step, np.unique(step, return_inverse=True)
         width, deep = max(column) + 1, int(nth.max()) + 1
@@ -254,11 +272,16 @@ class _Batches:
                 f"{rank.path}: a layer of step {named[at]} has {tokens[at]} tokens, but "
                 f"another one in the same micro-batch has {size[batch][at]}."
             )
+        # A token is padding if it is in every layer: a router may drop one of a layer.
+        padded = size.copy()
+        np.minimum.at(padded, batch, padding)
+        self.padding, size = int(padded.sum()), size - padded
         self.rows = int(size.sum())
         if not 0 < self.rows < 2**31:
             raise MoetraceError(f"{ranks[0].path}: there are {self.rows} tokens, but must be 1 to {2**31 - 1}.")
         starts = np.cumsum(size) - size
         self.first_rows = np.split(starts[batch], np.cumsum(sizes)[:-1])
+        self.kept = np.split(size[batch], np.cumsum(sizes)[:-1])  # tokens that are no padding
         _, forward = np.unique(key // width, return_inverse=True)
         step_rows = np.bincount(forward, weights=size).astype(np.int64)
         self.step_rows = step_rows[step_rows > 0]
@@ -281,9 +304,15 @@ def _requests(column: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _fill(
-    spool: Spool, rank: _RankRecords, entry: np.ndarray, first: np.ndarray, num_experts: int, hints: Hints
+    spool: Spool,
+    rank: _RankRecords,
+    entry: np.ndarray,
+    rows: Sequence[np.ndarray],
+    placeholders: Placeholders,
+    hints: Hints,
 ) -> None:
-    """Read a file again and put its ids at their rows."""
+    """Read a file again and put its ids at their rows; `rows` are the first row, and the tokens to keep, of each run."""
+    first, kept = rows
     done, number = 0, 0
     ends = np.cumsum(rank.records)
     for _, found in json_lines(rank.path, _Record, half(hints)):
@@ -297,23 +326,29 @@ def _fill(
         run = np.searchsorted(ends, np.arange(done, done + len(records)), side="right")
         layers = entry[done : done + len(records)]
         done += len(records)
-        ids = _flat(rank, records, num_experts, number - len(found))
+        ids = _flat(rank, records, placeholders, number - len(found))
         size = rank.tokens[run].astype(np.int64)
-        row = np.arange(len(ids)) + np.repeat(first[run] - (np.cumsum(size) - size), size)
-        spool.put(row, np.repeat(layers, size), experts=ids)
+        token = np.arange(len(ids)) - np.repeat(np.cumsum(size) - size, size)  # of its record
+        row, layers = token + np.repeat(first[run], size), np.repeat(layers, size)
+        if (kept[run] < size).any():
+            real = token < np.repeat(kept[run], size)
+            row, layers, ids = row[real], layers[real], ids[real]
+        spool.put(row, layers, experts=np.where(ids < 0, spool.absent, ids))
 
 
-def _flat(rank: _RankRecords, records: list[_Record], num_experts: int, before: int) -> np.ndarray:
-    """The ids [tokens, top_k] of some records."""
+def _flat(rank: _RankRecords, records: list[_Record], placeholders: Placeholders, before: int) -> np.ndarray:
+    """The ids [tokens, top_k] of some records; -1 is absent."""
     rows: Iterator[list[int]] = chain.from_iterable(record.top_indices for record in records)
     count = sum(len(record.top_indices) for record in records)
     try:
         ids = np.fromiter(chain.from_iterable(rows), np.int64, count * rank.top_k).reshape(count, rank.top_k)
     except OverflowError:
-        ids = np.full((1, 1), -1)
-    if ids.size and (ids.min() < 0 or ids.max() >= num_experts):
+        ids = np.full((1, 1), -2)
+    ids, wrong = placeholders.checked(ids)
+    if wrong is not None:
+        experts = placeholders.num_experts
         raise MoetraceError(
             f"{rank.path}: one of the records {before + 1} to {before + len(records)} holds an expert that is not 0 to "
-            f"{num_experts - 1}."
+            f"{experts - 1}{advice(int(ids[wrong]), experts)}."
         )
     return ids

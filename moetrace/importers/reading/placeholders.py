@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from moetrace.importers.captured import Hints
+from moetrace.trace.schema import absent_id, expert_dtype
 
 
 class Placeholders:
@@ -15,7 +16,7 @@ class Placeholders:
     """
 
     def __init__(self, num_experts: int, hints: Hints, marks: bool = False) -> None:
-        self._num_experts, self._hints, self._marks = num_experts, hints, marks
+        self.num_experts, self._hints, self._marks = num_experts, hints, marks
         self.cells = 0  # of one id beyond the experts
 
     def marked(self, ids: np.ndarray) -> np.ndarray:
@@ -26,8 +27,8 @@ class Placeholders:
             if hints.absent_from is not None:
                 gone |= ids >= hints.absent_from
             ids = np.where(gone, -1, ids.astype(np.int64))
-        if not self._marks and ids.shape[-1] > 1 and ids.size and int(ids.max()) >= self._num_experts:
-            one = (ids[..., :1] >= self._num_experts) & (ids == ids[..., :1])
+        if not self._marks and ids.shape[-1] > 1 and ids.size and int(ids.max()) >= self.num_experts:
+            one = (ids[..., :1] >= self.num_experts) & (ids == ids[..., :1])
             cells = one.all(axis=-1)
             if cells.any():
                 self.cells += int(cells.sum())
@@ -35,12 +36,21 @@ class Placeholders:
                 ids[cells] = -1
         return ids
 
+    def narrow(self, ids: np.ndarray) -> np.ndarray:
+        """`marked` ids of any dtype in the dtype of a trace, with its mark for absent instead of -1."""
+        absent = absent_id(self.num_experts)
+        marked = self.marked(ids)
+        narrow = marked.astype(expert_dtype(self.num_experts), copy=False)
+        if marked.dtype.kind == "i":
+            narrow[marked == -1] = absent
+        return narrow
+
     def checked(self, ids: np.ndarray) -> tuple[np.ndarray, tuple[int, ...] | None]:
         """`marked` ids, and the index of the first that is neither -1 nor an expert."""
         ids = self.marked(ids)
-        if not ids.size or (int(ids.max()) < self._num_experts and int(ids.min()) >= -1):
+        if not ids.size or (int(ids.max()) < self.num_experts and int(ids.min()) >= -1):
             return ids, None
-        wrong = (ids < -1) | (ids >= self._num_experts)
+        wrong = (ids < -1) | (ids >= self.num_experts)
         return ids, tuple(int(i) for i in np.argwhere(wrong)[0])
 
     def told(self, where: str) -> dict[str, Any]:

@@ -70,7 +70,9 @@ class RequestSpool:
             what = f"{where} has {ids.shape[1:]} (layers, top_k), but what came before {self._inner}."
             return self.leave_out(OTHER_SHAPE, what)
         first = self._first(where, len(ids), told)
+        cells = self._placeholders.cells  # are counted when rows are appended, not when they are compared
         request = self._turns.found(first, told, lambda a, b: self._narrow(where, a, ids[a:b]), len(ids))
+        self._placeholders.cells = cells
         kept_from = self._kept_from(request, first, len(ids), told)
         if kept_from == len(ids) and request:
             self._counts["repeated"] += 1
@@ -280,7 +282,8 @@ class RequestSpool:
             note(f"{source}: left out {counted(counts['repeated'], 'answer')} that the source holds already.")
         if counts["joined"]:
             facts["joined_answers"] = counts["joined"]
-            note(f"{source}: {counted(counts['joined'], 'answer')} continue an earlier one and are of its request.")
+            continued = counted(counts["joined"], "answer")
+            note(f"{source}: {continued} joined to the request of an earlier one, which it continues.")
         if self._starts - {0}:
             facts["first_position"] = f"{min(self._starts)} to {max(self._starts)}, from the numbers of tokens"
         return facts
