@@ -153,7 +153,11 @@ class _Log:
         """Make routes of another shape than the first absent: their tokens and layers must still be counted."""
         for number, route in enumerate(routes):
             ids, weights = len(route.topk_ids), route.topk_weights
-            if ids == self._top_k and (weights is None) == (not self._optional) and (weights is None or len(weights) == ids):
+            if (
+                ids == self._top_k
+                and (weights is None) == (not self._optional)
+                and (weights is None or len(weights) == ids)
+            ):
                 continue
             what = f"has {ids} ids and {'no' if weights is None else len(weights)} weights, unlike the first"
             self._odd = self._odd or self._wrong(number, what)
@@ -161,7 +165,8 @@ class _Log:
             if self._hints.strict:
                 raise self._odd
             route.topk_ids = [-1] * self._top_k
-            route.topk_weights = [0.0] * self._top_k if self._optional else None
+            none: list[float | None] = [0.0] * self._top_k
+            route.topk_weights = none if self._optional else None
 
     def _append(self, index: int, at: np.ndarray, request: np.ndarray, token: np.ndarray, arrays: Part) -> None:
         """Append routes of one layer, `at` among those being added, if they are of the first layer's tokens."""

@@ -170,7 +170,8 @@ def _outline(path: Path, hints: Hints) -> _RankRecords:
     rank, top_k = next(iter(seen), (0, 0))
     if not 0 <= rank < 2**31:
         raise MoetraceError(f"{path} is of rank {rank}.")
-    return _RankRecords(path, rank, *runs.joined(), top_k, digest.digest(), left_out)
+    layers, sizes, steps, batches, tokens, padding = runs.joined()
+    return _RankRecords(path, rank, layers, sizes, steps, batches, tokens, padding, top_k, digest.digest(), left_out)
 
 
 def _padding(record: _Outline) -> int:
@@ -311,7 +312,7 @@ def _fill(
     placeholders: Placeholders,
     hints: Hints,
 ) -> None:
-    """Read a file again and put its ids at their rows; `rows` are the first row, and the tokens to keep, of each run."""
+    """Read a file again and put its ids at their rows; `rows` are of each run the first, and how many to keep."""
     first, kept = rows
     done, number = 0, 0
     ends = np.cumsum(rank.records)

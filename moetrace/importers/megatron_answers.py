@@ -37,5 +37,6 @@ def _arrays(where: str, response: Response, choice: Choice) -> tuple[np.ndarray 
     usage = response.usage and response.usage.prompt_tokens
     prompt = None
     if not told and part is not None and (usage is None or len(response.choices or ()) > 1):
-        prompt = len(part) if isinstance(part, list) else len(array_of(where, part))
+        rows = part if isinstance(part, list) else array_of(where, part)
+        prompt = 0 if rows is None else len(rows)
     return ids, prompt, start

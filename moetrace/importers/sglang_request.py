@@ -153,8 +153,9 @@ def _ids(where: str, routed: Routed | bytes) -> np.ndarray:
 def _planes(answer: _Answer, top_k: int, hints: Hints) -> int:
     """How many layers the ids of an answer are of: the model's, with its dense layers, or what the tokens leave."""
     values, told = answer.ids.size, answer.told
-    known = told.prompt is not None and told.output is not None
-    rows = told.prompt + told.output - told.choices if known else None  # an engine's last token is not routed
+    rows = None
+    if told.prompt is not None and told.output is not None:
+        rows = told.prompt + told.output - told.choices  # the last token is not routed
     if hints.layers is not None:
         found = [n for n in range(hints.layers, 2 * hints.layers + 1) if _fits(answer.ids, n, top_k, hints.layers)]
         if rows is not None:

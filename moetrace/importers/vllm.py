@@ -106,7 +106,11 @@ def _mapped(path: Path, hints: Hints) -> np.ndarray:
 
 
 def add_response(
-    requests: RequestSpool, where: str, response: Response, arrays: Arrays, option: str = "--enable-return-routed-experts"
+    requests: RequestSpool,
+    where: str,
+    response: Response,
+    arrays: Arrays,
+    option: str = "--enable-return-routed-experts",
 ) -> None:
     """Add the choices of a response, each with the array and the tokens of its prompt that `arrays` finds.
 

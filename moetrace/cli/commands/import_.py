@@ -65,9 +65,7 @@ FORMATS = (
     metavar="ID",
     help="This id carries no expert either; may be given several times.",
 )
-@click.option(
-    "--keep-cached", is_flag=True, help="Keep the rows of cached prompts, which no forward pass computed."
-)
+@click.option("--keep-cached", is_flag=True, help="Keep the rows of cached prompts, which no forward pass computed.")
 @click.option("--strict", is_flag=True, help="Refuse a source with a bad record instead of leaving it out.")
 @drop_options
 @click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")

@@ -20,7 +20,7 @@ class Placeholders:
         self.cells = 0  # of one id beyond the experts
 
     def marked(self, ids: np.ndarray) -> np.ndarray:
-        """`ids` [..., top_k], a copy with -1 for what carries no expert if there is any; others are left as they are."""
+        """`ids` [..., top_k], as a copy with -1 where they carry no expert, or as they are if they all do."""
         hints = self._hints
         if hints.absent_from is not None or hints.absent_ids:
             gone = np.isin(ids, hints.absent_ids)
@@ -67,4 +67,5 @@ def advice(expert: int, num_experts: int) -> str:
     """What to do about an id beyond the experts, as the end of a sentence."""
     if expert < num_experts:
         return ""
-    return f": if ids from {num_experts} on carry no expert (padding, zero or shared experts), give --absent-from {num_experts}"
+    what = f"if ids from {num_experts} on carry no expert (padding, zero or shared experts)"
+    return f": {what}, give --absent-from {num_experts}"

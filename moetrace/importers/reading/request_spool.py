@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from moetrace.importers.captured import Capture, Hints, Part, kept_layers, without_zero_cells
+from moetrace.importers.reading.conversations import Conversations, Request, Stretch
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.told import Told, first_position
-from moetrace.importers.reading.turns import Piece, Request, Turns
 from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, PREFILL, absent_id, check_sizes, expert_dtype
 
@@ -36,8 +36,8 @@ class RequestSpool:
         self._absent = absent_id(self._num_experts)
         self._placeholders = Placeholders(self._num_experts, hints)
         self._requests: list[Request] = []
-        self._pieces: list[tuple[int, Piece]] = []  # in order of the spool, each with the number of its request
-        self._turns = Turns(self._absent, self._stored)
+        self._stretches: list[tuple[int, Stretch]] = []  # in order of the spool, each with the number of its request
+        self._conversations = Conversations(self._absent, self._stored)
         self._used = np.zeros(0, bool)  # [planes]: some id is neither 0 nor -1
         self._counts: Counter[str] = Counter()
         self._reasons: dict[str, str] = {}  # the first sentence, of each reason to leave an answer out
@@ -59,19 +59,11 @@ class RequestSpool:
 
         Raises MoetraceError, beginning with `where`, if it does not fit what it says of itself, or the experts.
         """
-        if ids.ndim == 3 and not ids.size:
-            return self.leave_out(NO_ROUTING, f"{where} is empty: its shape is {ids.shape}.")
-        if ids.ndim != 3 or ids.dtype.kind not in "iu":
-            what = f"{where} is {ids.dtype} {ids.shape}, not integers [tokens, layers, top_k]."
-            return self.leave_out(OTHER_SHAPE, what)
-        if self._spool is None:
-            self._begin(where, ids)
-        if ids.shape[1:] != self._inner:
-            what = f"{where} has {ids.shape[1:]} (layers, top_k), but what came before {self._inner}."
-            return self.leave_out(OTHER_SHAPE, what)
+        if not self._fits(where, ids):
+            return
         first = self._first(where, len(ids), told)
         cells = self._placeholders.cells  # are counted when rows are appended, not when they are compared
-        request = self._turns.found(first, told, lambda a, b: self._narrow(where, a, ids[a:b]), len(ids))
+        request = self._conversations.found(first, told, lambda a, b: self._narrow(where, a, ids[a:b]), len(ids))
         self._placeholders.cells = cells
         kept_from = self._kept_from(request, first, len(ids), told)
         if kept_from == len(ids) and request:
@@ -86,20 +78,38 @@ class RequestSpool:
         else:
             self._counts["joined"] += 1
         request.prompt = request.prompt if told.prompt is None else told.prompt
-        self._turns.add(request, told, last)
+        self._conversations.add(request, told, last)
+
+    def _fits(self, where: str, ids: np.ndarray) -> bool:
+        """Whether the array is of the shape of those before; else it is left out."""
+        if ids.ndim == 3 and not ids.size:
+            self.leave_out(NO_ROUTING, f"{where} is empty: its shape is {ids.shape}.")
+        elif ids.ndim != 3 or ids.dtype.kind not in "iu":
+            what = f"{where} is {ids.dtype} {ids.shape}, not integers [tokens, layers, top_k]."
+            self.leave_out(OTHER_SHAPE, what)
+        else:
+            if self._spool is None:
+                self._begin(where, ids)
+            if ids.shape[1:] == self._inner:
+                return True
+            what = f"{where} has {ids.shape[1:]} (layers, top_k), but what came before {self._inner}."
+            self.leave_out(OTHER_SHAPE, what)
+        return False
 
     def finish(self, told: Told) -> None:
         """The numbers of an answer that came in chunks without any, as the last chunk tells them."""
-        request = self._turns.of_id(told)
+        request = self._conversations.of_id(told)
         if request is None or told.prompt is None:
             return
-        if told.output is None or any(piece.prompt is not None for piece in request.pieces):
+        if told.output is None or any(stretch.prompt is not None for stretch in request.stretches):
             return
         shift = first_position(str(self._source), request.end, told)
         request.prompt = told.prompt
-        request.pieces = [piece._replace(first=piece.first + shift, prompt=told.prompt) for piece in request.pieces]
-        for at, piece in zip(request.places, request.pieces, strict=True):
-            self._pieces[at] = (request.number, piece)
+        request.stretches = [
+            stretch._replace(first=stretch.first + shift, prompt=told.prompt) for stretch in request.stretches
+        ]
+        for at, stretch in zip(request.places, request.stretches, strict=True):
+            self._stretches[at] = (request.number, stretch)
 
     def _begin(self, where: str, ids: np.ndarray) -> None:
         planes, top_k = ids.shape[1:]
@@ -110,7 +120,7 @@ class RequestSpool:
 
     def _first(self, where: str, rows: int, told: Told) -> int:
         """The position of the first row."""
-        known = self._turns.of_id(told)
+        known = self._conversations.of_id(told)
         if told.prompt is None and told.start is None and told.chunk and known:
             return known.end
         first = first_position(where, rows, told)
@@ -152,26 +162,26 @@ class RequestSpool:
                 runs = [(int(a), int(b)) for a, b in edges]
             for a, b in runs:
                 self._use(narrow[a:b])
-                self._piece(request, Piece(self._spool.rows, first + start + a, b - a, prompt))
+                self._stretch(request, Stretch(self._spool.rows, first + start + a, b - a, prompt))
                 self._spool.append(experts=narrow[a:b])
                 last = narrow[b - 1]
         return last
 
-    def _piece(self, request: Request, piece: Piece) -> None:
-        """Add a piece; blocks of one answer that follow one another become one."""
-        if self._pieces and self._pieces[-1][0] == request.number and request.pieces:
-            before = request.pieces[-1]
+    def _stretch(self, request: Request, stretch: Stretch) -> None:
+        """Add a stretch; blocks of one answer that follow one another become one."""
+        if self._stretches and self._stretches[-1][0] == request.number and request.stretches:
+            before = request.stretches[-1]
             if (before.row + before.rows, before.first + before.rows, before.prompt) == (
-                piece.row,
-                piece.first,
-                piece.prompt,
+                stretch.row,
+                stretch.first,
+                stretch.prompt,
             ):
-                piece = before._replace(rows=before.rows + piece.rows)
-                for held in (self._pieces, request.pieces, request.places):
+                stretch = before._replace(rows=before.rows + stretch.rows)
+                for held in (self._stretches, request.stretches, request.places):
                     held.pop()
-        request.places.append(len(self._pieces))
-        self._pieces.append((request.number, piece))
-        request.pieces.append(piece)
+        request.places.append(len(self._stretches))
+        self._stretches.append((request.number, stretch))
+        request.stretches.append(stretch)
 
     def _narrow(self, where: str, first_row: int, ids: np.ndarray) -> np.ndarray:
         """The ids in the dtype of a trace, with its mark for absent."""
@@ -212,9 +222,9 @@ class RequestSpool:
             used &= narrow > 0
         self._used |= used.reshape(len(used), -1).any(axis=0).reshape(self._inner).any(axis=1)
 
-    def _stored(self, piece: Piece, first: int, stop: int) -> np.ndarray:
+    def _stored(self, stretch: Stretch, first: int, stop: int) -> np.ndarray:
         assert self._spool is not None
-        start = piece.row - piece.first
+        start = stretch.row - stretch.first
         return self._spool.read(start + first, start + stop)["experts"]
 
     def capture(self, model: str, facts: dict[str, Any], sources: Sequence[Path]) -> Capture:
@@ -224,13 +234,13 @@ class RequestSpool:
         spool = self._spool
         layers, dropped = kept_layers(self._used, self._hints)
         facts = facts | dropped | self._told()
-        if any(piece.prompt is None for _, piece in self._pieces):
+        if any(stretch.prompt is None for _, stretch in self._stretches):
             facts |= {"phase": UNKNOWN_PHASE}
-        numbers, pieces = zip(*self._pieces, strict=True)
-        rows = np.array([piece.rows for piece in pieces])
-        starts = np.array([piece.first - piece.row for piece in pieces])
+        numbers, stretches = zip(*self._stretches, strict=True)
+        rows = np.array([stretch.rows for stretch in stretches])
+        starts = np.array([stretch.first - stretch.row for stretch in stretches])
         position = np.arange(rows.sum()) + np.repeat(starts, rows)
-        decode_from = np.array([2**31 if piece.prompt is None else piece.prompt for piece in pieces])
+        decode_from = np.array([2**31 if stretch.prompt is None else stretch.prompt for stretch in stretches])
         return Capture(
             model=model,
             num_experts=self._num_experts,
@@ -249,13 +259,13 @@ class RequestSpool:
     def _check_kept(self, source: Path) -> None:
         """Raise if nothing is left, or if fewer answers are of the first one's shape than of others."""
         reasons = list(self._reasons.values())
-        if self._pieces and self._counts[OTHER_SHAPE] > len(self._requests) // 2:
+        if self._stretches and self._counts[OTHER_SHAPE] > len(self._requests) // 2:
             raise MoetraceError(self._reasons[OTHER_SHAPE])
-        if not self._pieces and self._counts["cached"]:
+        if not self._stretches and self._counts["cached"]:
             raise MoetraceError(f"{source} holds no rows that a forward pass computed: keep them with --keep-cached.")
-        if not self._pieces and reasons:
+        if not self._stretches and reasons:
             raise MoetraceError(reasons[0])
-        if not self._pieces or not self._used.any():
+        if not self._stretches or not self._used.any():
             raise MoetraceError(f"{source} holds no routing: every id is 0 or -1.")
 
     def _told(self) -> dict[str, Any]:
@@ -272,8 +282,8 @@ class RequestSpool:
         if counts["cached"]:
             facts["left_out_cached_rows"] = counts["cached"]
             note(
-                f"{source}: left out {counted(counts['cached'], 'row')} of cached or repeated prompts, which no forward "
-                f"pass computed: keep them with --keep-cached."
+                f"{source}: left out {counted(counts['cached'], 'row')} of cached or repeated prompts, which no "
+                f"forward pass computed: keep them with --keep-cached."
             )
         if counts["again"]:
             facts["left_out_rows_of_earlier_parts"] = counts["again"]

@@ -225,7 +225,7 @@ def told_of(response: Response, choice: Choice | None = None, number: int = 0, s
         cached=cached,
         start=start,
         id="" if name is None else str(name),
-        index=number if choice is None or choice.index is None else choice.index,
+        choice=number if choice is None or choice.index is None else choice.index,
         chunk=chunk,
         prompt_ids=prompt_ids,
         output_ids=output_ids,

@@ -15,7 +15,7 @@ class Told(NamedTuple):
     cached: int | None = None  # leading tokens of the prompt that came from a prefix cache
     start: int | None = None  # position of the first row
     id: str = ""
-    index: int = 0  # of the choice
+    choice: int = 0  # its number
     chunk: bool = False  # of a stream
     prompt_ids: Sequence[int] = ()
     output_ids: Sequence[int] = ()
@@ -38,9 +38,9 @@ def first_position(where: str, rows: int, told: Told) -> int:
         begins = f" from position {start} on" if start else ""
         of = "this answer" if told.choices == 1 else f"its {told.choices} choices"
         raise MoetraceError(
-            f"{where} holds routing of {rows} tokens{begins}, but says that there are {told.prompt} tokens of the prompt "
-            f"and {told.output} of {of}, which allow {max(stop - start, 0)}: check the file, or --top-k and --model if "
-            f"its layers are not said."
+            f"{where} holds routing of {rows} tokens{begins}, but says that there are {told.prompt} tokens of the "
+            f"prompt and {told.output} of {of}, which allow {max(stop - start, 0)}: check the file, or --top-k and "
+            f"--model if its layers are not said."
         )
     return start if told.start is not None or told.choices > 1 else stop - rows
 

@@ -15,10 +15,12 @@ _COMPARED_ROWS = 4096  # at most, of the end of what two answers share
 _FEWEST_ROWS = 4  # without ids, fewer rows than these that are equal may be chance
 _SAMPLED = 8  # ids of a row that find it again; then all are compared
 
-Stored = Callable[["Piece", int, int], np.ndarray]  # ids [rows, planes, top_k] of the positions first:stop of a piece
+Stored = Callable[
+    ["Stretch", int, int], np.ndarray
+]  # ids [rows, planes, top_k] of the positions first:stop of a stretch
 
 
-class Piece(NamedTuple):
+class Stretch(NamedTuple):
     """Successive rows of a request, as one answer brought them."""
 
     row: int  # in the spool
@@ -28,21 +30,21 @@ class Piece(NamedTuple):
 
 
 class Request:
-    """The pieces of one request so far."""
+    """The stretches of one request so far."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.pieces: list[Piece] = []
-        self.places: list[int] = []  # of the pieces among all
+        self.stretches: list[Stretch] = []
+        self.places: list[int] = []  # of the stretches among all
         self.prompt: int | None = None  # of the last turn
 
     @property
     def end(self) -> int:
         """The position after the last row."""
-        return max((piece.first + piece.rows for piece in self.pieces), default=0)
+        return max((stretch.first + stretch.rows for stretch in self.stretches), default=0)
 
 
-class Turns:
+class Conversations:
     """Finds the request that an answer continues.
 
     It has the id of an earlier answer and begins where that ended or later, or repeats its rows; or its prompt begins
@@ -59,10 +61,10 @@ class Turns:
 
     def of_id(self, told: Told) -> Request | None:
         """The request of an answer's id and choice, if there is one."""
-        return self._of_id.get((told.id, told.index)) if told.id else None
+        return self._of_id.get((told.id, told.choice)) if told.id else None
 
     def found(self, first: int, told: Told, ids: Callable[[int, int], np.ndarray], rows: int) -> Request | None:
-        """The request that an answer continues, whose `rows` begin at position `first`; `ids(start, stop)` are its own."""
+        """The request that an answer of `rows` from position `first` on continues; `ids(start, stop)` are its own."""
         known = self.of_id(told)
         if known and (first >= known.end or self._alike(known, first, ids, rows, _ALIKE)):
             return known
@@ -86,14 +88,14 @@ class Turns:
         start = max(first, stop - _COMPARED_ROWS)
         same: list[np.ndarray] = []
         decoded: list[np.ndarray] = []
-        for piece in request.pieces:
-            low, high = max(start, piece.first), min(stop, piece.first + piece.rows)
+        for stretch in request.stretches:
+            low, high = max(start, stretch.first), min(stop, stretch.first + stretch.rows)
             if low >= high:
                 continue
-            theirs, mine = self._stored(piece, low, high), ids(low - first, high - first)
+            theirs, mine = self._stored(stretch, low, high), ids(low - first, high - first)
             known = ((theirs != self._absent) & (mine != self._absent)).any(axis=(1, 2))
             same.append((theirs == mine).all(axis=2)[known])
-            decoded.append(np.arange(low, high)[known] >= (2**31 if piece.prompt is None else piece.prompt))
+            decoded.append(np.arange(low, high)[known] >= (2**31 if stretch.prompt is None else stretch.prompt))
         if not same:
             return False
         cells, output = np.concatenate(same), np.concatenate(decoded)
@@ -103,14 +105,14 @@ class Turns:
     def add(self, request: Request, told: Told, last_row: np.ndarray) -> None:
         """Remember how `request`, which an answer has just begun or continued, can be continued."""
         if told.id:
-            self._of_id[told.id, told.index] = request
+            self._of_id[told.id, told.choice] = request
         if told.prompt is None or request.end <= told.prompt:  # nothing of its output was routed, so nothing repeats it
             return
         tokens, length = [*told.prompt_ids, *told.output_ids], request.end
         if told.prompt_ids and len(tokens) >= length:
             self._lengths[0].add(length)
             self._of_tokens[length, next(_prefixes(tokens, {length}))[1]] = request
-        elif length >= _FEWEST_ROWS and request.pieces[0].first == 0:
+        elif length >= _FEWEST_ROWS and request.stretches[0].first == 0:
             self._lengths[1].add(length)
             self._of_rows[length, _sampled(last_row)] = request
 
