@@ -85,9 +85,10 @@ class _Log:
         self._request, self._token = _Growing(), _Growing()  # of each row
         self._runs_on, self._last = True, -1  # token_idx of all lines, whatever their layer, only counts up
         self._unknown_gates = self._odd_routes = 0
+        self._cut_line = ""  # what is wrong with the last line
         self._odd: MoetraceError | None = None  # of the first odd route
         self._routes = 0  # before those that are being added
-        for _, records in json_lines(path, _LINE, hints.reading, CHUNK_BYTES):
+        for _, records in json_lines(path, _LINE, hints.reading, CHUNK_BYTES, cut=self._cut):
             for record in records:
                 if isinstance(record, RouteHeader):
                     self._meta = record
@@ -95,6 +96,11 @@ class _Log:
             if routes:
                 self._add(routes)
                 self._routes += len(routes)
+
+    def _cut(self, sentence: str) -> None:
+        if self._hints.strict:
+            raise MoetraceError(sentence)
+        self._cut_line = sentence
 
     def _add(self, routes: list[Route]) -> None:
         if not self._layers:
@@ -198,6 +204,9 @@ class _Log:
             facts["absent_routes_of_another_shape"] = self._odd_routes
             routes = counted(self._odd_routes, "route")
             note(f"{self._path}: {routes} of another shape are absent, the first because {self._odd}")
+        if self._cut_line:
+            facts["left_out_cut_lines"] = 1
+            note(f"{self._path}: left out a last line that was cut: {self._cut_line}")
         if self._unknown_gates:
             facts["unknown_weights"] = self._unknown_gates
             note(f"{self._path}: {counted(self._unknown_gates, 'weight')} of NaN left unknown in the trace.")

@@ -194,7 +194,8 @@ def _of_payload(where: str, payload: Payload) -> np.ndarray:
         dtype = np.dtype(object)
     if dtype.kind not in "iu" or len(payload.shape) != 3:
         raise MoetraceError(
-            f"{where}: routed_experts is {payload.dtype[:50]!r} {payload.shape[:8]}, not integers [tokens, layers, top_k]."
+            f"{where}: routed_experts is {payload.dtype[:50]!r} {payload.shape[:8]}, not integers [tokens, layers, "
+            f"top_k]."
         )
     if int(np.prod(payload.shape, dtype=object)) * dtype.itemsize != len(data):
         raise MoetraceError(f"{where}: routed_experts says it has shape {tuple(payload.shape)}, but its size differs.")

@@ -17,6 +17,7 @@ MAX_LINE_BYTES = 256 << 20
 BOM = codecs.BOM_UTF8  # which some editors and shells put before a text
 
 Record = TypeVar("Record")
+_OF_TYPE = msgspec.ValidationError  # JSON that is whole, but not what is expected
 
 
 def text_of(path: Path) -> bytes:
@@ -72,11 +73,13 @@ def json_lines(
     reading: Callable[[int], object],
     chunk_bytes: int | None = None,
     bad: Callable[[str], object] | None = None,
+    cut: Callable[[str], object] | None = None,
 ) -> Iterator[tuple[int, list[Record]]]:
     """Yield the number of the first line and the records of successive JSON lines; blank lines are allowed.
 
     `record` is a msgspec type, a Struct or a union of tagged ones. NaN is null. A line that does not fit it goes to
-    `bad` as a sentence, and server-sent events are lines, if there is a `bad`; else it raises MoetraceError.
+    `bad` as a sentence, and server-sent events are lines, if there is a `bad`. A last line without its newline, as a
+    process that is killed leaves it, goes to `cut`. Else it raises MoetraceError.
     """
     decoder = msgspec.json.Decoder(record)
     for line, data in chunks(path, reading, chunk_bytes):
@@ -87,15 +90,23 @@ def json_lines(
                 except msgspec.DecodeError:
                     records = decoder.decode_lines(mended(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            records = list(_one_by_one(path, decoder, line, data, bad))  # the decoder does not say which line it is
+            records = list(
+                _one_by_one(path, decoder, line, data, bad, cut)
+            )  # the decoder does not say which line it is
         yield line, records
 
 
 def _one_by_one(
-    path: Path, decoder: msgspec.json.Decoder, first: int, data: bytes, bad: Callable[[str], object] | None
+    path: Path,
+    decoder: msgspec.json.Decoder,
+    first: int,
+    data: bytes,
+    bad: Callable[[str], object] | None,
+    cut: Callable[[str], object] | None,
 ) -> Iterator[Any]:
-    """The records of the lines that can be read; the first one that can't is an error if there is no `bad`."""
-    for number, line in enumerate(data.split(b"\n"), first):
+    """The records of the lines that can be read; one that can't be, and nobody takes, is an error."""
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, first):
         text = _EVENT.sub(b"", line, count=1) if bad and _EVENT.match(line) else line
         if not text.strip():
             continue
@@ -103,9 +114,10 @@ def _one_by_one(
             yield decoder.decode(mended(text))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             sentence = f"{path}: line {number} is not as expected: {str(error).rstrip('.')[:200]}."
-            if bad is None:
+            taken = bad or (cut if number == first + len(lines) - 1 and not isinstance(error, _OF_TYPE) else None)
+            if taken is None:
                 raise MoetraceError(sentence) from None
-            bad(sentence)
+            taken(sentence)
 
 
 @contextmanager
