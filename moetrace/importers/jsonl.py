@@ -79,6 +79,7 @@ class _Log:
         self._path, self._hints = path, hints
         self._meta = RouteHeader()
         self._num_experts = self._top_k = 0
+        self._shape = (0, -1)  # ids of a route, and weights, -1 for none
         self._optional: tuple[str, ...] = ()
         self._layers: dict[int, Spool] = {}  # the first is the one whose routes say what each row is
         self._requests: dict[str | int, int] = {}
@@ -125,6 +126,7 @@ class _Log:
     def _begin(self, route: Route) -> None:
         self._num_experts = self._meta.num_experts or self._hints.need("num_experts", self._path)
         self._top_k = len(route.topk_ids)
+        self._shape = (self._top_k, -1 if route.topk_weights is None else self._top_k)
         self._optional = () if route.topk_weights is None else ("gates",)
         check_sizes(str(self._path), self._num_experts, self._top_k, 1, 1, 1)
         self._placeholders = Placeholders(self._num_experts, self._hints)
@@ -136,13 +138,14 @@ class _Log:
         self._leave_out_odd(routes)
         shape, size = (len(routes), self._top_k), len(routes) * self._top_k
         ids = np.fromiter(chain.from_iterable(r.topk_ids for r in routes), np.int32, size).reshape(shape)
-        ids, wrong = self._placeholders.checked(ids)
+        ids, negative, wrong = self._placeholders.checked(ids)
         if wrong is not None:
             number, expert = wrong[0], int(ids[wrong])
             advised = advice(expert, self._num_experts)
             raise self._wrong(number, f"has the id {expert}, but there are {self._num_experts} experts{advised}")
         narrow = ids.astype(expert_dtype(self._num_experts))
-        narrow[ids < 0] = absent_id(self._num_experts)
+        if negative:
+            narrow[ids < 0] = absent_id(self._num_experts)
         if not self._optional:
             return narrow, None
         gates = np.fromiter(chain.from_iterable(r.topk_weights or () for r in routes), np.float64, size).reshape(shape)
@@ -157,13 +160,11 @@ class _Log:
 
     def _leave_out_odd(self, routes: list[Route]) -> None:
         """Make routes of another shape than the first absent: their tokens and layers must still be counted."""
+        if {(len(r.topk_ids), -1 if r.topk_weights is None else len(r.topk_weights)) for r in routes} == {self._shape}:
+            return
         for number, route in enumerate(routes):
             ids, weights = len(route.topk_ids), route.topk_weights
-            if (
-                ids == self._top_k
-                and (weights is None) == (not self._optional)
-                and (weights is None or len(weights) == ids)
-            ):
+            if (ids, -1 if weights is None else len(weights)) == self._shape:
                 continue
             what = f"has {ids} ids and {'no' if weights is None else len(weights)} weights, unlike the first"
             self._odd = self._odd or self._wrong(number, what)

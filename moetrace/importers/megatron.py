@@ -152,6 +152,7 @@ def _outline(path: Path, hints: Hints) -> _RankRecords:
     number = left_out = 0
     runs = _Runs(path)
     for _, records in json_lines(path, _Outline, half(hints)):
+        mine: list[tuple[int, int, int, int]] = []
         for record in records:
             number += 1
             raw = bytes(record.top_indices)
@@ -162,7 +163,7 @@ def _outline(path: Path, hints: Hints) -> _RankRecords:
             if record.block == "decoder":
                 digest.update(b"%d %d " % (record.step, record.layer) + raw)
                 seen.add((record.rank, record.topk))
-        mine = [(r.step, r.layer, r.num_tokens, _padding(r)) for r in records if r.block == "decoder"]
+                mine.append((record.step, record.layer, record.num_tokens, _padding(raw) if b"-1" in raw else 0))
         left_out += len(records) - len(mine)
         if len(seen) > 1:
             raise MoetraceError(f"{path}: records up to {number} differ in rank or topk.")
@@ -174,10 +175,8 @@ def _outline(path: Path, hints: Hints) -> _RankRecords:
     return _RankRecords(path, rank, layers, sizes, steps, batches, tokens, padding, top_k, digest.digest(), left_out)
 
 
-def _padding(record: _Outline) -> int:
+def _padding(raw: bytes) -> int:
     """How many of the last tokens have -1 in every slot, as a CUDA graph pads a batch."""
-    if b"-1" not in (raw := bytes(record.top_indices)):
-        return 0
     try:
         rows = msgspec.json.decode(raw, type=list[list[int]])
     except (msgspec.MsgspecError, RecursionError):
@@ -334,22 +333,22 @@ def _fill(
         if (kept[run] < size).any():
             real = token < np.repeat(kept[run], size)
             row, layers, ids = row[real], layers[real], ids[real]
-        spool.put(row, layers, experts=np.where(ids < 0, spool.absent, ids))
+        spool.put(row, layers, experts=ids)
 
 
 def _flat(rank: _RankRecords, records: list[_Record], placeholders: Placeholders, before: int) -> np.ndarray:
-    """The ids [tokens, top_k] of some records; -1 is absent."""
+    """The ids [tokens, top_k] of some records, with the mark of a trace for absent."""
     rows: Iterator[list[int]] = chain.from_iterable(record.top_indices for record in records)
     count = sum(len(record.top_indices) for record in records)
     try:
         ids = np.fromiter(chain.from_iterable(rows), np.int64, count * rank.top_k).reshape(count, rank.top_k)
     except OverflowError:
         ids = np.full((1, 1), -2)
-    ids, wrong = placeholders.checked(ids)
+    ids, negative, wrong = placeholders.checked(ids)
     if wrong is not None:
         experts = placeholders.num_experts
         raise MoetraceError(
             f"{rank.path}: one of the records {before + 1} to {before + len(records)} holds an expert that is not 0 to "
             f"{experts - 1}{advice(int(ids[wrong]), experts)}."
         )
-    return ids
+    return np.where(ids < 0, placeholders.absent, ids) if negative else ids

@@ -202,7 +202,7 @@ def _narrow(path: Path, first_row: int, ids: np.ndarray, num_experts: int, place
     absent = ids == mark
     if mark > 0 and absent.any():
         ids = np.where(absent, -1, ids.astype(np.int64))
-    ids, wrong = placeholders.checked(ids)
+    ids, negative, wrong = placeholders.checked(ids)
     if wrong is not None:
         row, layer, slot = wrong
         expert = int(ids[row, layer, slot])
@@ -211,6 +211,6 @@ def _narrow(path: Path, first_row: int, ids: np.ndarray, num_experts: int, place
             f"but there are {num_experts} experts{advice(expert, num_experts)}."
         )
     narrow = ids.astype(expert_dtype(num_experts))
-    if ids.dtype.kind == "i":
+    if negative:
         narrow[ids == -1] = absent_id(num_experts)
     return narrow

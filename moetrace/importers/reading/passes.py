@@ -111,7 +111,7 @@ class Passes:
 
     def add(self, block: PassBlock) -> None:
         """Take whole passes; raise MoetraceError for an expert that the model has not."""
-        experts, wrong = self._placeholders.checked(block.experts)
+        experts, _, wrong = self._placeholders.checked(block.experts)
         if wrong is not None:
             expert = int(experts[wrong])
             raise MoetraceError(

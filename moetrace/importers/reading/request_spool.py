@@ -185,7 +185,7 @@ class RequestSpool:
 
     def _narrow(self, where: str, first_row: int, ids: np.ndarray) -> np.ndarray:
         """The ids in the dtype of a trace, with its mark for absent."""
-        ids, wrong = self._placeholders.checked(ids)
+        ids, negative, wrong = self._placeholders.checked(ids)
         if wrong is not None:
             row, layer, slot = wrong
             expert = int(ids[row, layer, slot])
@@ -194,7 +194,7 @@ class RequestSpool:
                 f"{self._num_experts} experts{advice(expert, self._num_experts)}."
             )
         narrow = ids.astype(expert_dtype(self._num_experts))
-        if ids.dtype.kind == "i":
+        if negative:
             narrow[ids == -1] = self._absent
         return without_zero_cells(narrow, self._absent)
 

@@ -23,7 +23,7 @@ class Spool:
 
     def __init__(self, hints: Hints, num_experts: int, layers: int, top_k: int, optional: tuple[str, ...] = ()) -> None:
         self.rows = 0
-        self.absent = absent_id(num_experts)
+        self._absent = absent_id(num_experts)
         self._dtype = {name: row_dtype(name, num_experts) for name in ("experts", *optional)}
         self._inner = {name: row_shape(name, 0, layers, top_k)[1:] for name in self._dtype}
         self._files: dict[str, IO[bytes]] = {
@@ -49,7 +49,7 @@ class Spool:
             count = min(at_once, rows - self.rows)
             self.append(
                 **{
-                    name: np.full((count, *self._inner[name]), _EMPTY.get(name, self.absent), self._dtype[name])
+                    name: np.full((count, *self._inner[name]), _EMPTY.get(name, self._absent), self._dtype[name])
                     for name in self._files
                 }
             )
