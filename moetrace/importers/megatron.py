@@ -7,6 +7,8 @@ Blocks of multi-token prediction are left out. The n-th record of a layer in a s
 Ranks that name the same layers hold different tokens (data or sequence parallel), which follow one another in the order
 of ranks; a rank whose records equal those of another (tensor parallel) is a copy and left out. Ranks that name other
 layers are pipeline stages: the first of each stage belong together, and so on. A micro-batch of all ranks is one step.
+Tokens at the end of a micro-batch that are -1 in all layers are padding, and left out.
+Answers of the inference server are read by `megatron_answers`.
 Neither requests nor phases are recorded: a rank's tokens of a step are the prefill of a request of their own, or, if it
 is one token, the decode that continues the request before. The number of experts is not said.
 """

@@ -95,6 +95,9 @@ def command(
     step of its own. `--as decode --prompt P` makes decode steps of all rows of a request after the first P, for
     captures whose text was fed in at once.
 
+    Rows of cached prompts, padding and answers without routing are left out, answers that continue an earlier one
+    join its request; a note says how many.
+
     What `moetrace lint` finds in the new trace is said on stderr, and does not change the exit code.
     """
     if (as_phase is None) != (prompt is None):
