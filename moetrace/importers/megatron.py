@@ -154,7 +154,8 @@ def _outline(path: Path, hints: Hints) -> _RankRecords:
     number = left_out = 0
     runs = _Runs(path)
     for _, records in json_lines(path, _Outline, half(hints)):
-        mine: list[tuple[int, int, int, int]] = []
+        padded: dict[int, int] = {}  # of the records of decoder blocks that hold -1
+        decoders = 0
         for record in records:
             number += 1
             raw = bytes(record.top_indices)
@@ -165,11 +166,16 @@ def _outline(path: Path, hints: Hints) -> _RankRecords:
             if record.block == "decoder":
                 digest.update(b"%d %d " % (record.step, record.layer) + raw)
                 seen.add((record.rank, record.topk))
-                mine.append((record.step, record.layer, record.num_tokens, _padding(raw) if b"-1" in raw else 0))
+                if b"-" in raw:
+                    padded[decoders] = _padding(raw)
+                decoders += 1
+        mine = [(r.step, r.layer, r.num_tokens) for r in records if r.block == "decoder"]
         left_out += len(records) - len(mine)
         if len(seen) > 1:
             raise MoetraceError(f"{path}: records up to {number} differ in rank or topk.")
-        runs.add(np.array(mine, np.int64).reshape(-1, 4), number)
+        padding = np.zeros(len(mine), np.int64)
+        padding[list(padded)] = list(padded.values())
+        runs.add(np.array(mine, np.int64).reshape(-1, 3), padding, number)
     rank, top_k = next(iter(seen), (0, 0))
     if not 0 <= rank < 2**31:
         raise MoetraceError(f"{path} is of rank {rank}.")
@@ -196,11 +202,11 @@ class _Runs:
         self._layers: list[np.ndarray] = []
         self._runs: list[np.ndarray] = []
 
-    def add(self, records: np.ndarray, number: int) -> None:
-        """Add records int64 [n, (step, layer, tokens, padding)]; `number` is that of the last one in the file."""
+    def add(self, records: np.ndarray, padding: np.ndarray, number: int) -> None:
+        """Add records int64 [n, (step, layer, tokens)], their padding int64 [n]; `number` is that of the last one."""
         if not len(records):
             return
-        step, layer, tokens, padding = records.T
+        step, layer, tokens = records.T
         if (np.diff(np.r_[self._step, step]) < 0).any():
             raise MoetraceError(
                 f"{self._path}: among the records up to {number}, steps go back: import one run at a time."
@@ -315,6 +321,7 @@ def _fill(
 ) -> None:
     """Read a file again and put its ids at their rows; `rows` are of each run the first, and how many to keep."""
     first, kept = rows
+    padded = bool((kept < rank.tokens).any())
     done, number = 0, 0
     ends = np.cumsum(rank.records)
     for _, found in json_lines(rank.path, _Record, half(hints)):
@@ -330,10 +337,11 @@ def _fill(
         done += len(records)
         ids = _flat(rank, records, placeholders, number - len(found))
         size = rank.tokens[run].astype(np.int64)
-        token = np.arange(len(ids)) - np.repeat(np.cumsum(size) - size, size)  # of its record
-        row, layers = token + np.repeat(first[run], size), np.repeat(layers, size)
-        if (kept[run] < size).any():
-            real = token < np.repeat(kept[run], size)
+        starts = np.cumsum(size) - size
+        row = np.arange(len(ids)) + np.repeat(first[run] - starts, size)
+        layers = np.repeat(layers, size)
+        if padded:
+            real = np.arange(len(ids)) < np.repeat(starts + kept[run], size)
             row, layers, ids = row[real], layers[real], ids[real]
         spool.put(row, layers, experts=ids)
 

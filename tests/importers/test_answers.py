@@ -209,6 +209,9 @@ def test_three_turns_and_what_only_looks_like_one(tmp_path):
     assert trace.rows == 38, "a common system prompt is no turn"
     trace = read(tmp_path, "vllm", answer("vllm", ids[:8], 5, 4), answer("vllm", ids[:12], 5, 8))
     assert trace.rows == 20, "the same prompt again is no turn"
+    fork = np.concatenate([ids[:8], ids_of(8, 7)])
+    turns = [answer("vllm", ids[:8], 5, 4), answer("vllm", ids[:17], 12, 6), answer("vllm", fork, 10, 7)]
+    assert read(tmp_path, "vllm", *turns).rows == 17 + 16, "another turn after the first is a request of its own"
     changed = np.concatenate([ids_of(8, 9), ids[8:]])
     trace = read(tmp_path, "vllm", answer("vllm", ids[:8], 5, 4), answer("vllm", changed, 25, 6))
     assert trace.rows == 38, "other tokens are no turn"

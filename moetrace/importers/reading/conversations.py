@@ -1,5 +1,6 @@
 """Which answers are of one request: chunks of a stream, prefill and decode servers, and turns of a conversation."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
@@ -15,9 +16,10 @@ _COMPARED_ROWS = 4096  # at most, of the end of what two answers share
 _FEWEST_ROWS = 4  # without ids, fewer rows than these that are equal may be chance
 _SAMPLED = 8  # ids of a row that find it again; then all are compared
 
-Stored = Callable[
-    ["Stretch", int, int], np.ndarray
-]  # ids [rows, planes, top_k] of the positions first:stop of a stretch
+# Ids [rows, planes, top_k] of the positions first:stop of a stretch.
+Stored = Callable[["Stretch", int, int], np.ndarray]
+# Ids of the rows of an answer that an index selects.
+Ids = Callable[[slice | np.ndarray], np.ndarray]
 
 
 class Stretch(NamedTuple):
@@ -37,11 +39,8 @@ class Request:
         self.stretches: list[Stretch] = []
         self.places: list[int] = []  # of the stretches among all
         self.prompt: int | None = None  # of the last turn
-
-    @property
-    def end(self) -> int:
-        """The position after the last row."""
-        return max((stretch.first + stretch.rows for stretch in self.stretches), default=0)
+        self.end = 0  # the position after the last row
+        self.key: tuple[int, bytes] | None = None  # by which its next turn finds it
 
 
 class Conversations:
@@ -57,14 +56,14 @@ class Conversations:
         self._of_id: dict[tuple[str, int], Request] = {}
         self._of_tokens: dict[tuple[int, bytes], Request] = {}
         self._of_rows: dict[tuple[int, bytes], Request] = {}
-        self._lengths: tuple[set[int], set[int]] = (set(), set())  # of the keys of tokens, of rows
+        self._lengths: tuple[list[int], list[int]] = ([], [])  # of the keys of tokens, of rows; they increase
 
     def of_id(self, told: Told) -> Request | None:
         """The request of an answer's id and choice, if there is one."""
         return self._of_id.get((told.id, told.choice)) if told.id else None
 
-    def found(self, first: int, told: Told, ids: Callable[[int, int], np.ndarray], rows: int) -> Request | None:
-        """The request that an answer of `rows` from position `first` on continues; `ids(start, stop)` are its own."""
+    def found(self, first: int, told: Told, ids: Ids, rows: int) -> Request | None:
+        """The request that an answer of `rows` from position `first` on continues; `ids` gives its own."""
         known = self.of_id(told)
         if known and (first >= known.end or self._alike(known, first, ids, rows, _ALIKE)):
             return known
@@ -74,15 +73,17 @@ class Conversations:
                 return known
         if first or told.prompt is None:
             return None
-        for length in sorted((n for n in self._lengths[1] if n < min(told.prompt, rows)), reverse=True):
-            request = self._of_rows.get((length, _sampled(ids(length - 1, length)[0])))
-            if request and request.end == length and self._alike(request, first, ids, rows, 1):
+        lengths = self._lengths[1][: bisect_left(self._lengths[1], min(told.prompt, rows))]
+        if not lengths:
+            return None
+        last = _sampled(ids(np.array(lengths) - 1))
+        for length, key in zip(reversed(lengths), reversed(last), strict=True):
+            request = self._of_rows.get((length, key))
+            if request and self._alike(request, first, ids, rows, 1):
                 return request
         return None
 
-    def _alike(
-        self, request: Request, first: int, ids: Callable[[int, int], np.ndarray], rows: int, share: float
-    ) -> bool:
+    def _alike(self, request: Request, first: int, ids: Ids, rows: int, share: float) -> bool:
         """Whether an answer repeats the rows of a request where both have some; its output decides if it is there."""
         stop = min(first + rows, request.end)
         start = max(first, stop - _COMPARED_ROWS)
@@ -92,7 +93,7 @@ class Conversations:
             low, high = max(start, stretch.first), min(stop, stretch.first + stretch.rows)
             if low >= high:
                 continue
-            theirs, mine = self._stored(stretch, low, high), ids(low - first, high - first)
+            theirs, mine = self._stored(stretch, low, high), ids(slice(low - first, high - first))
             known = ((theirs != self._absent) & (mine != self._absent)).any(axis=(1, 2))
             same.append((theirs == mine).all(axis=2)[known])
             decoded.append(np.arange(low, high)[known] >= (2**31 if stretch.prompt is None else stretch.prompt))
@@ -106,26 +107,39 @@ class Conversations:
         """Remember how `request`, which an answer has just begun or continued, can be continued."""
         if told.id:
             self._of_id[told.id, told.choice] = request
+        if request.key is not None:  # of what has gone on since, only the whole is what a next turn repeats
+            for known in (self._of_tokens, self._of_rows):
+                if known.get(request.key) is request:
+                    del known[request.key]
+        request.key = None
         if told.prompt is None or request.end <= told.prompt:  # nothing of its output was routed, so nothing repeats it
             return
         tokens, length = [*told.prompt_ids, *told.output_ids], request.end
         if told.prompt_ids and len(tokens) >= length:
-            self._lengths[0].add(length)
-            self._of_tokens[length, next(_prefixes(tokens, {length}))[1]] = request
+            _add(self._lengths[0], length)
+            request.key = next(_prefixes(tokens, [length]))
+            self._of_tokens[request.key] = request
         elif length >= _FEWEST_ROWS and request.stretches[0].first == 0:
-            self._lengths[1].add(length)
-            self._of_rows[length, _sampled(last_row)] = request
+            _add(self._lengths[1], length)
+            request.key = (length, _sampled(last_row[None])[0])
+            self._of_rows[request.key] = request
 
 
-def _prefixes(tokens: Sequence[int], lengths: set[int]) -> Iterator[tuple[int, bytes]]:
-    """The keys of the first tokens, of each of these numbers of them, the shortest first."""
+def _add(lengths: list[int], length: int) -> None:
+    at = bisect_left(lengths, length)
+    if at == len(lengths) or lengths[at] != length:
+        lengths.insert(at, length)
+
+
+def _prefixes(tokens: Sequence[int], lengths: list[int]) -> Iterator[tuple[int, bytes]]:
+    """The keys of the first tokens, of each of these increasing numbers of them."""
     data, done, digest = np.array(tokens, np.int64), 0, blake2b(digest_size=16)
-    for length in sorted(n for n in lengths if n <= data.size):
+    for length in lengths[: bisect_right(lengths, data.size)]:
         digest.update(data[done:length].tobytes())
         done = length
         yield length, digest.digest()
 
 
-def _sampled(row: np.ndarray) -> bytes:
-    flat = row.reshape(-1)
-    return flat[:: -(-flat.size // _SAMPLED)].tobytes()
+def _sampled(rows: np.ndarray) -> list[bytes]:
+    flat = rows.reshape(len(rows), -1)
+    return [row.tobytes() for row in flat[:, :: -(-flat.shape[1] // _SAMPLED)]]

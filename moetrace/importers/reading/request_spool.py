@@ -63,7 +63,7 @@ class RequestSpool:
             return
         first = self._first(where, len(ids), told)
         cells = self._placeholders.cells  # are counted when rows are appended, not when they are compared
-        request = self._conversations.found(first, told, lambda a, b: self._narrow(where, a, ids[a:b]), len(ids))
+        request = self._conversations.found(first, told, lambda rows: self._narrow(where, 0, ids[rows]), len(ids))
         self._placeholders.cells = cells
         kept_from = self._kept_from(request, first, len(ids), told)
         if kept_from == len(ids) and request:
@@ -105,6 +105,7 @@ class RequestSpool:
             return
         shift = first_position(str(self._source), request.end, told)
         request.prompt = told.prompt
+        request.end += shift
         request.stretches = [
             stretch._replace(first=stretch.first + shift, prompt=told.prompt) for stretch in request.stretches
         ]
@@ -182,6 +183,7 @@ class RequestSpool:
         request.places.append(len(self._stretches))
         self._stretches.append((request.number, stretch))
         request.stretches.append(stretch)
+        request.end = max(request.end, stretch.first + stretch.rows)
 
     def _narrow(self, where: str, first_row: int, ids: np.ndarray) -> np.ndarray:
         """The ids in the dtype of a trace, with its mark for absent."""
