@@ -20,6 +20,7 @@ _SAMPLED = 8  # ids of a row that find it again; then all are compared
 Stored = Callable[["Stretch", int, int], np.ndarray]
 # Ids of the rows of an answer that an index selects.
 Ids = Callable[[slice | np.ndarray], np.ndarray]
+_PRIMES = np.array([1, 65537, 1000003, 15485863, 179424673, 2038074743, 32416190071, 99999999977], np.uint64)
 
 
 class Stretch(NamedTuple):
@@ -40,7 +41,7 @@ class Request:
         self.places: list[int] = []  # of the stretches among all
         self.prompt: int | None = None  # of the last turn
         self.end = 0  # the position after the last row
-        self.key: tuple[int, bytes] | None = None  # by which its next turn finds it
+        self.key: tuple[int, int | bytes] | None = None  # by which its next turn finds it
 
 
 class Conversations:
@@ -54,8 +55,8 @@ class Conversations:
     def __init__(self, absent: int, stored: Stored) -> None:
         self._absent, self._stored = absent, stored
         self._of_id: dict[tuple[str, int], Request] = {}
-        self._of_tokens: dict[tuple[int, bytes], Request] = {}
-        self._of_rows: dict[tuple[int, bytes], Request] = {}
+        self._of_tokens: dict[tuple[int, int | bytes], Request] = {}
+        self._of_rows: dict[tuple[int, int | bytes], Request] = {}
         self._lengths: tuple[list[int], list[int]] = ([], [])  # of the keys of tokens, of rows; they increase
 
     def of_id(self, told: Told) -> Request | None:
@@ -76,12 +77,10 @@ class Conversations:
         lengths = self._lengths[1][: bisect_left(self._lengths[1], min(told.prompt, rows))]
         if not lengths:
             return None
-        last = _sampled(ids(np.array(lengths) - 1))
-        for length, key in zip(reversed(lengths), reversed(last), strict=True):
-            request = self._of_rows.get((length, key))
-            if request and self._alike(request, first, ids, rows, 1):
-                return request
-        return None
+        last = zip(lengths, _mixed(ids(np.array(lengths) - 1)), strict=True)
+        found = sorted((self._of_rows.keys() & set(last)), reverse=True)
+        requests = (self._of_rows[key] for key in found)
+        return next((request for request in requests if self._alike(request, first, ids, rows, 1)), None)
 
     def _alike(self, request: Request, first: int, ids: Ids, rows: int, share: float) -> bool:
         """Whether an answer repeats the rows of a request where both have some; its output decides if it is there."""
@@ -121,7 +120,7 @@ class Conversations:
             self._of_tokens[request.key] = request
         elif length >= _FEWEST_ROWS and request.stretches[0].first == 0:
             _add(self._lengths[1], length)
-            request.key = (length, _sampled(last_row[None])[0])
+            request.key = (length, _mixed(last_row[None])[0])
             self._of_rows[request.key] = request
 
 
@@ -140,6 +139,8 @@ def _prefixes(tokens: Sequence[int], lengths: list[int]) -> Iterator[tuple[int, 
         yield length, digest.digest()
 
 
-def _sampled(rows: np.ndarray) -> list[bytes]:
+def _mixed(rows: np.ndarray) -> list[int]:
+    """A number a row, of some of its ids."""
     flat = rows.reshape(len(rows), -1)
-    return [row.tobytes() for row in flat[:, :: -(-flat.shape[1] // _SAMPLED)]]
+    some = flat[:, :: -(-flat.shape[1] // _SAMPLED)].astype(np.uint64)
+    return (some @ _PRIMES[: some.shape[1]]).tolist()
