@@ -154,8 +154,7 @@ def _outline(path: Path, hints: Hints) -> _RankRecords:
     number = left_out = 0
     runs = _Runs(path)
     for _, records in json_lines(path, _Outline, half(hints)):
-        padded: dict[int, int] = {}  # of the records of decoder blocks that hold -1
-        decoders = 0
+        padded: dict[int, int] = {}  # by number, of the records that hold a -1
         for record in records:
             number += 1
             raw = bytes(record.top_indices)
@@ -167,14 +166,16 @@ def _outline(path: Path, hints: Hints) -> _RankRecords:
                 digest.update(b"%d %d " % (record.step, record.layer) + raw)
                 seen.add((record.rank, record.topk))
                 if b"-" in raw:
-                    padded[decoders] = _padding(raw)
-                decoders += 1
+                    padded[number] = _padding(raw)
         mine = [(r.step, r.layer, r.num_tokens) for r in records if r.block == "decoder"]
         left_out += len(records) - len(mine)
         if len(seen) > 1:
             raise MoetraceError(f"{path}: records up to {number} differ in rank or topk.")
         padding = np.zeros(len(mine), np.int64)
-        padding[list(padded)] = list(padded.values())
+        if padded:
+            first = number - len(records) + 1
+            numbers = [at for at, record in enumerate(records, first) if record.block == "decoder"]
+            padding[:] = [padded.get(at, 0) for at in numbers]
         runs.add(np.array(mine, np.int64).reshape(-1, 3), padding, number)
     rank, top_k = next(iter(seen), (0, 0))
     if not 0 <= rank < 2**31:
@@ -216,11 +217,14 @@ class _Runs:
             self._step = int(step[-1])
             self._count[:] = 0
         self._count += np.bincount(layer[step == self._step], minlength=MAX_LAYERS).astype(np.int32)
-        table = np.stack([step, batch, tokens, padding])
-        starts = np.r_[0, np.flatnonzero((np.diff(table) != 0).any(axis=0)) + 1]
+        table = np.stack([step, batch, tokens])
+        begins = (np.diff(table) != 0).any(axis=0)
+        if padding.any():
+            begins |= np.diff(padding) != 0
+        starts = np.r_[0, np.flatnonzero(begins) + 1]
         sizes = np.diff(np.r_[starts, len(records)])
         self._layers.append(layer.astype(np.uint16))
-        self._runs.append(np.stack([sizes, *table[:, starts]]).astype(np.int32))
+        self._runs.append(np.stack([sizes, *table[:, starts], padding[starts]]).astype(np.int32))
 
     def joined(self) -> tuple[np.ndarray, ...]:
         """Layers of all records; records, step, micro-batch, tokens and padding of all runs."""
