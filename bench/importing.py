@@ -83,8 +83,14 @@ def vllm_json(folder: Path, megabytes: int) -> Case:
 
     line = json.dumps(response([ids_of(1000)], 800)) + "\n"
     path = folder / "a.jsonl"
-    path.write_text(line * max(1, megabytes * 1_000_000 // len(line)))
+    path.write_text(with_ids(line, '"cmpl-1"', megabytes))
     return Case([path], {"num_experts": EXPERTS}, "text")
+
+
+def with_ids(line: str, name: str, megabytes: int) -> str:
+    """The line over and over, each time with another id: the same answer again would be left out."""
+    times = max(1, megabytes * 1_000_000 // len(line))
+    return "".join(line.replace(name, f'"{number}"', 1) for number in range(times))
 
 
 def sglang_request(folder: Path, megabytes: int) -> Case:
@@ -92,7 +98,7 @@ def sglang_request(folder: Path, megabytes: int) -> Case:
 
     line = json.dumps(generated(ids_of(1000), 800)) + "\n"
     path = folder / "a.jsonl"
-    path.write_text(line * max(1, megabytes * 1_000_000 // len(line)))
+    path.write_text(with_ids(line, '"a"', megabytes))
     return Case([path], {"num_experts": EXPERTS, "top_k": TOP_K}, "text")
 
 

@@ -31,6 +31,11 @@ class Hints(NamedTuple):
         scratch: Folder for temporary files. By default the system's own.
         from_model: Which of the above are of the user's model, and not said by the user.
         reading: A function that gets the number of bytes read of the sources since its last call.
+        note: A function that gets a sentence about what was left out, joined or taken for padding.
+        strict: Whether a record that can't be used refuses its source. By default it is left out and counted.
+        keep_cached: Whether rows that no forward pass computed stay. By default they are left out and counted.
+        absent_from: Ids from this one on carry no expert. By default none.
+        absent_ids: Further ids that carry no expert.
 
     Examples:
         >>> import moetrace as mt
@@ -44,6 +49,11 @@ class Hints(NamedTuple):
     scratch: Path | None = None  # folder for temporary files; None: the system's own
     from_model: tuple[str, ...] = ()  # which of the above are of the user's model, and not said by himself
     reading: Callable[[int], object] = lambda _: None  # is told of bytes of the sources, as they are read
+    note: Callable[[str], object] = lambda _: None
+    strict: bool = False
+    keep_cached: bool = False
+    absent_from: int | None = None
+    absent_ids: tuple[int, ...] = ()
 
     def need(self, what: str, source: Path) -> int:
         """The hint of a name, which the source at hand does not know.

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 
 from moetrace.importers.captured import Capture, Counts, Hints
 from moetrace.importers.formats import read_captures
+from moetrace.importers.reading.placeholders import Placeholders
 from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import keep_inputs, real_path
@@ -110,7 +112,7 @@ def import_traces(
         "num_experts": first.num_experts,
         "top_k": first.top_k,
         "layers": layers,
-        "source": _source([_facts(capture) for capture in captures], decode_after),
+        "source": _source([_facts(capture) for capture in captures], decode_after) | _said(hints),
         "layer_index": first.layer_index,
         "compress": compress,
     }
@@ -133,6 +135,14 @@ def _hints(hints: Hints, model: str | None, path: Path) -> Hints:
     return hints._replace(scratch=folder if folder.is_dir() else None)
 
 
+def _said(hints: Hints) -> dict[str, Any]:
+    """What `source` says of the user's wishes that change rows or choices."""
+    said: dict[str, Any] = {"cached_rows": "kept"} if hints.keep_cached else {}
+    if hints.absent_from is not None:
+        said["absent_from"] = hints.absent_from
+    return said | ({"absent_ids": list(hints.absent_ids)} if hints.absent_ids else {})
+
+
 def _where(capture: Capture | Counts) -> str:
     return str(capture.sources[0])
 
@@ -148,7 +158,10 @@ def _checked(capture: Capture | Counts, hints: Hints) -> Capture | Counts:
         if said not in (None, found) and name not in hints.from_model:
             raise UsageError(f"{where} has {found} experts a {what}, but {option} says {said}.")
     layer_index = as_dtype(f"{where}: layer_index", capture.layer_index, np.dtype("<u2"))
+    absent = hints.absent_from is not None or hints.absent_ids
     if isinstance(capture, Counts):
+        if absent:
+            raise UsageError(f"{where} holds counts alone, of which no id can be absent: do without --absent.")
         check_layers(where, layer_index, None, capture.num_experts)
         return capture._replace(layer_index=layer_index)
     expert_bytes = capture.expert_bytes
@@ -158,7 +171,11 @@ def _checked(capture: Capture | Counts, hints: Hints) -> Capture | Counts:
     position = as_dtype(f"{where}: position", capture.position, np.dtype("<i4"))
     if position.min(initial=0) < 0:
         raise MoetraceError(f"{where}: position of row {int(np.argmin(position))} is negative.")
-    return capture._replace(layer_index=layer_index, expert_bytes=expert_bytes, position=position)
+    parts = capture.parts
+    if absent:  # ids beyond the experts are absent already
+        marks = Placeholders(capture.num_experts, hints, marks=True)
+        parts = lambda: ({**part, "experts": marks.narrow(part["experts"])} for part in capture.parts())  # noqa: E731
+    return capture._replace(layer_index=layer_index, expert_bytes=expert_bytes, position=position, parts=parts)
 
 
 def _check_alike(first: Capture | Counts, other: Capture | Counts) -> None:
@@ -215,7 +232,7 @@ def _append(writer: Writer, capture: Capture, rows: _TraceRows, mixed: bool, wri
             name: as_dtype(f"{where}: {name}", array, row_dtype(name, capture.num_experts))
             for name, array in part.items()
         }
-        check_ids(where, read, part["experts"], capture.num_experts)
+        _check_ids(where, read, part["experts"], capture.num_experts)
         read += len(part["experts"])
         held.append(part)
         stop = int(np.searchsorted(ends, read, side="right"))
@@ -239,6 +256,20 @@ def _append(writer: Writer, capture: Capture, rows: _TraceRows, mixed: bool, wri
         )
         writing(end - done)
         done, step = end, stop
+
+
+def _check_ids(where: str, first_row: int, experts: np.ndarray, num_experts: int) -> None:
+    """`check_ids`, with what to do about a placeholder that is an expert's id as well."""
+    try:
+        check_ids(where, first_row, experts, num_experts)
+    except MoetraceError as error:
+        found = re.search(r"chooses expert (\d+) more than once\.$", str(error))
+        if not found:
+            raise
+        raise MoetraceError(
+            f"{str(error)[:-1]}: if that id stands for no expert there, give --absent {found[1]}, which makes all of "
+            f"them absent."
+        ) from None
 
 
 def _tables(

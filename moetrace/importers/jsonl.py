@@ -21,16 +21,17 @@ import msgspec
 import numpy as np
 
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints, Part
+from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.request_spool import UNKNOWN_PHASE
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.text import json_lines
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import BLOCK_BYTES, MAX_EXPERTS, PREFILL, absent_id, check_sizes, expert_dtype
 
 MAX_LAYERS = 256  # each has temporary files of its own
 CHUNK_BYTES = 4 << 20  # its records take about five times as much as Python objects
 Number = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
-Id = Annotated[int, msgspec.Meta(ge=-1, lt=MAX_EXPERTS)]
+Id = Annotated[int, msgspec.Meta(ge=-1, le=MAX_EXPERTS)]
 
 
 class RouteHeader(msgspec.Struct, tag="meta"):
@@ -47,7 +48,7 @@ class Route(msgspec.Struct, tag="route", gc=False):
     token_idx: Number
     layer: Annotated[int, msgspec.Meta(ge=0, lt=65535)]
     topk_ids: list[Id]
-    topk_weights: list[float] | None = None
+    topk_weights: list[float | None] | None = None  # null is how JSON says NaN
     req_id: str | int = ""
 
 
@@ -78,13 +79,17 @@ class _Log:
         self._path, self._hints = path, hints
         self._meta = RouteHeader()
         self._num_experts = self._top_k = 0
+        self._shape = (0, -1)  # ids of a route, and weights, -1 for none
         self._optional: tuple[str, ...] = ()
         self._layers: dict[int, Spool] = {}  # the first is the one whose routes say what each row is
         self._requests: dict[str | int, int] = {}
         self._request, self._token = _Growing(), _Growing()  # of each row
         self._runs_on, self._last = True, -1  # token_idx of all lines, whatever their layer, only counts up
+        self._unknown_gates = self._odd_routes = 0
+        self._cut_line = ""  # what is wrong with the last line
+        self._odd: MoetraceError | None = None  # of the first odd route
         self._routes = 0  # before those that are being added
-        for _, records in json_lines(path, _LINE, hints.reading, CHUNK_BYTES):
+        for _, records in json_lines(path, _LINE, hints.reading, CHUNK_BYTES, cut=self._cut):
             for record in records:
                 if isinstance(record, RouteHeader):
                     self._meta = record
@@ -92,6 +97,11 @@ class _Log:
             if routes:
                 self._add(routes)
                 self._routes += len(routes)
+
+    def _cut(self, sentence: str) -> None:
+        if self._hints.strict:
+            raise MoetraceError(sentence)
+        self._cut_line = sentence
 
     def _add(self, routes: list[Route]) -> None:
         if not self._layers:
@@ -116,30 +126,54 @@ class _Log:
     def _begin(self, route: Route) -> None:
         self._num_experts = self._meta.num_experts or self._hints.need("num_experts", self._path)
         self._top_k = len(route.topk_ids)
+        self._shape = (self._top_k, -1 if route.topk_weights is None else self._top_k)
         self._optional = () if route.topk_weights is None else ("gates",)
         check_sizes(str(self._path), self._num_experts, self._top_k, 1, 1, 1)
+        self._placeholders = Placeholders(self._num_experts, self._hints)
+        if route.topk_weights is not None and len(route.topk_weights) != self._top_k:
+            raise self._wrong(0, f"has {len(route.topk_weights)} weights for {self._top_k} ids")
 
     def _choices(self, routes: list[Route]) -> tuple[np.ndarray, np.ndarray | None]:
         """Ids and weights [routes, top_k] in the dtypes of a trace."""
-        for number, route in enumerate(routes):
-            ids, weights = len(route.topk_ids), route.topk_weights
-            if ids != self._top_k or (weights is None) != (not self._optional):
-                raise self._wrong(number, f"has {ids} ids and {'no ' * (weights is None)}weights, unlike the first")
-            if weights is not None and len(weights) != ids:
-                raise self._wrong(number, f"has {len(weights)} weights for {ids} ids")
+        self._leave_out_odd(routes)
         shape, size = (len(routes), self._top_k), len(routes) * self._top_k
         ids = np.fromiter(chain.from_iterable(r.topk_ids for r in routes), np.int32, size).reshape(shape)
-        if ids.max() >= self._num_experts:
-            number = int(np.argmax(ids.max(axis=1)))
-            raise self._wrong(number, f"has the id {ids[number].max()}, but there are {self._num_experts} experts")
+        ids, negative, wrong = self._placeholders.checked(ids)
+        if wrong is not None:
+            number, expert = wrong[0], int(ids[wrong])
+            advised = advice(expert, self._num_experts)
+            raise self._wrong(number, f"has the id {expert}, but there are {self._num_experts} experts{advised}")
         narrow = ids.astype(expert_dtype(self._num_experts))
-        narrow[ids < 0] = absent_id(self._num_experts)
+        if negative:
+            narrow[ids < 0] = absent_id(self._num_experts)
         if not self._optional:
             return narrow, None
         gates = np.fromiter(chain.from_iterable(r.topk_weights or () for r in routes), np.float64, size).reshape(shape)
-        if (beyond := ~(np.abs(gates) <= MAX_WEIGHT).all(axis=1)).any():
+        if np.isnan(gates.sum()):  # null, as which NaN was read
+            unknown = np.isnan(gates)
+            if self._hints.strict:
+                raise self._wrong(int(unknown.any(axis=1).argmax()), "has a weight that is no number")
+            self._unknown_gates += int(unknown.sum())
+        if (beyond := (np.abs(gates) > MAX_WEIGHT).any(axis=1)).any():
             raise self._wrong(int(np.argmax(beyond)), f"has a weight beyond {MAX_WEIGHT:g}")
         return narrow, gates.astype(np.float16)
+
+    def _leave_out_odd(self, routes: list[Route]) -> None:
+        """Make routes of another shape than the first absent: their tokens and layers must still be counted."""
+        if {(len(r.topk_ids), -1 if r.topk_weights is None else len(r.topk_weights)) for r in routes} == {self._shape}:
+            return
+        for number, route in enumerate(routes):
+            ids, weights = len(route.topk_ids), route.topk_weights
+            if (ids, -1 if weights is None else len(weights)) == self._shape:
+                continue
+            what = f"has {ids} ids and {'no' if weights is None else len(weights)} weights, unlike the first"
+            self._odd = self._odd or self._wrong(number, what)
+            self._odd_routes += 1
+            if self._hints.strict:
+                raise self._odd
+            route.topk_ids = [-1] * self._top_k
+            none: list[float | None] = [0.0] * self._top_k
+            route.topk_weights = none if self._optional else None
 
     def _append(self, index: int, at: np.ndarray, request: np.ndarray, token: np.ndarray, arrays: Part) -> None:
         """Append routes of one layer, `at` among those being added, if they are of the first layer's tokens."""
@@ -164,6 +198,21 @@ class _Log:
     def _wrong(self, number: int, what: str) -> MoetraceError:
         return MoetraceError(f"{self._path}: route {self._routes + number} (from 0) {what}.")
 
+    def _told(self) -> dict[str, Any]:
+        """What `source` says of routes that are absent and of weights that are not known; notes say it too."""
+        facts, note = self._placeholders.told(str(self._path)), self._hints.note
+        if self._odd:
+            facts["absent_routes_of_another_shape"] = self._odd_routes
+            routes = counted(self._odd_routes, "route")
+            note(f"{self._path}: {routes} of another shape are absent, the first because {self._odd}")
+        if self._cut_line:
+            facts["left_out_cut_lines"] = 1
+            note(f"{self._path}: left out a last line that was cut: {self._cut_line}")
+        if self._unknown_gates:
+            facts["unknown_weights"] = self._unknown_gates
+            note(f"{self._path}: {counted(self._unknown_gates, 'weight')} of NaN left unknown in the trace.")
+        return facts
+
     def capture(self) -> Capture:
         if not self._layers:
             raise MoetraceError(f"{self._path} has no lines of routing.")
@@ -172,6 +221,8 @@ class _Log:
             raise MoetraceError(
                 f"{self._path}: {self._routes} routes are too few for {rows} tokens in {len(self._layers)} layers."
             )
+        if self._odd and self._odd_routes * 2 >= self._routes:
+            raise self._odd
         for spool in self._layers.values():
             spool.grow(rows)
         layers = np.array(sorted(self._layers))
@@ -179,6 +230,7 @@ class _Log:
         facts: dict[str, Any] = {"format": "jsonl", "engine": "vLLM", "phase": UNKNOWN_PHASE}
         if self._meta.vllm_version:
             facts["version"] = self._meta.vllm_version[:100]
+        facts |= self._told()
         order = np.argsort(request, kind="stable")
         same = request[order][1:] == request[order][:-1]
         counts_on = bool((np.diff(token[order])[same] > 0).all())

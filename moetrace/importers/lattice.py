@@ -9,6 +9,7 @@ time, so each token is a step of its own. Which of them were prompt is not recor
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -47,7 +48,8 @@ def _read(path: Path, hints: Hints) -> Capture:
     layer_index, first = _layers(path, hints), next(iter(_first(path)))
     top_k = len(first.selected_ids)
     passes = Passes(path, hints, (num_experts, top_k), layer_index, ("gates",))
-    records = json_lines(path, _Choice, half(hints))
+    cut: list[str] = []
+    records = json_lines(path, _Choice, half(hints), cut=cut.append)
     positions: list[np.ndarray] = []
     last = -1  # position of the token before
     count = 0
@@ -63,19 +65,24 @@ def _read(path: Path, hints: Hints) -> Capture:
         passes.add(PassBlock(lambda i, at=number: at + i, ones, row, lines["layer"], ids, phase, begins, gates))
         positions.append(position)
         count += row.size
-    facts = {"format": "lattice", "engine": "lattice", "phases": "not recorded: all decode"}
+    facts: dict[str, Any] = {"format": "lattice", "engine": "lattice", "phases": "not recorded: all decode"}
+    if cut and hints.strict:
+        raise MoetraceError(cut[0])
+    if cut:
+        facts["left_out_cut_lines"] = 1
+        hints.note(f"{path}: left out a last line that was cut: {cut[0]}")
     return passes.capture(facts)._replace(position=np.concatenate(positions))
 
 
 def _first(path: Path) -> Iterator[_Choice]:
-    for _, records in json_lines(path, _Choice, abs, chunk_bytes=1 << 16):
+    for _, records in json_lines(path, _Choice, abs, chunk_bytes=1 << 16, cut=len):
         yield from records[:1]
 
 
 def _layers(path: Path, hints: Hints) -> np.ndarray:
     """The layers uint16 [layers] that records name."""
     seen: set[int] = set()
-    for _, records in json_lines(path, _Layer, half(hints)):
+    for _, records in json_lines(path, _Layer, half(hints), cut=len):
         seen.update(record.layer_idx for record in records)
     if not seen:
         raise MoetraceError(f"{path} has no records.")

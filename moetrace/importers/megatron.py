@@ -7,6 +7,8 @@ Blocks of multi-token prediction are left out. The n-th record of a layer in a s
 Ranks that name the same layers hold different tokens (data or sequence parallel), which follow one another in the order
 of ranks; a rank whose records equal those of another (tensor parallel) is a copy and left out. Ranks that name other
 layers are pipeline stages: the first of each stage belong together, and so on. A micro-batch of all ranks is one step.
+Tokens at the end of a micro-batch that are -1 in all layers are padding, and left out.
+Answers of the inference server are read by `megatron_answers`.
 Neither requests nor phases are recorded: a rank's tokens of a step are the prefill of a request of their own, or, if it
 is one token, the decode that continues the request before. The number of experts is not said.
 """
@@ -20,11 +22,14 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from moetrace.importers.captured import SPARSEST, Capture, Hints
+from moetrace.importers.captured import FIRST_BYTES, SPARSEST, Capture, Hints
+from moetrace.importers.megatron_answers import KEY, read_answers
 from moetrace.importers.reading.passes import half
+from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
-from moetrace.importers.reading.text import json_lines
-from moetrace.spec.errors import MoetraceError
+from moetrace.importers.reading.text import first_bytes, json_lines
+from moetrace.importers.vllm import without_event
+from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import DECODE, MAX_LAYERS, PREFILL, check_sizes
 
 _KEYS = (b'"step"', b'"layer"', b'"num_tokens"', b'"topk"', b'"top_indices"')
@@ -60,19 +65,31 @@ class _RankRecords(NamedTuple):
     step: np.ndarray  # int32 [runs]
     batch: np.ndarray  # int32 [runs]: number of the micro-batch within the step
     tokens: np.ndarray  # int32 [runs]: of each record
+    padding: np.ndarray  # int32 [runs]: how many of them, the last ones, are -1 in every slot
     top_k: int
     digest: bytes
     left_out: int  # records of mtp blocks
 
 
 def recognize(first: bytes, name: str) -> bool:
-    """Whether a file that begins with these bytes has such records."""
+    """Whether a file that begins with these bytes has such records, or answers of the inference server."""
+    if _is_answers(first):
+        return True
     line = first.split(b"\n", 1)[0].lstrip()
     return line.startswith(b"{") and all(key in line for key in _KEYS)
 
 
+def _is_answers(first: bytes) -> bool:
+    return KEY in first and without_event(first).startswith((b"{", b"["))
+
+
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
-    """A capture of all ranks a folder."""
+    """A capture of all ranks a folder; one of all answers, if the sources are such."""
+    answers = [path for path in sources if _is_answers(first_bytes(path, FIRST_BYTES))]
+    if answers:
+        if len(answers) < len(sources):
+            raise MoetraceError(f"{answers[0]} holds answers of the server, but others do not: import them apart.")
+        return [read_answers(sources, hints)]
     folders: dict[Path, list[Path]] = {}
     for path in sources:
         folders.setdefault(path.parent, []).append(path)
@@ -99,12 +116,18 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
         raise MoetraceError(f"{kept[0].path}: records are too few for {table.rows} tokens in all layers.")
     spool = Spool(hints, num_experts, layer_index.size, kept[0].top_k)
     spool.grow(table.rows)
-    for rank, first in zip(kept, table.first_rows, strict=True):
-        _fill(spool, rank, np.searchsorted(layer_index, rank.layer).astype(np.uint16), first, num_experts, hints)
+    placeholders = Placeholders(num_experts, hints)
+    for rank, *rows in zip(kept, table.first_rows, table.kept, strict=True):
+        entry = np.searchsorted(layer_index, rank.layer).astype(np.uint16)
+        _fill(spool, rank, entry, rows, placeholders, hints)
     facts: dict[str, Any] = {"format": "megatron", "engine": "Megatron-LM", "ranks": len(kept)}
     facts["requests"] = "not recorded: the tokens of a rank and step are one, a single token continues it"
     if left_out := sum(rank.left_out for rank in ranks):
         facts["left_out_mtp_records"] = left_out
+    if table.padding:
+        facts["left_out_padding_rows"] = table.padding
+        hints.note(f"{paths[0]}: left out {counted(table.padding, 'row')} of padding (-1 in every slot).")
+    facts |= placeholders.told(str(paths[0]))
     if len(kept) < len(ranks):
         facts["left_out_ranks_that_are_copies"] = [rank.rank for rank in ranks if rank not in kept]
     return Capture(
@@ -131,6 +154,7 @@ def _outline(path: Path, hints: Hints) -> _RankRecords:
     number = left_out = 0
     runs = _Runs(path)
     for _, records in json_lines(path, _Outline, half(hints)):
+        padded: dict[int, int] = {}  # by number, of the records that hold a -1
         for record in records:
             number += 1
             raw = bytes(record.top_indices)
@@ -141,15 +165,32 @@ def _outline(path: Path, hints: Hints) -> _RankRecords:
             if record.block == "decoder":
                 digest.update(b"%d %d " % (record.step, record.layer) + raw)
                 seen.add((record.rank, record.topk))
+                if b"-" in raw:
+                    padded[number] = _padding(raw)
         mine = [(r.step, r.layer, r.num_tokens) for r in records if r.block == "decoder"]
         left_out += len(records) - len(mine)
         if len(seen) > 1:
             raise MoetraceError(f"{path}: records up to {number} differ in rank or topk.")
-        runs.add(np.array(mine, np.int64).reshape(-1, 3), number)
+        padding = np.zeros(len(mine), np.int64)
+        if padded:
+            first = number - len(records) + 1
+            numbers = [at for at, record in enumerate(records, first) if record.block == "decoder"]
+            padding[:] = [padded.get(at, 0) for at in numbers]
+        runs.add(np.array(mine, np.int64).reshape(-1, 3), padding, number)
     rank, top_k = next(iter(seen), (0, 0))
     if not 0 <= rank < 2**31:
         raise MoetraceError(f"{path} is of rank {rank}.")
-    return _RankRecords(path, rank, *runs.joined(), top_k, digest.digest(), left_out)
+    layers, sizes, steps, batches, tokens, padding = runs.joined()
+    return _RankRecords(path, rank, layers, sizes, steps, batches, tokens, padding, top_k, digest.digest(), left_out)
+
+
+def _padding(raw: bytes) -> int:
+    """How many of the last tokens have -1 in every slot, as a CUDA graph pads a batch."""
+    try:
+        rows = msgspec.json.decode(raw, type=list[list[int]])
+    except (msgspec.MsgspecError, RecursionError):
+        return 0  # the second reading refuses it
+    return next((number for number, row in enumerate(reversed(rows)) if set(row) != {-1}), len(rows))
 
 
 class _Runs:
@@ -162,8 +203,8 @@ class _Runs:
         self._layers: list[np.ndarray] = []
         self._runs: list[np.ndarray] = []
 
-    def add(self, records: np.ndarray, number: int) -> None:
-        """Add records int64 [n, (step, layer, tokens)]; `number` is that of the last one in the file."""
+    def add(self, records: np.ndarray, padding: np.ndarray, number: int) -> None:
+        """Add records int64 [n, (step, layer, tokens)], their padding int64 [n]; `number` is that of the last one."""
         if not len(records):
             return
         step, layer, tokens = records.T
@@ -177,16 +218,18 @@ class _Runs:
             self._count[:] = 0
         self._count += np.bincount(layer[step == self._step], minlength=MAX_LAYERS).astype(np.int32)
         table = np.stack([step, batch, tokens])
-        starts = np.r_[0, np.flatnonzero((np.diff(table) != 0).any(axis=0)) + 1]
+        begins = (np.diff(table) != 0).any(axis=0)
+        if padding.any():
+            begins |= np.diff(padding) != 0
+        starts = np.r_[0, np.flatnonzero(begins) + 1]
         sizes = np.diff(np.r_[starts, len(records)])
         self._layers.append(layer.astype(np.uint16))
-        self._runs.append(np.stack([sizes, *table[:, starts]]).astype(np.int32))
+        self._runs.append(np.stack([sizes, *table[:, starts], padding[starts]]).astype(np.int32))
 
-    def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Layers of all records; records, step, micro-batch and tokens of all runs."""
+    def joined(self) -> tuple[np.ndarray, ...]:
+        """Layers of all records; records, step, micro-batch, tokens and padding of all runs."""
         layers = np.concatenate([np.zeros(0, np.uint16), *self._layers])
-        sizes, step, batch, tokens = np.concatenate([np.zeros((4, 0), np.int32), *self._runs], axis=1)
-        return layers, sizes, step, batch, tokens
+        return layers, *np.concatenate([np.zeros((5, 0), np.int32), *self._runs], axis=1)
 
 
 def _nth(step: np.ndarray, layer: np.ndarray) -> np.ndarray:
@@ -221,9 +264,9 @@ class _Batches:
 
     def __init__(self, ranks: list[_RankRecords], column: list[int]) -> None:
         sizes = [rank.step.size for rank in ranks]
-        step, nth, tokens = (
+        step, nth, tokens, padding = (
             np.concatenate([getattr(rank, name) for rank in ranks]).astype(np.int64)
-            for name in ("step", "batch", "tokens")
+            for name in ("step", "batch", "tokens", "padding")
         )
         named, (_, step) = step, np.unique(step, return_inverse=True)
         width, deep = max(column) + 1, int(nth.max()) + 1
@@ -241,11 +284,16 @@ class _Batches:
                 f"{rank.path}: a layer of step {named[at]} has {tokens[at]} tokens, but "
                 f"another one in the same micro-batch has {size[batch][at]}."
             )
+        # A token is padding if it is in every layer: a router may drop one of a layer.
+        padded = size.copy()
+        np.minimum.at(padded, batch, padding)
+        self.padding, size = int(padded.sum()), size - padded
         self.rows = int(size.sum())
         if not 0 < self.rows < 2**31:
             raise MoetraceError(f"{ranks[0].path}: there are {self.rows} tokens, but must be 1 to {2**31 - 1}.")
         starts = np.cumsum(size) - size
         self.first_rows = np.split(starts[batch], np.cumsum(sizes)[:-1])
+        self.kept = np.split(size[batch], np.cumsum(sizes)[:-1])  # tokens that are no padding
         _, forward = np.unique(key // width, return_inverse=True)
         step_rows = np.bincount(forward, weights=size).astype(np.int64)
         self.step_rows = step_rows[step_rows > 0]
@@ -268,9 +316,16 @@ def _requests(column: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _fill(
-    spool: Spool, rank: _RankRecords, entry: np.ndarray, first: np.ndarray, num_experts: int, hints: Hints
+    spool: Spool,
+    rank: _RankRecords,
+    entry: np.ndarray,
+    rows: Sequence[np.ndarray],
+    placeholders: Placeholders,
+    hints: Hints,
 ) -> None:
-    """Read a file again and put its ids at their rows."""
+    """Read a file again and put its ids at their rows; `rows` are of each run the first, and how many to keep."""
+    first, kept = rows
+    padded = bool((kept < rank.tokens).any())
     done, number = 0, 0
     ends = np.cumsum(rank.records)
     for _, found in json_lines(rank.path, _Record, half(hints)):
@@ -284,23 +339,30 @@ def _fill(
         run = np.searchsorted(ends, np.arange(done, done + len(records)), side="right")
         layers = entry[done : done + len(records)]
         done += len(records)
-        ids = _flat(rank, records, num_experts, number - len(found))
+        ids = _flat(rank, records, placeholders, number - len(found))
         size = rank.tokens[run].astype(np.int64)
-        row = np.arange(len(ids)) + np.repeat(first[run] - (np.cumsum(size) - size), size)
-        spool.put(row, np.repeat(layers, size), experts=ids)
+        starts = np.cumsum(size) - size
+        row = np.arange(len(ids)) + np.repeat(first[run] - starts, size)
+        layers = np.repeat(layers, size)
+        if padded:
+            real = np.arange(len(ids)) < np.repeat(starts + kept[run], size)
+            row, layers, ids = row[real], layers[real], ids[real]
+        spool.put(row, layers, experts=ids)
 
 
-def _flat(rank: _RankRecords, records: list[_Record], num_experts: int, before: int) -> np.ndarray:
-    """The ids [tokens, top_k] of some records."""
+def _flat(rank: _RankRecords, records: list[_Record], placeholders: Placeholders, before: int) -> np.ndarray:
+    """The ids [tokens, top_k] of some records, with the mark of a trace for absent."""
     rows: Iterator[list[int]] = chain.from_iterable(record.top_indices for record in records)
     count = sum(len(record.top_indices) for record in records)
     try:
         ids = np.fromiter(chain.from_iterable(rows), np.int64, count * rank.top_k).reshape(count, rank.top_k)
     except OverflowError:
-        ids = np.full((1, 1), -1)
-    if ids.size and (ids.min() < 0 or ids.max() >= num_experts):
+        ids = np.full((1, 1), -2)
+    ids, negative, wrong = placeholders.checked(ids)
+    if wrong is not None:
+        experts = placeholders.num_experts
         raise MoetraceError(
             f"{rank.path}: one of the records {before + 1} to {before + len(records)} holds an expert that is not 0 to "
-            f"{num_experts - 1}."
+            f"{experts - 1}{advice(int(ids[wrong]), experts)}."
         )
-    return ids
+    return np.where(ids < 0, placeholders.absent, ids) if negative else ids

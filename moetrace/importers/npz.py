@@ -18,6 +18,7 @@ import numpy as np
 
 from moetrace.importers.captured import Capture, Hints, Part
 from moetrace.importers.reading.npy import read_header
+from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import BLOCK_BYTES, absent_id, as_dtype, check_sizes, expert_dtype, plain_json, row_dtype
 
@@ -103,7 +104,7 @@ def _read(path: Path, hints: Hints) -> Capture:
         phase=phase.astype(np.uint8),
         optional=optional,
         facts={"format": "npz"} | {key: str(meta[key])[:300] for key in FACTS if key in meta},
-        parts=lambda: _parts(path, streamed, num_experts),
+        parts=lambda: _parts(path, streamed, num_experts, hints),
         sources=(path,),
         step_rows=step_rows,
     )
@@ -177,8 +178,9 @@ def _num_experts(path: Path, meta: dict[str, Any], ids: _Array) -> int:
     return num_experts
 
 
-def _parts(path: Path, streamed: dict[str, _Array], num_experts: int) -> Iterator[Part]:
+def _parts(path: Path, streamed: dict[str, _Array], num_experts: int, hints: Hints) -> Iterator[Part]:
     ids = streamed["experts"]
+    placeholders = Placeholders(num_experts, hints, marks=True)
     rows_at_once = max(1, BLOCK_BYTES // max(1, ids.shape[1] * ids.shape[2] * ids.dtype.itemsize))
     try:
         with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
@@ -188,21 +190,27 @@ def _parts(path: Path, streamed: dict[str, _Array], num_experts: int) -> Iterato
             for start in range(0, ids.shape[0], rows_at_once):
                 rows = min(rows_at_once, ids.shape[0] - start)
                 part = {name: _read_rows(file, streamed[name], rows) for name, file in files.items()}
-                part["experts"] = _narrow(path, start, part["experts"], num_experts)
+                part["experts"] = _narrow(path, start, part["experts"], num_experts, placeholders)
                 yield part
     except _UNREADABLE as error:
         raise MoetraceError(f"{path} can't be read as an npz archive: {str(error)[:200]}.") from error
 
 
-def _narrow(path: Path, first_row: int, ids: np.ndarray, num_experts: int) -> np.ndarray:
+def _narrow(path: Path, first_row: int, ids: np.ndarray, num_experts: int, placeholders: Placeholders) -> np.ndarray:
     """The same ids in the dtype of a trace file, with its mark for absent."""
     mark = np.iinfo(ids.dtype).max if ids.dtype.kind == "u" else -1
     absent = ids == mark
-    wrong = ~absent & ((ids < 0) | (ids >= num_experts))
-    if wrong.any():
-        row, layer, slot = (int(i) for i in np.argwhere(wrong)[0])
+    if mark > 0 and absent.any():
+        ids = np.where(absent, -1, ids.astype(np.int64))
+    ids, negative, wrong = placeholders.checked(ids)
+    if wrong is not None:
+        row, layer, slot = wrong
+        expert = int(ids[row, layer, slot])
         raise MoetraceError(
-            f"{path}: expert_ids of row {first_row + row}, layer entry {layer} holds {ids[row, layer, slot]}, "
-            f"but there are {num_experts} experts."
+            f"{path}: expert_ids of row {first_row + row}, layer entry {layer} holds {expert}, "
+            f"but there are {num_experts} experts{advice(expert, num_experts)}."
         )
-    return np.where(absent, absent_id(num_experts), ids).astype(expert_dtype(num_experts))
+    narrow = ids.astype(expert_dtype(num_experts))
+    if negative:
+        narrow[ids == -1] = absent_id(num_experts)
+    return narrow

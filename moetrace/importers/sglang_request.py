@@ -9,7 +9,7 @@ The text does not say its shape: top_k and experts come from --model or --expert
 numbers of tokens that `meta_info` or `usage` tell, or from the model, whose dense layers must then be the only zeros.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,12 @@ import msgspec
 import numpy as np
 
 from moetrace.importers.captured import FIRST_BYTES, Capture, Hints
-from moetrace.importers.reading.request_spool import RequestSpool
-from moetrace.importers.reading.responses import Meta, Response, from_base64, responses
+from moetrace.importers.reading.request_spool import NO_ROUTING, OTHER_SHAPE, UNREADABLE, RequestSpool
+from moetrace.importers.reading.responses import Choice, Meta, Response, Routed, from_base64, responses, told_of
 from moetrace.importers.reading.text import MAX_LINE_BYTES, first_bytes, text_of
+from moetrace.importers.reading.told import Told, shared_out
 from moetrace.importers.vllm import recognize as recognize_vllm
+from moetrace.importers.vllm import without_event
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import MAX_EXPERTS, MAX_LAYERS
 
@@ -28,18 +30,17 @@ _KEYS = (b'"meta_info"', b'"sgl_ext"', b'"sglext"', b'"routed_experts"')
 _BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
 
 
-class _Request(NamedTuple):
+class _Answer(NamedTuple):
     where: str
     ids: np.ndarray  # int32 [values]
-    prompt: int | None  # tokens
-    tokens: int | None  # of prompt and output
+    told: Told
 
 
 def recognize(first: bytes, name: str) -> bool:
     """Whether a file that begins with these bytes is such a response, or base64 of small int32."""
     if recognize_vllm(first, name):
         return False
-    start = first.lstrip()
+    start = without_event(first)
     if start.startswith((b"{", b"[")):
         return b"routed_experts" in first and any(key in first for key in _KEYS)
     text = start.rstrip() if len(first) < FIRST_BYTES else start[: len(start) // 16 * 16]
@@ -58,99 +59,122 @@ def recognize(first: bytes, name: str) -> bool:
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     """One capture of all requests, in the order of the sources."""
     top_k = hints.need("top_k", sources[0])
-    requests, planes, model, starts = RequestSpool(hints, sources[0]), 0, "", set()
+    requests, planes, model = RequestSpool(hints, sources[0]), 0, ""
     for path in sources:
-        for request, said in _requests(path, hints):
+        for answers, said in _answers(path, hints, requests):
             model = model or said
-            values = request.ids.size
-            planes = planes or _planes(request, top_k, hints)
-            rows = values // (planes * top_k)
-            if rows * planes * top_k != values:
-                raise MoetraceError(
-                    f"{request.where} holds {values} ids, which is no whole number of tokens of {planes} layers with "
-                    f"{top_k} experts each."
-                )
-            first = 0 if request.tokens is None else request.tokens - 1 - rows
-            if first < 0:
-                raise MoetraceError(
-                    f"{request.where} holds routing of {rows} tokens with {planes} layers, but says that there are "
-                    f"{request.tokens} tokens."
-                )
-            starts.add(first)
-            requests.add(request.where, request.ids.reshape(rows, planes, top_k), first, request.prompt)
+            planes = planes or _planes(answers[0], top_k, hints)
+            fitting: list[_Answer] = []
+            for answer in answers:
+                if answer.ids.size % (planes * top_k):
+                    what = (
+                        f"{answer.where} holds {answer.ids.size} ids, which is no whole number of tokens of {planes} "
+                        f"layers with {top_k} experts each."
+                    )
+                    requests.leave_out(OTHER_SHAPE, what)
+                else:
+                    fitting.append(answer)
+            if not fitting:
+                continue
+            rows = [answer.ids.size // (planes * top_k) for answer in fitting]
+            told = shared_out(fitting[0].where, rows, [answer.told for answer in fitting])
+            for answer, count, one in zip(fitting, rows, told, strict=True):
+                requests.add(answer.where, answer.ids.reshape(count, planes, top_k), one)
     facts: dict[str, Any] = {"format": "sglang-request", "engine": "SGLang", "batching": "not recorded"}
-    if starts - {0}:
-        facts["routed_experts_start_len"] = f"{min(starts)} to {max(starts)}, from the numbers of tokens"
     return [requests.capture(model, facts, sources)]
 
 
-def _requests(path: Path, hints: Hints):
-    """Yield each request of a file and the name of its model."""
-    if not first_bytes(path, 64).lstrip().startswith((b"{", b"[")):
+def _answers(path: Path, hints: Hints, requests: RequestSpool) -> Iterator[tuple[list[_Answer], str]]:
+    """Yield the answers of each response that have routing, one or more, and the name of its model."""
+    if not without_event(first_bytes(path, 4096)).startswith((b"{", b"[")):
         if path.stat().st_size > MAX_LINE_BYTES:
             raise MoetraceError(f"{path} is longer than {MAX_LINE_BYTES >> 20} MiB.")
         text = text_of(path)
         hints.reading(len(text))
-        yield _Request(str(path), _ids(str(path), text.strip()), None, None), ""
+        yield [_Answer(str(path), _ids(str(path), text.strip()), Told())], ""
         return
-    for where, response in responses(path, hints.reading):
-        for place, routed, counts in _routed(where, response):
-            prompt, output = counts
-            tokens = None if prompt is None or output is None else prompt + output
-            yield _Request(place, _ids(place, routed), prompt, tokens), response.model or ""
+    for where, response in responses(path, hints.reading, requests.unreadable):
+        answers: list[_Answer] = []
+        found = False
+        for place, routed, told in _routed(where, response):
+            found = True
+            try:
+                ids = _ids(place, routed)
+            except MoetraceError as error:
+                requests.leave_out(UNREADABLE, str(error))
+                continue
+            if ids.size:
+                answers.append(_Answer(place, ids, told))
+            else:
+                requests.leave_out(NO_ROUTING, f"{place}: routed_experts is 0 bytes, so it has no tokens.")
+        if answers:
+            yield answers, response.model or ""
+        told = told_of(response)
+        if not found and not told.chunk:
+            what = f"{where} has no routed_experts: it was aborted, or the request must say return_routed_experts."
+            requests.leave_out(NO_ROUTING, what)
+        elif not found:
+            requests.finish(told)
 
 
-def _routed(where: str, response: Response):
-    """Yield the texts of a response: where, text, (tokens of the prompt, of the output)."""
+def _routed(where: str, response: Response) -> Iterator[tuple[str, Routed, Told]]:
+    """Yield the texts of a response: where, text, what it says of its tokens."""
     found = False
     for number, choice in enumerate(response.choices or []):
-        for meta in (choice.meta_info, choice.sgl_ext, choice.sglext):
+        for meta in (choice.meta_info, choice.sgl_ext, choice.sglext, Meta(choice.routed_experts)):
             if meta and meta.routed_experts is not None:
                 found = True
-                yield f"{where}, choice {number}", meta.routed_experts, _tokens(meta, choice.meta_info)
+                told = told_of(response, msgspec.structs.replace(choice, meta_info=_with_tokens(meta, choice)), number)
+                yield f"{where}, choice {number}", meta.routed_experts, told
                 break
     if found:
         return
-    usage = msgspec.convert(msgspec.to_builtins(response.usage), Meta) if response.usage else None
     for meta in (response.meta_info, response.sgl_ext, response.sglext, Meta(response.routed_experts)):
         if meta and meta.routed_experts is not None:
-            yield where, meta.routed_experts, _tokens(meta, response.meta_info, usage)
+            counts = response if response.meta_info else msgspec.structs.replace(response, meta_info=meta)
+            yield where, meta.routed_experts, told_of(counts)
             return
-    raise MoetraceError(f"{where} has no routed_experts: ask for return_routed_experts.")
 
 
-def _tokens(*metas: Meta | None) -> tuple[int | None, int | None]:
-    """Tokens of the prompt and of the output, from the first that knows them."""
-    for meta in metas:
-        if meta and meta.prompt_tokens is not None:
-            return meta.prompt_tokens, meta.completion_tokens
-    return None, None
+def _with_tokens(meta: Meta, choice: Choice) -> Meta | None:
+    """The one of a choice's places that tells its tokens."""
+    return meta if meta.prompt_tokens is not None else choice.meta_info
 
 
-def _ids(where: str, routed: str | bytes | list) -> np.ndarray:
-    if isinstance(routed, list):
+def _ids(where: str, routed: Routed | bytes) -> np.ndarray:
+    if not isinstance(routed, str | bytes):
         raise MoetraceError(f"{where}: routed_experts is a list, not a base64 text.")
     data = from_base64(where, routed)
-    if not data or len(data) % 4:
+    if len(data) % 4:
         raise MoetraceError(f"{where}: routed_experts is {len(data)} bytes, which are no int32.")
     return np.frombuffer(data, "<i4")
 
 
-def _planes(request: _Request, top_k: int, hints: Hints) -> int:
-    """How many layers the ids of a request are of: the model's, with its dense layers, or what the tokens leave."""
-    values = request.ids.size
-    rows = None if request.tokens is None else request.tokens - 1
+def _planes(answer: _Answer, top_k: int, hints: Hints) -> int:
+    """How many layers the ids of an answer are of: the model's, with its dense layers, or what the tokens leave."""
+    values, told = answer.ids.size, answer.told
+    rows = None
+    if told.prompt is not None and told.output is not None:
+        rows = told.prompt + told.output - told.choices  # the last token is not routed
     if hints.layers is not None:
-        found = [n for n in range(hints.layers, 2 * hints.layers + 1) if _fits(request.ids, n, top_k, hints.layers)]
+        found = [n for n in range(hints.layers, 2 * hints.layers + 1) if _fits(answer.ids, n, top_k, hints.layers)]
         if rows is not None:
-            found = [n for n in found if values <= rows * n * top_k]
+            most = rows + (told.output == 0)
+            found = [n for n in found if values <= most * n * top_k] or found
             found = [n for n in found if values == rows * n * top_k] or found
         if len(found) == 1:
             return found[0]
-    if rows and values % (rows * top_k) == 0 and 0 < values // (rows * top_k) <= MAX_LAYERS:
-        return values // (rows * top_k)
+    # What was generated, nothing or a prompt without its cached tokens leaves other numbers of rows.
+    likely = [] if rows is None or told.choices > 1 else [{rows, told.prompt} if told.output == 0 else {rows}]
+    if likely and told.cached:
+        likely.append({count - told.cached for count in likely[0]})
+    for counts in likely:
+        planes = {values // (n * top_k) for n in counts if n > 0 and values % (n * top_k) == 0}
+        planes = {n for n in planes if 0 < n <= MAX_LAYERS}
+        if len(planes) == 1:
+            return planes.pop()
     raise MoetraceError(
-        f"{request.where} holds {values} ids with {top_k} a layer, but does not say of how many layers: give --model "
+        f"{answer.where} holds {values} ids with {top_k} a layer, but does not say of how many layers: give --model "
         f"if the response tells no numbers of tokens; if it does, they do not fit."
     )
 

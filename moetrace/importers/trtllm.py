@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moetrace.importers.captured import Capture, Counts, Hints, Part, rows_of_counts
+from moetrace.importers.reading.placeholders import Placeholders
 from moetrace.importers.reading.tensors import HEADER_BYTES, integers, is_header, known_shape, tensors
 from moetrace.importers.reading.text import first_bytes
 from moetrace.spec.errors import MoetraceError
@@ -71,10 +72,11 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture | Counts:
     check_sizes(str(ranks[0].path), num_experts, top_k, len({cell[1] for cell in ranks[0].shapes}), 1, 1)
     facts = {"format": "trtllm", "engine": "TensorRT-LLM", "ids": "of slots, if a load balancer was on"}
     sources = (*metas, *(rank.path for rank in ranks))
-    found = _rows if raw else _counts
     for path in sources:
         hints.reading(path.stat().st_size)
-    return found(ranks, num_experts, top_k, facts, sources)
+    if raw:
+        return _rows(ranks, Placeholders(num_experts, hints, marks=True), top_k, facts, sources)
+    return _counts(ranks, num_experts, top_k, facts, sources)
 
 
 def _is_meta(path: Path) -> bool:
@@ -197,7 +199,7 @@ def _sums(ranks: list[_RankFile], iterations: list[int], layers: list[int], num_
 
 
 def _rows(
-    ranks: list[_RankFile], num_experts: int, top_k: int, facts: dict[str, Any], sources: tuple[Path, ...]
+    ranks: list[_RankFile], placeholders: Placeholders, top_k: int, facts: dict[str, Any], sources: tuple[Path, ...]
 ) -> Capture:
     iterations, layers = _grid(ranks)
     for rank in ranks:
@@ -222,7 +224,7 @@ def _rows(
     facts["requests"] = "not recorded: a rank is one, all of it prefill"
     return Capture(
         model="",
-        num_experts=num_experts,
+        num_experts=placeholders.num_experts,
         top_k=top_k,
         layer_index=np.array(layers),
         expert_bytes=None,
@@ -231,16 +233,17 @@ def _rows(
         phase=np.full(rows, PREFILL, np.uint8),
         optional=(),
         facts=facts,
-        parts=lambda: _ids(kept, iterations, layers, num_experts, top_k),
+        parts=lambda: _ids(kept, iterations, layers, placeholders, top_k),
         sources=sources,
         step_rows=step_rows[step_rows > 0],
     )
 
 
 def _ids(
-    ranks: list[_RankFile], iterations: list[int], layers: list[int], num_experts: int, top_k: int
+    ranks: list[_RankFile], iterations: list[int], layers: list[int], placeholders: Placeholders, top_k: int
 ) -> Iterator[Part]:
     """Ids of one rank and iteration at a time; -1 is absent."""
+    num_experts = placeholders.num_experts
     with ExitStack() as stack:
         files = [(rank, stack.enter_context(tensors(rank.path))) for rank in ranks]
         for iteration in iterations:
@@ -249,7 +252,7 @@ def _ids(
                 block = np.empty((count, len(layers), top_k), expert_dtype(num_experts))
                 for entry, layer in enumerate(layers):
                     key = f"{iteration}_{layer}"
-                    ids = integers(rank.path, key, file.get_tensor(key), -1, num_experts)
+                    ids = integers(rank.path, key, placeholders.marked(file.get_tensor(key)), -1, num_experts)
                     block[:, entry] = np.where(ids < 0, absent_id(num_experts), ids)
                 if count:
                     yield {"experts": block}

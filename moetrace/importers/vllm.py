@@ -8,13 +8,15 @@ Layouts as vLLM documents them (0.21 to 0.33: `vllm/outputs.py`, `entrypoints/op
 * 0.21 has `prompt_routed_experts` [prompt, layers, top_k] and `routed_experts` [output, layers, top_k], int16, as
   arrays of which HTTP makes lists or base64.
 
+Training stacks send a payload {"data": base64 of the bytes, "shape", "dtype", "start"} in the place of the npy file.
+
 A `.npy` file does not say how long the prompt is, HTTP does (`usage.prompt_tokens`). Nothing says how requests were
 batched, nor how many experts there are.
 """
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,19 @@ import numpy as np
 
 from moetrace.importers.captured import Capture, Hints
 from moetrace.importers.reading import npy
-from moetrace.importers.reading.request_spool import RequestSpool
-from moetrace.importers.reading.responses import Response, Routed, from_base64, responses
+from moetrace.importers.reading.request_spool import NO_ROUTING, UNREADABLE, RequestSpool
+from moetrace.importers.reading.responses import Choice, Payload, Response, array_of, from_base64, responses, told_of
 from moetrace.importers.reading.text import first_bytes, text_of
+from moetrace.importers.reading.told import Told, shared_out
 from moetrace.spec.errors import MoetraceError
 
 _NPY_IN_BASE64 = b"k05VTVBZ"
 _JSON_KEYS = (b'"prompt_routed_experts"', b'"routed_experts":[[', b'"routed_experts": [[')
+_PAYLOAD = re.compile(rb'"routed_experts"\s*:\s*\{')
+_EVENT = re.compile(rb"^\s*(?:(?:event|id|retry|):[^\n]*\n\s*)*data:\s*")  # how a stream begins
+
+# What finds the array [tokens, layers, top_k] of a choice, the tokens of its prompt, and its first position.
+Arrays = Callable[[str, Response, Choice], tuple[np.ndarray | None, int | None, int | None]]
 
 
 def recognize(first: bytes, name: str) -> bool:
@@ -42,9 +50,16 @@ def recognize(first: bytes, name: str) -> bool:
     start = first.lstrip()
     if start.startswith(_NPY_IN_BASE64):
         return True
-    if not start.startswith((b"{", b"[")):
+    if not without_event(first).startswith((b"{", b"[")):
         return False
-    return (b'routed_experts"' in first and _NPY_IN_BASE64 in first) or any(key in first for key in _JSON_KEYS)
+    if b'routed_experts"' in first and (_NPY_IN_BASE64 in first or _PAYLOAD.search(first)):
+        return True
+    return any(key in first for key in _JSON_KEYS)
+
+
+def without_event(first: bytes) -> bytes:
+    """The beginning of a text, without what a stream of server-sent events puts before a JSON value."""
+    return _EVENT.sub(b"", first, count=1).lstrip()
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
@@ -61,9 +76,9 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
             hints.reading(len(text))
             requests.add(str(path), npy.from_bytes(str(path), from_base64(str(path), text.strip())))
         else:
-            for where, response in responses(path, hints.reading):
+            for where, response in responses(path, hints.reading, requests.unreadable):
                 model = model or (response.model or "")
-                _add(requests, where, response)
+                add_response(requests, where, response, _arrays)
     facts: dict[str, Any] = {"format": "vllm", "engine": "vLLM", "batching": "not recorded"}
     return [requests.capture(model, facts, sources)]
 
@@ -84,38 +99,69 @@ def _mapped(path: Path, hints: Hints) -> np.ndarray:
         raise MoetraceError(f"{where} is no NumPy array: {str(error)[:200]}.") from error
     if header.header_bytes + header.nbytes != path.stat().st_size:
         raise MoetraceError(f"{where} says it has shape {header.shape}, but its size differs.")
-    if not header.nbytes:
-        raise MoetraceError(f"{where} is empty: its shape is {header.shape}.")
     hints.reading(path.stat().st_size)
+    if not header.nbytes:
+        return np.empty(header.shape, header.dtype)
     return np.memmap(path, header.dtype, "r", header.header_bytes, header.shape)
 
 
-def _add(requests: RequestSpool, where: str, response: Response) -> None:
+def add_response(
+    requests: RequestSpool,
+    where: str,
+    response: Response,
+    arrays: Arrays,
+    option: str = "--enable-return-routed-experts",
+) -> None:
+    """Add the choices of a response, each with the array and the tokens of its prompt that `arrays` finds.
+
+    One without routing, or with routing that can't be read, is left out.
+    """
     if not response.choices:
-        raise MoetraceError(f"{where} has no choices: it is no response of a completion.")
-    prompt_tokens = response.usage.prompt_tokens if response.usage else None
-    for number, choice in enumerate(response.choices):
+        if response.usage and response.id is not None:
+            requests.finish(told_of(response))
+            return
+        if response.routed_experts is None:
+            requests.leave_out(NO_ROUTING, f"{where} has no choices: it is no response of a completion.")
+            return
+    found: list[tuple[str, np.ndarray, Told]] = []
+    for number, choice in enumerate(response.choices or [_of_response(response)]):
         place = f"{where}, choice {number}"
-        output = _array(place, choice.routed_experts)
-        if output is None:
-            raise MoetraceError(f"{place} has no routed_experts: serve with --enable-return-routed-experts.")
-        prompt = _array(place, choice.prompt_routed_experts or response.prompt_routed_experts)
-        if prompt is None:
-            requests.add(place, output, prompt=prompt_tokens)
+        try:
+            array, prompt, start = arrays(place, response, choice)
+        except MoetraceError as error:
+            requests.leave_out(UNREADABLE, str(error))
             continue
-        if prompt.ndim != 3 or prompt.shape[1:] != output.shape[1:]:
-            raise MoetraceError(f"{place}: the prompt's routing is {prompt.shape}, the output's {output.shape}.")
-        if not np.can_cast(prompt.dtype, output.dtype):
-            prompt = prompt.astype(np.int64)
-        requests.add(place, np.concatenate([prompt, output]), prompt=len(prompt))
+        told = told_of(response, choice, number, start)
+        if array is not None:
+            found.append((place, array, told if prompt is None else told._replace(prompt=prompt, output=None)))
+        elif not told.chunk:
+            what = f"{place} has no routed_experts: it was aborted, or the server must run with {option}."
+            requests.leave_out(NO_ROUTING, what)
+    rows = [len(array) if array.ndim else 0 for _, array, _ in found]
+    told = shared_out(where, rows, [told for _, _, told in found]) if found else []
+    for (place, array, _), one in zip(found, told, strict=True):
+        requests.add(place, array, one)
 
 
-def _array(where: str, routed: Routed) -> np.ndarray | None:
-    if routed is None:
-        return None
-    if isinstance(routed, str):
-        return npy.from_bytes(f"{where}: routed_experts", from_base64(where, routed))
-    try:
-        return np.array(routed, np.int64)
-    except (ValueError, OverflowError) as error:
-        raise MoetraceError(f"{where}: routed_experts is no array of one shape [tokens, layers, top_k].") from error
+def _of_response(response: Response) -> Choice:
+    return Choice(
+        routed_experts=response.routed_experts,
+        routed_experts_prompt_start=response.routed_experts_prompt_start,
+    )
+
+
+def _arrays(where: str, response: Response, choice: Choice) -> tuple[np.ndarray | None, int | None, int | None]:
+    """The array of a choice, the tokens of its prompt if the prompt's part tells them, and where it begins."""
+    routed = choice.routed_experts
+    output = array_of(where, routed)
+    prompt = array_of(where, choice.prompt_routed_experts or response.prompt_routed_experts)
+    start = routed.start if isinstance(routed, Payload) else None
+    for said in (choice.routed_experts_prompt_start, response.routed_experts_prompt_start):
+        start = said if start is None else start
+    if output is None or prompt is None:
+        return output, None, start
+    if prompt.ndim != 3 or prompt.shape[1:] != output.shape[1:]:
+        raise MoetraceError(f"{where}: the prompt's routing is {prompt.shape}, the output's {output.shape}.")
+    if not np.can_cast(prompt.dtype, output.dtype):
+        prompt = prompt.astype(np.int64)
+    return np.concatenate([prompt, output]), len(prompt), start

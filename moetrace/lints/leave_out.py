@@ -106,7 +106,7 @@ def import_and_leave_out(
         options |= {"model": None if dense else model, "hints": hints}
         keep_inputs(path, import_traces(sources, whole, **options))
         if warmup and options.get("decode_after") is not None and (ranges := _found_warm_up(whole)):
-            options["hints"] = hints._replace(reading=lambda _: None)  # the bytes were told of
+            options["hints"] = hints._replace(reading=_quiet, note=_quiet)  # it was all told once
             import_traces(sources, whole, uncounted=ranges, **options)
         with Trace.open(whole) as trace:
             return leave_out(trace, path, warmup=warmup, dense=dense, model=model, compress=compress)
@@ -114,6 +114,10 @@ def import_and_leave_out(
         raise type(error)(str(error).replace(str(whole), str(path))) from error
     finally:
         whole.unlink(missing_ok=True)
+
+
+def _quiet(_: object) -> None:
+    pass
 
 
 def _found_warm_up(path: Path) -> list[tuple[int, int]]:

@@ -176,6 +176,37 @@ def test_import_writes_and_says_so(run, tmp_path, archive):
         assert trace.storage == "compressed" and trace.phase.tolist() == [0, 1, 0, 1]
 
 
+def test_import_says_what_it_left_out_and_takes_what_the_user_wishes(run, tmp_path):
+    from support.writers.vllm import request, response
+
+    ids = request(11, 2, 2, 16)
+    details = {"prompt_tokens_details": {"cached_tokens": 8}}
+    cached = response([ids], 10) | {"usage": {"prompt_tokens": 10, "completion_tokens": 2} | details}
+    aborted = {"id": "x", "choices": [{"routed_experts": None}]}
+    log, out = tmp_path / "a.jsonl", tmp_path / "t.h5"
+    log.write_text("\n".join(map(json.dumps, [cached, aborted])))
+
+    code, _, err = run("import", log, "-o", out, "--experts", 16)
+    assert code == 0 and "3 rows in 2 steps" in err
+    assert "  note: " in err and "left out 8 rows of cached or repeated prompts" in err
+    assert "left out 1 answer without routing, the first because" in err
+    assert (
+        run("import", log, "-o", out, "--experts", 16, "--drop-warmup", "--as", "decode", "--prompt", 1)[2].count(
+            "left out 8 rows"
+        )
+        == 1
+    ), "once, even if it is read twice"
+    assert "11 rows in 2 steps" in run("import", log, "-o", out, "--experts", 16, "--keep-cached")[2]
+    code, _, err = run("import", log, "-o", tmp_path / "s.h5", "--experts", 16, "--strict")
+    assert code == 1 and "response 2, choice 0 has no routed_experts" in err and len(err.splitlines()) == 1
+
+    assert "give --absent-from 12." in run("import", log, "-o", tmp_path / "s.h5", "--experts", 12)[2]
+    assert run("import", log, "-o", out, "--experts", 12, "--absent-from", 12, "--absent", 3, "--absent", 4)[0] == 0
+    with Trace.open(out) as trace:
+        left = np.where((ids >= 12) | (ids == 3) | (ids == 4), 255, ids)[8:]
+        assert np.array_equal(trace.read("experts", 0, 3), left)
+
+
 def test_texts_of_a_file_do_not_command_the_terminal(run, tmp_path, archive):
     run("import", archive, "-o", tmp_path / "t.h5")
     out = run("info", tmp_path / "t.h5")[1]

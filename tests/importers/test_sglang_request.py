@@ -62,7 +62,7 @@ def test_routing_that_begins_later_has_later_positions(tmp_path):
     ids = request(5, 3, 2, 8)
     trace = imported(tmp_path, write(tmp_path / "a.json", generated(ids, 6, start_len=3)), layers=3, **SAID)
     assert trace.read("position", 0, 5).tolist() == [3, 4, 5, 6, 7] and steps(trace) == [(3, 0), (1, 1), (1, 1)]
-    assert trace.source["routed_experts_start_len"].startswith("3 to 3")
+    assert trace.source["first_position"].startswith("3 to 3")
 
 
 def test_what_does_not_fit_is_one_sentence(tmp_path):
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path):
         generated(ids, 4),
         generated(ids, 4) | {"meta_info": {"prompt_tokens": 1, "completion_tokens": 1, "routed_experts": text(ids)}},
     )
-    assert "says that there are 2 tokens" in refused(tmp_path, long, **SAID)
+    assert "1 tokens of the prompt and 1 of this answer, which allow 1" in refused(tmp_path, long, **SAID)
 
 
 def test_it_is_seen_from_the_content(tmp_path):

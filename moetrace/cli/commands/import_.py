@@ -8,7 +8,7 @@ from moetrace.cli.commands.lint import drop_options, say_found, say_left_out
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.tables.output import said_of, say
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import UsageError, printable
 
 # The keys of moetrace.importers.formats.FORMATS, which is not imported here so that `--help` stays instant.
 FORMATS = (
@@ -51,6 +51,22 @@ FORMATS = (
 )
 @click.option("--experts", type=click.IntRange(min=1), metavar="E", help="Experts a layer, if the source can't tell.")
 @click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Experts a token, if the source can't tell.")
+@click.option(
+    "--absent-from",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Ids from N on carry no expert (padding, zero or shared experts): absent.",
+)
+@click.option(
+    "--absent",
+    "absent_ids",
+    type=click.IntRange(min=0),
+    multiple=True,
+    metavar="ID",
+    help="This id carries no expert either; may be given several times.",
+)
+@click.option("--keep-cached", is_flag=True, help="Keep the rows of cached prompts, which no forward pass computed.")
+@click.option("--strict", is_flag=True, help="Refuse a source with a bad record instead of leaving it out.")
 @drop_options
 @click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
 def command(
@@ -62,6 +78,10 @@ def command(
     prompt: int | None,
     experts: int | None,
     top_k: int | None,
+    absent_from: int | None,
+    absent_ids: tuple[int, ...],
+    keep_cached: bool,
+    strict: bool,
     compress: str | None,
     **drop: bool,
 ) -> None:
@@ -75,6 +95,9 @@ def command(
     step of its own. `--as decode --prompt P` makes decode steps of all rows of a request after the first P, for
     captures whose text was fed in at once.
 
+    Rows of cached prompts, padding and answers without routing are left out, answers that continue an earlier one
+    join its request; a note says how many.
+
     What `moetrace lint` finds in the new trace is said on stderr, and does not change the exit code.
     """
     if (as_phase is None) != (prompt is None):
@@ -87,8 +110,18 @@ def command(
 
     check_targets({"-o": out}, [*sources, model])
     left_out = None
+    notes: list[str] = []
     with LateBar("bytes read", sum(map(_size_bytes, sources))) as bar:
-        hints = Hints(num_experts=experts, top_k=top_k, reading=bar.advance)
+        hints = Hints(
+            num_experts=experts,
+            top_k=top_k,
+            reading=bar.advance,
+            note=notes.append,
+            strict=strict,
+            keep_cached=keep_cached,
+            absent_from=absent_from,
+            absent_ids=absent_ids,
+        )
         options = {"format": form, "model": model, "hints": hints, "decode_after": prompt, "compress": compress}
         if drop["drop_warmup"] or drop["drop_dense"]:
             options |= {"warmup": drop["drop_warmup"], "dense": drop["drop_dense"]}
@@ -97,6 +130,8 @@ def command(
             import_traces(list(sources), out, **options)
     with Trace.open(out) as trace:
         say(said_of(out, trace))
+        for note in notes:
+            say(f"  note: {printable(note)}")
         if left_out:
             say(f"{out}: {say_left_out(left_out)}.")
         say_found(trace)

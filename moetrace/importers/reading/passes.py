@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints
+from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import DECODE, MAX_LAYERS, PREFILL, absent_id, check_sizes
@@ -101,6 +102,7 @@ class Passes:
         check_sizes(str(path), self.num_experts, self.top_k, layer_index.size, 1, 1)
         self._path, self._layer_index, self._optional, self._prompts = path, layer_index, optional, prompts
         self._spool = Spool(hints, self.num_experts, layer_index.size, self.top_k, optional)
+        self._placeholders = Placeholders(self.num_experts, hints)
         self._cells = 0
         self._step_rows: list[np.ndarray] = []
         self._phase: list[np.ndarray] = []
@@ -109,13 +111,12 @@ class Passes:
 
     def add(self, block: PassBlock) -> None:
         """Take whole passes; raise MoetraceError for an expert that the model has not."""
-        experts = block.experts
-        wrong = (experts < -1) | (experts >= self.num_experts)
-        if wrong.any():
-            at, slot = (int(i) for i in np.argwhere(wrong)[0])
+        experts, _, wrong = self._placeholders.checked(block.experts)
+        if wrong is not None:
+            expert = int(experts[wrong])
             raise MoetraceError(
-                f"{self._path}: line {block.line_of(at)} holds the expert {experts[at, slot]}, but the model has "
-                f"{self.num_experts} experts."
+                f"{self._path}: line {block.line_of(wrong[0])} holds the expert {expert}, but the model has "
+                f"{self.num_experts} experts{advice(expert, self.num_experts)}."
             )
         rows, layers = int(block.step_rows.sum()), self._layer_index.size
         self._cells += block.row.size
@@ -156,7 +157,7 @@ class Passes:
             position=at.astype(np.int32),
             phase=np.repeat(phase, step_rows),
             optional=self._optional,
-            facts=engine,
+            facts=engine | self._placeholders.told(str(self._path)),
             parts=self._spool.parts,
             sources=(self._path,),
             step_rows=step_rows,

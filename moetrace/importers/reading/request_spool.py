@@ -1,5 +1,6 @@
 """Routing that an engine returns request by request: ids [tokens, planes, top_k] on their way into one capture."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,49 +8,109 @@ from typing import Any
 import numpy as np
 
 from moetrace.importers.captured import Capture, Hints, Part, kept_layers, without_zero_cells
+from moetrace.importers.reading.conversations import Conversations, Request, Stretch
+from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
-from moetrace.spec.errors import MoetraceError
+from moetrace.importers.reading.told import Told, first_position
+from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, PREFILL, absent_id, check_sizes, expert_dtype
 
 UNKNOWN_PHASE = "unknown: every row is taken as prefill unless --as decode --prompt P says otherwise"
+# Reasons to leave an answer out, after its number.
+NO_ROUTING, OTHER_SHAPE, UNREADABLE = "without routing", "of another shape", "that can't be read"
 
 
 class RequestSpool:
-    """Requests one after the other, spooled; engines give a plane to each layer, zeros to a dense one.
+    """Answers one after the other, spooled; engines give a plane to each layer, zeros to a dense one.
 
-    What is zero in all slots of a cell becomes absent (no router chooses an expert twice), as -1 does.
+    What is zero in all slots of a cell becomes absent (no router chooses an expert twice), as -1 does. Rows that are
+    padding in all layers, or that no forward pass computed, are left out and counted, and so are answers without
+    routing; answers that continue an earlier one are of the same request.
     """
 
     def __init__(self, hints: Hints, source: Path) -> None:
-        self._hints = hints
+        self._hints, self._source = hints, source
         self._spool: Spool | None = None
         self._inner = (0, 0)  # planes, top_k
         self._num_experts = hints.need("num_experts", source)
-        self._rows: list[int] = []
-        self._first: list[int] = []  # position of the first row of each request
-        self._prompt: list[int | None] = []
+        self._absent = absent_id(self._num_experts)
+        self._placeholders = Placeholders(self._num_experts, hints)
+        self._requests: list[Request] = []
+        self._stretches: list[tuple[int, Stretch]] = []  # in order of the spool, each with the number of its request
+        self._conversations = Conversations(self._absent, self._stored)
         self._used = np.zeros(0, bool)  # [planes]: some id is neither 0 nor -1
+        self._counts: Counter[str] = Counter()
+        self._reasons: dict[str, str] = {}  # the first sentence, of each reason to leave an answer out
+        self._starts: set[int] = set()  # first positions that the numbers of tokens tell
 
-    def add(self, where: str, ids: np.ndarray, first_position: int = 0, prompt: int | None = None) -> None:
-        """Add a request: integers [tokens, planes, top_k] from `first_position` on, and the tokens of its prompt.
+    def leave_out(self, why: str, sentence: str) -> None:
+        """Count an answer that can't be used, for a reason of few words; `--strict` refuses it with the sentence."""
+        if self._hints.strict:
+            raise MoetraceError(sentence)
+        self._counts[why] += 1
+        self._reasons.setdefault(why, sentence)
 
-        Raises MoetraceError, beginning with `where`, if that is none, or unlike the requests before.
+    def unreadable(self, sentence: str) -> None:
+        """Count an answer that is damaged."""
+        self.leave_out(UNREADABLE, sentence)
+
+    def add(self, where: str, ids: np.ndarray, told: Told = Told()) -> None:  # noqa: B008 - it does not change
+        """Add an answer's integers [tokens, planes, top_k]; one of another shape than those before is left out.
+
+        Raises MoetraceError, beginning with `where`, if it does not fit what it says of itself, or the experts.
         """
-        if ids.ndim != 3 or ids.dtype.kind not in "iu" or not ids.size:
-            raise MoetraceError(f"{where} is {ids.dtype} {ids.shape}, not integers [tokens, layers, top_k].")
-        if self._spool is None:
-            self._begin(where, ids)
-        if ids.shape[1:] != self._inner:
-            raise MoetraceError(f"{where} has {ids.shape[1:]} (layers, top_k), but what came before {self._inner}.")
-        if not 0 <= first_position < 2**31 - len(ids):
-            raise MoetraceError(f"{where} would begin at position {first_position}.")
-        assert self._spool is not None
-        rows = max(1, BLOCK_BYTES // (ids.itemsize * self._inner[0] * self._inner[1]))
-        for start in range(0, len(ids), rows):
-            self._spool.append(experts=self._narrow(where, start, np.asarray(ids[start : start + rows])))
-        self._rows.append(len(ids))
-        self._first.append(first_position)
-        self._prompt.append(prompt)
+        if not self._fits(where, ids):
+            return
+        first = self._first(where, len(ids), told)
+        cells = self._placeholders.cells  # are counted when rows are appended, not when they are compared
+        request = self._conversations.found(first, told, lambda rows: self._narrow(where, 0, ids[rows]), len(ids))
+        self._placeholders.cells = cells
+        kept_from = self._kept_from(request, first, len(ids), told)
+        if kept_from == len(ids) and request:
+            self._counts["repeated"] += 1
+        fresh = request is None
+        request = request or Request(len(self._requests))
+        last = self._append(where, ids, kept_from, (request, first, told.prompt))
+        if not last.size:
+            return
+        if fresh:
+            self._requests.append(request)
+        else:
+            self._counts["joined"] += 1
+        request.prompt = request.prompt if told.prompt is None else told.prompt
+        self._conversations.add(request, told, last)
+
+    def _fits(self, where: str, ids: np.ndarray) -> bool:
+        """Whether the array is of the shape of those before; else it is left out."""
+        if ids.ndim == 3 and not ids.size:
+            self.leave_out(NO_ROUTING, f"{where} is empty: its shape is {ids.shape}.")
+        elif ids.ndim != 3 or ids.dtype.kind not in "iu":
+            what = f"{where} is {ids.dtype} {ids.shape}, not integers [tokens, layers, top_k]."
+            self.leave_out(OTHER_SHAPE, what)
+        else:
+            if self._spool is None:
+                self._begin(where, ids)
+            if ids.shape[1:] == self._inner:
+                return True
+            what = f"{where} has {ids.shape[1:]} (layers, top_k), but what came before {self._inner}."
+            self.leave_out(OTHER_SHAPE, what)
+        return False
+
+    def finish(self, told: Told) -> None:
+        """The numbers of an answer that came in chunks without any, as the last chunk tells them."""
+        request = self._conversations.of_id(told)
+        if request is None or told.prompt is None:
+            return
+        if told.output is None or any(stretch.prompt is not None for stretch in request.stretches):
+            return
+        shift = first_position(str(self._source), request.end, told)
+        request.prompt = told.prompt
+        request.end += shift
+        request.stretches = [
+            stretch._replace(first=stretch.first + shift, prompt=told.prompt) for stretch in request.stretches
+        ]
+        for at, stretch in zip(request.places, request.stretches, strict=True):
+            self._stretches[at] = (request.number, stretch)
 
     def _begin(self, where: str, ids: np.ndarray) -> None:
         planes, top_k = ids.shape[1:]
@@ -58,48 +119,137 @@ class RequestSpool:
         self._used = np.zeros(planes, bool)
         self._spool = Spool(self._hints, self._num_experts, planes, top_k)
 
+    def _first(self, where: str, rows: int, told: Told) -> int:
+        """The position of the first row."""
+        known = self._conversations.of_id(told)
+        if told.prompt is None and told.start is None and told.chunk and known:
+            return known.end
+        first = first_position(where, rows, told)
+        if not 0 <= first < 2**31 - rows:
+            raise MoetraceError(f"{where} would begin at position {first}.")
+        self._starts.add(first)
+        return first
+
+    def _kept_from(self, request: Request | None, first: int, rows: int, told: Told) -> int:
+        """How many of the first rows no forward pass computed for this answer, or are there already."""
+        cached = min(told.cached or 0, first + rows if told.prompt is None else told.prompt)
+        kept = 0 if self._hints.keep_cached else min(max(cached - first, 0), rows)
+        self._counts["cached"] += kept
+        if request is None:
+            return kept
+        repeated = min(max(request.end - first, 0), rows)
+        turn = told.prompt is not None and (request.prompt is None or told.prompt > request.prompt)
+        if turn and (told.cached is not None or self._hints.keep_cached):
+            return kept  # what comes again although it was not cached was recomputed
+        self._counts["cached" if turn else "again"] += max(repeated - kept, 0)
+        return max(repeated, kept)
+
+    def _append(
+        self, where: str, ids: np.ndarray, kept_from: int, whose: tuple[Request, int, int | None]
+    ) -> np.ndarray:
+        """Append rows from `kept_from` on, but for padding, to a request; return the last of them."""
+        request, first, prompt = whose
+        assert self._spool is not None
+        at_once = max(1, BLOCK_BYTES // (ids.itemsize * self._inner[0] * self._inner[1]))
+        last = np.zeros(0, np.uint8)
+        for start in range(kept_from, len(ids), at_once):
+            narrow = self._narrow(where, start, np.asarray(ids[start : start + at_once]))
+            padding = self._padding(narrow)
+            if padding is None:
+                runs = [(0, len(narrow))]
+            else:
+                self._counts["padding"] += int(padding.sum())
+                edges = np.flatnonzero(np.diff(np.r_[True, padding, True].astype(np.int8))).reshape(-1, 2)
+                runs = [(int(a), int(b)) for a, b in edges]
+            for a, b in runs:
+                self._use(narrow[a:b])
+                self._stretch(request, Stretch(self._spool.rows, first + start + a, b - a, prompt))
+                self._spool.append(experts=narrow[a:b])
+                last = narrow[b - 1]
+        return last
+
+    def _stretch(self, request: Request, stretch: Stretch) -> None:
+        """Add a stretch; blocks of one answer that follow one another become one."""
+        if self._stretches and self._stretches[-1][0] == request.number and request.stretches:
+            before = request.stretches[-1]
+            if (before.row + before.rows, before.first + before.rows, before.prompt) == (
+                stretch.row,
+                stretch.first,
+                stretch.prompt,
+            ):
+                stretch = before._replace(rows=before.rows + stretch.rows)
+                for held in (self._stretches, request.stretches, request.places):
+                    held.pop()
+        request.places.append(len(self._stretches))
+        self._stretches.append((request.number, stretch))
+        request.stretches.append(stretch)
+        request.end = max(request.end, stretch.first + stretch.rows)
+
     def _narrow(self, where: str, first_row: int, ids: np.ndarray) -> np.ndarray:
         """The ids in the dtype of a trace, with its mark for absent."""
-        num_experts, low = self._num_experts, 0
-        if ids.dtype.kind == "i":
-            low = int(ids.min())
-        if low < -1 or int(ids.max()) >= num_experts:
-            row, layer, slot = (int(i) for i in np.argwhere((ids < -1) | (ids >= num_experts))[0])
+        ids, negative, wrong = self._placeholders.checked(ids)
+        if wrong is not None:
+            row, layer, slot = wrong
+            expert = int(ids[row, layer, slot])
             raise MoetraceError(
-                f"{where}: token {first_row + row}, layer {layer} holds the id {ids[row, layer, slot]}, but there are "
-                f"{num_experts} experts."
+                f"{where}: token {first_row + row}, layer {layer} holds the id {expert}, but there are "
+                f"{self._num_experts} experts{advice(expert, self._num_experts)}."
             )
-        absent = absent_id(num_experts)
-        narrow = ids.astype(expert_dtype(num_experts))
-        if low < 0:
-            narrow[ids == -1] = absent
-        narrow = without_zero_cells(narrow, absent)
-        used = narrow != absent
+        narrow = ids.astype(expert_dtype(self._num_experts))
+        if negative:
+            narrow[ids == -1] = self._absent
+        return without_zero_cells(narrow, self._absent)
+
+    def _padding(self, narrow: np.ndarray) -> np.ndarray | None:
+        """Bool [rows]: all slots of all layers hold one and the same id, or none; None if there is no such row."""
+        top_k = self._inner[1]
+        rows = np.flatnonzero(narrow[:, -1, 0] == (narrow[:, -1, 1] if top_k > 1 else self._absent))
+        if not rows.size:
+            return None
+        some = narrow[rows].reshape(rows.size, -1)
+        low, high = some.min(axis=1), np.where(some == self._absent, 0, some).max(axis=1)
+        alike = low == self._absent
+        if top_k > 1 and self._inner[0] > 1:  # one cell that holds an expert twice may be damage
+            slots = narrow[rows]
+            alike |= (low == high) & (slots == slots[..., :1]).all(axis=(1, 2))
+        if not alike.any():
+            return None
+        padding = np.zeros(len(narrow), bool)
+        padding[rows[alike]] = True
+        return padding
+
+    def _use(self, narrow: np.ndarray) -> None:
+        used = narrow != self._absent
         if self._inner[1] == 1:
             used &= narrow > 0
         self._used |= used.reshape(len(used), -1).any(axis=0).reshape(self._inner).any(axis=1)
-        return narrow
+
+    def _stored(self, stretch: Stretch, first: int, stop: int) -> np.ndarray:
+        assert self._spool is not None
+        start = stretch.row - stretch.first
+        return self._spool.read(start + first, start + stop)["experts"]
 
     def capture(self, model: str, facts: dict[str, Any], sources: Sequence[Path]) -> Capture:
         """All requests in a row: their layers are the planes, less the dense ones if the model's layers say so."""
-        if self._spool is None or not self._used.any():
-            raise MoetraceError(f"{sources[0]} holds no routing: every id is 0 or -1.")
+        self._check_kept(sources[0])
+        assert self._spool is not None
         spool = self._spool
         layers, dropped = kept_layers(self._used, self._hints)
-        facts = facts | dropped
-        if any(prompt is None for prompt in self._prompt):
-            facts = facts | {"phase": UNKNOWN_PHASE}
-        rows = np.array(self._rows)
-        number = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
-        position = number + np.repeat(self._first, rows)
-        decode_from = np.array([2**31 if prompt is None else prompt for prompt in self._prompt])
+        facts = facts | dropped | self._told()
+        if any(stretch.prompt is None for _, stretch in self._stretches):
+            facts |= {"phase": UNKNOWN_PHASE}
+        numbers, stretches = zip(*self._stretches, strict=True)
+        rows = np.array([stretch.rows for stretch in stretches])
+        starts = np.array([stretch.first - stretch.row for stretch in stretches])
+        position = np.arange(rows.sum()) + np.repeat(starts, rows)
+        decode_from = np.array([2**31 if stretch.prompt is None else stretch.prompt for stretch in stretches])
         return Capture(
             model=model,
             num_experts=self._num_experts,
             top_k=self._inner[1],
             layer_index=layers,
             expert_bytes=None,
-            request=np.repeat(np.arange(rows.size), rows),
+            request=np.repeat(numbers, rows),
             position=position,
             phase=np.where(position < np.repeat(decode_from, rows), PREFILL, DECODE).astype(np.uint8),
             optional=(),
@@ -107,6 +257,48 @@ class RequestSpool:
             parts=lambda: _of_layers(spool, layers if dropped else None),
             sources=tuple(sources),
         )
+
+    def _check_kept(self, source: Path) -> None:
+        """Raise if nothing is left, or if fewer answers are of the first one's shape than of others."""
+        reasons = list(self._reasons.values())
+        if self._stretches and self._counts[OTHER_SHAPE] > len(self._requests) // 2:
+            raise MoetraceError(self._reasons[OTHER_SHAPE])
+        if not self._stretches and self._counts["cached"]:
+            raise MoetraceError(f"{source} holds no rows that a forward pass computed: keep them with --keep-cached.")
+        if not self._stretches and reasons:
+            raise MoetraceError(reasons[0])
+        if not self._stretches or not self._used.any():
+            raise MoetraceError(f"{source} holds no routing: every id is 0 or -1.")
+
+    def _told(self) -> dict[str, Any]:
+        """What `source` says of what was left out, joined or moved; notes say it too."""
+        source, counts, note = self._source, self._counts, self._hints.note
+        facts = self._placeholders.told(str(source))
+        if left_out := {why: counts[why] for why in self._reasons}:
+            facts["left_out_answers"] = left_out
+            parts = " and ".join(f"{counted(count, 'answer')} {why}" for why, count in left_out.items())
+            note(f"{source}: left out {parts}, the first because {next(iter(self._reasons.values()))}")
+        if counts["padding"]:
+            facts["left_out_padding_rows"] = counts["padding"]
+            note(f"{source}: left out {counted(counts['padding'], 'row')} of padding (one id, or none, in all slots).")
+        if counts["cached"]:
+            facts["left_out_cached_rows"] = counts["cached"]
+            note(
+                f"{source}: left out {counted(counts['cached'], 'row')} of cached or repeated prompts, which no "
+                f"forward pass computed: keep them with --keep-cached."
+            )
+        if counts["again"]:
+            facts["left_out_rows_of_earlier_parts"] = counts["again"]
+        if counts["repeated"]:
+            facts["left_out_repeated_answers"] = counts["repeated"]
+            note(f"{source}: left out {counted(counts['repeated'], 'answer')} that the source holds already.")
+        if counts["joined"]:
+            facts["joined_answers"] = counts["joined"]
+            continued = counted(counts["joined"], "answer")
+            note(f"{source}: {continued} joined to the request of an earlier one, which it continues.")
+        if self._starts - {0}:
+            facts["first_position"] = f"{min(self._starts)} to {max(self._starts)}, from the numbers of tokens"
+        return facts
 
 
 def _of_layers(spool: Spool, layers: np.ndarray | None) -> Iterator[Part]:

@@ -2,17 +2,33 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 
-from moetrace.importers.reading.text import BOM, MAX_LINE_BYTES, json_lines, text_of
+from moetrace.importers.reading import npy
+from moetrace.importers.reading.text import BOM, MAX_LINE_BYTES, json_lines, mended, text_of
+from moetrace.importers.reading.told import Told
 from moetrace.spec.errors import MoetraceError
 
 Tokens = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
-Routed = str | list[list[list[int]]] | None  # base64, or plain lists
+TokenIds = list[Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]] | None
+
+
+class Payload(msgspec.Struct):
+    """An array as training stacks send it: base64 of its bytes, and what they are."""
+
+    data: str
+    shape: list[Tokens]
+    dtype: str
+    start: Tokens | None = None  # position of the first row
+
+
+Routed = str | list[list[list[int]]] | Payload | None  # base64, or plain lists
 
 
 class Meta(msgspec.Struct):
@@ -21,78 +37,128 @@ class Meta(msgspec.Struct):
     routed_experts: Routed = None
     prompt_tokens: Tokens | None = None
     completion_tokens: Tokens | None = None
+    cached_tokens: Tokens | None = None
+    id: str | int | None = None
+
+
+class Details(msgspec.Struct):
+    """Of the prompt's tokens, as the OpenAI interface tells them."""
+
+    cached_tokens: Tokens | None = None
 
 
 class Usage(msgspec.Struct):
-    """Tokens as the OpenAI interface tells them."""
+    """Tokens as the OpenAI interface tells them: the output's of all choices together."""
 
     prompt_tokens: Tokens | None = None
     completion_tokens: Tokens | None = None
+    prompt_tokens_details: Details | None = None
+
+
+class Message(msgspec.Struct):
+    """Token ids beside the text of a chat, as Megatron tells them."""
+
+    prompt_token_ids: TokenIds = None
+    generation_token_ids: TokenIds = None
 
 
 class Choice(msgspec.Struct):
     """One of the completions of a response."""
 
+    index: Tokens | None = None
     routed_experts: Routed = None
     prompt_routed_experts: Routed = None
+    routed_experts_prompt_start: Tokens | None = None
+    moe_topk_indices: Routed = None  # Megatron's, of prompt and output; the prompt's rows stand there again
+    prompt_moe_topk_indices: Routed = None
     meta_info: Meta | None = None
     sgl_ext: Meta | None = None
     sglext: Meta | None = None
+    prompt_token_ids: TokenIds = None
+    token_ids: TokenIds = None
+    generation_token_ids: TokenIds = None
+    message: Message | None = None
 
 
 class Response(msgspec.Struct):
-    """What either engine answers, of `/generate` or of an OpenAI interface; the rest of it is not looked at."""
+    """What an engine answers, of `/generate` or of an OpenAI interface; the rest of it is not looked at."""
 
+    id: str | int | None = None
+    object: str | None = None
     choices: list[Choice] | None = None
     routed_experts: Routed = None
     prompt_routed_experts: Routed = None
+    routed_experts_prompt_start: Tokens | None = None
     meta_info: Meta | None = None
     sgl_ext: Meta | None = None
     sglext: Meta | None = None
     usage: Usage | None = None
     model: str | None = None
+    prompt_token_ids: TokenIds = None
+    output_ids: TokenIds = None
 
 
 _LINE: Any = Response | list[Response]
+_STREAM = re.compile(rb"\s*(data|event|id|retry|):")
 
 
-def responses(path: Path, reading: Callable[[int], object]) -> Iterator[tuple[str, Response]]:
-    """Yield every response of the file, each with where it stands.
+def responses(
+    path: Path, reading: Callable[[int], object], bad: Callable[[str], object] | None = None
+) -> Iterator[tuple[str, Response]]:
+    """Yield every response of the file, each with where it stands; server-sent events (`data: ...`) are lines as well.
 
-    Raises MoetraceError if the file is neither JSON lines nor one JSON value, or longer than `MAX_LINE_BYTES` a value.
+    Of several lines, one that can't be read goes to `bad` as a sentence. Raises MoetraceError if the file is neither
+    JSON lines nor one JSON value, or longer than `MAX_LINE_BYTES` a value.
     """
     if _is_one_value(path):
         reading(path.stat().st_size)
+        text = text_of(path)
         try:
-            found = msgspec.json.decode(text_of(path), type=_LINE)
+            try:
+                found = msgspec.json.decode(text, type=_LINE)
+            except msgspec.DecodeError:
+                found = msgspec.json.decode(mended(text), type=_LINE)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise MoetraceError(f"{path} is not as expected: {str(error).rstrip('.')[:200]}.") from None
         for number, response in enumerate(found if isinstance(found, list) else [found]):
             yield (f"{path}: response {number}" if isinstance(found, list) else str(path)), response
         return
-    for first, records in json_lines(path, _LINE, reading):
+    for first, records in json_lines(path, _LINE, reading, bad=bad):
         for number, record in enumerate(records, first):
             for response in record if isinstance(record, list) else [record]:
                 yield f"{path}: response {number}", response
 
 
 def _is_one_value(path: Path) -> bool:
-    """Whether the first line is no JSON value of its own, as of an indented file."""
+    """Whether neither of the first lines is a JSON value of its own, as of an indented file."""
     with path.open("rb") as file:
-        line = file.readline(MAX_LINE_BYTES + 1)
-        if len(line) > MAX_LINE_BYTES:
-            raise MoetraceError(f"{path}: line 1 is longer than {MAX_LINE_BYTES >> 20} MiB.")
-        if not file.read(1):
-            return True
-    try:
-        msgspec.json.decode(line.removeprefix(BOM), type=msgspec.Raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        if path.stat().st_size > MAX_LINE_BYTES:
-            raise MoetraceError(
-                f"{path} is one JSON value of more than {MAX_LINE_BYTES >> 20} MiB: write a line a response."
-            ) from None
+        lines = []
+        for number in (1, 2):
+            lines.append(file.readline(MAX_LINE_BYTES + 1))
+            if len(lines[-1]) > MAX_LINE_BYTES:
+                raise MoetraceError(f"{path}: line {number} is longer than {MAX_LINE_BYTES >> 20} MiB.")
+            if number == 1 and not file.read(1):
+                return True
+            file.seek(-1, 1)
+            if _is_value(lines[-1].removeprefix(BOM)):
+                return False
+    if path.stat().st_size > MAX_LINE_BYTES:
+        raise MoetraceError(
+            f"{path} is one JSON value of more than {MAX_LINE_BYTES >> 20} MiB: write a line a response."
+        )
+    return True
+
+
+def _is_value(line: bytes) -> bool:
+    if _STREAM.match(line):
         return True
-    return False
+    if not line.lstrip().startswith((b"{", b"[")):  # of an indented file, the second line may be a number
+        return False
+    try:
+        msgspec.json.decode(mended(line), type=msgspec.Raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
 
 
 def from_base64(where: str, text: str | bytes) -> bytes:
@@ -101,3 +167,67 @@ def from_base64(where: str, text: str | bytes) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise MoetraceError(f"{where}: routed_experts is no base64 text: {str(error)[:200]}.") from error
+
+
+def array_of(where: str, routed: Routed) -> np.ndarray | None:
+    """The array [tokens, layers, top_k] of lists, of base64 of an npy file, or of a payload that says its shape.
+
+    Raises MoetraceError, beginning with `where`, if it is none.
+    """
+    if routed is None:
+        return None
+    if isinstance(routed, str):
+        return npy.from_bytes(f"{where}: routed_experts", from_base64(where, routed))
+    if isinstance(routed, Payload):
+        return _of_payload(where, routed)
+    try:
+        return np.array(routed, np.int64)
+    except (ValueError, OverflowError) as error:
+        raise MoetraceError(f"{where}: routed_experts is no array of one shape [tokens, layers, top_k].") from error
+
+
+def _of_payload(where: str, payload: Payload) -> np.ndarray:
+    data = from_base64(where, payload.data)
+    try:
+        dtype = np.dtype(payload.dtype.removeprefix("torch."))
+    except (TypeError, ValueError, SyntaxError):
+        dtype = np.dtype(object)
+    if dtype.kind not in "iu" or len(payload.shape) != 3:
+        raise MoetraceError(
+            f"{where}: routed_experts is {payload.dtype[:50]!r} {payload.shape[:8]}, not integers [tokens, layers, "
+            f"top_k]."
+        )
+    if int(np.prod(payload.shape, dtype=object)) * dtype.itemsize != len(data):
+        raise MoetraceError(f"{where}: routed_experts says it has shape {tuple(payload.shape)}, but its size differs.")
+    return np.frombuffer(data, dtype).reshape(payload.shape)
+
+
+def told_of(response: Response, choice: Choice | None = None, number: int = 0, start: int | None = None) -> Told:
+    """What a response says of the tokens of a choice (or of itself): a choice's own numbers, then the usage of all."""
+    message = (choice and choice.message) or Message()
+    metas = [meta for meta in (choice and choice.meta_info, response.meta_info) if meta]
+    usage = response.usage or Usage()
+    chunk = (response.object or "").endswith("chunk")
+    own_prompt = (choice and choice.prompt_token_ids) or message.prompt_token_ids or ()
+    own_output = (choice and (choice.token_ids or choice.generation_token_ids)) or message.generation_token_ids or ()
+    prompt_ids, output_ids = own_prompt or response.prompt_token_ids or (), own_output or response.output_ids or ()
+    prompt, output, choices = usage.prompt_tokens, usage.completion_tokens, max(len(response.choices or ()), 1)
+    if own_prompt and own_output and not chunk:
+        prompt, output, choices = len(own_prompt), len(own_output), 1
+    elif meta := next((meta for meta in metas if meta.prompt_tokens is not None), None):
+        prompt, output, choices = meta.prompt_tokens, meta.completion_tokens, 1
+    details = usage.prompt_tokens_details or Details()
+    cached = next((meta.cached_tokens for meta in metas if meta.cached_tokens is not None), details.cached_tokens)
+    name = next((meta.id for meta in metas if meta.id is not None), response.id)
+    return Told(
+        prompt=prompt,
+        output=output,
+        choices=choices,
+        cached=cached,
+        start=start,
+        id="" if name is None else str(name),
+        choice=number if choice is None or choice.index is None else choice.index,
+        chunk=chunk,
+        prompt_ids=prompt_ids,
+        output_ids=output_ids,
+    )

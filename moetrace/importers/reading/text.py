@@ -2,10 +2,11 @@
 
 import codecs
 import gc
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -16,6 +17,7 @@ MAX_LINE_BYTES = 256 << 20
 BOM = codecs.BOM_UTF8  # which some editors and shells put before a text
 
 Record = TypeVar("Record")
+_OF_TYPE = msgspec.ValidationError  # JSON that is whole, but not what is expected
 
 
 def text_of(path: Path) -> bytes:
@@ -55,22 +57,67 @@ def chunks(path: Path, reading: Callable[[int], object], chunk_bytes: int | None
         yield line, rest
 
 
+# Python writes what JSON does not have: as a value, after a bracket, comma or colon.
+_NO_NUMBER = re.compile(rb"(?<=[\[,:\s])(?:NaN|-?Infinity)(?=\s*[,\]}])")
+_EVENT = re.compile(rb"\s*data:(?!\s*\[DONE\])|\s*(?:data|event|id|retry|):.*")  # of a stream: the payload stays
+
+
+def mended(text: bytes) -> bytes:
+    """JSON with null for NaN and infinities, which Python's `json` writes."""
+    return _NO_NUMBER.sub(b"null", text) if b"NaN" in text or b"Infinity" in text else text
+
+
 def json_lines(
-    path: Path, record: type[Record], reading: Callable[[int], object], chunk_bytes: int | None = None
+    path: Path,
+    record: type[Record],
+    reading: Callable[[int], object],
+    chunk_bytes: int | None = None,
+    bad: Callable[[str], object] | None = None,
+    cut: Callable[[str], object] | None = None,
 ) -> Iterator[tuple[int, list[Record]]]:
     """Yield the number of the first line and the records of successive JSON lines; blank lines are allowed.
 
-    `record` is a msgspec type, a Struct or a union of tagged ones. Raises MoetraceError with the line that does not
-    fit it.
+    `record` is a msgspec type, a Struct or a union of tagged ones. NaN is null. A line that does not fit it goes to
+    `bad` as a sentence, and server-sent events are lines, if there is a `bad`. A last line without its newline, as a
+    process that is killed leaves it, goes to `cut`. Else it raises MoetraceError.
     """
     decoder = msgspec.json.Decoder(record)
     for line, data in chunks(path, reading, chunk_bytes):
         try:
             with _no_collection():
-                records = decoder.decode_lines(data)
+                try:
+                    records = decoder.decode_lines(data)
+                except msgspec.DecodeError:
+                    records = decoder.decode_lines(mended(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise _bad_line(path, decoder, line, data) from None
+            records = list(
+                _one_by_one(path, decoder, line, data, bad, cut)
+            )  # the decoder does not say which line it is
         yield line, records
+
+
+def _one_by_one(
+    path: Path,
+    decoder: msgspec.json.Decoder,
+    first: int,
+    data: bytes,
+    bad: Callable[[str], object] | None,
+    cut: Callable[[str], object] | None,
+) -> Iterator[Any]:
+    """The records of the lines that can be read; one that can't be, and nobody takes, is an error."""
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, first):
+        text = _EVENT.sub(b"", line, count=1) if bad and _EVENT.match(line) else line
+        if not text.strip():
+            continue
+        try:
+            yield decoder.decode(mended(text))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            sentence = f"{path}: line {number} is not as expected: {str(error).rstrip('.')[:200]}."
+            taken = bad or (cut if number == first + len(lines) - 1 and not isinstance(error, _OF_TYPE) else None)
+            if taken is None:
+                raise MoetraceError(sentence) from None
+            taken(sentence)
 
 
 @contextmanager
@@ -83,14 +130,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _bad_line(path: Path, decoder: msgspec.json.Decoder, first: int, data: bytes) -> MoetraceError:
-    """Find the line that the decoder refuses: it does not say so itself."""
-    for number, line in enumerate(data.split(b"\n"), first):
-        try:
-            if line.strip():
-                decoder.decode(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            return MoetraceError(f"{path}: line {number} is not as expected: {str(error).rstrip('.')[:200]}.")
-    return MoetraceError(f"{path}: lines from {first} on can't be read as JSON lines.")

@@ -30,6 +30,18 @@ def _record(step: int, block: str, layer: int, rank: int, ids: np.ndarray) -> di
     return record | {"num_tokens": len(ids), "topk": ids.shape[1], "top_indices": ids.tolist()}
 
 
+def answer(ids: np.ndarray, prompt: int) -> dict:
+    """What the inference server answers."""
+    choice = {
+        "index": 0,
+        "text": "a",
+        "moe_topk_indices": ids.tolist(),
+        "prompt_moe_topk_indices": ids[:prompt].tolist(),
+    }
+    usage = {"prompt_tokens": prompt, "completion_tokens": len(ids) + 1 - prompt}
+    return {"id": "x", "model": "EMPTY", "choices": [choice], "usage": usage}
+
+
 def samples(folder: Path) -> list[Sample]:
     files = []
     for rank in range(2):
@@ -38,4 +50,6 @@ def samples(folder: Path) -> list[Sample]:
         files[-1].write_text(records(rank, batches, [1, 2], mtp=True))
     alone = folder / "alone_rank0.jsonl"
     alone.write_text(records(0, {(0, 0): routing(4, 3, 2, 8), (1, 0): routing(1, 3, 2, 8)}, [0, 1, 3], sidecar=True))
-    return [Sample(files, {"num_experts": 8}), Sample([alone], {"num_experts": 8})]
+    answers = folder / "answers.jsonl"
+    answers.write_text("".join(json.dumps(answer(routing(6, 3, 2, 8, n), 4)) + "\n" for n in range(3)))
+    return [Sample(paths, {"num_experts": 8}) for paths in (files, [alone], [answers])]

@@ -32,7 +32,7 @@ def response(choices: list[np.ndarray], prompt: int, model: str = "x/Some-Model"
             {"index": n, "text": "é\n", "logprobs": None, "finish_reason": "length", "routed_experts": npy_base64(ids)}
             for n, ids in enumerate(choices)
         ],
-        "usage": {"prompt_tokens": prompt, "total_tokens": prompt + 3, "completion_tokens": 3},
+        "usage": {"prompt_tokens": prompt, "completion_tokens": sum(len(ids) + 1 - prompt for ids in choices)},
     }
 
 
@@ -40,6 +40,25 @@ def response_0_21(prompt: np.ndarray, outputs: list[np.ndarray], encode=np.ndarr
     """The two parts of 0.21, int16: the prompt's at the response, the output's at each choice."""
     choices = [{"index": n, "text": "a", "routed_experts": encode(ids)} for n, ids in enumerate(outputs)]
     return {"model": "x/Some-Model", "prompt_routed_experts": encode(prompt), "choices": choices}
+
+
+def payload(ids: np.ndarray, start: int = 0) -> dict:
+    """The array as training stacks send it."""
+    data = base64.b64encode(ids.tobytes()).decode()
+    return {"data": data, "shape": list(ids.shape), "dtype": str(ids.dtype), "start": start}
+
+
+def events(path: Path, ids: np.ndarray, prompt: int) -> Path:
+    """A stream of server-sent events, the prompt in the first and a token in each other."""
+    cuts = [(0, prompt), *((row, row + 1) for row in range(prompt, len(ids)))]
+    lines = []
+    for start, stop in cuts:
+        choice = {"index": 0, "routed_experts": payload(ids[start:stop], start)}
+        usage = {"prompt_tokens": prompt, "completion_tokens": stop + 1 - prompt}
+        chunk = {"id": "cmpl-3", "object": "text_completion.chunk", "choices": [choice], "usage": usage}
+        lines.append(f"data: {json.dumps(chunk)}\n\n")
+    path.write_text("".join(lines) + "data: [DONE]\n\n")
+    return path
 
 
 def samples(folder: Path) -> list[Sample]:
@@ -51,5 +70,16 @@ def samples(folder: Path) -> list[Sample]:
     line.write_text(json.dumps(response([first], 4)) + "\n" + json.dumps(response([second, first], 2)) + "\n")
     one = folder / "response.json"
     one.write_text(json.dumps(response_0_21(first[:4].astype(np.int16), [first[4:].astype(np.int16)]), indent=1))
+    turns = folder / "turns.jsonl"
+    turn = response([np.concatenate([first, second])], 8) | {"id": "cmpl-1"}
+    turn["usage"]["prompt_tokens_details"] = {"cached_tokens": 4}
+    aborted = {"id": "cmpl-2", "choices": [{"index": 0, "routed_experts": None}]}
+    turns.write_text("".join(json.dumps(answer) + "\n" for answer in (response([first], 4), aborted, turn)))
     hints = {"num_experts": 8}
-    return [Sample(arrays, hints | {"layers": 3}), Sample([line], hints), Sample([one], hints)]
+    return [
+        Sample(arrays, hints | {"layers": 3}),
+        Sample([line], hints),
+        Sample([one], hints),
+        Sample([turns], hints),
+        Sample([events(folder / "stream.txt", first, 4)], hints),
+    ]

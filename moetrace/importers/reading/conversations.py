@@ -1,0 +1,146 @@
+"""Which answers are of one request: chunks of a stream, prefill and decode servers, and turns of a conversation."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.importers.reading.told import Told
+
+# Rows that two answers share are the same if this share of their cells is. Kernels that run another batch flip a few
+# choices; unrelated tokens agree in few cells.
+_ALIKE = 0.75
+_COMPARED_ROWS = 4096  # at most, of the end of what two answers share
+_FEWEST_ROWS = 4  # without ids, fewer rows than these that are equal may be chance
+_SAMPLED = 8  # ids of a row that find it again; then all are compared
+
+# Ids [rows, planes, top_k] of the positions first:stop of a stretch.
+Stored = Callable[["Stretch", int, int], np.ndarray]
+# Ids of the rows of an answer that an index selects.
+Ids = Callable[[slice | np.ndarray], np.ndarray]
+_PRIMES = np.array([1, 65537, 1000003, 15485863, 179424673, 2038074743, 32416190071, 99999999977], np.uint64)
+
+
+class Stretch(NamedTuple):
+    """Successive rows of a request, as one answer brought them."""
+
+    row: int  # in the spool
+    first: int  # position
+    rows: int
+    prompt: int | None  # tokens; later positions are decode
+
+
+class Request:
+    """The stretches of one request so far."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.stretches: list[Stretch] = []
+        self.places: list[int] = []  # of the stretches among all
+        self.prompt: int | None = None  # of the last turn
+        self.end = 0  # the position after the last row
+        self.key: tuple[int, int | bytes] | None = None  # by which its next turn finds it
+
+
+class Conversations:
+    """Finds the request that an answer continues.
+
+    It has the id of an earlier answer and begins where that ended or later, or repeats its rows; or its prompt begins
+    with all that an earlier answer routed, prompt and output: the same tokens, or the same rows where tokens are not
+    told.
+    """
+
+    def __init__(self, absent: int, stored: Stored) -> None:
+        self._absent, self._stored = absent, stored
+        self._of_id: dict[tuple[str, int], Request] = {}
+        self._of_tokens: dict[tuple[int, int | bytes], Request] = {}
+        self._of_rows: dict[tuple[int, int | bytes], Request] = {}
+        self._lengths: tuple[list[int], list[int]] = ([], [])  # of the keys of tokens, of rows; they increase
+
+    def of_id(self, told: Told) -> Request | None:
+        """The request of an answer's id and choice, if there is one."""
+        return self._of_id.get((told.id, told.choice)) if told.id else None
+
+    def found(self, first: int, told: Told, ids: Ids, rows: int) -> Request | None:
+        """The request that an answer of `rows` from position `first` on continues; `ids` gives its own."""
+        known = self.of_id(told)
+        if known and (first >= known.end or self._alike(known, first, ids, rows, _ALIKE)):
+            return known
+        if told.prompt_ids:
+            found = [self._of_tokens.get(key) for key in _prefixes(told.prompt_ids, self._lengths[0])]
+            if known := next((request for request in reversed(found) if request), None):
+                return known
+        if first or told.prompt is None:
+            return None
+        lengths = self._lengths[1][: bisect_left(self._lengths[1], min(told.prompt, rows))]
+        if not lengths:
+            return None
+        last = zip(lengths, _mixed(ids(np.array(lengths) - 1)), strict=True)
+        found = sorted((self._of_rows.keys() & set(last)), reverse=True)
+        requests = (self._of_rows[key] for key in found)
+        return next((request for request in requests if self._alike(request, first, ids, rows, 1)), None)
+
+    def _alike(self, request: Request, first: int, ids: Ids, rows: int, share: float) -> bool:
+        """Whether an answer repeats the rows of a request where both have some; its output decides if it is there."""
+        stop = min(first + rows, request.end)
+        start = max(first, stop - _COMPARED_ROWS)
+        same: list[np.ndarray] = []
+        decoded: list[np.ndarray] = []
+        for stretch in request.stretches:
+            low, high = max(start, stretch.first), min(stop, stretch.first + stretch.rows)
+            if low >= high:
+                continue
+            theirs, mine = self._stored(stretch, low, high), ids(slice(low - first, high - first))
+            known = ((theirs != self._absent) & (mine != self._absent)).any(axis=(1, 2))
+            same.append((theirs == mine).all(axis=2)[known])
+            decoded.append(np.arange(low, high)[known] >= (2**31 if stretch.prompt is None else stretch.prompt))
+        if not same:
+            return False
+        cells, output = np.concatenate(same), np.concatenate(decoded)
+        cells = cells[output] if output.any() else cells
+        return bool(cells.size == 0 or cells.mean() >= share)
+
+    def add(self, request: Request, told: Told, last_row: np.ndarray) -> None:
+        """Remember how `request`, which an answer has just begun or continued, can be continued."""
+        if told.id:
+            self._of_id[told.id, told.choice] = request
+        if request.key is not None:  # of what has gone on since, only the whole is what a next turn repeats
+            for known in (self._of_tokens, self._of_rows):
+                if known.get(request.key) is request:
+                    del known[request.key]
+        request.key = None
+        if told.prompt is None or request.end <= told.prompt:  # nothing of its output was routed, so nothing repeats it
+            return
+        tokens, length = [*told.prompt_ids, *told.output_ids], request.end
+        if told.prompt_ids and len(tokens) >= length:
+            _add(self._lengths[0], length)
+            request.key = next(_prefixes(tokens, [length]))
+            self._of_tokens[request.key] = request
+        elif length >= _FEWEST_ROWS and request.stretches[0].first == 0:
+            _add(self._lengths[1], length)
+            request.key = (length, _mixed(last_row[None])[0])
+            self._of_rows[request.key] = request
+
+
+def _add(lengths: list[int], length: int) -> None:
+    at = bisect_left(lengths, length)
+    if at == len(lengths) or lengths[at] != length:
+        lengths.insert(at, length)
+
+
+def _prefixes(tokens: Sequence[int], lengths: list[int]) -> Iterator[tuple[int, bytes]]:
+    """The keys of the first tokens, of each of these increasing numbers of them."""
+    data, done, digest = np.array(tokens, np.int64), 0, blake2b(digest_size=16)
+    for length in lengths[: bisect_right(lengths, data.size)]:
+        digest.update(data[done:length].tobytes())
+        done = length
+        yield length, digest.digest()
+
+
+def _mixed(rows: np.ndarray) -> list[int]:
+    """A number a row, of some of its ids."""
+    flat = rows.reshape(len(rows), -1)
+    some = flat[:, :: -(-flat.shape[1] // _SAMPLED)].astype(np.uint64)
+    return (some @ _PRIMES[: some.shape[1]]).tolist()

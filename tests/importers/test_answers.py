@@ -1,0 +1,316 @@
+"""What an answer says of its tokens decides about its rows, alike for every engine that answers request by request."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from support.writers import imported, refused, routing, steps
+from support.writers.sglang_request import text
+from support.writers.vllm import npy_base64, request, response
+
+from moetrace.importers.formats import detect
+
+ENGINES = ["vllm", "sglang-request", "megatron"]
+
+
+def answer(engine, ids, prompt=None, output=None, cached=None, name=None, **more):
+    """An answer of an engine with the ids of one completion, and what it says of its tokens."""
+    usage = {"prompt_tokens": prompt, "completion_tokens": output}
+    if engine == "sglang-request":
+        meta = usage | {"id": name, "cached_tokens": cached, "routed_experts": text(ids)}
+        return {"meta_info": {key: value for key, value in meta.items() if value is not None}} | more
+    routed = {"routed_experts": npy_base64(ids)} if engine == "vllm" else {"moe_topk_indices": ids.tolist()}
+    if cached is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": cached}
+    return {"id": name, "choices": [{"index": 0} | routed], "usage": usage} | more
+
+
+def read(tmp_path, engine, *answers, **options):
+    """The trace of a log with an answer a line."""
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in answers))
+    assert detect(path) == engine
+    return imported(tmp_path, path, **said(engine), **options)
+
+
+def said(engine):
+    return {"num_experts": 16} | ({"top_k": 2, "layers": 3} if engine == "sglang-request" else {})
+
+
+def no(tmp_path, engine, *answers, **options):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in answers))
+    return refused(tmp_path, path, **said(engine), **options)
+
+
+def ids_of(rows, seed=0):
+    ids = request(rows, 3, 2, 16, seed)
+    assert (ids.max(axis=2) > 0).all()
+    return ids
+
+
+def places(trace):
+    """(request, position, phase) of each row."""
+    phase = np.repeat(trace.phase, np.diff(trace.offset)).tolist()
+    return list(
+        zip(*(trace.read(name, 0, trace.rows).tolist() for name in ("request", "position")), phase, strict=True)
+    )
+
+
+def one(positions, prompt, number=0):
+    return [(number, position, int(position >= prompt)) for position in positions]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("rows", "first"), [(11, 0), (3, 8), (6, 5), (1, 10)])
+def test_rows_end_at_the_last_token_but_one(tmp_path, engine, rows, first):
+    ids = ids_of(rows)
+    trace = read(tmp_path, engine, answer(engine, ids, 10, 2))
+    assert places(trace) == one(range(first, 11), 10) and np.array_equal(trace.read("experts", 0, rows), ids)
+    assert ("first_position" in trace.source) == (first > 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_more_rows_than_tokens_are_refused(tmp_path, engine):
+    assert "12 tokens, but says that there are 10 tokens of the prompt and 2 of this answer, which allow 11" in no(
+        tmp_path, engine, answer(engine, ids_of(12), 10, 2)
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("rows", "cached", "positions"), [(5, None, range(5)), (6, None, range(6)), (2, 4, [4, 5])])
+def test_an_answer_without_output_is_all_prompt(tmp_path, engine, rows, cached, positions):
+    trace = read(tmp_path, engine, answer(engine, ids_of(rows), 6, 0, cached))
+    assert places(trace) == one(positions, 6) and trace.steps == 1
+
+
+@pytest.mark.parametrize("rows", [5, 6])
+def test_sglang_prefill_tells_its_layers_by_either_number_of_rows(tmp_path, rows):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(answer("sglang-request", ids_of(rows), 6, 0)))
+    trace = imported(tmp_path, path, num_experts=16, top_k=2)
+    assert trace.layers == 3 and places(trace) == one(range(rows), 6)
+
+
+def test_a_number_of_ids_that_fits_two_numbers_of_layers_is_asked_about(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(answer("sglang-request", routing(5, 6, 2, 16), 6, 0)))
+    assert "give --model" in refused(tmp_path, path, num_experts=16, top_k=2)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "megatron"])
+@pytest.mark.parametrize("start", [0, 3])
+def test_usage_counts_the_tokens_of_all_choices(tmp_path, engine, start):
+    ids = [ids_of(rows - start, rows) for rows in (8, 6, 10)]  # outputs of 3, 1 and 5
+    whole = answer(engine, ids[0], 6, 9)
+    whole["choices"] = [answer(engine, own)["choices"][0] | {"index": n} for n, own in enumerate(ids)]
+    trace = read(tmp_path, engine, whole)
+    expected = [one(range(start, rows), 6, number) for number, rows in enumerate((8, 6, 10))]
+    assert places(trace) == [row for rows in expected for row in rows]
+    whole["usage"]["completion_tokens"] = 5
+    if start == 0:
+        assert "24 tokens in 3 choices" in no(tmp_path, engine, whole)
+
+
+def test_the_first_choice_alone_is_not_compared_with_the_tokens_of_both(tmp_path):
+    ids = ids_of(10)
+    usage = {"prompt_tokens": 6, "completion_tokens": 9}
+    whole = {"choices": [{"index": 0}, {"index": 1}], "sglext": {"routed_experts": text(ids)}, "usage": usage}
+    assert places(read(tmp_path, "sglang-request", whole)) == one(range(10), 6)
+    usage["completion_tokens"] = 5
+    assert "6 tokens of the prompt and 5 of its 2 choices, which allow 9" in no(tmp_path, "sglang-request", whole)
+    path = tmp_path / "log.jsonl"
+    assert "give --model" in refused(tmp_path, path, num_experts=16, top_k=2)
+
+
+def test_choices_of_several_prompts_have_no_known_prompt(tmp_path):
+    ids = [ids_of(6, 1), ids_of(8, 2)]  # prompts of 4 and 6, 3 tokens each
+    whole = response(ids, 10)
+    whole["usage"] = {"prompt_tokens": 10, "completion_tokens": 6}
+    trace = read(tmp_path, "vllm", whole)
+    assert places(trace) == one(range(6), 99) + one(range(8), 99, 1) and trace.source["phase"].startswith("unknown")
+    for choice, prompt in zip(whole["choices"], (4, 6), strict=True):
+        choice |= {"prompt_token_ids": [prompt] * prompt, "token_ids": [1, 2, 3]}
+    assert places(read(tmp_path, "vllm", whole)) == one(range(6), 4) + one(range(8), 6, 1)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "torch.uint8", "int64"])
+def test_the_payload_of_training_stacks(tmp_path, dtype):
+    ids = ids_of(7).astype(dtype.removeprefix("torch."))
+    payload = {"data": base64.b64encode(ids.tobytes()).decode(), "shape": [7, 3, 2], "dtype": dtype, "start": 4}
+    whole = response([ids], 10) | {"usage": {"prompt_tokens": 10, "completion_tokens": 2}}
+    whole["choices"][0]["routed_experts"] = payload
+    trace = read(tmp_path, "vllm", whole)
+    assert places(trace) == one(range(4, 11), 10) and np.array_equal(trace.read("experts", 0, 7), ids)
+    for change, message in (
+        ({"shape": [7, 3, 3]}, "but its size differs"),
+        ({"dtype": "float32"}, "not integers"),
+        ({"dtype": "O"}, "not integers"),
+        ({"dtype": "?!"}, "not integers"),
+        ({"shape": [42]}, "not integers"),
+        ({"start": 5}, "7 tokens from position 5 on, but says that there are 10 tokens of the prompt and 2"),
+    ):
+        whole["choices"][0]["routed_experts"] = payload | change
+        assert message in no(tmp_path, "vllm", whole)
+
+
+def test_a_start_that_is_told_goes_before_what_the_tokens_tell(tmp_path):
+    whole = answer("vllm", ids_of(6), 8, 4)
+    assert places(read(tmp_path, "vllm", whole)) == one(range(5, 11), 8)
+    cut = answer("vllm", ids_of(5), 8, 4, routed_experts_prompt_start=5)
+    assert places(read(tmp_path, "vllm", cut)) == one(range(5, 10), 8), "the last token's row is lacking"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_of_a_cached_prefix_are_left_out(tmp_path, engine):
+    ids = ids_of(11)
+    trace = read(tmp_path, engine, answer(engine, ids, 10, 2, cached=8))
+    assert places(trace) == one(range(8, 11), 10) and np.array_equal(trace.read("experts", 0, 3), ids[8:])
+    assert trace.source["left_out_cached_rows"] == 8
+    partly = read(tmp_path, engine, answer(engine, ids[5:], 10, 2, cached=8))
+    assert places(partly) == one(range(8, 11), 10) and partly.source["left_out_cached_rows"] == 3
+    omitted = read(tmp_path, engine, answer(engine, ids[8:], 10, 2, cached=8))
+    assert places(omitted) == one(range(8, 11), 10) and "left_out_cached_rows" not in omitted.source
+    assert "keep them with --keep-cached" in no(tmp_path, engine, answer(engine, ids[:9], 10, 0, cached=10))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cached", [None, 7, 4, 0])
+@pytest.mark.parametrize("known_by", ["rows", "id"])
+def test_a_prompt_that_repeats_a_conversation_is_its_next_turn(tmp_path, engine, cached, known_by):
+    ids = ids_of(15)
+    name = "chat" if known_by == "id" else None
+    other = answer(engine, ids_of(8, 5), 5, 4, name="b")
+    turns = [answer(engine, ids[:7], 5, 3, name=name), other, answer(engine, ids, 12, 4, cached, name)]
+    trace = read(tmp_path, engine, *turns)
+    kept = 7 if cached is None else cached
+    assert places(trace) == one(range(7), 5) + one(range(8), 5, 1) + one(range(kept, 15), 12)
+    assert np.array_equal(trace.read("experts", 15, trace.rows), ids[kept:])
+    assert trace.source["joined_answers"] == 1 and trace.source.get("left_out_cached_rows", 0) == kept
+
+
+def test_a_turn_is_known_by_its_tokens_where_its_rows_begin_later(tmp_path):
+    ids, tokens = ids_of(15), list(range(100, 116))
+    first = answer("vllm", ids[:7], 5, 3, prompt_token_ids=tokens[:5])
+    first["choices"][0]["token_ids"] = tokens[5:8]
+    second = answer("vllm", ids[7:], 12, 4, prompt_token_ids=tokens[:12])
+    trace = read(tmp_path, "vllm", first, second)
+    assert places(trace) == one(range(7), 5) + one(range(7, 15), 12)
+    assert places(read(tmp_path, "vllm", first, second | {"prompt_token_ids": tokens[1:13]}))[7][0] == 1
+
+
+def test_three_turns_and_what_only_looks_like_one(tmp_path):
+    ids = ids_of(30)
+    turns = [answer("vllm", ids[:stop], prompt, stop + 1 - prompt) for stop, prompt in ((8, 5), (17, 12), (30, 25))]
+    trace = read(tmp_path, "vllm", *turns)
+    assert places(trace) == one(range(8), 5) + one(range(8, 17), 12) + one(range(17, 30), 25)
+    trace = read(tmp_path, "vllm", answer("vllm", ids[:8], 8, 1), answer("vllm", ids, 25, 6))
+    assert trace.rows == 38, "a common system prompt is no turn"
+    trace = read(tmp_path, "vllm", answer("vllm", ids[:8], 5, 4), answer("vllm", ids[:12], 5, 8))
+    assert trace.rows == 20, "the same prompt again is no turn"
+    fork = np.concatenate([ids[:8], ids_of(8, 7)])
+    turns = [answer("vllm", ids[:8], 5, 4), answer("vllm", ids[:17], 12, 6), answer("vllm", fork, 10, 7)]
+    assert read(tmp_path, "vllm", *turns).rows == 17 + 16, "another turn after the first is a request of its own"
+    changed = np.concatenate([ids_of(8, 9), ids[8:]])
+    trace = read(tmp_path, "vllm", answer("vllm", ids[:8], 5, 4), answer("vllm", changed, 25, 6))
+    assert trace.rows == 38, "other tokens are no turn"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_keep_cached_keeps_every_row_of_every_turn(tmp_path, engine):
+    from moetrace.importers.captured import Hints
+    from moetrace.importers.importing import import_traces
+    from moetrace.trace import Trace
+
+    ids = ids_of(15)
+    path = tmp_path / "a.jsonl"
+    turns = [answer(engine, ids[:7], 5, 3, name="x"), answer(engine, ids, 12, 4, cached=4, name="x")]
+    path.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    import_traces(path, tmp_path / "o.h5", hints=Hints(**said(engine), keep_cached=True))
+    trace = Trace.open(tmp_path / "o.h5")
+    assert places(trace) == one(range(7), 5) + one(range(15), 12) and trace.source["cached_rows"] == "kept"
+
+
+def chunks(ids, cuts, prompt, **more):
+    """The chunks of a stream: from cut to cut, each with the tokens so far."""
+    for start, stop in cuts:
+        whole = answer(
+            "vllm", ids[start:stop], prompt, stop + 1 - prompt, name="cmpl-1", object="text_completion.chunk"
+        )
+        yield whole | more
+
+
+def test_chunks_of_a_stream_are_one_request(tmp_path):
+    ids = ids_of(11)
+    cuts = [(0, 8), (8, 9), (9, 11)]
+    trace = read(tmp_path, "vllm", *chunks(ids, cuts, 8))
+    assert places(trace) == one(range(11), 8) and np.array_equal(trace.read("experts", 0, 11), ids)
+    assert steps(trace) == [(8, 0), (1, 1), (1, 1), (1, 1)] and trace.source["joined_answers"] == 2
+    trace = read(tmp_path, "vllm", *chunks(ids, [(0, 8), (0, 9), (0, 11)], 8))
+    assert places(trace) == one(range(11), 8), "each chunk has all rows so far"
+    assert trace.source["left_out_rows_of_earlier_parts"] == 17
+    other = [chunk | {"id": "cmpl-2"} for chunk in chunks(ids_of(11, 3), cuts, 8)]
+    mixed = [chunk for pair in zip(chunks(ids, cuts, 8), other, strict=True) for chunk in pair]
+    trace = read(tmp_path, "vllm", *mixed)
+    assert sorted(places(trace)) == one(range(11), 8) + one(range(11), 8, 1), "two streams at a time"
+
+
+def test_a_stream_tells_its_tokens_in_the_last_chunk(tmp_path):
+    ids = ids_of(11)
+    parts = [chunk | {"usage": None} for chunk in chunks(ids, [(0, 8), (8, 9), (9, 11)], 8)]
+    empty = {"id": "cmpl-1", "object": "text_completion.chunk", "choices": [{"index": 0, "routed_experts": None}]}
+    last = {"id": "cmpl-1", "object": "x.chunk", "choices": [], "usage": {"prompt_tokens": 8, "completion_tokens": 4}}
+    trace = read(tmp_path, "vllm", *parts, empty, last)
+    assert places(trace) == one(range(11), 8) and "left_out_answers" not in trace.source
+    last["usage"]["prompt_tokens"] = 10
+    assert places(read(tmp_path, "vllm", *parts, empty, last)) == one(range(2, 13), 10)
+    last["usage"]["prompt_tokens"] = 5
+    assert "which allow 8" in no(tmp_path, "vllm", *parts, last)
+    assert places(read(tmp_path, "vllm", *parts)) == one(range(11), 99), "without, phases are unknown"
+
+
+def test_server_sent_events_are_lines(tmp_path):
+    ids = ids_of(11)
+    path = tmp_path / "sse.txt"
+    events = [f"event: x\ndata: {json.dumps(chunk)}\n\n" for chunk in chunks(ids, [(0, 8), (8, 9), (9, 11)], 8)]
+    path.write_text(": hello\n" + "".join(events) + "data: [DONE]\n\n")
+    for form in ("vllm", None):
+        assert places(imported(tmp_path, path, num_experts=16, format=form)) == one(range(11), 8)
+        path.write_text("".join(events))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("transferred", ["again", "padding", "omitted"])
+def test_a_prefill_and_a_decode_server_answer_one_request(tmp_path, engine, transferred):
+    ids = ids_of(11).astype(np.int16)
+    decode = ids.copy()
+    decode[:8] = ids[:8] if transferred == "again" else 0
+    if transferred == "omitted":
+        decode = ids[8:]
+    pair = [answer(engine, ids[:8], 8, 1, name="r"), answer(engine, decode, 8, 4, name="r")]
+    trace = read(tmp_path, engine, *pair)
+    assert places(trace) == one(range(11), 8) and np.array_equal(trace.read("experts", 0, 11), ids)
+
+
+def test_the_same_answer_twice_counts_once_and_others_of_its_id_are_their_own(tmp_path):
+    ids = ids_of(9)
+    same = answer("vllm", ids, 7, 3, name="7")
+    trace = read(tmp_path, "vllm", same, same, answer("vllm", ids_of(9, 4), 7, 3, name="7"))
+    assert places(trace) == one(range(9), 7) + one(range(9), 7, 1)
+    assert trace.source["left_out_repeated_answers"] == 1
+    sampled = np.concatenate([ids[:7], ids_of(9, 6)[7:]])
+    trace = read(tmp_path, "vllm", same, answer("vllm", sampled, 7, 3, name="7"))
+    assert trace.rows == 18, "the same prompt with another output"
+
+
+def test_megatron_answers_tell_their_prompts_by_tokens_or_by_part(tmp_path):
+    ids = ids_of(9)
+    choice = {"moe_topk_indices": ids.tolist(), "prompt_moe_topk_indices": ids[:6].tolist()}
+    trace = read(tmp_path, "megatron", {"choices": [choice]})
+    assert places(trace) == one(range(9), 6) and trace.source["engine"] == "Megatron-LM"
+    tokens = {"prompt_token_ids": [1] * 7, "generation_token_ids": [2] * 3}
+    for own in (choice | tokens, choice | {"message": tokens}):
+        whole = {"model": "EMPTY", "choices": [own], "usage": {"prompt_tokens": 99, "completion_tokens": 99}}
+        trace = read(tmp_path, "megatron", whole)
+        assert places(trace) == one(range(9), 7) and trace.model == "unknown"

@@ -1,0 +1,186 @@
+"""One bad record does not lose a log: it is left out and counted, with a note, or refused if the user is strict."""
+
+import json
+
+import numpy as np
+import pytest
+from support.writers import routing
+from support.writers.jsonl import write
+from support.writers.lattice import records
+from support.writers.sglang_request import generated
+from support.writers.vllm import npy_base64, request, response
+
+from moetrace.importers.captured import Hints
+from moetrace.importers.importing import import_traces
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace import Trace
+
+
+def imported(path, **hints):
+    """The trace of a file, and the notes on it."""
+    notes = []
+    out = path.parent / "out.h5"
+    import_traces(path, out, hints=Hints(**hints, note=notes.append))
+    assert all("\n" not in note and note.endswith(".") and note.startswith(str(path)) for note in notes)
+    trace = Trace.open(out)
+    trace.verify()
+    return trace, notes
+
+
+def strict(path, **hints):
+    with pytest.raises(MoetraceError) as raised:
+        import_traces(path, path.parent / "strict.h5", hints=Hints(**hints, strict=True))
+    assert not (path.parent / "strict.h5").exists()
+    return str(raised.value)
+
+
+def log(tmp_path, good, *bad):
+    """A log of three good answers, the bad ones in their middle."""
+    path = tmp_path / "log.jsonl"
+    lines = [json.dumps(good | {"id": str(number)}) for number in range(3)]
+    path.write_text(
+        "\n".join([*lines[:2], *(one if isinstance(one, str) else json.dumps(one) for one in bad), lines[2]])
+    )
+    return path
+
+
+GOOD = response([request(9, 2, 2, 16)], 7)
+
+
+def changed(**choice):
+    whole = json.loads(json.dumps(GOOD))
+    whole["choices"][0] |= choice
+    return whole | {"id": "bad"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "why", "sentence"),
+    [
+        (changed(routed_experts=None), "without routing", "it was aborted, or the server must run with"),
+        (
+            changed(routed_experts=npy_base64(request(9, 2, 2, 16)[:0])),
+            "without routing",
+            "is empty: its shape is (0, 2, 2)",
+        ),
+        ({"choices": []}, "without routing", "has no choices"),
+        ({"error": {"message": "overloaded"}}, "without routing", "has no choices"),
+        (
+            response([request(9, 3, 2, 16)], 7),
+            "of another shape",
+            "has (3, 2) (layers, top_k), but what came before (2, 2)",
+        ),
+        (changed(routed_experts="AAAA"), "that can't be read", "no NumPy array"),
+        (changed(routed_experts="?"), "that can't be read", "no base64"),
+        (json.dumps(GOOD)[:200], "that can't be read", "line 3 is not as expected"),
+        ("Internal Server Error", "that can't be read", "line 3 is not as expected"),
+        ({"choices": "none"}, "that can't be read", "line 3 is not as expected"),
+    ],
+)
+def test_a_bad_answer_is_left_out_and_counted(tmp_path, bad, why, sentence):
+    path = log(tmp_path, GOOD, bad)
+    trace, notes = imported(path, num_experts=16)
+    assert trace.rows == 27 and trace.read("request", 0, 27).tolist() == [0] * 9 + [1] * 9 + [2] * 9
+    assert trace.source["left_out_answers"] == {why: 1}
+    assert len(notes) == 1 and f"left out 1 answer {why}, the first because" in notes[0] and sentence in notes[0]
+    assert sentence in strict(path, num_experts=16)
+
+
+def test_bad_answers_of_sglang(tmp_path):
+    good = generated(request(9, 2, 2, 16), 7)
+    aborted = {"meta_info": {"finish_reason": {"type": "abort"}, "prompt_tokens": 7, "completion_tokens": 0}}
+    odd = generated(request(9, 2, 2, 16), 7)
+    odd["meta_info"]["routed_experts"] = odd["meta_info"]["routed_experts"][:-16]
+    path = log(tmp_path, good, aborted, odd)
+    for number, line in enumerate(lines := [json.loads(line) for line in path.read_text().splitlines()]):
+        line["meta_info"]["id"] = str(number)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trace, notes = imported(path, num_experts=16, top_k=2)
+    assert trace.rows == 27 and trace.source["left_out_answers"] == {"without routing": 1, "of another shape": 1}
+    assert "left out 1 answer without routing and 1 answer of another shape" in notes[0]
+    assert "no routed_experts: it was aborted" in strict(path, num_experts=16, top_k=2)
+
+
+def test_clean_logs_have_no_notes(tmp_path):
+    trace, notes = imported(log(tmp_path, GOOD), num_experts=16)
+    assert notes == [] and not [key for key in trace.source if "left_out" in key]
+
+
+def test_more_answers_of_another_shape_than_of_the_first_are_refused(tmp_path):
+    path = tmp_path / "log.jsonl"
+    answers = [response([request(9, layers, 2, 16)], 7) | {"id": str(n)} for n, layers in enumerate((3, 2, 2))]
+    path.write_text("\n".join(map(json.dumps, answers)))
+    with pytest.raises(MoetraceError, match=r"has \(2, 2\) \(layers, top_k\), but what came before \(3, 2\)"):
+        imported(path, num_experts=16)
+
+
+def test_a_log_without_any_good_answer_says_why(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(json.dumps(changed(routed_experts=None)) for _ in range(3)))
+    with pytest.raises(MoetraceError, match="response 1, choice 0 has no routed_experts: it was aborted"):
+        import_traces(path, tmp_path / "o.h5", format="vllm", hints=Hints(num_experts=16))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "null"])
+def test_a_weight_that_is_no_number_is_unknown(tmp_path, number):
+    ids = routing(9, 3, 2, 8)
+    path = write(tmp_path / "a.jsonl", ids, [4, 5])
+    lines = path.read_text().splitlines(keepends=True)
+    lines[6] = lines[6].replace("[0.5, 0.25]", f"[0.5, {number}]")
+    path.write_text("".join(lines))
+    trace, notes = imported(path, num_experts=8)
+    gates = trace.read("gates", 0, 9)
+    assert np.argwhere(np.isnan(gates)).tolist() == [[1, 1, 1]] and trace.source["unknown_weights"] == 1
+    assert np.array_equal(trace.read("experts", 0, 9), ids) and "1 weight of NaN left unknown" in notes[0]
+    assert "route 5 (from 0) has a weight that is no number" in strict(path, num_experts=8)
+
+
+def test_nan_in_an_answer_or_a_record_is_no_matter(tmp_path):
+    path = log(tmp_path, GOOD | {"logprobs": float("nan")})
+    assert imported(path, num_experts=16)[0].rows == 27
+    path.write_text(json.dumps(GOOD | {"logprobs": [float("-inf")]}, indent=1))
+    assert imported(path, num_experts=16)[0].rows == 9
+    path = tmp_path / "lattice.jsonl"
+    text = records(routing(3, 3, 2, 8), np.full((3, 3, 2), 0.5), [0, 1, 2], [0, 2, 3])
+    path.write_text(text.replace("0.5", "NaN", 1))
+    assert np.isnan(imported(path, num_experts=8)[0].read("gates", 0, 3)).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ('"topk_ids": [', '"topk_ids": [9, ', "has 3 ids and 2 weights, unlike the first"),
+        ('"topk_weights": [0.5, 0.25]', '"topk_weights": [0.5]', "has 2 ids and 1 weights, unlike the first"),
+        ('"topk_weights": [0.5, 0.25]', '"topk_weights": null', "has 2 ids and no weights, unlike the first"),
+    ],
+)
+def test_a_route_of_another_shape_is_absent(tmp_path, old, new, what):
+    ids = routing(9, 3, 2, 8)
+    path = write(tmp_path / "a.jsonl", ids, [4, 5])
+    lines = path.read_text().splitlines(keepends=True)
+    assert old in lines[6]
+    lines[6] = lines[6].replace(old, new)
+    path.write_text("".join(lines))
+    trace, notes = imported(path, num_experts=8)
+    found = trace.read("experts", 0, 9)
+    assert (found[1, 1] == 255).all() and trace.source["absent_routes_of_another_shape"] == 1
+    found[1, 1] = ids[1, 1]
+    assert np.array_equal(found, ids) and f"route 5 (from 0) {what}" in notes[0]
+    assert what in strict(path, num_experts=8)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "lattice"])
+def test_a_last_line_that_was_cut_is_left_out(tmp_path, form):
+    ids = routing(3, 3, 2, 8)
+    path = tmp_path / "a.jsonl"
+    if form == "jsonl":
+        write(path, ids, [2, 1])
+    else:
+        path.write_text(records(ids, np.full((3, 3, 2), 0.5), [0, 1, 2], [0, 2, 3]))
+    path.write_text(path.read_text()[:-20])
+    trace, notes = imported(path, num_experts=8)
+    found = trace.read("experts", 0, 3)
+    assert (
+        np.array_equal(found[:2], ids[:2]) and np.array_equal(found[2, :2], ids[2, :2]) and (found[2, 2] == 255).all()
+    )
+    assert trace.source["left_out_cut_lines"] == 1 and "left out a last line that was cut" in notes[0]
+    assert "is not as expected" in strict(path, num_experts=8)

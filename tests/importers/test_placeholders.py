@@ -1,0 +1,171 @@
+"""Ids that carry no expert: what is surely padding goes by itself, the rest when the user says so."""
+
+import json
+
+import numpy as np
+import pytest
+from support.writers import Sample, routing
+from support.writers.jsonl import write
+from support.writers.megatron import records
+from support.writers.vllm import npy_base64, request, response
+
+from moetrace.importers.captured import Hints
+from moetrace.importers.importing import import_traces
+from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.trace import Trace
+
+
+def imported(path, **hints):
+    notes = []
+    import_traces(path, path.parent / "out.h5", hints=Hints(**{"num_experts": 8} | hints, note=notes.append))
+    trace = Trace.open(path.parent / "out.h5")
+    trace.verify()
+    return trace, notes
+
+
+def refused(path, **hints):
+    with pytest.raises(MoetraceError) as raised:
+        imported(path, **hints)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def npz(path, ids):
+    rows = np.arange(len(ids))
+    meta = np.array(json.dumps({"num_experts": 8}))
+    zeros = np.zeros(len(ids), np.uint8)
+    layers = np.arange(ids.shape[1])
+    np.savez(path, expert_ids=ids, request_id=zeros, position=rows, phase=zeros, layer_index=layers, meta=meta)
+
+
+def lattice(path, ids):
+    from support.writers.lattice import records as lines
+
+    path.write_text(lines(ids, np.full(ids.shape, 0.5), list(range(len(ids))), list(range(ids.shape[1]))))
+
+
+# Format -> writes ids [rows, layers, top_k] to a path of this ending.
+WRITERS = {
+    "vllm": (".npy", lambda path, ids: np.save(path, ids)),
+    "npz": (".npz", npz),
+    "jsonl": (".jsonl", lambda path, ids: write(path, ids, [len(ids)])),
+    "lattice": (".jsonl", lattice),
+    "megatron": (".jsonl", lambda path, ids: path.write_text(records(0, {(0, 0): ids}, list(range(ids.shape[1]))))),
+}
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_ids_beyond_the_experts_are_absent_if_the_user_says_so(tmp_path, form):
+    ending, save = WRITERS[form]
+    ids = routing(50, 3, 4, 12)
+    save(path := tmp_path / f"a{ending}", ids.astype(np.int16))
+    assert "give --absent-from 8." in refused(path)
+    trace, _ = imported(path, absent_from=8)
+    assert np.array_equal(trace.read("experts", 0, 50), np.where(ids >= 8, 255, ids))
+    assert trace.source["absent_from"] == 8
+    trace, _ = imported(path, absent_ids=(8, 9, 10, 11))
+    assert np.array_equal(trace.read("experts", 0, 50), np.where(ids >= 8, 255, ids))
+    trace, _ = imported(path, absent_from=6, absent_ids=(2,))
+    assert np.array_equal(trace.read("experts", 0, 50), np.where((ids >= 6) | (ids == 2), 255, ids))
+
+
+@pytest.mark.parametrize("form", ["vllm", "npz", "jsonl", "megatron"])
+def test_an_expert_that_stands_for_none_as_well_is_absent_if_the_user_says_so(tmp_path, form):
+    ending, save = WRITERS[form]
+    ids = routing(50, 3, 4, 12)
+    ids[ids >= 8] = 0
+    ids[(ids == 0).all(axis=2)] = [0, 0, 1, 2]  # not all in a cell, which is a dense layer's
+    save(path := tmp_path / f"a{ending}", ids.astype(np.int16))
+    assert "chooses expert 0 more than once: if that id stands for no expert there, give --absent 0" in refused(path)
+    trace, _ = imported(path, absent_ids=(0,))
+    assert np.array_equal(trace.read("experts", 0, 50), np.where(ids == 0, 255, ids))
+
+
+@pytest.mark.parametrize("mark", [-1, 8, 255, 5, 0])
+def test_rows_of_one_placeholder_are_left_out(tmp_path, mark):
+    ids = routing(9, 3, 2, 8).astype(np.int16)
+    padded = np.concatenate([ids[:4], np.full((2, 3, 2), mark), ids[4:], np.full((3, 3, 2), mark)]).astype(np.int16)
+    np.save(path := tmp_path / "a.npy", padded)
+    trace, notes = imported(path)
+    assert np.array_equal(trace.read("experts", 0, trace.rows), ids)
+    assert trace.read("position", 0, 9).tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 10]
+    assert trace.source["left_out_padding_rows"] == 5 and any("left out 5 rows of padding" in note for note in notes)
+
+
+def test_cells_of_one_id_beyond_the_experts_are_absent(tmp_path):
+    ids = routing(9, 3, 2, 8)
+    odd = ids.copy()
+    odd[2, 1] = odd[7, 0] = 8
+    for form in ("vllm", "jsonl", "lattice", "megatron"):
+        ending, save = WRITERS[form]
+        save(path := tmp_path / f"{form}{ending}", odd)
+        trace, notes = imported(path)
+        assert np.array_equal(trace.read("experts", 0, 9), np.where(odd == 8, 255, odd))
+        assert trace.source["padding_cells"] == 2 and any("2 cells hold one id" in note for note in notes)
+    odd[2, 1] = [8, 3]
+    np.save(path := tmp_path / "b.npy", odd)
+    assert "token 2, layer 1 holds the id 8, but there are 8 experts: if ids from 8 on" in refused(path)
+
+
+def test_a_row_of_one_expert_with_one_layer_is_no_padding(tmp_path):
+    np.save(path := tmp_path / "a.npy", np.array([[[3, 1]], [[3, 3]]], np.uint8))
+    assert "chooses expert 3 more than once" in refused(path)
+    ones = np.arange(8, dtype=np.uint8).reshape(8, 1, 1).repeat(3, 1)  # top 1: a row may choose alike
+    np.save(path, ones)
+    assert np.array_equal(imported(path)[0].read("experts", 0, 8), ones)
+    np.save(path, np.full((4, 3, 2), -1, np.int8))
+    assert "every id is 0 or -1" in refused(path)
+
+
+def test_padding_in_an_answer_does_not_move_its_rows(tmp_path):
+    ids = request(11, 3, 2, 8).astype(np.int16)
+    ids[8:10] = -1
+    whole = response([ids], 8)
+    whole["choices"][0]["routed_experts"] = npy_base64(ids)
+    (path := tmp_path / "a.json").write_text(json.dumps(whole))
+    trace, _ = imported(path)
+    assert trace.read("position", 0, 9).tolist() == [*range(8), 10] and trace.phase.tolist() == [0, 1]
+
+
+def padded(ids, rows):
+    return np.concatenate([ids, np.full((rows - len(ids), *ids.shape[1:]), -1)])
+
+
+def test_the_padding_of_a_cuda_graph_is_left_out(tmp_path):
+    batches = [routing(5, 2, 2, 16, 1), routing(1, 2, 2, 16, 2), routing(8, 2, 2, 16, 3)]
+    text = records(0, {(step, 0): padded(ids, 8) for step, ids in enumerate(batches)}, [1, 2])
+    (path := tmp_path / "router_trace_rank0.jsonl").write_text(text)
+    trace, notes = imported(path, num_experts=16)
+    assert np.array_equal(trace.read("experts", 0, 14), np.concatenate(batches))
+    assert np.diff(trace.offset).tolist() == [5, 1, 8] and trace.phase.tolist() == [0, 1, 0]
+    assert trace.read("request", 0, 14).tolist() == [0] * 6 + [1] * 8, "one real token goes on with the request"
+    assert trace.source["left_out_padding_rows"] == 10 and "left out 10 rows of padding" in notes[0]
+
+
+def test_a_token_that_one_layer_drops_is_no_padding(tmp_path):
+    ids = routing(6, 2, 2, 16)
+    ids[5, 0] = ids[2, 1] = -1
+    (path := tmp_path / "router_trace_rank0.jsonl").write_text(records(0, {(0, 0): padded(ids, 8)}, [1, 2]))
+    trace, _ = imported(path, num_experts=16)
+    assert np.array_equal(trace.read("experts", 0, 6), np.where(ids < 0, 255, ids))
+    assert trace.source["left_out_padding_rows"] == 2
+
+
+def test_ranks_pad_by_themselves(tmp_path):
+    one, other = routing(5, 2, 2, 16, 1), routing(3, 2, 2, 16, 2)
+    paths = [tmp_path / f"router_trace_rank{rank}.jsonl" for rank in range(2)]
+    for rank, (path, ids) in enumerate(zip(paths, (one, other), strict=True)):
+        path.write_text(records(rank, {(0, 0): padded(ids, 8)}, [1, 2]))
+    notes = []
+    import_traces(paths, tmp_path / "o.h5", hints=Hints(num_experts=16, note=notes.append))
+    trace = Trace.open(tmp_path / "o.h5")
+    assert np.array_equal(trace.read("experts", 0, 8), np.concatenate([one, other]))
+
+
+def test_counts_have_no_ids_to_make_absent(tmp_path):
+    from support.writers.colibri import samples
+
+    counts = next(sample for sample in samples(tmp_path) if "usage" in sample.files[0].name)
+    assert isinstance(counts, Sample)
+    with pytest.raises(UsageError, match="holds counts alone, of which no id can be absent"):
+        import_traces(counts.files, tmp_path / "o.h5", hints=Hints(**counts.hints, absent_from=2))
