@@ -42,7 +42,7 @@ OF_FILES = {
     "mixtral-8x7b-b16.h5": [],
     "qwen3-30b-a3b-b1.h5": ["single-request"],
     "tiny-olmoe.h5": ["gates-sum", "position-0-sink"],
-    "qwen3-30b_bigmoeonedge.route.csv": ["absent-rows", "single-request", "short"],
+    "qwen3-30b_bigmoeonedge.route.csv": ["absent-rows", "single-request", "short", "other-top-k"],
     "real_deepseek-v2-lite_esft_law.npz": [
         "gates-sum",
         "gate-order",
