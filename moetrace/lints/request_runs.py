@@ -134,7 +134,7 @@ def _chance_around(same: np.ndarray, begins: np.ndarray, starts: np.ndarray, sto
     """The chance of another equal row, float [runs], as the rows around each run show, without rows of these runs.
 
     `starts` and `stops` are the first and last rows of runs. The side that repeats more counts, if it has 16 rows or
-    more; else both together.
+    more; else both together. Rows of other requests count only if the own has fewer than 16.
     """
     inside = np.zeros(same.size + 1, np.int8)
     inside[starts] += 1
@@ -142,8 +142,12 @@ def _chance_around(same: np.ndarray, begins: np.ndarray, starts: np.ndarray, sto
     around = np.cumsum(inside[:-1]) == 0
     around[begins] = False
     equal = np.r_[0, np.cumsum(same[around])]
-    at = np.r_[0, np.cumsum(around)][starts]
+    place = np.r_[0, np.cumsum(around)]
+    at, request = place[starts], np.searchsorted(begins, starts, side="right") - 1
     low, high = np.maximum(at - _AROUND, 0), np.minimum(at + _AROUND, equal.size - 1)
+    own_low, own_high = place[begins][request], place[np.r_[begins[1:], same.size]][request]
+    own = own_high - own_low >= _ENOUGH  # requests differ in how much they repeat
+    low, high = np.where(own, np.maximum(low, own_low), low), np.where(own, np.minimum(high, own_high), high)
     before = (equal[at] - equal[low] + 1) / (at - low + 2)
     after = (equal[high] - equal[at] + 1) / (high - at + 2)
     both = (equal[high] - equal[low] + 1) / (high - low + 2)
