@@ -31,6 +31,8 @@ class Hints(NamedTuple):
         scratch: Folder for temporary files. By default the system's own.
         from_model: Which of the above are of the user's model, and not said by the user.
         reading: A function that gets the number of bytes read of the sources since its last call.
+        columns: Of a table, the name of the column of each meaning: "layer", "token", "experts", "gates", "request",
+            "step", "phase", "position", "slot", "token_id" and "resident". By default well-known names decide.
 
     Examples:
         >>> import moetrace as mt
@@ -44,6 +46,7 @@ class Hints(NamedTuple):
     scratch: Path | None = None  # folder for temporary files; None: the system's own
     from_model: tuple[str, ...] = ()  # which of the above are of the user's model, and not said by himself
     reading: Callable[[int], object] = lambda _: None  # is told of bytes of the sources, as they are read
+    columns: Mapping[str, str] | None = None  # of a table: meaning -> name
 
     def need(self, what: str, source: Path) -> int:
         """The hint of a name, which the source at hand does not know.
