@@ -6,7 +6,8 @@ MB/s are megabytes of the sources a second of import, hashing and writing includ
 tells the same whoever else uses the machine. The next column is how many times the CPU time of reading and hashing the
 sources alone that is, in the same process. Memory is the peak of RssAnon
 (`/proc/self/status`) beyond what the process had after importing a small file of the same kind. Targets: 50 MB/s for
-binary forms, 20 MB/s for text. Another format: a line in `CASES`, a function(folder, megabytes) -> Case.
+binary forms, 20 MB/s for text; of tables, 100 MB/s for Parquet and 40 MB/s for CSV. Another format: a line in `CASES`,
+a function(folder, megabytes) -> Case.
 """
 
 import argparse
@@ -31,13 +32,13 @@ ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
 LAYERS, TOP_K, EXPERTS = 48, 8, 128  # of Qwen3-30B-A3B
-TARGETS_MB_S = {"binary": 50, "text": 20}
+TARGETS_MB_S = {"binary": 50, "text": 20, "table": 100, "table as text": 40}
 
 
 class Case(NamedTuple):
     sources: list[Path]
     hints: dict[str, int]
-    form: str  # "binary" or "text"
+    form: str  # a key of TARGETS_MB_S
 
 
 def ids_of(rows: int, layers: int = LAYERS, seed: int = 0) -> np.ndarray:
@@ -280,6 +281,46 @@ def trtllm_raw(folder: Path, megabytes: int) -> Case:
     return Case(save(folder / "run", EXPERTS, TOP_K, [rank], raw=True), {}, "binary")
 
 
+def _table(folder: Path, megabytes: int, form: str) -> Case:
+    """A table without compression: of choices (CSV), of cells with lists (Parquet and CSV)."""
+    import polars as pl
+
+    lists = form != "choices.csv"
+    row_bytes = {"lists.parquet": 2 * TOP_K * 4 + 16, "lists.csv": 90, "choices.csv": TOP_K * 26}[form]
+    tokens = max(100, megabytes * 1_000_000 // (LAYERS * row_bytes))
+    ids = np.resize(ids_of(min(tokens, 1000)), (tokens, LAYERS, TOP_K))
+    gates = np.resize(np.random.default_rng(0).random(100_003, np.float32).round(5), ids.shape)
+    times = 1 if lists else TOP_K
+    frame = {"token": np.repeat(np.arange(tokens), LAYERS * times).astype(np.int32)}
+    frame["layer"] = np.resize(np.repeat(np.arange(LAYERS, dtype=np.uint16), times), frame["token"].size)
+    if lists:
+        frame["experts"] = pl.Series(ids.reshape(-1, TOP_K).astype(np.int32)).cast(pl.List(pl.Int32))
+        frame["gates"] = pl.Series(gates.reshape(-1, TOP_K)).cast(pl.List(pl.Float32))
+    else:
+        frame |= {"expert": ids.ravel(), "gate": gates.ravel()}
+    path, table = folder / f"a.{form}", pl.DataFrame(frame)
+    if form.endswith("parquet"):
+        table.write_parquet(path, compression="uncompressed", row_group_size=1 << 18)
+    elif lists:
+        texts = [pl.col(name).cast(pl.List(pl.String)).list.join(" ") for name in ("experts", "gates")]
+        table.with_columns(texts).write_csv(path)
+    else:
+        table.write_csv(path)
+    return Case([path], {"num_experts": EXPERTS}, "table" if form.endswith("parquet") else "table as text")
+
+
+def table_parquet(folder: Path, megabytes: int) -> Case:
+    return _table(folder, megabytes, "lists.parquet")
+
+
+def table_csv(folder: Path, megabytes: int) -> Case:
+    return _table(folder, megabytes, "lists.csv")
+
+
+def table_choices(folder: Path, megabytes: int) -> Case:
+    return _table(folder, megabytes, "choices.csv")
+
+
 CASES: dict[str, Callable[[Path, int], Case]] = {
     "bigmoeonedge": bigmoeonedge,
     "colibri": colibri,
@@ -297,6 +338,9 @@ CASES: dict[str, Callable[[Path, int], Case]] = {
     "sglang stat": sglang_stat,
     "sglang-request, base64 files": sglang_base64,
     "sglang-request, responses": sglang_request,
+    "table, Parquet of lists": table_parquet,
+    "table, CSV of lists": table_csv,
+    "table, CSV of choices": table_choices,
     "trtllm": trtllm,
     "trtllm, raw": trtllm_raw,
     "vllm, .npy": vllm_npy,

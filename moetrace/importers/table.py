@@ -2,9 +2,10 @@
 
 Columns by meaning (`--columns layer=...,token=...,experts=...`): `experts` is one id (a row is a choice), a list of
 ids (a row is a cell: one token in one layer), a list of such lists (a row is a token, its layers counted from 0), or
-several columns (`e0+e1`, `e*`). `layer`, `token` (whatever numbers tokens), `request`, `step` and `position` are whole numbers,
-`request` may be a text, `phase` is 0, 1, prefill or decode. A null or -1 is no choice. Without `layer`, the last number
-of a file's name is its layer. Without `token` and `position`, the n-th row of a layer is the n-th token.
+several columns (`e0+e1`, `e*`). `layer`, `token` (whatever numbers tokens), `request`, `step` and `position` are
+whole numbers, `request` may be a text, `phase` is 0, 1, prefill or decode. A null or -1 is no choice. Without `layer`,
+the last number of a file's name is its layer. Without `token` and `position`, the n-th row of a layer is the n-th
+token.
 
 A file is read twice, some MiB at a time: which tokens there are, then their choices.
 """
@@ -37,6 +38,7 @@ class _Found(NamedTuple):
     layer_index: np.ndarray
     top_k: int
     choices: int
+    uneven: bool  # whether a cell may have fewer experts than top_k
 
 
 def recognize(first: bytes, name: str) -> bool:
@@ -145,10 +147,8 @@ def _first_reading(files: list[File], hints: Hints) -> _Found:
     key: list[str] = []
     layers = np.zeros(0, np.int64)
     top_k = choices = held = 0
-    uneven: str | None = None
     for file in files:
-        slots = "slot" in file.columns
-        for cells in cells_of(file, hints):
+        for cells in cells_of(file, hints, light=True):
             key = [name for name in KEYS if name in cells.rows] or ["position"]
             arrays = [cells.rows[name] for name in key]
             begins = np.ones(cells.layer.size, bool)
@@ -159,10 +159,8 @@ def _first_reading(files: list[File], hints: Hints) -> _Found:
             layers = np.union1d(layers, np.unique(cells.layer))
             choices += int(cells.length.sum())
             most = int(cells.length.max(initial=0))
-            if slots:
+            if "slot" in cells.values:
                 most = int(cells.values["slot"].max(initial=-1)) + 1
-            elif (top_k and (most != top_k or cells.length.min() != top_k)) or cells.length.min(initial=most) != most:
-                uneven = uneven or _uneven(file, cells, top_k or most)
             top_k = max(top_k, most)
             if held > _MERGE_ROWS:
                 parts = [pl.concat(parts).unique(key, keep="first", maintain_order=True)]
@@ -170,8 +168,6 @@ def _first_reading(files: list[File], hints: Hints) -> _Found:
     if not choices or not top_k:
         raise MoetraceError(f"{where} holds no choice of an expert.")
     said = hints.top_k if "top_k" not in hints.from_model else None
-    if uneven and said is None:
-        raise MoetraceError(uneven)
     if top_k > max(said or 0, 65535) or layers.size > MAX_LAYERS:
         raise MoetraceError(f"{where}: a token has {top_k:,} experts in a layer, and there are {layers.size:,} layers.")
     tokens = pl.concat(parts).unique(key, keep="first", maintain_order=True)
@@ -179,15 +175,8 @@ def _first_reading(files: list[File], hints: Hints) -> _Found:
         tokens = tokens.sort("step", maintain_order=True)
     if tokens.height > MAX_ROWS:
         raise MoetraceError(f"{where} has more tokens than a trace may have rows.")
-    return _Found(tokens, layers, max(top_k, said or 0), choices)
-
-
-def _uneven(file: File, cells: Cells, top_k: int) -> str:
-    at = int(np.argmax(cells.length != top_k))
-    return (
-        f"{file.table.path}: a token has {cells.length[at]} experts in layer {cells.layer[at]}, but {top_k} in another "
-        f"layer or row: give --top-k if some may be left out, or name the column of their slots (slot=COLUMN)."
-    )
+    uneven = said is not None or any("slot" in file.columns for file in files)
+    return _Found(tokens, layers, max(top_k, said or 0), choices, uneven)
 
 
 class _Keys:
@@ -242,15 +231,22 @@ class _Filler:
         if cell[0] <= self.last or not (cell[1:] > cell[:-1]).all():
             self._check_new(cells, cell, row, layer)
         self.last = max(self.last, int(cell.max()))
-        k = self.found.top_k
-        if "slot" not in cells.values and (cells.length == k).all():
+        k, slot = self.found.top_k, cells.values.get("slot")
+        uneven = cells.length > k if self.found.uneven else cells.length != k
+        if uneven.any():
+            at = int(np.argmax(uneven))
+            raise MoetraceError(
+                f"{self.file.table.path}: a token has {cells.length[at]} experts in layer {cells.layer[at]}, but {k} "
+                f"in another layer or row: give --top-k, if some may be left out, or the column of their slots "
+                f"(slot=COLUMN)."
+            )
+        if (cells.length == k).all() and (slot is None or (slot.reshape(-1, k) == np.arange(k)).all()):
             whole = {name: array.reshape(-1, k) for name, array in values.items()}
             if cell[-1] - cell[0] == cell.size - 1 and (np.diff(cell) == 1).all():
                 self.spool.fill(int(cell[0]), **whole)
             else:
                 self.spool.put(row, layer, **whole)
             return
-        slot = cells.values.get("slot")
         if slot is None:
             slot = np.arange(cells.length.sum()) - np.repeat(np.cumsum(cells.length) - cells.length, cells.length)
         self.spool.scatter(np.repeat(row, cells.length), np.repeat(layer, cells.length), slot, **values)

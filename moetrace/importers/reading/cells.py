@@ -36,8 +36,21 @@ class Cells(NamedTuple):
     values: dict[str, np.ndarray]  # [choices]: experts, and gates, recorded and slot if there are any
 
 
-def cells_of(file: File, hints: Hints) -> Iterator[Cells]:
-    """The cells of a file; those whose rows follow one another are one, however the file is cut into pieces."""
+def cells_of(file: File, hints: Hints, *, light: bool = False) -> Iterator[Cells]:
+    """The cells of a file; those whose rows follow one another are one, however the file is cut into pieces.
+
+    `light` cells lack gates and recorded residencies; where a row of Parquet is a cell, ids too, and as many are
+    believed as the first row has.
+    """
+    if light:
+        beside = set(file.columns) - {"experts", "gates", "resident"}
+        lists = _list_length(file, hints) if file.table.kind == "parquet" and beside else 0
+        left_out = ("gates", "resident", "experts") if lists else ("gates", "resident")
+        columns = {meaning: of for meaning, of in file.columns.items() if meaning not in left_out}
+        file = file._replace(columns=columns)
+        if lists:
+            yield from _keys_of(file, hints, lists)
+            return
     wanted = [(meaning, name) for meaning, names in file.columns.items() for name in names]
     counted: dict[int, int] = {}  # rows of each layer so far, where nothing numbers tokens
     held: Cells | None = None
@@ -59,6 +72,29 @@ def cells_of(file: File, hints: Hints) -> Iterator[Cells]:
         yield held
 
 
+def _list_length(file: File, hints: Hints) -> int:
+    """Ids of the first list of the column of experts, 0 if it has no lists or lists of lists."""
+    if len(file.columns["experts"]) > 1:
+        return len(file.columns["experts"])
+    silent = hints._replace(reading=lambda _: None)
+    for _, table in blocks(file.table, [("experts", file.columns["experts"][0])], silent.reading):
+        kind = table.schema[file.columns["experts"][0]]
+        if isinstance(kind, pl.List | pl.Array) and not isinstance(kind.inner, pl.List | pl.Array) and table.height:
+            return int(_choices(file.table.path, table.head(1), file.columns["experts"], "experts")[1][0])
+        break
+    return 0
+
+
+def _keys_of(file: File, hints: Hints, length: int) -> Iterator[Cells]:
+    """The cells of a table of lists without their ids, each taken for `length` long."""
+    wanted = [(meaning, name) for meaning, names in file.columns.items() for name in names]
+    counted: dict[int, int] = {}
+    for first, table in blocks(file.table, wanted, half(hints)):
+        if table.height:
+            rows, layer = _rows(file, first, table, counted, choices=False)
+            yield Cells(first, rows, layer, np.full(layer.size, length), {})
+
+
 def _is_choices(file: File, table: pl.DataFrame) -> bool:
     names = file.columns["experts"]
     return len(names) == 1 and not isinstance(table.schema[names[0]], pl.List | pl.Array)
@@ -75,15 +111,28 @@ def _parsed(file: File, first: int, table: pl.DataFrame, counted: dict[int, int]
             if array.size != ids.size or not np.array_equal(its_length, length):
                 raise MoetraceError(f"{where}: near row {first}, {meaning} and experts differ in number.")
             values[name] = array.astype(np.int64) if name == "slot" else array
-    rows = {name: _numbers(where, first, table[file.columns[name][0]], name) for name in BY_ROW if name in file.columns}
-    if outer is not None:
-        rows = {name: np.repeat(array, outer) for name, array in rows.items()}
-        layer = np.arange(length.size) - np.repeat(np.cumsum(outer) - outer, outer)
-        if "token" not in rows and "position" not in rows:
-            start = counted.get(0, 0)
-            rows["token"] = np.repeat(np.arange(start, start + outer.size), outer)
-            counted[0] = start + outer.size
-        return Cells(first, rows, layer, length, values) if length.size else None
+    if outer is None:
+        rows, layer = _rows(file, first, table, counted, _is_choices(file, table))
+        return Cells(first, rows, layer, length, values)
+    rows = {name: np.repeat(array, outer) for name, array in _by_row(file, first, table).items()}
+    layer = np.arange(length.size) - np.repeat(np.cumsum(outer) - outer, outer)
+    if "token" not in rows and "position" not in rows:
+        start = counted.get(0, 0)
+        rows["token"] = np.repeat(np.arange(start, start + outer.size), outer)
+        counted[0] = start + outer.size
+    return Cells(first, rows, layer, length, values) if length.size else None
+
+
+def _by_row(file: File, first: int, table: pl.DataFrame) -> dict[str, np.ndarray]:
+    where, columns = file.table.path, file.columns
+    return {name: _numbers(where, first, table[columns[name][0]], name) for name in BY_ROW if name in columns}
+
+
+def _rows(
+    file: File, first: int, table: pl.DataFrame, counted: dict[int, int], choices: bool
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What each row says of its token, and the layer of each."""
+    where, rows = file.table.path, _by_row(file, first, table)
     if "layer" in file.columns:
         layer = _numbers(where, first, table[file.columns["layer"][0]], "layer")
         if layer.min() < 0 or layer.max() >= MAX_LAYERS:
@@ -96,16 +145,16 @@ def _parsed(file: File, first: int, table: pl.DataFrame, counted: dict[int, int]
     else:
         raise UsageError(f"{where} does not say the layer: name its column with --columns layer=COLUMN.")
     if "token" not in rows and "position" not in rows:
-        if _is_choices(file, table):
+        if choices:
             raise UsageError(f"{where} has a row a choice, so name the column of the tokens: --columns token=COLUMN.")
         rows["token"] = _occurrence(layer, counted)
-    return Cells(first, rows, layer, length, values)
+    return rows, layer
 
 
 def _choices(
     where: Path, table: pl.DataFrame, names: list[str], meaning: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """All values of a column or of several one after another, how many each cell has, and cells a row if it has more."""
+    """All values of a column or of several in order, how many each cell has, and cells a row if a row has several."""
     columns = [table[name] for name in names]
     outer = None
     if len(columns) > 1:
@@ -113,6 +162,9 @@ def _choices(
         return flat.ravel(), np.full(table.height, len(columns)), None
     column = columns[0]
     if isinstance(column.dtype, pl.Array):
+        if column.dtype.inner.is_numeric() and not column.null_count():
+            flat = pl.Series(column.name, column.to_numpy().ravel(), column.dtype.inner)
+            return _flat(where, flat, meaning), np.full(column.len(), column.dtype.size), None
         column = column.arr.to_list()
     if isinstance(column.dtype, pl.List) and isinstance(column.dtype.inner, pl.List | pl.Array):
         outer = _lengths(where, column, meaning)

@@ -1,5 +1,6 @@
 """Tables of strangers, read by Polars a bounded piece at a time: Parquet, CSV and JSON lines."""
 
+import contextlib
 import csv
 import io
 import os
@@ -128,8 +129,9 @@ def _csv_blocks(
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             why = printable(str(error).splitlines()[0][:200])
             raise MoetraceError(f"{file.path}: the lines from {line} on can't be read as CSV: {why}.") from None
-        for name in lists:
-            table = table.with_columns(_numbers_in(name, decimal=(dict(wanted)["experts"] != name)))
+        for what, name in wanted:
+            if name in lists:
+                table = table.with_columns(_numbers_in(table[name], pl.Float64 if what == "gates" else pl.Int64))
         yield done, table
         done += table.height
 
@@ -143,11 +145,25 @@ def is_text(field: str, what: str) -> bool:
     return False
 
 
-def _numbers_in(name: str, decimal: bool) -> pl.Expr:
-    """A column of texts such as `[3, 1, 7]` or `3 1 7` as lists of numbers; another text is null."""
-    kind = pl.Float64 if decimal else pl.Int64
-    inner = pl.col(name).str.strip_chars(" []()").str.replace_all(r"[\s,;|]+", " ").str.strip_chars()
-    return inner.str.split(" ").cast(pl.List(kind), strict=False).alias(name)
+def _numbers_in(texts: pl.Series, kind: type[pl.DataType]) -> pl.Series:
+    """Texts such as `[3, 1, 7]` or `3 1 7` as lists of numbers; what is none is null."""
+    first = texts[0] or ""
+    separator = next((mark for mark in ",;|" if mark in first), " ")
+    lines = texts.str.join("\n").item() or ""
+    data = lines.encode().translate(None, delete=b"[]()" + (b"" if separator == " " else b" "))
+    width = first.strip("[]() ").count(separator) + 1
+    names = [str(at) for at in range(width)]
+    with contextlib.suppress(pl.exceptions.PolarsError, pl.exceptions.PanicException):  # lists of one length are a CSV
+        found = pl.read_csv(
+            io.BytesIO(separator.join(names).encode() + b"\n" + data),
+            separator=separator,
+            quote_char=None,
+            schema=dict.fromkeys(names, kind),
+        )
+        if found.height == texts.len() and not any(found.null_count().row(0)):
+            return pl.Series(texts.name, found.to_numpy(), pl.Array(kind, width))
+    inner = texts.str.replace_all(r"[\[\](),;|\s]+", " ").str.strip_chars()
+    return inner.str.split(" ").cast(pl.List(kind), strict=False)
 
 
 def _json_blocks(
