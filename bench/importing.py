@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -31,6 +32,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
+from any_tables import FORMS as ANY_TABLES  # noqa: E402
+from any_tables import write_table  # noqa: E402
+
 LAYERS, TOP_K, EXPERTS = 48, 8, 128  # of Qwen3-30B-A3B
 TARGETS_MB_S = {"binary": 50, "text": 20, "table": 100, "table as text": 40}
 
@@ -51,6 +55,11 @@ def rows_of(megabytes: int, row_bytes: int, most: int = 2000) -> tuple[np.ndarra
     """Ids of a few rows, and how often to repeat them for a size: drawing them all would take longer than importing."""
     rows = max(1, min(most, megabytes * 1_000_000 // row_bytes))
     return ids_of(rows), max(1, megabytes * 1_000_000 // (rows * row_bytes))
+
+
+def any_table(folder: Path, megabytes: int, form: str) -> Case:
+    path = write_table(folder, megabytes, form, ids_of(1000))
+    return Case([path], {"num_experts": EXPERTS}, "table" if form.endswith("parquet") else "table as text")
 
 
 def npz(folder: Path, megabytes: int) -> Case:
@@ -281,46 +290,6 @@ def trtllm_raw(folder: Path, megabytes: int) -> Case:
     return Case(save(folder / "run", EXPERTS, TOP_K, [rank], raw=True), {}, "binary")
 
 
-def _table(folder: Path, megabytes: int, form: str) -> Case:
-    """A table without compression: of choices (CSV), of cells with lists (Parquet and CSV)."""
-    import polars as pl
-
-    lists = form != "choices.csv"
-    row_bytes = {"lists.parquet": 2 * TOP_K * 4 + 16, "lists.csv": 90, "choices.csv": TOP_K * 26}[form]
-    tokens = max(100, megabytes * 1_000_000 // (LAYERS * row_bytes))
-    ids = np.resize(ids_of(min(tokens, 1000)), (tokens, LAYERS, TOP_K))
-    gates = np.resize(np.random.default_rng(0).random(100_003, np.float32).round(5), ids.shape)
-    times = 1 if lists else TOP_K
-    frame = {"token": np.repeat(np.arange(tokens), LAYERS * times).astype(np.int32)}
-    frame["layer"] = np.resize(np.repeat(np.arange(LAYERS, dtype=np.uint16), times), frame["token"].size)
-    if lists:
-        frame["experts"] = pl.Series(ids.reshape(-1, TOP_K).astype(np.int32)).cast(pl.List(pl.Int32))
-        frame["gates"] = pl.Series(gates.reshape(-1, TOP_K)).cast(pl.List(pl.Float32))
-    else:
-        frame |= {"expert": ids.ravel(), "gate": gates.ravel()}
-    path, table = folder / f"a.{form}", pl.DataFrame(frame)
-    if form.endswith("parquet"):
-        table.write_parquet(path, compression="uncompressed", row_group_size=1 << 18)
-    elif lists:
-        texts = [pl.col(name).cast(pl.List(pl.String)).list.join(" ") for name in ("experts", "gates")]
-        table.with_columns(texts).write_csv(path)
-    else:
-        table.write_csv(path)
-    return Case([path], {"num_experts": EXPERTS}, "table" if form.endswith("parquet") else "table as text")
-
-
-def table_parquet(folder: Path, megabytes: int) -> Case:
-    return _table(folder, megabytes, "lists.parquet")
-
-
-def table_csv(folder: Path, megabytes: int) -> Case:
-    return _table(folder, megabytes, "lists.csv")
-
-
-def table_choices(folder: Path, megabytes: int) -> Case:
-    return _table(folder, megabytes, "choices.csv")
-
-
 CASES: dict[str, Callable[[Path, int], Case]] = {
     "bigmoeonedge": bigmoeonedge,
     "colibri": colibri,
@@ -338,9 +307,7 @@ CASES: dict[str, Callable[[Path, int], Case]] = {
     "sglang stat": sglang_stat,
     "sglang-request, base64 files": sglang_base64,
     "sglang-request, responses": sglang_request,
-    "table, Parquet of lists": table_parquet,
-    "table, CSV of lists": table_csv,
-    "table, CSV of choices": table_choices,
+    **{f"any-table, {form}": partial(any_table, form=form) for form in ANY_TABLES},
     "trtllm": trtllm,
     "trtllm, raw": trtllm_raw,
     "vllm, .npy": vllm_npy,

@@ -31,7 +31,6 @@ _KNOWN = {
         "topk_ids",
         "topk_indices",
         "top_k_ids",
-        "selected_ids",
         "selected_experts",
         "indices",
         "router_indices",

@@ -29,7 +29,7 @@ FORMATS = {
     "trtllm": "expert statistics (safetensors) of TensorRT-LLM, a file a rank",
     "vllm": "vLLM's routed experts of each request: .npy files, or HTTP responses (JSON or JSON lines)",
     "sglang-request": "SGLang's routed experts of each request: HTTP responses, or their base64 texts",
-    "table": "any table (Parquet, CSV, JSON lines) whose columns are named or well known",
+    "any-table": "any table (Parquet, CSV, JSON lines) whose columns are named or well known",
 }
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 MAX_FILES = 100_000
@@ -61,9 +61,9 @@ def read_captures(
     if format is not None and format not in FORMATS:
         raise UsageError(f"there is no format {format!r}; known are {', '.join(FORMATS)}.")
     if hints is not None and hints.columns:
-        if format not in (None, "table"):
+        if format not in (None, "any-table"):
             raise UsageError(f"--columns names the columns of a table, and --from says {format}.")
-        format = "table"
+        format = "any-table"
     for source in sources:
         if not source.is_file() and not source.is_dir():
             raise MoetraceError(f"{source} is not a file." if source.exists() else f"there is no file {source}.")
@@ -76,7 +76,7 @@ def read_captures(
             continue
         format = format or detect(source)
         files.append(source)
-        if len(sources) > 1 and format != "table" and not _is(format, source):
+        if len(sources) > 1 and format != "any-table" and not _is(format, source):
             raise MoetraceError(f"{source} is not of the format {format}: import sources of one format at a time.")
     return _importer(format or "").read(files, hints or Hints())
 

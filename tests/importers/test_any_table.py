@@ -36,7 +36,7 @@ def not_named(folder, *sources, columns=None, **hints) -> str:
 def check(trace: Trace, numbers: list[int] = NUMBERS) -> None:
     np.testing.assert_array_equal(trace.read("experts", 0, ROWS), ids())
     np.testing.assert_array_equal(trace.read("gates", 0, ROWS), gates())
-    assert trace.rows == ROWS and trace.layer_index.tolist() == numbers and trace.source["format"] == "table"
+    assert trace.rows == ROWS and trace.layer_index.tolist() == numbers and trace.source["format"] == "any-table"
     assert trace.read("request", 0, ROWS).tolist() == (np.arange(ROWS) // 6).tolist()
     assert trace.read("position", 0, ROWS).tolist() == (np.arange(ROWS) % 6).tolist()
 
@@ -54,7 +54,7 @@ def write(folder, frame: pl.DataFrame, kind: str):
 @pytest.mark.parametrize("frame", [choices, lists])
 def test_a_row_a_choice_and_a_row_a_cell(tmp_path, frame, kind):
     path = write(tmp_path, frame(), kind)
-    assert detect(path) == "table"
+    assert detect(path) == "any-table"
     check(named(tmp_path, path))
 
 

@@ -25,7 +25,7 @@ FORMATS = (
     "trtllm",
     "vllm",
     "sglang-request",
-    "table",
+    "any-table",
 )
 
 

@@ -25,7 +25,7 @@ MOST_ROWS, MOST_GROUP_ROWS, MOST_GROUP_VALUES = 1 << 33, 1 << 24, 1 << 27
 MOST_GROUP_BYTES = 1 << 30
 _SLICE_ROWS = 1 << 18, 1 << 22  # at a time, at least and at most
 _FIRST_BYTES = 64 << 10
-_JSON_INT = int | None
+_NO_NUMBER = ["", "null", "None", "NaN", "nan", "-"]
 _JSON_KINDS = {"experts": Any, "gates": Any, "phase": int | str | bool, "request": int | str}
 
 
@@ -46,7 +46,8 @@ def open_table(path: Path) -> TableFile:
     if first.startswith(PARQUET):
         sizes = _checked_sizes(path)
         try:
-            names = list(pl.scan_parquet(path, glob=False).collect_schema())
+            with _no_panic_message():
+                names = list(pl.scan_parquet(path, glob=False).collect_schema())
         except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise _unreadable(path, error) from None
         return TableFile(path, "parquet", names, sizes=sizes)
@@ -87,7 +88,8 @@ def _parquet_blocks(
     frame = pl.scan_parquet(file.path, glob=False).select(names)
     for start in range(0, rows, at_once):
         try:
-            table = frame.slice(start, at_once).collect()
+            with _no_panic_message():
+                table = frame.slice(start, at_once).collect()
         except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise _unreadable(file.path, error) from None
         if table.height != min(at_once, rows - start):
@@ -131,7 +133,9 @@ def _csv_blocks(
             raise MoetraceError(f"{file.path}: the lines from {line} on can't be read as CSV: {why}.") from None
         for what, name in wanted:
             if name in lists:
-                table = table.with_columns(_numbers_in(table[name], pl.Float64 if what == "gates" else pl.Int64))
+                table = table.with_columns(
+                    _numbers_in(file.path, table[name], pl.Float64 if what == "gates" else pl.Int64)
+                )
         yield done, table
         done += table.height
 
@@ -145,7 +149,7 @@ def is_text(field: str, what: str) -> bool:
     return False
 
 
-def _numbers_in(texts: pl.Series, kind: type[pl.DataType]) -> pl.Series:
+def _numbers_in(path: Path, texts: pl.Series, kind: type[pl.DataType]) -> pl.Series:
     """Texts such as `[3, 1, 7]` or `3 1 7` as lists of numbers; what is none is null."""
     first = texts[0] or ""
     separator = next((mark for mark in ",;|" if mark in first), " ")
@@ -162,8 +166,16 @@ def _numbers_in(texts: pl.Series, kind: type[pl.DataType]) -> pl.Series:
         )
         if found.height == texts.len() and not any(found.null_count().row(0)):
             return pl.Series(texts.name, found.to_numpy(), pl.Array(kind, width))
-    inner = texts.str.replace_all(r"[\[\](),;|\s]+", " ").str.strip_chars()
-    return inner.str.split(" ").cast(pl.List(kind), strict=False)
+    inner = texts.str.replace_all(r"[\[\](),;|\s]+", " ").str.strip_chars().str.split(" ")
+    numbers = inner.cast(pl.List(kind), strict=False)
+    bad = (
+        numbers.list.eval(pl.element().is_null()).list.sum()
+        > inner.list.eval(pl.element().is_in(_NO_NUMBER)).list.sum()
+    )
+    if bad.any():
+        shown = printable(str(texts[bad.arg_max() or 0])[:60])
+        raise MoetraceError(f"{path}: the column {texts.name} holds {shown!r}, but must hold numbers.")
+    return numbers
 
 
 def _json_blocks(
@@ -212,6 +224,24 @@ def _checked_sizes(path: Path) -> Sizes:
         if found > most:
             raise MoetraceError(f"{path} claims {found:,} {what}, but {most:,} is the most that is read of its size.")
     return sizes
+
+
+@contextlib.contextmanager
+def _no_panic_message() -> Iterator[None]:
+    """Keep what Polars prints of a panic from stderr: it is raised as an error, and told in one sentence."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    try:
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, 2)
+        os.close(sink)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _unreadable(path: Path, error: BaseException) -> MoetraceError:

@@ -1,4 +1,4 @@
-"""Tables of routing in every form that `moetrace.importers.table` reads."""
+"""Tables of routing in every form that `moetrace.importers.any_table` reads."""
 
 import json
 from pathlib import Path

@@ -31,7 +31,7 @@ _HEADER = re.compile(rb'^[\s"]*[A-Za-z_][\w" ]*(?:[,;\t]["\w ]+)+\s*$')
 _MERGE_ROWS = 1 << 22
 
 
-class _Found(NamedTuple):
+class _FirstReading(NamedTuple):
     """What the first reading finds."""
 
     tokens: pl.DataFrame  # BY_ROW columns of each token, in the order of the trace
@@ -54,7 +54,8 @@ def recognize(first: bytes, name: str) -> bool:
     else:
         return False
     known = known_columns(names)
-    return known is not None and "layer" in known and len(known) > 2
+    by_token = re.search(rb'":\s*\[\s*\[', line[:4096]) is not None  # a list of lists, of all layers
+    return known is not None and ("layer" in known or by_token) and len(known) > 2
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
@@ -104,7 +105,7 @@ def _read(files: list[File], hints: Hints) -> Capture:
     by_row = {name: tokens[name].to_numpy() for name in tokens.columns}
     request = by_row.get("request", np.zeros(tokens.height, np.int64))
     facts: dict[str, Any] = {
-        "format": "table",
+        "format": "any-table",
         "columns": {name: "+".join(of) for name, of in files[0].columns.items()},
     }
     if "position" not in by_row:
@@ -140,7 +141,7 @@ def _read(files: list[File], hints: Hints) -> Capture:
     )
 
 
-def _first_reading(files: list[File], hints: Hints) -> _Found:
+def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
     """Which tokens and layers there are, and how many experts a cell has."""
     where = files[0].table.path
     parts: list[pl.DataFrame] = []
@@ -176,7 +177,7 @@ def _first_reading(files: list[File], hints: Hints) -> _Found:
     if tokens.height > MAX_ROWS:
         raise MoetraceError(f"{where} has more tokens than a trace may have rows.")
     uneven = said is not None or any("slot" in file.columns for file in files)
-    return _Found(tokens, layers, max(top_k, said or 0), choices, uneven)
+    return _FirstReading(tokens, layers, max(top_k, said or 0), choices, uneven)
 
 
 class _Keys:
@@ -218,7 +219,7 @@ class _Keys:
 class _Filler:
     """Puts the choices of a file into the spool."""
 
-    def __init__(self, file: File, found: _Found, keys: _Keys, spool: Spool, num_experts: int) -> None:
+    def __init__(self, file: File, found: _FirstReading, keys: _Keys, spool: Spool, num_experts: int) -> None:
         self.file, self.found, self.keys, self.spool, self.num_experts = file, found, keys, spool, num_experts
         self.last = -1  # the last cell, as long as they come in increasing order
 
