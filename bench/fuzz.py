@@ -48,6 +48,7 @@ WRITERS = {
     "moe-cache-eval": "support.writers.moe_cache_eval",
     "sglang": "support.writers.sglang",
     "sglang-request": "support.writers.sglang_request",
+    "any-table": "support.writers.any_table",
     "trtllm": "support.writers.trtllm",
     "vllm": "support.writers.vllm",
 }

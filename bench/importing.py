@@ -6,7 +6,8 @@ MB/s are megabytes of the sources a second of import, hashing and writing includ
 tells the same whoever else uses the machine. The next column is how many times the CPU time of reading and hashing the
 sources alone that is, in the same process. Memory is the peak of RssAnon
 (`/proc/self/status`) beyond what the process had after importing a small file of the same kind. Targets: 50 MB/s for
-binary forms, 20 MB/s for text. Another format: a line in `CASES`, a function(folder, megabytes) -> Case.
+binary forms, 20 MB/s for text; of tables, 100 MB/s for Parquet and 40 MB/s for CSV. Another format: a line in `CASES`,
+a function(folder, megabytes) -> Case.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -30,14 +32,17 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
+from any_tables import FORMS as ANY_TABLES  # noqa: E402
+from any_tables import write_table  # noqa: E402
+
 LAYERS, TOP_K, EXPERTS = 48, 8, 128  # of Qwen3-30B-A3B
-TARGETS_MB_S = {"binary": 50, "text": 20}
+TARGETS_MB_S = {"binary": 50, "text": 20, "table": 100, "table as text": 40}
 
 
 class Case(NamedTuple):
     sources: list[Path]
     hints: dict[str, int]
-    form: str  # "binary" or "text"
+    form: str  # a key of TARGETS_MB_S
 
 
 def ids_of(rows: int, layers: int = LAYERS, seed: int = 0) -> np.ndarray:
@@ -50,6 +55,11 @@ def rows_of(megabytes: int, row_bytes: int, most: int = 2000) -> tuple[np.ndarra
     """Ids of a few rows, and how often to repeat them for a size: drawing them all would take longer than importing."""
     rows = max(1, min(most, megabytes * 1_000_000 // row_bytes))
     return ids_of(rows), max(1, megabytes * 1_000_000 // (rows * row_bytes))
+
+
+def any_table(folder: Path, megabytes: int, form: str) -> Case:
+    path = write_table(folder, megabytes, form, ids_of(1000))
+    return Case([path], {"num_experts": EXPERTS}, "table" if form.endswith("parquet") else "table as text")
 
 
 def npz(folder: Path, megabytes: int) -> Case:
@@ -303,6 +313,7 @@ CASES: dict[str, Callable[[Path, int], Case]] = {
     "sglang stat": sglang_stat,
     "sglang-request, base64 files": sglang_base64,
     "sglang-request, responses": sglang_request,
+    **{f"any-table, {form}": partial(any_table, form=form) for form in ANY_TABLES},
     "trtllm": trtllm,
     "trtllm, raw": trtllm_raw,
     "vllm, .npy": vllm_npy,

@@ -110,7 +110,7 @@ def _text(text: str) -> str:
 _SECTIONS = {
     "Replay": ("replay", "Result", "policy"),
     "Traces": ("Trace", "Writer"),
-    "Make traces": ("generate", "generate_trace", "import_traces", "Hints", "rebatch", "export"),
+    "Make traces": ("generate", "generate_trace", "import_traces", "Hints", "rebatch", "select", "export"),
     "Check traces": ("lint", "Finding"),
     "Profiles": ("fit_profile", "Profile", "load_profile", "save_profile"),
     "Analyses": ("locality", "Locality", "cache_hits", "prefetch_value", "balance", "Balance", "Tier"),

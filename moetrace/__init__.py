@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         load_system,
     )
     from moetrace.trace import Trace, Writer
+    from moetrace.trace.part_of import select
     from moetrace.trace.rebatch import rebatch
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "report",
     "save_profile",
     "search",
+    "select",
     "sweep",
 ]
 
@@ -115,6 +117,7 @@ _HOMES = {
     "moetrace.generators": ("Profile", "generate", "generate_trace", "load_profile", "save_profile"),
     "moetrace.importers.importing": ("import_traces",),
     "moetrace.lints": ("Finding", "lint"),
+    "moetrace.trace.part_of": ("select",),
     "moetrace.trace.rebatch": ("rebatch",),
 }
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "rebatch": "Recombine the requests of traces into larger batches.",
     "replay": "Replay a trace through policies on a described machine.",
     "report": "Make one HTML page of a result.",
+    "select": "Copy a part of a trace, or all but that part.",
     "show": "Print a resolved spec and what follows from it.",
     "sweep": "Replay a grid of traces, systems, policies and settings.",
 }

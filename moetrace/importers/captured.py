@@ -36,6 +36,8 @@ class Hints(NamedTuple):
         keep_cached: Whether rows that no forward pass computed stay. By default they are left out and counted.
         absent_from: Ids from this one on carry no expert. By default none.
         absent_ids: Further ids that carry no expert.
+        columns: Of a table, the name of the column of each meaning: "layer", "token", "experts", "gates", "request",
+            "step", "phase", "position", "slot", "token_id" and "resident". By default well-known names decide.
 
     Examples:
         >>> import moetrace as mt
@@ -54,6 +56,7 @@ class Hints(NamedTuple):
     keep_cached: bool = False
     absent_from: int | None = None
     absent_ids: tuple[int, ...] = ()
+    columns: Mapping[str, str] | None = None  # of a table: meaning -> name
 
     def need(self, what: str, source: Path) -> int:
         """The hint of a name, which the source at hand does not know.

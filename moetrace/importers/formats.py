@@ -29,6 +29,7 @@ FORMATS = {
     "trtllm": "expert statistics (safetensors) of TensorRT-LLM, a file a rank",
     "vllm": "vLLM's routed experts of each request: .npy files, or HTTP responses (JSON or JSON lines)",
     "sglang-request": "SGLang's routed experts of each request: HTTP responses, or their base64 texts",
+    "any-table": "any table (Parquet, CSV, JSON lines) whose columns are named or well known",
 }
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 MAX_FILES = 100_000
@@ -44,7 +45,10 @@ def detect(path: Path) -> str:
     if first.startswith(_HDF5):
         raise MoetraceError(f"{path} is an HDF5 file: if it is a trace already, it needs no import.")
     known = ", ".join(FORMATS)
-    raise MoetraceError(f"{path} is in no format that can be imported ({known}): if it should be, name it with --from.")
+    raise MoetraceError(
+        f"{path} is in no format that can be imported ({known}): if it should be, name it with --from; of a table of "
+        f"Parquet, CSV or JSON lines, name the columns with --columns layer=...,token=...,experts=...."
+    )
 
 
 def read_captures(
@@ -56,6 +60,10 @@ def read_captures(
     """
     if format is not None and format not in FORMATS:
         raise UsageError(f"there is no format {format!r}; known are {', '.join(FORMATS)}.")
+    if hints is not None and hints.columns:
+        if format not in (None, "any-table"):
+            raise UsageError(f"--columns names the columns of a table, and --from says {format}.")
+        format = "any-table"
     for source in sources:
         if not source.is_file() and not source.is_dir():
             raise MoetraceError(f"{source} is not a file." if source.exists() else f"there is no file {source}.")
@@ -68,7 +76,7 @@ def read_captures(
             continue
         format = format or detect(source)
         files.append(source)
-        if len(sources) > 1 and not _is(format, source):
+        if len(sources) > 1 and format != "any-table" and not _is(format, source):
             raise MoetraceError(f"{source} is not of the format {format}: import sources of one format at a time.")
     return _importer(format or "").read(files, hints or Hints())
 

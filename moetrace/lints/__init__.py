@@ -17,10 +17,14 @@ from moetrace.lints.gates import Gates
 from moetrace.lints.hashing import row_digests
 from moetrace.lints.ids import DuplicateIds, ImpossibleIds, ImpossibleRows
 from moetrace.lints.layers import AbsentRows, DenseLayers, layer_numbers
-from moetrace.lints.piece import Progress, Shape, pieces, shape_of
+from moetrace.lints.neighbours import Neighbours
+from moetrace.lints.piece import Progress, pieces, shape_of
+from moetrace.lints.placeholders import Placeholders
+from moetrace.lints.popularity import popularity
 from moetrace.lints.repeats import RepeatedRows
 from moetrace.lints.templates import Periodic, Sink, Templates
 from moetrace.lints.whole_requests import RequestCheck
+from moetrace.spec import list_presets, load_model
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
 
@@ -50,7 +54,7 @@ def lint(trace: Trace, progress: Progress | None = None) -> list[Finding]:
     """
     digests: dict[str, Any] = {}
     check = (check_counts if "counts" in trace.has else _check_rows)(trace, digests, progress)
-    found = [*check, *layer_numbers(trace.layer_index)]
+    found = [*check, *layer_numbers(trace.layer_index), *_other_top_k(trace)]
     if trace.path is not None:
         found += _check_sha256(trace, digests)
     order = list(RULES)
@@ -67,30 +71,47 @@ def _check_rows(trace: Trace, digests: dict[str, Any], progress: Progress | None
         Gates(shape),
     )
     requests, sink, templates, periodic = RequestCheck(shape), Sink(shape), Templates(shape), Periodic(shape)
+    placeholders, neighbours = Placeholders(shape), Neighbours(shape)
     for piece in pieces(trace, digests, progress):
         for check in (impossible, duplicates, rows, dense, absent, repeated, flat, evenness, gates, sink, periodic):
             check.see(piece)
+        placeholders.see(piece)
         order, row_digest = np.argsort(piece.request, kind="stable"), row_digests(piece)
         requests.see(piece, order, row_digest)
         templates.see(piece, order, row_digest)
+        neighbours.see(piece, row_digest)
     repeated.finish()
     zero_layers = duplicates.zero_layers()
     without = dense.dense(zero_layers)
-    for check in (impossible, duplicates, rows, repeated, flat, gates, requests, sink):
+    for check in (impossible, duplicates, rows, flat, gates, requests, sink):
         yield from check.findings()
+    yield from repeated.findings(*requests.runs.judged())
+    yield from placeholders.findings(without)
     if not flat.layers().any():
         yield from periodic.findings()
     yield from dense.findings(zero_layers)
     yield from absent.findings(without)
-    yield from evenness.findings(without | flat.layers())
+    odd = without | flat.layers()
+    yield from evenness.findings(odd)
+    yield from neighbours.findings(odd)
+    if evenness.counted:
+        odd |= duplicates.cells > 0
+        yield from popularity(evenness.chosen, absent.made(), shape.top_k, shape.layer_index, odd, neighbours.ids())
     yield from templates.findings(int(requests.rows[requests.copies()].sum()))
-    yield from _every_expert(shape)
-
-
-def _every_expert(shape: Shape) -> Iterator[Finding]:
-    if shape.top_k == shape.num_experts:
+    if shape.top_k == shape.num_experts and not absent.is_free(without):
         what = f"top_k is the number of experts, {shape.num_experts}."
         yield finding("every-expert", what, shape.num_experts)
+
+
+def _other_top_k(trace: Trace) -> Iterator[Finding]:
+    """`other-top-k`, of a trace that names a preset."""
+    if trace.model not in list_presets("models"):
+        return
+    model = load_model(trace.model)
+    wanted, fits = model.most_top_k, (model.moe_layers, model.most_experts) == (trace.layers, trace.num_experts)
+    if fits and wanted != trace.top_k:
+        what = f"The trace has {trace.top_k} experts a token, but {trace.model} has {wanted}."
+        yield finding("other-top-k", what, trace.top_k)
 
 
 def _check_sha256(trace: Trace, digests: dict[str, Any]) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import numpy as np
 from moetrace.lints.evenness import EvennessCheck
 from moetrace.lints.finding import Finding, Ranges, finding
 from moetrace.lints.piece import Progress
+from moetrace.lints.popularity import popularity
 from moetrace.trace.format import Trace
 
 
@@ -87,3 +88,5 @@ def check_counts(trace: Trace, digests: dict[str, Any], progress: Progress | Non
     evenness = EvennessCheck(trace.num_experts, trace.top_k, trace.layer_index)
     evenness.chosen = steps.chosen
     yield from evenness.findings(steps.dense())
+    made = np.full(trace.layers, trace.rows)
+    yield from popularity(steps.chosen, made, trace.top_k, trace.layer_index, steps.dense())

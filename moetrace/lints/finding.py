@@ -73,8 +73,15 @@ RULES = {
     ),
     "repeated-rows": Rule(
         "warning",
-        "Padding or a text of one token is counted as traffic: every cache hits on it and a few experts look hot.",
-        "leave these rows out of the capture",
+        "Padding, a text of one token or a recorder that stood still is counted as traffic: every cache hits on it and "
+        "a few experts look hot.",
+        "moetrace select --out --rows, or capture again without these rows",
+    ),
+    "placeholder-rows": Rule(
+        "warning",
+        "Engines write these ids where no token was routed (padding, idle ranks): as traffic they make the first "
+        "experts look hot.",
+        "moetrace select --out --rows, or capture again without padding",
     ),
     "dense-layer": Rule(
         "warning",
@@ -101,6 +108,30 @@ RULES = {
         "These ids are whole rankings of all experts, read row after row, not choices: routing looks perfectly "
         "balanced, and which policy wins may reverse.",
         "capture again, reading the view of the top-k ids with its stride (nb[1])",
+    ),
+    "wrong-stride": Rule(
+        "warning",
+        "A layer of the model was read as several, with a smaller top_k: layers are too many, and what one loads, "
+        "another seems to load again.",
+        "import with the model's own top_k",
+    ),
+    "unused-experts": Rule(
+        "warning",
+        "These are ids of one rank, local ids, ids that wrapped at 256, or more experts than the model has: experts "
+        "look dead, and skew and cache hits come out too high.",
+        "import the ids of all ranks, with the model's own number of experts",
+    ),
+    "shared-expert": Rule(
+        "warning",
+        "A shared expert, which every token uses without being routed, counts as a routed one: caches always hit on "
+        "it, and no placement can balance it.",
+        "import without the shared expert's slot, with the model's own top_k",
+    ),
+    "dominant-expert": Rule(
+        "warning",
+        "Such a layer has hardly any choice (a collapsed router, padding, or a shared expert): caches always hit on "
+        "this expert, and the unit that holds it has most of the work.",
+        "capture again with trained weights and without padding, or judge only the other layers",
     ),
     "uniform": Rule(
         "warning",
@@ -130,7 +161,15 @@ RULES = {
         "Legitimate: llama.cpp routes in the last layer of a prompt only the token that it samples from. This layer "
         "has less work than the others.",
     ),
-    "partial-cells": Rule("note", "Legitimate where tokens are dropped at capacity; such rows do less work."),
+    "draft-rows": Rule(
+        "note",
+        "Legitimate: a draft pass runs only the layers of multi-token prediction. Its rows are no tokens of the "
+        "output, and the layers have work of their own.",
+    ),
+    "partial-cells": Rule(
+        "note",
+        "Legitimate where tokens are dropped at capacity, or experts choose their tokens; such rows do less work.",
+    ),
     "gates-sum": Rule(
         "note", "Legitimate where the model does not normalise: compare gates within a choice, not between rows."
     ),
@@ -176,6 +215,11 @@ RULES = {
         "note",
         "The counts are those of uniform random draws (a forced balance, random weights or a generator): such routing "
         "has no popularity to use.",
+    ),
+    "other-top-k": Rule(
+        "note",
+        "Legitimate where the engine was told so; else the ids were read with the wrong stride. Work and bytes per "
+        "token are not the model's.",
     ),
     "every-expert": Rule("note", "Every row uses every expert, so there is no choice to look at."),
     "counts-only": Rule("note", "Good for balance; a replay needs the ids of every row and refuses the trace."),

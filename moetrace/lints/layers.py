@@ -83,6 +83,9 @@ class AbsentRows:
         self.last_of_prefill = 0  # of those, in the last layer and in prefill rows
         self.partial = np.zeros(shape.top_k, np.int64)  # cells by how many of their ids are missing
         self.most_missing = np.zeros(shape.layers, np.int64)  # in a cell that has any id
+        self.some = np.zeros(shape.layers, np.int64)  # cells that lack some of their ids, but not all
+        self.runs = np.zeros(shape.layers, np.int64)  # runs of successive rows without a choice
+        self.drafts = Drafts(shape.layers)
         self.ranges = {name: Ranges() for name in ("empty", "last", "others", "partial")}
 
     def see(self, piece: Piece) -> None:
@@ -100,25 +103,57 @@ class AbsentRows:
         self.last_of_prefill += int(np.count_nonzero(last))
         self.partial += np.bincount(missing.ravel(), minlength=k + 1)[:k]
         np.maximum(self.most_missing, some.max(0), out=self.most_missing)
+        self.some += np.count_nonzero(some, axis=0)
+        self.runs += gone[0] + np.count_nonzero(gone[1:] & ~gone[:-1], axis=0)
+        self.drafts.see(gone)
         others = gone[:, :-1].any(1) | (gone[:, -1] & ~last)
         for name, mask in (("empty", empty), ("last", last), ("others", others), ("partial", some.any(1))):
             self.ranges[name].add_mask(piece.first_row, mask)
 
+    def made(self) -> np.ndarray:
+        """int64 [layers]: rows with a choice."""
+        return self.shape.rows - self.empty - self.absent
+
+    def is_free(self, dense: np.ndarray) -> bool:
+        """Whether cells in all layers but `dense` ones hold as many ids as they please.
+
+        So does expert choice, and so does a router that drops tokens at capacity: 1 % of the cells or more in each
+        layer lack some or all ids, here and there, while a recorder that loses rows loses several together, or in one
+        layer. An unused last slot, as of padding, lacks in every cell and does not count.
+        """
+        lacking = self.absent + (self.some if self.partial[0] else 0 * self.some)
+        if not self.partial[0] and np.count_nonzero(self.partial) > 2:
+            lacking = self.absent + self.some
+        scattered = (self.runs >= self.absent / 4) & (lacking >= 0.01 * self.shape.rows) & (lacking >= 4)
+        return bool(np.count_nonzero(scattered & ~dense) >= max(2, 0.75 * np.count_nonzero(~dense)))
+
     def findings(self, dense: np.ndarray) -> Iterator[Finding]:
         """What was found; layers that are `dense` [layers] are reported as such."""
-        index = self.shape.layer_index
-        if self.empty:
+        index, free = self.shape.layer_index, self.is_free(dense)
+        absent = np.where(dense, 0, self.absent)
+        few = free and 2 * self.empty <= (absent + self.empty)[~dense].min(initial=self.shape.rows)
+        if self.empty and not few:
             what = f"{self.empty:,} of {self.shape.rows:,} rows made no choice in any layer."
             yield finding("empty-rows", what, self.empty, None, self.ranges["empty"])
-        absent = np.where(dense, 0, self.absent)
         if absent.any() and not absent[:-1].any() and absent[-1] == self.last_of_prefill:
             what = f"{many(int(absent[-1]), 'prefill row')} made no choice in the last layer."
             yield finding("absent-rows", what, absent[-1], index[-1:], self.ranges["last"])
-        elif absent.any():
+        elif absent.any() and (last := self.drafts.last_layers()):
+            what = f"{many(self.drafts.rows, 'row')} made choices in the last {many(last, 'layer')} only."
+            yield finding("draft-rows", what, self.drafts.rows, index[-last:], self._unequal_rows(dense))
+        elif absent.any() and not free:
             low, high = (int(f(self.shape.rows - self.empty - absent[~dense])) for f in (np.min, np.max))
             what = f"Layers differ in length: they routed {low:,} to {high:,} of {self.shape.rows - self.empty:,} rows."
             yield finding("unequal-layers", what, absent.sum(), index[absent > 0], self._unequal_rows(dense))
-        yield from self._slots()
+        yield from self._free(dense) if free else self._slots()
+
+    def _free(self, dense: np.ndarray) -> Iterator[Finding]:
+        """`partial-cells` where the number of ids is free."""
+        made = np.flatnonzero(self.partial)
+        least = 0 if self.absent[~dense].any() or self.empty else self.shape.top_k - int(made[-1])
+        most, count = self.shape.top_k - int(made[0]), int((self.absent + self.some)[~dense].sum())
+        what = f"Cells hold {least} to {most} of {self.shape.top_k} ids, {count:,} of them fewer than top_k."
+        yield finding("partial-cells", what, count, self.shape.layer_index[~dense])
 
     def _unequal_rows(self, dense: np.ndarray) -> Ranges | None:
         """The rows concerned; a layer that is absent as a whole would make them all rows."""
@@ -142,6 +177,45 @@ class AbsentRows:
             what = f"In {many(count, 'cell')}, some of the {self.shape.top_k - unused} ids are lacking."
             layers = self.shape.layer_index[self.most_missing > unused]
             yield finding("partial-cells", what, count, layers, None if unused else self.ranges["partial"])
+
+
+class Drafts:
+    """Rows that choose in the last layers only: draft passes of a model with multi-token prediction.
+
+    The other rows choose in all layers or in all but those. Such passes alternate, so rows that a recorder has lost
+    at one place are none.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.first = np.zeros(layers + 1, np.int64)  # rows by how many of the first layers they skip, and only these
+        self.last = np.zeros(layers + 1, np.int64)  # of the last layers
+        self.others = self.runs = self.rows = 0
+
+    def see(self, gone: np.ndarray) -> None:
+        """Look at the next rows; `gone` bool [rows, layers] where one made no choice, though it did elsewhere."""
+        number = np.count_nonzero(gone, axis=1)
+        skips = np.flatnonzero(number)
+        steps = np.count_nonzero(
+            gone[skips, 1:] != gone[skips, :-1], axis=1
+        )  # one, if only first or last ones are gone
+        first = (steps == 1) & gone[skips, 0]
+        last = (steps == 1) & ~gone[skips, 0]
+        self.first += np.bincount(number[skips[first]], minlength=self.layers + 1)
+        self.last += np.bincount(number[skips[last]], minlength=self.layers + 1)
+        self.others += int(np.count_nonzero(steps != 1))
+        at = skips[first]
+        self.rows += at.size
+        self.runs += int(np.count_nonzero(np.diff(at) > 1)) + bool(at.size)
+
+    def last_layers(self) -> int:
+        """How many layers draft passes choose in, 0 if there are no such passes."""
+        skipped = np.flatnonzero(self.first)
+        if skipped.size != 1 or self.others or self.layers < 3 or self.runs < 4:
+            return 0
+        drafted = self.layers - int(skipped[0])
+        others = np.flatnonzero(self.last)
+        return drafted if 2 * drafted <= self.layers and (others == drafted).all() else 0
 
 
 def layer_numbers(layer_index: np.ndarray) -> Iterator[Finding]:

@@ -6,11 +6,12 @@ from math import sqrt
 
 import numpy as np
 
-from moetrace.lints.finding import Finding, Ranges, finding
+from moetrace.lints.finding import Finding, Ranges, finding, many
 from moetrace.lints.piece import Piece, Shape
 
 # vLLM's warm-up has 2,048 to 16,640 rows; in captures at most 2 successive rows were equal, but a text may repeat.
 LEAST_ROWS = 32
+SHORT_ROWS = 8  # of one request: `RequestRuns`
 MAX_RUNS = 1 << 16
 _CHANCE = 1e-6
 
@@ -82,8 +83,8 @@ class RepeatedRows:
             rows.add(start, stop)
         return rows.ranges
 
-    def findings(self) -> Iterator[Finding]:
-        """What was found."""
+    def findings(self, short: int, requests: int, places: Ranges) -> Iterator[Finding]:
+        """What was found, with the `short` rows of `RequestRuns.judged`, of so many requests, at these places."""
         warm_up, rest = Ranges(), Ranges()
         known = self.warm_up()
         for start, stop in known:
@@ -98,11 +99,17 @@ class RepeatedRows:
             what = f"{count:,} rows ({share:.0%}), from the first on, repeat the same choices in all layers."
             yield finding("warm-up", what, count, None, warm_up)
         others = sum(stop - start for start, stop, _ in self.found) - count
-        if others:
-            what = (
-                f"{others:,} rows, in runs of {LEAST_ROWS} or more, repeat the choices of the row before in all layers."
-            )
-            yield finding("repeated-rows", what, others, None, rest)
+        if not others and not short:
+            return
+        merged = Ranges()
+        for start, stop in sorted([*rest.ranges, *places.ranges]):
+            merged.add(start, stop)
+        least, whose = (SHORT_ROWS, f" (in {many(requests, 'request')})") if short else (LEAST_ROWS, "")
+        what = (
+            f"{others + short:,} rows, in runs of {least} or more, repeat the choices of the row before in all "
+            f"layers{whose}."
+        )
+        yield finding("repeated-rows", what, others + short, None, merged)
 
 
 def _goes_on(runs: int, reached: int) -> float:

@@ -7,6 +7,7 @@ import numpy as np
 from moetrace.jit.random import mix_64
 from moetrace.lints.finding import Finding, Ranges, finding, many
 from moetrace.lints.piece import Piece, Shape
+from moetrace.lints.request_runs import RequestRuns
 from moetrace.trace.schema import DECODE, PREFILL
 
 MAX_REQUESTS = 1 << 18  # that are followed; of further ones only the number of rows is known
@@ -29,6 +30,7 @@ class RequestCheck:
         self.jumps = 0
         self.jumped = Ranges()
         self.first_row = np.zeros(0, np.int64)
+        self.runs = RequestRuns(shape)
 
     def see(self, piece: Piece, order: np.ndarray, digests: np.ndarray) -> None:
         """Look at the next rows; `order` sorts them by request, `digests` uint64 [rows] stand for their choices."""
@@ -44,6 +46,10 @@ class RequestCheck:
         before = np.r_[np.uint64(0), digest[:-1]]
         before[begins] = np.where(self.rows[place] > 0, self.previous[place], ~digest[begins])
         changed = known & (digest != before)
+        same = known & ~changed
+        if piece.missing is not None:
+            same &= ~piece.empty()[order]
+        self.runs.see(piece, order, same, begins, place)
         # Sums of a hash of number and content, because rows of a request come in several pieces.
         weight = mix_64(digest ^ mix_64(number.astype(np.uint64)))
         np.add.at(self.digest, group[known], weight[known])
@@ -61,6 +67,7 @@ class RequestCheck:
             self.ids = np.insert(self.ids, at, ids[new])
             self.last = np.insert(self.last, at, -1)
             self.first_row = np.insert(self.first_row, at, first_rows[new])
+            self.runs.insert(at)
             for name in ("rows", "digest", "previous", "changes"):
                 setattr(self, name, np.insert(getattr(self, name), at, 0))
         place = np.minimum(np.searchsorted(self.ids, ids), self.ids.size - 1)

@@ -15,12 +15,16 @@ _MOST_DEPTH = 16
 
 
 class Sizes(NamedTuple):
-    """Rows of the file and of its largest row group; bytes of all pages and of the largest row group, unpacked."""
+    """Rows of the file and of its largest row group; bytes of all pages and of the largest row group, unpacked.
+
+    `group_values` is the most values of a column in a row group, those in lists included: a few bytes may repeat one.
+    """
 
     rows: int
     group_rows: int
     unpacked_bytes: int
     group_bytes: int
+    group_values: int
 
 
 class DamagedParquetError(ValueError):
@@ -48,30 +52,32 @@ def _sizes(file: BinaryIO) -> Sizes:
         raise DamagedParquetError(f"its footer claims {length:,} bytes")
     file.seek(size_bytes - 8 - length)
     footer = _Thrift(file.read(length)).struct()
-    rows, total, most_rows, most_bytes, pages = footer[3], 0, 0, 0, 0
+    rows, total, most_rows, most_bytes, most_values, pages = footer[3], 0, 0, 0, 0, 0
     groups = footer[4] if rows else []
     for group in groups:
         group_bytes = 0
         for column in group[1]:
-            found, count = _unpacked(file, column[3], size_bytes, _MOST_PAGES - pages)
-            group_bytes, pages = group_bytes + found, pages + count
+            found, count, values = _unpacked(file, column[3], size_bytes, _MOST_PAGES - pages)
+            group_bytes, pages, most_values = group_bytes + found, pages + count, max(most_values, values)
         most_rows, most_bytes, total = max(most_rows, group[3]), max(most_bytes, group_bytes), total + group_bytes
     if min(rows, *(group[3] for group in groups), 0) < 0 or sum(group[3] for group in groups) != rows:
         raise DamagedParquetError("its row groups do not add up to its rows")
-    return Sizes(rows, most_rows, total, most_bytes)
+    return Sizes(rows, most_rows, total, most_bytes, most_values)
 
 
-def _unpacked(file: BinaryIO, column: dict[int, Any], size_bytes: int, most_pages: int) -> tuple[int, int]:
-    """Return what the pages of one column of one row group become, in bytes, and how many pages there are."""
+def _unpacked(file: BinaryIO, column: dict[int, Any], size_bytes: int, most_pages: int) -> tuple[int, int, int]:
+    """Return what the pages of one column of one row group become, in bytes, how many pages there are, and values."""
     at = min(offset for offset in (column[9], column.get(11)) if offset)
-    stop, total, pages = at + column[7], 0, 0
+    stop, total, pages, values = at + column[7], 0, 0, 0
     if not 4 <= at <= stop <= size_bytes:
         raise DamagedParquetError("a column lies outside the file")
     while at < stop:
         file.seek(at)
         header = _Thrift(file.read(min(_HEADER_BYTES, stop - at)))
         page = header.struct()
-        if page[2] < 0 or page[3] < 0:
+        data = page.get(5) or page.get(8)  # of version 1 or 2; a dictionary has neither
+        values += data[1] if data else 0
+        if page[2] < 0 or page[3] < 0 or values < 0:
             raise DamagedParquetError("a page has a negative size")
         at += header.at + page[3]
         total, pages = total + page[2], pages + 1
@@ -79,7 +85,7 @@ def _unpacked(file: BinaryIO, column: dict[int, Any], size_bytes: int, most_page
             raise DamagedParquetError(f"it has more than {_MOST_PAGES:,} pages")
     if at != stop:
         raise DamagedParquetError("a page ends outside its column")
-    return total, pages
+    return total, pages, values
 
 
 class _Thrift:

@@ -29,6 +29,7 @@ def damaged(tmp_path) -> Path:
         ("lint", ["-o", "copy.h5", "--drop-dense"]),
         ("lint", ["-o", "copy.h5", "--drop-warmup"]),
         ("rebatch", ["-o", "copy.h5", "--batch", 4]),
+        ("select", ["-o", "copy.h5", "--rows", "0:200"]),
         *(("export", ["-o", f"copy{ending}"]) for ending in (".npz", ".parquet", ".bin", ".json")),
     ],
 )

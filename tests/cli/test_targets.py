@@ -20,6 +20,7 @@ WRITERS = [
     "analyze locality in.h5 --format csv -o {}.csv",
     "export in.h5 -o {}.npz",
     "rebatch in.h5 --batch 2 -o {}.h5",
+    "select in.h5 --rows 0:9 -o {}.h5",
     "lint in.h5 --drop-dense -o {}.h5",
     "import in.npz -o {}.h5",
     "generate {}.h5 --requests 1 --prompt 1 --output 1 --like in.h5",

@@ -43,7 +43,7 @@ OF_FILES = {
     "qwen3-30b-a3b-b1.h5": ["single-request"],
     "qwen3-30b-a3b-phone.h5": ["absent-rows", "single-request", "short"],
     "tiny-olmoe.h5": ["gates-sum", "position-0-sink"],
-    "qwen3-30b_bigmoeonedge.route.csv": ["absent-rows", "single-request", "short"],
+    "qwen3-30b_bigmoeonedge.route.csv": ["absent-rows", "single-request", "short", "other-top-k"],
     "real_deepseek-v2-lite_esft_law.npz": [
         "gates-sum",
         "gate-order",

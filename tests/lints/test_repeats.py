@@ -19,9 +19,10 @@ def test_warm_up(rows):
     assert findings["warm-up"].fix == "--drop-warmup" and list(findings) == ["warm-up"]
 
 
-def test_a_short_run_at_the_begin_is_no_warm_up():
+@pytest.mark.parametrize(("rows", "codes"), [(7, []), (31, ["repeated-rows"])])
+def test_a_short_run_at_the_begin_is_no_warm_up(rows, codes):
     cell = choose(np.random.default_rng(1), 1)
-    assert found(prepend(arrays(), np.repeat(cell, 31, axis=0))) == {}
+    assert list(found(prepend(arrays(), np.repeat(cell, rows, axis=0)))) == codes
 
 
 def test_warm_up_in_several_stages_and_of_several_sources():

@@ -25,6 +25,7 @@ FORMATS = (
     "trtllm",
     "vllm",
     "sglang-request",
+    "any-table",
 )
 
 
@@ -48,6 +49,11 @@ FORMATS = (
 )
 @click.option(
     "--prompt", type=click.IntRange(min=0), metavar="P", help="With --as decode: rows of each request's prompt."
+)
+@click.option(
+    "--columns",
+    metavar="layer=L,token=T,experts=X,...",
+    help="Columns of a table: layer, token, experts; gates, request, step, phase, position, slot, token_id, resident.",
 )
 @click.option("--experts", type=click.IntRange(min=1), metavar="E", help="Experts a layer, if the source can't tell.")
 @click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Experts a token, if the source can't tell.")
@@ -76,6 +82,7 @@ def command(
     model: str | None,
     as_phase: str | None,
     prompt: int | None,
+    columns: str | None,
     experts: int | None,
     top_k: int | None,
     absent_from: int | None,
@@ -104,6 +111,7 @@ def command(
         raise UsageError("--as decode and --prompt P need each other.")
     from moetrace.cli.progress import LateBar
     from moetrace.importers.captured import Hints
+    from moetrace.importers.columns import said_columns
     from moetrace.importers.importing import import_traces
     from moetrace.lints.leave_out import import_and_leave_out
     from moetrace.trace.format import Trace
@@ -112,10 +120,12 @@ def command(
     left_out = None
     notes: list[str] = []
     with LateBar("bytes read", sum(map(_size_bytes, sources))) as bar:
+        said = said_columns(columns) if columns else None
         hints = Hints(
             num_experts=experts,
             top_k=top_k,
             reading=bar.advance,
+            columns=said,
             note=notes.append,
             strict=strict,
             keep_cached=keep_cached,

@@ -74,6 +74,14 @@ class Spool:
             window[row - first, layer] = value
             del window
 
+    def fill(self, cell: int, **values: np.ndarray) -> None:
+        """Put whole cells, of the named arrays [n, top_k], one after another from number `cell` (row x layers) on."""
+        for name, value in values.items():
+            array = np.ascontiguousarray(value, self._dtype[name])
+            file = self._files[name]
+            file.seek(cell * array.itemsize * int(self._inner[name][-1]))
+            file.write(array.data)
+
     def take(self, row: np.ndarray, layer: np.ndarray) -> np.ndarray:
         """The ids [n, top_k] that are at `[row, layer]` (integers [n], one or more) by now."""
         first = int(row.min())

@@ -1,0 +1,67 @@
+"""`moetrace select`: a part of a trace, or a trace without that part."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.targets import check_targets
+from moetrace.cli.tables.output import said_of, say
+from moetrace.spec.errors import UsageError
+
+
+class _Ranges(click.ParamType):
+    """`A:B,C,D:` as pairs of start and stop; a number alone is itself."""
+
+    name = "ranges"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        ranges = []
+        for part in str(value).split(","):
+            start, colon, stop = (text.strip() for text in part.partition(":"))
+            if not all(
+                text == "" or (text.isascii() and text.isdecimal() and len(text) < 19) for text in (start, stop)
+            ):
+                self.fail(f"{part!r} is no range: use A:B (A to B - 1), A:, :B or one number.", param, ctx)
+            if not colon and not start:
+                self.fail("a range is empty: use A:B (A to B - 1), A:, :B or one number.", param, ctx)
+            first = int(start or 0)
+            ranges.append((first, int(stop) if stop else None if colon else first + 1))
+        return ranges
+
+
+def _option(name: str, text: str):
+    return click.option(f"--{name}", type=_Ranges(), metavar="A:B,...", help=text)
+
+
+@click.command()
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
+@click.option("-o", "--output", "out_path", required=True, type=ANY_PATH, metavar="OUT.h5")
+@_option("rows", "Rows, as lint numbers them.")
+@_option("steps", "Steps (forward passes).")
+@_option("requests", "Requests, by their numbers in the trace.")
+@_option("layers", "Layers, by their numbers in the model.")
+@click.option("--phase", type=click.Choice(["prefill", "decode"]), help="Rows of one phase.")
+@click.option("--out", is_flag=True, help="Leave out what is said instead of keeping it.")
+@click.option("--renumber", is_flag=True, help="Number requests from 0, and the positions of each from 0.")
+@click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
+def command(trace: Path, out_path: Path, compress: str | None, **wishes: Any) -> None:
+    """Copy a part of a trace to OUT.h5: the rows that fit all that is said, in the layers that are said.
+
+    Ranges are A:B (A to B - 1), A:, :B or one number, several with commas between. With --out, the rows that fit all
+    that is said are left out, and so are the layers that are said.
+
+    Steps keep their other rows, and go if none is left. Requests, positions and layers keep their numbers.
+    """
+    if not any(wishes[name] for name in ("rows", "steps", "requests", "layers", "phase")):
+        raise UsageError("say what is meant: --rows, --steps, --requests, --layers or --phase.")
+    from moetrace.cli.progress import LateBar
+    from moetrace.trace.format import Trace
+    from moetrace.trace.part_of import select
+
+    check_targets({"-o": out_path}, [trace])
+    with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
+        select(opened, out_path, compress=compress, progress=bar.advance, **wishes)
+    with Trace.open(out_path) as copy:
+        say(said_of(out_path, copy))

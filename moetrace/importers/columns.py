@@ -1,0 +1,122 @@
+"""Which columns of a table hold what: as the user names them, or as well-known tables call them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from moetrace.spec.errors import UsageError, printable
+
+MEANINGS = (
+    "layer",
+    "token",
+    "experts",
+    "gates",
+    "request",
+    "step",
+    "phase",
+    "position",
+    "slot",
+    "token_id",
+    "resident",
+)
+# Names of ours and of engines' exports; of a meaning, the first that a table has. `token` is what numbers tokens, and
+# not the id of a word.
+_KNOWN = {
+    "experts": (
+        "experts",
+        "expert",
+        "expert_ids",
+        "expert_id",
+        "topk_ids",
+        "topk_indices",
+        "top_k_ids",
+        "selected_experts",
+        "indices",
+        "router_indices",
+    ),
+    "layer": ("layer", "layer_id", "layer_idx", "layer_index", "moe_layer"),
+    "token": ("row", "token_idx", "token_index", "token_pos", "tok", "token"),
+    "gates": ("gates", "gate", "gate_weights", "topk_weights", "router_weights", "weights", "weight", "scores"),
+    "request": ("request", "request_id", "req_id", "seq_id", "sequence_id", "prompt_id"),
+    "step": ("step", "forward_pass", "forward_pass_id", "iteration"),
+    "phase": ("phase",),
+    "position": ("position", "pos", "token_position"),
+    "slot": ("slot", "rank", "k"),
+    "token_id": ("token_id",),
+    "resident": ("resident",),
+}
+# What some exports call otherwise: tables that have all of the first names mean the pairs.
+_EXPORTS: tuple[tuple[set[str], dict[str, str]], ...] = (
+    # Ours: docs/export.md.
+    ({"step", "row", "request", "position", "phase", "layer", "slot", "expert"}, {"token": "row", "token_id": "token"}),
+    # As BigMoeOnEdge's route traces, without their first lines.
+    (
+        {"turn", "phase", "step", "layer", "slot", "expert"},
+        {"request": "turn", "token": "step", "position": "step", "step": "", "resident": "residency"},
+    ),
+)
+Columns = Mapping[str, Sequence[str]]
+
+
+def said_columns(text: str) -> dict[str, str]:
+    """What `--columns layer=L,experts=E` says, by meaning. Raises UsageError."""
+    said: dict[str, str] = {}
+    for part in text.split(","):
+        meaning, equals, name = (piece.strip() for piece in part.partition("="))
+        if not equals or not name:
+            raise UsageError(f"--columns has {part!r}, but wants pairs such as layer=COLUMN,experts=COLUMN.")
+        if meaning not in MEANINGS:
+            raise UsageError(f"--columns knows no {meaning!r}, only {', '.join(MEANINGS)}.")
+        if meaning in said:
+            raise UsageError(f"--columns says {meaning} twice.")
+        said[meaning] = name
+    return said
+
+
+def named_columns(path: Path, names: Sequence[str], said: Mapping[str, str]) -> dict[str, list[str]]:
+    """The columns of each meaning that the user names: several for `a+b` or `a*`, of experts and gates.
+
+    Raises UsageError if the table has no such column.
+    """
+    found: dict[str, list[str]] = {}
+    for meaning, text in said.items():
+        many = meaning in ("experts", "gates")
+        parts = [text] if text in names or not many else text.split("+")
+        columns = [name for part in parts for name in _matching(part, names, many)]
+        if not columns:
+            shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+            raise UsageError(f"{path} has no column {text!r} for {meaning}; it has {printable(shown)}.")
+        found[meaning] = columns
+    if "experts" not in found:
+        raise UsageError("--columns must say which column holds the experts: experts=COLUMN.")
+    return found
+
+
+def known_columns(names: Sequence[str]) -> dict[str, list[str]] | None:
+    """The columns of each meaning, by their names; None if experts are not among them."""
+    if len(set(names)) < len(names):
+        return None
+    found = {meaning: next((name for name in known if name in names), "") for meaning, known in _KNOWN.items()}
+    for needed, other in _EXPORTS:
+        if needed <= set(names):
+            found |= {meaning: name if name in names else "" for meaning, name in other.items()}
+            break
+    if not found["experts"]:
+        return None
+    return {meaning: [name] for meaning, name in found.items() if name}
+
+
+def layer_of_name(path: Path) -> int | None:
+    """The layer that a file's name says (`layer12.parquet`, `moe_3.csv`): its last number."""
+    numbers = re.findall(r"\d+", path.stem)
+    return int(numbers[-1]) if numbers and len(numbers[-1]) < 6 else None
+
+
+def _matching(part: str, names: Sequence[str], many: bool) -> list[str]:
+    if part in names:
+        return [part]
+    if not many or "*" not in part:
+        return []
+    found = [name for name in names if fnmatchcase(name, part)]
+    return sorted(found, key=lambda name: [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", name)])

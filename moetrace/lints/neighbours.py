@@ -1,0 +1,86 @@
+"""Layers that are parts of one layer: ids read with a smaller top_k than the model has."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from moetrace.lints.finding import Finding, finding
+from moetrace.lints.piece import Piece, Shape
+
+SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
+_ROWS_OF_A_PIECE = 512
+_EXPECTED = 40.0  # experts that two layers should share, in all sampled rows, before they are judged
+_NONE, _FEW = 0.05, 0.55  # shares of what is expected
+_PAIRS_NONE, _PAIRS_FEW = (
+    1 / 4,
+    1 / 2,
+)  # of the neighbours: 8 read as 4 parts every second pair, 6 read as 4 two of three
+
+
+class Neighbours:
+    """`wrong-stride`: neighbouring layers that share far fewer experts in a row than layers of their own do.
+
+    A router chooses an expert once, so two halves of one layer share none, while layers of their own share as many as
+    their popularities let expect (0.56 to 1.4 times that, pair by pair, in captures). Judged by distinct rows, 2,048 at
+    most.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        row_bytes = shape.layers * shape.top_k * 2
+        self.room = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // row_bytes))
+        self.sample: list[np.ndarray] = []
+        self.digests: list[np.ndarray] = []
+
+    def see(self, piece: Piece, digests: np.ndarray) -> None:
+        """Look at the next rows; `digests` uint64 [rows] stand for their choices."""
+        count = min(self.room, _ROWS_OF_A_PIECE, piece.rows)
+        if count <= 0 or self.shape.top_k == self.shape.num_experts:
+            return
+        rows = np.linspace(0, piece.rows - 1, count).astype(np.int64)
+        self.room -= count
+        self.sample.append(piece.experts[rows])
+        self.digests.append(digests[rows])
+
+    def ids(self) -> np.ndarray:
+        """The ids of the sampled rows, no two of which choose alike in all layers: [rows, layers, top_k]."""
+        if not self.sample:
+            return np.zeros((0, self.shape.layers, self.shape.top_k), np.uint16)
+        return np.concatenate(self.sample)[np.unique(np.concatenate(self.digests), return_index=True)[1]]
+
+    def findings(self, without: np.ndarray) -> Iterator[Finding]:
+        """What was found in layers other than `without` [layers]."""
+        ids = self.ids()
+        if self.shape.layers == 1 or not len(ids):
+            return
+        pairs = [_shared(ids[:, at : at + 2], self.shape.num_experts) for at in range(self.shape.layers - 1)]
+        expected, shared = np.array(pairs).T
+        judged = (expected >= _EXPECTED) & ~without[1:] & ~without[:-1]
+        for most, pairs_needed in ((_NONE, _PAIRS_NONE), (_FEW, _PAIRS_FEW)):
+            apart = judged & (shared <= most * expected)
+            count = int(np.count_nonzero(apart))
+            if count and count >= pairs_needed * np.count_nonzero(judged):
+                yield self._found(apart, count)
+                return
+
+    def _found(self, apart: np.ndarray, count: int) -> Finding:
+        index = self.shape.layer_index
+        first = int(np.flatnonzero(apart)[0])
+        what = (
+            f"{count} of {self.shape.layers - 1} pairs of neighbouring layers (such as {index[first]} and "
+            f"{index[first + 1]}) share far too few experts in a row, as if they were parts of one layer."
+        )
+        return finding("wrong-stride", what, count, index[np.r_[apart, False] | np.r_[False, apart]])
+
+
+def _shared(ids: np.ndarray, num_experts: int) -> tuple[float, int]:
+    """How many experts the rows of `ids` [rows, 2, top_k] should have in common in both layers, and how many they have.
+
+    Rows that skip one of the layers, as a draft pass does, and absent or impossible ids do not count.
+    """
+    ids = ids[(ids.min(2) < num_experts).all(1)]
+    if not len(ids):
+        return 0.0, 0
+    one, other = (np.bincount(ids[:, at].ravel(), minlength=num_experts)[:num_experts] for at in (0, 1))
+    equal = (ids[:, 0, :, None] == ids[:, 1, None, :]) & (ids[:, 0] < num_experts)[:, :, None]
+    return float(one @ other) / len(ids), int(np.count_nonzero(equal))

@@ -1,0 +1,99 @@
+"""Experts that are chosen by nobody or by everybody: a part of the ids only, a shared expert, a collapsed layer."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from moetrace.lints.finding import Finding, finding, many
+
+_CAPPED = 8  # choices of an expert in a layer that count: warm-up or one text shall not speak for an expert
+_BESIDE = 8  # chosen ids beside an unused part that say how often its own should be chosen
+_EXPECTED = 20.0  # choices that an unused part lacks: as Poisson, a chance of 2e-9
+_EXPECTED_OF_EACH = 5.0  # of them, for each of its experts
+_ALWAYS, _MOSTLY = 0.99, 0.9
+_LEAST_ROWS = 32
+_MANY_ROWS = 100  # from which a favourite of 90 % is no chance
+_ODDS = 12.0  # of the favourite beside the second; 4.4 for Zipf's popularity with exponent 1.2, 6 of 64
+
+
+def popularity(
+    chosen: np.ndarray,
+    made: np.ndarray,
+    top_k: int,
+    layer_index: np.ndarray,
+    without: np.ndarray,
+    distinct: np.ndarray | None = None,
+) -> Iterator[Finding]:
+    """`unused-experts`, `shared-expert` and `dominant-expert`.
+
+    `chosen` int [layers, experts] is how often each expert was chosen, by `made` [layers] rows; layers that are true
+    in `without` [layers] are not looked at. `distinct` [rows, layers, top_k] are ids of rows that do not repeat each
+    other: what only warm-up or padding chooses is no favourite.
+    """
+    num_experts = chosen.shape[1]
+    layers = np.flatnonzero(~without & (made > 0))
+    if top_k >= num_experts or not layers.size:
+        return
+    yield from _unused(chosen[layers])
+    share = np.minimum(chosen[layers] / made[layers, None], 1)
+    if made[layers].min() < _LEAST_ROWS:
+        return
+    if distinct is not None and share.max() >= _MOSTLY:
+        share = np.minimum(share, _shares(distinct, layers, num_experts) + 0.02)
+    shared = np.flatnonzero((share >= _ALWAYS).all(0)) if layers.size > 1 and top_k > 1 else np.zeros(0, np.int64)
+    if shared.size:
+        named = f"Expert {shared[0]} is" if shared.size == 1 else f"The experts {_ids(shared)} are"
+        what = f"{named} in at least {share[:, shared].min():.0%} of the cells of each layer."
+        yield finding("shared-expert", what, shared.size, layer_index[layers])
+    share[:, shared] = 0
+    # Skewed routing has several favourites: the second of Zipf's has half the odds of the first, or more.
+    second, most = np.sort(share, axis=1)[:, -2:].T
+    one = (most >= _MOSTLY) & (most * (1 - second) >= _ODDS * second * (1 - most)) & (made[layers] >= _MANY_ROWS)
+    if one.any():
+        worst = int(np.argmax(most))
+        where = many(int(np.count_nonzero(one)), "layer")
+        what = (
+            f"In {where}, one expert is chosen by at least {most[one].min():.0%} of the rows (layer "
+            f"{layer_index[layers[worst]]}: expert {share[worst].argmax()}, {most[worst]:.0%})."
+        )
+        yield finding("dominant-expert", what, int(np.count_nonzero(one)), layer_index[layers[one]])
+
+
+def _unused(chosen: np.ndarray) -> Iterator[Finding]:
+    """`unused-experts`: runs of ids that no layer chose, though the ids beside them are chosen often."""
+    num_experts = chosen.shape[1]
+    capped = np.minimum(chosen, _CAPPED).sum(0)
+    used = np.flatnonzero(capped)
+    if not used.size:
+        return
+    edges = np.r_[-1, used, num_experts]
+    parts = []
+    for before in np.flatnonzero(np.diff(edges) > 1).tolist():
+        start, stop = int(edges[before]) + 1, int(edges[before + 1])
+        at_end = start == 0 or stop == num_experts
+        if stop - start < (2 if at_end else max(4, num_experts // 16)):
+            continue
+        beside = [used[max(0, before - _BESIDE) : before], used[before : before + _BESIDE]]
+        means = [capped[ids].mean() for ids in beside if ids.size]
+        each = min(means)  # the ids of the quieter side: popularity may fall towards one end
+        if each >= _EXPECTED_OF_EACH and each * (stop - start) >= _EXPECTED:
+            parts.append((start, stop))
+    if parts:
+        count = sum(stop - start for start, stop in parts)
+        named = ", ".join(f"{start} to {stop - 1}" for start, stop in parts[:4]) + (", …" if len(parts) > 4 else "")
+        what = f"{count} of {num_experts} experts ({named}) are not chosen in any layer, though the others are."
+        yield finding("unused-experts", what, count)
+
+
+def _shares(ids: np.ndarray, layers: np.ndarray, num_experts: int) -> np.ndarray:
+    """float [layers, experts]: how many of the rows of `ids` that route in a layer choose an expert."""
+    shares = np.zeros((layers.size, num_experts))
+    if len(ids) >= _LEAST_ROWS:
+        for at, layer in enumerate(layers.tolist()):
+            counts = np.bincount(ids[:, layer].ravel(), minlength=num_experts)[:num_experts]
+            shares[at] = counts / max(1, np.count_nonzero(ids[:, layer].min(1) < num_experts))
+    return shares
+
+
+def _ids(ids: np.ndarray) -> str:
+    return ", ".join(map(str, ids[:8].tolist())) + (", …" if ids.size > 8 else "")

@@ -1,0 +1,77 @@
+"""Tables of routing in every form that `moetrace.importers.any_table` reads."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from support.writers import Sample, routing
+
+ROWS, LAYERS, TOP_K, EXPERTS = 12, 3, 2, 8
+NUMBERS = [1, 3, 4]  # of the layers
+
+
+def ids() -> np.ndarray:
+    return routing(ROWS, LAYERS, TOP_K, EXPERTS)
+
+
+def gates() -> np.ndarray:
+    return np.random.default_rng(1).random((ROWS, LAYERS, TOP_K)).astype(np.float16).astype(np.float32)
+
+
+def choices() -> pl.DataFrame:
+    """A row a choice."""
+    row, layer, _ = np.indices((ROWS, LAYERS, TOP_K)).reshape(3, -1)
+    return pl.DataFrame(
+        {
+            "request": row // 6,
+            "token_idx": row % 6,
+            "layer": np.array(NUMBERS)[layer],
+            "expert": ids().ravel(),
+            "gate": gates().ravel(),
+        }
+    )
+
+
+def lists() -> pl.DataFrame:
+    """A row a cell, with lists."""
+    row, layer = np.indices((ROWS, LAYERS)).reshape(2, -1)
+    frame = {"request": row // 6, "token_idx": row % 6, "layer": np.array(NUMBERS)[layer]}
+    frame |= {"experts": ids().reshape(-1, TOP_K).tolist(), "gates": gates().reshape(-1, TOP_K).tolist()}
+    return pl.DataFrame(frame)
+
+
+def tokens() -> pl.DataFrame:
+    """A row a token, with lists of lists: layers count from 0."""
+    return pl.DataFrame({"request": np.arange(ROWS) // 6, "experts": ids().tolist(), "gates": gates().tolist()})
+
+
+def csv_of(frame: pl.DataFrame, text: str = "[{}]") -> str:
+    """A frame with lists as CSV, lists as texts."""
+    columns = []
+    for name, kind in frame.schema.items():
+        column = pl.col(name)
+        if isinstance(kind, pl.List):
+            column = pl.format(text, column.cast(pl.List(pl.String)).list.join(", ")).alias(name)
+        columns.append(column)
+    return frame.select(columns).write_csv()
+
+
+def json_of(frame: pl.DataFrame) -> str:
+    return "".join(json.dumps(row) + "\n" for row in frame.iter_rows(named=True))
+
+
+def samples(folder: Path) -> list[Sample]:
+    hints = {"num_experts": EXPERTS, "top_k": TOP_K}
+    for name, frame in (("choices", choices()), ("lists", lists())):
+        frame.write_parquet(folder / f"{name}.parquet")
+        (folder / f"{name}.csv").write_text(csv_of(frame))
+        (folder / f"{name}.jsonl").write_text(json_of(frame))
+    tokens().write_parquet(folder / "tokens.parquet")
+    (folder / "tokens.jsonl").write_text(json_of(tokens()))
+    layers = [lists().filter(pl.col("layer") == layer).drop("layer") for layer in NUMBERS]
+    for layer, frame in zip(NUMBERS, layers, strict=True):
+        frame.write_parquet(folder / f"layer{layer}.parquet", compression="snappy")
+    single = [Sample([path], hints) for path in sorted(folder.glob("[clt]*.*")) if not path.name.startswith("layer")]
+    return [*single, Sample([folder / f"layer{layer}.parquet" for layer in NUMBERS], hints)]
