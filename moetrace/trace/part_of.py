@@ -101,7 +101,7 @@ def select(
         >>> mt.select("traces/tiny-olmoe.h5", "part.h5", requests=[(0, 4)], layers=[(1, 3)], phase="decode")
         >>> with mt.Trace.open("part.h5") as trace:
         ...     print(trace.rows, trace.layer_index)
-        487 [1 2]
+        400 [1 2]
     """
     path = Path(path)
     keep_inputs(path, [trace.path])
