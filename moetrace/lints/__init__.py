@@ -19,7 +19,7 @@ from moetrace.lints.ids import DuplicateIds, ImpossibleIds, ImpossibleRows
 from moetrace.lints.layers import AbsentRows, DenseLayers, layer_numbers
 from moetrace.lints.neighbours import Neighbours
 from moetrace.lints.piece import Progress, pieces, shape_of
-from moetrace.lints.placeholders import Placeholders
+from moetrace.lints.dummy_rows import DummyRows
 from moetrace.lints.popularity import popularity
 from moetrace.lints.repeats import RepeatedRows
 from moetrace.lints.templates import Periodic, Sink, Templates
@@ -71,7 +71,7 @@ def _check_rows(trace: Trace, digests: dict[str, Any], progress: Progress | None
         Gates(shape),
     )
     requests, sink, templates, periodic = RequestCheck(shape), Sink(shape), Templates(shape), Periodic(shape)
-    placeholders, neighbours = Placeholders(shape), Neighbours(shape)
+    placeholders, neighbours = DummyRows(shape), Neighbours(shape)
     for piece in pieces(trace, digests, progress):
         for check in (impossible, duplicates, rows, dense, absent, repeated, flat, evenness, gates, sink, periodic):
             check.see(piece)

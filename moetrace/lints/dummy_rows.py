@@ -12,7 +12,7 @@ _LAYERS = 4  # in which other rows are looked at, to know how often a cell is 0 
 _LOG_CHANCE = log(1e-6)
 
 
-class Placeholders:
+class DummyRows:
     """`placeholder-rows`: rows of 0, 1, ..., top_k - 1 in all layers, more than chance makes.
 
     Chance is the product of the shares of cells, in four layers, that hold these ids in rows that are no placeholder:
