@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moetrace.lints.counts_only import check_counts
+from moetrace.lints.dummy_rows import DummyRows
 from moetrace.lints.evenness import EvennessCheck, FlatView
 from moetrace.lints.finding import LEVELS, RULES, Finding, Rule, finding
 from moetrace.lints.gates import Gates
@@ -19,7 +20,6 @@ from moetrace.lints.ids import DuplicateIds, ImpossibleIds, ImpossibleRows
 from moetrace.lints.layers import AbsentRows, DenseLayers, layer_numbers
 from moetrace.lints.neighbours import Neighbours
 from moetrace.lints.piece import Progress, pieces, shape_of
-from moetrace.lints.dummy_rows import DummyRows
 from moetrace.lints.popularity import popularity
 from moetrace.lints.repeats import RepeatedRows
 from moetrace.lints.templates import Periodic, Sink, Templates
