@@ -53,9 +53,8 @@ def _constant(item: tuple[str, float]) -> str:
     return f"`{path.removeprefix('system.')}` = {f'{value:.0f}' if value >= 100 else f'{value:.2g}'}"
 
 
-def page() -> str:
+def page(some: list[Engine]) -> str:
     """The table, how many are met, what explains the rest, and the constants that fit each machine best."""
-    some = engines()
     rows = judge(some)
     errors = {
         kind: [off(getattr(row, kind), row.figure.published) for row in rows] for kind in ("data_sheet", "calibrated")
@@ -88,8 +87,7 @@ def page() -> str:
             engine.name,
             ", ".join(str(figure.number) for figure in engine.figures),
             engine.source,
-            ", ".join(f"`{path.removeprefix('system.')}` = {_constant(value)}" for path, value in engine.best.items())
-            or "-",
+            ", ".join(map(_constant, engine.best.items())) or "-",
         )
         for engine in some
     ]
@@ -115,7 +113,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table into docs/real.md")
     parser.add_argument("--check", action="store_true", help="exit 1 if docs/real.md is stale")
     arguments = parser.parse_args()
-    found = page()
+    found = page(engines())
     if not (arguments.write or arguments.check):
         print(found)
         return

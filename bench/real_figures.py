@@ -74,6 +74,8 @@ def fitted(figures: list[Figure], known: Constants, free: Mapping[str, tuple[flo
     """The free constants with the least sum of |log(predicted / published)|, by a grid made finer four times."""
     if not free:
         return {}
+    if not figures:
+        raise ValueError(f"no other figure tells {', '.join(free)}.")
     ranges = {path: (math.log(low), math.log(high)) for path, (low, high) in free.items()}
     best: dict[str, float] = {}
     for _ in range(5):

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
         load_system,
     )
     from moetrace.trace import Trace, Writer
-    from moetrace.trace.part_of import select
     from moetrace.trace.rebatch import rebatch
+    from moetrace.trace.select import select
 
 __all__ = [
     "Balance",
@@ -117,7 +117,7 @@ _HOMES = {
     "moetrace.generators": ("Profile", "generate", "generate_trace", "load_profile", "save_profile"),
     "moetrace.importers.importing": ("import_traces",),
     "moetrace.lints": ("Finding", "lint"),
-    "moetrace.trace.part_of": ("select",),
+    "moetrace.trace.select": ("select",),
     "moetrace.trace.rebatch": ("rebatch",),
 }
 

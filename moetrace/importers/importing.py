@@ -3,13 +3,13 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.importers.captured import Capture, Counts, Hints
+from moetrace.importers.captured import Capture, Counts, Hints, Part
 from moetrace.importers.formats import read_captures
 from moetrace.importers.reading.placeholders import Placeholders
 from moetrace.spec import load_model
@@ -174,7 +174,10 @@ def _checked(capture: Capture | Counts, hints: Hints) -> Capture | Counts:
     parts = capture.parts
     if absent:  # ids beyond the experts are absent already
         marks = Placeholders(capture.num_experts, hints, marks=True)
-        parts = lambda: ({**part, "experts": marks.narrow(part["experts"])} for part in capture.parts())  # noqa: E731
+
+        def parts() -> Iterator[Part]:
+            return ({**part, "experts": marks.narrow(part["experts"])} for part in capture.parts())
+
     return capture._replace(layer_index=layer_index, expert_bytes=expert_bytes, position=position, parts=parts)
 
 

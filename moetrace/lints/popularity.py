@@ -13,7 +13,7 @@ _EXPECTED_OF_EACH = 5.0  # of them, for each of its experts
 _ALWAYS, _MOSTLY = 0.99, 0.9
 _LEAST_ROWS = 32
 _MANY_ROWS = 100  # from which a favourite of 90 % is no chance
-_ODDS = 12.0  # of the favourite beside the second; 4.4 for Zipf's popularity with exponent 1.2, 6 of 64
+_SECOND = 0.4  # 0.75 for Zipf's popularity with exponent 1.2, 6 of 64
 
 
 def popularity(
@@ -46,9 +46,9 @@ def popularity(
         what = f"{named} in at least {share[:, shared].min():.0%} of the cells of each layer."
         yield finding("shared-expert", what, shared.size, layer_index[layers])
     share[:, shared] = 0
-    # Skewed routing has several favourites: the second of Zipf's has half the odds of the first, or more.
+    # Skewed routing has several favourites: where one has 90 %, the second has half of the rows or more.
     second, most = np.sort(share, axis=1)[:, -2:].T
-    one = (most >= _MOSTLY) & (most * (1 - second) >= _ODDS * second * (1 - most)) & (made[layers] >= _MANY_ROWS)
+    one = (most >= _MOSTLY) & (second <= _SECOND) & (made[layers] >= _MANY_ROWS)
     if one.any():
         worst = int(np.argmax(most))
         where = many(int(np.count_nonzero(one)), "layer")

@@ -1,14 +1,130 @@
-"""Select: a copy of a trace without some of its rows and layers."""
+"""Part of a trace: its rows, steps, requests, layers or one phase, kept or left out."""
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from moetrace.spec.errors import MoetraceError, UsageError, counted
+from moetrace.trace.atomic import keep_inputs
 from moetrace.trace.format import Trace
-from moetrace.trace.schema import OPTIONAL, PER_CHOICE, check_ids
+from moetrace.trace.naming import model_name
+from moetrace.trace.opening import accepts_path
+from moetrace.trace.schema import ATTRIBUTE_BYTES, MIXED, OPTIONAL, PER_CHOICE, PHASE_NAMES, check_ids
 from moetrace.trace.writer import CountsWriter, Writer
+from moetrace.version import __version__
+
+Range = tuple[int, int | None]
+_TOLD_RANGES = 64  # of more, `source` tells the number
+_TOLD_BYTES = ATTRIBUTE_BYTES - 4096
+
+
+class _Wish(NamedTuple):
+    """What is meant; ranges are merged, None is all."""
+
+    rows: np.ndarray | None  # int64 [ranges, 2]
+    steps: np.ndarray | None
+    requests: np.ndarray | None
+    phase: int | None
+    out: bool
+
+    @property
+    def of_rows(self) -> bool:
+        return any(part is not None for part in self[:4])
+
+
+class _Numbers:
+    """New numbers of requests, in order of appearance, and positions that count up in each."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, int] = {}
+        self.rows = np.zeros(0, np.int64)  # rows so far of each new number
+
+    def renumber(self, request: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The new requests and positions of the next rows."""
+        kinds, first, inverse = np.unique(request, return_index=True, return_inverse=True)
+        for kind in kinds[np.argsort(first)].tolist():
+            self.of.setdefault(kind, len(self.of))
+        new = np.array([self.of[kind] for kind in kinds.tolist()], np.int64)[inverse]
+        self.rows = np.concatenate([self.rows, np.zeros(len(self.of) - self.rows.size, np.int64)])
+        order = np.argsort(new, kind="stable")
+        starts = np.flatnonzero(np.r_[True, np.diff(new[order]) != 0])
+        lengths = np.diff(np.r_[starts, new.size])
+        position = np.empty(new.size, np.int64)
+        position[order] = np.arange(new.size) - np.repeat(starts - self.rows[new[order[starts]]], lengths)
+        self.rows[new[order[starts]]] += lengths
+        return new, position
+
+
+@accepts_path
+def select(
+    trace: Trace,
+    path: str | os.PathLike[str],
+    *,
+    rows: Sequence[Range] | None = None,
+    steps: Sequence[Range] | None = None,
+    requests: Sequence[Range] | None = None,
+    layers: Sequence[Range] | None = None,
+    phase: str | None = None,
+    out: bool = False,
+    renumber: bool = False,
+    compress: str | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Copy a part of a trace: the rows that fit all that is said, in the layers that are said.
+
+    A step keeps its other rows, and goes if none is left. What was selected is in the `source` of the copy, under
+    "selected". The same trace and wishes give the same bytes. Memory does not grow with the trace.
+
+    Args:
+        trace: A trace or the path of its file.
+        path: The new file.
+        rows: Ranges (start, stop) of rows, a stop of None for all the rest. By default all.
+        steps: Ranges of steps.
+        requests: Ranges of requests, by the numbers of the trace.
+        layers: Ranges of layers, by their numbers in the model.
+        phase: "prefill" or "decode".
+        out: Whether the rows that fit all that is said, and the layers that are said, are left out instead.
+        renumber: Whether requests are numbered from 0 in order of appearance, and positions of each from 0.
+        compress: "zstd" or "gzip". By default data is contiguous.
+        progress: A function that gets the number of rows (of counts, steps) copied since its last call.
+
+    Raises:
+        UsageError: A range is empty or lies outside the trace, or a trace of counts has no such thing.
+        MoetraceError: The trace differs from its sha256s, or nothing would be left.
+
+    Examples:
+        >>> import moetrace as mt
+        >>> mt.select("traces/tiny-olmoe.h5", "part.h5", requests=[(0, 4)], layers=[(1, 3)], phase="decode")
+        >>> with mt.Trace.open("part.h5") as trace:
+        ...     print(trace.rows, trace.layer_index)
+        400 [1 2]
+    """
+    path = Path(path)
+    keep_inputs(path, [trace.path])
+    if phase not in (None, "prefill", "decode"):
+        raise UsageError(f"phase is {phase!r}, but must be prefill or decode.")
+    wish = _Wish(
+        _merged("rows", rows, trace.rows),
+        _merged("steps", steps, trace.steps),
+        _merged("requests", requests, None),
+        None if phase is None else PHASE_NAMES.index(phase),
+        out,
+    )
+    kept_layers = _kept_layers(trace, _merged("layers", layers, None), out)
+    if not wish.of_rows and layers is None:
+        raise UsageError("say which rows, steps, requests, layers or phase are meant.")
+    trace.verify_hashes()
+    said = {"rows": rows, "steps": steps, "requests": requests, "layers": layers, "phase": phase}
+    facts: dict[str, Any] = {
+        "model": trace.model if kept_layers.all() else _model(trace, int(kept_layers.sum())),
+        "source": _source(trace, said | {"out": out, "renumber": renumber}),
+        "compress": compress,
+    }
+    _copy(trace, path, wish, kept_layers, facts, renumber, progress)
 
 
 def copy_without(
@@ -35,65 +151,188 @@ def copy_without(
         compress: as the Writer takes it.
 
     Raises:
-        MoetraceError: an id in what is copied is impossible, or the file cannot be written.
+        MoetraceError: an id in what is copied is impossible, nothing would be left, or the file cannot be written.
     """
-    facts: dict[str, Any] = {
-        "model": model,
+    wish = _Wish(np.array(rows, np.int64) if rows else None, None, None, None, out=True)
+    _copy(trace, path, wish, ~layers, {"model": model, "source": source, "compress": compress})
+
+
+def _copy(
+    trace: Trace,
+    path: Path,
+    wish: _Wish,
+    layers: np.ndarray,
+    facts: dict[str, Any],
+    renumber: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Write the rows that a wish means, in the layers that are true in bool [layers]; `facts` are the Writer's own."""
+    facts |= {
         "num_experts": trace.num_experts,
         "top_k": trace.top_k,
-        "layers": int(np.count_nonzero(~layers)),
-        "layer_index": trace.layer_index[~layers],
-        "source": source,
-        "compress": compress,
+        "layers": int(layers.sum()),
+        "layer_index": trace.layer_index[layers],
     }
     if "counts" in trace.has:
-        with CountsWriter(path, rows=trace.rows, steps=trace.steps, **facts) as counts:
-            for block in trace.count_blocks():
-                counts.append_counts(block.counts[:, ~layers], block.rows, block.phase)
+        _copy_counts(trace, path, wish, layers, renumber, facts, progress)
         return
-    step_rows = np.diff(_kept_before(trace.offset, rows))
+    step_rows, step_phase = _steps_left(trace, wish)
+    left = step_rows > 0
+    if not left.any():
+        raise MoetraceError(f"{trace.shown}: no row fits, so nothing would be left.")
+    optional = [name for name in OPTIONAL if name in trace.has]
+    if MIXED in trace.phase and MIXED not in step_phase[left]:  # which alone needed phases of rows
+        optional = [name for name in optional if name != "row_phase"]
     facts |= {
         "rows": int(step_rows.sum()),
-        "steps": int(np.count_nonzero(step_rows)),
-        "expert_bytes": None if trace.expert_bytes is None else trace.expert_bytes[~layers],
-        "optional": [name for name in OPTIONAL if name in trace.has],
+        "steps": int(np.count_nonzero(left)),
+        "expert_bytes": None if trace.expert_bytes is None else trace.expert_bytes[layers],
+        "optional": optional,
     }
+    numbers = _Numbers() if renumber else None
     with Writer(path, **facts) as writer:
-        _copy_rows(trace, writer, rows, ~layers, step_rows)
+        for first, steps_here, mask in _masks(trace, wish):
+            if mask.any():
+                append = _rows_of(trace, first, mask, layers, optional, numbers)
+                lengths = step_rows[steps_here]
+                writer.append(**append, steps=lengths[lengths > 0], phase=step_phase[steps_here][lengths > 0])
+            if progress:
+                progress(mask.size)
 
 
-def _copy_rows(
-    trace: Trace, writer: Writer, ranges: Sequence[tuple[int, int]], layers: np.ndarray, step_rows: np.ndarray
-) -> None:
-    """Append the rows outside `ranges` and the layers bool [layers]; step_rows int64 [steps] is what steps keep."""
+def _rows_of(
+    trace: Trace, first: int, mask: np.ndarray, layers: np.ndarray, optional: list[str], numbers: _Numbers | None
+) -> dict[str, np.ndarray]:
+    """The data of rows that are true in `mask` [rows], the first of which is row `first`."""
+    names = ["experts", "request", "position", *optional]
+    data = {name: trace.read(name, first, first + mask.size)[mask] for name in names}
+    data |= {name: data[name][:, layers] for name in PER_CHOICE if name in data}
+    check_ids(trace.shown, first, data["experts"], trace.num_experts)
+    if numbers:
+        data["request"], data["position"] = numbers.renumber(data["request"])
+    return data
+
+
+def _masks(trace: Trace, wish: _Wish) -> Iterator[tuple[int, slice, np.ndarray]]:
+    """Of whole steps, some MiB of ids at a time: the first row, the steps, and which rows stay, bool [rows]."""
     for block in trace.blocks():
-        first, steps = int(trace.offset[block.first_step]), slice(block.first_step, block.first_step + block.steps)
-        kept = np.ones(len(block.request), bool)
-        for start, stop in ranges:
-            kept[max(start - first, 0) : max(stop - first, 0)] = False
-        lengths = step_rows[steps]
-        if not kept.any():
-            continue
-        data = {name: trace.read(name, first, first + kept.size)[kept] for name in OPTIONAL if name in trace.has}
-        data["experts"] = block.experts[kept]
-        data |= {name: data[name][:, layers] for name in PER_CHOICE if name in data}
-        check_ids(trace.shown, first, data["experts"], trace.num_experts)
-        writer.append(
-            data.pop("experts"),
-            block.request[kept],
-            block.position[kept],
-            lengths[lengths > 0],
-            trace.phase[steps][lengths > 0],
-            **data,
-        )
+        first = int(trace.offset[block.first_step])
+        yield first, slice(block.first_step, block.first_step + block.steps), _fits(wish, first, block)
 
 
-def _kept_before(rows: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
-    """How many rows before each of `rows` [n] are outside of all `ranges`, which are in order and apart."""
-    if not ranges:
-        return rows
-    starts, stops = np.array(ranges, np.int64).T
-    gone = np.r_[0, np.cumsum(stops - starts)]
-    number = np.searchsorted(starts, rows, side="left")  # ranges that begin before the row
-    inside = np.where(number > 0, np.maximum(stops[number - 1] - rows, 0), 0)
-    return rows - gone[number] + inside
+def _steps_left(trace: Trace, wish: _Wish) -> tuple[np.ndarray, np.ndarray]:
+    """How many rows each step keeps, int64 [steps], and its phase then, uint8 [steps]."""
+    step_rows, phase = np.zeros(trace.steps, np.int64), trace.phase.copy()
+    for part in trace.row_blocks():
+        mask = _fits(wish, int(trace.offset[part.first_step]), part)
+        here, starts = slice(part.first_step, part.first_step + part.steps), part.offset[:-1]
+        step_rows[here] = np.add.reduceat(mask, starts, dtype=np.int64)
+        decode = np.add.reduceat(mask & (part.phase == 1), starts, dtype=np.int64)
+        one = np.where(decode == 0, 0, np.where(decode == step_rows[here], 1, MIXED))
+        phase[here] = np.where(phase[here] == MIXED, one, phase[here])
+    return step_rows, phase
+
+
+def _fits(wish: _Wish, first: int, part: Any) -> np.ndarray:
+    """bool [rows]: the rows of a block or part, the first of which is row `first`, that stay."""
+    fits = np.ones(part.request.size, bool)
+    if wish.rows is not None:
+        fits &= _inside(np.arange(first, first + fits.size), wish.rows)
+    if wish.steps is not None:
+        steps = _inside(np.arange(part.first_step, part.first_step + part.offset.size - 1), wish.steps)
+        fits &= np.repeat(steps, np.diff(part.offset))
+    if wish.requests is not None:
+        fits &= _inside(part.request, wish.requests)
+    if wish.phase is not None:
+        fits &= part.phase == wish.phase
+    return ~fits if wish.out and wish.of_rows else fits
+
+
+def _copy_counts(
+    trace: Trace,
+    path: Path,
+    wish: _Wish,
+    layers: np.ndarray,
+    renumber: bool,
+    facts: dict[str, Any],
+    progress: Callable[[int], object] | None,
+) -> None:
+    if wish.rows is not None or wish.requests is not None or renumber:
+        raise UsageError(f"{trace.shown} holds counts alone: only its steps, layers and phases can be selected.")
+    kept = np.ones(trace.steps, bool)
+    if wish.steps is not None:
+        kept &= _inside(np.arange(trace.steps), wish.steps)
+    if wish.phase is not None:
+        kept &= trace.phase == wish.phase
+    if wish.out and wish.of_rows:
+        kept = ~kept
+    if not kept.any():
+        raise MoetraceError(f"{trace.shown}: no step fits, so nothing would be left.")
+    rows = int(np.diff(trace.offset)[kept].sum())
+    with CountsWriter(path, rows=rows, steps=int(np.count_nonzero(kept)), **facts) as writer:
+        for block in trace.count_blocks():
+            here = kept[block.first_step : block.first_step + len(block.counts)]
+            if here.any():
+                writer.append_counts(block.counts[here][:, layers], block.rows[here], block.phase[here])
+            if progress:
+                progress(len(block.counts))
+
+
+def _merged(what: str, ranges: Sequence[Range] | None, size: int | None) -> np.ndarray | None:
+    """Ranges as int64 [ranges, 2], in order and apart; `size` is how many there are, if that is known."""
+    if ranges is None:
+        return None
+    parts: list[list[int]] = []
+    for start, stop in sorted((start, (1 << 62) if stop is None else stop) for start, stop in ranges):
+        if start < 0 or stop <= start:
+            raise UsageError(f"the {what} {start}:{stop} are none: a range is START:STOP, without STOP itself.")
+        if size is not None and start >= size:
+            raise UsageError(f"there are only {counted(size, what[:-1])}, so {what} from {start} on are none.")
+        if parts and start <= parts[-1][1]:
+            parts[-1][1] = max(parts[-1][1], stop)
+        else:
+            parts.append([start, stop])
+    if not parts:
+        raise UsageError(f"no {what} are said.")
+    return np.array(parts, np.int64)
+
+
+def _inside(numbers: np.ndarray, ranges: np.ndarray) -> np.ndarray:
+    """bool [n]: which of `numbers` [n] lie in one of `ranges` [ranges, 2], which are in order and apart."""
+    at = np.searchsorted(ranges[:, 0], numbers, side="right") - 1
+    return (at >= 0) & (numbers < ranges[np.maximum(at, 0), 1])
+
+
+def _kept_layers(trace: Trace, ranges: np.ndarray | None, out: bool) -> np.ndarray:
+    """bool [layers]. Raises if a range names no layer of the trace, or none would be left."""
+    index = trace.layer_index.astype(np.int64)
+    if ranges is None:
+        return np.ones(index.size, bool)
+    for start, stop in ranges.tolist():
+        if not ((index >= start) & (index < stop)).any():
+            named = f"layer {start}" if stop == start + 1 else f"layers from {start} on"
+            raise UsageError(f"{trace.shown} has no {named}, only {index[0]} to {index[-1]}.")
+    kept = _inside(index, ranges) != out
+    if not kept.any():
+        raise MoetraceError(f"{trace.shown}: no layer would be left.")
+    return kept
+
+
+def _model(trace: Trace, layers: int) -> str:
+    said = str(trace.source.get("recorded_model") or trace.model)
+    return model_name(trace.shown, said, layers, trace.num_experts, sized=trace.expert_bytes is not None)
+
+
+def _source(trace: Trace, wishes: dict[str, Any]) -> dict[str, Any]:
+    """The source of the trace, and what was selected of it."""
+    told: dict[str, Any] = {"by": f"moetrace {__version__}", "rows_before": trace.rows}
+    for name, wish in wishes.items():
+        if isinstance(wish, list | tuple):
+            told[name] = [list(part) for part in wish] if len(wish) <= _TOLD_RANGES else len(wish)
+        elif wish not in (None, False):
+            told[name] = wish
+    if (sha256 := trace.content_sha256) is not None:
+        told["content_sha256"] = sha256
+    before = trace.source.get("selected")
+    source = trace.source | {"selected": [*(before if isinstance(before, list) else []), told]}
+    return source if len(json.dumps(source, ensure_ascii=False).encode()) <= _TOLD_BYTES else {"selected": [told]}

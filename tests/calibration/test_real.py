@@ -40,3 +40,26 @@ def test_every_machine_loads_and_each_figure_has_one_row_in_the_page():
     assert numbers == list(range(1, 17))
     page = real.PAGE.read_text(encoding="utf-8")
     assert [int(number) for number in re.findall(r"^\| (\d+)\. ", page, re.MULTILINE)] == numbers
+
+
+def test_the_page_says_figures_errors_and_constants():
+    table = real_figures.Figure(2, "", (4.0,), "s", lambda _: (5.2,), "Far.")
+    known = real_figures.Engine("known", (table,), "a table")
+    fit = real_figures.Engine(
+        "fit",
+        (real_figures.Figure(1, "", (4.0,), "s", lambda given: (given.get("a", 8.0) * 0.02,), ""),),
+        "the other",
+        free={"a": (1.0, 999.0)},
+        beside=(line(0, 1.0, 200.0),),
+    )
+    page = real.page([known, fit])
+    rows = [text.split(" | ") for text in page.splitlines() if text.startswith(("| 1. ", "| 2. "))]
+    assert [(row[0][2], row[4], row[6].rstrip(" |")) for row in rows] == [("1", "-96%", "+0%"), ("2", "+30%", "+30%")]
+    assert "- 2 (+30%): Far." in page and "`a` = 20" in page
+    assert "With data-sheet constants 0 of 2 are within 25%, and 1 within 50%." in page
+    assert "With calibrated constants 1 of 2 are within 25%, and 2 within 50%." in page
+
+
+def test_a_constant_that_no_other_figure_tells_is_refused():
+    with pytest.raises(ValueError, match=r"^no other figure tells a\.$"):
+        real_figures.fitted([], {}, {"a": (1.0, 2.0)})

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
-from moetrace.trace.part_of import select
+from moetrace.trace.select import select
 from moetrace.trace.writer import CountsWriter
 
 ROWS, LAYERS, TOP_K, EXPERTS = 40, 3, 2, 8

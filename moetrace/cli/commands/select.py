@@ -58,7 +58,7 @@ def command(trace: Path, out_path: Path, compress: str | None, **wishes: Any) ->
         raise UsageError("say what is meant: --rows, --steps, --requests, --layers or --phase.")
     from moetrace.cli.progress import LateBar
     from moetrace.trace.format import Trace
-    from moetrace.trace.part_of import select
+    from moetrace.trace.select import select
 
     check_targets({"-o": out_path}, [trace])
     with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:

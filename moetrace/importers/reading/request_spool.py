@@ -54,11 +54,12 @@ class RequestSpool:
         """Count an answer that is damaged."""
         self.leave_out(UNREADABLE, sentence)
 
-    def add(self, where: str, ids: np.ndarray, told: Told = Told()) -> None:  # noqa: B008 - it does not change
+    def add(self, where: str, ids: np.ndarray, told: Told | None = None) -> None:
         """Add an answer's integers [tokens, planes, top_k]; one of another shape than those before is left out.
 
         Raises MoetraceError, beginning with `where`, if it does not fit what it says of itself, or the experts.
         """
+        told = told or Told()
         if not self._fits(where, ids):
             return
         first = self._first(where, len(ids), told)

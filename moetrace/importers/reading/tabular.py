@@ -36,7 +36,7 @@ class TableFile(NamedTuple):
     kind: str  # "parquet", "csv" or "jsonl"
     names: list[str]
     separator: str = ","
-    first: list[str] = []  # noqa: RUF012 - not changed; fields of the first line of a CSV
+    first: Sequence[str] = ()  # fields of the first line of a CSV
     sizes: Sizes | None = None
 
 
