@@ -1,15 +1,16 @@
 """Memory of the commands that read a trace, over one that is larger than what they may allocate.
 
     python bench/memory.py [--file BIG.h5] [--gigabytes 4] [--limit-mib 1024] [--write docs/cache.md] [NAME ...]
-    python bench/memory.py --all [--file BIG.h5] [--gigabytes 3] [--write docs/security.md] [NAME ...]
+    python bench/memory.py --all [--file BIG.h5] [--gigabytes 3] [--model MODEL] [--write docs/security.md] [NAME ...]
     python bench/memory.py --replays 2000
 
 Each command is a process of its own, which may allocate `--limit-mib` of private memory and no more (RLIMIT_DATA).
-The table shows how much anonymous memory it had at most (of /proc/PID/smaps_rollup, some fifty times a second; pages of
-the trace itself belong to the system's cache and do not count), what its temporary files, which have no name, took on
-the disk, and how long it ran. Without `--file`, a synthetic trace is written and removed again. Without names, the
-analyses of docs/cache.md are measured; with `--all`, every command that reads a trace. `--replays` runs small replays
-in one process and prints what it has resident as they go.
+The table shows how much anonymous memory it had at most (of /proc/PID/smaps_rollup, some fifty times a second; pages
+of the trace itself belong to the system's cache and do not count), what its temporary files, which have no name, took
+on the disk, and how long it ran. `export bin` writes 24 bytes for each choice, so for 3 GB it takes 72 GB of disk, or
+36 GB of a model whose ids have two bytes. Without `--file`, a synthetic trace is written and removed again. Without
+names, the analyses of docs/cache.md are measured; with `--all`, every command that reads a trace. `--replays` runs
+small replays in one process and prints what it has resident as they go.
 """
 
 import argparse
@@ -40,8 +41,8 @@ COMMANDS = {
     "lint": ["lint", "TRACE"],
     **{f"export {end}": ["export", "TRACE", "-o", f"OUT.{end}"] for end in ("npz", "parquet", "bin", "json")},
     "rebatch": ["rebatch", "TRACE", "-o", "OUT.h5", "--batch", "32", "--chunk", "512"],
-    "replay": ["replay", "TRACE", "--system", "rtx4090-offload", "--policy", "on-demand"],
-    "replay --policy edge-ndp": ["replay", "TRACE", "--policy", "edge-ndp"],
+    "replay": ["replay", "TRACE", "--system", "rtx4090-offload", "--policy", "on-demand", "--ignore-capacity"],
+    "replay --policy edge-ndp": ["replay", "TRACE", "--policy", "edge-ndp", "--ignore-capacity"],
     **{f"analyze {name}": ["analyze", name, "TRACE"] for name in ("cache", "balance", "locality", "prefetch")},
 }
 COMMANDS["analyze cache"] += ["--capacity", "1536"]
@@ -101,12 +102,15 @@ def measure(arguments: list[str], limit_bytes: int) -> tuple[int, int, float]:
     return anonymous, temporary, time.perf_counter() - start_s
 
 
-def big_trace(folder: Path, gigabytes: float) -> Path:
-    """Write a trace of qwen3-30b-a3b, of 384 bytes of ids a row."""
-    path = folder / "big.h5"
-    requests = max(16, round(gigabytes * 1e9 / 384 / 4200))
+def big_trace(folder: Path, model: str, gigabytes: float) -> Path:
+    """Write a trace of a model."""
+    from moetrace import load_model
+
+    path, known = folder / "big.h5", load_model(model)
+    row_bytes = known.moe_layers * known.top_k * (1 if known.experts < 256 else 2)
+    requests = max(16, round(gigabytes * 1e9 / row_bytes / 4200))
     shape = ["--requests", str(requests), "--prompt", "3000", "--output", "1200", "--batch", "16"]
-    command = [sys.executable, "-m", "moetrace", "generate", str(path), "--model", "qwen3-30b-a3b", *shape]
+    command = [sys.executable, "-m", "moetrace", "generate", str(path), "--model", model, *shape]
     subprocess.run(command, check=True)
     return path
 
@@ -118,6 +122,7 @@ def main() -> None:
     options.add_argument("--replays", type=int, metavar="N", help="only replay N times in one process")
     options.add_argument("--file", type=Path)
     options.add_argument("--gigabytes", type=float, default=4)
+    options.add_argument("--model", default="qwen3-30b-a3b", help="of the synthetic trace")
     options.add_argument("--limit-mib", type=int, default=1024)
     options.add_argument("--write", type=Path, metavar="PAGE.md", help="write the table between the page's markers")
     given = options.parse_args()
@@ -129,7 +134,7 @@ def main() -> None:
         replays(given.replays)
         return
     with tempfile.TemporaryDirectory() as folder:
-        trace = given.file or big_trace(Path(folder), given.gigabytes)
+        trace = given.file or big_trace(Path(folder), given.model, given.gigabytes)
         lines = [
             f"A trace of {trace.stat().st_size / 1e9:.1f} GB; processes may allocate {given.limit_mib} MiB:",
             "",
