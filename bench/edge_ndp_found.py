@@ -31,7 +31,7 @@ MORE_MACS = 8  # times the DIMMs' assumed arithmetic, to see what hangs on it
 # i7-14700: two channels of DDR5-5600 and up to 192 GB, as the paper says. 8 cores x 5.3 GHz x 32 FLOP a cycle and
 # 12 cores x 4.2 GHz x 16 (fp32, Intel's turbo clocks). Start and launch as in the other presets with a CPU.
 I7_14700 = Cpu(tflops=2.16, bandwidth_gb_s=89.6, command_us=5.0, launch="layer")
-SLOW_CPU = 0.4  # of its memory's bandwidth: what published speeds of llama.cpp and KTransformers ask for
+SLOW_CPU = 0.33  # of its memory's bandwidth: the best fit to published speeds of llama.cpp (docs/real.md)
 
 # The steps of the paper's ablation. No preset prefetches without balance, so this one stands here: residents
 # run on the GPU, all other experts on the DIMMs, and nothing is fetched on demand.

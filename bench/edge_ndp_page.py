@@ -240,8 +240,8 @@ def differences(found: Found) -> str:
             f"{span(over_rival(found, found.slow_fiddler_s))}",
             "Fiddler has no DIMMs either, and this is Mixtral's figure, too. The first range has the CPU at its peak, "
             f"like all other parts here. The second has it read at {percent(SLOW_CPU)} of its memory's bandwidth, as "
-            "published speeds of llama.cpp and KTransformers suggest. Fiddler here knows from the start which experts "
-            "of the trace are popular.",
+            "[fits published speeds of llama.cpp best](real.md). Fiddler here knows from the start which experts of "
+            "the trace are popular.",
         ],
         [
             "Experts of Qwen3, prefill, TP over MoNDE",

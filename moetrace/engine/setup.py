@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moetrace.spec.budget import slots_of
+from moetrace.spec.choices import Residency, find
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model, check_shape
 from moetrace.spec.participants import idle_cpu
@@ -61,6 +62,8 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
     if slots > fitting:
         warnings.append(_too_many(setup, slots, fitting, weight_bytes))
     warnings += [note for policy in setup.policies if (note := idle_cpu(policy, system))]
+    if system.link is not None and slots >= model.all_experts and (note := _empty_start(setup)):
+        warnings.append(note)
     return slots, warnings
 
 
@@ -76,6 +79,21 @@ def unneeded_units(trace: Trace, setup: Setup) -> str | None:
     return (
         f"all {fitting} experts fit the GPU of {system.name}, and policy resident would keep them there: "
         "compare with it, or give the GPU fewer slots."
+    )
+
+
+def _empty_start(setup: Setup) -> str | None:
+    """Say in one sentence which policies have all experts on the GPU from the start, where all fit; None if alike."""
+    full, empty = [], []
+    for policy in setup.policies:
+        residency: Residency | None = find("residency", policy.residency)
+        if residency is not None and (residency.starts_full or residency.admits):
+            (full if residency.starts_full else empty).append(policy.name)
+    if not full or not empty:
+        return None
+    return (
+        f"all experts fit the GPU: with {' and '.join(full)} they are there from the start, while "
+        f"{' and '.join(empty)} first has to fetch each of them once."
     )
 
 

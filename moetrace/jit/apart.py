@@ -20,6 +20,7 @@ _Made = TypeVar("_Made")
 _STACK_BYTES = 64 << 20
 # How long the end of the process waits for threads that were left behind: a block takes well under a second.
 _PATIENCE_S = 3.0
+_LAST_WORD_S = 0.2  # for one whose work is done, or failed, but which has not ended yet
 # Windows lets no signal interrupt a wait.
 _LOOK_UP_S = 1.0
 
@@ -102,6 +103,8 @@ def may_wait() -> bool:
 
 def end_process(code: object) -> None:
     """End the process with this exit code if there are threads that were left behind and are still busy."""
+    for thread in _left:
+        thread.join(_LAST_WORD_S)
     if any(thread.is_alive() for thread in _left):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):

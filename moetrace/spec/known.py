@@ -1,4 +1,5 @@
-"""How well the constants of a system are known: measured, calibrated with an error, from a data sheet, or assumed."""
+"""How well the constants of a system are known: measured, calibrated with an error, from a data sheet, fitted to
+published speeds of whole engines, or assumed."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
@@ -6,8 +7,13 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-Known = Literal["measured", "data sheet", "assumed"]
-_WORDS = {"measured": "measured", "data sheet": "from data sheets", "assumed": "from data sheets and assumptions"}
+Known = Literal["measured", "data sheet", "published", "assumed"]
+_WORDS = {
+    "measured": "measured",
+    "data sheet": "from data sheets",
+    "published": "from data sheets, published speeds and assumptions",
+    "assumed": "from data sheets and assumptions",
+}
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

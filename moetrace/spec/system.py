@@ -18,6 +18,8 @@ from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.load import convert, read
 from moetrace.spec.model import Model
 
+_QUANTIZED_BITS = (8.5, 6.5, 4.5, 3.5, 2.5)  # about what Q8, Q6, Q4, Q3 and Q2 files take for a weight
+
 
 @dataclass(frozen=True)
 class Device:
@@ -373,7 +375,7 @@ def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_ca
     if system.ndp is not None:
         have = system.ndp.units * system.ndp.capacity_gb * 1e9
         place = f"the {system.ndp.units} NDP units of {system.ndp.capacity_gb:g} GB of system {system.name}"
-        remedy = f"give ndp.units = {int(-(-need // (system.ndp.capacity_gb * 1e9)))}"
+        remedy = f"set system.ndp.units={int(-(-need // (system.ndp.capacity_gb * 1e9)))}"
     elif system.link is None:
         have = max(gpu_space_bytes(model, system), 0.0)
         place = f"the {have / 1e9:.1f} GB that the GPU of system {system.name} has left (it has no link, so all must)"
@@ -381,11 +383,21 @@ def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_ca
     elif system.host is not None and system.host.memory_gb is not None:
         have = system.host.memory_gb * 1e9
         place = f"the {have / 1e9:g} GB of host memory of system {system.name}"
-        remedy = f"give host.memory_gb = {int(-(-need // 1e9))}"
+        place += ", which has all of them, those on the GPU too"
+        remedy = f"set system.host.memory_gb={int(-(-need // 1e9))}"
     else:
         return
     if need > have:
         raise UsageError(
             f"The experts of {model.name} take {need / 1e9:.1f} GB and do not fit {place}; "
-            f"{remedy}, or pass --ignore-capacity."
+            f"{_fewer_bits(model, need, have)}{remedy}, or pass --ignore-capacity."
         )
+
+
+def _fewer_bits(model: Model, need_bytes: float, have_bytes: float) -> str:
+    """Advise bits of a weight with which the experts fit; nothing if sizes are not one number of bits."""
+    bits = model.weight_bits
+    if not isinstance(bits, float | int) or need_bytes != float(np.sum(model.expert_bytes())):
+        return ""
+    fitting = next((less for less in _QUANTIZED_BITS if less <= bits * have_bytes / need_bytes), None)
+    return f"set model.weight_bits={fitting:g} if it is quantized, " if fitting else ""

@@ -155,6 +155,27 @@ def test_table_without_units_or_link(capsys):
     assert "link" not in out
 
 
+def test_the_legend_names_one_work_bound_or_the_range_of_them(capsys):
+    assert run(TINY, "--slots", 48) == 0
+    assert "time beyond the 4,683 ms that no schedule of this work beats" in " ".join(said(capsys)[0].split())
+    arguments = (TINY, "--system", "rtx4090-ddr5", "--slots", 48, "--policy", "n-cpu-moe", "--policy", "resident")
+    policies = summary(capsys, *arguments)["policies"]
+    low, high = sorted(1e3 * policy["work_bound_s"] for policy in policies)
+    assert low < high
+    assert run(*arguments) == 0
+    out = " ".join(said(capsys)[0].split())
+    assert f"beats on the parts that a policy uses, {low:,.0f} to {high:,.0f} ms, without any start" in out
+
+
+def test_a_cache_that_begins_empty_is_not_compared_with_a_full_gpu_without_a_word(capsys):
+    assert run(TINY, "--system", "rtx4090-offload") == 0
+    note = "with resident they are there from the start, while on-demand-lfu first has to fetch each of them once."
+    assert f"moetrace: note: all experts fit the GPU: {note}\n" in said(capsys)[1]
+    for more in (("--slots", 96), ("--policy", "on-demand", "--policy", "on-demand-lfu")):
+        assert run(TINY, "--system", "rtx4090-offload", *more) == 0
+        assert "all experts fit" not in said(capsys)[1]
+
+
 def test_table_says_how_often_optimal_fell_back(tmp_path, capsys):
     import moetrace as mt
 

@@ -74,6 +74,18 @@ def test_failures_are_told_and_exit_with_1(run, grid, tmp_path):
     assert "trace" in out.splitlines()[1]
 
 
+def test_a_failed_cell_shows_its_slots_as_they_were_given(run, grid, tmp_path):
+    grid.write_text('trace = "t.h5"\npolicy = "monde"\nslots = ["25%", 8]\n[set]\nsystem.ndp.capacity_gb = [32, 0.1]\n')
+    code, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
+    assert code == 1
+    slots = [
+        cells
+        for line in out.splitlines()
+        if (cells := line.replace("*", "").split()) and cells[0] in ("48", "25%", "8")
+    ]
+    assert [(cells[0], cells[1]) for cells in slots] == [("48", "32"), ("25%", "0.1"), ("8", "32"), ("8", "0.1")]
+
+
 def test_dry_run_says_what_would_be_done(run, grid, tmp_path):
     code, out, err = run("sweep", grid, "--dry-run")
     assert code == 0

@@ -41,7 +41,7 @@ def test_dense_weights_that_do_not_fit_are_named():
 
 def test_experts_that_do_not_fit_the_units_are_refused():
     model, system = load_model("mixtral-8x7b"), load_system("edge-ndp", {"ndp.units": 2})
-    with pytest.raises(UsageError, match=r"90\.2 GB .* 2 NDP units of 32 GB .* ndp\.units = 3, .*--ignore-capacity"):
+    with pytest.raises(UsageError, match=r"90\.2 GB .* 2 NDP units of 32 GB .*ndp\.units=3, or pass --ignore-capacity"):
         check_fits(model, system, model.expert_bytes())
     check_fits(model, system, model.expert_bytes(), ignore_capacity=True)
     check_fits(model, system, model.expert_bytes() / 2)
@@ -50,6 +50,24 @@ def test_experts_that_do_not_fit_the_units_are_refused():
 def test_host_memory_holds_anything():
     model = load_model("deepseek-v3")
     check_fits(model, load_system("rtx4090-offload"), model.expert_bytes())
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "advice"),
+    [(32, "set model.weight_bits=8.5 if it is quantized, set system"), (24, "bits=6.5 if"), (8, "GPU too; set system")],
+)
+def test_a_pc_with_too_little_memory_is_told_how_many_bits_fit(memory_gb, advice):
+    model, system = load_model("qwen3-30b-a3b"), load_system("rtx3060-ddr4", {"host.memory_gb": memory_gb})
+    with pytest.raises(UsageError, match=r"which has all of them, those on the GPU too; .*memory_gb=58, or") as caught:
+        check_fits(model, system, model.expert_bytes())
+    assert advice in str(caught.value)
+    if "bits=" in advice:
+        bits = float(advice.split("bits=")[1].split(" ")[0])
+        fits = load_model("qwen3-30b-a3b", {"weight_bits": bits})
+        check_fits(fits, system, fits.expert_bytes())
+    with pytest.raises(UsageError) as caught:  # sizes of a trace, which no bits of the model change
+        check_fits(model, system, model.expert_bytes() * 1.1)
+    assert "bits" not in str(caught.value)
 
 
 def test_without_a_link_the_gpu_holds_all_or_the_model_is_refused():

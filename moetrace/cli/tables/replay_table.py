@@ -109,14 +109,17 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
         units = "with a CPU"
     each = model["experts"]  # one number, or one for each layer
     everything = model["moe_layers"] * each if isinstance(each, int) else sum(each)
-    (bound_ms,) = _cells("digits", [1e3 * summary["policies"][0]["work_bound_s"]])
+    bounds_ms = _cells("digits", sorted({1e3 * policy["work_bound_s"] for policy in summary["policies"]}))
+    bound = f"the {bounds_ms[0]} ms that no schedule of this work beats"
+    if bounds_ms[0] != bounds_ms[-1]:
+        bound = f"what no schedule beats on the parts that a policy uses, {bounds_ms[0]} to {bounds_ms[-1]} ms"
     layers = trace["steps"] * trace["layers"]
     return [
         f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
         f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']} {units}; "
         f"the GPU keeps up to {summary['slots']:,} of {counted(everything, 'expert')} (slots).",
         "TTFT, TPOT and ITL (the time between two tokens) are medians, but for the p99. "
-        f"Over bound: time beyond the {bound_ms} ms that no schedule of this work beats. "
+        f"Over bound: time beyond {bound}, without any start, transfer or wait. "
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots.",
         *_known(system),
         *(

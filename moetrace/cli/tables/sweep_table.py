@@ -1,5 +1,7 @@
 """The table of `moetrace sweep`: a row a cell, the axes that vary and what they lead to."""
 
+import re
+
 import polars as pl
 
 from moetrace.cli.tables.output import figure, stdout_console
@@ -34,7 +36,12 @@ def print_sweep(cells: pl.DataFrame, pareto: str, notes: list[str]) -> None:
         heading = (
             axis.rpartition(".")[2] if sum(a.rpartition(".")[2] == axis.rpartition(".")[2] for a in axes) == 1 else axis
         )
-        keys.append(TextColumn(heading, [figure(value) for value in cells[axis]], cells[axis].dtype.is_numeric()))
+        values = [figure(value) for value in cells[axis]]
+        if axis == "slots":  # 25%, of a cell that failed before its experts were counted, stands in its name alone
+            values = [
+                _named_slots(name) if value == "-" else value for name, value in zip(cells["name"], values, strict=True)
+            ]
+        keys.append(TextColumn(heading, values, cells[axis].dtype.is_numeric()))
     figures = []
     for name, form in _FORMS.items():
         if name in cells.columns and any(cells[name].drop_nulls()):
@@ -46,6 +53,11 @@ def print_sweep(cells: pl.DataFrame, pareto: str, notes: list[str]) -> None:
     console.print()
     for line in [*_legend(cells, axes, varying, pareto), *notes]:
         console.print(line)
+
+
+def _named_slots(name: str) -> str:
+    found = re.search(r"/slots=([^/]*)", name)
+    return found[1] if found else "-"
 
 
 def _legend(cells: pl.DataFrame, axes: list[str], varying: list[str], pareto: str) -> list[str]:

@@ -36,5 +36,6 @@ RECORD = Residency(
     order=BY_TOUCH,
     admits=False,
     begin=hold_given,
+    starts_full=True,
     list_order=20,
 )

@@ -37,6 +37,7 @@ RECORD = Residency(
     order=BY_TOUCH,
     admits=False,
     begin=hold_layers,
+    starts_full=True,
     shares_slots=True,
     list_order=22,
 )

@@ -27,6 +27,7 @@ RECORD = Residency(
     order=BY_TOUCH,
     admits=False,
     begin=hold_most_demanded,
+    starts_full=True,
     knows_future=True,
     list_order=28,
 )

@@ -137,8 +137,8 @@ def _words(summary: Summary) -> str:
     best = _fastest(summary)
     over_bound, over_clairvoyant = best.total_s - best.work_bound_s, best.total_s - best.clairvoyant_s
     told = [
-        f"Work bound ({page.seconds(best.work_bound_s)}, the same for all policies): GPU and units share all the work "
-        "perfectly, nothing waits and nothing moves. No schedule of this work on this machine is faster.",
+        f"Work bound ({_bounds(summary)}): the parts that take part share all the work perfectly, nothing is started, "
+        "waits or moves. No schedule of this work on them is faster.",
         "Clairvoyant (another for each policy): the same placement and dispatch, but what a layer needs is on the GPU "
         "already, up to the slots, free of charge. A yardstick and not a bound: a dispatch that decides greedily may "
         "do better with less.",
@@ -155,6 +155,14 @@ def _words(summary: Summary) -> str:
         "on the GPU when the router spoke, wherever it then ran: a hit rate is not a latency."
     )
     return "".join(f"<p>{page.text(words)}</p>" for words in told)
+
+
+def _bounds(summary: Summary) -> str:
+    """The work bound of all policies, or the least and the largest, if not all use the same parts of the machine."""
+    low, *_, high = sorted([policy.work_bound_s for policy in summary.policies] * 2)
+    if low == high:
+        return f"{page.seconds(low)}, the same for all policies"
+    return f"{page.seconds(low)} to {page.seconds(high)}, by the parts that a policy uses"
 
 
 def _how(summary: Summary) -> str:
