@@ -6,6 +6,7 @@ time, so each token is a step of its own. Which of them were prompt is not recor
 --prompt P` tells the prompt). A request begins where positions do not increase. The number of experts is not said.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from moetrace.importers.captured import Capture, Hints
 from moetrace.importers.reading.passes import Lines, PassBlock, Passes, check_gates, half, whole_passes
 from moetrace.importers.reading.text import json_lines
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import DECODE, MAX_LAYERS
 
 
@@ -30,6 +31,40 @@ class _Choice(msgspec.Struct, gc=False):
 
 class _Layer(msgspec.Struct, gc=False):
     layer_idx: int
+
+
+class _Odd:
+    """Counts what can't be used: records of another shape, weights that are no numbers; `--strict` refuses them."""
+
+    def __init__(self, path: Path, strict: bool) -> None:
+        self._path, self._strict = path, strict
+        self.records = self.weights = 0
+        self.first = ""  # record of another shape, as a sentence
+
+    def record(self, number: int, top_k: int) -> None:
+        """Count a record."""
+        sentence = f"{self._path}: record {number} holds not {top_k} experts and gates, as others."
+        if self._strict:
+            raise MoetraceError(sentence)
+        self.records += 1
+        self.first = self.first or sentence
+
+    def weigh(self, number: int, unknown: np.ndarray) -> None:
+        """Count weights that are no number: bool [records, top_k], the first of which is record `number`."""
+        if self._strict and unknown.any():
+            at = number + int(unknown.any(axis=1).argmax())
+            raise MoetraceError(f"{self._path}: record {at} has a weight that is no number.")
+        self.weights += int(np.count_nonzero(unknown))
+
+    def told(self, hints: Hints) -> dict[str, Any]:
+        """What `source` says of them; notes say it too."""
+        if self.records:
+            many = counted(self.records, "record")
+            hints.note(f"{self._path}: {many} of another shape left absent: {self.first}")
+        if self.weights:
+            hints.note(f"{self._path}: {counted(self.weights, 'weight')} of NaN left unknown.")
+        told = {"absent_routes_of_another_shape": self.records, "unknown_weights": self.weights}
+        return {name: count for name, count in told.items() if count}
 
 
 def recognize(first: bytes, name: str) -> bool:
@@ -46,14 +81,14 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 def _read(path: Path, hints: Hints) -> Capture:
     num_experts = hints.need("num_experts", path)
     layer_index, first = _layers(path, hints), next(iter(_first(path)))
-    top_k = len(first.selected_ids)
+    top_k, odd = len(first.selected_ids), _Odd(path, hints.strict)
     passes = Passes(path, hints, (num_experts, top_k), layer_index, ("gates",))
     cut: list[str] = []
     records = json_lines(path, _Choice, half(hints), cut=cut.append)
     positions: list[np.ndarray] = []
     last = -1  # position of the token before
     count = 0
-    for _, lines, starts in whole_passes(path, _lines(path, records, top_k), _begins):
+    for _, lines, starts in whole_passes(path, _lines(path, records, top_k, odd), _begins):
         position = lines["token"][starts]
         begins = position <= np.r_[last, position[:-1]]
         last = int(position[-1])
@@ -71,12 +106,19 @@ def _read(path: Path, hints: Hints) -> Capture:
     if cut:
         facts["left_out_cut_lines"] = 1
         hints.note(f"{path}: left out a last line that was cut: {cut[0]}")
+    if 2 * odd.records >= count:
+        raise MoetraceError(odd.first)
+    facts |= odd.told(hints)
     return passes.capture(facts)._replace(position=np.concatenate(positions))
 
 
 def _first(path: Path) -> Iterator[_Choice]:
+    """Of each piece of the file a record of the shape that most have."""
     for _, records in json_lines(path, _Choice, abs, chunk_bytes=1 << 16, cut=len):
-        yield from records[:1]
+        shapes = Counter((len(record.selected_ids), len(record.gate_weights)) for record in records)
+        usual = max((shape for shape in shapes if shape[0] == shape[1]), key=shapes.__getitem__, default=None)
+        yield from (record for record in records if (len(record.selected_ids), len(record.gate_weights)) == usual)
+    raise MoetraceError(f"{path}: no record holds as many gates as experts.")
 
 
 def _layers(path: Path, hints: Hints) -> np.ndarray:
@@ -91,13 +133,16 @@ def _layers(path: Path, hints: Hints) -> np.ndarray:
     return np.array(sorted(seen), np.uint16)
 
 
-def _lines(path: Path, found: Iterator[tuple[int, list[_Choice]]], top_k: int) -> Iterator[tuple[int, Lines]]:
-    """Records as arrays; they, not lines, are counted, since lines may be blank."""
+def _lines(
+    path: Path, found: Iterator[tuple[int, list[_Choice]]], top_k: int, odd: _Odd
+) -> Iterator[tuple[int, Lines]]:
+    """Records as arrays; they, not lines, are counted, since lines may be blank. One of another shape is absent."""
     count = 0
     for _, records in found:
         for at, record in enumerate(records, count + 1):
             if not len(record.selected_ids) == len(record.gate_weights) == top_k:
-                raise MoetraceError(f"{path}: record {at} holds not {top_k} experts and gates, as others.")
+                odd.record(at, top_k)
+                record.selected_ids, record.gate_weights = [-1] * top_k, [0.0] * top_k
             if not 0 <= record.token_idx < 2**31:
                 raise MoetraceError(f"{path}: record {at} has token_idx {record.token_idx}.")
         try:
@@ -107,6 +152,7 @@ def _lines(path: Path, found: Iterator[tuple[int, list[_Choice]]], top_k: int) -
             raise MoetraceError(f"{path}: one of the records from {count + 1} on holds an impossible id.") from None
         if records:
             gates = weights.reshape(-1, top_k)
+            odd.weigh(count + 1, np.isnan(gates))
             check_gates(path, lambda i, first=count + 1: first + i, gates)
             yield (
                 count + 1,

@@ -142,7 +142,10 @@ def test_nan_in_an_answer_or_a_record_is_no_matter(tmp_path):
     path = tmp_path / "lattice.jsonl"
     text = records(routing(3, 3, 2, 8), np.full((3, 3, 2), 0.5), [0, 1, 2], [0, 2, 3])
     path.write_text(text.replace("0.5", "NaN", 1))
-    assert np.isnan(imported(path, num_experts=8)[0].read("gates", 0, 3)).sum() == 1
+    trace, notes = imported(path, num_experts=8)
+    assert np.isnan(trace.read("gates", 0, 3)).sum() == trace.source["unknown_weights"] == 1
+    assert "1 weight of NaN left unknown" in notes[0]
+    assert "record 1 has a weight that is no number" in strict(path, num_experts=8)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +169,26 @@ def test_a_route_of_another_shape_is_absent(tmp_path, old, new, what):
     found[1, 1] = ids[1, 1]
     assert np.array_equal(found, ids) and f"route 5 (from 0) {what}" in notes[0]
     assert what in strict(path, num_experts=8)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"selected_ids":[', '"selected_ids":[9,'), ('"gate_weights":[0.5,', '"gate_weights":['), ("[0.5,0.5]", "[]")],
+)
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_record_of_lattice_of_another_shape_is_absent(tmp_path, old, new, at):
+    ids = routing(3, 3, 2, 8)
+    path = tmp_path / "lattice.jsonl"
+    lines = records(ids, np.full((3, 3, 2), 0.5), [0, 1, 2], [0, 2, 3]).splitlines(keepends=True)
+    assert old in lines[at]
+    lines[at] = lines[at].replace(old, new)
+    path.write_text("".join(lines))
+    trace, notes = imported(path, num_experts=8)
+    found = trace.read("experts", 0, 3)
+    assert (found[divmod(at, 3)] == 255).all() and trace.source["absent_routes_of_another_shape"] == 1
+    found[divmod(at, 3)] = ids[divmod(at, 3)]
+    assert np.array_equal(found, ids) and f"record {at + 1} holds not 2 experts and gates" in notes[0]
+    assert f"record {at + 1} holds not 2 experts and gates" in strict(path, num_experts=8)
 
 
 @pytest.mark.parametrize("form", ["jsonl", "lattice"])
