@@ -11,6 +11,7 @@ import numpy as np
 
 from moetrace.importers.captured import Capture, Counts, Hints, Part
 from moetrace.importers.formats import read_captures
+from moetrace.importers.reading.numbering import numbered
 from moetrace.importers.reading.placeholders import Placeholders
 from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -99,7 +100,8 @@ def import_traces(
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")
     given, path = [sources] if isinstance(sources, str | os.PathLike) else sources, Path(path)
     hints = _hints(hints or Hints(), model, path)
-    captures = [_checked(capture, hints) for capture in read_captures(list(map(Path, given)), format, hints)]
+    found = read_captures(list(map(Path, given)), format, hints)
+    captures = [numbered(_checked(capture, hints), hints, model is not None) for capture in found]
     files = [file for capture in captures for file in capture.sources]
     keep_inputs(path, files)
     first = captures[0]
@@ -107,8 +109,9 @@ def import_traces(
         _check_alike(first, other)
     layers = first.layer_index.size
     sized = isinstance(first, Capture) and first.expert_bytes is not None
+    part = hints.only_layers is not None or hints.first_layer is not None
     facts = {
-        "model": model_name(_where(first), first.model, layers, first.num_experts, model, sized=sized),
+        "model": model_name(_where(first), first.model, layers, first.num_experts, model, sized=sized, part=part),
         "num_experts": first.num_experts,
         "top_k": first.top_k,
         "layers": layers,

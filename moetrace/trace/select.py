@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.spec.errors import MoetraceError, UsageError, counted
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import keep_inputs
 from moetrace.trace.format import Trace
 from moetrace.trace.naming import model_name
 from moetrace.trace.opening import accepts_path
+from moetrace.trace.ranges import Range, inside, merged, named_layers
 from moetrace.trace.schema import ATTRIBUTE_BYTES, MIXED, OPTIONAL, PER_CHOICE, PHASE_NAMES, check_ids
 from moetrace.trace.writer import CountsWriter, Writer
 from moetrace.version import __version__
 
-Range = tuple[int, int | None]
 _TOLD_RANGES = 64  # of more, `source` tells the number
 _TOLD_BYTES = ATTRIBUTE_BYTES - 4096
 
@@ -108,13 +108,13 @@ def select(
     if phase not in (None, "prefill", "decode"):
         raise UsageError(f"phase is {phase!r}, but must be prefill or decode.")
     wish = _Wish(
-        _merged("rows", rows, trace.rows),
-        _merged("steps", steps, trace.steps),
-        _merged("requests", requests, None),
+        merged("rows", rows, trace.rows),
+        merged("steps", steps, trace.steps),
+        merged("requests", requests, None),
         None if phase is None else PHASE_NAMES.index(phase),
         out,
     )
-    kept_layers = _kept_layers(trace, _merged("layers", layers, None), out)
+    kept_layers = _kept_layers(trace, layers, out)
     if not wish.of_rows and layers is None:
         raise UsageError("say which rows, steps, requests, layers or phase are meant.")
     trace.verify_hashes()
@@ -237,12 +237,12 @@ def _fits(wish: _Wish, first: int, part: Any) -> np.ndarray:
     """bool [rows]: the rows of a block or part, the first of which is row `first`, that stay."""
     fits = np.ones(part.request.size, bool)
     if wish.rows is not None:
-        fits &= _inside(np.arange(first, first + fits.size), wish.rows)
+        fits &= inside(np.arange(first, first + fits.size), wish.rows)
     if wish.steps is not None:
-        steps = _inside(np.arange(part.first_step, part.first_step + part.offset.size - 1), wish.steps)
+        steps = inside(np.arange(part.first_step, part.first_step + part.offset.size - 1), wish.steps)
         fits &= np.repeat(steps, np.diff(part.offset))
     if wish.requests is not None:
-        fits &= _inside(part.request, wish.requests)
+        fits &= inside(part.request, wish.requests)
     if wish.phase is not None:
         fits &= part.phase == wish.phase
     return ~fits if wish.out and wish.of_rows else fits
@@ -261,7 +261,7 @@ def _copy_counts(
         raise UsageError(f"{trace.shown} holds counts alone: only its steps, layers and phases can be selected.")
     kept = np.ones(trace.steps, bool)
     if wish.steps is not None:
-        kept &= _inside(np.arange(trace.steps), wish.steps)
+        kept &= inside(np.arange(trace.steps), wish.steps)
     if wish.phase is not None:
         kept &= trace.phase == wish.phase
     if wish.out and wish.of_rows:
@@ -278,41 +278,12 @@ def _copy_counts(
                 progress(len(block.counts))
 
 
-def _merged(what: str, ranges: Sequence[Range] | None, size: int | None) -> np.ndarray | None:
-    """Ranges as int64 [ranges, 2], in order and apart; `size` is how many there are, if that is known."""
-    if ranges is None:
-        return None
-    parts: list[list[int]] = []
-    for start, stop in sorted((start, (1 << 62) if stop is None else stop) for start, stop in ranges):
-        if start < 0 or stop <= start:
-            raise UsageError(f"the {what} {start}:{stop} are none: a range is START:STOP, without STOP itself.")
-        if size is not None and start >= size:
-            raise UsageError(f"there are only {counted(size, what[:-1])}, so {what} from {start} on are none.")
-        if parts and start <= parts[-1][1]:
-            parts[-1][1] = max(parts[-1][1], stop)
-        else:
-            parts.append([start, stop])
-    if not parts:
-        raise UsageError(f"no {what} are said.")
-    return np.array(parts, np.int64)
-
-
-def _inside(numbers: np.ndarray, ranges: np.ndarray) -> np.ndarray:
-    """bool [n]: which of `numbers` [n] lie in one of `ranges` [ranges, 2], which are in order and apart."""
-    at = np.searchsorted(ranges[:, 0], numbers, side="right") - 1
-    return (at >= 0) & (numbers < ranges[np.maximum(at, 0), 1])
-
-
-def _kept_layers(trace: Trace, ranges: np.ndarray | None, out: bool) -> np.ndarray:
+def _kept_layers(trace: Trace, ranges: Sequence[Range] | None, out: bool) -> np.ndarray:
     """bool [layers]. Raises if a range names no layer of the trace, or none would be left."""
     index = trace.layer_index.astype(np.int64)
     if ranges is None:
         return np.ones(index.size, bool)
-    for start, stop in ranges.tolist():
-        if not ((index >= start) & (index < stop)).any():
-            named = f"layer {start}" if stop == start + 1 else f"layers from {start} on"
-            raise UsageError(f"{trace.shown} has no {named}, only {index[0]} to {index[-1]}.")
-    kept = _inside(index, ranges) != out
+    kept = named_layers(trace.shown, index, ranges) != out
     if not kept.any():
         raise MoetraceError(f"{trace.shown}: no layer would be left.")
     return kept

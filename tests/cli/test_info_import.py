@@ -229,6 +229,19 @@ def test_import_refuses_wrong_usage(run, tmp_path, archive, options, said):
     assert code == 2 and out == "" and said in err and not (tmp_path / "t.h5").exists()
 
 
+def test_import_takes_and_numbers_layers(run, tmp_path, archive):
+    code, _, err = run("import", archive, "-o", tmp_path / "t.h5", "--layers", "1,0", "--first-layer", "5")
+    assert code == 0
+    assert "is layers 5, 6 of the model" in err
+    code, _, err = run("import", archive, "-o", tmp_path / "t.h5", "--layers", "1:", "--model", "mixtral-8x7b")
+    assert code == 0
+    assert "a replay needs --set model.moe_layers=1" in err
+    assert run("replay", tmp_path / "t.h5", "--set", "model.moe_layers=1")[0] == 0
+    code, _, err = run("import", archive, "-o", tmp_path / "t.h5", "--layers", "7")
+    assert code == 2
+    assert "has no layer 7, only " in err
+
+
 def test_import_never_overwrites_its_source(run, archive):
     before = archive.read_bytes()
     code, _, err = run("import", archive, "-o", archive)

@@ -6,6 +6,7 @@ import click
 
 from moetrace.cli.commands.lint import drop_options, say_found, say_left_out
 from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.range_list import RangeList
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.tables.output import said_of, say
 from moetrace.spec.errors import UsageError, printable
@@ -71,6 +72,18 @@ FORMATS = (
     metavar="ID",
     help="This id carries no expert either; may be given several times.",
 )
+@click.option(
+    "--layers",
+    type=RangeList(),
+    metavar="A:B,...",
+    help="Layers to take, by their numbers in the source: A:B (A to B - 1), A:, :B or one number.",
+)
+@click.option(
+    "--first-layer",
+    type=click.IntRange(0, 65534),
+    metavar="N",
+    help="Number in the model of the first layer that is taken.",
+)
 @click.option("--keep-cached", is_flag=True, help="Keep the rows of cached prompts, which no forward pass computed.")
 @click.option("--strict", is_flag=True, help="Refuse a source with a bad record instead of leaving it out.")
 @drop_options
@@ -87,6 +100,8 @@ def command(
     top_k: int | None,
     absent_from: int | None,
     absent_ids: tuple[int, ...],
+    layers: list[tuple[int, int | None]] | None,
+    first_layer: int | None,
     keep_cached: bool,
     strict: bool,
     compress: str | None,
@@ -101,6 +116,9 @@ def command(
     Where a source does not say its steps, consecutive prefill rows of a request become one step, each decode row a
     step of its own. `--as decode --prompt P` makes decode steps of all rows of a request after the first P, for
     captures whose text was fed in at once.
+
+    With --model, layers get the model's numbers, and those of multi-token prediction (MTP) are left out. --layers takes
+    part of the layers, which may be one of a large model.
 
     Rows of cached prompts, padding and answers without routing are left out, answers that continue an earlier one
     join its request; a note says how many.
@@ -131,6 +149,8 @@ def command(
             keep_cached=keep_cached,
             absent_from=absent_from,
             absent_ids=absent_ids,
+            only_layers=layers,
+            first_layer=first_layer,
         )
         options = {"format": form, "model": model, "hints": hints, "decode_after": prompt, "compress": compress}
         if drop["drop_warmup"] or drop["drop_dense"]:

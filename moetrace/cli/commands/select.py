@@ -6,33 +6,14 @@ from typing import Any
 import click
 
 from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.range_list import RangeList
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.tables.output import said_of, say
 from moetrace.spec.errors import UsageError
 
 
-class _Ranges(click.ParamType):
-    """`A:B,C,D:` as pairs of start and stop; a number alone is itself."""
-
-    name = "ranges"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        ranges = []
-        for part in str(value).split(","):
-            start, colon, stop = (text.strip() for text in part.partition(":"))
-            if not all(
-                text == "" or (text.isascii() and text.isdecimal() and len(text) < 19) for text in (start, stop)
-            ):
-                self.fail(f"{part!r} is no range: use A:B (A to B - 1), A:, :B or one number.", param, ctx)
-            if not colon and not start:
-                self.fail("a range is empty: use A:B (A to B - 1), A:, :B or one number.", param, ctx)
-            first = int(start or 0)
-            ranges.append((first, int(stop) if stop else None if colon else first + 1))
-        return ranges
-
-
 def _option(name: str, text: str):
-    return click.option(f"--{name}", type=_Ranges(), metavar="A:B,...", help=text)
+    return click.option(f"--{name}", type=RangeList(), metavar="A:B,...", help=text)
 
 
 @click.command()

@@ -72,7 +72,8 @@ def test_a_model_that_does_not_say_has_no_numbers():
     assert plain.all_layers is None
 
 
-def test_numbers_are_the_first_that_are_not_dense(rng=np.random.default_rng(1)):
+def test_numbers_are_the_first_that_are_not_dense():
+    rng = np.random.default_rng(1)
     model = load_model("deepseek-v3")
     for _ in range(50):
         dense = rng.integers(0, 30, rng.integers(0, 12)).tolist()
