@@ -14,7 +14,7 @@ from moetrace.trace.format import Trace
 from moetrace.trace.naming import model_name
 from moetrace.trace.opening import accepts_path
 from moetrace.trace.ranges import Range, inside, merged, named_layers
-from moetrace.trace.schema import ATTRIBUTE_BYTES, MIXED, OPTIONAL, PER_CHOICE, PHASE_NAMES, check_ids
+from moetrace.trace.schema import ATTRIBUTE_BYTES, MAX_LAYERS, MIXED, OPTIONAL, PER_CHOICE, PHASE_NAMES, check_ids
 from moetrace.trace.writer import CountsWriter, Writer
 from moetrace.version import __version__
 
@@ -71,6 +71,7 @@ def select(
     phase: str | None = None,
     out: bool = False,
     renumber: bool = False,
+    first_layer: int | None = None,
     compress: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
@@ -89,6 +90,8 @@ def select(
         phase: "prefill" or "decode".
         out: Whether the rows that fit all that is said, and the layers that are said, are left out instead.
         renumber: Whether requests are numbered from 0 in order of appearance, and positions of each from 0.
+        first_layer: Number in the model of the first layer of the copy; the others keep their distance. By default all
+            keep their numbers.
         compress: "zstd" or "gzip". By default data is contiguous.
         progress: A function that gets the number of rows (of counts, steps) copied since its last call.
 
@@ -115,11 +118,17 @@ def select(
         out,
     )
     kept_layers = _kept_layers(trace, layers, out)
-    if not wish.of_rows and layers is None:
+    if not wish.of_rows and layers is None and first_layer is None:
         raise UsageError("say which rows, steps, requests, layers or phase are meant.")
+    index = trace.layer_index[kept_layers].astype(np.int64)
+    index += 0 if first_layer is None else first_layer - index[0]
+    if not 0 <= index[0] <= index[-1] <= MAX_LAYERS:
+        raise UsageError(f"layers would have the numbers {index[0]} to {index[-1]}; 0 to {MAX_LAYERS} are possible.")
     trace.verify_hashes()
     said = {"rows": rows, "steps": steps, "requests": requests, "layers": layers, "phase": phase}
+    said |= {} if first_layer is None else {"first_layer": first_layer}
     facts: dict[str, Any] = {
+        "layer_index": index.astype(np.uint16),
         "model": trace.model if kept_layers.all() else _model(trace, int(kept_layers.sum())),
         "source": _source(trace, said | {"out": out, "renumber": renumber}),
         "compress": compress,
@@ -167,12 +176,8 @@ def _copy(
     progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write the rows that a wish means, in the layers that are true in bool [layers]; `facts` are the Writer's own."""
-    facts |= {
-        "num_experts": trace.num_experts,
-        "top_k": trace.top_k,
-        "layers": int(layers.sum()),
-        "layer_index": trace.layer_index[layers],
-    }
+    facts = {"layer_index": trace.layer_index[layers]} | facts
+    facts |= {"num_experts": trace.num_experts, "top_k": trace.top_k, "layers": int(layers.sum())}
     if "counts" in trace.has:
         _copy_counts(trace, path, wish, layers, renumber, facts, progress)
         return
@@ -300,7 +305,7 @@ def _source(trace: Trace, wishes: dict[str, Any]) -> dict[str, Any]:
     for name, wish in wishes.items():
         if isinstance(wish, list | tuple):
             told[name] = [list(part) for part in wish] if len(wish) <= _TOLD_RANGES else len(wish)
-        elif wish not in (None, False):
+        elif wish is not None and wish is not False:
             told[name] = wish
     if (sha256 := trace.content_sha256) is not None:
         told["content_sha256"] = sha256
