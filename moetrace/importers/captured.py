@@ -29,6 +29,7 @@ class ModelLayers(NamedTuple):
     numbers: np.ndarray | None  # int64 [moe]: number of each among all; None: not known
     total: int | None  # with and without experts, those of multi-token prediction apart
     mtp: int | None  # of multi-token prediction
+    experts: np.ndarray | None = None  # int64 [moe], where layers have numbers of their own
 
 
 class Hints(NamedTuple):
@@ -109,7 +110,8 @@ class Hints(NamedTuple):
         sizes = {"num_experts": model.most_experts, "top_k": model.most_top_k}
         sizes = {name: size for name, size in sizes.items() if getattr(self, name) is None}
         mtp = None if model.mtp_layers is UNSET else model.mtp_layers
-        layers = ModelLayers(model.name, model.moe_layers, model.layer_index, model.all_layers, mtp)
+        experts = None if isinstance(model.experts, int) else model.layer_experts
+        layers = ModelLayers(model.name, model.moe_layers, model.layer_index, model.all_layers, mtp, experts)
         return self._replace(**sizes, layers=model.moe_layers, from_model=tuple(sizes), model_layers=layers)
 
 
@@ -129,6 +131,7 @@ class Capture(NamedTuple):
     parts: Callable[[], Iterator[Part]]
     sources: tuple[Path, ...] = ()
     step_rows: np.ndarray | None = None  # int64 [steps], if the source knows its forward passes
+    layer_experts: np.ndarray | None = None  # uint16 [layers], where layers have numbers of their own
 
 
 class Counts(NamedTuple):
@@ -143,6 +146,7 @@ class Counts(NamedTuple):
     facts: dict[str, Any]
     parts: Callable[[], Iterator[np.ndarray]]  # int64 [some steps, layers, experts]
     sources: tuple[Path, ...] = ()
+    layer_experts: np.ndarray | None = None  # uint16 [layers], where layers have numbers of their own
 
 
 def rows_of_counts(counts: np.ndarray, top_k: int) -> np.ndarray:

@@ -37,7 +37,7 @@ from moetrace.version import __version__
 _TOLD_FILES = 32
 _SAY_STEPS = ": of passes that hold rows of several requests, say which decode, with --steps A:B instead of --prompt"
 # What captures must have in common to share a trace.
-_ALIKE = ("num_experts", "top_k", "layer_index", "expert_bytes", "optional")
+_ALIKE = ("num_experts", "top_k", "layer_index", "expert_bytes", "layer_experts", "optional")
 
 Progress = Callable[[int], object]
 PathLike = str | os.PathLike[str]
@@ -138,6 +138,7 @@ def import_traces(
         "layers": layers,
         "source": source,
         "layer_index": first.layer_index,
+        "layer_experts": first.layer_experts,
         "compress": compress,
     }
     counts = [capture for capture in captures if isinstance(capture, Counts)]
@@ -261,7 +262,7 @@ def _append(writer: Writer, capture: Capture, rows: _TraceRows, mixed: bool, wri
             name: as_dtype(f"{where}: {name}", array, row_dtype(name, capture.num_experts))
             for name, array in part.items()
         }
-        _check_ids(where, read, part["experts"], capture.num_experts)
+        _check_ids(where, read, part["experts"], capture.num_experts, capture.layer_experts)
         read += len(part["experts"])
         held.append(part)
         stop = int(np.searchsorted(ends, read, side="right"))
@@ -287,10 +288,12 @@ def _append(writer: Writer, capture: Capture, rows: _TraceRows, mixed: bool, wri
         done, step = end, stop
 
 
-def _check_ids(where: str, first_row: int, experts: np.ndarray, num_experts: int) -> None:
+def _check_ids(
+    where: str, first_row: int, experts: np.ndarray, num_experts: int, layer_experts: np.ndarray | None
+) -> None:
     """`check_ids`, with what to do about a placeholder that is an expert's id as well."""
     try:
-        check_ids(where, first_row, experts, num_experts)
+        check_ids(where, first_row, experts, num_experts, layer_experts)
     except MoetraceError as error:
         found = re.search(r"chooses expert (\d+) more than once\.$", str(error))
         if not found:

@@ -177,6 +177,7 @@ def _copy(
 ) -> None:
     """Write the rows that a wish means, in the layers that are true in bool [layers]; `facts` are the Writer's own."""
     facts = {"layer_index": trace.layer_index[layers]} | facts
+    facts["layer_experts"] = None if trace.layer_experts is None else trace.layer_experts[layers]
     facts |= {"num_experts": trace.num_experts, "top_k": trace.top_k, "layers": int(layers.sum())}
     if "counts" in trace.has:
         _copy_counts(trace, path, wish, layers, renumber, facts, progress)

@@ -75,7 +75,24 @@ def numbered(capture: Capture | Counts, hints: Hints, whole: bool) -> Capture | 
         hints.note(f"{where}: what it calls {_layers(index[kept])} is {_layers(numbers)} of the model{why}.")
     if model:
         _check(capture, numbers, model, whole and not wished, hints)
+        capture = _with_experts(capture, numbers, model, kept)
     return _with_layers(capture, kept, numbers, facts)
+
+
+def _with_experts(
+    capture: Capture | Counts, numbers: np.ndarray, model: ModelLayers, kept: np.ndarray
+) -> Capture | Counts:
+    """The capture with the model's experts of each layer, unless the source says them; by number, else by order."""
+    if model.experts is None or capture.layer_experts is not None:
+        return capture
+    own = np.full(kept.size, capture.num_experts)
+    if model.numbers is not None and np.isin(numbers, model.numbers).all():
+        own[kept] = model.experts[np.searchsorted(model.numbers, numbers)]
+    elif numbers.size == model.moe:
+        own[kept] = model.experts
+    else:
+        return capture
+    return capture._replace(layer_experts=own)
 
 
 def told_mtp(where: str, gone: np.ndarray, hints: Hints) -> dict[str, Any]:
@@ -176,7 +193,8 @@ def _with_layers(
     capture: Capture | Counts, kept: np.ndarray, numbers: np.ndarray, facts: dict[str, Any]
 ) -> Capture | Counts:
     """The capture with the layers that are true in bool [layers], which get these numbers."""
-    capture = capture._replace(layer_index=numbers.astype(np.uint16), facts=capture.facts | facts)
+    own = None if capture.layer_experts is None else capture.layer_experts[kept]
+    capture = capture._replace(layer_index=numbers.astype(np.uint16), facts=capture.facts | facts, layer_experts=own)
     if kept.all():
         return capture
     places = np.flatnonzero(kept)
