@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from markers import replaced_between
+from msgspec import UNSET
 
 from moetrace.spec import list_presets, load_model
 from moetrace.spec.model_files.bits import FORMATS, GGML_TYPES
@@ -25,17 +26,30 @@ def page() -> str:
 
 def _presets() -> Iterator[str]:
     """Yield the table of the presets, with the sizes that follow from them."""
-    numbers = ("MoE layers", "experts", "top-k", "hidden", "width", "bits", "expert, MB", "experts, GB", "dense, GB")
+    numbers = (
+        "MoE layers",
+        "dense layers",
+        "MTP layers",
+        "experts",
+        "top-k",
+        "hidden",
+        "width",
+        "bits",
+        "expert, MB",
+        "experts, GB",
+        "dense, GB",
+    )
     yield f"| preset | {' | '.join(numbers)} |"
     yield "| --- |" + " --: |" * len(numbers)
     for name in list_presets("models"):
         model = load_model(name)
         sizes = model.expert_bytes()
         dense = (model.moe_layers * model.dense_bytes + model.head_bytes) / 1e9
+        assert model.all_layers is not None
+        mtp = "" if model.mtp_layers is UNSET else model.mtp_layers
+        layers = f"{model.moe_layers} | {model.all_layers - model.moe_layers} | {mtp}"
         hidden = f"{model.hidden}" if model.expert_hidden == model.hidden else f"{model.hidden}, {model.expert_hidden}"
-        shape = (
-            f"{model.moe_layers} | {model.most_experts} | {model.most_top_k} | {hidden} | {model.expert_intermediate}"
-        )
+        shape = f"{layers} | {model.most_experts} | {model.most_top_k} | {hidden} | {model.expert_intermediate}"
         yield (
             f"| `{name}` | {shape} | {model.weight_bits:g} | {sizes.max() / 1e6:.1f} | {sizes.sum() / 1e9:,.1f} "
             f"| {dense:.2f} |"

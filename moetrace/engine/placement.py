@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.spec.choices import find
+from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec, load_loads
 
 
@@ -18,9 +19,12 @@ class Placing(NamedTuple):
     share: int  # units in a group; group i is the units i*share to (i+1)*share - 1
     loads: np.ndarray | None  # float64 [layers, experts]
     plan: str | None  # path of a plan's file
+    model: Model | None = None  # knows which number each MoE layer has
 
 
-def place_experts(policy: PolicySpec, layer_index: np.ndarray, experts: int, units: int) -> np.ndarray:
+def place_experts(
+    policy: PolicySpec, layer_index: np.ndarray, experts: int, units: int, model: Model | None = None
+) -> np.ndarray:
     """Return where a policy has the experts of the MoE layers at ``layer_index``, as `group_of_expert` does.
 
     Raises MoetraceError if the file of loads or of a plan is wrong; UsageError if units cannot have equally many
@@ -28,7 +32,8 @@ def place_experts(policy: PolicySpec, layer_index: np.ndarray, experts: int, uni
     """
     layers, share = len(layer_index), policy.group_size(units) if units else 1
     loads = load_loads(policy.loads, layers, experts) if policy.loads else None
-    return _place(policy.placement, Placing(policy.name, layer_index, experts, units, share, loads, policy.plan))
+    placing = Placing(policy.name, layer_index, experts, units, share, loads, policy.plan, model)
+    return _place(policy.placement, placing)
 
 
 def group_of_expert(

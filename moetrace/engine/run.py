@@ -256,7 +256,7 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
     schedule, own = decoded.schedule, setup.hooks
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
-    groups = place_experts(policy, decoded.trace.layer_index, experts, system.units)
+    groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
     machine = machine_of(model, system, weight_bytes, groups, share)
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY

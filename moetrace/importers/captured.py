@@ -1,13 +1,15 @@
 """What every importer is given and returns, whatever the format it reads."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec import UNSET
 
 from moetrace.spec import Model
 from moetrace.spec.errors import UsageError
+from moetrace.trace.ranges import Range
 
 # What `Capture.parts` yields: rows of "experts" and of each optional array, by name.
 Part = Mapping[str, np.ndarray]
@@ -17,6 +19,17 @@ FIRST_BYTES = 64 << 10
 # (or, of counts, numbers) is not believed.
 SPARSEST = 100
 MAX_WEIGHT = float(np.finfo(np.float16).max)  # that a trace holds
+
+
+class ModelLayers(NamedTuple):
+    """What the user's model says of its layers."""
+
+    name: str
+    moe: int  # with experts
+    numbers: np.ndarray | None  # int64 [moe]: number of each among all; None: not known
+    total: int | None  # with and without experts, those of multi-token prediction apart
+    mtp: int | None  # of multi-token prediction
+    experts: np.ndarray | None = None  # int64 [moe], where layers have numbers of their own
 
 
 class Hints(NamedTuple):
@@ -38,6 +51,11 @@ class Hints(NamedTuple):
         absent_ids: Further ids that carry no expert.
         columns: Of a table, the name of the column of each meaning: "layer", "token", "experts", "gates", "request",
             "step", "phase", "position", "slot", "token_id" and "resident". By default well-known names decide.
+        only_layers: Ranges (start, stop) of layers to take, by their numbers in the source, a stop of None for all the
+            rest. By default all, but for dense layers and those of multi-token prediction that the model tells.
+        first_layer: Number in the model of the first layer that is taken; the others keep their distance. By default
+            the source's own, or the model's where the source numbers its MoE layers only.
+        model_layers: What the user's model says of its layers.
 
     Examples:
         >>> import moetrace as mt
@@ -57,6 +75,9 @@ class Hints(NamedTuple):
     absent_from: int | None = None
     absent_ids: tuple[int, ...] = ()
     columns: Mapping[str, str] | None = None  # of a table: meaning -> name
+    only_layers: Sequence[Range] | None = None
+    first_layer: int | None = None
+    model_layers: ModelLayers | None = None
 
     def need(self, what: str, source: Path) -> int:
         """The hint of a name, which the source at hand does not know.
@@ -88,7 +109,10 @@ class Hints(NamedTuple):
         """
         sizes = {"num_experts": model.most_experts, "top_k": model.most_top_k}
         sizes = {name: size for name, size in sizes.items() if getattr(self, name) is None}
-        return self._replace(**sizes, layers=model.moe_layers, from_model=tuple(sizes))
+        mtp = None if model.mtp_layers is UNSET else model.mtp_layers
+        experts = None if isinstance(model.experts, int) else model.layer_experts
+        layers = ModelLayers(model.name, model.moe_layers, model.layer_index, model.all_layers, mtp, experts)
+        return self._replace(**sizes, layers=model.moe_layers, from_model=tuple(sizes), model_layers=layers)
 
 
 class Capture(NamedTuple):
@@ -107,6 +131,7 @@ class Capture(NamedTuple):
     parts: Callable[[], Iterator[Part]]
     sources: tuple[Path, ...] = ()
     step_rows: np.ndarray | None = None  # int64 [steps], if the source knows its forward passes
+    layer_experts: np.ndarray | None = None  # uint16 [layers], where layers have numbers of their own
 
 
 class Counts(NamedTuple):
@@ -121,6 +146,7 @@ class Counts(NamedTuple):
     facts: dict[str, Any]
     parts: Callable[[], Iterator[np.ndarray]]  # int64 [some steps, layers, experts]
     sources: tuple[Path, ...] = ()
+    layer_experts: np.ndarray | None = None  # uint16 [layers], where layers have numbers of their own
 
 
 def rows_of_counts(counts: np.ndarray, top_k: int) -> np.ndarray:
@@ -137,13 +163,3 @@ def without_zero_cells(experts: np.ndarray, absent: int) -> np.ndarray:
         if not some.all():
             experts[some == 0] = absent
     return experts
-
-
-def kept_layers(used: np.ndarray, hints: Hints) -> tuple[np.ndarray, dict[str, Any]]:
-    """Indices of the layers to keep, of `used` (bool [layers]: some token chose an expert there), and what to say.
-
-    All are kept, unless the model has fewer layers with experts and exactly so many are used: then the rest is dense.
-    """
-    if hints.layers in (None, used.size) or int(used.sum()) != hints.layers:
-        return np.arange(used.size), {}
-    return np.flatnonzero(used), {"dense_layers_dropped": np.flatnonzero(~used).tolist()}

@@ -11,11 +11,14 @@ import numpy as np
 
 from moetrace.importers.captured import Capture, Counts, Hints, Part
 from moetrace.importers.formats import read_captures
+from moetrace.importers.reading.decoding import LANES, decoding_passes, kept_passes, lanes, phase_after, steps_of
+from moetrace.importers.reading.numbering import numbered
 from moetrace.importers.reading.placeholders import Placeholders
 from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import keep_inputs, real_path
 from moetrace.trace.naming import model_name
+from moetrace.trace.ranges import Range
 from moetrace.trace.schema import (
     DECODE,
     MIXED,
@@ -32,8 +35,9 @@ from moetrace.version import __version__
 
 # Of more files than these, `source` tells one hash of all their hashes instead of each.
 _TOLD_FILES = 32
+_SAY_STEPS = ": of passes that hold rows of several requests, say which decode, with --steps A:B instead of --prompt"
 # What captures must have in common to share a trace.
-_ALIKE = ("num_experts", "top_k", "layer_index", "expert_bytes", "optional")
+_ALIKE = ("num_experts", "top_k", "layer_index", "expert_bytes", "layer_experts", "optional")
 
 Progress = Callable[[int], object]
 PathLike = str | os.PathLike[str]
@@ -47,6 +51,7 @@ class _TraceRows(NamedTuple):
     phase: np.ndarray  # uint8 [rows]
     step_rows: np.ndarray  # int64 [steps]
     step_phase: np.ndarray  # uint8 [steps]
+    lanes: bool = False  # whether requests are made of the rows of passes
 
 
 def import_traces(
@@ -57,6 +62,7 @@ def import_traces(
     model: str | None = None,
     hints: Hints | None = None,
     decode_after: int | None = None,
+    decode_steps: Sequence[Range] | None = None,
     uncounted: Sequence[tuple[int, int]] = (),
     compress: str | None = None,
     writing: Progress | None = None,
@@ -74,7 +80,10 @@ def import_traces(
             source's own name decides.
         hints: Sizes that a source does not say.
         decode_after: How many rows of each request are its prompt; the rest is decode, even if the source says
-            otherwise. By default the source decides.
+            otherwise. By default the source decides. Passes that the source records stay steps, but for a text that was
+            fed in at once.
+        decode_steps: Ranges (start, stop) of the passes that the sources record which decode, a stop of None for all
+            the rest; the others are prefill. By default `decode_after` or the source decides.
         uncounted: Ranges [start, stop) of rows of the trace that `decode_after` does not count; they are prefill.
         compress: "zstd" or "gzip". By default data is contiguous, so that it can be memory-mapped.
         writing: A function that gets the number of rows (of counts, steps) written since its last call.
@@ -97,9 +106,12 @@ def import_traces(
     """
     if decode_after is not None and decode_after < 0:
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")
+    if decode_after is not None and decode_steps is not None:
+        raise UsageError("which rows decode is said by the prompt's rows or by the steps, not by both.")
     given, path = [sources] if isinstance(sources, str | os.PathLike) else sources, Path(path)
     hints = _hints(hints or Hints(), model, path)
-    captures = [_checked(capture, hints) for capture in read_captures(list(map(Path, given)), format, hints)]
+    found = read_captures(list(map(Path, given)), format, hints)
+    captures = [numbered(_checked(capture, hints), hints, model is not None) for capture in found]
     files = [file for capture in captures for file in capture.sources]
     keep_inputs(path, files)
     first = captures[0]
@@ -107,23 +119,38 @@ def import_traces(
         _check_alike(first, other)
     layers = first.layer_index.size
     sized = isinstance(first, Capture) and first.expert_bytes is not None
+    part = hints.only_layers is not None or hints.first_layer is not None
+    if decode_steps is not None:
+        captures = _decoding(captures, decode_steps)
+    tables = _tables([c for c in captures if isinstance(c, Capture)], decode_after, decode_steps, uncounted)
+    source = _source([_facts(capture) for capture in captures], decode_after) | _said(hints)
+    if decode_steps is not None:
+        source["decode_steps"] = [list(part) for part in decode_steps[:_TOLD_FILES]]
+    if any(rows.lanes for rows in tables):
+        source["requests"] = LANES
+    if decode_after is not None and tables and not any((rows.phase == DECODE).any() for rows in tables):
+        passes = "" if all(c.step_rows is None for c in captures if isinstance(c, Capture)) else _SAY_STEPS
+        hints.note(f"{_where(first)}: no request has more than {decode_after} rows, so none decodes{passes}.")
     facts = {
-        "model": model_name(_where(first), first.model, layers, first.num_experts, model, sized=sized),
+        "model": model_name(_where(first), first.model, layers, first.num_experts, model, sized=sized, part=part),
         "num_experts": first.num_experts,
         "top_k": first.top_k,
         "layers": layers,
-        "source": _source([_facts(capture) for capture in captures], decode_after) | _said(hints),
+        "source": source,
         "layer_index": first.layer_index,
+        "layer_experts": first.layer_experts,
         "compress": compress,
     }
     counts = [capture for capture in captures if isinstance(capture, Counts)]
     if counts and decode_after is not None:
-        raise UsageError(f"{_where(counts[0])} holds counts alone, which have no prompt: do without --as decode.")
+        raise UsageError(
+            f"{_where(counts[0])} holds counts alone, which have no prompt: do without --as decode --prompt."
+        )
     if counts:
         _write_counts(path, counts, facts, writing)
     else:
         rows = [c for c in captures if isinstance(c, Capture)]
-        _write_rows(path, rows, _tables(rows, decode_after, uncounted), facts, writing)
+        _write_rows(path, rows, tables, facts, writing)
     return files
 
 
@@ -235,7 +262,7 @@ def _append(writer: Writer, capture: Capture, rows: _TraceRows, mixed: bool, wri
             name: as_dtype(f"{where}: {name}", array, row_dtype(name, capture.num_experts))
             for name, array in part.items()
         }
-        _check_ids(where, read, part["experts"], capture.num_experts)
+        _check_ids(where, read, part["experts"], capture.num_experts, capture.layer_experts)
         read += len(part["experts"])
         held.append(part)
         stop = int(np.searchsorted(ends, read, side="right"))
@@ -261,10 +288,12 @@ def _append(writer: Writer, capture: Capture, rows: _TraceRows, mixed: bool, wri
         done, step = end, stop
 
 
-def _check_ids(where: str, first_row: int, experts: np.ndarray, num_experts: int) -> None:
+def _check_ids(
+    where: str, first_row: int, experts: np.ndarray, num_experts: int, layer_experts: np.ndarray | None
+) -> None:
     """`check_ids`, with what to do about a placeholder that is an expert's id as well."""
     try:
-        check_ids(where, first_row, experts, num_experts)
+        check_ids(where, first_row, experts, num_experts, layer_experts)
     except MoetraceError as error:
         found = re.search(r"chooses expert (\d+) more than once\.$", str(error))
         if not found:
@@ -275,46 +304,63 @@ def _check_ids(where: str, first_row: int, experts: np.ndarray, num_experts: int
         ) from None
 
 
+def _decoding(captures: list[Capture | Counts], decode_steps: Sequence[Range]) -> list[Capture | Counts]:
+    """The captures with the phases that the user says of their passes, which follow one another."""
+    found, first = [], 0
+    total = sum(_passes(capture).size for capture in captures)
+    for capture in captures:
+        sizes = _passes(capture)
+        phase = np.where(decoding_passes(total, first, decode_steps)[: sizes.size], DECODE, PREFILL)
+        first += sizes.size
+        rows = phase if isinstance(capture, Counts) else np.repeat(phase, sizes)
+        found.append(capture._replace(phase=rows.astype(np.uint8)))
+    return found
+
+
+def _passes(capture: Capture | Counts) -> np.ndarray:
+    """Rows int64 [steps] of the passes that a source records."""
+    sizes = capture.rows if isinstance(capture, Counts) else capture.step_rows
+    if sizes is None:
+        raise UsageError(f"{_where(capture)} does not record its passes: say --prompt P instead of --steps.")
+    return sizes
+
+
 def _tables(
-    captures: list[Capture], decode_after: int | None, uncounted: Sequence[tuple[int, int]]
+    captures: list[Capture],
+    decode_after: int | None,
+    decode_steps: Sequence[Range] | None,
+    uncounted: Sequence[tuple[int, int]],
 ) -> list[_TraceRows]:
+    if not captures:
+        return []
     rows = [capture.request.size for capture in captures]
     counted = np.ones(sum(rows), bool)
     for start, stop in uncounted:
         counted[start:stop] = False
     parts = np.split(counted, np.cumsum(rows)[:-1])
-    return [_rows(capture, decode_after, part) for capture, part in zip(captures, parts, strict=True)]
+    said = decode_steps is not None
+    return [_rows(capture, decode_after, said, part) for capture, part in zip(captures, parts, strict=True)]
 
 
-def _rows(capture: Capture, decode_after: int | None, counted: np.ndarray) -> _TraceRows:
+def _rows(capture: Capture, decode_after: int | None, passes_said: bool, counted: np.ndarray) -> _TraceRows:
     """Number requests in order of appearance, and cut rows into steps where the source doesn't."""
-    _, first, inverse = np.unique(capture.request, return_index=True, return_inverse=True)
+    request, position, phase, step_rows = capture.request, capture.position, capture.phase, capture.step_rows
+    made = None
+    if passes_said and step_rows is not None:
+        made = lanes(capture, request, phase[np.cumsum(step_rows) - step_rows] == DECODE)
+        request, position = made or (request, position)
+    _, first, inverse = np.unique(request, return_index=True, return_inverse=True)
     request = np.argsort(np.argsort(first))[inverse].astype(np.int32)
-    phase, step_rows = capture.phase, capture.step_rows
     if decode_after is not None:
-        phase, step_rows = _phase_after(request, decode_after, counted), None
+        phase = phase_after(request, decode_after, counted)
+        step_rows = None if step_rows is None else kept_passes(capture, request, phase)
     if step_rows is None:
-        return _TraceRows(request, capture.position, phase, *_steps(request, phase))
+        starts = np.flatnonzero(steps_of(request, phase))
+        return _TraceRows(request, position, phase, np.diff(np.r_[starts, request.size]), phase[starts])
     starts = np.cumsum(step_rows) - step_rows
     low, high = (f.reduceat(phase, starts) for f in (np.minimum, np.maximum))
-    return _TraceRows(request, capture.position, phase, step_rows, np.where(low == high, low, MIXED).astype(np.uint8))
-
-
-def _phase_after(request: np.ndarray, decode_after: int, counted: np.ndarray) -> np.ndarray:
-    """Phase uint8 [rows] where the first `decode_after` `counted` (bool [rows]) rows of each request are its prompt."""
-    order = np.argsort(request, kind="stable")
-    starts = np.r_[0, np.flatnonzero(np.diff(request[order])) + 1]
-    before = np.cumsum(counted[order]) - counted[order]
-    number = np.empty(request.size, np.int64)  # of each row among the counted ones of its request
-    number[order] = before - np.repeat(before[starts], np.diff(np.r_[starts, request.size]))
-    return np.where(~counted | (number < decode_after), PREFILL, DECODE).astype(np.uint8)
-
-
-def _steps(request: np.ndarray, phase: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and phase of each step: runs of prefill rows of one request, and single decode rows."""
-    begins = np.r_[True, (phase[1:] == DECODE) | (phase[:-1] == DECODE) | (request[1:] != request[:-1])]
-    starts = np.flatnonzero(begins)
-    return np.diff(np.r_[starts, request.size]), phase[starts]
+    step_phase = np.where(low == high, low, MIXED).astype(np.uint8)
+    return _TraceRows(request, position.astype(np.int32), phase, step_rows, step_phase, made is not None)
 
 
 def _facts(capture: Capture | Counts) -> dict[str, Any]:

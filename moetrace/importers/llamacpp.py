@@ -9,6 +9,10 @@ In a prompt the last layer routes only the tokens whose output is wanted, the la
 The first tool reads the ids of a prompt as if they were contiguous, though they are a view into sorted rows of all
 experts: then every num_experts / top_k tokens of a prompt choose each expert once, and only the first of a pass is
 real. Such rows are kept; `flat_view` in the facts tells of them. Its decoded tokens, and the second tool, are right.
+
+Before its first prompt llama.cpp warms up with a pass of one or two tokens that runs every expert of every layer. In
+the first layout it looks like a prompt of num_experts / top_k tokens or twice as many that was read flat, and holds as
+few choices: a first pass in which each layer lists every expert once (or twice) is left out and told.
 """
 
 import re
@@ -27,6 +31,7 @@ from moetrace.spec.errors import MoetraceError
 _HEADER = re.compile(rb"layer,expert|pos,layer(,\w{1,20})+")
 _LINE = re.compile(rb"\d{1,9},\d{1,9}|-?\d{1,9},\d{1,9}(,\d{1,9})+")
 _LINES_SEEN = 8
+_WARM_UP_BYTES = 1 << 20  # two tokens through 94 layers of 512 experts take 400 kB
 
 
 def recognize(first: bytes, name: str) -> bool:
@@ -34,8 +39,10 @@ def recognize(first: bytes, name: str) -> bool:
     lines = first.split(b"\n")
     lines = [line.removesuffix(b"\r") for line in (lines[:-1] or lines)[: _LINES_SEEN + 1]]
     data = lines[1:] if _HEADER.fullmatch(lines[0]) else lines
-    commas = {line.count(b",") for line in lines}
-    return bool(data) and len(commas) == 1 and all(map(_LINE.fullmatch, data))
+    commas = [line.count(b",") for line in lines]
+    of_warm_up = commas.count(commas[0]) if _HEADER.fullmatch(lines[0]) is None and commas[0] > 2 else len(commas)
+    alike = commas == commas[:1] * of_warm_up + commas[-1:] * (len(commas) - of_warm_up)
+    return bool(data) and alike and commas[-1] <= commas[0] and all(map(_LINE.fullmatch, data))
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
@@ -44,13 +51,16 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 
 
 def _read(path: Path, hints: Hints) -> Capture:
-    first = first_bytes(path, 1 << 16).split(b"\n", 1)[0]
-    width = first.count(b",") + 1
-    if width < 2:
+    begin = first_bytes(path, _WARM_UP_BYTES)
+    first = begin.split(b"\n", 1)[0]
+    if b"," not in first:
         raise MoetraceError(f"{path}: line 1 is neither 'layer,expert' nor 'pos,layer,id0,id1,...'.")
     num_experts = hints.need("num_experts", path)
-    top_k = hints.need("top_k", path) if width == 2 else width - 2
     header = int(_HEADER.fullmatch(first.rstrip(b"\r")) is not None)
+    wide = _wide_lines(begin, num_experts)
+    header += wide
+    width = begin.split(b"\n", header + 1)[wide].count(b",") + 1
+    top_k = hints.need("top_k", path) if width == 2 else width - 2
     names = ["layer", "e0"] if width == 2 else ["pos", "layer", *(f"e{slot}" for slot in range(top_k))]
     only = {name: pl.Int32 if name == "layer" else None for name in names}
     layer_index = layers_of(path, tables(path, only, half(hints), header=header))
@@ -60,11 +70,67 @@ def _read(path: Path, hints: Hints) -> Capture:
     found = tables(path, dict.fromkeys(names, pl.Int32), half(hints), header=header)
     lines = ((line, numbers(table)) for line, table in found)
     flat = _Flat(path, num_experts)
+    warm = _WarmUp(path, num_experts, layer_index.size, wide)
+    if width == 2 and top_k < num_experts:
+        lines = warm.without(lines)
     for block in _choices(path, lines, top_k) if width == 2 else _tokens(path, lines, top_k):
         flat.look(block)
         passes.add(block)
     facts = {"format": "llamacpp", "engine": "llama.cpp", "layout": "layer,expert" if width == 2 else "pos,layer,ids"}
-    return passes.capture(facts | flat.facts())
+    return passes.capture(facts | flat.facts() | warm.facts(hints))
+
+
+def _wide_lines(begin: bytes, num_experts: int) -> int:
+    """How many first lines `pos,layer,id0,...` are of a warm-up: with all experts, where a later one has fewer."""
+    for count, line in enumerate(begin.split(b"\n")[:-1]):
+        fields = line.rstrip(b"\r").split(b",")
+        if len(fields) != num_experts + 2 or len(set(fields[2:])) != num_experts:
+            return count if 3 <= len(fields) < num_experts + 2 else 0
+    return 0
+
+
+class _WarmUp:
+    """Leaves out a first pass whose layers each list every expert once, or twice."""
+
+    def __init__(self, path: Path, num_experts: int, layers: int, lines: int) -> None:
+        self._path, self._num_experts, self._layers = path, num_experts, layers
+        self.lines = lines
+
+    def without(self, tables: Iterator[tuple[int, Lines]]) -> Iterator[tuple[int, Lines]]:
+        """The lines after the warm-up, or all."""
+        held: Lines = {}
+        first, most = 1, 2 * self._layers * self._num_experts + 1
+        for line, lines in tables:
+            first = first if held else line
+            held = {name: np.concatenate([held[name], array]) for name, array in lines.items()} if held else lines
+            if held["layer"].size >= most:
+                break
+        if held:
+            self.lines = self._found(held)
+            yield first + self.lines, {name: array[self.lines :] for name, array in held.items()}
+        yield from tables
+
+    def _found(self, lines: Lines) -> int:
+        layer, experts = lines["layer"], lines["e0"]
+        runs = np.r_[0, np.flatnonzero(np.diff(layer)) + 1, layer.size][: self._layers + 1]
+        sizes = np.diff(runs)
+        stop = int(runs[-1])
+        if sizes.size < self._layers or stop == layer.size or np.unique(layer[:stop]).size < self._layers:
+            return 0
+        if not np.isin(sizes, (self._num_experts, 2 * self._num_experts)).all():
+            return 0
+        ids = np.sort(experts[:stop].reshape(-1, self._num_experts), axis=1)
+        return stop if (ids == np.arange(self._num_experts)).all() else 0
+
+    def facts(self, hints: Hints) -> dict[str, str]:
+        """What `source` says of it, if there was one; a note says it too."""
+        if not self.lines:
+            return {}
+        hints.note(
+            f"{self._path}: left out the first pass ({self.lines:,} lines), in which every layer runs each of its "
+            f"{self._num_experts} experts: llama.cpp's warm-up, or a prompt that was read flat and is no choice either."
+        )
+        return {"left_out_warm_up": f"the first pass, {self.lines} lines: every layer runs every expert"}
 
 
 def _choices(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Iterator[PassBlock]:

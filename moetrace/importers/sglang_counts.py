@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.importers.captured import SPARSEST, Counts, Hints, kept_layers, rows_of_counts
+from moetrace.importers.captured import SPARSEST, Counts, Hints, rows_of_counts
+from moetrace.importers.reading.numbering import kept_layers
 from moetrace.importers.reading.text import text_of
 from moetrace.importers.sglang_dumps import Dump, integers
 from moetrace.spec.errors import MoetraceError

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.importers.captured import Capture, Hints, Part, kept_layers
+from moetrace.importers.captured import Capture, Hints, Part
+from moetrace.importers.reading.numbering import kept_layers
 from moetrace.importers.sglang_dumps import Dump, integers
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, PREFILL, absent_id, expert_dtype

@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moetrace.importers.captured import Capture, Counts, Hints, Part, rows_of_counts
+from moetrace.importers.reading.numbering import told_mtp, told_taken
 from moetrace.importers.reading.placeholders import Placeholders
 from moetrace.importers.reading.tensors import HEADER_BYTES, integers, is_header, known_shape, tensors
 from moetrace.importers.reading.text import first_bytes
 from moetrace.spec.errors import MoetraceError
+from moetrace.trace.ranges import named_layers
 from moetrace.trace.schema import BLOCK_BYTES, MIXED, PREFILL, absent_id, check_sizes, expert_dtype
 
 META = "meta_info.json"
@@ -68,9 +70,9 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture | Counts:
     num_experts, top_k = _sizes(metas[0] if metas else None, files[0], hints)
     ranks = [_rank(path) for path in files]
     raw = [rank for rank in ranks if any(len(shape) == 2 for shape in rank.shapes.values())]
-    ranks = raw or ranks
+    ranks, told = _taken(raw or ranks, hints)
     check_sizes(str(ranks[0].path), num_experts, top_k, len({cell[1] for cell in ranks[0].shapes}), 1, 1)
-    facts = {"format": "trtllm", "engine": "TensorRT-LLM", "ids": "of slots, if a load balancer was on"}
+    facts = {"format": "trtllm", "engine": "TensorRT-LLM", "ids": "of slots, if a load balancer was on"} | told
     sources = (*metas, *(rank.path for rank in ranks))
     for path in sources:
         hints.reading(path.stat().st_size)
@@ -117,6 +119,34 @@ def _rank(path: Path) -> _RankFile:
     if not shapes:
         raise MoetraceError(f"{path} holds no tensors.")
     return _RankFile(path, shapes)
+
+
+def _taken(ranks: list[_RankFile], hints: Hints) -> tuple[list[_RankFile], dict[str, Any]]:
+    """The ranks with the layers that are wanted, and what to say of the others.
+
+    MTP layers go here if they have other iterations or tokens than the model's own, so that they fit no grid; those
+    that fit are left to `numbered`.
+    """
+    where, model = str(ranks[0].path), hints.model_layers
+    layers = np.array(sorted({layer for rank in ranks for _, layer in rank.shapes}))
+    if hints.only_layers is not None:
+        taken = layers[named_layers(where, layers, hints.only_layers)]
+        told = told_taken(where, taken, layers, hints)
+    elif model is None or model.mtp == 0 or layers.size <= model.moe:
+        return ranks, {}
+    else:
+        own, others = ([_cells(ranks, layer) for layer in part] for part in np.split(layers, [model.moe]))
+        if any(cells != own[0] for cells in own) or own[0] in others:
+            return ranks, {}
+        taken = layers[: model.moe]
+        told = told_mtp(where, layers[model.moe :], hints)
+    kept = [rank._replace(shapes={cell: of for cell, of in rank.shapes.items() if cell[1] in taken}) for rank in ranks]
+    return [rank for rank in kept if rank.shapes], told
+
+
+def _cells(ranks: list[_RankFile], layer: int) -> set[tuple[Path, int, tuple[int, ...]]]:
+    """Rank, iteration and shape of what was recorded of a layer."""
+    return {(rank.path, cell[0], shape) for rank in ranks for cell, shape in rank.shapes.items() if cell[1] == layer}
 
 
 def _grid(ranks: list[_RankFile]) -> tuple[list[int], list[int]]:

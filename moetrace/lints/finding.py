@@ -208,7 +208,7 @@ RULES = {
     "prefill-only": Rule(
         "note",
         "There is no time per output token, and whole texts count as prompts.",
-        "--as decode --prompt P at import, if the text was fed in at once",
+        "--as decode --prompt P at import, if the text was fed in at once, or --steps A:B, if some passes decode",
     ),
     "decode-only": Rule("note", "Prompts are missing: there is no time to the first token, and caches start cold."),
     "random-routing": Rule(

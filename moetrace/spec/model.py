@@ -23,6 +23,7 @@ Width = Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
 Experts = Annotated[int, Meta(ge=1, le=MAX_EXPERTS)]
 Bits = Annotated[float, Meta(ge=MIN_BITS, le=MAX_BITS)]
 Params = Annotated[int, Meta(ge=0, le=MAX_PARAMS)]
+LayerNumber = Annotated[int, Meta(ge=0, le=65535)]
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,6 +32,10 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     Attributes:
         name: Name of the model.
         moe_layers: Number of MoE layers, L.
+        dense_layers: Layers without experts: how many come before the first MoE layer, or a list of the numbers of all
+            of them where they stand elsewhere too. By default not known.
+        mtp_layers: Layers after the last one that predict further tokens (MTP). They are not in `moe_layers`. By
+            default not known.
         experts: Experts of a layer: one number, or a list with one for each layer. The largest is E.
         top_k: Experts that a row chooses in a layer: one number, or a list with one for each layer.
         hidden: Numbers in a row's activations, h.
@@ -49,6 +54,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     name: str
     moe_layers: Annotated[int, Meta(ge=1, le=65535)]
+    dense_layers: LayerNumber | list[LayerNumber] | UnsetType = UNSET
+    mtp_layers: Annotated[int, Meta(ge=0, le=1000)] | UnsetType = UNSET
     experts: Experts | list[Experts]
     top_k: Experts | list[Experts]
     hidden: Width
@@ -61,6 +68,23 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     dense_params_per_layer: Params
     once_params: Params
     kv_bytes_per_token_layer: Annotated[float, Meta(ge=0, le=1e9)]
+
+    @property
+    def layer_index(self) -> np.ndarray | None:
+        """Number of each MoE layer among all layers, int64 [moe_layers]; None if `dense_layers` does not say."""
+        if self.dense_layers is UNSET:
+            return None
+        dense = range(self.dense_layers) if isinstance(self.dense_layers, int) else set(self.dense_layers)
+        numbers = np.arange(self.moe_layers + len(dense))
+        return numbers[~np.isin(numbers, list(dense))][: self.moe_layers]
+
+    @property
+    def all_layers(self) -> int | None:
+        """Number of layers with and without experts, MTP layers apart; None if `dense_layers` does not say."""
+        if self.dense_layers is UNSET:
+            return None
+        dense = self.dense_layers
+        return self.moe_layers + (dense if isinstance(dense, int) else len(set(dense)))
 
     @property
     def layer_experts(self) -> np.ndarray:

@@ -14,9 +14,10 @@ from typing import Annotated
 
 import msgspec
 import numpy as np
-from msgspec import Meta
+from msgspec import UNSET, Meta
 
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.model import Model
 from moetrace.spec.ordinary_file import read_ordinary
 
 FORMATS = {".json": "SGLang", ".yaml": "TensorRT-LLM", ".yml": "TensorRT-LLM"}
@@ -44,26 +45,34 @@ def form_of(path: Path) -> str:
         raise UsageError(f"{path} does not say whose plan it is: .json is SGLang's, .yaml TensorRT-LLM's.") from None
 
 
-def load_plan(path: str | Path, layer_index: np.ndarray, experts: int, units: int) -> np.ndarray:
+def load_plan(
+    path: str | Path, layer_index: np.ndarray, experts: int, units: int, model: Model | None = None
+) -> np.ndarray:
     """Read the plan of a file.
 
     Args:
         path: SGLang's file (.json) or TensorRT-LLM's (.yaml). SGLang's may also have a row for each MoE layer only.
+            A plan of more layers is taken if these are the model's others, or dense ones before the last.
         layer_index: Absolute index of each MoE layer in the model, int64 [L].
         experts: Experts of a layer.
         units: Number of units that share the slots.
+        model: The model, which may know the numbers of its MoE layers. By default not known.
 
     Returns:
         int32 [L, units, slots], the expert in each slot. Every expert has at least one.
 
     Raises:
         UsageError: `units` cannot share the plan's slots equally, or the suffix is another one.
-        MoetraceError: The file cannot be read or is wrong. The message names file, and layer or line.
+        MoetraceError: The file cannot be read or is wrong, or nothing says which of its layers are meant. The message
+            names file, and layer or line.
     """
     path = Path(path)
     form = form_of(path)
     text = _text(path)
-    slots = _from_sglang(path, text, layer_index) if form == "SGLang" else _from_trtllm(path, text, layer_index, units)
+    if form == "SGLang":
+        slots = _from_sglang(path, text, layer_index, model)
+    else:
+        slots = _from_trtllm(path, text, layer_index, units, model)
     sizes = {len(row) for row in slots}
     if len(sizes) > 1 or 0 in sizes:
         raise MoetraceError(f"{path}: layers have from {min(sizes)} to {max(sizes)} slots, but need equally many.")
@@ -90,25 +99,54 @@ def _text(path: Path) -> str:
         raise MoetraceError(f"{path} is no text file.") from None
 
 
-def _from_sglang(path: Path, text: str, layer_index: np.ndarray) -> list[list[int]]:
+def _check_numbers(path: Path, has: set[int], layer_index: np.ndarray, model: Model | None) -> None:
+    """Raise unless the layers that a plan `has` beside those of the trace are told to be others.
+
+    They are others if the plan has all layers of a model whose MoE layers the trace has; if no model tells, if they
+    are before the last and so dense. TensorRT-LLM's files leave dense layers out: where such a plan begins as the trace
+    does, in a layer that is not the first, both count alike.
+    """
+    layers = layer_index.tolist()
+    if has == set(layers):
+        return
+    numbers = None if model is None else model.layer_index
+    if model is not None and numbers is not None and model.all_layers is not None:
+        stop = model.all_layers + (0 if model.mtp_layers is UNSET else model.mtp_layers)
+        if np.isin(layers, numbers).all() and has.issuperset(numbers.tolist()) and max(has) < stop:
+            return
+        why = f"and {model.name} has MoE layers from {numbers[0]} to {numbers[-1]}: "
+    else:
+        if max(has) == layers[-1] or min(has) == layers[0] > 0:
+            return
+        why = "and nothing says which of them these are: name the model with --model, "
+    raise MoetraceError(
+        f"{path} has {len(has)} layers ({min(has)} to {max(has)}), but the trace has {len(layers)} ({layers[0]} to "
+        f"{layers[-1]}), {why}number the trace as the plan (`moetrace select --first-layer N`), or keep only its "
+        f"layers in the plan."
+    )
+
+
+def _from_sglang(path: Path, text: str, layer_index: np.ndarray, model: Model | None) -> list[list[int]]:
     try:
         rows = msgspec.json.decode(text, type=_SGLang).physical_to_logical_map
     except (msgspec.MsgspecError, RecursionError) as error:
         raise MoetraceError(f"{path} is no plan of SGLang's: {str(error).rstrip('.')[:200]}.") from None
-    if len(rows) > layer_index[-1]:
-        return [rows[layer] for layer in layer_index]
     if len(rows) == len(layer_index):
         return rows
+    if len(rows) > layer_index[-1]:
+        _check_numbers(path, set(range(len(rows))), layer_index, model)
+        return [rows[layer] for layer in layer_index]
     raise MoetraceError(f"{path} has {len(rows)} layers, but the trace has layers up to {layer_index[-1]}.")
 
 
-def _from_trtllm(path: Path, text: str, layer_index: np.ndarray, units: int) -> list[list[int]]:
+def _from_trtllm(path: Path, text: str, layer_index: np.ndarray, units: int, model: Model | None) -> list[list[int]]:
     numbers, layers = _parse(path, text)
     if numbers.get("ep_size", units) != units:
         raise UsageError(f"{path} is a plan for {numbers['ep_size']} units, not {units}: take as many.")
     missing = next((layer for layer in layer_index.tolist() if layer not in layers), None)
     if missing is not None:
         raise MoetraceError(f"{path} has no layer {missing} among its initial_global_assignments.")
+    _check_numbers(path, set(layers), layer_index, model)
     rows = [layers[layer] for layer in layer_index.tolist()]
     if any(len(row) != numbers.get("num_slots") for row in rows):
         raise MoetraceError(f"{path}: num_slots must be there and the number of slots of every layer.")

@@ -45,6 +45,7 @@ def other_columns(
     phase: np.ndarray | None,
     layer_index: np.ndarray | None,
     expert_bytes: np.ndarray | None,
+    layer_experts: np.ndarray | None = None,
 ) -> dict[str, Column]:
     """Make the columns of steps and layers, as `Trace.from_arrays` takes them; `sizes` are rows, layers and top_k."""
     rows, layers, _ = sizes
@@ -57,6 +58,8 @@ def other_columns(
     }
     if expert_bytes is not None:
         others["expert_bytes"] = expert_bytes
+    if layer_experts is not None:
+        others["layer_experts"] = layer_experts
     columns = {}
     for name, array in others.items():
         path, dtype = schema.OTHER_PATHS[name]

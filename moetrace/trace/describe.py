@@ -27,6 +27,7 @@ def describe(trace: Trace) -> dict[str, Any]:
         "layer_last": int(trace.layer_index[-1]),
         "experts": trace.num_experts,
         "top_k": trace.top_k,
+        "experts_min": trace.num_experts if trace.layer_experts is None else int(trace.layer_experts.min()),
         "steps": trace.steps,
         **{f"{name}_steps": int(count) for name, count in zip(PHASE_NAMES, steps, strict=True)},
         "rows": trace.rows,

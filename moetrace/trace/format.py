@@ -38,6 +38,7 @@ class Trace:
         phase: uint8 [steps]; 0 prefill, 1 decode, 2 mixed.
         layer_index: uint16 [layers]; absolute index of each MoE layer in the model.
         expert_bytes: int64 [layers] or [layers, experts]; None if the trace does not hold it.
+        layer_experts: uint16 [layers], experts of each layer where they differ; None if the trace does not hold it.
         has: The optional data that the trace holds: "gates", "token", "row_phase", "recorded"; or "counts" if it has no
             ids at all.
     """
@@ -56,10 +57,11 @@ class Trace:
         self.has = frozenset(name for name in (*OPTIONAL, "counts") if name in columns)
         self.offset, self.phase, self.layer_index = (self._whole(name) for name in ("offset", "phase", "layer_index"))
         self.expert_bytes = self._whole("expert_bytes") if "expert_bytes" in columns else None
+        self.layer_experts = self._whole("layer_experts") if "layer_experts" in columns else None
         self.layers, self.steps = self.layer_index.size, self.phase.size
         self.rows = int(self.offset[-1]) if "counts" in columns else columns["experts"].shape[0]
         schema.check_sizes(self.shown, self.num_experts, self.top_k, self.layers, self.rows, self.steps)
-        schema.check_layers(self.shown, self.layer_index, self.expert_bytes, self.num_experts)
+        schema.check_layers(self.shown, self.layer_index, self.expert_bytes, self.num_experts, self.layer_experts)
         schema.check_steps(self.shown, self.offset, self.phase, self.rows, bool(self.has & {"row_phase", "counts"}))
 
     @classmethod
@@ -97,11 +99,10 @@ class Trace:
         phase: np.ndarray | None = None,
         layer_index: np.ndarray | None = None,
         expert_bytes: np.ndarray | None = None,
+        layer_experts: np.ndarray | None = None,
         **optional: np.ndarray,
     ) -> "Trace":
         """Make a trace in memory, with the checks and the interface of one in a file.
-
-        Without `steps` and `phase` every row is a decode step of its own. Without `request` all rows are of request 0.
 
         Args:
             experts: Expert ids, integers [rows, layers, top_k]. A row that made no choice has the absent id: 255 up to
@@ -115,6 +116,7 @@ class Trace:
             phase: Phase of each step, integers [steps]: 0 prefill, 1 decode, 2 mixed. By default 1.
             layer_index: Absolute index of each MoE layer in the model, integers [layers]. By default 0, 1, ...
             expert_bytes: Bytes of the experts, integers [layers] or [layers, experts]. By default not known.
+            layer_experts: Experts of each layer where they differ, integers [layers]. By default num_experts.
             **optional: `gates` float16 and `recorded` uint8, both [rows, layers, top_k]; `token` int32 and `row_phase`
                 uint8, both [rows]. Other dtypes are converted where every value fits.
 
@@ -133,7 +135,7 @@ class Trace:
             (3, 2, 1, 2)
         """
         columns, facts = arrays.columns_of(experts, num_experts, request, position, optional)
-        columns |= arrays.other_columns(facts, steps, phase, layer_index, expert_bytes)
+        columns |= arrays.other_columns(facts, steps, phase, layer_index, expert_bytes, layer_experts)
         attributes = {"model": model, "num_experts": int(num_experts), "top_k": facts[2], "source": dict(source or {})}
         return cls(None, attributes | {"created_by": f"moetrace {__version__}"}, columns)
 
@@ -204,7 +206,7 @@ class Trace:
         return self._row_blocks(compare)
 
     def _row_blocks(self, compare: bool) -> Iterator[Rows]:
-        names = "request", "position", "row_phase", "offset", "phase", "layer_index", "expert_bytes"
+        names = "request", "position", "row_phase", "offset", "phase", "layer_index", "expert_bytes", "layer_experts"
         known = {name: self._columns[name] for name in names if compare and name in self._columns}
         with PassingHashes(self.shown, known) as hashes:
             hashes.add(**{name: getattr(self, name) for name in known if name not in ROW_PATHS})
@@ -298,7 +300,7 @@ class Trace:
                 schema.check_counts(self.shown, counts.first_step, counts.counts, counts.rows)
             return
         for part in self.parts():
-            schema.check_ids(self.shown, part.first, part.experts, self.num_experts)
+            schema.check_ids(self.shown, part.first, part.experts, self.num_experts, self.layer_experts)
             if "recorded" in self.has:
                 recorded = self.read("recorded", part.first, part.first + len(part.experts))
                 schema.check_recorded(self.shown, part.first, recorded, part.experts)
@@ -350,7 +352,7 @@ class Trace:
         Raises MoetraceError if the trace's own file is damaged, or holds an impossible value.
         """
         self.verify_hashes()
-        names = ("model", "num_experts", "top_k", "layers", "rows", "steps", "source", "layer_index")
+        names = ("model", "num_experts", "top_k", "layers", "rows", "steps", "source", "layer_index", "layer_experts")
         facts: dict[str, Any] = {name: getattr(self, name) for name in names} | {"compress": compress}
         if "counts" in self.has:
             with CountsWriter(path, **facts) as writer:
@@ -362,7 +364,7 @@ class Trace:
             for block in self.blocks():
                 first = int(self.offset[block.first_step])
                 steps = slice(block.first_step, block.first_step + block.steps)
-                schema.check_ids(self.shown, first, block.experts, self.num_experts)
+                schema.check_ids(self.shown, first, block.experts, self.num_experts, self.layer_experts)
                 more = {name: self.read(name, first, first + len(block.request)) for name in optional}
                 writer.append(
                     block.experts, block.request, block.position, np.diff(block.offset), self.phase[steps], **more

@@ -123,7 +123,7 @@ def read_columns(source: Source, num_experts: int, top_k: int) -> dict[str, Colu
     where = source.where
     columns: dict[str, Column] = {}
     for name, (path, dtype) in OTHER_PATHS.items():
-        if name == "expert_bytes" and not _present(source, path):
+        if name in schema.OPTIONAL_OTHERS and not _present(source, path):
             continue
         columns[name] = _column(source, path, dtype)
     layers, steps = columns["layer_index"].shape, columns["phase"].shape
@@ -136,6 +136,8 @@ def read_columns(source: Source, num_experts: int, top_k: int) -> dict[str, Colu
         _expect(where, columns["counts"], (*steps, *layers, num_experts))
     else:
         columns |= _row_columns(source, num_experts, top_k, layers[0])
+    if "layer_experts" in columns:
+        _expect(where, columns["layer_experts"], layers)
     if "expert_bytes" in columns:  # before it is read
         schema.check_expert_bytes_shape(where, columns["expert_bytes"].shape, layers[0], num_experts)
     return columns

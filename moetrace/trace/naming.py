@@ -7,17 +7,26 @@ from moetrace.spec.model_files.quantization import named_bits, quantized_name
 
 
 def model_name(
-    where: str, said: str, layers: int, experts: int, model: str | None = None, *, sized: bool = False
+    where: str,
+    said: str,
+    layers: int,
+    experts: int,
+    model: str | None = None,
+    *,
+    sized: bool = False,
+    part: bool = False,
 ) -> str:
     """The preset that is meant: `model` if given, else the longest whose name is part of `said` and that fits.
 
     A name that says a quantization (FP8, AWQ, MXFP4, Q4_K_M) means no preset of other bits, unless the trace is
     `sized`: it holds the bytes of its experts, which then count. If no preset is meant, what was said, or "unknown".
-    Raises UsageError, beginning with `where`, if `model` (a preset or a TOML file) has other layers or experts.
+    Raises UsageError, beginning with `where`, if `model` (a preset or a TOML file) has other layers or experts; the
+    layers may be a `part` of the model's.
     """
     if model is not None:
         spec = load_model(model)
-        check_shape(where, layers, experts, spec)
+        if not (part and experts == spec.most_experts):
+            check_shape(where, layers, experts, spec)
         return spec.name
     for name in sorted(list_presets("models"), key=len, reverse=True):
         if _plain(name) in _plain(said):

@@ -60,6 +60,7 @@ class _Kind(NamedTuple):
     top_k: int
     layer_index: np.ndarray
     expert_bytes: np.ndarray | None
+    layer_experts: np.ndarray | None
     optional: tuple[str, ...]
 
 
@@ -155,6 +156,7 @@ def rebatch(
             source=_source(opened, hashes, parameters),
             layer_index=first.layer_index,
             expert_bytes=first.expert_bytes,
+            layer_experts=first.layer_experts,
             optional=(*kinds[0].optional, *(("row_phase",) if mixed else ())),
             compress=compress,
         ) as writer:
@@ -177,7 +179,8 @@ def _check(batch: int, chunk: int | None, order: str, seed: int) -> None:
 
 def _kind(trace: Trace) -> _Kind:
     optional = tuple(name for name in _KEPT if name in trace.has)
-    return _Kind(trace.num_experts, trace.top_k, trace.layer_index, trace.expert_bytes, optional)
+    layers = trace.layer_index, trace.expert_bytes, trace.layer_experts
+    return _Kind(trace.num_experts, trace.top_k, *layers, optional)
 
 
 def _block_rows(trace: Trace) -> int:

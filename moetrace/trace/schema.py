@@ -29,7 +29,9 @@ OTHER_PATHS = {
     "phase": ("/steps/phase", np.dtype("u1")),
     "layer_index": ("/layers/index", np.dtype("<u2")),
     "expert_bytes": ("/layers/expert_bytes", np.dtype("<i8")),
+    "layer_experts": ("/layers/experts", np.dtype("<u2")),
 }
+OPTIONAL_OTHERS = ("expert_bytes", "layer_experts")
 OPTIONAL = ("gates", "token", "row_phase", "recorded")
 # One row and one layer is a cell: top_k ids. These have the shape of /experts, the others one value a row.
 PER_CHOICE = ("experts", "gates", "recorded")
@@ -197,18 +199,37 @@ def check_steps(where: str, offset: np.ndarray, phase: np.ndarray, rows: int, ha
         raise MoetraceError(f"{where}: step {step} is mixed, so /rows/phase is needed, but it is missing.")
 
 
-def check_layers(where: str, layer_index: np.ndarray, expert_bytes: np.ndarray | None, num_experts: int) -> None:
-    """Raise unless layers are in increasing order and experts have a positive size, per layer or per expert."""
+def check_layers(
+    where: str,
+    layer_index: np.ndarray,
+    expert_bytes: np.ndarray | None,
+    num_experts: int,
+    layer_experts: np.ndarray | None = None,
+) -> None:
+    """Raise unless layers are in increasing order, have some experts, and these a positive size (a layer, or each)."""
     layers = layer_index.size
     if np.any(layer_index[1:] <= layer_index[:-1]):
         layer = int(np.argmax(layer_index[1:] <= layer_index[:-1]))
         raise MoetraceError(f"{where}: /layers/index must increase, but does not after entry {layer}.")
+    if layer_experts is not None:
+        _check_layer_experts(where, layer_experts, layers, num_experts)
     if expert_bytes is None:
         return
     check_expert_bytes_shape(where, expert_bytes.shape, layers, num_experts)
     if expert_bytes.min() < 1:
         layer = int(np.argwhere(expert_bytes < 1)[0][0])
         raise MoetraceError(f"{where}: /layers/expert_bytes of layer entry {layer} is not positive.")
+
+
+def _check_layer_experts(where: str, layer_experts: np.ndarray, layers: int, num_experts: int) -> None:
+    if layer_experts.shape != (layers,):
+        raise MoetraceError(f"{where}: /layers/experts has shape {layer_experts.shape}, but must be ({layers},).")
+    wrong = np.flatnonzero((layer_experts < 1) | (layer_experts > num_experts))
+    if wrong.size:
+        raise MoetraceError(
+            f"{where}: /layers/experts of layer entry {wrong[0]} is {layer_experts[wrong[0]]}, but must be 1 to "
+            f"num_experts ({num_experts})."
+        )
 
 
 def check_expert_bytes_shape(where: str, shape: tuple[int, ...], layers: int, num_experts: int) -> None:
@@ -308,15 +329,18 @@ def check_recorded(where: str, first_row: int, recorded: np.ndarray, experts: np
         )
 
 
-def check_ids(where: str, first_row: int, experts: np.ndarray, num_experts: int) -> None:
-    """Raise unless each id of `experts` [rows, layers, top_k] is absent or below `num_experts`, and none twice."""
+def check_ids(
+    where: str, first_row: int, experts: np.ndarray, num_experts: int, layer_experts: np.ndarray | None = None
+) -> None:
+    """Raise unless each id of `experts` [rows, layers, top_k] is absent or an expert that its layer has, none twice."""
     absent = absent_id(num_experts)
-    wrong = (experts >= num_experts) & (experts != absent)
+    has = np.full(experts.shape[1], num_experts) if layer_experts is None else layer_experts.astype(np.int64)
+    wrong = (experts >= (num_experts if layer_experts is None else has[:, None])) & (experts != absent)
     if wrong.any():
         row, layer, slot = (int(i) for i in np.argwhere(wrong)[0])
         raise MoetraceError(
             f"{where}: /experts row {first_row + row}, layer entry {layer} holds the id {experts[row, layer, slot]}, "
-            f"but the model has {num_experts} experts."
+            f"but {'the model' if layer_experts is None else 'that layer'} has {has[layer]} experts."
         )
     if (twice := _twice(experts, absent)).any():
         row, layer = (int(i) for i in np.argwhere(twice)[0])

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.spec.errors import MoetraceError, UsageError, counted
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import keep_inputs
 from moetrace.trace.format import Trace
 from moetrace.trace.naming import model_name
 from moetrace.trace.opening import accepts_path
-from moetrace.trace.schema import ATTRIBUTE_BYTES, MIXED, OPTIONAL, PER_CHOICE, PHASE_NAMES, check_ids
+from moetrace.trace.ranges import Range, inside, merged, named_layers
+from moetrace.trace.schema import ATTRIBUTE_BYTES, MAX_LAYERS, MIXED, OPTIONAL, PER_CHOICE, PHASE_NAMES, check_ids
 from moetrace.trace.writer import CountsWriter, Writer
 from moetrace.version import __version__
 
-Range = tuple[int, int | None]
 _TOLD_RANGES = 64  # of more, `source` tells the number
 _TOLD_BYTES = ATTRIBUTE_BYTES - 4096
 
@@ -71,6 +71,7 @@ def select(
     phase: str | None = None,
     out: bool = False,
     renumber: bool = False,
+    first_layer: int | None = None,
     compress: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
@@ -89,6 +90,8 @@ def select(
         phase: "prefill" or "decode".
         out: Whether the rows that fit all that is said, and the layers that are said, are left out instead.
         renumber: Whether requests are numbered from 0 in order of appearance, and positions of each from 0.
+        first_layer: Number in the model of the first layer of the copy; the others keep their distance. By default all
+            keep their numbers.
         compress: "zstd" or "gzip". By default data is contiguous.
         progress: A function that gets the number of rows (of counts, steps) copied since its last call.
 
@@ -108,18 +111,24 @@ def select(
     if phase not in (None, "prefill", "decode"):
         raise UsageError(f"phase is {phase!r}, but must be prefill or decode.")
     wish = _Wish(
-        _merged("rows", rows, trace.rows),
-        _merged("steps", steps, trace.steps),
-        _merged("requests", requests, None),
+        merged("rows", rows, trace.rows),
+        merged("steps", steps, trace.steps),
+        merged("requests", requests, None),
         None if phase is None else PHASE_NAMES.index(phase),
         out,
     )
-    kept_layers = _kept_layers(trace, _merged("layers", layers, None), out)
-    if not wish.of_rows and layers is None:
+    kept_layers = _kept_layers(trace, layers, out)
+    if not wish.of_rows and layers is None and first_layer is None:
         raise UsageError("say which rows, steps, requests, layers or phase are meant.")
+    index = trace.layer_index[kept_layers].astype(np.int64)
+    index += 0 if first_layer is None else first_layer - index[0]
+    if not 0 <= index[0] <= index[-1] <= MAX_LAYERS:
+        raise UsageError(f"layers would have the numbers {index[0]} to {index[-1]}; 0 to {MAX_LAYERS} are possible.")
     trace.verify_hashes()
     said = {"rows": rows, "steps": steps, "requests": requests, "layers": layers, "phase": phase}
+    said |= {} if first_layer is None else {"first_layer": first_layer}
     facts: dict[str, Any] = {
+        "layer_index": index.astype(np.uint16),
         "model": trace.model if kept_layers.all() else _model(trace, int(kept_layers.sum())),
         "source": _source(trace, said | {"out": out, "renumber": renumber}),
         "compress": compress,
@@ -167,12 +176,9 @@ def _copy(
     progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write the rows that a wish means, in the layers that are true in bool [layers]; `facts` are the Writer's own."""
-    facts |= {
-        "num_experts": trace.num_experts,
-        "top_k": trace.top_k,
-        "layers": int(layers.sum()),
-        "layer_index": trace.layer_index[layers],
-    }
+    facts = {"layer_index": trace.layer_index[layers]} | facts
+    facts["layer_experts"] = None if trace.layer_experts is None else trace.layer_experts[layers]
+    facts |= {"num_experts": trace.num_experts, "top_k": trace.top_k, "layers": int(layers.sum())}
     if "counts" in trace.has:
         _copy_counts(trace, path, wish, layers, renumber, facts, progress)
         return
@@ -237,12 +243,12 @@ def _fits(wish: _Wish, first: int, part: Any) -> np.ndarray:
     """bool [rows]: the rows of a block or part, the first of which is row `first`, that stay."""
     fits = np.ones(part.request.size, bool)
     if wish.rows is not None:
-        fits &= _inside(np.arange(first, first + fits.size), wish.rows)
+        fits &= inside(np.arange(first, first + fits.size), wish.rows)
     if wish.steps is not None:
-        steps = _inside(np.arange(part.first_step, part.first_step + part.offset.size - 1), wish.steps)
+        steps = inside(np.arange(part.first_step, part.first_step + part.offset.size - 1), wish.steps)
         fits &= np.repeat(steps, np.diff(part.offset))
     if wish.requests is not None:
-        fits &= _inside(part.request, wish.requests)
+        fits &= inside(part.request, wish.requests)
     if wish.phase is not None:
         fits &= part.phase == wish.phase
     return ~fits if wish.out and wish.of_rows else fits
@@ -261,7 +267,7 @@ def _copy_counts(
         raise UsageError(f"{trace.shown} holds counts alone: only its steps, layers and phases can be selected.")
     kept = np.ones(trace.steps, bool)
     if wish.steps is not None:
-        kept &= _inside(np.arange(trace.steps), wish.steps)
+        kept &= inside(np.arange(trace.steps), wish.steps)
     if wish.phase is not None:
         kept &= trace.phase == wish.phase
     if wish.out and wish.of_rows:
@@ -278,41 +284,12 @@ def _copy_counts(
                 progress(len(block.counts))
 
 
-def _merged(what: str, ranges: Sequence[Range] | None, size: int | None) -> np.ndarray | None:
-    """Ranges as int64 [ranges, 2], in order and apart; `size` is how many there are, if that is known."""
-    if ranges is None:
-        return None
-    parts: list[list[int]] = []
-    for start, stop in sorted((start, (1 << 62) if stop is None else stop) for start, stop in ranges):
-        if start < 0 or stop <= start:
-            raise UsageError(f"the {what} {start}:{stop} are none: a range is START:STOP, without STOP itself.")
-        if size is not None and start >= size:
-            raise UsageError(f"there are only {counted(size, what[:-1])}, so {what} from {start} on are none.")
-        if parts and start <= parts[-1][1]:
-            parts[-1][1] = max(parts[-1][1], stop)
-        else:
-            parts.append([start, stop])
-    if not parts:
-        raise UsageError(f"no {what} are said.")
-    return np.array(parts, np.int64)
-
-
-def _inside(numbers: np.ndarray, ranges: np.ndarray) -> np.ndarray:
-    """bool [n]: which of `numbers` [n] lie in one of `ranges` [ranges, 2], which are in order and apart."""
-    at = np.searchsorted(ranges[:, 0], numbers, side="right") - 1
-    return (at >= 0) & (numbers < ranges[np.maximum(at, 0), 1])
-
-
-def _kept_layers(trace: Trace, ranges: np.ndarray | None, out: bool) -> np.ndarray:
+def _kept_layers(trace: Trace, ranges: Sequence[Range] | None, out: bool) -> np.ndarray:
     """bool [layers]. Raises if a range names no layer of the trace, or none would be left."""
     index = trace.layer_index.astype(np.int64)
     if ranges is None:
         return np.ones(index.size, bool)
-    for start, stop in ranges.tolist():
-        if not ((index >= start) & (index < stop)).any():
-            named = f"layer {start}" if stop == start + 1 else f"layers from {start} on"
-            raise UsageError(f"{trace.shown} has no {named}, only {index[0]} to {index[-1]}.")
-    kept = _inside(index, ranges) != out
+    kept = named_layers(trace.shown, index, ranges) != out
     if not kept.any():
         raise MoetraceError(f"{trace.shown}: no layer would be left.")
     return kept
@@ -329,7 +306,7 @@ def _source(trace: Trace, wishes: dict[str, Any]) -> dict[str, Any]:
     for name, wish in wishes.items():
         if isinstance(wish, list | tuple):
             told[name] = [list(part) for part in wish] if len(wish) <= _TOLD_RANGES else len(wish)
-        elif wish not in (None, False):
+        elif wish is not None and wish is not False:
             told[name] = wish
     if (sha256 := trace.content_sha256) is not None:
         told["content_sha256"] = sha256

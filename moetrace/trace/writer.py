@@ -54,6 +54,7 @@ class Writer:
         source: Where the ids are from, as JSON values.
         layer_index: Absolute index of each MoE layer in the model, uint16 [layers]. By default 0, 1, ...
         expert_bytes: Bytes of the experts, int64 [layers] or [layers, experts]. By default not known.
+        layer_experts: Experts of each layer where they differ, uint16 [layers]. By default `num_experts`.
         optional: The datasets beyond experts, request and position: "gates", "token", "row_phase", "recorded".
         compress: "zstd" or "gzip". By default data is contiguous, so that it can be memory-mapped.
 
@@ -91,6 +92,7 @@ class Writer:
         source: Mapping[str, Any],
         layer_index: np.ndarray | None = None,
         expert_bytes: np.ndarray | None = None,
+        layer_experts: np.ndarray | None = None,
         optional: Sequence[str] = (),
         compress: str | None = None,
     ) -> None:
@@ -121,7 +123,10 @@ class Writer:
         if expert_bytes is not None:
             expert_bytes = as_dtype(f"{self._shown}: expert_bytes", expert_bytes, np.dtype("<i8"))
         self._expert_bytes = expert_bytes
-        check_layers(self._shown, self._layer_index, self._expert_bytes, num_experts)
+        if layer_experts is not None:
+            layer_experts = as_dtype(f"{self._shown}: layer_experts", layer_experts, np.dtype("<u2"))
+        self._layer_experts = layer_experts
+        check_layers(self._shown, self._layer_index, self._expert_bytes, num_experts, layer_experts)
         self._compress = compress
         self._row = self._step = 0
         self._held: list[dict[str, np.ndarray]] = []  # rows that wait until a chunk is full
@@ -235,7 +240,11 @@ class Writer:
         self._dataset("/steps/offset", (self._steps + 1,), np.dtype("<i8"))
         self._dataset("/steps/phase", (self._steps,), np.dtype("u1"))
         self._put("/steps/offset", 0, np.zeros(1, "<i8"))
-        for path, array in (("/layers/index", self._layer_index), ("/layers/expert_bytes", self._expert_bytes)):
+        for path, array in (
+            ("/layers/index", self._layer_index),
+            ("/layers/expert_bytes", self._expert_bytes),
+            ("/layers/experts", self._layer_experts),
+        ):
             if array is not None:
                 self._hashes[path] = hashlib.sha256()
                 self._dataset(path, array.shape, array.dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from support.writers import routing
 
 from moetrace.cli import progress as bars
 from moetrace.cli.commands.import_ import FORMATS
@@ -227,6 +228,34 @@ def test_texts_of_a_file_do_not_command_the_terminal(run, tmp_path, archive):
 def test_import_refuses_wrong_usage(run, tmp_path, archive, options, said):
     code, out, err = run("import", archive, "-o", tmp_path / "t.h5", *options)
     assert code == 2 and out == "" and said in err and not (tmp_path / "t.h5").exists()
+
+
+def test_import_takes_passes_that_decode(run, tmp_path):
+    from support.writers.megatron import records
+
+    log = tmp_path / "router_trace_rank0.jsonl"
+    ids = {(n, 0): routing(size, 2, 2, 8, n) for n, size in enumerate([5, 2, 2])}
+    log.write_text(records(0, ids, [1, 2]))
+    asked = ("import", log, "-o", tmp_path / "t.h5", "--experts", 8)
+    assert run(*asked, "--as", "decode", "--steps", "1:")[0] == 0
+    with Trace.open(tmp_path / "t.h5") as trace:
+        assert (np.diff(trace.offset).tolist(), trace.phase.tolist()) == ([5, 2, 2], [0, 1, 1])
+    assert "with --steps A:B instead of --prompt" in run(*asked, "--as", "decode", "--prompt", 5)[2]
+    for wrong in (("--steps", "1:"), ("--as", "decode", "--steps", "1:", "--prompt", 5), ("--as", "decode")):
+        assert run(*asked, *wrong)[0] == 2
+
+
+def test_import_takes_and_numbers_layers(run, tmp_path, archive):
+    code, _, err = run("import", archive, "-o", tmp_path / "t.h5", "--layers", "1,0", "--first-layer", "5")
+    assert code == 0
+    assert "is layers 5, 6 of the model" in err
+    code, _, err = run("import", archive, "-o", tmp_path / "t.h5", "--layers", "1:", "--model", "mixtral-8x7b")
+    assert code == 0
+    assert "a replay needs --set model.moe_layers=1" in err
+    assert run("replay", tmp_path / "t.h5", "--set", "model.moe_layers=1")[0] == 0
+    code, _, err = run("import", archive, "-o", tmp_path / "t.h5", "--layers", "7")
+    assert code == 2
+    assert "has no layer 7, only " in err
 
 
 def test_import_never_overwrites_its_source(run, archive):

@@ -6,8 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.writers import steps
 from support.writers.check import column, imported, refused
-from support.writers.known import joined, passes
+from support.writers.known import Pass, joined, passes
 from support.writers.llamacpp import choices, read_flat, tokens
+
+from moetrace.importers.captured import Hints
+from moetrace.importers.importing import import_traces
+from moetrace.trace import Trace
 
 LAYERS = [1, 2, 5]
 
@@ -63,7 +67,7 @@ def test_a_decoded_request_alone_begins_at_0(tmp_path):
 
 
 def test_prompts_that_were_read_flat_are_kept_and_told_of(tmp_path):
-    known = read_flat(passes([4, 9, 1, 1], 3, 2, 8), 8)
+    known = read_flat(passes([5, 9, 1, 1], 3, 2, 8), 8)
     trace = imported(save(tmp_path, choices(known, LAYERS)), "llamacpp", num_experts=8, top_k=2)
     assert np.array_equal(column(trace, "experts"), joined(known, 8)), "they are not dropped"
     assert trace.source["flat_view"].startswith("in 6 of 6 layers of prompts, the ids are a permutation")
@@ -114,3 +118,49 @@ def test_sizes_come_from_the_user(tmp_path):
 def test_lines_that_name_many_layers_but_few_choices_are_refused(tmp_path):
     lines = [f"{layer},0" for layer in range(3000)] + ["0,1"] * 3000
     refused(save(tmp_path, "\n".join(lines)), "too few for", "llamacpp", num_experts=8, top_k=1)
+
+
+def warm_up(tokens_of_it, layers, num_experts, seed=3):
+    """Lines `layer,expert` of a pass that runs every expert; the last layer may only have the last token."""
+    random = np.random.default_rng(seed)
+    counts = dict.fromkeys(layers, tokens_of_it) | {layers[-1]: 1}
+    return "".join(
+        f"{layer},{i}\n" for layer, n in counts.items() for _ in range(n) for i in random.permutation(num_experts)
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("rows", [[1, 1, 1], [6, 1, 1], [3, 1, 4, 1]])
+@pytest.mark.parametrize("chunk", [64, 1 << 20])
+def test_a_warm_up_is_left_out_and_told(tmp_path, monkeypatch, count, rows, chunk):
+    monkeypatch.setattr("moetrace.importers.reading.text.CHUNK_BYTES", chunk)
+    known, notes = passes(rows, 3, 3, 10), []  # 10 is no multiple of 3
+    path = save(tmp_path, warm_up(count, LAYERS, 10) + choices(known, LAYERS))
+    import_traces(path, tmp_path / "o.h5", hints=Hints(num_experts=10, top_k=3, note=notes.append))
+    with Trace.open(tmp_path / "o.h5") as trace:
+        assert np.array_equal(column(trace, "experts"), joined(known, 10))
+        assert steps(trace) == [(n, int(n == 1)) for n in rows]
+        lines = 10 * (2 * count + 1)
+        assert trace.source["left_out_warm_up"] == f"the first pass, {lines} lines: every layer runs every expert"
+    assert f"left out the first pass ({lines} lines), in which every layer runs each of its 10 experts" in notes[0]
+
+
+def test_a_warm_up_with_positions_is_left_out_and_told(tmp_path):
+    known = passes([4, 1, 1], 3, 2, 8)
+    ids = np.random.default_rng(1).permuted(np.tile(np.arange(8), (2, 3, 1)), axis=2)
+    wide = tokens([Pass(ids, True)], LAYERS)
+    trace = imported(save(tmp_path, wide + tokens(known, LAYERS)), "llamacpp", num_experts=8)
+    assert np.array_equal(column(trace, "experts"), joined(known, 8))
+    assert trace.top_k == 2
+    assert trace.source["left_out_warm_up"].startswith("the first pass, 6 lines")
+
+
+def test_a_first_pass_with_a_choice_too_many_is_no_warm_up(tmp_path):
+    known = passes([4, 1, 1], 3, 2, 8)
+    known[0].ids[:, 0] = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    trace = imported(save(tmp_path, choices(known, LAYERS)), "llamacpp", num_experts=8, top_k=2)
+    assert np.array_equal(column(trace, "experts"), joined(known, 8)), "one layer lists every expert, others do not"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    trace = imported(save(alone, warm_up(1, LAYERS, 8)), "llamacpp", num_experts=8, top_k=2)
+    assert trace.rows == 4, "there is nothing else"

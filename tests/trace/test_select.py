@@ -168,3 +168,19 @@ def test_a_copy_never_takes_the_place_of_its_trace(tmp_path):
         with pytest.raises(MoetraceError):
             select(tmp_path / "t.h5", tmp_path / name, rows=[(0, 1)])
     assert (tmp_path / "t.h5").read_bytes() == before
+
+
+def test_layers_get_other_numbers(tmp_path):
+    ids = np.random.default_rng(1).permuted(np.tile(np.arange(8, dtype=np.uint8), (5, 4, 1)), axis=2)[..., :2]
+    trace = Trace.from_arrays(ids, num_experts=8, layer_index=[0, 2, 4, 6])
+    select(trace, tmp_path / "a.h5", first_layer=3)
+    select(trace, tmp_path / "b.h5", layers=[(4, None)], first_layer=0)
+    with Trace.open(tmp_path / "a.h5") as moved, Trace.open(tmp_path / "b.h5") as part:
+        assert moved.layer_index.tolist() == [3, 5, 7, 9]
+        assert np.array_equal(moved.read("experts", 0, 5), ids)
+        assert part.layer_index.tolist() == [0, 2]
+        assert np.array_equal(part.read("experts", 0, 5), ids[:, 2:])
+        assert part.source["selected"][0]["first_layer"] == 0
+    for first in (-1, 65530):
+        with pytest.raises(UsageError, match=r"layers would have the numbers .*; 0 to 65535 are possible"):
+            select(trace, tmp_path / "c.h5", first_layer=first)

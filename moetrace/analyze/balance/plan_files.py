@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from moetrace.analyze.balance.plans import Plan
+from moetrace.spec import Model
 from moetrace.spec.errors import UsageError
 from moetrace.spec.plan import load_plan
 
@@ -29,6 +30,6 @@ def plan_bytes(plan: Plan, layer_index: np.ndarray, experts: int, form: str) -> 
     return f"{head}initial_global_assignments:\n{rows}".encode()
 
 
-def read_plan(path: Path, layer_index: np.ndarray, experts: int, units: int) -> Plan:
+def read_plan(path: Path, layer_index: np.ndarray, experts: int, units: int, model: Model | None = None) -> Plan:
     """Read the plan of a file; see `spec.plan.load_plan`."""
-    return Plan(1, load_plan(path, layer_index, experts, units))
+    return Plan(1, load_plan(path, layer_index, experts, units, model))

@@ -115,6 +115,7 @@ def locality(
             rows.check(trace, block)
         if progress:
             progress(int(block.offset[block.steps]))
+    _check_own_experts(trace, counts)
     return _Measure(trace, sampler.sample, counts, real, np.array(lags, np.int64), seed).result(
         _facts(trace, chosen, seen, sampler.sample, seed), pairs
     )
@@ -171,18 +172,23 @@ class _Measure:
         return [marked_overlap(marks, self.starts, self.lags), *shuffled]
 
     def _skew(self, layer: int) -> dict[str, Any]:
-        choices = self.counts[layer].sum(axis=0)
+        own = self._experts_of(layer)
+        choices = self.counts[layer].sum(axis=0)[:own]
         law = skew.zipf(choices)
         return {
             "zipf": law.exponent,
             "zipf_misfit": law.misfit,
             "zipf_least_squares": law.least_squares,
             "gini": skew.gini(choices),
-            "top10_share": skew.top_share(choices, max(1, round(self.experts / 10))),
+            "top10_share": skew.top_share(choices, max(1, round(own / 10))),
             "max_over_mean": skew.max_over_mean(choices),
             "distinct": int((choices > 0).sum()),
             "dead": int((choices == 0).sum()),
         }
+
+    def _experts_of(self, layer: int) -> int:
+        """Experts that a layer has."""
+        return self.experts if self.trace.layer_experts is None else int(self.trace.layer_experts[layer])
 
     def _static(self, layer: int) -> dict[str, Any]:
         """The k hottest experts as a static list, tried on the rows that the overlap at lag 1 is about."""
@@ -195,6 +201,7 @@ class _Measure:
 
     def _reuse(self, layer: int) -> dict[str, Any]:
         figures: dict[str, Any] = {}
+        own = self._experts_of(layer)
         for ending, of in (("", self.real), ("_shuffled", self.shuffled)):
             curve = reuse.hit_curve(of, layer)
             figures |= {f"reuse_{name}{ending}": reuse.quantile(of, layer, share) for name, share in _QUANTILES.items()}
@@ -202,8 +209,8 @@ class _Measure:
                 f"reuse_mean{ending}": reuse.mean_distance(of, layer),
                 f"reuse_within_1{ending}": reuse.share_within(of, layer, 1),
                 f"reuse_within_4{ending}": reuse.share_within(of, layer, 4),
-                f"lru_e8{ending}": float(curve[max(1, self.experts // 8) - 1]),
-                f"lru_e4{ending}": float(curve[max(1, self.experts // 4) - 1]),
+                f"lru_e8{ending}": float(curve[max(1, own // 8) - 1]),
+                f"lru_e4{ending}": float(curve[max(1, own // 4) - 1]),
             }
         return figures
 
@@ -250,7 +257,12 @@ class _Measure:
         columns = {"layer": np.repeat(layers, capacity.size), "capacity": np.tile(capacity, layers.size)}
         for name, of in (("hit_rate", self.real), ("hit_rate_shuffled", self.shuffled)):
             columns[name] = np.concatenate([reuse.hit_curve(of, layer) for layer in range(layers.size)])
-        return pl.DataFrame(columns).with_columns(pl.col(pl.Float64).fill_nan(None))
+        return pl.DataFrame(columns).filter(self._owned()).with_columns(pl.col(pl.Float64).fill_nan(None))
+
+    def _owned(self) -> pl.Series:
+        """Whether a layer has an expert of an id; bool [layers * experts]."""
+        own = np.array([self._experts_of(layer) for layer in range(self.trace.layers)])
+        return pl.Series((np.arange(self.experts) < own[:, None]).ravel())
 
     def _load(self) -> pl.DataFrame:
         layers = self.trace.layer_index.astype(np.int64)
@@ -258,7 +270,8 @@ class _Measure:
             "layer": np.repeat(layers, self.experts),
             "expert": np.tile(np.arange(self.experts), layers.size),
         }
-        return pl.DataFrame(columns | {name: self.counts[:, i].ravel() for i, name in enumerate(PHASE_NAMES[:2])})
+        frame = pl.DataFrame(columns | {name: self.counts[:, i].ravel() for i, name in enumerate(PHASE_NAMES[:2])})
+        return frame.filter(self._owned())
 
 
 _SHUFFLES = ("within_requests", "globally")
@@ -292,6 +305,18 @@ def _check_sizes(trace: Trace) -> None:
     ):
         if size > most:
             raise MoetraceError(f"{trace.shown} has {size} {name}, but locality takes up to {most}.")
+
+
+def _check_own_experts(trace: Trace, counts: np.ndarray) -> None:
+    """Refuse a trace whose rows chose experts that their layer does not have; counts int64 [layers, 2, E]."""
+    if trace.layer_experts is None:
+        return
+    for layer, own in enumerate(trace.layer_experts.tolist()):
+        if counts[layer, :, own:].any():
+            raise MoetraceError(
+                f"{trace.shown}: rows choose experts from {own} on in layer entry {layer}, which has {own} "
+                f"(/layers/experts): import it again, or check it with `moetrace info --verify`."
+            )
 
 
 def _facts(trace: Trace, chosen: Chosen, seen: rows.RequestRows, sample: Sample, seed: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from moetrace.spec.errors import UsageError
 if TYPE_CHECKING:
     from moetrace.analyze.balance.plans import Plan, Tier
     from moetrace.analyze.balance.units import Balance
+    from moetrace.spec import Model
     from moetrace.trace import Trace
 
 # What is in moetrace.analyze.balance.units, which takes too long to import for a mere --help.
@@ -122,7 +123,7 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
             window=asked["window"],
             interval=asked["interval"],
             phase=asked["phase"],
-            plans=_plans(opened, asked["files"], tier),
+            plans=_plans(opened, asked["files"], tier, model),
             model=model,
             system=system,
             progress=bar.advance,
@@ -175,12 +176,15 @@ def _tier(asked: dict[str, Any], units: int) -> "Tier":
     return tier
 
 
-def _plans(trace: "Trace", files: tuple[Path, ...], tier: "Tier") -> "dict[str, Plan]":
+def _plans(trace: "Trace", files: tuple[Path, ...], tier: "Tier", model: "Model | None") -> "dict[str, Plan]":
     from moetrace.analyze.balance.plan_files import read_plan
+    from moetrace.spec import list_presets, load_model
 
+    if files and model is None and trace.model in list_presets("models"):
+        model = load_model(trace.model)
     alone = len({file.name for file in files}) == len(files)
     return {
-        file.name if alone else str(file): read_plan(file, trace.layer_index, trace.num_experts, tier.units)
+        file.name if alone else str(file): read_plan(file, trace.layer_index, trace.num_experts, tier.units, model)
         for file in files
     }
 

@@ -6,6 +6,7 @@ import click
 
 from moetrace.cli.commands.lint import drop_options, say_found, say_left_out
 from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.range_list import RangeList
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.tables.output import said_of, say
 from moetrace.spec.errors import UsageError, printable
@@ -45,10 +46,19 @@ FORMATS = (
     help="Model that was traced: preset or model file; else the source's own name decides.",
 )
 @click.option(
-    "--as", "as_phase", type=click.Choice(["decode"]), help="Take rows after the prompt (--prompt) as decode steps."
+    "--as",
+    "as_phase",
+    type=click.Choice(["decode"]),
+    help="Take rows after the prompt (--prompt) or some passes (--steps) as decode.",
 )
 @click.option(
     "--prompt", type=click.IntRange(min=0), metavar="P", help="With --as decode: rows of each request's prompt."
+)
+@click.option(
+    "--steps",
+    type=RangeList(),
+    metavar="A:B,...",
+    help="With --as decode: passes that decode, by their order in the source from 0; the others are prefill.",
 )
 @click.option(
     "--columns",
@@ -71,6 +81,18 @@ FORMATS = (
     metavar="ID",
     help="This id carries no expert either; may be given several times.",
 )
+@click.option(
+    "--layers",
+    type=RangeList(),
+    metavar="A:B,...",
+    help="Layers to take, by their numbers in the source: A:B (A to B - 1), A:, :B or one number.",
+)
+@click.option(
+    "--first-layer",
+    type=click.IntRange(0, 65534),
+    metavar="N",
+    help="Number in the model of the first layer that is taken.",
+)
 @click.option("--keep-cached", is_flag=True, help="Keep the rows of cached prompts, which no forward pass computed.")
 @click.option("--strict", is_flag=True, help="Refuse a source with a bad record instead of leaving it out.")
 @drop_options
@@ -82,11 +104,14 @@ def command(
     model: str | None,
     as_phase: str | None,
     prompt: int | None,
+    steps: list[tuple[int, int | None]] | None,
     columns: str | None,
     experts: int | None,
     top_k: int | None,
     absent_from: int | None,
     absent_ids: tuple[int, ...],
+    layers: list[tuple[int, int | None]] | None,
+    first_layer: int | None,
     keep_cached: bool,
     strict: bool,
     compress: str | None,
@@ -100,15 +125,19 @@ def command(
 
     Where a source does not say its steps, consecutive prefill rows of a request become one step, each decode row a
     step of its own. `--as decode --prompt P` makes decode steps of all rows of a request after the first P, for
-    captures whose text was fed in at once.
+    captures whose text was fed in at once. Passes that a source records stay steps. `--as decode --steps A:B` says
+    which of them decode, where the source knows no requests.
+
+    With --model, layers get the model's numbers, and those of multi-token prediction (MTP) are left out. --layers takes
+    part of the layers, which may be one of a large model.
 
     Rows of cached prompts, padding and answers without routing are left out, answers that continue an earlier one
     join its request; a note says how many.
 
     What `moetrace lint` finds in the new trace is said on stderr, and does not change the exit code.
     """
-    if (as_phase is None) != (prompt is None):
-        raise UsageError("--as decode and --prompt P need each other.")
+    if (as_phase is None) != (prompt is None and steps is None):
+        raise UsageError("--as decode and --prompt P need each other, or --as decode and --steps A:B.")
     from moetrace.cli.progress import LateBar
     from moetrace.importers.captured import Hints
     from moetrace.importers.columns import said_columns
@@ -131,8 +160,11 @@ def command(
             keep_cached=keep_cached,
             absent_from=absent_from,
             absent_ids=absent_ids,
+            only_layers=layers,
+            first_layer=first_layer,
         )
         options = {"format": form, "model": model, "hints": hints, "decode_after": prompt, "compress": compress}
+        options |= {} if steps is None else {"decode_steps": steps}
         if drop["drop_warmup"] or drop["drop_dense"]:
             options |= {"warmup": drop["drop_warmup"], "dense": drop["drop_dense"]}
             left_out = import_and_leave_out(list(sources), out, **options)

@@ -49,11 +49,16 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
+def _experts(facts: dict[str, Any]) -> str:
+    least, most = facts["experts_min"], facts["experts"]
+    return f"{most}" if least == most else f"{least} to {most}"
+
+
 def _for_people(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("model", facts["model"]),
         ("layers", f"{facts['layers']} (index {facts['layer_first']} to {facts['layer_last']})"),
-        ("experts", f"{facts['experts']} a layer, top {facts['top_k']}"),
+        ("experts", f"{_experts(facts)} a layer, top {facts['top_k']}"),
         ("steps", f"{facts['steps']:,}" + _phases(facts, "steps")),
         ("rows", f"{facts['rows']:,}" + _phases(facts, "rows")),
     ]

@@ -6,33 +6,16 @@ from typing import Any
 import click
 
 from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.range_list import RangeList
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.tables.output import said_of, say
 from moetrace.spec.errors import UsageError
 
-
-class _Ranges(click.ParamType):
-    """`A:B,C,D:` as pairs of start and stop; a number alone is itself."""
-
-    name = "ranges"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        ranges = []
-        for part in str(value).split(","):
-            start, colon, stop = (text.strip() for text in part.partition(":"))
-            if not all(
-                text == "" or (text.isascii() and text.isdecimal() and len(text) < 19) for text in (start, stop)
-            ):
-                self.fail(f"{part!r} is no range: use A:B (A to B - 1), A:, :B or one number.", param, ctx)
-            if not colon and not start:
-                self.fail("a range is empty: use A:B (A to B - 1), A:, :B or one number.", param, ctx)
-            first = int(start or 0)
-            ranges.append((first, int(stop) if stop else None if colon else first + 1))
-        return ranges
+_MEANT = ("rows", "steps", "requests", "layers", "phase")
 
 
 def _option(name: str, text: str):
-    return click.option(f"--{name}", type=_Ranges(), metavar="A:B,...", help=text)
+    return click.option(f"--{name}", type=RangeList(), metavar="A:B,...", help=text)
 
 
 @click.command()
@@ -45,6 +28,7 @@ def _option(name: str, text: str):
 @click.option("--phase", type=click.Choice(["prefill", "decode"]), help="Rows of one phase.")
 @click.option("--out", is_flag=True, help="Leave out what is said instead of keeping it.")
 @click.option("--renumber", is_flag=True, help="Number requests from 0, and the positions of each from 0.")
+@click.option("--first-layer", type=click.IntRange(0, 65535), metavar="N", help="Number of the first layer in OUT.h5.")
 @click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
 def command(trace: Path, out_path: Path, compress: str | None, **wishes: Any) -> None:
     """Copy a part of a trace to OUT.h5: the rows that fit all that is said, in the layers that are said.
@@ -52,9 +36,10 @@ def command(trace: Path, out_path: Path, compress: str | None, **wishes: Any) ->
     Ranges are A:B (A to B - 1), A:, :B or one number, several with commas between. With --out, the rows that fit all
     that is said are left out, and so are the layers that are said.
 
-    Steps keep their other rows, and go if none is left. Requests, positions and layers keep their numbers.
+    Steps keep their other rows, and go if none is left. Requests, positions and layers keep their numbers, unless
+    --renumber or --first-layer say otherwise.
     """
-    if not any(wishes[name] for name in ("rows", "steps", "requests", "layers", "phase")):
+    if wishes["first_layer"] is None and not any(wishes[name] for name in _MEANT):
         raise UsageError("say what is meant: --rows, --steps, --requests, --layers or --phase.")
     from moetrace.cli.progress import LateBar
     from moetrace.trace.format import Trace

@@ -11,7 +11,7 @@ from moetrace.spec.plan import load_plan
 def as_planned(placing: Placing) -> np.ndarray:
     """Read the plan; raise UsageError if it has copies of experts, which this tier does not know."""
     assert placing.plan is not None
-    plan = load_plan(placing.plan, placing.layer_index, placing.experts, placing.units)
+    plan = load_plan(placing.plan, placing.layer_index, placing.experts, placing.units, placing.model)
     if plan[0].size > placing.experts:
         raise UsageError(
             f"Policy {placing.policy}: {placing.plan} has {plan[0].size} slots for {placing.experts} experts; a replay "

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.importers.captured import Capture, Hints, Part, kept_layers, without_zero_cells
+from moetrace.importers.captured import Capture, Hints, Part, without_zero_cells
 from moetrace.importers.reading.conversations import Conversations, Request, Stretch
+from moetrace.importers.reading.numbering import kept_layers
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.told import Told, first_position

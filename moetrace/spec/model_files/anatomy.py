@@ -30,6 +30,7 @@ class Anatomy(NamedTuple):
     expert_intermediate: int
     expert_matrices: int
     head: int  # weights of the LM head: vocabulary x hidden, shared with the embedding or not
+    mtp_layers: int | None = None  # layers after these that predict further tokens; None: the file does not say
 
     @property
     def expert_params(self) -> int:
@@ -64,11 +65,14 @@ def fields_of(anatomy: Anatomy, where: str) -> dict[str, Any]:
     moe = [layer for layer in anatomy.layers if layer.experts]
     if not moe:
         raise MoetraceError(f"Cannot read a MoE model from {where}: it is dense, none of its layers has experts.")
+    dense = [index for index, layer in enumerate(anatomy.layers) if not layer.experts]
     rest = anatomy.layers[first:]
     per_layer = sum(layer.mixer + layer.dense + layer.shared + layer.router for layer in rest) / len(moe)
     kv_bytes = float(np.sum([layer.kv_bytes for layer in rest])) / len(moe)
     fields = {
         "moe_layers": len(moe),
+        "dense_layers": len(dense) if dense == list(range(len(dense))) else dense,
+        "mtp_layers": anatomy.mtp_layers,
         "experts": _one_or_each([layer.experts for layer in moe]),
         "top_k": _one_or_each([layer.top_k for layer in moe]),
         "hidden": anatomy.hidden,

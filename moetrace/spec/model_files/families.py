@@ -202,7 +202,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen2_moe": _QWEN_2,
         "qwen3_5_moe_text": _QWEN_NEXT,
         "qwen3_moe": _QWEN_3,
-        "qwen3_next": _QWEN_NEXT,
+        # Its config.json does not say that its weights have a layer mtp.layers.0.
+        "qwen3_next": _QWEN_NEXT._replace(defaults={"num_nextn_predict_layers": 1}),
         "qwen3_vl_moe_text": _QWEN_3,
         "solar_open": _GLM,
     }

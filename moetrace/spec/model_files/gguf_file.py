@@ -112,7 +112,8 @@ def _anatomy(header: GgufHeader, blocks: list[_Block], fields: Fields) -> Anatom
         if block.experts and _expert(block, fields) != (width, matrices, moe_hidden):
             fields.refuse("the experts of its layers have different sizes")
     latent, head = moe_hidden if moe_hidden != hidden else None, _head(header)
-    return Anatomy(layers, hidden, latent, width, matrices, head.params if head else 0)
+    mtp_layers = None if fields.get("nextn_predict_layers") is None else fields.maybe("nextn_predict_layers")
+    return Anatomy(layers, hidden, latent, width, matrices, head.params if head else 0, mtp_layers)
 
 
 def _expert(block: _Block, fields: Fields) -> tuple[int, int, int]:

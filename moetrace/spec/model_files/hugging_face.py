@@ -11,6 +11,9 @@ from moetrace.spec.model_files.json_fields import MAX_CONFIG_BYTES, MAX_LAYERS, 
 from moetrace.spec.model_files.quantization import bits_of
 from moetrace.spec.model_files.safetensors_index import stored_bits
 
+# Layers that predict further tokens, as DeepSeek and GLM, Qwen, and MiniMax call them.
+_MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+
 
 def read_folder(path: Path) -> dict[str, Any]:
     """The fields of a `Model` from the config.json at `path` and, if they are beside it, the headers of the weights.
@@ -76,7 +79,9 @@ def anatomy_of(family: Family, fields: Fields) -> Anatomy:
             width = 0 if family.one_part and kind != "mlp" else _width(fields, family.dense_width)
             layers.append(Layer(*sizes[kind], family.matrices * hidden * width))
     head = fields.count("vocab_size") * hidden
-    return Anatomy(layers, hidden, latent or None, _width(fields, family.width), family.matrices, head)
+    said = fields.get(*_MTP_LAYERS)
+    mtp_layers = None if said is None else fields.maybe(*_MTP_LAYERS)
+    return Anatomy(layers, hidden, latent or None, _width(fields, family.width), family.matrices, head, mtp_layers)
 
 
 def family_of(path: Path, whole: dict[str, Any]) -> tuple[Family, Fields]:
