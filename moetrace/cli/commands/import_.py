@@ -17,6 +17,8 @@ FORMATS = (
     "bigmoeonedge",
     "colibri",
     "fiddler",
+    "counts-table",
+    "imatrix",
     "jsonl",
     "lattice",
     "llamacpp",
