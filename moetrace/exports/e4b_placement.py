@@ -1,8 +1,8 @@
 """A placement manifest for experts4bit (`e4b-placement/1`): which experts are in VRAM, in main memory, on NVMe.
 
-pjordanandrsn/experts4bit-qlora, `engines/placement.py`: `tiers` must name each [layer, expert] once, `geometry` says how
-many there are; `masses` are the shares of choices. What its solver balances and nobody knows here (bandwidths, hashes of
-a calibration) is null. It numbers the layers from 0, and how where a model has dense layers is not known: refused.
+pjordanandrsn/experts4bit-qlora, `engines/placement.py`: `tiers` must name each [layer, expert] once, `geometry` says
+how many there are; `masses` are the shares of choices. What only its solver knows (hashes of a calibration) is null. It
+numbers layers from 0. How it numbers those of a model with dense layers is not known: such a trace is refused.
 """
 
 import json
@@ -22,7 +22,7 @@ def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choi
     """Write the set as the VRAM tier, and the hottest others as that of main memory, all of them by default."""
     if not np.array_equal(trace.layer_index, np.arange(trace.layers)):
         raise MoetraceError(
-            f"{trace.shown} has layers without experts, or not the first ones; how e4b-placement numbers them is not known."
+            f"{trace.shown} has layers without experts, or not the first ones, which e4b-placement may number otherwise."
         )
     counts = tallied(trace, choice, progress).counts
     vram = kept(trace, choice, counts)

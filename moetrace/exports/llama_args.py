@@ -21,9 +21,7 @@ _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: Choice) -> None:
     """Write the arguments to `file`; nothing but a line end if all layers are kept on the GPU."""
     if choice.layer_slots is not None:
-        raise UsageError(
-            "llama.cpp keeps whole layers: give --slots N, of which each layer takes all its experts, or --set."
-        )
+        raise UsageError("llama.cpp keeps whole layers: give --slots N or --set FILE.csv instead of --layer-slots.")
     found = tallied(trace, choice, progress)
     on_gpu = np.zeros(trace.layers, bool)
     if choice.held is not None:

@@ -59,8 +59,8 @@ def test_a_fork_of_llama_cpp_ranks_experts_as_the_trace(tmp_path):
 @pytest.mark.parametrize("choice", [{"slots": 7}, {"layer_slots": 2}, {"slots": 0}])
 def test_sets(tmp_path, choice):
     path = written(tmp_path / "a.csv", "static", **choice)
-    per_layer = [[pair for pair in HOTTEST if pair[0] == layer][:2] for layer in range(3)]
-    expected = HOTTEST[: choice["slots"]] if "slots" in choice else [p for p in HOTTEST if p in sum(per_layer, [])]
+    per_layer = [pair for layer in range(3) for pair in [pair for pair in HOTTEST if pair[0] == layer][:2]]
+    expected = HOTTEST[: choice["slots"]] if "slots" in choice else [p for p in HOTTEST if p in per_layer]
     assert [tuple(pair) for pair in load_static(path, 3, 6).tolist()] == expected
     lines = written(tmp_path / "a.map", "moe-l2", made((1, 2, 4)), held=path).read_text().splitlines()
     assert lines[0] == f"# EXPERT_TOTAL {len(expected)}"
