@@ -11,10 +11,10 @@ from moetrace.trace.atomic import keep_inputs, whole_file
 from moetrace.trace.format import Trace
 
 if TYPE_CHECKING:
-    from moetrace.exports.resident import Choice
+    from moetrace.exports.resident import KeptChoice
 
 # Format -> how its files' names end (the first is usual; none: --to must say it), and what it is. The module
-# moetrace.exports.<format>, with "_" for "-", has `write(trace, file, progress)`, with a `Choice` if it is of `_TAKES`.
+# moetrace.exports.<format>, with "_" for "-", has `write(trace, file, progress)`, with a `KeptChoice` if it is of `_TAKES`.
 FORMATS = {
     "npz": ((".npz",), "NumPy archive: the arrays that `moetrace import` reads"),
     "parquet": ((".parquet",), "a row for each choice of an expert"),
@@ -22,7 +22,7 @@ FORMATS = {
     "eplb": ((".json",), "expert counts as SGLang's --init-expert-location and EPLB take them"),
     "ktransformers": ((".pt",), "expert counts, or a set as ranks, for KTransformers"),
     "moe-cache-profile": ((), "routing profile for llama.cpp forks with --moe-cache-profile"),
-    "static": ((), "set of experts for residency static of `moetrace replay`"),
+    "static-csv": ((), "set of experts for residency static of `moetrace replay`"),
     "moe-l2": ((), "router map for moe-l2: the experts to pin"),
     "e4b-placement": ((), "placement of experts4bit: experts in VRAM, main memory and NVMe"),
     "llama-args": ((), "--n-cpu-moe or -ot of llama.cpp: the layers whose experts stay in main memory"),
@@ -31,7 +31,7 @@ FORMATS = {
 _TAKES = {
     "ktransformers": {"counts": True, "sets": True, "tiers": False},
     "moe-cache-profile": {"counts": True, "sets": True, "tiers": False},
-    "static": {"counts": False, "sets": True, "tiers": False},
+    "static-csv": {"counts": False, "sets": True, "tiers": False},
     "moe-l2": {"counts": False, "sets": True, "tiers": False},
     "e4b-placement": {"counts": False, "sets": True, "tiers": True},
     "llama-args": {"counts": False, "sets": True, "tiers": False},
@@ -43,7 +43,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     to: str | None = None,
-    choice: "Choice | None" = None,
+    choice: "KeptChoice | None" = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write a trace in the format of another tool. The same trace gives the same bytes.
@@ -91,13 +91,13 @@ def export(
             opened.close()
 
 
-def _checked(form: str, choice: "Choice | None") -> "tuple[Choice, ...]":
+def _checked(form: str, choice: "KeptChoice | None") -> "tuple[KeptChoice, ...]":
     """What the format's writer takes beside the trace; raise UsageError if `choice` is not for it."""
     if form not in _TAKES and choice is None:
         return ()
-    from moetrace.exports.resident import Choice, check_choice
+    from moetrace.exports.resident import KeptChoice, check_choice
 
-    choice = choice or Choice()
+    choice = choice or KeptChoice()
     check_choice(choice, form, **_TAKES.get(form, {"counts": False, "sets": False, "tiers": False}))
     return (choice,) if form in _TAKES else ()
 

@@ -11,18 +11,18 @@ from typing import IO, Any
 
 import numpy as np
 
-from moetrace.exports.resident import Choice, hottest, kept, tallied
+from moetrace.exports.resident import KeptChoice, hottest, kept, tallied
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.format import Trace
 
 _ORDERS = {"gpu": "gnf4-fused-grouped/1", "cpu": "gnf4-native-locked-tree/1"}  # what its placements of version 1 have
 
 
-def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: Choice) -> None:
+def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
     """Write the set as the VRAM tier, and the hottest others as that of main memory, all of them by default."""
     if not np.array_equal(trace.layer_index, np.arange(trace.layers)):
         raise MoetraceError(
-            f"{trace.shown} has layers without experts, or not the first ones, which e4b-placement may number otherwise."
+            f"{trace.shown} has layers without experts, or lacks the first; e4b-placement may number these otherwise."
         )
     counts = tallied(trace, choice, progress).counts
     vram = kept(trace, choice, counts)

@@ -16,7 +16,7 @@ from typing import IO
 
 import numpy as np
 
-from moetrace.exports.resident import Choice, in_model, kept, ranks, tallied
+from moetrace.exports.resident import KeptChoice, in_model, kept, ranks, tallied
 from moetrace.trace.format import Trace
 
 _NAME = "counts"
@@ -24,7 +24,7 @@ _ALIGNED = 64
 _PADDING = 0x4246  # the id of torch's own padding in a zip header
 
 
-def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: Choice) -> None:
+def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
     """Write the counts, or the ranks of a set, to `file`."""
     counts = tallied(trace, choice, progress).counts
     if choice.is_set:

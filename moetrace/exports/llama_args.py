@@ -11,14 +11,14 @@ from typing import IO
 
 import numpy as np
 
-from moetrace.exports.resident import Choice, kept, tallied
+from moetrace.exports.resident import KeptChoice, kept, tallied
 from moetrace.spec.errors import UsageError
 from moetrace.trace.format import Trace
 
 _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
-def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: Choice) -> None:
+def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
     """Write the arguments to `file`; nothing but a line end if all layers are kept on the GPU."""
     if choice.layer_slots is not None:
         raise UsageError("llama.cpp keeps whole layers: give --slots N or --set FILE.csv instead of --layer-slots.")

@@ -20,7 +20,7 @@ from moetrace.trace.format import Trace
 PHASES = ("all", "prefill", "decode", "mixed")
 
 
-class Choice(NamedTuple):
+class KeptChoice(NamedTuple):
     """What to take of a trace.
 
     Attributes:
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
         return not (self.slots is None and self.layer_slots is None and self.held is None)
 
 
-def check_choice(choice: Choice, form: str, *, counts: bool, sets: bool, tiers: bool) -> None:
+def check_choice(choice: KeptChoice, form: str, *, counts: bool, sets: bool, tiers: bool) -> None:
     """Raise UsageError if `choice` is not for the format `form`, which takes counts, sets, or sets of three tiers."""
     given = [choice.slots, choice.layer_slots, choice.held]
     if choice.phase not in PHASES:
@@ -64,18 +64,18 @@ def check_choice(choice: Choice, form: str, *, counts: bool, sets: bool, tiers: 
             raise UsageError(f"--{name.replace('_', '-')} is {value}: give 0 or more.")
 
 
-class Tally(NamedTuple):
+class KeptTally(NamedTuple):
     """What the steps of a trace chose; `active` are distinct experts, summed over the steps."""
 
     counts: np.ndarray  # int64 [layers, experts]
     active: np.ndarray  # int64 [layers]
 
 
-def tallied(trace: Trace, choice: Choice, progress: Callable[[int], object]) -> Tally:
+def tallied(trace: Trace, choice: KeptChoice, progress: Callable[[int], object]) -> KeptTally:
     """Count the choices of the steps of the phase; raise MoetraceError if there are none."""
     check_objects(trace, int(trace.layer_index[-1]) + 1)
     steps = steps_of_phase(trace, choice.phase)
-    found = Tally(np.zeros((trace.layers, trace.num_experts), np.int64), np.zeros(trace.layers, np.int64))
+    found = KeptTally(np.zeros((trace.layers, trace.num_experts), np.int64), np.zeros(trace.layers, np.int64))
     for loads in loads_of(trace, steps):
         add(loads, found.counts)
         found.active[:] += np.diff(loads.start).reshape(-1, trace.layers).sum(axis=0)
@@ -91,7 +91,7 @@ def hottest(counts: np.ndarray) -> np.ndarray:
     return np.stack(np.unravel_index(order, counts.shape), axis=1)
 
 
-def kept(trace: Trace, choice: Choice, counts: np.ndarray) -> np.ndarray:
+def kept(trace: Trace, choice: KeptChoice, counts: np.ndarray) -> np.ndarray:
     """The set int64 [n, 2] (layer entry, expert): a file's in its order, else the hottest first."""
     layers, experts = counts.shape
     if choice.held is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import moetrace as mt
-from moetrace.exports.resident import Choice
+from moetrace.exports.resident import KeptChoice
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.policy import load_static
 
@@ -26,7 +26,7 @@ def made(layer_index=(0, 1, 2)) -> mt.Trace:
 
 
 def written(path: Path, to: str, trace: mt.Trace | None = None, **choice) -> Path:
-    mt.export(trace or made(), path, to=to, choice=Choice(**choice))
+    mt.export(trace or made(), path, to=to, choice=KeptChoice(**choice))
     return path
 
 
@@ -58,7 +58,7 @@ def test_a_fork_of_llama_cpp_ranks_experts_as_the_trace(tmp_path):
 
 @pytest.mark.parametrize("choice", [{"slots": 7}, {"layer_slots": 2}, {"slots": 0}])
 def test_sets(tmp_path, choice):
-    path = written(tmp_path / "a.csv", "static", **choice)
+    path = written(tmp_path / "a.csv", "static-csv", **choice)
     per_layer = [pair for layer in range(3) for pair in [pair for pair in HOTTEST if pair[0] == layer][:2]]
     expected = HOTTEST[: choice["slots"]] if "slots" in choice else [p for p in HOTTEST if p in per_layer]
     assert [tuple(pair) for pair in load_static(path, 3, 6).tolist()] == expected

@@ -17,7 +17,7 @@ FORMATS = (
     "eplb",
     "ktransformers",
     "moe-cache-profile",
-    "static",
+    "static-csv",
     "moe-l2",
     "e4b-placement",
     "llama-args",
@@ -67,7 +67,7 @@ def command(
     eplb               .json           counts of each expert, for SGLang and EPLB
     ktransformers      .pt             counts of each expert, or a set as ranks
     moe-cache-profile                  the same, for forks of llama.cpp
-    static                             a set of experts, for residency static
+    static-csv                         a set of experts, for residency static
     moe-l2                             a set of experts, for moe-l2
     e4b-placement                      a set of experts, for experts4bit
     llama-args                         --n-cpu-moe or -ot, for llama.cpp
@@ -77,12 +77,12 @@ def command(
     """
     from moetrace.cli.progress import LateBar
     from moetrace.exports import export
-    from moetrace.exports.resident import Choice
+    from moetrace.exports.resident import KeptChoice
     from moetrace.trace.format import Trace
 
     check_targets({"-o": out}, [trace, *([held] if held else [])])
     given = (phase, slots, layer_slots, held, dram_slots)
-    choice = Choice(phase or "all", *given[1:]) if any(value is not None for value in given) else None
+    choice = KeptChoice(phase or "all", *given[1:]) if any(value is not None for value in given) else None
     with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
         export(opened, out, to=form, choice=choice, progress=bar.advance)
         rows = opened.rows
