@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from moetrace.exports.resident import KeptChoice
 
 # Format -> how its files' names end (the first is usual; none: --to must say it), and what it is. The module
-# moetrace.exports.<format>, with "_" for "-", has `write(trace, file, progress)`, with a `KeptChoice` if it is of `_TAKES`.
+# moetrace.exports.<format>, with "_" for "-", has `write(trace, file, progress)`; those of `_TAKES`
+# also get a `KeptChoice`.
 FORMATS = {
     "npz": ((".npz",), "NumPy archive: the arrays that `moetrace import` reads"),
     "parquet": ((".parquet",), "a row for each choice of an expert"),
