@@ -41,6 +41,8 @@ WRITERS = {
     "bigmoeonedge": "support.writers.bigmoeonedge",
     "colibri": "support.writers.colibri",
     "fiddler": "support.writers.fiddler",
+    "counts-table": "support.writers.counts_table",
+    "imatrix": "support.writers.imatrix",
     "jsonl": "support.writers.jsonl",
     "lattice": "support.writers.lattice",
     "llamacpp": "support.writers.llamacpp",

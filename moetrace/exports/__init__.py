@@ -4,18 +4,38 @@ import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetrace.spec.errors import UsageError
 from moetrace.trace.atomic import keep_inputs, whole_file
 from moetrace.trace.format import Trace
 
-# Format -> how its files' names end (the first is usual), and what it is. The module moetrace.exports.<format>,
-# with "_" for "-", has `write(trace, file, progress)`.
+if TYPE_CHECKING:
+    from moetrace.exports.resident import KeptChoice
+
+# Format -> how its files' names end (the first is usual; none: --to must say it), and what it is. The module
+# moetrace.exports.<format>, with "_" for "-", has `write(trace, file, progress)`; those of `_TAKES`
+# also get a `KeptChoice`.
 FORMATS = {
     "npz": ((".npz",), "NumPy archive: the arrays that `moetrace import` reads"),
     "parquet": ((".parquet",), "a row for each choice of an expert"),
     "oracle-general": ((".oracleGeneral", ".bin"), "libCacheSim's binary trace, with the time of each next access"),
     "eplb": ((".json",), "expert counts as SGLang's --init-expert-location and EPLB take them"),
+    "ktransformers": ((".pt",), "expert counts, or a set as ranks, for KTransformers"),
+    "moe-cache-profile": ((), "routing profile for llama.cpp forks with --moe-cache-profile"),
+    "static-csv": ((), "set of experts for residency static of `moetrace replay`"),
+    "moe-l2": ((), "router map for moe-l2: the experts to pin"),
+    "e4b-placement": ((), "placement of experts4bit: experts in VRAM, main memory and NVMe"),
+    "llama-args": ((), "--n-cpu-moe or -ot of llama.cpp: the layers whose experts stay in main memory"),
+}
+# Formats of what an engine is to keep: whether they take counts, and sets (of two tiers or three).
+_TAKES = {
+    "ktransformers": {"counts": True, "sets": True, "tiers": False},
+    "moe-cache-profile": {"counts": True, "sets": True, "tiers": False},
+    "static-csv": {"counts": False, "sets": True, "tiers": False},
+    "moe-l2": {"counts": False, "sets": True, "tiers": False},
+    "e4b-placement": {"counts": False, "sets": True, "tiers": True},
+    "llama-args": {"counts": False, "sets": True, "tiers": False},
 }
 
 
@@ -24,6 +44,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     to: str | None = None,
+    choice: "KeptChoice | None" = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write a trace in the format of another tool. The same trace gives the same bytes.
@@ -33,13 +54,15 @@ def export(
     Args:
         trace: A trace or the path of its file.
         path: The new file. It is whole or not there.
-        to: The format: "npz", "parquet", "oracle-general" or "eplb". By default the suffix of `path` says it.
+        to: The format, a key of `FORMATS`. By default the suffix of `path` says it, if it is one format's.
+        choice: For formats of what an engine is to keep: the phase that counts, and how many experts, or which. By
+            default counts of all steps.
         progress: A function that gets the number of rows read since its last call.
 
     Raises:
-        UsageError: The format is unknown or not clear, or `path` is the trace's own.
-        MoetraceError: The trace holds only counts (but for "eplb") or an impossible id, differs from its sha256s, or
-            the system refuses.
+        UsageError: The format is unknown or not clear, does not go with `choice`, or `path` is the trace's own.
+        MoetraceError: The trace holds only counts and the format needs ids, or it holds an impossible id, differs from
+            its sha256s, or the system refuses.
 
     Examples:
         >>> import moetrace as mt
@@ -49,10 +72,12 @@ def export(
         393936
     """
     path = Path(path)
-    module = importlib.import_module(f"moetrace.exports.{_format(path, to).replace('-', '_')}")
+    form = _format(path, to)
+    module = importlib.import_module(f"moetrace.exports.{form.replace('-', '_')}")
+    chosen = _checked(form, choice)
     opened = trace if isinstance(trace, Trace) else Trace.open(trace)
     try:
-        keep_inputs(path, [opened.path])
+        keep_inputs(path, [opened.path, *((Path(choice.held),) if choice and choice.held else ())])
         opened.verify_hashes()
         with whole_file(path) as file:
 
@@ -61,10 +86,21 @@ def export(
                 if progress:
                     progress(rows)
 
-            module.write(opened, file, told)
+            module.write(opened, file, told, *chosen)
     finally:
         if opened is not trace:
             opened.close()
+
+
+def _checked(form: str, choice: "KeptChoice | None") -> "tuple[KeptChoice, ...]":
+    """What the format's writer takes beside the trace; raise UsageError if `choice` is not for it."""
+    if form not in _TAKES and choice is None:
+        return ()
+    from moetrace.exports.resident import KeptChoice, check_choice
+
+    choice = choice or KeptChoice()
+    check_choice(choice, form, **_TAKES.get(form, {"counts": False, "sets": False, "tiers": False}))
+    return (choice,) if form in _TAKES else ()
 
 
 def _format(path: Path, to: str | None) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from moetrace.importers.captured import SPARSEST, Counts, Hints, rows_of_counts
 from moetrace.importers.reading.numbering import kept_layers
 from moetrace.importers.reading.text import text_of
-from moetrace.importers.sglang_dumps import Dump, integers
+from moetrace.importers.sglang_dumps import Dump, integers, table
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import BLOCK_BYTES, MAX_EXPERTS, MAX_LAYERS, MIXED
 
@@ -22,11 +22,13 @@ _ROWS = "the least that explain the counts with this top_k; tensor-parallel rank
 
 
 def read_stat(path: Path, content: dict[str, Any], hints: Hints) -> Counts:
-    """Counts of a `stat` dump, a step a forward pass, without the unused ones."""
+    """Counts of a `stat` dump, a step a forward pass, without the unused ones; or of one table, a single step."""
     where = f"{path}: logical_count"
-    counts = integers(where, content["logical_count"], 3)
+    counts = table(where, content["logical_count"])
     facts = {"mode": "stat", "order_of_steps": "not recorded: the buffer is a ring"}
-    return _counted(where, len(counts), counts.shape[1:], lambda step: counts[step], facts, hints, (path,))
+    if len(counts) == 1:
+        facts = {"mode": "one table"}
+    return counts_of_steps(where, len(counts), counts.shape[1:], lambda step: counts[step], facts, hints, (path,))
 
 
 def read_passes(dumps: Sequence[Dump], hints: Hints) -> Counts:
@@ -59,7 +61,7 @@ def read_passes(dumps: Sequence[Dump], hints: Hints) -> Counts:
 
     ranks = len({rank for _, rank, _ in seen})
     facts = {"mode": "per_pass", "ranks": ranks, "ids": "logical, by the map at the time of the dump"}
-    return _counted(str(dumps[0].path), len(order), shape, step, facts, hints, [dump.path for dump in dumps])
+    return counts_of_steps(str(dumps[0].path), len(order), shape, step, facts, hints, [dump.path for dump in dumps])
 
 
 def read_csv(sources: Sequence[Path], hints: Hints) -> Counts:
@@ -96,7 +98,7 @@ def read_csv(sources: Sequence[Path], hints: Hints) -> Counts:
     facts = {"mode": "csv", "ranks": len(dumps)}
     if hints.num_experts is None:
         facts["num_experts"] = "the largest id and one"
-    return _counted(str(sources[0]), len(steps), (layers, num_experts), step, facts, hints, sources)
+    return counts_of_steps(str(sources[0]), len(steps), (layers, num_experts), step, facts, hints, sources)
 
 
 def _csv(path: Path):
@@ -122,7 +124,7 @@ def _text(path: Path) -> bytes:
     return data
 
 
-def _counted(
+def counts_of_steps(
     where: str,
     steps: int,
     shape: tuple[int, ...],  # layers, experts
@@ -131,7 +133,7 @@ def _counted(
     hints: Hints,
     sources: Sequence[Path],
 ) -> Counts:
-    """Counts of the steps that are not empty, read twice and never all at once."""
+    """Counts of the steps that are not empty, read twice and never all at once; `facts` say the format, if another."""
     if not 0 < shape[0] <= MAX_LAYERS or not 0 < shape[1] <= MAX_EXPERTS:
         raise MoetraceError(f"{where} has {shape[0]} layers of {shape[1]} experts.")
     top_k = hints.need("top_k", sources[0])

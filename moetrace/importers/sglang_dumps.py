@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_INTEGERS = ("torch.int32", "torch.int64", "torch.int16", "torch.uint8", "torch.int8")
+
+
 class Dump(NamedTuple):
     """A detailed dump of one rank."""
 
@@ -24,6 +27,14 @@ class Dump(NamedTuple):
 
 def load(path: Path) -> dict[str, Any]:
     """The dict of a dump, its tensors mapped; raise MoetraceError if it is anything but plain data."""
+    content = load_plain(path)
+    if not isinstance(content, dict):
+        raise MoetraceError(f"{path} holds a {type(content).__name__}, not a dict of the recorder.")
+    return content
+
+
+def load_plain(path: Path) -> Any:
+    """What torch.save wrote, tensors mapped; raise MoetraceError if it is anything but plain data."""
     try:
         import torch
     except ImportError as error:
@@ -31,13 +42,10 @@ def load(path: Path) -> dict[str, Any]:
     _check_stored(path)
     try:
         with warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # unpickling a stranger's file raises anything
         reason = " ".join(str(error).split())[:160]
         raise MoetraceError(f"{path} is no dump of plain tensors, so it is not loaded ({reason}).") from error
-    if not isinstance(content, dict):
-        raise MoetraceError(f"{path} holds a {type(content).__name__}, not a dict of the recorder.")
-    return content
 
 
 def _check_stored(path: Path) -> None:
@@ -73,15 +81,34 @@ def detailed(path: Path, content: dict[str, Any]) -> Dump:
 
 def integers(where: str, value: object, axes: int) -> np.ndarray:
     """A tensor of plain integers as an array over the same memory; raise MoetraceError if it is none."""
-    import torch
+    return _numbers(where, value, axes, _INTEGERS)
 
+
+def _numbers(where: str, value: object, axes: int, kinds: tuple[str, ...]) -> np.ndarray:
     if not _is_plain(value):
         raise MoetraceError(f"{where} is no plain tensor but {type(value).__name__}.")
-    if value.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8) or value.dim() != axes:
-        raise MoetraceError(f"{where} is {value.dtype} {tuple(value.shape)}, not integers of {axes} axes.")
+    if str(value.dtype) not in kinds or value.dim() != axes:
+        what = "numbers" if kinds is not _INTEGERS else "integers"
+        raise MoetraceError(f"{where} is {value.dtype} {tuple(value.shape)}, not {what} of {axes} axes.")
     if not value.is_contiguous() or value.requires_grad:  # strides of 0 would claim a size that is not there
         raise MoetraceError(f"{where} is no contiguous tensor.")
     return value.numpy()
+
+
+def table(where: str, value: object) -> np.ndarray:
+    """Counts [steps, layers, experts] of a tensor of these axes, or of [layers, experts]; floats must be whole."""
+    axes = 2 if _is_plain(value) and value.dim() == 2 else 3
+    counts = _numbers(where, value, axes, (*_INTEGERS, "torch.float32", "torch.float64"))
+    if counts.dtype.kind == "f":
+        counts = whole(where, counts)
+    return counts[None] if axes == 2 else counts
+
+
+def whole(where: str, counts: np.ndarray) -> np.ndarray:
+    """Floats that are whole numbers as int64; raise MoetraceError if one is not, or impossibly large."""
+    if not ((counts == np.rint(counts)) & (np.abs(counts) <= 2**53)).all():  # False for NaN
+        raise MoetraceError(f"{where} holds numbers that are not whole: counts are, shares are not.")
+    return counts.astype(np.int64)
 
 
 def _is_plain(value: object) -> TypeGuard["torch.Tensor"]:

@@ -15,7 +15,7 @@ from support.balance_traces import EXPERTS, LAYERS, counted, small_trace
 from moetrace.analyze.balance import loads as loads_module
 from moetrace.analyze.balance.loads import add, loads_of, steps_of_phase, summed
 from moetrace.analyze.balance.plans import Plan, Tier, make_plan, moved_bytes
-from moetrace.analyze.balance.units import FRAMES, balance, plan_for_next
+from moetrace.analyze.balance.units import FRAMES, balance, loads_for_next, plan_for_next
 from moetrace.generators import generate_trace
 from moetrace.importers.importing import import_traces
 from moetrace.results.replay import replay
@@ -128,6 +128,34 @@ def test_plans_are_made_from_their_window_and_judged_on_the_rest(seed, window, i
     assert found.trace["rebalance_steps"] == steps[window:][interval::interval].tolist()
     next_plan = plan_for_next(trace, "eplb", tier, window, phase)
     assert np.array_equal(next_plan.expert_of_slot, made_from(counts[-window:]).expert_of_slot)
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("window", [0, None])
+def test_without_a_window_all_steps_are_judged_and_plans_made_from_them(window, tmp_path):
+    """One table of counts is enough: a trace of one step has no window unless asked."""
+    whole, tier = small_trace(5), Tier(3, 2)
+    counts = counted(whole)
+    trace = whole
+    if window is None:
+        counts = counts.sum(axis=0, keepdims=True)
+        facts = {"model": "", "num_experts": EXPERTS, "top_k": 2, "layers": LAYERS, "source": {}}
+        with CountsWriter(tmp_path / "table.h5", rows=int(counts.max()), steps=1, **facts) as writer:
+            writer.append_counts(counts, counts.max(axis=(1, 2)), np.array([2], np.uint8))
+        trace = Trace.open(tmp_path / "table.h5")
+    found = balance(trace, ["ep", "ep-lpt", "eplb"], tier=tier, window=window)
+    assert found.summary.select("placement", "plan").rows() == [
+        ("ep", "fixed"),
+        ("ep-lpt", "clairvoyant"),
+        ("eplb", "clairvoyant"),
+    ]
+    assert found.trace["window"] == 0 and found.trace["judged_steps"] == len(counts) and found.staleness.is_empty()
+    for placement in ("ep", "ep-lpt", "eplb"):
+        plan = make_plan(placement, tier, (LAYERS, EXPERTS), counts.sum(0))
+        own = found.layers.filter(placement=placement)["imbalance"].to_list()
+        assert own == pytest.approx(expected_imbalance(counts, plan, range(len(counts))), rel=1e-12)
+        assert np.array_equal(plan_for_next(trace, placement, tier, window).expert_of_slot, plan.expert_of_slot)
+    assert np.array_equal(loads_for_next(trace, window), counts.sum(0))
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +279,8 @@ def test_what_cannot_be_asked():
     for arguments, sentence in (
         ({"placements": ["best"]}, "no placement 'best'"),
         ({"placements": []}, "no placement and no plan is given"),
-        ({"window": 0}, "the window is 0 steps: give 1 to 23"),
+        ({"window": -1}, "the window is -1 steps: give 0 to 23"),
+        ({"window": 0, "interval": 2}, "the interval is between plans made from a window"),
         ({"window": 24}, "the window is 24 steps"),
         ({"interval": 0}, "the interval is 0 steps"),
         ({"phase": "both"}, "phase is 'both'"),
@@ -265,10 +294,8 @@ def test_what_cannot_be_asked():
             balance(trace, **arguments)
     with pytest.raises(MoetraceError, match="the plan a has no copy of expert 1 in layer entry 0"):
         balance(trace, plans={"a": Plan(1, np.zeros((3, 2, 4), np.int32))}, tier=2)
-    with pytest.raises(MoetraceError, match="has 0 mixed steps, but a plan needs"):
+    with pytest.raises(MoetraceError, match="has no mixed steps"):
         balance(trace, phase="mixed")
-    with pytest.raises(MoetraceError, match="has 1 steps"):
-        balance(Trace.from_arrays(np.zeros((1, 1, 1), int), num_experts=2))
     with pytest.raises(MoetraceError, match="has 2000 layers of 2 experts; balance takes 1024 layers and 1048576"):
         balance(Trace.from_arrays(np.zeros((2, 2000, 1), int), num_experts=2))
     with pytest.raises(MoetraceError, match="has experts of 4611686018427387904 bytes: what moves would be more"):

@@ -127,6 +127,25 @@ def test_counts_alone_are_enough(run, tmp_path):
     assert code == 0 and row["imbalance"] == 1.0 and row["imbalance_max"] == 1.0 and row["steps"] == 2
 
 
+def test_one_table_of_counts_is_enough_for_figures_and_a_plan(run, tmp_path):
+    facts = {"model": "", "num_experts": 4, "top_k": 1, "layers": 1, "rows": 12, "steps": 1, "source": {}}
+    with CountsWriter(tmp_path / "a.h5", **facts) as writer:
+        writer.append_counts(np.array([[[7, 3, 1, 1]]]), np.array([12]), np.array([2], np.uint8))
+    code, out, _ = run(
+        tmp_path / "a.h5", "--units", 2, "--format", "json", "--placement", "ep", "--placement", "ep-lpt"
+    )
+    ep, lpt = json.loads(out)["layers"]
+    assert code == 0 and (ep["plan"], ep["imbalance"]) == ("fixed", 8 / 6)  # experts 0 and 2, 1 and 3
+    assert (lpt["plan"], lpt["imbalance"]) == ("clairvoyant", 7 / 6)  # expert 0, and the others
+    arguments = (tmp_path / "a.h5", "--units", 2, "--redundant", 2, "--placement", "eplb", "--export")
+    code, out, _ = run(*arguments, tmp_path / "p.json")
+    assert code == 0 and "judged on 1 step, clairvoyant ones are made from the same" in " ".join(out.split())
+    # The two further copies go to expert 0; units get {0, 1, 2 or 3} and the rest.
+    slots = json.loads((tmp_path / "p.json").read_text())["physical_to_logical_map"][0]
+    assert sorted(slots) == [0, 0, 0, 1, 2, 3] and 0 in slots[:3] and 0 in slots[3:]
+    assert run(*arguments, tmp_path / "p.csv")[0] == 0 and (tmp_path / "p.csv").read_text() == "7,3,1,1\n"
+
+
 def test_picture(run, tmp_path):
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")

@@ -89,7 +89,7 @@ class _Machine:
 
 @dataclass(frozen=True)
 class Span:
-    """Which steps plans are made from, and which they are judged on."""
+    """Which steps plans are made from, and which they are judged on; a window of 0 holds no steps back."""
 
     steps: np.ndarray  # int64, of the trace: those that are looked at
     window: int
@@ -99,6 +99,11 @@ class Span:
     def judged(self) -> np.ndarray:
         """The steps that plans are judged on, of the trace."""
         return self.steps[self.window :]
+
+    @property
+    def latest(self) -> np.ndarray:
+        """The steps that the next plan is made from, of the trace: the last of them, or all without a window."""
+        return self.steps[-self.window :] if self.window else self.steps
 
 
 @accepts_path
@@ -125,7 +130,8 @@ def balance(
         trace: A trace of ids or counts, or the path of its file.
         placements: Keys of `PLACEMENTS`, or "tp:g". By default ep, ep-block, ep-lpt and eplb.
         tier: The units: a number or a `Tier`. By default the NDP units of `system`; 8 without one.
-        window: How many steps plans are made from; those after them are judged. By default half of the steps.
+        window: How many steps plans are made from; those after them are judged. By default half of the steps. With 0,
+            and by default where there is one step, all steps are judged, and plans are made from these very steps.
         interval: Steps after which a plan is made again. By default an eighth of the judged ones.
         phase: The steps that count: "all", "prefill", "decode" or "mixed".
         plans: Plans to judge, by name.
@@ -138,7 +144,7 @@ def balance(
 
     Raises:
         UsageError: A value makes no sense, or values do not go together.
-        MoetraceError: The trace is damaged, or has too few steps or too many experts.
+        MoetraceError: The trace is damaged, or has no steps of the phase or too many experts.
 
     Examples:
         >>> import moetrace as mt
@@ -181,7 +187,7 @@ def balance(
 
 
 def plan_for_next(trace: Trace, placement: str, tier: Tier, window: int | None = None, phase: str = "all") -> Plan:
-    """Return the plan that a rebalance after the last step would install, made from the last ``window`` steps."""
+    """Return the plan that a rebalance after the last step would install, made from `Span.latest`."""
     check_placement(placement, tier, trace.num_experts)
     _check_size(trace)
     shape = (trace.layers, trace.num_experts)
@@ -190,10 +196,9 @@ def plan_for_next(trace: Trace, placement: str, tier: Tier, window: int | None =
 
 
 def loads_for_next(trace: Trace, window: int | None = None, phase: str = "all") -> np.ndarray:
-    """Return the loads of the last ``window`` steps, int64 [layers, experts]: what that plan is made from."""
+    """Return the loads of `Span.latest`, int64 [layers, experts]: what that plan is made from."""
     _check_size(trace)
-    span = span_of(trace, phase, window, None)
-    return summed(trace, span.steps[-span.window :])
+    return summed(trace, span_of(trace, phase, window, None).latest)
 
 
 def span_of(trace: Trace, phase: str, window: int | None, interval: int | None) -> Span:
@@ -202,14 +207,13 @@ def span_of(trace: Trace, phase: str, window: int | None, interval: int | None) 
         raise UsageError(f"phase is {phase!r}: give all, {', '.join(PHASE_NAMES)}.")
     steps = steps_of_phase(trace, phase)
     which = "" if phase == "all" else f"{phase} "
-    if steps.size < 2:
-        raise MoetraceError(
-            f"{trace.shown} has {steps.size} {which}steps, but a plan needs one to be made from and one "
-            f"to be judged on."
-        )
+    if not steps.size:
+        raise MoetraceError(f"{trace.shown} has no {which}steps.")
     window = steps.size // 2 if window is None else window
-    if not 1 <= window < steps.size:
-        raise UsageError(f"the window is {window} steps: give 1 to {steps.size - 1}, less than the {which}steps.")
+    if not 0 <= window < steps.size:
+        raise UsageError(f"the window is {window} steps: give 0 to {steps.size - 1}, less than the {which}steps.")
+    if window == 0 and interval is not None:
+        raise UsageError("the interval is between plans made from a window, which has no steps: give no interval.")
     interval = -(-(steps.size - window) // 8) if interval is None else interval
     if interval < 1:
         raise UsageError(f"the interval is {interval} steps: give 1 or more.")
@@ -260,10 +264,11 @@ def _judged_plans(
         if not is_made_from_loads(placement):
             kinds.append((placement, FIXED, make_plan(placement, tier, shape)))
             continue
-        first = make_plan(placement, tier, shape, recent)
-        kinds.append((placement, KEPT, first))
-        if span.interval < span.judged.size:
-            kinds.append((placement, REMADE, first))
+        if span.window:
+            first = make_plan(placement, tier, shape, recent)
+            kinds.append((placement, KEPT, first))
+            if span.interval < span.judged.size:
+                kinds.append((placement, REMADE, first))
         kinds.append((placement, CLAIRVOYANT, make_plan(placement, tier, shape, ahead)))
     for name, plan in plans.items():
         _check_given(name, plan, tier, shape)

@@ -49,7 +49,12 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
 )
 @click.option("--nodes", type=int, default=1, show_default=True, help="Of units, for eplb-hierarchical.")
 @click.option("--groups", type=int, default=1, show_default=True, help="Of experts, for eplb-hierarchical.")
-@click.option("--window", type=int, metavar="W", help="Steps that a plan is made from; by default half of them.")
+@click.option(
+    "--window",
+    type=int,
+    metavar="W",
+    help="Steps that a plan is made from, and that are not judged; by default half of them, and 0 of a single step.",
+)
 @click.option("--interval", type=int, metavar="I", help="Steps from one new plan to the next; by default an eighth.")
 @click.option(
     "--phase",
@@ -70,8 +75,8 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     "out",
     type=ANY_PATH,
     metavar="FILE",
-    help="Write the plan of the only --placement, made from the last W steps: .json (SGLang), .yaml (TensorRT-LLM); "
-    "of ep-lpt and eplb also .csv, the loads that a policy of `moetrace replay` makes it from.",
+    help="Write the plan of the only --placement, made from the last W steps (W = 0: from all): .json (SGLang), .yaml "
+    "(TensorRT-LLM); of ep-lpt and eplb also .csv, the loads that a policy of `moetrace replay` makes it from.",
 )
 @click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
 @click.option(
@@ -88,8 +93,9 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
     """Say how evenly placements and plans spread the work of experts over units, and what a new plan is worth.
 
     The steps after the first W are judged. A plan that is made from loads is judged three times: made from the first W
-    steps and kept, made anew every I steps from the last W, and clairvoyant: made from what it is judged on. Imbalance
-    is the busiest unit's rows over the mean, of each step and layer; docs/balance.md defines every figure.
+    steps and kept, made anew every I steps from the last W, and clairvoyant: made from what it is judged on. With
+    W = 0, as of a trace of one step (a table of counts), all steps are judged, and such plans are clairvoyant only.
+    Imbalance is the busiest unit's rows over the mean, of each step and layer; docs/balance.md defines every figure.
     """
     from moetrace.cli.compiling import announce_compiling
     from moetrace.cli.progress import LateBar

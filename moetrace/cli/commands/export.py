@@ -10,30 +10,80 @@ from moetrace.cli.tables.output import say
 from moetrace.spec.errors import counted
 
 # The keys of moetrace.exports.FORMATS, which is not imported here so that `--help` stays instant.
-FORMATS = ("npz", "parquet", "oracle-general", "eplb")
+FORMATS = (
+    "npz",
+    "parquet",
+    "oracle-general",
+    "eplb",
+    "ktransformers",
+    "moe-cache-profile",
+    "static-csv",
+    "moe-l2",
+    "e4b-placement",
+    "llama-args",
+)
 
 
 @click.command()
 @click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option("-o", "--output", "out", required=True, type=ANY_PATH, metavar="OUT")
 @click.option("--to", "form", type=click.Choice(FORMATS), help="Format of OUT; seen from its ending if not given.")
-def command(trace: Path, out: Path, form: str | None) -> None:
+@click.option(
+    "--phase",
+    type=click.Choice(["all", "prefill", "decode", "mixed"]),
+    help="Steps whose choices count.  [default: all]",
+)
+@click.option("--slots", type=click.IntRange(min=0), metavar="N", help="Keep the N experts that are chosen most often.")
+@click.option("--layer-slots", type=click.IntRange(min=0), metavar="N", help="The same, N in each layer.")
+@click.option(
+    "--set",
+    "held",
+    type=ANY_PATH,
+    metavar="FILE.csv",
+    help="Keep these experts, as `analyze cache --export` writes them.",
+)
+@click.option(
+    "--dram-slots",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Of e4b-placement: experts that main memory holds; by default all others.",
+)
+def command(
+    trace: Path,
+    out: Path,
+    form: str | None,
+    phase: str | None,
+    slots: int | None,
+    layer_slots: int | None,
+    held: Path | None,
+    dram_slots: int | None,
+) -> None:
     """Write a trace to OUT in a format of other tools.
 
     \b
-    npz             .npz            NumPy arrays, as `moetrace import` reads them
-    parquet         .parquet        a row for each choice of an expert
-    oracle-general  .oracleGeneral  accesses to experts, for libCacheSim (or .bin)
-    eplb            .json           counts of each expert, for SGLang and EPLB
+    npz                .npz            NumPy arrays, as `moetrace import` reads them
+    parquet            .parquet        a row for each choice of an expert
+    oracle-general     .oracleGeneral  accesses to experts, for libCacheSim (or .bin)
+    eplb               .json           counts of each expert, for SGLang and EPLB
+    ktransformers      .pt             counts of each expert, or a set as ranks
+    moe-cache-profile                  the same, for forks of llama.cpp
+    static-csv                         a set of experts, for residency static
+    moe-l2                             a set of experts, for moe-l2
+    e4b-placement                      a set of experts, for experts4bit
+    llama-args                         --n-cpu-moe or -ot, for llama.cpp
 
-    Of a trace that holds counts alone, only eplb can be written.
+    A set is what --slots, --layer-slots or --set says. From a trace that holds counts alone, all but the first three
+    formats can be written.
     """
     from moetrace.cli.progress import LateBar
     from moetrace.exports import export
+    from moetrace.exports.resident import KeptChoice
     from moetrace.trace.format import Trace
 
-    check_targets({"-o": out}, [trace])
+    check_targets({"-o": out}, [trace, *([held] if held else [])])
+    given = (phase, slots, layer_slots, held, dram_slots)
+    choice = KeptChoice(phase or "all", *given[1:]) if any(value is not None for value in given) else None
     with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
-        export(opened, out, to=form, progress=bar.advance)
+        export(opened, out, to=form, choice=choice, progress=bar.advance)
         rows = opened.rows
     say(f"{out}: {counted(rows, 'row')}, {out.stat().st_size / 1e6:,.1f} MB.")

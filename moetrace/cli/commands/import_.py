@@ -18,6 +18,8 @@ FORMATS = (
     "bigmoeonedge",
     "colibri",
     "fiddler",
+    "counts-table",
+    "imatrix",
     "jsonl",
     "lattice",
     "llamacpp",

@@ -136,11 +136,15 @@ def _legend(found: "Balance", name: str) -> list[str]:
     step = "step" if facts["phase"] == "all" else f"{facts['phase']} step"
     times = counted(facts["rebalances"], "time")
     anew = f"; re-made ones every {facts['interval']:,} ({times})" if facts["rebalances"] else ""
+    made = (
+        f"made from {counted(facts['window'], step)} and judged on the {facts['judged_steps']:,} after the first such"
+    )
+    if not facts["window"]:
+        made = f"judged on {counted(facts['judged_steps'], step)}, clairvoyant ones are made from the same"
     lines = [
         f"{printable(name)}: {printable(facts['model']) or 'a model without a name'}, "
         f"{counted(facts['layers'], 'layer')} of {counted(facts['experts'], 'expert')} on "
-        f"{counted(facts['units'], 'unit')}. Plans are made from {counted(facts['window'], step)} and "
-        f"judged on the {facts['judged_steps']:,} after the first such{anew}.",
+        f"{counted(facts['units'], 'unit')}. Plans are {made}{anew}.",
         "Max / mean: the busiest unit's rows over the mean unit's, mean over the steps, then over the layers (worst: "
         "the worst layer's). Least possible: no plan of so many slots beats it, even if made anew for every step.",
     ]

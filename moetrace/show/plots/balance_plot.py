@@ -115,8 +115,8 @@ def _printable() -> pl.Expr:
 
 def _subtitle(facts: dict[str, Any]) -> str:
     step = "step" if facts["phase"] == "all" else f"{facts['phase']} step"
+    made = f"made from {facts['window']:,}" if facts["window"] else "made from these"
     return (
         f"{printable(facts['model'])}: {counted(facts['layers'], 'layer')} of {counted(facts['experts'], 'expert')} on "
-        f"{counted(facts['units'], 'unit')}; {counted(facts['judged_steps'], step)} judged, plans made from "
-        f"{facts['window']:,}"
+        f"{counted(facts['units'], 'unit')}; {counted(facts['judged_steps'], step)} judged, plans {made}"
     )

@@ -35,6 +35,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     kind: BlockType
     size: int
+    start: int = 0  # place of its data in its file
 
     @property
     def params(self) -> int:
@@ -123,8 +124,8 @@ class _Reader:
             key = self._text()
             metadata[key] = self._value(self._number("I"))
         infos = [self._tensor() for _ in range(count)]
-        self._check_data(infos, metadata.get("general.alignment", 32))
-        tensors = [tensor for tensor, _ in infos]
+        start = self._start(infos, metadata.get("general.alignment", 32))
+        tensors = [tensor._replace(start=start + offset) for tensor, offset in infos]
         _check_names(self._path, tensors)
         return GgufHeader(metadata, tensors)
 
@@ -143,13 +144,15 @@ class _Reader:
             self._refuse(f"the rows of the tensor {name[:60]!r} are not whole blocks of {kind.block} weights")
         return tensor._replace(size=tensor.params // kind.block * kind.block_bytes), self._number("Q")
 
-    def _check_data(self, infos: list[tuple[Tensor, int]], alignment: object) -> None:
+    def _start(self, infos: list[tuple[Tensor, int]], alignment: object) -> int:
+        """Where the data begin; refuse a file that is too short for them."""
         if isinstance(alignment, bool) or not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
             self._refuse("its alignment makes no sense")
         start = -(-self._place // alignment) * alignment
         end = max((offset + tensor.size for tensor, offset in infos), default=0)
         if start + end > self._size:
             self._refuse(f"it is truncated: its tensors need {start + end:,} bytes, and it has {self._size:,}")
+        return start
 
     def _value(self, kind: int) -> Any:
         if kind in _NUMBERS:

@@ -1,0 +1,41 @@
+"""Arguments of llama.cpp that keep the experts of some layers in main memory: `--n-cpu-moe N` or `-ot PATTERN=CPU`.
+
+llama.cpp moves whole layers: `-ot` takes a pattern of tensor names, and `--n-cpu-moe N` is that of the first N layers
+(common/arg.cpp; the pattern of experts is `LLM_FFN_EXPS_REGEX` of common/common.h). N slots hold N / experts layers:
+those of which a step reads the most experts, and of equal ones the later. A set keeps the layers that it holds whole.
+The file is one line without spaces inside an argument, for `llama-server $(cat FILE) ...`.
+"""
+
+from collections.abc import Callable
+from typing import IO
+
+import numpy as np
+
+from moetrace.exports.resident import KeptChoice, kept, tallied
+from moetrace.spec.errors import UsageError
+from moetrace.trace.format import Trace
+
+_EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+
+
+def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
+    """Write the arguments to `file`; nothing but a line end if all layers are kept on the GPU."""
+    if choice.layer_slots is not None:
+        raise UsageError("llama.cpp keeps whole layers: give --slots N or --set FILE.csv instead of --layer-slots.")
+    found = tallied(trace, choice, progress)
+    on_gpu = np.zeros(trace.layers, bool)
+    if choice.held is not None:
+        pairs = kept(trace, choice, found.counts)
+        on_gpu[:] = np.bincount(pairs[:, 0], minlength=trace.layers) == trace.num_experts
+    else:
+        heaviest = np.lexsort((-np.arange(trace.layers), -found.active))
+        on_gpu[heaviest[: (choice.slots or 0) // trace.num_experts]] = True
+    cpu = trace.layer_index[~on_gpu].tolist()
+    first = trace.layer_index[: len(cpu)].tolist()
+    if not cpu:
+        line = ""
+    elif cpu == first:
+        line = f"--n-cpu-moe {cpu[-1] + 1}"
+    else:
+        line = f"-ot blk\\.({'|'.join(map(str, cpu))}){_EXPERTS}=CPU"
+    file.write(f"{line}\n".encode())

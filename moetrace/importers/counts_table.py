@@ -1,0 +1,90 @@
+"""Tables of counts without more: the JSON of EPLB, and a tensor that torch.save wrote.
+
+* `{"logical_count": [[...], ...]}`, [layers, experts] or [steps, layers, experts], as SGLang's
+  `--init-expert-location FILE.json` takes it and `moetrace export --to eplb` writes it.
+* A tensor [layers, experts] alone, not in a dict: `expert_load_view.pt`, from which vllm-ascend's
+  `examples/eplb/eplb_strategy.py` (commit 161696b7) makes plans. (In a dict, as `logical_count`, it is `sglang`'s.)
+
+A table is a step. Its rows are the least that explain the counts; phases are not recorded.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from moetrace.importers.captured import Counts, Hints
+from moetrace.importers.reading.text import text_of
+from moetrace.importers.sglang_counts import counts_of_steps
+from moetrace.importers.sglang_dumps import load_plain, table, whole
+from moetrace.spec.errors import MoetraceError
+
+_MAX_BYTES = 16 << 20  # a table of 61 layers of 384 experts has some 200 kB
+
+
+class _Table(msgspec.Struct):
+    logical_count: list[list[float]]
+
+
+class _TableOfSteps(msgspec.Struct):
+    logical_count: list[list[list[float]]]
+
+
+def recognize(first: bytes, name: str) -> bool:
+    """Whether a file that begins with these bytes is such JSON, or an archive of torch.save with a tensor alone."""
+    if first.startswith(b"PK\x03\x04"):
+        return b"/data.pkl" in first and b"_rebuild_tensor" in first
+    return first.lstrip().startswith(b"{") and b'"logical_count"' in first
+
+
+def read(sources: Sequence[Path], hints: Hints) -> list[Counts]:
+    """Counts of each file."""
+    return [_read(path, hints) for path in sources]
+
+
+def _read(path: Path, hints: Hints) -> Counts:
+    with path.open("rb") as file:
+        archive = file.read(2) == b"PK"
+    counts = _tensor(path) if archive else _json(path)
+    hints.reading(path.stat().st_size)
+    facts: dict[str, Any] = {"format": "counts-table", "engine": "not recorded"}
+    return counts_of_steps(str(path), len(counts), counts.shape[1:], lambda at: counts[at], facts, hints, (path,))
+
+
+def _tensor(path: Path) -> np.ndarray:
+    value = load_plain(path)
+    axes = getattr(value, "ndim", 0)
+    if axes != 2:
+        what = f"a tensor of {axes} axes" if axes else f"a {type(value).__name__}"
+        raise MoetraceError(
+            f"{path} holds {what}, not counts [layers, experts]: save {{'logical_count': tensor}} of [steps, layers, "
+            f"experts], or the sum over the steps."
+        )
+    return table(f"{path}: its tensor", value)
+
+
+def _json(path: Path) -> np.ndarray:
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise MoetraceError(f"{path} has {size} bytes, but such counts need at most {_MAX_BYTES}.")
+    text = text_of(path)
+    try:
+        counts = _decoded(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MoetraceError(f"{path} is not as expected: {str(error).rstrip('.')[:200]}.") from None
+    except ValueError:  # NumPy's, of lists of different lengths
+        raise MoetraceError(f"{path}: the layers of logical_count have not equally many experts.") from None
+    if not counts.size:
+        raise MoetraceError(f"{path}: logical_count is empty.")
+    return whole(f"{path}: logical_count", counts if counts.ndim == 3 else counts[None])
+
+
+def _decoded(text: bytes) -> np.ndarray:
+    """Counts float64 [layers, experts] or [steps, layers, experts]."""
+    try:
+        return np.array(msgspec.json.decode(text, type=_Table).logical_count, np.float64)
+    except msgspec.ValidationError as error:
+        if not str(error).startswith("Expected `float`, got `array`"):
+            raise
+    return np.array(msgspec.json.decode(text, type=_TableOfSteps).logical_count, np.float64)
