@@ -27,7 +27,13 @@ FORMATS = (
 @click.command()
 @click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option("-o", "--output", "out", required=True, type=ANY_PATH, metavar="OUT")
-@click.option("--to", "form", type=click.Choice(FORMATS), help="Format of OUT; seen from its ending if not given.")
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(FORMATS),
+    metavar="FORMAT",
+    help="Format of OUT, as named above; seen from its ending if not given.",
+)
 @click.option(
     "--phase",
     type=click.Choice(["all", "prefill", "decode", "mixed"]),
