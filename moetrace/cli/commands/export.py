@@ -67,9 +67,9 @@ def command(
     """Write a trace to OUT in a format of other tools.
 
     \b
-    npz                .npz            NumPy arrays, as `moetrace import` reads them
+    npz                .npz            NumPy arrays, as `import` reads them
     parquet            .parquet        a row for each choice of an expert
-    oracle-general     .oracleGeneral  accesses to experts, for libCacheSim (or .bin)
+    oracle-general     .oracleGeneral  accesses, for libCacheSim (or .bin)
     eplb               .json           counts of each expert, for SGLang and EPLB
     ktransformers      .pt             counts of each expert, or a set as ranks
     moe-cache-profile                  the same, for forks of llama.cpp
