@@ -21,8 +21,8 @@ from moetrace.spec import (
 )
 from moetrace.spec.errors import UsageError
 from moetrace.spec.fits import dense_misfit
-from moetrace.spec.load import nearest
 from moetrace.spec.model_files.quantization import quantized_name
+from moetrace.spec.named import nearest
 from moetrace.trace import Trace
 
 # What `replay` takes for a policy: a preset's name, a TOML file, `file.py:function`, a spec, or a function.

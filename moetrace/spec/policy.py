@@ -14,7 +14,8 @@ from msgspec import Meta
 
 from moetrace.spec.choices import KINDS, USER, choices_of, find, go_together, legal, prefetches_of, residencies_of
 from moetrace.spec.errors import MoetraceError, UsageError, printable
-from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, nearest, read, read_table
+from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
+from moetrace.spec.named import nearest
 from moetrace.spec.system import System
 
 SCOPES = {"layer": "each layer has its own share of the slots", "global": "all layers share the slots"}

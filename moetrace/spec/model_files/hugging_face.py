@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from moetrace.spec.errors import MoetraceError, printable
-from moetrace.spec.load import MAX_NAME, nearest
+from moetrace.spec.load import MAX_NAME
 from moetrace.spec.model_files.anatomy import Anatomy, Layer, fields_of
 from moetrace.spec.model_files.families import ALIASES, FAMILIES, Family
 from moetrace.spec.model_files.json_fields import MAX_CONFIG_BYTES, MAX_LAYERS, Fields, read_json
 from moetrace.spec.model_files.quantization import bits_of
 from moetrace.spec.model_files.safetensors_index import stored_bits
+from moetrace.spec.named import nearest
 
 # Layers that predict further tokens, as DeepSeek and GLM, Qwen, and MiniMax call them.
 _MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
