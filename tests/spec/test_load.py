@@ -223,7 +223,7 @@ def test_a_name_without_a_preset_that_is_the_users_file_says_how_to_write_it(tmp
         (load_model, "x" * 5000),
         (load_model, ""),
     ):
-        with pytest.raises(UsageError, match="lists them, and a path that ends in .toml is read as a file"):
+        with pytest.raises(UsageError, match=r"lists them, and a path that ends in \.toml is read as a file"):
             load_spec(name)
 
 

@@ -61,6 +61,8 @@ def anatomy_of(family: Family, fields: Fields) -> Anatomy:
     if count > MAX_LAYERS:
         fields.refuse(f"num_hidden_layers must be at most {MAX_LAYERS:,}, got {count:,}")
     experts = _each(fields, family.experts, count)
+    if fields.get(*family.experts.split("|")) is None:  # some dense models have the model_type of their MoE kin
+        fields.refuse(f"it has no {family.experts.replace('|', ' or ')}: the field is missing, or the model is dense")
     if max(experts) < 2:
         fields.refuse(f"it is dense, {family.experts.partition('|')[0]} says fewer than 2 experts")
     has_experts = [some and experts[index] > 0 for index, some in enumerate(family.has_experts(fields, count))]
