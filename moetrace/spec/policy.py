@@ -74,6 +74,14 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return [field for field in parameters() if field not in read]
 
 
+class UnreadParameterError(UsageError):
+    """A parameter was set that none of a policy's choices reads."""
+
+    def __init__(self, sentence: str, where: str = "", field: str = "") -> None:
+        super().__init__(sentence)  # of one argument, or it would not come back whole from another process
+        self.where, self.field = where, field
+
+
 def parameters() -> list[str]:
     """Return the fields of a policy that only some choices read."""
     return [field for field in PolicySpec.__struct_fields__ if field not in ("name", *KINDS, "scope")]
@@ -322,7 +330,8 @@ def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
     """Each parameter of `given` stands beside the choice that reads it, and each choice has the file that it needs."""
     for field in policy.unread:
         if field in given:
-            raise UsageError(f"{loaded.where}: {field} applies to {readers(field)} only; remove it or choose that.")
+            sentence = f"{loaded.where}: {field} applies to {readers(field)} only; remove it or choose that."
+            raise UnreadParameterError(sentence, loaded.where, field)
     for kind in KINDS:
         record = find(kind, getattr(policy, kind))
         for field, wanted in _NEEDED.items():
