@@ -181,11 +181,23 @@ def test_a_parameter_that_no_preset_reads_keeps_the_plain_sentence(capsys):
     assert "remove it or choose that." in said(capsys)[1]
 
 
+@pytest.mark.parametrize(("system", "home"), [("mac-m4-max", ""), ("rtx4090-ddr5", " with a CPU")])
+def test_the_legend_says_nothing_of_parts_that_a_machine_does_not_have(capsys, system, home):
+    assert run(TINY, "--system", system, "--policy", "on-demand") == 0
+    out = " ".join(said(capsys)[0].split())
+    assert f"Model tiny-olmoe on {system}{home}; the GPU keeps up to" in out
+    assert "NDP" not in out
+
+
+def test_slots_that_hold_not_one_expert_are_refused(capsys):
+    assert run(TINY, "--slots", "1KB") == 2
+    assert "slots = 1KB holds not one of the 192 experts, the largest of which takes" in said(capsys)[1]
+
+
 def test_table_without_units_or_link(capsys):
     assert run(TINY, "--system", "jetson-orin", "--policy", "on-demand", "--ignore-capacity") == 0
     out, _ = said(capsys)
-    assert "without NDP units" in out
-    assert "NDP\n" not in out
+    assert "NDP" not in out
     assert "link" not in out
 
 
