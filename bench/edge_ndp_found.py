@@ -8,7 +8,8 @@ import polars as pl
 from msgspec.structs import replace
 
 import moetrace as mt
-from moetrace.spec.system import Cpu, Host, System, gpu_slots
+from moetrace.spec.fits import gpu_slots
+from moetrace.spec.system import Cpu, Host, System
 
 MODELS = ("deepseek-moe-16b", "qwen3-30b-a3b", "phi-3.5-moe", "mixtral-8x7b")
 ALL_FIT = "olmoe-1b-7b"  # not in the paper: the GPU can hold all its experts, so the sweep of slots goes to the end

@@ -17,7 +17,8 @@ from moetrace.results.resolve import by_spec, model_of
 from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_system
 from moetrace.spec.choices import KINDS, source_of
 from moetrace.spec.errors import MoetraceError, UsageError, printable, stop_behind
-from moetrace.spec.load import FUNCTION_FIELDS, nearest, read_text
+from moetrace.spec.load import FUNCTION_FIELDS, read_text
+from moetrace.spec.named import nearest
 from moetrace.spec.policy import CodeFile, note_code, read_policy, refuse_code
 from moetrace.trace import Trace
 from moetrace.version import __version__

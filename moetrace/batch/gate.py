@@ -16,7 +16,7 @@ from moetrace.results.folder import ResultFolder, read_cells
 from moetrace.results.record import GATE_SCHEMA, METRICS
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
-from moetrace.spec.load import nearest
+from moetrace.spec.named import nearest
 
 if TYPE_CHECKING:
     import polars as pl

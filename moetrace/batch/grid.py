@@ -16,9 +16,10 @@ from moetrace.results.record import COSTS
 from moetrace.spec import default_policies, load_system
 from moetrace.spec.budget import check_slots
 from moetrace.spec.errors import MoetraceError, UsageError, printable
-from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, nearest, read_toml
+from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, read_toml
 from moetrace.spec.model import Model
 from moetrace.spec.model_files import is_model_file
+from moetrace.spec.named import nearest
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from moetrace.results.record import METRICS, value_in
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.load import nearest
+from moetrace.spec.named import nearest
 
 # Results are deterministic, so what moved at all has moved for a reason. But a sum of a million terms, or a quantile
 # between two of them, may end in other digits with another NumPy or on another processor: about 1e-16 an operation,

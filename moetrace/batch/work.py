@@ -14,7 +14,7 @@ from moetrace.engine.state import LINK_IN, LINK_OUT, STEP
 from moetrace.results import summary
 from moetrace.results.record import CellCosts
 from moetrace.spec.errors import MoetraceError, stop_behind
-from moetrace.spec.system import dense_misfit
+from moetrace.spec.fits import dense_misfit
 from moetrace.trace import Trace
 from moetrace.version import __version__
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moetrace.spec.errors import MoetraceError
-from moetrace.spec.load import list_presets, preset_text, read_text
+from moetrace.spec.load import read_text
+from moetrace.spec.named import list_presets, preset_text
 
 
 class Change(NamedTuple):

@@ -8,10 +8,11 @@ import numpy as np
 from moetrace.spec.budget import slots_of
 from moetrace.spec.choices import Residency, find
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.fits import check_fits, gpu_slots, gpu_space_bytes
 from moetrace.spec.model import Model, check_shape
 from moetrace.spec.participants import idle_cpu
 from moetrace.spec.policy import PolicySpec
-from moetrace.spec.system import System, check_fits, gpu_slots, gpu_space_bytes
+from moetrace.spec.system import System
 from moetrace.trace.format import Trace
 
 # Layers x experts of a replay, which keeps some 200 bytes of each for a policy. Models have 23,000 at most; a file may

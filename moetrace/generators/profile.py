@@ -11,7 +11,8 @@ import msgspec
 from msgspec import Meta
 
 from moetrace.spec.errors import UsageError
-from moetrace.spec.load import Loaded, convert, nearest, parse, read_text
+from moetrace.spec.load import Loaded, convert, parse, read_text
+from moetrace.spec.named import nearest
 from moetrace.trace.atomic import whole_file
 from moetrace.trace.schema import MAX_EXPERTS, MAX_LAYERS
 

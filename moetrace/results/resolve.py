@@ -13,6 +13,7 @@ from moetrace.spec import (
     Model,
     PolicySpec,
     System,
+    check_policy,
     default_policies,
     list_presets,
     load_model,
@@ -20,9 +21,10 @@ from moetrace.spec import (
     load_system,
 )
 from moetrace.spec.errors import UsageError
-from moetrace.spec.load import nearest
+from moetrace.spec.fits import dense_misfit
 from moetrace.spec.model_files.quantization import quantized_name
-from moetrace.spec.system import dense_misfit
+from moetrace.spec.named import nearest
+from moetrace.spec.policy import UnreadParameterError, readers
 from moetrace.trace import Trace
 
 # What `replay` takes for a policy: a preset's name, a TOML file, `file.py:function`, a spec, or a function.
@@ -50,8 +52,37 @@ def resolve(
     warnings = [misfit] if misfit else []
     several = list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]
     hooks: dict[str, Callable] = {}
-    specs = _load_policies(several, changes["policy"], hooks, warnings, code)
+    try:
+        specs = _load_policies(several, changes["policy"], hooks, warnings, code)
+    except UnreadParameterError as error:
+        raise _elsewhere(error, several, the_system) if error.field in changes["policy"] else error from None
     return Setup(model=the_model, system=the_system, policies=specs, hooks=hooks), warnings
+
+
+def _elsewhere(error: UnreadParameterError, sources: Sequence[Policy], system: System) -> UsageError:
+    """Say of a parameter that was set in every policy which of the replay's reads it, else which preset would."""
+    field = error.field
+    named = [source for source in sources if isinstance(source, str)]
+    reading = next((name for name in (*named, *list_presets("policies")) if _reads(name, field, system)), None)
+    if reading is None:
+        return error
+    and_take = "" if reading in named else f"--policy {reading} "
+    return UsageError(
+        f"{error.where}: {field} applies to {readers(field)} only; set it in a policy that reads it, as with "
+        f"{and_take}--set policy.{reading}.{field}=VALUE."
+    )
+
+
+def _reads(name: str, field: str, system: System) -> bool:
+    """Whether a preset policy reads a parameter, and can run on the system."""
+    if name not in list_presets("policies"):
+        return False
+    policy = load_policy(name)
+    try:
+        check_policy(policy, system)
+    except UsageError:
+        return False
+    return field not in policy.unread
 
 
 def by_spec(overrides: Mapping[str, object]) -> dict[str, dict[str, object]]:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from moetrace.spec.errors import MoetraceError, UsageError
 
 if TYPE_CHECKING:
-    from moetrace.spec.load import canonical, list_presets
+    from moetrace.spec.fits import check_fits, gpu_slots
+    from moetrace.spec.load import canonical
     from moetrace.spec.model import Model, check_shape, load_model
+    from moetrace.spec.named import list_presets
     from moetrace.spec.participants import default_policies
     from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_policy, load_static
-    from moetrace.spec.system import Cpu, Gpu, Host, Link, Ndp, System, check_fits, gpu_slots, load_system
+    from moetrace.spec.system import Cpu, Gpu, Host, Link, Ndp, System, load_system
 
 __all__ = [
     "Cpu",
@@ -44,7 +46,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        for module in ("load", "model", "system", "policy", "participants"):
+        for module in ("load", "named", "model", "system", "fits", "policy", "participants"):
             home = importlib.import_module(f"moetrace.spec.{module}")
             if hasattr(home, name):
                 return getattr(home, name)

@@ -53,14 +53,22 @@ def slots_of(slots: int | str, expert_bytes: np.ndarray) -> int:
         for all of them holds all.
 
     Raises:
-        UsageError: It is none of these.
+        UsageError: It is none of these, or more than nothing that yet holds not one expert.
     """
     check_slots(slots)
     if isinstance(slots, int):
         return slots
     number, parts, unit = parse_amount(slots) or (0, 1, "")
+    largest = float(np.max(expert_bytes))
     if unit == "B":
         budget = number / parts
         enough = budget >= float(np.sum(expert_bytes))
-        return expert_bytes.size if enough else int(budget // float(np.max(expert_bytes)))
-    return number * (expert_bytes.size if unit == "%" else 1) // parts
+        held = expert_bytes.size if enough else int(budget // largest)
+    else:
+        held = number * (expert_bytes.size if unit == "%" else 1) // parts
+    if number and not held:
+        raise UsageError(
+            f"slots = {slots} holds not one of the {expert_bytes.size:,} experts, the largest of which takes "
+            f"{largest / 1e6:,.4g} MB: give more, or 0 for none."
+        )
+    return held

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moetrace.spec.fits import gpu_slots, gpu_space_bytes
 from moetrace.spec.model import Model
 from moetrace.spec.participants import fed_by_host
-from moetrace.spec.system import System, gpu_slots, gpu_space_bytes
+from moetrace.spec.system import System
 
 # Crossovers are looked for up to this many rows of one expert in one step.
 MAX_ROWS = 1_000_000

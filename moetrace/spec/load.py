@@ -3,11 +3,9 @@
 A bad spec is one sentence: which file, which TOML path (`gpu.bandwidth_gb_s`) and what is wanted there.
 """
 
-import difflib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from moetrace.spec.deep_keys import MOST_PARTS, has_deep_key
 from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.named import nearest, noun_of, preset_text
 from moetrace.spec.ordinary_file import read_ordinary
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -30,9 +29,6 @@ MAX_FILE_BYTES = 16 << 20
 MAX_TOML_BYTES = 1 << 20
 MAX_NUMBER = 2**63
 MAX_TEXT, MAX_NAME = 4096, 100
-
-# What a message about an unknown model adds.
-OWN_FILES = ", as are a config.json, a GGUF file and the folder of a Hugging Face model (./NAME)"
 
 _WORDS = {
     "float": "a number",
@@ -64,11 +60,6 @@ class Loaded(NamedTuple):
         raise UsageError(f"{self.where}: {path} wants {wants}{_got(self.raw, path)}.")
 
 
-def list_presets(kind: str) -> list[str]:
-    """Names of the presets of a kind (`models`, `systems` or `policies`), sorted."""
-    return sorted(entry.name[: -len(".toml")] for entry in _folder(kind).iterdir() if entry.name.endswith(".toml"))
-
-
 def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str, object]) -> Loaded:
     """Read the raw values of a spec and put the overrides in; `kind` is `models`, `systems` or `policies`.
 
@@ -79,7 +70,7 @@ def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str,
         UsageError: an unknown preset, or an override whose path is not one of a table.
         MoetraceError: a file that cannot be read or is not TOML.
     """
-    noun = _noun(kind)
+    noun = noun_of(kind)
     if isinstance(source, msgspec.Struct):
         where = f"{noun} {getattr(source, 'name', '')}"
         raw = _builtins(source, where)
@@ -172,12 +163,6 @@ def parse(text: str, where: str) -> dict[str, Any]:
         raise MoetraceError(f"{where}: not TOML: a number is too long, or tables lie too deep.") from None
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """` (the nearest is 'x')`, or nothing when no name is near."""
-    found = difflib.get_close_matches(name, names, 1, 0.5)
-    return f" (the nearest is {found[0]!r})" if found else ""
-
-
 def canonical(spec: msgspec.Struct) -> dict[str, Any]:
     """Every field of a spec as plain values, files by their names alone: the same on every machine."""
     values = msgspec.to_builtins(spec)
@@ -200,25 +185,6 @@ def field_names(struct: type[msgspec.Struct]) -> list[str]:
                 yield path
 
     return list(names(msgspec.inspect.type_info(struct), ""))
-
-
-def _noun(kind: str) -> str:
-    return {"models": "model", "systems": "system", "policies": "policy"}[kind]
-
-
-def _folder(kind: str):
-    return resources.files("moetrace.spec").joinpath("presets", kind)
-
-
-def preset_text(kind: str, name: str) -> str:
-    """Text of a preset's TOML, or a UsageError that names the nearest; `kind` as in `list_presets`."""
-    names = list_presets(kind)
-    if name not in names:
-        raise UsageError(
-            f"No {_noun(kind)} preset is called {name!r}{nearest(name, names)}; `moetrace list {kind}` lists them, "
-            f"and a path that ends in .toml is read as a file{OWN_FILES if kind == 'models' else ''}."
-        )
-    return _folder(kind).joinpath(f"{name}.toml").read_text(encoding="utf-8")
 
 
 def _typed(value: object) -> object:

@@ -14,7 +14,8 @@ from msgspec import Meta
 
 from moetrace.spec.choices import KINDS, USER, choices_of, find, go_together, legal, prefetches_of, residencies_of
 from moetrace.spec.errors import MoetraceError, UsageError, printable
-from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, nearest, read, read_table
+from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
+from moetrace.spec.named import nearest
 from moetrace.spec.system import System
 
 SCOPES = {"layer": "each layer has its own share of the slots", "global": "all layers share the slots"}
@@ -71,6 +72,14 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             record = find(kind, getattr(self, kind))
             read |= set(record.parameters) if record else set()
         return [field for field in parameters() if field not in read]
+
+
+class UnreadParameterError(UsageError):
+    """A parameter was set that none of a policy's choices reads."""
+
+    def __init__(self, sentence: str, where: str = "", field: str = "") -> None:
+        super().__init__(sentence)  # of one argument, or it would not come back whole from another process
+        self.where, self.field = where, field
 
 
 def parameters() -> list[str]:
@@ -321,7 +330,8 @@ def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
     """Each parameter of `given` stands beside the choice that reads it, and each choice has the file that it needs."""
     for field in policy.unread:
         if field in given:
-            raise UsageError(f"{loaded.where}: {field} applies to {readers(field)} only; remove it or choose that.")
+            sentence = f"{loaded.where}: {field} applies to {readers(field)} only; remove it or choose that."
+            raise UnreadParameterError(sentence, loaded.where, field)
     for kind in KINDS:
         record = find(kind, getattr(policy, kind))
         for field, wanted in _NEEDED.items():

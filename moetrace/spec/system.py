@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
 from moetrace.spec.errors import UsageError
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.load import convert, read
-from moetrace.spec.model import Model
-
-_QUANTIZED_BITS = (8.5, 6.5, 4.5, 3.5, 2.5)  # about what Q8, Q6, Q4, Q3 and Q2 files take for a weight
 
 
 @dataclass(frozen=True)
@@ -317,87 +313,3 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
     if system.ndp is not None and system.link is None:
         raise UsageError(f"{loaded.where}: link is missing, and NDP units need one: add [link] or remove [ndp].")
     return system
-
-
-def gpu_space_bytes(model: Model, system: System) -> float:
-    """Bytes of GPU memory left for experts, after the reserve and the dense weights; negative if these do not fit."""
-    gpu = system.gpu
-    return (gpu.memory_gb - gpu.reserve_gb) * 1e9 - model.moe_layers * model.dense_bytes - model.head_bytes
-
-
-def dense_misfit(model: Model, system: System) -> str | None:
-    """Say in one sentence that the dense weights do not fit the GPU, which nothing else forbids; None if they do."""
-    if gpu_space_bytes(model, system) >= 0:
-        return None
-    have_gb = system.gpu.memory_gb - system.gpu.reserve_gb
-    need_gb = have_gb - gpu_space_bytes(model, system) / 1e9
-    return (
-        f"the dense weights of {model.name} ({need_gb:.1f} GB) do not fit the GPU of {system.name} "
-        f"({have_gb:.1f} GB left); they are priced as if they did."
-    )
-
-
-def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
-    """How many experts the GPU can hold, counted in the largest.
-
-    Args:
-        model: The model.
-        system: The system.
-        expert_bytes: [layers, experts]; the trace's where it has its own, else `model.expert_bytes()`.
-
-    Returns:
-        The number of experts; all of them if there is no link.
-    """
-    everything = model.all_experts
-    if system.link is None:
-        return everything
-    slots = gpu_space_bytes(model, system) // float(np.max(expert_bytes))
-    return int(min(max(slots, 0), everything))
-
-
-def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_capacity: bool = False) -> None:
-    """Check that the experts fit the NDP units together, or host memory or, without a link, the GPU.
-
-    With a link and no NDP units they are in host memory, which has no limit unless `host.memory_gb` is given.
-
-    Args:
-        model: The model.
-        system: The system.
-        expert_bytes: [layers, experts], as in `gpu_slots`.
-        ignore_capacity: Check nothing.
-
-    Raises:
-        UsageError: They do not fit.
-    """
-    need = float(np.sum(expert_bytes))
-    if ignore_capacity:
-        return
-    if system.ndp is not None:
-        have = system.ndp.units * system.ndp.capacity_gb * 1e9
-        place = f"the {system.ndp.units} NDP units of {system.ndp.capacity_gb:g} GB of system {system.name}"
-        remedy = f"set system.ndp.units={int(-(-need // (system.ndp.capacity_gb * 1e9)))}"
-    elif system.link is None:
-        have = max(gpu_space_bytes(model, system), 0.0)
-        place = f"the {have / 1e9:.1f} GB that the GPU of system {system.name} has left (it has no link, so all must)"
-        remedy = "take another system"
-    elif system.host is not None and system.host.memory_gb is not None:
-        have = system.host.memory_gb * 1e9
-        place = f"the {have / 1e9:g} GB of host memory of system {system.name}"
-        place += ", which has all of them, those on the GPU too"
-        remedy = f"set system.host.memory_gb={int(-(-need // 1e9))}"
-    else:
-        return
-    if need > have:
-        raise UsageError(
-            f"The experts of {model.name} take {need / 1e9:.1f} GB and do not fit {place}; "
-            f"{_fewer_bits(model, need, have)}{remedy}, or pass --ignore-capacity."
-        )
-
-
-def _fewer_bits(model: Model, need_bytes: float, have_bytes: float) -> str:
-    """Advise bits of a weight with which the experts fit; nothing if sizes are not one number of bits."""
-    bits = model.weight_bits
-    if not isinstance(bits, float | int) or need_bytes != float(np.sum(model.expert_bytes())):
-        return ""
-    fitting = next((less for less in _QUANTIZED_BITS if less <= bits * have_bytes / need_bytes), None)
-    return f"set model.weight_bits={fitting:g} if it is quantized, " if fitting else ""

@@ -10,8 +10,9 @@ import pytest
 
 from moetrace.cli import main
 from moetrace.cli.commands.list import _CHOICES
-from moetrace.spec import list_presets
+from moetrace.spec import list_presets, load_policy
 from moetrace.spec.choices import FOLDERS
+from moetrace.spec.policy import parameters
 
 
 @pytest.fixture
@@ -58,6 +59,17 @@ def test_narrow_terminal_keeps_names_and_figures_whole(moetrace, monkeypatch):
     assert "fetch_beats_all_units_rows" in out and "…" not in out
 
 
+@pytest.mark.parametrize("columns", [50, 80, 200])
+def test_list_systems_keeps_the_names_of_gpus_whole(moetrace, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = moetrace("list", "systems")[1]
+    rows = json.loads(moetrace("list", "systems", "--format", "json")[1])
+    assert all(any(line.startswith(row["name"]) and row["gpu"] in line for line in out.splitlines()) for row in rows)
+    # Every part of the table has a line for each system, and the narrower the terminal, the more parts there are.
+    assert out.count("\nedge-ndp ") == {50: 3, 80: 2, 200: 1}[columns]
+    assert columns == 50 or max(map(len, out.splitlines())) <= columns
+
+
 def test_show_system_with_a_model(moetrace):
     code, out, err = moetrace("show", "system", "edge-ndp", "--model", "qwen3-30b-a3b", "--format", "json")
     shown = json.loads(out)
@@ -96,6 +108,22 @@ def test_show_policy_explains_its_choices_and_leaves_out_what_it_does_not_read(m
         1
     ]
     assert "alpha" in out and "up to m experts" in out
+
+
+def test_show_policy_has_a_line_for_each_parameter_that_it_reads(moetrace):
+    for name in list_presets("policies"):
+        policy = load_policy(name)
+        out = moetrace("show", "policy", name)[1]
+        rows = list(csv.DictReader(io.StringIO(moetrace("show", "policy", name, "--format", "csv")[1])))
+        for field in set(parameters()) - set(policy.unread):
+            line = next(line for line in out.splitlines() if line.startswith(f"{field} "))
+            value = getattr(policy, field)
+            assert [row["value"] for row in rows if row["name"] == field] == ["" if value is None else str(value)]
+            assert value is not None or line.split()[1:4] == ["-", "not", "set:"]
+    out = moetrace("show", "policy", "n-cpu-moe")[1]
+    assert "gpu_layers      -" in out and "gpu_rows        32" in out
+    # What is not set is no line of a file to keep.
+    assert "gpu_layers" not in moetrace("show", "policy", "n-cpu-moe", "--format", "toml")[1]
 
 
 @pytest.mark.parametrize(

@@ -147,11 +147,57 @@ def test_table_fits_the_terminal(capsys, monkeypatch, columns):
     assert out.count("edge-ndp-tp-lb") == out.count("─\n") == (4 if columns == 80 else 2)
 
 
+@pytest.mark.parametrize(
+    ("system", "policies", "field", "advice"),
+    [
+        ("rtx3090-ddr4", [], "gpu_layers", ["--set", "policy.n-cpu-moe.gpu_layers=VALUE"]),
+        (
+            "rtx3090-ddr4",
+            ["hybrid"],
+            "gpu_layers",
+            ["--policy", "n-cpu-moe", "--set", "policy.n-cpu-moe.gpu_layers=VALUE"],
+        ),
+        ("edge-ndp", [], "gpu_rows", ["--policy", "n-cpu-moe", "--set", "policy.n-cpu-moe.gpu_rows=VALUE"]),
+        # No CPU: n-cpu-moe would be refused there.
+        (
+            "strix-halo",
+            ["on-demand"],
+            "gpu_layers",
+            ["--policy", "resident", "--set", "policy.resident.gpu_layers=VALUE"],
+        ),
+    ],
+)
+def test_a_parameter_that_a_policy_does_not_read_is_set_where_it_is_read(capsys, system, policies, field, advice):
+    named = [argument for name in policies for argument in ("--policy", name)]
+    assert run(TINY, "--system", system, *named, "--set", f"policy.{field}=1") == 2
+    _, err = said(capsys)
+    assert f"set it in a policy that reads it, as with {' '.join(advice)}." in err
+    # What the sentence says to write is accepted.
+    assert run(TINY, "--system", system, *named, *(part.replace("VALUE", "1") for part in advice)) == 0
+
+
+def test_a_parameter_that_no_preset_reads_keeps_the_plain_sentence(capsys):
+    assert run(TINY, "--policy", "monde", "--set", "policy.p=0.5") == 2
+    assert "remove it or choose that." in said(capsys)[1]
+
+
+@pytest.mark.parametrize(("system", "home"), [("mac-m4-max", ""), ("rtx4090-ddr5", " with a CPU")])
+def test_the_legend_says_nothing_of_parts_that_a_machine_does_not_have(capsys, system, home):
+    assert run(TINY, "--system", system, "--policy", "on-demand") == 0
+    out = " ".join(said(capsys)[0].split())
+    assert f"Model tiny-olmoe on {system}{home}; the GPU keeps up to" in out
+    assert "NDP" not in out
+
+
+def test_slots_that_hold_not_one_expert_are_refused(capsys):
+    assert run(TINY, "--slots", "1KB") == 2
+    assert "slots = 1KB holds not one of the 192 experts, the largest of which takes" in said(capsys)[1]
+
+
 def test_table_without_units_or_link(capsys):
     assert run(TINY, "--system", "jetson-orin", "--policy", "on-demand", "--ignore-capacity") == 0
     out, _ = said(capsys)
-    assert "without NDP units" in out
-    assert "NDP\n" not in out
+    assert "NDP" not in out
     assert "link" not in out
 
 

@@ -32,6 +32,13 @@ def test_slots_of(said, slots):
     assert slots_of(said, SIZES) == slots
 
 
+@pytest.mark.parametrize("said", ["1B", "299B", "0.1kB", "0.01%", "16.6%"])
+def test_what_holds_not_one_expert_is_not_rounded_to_none(said):
+    with pytest.raises(UsageError, match=rf"slots = {said} holds not one of the 6 experts, .* takes 0\.0003 MB: give"):
+        slots_of(said, SIZES)
+    assert slots_of("0B", SIZES) == slots_of("0.0%", SIZES) == 0
+
+
 @pytest.mark.parametrize("said", [-1, "-1", "1.5", "101%", "100.1%", "many", "", "4 Gbit", "1e3", "4000MiB/s"])
 def test_anything_else_is_one_sentence(said):
     with pytest.raises(UsageError, match=r"slots wants a number of experts .*, or memory as 4000MiB, got "):

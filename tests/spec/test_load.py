@@ -201,6 +201,32 @@ def test_unknown_preset_names_the_nearest():
         load_model("Qwen3-30B-A3B")
 
 
+def test_a_name_without_a_preset_that_is_the_users_file_says_how_to_write_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen3-30b").mkdir()
+    for name in ("plain", "dual.toml", "mine.py"):
+        write(tmp_path / name, SYSTEM)
+    with pytest.raises(UsageError, match=r"called 'qwen3-30b', but there is a folder qwen3-30b: write \./qwen3-30b to"):
+        load_model("qwen3-30b")
+    for load_spec in (load_model, load_system, load_policy):
+        with pytest.raises(UsageError, match=r"called 'plain', but there is a file plain: write \./plain to"):
+            load_spec("plain")
+        with pytest.raises(UsageError, match=r"called 'dual', but there is a file dual\.toml: write that to"):
+            load_spec("dual")
+    assert load_system("./plain") == load_system("dual.toml")
+    with pytest.raises(UsageError, match=r"a file mine\.py: write mine\.py:FUNCTION to take"):
+        load_policy("mine.py")
+    # Where a folder is nothing to read, and where there is none.
+    for load_spec, name in (
+        (load_system, "qwen3-30b"),
+        (load_model, "a\0b"),
+        (load_model, "x" * 5000),
+        (load_model, ""),
+    ):
+        with pytest.raises(UsageError, match=r"lists them, and a path that ends in \.toml is read as a file"):
+            load_spec(name)
+
+
 def test_overrides_are_texts_or_values():
     assert load_system("edge-ndp", {"ndp.units": 4}).units == 4
     assert load_system("edge-ndp", {"ndp.units": "4"}).units == 4

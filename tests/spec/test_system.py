@@ -1,10 +1,11 @@
 """Slots of the GPU, and what fits where."""
 
+import msgspec
 import numpy as np
 import pytest
 
-import moetrace.spec.system as rules
 from moetrace.spec import UsageError, check_fits, gpu_slots, load_model, load_system
+from moetrace.spec.fits import dense_misfit
 
 
 def test_slots_follow_the_timing_model():
@@ -31,9 +32,9 @@ def test_slots_are_never_negative_nor_more_than_the_experts():
 
 def test_dense_weights_that_do_not_fit_are_named():
     model = load_model("qwen2-57b-a14b")
-    assert rules.dense_misfit(model, load_system("edge-ndp", {"gpu.memory_gb": 1000})) is None
+    assert dense_misfit(model, load_system("edge-ndp", {"gpu.memory_gb": 1000})) is None
     need = (28 * model.dense_bytes + model.head_bytes) / 1e9
-    assert rules.dense_misfit(model, load_system("edge-ndp", {"gpu.memory_gb": 12})) == (
+    assert dense_misfit(model, load_system("edge-ndp", {"gpu.memory_gb": 12})) == (
         f"the dense weights of qwen2-57b-a14b ({need:.1f} GB) do not fit the GPU of edge-ndp (10.0 GB left); "
         "they are priced as if they did."
     )
@@ -70,12 +71,23 @@ def test_a_pc_with_too_little_memory_is_told_how_many_bits_fit(memory_gb, advice
     assert "bits" not in str(caught.value)
 
 
+def test_a_pc_without_a_link_is_told_to_add_one_and_then_fits():
+    model = load_model("mixtral-8x7b")
+    pc = msgspec.structs.replace(load_system("rtx3060-ddr4"), link=None, host=None)
+    with pytest.raises(UsageError, match=r"; .*add a \[link\] .* host memory, where its \[cpu\] runs them, or pass"):
+        check_fits(model, pc, model.expert_bytes())
+    with_link = load_system(pc, {"link.bandwidth_gb_s": 25, "link.latency_us": 5})
+    check_fits(model, with_link, model.expert_bytes())
+    assert pc.home is None
+    assert with_link.home is not None
+
+
 def test_without_a_link_the_gpu_holds_all_or_the_model_is_refused():
     jetson = load_system("jetson-orin")
     small, large = load_model("olmoe-1b-7b"), load_model("mixtral-8x7b")
     check_fits(small, jetson, small.expert_bytes())
     assert gpu_slots(small, jetson, small.expert_bytes()) == 16 * 64
-    with pytest.raises(UsageError, match=r"do not fit the 53\.1 GB that the GPU .* --ignore-capacity"):
+    with pytest.raises(UsageError, match=r"do not fit the 53\.1 GB that the GPU .* a \[cpu\] .* --ignore-capacity"):
         check_fits(large, jetson, large.expert_bytes())
     check_fits(large, jetson, large.expert_bytes(), ignore_capacity=True)
     # The largest expert times L*E would not fit here, but the experts do: all of them are resident.

@@ -2,7 +2,7 @@
 
 import click
 
-from moetrace.cli.tables.output import format_option, print_rows
+from moetrace.cli.tables.output import figure, format_option, print_rows, stdout_console
 
 _HEADERS = {
     "models": {
@@ -37,6 +37,13 @@ _HEADERS = {
     },
 }
 
+# Columns of systems that stay together where a terminal is too narrow for all: the GPU, the NDP units, the host.
+_SYSTEM_GROUPS = (
+    ("gpu", "gpu_tflops", "gpu_bandwidth_gb_s", "gpu_memory_gb"),
+    ("units", "unit_gmac_s", "unit_bandwidth_gb_s"),
+    ("cpu_bandwidth_gb_s", "link_gb_s"),
+)
+
 # The choices -> the kind of their records: `FOLDERS` of spec.choices the other way, which `--help` would wait for.
 _CHOICES = {"placements": "placement", "dispatches": "dispatch", "residencies": "residency", "prefetches": "prefetch"}
 _OF_A_CHOICE = {
@@ -63,8 +70,24 @@ def command(kind: str, form: str) -> None:
 
         print_rows(_OF_A_CHOICE, described(_CHOICES[kind]), form)
         return
-    rows = {"models": _model_row, "systems": _system_row, "policies": _policy_row}[kind]
-    print_rows(_HEADERS[kind], [rows(name) for name in list_presets(kind)], form)
+    row_of = {"models": _model_row, "systems": _system_row, "policies": _policy_row}[kind]
+    rows = [row_of(name) for name in list_presets(kind)]
+    if kind == "systems" and form == "table":
+        _print_systems(rows)
+    else:
+        print_rows(_HEADERS[kind], rows, form)
+
+
+def _print_systems(rows: list[dict[str, object]]) -> None:
+    """Print a table in as many parts as the width asks for: in one, the names of GPUs would break over lines."""
+    from moetrace.cli.tables.parts import TextColumn, print_parts
+
+    def column(key: str) -> TextColumn:
+        is_text = key in ("name", "gpu")
+        return TextColumn(_HEADERS["systems"][key], [figure(row[key]) for row in rows], right=not is_text)
+
+    groups = [[column(key) for key in group] for group in _SYSTEM_GROUPS]
+    print_parts(stdout_console(), [column("name")], groups)
 
 
 def _model_row(name: str) -> dict[str, object]:

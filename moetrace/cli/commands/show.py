@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from moetrace.spec.derived import Derived
 
 
+# What holds where a parameter of a policy is not set.
+_UNSET = {
+    "half_life": "not set: counts are never halved",
+    "gpu_layers": "not set: as many layers as fit",
+    "gpu_layers_end": "not set: the last layers",
+    "gpu_rows": "not set: nothing is fetched in any step",
+}
+
+
 @click.command("show")
 @click.argument("kind", type=click.Choice(["model", "system", "policy"]))
 @click.argument("name")
@@ -66,7 +75,8 @@ def _print(spec: "Model | System | PolicySpec", figures: "list[Derived]", form: 
     if form == "json":
         print_json({"spec": resolved, "derived": {row.name: row.value for row in figures}})
         return
-    fields = [{"part": "spec", "name": field, "value": value} for field, value in _leaves(resolved)]
+    leaves = resolved.items() if isinstance(spec, PolicySpec) else _leaves(resolved)
+    fields = [{"part": "spec", "name": field, "value": value} for field, value in leaves]
     derived = [{"part": "derived"} | row._asdict() for row in figures]
     if form == "csv":
         print_rows({"part": "part", "name": "name", "value": "value"}, fields + derived, form)
@@ -88,7 +98,7 @@ def _meaning(field: str, value: object) -> str:
     if field == "scope":
         return SCOPES[str(value)]
     if field not in KINDS:
-        return ""
+        return _UNSET.get(field, "") if value is None else ""
     record = find(field, str(value))
     return record.meaning if record else "a user's own function"
 

@@ -104,9 +104,11 @@ def _cells(form: str, values: list[float | None]) -> list[str]:
 
 def _legend(summary: dict[str, Any], name: str) -> list[str]:
     trace, model, system = summary["trace"], summary["model"], summary["system"]
-    units = f"with {counted(system['ndp']['units'], 'NDP unit')}" if system["ndp"] else "without NDP units"
-    if system["cpu"] and system["link"] and not system["ndp"]:
-        units = "with a CPU"
+    home = ""  # experts lie in the GPU's memory, or behind a link that fetches them
+    if system["ndp"]:
+        home = f" with {counted(system['ndp']['units'], 'NDP unit')}"
+    elif system["cpu"] and system["link"]:
+        home = " with a CPU"
     each = model["experts"]  # one number, or one for each layer
     everything = model["moe_layers"] * each if isinstance(each, int) else sum(each)
     bounds_ms = _cells("digits", sorted({1e3 * policy["work_bound_s"] for policy in summary["policies"]}))
@@ -116,7 +118,7 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
     layers = trace["steps"] * trace["layers"]
     return [
         f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
-        f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']} {units}; "
+        f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']}{home}; "
         f"the GPU keeps up to {summary['slots']:,} of {counted(everything, 'expert')} (slots).",
         "TTFT, TPOT and ITL (the time between two tokens) are medians, but for the p99. "
         f"Over bound: time beyond {bound}, without any start, transfer or wait. "

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from moetrace.spec.errors import MoetraceError, printable
-from moetrace.spec.load import MAX_NAME, nearest
+from moetrace.spec.load import MAX_NAME
 from moetrace.spec.model_files.anatomy import Anatomy, Layer, fields_of
 from moetrace.spec.model_files.families import ALIASES, FAMILIES, Family
 from moetrace.spec.model_files.json_fields import MAX_CONFIG_BYTES, MAX_LAYERS, Fields, read_json
 from moetrace.spec.model_files.quantization import bits_of
 from moetrace.spec.model_files.safetensors_index import stored_bits
+from moetrace.spec.named import nearest
 
 # Layers that predict further tokens, as DeepSeek and GLM, Qwen, and MiniMax call them.
 _MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
@@ -60,6 +61,8 @@ def anatomy_of(family: Family, fields: Fields) -> Anatomy:
     if count > MAX_LAYERS:
         fields.refuse(f"num_hidden_layers must be at most {MAX_LAYERS:,}, got {count:,}")
     experts = _each(fields, family.experts, count)
+    if fields.get(*family.experts.split("|")) is None:  # some dense models have the model_type of their MoE kin
+        fields.refuse(f"it has no {family.experts.replace('|', ' or ')}: the field is missing, or the model is dense")
     if max(experts) < 2:
         fields.refuse(f"it is dense, {family.experts.partition('|')[0]} says fewer than 2 experts")
     has_experts = [some and experts[index] > 0 for index, some in enumerate(family.has_experts(fields, count))]

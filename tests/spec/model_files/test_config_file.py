@@ -131,6 +131,8 @@ def test_language_model_inside(tmp_path):
     ("config", "says"),
     [
         ({"model_type": "llama", "hidden_size": 64}, "it is dense, no field of the model type 'llama' names experts"),
+        ({key: QWEN[key] for key in QWEN if key != "num_experts"}, "it has no num_experts or num_local_experts: "),
+        (QWEN | {"num_experts": None}, "the field is missing, or the model is dense"),
         (QWEN | {"num_experts": 1}, "it is dense, num_experts says fewer than 2 experts"),
         (QWEN | {"mlp_only_layers": [0, 1, 2, 3]}, "it is dense, none of its layers has experts"),
         ({"model_type": "qwen9_moe", "num_experts": 4}, "the model type 'qwen9_moe' is unknown (the nearest is 'qwen"),
