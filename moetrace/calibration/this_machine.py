@@ -78,7 +78,7 @@ def measure(
         runner = _torch_runner("cpu") if find_spec("torch") else _numpy_runner()
         take(found.kernels, "cpu", KERNEL, _kernels(runner, "CPU", report))
     if "disk" in parts and NO_DISK:
-        found.left_out.append(NO_DISK)
+        found.notes.append(NO_DISK)
     elif "disk" in parts:
         report("disk: reads past the page cache")
         take(found.copies, "disk", COPY, disk_times(folder))
@@ -87,9 +87,9 @@ def measure(
         report("CUDA device: copies from pinned memory")
         take(found.copies, "link", COPY, _cuda_copies())
     elif "cuda" in parts:
-        found.left_out.append("No CUDA device was found (PyTorch is needed to use one), so none was measured.")
+        found.notes.append("No CUDA device was found (PyTorch is needed to use one), so none was measured.")
     if not found.kernels and not found.copies:
-        raise MoetraceError(" ".join(["Nothing was measured.", *found.left_out]))
+        raise MoetraceError(" ".join(["Nothing was measured.", *found.notes]))
     return found
 
 
