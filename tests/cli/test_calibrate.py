@@ -59,8 +59,8 @@ def test_wrong_usage_is_one_sentence(run, table, arguments, says):
 
 def test_an_interruption_leaves_the_times_so_far(run, tmp_path, monkeypatch):
     def reads(_):
-        yield 65536, 1e-4
-        yield 1048576, 1e-3
+        yield 65536, 1e-4, 0.0
+        yield 1048576, 1e-3, 0.0
         raise KeyboardInterrupt
 
     monkeypatch.setattr(this_machine, "disk_times", reads)
@@ -105,3 +105,12 @@ def test_output_replaces_a_file_whole_but_never_an_input(run, table, tmp_path):
     assert mt.load_system(out).name == "mine"
     code, _, err = run("calibrate", table, "--system", out, "-o", out)
     assert code == 2 and "mine.toml" in err and err.count("\n") == 1 and out.read_text() == before
+
+
+@pytest.mark.parametrize(("scatter", "noted"), [(0.1, False), (0.6, True)])
+def test_measuring_says_how_long_it_takes_and_whether_repeats_differ(run, tmp_path, monkeypatch, scatter, noted):
+    monkeypatch.setattr(this_machine, "disk_times", lambda _: iter([(65536, 1e-4, scatter), (1048576, 1e-3, scatter)]))
+    code, _, err = run("calibrate", "--measure", "--only", "disk", "--save-table", tmp_path / "t.csv")
+    first, *rest = err.splitlines()
+    assert code == 0 and first.startswith("moetrace: measuring disk takes ") and "run nothing else" in first
+    assert any("quartiles lie 60% of the median apart" in line for line in rest) == noted

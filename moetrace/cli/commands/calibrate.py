@@ -68,8 +68,10 @@ def command(
 
     TABLE is a Parquet or CSV file of times of one layer's experts (columns hidden, intermediate, experts, top_k, rows,
     bits or dtype, seconds or latency_ms) and of copies (part link or disk; bytes, seconds). --measure times this
-    machine instead. Shapes are halved, and each half is predicted from the other: these errors are printed, beside
-    those of the data sheet's peaks with a start for each expert, and written into the TOML.
+    machine instead, which takes about a minute: run nothing else meanwhile. Shapes are halved, and each half is
+    predicted from the other: these errors are printed, beside those of the data sheet's peaks with a start for each
+    expert, and written into the TOML. A note tells of fits that look wrong, as from times in ms that are taken as s. -o
+    replaces a file that is there, but no file that it reads.
     """
     choose = {column: value for column, value in (("gpu", gpu), ("dtype", dtype)) if value is not None}
     _check(table, base, output, measure, parts, folder, save_table, bool(choose))
