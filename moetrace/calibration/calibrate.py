@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from moetrace.calibration.doubts import CAUSES, doubts_of_copies, doubts_of_kernels
 from moetrace.calibration.fitting import Fit, fit_copies, fit_kernels, predict
 from moetrace.calibration.measured import SHAPE, Measured, read_measured, work
 from moetrace.calibration.system_file import Change, base_text, rewritten
@@ -31,14 +32,16 @@ class Calibrated:
         fits: Part (gpu, cpu, link) -> its fit.
         frame: A row for each fitted part: its constants, the points and shapes, median and p90 of the error on what
             was not fitted, and of the data-sheet constants with a start for each expert on the same points.
-        left_out: What of the table was not used, as sentences.
+        notes: What of the table was not used, and what looks wrong about the fits, as sentences.
+        written: Whether any fitted value stands in `text`; no section of a system describes a disk.
     """
 
     system: System
     text: str
     fits: dict[str, Fit]
     frame: pl.DataFrame
-    left_out: list[str]
+    notes: list[str]
+    written: bool
 
 
 def calibrate(
@@ -84,38 +87,51 @@ def calibrate(
     if source is not None:
         measured = measured._replace(source=source)
     base = load_system(system)
-    text, left_out = base_text(system), list(measured.left_out)
+    text, notes = base_text(system), list(measured.notes)
     changes, fits, rows = [Change("", "name", name or f"{base.name}-calibrated", "")], {}, []
     for part, kernels in measured.kernels.items():
-        used = _used(kernels, part, cache_mb if part == "gpu" else 0.0, max_rows, left_out)
+        used = _used(kernels, part, cache_mb if part == "gpu" else 0.0, max_rows, measured.source, notes)
         flop_s, bytes_s, start = _peaks(base, part)
         fit = fits[part] = fit_kernels(used, flop_s, bytes_s)
-        rows.append({"part": part, **_row(fit, flop_s, bytes_s), **_sheet_errors(used, flop_s, bytes_s)})
+        sheet = _sheet_errors(used, flop_s, bytes_s)
+        rows.append({"part": part, **_row(fit, flop_s, bytes_s), **sheet})
+        notes += doubts_of_kernels(part, fit, flop_s, bytes_s, sheet["sheet_median_error"])
         changes += _kernel_changes(part, fit, (flop_s, bytes_s), start, measured.source)
     for part, copies in measured.copies.items():
         if copies["bytes"].n_unique() < 2:
-            raise UsageError(f"Copies of one size say nothing of latency and bandwidth; measure two sizes for {part}.")
+            raise UsageError(
+                f"{measured.source}: copies of one size say nothing of latency and bandwidth; measure two sizes for "
+                f"part {part}."
+            )
         fit = fits[part] = fit_copies(copies)
         rows.append({"part": part, **_row(fit, None, None), "sheet_median_error": None, "sheet_p90_error": None})
         if part == "link" and base.link is not None:
+            notes += doubts_of_copies(part, fit, base.link.bandwidth_gb_s * 1e9)
             changes += _copy_changes(fit, measured.source)
+        else:
+            lacks = "no section of a system describes a disk" if part == "disk" else f"system {base.name} has no [link]"
+            notes.append(f"The fit of the {part} is printed only: {lacks}.")
     text = rewritten(text, changes)
-    return Calibrated(_loaded(text), text, fits, pl.DataFrame(rows, infer_schema_length=None), left_out)
+    frame = pl.DataFrame(rows, infer_schema_length=None)
+    return Calibrated(_loaded(text, measured.source), text, fits, frame, notes, written=len(changes) > 1)
 
 
-def _used(kernels: pl.DataFrame, part: str, cache_mb: float, max_rows: int, left_out: list[str]) -> pl.DataFrame:
+def _used(
+    kernels: pl.DataFrame, part: str, cache_mb: float, max_rows: int, source: str, notes: list[str]
+) -> pl.DataFrame:
     used = kernels.filter(pl.col("rows") <= max_rows)
     if len(used) < len(kernels):
-        left_out.append(f"{counted(len(kernels) - len(used), 'layer')} of more than {max_rows} rows left out.")
+        notes.append(f"{counted(len(kernels) - len(used), 'layer')} of more than {max_rows} rows left out.")
     cached = work(used)[:, 2] < cache_mb * 1e6
     if cached.any():
-        left_out.append(f"{counted(int(cached.sum()), 'layer')} whose weights fit a cache of {cache_mb:g} MB left out.")
+        notes.append(f"{counted(int(cached.sum()), 'layer')} whose weights fit a cache of {cache_mb:g} MB left out.")
         used = used.filter(~pl.Series(cached))
     shapes = used.select(*SHAPE, "bits").n_unique() if len(used) else 0
     if shapes < 2:
         raise UsageError(
-            f"The table has {counted(shapes, 'shape')} of experts that can be used for the {part}; at least 2 are "
-            "needed, so that one can be predicted from the other."
+            f"{source} has {counted(shapes, 'shape')} of experts that can be used for the {part} (a shape is hidden, "
+            "intermediate, experts, matrices and bits): measure at least 2, so that one can be predicted from the "
+            "other."
         )
     return used
 
@@ -156,13 +172,17 @@ def _sheet_errors(kernels: pl.DataFrame, flop_s: float, bytes_s: float) -> dict[
 def _kernel_changes(part: str, fit: Fit, peaks: tuple[float, float], start: str, source: str) -> Iterator[Change]:
     flop_s, bytes_s = peaks
     how = f"calibrated: {source}"
-    compute = min(fit.flop_s / flop_s, 1.0) if fit.flop_s else 1.0
-    yield Change(part, "compute_efficiency", round(compute, 4), how)
-    yield Change(part, "memory_efficiency", round(min(fit.bytes_s / bytes_s, 1.0), 4), how)
+    yield Change(part, "compute_efficiency", _efficiency(fit.flop_s or flop_s, flop_s), how)
+    yield Change(part, "memory_efficiency", _efficiency(fit.bytes_s, bytes_s), how)
     yield Change(part, start, round(fit.start_s * 1e6, 2), f"{how}, of a layer's kernel")
     yield Change(part, "launch", "layer", how)
     yield Change(part, "roofline", "sum", how)
     yield from _known(part, fit, source)
+
+
+def _efficiency(rate: float, peak: float) -> float:
+    """Four digits of rate / peak, however small: doubtful fits are written, too."""
+    return float(f"{min(rate / peak, 1.0):.4g}")
 
 
 def _copy_changes(fit: Fit, source: str) -> Iterator[Change]:
@@ -182,5 +202,10 @@ def _known(part: str, fit: Fit, source: str) -> Iterator[Change]:
     yield Change(table, "p90_error", round(fit.p90_error, 4), "90th percentile of the same")
 
 
-def _loaded(text: str) -> System:
-    return convert(Loaded(tomllib.loads(text), "the calibrated system"), System)
+def _loaded(text: str, source: str) -> System:
+    try:
+        return convert(Loaded(tomllib.loads(text), "the calibrated system"), System)
+    except UsageError as error:
+        raise UsageError(
+            f"{source}: no system can have what fits these times ({str(error).rstrip('.')}); {CAUSES}."
+        ) from None

@@ -5,13 +5,13 @@ import errno
 import mmap
 import os
 import secrets
-import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from time import perf_counter
 
+from moetrace.calibration.repeats import repeated
 from moetrace.spec.errors import MoetraceError
 
 FILE_BYTES = 256 << 20
@@ -22,8 +22,8 @@ _CAN_READ = hasattr(os, "preadv") and (hasattr(os, "O_DIRECT") or hasattr(os, "p
 NO_DISK = "" if _CAN_READ else "Reads past the page cache need Linux or FreeBSD, so no disk was measured."
 
 
-def disk_times(folder: str | Path | None = None) -> Iterator[tuple[int, float]]:
-    """Yield bytes and median seconds of reads at random places of a file of 256 MiB, which is removed at the end.
+def disk_times(folder: str | Path | None = None) -> Iterator[tuple[int, float, float]]:
+    """Yield bytes, median seconds and scatter of reads at random places of a file of 256 MiB, which is then removed.
 
     Reads go past the page cache (O_DIRECT) where the file system allows it; elsewhere its pages are given up first.
 
@@ -42,7 +42,7 @@ def disk_times(folder: str | Path | None = None) -> Iterator[tuple[int, float]]:
         raise MoetraceError(f"Cannot measure the disk of {where}: {error.strerror or error}.") from None
 
 
-def _times(path: str) -> Iterator[tuple[int, float]]:
+def _times(path: str) -> Iterator[tuple[int, float, float]]:
     descriptor = _opened(path)
     buffer = mmap.mmap(-1, max(READ_BYTES))  # aligned to a page, as O_DIRECT wants it
     try:
@@ -55,7 +55,7 @@ def _times(path: str) -> Iterator[tuple[int, float]]:
                 start = perf_counter()
                 _read(descriptor, memoryview(buffer)[:size], offset)
                 times.append(perf_counter() - start)
-            yield size, statistics.median(times)
+            yield size, *repeated(times)
     finally:
         os.close(descriptor)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from moetrace.spec.errors import MoetraceError, UsageError, counted
+from moetrace.spec.errors import MoetraceError, UsageError, counted, printable
 from moetrace.spec.ordinary_file import open_ordinary
 from moetrace.spec.parquet_pages import DamagedParquetError, parquet_sizes
 
@@ -24,6 +24,7 @@ ALIASES = {
 SHAPE = ("hidden", "intermediate", "experts", "matrices")
 KERNEL = (*SHAPE, "top_k", "rows", "bits", "active", "seconds")
 COPY = ("bytes", "seconds")
+_ROW = "number of the row"  # as messages count: from 1, the header aside
 PARTS = ("gpu", "cpu", "link", "disk")
 _TEXTS = ("gpu", "dtype", "distribution", "kernel_source")
 # Bits of a stored weight with its scales, by the name of its type.
@@ -53,13 +54,13 @@ class Measured(NamedTuple):
             activations, `active` experts that have some.
         copies: Part (link, disk) -> a frame with the columns `COPY`; a row is one copy.
         source: What the table is, in a few words, for comments.
-        left_out: What was left out, as sentences.
+        notes: What was left out, and what looks wrong about the times, as sentences.
     """
 
     kernels: dict[str, pl.DataFrame]
     copies: dict[str, pl.DataFrame]
     source: str
-    left_out: list[str]
+    notes: list[str]
 
 
 def read_measured(path: str | Path, choose: Mapping[str, str] | None = None) -> Measured:
@@ -84,12 +85,12 @@ def read_measured(path: str | Path, choose: Mapping[str, str] | None = None) -> 
     try:
         return _measured(_read(path), path, choose or {})
     except pl.exceptions.PolarsError as error:  # a column twice, a text that is no UTF-8, ...
-        why = " ".join(str(error).split())[:200]
+        why = str(error).strip().split("\n")[0][:200]  # behind it stands advice on Polars' options
         raise MoetraceError(f"Cannot read {path}: it is not a table of times in Parquet or CSV ({why}).") from None
 
 
 def _measured(frame: pl.DataFrame, path: Path, choose: Mapping[str, str]) -> Measured:
-    frame = _typed(frame.rename(lambda name: ALIASES.get(name, name)), path)
+    frame = _typed(frame.rename(lambda name: ALIASES.get(name, name)).with_row_index(_ROW, 1), path)
     words = [path.name]
     for column, value in choose.items():
         frame = _chosen(frame, column, value, path)
@@ -105,18 +106,18 @@ def _measured(frame: pl.DataFrame, path: Path, choose: Mapping[str, str]) -> Mea
     unknown = sorted(set(map(str, frame["part"].unique())) - set(PARTS))
     if unknown:
         raise UsageError(f"{path}: part {unknown[0]!r} is unknown; use one of {', '.join(PARTS)}.")
-    kernels, copies, left_out = {}, {}, []
+    kernels, copies, notes = {}, {}, []
     for part in PARTS:
         rows = frame.filter(pl.col("part") == part)
         if rows.is_empty():
             continue
         if part in ("link", "disk"):
             copies[part] = _checked(rows, COPY, path)
-        elif not (rows := _usable(rows, left_out)).is_empty():
+        elif not (rows := _usable(rows, notes)).is_empty():
             kernels[part] = _checked(_completed(rows, path), KERNEL, path)
     if not kernels and not copies:
-        raise UsageError(f"{path}: no row can be used. {' '.join(left_out)}".rstrip())
-    return Measured(kernels, copies, ", ".join(words), left_out)
+        raise UsageError(f"{path}: no row can be used. {' '.join(notes)}".rstrip())
+    return Measured(kernels, copies, ", ".join(words), notes)
 
 
 def work(kernels: pl.DataFrame) -> np.ndarray:
@@ -134,7 +135,7 @@ def _read(path: Path) -> pl.DataFrame:
             raise MoetraceError(f"Cannot read {path}: it has more than {MAX_BYTES >> 20} MiB.")
         try:
             if path.suffix == ".csv":
-                frame = pl.read_csv(file, n_rows=MAX_ROWS + 1)
+                frame = pl.read_csv(file, n_rows=MAX_ROWS + 1, infer_schema=False)  # `_typed` names a wrong row
                 _check_rows(len(frame), path)
                 return frame
             sizes = parquet_sizes(file)
@@ -160,10 +161,12 @@ def _typed(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
     numbers = [name for name in {*KERNEL, *COPY, "latency_ms", "moe_ep_size"} if name in frame.columns]
     frame = frame.with_columns(pl.col(name).cast(pl.String, strict=False) for name in texts)
     for name in sorted(numbers):
-        try:
-            frame = frame.with_columns(pl.col(name).cast(pl.Float64))
-        except pl.exceptions.PolarsError:
-            raise MoetraceError(f"{path}: column {name} must hold numbers.") from None
+        values = frame[name].cast(pl.Float64, strict=False)
+        wrong = frame.filter(values.is_null() & frame[name].is_not_null())
+        if wrong.height:
+            got = printable(repr(wrong[name][0]))[:80]
+            raise MoetraceError(f"{path}, row {wrong[_ROW][0]}: {name} must be a number, got {got}.")
+        frame = frame.with_columns(values)
     return frame
 
 
@@ -177,7 +180,7 @@ def _chosen(frame: pl.DataFrame, column: str, value: str, path: Path) -> pl.Data
     return kept
 
 
-def _usable(rows: pl.DataFrame, left_out: list[str]) -> pl.DataFrame:
+def _usable(rows: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
     """Leave out what one device with known experts did not run, and say so."""
     tests = {
         "moe_ep_size": (pl.col("moe_ep_size") == 1.0, "of experts that are spread over several GPUs"),
@@ -188,14 +191,14 @@ def _usable(rows: pl.DataFrame, left_out: list[str]) -> pl.DataFrame:
             continue
         kept = rows.filter(test)
         if len(kept) < len(rows):
-            left_out.append(f"{counted(len(rows) - len(kept), 'row')} {words} left out.")
+            notes.append(f"{counted(len(rows) - len(kept), 'row')} {words} left out.")
         rows = kept
     if "kernel_source" in rows.columns and "matrices" not in rows.columns:
-        rows = _with_matrices(rows, left_out)
+        rows = _with_matrices(rows, notes)
     return rows
 
 
-def _with_matrices(rows: pl.DataFrame, left_out: list[str]) -> pl.DataFrame:
+def _with_matrices(rows: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
     """Count an expert's matrices: 2 where a kernel without a gate ran the shape, else 3.
 
     The table does not say it otherwise, and a width of its own (not a multiple of 512, or 22 experts of 512) belongs
@@ -206,7 +209,7 @@ def _with_matrices(rows: pl.DataFrame, left_out: list[str]) -> pl.DataFrame:
     gateless = pl.col("intermediate").is_in([1856.0, 2688.0]) | (pl.col("top_k") == 22)
     kept = rows.with_columns(matrices=pl.when(plain).then(2.0).otherwise(3.0)).filter(~gateless | plain)
     if len(kept) < len(rows):
-        left_out.append(f"{counted(len(rows) - len(kept), 'row')} of shapes whose number of matrices is open left out.")
+        notes.append(f"{counted(len(rows) - len(kept), 'row')} of shapes whose number of matrices is open left out.")
     return kept
 
 
@@ -214,7 +217,7 @@ def _completed(rows: pl.DataFrame, path: Path) -> pl.DataFrame:
     """Add the columns that have a default."""
     if "bits" not in rows.columns:
         if "dtype" not in rows.columns:
-            raise UsageError(f"{path} has neither a column bits nor a column dtype.")
+            raise UsageError(f"{path} has neither a column bits nor a column dtype{_has(rows)}.")
         unknown = sorted(set(map(str, rows["dtype"].unique())) - DTYPE_BITS.keys())
         if unknown:
             raise UsageError(f"{path}: the bits of dtype {unknown[0]} are unknown; give a column bits.")
@@ -224,7 +227,7 @@ def _completed(rows: pl.DataFrame, path: Path) -> pl.DataFrame:
     if "active" not in rows.columns:
         missing = [name for name in ("experts", "rows", "top_k") if name not in rows.columns]
         if missing:
-            raise UsageError(f"{path} has no column {missing[0]}.")
+            raise UsageError(f"{path} has no column {missing[0]}{_has(rows)}.")
         rows = rows.with_columns(active=pl.min_horizontal("experts", pl.col("rows") * pl.col("top_k")))
     return rows
 
@@ -232,14 +235,23 @@ def _completed(rows: pl.DataFrame, path: Path) -> pl.DataFrame:
 def _checked(rows: pl.DataFrame, columns: tuple[str, ...], path: Path) -> pl.DataFrame:
     for name in columns:
         if name not in rows.columns:
-            raise UsageError(f"{path} has no column {name}.")
+            raise UsageError(f"{path} has no column {name}{_has(rows)}.")
         values = rows[name]
-        bad = ~(values.is_not_null() & values.is_finite() & (values > 0) & (values <= MAX_SIZE))
-        if bad.any():
-            wants = "numbers greater than 0 (and at most 2^40)"
-            raise MoetraceError(f"{path}: column {name} must hold {wants}, got {values.filter(bad)[0]}.")
+        bad = rows.filter(~(values.is_not_null() & values.is_finite() & (values > 0) & (values <= MAX_SIZE)))
+        if bad.height:
+            got = "nothing" if bad[name][0] is None else f"{bad[name][0]:g}"
+            raise MoetraceError(
+                f"{path}, row {bad[_ROW][0]}: {name} must be a number greater than 0 (and at most 2^40), got {got}."
+            )
     if "top_k" in columns and (wrong := rows.filter(pl.col("top_k") > pl.col("experts"))).height:
+        row = wrong.row(0, named=True)
         raise MoetraceError(
-            f"{path}: top_k must be at most experts, got {wrong['top_k'][0]:g} of {wrong['experts'][0]:g}."
+            f"{path}, row {row[_ROW]}: top_k must be at most experts, got {row['top_k']:g} of {row['experts']:g}."
         )
     return rows.select(columns)
+
+
+def _has(rows: pl.DataFrame) -> str:
+    names = [name for name in rows.columns if name not in (_ROW, "part")]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"; it has {printable(', '.join(names[:8]))[:200]}{more} (docs/calibration.md says what a table has)"

@@ -4,7 +4,6 @@ Each expert's weights are touched in turn, in a pool larger than the caches, as 
 median of repetitions.
 """
 
-import statistics
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ import polars as pl
 
 from moetrace.calibration.disk import NO_DISK, disk_times
 from moetrace.calibration.measured import COPY, KERNEL, Measured
+from moetrace.calibration.repeats import Repeated, doubts_of_repeats, repeated
 from moetrace.spec.errors import MoetraceError, UsageError
 
 # (hidden, intermediate): OLMoE, Qwen3-30B, DeepSeek-V2-Lite, gpt-oss and Mixtral's, and one of launches only.
@@ -68,28 +68,33 @@ def measure(
     found = Measured({}, {}, _SOURCE, [])
 
     def take(frames: dict[str, pl.DataFrame], part: str, columns: tuple[str, ...], rows: Iterator[tuple]) -> None:
-        taken = []
-        for row in rows:
+        taken, scatters = [], []
+        for *row, scatter in rows:
             taken.append(row)
+            scatters.append(scatter)
             frames[part] = pl.DataFrame(taken, schema=dict.fromkeys(columns, pl.Float64), orient="row")
             keep(found)
+        found.notes.extend(doubts_of_repeats(part, scatters))
 
+    can = {"cpu": True, "disk": not NO_DISK, "cuda": "cuda" in parts and _has_cuda()}
+    if there := tuple(part for part in parts if can[part]):
+        report(f"{_duration(there)}; run nothing else meanwhile.")
     if "cpu" in parts:
         runner = _torch_runner("cpu") if find_spec("torch") else _numpy_runner()
         take(found.kernels, "cpu", KERNEL, _kernels(runner, "CPU", report))
     if "disk" in parts and NO_DISK:
-        found.left_out.append(NO_DISK)
+        found.notes.append(NO_DISK)
     elif "disk" in parts:
         report("disk: reads past the page cache")
         take(found.copies, "disk", COPY, disk_times(folder))
-    if "cuda" in parts and _has_cuda():
+    if can["cuda"]:
         take(found.kernels, "gpu", KERNEL, _kernels(_torch_runner("cuda"), "CUDA device", report))
         report("CUDA device: copies from pinned memory")
         take(found.copies, "link", COPY, _cuda_copies())
     elif "cuda" in parts:
-        found.left_out.append("No CUDA device was found (PyTorch is needed to use one), so none was measured.")
+        found.notes.append("No CUDA device was found (PyTorch is needed to use one), so none was measured.")
     if not found.kernels and not found.copies:
-        raise MoetraceError(" ".join(["Nothing was measured.", *found.left_out]))
+        raise MoetraceError(" ".join(["Nothing was measured.", *found.notes]))
     return found
 
 
@@ -108,16 +113,22 @@ def to_csv(measured: Measured) -> bytes:
     return to_frame(measured).write_csv().encode()
 
 
+def _duration(parts: tuple[str, ...]) -> str:
+    """Say how long it takes: CPU and disk took 72 s on two busy cores, the disk alone a few seconds of them."""
+    usual = "a few seconds" if parts == ("disk",) else "about a minute"
+    return f"measuring {', '.join(parts)} takes {usual}, longer on a slow machine"
+
+
 def _kernels(runner: Runner, place: str, report: Report) -> Iterator[tuple]:
-    """Yield a row of `KERNEL` for each layer."""
+    """Yield a row of `KERNEL` and the scatter of its repeats for each layer."""
     for hidden, intermediate in SHAPES:
         report(f"{place}: experts of {hidden} x {intermediate}")
         experts = max(-(-POOL_BYTES * 8 // (3 * hidden * intermediate * runner.bits)), 2 * max(ACTIVE))
         run = runner.prepare(hidden, intermediate, experts)
         for active in ACTIVE:
             for count in ROWS:
-                seconds = _median_s(_turns(run, experts, active, count))
-                yield hidden, intermediate, experts, 3, active, count, runner.bits, active, seconds
+                times = _repeats(_turns(run, experts, active, count))
+                yield hidden, intermediate, experts, 3, active, count, runner.bits, active, *times
 
 
 def _turns(run: Callable[[int, int, int], None], experts: int, active: int, rows: int) -> Iterator[None]:
@@ -129,14 +140,14 @@ def _turns(run: Callable[[int, int, int], None], experts: int, active: int, rows
         first = (first + active) % (experts - active + 1)
 
 
-def _median_s(turns: Iterator[None]) -> float:
+def _repeats(turns: Iterator[None]) -> Repeated:
     next(turns)  # the first one allocates, and starts threads
     times: list[float] = []
     while len(times) < _LEAST_TIMES or sum(times) < _LEAST_S:
         start = perf_counter()
         next(turns)
         times.append(perf_counter() - start)
-    return statistics.median(times)
+    return repeated(times)
 
 
 def _numpy_runner() -> Runner:
@@ -193,8 +204,8 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _cuda_copies() -> Iterator[tuple[int, float]]:
-    """Bytes and seconds of copies from pinned host memory to the device."""
+def _cuda_copies() -> Iterator[tuple[int, float, float]]:
+    """Bytes, seconds and their scatter of copies from pinned host memory to the device."""
     import torch
 
     for size in COPY_BYTES:
@@ -207,4 +218,4 @@ def _cuda_copies() -> Iterator[tuple[int, float]]:
                 torch.cuda.synchronize()
                 yield
 
-        yield size, _median_s(turns())
+        yield size, *_repeats(turns())

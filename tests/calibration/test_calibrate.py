@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moetrace as mt
-from moetrace.calibration.fitting import fit_copies, fit_kernels
+from moetrace.calibration.doubts import doubts_of_kernels
+from moetrace.calibration.fitting import Fit, fit_copies, fit_kernels
 from moetrace.calibration.measured import Measured
 from moetrace.calibration.system_file import Change, rewritten
 
@@ -117,11 +118,11 @@ GOOD = "hidden,intermediate,experts,top_k,rows,bits,seconds\n2048,768,128,8,1,16
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (GOOD.replace("4096", "2048"), "1 shape of experts"),
-        (GOOD.replace("2e-4", "-1"), "seconds must hold numbers greater than 0"),
-        (GOOD.replace("2e-4", "1e999"), "seconds must hold numbers greater than 0"),
-        (GOOD.replace("2e-4", "fast"), "seconds must hold numbers"),
-        (GOOD.replace("hidden", "width"), "no column hidden"),
+        (GOOD.replace("4096", "2048"), "t.csv has 1 shape of experts"),
+        (GOOD.replace("2e-4", "-1"), "t.csv, row 2: seconds must be a number greater than 0.*got -1"),
+        (GOOD.replace("2e-4", "1e999"), "row 2: seconds must be a number greater than 0.*got inf"),
+        (GOOD.replace("2e-4", "fast"), "row 2: seconds must be a number, got 'fast'"),
+        (GOOD.replace("hidden", "width"), "no column hidden; it has width, intermediate"),
         (GOOD.replace(",bits", ",size"), "neither a column bits nor a column dtype"),
         (GOOD.replace("bits", "dtype").replace("16,", "fp3,"), "bits of dtype fp3 are unknown"),
         (
@@ -134,10 +135,14 @@ GOOD = "hidden,intermediate,experts,top_k,rows,bits,seconds\n2048,768,128,8,1,16
             GOOD.replace("seconds", "gpu,seconds").replace("16,1", "16,a,1").replace("16,2", "16,b,2"),
             "choose one with --gpu",
         ),
-        ("part,bytes,seconds\nlink,100,1\n", "Copies of one size"),
-        (GOOD.replace("128", "many"), "not a table of times|must hold numbers"),
-        (GOOD.replace("seconds", "hidden_size"), "not a table of times|must hold numbers"),
-        (GOOD.replace("seconds", "moe_ep_size").replace("1e-4", "one"), "not a table of times|must hold numbers"),
+        ("part,bytes,seconds\nlink,100,1\n", "t.csv: copies of one size"),
+        (GOOD.replace("128", "many"), "row 1: experts must be a number, got 'many'"),
+        (GOOD.replace("seconds", "hidden_size"), "not a table of times"),
+        (
+            GOOD.replace("seconds", "moe_ep_size").replace("1e-4", "one"),
+            "row 1: moe_ep_size must be a number, got 'one'",
+        ),
+        (GOOD.replace("2e-4", "2e-4,7"), r"t.csv: it is not a table .* defined in 'Schema'\)"),
         ("", "not a table|no column"),
     ],
 )
@@ -149,3 +154,70 @@ def test_bad_tables_are_refused_in_one_sentence(tmp_path, text, says):
     assert "\n" not in str(refused.value)
     with pytest.raises(mt.MoetraceError, match="not an ordinary file"):
         mt.calibrate(tmp_path, "rtx4090-offload")
+
+
+def table_of(kernels: pl.DataFrame, factor=1.0) -> Measured:
+    return Measured({"gpu": kernels.with_columns(pl.col("seconds") * factor)}, {}, "mine", [])
+
+
+@pytest.mark.parametrize(
+    ("factor", "says"),
+    [
+        (1e3, "memory_efficiency is 0.00"),  # ms taken as s
+        (2e5, "memory_efficiency is 4.5e-06"),
+        (1e-3, "compute_efficiency is at its limit of 1, memory_efficiency is at its limit of 1"),  # s taken as ms
+    ],
+)
+def test_times_of_another_unit_are_doubted(factor, says):
+    peaks = {"flop_s": 80e12, "bytes_s": 900e9}
+    (note,) = mt.calibrate(table_of(layers(1e-9, **peaks), factor), "rtx4090-offload").notes
+    assert note.startswith("The fit of the gpu is doubtful: ") and says in note
+    assert "times in ms or us that are taken as s, a wrong peak" in note and note.count(". ") == 0
+
+
+def test_times_that_no_system_can_have_are_refused():
+    """Such as those in us that are taken as s."""
+    with pytest.raises(mt.UsageError, match=r"^mine: no system can have .*compute_efficiency.*ms or us that are taken"):
+        mt.calibrate(table_of(layers(1e-9, 80e12, 900e9), 1e6), "rtx4090-offload")
+
+
+def test_right_times_are_not_doubted():
+    """Not even where they say nothing of arithmetic, and its rate is left at the peak."""
+    found = mt.calibrate(table_of(layers(20e-6, 1e18, 800e9)), "rtx4090-offload")
+    assert found.notes == [] and found.fits["gpu"].median_error < 0.01
+    assert found.frame["compute_efficiency"][0] == pytest.approx(1.0)
+
+
+def test_a_fit_that_errs_more_than_the_data_sheet_is_doubted():
+    fit = Fit(1e-6, 300e12, 1000e9, 8, 3, median_error=0.2, p90_error=0.5)
+    (note,) = doubts_of_kernels("cpu", fit, *PEAKS, sheet_error=0.1)
+    assert "not fitted it errs by 20.0% in the median, and the data sheet by 10.0%" in note
+    assert not list(doubts_of_kernels("cpu", fit, *PEAKS, sheet_error=0.3))
+    assert list(doubts_of_kernels("cpu", fit._replace(median_error=0.26), *PEAKS, sheet_error=0.9))
+
+
+@pytest.mark.parametrize(("bytes_s", "doubted"), [(25e9, 0), (30e9, 0), (25e6, 1), (25e12, 1)])
+def test_copies_far_from_the_systems_bandwidth_are_doubted(bytes_s, doubted):
+    copies = pl.DataFrame({"bytes": [1e6, 1e7, 1e8], "seconds": [size / bytes_s for size in (1e6, 1e7, 1e8)]})
+    found = mt.calibrate(Measured({}, {"link": copies}, "mine", []), "rtx4090-offload")
+    assert len(found.notes) == doubted and all("times the system's 25 GB/s" in note for note in found.notes)
+    assert found.written
+
+
+def test_copies_without_a_place_in_the_system_are_said_to_be_printed_only():
+    copies = pl.DataFrame({"bytes": [1e6, 1e8], "seconds": [1e-4, 1e-2]})
+    found = mt.calibrate(Measured({}, {"disk": copies}, "mine", []), "rtx4090-offload")
+    assert found.notes == ["The fit of the disk is printed only: no section of a system describes a disk."]
+    assert not found.written and found.fits["disk"].bytes_s == pytest.approx(10e9, rel=0.01)
+
+
+def test_a_wrong_number_is_told_by_its_row(tmp_path):
+    """Also behind the rows that a reader would guess types from, and behind rows that were left out."""
+    head, first, second = GOOD.splitlines()
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join([head, *[first] * 300, second.replace("2e-4", "fast")]) + "\n")
+    with pytest.raises(mt.MoetraceError, match=r"t\.csv, row 301: seconds must be a number, got 'fast'\."):
+        mt.calibrate(path, "rtx4090-offload")
+    path.write_text(f"{head},distribution\n{first},zipf\n{second},balanced\n{second.replace('16', '0')},balanced\n")
+    with pytest.raises(mt.MoetraceError, match=r"t\.csv, row 3: bits must be a number greater than 0 .*got 0\."):
+        mt.calibrate(path, "rtx4090-offload")

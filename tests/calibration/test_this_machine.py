@@ -6,6 +6,7 @@ import pytest
 
 import moetrace as mt
 from moetrace.calibration import disk, read_measured, this_machine
+from moetrace.calibration.repeats import doubts_of_repeats, repeated
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def quick(monkeypatch):
 def test_cpu_and_disk_are_measured_and_read_back(quick, tmp_path):
     said = []
     found = this_machine.measure(("cpu", "disk"), folder=tmp_path, report=said.append)
-    assert list(tmp_path.iterdir()) == [] and len(said) == 3
+    assert list(tmp_path.iterdir()) == [] and len(said) == 4
     kernels = found.kernels["cpu"]
     assert len(kernels) == 2 * len(this_machine.ACTIVE) * len(this_machine.ROWS)
     assert (kernels["seconds"] > 0).all() and (kernels["active"] <= kernels["experts"]).all()
@@ -67,3 +68,11 @@ def test_unknown_parts_and_folders_are_refused(tmp_path):
         this_machine.measure(("tpu",))
     with pytest.raises(mt.MoetraceError, match="Cannot measure the disk"):
         this_machine.measure(("disk",), folder=tmp_path / "none")
+
+
+def test_repeats_are_told_by_median_and_quartiles():
+    assert repeated([1.0, 2.0, 3.0, 4.0, 50.0]) == (3.0, pytest.approx(2 / 3))
+    assert repeated([2.0] * 5) == (2.0, 0.0)
+    assert doubts_of_repeats("cpu", [0.02, 0.1, 3.0]) == []  # one disturbed time is no busy machine
+    (note,) = doubts_of_repeats("cpu", [0.02, 0.5, 3.0])
+    assert "on the cpu" in note and "50% of the median" in note

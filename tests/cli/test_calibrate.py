@@ -59,8 +59,8 @@ def test_wrong_usage_is_one_sentence(run, table, arguments, says):
 
 def test_an_interruption_leaves_the_times_so_far(run, tmp_path, monkeypatch):
     def reads(_):
-        yield 65536, 1e-4
-        yield 1048576, 1e-3
+        yield 65536, 1e-4, 0.0
+        yield 1048576, 1e-3, 0.0
         raise KeyboardInterrupt
 
     monkeypatch.setattr(this_machine, "disk_times", reads)
@@ -73,3 +73,44 @@ def test_a_disk_that_cannot_be_measured_is_left_out(run, tmp_path, monkeypatch):
     monkeypatch.setattr(this_machine, "NO_DISK", "No disk here.")
     code, _, err = run("calibrate", "--measure", "--only", "disk", "--save-table", tmp_path / "t.csv")
     assert code == 1 and err == "moetrace: Nothing was measured. No disk here.\n" and not (tmp_path / "t.csv").exists()
+
+
+def test_wrong_units_are_noted_beside_the_values(run, table, tmp_path):
+    wrong = tmp_path / "ms.csv"
+    head, *rows = table.read_text().splitlines()
+    rows = [",".join([*row.split(",")[:-1], str(float(row.split(",")[-1]) * 1e3)]) for row in rows]
+    wrong.write_text("\n".join([head, *rows]) + "\n")
+    code, said, err = run("calibrate", wrong, "--system", "rtx4090-offload")
+    assert code == 0 and err.startswith("moetrace: note: The fit of the gpu is doubtful: ") and err.count("\n") == 1
+    assert run("calibrate", table, "--system", "rtx4090-offload")[2] == ""
+    code, said, _ = run("calibrate", wrong, "--system", "rtx4090-offload", "--format", "json")
+    assert code == 0 and len(json.loads(said)["notes"]) == 1
+
+
+def test_a_disk_is_printed_and_no_empty_system_is_written(run, tmp_path):
+    path, out = tmp_path / "disk.csv", tmp_path / "o.toml"
+    path.write_text("part,bytes,seconds\ndisk,65536,1e-4\ndisk,1048576,1e-3\ndisk,4194304,4e-3\n")
+    code, said, err = run("calibrate", path, "--system", "rtx4090-offload")
+    assert code == 0 and "latency" in said and "sizes" in said and "efficiency" not in said
+    assert "-" not in said.splitlines()[-1].split() and "disk is printed only" in err
+    code, said, err = run("calibrate", path, "--system", "rtx4090-offload", "-o", out)
+    assert code == 2 and "o.toml was not written: no fitted value" in err and "disk" in said and not out.exists()
+
+
+def test_output_replaces_a_file_whole_but_never_an_input(run, table, tmp_path):
+    out = tmp_path / "mine.toml"
+    out.write_text("old")
+    assert run("calibrate", table, "--system", "rtx4090-offload", "-o", out)[0] == 0
+    before = out.read_text()
+    assert mt.load_system(out).name == "mine"
+    code, _, err = run("calibrate", table, "--system", out, "-o", out)
+    assert code == 2 and "mine.toml" in err and err.count("\n") == 1 and out.read_text() == before
+
+
+@pytest.mark.parametrize(("scatter", "noted"), [(0.1, False), (0.6, True)])
+def test_measuring_says_how_long_it_takes_and_whether_repeats_differ(run, tmp_path, monkeypatch, scatter, noted):
+    monkeypatch.setattr(this_machine, "disk_times", lambda _: iter([(65536, 1e-4, scatter), (1048576, 1e-3, scatter)]))
+    code, _, err = run("calibrate", "--measure", "--only", "disk", "--save-table", tmp_path / "t.csv")
+    first, *rest = err.splitlines()
+    assert code == 0 and first.startswith("moetrace: measuring disk takes ") and "run nothing else" in first
+    assert any("quartiles lie 60% of the median apart" in line for line in rest) == noted

@@ -1,25 +1,31 @@
 """``moetrace calibrate``: the constants of a real machine, from measured times."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
-from moetrace.cli.tables.output import figure, format_option, print_json, print_rows, say, stdout_console
+from moetrace.cli.tables.output import figure, format_option, print_json, print_rows, print_text, say, stdout_console
 from moetrace.spec.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from moetrace.calibration import Calibrated, Measured
 
 _FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
-# Groups of columns; errors in percent.
-_COLUMNS = (
+# Groups of columns for layers of experts, and for copies; errors in percent.
+_ERRORS = {"median_error": "error\nmedian %", "p90_error": "error\np90 %"}
+_KERNELS = (
     {"start_us": "start\nus", "compute_efficiency": "compute\nefficiency", "memory_efficiency": "memory\nefficiency"},
     {"bandwidth_gb_s": "bandwidth\nGB/s", "points": "points", "shapes": "shapes"},
-    {"median_error": "error\nmedian %", "p90_error": "error\np90 %"},
+    _ERRORS,
     {"sheet_median_error": "data sheet\nmedian %", "sheet_p90_error": "data sheet\np90 %"},
+)
+_COPIES = (
+    {"start_us": "latency\nus", "bandwidth_gb_s": "bandwidth\nGB/s"},
+    {"points": "points", "shapes": "sizes"},
+    _ERRORS,
 )
 
 
@@ -62,8 +68,10 @@ def command(
 
     TABLE is a Parquet or CSV file of times of one layer's experts (columns hidden, intermediate, experts, top_k, rows,
     bits or dtype, seconds or latency_ms) and of copies (part link or disk; bytes, seconds). --measure times this
-    machine instead. Shapes are halved, and each half is predicted from the other: these errors are printed, beside
-    those of the data sheet's peaks with a start for each expert, and written into the TOML.
+    machine instead, which takes about a minute: run nothing else meanwhile. Shapes are halved, and each half is
+    predicted from the other: these errors are printed, beside those of the data sheet's peaks with a start for each
+    expert, and written into the TOML. A note tells of fits that look wrong, as from times in ms that are taken as s. -o
+    replaces a file that is there, but no file that it reads.
     """
     choose = {column: value for column, value in (("gpu", gpu), ("dtype", dtype)) if value is not None}
     _check(table, base, output, measure, parts, folder, save_table, bool(choose))
@@ -75,13 +83,15 @@ def command(
         _check_parts(base, parts)
     measured = read_measured(table, choose) if table is not None else _measured(parts, folder, save_table)
     if base is None:
+        _say_notes(measured.notes)
         return
     name = output.name.removesuffix(".toml") if output else None
     found = calibrate(measured, base, name=name, cache_mb=cache_mb, max_rows=max_rows)
-    for sentence in found.left_out:
-        say(f"moetrace: note: {sentence}")
+    _say_notes(found.notes)
     _print(found, form)
     if output is not None:
+        if not found.written:
+            raise UsageError(f"--output {output} was not written: no fitted value has a place in it; leave out -o.")
         write_whole({output: found.text.encode()})
         say(f"{output}: system {found.system.name}, {found.system.how_known}.")
 
@@ -131,13 +141,29 @@ def _measured(parts: tuple[str, ...], folder: Path | None, save_table: Path | No
             say(f"{save_table}: {counted(len(to_frame(found[-1])), 'time')}.")
 
 
+def _say_notes(notes: list[str]) -> None:
+    for sentence in notes:
+        say(f"moetrace: note: {sentence}")
+
+
 def _print(found: "Calibrated", form: str) -> None:
     rows = found.frame.to_dicts()
     if form == "json":
-        print_json({"system": found.system.name, "parts": rows})
+        print_json({"system": found.system.name, "notes": found.notes, "parts": rows})
         return
     if form == "csv":
         print_rows({name: name for name in rows[0]}, rows, form)
+        return
+    copies = [row for row in rows if row["part"] in ("link", "disk")]
+    kernels = [row for row in rows if row not in copies]
+    _print_table(kernels, _KERNELS)
+    if kernels and copies:
+        print_text("")
+    _print_table(copies, _COPIES)
+
+
+def _print_table(rows: list[dict[str, Any]], columns: tuple[dict[str, str], ...]) -> None:
+    if not rows:
         return
     from moetrace.cli.tables.parts import TextColumn, print_parts
 
@@ -145,5 +171,5 @@ def _print(found: "Calibrated", form: str) -> None:
         factor = 100 if name.endswith("_error") else 1
         return [figure(None if row[name] is None else factor * row[name]) for row in rows]
 
-    groups = [[TextColumn(heading, cells(name)) for name, heading in group.items()] for group in _COLUMNS]
+    groups = [[TextColumn(heading, cells(name)) for name, heading in group.items()] for group in columns]
     print_parts(stdout_console(), [TextColumn("part", cells("part"), right=False)], groups)
