@@ -59,7 +59,7 @@ def page(some: list[Engine]) -> str:
     errors = {
         kind: [off(getattr(row, kind), row.figure.published) for row in rows] for kind in ("data_sheet", "calibrated")
     }
-    head = ("", "published", "", "data sheet", "off by", "calibrated", "off by")
+    head = ("", "published", "", "data sheet", "off by (worst)", "calibrated", "off by (worst)")
     lines = [
         (
             f"{row.figure.number}. {row.figure.what}",

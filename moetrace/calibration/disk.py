@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from time import perf_counter
 
-from moetrace.calibration.repeats import repeated
+from moetrace.calibration.repeated_times import repeated
 from moetrace.spec.errors import MoetraceError
 
 FILE_BYTES = 256 << 20
@@ -55,7 +55,8 @@ def _times(path: str) -> Iterator[tuple[int, float, float]]:
                 start = perf_counter()
                 _read(descriptor, memoryview(buffer)[:size], offset)
                 times.append(perf_counter() - start)
-            yield size, *repeated(times)
+            median_s, scatter = repeated(times)
+            yield size, median_s, scatter
     finally:
         os.close(descriptor)
 

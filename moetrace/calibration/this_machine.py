@@ -14,7 +14,7 @@ import polars as pl
 
 from moetrace.calibration.disk import NO_DISK, disk_times
 from moetrace.calibration.measured import COPY, KERNEL, Measured
-from moetrace.calibration.repeats import Repeated, doubts_of_repeats, repeated
+from moetrace.calibration.repeated_times import Repeated, doubts_of_repeats, repeated
 from moetrace.spec.errors import MoetraceError, UsageError
 
 # (hidden, intermediate): OLMoE, Qwen3-30B, DeepSeek-V2-Lite, gpt-oss and Mixtral's, and one of launches only.
@@ -218,4 +218,5 @@ def _cuda_copies() -> Iterator[tuple[int, float, float]]:
                 torch.cuda.synchronize()
                 yield
 
-        yield size, *_repeats(turns())
+        seconds, scatter = _repeats(turns())
+        yield size, seconds, scatter

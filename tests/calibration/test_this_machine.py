@@ -6,7 +6,7 @@ import pytest
 
 import moetrace as mt
 from moetrace.calibration import disk, read_measured, this_machine
-from moetrace.calibration.repeats import doubts_of_repeats, repeated
+from moetrace.calibration.repeated_times import doubts_of_repeats, repeated
 
 
 @pytest.fixture
