@@ -98,10 +98,27 @@ def import_traces(
     if decode_after is not None and decode_after < 0:
         raise UsageError(f"the prompt has {decode_after} rows, but must have 0 or more.")
     given, path = [sources] if isinstance(sources, str | os.PathLike) else sources, Path(path)
-    hints = _hints(hints or Hints(), model, path)
-    captures = [_checked(capture, hints) for capture in read_captures(list(map(Path, given)), format, hints)]
-    files = [file for capture in captures for file in capture.sources]
-    keep_inputs(path, files)
+    hints = hints_of(hints or Hints(), model, path)
+    captures = read_captures(list(map(Path, given)), format, hints)
+    options = {"model": model, "decode_after": decode_after, "uncounted": uncounted, "compress": compress}
+    write_captures(captures, path, hints, **options, writing=writing)
+    return [file for capture in captures for file in capture.sources]
+
+
+def write_captures(
+    captures: Sequence[Capture | Counts],
+    path: Path,
+    hints: Hints,
+    *,
+    model: str | None = None,
+    decode_after: int | None = None,
+    uncounted: Sequence[tuple[int, int]] = (),
+    compress: str | None = None,
+    writing: Progress | None = None,
+) -> None:
+    """Write one trace file of captures that were read with `hints`; arguments and errors as of `import_traces`."""
+    captures = [_checked(capture, hints) for capture in captures]
+    keep_inputs(path, [file for capture in captures for file in capture.sources])
     first = captures[0]
     for other in captures[1:]:
         _check_alike(first, other)
@@ -124,10 +141,9 @@ def import_traces(
     else:
         rows = [c for c in captures if isinstance(c, Capture)]
         _write_rows(path, rows, _tables(rows, decode_after, uncounted), facts, writing)
-    return files
 
 
-def _hints(hints: Hints, model: str | None, path: Path) -> Hints:
+def hints_of(hints: Hints, model: str | None, path: Path) -> Hints:
     """What `model` says of sizes, unless the user says it himself; temporary files lie beside the trace."""
     if model is not None:
         hints = hints.of_model(load_model(model))
