@@ -19,7 +19,7 @@ FLOORS = (
     {"spec"},
     {"trace"},
     {"calibration", "capture", "importers"},
-    {"recording"},
+    {"live"},
     {"engine"},
     {"analyze"},
     {"generators"},

@@ -54,7 +54,7 @@ class EngineServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: EngineServer
+    server: EngineServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -137,9 +137,9 @@ def answer(engine: str, path: str, body: Any) -> dict:
     }
     if engine == "vllm":
         return whole | {"choices": [choice | {"routed_experts": npy_base64(ids)}], "usage": usage}
-    extension = {"routed_experts": int32_base64(ids)} if body.get("return_routed_experts") else {}
+    extension: dict[str, Any] = {"routed_experts": int32_base64(ids)} if body.get("return_routed_experts") else {}
     if body.get("return_cached_tokens_details"):
-        extension["cached_tokens_details"] = {"device": 0, "host": 0}
+        extension |= {"cached_tokens_details": {"device": 0, "host": 0}}
     return whole | {"choices": [choice], "usage": usage, "sglext": extension}
 
 

@@ -78,9 +78,9 @@ def command(url: str, prompts: Path, out: Path, model: str | None, headers: tupl
     """
     from moetrace.cli.progress import LateBar
     from moetrace.importers.captured import Hints
-    from moetrace.recording.asks import Settings
-    from moetrace.recording.exchange import address_of, headers_of
-    from moetrace.recording.live import record
+    from moetrace.live.asks import Settings
+    from moetrace.live.exchange import address_of, headers_of
+    from moetrace.live.recorder import record
     from moetrace.trace.format import Trace
 
     if not given["prefix_cache"]:

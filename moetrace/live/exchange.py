@@ -63,9 +63,9 @@ def address_of(url: str) -> Address:
     if parts.username is not None or parts.password is not None:
         raise UsageError("the URL holds a name or a password: give it as --header 'Authorization: ...'.")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"{url!r} is no URL of a server: it must begin with http://HOST or https://HOST.")
+        raise UsageError("the URL must begin with http://HOST or https://HOST.")
     if parts.query or parts.fragment or not url.isascii() or not url.isprintable() or " " in url:
-        raise UsageError(f"{url!r} is no URL of a server: use http://HOST:PORT, or the same with /v1.")
+        raise UsageError("the URL must be http://HOST:PORT, or the same with /v1, and no more than that.")
     return Address(parts.scheme == "https", parts.hostname, port, parts.path.rstrip("/").removesuffix("/v1"))
 
 
@@ -139,7 +139,8 @@ class Client:
                     raise RequestError(
                         f"{self.address} did not answer within {timeout_s:g} s: see --timeout."
                     ) from None
-                raise RequestError(f"the answer of {self.address} was cut: {_why(error)}.", again=True) from None
+                why = self._without_secrets(_why(error))
+                raise RequestError(f"the answer of {self.address} was cut: {why}.", again=True) from None
             finally:
                 connection.close()
 
@@ -179,7 +180,7 @@ class Client:
     def _check_head(self, response: http.client.HTTPResponse, path: str) -> None:
         status = response.status
         if 300 <= status < 400:
-            to = (response.getheader("Location") or "nowhere")[:200]
+            to = self._without_secrets(response.getheader("Location") or "nowhere")[:200]
             raise RequestError(f"{self.address} redirects to {to}: give that address if you trust it.", of_all=True)
         if status != 200:
             said = self._without_secrets(_error_of(response))
@@ -191,7 +192,7 @@ class Client:
         coding = response.getheader("Content-Encoding") or "identity"
         if coding.lower() != "identity":
             raise RequestError(
-                f"{self.address} compresses its answers ({coding[:50]}), which nobody asked for.", of_all=True
+                f"{self.address} compresses its answers, which nobody asked for: switch that off.", of_all=True
             )
 
     def _without_secrets(self, text: str) -> str:

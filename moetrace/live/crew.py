@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 from typing import TypeVar
 
-from moetrace.recording.exchange import RequestError
+from moetrace.live.exchange import RequestError
 from moetrace.spec.errors import MoetraceError
 
 Task = TypeVar("Task")

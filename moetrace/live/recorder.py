@@ -9,15 +9,14 @@ from typing import Any
 from moetrace.importers.captured import Capture, Hints
 from moetrace.importers.formats import read_captures
 from moetrace.importers.importing import hints_of, write_captures
-from moetrace.recording.asks import GENERATE, Ask, Asks, Settings, count_prompts
-from moetrace.recording.checking import FORMATS, check_answer
-from moetrace.recording.crew import in_parallel, persistent
-from moetrace.recording.exchange import Client, RequestError, address_of
-from moetrace.recording.journal import Journal, journal_of, marked
-from moetrace.recording.serving import Served, served
+from moetrace.live.asks import GENERATE, Ask, Asks, Settings, count_prompts
+from moetrace.live.checking import FORMATS, check_answer
+from moetrace.live.crew import in_parallel, persistent
+from moetrace.live.exchange import Client, RequestError, address_of
+from moetrace.live.journal import Journal, journal_of, marked
+from moetrace.live.serving import Served, served
 from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError, counted
-from moetrace.trace.atomic import keep_inputs
 from moetrace.trace.naming import presets_in
 
 # A run ends when so many prompts, and all that are under way, fail one after the other.
@@ -97,8 +96,7 @@ def record(
     """
     settings, hints = settings or Settings(), hints or Hints()
     total = count_prompts(prompts)
-    with journal_of(out) as journal:
-        keep_inputs(journal.path, [prompts])
+    with journal_of(out, [prompts]) as journal:
         client = Client(address_of(url), headers or {}, timeout_s)
         try:
             server = served(client, engine, served_model)

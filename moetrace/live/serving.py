@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from moetrace.recording.exchange import Client, RequestError
+from moetrace.live.exchange import Client, RequestError
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}

@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,11 @@ import msgspec
 
 from moetrace.importers.reading.text import MAX_LINE_BYTES
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.trace.atomic import hold, sync_folder, uninterrupted, whole_file
+from moetrace.trace.atomic import hold, keep_inputs, sync_folder, uninterrupted, whole_file
 
 _MARK = re.compile(rb'\{"moetrace":\{"prompt":(\d{1,10}),"asked":"([0-9a-f]{32})"\},')
+# A line that a killed run left without its end; what begins otherwise is somebody's, and stays.
+_BEGUN = re.compile(rb'\{"moetrace":\{"prompt":\d')
 _COPIED_BYTES = 1 << 20
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | sum(getattr(os, n, 0) for n in ("O_CLOEXEC", "O_NOFOLLOW", "O_BINARY"))
 
@@ -122,7 +124,7 @@ class Journal:
         """Find the answers; a last line that a killed run left without its end is taken away."""
         with self.path.open("rb") as file:
             for line_number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-                if not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
+                if not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES and _BEGUN.match(line):
                     break
                 found = _MARK.match(line) if len(line) <= MAX_LINE_BYTES else None
                 if found is None or int(found[1]) in self._places:
@@ -132,14 +134,16 @@ class Journal:
                     )
                 self._places[int(found[1])] = _Place(found[2].decode(), self._size, len(line))
                 self._size += len(line)
-        os.ftruncate(self._descriptor, self._size)
+        os.ftruncate(self._descriptor, self._size)  # to the end of the last whole line
         sync_folder(self.path.parent)
 
 
 @contextlib.contextmanager
-def journal_of(out: Path) -> Iterator[Journal]:
-    """Yield the journal of a trace that is to be; it stays unless it is closed before, or is empty."""
-    journal = Journal(out.with_name(f"{out.name}.answers.jsonl"))
+def journal_of(out: Path, inputs: Iterable[Path]) -> Iterator[Journal]:
+    """Yield the journal of a trace that is to be, none of the `inputs`; it stays unless it is closed, or is empty."""
+    path = out.with_name(f"{out.name}.answers.jsonl")
+    keep_inputs(path, inputs)
+    journal = Journal(path)
     try:
         yield journal
     finally:
