@@ -74,6 +74,13 @@ class Journal:
         place = self._places.get(number)
         return place and place.key
 
+    def first(self) -> bytes:
+        """The line of the first prompt that has an answer; there must be one."""
+        place = self._places[min(self._places)]
+        with self.path.open("rb") as file:
+            file.seek(place.offset)
+            return file.read(place.size)
+
     @property
     def most(self) -> int:
         """The highest number of a prompt, -1 if there is none."""

@@ -10,7 +10,7 @@ from moetrace.importers.captured import Capture, Hints
 from moetrace.importers.formats import read_captures
 from moetrace.importers.importing import hints_of, write_captures
 from moetrace.live.asks import GENERATE, Ask, Asks, Settings, count_prompts
-from moetrace.live.checking import FORMATS, check_answer
+from moetrace.live.checking import FORMATS, Checker
 from moetrace.live.crew import in_parallel, persistent
 from moetrace.live.exchange import Client, RequestError, address_of
 from moetrace.live.journal import Journal, journal_of, marked
@@ -103,7 +103,10 @@ def record(
             hints = _sized(hints, server, model, out)
             asks = Asks(prompts, server.engine, server.model, settings)
             _check_kept(journal, asks, total)
-            ask_one = _Asking(client, server, hints, retries)
+            checker = Checker(server.engine, hints)
+            if len(journal):
+                checker.check(journal.first(), f"the first answer in {journal.path}")
+            ask_one = _Asking(client, server, checker, retries)
             failures = _Failures(max(_IN_A_ROW, concurrency))
             answered = asking(total - len(journal))
             missing = (ask for ask in asks if journal.key(ask.number) is None)
@@ -135,8 +138,8 @@ def record(
 class _Asking:
     """Asks for the completion of one prompt, until it is there or can't be had."""
 
-    def __init__(self, client: Client, server: Served, hints: Hints, retries: int) -> None:
-        self._client, self._server, self._hints, self._retries = client, server, hints, retries
+    def __init__(self, client: Client, server: Served, checker: Checker, retries: int) -> None:
+        self._client, self._server, self._checker, self._retries = client, server, checker, retries
         self._stopped = threading.Event()
 
     def __call__(self, ask: Ask) -> bytes:
@@ -153,7 +156,7 @@ class _Asking:
             line = marked(ask.number, ask.key, answer, more)
         except MoetraceError as error:
             raise MoetraceError(f"{where} can't be read: {error}") from None
-        check_answer(line, self._server.engine, where, self._hints)
+        self._checker.check(line, where)
         return line
 
     def stop(self) -> None:
