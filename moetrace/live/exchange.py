@@ -116,7 +116,7 @@ class Client:
             for watch in self._watches:
                 watch.end()
 
-    def _ask(self, method: str, path: str, body: bytes | None, most_bytes: int, timeout_s: float) -> bytes:
+    def _ask(self, method: str, path: str, sent: bytes | None, most_bytes: int, timeout_s: float) -> bytes:
         host, port, connect_s = self.address.host, self.address.port, min(timeout_s, CONNECT_S)
         if self._context is None:
             connection = http.client.HTTPConnection(host, port, timeout=connect_s)
@@ -126,14 +126,17 @@ class Client:
             try:
                 self._connect(connection, watch, timeout_s)
                 headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Connection": "close"}
-                headers |= {"Content-Type": "application/json"} if body is not None else {}
+                headers |= {"Content-Type": "application/json"} if sent is not None else {}
                 # A server may answer, and close, before it has read all.
                 with suppress(BrokenPipeError, ConnectionResetError):
-                    connection.request(method, self.address.prefix + path, body, headers | self._headers)
+                    connection.request(method, self.address.prefix + path, sent, headers | self._headers)
                 response = connection.getresponse()
                 with response:
                     self._check_head(response, path)
-                    return _read(response, most_bytes, self.address)
+                    body = _read(response, most_bytes, self.address)
+                if watch.expired:  # a body without a length ends where the connection does
+                    raise TimeoutError
+                return body
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if watch.expired or isinstance(error, TimeoutError):
                     raise RequestError(
