@@ -21,7 +21,7 @@ from moetrace.trace.atomic import hold, keep_inputs, sync_folder, uninterrupted,
 
 _MARK = re.compile(rb'\{"moetrace":\{"prompt":(\d{1,10}),"asked":"([0-9a-f]{32})"\},')
 # A line that a killed run left without its end; what begins otherwise is somebody's, and stays.
-_BEGUN = re.compile(rb'\{"moetrace":\{"prompt":\d')
+_BEGIN = b'{"moetrace":{"prompt":'
 _COPIED_BYTES = 1 << 20
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | sum(getattr(os, n, 0) for n in ("O_CLOEXEC", "O_NOFOLLOW", "O_BINARY"))
 
@@ -131,7 +131,7 @@ class Journal:
         """Find the answers; a last line that a killed run left without its end is taken away."""
         with self.path.open("rb") as file:
             for line_number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-                if not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES and _BEGUN.match(line):
+                if not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES and _begun(line):
                     break
                 found = _MARK.match(line) if len(line) <= MAX_LINE_BYTES else None
                 if found is None or int(found[1]) in self._places:
@@ -143,6 +143,10 @@ class Journal:
                 self._size += len(line)
         os.ftruncate(self._descriptor, self._size)  # to the end of the last whole line
         sync_folder(self.path.parent)
+
+
+def _begun(line: bytes) -> bool:
+    return line.startswith(_BEGIN) or _BEGIN.startswith(line)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ WRITERS = [
     "select in.h5 --rows 0:9 -o {}.h5",
     "lint in.h5 --drop-dense -o {}.h5",
     "import in.npz -o {}.h5",
+    "record http://127.0.0.1:9 --prompts in.npz -o {}.h5",
     "generate {}.h5 --requests 1 --prompt 1 --output 1 --like in.h5",
     "generate out.h5 --requests 1 --prompt 1 --output 1 --like in.h5 --save-profile {}.toml",
 ]

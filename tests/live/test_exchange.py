@@ -39,15 +39,16 @@ def ask():
 
 def body_of(data: bytes, *headers: tuple[str, str], status: int = 200, chunked: bool = False):
     def how(handler):
-        handler.protocol_version = "HTTP/1.1" if chunked else "HTTP/1.0"
+        handler.protocol_version, sent = "HTTP/1.1" if chunked else "HTTP/1.0", data
         handler.send_response(status)
         for name, value in headers:
             handler.send_header(name, value)
         if chunked:
             handler.send_header("Transfer-Encoding", "chunked")
-            data_ = b"".join(b"%x\r\n%s\r\n" % (len(data[i : i + 100]), data[i : i + 100]) for i in range(0, 1100, 100))
+            pieces = [data[start : start + 100] for start in range(0, len(data), 100)] + [b""]
+            sent = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
         handler.end_headers()
-        handler.wfile.write(data_ if chunked else data)
+        handler.wfile.write(sent)
         handler.close_connection = True
 
     return how

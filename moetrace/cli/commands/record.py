@@ -13,6 +13,17 @@ from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import said_of, say
 from moetrace.spec.errors import printable
 
+
+class _Number(click.FloatRange):
+    """A number in a range, in which NaN is not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value!r} is no number", param, ctx)
+        return number
+
+
 _COUNT = click.IntRange(min=1, max=2**31 - 1)
 
 
@@ -27,9 +38,7 @@ _COUNT = click.IntRange(min=1, max=2**31 - 1)
 @click.option("--top-k", type=_COUNT, metavar="K", help="Experts a token, without --model; vLLM says it.")
 @click.option("--layers", type=_COUNT, metavar="L", help="Layers with experts, without --model, if some have none.")
 @click.option("--max-tokens", type=_COUNT, default=128, show_default=True, help="Most output tokens of each prompt.")
-@click.option(
-    "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="Of the sampling; 0: greedy."
-)
+@click.option("--temperature", type=_Number(0, 100), default=0.0, show_default=True, help="Of the sampling; 0: greedy.")
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), help="Of the sampling; else the server's own.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-sequence token.")
 @click.option("--prefix-cache", is_flag=True, help="Let prompts share the server's prefix cache.")
@@ -44,7 +53,7 @@ _COUNT = click.IntRange(min=1, max=2**31 - 1)
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(0.1, 86400),
+    type=_Number(0.1, 86400),
     default=600.0,
     show_default=True,
     metavar="S",
