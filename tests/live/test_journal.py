@@ -81,9 +81,9 @@ def test_links_folders_and_what_is_read_are_refused(tmp_path):
 
 
 def test_only_one_run_has_it(tmp_path):
-    with journal_of(tmp_path / "a.h5", []) as journal:
-        with pytest.raises(UsageError, match="is in use: another run writes the same trace"):
-            Journal(journal.path)
+    in_use = pytest.raises(UsageError, match="is in use: another run writes the same trace")
+    with journal_of(tmp_path / "a.h5", []) as journal, in_use:
+        Journal(journal.path)
     assert list(tmp_path.iterdir()) == [], "an empty one goes"
 
 
