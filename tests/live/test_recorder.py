@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import engine_server
 from support.engine_server import EXPERTS, TOP_K
-from support.recorded import MOST, PROMPTS, check_routing, failing, left, plainly_refused, recorded, written
+from support.recorded import MOST, PROMPTS, changed, check_routing, failing, left, plainly_refused, recorded, written
 from support.writers import steps
 
 from moetrace.importers.captured import Hints
@@ -82,6 +82,19 @@ def test_what_a_request_says(engine, serve, tmp_path):
         assert ids == ("/generate", {"input_ids": [5, 6], "sampling_params": sampling, **routed})
         told |= routed | {"return_cached_tokens_details": True}
     assert chat == ("/v1/chat/completions", told)
+
+
+def test_the_same_prompt_twice_is_two_requests(engine, serve, tmp_path):
+    """Engines give each answer an id of its own; that of the local server follows from the prompt."""
+    seen: list[int] = []
+
+    def another_id(answer):
+        seen.append(0)
+        answer.get("meta_info", answer)["id"] = f"cmpl-{len(seen)}"
+
+    server = serve(engine, fault=failing(100, changed(another_id)))
+    texts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+    check_routing(recorded(server.url, written(tmp_path, texts), tmp_path / "a.h5", concurrency=1), texts)
 
 
 def test_a_shared_prefix_cache_is_asked_for(engine, serve, prompts, tmp_path):
