@@ -19,6 +19,7 @@ FLOORS = (
     {"spec"},
     {"trace"},
     {"calibration", "capture", "importers"},
+    {"live"},
     {"engine"},
     {"analyze"},
     {"generators"},

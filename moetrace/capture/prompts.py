@@ -1,8 +1,8 @@
 """Prompts from a file: one a line as text, or as JSON objects; and from there to token ids."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -17,12 +17,15 @@ class _Message(msgspec.Struct, forbid_unknown_fields=True):
     content: str
 
 
-class _Line(msgspec.Struct, forbid_unknown_fields=True):
+class PromptLine(msgspec.Struct, forbid_unknown_fields=True):
     """A line of a JSONL file: one of these three."""
 
     prompt: str | None = None
     token_ids: list[Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]] | None = None
     messages: list[_Message] | None = None
+
+
+Line = TypeVar("Line", bound=PromptLine)
 
 
 def read_prompts(path: Path, tokenizer: Callable[[], Any], vocabulary: int) -> list[np.ndarray]:
@@ -34,11 +37,21 @@ def read_prompts(path: Path, tokenizer: Callable[[], Any], vocabulary: int) -> l
     `tokenizer` is called where there is text. Raises MoetraceError, naming the line, for what is none of this, for
     an id of `vocabulary` or above, and if there is no prompt at all.
     """
+    reader = _Tokenizing(tokenizer)
+    prompts = [_checked(where, reader.ids(where, line), vocabulary) for where, line in prompt_lines(path, PromptLine)]
+    if not prompts:
+        raise MoetraceError(f"{path} holds no prompt.")
+    return prompts
+
+
+def prompt_lines(path: Path, form: type[Line]) -> Iterator[tuple[str, Line]]:
+    """Yield the prompts of the file at `path` one by one, as `read_prompts` says, each with the name of its line.
+
+    `form` is what a line of JSON may hold. Raises MoetraceError, naming the line, for what it may not.
+    """
     if not path.is_file():
         raise MoetraceError(f"{path} is not a file." if path.exists() else f"there is no file {path}.")
-    reader = _Tokenizing(tokenizer)
-    prompts: list[np.ndarray] = []
-    form: bool | None = True if path.suffix.lower() in (".jsonl", ".ndjson") else None  # whether lines are JSON
+    json: bool | None = True if path.suffix.lower() in (".jsonl", ".ndjson") else None  # whether lines are JSON
     with path.open("rb") as file:
         number = 0
         while line := file.readline(LINE_BYTES + 1):
@@ -48,12 +61,21 @@ def read_prompts(path: Path, tokenizer: Callable[[], Any], vocabulary: int) -> l
                 raise MoetraceError(f"{where} is longer than {LINE_BYTES} bytes.")
             if not line.strip():
                 continue
-            form = _is_object(line) if form is None else form
-            ids = reader.of_object(where, line) if form else reader.of_text(where, _decoded(where, line))
-            prompts.append(_checked(where, ids, vocabulary))
-    if not prompts:
-        raise MoetraceError(f"{path} holds no prompt.")
-    return prompts
+            json = _is_object(line) if json is None else json
+            yield where, _of_object(where, line, form) if json else form(prompt=_decoded(where, line))
+
+
+def _of_object(where: str, line: bytes, form: type[Line]) -> Line:
+    try:
+        given = msgspec.json.decode(line, type=form)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MoetraceError(
+            f'{where} is not {{"prompt": text}}, {{"token_ids": [...]}} or {{"messages": [...]}}: {error}.'
+        ) from error
+    fields = [name for name in ("prompt", "token_ids", "messages") if getattr(given, name) is not None]
+    if len(fields) != 1:
+        raise MoetraceError(f"{where} needs one of prompt, token_ids and messages, but has {len(fields)}.")
+    return given
 
 
 class _Tokenizing:
@@ -63,23 +85,14 @@ class _Tokenizing:
         self._load = load
         self._tokenizer: Any = None
 
-    def of_object(self, where: str, line: bytes) -> list[int]:
-        try:
-            given = msgspec.json.decode(line, type=_Line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise MoetraceError(
-                f'{where} is not {{"prompt": text}}, {{"token_ids": [...]}} or {{"messages": [...]}}: {error}.'
-            ) from error
-        fields = [name for name in ("prompt", "token_ids", "messages") if getattr(given, name) is not None]
-        if len(fields) != 1:
-            raise MoetraceError(f"{where} needs one of prompt, token_ids and messages, but has {len(fields)}.")
-        if given.token_ids is not None:
-            return given.token_ids
-        if given.prompt is not None:
-            return self.of_text(where, given.prompt)
-        return self._of_messages(where, msgspec.to_builtins(given.messages))
+    def ids(self, where: str, line: PromptLine) -> list[int]:
+        if line.token_ids is not None:
+            return line.token_ids
+        if line.prompt is not None:
+            return self._of_text(where, line.prompt)
+        return self._of_messages(where, msgspec.to_builtins(line.messages))
 
-    def of_text(self, where: str, text: str) -> list[int]:
+    def _of_text(self, where: str, text: str) -> list[int]:
         tokenizer = self._loaded()
         try:
             return list(tokenizer(text)["input_ids"])
@@ -108,7 +121,7 @@ def _is_object(line: bytes) -> bool:
         fields = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return False
-    return bool(fields.keys() & set(_Line.__struct_fields__))
+    return bool(fields.keys() & set(PromptLine.__struct_fields__))
 
 
 def _decoded(where: str, line: bytes) -> str:

@@ -27,6 +27,7 @@ COMMANDS = {
     "lint": "Say what is wrong or suspicious in a trace file.",
     "list": "List the preset models, systems or policies, or the choices of a policy.",
     "rebatch": "Recombine the requests of traces into larger batches.",
+    "record": "Ask a running server for completions, and trace their routing.",
     "replay": "Replay a trace through policies on a described machine.",
     "report": "Make one HTML page of a result.",
     "select": "Copy a part of a trace, or all but that part.",

@@ -1,6 +1,5 @@
 """From what engines recorded to one trace file: name the model, cut rows into steps, check every id, write."""
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from moetrace.importers.formats import read_captures
 from moetrace.importers.reading.decoding import LANES, decoding_passes, kept_passes, lanes, phase_after, steps_of
 from moetrace.importers.reading.numbering import numbered
 from moetrace.importers.reading.placeholders import Placeholders
+from moetrace.importers.told_source import TOLD_FILES, facts_of, said_by, source_of
 from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import keep_inputs, real_path
@@ -31,10 +31,7 @@ from moetrace.trace.schema import (
     row_dtype,
 )
 from moetrace.trace.writer import CountsWriter, Writer
-from moetrace.version import __version__
 
-# Of more files than these, `source` tells one hash of all their hashes instead of each.
-_TOLD_FILES = 32
 _SAY_STEPS = ": of passes that hold rows of several requests, say which decode, with --steps A:B instead of --prompt"
 # What captures must have in common to share a trace.
 _ALIKE = ("num_experts", "top_k", "layer_index", "expert_bytes", "layer_experts", "optional")
@@ -109,11 +106,28 @@ def import_traces(
     if decode_after is not None and decode_steps is not None:
         raise UsageError("which rows decode is said by the prompt's rows or by the steps, not by both.")
     given, path = [sources] if isinstance(sources, str | os.PathLike) else sources, Path(path)
-    hints = _hints(hints or Hints(), model, path)
-    found = read_captures(list(map(Path, given)), format, hints)
-    captures = [numbered(_checked(capture, hints), hints, model is not None) for capture in found]
-    files = [file for capture in captures for file in capture.sources]
-    keep_inputs(path, files)
+    hints = hints_of(hints or Hints(), model, path)
+    captures = read_captures(list(map(Path, given)), format, hints)
+    options = {"model": model, "decode_after": decode_after, "decode_steps": decode_steps, "uncounted": uncounted}
+    write_captures(captures, path, hints, **options, compress=compress, writing=writing)
+    return [file for capture in captures for file in capture.sources]
+
+
+def write_captures(
+    captures: Sequence[Capture | Counts],
+    path: Path,
+    hints: Hints,
+    *,
+    model: str | None = None,
+    decode_after: int | None = None,
+    decode_steps: Sequence[Range] | None = None,
+    uncounted: Sequence[tuple[int, int]] = (),
+    compress: str | None = None,
+    writing: Progress | None = None,
+) -> None:
+    """Write one trace file of captures that were read with `hints`; arguments and errors as of `import_traces`."""
+    captures = [numbered(_checked(capture, hints), hints, model is not None) for capture in captures]
+    keep_inputs(path, [file for capture in captures for file in capture.sources])
     first = captures[0]
     for other in captures[1:]:
         _check_alike(first, other)
@@ -123,9 +137,9 @@ def import_traces(
     if decode_steps is not None:
         captures = _decoding(captures, decode_steps)
     tables = _tables([c for c in captures if isinstance(c, Capture)], decode_after, decode_steps, uncounted)
-    source = _source([_facts(capture) for capture in captures], decode_after) | _said(hints)
+    source = source_of([facts_of(capture) for capture in captures], decode_after) | said_by(hints)
     if decode_steps is not None:
-        source["decode_steps"] = [list(part) for part in decode_steps[:_TOLD_FILES]]
+        source["decode_steps"] = [list(part) for part in decode_steps[:TOLD_FILES]]
     if any(rows.lanes for rows in tables):
         source["requests"] = LANES
     if decode_after is not None and tables and not any((rows.phase == DECODE).any() for rows in tables):
@@ -151,23 +165,14 @@ def import_traces(
     else:
         rows = [c for c in captures if isinstance(c, Capture)]
         _write_rows(path, rows, tables, facts, writing)
-    return files
 
 
-def _hints(hints: Hints, model: str | None, path: Path) -> Hints:
+def hints_of(hints: Hints, model: str | None, path: Path) -> Hints:
     """What `model` says of sizes, unless the user says it himself; temporary files lie beside the trace."""
     if model is not None:
         hints = hints.of_model(load_model(model))
     folder = real_path(path).parent
     return hints._replace(scratch=folder if folder.is_dir() else None)
-
-
-def _said(hints: Hints) -> dict[str, Any]:
-    """What `source` says of the user's wishes that change rows or choices."""
-    said: dict[str, Any] = {"cached_rows": "kept"} if hints.keep_cached else {}
-    if hints.absent_from is not None:
-        said["absent_from"] = hints.absent_from
-    return said | ({"absent_ids": list(hints.absent_ids)} if hints.absent_ids else {})
 
 
 def _where(capture: Capture | Counts) -> str:
@@ -361,36 +366,3 @@ def _rows(capture: Capture, decode_after: int | None, passes_said: bool, counted
     low, high = (f.reduceat(phase, starts) for f in (np.minimum, np.maximum))
     step_phase = np.where(low == high, low, MIXED).astype(np.uint8)
     return _TraceRows(request, position.astype(np.int32), phase, step_rows, step_phase, made is not None)
-
-
-def _facts(capture: Capture | Counts) -> dict[str, Any]:
-    """What `source` says of one capture: its own facts, and hashes of its files."""
-    hashes = []
-    for source in capture.sources:
-        with source.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    named: dict[str, Any] = {"recorded_model": capture.model[:300]} if capture.model else {}
-    if len(hashes) == 1:
-        named["sha256"] = hashes[0]
-    elif len(hashes) <= _TOLD_FILES:
-        named["sha256"] = hashes
-    else:
-        named |= {"merged_files": len(hashes), "sha256": _hash_of(hashes)}
-    return capture.facts | named
-
-
-def _source(facts: list[dict[str, Any]], decode_after: int | None) -> dict[str, Any]:
-    """What all captures share, then what differs, one by one if they are few."""
-    shared = {key: value for key, value in facts[0].items() if all(other.get(key) == value for other in facts)}
-    source: dict[str, Any] = {"importer": f"moetrace {__version__}"} | shared
-    if len(facts) > _TOLD_FILES:
-        source |= {"captures": len(facts), "sha256": _hash_of([str(own.get("sha256")) for own in facts])}
-    elif len(facts) > 1:
-        source["files"] = [{key: value for key, value in own.items() if key not in shared} for own in facts]
-    if decode_after is not None:
-        source["decode_after"] = decode_after
-    return source
-
-
-def _hash_of(hashes: Sequence[str]) -> str:
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()

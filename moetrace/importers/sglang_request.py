@@ -58,63 +58,80 @@ def recognize(first: bytes, name: str) -> bool:
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     """One capture of all requests, in the order of the sources."""
-    top_k = hints.need("top_k", sources[0])
+    hints.need("top_k", sources[0])
     requests, planes, model = RequestSpool(hints, sources[0]), 0, ""
     for path in sources:
-        for answers, said in _answers(path, hints, requests):
-            model = model or said
-            planes = planes or _planes(answers[0], top_k, hints)
-            fitting: list[_Answer] = []
-            for answer in answers:
-                if answer.ids.size % (planes * top_k):
-                    what = (
-                        f"{answer.where} holds {answer.ids.size} ids, which is no whole number of tokens of {planes} "
-                        f"layers with {top_k} experts each."
-                    )
-                    requests.leave_out(OTHER_SHAPE, what)
-                else:
-                    fitting.append(answer)
-            if not fitting:
-                continue
-            rows = [answer.ids.size // (planes * top_k) for answer in fitting]
-            told = shared_out(fitting[0].where, rows, [answer.told for answer in fitting])
-            for answer, count, one in zip(fitting, rows, told, strict=True):
-                requests.add(answer.where, answer.ids.reshape(count, planes, top_k), one)
+        if not without_event(first_bytes(path, 4096)).startswith((b"{", b"[")):
+            planes = _add(requests, [_bare(path, hints)], hints, planes)
+            continue
+        for where, response in responses(path, hints.reading, requests.unreadable):
+            model = model or (response.model or "")
+            planes = add_response(requests, where, response, hints, planes)
     facts: dict[str, Any] = {"format": "sglang-request", "engine": "SGLang", "batching": "not recorded"}
     return [requests.capture(model, facts, sources)]
 
 
-def _answers(path: Path, hints: Hints, requests: RequestSpool) -> Iterator[tuple[list[_Answer], str]]:
-    """Yield the answers of each response that have routing, one or more, and the name of its model."""
-    if not without_event(first_bytes(path, 4096)).startswith((b"{", b"[")):
-        if path.stat().st_size > MAX_LINE_BYTES:
-            raise MoetraceError(f"{path} is longer than {MAX_LINE_BYTES >> 20} MiB.")
-        text = text_of(path)
-        hints.reading(len(text))
-        yield [_Answer(str(path), _ids(str(path), text.strip()), Told())], ""
-        return
-    for where, response in responses(path, hints.reading, requests.unreadable):
-        answers: list[_Answer] = []
-        found = False
-        for place, routed, told in _routed(where, response):
-            found = True
-            try:
-                ids = _ids(place, routed)
-            except MoetraceError as error:
-                requests.leave_out(UNREADABLE, str(error))
-                continue
-            if ids.size:
-                answers.append(_Answer(place, ids, told))
-            else:
-                requests.leave_out(NO_ROUTING, f"{place}: routed_experts is 0 bytes, so it has no tokens.")
-        if answers:
-            yield answers, response.model or ""
-        told = told_of(response)
-        if not found and not told.chunk:
-            what = f"{where} has no routed_experts: it was aborted, or the request must say return_routed_experts."
-            requests.leave_out(NO_ROUTING, what)
-        elif not found:
-            requests.finish(told)
+def add_response(requests: RequestSpool, where: str, response: Response, hints: Hints, planes: int = 0) -> int:
+    """Add the answers of a response, one or more; return how many layers, with dense ones, they are of.
+
+    That is `planes` unless it is 0, not known. One without routing, or with routing that can't be read, is left out.
+    """
+    answers: list[_Answer] = []
+    found = False
+    for place, routed, told in _routed(where, response):
+        found = True
+        try:
+            ids = _ids(place, routed)
+        except MoetraceError as error:
+            requests.leave_out(UNREADABLE, str(error))
+            continue
+        if ids.size:
+            answers.append(_Answer(place, ids, told))
+        else:
+            requests.leave_out(NO_ROUTING, f"{place}: routed_experts is 0 bytes, so it has no tokens.")
+    if answers:
+        return _add(requests, answers, hints, planes)
+    told = told_of(response)
+    if not found and not told.chunk:
+        what = (
+            f"{where} has no routed_experts: it was aborted, or the server must run with "
+            f"--enable-return-routed-experts and the request must say return_routed_experts."
+        )
+        requests.leave_out(NO_ROUTING, what)
+    elif not found:
+        requests.finish(told)
+    return planes
+
+
+def _add(requests: RequestSpool, answers: list[_Answer], hints: Hints, planes: int) -> int:
+    """Add the answers of one response; return the number of their planes."""
+    top_k = hints.need("top_k", Path(answers[0].where))
+    planes = planes or _planes(answers[0], top_k, hints)
+    fitting: list[_Answer] = []
+    for answer in answers:
+        if answer.ids.size % (planes * top_k):
+            what = (
+                f"{answer.where} holds {answer.ids.size} ids, which is no whole number of tokens of {planes} "
+                f"layers with {top_k} experts each."
+            )
+            requests.leave_out(OTHER_SHAPE, what)
+        else:
+            fitting.append(answer)
+    if fitting:
+        rows = [answer.ids.size // (planes * top_k) for answer in fitting]
+        told = shared_out(fitting[0].where, rows, [answer.told for answer in fitting])
+        for answer, count, one in zip(fitting, rows, told, strict=True):
+            requests.add(answer.where, answer.ids.reshape(count, planes, top_k), one)
+    return planes
+
+
+def _bare(path: Path, hints: Hints) -> _Answer:
+    """The text of a file that is nothing but base64."""
+    if path.stat().st_size > MAX_LINE_BYTES:
+        raise MoetraceError(f"{path} is longer than {MAX_LINE_BYTES >> 20} MiB.")
+    text = text_of(path)
+    hints.reading(len(text))
+    return _Answer(str(path), _ids(str(path), text.strip()), Told())
 
 
 def _routed(where: str, response: Response) -> Iterator[tuple[str, Routed, Told]]:

@@ -78,7 +78,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
         else:
             for where, response in responses(path, hints.reading, requests.unreadable):
                 model = model or (response.model or "")
-                add_response(requests, where, response, _arrays)
+                add_response(requests, where, response)
     facts: dict[str, Any] = {"format": "vllm", "engine": "vLLM", "batching": "not recorded"}
     return [requests.capture(model, facts, sources)]
 
@@ -109,10 +109,10 @@ def add_response(
     requests: RequestSpool,
     where: str,
     response: Response,
-    arrays: Arrays,
+    arrays: Arrays | None = None,
     option: str = "--enable-return-routed-experts",
 ) -> None:
-    """Add the choices of a response, each with the array and the tokens of its prompt that `arrays` finds.
+    """Add the choices of a response, each with the array and the tokens of its prompt that `arrays` finds, or vLLM's.
 
     One without routing, or with routing that can't be read, is left out.
     """
@@ -127,7 +127,7 @@ def add_response(
     for number, choice in enumerate(response.choices or [_of_response(response)]):
         place = f"{where}, choice {number}"
         try:
-            array, prompt, start = arrays(place, response, choice)
+            array, prompt, start = (arrays or _arrays)(place, response, choice)
         except MoetraceError as error:
             requests.leave_out(UNREADABLE, str(error))
             continue

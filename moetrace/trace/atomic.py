@@ -212,19 +212,32 @@ def lock(folder: str | os.PathLike[str]) -> int | None:
 
     Raises BlockingIOError if another process holds it. Returns None where the system has no such locks.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if os.name == "nt":
         return None
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        held = hold(descriptor)
+    except BlockingIOError:
         os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise
-        return None  # a file system without locks
-    return descriptor
+        raise
+    if not held:
+        os.close(descriptor)
+    return descriptor if held else None
+
+
+def hold(descriptor: int) -> bool:
+    """Hold an open file or folder as `lock` does; return False where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        return False
+    return True
 
 
 def unlock(descriptor: int | None) -> None:

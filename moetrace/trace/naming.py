@@ -28,12 +28,16 @@ def model_name(
         if not (part and experts == spec.most_experts):
             check_shape(where, layers, experts, spec)
         return spec.name
-    for name in sorted(list_presets("models"), key=len, reverse=True):
-        if _plain(name) in _plain(said):
-            spec = load_model(name)
-            if (spec.moe_layers, spec.most_experts) == (layers, experts) and (sized or _same_bits(said, name, spec)):
-                return name
+    for name in presets_in(said):
+        spec = load_model(name)
+        if (spec.moe_layers, spec.most_experts) == (layers, experts) and (sized or _same_bits(said, name, spec)):
+            return name
     return said[:200] or "unknown"
+
+
+def presets_in(said: str) -> list[str]:
+    """The presets whose names are part of what a source calls its model, the longest first."""
+    return [name for name in sorted(list_presets("models"), key=len, reverse=True) if _plain(name) in _plain(said)]
 
 
 def _same_bits(said: str, name: str, spec: Model) -> bool:

@@ -115,6 +115,8 @@ def test_too_little_memory_is_one_sentence(monkeypatch, capsys):
         ["generate", "loop", "--model", "mixtral-8x7b", "--requests", "1", "--prompt", "1", "--output", "1"],
         ["generate", "o.h5", "--like", "loop", "--requests", "1", "--prompt", "1", "--output", "1"],
         ["rebatch", TINY, "-o", "loop", "--batch", "1"],
+        ["record", "http://127.0.0.1:9", "--prompts", "loop", "-o", "o.h5"],
+        ["record", "http://127.0.0.1:9", "--prompts", TINY, "-o", "loop"],
         ["select", TINY, "-o", "loop", "--rows", "0:9"],
         ["select", "loop", "-o", "o.h5", "--rows", "0:9"],
         ["export", TINY, "-o", "loop", "--to", "npz"],

@@ -23,6 +23,7 @@ WRITERS = [
     "select in.h5 --rows 0:9 -o {}.h5",
     "lint in.h5 --drop-dense -o {}.h5",
     "import in.npz -o {}.h5",
+    "record http://127.0.0.1:9 --prompts in.npz -o {}.h5",
     "generate {}.h5 --requests 1 --prompt 1 --output 1 --like in.h5",
     "generate out.h5 --requests 1 --prompt 1 --output 1 --like in.h5 --save-profile {}.toml",
 ]
@@ -71,7 +72,7 @@ def test_what_is_read_is_not_replaced(run, here, command):
         pytest.importorskip("altair")
         pytest.importorskip("vl_convert")
     ending = command.partition("{}")[2].split()[0]
-    Path(f"link{ending}").symlink_to("in.npz" if command.startswith("import") else "in.h5")
+    Path(f"link{ending}").symlink_to("in.npz" if "in.npz" in command else "in.h5")
     code, out, err = run(*command.format("link").split())
     assert (code, out) == (2, "") and f"link{ending} is what is read" in err and err.count("\n") == 1
 

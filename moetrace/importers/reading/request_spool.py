@@ -44,6 +44,11 @@ class RequestSpool:
         self._reasons: dict[str, str] = {}  # the first sentence, of each reason to leave an answer out
         self._starts: set[int] = set()  # first positions that the numbers of tokens tell
 
+    @property
+    def planes(self) -> int:
+        """How many layers, with dense ones, the answers have; 0 as long as there is none."""
+        return self._inner[0]
+
     def leave_out(self, why: str, sentence: str) -> None:
         """Count an answer that can't be used, for a reason of few words; `--strict` refuses it with the sentence."""
         if self._hints.strict:

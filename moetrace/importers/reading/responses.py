@@ -31,6 +31,14 @@ class Payload(msgspec.Struct):
 Routed = str | list[list[list[int]]] | Payload | None  # base64, or plain lists
 
 
+class CachedPlaces(msgspec.Struct):
+    """Cached tokens by the place of the cache, as SGLang tells them on demand (`return_cached_tokens_details`)."""
+
+    device: Tokens = 0
+    host: Tokens = 0
+    storage: Tokens | None = None
+
+
 class Meta(msgspec.Struct):
     """`meta_info` of SGLang, of a response or a choice; `sgl_ext` and `sglext` share its names."""
 
@@ -38,7 +46,16 @@ class Meta(msgspec.Struct):
     prompt_tokens: Tokens | None = None
     completion_tokens: Tokens | None = None
     cached_tokens: Tokens | None = None
+    cached_tokens_details: CachedPlaces | None = None
     id: str | int | None = None
+
+    @property
+    def cached(self) -> int | None:
+        """The tokens of the prompt that came from a cache, if it says so in one way or the other."""
+        places = self.cached_tokens_details
+        if self.cached_tokens is not None or places is None:
+            return self.cached_tokens
+        return places.device + places.host + (places.storage or 0)
 
 
 class Details(msgspec.Struct):
@@ -217,7 +234,7 @@ def told_of(response: Response, choice: Choice | None = None, number: int = 0, s
     elif meta := next((meta for meta in metas if meta.prompt_tokens is not None), None):
         prompt, output, choices = meta.prompt_tokens, meta.completion_tokens, 1
     details = usage.prompt_tokens_details or Details()
-    cached = next((meta.cached_tokens for meta in metas if meta.cached_tokens is not None), details.cached_tokens)
+    cached = next((meta.cached for meta in metas if meta.cached is not None), details.cached_tokens)
     name = next((meta.id for meta in metas if meta.id is not None), response.id)
     return Told(
         prompt=prompt,
