@@ -328,7 +328,9 @@ def _expert_s(result: mt.Result, unit: str) -> float:
 
 
 def phone() -> Engine:
-    replay = Replay("oneplus-15r", "qwen3-30b-a3b", "on-demand", "4000MiB", trace=str(ROOT / "traces" / PHONE))
+    bits = (("model.dense_weight_bits", Q4_K_M),)  # the trace has the bytes of its experts
+    trace = str(ROOT / "traces" / PHONE)
+    replay = Replay("oneplus-15r", "qwen3-30b-a3b", "on-demand", "4000MiB", given=bits, trace=trace)
     what = "BigMoeOnEdge, OnePlus 15R, Qwen3-30B-A3B Q4_K_M, 6 experts a token, 4000 MiB of experts kept"
     why = "The phone was hot and throttled its cores, which read the resident weights more slowly than its memory can."
     return Engine(

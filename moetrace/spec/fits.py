@@ -28,7 +28,7 @@ def dense_misfit(model: Model, system: System) -> str | None:
 
 
 def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
-    """How many experts the GPU can hold, counted in the largest.
+    """How many experts the GPU can hold, counted in the largest, or all if there is room for all.
 
     Args:
         model: The model.
@@ -39,9 +39,10 @@ def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
         The number of experts; all of them if there is no link.
     """
     everything = model.all_experts
-    if system.link is None:
+    space = gpu_space_bytes(model, system)
+    if system.link is None or space >= float(np.sum(expert_bytes)):
         return everything
-    slots = gpu_space_bytes(model, system) // float(np.max(expert_bytes))
+    slots = space // float(np.max(expert_bytes))
     return int(min(max(slots, 0), everything))
 
 
@@ -97,4 +98,5 @@ def _fewer_bits(model: Model, need_bytes: float, have_bytes: float) -> str:
     if not isinstance(bits, float | int) or need_bytes != float(np.sum(model.expert_bytes())):
         return ""
     fitting = next((less for less in _QUANTIZED_BITS if less <= bits * have_bytes / need_bytes), None)
-    return f"set model.weight_bits={fitting:g} if it is quantized, " if fitting else ""
+    both = f"model.weight_bits={fitting} and model.dense_weight_bits={fitting}"
+    return f"set {both} if it is quantized, " if fitting else ""

@@ -79,7 +79,10 @@ def test_calibrated_presets_predict_measured_layers():
         predicted = gpu.launch_s + flop / gpu.flop_s + moved / gpu.bytes_s
         sheet = flop / (gpu.tflops * 1e12) + moved / (gpu.bandwidth_gb_s * 1e9) + kernels["active"] * 5e-6
         error, before = (((times / kernels["seconds"]) - 1).abs() for times in (predicted, sheet))
-        assert error.median() <= max(3 * said.median_error, said.p90_error) and error.mean() < before.mean(), name
+        # On the A100 Mixtral takes 1.5 times as long from 16 rows on (docs/calibration.md).
+        most, worst = (0.16, 0.4) if name == "a100-sxm" else (0.04, 0.3)
+        assert error.median() <= most and error.max() <= worst and error.mean() < before.mean(), name
+        assert said.median_error <= 0.035
 
 
 def test_a_system_is_written_with_sources_and_says_how_well_it_is_known(tmp_path):

@@ -12,6 +12,7 @@ from moetrace.cli.tables.replay_table import print_comparison
 from moetrace.engine.run import run_setups
 from moetrace.engine.setup import Setup
 from moetrace.generators import generate_trace
+from moetrace.results.frames import total_s
 from moetrace.results.replay import replay
 from moetrace.spec import MoetraceError, PolicySpec, UsageError, gpu_slots, load_model, load_policy, load_system
 from moetrace.trace.format import Trace
@@ -47,6 +48,25 @@ def test_ids_of_a_layer_are_its_own():
     good, bad = run_setups(trace, setups)
     assert not isinstance(good, MoetraceError)
     assert "The trace chooses expert 3 in MoE layer 1, but that layer of small has 3 experts" in str(bad)
+
+
+@pytest.mark.parametrize(
+    ("end", "slots", "layers"), [("last", 9, 2), ("last", 8, 1), ("first", 10, 2), ("first", 15, 3)]
+)
+def test_whole_layers_are_as_many_as_their_own_experts_fit(end, slots, layers):
+    case = uneven_case(1)
+    fitting = PolicySpec(
+        name="fitting", dispatch="gpu", residency="static-layers", prefetch="none", scope="global", gpu_layers_end=end
+    )
+    said = msgspec.structs.replace(fitting, name="said", gpu_layers=layers)
+    trace = Trace.from_arrays(num_experts=6, **as_arrays(case.trace, 6))
+    (run,) = run_setups(trace, [Setup(model=case.model, system=case.system, policies=[fitting, said], slots=slots)])
+    one, other = run.lanes
+    assert total_s(one) == total_s(other)
+    assert one.state.cache.residents.sum() == other.state.cache.residents.sum() > slots - 6
+    more = msgspec.structs.replace(fitting, gpu_layers=layers + 1)
+    (error,) = run_setups(trace, [Setup(model=case.model, system=case.system, policies=[more], slots=slots)])
+    assert isinstance(error, UsageError) and f"gpu_layers is {layers + 1}" in str(error).replace(" = ", " is ")
 
 
 def test_slots_and_sizes():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from moetrace.spec import UsageError, check_fits, gpu_slots, load_model, load_system
+from moetrace.spec.budget import slots_of
 from moetrace.spec.fits import dense_misfit
 
 
@@ -16,7 +17,7 @@ def test_slots_follow_the_timing_model():
 
 def test_slots_are_counted_in_the_largest_expert():
     model, system = load_model("qwen3-30b-a3b"), load_system("edge-ndp")
-    weights = np.full((48, 128), 1e6)
+    weights = np.full((48, 128), 1e7)
     weights[7, 9] = 1e9
     assert gpu_slots(model, system, weights) == 11
 
@@ -28,6 +29,13 @@ def test_slots_are_never_negative_nor_more_than_the_experts():
     assert gpu_slots(model, everything, model.expert_bytes()) == 28 * 64
     no_room = load_system("edge-ndp", {"gpu.reserve_gb": 16})
     assert gpu_slots(load_model("olmoe-1b-7b"), no_room, np.ones((16, 64))) == 0
+
+
+def test_room_for_all_experts_holds_all_whatever_the_largest_takes():
+    model, system = load_model("qwen3-30b-a3b"), load_system("edge-ndp")
+    weights = np.full((48, 128), 1e6)
+    weights[7, 9] = 1e9
+    assert gpu_slots(model, system, weights) == 48 * 128 == slots_of("14GB", weights)
 
 
 def test_dense_weights_that_do_not_fit_are_named():
@@ -55,7 +63,11 @@ def test_host_memory_holds_anything():
 
 @pytest.mark.parametrize(
     ("memory_gb", "advice"),
-    [(32, "set model.weight_bits=8.5 if it is quantized, set system"), (24, "bits=6.5 if"), (8, "GPU too; set system")],
+    [
+        (32, "model.weight_bits=8.5 and model.dense_weight_bits=8.5 if it is quantized, set system"),
+        (24, "dense_weight_bits=6.5 if"),
+        (8, "GPU too; set system"),
+    ],
 )
 def test_a_pc_with_too_little_memory_is_told_how_many_bits_fit(memory_gb, advice):
     model, system = load_model("qwen3-30b-a3b"), load_system("rtx3060-ddr4", {"host.memory_gb": memory_gb})

@@ -117,7 +117,8 @@ class Memory:
                     raise ValueError(f"the static set does not fit: no room for expert {e} of layer {layer}")
                 self.copies[layer, e] = Copy(False)
         elif self.residency == "static-layers":
-            self.copies = {(layer, e): Copy(False) for layer in static_layers(self.policy, m) for e in range(m.E)}
+            whole = ((layer, e) for layer in static_layers(self.policy, m) for e in range(m.E))
+            self.copies = {key: Copy(False) for key in whole if m.W[key] > 0}  # some layers have fewer experts
             if len(self.copies) > m.slots:
                 raise ValueError(f"the static layers do not fit: {len(self.copies)} experts, {m.slots} slots")
 

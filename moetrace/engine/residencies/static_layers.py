@@ -16,18 +16,22 @@ if TYPE_CHECKING:
 
 def hold_layers(policy: PolicySpec, state: "State", decoded: "Decoded") -> None:
     """Put whole layers into the cache: `gpu_layers`, else as many as it holds; raise UsageError if they do not fit."""
-    layers, experts = state.cells.shape
-    slots = state.cache.capacity
-    held = slots // experts if policy.gpu_layers is None else policy.gpu_layers
+    layers, slots = len(state.cells), int(state.cache.capacity)
+    exists = state.queue.weight_bytes.reshape(state.cells.shape) > 0  # layers may have fewer experts than others
+    order = np.arange(layers) if policy.gpu_layers_end == "first" else np.arange(layers)[::-1]
+    needed = np.r_[0, np.cumsum(np.count_nonzero(exists, axis=1)[order])]  # slots of so many layers
+    fitting = int(np.searchsorted(needed, slots, side="right")) - 1
+    held = fitting if policy.gpu_layers is None else policy.gpu_layers
     if held > layers:
         raise UsageError(f"Policy {policy.name}: gpu_layers is {held}, but the model has {layers} MoE layers.")
-    if held * experts > slots:
+    if held > fitting:
         raise UsageError(
-            f"Policy {policy.name}: gpu_layers = {held} are {held * experts} experts, but the GPU has {slots} slots: "
-            f"give gpu_layers = {slots // experts} at most."
+            f"Policy {policy.name}: gpu_layers = {held} are {needed[held]} experts, but the GPU has {slots} slots: "
+            f"give gpu_layers = {fitting} at most."
         )
-    first = 0 if policy.gpu_layers_end == "first" else layers - held
-    keep_for_good(state.cells, state.cache, np.arange(first * experts, (first + held) * experts))
+    kept = np.zeros_like(exists)
+    kept[order[:held]] = exists[order[:held]]
+    keep_for_good(state.cells, state.cache, np.flatnonzero(kept))
 
 
 RECORD = Residency(

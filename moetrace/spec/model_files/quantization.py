@@ -10,8 +10,8 @@ from moetrace.spec.model_files.json_fields import MAX_CONFIG_BYTES, read_json
 # Names that say a model is not of 16 bits: Qwen3-30B-A3B-FP8, ...-AWQ, ...-w4a16, ...-Q4_K_M, ...-4bit.
 _QUANTIZED = re.compile(
     r"(?<![a-z0-9])(?P<name>fp8|fp4|fp6|f8|nvfp4|mxfp[468]|awq|gptq|gguf|bnb|bitsandbytes|hqq|exl[23]|aqlm|quip|autoround|"
-    r"nf4|int[2348]|uint[48]|i?q[2-8](?:_[0-9a-z]+)*|tq[12]_0|w[2348]a(?:4|8|16)|[2-8](?:\.[0-9]+)?-?bits?|"
-    r"[2-8](?:\.[0-9]+)?bpw|quantized|dynamic-?quant|marlin)(?![a-z0-9])"
+    r"nf4|int[2348]|uint[48]|i?q[2-8](?:_[0-9a-z]+)*|tq[12]_0|w[2348]a(?:4|8|16)|[1-8](?:\.[0-9]+)?[- ]?bits?|"
+    r"[1-8](?:\.[0-9]+)?bpw|quantized|dynamic[- ]?quant|marlin|torchao|smoothquant)(?![a-z0-9])"
 )
 _WIDTHS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
 # Of a name in a list: the search below takes time that grows with its square.

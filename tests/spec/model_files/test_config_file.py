@@ -88,6 +88,11 @@ def test_quantized_model_of_unknown_bits_is_not_of_16(tmp_path):
     assert load_model(tmp_path / "Qwen3-FP8").weight_bits == 8
 
 
+@pytest.mark.parametrize("name", ["MoE-4-bit", "MoE-8-bit", "MoE-torchao", "MoE-1.58bit", "MoE-dynamic-quant"])
+def test_names_with_a_hyphen_say_it_too(name):
+    assert quantized_name(name) is not None
+
+
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "Mixtral-8x7B-v0.1", "OLMoE-1B-7B-0924", "phi-3.5-moe", "Kimi-K2"])
 def test_plain_names(name):
     assert quantized_name(name) is None
