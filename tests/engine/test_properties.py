@@ -116,10 +116,10 @@ def test_relabelling_units_changes_nothing_else(case, data, tmp_path_factory):
     rng = np.random.default_rng(data.draw(st.integers(0, 99), label="relabelling"))
     relabel = {}
 
-    def relabelled(policy, layer_index, experts, units):
+    def relabelled(policy, layer_index, experts, units, model):
         share = policy.group_size(units) if units else 1
         relabel.setdefault(share, rng.permutation(max(units // share, 1)))
-        return relabel[share][original(policy, layer_index, experts, units)]
+        return relabel[share][original(policy, layer_index, experts, units, model)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "place_experts", relabelled)
