@@ -8,6 +8,7 @@
 A table is a step. Its rows are the least that explain the counts; phases are not recorded.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from moetrace.importers.sglang_counts import counts_of_steps
 from moetrace.importers.sglang_dumps import load_plain, table, whole
 from moetrace.spec.errors import MoetraceError
 
+# A pickle (protocol opcode and version) whose first object is no dict: dicts of tensors are sglang's.
+_NO_DICT = re.compile(rb"/data\.pkl.{0,128}?\x80.[^}]", re.DOTALL)
+
 _MAX_BYTES = 16 << 20  # a table of 61 layers of 384 experts has some 200 kB
 
 
@@ -33,9 +37,9 @@ class _TableOfSteps(msgspec.Struct):
 
 
 def recognize(first: bytes, name: str) -> bool:
-    """Whether a file that begins with these bytes is such JSON, or an archive of torch.save with a tensor alone."""
+    """Whether a file that begins with these bytes is such JSON, or an archive of torch.save that holds no dict."""
     if first.startswith(b"PK\x03\x04"):
-        return b"/data.pkl" in first and b"_rebuild_tensor" in first
+        return bool(_NO_DICT.search(first)) and b"_rebuild_tensor" in first
     return first.lstrip().startswith(b"{") and b'"logical_count"' in first
 
 
