@@ -196,6 +196,19 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
         ),
     ] = msgspec.field(default_factory=_nothing)
 
+    break_even_tokens: Annotated[
+        float | None,
+        Figure(
+            "ratio",
+            "of a trace of verified steps: a decode step's time over that with one row of a request, which is how many "
+            "tokens a step must keep to be as fast",
+            "lower",
+            "",
+            "break-\neven",
+            gated=False,
+        ),
+    ] = None
+
 
 class CellCosts(msgspec.Struct):
     """What a cell of a sweep takes beside time; a Pareto front sets one of them against it."""

@@ -9,6 +9,7 @@ from typing import SupportsIndex
 
 from moetrace.engine.run import run_setups
 from moetrace.engine.setup import unneeded_units
+from moetrace.results.break_even import break_even_tokens
 from moetrace.results.resolve import Policy, resolve
 from moetrace.results.result import Result
 from moetrace.results.summary import trace_facts
@@ -57,7 +58,8 @@ def replay(
             the largest expert. By default the GPU's memory decides.
         ignore_capacity: Replay even if the experts do not fit the NDP units.
         jobs: Threads. By default one a policy, at most one a core. They do not change the result.
-        progress: A function that gets the number of rows since its last call.
+        progress: A function that gets the number of rows since its last call. A trace of verified steps is replayed a
+            second time with one row of a request a step, and its rows are counted twice.
         timeline: The steps whose every slice of work is recorded, for `Result.timeline` and `Result.write_timeline`: a
             window `(A, B)`, from step A up to B without it as in Python, or True for the first 16 steps. Memory grows
             with the window.
@@ -92,7 +94,8 @@ def replay(
         (run,) = run_setups(found, [setup], jobs=jobs, progress=progress)
         if isinstance(run, MoetraceError):
             raise run
-        return Result(run, (*warnings, *run.warnings), trace_facts(found))
+        break_even = break_even_tokens(found, setup, run, jobs=jobs, progress=progress)
+        return Result(run, (*warnings, *run.warnings), trace_facts(found), break_even)
 
 
 def _whole(name: str, value: SupportsIndex | None) -> int | None:

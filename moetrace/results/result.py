@@ -29,6 +29,7 @@ class Result:
     run: Run
     warnings: tuple[str, ...]
     _trace: dict[str, Any]
+    _break_even: list[float | None] | None = None
 
     def __repr__(self) -> str:
         names = ", ".join(lane.policy.name for lane in self.run.lanes)
@@ -130,4 +131,4 @@ class Result:
 
     @cached_property
     def _policies(self) -> list[dict[str, Any]]:
-        return summary.policy_figures(self.run)
+        return summary.policy_figures(self.run, self._break_even)

@@ -1,6 +1,7 @@
 """The figures of a whole replay, one set a policy: what `summary.json` holds. What each means stands in `record`."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -76,14 +77,16 @@ def summary_dict(run: Run, trace: dict[str, Any], policies: list[dict[str, Any]]
     return msgspec.to_builtins(summary)
 
 
-def policy_figures(run: Run) -> list[dict[str, Any]]:
+def policy_figures(run: Run, break_even: Sequence[float | None] | None = None) -> list[dict[str, Any]]:
     """Return the figures of each policy, in order; seconds, bytes, counts and ratios, None where undefined.
 
+    `break_even` is one of these figures that the run does not know: `results.break_even` computes it.
     Raises MoetraceError if one is not a finite number: JSON has no other, and no comparison could trust it.
     """
     units = {name: rows for (name,), rows in unit_frame(run).partition_by("policy", as_dict=True).items()}
     figures = [_figures(run, lane, units[lane.policy.name]) for lane in run.lanes]
-    for each in figures:
+    for each, tokens in zip(figures, break_even or [None] * len(figures), strict=True):
+        each.break_even_tokens = tokens
         each.speedup = _ratio(figures[0].total_s, each.total_s)
     found = msgspec.to_builtins(figures)
     for policy in found:

@@ -10,6 +10,10 @@ the next step. What a step holds:
   are not, the earliest admitted first. With rows of both kinds the step is mixed.
 
 Rows of a step are in order of admission, output rows before prompt rows.
+
+`verify` makes steps of speculative decoding: wherever a step has an output row of a request it has up to `verify`
+successive ones, a *window* (`trace.speculation`). Rows are laid out anew for that, those that the next window takes
+again too, before `_plan` sees them.
 """
 
 import contextlib
@@ -28,6 +32,7 @@ from moetrace.trace import schema
 from moetrace.trace.atomic import keep_inputs
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import DECODE, MIXED, PREFILL
+from moetrace.trace.speculation import is_rejected, kept_thousandths, rows_of_windows
 from moetrace.trace.writer import CHUNK_ROWS, Writer
 from moetrace.version import __version__
 
@@ -88,6 +93,8 @@ def rebatch(
     *,
     batch: int,
     chunk: int | None = None,
+    verify: int | None = None,
+    accept: float | None = None,
     order: str = "arrival",
     seed: int = 0,
     compress: str | None = None,
@@ -105,6 +112,11 @@ def rebatch(
         batch: The most requests that run at a time.
         chunk: The most prompt rows of a step, which also has the output rows of the other requests. By default a prompt
             is a step of its own.
+        verify: Output rows of a request that a step verifies together, as in speculative decoding: a token and
+            `verify` - 1 drafts. Drafts that the traces themselves rejected are left out first. By default one row a
+            step, and every row stays.
+        accept: Tokens that such a step keeps in the mean, from 1 to `verify`, to the nearest thousandth. The rows of
+            the others come again in the next step. By default all.
         order: "arrival" admits requests as they first appear in the traces, one trace after the other; "shuffle" draws
             the order from `seed`.
         seed: Seed of "shuffle", from 0.
@@ -124,7 +136,8 @@ def rebatch(
         ...     print(trace.rows, trace.steps)
         16414 597
     """
-    _check(batch, chunk, order, seed)
+    _check(batch, chunk, verify, order, seed)
+    kept = kept_thousandths(verify, accept)
     given = [traces] if isinstance(traces, Trace | str | os.PathLike) else traces
     with contextlib.ExitStack() as stack:
         opened = [t if isinstance(t, Trace) else stack.enter_context(Trace.open(t)) for t in given]
@@ -132,6 +145,7 @@ def rebatch(
             raise UsageError("there is no trace to rebatch.")
         keep_inputs(Path(path), (trace.path for trace in opened))
         parameters = {"batch": batch, "chunk": chunk, "order": order} | ({"seed": seed} if order == "shuffle" else {})
+        parameters |= {} if verify is None else {"verify": verify, "accept": kept / 1000}
         first, kinds = opened[0], [_kind(trace) for trace in opened]
         for trace, kind in zip(opened[1:], kinds[1:], strict=True):
             schema.check_alike(first.shown, kinds[0], trace.shown, kind, _Kind._fields)
@@ -139,9 +153,12 @@ def rebatch(
             raise MoetraceError(f"the traces have {total:,} rows, but at most {MAX_ROWS:,} can be put in order.")
         for trace in opened:
             trace.verify_hashes()
-        rows, hashes = _read_rows(opened, order, seed)
+        rows, hashes, rejected = _read_rows(opened, order, seed, verify is not None)
+        parameters |= {"rejected_rows_left_out": rejected} if rejected else {}
+        if verify is not None:
+            rows = _with_windows(rows, verify, kept)
         steps, mixed = 0, False
-        for plan in _plan(rows, batch, chunk):
+        for plan in _plan(rows, batch, chunk, verify or 1):
             steps += plan.steps
             mixed |= plan.phase == MIXED
             _check_step(first, int(plan.take.sum()))
@@ -160,7 +177,7 @@ def rebatch(
             optional=(*kinds[0].optional, *(("row_phase",) if mixed else ())),
             compress=compress,
         ) as writer:
-            for part, step_rows, phase in _parts(_plan(rows, batch, chunk), _block_rows(first)):
+            for part, step_rows, phase in _parts(_plan(rows, batch, chunk, verify or 1), _block_rows(first)):
                 optional = _gather(opened, rows.source[part], ("position", "experts", *kinds[0].optional))
                 if mixed:
                     optional["row_phase"] = rows.phase[part]
@@ -169,8 +186,8 @@ def rebatch(
                     progress(part.size)
 
 
-def _check(batch: int, chunk: int | None, order: str, seed: int) -> None:
-    for name, value, least in (("batch", batch, 1), ("chunk", chunk, 1), ("seed", seed, 0)):
+def _check(batch: int, chunk: int | None, verify: int | None, order: str, seed: int) -> None:
+    for name, value, least in (("batch", batch, 1), ("chunk", chunk, 1), ("verify", verify, 1), ("seed", seed, 0)):
         if value is not None and not least <= value < 2**63:
             raise UsageError(f"{name} is {value}: give a whole number from {least} to {2**63 - 1}.")
     if order not in ORDERS:
@@ -198,10 +215,14 @@ def _check_step(trace: Trace, rows: int) -> None:
         )
 
 
-def _read_rows(traces: Sequence[Trace], order: str, seed: int) -> tuple[_Rows, list[str]]:
-    """Sort all rows by request, and check every id; also return the sha256 of each trace's ids."""
+def _read_rows(traces: Sequence[Trace], order: str, seed: int, without_rejected: bool) -> tuple[_Rows, list[str], int]:
+    """Sort all rows by request, and check every id; also return the sha256 of each trace's ids.
+
+    And the number of rows of rejected drafts that were left out.
+    """
     requests: list[np.ndarray] = []
     phases: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
     hashes, known = [], 0
     for trace in traces:
         digest, parts = hashlib.sha256(), []
@@ -210,6 +231,7 @@ def _read_rows(traces: Sequence[Trace], order: str, seed: int) -> tuple[_Rows, l
             digest.update(part.experts.data)
             parts.append(part.request)
             phases.append(part.phase)
+            positions.append(part.position if without_rejected else part.position[:0])
         hashes.append(digest.hexdigest())
         requests.append(_by_appearance(np.concatenate(parts)) + np.int32(known))
         known = int(requests[-1].max()) + 1
@@ -222,9 +244,24 @@ def _read_rows(traces: Sequence[Trace], order: str, seed: int) -> tuple[_Rows, l
         request = place[request]
     source = np.argsort(request, kind="stable")
     request, phase = request[source], phase[source]
+    rejected = 0
+    if without_rejected:
+        rows_of = np.concatenate([np.diff(trace.offset) for trace in traces])
+        step = np.repeat(np.arange(rows_of.size), rows_of)[source]
+        stays = ~is_rejected(request, phase, step, np.concatenate(positions)[source])
+        rejected = int(np.count_nonzero(~stays))
+        source, request, phase = source[stays], request[stays], phase[stays]
     ends = request[1:] != request[:-1]
     run_end = np.r_[np.flatnonzero(ends | (phase[1:] != phase[:-1])) + 1, request.size]
-    return _Rows(source, phase, request, run_end, np.r_[np.flatnonzero(ends) + 1, request.size]), hashes
+    return _Rows(source, phase, request, run_end, np.r_[np.flatnonzero(ends) + 1, request.size]), hashes, rejected
+
+
+def _with_windows(rows: _Rows, verify: int, kept: int) -> _Rows:
+    """Rows as verified steps take them: those of rejected drafts come again."""
+    row, run_end = rows_of_windows(rows.run_end, rows.phase, verify, kept, MAX_ROWS)
+    request = rows.request[row]
+    request_end = np.r_[np.flatnonzero(request[1:] != request[:-1]) + 1, row.size]
+    return _Rows(rows.source[row], rows.phase[row], request, run_end, request_end)
 
 
 def _by_appearance(request: np.ndarray) -> np.ndarray:
@@ -235,7 +272,7 @@ def _by_appearance(request: np.ndarray) -> np.ndarray:
     return number[inverse]
 
 
-def _plan(rows: _Rows, batch: int, chunk: int | None) -> Iterator[_Steps]:
+def _plan(rows: _Rows, batch: int, chunk: int | None, verify: int) -> Iterator[_Steps]:
     """Yield all steps in time order, as many at once as are alike: some 20 µs for each time that a run ends."""
     starts = np.concatenate(([0], rows.request_end[:-1]))
     first_run = np.searchsorted(rows.run_end, starts, side="right")
@@ -249,7 +286,7 @@ def _plan(rows: _Rows, batch: int, chunk: int | None) -> Iterator[_Steps]:
             end = np.concatenate((end, rows.request_end[new]))
             admitted = min(new.stop, starts.size)
         left, prompt = rows.run_end[run] - row, rows.phase[row] == PREFILL
-        take = _take(left, prompt, chunk)
+        take = _take(left, prompt, chunk, verify)
         taking = take > 0
         steps = int((left[taking] // take[taking]).min())
         yield _Steps(steps, row, take, prompt)
@@ -260,17 +297,17 @@ def _plan(rows: _Rows, batch: int, chunk: int | None) -> Iterator[_Steps]:
             row, run, end = row[alive], run[alive], end[alive]
 
 
-def _take(left: np.ndarray, prompt: np.ndarray, chunk: int | None) -> np.ndarray:
+def _take(left: np.ndarray, prompt: np.ndarray, chunk: int | None, verify: int) -> np.ndarray:
     """How many rows the next step takes of each admitted request: int64 like `left`, the rows of its present run."""
     if not prompt.any():
-        return np.ones_like(left)
+        return np.minimum(left, verify)
     if chunk is None:
         take = np.zeros_like(left)
         first = np.argmax(prompt)
         take[first] = left[first]
         return take
     prompt_left = np.where(prompt, left, 0)
-    return np.where(prompt, np.clip(chunk - (np.cumsum(prompt_left) - prompt_left), 0, left), 1)
+    return np.where(prompt, np.clip(chunk - (np.cumsum(prompt_left) - prompt_left), 0, left), np.minimum(left, verify))
 
 
 def _parts(plans: Iterator[_Steps], rows: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -71,7 +71,7 @@ def test_every_field_is_explained():
 
 
 def test_gate_search_and_sweep_know_the_figures():
-    assert {*FIGURES} - {*METRICS} == {"speedup"}
+    assert {*FIGURES} - {*METRICS} == {"speedup", "break_even_tokens"}
     assert {*DEFAULT_METRICS} <= {*METRICS}
     assert all(METRICS[name].better for name in DEFAULT_METRICS)
     assert (*COSTS,) == FRONTS

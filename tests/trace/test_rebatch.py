@@ -1,6 +1,7 @@
 """Rebatch: every row once, in the steps that a plain simulation of the server has, whatever the capture's own."""
 
 import hashlib
+import itertools
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ import moetrace as mt
 from moetrace.importers.importing import import_traces
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import rebatch as module
+from moetrace.trace import speculation
 from moetrace.trace.schema import row_dtype
 
 SHIPPED = Path(__file__).parents[2] / "traces"
@@ -98,6 +100,48 @@ def simulate(requests: list[list[tuple]], batch: int, chunk: int | None) -> list
     return steps
 
 
+def verified(requests: list[list[tuple]], verify: int, accept: float) -> list[list[list[tuple]]]:
+    """Each request as the windows that its steps take: a prompt row alone, or output rows verified together."""
+    windows_of = []
+    for rows in requests:
+        windows: list[list[tuple]] = []
+        while rows:
+            if rows[0][0] == 0:
+                windows.append([rows[0]])
+                rows = rows[1:]
+                continue
+            run = list(itertools.takewhile(lambda row: row[0] == 1, rows))
+            kept = 0  # tokens of the windows so far, in thousandths
+            while kept // 1000 < len(run):
+                windows.append(run[kept // 1000 : kept // 1000 + verify])
+                kept += round(1000 * accept)
+            rows = rows[len(run) :]
+        windows_of.append(windows)
+    return windows_of
+
+
+def simulate_verified(windows_of: list[list[list[tuple]]], batch: int, chunk: int | None) -> list[list[tuple]]:
+    """`simulate`, of windows."""
+    waiting, running, steps = list(enumerate(windows_of)), [], []
+    while waiting or running:
+        while waiting and len(running) < batch:
+            running.append(waiting.pop(0))
+        prompting = [(number, windows) for number, windows in running if windows[0][0][0] == 0]
+        step: list[tuple] = []
+        if chunk is not None or not prompting:
+            for number, windows in running:
+                if windows[0][0][0] == 1:
+                    step += [(number, *row) for row in windows.pop(0)]
+        room = 10**9 if chunk is None else chunk
+        for number, windows in prompting[: 1 if chunk is None else None]:
+            while room and windows and windows[0][0][0] == 0:
+                step.append((number, *windows.pop(0)[0]))
+                room -= 1
+        steps.append(step)
+        running = [(number, windows) for number, windows in running if windows]
+    return steps
+
+
 def steps_of(trace: mt.Trace) -> list[list[tuple]]:
     """What `simulate` returns, of a trace."""
     columns = columns_of(trace)
@@ -130,6 +174,100 @@ def test_steps_are_those_of_a_plain_simulation(tmp_path_factory, traces, batch, 
         ]
         assert (chunk is not None or "row_phase" not in trace.has) and "recorded" not in trace.has
         assert trace.layer_index.tolist() == [1, 2] and trace.expert_bytes.tolist() == [7, 8]
+
+
+@st.composite
+def plain_captures(draw) -> mt.Trace:
+    """A capture whose requests decode one row after another, at positions that go up."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32), label="seed"))
+    lengths = draw(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 13)), min_size=1, max_size=5))
+    rows = [(r, at, int(at >= prompt)) for r, (prompt, output) in enumerate(lengths) for at in range(prompt + output)]
+    if not rows:
+        rows = [(0, 0, 1)]
+    request, position, phase = np.array(rows).T
+    ids = routing(rng, len(rows), (2, 8, 2), 0.1)
+    return mt.Trace.from_arrays(
+        np.where(ids < 0, 255, ids),
+        num_experts=8,
+        request=request,
+        position=position,
+        steps=np.ones(len(rows), int),
+        phase=phase,
+        layer_index=np.arange(2) + 1,
+        expert_bytes=np.arange(2) + 7,
+        gates=rng.random((len(rows), 2, 2)),
+        token=rng.integers(0, 2**31 - 1, len(rows)),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(plain_captures(), st.integers(1, 4), st.none() | st.integers(1, 8), st.integers(1, 6), st.data())
+def test_verified_steps_are_those_of_a_plain_simulation(tmp_path_factory, trace, batch, chunk, verify, data):
+    accept = data.draw(st.none() | st.floats(1, verify), label="accept")
+    folder = tmp_path_factory.mktemp("verify")
+    requests = requests_of([trace])
+    mt.rebatch(trace, folder / "out.h5", batch=batch, chunk=chunk, verify=verify, accept=accept)
+    with mt.Trace.open(folder / "out.h5") as out:
+        out.verify()
+        wanted = simulate_verified(verified(requests, verify, accept or verify), batch, chunk)
+        assert steps_of(out) == wanted
+        assert out.source["parameters"]["accept"] == pytest.approx(accept or verify, abs=5e-4)
+        # What was verified together is taken apart again, without what was rejected.
+        mt.rebatch(out, folder / "apart.h5", batch=batch, chunk=chunk, verify=1)
+        mt.rebatch(trace, folder / "plain.h5", batch=batch, chunk=chunk)
+        with mt.Trace.open(folder / "apart.h5") as apart, mt.Trace.open(folder / "plain.h5") as plain:
+            assert sorted(requests_of([apart])) == sorted(requests)
+            # Of several at a time, the request that appears first need not be the one that was admitted first.
+            assert batch > 1 or steps_of(apart) == steps_of(plain)
+            assert apart.source["parameters"].get("rejected_rows_left_out", 0) == out.rows - trace.rows
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 12))
+def test_rejected_drafts_are_those_that_a_later_step_takes_back(seed, steps):
+    rng = np.random.default_rng(seed)
+    step = np.repeat(np.arange(steps), rng.integers(1, 5, steps))
+    request = np.sort(rng.integers(0, 3, step.size))
+    position = rng.integers(0, 6, step.size)
+    phase = rng.integers(0, 2, step.size) | rng.integers(0, 2, step.size)
+    rows = list(zip(request.tolist(), phase.tolist(), step.tolist(), position.tolist(), strict=True))
+
+    def is_rejected(at: int) -> bool:
+        if rows[at][1] == 0:
+            return False
+        begin = end = at
+        while begin and rows[begin - 1][:2] == rows[at][:2]:
+            begin -= 1
+        while end + 1 < len(rows) and rows[end + 1][:2] == rows[at][:2]:
+            end += 1
+        own, later = rows[at][2], [row for row in rows[begin : end + 1] if row[2] > rows[at][2]]
+        twice = any(row[2] == own and row[3] == rows[at][3] for row in rows[begin:at])
+        return twice or any(row[3] <= rows[at][3] for row in later)
+
+    found = speculation.is_rejected(request.astype(np.int32), phase.astype(np.uint8), step, position.astype(np.int32))
+    assert found.tolist() == [is_rejected(at) for at in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    ("wish", "sentence"),
+    [
+        ({"accept": 2}, "give verify as well"),
+        ({"verify": 2, "accept": 2.5}, "keeps 1 to 2 tokens"),
+        ({"verify": 2, "accept": float("nan")}, "keeps 1 to 2 tokens"),
+        ({"verify": 0}, "verify is 0"),
+    ],
+)
+def test_verified_steps_that_make_no_sense_are_refused(tmp_path, wish, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        mt.rebatch(SHIPPED / "tiny-olmoe.h5", tmp_path / "out.h5", batch=1, **wish)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_rows_than_can_be_put_in_order_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_ROWS", 20_000)
+    with pytest.raises(MoetraceError, match="with the rows of rejected drafts"):
+        mt.rebatch(SHIPPED / "tiny-olmoe.h5", tmp_path / "out.h5", batch=1, verify=8, accept=1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("name", "batch"), [("tiny-olmoe", 1), ("mixtral-8x7b-b16", 16), ("qwen3-30b-a3b-b1", 1)])

@@ -7,7 +7,7 @@ import click
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.tables.output import said_of, say
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import UsageError, counted
 
 
 @click.command()
@@ -19,6 +19,19 @@ from moetrace.spec.errors import UsageError
     type=click.IntRange(min=1),
     metavar="N",
     help="Prompt rows that a step takes in beside the output rows; else a prompt is one step of its own.",
+)
+@click.option(
+    "--verify",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Steps of speculative decoding, each with K successive output rows of a request; drafts that were rejected in "
+    "the traces are left out first.",
+)
+@click.option(
+    "--accept",
+    type=click.FloatRange(min=1),
+    metavar="A",
+    help="With --verify: tokens that such a step keeps in the mean; the rows of the others come again.  [default: K]",
 )
 @click.option(
     "--order",
@@ -34,6 +47,8 @@ def command(
     out: Path,
     batch: int,
     chunk: int | None,
+    verify: int | None,
+    accept: float | None,
     order: str,
     seed: int | None,
     compress: str | None,
@@ -44,9 +59,14 @@ def command(
     running request. A prompt is one step of its own, before its request joins; with --chunk N, steps instead take in up
     to N prompt rows beside the output rows.
 
+    --verify K asks what speculation costs: every step has K rows of a request, of which it keeps --accept A, and
+    `moetrace replay` says how many it must keep to pay.
+
     Ids, gates, tokens and positions stay as they are, and requests are numbered anew; a recorded residency belongs to
     the old order and is left out.
     """
+    if accept is not None and verify is None:
+        raise UsageError("--accept says how many tokens a verified step keeps: give --verify K as well.")
     if seed is not None and order != "shuffle":
         raise UsageError("--seed goes with --order shuffle: the other order draws nothing.")
     from contextlib import ExitStack
@@ -64,6 +84,8 @@ def command(
             out,
             batch=batch,
             chunk=chunk,
+            verify=verify,
+            accept=accept,
             order=order,
             seed=seed or 0,
             compress=compress,
@@ -71,5 +93,7 @@ def command(
         )
         dropped = any("recorded" in trace.has for trace in opened)
     with Trace.open(out) as trace:
-        note = " The recorded residency was left out." if dropped else ""
-        say(f"{said_of(out, trace)}{note}")
+        rejected = trace.source["parameters"].get("rejected_rows_left_out")
+        notes = [f"{counted(rejected, 'row')} of rejected drafts were left out."] if rejected else []
+        notes += ["The recorded residency was left out."] if dropped else []
+        say(" ".join([said_of(out, trace), *notes]))

@@ -120,12 +120,13 @@ def command(
     changes = split_settings(settings, ["model", "system", "policy"])
     steps = _window(timeline, window, folder)
     with Trace.open(trace) as opened, announce_compiling():
+        from moetrace.results.break_even import verified_batch
         from moetrace.results.publish import staged
         from moetrace.results.replay import replay
 
         # The folder first: who can't write there should not wait for a replay to learn it.
         with staged(folder) if folder else nullcontext() as temporary:
-            with LateBar("rows", opened.rows) as bar:
+            with LateBar("rows", opened.rows * (2 if verified_batch(opened) else 1)) as bar:
                 result = replay(
                     opened,
                     model=model,

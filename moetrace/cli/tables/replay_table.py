@@ -59,6 +59,7 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("itl_s.p50", always=False),
             _column("itl_s.p99", always=False),
             _column("tokens_per_s", always=False),
+            _column("break_even_tokens", always=False),
         ],
         [
             _FigureColumn("over bound\nms", lambda p: 1e3 * (p["total_s"] - p["work_bound_s"])),
@@ -123,6 +124,7 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
         "TTFT, TPOT and ITL (the time between two tokens) are medians, but for the p99. "
         f"Over bound: time beyond {bound}, without any start, transfer or wait. "
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots.",
+        *_speculation(summary),
         *_known(system),
         *(
             f"{policy['name']}: {policy['optimal_fallbacks']:,} of {counted(layers, 'layer')} of all steps had more "
@@ -130,6 +132,19 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
             for policy in summary["policies"]
             if policy["optimal_fallbacks"]
         ),
+    ]
+
+
+def _speculation(summary: dict[str, Any]) -> list[str]:
+    """Say what the break-even is, and beside it what the trace keeps."""
+    if all(policy["break_even_tokens"] is None for policy in summary["policies"]):
+        return []
+    trace = summary["trace"]
+    steps = trace["tokens"] - trace["accepted_rows"]  # in which a request brought a token
+    return [
+        "Break-even: what a step that verifies several rows of a request costs, in steps of one row. Speculation pays "
+        f"where it keeps more tokens a step; this trace keeps {trace['tokens'] / max(steps, 1):.2f}. The time of the "
+        "draft model is not in it.",
     ]
 
 

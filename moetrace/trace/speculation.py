@@ -1,0 +1,79 @@
+"""Speculative decoding in a trace: which drafts were rejected, and output rows as steps that verify several at once."""
+
+import numpy as np
+
+from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.trace.schema import PREFILL
+
+
+def kept_thousandths(verify: int | None, accept: float | None) -> int:
+    """Tokens that a window of `verify` rows keeps in the mean, in thousandths: whole numbers add up exactly."""
+    if verify is None:
+        if accept is not None:
+            raise UsageError("accept says how many tokens a verified step keeps: give verify as well.")
+        return 1000
+    if accept is None:
+        return 1000 * verify
+    if not 1 <= accept <= verify:
+        raise UsageError(f"accept is {accept}, but a step that verifies {verify} rows keeps 1 to {verify} tokens.")
+    return round(1000 * accept)
+
+
+def is_rejected(request: np.ndarray, phase: np.ndarray, step: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Whether each row, sorted by request and time, is a draft that was not kept: bool [rows].
+
+    A later step of the same run of output rows is at its position or before it, or its own step had it already.
+    """
+    run_begins = np.r_[True, (request[1:] != request[:-1]) | (phase[1:] != phase[:-1])]
+    run = np.cumsum(run_begins)
+    begins = run_begins | np.r_[True, step[1:] != step[:-1]]  # of the rows of a step and run
+    part = np.cumsum(begins) - 1
+    # Runs further on have higher keys, so the least key from a row on is of its own run.
+    key = (run << 32) + position
+    least = np.minimum.accumulate(key[::-1])[::-1]
+    next_part = np.r_[np.flatnonzero(begins)[1:], request.size][part]
+    taken_back = np.r_[least, np.iinfo(np.int64).max][next_part] <= key
+    order = np.lexsort((position, part))
+    again = np.zeros(request.size, bool)
+    again[order[1:]] = (part[order[1:]] == part[order[:-1]]) & (position[order[1:]] == position[order[:-1]])
+    return (phase != PREFILL) & (taken_back | again)
+
+
+def rows_of_windows(
+    run_end: np.ndarray, phase: np.ndarray, verify: int, kept: int, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lay rows out as steps take them that verify up to `verify` output rows, each `kept` / 1000 after the one before.
+
+    Window i of a run begins at its row floor(i * kept / 1000) and ends with the run at the latest. A run of prompt rows
+    is a window.
+
+    Args:
+        run_end: Where runs of one phase of one request end, int64 [runs].
+        phase: Of each row, uint8 [rows].
+        verify: Rows of a window.
+        kept: Tokens that a window keeps in the mean, in thousandths.
+        most: Rows that may come out.
+
+    Returns:
+        Places of the rows, some more than once, int64 [new rows]; and the ends of runs in them, cut so that each window
+        of less than `verify` rows is a run of its own, int64 [new runs].
+
+    Raises:
+        MoetraceError: There are more than `most`.
+    """
+    run_first = np.concatenate(([0], run_end[:-1]))
+    size = run_end - run_first
+    is_output = phase[run_first] != PREFILL
+    windows = np.where(is_output, -(-1000 * size // kept), 1)
+    run = np.repeat(np.arange(size.size), windows)
+    number = np.arange(run.size) - np.repeat(np.cumsum(windows) - windows, windows)
+    first = number * kept // 1000
+    take = np.where(is_output[run], np.minimum(verify, size[run] - first), size[run])
+    if (total := int(take.sum())) > most:
+        raise MoetraceError(
+            f"with the rows of rejected drafts there are {total:,}, but at most {most:,} can be put in order."
+        )
+    end = np.cumsum(take)
+    row = np.repeat(run_first[run] + first - (end - take), take) + np.arange(total)
+    is_last = np.r_[(run[1:] != run[:-1]) | (take[1:] < verify), True]
+    return row, end[is_last]
