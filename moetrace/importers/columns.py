@@ -46,10 +46,10 @@ _KNOWN = {
     "token_id": ("token_id",),
     "resident": ("resident",),
 }
+OWN_COLUMNS = {"step", "row", "request", "position", "phase", "layer", "slot", "expert"}  # docs/export.md
 # What some exports call otherwise: tables that have all of the first names mean the pairs.
 _EXPORTS: tuple[tuple[set[str], dict[str, str]], ...] = (
-    # Ours: docs/export.md.
-    ({"step", "row", "request", "position", "phase", "layer", "slot", "expert"}, {"token": "row", "token_id": "token"}),
+    (OWN_COLUMNS, {"token": "row", "token_id": "token"}),
     # As BigMoeOnEdge's route traces, without their first lines.
     (
         {"turn", "phase", "step", "layer", "slot", "expert"},

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import Hints
+from moetrace.importers.reading.own_parquet import ToldByFooter
 from moetrace.importers.reading.passes import half
 from moetrace.importers.reading.tabular import TableFile, blocks
 from moetrace.spec.errors import MoetraceError, UsageError, printable
@@ -19,11 +20,12 @@ _PHASES = {"prefill": 0, "prompt": 0, "decode": 1, "generate": 1, "0": 0, "1": 1
 
 
 class File(NamedTuple):
-    """A file and the columns that are read of it, by meaning; `layer` if its name says it."""
+    """A file and the columns that are read of it, by meaning; `layer` if its name says it, `told` if it is our own."""
 
     table: TableFile
     columns: dict[str, list[str]]
     layer: int | None
+    told: ToldByFooter | None = None
 
 
 class Cells(NamedTuple):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+import moetrace as mt
 from support.writers import Sample, routing
 
 ROWS, LAYERS, TOP_K, EXPERTS = 12, 3, 2, 8
@@ -70,8 +71,11 @@ def samples(folder: Path) -> list[Sample]:
         (folder / f"{name}.jsonl").write_text(json_of(frame))
     tokens().write_parquet(folder / "tokens.parquet")
     (folder / "tokens.jsonl").write_text(json_of(tokens()))
+    trace = mt.Trace.from_arrays(num_experts=EXPERTS, model="m", experts=ids(), gates=gates(), layer_index=NUMBERS)
+    mt.export(trace, folder / "t-own.parquet")
     layers = [lists().filter(pl.col("layer") == layer).drop("layer") for layer in NUMBERS]
     for layer, frame in zip(NUMBERS, layers, strict=True):
         frame.write_parquet(folder / f"layer{layer}.parquet", compression="snappy")
     single = [Sample([path], hints) for path in sorted(folder.glob("[clt]*.*")) if not path.name.startswith("layer")]
+    single = [sample if "own" not in sample.files[0].name else Sample(sample.files) for sample in single]
     return [*single, Sample([folder / f"layer{layer}.parquet" for layer in NUMBERS], hints)]
