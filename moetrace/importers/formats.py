@@ -31,6 +31,7 @@ FORMATS = {
     "trtllm": "expert statistics (safetensors) of TensorRT-LLM, a file a rank",
     "vllm": "vLLM's routed experts of each request: .npy files, or HTTP responses (JSON or JSON lines)",
     "sglang-request": "SGLang's routed experts of each request: HTTP responses, or their base64 texts",
+    "oracle-general": "accesses to experts in libCacheSim's binary format, as `moetrace export` writes them",
     "any-table": "any table (Parquet, CSV, JSON lines) whose columns are named or well known",
 }
 _HDF5 = b"\x89HDF\r\n\x1a\n"

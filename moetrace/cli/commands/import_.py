@@ -28,6 +28,7 @@ FORMATS = (
     "trtllm",
     "vllm",
     "sglang-request",
+    "oracle-general",
     "any-table",
 )
 
