@@ -23,7 +23,7 @@ _MOST_HELD = 1 << 25  # of one step: 32,768 rows through 94 layers at 8 choices 
 _OTHER = "export the trace as .npz or .parquet instead"
 
 
-class _Steps(NamedTuple):
+class _WholeSteps(NamedTuple):
     """Whole steps."""
 
     experts: np.ndarray  # [rows, layers, top_k]
@@ -135,7 +135,7 @@ def _note_sizes(path: Path, first: int, records: np.ndarray, sizes: np.ndarray) 
         raise MoetraceError(f"{path}: record {first + at}: object {objects[at]} has another size than elsewhere.")
 
 
-def _arranged(path: Path, records: np.ndarray, shape: tuple[int, int, int]) -> _Steps:
+def _arranged(path: Path, records: np.ndarray, shape: tuple[int, int, int]) -> _WholeSteps:
     """The ids of whole steps by row, of layers, experts and choices as `shape` says."""
     layers, num_experts, top_k = shape
     clock, objects = records["clock_time"].astype(np.int64), records["obj_id"].astype(np.int64)
@@ -156,7 +156,7 @@ def _arranged(path: Path, records: np.ndarray, shape: tuple[int, int, int]) -> _
     row = (np.cumsum(rows) - rows)[step] + place // top_k
     experts = np.empty((int(rows.sum()), layers, top_k), expert_dtype(num_experts))
     experts[row, layer, place % top_k] = objects % num_experts
-    return _Steps(experts, rows)
+    return _WholeSteps(experts, rows)
 
 
 def _expert_bytes(path: Path, sizes: np.ndarray, hints: Hints) -> np.ndarray | None:
