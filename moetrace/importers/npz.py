@@ -20,7 +20,16 @@ from moetrace.importers.captured import Capture, Hints, Part
 from moetrace.importers.reading.npy import read_header
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.schema import BLOCK_BYTES, absent_id, as_dtype, check_sizes, expert_dtype, plain_json, row_dtype
+from moetrace.trace.schema import (
+    BLOCK_BYTES,
+    MAX_EXPERTS,
+    absent_id,
+    as_dtype,
+    check_sizes,
+    expert_dtype,
+    plain_json,
+    row_dtype,
+)
 
 FACTS = ("engine", "version", "source", "commit", "licence", "license", "quantization", "transformers", "torch")
 # An archive may unpack to a thousand times its size, so nothing is unpacked before its announced size is checked.
@@ -168,6 +177,8 @@ def _num_experts(path: Path, meta: dict[str, Any], ids: _Array) -> int:
     num_experts = meta.get("num_experts")
     if type(num_experts) is not int:
         raise MoetraceError(f"{path}: meta does not say num_experts.")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise MoetraceError(f"{path}: meta says {num_experts} experts, but must say 1 to {MAX_EXPERTS}.")
     top_k = meta.get("top_k", ids.shape[2])
     if top_k != ids.shape[2]:
         raise MoetraceError(f"{path}: meta says top_k {top_k!r:.20}, but expert_ids has {ids.shape[2]} a layer.")
