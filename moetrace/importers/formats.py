@@ -17,6 +17,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 # same name, with _ for -.
 FORMATS = {
     "sglang": "SGLang's expert distribution dumps: stat, per_pass and per_token (.pt), or counts (CSV)",
+    "router-logits": "raw logits of routers (.npy, .npz, .pt, .safetensors), with a rule to choose by",
     "npz": "NumPy archives with expert_ids, request_id, position, phase, layer_index and meta",
     "bigmoeonedge": "route traces (CSV) of BigMoeOnEdge, version 1",
     "colibri": "routing traces (ROUTE_TRACE) and expert histories (.coli_usage) of colibri",
@@ -67,6 +68,10 @@ def read_captures(
         if format not in (None, "any-table"):
             raise UsageError(f"--columns names the columns of a table, and --from says {format}.")
         format = "any-table"
+    if hints is not None and hints.router is not None:
+        if format not in (None, "router-logits"):
+            raise UsageError(f"--router says how to choose from logits, and --from or --columns says {format}.")
+        format = "router-logits"
     for source in sources:
         if not source.is_file() and not source.is_dir():
             raise MoetraceError(f"{source} is not a file." if source.exists() else f"there is no file {source}.")
