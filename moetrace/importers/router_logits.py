@@ -16,6 +16,7 @@ import io
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -93,17 +94,18 @@ def is_pickle(first: bytes) -> bool:
     names: list[str] = []
     axes = last = ""
     try:
-        for operation, value, _ in pickletools.genops(io.BytesIO(first[found.end() :])):
-            if operation.name == "GLOBAL":
-                names.append(value)
-            elif operation.name.startswith("TUPLE") and "BINPERSID" in names and not axes:
-                axes = operation.name
-            elif operation.name == "BINPERSID":
-                names.append(operation.name)
-            if operation.name == "STOP":
-                break
-            if operation.name not in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                last = operation.name
+        with warnings.catch_warnings(action="ignore"):  # of escapes in a stranger's texts
+            for operation, value, _ in pickletools.genops(io.BytesIO(first[found.end() :])):
+                if operation.name == "GLOBAL":
+                    names.append(value)
+                elif operation.name.startswith("TUPLE") and "BINPERSID" in names and not axes:
+                    axes = operation.name
+                elif operation.name == "BINPERSID":
+                    names.append(operation.name)
+                if operation.name == "STOP":
+                    break
+                if operation.name not in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                    last = operation.name
     except (ValueError, LookupError, ArithmeticError, EOFError, struct.error):  # it is cut, or no pickle
         return False
     if not any(storage in names for storage in _STORAGES):

@@ -31,7 +31,7 @@ class RouterRule(NamedTuple):
     bias: Path | None = None
 
 
-class Chosen(NamedTuple):
+class RuledChoices(NamedTuple):
     """The choices of some cells, best first."""
 
     experts: np.ndarray  # int64 [cells, top_k]
@@ -103,7 +103,7 @@ def check_rule(where: str, rule: RouterRule, experts: int, top_k: int) -> None:
         )
 
 
-def choose(logits: np.ndarray, bias: np.ndarray, rule: RouterRule, top_k: int) -> Chosen:
+def choose(logits: np.ndarray, bias: np.ndarray, rule: RouterRule, top_k: int) -> RuledChoices:
     """Choose for cells: logits finite [cells, experts], bias float64 of that shape or [1]."""
     logits = logits.astype(np.float64)
     if rule.score == "softmax":
@@ -125,7 +125,7 @@ def choose(logits: np.ndarray, bias: np.ndarray, rule: RouterRule, top_k: int) -
     if rule.norm:
         with np.errstate(invalid="ignore"):
             gates /= gates.sum(axis=1, keepdims=True)
-    return Chosen(experts, gates * rule.scale)
+    return RuledChoices(experts, gates * rule.scale)
 
 
 def _leave_groups(wanted: np.ndarray, rule: RouterRule) -> None:
