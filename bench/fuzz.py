@@ -53,6 +53,7 @@ WRITERS = {
     "any-table": "support.writers.any_table",
     "router-logits": "support.writers.router_logits",
     "oracle-general": "support.writers.oracle_general",
+    "moe-policylang": "support.writers.moe_policylang",
     "trtllm": "support.writers.trtllm",
     "vllm": "support.writers.vllm",
 }

@@ -29,6 +29,7 @@ FORMATS = {
     "llamacpp": "CSV of llama.cpp's moe-trace tools",
     "megatron": "routing traces (JSON lines) of Megatron-LM, a file a rank, or answers of its inference server",
     "moe-cache-eval": "event traces (safetensors) of moe-cache-eval",
+    "moe-policylang": "expert activation traces (JSON lines) of MoE-PolicyLang",
     "trtllm": "expert statistics (safetensors) of TensorRT-LLM, a file a rank",
     "vllm": "vLLM's routed experts of each request: .npy files, or HTTP responses (JSON or JSON lines)",
     "sglang-request": "SGLang's routed experts of each request: HTTP responses, or their base64 texts",

@@ -26,6 +26,7 @@ FORMATS = (
     "llamacpp",
     "megatron",
     "moe-cache-eval",
+    "moe-policylang",
     "trtllm",
     "vllm",
     "sglang-request",

@@ -101,5 +101,7 @@ def samples(folder: Path) -> list[Sample]:
     tables = [folder / f"flame-moe_layer{layer}_64x512.csv" for layer in NUMBERS]
     for place, path in enumerate(tables):
         path.write_text(score_table(place))
-    single += [Sample([folder / "prompt_7_data.csv"], hints), Sample(tables), Sample(tables[:1])]
+    alone = folder / "one_table.csv"
+    alone.write_text(score_table(0, 2))
+    single += [Sample([folder / "prompt_7_data.csv"], hints), Sample(tables), Sample([alone])]
     return [*single, Sample([folder / f"layer{layer}.parquet" for layer in NUMBERS], hints)]
