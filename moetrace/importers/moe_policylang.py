@@ -2,8 +2,8 @@
 
 As `notebooks/01_trace_recording.ipynb` (emailpokora/MoE-Sched, commit 4b56cc4d) writes them and
 `evaluation/workloads/README.md` (commit 1a02b37a) describes them: `model_name`, `num_layers`, `num_experts`, `top_k`
-and `num_entries` in the header; `t`, `l` (layer), `e` (experts) and perhaps `s` (scores) in a record. The recorder's `t` is
-the row within a forward pass, whose layers follow one another; the description shows a token a pass. A pass ends where
+and `num_entries` in the header; `t`, `l` (layer), `e` (experts) and perhaps `s` (scores) in a record. The recorder's `t`
+is the row within a forward pass, whose layers follow one another; the description shows a token a pass. A pass ends where
 the layer goes back, or where `t` does in one layer. Requests are not recorded: a pass of several rows after one of a
 single row begins one.
 """
@@ -26,13 +26,13 @@ _HEADER = (b'"num_experts"', b'"num_layers"', b'"top_k"', b'"num_entries"')
 _Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_EXPERTS)]
 
 
-class _Header(msgspec.Struct):
+class _PolicyHeader(msgspec.Struct):
     num_experts: _Size
     top_k: _Size
     model_name: str = ""
 
 
-class _Record(msgspec.Struct, gc=False):
+class _PolicyRecord(msgspec.Struct, gc=False):
     """A record; the header has none of its fields."""
 
     t: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
@@ -41,7 +41,7 @@ class _Record(msgspec.Struct, gc=False):
     s: list[float | None] | None = None
 
 
-class _Place(msgspec.Struct, gc=False):
+class _PolicyPlace(msgspec.Struct, gc=False):
     l: Annotated[int, msgspec.Meta(ge=0, lt=MAX_LAYERS)] = -1  # noqa: E741 - the name in the file
 
 
@@ -65,7 +65,7 @@ def _read(path: Path, hints: Hints) -> Capture:
     header, scored = _first(path)
     layers = _layers(path, hints)
     passes = Passes(path, hints, (header.num_experts, header.top_k), layers, ("gates",) * scored)
-    records = json_lines(path, _Record, half(hints))
+    records = json_lines(path, _PolicyRecord, half(hints))
     for line, lines, starts in whole_passes(path, _lines(path, records, header.top_k, scored), _begins):
         sizes = np.diff(np.r_[starts, lines["token"].size])
         low, high = (f.reduceat(lines["token"], starts) for f in (np.minimum, np.maximum))
@@ -81,13 +81,13 @@ def _read(path: Path, hints: Hints) -> Capture:
     return passes.capture(facts, header.model_name[:200])
 
 
-def _first(path: Path) -> tuple[_Header, bool]:
+def _first(path: Path) -> tuple[_PolicyHeader, bool]:
     """The header, and whether records have scores."""
     with path.open("rb") as file:
         start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     line, _, rest = start.partition(b"\n")
     try:
-        header = msgspec.json.decode(line, type=_Header)
+        header = msgspec.json.decode(line, type=_PolicyHeader)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MoetraceError(f"{path}: its first line is no header: {str(error).rstrip('.')[:200]}.") from None
     return header, b'"s"' in rest.split(b"\n", 1)[0]
@@ -96,7 +96,7 @@ def _first(path: Path) -> tuple[_Header, bool]:
 def _layers(path: Path, hints: Hints) -> np.ndarray:
     """The layers uint16 [layers] that records name."""
     seen: set[int] = set()
-    for _, records in json_lines(path, _Place, half(hints)):
+    for _, records in json_lines(path, _PolicyPlace, half(hints)):
         seen.update(record.l for record in records)
     seen.discard(-1)  # of the header
     if not seen:
@@ -105,7 +105,7 @@ def _layers(path: Path, hints: Hints) -> np.ndarray:
 
 
 def _lines(
-    path: Path, found: Iterator[tuple[int, list[_Record]]], top_k: int, scored: bool
+    path: Path, found: Iterator[tuple[int, list[_PolicyRecord]]], top_k: int, scored: bool
 ) -> Iterator[tuple[int, Lines]]:
     """Records as arrays; they, not lines, are counted, since lines may be blank."""
     count = 0
