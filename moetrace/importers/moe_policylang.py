@@ -2,10 +2,10 @@
 
 As `notebooks/01_trace_recording.ipynb` (emailpokora/MoE-Sched, commit 4b56cc4d) writes them and
 `evaluation/workloads/README.md` (commit 1a02b37a) describes them: `model_name`, `num_layers`, `num_experts`, `top_k`
-and `num_entries` in the header; `t`, `l` (layer), `e` (experts) and perhaps `s` (scores) in a record. The recorder's `t`
-is the row within a forward pass, whose layers follow one another; the description shows a token a pass. A pass ends where
-the layer goes back, or where `t` does in one layer. Requests are not recorded: a pass of several rows after one of a
-single row begins one.
+and `num_entries` in the header; `t`, `l` (layer), `e` (experts) and perhaps `s` (scores) in a record. `t` is the row
+within a forward pass, whose layers follow one another; the description shows a token a pass. A pass ends where the
+layer goes back, or where `t` does in one layer. Requests are not recorded: a pass of several rows after one of a single
+row begins one.
 """
 
 from collections.abc import Iterator, Sequence
