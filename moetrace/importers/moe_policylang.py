@@ -133,6 +133,8 @@ def _lines(
             check_gates(path, lambda i, first=count + 1: first + i, lines["gates"])
         yield count + 1, lines
         count += len(records)
+    if not count:
+        raise MoetraceError(f"{path} has no records.")
 
 
 def _begins(lines: Lines) -> np.ndarray:

@@ -71,6 +71,13 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, old, new, message):
     assert message in refused(tmp_path, path, format="moe-policylang")
 
 
+@pytest.mark.parametrize("more", [{}, {"l": 1}])
+def test_a_header_alone_has_no_records(tmp_path, more):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"num_layers": 2, "num_experts": 8, "top_k": 2, "num_entries": 0} | more))
+    assert "has no records" in refused(tmp_path, path, format="moe-policylang")
+
+
 def test_other_json_lines_are_not_recognized():
     header = b'{"model_name": "m", "num_layers": 2, "num_experts": 8, "top_k": 2, "num_entries": 6}\n'
     assert moe_policylang.recognize(header + b'{"t": 0, "l": 0, "e": [1]}', "a")
