@@ -51,6 +51,9 @@ WRITERS = {
     "sglang": "support.writers.sglang",
     "sglang-request": "support.writers.sglang_request",
     "any-table": "support.writers.any_table",
+    "router-logits": "support.writers.router_logits",
+    "oracle-general": "support.writers.oracle_general",
+    "moe-policylang": "support.writers.moe_policylang",
     "trtllm": "support.writers.trtllm",
     "vllm": "support.writers.vllm",
 }

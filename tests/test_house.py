@@ -66,6 +66,7 @@ CHOICES = tuple(f"engine.{kind}." for kind in ("placements", "dispatches", "resi
 MODULES_TWICE = {
     "eplb": "the algorithm of that name, and the format that exports counts for it",
     "npz": "one format: an exporter and an importer are named by their format",
+    "oracle_general": "the same",
     "prefetch": "the folder of a question, and the same in the replay",
     "replay": "the public function, and the loop in Numba that it ends in",
 }

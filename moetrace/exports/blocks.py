@@ -1,7 +1,9 @@
 """A trace's choices as exports need them: checked, and in parts whose size does not depend on its steps."""
 
 from collections.abc import Iterator
+from typing import Any
 
+from moetrace.importers.npz import FACTS
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import Part, check_ids
@@ -16,6 +18,11 @@ def parts(trace: Trace) -> Iterator[Part]:
     for part in trace.parts(max(1, PART_CHOICES // (trace.layers * trace.top_k))):
         check_ids(trace.shown, part.first, part.experts, trace.num_experts)
         yield part
+
+
+def kept_facts(trace: Trace) -> dict[str, Any]:
+    """What the trace says of its source that an import of the export keeps."""
+    return {key: value for key, value in trace.source.items() if key in FACTS}
 
 
 def check_objects(trace: Trace, layers: int) -> None:

@@ -14,8 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from moetrace.exports.blocks import parts
-from moetrace.importers.npz import FACTS
+from moetrace.exports.blocks import kept_facts, parts
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import BLOCK_BYTES, PART_ROWS, as_dtype, row_dtype, row_shape
 
@@ -56,9 +55,8 @@ def _slices(trace: Trace, name: str) -> Iterator[np.ndarray]:
 
 def _meta(trace: Trace) -> str:
     """What the importer asks for, what it keeps, and all that the trace says of its source."""
-    kept = {key: value for key, value in trace.source.items() if key in FACTS}
     known = {"model": trace.model, "num_experts": trace.num_experts, "top_k": trace.top_k, "trace": trace.source}
-    return json.dumps(kept | known, sort_keys=True)
+    return json.dumps(kept_facts(trace) | known, sort_keys=True)
 
 
 def _add(

@@ -2,16 +2,19 @@
 
 Columns: step, row, request, position, phase (prefill or decode), layer (its absolute index in the model), slot, expert,
 and if the trace has them gate, token and resident (0 miss, 1 hit, 2 prefetched). Absent choices are left out.
+The footer holds the rest of the trace (`moetrace.importers.reading.own_parquet`), so that an import gives it again.
 """
 
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+import msgspec
 import numpy as np
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from moetrace.exports.blocks import parts
+from moetrace.exports.blocks import kept_facts, parts
+from moetrace.importers.reading.own_parquet import KEY, MOST_SIZES, ToldByFooter
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import PHASE_NAMES, Part, absent_id
@@ -54,9 +57,24 @@ def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object]) -> N
             statistics=True,
             row_group_size=GROUP_ROWS,
             maintain_order=True,
+            metadata={KEY: _footer(trace)},
         )
     except pl.exceptions.PolarsError as error:
         raise (failed[0] if failed else MoetraceError(f"Parquet could not be written: {error}.")) from None
+
+
+def _footer(trace: Trace) -> str:
+    sizes = trace.expert_bytes
+    told = ToldByFooter(
+        trace.num_experts,
+        trace.top_k,
+        trace.layer_index.tolist(),
+        trace.model,
+        {key: str(value) for key, value in kept_facts(trace).items()},
+        None if trace.layer_experts is None else trace.layer_experts.tolist(),
+        None if sizes is None or sizes.size > MOST_SIZES else sizes.ravel().tolist(),
+    )
+    return msgspec.json.encode(told).decode()
 
 
 def _frame(trace: Trace, part: Part) -> pl.DataFrame:

@@ -20,8 +20,10 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints
-from moetrace.importers.columns import known_columns, layer_of_name, named_columns
+from moetrace.importers.columns import OWN_COLUMNS, known_columns, layer_in_name, layer_of_name, named_columns
+from moetrace.importers.npz import FACTS
 from moetrace.importers.reading.cells import KEYS, Cells, File, cells_of
+from moetrace.importers.reading.own_parquet import KEY, ToldByFooter, told_by_footer
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.tabular import PARQUET, open_table
 from moetrace.spec.errors import MoetraceError, UsageError, printable
@@ -63,6 +65,8 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     files = [_file(path, hints) for path in sources]
     if len({file.layer is None for file in files}) > 1:
         raise MoetraceError(f"{sources[0]} and others do not both have a column of layers: import them apart.")
+    if len({len(file.columns.get("scores", [])) for file in files}) > 1:
+        raise MoetraceError(f"{sources[0]} and others do not have the same experts: import them apart.")
     if files[0].layer is None:
         return [_read([file], hints) for file in files]
     files.sort(key=lambda file: file.layer or 0)
@@ -74,6 +78,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 
 def _file(path: Path, hints: Hints) -> File:
     table = open_table(path)
+    told = None
     if hints.columns:
         columns = named_columns(path, table.names, hints.columns)
     elif (known := known_columns(table.names)) is None:
@@ -81,20 +86,29 @@ def _file(path: Path, hints: Hints) -> File:
         raise UsageError(f"{path} does not say which column holds experts: name them with --columns; it has {shown}.")
     else:
         columns = known
+        if table.sizes is not None and set(table.names) >= OWN_COLUMNS:
+            told = told_by_footer(path, table.sizes.texts.get(KEY.encode()))
     layer = None if "layer" in columns else layer_of_name(path)
-    return File(table, columns, layer)
+    if "scores" in columns and (layer := layer_in_name(path)) is not None:  # layer_id is 0 in each of such files
+        columns = {meaning: of for meaning, of in columns.items() if meaning != "layer"}
+    return File(table, columns, layer, told)
 
 
 def _read(files: list[File], hints: Hints) -> Capture:
     where = files[0].table.path
-    num_experts = hints.need("num_experts", where)
+    told = files[0].told
+    scores = files[0].columns.get("scores", [])
+    num_experts = told.num_experts if told else len(scores) or hints.need("num_experts", where)
     found = _first_reading(files, hints)
+    if told:
+        found = _as_told(where, found, told)
     tokens, layers = found.tokens, found.layer_index.size
     check_sizes(str(where), num_experts, found.top_k, layers, tokens.height, 1)
     if tokens.height * layers * found.top_k > SPARSEST * found.choices + 2**16:
         shape = (tokens.height, layers, found.top_k)
         raise MoetraceError(f"{where}: {found.choices} choices are too few for {shape} (tokens, layers, slots).")
-    optional = tuple(name for name, of in (("gates", "gates"), ("recorded", "resident")) if of in files[0].columns)
+    kinds = (("gates", "gates"), ("gates", "scores"), ("recorded", "resident"))
+    optional = tuple(name for name, of in kinds if of in files[0].columns)
     spool = Spool(hints, num_experts, layers, found.top_k, optional)
     spool.grow(tokens.height)
     keys = _Keys(tokens)
@@ -106,8 +120,12 @@ def _read(files: list[File], hints: Hints) -> Capture:
     request = by_row.get("request", np.zeros(tokens.height, np.int64))
     facts: dict[str, Any] = {
         "format": "any-table",
-        "columns": {name: "+".join(of) for name, of in files[0].columns.items()},
+        "columns": {
+            name: f"{of[0]} to {of[-1]}" if name == "scores" else "+".join(of) for name, of in files[0].columns.items()
+        },
     }
+    if told:
+        facts |= {key: text[:300] for key, text in told.facts.items() if key in FACTS}
     if "position" not in by_row:
         facts["positions"] = "counted within each request"
     token_id = ("token",) if "token_id" in by_row else ()
@@ -125,11 +143,11 @@ def _read(files: list[File], hints: Hints) -> Capture:
             done = stop
 
     return Capture(
-        model="",
+        model=told.model[:200] if told else "",
         num_experts=num_experts,
         top_k=found.top_k,
         layer_index=found.layer_index,
-        expert_bytes=None,
+        expert_bytes=told.sizes if told else None,
         request=request,
         position=by_row.get("position", _counted(request)),
         phase=by_row.get("phase", np.zeros(tokens.height)).astype(np.uint8),
@@ -138,7 +156,16 @@ def _read(files: list[File], hints: Hints) -> Capture:
         parts=parts,
         sources=tuple(file.table.path for file in files),
         step_rows=step_rows,
+        layer_experts=np.array(told.layer_experts, np.uint16) if told and told.layer_experts else None,
     )
+
+
+def _as_told(where: Path, found: _FirstReading, told: ToldByFooter) -> _FirstReading:
+    """What the first reading found, with the layers and slots in which nothing was chosen."""
+    layers = np.array(told.layer_index, np.int64)
+    if found.top_k > told.top_k or not np.isin(found.layer_index, layers).all():
+        raise MoetraceError(f"{where} holds layers or slots that its footer does not know: it is damaged.")
+    return found._replace(layer_index=layers, top_k=told.top_k)
 
 
 def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
@@ -176,7 +203,7 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
         tokens = tokens.sort("step", maintain_order=True)
     if tokens.height > MAX_ROWS:
         raise MoetraceError(f"{where} has more tokens than a trace may have rows.")
-    uneven = said is not None or any("slot" in file.columns for file in files)
+    uneven = said is not None or any({"slot", "scores"} & set(file.columns) for file in files)
     return _FirstReading(tokens, layers, max(top_k, said or 0), choices, uneven)
 
 

@@ -56,6 +56,8 @@ class Hints(NamedTuple):
         first_layer: Number in the model of the first layer that is taken; the others keep their distance. By default
             the source's own, or the model's where the source numbers its MoE layers only.
         model_layers: What the user's model says of its layers.
+        router: Of logits, the rule by which the model chooses: "softmax" or "sigmoid", and after commas "norm",
+            "scale=S", "groups=G:M" and "bias=FILE.npy". By default logits are refused.
 
     Examples:
         >>> import moetrace as mt
@@ -78,6 +80,7 @@ class Hints(NamedTuple):
     only_layers: Sequence[Range] | None = None
     first_layer: int | None = None
     model_layers: ModelLayers | None = None
+    router: str | None = None
 
     def need(self, what: str, source: Path) -> int:
         """The hint of a name, which the source at hand does not know.

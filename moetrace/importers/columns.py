@@ -46,14 +46,20 @@ _KNOWN = {
     "token_id": ("token_id",),
     "resident": ("resident",),
 }
+OWN_COLUMNS = {"step", "row", "request", "position", "phase", "layer", "slot", "expert"}  # docs/export.md
 # What some exports call otherwise: tables that have all of the first names mean the pairs.
 _EXPORTS: tuple[tuple[set[str], dict[str, str]], ...] = (
-    # Ours: docs/export.md.
-    ({"step", "row", "request", "position", "phase", "layer", "slot", "expert"}, {"token": "row", "token_id": "token"}),
+    (OWN_COLUMNS, {"token": "row", "token_id": "token"}),
     # As BigMoeOnEdge's route traces, without their first lines.
     (
         {"turn", "phase", "step", "layer", "slot", "expert"},
         {"request": "turn", "token": "step", "position": "step", "step": "", "resident": "residency"},
+    ),
+    # MoE-Beyond's prompt_N_data.csv (ngavhane/moe-beyond, commits 4622f6de and 774a2e60): a prompt a file, tokens
+    # in order; "Token" is a text.
+    (
+        {"Layer ID", "Batch Number", "Token", "Activated Expert IDs"},
+        {"layer": "Layer ID", "experts": "Activated Expert IDs", "request": "Batch Number"},
     ),
 )
 Columns = Mapping[str, Sequence[str]]
@@ -102,9 +108,28 @@ def known_columns(names: Sequence[str]) -> dict[str, list[str]] | None:
         if needed <= set(names):
             found |= {meaning: name if name in names else "" for meaning, name in other.items()}
             break
+    if scores := _score_columns(names):
+        return {"layer": ["layer_id"], "token": ["token_id"], "scores": scores}
     if not found["experts"]:
         return None
     return {meaning: [name] for meaning, name in found.items() if name}
+
+
+def _score_columns(names: Sequence[str]) -> list[str]:
+    """The columns of scores, expert_0 and so on, of DynaNDE's tables of FLAME-MoE's routing.
+
+    As in Akash-N-Pai/DynaNDE-Simulator, commits 28b35d88 and ed75f962: a row is a token in a layer, 0 is not chosen.
+    """
+    if list(names[:2]) != ["layer_id", "token_id"] or len(names) < 4:
+        return []
+    wanted = [f"expert_{number}" for number in range(len(names) - 2)]
+    return wanted if list(names[2:]) == wanted else []
+
+
+def layer_in_name(path: Path) -> int | None:
+    """The number after "layer" in a file's name (`..._layer12_shard0-0.csv`)."""
+    found = re.search(r"layer[_-]?(\d{1,5})(?!\d)", path.stem, re.IGNORECASE)
+    return int(found[1]) if found else None
 
 
 def layer_of_name(path: Path) -> int | None:

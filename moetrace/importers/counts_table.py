@@ -18,6 +18,7 @@ import numpy as np
 
 from moetrace.importers.captured import Counts, Hints
 from moetrace.importers.reading.text import text_of
+from moetrace.importers.router_logits import is_pickle
 from moetrace.importers.sglang_counts import counts_of_steps
 from moetrace.importers.sglang_dumps import load_plain, table, whole
 from moetrace.spec.errors import MoetraceError
@@ -37,9 +38,9 @@ class _TableOfSteps(msgspec.Struct):
 
 
 def recognize(first: bytes, name: str) -> bool:
-    """Whether a file that begins with these bytes is such JSON, or an archive of torch.save that holds no dict."""
+    """Whether a file that begins with these bytes is such JSON, or of torch.save without a dict and logits."""
     if first.startswith(b"PK\x03\x04"):
-        return bool(_NO_DICT.search(first)) and b"_rebuild_tensor" in first
+        return bool(_NO_DICT.search(first)) and b"_rebuild_tensor" in first and not is_pickle(first)
     return first.lstrip().startswith(b"{") and b'"logical_count"' in first
 
 

@@ -17,6 +17,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 # same name, with _ for -.
 FORMATS = {
     "sglang": "SGLang's expert distribution dumps: stat, per_pass and per_token (.pt), or counts (CSV)",
+    "router-logits": "raw logits of routers (.npy, .npz, .pt, .safetensors), with a rule to choose by",
     "npz": "NumPy archives with expert_ids, request_id, position, phase, layer_index and meta",
     "bigmoeonedge": "route traces (CSV) of BigMoeOnEdge, version 1",
     "colibri": "routing traces (ROUTE_TRACE) and expert histories (.coli_usage) of colibri",
@@ -28,9 +29,11 @@ FORMATS = {
     "llamacpp": "CSV of llama.cpp's moe-trace tools",
     "megatron": "routing traces (JSON lines) of Megatron-LM, a file a rank, or answers of its inference server",
     "moe-cache-eval": "event traces (safetensors) of moe-cache-eval",
+    "moe-policylang": "expert activation traces (JSON lines) of MoE-PolicyLang",
     "trtllm": "expert statistics (safetensors) of TensorRT-LLM, a file a rank",
     "vllm": "vLLM's routed experts of each request: .npy files, or HTTP responses (JSON or JSON lines)",
     "sglang-request": "SGLang's routed experts of each request: HTTP responses, or their base64 texts",
+    "oracle-general": "accesses to experts in libCacheSim's binary format, as `moetrace export` writes them",
     "any-table": "any table (Parquet, CSV, JSON lines) whose columns are named or well known",
 }
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -66,6 +69,10 @@ def read_captures(
         if format not in (None, "any-table"):
             raise UsageError(f"--columns names the columns of a table, and --from says {format}.")
         format = "any-table"
+    if hints is not None and hints.router is not None:
+        if format not in (None, "router-logits"):
+            raise UsageError(f"--router says how to choose from logits, and --from or --columns says {format}.")
+        format = "router-logits"
     for source in sources:
         if not source.is_file() and not source.is_dir():
             raise MoetraceError(f"{source} is not a file." if source.exists() else f"there is no file {source}.")

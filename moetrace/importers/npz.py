@@ -20,7 +20,16 @@ from moetrace.importers.captured import Capture, Hints, Part
 from moetrace.importers.reading.npy import read_header
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.schema import BLOCK_BYTES, absent_id, as_dtype, check_sizes, expert_dtype, plain_json, row_dtype
+from moetrace.trace.schema import (
+    BLOCK_BYTES,
+    MAX_EXPERTS,
+    absent_id,
+    as_dtype,
+    check_sizes,
+    expert_dtype,
+    plain_json,
+    row_dtype,
+)
 
 FACTS = ("engine", "version", "source", "commit", "licence", "license", "quantization", "transformers", "torch")
 # An archive may unpack to a thousand times its size, so nothing is unpacked before its announced size is checked.
@@ -29,7 +38,7 @@ META_BYTES = 1 << 20
 _OPTIONAL = {"gates": "gate_weights", "token": "token_id"}
 # What NumPy writes. Other methods bring errors, and bombs, of their own.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
+UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
 
 
 class _Array(NamedTuple):
@@ -59,7 +68,7 @@ def _read(path: Path, hints: Hints) -> Capture:
     """Read what is per row now, and the routing when `parts` is asked for it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            headers = {name: _header(path, archive, name) for name in archive.namelist() if name.endswith(".npy")}
+            headers = {name: header_of(path, archive, name) for name in archive.namelist() if name.endswith(".npy")}
             arrays = {name.removesuffix(".npy"): array for name, array in headers.items()}
             for name in ("expert_ids", "request_id", "position", "phase", "layer_index", "meta"):
                 if name not in arrays:
@@ -80,7 +89,7 @@ def _read(path: Path, hints: Hints) -> Capture:
                 _row_array(path, archive, arrays[name], rows) for name in ("request_id", "position", "phase")
             )
             step_rows = _step_rows(path, archive, arrays["step_rows"], rows) if "step_rows" in arrays else None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise MoetraceError(f"{path} can't be read as an npz archive: {str(error)[:200]}.") from error
     if phase.max() > 1 or phase.min() < 0:
         row = int(np.argmax((phase > 1) | (phase < 0)))
@@ -110,7 +119,8 @@ def _read(path: Path, hints: Hints) -> Capture:
     )
 
 
-def _header(path: Path, archive: zipfile.ZipFile, member: str) -> _Array:
+def header_of(path: Path, archive: zipfile.ZipFile, member: str) -> _Array:
+    """What an array of an archive says of itself. Raises MoetraceError if its size or method is another's."""
     info = archive.getinfo(member)
     if info.compress_type not in _METHODS or info.flag_bits & 1:
         raise MoetraceError(f"{path}: {member} is encrypted, or compressed by another method than NumPy's.")
@@ -121,7 +131,8 @@ def _header(path: Path, archive: zipfile.ZipFile, member: str) -> _Array:
     return array
 
 
-def _read_rows(file: IO[bytes], array: _Array, rows: int) -> np.ndarray:
+def read_rows(file: IO[bytes], array: _Array, rows: int) -> np.ndarray:
+    """The next rows of an array of which the header has been read."""
     inner = array.shape[1:]
     size = rows * int(np.prod(inner, dtype=np.int64)) * array.dtype.itemsize
     data = file.read(size)
@@ -135,7 +146,7 @@ def _load(path: Path, archive: zipfile.ZipFile, array: _Array, limit: int = ROW_
         raise MoetraceError(f"{path}: {array.member} would take {array.nbytes} bytes; at most {limit} are read.")
     with archive.open(array.member) as file:
         file.read(array.header_bytes)
-        return _read_rows(file, array._replace(shape=array.shape or (1,)), array.shape[0] if array.shape else 1)
+        return read_rows(file, array._replace(shape=array.shape or (1,)), array.shape[0] if array.shape else 1)
 
 
 def _row_array(path: Path, archive: zipfile.ZipFile, array: _Array, rows: int) -> np.ndarray:
@@ -168,6 +179,8 @@ def _num_experts(path: Path, meta: dict[str, Any], ids: _Array) -> int:
     num_experts = meta.get("num_experts")
     if type(num_experts) is not int:
         raise MoetraceError(f"{path}: meta does not say num_experts.")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise MoetraceError(f"{path}: meta says {num_experts} experts, but must say 1 to {MAX_EXPERTS}.")
     top_k = meta.get("top_k", ids.shape[2])
     if top_k != ids.shape[2]:
         raise MoetraceError(f"{path}: meta says top_k {top_k!r:.20}, but expert_ids has {ids.shape[2]} a layer.")
@@ -189,10 +202,10 @@ def _parts(path: Path, streamed: dict[str, _Array], num_experts: int, hints: Hin
                 file.read(streamed[name].header_bytes)
             for start in range(0, ids.shape[0], rows_at_once):
                 rows = min(rows_at_once, ids.shape[0] - start)
-                part = {name: _read_rows(file, streamed[name], rows) for name, file in files.items()}
+                part = {name: read_rows(file, streamed[name], rows) for name, file in files.items()}
                 part["experts"] = _narrow(path, start, part["experts"], num_experts, placeholders)
                 yield part
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise MoetraceError(f"{path} can't be read as an npz archive: {str(error)[:200]}.") from error
 
 

@@ -5,6 +5,9 @@ Layout as SGLang writes it (`--enable-return-routed-experts`; 0.5.23: `state_cap
 token being never routed; layers without experts are planes of zeros. It is `meta_info.routed_experts` of a response of
 `/generate`, of each choice (OpenAI interface, `return_meta_info`), or `sglext.routed_experts` (of the first choice).
 
+In its place may stand a payload {"data", "shape", "dtype", "start"}, as training stacks make it; and chunks of a stream
+may come without `usage`, which a later one then tells.
+
 The text does not say its shape: top_k and experts come from --model or --experts and --top-k; the layers from the
 numbers of tokens that `meta_info` or `usage` tell, or from the model, whose dense layers must then be the only zeros.
 """
@@ -18,7 +21,18 @@ import numpy as np
 
 from moetrace.importers.captured import FIRST_BYTES, Capture, Hints
 from moetrace.importers.reading.request_spool import NO_ROUTING, OTHER_SHAPE, UNREADABLE, RequestSpool
-from moetrace.importers.reading.responses import Choice, Meta, Response, Routed, from_base64, responses, told_of
+from moetrace.importers.reading.responses import (
+    Choice,
+    Meta,
+    Payload,
+    Response,
+    Routed,
+    Usage,
+    array_of,
+    from_base64,
+    responses,
+    told_of,
+)
 from moetrace.importers.reading.text import MAX_LINE_BYTES, first_bytes, text_of
 from moetrace.importers.reading.told import Told, shared_out
 from moetrace.importers.vllm import recognize as recognize_vllm
@@ -27,12 +41,13 @@ from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import MAX_EXPERTS, MAX_LAYERS
 
 _KEYS = (b'"meta_info"', b'"sgl_ext"', b'"sglext"', b'"routed_experts"')
+_MOST_WAITING = 1000  # chunks of a stream
 _BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
 
 
 class _Answer(NamedTuple):
     where: str
-    ids: np.ndarray  # int32 [values]
+    ids: np.ndarray  # int32 [values], or of a payload integers [rows, planes, top_k]
     told: Told
 
 
@@ -58,17 +73,48 @@ def recognize(first: bytes, name: str) -> bool:
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     """One capture of all requests, in the order of the sources."""
-    hints.need("top_k", sources[0])
     requests, planes, model = RequestSpool(hints, sources[0]), 0, ""
+    stream = _Stream()
     for path in sources:
         if not without_event(first_bytes(path, 4096)).startswith((b"{", b"[")):
             planes = _add(requests, [_bare(path, hints)], hints, planes)
             continue
         for where, response in responses(path, hints.reading, requests.unreadable):
             model = model or (response.model or "")
-            planes = add_response(requests, where, response, hints, planes)
+            for place, whole in stream.ready(where, response, planes or hints.layers):
+                planes = add_response(requests, place, whole, hints, planes)
+    for where, response in stream.waiting:
+        planes = add_response(requests, where, response, hints, planes)
     facts: dict[str, Any] = {"format": "sglang-request", "engine": "SGLang", "batching": "not recorded"}
     return [requests.capture(model, facts, sources)]
+
+
+class _Stream:
+    """Holds chunks back whose number of layers follows from the tokens that a later chunk tells."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[str, Response]] = []
+
+    def ready(self, where: str, response: Response, layers: int | None) -> list[tuple[str, Response]]:
+        """What may be read now: the answer, and those that waited for what it tells."""
+        told = told_of(response)
+        if not told.chunk or layers:
+            found, self.waiting = [*self.waiting, (where, response)], []
+            return found
+        flat = next((isinstance(routed, str) for _, routed, _ in _routed(where, response)), False)
+        if flat and next(told.prompt is None for _, _, told in _routed(where, response)):
+            self.waiting.append((where, response))
+            if len(self.waiting) <= _MOST_WAITING:
+                return []
+            found, self.waiting = self.waiting, []
+            return found
+        if told.prompt is None:
+            return [(where, response)]
+        mine = [one for one in self.waiting if told_of(one[1]).id == told.id]
+        self.waiting = [one for one in self.waiting if told_of(one[1]).id != told.id]
+        for _, one in mine:
+            one.usage = Usage(told.prompt, told.output)
+        return [*mine, (where, response)]
 
 
 def add_response(requests: RequestSpool, where: str, response: Response, hints: Hints, planes: int = 0) -> int:
@@ -81,7 +127,11 @@ def add_response(requests: RequestSpool, where: str, response: Response, hints: 
     for place, routed, told in _routed(where, response):
         found = True
         try:
-            ids = _ids(place, routed)
+            if isinstance(routed, Payload):
+                ids, told = array_of(place, routed), told._replace(start=routed.start)
+                assert ids is not None
+            else:
+                ids = _ids(place, routed)
         except MoetraceError as error:
             requests.leave_out(UNREADABLE, str(error))
             continue
@@ -89,8 +139,16 @@ def add_response(requests: RequestSpool, where: str, response: Response, hints: 
             answers.append(_Answer(place, ids, told))
         else:
             requests.leave_out(NO_ROUTING, f"{place}: routed_experts is 0 bytes, so it has no tokens.")
+    shaped = [answer for answer in answers if answer.ids.ndim == 3]
+    if shaped:
+        told = shared_out(where, [len(answer.ids) for answer in shaped], [answer.told for answer in shaped])
+        for answer, one in zip(shaped, told, strict=True):
+            requests.add(answer.where, answer.ids, one)
+    answers = [answer for answer in answers if answer.ids.ndim != 3]
     if answers:
         return _add(requests, answers, hints, planes)
+    if shaped:
+        return planes
     told = told_of(response)
     if not found and not told.chunk:
         what = (

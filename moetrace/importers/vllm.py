@@ -8,7 +8,8 @@ Layouts as vLLM documents them (0.21 to 0.33: `vllm/outputs.py`, `entrypoints/op
 * 0.21 has `prompt_routed_experts` [prompt, layers, top_k] and `routed_experts` [output, layers, top_k], int16, as
   arrays of which HTTP makes lists or base64.
 
-Training stacks send a payload {"data": base64 of the bytes, "shape", "dtype", "start"} in the place of the npy file.
+Training stacks send a payload {"data": base64 of the bytes, "shape", "dtype", "start"} in the place of the npy file, or
+write nothing but payloads, one a file or a line. In a place of SGLang's it is `sglang_request`'s.
 
 A `.npy` file does not say how long the prompt is, HTTP does (`usage.prompt_tokens`). Nothing says how requests were
 batched, nor how many experts there are.
@@ -33,6 +34,8 @@ from moetrace.spec.errors import MoetraceError
 _NPY_IN_BASE64 = b"k05VTVBZ"
 _JSON_KEYS = (b'"prompt_routed_experts"', b'"routed_experts":[[', b'"routed_experts": [[')
 _PAYLOAD = re.compile(rb'"routed_experts"\s*:\s*\{')
+_BARE_PAYLOAD = re.compile(rb'[\[\s]*\{(?=[^{}]{0,200}"data"\s*:\s*"[A-Za-z0-9+/=]*("|\Z))')
+_SGLANGS = re.compile(rb'"(?:meta_info|sgl_?ext)"\s*:\s*\{')
 _EVENT = re.compile(rb"^\s*(?:(?:event|id|retry|):[^\n]*\n\s*)*data:\s*")  # how a stream begins
 
 # What finds the array [tokens, layers, top_k] of a choice, the tokens of its prompt, and its first position.
@@ -52,9 +55,21 @@ def recognize(first: bytes, name: str) -> bool:
         return True
     if not without_event(first).startswith((b"{", b"[")):
         return False
-    if b'routed_experts"' in first and (_NPY_IN_BASE64 in first or _PAYLOAD.search(first)):
+    if b'routed_experts"' in first and _NPY_IN_BASE64 in first:
+        return True
+    if payload := _PAYLOAD.search(first):
+        return not _SGLANGS.search(first, 0, payload.start())
+    if is_bare_payload(without_event(first)):
         return True
     return any(key in first for key in _JSON_KEYS)
+
+
+def is_bare_payload(first: bytes) -> bool:
+    """Whether a JSON value that begins with these bytes is a payload in no answer; its data may hide the other keys."""
+    found = _BARE_PAYLOAD.match(first)
+    if not found:
+        return False
+    return not found[1] or all(key in first for key in (b'"shape"', b'"dtype"'))
 
 
 def without_event(first: bytes) -> bytes:
@@ -66,20 +81,24 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     """One capture of all requests, files in the order of their names, the numbers in these as numbers."""
     sources = sorted(sources, key=natural)
     requests = RequestSpool(hints, sources[0])
-    model = ""
+    model, engine = "", "not recorded"
     for path in sources:
         first = first_bytes(path, 64).lstrip()
         if first.startswith(npy.MAGIC):
+            engine = "vLLM"
             requests.add(str(path), _mapped(path, hints))
         elif first.startswith(_NPY_IN_BASE64):
+            engine = "vLLM"
             text = text_of(path)
             hints.reading(len(text))
             requests.add(str(path), npy.from_bytes(str(path), from_base64(str(path), text.strip())))
         else:
             for where, response in responses(path, hints.reading, requests.unreadable):
                 model = model or (response.model or "")
-                add_response(requests, where, response)
-    facts: dict[str, Any] = {"format": "vllm", "engine": "vLLM", "batching": "not recorded"}
+                if not _add_payload(requests, where, response):
+                    engine = "vLLM"
+                    add_response(requests, where, response)
+    facts: dict[str, Any] = {"format": "vllm", "engine": engine, "batching": "not recorded"}
     return [requests.capture(model, facts, sources)]
 
 
@@ -103,6 +122,20 @@ def _mapped(path: Path, hints: Hints) -> np.ndarray:
     if not header.nbytes:
         return np.empty(header.shape, header.dtype)
     return np.memmap(path, header.dtype, "r", header.header_bytes, header.shape)
+
+
+def _add_payload(requests: RequestSpool, where: str, response: Response) -> bool:
+    """Add a payload that stands in no answer; return whether it is one."""
+    try:
+        payload = response.payload
+        array = array_of(where, payload)
+    except MoetraceError as error:
+        requests.leave_out(UNREADABLE, str(error) if str(error).startswith(where) else f"{where}: {error}")
+        return True
+    if payload is None or array is None:
+        return False
+    requests.add(where, array, Told(start=payload.start))
+    return True
 
 
 def add_response(

@@ -18,6 +18,7 @@ class Sizes(NamedTuple):
     """Rows of the file and of its largest row group; bytes of all pages and of the largest row group, unpacked.
 
     `group_values` is the most values of a column in a row group, those in lists included: a few bytes may repeat one.
+    `texts` are what whoever wrote the file put beside, by its key.
     """
 
     rows: int
@@ -25,6 +26,7 @@ class Sizes(NamedTuple):
     unpacked_bytes: int
     group_bytes: int
     group_values: int
+    texts: dict[bytes, bytes] = {}  # noqa: RUF012 - not changed
 
 
 class DamagedParquetError(ValueError):
@@ -62,7 +64,8 @@ def _sizes(file: BinaryIO) -> Sizes:
         most_rows, most_bytes, total = max(most_rows, group[3]), max(most_bytes, group_bytes), total + group_bytes
     if min(rows, *(group[3] for group in groups), 0) < 0 or sum(group[3] for group in groups) != rows:
         raise DamagedParquetError("its row groups do not add up to its rows")
-    return Sizes(rows, most_rows, total, most_bytes, most_values)
+    texts = {pair[1]: pair.get(2, b"") for pair in footer.get(5, [])}
+    return Sizes(rows, most_rows, total, most_bytes, most_values, texts)
 
 
 def _unpacked(file: BinaryIO, column: dict[int, Any], size_bytes: int, most_pages: int) -> tuple[int, int, int]:

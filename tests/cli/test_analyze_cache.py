@@ -19,6 +19,7 @@ from moetrace.trace import Trace
 from moetrace.trace.writer import CountsWriter
 
 TINY = str(Path(__file__).parents[2] / "traces" / "tiny-olmoe.h5")
+MIXTRAL = str(Path(__file__).parents[2] / "traces" / "mixtral-8x7b-b16.h5")
 
 
 @pytest.fixture
@@ -84,8 +85,29 @@ def test_a_capacity_that_leaves_a_layer_nothing_is_noted(run):
     arguments = (TINY, "--capacity", "1", "--capacity", "6", "--policy", "lru", "--phase", "all", "--format", "json")
     code, out, err = run(*arguments, "--scope", "layer")
     assert code == 0 and [row["hits"] > 0 for row in json.loads(out)] == [False, True]
-    assert err == "moetrace: note: capacity 1 leaves each of the 6 layers a cache of 0 experts.\n"
-    assert run(*arguments)[2] == ""
+    first, second = err.splitlines()
+    assert first == "moetrace: note: capacity 1 leaves each of the 6 layers a cache of 0 experts."
+    assert second.endswith("6 leaves each of the 6 layers a cache of 1 expert, but a row chooses 4 in a layer.")
+    assert run(*arguments)[2].splitlines() == [
+        "moetrace: note: capacity 1 is a cache of 1 expert, but a row chooses 4 in a layer."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "note"),
+    [
+        ("3MB", "capacity 3MB is a cache of 0 experts, since one has 352,321,536 bytes."),
+        ("700MB", "capacity 700MB is a cache of 1 expert, but a row chooses 2 in a layer."),
+        ("705MB", ""),
+        ("1", "capacity 1 is a cache of 1 expert, but a row chooses 2 in a layer."),
+        ("2", ""),
+    ],
+)
+def test_a_capacity_below_an_expert_or_a_layers_need_is_noted(run, capacity, note):
+    arguments = (MIXTRAL, "--capacity", capacity, "--policy", "lru", "--phase", "decode", "--format", "json")
+    assert run(*arguments)[2].removeprefix("moetrace: note: ").strip() == note
+    if capacity == "1":
+        assert run(*arguments, "--sequential")[2] == "", "one expert at a time fits"
 
 
 def test_without_a_capacity_it_is_an_eighth_a_quarter_and_a_half(run):

@@ -117,6 +117,83 @@ def test_parquet_has_a_row_for_each_choice(tmp_path_factory, trace, part_choices
     assert [{name: row[name] for name in frame.columns} for row in expected] == frame.to_dicts()
 
 
+@settings(max_examples=40, deadline=None)
+@given(small_traces())
+def test_parquet_comes_back_but_for_rows_without_choices(tmp_path_factory, trace):
+    folder = tmp_path_factory.mktemp("parquet")
+    exported(trace, folder / "t.parquet")
+    ids = trace.read("experts", 0, trace.rows)
+    made = ids != np.iinfo(ids.dtype).max
+    kept = made.any(axis=(1, 2))
+    if not kept.any():
+        with pytest.raises(mt.MoetraceError, match="holds no choice"):
+            import_traces([folder / "t.parquet"], folder / "t.h5")
+        return
+    import_traces([folder / "t.parquet"], folder / "t.h5")
+    with mt.Trace.open(folder / "t.h5") as back:
+        back.verify()
+        assert np.array_equal(back.read("experts", 0, back.rows), ids[kept])
+        for name in ("position", *(trace.has & {"token", "gates", "recorded"})):
+            one, two = trace.read(name, 0, trace.rows)[kept], back.read(name, 0, back.rows)
+            assert np.array_equal(one[made[kept]], two[made[kept]]) if one.ndim == 3 else np.array_equal(one, two), name
+        step = np.repeat(np.arange(trace.steps), np.diff(trace.offset))[kept]
+        assert np.diff(back.offset).tolist() == np.unique(step, return_counts=True)[1].tolist(), "the same steps"
+        phases = [np.concatenate([block.phase for block in one.blocks()]) for one in (trace, back)]
+        assert np.array_equal(phases[0][kept], phases[1])
+        assert (back.num_experts, back.top_k, back.model) == (trace.num_experts, trace.top_k, "m")
+        assert np.array_equal(back.layer_index, trace.layer_index), "layers without choices too"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in SHIPPED.glob("*.h5")))
+def test_parquet_of_a_trace_is_the_trace_again_without_options(tmp_path, name):
+    mt.export(SHIPPED / name, tmp_path / "t.parquet")
+    import_traces([tmp_path / "t.parquet"], tmp_path / "t.h5")
+    with mt.Trace.open(SHIPPED / name) as one, mt.Trace.open(tmp_path / "t.h5") as two:
+        assert one.has == two.has
+        for column in ("experts", "request", "position", *one.has):
+            assert np.array_equal(one.read(column, 0, one.rows), two.read(column, 0, two.rows)), column
+        assert np.array_equal(one.offset, two.offset) and np.array_equal(one.phase, two.phase)
+        assert (one.model, one.num_experts, one.top_k) == (two.model, two.num_experts, two.top_k)
+        assert two.source.get("licence") == one.source.get("licence")
+
+
+def test_parquet_keeps_what_layers_and_experts_are_like(tmp_path):
+    ids = np.array([[[0, 1], [1, 0]], [[2, 0], [1, 255]]], np.uint8)
+    for sizes in (np.array([7, 9]), np.arange(8).reshape(2, 4) + 1):
+        trace = mt.Trace.from_arrays(num_experts=4, experts=ids, layer_index=np.array([3, 5]), expert_bytes=sizes)
+        mt.export(trace, tmp_path / "t.parquet")
+        import_traces([tmp_path / "t.parquet"], tmp_path / "t.h5")
+        with mt.Trace.open(tmp_path / "t.h5") as back:
+            assert np.array_equal(back.expert_bytes, sizes) and back.layer_index.tolist() == [3, 5]
+            assert np.array_equal(back.read("experts", 0, 2), ids)
+
+
+@pytest.mark.parametrize(
+    ("footer", "message"),
+    [
+        ("{}", "damaged: Object missing"),
+        ('{"num_experts":0,"top_k":2,"layer_index":[0]}', "damaged: Expected"),
+        ('{"num_experts":32,"top_k":4,"layer_index":[]}', "do not fit together"),
+        ('{"num_experts":32,"top_k":4,"layer_index":[1,1]}', "do not fit together"),
+        ('{"num_experts":32,"top_k":4,"layer_index":[0,1,2,3,4,5],"expert_bytes":[1,2]}', "do not fit together"),
+        ('{"num_experts":32,"top_k":4,"layer_index":[0,1,2,3,4,5],"expert_bytes":[[1]]}', "damaged: Expected `int`"),
+        ('{"num_experts":32,"top_k":4,"layer_index":[0,1]}', "its footer does not know"),
+        ('{"num_experts":32,"top_k":3,"layer_index":[0,1,2,3,4,5]}', "its footer does not know"),
+        ('{"num_experts":9,"top_k":4,"layer_index":[0,1,2,3,4,5]}', "is not 0 to 8"),
+    ],
+)
+def test_a_footer_that_does_not_fit_the_rows_is_one_sentence(tmp_path, footer, message):
+    mt.export(SHIPPED / "tiny-olmoe.h5", tmp_path / "t.parquet")
+    frame = pl.read_parquet(tmp_path / "t.parquet").head(5000)
+    frame.write_parquet(tmp_path / "u.parquet", metadata={"moetrace": footer})
+    with pytest.raises(mt.MoetraceError, match=message):
+        import_traces([tmp_path / "u.parquet"], tmp_path / "t.h5")
+    assert not (tmp_path / "t.h5").exists()
+    frame.write_parquet(tmp_path / "u.parquet", metadata={"pandas": "{}"})
+    with pytest.raises(mt.UsageError, match="--experts"):
+        import_traces([tmp_path / "u.parquet"], tmp_path / "t.h5")
+
+
 def oracle_records(trace: mt.Trace) -> bytes:
     """The records by plain loops, in the order that docs/export.md gives."""
     ids = trace.read("experts", 0, trace.rows)

@@ -1,65 +1,15 @@
 """What an answer says of its tokens decides about its rows, alike for every engine that answers request by request."""
 
-import base64
 import json
 
 import numpy as np
 import pytest
+from support.answers import answer, ids_of, no, one, places, read, said
 from support.writers import imported, refused, routing, steps
 from support.writers.sglang_request import text
-from support.writers.vllm import npy_base64, request, response
-
-from moetrace.importers.formats import detect
+from support.writers.vllm import response
 
 ENGINES = ["vllm", "sglang-request", "megatron"]
-
-
-def answer(engine, ids, prompt=None, output=None, cached=None, name=None, **more):
-    """An answer of an engine with the ids of one completion, and what it says of its tokens."""
-    usage = {"prompt_tokens": prompt, "completion_tokens": output}
-    if engine == "sglang-request":
-        meta = usage | {"id": name, "cached_tokens": cached, "routed_experts": text(ids)}
-        return {"meta_info": {key: value for key, value in meta.items() if value is not None}} | more
-    routed = {"routed_experts": npy_base64(ids)} if engine == "vllm" else {"moe_topk_indices": ids.tolist()}
-    if cached is not None:
-        usage["prompt_tokens_details"] = {"cached_tokens": cached}
-    return {"id": name, "choices": [{"index": 0} | routed], "usage": usage} | more
-
-
-def read(tmp_path, engine, *answers, **options):
-    """The trace of a log with an answer a line."""
-    path = tmp_path / "log.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in answers))
-    assert detect(path) == engine
-    return imported(tmp_path, path, **said(engine), **options)
-
-
-def said(engine):
-    return {"num_experts": 16} | ({"top_k": 2, "layers": 3} if engine == "sglang-request" else {})
-
-
-def no(tmp_path, engine, *answers, **options):
-    path = tmp_path / "log.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in answers))
-    return refused(tmp_path, path, **said(engine), **options)
-
-
-def ids_of(rows, seed=0):
-    ids = request(rows, 3, 2, 16, seed)
-    assert (ids.max(axis=2) > 0).all()
-    return ids
-
-
-def places(trace):
-    """(request, position, phase) of each row."""
-    phase = np.repeat(trace.phase, np.diff(trace.offset)).tolist()
-    return list(
-        zip(*(trace.read(name, 0, trace.rows).tolist() for name in ("request", "position")), phase, strict=True)
-    )
-
-
-def one(positions, prompt, number=0):
-    return [(number, position, int(position >= prompt)) for position in positions]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -133,26 +83,6 @@ def test_choices_of_several_prompts_have_no_known_prompt(tmp_path):
     for choice, prompt in zip(whole["choices"], (4, 6), strict=True):
         choice |= {"prompt_token_ids": [prompt] * prompt, "token_ids": [1, 2, 3]}
     assert places(read(tmp_path, "vllm", whole)) == one(range(6), 4) + one(range(8), 6, 1)
-
-
-@pytest.mark.parametrize("dtype", ["uint16", "int32", "torch.uint8", "int64"])
-def test_the_payload_of_training_stacks(tmp_path, dtype):
-    ids = ids_of(7).astype(dtype.removeprefix("torch."))
-    payload = {"data": base64.b64encode(ids.tobytes()).decode(), "shape": [7, 3, 2], "dtype": dtype, "start": 4}
-    whole = response([ids], 10) | {"usage": {"prompt_tokens": 10, "completion_tokens": 2}}
-    whole["choices"][0]["routed_experts"] = payload
-    trace = read(tmp_path, "vllm", whole)
-    assert places(trace) == one(range(4, 11), 10) and np.array_equal(trace.read("experts", 0, 7), ids)
-    for change, message in (
-        ({"shape": [7, 3, 3]}, "but its size differs"),
-        ({"dtype": "float32"}, "not integers"),
-        ({"dtype": "O"}, "not integers"),
-        ({"dtype": "?!"}, "not integers"),
-        ({"shape": [42]}, "not integers"),
-        ({"start": 5}, "7 tokens from position 5 on, but says that there are 10 tokens of the prompt and 2"),
-    ):
-        whole["choices"][0]["routed_experts"] = payload | change
-        assert message in no(tmp_path, "vllm", whole)
 
 
 def test_a_start_that_is_told_goes_before_what_the_tokens_tell(tmp_path):

@@ -4,7 +4,20 @@ import numpy as np
 import polars as pl
 import pytest
 from support.writers import steps
-from support.writers.any_table import EXPERTS, NUMBERS, ROWS, choices, csv_of, gates, ids, json_of, lists, tokens
+from support.writers.any_table import (
+    EXPERTS,
+    NUMBERS,
+    ROWS,
+    choices,
+    csv_of,
+    gates,
+    ids,
+    json_of,
+    lists,
+    prompt_table,
+    score_table,
+    tokens,
+)
 
 from moetrace.exports import export
 from moetrace.importers.captured import Hints
@@ -257,3 +270,53 @@ def test_other_formats_keep_their_files(tmp_path):
         folder.mkdir()
         for sample in module.samples(folder):
             assert {detect(path) for path in sample.files} == {name}
+
+
+def test_the_tables_of_moe_beyond(tmp_path):
+    paths = [tmp_path / f"prompt_{number}_data.csv" for number in (1, 2)]
+    paths[0].write_text(prompt_table(), newline="")
+    paths[1].write_text(prompt_table([3, 1]), newline="")
+    assert detect(paths[0]) == "any-table"
+    trace = named(tmp_path, *paths)
+    assert np.array_equal(trace.read("experts", 0, 8), ids()[[0, 1, 2, 3, 4, 5, 3, 1]]), "a file is a request"
+    assert trace.layer_index.tolist() == NUMBERS and trace.read("request", 0, 8).tolist() == [0] * 6 + [1] * 2
+    assert trace.read("position", 0, 8).tolist() == [*range(6), 0, 1] and steps(trace) == [(6, 0), (2, 0)]
+    with_vectors = prompt_table().replace("Expert IDs\r\n", "Expert IDs,Token Embedding Vector\r\n", 1)
+    with_vectors = with_vectors.replace(']"\r\n', ']","[0.5, -1.25]"\r\n')
+    paths[0].write_text(with_vectors, newline="")
+    assert np.array_equal(named(tmp_path, paths[0]).read("experts", 0, 6), ids()[:6])
+
+
+def test_the_tables_of_dynande(tmp_path):
+    paths = [tmp_path / f"flame-moe_epoch5473_layer{layer}_firstTokens_64x512.csv" for layer in NUMBERS]
+    for place, path in enumerate(paths):
+        path.write_text(score_table(place))
+    assert {detect(path) for path in paths} == {"any-table"}
+    import_traces(paths, tmp_path / "out.h5")
+    with Trace.open(tmp_path / "out.h5") as trace:
+        trace.verify()
+        assert np.array_equal(trace.read("experts", 0, ROWS), ids()) and trace.num_experts == EXPERTS
+        expected = np.sort(gates() + 0.01, axis=-1)[..., ::-1]
+        np.testing.assert_allclose(trace.read("gates", 0, ROWS), expected, atol=1e-3)
+        assert trace.layer_index.tolist() == NUMBERS and trace.source["columns"]["scores"] == "expert_0 to expert_7"
+    one = tmp_path / "a.csv"
+    one.write_text(score_table(0, told_layer=9))
+    assert named(tmp_path, one).layer_index.tolist() == [9], "without a layer in the name, layer_id says it"
+
+
+def test_scores_may_be_rounded_away_and_must_be_scores(tmp_path):
+    path = tmp_path / "layer3.csv"
+    text = "layer_id,token_id,expert_0,expert_1,expert_2\n0,0,0.5,0.0,0.5\n0,1,0.0,0.0,0.25\n0,2,0.0,0.0,0.0\n"
+    path.write_text(text)
+    trace = named(tmp_path, path, num_experts=None)
+    assert trace.read("experts", 0, 3).tolist() == [[[0, 2]], [[2, 255]], [[255, 255]]]
+    (tmp_path / "out.h5").unlink()
+    for value in ("-0.5", "nan"):
+        path.write_text(text.replace("0.25", value))
+        assert "row 1: expert_2 is" in not_named(tmp_path, path, num_experts=None)
+    path.write_text(text.replace("expert_2", "expert_3"))
+    with pytest.raises(MoetraceError, match="in no format"):
+        detect(path)
+    path.write_text(text)
+    (tmp_path / "layer4.csv").write_text("layer_id,token_id,expert_0,expert_1\n0,0,0.5,0.5\n")
+    assert "do not have the same experts" in not_named(tmp_path, path, tmp_path / "layer4.csv", num_experts=None)

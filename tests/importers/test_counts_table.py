@@ -76,9 +76,12 @@ def test_bad_json_is_one_sentence(tmp_path, counts, sentence):
 def test_bad_tensors_are_one_sentence(tmp_path):
     torch = pytest.importorskip("torch")
     for value, sentence in (
-        (torch.ones(2, 3, 4), "holds a tensor of 3 axes, not counts [layers, experts]: save {'logical_count': tensor}"),
+        (
+            torch.ones(2, 3, 4, dtype=torch.int32),
+            "a tensor of 3 axes, not counts [layers, experts]: save {",
+        ),
         (torch.ones(4), "a tensor of 1 axes"),
-        ([torch.ones(2, 2)], "holds a list, not counts"),
+        ([torch.ones(2, 2, dtype=torch.int32)], "holds a list, not counts"),
         (torch.ones(2, 2) * 0.5, "are not whole"),
         (torch.ones(2, 2) * float("nan"), "are not whole"),
         (torch.ones(2, 2, dtype=torch.bool), "is torch.bool (2, 2), not numbers of 2 axes"),

@@ -48,6 +48,8 @@ def test_absent_ids_of_any_dtype(tmp_path, dtype, mark):
         ("meta", np.array("{}"), "meta does not say num_experts"),
         ("meta", np.array('{"num_experts": 8, "top_k": 3}'), "meta says top_k 3, but expert_ids has 2"),
         ("meta", np.array('{"num_experts": 256}'), "expert_ids needs uint16"),
+        ("meta", np.array('{"num_experts": 1000000}'), "meta says 1000000 experts, but must say 1 to 65535"),
+        ("meta", np.array('{"num_experts": -1}'), "meta says -1 experts, but must say 1 to 65535"),
         ("meta", np.array({"a": 1}, dtype=object), "Python objects"),
         ("meta", np.zeros(3), "not a text"),
     ],

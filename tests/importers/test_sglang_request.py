@@ -68,7 +68,7 @@ def test_routing_that_begins_later_has_later_positions(tmp_path):
 def test_what_does_not_fit_is_one_sentence(tmp_path):
     ids = request(6, 3, 2, 8)
     path = write(tmp_path / "a.json", generated(ids, 4))
-    assert "--top-k" in refused(tmp_path, path)
+    assert "--experts" in refused(tmp_path, path) and "--top-k" in refused(tmp_path, path, num_experts=8)
     assert "--experts" in refused(tmp_path, path, top_k=2)
     assert "there are 7 experts" in refused(tmp_path, path, top_k=2, num_experts=7)
     assert "does not say of how many layers" in refused(tmp_path, path, top_k=5, num_experts=8)

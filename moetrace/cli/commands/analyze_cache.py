@@ -107,9 +107,8 @@ def command(
             _export(out, opened, asked)
         if picture is not None:
             _draw(picture, trace.name, found, _curve(opened, asked) if draws_curve else None, title)
-        if asked["scope"] == "layer" and not curve:
-            capacities = found.select("capacity", "capacity_experts").unique(maintain_order=True).rows()
-            _note_empty(capacities, opened.layers)
+        if not curve:
+            _note_small(found["capacity"].unique(maintain_order=True).to_list(), opened, asked)
     if phase is not None:
         found = found.filter(phase=phase)
     if form == "json":
@@ -122,10 +121,25 @@ def command(
         print_cache(found, f"{trace}: {title}", phase)
 
 
-def _note_empty(capacities: list[tuple[str, int | None]], layers: int) -> None:
-    for label, experts in capacities:
-        if experts is not None and experts < layers:
-            say(f"moetrace: note: capacity {label} leaves each of the {layers} layers a cache of 0 experts.")
+def _note_small(capacities: list[str], trace: "Trace", asked: dict[str, Any]) -> None:
+    """Say which capacities hold less than an expert, or than what a row needs of a layer."""
+    from moetrace.analyze.cache.hits import parse_capacity
+    from moetrace.analyze.sizes import expert_bytes
+
+    sizes = expert_bytes(trace, asked["model"])
+    by_layer = asked["scope"] == "layer"
+    for label in capacities:
+        amount, unit, _ = parse_capacity(label)
+        amount //= trace.layers if by_layer else 1
+        expert = 1 if unit == "experts" or sizes is None else int(sizes.min())
+        where = f"leaves each of the {trace.layers} layers a cache of" if by_layer else "is a cache of"
+        holds = f"capacity {label} {where} {amount // expert} experts"
+        if amount < expert:
+            of = f", since one has {expert:,} bytes" if expert > 1 else ""
+            say(f"moetrace: note: {holds}{of}.")
+        elif amount < expert * trace.top_k and not asked["sequential"]:
+            holds = holds.removesuffix("s") if amount // expert == 1 else holds
+            say(f"moetrace: note: {holds}, but a row chooses {trace.top_k} in a layer.")
 
 
 def _check_options(curve: bool, picture: Path | None, asked: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from moetrace.spec.errors import UsageError, printable
 # The keys of moetrace.importers.formats.FORMATS, which is not imported here so that `--help` stays instant.
 FORMATS = (
     "sglang",
+    "router-logits",
     "npz",
     "bigmoeonedge",
     "colibri",
@@ -25,9 +26,11 @@ FORMATS = (
     "llamacpp",
     "megatron",
     "moe-cache-eval",
+    "moe-policylang",
     "trtllm",
     "vllm",
     "sglang-request",
+    "oracle-general",
     "any-table",
 )
 
@@ -66,6 +69,11 @@ FORMATS = (
     "--columns",
     metavar="layer=L,token=T,experts=X,...",
     help="Columns of a table: layer, token, experts; gates, request, step, phase, position, slot, token_id, resident.",
+)
+@click.option(
+    "--router",
+    metavar="RULE",
+    help="How to choose from logits: softmax or sigmoid, then ,norm ,scale=S ,groups=G:M ,bias=FILE.npy.",
 )
 @click.option("--experts", type=click.IntRange(min=1), metavar="E", help="Experts a layer, if the source can't tell.")
 @click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Experts a token, if the source can't tell.")
@@ -108,6 +116,7 @@ def command(
     prompt: int | None,
     steps: list[tuple[int, int | None]] | None,
     columns: str | None,
+    router: str | None,
     experts: int | None,
     top_k: int | None,
     absent_from: int | None,
@@ -133,6 +142,10 @@ def command(
     With --model, layers get the model's numbers, and those of multi-token prediction (MTP) are left out. --layers takes
     part of the layers, which may be one of a large model.
 
+    Logits of routers need --top-k K and --router RULE: scores are the softmax over all experts or the sigmoid of each,
+    and the K experts with the greatest score + bias are chosen, of the M best of G groups. Gates are the scores,
+    divided by their sum with norm, times S.
+
     Rows of cached prompts, padding and answers without routing are left out, answers that continue an earlier one
     join its request; a note says how many.
 
@@ -157,6 +170,7 @@ def command(
             top_k=top_k,
             reading=bar.advance,
             columns=said,
+            router=router,
             note=notes.append,
             strict=strict,
             keep_cached=keep_cached,

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import Hints
+from moetrace.importers.reading.own_parquet import ToldByFooter
 from moetrace.importers.reading.passes import half
 from moetrace.importers.reading.tabular import TableFile, blocks
 from moetrace.spec.errors import MoetraceError, UsageError, printable
@@ -19,11 +20,12 @@ _PHASES = {"prefill": 0, "prompt": 0, "decode": 1, "generate": 1, "0": 0, "1": 1
 
 
 class File(NamedTuple):
-    """A file and the columns that are read of it, by meaning; `layer` if its name says it."""
+    """A file and the columns that are read of it, by meaning; `layer` if its name says it, `told` if it is our own."""
 
     table: TableFile
     columns: dict[str, list[str]]
     layer: int | None
+    told: ToldByFooter | None = None
 
 
 class Cells(NamedTuple):
@@ -43,7 +45,7 @@ def cells_of(file: File, hints: Hints, *, light: bool = False) -> Iterator[Cells
     believed as the first row has.
     """
     if light:
-        beside = set(file.columns) - {"experts", "gates", "resident"}
+        beside = set(file.columns) - {"experts", "gates", "resident", "scores"}
         lists = _list_length(file, hints) if file.table.kind == "parquet" and beside else 0
         left_out = ("gates", "resident", "experts") if lists else ("gates", "resident")
         columns = {meaning: of for meaning, of in file.columns.items() if meaning not in left_out}
@@ -74,6 +76,8 @@ def cells_of(file: File, hints: Hints, *, light: bool = False) -> Iterator[Cells
 
 def _list_length(file: File, hints: Hints) -> int:
     """Ids of the first list of the column of experts, 0 if it has no lists or lists of lists."""
+    if "scores" in file.columns:
+        return 0
     if len(file.columns["experts"]) > 1:
         return len(file.columns["experts"])
     silent = hints._replace(reading=lambda _: None)
@@ -96,13 +100,17 @@ def _keys_of(file: File, hints: Hints, length: int) -> Iterator[Cells]:
 
 
 def _is_choices(file: File, table: pl.DataFrame) -> bool:
-    names = file.columns["experts"]
+    names = file.columns.get("experts", [])
     return len(names) == 1 and not isinstance(table.schema[names[0]], pl.List | pl.Array)
 
 
 def _parsed(file: File, first: int, table: pl.DataFrame, counted: dict[int, int]) -> Cells | None:
     """The cells of some rows; each choice is a cell of its own where a row is a choice."""
     where = file.table.path
+    if "scores" in file.columns:
+        rows, layer = _rows(file, first, table, counted, choices=False)
+        length, values = _scored(where, first, table, file.columns["scores"])
+        return Cells(first, rows, layer, length, values)
     ids, length, outer = _choices(where, table, file.columns["experts"], "experts")
     values = {"experts": ids}
     for meaning, name in (("gates", "gates"), ("resident", "recorded"), ("slot", "slot")):
@@ -121,6 +129,19 @@ def _parsed(file: File, first: int, table: pl.DataFrame, counted: dict[int, int]
         rows["token"] = np.repeat(np.arange(start, start + outer.size), outer)
         counted[0] = start + outer.size
     return Cells(first, rows, layer, length, values) if length.size else None
+
+
+def _scored(where: Path, first: int, table: pl.DataFrame, names: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """How many experts each row chose, and which with their scores, the greatest first, the lower id among equals."""
+    scores = np.stack([_flat(where, table[name], "gates") for name in names], axis=1)
+    wrong = ~(scores >= 0)
+    if wrong.any():
+        row, expert = np.argwhere(wrong)[0].tolist()
+        raise MoetraceError(f"{where}: row {first + row}: {names[expert]} is {scores[row, expert]}, and no score.")
+    length = np.count_nonzero(scores, axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    kept = np.arange(len(names)) < length[:, None]
+    return length, {"experts": order[kept], "gates": np.take_along_axis(scores, order, axis=1)[kept]}
 
 
 def _by_row(file: File, first: int, table: pl.DataFrame) -> dict[str, np.ndarray]:

@@ -274,6 +274,8 @@ class RequestSpool:
             raise MoetraceError(f"{source} holds no rows that a forward pass computed: keep them with --keep-cached.")
         if not self._stretches and reasons:
             raise MoetraceError(reasons[0])
+        if self._spool is None:
+            raise MoetraceError(f"{source} holds no routing: no part of an answer in it has routed_experts.")
         if not self._stretches or not self._used.any():
             raise MoetraceError(f"{source} holds no routing: every id is 0 or -1.")
 

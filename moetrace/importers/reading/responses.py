@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import msgspec
 import numpy as np
 
 from moetrace.importers.reading import npy
-from moetrace.importers.reading.text import BOM, MAX_LINE_BYTES, json_lines, mended, text_of
+from moetrace.importers.reading.text import BOM, MAX_LINE_BYTES, first_bytes, json_lines, mended, text_of
 from moetrace.importers.reading.told import Told
 from moetrace.spec.errors import MoetraceError
 
@@ -23,7 +24,7 @@ class Payload(msgspec.Struct):
     """An array as training stacks send it: base64 of its bytes, and what they are."""
 
     data: str
-    shape: list[Tokens]
+    shape: list[Annotated[int, msgspec.Meta(ge=0, lt=2**62)]]
     dtype: str
     start: Tokens | None = None  # position of the first row
 
@@ -113,10 +114,26 @@ class Response(msgspec.Struct):
     model: str | None = None
     prompt_token_ids: TokenIds = None
     output_ids: TokenIds = None
+    data: Any = None  # of a payload that stands alone; other answers may use these names otherwise
+    shape: Any = None
+    dtype: Any = None
+    start: Any = None
+
+    @property
+    def payload(self) -> Payload | None:
+        """The payload that this is instead of an answer. Raises MoetraceError if it is one that can't be read."""
+        if not isinstance(self.data, str) or self.shape is None or self.dtype is None:
+            return None
+        fields = {"data": self.data, "shape": self.shape, "dtype": self.dtype, "start": self.start}
+        try:
+            return msgspec.convert(fields, Payload)
+        except msgspec.ValidationError as error:
+            raise MoetraceError(f"the payload is not as expected: {str(error).rstrip('.')[:200]}.") from None
 
 
 _LINE: Any = Response | list[Response]
 _STREAM = re.compile(rb"\s*(data|event|id|retry|):")
+_INTEGERS = re.compile(r"(?:torch\.)?u?int(?:8|16|32|64)|[<>=|]?[iu][1248]")
 
 
 def responses(
@@ -124,7 +141,8 @@ def responses(
 ) -> Iterator[tuple[str, Response]]:
     """Yield every response of the file, each with where it stands; server-sent events (`data: ...`) are lines as well.
 
-    Of several lines, one that can't be read goes to `bad` as a sentence. Raises MoetraceError if the file is neither
+    An answer of a stream is a chunk, even if it does not say so, as SGLang's `/generate` sends them. Of several lines,
+    one that can't be read goes to `bad` as a sentence. Raises MoetraceError if the file is neither
     JSON lines nor one JSON value, or longer than `MAX_LINE_BYTES` a value.
     """
     if _is_one_value(path):
@@ -140,9 +158,12 @@ def responses(
         for number, response in enumerate(found if isinstance(found, list) else [found]):
             yield (f"{path}: response {number}" if isinstance(found, list) else str(path)), response
         return
+    stream = bool(_STREAM.match(first_bytes(path, 64)))
     for first, records in json_lines(path, _LINE, reading, bad=bad):
         for number, record in enumerate(records, first):
             for response in record if isinstance(record, list) else [record]:
+                if stream and not (response.object or "").endswith("chunk"):
+                    response.object = "chunk"
                 yield f"{path}: response {number}", response
 
 
@@ -205,16 +226,13 @@ def array_of(where: str, routed: Routed) -> np.ndarray | None:
 
 def _of_payload(where: str, payload: Payload) -> np.ndarray:
     data = from_base64(where, payload.data)
-    try:
-        dtype = np.dtype(payload.dtype.removeprefix("torch."))
-    except (TypeError, ValueError, SyntaxError):
-        dtype = np.dtype(object)
-    if dtype.kind not in "iu" or len(payload.shape) != 3:
+    if not _INTEGERS.fullmatch(payload.dtype) or len(payload.shape) != 3:
         raise MoetraceError(
             f"{where}: routed_experts is {payload.dtype[:50]!r} {payload.shape[:8]}, not integers [tokens, layers, "
             f"top_k]."
         )
-    if int(np.prod(payload.shape, dtype=object)) * dtype.itemsize != len(data):
+    dtype = np.dtype(payload.dtype.removeprefix("torch."))
+    if math.prod(payload.shape) * dtype.itemsize != len(data):
         raise MoetraceError(f"{where}: routed_experts says it has shape {tuple(payload.shape)}, but its size differs.")
     return np.frombuffer(data, dtype).reshape(payload.shape)
 

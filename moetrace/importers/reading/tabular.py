@@ -25,8 +25,9 @@ MOST_ROWS, MOST_GROUP_ROWS, MOST_GROUP_VALUES = 1 << 33, 1 << 24, 1 << 27
 MOST_GROUP_BYTES = 1 << 30
 _SLICE_ROWS = 1 << 18, 1 << 22  # at a time, at least and at most
 _FIRST_BYTES = 64 << 10
+_FLOATS = ("gates", "scores")
 _NO_NUMBER = ["", "null", "None", "NaN", "nan", "-"]
-_JSON_KINDS = {"experts": Any, "gates": Any, "phase": int | str | bool, "request": int | str}
+_JSON_KINDS = {"experts": Any, "gates": Any, "scores": float | None, "phase": int | str | bool, "request": int | str}
 
 
 class TableFile(NamedTuple):
@@ -105,7 +106,11 @@ def _csv_blocks(
 ) -> Iterator[tuple[int, pl.DataFrame]]:
     fields = dict(zip(file.names, file.first, strict=False))
     kinds: dict[str, Any] = {
-        name: pl.String if is_text(fields.get(name, ""), what) else pl.Float64 if what == "gates" else pl.Int64
+        name: pl.String
+        if is_text(fields.get(name, ""), what)
+        else pl.Float64
+        if what in ("gates", "scores")
+        else pl.Int64
         for what, name in wanted
     }
     quoted = any(kind == pl.String and '"' in fields.get(name, "") for name, kind in kinds.items())

@@ -75,6 +75,9 @@ def samples(folder: Path) -> list[Sample]:
     turn["usage"]["prompt_tokens_details"] = {"cached_tokens": 4}
     aborted = {"id": "cmpl-2", "choices": [{"index": 0, "routed_experts": None}]}
     turns.write_text("".join(json.dumps(answer) + "\n" for answer in (response([first], 4), aborted, turn)))
+    bare, bare_lines = folder / "payload.json", folder / "payloads.jsonl"
+    bare.write_text(json.dumps(payload(first.astype(np.int16), 3), indent=1))
+    bare_lines.write_text("".join(json.dumps(payload(ids)) + "\n" for ids in (first, second)))
     hints = {"num_experts": 8}
     return [
         Sample(arrays, hints | {"layers": 3}),
@@ -82,4 +85,6 @@ def samples(folder: Path) -> list[Sample]:
         Sample([one], hints),
         Sample([turns], hints),
         Sample([events(folder / "stream.txt", first, 4)], hints),
+        Sample([bare], hints),
+        Sample([bare_lines], hints),
     ]
