@@ -43,3 +43,14 @@ def test_export_offers_every_format(run):
     assert tuple(exports.FORMATS) == FORMATS
     help_text = run("export", "--help")[1]
     assert all(ending in help_text for endings, _ in exports.FORMATS.values() for ending in endings)
+
+
+def test_expert_maps(run, tmp_path):
+    out, trace = tmp_path / "map.json", TRACES / "mixtral-8x7b-b16.h5"
+    assert run("export", trace, "-o", out, "--to", "vllm-map", "--units", 4)[0] == 0
+    assert run("analyze", "balance", trace, "--units", 4, "--plan", out)[0] == 0
+    for more in (["--redundant", 4], ["--plan", out], ["--units", 4, "--slots", 3]):
+        code, _, err = run("export", trace, "-o", tmp_path / "x", "--to", "vllm-map", *more)
+        assert code == 2 and "--redundant and --plan go with --units" in err and len(err.splitlines()) == 1
+    code, _, err = run("export", trace, "-o", tmp_path / "x", "--to", "vllm-map")
+    assert code == 2 and "give --units N" in err and [path.name for path in tmp_path.iterdir()] == ["map.json"]
