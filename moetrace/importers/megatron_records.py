@@ -111,11 +111,13 @@ class _Outlines:
     def add(self, found: Sequence[Outline | None]) -> None:
         """Add successive records; a null is none."""
         before = self._runs.step
-        records = [record for record in found if record is not None]
-        if len(records) < len(found):
-            self.lose(f"{self._path}: {len(found) - len(records)} of the lines after record {self._number} are null.")
         mine: list[Outline] = []
-        for number, record in enumerate(records, self._number + 1):
+        number = self._number
+        for record in found:
+            if record is None:
+                self.lose(f"{self._path}: the line after record {number} is null.")
+                continue
+            number += 1
             if not 0 <= record.step < 2**31:
                 raise MoetraceError(f"{self._path}: record {number} is of step {record.step}.")
             if not 0 <= record.layer < MAX_LAYERS:
@@ -123,10 +125,11 @@ class _Outlines:
             if record.block == "decoder":
                 mine.append(record)
                 self._ranks.add(record.rank)
+            else:
+                self._left_out += 1
+        self._number = number
         if len(self._ranks) > 1:
-            raise MoetraceError(f"{self._path}: records up to {self._number + len(records)} differ in rank.")
-        self._number += len(records)
-        self._left_out += len(records) - len(mine)
+            raise MoetraceError(f"{self._path}: records up to {number} differ in rank.")
         if self._near_lost and mine and self._near_lost[-1][1] < 0:
             self._near_lost[-1] = self._near_lost[-1][0], mine[0].step
         if mine:

@@ -194,7 +194,7 @@ def test_a_log_of_mostly_bad_records_is_refused(tmp_path):
 
 
 def test_copies_are_known_in_spite_of_a_bad_record(tmp_path):
-    given = batches(0, [3, 2, 1])
+    given = {(step, 0): routing(n, 3, 2, 8) for step, n in enumerate([3, 2, 1])}
     texts = [records(rank, given, LAYERS) for rank in range(3)]
     texts[1] = texts[1].replace("[[", "[[null,", 1)
     lines = texts[2].splitlines(keepends=True)
