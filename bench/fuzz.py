@@ -38,6 +38,7 @@ for folder in (ROOT, ROOT / "tests"):
 # Importer -> module (with tests/ on the path) that has `samples(folder) -> list[support.writers.Sample]`.
 WRITERS = {
     "npz": "support.writers.npz",
+    "npy-layers": "support.writers.npy_layers",
     "bigmoeonedge": "support.writers.bigmoeonedge",
     "colibri": "support.writers.colibri",
     "fiddler": "support.writers.fiddler",

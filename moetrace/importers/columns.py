@@ -57,6 +57,7 @@ _EXPORTS: tuple[tuple[set[str], dict[str, str]], ...] = (
     ),
 )
 Columns = Mapping[str, Sequence[str]]
+_LAYER = re.compile(r"(?:layers?|block|blk)[ ._-]?(\d{1,5})(?!\d)", re.ASCII | re.IGNORECASE)
 
 
 def said_columns(text: str) -> dict[str, str]:
@@ -105,6 +106,12 @@ def known_columns(names: Sequence[str]) -> dict[str, list[str]] | None:
     if not found["experts"]:
         return None
     return {meaning: [name] for meaning, name in found.items() if name}
+
+
+def says_layer(name: str) -> int | None:
+    """The layer that a name says with the word `layer` and a number."""
+    found = _LAYER.findall(name)
+    return int(found[-1]) if found else None
 
 
 def layer_of_name(path: Path) -> int | None:

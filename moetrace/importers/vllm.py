@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from moetrace.importers.captured import Capture, Hints
+from moetrace.importers.npy_layers import holds_layer
 from moetrace.importers.reading import npy
 from moetrace.importers.reading.request_spool import NO_ROUTING, UNREADABLE, RequestSpool
 from moetrace.importers.reading.responses import Choice, Payload, Response, array_of, from_base64, responses, told_of
@@ -46,7 +47,7 @@ def recognize(first: bytes, name: str) -> bool:
             header = npy.read_header(name, io.BytesIO(first))
         except (MoetraceError, ValueError, EOFError):
             return True  # damaged or refused: `read` says why
-        return len(header.shape) == 3 and header.dtype.kind in "iu"
+        return len(header.shape) == 3 and header.dtype.kind in "iu" and not holds_layer(header.shape, name)
     start = first.lstrip()
     if start.startswith(_NPY_IN_BASE64):
         return True
@@ -70,7 +71,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     for path in sources:
         first = first_bytes(path, 64).lstrip()
         if first.startswith(npy.MAGIC):
-            requests.add(str(path), _mapped(path, hints))
+            requests.add(str(path), npy.mapped(path, hints.reading))
         elif first.startswith(_NPY_IN_BASE64):
             text = text_of(path)
             hints.reading(len(text))
@@ -87,22 +88,6 @@ def natural(path: Path) -> list[tuple[int, int, str]]:
     """A sort key by which 2.npy precedes 10.npy."""
     pieces = re.findall(r"\d{1,18}|\D+|\d", str(path))
     return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces]
-
-
-def _mapped(path: Path, hints: Hints) -> np.ndarray:
-    """The array of an npy file, from which a part is read when it is needed."""
-    where = str(path)
-    try:
-        with path.open("rb") as file:
-            header = npy.read_header(where, file)
-    except (ValueError, EOFError) as error:
-        raise MoetraceError(f"{where} is no NumPy array: {str(error)[:200]}.") from error
-    if header.header_bytes + header.nbytes != path.stat().st_size:
-        raise MoetraceError(f"{where} says it has shape {header.shape}, but its size differs.")
-    hints.reading(path.stat().st_size)
-    if not header.nbytes:
-        return np.empty(header.shape, header.dtype)
-    return np.memmap(path, header.dtype, "r", header.header_bytes, header.shape)
 
 
 def add_response(

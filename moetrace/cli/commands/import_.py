@@ -27,6 +27,7 @@ FORMATS = (
     "moe-cache-eval",
     "trtllm",
     "vllm",
+    "npy-layers",
     "sglang-request",
     "any-table",
 )
