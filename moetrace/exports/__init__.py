@@ -12,11 +12,11 @@ from moetrace.trace.format import Trace
 
 if TYPE_CHECKING:
     from moetrace.exports.planned import PlanChoice
-    from moetrace.exports.resident import KeptChoice
+    from moetrace.exports.resident import KeptChoice, ResultTally
 
 # Format -> how its files' names end (the first is usual; none: --to must say it), and what it is. The module
 # moetrace.exports.<format>, with "_" for "-", has `write(trace, file, progress)`; those of `_TAKES` also get a
-# `KeptChoice`, those of `_PLANS` a `PlanChoice`.
+# `KeptChoice`, those of `PLAN_FORMS` a `PlanChoice`.
 FORMATS = {
     "npz": ((".npz",), "NumPy archive: the arrays that `moetrace import` reads"),
     "parquet": ((".parquet",), "a row for each choice of an expert"),
@@ -31,7 +31,7 @@ FORMATS = {
     "vllm-map": ((), "expert map for vLLM: the expert in each slot, by MoE layer"),
     "vllm-ascend-map": ((), "the same for vllm-ascend, by MoE layer and unit"),
 }
-_PLANS = ("vllm-map", "vllm-ascend-map")
+PLAN_FORMS = {"vllm-map": "vLLM", "vllm-ascend-map": "vllm-ascend"}  # -> whose, as `plan_bytes` calls it
 # Formats of what an engine is to keep: whether they take counts, and sets (of two tiers or three).
 _TAKES = {
     "ktransformers": {"counts": True, "sets": True, "tiers": False},
@@ -41,6 +41,8 @@ _TAKES = {
     "e4b-placement": {"counts": False, "sets": True, "tiers": True},
     "llama-args": {"counts": False, "sets": True, "tiers": False},
 }
+
+SET_FORMATS = tuple(name for name, takes in _TAKES.items() if takes["sets"])
 
 
 def export(
@@ -96,6 +98,13 @@ def export(
             opened.close()
 
 
+def write_kept(source: "ResultTally", path: Path, form: str, choice: "KeptChoice") -> None:
+    """Write a set that a replay's result says, in one of `SET_FORMATS`; the file is whole or not there."""
+    module = importlib.import_module(f"moetrace.exports.{form.replace('-', '_')}")
+    with whole_file(path) as file:
+        module.write(source, file, lambda _: None, *_checked(form, choice))
+
+
 def _files_of(choice: "KeptChoice | PlanChoice | None") -> list[str | os.PathLike[str]]:
     """The files that a choice names."""
     return [file for name in ("held", "plan") if (file := getattr(choice, name, None))]
@@ -103,12 +112,12 @@ def _files_of(choice: "KeptChoice | PlanChoice | None") -> list[str | os.PathLik
 
 def _checked(form: str, choice: "KeptChoice | PlanChoice | None") -> "tuple[KeptChoice | PlanChoice, ...]":
     """What the format's writer takes beside the trace; raise UsageError if `choice` is not for it."""
-    if form not in _TAKES and form not in _PLANS and choice is None:
+    if form not in _TAKES and form not in PLAN_FORMS and choice is None:
         return ()
     from moetrace.exports.planned import PlanChoice
     from moetrace.exports.resident import KeptChoice, check_choice
 
-    if form in _PLANS:
+    if form in PLAN_FORMS:
         if not isinstance(choice, PlanChoice):
             raise UsageError(f"{form} holds a plan for units: give --units N, and no --slots, --layer-slots or --set.")
         return (choice,)

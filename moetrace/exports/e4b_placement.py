@@ -11,14 +11,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from moetrace.exports.resident import KeptChoice, hottest, kept, tallied
+from moetrace.exports.resident import Counted, KeptChoice, hottest, kept, tallied
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.format import Trace
 
 _ORDERS = {"gpu": "gnf4-fused-grouped/1", "cpu": "gnf4-native-locked-tree/1"}  # what its placements of version 1 have
 
 
-def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
+def write(trace: Counted, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
     """Write the set as the VRAM tier, and the hottest others as that of main memory, all of them by default."""
     if not np.array_equal(trace.layer_index, np.arange(trace.layers)):
         raise MoetraceError(

@@ -1,4 +1,4 @@
-"""`moetrace export`: a trace in a format of other tools."""
+"""`moetrace export`: a trace, or what a policy keeps, in a format of other tools."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ FORMATS = (
 
 
 @click.command()
-@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5|RESULT")
 @click.option("-o", "--output", "out", required=True, type=ANY_PATH, metavar="OUT")
 @click.option(
     "--to",
@@ -49,6 +49,14 @@ FORMATS = (
     type=ANY_PATH,
     metavar="FILE.csv",
     help="Keep these experts, as `analyze cache --export` writes them.",
+)
+@click.option("--policy", metavar="NAME", help="Of a RESULT: the policy, if there are several.")
+@click.option(
+    "--trace",
+    "replayed",
+    type=ANY_PATH,
+    metavar="TRACE.h5",
+    help="Of a RESULT: the trace that was replayed, if the model does not say which layers have experts.",
 )
 @click.option("--units", type=click.IntRange(min=1), metavar="N", help="Of an expert map: units that share the slots.")
 @click.option(
@@ -82,8 +90,10 @@ def command(
     redundant: int | None,
     plan: Path | None,
     dram_slots: int | None,
+    policy: str | None,
+    replayed: Path | None,
 ) -> None:
-    """Write a trace to OUT in a format of other tools.
+    """Write a trace to OUT in a format of other tools, or what a policy of a replay's RESULT keeps.
 
     \b
     npz                .npz            NumPy arrays, as `import` reads them
@@ -100,8 +110,10 @@ def command(
     vllm-ascend-map                    the same, for vllm-ascend
 
     A set is what --slots, --layer-slots or --set says. A map is EPLB's plan for --units, or that of --plan, whose
-    units are so many. From a trace that holds counts alone, all but the first three
-    formats can be written.
+    units are so many. From a trace that holds counts alone, all but the first three formats can be written.
+
+    Of a RESULT, a folder of `moetrace replay -o`, the set is what the policy keeps for good, and a map is its
+    placement; --to says the format.
     """
     from moetrace.cli.progress import LateBar
     from moetrace.exports import export
@@ -111,6 +123,22 @@ def command(
 
     check_targets({"-o": out}, [trace, *([held] if held else []), *([plan] if plan else [])])
     kept = (slots, layer_slots, held, dram_slots)
+    if trace.is_dir():
+        if phase or units or redundant is not None or plan or kept[:3] != (None,) * 3:
+            raise UsageError(
+                f"{trace} is a replay's result, whose policy says what is kept: give no --phase, --slots, "
+                f"--layer-slots, --set, --units, --redundant and --plan."
+            )
+        if form is None:
+            raise UsageError(f"{trace} is a replay's result: say with --to what of it is wanted.")
+        from moetrace.results.exporting import export_result
+
+        check_targets({"-o": out}, [replayed])
+        export_result(trace, out, to=form, policy=policy, trace=replayed, dram_slots=dram_slots)
+        say(f"{out}: {out.stat().st_size / 1e6:,.1f} MB.")
+        return
+    if policy is not None or replayed is not None:
+        raise UsageError(f"--policy and --trace are of a replay's result, and {trace} is no folder.")
     if units is not None and kept == (None,) * 4:
         choice = PlanChoice(units, redundant, plan, phase or "all")
     elif units is not None or redundant is not None or plan is not None:
