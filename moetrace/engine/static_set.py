@@ -1,16 +1,12 @@
 """Sets of experts that are kept for good: which these are, of residencies whose set never changes."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from moetrace.engine.demand import Demand
 from moetrace.jit.compile import kernel
-
-if TYPE_CHECKING:
-    from moetrace.engine.decoded import Decoded
-    from moetrace.engine.replay import State
 
 
 class StaticRoom(NamedTuple):
@@ -20,13 +16,6 @@ class StaticRoom(NamedTuple):
     capacity: int  # experts of each pool
     pools: int  # 1, or one a layer
     demand_count: np.ndarray  # int64 [layers * experts]: in how many steps each is demanded
-
-
-def room_of(state: "State", decoded: "Decoded", counts: bool = True) -> StaticRoom:
-    """Return the room that a replay has; `counts` says whether the demands of the trace are looked at."""
-    exists = state.queue.weight_bytes.reshape(state.cells.shape) > 0
-    count = decoded.demand_count if counts else np.zeros(exists.size, np.int64)
-    return StaticRoom(exists, int(state.cache.capacity), len(state.cache.residents), count)
 
 
 def count_demands(demands: Iterable[Demand], layers: int, experts: int) -> np.ndarray:

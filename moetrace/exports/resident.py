@@ -86,6 +86,7 @@ class ResultTally(NamedTuple):
     num_experts: int
     expert_bytes: np.ndarray | None
     tally: KeptTally
+    model_layers: int  # of the model, with experts
 
     @property
     def layers(self) -> int:

@@ -40,7 +40,7 @@ _ROWS = msgspec.json.Decoder(list[list[int]])  # of a record
 _RECORDS = msgspec.json.Decoder(list[list[list[int]]])
 
 
-class _Odd:
+class _OddRecords:
     """Counts records that can't be used, whose cells are absent; `--strict` refuses them."""
 
     def __init__(self, ranks: Sequence[RankRecords], hints: Hints) -> None:
@@ -110,7 +110,7 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
     layer_index = np.unique(np.concatenate([rank.layer for rank in ranks]))
     kept, column = _columns(ranks)
     check_sizes(str(kept[0].path), num_experts, kept[0].top_k, layer_index.size, 1, 1)
-    odd = _Odd(kept, hints)
+    odd = _OddRecords(kept, hints)
     table = _Batches(kept, column, odd)
     cells = sum(int((np.maximum(rank.tokens, 0).astype(np.int64) * rank.records).sum()) for rank in kept)
     if table.rows * layer_index.size > SPARSEST * cells + 2**16:
@@ -175,7 +175,7 @@ def _columns(ranks: list[RankRecords]) -> tuple[list[RankRecords], list[int]]:
 class _Batches:
     """The rows of all micro-batches of all ranks: where the tokens of each run begin, and what each row is."""
 
-    def __init__(self, ranks: list[RankRecords], column: list[int], odd: _Odd) -> None:
+    def __init__(self, ranks: list[RankRecords], column: list[int], odd: _OddRecords) -> None:
         sizes = [rank.step.size for rank in ranks]
         step, nth, tokens, padding, records = (
             np.concatenate([getattr(rank, name) for rank in ranks]).astype(np.int64)
@@ -262,7 +262,7 @@ def _fill(
     entry: np.ndarray,
     rows: Sequence[np.ndarray],
     placeholders: Placeholders,
-    told: tuple[_Odd, Hints],
+    told: tuple[_OddRecords, Hints],
 ) -> None:
     """Read a file again and put its ids at their rows; `rows` are of each run the first, and how many to keep."""
     (first, kept), (odd, hints) = rows, told
@@ -289,7 +289,7 @@ def _fill(
         spool.put(row, layers, experts=ids)
 
 
-def _ids_of(rank: RankRecords, records: list[Outline], odd: _Odd) -> list[list[list[int]]]:
+def _ids_of(rank: RankRecords, records: list[Outline], odd: _OddRecords) -> list[list[list[int]]]:
     """The ids of records; -1 in all slots of one whose rows are of another length."""
     texts = [bytes(record.top_indices) for record in records]
     try:

@@ -32,7 +32,7 @@ _EXPERTS_FILE = "experts.parquet"
 _COLUMNS = {"layer": pl.Int64, "expert": pl.Int64, "rows": pl.Int64, "steps": pl.Int64}
 
 
-class _Found(NamedTuple):
+class _PolicyOfResult(NamedTuple):
     """What the folder says of one policy."""
 
     policy: PolicySpec
@@ -86,13 +86,15 @@ def export_result(
         return
     keys = _kept_keys(found)
     pairs = np.stack(np.divmod(keys, found.rows.shape[1]), axis=1).astype(np.int64)
-    layer_index = np.arange(len(found.rows)) if to == "static-csv" else _numbers(found)
+    layer_index = np.arange(len(found.rows)) if to in ("static-csv", "e4b-placement") else _numbers(found)
     tally = KeptTally(found.rows, found.steps.sum(axis=1))
-    source = ResultTally(str(folder), layer_index, found.rows.shape[1], found.expert_bytes, tally)
+    source = ResultTally(
+        str(folder), layer_index, found.rows.shape[1], found.expert_bytes, tally, found.model.moe_layers
+    )
     write_kept(source, path, to, KeptChoice(dram_slots=dram_slots, pairs=pairs))
 
 
-def _found(folder: Path, name: str | None, trace: str | os.PathLike[str] | None) -> _Found:
+def _found(folder: Path, name: str | None, trace: str | os.PathLike[str] | None) -> _PolicyOfResult:
     summary, sha256 = read_summary(folder)
     names = [policy.name for policy in summary.policies]
     if name is None and len(names) > 1:
@@ -119,7 +121,7 @@ def _found(folder: Path, name: str | None, trace: str | os.PathLike[str] | None)
             numbers, sizes = opened.layer_index.astype(np.int64), opened.expert_bytes
     if numbers is not None and len(numbers) != len(rows):
         numbers = None
-    return _Found(policy, model, system, summary.slots, rows, steps, numbers, sizes)
+    return _PolicyOfResult(policy, model, system, summary.slots, rows, steps, numbers, sizes)
 
 
 def _wanted(folder: Path, summary: Summary, sha256: str) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +142,7 @@ def _wanted(folder: Path, summary: Summary, sha256: str) -> tuple[np.ndarray, np
     return numbers["rows"].reshape(shape), numbers["steps"].reshape(shape)
 
 
-def _numbers(found: _Found) -> np.ndarray:
+def _numbers(found: _PolicyOfResult) -> np.ndarray:
     if found.layer_index is None:
         raise UsageError(
             f"Model {found.model.name} does not say which of its layers have experts: name the replayed trace with "
@@ -149,7 +151,7 @@ def _numbers(found: _Found) -> np.ndarray:
     return found.layer_index
 
 
-def _kept_keys(found: _Found) -> np.ndarray:
+def _kept_keys(found: _PolicyOfResult) -> np.ndarray:
     """The keys of what the policy keeps for good."""
     policy = found.policy
     exists, record = found.model.has_expert, find("residency", policy.residency)
@@ -171,7 +173,7 @@ def _kept_keys(found: _Found) -> np.ndarray:
     return record.keeps(policy, StaticRoom(exists, found.slots // pools, pools, found.steps.ravel()))
 
 
-def _plan(found: _Found) -> Plan:
+def _plan(found: _PolicyOfResult) -> Plan:
     """The placement of the policy, as a plan."""
     policy, units = found.policy, found.system.units
     if not units:

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moetrace.engine.static_set import StaticRoom, keep_only, most_demanded_keys, room_of
+from moetrace.engine.static_room import room_of
+from moetrace.engine.static_set import StaticRoom, keep_only, most_demanded_keys
 from moetrace.spec.choices import BY_TOUCH, CachePolicy, Residency
 from moetrace.spec.policy import PolicySpec
 

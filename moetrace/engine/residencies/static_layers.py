@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moetrace.engine.residency import keep_for_good
-from moetrace.engine.static_set import StaticRoom, room_of
+from moetrace.engine.static_room import room_of
+from moetrace.engine.static_set import StaticRoom
 from moetrace.spec.choices import BY_TOUCH, Residency
 from moetrace.spec.errors import UsageError
 from moetrace.spec.policy import PolicySpec

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moetrace.engine.residency import keep_for_good
-from moetrace.engine.static_set import StaticRoom, most_demanded_keys, room_of
+from moetrace.engine.static_room import room_of
+from moetrace.engine.static_set import StaticRoom, most_demanded_keys
 from moetrace.spec.choices import BY_TOUCH, Residency
 from moetrace.spec.policy import PolicySpec
 
