@@ -47,6 +47,7 @@ WRITERS = {
     "jsonl": "support.writers.jsonl",
     "lattice": "support.writers.lattice",
     "llamacpp": "support.writers.llamacpp",
+    "mbolt": "support.writers.mbolt",
     "megatron": "support.writers.megatron",
     "moe-cache-eval": "support.writers.moe_cache_eval",
     "sglang": "support.writers.sglang",

@@ -26,6 +26,7 @@ FORMATS = {
     "jsonl": 'route logs in JSON lines with {"type": "route"}, as patches of vLLM write them',
     "lattice": "routing traces (JSON lines) of lattice",
     "llamacpp": "CSV of llama.cpp's moe-trace tools",
+    "mbolt": "routing logs (binary) of mbolt's patch of llama.cpp",
     "megatron": "routing traces (JSON lines) of Megatron-LM, a file a rank, or answers of its inference server",
     "moe-cache-eval": "event traces (safetensors) of moe-cache-eval",
     "trtllm": "expert statistics (safetensors) of TensorRT-LLM, a file a rank",

@@ -43,7 +43,7 @@ def test_a_byte_order_mark_before_a_text_is_no_matter(tmp_path, importer):
         texts = [
             path
             for path in map(Path, sample.files)
-            if path.suffix not in {".pt", ".npy", ".safetensors", ".parquet", ".gguf"}
+            if path.suffix not in {".pt", ".npy", ".safetensors", ".parquet", ".gguf", ".mbolt"}
         ]
         if not texts:
             continue

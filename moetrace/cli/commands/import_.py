@@ -23,6 +23,7 @@ FORMATS = (
     "jsonl",
     "lattice",
     "llamacpp",
+    "mbolt",
     "megatron",
     "moe-cache-eval",
     "trtllm",
