@@ -38,6 +38,7 @@ for folder in (ROOT, ROOT / "tests"):
 # Importer -> module (with tests/ on the path) that has `samples(folder) -> list[support.writers.Sample]`.
 WRITERS = {
     "npz": "support.writers.npz",
+    "npy-layers": "support.writers.npy_layers",
     "bigmoeonedge": "support.writers.bigmoeonedge",
     "colibri": "support.writers.colibri",
     "fiddler": "support.writers.fiddler",
@@ -46,6 +47,7 @@ WRITERS = {
     "jsonl": "support.writers.jsonl",
     "lattice": "support.writers.lattice",
     "llamacpp": "support.writers.llamacpp",
+    "mbolt": "support.writers.mbolt",
     "megatron": "support.writers.megatron",
     "moe-cache-eval": "support.writers.moe_cache_eval",
     "sglang": "support.writers.sglang",

@@ -1,11 +1,21 @@
-"""Sets of experts that are kept for good: those demanded most often in a whole trace (`static-hindsight`)."""
+"""Sets of experts that are kept for good: which these are, of residencies whose set never changes."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from moetrace.engine.demand import Demand
 from moetrace.jit.compile import kernel
+
+
+class StaticRoom(NamedTuple):
+    """What the set of a residency is chosen from; a key is a layer's entry x the experts of a layer + the expert."""
+
+    exists: np.ndarray  # bool [layers, experts]: layers may have fewer experts than others
+    capacity: int  # experts of each pool
+    pools: int  # 1, or one a layer
+    demand_count: np.ndarray  # int64 [layers * experts]: in how many steps each is demanded
 
 
 def count_demands(demands: Iterable[Demand], layers: int, experts: int) -> np.ndarray:
@@ -35,6 +45,12 @@ def most_demanded(count: np.ndarray, weight: np.ndarray, capacity: int, pools: i
         part = slice(first, first + size)
         _fill(np.argsort(-count[part], kind="stable"), count[part], weight[part], capacity, wanted[part])
     return wanted
+
+
+def most_demanded_keys(room: StaticRoom) -> np.ndarray:
+    """Return the keys int64 [n] of those that are demanded in the most steps, as many as there is room for."""
+    count = room.demand_count
+    return np.flatnonzero(most_demanded(count, np.ones_like(count), room.capacity, room.pools))
 
 
 def keep_only(cells: np.ndarray, wanted: np.ndarray) -> None:

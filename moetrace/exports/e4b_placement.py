@@ -2,7 +2,9 @@
 
 pjordanandrsn/experts4bit-qlora, `engines/placement.py`: `tiers` must name each [layer, expert] once, `geometry` says
 how many there are; `masses` are the shares of choices. What only its solver knows (hashes of a calibration) is null. It
-numbers layers from 0. How it numbers those of a model with dense layers is not known: such a trace is refused.
+numbers the modules with experts from 0, in their order, whatever layers are dense between: `enable_hybrid_tier` of
+`engines/hybrid.py` takes them so unless its `layers` says otherwise (as stored in November 2026). A trace of part of a
+model can't be numbered so.
 """
 
 import json
@@ -11,18 +13,20 @@ from typing import IO, Any
 
 import numpy as np
 
-from moetrace.exports.resident import KeptChoice, hottest, kept, tallied
+from moetrace.exports.resident import Counted, KeptChoice, ResultTally, hottest, kept, tallied
+from moetrace.spec import list_presets, load_model
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.format import Trace
 
 _ORDERS = {"gpu": "gnf4-fused-grouped/1", "cpu": "gnf4-native-locked-tree/1"}  # what its placements of version 1 have
 
 
-def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
+def write(trace: Counted, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
     """Write the set as the VRAM tier, and the hottest others as that of main memory, all of them by default."""
-    if not np.array_equal(trace.layer_index, np.arange(trace.layers)):
+    whole = trace.model_layers if isinstance(trace, ResultTally) else _moe_layers(trace.model)
+    if whole != trace.layers and not (whole is None and np.array_equal(trace.layer_index, np.arange(trace.layers))):
+        why = "which of a model's layers these are is not known" if whole is None else f"its model has {whole}"
         raise MoetraceError(
-            f"{trace.shown} has layers without experts, or lacks the first; e4b-placement may number these otherwise."
+            f"{trace.shown} has {trace.layers} MoE layers, and {why}: e4b-placement numbers all of a model from 0."
         )
     counts = tallied(trace, choice, progress).counts
     vram = kept(trace, choice, counts)
@@ -47,3 +51,8 @@ def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choi
         "masses": {f"{name}_frac": mass for name, mass in share.items()},
     }
     file.write((json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _moe_layers(model: str) -> int | None:
+    """How many layers of a model have experts, if it is a preset."""
+    return load_model(model).moe_layers if model in list_presets("models") else None

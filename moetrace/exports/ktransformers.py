@@ -16,15 +16,14 @@ from typing import IO
 
 import numpy as np
 
-from moetrace.exports.resident import KeptChoice, in_model, kept, ranks, tallied
-from moetrace.trace.format import Trace
+from moetrace.exports.resident import Counted, KeptChoice, in_model, kept, ranks, tallied
 
 _NAME = "counts"
 _ALIGNED = 64
 _PADDING = 0x4246  # the id of torch's own padding in a zip header
 
 
-def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
+def write(trace: Counted, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
     """Write the counts, or the ranks of a set, to `file`."""
     counts = tallied(trace, choice, progress).counts
     if choice.is_set:

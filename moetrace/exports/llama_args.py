@@ -11,20 +11,19 @@ from typing import IO
 
 import numpy as np
 
-from moetrace.exports.resident import KeptChoice, kept, tallied
+from moetrace.exports.resident import Counted, KeptChoice, kept, tallied
 from moetrace.spec.errors import UsageError
-from moetrace.trace.format import Trace
 
 _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
-def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
+def write(trace: Counted, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
     """Write the arguments to `file`; nothing but a line end if all layers are kept on the GPU."""
     if choice.layer_slots is not None:
         raise UsageError("llama.cpp keeps whole layers: give --slots N or --set FILE.csv instead of --layer-slots.")
     found = tallied(trace, choice, progress)
     on_gpu = np.zeros(trace.layers, bool)
-    if choice.held is not None:
+    if choice.holds_set:
         pairs = kept(trace, choice, found.counts)
         on_gpu[:] = np.bincount(pairs[:, 0], minlength=trace.layers) == trace.num_experts
     else:

@@ -12,13 +12,12 @@ from typing import IO
 
 import numpy as np
 
-from moetrace.exports.resident import KeptChoice, kept, ranks, tallied
-from moetrace.trace.format import Trace
+from moetrace.exports.resident import Counted, KeptChoice, kept, ranks, tallied
 
 _LINE_IDS = 512  # of a line: with five digits and a comma each, below 4,096 characters
 
 
-def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
+def write(trace: Counted, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
     """Write the order of experts in each layer to `file`."""
     counts = tallied(trace, choice, progress).counts
     if choice.is_set:

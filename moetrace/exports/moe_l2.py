@@ -7,11 +7,10 @@ A line a layer, `layer expert1 expert2 ...`, most wanted first (yalun753/moe-l2,
 from collections.abc import Callable
 from typing import IO
 
-from moetrace.exports.resident import KeptChoice, kept, tallied
-from moetrace.trace.format import Trace
+from moetrace.exports.resident import Counted, KeptChoice, kept, tallied
 
 
-def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
+def write(trace: Counted, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
     """Write the set to `file`."""
     pairs = kept(trace, choice, tallied(trace, choice, progress).counts)
     file.write(f"# EXPERT_TOTAL {len(pairs)}\n".encode())

@@ -29,6 +29,7 @@ class KeptChoice(NamedTuple):
         layer_slots: Experts of each layer that fit.
         held: A CSV file of lines `layer,expert`, as residency `static` reads it: the set itself.
         dram_slots: For a format with three tiers: further experts that fit into main memory.
+        pairs: The set itself (layer entry, expert), int64 [n, 2].
     """
 
     phase: str = "all"
@@ -36,11 +37,17 @@ class KeptChoice(NamedTuple):
     layer_slots: int | None = None
     held: str | os.PathLike[str] | None = None
     dram_slots: int | None = None
+    pairs: np.ndarray | None = None
 
     @property
     def is_set(self) -> bool:
         """Whether a set is asked for, and not counts."""
-        return not (self.slots is None and self.layer_slots is None and self.held is None)
+        return self.holds_set or not (self.slots is None and self.layer_slots is None)
+
+    @property
+    def holds_set(self) -> bool:
+        """Whether it says the set itself, and not how many."""
+        return self.held is not None or self.pairs is not None
 
 
 def check_choice(choice: KeptChoice, form: str, *, counts: bool, sets: bool, tiers: bool) -> None:
@@ -71,8 +78,29 @@ class KeptTally(NamedTuple):
     active: np.ndarray  # int64 [layers]
 
 
-def tallied(trace: Trace, choice: KeptChoice, progress: Callable[[int], object]) -> KeptTally:
+class ResultTally(NamedTuple):
+    """What a replay's result says of its trace, for exports in the place of the trace."""
+
+    shown: str
+    layer_index: np.ndarray  # [layers]
+    num_experts: int
+    expert_bytes: np.ndarray | None
+    tally: KeptTally
+    model_layers: int  # of the model, with experts
+
+    @property
+    def layers(self) -> int:
+        """MoE layers."""
+        return len(self.layer_index)
+
+
+Counted = Trace | ResultTally
+
+
+def tallied(trace: Counted, choice: KeptChoice, progress: Callable[[int], object]) -> KeptTally:
     """Count the choices of the steps of the phase; raise MoetraceError if there are none."""
+    if isinstance(trace, ResultTally):
+        return trace.tally
     check_objects(trace, int(trace.layer_index[-1]) + 1)
     steps = steps_of_phase(trace, choice.phase)
     found = KeptTally(np.zeros((trace.layers, trace.num_experts), np.int64), np.zeros(trace.layers, np.int64))
@@ -91,9 +119,12 @@ def hottest(counts: np.ndarray) -> np.ndarray:
     return np.stack(np.unravel_index(order, counts.shape), axis=1)
 
 
-def kept(trace: Trace, choice: KeptChoice, counts: np.ndarray) -> np.ndarray:
+def kept(trace: Counted, choice: KeptChoice, counts: np.ndarray) -> np.ndarray:
     """The set int64 [n, 2] (layer entry, expert): a file's in its order, else the hottest first."""
     layers, experts = counts.shape
+    if choice.pairs is not None:
+        order = np.lexsort((choice.pairs[:, 1], choice.pairs[:, 0], -counts[choice.pairs[:, 0], choice.pairs[:, 1]]))
+        return choice.pairs[order]
     if choice.held is not None:
         return load_static(Path(choice.held), layers, experts)
     order = hottest(counts)
@@ -111,7 +142,7 @@ def ranks(pairs: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return found
 
 
-def in_model(trace: Trace, counts: np.ndarray) -> np.ndarray:
+def in_model(trace: Counted, counts: np.ndarray) -> np.ndarray:
     """Counts of MoE layers [layers, experts] as of all layers of the model up to the last of them."""
     found = np.zeros((int(trace.layer_index[-1]) + 1, trace.num_experts), np.int64)
     found[trace.layer_index] = counts

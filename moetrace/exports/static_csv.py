@@ -6,11 +6,10 @@ The layer is the entry in the trace. `moetrace analyze cache --export` writes th
 from collections.abc import Callable
 from typing import IO
 
-from moetrace.exports.resident import KeptChoice, kept, tallied
-from moetrace.trace.format import Trace
+from moetrace.exports.resident import Counted, KeptChoice, kept, tallied
 
 
-def write(trace: Trace, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
+def write(trace: Counted, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
     """Write the set to `file`."""
     pairs = kept(trace, choice, tallied(trace, choice, progress).counts)
     rows = "".join(f"{layer},{expert}\n" for layer, expert in pairs.tolist())

@@ -20,13 +20,13 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints
-from moetrace.importers.columns import OWN_COLUMNS, known_columns, layer_in_name, layer_of_name, named_columns
+from moetrace.importers.columns import OWN_COLUMNS, known_columns, layer_of_name, named_columns, says_layer
 from moetrace.importers.npz import FACTS
 from moetrace.importers.reading.cells import KEYS, Cells, File, cells_of
 from moetrace.importers.reading.own_parquet import KEY, ToldByFooter, told_by_footer
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.tabular import PARQUET, open_table
-from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.errors import MoetraceError, UsageError, counted, printable
 from moetrace.trace.schema import MAX_LAYERS, MAX_ROWS, PREFETCHED, absent_id, check_sizes, expert_dtype
 
 _HEADER = re.compile(rb'^[\s"]*[A-Za-z_][\w" ]*(?:[,;\t]["\w ]+)+\s*$')
@@ -57,7 +57,8 @@ def recognize(first: bytes, name: str) -> bool:
         return False
     known = known_columns(names)
     by_token = re.search(rb'":\s*\[\s*\[', line[:4096]) is not None  # a list of lists, of all layers
-    return known is not None and ("layer" in known or by_token) and len(known) > 2
+    named = says_layer(name) is not None  # of a table of one layer, its name tells
+    return known is not None and ("layer" in known or by_token or named) and len(known) + named > 2
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
@@ -89,7 +90,7 @@ def _file(path: Path, hints: Hints) -> File:
         if table.sizes is not None and set(table.names) >= OWN_COLUMNS:
             told = told_by_footer(path, table.sizes.texts.get(KEY.encode()))
     layer = None if "layer" in columns else layer_of_name(path)
-    if "scores" in columns and (layer := layer_in_name(path)) is not None:  # layer_id is 0 in each of such files
+    if "scores" in columns and (layer := says_layer(path.stem)) is not None:  # layer_id is 0 in each of such files
         columns = {meaning: of for meaning, of in columns.items() if meaning != "layer"}
     return File(table, columns, layer, told)
 
@@ -126,6 +127,10 @@ def _read(files: list[File], hints: Hints) -> Capture:
     }
     if told:
         facts |= {key: text[:300] for key, text in told.facts.items() if key in FACTS}
+    if files[0].layer is not None:
+        facts["layers"] = "one a file, numbered by its name"
+        last = files[-1].layer
+        hints.note(f"{where}: took {counted(len(files), 'file')} as layers {files[0].layer} to {last}, by their names.")
     if "position" not in by_row:
         facts["positions"] = "counted within each request"
     token_id = ("token",) if "token_id" in by_row else ()

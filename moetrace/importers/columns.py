@@ -63,6 +63,7 @@ _EXPORTS: tuple[tuple[set[str], dict[str, str]], ...] = (
     ),
 )
 Columns = Mapping[str, Sequence[str]]
+_LAYER = re.compile(r"(?:layers?|block|blk)[ ._-]?(\d{1,5})(?!\d)", re.ASCII | re.IGNORECASE)
 
 
 def said_columns(text: str) -> dict[str, str]:
@@ -126,10 +127,10 @@ def _score_columns(names: Sequence[str]) -> list[str]:
     return wanted if list(names[2:]) == wanted else []
 
 
-def layer_in_name(path: Path) -> int | None:
-    """The number after "layer" in a file's name (`..._layer12_shard0-0.csv`)."""
-    found = re.search(r"layer[_-]?(\d{1,5})(?!\d)", path.stem, re.IGNORECASE)
-    return int(found[1]) if found else None
+def says_layer(name: str) -> int | None:
+    """The layer that a name says with the word `layer` and a number."""
+    found = _LAYER.findall(name)
+    return int(found[-1]) if found else None
 
 
 def layer_of_name(path: Path) -> int | None:

@@ -27,11 +27,13 @@ FORMATS = {
     "jsonl": 'route logs in JSON lines with {"type": "route"}, as patches of vLLM write them',
     "lattice": "routing traces (JSON lines) of lattice",
     "llamacpp": "CSV of llama.cpp's moe-trace tools",
+    "mbolt": "routing logs (binary) of mbolt's patch of llama.cpp",
     "megatron": "routing traces (JSON lines) of Megatron-LM, a file a rank, or answers of its inference server",
     "moe-cache-eval": "event traces (safetensors) of moe-cache-eval",
     "moe-policylang": "expert activation traces (JSON lines) of MoE-PolicyLang",
     "trtllm": "expert statistics (safetensors) of TensorRT-LLM, a file a rank",
     "vllm": "vLLM's routed experts of each request: .npy files, or HTTP responses (JSON or JSON lines)",
+    "npy-layers": "a NumPy file (.npy) a layer, [rows, top_k], whose name says which: layer_0.npy, moe_layer_12.npy",
     "sglang-request": "SGLang's routed experts of each request: HTTP responses, or their base64 texts",
     "oracle-general": "accesses to experts in libCacheSim's binary format, as `moetrace export` writes them",
     "any-table": "any table (Parquet, CSV, JSON lines) whose columns are named or well known",
@@ -78,6 +80,7 @@ def read_captures(
             raise MoetraceError(f"{source} is not a file." if source.exists() else f"there is no file {source}.")
     files: list[Path] = []
     told = format is not None
+    told_only = ("any-table", "npy-layers") if told else ("any-table",)  # content alone does not show these
     for source in sources:
         if source.is_dir():
             format, found = _files_in(source, format, told)
@@ -85,7 +88,7 @@ def read_captures(
             continue
         format = format or detect(source)
         files.append(source)
-        if len(sources) > 1 and format != "any-table" and not _is(format, source):
+        if len(sources) > 1 and format not in told_only and not _is(format, source):
             raise MoetraceError(f"{source} is not of the format {format}: import sources of one format at a time.")
     return _importer(format or "").read(files, hints or Hints())
 

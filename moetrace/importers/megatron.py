@@ -7,68 +7,68 @@ Blocks of multi-token prediction are left out. The n-th record of a layer in a s
 Ranks that name the same layers hold different tokens (data or sequence parallel), which follow one another in the order
 of ranks; a rank whose records equal those of another (tensor parallel) is a copy and left out. Ranks that name other
 layers are pipeline stages: the first of each stage belong together, and so on. A micro-batch of all ranks is one step.
-Tokens at the end of a micro-batch that are -1 in all layers are padding, and left out.
+Tokens at the end of a micro-batch that are -1 in all layers are padding, and left out. A record whose ids are missing
+or of another shape leaves its cells absent; a line that is no record at all is left out.
 Answers of the inference server are read by `megatron_answers`.
 Neither requests nor phases are recorded: a rank's tokens of a step are the prefill of a request of their own, or, if it
 is one token, the decode that continues the request before. The number of experts is not said.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from moetrace.importers.captured import FIRST_BYTES, SPARSEST, Capture, Hints
 from moetrace.importers.megatron_answers import KEY, read_answers
+from moetrace.importers.megatron_records import OUTLINE, UNKNOWN, Outline, RankRecords, outline
 from moetrace.importers.reading.passes import half
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.text import first_bytes, json_lines
 from moetrace.importers.vllm import without_event
 from moetrace.spec.errors import MoetraceError, counted
-from moetrace.trace.schema import DECODE, MAX_LAYERS, PREFILL, check_sizes
+from moetrace.trace.schema import DECODE, PREFILL, check_sizes
 
 _KEYS = (b'"step"', b'"layer"', b'"num_tokens"', b'"topk"', b'"top_indices"')
 
 
-class _Outline(msgspec.Struct, gc=False):
-    step: int
-    layer: int
-    num_tokens: int
-    topk: int
-    top_indices: msgspec.Raw
-    rank: int = 0
-    block: str = "decoder"
+_ROWS = msgspec.json.Decoder(list[list[int]])  # of a record
+_RECORDS = msgspec.json.Decoder(list[list[list[int]]])
 
 
-class _Record(msgspec.Struct, gc=False):
-    num_tokens: int
-    topk: int
-    top_indices: list[list[int]]
-    block: str = "decoder"
+class _OddRecords:
+    """Counts records that can't be used, whose cells are absent; `--strict` refuses them."""
 
+    def __init__(self, ranks: Sequence[RankRecords], hints: Hints) -> None:
+        self._strict, self._note = hints.strict, hints.note
+        self.records = sum(int(rank.records[rank.tokens == UNKNOWN].sum()) for rank in ranks)
+        self.first = next((rank.odd for rank in ranks if rank.odd), "")
+        self._all = sum(rank.layer.size for rank in ranks)
+        self._lost = [sentence for rank in ranks for sentence in rank.lost]
 
-class _RankRecords(NamedTuple):
-    """What the records of a file say but for the ids; mtp blocks left out.
+    def take(self, sentence: str, records: int = 1) -> None:
+        """Count further ones."""
+        if self._strict:
+            raise MoetraceError(sentence)
+        self.records += records
+        self.first = self.first or sentence
 
-    A run is records that follow one another and are of one step and micro-batch: mostly a record of each layer.
-    """
-
-    path: Path
-    rank: int
-    layer: np.ndarray  # uint16 [records]
-    records: np.ndarray  # int32 [runs]
-    step: np.ndarray  # int32 [runs]
-    batch: np.ndarray  # int32 [runs]: number of the micro-batch within the step
-    tokens: np.ndarray  # int32 [runs]: of each record
-    padding: np.ndarray  # int32 [runs]: how many of them, the last ones, are -1 in every slot
-    top_k: int
-    digest: bytes
-    left_out: int  # records of mtp blocks
+    def told(self, where: str) -> dict[str, Any]:
+        """What `source` says of them; notes say it too. Raise MoetraceError if they are half of all or more."""
+        if 2 * self.records >= self._all:
+            raise MoetraceError(self.first)
+        told: dict[str, Any] = {}
+        if self.records:
+            told["absent_routes_of_another_shape"] = self.records
+            self._note(f"{where}: {counted(self.records, 'record')} of another shape left absent: {self.first}")
+        if self._lost:
+            told["left_out_lines"] = len(self._lost)
+            self._note(f"{where}: left out {counted(len(self._lost), 'line')} that can't be read: {self._lost[0]}")
+        return told
 
 
 def recognize(first: bytes, name: str) -> bool:
@@ -98,7 +98,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 
 def _read(paths: Sequence[Path], hints: Hints) -> Capture:
     num_experts = hints.need("num_experts", paths[0])
-    ranks = sorted((_outline(path, hints) for path in paths), key=lambda rank: rank.rank)
+    ranks = sorted((outline(path, hints) for path in paths), key=lambda rank: rank.rank)
     ranks = [rank for rank in ranks if rank.layer.size]
     if not ranks:
         raise MoetraceError(f"{paths[0]} has no records of decoder layers.")
@@ -110,8 +110,9 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
     layer_index = np.unique(np.concatenate([rank.layer for rank in ranks]))
     kept, column = _columns(ranks)
     check_sizes(str(kept[0].path), num_experts, kept[0].top_k, layer_index.size, 1, 1)
-    table = _Batches(kept, column)
-    cells = sum(int((rank.tokens.astype(np.int64) * rank.records).sum()) for rank in kept)
+    odd = _OddRecords(kept, hints)
+    table = _Batches(kept, column, odd)
+    cells = sum(int((np.maximum(rank.tokens, 0).astype(np.int64) * rank.records).sum()) for rank in kept)
     if table.rows * layer_index.size > SPARSEST * cells + 2**16:
         raise MoetraceError(f"{kept[0].path}: records are too few for {table.rows} tokens in all layers.")
     spool = Spool(hints, num_experts, layer_index.size, kept[0].top_k)
@@ -119,7 +120,7 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
     placeholders = Placeholders(num_experts, hints)
     for rank, *rows in zip(kept, table.first_rows, table.kept, strict=True):
         entry = np.searchsorted(layer_index, rank.layer).astype(np.uint16)
-        _fill(spool, rank, entry, rows, placeholders, hints)
+        _fill(spool, rank, entry, rows, placeholders, (odd, hints))
     facts: dict[str, Any] = {"format": "megatron", "engine": "Megatron-LM", "ranks": len(kept)}
     facts["requests"] = "not recorded: the tokens of a rank and step are one, a single token continues it"
     if left_out := sum(rank.left_out for rank in ranks):
@@ -127,7 +128,7 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
     if table.padding:
         facts["left_out_padding_rows"] = table.padding
         hints.note(f"{paths[0]}: left out {counted(table.padding, 'row')} of padding (-1 in every slot).")
-    facts |= placeholders.told(str(paths[0]))
+    facts |= odd.told(str(paths[0])) | placeholders.told(str(paths[0]))
     if len(kept) < len(ranks):
         facts["left_out_ranks_that_are_copies"] = [rank.rank for rank in ranks if rank not in kept]
     return Capture(
@@ -147,153 +148,71 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
     )
 
 
-def _outline(path: Path, hints: Hints) -> _RankRecords:
-    """Read a file for the first time; ids are only counted, which tells how much there will be."""
-    seen: set[tuple[int, int]] = set()  # (rank, top_k)
-    digest = hashlib.sha256()
-    number = left_out = 0
-    runs = _Runs(path)
-    for _, records in json_lines(path, _Outline, half(hints)):
-        padded: dict[int, int] = {}  # by number, of the records that hold a -1
-        for record in records:
-            number += 1
-            raw = bytes(record.top_indices)
-            if raw.count(b"[") - 1 != record.num_tokens or not 0 <= record.step < 2**31:
-                raise MoetraceError(f"{path}: record {number} does not hold the num_tokens, or step, that it says.")
-            if not 0 <= record.layer < MAX_LAYERS:
-                raise MoetraceError(f"{path}: record {number} is of layer {record.layer}.")
-            if record.block == "decoder":
-                digest.update(b"%d %d " % (record.step, record.layer) + raw)
-                seen.add((record.rank, record.topk))
-                if b"-" in raw:
-                    padded[number] = _padding(raw)
-        mine = [(r.step, r.layer, r.num_tokens) for r in records if r.block == "decoder"]
-        left_out += len(records) - len(mine)
-        if len(seen) > 1:
-            raise MoetraceError(f"{path}: records up to {number} differ in rank or topk.")
-        padding = np.zeros(len(mine), np.int64)
-        if padded:
-            first = number - len(records) + 1
-            numbers = [at for at, record in enumerate(records, first) if record.block == "decoder"]
-            padding[:] = [padded.get(at, 0) for at in numbers]
-        runs.add(np.array(mine, np.int64).reshape(-1, 3), padding, number)
-    rank, top_k = next(iter(seen), (0, 0))
-    if not 0 <= rank < 2**31:
-        raise MoetraceError(f"{path} is of rank {rank}.")
-    layers, sizes, steps, batches, tokens, padding = runs.joined()
-    return _RankRecords(path, rank, layers, sizes, steps, batches, tokens, padding, top_k, digest.digest(), left_out)
-
-
-def _padding(raw: bytes) -> int:
-    """How many of the last tokens have -1 in every slot, as a CUDA graph pads a batch."""
-    try:
-        rows = msgspec.json.decode(raw, type=list[list[int]])
-    except (msgspec.MsgspecError, RecursionError):
-        return 0  # the second reading refuses it
-    return next((number for number, row in enumerate(reversed(rows)) if set(row) != {-1}), len(rows))
-
-
-class _Runs:
-    """Gathers records into runs: the n-th record of a layer in a step is of its n-th micro-batch."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._step = -1  # the last one so far
-        self._count = np.zeros(MAX_LAYERS, np.int32)  # of its records, of each layer
-        self._layers: list[np.ndarray] = []
-        self._runs: list[np.ndarray] = []
-
-    def add(self, records: np.ndarray, padding: np.ndarray, number: int) -> None:
-        """Add records int64 [n, (step, layer, tokens)], their padding int64 [n]; `number` is that of the last one."""
-        if not len(records):
-            return
-        step, layer, tokens = records.T
-        if (np.diff(np.r_[self._step, step]) < 0).any():
-            raise MoetraceError(
-                f"{self._path}: among the records up to {number}, steps go back: import one run at a time."
-            )
-        batch = _nth(step, layer) + np.where(step == self._step, self._count[layer], 0)
-        if step[-1] != self._step:
-            self._step = int(step[-1])
-            self._count[:] = 0
-        self._count += np.bincount(layer[step == self._step], minlength=MAX_LAYERS).astype(np.int32)
-        table = np.stack([step, batch, tokens])
-        begins = (np.diff(table) != 0).any(axis=0)
-        if padding.any():
-            begins |= np.diff(padding) != 0
-        starts = np.r_[0, np.flatnonzero(begins) + 1]
-        sizes = np.diff(np.r_[starts, len(records)])
-        self._layers.append(layer.astype(np.uint16))
-        self._runs.append(np.stack([sizes, *table[:, starts], padding[starts]]).astype(np.int32))
-
-    def joined(self) -> tuple[np.ndarray, ...]:
-        """Layers of all records; records, step, micro-batch, tokens and padding of all runs."""
-        layers = np.concatenate([np.zeros(0, np.uint16), *self._layers])
-        return layers, *np.concatenate([np.zeros((5, 0), np.int32), *self._runs], axis=1)
-
-
-def _nth(step: np.ndarray, layer: np.ndarray) -> np.ndarray:
-    """How many records before each have the same step and layer."""
-    order = np.lexsort((layer, step))  # stable
-    alike = np.r_[False, (np.diff(step[order]) == 0) & (np.diff(layer[order]) == 0)]
-    starts = np.flatnonzero(~alike)
-    nth = np.empty(step.size, np.int64)
-    nth[order] = np.arange(step.size) - np.repeat(starts, np.diff(np.r_[starts, step.size]))
-    return nth
-
-
-def _columns(ranks: list[_RankRecords]) -> tuple[list[_RankRecords], list[int]]:
+def _columns(ranks: list[RankRecords]) -> tuple[list[RankRecords], list[int]]:
     """The ranks but for copies, and which of the ranks of its stage each is."""
-    stages: dict[tuple[int, ...], dict[bytes, _RankRecords]] = {}
+    stages: dict[tuple[int, ...], list[RankRecords]] = {}
     for rank in ranks:
-        stages.setdefault(tuple(np.unique(rank.layer).tolist()), {}).setdefault(rank.digest, rank)
+        stage = stages.setdefault(tuple(np.unique(rank.layer).tolist()), [])
+        if stage and (lost := [*stage[0].lost, *rank.lost]):
+            raise MoetraceError(
+                f"{lost[0].rstrip('.')}, and nothing tells whether {rank.path} is a copy of {stage[0].path}: import "
+                f"one of them."
+            )
+        if not any(rank.is_copy_of(other) for other in stage):
+            stage.append(rank)
     width = len(next(iter(stages.values())))
     for stage in stages.values():
         if len(stage) != width:
-            one, other = ranks[0].path, next(iter(stage.values())).path
+            one, other = ranks[0].path, stage[0].path
             raise MoetraceError(
                 f"{one} and {other} hold other layers, but there are {width} and {len(stage)} ranks of such, which do "
                 f"not belong together."
             )
-    kept = [(rank, column) for stage in stages.values() for column, rank in enumerate(stage.values())]
+    kept = [(rank, column) for stage in stages.values() for column, rank in enumerate(stage)]
     return [rank for rank, _ in kept], [column for _, column in kept]
 
 
 class _Batches:
     """The rows of all micro-batches of all ranks: where the tokens of each run begin, and what each row is."""
 
-    def __init__(self, ranks: list[_RankRecords], column: list[int]) -> None:
+    def __init__(self, ranks: list[RankRecords], column: list[int], odd: _OddRecords) -> None:
         sizes = [rank.step.size for rank in ranks]
-        step, nth, tokens, padding = (
+        step, nth, tokens, padding, records = (
             np.concatenate([getattr(rank, name) for rank in ranks]).astype(np.int64)
-            for name in ("step", "batch", "tokens", "padding")
+            for name in ("step", "batch", "tokens", "padding", "records")
         )
         named, (_, step) = step, np.unique(step, return_inverse=True)
         width, deep = max(column) + 1, int(nth.max()) + 1
         if (int(step.max()) + 1) * width * deep >= 2**62:
             raise MoetraceError(f"{ranks[0].path}: there are too many micro-batches.")
         forward = step * deep + nth
-        key, first, batch = np.unique(
-            forward * width + np.repeat(column, sizes), return_index=True, return_inverse=True
-        )
-        size = tokens[first]  # of each batch
-        if (wrong := size[batch] != tokens).any():
-            at = int(wrong.argmax())
+        key, batch = np.unique(forward * width + np.repeat(column, sizes), return_inverse=True)
+        size = _most_common(batch, tokens, records)  # of each batch
+        wrong = (tokens != size[batch]) & (tokens != UNKNOWN)
+        for at in np.flatnonzero(wrong).tolist():
             rank = ranks[int(np.searchsorted(np.cumsum(sizes), at, side="right"))]
-            raise MoetraceError(
+            sentence = (
                 f"{rank.path}: a layer of step {named[at]} has {tokens[at]} tokens, but "
-                f"another one in the same micro-batch has {size[batch][at]}."
+                f"another one in the same micro-batch has {abs(size[batch][at])}."
             )
+            if size[batch][at] < 0:
+                raise MoetraceError(sentence)
+            odd.take(sentence, int(records[at]))
+        used = (tokens == size[batch]) & (tokens != UNKNOWN)
+        size = np.maximum(size, 0)
         # A token is padding if it is in every layer: a router may drop one of a layer.
         padded = size.copy()
-        np.minimum.at(padded, batch, padding)
+        np.minimum.at(padded, batch[used], padding[used])
         self.padding, size = int(padded.sum()), size - padded
         self.rows = int(size.sum())
         if not 0 < self.rows < 2**31:
-            raise MoetraceError(f"{ranks[0].path}: there are {self.rows} tokens, but must be 1 to {2**31 - 1}.")
+            raise MoetraceError(
+                odd.first or f"{ranks[0].path}: there are {self.rows} tokens, but must be 1 to {2**31 - 1}."
+            )
         starts = np.cumsum(size) - size
         self.first_rows = np.split(starts[batch], np.cumsum(sizes)[:-1])
-        self.kept = np.split(size[batch], np.cumsum(sizes)[:-1])  # tokens that are no padding
+        # Tokens that are no padding, or UNKNOWN of records that can't be used.
+        self.kept = np.split(np.where(used, size[batch], UNKNOWN), np.cumsum(sizes)[:-1])
         _, forward = np.unique(key // width, return_inverse=True)
         step_rows = np.bincount(forward, weights=size).astype(np.int64)
         self.step_rows = step_rows[step_rows > 0]
@@ -301,6 +220,28 @@ class _Batches:
         request, position = _requests(key % width, size)
         self.request = np.repeat(request, size)
         self.position = np.repeat(position - starts, size) + np.arange(self.rows)
+
+
+def _most_common(batch: np.ndarray, tokens: np.ndarray, records: np.ndarray) -> np.ndarray:
+    """Return the tokens that more than half of the records of each batch have, as far as they are known.
+
+    Args:
+        batch: Of each run, from 0, int64 [runs].
+        tokens: Of each of its records, or UNKNOWN, int64 [runs].
+        records: How many, int64 [runs].
+
+    Returns:
+        int64 [batches]: the tokens; 0 if all are UNKNOWN, and less than 0 (-tokens) if no more than half agree.
+    """
+    known = tokens != UNKNOWN
+    pairs, which = np.unique(np.stack([batch[known], tokens[known]]), axis=1, return_inverse=True)
+    votes = np.bincount(which.ravel(), weights=records[known])
+    size, most, all_votes = (np.zeros(int(batch.max()) + 1, np.int64) for _ in range(3))
+    np.add.at(all_votes, pairs[0], votes.astype(np.int64))
+    np.maximum.at(most, pairs[0], votes.astype(np.int64))
+    best = votes == most[pairs[0]]
+    size[pairs[0][best]] = pairs[1][best]
+    return np.where(2 * most > all_votes, size, -size)
 
 
 def _requests(column: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -317,43 +258,65 @@ def _requests(column: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _fill(
     spool: Spool,
-    rank: _RankRecords,
+    rank: RankRecords,
     entry: np.ndarray,
     rows: Sequence[np.ndarray],
     placeholders: Placeholders,
-    hints: Hints,
+    told: tuple[_OddRecords, Hints],
 ) -> None:
     """Read a file again and put its ids at their rows; `rows` are of each run the first, and how many to keep."""
-    first, kept = rows
-    padded = bool((kept < rank.tokens).any())
-    done, number = 0, 0
+    (first, kept), (odd, hints) = rows, told
+    done = number = 0
     ends = np.cumsum(rank.records)
-    for _, found in json_lines(rank.path, _Record, half(hints)):
-        records = [record for record in found if record.block == "decoder"]
-        for record in records:
-            if set(map(len, record.top_indices)) - {rank.top_k}:
-                raise MoetraceError(f"{rank.path}: record {number + 1} and on have rows not of {rank.top_k} experts.")
+    for _, found in json_lines(rank.path, OUTLINE, half(hints), bad=len):
+        records = [record for record in found if record is not None and record.block == "decoder"]
         number += len(found)
-        if not records:
-            continue
         run = np.searchsorted(ends, np.arange(done, done + len(records)), side="right")
-        layers = entry[done : done + len(records)]
+        used = kept[run] != UNKNOWN
+        layers, run = entry[done : done + len(records)][used], run[used]
         done += len(records)
-        ids = _flat(rank, records, placeholders, number - len(found))
+        if not run.size:
+            continue
+        taken = [record for record, use in zip(records, used.tolist(), strict=True) if use]
+        ids = _flat(rank, _ids_of(rank, taken, odd), placeholders, (number - len(found), number))
         size = rank.tokens[run].astype(np.int64)
         starts = np.cumsum(size) - size
         row = np.arange(len(ids)) + np.repeat(first[run] - starts, size)
         layers = np.repeat(layers, size)
-        if padded:
+        if (kept[run] < size).any():
             real = np.arange(len(ids)) < np.repeat(starts + kept[run], size)
             row, layers, ids = row[real], layers[real], ids[real]
         spool.put(row, layers, experts=ids)
 
 
-def _flat(rank: _RankRecords, records: list[_Record], placeholders: Placeholders, before: int) -> np.ndarray:
-    """The ids [tokens, top_k] of some records, with the mark of a trace for absent."""
-    rows: Iterator[list[int]] = chain.from_iterable(record.top_indices for record in records)
-    count = sum(len(record.top_indices) for record in records)
+def _ids_of(rank: RankRecords, records: list[Outline], odd: _OddRecords) -> list[list[list[int]]]:
+    """The ids of records; -1 in all slots of one whose rows are of another length."""
+    texts = [bytes(record.top_indices) for record in records]
+    try:
+        found = _RECORDS.decode(b"[" + b",".join(texts) + b"]")
+    except msgspec.MsgspecError:
+        found = [_rows_of(text) for text in texts]
+    for at, (record, rows) in enumerate(zip(records, found, strict=True)):
+        if set(map(len, rows)) - {rank.top_k} or len(rows) != record.num_tokens:
+            where = f"{rank.path}: the record of step {record.step}, layer {record.layer}"
+            odd.take(f"{where} has rows that are not of {rank.top_k} experts.")
+            found[at] = [[-1] * rank.top_k] * (record.num_tokens or 0)
+    return found
+
+
+def _rows_of(text: bytes) -> list[list[int]]:
+    try:
+        return _ROWS.decode(text)
+    except msgspec.MsgspecError:
+        return [[]]
+
+
+def _flat(
+    rank: RankRecords, records: list[list[list[int]]], placeholders: Placeholders, between: tuple[int, int]
+) -> np.ndarray:
+    """The ids [tokens, top_k] of some of the records `between`, with the mark of a trace for absent."""
+    rows: Iterator[list[int]] = chain.from_iterable(records)
+    count = sum(map(len, records))
     try:
         ids = np.fromiter(chain.from_iterable(rows), np.int64, count * rank.top_k).reshape(count, rank.top_k)
     except OverflowError:
@@ -362,7 +325,7 @@ def _flat(rank: _RankRecords, records: list[_Record], placeholders: Placeholders
     if wrong is not None:
         experts = placeholders.num_experts
         raise MoetraceError(
-            f"{rank.path}: one of the records {before + 1} to {before + len(records)} holds an expert that is not 0 to "
+            f"{rank.path}: one of the records {between[0] + 1} to {between[1]} holds an expert that is not 0 to "
             f"{experts - 1}{advice(int(ids[wrong]), experts)}."
         )
     return np.where(ids < 0, placeholders.absent, ids) if negative else ids

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from moetrace.importers.captured import Capture, Hints
+from moetrace.importers.npy_layers import holds_layer
 from moetrace.importers.reading import npy
 from moetrace.importers.reading.request_spool import NO_ROUTING, UNREADABLE, RequestSpool
 from moetrace.importers.reading.responses import Choice, Payload, Response, array_of, from_base64, responses, told_of
@@ -49,7 +50,7 @@ def recognize(first: bytes, name: str) -> bool:
             header = npy.read_header(name, io.BytesIO(first))
         except (MoetraceError, ValueError, EOFError):
             return True  # damaged or refused: `read` says why
-        return len(header.shape) == 3 and header.dtype.kind in "iu"
+        return len(header.shape) == 3 and header.dtype.kind in "iu" and not holds_layer(header.shape, name)
     start = first.lstrip()
     if start.startswith(_NPY_IN_BASE64):
         return True
@@ -85,8 +86,12 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     for path in sources:
         first = first_bytes(path, 64).lstrip()
         if first.startswith(npy.MAGIC):
+<<<<<<< HEAD
             engine = "vLLM"
             requests.add(str(path), _mapped(path, hints))
+=======
+            requests.add(str(path), npy.mapped(path, hints.reading))
+>>>>>>> h-maps
         elif first.startswith(_NPY_IN_BASE64):
             engine = "vLLM"
             text = text_of(path)
@@ -108,6 +113,7 @@ def natural(path: Path) -> list[tuple[int, int, str]]:
     return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces]
 
 
+<<<<<<< HEAD
 def _mapped(path: Path, hints: Hints) -> np.ndarray:
     """The array of an npy file, from which a part is read when it is needed."""
     where = str(path)
@@ -138,6 +144,8 @@ def _add_payload(requests: RequestSpool, where: str, response: Response) -> bool
     return True
 
 
+=======
+>>>>>>> h-maps
 def add_response(
     requests: RequestSpool,
     where: str,

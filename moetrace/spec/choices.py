@@ -135,6 +135,7 @@ class Residency(PolicyChoice, frozen=True, kw_only=True):
         order: what is evicted: BY_SCORE (of the hook), BY_TOUCH, BY_ADMISSION or BY_HAND.
         admits: whether a copy that arrives may be kept as long as nothing else is said.
         begin: `begin(policy, state, decoded)`, called before the first step of a system with a link.
+        keeps: of a residency whose set never changes, `keeps(policy, room)`: the keys that it keeps, int64 [n].
         starts_full: whether `begin` puts experts on the GPU, free of charge.
         shares_slots: whether all layers share the slots, whatever `scope` says.
         prefetches: names of those that it goes with, beside `none` and those that name it themselves.
@@ -146,6 +147,7 @@ class Residency(PolicyChoice, frozen=True, kw_only=True):
     order: int = BY_SCORE
     admits: bool = True
     begin: Callable | None = None
+    keeps: Callable | None = None
     starts_full: bool = False
     shares_slots: bool = False
     prefetches: tuple[str, ...] = ()

@@ -1,24 +1,22 @@
-"""Plans as engines read them, SGLang's JSON and TensorRT-LLM's YAML: which expert is in each slot of each unit.
+"""Plans as engines read them: which expert is in each slot of each unit.
 
-SGLang (`--init-expert-location FILE.json`, sglang/srt/eplb/expert_location.py): `physical_to_logical_map`, for each
-layer of the model, dense ones included, the expert in each slot. TensorRT-LLM (`moe_load_balancer: FILE.yaml`,
+`plan_json` reads those of SGLang, vLLM and vllm-ascend. TensorRT-LLM (`moe_load_balancer: FILE.yaml`,
 examples/ep_load_balancer): `num_slots`, `layer_updates_per_iter` (0: the plan stays) and
-`initial_global_assignments`, the same by index of the MoE layer. In both, units have successive slots, equally many.
+`initial_global_assignments`, the expert in each slot by index of the MoE layer. Everywhere, units have successive
+slots, equally many.
 """
 
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
-import msgspec
 import numpy as np
-from msgspec import UNSET, Meta
 
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.model import Model
 from moetrace.spec.ordinary_file import read_ordinary
+from moetrace.spec.plan_json import check_numbers, rows_of_json
 
 FORMATS = {".json": "SGLang", ".yaml": "TensorRT-LLM", ".yml": "TensorRT-LLM"}
 MAX_SLOTS = 1 << 16  # of a layer
@@ -33,16 +31,14 @@ _ENTRY = re.compile(r" *([0-9]{1,6}) *: *(\[[^][{}]*\]) *(?:,|$) *", re.ASCII)
 _COMMENT = re.compile(r"(?:^|(?<=[ \t]))#")
 
 
-class _SGLang(msgspec.Struct):
-    physical_to_logical_map: list[list[Annotated[int, Meta(ge=0, le=65535)]]]
-
-
 def form_of(path: Path) -> str:
     """Return whose format the name of a plan file says, a value of `FORMATS`; raise UsageError if none's."""
     try:
         return FORMATS[path.suffix.lower()]
     except KeyError:
-        raise UsageError(f"{path} does not say whose plan it is: .json is SGLang's, .yaml TensorRT-LLM's.") from None
+        raise UsageError(
+            f"{path} does not say whose plan it is: .json is SGLang's, vLLM's or vllm-ascend's, .yaml TensorRT-LLM's."
+        ) from None
 
 
 def load_plan(
@@ -51,8 +47,9 @@ def load_plan(
     """Read the plan of a file.
 
     Args:
-        path: SGLang's file (.json) or TensorRT-LLM's (.yaml). SGLang's may also have a row for each MoE layer only.
-            A plan of more layers is taken if these are the model's others, or dense ones before the last.
+        path: The file of SGLang, vLLM or vllm-ascend (.json), or of TensorRT-LLM (.yaml). SGLang's may also have a
+            row for each MoE layer only. A plan of more layers is taken if these are the model's others, or dense ones
+            before the last.
         layer_index: Absolute index of each MoE layer in the model, int64 [L].
         experts: Experts of a layer.
         units: Number of units that share the slots.
@@ -70,7 +67,7 @@ def load_plan(
     form = form_of(path)
     text = _text(path)
     if form == "SGLang":
-        slots = _from_sglang(path, text, layer_index, model)
+        slots = rows_of_json(path, text, layer_index, units, model)
     else:
         slots = _from_trtllm(path, text, layer_index, units, model)
     sizes = {len(row) for row in slots}
@@ -99,46 +96,6 @@ def _text(path: Path) -> str:
         raise MoetraceError(f"{path} is no text file.") from None
 
 
-def _check_numbers(path: Path, has: set[int], layer_index: np.ndarray, model: Model | None) -> None:
-    """Raise unless the layers that a plan `has` beside those of the trace are told to be others.
-
-    They are others if the plan has all layers of a model whose MoE layers the trace has; if no model tells, if they
-    are before the last and so dense. TensorRT-LLM's files leave dense layers out: where such a plan begins as the trace
-    does, in a layer that is not the first, both count alike.
-    """
-    layers = layer_index.tolist()
-    if has == set(layers):
-        return
-    numbers = None if model is None else model.layer_index
-    if model is not None and numbers is not None and model.all_layers is not None:
-        stop = model.all_layers + (0 if model.mtp_layers is UNSET else model.mtp_layers)
-        if np.isin(layers, numbers).all() and has.issuperset(numbers.tolist()) and max(has) < stop:
-            return
-        why = f"and {model.name} has MoE layers from {numbers[0]} to {numbers[-1]}: "
-    else:
-        if max(has) == layers[-1] or min(has) == layers[0] > 0:
-            return
-        why = "and nothing says which of them these are: name the model with --model, "
-    raise MoetraceError(
-        f"{path} has {len(has)} layers ({min(has)} to {max(has)}), but the trace has {len(layers)} ({layers[0]} to "
-        f"{layers[-1]}), {why}number the trace as the plan (`moetrace select --first-layer N`), or keep only its "
-        f"layers in the plan."
-    )
-
-
-def _from_sglang(path: Path, text: str, layer_index: np.ndarray, model: Model | None) -> list[list[int]]:
-    try:
-        rows = msgspec.json.decode(text, type=_SGLang).physical_to_logical_map
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise MoetraceError(f"{path} is no plan of SGLang's: {str(error).rstrip('.')[:200]}.") from None
-    if len(rows) == len(layer_index):
-        return rows
-    if len(rows) > layer_index[-1]:
-        _check_numbers(path, set(range(len(rows))), layer_index, model)
-        return [rows[layer] for layer in layer_index]
-    raise MoetraceError(f"{path} has {len(rows)} layers, but the trace has layers up to {layer_index[-1]}.")
-
-
 def _from_trtllm(path: Path, text: str, layer_index: np.ndarray, units: int, model: Model | None) -> list[list[int]]:
     numbers, layers = _parse(path, text)
     if numbers.get("ep_size", units) != units:
@@ -146,7 +103,7 @@ def _from_trtllm(path: Path, text: str, layer_index: np.ndarray, units: int, mod
     missing = next((layer for layer in layer_index.tolist() if layer not in layers), None)
     if missing is not None:
         raise MoetraceError(f"{path} has no layer {missing} among its initial_global_assignments.")
-    _check_numbers(path, set(layers), layer_index, model)
+    check_numbers(path, set(layers), layer_index, model)
     rows = [layers[layer] for layer in layer_index.tolist()]
     if any(len(row) != numbers.get("num_slots") for row in rows):
         raise MoetraceError(f"{path}: num_slots must be there and the number of slots of every layer.")

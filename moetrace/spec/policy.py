@@ -24,7 +24,7 @@ _OWN_READS = ("half_life", "alpha")
 # Parameters that name a file, which a choice that reads it needs.
 _NEEDED = {
     "loads": "the path of a CSV file of loads, which {} needs",
-    "plan": "the path of a plan file (.json of SGLang, .yaml of TensorRT-LLM), which it needs",
+    "plan": "the path of a plan file (.json of SGLang, vLLM or vllm-ascend, .yaml of TensorRT-LLM), which it needs",
     "static": "the path of a CSV file of layer,expert lines, which {} needs",
 }
 

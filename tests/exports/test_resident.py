@@ -74,8 +74,24 @@ def test_a_manifest_places_each_expert_once(tmp_path):
     assert [tuple(pair) for tier in tiers for pair in tier] == HOTTEST and list(map(len, tiers)) == [4, 5, 9]
     assert manifest["geometry"] == {"n_layers": 3, "n_experts": 6, "bytes_per_expert": None}
     assert manifest["masses"]["vram_frac"] == sum(COUNTS[pair] for pair in HOTTEST[:4]) / COUNTS.total()
-    with pytest.raises(MoetraceError, match="has layers without experts"):
+    with pytest.raises(MoetraceError, match="has 3 MoE layers, and which of a model's layers these are is not known"):
         written(tmp_path / "b.json", "e4b-placement", made((1, 2, 3)), slots=4)
+
+
+def test_a_manifest_numbers_modules_with_experts(tmp_path):
+    dense_first = mt.load_model("deepseek-v2-lite")
+    rows, layers = 4, dense_first.moe_layers
+    ids = np.tile(np.arange(6, dtype=np.uint8), (rows, layers, 1))
+    whole = mt.Trace.from_arrays(ids, num_experts=64, layer_index=dense_first.layer_index, model=dense_first.name)
+    assert whole.layer_index[0] == 1
+    manifest = json.loads(written(tmp_path / "a.json", "e4b-placement", whole, slots=4).read_text())
+    pairs = [tuple(pair) for tier in manifest["tiers"].values() for pair in tier]
+    assert sorted(pairs) == [(layer, expert) for layer in range(layers) for expert in range(64)]
+    part = mt.Trace.from_arrays(
+        ids[:, 1:], num_experts=64, layer_index=dense_first.layer_index[1:], model=dense_first.name
+    )
+    with pytest.raises(MoetraceError, match=f"has {layers - 1} MoE layers, and its model has {layers}"):
+        written(tmp_path / "b.json", "e4b-placement", part, slots=4)
 
 
 def test_layers_in_main_memory(tmp_path):

@@ -43,7 +43,11 @@ def test_a_byte_order_mark_before_a_text_is_no_matter(tmp_path, importer):
         texts = [
             path
             for path in map(Path, sample.files)
+<<<<<<< HEAD
             if path.suffix not in {".pt", ".npy", ".npz", ".safetensors", ".parquet", ".gguf", ".oracleGeneral"}
+=======
+            if path.suffix not in {".pt", ".npy", ".safetensors", ".parquet", ".gguf", ".mbolt"}
+>>>>>>> h-maps
         ]
         if not texts:
             continue

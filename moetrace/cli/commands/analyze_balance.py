@@ -41,7 +41,7 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     multiple=True,
     type=ANY_PATH,
     metavar="FILE",
-    help="A plan in use, SGLang's .json or TensorRT-LLM's .yaml; may be repeated.",
+    help="A plan in use: SGLang's, vLLM's or vllm-ascend's .json, TensorRT-LLM's .yaml; may be repeated.",
 )
 @click.option("--units", type=int, metavar="N", help="Units that hold experts; by default the system's, else 8.")
 @click.option(

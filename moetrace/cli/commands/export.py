@@ -1,4 +1,4 @@
-"""`moetrace export`: a trace in a format of other tools."""
+"""`moetrace export`: a trace, or what a policy keeps, in a format of other tools."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import click
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.tables.output import say
-from moetrace.spec.errors import counted
+from moetrace.spec.errors import UsageError, counted
 
 # The keys of moetrace.exports.FORMATS, which is not imported here so that `--help` stays instant.
 FORMATS = (
@@ -21,11 +21,13 @@ FORMATS = (
     "moe-l2",
     "e4b-placement",
     "llama-args",
+    "vllm-map",
+    "vllm-ascend-map",
 )
 
 
 @click.command()
-@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5|RESULT")
 @click.option("-o", "--output", "out", required=True, type=ANY_PATH, metavar="OUT")
 @click.option(
     "--to",
@@ -48,6 +50,28 @@ FORMATS = (
     metavar="FILE.csv",
     help="Keep these experts, as `analyze cache --export` writes them.",
 )
+@click.option("--policy", metavar="NAME", help="Of a RESULT: the policy, if there are several.")
+@click.option(
+    "--trace",
+    "replayed",
+    type=ANY_PATH,
+    metavar="TRACE.h5",
+    help="Of a RESULT: the trace that was replayed, if the model does not say which layers have experts.",
+)
+@click.option("--units", type=click.IntRange(min=1), metavar="N", help="Of an expert map: units that share the slots.")
+@click.option(
+    "--redundant",
+    type=click.IntRange(min=0),
+    metavar="R",
+    help="Of an expert map: EPLB's further copies a layer; by default one a unit or more.",
+)
+@click.option(
+    "--plan",
+    type=ANY_PATH,
+    metavar="FILE",
+    help="Of an expert map: write this plan (SGLang's, vLLM's or vllm-ascend's .json, TensorRT-LLM's .yaml) instead of "
+    "EPLB's.",
+)
 @click.option(
     "--dram-slots",
     type=click.IntRange(min=0),
@@ -62,9 +86,14 @@ def command(
     slots: int | None,
     layer_slots: int | None,
     held: Path | None,
+    units: int | None,
+    redundant: int | None,
+    plan: Path | None,
     dram_slots: int | None,
+    policy: str | None,
+    replayed: Path | None,
 ) -> None:
-    """Write a trace to OUT in a format of other tools.
+    """Write a trace to OUT in a format of other tools, or what a policy of a replay's RESULT keeps.
 
     \b
     npz                .npz            NumPy arrays, as `import` reads them
@@ -77,18 +106,48 @@ def command(
     moe-l2                             a set of experts, for moe-l2
     e4b-placement                      a set of experts, for experts4bit
     llama-args                         --n-cpu-moe or -ot, for llama.cpp
+    vllm-map                           which expert is in each slot, for vLLM
+    vllm-ascend-map                    the same, for vllm-ascend
 
-    A set is what --slots, --layer-slots or --set says. From a trace that holds counts alone, all but the first three
-    formats can be written.
+    A set is what --slots, --layer-slots or --set says. A map is EPLB's plan for --units, or that of --plan, whose
+    units are so many. From a trace that holds counts alone, all but the first three formats can be written.
+
+    Of a RESULT, a folder of `moetrace replay -o`, the set is what the policy keeps for good, and a map is its
+    placement; --to says the format.
     """
     from moetrace.cli.progress import LateBar
     from moetrace.exports import export
+    from moetrace.exports.planned import PlanChoice
     from moetrace.exports.resident import KeptChoice
     from moetrace.trace.format import Trace
 
-    check_targets({"-o": out}, [trace, *([held] if held else [])])
-    given = (phase, slots, layer_slots, held, dram_slots)
-    choice = KeptChoice(phase or "all", *given[1:]) if any(value is not None for value in given) else None
+    check_targets({"-o": out}, [trace, *([held] if held else []), *([plan] if plan else [])])
+    kept = (slots, layer_slots, held, dram_slots)
+    if trace.is_dir():
+        if phase or units or redundant is not None or plan or kept[:3] != (None,) * 3:
+            raise UsageError(
+                f"{trace} is a replay's result, whose policy says what is kept: give no --phase, --slots, "
+                f"--layer-slots, --set, --units, --redundant and --plan."
+            )
+        if form is None:
+            raise UsageError(f"{trace} is a replay's result: say with --to what of it is wanted.")
+        from moetrace.results.exporting import export_result
+
+        check_targets({"-o": out}, [replayed])
+        export_result(trace, out, to=form, policy=policy, trace=replayed, dram_slots=dram_slots)
+        say(f"{out}: {out.stat().st_size / 1e6:,.1f} MB.")
+        return
+    if policy is not None or replayed is not None:
+        raise UsageError(f"--policy and --trace are of a replay's result, and {trace} is no folder.")
+    if units is not None and kept == (None,) * 4:
+        choice = PlanChoice(units, redundant, plan, phase or "all")
+    elif units is not None or redundant is not None or plan is not None:
+        raise UsageError(
+            "--redundant and --plan go with --units, and none of these with --slots, --layer-slots, --set and "
+            "--dram-slots."
+        )
+    else:
+        choice = KeptChoice(phase or "all", *kept) if phase or kept != (None,) * 4 else None
     with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
         export(opened, out, to=form, choice=choice, progress=bar.advance)
         rows = opened.rows

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moetrace.engine.residency import keep_for_good
+from moetrace.engine.static_room import room_of
+from moetrace.engine.static_set import StaticRoom
 from moetrace.spec.choices import BY_TOUCH, Residency
 from moetrace.spec.errors import UsageError
 from moetrace.spec.policy import PolicySpec, load_static
@@ -14,19 +16,24 @@ if TYPE_CHECKING:
     from moetrace.engine.replay import State
 
 
-def hold_given(policy: PolicySpec, state: "State", decoded: "Decoded") -> None:
-    """Put the experts of a CSV file into the cache; raise UsageError if they are more than it holds."""
+def given(policy: PolicySpec, room: StaticRoom) -> np.ndarray:
+    """Return the experts of a CSV file; raise UsageError if they are more than the cache holds."""
     assert policy.static is not None
-    layers, experts = state.cells.shape
+    layers, experts = room.exists.shape
     pairs = load_static(policy.static, layers, experts)
-    pools, capacity = len(state.cache.residents), state.cache.capacity
-    most = int(np.bincount(pairs[:, 0] if pools > 1 else np.zeros(len(pairs), np.int64), minlength=1).max())
-    if most > capacity:
-        place = "a layer" if pools > 1 else "all layers together"
+    most = int(np.bincount(pairs[:, 0] if room.pools > 1 else np.zeros(len(pairs), np.int64), minlength=1).max())
+    if most > room.capacity:
+        place = "a layer" if room.pools > 1 else "all layers together"
         raise UsageError(
-            f"Policy {policy.name}: {policy.static} holds {most} experts for {place}, but the GPU has {capacity} slots."
+            f"Policy {policy.name}: {policy.static} holds {most} experts for {place}, but the GPU has {room.capacity} "
+            "slots."
         )
-    keep_for_good(state.cells, state.cache, pairs[:, 0] * experts + pairs[:, 1])
+    return pairs[:, 0] * experts + pairs[:, 1]
+
+
+def hold_given(policy: PolicySpec, state: "State", decoded: "Decoded") -> None:
+    """Put the experts of the file into the cache."""
+    keep_for_good(state.cells, state.cache, given(policy, room_of(state, decoded, counts=False)))
 
 
 RECORD = Residency(
@@ -36,6 +43,7 @@ RECORD = Residency(
     order=BY_TOUCH,
     admits=False,
     begin=hold_given,
+    keeps=given,
     starts_full=True,
     list_order=20,
 )

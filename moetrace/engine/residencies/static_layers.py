@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moetrace.engine.residency import keep_for_good
+from moetrace.engine.static_room import room_of
+from moetrace.engine.static_set import StaticRoom
 from moetrace.spec.choices import BY_TOUCH, Residency
 from moetrace.spec.errors import UsageError
 from moetrace.spec.policy import PolicySpec
@@ -14,10 +16,10 @@ if TYPE_CHECKING:
     from moetrace.engine.replay import State
 
 
-def hold_layers(policy: PolicySpec, state: "State", decoded: "Decoded") -> None:
-    """Put whole layers into the cache: `gpu_layers`, else as many as it holds; raise UsageError if they do not fit."""
-    layers, slots = len(state.cells), int(state.cache.capacity)
-    exists = state.queue.weight_bytes.reshape(state.cells.shape) > 0  # layers may have fewer experts than others
+def whole_layers(policy: PolicySpec, room: StaticRoom) -> np.ndarray:
+    """Return whole layers: `gpu_layers`, else as many as the cache holds; raise UsageError if they do not fit."""
+    exists, slots = room.exists, room.capacity
+    layers = len(exists)
     order = np.arange(layers) if policy.gpu_layers_end == "first" else np.arange(layers)[::-1]
     needed = np.r_[0, np.cumsum(np.count_nonzero(exists, axis=1)[order])]  # slots of so many layers
     fitting = int(np.searchsorted(needed, slots, side="right")) - 1
@@ -31,7 +33,12 @@ def hold_layers(policy: PolicySpec, state: "State", decoded: "Decoded") -> None:
         )
     kept = np.zeros_like(exists)
     kept[order[:held]] = exists[order[:held]]
-    keep_for_good(state.cells, state.cache, np.flatnonzero(kept))
+    return np.flatnonzero(kept)
+
+
+def hold_layers(policy: PolicySpec, state: "State", decoded: "Decoded") -> None:
+    """Put the layers into the cache."""
+    keep_for_good(state.cells, state.cache, whole_layers(policy, room_of(state, decoded, counts=False)))
 
 
 RECORD = Residency(
@@ -41,6 +48,7 @@ RECORD = Residency(
     order=BY_TOUCH,
     admits=False,
     begin=hold_layers,
+    keeps=whole_layers,
     starts_full=True,
     shares_slots=True,
     list_order=22,

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moetrace.engine.residency import keep_for_good
-from moetrace.engine.static_set import most_demanded
+from moetrace.engine.static_room import room_of
+from moetrace.engine.static_set import StaticRoom, most_demanded_keys
 from moetrace.spec.choices import BY_TOUCH, Residency
 from moetrace.spec.policy import PolicySpec
 
@@ -14,11 +15,14 @@ if TYPE_CHECKING:
     from moetrace.engine.replay import State
 
 
+def most_popular(policy: PolicySpec, room: StaticRoom) -> np.ndarray:
+    """Return the experts that are demanded in the most steps, as many as the cache holds."""
+    return most_demanded_keys(room)
+
+
 def hold_most_demanded(policy: PolicySpec, state: "State", decoded: "Decoded") -> None:
-    """Put the experts that are demanded in the most steps into the cache, as many as it holds."""
-    count, cache = decoded.demand_count, state.cache
-    wanted = most_demanded(count, np.ones_like(count), cache.capacity, len(cache.residents))
-    keep_for_good(state.cells, cache, np.flatnonzero(wanted))
+    """Put them into the cache."""
+    keep_for_good(state.cells, state.cache, most_popular(policy, room_of(state, decoded)))
 
 
 RECORD = Residency(
@@ -27,6 +31,7 @@ RECORD = Residency(
     order=BY_TOUCH,
     admits=False,
     begin=hold_most_demanded,
+    keeps=most_popular,
     starts_full=True,
     knows_future=True,
     list_order=28,

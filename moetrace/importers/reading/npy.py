@@ -3,6 +3,8 @@
 import io
 import math
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -56,3 +58,19 @@ def from_bytes(where: str, data: bytes) -> np.ndarray:
     if header.header_bytes + header.nbytes != len(data):
         raise MoetraceError(f"{where} says it has shape {header.shape}, but its size differs.")
     return np.frombuffer(data, header.dtype, offset=header.header_bytes).reshape(header.shape)
+
+
+def mapped(path: Path, reading: Callable[[int], object]) -> np.ndarray:
+    """The array of an npy file, from which a part is read when it is needed; `reading` gets its bytes."""
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            header = read_header(where, file)
+    except (ValueError, EOFError) as error:
+        raise MoetraceError(f"{where} is no NumPy array: {str(error)[:200]}.") from error
+    if header.header_bytes + header.nbytes != path.stat().st_size:
+        raise MoetraceError(f"{where} says it has shape {header.shape}, but its size differs.")
+    reading(path.stat().st_size)
+    if not header.nbytes:
+        return np.empty(header.shape, header.dtype)
+    return np.memmap(path, header.dtype, "r", header.header_bytes, header.shape)

@@ -1,0 +1,18 @@
+"""What a replay gives a residency whose set never changes to choose from."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moetrace.engine.static_set import StaticRoom
+
+if TYPE_CHECKING:
+    from moetrace.engine.decoded import Decoded
+    from moetrace.engine.replay import State
+
+
+def room_of(state: "State", decoded: "Decoded", counts: bool = True) -> StaticRoom:
+    """Return the room that a replay has; `counts` says whether the demands of the trace are looked at."""
+    exists = state.queue.weight_bytes.reshape(state.cells.shape) > 0
+    count = decoded.demand_count if counts else np.zeros(exists.size, np.int64)
+    return StaticRoom(exists, int(state.cache.capacity), len(state.cache.residents), count)
