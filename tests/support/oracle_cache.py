@@ -12,6 +12,7 @@ class Access(NamedTuple):
     recorded: int  # 255 = not
     step: int
     share: float = 0.0  # of the step's rows
+    rows: int = 1  # that chose it
 
 
 def events(experts, steps, phases, absent: int, sequential: bool, recorded=None) -> list[list[Access]]:
@@ -33,7 +34,7 @@ def events(experts, steps, phases, absent: int, sequential: bool, recorded=None)
                 keys = [choice.key for choice in choices]
                 ordered = [key for i, key in enumerate(keys) if key not in keys[i + 1 :]]  # by their last choice
                 first_choices = [next(choice for choice in choices if choice.key == key) for key in ordered]
-                found.append([c._replace(share=keys.count(c.key) / rows) for c in first_choices])
+                found.append([c._replace(share=keys.count(c.key) / rows, rows=keys.count(c.key)) for c in first_choices])
         first += rows
     return found
 
@@ -98,7 +99,7 @@ def static(demands: list[list[Access]], policy: str, budget: int, weight, phases
             if access.key in wanted:
                 resident.add(access.key)
             if policy == "static-prefill" and access.phase == 0:
-                count[access.key] = count.get(access.key, 0) + 1
+                count[access.key] = count.get(access.key, 0) + access.rows
     return hits
 
 
