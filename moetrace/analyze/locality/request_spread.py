@@ -9,9 +9,9 @@ def between_requests(ids: np.ndarray, starts: np.ndarray, experts: int) -> float
     """Intraclass correlation of one layer: 0 if requests are alike, 1 if the request decides everything.
 
     Let R requests have n_r rows that made choices, a share p_re of which chose expert e, and a share p_e of all rows.
-    Chance adds `m p_e (1 - p_e)` to the variance of p_re, where `m = mean(1 / n_r)`: the variance of a mean of n_r rows,
-    averaged over the requests. (One over the mean number of rows is less where lengths differ: for independent rows of
-    2 to 1,941 that left a correlation of 0.05.) The correlation is
+    Chance adds `m p_e (1 - p_e)` to the variance of p_re, where `m = mean(1 / n_r)`: the variance of a mean of n_r
+    rows, averaged over the requests. (One over the mean number of rows is less where lengths differ: for independent
+    rows of 2 to 1,941 that left a correlation of 0.05.) The correlation is
     `sum_e (var_r(p_re) - m p_e (1 - p_e)) / sum_e (1 - m) p_e (1 - p_e)`, var with R - 1 below: the variance between
     requests over that of a single choice, both without what chance adds (the one-way random effects ICC for yes-no
     outcomes by moments, Fleiss 1981; requests count alike).
