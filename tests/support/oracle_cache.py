@@ -34,7 +34,9 @@ def events(experts, steps, phases, absent: int, sequential: bool, recorded=None)
                 keys = [choice.key for choice in choices]
                 ordered = [key for i, key in enumerate(keys) if key not in keys[i + 1 :]]  # by their last choice
                 first_choices = [next(choice for choice in choices if choice.key == key) for key in ordered]
-                found.append([c._replace(share=keys.count(c.key) / rows, rows=keys.count(c.key)) for c in first_choices])
+                found.append(
+                    [c._replace(share=keys.count(c.key) / rows, rows=keys.count(c.key)) for c in first_choices]
+                )
         first += rows
     return found
 
