@@ -1,5 +1,6 @@
 """The caches: kernels against a slow oracle, what must hold of any policy, and figures that others published."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def small_trace(seed: int, steps: int = 30, layers: int = 3, most: int = 3, equa
 
 
 def oracle_frame(given: dict, policy: str, budget: int, scope: str, sequential: bool, in_experts: bool) -> dict:
-    """Hits, missed bytes and agreement of each phase by the slow simulator."""
+    """Hits, missed bytes, agreement and what was wholly resident, of each phase, by the slow simulator."""
     layers = given["experts"].shape[1]
     demands = oracle_cache.events(
         given["experts"], given["steps"], given["phase"], 255, sequential, given.get("recorded")
@@ -63,7 +64,7 @@ def oracle_frame(given: dict, policy: str, budget: int, scope: str, sequential: 
     size = given["expert_bytes"]
     weight = np.ones_like(size) if in_experts else size
     pools = [None] if scope == "global" else range(layers)
-    totals = {}
+    totals, made, lacking = {}, {}, {}
     for pool in pools:
         own = [event for event in demands if event and (pool is None or event[0].layer == pool)]
         share = budget if pool is None else budget // layers
@@ -74,17 +75,30 @@ def oracle_frame(given: dict, policy: str, budget: int, scope: str, sequential: 
         hits = oracle_cache.replay(own, policy, share, weight, check, given["phase"])
         for access, hit in zip((access for event in own for access in event), hits, strict=True):
             for phase in ("all", PHASES[access.phase]):
-                t = totals.setdefault(phase, [0, 0, 0, 0, 0])
+                t = totals.setdefault(phase, [0, 0, 0, 0, 0, 0])
+                of = {("row", row) for row in access.rows} | {("step", access.step)}
+                made.setdefault(phase, set()).update(of)
+                lacking.setdefault(phase, set()).update(() if hit else of)
                 t[0] += 1
                 t[1] += hit
                 t[2] += 0 if hit else int(size[access.key])
                 t[3] += access.recorded != 255
                 t[4] += access.recorded != 255 and hit == (access.recorded > 0)
-    return {phase: [t[0], t[1], t[2], t[4] / t[3] if t[3] else None] for phase, t in totals.items()}
+                t[5] += access.recorded != 255 and access.recorded > 0
+
+    def whole(phase, what):
+        all_of = {each for each in made[phase] if each[0] == what}
+        return len(all_of - lacking[phase]) / len(all_of)
+
+    return {
+        phase: [*t[:3], *(n / t[3] if t[3] else None for n in t[4:]), whole(phase, "row"), whole(phase, "step")]
+        for phase, t in totals.items()
+    }
 
 
 def frame_of(frame: pl.DataFrame) -> dict:
-    columns = ["accesses", "hits", "missed_bytes", "recorded_agreement"]
+    columns = ["accesses", "hits", "missed_bytes", "recorded_agreement", "recorded_hit_rate"]
+    columns += ["all_resident_rows", "all_resident_steps"]
     return {row["phase"]: [row[column] for column in columns] for row in frame.iter_rows(named=True) if row["accesses"]}
 
 
@@ -134,6 +148,32 @@ def test_the_textbook_s_reference_string(capacity, lru, belady):
         lru,
         belady,
     ]
+
+
+def test_more_caches_than_bits_are_counted_in_turns(monkeypatch):
+    given = small_trace(5, most=4)
+    budgets = list(range(1, 20))
+    monkeypatch.setattr("moetrace.analyze.cache.hits.MOST_CACHES", 7)
+    frame = cache_hits(Trace.from_arrays(**given), budgets, ["lru", "lfu"])
+    for policy in ("lru", "lfu"):
+        for budget in budgets:
+            own = frame.filter(policy=policy, capacity=str(budget))
+            assert frame_of(own) == oracle_frame(given, policy, budget, "global", False, True)
+
+
+def test_tokens_whose_experts_are_all_resident():
+    """Experts 0 and 1 always together, 2 and 3 each with a rare one: the most frequent two serve no token wholly."""
+    rows = [(0, 1)] * 40 + [(2, 4)] * 25 + [(2, 5)] * 20 + [(3, 6)] * 22 + [(3, 7)] * 23
+    ids = np.random.default_rng(1).permutation(rows).astype(np.uint8).reshape(-1, 1, 2)
+    frame = cache_hits(Trace.from_arrays(ids, num_experts=8), [2, 16], ["static-hindsight", "lru"])
+    rate = frame.filter(phase="all").select("policy", "capacity", "hit_rate", "all_resident_rows").rows()
+    assert rate[0] == ("static-hindsight", "2", pytest.approx(88 / 130 / 2), 0.0)
+    assert rate[1][3] == sum((a == b).all() for a, b in itertools.pairwise(ids)) / 130
+    seen, whole = set(), 0
+    for row in ids[:, 0].tolist():
+        whole += set(row) <= seen
+        seen |= set(row)
+    assert rate[3][3] == whole / 130
 
 
 @pytest.mark.pure

@@ -11,7 +11,6 @@ from moetrace.jit.compile import kernel
 from moetrace.spec.choices import find, planned_placements, resolve
 from moetrace.spec.errors import UsageError
 from moetrace.spec.plan import MAX_SLOTS
-from moetrace.trace.format import Trace
 
 DEFAULT_PLACEMENTS = ("ep", "ep-block", "ep-lpt", "eplb")
 MAX_UNITS = 4096
@@ -97,13 +96,6 @@ def check_tier(tier: Tier) -> None:
     for name, number in (("units", tier.units), ("nodes", tier.nodes), ("groups", tier.groups)):
         if not 1 <= number <= MAX_UNITS:
             raise UsageError(f"{name} are {number}: give 1 to {MAX_UNITS}.")
-
-
-def own_experts(trace: Trace) -> np.ndarray:
-    """Return how many experts each layer of a trace has, int64 [L]."""
-    if trace.layer_experts is None:
-        return np.full(trace.layers, trace.num_experts)
-    return trace.layer_experts.astype(np.int64)
 
 
 def check_placement(placement: str, tier: Tier, experts: int | np.ndarray) -> None:

@@ -24,9 +24,9 @@ from moetrace.analyze.balance.plans import (
     is_made_from_loads,
     make_plan,
     moved_bytes,
-    own_experts,
 )
 from moetrace.analyze.balance.unit_costs import UnitCosts, costs_of
+from moetrace.analyze.sizes import own_experts
 from moetrace.spec import Model, System
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
