@@ -1,6 +1,5 @@
 """The caches: kernels against a slow oracle, what must hold of any policy, and figures that others published."""
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from support import oracle_cache
 from moetrace.analyze.cache import next_use as look_ahead
 from moetrace.analyze.cache.accesses import accesses
 from moetrace.analyze.cache.hit_curve import lru_curve
-from moetrace.analyze.cache.hits import cache_hits, expert_bytes, parse_capacity
+from moetrace.analyze.cache.hits import cache_hits, expert_bytes
 from moetrace.analyze.cache.next_use import NEVER, NextUses
 from moetrace.analyze.locality.reuse import add_all, no_reuse
 from moetrace.analyze.locality.rows import ABSENT
@@ -161,21 +160,6 @@ def test_more_caches_than_bits_are_counted_in_turns(monkeypatch):
             assert frame_of(own) == oracle_frame(given, policy, budget, "global", False, True)
 
 
-def test_tokens_whose_experts_are_all_resident():
-    """Experts 0 and 1 always together, 2 and 3 each with a rare one: the most frequent two serve no token wholly."""
-    rows = [(0, 1)] * 40 + [(2, 4)] * 25 + [(2, 5)] * 20 + [(3, 6)] * 22 + [(3, 7)] * 23
-    ids = np.random.default_rng(1).permutation(rows).astype(np.uint8).reshape(-1, 1, 2)
-    frame = cache_hits(Trace.from_arrays(ids, num_experts=8), [2, 16], ["static-hindsight", "lru"])
-    rate = frame.filter(phase="all").select("policy", "capacity", "hit_rate", "all_resident_rows").rows()
-    assert rate[0] == ("static-hindsight", "2", pytest.approx(88 / 130 / 2), 0.0)
-    assert rate[1][3] == sum((a == b).all() for a, b in itertools.pairwise(ids)) / 130
-    seen, whole = set(), 0
-    for row in ids[:, 0].tolist():
-        whole += set(row) <= seen
-        seen |= set(row)
-    assert rate[3][3] == whole / 130
-
-
 @pytest.mark.pure
 def test_kernels_agree_with_the_oracle_without_numba():
     given = small_trace(1)
@@ -298,30 +282,6 @@ def test_next_uses(seed, rows):
         uses.learn(accesses(trace, sequential=True))
         found = [int(number) for block in accesses(trace, sequential=True) for number in uses.of(block)]
     assert found == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "amount", "unit"),
-    [
-        ("400", 400, "experts"),
-        ("3000MiB", 3000 << 20, "bytes"),
-        ("3GB", 3 * 10**9, "bytes"),
-        ("1.5 gib", 3 << 29, "bytes"),
-        ("0.1kB", 100, "bytes"),
-        ("7B", 7, "bytes"),
-        ("2TB", 2 * 10**12, "bytes"),
-    ],
-)
-def test_capacities(text, amount, unit):
-    assert parse_capacity(text)[:2] == (amount, unit)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "0", "0.0GB", "-3", "1.5", "3 GiBs", "1e3", "9" * 14 + "TiB", "MiB", "3iB", "3\u212aB", "٣", "9" * 99]
-)
-def test_capacities_that_make_no_sense(text):
-    with pytest.raises(UsageError, match="capacity"):
-        parse_capacity(text)
 
 
 def test_sizes_are_the_trace_s_or_the_model_s():

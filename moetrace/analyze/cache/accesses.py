@@ -37,6 +37,14 @@ class Accesses(NamedTuple):
     choice: np.ndarray  # int32 [rows, L, k]
 
 
+class _Asked(NamedTuple):
+    """What of a block is brought beside its keys."""
+
+    rows: bool = False
+    chosen_by: bool = False
+    choices: bool = False
+
+
 class _Room(NamedTuple):
     """Room for the accesses of a block, which kernels fill; what is not asked for has a size of 0."""
 
@@ -79,7 +87,7 @@ def accesses(
         if recorded:
             record = trace.read("recorded", first, first + len(block.request))
             check_recorded(trace.shown, first, record, block.experts)
-        part = _accesses(trace, block, record, sequential, rows, chosen_by, choices)._replace(first=done)
+        part = _accesses(trace, block, record, sequential, _Asked(rows, chosen_by, choices))._replace(first=done)
         done += part.key.size
         yield part
 
@@ -93,7 +101,7 @@ def layer_accesses(
 
     Raises MoetraceError as `accesses` does.
     """
-    return _accesses(trace, block, np.zeros((0, 0, 0), np.uint8), sequential, False, False, False, part, buffer)
+    return _accesses(trace, block, np.zeros((0, 0, 0), np.uint8), sequential, _Asked(), part, buffer)
 
 
 def _accesses(
@@ -101,9 +109,7 @@ def _accesses(
     block: Block,
     record: np.ndarray,
     sequential: bool,
-    rows: bool,
-    chosen_by: bool,
-    choices: bool,
+    asked: _Asked,
     part: tuple[int, int] | None = None,
     buffer: np.ndarray | None = None,
 ) -> Accesses:
@@ -111,13 +117,13 @@ def _accesses(
     most = len(block.experts) * (stop - first) * trace.top_k
     key = np.empty(most, np.int32) if buffer is None else buffer[:most]
     offset = np.ascontiguousarray(block.offset, np.int64)
-    several = choices and block.steps < len(block.experts)
+    several = asked.choices and block.steps < len(block.experts)
     room = _Room(
         np.empty(block.steps * (stop - first) + 1, np.int64),
         key,
         np.full(key.size if record.size else 0, NOT_RECORDED, np.uint8),
-        np.empty(key.size if rows else 0, np.int32),
-        np.empty(0 if sequential or not chosen_by else key.size, np.int32),
+        np.empty(key.size if asked.rows else 0, np.int32),
+        np.empty(0 if sequential or not asked.chosen_by else key.size, np.int32),
         np.full(block.experts.shape if several else (0, 0, 0), -1, np.int32),
     )
     fill = _all_choices if sequential else _distinct_choices

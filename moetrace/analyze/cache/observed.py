@@ -76,7 +76,7 @@ def explain_hit_rate(
         [('belady', 24), ('lru', 42)]
     """
     how = {"scope": scope, "sequential": sequential, "model": model, "progress": progress}
-    search = _Search(trace, phase, expert_bytes(trace, model), how)
+    search = _BudgetSearch(trace, phase, expert_bytes(trace, model), how)
     if observed is None:
         found = search.rows([search.capacity(search.all)], ["lru"])["recorded_hit_rate"]
         if found[0] is None:
@@ -105,7 +105,7 @@ def explain_hit_rate(
     return frame.sort(*order, "capacity_share", maintain_order=True)
 
 
-class _Search:
+class _BudgetSearch:
     """Hit rates of a trace in steps of one phase, and the capacities that may explain one."""
 
     def __init__(self, trace: Trace, phase: str, sizes: np.ndarray | None, how: dict) -> None:

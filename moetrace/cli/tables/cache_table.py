@@ -17,7 +17,7 @@ _KEYS = {"capacity": "capacity", "policy": "policy", "phase": "phase"}
 _GROUPS = (
     {"hit_percent": "hit\n%", "interval": "±", "step_misses": "misses a step\np50/95/99"},
     {"regret_points": "regret\npoints", "regret_ms_per_step": "regret\nms/step", "missed_gb": "missed\nGB"},
-    {"rows_percent": "all hit, %\nof rows", "steps_percent": "\nof steps"},
+    {"rows_percent": "rows all\nhit, %"},
     {"recorded_percent": "recorded\nhit %", "agreement_percent": "as rec.\n%"},
 )
 
@@ -64,7 +64,7 @@ _EXPLAINED = (
     {"experts": "budget,\nexperts", "a_layer": "a\nlayer", "mib": "\nMiB", "share_percent": "of all\n%"},
     {"hit_percent": "hit\n%", "off_points": "off,\npoints"},
     {"agreement_percent": "as rec.\n%"},
-    {"step_misses": "misses a step\np50/95/99", "rows_percent": "all hit, %\nof rows"},
+    {"step_misses": "misses a step\np50/95/99", "rows_percent": "rows all\nhit, %"},
 )
 
 
@@ -117,7 +117,7 @@ def _add_figures(row: dict) -> None:
     row["step_misses"] = "/".join(str(row[f"step_misses_p{q}"]) for q in (50, 95, 99)) if row["steps"] else None
     row["missed_gb"] = None if missed is None else missed / 1e9
     row["agreement_percent"] = None if agreement is None else 100 * agreement
-    for name, of in (("rows", "all_resident_rows"), ("steps", "all_resident_steps"), ("recorded", "recorded_hit_rate")):
+    for name, of in (("rows", "all_resident_rows"), ("recorded", "recorded_hit_rate")):
         row[f"{name}_percent"] = None if row[of] is None else 100 * row[of]
 
 
