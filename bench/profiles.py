@@ -28,7 +28,7 @@ from moetrace.generators.fit import MOMENTS, MeasuredTrace, fit_profile, moments
 from moetrace.importers.importing import import_traces
 from moetrace.trace import Trace
 
-SHIPPED = Path(mt.__file__).parent / "trace" / "generate" / "profiles"
+SHIPPED = Path(mt.__file__).parent / "generators" / "profiles"
 POLICIES = ["monde", "ndp-ep", "edge-ndp", "edge-ndp-tp-lb", "on-demand"]
 SEEDS = (1, 2, 3, 4, 5)  # not that of the fits
 COMPARED = MOMENTS[:-1]

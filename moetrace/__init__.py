@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.balance.plans import Tier
     from moetrace.analyze.balance.units import Balance, balance
     from moetrace.analyze.cache.hits import cache_hits
+    from moetrace.analyze.cache.observed import explain_hit_rate
     from moetrace.analyze.locality.measure import Locality, locality
     from moetrace.analyze.prefetch.value import prefetch_value
     from moetrace.batch.gate import Gate, gate
@@ -62,6 +63,7 @@ __all__ = [
     "balance",
     "cache_hits",
     "calibrate",
+    "explain_hit_rate",
     "export",
     "fit_profile",
     "gate",
@@ -89,6 +91,7 @@ __all__ = [
 _HOMES = {
     "moetrace.analyze.balance.units": ("Balance", "balance"),
     "moetrace.analyze.cache.hits": ("cache_hits",),
+    "moetrace.analyze.cache.observed": ("explain_hit_rate",),
     "moetrace.generators.fit": ("fit_profile",),
     "moetrace.analyze.locality.measure": ("Locality", "locality"),
     "moetrace.analyze.balance.plans": ("Tier",),

@@ -8,6 +8,13 @@ from moetrace.spec import Model, check_shape, list_presets, load_model
 from moetrace.trace.format import Trace
 
 
+def own_experts(trace: Trace) -> np.ndarray:
+    """Return how many experts each layer of a trace has, int64 [L]."""
+    if trace.layer_experts is None:
+        return np.full(trace.layers, trace.num_experts)
+    return trace.layer_experts.astype(np.int64)
+
+
 def model_of(trace: Trace, model: Model | str | Path | None = None) -> Model | None:
     """Return `model`, else the preset that the trace names, or None if it names none.
 

@@ -86,12 +86,8 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     for path in sources:
         first = first_bytes(path, 64).lstrip()
         if first.startswith(npy.MAGIC):
-<<<<<<< HEAD
             engine = "vLLM"
-            requests.add(str(path), _mapped(path, hints))
-=======
             requests.add(str(path), npy.mapped(path, hints.reading))
->>>>>>> h-maps
         elif first.startswith(_NPY_IN_BASE64):
             engine = "vLLM"
             text = text_of(path)
@@ -113,23 +109,6 @@ def natural(path: Path) -> list[tuple[int, int, str]]:
     return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces]
 
 
-<<<<<<< HEAD
-def _mapped(path: Path, hints: Hints) -> np.ndarray:
-    """The array of an npy file, from which a part is read when it is needed."""
-    where = str(path)
-    try:
-        with path.open("rb") as file:
-            header = npy.read_header(where, file)
-    except (ValueError, EOFError) as error:
-        raise MoetraceError(f"{where} is no NumPy array: {str(error)[:200]}.") from error
-    if header.header_bytes + header.nbytes != path.stat().st_size:
-        raise MoetraceError(f"{where} says it has shape {header.shape}, but its size differs.")
-    hints.reading(path.stat().st_size)
-    if not header.nbytes:
-        return np.empty(header.shape, header.dtype)
-    return np.memmap(path, header.dtype, "r", header.header_bytes, header.shape)
-
-
 def _add_payload(requests: RequestSpool, where: str, response: Response) -> bool:
     """Add a payload that stands in no answer; return whether it is one."""
     try:
@@ -144,8 +123,6 @@ def _add_payload(requests: RequestSpool, where: str, response: Response) -> bool
     return True
 
 
-=======
->>>>>>> h-maps
 def add_response(
     requests: RequestSpool,
     where: str,

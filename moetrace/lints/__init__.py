@@ -67,7 +67,7 @@ def _check_rows(trace: Trace, digests: dict[str, Any], progress: Progress | None
     dense, absent, repeated = DenseLayers(shape), AbsentRows(shape), RepeatedRows(shape)
     flat, evenness, gates = (
         FlatView(shape),
-        EvennessCheck(shape.num_experts, shape.top_k, shape.layer_index),
+        EvennessCheck(shape.num_experts, shape.top_k, shape.layer_index, shape.experts),
         Gates(shape),
     )
     requests, sink, templates, periodic = RequestCheck(shape), Sink(shape), Templates(shape), Periodic(shape)
@@ -92,7 +92,7 @@ def _check_rows(trace: Trace, digests: dict[str, Any], progress: Progress | None
     yield from dense.findings(zero_layers)
     yield from absent.findings(without)
     odd = without | flat.layers()
-    yield from evenness.findings(odd)
+    yield from evenness.findings(odd, absent.layer_top_k())
     yield from neighbours.findings(odd)
     if evenness.counted:
         odd |= duplicates.cells > 0

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moetrace.analyze.sizes import own_experts
 from moetrace.lints.evenness import EvennessCheck
 from moetrace.lints.finding import Finding, Ranges, finding
 from moetrace.lints.piece import Progress
@@ -85,7 +86,7 @@ def check_counts(trace: Trace, digests: dict[str, Any], progress: Progress | Non
         if progress:
             progress(len(block.counts))
     yield from steps.findings()
-    evenness = EvennessCheck(trace.num_experts, trace.top_k, trace.layer_index)
+    evenness = EvennessCheck(trace.num_experts, trace.top_k, trace.layer_index, own_experts(trace))
     evenness.chosen = steps.chosen
     yield from evenness.findings(steps.dense())
     made = np.full(trace.layers, trace.rows)

@@ -116,11 +116,11 @@ class EvennessCheck:
 
     The statistic is Pearson's chi-square over the experts of a layer, divided by (E - k) / (E - 1), because a row draws
     without replacement: chi-square with E - 1 degrees of freedom for uniform random draws. In captures it is 6 to 3,300
-    times as much.
+    times as much. E is each layer's own, `experts` [layers].
     """
 
-    def __init__(self, num_experts: int, top_k: int, layer_index: np.ndarray) -> None:
-        self.num_experts, self.top_k, self.layer_index = num_experts, top_k, layer_index
+    def __init__(self, num_experts: int, top_k: int, layer_index: np.ndarray, experts: np.ndarray) -> None:
+        self.num_experts, self.top_k, self.layer_index, self.experts = num_experts, top_k, layer_index, experts
         # A file may claim more layers and experts than memory could count; no model has 100,000 of them.
         self.counted = layer_index.size * num_experts <= MAX_COUNTED
         self.chosen = np.zeros((layer_index.size if self.counted else 1, num_experts), np.int64)
@@ -133,30 +133,34 @@ class EvennessCheck:
             counts = np.bincount(piece.experts[:, layer].astype(np.intp).reshape(-1), minlength=self.num_experts)
             self.chosen[layer] += counts[: self.num_experts]
 
-    def findings(self, without: np.ndarray) -> Iterator[Finding]:
-        """What was found in layers other than `without` [layers]."""
-        experts, dof = self.num_experts, self.num_experts - 1
-        if self.top_k >= experts or not self.counted:
+    def findings(self, without: np.ndarray, top_k: np.ndarray | None = None) -> Iterator[Finding]:
+        """What was found in layers other than `without` [layers]; `top_k` [layers] is theirs, if not all the same."""
+        if not self.counted:
             return
-        mean = self.chosen.mean(1)
-        judged = (mean >= 1) & ~without
+        top_k = np.full(len(self.chosen), self.top_k) if top_k is None else top_k
+        experts, fewer = self.experts, top_k < self.experts
+        dof = np.maximum(experts - 1, 1)
+        mean = self.chosen.sum(1) / experts
+        judged = (mean >= 1) & ~without & fewer
         mean = np.maximum(mean, 1)
-        spread = ((self.chosen - mean[:, None]) ** 2).sum(1) / mean * dof / (experts - self.top_k)
+        off = np.where(np.arange(self.num_experts) < experts[:, None], self.chosen - mean[:, None], 0)
+        spread = (off**2).sum(1) / mean * dof / np.where(fewer, experts - top_k, 1)
         # Counts are whole: half a step in each of them belongs to the same outcome.
-        lower = np.array([_log_chance_below(x, dof) for x in spread + 0.25 * experts / mean])
+        lower = np.array([_log_chance_below(*of) for of in zip(spread + 0.25 * experts / mean, dof, strict=True)])
         even = judged & (lower < log(1e-3))
         chance = lower[even].sum() + np.count_nonzero(even) * log(even.size)
         if even.any() and chance < _LOG_CHANCE_OF_COUNTS:
-            least, most = (int(f(self.chosen[even])) for f in (np.min, np.max))
+            own = self.chosen[even][np.arange(self.num_experts) < experts[even, None]]
+            least, most = (int(f(own)) for f in (np.min, np.max))
             what = f"Each expert of a layer was chosen {least:,} to {most:,} times: more equal than by chance."
             yield finding("uniform", what, int(np.count_nonzero(even)), self.layer_index[even])
             return
         ratio, sd = spread / dof, (2 / dof) ** 0.5
         enough = judged & (mean >= 50)
-        if not enough.any() or experts < 4 or (enough != judged).any():
+        if not enough.any() or experts[enough].min() < 4 or (enough != judged).any():
             return
-        within = (np.abs(ratio[enough] - 1) <= 6 * sd).all()
-        if within and abs(ratio[enough].mean() - 1) <= 5 * sd / np.count_nonzero(enough) ** 0.5:
+        within = (np.abs(ratio - 1) <= 6 * sd)[enough].all()
+        if within and abs(ratio[enough].mean() - 1) <= 5 * ((sd[enough] ** 2).sum()) ** 0.5 / np.count_nonzero(enough):
             what = f"Counts spread over experts as uniform random draws do ({ratio[enough].mean():.2f} times as much)."
             yield finding("random-routing", what, int(np.count_nonzero(enough)), self.layer_index[enough])
 

@@ -21,9 +21,11 @@ class ImpossibleIds:
 
     def see(self, piece: Piece) -> None:
         """Look at the next rows."""
-        if piece.experts.max() < self.shape.num_experts:
+        fewest = int(self.shape.experts.min())
+        if piece.experts.max() < fewest:
             return
-        wrong = ((piece.slots >= self.shape.num_experts) & (piece.slots != self.shape.absent)).any(0)
+        most = self.shape.num_experts if fewest == self.shape.num_experts else self.shape.experts
+        wrong = ((piece.slots >= most) & (piece.slots != self.shape.absent)).any(0)
         if wrong.any():
             self.cells += np.count_nonzero(wrong, axis=0)
             self.rows.add_mask(piece.first_row, wrong.any(1))
@@ -34,6 +36,8 @@ class ImpossibleIds:
         if count:
             layers = self.shape.layer_index[self.cells > 0]
             what = f"Ids of {self.shape.num_experts} or above stand in {many(count, 'cell')}."
+            if self.shape.experts.min() < self.shape.num_experts:
+                what = f"Ids beyond the layer's own experts stand in {many(count, 'cell')}."
             yield finding("impossible-id", what, count, layers, self.rows)
 
 

@@ -83,6 +83,7 @@ class AbsentRows:
         self.last_of_prefill = 0  # of those, in the last layer and in prefill rows
         self.partial = np.zeros(shape.top_k, np.int64)  # cells by how many of their ids are missing
         self.most_missing = np.zeros(shape.layers, np.int64)  # in a cell that has any id
+        self.least_missing = np.full(shape.layers, shape.top_k)  # likewise; top_k: no cell has any
         self.some = np.zeros(shape.layers, np.int64)  # cells that lack some of their ids, but not all
         self.runs = np.zeros(shape.layers, np.int64)  # runs of successive rows without a choice
         self.drafts = Drafts(shape.layers)
@@ -93,6 +94,7 @@ class AbsentRows:
         k, missing = self.shape.top_k, piece.missing
         if missing is None:
             self.partial[0] += piece.rows * self.shape.layers
+            self.least_missing[:] = 0
             return
         empty = piece.empty()
         gone = (missing == k) & ~empty[:, None]
@@ -103,6 +105,7 @@ class AbsentRows:
         self.last_of_prefill += int(np.count_nonzero(last))
         self.partial += np.bincount(missing.ravel(), minlength=k + 1)[:k]
         np.maximum(self.most_missing, some.max(0), out=self.most_missing)
+        np.minimum(self.least_missing, missing.min(0), out=self.least_missing)
         self.some += np.count_nonzero(some, axis=0)
         self.runs += gone[0] + np.count_nonzero(gone[1:] & ~gone[:-1], axis=0)
         self.drafts.see(gone)
@@ -114,6 +117,14 @@ class AbsentRows:
         """int64 [layers]: rows with a choice."""
         return self.shape.rows - self.empty - self.absent
 
+    def own_top_k(self) -> np.ndarray:
+        """bool [layers]: layers whose cells all lack as many ids, as of a layer that chooses fewer than the others."""
+        return (self.least_missing == self.most_missing) & (self.most_missing > 0)
+
+    def layer_top_k(self) -> np.ndarray:
+        """int64 [layers]: ids of a cell of each layer."""
+        return self.shape.top_k - np.where(self.own_top_k(), self.most_missing, 0)
+
     def is_free(self, dense: np.ndarray) -> bool:
         """Whether cells in all layers but `dense` ones hold as many ids as they please.
 
@@ -121,9 +132,10 @@ class AbsentRows:
         layer lack some or all ids, here and there, while a recorder that loses rows loses several together, or in one
         layer. An unused last slot, as of padding, lacks in every cell and does not count.
         """
-        lacking = self.absent + (self.some if self.partial[0] else 0 * self.some)
+        some = np.where(self.own_top_k(), 0, self.some)
+        lacking = self.absent + (some if self.partial[0] else 0 * some)
         if not self.partial[0] and np.count_nonzero(self.partial) > 2:
-            lacking = self.absent + self.some
+            lacking = self.absent + some
         scattered = (self.runs >= self.absent / 4) & (lacking >= 0.01 * self.shape.rows) & (lacking >= 4)
         return bool(np.count_nonzero(scattered & ~dense) >= max(2, 0.75 * np.count_nonzero(~dense)))
 
@@ -172,11 +184,13 @@ class AbsentRows:
         if unused:
             what = f"No cell holds more than {self.shape.top_k - unused} of {self.shape.top_k} ids."
             yield finding("unused-slots", what, unused)
-        count = int(self.partial[unused + 1 :].sum())
+        own = self.own_top_k()
+        count = int(self.partial[unused + 1 :].sum() - self.some[own & (self.most_missing > unused)].sum())
         if count:
             what = f"In {many(count, 'cell')}, some of the {self.shape.top_k - unused} ids are lacking."
-            layers = self.shape.layer_index[self.most_missing > unused]
-            yield finding("partial-cells", what, count, layers, None if unused else self.ranges["partial"])
+            layers = self.shape.layer_index[(self.most_missing > unused) & ~own]
+            rows = None if unused or own.any() else self.ranges["partial"]
+            yield finding("partial-cells", what, count, layers, rows)
 
 
 class Drafts:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moetrace.analyze.sizes import own_experts
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, absent_id
 
@@ -20,6 +21,7 @@ class Shape(NamedTuple):
     rows: int
     layer_index: np.ndarray  # uint16 [layers], absolute
     absent: int
+    experts: np.ndarray  # int64 [layers]: experts of each layer, num_experts at most
 
     @property
     def layers(self) -> int:
@@ -68,7 +70,8 @@ class Piece(NamedTuple):
 
 def shape_of(trace: Trace) -> Shape:
     """The sizes of `trace`."""
-    return Shape(trace.num_experts, trace.top_k, trace.rows, trace.layer_index, absent_id(trace.num_experts))
+    absent = absent_id(trace.num_experts)
+    return Shape(trace.num_experts, trace.top_k, trace.rows, trace.layer_index, absent, own_experts(trace))
 
 
 def pieces(trace: Trace, digests: dict[str, Any] | None = None, progress: Progress | None = None) -> Iterator[Piece]:

@@ -245,6 +245,8 @@ def test_blocks_and_the_kind_of_trace_change_nothing(monkeypatch, tmp_path):
     whole = balance(trace, PLACEMENTS[:4], **arguments).to_dict()
     with as_counts(trace, tmp_path / "a.h5") as other:
         bytes_unknown = balance(other, PLACEMENTS[:4], **arguments)
+        with pytest.raises(UsageError, match=r"copies .row. asks which row chose what, but .*a\.h5 holds counts"):
+            balance(other, ["eplb"], copies="row", **arguments)
     assert bytes_unknown.layers["migration_bytes"].null_count() == len(bytes_unknown.layers)
     assert bytes_unknown.summary["migration_bytes"].null_count() == len(bytes_unknown.summary)
     assert (
@@ -253,6 +255,9 @@ def test_blocks_and_the_kind_of_trace_change_nothing(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(loads_module, "AT_ONCE", 1)
     assert balance(trace, PLACEMENTS[:4], **arguments).to_dict() == whole
+    drawn = balance(trace, ["eplb"], copies="random", **arguments)
+    monkeypatch.undo()
+    assert balance(trace, ["eplb"], copies="random", **arguments).to_dict() == drawn.to_dict()
     assert list(whole) == ["schema", "trace", *FRAMES]
 
 
@@ -263,6 +268,28 @@ def test_a_given_plan_is_judged_as_it_is():
     one, other = (found.layers.filter(placement=name).drop("placement", "plan") for name in ("ep", "mine.json"))
     assert one.equals(other) and found.summary["plan"].to_list() == ["fixed", "given"]
     assert found.staleness.is_empty() and found.trace["rebalances"] == 0
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), copies=st.sampled_from(["even", "row"]))
+def test_layers_of_their_own_numbers_of_experts_are_as_alone(seed, copies):
+    """A layer of 3 among others of 7 and 5: its slots, its figures and its bound are those of a trace of it only."""
+    rng, own = np.random.default_rng(seed), [7, 3, 5]
+    ids = np.stack([np.argsort(rng.random((60, e)))[:, :2] for e in own], axis=1).astype(np.uint8)
+    size = rng.integers(1, 40, (3, 7))
+    steps = {"steps": np.full(20, 3), "request": np.zeros(60, int)}
+    placements, tier = ["ep", "ep-block", "ep-lpt", "eplb"], {"tier": Tier(2), "copies": copies}
+    trace = Trace.from_arrays(ids, num_experts=7, layer_experts=own, expert_bytes=size, **steps)
+    whole = balance(trace, placements, **tier)
+    assert (whole.trace["experts"], whole.trace["experts_min"]) == (7, 3)
+    for layer, experts in enumerate(own):
+        own_bytes = size[layer : layer + 1, :experts]
+        one = Trace.from_arrays(ids[:, layer : layer + 1], num_experts=experts, expert_bytes=own_bytes, **steps)
+        alone = balance(one, placements, **tier)
+        assert whole.layers.filter(layer=layer).drop("layer").equals(alone.layers.drop("layer"))
+    ids[50, 1] = [0, 4]
+    with pytest.raises(MoetraceError, match="step 16, layer entry 1 chooses expert 4, but that layer has 3 experts"):
+        balance(Trace.from_arrays(ids, num_experts=7, layer_experts=own, **steps), tier=2)
 
 
 def test_layers_without_choices():
@@ -284,6 +311,8 @@ def test_what_cannot_be_asked():
         ({"window": 24}, "the window is 24 steps"),
         ({"interval": 0}, "the interval is 0 steps"),
         ({"phase": "both"}, "phase is 'both'"),
+        ({"copies": "nearest"}, "copies are 'nearest', seed 0: give even, row, random, and a seed from 0"),
+        ({"copies": "random", "seed": -1}, "a seed from 0"),
         ({"system": "jetson-orin"}, "has no NDP units"),
         ({"system": "edge-ndp"}, "seconds need a model, but trace in memory names '', which is no preset"),
         ({"system": "edge-ndp", "model": "mixtral-8x7b"}, "3 MoE layers of 7 experts, but the model mixtral-8x7b has"),

@@ -12,7 +12,7 @@ from support import oracle_cache
 from moetrace.analyze.cache import next_use as look_ahead
 from moetrace.analyze.cache.accesses import accesses
 from moetrace.analyze.cache.hit_curve import lru_curve
-from moetrace.analyze.cache.hits import cache_hits, expert_bytes, parse_capacity
+from moetrace.analyze.cache.hits import cache_hits, expert_bytes
 from moetrace.analyze.cache.next_use import NEVER, NextUses
 from moetrace.analyze.locality.reuse import add_all, no_reuse
 from moetrace.analyze.locality.rows import ABSENT
@@ -55,7 +55,7 @@ def small_trace(seed: int, steps: int = 30, layers: int = 3, most: int = 3, equa
 
 
 def oracle_frame(given: dict, policy: str, budget: int, scope: str, sequential: bool, in_experts: bool) -> dict:
-    """Hits, missed bytes and agreement of each phase by the slow simulator."""
+    """Hits, missed bytes, agreement and what was wholly resident, of each phase, by the slow simulator."""
     layers = given["experts"].shape[1]
     demands = oracle_cache.events(
         given["experts"], given["steps"], given["phase"], 255, sequential, given.get("recorded")
@@ -63,7 +63,7 @@ def oracle_frame(given: dict, policy: str, budget: int, scope: str, sequential: 
     size = given["expert_bytes"]
     weight = np.ones_like(size) if in_experts else size
     pools = [None] if scope == "global" else range(layers)
-    totals = {}
+    totals, made, lacking = {}, {}, {}
     for pool in pools:
         own = [event for event in demands if event and (pool is None or event[0].layer == pool)]
         share = budget if pool is None else budget // layers
@@ -74,17 +74,30 @@ def oracle_frame(given: dict, policy: str, budget: int, scope: str, sequential: 
         hits = oracle_cache.replay(own, policy, share, weight, check, given["phase"])
         for access, hit in zip((access for event in own for access in event), hits, strict=True):
             for phase in ("all", PHASES[access.phase]):
-                t = totals.setdefault(phase, [0, 0, 0, 0, 0])
+                t = totals.setdefault(phase, [0, 0, 0, 0, 0, 0])
+                of = {("row", row) for row in access.rows} | {("step", access.step)}
+                made.setdefault(phase, set()).update(of)
+                lacking.setdefault(phase, set()).update(() if hit else of)
                 t[0] += 1
                 t[1] += hit
                 t[2] += 0 if hit else int(size[access.key])
                 t[3] += access.recorded != 255
                 t[4] += access.recorded != 255 and hit == (access.recorded > 0)
-    return {phase: [t[0], t[1], t[2], t[4] / t[3] if t[3] else None] for phase, t in totals.items()}
+                t[5] += access.recorded != 255 and access.recorded > 0
+
+    def whole(phase, what):
+        all_of = {each for each in made[phase] if each[0] == what}
+        return len(all_of - lacking[phase]) / len(all_of)
+
+    return {
+        phase: [*t[:3], *(n / t[3] if t[3] else None for n in t[4:]), whole(phase, "row"), whole(phase, "step")]
+        for phase, t in totals.items()
+    }
 
 
 def frame_of(frame: pl.DataFrame) -> dict:
-    columns = ["accesses", "hits", "missed_bytes", "recorded_agreement"]
+    columns = ["accesses", "hits", "missed_bytes", "recorded_agreement", "recorded_hit_rate"]
+    columns += ["all_resident_rows", "all_resident_steps"]
     return {row["phase"]: [row[column] for column in columns] for row in frame.iter_rows(named=True) if row["accesses"]}
 
 
@@ -134,6 +147,17 @@ def test_the_textbook_s_reference_string(capacity, lru, belady):
         lru,
         belady,
     ]
+
+
+def test_more_caches_than_bits_are_counted_in_turns(monkeypatch):
+    given = small_trace(5, most=4)
+    budgets = list(range(1, 20))
+    monkeypatch.setattr("moetrace.analyze.cache.hits.MOST_CACHES", 7)
+    frame = cache_hits(Trace.from_arrays(**given), budgets, ["lru", "lfu"])
+    for policy in ("lru", "lfu"):
+        for budget in budgets:
+            own = frame.filter(policy=policy, capacity=str(budget))
+            assert frame_of(own) == oracle_frame(given, policy, budget, "global", False, True)
 
 
 @pytest.mark.pure
@@ -258,30 +282,6 @@ def test_next_uses(seed, rows):
         uses.learn(accesses(trace, sequential=True))
         found = [int(number) for block in accesses(trace, sequential=True) for number in uses.of(block)]
     assert found == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "amount", "unit"),
-    [
-        ("400", 400, "experts"),
-        ("3000MiB", 3000 << 20, "bytes"),
-        ("3GB", 3 * 10**9, "bytes"),
-        ("1.5 gib", 3 << 29, "bytes"),
-        ("0.1kB", 100, "bytes"),
-        ("7B", 7, "bytes"),
-        ("2TB", 2 * 10**12, "bytes"),
-    ],
-)
-def test_capacities(text, amount, unit):
-    assert parse_capacity(text)[:2] == (amount, unit)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "0", "0.0GB", "-3", "1.5", "3 GiBs", "1e3", "9" * 14 + "TiB", "MiB", "3iB", "3\u212aB", "٣", "9" * 99]
-)
-def test_capacities_that_make_no_sense(text):
-    with pytest.raises(UsageError, match="capacity"):
-        parse_capacity(text)
 
 
 def test_sizes_are_the_trace_s_or_the_model_s():

@@ -52,6 +52,7 @@ def in_demand_order(trace: Trace) -> list[Accesses]:
                 step_rows=np.diff(block.offset).astype(np.int64),
                 chosen_by=demand.rows,
                 row_choices=0,
+                choice=np.zeros((0, 0, 0), np.int32),
             )
         )
         done += len(demand.expert)

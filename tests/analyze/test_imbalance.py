@@ -10,8 +10,8 @@ from support import oracle_balance as oracle
 from support.balance_traces import EXPERTS, LAYERS, counted, small_trace
 
 from moetrace.analyze.balance import loads as loads_module
-from moetrace.analyze.balance.imbalance import SUMS, Cost, Least, judge, new_tally, percentile
-from moetrace.analyze.balance.loads import loads_of
+from moetrace.analyze.balance.imbalance import SUMS, Cost, Least, judge, judge_rows, new_tally, percentile
+from moetrace.analyze.balance.loads import StepChoices, choices_of
 from moetrace.analyze.balance.plans import Plan, copies_of
 from moetrace.analyze.balance.units import imbalance
 
@@ -40,16 +40,26 @@ def seconds(cost, layer):
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 2**32), bins=st.integers(1, 4), room=st.integers(2, 4), timed=st.booleans())
-def test_judging_agrees_with_plain_python(seed, bins, room, timed):
+@given(
+    seed=st.integers(0, 2**32),
+    bins=st.integers(1, 4),
+    room=st.integers(2, 4),
+    timed=st.booleans(),
+    by_place=st.booleans(),
+)
+def test_judging_agrees_with_plain_python(seed, bins, room, timed, by_place):
     rng = np.random.default_rng(seed)
     room = max(room, -(-EXPERTS // bins))
     trace, plan, cost = small_trace(seed, steps=9), random_plan(rng, bins, room, EXPERTS), cost_of(rng, timed)
     tally, turn = new_tally(LAYERS, 3), int(rng.integers(0, 9))
-    (loads,) = loads_of(trace, np.arange(9))
+    ((loads, choices),) = choices_of(trace, np.arange(9))
     period = np.arange(9) * 3 // 9
-    judge(loads, copies_of(plan, EXPERTS), bins, turn, period, cost, tally)
-    counts = counted(trace)
+    if by_place:
+        judge_rows(choices, copies_of(plan, EXPERTS), bins, -1, turn, period, cost, tally)
+    else:
+        judge(loads, copies_of(plan, EXPERTS), bins, turn, period, cost, tally)
+    counts, ids = counted(trace), trace.read("experts", 0, trace.rows)
+    of_step = [[] for _ in range(9)]
     for layer in range(LAYERS):
         expected, values = np.zeros(len(SUMS)), []
         over_time = np.zeros((3, 2))
@@ -57,12 +67,18 @@ def test_judging_agrees_with_plain_python(seed, bins, room, timed):
             if counts[step, layer].sum() == 0:
                 continue
             held = plan.expert_of_slot[layer].tolist()
-            rows, busy_s = oracle.bin_loads(counts[step, layer].tolist(), held, turn + step, seconds(cost, layer))
+            if by_place:
+                own = ids[trace.offset[step] : trace.offset[step + 1], layer].tolist()
+                own = [[e for e in row if e != 255] for row in own]
+                rows, busy_s = oracle.bin_loads_of_rows(own, held, lambda place, c: place % c, seconds(cost, layer))
+            else:
+                rows, busy_s = oracle.bin_loads(counts[step, layer].tolist(), held, turn + step, seconds(cost, layer))
+            of_step[step].append(rows)
             busy_s = [own + (cost.layer_s if n else 0.0) for own, n in zip(busy_s, rows, strict=True)]
             values.append(max(rows) / np.mean(rows))
             jain = sum(rows) ** 2 / (bins * sum(r * r for r in rows))
             in_time = max(busy_s) / np.mean(busy_s) if sum(busy_s) else 0.0
-            expected += [1, values[-1], jain, max(rows), in_time, max(busy_s)]
+            expected += [1, values[-1], jain, max(rows), in_time, max(busy_s), np.mean(rows) / max(rows)]
             over_time[step // 3] += [1, values[-1]]
         assert np.allclose(tally.sums[layer], expected, rtol=1e-12)
         assert np.allclose(tally.over_time[:, layer], over_time, rtol=1e-12)
@@ -71,6 +87,27 @@ def test_judging_agrees_with_plain_python(seed, bins, room, timed):
             got = percentile(tally, share)[layer]
             assert exact * (1 - 1e-12) <= got <= exact * bins ** (1 / imbalance.PARTS) * (1 + 1e-12)
         assert tally.worst[layer] == pytest.approx(max(values), rel=1e-12)
+    logged = tally.step_sums[1:] / tally.step_sums[0]
+    assert logged.tolist() == pytest.approx(oracle.balancedness(of_step), rel=1e-12)
+
+
+@pytest.mark.pure
+def test_drawn_copies_are_drawn_evenly_and_from_the_seed():
+    """4,000 rows of one expert with four copies, in 40 steps: each gets a quarter, in each step another number."""
+    rows, steps = 4000, 40
+    choices = StepChoices(np.zeros((rows, 1, 1), np.uint8), *(np.arange(i, steps + i) * 100 for i in (0, 1)))
+    copies = copies_of(Plan(1, np.zeros((1, 4, 1), np.int32)), 1)
+    cost = Cost(1.0, 0.0, 0.0, 0.0, 0.0, np.ones((1, 1)))
+    found = []
+    for seed in (0, 1, 0):
+        tally = new_tally(1, steps)
+        with np.errstate(over="ignore"):
+            judge_rows(choices, copies, 4, seed, 0, np.arange(steps), cost, tally)
+        found.append(tally.over_time[:, 0, 1])
+    assert np.array_equal(found[0], found[2]) and not np.array_equal(found[0], found[1])
+    # Of 100 rows in four bins the fullest has 30.1 on average, 2.5 more or less.
+    fullest = 25 * np.concatenate(found[:2])
+    assert abs(fullest.mean() - 30.1) < 3 * 2.5 / np.sqrt(2 * steps) and np.unique(fullest).size > 5
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -84,7 +121,7 @@ def test_no_plan_at_all_beats_the_bound(seed, bins, further, most):
     expert = np.flatnonzero(counts[0, 0])
     loads = loads_module.Loads(1, np.array([0, expert.size]), expert.astype(np.int32), counts[0, 0, expert], 99)
     least = Least(np.zeros(1), np.zeros(1))
-    imbalance.bound(loads, 4, bins, 4 + further, cost, least)
+    imbalance.bound(loads, np.array([4]), bins, np.array([4 + further]), cost, least)
     rows, busy_s = oracle.best_possible(counts[0, 0].tolist(), bins, 4 + further, seconds(cost, 0))
     assert least.imbalance[0] <= rows * bins / counts.sum() * (1 + 1e-12)
     assert 0 < least.busy_s[0] <= busy_s
@@ -109,6 +146,8 @@ def test_bounds_by_hand(rows, bins, slots, most):
         1, np.array([0, experts]), np.arange(experts, dtype=np.int32), np.array(rows, np.int64), sum(rows)
     )
     least = Least(np.zeros(1), np.zeros(1))
-    imbalance.bound(loads, experts, bins, slots, Cost(0.0, 0.0, 0.0, 0.0, 0.0, np.ones((1, experts))), least)
+    imbalance.bound(
+        loads, np.array([experts]), bins, np.array([slots]), Cost(0.0, 0.0, 0.0, 0.0, 0.0, np.ones((1, experts))), least
+    )
     assert least.imbalance[0] * sum(rows) / bins == pytest.approx(most, rel=1e-12)
     assert least.busy_s[0] == 0

@@ -180,6 +180,26 @@ def test_between_requests_and_sink_are_those_by_hand(layer):
         same(request_spread.sink(as_ids(firsts, k), experts), naive.sink(firsts))
 
 
+def test_no_correlation_of_independent_rows_however_long_requests_are():
+    """The mean over many draws is 0; with one over the mean number of rows as chance's part it was 0.05."""
+    rng = np.random.default_rng(2)
+    lengths = np.unique(np.geomspace(2, 1941, 24).astype(int))
+    starts, rows = np.cumsum([0, *lengths[:-1]]), int(lengths.sum())
+    popularity = rng.dirichlet(np.full(16, 0.5))
+    drawn = rng.choice(16, (60, rows, 1), p=popularity).astype(np.uint16)
+    found = [request_spread.between_requests(ids, starts, 16) for ids in drawn]
+    assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(len(found)) < 0.01
+
+
+@settings(deadline=None, max_examples=50)  # compiles
+@given(st.integers(2, 40), st.integers(1, 40))
+def test_the_correlation_is_1_where_the_request_decides_all(requests, rows):
+    """Up to what the R - 1 below the variance adds, whatever the length; of one row a request nothing is known."""
+    ids = np.repeat(np.arange(requests, dtype=np.uint16) % 4, rows).reshape(-1, 1)
+    found = request_spread.between_requests(ids, np.arange(requests) * rows, 4)
+    assert math.isnan(found) if rows == 1 else found == pytest.approx(1 + 1 / ((requests - 1) * (1 - 1 / rows)))
+
+
 @settings(deadline=None, max_examples=50)  # compiles
 @given(layers())
 def test_coactivation_counts_pairs(layer):

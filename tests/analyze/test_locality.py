@@ -107,8 +107,9 @@ OWN_TOLERANCE = {
     # One shuffle of 156 rows, of one request, so that both mean the same: 0.204 and 0.172.
     ("qwen3-30b_bigmoeonedge.route.csv", "overlap_shuffled_within_requests"): 0.035,
     ("qwen3-30b_bigmoeonedge.route.csv", "overlap_shuffled_globally"): 0.035,
-    ("real_deepseek-v2-lite_esft_law.npz", "icc"): 0.0005,
-    ("real_deepseek-v2-lite_esft_summary.npz", "icc"): 0.0005,
+    # Theirs takes 1 / the mean number of rows for the mean of 1 / rows, which leaves some of what chance adds.
+    ("real_deepseek-v2-lite_esft_law.npz", "icc"): 0.001,
+    ("real_deepseek-v2-lite_esft_summary.npz", "icc"): 0.001,
     ("tiny-olmoe_aux.npz", "phase_jsd"): 0.0005,
     ("tiny-olmoe_aux.npz", "phase_jsd_null"): 0.0002,
     # A sample of its rows, so the exponent of this one is only near.

@@ -32,9 +32,26 @@ def test_tables_fit_80_columns(run):
     assert max(map(len, out.splitlines())) <= 80
     for part in ("What a plan that is kept loses:", "In seconds on edge-ndp:", "break-even", "on 6 units", "(7 times)"):
         assert part in " ".join(out.split())  # wherever the name of the trace makes the lines break
-    assert sum(line.startswith("eplb ") for line in out.splitlines()) == 3 + 1 + 3 + 1
+    assert sum(line.startswith("eplb ") for line in out.splitlines()) == 3 + 3 + 1 + 3 + 1
     out = run(MIXTRAL, "--units", 4, "--placement", "ep")[1]
     assert "kept" not in out and "seconds" not in out and "In seconds" not in out
+
+
+def test_copies_are_shared_as_asked(run):
+    """16 slots on 8 units: evenly as no engine does, by the place in the batch as engines do."""
+    plan = (MIXTRAL, "--units", 8, "--redundant", 8, "--window", 0, "--placement", "eplb")
+    found = {}
+    for copies in ("even", "row", "random"):
+        code, out, err = run(*plan, "--copies", copies, "--format", "json")
+        assert (code, err) == (0, "")
+        found[copies] = json.loads(out)
+        assert found[copies]["trace"]["copies"] == copies
+    imbalance = {copies: round(each["summary"][0]["imbalance"], 3) for copies, each in found.items()}
+    assert (imbalance["even"], imbalance["row"]) == (1.433, 1.563) and imbalance["random"] > 1.563
+    assert run(*plan, "--copies", "random", "--seed", 1, "--format", "json")[1] != json.dumps(found["random"])
+    out = run(*plan, "--copies", "row")[1]
+    assert "Copies are chosen by the row's place in the step." in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_a_long_name_takes_no_column_away(run, tmp_path):
@@ -194,6 +211,8 @@ def test_options_without_effect_are_refused(run):
         (("--groups", 1, "--placement", "eplb"), "--groups is for --placement eplb-hierarchical"),
         (("--redundant", 8, "--placement", "ep-lpt"), "--redundant is for --placement eplb"),
         (("--interval", 4, "--placement", "ep", "--placement", "tp:2"), "--interval is for placements that are made"),
+        (("--copies", "row", "--placement", "ep"), "--copies is for plans with copies"),
+        (("--copies", "row", "--seed", 1), "--seed is for --copies random"),
     ):
         code, out, err = run(MIXTRAL, *arguments)
         assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1

@@ -38,10 +38,22 @@ def test_table_fits_80_columns(run):
     assert "rec." not in out, "nothing was recorded"
 
 
+def test_a_measured_rate_is_explained(run):
+    code, out, err = run(TINY, "--observed", "62%", "--policy", "lru", "--policy", "belady")
+    assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= 80
+    shown = " ".join(out.split())
+    assert "belady 24 4 288 12.5 62.4 +0.40" in shown and "lru 42 7 504 21.88 61.52 -0.48" in shown
+    assert "Observed: 62.00 % of the accesses in decode steps hit. belady with 24 is nearest: 62.40 %." in shown
+    rows = json.loads(run(TINY, "--observed", "0.62", "--policy", "lru", "--capacity", 40, "--format", "json")[1])
+    assert [(row["policy"], row["capacity"], row["phase"]) for row in rows] == [("lru", "40", "decode")]
+    out = run(TINY, "--observed", "0.62", "--policy", "lru", "--phase", "prefill", "--format", "csv")[1]
+    assert [row["phase"] for row in csv.DictReader(io.StringIO(out))] == ["prefill"]
+
+
 def test_names_of_policies_stay_whole(run):
     policies = ("--policy", "static-hindsight", "--policy", "belady", "--system", "rtx4090-offload")
     out = run(TINY, "--capacity", "3000000MiB", *policies)[1]
-    assert out.count("3000000MiB  static-hindsight  ") == 3
+    assert out.count("3000000MiB  static-hindsight  ") == 2 * 3, "in two parts"
 
 
 def test_the_exported_set_is_one_that_a_replay_holds(run, tmp_path):
@@ -134,6 +146,8 @@ def test_errors_are_one_sentence(run, tmp_path):
         ((TINY, "--model", "mixtral-8x7b"), 2, "name the right one with --model"),
         ((tmp_path / "b.h5",), 1, "b.h5"),
         ((TINY, "--phase", "mixed"), 1, "tiny-olmoe.h5 has no mixed steps"),
+        ((TINY, "--observed", "62"), 2, "give a share, as 62% or 0.62, or recorded"),
+        ((TINY, "--observed", "recorded"), 1, "tiny-olmoe.h5 holds no record of residency"),
     ):
         found, out, err = run(*arguments)
         assert (found, out) == (code, "") and sentence in err and err.count("\n") == 1
@@ -182,6 +196,8 @@ def test_options_without_effect_are_refused(run):
         (("--curve", "--model", "tiny-olmoe"), "--model has no effect with --curve"),
         (("--curve", "--system", "rtx4090-offload"), "--system has no effect with --curve"),
         (("--curve", "--seed", 0), "--seed has no effect with --curve"),
+        (("--observed", "1%", "--seed", 0), "--seed has no effect with --observed"),
+        (("--observed", "1%", "--curve"), "--curve has no effect with --observed"),
         (("--curve", "--threads", 2), "--threads is for LRU's curve of --scope layer"),
         (("--plot", "a.png", "--threads", 2), "--threads is for LRU's curve of --scope layer"),
         (("--plot", "a.png", "--scope", "layer", "--policy", "fifo", "--threads", 2), "--threads"),
@@ -236,7 +252,9 @@ def test_plot(run, tmp_path):
     pytest.importorskip("vl_convert")
     code, out, err = run(TINY, "--policy", "lru", "--policy", "belady", "--plot", tmp_path / "a.png")
     assert (code, err) == (0, "") and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert sum(line.startswith("192 ") for line in out.splitlines()) == 2 * 3, "sixteen capacities by default"
+    assert sum(line.startswith("192 ") for line in out.splitlines()) == 2 * 2 * 3, (
+        "two parts, sixteen capacities by default"
+    )
     assert run(TINY, "--capacity", "48", "--plot", tmp_path / "a.html")[0] == 0
     assert str(tmp_path) not in (tmp_path / "a.html").read_text()
     for arguments, sentence in (

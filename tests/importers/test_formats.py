@@ -12,6 +12,7 @@ from moetrace.importers.importing import import_traces
 from moetrace.spec.errors import UsageError
 from moetrace.trace import Trace
 
+BINARY = {".pt", ".npy", ".npz", ".safetensors", ".parquet", ".gguf", ".oracleGeneral", ".mbolt"}
 NEEDS = {"sglang": "torch", "moe-cache-eval": "safetensors", "trtllm": "safetensors"}
 
 
@@ -43,11 +44,8 @@ def test_a_byte_order_mark_before_a_text_is_no_matter(tmp_path, importer):
         texts = [
             path
             for path in map(Path, sample.files)
-<<<<<<< HEAD
-            if path.suffix not in {".pt", ".npy", ".npz", ".safetensors", ".parquet", ".gguf", ".oracleGeneral"}
-=======
-            if path.suffix not in {".pt", ".npy", ".safetensors", ".parquet", ".gguf", ".mbolt"}
->>>>>>> h-maps
+            if path.suffix
+            not in {".pt", ".npy", ".npz", ".safetensors", ".parquet", ".gguf", ".oracleGeneral", ".mbolt"}
         ]
         if not texts:
             continue

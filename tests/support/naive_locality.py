@@ -86,15 +86,16 @@ def between_requests(requests, experts):
     requests = [[row for row in rows if row] for rows in requests]
     requests = [rows for rows in requests if rows]
     rows = sum(map(len, requests))
+    by_chance = sum(1 / len(part) for part in requests) / len(requests)  # of one choice's variance, in that of a share
     above = below = 0.0
     for e in range(experts):
         shares = [sum(e in row for row in part) / len(part) for part in requests]
         mean = sum(shares) / len(shares)
         variance = sum((share - mean) ** 2 for share in shares) / (len(shares) - 1)
         p = sum(e in row for part in requests for row in part) / rows
-        above += variance - p * (1 - p) / (rows / len(requests))
-        below += p * (1 - p)
-    return above / below if below else None
+        above += variance - by_chance * p * (1 - p)
+        below += p * (1 - p) - by_chance * p * (1 - p)
+    return above / below if below > 1e-12 else None
 
 
 def sink(first_rows):

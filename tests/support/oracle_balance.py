@@ -64,6 +64,33 @@ def bin_loads(rows, held, turn, cost):
     return done, busy_s
 
 
+def bin_loads_of_rows(rows, held, copy_of, cost):
+    """Rows and seconds of each bin: the experts of each row, what each bin holds, `copy_of(place of row, copies)`."""
+    slots = [(b, slot, e) for b, experts in enumerate(held) for slot, e in enumerate(experts) if e >= 0]
+    got = dict.fromkeys(slots, 0)
+    for place, experts in enumerate(rows):
+        for e in experts:
+            copies = [slot for slot in slots if slot[2] == e]
+            got[copies[copy_of(place, len(copies))]] += 1
+    done, busy_s = [0] * len(held), [0.0] * len(held)
+    for (b, _, e), own in got.items():
+        done[b] += own
+        busy_s[b] += cost(e, own) if own else 0.0
+    return done, busy_s
+
+
+def balancedness(steps):
+    """What vLLM and SGLang log, as means over the steps: each a list of layers, each the rows of its bins."""
+    vllm, sglang = [], []
+    for layers in steps:
+        layers = [rows for rows in layers if sum(rows)]
+        if layers:
+            means, most = [sum(rows) / len(rows) for rows in layers], [max(rows) for rows in layers]
+            vllm.append(sum(means) / sum(most))
+            sglang.append(sum(mean / top for mean, top in zip(means, most, strict=True)) / len(layers))
+    return sum(vllm) / len(vllm), sum(sglang) / len(sglang)
+
+
 def best_possible(rows, bins, slots, cost):
     """Least greatest rows and least greatest seconds of a bin, over every plan of so many copies, split evenly."""
     experts = len(rows)

@@ -12,6 +12,7 @@ class Access(NamedTuple):
     recorded: int  # 255 = not
     step: int
     share: float = 0.0  # of the step's rows
+    rows: tuple[int, ...] = ()  # that chose it
 
 
 def events(experts, steps, phases, absent: int, sequential: bool, recorded=None) -> list[list[Access]]:
@@ -26,14 +27,15 @@ def events(experts, steps, phases, absent: int, sequential: bool, recorded=None)
                     expert = int(experts[row, layer, slot])
                     if expert != absent:
                         record = 255 if recorded is None else int(recorded[row, layer, slot])
-                        choices.append(Access(phase, layer, (layer, expert), record, step, 1 / rows))
+                        choices.append(Access(phase, layer, (layer, expert), record, step, 1 / rows, (row,)))
             if sequential:
                 found += [[choice] for choice in choices]
             else:
                 keys = [choice.key for choice in choices]
                 ordered = [key for i, key in enumerate(keys) if key not in keys[i + 1 :]]  # by their last choice
                 first_choices = [next(choice for choice in choices if choice.key == key) for key in ordered]
-                found.append([c._replace(share=keys.count(c.key) / rows) for c in first_choices])
+                who = {key: tuple(choice.rows[0] for choice in choices if choice.key == key) for key in ordered}
+                found.append([c._replace(share=len(who[c.key]) / rows, rows=who[c.key]) for c in first_choices])
         first += rows
     return found
 
@@ -98,7 +100,7 @@ def static(demands: list[list[Access]], policy: str, budget: int, weight, phases
             if access.key in wanted:
                 resident.add(access.key)
             if policy == "static-prefill" and access.phase == 0:
-                count[access.key] = count.get(access.key, 0) + 1
+                count[access.key] = count.get(access.key, 0) + len(access.rows)
     return hits
 
 

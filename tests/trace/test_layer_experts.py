@@ -6,9 +6,11 @@ import h5py
 import numpy as np
 import pytest
 
+from moetrace.analyze.cache.hit_curve import lru_curve
 from moetrace.analyze.locality.measure import locality
 from moetrace.importers.captured import Hints
 from moetrace.importers.importing import import_traces
+from moetrace.lints import lint
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace import Trace
 from moetrace.trace.rebatch import rebatch
@@ -129,3 +131,29 @@ def test_an_expert_that_its_layer_lacks_is_refused(tmp_path):
     with pytest.raises(MoetraceError, match="holds the id 9, but that layer has 8 experts"):
         import_traces(archive(tmp_path, ids), tmp_path / "t.h5", model=model(tmp_path, EXPERTS))
     assert not (tmp_path / "t.h5").exists()
+
+
+def test_lint_takes_layers_as_they_are():
+    """A layer whose cells always lack one id chooses fewer experts; random draws are judged by its own numbers."""
+    rows = 4000
+    found = {one.code: one for one in lint(trace_of(ids_of(rows=rows)))}
+    assert "partial-cells" not in found and "unused-slots" not in found
+    assert found["random-routing"].layers == [0, 1, 2]
+    without = Trace.from_arrays(
+        np.where(ids_of(rows=rows) < 0, 255, ids_of(rows=rows)).astype(np.uint8), num_experts=16
+    )
+    assert "random-routing" not in {one.code for one in lint(without)}
+    dropped = ids_of(rows=rows)
+    dropped[7, 1, 1] = -1
+    one = {one.code: one for one in lint(trace_of(dropped))}["partial-cells"]
+    assert one.count == 1 and one.layers == [1]
+    dropped[9, 0, 0] = 12
+    one = {one.code: one for one in lint(trace_of(dropped))}["impossible-id"]
+    assert (one.count, one.layers, one.rows) == (1, [0], [(9, 10)])
+    assert one.what == "Ids beyond the layer's own experts stand in 1 cell."
+
+
+def test_a_cache_of_all_experts_is_of_those_that_there_are():
+    curve = lru_curve(trace_of())
+    assert curve["capacity_experts"].max() == sum(EXPERTS)
+    assert lru_curve(trace_of(), scope="layer")["capacity_experts"].max() == 3 * max(EXPERTS)

@@ -7,11 +7,15 @@ import numpy as np
 from moetrace.engine.cost import varied_s
 from moetrace.engine.eplb import sink
 from moetrace.jit.compile import kernel
+from moetrace.jit.random import GOLDEN, mix
 
 PARTS = 4096  # of the logarithm of the number of bins, for percentiles: exact to 0.1 % for 64 units
 # Sums over the steps of a layer, where it has an active expert.
-SUMS = ("steps", "imbalance", "jain", "max_rows", "time_imbalance", "busy_s")
-_STEPS, _IMBALANCE, _JAIN, _MAX_ROWS, _TIME_IMBALANCE, _BUSY_S = range(len(SUMS))
+SUMS = ("steps", "imbalance", "jain", "max_rows", "time_imbalance", "busy_s", "balancedness")
+_STEPS, _IMBALANCE, _JAIN, _MAX_ROWS, _TIME_IMBALANCE, _BUSY_S, _BALANCEDNESS = range(len(SUMS))
+# Sums over the steps in which some layer has an active expert, over all layers.
+STEP_SUMS = ("steps", "balancedness_vllm", "balancedness_sglang")
+COPY_RULES = ("even", "row", "random")  # which copy of its expert a row goes to
 
 
 class Cost(NamedTuple):
@@ -33,6 +37,8 @@ class ImbalanceTally(NamedTuple):
     histogram: np.ndarray  # int64 [L, PARTS + 1], steps by logarithm of their imbalance in rows
     highest: np.ndarray  # float64 [L, PARTS + 1], the greatest imbalance among these
     over_time: np.ndarray  # float64 [periods, L, 2]: steps, and the sum of their imbalances
+    step_sums: np.ndarray  # float64 [len(STEP_SUMS)]
+    pass_sums: np.ndarray  # float64 [4]: of the step at hand: layers, their mean rows, most rows, and ratios of these
 
 
 class Least(NamedTuple):
@@ -66,6 +72,8 @@ def new_tally(layers: int, periods: int) -> ImbalanceTally:
         np.zeros((layers, PARTS + 1), np.int64),
         np.zeros((layers, PARTS + 1)),
         np.zeros((periods, layers, 2)),
+        np.zeros(len(STEP_SUMS)),
+        np.zeros(4),
     )
 
 
@@ -92,6 +100,8 @@ def judge(loads, copies, bins, turn, period, cost, tally):
     rows, busy_s = np.zeros(bins, np.int64), np.zeros(bins)
     for i in range(loads.steps * layers):
         layer = i % layers
+        if layer == 0:
+            _note_step(tally)
         if loads.start[i] == loads.start[i + 1]:
             continue
         rows[:], busy_s[:] = 0, 0.0
@@ -111,6 +121,68 @@ def judge(loads, copies, bins, turn, period, cost, tally):
                     busy_s[b] += varied_s(cost, own, weight_bytes, cost.each_s)
                     rows[b] += own
         _note(layer, rows, busy_s, period[i // layers], tally)
+    _note_step(tally)
+
+
+@kernel(inline=False)
+def judge_rows(choices, copies, bins, seed, turn, period, cost, tally):
+    """Add to ``tally`` as `judge`, but each row goes to the copy that its place in the step chooses.
+
+    Of c copies, to that of number ``place % c`` or, if ``seed`` is not negative, to one drawn from the seed, the step,
+    the layer, the place and the expert.
+    """
+    layers, top_k = choices.experts.shape[1:]
+    absent = np.int64((1 << (8 * choices.experts.itemsize)) - 1)
+    rows, busy_s = np.zeros(bins, np.int64), np.zeros(bins)
+    of_copy = np.zeros(copies.bin.shape[1], np.int64)
+    for step in range(choices.begin.size):
+        _note_step(tally)
+        for layer in range(layers):
+            start, begin, some = copies.start[layer], choices.begin[step], False
+            for row in range(begin, choices.end[step]):
+                for slot in range(top_k):
+                    expert = np.int64(choices.experts[row, layer, slot])
+                    if expert == absent:
+                        continue
+                    number, place, some = np.int64(start[expert + 1] - start[expert]), row - begin, True
+                    if number > 1 and seed >= 0:
+                        place = _drawn(seed, turn + step, layer, place, expert)
+                    of_copy[start[expert] + place % number] += 1
+            if not some:
+                continue
+            rows[:], busy_s[:] = 0, 0.0
+            for expert in range(start.size - 1):
+                for copy in range(start[expert], start[expert + 1]):
+                    own = of_copy[copy]
+                    if own:
+                        b = copies.bin[layer, copy]
+                        if cost.layer_s > 0.0 and rows[b] == 0:
+                            busy_s[b] += cost.layer_s
+                        busy_s[b] += varied_s(cost, own, cost.expert_bytes[layer, expert], cost.each_s)
+                        rows[b] += own
+                        of_copy[copy] = 0
+            _note(layer, rows, busy_s, period[step], tally)
+    _note_step(tally)
+
+
+@kernel
+def _drawn(seed, step, layer, place, expert):
+    """Return a number of 0 to 2^32 - 1 that depends on all five, as if it were random."""
+    state = np.uint64(seed)
+    for part in (step, layer, place, expert):
+        state = mix(state + GOLDEN * (np.uint64(part) + np.uint64(1)))
+    return np.int64(state >> np.uint64(32))
+
+
+@kernel
+def _note_step(tally):
+    """Add the step that has ended to the tally's sums over the steps, and begin another."""
+    of = tally.pass_sums
+    if of[0] > 0:
+        tally.step_sums[0] += 1
+        tally.step_sums[1] += of[1] / of[2]
+        tally.step_sums[2] += of[3] / of[0]
+        of[:] = 0.0
 
 
 @kernel
@@ -124,7 +196,12 @@ def _note(layer, rows, busy_s, period, tally):
         total_s += busy_s[b]
         most_s = max(most_s, busy_s[b])
     imbalance = most * rows.size / total
-    sums = tally.sums[layer]
+    sums, of = tally.sums[layer], tally.pass_sums
+    of[0] += 1
+    of[1] += total / rows.size
+    of[2] += most
+    of[3] += 1 / imbalance
+    sums[_BALANCEDNESS] += 1 / imbalance
     sums[_STEPS] += 1
     sums[_IMBALANCE] += imbalance
     sums[_JAIN] += np.float64(total) * total / (rows.size * squares)
@@ -142,6 +219,8 @@ def _note(layer, rows, busy_s, period, tally):
 @kernel(inline=False)
 def bound(loads, experts, bins, slots, cost, least):
     """Add to ``least`` what no plan of ``slots`` copies on ``bins`` bins can beat, even one made anew for every step.
+
+    experts and slots are int64 [L].
 
     Let expert e have n_e rows. One copy that runs x of them costs c_e(x), which is x, or seconds: then 0 for x = 0,
     else max(x * a, b_e) + t, or x * a + b_e + t (what a bin starts with once is left out). In all cases c_e does not
@@ -163,13 +242,14 @@ def bound(loads, experts, bins, slots, cost, least):
     Rows are whole, so the bound in rows is rounded up. Point 2 divides by real numbers, below which no whole number
     of rows can get.
     """
-    layers, further = len(least.busy_s), slots - experts
-    heap = _Heap(np.empty(experts), np.empty(experts, np.int64), np.empty(experts, np.int64))
-    weight, order = np.empty(experts), np.empty(experts, np.int64)
+    layers, most_experts = len(least.busy_s), experts.max()
+    heap = _Heap(np.empty(most_experts), np.empty(most_experts, np.int64), np.empty(most_experts, np.int64))
+    weight, order = np.empty(most_experts), np.empty(most_experts, np.int64)
     for i in range(loads.steps * layers):
         layer, first, active = i % layers, loads.start[i], loads.start[i + 1] - loads.start[i]
         if active == 0:
             continue
+        further = slots[layer] - experts[layer]
         meet = active - further > bins  # where an expert with one copy must share its bin with another
         total = 0
         for j in range(active):

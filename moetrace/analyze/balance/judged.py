@@ -6,7 +6,7 @@ import numpy as np
 
 from moetrace.analyze.balance import imbalance
 from moetrace.analyze.balance.imbalance import Cost, ImbalanceTally, Least
-from moetrace.analyze.balance.loads import Loads
+from moetrace.analyze.balance.loads import Loads, StepChoices
 from moetrace.analyze.balance.plans import Copies, Plan
 
 FIXED, GIVEN, KEPT, REMADE, CLAIRVOYANT = "fixed", "given", "kept", "re-made", "clairvoyant"
@@ -26,5 +26,9 @@ class JudgedPlan:
     least: Least  # shared by plans of as many bins and slots
 
     def judge(self, loads: Loads, turn: int, period: np.ndarray) -> None:
-        """Add the steps of `loads` to the tally."""
+        """Add the steps of `loads` to the tally; copies of an expert share its rows evenly."""
         imbalance.judge(loads, self.copies, self.plan.bins, turn, period, self.cost, self.tally)
+
+    def judge_rows(self, choices: StepChoices, seed: int, turn: int, period: np.ndarray) -> None:
+        """Add the steps of `choices` to the tally; a row goes to a copy by its place, or by lot if `seed` >= 0."""
+        imbalance.judge_rows(choices, self.copies, self.plan.bins, seed, turn, period, self.cost, self.tally)

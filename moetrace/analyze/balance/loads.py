@@ -24,6 +24,14 @@ class Loads(NamedTuple):
     all_rows: int  # token rows of the steps
 
 
+class StepChoices(NamedTuple):
+    """The choices behind some loads: those of their step s are rows ``begin[s]:end[s]`` of ``experts``."""
+
+    experts: np.ndarray  # uint8 or uint16 [rows, L, k]; the greatest number is an absent one
+    begin: np.ndarray  # int64 [steps]
+    end: np.ndarray  # int64 [steps]
+
+
 def steps_of_phase(trace: Trace, phase: str) -> np.ndarray:
     """Return the steps of the trace that are of ``phase`` ("all": any), int64, increasing."""
     if phase == "all":
@@ -32,7 +40,12 @@ def steps_of_phase(trace: Trace, phase: str) -> np.ndarray:
 
 
 def loads_of(trace: Trace, steps: np.ndarray) -> Iterator[Loads]:
-    """Yield the loads of the given steps (int64, increasing), in parts of bounded size.
+    """Yield the loads of the given steps (int64, increasing), in parts of bounded size; raises as `choices_of`."""
+    return (loads for loads, _ in choices_of(trace, steps))
+
+
+def choices_of(trace: Trace, steps: np.ndarray) -> Iterator[tuple[Loads, StepChoices | None]]:
+    """Yield the loads of the given steps as `loads_of`, and the choices that they count; None where only counts are.
 
     Raises MoetraceError (file, dataset, row) if an id is impossible, or a count is negative or more than the rows of
     its step. That a row chooses no expert twice is not checked here.
@@ -42,7 +55,9 @@ def loads_of(trace: Trace, steps: np.ndarray) -> Iterator[Loads]:
     counts = "counts" in trace.has
     for first, stop in _parts(trace, steps, counts):
         part = steps[first:stop]
-        yield _from_counts(trace, part) if counts else _from_ids(trace, part)
+        loads, choices = (_from_counts(trace, part), None) if counts else _from_ids(trace, part)
+        _check_own_experts(trace, loads, part)
+        yield loads, choices
 
 
 def summed(trace: Trace, steps: np.ndarray) -> np.ndarray:
@@ -81,7 +96,22 @@ def _parts(trace: Trace, steps: np.ndarray, counts: bool) -> Iterator[tuple[int,
         first = stop
 
 
-def _from_ids(trace: Trace, steps: np.ndarray) -> Loads:
+def _check_own_experts(trace: Trace, loads: Loads, steps: np.ndarray) -> None:
+    """Raise MoetraceError if a layer with fewer experts than the others has a load of one that it lacks."""
+    if trace.layer_experts is None:
+        return
+    layer = np.repeat(np.arange(loads.start.size - 1), np.diff(loads.start)) % trace.layers
+    wrong = np.flatnonzero(loads.expert >= trace.layer_experts[layer])
+    if wrong.size:
+        at = int(wrong[0])
+        step = steps[(np.searchsorted(loads.start, at, side="right") - 1) // trace.layers]
+        raise MoetraceError(
+            f"{trace.shown}: step {step}, layer entry {layer[at]} chooses expert {loads.expert[at]}, but that layer "
+            f"has {trace.layer_experts[layer[at]]} experts."
+        )
+
+
+def _from_ids(trace: Trace, steps: np.ndarray) -> tuple[Loads, StepChoices]:
     check_step_bytes(trace.shown, trace.offset, int(steps[0]), int(steps[-1]) + 1, trace.id_bytes)
     first, stop = int(trace.offset[steps[0]]), int(trace.offset[steps[-1] + 1])
     experts = trace.read("experts", first, stop)
@@ -92,7 +122,8 @@ def _from_ids(trace: Trace, steps: np.ndarray) -> Loads:
     if not count_ids(experts, begin, end, trace.num_experts, start, expert, rows):
         check_ids(trace.shown, first, experts, trace.num_experts)  # says which
         raise MoetraceError(f"{trace.shown}: /experts changed while it was read.")
-    return Loads(steps.size, start, expert[: start[-1]], rows[: start[-1]], int((end - begin).sum()))
+    loads = Loads(steps.size, start, expert[: start[-1]], rows[: start[-1]], int((end - begin).sum()))
+    return loads, StepChoices(experts, begin, end)
 
 
 def _from_counts(trace: Trace, steps: np.ndarray) -> Loads:

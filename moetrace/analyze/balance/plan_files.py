@@ -19,6 +19,8 @@ def plan_bytes(plan: Plan, layer_index: np.ndarray, experts: int, form: str) -> 
     the experts in order, round and round, as its own plan has; vLLM's files have MoE layers only. Raises UsageError if
     the plan splits experts or gives units unequal numbers of slots, as no file can.
     """
+    if plan.share == 1 and np.unique(plan.slots).size > 1:
+        raise UsageError("the plan has layers of different numbers of slots, which plan files of engines cannot say.")
     if plan.share > 1 or (plan.expert_of_slot < 0).any():
         why = "splits experts among units" if plan.share > 1 else "gives units unequal numbers of experts"
         raise UsageError(f"the plan {why}, which plan files of engines cannot say: take ep, ep-block or eplb.")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moetrace.analyze.balance.imbalance import SUMS, percentile
+from moetrace.analyze.balance.imbalance import STEP_SUMS, SUMS, percentile
 from moetrace.analyze.balance.judged import JudgedPlan
 
 PERCENTILES = {"imbalance_p50": 0.5, "imbalance_p95": 0.95, "imbalance_p99": 0.99}
@@ -27,13 +27,14 @@ def layers(
         pause_s = none if link_bytes_s is None else judged.moved_bytes / link_bytes_s
         figures: dict[str, Any] = {
             "layer": layer,
-            "slots": np.full(layer.size, judged.plan.slots),
+            "slots": judged.plan.slots,
             "steps": steps.astype(np.int64),
             "imbalance": sums["imbalance"] / mean,
             **{name: percentile(judged.tally, share) for name, share in PERCENTILES.items()},
             "imbalance_max": np.where(steps > 0, judged.tally.worst, np.nan),
             "least_imbalance": judged.least.imbalance / mean,
             "jain": sums["jain"] / mean,
+            "balancedness": sums["balancedness"] / mean,
             "busiest_rows": sums["max_rows"] / judged.plan.share / mean,
             "time_imbalance": sums["time_imbalance"] / mean if timed else none,
             "busy_s": sums["busy_s"] if timed else none,
@@ -46,11 +47,11 @@ def layers(
     return pl.concat(parts).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
-def summary(by_layer: pl.DataFrame, rebalances: int) -> pl.DataFrame:
-    """Make a row for each plan: how its layers are, and what they take together."""
+def summary(by_layer: pl.DataFrame, judged_plans: Sequence[JudgedPlan], rebalances: int) -> pl.DataFrame:
+    """Make a row for each plan: how its layers are, what they take together, and what engines would log."""
     total = pl.col("busy_s").sum()
     frame = by_layer.group_by("placement", "plan", maintain_order=True).agg(
-        slots=pl.col("slots").first(),
+        slots=pl.col("slots").max(),
         imbalance=pl.col("imbalance").mean(),
         imbalance_worst_layer=pl.col("imbalance").max(),
         worst_layer=pl.col("layer").get(pl.col("imbalance").fill_null(0).arg_max()),
@@ -67,7 +68,12 @@ def summary(by_layer: pl.DataFrame, rebalances: int) -> pl.DataFrame:
         pause_s=pl.when(pl.col("pause_s").count() > 0).then(pl.col("pause_s").sum()),
     )
     remade = pl.when(pl.col("plan") == "re-made").then(rebalances).otherwise(0)
-    return frame.with_columns(remade.cast(pl.Int64).alias("rebalances"))
+    logged = np.array([judged.tally.step_sums for judged in judged_plans])
+    logged = logged[:, 1:] / np.where(logged[:, :1] > 0, logged[:, :1], np.nan)
+    return frame.with_columns(
+        *(pl.Series(name, logged[:, i]).fill_nan(None) for i, name in enumerate(STEP_SUMS[1:])),
+        remade.cast(pl.Int64).alias("rebalances"),
+    )
 
 
 def staleness(by_layer: pl.DataFrame, judged: int, interval: int, rebalances: int) -> pl.DataFrame:

@@ -79,9 +79,9 @@ class Plan(NamedTuple):
         return self.expert_of_slot.shape[1]
 
     @property
-    def slots(self) -> int:
-        """Copies of experts in a layer."""
-        return int((self.expert_of_slot[0] >= 0).sum())
+    def slots(self) -> np.ndarray:
+        """Copies of experts in each layer, int64 [L]."""
+        return (self.expert_of_slot >= 0).sum(axis=(1, 2))
 
 
 class Copies(NamedTuple):
@@ -98,8 +98,8 @@ def check_tier(tier: Tier) -> None:
             raise UsageError(f"{name} are {number}: give 1 to {MAX_UNITS}.")
 
 
-def check_placement(placement: str, tier: Tier, experts: int) -> None:
-    """Raise UsageError if there is no such placement, or not for so many units and experts."""
+def check_placement(placement: str, tier: Tier, experts: int | np.ndarray) -> None:
+    """Raise UsageError if there is no such placement, or not for so many units and experts (of each layer)."""
     record = find("placement", placement)
     _, colon, size = placement.partition(":")
     if record is None or not record.planner or (colon and not record.letter):
@@ -110,7 +110,8 @@ def check_placement(placement: str, tier: Tier, experts: int) -> None:
         size.isascii() and size.isdigit() and len(size) < 9 and int(size) and tier.units % int(size) == 0
     ):
         raise UsageError(f"placement {placement!r} wants groups of a size that divides the {tier.units} units.")
-    resolve(record.planner).check(tier, experts)
+    for number in np.unique(experts).tolist():
+        resolve(record.planner).check(tier, number)
 
 
 def is_made_from_loads(placement: str) -> bool:
@@ -118,7 +119,13 @@ def is_made_from_loads(placement: str) -> bool:
     return "loads" in find("placement", placement).parameters
 
 
-def make_plan(placement: str, tier: Tier, shape: tuple[int, int], loads: np.ndarray | None = None) -> Plan:
+def make_plan(
+    placement: str,
+    tier: Tier,
+    shape: tuple[int, int],
+    loads: np.ndarray | None = None,
+    own: np.ndarray | None = None,
+) -> Plan:
     """Make the plan of a placement.
 
     Args:
@@ -126,11 +133,24 @@ def make_plan(placement: str, tier: Tier, shape: tuple[int, int], loads: np.ndar
         tier: The units.
         shape: (layers, experts).
         loads: Load of each expert, [layers, experts], 0 or more, if the placement is made from loads.
+        own: How many experts each layer has, int64 [layers], if not all the same.
 
     Returns:
-        The plan.
+        The plan. Layers with fewer slots than others have empty ones at the end of each unit's.
     """
-    return resolve(find("placement", placement).planner).make(placement, tier, shape, loads)
+    make = resolve(find("placement", placement).planner).make
+    if own is None or (own == shape[1]).all():
+        return make(placement, tier, shape, loads)
+    parts = []
+    for number in np.unique(own).tolist():  # layers of one size at a time
+        layers = np.flatnonzero(own == number)
+        of_these = None if loads is None else np.ascontiguousarray(loads[layers, :number])
+        parts.append((layers, make(placement, tier, (layers.size, number), of_these)))
+    room = max(plan.expert_of_slot.shape[2] for _, plan in parts)
+    expert_of_slot = np.full((own.size, parts[0][1].bins, room), -1, np.int32)
+    for layers, plan in parts:
+        expert_of_slot[layers, :, : plan.expert_of_slot.shape[2]] = plan.expert_of_slot
+    return Plan(parts[0][1].share, expert_of_slot)
 
 
 class Planner(NamedTuple):

@@ -12,9 +12,9 @@ import numpy as np
 import polars as pl
 
 from moetrace.analyze.balance import imbalance, plan_frames
-from moetrace.analyze.balance.imbalance import Cost, Least
+from moetrace.analyze.balance.imbalance import COPY_RULES, Least
 from moetrace.analyze.balance.judged import CLAIRVOYANT, FIXED, GIVEN, KEPT, REMADE, JudgedPlan
-from moetrace.analyze.balance.loads import add, loads_of, steps_of_phase, summed
+from moetrace.analyze.balance.loads import add, choices_of, loads_of, steps_of_phase, summed
 from moetrace.analyze.balance.plans import (
     DEFAULT_PLACEMENTS,
     Plan,
@@ -25,9 +25,9 @@ from moetrace.analyze.balance.plans import (
     make_plan,
     moved_bytes,
 )
-from moetrace.analyze.sizes import expert_bytes, model_of
-from moetrace.engine.machine import FIRST_HOME, machine_of
-from moetrace.spec import Model, System, load_system
+from moetrace.analyze.balance.unit_costs import UnitCosts, costs_of
+from moetrace.analyze.sizes import own_experts
+from moetrace.spec import Model, System
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.trace.format import Trace
@@ -66,28 +66,6 @@ class Balance:
 
 
 @dataclass(frozen=True)
-class _Machine:
-    """What a unit costs, if a model and a system are known, and what an expert weighs, if that is."""
-
-    model: Model | None
-    system: System | None
-    expert_bytes: np.ndarray | None  # int64 [L, E]
-    weight_bytes: np.ndarray | None = None  # float64 [L, E]: the same, not rounded up
-
-    def cost(self, share: int, shape: tuple[int, int]) -> Cost:
-        if self.model is None or self.system is None:
-            return Cost(0.0, 0.0, 0.0, 0.0, 0.0, np.zeros(shape))
-        assert self.weight_bytes is not None
-        machine = machine_of(self.model, self.system, self.weight_bytes, np.zeros(shape), share)
-        rates: dict[str, Any] = {name: float(machine.device[FIRST_HOME][name]) for name in Cost._fields[:-1]}
-        return Cost(expert_bytes=machine.weight_bytes, **rates)
-
-    @property
-    def link_bytes_s(self) -> float | None:
-        return None if self.system is None or self.system.link is None else self.system.link.bytes_s
-
-
-@dataclass(frozen=True)
 class Span:
     """Which steps plans are made from, and which they are judged on; a window of 0 holds no steps back."""
 
@@ -116,6 +94,8 @@ def balance(
     interval: int | None = None,
     phase: str = "all",
     plans: Mapping[str, Plan] | None = None,
+    copies: str = "even",
+    seed: int = 0,
     model: Model | str | Path | None = None,
     system: System | str | Path | None = None,
     progress: Callable[[int], object] | None = None,
@@ -135,6 +115,9 @@ def balance(
         interval: Steps after which a plan is made again. By default an eighth of the judged ones.
         phase: The steps that count: "all", "prefill", "decode" or "mixed".
         plans: Plans to judge, by name.
+        copies: How the rows of an expert are shared among its copies: "even"; "row", by each row's place in the step,
+            as engines do; or "random".
+        seed: Of `copies` "random", from 0.
         model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
         system: A preset's name, a TOML file or a System. Figures are then in seconds too. By default none.
         progress: A function that gets the number of rows since its last call.
@@ -157,13 +140,16 @@ def balance(
         eplb clairvoyant 1.544
     """
     refuse_if_forked()
-    machine, tier = _machine(trace, model, system, tier)
+    _check_size(trace)
+    machine, tier = costs_of(trace, model, system, tier)
     span = span_of(trace, phase, window, interval)
     plans = plans or {}
+    own = own_experts(trace)
     for placement in placements:
-        check_placement(placement, tier, trace.num_experts)
+        check_placement(placement, tier, own)
     if not placements and not plans:
         raise UsageError("no placement and no plan is given to judge.")
+    _check_copies(trace, copies, seed)
     told = progress or (lambda rows: None)
     recent = np.zeros((trace.layers, trace.num_experts), np.int64)
     for loads in loads_of(trace, span.steps[: span.window]):
@@ -171,15 +157,16 @@ def balance(
         told(loads.all_rows)
     judged_plans = _judged_plans(trace, placements, plans, tier, machine, span, recent)
     _check_bytes(trace, machine, judged_plans, span)
-    _walk(trace, judged_plans, tier, machine, span, recent, told)
-    facts = _facts(trace, phase, tier, machine, span, judged_plans)
+    sharing = None if copies == "even" else seed if copies == "random" else -1
+    _walk(trace, judged_plans, tier, machine, span, recent, sharing, told)
+    facts = _facts(trace, phase, tier, machine, span, judged_plans) | {"copies": copies}
     layer = trace.layer_index.astype(np.int64)
     by_layer = plan_frames.layers(
         judged_plans, layer, facts["sizes_known"], machine.link_bytes_s, machine.system is not None
     )
     return Balance(
         facts,
-        plan_frames.summary(by_layer, facts["rebalances"]),
+        plan_frames.summary(by_layer, judged_plans, facts["rebalances"]),
         by_layer,
         plan_frames.staleness(by_layer, facts["judged_steps"], facts["interval"], facts["rebalances"]),
         plan_frames.over_time(judged_plans, layer, span.judged),
@@ -188,11 +175,11 @@ def balance(
 
 def plan_for_next(trace: Trace, placement: str, tier: Tier, window: int | None = None, phase: str = "all") -> Plan:
     """Return the plan that a rebalance after the last step would install, made from `Span.latest`."""
-    check_placement(placement, tier, trace.num_experts)
+    own = own_experts(trace)
+    check_placement(placement, tier, own)
     _check_size(trace)
-    shape = (trace.layers, trace.num_experts)
     loads = loads_for_next(trace, window, phase) if is_made_from_loads(placement) else None
-    return make_plan(placement, tier, shape, loads)
+    return make_plan(placement, tier, (trace.layers, trace.num_experts), loads, own)
 
 
 def loads_for_next(trace: Trace, window: int | None = None, phase: str = "all") -> np.ndarray:
@@ -220,24 +207,11 @@ def span_of(trace: Trace, phase: str, window: int | None, interval: int | None) 
     return Span(steps, window, interval)
 
 
-def _machine(
-    trace: Trace, model: Model | str | Path | None, system: System | str | Path | None, tier: Tier | int | None
-) -> tuple[_Machine, Tier]:
-    _check_size(trace)
-    tier = Tier(tier) if isinstance(tier, int) else tier
-    if system is None:
-        return _Machine(None, None, expert_bytes(trace, model)), tier or Tier(8)
-    system = load_system(system)
-    if system.ndp is None:
-        raise UsageError(f"the system {system.name} has no NDP units that could be kept busy: name another --system.")
-    spec = model_of(trace, model)
-    if spec is None:
-        raise UsageError(
-            f"seconds need a model, but {trace.shown} names {trace.model!r}, which is no preset: name one with --model."
-        )
-    size = expert_bytes(trace, spec)
-    weight_bytes = spec.expert_bytes() if trace.expert_bytes is None else size
-    return _Machine(spec, system, size, weight_bytes), tier or Tier(system.units)
+def _check_copies(trace: Trace, copies: str, seed: int) -> None:
+    if copies not in COPY_RULES or not 0 <= seed < 2**63:
+        raise UsageError(f"copies are {copies!r}, seed {seed}: give {', '.join(COPY_RULES)}, and a seed from 0.")
+    if copies != "even" and "counts" in trace.has:
+        raise UsageError(f"copies {copies!r} asks which row chose what, but {trace.shown} holds counts only.")
 
 
 def _check_size(trace: Trace) -> None:
@@ -253,27 +227,27 @@ def _judged_plans(
     placements: Sequence[str],
     plans: Mapping[str, Plan],
     tier: Tier,
-    machine: _Machine,
+    machine: UnitCosts,
     span: Span,
     recent: np.ndarray,
 ) -> list[JudgedPlan]:
-    shape = (trace.layers, trace.num_experts)
+    own, shape = own_experts(trace), (trace.layers, trace.num_experts)
     ahead = summed(trace, span.judged) if any(is_made_from_loads(placement) for placement in placements) else recent
     kinds: list[tuple[str, str, Plan]] = []
     for placement in dict.fromkeys(placements):
         if not is_made_from_loads(placement):
-            kinds.append((placement, FIXED, make_plan(placement, tier, shape)))
+            kinds.append((placement, FIXED, make_plan(placement, tier, shape, None, own)))
             continue
         if span.window:
-            first = make_plan(placement, tier, shape, recent)
+            first = make_plan(placement, tier, shape, recent, own)
             kinds.append((placement, KEPT, first))
             if span.interval < span.judged.size:
                 kinds.append((placement, REMADE, first))
-        kinds.append((placement, CLAIRVOYANT, make_plan(placement, tier, shape, ahead)))
+        kinds.append((placement, CLAIRVOYANT, make_plan(placement, tier, shape, ahead, own)))
     for name, plan in plans.items():
-        _check_given(name, plan, tier, shape)
+        _check_given(name, plan, tier, own)
         kinds.append((name, GIVEN, plan))
-    least: dict[tuple[int, int, int], Least] = {}
+    least: dict[tuple[int, int, bytes], Least] = {}
     return [
         JudgedPlan(
             placement,
@@ -289,9 +263,13 @@ def _judged_plans(
     ]
 
 
-def _check_bytes(trace: Trace, machine: _Machine, judged_plans: list[JudgedPlan], span: Span) -> None:
+def _check_bytes(trace: Trace, machine: UnitCosts, judged_plans: list[JudgedPlan], span: Span) -> None:
     """Raise MoetraceError if what moves could be more bytes than are counted exactly."""
-    copies = max(judged.plan.slots for judged in judged_plans) * trace.layers * (span.judged.size // span.interval + 1)
+    copies = (
+        max(int(judged.plan.slots.max()) for judged in judged_plans)
+        * trace.layers
+        * (span.judged.size // span.interval + 1)
+    )
     if machine.expert_bytes is not None and int(machine.expert_bytes.max()) * copies >= 2**63:
         raise MoetraceError(
             f"{trace.shown} has experts of {machine.expert_bytes.max()} bytes: what moves would be more "
@@ -299,13 +277,13 @@ def _check_bytes(trace: Trace, machine: _Machine, judged_plans: list[JudgedPlan]
         )
 
 
-def _key(plan: Plan) -> tuple[int, int, int]:
+def _key(plan: Plan) -> tuple[int, int, bytes]:
     """Plans of the same key have the same lower bounds."""
-    return plan.share, plan.bins, plan.slots
+    return plan.share, plan.bins, plan.slots.tobytes()
 
 
-def _check_given(name: str, plan: Plan, tier: Tier, shape: tuple[int, int]) -> None:
-    layers, experts = shape
+def _check_given(name: str, plan: Plan, tier: Tier, own: np.ndarray) -> None:
+    layers, experts = own.size, own.max()
     held = plan.expert_of_slot.reshape(len(plan.expert_of_slot), -1)
     if (len(held), plan.bins * plan.share) != (layers, tier.units) or held.max() >= experts:
         raise UsageError(
@@ -313,57 +291,72 @@ def _check_given(name: str, plan: Plan, tier: Tier, shape: tuple[int, int]) -> N
             f"{held.max()}, but there are {layers} layers of {experts} experts and {tier.units} units."
         )
     for layer, slots in enumerate(held):
-        missing = np.setdiff1d(np.arange(experts), slots)
+        missing, beyond = np.setdiff1d(np.arange(own[layer]), slots), slots[slots >= own[layer]]
         if missing.size:
             raise MoetraceError(f"the plan {name} has no copy of expert {missing[0]} in layer entry {layer}.")
+        if beyond.size:
+            raise MoetraceError(
+                f"the plan {name} holds expert {beyond[0]} in layer entry {layer}, which has {own[layer]} experts."
+            )
 
 
 def _walk(
     trace: Trace,
     judged_plans: list[JudgedPlan],
     tier: Tier,
-    machine: _Machine,
+    machine: UnitCosts,
     span: Span,
     recent: np.ndarray,
+    sharing: int | None,
     told: Callable[[int], object],
 ) -> None:
-    """Judge all plans on the judged steps, making plans anew at every interval from ``recent``, the window's loads."""
+    """Judge all plans on the judged steps, making plans anew at every interval from ``recent``, the window's loads.
+
+    Copies share an expert's rows evenly if ``sharing`` is None, else as `JudgedPlan.judge_rows` does with that seed.
+    """
     periods = judged_plans[0].tally.over_time.shape[0]
     period = np.arange(span.judged.size) * periods // span.judged.size
-    bounds = {_key(judged.plan): judged for judged in judged_plans}
+    bounds = {_key(judged.plan): (judged, judged.plan.slots) for judged in judged_plans}
+    own = own_experts(trace)
     turn, remade = 0, any(judged.plan_is == REMADE for judged in judged_plans)
     for begin in range(0, span.judged.size, span.interval):
         if begin and remade:
             recent -= summed(trace, span.steps[begin - span.interval : begin])
-            _make_anew(judged_plans, tier, machine, recent)
-        for loads in loads_of(trace, span.judged[begin : begin + span.interval]):
+            _make_anew(judged_plans, tier, own, machine, recent)
+        for loads, choices in choices_of(trace, span.judged[begin : begin + span.interval]):
             for judged in judged_plans:
-                judged.judge(loads, turn, period[turn : turn + loads.steps])
-            for (_, bins, slots), judged in bounds.items():
-                imbalance.bound(loads, trace.num_experts, bins, slots, judged.cost, judged.least)
+                if sharing is None or choices is None:
+                    judged.judge(loads, turn, period[turn : turn + loads.steps])
+                else:
+                    judged.judge_rows(choices, sharing, turn, period[turn : turn + loads.steps])
+            for judged, slots in bounds.values():
+                imbalance.bound(loads, own, judged.plan.bins, slots, judged.cost, judged.least)
             if remade:
                 add(loads, recent)
             turn += loads.steps
             told(loads.all_rows)
 
 
-def _make_anew(judged_plans: list[JudgedPlan], tier: Tier, machine: _Machine, recent: np.ndarray) -> None:
+def _make_anew(
+    judged_plans: list[JudgedPlan], tier: Tier, own: np.ndarray, machine: UnitCosts, recent: np.ndarray
+) -> None:
     for judged in judged_plans:
         if judged.plan_is == REMADE:
-            new = make_plan(judged.placement, tier, recent.shape, recent)
+            new = make_plan(judged.placement, tier, recent.shape, recent, own)
             if machine.expert_bytes is not None:
                 judged.moved_bytes += moved_bytes(judged.plan, new, machine.expert_bytes)
             judged.plan, judged.copies = new, copies_of(new, recent.shape[1])
 
 
 def _facts(
-    trace: Trace, phase: str, tier: Tier, machine: _Machine, span: Span, judged_plans: list[JudgedPlan]
+    trace: Trace, phase: str, tier: Tier, machine: UnitCosts, span: Span, judged_plans: list[JudgedPlan]
 ) -> dict[str, Any]:
     anew = any(judged.plan_is == REMADE for judged in judged_plans)
     return {
         "model": trace.model,
         "layers": trace.layers,
         "experts": trace.num_experts,
+        "experts_min": int(own_experts(trace).min()),
         "top_k": trace.top_k,
         "phase": phase,
         "steps": int(span.steps.size),

@@ -33,6 +33,16 @@ class Accesses(NamedTuple):
     # At once, how many rows chose each; [0] if not asked for.
     chosen_by: np.ndarray  # int32 [n]
     row_choices: int  # how many, all different, each row made in each layer, one after another; 0 if some made fewer
+    # Which of these each choice of a step of several rows is, -1 if absent; [0, ...] if not asked for, or no such step.
+    choice: np.ndarray  # int32 [rows, L, k]
+
+
+class _Asked(NamedTuple):
+    """What of a block is brought beside its keys."""
+
+    rows: bool = False
+    chosen_by: bool = False
+    choices: bool = False
 
 
 class _Room(NamedTuple):
@@ -43,6 +53,7 @@ class _Room(NamedTuple):
     recorded: np.ndarray  # uint8 [choices]
     row: np.ndarray  # int32 [choices]
     chosen_by: np.ndarray  # int32 [choices]
+    choice: np.ndarray  # int32 [rows, L, k]
 
 
 def accesses(
@@ -52,6 +63,7 @@ def accesses(
     recorded: bool = False,
     rows: bool = False,
     chosen_by: bool = False,
+    choices: bool = False,
     block_rows: int | None = None,
 ) -> Iterator[Accesses]:
     """Yield the accesses of a trace in parts.
@@ -62,6 +74,7 @@ def accesses(
         recorded: Bring what the engine recorded of its own residency.
         rows: Bring the row of each access.
         chosen_by: Bring how many rows chose it, if not `sequential`.
+        choices: Bring which access each choice is, where steps have several rows.
         block_rows: About how many rows a part has, in whole steps. By default some MB.
 
     Raises:
@@ -74,7 +87,7 @@ def accesses(
         if recorded:
             record = trace.read("recorded", first, first + len(block.request))
             check_recorded(trace.shown, first, record, block.experts)
-        part = _accesses(trace, block, record, sequential, rows, chosen_by)._replace(first=done)
+        part = _accesses(trace, block, record, sequential, _Asked(rows, chosen_by, choices))._replace(first=done)
         done += part.key.size
         yield part
 
@@ -88,7 +101,7 @@ def layer_accesses(
 
     Raises MoetraceError as `accesses` does.
     """
-    return _accesses(trace, block, np.zeros((0, 0, 0), np.uint8), sequential, False, False, part, buffer)
+    return _accesses(trace, block, np.zeros((0, 0, 0), np.uint8), sequential, _Asked(), part, buffer)
 
 
 def _accesses(
@@ -96,22 +109,23 @@ def _accesses(
     block: Block,
     record: np.ndarray,
     sequential: bool,
-    rows: bool,
-    chosen_by: bool,
+    asked: _Asked,
     part: tuple[int, int] | None = None,
     buffer: np.ndarray | None = None,
 ) -> Accesses:
     first, stop = (0, trace.layers) if part is None else part
-    choices = len(block.experts) * (stop - first) * trace.top_k
-    key = np.empty(choices, np.int32) if buffer is None else buffer[:choices]
+    most = len(block.experts) * (stop - first) * trace.top_k
+    key = np.empty(most, np.int32) if buffer is None else buffer[:most]
+    offset = np.ascontiguousarray(block.offset, np.int64)
+    several = asked.choices and block.steps < len(block.experts)
     room = _Room(
         np.empty(block.steps * (stop - first) + 1, np.int64),
         key,
         np.full(key.size if record.size else 0, NOT_RECORDED, np.uint8),
-        np.empty(key.size if rows else 0, np.int32),
-        np.empty(0 if sequential or not chosen_by else key.size, np.int32),
+        np.empty(key.size if asked.rows else 0, np.int32),
+        np.empty(0 if sequential or not asked.chosen_by else key.size, np.int32),
+        np.full(block.experts.shape if several else (0, 0, 0), -1, np.int32),
     )
-    offset = np.ascontiguousarray(block.offset, np.int64)
     fill = _all_choices if sequential else _distinct_choices
     absent = absent_id(trace.num_experts)
     if not fill(block.experts, record, offset, (first, stop), trace.num_experts, absent, room):
@@ -134,6 +148,7 @@ def _accesses(
         step_rows=np.diff(offset),
         chosen_by=room.chosen_by[:end],
         row_choices=row_choices,
+        choice=room.choice,
     )
 
 
@@ -143,7 +158,7 @@ def _all_choices(experts, record, offset, part, num_experts, absent, room):
 
     Indices are unsigned, as a signed one may be negative, which is tested for each time: 0.8 ns a choice, not 1.0.
     """
-    bounds, key, recorded, rows, _ = room
+    bounds, key, recorded, rows, _, choice = room
     layers = experts.shape[1]
     last_cell = np.full(num_experts, -1)  # of each expert: the last (row, layer) that chose it
     event = end = bounds[0] = 0
@@ -164,6 +179,8 @@ def _all_choices(experts, record, offset, part, num_experts, absent, room):
                         recorded[end] = record[row, layer, slot]
                     if rows.size:
                         rows[end] = row
+                    if choice.size:
+                        choice[row, layer, slot] = end
                     end += 1
             event += 1
             bounds[event] = end
@@ -173,8 +190,9 @@ def _all_choices(experts, record, offset, part, num_experts, absent, room):
 @kernel(inline=False)
 def _distinct_choices(experts, record, offset, part, num_experts, absent, room):
     """Fill room with the distinct experts of each event; return 0 if an id is no expert's or twice."""
-    bounds, key, recorded, rows, chosen_by = room
+    bounds, key, recorded, rows, chosen_by, choice = room
     layers, top_k = experts.shape[1:]
+    access = np.zeros(num_experts, np.int32)  # of each expert of the event
     # Of each expert: the last (row, layer), event and choice that were its own, and the record of its event's first.
     last_cell, last_event = np.full(num_experts, -1), np.full(num_experts, -1)
     last_choice, first_record = np.full(num_experts, -1), np.zeros(num_experts, np.uint8)
@@ -209,7 +227,14 @@ def _distinct_choices(experts, record, offset, part, num_experts, absent, room):
                         if chosen_by.size:
                             chosen_by[end] = count[at]
                         count[at] = 0
+                        access[at] = end
                         end += 1
+            if choice.size:
+                for row in range(offset[step], offset[step + 1]):
+                    for slot in range(top_k):
+                        expert = np.int64(experts[np.uint64(row), np.uint64(layer), np.uint64(slot)])
+                        if expert != absent:
+                            choice[row, layer, slot] = access[np.uint64(expert)]
             event += 1
             bounds[event] = end
     return 1

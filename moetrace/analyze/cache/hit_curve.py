@@ -11,6 +11,7 @@ import polars as pl
 
 from moetrace.analyze.cache.accesses import accesses, layer_accesses
 from moetrace.analyze.cache.kernels import stack
+from moetrace.analyze.sizes import own_experts
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import PHASE_NAMES, Block
@@ -70,8 +71,10 @@ def lru_curve(
         largest = max(largest, most_at_once)
         if progress is not None:
             progress(rows)
-    frames = [_frame(count.sum((0, 1)), "all", pools, largest)]
-    frames += [_frame(of.sum(0), name, pools, largest) for name, of in zip(PHASE_NAMES, count, strict=True)]
+    own = own_experts(trace)
+    fits = int(own.max() if scope == "layer" else own.sum())  # from there on, everything does
+    frames = [_frame(count.sum((0, 1)), "all", pools, largest, fits)]
+    frames += [_frame(of.sum(0), name, pools, largest, fits) for name, of in zip(PHASE_NAMES, count, strict=True)]
     known = pl.concat([frame for frame in frames if frame["phase"][0] == "all" or frame["accesses"][0]])
     return known.with_columns(scope=pl.lit(scope), sequential=pl.lit(sequential)).select(*_COLUMNS)
 
@@ -82,13 +85,13 @@ def has_curve(trace: Trace) -> bool:
     return counts <= _MAX_COUNTS and trace.num_experts <= stack.MAX_EXPERTS
 
 
-def _frame(count: np.ndarray, phase: str, pools: int, largest: int) -> pl.DataFrame:
+def _frame(count: np.ndarray, phase: str, pools: int, largest: int, fits: int) -> pl.DataFrame:
     """The curve of one phase from its distances, int64 [keys + 1], the last of which are first accesses."""
     accessed, hits = int(count.sum()), np.cumsum(count[:-1])
     frame = pl.DataFrame({"capacity_experts": np.arange(1, hits.size + 1) * pools, "hits": hits})
     rate = pl.col("hits") / accessed if accessed else pl.lit(None, pl.Float64)
     frame = frame.with_columns(phase=pl.lit(phase), accesses=pl.lit(accessed, pl.Int64), hit_rate=rate)
-    return frame[max(0, largest - 1) :]
+    return frame[max(0, largest - 1) : fits]
 
 
 class _Part:

@@ -21,14 +21,20 @@ from moetrace.analyze.cache.tally import (
     AGREEING,
     HITS,
     MISSED_BYTES,
+    MOST_CACHES,
     QUANTILES,
     RECORDED,
+    RECORDED_HITS,
+    WHOLE_ROWS,
+    WHOLE_STEPS,
     DemandCounts,
     HitTally,
     RequestGroups,
     count_demand,
     count_hits,
+    count_whole_rows,
     intervals,
+    mark_hits,
     no_demand,
     no_tally,
     quantiles,
@@ -69,6 +75,9 @@ _SCHEMA = {
     "step_misses_p50": pl.Int64,
     "step_misses_p95": pl.Int64,
     "step_misses_p99": pl.Int64,
+    "all_resident_rows": pl.Float64,
+    "all_resident_steps": pl.Float64,
+    "recorded_hit_rate": pl.Float64,
     "recorded_agreement": pl.Float64,
 }
 
@@ -145,6 +154,8 @@ def cache_hits(
         - compulsory_misses (first accesses) and capacity_misses (the others);
         - missed_bytes, null if sizes are unknown;
         - step_misses_p50, step_misses_p95, step_misses_p99;
+        - all_resident_rows and all_resident_steps: the shares of the rows and steps whose choices all hit;
+        - recorded_hit_rate: the share of the accesses that were resident by the engine's own record;
         - recorded_agreement: the share of the accesses whose residency the engine recorded that hit here and there, or
           miss in both; null without a record;
         - regret_points, miss_ms_per_step, regret_ms_per_step and verdict (docs/cache.md, "Policy or working set?").
@@ -234,14 +245,26 @@ def _replay(
             "recorded": "recorded" in trace.has,
             "rows": True,
             "chosen_by": any(policy.row_counts for policy in needs),
+            "choices": True,
         }
         for block in accesses(trace, sequential=asked.sequential, **wanted):
             group = requests.group_of(block.request)
             count_demand(demand, block, group, trace.layers)
             next_use = next_uses.of(block) if looks_ahead else np.zeros(0, np.int64)
+            several: list[HitTally] = []  # caches whose hits are marked
+            bits = np.zeros(block.key.size if block.choice.size else 0, np.uint64)
             for policy, replay in replays.items():
                 for tally, hit in zip(tallies[policy], replay(block, next_use), strict=True):
                     count_hits(tally, block, hit, size, group)
+                    if not block.choice.size:
+                        continue
+                    mark_hits(bits, hit, len(several))
+                    several.append(tally)
+                    if len(several) == MOST_CACHES:
+                        count_whole_rows(several, block, bits)
+                        bits[:], several = 0, []
+            if several:
+                count_whole_rows(several, block, bits)
             if progress is not None:
                 progress(block.rows)
     return demand, tallies
@@ -314,7 +337,7 @@ def _rows(asked: Asked, demand: DemandCounts, tallies: dict[str, list[HitTally]]
 
 
 def _row(demand: DemandCounts, tally: HitTally, phases: list[int]) -> dict:
-    accessed, compulsory, steps = (int(count) for count in demand.counts[phases].sum(0))
+    accessed, compulsory, steps, choosing_rows, choosing_steps = (int(n) for n in demand.counts[phases].sum(0))
     totals = tally.totals[phases].sum(0)
     misses = sum((tally.step_misses[phase] for phase in phases), Counter())
     return {
@@ -325,6 +348,9 @@ def _row(demand: DemandCounts, tally: HitTally, phases: list[int]) -> dict:
         "compulsory_misses": compulsory,
         "capacity_misses": accessed - compulsory - int(totals[HITS]),
         "missed_bytes": int(totals[MISSED_BYTES]),
+        "all_resident_rows": totals[WHOLE_ROWS] / choosing_rows if choosing_rows else None,
+        "all_resident_steps": totals[WHOLE_STEPS] / choosing_steps if choosing_steps else None,
+        "recorded_hit_rate": totals[RECORDED_HITS] / totals[RECORDED] if totals[RECORDED] else None,
         "recorded_agreement": totals[AGREEING] / totals[RECORDED] if totals[RECORDED] else None,
         **{f"step_misses_p{q}": value for q, value in zip(QUANTILES, quantiles(misses), strict=True)},
     }

@@ -63,6 +63,14 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     show_default=True,
     help="Which steps to look at, as if there were no others.",
 )
+@click.option(
+    "--copies",
+    type=click.Choice(["even", "row", "random"]),
+    default="even",
+    show_default=True,
+    help="Which copy of its expert a row runs on: shared evenly; by its place in the batch, as engines do; or drawn.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of --copies random.")
 @click.option("--system", metavar="S", help="Preset or TOML file of the units, for figures in seconds.")
 @click.option(
     "--model",
@@ -95,7 +103,8 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
     The steps after the first W are judged. A plan that is made from loads is judged three times: made from the first W
     steps and kept, made anew every I steps from the last W, and clairvoyant: made from what it is judged on. With
     W = 0, as of a trace of one step (a table of counts), all steps are judged, and such plans are clairvoyant only.
-    Imbalance is the busiest unit's rows over the mean, of each step and layer; docs/balance.md defines every figure.
+    Imbalance is the busiest unit's rows over the mean, of each step and layer; balancedness is what vLLM and SGLang
+    log under that name. docs/balance.md defines every figure.
     """
     from moetrace.cli.compiling import announce_compiling
     from moetrace.cli.progress import LateBar
@@ -130,6 +139,8 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
             interval=asked["interval"],
             phase=asked["phase"],
             plans=_plans(opened, asked["files"], tier, model),
+            copies=asked["copies"],
+            seed=asked["seed"],
             model=model,
             system=system,
             progress=bar.advance,
@@ -151,8 +162,12 @@ def _check_options(asked: dict[str, Any]) -> None:
         refuse(("nodes", "groups"), "is for --placement eplb-hierarchical.")
     if not any(placement.startswith("eplb") for placement in placements):
         refuse(("redundant",), "is for --placement eplb or eplb-hierarchical.")
+        if not asked["files"]:
+            refuse(("copies",), "is for plans with copies: --placement eplb or eplb-hierarchical, or a --plan.")
     if not any(placement.startswith(("eplb", "ep-lpt")) for placement in placements):
         refuse(("interval",), "is for placements that are made anew from loads: ep-lpt, eplb or eplb-hierarchical.")
+    if asked["copies"] != "random":
+        refuse(("seed",), "is for --copies random.")
     from moetrace.trace.atomic import real_path
 
     if len(set(map(real_path, asked["files"]))) < len(asked["files"]):

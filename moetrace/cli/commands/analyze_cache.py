@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from moetrace.cli.options.listing import ListingOption
 from moetrace.cli.options.paths import ANY_PATH
@@ -63,6 +64,12 @@ class _PolicyName(click.ParamType):
 )
 @click.option("--system", metavar="S", help="Preset or TOML file of the machine that fetches what is missed.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the bootstrap.")
+@click.option(
+    "--observed",
+    metavar="RATE",
+    help="Say instead which budget of each policy explains a measured hit rate: 62%, 0.62, or `recorded`, that of the "
+    "trace's own record. It is that of decode steps if there are, else of all, unless --phase says otherwise.",
+)
 @click.option("--curve", is_flag=True, help="Say instead what LRU caches of every capacity hit, from one pass.")
 @click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Of a curve by layer.")
 @click.option(
@@ -88,7 +95,10 @@ def command(
     from moetrace.cli.progress import LateBar
     from moetrace.trace import Trace
 
+    observed = asked.pop("observed")
     _check_options(curve, picture, asked)
+    if observed is not None:
+        _check_observed(curve, picture, out)
     _check_export(out, curve, asked)
     check_targets({"--export": out, "--plot": picture}, [trace, asked["system"], asked["model"]])
     check_picture(picture)
@@ -96,6 +106,9 @@ def command(
         from moetrace.cli.tables.cache_table import print_cache, print_curve, title_of
 
         check_phase(opened, phase)
+        if observed is not None:
+            _explain(opened, str(trace), observed, phase, asked, form)
+            return
         title = title_of(opened, asked["scope"], asked["sequential"])
         draws_curve = picture is not None and _draws_curve(opened, asked)
         if curve:
@@ -140,6 +153,40 @@ def _note_small(capacities: list[str], trace: "Trace", asked: dict[str, Any]) ->
         elif amount < expert * trace.top_k and not asked["sequential"]:
             holds = holds.removesuffix("s") if amount // expert == 1 else holds
             say(f"moetrace: note: {holds}, but a row chooses {trace.top_k} in a layer.")
+
+
+def _check_observed(curve: bool, picture: Path | None, out: Path | None) -> None:
+    """Refuse what would have no effect beside --observed."""
+    refuse(("system", "seed"), "has no effect with --observed.")
+    for option, given in (("--curve", curve), ("--plot", picture), ("--export", out)):
+        if given:
+            raise UsageError(f"{option} has no effect with --observed: leave out one of them.")
+
+
+def _explain(trace: "Trace", name: str, observed: str, phase: str | None, asked: dict[str, Any], form: str) -> None:
+    """Print which budgets explain a hit rate."""
+    from moetrace.analyze.cache.observed import OBSERVED_POLICIES, explain_hit_rate, parse_rate
+    from moetrace.cli.progress import LateBar
+    from moetrace.trace.schema import DECODE
+
+    rate = parse_rate(observed)
+    phase = phase or ("decode" if (trace.phase == DECODE).any() else "all")
+    given = click.get_current_context().get_parameter_source("policies") is not ParameterSource.DEFAULT
+    policies = asked["policies"] if given else OBSERVED_POLICIES
+    how = {name: asked[name] for name in ("scope", "sequential", "model")}
+    with LateBar("rows", trace.rows) as bar:
+        found = explain_hit_rate(
+            trace, rate, policies, list(asked["capacities"]), phase=phase, **how, progress=bar.advance
+        )
+    if form == "json":
+        print_json(found.to_dicts())
+    elif form == "csv":
+        print_csv(found)
+    else:
+        from moetrace.cli.tables.cache_table import print_explained, title_of
+
+        title = f"{name}: {title_of(trace, asked['scope'], asked['sequential'])}"
+        print_explained(found, title, trace.layers, recorded=rate is None)
 
 
 def _check_options(curve: bool, picture: Path | None, asked: dict[str, Any]) -> None:
@@ -195,8 +242,9 @@ def _export(out: Path, trace: "Trace", asked: dict[str, Any]) -> None:
 def _hits(trace: "Trace", asked: dict[str, Any], bar: Any, shares: Any) -> Any:
     """The frame at the capacities given, else at so many sixteenths of all experts."""
     from moetrace.analyze.cache.hits import cache_hits
+    from moetrace.analyze.sizes import own_experts
 
-    everything = trace.layers * trace.num_experts
+    everything = int(own_experts(trace).sum())
     capacities = asked["capacities"] or (str(max(1, everything * share // 16)) for share in shares)
     return cache_hits(
         trace,

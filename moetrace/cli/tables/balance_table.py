@@ -23,6 +23,12 @@ _ROWS = {
     "jain": "Jain",
     "moved_gb": "moved\nGB",
 }
+_LOGGED = {
+    "placement": "placement",
+    "plan": "plan",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+}
 _TIME = {
     "placement": "placement",
     "plan": "plan",
@@ -53,7 +59,11 @@ def print_balance(found: "Balance", name: str) -> None:
     console = stdout_console()
     rows = [_plan(row) for row in found.summary.iter_rows(named=True)]
     stale = _stale(found)
-    tables = [("", _ROWS, rows), ("What a plan that is kept loses:", _STALE, stale)]
+    tables = [
+        ("", _ROWS, rows),
+        ("Balancedness as engines log it:", _LOGGED, rows),
+        ("What a plan that is kept loses:", _STALE, stale),
+    ]
     if found.trace["system"]:
         tables += [(f"In seconds on {printable(found.trace['system'])}:", _TIME, rows), ("", _STALE_TIME, stale)]
     for title, headers, cells in tables:
@@ -93,6 +103,8 @@ def _plan(row: dict[str, Any]) -> dict[str, str]:
         "p99": _figure(row["imbalance_p99"], 3),
         "least": _figure(row["least_imbalance"], 3),
         "jain": _figure(row["jain"], 3),
+        "vllm": _figure(row["balancedness_vllm"], 3),
+        "sglang": _figure(row["balancedness_sglang"], 3),
         "moved_gb": _figure(row["migration_bytes"] / 1e9, 2) if moves and row["migration_bytes"] else "-",
         "time": _figure(row["time_imbalance"], 3),
         "busy_ms": _figure(busy, 1, 1e3),
@@ -141,10 +153,12 @@ def _legend(found: "Balance", name: str) -> list[str]:
     )
     if not facts["window"]:
         made = f"judged on {counted(facts['judged_steps'], step)}, clairvoyant ones are made from the same"
+    fewest = f"{facts['experts_min']:,} to " if facts["experts_min"] < facts["experts"] else ""
+    shared = {"even": "", "row": " Copies are chosen by the row's place in the step.", "random": " Copies are drawn."}
     lines = [
         f"{printable(name)}: {printable(facts['model']) or 'a model without a name'}, "
-        f"{counted(facts['layers'], 'layer')} of {counted(facts['experts'], 'expert')} on "
-        f"{counted(facts['units'], 'unit')}. Plans are {made}{anew}.",
+        f"{counted(facts['layers'], 'layer')} of {fewest}{counted(facts['experts'], 'expert')} on "
+        f"{counted(facts['units'], 'unit')}. Plans are {made}{anew}.{shared[facts['copies']]}",
         "Max / mean: the busiest unit's rows over the mean unit's, mean over the steps, then over the layers (worst: "
         "the worst layer's). Least possible: no plan of so many slots beats it, even if made anew for every step.",
     ]

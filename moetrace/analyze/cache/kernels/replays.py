@@ -232,7 +232,7 @@ def static_hindsight(budgets: Sequence[Budget], demands: Demands) -> Replay:
 
 
 def static_prefill(budgets: Sequence[Budget], demands: Demands) -> Replay:
-    """Keep the experts accessed most often in the prefill steps so far."""
+    """Keep the experts that most rows chose in the prefill steps so far."""
     sets, prefill = _sets(budgets, demands), static.PrefillCounts(demands.keys)
 
     def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,7 +1,7 @@
 """Static sets: what is wanted is kept from its first access on, and nothing else is.
 
-The hindsight set is of the keys accessed most often in the whole trace. The prefill-seeded one is of those accessed
-most often in the prefill steps so far, made anew whenever prefill steps have come to an end; keys wanted no longer go
+The hindsight set is of the keys accessed most often in the whole trace. The prefill-seeded one is of those that most
+rows chose in the prefill steps so far, made anew whenever prefill steps have come to an end; keys wanted no longer go
 then. Of equal counts, the lower key is wanted. Sets are filled in this order with whatever still fits.
 """
 
@@ -42,7 +42,10 @@ def count_accesses(blocks: Iterable[Accesses], keys: int) -> np.ndarray:
 
 
 class PrefillCounts:
-    """How often each key was accessed in prefill steps so far; it divides blocks where sets are made anew."""
+    """How many rows chose each key in prefill steps so far; it divides blocks where sets are made anew.
+
+    Rows, not accesses: at once, an expert is accessed one time in a prompt, by however many of its rows.
+    """
 
     def __init__(self, keys: int):
         self.count = np.zeros(keys, np.int64)
@@ -59,8 +62,9 @@ class PrefillCounts:
             yield start * layers, stop * layers, anew
             self._under_way = bool(prefill[start])
             if self._under_way:
-                keys = block.key[block.bounds[start * layers] : block.bounds[stop * layers]]
-                self.count += np.bincount(keys, minlength=self.count.size)
+                part = slice(block.bounds[start * layers], block.bounds[stop * layers])
+                chosen_by = block.chosen_by[part] if block.chosen_by.size else None  # one at a time: each by one row
+                self.count += np.bincount(block.key[part], chosen_by, self.count.size).astype(np.int64)
 
 
 @kernel(inline=False)
