@@ -52,7 +52,6 @@ HEAVY_IMPORTS = {
     ("engine/state.py", "numba"): "declares the types that the replay is compiled for",
     ("engine/bounds.py", "numba"): "declares the types that the bounds are compiled for",
     ("engine/plugin.py", "numba"): "says in one sentence what Numba refuses in a user's function",
-    ("cli/compiling.py", "numba"): "says on the terminal that kernels are being compiled",
 }
 NUMBA_AT_THE_TOP = {
     "jit/pipeline.py",

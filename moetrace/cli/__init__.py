@@ -33,6 +33,7 @@ COMMANDS = {
     "select": "Copy a part of a trace, or all but that part.",
     "show": "Print a resolved spec and what follows from it.",
     "sweep": "Replay a grid of traces, systems, policies and settings.",
+    "warm": "Compile what commands need, before they need it.",
 }
 
 

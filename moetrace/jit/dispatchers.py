@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from moetrace.jit.announce import announced
 from moetrace.jit.apart import heard
 
 
@@ -15,7 +16,12 @@ def entry(function: Callable, options: dict[str, Any]) -> Any:
     compile_here = dispatcher.compile
     if options.get("boundscheck"):
         compile_here = _checked(compile_here)
-    dispatcher.compile = lambda sig: heard(compile_here, sig)
+
+    def compile_it(sig: Any) -> Any:
+        with announced():
+            return heard(compile_here, sig)
+
+    dispatcher.compile = compile_it
     return dispatcher
 
 

@@ -1,11 +1,12 @@
 """Where compiled code is kept: in folders that nobody else may write to, as Numba unpickles what it finds there.
 
-What the package compiles lies where Numba keeps such things: in the folder that NUMBA_CACHE_DIR names, beside the
-source, or in the user's cache. What a user's function compiles to never lies beside its file, which may be a
-stranger's: it goes to a folder of the user's, by a name that is made of the function's content.
+They lie in the folder that NUMBA_CACHE_DIR names, or in the user's cache, by a name that is made of all that a function
+holds: two copies of the package, a clone and what was installed of it, compile once. Nothing lies beside a source: that
+of a user's function may be a stranger's.
 """
 
 import contextlib
+import glob
 import os
 import stat
 import sys
@@ -15,11 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_NEWEST = 128  # compiled functions of users that are kept: an edit makes a new one
+# Compiled functions that are kept, of the package and of users: an edit makes new ones. All commands need some 60.
+_NEWEST = {"kernels": 512, "policies": 128}
 
 
 def cache_of(function: Callable, fingerprint: str, own: bool) -> Any:
-    """Return Numba's cache for a function, with the fingerprint as a part of what makes an entry stale.
+    """Return Numba's cache for a function.
 
     Args:
         function: what is compiled.
@@ -32,11 +34,8 @@ def cache_of(function: Callable, fingerprint: str, own: bool) -> Any:
     Raises:
         RuntimeError: no folder can be written.
     """
-    found = _cache_classes()[own](function)
-    if own:
-        found._cache_file = _index_file(found.cache_path, f"{function.__name__}-{fingerprint[:32]}", fingerprint)
-    else:
-        found._cache_file._source_stamp = (found._cache_file._source_stamp, fingerprint)
+    found = _cache_class("policies" if own else "kernels")(function)
+    found._cache_file = _index_file(found.cache_path, f"{function.__name__}-{fingerprint[:32]}", fingerprint)
     return found
 
 
@@ -77,8 +76,8 @@ def _checked(folder: str, top: str) -> str:
 
 
 @cache
-def _locators() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return what finds a folder for the package's kernels, and for users' functions: the first that does serves."""
+def _locators(kind: str) -> tuple[Any, ...]:
+    """Return what finds a folder for a kind of functions: the first that does serves."""
     import numba.core.config
     from numba.core import caching
     from numba.misc.appdirs import AppDirs
@@ -93,23 +92,6 @@ def _locators() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             return None
         return given
 
-    class Given(caching.UserProvidedCacheLocator):
-        def ensure_cache_path(self) -> None:
-            _checked(self.get_cache_path(), config.CACHE_DIR)
-
-        @classmethod
-        def from_function(cls, py_func: Any, py_file: str) -> Any:
-            return super().from_function(py_func, py_file) if given_folder() else None
-
-    class InTree(caching.InTreeCacheLocator):
-        def ensure_cache_path(self) -> None:
-            Path(self.get_cache_path()).mkdir(exist_ok=True)
-            _checked(self.get_cache_path(), self.get_cache_path())
-
-    class UserWide(caching.UserWideCacheLocator):
-        def ensure_cache_path(self) -> None:
-            _checked(self.get_cache_path(), str(Path(self.get_cache_path()).parent))
-
     class Fresh(caching.UserWideCacheLocator):
         def get_cache_path(self) -> str:
             return _fresh_folder()
@@ -121,24 +103,21 @@ def _locators() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         def __init__(self, py_func: Any, py_file: str) -> None:
             super().__init__(py_func, py_file)
             self._top = given_folder() or AppDirs(appname="moetrace", appauthor=False).user_cache_dir
-            self._cache_path = str(Path(self._top) / "policies")
+            self._cache_path = str(Path(self._top) / kind)
 
         def ensure_cache_path(self) -> None:
-            _remove_oldest(_checked(self._cache_path, self._top))
+            _ready_folder(self._cache_path, self._top)
 
-    return (Given, InTree, UserWide, Fresh), (Own, Fresh)
+    return Own, Fresh
 
 
 @cache
-def _cache_classes() -> tuple[Any, Any]:
-    """Return the cache classes of the package's kernels, and of users' functions."""
+def _cache_class(kind: str) -> Any:
+    """Return the cache class of a kind of functions."""
     from numba.core import caching
 
     class Impl(caching.CompileResultCacheImpl):
-        _locator_classes = _locators()[0]  # type: ignore[assignment]
-
-    class OwnImpl(caching.CompileResultCacheImpl):
-        _locator_classes = _locators()[1]  # type: ignore[assignment]
+        _locator_classes = _locators(kind)  # type: ignore[assignment]
 
     class KernelCache(caching.FunctionCache):
         """Numba's cache, which takes a named tuple for the same as long as its class has the same name."""
@@ -160,12 +139,7 @@ def _cache_classes() -> tuple[Any, Any]:
             """Add the names of the fields: compiled code knows of their order only."""
             return (*super()._index_key(sig, codegen), tuple(_fields(getattr(sig, "args", sig))))
 
-    class OwnCache(KernelCache):
-        """The same for users' functions."""
-
-        _impl_class = OwnImpl
-
-    return KernelCache, OwnCache
+    return KernelCache
 
 
 def _index_file(folder: str, name: str, stamp: str) -> Any:
@@ -174,15 +148,22 @@ def _index_file(folder: str, name: str, stamp: str) -> Any:
     return IndexDataCacheFile(folder, name, stamp)
 
 
-def _remove_oldest(folder: str) -> None:
-    """Leave the newest of users' compiled functions; another process may do the same."""
+@cache
+def _ready_folder(folder: str, top: str) -> None:
+    """Make a folder under ``top`` ready for what is compiled; raise OSError where that can't be."""
+    _remove_oldest(_checked(folder, top), _NEWEST[Path(folder).name])
+
+
+def _remove_oldest(folder: str, newest: int) -> None:
+    """Leave the newest compiled functions; another process may do the same."""
     files = []
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):
             if entry.name.endswith(".nbi"):
                 files.append((entry.stat().st_mtime, entry.path))
-    for _, path in sorted(files)[:-_NEWEST]:
-        for each in (Path(path), Path(path.removesuffix(".nbi") + ".1.nbc")):
+    for _, path in sorted(files)[:-newest]:
+        Path(path).unlink(missing_ok=True)
+        for each in Path(folder).glob(f"{glob.escape(Path(path).stem)}.*.nbc"):
             each.unlink(missing_ok=True)
 
 

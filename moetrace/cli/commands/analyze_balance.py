@@ -106,7 +106,6 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
     Imbalance is the busiest unit's rows over the mean, of each step and layer; balancedness is what vLLM and SGLang
     log under that name. docs/balance.md defines every figure.
     """
-    from moetrace.cli.compiling import announce_compiling
     from moetrace.cli.progress import LateBar
     from moetrace.trace import Trace
     from moetrace.trace.atomic import write_whole
@@ -117,7 +116,7 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
     check_targets({"--export": out, "--plot": picture}, [trace, *asked["files"], asked["system"], asked["model"]])
     _check_export(out, asked["placements"])
     check_picture(picture)
-    with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
+    with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
         from moetrace.analyze.balance.plans import DEFAULT_PLACEMENTS
         from moetrace.analyze.balance.units import balance
         from moetrace.spec import load_model, load_system

@@ -91,7 +91,6 @@ def command(
     is more than fits. Hit rates come with half of their 95 % confidence interval over requests. If the trace holds what
     its engine recorded, the last column says how much of that each cache reproduces. docs/cache.md defines all of it.
     """
-    from moetrace.cli.compiling import announce_compiling
     from moetrace.cli.progress import LateBar
     from moetrace.trace import Trace
 
@@ -102,7 +101,7 @@ def command(
     _check_export(out, curve, asked)
     check_targets({"--export": out, "--plot": picture}, [trace, asked["system"], asked["model"]])
     check_picture(picture)
-    with Trace.open(trace) as opened, announce_compiling():
+    with Trace.open(trace) as opened:
         from moetrace.cli.tables.cache_table import print_cache, print_curve, title_of
 
         check_phase(opened, phase)

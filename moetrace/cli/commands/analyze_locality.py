@@ -72,13 +72,12 @@ def command(
     figure would be by chance: for the same rows shuffled within requests or globally, or for a simulated null.
     docs/locality.md defines each.
     """
-    from moetrace.cli.compiling import announce_compiling
     from moetrace.cli.progress import LateBar
     from moetrace.trace import Trace
     from moetrace.trace.atomic import write_whole
 
     _check_outputs(trace, form, frame, out, picture)
-    with Trace.open(trace) as opened, announce_compiling():
+    with Trace.open(trace) as opened:
         from moetrace.analyze.locality.measure import locality
         from moetrace.analyze.locality.rows import SAMPLE_ROWS
 

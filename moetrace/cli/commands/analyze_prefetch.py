@@ -62,12 +62,11 @@ def command(trace: Path, capacity: str | None, phase: str | None, form: str, **a
     that were named; in time, those that had arrived on the machine of --system; wasted, what arrived in vain.
     docs/prefetch.md defines all of it.
     """
-    from moetrace.cli.compiling import announce_compiling
     from moetrace.cli.progress import LateBar
     from moetrace.trace import Trace
 
     _check_options(asked["predictors"], asked["system"])
-    with Trace.open(trace) as opened, announce_compiling(), LateBar("rows", opened.rows) as bar:
+    with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
         from moetrace.analyze.prefetch.value import prefetch_value
 
         check_phase(opened, phase)

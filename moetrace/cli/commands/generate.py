@@ -59,14 +59,13 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
     from rich.console import Console
     from rich.progress import Progress
 
-    from moetrace.cli.compiling import announce_compiling
     from moetrace.generators import BatchSchedule, check_seed, generate
 
     schedule = BatchSchedule(*(parameters[name] for name in BatchSchedule._fields))
     schedule.check()
     check_seed(parameters["seed"])
     hidden = not sys.stderr.isatty()
-    with announce_compiling(), Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
         if like is not None:
             parameters["profile"] = _fitted(like, save_profile, parameters, bar)
         task = bar.add_task("rows", total=schedule.rows)

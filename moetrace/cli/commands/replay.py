@@ -113,13 +113,12 @@ def command(
     --set model.FIELD, system.FIELD and policy.FIELD change the specs, the last in every policy; policy.NAME.FIELD
     changes the policy of that name alone.
     """
-    from moetrace.cli.compiling import announce_compiling
     from moetrace.cli.progress import LateBar
     from moetrace.trace import Trace
 
     changes = split_settings(settings, ["model", "system", "policy"])
     steps = _window(timeline, window, folder)
-    with Trace.open(trace) as opened, announce_compiling():
+    with Trace.open(trace) as opened:
         from moetrace.results.break_even import verified_batch
         from moetrace.results.publish import staged
         from moetrace.results.replay import replay

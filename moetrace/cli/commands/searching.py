@@ -20,23 +20,20 @@ _SHOWN = 12
 
 def search(source: Path, folder: Path, jobs: int, dask: str | None, pareto: str | None, code: bool, form: str) -> None:
     """Search, and print the best trials; `folder` keeps what was replayed."""
-    from moetrace.cli.compiling import announce_compiling
+    from moetrace.batch.grid import load_space
+    from moetrace.batch.search import run_search
+    from moetrace.batch.search_space import check_choices
+    from moetrace.batch.sweep import farm_of
+    from moetrace.batch.sweep_folder import SweepFolder
     from moetrace.cli.progress import LateBar
 
-    with announce_compiling():
-        from moetrace.batch.grid import load_space
-        from moetrace.batch.search import run_search
-        from moetrace.batch.search_space import check_choices
-        from moetrace.batch.sweep import farm_of
-        from moetrace.batch.sweep_folder import SweepFolder
-
-        space = load_space(source)
-        choices = check_choices(space._replace(pareto=pareto or space.pareto))
-        with farm_of(jobs, dask) as (farm, dashboard):
-            if dashboard:
-                say(f"moetrace: Dask's dashboard: {dashboard}")
-            with LateBar("trials", _judged(choices)) as bar:
-                found = run_search(choices, SweepFolder(folder), farm, bar.advance, code)
+    space = load_space(source)
+    choices = check_choices(space._replace(pareto=pareto or space.pareto))
+    with farm_of(jobs, dask) as (farm, dashboard):
+        if dashboard:
+            say(f"moetrace: Dask's dashboard: {dashboard}")
+        with LateBar("trials", _judged(choices)) as bar:
+            found = run_search(choices, SweepFolder(folder), farm, bar.advance, code)
     _report(found)
     if form == "json":
         print_json(found.to_dict() | {"trials": found.frame.to_dicts()})

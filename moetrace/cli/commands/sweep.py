@@ -56,7 +56,6 @@ def command(
     --search takes the lists of the file as choices, and ranges of numbers from its [search] table: Optuna proposes,
     and of what was replayed over a part of the trace the best go on to a longer one (extra `search`).
     """
-    from moetrace.cli.compiling import announce_compiling
 
     if folder is None and not dry_run:
         raise UsageError("A sweep keeps its results in a folder: name one with -o DIR.")
@@ -75,14 +74,13 @@ def command(
         from moetrace.batch.processes import start_early
 
         start_early()
-    with announce_compiling():
-        from moetrace.batch.sweep import SweepPlan
+    from moetrace.batch.sweep import SweepPlan
 
-        plan = SweepPlan(source, folder, pareto, reads=dry_run, code=code)
-        if dry_run:
-            _print_plan(plan, jobs or cores(), form)
-            return
-        sweep = _run(plan, jobs, dask)
+    plan = SweepPlan(source, folder, pareto, reads=dry_run, code=code)
+    if dry_run:
+        _print_plan(plan, jobs or cores(), form)
+        return
+    sweep = _run(plan, jobs, dask)
     _report(sweep)
     if form == "json":
         print_json(sweep.to_dict() | {"cells": sweep.cells.to_dicts()})
