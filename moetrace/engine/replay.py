@@ -27,8 +27,9 @@ from moetrace.engine.prefetch import (
     remaining_bytes,
 )
 from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wanted, prompts_of, queue_wanted
-from moetrace.engine.residency import Cache, empty_cache, empty_cells, touch_and_admit
+from moetrace.engine.residency import Cache, empty_cache, empty_cells, pool_of, touch_and_admit
 from moetrace.engine.schedule import Requests, Schedule
+from moetrace.engine.setting import new_setting
 from moetrace.engine.state import (
     ACTIVE,
     FIRST_GROUP,
@@ -71,27 +72,6 @@ class Batch(NamedTuple):
     row_phase: np.ndarray  # uint8 [rows]
 
 
-# What a policy chose, in numbers.
-SETTING = np.dtype(
-    [
-        ("prefetch", np.int64),
-        ("depth", np.int64),  # m of online, d of oracle
-        ("waits", np.int64),  # 1: the first decode step waits for the queue
-        ("counts_prompts", np.int64),
-        ("learns", np.int64),  # 0: the residency's hook does nothing
-        ("looks_ahead", np.int64),
-        ("optimal", np.int64),  # 1: the dispatch is `optimal`
-        ("own_dispatch", np.int64),  # 1: a user's
-        ("slots", np.int64),
-        ("half_life", np.int64),  # 0 = never
-        ("gpu_rows", np.int64),  # 0 = never
-        ("alpha", np.float64),
-        ("chance", np.float64),
-        ("seed", np.int64),
-    ]
-)
-
-
 class LayerScratch(NamedTuple):
     """What is known of the layer at hand."""
 
@@ -122,7 +102,7 @@ class Work(NamedTuple):
 
 
 @kernel
-def view_of(step, steps, machine, setting, scratch):
+def view_of(step, steps, machine, setting, scratch, age):
     """Return what hooks may read of a step."""
     return View(
         step,
@@ -134,6 +114,8 @@ def view_of(step, steps, machine, setting, scratch):
         machine.link[0].latency_s,
         setting.alpha,
         setting.half_life,
+        setting.most_count,
+        age,
         machine.device[GPU_DEVICE].layer_s,
         machine.device[FIRST_HOME].layer_s,
         setting.gpu_rows,
@@ -241,7 +223,8 @@ def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
         now = step * cells.shape[0] + layer
         tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
     size = _see(at, layer, step, batch.demand, machine, setting, state, log)
-    view = view_of(step, batch.steps, machine, setting, state.scratch)
+    age = state.cache.age[pool_of(state.cache, layer)]
+    view = view_of(step, batch.steps, machine, setting, state.scratch, age)
     load = state.scratch.load[:size]
     plan = state.scratch.plan[:size]
     if size > 0:
@@ -337,24 +320,13 @@ def replay_batch(work, dispatch, residency, tape):
             note_head(tape, step, machine, state)
 
 
-def new_setting(**fields: float) -> Any:
-    """Return SETTING [1] of the given fields; the others are 0."""
-    setting = records(1, SETTING)
-    for name, value in fields.items():
-        setting[name] = value
-    return setting
-
-
-def new_state(machine: Machine, schedule: Schedule, setting: Any, pools: int, admit: bool, order: int) -> State:
-    """Return the state before the first step; ``pools`` is 1 or the number of layers (scope global, layer).
-
-    ``admit``: whether what arrives may be kept; ``order``: who is evicted, as in ``Cache``.
-    """
+def new_state(machine: Machine, schedule: Schedule, setting: Any, cache: Cache, admit: bool) -> State:
+    """Return the state before the first step, with an empty cache; ``admit``: whether what arrives may be kept."""
     layers, experts = machine.weight_bytes.shape
     requests = schedule.requests
     return State(
         cells=empty_cells(layers, experts, admit),
-        cache=empty_cache(layers, experts, pools, int(setting["slots"][0]) // pools, order),
+        cache=cache,
         queue=empty_queue(machine.weight_bytes),
         prompts=prompts_of(
             requests.last_step,
@@ -386,9 +358,9 @@ def smallest_work() -> Work:
     batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
     machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)
-    setting = records(1, SETTING)
+    setting = new_setting()
     schedule = Schedule(one, one, bits, bits, Requests(*[none] * 9), Turns(*[none] * 7))
-    state = new_state(machine, schedule, setting, 1, True, BY_TOUCH)
+    state = new_state(machine, schedule, setting, empty_cache(1, 1, 1, 0, BY_TOUCH), True)
     return Work(batch, machine, setting, state, new_log(1, 1, 1))
 
 

@@ -18,9 +18,10 @@ from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import is_users, load_hook
 from moetrace.engine.prefetch import COMPLETED_EVER
 from moetrace.engine.recording import Recording, record_batch
-from moetrace.engine.replay import Batch, LayerScratch, State, Work, new_scratch, new_setting, new_state, replay_batch
-from moetrace.engine.residency import empty_cells, keep_for_good
+from moetrace.engine.replay import Batch, LayerScratch, State, Work, new_scratch, new_state, replay_batch
+from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, empty_cells, keep_for_good
 from moetrace.engine.schedule import Schedule
+from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
 from moetrace.jit.apart import Hands, may_wait, result_of
@@ -250,6 +251,10 @@ def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> Non
             one.lanes = []  # and what they recorded
 
 
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else float(given)
+
+
 def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int) -> Lane:
     check_policy(policy, setup.system)
     model, system = setup.model, seen_by(policy, setup.system)
@@ -275,11 +280,13 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
         half_life=policy.half_life or 0,
         gpu_rows=policy.gpu_rows or 0,
         alpha=float(policy.alpha),
+        most_count=_or(policy.most_count, MOST_COUNT),
         chance=float(policy.p),
         seed=policy.seed,
     )
     pools = layers if policy.scope == "layer" and not residency.shares_slots else 1
-    state = new_state(machine, schedule, setting, pools, residency.admits, residency.order)
+    cache = empty_cache(layers, experts, pools, slots // pools, residency.order, _or(policy.evicted_share, EVICTED_SHARE))
+    state = new_state(machine, schedule, setting, cache, residency.admits)
     if system.link is None:
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:

@@ -230,5 +230,6 @@ def test_pure_python_selection():
         PolicySpec(name="i", dispatch="gpu", residency="lfu-in-cache"),
         PolicySpec(name="j", dispatch="gpu", residency="least-stale", scope="global"),
         PolicySpec(name="k", dispatch="gpu", residency="static-hindsight"),
+        PolicySpec(name="l", dispatch="balance", residency="lfuda", prefetch="online:2", scope="global"),
     ]
     compare(case, chosen)

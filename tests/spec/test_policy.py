@@ -32,8 +32,8 @@ def legal(dispatch, residency, prefetch):
     return {
         "none": True,
         "prefill": residency == "prefill",
-        "online:2": residency in ("ewma", "lfu"),
-        "oracle:1": residency in ("lru", "fifo", "sieve", "lfu", "ewma", "least-stale"),
+        "online:2": residency in ("ewma", "lfu", "lfuda"),
+        "oracle:1": residency in ("lru", "fifo", "sieve", "lfu", "lfuda", "ewma", "least-stale"),
     }[prefetch]
 
 
@@ -54,11 +54,12 @@ def test_every_combination(tmp_path):
         else:
             with pytest.raises(UsageError, match="goes with"):
                 load(**fields)
-    assert accepted == 4 * (14 + 1 + 2 + 6) + 1
+    assert accepted == 4 * (15 + 1 + 3 + 7) + 1
 
 
 def test_refusal_says_what_is_legal():
-    with pytest.raises(UsageError, match=r"prefetch online:2 goes with residency ewma or lfu or file.py:function only"):
+    partners = r"prefetch online:2 goes with residency ewma or lfu or lfuda or file.py:function only"
+    with pytest.raises(UsageError, match=partners):
         load(residency="lru", prefetch="online:2")
     with pytest.raises(UsageError, match=r"got residency lru, which goes with prefetch none or oracle:d\."):
         load(residency="lru", prefetch="prefill")
@@ -201,6 +202,8 @@ def test_unread_parameters_are_those_of_other_choices():
         "gpu_rows",
         "gpu_layers",
         "gpu_layers_end",
+        "most_count",
+        "evicted_share",
     }
     assert "alpha" not in load(residency="ewma").unread
 

@@ -15,6 +15,10 @@ DONE_BYTES = 1e-3  # a transfer is complete when at most this is left; "some byt
 Expert = tuple[int, int]  # (layer, expert id)
 
 
+def given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
 @dataclass(eq=False)
 class Entry:
     """A transfer in the prefetch queue."""
@@ -79,7 +83,9 @@ class Memory:
     copies: dict[Expert, Copy] = field(default_factory=dict)
     touched: dict[Expert, int] = field(default_factory=dict)  # kept when the expert is evicted
     touches: int = 0
-    score: dict[Expert, float] = field(default_factory=dict)  # of lfu, ewma and user residencies; 0 if absent
+    score: dict[Expert, float] = field(default_factory=dict)  # of lfu, ewma, lfuda and user residencies; 0 if absent
+    count: dict[Expert, float] = field(default_factory=dict)  # of lfuda
+    gone: dict[int, list[float]] = field(default_factory=dict)  # of lfuda: scores of all that a pool evicted
     now: tuple[int, int] = (0, 0)  # (step, layer)
     wanted: dict[Expert, int] = field(default_factory=dict)
     admissions: int = 0
@@ -132,6 +138,9 @@ class Memory:
             return len(self.copies) < self.machine.slots
         return len(self.resident(layer)) < self.machine.slots // self.machine.L
 
+    def pool(self, layer: int) -> int:
+        return 0 if self.policy.scope == "global" else layer
+
     def next_demand(self, key: Expert) -> tuple[float, int]:
         """Return the (step, layer) after now at which the expert is demanded next."""
         step, layer = self.now
@@ -141,7 +150,7 @@ class Memory:
 
     def victim_key(self, key: Expert) -> tuple:
         """Return what sorts the victim first; ties: touched longest ago, then lower layer, then lower id."""
-        if self.residency in ("lfu", "ewma", "user"):
+        if self.residency in ("lfu", "ewma", "lfuda", "user"):
             first: tuple = (self.score.get(key, 0.0),)
         elif self.residency == "belady":
             step, layer = self.next_demand(key)
@@ -170,6 +179,9 @@ class Memory:
                 return False
             victim = self.sieved(key[0], victims) if self.residency == "sieve" else min(victims, key=self.victim_key)
             copy = self.copies.pop(victim)
+            if self.residency == "lfuda":
+                self.gone.setdefault(self.pool(key[0]), []).append(self.score.get(victim, 0.0))
+                self.count[victim] = self.count.get(victim, 0.0) * given(self.policy.evicted_share, 0.5)
             self.wasted += copy.prefetched and not copy.used
         self.admissions += 1
         self.copies[key] = Copy(prefetched, number=self.admissions)
@@ -177,7 +189,7 @@ class Memory:
 
     def sieved(self, layer: int, victims: list[Expert]) -> Expert:
         """Return the first victim not visited, in the order of admission from the hand on, round and round."""
-        pool = 0 if self.policy.scope == "global" else layer
+        pool = self.pool(layer)
         of_pool = {key: c for key, c in self.copies.items() if self.policy.scope == "global" or key[0] == layer}
         queue = sorted((copy.number, key) for key, copy in of_pool.items())
         start = next((i for i, (number, _) in enumerate(queue) if number >= self.hand.get(pool, 0)), 0)
@@ -306,6 +318,11 @@ class Memory:
         if self.residency == "lfu":
             for e in n:
                 self.score[layer, e] = self.score.get((layer, e), 0.0) + 1.0
+        elif self.residency == "lfuda":
+            age = max(self.gone.get(self.pool(layer), []), default=0.0)
+            for e in n:
+                self.count[layer, e] = min(self.count.get((layer, e), 0.0) + 1, given(self.policy.most_count, 12))
+                self.score[layer, e] = age + self.count[layer, e]
         elif self.residency == "ewma":
             alpha = self.policy.alpha
             for e in experts:
