@@ -5,12 +5,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moetrace.engine.by_worth import admit_by_worth, queue_best, touch_and_admit_by_worth
 from moetrace.engine.cost import dense_s, head_s, order_on_gpu, price, price_varied, prices_of
 from moetrace.engine.demand import Demand
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
+from moetrace.engine.foresight import foresee
 from moetrace.engine.layer import shared_s, timeline
 from moetrace.engine.machine import DEVICE, FIRST_HOME, GPU_DEVICE, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
+    BY_WORTH,
     FROM_PROMPT,
     HEAD,
     ONLINE,
@@ -211,11 +214,16 @@ def _note_units(dense, line, moved_bytes, machine, state, log):
 
 
 @kernel
-def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
+def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape):
     """Replay one layer; return its imbalance, -1 where that is undefined."""
     batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     queue, cells, tally = state.queue, state.cells, log.tally
-    admit_complete(queue, cells, state.cache, tally)
+    s = step - batch.steps.first
+    at = s * cells.shape[0] + layer
+    if foresight is None:
+        admit_complete(queue, cells, state.cache, tally)
+    else:
+        admit_by_worth(foresight, queue, cells, state.cache, tally)
     if tape is not None:
         note_dense(tape, step, layer, dense, machine, state)
     moved_bytes = flow(queue, dense * machine.link[0].bytes_s)
@@ -234,12 +242,19 @@ def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
     _carry_out(layer, size, state, log)
     if tape is not None:
         note_moe(tape, step, layer, dense, size, line, machine, state)
+    if foresight is not None:
+        foresee(foresight, batch, s, layer, machine)
+        if setting.prefetch == BY_WORTH:
+            queue_best(foresight, queue, state.cache, layer, size, state.scratch, tally)
     beside_bytes = flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link[0].bytes_s)
     moved_bytes += beside_bytes
     log.unit[LINK_IN].shared_s += shared_s(line, beside_bytes * machine.link[0].s_per_byte)
     if setting.learns:
         residency(cells, view, layer, load, plan)
-    touch_and_admit(cells, state.cache, layer, state.scratch.active, size, state.scratch.plan, tally)
+    if foresight is None:
+        touch_and_admit(cells, state.cache, layer, state.scratch.active, size, state.scratch.plan, tally)
+    else:
+        touch_and_admit_by_worth(foresight, queue, cells, state.cache, layer, size, state.scratch, tally)
     if setting.prefetch == ONLINE:
         join_by_score(queue, cells, state.cache, layer, setting.depth)
     if tape is not None:
@@ -284,11 +299,12 @@ def _end_step(step, batch, setting, state, log):
     forget_ended(state.prompts, step, True)
 
 
-@kernel(signature=lambda: replay_signature(None))
-def replay_batch(work, dispatch, residency, tape):
+@kernel(signature=lambda: replay_signature(None, None))
+def replay_batch(work, dispatch, residency, foresight, tape):
     """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``.
 
-    ``tape`` is None here; `recording.py` compiles these lines once more, for one that notes everything down.
+    ``foresight`` and ``tape`` are None here; `variants.py` compiles these lines once more for a policy that foresees, and
+    for a tape that notes everything down. What is None costs nothing.
     """
     batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     layers = state.cells.shape[0]
@@ -304,7 +320,7 @@ def replay_batch(work, dispatch, residency, tape):
         dense = dense_s(machine, batch.steps.rows[s], batch.steps.kv_tokens[s])
         imbalance_sum, imbalance_count = 0.0, 0
         for layer in range(layers):
-            imbalance = _replay_layer(s * layers + layer, layer, step, dense, work, dispatch, residency, tape)
+            imbalance = _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape)
             if imbalance >= 0:
                 imbalance_sum += imbalance
                 imbalance_count += 1
@@ -364,9 +380,9 @@ def smallest_work() -> Work:
     return Work(batch, machine, setting, state, new_log(1, 1, 1))
 
 
-def replay_signature(tape: Any) -> Any:
-    """Return the types that ``replay_batch`` is compiled for, with a tape like this one, or None."""
+def replay_signature(foresight: Any, tape: Any) -> Any:
+    """Return the types that ``replay_batch`` is compiled for, with a foresight and a tape like these, or None."""
     from numba import typeof, types
 
     hook = types.FunctionType(hook_signature())
-    return types.void(typeof(smallest_work()), hook, hook, typeof(tape))
+    return types.void(typeof(smallest_work()), hook, hook, typeof(foresight), typeof(tape))

@@ -141,6 +141,7 @@ class Residency(PolicyChoice, frozen=True, kw_only=True):
         prefetches: names of those that it goes with, beside `none` and those that name it themselves.
         next_steps: whether it reads when an expert is demanded next.
         counts_prompts: whether the engine counts what the prompts chose, and lets it keep that.
+        foresees: whether the engine learns from rows what comes, and keeps what is worth most.
         cache: how `moetrace analyze cache` replays it; None if that has it not.
     """
 
@@ -152,6 +153,7 @@ class Residency(PolicyChoice, frozen=True, kw_only=True):
     prefetches: tuple[str, ...] = ()
     next_steps: bool = False
     counts_prompts: bool = False
+    foresees: bool = False
     cache: CachePolicy | None = None
     kind: ClassVar[str] = "residency"
 
