@@ -252,7 +252,14 @@ def _power(x, n):
 def _expect_next(f, experts_of, first, stop, layer, compute_share):
     """Set the chances of a layer's experts at its next visit, from the choices of rows first to stop, and in the long run."""
     experts, in_batch = f.worth.shape[1], f.rows[0]
-    total, p, mean, away, rows, hope = f.scratch[0], f.scratch[1], f.scratch[2], f.scratch[3], f.scratch[4], f.scratch[5]
+    total, p, mean, away, rows, hope = (
+        f.scratch[0],
+        f.scratch[1],
+        f.scratch[2],
+        f.scratch[3],
+        f.scratch[4],
+        f.scratch[5],
+    )
     for e in range(experts):
         total[e], away[e], rows[e] = 0.0, 1.0, 0.0
         hope[e] = MIX * f.fast[layer, e] + (1.0 - MIX) * f.slow[layer, e]

@@ -11,6 +11,7 @@ from moetrace.engine.replay import Batch, Steps, Work
 from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, new_tape
 from moetrace.engine.variants import variant
 
+
 class Recording:
     """What was noted of the steps ``first`` to ``stop - 1`` of one policy; grows with the window, not with the trace.
 

@@ -292,7 +292,9 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
         seed=policy.seed,
     )
     pools = layers if policy.scope == "layer" and not residency.shares_slots else 1
-    cache = empty_cache(layers, experts, pools, slots // pools, residency.order, _or(policy.evicted_share, EVICTED_SHARE))
+    cache = empty_cache(
+        layers, experts, pools, slots // pools, residency.order, _or(policy.evicted_share, EVICTED_SHARE)
+    )
     state = new_state(machine, schedule, setting, cache, residency.admits)
     if system.link is None:
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))

@@ -51,8 +51,8 @@ def test_lfu_keeps_what_was_demanded_most():
 
 
 def test_lfuda_forgets_what_was_demanded_most_long_ago():
-    # At most 2 a count: 0 scores 2, 1 scores 1 and goes for 2, so that the age is 1. 3 scores 1 + 1, and 2 goes for it. 1,
-    # whose count was halved, scores 1 + 1.5: of 0 and 3, which score 2, 0 was touched longer ago.
+    # At most 2 a count: 0 scores 2, 1 scores 1 and goes for 2, so that the age is 1. 3 scores 1 + 1, and 2 goes for it.
+    # 1, whose count was halved, scores 1 + 1.5: of 0 and 3, which score 2, 0 was touched longer ago.
     trace = trace_of(*[[one(e)] for e in (0, 0, 0, 1, 2, 3, 1, 3, 0)])
     assert hits_of(trace, "lfuda", 2, most_count=2, evicted_share=0.5) == [0, 1, 1, 0, 0, 0, 0, 1, 0]
     assert hits_of(trace, "lfu", 2) == [0, 1, 1, 0, 0, 0, 0, 0, 1]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.oracle_foresee import Foresight
 from support.oracle_layer import PREFILL, Machine, OracleTrace, TimeLine, demand_order
 
 DONE_BYTES = 1e-3  # a transfer is complete when at most this is left; "some bytes moved" means more than this
@@ -112,6 +113,8 @@ class Memory:
                 self.last_step[int(self.trace.request[row])] = step
                 if self.trace.row_phase[row] == PREFILL:
                     self.last_prefill[int(self.trace.request[row])] = step
+        self.shared = self.policy.scope == "global" or self.residency == "foresee"  # all layers share the slots
+        self.foresight = Foresight(self.trace, m, self.policy) if self.residency == "foresee" else None
         if self.residency == "static-hindsight":
             self.keep_most({key: len(steps) for key, steps in self.demand_steps.items()})
         if not m.linked:
@@ -134,7 +137,7 @@ class Memory:
         return {e for (of, e) in self.copies if of == layer}
 
     def room(self, layer: int) -> bool:
-        if self.policy.scope == "global":
+        if self.shared:
             return len(self.copies) < self.machine.slots
         return len(self.resident(layer)) < self.machine.slots // self.machine.L
 
@@ -150,6 +153,8 @@ class Memory:
 
     def victim_key(self, key: Expert) -> tuple:
         """Return what sorts the victim first; ties: touched longest ago, then lower layer, then lower id."""
+        if self.foresight:
+            return (self.foresight.worth(key), *key)
         if self.residency in ("lfu", "ewma", "lfuda", "user"):
             first: tuple = (self.score.get(key, 0.0),)
         elif self.residency == "belady":
@@ -171,13 +176,15 @@ class Memory:
             victims = [
                 other
                 for other in self.copies
-                if (self.policy.scope == "global" or other[0] == key[0])
+                if (self.shared or other[0] == key[0])
                 and other not in active
                 and not (self.residency == "prefill" and other in self.wanted)
             ]
             if not victims:
                 return False
             victim = self.sieved(key[0], victims) if self.residency == "sieve" else min(victims, key=self.victim_key)
+            if self.foresight and self.foresight.worth(victim) >= self.foresight.worth(key):
+                return False
             copy = self.copies.pop(victim)
             if self.residency == "lfuda":
                 self.gone.setdefault(self.pool(key[0]), []).append(self.score.get(victim, 0.0))
@@ -289,6 +296,13 @@ class Memory:
             entry = self.queued((layer, e))
             if entry:
                 self.leave(entry)
+        if self.foresight:
+            self.foresight.see(*self.now, self.demand[self.now[0]][layer])
+            if self.policy.prefetch == "foresee":
+                self.foresight.requeue(self, [(layer, e) for e in line.fetched])
+
+    def entry(self, key: Expert) -> Entry:
+        return Entry(key, float(self.machine.W[key]))
 
     def layer_done(self, line: TimeLine, T: int) -> None:
         """Update scores, touch what is resident and offer what was fetched, then let `online` queue."""
