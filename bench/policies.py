@@ -1,6 +1,6 @@
-"""Every online residency beside `edge-ndp`, on captured and generated traces: how much of the gap to clairvoyant closes.
+"""Every online residency beside `edge-ndp`, on captured and generated traces: what of the gap to clairvoyant closes.
 
-    python bench/policies.py [FOLDER ...] [--write] [--rows 4000]
+    python bench/policies.py [FOLDER ...] [--write] [--rows 9000]
 
 Folders hold captures in any format that `moetrace import` recognizes, traces among them; by default `traces/`. Three
 traces are generated beside them. Each is taken at batch 1 and, if it has 8 requests, at batch 8, with 2, 4 and 6
@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
+from time import process_time
 
 import numpy as np
 from markers import write_between
@@ -38,8 +39,6 @@ GENERATED = {
     "like DeepSeek-V2-Lite": {"profile": "deepseek-v2-lite"},
     "like gpt-oss-20b": {"profile": "gpt-oss-20b"},
 }
-# Those that ship and are drawn are left to the three above.
-DRAWN = ("mixtral-8x7b-b16", "qwen3-30b-a3b-b1")
 _CHOSEN = {"placement": "tp", "dispatch": "balance", "scope": "global"}
 
 
@@ -78,7 +77,7 @@ class Cell:
 def captured(folders: list[Path], scratch: Path) -> Iterator[tuple[str, Trace]]:
     """Yield the captures of folders as traces with phases, of known models."""
     for path in sorted(path for folder in folders for path in folder.iterdir() if path.is_file()):
-        if path.suffix not in (".h5", ".npz", ".csv", ".jsonl") or path.stem in DRAWN:
+        if path.suffix not in (".h5", ".npz", ".csv", ".jsonl"):
             continue
         target = path
         try:
@@ -86,6 +85,8 @@ def captured(folders: list[Path], scratch: Path) -> Iterator[tuple[str, Trace]]:
                 target = scratch / f"{path.stem}.h5"
                 mt.import_traces(path, target)
             with Trace.open(target) as trace:
+                if "generator" in trace.source:
+                    continue  # the three above are enough of those
                 whole = arrays_of(trace)
             load_model(whole["model"])
         except MoetraceError as error:
@@ -214,11 +215,70 @@ def details(cells: list[Cell]) -> str:
     return table(("trace", "batch", *(f"`{name}`" for name in names)), rows)
 
 
+FORGETTING = {
+    "lfu": {"residency": "lfu"},
+    "lfu, half-life 64": {"residency": "lfu", "half_life": 64},
+    "lfu-in-cache": {"residency": "lfu-in-cache"},
+    "ewma, alpha 0.02": {"residency": "ewma", "alpha": 0.02},
+    "sieve": {"residency": "sieve"},
+    "lfuda": {"residency": "lfuda"},
+    "lfuda, counts to 4": {"residency": "lfuda", "most_count": 4.0},
+    "lfuda, counts to 48": {"residency": "lfuda", "most_count": 48.0},
+    "lfuda, evicted keep all": {"residency": "lfuda", "evicted_share": 1.0},
+    "lfuda, evicted keep none": {"residency": "lfuda", "evicted_share": 0.0},
+}
+
+
+def forgetting(traces: list[tuple[str, Trace]]) -> str:
+    """Return how far caches that fetch every miss are from LRU to Belady, in percent, with slots for a quarter."""
+    bounds = {"lru": {"residency": "lru"}, "belady": {"residency": "belady"}}
+    policies = [
+        PolicySpec(name=name, dispatch="gpu", scope="global", **fields)
+        for name, fields in (bounds | FORGETTING).items()
+    ]
+    found = {}
+    for name, trace in traces:
+        model = load_model(trace.model)
+        setup = Setup(model=model, system=load_system("edge-ndp"), policies=policies, slots="25%", ignore_capacity=True)
+        (run,) = run_setups(trace, [setup], jobs=2)
+        if isinstance(run, MoetraceError):
+            raise run
+        lru, belady, *own = (int(lane.log.step["hits"].sum()) for lane in run.lanes)
+        found[name] = [100 * (hits - lru) / (belady - lru) for hits in own]
+    rows = [
+        (policy, *(f"{closed[at]:.0f}" for closed in found.values()), f"{mean(c[at] for c in found.values()):.0f}")
+        for at, policy in enumerate(FORGETTING)
+    ]
+    return table(("cache", *found, "mean"), rows)
+
+
+def costs(rounds: int = 5) -> str:
+    """Return what a replay takes of the processor for each access and for each layer of a step, at batch 1 and 32."""
+    rows = []
+    policies = [load_policy("edge-ndp"), load_policy("foresee")]
+    for name in ("gpt-oss-20b", "deepseek-v2-lite", "qwen3-30b-a3b"):
+        for batch in (1, 32):
+            trace = mt.generate_trace(name, requests=batch, prompt=8, output=800 if batch == 1 else 60, batch=batch)
+            taken: dict[str, list[float]] = {policy.name: [] for policy in policies}
+            for _ in range(rounds + 1):
+                for policy in policies:
+                    start = process_time()
+                    replayed(trace, [policy])
+                    taken[policy.name].append((process_time() - start) / len(UNITS))
+            edge_s, own_s = (median(times[1:]) for times in taken.values())
+            accesses = trace.rows * trace.layers * trace.top_k
+            each = [f"{1e9 * own / accesses:.0f}" for own in (edge_s, own_s)]
+            layer_us = 1e6 * (own_s - edge_s) / (trace.steps * trace.layers)
+            rows.append((name, f"{trace.num_experts}", str(batch), *each, f"{own_s / edge_s:.1f}x", f"{layer_us:.1f}"))
+    head = ("model", "experts", "batch", "`edge-ndp`, ns an access", "`foresee`", "ratio", "us more a layer of a step")
+    return table(head, rows)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("folders", type=Path, nargs="*", default=[ROOT / "traces"])
     options.add_argument("--write", action="store_true")
-    options.add_argument("--rows", type=int, default=4000, help="take the first requests of a trace up to so many rows")
+    options.add_argument("--rows", type=int, default=9000, help="take the first requests of a trace up to so many rows")
     asked = options.parse_args()
     policies = [*presets()[:2], *others(), *presets()[2:]]
     cells: list[Cell] = []
@@ -227,14 +287,16 @@ def main() -> None:
         traces = list(captured(asked.folders, scratch))
         for name, shape in GENERATED.items():
             traces.append((name, mt.generate_trace(requests=16, prompt=PROMPT, output=160, seed=0, **shape)))
+        singles = []
         for name, trace in traces:
             for batch in BATCHES:
                 made = batched(trace, batch, asked.rows, scratch)
                 if made is not None:
+                    singles += [(name, made)] if batch == 1 else []
                     cells += measured(name, made, batch, policies)
                     print(f"{name}, batch {batch}: {made.rows} rows", flush=True)
     own = [cell for cell in cells if cell.policy not in ("edge-ndp",)]
-    parts = {"policies": summary(own), "cells": details(own)}
+    parts = {"policies": summary(own), "cells": details(own), "costs": costs(), "forgetting": forgetting(singles)}
     for name, text in parts.items():
         print(f"\n{text}")
         if asked.write:

@@ -20,6 +20,7 @@ from moetrace.trace import format as trace_format
 
 PRESETS = ("foresee", "foresee-no-ahead", "foresee-no-follows", "foresee-long")
 VARIANTS = ({}, {"ahead_layers": 1, "margin": 0.0}, {"ahead_layers": 0}, {"follows": False}, {"now_weight": 0.0})
+VARIANTS += ({"prefetch_blocks": True},)
 
 
 def policies(dispatches=("ndp", "gpu", "balance"), placements=("ep", "tp")) -> list[PolicySpec]:

@@ -7,7 +7,7 @@ RECORD = Prefetch(
     name="foresee",
     meaning="the experts of greatest worth move, the best for each byte to go first",
     rule=BY_WORTH,
-    parameters=("margin",),
+    parameters=("margin", "prefetch_blocks"),
     residencies=("foresee",),
     list_order=35,
 )
