@@ -56,7 +56,7 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
     layers, prices, setting = machine.weight_bytes.shape[0], prices_of(machine), settings[0]
     for s in range(steps.rows.size):
         total_s += layers * dense_s(machine, steps.rows[s], steps.kv_tokens[s]) + head_s(machine)
-        view = view_of(steps.first + s, steps, machine, setting, scratch)
+        view = view_of(steps.first + s, steps, machine, setting, scratch, 0.0)
         for layer in range(layers):
             first = demand.start[s * layers + layer]
             size = demand.start[s * layers + layer + 1] - first

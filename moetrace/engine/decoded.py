@@ -39,7 +39,7 @@ def needs_of(policies: Iterable[PolicySpec]) -> Needs:
     return Needs(
         ahead_layers,
         any(residency.next_steps for residency in residencies),
-        any(residency.counts_prompts for residency in residencies),
+        any(residency.counts_prompts or residency.foresees for residency in residencies),
     )
 
 

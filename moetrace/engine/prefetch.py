@@ -9,7 +9,7 @@ from moetrace.jit.compile import kernel
 from moetrace.jit.random import GOLDEN, mix
 
 # What a prefetch (`prefetches/`) does.
-NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE = 0, 1, 2, 3
+NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE, BY_WORTH = 0, 1, 2, 3, 4
 
 # A transfer is complete when at most this remains, and has begun when more than this has moved: the flow is a fluid,
 # and rounds.

@@ -9,6 +9,7 @@ import numpy as np
 
 from moetrace.engine.prefetch import HEAD, TAIL, join, leave, restore
 from moetrace.engine.residency import link
+from moetrace.engine.schedule import places_of
 from moetrace.jit.compile import kernel
 
 
@@ -26,30 +27,13 @@ class Prompts(NamedTuple):
 
 
 def prompts_of(last_step: np.ndarray, first_prefill: np.ndarray, last_prefill: np.ndarray, cells: int) -> Prompts:
-    """Return the books for requests whose steps are given (int64 [requests], -1 = no prefill).
-
-    Requests that are never under way together share a place, so memory grows with concurrency, not with requests.
-    """
-    order = np.lexsort((last_prefill == last_step, last_step))
-    place = np.full(len(last_step), -1, np.int32)
-    free: list[int] = []
-    places, over = 0, 0
-    for request in np.argsort(first_prefill, kind="stable"):
-        if first_prefill[request] < 0:
-            continue
-        while last_step[order[over]] < first_prefill[request]:
-            if place[order[over]] >= 0:
-                free.append(int(place[order[over]]))
-            over += 1
-        if not free:
-            free.append(places)
-            places += 1
-        place[request] = free.pop()
+    """Return the books for requests whose steps are given (int64 [requests], -1 = no prefill)."""
+    place, places = places_of(first_prefill, last_step)
     return Prompts(
         counts=np.zeros((places, cells), np.int32),
         total=np.zeros(cells, np.int64),
         place=place,
-        order=order,
+        order=np.lexsort((last_prefill == last_step, last_step)),
         last_step=last_step,
         last_prefill_step=last_prefill,
         cursor=np.zeros(1, np.int64),

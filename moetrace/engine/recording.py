@@ -5,14 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.engine.prefetch import HEAD, NO_PREFETCH, ONLINE, ORACLE, TAIL
-from moetrace.engine.replay import Batch, Steps, Work, replay_batch, replay_signature
+from moetrace.engine.foresight import PLACES, Foresight
+from moetrace.engine.prefetch import BY_WORTH, HEAD, NO_PREFETCH, ONLINE, ORACLE, TAIL
+from moetrace.engine.replay import Batch, Steps, Work
 from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, new_tape
-from moetrace.jit.compile import kernel
-
-# The very lines of the replay, compiled for a tape: only there are those that write on it a part of the code.
-_lines = getattr(replay_batch, "py_func", replay_batch)
-record_batch: Any = kernel(_lines, signature=lambda: replay_signature(new_tape(1, 1)))
+from moetrace.engine.variants import variant
 
 
 class Recording:
@@ -53,10 +50,10 @@ class Recording:
         if inside.stop < size:
             yield _cut(batch, inside.stop, size, layers), False
 
-    def record(self, work: Work, hooks: tuple[Any, Any]) -> None:
+    def record(self, work: Work, hooks: tuple[Any, Any], foresight: Foresight | None) -> None:
         """Replay a block of one step, and keep what was noted of it."""
         tape = new_tape(*_most_records(work))
-        record_batch(work, *hooks, tape)
+        variant(foresight is not None, True)(work, *hooks, foresight, tape)
         slices, counts = tape.ends
         self._slices.append(tape.slices[:slices].copy())
         self._counts.append(tape.counts[:counts].copy())
@@ -84,6 +81,8 @@ def _most_records(work: Work) -> tuple[int, int]:
         moved = 2 * layers + 1 + int(state.queue.ends[TAIL] - state.queue.ends[HEAD])
         if setting["prefetch"] == ONLINE:
             moved += layers * min(setting["depth"], experts)
+        elif setting["prefetch"] == BY_WORTH:
+            moved += layers * PLACES
         elif setting["prefetch"] == ORACLE:
             start = batch.demand.start
             ahead = np.minimum(np.arange(layers) + 1 + setting["depth"], len(start) - 1)

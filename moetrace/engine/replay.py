@@ -5,12 +5,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moetrace.engine.by_worth import admit_by_worth, queue_best, touch_and_admit_by_worth
 from moetrace.engine.cost import dense_s, head_s, order_on_gpu, price, price_varied, prices_of
 from moetrace.engine.demand import Demand
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
+from moetrace.engine.foresight import foresee
 from moetrace.engine.layer import shared_s, timeline
 from moetrace.engine.machine import DEVICE, FIRST_HOME, GPU_DEVICE, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
+    BY_WORTH,
     FROM_PROMPT,
     HEAD,
     ONLINE,
@@ -27,8 +30,9 @@ from moetrace.engine.prefetch import (
     remaining_bytes,
 )
 from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wanted, prompts_of, queue_wanted
-from moetrace.engine.residency import Cache, empty_cache, empty_cells, touch_and_admit
+from moetrace.engine.residency import Cache, empty_cache, empty_cells, pool_of, touch_and_admit
 from moetrace.engine.schedule import Requests, Schedule
+from moetrace.engine.setting import new_setting
 from moetrace.engine.state import (
     ACTIVE,
     FIRST_GROUP,
@@ -71,27 +75,6 @@ class Batch(NamedTuple):
     row_phase: np.ndarray  # uint8 [rows]
 
 
-# What a policy chose, in numbers.
-SETTING = np.dtype(
-    [
-        ("prefetch", np.int64),
-        ("depth", np.int64),  # m of online, d of oracle
-        ("waits", np.int64),  # 1: the first decode step waits for the queue
-        ("counts_prompts", np.int64),
-        ("learns", np.int64),  # 0: the residency's hook does nothing
-        ("looks_ahead", np.int64),
-        ("optimal", np.int64),  # 1: the dispatch is `optimal`
-        ("own_dispatch", np.int64),  # 1: a user's
-        ("slots", np.int64),
-        ("half_life", np.int64),  # 0 = never
-        ("gpu_rows", np.int64),  # 0 = never
-        ("alpha", np.float64),
-        ("chance", np.float64),
-        ("seed", np.int64),
-    ]
-)
-
-
 class LayerScratch(NamedTuple):
     """What is known of the layer at hand."""
 
@@ -122,7 +105,7 @@ class Work(NamedTuple):
 
 
 @kernel
-def view_of(step, steps, machine, setting, scratch):
+def view_of(step, steps, machine, setting, scratch, age):
     """Return what hooks may read of a step."""
     return View(
         step,
@@ -134,6 +117,8 @@ def view_of(step, steps, machine, setting, scratch):
         machine.link[0].latency_s,
         setting.alpha,
         setting.half_life,
+        setting.most_count,
+        age,
         machine.device[GPU_DEVICE].layer_s,
         machine.device[FIRST_HOME].layer_s,
         setting.gpu_rows,
@@ -229,11 +214,16 @@ def _note_units(dense, line, moved_bytes, machine, state, log):
 
 
 @kernel
-def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
+def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape):
     """Replay one layer; return its imbalance, -1 where that is undefined."""
     batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     queue, cells, tally = state.queue, state.cells, log.tally
-    admit_complete(queue, cells, state.cache, tally)
+    s = step - batch.steps.first
+    at = s * cells.shape[0] + layer
+    if foresight is None:
+        admit_complete(queue, cells, state.cache, tally)
+    else:
+        admit_by_worth(foresight, queue, cells, state.cache, tally)
     if tape is not None:
         note_dense(tape, step, layer, dense, machine, state)
     moved_bytes = flow(queue, dense * machine.link[0].bytes_s)
@@ -241,7 +231,8 @@ def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
         now = step * cells.shape[0] + layer
         tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
     size = _see(at, layer, step, batch.demand, machine, setting, state, log)
-    view = view_of(step, batch.steps, machine, setting, state.scratch)
+    age = state.cache.age[pool_of(state.cache, layer)]
+    view = view_of(step, batch.steps, machine, setting, state.scratch, age)
     load = state.scratch.load[:size]
     plan = state.scratch.plan[:size]
     if size > 0:
@@ -251,12 +242,19 @@ def _replay_layer(at, layer, step, dense, work, dispatch, residency, tape):
     _carry_out(layer, size, state, log)
     if tape is not None:
         note_moe(tape, step, layer, dense, size, line, machine, state)
+    if foresight is not None:
+        foresee(foresight, batch, s, layer, machine)
+        if setting.prefetch == BY_WORTH:
+            queue_best(foresight, queue, state.cache, layer, size, state.scratch, tally)
     beside_bytes = flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link[0].bytes_s)
     moved_bytes += beside_bytes
     log.unit[LINK_IN].shared_s += shared_s(line, beside_bytes * machine.link[0].s_per_byte)
     if setting.learns:
         residency(cells, view, layer, load, plan)
-    touch_and_admit(cells, state.cache, layer, state.scratch.active, size, state.scratch.plan, tally)
+    if foresight is None:
+        touch_and_admit(cells, state.cache, layer, state.scratch.active, size, state.scratch.plan, tally)
+    else:
+        touch_and_admit_by_worth(foresight, queue, cells, state.cache, layer, size, state.scratch, tally)
     if setting.prefetch == ONLINE:
         join_by_score(queue, cells, state.cache, layer, setting.depth)
     if tape is not None:
@@ -301,11 +299,12 @@ def _end_step(step, batch, setting, state, log):
     forget_ended(state.prompts, step, True)
 
 
-@kernel(signature=lambda: replay_signature(None))
-def replay_batch(work, dispatch, residency, tape):
+@kernel(signature=lambda: replay_signature(None, None))
+def replay_batch(work, dispatch, residency, foresight, tape):
     """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``.
 
-    ``tape`` is None here; `recording.py` compiles these lines once more, for one that notes everything down.
+    ``foresight`` and ``tape`` are None here; `variants.py` compiles these lines once more for a policy that foresees, and
+    for a tape that notes everything down. What is None costs nothing.
     """
     batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     layers = state.cells.shape[0]
@@ -321,7 +320,7 @@ def replay_batch(work, dispatch, residency, tape):
         dense = dense_s(machine, batch.steps.rows[s], batch.steps.kv_tokens[s])
         imbalance_sum, imbalance_count = 0.0, 0
         for layer in range(layers):
-            imbalance = _replay_layer(s * layers + layer, layer, step, dense, work, dispatch, residency, tape)
+            imbalance = _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape)
             if imbalance >= 0:
                 imbalance_sum += imbalance
                 imbalance_count += 1
@@ -337,24 +336,13 @@ def replay_batch(work, dispatch, residency, tape):
             note_head(tape, step, machine, state)
 
 
-def new_setting(**fields: float) -> Any:
-    """Return SETTING [1] of the given fields; the others are 0."""
-    setting = records(1, SETTING)
-    for name, value in fields.items():
-        setting[name] = value
-    return setting
-
-
-def new_state(machine: Machine, schedule: Schedule, setting: Any, pools: int, admit: bool, order: int) -> State:
-    """Return the state before the first step; ``pools`` is 1 or the number of layers (scope global, layer).
-
-    ``admit``: whether what arrives may be kept; ``order``: who is evicted, as in ``Cache``.
-    """
+def new_state(machine: Machine, schedule: Schedule, setting: Any, cache: Cache, admit: bool) -> State:
+    """Return the state before the first step, with an empty cache; ``admit``: whether what arrives may be kept."""
     layers, experts = machine.weight_bytes.shape
     requests = schedule.requests
     return State(
         cells=empty_cells(layers, experts, admit),
-        cache=empty_cache(layers, experts, pools, int(setting["slots"][0]) // pools, order),
+        cache=cache,
         queue=empty_queue(machine.weight_bytes),
         prompts=prompts_of(
             requests.last_step,
@@ -386,15 +374,15 @@ def smallest_work() -> Work:
     batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
     machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)
-    setting = records(1, SETTING)
+    setting = new_setting()
     schedule = Schedule(one, one, bits, bits, Requests(*[none] * 9), Turns(*[none] * 7))
-    state = new_state(machine, schedule, setting, 1, True, BY_TOUCH)
+    state = new_state(machine, schedule, setting, empty_cache(1, 1, 1, 0, BY_TOUCH), True)
     return Work(batch, machine, setting, state, new_log(1, 1, 1))
 
 
-def replay_signature(tape: Any) -> Any:
-    """Return the types that ``replay_batch`` is compiled for, with a tape like this one, or None."""
+def replay_signature(foresight: Any, tape: Any) -> Any:
+    """Return the types that ``replay_batch`` is compiled for, with a foresight and a tape like these, or None."""
     from numba import typeof, types
 
     hook = types.FunctionType(hook_signature())
-    return types.void(typeof(smallest_work()), hook, hook, typeof(tape))
+    return types.void(typeof(smallest_work()), hook, hook, typeof(foresight), typeof(tape))

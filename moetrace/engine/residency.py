@@ -11,7 +11,7 @@ import numpy as np
 
 from moetrace.engine.state import CELL, records
 from moetrace.jit.compile import kernel
-from moetrace.spec.choices import BY_ADMISSION, BY_HAND
+from moetrace.spec.choices import BY_ADMISSION, BY_AGE, BY_HAND, BY_SCORE
 
 
 class Cache(NamedTuple):
@@ -31,11 +31,13 @@ class Cache(NamedTuple):
     touched: np.ndarray  # int64 [L * E]: when it was last touched, 0 = never
     visited: np.ndarray  # uint8 [L * E]: demanded since it was admitted, or since the hand passed
     hand: np.ndarray  # int64 [pools]: the node that it looks at next
+    age: np.ndarray  # float64 [pools]: BY_AGE: the greatest score that was evicted, 0 at the start
     capacity: int  # of each pool
-    order: int  # BY_SCORE, BY_TOUCH, BY_ADMISSION or BY_HAND
+    order: int  # BY_AGE, BY_SCORE, BY_TOUCH, BY_ADMISSION or BY_HAND
+    evicted_share: float  # BY_AGE: what an expert keeps of its count (`memory`) when it is evicted
 
 
-def empty_cache(layers: int, experts: int, pools: int, capacity: int, order: int) -> Cache:
+def empty_cache(layers: int, experts: int, pools: int, capacity: int, order: int, evicted_share: float = 1.0) -> Cache:
     """Return an empty cache of ``pools`` pools (1 or ``layers``) that hold ``capacity`` experts each."""
     cells = layers * experts
     ring = np.concatenate((np.full(cells, -1), np.arange(cells, cells + pools)))
@@ -49,8 +51,10 @@ def empty_cache(layers: int, experts: int, pools: int, capacity: int, order: int
         touched=np.zeros(cells, np.int64),
         visited=np.zeros(cells, np.uint8),
         hand=ring[cells:].copy(),
+        age=np.zeros(pools),
         capacity=capacity,
         order=order,
+        evicted_share=evicted_share,
     )
 
 
@@ -72,11 +76,20 @@ def keep_for_good(cells: np.ndarray, cache: Cache, keys: np.ndarray) -> None:
 
 # The rules that a hook and a cache of `moetrace analyze cache` share
 
+# Of lfuda, where a policy does not say: the most that a count can be, and what an expert keeps of it when evicted.
+MOST_COUNT, EVICTED_SHARE = 12.0, 0.5
+
 
 @kernel
 def demands(before, since_admitted, resident):
     """Return how many demands an expert has with this one: ever, or since it was admitted."""
     return 1 if since_admitted and not resident else before + 1
+
+
+@kernel
+def counted(count, most_count):
+    """Return an expert's count with a demand more."""
+    return min(count + 1.0, most_count)
 
 
 @kernel
@@ -153,11 +166,20 @@ def evict(cells, cache, pool, tally):
         return False
     unlink(cache, victim)
     cells[victim // experts, victim % experts].resident = 0
+    if cache.order == BY_AGE:
+        _grow_old(cells[victim // experts, victim % experts], cache, pool)
     cache.resident[victim] = 0
     cache.residents[pool] -= 1
     tally[0].wasted += cache.fresh[victim]
     cache.fresh[victim] = 0
     return True
+
+
+@kernel
+def _grow_old(victim, cache, pool):
+    """Let a pool be as old as what it evicts, a record of CELL, which forgets a part of its count."""
+    cache.age[pool] = max(cache.age[pool], victim.score)
+    victim.memory *= cache.evicted_share
 
 
 @kernel
@@ -172,7 +194,7 @@ def _least(cells, cache, pool):
             score = cells[key // experts, key % experts].score
             if score < least:
                 victim, least = key, score
-                if cache.order:
+                if cache.order > BY_SCORE:
                     break
         key = cache.after[key]
     return victim
@@ -210,7 +232,7 @@ def keep(cells, cache, layer, expert, tally):
 def link_by_age(cells, cache, key):
     """Put an expert where its last touch (or admission) belongs; without scores, one kept for good has no place."""
     experts = cells.shape[1]
-    if cache.order and cells[key // experts, key % experts].score == np.inf:
+    if cache.order > BY_SCORE and cells[key // experts, key % experts].score == np.inf:
         return
     touched = cache.touched[key]
     end = cache.resident.size + pool_of(cache, key // experts)
@@ -241,7 +263,7 @@ def touch_and_admit(cells, cache, layer, active, size, plan, tally):
             elif linked:
                 unlink(cache, key)
         elif plan[i] and keep(cells, cache, layer, expert, tally):
-            linked = not (cache.order and cells[layer, expert].score == np.inf)
+            linked = not (cache.order > BY_SCORE and cells[layer, expert].score == np.inf)
         else:
             continue
         if linked:

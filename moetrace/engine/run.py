@@ -13,16 +13,19 @@ import numpy as np
 from moetrace.engine.bounds import clairvoyant_s, work_bound_s
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
+from moetrace.engine.foresight import Foresight, foresight_of
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import is_users, load_hook
 from moetrace.engine.prefetch import COMPLETED_EVER
-from moetrace.engine.recording import Recording, record_batch
-from moetrace.engine.replay import Batch, LayerScratch, State, Work, new_scratch, new_setting, new_state, replay_batch
-from moetrace.engine.residency import empty_cells, keep_for_good
+from moetrace.engine.recording import Recording
+from moetrace.engine.replay import Batch, LayerScratch, State, Work, new_scratch, new_state
+from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, empty_cells, keep_for_good
 from moetrace.engine.schedule import Schedule
+from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
+from moetrace.engine.variants import variant
 from moetrace.jit.apart import Hands, may_wait, result_of
 from moetrace.jit.compile import PURE_PYTHON, compile_now
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
@@ -53,6 +56,7 @@ class Lane:
     setting: Any  # SETTING [1]
     log: Log
     state: State
+    foresight: Foresight | None
     hooks: tuple[Any, Any]
     clairvoyant: (
         tuple[Any, LayerScratch] | None
@@ -65,7 +69,7 @@ class Lane:
         """Replay a block."""
         try:
             if self.recording is None:
-                replay_batch(self.work(batch), *self.hooks, None)
+                self._replay(batch)
             else:
                 self._replay_and_record(batch, self.recording)
             if self.clairvoyant is not None:
@@ -77,12 +81,15 @@ class Lane:
             why = f"{type(error).__name__}: {error}{_line_of(error)}"
             raise MoetraceError(f"Policy {self.policy.name} failed: {why}.") from error
 
+    def _replay(self, batch: Batch) -> None:
+        variant(self.foresight is not None, False)(self.work(batch), *self.hooks, self.foresight, None)
+
     def _replay_and_record(self, batch: Batch, recording: Recording) -> None:
         for part, is_recorded in recording.parts(batch, len(self.state.cells)):
             if is_recorded:
-                recording.record(self.work(part), self.hooks)
+                recording.record(self.work(part), self.hooks, self.foresight)
             else:
-                replay_batch(self.work(part), *self.hooks, None)
+                self._replay(part)
 
     def work(self, batch: Batch) -> Work:
         """Return all that the replay of a block takes."""
@@ -227,10 +234,11 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
 
 def _kernels_of(lanes: Iterable[Lane]) -> list[Any]:
     """Return what the lanes of a pass call, in threads if there are some."""
-    found = [replay_batch]
+    found = []
     for lane in lanes:
+        found.append(variant(lane.foresight is not None, False))
         found += [clairvoyant_s] if lane.clairvoyant is not None else []
-        found += [record_batch] if lane.recording is not None else []
+        found += [variant(lane.foresight is not None, True)] if lane.recording is not None else []
     return found
 
 
@@ -248,6 +256,10 @@ def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> Non
         if error is not None and one.error is None:
             one.error = error
             one.lanes = []  # and what they recorded
+
+
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else float(given)
 
 
 def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int) -> Lane:
@@ -275,11 +287,15 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
         half_life=policy.half_life or 0,
         gpu_rows=policy.gpu_rows or 0,
         alpha=float(policy.alpha),
+        most_count=_or(policy.most_count, MOST_COUNT),
         chance=float(policy.p),
         seed=policy.seed,
     )
     pools = layers if policy.scope == "layer" and not residency.shares_slots else 1
-    state = new_state(machine, schedule, setting, pools, residency.admits, residency.order)
+    cache = empty_cache(
+        layers, experts, pools, slots // pools, residency.order, _or(policy.evicted_share, EVICTED_SHARE)
+    )
+    state = new_state(machine, schedule, setting, cache, residency.admits)
     if system.link is None:
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
@@ -287,4 +303,7 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
     clairvoyant = None if dispatch.ignores_residency else (empty_cells(layers, experts, True), new_scratch(machine))
     log = new_log(decoded.trace.steps, layers, len(state.scratch.groups))
     parts = parts_of(system, share)
-    return Lane(policy, machine, parts, system.ndp is not None, setting, log, state, hooks, clairvoyant)
+    foresight = None
+    if residency.foresees:
+        foresight = foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k)
+    return Lane(policy, machine, parts, system.ndp is not None, setting, log, state, foresight, hooks, clairvoyant)

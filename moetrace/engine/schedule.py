@@ -76,6 +76,29 @@ def request_index(requests: Requests, block: Block | Rows) -> np.ndarray:
     return np.searchsorted(requests.id, block.request)
 
 
+def places_of(first_step: np.ndarray, last_step: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return a place of each request (int32 [requests], -1 where ``first_step`` is) and how many places there are.
+
+    Requests that are never under way together share a place, so memory grows with concurrency, not with requests.
+    """
+    place = np.full(len(last_step), -1, np.int32)
+    order = np.argsort(last_step, kind="stable")
+    free: list[int] = []
+    places, over = 0, 0
+    for request in np.argsort(first_step, kind="stable"):
+        if first_step[request] < 0:
+            continue
+        while last_step[order[over]] < first_step[request]:
+            if place[order[over]] >= 0:
+                free.append(int(place[order[over]]))
+            over += 1
+        if not free:
+            free.append(places)
+            places += 1
+        place[request] = free.pop()
+    return place, places
+
+
 @kernel
 def _scan(first_step, offset, request, position, phase, requests, kv_tokens, latest):
     """Note the rows of a block (int [rows]) in ``requests`` and kv_tokens int64 [steps]."""

@@ -97,6 +97,8 @@ class View(NamedTuple):
     link_latency_s: float
     alpha: float
     half_life: int
+    most_count: float
+    age: float  # of the layer's pool, where what is evicted goes by age
     gpu_start_s: float  # before the first resident that the GPU runs; 0 unless its launch is "layer"
     home_start_s: float  # before a unit's first expert; 0 unless the units' launch is "layer"
     gpu_rows: int  # from so many rows on all experts run on the GPU; 0 = never
@@ -142,7 +144,7 @@ def new_log(steps: int, layers: int, groups: int) -> Log:
 
 
 def _view(active: np.ndarray, groups: np.ndarray) -> View:
-    return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0, active, groups)
+    return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0, active, groups)
 
 
 @cache

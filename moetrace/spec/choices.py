@@ -35,9 +35,10 @@ KINDS = tuple(FOLDERS)
 _LAST = 1000
 _NAME = re.compile("[a-z0-9][a-z0-9-]{0,63}")
 
-# What a residency evicts: the least score; or all scores are equal where they are not infinite, and it is the first of
-# the ring, which stands by touch or by admission; or, by admission, the first that a hand finds not visited (Sieve).
-BY_SCORE, BY_TOUCH, BY_ADMISSION, BY_HAND = 0, 1, 2, 3
+# What a residency evicts: the least score, and by age the victim's count is scaled and its score may become the pool's
+# age; or all scores are equal where they are not infinite, and it is the first of the ring, which stands by touch or by
+# admission; or, by admission, the first that a hand finds not visited (Sieve).
+BY_AGE, BY_SCORE, BY_TOUCH, BY_ADMISSION, BY_HAND = -1, 0, 1, 2, 3
 
 
 class PolicyChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,7 +133,7 @@ class Residency(PolicyChoice, frozen=True, kw_only=True):
     """What the GPU keeps. Its hook is one of `moetrace.policy`, called after each layer; None keeps the ring's order.
 
     Attributes:
-        order: what is evicted: BY_SCORE (of the hook), BY_TOUCH, BY_ADMISSION or BY_HAND.
+        order: what is evicted: BY_SCORE (of the hook), BY_AGE, BY_TOUCH, BY_ADMISSION or BY_HAND.
         admits: whether a copy that arrives may be kept as long as nothing else is said.
         begin: `begin(policy, state, decoded)`, called before the first step of a system with a link.
         keeps: of a residency whose set never changes, `keeps(policy, room)`: the keys that it keeps, int64 [n].
@@ -141,6 +142,7 @@ class Residency(PolicyChoice, frozen=True, kw_only=True):
         prefetches: names of those that it goes with, beside `none` and those that name it themselves.
         next_steps: whether it reads when an expert is demanded next.
         counts_prompts: whether the engine counts what the prompts chose, and lets it keep that.
+        foresees: whether the engine learns from rows what comes, and keeps what is worth most.
         cache: how `moetrace analyze cache` replays it; None if that has it not.
     """
 
@@ -153,6 +155,7 @@ class Residency(PolicyChoice, frozen=True, kw_only=True):
     prefetches: tuple[str, ...] = ()
     next_steps: bool = False
     counts_prompts: bool = False
+    foresees: bool = False
     cache: CachePolicy | None = None
     kind: ClassVar[str] = "residency"
 

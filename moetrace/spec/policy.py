@@ -53,6 +53,13 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     gpu_rows: Annotated[int, Meta(ge=1, le=10**9)] | None = None
     gpu_layers: Annotated[int, Meta(ge=0, le=65535)] | None = None
     gpu_layers_end: Literal["first", "last"] | None = None
+    most_count: Annotated[float, Meta(ge=1, le=10**9)] | None = None
+    evicted_share: Annotated[float, Meta(ge=0, le=1)] | None = None
+    margin: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    ahead_layers: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    follows: bool | None = None
+    now_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    long_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""

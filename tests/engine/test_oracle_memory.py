@@ -50,6 +50,16 @@ def test_lfu_keeps_what_was_demanded_most():
     assert hits_of(trace_of(*[[one(e)] for e in (1, 0, 0, 1, 2, 1)]), "lfu", 2, half_life=3)[-1] == 1
 
 
+def test_lfuda_forgets_what_was_demanded_most_long_ago():
+    # At most 2 a count: 0 scores 2, 1 scores 1 and goes for 2, so that the age is 1. 3 scores 1 + 1, and 2 goes for it.
+    # 1, whose count was halved, scores 1 + 1.5: of 0 and 3, which score 2, 0 was touched longer ago.
+    trace = trace_of(*[[one(e)] for e in (0, 0, 0, 1, 2, 3, 1, 3, 0)])
+    assert hits_of(trace, "lfuda", 2, most_count=2, evicted_share=0.5) == [0, 1, 1, 0, 0, 0, 0, 1, 0]
+    assert hits_of(trace, "lfu", 2) == [0, 1, 1, 0, 0, 0, 0, 0, 1]
+    # With 3 a count 0 scores 3, and 3 goes for 1.
+    assert hits_of(trace, "lfuda", 2, most_count=3, evicted_share=0.5) == [0, 1, 1, 0, 0, 0, 0, 0, 1]
+
+
 def test_ewma_follows_the_shares():
     # alpha 0.5. Step 1, 4 rows: 0 has 3/8, 1 has 1/8. Step 2: 3/16 and 1/16, and 2 comes with 1/2: 1 goes, though it
     # was touched last. Step 3: 1 comes; 0 has 3/32, 2 has 1/4: 0 goes. Step 4: 2 is there.

@@ -32,8 +32,9 @@ def legal(dispatch, residency, prefetch):
     return {
         "none": True,
         "prefill": residency == "prefill",
-        "online:2": residency in ("ewma", "lfu"),
-        "oracle:1": residency in ("lru", "fifo", "sieve", "lfu", "ewma", "least-stale"),
+        "foresee": residency == "foresee",
+        "online:2": residency in ("ewma", "lfu", "lfuda"),
+        "oracle:1": residency in ("lru", "fifo", "sieve", "lfu", "lfuda", "ewma", "least-stale"),
     }[prefetch]
 
 
@@ -43,7 +44,7 @@ def test_every_combination(tmp_path):
     for dispatch, residency, prefetch in itertools.product(
         ("ndp", "gpu", "hot", "balance", "optimal"),
         [name for name in legal_choices("residency") if name != USER],
-        ("none", "prefill", "online:2", "oracle:1"),
+        ("none", "prefill", "online:2", "foresee", "oracle:1"),
     ):
         fields = {"dispatch": dispatch, "residency": residency, "prefetch": prefetch}
         if residency == "static":
@@ -54,11 +55,12 @@ def test_every_combination(tmp_path):
         else:
             with pytest.raises(UsageError, match="goes with"):
                 load(**fields)
-    assert accepted == 4 * (14 + 1 + 2 + 6) + 1
+    assert accepted == 4 * (16 + 1 + 3 + 1 + 7) + 1
 
 
 def test_refusal_says_what_is_legal():
-    with pytest.raises(UsageError, match=r"prefetch online:2 goes with residency ewma or lfu or file.py:function only"):
+    partners = r"prefetch online:2 goes with residency ewma or lfu or lfuda or file.py:function only"
+    with pytest.raises(UsageError, match=partners):
         load(residency="lru", prefetch="online:2")
     with pytest.raises(UsageError, match=r"got residency lru, which goes with prefetch none or oracle:d\."):
         load(residency="lru", prefetch="prefill")
@@ -86,7 +88,7 @@ def test_refusal_says_what_is_legal():
         ({"residency": "ewma", "prefetch": "online:65536"}, "prefetch wants online:m with a whole number m from 1"),
         ({"residency": "ewma", "prefetch": "oracle:x"}, "prefetch wants oracle:d with a whole number d from 1 to 4096"),
         ({"residency": "ewma", "prefetch": "oracle:4097"}, "prefetch wants oracle:d with a whole number d from 1 to"),
-        ({"prefetch": "prefill:2"}, "prefetch wants one of none, prefill, online:m, oracle:d"),
+        ({"prefetch": "prefill:2"}, "prefetch wants one of none, prefill, online:m, foresee, oracle:d"),
         ({"scope": "world"}, "scope wants one of layer, global, got 'world'"),
         ({"half_life": 3}, "half_life applies to residency lfu or file.py:function only"),
         ({"residency": "lfu", "half_life": 2**63}, "half_life wants a finite number below 2.63, got 922"),
@@ -201,6 +203,13 @@ def test_unread_parameters_are_those_of_other_choices():
         "gpu_rows",
         "gpu_layers",
         "gpu_layers_end",
+        "most_count",
+        "evicted_share",
+        "margin",
+        "ahead_layers",
+        "follows",
+        "now_weight",
+        "long_weight",
     }
     assert "alpha" not in load(residency="ewma").unread
 

@@ -175,6 +175,10 @@ def test_policies():
         "edge-ndp-tp": ("tp", "ndp", "none", "none", "layer"),
         "edge-ndp-tp-lb": ("tp", "balance", "none", "none", "layer"),
         "edge-ndp": ("tp", "balance", "prefill", "prefill", "global"),
+        **dict.fromkeys(
+            ("foresee", "foresee-no-ahead", "foresee-no-follows", "foresee-long"),
+            ("tp", "balance", "foresee", "foresee", "global"),
+        ),
     }
     policies = {name: load_policy(name) for name in list_presets("policies")}
     assert {

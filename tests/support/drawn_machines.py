@@ -95,5 +95,6 @@ def plain_policy(policy: dict[str, Any]) -> SimpleNamespace:
     """The policy as the oracle reads it."""
     defaults = {"placement": "ep", "residency": "none", "prefetch": "none", "scope": "layer", "prefetch_blocks": False}
     numbers = {"half_life": None, "alpha": 0.3, "p": 1.0, "seed": 0, "gpu_rows": None}
+    numbers |= {"most_count": None, "evicted_share": None}
     files = {"loads": None, "plan": None, "static": None}
     return SimpleNamespace(**(defaults | numbers | files | policy))

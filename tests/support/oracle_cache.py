@@ -1,5 +1,6 @@
 """A slow, obvious cache simulator: dicts and lists, a scan for every victim; it shares no code with the kernels."""
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,34 @@ def sieve(demands: list[list[Access]], budget: int, weight, check=lambda residen
     return hits
 
 
+def lfuda(demands: list[list[Access]], budget: int, weight, check=lambda resident: None) -> list[bool]:
+    """Whether each access hits under LFUDA: exact counts and ages, and the history of all that was ever evicted."""
+    resident: dict[tuple, Fraction] = {}  # with its score
+    count: dict[tuple, Fraction] = {}
+    touched: dict[tuple, int] = {}
+    evicted = [Fraction(0)]  # scores
+    hits, now = [], 0
+    for event in demands:
+        demanded = [access.key for access in event]
+        hits += [key in resident for key in demanded]
+        count |= {key: min(count.get(key, Fraction(0)) + 1, Fraction(12)) for key in demanded}
+        score = {key: max(evicted) + count[key] for key in demanded}
+        resident |= {key: score[key] for key in demanded if key in resident}
+        for key in demanded:
+            if key in resident or weight[key] > budget:
+                continue
+            while sum(int(weight[k]) for k in resident) + weight[key] > budget and set(resident) - set(demanded):
+                victim = min(set(resident) - set(demanded), key=lambda key: (resident[key], touched[key]))
+                evicted.append(resident.pop(victim))
+                count[victim] /= 2
+            if sum(int(weight[k]) for k in resident) + weight[key] <= budget:
+                resident[key] = score[key]
+            check(set(resident))
+        touched |= {key: number for number, key in enumerate(demanded, now)}
+        now += len(event)
+    return hits
+
+
 def static(demands: list[list[Access]], policy: str, budget: int, weight, phases) -> list[bool]:
     """Whether each access hits if a set is kept from first accesses on; phases are those of all steps."""
     resident: set[tuple] = set()
@@ -112,6 +141,8 @@ def replay(
         return sieve(demands, budget, weight, check)
     if policy.startswith("static"):
         return static(demands, policy, budget, weight, phases)
+    if policy == "lfuda":
+        return lfuda(demands, budget, weight, check)
     order = [access.key for event in demands for access in event]
     uses: dict[tuple, list[int]] = {}
     for number, key in enumerate(order):

@@ -8,11 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.oracle_foresee import Foresight
 from support.oracle_layer import PREFILL, Machine, OracleTrace, TimeLine, demand_order
 
 DONE_BYTES = 1e-3  # a transfer is complete when at most this is left; "some bytes moved" means more than this
 
 Expert = tuple[int, int]  # (layer, expert id)
+
+
+def given(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 @dataclass(eq=False)
@@ -79,7 +84,9 @@ class Memory:
     copies: dict[Expert, Copy] = field(default_factory=dict)
     touched: dict[Expert, int] = field(default_factory=dict)  # kept when the expert is evicted
     touches: int = 0
-    score: dict[Expert, float] = field(default_factory=dict)  # of lfu, ewma and user residencies; 0 if absent
+    score: dict[Expert, float] = field(default_factory=dict)  # of lfu, ewma, lfuda and user residencies; 0 if absent
+    count: dict[Expert, float] = field(default_factory=dict)  # of lfuda
+    gone: dict[int, list[float]] = field(default_factory=dict)  # of lfuda: scores of all that a pool evicted
     now: tuple[int, int] = (0, 0)  # (step, layer)
     wanted: dict[Expert, int] = field(default_factory=dict)
     admissions: int = 0
@@ -106,6 +113,8 @@ class Memory:
                 self.last_step[int(self.trace.request[row])] = step
                 if self.trace.row_phase[row] == PREFILL:
                     self.last_prefill[int(self.trace.request[row])] = step
+        self.shared = self.policy.scope == "global" or self.residency == "foresee"  # all layers share the slots
+        self.foresight = Foresight(self.trace, m, self.policy) if self.residency == "foresee" else None
         if self.residency == "static-hindsight":
             self.keep_most({key: len(steps) for key, steps in self.demand_steps.items()})
         if not m.linked:
@@ -128,9 +137,12 @@ class Memory:
         return {e for (of, e) in self.copies if of == layer}
 
     def room(self, layer: int) -> bool:
-        if self.policy.scope == "global":
+        if self.shared:
             return len(self.copies) < self.machine.slots
         return len(self.resident(layer)) < self.machine.slots // self.machine.L
+
+    def pool(self, layer: int) -> int:
+        return 0 if self.policy.scope == "global" else layer
 
     def next_demand(self, key: Expert) -> tuple[float, int]:
         """Return the (step, layer) after now at which the expert is demanded next."""
@@ -141,7 +153,9 @@ class Memory:
 
     def victim_key(self, key: Expert) -> tuple:
         """Return what sorts the victim first; ties: touched longest ago, then lower layer, then lower id."""
-        if self.residency in ("lfu", "ewma", "user"):
+        if self.foresight:
+            return (self.foresight.worth(key), *key)
+        if self.residency in ("lfu", "ewma", "lfuda", "user"):
             first: tuple = (self.score.get(key, 0.0),)
         elif self.residency == "belady":
             step, layer = self.next_demand(key)
@@ -162,14 +176,19 @@ class Memory:
             victims = [
                 other
                 for other in self.copies
-                if (self.policy.scope == "global" or other[0] == key[0])
+                if (self.shared or other[0] == key[0])
                 and other not in active
                 and not (self.residency == "prefill" and other in self.wanted)
             ]
             if not victims:
                 return False
             victim = self.sieved(key[0], victims) if self.residency == "sieve" else min(victims, key=self.victim_key)
+            if self.foresight and self.foresight.worth(victim) >= self.foresight.worth(key):
+                return False
             copy = self.copies.pop(victim)
+            if self.residency == "lfuda":
+                self.gone.setdefault(self.pool(key[0]), []).append(self.score.get(victim, 0.0))
+                self.count[victim] = self.count.get(victim, 0.0) * given(self.policy.evicted_share, 0.5)
             self.wasted += copy.prefetched and not copy.used
         self.admissions += 1
         self.copies[key] = Copy(prefetched, number=self.admissions)
@@ -177,7 +196,7 @@ class Memory:
 
     def sieved(self, layer: int, victims: list[Expert]) -> Expert:
         """Return the first victim not visited, in the order of admission from the hand on, round and round."""
-        pool = 0 if self.policy.scope == "global" else layer
+        pool = self.pool(layer)
         of_pool = {key: c for key, c in self.copies.items() if self.policy.scope == "global" or key[0] == layer}
         queue = sorted((copy.number, key) for key, copy in of_pool.items())
         start = next((i for i, (number, _) in enumerate(queue) if number >= self.hand.get(pool, 0)), 0)
@@ -277,6 +296,13 @@ class Memory:
             entry = self.queued((layer, e))
             if entry:
                 self.leave(entry)
+        if self.foresight:
+            self.foresight.see(*self.now, self.demand[self.now[0]][layer])
+            if self.policy.prefetch == "foresee":
+                self.foresight.requeue(self, [(layer, e) for e in line.fetched])
+
+    def entry(self, key: Expert) -> Entry:
+        return Entry(key, float(self.machine.W[key]))
 
     def layer_done(self, line: TimeLine, T: int) -> None:
         """Update scores, touch what is resident and offer what was fetched, then let `online` queue."""
@@ -306,6 +332,11 @@ class Memory:
         if self.residency == "lfu":
             for e in n:
                 self.score[layer, e] = self.score.get((layer, e), 0.0) + 1.0
+        elif self.residency == "lfuda":
+            age = max(self.gone.get(self.pool(layer), []), default=0.0)
+            for e in n:
+                self.count[layer, e] = min(self.count.get((layer, e), 0.0) + 1, given(self.policy.most_count, 12))
+                self.score[layer, e] = age + self.count[layer, e]
         elif self.residency == "ewma":
             alpha = self.policy.alpha
             for e in experts:

@@ -34,6 +34,16 @@ RESIDENCIES: dict[tuple[str, str], list[dict]] = {
     ("ewma", "none"): [{}, {"alpha": 0.8}],
     ("ewma", "online"): [{"prefetch": "online:2"}, {"prefetch": "online:1", "prefetch_blocks": True}],
     ("ewma", "oracle"): [{"prefetch": "oracle:3"}],
+    ("lfuda", "none"): [{}, {"most_count": 2.5, "evicted_share": 0.25}],
+    ("lfuda", "online"): [{"prefetch": "online:2", "most_count": 3}],
+    ("lfuda", "oracle"): [{"prefetch": "oracle:2"}],
+    ("foresee", "none"): [{}],
+    ("foresee", "foresee"): [
+        {},
+        {"ahead_layers": 1, "margin": 0.0},
+        {"ahead_layers": 0, "long_weight": 0.5},
+        {"follows": False, "now_weight": 2.0},
+    ],
     ("belady", "none"): [{}],
     ("fifo", "none"): [{}],
     ("fifo", "oracle"): [{"prefetch": "oracle:2"}],
@@ -74,6 +84,8 @@ def all_policies(units: int, loads: Path | None = None, static: Path | None = No
                 continue
             for parameters in variants:
                 fields = {"prefetch": prefetch, "scope": scope} | parameters
+                if residency == "foresee" and scope == "layer":  # all layers share the slots
+                    continue
                 if residency == "static":
                     fields["static"] = str(static)
                 policies.append({"placement": placement, "dispatch": dispatch, "residency": residency} | fields)

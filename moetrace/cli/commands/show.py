@@ -20,6 +20,13 @@ _UNSET = {
     "half_life": "not set: counts are never halved",
     "gpu_layers": "not set: as many layers as fit",
     "gpu_layers_end": "not set: the last layers",
+    "most_count": "not set: 12",
+    "evicted_share": "not set: 0.5",
+    "margin": "not set: 0.1",
+    "ahead_layers": "not set: 6",
+    "follows": "not set: true",
+    "now_weight": "not set: 1",
+    "long_weight": "not set: 2",
     "gpu_rows": "not set: nothing is fetched in any step",
 }
 

@@ -11,7 +11,7 @@ RECORD = Prefetch(
     letter="m",
     largest=65535,
     bare=False,
-    residencies=("ewma", "lfu"),
+    residencies=("ewma", "lfu", "lfuda"),
     users=True,
     list_order=30,
 )

@@ -210,6 +210,11 @@ def ewma(budgets: Sequence[Budget], demands: Demands) -> Replay:
     return _scored(scored.EWMA, budgets, demands)
 
 
+def lfuda(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict the expert accessed least often, with limited counts and a cache that ages."""
+    return _scored(scored.LFUDA, budgets, demands)
+
+
 def least_stale(budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Evict an expert of the layer that comes round last."""
     return _scored(scored.LEAST_STALE, budgets, demands)

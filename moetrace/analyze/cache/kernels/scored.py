@@ -1,9 +1,12 @@
-"""Policies whose order of victims changes as time goes by: EWMA and least-stale. Each victim is looked for among all.
+"""Policies whose victim is looked for among all residents: EWMA, least-stale and LFUDA.
 
 - EWMA: each time a layer comes, the scores of all its keys, resident or not, fade, and those accessed gain by the share
   of the step's rows that chose them; the victim has the least score.
 - least-stale: layers come round in order, so that the layer just done is the one that comes last. The victim is of the
   layer that comes last: of this layer itself, then of the one before it, and so on.
+
+- LFUDA: a demand scores its key by its count, which is limited, and the age of the pool: the greatest score that was
+  evicted. The victim has the least score, and its count is halved.
 
 Among equal ones, the victim is what was touched longest ago. Scores are those of the replay's residencies.
 """
@@ -13,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.analyze.cache.accesses import Accesses
-from moetrace.engine.residency import faded, gained, score_of_layer
+from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, counted, faded, gained, score_of_layer
 from moetrace.jit.compile import kernel
 
-EWMA, LEAST_STALE = 0, 1
+EWMA, LEAST_STALE, LFUDA = 0, 1, 2
 ALPHA = 0.3  # as in the timing model, section 7
 
 
@@ -29,7 +32,9 @@ class Scored(NamedTuple):
     residents: np.ndarray  # int64 [pools]: how many keys
     member: np.ndarray  # int32 [keys]: residents in no order; those of pool p begin at p * keys / pools
     place: np.ndarray  # int32 [keys]: where in `member`; -1 = not resident
-    score: np.ndarray  # float64 [keys]: EWMA
+    score: np.ndarray  # float64 [keys]: EWMA, LFUDA
+    count: np.ndarray  # float64 [keys]: LFUDA
+    age: np.ndarray  # float64 [pools]: LFUDA
     touched: np.ndarray  # int64 [keys]: number of the last access
     event: np.ndarray  # int64 [keys]: number of the first access of the last event that demanded it
 
@@ -40,11 +45,12 @@ def scored(weight: np.ndarray, capacity: int, pools: int) -> Scored:
     used, residents = np.zeros(pools, np.int64), np.zeros(pools, np.int64)
     member, place = np.zeros(keys, np.int32), np.full(keys, -1, np.int32)
     score, touched, event = np.zeros(keys), np.full(keys, -1), np.full(keys, -1)
-    return Scored(weight, capacity, used, residents, member, place, score, touched, event)
+    count, age = np.zeros(keys), np.zeros(pools)
+    return Scored(weight, capacity, used, residents, member, place, score, count, age, touched, event)
 
 
 def replay_scored(cache: Scored, rule: int, block: Accesses, layers: int, sequential: bool, hit: np.ndarray) -> None:
-    """Replay the accesses of a block, filling hit uint8 [n]; rule is EWMA or LEAST_STALE."""
+    """Replay the accesses of a block, filling hit uint8 [n]; rule is one of those above."""
     _replay(cache, rule, block, layers, sequential, hit)
 
 
@@ -69,14 +75,17 @@ def _replay(cache, rule, block, layers, sequential, hit):
 @kernel
 def _demand(cache, rule, pool, now, block, start, stop, hit):
     """Demand the keys start up to stop at once, filling their part of hit uint8 [n]; now is step, layer and layers."""
-    event, ours, counted = block.first + start, 0, block.chosen_by.size > 0
+    event, ours, by_rows = block.first + start, 0, block.chosen_by.size > 0
     for i in range(start, stop):
         k = block.key[i]
         hit[i] = cache.place[k] >= 0
         ours += hit[i] > 0
         cache.event[k], cache.touched[k] = event, block.first + i
         if rule == EWMA:
-            cache.score[k] += gained(block.chosen_by[i] if counted else 1, block.step_rows[now[0]], ALPHA)
+            cache.score[k] += gained(block.chosen_by[i] if by_rows else 1, block.step_rows[now[0]], ALPHA)
+        elif rule == LFUDA:
+            cache.count[k] = counted(cache.count[k], MOST_COUNT)
+            cache.score[k] = cache.age[pool] + cache.count[k]
     for i in range(start, stop):
         k, weight = block.key[i], cache.weight[block.key[i]]
         if hit[i] or weight > cache.capacity:
@@ -115,6 +124,8 @@ def _victim(cache, rule, pool, now, event):
 def _remove(cache, pool, place):
     """Evict what is at a place of `member`; the last resident of the pool takes that place."""
     victim = cache.member[place]
+    cache.age[pool] = max(cache.age[pool], cache.score[victim])
+    cache.count[victim] *= EVICTED_SHARE
     cache.used[pool] -= cache.weight[victim]
     cache.residents[pool] -= 1
     last = pool * (cache.member.size // cache.used.size) + cache.residents[pool]

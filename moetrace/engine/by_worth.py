@@ -1,0 +1,184 @@
+"""What moves to the GPU and what stays, where experts have a worth (`foresight.py`; timing model, section 7)."""
+
+import numpy as np
+
+from moetrace.engine.foresight import PLACES
+from moetrace.engine.prefetch import COMPLETE, DONE_BYTES, HEAD, TAIL, is_complete, join, leave
+from moetrace.engine.state import HOME
+from moetrace.jit.compile import kernel
+
+
+@kernel
+def _look(f, queue, cache, layer):
+    """Find a layer's best candidate and its least resident, leaving out those that `cache.active` bars."""
+    experts = f.worth.shape[1]
+    best, most, least, fewest = -1, -1.0, -1, np.inf
+    for e in range(experts):
+        key, worth = layer * experts + e, f.worth[layer, e]
+        if cache.active[key]:
+            continue
+        if cache.resident[key]:
+            if worth < fewest:
+                least, fewest = key, worth
+        elif worth > most and queue.place[key] < 0 and queue.weight_bytes[key] > 0.0:
+            best, most = key, worth
+    f.best[layer], f.best_worth[layer], f.least[layer], f.least_worth[layer] = best, most, least, fewest
+    f.stale[layer] = 0
+
+
+@kernel
+def _least_resident(f, queue, cache):
+    """Return the key of the resident of least worth that is not barred, -1 = none; ties: the lower key."""
+    key, fewest = -1, np.inf
+    for layer in range(f.stale.size):
+        if f.stale[layer]:
+            _look(f, queue, cache, layer)
+        if f.least_worth[layer] < fewest:
+            key, fewest = f.least[layer], f.least_worth[layer]
+    return key
+
+
+@kernel
+def _best_candidate(f, queue, cache, above):
+    """Return the key of greatest worth ``above`` a bar, neither resident nor queued nor barred; ties: the lower key."""
+    key, most = -1, above
+    for layer in range(f.stale.size):
+        if f.stale[layer]:
+            _look(f, queue, cache, layer)
+        if f.best_worth[layer] > most:
+            key, most = f.best[layer], f.best_worth[layer]
+    return key
+
+
+@kernel
+def _worth(f, key):
+    """Return what a key is worth."""
+    return f.worth[key // f.worth.shape[1], key % f.worth.shape[1]]
+
+
+@kernel
+def queue_best(f, queue, cache, layer, size, scratch, tally):
+    """Make the queue anew: what has begun and is still worth it, then the best; by worth for each byte to go.
+
+    What is fetched whole for this layer does not join: it is about to be offered.
+    """
+    experts = f.worth.shape[1]
+    _bar(f, cache, layer, size, scratch, False)
+    least = _least_resident(f, queue, cache)
+    bar = 0.0 if least < 0 or cache.residents[0] < cache.capacity else _worth(f, least)
+    kept = 0
+    for at in range(queue.ends[HEAD], queue.ends[TAIL]):
+        key = queue.key[at]
+        if queue.place[key] != at:
+            continue
+        begun = queue.moved_bytes[key] > DONE_BYTES
+        if is_complete(queue, key) or (begun and _worth(f, key) > bar):
+            f.picked[kept] = key
+            kept += 1
+        else:
+            tally[0].wasted += leave(queue, key)
+            f.stale[key // experts] = 1
+    while kept < PLACES and cache.capacity > 0:
+        key = _best_candidate(f, queue, cache, bar + f.margin)
+        if key < 0:
+            break
+        join(queue, key, 0)
+        f.stale[key // experts] = 1
+        f.picked[kept] = key
+        kept += 1
+    _order(f, queue, kept, bar)
+    _unbar(f, cache, layer, size, scratch)
+
+
+@kernel
+def _order(f, queue, kept, bar):
+    """Let the queue be the ``kept`` picked ones, by worth above the bar for each byte to go; stable."""
+    for i in range(kept):
+        key = f.picked[i]
+        value = (_worth(f, key) - bar) / max(queue.weight_bytes[key] - queue.moved_bytes[key], DONE_BYTES)
+        j = i
+        while j > 0 and f.value[j - 1] < value:
+            f.picked[j], f.value[j] = f.picked[j - 1], f.value[j - 1]
+            j -= 1
+        f.picked[j], f.value[j] = key, value
+    queue.ends[HEAD], queue.ends[TAIL] = 0, kept
+    for i in range(kept):
+        queue.key[i] = f.picked[i]
+        queue.place[f.picked[i]] = i
+
+
+@kernel
+def _bar(f, cache, layer, size, scratch, whole_layer):
+    """Bar the experts that are fetched for a layer and, if there are any and that is asked, all that are active in it."""
+    first, fetched = layer * f.worth.shape[1], 0
+    for i in range(size):
+        if scratch.plan[i] != HOME and not scratch.active[i].resident:
+            cache.active[first + scratch.active[i].expert] = 1
+            fetched += 1
+    if fetched > 0 and whole_layer:
+        for i in range(size):
+            cache.active[first + scratch.active[i].expert] = 1
+    f.stale[layer] |= fetched > 0
+    return fetched
+
+
+@kernel
+def _unbar(f, cache, layer, size, scratch):
+    """Bar none of a layer's active experts."""
+    for i in range(size):
+        key = layer * f.worth.shape[1] + scratch.active[i].expert
+        f.stale[layer] |= cache.active[key]
+        cache.active[key] = 0
+
+
+@kernel
+def admit_by_worth(f, queue, cells, cache, tally):
+    """Before a layer's ``dense``: keep what has arrived, in queue order, or drop it."""
+    at = queue.ends[HEAD]
+    while queue.ends[COMPLETE] > 0:
+        key = queue.key[at]
+        if queue.place[key] == at and is_complete(queue, key):
+            leave(queue, key)
+            f.stale[key // f.worth.shape[1]] = 1
+            if _keep(f, queue, cells, cache, key, tally):
+                cache.fresh[key] = 1
+            else:
+                tally[0].wasted += 1
+        at += 1
+
+
+@kernel
+def touch_and_admit_by_worth(f, queue, cells, cache, layer, size, scratch, tally):
+    """After a layer, in demand order: touch what is resident, offer what was fetched; none goes for another of them."""
+    fetched = _bar(f, cache, layer, size, scratch, True)
+    for i in range(size):
+        expert = scratch.active[i].expert
+        key = layer * f.worth.shape[1] + expert
+        kept = fetched > 0 and scratch.plan[i] != HOME and _keep(f, queue, cells, cache, key, tally)
+        if kept or cache.resident[key]:
+            tally[0].clock += 1
+            cache.touched[key] = cells[layer, expert].touched = tally[0].clock
+    _unbar(f, cache, layer, size, scratch)
+
+
+@kernel
+def _keep(f, queue, cells, cache, key, tally):
+    """Keep a copy if there is room, or in the place of the least resident if that is worth less; return whether it is."""
+    experts = f.worth.shape[1]
+    if cache.resident[key]:
+        return False
+    if cache.residents[0] >= cache.capacity:
+        victim = _least_resident(f, queue, cache)
+        if victim < 0 or _worth(f, victim) >= _worth(f, key):
+            return False
+        cells[victim // experts, victim % experts].resident = 0
+        cache.resident[victim] = 0
+        cache.residents[0] -= 1
+        tally[0].wasted += cache.fresh[victim]
+        cache.fresh[victim] = 0
+        f.stale[victim // experts] = 1
+    cells[key // experts, key % experts].resident = 1
+    cache.resident[key] = 1
+    cache.residents[0] += 1
+    f.stale[key // experts] = 1
+    return True

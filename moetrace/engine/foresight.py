@@ -1,0 +1,320 @@
+"""What is going to be chosen, learned from the past alone, and what an expert is worth (timing model, section 7).
+
+The worth of an expert is the chance that its layer's next visit runs it, and its long run. Chances come from how often
+it was chosen of late, from who follows a row's choices at its next visit of the layer, and from who follows a row's
+choices some layers on. Nothing but routing that has been seen is used, and nothing is drawn.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.engine.machine import FIRST_HOME
+from moetrace.engine.schedule import Requests, places_of
+from moetrace.jit.compile import kernel
+from moetrace.spec.errors import MoetraceError
+from moetrace.spec.policy import PolicySpec
+from moetrace.trace.schema import DECODE
+
+FAST, SLOW, LEARN = 1 / 4, 1 / 64, 1 / 32  # rates of averages: of loads, and of the tables in the long run
+PRIOR = 4.0  # visits that the tables' start is worth
+FLOOR = 0.1  # is added to a frequency that something is divided by
+MIX = 1 / 8  # of the fast average in what is expected
+PLACES = 4  # in the queue
+# Where a policy does not say. Each is flat: half of it or twice moves the mean of docs/winning.md by less than a point.
+AHEAD_LAYERS, NOW_WEIGHT, LONG_WEIGHT, MARGIN = 6, 1.0, 2.0, 0.1
+MOST_TABLE_BYTES = 2 << 30
+
+
+class Foresight(NamedTuple):
+    """What was learned of L layers with E experts, of which a row chooses k."""
+
+    fast: np.ndarray  # float64 [L, E]: share of the rows that chose it
+    slow: np.ndarray  # float64 [L, E]
+    follow: np.ndarray  # float64 [L, E]: fast average of what `after` says
+    after: np.ndarray  # float32 [L, E, E]: from a row's choice to that of its request's next row; L = 0: not used
+    after_count: np.ndarray  # int64 [L, E]: how often a choice was learned from
+    ahead: np.ndarray  # float32 [L, E, E]: from a row's choice `ahead_layers` before to its choice here
+    ahead_count: np.ndarray  # int64 [L, E]
+    now: np.ndarray  # float64 [L, E]: chance that the layer's next visit runs it
+    long: np.ndarray  # float64 [L, E]: the same in the long run
+    worth: np.ndarray  # float64 [L, E]
+    place: np.ndarray  # int32 [requests]: where a request's last row stands
+    owner: np.ndarray  # int64 [places]: whose it is, -1 = nobody's
+    last: np.ndarray  # uint16 [places, L, k]: choices of a request's last row
+    seen: np.ndarray  # int64 [places, L]: the step of that row, -1 = none
+    rows: np.ndarray  # int64 [1]: rows of the last decode step
+    scratch: np.ndarray  # float64 [6, E]
+    best: np.ndarray  # int64 [L]: of a layer, the key of greatest worth neither resident nor queued, -1 = none
+    best_worth: np.ndarray  # float64 [L]
+    least: np.ndarray  # int64 [L]: of a layer, the resident key of least worth, -1 = none
+    least_worth: np.ndarray  # float64 [L]
+    stale: np.ndarray  # uint8 [L]: whether these four are not of now
+    picked: np.ndarray  # int64 [PLACES]: scratch of the queue
+    value: np.ndarray  # float64 [PLACES]
+    top_k: int
+    ahead_layers: int
+    now_weight: float
+    long_weight: float
+    margin: float  # what is fetched is worth more than the least resident by more than this
+
+
+def foresight_of(policy: PolicySpec, requests: Requests, layers: int, experts: int, top_k: int) -> Foresight:
+    """Return what is known before the first step; raise MoetraceError if the tables would be too large."""
+    ahead = AHEAD_LAYERS if policy.ahead_layers is None else policy.ahead_layers
+    ahead = min(ahead, layers - 1)
+    after_layers = layers if policy.follows is None or policy.follows else 0
+    ahead_of = layers if ahead > 0 else 0
+    table_bytes = 4 * (after_layers + ahead_of) * experts**2
+    if table_bytes > MOST_TABLE_BYTES:
+        raise MoetraceError(
+            f"Policy {policy.name}: residency foresee keeps {table_bytes / 1e9:.1f} GB of tables for {layers} x {experts} "
+            f"experts, more than {MOST_TABLE_BYTES / 1e9:.1f} GB: use another residency."
+        )
+    place, places = places_of(requests.first_step, requests.last_step)
+    start = top_k / experts
+    one, table = np.full((layers, experts), start), np.full((1, 1, 1), start, np.float32)
+    weights = [_or(policy.now_weight, NOW_WEIGHT), _or(policy.long_weight, LONG_WEIGHT)]
+    return Foresight(
+        fast=one.copy(),
+        slow=one.copy(),
+        follow=one.copy(),
+        after=table.repeat(after_layers, 0).repeat(experts, 1).repeat(experts, 2),
+        after_count=np.zeros((after_layers, experts), np.int64),
+        ahead=table.repeat(ahead_of, 0).repeat(experts, 1).repeat(experts, 2),
+        ahead_count=np.zeros((ahead_of, experts), np.int64),
+        now=one.copy(),
+        long=one.copy(),
+        worth=weights[0] * one + weights[1] * one,
+        place=place,
+        owner=np.full(places, -1),
+        last=np.zeros((places, layers, top_k), np.uint16),
+        seen=np.full((places, layers), -1),
+        rows=np.ones(1, np.int64),
+        scratch=np.zeros((6, experts)),
+        best=np.full(layers, -1),
+        best_worth=np.zeros(layers),
+        least=np.full(layers, -1),
+        least_worth=np.zeros(layers),
+        stale=np.ones(layers, np.uint8),
+        picked=np.zeros(PLACES, np.int64),
+        value=np.zeros(PLACES),
+        top_k=top_k,
+        ahead_layers=ahead,
+        now_weight=weights[0],
+        long_weight=weights[1],
+        margin=_or(policy.margin, MARGIN),
+    )
+
+
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else float(given)
+
+
+@kernel
+def foresee(f, batch, s, layer, machine):
+    """After the router of ``layer`` has spoken in the block's step ``s``: learn, and set what is worth what."""
+    layers = f.worth.shape[0]
+    begin, stop = batch.offset[s], batch.offset[s + 1]
+    decode = batch.steps.phase[s] == DECODE
+    if decode:
+        f.rows[0] = stop - begin
+    _average(f, batch, s, layer)
+    for row in range(begin, stop):
+        _learn_row(f, batch, row, batch.steps.first + s, layer)
+    first = begin if decode else (stop - 1 if f.rows[0] == 1 else stop)
+    _expect_next(f, batch.experts, first, stop, layer, _compute_share(machine, layer))
+    target = layer + f.ahead_layers
+    if f.ahead_layers > 0 and (decode or (target >= layers and f.rows[0] == 1)):
+        target -= layers if target >= layers else 0
+        _expect_ahead(f, batch.experts, first, stop, (layer, target), _compute_share(machine, target))
+
+
+@kernel
+def _compute_share(machine, layer):
+    """Return how long a row's arithmetic takes at home, beside an expert of one row whose weights are read."""
+    home = machine.device[machine.home[layer, 0]]
+    whole_s = machine.weight_bytes[layer, 0] * home.s_per_byte + home.start_s
+    return home.s_per_row / whole_s if whole_s > 0.0 else 0.0
+
+
+@kernel
+def _choices(choices, experts):
+    """Return how many choices, uint16 [k], are not absent."""
+    found = 0
+    for slot in range(choices.size):
+        found += choices[slot] < experts
+    return found
+
+
+@kernel
+def _average(f, batch, s, layer):
+    """Let the averages of a layer's loads follow a step's, a decode step being one visit."""
+    layers, experts = f.worth.shape
+    load, there = f.scratch[0], 0
+    for e in range(experts):
+        load[e] = 0.0
+    at = s * layers + layer
+    for i in range(batch.demand.start[at], batch.demand.start[at + 1]):
+        load[batch.demand.expert[i]] = batch.demand.rows[i]
+    for row in range(batch.offset[s], batch.offset[s + 1]):
+        there += _choices(batch.experts[row, layer], experts) > 0
+    if there > 0:
+        fast, slow = 1.0 - (1.0 - FAST) ** (there / f.rows[0]), 1.0 - (1.0 - SLOW) ** (there / f.rows[0])
+        for e in range(experts):
+            f.fast[layer, e] += fast * (load[e] / there - f.fast[layer, e])
+            f.slow[layer, e] += slow * (load[e] / there - f.slow[layer, e])
+
+
+@kernel
+def _learn_row(f, batch, row, step, layer):
+    """Learn who followed whom from a row's choices, and remember them."""
+    layers, experts = f.worth.shape
+    choices, request = batch.experts[row, layer], batch.request[row]
+    place, chosen = f.place[request], f.scratch[0]
+    if f.owner[place] != request:
+        f.owner[place] = request
+        for other in range(layers):
+            f.seen[place, other] = -1
+    if _choices(choices, experts) > 0:
+        for e in range(experts):
+            chosen[e] = 0.0
+        for slot in range(choices.size):
+            if choices[slot] < experts:
+                chosen[choices[slot]] = 1.0
+        source = layer - f.ahead_layers
+        if f.ahead_layers > 0 and source >= 0:
+            _learn(f.ahead[layer], f.ahead_count[layer], batch.experts[row, source], chosen)
+        elif f.ahead_layers > 0 and f.seen[place, source + layers] >= 0 and f.seen[place, layer] < step:
+            _learn(f.ahead[layer], f.ahead_count[layer], f.last[place, source + layers], chosen)
+        if f.after.shape[0] > 0 and f.seen[place, layer] >= 0:
+            _learn(f.after[layer], f.after_count[layer], f.last[place, layer], chosen)
+    for slot in range(choices.size):
+        f.last[place, layer, slot] = choices[slot]
+    f.seen[place, layer] = step
+
+
+@kernel
+def _learn(table, count, choices, chosen):
+    """Let the rows of a layer's table, float32 [E, E], that stand for choices follow ``chosen`` float64 [E]."""
+    for slot in range(choices.size):
+        j = np.int64(choices[slot])
+        if j < chosen.size:
+            count[j] += 1
+            rate = max(LEARN, 1.0 / (count[j] + PRIOR))
+            for e in range(chosen.size):
+                table[j, e] += rate * (chosen[e] - table[j, e])
+
+
+@kernel
+def _mean(table, choices, mean):
+    """Fill ``mean`` float64 [E] with the mean row of a table over the choices; return how many there are."""
+    found = 0
+    for e in range(mean.size):
+        mean[e] = 0.0
+    for slot in range(choices.size):
+        j = np.int64(choices[slot])
+        if j < mean.size:
+            found += 1
+            for e in range(mean.size):
+                mean[e] += table[j, e]
+    if found > 0:
+        for e in range(mean.size):
+            mean[e] /= found
+    return found
+
+
+@kernel
+def _scale(chance, top_k):
+    """Scale chances, float64 [E], to a sum of ``top_k``, each at most 1."""
+    total = 0.0
+    for e in range(chance.size):
+        total += chance[e]
+    if total > 0.0:
+        factor = top_k / total
+        for e in range(chance.size):
+            chance[e] = min(chance[e] * factor, 1.0)
+
+
+@kernel
+def _power(x, n):
+    """Return x to the n, by squaring."""
+    result = 1.0
+    while n > 0:
+        if n & 1:
+            result *= x
+        x *= x
+        n >>= 1
+    return result
+
+
+@kernel
+def _expect_next(f, experts_of, first, stop, layer, compute_share):
+    """Set the chances of a layer's experts at its next visit, from the choices of rows first to stop, and in the long run."""
+    experts, in_batch = f.worth.shape[1], f.rows[0]
+    total, p, mean, away, rows, hope = (
+        f.scratch[0],
+        f.scratch[1],
+        f.scratch[2],
+        f.scratch[3],
+        f.scratch[4],
+        f.scratch[5],
+    )
+    for e in range(experts):
+        total[e], away[e], rows[e] = 0.0, 1.0, 0.0
+        hope[e] = MIX * f.fast[layer, e] + (1.0 - MIX) * f.slow[layer, e]
+    used = 0
+    for row in range(first, stop if f.after.shape[0] > 0 else first):
+        if _mean(f.after[layer], experts_of[row, layer], mean) == 0:
+            continue
+        used += 1
+        for e in range(experts):
+            total[e] += mean[e]
+            p[e] = hope[e] * (mean[e] / (f.slow[layer, e] + FLOOR))
+        _scale(p, f.top_k)
+        for e in range(experts):
+            away[e] *= 1.0 - p[e]
+            rows[e] += p[e]
+    for e in range(experts):
+        if used == 0:
+            away[e], rows[e] = _power(1.0 - hope[e], in_batch), in_batch * hope[e]
+        else:
+            f.follow[layer, e] += FAST * (total[e] / used - f.follow[layer, e])
+        p[e] = f.slow[layer, e] * (f.follow[layer, e] / (f.slow[layer, e] + FLOOR))
+    if f.after.shape[0] == 0:
+        for e in range(experts):
+            p[e] = f.slow[layer, e]
+    _scale(p, f.top_k)
+    for e in range(experts):
+        f.long[layer, e] = max(1.0 - _power(1.0 - p[e], in_batch), compute_share * in_batch * p[e])
+        f.now[layer, e] = max(1.0 - away[e], compute_share * rows[e])
+        f.worth[layer, e] = f.now_weight * f.now[layer, e] + f.long_weight * f.long[layer, e]
+    f.stale[layer] = 1
+
+
+@kernel
+def _expect_ahead(f, experts_of, first, stop, pair, compute_share):
+    """Set the chances of a target layer's experts at its next visit, from the choices of rows at a source; pair is both."""
+    source, target = pair
+    experts = f.worth.shape[1]
+    p, mean, away, rows = f.scratch[1], f.scratch[2], f.scratch[3], f.scratch[4]
+    for e in range(experts):
+        away[e], rows[e] = 1.0, 0.0
+    used = 0
+    for row in range(first, stop):
+        if _mean(f.ahead[target], experts_of[row, source], mean) == 0:
+            continue
+        used += 1
+        for e in range(experts):
+            hope = MIX * f.fast[target, e] + (1.0 - MIX) * f.slow[target, e]
+            lift = mean[e] / (f.slow[target, e] + FLOOR)
+            p[e] = hope * (lift * lift)
+        _scale(p, f.top_k)
+        for e in range(experts):
+            away[e] *= 1.0 - p[e]
+            rows[e] += p[e]
+    if used > 0:
+        for e in range(experts):
+            f.now[target, e] = max(1.0 - away[e], compute_share * rows[e])
+            f.worth[target, e] = f.now_weight * f.now[target, e] + f.long_weight * f.long[target, e]
+        f.stale[target] = 1
