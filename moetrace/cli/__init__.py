@@ -58,6 +58,10 @@ def _group(debug: bool) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; an error is one sentence on stderr and exit code 1 (failed) or 2 (wrong usage)."""
+    if "_MOETRACE_COMPLETE" in os.environ:  # a shell asks what may stand here, or for the lines that make it ask
+        from click.shell_completion import shell_complete
+
+        sys.exit(shell_complete(_group, {}, "moetrace", "_MOETRACE_COMPLETE", os.environ["_MOETRACE_COMPLETE"]))
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in itertools.takewhile(lambda arg: arg.startswith("-"), args)
     open_missing_streams()

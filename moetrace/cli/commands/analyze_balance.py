@@ -8,6 +8,7 @@ import click
 from moetrace.cli.options.listing import ListingOption
 from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.presets import MODEL, SYSTEM
 from moetrace.cli.options.targets import check_picture, check_targets
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import print_csv, print_json, safe_csv_option
@@ -71,9 +72,10 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     help="Which copy of its expert a row runs on: shared evenly; by its place in the batch, as engines do; or drawn.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of --copies random.")
-@click.option("--system", metavar="S", help="Preset or TOML file of the units, for figures in seconds.")
+@click.option("--system", type=SYSTEM, metavar="S", help="Preset or TOML file of the units, for figures in seconds.")
 @click.option(
     "--model",
+    type=MODEL,
     metavar="M",
     help="Preset or model file of the model, if not the one that the trace names.",
 )

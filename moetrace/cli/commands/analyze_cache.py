@@ -9,6 +9,7 @@ from click.core import ParameterSource
 from moetrace.cli.options.listing import ListingOption
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.phases import check_phase, scope_option
+from moetrace.cli.options.presets import MODEL, SYSTEM
 from moetrace.cli.options.targets import check_picture, check_targets
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import format_option, print_csv, print_json, say
@@ -59,10 +60,13 @@ class _PolicyName(click.ParamType):
 @click.option("--sequential", is_flag=True, help="Demand one choice at a time, as general cache simulators do.")
 @click.option(
     "--model",
+    type=MODEL,
     metavar="M",
     help="Preset or model file with the sizes of experts, if the trace has none.",
 )
-@click.option("--system", metavar="S", help="Preset or TOML file of the machine that fetches what is missed.")
+@click.option(
+    "--system", type=SYSTEM, metavar="S", help="Preset or TOML file of the machine that fetches what is missed."
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the bootstrap.")
 @click.option(
     "--observed",

@@ -7,6 +7,7 @@ import click
 
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.phases import check_phase, scope_option
+from moetrace.cli.options.presets import MODEL, SYSTEM
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import format_option, print_csv, print_json, print_rows, stdout_console
 from moetrace.spec.errors import counted, printable
@@ -48,9 +49,12 @@ _HEADERS = {
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the oracle.")
 @scope_option
 @click.option("--phase", type=click.Choice(["all", "prefill", "decode", "mixed"]), help="Print only this phase.")
-@click.option("--system", metavar="S", help="Preset or TOML file of the machine, to tell what arrives in time.")
+@click.option(
+    "--system", type=SYSTEM, metavar="S", help="Preset or TOML file of the machine, to tell what arrives in time."
+)
 @click.option(
     "--model",
+    type=MODEL,
     metavar="M",
     help="Preset or model file of the model, if not the one that the trace names.",
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.presets import SYSTEM
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.tables.output import figure, format_option, print_json, print_rows, print_text, say, stdout_console
 from moetrace.spec.errors import UsageError, counted
@@ -31,7 +32,9 @@ _COPIES = (
 
 @click.command()
 @click.argument("table", type=ANY_PATH, required=False)
-@click.option("--system", "base", metavar="S", help="Preset or TOML file to begin with, with the data sheet's peaks.")
+@click.option(
+    "--system", "base", type=SYSTEM, metavar="S", help="Preset or TOML file to begin with, with the data sheet's peaks."
+)
 @click.option("-o", "--output", type=_FILE, metavar="SYSTEM.toml", help="Write the calibrated system.")
 @click.option("--gpu", metavar="NAME", help="Use the rows of this GPU (column gpu).")
 @click.option("--dtype", metavar="NAME", help="Use the rows of this type of weights (column dtype or moe_dtype).")

@@ -9,6 +9,7 @@ import click
 
 from moetrace.cli.commands.lint import say_found
 from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.presets import MODEL
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import said_of, say
@@ -50,7 +51,9 @@ class _TokenCount(click.types.IntParamType):
     help="Of the weights; auto: as they are stored.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto: cuda if there is one.")
-@click.option("--model", metavar="M", help="Preset or model file of the model; else the folder's name decides.")
+@click.option(
+    "--model", type=MODEL, metavar="M", help="Preset or model file of the model; else the folder's name decides."
+)
 @click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
 def command(
     model_dir: Path,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.presets import MODEL, PROFILE
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import say
@@ -24,6 +25,7 @@ _FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
 @click.argument("out", type=_FILE, metavar="OUT.h5")
 @click.option(
     "--model",
+    type=MODEL,
     metavar="M",
     help="Preset or model file; see `moetrace list models`. A profile knows its own.",
 )
@@ -38,7 +40,7 @@ _FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
 )
 @click.option("--stick", type=float, help="Share of experts kept from the request's previous token.  [default: 0.3]")
 @click.option("--like", type=ANY_PATH, metavar="TRACE.h5", help="Fit a profile to a trace and use it.")
-@click.option("--profile", metavar="NAME", help="Draw as a profile says: a shipped one, or a TOML file.")
+@click.option("--profile", type=PROFILE, metavar="NAME", help="Draw as a profile says: a shipped one, or a TOML file.")
 @click.option("--save-profile", type=_FILE, metavar="P.toml", help="Keep the profile that --like fits.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
 def command(out: Path, like: Path | None, save_profile: Path | None, **parameters: Any) -> None:

@@ -6,6 +6,7 @@ import click
 
 from moetrace.cli.commands.lint import drop_options, say_found, say_left_out
 from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.presets import MODEL
 from moetrace.cli.options.range_list import RangeList
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.tables.output import said_of, say
@@ -49,6 +50,7 @@ FORMATS = (
 )
 @click.option(
     "--model",
+    type=MODEL,
     metavar="M",
     help="Model that was traced: preset or model file; else the source's own name decides.",
 )

@@ -8,6 +8,7 @@ import click
 
 from moetrace.cli.commands.lint import say_found
 from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.presets import MODEL
 from moetrace.cli.options.targets import check_targets
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import said_of, say
@@ -33,7 +34,9 @@ _COUNT = click.IntRange(min=1, max=2**31 - 1)
 @click.option("-o", "--output", "out", required=True, type=ANY_PATH, metavar="OUT.h5", help="The trace.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Else the server says it.")
 @click.option("--served-model", metavar="NAME", help="How the server calls its model; else its first one.")
-@click.option("--model", metavar="M", help="Preset or model file of the model; else the server's name for it decides.")
+@click.option(
+    "--model", type=MODEL, metavar="M", help="Preset or model file of the model; else the server's name for it decides."
+)
 @click.option("--experts", type=_COUNT, metavar="E", help="Experts a layer, without --model.")
 @click.option("--top-k", type=_COUNT, metavar="K", help="Experts a token, without --model; vLLM says it.")
 @click.option("--layers", type=_COUNT, metavar="L", help="Layers with experts, without --model, if some have none.")

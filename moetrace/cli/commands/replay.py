@@ -10,6 +10,7 @@ import click
 from moetrace.cli.options.code import code_option
 from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.presets import MODEL, POLICY, SYSTEM
 from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.choices import KINDS, legal
 from moetrace.spec.errors import UsageError
@@ -58,13 +59,17 @@ class _Command(click.Command):
 @click.command(cls=_Command)
 @click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option(
-    "--model", metavar="M", help="Preset, TOML, config.json or GGUF file; by default the preset that the trace names."
+    "--model",
+    type=MODEL,
+    metavar="M",
+    help="Preset, TOML, config.json or GGUF file; by default the preset that the trace names.",
 )
-@click.option("--system", default="edge-ndp", show_default=True, metavar="S", help="Preset or TOML file.")
+@click.option("--system", type=SYSTEM, default="edge-ndp", show_default=True, metavar="S", help="Preset or TOML file.")
 @click.option(
     "--policy",
     "policies",
     multiple=True,
+    type=POLICY,
     metavar="P",
     help="Preset, TOML file or file.py:function; may be repeated. By default two that suit the system, as monde and "
     "edge-ndp with NDP units. Speed-ups are against the first.",

@@ -7,6 +7,7 @@ import click
 
 from moetrace.cli.options.code import code_option
 from moetrace.cli.options.overrides import set_option, split_settings
+from moetrace.cli.options.presets import MODEL, complete_spec
 from moetrace.cli.tables.output import format_option_with, print_json, print_rows, print_text, say
 from moetrace.spec.errors import UsageError
 
@@ -33,8 +34,10 @@ _UNSET = {
 
 @click.command("show")
 @click.argument("kind", type=click.Choice(["model", "system", "policy"]))
-@click.argument("name")
-@click.option("--model", "model_name", metavar="MODEL", help="With a system: also what this model means on it.")
+@click.argument("name", shell_complete=complete_spec)
+@click.option(
+    "--model", "model_name", type=MODEL, metavar="MODEL", help="With a system: also what this model means on it."
+)
 @set_option
 @code_option
 @format_option_with("toml", "the spec as a TOML file to keep")
