@@ -97,7 +97,7 @@ def is_pickle(first: bytes) -> bool:
         with warnings.catch_warnings(action="ignore"):  # of escapes in a stranger's texts
             for operation, value, _ in pickletools.genops(io.BytesIO(first[found.end() :])):
                 if operation.name == "GLOBAL":
-                    names.append(value)
+                    names.append(str(value))
                 elif operation.name.startswith("TUPLE") and "BINPERSID" in names and not axes:
                     axes = operation.name
                 elif operation.name == "BINPERSID":
@@ -256,7 +256,7 @@ def _of_archive(path: Path) -> Logits:
 
 def _of_pickle(path: Path) -> Logits:
     value = load_plain(path)
-    import torch
+    import torch  # load_plain says if it is not there
 
     parts = list(value) if isinstance(value, tuple | list) else [value]
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -10,7 +10,7 @@ import polars as pl
 from moetrace.importers.captured import Hints
 from moetrace.importers.reading.own_parquet import ToldByFooter
 from moetrace.importers.reading.passes import half
-from moetrace.importers.reading.tabular import TableFile, blocks
+from moetrace.importers.reading.tabular import TableFile, blocks, first_row
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.trace.schema import MAX_LAYERS
 
@@ -41,13 +41,15 @@ class Cells(NamedTuple):
 def cells_of(file: File, hints: Hints, *, light: bool = False) -> Iterator[Cells]:
     """The cells of a file; those whose rows follow one another are one, however the file is cut into pieces.
 
-    `light` cells lack gates and recorded residencies; where a row of Parquet is a cell, ids too, and as many are
-    believed as the first row has.
+    `light` cells lack gates and recorded residencies; where a row of Parquet is a cell or a choice, ids too, and a cell
+    is believed to have as many as the first row.
     """
+    ids = True
     if light:
         beside = set(file.columns) - {"experts", "gates", "resident", "scores"}
-        lists = _list_length(file, hints) if file.table.kind == "parquet" and beside else 0
-        left_out = ("gates", "resident", "experts") if lists else ("gates", "resident")
+        lists = _list_length(file) if file.table.kind == "parquet" and beside else None
+        ids = lists is None or "slot" in file.columns
+        left_out = ("gates", "resident", "experts") if lists or not ids else ("gates", "resident")
         columns = {meaning: of for meaning, of in file.columns.items() if meaning not in left_out}
         file = file._replace(columns=columns)
         if lists:
@@ -59,10 +61,10 @@ def cells_of(file: File, hints: Hints, *, light: bool = False) -> Iterator[Cells
     for first, table in blocks(file.table, wanted, half(hints)):
         if not table.height:
             continue
-        cells = _parsed(file, first, table, counted)
+        cells = _parsed(file, first, table, counted) if ids else _keys_of_choices(file, first, table, counted)
         if cells is None:
             continue
-        if not _is_choices(file, table):
+        if ids and not _is_choices(file, table):
             yield cells
             continue
         # The last cell may go on in the next piece.
@@ -74,19 +76,26 @@ def cells_of(file: File, hints: Hints, *, light: bool = False) -> Iterator[Cells
         yield held
 
 
-def _list_length(file: File, hints: Hints) -> int:
-    """Ids of the first list of the column of experts, 0 if it has no lists or lists of lists."""
+def _list_length(file: File) -> int | None:
+    """Ids of the first list of the column of experts; 0 if a row is a choice, None if neither."""
     if "scores" in file.columns:
-        return 0
+        return None
     if len(file.columns["experts"]) > 1:
         return len(file.columns["experts"])
-    silent = hints._replace(reading=lambda _: None)
-    for _, table in blocks(file.table, [("experts", file.columns["experts"][0])], silent.reading):
-        kind = table.schema[file.columns["experts"][0]]
-        if isinstance(kind, pl.List | pl.Array) and not isinstance(kind.inner, pl.List | pl.Array) and table.height:
-            return int(_choices(file.table.path, table.head(1), file.columns["experts"], "experts")[1][0])
-        break
-    return 0
+    name = file.columns["experts"][0]
+    table = first_row(file.table, name)
+    kind = table.schema[name]
+    if not isinstance(kind, pl.List | pl.Array):
+        return 0
+    if isinstance(kind.inner, pl.List | pl.Array) or not table.height:
+        return None
+    return int(_choices(file.table.path, table, [name], "experts")[1][0]) or None
+
+
+def _keys_of_choices(file: File, first: int, table: pl.DataFrame, counted: dict[int, int]) -> Cells:
+    """The cells of a table of a row a choice, each of one choice, without their ids."""
+    rows, layer = _rows(file, first, table, counted, choices=True)
+    return Cells(first, rows, layer, np.ones(layer.size, np.int64), {})
 
 
 def _keys_of(file: File, hints: Hints, length: int) -> Iterator[Cells]:

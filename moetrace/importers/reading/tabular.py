@@ -79,6 +79,15 @@ def blocks(
         yield from _csv_blocks(file, wanted, reading)
 
 
+def first_row(file: TableFile, name: str) -> pl.DataFrame:
+    """The first row of a column of Parquet, which costs no reading of the rest. Raises MoetraceError."""
+    try:
+        with _no_panic_message():
+            return pl.scan_parquet(file.path, glob=False).select(name).head(1).collect()
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise _unreadable(file.path, error) from None
+
+
 def _parquet_blocks(
     file: TableFile, names: list[str], reading: Callable[[int], object]
 ) -> Iterator[tuple[int, pl.DataFrame]]:
