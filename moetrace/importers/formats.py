@@ -29,6 +29,7 @@ FORMATS = {
     "mbolt": "routing logs (binary) of mbolt's patch of llama.cpp",
     "megatron": "routing traces (JSON lines) of Megatron-LM, a file a rank, or answers of its inference server",
     "moe-cache-eval": "event traces (safetensors) of moe-cache-eval",
+    "moe-cache-lab": "routing traces (JSON lines) of moe-cache-lab, versions 1 and 2",
     "trtllm": "expert statistics (safetensors) of TensorRT-LLM, a file a rank",
     "vllm": "vLLM's routed experts of each request: .npy files, or HTTP responses (JSON or JSON lines)",
     "npy-layers": "a NumPy file (.npy) a layer, [rows, top_k], whose name says which: layer_0.npy, moe_layer_12.npy",

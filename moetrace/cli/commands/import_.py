@@ -26,6 +26,7 @@ FORMATS = (
     "mbolt",
     "megatron",
     "moe-cache-eval",
+    "moe-cache-lab",
     "trtllm",
     "vllm",
     "npy-layers",
