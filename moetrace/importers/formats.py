@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moetrace.importers.captured import FIRST_BYTES, Capture, Counts, Hints
 from moetrace.importers.reading.text import first_bytes
+from moetrace.importers.reading.unknown import what_it_is
 from moetrace.spec.errors import MoetraceError, UsageError
 
 # Format -> what it is, in the order in which content is tried. The module has the
@@ -49,10 +50,10 @@ def detect(path: Path) -> str:
         raise MoetraceError(f"{path} is empty.")
     if first.startswith(_HDF5):
         raise MoetraceError(f"{path} is an HDF5 file: if it is a trace already, it needs no import.")
-    known = ", ".join(FORMATS)
+    what, way = what_it_is(path, first)
     raise MoetraceError(
-        f"{path} is in no format that can be imported ({known}): if it should be, name it with --from; of a table of "
-        f"Parquet, CSV or JSON lines, name the columns with --columns layer=...,token=...,experts=...."
+        f"{path} is in no format that can be imported ({', '.join(FORMATS)}), but {what}: {way}; --from names a format "
+        f"that was not seen, and docs/importing.md describes them."
     )
 
 
