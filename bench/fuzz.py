@@ -49,6 +49,7 @@ WRITERS = {
     "llamacpp": "support.writers.llamacpp",
     "mbolt": "support.writers.mbolt",
     "megatron": "support.writers.megatron",
+    "moe-cache-lab": "support.writers.moe_cache_lab",
     "moe-cache-eval": "support.writers.moe_cache_eval",
     "sglang": "support.writers.sglang",
     "sglang-request": "support.writers.sglang_request",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moetrace.importers.captured import FIRST_BYTES, Capture, Counts, Hints
 from moetrace.importers.reading.text import first_bytes
+from moetrace.importers.reading.unknown import what_it_is
 from moetrace.spec.errors import MoetraceError, UsageError
 
 # Format -> what it is, in the order in which content is tried. The module has the
@@ -31,6 +32,7 @@ FORMATS = {
     "megatron": "routing traces (JSON lines) of Megatron-LM, a file a rank, or answers of its inference server",
     "moe-cache-eval": "event traces (safetensors) of moe-cache-eval",
     "moe-policylang": "expert activation traces (JSON lines) of MoE-PolicyLang",
+    "moe-cache-lab": "routing traces (JSON lines) of moe-cache-lab, versions 1 and 2",
     "trtllm": "expert statistics (safetensors) of TensorRT-LLM, a file a rank",
     "vllm": "vLLM's routed experts of each request: .npy files, or HTTP responses (JSON or JSON lines)",
     "npy-layers": "a NumPy file (.npy) a layer, [rows, top_k], whose name says which: layer_0.npy, moe_layer_12.npy",
@@ -51,10 +53,10 @@ def detect(path: Path) -> str:
         raise MoetraceError(f"{path} is empty.")
     if first.startswith(_HDF5):
         raise MoetraceError(f"{path} is an HDF5 file: if it is a trace already, it needs no import.")
-    known = ", ".join(FORMATS)
+    what, way = what_it_is(path, first)
     raise MoetraceError(
-        f"{path} is in no format that can be imported ({known}): if it should be, name it with --from; of a table of "
-        f"Parquet, CSV or JSON lines, name the columns with --columns layer=...,token=...,experts=...."
+        f"{path} is in no format that can be imported ({', '.join(FORMATS)}), but {what}: {way}; --from names a format "
+        f"that was not seen, and docs/importing.md describes them."
     )
 
 

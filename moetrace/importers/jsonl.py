@@ -213,6 +213,18 @@ class _Log:
             note(f"{self._path}: {counted(self._unknown_gates, 'weight')} of NaN left unknown in the trace.")
         return facts
 
+    def _note_batches(self, step_rows: np.ndarray | None, requests: int) -> None:
+        """Say what the log does not know of a continuous batch, whose rows are of several requests."""
+        if requests > 1:
+            return
+        if step_rows is not None:
+            what = f"requests are not recorded, so the rows of all {step_rows.size:,} passes are taken as one"
+            what += "; --as decode --steps A:B says which passes decode"
+        else:
+            what = "neither forward passes nor requests are recorded: all rows are taken as one prompt in one step"
+            what += "; --as decode --prompt P tells a prompt apart, if it is one request and no continuous batch"
+        self._hints.note(f"{self._path}: {what}.")
+
     def capture(self) -> Capture:
         if not self._layers:
             raise MoetraceError(f"{self._path} has no lines of routing.")
@@ -237,6 +249,7 @@ class _Log:
         step_rows = None
         if counts_on:
             position = token
+            facts["passes"] = "not recorded: token_idx only counts up"
         else:
             facts["requests"] = "not recorded: token_idx is the row within a forward pass"
             begins = np.r_[True, (np.diff(token) != 1) | (np.diff(request) != 0)]
@@ -244,6 +257,7 @@ class _Log:
             position = np.empty(rows, np.int32)
             first = np.maximum.accumulate(np.where(np.r_[True, ~same], np.arange(rows), 0))
             position[order] = np.arange(rows) - first
+        self._note_batches(step_rows, int(np.unique(request).size))
         return Capture(
             model=self._meta.model_id[:200],
             num_experts=self._num_experts,

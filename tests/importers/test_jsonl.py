@@ -8,7 +8,10 @@ from support.writers import imported, refused, routing, steps
 from support.writers.jsonl import META, write
 
 from moetrace.importers import jsonl
+from moetrace.importers.captured import Hints
 from moetrace.importers.formats import detect
+from moetrace.importers.importing import import_traces
+from moetrace.trace import Trace
 
 IDS = routing(9, 3, 2, 8)
 
@@ -108,3 +111,27 @@ def test_any_header_before_a_route_will_do(tmp_path, headers):
     path.write_text("\n".join([*headers, *routes]))
     found = imported(tmp_path, path, num_experts=8)
     assert np.array_equal(found.read("experts", 0, 9), known.read("experts", 0, 9))
+
+
+def notes_of(path, **options):
+    notes = []
+    hints = Hints(num_experts=8, note=notes.append)
+    import_traces(path, path.parent / "noted.h5", hints=hints, **options)
+    return Trace.open(path.parent / "noted.h5"), notes
+
+
+def test_a_continuous_batch_says_what_it_does_not_know(tmp_path):
+    path = write(tmp_path / "a.jsonl", IDS, [4, 3, 1, 1])
+    trace, notes = notes_of(path)
+    assert trace.source["requests"].startswith("not recorded") and "passes" not in trace.source
+    assert len(notes) == 1 and "requests are not recorded, so the rows of all 4 passes are taken as one" in notes[0]
+    trace, notes = notes_of(write(tmp_path / "b.jsonl", IDS, [4, 5], runs_on=True))
+    assert trace.source["passes"] == "not recorded: token_idx only counts up" and "requests" not in trace.source
+    assert len(notes) == 1 and "neither forward passes nor requests are recorded" in notes[0]
+
+
+def test_passes_that_decode_stay_steps(tmp_path):
+    path = write(tmp_path / "a.jsonl", IDS, [4, 3, 1, 1])
+    trace, _ = notes_of(path, decode_steps=[(1, None)])
+    assert steps(trace) == [(4, 0), (3, 1), (1, 1), (1, 1)]
+    assert np.array_equal(trace.read("experts", 0, 9), IDS)

@@ -29,6 +29,7 @@ FORMATS = (
     "megatron",
     "moe-cache-eval",
     "moe-policylang",
+    "moe-cache-lab",
     "trtllm",
     "vllm",
     "npy-layers",
