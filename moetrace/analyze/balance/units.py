@@ -159,7 +159,7 @@ def balance(
     _check_bytes(trace, machine, judged_plans, span)
     sharing = None if copies == "even" else seed if copies == "random" else -1
     _walk(trace, judged_plans, tier, machine, span, recent, sharing, told)
-    facts = _facts(trace, phase, tier, machine, span, judged_plans) | {"copies": copies}
+    facts: dict[str, Any] = _facts(trace, phase, tier, machine, span, judged_plans) | {"copies": copies}
     layer = trace.layer_index.astype(np.int64)
     by_layer = plan_frames.layers(
         judged_plans, layer, facts["sizes_known"], machine.link_bytes_s, machine.system is not None
