@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.schedule import Requests, places_of
 from moetrace.jit.compile import kernel
 from moetrace.spec.errors import MoetraceError

@@ -136,6 +136,9 @@ def _user_hook(state, view, layer, load, plan):
         view.gpu_start_s,
         view.home_start_s,
         view.gpu_rows,
+        view.gpu_launch_s,
+        view.home_launch_s,
+        view.is_full,
         _for_reading(view.active),
         view.groups,
     )
