@@ -109,7 +109,7 @@ def _order(f, queue, kept, bar):
 
 @kernel
 def _bar(f, cache, layer, size, scratch, whole_layer):
-    """Bar the experts that are fetched for a layer and, if there are any and that is asked, all that are active in it."""
+    """Bar the experts that are fetched for a layer; if there are any and that is asked, all that are active in it."""
     first, fetched = layer * f.worth.shape[1], 0
     for i in range(size):
         if scratch.plan[i] == ON_GPU and not scratch.active[i].resident:
@@ -163,7 +163,7 @@ def touch_and_admit_by_worth(f, queue, cells, cache, layer, size, scratch, tally
 
 @kernel
 def _keep(f, queue, cells, cache, key, tally):
-    """Keep a copy if there is room, or in the place of the least resident if that is worth less; return whether it is."""
+    """Keep a copy if there is room, or instead of the least resident if that is worth less; return whether it is."""
     experts = f.worth.shape[1]
     if cache.resident[key]:
         return False

@@ -314,8 +314,8 @@ def _end_step(step, batch, setting, state, log):
 def replay_batch(work, dispatch, residency, foresight, tape):
     """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``.
 
-    ``foresight`` and ``tape`` are None here; `variants.py` compiles these lines once more for a policy that foresees, and
-    for a tape that notes everything down. What is None costs nothing.
+    ``foresight`` and ``tape`` are None here; `variants.py` compiles these lines once more for a policy that foresees
+    and for a tape that notes everything down. What is None costs nothing.
     """
     batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     layers = state.cells.shape[0]

@@ -169,7 +169,7 @@ def _note_gpu(tape, step, layer, start_s, size, machine, state):
 
 @kernel
 def _note_share(tape, step, layer, times, shared, view, state):
-    """Write the GPU's part of a shared expert, and what is fetched for it; times: of the router, GPU free, all fetched."""
+    """Write the GPU's part of a shared expert and its fetch; times: router's word, GPU free, all fetched."""
     start_s, free_s, fetched_s = times
     expert = state.scratch.active[shared]
     fetch_s = share_fetch_s(view, expert)

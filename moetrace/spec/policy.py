@@ -206,10 +206,9 @@ def check_policy(policy: PolicySpec, system: System) -> None:
                 f"Policy {policy.name}: dispatch {shown(policy.dispatch)} needs NDP units or a CPU that runs experts, "
                 f"and system {system.name} {missing}; only dispatch = {' or '.join(able)} (as in on-demand) runs there."
             )
-    starts_once = any(
-        device is not None and device.launch == "layer" for device in (system.gpu, system.ndp, system.cpu)
-    )
-    if starts_once and (dispatch := find("dispatch", policy.dispatch)) is not None and dispatch.splits:
+    dispatch = find("dispatch", policy.dispatch)
+    parts = [part for part in (system.accelerator, system.home) if part is not None]
+    if dispatch is not None and dispatch.splits and any(part.starts_once for part in parts):
         raise UsageError(
             f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
             f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'

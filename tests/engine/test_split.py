@@ -51,7 +51,5 @@ def test_what_it_needs():
     with pytest.raises(UsageError, match="dispatch split goes with placement tp only, got placement ep"):
         load_policy("foresee-split", {"placement": "ep"})
     system = load_system("edge-ndp", {"ndp.launch": "layer"})
-    with pytest.raises(
-        UsageError, match="dispatch split needs experts that each start themselves, and system edge-ndp"
-    ):
+    with pytest.raises(UsageError, match="dispatch split needs experts that each start themselves"):
         check_policy(load_policy("foresee-split"), system)
