@@ -1,6 +1,6 @@
 """Every online residency beside `edge-ndp`, on captured and generated traces: what of the gap to clairvoyant closes.
 
-    python bench/policies.py [FOLDER ...] [--write] [--rows 9000]
+    python bench/policies.py [FOLDER ...] [--write] [--rows 5000]
 
 Folders hold captures in any format that `moetrace import` recognizes, traces among them; by default `traces/`. Three
 traces are generated beside them. Each is taken at batch 1 and, if it has 8 requests, at batch 8, with 2, 4 and 6
@@ -56,7 +56,7 @@ def others() -> list[PolicySpec]:
 
 def presets() -> list[PolicySpec]:
     """Return `edge-ndp`, and what is measured beside it."""
-    names = ("edge-ndp", "foresee", "foresee-no-ahead", "foresee-no-follows", "foresee-long")
+    names = ("edge-ndp", "foresee", "foresee-split", "foresee-no-ahead", "foresee-no-follows", "foresee-long")
     return [load_policy(name) for name in names]
 
 
@@ -278,9 +278,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("folders", type=Path, nargs="*", default=[ROOT / "traces"])
     options.add_argument("--write", action="store_true")
-    options.add_argument("--rows", type=int, default=9000, help="take the first requests of a trace up to so many rows")
+    options.add_argument("--rows", type=int, default=5000, help="take the first requests of a trace up to so many rows")
     asked = options.parse_args()
-    policies = [*presets()[:2], *others(), *presets()[2:]]
+    policies = [*presets()[:3], *others(), *presets()[3:]]
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

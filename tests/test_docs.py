@@ -15,7 +15,7 @@ from moetrace.spec.choices import KINDS, USER, cache_policies, legal
 from moetrace.trace.schema import OTHER_PATHS, ROW_PATHS
 
 # Of the records, what only the engine needs.
-PRIVATE = {"rows", "next_use", "turn"}
+PRIVATE = {"rows", "next_use", "turn", "here", "share"}
 
 
 def part_names() -> list[str]:

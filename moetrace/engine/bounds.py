@@ -7,6 +7,7 @@ import numpy as np
 from moetrace.engine.cost import dense_s, head_s, price, price_varied, prices_of
 from moetrace.engine.layer import timeline
 from moetrace.engine.replay import smallest_work, view_of
+from moetrace.engine.sharing import shared_of
 from moetrace.engine.state import hook_signature
 from moetrace.jit.compile import kernel
 
@@ -56,7 +57,7 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
     layers, prices, setting = machine.weight_bytes.shape[0], prices_of(machine), settings[0]
     for s in range(steps.rows.size):
         total_s += layers * dense_s(machine, steps.rows[s], steps.kv_tokens[s]) + head_s(machine)
-        view = view_of(steps.first + s, steps, machine, setting, scratch, 0.0)
+        view = view_of(steps.first + s, steps, machine, setting, scratch, (0.0, np.int64(1)))
         for layer in range(layers):
             first = demand.start[s * layers + layer]
             size = demand.start[s * layers + layer + 1] - first
@@ -72,9 +73,12 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
                     cells[layer, expert].resident = i < setting.slots
             if not machine.is_plain:
                 price_varied(machine, scratch.active, size)
+            if setting.splits:
+                for i in range(size):
+                    scratch.active[i].here = scratch.active[i].resident
             plan = scratch.plan[:size]
             dispatch(cells, view, layer, scratch.load[:size], plan)
-            total_s += timeline(machine, view, size, plan).moe_s
+            total_s += timeline(machine, view, size, plan, shared_of(setting.splits, size, plan)).moe_s
             if setting.own_dispatch:
                 for i in range(size):
                     cells[layer, scratch.active[i].expert].resident = 0

@@ -4,7 +4,7 @@ import numpy as np
 
 from moetrace.engine.foresight import PLACES
 from moetrace.engine.prefetch import COMPLETE, DONE_BYTES, HEAD, TAIL, is_complete, join, leave
-from moetrace.engine.state import HOME
+from moetrace.engine.state import ON_GPU
 from moetrace.jit.compile import kernel
 
 
@@ -109,10 +109,10 @@ def _order(f, queue, kept, bar):
 
 @kernel
 def _bar(f, cache, layer, size, scratch, whole_layer):
-    """Bar the experts that are fetched for a layer and, if there are any and that is asked, all that are active in it."""
+    """Bar the experts that are fetched for a layer; if there are any and that is asked, all that are active in it."""
     first, fetched = layer * f.worth.shape[1], 0
     for i in range(size):
-        if scratch.plan[i] != HOME and not scratch.active[i].resident:
+        if scratch.plan[i] == ON_GPU and not scratch.active[i].resident:
             cache.active[first + scratch.active[i].expert] = 1
             fetched += 1
     if fetched > 0 and whole_layer:
@@ -154,7 +154,7 @@ def touch_and_admit_by_worth(f, queue, cells, cache, layer, size, scratch, tally
     for i in range(size):
         expert = scratch.active[i].expert
         key = layer * f.worth.shape[1] + expert
-        kept = fetched > 0 and scratch.plan[i] != HOME and _keep(f, queue, cells, cache, key, tally)
+        kept = fetched > 0 and scratch.plan[i] == ON_GPU and _keep(f, queue, cells, cache, key, tally)
         if kept or cache.resident[key]:
             tally[0].clock += 1
             cache.touched[key] = cells[layer, expert].touched = tally[0].clock
@@ -163,7 +163,7 @@ def touch_and_admit_by_worth(f, queue, cells, cache, layer, size, scratch, tally
 
 @kernel
 def _keep(f, queue, cells, cache, key, tally):
-    """Keep a copy if there is room, or in the place of the least resident if that is worth less; return whether it is."""
+    """Keep a copy if there is room, or instead of the least resident if that is worth less; return whether it is."""
     experts = f.worth.shape[1]
     if cache.resident[key]:
         return False

@@ -6,7 +6,17 @@ expert (in demand order) on the GPU; what stays 0 runs at home: on the units tha
 
 import numpy as np
 
-from moetrace.engine.layer import clear_groups, give_rest, give_to_group, gpu_end_s, less, ndp_end_s, take_from_group
+from moetrace.engine.layer import (
+    clear_groups,
+    give_rest,
+    give_to_group,
+    gpu_end_s,
+    less,
+    ndp_end_s,
+    take_from_group,
+)
+from moetrace.engine.sharing import share_fetch_s, share_gpu_s
+from moetrace.engine.state import ON_GPU, SHARED
 from moetrace.jit.compile import kernel
 
 OPTIMAL_UP_TO = 20  # active experts
@@ -33,6 +43,65 @@ def move_while_faster(view, size, plan):
         else:
             give_to_group(view.groups, expert)
     return moe_s
+
+
+@kernel
+def _gpu_without(view, size, plan, but):
+    """Return when the GPU has run all its experts except ``but``, and when the last fetch of those arrives."""
+    free_s, arrival_s = 0.0, 0.0
+    for j in range(size):
+        i = view.active[j].turn
+        if plan[i] == ON_GPU and i != but:
+            arrival_s += view.active[i].fetch_s
+            free_s = max(free_s, arrival_s) + view.active[i].gpu_s
+    return free_s, arrival_s
+
+
+@kernel(inline=False)
+def share_one(view, size, plan, moe_s):
+    """Share one expert between the GPU, which runs it last, and all units, if the layer then takes less than ``moe_s``.
+
+    The share in closed form: both end at once. A part of what is missing is only fetched where no slot is free.
+    """
+    best_s, best, best_share = moe_s, -1, 0.0
+    all_s, all_arrive_s = _gpu_without(view, size, plan, -1)
+    units_s = ndp_end_s(view)
+    for i in range(size):
+        expert = view.active[i]
+        gpu_s, home_s = expert.gpu_s - view.gpu_launch_s, expert.ndp_s - view.home_launch_s
+        on_gpu = plan[i] == ON_GPU
+        free_s, arrive_s, whole_s = all_s, all_arrive_s, units_s
+        if on_gpu:
+            if not expert.resident or not less(units_s, all_s):
+                continue
+            free_s, arrive_s = _gpu_without(view, size, plan, i)
+            give_to_group(view.groups, expert)
+            whole_s = ndp_end_s(view)
+            take_from_group(view.groups, expert)
+        x = (whole_s - free_s - view.gpu_launch_s) / (gpu_s + home_s)
+        if x > expert.here:
+            link_s = expert.fetch_s - view.link_latency_s
+            slack_s = whole_s - arrive_s - view.link_latency_s - view.gpu_launch_s
+            streamed = min(x, (slack_s + expert.here * link_s) / (gpu_s + home_s + link_s))
+            x = max(expert.here, streamed) if view.is_full else expert.here
+        x = min(x, 1.0)
+        if x <= 0.0:
+            continue
+        expert.share = x
+        fetch_s = share_fetch_s(view, expert)
+        ends_s = (max(free_s, arrive_s + fetch_s) if fetch_s > 0.0 else free_s) + share_gpu_s(view, expert)
+        left_s = whole_s - x * home_s
+        if x >= 1.0:
+            if not on_gpu:
+                take_from_group(view.groups, expert)
+            left_s = ndp_end_s(view)
+            if not on_gpu:
+                give_to_group(view.groups, expert)
+        if less(max(ends_s, left_s), best_s):
+            best_s, best, best_share = max(ends_s, left_s), i, x
+    if best >= 0:
+        view.active[best].share = best_share
+        plan[best] = ON_GPU if best_share >= 1.0 and view.active[best].resident else SHARED
 
 
 @kernel(inline=False)

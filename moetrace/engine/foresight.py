@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.schedule import Requests, places_of
 from moetrace.jit.compile import kernel
 from moetrace.spec.errors import MoetraceError
@@ -68,8 +67,8 @@ def foresight_of(policy: PolicySpec, requests: Requests, layers: int, experts: i
     table_bytes = 4 * (after_layers + ahead_of) * experts**2
     if table_bytes > MOST_TABLE_BYTES:
         raise MoetraceError(
-            f"Policy {policy.name}: residency foresee keeps {table_bytes / 1e9:.1f} GB of tables for {layers} x {experts} "
-            f"experts, more than {MOST_TABLE_BYTES / 1e9:.1f} GB: use another residency."
+            f"Policy {policy.name}: residency foresee keeps {table_bytes / 1e9:.1f} GB of tables for {layers} x "
+            f"{experts} experts, more than {MOST_TABLE_BYTES / 1e9:.1f} GB: use another residency."
         )
     place, places = places_of(requests.first_step, requests.last_step)
     start = top_k / experts
@@ -250,7 +249,7 @@ def _power(x, n):
 
 @kernel
 def _expect_next(f, experts_of, first, stop, layer, compute_share):
-    """Set the chances of a layer's experts at its next visit, from the choices of rows first to stop, and in the long run."""
+    """Set the chances of a layer's experts in the long run and, from the choices of rows, at its next visit."""
     experts, in_batch = f.worth.shape[1], f.rows[0]
     total, p, mean, away, rows, hope = (
         f.scratch[0],
@@ -294,7 +293,7 @@ def _expect_next(f, experts_of, first, stop, layer, compute_share):
 
 @kernel
 def _expect_ahead(f, experts_of, first, stop, pair, compute_share):
-    """Set the chances of a target layer's experts at its next visit, from the choices of rows at a source; pair is both."""
+    """Set the chances of a target layer's experts at its next visit, from the choices of rows at a source."""
     source, target = pair
     experts = f.worth.shape[1]
     p, mean, away, rows = f.scratch[1], f.scratch[2], f.scratch[3], f.scratch[4]

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from moetrace.engine.state import HOME
+from moetrace.engine.sharing import give_shared_rest, missing_share, share_fetch_s, share_gpu_s
+from moetrace.engine.state import HOME, ON_GPU
 from moetrace.jit.compile import kernel
 
 # Two times closer than this are equal: a sum kept incrementally and one made anew may differ in the last bit.
@@ -125,10 +126,11 @@ def shared_s(line, prefetch_s):
 
 
 @kernel
-def timeline(machine, view, size, plan):
-    """Return the time line of a layer of ``size`` active experts under ``plan`` (1 = GPU), made anew.
+def timeline(machine, view, size, plan, shared):
+    """Return the time line of a layer of ``size`` active experts under ``plan``, made anew.
 
-    Leaves the work of each group of units in ``view.groups``.
+    ``shared`` is the expert that the GPU, which runs it last, and home share; -1 = none. Leaves the work of each group
+    of units in ``view.groups``.
     """
     give_rest(view, size, plan)
     arrival_s, demand_bytes = 0.0, 0.0
@@ -137,12 +139,21 @@ def timeline(machine, view, size, plan):
     for j in range(size):
         i = view.active[j].turn
         expert = view.active[i]
-        if plan[i] == HOME:
+        if plan[i] != ON_GPU:
             continue
         arrival_s += expert.fetch_s
         demand_bytes += 0.0 if expert.resident else expert.weight_bytes
         gpu_busy_s += expert.gpu_s
         gpu_free_s = max(gpu_free_s, arrival_s) + expert.gpu_s
+    if shared >= 0:
+        expert = view.active[shared]
+        give_shared_rest(view, expert)
+        fetch_s = share_fetch_s(view, expert)
+        arrival_s += fetch_s
+        demand_bytes += missing_share(expert) * expert.weight_bytes
+        gpu_free_s = max(gpu_free_s, arrival_s) if fetch_s > 0.0 else gpu_free_s
+        gpu_free_s += share_gpu_s(view, expert)
+        gpu_busy_s += share_gpu_s(view, expert)
     row_shards, busiest_s, busy_sum_s, count = 0.0, 0.0, 0.0, 0
     for g in range(view.groups.size):
         group = view.groups[g]

@@ -32,8 +32,9 @@ def policy(function: Callable) -> Any:
     - `state[layer, expert]`: `score`, `admit`, `memory` (float64, the policy's own, 0 at the start), `touched` (when
       last, 0 = never), `resident` (for reading).
     - `view`: `step`, `phase` (0 prefill, 1 decode, 2 mixed), `rows`, `slots`, `share`, `out_s_per_row`,
-      `link_latency_s`, `alpha`, `half_life`, `most_count`, `age`, scratch `view.groups[g]` (`busy_s`, `rows`, `count`), and `view.active[i]`
-      with `expert`, `resident`, `gpu_s`, `ndp_s`, `device_s`, `fetch_s`, `weight_bytes`, `group`.
+      `link_latency_s`, `alpha`, `half_life`, `most_count`, `age`, scratch `view.groups[g]` (`busy_s`, `rows`,
+      `count`), and `view.active[i]` with `expert`, `resident`, `gpu_s`, `ndp_s`, `device_s`, `fetch_s`,
+      `weight_bytes`, `group`.
     - `load` int64 [n]: rows that chose each active expert, in demand order (most first, then by id).
     - `plan` uint8 [n]: 0 at the start.
 
@@ -136,6 +137,9 @@ def _user_hook(state, view, layer, load, plan):
         view.gpu_start_s,
         view.home_start_s,
         view.gpu_rows,
+        view.gpu_launch_s,
+        view.home_launch_s,
+        view.is_full,
         _for_reading(view.active),
         view.groups,
     )

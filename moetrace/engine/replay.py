@@ -33,6 +33,7 @@ from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wa
 from moetrace.engine.residency import Cache, empty_cache, empty_cells, pool_of, touch_and_admit
 from moetrace.engine.schedule import Requests, Schedule
 from moetrace.engine.setting import new_setting
+from moetrace.engine.sharing import see_parts, share_out, shared_of
 from moetrace.engine.state import (
     ACTIVE,
     FIRST_GROUP,
@@ -41,6 +42,7 @@ from moetrace.engine.state import (
     HOME,
     LINK_IN,
     LINK_OUT,
+    SHARED,
     Log,
     View,
     hook_signature,
@@ -105,8 +107,8 @@ class Work(NamedTuple):
 
 
 @kernel
-def view_of(step, steps, machine, setting, scratch, age):
-    """Return what hooks may read of a step."""
+def view_of(step, steps, machine, setting, scratch, pool):
+    """Return what hooks may read of a step; ``pool`` is the age of the layer's, and whether it is full."""
     return View(
         step,
         steps.phase[step - steps.first],
@@ -118,10 +120,13 @@ def view_of(step, steps, machine, setting, scratch, age):
         setting.alpha,
         setting.half_life,
         setting.most_count,
-        age,
+        pool[0],
         machine.device[GPU_DEVICE].layer_s,
         machine.device[FIRST_HOME].layer_s,
         setting.gpu_rows,
+        machine.device[GPU_DEVICE].start_s,
+        machine.device[FIRST_HOME].start_s,
+        pool[1],
         scratch.active,
         scratch.groups,
     )
@@ -153,6 +158,8 @@ def _see(at, layer, step, demand, machine, setting, state, log):
     if not machine.is_plain:
         price_varied(machine, state.scratch.active, size)
     order_on_gpu(state.scratch.active, size)
+    if setting.splits:
+        see_parts(base, size, state)
     log.step[step].hits += hits
     log.step[step].misses += size - hits
     log.step[step].late += late
@@ -179,7 +186,7 @@ def _carry_out(layer, size, state, log):
         if active.resident:
             log.tally[0].used += state.cache.fresh[key]
             state.cache.fresh[key] = 0
-        else:
+        elif state.scratch.plan[i] != SHARED:
             fetched += 1
             if state.queue.place[key] >= 0:
                 log.tally[0].wasted += leave(state.queue, key)
@@ -231,17 +238,21 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
         now = step * cells.shape[0] + layer
         tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
     size = _see(at, layer, step, batch.demand, machine, setting, state, log)
-    age = state.cache.age[pool_of(state.cache, layer)]
-    view = view_of(step, batch.steps, machine, setting, state.scratch, age)
+    pool = pool_of(state.cache, layer)
+    of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity))
+    view = view_of(step, batch.steps, machine, setting, state.scratch, of_pool)
     load = state.scratch.load[:size]
     plan = state.scratch.plan[:size]
     if size > 0:
         dispatch(cells, view, layer, load, plan)
     log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
-    line = timeline(machine, view, size, plan)
+    shared = shared_of(setting.splits, size, plan)
+    line = timeline(machine, view, size, plan, shared)
     _carry_out(layer, size, state, log)
+    if shared >= 0:
+        share_out(layer, shared, state, log)
     if tape is not None:
-        note_moe(tape, step, layer, dense, size, line, machine, state)
+        note_moe(tape, step, layer, dense, (view, size, shared), line, machine, state)
     if foresight is not None:
         foresee(foresight, batch, s, layer, machine)
         if setting.prefetch == BY_WORTH:
@@ -303,8 +314,8 @@ def _end_step(step, batch, setting, state, log):
 def replay_batch(work, dispatch, residency, foresight, tape):
     """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``.
 
-    ``foresight`` and ``tape`` are None here; `variants.py` compiles these lines once more for a policy that foresees, and
-    for a tape that notes everything down. What is None costs nothing.
+    ``foresight`` and ``tape`` are None here; `variants.py` compiles these lines once more for a policy that foresees
+    and for a tape that notes everything down. What is None costs nothing.
     """
     batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     layers = state.cells.shape[0]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.state import CELL, records
+from moetrace.engine.state import CELL, ON_GPU, records
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import BY_ADMISSION, BY_AGE, BY_HAND, BY_SCORE
 
@@ -262,7 +262,7 @@ def touch_and_admit(cells, cache, layer, active, size, plan, tally):
                 linked = False
             elif linked:
                 unlink(cache, key)
-        elif plan[i] and keep(cells, cache, layer, expert, tally):
+        elif plan[i] == ON_GPU and keep(cells, cache, layer, expert, tally):
             linked = not (cache.order > BY_SCORE and cells[layer, expert].score == np.inf)
         else:
             continue

@@ -282,6 +282,7 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
         learns=int(residency is _OWN_RESIDENCY or residency.hook is not None),
         looks_ahead=int(residency.next_steps),
         optimal=int(dispatch.counts_fallbacks),
+        splits=int(dispatch.splits),
         own_dispatch=int(dispatch.reads_state),
         slots=slots,
         half_life=policy.half_life or 0,

@@ -15,6 +15,7 @@ SETTING = np.dtype(
         ("learns", np.int64),  # 0: the residency's hook does nothing
         ("looks_ahead", np.int64),
         ("optimal", np.int64),  # 1: the dispatch is `optimal`
+        ("splits", np.int64),  # 1: the dispatch may share an expert
         ("own_dispatch", np.int64),  # 1: a user's
         ("slots", np.int64),
         ("half_life", np.int64),  # 0 = never

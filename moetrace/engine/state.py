@@ -13,9 +13,9 @@ import numpy as np
 
 from moetrace.jit.compile import PURE_PYTHON
 
-# What `plan[i]` may be: where an active expert runs.
+# What `plan[i]` may be: where an active expert runs. With dispatch `split` one may be shared by the two.
 DEVICES = ("home", "gpu")
-HOME = DEVICES.index("home")
+HOME, ON_GPU, SHARED = 0, 1, 2
 
 # One expert of one layer, as policies see it. `resident` is a copy for reading: the engine keeps its own.
 CELL = np.dtype(
@@ -38,6 +38,8 @@ _ACTIVE = [
     ("fetch_s", np.float64),  # 0 if resident
     ("weight_bytes", np.float64),
     ("next_use", np.float64),  # (step * layers + layer) of its next demand, where the policy looks ahead
+    ("here", np.float64),  # share of its weights that the GPU holds, 1 if resident; only for dispatch `split`
+    ("share", np.float64),  # what the GPU runs of it, if it is shared
     ("turn", np.int64),  # of record j: who is the j-th that the GPU would run, resident ones first
     ("resident", np.uint8),
 ]
@@ -102,6 +104,9 @@ class View(NamedTuple):
     gpu_start_s: float  # before the first resident that the GPU runs; 0 unless its launch is "layer"
     home_start_s: float  # before a unit's first expert; 0 unless the units' launch is "layer"
     gpu_rows: int  # from so many rows on all experts run on the GPU; 0 = never
+    gpu_launch_s: float  # in the `gpu_s` of an expert
+    home_launch_s: float  # in the `ndp_s` of an expert
+    is_full: int  # 1: no slot of the layer's pool is free
     active: Any  # ACTIVE [E]; the first `load.size` are valid
     groups: Any  # GROUP [groups]; scratch of the dispatch
 
@@ -144,7 +149,7 @@ def new_log(steps: int, layers: int, groups: int) -> Log:
 
 
 def _view(active: np.ndarray, groups: np.ndarray) -> View:
-    return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0, active, groups)
+    return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0, active, groups)
 
 
 @cache

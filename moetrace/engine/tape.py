@@ -11,7 +11,8 @@ import numpy as np
 from moetrace.engine.cost import head_s
 from moetrace.engine.machine import FIRST_HOME, GPU_DEVICE
 from moetrace.engine.prefetch import HEAD, TAIL, is_complete, remaining_bytes
-from moetrace.engine.state import FIRST_GROUP, GPU, HOME, LINK_IN, LINK_OUT, records
+from moetrace.engine.sharing import missing_share, share_fetch_s, share_gpu_s, share_home_s
+from moetrace.engine.state import FIRST_GROUP, GPU, HOME, LINK_IN, LINK_OUT, ON_GPU, records
 from moetrace.jit.compile import kernel
 
 # Kinds of slices. A layer is dense and moe together; a wait is that of `prefetch_blocks`.
@@ -115,17 +116,24 @@ def note_dense(tape, step, layer, dense, machine, state):
 
 
 @kernel
-def note_moe(tape, step, layer, dense, size, line, machine, state):
+def note_moe(tape, step, layer, dense, seen, line, machine, state):
     """Before the queue flows beside it: write who runs the layer's experts and what moves for it, and that flow.
+
+    ``seen`` is the hooks' view, the number of active experts, and the one that is shared, -1 = none.
 
     What the timing model leaves open is drawn in demand order: a unit's shards. Prefetches flow "for the time that
     demand fetches leave", and those come first.
     """
+    view, size, shared = seen
     start_s = tape.clock_s[0] + dense
     note_count(tape, step, start_s, state)
-    _note_gpu(tape, step, layer, start_s, size, machine, state)
+    free_s = _note_gpu(tape, step, layer, start_s, size, machine, state)
+    if shared >= 0:
+        _note_share(tape, step, layer, (start_s, free_s, line.fetch_s), shared, view, state)
     if line.act_bytes > 0.0:
         _note_groups(tape, step, layer, start_s + line.act_s, size, machine, state)
+        if shared >= 0:
+            _note_rest(tape, step, layer, start_s + line.act_s, shared, view, state)
         note(tape, step, layer, ACTIVATIONS, LINK_OUT, start_s, line.act_s, line.act_bytes)
         back_s = start_s + (line.act_s + line.busiest_s)
         note(tape, step, layer, ACTIVATIONS, LINK_IN, back_s, line.act_s, line.act_bytes)
@@ -138,12 +146,12 @@ def note_moe(tape, step, layer, dense, size, line, machine, state):
 def _note_gpu(tape, step, layer, start_s, size, machine, state):
     """Write the GPU's experts and their fetches: rules 3 and 4 of a layer, as in ``layer.timeline``.
 
-    The start of a layer's kernel is a part of its first expert's slice.
+    The start of a layer's kernel is a part of its first expert's slice. Returns when the GPU is free.
     """
     gpu_free_s, arrival_s, layer_s = 0.0, 0.0, machine.device[GPU_DEVICE].layer_s
     for j in range(size):
         i = state.scratch.active[j].turn
-        if state.scratch.plan[i] == HOME:
+        if state.scratch.plan[i] != ON_GPU:
             continue
         expert = state.scratch.active[i]
         if not expert.resident:
@@ -156,6 +164,41 @@ def _note_gpu(tape, step, layer, start_s, size, machine, state):
         layer_s = 0.0 if expert.resident else layer_s
         _note_expert(tape, step, layer, GPU, start_s + begin_s, duration_s, expert)
         gpu_free_s = begin_s + duration_s
+    return gpu_free_s
+
+
+@kernel
+def _note_share(tape, step, layer, times, shared, view, state):
+    """Write the GPU's part of a shared expert and its fetch; times: router's word, GPU free, all fetched."""
+    start_s, free_s, fetched_s = times
+    expert = state.scratch.active[shared]
+    fetch_s = share_fetch_s(view, expert)
+    if fetch_s > 0.0:
+        fetched_bytes = missing_share(expert) * expert.weight_bytes
+        note(tape, step, layer, FETCH, LINK_IN, start_s + (fetched_s - fetch_s), fetch_s, fetched_bytes)
+        tape.slices[tape.ends[0] - 1].expert = expert.expert
+        free_s = max(free_s, fetched_s)
+    _note_part(tape, step, layer, GPU, (start_s + free_s, share_gpu_s(view, expert), expert.share), expert)
+
+
+@kernel
+def _note_rest(tape, step, layer, start_s, shared, view, state):
+    """Write home's part of a shared expert, which comes last."""
+    expert = state.scratch.active[shared]
+    group = state.scratch.groups[expert.group]
+    rest_s = share_home_s(view, expert)
+    if rest_s > 0.0:
+        part = (start_s + group.busy_s, rest_s, 1.0 - expert.share)
+        _note_part(tape, step, layer, FIRST_GROUP + expert.group, part, expert)
+        group.busy_s += rest_s
+
+
+@kernel
+def _note_part(tape, step, layer, unit, part, expert):
+    """Write the slice of a part of an expert: begin and seconds, and which share."""
+    note(tape, step, layer, EXPERT, unit, part[0], part[1], part[2] * expert.weight_bytes)
+    entry = tape.slices[tape.ends[0] - 1]
+    entry.expert, entry.rows, entry.resident = expert.expert, part[2] * expert.rows, expert.resident
 
 
 @kernel

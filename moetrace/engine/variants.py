@@ -1,4 +1,4 @@
-"""The lines of the replay, compiled for a policy that foresees and for a tape: only there is that a part of the code."""
+"""The lines of the replay, compiled for a policy that foresees and for a tape, which cost the others nothing."""
 
 from functools import cache
 from typing import Any

@@ -97,6 +97,7 @@ class Dispatch(PolicyChoice, frozen=True, kw_only=True):
         beside_units: whether a CPU takes part beside NDP units.
         ignores_residency: whether its decision does not depend on what the GPU holds.
         reads_state: whether it looks at `state`, and not only at `view`.
+        splits: whether one expert may run in part on the GPU and in part at home; with `launch = "expert"` only.
         counts_fallbacks: whether it searches up to `OPTIMAL_UP_TO` active experts, and layers with more are counted.
     """
 
@@ -105,6 +106,7 @@ class Dispatch(PolicyChoice, frozen=True, kw_only=True):
     beside_units: bool = False
     ignores_residency: bool = False
     reads_state: bool = True
+    splits: bool = False
     counts_fallbacks: bool = False
     kind: ClassVar[str] = "dispatch"
 

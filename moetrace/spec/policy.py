@@ -206,6 +206,13 @@ def check_policy(policy: PolicySpec, system: System) -> None:
                 f"Policy {policy.name}: dispatch {shown(policy.dispatch)} needs NDP units or a CPU that runs experts, "
                 f"and system {system.name} {missing}; only dispatch = {' or '.join(able)} (as in on-demand) runs there."
             )
+    dispatch = find("dispatch", policy.dispatch)
+    parts = [part for part in (system.accelerator, system.home) if part is not None]
+    if dispatch is not None and dispatch.splits and any(part.starts_once for part in parts):
+        raise UsageError(
+            f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
+            f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
+        )
     if system.ndp is None:
         return
     size = policy.group_size(system.ndp.units)

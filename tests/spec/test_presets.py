@@ -179,6 +179,7 @@ def test_policies():
             ("foresee", "foresee-no-ahead", "foresee-no-follows", "foresee-long"),
             ("tp", "balance", "foresee", "foresee", "global"),
         ),
+        "foresee-split": ("tp", "split", "foresee", "foresee", "global"),
     }
     policies = {name: load_policy(name) for name in list_presets("policies")}
     assert {

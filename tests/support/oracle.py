@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from support.oracle_dispatch import dispatch, dispatch_by_cost
+from support.oracle_dispatch import dispatch, dispatch_by_cost, share_one
 from support.oracle_layer import (
     DECODE,
     MIXED,
@@ -167,23 +167,23 @@ class Replay:
         weights_s = line.fetch_s + ((memory.moved_bytes - before) / m.B_l if m.linked else 0.0)
         self.carrying_s += union_s([(0.0, weights_s), (line.T_home - line.act, line.T_home)])
         memory.layer_done(line, T)
-        demand_bytes = math.fsum(m.W[layer, e] for e in line.fetched)
+        demand_bytes = math.fsum(m.W[layer, e] for e in line.fetched) + line.streamed
         self.account(layer, n, line, dense_s, demand_bytes)
         self.yardsticks(layer, n, T, before_s, line.moe)
         measured = line.at_home and not m.home_is_cpu
         self.imbalance[-1].append(max(line.busy) / (math.fsum(line.busy) / m.N) if measured else math.nan)
         on_cpu = len(line.on_cpu) + (len(line.at_home) if m.home_is_cpu else 0)
         on_units = 0 if m.home_is_cpu else len(line.at_home)
-        experts = (len(line.on_gpu), on_units, on_cpu)
+        experts = (len(line.on_gpu) + bool(line.share), on_units, on_cpu)
         figures = (before_s, line.moe, hits, len(n) - hits, demand_bytes, *experts)
         return dict(zip(LAYER_COLUMNS, figures, strict=True))
 
-    def split(self, layer: int, n: dict[int, int], T: int, resident: set[int]) -> TimeLine:
-        """Dispatch the active experts and return the layer's time line."""
+    def split(self, layer: int, n: dict[int, int], T: int, resident: set[int], arrived: bool = True) -> TimeLine:
+        """Dispatch the active experts and return the layer's time line; ``arrived``: what did in part counts."""
         units = self.units[layer]
 
-        def line_of(G: set[int], C: set[int] = frozenset()) -> TimeLine:
-            return time_line(self.machine, layer, n, T, G, C, resident, units)
+        def line_of(G: set[int], C: set[int] = frozenset(), share=None) -> TimeLine:
+            return time_line(self.machine, layer, n, T, G, C, resident, units, share)
 
         order = demand_order(n)
         if not order:
@@ -192,7 +192,12 @@ class Replay:
             return line_of(*self.planned(self.user_dispatch(layer, order, n, resident), order))
         if self.policy.dispatch in ("in-place", "fiddler", "cheapest"):
             return line_of(*dispatch_by_cost(self.policy, self.machine, layer, n, T, resident, units))
-        return line_of(dispatch(self.policy.dispatch, order, resident, lambda G: line_of(G).moe))
+        G = dispatch(self.policy.dispatch, order, resident, lambda G: line_of(G).moe)
+        if self.policy.dispatch != "split":
+            return line_of(G)
+        here = {e: 1.0 if e in resident else self.memory.arrived((layer, e)) if arrived else 0.0 for e in n}
+        full = not arrived or not self.memory.room(layer)
+        return share_one(self.machine, layer, n, G, resident, line_of, here, full)
 
     def planned(self, plan: set[int] | dict[int, int], order: list[int]) -> tuple[set[int], set[int]]:
         """Return G and C of what a user's function decides: G, or 0 = home, 1 = GPU, 2 = CPU of each active expert."""
@@ -208,12 +213,13 @@ class Replay:
         """Add one layer to the units: seconds, experts run, rows, and bytes of weights read (of links: moved)."""
         m = self.machine
         self.add("gpu", busy_s=dense_s + line.gpu_busy, bytes=m.dense_bytes)
-        for e in line.on_gpu:
-            self.add("gpu", experts=1, rows=n[e], bytes=m.W[layer, e])
+        of_gpu = dict.fromkeys(line.on_gpu, 1.0) | ({line.share.expert: line.share.gpu} if line.share else {})
+        for e, part in of_gpu.items():
+            self.add("gpu", experts=1, rows=part * n[e], bytes=part * m.W[layer, e])
         for e in line.at_home:
-            g = len(self.units[layer][e])
+            g, part = len(self.units[layer][e]), 1 - of_gpu.get(e, 0.0)
             for u in self.units[layer][e]:
-                self.add(m.home_names[u], experts=1, rows=n[e] / g, bytes=m.W[layer, e] / g)
+                self.add(m.home_names[u], experts=1, rows=part * n[e] / g, bytes=part * m.W[layer, e] / g)
         for name, busy_s in zip(m.home_names, line.busy, strict=True):
             self.add(name, busy_s=busy_s)
         for e in line.on_cpu:
@@ -234,7 +240,7 @@ class Replay:
             self.clairvoyant_s += before_s + moe_s
         else:
             resident = set(demand_order(n)[: m.slots]) if m.linked else set(n)
-            self.clairvoyant_s += before_s + self.split(layer, n, T, resident).moe
+            self.clairvoyant_s += before_s + self.split(layer, n, T, resident, False).moe
 
 
 def union_s(intervals: list[tuple[float, float]]) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
-from support.oracle_layer import OPTIMAL_LIMIT, Machine, demand_order, less
+from support.oracle_layer import OPTIMAL_LIMIT, Machine, Share, TimeLine, demand_order, less
 
 
 def dispatch(kind: str, order: list[int], resident: set[int], moe_of: Callable[[set[int]], float]) -> set[int]:
@@ -19,7 +19,7 @@ def dispatch(kind: str, order: list[int], resident: set[int], moe_of: Callable[[
     if kind == "optimal" and len(order) <= OPTIMAL_LIMIT:
         # combinations() goes by size, then lexicographically in demand order: the order in which ties are broken
         return least([set(G) for size in range(len(order) + 1) for G in combinations(order, size)], moe_of)
-    if kind not in ("balance", "optimal"):
+    if kind not in ("balance", "optimal", "split"):
         raise ValueError(f"unknown dispatch {kind!r}")
     G: set[int] = set()
     for e in [e for e in order if e in resident] + [e for e in order if e not in resident]:
@@ -27,6 +27,32 @@ def dispatch(kind: str, order: list[int], resident: set[int], moe_of: Callable[[
         if less(then, now) or (e in resident and not less(now, then)):
             G = G | {e}
     return G
+
+
+def share_one(
+    m: Machine, layer: int, n: dict[int, int], G: set[int], resident, line_of: Callable[..., TimeLine], here, full: bool
+) -> TimeLine:
+    """Return the time line of `balance`'s G, or with one expert shared if that is less; here: of each active expert."""
+    best = balanced = line_of(G)
+    for e in demand_order(n):
+        is_resident = e in resident
+        if e in G and not (is_resident and less(balanced.T_home, balanced.T_gpu)):
+            continue
+        others, whole = line_of(G - {e}), line_of(G - {e}).T_home
+        g = m.gpu_s(layer, e, n[e], False) - m.gpu.start
+        d = m.home_s(layer, e, n[e], max(m.N, 1)) - m.home.start
+        x, a = (whole - others.T_gpu - m.gpu.start) / (g + d), here[e]
+        if x > a:
+            w = m.W[layer, e] / m.B_l
+            later = (whole - others.fetch_s - m.t_l - m.gpu.start + a * w) / (g + d + w)
+            x = max(a, min(x, later)) if full else a
+        x = min(x, 1.0)
+        if x <= 0:
+            continue
+        line = line_of(G - {e}, share=Share(e, x, a))
+        if less(line.moe, best.moe):
+            best = line if x < 1 or not is_resident else line_of(G | {e})
+    return best
 
 
 def dispatch_by_cost(

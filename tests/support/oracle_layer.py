@@ -236,6 +236,15 @@ def machine_of(trace: OracleTrace, model: Any, system: Any, slots: int | None, d
 
 
 @dataclass
+class Share:
+    """An expert that the GPU runs in part, last."""
+
+    expert: int
+    gpu: float  # share
+    here: float  # share of its weights that the GPU holds
+
+
+@dataclass
 class TimeLine:
     """What happens in one layer after the router has spoken."""
 
@@ -254,6 +263,8 @@ class TimeLine:
     T_gpu: float
     T_home: float
     T_cpu: float
+    share: "Share | None" = None
+    streamed: float = 0.0  # bytes that were fetched for it
 
     @property
     def moe(self) -> float:
@@ -261,12 +272,14 @@ class TimeLine:
 
 
 def time_line(
-    m: Machine, layer: int, n: dict[int, int], T: int, G: set[int], C: set[int], resident: set[int], units
+    m: Machine, layer: int, n: dict[int, int], T: int, G: set[int], C: set[int], resident: set[int], units, share=None
 ) -> TimeLine:
     """Run the experts of G on the GPU, those of C on the CPU, the others at home, where units[e] share expert e."""
+    only_gpu = share is not None and share.gpu >= 1
+    G = G - {share.expert} if share else G
     on_gpu = [e for e in demand_order(n) if e in G]
     on_cpu = [e for e in demand_order(n) if e in C]
-    at_home = [e for e in demand_order(n) if e not in G and e not in C]
+    at_home = [e for e in demand_order(n) if e not in G and e not in C and not (only_gpu and e == share.expert)]
     # 1. activations go out, and come back when the last unit is done
     sent_to = [sum(n[e] for e in at_home if u in units[e]) for u in range(m.N)]
     if m.host_activations:
@@ -278,7 +291,11 @@ def time_line(
     for u in range(m.N):
         shards = [e for e in at_home if u in units[e]]
         if shards:
-            seconds = math.fsum(m.home_s(layer, e, n[e], len(units[e])) for e in shards)
+            whole = {e: m.home_s(layer, e, n[e], len(units[e])) for e in shards}
+            if share and share.expert in whole:
+                work_s = whole[share.expert] - m.home.start
+                whole[share.expert] = (1 - share.gpu) * work_s + m.home.start
+            seconds = math.fsum(whole.values())
             busy[u] = m.home.layer_start + seconds
     T_home = act + max(busy) + act if at_home else 0.0
     # and the CPU beside them
@@ -300,9 +317,35 @@ def time_line(
         seconds = m.gpu_s(layer, e, n[e], e in resident)
         T_gpu = max(T_gpu, arrival.get(e, 0.0)) + seconds
         gpu_busy += seconds
+    streamed = 0.0
+    if share:
+        missing = max(share.gpu - share.here, 0.0)
+        if missing:
+            streamed = missing * m.W[layer, share.expert]
+            clock += streamed / m.B_l + m.t_l
+            T_gpu = max(T_gpu, clock)
+        work_s = m.gpu_s(layer, share.expert, n[share.expert], False) - m.gpu.start
+        T_gpu += share.gpu * work_s + m.gpu.start
+        gpu_busy += share.gpu * work_s + m.gpu.start
     fetched = list(arrival)
     return TimeLine(
-        on_gpu, at_home, on_cpu, fetched, X, act, X_cpu, act_cpu, gpu_busy, busy, cpu_busy, clock, T_gpu, T_home, T_cpu
+        on_gpu,
+        at_home,
+        on_cpu,
+        fetched,
+        X,
+        act,
+        X_cpu,
+        act_cpu,
+        gpu_busy,
+        busy,
+        cpu_busy,
+        clock,
+        T_gpu,
+        T_home,
+        T_cpu,
+        share,
+        streamed,
     )
 
 

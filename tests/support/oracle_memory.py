@@ -285,9 +285,13 @@ class Memory:
                     else:
                         self.queue.append(Entry(key, float(self.machine.W[key]), target=target))
 
+    def arrived(self, key: Expert) -> float:
+        entry = self.queued(key)
+        return min(entry.moved / self.machine.W[key], 1.0) if entry else 0.0
+
     def dispatched(self, layer: int, line: TimeLine) -> None:
         """Note which copies are used, and which transfers a demand fetch overtakes."""
-        for e in line.on_gpu:
+        for e in [*line.on_gpu, *([line.share.expert] if line.share else [])]:
             copy = self.copies.get((layer, e))
             if copy and copy.prefetched and not copy.used:
                 copy.used = True
@@ -296,6 +300,10 @@ class Memory:
             entry = self.queued((layer, e))
             if entry:
                 self.leave(entry)
+        entry = self.queued((layer, line.share.expert)) if line.share else None
+        if entry and line.streamed:  # what a share fetched of it has moved, but never all
+            entry.moved = min(entry.moved + line.streamed, self.machine.W[entry.key] - 2 * DONE_BYTES)
+            entry.left = float(self.machine.W[entry.key]) - entry.moved
         if self.foresight:
             self.foresight.see(*self.now, self.demand[self.now[0]][layer])
             if self.policy.prefetch == "foresee":

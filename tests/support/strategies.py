@@ -15,7 +15,7 @@ from msgspec import UNSET
 from moetrace.spec import Gpu, Link, Model, Ndp, PolicySpec, System
 from support.oracle import DECODE, PREFILL, OracleTrace
 
-DISPATCHES = ("ndp", "gpu", "balance", "optimal")
+DISPATCHES = ("ndp", "gpu", "balance", "optimal", "split")
 
 # (residency, prefetch) -> the parameters to try with them
 RESIDENCIES: dict[tuple[str, str], list[dict]] = {
@@ -79,6 +79,8 @@ def all_policies(units: int, loads: Path | None = None, static: Path | None = No
     for placement, dispatch, scope in product(
         placements(units, loads) if units else ["ep"], dispatches, ("layer", "global")
     ):
+        if dispatch == "split" and placement != "tp":
+            continue
         for (residency, prefetch), variants in RESIDENCIES.items():
             if residency == "static" and static is None:
                 continue

@@ -1,0 +1,79 @@
+"""An expert that the GPU and home share, each a part of its columns (dispatch `split`; timing model, section 6)."""
+
+from moetrace.engine.prefetch import DONE_BYTES
+from moetrace.engine.state import FIRST_GROUP, GPU, SHARED
+from moetrace.jit.compile import kernel
+
+
+@kernel
+def shared_of(splits, size, plan):
+    """Return which active expert is shared by the GPU and home, -1 = none."""
+    if splits:
+        for i in range(size):
+            if plan[i] == SHARED:
+                return i
+    return -1
+
+
+@kernel
+def missing_share(expert):
+    """Return which share of a shared expert has yet to be fetched."""
+    return max(expert.share - expert.here, 0.0)
+
+
+@kernel
+def share_fetch_s(view, expert):
+    """Return how long the missing part of a share takes to arrive; 0 if none is missing."""
+    missing = missing_share(expert)
+    return missing * (expert.fetch_s - view.link_latency_s) + view.link_latency_s if missing > 0.0 else 0.0
+
+
+@kernel
+def share_gpu_s(view, expert):
+    """Return how long the GPU runs its share of an expert."""
+    return expert.share * (expert.gpu_s - view.gpu_launch_s) + view.gpu_launch_s
+
+
+@kernel
+def share_home_s(view, expert):
+    """Return how long home runs the rest of a shared expert; 0 if it has none."""
+    if expert.share >= 1.0:
+        return 0.0
+    return (1.0 - expert.share) * (expert.ndp_s - view.home_launch_s) + view.home_launch_s
+
+
+@kernel
+def give_shared_rest(view, expert):
+    """Add what home runs of a shared expert to the work of the units that hold it."""
+    if expert.share < 1.0:
+        group = view.groups[expert.group]
+        group.busy_s += share_home_s(view, expert)
+        group.rows += expert.rows
+        group.weight_bytes += (1.0 - expert.share) * expert.weight_bytes
+        group.count += 1
+
+
+@kernel
+def see_parts(base, size, state):
+    """Note which share of each active expert the GPU holds; keys of the layer begin at ``base``."""
+    for i in range(size):
+        active = state.scratch.active[i]
+        moved_bytes = state.queue.moved_bytes[base + active.expert]
+        active.here = 1.0 if active.resident else min(moved_bytes / active.weight_bytes, 1.0)
+
+
+@kernel
+def share_out(layer, shared, state, log):
+    """Correct the books for an expert that the GPU runs in part; what that fetched of a queued one has moved."""
+    active, queue = state.scratch.active[shared], state.queue
+    key = layer * state.cells.shape[1] + active.expert
+    rest = 1.0 - active.share
+    log.unit[GPU].rows -= rest * active.rows
+    log.unit[GPU].bytes -= rest * active.weight_bytes
+    if rest > 0.0:
+        log.unit[FIRST_GROUP + active.group].rows -= active.share * active.rows
+        log.layer[layer].ndp_experts += 1
+    if not active.resident and queue.place[key] >= 0:
+        moved_bytes = queue.moved_bytes[key] + missing_share(active) * active.weight_bytes
+        if moved_bytes > queue.moved_bytes[key]:
+            queue.moved_bytes[key] = min(moved_bytes, active.weight_bytes - 2 * DONE_BYTES)
