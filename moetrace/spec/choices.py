@@ -35,9 +35,8 @@ KINDS = tuple(FOLDERS)
 _LAST = 1000
 _NAME = re.compile("[a-z0-9][a-z0-9-]{0,63}")
 
-# What a residency evicts: the least score, and by age the victim's count is scaled and its score may become the pool's
-# age; or all scores are equal where they are not infinite, and it is the first of the ring, which stands by touch or by
-# admission; or, by admission, the first that a hand finds not visited (Sieve).
+# What a residency evicts: the least score (by age, its count is scaled, and its score may become the pool's age); the
+# first of the ring, by touch or by admission; or the first by admission that a hand finds not visited (Sieve).
 BY_AGE, BY_SCORE, BY_TOUCH, BY_ADMISSION, BY_HAND = -1, 0, 1, 2, 3
 
 
