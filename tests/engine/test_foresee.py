@@ -28,12 +28,6 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"now_weight": 0.0},
     {"prefetch_blocks": True},
 )
-    {},
-    {"ahead_layers": 1, "margin": 0.0},
-    {"ahead_layers": 0},
-    {"follows": False},
-    {"now_weight": 0.0},
-)
 
 
 def policies(dispatches=("ndp", "gpu", "balance"), placements=("ep", "tp")) -> list[PolicySpec]:
