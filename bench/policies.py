@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from time import process_time
+from typing import Any
 
 import numpy as np
 from markers import write_between
@@ -34,12 +35,12 @@ PAGE = ROOT / "docs/winning.md"
 UNITS, BATCHES = (2, 4, 6), (1, 8)
 PROMPT = 64  # rows of a request that a capture without phases is taken to be prompted with
 SMALL_SHARE = 4  # of the experts of a model that fits the GPU whole, one in so many has a slot
-GENERATED = {
+GENERATED: dict[str, dict[str, Any]] = {
     "Zipf's law (qwen3-30b-a3b)": {"model": "qwen3-30b-a3b", "zipf": 0.6, "stick": 0.3},
     "like DeepSeek-V2-Lite": {"profile": "deepseek-v2-lite"},
     "like gpt-oss-20b": {"profile": "gpt-oss-20b"},
 }
-_CHOSEN = {"placement": "tp", "dispatch": "balance", "scope": "global"}
+_CHOSEN: dict[str, Any] = {"placement": "tp", "dispatch": "balance", "scope": "global"}
 
 
 def others() -> list[PolicySpec]:
@@ -49,7 +50,7 @@ def others() -> list[PolicySpec]:
     found = []
     for residency, prefetch in kinds:
         name = residency if prefetch == "none" else f"{residency} + {prefetch}"
-        more = {"lfu": {"half_life": 64}, "ewma": {"alpha": 0.02}}.get(residency, {})
+        more: dict[str, Any] = {"lfu": {"half_life": 64}, "ewma": {"alpha": 0.02}}.get(residency, {})
         found.append(PolicySpec(name=name, residency=residency, prefetch=prefetch, **_CHOSEN, **more))
     return found
 
@@ -95,7 +96,7 @@ def captured(folders: list[Path], scratch: Path) -> Iterator[tuple[str, Trace]]:
         yield path.stem.removeprefix("real_"), Trace.from_arrays(**whole)
 
 
-def arrays_of(trace: Trace) -> dict:
+def arrays_of(trace: Trace) -> dict[str, Any]:
     """Return the arguments of `Trace.from_arrays`; of a capture of one phase, the first rows are the prompts."""
     columns = {name: np.array(trace.read(name, 0, trace.rows)) for name in ("experts", "request", "position")}
     phase = np.concatenate([np.array(block.phase) for block in trace.blocks()])
@@ -215,7 +216,7 @@ def details(cells: list[Cell]) -> str:
     return table(("trace", "batch", *(f"`{name}`" for name in names)), rows)
 
 
-FORGETTING = {
+FORGETTING: dict[str, dict[str, Any]] = {
     "lfu": {"residency": "lfu"},
     "lfu, half-life 64": {"residency": "lfu", "half_life": 64},
     "lfu-in-cache": {"residency": "lfu-in-cache"},
@@ -231,7 +232,7 @@ FORGETTING = {
 
 def forgetting(traces: list[tuple[str, Trace]]) -> str:
     """Return how far caches that fetch every miss are from LRU to Belady, in percent, with slots for a quarter."""
-    bounds = {"lru": {"residency": "lru"}, "belady": {"residency": "belady"}}
+    bounds: dict[str, dict[str, Any]] = {"lru": {"residency": "lru"}, "belady": {"residency": "belady"}}
     policies = [
         PolicySpec(name=name, dispatch="gpu", scope="global", **fields)
         for name, fields in (bounds | FORGETTING).items()

@@ -251,12 +251,12 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     _carry_out(layer, size, state, log)
     if shared >= 0:
         share_out(layer, shared, state, log)
-    if tape is not None:
-        note_moe(tape, step, layer, dense, (view, size, shared), line, machine, state)
     if foresight is not None:
         foresee(foresight, batch, s, layer, machine)
         if setting.prefetch == BY_WORTH:
             queue_best(foresight, queue, state.cache, layer, size, state.scratch, tally)
+    if tape is not None:
+        note_moe(tape, step, layer, dense, (view, size, shared), line, machine, state)
     beside_bytes = flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link[0].bytes_s)
     moved_bytes += beside_bytes
     log.unit[LINK_IN].shared_s += shared_s(line, beside_bytes * machine.link[0].s_per_byte)

@@ -1,6 +1,7 @@
 """`foresee` against the oracle, which knows its rules in plain Python; and what must hold of it."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +20,20 @@ from moetrace.trace import Trace
 from moetrace.trace import format as trace_format
 
 PRESETS = ("foresee", "foresee-no-ahead", "foresee-no-follows", "foresee-long")
-VARIANTS = ({}, {"ahead_layers": 1, "margin": 0.0}, {"ahead_layers": 0}, {"follows": False}, {"now_weight": 0.0})
-VARIANTS += ({"prefetch_blocks": True},)
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"ahead_layers": 1, "margin": 0.0},
+    {"ahead_layers": 0},
+    {"follows": False},
+    {"now_weight": 0.0},
+    {"prefetch_blocks": True},
+)
 
 
 def policies(dispatches=("ndp", "gpu", "balance"), placements=("ep", "tp")) -> list[PolicySpec]:
     """Every variant with the queue, and the residency without it."""
     kinds = [(*pair, variant) for pair in itertools.product(placements, dispatches) for variant in VARIANTS]
-    chosen = {"residency": "foresee", "prefetch": "foresee", "scope": "global"}
+    chosen: dict[str, Any] = {"residency": "foresee", "prefetch": "foresee", "scope": "global"}
     found = [{"placement": p, "dispatch": d} | chosen | variant for p, d, variant in kinds]
     found += [{"dispatch": d} | chosen | {"prefetch": "none"} for d in dispatches]
     return [PolicySpec(name=f"policy {i}", **fields) for i, fields in enumerate(found)]
@@ -57,7 +64,8 @@ def test_figures_do_not_depend_on_threads_blocks_or_what_comes(case, jobs):
     """Two threads, blocks of a row each, and the first half of the trace by itself say the same of its steps."""
     chosen = [load_policy(name) if case.system.units else policies(("gpu",), ("ep",))[0] for name in PRESETS[:1]]
     whole = replay(case, chosen).lanes[0].log.step
-    arrays, experts = as_arrays(case.trace, case.model.most_experts), case.model.most_experts
+    experts = case.model.most_experts
+    arrays: dict[str, Any] = dict(as_arrays(case.trace, experts))
     trace = Trace.from_arrays(num_experts=experts, **arrays)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_format, "BLOCK_BYTES", 1)  # one step a block
@@ -66,7 +74,9 @@ def test_figures_do_not_depend_on_threads_blocks_or_what_comes(case, jobs):
     half = case.trace.steps // 2
     if half:
         rows = int(case.trace.offset[half])
-        part = {name: array[: half if name in ("steps", "phase") else rows] for name, array in arrays.items()}
+        part: dict[str, Any] = {
+            name: array[: half if name in ("steps", "phase") else rows] for name, array in arrays.items()
+        }
         part |= {"expert_bytes": arrays["expert_bytes"]} if "expert_bytes" in arrays else {}
         begun = replay_arrays(part, case, chosen)
         assert begun["moe_s"].tolist() == whole["moe_s"][:half].tolist()

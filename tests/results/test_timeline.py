@@ -13,7 +13,7 @@ import moetrace as mt
 from moetrace.engine.run import Run
 from moetrace.results.frames import step_slices, unit_frame
 from moetrace.results.timeline import counter_frame, timeline_frame
-from moetrace.spec import PolicySpec
+from moetrace.spec import PolicySpec, load_policy
 from moetrace.spec.errors import UsageError
 from moetrace.trace import Trace
 
@@ -90,6 +90,9 @@ MOVING = [
     PolicySpec(name="online", placement="tp:2", dispatch="balance", residency="ewma", prefetch="online:2"),
     PolicySpec(name="oracle", dispatch="gpu", residency="lfu", prefetch="oracle:6", half_life=2, p=0.7),
     PolicySpec(name="hot", dispatch="hot"),
+    load_policy("foresee"),
+    load_policy("foresee-split"),
+    load_policy("edge-ndp", {"dispatch": "split", "name": "edge-ndp and split"}),
 ]  # fmt: skip
 
 

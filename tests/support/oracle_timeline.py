@@ -69,13 +69,25 @@ class Recorder(Replay):
             seconds = m.gpu_s(layer, e, n[e], e in self.resident)
             self.note(layer, "expert", "gpu", e, router_s + begin_s, seconds, n[e], m.W[layer, e], e in self.resident)
             free_s = begin_s + seconds
+        if line.share:
+            e, x = line.share.expert, line.share.gpu
+            if line.streamed:
+                seconds = line.streamed / m.B_l + m.t_l
+                self.note(layer, "fetch", "link_in", e, router_s + clock_s, seconds, None, line.streamed)
+                free_s = max(free_s, clock_s + seconds)
+            seconds = x * (m.gpu_s(layer, e, n[e], False) - m.gpu.start) + m.gpu.start
+            part = (x * n[e], x * m.W[layer, e])
+            self.note(layer, "expert", "gpu", e, router_s + free_s, seconds, *part, e in self.resident)
+        shared = line.share.expert if line.share else -1
         for u in range(m.N):
             unit_s = router_s + line.act
-            for e in line.at_home:
+            for e in sorted(line.at_home, key=lambda e: e == shared):  # what is shared comes last
                 if u in self.units[layer][e]:
                     g = len(self.units[layer][e])
-                    seconds, part = m.home_s(layer, e, n[e], g), m.W[layer, e] / g
-                    self.note(layer, "expert", f"ndp{u}", e, unit_s, seconds, n[e] / g, part, e in self.resident)
+                    rest = 1 - line.share.gpu if e == shared else 1.0
+                    seconds = rest * (m.home_s(layer, e, n[e], g) - m.home.own_start) + m.home.own_start
+                    part = (rest * n[e] / g, rest * m.W[layer, e] / g)
+                    self.note(layer, "expert", f"ndp{u}", e, unit_s, seconds, *part, e in self.resident)
                     unit_s += seconds
         if line.at_home:
             self.note(layer, "activations", "link_out", -1, router_s, line.act, None, line.X)
