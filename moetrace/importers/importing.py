@@ -17,7 +17,7 @@ from moetrace.importers.told_source import TOLD_FILES, facts_of, said_by, source
 from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import keep_inputs, real_path
-from moetrace.trace.naming import model_name
+from moetrace.trace.naming import model_name, other_bits
 from moetrace.trace.ranges import Range
 from moetrace.trace.schema import (
     DECODE,
@@ -145,6 +145,8 @@ def write_captures(
     if decode_after is not None and tables and not any((rows.phase == DECODE).any() for rows in tables):
         passes = "" if all(c.step_rows is None for c in captures if isinstance(c, Capture)) else _SAY_STEPS
         hints.note(f"{_where(first)}: no request has more than {decode_after} rows, so none decodes{passes}.")
+    if model is None and not sized and (why := other_bits(first.model, layers, first.num_experts)):
+        hints.note(f"{_where(first)}: {why}")
     facts = {
         "model": model_name(_where(first), first.model, layers, first.num_experts, model, sized=sized, part=part),
         "num_experts": first.num_experts,

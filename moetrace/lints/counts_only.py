@@ -8,10 +8,12 @@ import numpy as np
 
 from moetrace.analyze.sizes import own_experts
 from moetrace.lints.evenness import EvennessCheck
-from moetrace.lints.finding import Finding, Ranges, finding
+from moetrace.lints.finding import Finding, Ranges, finding, many
 from moetrace.lints.piece import Progress
 from moetrace.lints.popularity import popularity
 from moetrace.trace.format import Trace
+
+_LEAST_ROWS = 32  # that show a top-k of a layer's own
 
 
 class CountSteps:
@@ -25,6 +27,8 @@ class CountSteps:
         self.rows = {name: Ranges() for name in self.names}
         self.layers = {name: np.zeros(trace.layers, bool) for name in self.names}
         self.chosen = np.zeros((trace.layers, trace.num_experts), np.int64)
+        self.unequal: list[tuple[int, np.ndarray]] = []  # first step, and uint8 [steps, layers / 8] bits
+        self.own_top_k = np.zeros(trace.layers, np.int64)  # of the first step that counts; -1: others differ
 
     def see(self, first: int, counts: np.ndarray) -> None:
         """Look at the next steps, from step `first` on."""
@@ -36,10 +40,23 @@ class CountSteps:
         empty = (counts == 0).all((1, 2))
         wanted = rows * self.top_k
         unequal = (totals != wanted[:, None]) & ~empty[:, None]
+        self._see_own(totals, rows)
         # A layer that never counts anything is dense: that is said once, not for every step.
         self._add("impossible-count", first, impossible)
         self._add("empty-steps", first, empty)
-        self._add("unequal-counts", first, unequal & (totals != 0) & ~impossible)
+        self.unequal.append((first, np.packbits(unequal & (totals != 0) & ~impossible, axis=1)))
+
+    def _see_own(self, totals: np.ndarray, rows: np.ndarray) -> None:
+        """Compare `totals` [steps, layers] with what the steps before have for each of their `rows` [steps]."""
+        each, rest = np.divmod(totals, np.maximum(rows, 1)[:, None])
+        each = np.where(rest == 0, each, -1)
+        most = np.maximum(each.max(0, initial=0), self.own_top_k)
+        least = np.where(each == 0, most, each).min(0, initial=1 << 60)
+        self.own_top_k = np.where((least < most) | ((self.own_top_k != 0) & (self.own_top_k != most)), -1, most)
+
+    def fewer(self) -> np.ndarray:
+        """bool [layers]: layers that choose as many experts in every row of every step, and fewer than top_k."""
+        return (self.own_top_k > 0) & (self.own_top_k < self.top_k) & (self.trace.rows >= _LEAST_ROWS)
 
     def _add(self, name: str, first: int, wrong: Any) -> None:
         """Count steps, given as `wrong` [steps] or [steps, layers]."""
@@ -61,7 +78,9 @@ class CountSteps:
             "empty-steps": "nothing is counted in any layer",
             "unequal-counts": f"counts of layers do not sum to rows x top_k ({self.top_k})",
         }
-        index = self.trace.layer_index
+        index, fewer = self.trace.layer_index, self.fewer()
+        for first, bits in self.unequal:
+            self._add("unequal-counts", first, np.unpackbits(bits, axis=1, count=fewer.size).astype(bool) & ~fewer)
         for name in self.names:
             if count := self.steps[name]:
                 layers = index[self.layers[name]] if self.layers[name].any() else None
@@ -71,6 +90,12 @@ class CountSteps:
             number = int(np.count_nonzero(dense))
             what = f"{number} of {self.trace.layers} layers did not route: {number} without any choice."
             yield finding("dense-layer", what, number, index[dense])
+        if fewer.any():
+            what = (
+                f"{many(int(np.count_nonzero(fewer)), 'layer')} choose fewer than {self.top_k} experts a row, always."
+            )
+            effect = "Legitimate where layers have a top_k of their own; they do less work."
+            yield finding("partial-cells", what, int(np.count_nonzero(fewer)), index[fewer], None, effect)
         steps = self.trace.steps
         held = "one step" if steps == 1 else f"{steps:,} steps"
         yield finding("counts-only", f"The trace holds counts of {held}, but no ids.", steps)

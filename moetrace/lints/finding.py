@@ -166,6 +166,11 @@ RULES = {
         "Legitimate: a draft pass runs only the layers of multi-token prediction. Its rows are no tokens of the "
         "output, and the layers have work of their own.",
     ),
+    "skipped-layers": Rule(
+        "note",
+        "Legitimate where layers drop tokens at capacity, or rows exit early: such rows do less work. Else a recorder "
+        "lost them.",
+    ),
     "partial-cells": Rule(
         "note",
         "Legitimate where tokens are dropped at capacity, or experts choose their tokens; such rows do less work.",

@@ -74,7 +74,7 @@ class DenseLayers:
 
 
 class AbsentRows:
-    """`empty-rows`, `absent-rows`, `unequal-layers`, `partial-cells` and `unused-slots`: choices that are not there."""
+    """Choices that are not there: `empty-rows`, `absent-rows`, `unequal-layers`, `skipped-layers`; and single ids."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -139,6 +139,15 @@ class AbsentRows:
         scattered = (self.runs >= self.absent / 4) & (lacking >= 0.01 * self.shape.rows) & (lacking >= 4)
         return bool(np.count_nonzero(scattered & ~dense) >= max(2, 0.75 * np.count_nonzero(~dense)))
 
+    def is_skipping(self, absent: np.ndarray) -> bool:
+        """Whether rows skip layers here and there, of cells without a choice `absent` [layers].
+
+        So they do where some layers drop tokens at capacity, or where rows exit early. A recorder that loses rows
+        loses several together, or a few: 1 % of the rows or more must be absent in a layer, and in each runs be short.
+        """
+        together = (absent >= 4) & (self.runs < absent / 4)
+        return bool(not together.any() and absent.max() >= max(4, 0.01 * self.shape.rows))
+
     def findings(self, dense: np.ndarray) -> Iterator[Finding]:
         """What was found; layers that are `dense` [layers] are reported as such."""
         index, free = self.shape.layer_index, self.is_free(dense)
@@ -155,8 +164,9 @@ class AbsentRows:
             yield finding("draft-rows", what, self.drafts.rows, index[-last:], self._unequal_rows(dense))
         elif absent.any() and not free:
             low, high = (int(f(self.shape.rows - self.empty - absent[~dense])) for f in (np.min, np.max))
+            code = "skipped-layers" if self.is_skipping(absent) else "unequal-layers"
             what = f"Layers differ in length: they routed {low:,} to {high:,} of {self.shape.rows - self.empty:,} rows."
-            yield finding("unequal-layers", what, absent.sum(), index[absent > 0], self._unequal_rows(dense))
+            yield finding(code, what, absent.sum(), index[absent > 0], self._unequal_rows(dense))
         yield from self._free(dense) if free else self._slots()
 
     def _free(self, dense: np.ndarray) -> Iterator[Finding]:

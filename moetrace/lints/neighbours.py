@@ -11,10 +11,10 @@ SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
 _ROWS_OF_A_PIECE = 512
 _EXPECTED = 40.0  # experts that two layers should share, in all sampled rows, before they are judged
 _NONE, _FEW = 0.05, 0.55  # shares of what is expected
-_PAIRS_NONE, _PAIRS_FEW = (
-    1 / 4,
-    1 / 2,
-)  # of the neighbours: 8 read as 4 parts every second pair, 6 read as 4 two of three
+# Of the neighbours: 8 read as 4 parts every second pair, 6 read as 4 two of three.
+_PAIRS_NONE, _PAIRS_FEW = 1 / 4, 1 / 2
+_MOST_PARTS = 16  # of a layer, each read as one
+_EXPECTED_OF_PARTS = 80.0  # as above, in all pairs of parts together: of 200 or so sets of pairs, one may be chance
 
 
 class Neighbours:
@@ -55,7 +55,12 @@ class Neighbours:
             return
         pairs = [_shared(ids[:, at : at + 2], self.shape.num_experts) for at in range(self.shape.layers - 1)]
         expected, shared = np.array(pairs).T
-        judged = (expected >= _EXPECTED) & ~without[1:] & ~without[:-1]
+        known = ~without[1:] & ~without[:-1]
+        judged = (expected >= _EXPECTED) & known
+        parts = _parts(np.where(known, expected, 0), np.where(known, shared, 0), known)
+        if parts.any():
+            yield self._found(parts, int(np.count_nonzero(parts)))
+            return
         for most, pairs_needed in ((_NONE, _PAIRS_NONE), (_FEW, _PAIRS_FEW)):
             apart = judged & (shared <= most * expected)
             count = int(np.count_nonzero(apart))
@@ -71,6 +76,24 @@ class Neighbours:
             f"{index[first + 1]}) share far too few experts in a row, as if they were parts of one layer."
         )
         return finding("wrong-stride", what, count, index[np.r_[apart, False] | np.r_[False, apart]])
+
+
+def _parts(expected: np.ndarray, shared: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """bool [pairs]: pairs of neighbours that are parts of a layer, as all pairs at such places together show.
+
+    Places repeat with the number of parts, or with some parts that have a layer's first and another's last ids.
+    """
+    place, most, best = np.arange(1, expected.size + 1), 0, np.zeros(expected.size, bool)
+    for parts in range(2, min(_MOST_PARTS, expected.size + 1) + 1):
+        for at in range(parts):
+            pairs = known & ((place % parts != 0) if at == 0 else (place % parts == at))
+            count = int(np.count_nonzero(pairs))
+            if count <= most or count < _PAIRS_NONE * np.count_nonzero(known):
+                continue
+            total = expected[pairs].sum()
+            if total >= _EXPECTED_OF_PARTS and shared[pairs].sum() <= _NONE * total / 2:
+                most, best = count, pairs
+    return best
 
 
 def _shared(ids: np.ndarray, num_experts: int) -> tuple[float, int]:

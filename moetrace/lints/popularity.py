@@ -1,6 +1,7 @@
 """Experts that are chosen by nobody or by everybody: a part of the ids only, a shared expert, a collapsed layer."""
 
 from collections.abc import Iterator
+from math import comb
 
 import numpy as np
 
@@ -10,6 +11,9 @@ _CAPPED = 8  # choices of an expert in a layer that count: warm-up or one text s
 _BESIDE = 8  # chosen ids beside an unused part that say how often its own should be chosen
 _EXPECTED = 20.0  # choices that an unused part lacks: as Poisson, a chance of 2e-9
 _EXPECTED_OF_EACH = 5.0  # of them, for each of its experts
+_LEAST_STRIDED = 4  # experts whose ids are equal modulo a number
+_PATTERNS = 10_000  # ways to choose so many unused experts, so that a pattern is no chance
+_EXPLAINED = 0.9  # of the unused experts, by a pattern
 _ALWAYS, _MOSTLY = 0.99, 0.9
 _LEAST_ROWS = 32
 _MANY_ROWS = 100  # from which a favourite of 90 % is no chance
@@ -60,7 +64,7 @@ def popularity(
 
 
 def _unused(chosen: np.ndarray) -> Iterator[Finding]:
-    """`unused-experts`: runs of ids that no layer chose, though the ids beside them are chosen often."""
+    """`unused-experts`: runs of ids, or every n-th, that no layer chose, though those beside them are chosen often."""
     num_experts = chosen.shape[1]
     capped = np.minimum(chosen, _CAPPED).sum(0)
     used = np.flatnonzero(capped)
@@ -78,11 +82,32 @@ def _unused(chosen: np.ndarray) -> Iterator[Finding]:
         each = min(means)  # the ids of the quieter side: popularity may fall towards one end
         if each >= _EXPECTED_OF_EACH and each * (stop - start) >= _EXPECTED:
             parts.append((start, stop))
-    if parts:
-        count = sum(stop - start for start, stop in parts)
-        named = ", ".join(f"{start} to {stop - 1}" for start, stop in parts[:4]) + (", …" if len(parts) > 4 else "")
+    count = sum(stop - start for start, stop in parts)
+    named = ", ".join(f"{start} to {stop - 1}" for start, stop in parts[:4]) + (", …" if len(parts) > 4 else "")
+    strided, of = _strided(capped)
+    if strided > count:
+        count, named = strided, of
+    if count:
         what = f"{count} of {num_experts} experts ({named}) are not chosen in any layer, though the others are."
         yield finding("unused-experts", what, count)
+
+
+def _strided(capped: np.ndarray) -> tuple[int, str]:
+    """How many experts are those of other ranks, if the ids go round the ranks; which ones. `capped` is [experts]."""
+    num_experts, best = capped.size, (0, "")
+    dead = int(np.count_nonzero(capped == 0))
+    if num_experts < 2 * _LEAST_STRIDED or comb(num_experts, dead) < _PATTERNS:
+        return best
+    for ranks in range(2, num_experts // _LEAST_STRIDED + 1):
+        rank = np.arange(num_experts) % ranks
+        unused = np.flatnonzero(np.bincount(rank, weights=capped) == 0)
+        gone = np.isin(rank, unused)
+        count, each = int(np.count_nonzero(gone)), capped[~gone].mean()
+        patterned = comb(num_experts, count) >= _PATTERNS and count >= _EXPLAINED * dead
+        if count > best[0] and patterned and each >= _EXPECTED_OF_EACH and each * count >= _EXPECTED * unused.size:
+            others = np.setdiff1d(np.arange(ranks), unused)
+            best = count, f"all whose id modulo {ranks} is not {' or '.join(map(str, others[:8].tolist()))}"
+    return best
 
 
 def _shares(ids: np.ndarray, layers: np.ndarray, num_experts: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from moetrace.spec import (
 )
 from moetrace.spec.errors import UsageError
 from moetrace.spec.fits import dense_misfit
-from moetrace.spec.model_files.quantization import quantized_name
+from moetrace.spec.model_files.quantization import precision_name
 from moetrace.spec.named import nearest
 from moetrace.spec.policy import UnreadParameterError, readers
 from moetrace.trace import Trace
@@ -103,7 +103,7 @@ def model_of(trace: Trace) -> str:
     presets = list_presets("models")
     if trace.model in presets:
         return trace.model
-    quantized = " and its bits with --set model.weight_bits=BITS" if quantized_name(trace.model) else ""
+    quantized = " and its bits with --set model.weight_bits=BITS" if precision_name(trace.model) else ""
     raise UsageError(
         f"{trace.path or 'The trace in memory'} is of model {trace.model!r}, which is no preset"
         f"{nearest(trace.model, presets)}: name one{quantized}, or a TOML, config.json or GGUF file, with --model."

@@ -3,7 +3,7 @@
 import re
 
 from moetrace.spec import Model, check_shape, list_presets, load_model
-from moetrace.spec.model_files.quantization import named_bits, quantized_name
+from moetrace.spec.model_files.quantization import named_bits, precision_name
 
 
 def model_name(
@@ -18,7 +18,7 @@ def model_name(
 ) -> str:
     """The preset that is meant: `model` if given, else the longest whose name is part of `said` and that fits.
 
-    A name that says a quantization (FP8, AWQ, MXFP4, Q4_K_M) means no preset of other bits, unless the trace is
+    A name that says a precision (FP8, AWQ, MXFP4, Q4_K_M, BF16) means no preset of other bits, unless the trace is
     `sized`: it holds the bytes of its experts, which then count. If no preset is meant, what was said, or "unknown".
     Raises UsageError, beginning with `where`, if `model` (a preset or a TOML file) has other layers or experts; the
     layers may be a `part` of the model's.
@@ -40,13 +40,25 @@ def presets_in(said: str) -> list[str]:
     return [name for name in sorted(list_presets("models"), key=len, reverse=True) if _plain(name) in _plain(said)]
 
 
+def other_bits(said: str, layers: int, experts: int) -> str | None:
+    """Why a model that is called `said` means no preset, if only its bits differ from those of one; else None."""
+    for name in presets_in(said):
+        spec = load_model(name)
+        if (spec.moe_layers, spec.most_experts) == (layers, experts):
+            if _same_bits(said, name, spec):
+                return None
+            return (
+                f"its model is called {said[:200]!r}, and the preset {name} is of {spec.weight_bits:g} bits a weight, so its "
+                f"bytes are not known: name a model of its bits with --model (a TOML, config.json or GGUF file, or the "
+                f"preset {name} if those bits are right)."
+            )
+    return None
+
+
 def _same_bits(said: str, name: str, spec: Model) -> bool:
     """Whether the preset `name` has the bits that a name says; one that says none means the preset's own."""
     rest = _plain(said).replace(_plain(name), " ")
-    if quantized_name(rest) is None:
-        return True
-    bits = named_bits(rest)
-    return bits is not None and spec.weight_bits == bits
+    return precision_name(rest) is None or spec.weight_bits == named_bits(rest)
 
 
 def _plain(name: str) -> str:

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 from support.writers import routing
+from support.writers.vllm import npy_base64, request
 
 from moetrace.cli import progress as bars
 from moetrace.cli.commands.import_ import FORMATS
@@ -303,3 +304,15 @@ def test_info_of_a_long_name_fits_80_columns(run, monkeypatch, tmp_path):
     assert shown["source.files.1.sha256"].strip().startswith("1111") and "{" not in "".join(lines)
     out = run("info", path, "--format", "csv")[1]
     assert f"source.files.0.sha256,{'0' * 64}\n" in out and "source.ids,1 2\n" in out
+
+
+@pytest.mark.parametrize("end", ["-BF16", "-AWQ", ""])
+def test_import_and_analysis_say_why_a_name_means_no_preset(run, tmp_path, end):
+    choices = [{"index": 0, "routed_experts": npy_base64(request(3, 24, 4, 32))}]
+    answer = {"id": "a", "model": f"gpt-oss-20b{end}", "choices": choices}
+    source, path = tmp_path / "a.json", tmp_path / "o.h5"
+    source.write_text(json.dumps(answer | {"usage": {"prompt_tokens": 3, "completion_tokens": 1}}))
+    imported = run("import", source, "-o", path, "--experts", 32)
+    for code, _, err in (imported, run("analyze", "cache", path, "--capacity", 400)):
+        assert code == 0, err
+        assert ("the preset gpt-oss-20b is of 4.25 bits" in " ".join(err.split())) == bool(end)

@@ -109,6 +109,7 @@ def test_layer_too_many_is_refused_if_nothing_tells_that_it_is_of_mtp(tmp_path):
     [
         (3, {"dense_layers": 2}, [2, 3, 4], [0, 1, 2]),  # MoE layers only
         (4, {"dense_layers": 2, "mtp_layers": 1}, [2, 3, 4], [0, 1, 2]),  # these and one of MTP
+        (4, {"dense_layers": 1, "mtp_layers": 1}, [1, 2, 3], [0, 1, 2]),  # as many as with the dense one
         (3, {"dense_layers": [0, 2, 4]}, [1, 3, 5], [0, 1, 2]),
         (3, {}, [0, 1, 2], [0, 1, 2]),
         (3, {"dense_layers": 0}, [0, 1, 2], [0, 1, 2]),
@@ -126,17 +127,26 @@ def test_planes_of_moe_layers_get_the_numbers_of_the_model(tmp_path, planes, sai
     assert ("left_out_mtp_layers" in trace.source) == (planes == 4) == ("(MTP)" in notes)
 
 
+def test_more_layers_of_mtp_than_the_model_has_are_refused(tmp_path):
+    files, _ = statistics(tmp_path, [1, 2, 3, 4, 5])
+    says = "has 5 MoE layers of 8 experts, but the model m has 3"
+    assert says in refused(tmp_path, files, model(tmp_path, 3, dense_layers=1, mtp_layers=1))
+    trace, _ = imported(tmp_path, files, model(tmp_path, 3, dense_layers=1, mtp_layers=2))
+    assert trace.source["left_out_mtp_layers"] == [4, 5]
+
+
 @pytest.mark.parametrize("mtp", [0, 1])
-def test_planes_of_all_layers_lose_the_dense_ones(tmp_path, mtp):
-    ids = request(9, 5 + mtp, 2, 8, dense=2)
-    ids[:, 3] = 0  # nobody chose an expert in a layer that has some
+@pytest.mark.parametrize("dense", [1, 2])
+def test_planes_of_all_layers_lose_the_dense_ones(tmp_path, dense, mtp):
+    ids = request(9, 3 + dense + mtp, 2, 8, dense=dense)
+    ids[:, dense + 1] = 0  # nobody chose an expert in a layer that has some
     np.save(tmp_path / "a.npy", ids)
-    trace, notes = imported(tmp_path, tmp_path / "a.npy", model(tmp_path, 3, dense_layers=2, mtp_layers=1))
-    assert trace.layer_index.tolist() == [2, 3, 4]
-    assert trace.source["dense_layers_dropped"] == [0, 1]
-    assert np.array_equal(experts(trace)[:, [0, 2]], ids[:, [2, 4]])
+    trace, notes = imported(tmp_path, tmp_path / "a.npy", model(tmp_path, 3, dense_layers=dense, mtp_layers=1))
+    assert trace.layer_index.tolist() == [dense, dense + 1, dense + 2]
+    assert trace.source["dense_layers_dropped"] == list(range(dense))
+    assert np.array_equal(experts(trace)[:, [0, 2]], ids[:, [dense, dense + 2]])
     assert (experts(trace)[:, 1] == 255).all()
-    assert (trace.source.get("left_out_mtp_layers") == [5]) == bool(mtp) == ("(MTP)" in notes)
+    assert (trace.source.get("left_out_mtp_layers") == [dense + 3]) == bool(mtp) == ("(MTP)" in notes)
 
 
 def test_layers_that_count_from_1_are_shifted(tmp_path):

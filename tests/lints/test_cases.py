@@ -146,6 +146,24 @@ def test_counts_of_one_rank(tmp_path):
     assert one.count == 48 and "16 to 63" in one.what
 
 
+@pytest.mark.parametrize(
+    ("ranks", "rank", "experts", "count"), [(4, 1, 128, 96), (2, 0, 64, 32), (8, 7, 512, 448), (2, 1, 16, 8)]
+)
+def test_ids_of_a_rank_that_takes_every_nth_expert(ranks, rank, experts, count):
+    ids = rank + ranks * choose(np.random.default_rng(3), 1000, 4, experts // ranks, 4)
+    one = found({"experts": ids, "num_experts": experts, "request": np.arange(1000) // 50})["unused-experts"]
+    assert one.count == count and f"modulo {ranks} is not {rank})" in one.what
+
+
+@pytest.mark.parametrize("experts", [16, 64, 128])
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_of_which_any_half_is_dead_are_no_part(seed, experts):
+    rng = np.random.default_rng(seed)
+    alive = np.sort(rng.permutation(experts - 2)[: experts // 2 - 2] + 1)
+    ids = np.r_[0, alive, experts - 1][choose(rng, 1000, 4, experts // 2, 4)]
+    assert "modulo" not in "".join(one.what for one in found({"experts": ids, "num_experts": experts}).values())
+
+
 def test_experts_that_are_dead_here_and_there_are_no_part():
     made = of_part(0, 64, 64)
     for dead in (3, 17, 18, 40, 62):
@@ -173,6 +191,17 @@ def test_layers_that_are_parts_of_one(k, read, layers):
     made = {"experts": ids.reshape(2000, -1, read), "num_experts": 64, "request": np.arange(2000) // 200}
     one = found(made)["wrong-stride"]
     assert one.count >= (layers * k // read) // 2 and "top_k" in (one.fix or "")
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "read", "rows"), [(256, 8, 4, 300), (64, 8, 2, 300), (64, 8, 1, 300), (64, 8, 1, 2000)]
+)
+def test_layers_that_are_parts_of_one_as_all_pairs_together_show(experts, k, read, rows):
+    ids = choose(np.random.default_rng(4), rows, 24, experts, k)
+    one = found({"experts": ids.reshape(rows, -1, read), "num_experts": experts})["wrong-stride"]
+    assert one.count == 24 * (k // read - 1)
+    whole = {"experts": ids, "num_experts": experts}
+    assert "wrong-stride" not in codes(whole)
 
 
 def test_layers_that_choose_apart_by_popularity_alone_are_no_parts():
@@ -279,6 +308,18 @@ def test_tokens_dropped_at_capacity_are_legitimate(k):
     made["experts"][np.random.default_rng(2).random((1000, 4, k)) < 0.08] = ABSENT
     made["experts"] = np.sort(made["experts"], axis=-1)
     assert {one.level for one in found(made).values()} == {"note"}
+
+
+@pytest.mark.parametrize(("share", "layers"), [(0.1, [1]), (0.02, [5]), (0.3, [2, 3, 4, 5]), (0.1, [0, 3])])
+def test_rows_that_skip_some_layers_here_and_there_are_legitimate(share, layers):
+    made = requests(10, 60, 40, 7, layers=6)
+    skip = np.random.default_rng(2).random(1000) < share
+    for layer in layers:
+        made["experts"][skip, layer] = ABSENT
+    findings = found(made)
+    assert {one.level for one in findings.values()} == {"note"} and findings["skipped-layers"].layers == layers
+    made["experts"][500:560, layers[0]] = ABSENT
+    assert ("unequal-layers" in codes(made)) == (share < 0.1)
 
 
 @pytest.mark.parametrize("drafted", [1, 2])

@@ -241,6 +241,20 @@ def test_counts(tmp_path):
     assert list(findings) == ["uniform", "counts-only"] and findings["uniform"].layers == [0, 1, 2]
 
 
+def test_layers_of_counts_with_a_top_k_of_their_own(tmp_path):
+    rows = np.full(20, 20)
+    experts = choose(np.random.default_rng(0), 400)
+    counts = count(experts, rows)
+    for step in range(20):
+        counts[step, 1] = np.bincount(experts[20 * step : 20 * step + 20, 1, :2].ravel(), minlength=EXPERTS)
+    findings = found(counts_file(tmp_path / "t.h5", counts, rows))
+    assert list(findings) == ["partial-cells", "counts-only"] and findings["partial-cells"].layers == [1]
+    counts[7, 1, 3] += 1
+    findings = found(counts_file(tmp_path / "t.h5", counts, rows))
+    assert findings["unequal-counts"].layers == [1] and findings["unequal-counts"].count == 20
+    assert "partial-cells" not in findings
+
+
 def test_negative_counts(tmp_path):
     rows = np.full(20, 20)
     counts_file(tmp_path / "t.h5", count(choose(np.random.default_rng(0), 400), rows), rows).close()

@@ -138,11 +138,14 @@ def command(
 
 
 def _note_small(capacities: list[str], trace: "Trace", asked: dict[str, Any]) -> None:
-    """Say which capacities hold less than an expert, or than what a row needs of a layer."""
+    """Say which capacities hold less than an expert or a row needs of a layer, and why no bytes are known."""
     from moetrace.analyze.cache.hits import parse_capacity
     from moetrace.analyze.sizes import expert_bytes
+    from moetrace.trace.naming import other_bits
 
     sizes = expert_bytes(trace, asked["model"])
+    if sizes is None and (why := other_bits(trace.model, trace.layers, trace.num_experts)):
+        say(f"moetrace: note: {trace.shown}: {why}")
     by_layer = asked["scope"] == "layer"
     for label in capacities:
         amount, unit, _ = parse_capacity(label)

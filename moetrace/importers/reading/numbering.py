@@ -133,24 +133,26 @@ def _in_model(index: np.ndarray, model: ModelLayers) -> np.ndarray:
 
     It can't if there are as many layers as the model has with experts (and of MTP), in a row that begins elsewhere.
     """
-    if model.numbers is None or np.isin(model.numbers, index).all() or np.isin(index, model.numbers).all():
+    if model.numbers is None or model.total is None or np.isin(index, model.numbers).all():
         return index
     more = index.size - model.moe
     if more < 0 or more not in (0, model.mtp):
+        return index
+    # Planes 0 to 45 of a model whose layer 0 is dense are those of its MoE layers 1 to 45 and of MTP.
+    if np.isin(model.numbers, index).all() and index[~np.isin(index, model.numbers)].min() >= model.total:
         return index
     moe = index[: model.moe]
     row = np.array_equal(moe - moe[0], np.arange(model.moe))
     if not row and not np.array_equal(moe - moe[0], model.numbers - model.numbers[0]):
         return index
-    assert model.total is not None
     return np.r_[model.numbers, model.total + np.arange(more)]
 
 
 def _of_mtp(capture: Capture | Counts, numbers: np.ndarray, model: ModelLayers) -> np.ndarray:
-    """bool [layers]: those beyond the model's own that come after its last, if it does not deny that it has such."""
+    """bool [layers]: those beyond the model's own that come after its last, if it does not deny that it has so many."""
     more = numbers.size - model.moe
     last = np.arange(numbers.size) >= model.moe
-    if more <= 0 or model.mtp == 0:
+    if more <= 0 or more > (more if model.mtp is None else model.mtp):
         return np.zeros(numbers.size, bool)
     if model.numbers is not None and model.total is not None:
         return (numbers >= model.total) & last if np.array_equal(numbers[~last], model.numbers) else np.zeros_like(last)

@@ -7,12 +7,15 @@ from typing import Any
 
 from moetrace.spec.model_files.json_fields import MAX_CONFIG_BYTES, read_json
 
-# Names that say a model is not of 16 bits: Qwen3-30B-A3B-FP8, ...-AWQ, ...-w4a16, ...-Q4_K_M, ...-4bit.
+# Names that say a model is not of 16 bits: Qwen3-30B-A3B-FP8, ...-AWQ, ...-w4a16, ...-W4AFP8, ...-Q4_K_M, ...-4bit.
 _QUANTIZED = re.compile(
-    r"(?<![a-z0-9])(?P<name>fp8|fp4|fp6|f8|nvfp4|mxfp[468]|awq|gptq|gguf|bnb|bitsandbytes|hqq|exl[23]|aqlm|quip|autoround|"
-    r"nf4|int[2348]|uint[48]|i?q[2-8](?:_[0-9a-z]+)*|tq[12]_0|w[2348]a(?:4|8|16)|[1-8](?:\.[0-9]+)?[- ]?bits?|"
-    r"[1-8](?:\.[0-9]+)?bpw|quantized|dynamic[- ]?quant|marlin|torchao|smoothquant)(?![a-z0-9])"
+    r"(?<![a-z0-9])(?P<name>fp8|fp4|fp6|f8|e4m3(?:fn)?|e5m2|nvfp4|mxfp[468]|ptpc|awq|gptq|gguf|bnb|bitsandbytes|hqq|exl[23]|"
+    r"aqlm|quip|autoround|higgs|vptq|spqr|eetq|quark|bitnet|ternary|dwq|nf4|u?int[ _]?[2348]|i?q[2-8](?:_[0-9a-z]+)*|"
+    r"dq[2-8](?:_[0-9a-z]+)*|tq[12](?:[_ ]0)?|w[2-8](?:a(?:4|8|16|fp8|fp4|int8|int4))?|[1-8](?:\.[0-9]+)?[- ]?bits?|"
+    r"[1-8](?:\.[0-9]+)?bpw|quantized|dynamic[- ]?quant|marlin|torchao|smoothquant|mixed [2-8] [2-8])(?![a-z0-9])"
 )
+# Names that say it is not quantized, as of gpt-oss-20b-BF16, whose release is of 4 bits.
+_PLAIN = re.compile(r"(?<![a-z0-9])(?P<name>bf16|fp?16|fp?32|bfloat16|float(?:16|32))(?![a-z0-9])")
 _WIDTHS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
 # Of a name in a list: the search below takes time that grows with its square.
 _MOST_LETTERS = 300
@@ -21,17 +24,26 @@ _ATTENTION = re.compile(r"(?:attn|attention)(?![^/]*(?:norm|index))")
 
 def quantized_name(name: str) -> str | None:
     """The part of a model's name that says it is quantized (`fp8`, `awq`, `q4_k_m`); None if there is none."""
-    found = _QUANTIZED.search(re.sub(r"[\s/]+", "-", name.lower()).replace("-", " "))
-    return found["name"] if found else None
+    return _part_of(_QUANTIZED, name)
+
+
+def precision_name(name: str) -> str | None:
+    """The part of a model's name that says its bits, quantized or not (`fp8`, `bf16`); None if there is none."""
+    return quantized_name(name) or _part_of(_PLAIN, name)
 
 
 def named_bits(name: str) -> float | None:
-    """Bits that a quantized name says, by its first number or its letters; None if it says none."""
-    part = quantized_name(name)
-    if part is None:
-        return None
-    known = {"mxfp4": 4.25, "nvfp4": 4.5, "fp8": 8.0, "f8": 8.0, "int8": 8.0}
-    return known.get(part)
+    """Bits of a weight that a name says surely, None if none: those of `int4` depend on its groups."""
+    known = {"mxfp4": 4.25, "nvfp4": 4.5, "fp8": 8.0, "f8": 8.0, "e4m3": 8.0, "e4m3fn": 8.0, "int8": 8.0}
+    part = precision_name(name)
+    if part is None or quantized_name(name) is not None:
+        return known.get(part or "")
+    return 32.0 if part.endswith("32") else 16.0
+
+
+def _part_of(pattern: re.Pattern[str], name: str) -> str | None:
+    found = pattern.search(re.sub(r"[\s/]+", "-", name.lower()).replace("-", " "))
+    return found["name"] if found else None
 
 
 def bits_of(config: Mapping[str, Any], name: str, folder: Path) -> dict[str, float]:
