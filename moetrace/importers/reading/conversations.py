@@ -111,7 +111,7 @@ class Conversations:
         return bool(cells.size == 0 or cells.mean() >= share)
 
     def add(self, request: Request, told: Told, last_row: np.ndarray | None) -> None:
-        """Remember how `request`, which an answer has just begun or continued, can be continued; its last row if known."""
+        """Remember how `request`, to which an answer has just been added, can be continued; its last row if known."""
         if told.id:
             self._of_id[told.id, told.choice] = request
         if request.key is not None:  # of what has gone on since, only the whole is what a next turn repeats

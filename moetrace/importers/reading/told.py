@@ -103,9 +103,9 @@ def _starts(where: str, arrays: Sequence[np.ndarray], told: Sequence[Told]) -> l
     # Rows of as many tokens may be those of several prompts, whose lengths `usage` adds up.
     batch = any(choices % of == 0 and lacking == (choices - choices // of) * prompt for of in range(2, choices + 1))
     start, rest = divmod(lacking, count)
-    if not rest and start < prompt and outputs.min() + start >= 0 and (not batch or start == told[0].cached):
-        if all(_alike(arrays[0][: prompt - start], own[: prompt - start]) for own in arrays[1:]):
-            return [start] * count
+    even = not rest and start < prompt and outputs.min() + start >= 0 and (not batch or start == told[0].cached)
+    if even and all(_alike(arrays[0][: prompt - start], own[: prompt - start]) for own in arrays[1:]):
+        return [start] * count
     return None if batch else _aligned(arrays, prompt, lacking)
 
 
