@@ -12,6 +12,7 @@ them with `num_experts`, then a line for each token and logged layer,
 * vLLM's warm-up is in these logs: thousands of leading rows that are all alike. The import keeps them; lint finds them.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -40,6 +41,7 @@ class RouteHeader(msgspec.Struct, tag="meta"):
     model_id: str = ""
     vllm_version: str = ""
     num_experts: int | None = None
+    top_k: Any = None
 
 
 class Route(msgspec.Struct, tag="route", gc=False):
@@ -47,12 +49,17 @@ class Route(msgspec.Struct, tag="route", gc=False):
 
     token_idx: Number
     layer: Annotated[int, msgspec.Meta(ge=0, lt=65535)]
-    topk_ids: list[Id]
+    topk_ids: list[Id] | None
     topk_weights: list[float | None] | None = None  # null is how JSON says NaN
     req_id: str | int = ""
 
 
 _LINE: Any = RouteHeader | Route
+_Shape = tuple[int, int]  # ids of a route, and weights, -1 for none
+
+
+def _shape(route: Route) -> _Shape:
+    return len(route.topk_ids or ()), -1 if route.topk_weights is None else len(route.topk_weights)
 
 
 def recognize(first: bytes, name: str) -> bool:
@@ -79,7 +86,10 @@ class _Log:
         self._path, self._hints = path, hints
         self._meta = RouteHeader()
         self._num_experts = self._top_k = 0
-        self._shape = (0, -1)  # ids of a route, and weights, -1 for none
+        self._shapes: dict[int, _Shape] = {}  # of the routes of a layer
+        self._full: _Shape = (0, -1)  # of one with top_k
+        self._most = 0  # ids of a route that was used
+        self._whole = False  # whether there was a piece of nothing but full routes
         self._optional: tuple[str, ...] = ()
         self._layers: dict[int, Spool] = {}  # the first is the one whose routes say what each row is
         self._requests: dict[str | int, int] = {}
@@ -87,9 +97,11 @@ class _Log:
         self._runs_on, self._last = True, -1  # token_idx of all lines, whatever their layer, only counts up
         self._unknown_gates = self._odd_routes = 0
         self._cut_line = ""  # what is wrong with the last line
+        self._broken: list[str] = []  # and with others that are no JSON
+        self._mended = 0  # routes that these lines lack
         self._odd: MoetraceError | None = None  # of the first odd route
         self._routes = 0  # before those that are being added
-        for _, records in json_lines(path, _LINE, hints.reading, CHUNK_BYTES, cut=self._cut):
+        for _, records in json_lines(path, _LINE, hints.reading, CHUNK_BYTES, cut=self._cut, broken=self._lose):
             for record in records:
                 if isinstance(record, RouteHeader):
                     self._meta = record
@@ -103,9 +115,14 @@ class _Log:
             raise MoetraceError(sentence)
         self._cut_line = sentence
 
+    def _lose(self, sentence: str) -> None:
+        if self._hints.strict:
+            raise MoetraceError(sentence)
+        self._broken.append(sentence)
+
     def _add(self, routes: list[Route]) -> None:
         if not self._layers:
-            self._begin(routes[0])
+            self._begin(routes)
         choices, weights = self._choices(routes)
         layer = np.fromiter((route.layer for route in routes), np.int64, len(routes))
         token = np.fromiter((route.token_idx for route in routes), np.int64, len(routes))
@@ -123,21 +140,36 @@ class _Log:
                     arrays["gates"] = weights[of_layer, None]
                 self._append(index, of_layer, request[of_layer], token[of_layer], arrays)
 
-    def _begin(self, route: Route) -> None:
+    def _begin(self, routes: list[Route]) -> None:
         self._num_experts = self._meta.num_experts or self._hints.need("num_experts", self._path)
-        self._top_k = len(route.topk_ids)
-        self._shape = (self._top_k, -1 if route.topk_weights is None else self._top_k)
-        self._optional = () if route.topk_weights is None else ("gates",)
+        weights = Counter(weights for ids, weights in map(_shape, routes) if ids and weights in (-1, ids))
+        if not weights:
+            ids, of_first = _shape(routes[0])
+            raise self._wrong(0, f"has {of_first} weights for {ids} ids" if ids else "has no ids, as others")
+        self._optional = () if weights.most_common(1)[0][0] < 0 else ("gates",)
+        self._learn(routes)
+        self._most = max(ids for ids, _ in self._shapes.values())
+        # The layer with the most ids may come later.
+        header = self._meta.top_k if type(self._meta.top_k) is int else 0
+        self._top_k = max(self._most, min(max(header, self._hints.top_k or 0), self._num_experts))
+        self._full = (self._top_k, self._top_k if self._optional else -1)
         check_sizes(str(self._path), self._num_experts, self._top_k, 1, 1, 1)
         self._placeholders = Placeholders(self._num_experts, self._hints)
-        if route.topk_weights is not None and len(route.topk_weights) != self._top_k:
-            raise self._wrong(0, f"has {len(route.topk_weights)} weights for {self._top_k} ids")
+
+    def _learn(self, routes: list[Route]) -> None:
+        """Note the usual shape of the layers that have none yet."""
+        found: dict[int, Counter[_Shape]] = defaultdict(Counter)
+        for route in routes:
+            ids, weights = _shape(route)
+            if route.layer not in self._shapes and ids and weights == (ids if self._optional else -1):
+                found[route.layer][ids, weights] += 1
+        self._shapes |= {layer: shapes.most_common(1)[0][0] for layer, shapes in found.items()}
 
     def _choices(self, routes: list[Route]) -> tuple[np.ndarray, np.ndarray | None]:
         """Ids and weights [routes, top_k] in the dtypes of a trace."""
         self._leave_out_odd(routes)
         shape, size = (len(routes), self._top_k), len(routes) * self._top_k
-        ids = np.fromiter(chain.from_iterable(r.topk_ids for r in routes), np.int32, size).reshape(shape)
+        ids = np.fromiter(chain.from_iterable(r.topk_ids or () for r in routes), np.int32, size).reshape(shape)
         ids, negative, wrong = self._placeholders.checked(ids)
         if wrong is not None:
             number, expert = wrong[0], int(ids[wrong])
@@ -159,21 +191,31 @@ class _Log:
         return narrow, gates.astype(np.float16)
 
     def _leave_out_odd(self, routes: list[Route]) -> None:
-        """Make routes of another shape than the first absent: their tokens and layers must still be counted."""
-        if {(len(r.topk_ids), -1 if r.topk_weights is None else len(r.topk_weights)) for r in routes} == {self._shape}:
+        """Make routes of another shape than others of their layer absent: their tokens must still be counted.
+
+        Layers may choose fewer experts than others: the rest of their slots is absent.
+        """
+        if {_shape(route) for route in routes} == {self._full}:
+            self._most, self._whole = self._top_k, True
             return
+        if not self._whole:
+            self._learn(routes)
         for number, route in enumerate(routes):
-            ids, weights = len(route.topk_ids), route.topk_weights
-            if (ids, -1 if weights is None else len(weights)) == self._shape:
-                continue
-            what = f"has {ids} ids and {'no' if weights is None else len(weights)} weights, unlike the first"
-            self._odd = self._odd or self._wrong(number, what)
-            self._odd_routes += 1
-            if self._hints.strict:
-                raise self._odd
-            route.topk_ids = [-1] * self._top_k
-            none: list[float | None] = [0.0] * self._top_k
-            route.topk_weights = none if self._optional else None
+            shape, expected = _shape(route), self._shapes.get(route.layer, self._full)
+            if shape == expected and shape[0] <= self._top_k:
+                kept, gates = route.topk_ids or [], route.topk_weights or []
+                self._most = max(self._most, shape[0])
+            else:
+                many = "no" if shape[1] < 0 else shape[1]
+                what = f"has {shape[0]} ids and {many} weights, unlike others of its layer"
+                self._odd = self._odd or self._wrong(number, what)
+                self._odd_routes += 1
+                if self._hints.strict:
+                    raise self._odd
+                kept, gates = [], []
+            route.topk_ids = kept + [-1] * (self._top_k - len(kept))
+            none: list[float | None] = [0.0] * (self._top_k - len(gates))
+            route.topk_weights = gates + none if self._optional else None
 
     def _append(self, index: int, at: np.ndarray, request: np.ndarray, token: np.ndarray, arrays: Part) -> None:
         """Append routes of one layer, `at` among those being added, if they are of the first layer's tokens."""
@@ -185,15 +227,42 @@ class _Log:
         if index == reference:
             self._request.add(request)
             self._token.add(token)
+        if self._broken and index != reference:
+            at, request, token, arrays = self._with_lost(spool.rows, at, request, token, arrays)
         rows = slice(spool.rows, spool.rows + at.size)
         known = self._request.array[rows]
         other = known != request[: known.size]
         if not self._runs_on:
             other |= self._token.array[rows] != token[: known.size]
+        if self._broken and (other.any() or known.size < at.size):
+            raise MoetraceError(self._broken[0])
         if other.any() or known.size < at.size:
             number = int(at[int(np.argmax(other)) if other.any() else known.size])
             raise self._wrong(number, f"of layer {index} is of another token than that of layer {reference}")
         spool.append(**arrays)
+
+    def _with_lost(
+        self, row: int, at: np.ndarray, request: np.ndarray, token: np.ndarray, arrays: Part
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Part]:
+        """Routes of one layer from `row` on, with absent ones for tokens whose lines may have been lost."""
+        requests, tokens = self._request.array[row:], self._token.array[row:]
+        shift, place = 0, np.arange(at.size)
+        for number, key in enumerate(zip(request.tolist(), token.tolist(), strict=True)):
+            most = min(len(self._broken) - self._mended, tokens.size - number - 1)
+            while shift < most and (requests[number + shift], tokens[number + shift]) != key:
+                shift += 1
+            place[number] += shift
+        size = at.size + shift
+        if not shift or size > tokens.size:
+            return at, request, token, arrays
+        self._mended += shift
+        lost = {"experts": self._placeholders.absent, "gates": 0}
+        filled = {name: np.full((size, *array.shape[1:]), lost[name], array.dtype) for name, array in arrays.items()}
+        new_request, new_token, new_at = requests[:size].copy(), tokens[:size].copy(), np.zeros(size, np.int64)
+        new_request[place], new_token[place], new_at[place] = request, token, at
+        for name, array in arrays.items():
+            filled[name][place] = array
+        return new_at, new_request, new_token, filled
 
     def _wrong(self, number: int, what: str) -> MoetraceError:
         return MoetraceError(f"{self._path}: route {self._routes + number} (from 0) {what}.")
@@ -208,6 +277,10 @@ class _Log:
         if self._cut_line:
             facts["left_out_cut_lines"] = 1
             note(f"{self._path}: left out a last line that was cut: {self._cut_line}")
+        if self._broken:
+            facts["left_out_broken_lines"] = len(self._broken)
+            lines = counted(len(self._broken), "line")
+            note(f"{self._path}: left out {lines} that are no JSON, the first because {self._broken[0]}")
         if self._unknown_gates:
             facts["unknown_weights"] = self._unknown_gates
             note(f"{self._path}: {counted(self._unknown_gates, 'weight')} of NaN left unknown in the trace.")
@@ -226,6 +299,8 @@ class _Log:
         self._hints.note(f"{self._path}: {what}.")
 
     def capture(self) -> Capture:
+        if self._broken and len(self._broken) * 2 >= self._routes:
+            raise MoetraceError(self._broken[0])
         if not self._layers:
             raise MoetraceError(f"{self._path} has no lines of routing.")
         rows = self._token.size
@@ -261,7 +336,7 @@ class _Log:
         return Capture(
             model=self._meta.model_id[:200],
             num_experts=self._num_experts,
-            top_k=self._top_k,
+            top_k=self._most,
             layer_index=layers,
             expert_bytes=None,
             request=request,
@@ -269,7 +344,7 @@ class _Log:
             phase=np.full(rows, PREFILL, np.uint8),
             optional=self._optional,
             facts=facts,
-            parts=lambda: _parts([self._layers[index] for index in layers.tolist()], rows),
+            parts=lambda: _parts([self._layers[index] for index in layers.tolist()], rows, self._most),
             sources=(self._path,),
             step_rows=step_rows,
         )
@@ -293,9 +368,9 @@ class _Growing:
         self.size += values.size
 
 
-def _parts(layers: list[Spool], rows: int) -> Iterator[Part]:
+def _parts(layers: list[Spool], rows: int, top_k: int) -> Iterator[Part]:
     """The rows of all layers side by side, some MiB at a time."""
     at_once = max(1, BLOCK_BYTES // sum(spool.row_bytes for spool in layers))
     for start in range(0, rows, at_once):
         parts = [spool.read(start, min(start + at_once, rows)) for spool in layers]
-        yield {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+        yield {name: np.concatenate([part[name][..., :top_k] for part in parts], axis=1) for name in parts[0]}

@@ -25,12 +25,16 @@ from moetrace.trace.schema import DECODE, MAX_LAYERS
 class _Choice(msgspec.Struct, gc=False):
     layer_idx: int
     token_idx: int
-    selected_ids: list[int]
-    gate_weights: list[float | None]  # null is how JSON says NaN
+    selected_ids: list[int] | None
+    gate_weights: list[float | None] | None  # null is how JSON says NaN
 
 
 class _Layer(msgspec.Struct, gc=False):
     layer_idx: int
+
+
+def _shape(record: _Choice) -> tuple[int, int]:
+    return len(record.selected_ids or ()), len(record.gate_weights or ())
 
 
 class _Odd:
@@ -81,10 +85,11 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 def _read(path: Path, hints: Hints) -> Capture:
     num_experts = hints.need("num_experts", path)
     layer_index, first = _layers(path, hints), next(iter(_first(path)))
-    top_k, odd = len(first.selected_ids), _Odd(path, hints.strict)
+    top_k, odd = _shape(first)[0], _Odd(path, hints.strict)
     passes = Passes(path, hints, (num_experts, top_k), layer_index, ("gates",))
     cut: list[str] = []
-    records = json_lines(path, _Choice, half(hints), cut=cut.append)
+    broken: list[str] = []
+    records = json_lines(path, _Choice, half(hints), cut=cut.append, broken=broken.append)
     positions: list[np.ndarray] = []
     last = -1  # position of the token before
     count = 0
@@ -101,8 +106,13 @@ def _read(path: Path, hints: Hints) -> Capture:
         positions.append(position)
         count += row.size
     facts: dict[str, Any] = {"format": "lattice", "engine": "lattice", "phases": "not recorded: all decode"}
-    if cut and hints.strict:
-        raise MoetraceError(cut[0])
+    if (cut or broken) and hints.strict:
+        raise MoetraceError((broken or cut)[0])
+    if broken and 2 * len(broken) >= count:
+        raise MoetraceError(broken[0])
+    if broken:
+        facts["left_out_broken_lines"] = len(broken)
+        hints.note(f"{path}: left out {counted(len(broken), 'line')} that are no JSON, the first because {broken[0]}")
     if cut:
         facts["left_out_cut_lines"] = 1
         hints.note(f"{path}: left out a last line that was cut: {cut[0]}")
@@ -114,17 +124,17 @@ def _read(path: Path, hints: Hints) -> Capture:
 
 def _first(path: Path) -> Iterator[_Choice]:
     """Of each piece of the file a record of the shape that most have."""
-    for _, records in json_lines(path, _Choice, abs, chunk_bytes=1 << 16, cut=len):
-        shapes = Counter((len(record.selected_ids), len(record.gate_weights)) for record in records)
-        usual = max((shape for shape in shapes if shape[0] == shape[1]), key=shapes.__getitem__, default=None)
-        yield from (record for record in records if (len(record.selected_ids), len(record.gate_weights)) == usual)
+    for _, records in json_lines(path, _Choice, abs, chunk_bytes=1 << 16, cut=len, broken=len):
+        shapes = Counter(map(_shape, records))
+        usual = max((one for one in shapes if 0 < one[0] == one[1]), key=shapes.__getitem__, default=None)
+        yield from (record for record in records if _shape(record) == usual)
     raise MoetraceError(f"{path}: no record holds as many gates as experts.")
 
 
 def _layers(path: Path, hints: Hints) -> np.ndarray:
     """The layers uint16 [layers] that records name."""
     seen: set[int] = set()
-    for _, records in json_lines(path, _Layer, half(hints), cut=len):
+    for _, records in json_lines(path, _Layer, half(hints), cut=len, broken=len):
         seen.update(record.layer_idx for record in records)
     if not seen:
         raise MoetraceError(f"{path} has no records.")
@@ -140,14 +150,14 @@ def _lines(
     count = 0
     for _, records in found:
         for at, record in enumerate(records, count + 1):
-            if not len(record.selected_ids) == len(record.gate_weights) == top_k:
+            if _shape(record) != (top_k, top_k):
                 odd.record(at, top_k)
                 record.selected_ids, record.gate_weights = [-1] * top_k, [0.0] * top_k
             if not 0 <= record.token_idx < 2**31:
                 raise MoetraceError(f"{path}: record {at} has token_idx {record.token_idx}.")
         try:
-            experts = np.array(list(chain.from_iterable(r.selected_ids for r in records)), np.int32)
-            weights = np.array(list(chain.from_iterable(r.gate_weights for r in records)), np.float64)
+            experts = np.array(list(chain.from_iterable(r.selected_ids or () for r in records)), np.int32)
+            weights = np.array(list(chain.from_iterable(r.gate_weights or () for r in records)), np.float64)
         except OverflowError:
             raise MoetraceError(f"{path}: one of the records from {count + 1} on holds an impossible id.") from None
         if records:

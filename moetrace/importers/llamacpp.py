@@ -12,9 +12,11 @@ real. Such rows are kept; `flat_view` in the facts tells of them. Its decoded to
 
 Before its first prompt llama.cpp warms up with a pass of one or two tokens that runs every expert of every layer. In
 the first layout it looks like a prompt of num_experts / top_k tokens or twice as many that was read flat, and holds as
-few choices: a first pass in which each layer lists every expert once (or twice) is left out and told.
+few choices: a pass in which each layer lists every expert once (or twice) is left out and told, wherever it stands, as
+a server that is started again appends to its file.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +34,11 @@ _HEADER = re.compile(rb"layer,expert|pos,layer(,\w{1,20})+")
 _LINE = re.compile(rb"\d{1,9},\d{1,9}|-?\d{1,9},\d{1,9}(,\d{1,9})+")
 _LINES_SEEN = 8
 _WARM_UP_BYTES = 1 << 20  # two tokens through 94 layers of 512 experts take 400 kB
+
+_CHANCE = 1e-6  # that a pass runs every expert of every layer, below which it is no pass of tokens
+
+# Number of each line, lines, and where passes begin.
+_Passes = tuple[np.ndarray, Lines, np.ndarray]
 
 
 def recognize(first: bytes, name: str) -> bool:
@@ -70,10 +77,8 @@ def _read(path: Path, hints: Hints) -> Capture:
     found = tables(path, dict.fromkeys(names, pl.Int32), half(hints), header=header)
     lines = ((line, numbers(table)) for line, table in found)
     flat = _Flat(path, num_experts)
-    warm = _WarmUp(path, num_experts, layer_index.size, wide)
-    if width == 2 and top_k < num_experts:
-        lines = warm.without(lines)
-    for block in _choices(path, lines, top_k) if width == 2 else _tokens(path, lines, top_k):
+    warm = _WarmUp(path, (num_experts, top_k), layer_index.size, wide)
+    for block in _choices(path, lines, top_k, warm) if width == 2 else _tokens(path, lines, top_k):
         flat.look(block)
         passes.add(block)
     facts = {"format": "llamacpp", "engine": "llama.cpp", "layout": "layer,expert" if width == 2 else "pos,layer,ids"}
@@ -90,59 +95,81 @@ def _wide_lines(begin: bytes, num_experts: int) -> int:
 
 
 class _WarmUp:
-    """Leaves out a first pass whose layers each list every expert once, or twice."""
+    """Leaves out passes whose layers each list every expert once, or twice."""
 
-    def __init__(self, path: Path, num_experts: int, layers: int, lines: int) -> None:
-        self._path, self._num_experts, self._layers = path, num_experts, layers
-        self.lines = lines
+    def __init__(self, path: Path, sizes: tuple[int, int], layers: int, lines: int) -> None:
+        self._path, self._layers = path, layers
+        self._num_experts, top_k = sizes
+        self.lines, self._passes = lines, int(lines > 0)
+        self._first = lines > 0  # whether only the first pass was one
+        # A pass may do so by chance, each of its tokens choosing other experts, if experts and layers are few.
+        choices = math.lgamma(self._num_experts + 1) - math.lgamma(self._num_experts - top_k + 1)
+        of_chance = layers * (math.lgamma(self._num_experts + 1) - self._num_experts / top_k * choices)
+        self._anywhere = self._num_experts % top_k != 0 or of_chance < math.log(_CHANCE)
 
-    def without(self, tables: Iterator[tuple[int, Lines]]) -> Iterator[tuple[int, Lines]]:
-        """The lines after the warm-up, or all."""
-        held: Lines = {}
-        first, most = 1, 2 * self._layers * self._num_experts + 1
-        for line, lines in tables:
-            first = first if held else line
-            held = {name: np.concatenate([held[name], array]) for name, array in lines.items()} if held else lines
-            if held["layer"].size >= most:
-                break
-        if held:
-            self.lines = self._found(held)
-            yield first + self.lines, {name: array[self.lines :] for name, array in held.items()}
-        yield from tables
+    def without(self, passes: Iterator[tuple[int, Lines, np.ndarray]]) -> Iterator[_Passes]:
+        """Passes but for warm-ups: each line's number, lines, and where passes begin."""
+        only: list[_Passes] = []  # warm-ups, as long as there is nothing else
+        first = True
+        for line, lines, starts in passes:
+            number = np.arange(line, line + lines["layer"].size)
+            warm = self._found(lines, starts)
+            warm[1 if first else 0 :] &= self._anywhere
+            if not warm.any():
+                only, first = [], False
+                yield number, lines, starts
+                continue
+            sizes = np.diff(np.r_[starts, number.size])
+            only = [*only, (number, lines, starts)] if warm.all() and (first or only) else []
+            self.lines += int(sizes[warm].sum())
+            self._first = first and not warm[1:].any() and self._passes == 0
+            self._passes += int(warm.sum())
+            first = False
+            if not warm.all():
+                kept = ~np.repeat(warm, sizes)
+                sizes = sizes[~warm]
+                yield number[kept], {name: array[kept] for name, array in lines.items()}, np.cumsum(sizes) - sizes
+        if only:
+            self.lines = self._passes = 0
+            yield from only
 
-    def _found(self, lines: Lines) -> int:
-        layer, experts = lines["layer"], lines["e0"]
-        runs = np.r_[0, np.flatnonzero(np.diff(layer)) + 1, layer.size][: self._layers + 1]
-        sizes = np.diff(runs)
-        stop = int(runs[-1])
-        if sizes.size < self._layers or stop == layer.size or np.unique(layer[:stop]).size < self._layers:
-            return 0
-        if not np.isin(sizes, (self._num_experts, 2 * self._num_experts)).all():
-            return 0
-        ids = np.sort(experts[:stop].reshape(-1, self._num_experts), axis=1)
-        return stop if (ids == np.arange(self._num_experts)).all() else 0
+    def _found(self, lines: Lines, starts: np.ndarray) -> np.ndarray:
+        """Whether each pass is a warm-up, bool [passes]."""
+        layer, experts, every = lines["layer"], lines["e0"], self._num_experts
+        stops = np.r_[starts[1:], layer.size]
+        of_experts, rest = np.divmod(stops - starts, every)
+        warm = (rest == 0) & (of_experts >= self._layers) & (of_experts <= 2 * self._layers)
+        for number in np.flatnonzero(warm).tolist():
+            start, stop = int(starts[number]), int(stops[number])
+            sizes = np.diff(np.r_[0, np.flatnonzero(np.diff(layer[start:stop])) + 1, stop - start])
+            fits = sizes.size == self._layers and np.isin(sizes, (every, 2 * every)).all()
+            warm[number] = fits and (np.sort(experts[start:stop].reshape(-1, every), axis=1) == np.arange(every)).all()
+        return warm
 
     def facts(self, hints: Hints) -> dict[str, str]:
-        """What `source` says of it, if there was one; a note says it too."""
+        """What `source` says of them, if there was one; a note says it too."""
         if not self.lines:
             return {}
+        one = self._passes == 1
+        which = "the first pass" if self._first and one else f"{self._passes} pass{'' if one else 'es'}"
         hints.note(
-            f"{self._path}: left out the first pass ({self.lines:,} lines), in which every layer runs each of its "
+            f"{self._path}: left out {which} ({self.lines:,} lines), in which every layer runs each of its "
             f"{self._num_experts} experts: llama.cpp's warm-up, or a prompt that was read flat and is no choice either."
         )
-        return {"left_out_warm_up": f"the first pass, {self.lines} lines: every layer runs every expert"}
+        return {"left_out_warm_up": f"{which}, {self.lines} lines: every layer runs every expert"}
 
 
-def _choices(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Iterator[PassBlock]:
+def _choices(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int, warm: _WarmUp) -> Iterator[PassBlock]:
     """The passes of lines `layer,expert`: rows of one layer follow one another, `top_k` lines each."""
-    for line, lines, starts in whole_passes(path, tables, lambda lines: np.diff(lines["layer"]) < 0):
+    passes = whole_passes(path, tables, lambda lines: np.diff(lines["layer"]) < 0)
+    for number, lines, starts in warm.without(passes):
         layer = lines["layer"]
         runs = np.r_[0, np.flatnonzero(np.diff(layer)) + 1]  # where a pass begins, so does a run
         sizes = np.diff(np.r_[runs, layer.size])
         if (uneven := sizes % top_k != 0).any():
             at = int(uneven.argmax())
             raise MoetraceError(
-                f"{path}: layer {layer[runs[at]]} has {sizes[at]} lines from {line + runs[at]} on, which is no "
+                f"{path}: layer {layer[runs[at]]} has {sizes[at]} lines from {number[runs[at]]} on, which is no "
                 f"multiple of top_k ({top_k})."
             )
         runs, sizes, first = runs // top_k, sizes // top_k, starts // top_k
@@ -152,7 +179,7 @@ def _choices(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Ite
         shift = (np.cumsum(step_rows) - step_rows)[step] + step_rows[step] - sizes - runs
         row = np.arange(layer.size // top_k) + np.repeat(shift, sizes)
         ids = lines["e0"].reshape(-1, top_k)
-        yield PassBlock(lambda at, line=line: line + at * top_k, step_rows, row, layer[::top_k], ids)
+        yield PassBlock(lambda at, number=number: int(number[at * top_k]), step_rows, row, layer[::top_k], ids)
 
 
 def _tokens(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int) -> Iterator[PassBlock]:

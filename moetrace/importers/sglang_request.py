@@ -141,7 +141,7 @@ def add_response(requests: RequestSpool, where: str, response: Response, hints: 
             requests.leave_out(NO_ROUTING, f"{place}: routed_experts is 0 bytes, so it has no tokens.")
     shaped = [answer for answer in answers if answer.ids.ndim == 3]
     if shaped:
-        told = shared_out(where, [len(answer.ids) for answer in shaped], [answer.told for answer in shaped])
+        told = shared_out(where, [answer.ids for answer in shaped], [answer.told for answer in shaped])
         for answer, one in zip(shaped, told, strict=True):
             requests.add(answer.where, answer.ids, one)
     answers = [answer for answer in answers if answer.ids.ndim != 3]
@@ -176,10 +176,10 @@ def _add(requests: RequestSpool, answers: list[_Answer], hints: Hints, planes: i
         else:
             fitting.append(answer)
     if fitting:
-        rows = [answer.ids.size // (planes * top_k) for answer in fitting]
-        told = shared_out(fitting[0].where, rows, [answer.told for answer in fitting])
-        for answer, count, one in zip(fitting, rows, told, strict=True):
-            requests.add(answer.where, answer.ids.reshape(count, planes, top_k), one)
+        arrays = [answer.ids.reshape(-1, planes, top_k) for answer in fitting]
+        told = shared_out(fitting[0].where, arrays, [answer.told for answer in fitting])
+        for answer, ids, one in zip(fitting, arrays, told, strict=True):
+            requests.add(answer.where, ids, one)
     return planes
 
 

@@ -29,7 +29,7 @@ from moetrace.importers.reading import npy
 from moetrace.importers.reading.request_spool import NO_ROUTING, UNREADABLE, RequestSpool
 from moetrace.importers.reading.responses import Choice, Payload, Response, array_of, from_base64, responses, told_of
 from moetrace.importers.reading.text import first_bytes, text_of
-from moetrace.importers.reading.told import Told, shared_out
+from moetrace.importers.reading.told import Told, of_parts, shared_out
 from moetrace.spec.errors import MoetraceError
 
 _NPY_IN_BASE64 = b"k05VTVBZ"
@@ -79,8 +79,9 @@ def without_event(first: bytes) -> bytes:
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
-    """One capture of all requests, files in the order of their names, the numbers in these as numbers."""
-    sources = sorted(sources, key=natural)
+    """One capture of all requests; files in the order of their names are in that of the numbers in these."""
+    if list(sources) == sorted(sources):  # else the user has ordered them
+        sources = sorted(sources, key=natural)
     requests = RequestSpool(hints, sources[0])
     model, engine = "", "not recorded"
     for path in sources:
@@ -142,6 +143,7 @@ def add_response(
             requests.leave_out(NO_ROUTING, f"{where} has no choices: it is no response of a completion.")
             return
     found: list[tuple[str, np.ndarray, Told]] = []
+    parts: list[tuple[int, int]] = []  # of 0.21
     for number, choice in enumerate(response.choices or [_of_response(response)]):
         place = f"{where}, choice {number}"
         try:
@@ -151,12 +153,13 @@ def add_response(
             continue
         told = told_of(response, choice, number, start)
         if array is not None:
-            found.append((place, array, told if prompt is None else told._replace(prompt=prompt, output=None)))
+            found.append((place, array, told))
+            parts.extend([] if prompt is None else [(prompt, len(array) - prompt)])
         elif not told.chunk:
             what = f"{place} has no routed_experts: it was aborted, or the server must run with {option}."
             requests.leave_out(NO_ROUTING, what)
-    rows = [len(array) if array.ndim else 0 for _, array, _ in found]
-    told = shared_out(where, rows, [told for _, _, told in found]) if found else []
+    told, shaped = [told for _, _, told in found], [np.atleast_3d(array) for _, array, _ in found]
+    told = of_parts(where, parts, told) if found and len(parts) == len(found) else shared_out(where, shaped, told)
     for (place, array, _), one in zip(found, told, strict=True):
         requests.add(place, array, one)
 

@@ -330,4 +330,8 @@ def test_metrics_are_those_of_a_real_summary():
         for name, value in figures.items()
         for inner in (value if isinstance(value, dict) else [""])
     }
-    assert paths - {path for path in paths if path.startswith("choices.")} - {"name", "speedup"} == set(METRICS)
+    assert paths - {path for path in paths if path.startswith("choices.")} - {
+        "name",
+        "speedup",
+        "break_even_tokens",
+    } == set(METRICS)

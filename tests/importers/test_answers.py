@@ -7,7 +7,11 @@ import pytest
 from support.answers import answer, ids_of, no, one, places, read, said
 from support.writers import imported, refused, routing, steps
 from support.writers.sglang_request import text
-from support.writers.vllm import response
+from support.writers.vllm import npy_base64, response
+
+from moetrace.importers.captured import Hints
+from moetrace.importers.importing import import_traces
+from moetrace.trace import Trace
 
 ENGINES = ["vllm", "sglang-request", "megatron"]
 
@@ -52,7 +56,7 @@ def test_a_number_of_ids_that_fits_two_numbers_of_layers_is_asked_about(tmp_path
 @pytest.mark.parametrize("engine", ["vllm", "megatron"])
 @pytest.mark.parametrize("start", [0, 3])
 def test_usage_counts_the_tokens_of_all_choices(tmp_path, engine, start):
-    ids = [ids_of(rows - start, rows) for rows in (8, 6, 10)]  # outputs of 3, 1 and 5
+    ids = [np.concatenate([ids_of(6), ids_of(rows, rows)[6:]])[start:] for rows in (8, 6, 10)]  # outputs of 3, 1 and 5
     whole = answer(engine, ids[0], 6, 9)
     whole["choices"] = [answer(engine, own)["choices"][0] | {"index": n} for n, own in enumerate(ids)]
     trace = read(tmp_path, engine, whole)
@@ -68,8 +72,8 @@ def test_the_first_choice_alone_is_not_compared_with_the_tokens_of_both(tmp_path
     usage = {"prompt_tokens": 6, "completion_tokens": 9}
     whole = {"choices": [{"index": 0}, {"index": 1}], "sglext": {"routed_experts": text(ids)}, "usage": usage}
     assert places(read(tmp_path, "sglang-request", whole)) == one(range(10), 6)
-    usage["completion_tokens"] = 5
-    assert "6 tokens of the prompt and 5 of its 2 choices, which allow 9" in no(tmp_path, "sglang-request", whole)
+    usage["completion_tokens"] = 4
+    assert "6 tokens of the prompt and 4 of its 2 choices, which allow 9" in no(tmp_path, "sglang-request", whole)
     path = tmp_path / "log.jsonl"
     assert "give --model" in refused(tmp_path, path, num_experts=16, top_k=2)
 
@@ -85,11 +89,120 @@ def test_choices_of_several_prompts_have_no_known_prompt(tmp_path):
     assert places(read(tmp_path, "vllm", whole)) == one(range(6), 4) + one(range(8), 6, 1)
 
 
+def of_choices(arrays, prompt, output, cached=None, **more):
+    """An answer of several choices, None without routing, with `usage` of all."""
+    whole = response([ids_of(1)] * len(arrays), prompt) | more
+    for choice, ids in zip(whole["choices"], arrays, strict=True):
+        choice["routed_experts"] = None if ids is None else npy_base64(ids)
+    whole["usage"] = {"prompt_tokens": prompt, "completion_tokens": output}
+    if cached is not None:
+        whole["usage"]["prompt_tokens_details"] = {"cached_tokens": cached}
+    return whole
+
+
+@pytest.mark.parametrize("prompts", [(3, 5), (3, 5, 4), (4, 4)])
+@pytest.mark.parametrize("cached", [None, 4])
+def test_several_prompts_with_several_choices_begin_at_0(tmp_path, prompts, cached):
+    ids = [ids_of(prompt + 2, at) for at, prompt in enumerate(prompts) for _ in range(2)]
+    trace = read(tmp_path, "vllm", of_choices(ids, sum(prompts), 3 * len(ids), cached))
+    expected = [one(range(len(own)), 99, at) for at, own in enumerate(ids)]
+    assert places(trace) == [row for rows in expected for row in rows]
+    assert trace.source["phase"].startswith("unknown") and "left_out_cached_rows" not in trace.source
+
+
+def test_prompts_that_are_told_and_outputs_that_are_not(tmp_path):
+    whole = of_choices([ids_of(5, 1), ids_of(7, 2)], 8, 6)
+    for choice, prompt in zip(whole["choices"], (3, 5), strict=True):
+        choice["prompt_token_ids"] = [prompt] * prompt
+    assert places(read(tmp_path, "vllm", whole)) == one(range(5), 3) + one(range(7), 5, 1)
+    alone = answer("vllm", ids_of(6))
+    alone["choices"][0]["prompt_token_ids"] = [1, 2, 3, 4]
+    assert places(read(tmp_path, "vllm", alone)) == one(range(6), 4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "output", "cached", "first", "prompt"),
+    [
+        (range(9), 5, None, 0, 6),
+        (range(9), 4, None, 0, 6),  # the other had no token
+        (range(9), 7, 4, 0, 6),  # from 4 on, it would have 8 tokens
+        (range(4, 9), 8, 4, 4, 6),
+        (range(9), 9, 4, 0, 99),  # 4 tokens from 0 on, or 8 from 4 on
+        (range(4, 9), 8, None, 0, 99),
+    ],
+)
+def test_a_choice_without_routing_has_tokens_of_its_own(tmp_path, rows, output, cached, first, prompt):
+    ids = ids_of(9)[list(rows)]
+    trace = read(tmp_path, "vllm", of_choices([ids, None], 6, output, cached))
+    dropped = 4 if cached and first == 0 and prompt == 6 else 0
+    assert places(trace) == one(range(first + dropped, first + len(ids)), prompt)
+    assert ("phase" in trace.source) == (prompt == 99) and trace.source["left_out_answers"] == {"without routing": 1}
+
+
+def test_choices_that_begin_elsewhere_are_aligned_by_their_prompt(tmp_path):
+    whole = [np.concatenate([ids_of(6), ids_of(rows, rows)[6:]]) for rows in (8, 10, 9)]
+    for starts in ((0, 4, 4), (3, 0, 1), (1, 1, 4), (5, 5, 0)):
+        ids = [own[start:] for own, start in zip(whole, starts, strict=True)]
+        trace = read(tmp_path, "vllm", of_choices(ids, 6, 12))
+        expected = [one(range(starts[at], len(own)), 6, at) for at, own in enumerate(whole)]
+        assert places(trace) == [row for rows in expected for row in rows]
+    ids = [whole[0], ids_of(6, 8), ids_of(5, 9)]  # no rows of the prompt are the same
+    trace = read(tmp_path, "vllm", of_choices(ids, 6, 12))
+    assert {position for _, position, _ in places(trace)[8:]} == set(range(6)) and "phase" in trace.source
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "usage", "positions"),
+    [
+        (6, 3, (6, 4, None), range(9)),
+        (6, 3, (6, 3, None), range(9)),
+        (3, 3, (6, 3, 3), range(3, 9)),
+        (6, 3, (6, 4, 3), range(3, 9)),
+        (6, 3, (6, 1, None), "6 tokens of a prompt and 3 of the output, but says that there are 6 (0 of them cached)"),
+        (6, 3, (6, 9, None), "6 tokens of a prompt and 3 of the output"),
+        (4, 5, (9, 5, None), "4 tokens of a prompt and 5 of the output, but says that there are 9"),
+        (6, 3, (5, 4, None), "6 tokens of a prompt"),
+    ],
+)
+def test_parts_of_the_prompt_and_the_output_are_compared_with_usage(tmp_path, prompt, output, usage, positions):
+    ids = ids_of(9)
+    whole = of_choices([ids[6 : 6 + output] if prompt != 4 else ids[4:]], *usage)
+    whole["choices"][0]["prompt_routed_experts"] = npy_base64(ids[6 - prompt : 6] if prompt != 4 else ids[:4])
+    if isinstance(positions, str):
+        assert positions in no(tmp_path, "vllm", whole)
+    else:
+        assert places(read(tmp_path, "vllm", whole)) == one(positions, 6)
+
+
+def test_parts_of_several_choices_are_compared_with_usage_together(tmp_path):
+    ids = ids_of(9)
+    whole = of_choices([ids[6:8], ids[6:]], 6, 7) | {"prompt_routed_experts": npy_base64(ids[:6])}
+    assert places(read(tmp_path, "vllm", whole)) == one(range(8), 6) + one(range(9), 6, 1)
+    whole["usage"]["completion_tokens"] = 4
+    assert "6 tokens of a prompt and 5 of the output" in no(tmp_path, "vllm", whole)
+    whole = of_choices([ids[6:8], ids[6:]], 10, 7)
+    for choice, rows in zip(whole["choices"], (6, 4), strict=True):  # a batch of two prompts
+        choice["prompt_routed_experts"] = npy_base64(ids[:rows])
+    assert places(read(tmp_path, "vllm", whole)) == one(range(8), 6) + one(range(7), 4, 1)
+
+
+def test_answers_without_numbers_among_others_are_told(tmp_path):
+    path = tmp_path / "log.jsonl"
+    answers = [answer("vllm", ids_of(9, seed), *numbers) for seed, numbers in enumerate([(6, 4), (), (6, 4)])]
+    path.write_text("".join(json.dumps(one) + "\n" for one in answers))
+    notes = []
+    import_traces(path, tmp_path / "o.h5", hints=Hints(num_experts=16, note=notes.append))
+    trace = Trace.open(tmp_path / "o.h5")
+    assert places(trace) == one(range(9), 6) + one(range(9), 99, 1) + one(range(9), 6, 2)
+    assert trace.source["requests_of_unknown_phase"] == 1 and "1 of 3 requests do not tell" in notes[0]
+
+
 def test_a_start_that_is_told_goes_before_what_the_tokens_tell(tmp_path):
     whole = answer("vllm", ids_of(6), 8, 4)
     assert places(read(tmp_path, "vllm", whole)) == one(range(5, 11), 8)
     cut = answer("vllm", ids_of(5), 8, 4, routed_experts_prompt_start=5)
-    assert places(read(tmp_path, "vllm", cut)) == one(range(5, 10), 8), "the last token's row is lacking"
+    trace = read(tmp_path, "vllm", cut)
+    assert places(trace) == one(range(5, 10), 8) and trace.source["lacking_rows"] == 1, "of the last token"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -149,10 +262,6 @@ def test_three_turns_and_what_only_looks_like_one(tmp_path):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_keep_cached_keeps_every_row_of_every_turn(tmp_path, engine):
-    from moetrace.importers.captured import Hints
-    from moetrace.importers.importing import import_traces
-    from moetrace.trace import Trace
-
     ids = ids_of(15)
     path = tmp_path / "a.jsonl"
     turns = [answer(engine, ids[:7], 5, 3, name="x"), answer(engine, ids, 12, 4, cached=4, name="x")]
@@ -221,6 +330,59 @@ def test_a_prefill_and_a_decode_server_answer_one_request(tmp_path, engine, tran
     pair = [answer(engine, ids[:8], 8, 1, name="r"), answer(engine, decode, 8, 4, name="r")]
     trace = read(tmp_path, engine, *pair)
     assert places(trace) == one(range(11), 8) and np.array_equal(trace.read("experts", 0, 11), ids)
+    trace = read(tmp_path, engine, *reversed(pair))
+    assert places(trace) == one(range(11), 8), "whichever is read first"
+    assert np.array_equal(trace.read("experts", 0, 11), ids)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang-request"])
+@pytest.mark.parametrize("overlap", [0, 1, 8])
+@pytest.mark.parametrize("order", [("prefill", "decode"), ("decode", "prefill"), None])
+def test_servers_of_prefill_and_decode_have_a_file_each(tmp_path, engine, overlap, order, monkeypatch):
+    monkeypatch.setattr("moetrace.importers.reading.request_spool.BLOCK_BYTES", 32)
+    ids = [ids_of(11, seed) for seed in (1, 2)]
+    folder = tmp_path / "pd"
+    folder.mkdir()
+    for name, rows, output in (("prefill", slice(8), 1), ("decode", slice(8 - overlap, 11), 4)):
+        cached = 8 if name == "decode" else None
+        lines = [answer(engine, own[rows], 8, output, cached, name=str(at)) for at, own in enumerate(ids)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sources = [folder] if order is None else [folder / f"{name}.jsonl" for name in order]
+    trace = imported(tmp_path, *sources, **said(engine), format=engine)
+    expected = one(range(8), 8) + one(range(8), 8, 1) + one(range(8, 11), 8) + one(range(8, 11), 8, 1)
+    assert places(trace) == expected and trace.source["joined_answers"] == 2
+    both = np.concatenate([ids[0][:8], ids[1][:8], ids[0][8:], ids[1][8:]])
+    assert np.array_equal(trace.read("experts", 0, 22), both)
+
+
+def test_a_turn_after_a_decode_server_that_was_read_first(tmp_path):
+    ids = ids_of(20)
+    pair = [answer("vllm", ids[8:11], 8, 4, 8, name="r"), answer("vllm", ids[:8], 8, 1, name="r")]
+    trace = read(tmp_path, "vllm", *pair, answer("vllm", ids, 14, 7))
+    assert places(trace) == one(range(11), 8) + one(range(11, 20), 14)
+
+
+def test_files_that_the_user_orders_stay_in_order(tmp_path):
+    paths = [tmp_path / name for name in ("b.npy", "a.npy", "10.npy")]
+    for rows, path in enumerate(paths, 1):
+        np.save(path, ids_of(rows, rows))
+    trace = imported(tmp_path, *paths, num_experts=16)
+    assert trace.read("request", 0, 6).tolist() == [0, 1, 1, 2, 2, 2]
+
+
+def test_the_last_chunk_tells_the_tokens_of_all_choices(tmp_path):
+    whole = [np.concatenate([ids_of(6), ids_of(rows, rows)[6:]]) for rows in (8, 10)]  # outputs of 3 and 5
+    for start in (0, 4):
+        parts = []
+        for choice, ids in enumerate(whole):
+            for rows in (slice(start, 6), slice(6, None)):
+                part = answer("vllm", ids[rows], name="c", object="x.chunk")
+                part["choices"][0]["index"] = choice
+                parts.append(part | {"usage": None})
+        usage = {"prompt_tokens": 6, "completion_tokens": 8}
+        trace = read(tmp_path, "vllm", *parts, {"id": "c", "object": "x.chunk", "choices": [], "usage": usage})
+        expected = one(range(start, 8), 6) + one(range(start, 10), 6, 1)
+        assert sorted(places(trace)) == expected and "phase" not in trace.source
 
 
 def test_the_same_answer_twice_counts_once_and_others_of_its_id_are_their_own(tmp_path):

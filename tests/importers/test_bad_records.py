@@ -1,6 +1,7 @@
 """One bad record does not lose a log: it is left out and counted, with a note, or refused if the user is strict."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -151,9 +152,9 @@ def test_nan_in_an_answer_or_a_record_is_no_matter(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "what"),
     [
-        ('"topk_ids": [', '"topk_ids": [9, ', "has 3 ids and 2 weights, unlike the first"),
-        ('"topk_weights": [0.5, 0.25]', '"topk_weights": [0.5]', "has 2 ids and 1 weights, unlike the first"),
-        ('"topk_weights": [0.5, 0.25]', '"topk_weights": null', "has 2 ids and no weights, unlike the first"),
+        ('"topk_ids": [', '"topk_ids": [9, ', "has 3 ids and 2 weights, unlike others of its layer"),
+        ('"topk_weights": [0.5, 0.25]', '"topk_weights": [0.5]', "has 2 ids and 1 weights, unlike others of its layer"),
+        ('"topk_weights": [0.5, 0.25]', '"topk_weights": null', "has 2 ids and no weights, unlike others of its layer"),
     ],
 )
 def test_a_route_of_another_shape_is_absent(tmp_path, old, new, what):
@@ -169,6 +170,80 @@ def test_a_route_of_another_shape_is_absent(tmp_path, old, new, what):
     found[1, 1] = ids[1, 1]
     assert np.array_equal(found, ids) and f"route 5 (from 0) {what}" in notes[0]
     assert what in strict(path, num_experts=8)
+
+
+@pytest.mark.parametrize("empty", ["[]", "null"])
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_route_without_ids_is_absent_even_if_it_is_the_first(tmp_path, empty, at):
+    ids = routing(9, 3, 2, 8)
+    path = write(tmp_path / "a.jsonl", ids, [4, 5])
+    lines = path.read_text().splitlines(keepends=True)
+    lines[1 + at] = re.sub(r'_ids": \[.*?\]', f'_ids": {empty}', lines[1 + at])
+    path.write_text("".join(lines))
+    trace, notes = imported(path, num_experts=8)
+    found = trace.read("experts", 0, 9)
+    row, layer = (0, 0) if at == 0 else (1, 1)  # a pass of four comes layer by layer
+    assert (found[row, layer] == 255).all() and trace.source["absent_routes_of_another_shape"] == 1
+    found[row, layer] = ids[row, layer]
+    assert np.array_equal(found, ids) and f"route {at} (from 0) has 0 ids and 2 weights" in notes[0]
+    assert "has 0 ids" in strict(path, num_experts=8)
+
+
+@pytest.mark.parametrize("lost", [[6], [5, 6, 18], [8], [27]])
+@pytest.mark.parametrize("chunk", [300, 1 << 20])
+def test_a_line_that_is_no_json_is_left_out_and_its_token_stays(tmp_path, monkeypatch, lost, chunk):
+    monkeypatch.setattr("moetrace.importers.jsonl.CHUNK_BYTES", chunk)
+    ids = routing(9, 3, 2, 8)
+    path = write(tmp_path / "a.jsonl", ids, [4, 5])
+    lines = path.read_text().splitlines(keepends=True)
+    for at in lost:
+        lines[at] = "Killed worker " + lines[at]
+    path.write_text("".join(lines))
+    trace, notes = imported(path, num_experts=8)
+    found = trace.read("experts", 0, 9)
+    absent = (found == 255).all(axis=2)
+    assert absent.sum() == len(lost) and not absent[:, 0].any()
+    found[absent] = ids[absent]
+    assert np.array_equal(found, ids)
+    assert trace.source["left_out_broken_lines"] == len(lost) and f"line {lost[0] + 1} is not as expected" in notes[0]
+    assert f"line {lost[0] + 1} is not as expected" in strict(path, num_experts=8)
+
+
+def test_a_line_of_the_first_layer_that_is_no_json_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", routing(9, 3, 2, 8), [4, 5])
+    lines = path.read_text().splitlines(keepends=True)
+    lines[2] = "Killed worker\n"
+    path.write_text("".join(lines))
+    with pytest.raises(MoetraceError, match="line 3 is not as expected"):
+        imported(path, num_experts=8)
+
+
+def test_noise_between_the_lines_of_lattice_and_jsonl(tmp_path):
+    ids = routing(3, 3, 2, 8)
+    path = tmp_path / "lattice.jsonl"
+    lines = records(ids, np.full((3, 3, 2), 0.5), [0, 1, 2], [0, 2, 3]).splitlines(keepends=True)
+    noisy = [*lines[:4], "WARNING: slow\n", *lines[4:5], "Killed " + lines[5], *lines[6:]]
+    path.write_text("".join(noisy))
+    trace, notes = imported(path, num_experts=8)
+    found = trace.read("experts", 0, 3)
+    assert (found[1, 2] == 255).all() and trace.source["left_out_broken_lines"] == 2
+    found[1, 2] = ids[1, 2]
+    assert np.array_equal(found, ids) and "left out 2 lines that are no JSON, the first because" in notes[0]
+    assert "line 5 is not as expected" in strict(path, num_experts=8)
+    path = write(tmp_path / "a.jsonl", ids, [2, 1])
+    path.write_text(path.read_text().replace("\n", "\nWARNING: slow\n", 3))
+    assert np.array_equal(imported(path, num_experts=8)[0].read("experts", 0, 3), ids)
+
+
+@pytest.mark.parametrize("old", ["selected_ids", "gate_weights"])
+def test_null_in_a_record_of_lattice_is_absent(tmp_path, old):
+    ids = routing(3, 3, 2, 8)
+    path = tmp_path / "lattice.jsonl"
+    lines = records(ids, np.full((3, 3, 2), 0.5), [0, 1, 2], [0, 2, 3]).splitlines(keepends=True)
+    lines[0] = re.sub(rf'"{old}":\[.*?\]', f'"{old}":null', lines[0])
+    path.write_text("".join(lines))
+    trace, _ = imported(path, num_experts=8)
+    assert (trace.read("experts", 0, 1)[0, 0] == 255).all() and trace.source["absent_routes_of_another_shape"] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Route logs in JSON lines: every route comes out where it was, and damage is one sentence."""
 
 import gc
+import json
 
 import numpy as np
 import pytest
@@ -58,7 +59,6 @@ def test_small_chunks_change_nothing(tmp_path, monkeypatch):
     ("old", "new", "message"),
     [
         ('"layer": 1', '"layer": 65535', "line 6"),
-        ('"topk_ids": [', '"topk_ids": [9, ', "route 0 (from 0) has 2 weights for 3 ids"),
         (
             '"token_idx": 3, "layer": 2',
             '"token_idx": 2, "layer": 2',
@@ -70,7 +70,6 @@ def test_small_chunks_change_nothing(tmp_path, monkeypatch):
             "of another token",
         ),
         ("0.25]", "1e300]", "has a weight beyond 65504"),
-        ("0.25]", "0.25, 1]", "3 weights for 2 ids"),
         ('"type": "route"', '"type": "rout"', "rout"),
         ("}\n", "\n", "line 1"),
     ],
@@ -79,6 +78,44 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, old, new, message):
     path = write(tmp_path / "a.jsonl", IDS, [4, 3, 1, 1])
     path.write_text(path.read_text().replace(old, new, 2))
     assert message in refused(tmp_path, path, num_experts=8, format="jsonl")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"topk_ids": [', '"topk_ids": [9, ', "route 0 (from 0) has 2 weights for 3 ids"),
+        ("0.25]", "0.25, 1]", "3 weights for 2 ids"),
+        ("}\n", "\n", "line 1 is not as expected"),
+    ],
+)
+def test_what_fits_nowhere_is_one_sentence(tmp_path, old, new, message):
+    path = write(tmp_path / "a.jsonl", IDS, [4, 3, 1, 1])
+    path.write_text(path.read_text().replace(old, new))
+    assert message in refused(tmp_path, path, num_experts=8, format="jsonl")
+
+
+@pytest.mark.parametrize("header", [2, None, 5, "2"])
+@pytest.mark.parametrize("chunk", [100, 700, 1 << 20])
+def test_layers_may_choose_fewer_experts_than_others(tmp_path, monkeypatch, header, chunk):
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", chunk)
+    lines = ['{"type": "meta"}' if header is None else json.dumps({"type": "meta", "top_k": header})]
+    for token in range(9):
+        for layer, top_k in enumerate((1, 2, 1)):
+            route = {
+                "type": "route",
+                "token_idx": token,
+                "layer": layer,
+                "topk_ids": IDS[token, layer, :top_k].tolist(),
+            }
+            lines.append(json.dumps(route | {"topk_weights": [0.5, 0.25][:top_k]}))
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    told = {"top_k": 2} if chunk == 100 and header in (None, "2") else {}  # the first piece is of one layer
+    trace = imported(tmp_path, path, num_experts=8, **told)
+    found, gates = (trace.read(name, 0, 9) for name in ("experts", "gates"))
+    assert np.array_equal(found[:, 1], IDS[:, 1]) and (found[:, ::2, 1] == 255).all()
+    assert np.array_equal(found[:, ::2, 0], IDS[:, ::2, 0]) and not gates[:, ::2, 1].any()
+    assert trace.top_k == 2 and "absent_routes_of_another_shape" not in trace.source
 
 
 def test_a_log_of_many_layers_but_few_routes_is_not_believed(tmp_path, monkeypatch):

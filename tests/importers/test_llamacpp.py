@@ -145,6 +145,36 @@ def test_a_warm_up_is_left_out_and_told(tmp_path, monkeypatch, count, rows, chun
     assert f"left out the first pass ({lines} lines), in which every layer runs each of its 10 experts" in notes[0]
 
 
+@pytest.mark.parametrize("chunk", [64, 1 << 20])
+def test_every_warm_up_of_a_file_is_left_out(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("moetrace.importers.reading.text.CHUNK_BYTES", chunk)
+    known, notes = [passes(rows, 3, 2, 16, seed) for seed, rows in enumerate([[6, 1, 1], [8, 1], [1, 1]])], []
+    parts = [choices(one, LAYERS) for one in known]
+    warm = [warm_up(count, LAYERS, 16) for count in (1, 2)]
+    path = save(tmp_path, warm[0] + warm[1] + parts[0] + warm[1] + parts[1] + warm[0] + parts[2] + warm[0])
+    import_traces(path, tmp_path / "o.h5", hints=Hints(num_experts=16, top_k=2, note=notes.append))
+    with Trace.open(tmp_path / "o.h5") as trace:
+        assert np.array_equal(column(trace, "experts"), joined([step for one in known for step in one], 16))
+        assert steps(trace) == [(6, 0), (1, 1), (1, 1), (8, 0), (1, 1), (1, 1), (1, 1)]
+        lines = 16 * (3 * 3 + 2 * 5)
+        assert trace.source["left_out_warm_up"] == f"5 passes, {lines} lines: every layer runs every expert"
+    assert f"left out 5 passes ({lines} lines), in which every layer" in notes[0]
+
+
+def test_a_later_pass_that_may_run_every_expert_by_chance_stays(tmp_path):
+    known = passes([2, 1, 2, 1], 3, 2, 4)
+    known[2].ids[:] = [[[0, 1]] * 3, [[2, 3]] * 3]
+    trace = imported(save(tmp_path, choices(known, LAYERS)), "llamacpp", num_experts=4, top_k=2)
+    assert np.array_equal(column(trace, "experts"), joined(known, 4))
+
+
+def test_a_line_after_a_warm_up_has_its_number(tmp_path):
+    text = warm_up(1, LAYERS, 16) + choices(passes([6, 1], 3, 2, 16), LAYERS)
+    lines = text.splitlines(keepends=True)
+    lines[50] = lines[50].split(",")[0] + ",77\n"
+    refused(save(tmp_path, "".join(lines)), "line 51 holds the expert 77", "llamacpp", num_experts=16, top_k=2)
+
+
 def test_a_warm_up_with_positions_is_left_out_and_told(tmp_path):
     known = passes([4, 1, 1], 3, 2, 8)
     ids = np.random.default_rng(1).permuted(np.tile(np.arange(8), (2, 3, 1)), axis=2)

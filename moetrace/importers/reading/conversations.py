@@ -3,15 +3,13 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
+from itertools import count, takewhile
 from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.importers.reading.told import Told
+from moetrace.importers.reading.told import ALIKE, Told
 
-# Rows that two answers share are the same if this share of their cells is. Kernels that run another batch flip a few
-# choices; unrelated tokens agree in few cells.
-_ALIKE = 0.75
 _COMPARED_ROWS = 4096  # at most, of the end of what two answers share
 _FEWEST_ROWS = 4  # without ids, fewer rows than these that are equal may be chance
 _SAMPLED = 8  # ids of a row that find it again; then all are compared
@@ -40,6 +38,7 @@ class Request:
         self.stretches: list[Stretch] = []
         self.places: list[int] = []  # of the stretches among all
         self.prompt: int | None = None  # of the last turn
+        self.begin = 2**31  # the position of the first row
         self.end = 0  # the position after the last row
         self.key: tuple[int, int | bytes] | None = None  # by which its next turn finds it
 
@@ -47,9 +46,9 @@ class Request:
 class Conversations:
     """Finds the request that an answer continues.
 
-    It has the id of an earlier answer and begins where that ended or later, or repeats its rows; or its prompt begins
-    with all that an earlier answer routed, prompt and output: the same tokens, or the same rows where tokens are not
-    told.
+    It has the id of an earlier answer and begins where that ended or later, or repeats its rows, or has the same prompt
+    and ends where that began or earlier; or its prompt begins with all that an earlier answer routed, prompt and
+    output: the same tokens, or the same rows where tokens are not told.
     """
 
     def __init__(self, absent: int, stored: Stored) -> None:
@@ -63,10 +62,19 @@ class Conversations:
         """The request of an answer's id and choice, if there is one."""
         return self._of_id.get((told.id, told.choice)) if told.id else None
 
+    def choices(self, told: Told) -> list[Request]:
+        """The requests of an answer's id, of its choice and those after it."""
+        found = (self._of_id.get((told.id, choice)) for choice in count(told.choice))
+        return list(takewhile(lambda request: request is not None, found)) if told.id else []
+
     def found(self, first: int, told: Told, ids: Ids, rows: int) -> Request | None:
         """The request that an answer of `rows` from position `first` on continues; `ids` gives its own."""
         known = self.of_id(told)
-        if known and (first >= known.end or self._alike(known, first, ids, rows, _ALIKE)):
+        if known and (
+            first >= known.end
+            or (first + rows <= known.begin and told.prompt == known.prompt)
+            or self._alike(known, first, ids, rows, ALIKE)
+        ):
             return known
         if told.prompt_ids:
             found = [self._of_tokens.get(key) for key in _prefixes(told.prompt_ids, self._lengths[0])]
@@ -102,8 +110,8 @@ class Conversations:
         cells = cells[output] if output.any() else cells
         return bool(cells.size == 0 or cells.mean() >= share)
 
-    def add(self, request: Request, told: Told, last_row: np.ndarray) -> None:
-        """Remember how `request`, which an answer has just begun or continued, can be continued."""
+    def add(self, request: Request, told: Told, last_row: np.ndarray | None) -> None:
+        """Remember how `request`, to which an answer has just been added, can be continued; its last row if known."""
         if told.id:
             self._of_id[told.id, told.choice] = request
         if request.key is not None:  # of what has gone on since, only the whole is what a next turn repeats
@@ -118,8 +126,11 @@ class Conversations:
             _add(self._lengths[0], length)
             request.key = next(_prefixes(tokens, [length]))
             self._of_tokens[request.key] = request
-        elif length >= _FEWEST_ROWS and request.stretches[0].first == 0:
+        elif length >= _FEWEST_ROWS and request.begin == 0:
             _add(self._lengths[1], length)
+            if last_row is None:
+                last = next(one for one in request.stretches if one.first + one.rows == length)
+                last_row = self._stored(last, length - 1, length)[0]
             request.key = (length, _mixed(last_row[None])[0])
             self._of_rows[request.key] = request
 

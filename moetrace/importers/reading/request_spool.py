@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from moetrace.importers.reading.conversations import Conversations, Request, Str
 from moetrace.importers.reading.numbering import kept_layers
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
-from moetrace.importers.reading.told import Told, first_position
+from moetrace.importers.reading.told import Told, first_position, shared_out
 from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, PREFILL, absent_id, check_sizes, expert_dtype
 
@@ -72,12 +73,14 @@ class RequestSpool:
         cells = self._placeholders.cells  # are counted when rows are appended, not when they are compared
         request = self._conversations.found(first, told, lambda rows: self._narrow(where, 0, ids[rows]), len(ids))
         self._placeholders.cells = cells
-        kept_from = self._kept_from(request, first, len(ids), told)
-        if kept_from == len(ids) and request:
+        kept = self._kept(request, first, len(ids), told)
+        if not kept and request:
             self._counts["repeated"] += 1
         fresh = request is None
         request = request or Request(len(self._requests))
-        last = self._append(where, ids, kept_from, (request, first, told.prompt))
+        end, last = request.end, np.zeros(0, np.uint8)
+        for rows in kept:
+            last = self._append(where, ids, rows, (request, first, told.prompt))
         if not last.size:
             return
         if fresh:
@@ -85,7 +88,7 @@ class RequestSpool:
         else:
             self._counts["joined"] += 1
         request.prompt = request.prompt if told.prompt is None else told.prompt
-        self._conversations.add(request, told, last)
+        self._conversations.add(request, told, last if request.end > end else None)
 
     def _fits(self, where: str, ids: np.ndarray) -> bool:
         """Whether the array is of the shape of those before; else it is left out."""
@@ -105,19 +108,29 @@ class RequestSpool:
 
     def finish(self, told: Told) -> None:
         """The numbers of an answer that came in chunks without any, as the last chunk tells them."""
-        request = self._conversations.of_id(told)
-        if request is None or told.prompt is None:
+        requests = self._conversations.choices(told)
+        if not requests or told.prompt is None or told.output is None:
             return
-        if told.output is None or any(stretch.prompt is not None for stretch in request.stretches):
+        stretches = [stretch for request in requests for stretch in request.stretches]
+        if any(stretch.prompt is not None for stretch in stretches):
             return
-        shift = first_position(str(self._source), request.end, told)
-        request.prompt = told.prompt
-        request.end += shift
-        request.stretches = [
-            stretch._replace(first=stretch.first + shift, prompt=told.prompt) for stretch in request.stretches
-        ]
-        for at, stretch in zip(request.places, request.stretches, strict=True):
-            self._stretches[at] = (request.number, stretch)
+        where = str(self._source)
+        numbers = [told] * len(requests)
+        if len(requests) > 1:
+            arrays = [
+                np.concatenate([self._stored(s, s.first, s.first + s.rows) for s in r.stretches]) for r in requests
+            ]
+            numbers = shared_out(where, arrays, [told._replace(choices=len(requests))] * len(requests))
+        for request, own in zip(requests, numbers, strict=True):
+            shift = first_position(where, request.end, own)
+            request.prompt = own.prompt
+            request.begin += shift
+            request.end += shift
+            request.stretches = [
+                stretch._replace(first=stretch.first + shift, prompt=own.prompt) for stretch in request.stretches
+            ]
+            for at, stretch in zip(request.places, request.stretches, strict=True):
+                self._stretches[at] = (request.number, stretch)
 
     def _begin(self, where: str, ids: np.ndarray) -> None:
         planes, top_k = ids.shape[1:]
@@ -132,35 +145,41 @@ class RequestSpool:
         if told.prompt is None and told.start is None and told.chunk and known:
             return known.end
         first = first_position(where, rows, told)
+        if told.prompt is not None and told.output and not told.chunk:
+            lacking = told.prompt + told.output - 1 - first - rows
+            self._counts["lacking"] += max(lacking, 0)
         if not 0 <= first < 2**31 - rows:
             raise MoetraceError(f"{where} would begin at position {first}.")
         self._starts.add(first)
         return first
 
-    def _kept_from(self, request: Request | None, first: int, rows: int, told: Told) -> int:
-        """How many of the first rows no forward pass computed for this answer, or are there already."""
+    def _kept(self, request: Request | None, first: int, rows: int, told: Told) -> list[tuple[int, int]]:
+        """Which rows (from, to) are new: not computed before this answer, and not there already."""
         cached = min(told.cached or 0, first + rows if told.prompt is None else told.prompt)
         kept = 0 if self._hints.keep_cached else min(max(cached - first, 0), rows)
         self._counts["cached"] += kept
-        if request is None:
-            return kept
-        repeated = min(max(request.end - first, 0), rows)
-        turn = told.prompt is not None and (request.prompt is None or told.prompt > request.prompt)
-        if turn and (told.cached is not None or self._hints.keep_cached):
-            return kept  # what comes again although it was not cached was recomputed
-        self._counts["cached" if turn else "again"] += max(repeated - kept, 0)
-        return max(repeated, kept)
+        ranges = [(kept, rows)]
+        if request:
+            turn = told.prompt is not None and (request.prompt is None or told.prompt > request.prompt)
+            if not turn or (told.cached is None and not self._hints.keep_cached):
+                # A turn repeats all before its end; but a server may bring the rows before those of another.
+                begin = first if turn else request.begin
+                ranges = [(kept, min(rows, begin - first)), (max(kept, request.end - first), rows)]
+                fresh = sum(max(stop - start, 0) for start, stop in ranges)
+                self._counts["cached" if turn else "again"] += rows - kept - fresh
+            # Else what comes again although it was not cached was recomputed.
+        return [(start, stop) for start, stop in ranges if start < stop]
 
     def _append(
-        self, where: str, ids: np.ndarray, kept_from: int, whose: tuple[Request, int, int | None]
+        self, where: str, ids: np.ndarray, kept: tuple[int, int], whose: tuple[Request, int, int | None]
     ) -> np.ndarray:
-        """Append rows from `kept_from` on, but for padding, to a request; return the last of them."""
+        """Append rows (from, to), but for padding, to a request; return the last of them."""
         request, first, prompt = whose
         assert self._spool is not None
         at_once = max(1, BLOCK_BYTES // (ids.itemsize * self._inner[0] * self._inner[1]))
         last = np.zeros(0, np.uint8)
-        for start in range(kept_from, len(ids), at_once):
-            narrow = self._narrow(where, start, np.asarray(ids[start : start + at_once]))
+        for start in range(kept[0], kept[1], at_once):
+            narrow = self._narrow(where, start, np.asarray(ids[start : min(start + at_once, kept[1])]))
             padding = self._padding(narrow)
             if padding is None:
                 runs = [(0, len(narrow))]
@@ -190,6 +209,7 @@ class RequestSpool:
         request.places.append(len(self._stretches))
         self._stretches.append((request.number, stretch))
         request.stretches.append(stretch)
+        request.begin = min(request.begin, stretch.first)
         request.end = max(request.end, stretch.first + stretch.rows)
 
     def _narrow(self, where: str, first_row: int, ids: np.ndarray) -> np.ndarray:
@@ -243,11 +263,18 @@ class RequestSpool:
         spool = self._spool
         layers, dropped = kept_layers(self._used, self._hints)
         facts = facts | dropped | self._told()
-        if any(stretch.prompt is None for _, stretch in self._stretches):
-            facts |= {"phase": UNKNOWN_PHASE}
-        numbers, stretches = zip(*self._stretches, strict=True)
+        unknown = {number for number, stretch in self._stretches if stretch.prompt is None}
+        if 0 < len(unknown) < len(self._requests):
+            facts["requests_of_unknown_phase"] = len(unknown)
+            self._hints.note(
+                f"{sources[0]}: {len(unknown)} of {counted(len(self._requests), 'request')} do not tell how long their "
+                f"prompts are: all their rows are taken as prefill."
+            )
+        if unknown:
+            facts["phase"] = UNKNOWN_PHASE
+        numbers, stretches = zip(*self._in_order(), strict=True)
         rows = np.array([stretch.rows for stretch in stretches])
-        starts = np.array([stretch.first - stretch.row for stretch in stretches])
+        starts = np.array([stretch.first for stretch in stretches]) - np.cumsum(rows) + rows
         position = np.arange(rows.sum()) + np.repeat(starts, rows)
         decode_from = np.array([2**31 if stretch.prompt is None else stretch.prompt for stretch in stretches])
         return Capture(
@@ -261,9 +288,19 @@ class RequestSpool:
             phase=np.where(position < np.repeat(decode_from, rows), PREFILL, DECODE).astype(np.uint8),
             optional=(),
             facts=facts,
-            parts=lambda: _of_layers(spool, layers if dropped else None),
+            parts=lambda: _of_layers(_blocks(spool, stretches), layers if dropped else None),
             sources=tuple(sources),
         )
+
+    def _in_order(self) -> list[tuple[int, Stretch]]:
+        """The stretches in time order: of a request, a server that decodes may have answered before its prefill."""
+        found = list(self._stretches)
+        for request in self._requests:
+            if any(a.first > b.first and b.prompt == a.prompt for a, b in pairwise(request.stretches)):
+                ordered = sorted(request.stretches, key=lambda stretch: (stretch.prompt or 0, stretch.first))
+                for at, stretch in zip(sorted(request.places), ordered, strict=True):
+                    found[at] = (request.number, stretch)
+        return found
 
     def _check_kept(self, source: Path) -> None:
         """Raise if nothing is left, or if fewer answers are of the first one's shape than of others."""
@@ -296,6 +333,9 @@ class RequestSpool:
                 f"{source}: left out {counted(counts['cached'], 'row')} of cached or repeated prompts, which no "
                 f"forward pass computed: keep them with --keep-cached."
             )
+        if counts["lacking"]:
+            facts["lacking_rows"] = counts["lacking"]
+            note(f"{source}: {counted(counts['lacking'], 'row')} at the end lack in answers that tell their first one.")
         if counts["again"]:
             facts["left_out_rows_of_earlier_parts"] = counts["again"]
         if counts["repeated"]:
@@ -310,6 +350,17 @@ class RequestSpool:
         return facts
 
 
-def _of_layers(spool: Spool, layers: np.ndarray | None) -> Iterator[Part]:
-    for part in spool.parts():
+def _blocks(spool: Spool, stretches: Sequence[Stretch]) -> Iterator[Part]:
+    """The rows of all stretches, some MiB at a time where these are in the order of the spool."""
+    if all(a.row + a.rows == b.row for a, b in pairwise(stretches)):
+        yield from spool.parts()
+        return
+    at_once = max(1, BLOCK_BYTES // spool.row_bytes)
+    for stretch in stretches:
+        for row in range(stretch.row, stretch.row + stretch.rows, at_once):
+            yield spool.read(row, min(row + at_once, stretch.row + stretch.rows))
+
+
+def _of_layers(parts: Iterator[Part], layers: np.ndarray | None) -> Iterator[Part]:
+    for part in parts:
         yield part if layers is None else {"experts": part["experts"][:, layers]}

@@ -247,10 +247,12 @@ def told_of(response: Response, choice: Choice | None = None, number: int = 0, s
     own_output = (choice and (choice.token_ids or choice.generation_token_ids)) or message.generation_token_ids or ()
     prompt_ids, output_ids = own_prompt or response.prompt_token_ids or (), own_output or response.output_ids or ()
     prompt, output, choices = usage.prompt_tokens, usage.completion_tokens, max(len(response.choices or ()), 1)
-    if own_prompt and own_output and not chunk:
-        prompt, output, choices = len(own_prompt), len(own_output), 1
+    if prompt_ids and own_output and not chunk:
+        prompt, output, choices = len(prompt_ids), len(own_output), 1
     elif meta := next((meta for meta in metas if meta.prompt_tokens is not None), None):
         prompt, output, choices = meta.prompt_tokens, meta.completion_tokens, 1
+    elif own_prompt and not chunk and (choices > 1 or prompt is None):
+        prompt = len(own_prompt)
     details = usage.prompt_tokens_details or Details()
     cached = next((meta.cached for meta in metas if meta.cached is not None), details.cached_tokens)
     name = next((meta.id for meta in metas if meta.id is not None), response.id)

@@ -74,12 +74,13 @@ def json_lines(
     chunk_bytes: int | None = None,
     bad: Callable[[str], object] | None = None,
     cut: Callable[[str], object] | None = None,
+    broken: Callable[[str], object] | None = None,
 ) -> Iterator[tuple[int, list[Record]]]:
     """Yield the number of the first line and the records of successive JSON lines; blank lines are allowed.
 
     `record` is a msgspec type, a Struct or a union of tagged ones. NaN is null. A line that does not fit it goes to
     `bad` as a sentence, and server-sent events are lines, if there is a `bad`. A last line without its newline, as a
-    process that is killed leaves it, goes to `cut`. Else it raises MoetraceError.
+    process that is killed leaves it, goes to `cut`, another that is no JSON to `broken`. Else it raises MoetraceError.
     """
     decoder = msgspec.json.Decoder(record)
     for line, data in chunks(path, reading, chunk_bytes):
@@ -90,9 +91,8 @@ def json_lines(
                 except msgspec.DecodeError:
                     records = decoder.decode_lines(mended(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            records = list(
-                _one_by_one(path, decoder, line, data, bad, cut)
-            )  # the decoder does not say which line it is
+            # The decoder does not say which line it is.
+            records = list(_one_by_one(path, decoder, line, data, bad, (broken, cut)))
         yield line, records
 
 
@@ -102,7 +102,7 @@ def _one_by_one(
     first: int,
     data: bytes,
     bad: Callable[[str], object] | None,
-    cut: Callable[[str], object] | None,
+    no_json: tuple[Callable[[str], object] | None, Callable[[str], object] | None],
 ) -> Iterator[Any]:
     """The records of the lines that can be read; one that can't be, and nobody takes, is an error."""
     lines = data.split(b"\n")
@@ -114,7 +114,8 @@ def _one_by_one(
             yield decoder.decode(mended(text))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             sentence = f"{path}: line {number} is not as expected: {str(error).rstrip('.')[:200]}."
-            taken = bad or (cut if number == first + len(lines) - 1 and not isinstance(error, _OF_TYPE) else None)
+            last = number == first + len(lines) - 1
+            taken = bad or (None if isinstance(error, _OF_TYPE) else no_json[last])
             if taken is None:
                 raise MoetraceError(sentence) from None
             taken(sentence)
