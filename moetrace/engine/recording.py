@@ -55,6 +55,8 @@ class Recording:
         tape = new_tape(*_most_records(work))
         variant(foresight is not None, True)(work, *hooks, foresight, tape)
         slices, counts = tape.ends
+        if slices > len(tape.slices) or counts > len(tape.counts):  # bounds are not checked there
+            raise RuntimeError(f"step {work.batch.steps.first} wrote past the end of its tape.")
         self._slices.append(tape.slices[:slices].copy())
         self._counts.append(tape.counts[:counts].copy())
 
@@ -88,4 +90,6 @@ def _most_records(work: Work) -> tuple[int, int]:
             ahead = np.minimum(np.arange(layers) + 1 + setting["depth"], len(start) - 1)
             joining = start[ahead] - start[1 : layers + 1]
             moved += int(np.minimum(joining, cells).sum())
-    return 2 * active + moved + 4 * layers + 2, COUNTS_A_LAYER * layers + COUNTS_A_STEP
+    # An expert is fetched and runs; of a shared one there is a part more, at most one in a layer. Layers have four slices
+    # of their own, steps two.
+    return 2 * active + moved + 5 * layers + 2, COUNTS_A_LAYER * layers + COUNTS_A_STEP
