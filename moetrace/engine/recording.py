@@ -90,6 +90,6 @@ def _most_records(work: Work) -> tuple[int, int]:
             ahead = np.minimum(np.arange(layers) + 1 + setting["depth"], len(start) - 1)
             joining = start[ahead] - start[1 : layers + 1]
             moved += int(np.minimum(joining, cells).sum())
-    # An expert is fetched and runs; of a shared one there is a part more, at most one in a layer. Layers have four slices
-    # of their own, steps two.
+    # An expert is fetched and runs; of a shared one, at most one in a layer, there is a part more. Layers have four
+    # slices of their own, steps two.
     return 2 * active + moved + 5 * layers + 2, COUNTS_A_LAYER * layers + COUNTS_A_STEP

@@ -48,9 +48,9 @@ def other_bits(said: str, layers: int, experts: int) -> str | None:
             if _same_bits(said, name, spec):
                 return None
             return (
-                f"its model is called {said[:200]!r}, and the preset {name} is of {spec.weight_bits:g} bits a weight, so "
-                f"its bytes are not known: name a model of its bits with --model (a TOML, config.json or GGUF file, or the "
-                f"preset {name} if those bits are right)."
+                f"its model is called {said[:200]!r}, and the preset {name} is of {spec.weight_bits:g} bits a weight, "
+                f"so its bytes are not known: name a model of its bits with --model (a TOML, config.json or GGUF file, or "
+                f"the preset {name} if those bits are right)."
             )
     return None
 
