@@ -239,6 +239,17 @@ def test_two_shared_experts_in_the_first_slots():
     assert one.count == 2 and one.what.startswith("The experts 32, 33 are")
 
 
+@pytest.mark.parametrize("ids", [[32, 33, 34, 35], [32, 32, 32, None], [None, 32, 32, None], [32, 33, None, 35]])
+def test_a_shared_expert_with_ids_by_layer_or_not_in_all_layers(ids):
+    made = {"experts": choose(np.random.default_rng(5), 600, 4, 32, 4), "num_experts": 36}
+    added = np.array([ABSENT if one is None else one for one in ids])
+    made["experts"] = np.concatenate([made["experts"], np.broadcast_to(added[:, None], (600, 4, 1))], axis=2)
+    findings = found(made)
+    assert findings["shared-expert"].layers == np.flatnonzero(added != ABSENT).tolist()
+    assert findings["shared-expert"].count == len({one for one in ids if one is not None})
+    assert "dominant-expert" not in findings
+
+
 def test_a_favourite_of_one_layer_is_not_shared_but_named():
     made = requests(10, 20, 40, 6, experts=32)
     rows = np.flatnonzero(np.random.default_rng(1).random(600) < 0.93)
