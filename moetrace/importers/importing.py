@@ -33,6 +33,7 @@ from moetrace.trace.schema import (
 from moetrace.trace.writer import CountsWriter, Writer
 
 _SAY_STEPS = ": of passes that hold rows of several requests, say which decode, with --steps A:B instead of --prompt"
+_ONE_ID = 0.9  # of the ids that stand in cells twice, if one of them stands for no expert
 # What captures must have in common to share a trace.
 _ALIKE = ("num_experts", "top_k", "layer_index", "expert_bytes", "layer_experts", "optional")
 
@@ -305,10 +306,24 @@ def _check_ids(
         found = re.search(r"chooses expert (\d+) more than once\.$", str(error))
         if not found:
             raise
+        twice, cells = _twice(experts, num_experts)
+        if twice.size and np.bincount(twice).max() < _ONE_ID * twice.size:
+            raise MoetraceError(
+                f"{str(error)[:-1]}, as {cells:,} of {experts.shape[0] * experts.shape[1]:,} cells read with it do, "
+                f"with {np.unique(twice).size:,} different ids, so these are no choices of one layer each: check the "
+                f"axes, which must be [rows, layers, top_k], --top-k, and that ids did not wrap at 256."
+            ) from None
         raise MoetraceError(
             f"{str(error)[:-1]}: if that id stands for no expert there, give --absent {found[1]}, which makes all of "
             f"them absent."
         ) from None
+
+
+def _twice(experts: np.ndarray, num_experts: int) -> tuple[np.ndarray, int]:
+    """The ids that cells of `experts` [rows, layers, top_k] hold once more, each as often, and how many cells do."""
+    ordered = np.sort(experts, axis=-1)
+    equal = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < num_experts)
+    return ordered[..., 1:][equal], int(np.count_nonzero(equal.any(axis=-1)))
 
 
 def _decoding(captures: list[Capture | Counts], decode_steps: Sequence[Range]) -> list[Capture | Counts]:

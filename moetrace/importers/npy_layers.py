@@ -17,7 +17,7 @@ import numpy as np
 from moetrace.importers.captured import Capture, Hints, Part, without_zero_cells
 from moetrace.importers.columns import layer_of_name, says_layer
 from moetrace.importers.reading import npy
-from moetrace.importers.reading.placeholders import Placeholders, advice
+from moetrace.importers.reading.placeholders import Placeholders, advice, check_width
 from moetrace.importers.reading.request_spool import UNKNOWN_PHASE
 from moetrace.spec.errors import MoetraceError, UsageError, counted
 from moetrace.trace.schema import BLOCK_BYTES, MAX_LAYERS, PREFILL, check_sizes
@@ -111,6 +111,7 @@ def _opened(path: Path, hints: Hints) -> _LayerFile:
 
 def _check(file: _LayerFile, placeholders: Placeholders) -> None:
     """Raise MoetraceError for an id that is no expert."""
+    check_width(str(file.path), file.ids.dtype, placeholders.num_experts)
     at_once = max(1, BLOCK_BYTES // file.ids[0].nbytes)
     for start in range(0, len(file.ids), at_once):
         ids, _, wrong = placeholders.checked(file.ids[start : start + at_once])

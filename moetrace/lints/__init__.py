@@ -22,6 +22,7 @@ from moetrace.lints.neighbours import Neighbours
 from moetrace.lints.piece import Progress, pieces, shape_of
 from moetrace.lints.popularity import popularity
 from moetrace.lints.repeats import RepeatedRows
+from moetrace.lints.stuck_layers import StuckLayers
 from moetrace.lints.templates import Periodic, Sink, Templates
 from moetrace.lints.whole_requests import RequestCheck
 from moetrace.spec import list_presets, load_model
@@ -71,10 +72,11 @@ def _check_rows(trace: Trace, digests: dict[str, Any], progress: Progress | None
         Gates(shape),
     )
     requests, sink, templates, periodic = RequestCheck(shape), Sink(shape), Templates(shape), Periodic(shape)
-    placeholders, neighbours = DummyRows(shape), Neighbours(shape)
+    placeholders, neighbours, stuck = DummyRows(shape), Neighbours(shape), StuckLayers(shape)
     for piece in pieces(trace, digests, progress):
-        for check in (impossible, duplicates, rows, dense, absent, repeated, flat, evenness, gates, sink, periodic):
+        for check in (impossible, duplicates, rows, absent, repeated, flat, evenness, gates, sink, periodic):
             check.see(piece)
+        stuck.see(piece, dense.see(piece))
         placeholders.see(piece)
         order, row_digest = np.argsort(piece.request, kind="stable"), row_digests(piece)
         requests.see(piece, order, row_digest)
@@ -86,14 +88,18 @@ def _check_rows(trace: Trace, digests: dict[str, Any], progress: Progress | None
     for check in (impossible, duplicates, rows, flat, gates, requests, sink):
         yield from check.findings()
     yield from repeated.findings(*requests.runs.judged())
+    yield from requests.runs.doubled()
     yield from placeholders.findings(without)
     if not flat.layers().any():
         yield from periodic.findings()
     yield from dense.findings(zero_layers)
+    doubtful = without | (duplicates.cells > 0)
+    yield from stuck.findings(doubtful, max((stop - start for start, stop, _ in repeated.found), default=0))
     yield from absent.findings(without)
     odd = without | flat.layers()
     yield from evenness.findings(odd, absent.layer_top_k())
     yield from neighbours.findings(odd)
+    yield from neighbours.copied(odd)
     if evenness.counted:
         odd |= duplicates.cells > 0
         yield from popularity(evenness.chosen, absent.made(), shape.top_k, shape.layer_index, odd, neighbours.ids())

@@ -77,6 +77,23 @@ RULES = {
         "a few experts look hot.",
         "moetrace select --out --rows, or capture again without these rows",
     ),
+    "doubled-rows": Rule(
+        "warning",
+        "Each token counts several times, as where several ranks append to one log: caches always hit on a copy, and "
+        "batches look larger.",
+        "capture again on one rank, or keep one copy of each record",
+    ),
+    "stuck-layer": Rule(
+        "warning",
+        "A recorder did not see these layers, or stood still in them: what it wrote is of other rows, and such a layer "
+        "looks as if it always loaded the same experts.",
+        "moetrace select --out --rows, or capture again with a recorder that sees every layer",
+    ),
+    "copied-layer": Rule(
+        "warning",
+        "Two layers of their own never choose alike: one was written over the other, whose choices are lost.",
+        "capture again with a recorder that sees every layer",
+    ),
     "placeholder-rows": Rule(
         "warning",
         "Engines write these ids where no token was routed (padding, idle ranks): as traffic they make the first "

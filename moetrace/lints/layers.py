@@ -24,8 +24,8 @@ class DenseLayers:
         self.equal = np.zeros(shape.layers, np.int64)  # cells that are equal to the one of the row before
         self.pairs = 0
 
-    def see(self, piece: Piece) -> None:
-        """Look at the next rows."""
+    def see(self, piece: Piece) -> np.ndarray:
+        """Look at the next rows; return which cells are those of the row before, bool [rows - 1, layers]."""
         equal = piece.slots[0, 1:] == piece.slots[0, :-1]
         for slot in piece.slots[1:]:
             equal &= slot[1:] == slot[:-1]
@@ -41,6 +41,7 @@ class DenseLayers:
                 self.first[layer] = ids[0]
             self.made[layer] += len(ids)
             self.constant[layer] = bool((ids == self.first[layer]).all())
+        return equal
 
     def dense(self, zero_layers: np.ndarray) -> np.ndarray:
         """bool [layers]: the dense ones; `zero_layers` are those of `DuplicateIds`.

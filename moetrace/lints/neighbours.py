@@ -13,12 +13,13 @@ _EXPECTED = 40.0  # experts that two layers should share, in all sampled rows, b
 _NONE, _FEW = 0.05, 0.55  # shares of what is expected
 # Of the neighbours: 8 read as 4 parts every second pair, 6 read as 4 two of three.
 _PAIRS_NONE, _PAIRS_FEW = 1 / 4, 1 / 2
+_LEAST_ROWS, _COPY = 32, 0.5  # rows of copied layers, and the share of common choices that popularity may explain
 _MOST_PARTS = 16  # of a layer, each read as one
 _EXPECTED_OF_PARTS = 80.0  # as above, in all pairs of parts together: of 200 or so sets of pairs, one may be chance
 
 
 class Neighbours:
-    """`wrong-stride`: neighbouring layers that share far fewer experts in a row than layers of their own do.
+    """`wrong-stride` and `copied-layer`: neighbouring layers that share far fewer experts in a row than others, or all.
 
     A router chooses an expert once, so two halves of one layer share none, while layers of their own share as many as
     their popularities let expect (0.56 to 1.4 times that, pair by pair, in captures). Judged by distinct rows, 2,048 at
@@ -67,6 +68,21 @@ class Neighbours:
             if count and count >= pairs_needed * np.count_nonzero(judged):
                 yield self._found(apart, count)
                 return
+
+    def copied(self, without: np.ndarray) -> Iterator[Finding]:
+        """`copied-layer`: neighbours other than `without` [layers] that choose alike in every row."""
+        ids = self.ids()
+        if len(ids) < _LEAST_ROWS:
+            return
+        alike = (ids[:, 1:] == ids[:, :-1]).all(2)
+        routed = (ids.min(2) < self.shape.num_experts).sum(0)
+        some = (routed[1:] >= _LEAST_ROWS) & ~without[1:] & ~without[:-1]
+        for at in np.flatnonzero(alike.all(0) & some).tolist():
+            expected, shared = _shared(ids[:, at : at + 2], self.shape.num_experts)
+            if expected <= _COPY * shared:
+                index = self.shape.layer_index[at : at + 2]
+                what = f"Layers {index[0]} and {index[1]} choose alike in all {len(ids):,} rows that were compared."
+                yield finding("copied-layer", what, len(ids), index)
 
     def _found(self, apart: np.ndarray, count: int) -> Finding:
         index = self.shape.layer_index

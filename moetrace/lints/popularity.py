@@ -15,6 +15,7 @@ _LEAST_STRIDED = 4  # experts whose ids are equal modulo a number
 _PATTERNS = 10_000  # ways to choose so many unused experts, so that a pattern is no chance
 _EXPLAINED = 0.9  # of the unused experts, by a pattern
 _ALWAYS, _MOSTLY = 0.99, 0.9
+_NEAR = 0.9  # of the rows choose the next one, at most, beside a shared expert of some layers
 _LEAST_ROWS = 32
 _MANY_ROWS = 100  # from which a favourite of 90 % is no chance
 _SECOND = 0.4  # 0.75 for Zipf's popularity with exponent 1.2, 6 of 64
@@ -44,12 +45,12 @@ def popularity(
         return
     if distinct is not None and share.max() >= _MOSTLY:
         share = np.minimum(share, _shares(distinct, layers, num_experts) + 0.02)
-    shared = np.flatnonzero((share >= _ALWAYS).all(0)) if layers.size > 1 and top_k > 1 else np.zeros(0, np.int64)
-    if shared.size:
-        named = f"Expert {shared[0]} is" if shared.size == 1 else f"The experts {_ids(shared)} are"
-        what = f"{named} in at least {share[:, shared].min():.0%} of the cells of each layer."
-        yield finding("shared-expert", what, shared.size, layer_index[layers])
-    share[:, shared] = 0
+    if top_k > 1 and layers.size > 1:
+        always = _shared_ones(share, int(made[layers].min()))
+        if always.any():
+            what = _named(share, always)
+            yield finding("shared-expert", what, int(always.any(0).sum()), layer_index[layers[always.any(1)]])
+        share[always] = 0
     # Skewed routing has several favourites: where one has 90 %, the second has half of the rows or more.
     second, most = np.sort(share, axis=1)[:, -2:].T
     one = (most >= _MOSTLY) & (second <= _SECOND) & (made[layers] >= _MANY_ROWS)
@@ -61,6 +62,38 @@ def popularity(
             f"{layer_index[layers[worst]]}: expert {share[worst].argmax()}, {most[worst]:.0%})."
         )
         yield finding("dominant-expert", what, int(np.count_nonzero(one)), layer_index[layers[one]])
+
+
+def _shared_ones(share: np.ndarray, rows: int) -> np.ndarray:
+    """bool [layers, experts]: shared experts, by `share` of the rows that chose each, of so many rows at least.
+
+    One that is in all layers; with more rows also one that is in half of them or more, or equally many others in three
+    of four layers, if no other expert comes near.
+    """
+    always = share >= _ALWAYS
+    everywhere = always.all(0)
+    if everywhere.any() or rows < _MANY_ROWS:
+        return always & everywhere
+    apart = always.any(1) & (np.where(always, 0, share).max(1) <= _NEAR)
+    always &= apart[:, None]
+    same = always.sum(0) >= max(2, share.shape[0] / 2)
+    if same.any():
+        return always & same
+    number = always.sum(1)
+    others = number == np.bincount(number[apart]).argmax() if apart.any() else apart
+    return always & (apart & others)[:, None] & (np.count_nonzero(apart & others) >= max(2, 0.75 * apart.size))
+
+
+def _named(share: np.ndarray, always: np.ndarray) -> str:
+    """The sentence that names shared experts `always` [layers, experts]."""
+    layers, ids = always.any(1), np.flatnonzero(always.any(0))
+    where = "each layer" if layers.all() else f"{np.count_nonzero(layers)} of {layers.size} layers"
+    if always[layers][:, ids].all():
+        named = f"Expert {ids[0]} is" if ids.size == 1 else f"The experts {_ids(ids)} are"
+    else:
+        named, where = f"One of the experts {_ids(ids)} is", f"{where}, each its own"
+        where = where.replace("each layer, each its own", "each layer, another in each")
+    return f"{named} in at least {share[always].min():.0%} of the cells of {where}."
 
 
 def _unused(chosen: np.ndarray) -> Iterator[Finding]:

@@ -83,8 +83,11 @@ class RepeatedRows:
             rows.add(start, stop)
         return rows.ranges
 
-    def findings(self, short: int, requests: int, places: Ranges) -> Iterator[Finding]:
-        """What was found, with the `short` rows of `RequestRuns.judged`, of so many requests, at these places."""
+    def findings(self, short: int, requests: int, places: Ranges, least: int) -> Iterator[Finding]:
+        """What was found, with the `short` rows of `RequestRuns.judged`, of so many requests, at these places.
+
+        Their runs have `least` rows or more.
+        """
         warm_up, rest = Ranges(), Ranges()
         known = self.warm_up()
         for start, stop in known:
@@ -104,7 +107,7 @@ class RepeatedRows:
         merged = Ranges()
         for start, stop in sorted([*rest.ranges, *places.ranges]):
             merged.add(start, stop)
-        least, whose = (SHORT_ROWS, f" (in {many(requests, 'request')})") if short else (LEAST_ROWS, "")
+        least, whose = (least, f" (in {many(requests, 'request')})") if short else (LEAST_ROWS, "")
         what = (
             f"{others + short:,} rows, in runs of {least} or more, repeat the choices of the row before in all "
             f"layers{whose}."

@@ -1,10 +1,11 @@
 """Rows that choose as the row before of their request, in runs that are too short to be called warm-up."""
 
+from collections.abc import Iterator
 from math import lgamma, log
 
 import numpy as np
 
-from moetrace.lints.finding import Ranges
+from moetrace.lints.finding import Finding, Ranges, finding
 from moetrace.lints.piece import Piece, Shape
 from moetrace.lints.repeats import LEAST_ROWS as LONG_ROWS
 from moetrace.lints.repeats import SHORT_ROWS as LEAST_ROWS
@@ -12,6 +13,10 @@ from moetrace.lints.repeats import SHORT_ROWS as LEAST_ROWS
 SURE_ROWS = 16  # a run that is named however small its share of the trace
 LEAST_SHARE = 0.01  # of the rows of the trace, from which shorter runs are named
 MAX_RUNS = 1 << 16
+_MOST_COPIES = 8  # of each row, as of so many ranks
+LEAST_TAIL = 4  # equal rows at the end of nearly all requests
+_TAILS, _TAIL_REQUESTS, _REPEATING = 0.8, 16, 0.2  # share and number of requests, share of their other rows that repeat
+_DOUBLED_RUNS, _DOUBLED, _TRIPLED = 32, 0.5, 0.1  # runs of 2 rows or more, their share of all, and those that go on
 _LOG_CHANCE = log(1e-6)
 _AROUND = 64  # rows on either side of a run that tell how often rows are equal by chance
 _ENOUGH = 16
@@ -44,7 +49,8 @@ class RequestRuns:
         self.last = np.zeros(0, np.int64)  # its last row so far
         self.chance = np.zeros(0)  # of another equal row, as the rows around it show
         self.found: list[np.ndarray] = []  # [runs, 5]: first row, last row, length, chance, place of the request
-        self.count = 0
+        self.count = self.repeats = 0
+        self.lengths = np.zeros(_MOST_COPIES + 2, np.int64)  # runs by rows, in the pieces
 
     def insert(self, at: np.ndarray) -> None:
         """Make room for new requests at these places."""
@@ -61,6 +67,12 @@ class RequestRuns:
         """
         if self.shape.top_k == self.shape.num_experts:
             return
+        starts = ~same
+        starts[begins] = True
+        self.lengths += np.bincount(
+            np.minimum(np.diff(np.flatnonzero(starts), append=same.size), _MOST_COPIES + 1), minlength=_MOST_COPIES + 2
+        )
+        self.repeats += int(np.count_nonzero(same))
         self._close(place[~same[begins] & (place >= 0)])
         ends = np.r_[begins[1:], same.size] - 1
         length, chance = np.ones(begins.size, np.int64), np.zeros(begins.size)  # of the run that each request ends with
@@ -106,28 +118,66 @@ class RequestRuns:
             self.found.append(runs)
             self.count += len(runs)
 
-    def judged(self) -> tuple[int, int, Ranges]:
-        """Rows and requests that the runs have which are no chance, and where they are.
+    def copies(self) -> int:
+        """How many times nearly each row stands, one after another; 1 if there is no such number.
+
+        Rows that repeat by chance go on as they began: of runs of two rows, as many have a third as rows have a second.
+        """
+        reached = self.lengths[::-1].cumsum()[::-1]  # runs by the rows that they have at least
+        for times in range(2, _MOST_COPIES + 1):
+            if reached[times] < max(_DOUBLED_RUNS, _DOUBLED * reached[1]):
+                break
+            if reached[times + 1] <= _TRIPLED * reached[times]:
+                return times
+        return 1
+
+    def doubled(self) -> Iterator[Finding]:
+        """`doubled-rows`."""
+        if (times := self.copies()) > 1:
+            count = times * int(self.lengths[times])
+            what = f"{count:,} of {self.shape.rows:,} rows stand {times} times, one after another in their request."
+            yield finding("doubled-rows", what, count)
+
+    def judged(self) -> tuple[int, int, Ranges, int]:
+        """Rows and requests that the runs have which are no chance, where they are, and the fewest rows of a run.
 
         A run of rows that don't stand together is shown by its first row.
         """
+        tails = self._tails()
         self._close(np.arange(self.length.size))
         rows = Ranges()
-        if not self.count:
-            return 0, 0, rows
+        runs = self._no_chance() if self.count else np.zeros((0, 5))
+        count = int(runs[:, 2].sum())
+        if not count or (runs[:, 2].max() < SURE_ROWS and count < LEAST_SHARE * self.shape.rows):
+            runs = runs[:0]
+        least = LEAST_TAIL if len(tails) else LEAST_ROWS
+        runs = np.concatenate([runs, tails])
+        for first, last, length in runs[np.argsort(runs[:, 0], kind="stable"), :3].astype(np.int64).tolist():
+            rows.add(first, last + 1 if last - first + 1 == length else first + 1)
+        return int(runs[:, 2].sum()), np.unique(runs[:, 4]).size, rows, least
+
+    def _tails(self) -> np.ndarray:
+        """Runs of 4 to 7 rows at the ends of requests, float [runs, 5], if nearly all end so and few others repeat."""
+        ends = self.length >= LEAST_TAIL
+        requests = np.count_nonzero(self.length)
+        others = self.shape.rows - int(self.length[ends].sum())
+        repeating = self.repeats - int((self.length[ends] - 1).sum())
+        few = requests < _TAIL_REQUESTS or np.count_nonzero(ends) < _TAILS * requests
+        if few or repeating > _REPEATING * others:
+            return np.zeros((0, 5))
+        at = np.flatnonzero(ends & (self.length < LEAST_ROWS))
+        columns = (self.first[at], self.last[at], self.length[at], self.chance[at], at)
+        return np.stack(columns, axis=1).astype(np.float64)
+
+    def _no_chance(self) -> np.ndarray:
+        """The runs that were kept and are no chance, one by one or all together."""
         runs = np.concatenate(self.found)
         log_p = np.log(np.clip(runs[:, 3], 1e-9, 0.995))
         sure = log(self.shape.rows) + log_p * (runs[:, 2] - 1) <= _LOG_CHANCE
         expected = log(self.shape.rows) + float(np.quantile(log_p, 0.9)) * (LEAST_ROWS - 1)  # runs of 8, by chance
         if len(runs) * expected - lgamma(len(runs) + 1) <= _LOG_CHANCE:
             sure[:] = True
-        runs = runs[sure]
-        count = int(runs[:, 2].sum())
-        if not count or (runs[:, 2].max() < SURE_ROWS and count < LEAST_SHARE * self.shape.rows):
-            return 0, 0, rows
-        for first, last, length in runs[np.argsort(runs[:, 0], kind="stable"), :3].astype(np.int64).tolist():
-            rows.add(first, last + 1 if last - first + 1 == length else first + 1)
-        return count, np.unique(runs[:, 4]).size, rows
+        return runs[sure]
 
 
 def _chance_around(same: np.ndarray, begins: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:

@@ -169,3 +169,33 @@ def test_counts_have_no_ids_to_make_absent(tmp_path):
     assert isinstance(counts, Sample)
     with pytest.raises(UsageError, match="holds counts alone, of which no id can be absent"):
         import_traces(counts.files, tmp_path / "o.h5", hints=Hints(**counts.hints, absent_from=2))
+
+
+@pytest.mark.parametrize("experts", [384, 512])
+def test_ids_that_wrapped_are_told_and_none_is_called_a_placeholder(tmp_path, experts):
+    ids = request(300, 4, 8, experts)
+    path, wide = tmp_path / "a.npy", tmp_path / "b.npy"
+    np.save(path, ids.astype(np.uint8))
+    np.save(wide, ids.astype(np.uint8).astype(np.uint16))
+    said = refused(path, num_experts=experts)
+    assert f"holds ids of uint8, but there are {experts} experts, so that ids from 256 on have wrapped" in said
+    said = refused(wide, num_experts=experts)
+    assert "different ids, so these are no choices" in said and "--absent" not in said
+    np.save(path, (ids % 256).astype(np.uint8)[:, :1, :1])
+    imported(path, num_experts=256)
+
+
+@pytest.mark.parametrize("shape", [(300, 4, 6), (300, 2, 12)], ids=["swapped axes", "joined layers"])
+def test_axes_that_are_not_those_of_a_trace_get_no_placeholder(tmp_path, shape):
+    ids = request(300, 6 if shape[1] == 4 else 4, 4 if shape[1] == 4 else 6, 64)
+    path = tmp_path / "a.npy"
+    np.save(path, np.ascontiguousarray(np.swapaxes(ids, 1, 2)) if shape[1] == 4 else ids.reshape(shape))
+    said = refused(path, num_experts=64)
+    assert "must be [rows, layers, top_k]" in said and "--absent" not in said
+
+
+def test_counts_are_taken_for_no_ids(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.random.default_rng(0).integers(20, 200, (4, 2, 12)))
+    said = refused(path, num_experts=12)
+    assert "look like counts of 12 experts" in said and "--absent" not in said

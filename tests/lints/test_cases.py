@@ -87,6 +87,74 @@ def test_a_word_that_is_said_five_times_is_no_repetition():
     assert not warned(made)
 
 
+@pytest.mark.parametrize("times", [2, 4])
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "batch"])
+def test_rows_that_stand_several_times(times, together):
+    made = requests(4, 40, 60)
+    if together:  # requests decode together, and each pass stands several times
+        made = {"experts": choose(np.random.default_rng(1), 400), "num_experts": EXPERTS, "request": np.arange(400) % 4}
+        at = np.arange(400).reshape(-1, 1, 4).repeat(times, axis=1).ravel()
+    else:
+        at = np.arange(400).repeat(times)
+    made = {name: np.asarray(made[name])[at] for name in ("experts", "request")} | {"num_experts": EXPERTS}
+    one = found(made)["doubled-rows"]
+    assert one.count >= 0.95 * 400 * times and f"stand {times} times" in one.what
+
+
+def test_short_outputs_that_stand_still_in_every_request():
+    made = requests(60, 6, 6, 11)
+    for at in range(60):
+        made["experts"][12 * at + 6 : 12 * at + 12] = made["experts"][12 * at + 6]
+    one = found(made)["repeated-rows"]
+    assert one.count == 360 and one.rows[:2] == [(6, 12), (18, 24)] and "in runs of 4 or more" in one.what
+    assert "doubled-rows" not in codes(made)
+
+
+@pytest.mark.parametrize("stays", [0.3, 0.6, 0.9])
+def test_a_router_that_sticks_is_not_doubled_and_its_requests_do_not_end_still(stays):
+    rng = np.random.default_rng(4)
+    made = requests(40, 10, 20, 12)
+    begins = np.arange(1200) % 30 == 0
+    latest = np.maximum.accumulate(np.where((rng.random(1200) < stays) & ~begins, 0, np.arange(1200)))
+    made["experts"] = made["experts"][latest]
+    assert not {"doubled-rows", "repeated-rows", "stuck-layer"} & codes(made)
+
+
+# Layers that stand still, or are copies.
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "layers"),
+    [(500, 1000, [2]), (200, 400, range(1, 8)), (600, 640, range(4)), (0, 400, [0, 7])],
+)
+@pytest.mark.parametrize("size", [2000, 1 << 20])
+def test_layers_that_stand_still_for_a_while(start, stop, layers, size, monkeypatch):
+    monkeypatch.setattr("moetrace.lints.piece.BLOCK_BYTES", size)
+    ids = choose(np.random.default_rng(8), 1000, 8, 64, 6)
+    ids[start:stop, list(layers)] = np.arange(6)
+    one = found({"experts": ids, "num_experts": 64})["stuck-layer"]
+    assert one.layers == list(layers) and one.count in (stop - start, stop - start + 1)
+    assert one.rows[0][0] in (start - 1, start) and one.rows[-1][1] == stop
+
+
+def test_words_that_repeat_in_first_layers_and_warm_up_are_not_stuck():
+    ids = choose(np.random.default_rng(8), 1000, 8, 64, 6)
+    ids[100:300, :2] = ids[100, :2]  # these choose by the token alone
+    assert not warned({"experts": ids, "num_experts": 64})
+    ids[:400] = ids[0]
+    ids[400, 3] = ids[0, 3]
+    assert warned({"experts": ids, "num_experts": 64}) == {"warm-up"}
+
+
+def test_a_layer_that_is_a_copy_of_its_neighbour():
+    ids = choose(np.random.default_rng(8), 1000, 8, 64, 6)
+    ids[:, 3] = ids[:, 2]
+    one = found({"experts": ids, "num_experts": 64})["copied-layer"]
+    assert one.layers == [2, 3] and one.count == 512
+    ids[::9, 3] = (ids[::9, 2] + 1) % 64
+    assert "copied-layer" not in codes({"experts": ids, "num_experts": 64})
+
+
 # Placeholder rows.
 
 
@@ -237,6 +305,17 @@ def test_two_shared_experts_in_the_first_slots():
     made |= {"experts": np.concatenate([np.full((600, 3, 1), 33), made["experts"]], axis=2), "num_experts": 34}
     one = found(made)["shared-expert"]
     assert one.count == 2 and one.what.startswith("The experts 32, 33 are")
+
+
+@pytest.mark.parametrize("ids", [[32, 33, 34, 35], [32, 32, 32, None], [None, 32, 32, None], [32, 33, None, 35]])
+def test_a_shared_expert_with_ids_by_layer_or_not_in_all_layers(ids):
+    made = {"experts": choose(np.random.default_rng(5), 600, 4, 32, 4), "num_experts": 36}
+    added = np.array([ABSENT if one is None else one for one in ids])
+    made["experts"] = np.concatenate([made["experts"], np.broadcast_to(added[:, None], (600, 4, 1))], axis=2)
+    findings = found(made)
+    assert findings["shared-expert"].layers == np.flatnonzero(added != ABSENT).tolist()
+    assert findings["shared-expert"].count == len({one for one in ids if one is not None})
+    assert "dominant-expert" not in findings
 
 
 def test_a_favourite_of_one_layer_is_not_shared_but_named():

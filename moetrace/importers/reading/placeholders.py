@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from moetrace.importers.captured import Hints
+from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import absent_id, expert_dtype
 
 
@@ -76,9 +77,24 @@ def _range(ids: np.ndarray) -> tuple[int, int]:
     return int(ids.min()) if ids.dtype.kind == "i" else 0, int(ids.max())
 
 
-def advice(expert: int, num_experts: int) -> str:
-    """What to do about an id beyond the experts, as the end of a sentence."""
+def advice(expert: int, num_experts: int, slots: int = 0) -> str:
+    """What to do about an id beyond the experts, of a cell of so many slots, as the end of a sentence."""
     if expert < num_experts:
         return ""
+    if slots == num_experts > 1:
+        return (
+            f": these look like counts of {num_experts} experts, not ids: save them as JSON, "
+            f'{{"logical_count": [steps, layers, experts]}}'
+        )
     what = f"if ids from {num_experts} on carry no expert (padding, zero or shared experts)"
     return f": {what}, give --absent-from {num_experts}"
+
+
+def check_width(where: str, dtype: np.dtype, num_experts: int) -> None:
+    """Raise MoetraceError if ids of a dtype can't name all experts: then the greater ones have wrapped."""
+    if dtype.kind in "iu" and num_experts > np.iinfo(dtype).max + 1:
+        most = np.iinfo(dtype).max + 1
+        raise MoetraceError(
+            f"{where} holds ids of {dtype}, but there are {num_experts} experts, so that ids from {most} on have "
+            f"wrapped: capture again with uint16, or give --experts {most} or fewer if there are no more."
+        )

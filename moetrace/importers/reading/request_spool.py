@@ -11,7 +11,7 @@ import numpy as np
 from moetrace.importers.captured import Capture, Hints, Part, without_zero_cells
 from moetrace.importers.reading.conversations import Conversations, Request, Stretch
 from moetrace.importers.reading.numbering import kept_layers
-from moetrace.importers.reading.placeholders import Placeholders, advice
+from moetrace.importers.reading.placeholders import Placeholders, advice, check_width
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.told import Told, first_position, shared_out
 from moetrace.spec.errors import MoetraceError, counted
@@ -98,6 +98,7 @@ class RequestSpool:
             what = f"{where} is {ids.dtype} {ids.shape}, not integers [tokens, layers, top_k]."
             self.leave_out(OTHER_SHAPE, what)
         else:
+            check_width(where, ids.dtype, self._num_experts)
             if self._spool is None:
                 self._begin(where, ids)
             if ids.shape[1:] == self._inner:
@@ -220,7 +221,7 @@ class RequestSpool:
             expert = int(ids[row, layer, slot])
             raise MoetraceError(
                 f"{where}: token {first_row + row}, layer {layer} holds the id {expert}, but there are "
-                f"{self._num_experts} experts{advice(expert, self._num_experts)}."
+                f"{self._num_experts} experts{advice(expert, self._num_experts, ids.shape[-1])}."
             )
         narrow = ids.astype(expert_dtype(self._num_experts))
         if negative:
