@@ -20,7 +20,7 @@ import polars as pl
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints
 from moetrace.importers.reading.passes import half
 from moetrace.importers.reading.spool import Spool
-from moetrace.importers.reading.table import tables
+from moetrace.importers.reading.table import CutLines, tables
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import MAX_LAYERS, PREFETCHED, absent_id, check_sizes
 
@@ -81,7 +81,8 @@ def _read(path: Path, hints: Hints) -> Capture:
     """Read a route trace twice: which tokens there are, then the choices of each."""
     header = _header(path)
     check_sizes(str(path), header.num_experts, header.top_k, 1, 1, 1)
-    tokens = _tokens(path, header, hints)
+    cut = CutLines(path, hints)
+    tokens = _tokens(path, header, hints, cut)
     shape = (tokens.keys.size, tokens.layer_index.size, header.top_k)
     check_sizes(str(path), header.num_experts, header.top_k, shape[1], shape[0], 1)
     if shape[0] * shape[1] * shape[2] > SPARSEST * tokens.lines + 2**16:
@@ -89,7 +90,7 @@ def _read(path: Path, hints: Hints) -> Capture:
     optional = ("gates", "recorded") if tokens.weights else ("recorded",)
     spool = Spool(hints, header.num_experts, shape[1], header.top_k, optional)
     spool.grow(shape[0])
-    for line, lines in tables(path, header.columns, half(hints), header=header.lines + 1):
+    for line, lines in tables(path, header.columns, half(hints), header=header.lines + 1, cut=cut):
         _scatter(path, line, lines, tokens, spool, header)
     facts = {"format": "bigmoeonedge", "engine": "BigMoeOnEdge", "version": "route_trace v1", "arch": header.arch}
     if quantization := _QUANTIZATION.search(header.model):
@@ -105,7 +106,7 @@ def _read(path: Path, hints: Hints) -> Capture:
         position=(tokens.keys & (2**31 - 1)).astype(np.int32),
         phase=((tokens.keys >> 31) & 1).astype(np.uint8),
         optional=optional,
-        facts=facts | ({"dropped": tokens.dropped} if tokens.dropped else {}),
+        facts=facts | cut.told() | ({"dropped": tokens.dropped} if tokens.dropped else {}),
         parts=spool.parts,
         sources=(path,),
     )
@@ -138,11 +139,11 @@ def _header(path: Path) -> _Header:
     )
 
 
-def _tokens(path: Path, header: _Header, hints: Hints) -> _Tokens:
+def _tokens(path: Path, header: _Header, hints: Hints, cut: CutLines) -> _Tokens:
     keys = layers = np.zeros(0, np.int64)
     count = dropped = 0
     weights = False
-    for line, lines in tables(path, header.columns, half(hints), header=header.lines + 1):
+    for line, lines in tables(path, header.columns, half(hints), header=header.lines + 1, cut=cut):
         _check_lines(path, line, lines, header)
         count += lines.height
         dropped += int(lines["dropped"].sum()) if "dropped" in lines.columns else 0
