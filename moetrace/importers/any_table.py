@@ -24,10 +24,11 @@ from moetrace.importers.columns import OWN_COLUMNS, known_columns, layer_of_name
 from moetrace.importers.npz import FACTS
 from moetrace.importers.reading.cells import KEYS, Cells, File, cells_of
 from moetrace.importers.reading.own_parquet import KEY, ToldByFooter, told_by_footer
+from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.tabular import PARQUET, open_table
 from moetrace.spec.errors import MoetraceError, UsageError, counted, printable
-from moetrace.trace.schema import MAX_LAYERS, MAX_ROWS, PREFETCHED, absent_id, check_sizes, expert_dtype
+from moetrace.trace.schema import MAX_LAYERS, MAX_ROWS, PREFETCHED, check_sizes, expert_dtype
 
 _HEADER = re.compile(rb'^[\s"]*[A-Za-z_][\w" ]*(?:[,;\t]["\w ]+)+\s*$')
 _MERGE_ROWS = 1 << 22
@@ -112,9 +113,9 @@ def _read(files: list[File], hints: Hints) -> Capture:
     optional = tuple(name for name, of in kinds if of in files[0].columns)
     spool = Spool(hints, num_experts, layers, found.top_k, optional)
     spool.grow(tokens.height)
-    keys = _Keys(tokens)
+    keys, placeholders = _Keys(tokens), Placeholders(num_experts, hints)
     for file in files:
-        writer = _Filler(file, found, keys, spool, num_experts)
+        writer = _Filler(file, found, keys, spool, placeholders)
         for cells in cells_of(file, hints):
             writer.fill(cells)
     by_row = {name: tokens[name].to_numpy() for name in tokens.columns}
@@ -125,6 +126,7 @@ def _read(files: list[File], hints: Hints) -> Capture:
             name: f"{of[0]} to {of[-1]}" if name == "scores" else "+".join(of) for name, of in files[0].columns.items()
         },
     }
+    facts |= placeholders.told(str(where))
     if told:
         facts |= {key: text[:300] for key, text in told.facts.items() if key in FACTS}
     if files[0].layer is not None:
@@ -251,8 +253,8 @@ class _Keys:
 class _Filler:
     """Puts the choices of a file into the spool."""
 
-    def __init__(self, file: File, found: _FirstReading, keys: _Keys, spool: Spool, num_experts: int) -> None:
-        self.file, self.found, self.keys, self.spool, self.num_experts = file, found, keys, spool, num_experts
+    def __init__(self, file: File, found: _FirstReading, keys: _Keys, spool: Spool, placeholders: Placeholders) -> None:
+        self.file, self.found, self.keys, self.spool, self.placeholders = file, found, keys, spool, placeholders
         self.last = -1  # the last cell, as long as they come in increasing order
 
     def fill(self, cells: Cells) -> None:
@@ -286,7 +288,7 @@ class _Filler:
 
     def _check_new(self, cells: Cells, cell: np.ndarray, row: np.ndarray, layer: np.ndarray) -> None:
         """Cells come in any order: each may come once, unless slots tell its parts apart."""
-        there = self.spool.take(row, layer) != absent_id(self.num_experts)
+        there = self.spool.take(row, layer) != self.placeholders.absent
         if "slot" in cells.values:
             at = np.repeat(np.arange(cell.size), cells.length)
             slot = cells.values["slot"]
@@ -305,17 +307,17 @@ class _Filler:
             )
 
     def _checked(self, cells: Cells) -> dict[str, np.ndarray]:
-        where, ids = self.file.table.path, cells.values["experts"]
-        low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
-        if low < -1 or high >= self.num_experts:
-            at = int(np.argmax((ids < -1) | (ids >= self.num_experts)))
+        where, experts = self.file.table.path, self.placeholders.num_experts
+        k = self.found.top_k if (cells.length == self.found.top_k).all() else 1
+        ids, negative, wrong = self.placeholders.checked(cells.values["experts"].reshape(-1, k))
+        if wrong is not None:
+            near, expert = cells.first + _row_of(cells, wrong[0] * k + wrong[1]), int(ids[wrong])
             raise MoetraceError(
-                f"{where}: near row {cells.first + _row_of(cells, at)}, expert {ids[at]} is not 0 to "
-                f"{self.num_experts - 1}."
+                f"{where}: near row {near}, expert {expert} is not 0 to {experts - 1}{advice(expert, experts)}."
             )
-        narrow = ids.astype(expert_dtype(self.num_experts))
-        if low < 0:
-            narrow[ids < 0] = absent_id(self.num_experts)
+        narrow = ids.astype(expert_dtype(experts)).ravel()
+        if negative:
+            narrow[ids.ravel() < 0] = self.placeholders.absent
         values = {"experts": narrow}
         if (gates := cells.values.get("gates")) is not None:
             if (np.abs(gates) > MAX_WEIGHT).any():

@@ -19,8 +19,9 @@ import polars as pl
 
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints
 from moetrace.importers.reading.passes import half
+from moetrace.importers.reading.placeholders import Placeholders
 from moetrace.importers.reading.spool import Spool
-from moetrace.importers.reading.table import tables
+from moetrace.importers.reading.table import CutLines, tables
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import MAX_LAYERS, PREFETCHED, absent_id, check_sizes
 
@@ -81,7 +82,8 @@ def _read(path: Path, hints: Hints) -> Capture:
     """Read a route trace twice: which tokens there are, then the choices of each."""
     header = _header(path)
     check_sizes(str(path), header.num_experts, header.top_k, 1, 1, 1)
-    tokens = _tokens(path, header, hints)
+    cut, placeholders = CutLines(path, hints), Placeholders(header.num_experts, hints)
+    tokens = _tokens(path, header, hints, cut)
     shape = (tokens.keys.size, tokens.layer_index.size, header.top_k)
     check_sizes(str(path), header.num_experts, header.top_k, shape[1], shape[0], 1)
     if shape[0] * shape[1] * shape[2] > SPARSEST * tokens.lines + 2**16:
@@ -89,8 +91,8 @@ def _read(path: Path, hints: Hints) -> Capture:
     optional = ("gates", "recorded") if tokens.weights else ("recorded",)
     spool = Spool(hints, header.num_experts, shape[1], header.top_k, optional)
     spool.grow(shape[0])
-    for line, lines in tables(path, header.columns, half(hints), header=header.lines + 1):
-        _scatter(path, line, lines, tokens, spool, header)
+    for line, lines in tables(path, header.columns, half(hints), header=header.lines + 1, cut=cut):
+        _scatter(path, line, lines, tokens, spool, placeholders)
     facts = {"format": "bigmoeonedge", "engine": "BigMoeOnEdge", "version": "route_trace v1", "arch": header.arch}
     if quantization := _QUANTIZATION.search(header.model):
         facts["quantization"] = quantization[1]
@@ -105,7 +107,7 @@ def _read(path: Path, hints: Hints) -> Capture:
         position=(tokens.keys & (2**31 - 1)).astype(np.int32),
         phase=((tokens.keys >> 31) & 1).astype(np.uint8),
         optional=optional,
-        facts=facts | ({"dropped": tokens.dropped} if tokens.dropped else {}),
+        facts=facts | cut.told() | ({"dropped": tokens.dropped} if tokens.dropped else {}),
         parts=spool.parts,
         sources=(path,),
     )
@@ -138,12 +140,12 @@ def _header(path: Path) -> _Header:
     )
 
 
-def _tokens(path: Path, header: _Header, hints: Hints) -> _Tokens:
+def _tokens(path: Path, header: _Header, hints: Hints, cut: CutLines) -> _Tokens:
     keys = layers = np.zeros(0, np.int64)
     count = dropped = 0
     weights = False
-    for line, lines in tables(path, header.columns, half(hints), header=header.lines + 1):
-        _check_lines(path, line, lines, header)
+    for line, lines in tables(path, header.columns, half(hints), header=header.lines + 1, cut=cut):
+        _check_lines(path, line, lines, header, hints)
         count += lines.height
         dropped += int(lines["dropped"].sum()) if "dropped" in lines.columns else 0
         weights = weights or not lines["weight"].is_nan().all()
@@ -162,23 +164,33 @@ def _key(lines: pl.DataFrame) -> np.ndarray:
     return (turn << 32) | (phase << 31) | step
 
 
-def _scatter(path: Path, line: int, lines: pl.DataFrame, tokens: _Tokens, spool: Spool, header: _Header) -> None:
+def _scatter(
+    path: Path, line: int, lines: pl.DataFrame, tokens: _Tokens, spool: Spool, placeholders: Placeholders
+) -> None:
     """Put the choices of some lines at their places, unless there is one already."""
+    expert, number = (
+        placeholders.marked(lines["expert"].to_numpy()[:, None])[:, 0],
+        np.arange(line, line + lines.height),
+    )
+    if (absent := expert < 0).any():
+        lines, expert, number = lines.filter(pl.Series(~absent)), expert[~absent], number[~absent]
     row = np.searchsorted(tokens.keys, _key(lines))
     layer = np.searchsorted(tokens.layer_index, lines["layer"].to_numpy())
-    slot, expert = lines["slot"].to_numpy(), lines["expert"].to_numpy()
+    if not row.size:
+        return
+    slot = lines["slot"].to_numpy()
     there = spool.take(row, layer)
-    taken = there[np.arange(row.size), slot] != absent_id(header.num_experts)
+    taken = there[np.arange(row.size), slot] != placeholders.absent
     twice = (there == expert[:, None]).any(axis=1)
     cell = row * tokens.layer_index.size + layer
     for before, key, what in (
-        (taken, cell * header.top_k + slot, _TAKEN),
-        (twice, cell * header.num_experts + expert, _TWICE),
+        (taken, cell * there.shape[1] + slot, _TAKEN),
+        (twice, cell * placeholders.num_experts + expert, _TWICE),
     ):
         if before.any():
-            raise MoetraceError(f"{path}: line {line + int(before.argmax())}: {what}.")
+            raise MoetraceError(f"{path}: line {number[int(before.argmax())]}: {what}.")
         if (np.diff(np.sort(key)) == 0).any():
-            raise MoetraceError(f"{path}: line {line + (pl.Series(key).is_duplicated().arg_max() or 0)}: {what}.")
+            raise MoetraceError(f"{path}: line {number[pl.Series(key).is_duplicated().arg_max() or 0]}: {what}.")
     values = {"experts": expert, "gates": lines["weight"].to_numpy(), "recorded": lines["residency"].to_numpy()}
     if not tokens.weights:
         del values["gates"]
@@ -197,7 +209,7 @@ def _header_lines(path: Path, file: IO[str]) -> Iterator[str]:
     raise MoetraceError(f"{path} has more than {_HEADER_LINES} lines of header.")
 
 
-def _check_lines(path: Path, line: int, lines: pl.DataFrame, header: _Header) -> None:
+def _check_lines(path: Path, line: int, lines: pl.DataFrame, header: _Header, hints: Hints) -> None:
     named = sorted(header.expert_bytes)
     checks = (
         (~pl.col("phase").is_between(0, 1), "phase is not 0 or 1"),
@@ -208,7 +220,13 @@ def _check_lines(path: Path, line: int, lines: pl.DataFrame, header: _Header) ->
             "layer is not one of the header's layers that hold experts",
         ),
         (~pl.col("slot").is_between(0, header.top_k - 1), f"slot is not 0 to {header.top_k - 1}"),
-        (~pl.col("expert").is_between(0, header.num_experts - 1), f"expert is not 0 to {header.num_experts - 1}"),
+        (
+            ~pl.col("expert").is_between(-1, header.num_experts - 1)
+            & ~pl.col("expert").is_in(hints.absent_ids)
+            & (pl.col("expert") < (2**31 if hints.absent_from is None else hints.absent_from)),
+            f"expert is not 0 to {header.num_experts - 1}: if ids from there on carry no expert, give --absent-from "
+            f"{header.num_experts}",
+        ),
         (pl.col("weight").is_not_nan() & (pl.col("weight").abs() > MAX_WEIGHT), f"weight is beyond {MAX_WEIGHT:g}"),
         (~pl.col("residency").is_between(0, PREFETCHED), "residency is not 0, 1 or 2"),
     )

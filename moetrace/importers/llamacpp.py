@@ -26,7 +26,7 @@ import polars as pl
 
 from moetrace.importers.captured import Capture, Hints
 from moetrace.importers.reading.passes import Lines, PassBlock, Passes, half, layers_of, whole_passes
-from moetrace.importers.reading.table import numbers, tables
+from moetrace.importers.reading.table import CutLines, numbers, tables
 from moetrace.importers.reading.text import first_bytes
 from moetrace.spec.errors import MoetraceError
 
@@ -70,19 +70,20 @@ def _read(path: Path, hints: Hints) -> Capture:
     top_k = hints.need("top_k", path) if width == 2 else width - 2
     names = ["layer", "e0"] if width == 2 else ["pos", "layer", *(f"e{slot}" for slot in range(top_k))]
     only = {name: pl.Int32 if name == "layer" else None for name in names}
-    layer_index = layers_of(path, tables(path, only, half(hints), header=header))
+    cut = CutLines(path, hints)
+    layer_index = layers_of(path, tables(path, only, half(hints), header=header, cut=cut))
     if width == 2 and layer_index.size == 1:
         raise MoetraceError(f"{path} has one layer, of which 'layer,expert' can't tell where a pass ends.")
     passes = Passes(path, hints, (num_experts, top_k), layer_index)
-    found = tables(path, dict.fromkeys(names, pl.Int32), half(hints), header=header)
+    found = tables(path, dict.fromkeys(names, pl.Int32), half(hints), header=header, cut=cut)
     lines = ((line, numbers(table)) for line, table in found)
     flat = _Flat(path, num_experts)
     warm = _WarmUp(path, (num_experts, top_k), layer_index.size, wide)
-    for block in _choices(path, lines, top_k, warm) if width == 2 else _tokens(path, lines, top_k):
+    for block in _choices(path, lines, top_k, warm, cut) if width == 2 else _tokens(path, lines, top_k):
         flat.look(block)
         passes.add(block)
     facts = {"format": "llamacpp", "engine": "llama.cpp", "layout": "layer,expert" if width == 2 else "pos,layer,ids"}
-    return passes.capture(facts | flat.facts() | warm.facts(hints))
+    return passes.capture(facts | flat.facts() | warm.facts(hints) | cut.told())
 
 
 def _wide_lines(begin: bytes, num_experts: int) -> int:
@@ -159,26 +160,33 @@ class _WarmUp:
         return {"left_out_warm_up": f"{which}, {self.lines} lines: every layer runs every expert"}
 
 
-def _choices(path: Path, tables: Iterator[tuple[int, Lines]], top_k: int, warm: _WarmUp) -> Iterator[PassBlock]:
+def _choices(
+    path: Path, tables: Iterator[tuple[int, Lines]], top_k: int, warm: _WarmUp, cut: CutLines
+) -> Iterator[PassBlock]:
     """The passes of lines `layer,expert`: rows of one layer follow one another, `top_k` lines each."""
-    passes = whole_passes(path, tables, lambda lines: np.diff(lines["layer"]) < 0)
-    for number, lines, starts in warm.without(passes):
-        layer = lines["layer"]
+    passes = warm.without(whole_passes(path, tables, lambda lines: np.diff(lines["layer"]) < 0))
+    for number, lines, starts in passes:
+        layer, experts = lines["layer"], lines["e0"]
         runs = np.r_[0, np.flatnonzero(np.diff(layer)) + 1]  # where a pass begins, so does a run
         sizes = np.diff(np.r_[runs, layer.size])
         if (uneven := sizes % top_k != 0).any():
             at = int(uneven.argmax())
-            raise MoetraceError(
+            sentence = (
                 f"{path}: layer {layer[runs[at]]} has {sizes[at]} lines from {number[runs[at]]} on, which is no "
                 f"multiple of top_k ({top_k})."
             )
+            if at == 0 or at < sizes.size - 1 or next(passes, None) is not None:
+                raise MoetraceError(sentence)
+            cut(sentence, int(sizes[at]))  # of a prompt, the tokens that are there are not known
+            layer, experts = layer[: runs[at]], experts[: runs[at]]
+            runs, sizes, starts = runs[:at], sizes[:at], starts[starts < runs[at]]
         runs, sizes, first = runs // top_k, sizes // top_k, starts // top_k
         step = np.searchsorted(first, runs, side="right") - 1  # of each run
         step_rows = np.maximum.reduceat(sizes, np.searchsorted(runs, first))
         # A run shorter than its pass has only its last tokens.
         shift = (np.cumsum(step_rows) - step_rows)[step] + step_rows[step] - sizes - runs
         row = np.arange(layer.size // top_k) + np.repeat(shift, sizes)
-        ids = lines["e0"].reshape(-1, top_k)
+        ids = experts.reshape(-1, top_k)
         yield PassBlock(lambda at, number=number: int(number[at * top_k]), step_rows, row, layer[::top_k], ids)
 
 

@@ -21,7 +21,7 @@ from moetrace.importers.captured import Capture, Counts, Hints
 from moetrace.importers.sglang_counts import read_csv, read_passes, read_stat
 from moetrace.importers.sglang_dumps import Dump, detailed, load
 from moetrace.importers.sglang_tokens import read_tokens
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, counted
 
 _KEYS = (b"last_physical_to_logical_map", b"logical_count", b"records")
 _CSV_HEADER = re.compile(rb"\s*layer_id,expert_id,count\s*\n")
@@ -49,7 +49,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture | Counts]:
         if "logical_count" in content:
             found.append(read_stat(path, content, hints))
         else:
-            dumps.append(detailed(path, content))
+            dumps.append(detailed(path, content, hints.strict))
     if found and dumps:
         raise MoetraceError(f"{dumps[0].path} holds records, but {found[0].sources[0]} counts: import them apart.")
     if not dumps:
@@ -62,7 +62,12 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture | Counts]:
         raise MoetraceError(f"{dumps[0].path} holds no records: start recording before the requests.")
     if len(kinds) > 1:
         raise MoetraceError(f"{dumps[0].path} holds records with topk_ids_of_layer and without, or other files do.")
-    return [read_tokens(dumps, hints)] if kinds.pop() else [read_passes(dumps, hints)]
+    read_all = read_tokens(dumps, hints) if kinds.pop() else read_passes(dumps, hints)
+    if left_out := sum(dump.left_out for dump in dumps):
+        lost = next(dump.lost for dump in dumps if dump.lost)
+        hints.note(f"{dumps[0].path}: left out {counted(left_out, 'record')}, the first because {lost}")
+        read_all = read_all._replace(facts=read_all.facts | {"left_out_records": left_out})
+    return [read_all]
 
 
 def _is_archive(path: Path) -> bool:

@@ -23,6 +23,8 @@ class Dump(NamedTuple):
     path: Path
     records: list[dict[str, Any]]
     logical: np.ndarray  # int64 [layers, physical experts]
+    lost: str = ""  # the first record that was left out, as a sentence
+    left_out: int = 0
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -59,24 +61,37 @@ def _check_stored(path: Path) -> None:
         raise MoetraceError(f"{path}: {packed[0].filename[:100]} is compressed, which torch.save never does.")
 
 
-def detailed(path: Path, content: dict[str, Any]) -> Dump:
-    """The records of a per_pass or per_token dump; raise MoetraceError if it has none."""
+def detailed(path: Path, content: dict[str, Any], strict: bool = False) -> Dump:
+    """The records of a per_pass or per_token dump, but for empty ones; raise MoetraceError if it has none."""
     records = content.get("records")
     if not isinstance(records, list) or "last_physical_to_logical_map" not in content:
         raise MoetraceError(f"{path} has neither logical_count nor records with last_physical_to_logical_map.")
     logical = integers(f"{path}: last_physical_to_logical_map", content["last_physical_to_logical_map"], 2)
     if not logical.size or logical.min() < 0 or logical.max() >= MAX_EXPERTS or len(logical) > MAX_LAYERS:
         raise MoetraceError(f"{path}: last_physical_to_logical_map {logical.shape} holds impossible experts.")
+    empty = [number for number, record in enumerate(records) if _is_empty(record)]
+    lost = f"{path}: record {empty[0]} is empty, or its choices are." if empty else ""
+    if empty and (strict or len(empty) == len(records)):
+        raise MoetraceError(lost)
     for number, record in enumerate(records):
+        if _is_empty(record):
+            continue
         if not isinstance(record, dict) or type(record.get("forward_pass_id")) is not int:
             raise MoetraceError(f"{path}: record {number} has no forward_pass_id.")
         if not 0 <= record["forward_pass_id"] < 2**62 or type(record.get("rank", 0)) is not int:
             raise MoetraceError(f"{path}: record {number} has an impossible forward_pass_id or rank.")
+    records = [record for record in records if not _is_empty(record)]
     tensors = [record.get(name) for record in records for name in ("topk_ids_of_layer", "global_physical_count")]
     claimed = sum(tensor.nbytes for tensor in tensors if _is_plain(tensor))
     if claimed > path.stat().st_size:  # a pickle may name one tensor in any number of records
         raise MoetraceError(f"{path}: its records claim {claimed} bytes, but the file has {path.stat().st_size}.")
-    return Dump(path, records, logical.astype(np.int64))
+    return Dump(path, records, logical.astype(np.int64), lost, len(empty))
+
+
+def _is_empty(record: Any) -> bool:
+    """Whether a record is null, or what it counts or chooses is."""
+    names = ("topk_ids_of_layer", "global_physical_count")
+    return record is None or (isinstance(record, dict) and any(record.get(name, 0) is None for name in names))
 
 
 def integers(where: str, value: object, axes: int) -> np.ndarray:

@@ -86,14 +86,14 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     model, engine = "", "not recorded"
     for path in sources:
         first = first_bytes(path, 64).lstrip()
-        if first.startswith(npy.MAGIC):
+        if first.startswith((npy.MAGIC, _NPY_IN_BASE64)):
             engine = "vLLM"
-            requests.add(str(path), npy.mapped(path, hints.reading))
-        elif first.startswith(_NPY_IN_BASE64):
-            engine = "vLLM"
-            text = text_of(path)
-            hints.reading(len(text))
-            requests.add(str(path), npy.from_bytes(str(path), from_base64(str(path), text.strip())))
+            try:
+                array = _alone(path, first, hints)
+            except MoetraceError as error:  # None, of a request that was aborted, is a Python object
+                requests.unreadable(str(error))
+            else:
+                requests.add(str(path), array)
         else:
             for where, response in responses(path, hints.reading, requests.unreadable):
                 model = model or (response.model or "")
@@ -102,6 +102,15 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
                     add_response(requests, where, response)
     facts: dict[str, Any] = {"format": "vllm", "engine": engine, "batching": "not recorded"}
     return [requests.capture(model, facts, sources)]
+
+
+def _alone(path: Path, first: bytes, hints: Hints) -> np.ndarray:
+    """The array that is all of a file, or base64 of one."""
+    if first.startswith(npy.MAGIC):
+        return npy.mapped(path, hints.reading)
+    text = text_of(path)
+    hints.reading(len(text))
+    return npy.from_bytes(str(path), from_base64(str(path), text.strip()))
 
 
 def natural(path: Path) -> list[tuple[int, int, str]]:
@@ -136,8 +145,8 @@ def add_response(
     One without routing, or with routing that can't be read, is left out.
     """
     if not response.choices:
-        if response.usage and response.id is not None:
-            requests.finish(told_of(response))
+        told = told_of(response)
+        if response.usage and response.id is not None and (requests.finish(told) or told.chunk):
             return
         if response.routed_experts is None:
             requests.leave_out(NO_ROUTING, f"{where} has no choices: it is no response of a completion.")

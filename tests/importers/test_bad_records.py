@@ -282,3 +282,98 @@ def test_a_last_line_that_was_cut_is_left_out(tmp_path, form):
     )
     assert trace.source["left_out_cut_lines"] == 1 and "left out a last line that was cut" in notes[0]
     assert "is not as expected" in strict(path, num_experts=8)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("bad", [None, {"id": "e", "choices": [{"routed_experts": 5}]}, "x", float("nan")])
+def test_an_element_of_a_list_that_cannot_be_read_is_left_out(tmp_path, indent, bad):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([GOOD | {"id": "a", "x": float("nan")}, bad, GOOD | {"id": "b"}], indent=indent))
+    trace, notes = imported(path, num_experts=16)
+    assert trace.rows == 18 and trace.source["left_out_answers"] == {"that can't be read": 1}
+    assert "response 1 is not as expected" in notes[0] and "response 1 is" in strict(path, num_experts=16)
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(MoetraceError, match="is not as expected"):
+        import_traces(path, tmp_path / "o.h5", format="vllm", hints=Hints(num_experts=16))
+
+
+def test_an_answer_without_choices_that_ends_no_stream_is_counted(tmp_path):
+    failed = {"id": "e", "choices": [], "usage": {"prompt_tokens": 6, "completion_tokens": 0}}
+    for bad in (failed, failed | {"id": "1"}):
+        path = log(tmp_path, GOOD, bad)
+        trace, notes = imported(path, num_experts=16)
+        assert trace.rows == 27 and trace.source["left_out_answers"] == {"without routing": 1}
+        assert "has no choices" in notes[0] and "has no choices" in strict(path, num_experts=16)
+
+
+def test_an_array_file_that_holds_none_is_left_out(tmp_path):
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    for number in range(3):
+        np.save(folder / f"{number}.npy", request(9, 2, 2, 16, number))
+    np.save(folder / "0.npy", np.array(None, object), allow_pickle=True)
+    (folder / "3.npy").write_bytes((folder / "1.npy").read_bytes()[:-3])
+    notes = []
+    import_traces(folder, tmp_path / "o.h5", hints=Hints(num_experts=16, note=notes.append))
+    trace = Trace.open(tmp_path / "o.h5")
+    assert trace.rows == 18 and trace.source["left_out_answers"] == {"that can't be read": 2}
+    assert "0.npy holds Python objects" in notes[0]
+    with pytest.raises(MoetraceError, match="Python objects"):
+        import_traces(folder, tmp_path / "s.h5", hints=Hints(num_experts=16, strict=True))
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_last_line_of_a_csv_that_was_cut_is_left_out(tmp_path, end):
+    lines = ["# route_trace v1", "# model=m arch=a n_layer=2 n_expert=8 n_expert_used=2"]
+    lines.append("turn,phase,step,layer,slot,expert,weight,residency,expert_bytes")
+    ids = routing(3, 2, 2, 8)
+    lines += [f"0,1,{t},{x},{s},{ids[t, x, s]},0.5,1,9" for t in range(3) for x in range(2) for s in range(2)]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(lines)[:-7] + end)
+    trace, notes = imported(path)
+    found = trace.read("experts", 0, 3)
+    assert found[2, 1].tolist() == [ids[2, 1, 0], 255] and trace.source["left_out_cut_lines"] == 1
+    found[2, 1, 1] = ids[2, 1, 1]
+    assert np.array_equal(found, ids) and "left out a last line that was cut" in notes[0]
+    assert "line 15 is incomplete" in strict(path)
+
+
+@pytest.mark.parametrize("cut", [5, 1, 11])
+@pytest.mark.parametrize("chunk", [16, 1 << 20])
+def test_the_csv_of_llama_cpp_that_was_cut(tmp_path, monkeypatch, cut, chunk):
+    monkeypatch.setattr("moetrace.importers.reading.text.CHUNK_BYTES", chunk)
+    ids = routing(4, 3, 2, 8)
+    path = tmp_path / "a.csv"
+    text = "".join(f"{layer},{i}\n" for token in ids for layer in range(3) for i in token[layer])
+    path.write_text(text[:-cut])
+    trace, notes = imported(path, num_experts=8, top_k=2)
+    found = trace.read("experts", 0, 4)
+    kept = 2 if cut < 11 else 1
+    if cut == 1:  # nothing but the end of the line
+        assert np.array_equal(found, ids) and notes == []
+        return
+    assert np.array_equal(found[:3], ids[:3]) and np.array_equal(found[3, :kept], ids[3, :kept])
+    assert (found[3, kept:] == 255).all()
+    assert trace.source["left_out_cut_lines"] == (1 if cut == 5 else 2) and "last line" in notes[0]
+    said = "layer 2 has 1 lines from 23 on" if cut == 5 else "line 22 is incomplete"
+    assert said in strict(path, num_experts=8, top_k=2)
+
+
+def test_empty_records_of_sglang_are_left_out(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    def record(number, rows, **more):
+        ids = torch.from_numpy(np.ascontiguousarray(routing(rows, 2, 2, 16, number).transpose(1, 0, 2), np.int32))
+        own = {"input_ids": [1] * rows, "positions": list(range(number, number + rows)), "topk_ids_of_layer": ids}
+        return {"forward_pass_id": number, "rank": 0, "forward_mode": 2, **own, **more}
+
+    path = tmp_path / "a.pt"
+    logical = torch.arange(16).repeat(2, 1)
+    for empty in (None, record(1, 1, topk_ids_of_layer=None)):
+        torch.save({"records": [record(0, 1), empty, record(2, 1)], "last_physical_to_logical_map": logical}, path)
+        trace, notes = imported(path)
+        assert trace.rows == 2 and trace.source["left_out_records"] == 1 and "record 1 is empty" in notes[0]
+        assert "record 1 is empty" in strict(path)
+        torch.save({"records": [empty, empty], "last_physical_to_logical_map": logical}, path)
+        with pytest.raises(MoetraceError, match="record 0 is empty"):
+            imported(path)

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import polars as pl
 import pytest
 from support.writers import Sample, routing
 from support.writers.jsonl import write
@@ -44,6 +45,23 @@ def lattice(path, ids):
     path.write_text(lines(ids, np.full(ids.shape, 0.5), list(range(len(ids))), list(range(ids.shape[1]))))
 
 
+def table(path, ids, one_a_row=False):
+    rows, layers, top_k = ids.shape
+    cells = {"token": np.repeat(np.arange(rows), layers), "layer_id": np.tile(np.arange(layers), rows)}
+    if one_a_row:
+        cells = {name: np.repeat(column, top_k) for name, column in cells.items()}
+    flat = ids.ravel() if one_a_row else ids.reshape(-1, top_k).tolist()
+    columns = {**cells, "expert" if one_a_row else "topk_ids": flat}
+    pl.DataFrame(columns).write_parquet(path)
+
+
+def route_trace(path, ids):
+    lines = ["# route_trace v1", f"# model=m arch=a n_layer={ids.shape[1]} n_expert=8 n_expert_used={ids.shape[2]}"]
+    lines.append("turn,phase,step,layer,slot,expert,weight,residency,expert_bytes")
+    lines += [f"0,1,{row},{layer},{slot},{expert},0.5,1,9" for (row, layer, slot), expert in np.ndenumerate(ids)]
+    path.write_text("\n".join(lines) + "\n")
+
+
 # Format -> writes ids [rows, layers, top_k] to a path of this ending.
 WRITERS = {
     "vllm": (".npy", lambda path, ids: np.save(path, ids)),
@@ -51,6 +69,9 @@ WRITERS = {
     "jsonl": (".jsonl", lambda path, ids: write(path, ids, [len(ids)])),
     "lattice": (".jsonl", lattice),
     "megatron": (".jsonl", lambda path, ids: path.write_text(records(0, {(0, 0): ids}, list(range(ids.shape[1]))))),
+    "any-table": (".parquet", table),
+    "any-table, a choice a row": (".parquet", lambda path, ids: table(path, ids, True)),
+    "bigmoeonedge": (".csv", route_trace),
 }
 
 
@@ -67,6 +88,40 @@ def test_ids_beyond_the_experts_are_absent_if_the_user_says_so(tmp_path, form):
     assert np.array_equal(trace.read("experts", 0, 50), np.where(ids >= 8, 255, ids))
     trace, _ = imported(path, absent_from=6, absent_ids=(2,))
     assert np.array_equal(trace.read("experts", 0, 50), np.where((ids >= 6) | (ids == 2), 255, ids))
+
+
+@pytest.mark.parametrize("form", ["any-table", "any-table, a choice a row", "bigmoeonedge"])
+def test_minus_1_is_absent_and_other_ids_are_refused(tmp_path, form):
+    ending, save = WRITERS[form]
+    ids = routing(50, 3, 4, 12).astype(np.int32)
+    save(path := tmp_path / f"a{ending}", np.where(ids >= 8, -1, ids))
+    trace, _ = imported(path)
+    assert np.array_equal(trace.read("experts", 0, 50), np.where(ids >= 8, 255, ids))
+    ids[ids >= 8] = -1
+    ids[7, 1, 2] = -2
+    save(path, ids)
+    assert "is not 0 to 7" in refused(path) and "is not 0 to 7" in refused(path, absent_from=6, absent_ids=(2**40,))
+
+
+def test_lines_of_route_traces_keep_their_numbers_where_ids_are_absent(tmp_path):
+    ids = routing(5, 3, 4, 12)
+    route_trace(path := tmp_path / "a.csv", ids)
+    lines = path.read_text().splitlines(keepends=True)
+    at = next(at for at in range(30, 60) if int(lines[at].split(",")[5]) < 8)
+    path.write_text("".join([*lines, lines[at]]))
+    assert f"line {at + 1}: another line has the same" in refused(path, absent_from=8)
+
+
+def test_a_null_list_of_a_table_is_no_choice(tmp_path):
+    ids = routing(9, 3, 2, 8)
+    table(path := tmp_path / "a.parquet", ids)
+    rows = pl.read_parquet(path)
+    for at in ([0], [5, 26], [1, 2, 3]):
+        null = pl.Series([number in at for number in range(27)])
+        rows.with_columns(pl.when(null).then(None).otherwise(pl.col("topk_ids")).alias("topk_ids")).write_parquet(path)
+        expected = ids.reshape(27, 2).copy()
+        expected[at] = 255
+        assert np.array_equal(imported(path)[0].read("experts", 0, 9), expected.reshape(9, 3, 2))
 
 
 @pytest.mark.parametrize("form", ["vllm", "npz", "jsonl", "megatron"])
@@ -96,7 +151,7 @@ def test_cells_of_one_id_beyond_the_experts_are_absent(tmp_path):
     ids = routing(9, 3, 2, 8)
     odd = ids.copy()
     odd[2, 1] = odd[7, 0] = 8
-    for form in ("vllm", "jsonl", "lattice", "megatron"):
+    for form in ("vllm", "jsonl", "lattice", "megatron", "any-table"):
         ending, save = WRITERS[form]
         save(path := tmp_path / f"{form}{ending}", odd)
         trace, notes = imported(path)

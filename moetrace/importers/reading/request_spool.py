@@ -107,14 +107,14 @@ class RequestSpool:
             self.leave_out(OTHER_SHAPE, what)
         return False
 
-    def finish(self, told: Told) -> None:
-        """The numbers of an answer that came in chunks without any, as the last chunk tells them."""
+    def finish(self, told: Told) -> bool:
+        """The numbers of an answer that came in chunks without any, as the last tells them; whether there is one."""
         requests = self._conversations.choices(told)
         if not requests or told.prompt is None or told.output is None:
-            return
+            return False
         stretches = [stretch for request in requests for stretch in request.stretches]
         if any(stretch.prompt is not None for stretch in stretches):
-            return
+            return False
         where = str(self._source)
         numbers = [told] * len(requests)
         if len(requests) > 1:
@@ -132,6 +132,7 @@ class RequestSpool:
             ]
             for at, stretch in zip(request.places, request.stretches, strict=True):
                 self._stretches[at] = (request.number, stretch)
+        return True
 
     def _begin(self, where: str, ids: np.ndarray) -> None:
         planes, top_k = ids.shape[1:]

@@ -132,6 +132,7 @@ class Response(msgspec.Struct):
 
 
 _LINE: Any = Response | list[Response]
+_NO_RECORD = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _STREAM = re.compile(rb"\s*(data|event|id|retry|):")
 _INTEGERS = re.compile(r"(?:torch\.)?u?int(?:8|16|32|64)|[<>=|]?[iu][1248]")
 
@@ -141,20 +142,25 @@ def responses(
 ) -> Iterator[tuple[str, Response]]:
     """Yield every response of the file, each with where it stands; server-sent events (`data: ...`) are lines as well.
 
-    An answer of a stream is a chunk, even if it does not say so, as SGLang's `/generate` sends them. Of several lines,
-    one that can't be read goes to `bad` as a sentence. Raises MoetraceError if the file is neither
+    An answer of a stream is a chunk, even if it does not say so, as SGLang's `/generate` sends them. One of several
+    lines or of a list that can't be read goes to `bad` as a sentence. Raises MoetraceError if the file is neither
     JSON lines nor one JSON value, or longer than `MAX_LINE_BYTES` a value.
     """
     if _is_one_value(path):
         reading(path.stat().st_size)
         text = text_of(path)
         try:
-            try:
-                found = msgspec.json.decode(text, type=_LINE)
-            except msgspec.DecodeError:
-                found = msgspec.json.decode(mended(text), type=_LINE)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise MoetraceError(f"{path} is not as expected: {str(error).rstrip('.')[:200]}.") from None
+            found = _decoded(text, _LINE)
+        except _NO_RECORD as error:
+            elements = _elements(text) if bad else None
+            if elements is None or bad is None:
+                raise MoetraceError(f"{path} is not as expected: {str(error).rstrip('.')[:200]}.") from None
+            for number, element in enumerate(elements):
+                try:
+                    yield f"{path}: response {number}", _decoded(element, Response)
+                except _NO_RECORD as one:
+                    bad(f"{path}: response {number} is not as expected: {str(one).rstrip('.')[:200]}.")
+            return
         for number, response in enumerate(found if isinstance(found, list) else [found]):
             yield (f"{path}: response {number}" if isinstance(found, list) else str(path)), response
         return
@@ -165,6 +171,22 @@ def responses(
                 if stream and not (response.object or "").endswith("chunk"):
                     response.object = "chunk"
                 yield f"{path}: response {number}", response
+
+
+def _decoded(text: bytes, kind: Any) -> Any:
+    """The value of a JSON text; Python's NaN is null. Raises one of `_NO_RECORD`."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.DecodeError:
+        return msgspec.json.decode(mended(text), type=kind)
+
+
+def _elements(text: bytes) -> list[bytes] | None:
+    """The texts of the elements of a JSON list; None if it is none."""
+    try:
+        return [bytes(element) for element in _decoded(text, list[msgspec.Raw])]
+    except _NO_RECORD:
+        return None
 
 
 def _is_one_value(path: Path) -> bool:

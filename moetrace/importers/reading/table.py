@@ -3,13 +3,16 @@
 import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from moetrace.importers.reading.text import chunks
+from moetrace.importers.captured import Hints
+from moetrace.importers.reading.text import BOM, chunks
 from moetrace.spec.errors import MoetraceError
 
+NEWLINE = b"\n"
 Numbers = Mapping[str, np.ndarray]
 
 _LARGEST = {pl.Int32: 2**31, pl.Int64: 2**63}
@@ -25,19 +28,29 @@ def tables(
     header: int = 0,
     separator: str = ",",
     ragged: bool = False,
+    cut: Callable[[str], object] | None = None,
 ) -> Iterator[tuple[int, pl.DataFrame]]:
     """Yield the number of the first line (from 1) and a table of the lines that follow, without the `header` lines.
 
     `columns` names all columns of the file in order, those of type None are not read. A colon is taken as a space if
     that separates. Raises MoetraceError with the line that lacks a number, unless `ragged`, which makes it null, or
-    that holds what is none; one with more columns may pass if some of `columns` are not read.
+    that holds what is none; one with more columns may pass if some of `columns` are not read. A last line that lacks
+    columns, as a process that is killed leaves it, goes to `cut` as a sentence, if there is one.
     """
     schema = {name: kind or pl.String for name, kind in columns.items()}
     wanted = [name for name, kind in columns.items() if kind is not None]
+    unread = path.stat().st_size
     # Nulls that a ragged line lacks take memory but no bytes of the file.
     for line, data in chunks(path, reading, max(1 << 16, _RAGGED_CELLS // len(columns)) if ragged else None):
+        unread -= len(data)
         while header and data:
             line, data, header = line + 1, data[data.find(b"\n") + 1 or len(data) :], header - 1
+        if cut and data and unread <= len(BOM):
+            start = data.removesuffix(NEWLINE).rfind(NEWLINE) + 1
+            fields = data[start:].split(separator.encode())
+            if data[start:].strip() and (len(fields) < len(columns) or not fields[-1].strip()):
+                cut(f"{path}: line {line + data[:start].count(NEWLINE)} is incomplete.")
+                data = data[:start]
         if not data:
             continue
         text = data.translate(_SPACES) if separator == " " else data
@@ -52,6 +65,29 @@ def tables(
         if empty.any():
             raise MoetraceError(f"{path}: line {line + (empty.arg_max() or 0)} is incomplete.")
         yield line, table
+
+
+class CutLines:
+    """Last lines that were cut: they are left out, counted and said in a note; `--strict` refuses them."""
+
+    def __init__(self, path: Path, hints: Hints) -> None:
+        self._path, self._hints = path, hints
+        self._found: dict[str, int] = {}  # lines of each sentence
+
+    def __call__(self, sentence: str, count: int = 1) -> None:
+        """Take what a reading of the file has found, perhaps again."""
+        if self._hints.strict:
+            raise MoetraceError(sentence)
+        self._found[sentence] = count
+
+    def told(self) -> dict[str, Any]:
+        """What `source` says of them."""
+        if not self._found:
+            return {}
+        count = sum(self._found.values())
+        lines = "a last line that was" if count == 1 else f"{count} last lines that were"
+        self._hints.note(f"{self._path}: left out {lines} cut: {next(iter(self._found))}")
+        return {"left_out_cut_lines": count}
 
 
 _SPACES = bytes.maketrans(b":", b" ")
