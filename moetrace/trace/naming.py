@@ -49,8 +49,8 @@ def other_bits(said: str, layers: int, experts: int) -> str | None:
                 return None
             return (
                 f"its model is called {said[:200]!r}, and the preset {name} is of {spec.weight_bits:g} bits a weight, "
-                f"so its bytes are not known: name a model of its bits with --model (a TOML, config.json or GGUF file, or "
-                f"the preset {name} if those bits are right)."
+                f"so its bytes are not known: name a model of its bits with --model (a TOML, config.json or GGUF file, "
+                f"or the preset {name} if those bits are right)."
             )
     return None
 
