@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moetrace.importers.captured import FIRST_BYTES, Capture, Counts, Hints
+from moetrace.importers.reading import npy
 from moetrace.importers.reading.text import first_bytes
 from moetrace.spec.errors import MoetraceError, UsageError
 
@@ -22,7 +23,7 @@ FORMATS = {
     "bigmoeonedge": "route traces (CSV) of BigMoeOnEdge, version 1",
     "colibri": "routing traces (ROUTE_TRACE) and expert histories (.coli_usage) of colibri",
     "fiddler": "expert popularity (JSON) of Fiddler",
-    "counts-table": "tables of counts: EPLB's JSON (logical_count), or a tensor [layers, experts] of torch.save (.pt)",
+    "counts-table": "tables of counts: EPLB's JSON (logical_count), [layers, experts] as JSON or of torch.save (.pt)",
     "imatrix": "importance matrices (GGUF) of llama.cpp, which count the tokens of each expert",
     "jsonl": 'route logs in JSON lines with {"type": "route"}, as patches of vLLM write them',
     "lattice": "routing traces (JSON lines) of lattice",
@@ -51,6 +52,11 @@ def detect(path: Path) -> str:
         raise MoetraceError(f"{path} is empty.")
     if first.startswith(_HDF5):
         raise MoetraceError(f"{path} is an HDF5 file: if it is a trace already, it needs no import.")
+    if first.startswith(npy.MAGIC):
+        raise MoetraceError(
+            f"{path} is an array of other axes than [rows, layers, top_k]: name ids [rows, top_k] of one layer as in "
+            f'layer_3.npy, and save counts [layers, experts] as JSON, {{"logical_count": [[...], ...]}}.'
+        )
     known = ", ".join(FORMATS)
     raise MoetraceError(
         f"{path} is in no format that can be imported ({known}): if it should be, name it with --from; of a table of "
