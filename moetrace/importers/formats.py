@@ -23,7 +23,7 @@ FORMATS = {
     "bigmoeonedge": "route traces (CSV) of BigMoeOnEdge, version 1",
     "colibri": "routing traces (ROUTE_TRACE) and expert histories (.coli_usage) of colibri",
     "fiddler": "expert popularity (JSON) of Fiddler",
-    "counts-table": "tables of counts: EPLB's JSON (logical_count), or a tensor [layers, experts] of torch.save (.pt)",
+    "counts-table": "tables of counts: EPLB's JSON (logical_count), [layers, experts] as JSON or of torch.save (.pt)",
     "imatrix": "importance matrices (GGUF) of llama.cpp, which count the tokens of each expert",
     "jsonl": 'route logs in JSON lines with {"type": "route"}, as patches of vLLM write them',
     "lattice": "routing traces (JSON lines) of lattice",

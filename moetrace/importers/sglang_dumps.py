@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 _INTEGERS = ("torch.int32", "torch.int64", "torch.int16", "torch.uint8", "torch.int8")
+_ROUNDED = ("torch.bfloat16", "torch.float16")
 
 
 class Dump(NamedTuple):
@@ -110,13 +111,16 @@ def _numbers(where: str, value: object, axes: int, kinds: tuple[str, ...]) -> np
     return value.numpy()
 
 
-def table(where: str, value: object) -> np.ndarray:
-    """Counts [steps, layers, experts] of a tensor of these axes, or of [layers, experts]; floats must be whole."""
-    axes = 2 if _is_plain(value) and value.dim() == 2 else 3
+def table(where: str, value: object, axes: int | None = None) -> np.ndarray:
+    """Counts [steps, layers, experts] of a tensor of these axes, or the last one or two; floats must be whole."""
+    if axes is None:
+        axes = 2 if _is_plain(value) and value.dim() == 2 else 3
+    if _is_plain(value) and str(value.dtype) in _ROUNDED:
+        raise MoetraceError(f"{where} is {value.dtype}, which rounds counts: save its sum as int64.")
     counts = _numbers(where, value, axes, (*_INTEGERS, "torch.float32", "torch.float64"))
     if counts.dtype.kind == "f":
         counts = whole(where, counts)
-    return counts[None] if axes == 2 else counts
+    return counts.reshape((1,) * (3 - axes) + counts.shape)
 
 
 def whole(where: str, counts: np.ndarray) -> np.ndarray:

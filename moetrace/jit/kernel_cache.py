@@ -7,6 +7,7 @@ of a user's function may be a stranger's.
 
 import contextlib
 import glob
+import hashlib
 import os
 import stat
 import sys
@@ -35,7 +36,7 @@ def cache_of(function: Callable, fingerprint: str, own: bool) -> Any:
         RuntimeError: no folder can be written.
     """
     found = _cache_class("policies" if own else "kernels")(function)
-    found._cache_file = _index_file(found.cache_path, f"{function.__name__}-{fingerprint[:32]}", fingerprint)
+    found.fingerprint = fingerprint
     return found
 
 
@@ -120,20 +121,37 @@ def _cache_class(kind: str) -> Any:
         _locator_classes = _locators(kind)  # type: ignore[assignment]
 
     class KernelCache(caching.FunctionCache):
-        """Numba's cache, which takes a named tuple for the same as long as its class has the same name."""
+        """Numba's cache, which takes a named tuple for the same as long as its class has the same name.
+
+        Each function and signature has files of its own. Numba has one index for all signatures of a function, and two
+        processes that add to it at once may give two of them the same data file.
+        """
 
         _impl_class = Impl
+        fingerprint = ""
+
+        def save_overload(self, sig: Any, data: Any) -> None:
+            """Keep what was compiled."""
+            self._take_file(sig)
+            super().save_overload(sig, data)
 
         def load_overload(self, sig: Any, target_context: Any) -> Any:
             """Find what was compiled; None if nothing was, or for named tuples whose class has another name now.
 
             Numba unpickles the types of all that is in a file before it looks at the stamp.
             """
+            self._take_file(sig)
             try:
                 return super().load_overload(sig, target_context)
             except (AttributeError, ImportError):
                 self.flush()
                 return None
+
+        def _take_file(self, sig: Any) -> None:
+            """Have the files of a signature; Numba's own lock is held."""
+            held = f"{self.fingerprint} {sys.implementation.cache_tag} {sig} {[*_fields(getattr(sig, 'args', sig))]}"
+            name = f"{self._py_func.__name__}-{hashlib.sha256(held.encode()).hexdigest()[:32]}"
+            self._cache_file = _index_file(self.cache_path, name, self.fingerprint)
 
         def _index_key(self, sig: Any, codegen: Any) -> Any:
             """Add the names of the fields: compiled code knows of their order only."""

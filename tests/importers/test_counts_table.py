@@ -38,6 +38,35 @@ def test_load_views(tmp_path, dtype):
     assert np.array_equal(trace.read("counts", 0, 9), COUNTS[:1]) and trace.source["format"] == "counts-table"
 
 
+def test_lists_alone(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(COUNTS[0].tolist()))
+    assert detect(path) == "counts-table"
+    assert np.array_equal(imported(tmp_path, path, top_k=2).read("counts", 0, 9), COUNTS[:1])
+    path.write_text("[[1, 2], [3]]")
+    assert "have not equally many experts" in refused(tmp_path, path, top_k=1)
+
+
+@pytest.mark.parametrize("first", [0, 3, 300])
+def test_dicts_of_tensors(tmp_path, first):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "a.pt"
+    torch.save({"expert_load_view": torch.from_numpy(COUNTS[0])}, path)
+    assert detect(path) == "counts-table"
+    assert np.array_equal(imported(tmp_path, path, top_k=2).read("counts", 0, 9), COUNTS[:1])
+    (tmp_path / "out.h5").unlink()
+    torch.save({layer + first: torch.from_numpy(COUNTS[0, layer]) for layer in (2, 0, 1, 3)}, path)
+    assert detect(path) == "counts-table"
+    trace = imported(tmp_path, path, top_k=2)
+    assert np.array_equal(trace.read("counts", 0, 9), COUNTS[:1])
+    assert trace.layer_index.tolist() == list(range(first, first + 4))
+
+
+def test_an_array_of_two_axes_says_what_it_may_be(tmp_path):
+    np.save(tmp_path / "w.npy", COUNTS[0])
+    assert "save counts [layers, experts] as JSON" in refused(tmp_path, tmp_path / "w.npy", top_k=2)
+
+
 @pytest.mark.parametrize("dtype", ["i4", "f4"])
 @pytest.mark.parametrize("counts", [COUNTS[0], COUNTS[:1], COUNTS])
 def test_tables_of_ktransformers_are_those_of_the_recorder(tmp_path, counts, dtype):
@@ -82,6 +111,12 @@ def test_bad_tensors_are_one_sentence(tmp_path):
         ),
         (torch.ones(4), "a tensor of 1 axes"),
         ([torch.ones(2, 2, dtype=torch.int32)], "holds a list, not counts"),
+        (torch.ones(2, 2, dtype=torch.bfloat16), "is torch.bfloat16, which rounds counts"),
+        ({0: torch.ones(2), 1: torch.ones(3)}, "have not equally many experts"),
+        ({0: torch.ones(2), "a": torch.ones(2)}, "keys are not numbers of layers"),
+        ({0: torch.ones(2, 2)}, "layer 0 is torch.float32 (2, 2), not numbers of 1 axes"),
+        ({0: torch.ones(1).expand(100)}, "is no contiguous tensor"),
+        (dict.fromkeys(range(2000), torch.ones(500)), "its layers claim 4000000 bytes"),
         (torch.ones(2, 2) * 0.5, "are not whole"),
         (torch.ones(2, 2) * float("nan"), "are not whole"),
         (torch.ones(2, 2, dtype=torch.bool), "is torch.bool (2, 2), not numbers of 2 axes"),
