@@ -23,7 +23,7 @@ from moetrace.importers.reading.placeholders import Placeholders
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.table import CutLines, tables
 from moetrace.spec.errors import MoetraceError
-from moetrace.trace.schema import MAX_LAYERS, PREFETCHED, absent_id, check_sizes
+from moetrace.trace.schema import MAX_LAYERS, PREFETCHED, check_sizes
 
 FIRST_LINE = "# route_trace v1"
 _MODEL = re.compile(
