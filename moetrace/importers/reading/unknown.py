@@ -59,7 +59,10 @@ def _array(path: Path, first: bytes) -> tuple[str, str]:
     if header.dtype.kind == "f":
         return f"{what}, as of logits or gates", _ARRAYS
     if header.dtype.kind in "iu" and len(header.shape) in (1, 2):
-        return f"{what}, whose name does not say its layer", "name it as in layer_12.npy, a file a layer"
+        return f"{what}, whose name does not say its layer", (
+            "name ids [tokens, top_k] as in layer_12.npy, a file a layer, and save counts [layers, experts] as JSON, "
+            '{"logical_count": [[...], ...]}'
+        )
     return what, _ARRAYS
 
 
