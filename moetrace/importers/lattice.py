@@ -152,7 +152,8 @@ def _lines(
         for at, record in enumerate(records, count + 1):
             if _shape(record) != (top_k, top_k):
                 odd.record(at, top_k)
-                record.selected_ids, record.gate_weights = [-1] * top_k, [0.0] * top_k
+                none: list[float | None] = [0.0] * top_k
+                record.selected_ids, record.gate_weights = [-1] * top_k, none
             if not 0 <= record.token_idx < 2**31:
                 raise MoetraceError(f"{path}: record {at} has token_idx {record.token_idx}.")
         try:

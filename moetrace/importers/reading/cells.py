@@ -203,7 +203,8 @@ def _choices(
             column = column.arr.to_list()
     if isinstance(column.dtype, pl.List):
         if column.null_count():  # no choice, in all slots
-            column = column.fill_null(pl.Series([[None] * (column.list.len().max() or 0)], dtype=column.dtype))
+            most = int(column.list.len().fill_null(0).to_numpy().max(initial=0))
+            column = column.fill_null(pl.Series([[None] * most], dtype=column.dtype))
         length = _lengths(where, column, meaning)
         column = column.filter(pl.Series(length > 0)).explode()
     else:

@@ -3,7 +3,6 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
-from itertools import count, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -64,8 +63,10 @@ class Conversations:
 
     def choices(self, told: Told) -> list[Request]:
         """The requests of an answer's id, of its choice and those after it."""
-        found = (self._of_id.get((told.id, choice)) for choice in count(told.choice))
-        return list(takewhile(lambda request: request is not None, found)) if told.id else []
+        found: list[Request] = []
+        while told.id and (request := self._of_id.get((told.id, told.choice + len(found)))):
+            found.append(request)
+        return found
 
     def found(self, first: int, told: Told, ids: Ids, rows: int) -> Request | None:
         """The request that an answer of `rows` from position `first` on continues; `ids` gives its own."""
@@ -130,8 +131,10 @@ class Conversations:
             _add(self._lengths[1], length)
             if last_row is None:
                 last = next(one for one in request.stretches if one.first + one.rows == length)
-                last_row = self._stored(last, length - 1, length)[0]
-            request.key = (length, _mixed(last_row[None])[0])
+                rows = self._stored(last, length - 1, length)
+            else:
+                rows = last_row[None]
+            request.key = (length, _mixed(rows)[0])
             self._of_rows[request.key] = request
 
 
