@@ -7,41 +7,40 @@ import threading
 import time
 from collections.abc import Iterator
 
-# Of compiling before a word is said, and between one word and the next. A kernel is loaded in some 20 ms.
+# Processor seconds of compiling before a word is said, and between one word and the next; a kernel is loaded in 0.02.
 _MOMENT_S, _AGAIN_S, _LOADED_S = 1.0, 10.0, 0.2
+_LOOK_S = 0.25
 
 _FIRST = "moetrace: compiling for this machine, as a first run does; `moetrace warm` does it for all commands at once."
 
 
-class _Clock:
-    """Seconds that this process compiled so far, and what was said of it."""
+class _Compiling:
+    """How long this process has been compiling, and what was said of it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # Numba compiles one kernel at a time, but threads may wait for one another
         self.depth, self.kernels, self.seconds, self.said_s = 0, 0, 0.0, 0.0
+        self.begun_s = 0.0
 
-    def say(self, begun: float) -> None:
-        """Say that, or how long, it has been compiling."""
-        with self.lock:
-            if self.depth == 0 or sys.stderr is None:
-                return
-            seconds = self.seconds + time.perf_counter() - begun
-            still = f"moetrace: still compiling; {self.kernels} kernels and {seconds:.0f} s so far."
-            line = still if self.said_s else _FIRST
-            self.said_s = max(seconds, _MOMENT_S)
-            self.watch(begun)
-        print(line, file=sys.stderr, flush=True)
+    def so_far_s(self) -> float:
+        """Seconds so far, with those of the kernel at hand."""
+        return self.seconds + (time.process_time() - self.begun_s if self.depth else 0.0)
 
-    def watch(self, begun: float) -> None:
-        """Have something said when it is time; the lock is held."""
-        due_s = self.said_s + _AGAIN_S if self.said_s else _MOMENT_S
-        wait_s = due_s - self.seconds - (time.perf_counter() - begun)
-        self.timer = threading.Timer(max(0.0, wait_s), self.say, (begun,))
-        self.timer.daemon = True
-        self.timer.start()
+    def watch(self, ends: threading.Event) -> None:
+        """Say what is due until `ends` is set: a thread's work while a kernel compiles."""
+        while not ends.wait(_LOOK_S):
+            with self.lock:
+                seconds = self.so_far_s()
+                if ends.is_set() or seconds < (self.said_s + _AGAIN_S if self.said_s else _MOMENT_S):
+                    continue
+                still = f"moetrace: still compiling; {self.kernels} kernels and {seconds:.0f} s so far."
+                line = still if self.said_s else _FIRST
+                self.said_s = seconds
+            if sys.stderr is not None:
+                print(line, file=sys.stderr, flush=True)
 
 
-_clock = _Clock()
+_compiling = _Compiling()
 
 
 @contextlib.contextmanager
@@ -53,19 +52,22 @@ def announced() -> Iterator[None]:
     if multiprocessing.parent_process() is not None and not multiprocessing.current_process().name.endswith("-1"):
         yield
         return
-    begun = time.perf_counter()
-    with _clock.lock:
-        _clock.depth += 1
-        if _clock.depth == 1:
-            _clock.watch(begun)
+    with _compiling.lock:
+        _compiling.depth += 1
+        is_first = _compiling.depth == 1
+        if is_first:
+            _compiling.begun_s = time.process_time()
+    ends = threading.Event()
+    if is_first:
+        threading.Thread(target=_compiling.watch, args=(ends,), daemon=True).start()
     try:
         yield
     finally:
-        with _clock.lock:
-            _clock.depth -= 1
-            if _clock.depth == 0:
-                _clock.timer.cancel()
-                took_s = time.perf_counter() - begun
+        ends.set()
+        with _compiling.lock:
+            _compiling.depth -= 1
+            if is_first:
+                took_s = time.process_time() - _compiling.begun_s
                 if took_s >= _LOADED_S:
-                    _clock.kernels += 1
-                    _clock.seconds += took_s
+                    _compiling.kernels += 1
+                    _compiling.seconds += took_s

@@ -22,17 +22,18 @@ def kept_thousandths(verify: int | None, accept: float | None) -> int:
 def is_rejected(request: np.ndarray, phase: np.ndarray, step: np.ndarray, position: np.ndarray) -> np.ndarray:
     """Whether each row, sorted by request and time, is a draft that was not kept: bool [rows].
 
-    A later step of the same run of output rows is at its position or before it, or its own step had it already.
+    The next step of the same run of output rows begins at its position or before it, but after where its own step
+    began; or its own step had it already. A step that begins no later than the one before it takes nothing back: there
+    the request begins anew.
     """
     run_begins = np.r_[True, (request[1:] != request[:-1]) | (phase[1:] != phase[:-1])]
     run = np.cumsum(run_begins)
     begins = run_begins | np.r_[True, step[1:] != step[:-1]]  # of the rows of a step and run
     part = np.cumsum(begins) - 1
-    # Runs further on have higher keys, so the least key from a row on is of its own run.
-    key = (run << 32) + position
-    least = np.minimum.accumulate(key[::-1])[::-1]
-    next_part = np.r_[np.flatnonzero(begins)[1:], request.size][part]
-    taken_back = np.r_[least, np.iinfo(np.int64).max][next_part] <= key
+    first = np.minimum.reduceat(position.astype(np.int64), np.flatnonzero(begins))
+    first_run = run[begins]
+    goes_on = np.r_[(first_run[1:] == first_run[:-1]) & (first[1:] > first[:-1]), False]
+    taken_back = goes_on[part] & (position >= np.r_[first[1:], 0][part])
     order = np.lexsort((position, part))
     again = np.zeros(request.size, bool)
     again[order[1:]] = (part[order[1:]] == part[order[:-1]]) & (position[order[1:]] == position[order[:-1]])
@@ -44,8 +45,8 @@ def rows_of_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lay rows out as steps take them that verify up to `verify` output rows, each `kept` / 1000 after the one before.
 
-    Window i of a run begins at its row floor(i * kept / 1000) and ends with the run at the latest. A run of prompt rows
-    is a window.
+    Window i of a run begins at its row i * kept / 1000, rounded, and ends with the run at the latest. Prompt rows of a run
+    are one window.
 
     Args:
         run_end: Where runs of one phase of one request end, int64 [runs].
@@ -64,10 +65,10 @@ def rows_of_windows(
     run_first = np.concatenate(([0], run_end[:-1]))
     size = run_end - run_first
     is_output = phase[run_first] != PREFILL
-    windows = np.where(is_output, -(-1000 * size // kept), 1)
+    windows = np.where(is_output, -((500 - 1000 * size) // kept), 1)
     run = np.repeat(np.arange(size.size), windows)
     number = np.arange(run.size) - np.repeat(np.cumsum(windows) - windows, windows)
-    first = number * kept // 1000
+    first = (number * kept + 500) // 1000
     take = np.where(is_output[run], np.minimum(verify, size[run] - first), size[run])
     if (total := int(take.sum())) > most:
         raise MoetraceError(

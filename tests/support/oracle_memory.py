@@ -250,7 +250,8 @@ class Memory:
                 self.leave(entry)
         entry = self.queued((layer, line.share.expert)) if line.share else None
         if entry and line.streamed:  # what a share fetched of it has moved, but never all
-            entry.moved = min(entry.moved + line.streamed, self.machine.W[entry.key] - 2 * DONE_BYTES)
+            most = self.machine.W[entry.key] - 2 * DONE_BYTES
+            entry.moved = max(entry.moved, min(entry.moved + line.streamed, most))
             entry.left = float(self.machine.W[entry.key]) - entry.moved
         if self.foresight:
             self.foresight.see(*self.now, self.demand[self.now[0]][layer])

@@ -112,8 +112,8 @@ def verified(requests: list[list[tuple]], verify: int, accept: float) -> list[li
                 continue
             run = list(itertools.takewhile(lambda row: row[0] == 1, rows))
             kept = 0  # tokens of the windows so far, in thousandths
-            while kept // 1000 < len(run):
-                windows.append(run[kept // 1000 : kept // 1000 + verify])
+            while (start := (kept + 500) // 1000) < len(run):
+                windows.append(run[start : start + verify])
                 kept += round(1000 * accept)
             rows = rows[len(run) :]
         windows_of.append(windows)
@@ -240,9 +240,12 @@ def test_rejected_drafts_are_those_that_a_later_step_takes_back(seed, steps):
             begin -= 1
         while end + 1 < len(rows) and rows[end + 1][:2] == rows[at][:2]:
             end += 1
-        own, later = rows[at][2], [row for row in rows[begin : end + 1] if row[2] > rows[at][2]]
-        twice = any(row[2] == own and row[3] == rows[at][3] for row in rows[begin:at])
-        return twice or any(row[3] <= rows[at][3] for row in later)
+        own = [row for row in rows[begin : end + 1] if row[2] == rows[at][2]]
+        later = [row for row in rows[begin : end + 1] if row[2] > rows[at][2]]
+        after = [row for row in later if row[2] == later[0][2]]
+        twice = any(row[2] == rows[at][2] and row[3] == rows[at][3] for row in rows[begin:at])
+        began, begins = min(row[3] for row in own), min((row[3] for row in after), default=-1)
+        return twice or began < begins <= rows[at][3]
 
     found = speculation.is_rejected(request.astype(np.int32), phase.astype(np.uint8), step, position.astype(np.int32))
     assert found.tolist() == [is_rejected(at) for at in range(len(rows))]
