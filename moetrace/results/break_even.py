@@ -40,9 +40,9 @@ def break_even_tokens(
         progress: A function that gets the number of rows done, of all rows of `trace`.
 
     Returns:
-        For each policy, the seconds that a decode step takes for a request of it, over the same with one row a step:
-        the tokens that a step must keep, in the mean, to be as fast. None where there is nothing to compare, and at all
-        if `trace` has no verified steps.
+        For each policy, the seconds of decode steps over those of as many steps of one row with as many requests: the
+        tokens that a step must keep, in the mean, to be as fast. None where no step has its like, and at all if `trace`
+        has no verified steps.
 
     Raises:
         MoetraceError: As a replay does; or there is no room for the file of single steps, which lies in the system's
@@ -61,8 +61,11 @@ def break_even_tokens(
             )
             if isinstance(plain, MoetraceError):
                 raise plain
-            verified_s, single_s = _request_step_s(trace, run), _request_step_s(single, plain)
-    return [one / other if other else None for one, other in zip(verified_s, single_s, strict=True)]
+            requests, single_requests = _requests_of_steps(trace), _requests_of_steps(single)
+    return [
+        _ratio(requests, lane.log.step["duration_s"], single_requests, other.log.step["duration_s"])
+        for lane, other in zip(run.lanes, plain.lanes, strict=True)
+    ]
 
 
 def _scaled(progress: Callable[[int], None] | None, trace: Trace, single: Trace) -> Callable[[int], None] | None:
@@ -79,12 +82,25 @@ def _scaled(progress: Callable[[int], None] | None, trace: Trace, single: Trace)
     return advance
 
 
-def _request_step_s(trace: Trace, run: Run) -> list[float]:
-    """Seconds of the decode steps over the requests in each, summed: one a policy; 0 without decode steps."""
-    pairs = 0
+def _requests_of_steps(trace: Trace) -> np.ndarray:
+    """How many requests each decode step has, int64 [steps]; 0 for other steps."""
+    found = np.zeros(trace.steps, np.int64)
     for block in trace.row_blocks():
         step = np.repeat(np.arange(len(block.offset) - 1), np.diff(block.offset))
-        is_decode = trace.phase[block.first_step + step] == DECODE
-        pairs += len(np.unique((step[is_decode] << 32) + block.request[is_decode]))
-    is_decode = run.schedule.phase == DECODE
-    return [float(np.sum(lane.log.step["duration_s"][is_decode])) / max(pairs, 1) for lane in run.lanes]
+        pairs = np.unique((step << 32) + block.request)
+        found[block.first_step : block.first_step + len(block.offset) - 1] = np.bincount(
+            pairs >> 32, minlength=len(block.offset) - 1
+        )
+    return np.where(trace.phase == DECODE, found, 0)
+
+
+def _ratio(requests: np.ndarray, step_s: np.ndarray, single_requests: np.ndarray, single_s: np.ndarray) -> float | None:
+    """Seconds of the steps over the mean seconds of single steps with as many requests, of what both have."""
+    sizes = max(requests.max(), single_requests.max()) + 1
+    steps, singles = (np.bincount(each, minlength=sizes) for each in (requests, single_requests))
+    both = (steps > 0) & (singles > 0) & (np.arange(sizes) > 0)
+    if not both.any():
+        return None
+    total_s = np.bincount(requests, step_s, minlength=sizes)[both].sum()
+    mean_s = np.bincount(single_requests, single_s, minlength=sizes)[both] / singles[both]
+    return float(total_s / (steps[both] * mean_s).sum())

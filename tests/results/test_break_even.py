@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ SHIPPED = Path(__file__).parents[2] / "traces"
 HOW = {"slots": 48, "policies": ["on-demand-lfu", "edge-ndp"]}
 
 
-def request_steps(trace: mt.Trace) -> int:
-    """Pairs of a decode step and a request in it."""
-    pairs, request = set(), trace.read("request", 0, trace.rows)
+def seconds_by_size(trace: mt.Trace, result: mt.Result, policy: str) -> dict[int, list[float]]:
+    """Seconds of the decode steps, by how many requests they have."""
+    request, found = trace.read("request", 0, trace.rows), {}
+    steps = result.steps.filter(policy=policy)["duration_s"].to_list()
     for step, (begin, end) in enumerate(zip(trace.offset, trace.offset[1:], strict=False)):
         if trace.phase[step] == 1:
-            pairs |= {(step, int(one)) for one in request[begin:end]}
-    return len(pairs)
+            found.setdefault(len(set(request[begin:end].tolist())), []).append(steps[step])
+    return found
 
 
 @pytest.mark.parametrize("wish", [{"batch": 1}, {"batch": 3}, {"batch": 3, "chunk": 64}, {"batch": 2, "accept": 1.5}])
@@ -29,14 +31,16 @@ def test_it_is_the_ratio_of_two_replays(tmp_path, wish):
     mt.rebatch(SHIPPED / "tiny-olmoe.h5", tmp_path / "single.h5", **batching)
     rows: list[int] = []
     found = mt.replay(tmp_path / "verified.h5", progress=rows.append, **HOW)
-    plain = mt.replay(tmp_path / "single.h5", **HOW).to_dict()["policies"]
+    plain = mt.replay(tmp_path / "single.h5", **HOW)
     with mt.Trace.open(tmp_path / "verified.h5") as one, mt.Trace.open(tmp_path / "single.h5") as other:
-        steps, single_steps = request_steps(one), request_steps(other)
         assert sum(rows) == 2 * one.rows
-    for policy, single in zip(found.to_dict()["policies"], plain, strict=True):
-        wanted = (policy["decode_s"] / steps) / (single["decode_s"] / single_steps)
-        assert policy["break_even_tokens"] == pytest.approx(wanted, rel=1e-12)
-        assert 1 < policy["break_even_tokens"] < 3 and single["break_even_tokens"] is None
+        for policy, single in zip(found.to_dict()["policies"], plain.to_dict()["policies"], strict=True):
+            verified = seconds_by_size(one, found, policy["name"])
+            alone = seconds_by_size(other, plain, policy["name"])
+            pairs = [(each, fmean(alone[size])) for size in verified.keys() & alone for each in verified[size]]
+            wanted = sum(each for each, _ in pairs) / sum(other_s for _, other_s in pairs)
+            assert policy["break_even_tokens"] == pytest.approx(wanted, rel=1e-9)
+            assert 1 < policy["break_even_tokens"] < 3 and single["break_even_tokens"] is None
     assert found.summary["break_even_tokens"].null_count() == 0
 
 

@@ -37,14 +37,15 @@ _COMMANDS = ("analyze", "generate", "replay", "sweep")
 def command(commands: tuple[str, ...]) -> None:
     """Compile what commands need, so that nobody has to wait later: of all, or of those that you name.
 
-    Only analyze, generate, replay and sweep compile. What was compiled is kept in your cache folder, or in the one that
-    NUMBA_CACHE_DIR names, until moetrace, Numba or the processor is another one. It takes a minute or two, and a few
-    seconds if all is there already.
+    Analyze, generate, replay and sweep compile; others do not, but for exports of plans. What was compiled is kept in
+    your cache folder, or in the one that NUMBA_CACHE_DIR names, until moetrace, Numba or the processor is another one.
+    It takes some minutes, and a few seconds if all is there already.
     """
     wanted = dict.fromkeys("replay" if name == "sweep" else name for name in commands or _COMMANDS)
     with tempfile.TemporaryDirectory(prefix="moetrace-") as folder:
         for name in wanted:
             begun = time.perf_counter()
+            say(f"{name}: getting ready ...")
             for experts in _EXPERTS:
                 for line in _LINES[name](Path(folder) / str(experts)):
                     _run(*line)
@@ -89,7 +90,10 @@ def _analyze(folder: Path) -> Iterator[list[str]]:
         predictors = _each("--predictor", DEFAULT_PREDICTORS)
         yield ["analyze", "prefetch", trace, "--capacity", "20", "--scope", scope, *predictors]
     placements = _each("--placement", (form for form in planned_placements() if ":" not in form))
-    yield ["analyze", "balance", trace, "--units", "4", "--nodes", "2", "--groups", "4", "--window", "4", *placements]
+    balance = ["analyze", "balance", trace, "--units", "4", "--window", "4"]
+    yield [*balance, "--nodes", "2", "--groups", "4", *placements]
+    for copies in ("even", "row", "random"):
+        yield [*balance, "--redundant", "4", "--placement", "eplb", "--copies", copies]
     yield ["analyze", "balance", trace, "--system", "edge-ndp", "--model", f"{folder}.toml", "--window", "4"]
     yield ["analyze", "locality", trace]
 
