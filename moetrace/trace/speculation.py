@@ -45,8 +45,8 @@ def rows_of_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lay rows out as steps take them that verify up to `verify` output rows, each `kept` / 1000 after the one before.
 
-    Window i of a run begins at its row i * kept / 1000, rounded, and ends with the run at the latest. Prompt rows of a run
-    are one window.
+    Window i of a run begins at its row i * kept / 1000, rounded, and ends with the run at the latest. A run of prompt
+    rows is one window.
 
     Args:
         run_end: Where runs of one phase of one request end, int64 [runs].
