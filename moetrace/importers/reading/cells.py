@@ -227,9 +227,18 @@ def _flat(where: Path, column: pl.Series, meaning: str) -> np.ndarray:
         return column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
     if not kind.is_integer():
         raise MoetraceError(f"{where}: the column {column.name} holds {kind}, but {meaning} must be whole numbers.")
+    if kind in (pl.Int128, pl.UInt128):
+        column = _narrow(where, column)
     if column.null_count():
         column = column.cast(pl.Int64, strict=False).fill_null(-1)
     return column.to_numpy()
+
+
+def _narrow(where: Path, column: pl.Series) -> pl.Series:
+    numbers = column.cast(pl.Int64, strict=False)
+    if numbers.null_count() > column.null_count():
+        raise MoetraceError(f"{where}: the column {column.name} holds a number of 2^63 or more.")
+    return numbers
 
 
 def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.ndarray:
@@ -250,10 +259,7 @@ def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.nda
             column, kind = named, named.dtype
     if not kind.is_integer() and kind != pl.Boolean:
         raise MoetraceError(f"{where}: the column {column.name} holds {kind}, but {meaning} must be whole numbers.")
-    numbers = column.cast(pl.Int64, strict=False)
-    if numbers.null_count():
-        raise MoetraceError(f"{where}: the column {column.name} holds a number of 2^63 or more.")
-    array = numbers.to_numpy()
+    array = _narrow(where, column).to_numpy()
     if meaning == "phase" and array.size and (array.min() < 0 or array.max() > 1):
         raise MoetraceError(f"{where}: near row {first}, a phase is not 0 or 1.")
     return array

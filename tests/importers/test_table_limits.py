@@ -1,0 +1,16 @@
+"""Tables whose numbers or lists are beyond what fits: one sentence, before anything large is made."""
+
+import json
+
+import polars as pl
+import pytest
+from support.writers.check import refused
+
+
+@pytest.mark.parametrize("column", ["layer", "token", "expert"])
+def test_a_number_beyond_64_bits_is_one_sentence(tmp_path, column):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"layer": 0, "token": 0, "expert": 1} | {column: 2**70}) + "\n")
+    refused(path, f"the column {column} holds a number of 2\\^63 or more", "any-table", num_experts=8)
+    path.write_text(json.dumps({"layer": 0, "token": 0, "expert": [1, 2**70]}) + "\n")
+    refused(path, "hold different kinds of values in one column", "any-table", num_experts=8)
