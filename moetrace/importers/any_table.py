@@ -183,6 +183,7 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
     layers = np.zeros(0, np.int64)
     top_k = choices = held = 0
     for file in files:
+        before = choices
         for cells in cells_of(file, hints, light=True):
             key = [name for name in KEYS if name in cells.rows] or ["position"]
             arrays = [cells.rows[name] for name in key]
@@ -200,6 +201,9 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
             if held > _MERGE_ROWS:
                 parts = [pl.concat(parts).unique(key, keep="first", maintain_order=True)]
                 held = parts[0].height // 2
+        if (sizes := file.table.sizes) is not None and "experts" in file.columns:
+            # Of lists, only the first was looked at: others may be shorter.
+            choices = min(choices, before + sum(sizes.values.get(name, choices) for name in file.columns["experts"]))
     if not choices or not top_k:
         raise MoetraceError(f"{where} holds no choice of an expert.")
     said = hints.top_k if "top_k" not in hints.from_model else None
