@@ -22,7 +22,7 @@ import polars as pl
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints
 from moetrace.importers.columns import OWN_COLUMNS, known_columns, layer_of_name, named_columns, says_layer
 from moetrace.importers.npz import FACTS
-from moetrace.importers.reading.cells import KEYS, Cells, File, cells_of
+from moetrace.importers.reading.cells import Cells, File, cells_of, token_keys
 from moetrace.importers.reading.own_parquet import KEY, ToldByFooter, told_by_footer
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
@@ -185,7 +185,7 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
     for file in files:
         before = choices
         for cells in cells_of(file, hints, light=True):
-            key = [name for name in KEYS if name in cells.rows] or ["position"]
+            key = token_keys(cells.rows)
             arrays = [cells.rows[name] for name in key]
             begins = np.ones(cells.layer.size, bool)
             begins[1:] = np.logical_or.reduce([array[1:] != array[:-1] for array in arrays])
@@ -222,7 +222,7 @@ class _Keys:
     """Rows of the trace by what tells tokens apart."""
 
     def __init__(self, tokens: pl.DataFrame) -> None:
-        self.names = [name for name in KEYS if name in tokens.columns] or ["position"]
+        self.names = token_keys(tokens.columns)
         columns = [tokens[name].to_numpy() for name in self.names]
         # Numbers as they are if their ranges allow, else their ranks.
         spans = [int(column.max()) - int(column.min()) + 1 for column in columns]

@@ -1,6 +1,6 @@
 """The cells of a table: what one token chose in one layer, whatever a row of the table holds."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +14,13 @@ from moetrace.importers.reading.tabular import TableFile, blocks, first_row
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.trace.schema import MAX_LAYERS
 
-KEYS = ("request", "step", "token")
 BY_ROW = ("request", "step", "token", "position", "phase", "token_id")
 _PHASES = {"prefill": 0, "prompt": 0, "decode": 1, "generate": 1, "0": 0, "1": 1}
+
+
+def token_keys(names: Collection[str]) -> list[str]:
+    """Which of the columns of each row tell tokens apart; a position does where nothing else numbers tokens."""
+    return [name for name in ("request", "step", "token" if "token" in names else "position") if name in names]
 
 
 class File(NamedTuple):
@@ -278,9 +282,7 @@ def _occurrence(layer: np.ndarray, counted: dict[int, int]) -> np.ndarray:
 
 def _grouped(cells: Cells, file: File) -> Cells:
     """Join neighbouring rows of one cell; rows of one cell that do not stand together are brought together."""
-    keys = [cells.layer, *(cells.rows[name] for name in KEYS if name in cells.rows)]
-    if len(keys) == 1:
-        keys.append(cells.rows["position"])
+    keys = [cells.layer, *(cells.rows[name] for name in token_keys(cells.rows))]
     begins = np.ones(cells.layer.size, bool)
     begins[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
     starts = np.flatnonzero(begins)
