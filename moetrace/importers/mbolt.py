@@ -82,9 +82,8 @@ def _records(path: Path, words: np.ndarray) -> _BinaryRecords:
                 f"fit the others."
             )
         if at + _HEADER + tokens * k > len(words):
-            before = next(((number, rows) for number, rows, _ in reversed(found)), None)
-            same_pass = before is not None and layer > before[0]
-            if (same_pass and tokens > before[1]) or not _may_be_ids(words[at + _HEADER :], k, int(words[2])):
+            before, rows = found[-1][:2] if found else (layer, 0)  # more tokens than those of its pass has none
+            if (layer > before and tokens > rows) or not _may_be_ids(words[at + _HEADER :], k, int(words[2])):
                 raise MoetraceError(
                     f"{path}: record {len(found)} is of {tokens} tokens, more than are left, and what is left is no "
                     f"part of one record: the file is damaged there."
