@@ -82,7 +82,7 @@ def _records(path: Path, words: np.ndarray) -> _BinaryRecords:
                 f"fit the others."
             )
         if at + _HEADER + tokens * k > len(words):
-            before, rows = found[-1][:2] if found else (layer, 0)  # more tokens than those of its pass has none
+            before, rows = found[-1][:2] if found else (layer, 0)  # a later layer has no more tokens
             if (layer > before and tokens > rows) or not _may_be_ids(words[at + _HEADER :], k, int(words[2])):
                 raise MoetraceError(
                     f"{path}: record {len(found)} is of {tokens} tokens, more than are left, and what is left is no "
