@@ -22,7 +22,7 @@ import polars as pl
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints
 from moetrace.importers.columns import OWN_COLUMNS, known_columns, layer_of_name, named_columns, says_layer
 from moetrace.importers.npz import FACTS
-from moetrace.importers.reading.cells import KEYS, Cells, File, cells_of
+from moetrace.importers.reading.cells import Cells, File, cells_of, token_keys
 from moetrace.importers.reading.own_parquet import KEY, ToldByFooter, told_by_footer
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
@@ -183,8 +183,9 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
     layers = np.zeros(0, np.int64)
     top_k = choices = held = 0
     for file in files:
+        before = choices
         for cells in cells_of(file, hints, light=True):
-            key = [name for name in KEYS if name in cells.rows] or ["position"]
+            key = token_keys(cells.rows)
             arrays = [cells.rows[name] for name in key]
             begins = np.ones(cells.layer.size, bool)
             begins[1:] = np.logical_or.reduce([array[1:] != array[:-1] for array in arrays])
@@ -200,6 +201,9 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
             if held > _MERGE_ROWS:
                 parts = [pl.concat(parts).unique(key, keep="first", maintain_order=True)]
                 held = parts[0].height // 2
+        if (sizes := file.table.sizes) is not None and "experts" in file.columns:
+            # Of lists, only the first was looked at: others may be shorter.
+            choices = min(choices, before + sum(sizes.values.get(name, choices) for name in file.columns["experts"]))
     if not choices or not top_k:
         raise MoetraceError(f"{where} holds no choice of an expert.")
     said = hints.top_k if "top_k" not in hints.from_model else None
@@ -218,7 +222,7 @@ class _Keys:
     """Rows of the trace by what tells tokens apart."""
 
     def __init__(self, tokens: pl.DataFrame) -> None:
-        self.names = [name for name in KEYS if name in tokens.columns] or ["position"]
+        self.names = token_keys(tokens.columns)
         columns = [tokens[name].to_numpy() for name in self.names]
         # Numbers as they are if their ranges allow, else their ranks.
         spans = [int(column.max()) - int(column.min()) + 1 for column in columns]

@@ -42,7 +42,7 @@ _KNOWN = {
     "step": ("step", "forward_pass", "forward_pass_id", "iteration"),
     "phase": ("phase",),
     "position": ("position", "pos", "token_position"),
-    "slot": ("slot", "rank", "k"),
+    "slot": ("slot",),  # `rank` is often of a process, `k` the length of a list
     "token_id": ("token_id",),
     "resident": ("resident",),
 }

@@ -6,6 +6,7 @@ request.
 """
 
 import importlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ FORMATS = {
 }
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 MAX_FILES = 100_000
+_NAME_BYTES = 256  # in which an archive names its first member
 
 
 def detect(path: Path) -> str:
@@ -129,7 +131,12 @@ def _format_of(first: bytes, name: str) -> str | None:
 
 
 def _first_bytes(path: Path) -> bytes:
-    return first_bytes(path, FIRST_BYTES)
+    first = first_bytes(path, FIRST_BYTES)
+    if first.startswith(b"PK\x03\x04") and b".npy" in first[:_NAME_BYTES] and path.stat().st_size > FIRST_BYTES:
+        with path.open("rb") as file:  # the names of all arrays stand at the end
+            file.seek(-FIRST_BYTES, os.SEEK_END)
+            first += file.read(FIRST_BYTES)
+    return first
 
 
 def _importer(name: str):

@@ -82,6 +82,12 @@ def _records(path: Path, words: np.ndarray) -> _BinaryRecords:
                 f"fit the others."
             )
         if at + _HEADER + tokens * k > len(words):
+            before, rows = found[-1][:2] if found else (layer, 0)  # a later layer has no more tokens
+            if (layer > before and tokens > rows) or not _may_be_ids(words[at + _HEADER :], k, int(words[2])):
+                raise MoetraceError(
+                    f"{path}: record {len(found)} is of {tokens} tokens, more than are left, and what is left is no "
+                    f"part of one record: the file is damaged there."
+                )
             break
         if tokens:
             found.append((layer, tokens, at + _HEADER))
@@ -90,6 +96,14 @@ def _records(path: Path, words: np.ndarray) -> _BinaryRecords:
         raise MoetraceError(f"{path} has no records of routing.")
     layer, tokens, start = np.array(found, np.int64).T
     return _BinaryRecords(layer, tokens, start, top_k, at < len(words))
+
+
+def _may_be_ids(words: np.ndarray, k: int, experts: int) -> bool:
+    """Whether words may be the ids of successive tokens, of which none chooses an expert twice."""
+    if words.min(initial=0) < -1 or words.max(initial=-1) >= (experts or 1 << 16):
+        return False
+    ids = np.sort(words[: words.size // k * k].reshape(-1, k), axis=1)
+    return not ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)).any()
 
 
 def _blocks(path: Path, words: np.ndarray, records: _BinaryRecords) -> Iterator[tuple[PassBlock, int]]:

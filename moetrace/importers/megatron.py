@@ -102,6 +102,9 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
     ranks = [rank for rank in ranks if rank.layer.size]
     if not ranks:
         raise MoetraceError(f"{paths[0]} has no records of decoder layers.")
+    for rank in ranks:
+        if not rank.top_k:  # no record says it
+            raise MoetraceError(rank.odd or f"{rank.path} has records of 0 experts a token.")
     for one, other in pairwise(ranks):
         if one.rank == other.rank:
             raise MoetraceError(f"{one.path} and {other.path} both hold rank {one.rank}: import one run at a time.")

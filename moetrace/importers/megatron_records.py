@@ -29,12 +29,14 @@ class Outline(msgspec.Struct, gc=False):
     rank: int = 0
     block: str = "decoder"
 
-    def odd(self, top_k: int) -> str:
+    def odd(self, top_k: int | None) -> str:
         """Say what keeps the record, by a count of its brackets, from being of `top_k` experts a token; "" if nothing.
 
         Rows that are of other lengths, but equally many, are found by the second reading.
         """
         raw = bytes(self.top_indices)
+        if self.topk is None:
+            return "has no topk"
         if self.topk != top_k:
             return f"has topk {self.topk}, but others {top_k}"
         if self.num_tokens is None or raw.count(b"[") - 1 != self.num_tokens or raw.translate(None, _PLAIN):
@@ -140,7 +142,8 @@ class _Outlines:
 
     def _add(self, records: list[Outline]) -> None:
         if self._top_k is None:
-            self._top_k = Counter(record.topk for record in records if record.topk is not None).most_common(1)[0][0]
+            said = Counter(record.topk for record in records if record.topk is not None)
+            self._top_k = next((top_k for top_k, _ in said.most_common(1)), None)
         table, padding, content = [], [], []
         for record in records:
             raw = bytes(record.top_indices)

@@ -29,6 +29,8 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_EXPERTS)]
 class _PolicyHeader(msgspec.Struct):
     num_experts: _Size
     top_k: _Size
+    num_layers: int | None = None  # all hidden layers of the model
+    num_entries: int | None = None  # records
     model_name: str = ""
 
 
@@ -63,7 +65,10 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 
 def _read(path: Path, hints: Hints) -> Capture:
     header, scored = _first(path)
-    layers = _layers(path, hints)
+    layers, count = _layers(path, hints)
+    odd = _odd(header, layers, count)
+    if odd and hints.strict:
+        raise MoetraceError(f"{path}: {odd}.")
     passes = Passes(path, hints, (header.num_experts, header.top_k), layers, ("gates",) * scored)
     records = json_lines(path, _PolicyRecord, half(hints))
     for line, lines, starts in whole_passes(path, _lines(path, records, header.top_k, scored), _begins):
@@ -78,6 +83,9 @@ def _read(path: Path, hints: Hints) -> Capture:
         "engine": "Transformers",
         "phases": "not recorded: a pass of one row is decode, others are prefill",
     }
+    if odd:
+        facts["header"] = odd
+        hints.note(f"{path}: {odd}; the file may be cut, or joined of several.")
     return passes.capture(facts, header.model_name[:200])
 
 
@@ -93,15 +101,26 @@ def _first(path: Path) -> tuple[_PolicyHeader, bool]:
     return header, b'"s"' in rest.split(b"\n", 1)[0]
 
 
-def _layers(path: Path, hints: Hints) -> np.ndarray:
-    """The layers uint16 [layers] that records name."""
+def _odd(header: _PolicyHeader, layers: np.ndarray, count: int) -> str:
+    """What the header says otherwise than the records, as the beginning of a sentence; "" if nothing."""
+    if header.num_entries not in (None, count):
+        return f"the header says {header.num_entries:,} records, but there are {count:,}"
+    if header.num_layers is not None and layers[-1] >= header.num_layers:
+        return f"the header says {header.num_layers} layers, but there is a layer {layers[-1]}"
+    return ""
+
+
+def _layers(path: Path, hints: Hints) -> tuple[np.ndarray, int]:
+    """The layers uint16 [layers] that records name, and how many records there are."""
     seen: set[int] = set()
+    count = -1  # without the header
     for _, records in json_lines(path, _PolicyPlace, half(hints)):
         seen.update(record.l for record in records)
+        count += len(records)
     seen.discard(-1)  # of the header
     if not seen:
         raise MoetraceError(f"{path} has no records.")
-    return np.array(sorted(seen), np.uint16)
+    return np.array(sorted(seen), np.uint16), count
 
 
 def _lines(

@@ -41,6 +41,7 @@ _PICKLE = re.compile(rb"\A.{0,128}?/data\.pkl.{0,128}?(?=\x80[\x02-\x05])", re.D
 _STORAGES = ("torch FloatStorage", "torch HalfStorage", "torch BFloat16Storage", "torch DoubleStorage")
 _TENSOR = re.compile(rb'"[^"]*router_logits[^"]*"\s*:\s*\{')
 _OWN_ARRAYS = {"expert_ids", "request_id", "position", "phase", "layer_index", "meta", "step_rows", "gate_weights"}
+_IDS = re.compile(rb"(?<!\w)expert_ids\.npy")  # the name of a member of an archive
 _LIMIT = float(np.finfo(np.float16).max)
 
 
@@ -72,10 +73,10 @@ def _is_floats(first: bytes) -> bool:
 
 
 def _is_archive(first: bytes) -> bool:
-    """Whether the first member of an archive of NumPy is such an array, and none of those that `npz` reads."""
+    """Whether the first member of an archive of NumPy is such an array, and none is `expert_ids`, which `npz` reads."""
     method, name_bytes, extra_bytes = struct.unpack("<8xH16xHH", first[:30]) if len(first) >= 30 else (99, 0, 0)
     name, data = first[30 : 30 + name_bytes], first[30 + name_bytes + extra_bytes :]
-    if not name.endswith(b".npy") or name[:-4].decode(errors="replace") in _OWN_ARRAYS:
+    if not name.endswith(b".npy") or name[:-4].decode(errors="replace") in _OWN_ARRAYS or _IDS.search(first):
         return False
     if method == zipfile.ZIP_DEFLATED:
         with contextlib.suppress(zlib.error):

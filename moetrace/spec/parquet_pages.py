@@ -18,6 +18,7 @@ class Sizes(NamedTuple):
     """Rows of the file and of its largest row group; bytes of all pages and of the largest row group, unpacked.
 
     `group_values` is the most values of a column in a row group, those in lists included: a few bytes may repeat one.
+    `values` are those of all row groups, by the name of the column in the table, as far as pages tell them.
     `texts` are what whoever wrote the file put beside, by its key.
     """
 
@@ -27,6 +28,7 @@ class Sizes(NamedTuple):
     group_bytes: int
     group_values: int
     texts: dict[bytes, bytes] = {}  # noqa: RUF012 - not changed
+    values: dict[str, int] = {}  # noqa: RUF012 - not changed
 
 
 class DamagedParquetError(ValueError):
@@ -55,17 +57,20 @@ def _sizes(file: BinaryIO) -> Sizes:
     file.seek(size_bytes - 8 - length)
     footer = _Thrift(file.read(length)).struct()
     rows, total, most_rows, most_bytes, most_values, pages = footer[3], 0, 0, 0, 0, 0
+    all_values: dict[str, int] = {}
     groups = footer[4] if rows else []
     for group in groups:
         group_bytes = 0
         for column in group[1]:
             found, count, values = _unpacked(file, column[3], size_bytes, _MOST_PAGES - pages)
             group_bytes, pages, most_values = group_bytes + found, pages + count, max(most_values, values)
+            name = column[3][3][0].decode(errors="replace")
+            all_values[name] = all_values.get(name, 0) + values
         most_rows, most_bytes, total = max(most_rows, group[3]), max(most_bytes, group_bytes), total + group_bytes
     if min(rows, *(group[3] for group in groups), 0) < 0 or sum(group[3] for group in groups) != rows:
         raise DamagedParquetError("its row groups do not add up to its rows")
     texts = {pair[1]: pair.get(2, b"") for pair in footer.get(5, [])}
-    return Sizes(rows, most_rows, total, most_bytes, most_values, texts)
+    return Sizes(rows, most_rows, total, most_bytes, most_values, texts, all_values)
 
 
 def _unpacked(file: BinaryIO, column: dict[int, Any], size_bytes: int, most_pages: int) -> tuple[int, int, int]:

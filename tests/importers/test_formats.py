@@ -4,10 +4,11 @@ import importlib
 from pathlib import Path
 
 import fuzz
+import numpy as np
 import pytest
 
 from moetrace.importers.captured import Hints
-from moetrace.importers.formats import FORMATS, _first_bytes, _importer
+from moetrace.importers.formats import FORMATS, _first_bytes, _importer, detect
 from moetrace.importers.importing import import_traces
 from moetrace.spec.errors import UsageError
 from moetrace.trace import Trace
@@ -97,3 +98,13 @@ def test_the_bytes_of_a_source_are_told_once(tmp_path, importer):
         _importer(importer).read(sample.files, hints)
         size = sum(Path(path).stat().st_size for path in sample.files)
         assert size - 4 * len(sample.files) <= sum(read) <= size
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("rows", [3, 30_000])
+def test_an_archive_with_ids_behind_floats_is_no_logits(tmp_path, save, rows):
+    aux = np.random.default_rng(0).random((rows, 4), np.float32)
+    save(tmp_path / "a.npz", aux=aux, expert_ids=np.zeros((rows, 1, 2), np.uint8))
+    assert detect(tmp_path / "a.npz") == "npz"
+    save(tmp_path / "a.npz", aux=aux, more=aux)
+    assert detect(tmp_path / "a.npz") == "router-logits"

@@ -54,6 +54,25 @@ def test_a_bad_record_is_one_sentence(tmp_path, record, sentence):
     refused(path, sentence, "mbolt")
 
 
+@pytest.mark.parametrize("record", [0, 6, 7])
+@pytest.mark.parametrize("tokens", [5_000, 1 << 30])
+def test_a_damaged_count_loses_no_records_silently(tmp_path, record, tokens):
+    path = tmp_path / "a.bin"
+    words = np.frombuffer(log(passes(*[1] * 300), [0, 1, 2], 8), "<i4").copy()
+    words[3 + 5 * record + 2] = tokens
+    path.write_bytes(words.tobytes())
+    refused(path, f"record {record} is of {tokens} tokens, more than are left", "mbolt")
+
+
+def test_a_prompt_may_be_cut_anywhere(tmp_path):
+    path = tmp_path / "a.bin"
+    whole = log(passes(1, 40), [0, 1, 2], 8)
+    starts = [72, 72 + 12 + 320, 72 + 2 * (12 + 320), len(whole)]  # of the prompt's records, and the end
+    for size in range(72, len(whole) + 1, 4):
+        path.write_bytes(whole[:size])
+        assert imported(path, "mbolt").source.get("left_out_cut_records", 0) == (size not in starts)
+
+
 def test_what_does_not_fit_is_one_sentence(tmp_path):
     path = tmp_path / "a.bin"
     whole = log(passes(3, layers=3), [0, 1, 2], 8)

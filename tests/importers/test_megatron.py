@@ -125,7 +125,7 @@ ODD = [
     ('"num_tokens": 3', '"num_tokens": 4', "layer 1 does not hold the ids of the num_tokens"),
     ('"num_tokens": 3', '"num_tokens": null', "layer 1 does not hold the ids of the num_tokens"),
     ('"topk": 2', '"topk": 3', "has topk 3, but others 2"),
-    ('"topk": 2', '"topk": null', "has topk None, but others 2"),
+    ('"topk": 2', '"topk": null', "has no topk"),
     ('"top_indices": [[', '"top_indices": [[1, ', "has rows that are not of 2 experts"),
     ('"top_indices": [[', '"top_indices": [["', None),
     ('"top_indices": [[', '"top_indices": [[null, ', "does not hold the ids"),
@@ -191,6 +191,19 @@ def test_a_log_of_mostly_bad_records_is_refused(tmp_path):
     text = records(0, batches(0, [3, 2]), LAYERS).splitlines(keepends=True)
     text[:3] = [line.replace("[[", "[[null,") for line in text[:3]]
     refused(save(tmp_path, ["".join(text)]), "layer 0 does not hold the ids", "megatron", num_experts=8)
+
+
+def test_topk_may_be_missing_from_the_beginning(tmp_path, monkeypatch):
+    given = {(step, 0): routing(n, 3, 2, 8) for step, n in enumerate([3, 2, 1])}
+    lines = records(0, given, LAYERS).splitlines(keepends=True)
+    lines[0] = lines[0].replace('"topk": 2', '"topk": null')
+    paths = save(tmp_path, ["".join(lines)])
+    monkeypatch.setattr("moetrace.importers.reading.text.CHUNK_BYTES", len(lines[0]))  # the first piece says none
+    trace, wanted = imported(paths, "megatron", num_experts=8), np.concatenate(list(given.values()))
+    wanted[:3, 0] = 255
+    assert np.array_equal(column(trace, "experts"), wanted) and trace.source["absent_routes_of_another_shape"] == 1
+    paths = save(tmp_path, ["".join(lines).replace('"topk": 2', '"topk": null')])
+    refused(paths, "the record of step 0, layer 0 has no topk.", "megatron", num_experts=8)
 
 
 def test_copies_are_known_in_spite_of_a_bad_record(tmp_path):

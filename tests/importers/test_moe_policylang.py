@@ -8,7 +8,11 @@ from support.writers import imported, refused, routing, steps
 from support.writers.moe_policylang import EXPERTS, LAYERS, NUMBERS, TOP_K, trace
 
 from moetrace.importers import moe_policylang
+from moetrace.importers.captured import Hints
 from moetrace.importers.formats import detect
+from moetrace.importers.importing import import_traces
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace import Trace
 
 IDS = routing(9, LAYERS, TOP_K, EXPERTS)
 
@@ -69,6 +73,30 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, old, new, message):
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
     assert message in refused(tmp_path, path, format="moe-policylang")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('"num_entries": 27', '"num_entries": 4000', "the header says 4,000 records, but there are 27"),
+        ('"num_entries": 27', '"num_entries": 26', "the header says 26 records, but there are 27"),
+        ('"num_layers": 5', '"num_layers": 4', "the header says 4 layers, but there is a layer 4"),
+        ('"num_layers": 5', '"num_layers": null', ""),
+    ],
+)
+def test_a_header_that_says_otherwise_is_noted_and_refused_if_strict(tmp_path, old, new, sentence):
+    path = trace(tmp_path / "a.jsonl", IDS, [4, 1, 1, 2, 1])
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    notes = []
+    import_traces(path, tmp_path / "out.h5", hints=Hints(note=notes.append))
+    found = Trace.open(tmp_path / "out.h5")
+    assert np.array_equal(found.read("experts", 0, 9), IDS) and found.source.get("header", "") == sentence
+    assert [note.startswith(f"{path}: {sentence};") for note in notes] == [True] * bool(sentence)
+    if sentence:
+        with pytest.raises(MoetraceError, match=sentence):
+            import_traces(path, tmp_path / "strict.h5", hints=Hints(strict=True))
+        assert not (tmp_path / "strict.h5").exists()
 
 
 @pytest.mark.parametrize("more", [{}, {"l": 1}])

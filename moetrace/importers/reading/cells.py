@@ -1,6 +1,6 @@
 """The cells of a table: what one token chose in one layer, whatever a row of the table holds."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +14,13 @@ from moetrace.importers.reading.tabular import TableFile, blocks, first_row
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.trace.schema import MAX_LAYERS
 
-KEYS = ("request", "step", "token")
 BY_ROW = ("request", "step", "token", "position", "phase", "token_id")
 _PHASES = {"prefill": 0, "prompt": 0, "decode": 1, "generate": 1, "0": 0, "1": 1}
+
+
+def token_keys(names: Collection[str]) -> list[str]:
+    """Which of the columns of each row tell tokens apart; a position does where nothing else numbers tokens."""
+    return [name for name in ("request", "step", "token" if "token" in names else "position") if name in names]
 
 
 class File(NamedTuple):
@@ -227,9 +231,18 @@ def _flat(where: Path, column: pl.Series, meaning: str) -> np.ndarray:
         return column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
     if not kind.is_integer():
         raise MoetraceError(f"{where}: the column {column.name} holds {kind}, but {meaning} must be whole numbers.")
+    if kind in (pl.Int128, pl.UInt128):
+        column = _narrow(where, column)
     if column.null_count():
         column = column.cast(pl.Int64, strict=False).fill_null(-1)
     return column.to_numpy()
+
+
+def _narrow(where: Path, column: pl.Series) -> pl.Series:
+    numbers = column.cast(pl.Int64, strict=False)
+    if numbers.null_count() > column.null_count():
+        raise MoetraceError(f"{where}: the column {column.name} holds a number of 2^63 or more.")
+    return numbers
 
 
 def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.ndarray:
@@ -250,10 +263,7 @@ def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.nda
             column, kind = named, named.dtype
     if not kind.is_integer() and kind != pl.Boolean:
         raise MoetraceError(f"{where}: the column {column.name} holds {kind}, but {meaning} must be whole numbers.")
-    numbers = column.cast(pl.Int64, strict=False)
-    if numbers.null_count():
-        raise MoetraceError(f"{where}: the column {column.name} holds a number of 2^63 or more.")
-    array = numbers.to_numpy()
+    array = _narrow(where, column).to_numpy()
     if meaning == "phase" and array.size and (array.min() < 0 or array.max() > 1):
         raise MoetraceError(f"{where}: near row {first}, a phase is not 0 or 1.")
     return array
@@ -272,9 +282,7 @@ def _occurrence(layer: np.ndarray, counted: dict[int, int]) -> np.ndarray:
 
 def _grouped(cells: Cells, file: File) -> Cells:
     """Join neighbouring rows of one cell; rows of one cell that do not stand together are brought together."""
-    keys = [cells.layer, *(cells.rows[name] for name in KEYS if name in cells.rows)]
-    if len(keys) == 1:
-        keys.append(cells.rows["position"])
+    keys = [cells.layer, *(cells.rows[name] for name in token_keys(cells.rows))]
     begins = np.ones(cells.layer.size, bool)
     begins[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
     starts = np.flatnonzero(begins)

@@ -23,6 +23,9 @@ class Told(NamedTuple):
     output_ids: Sequence[int] = ()
 
 
+# More choices are not compared, each with all others: 500 of them would take 16 s.
+MOST_ALIGNED = 64
+
 # Rows of one token in two computations are the same if this share of their cells is: kernels that run another batch
 # flip a few choices, while unrelated tokens agree in few cells.
 ALIKE = 0.75
@@ -111,6 +114,8 @@ def _starts(where: str, arrays: Sequence[np.ndarray], told: Sequence[Told]) -> l
 
 def _aligned(arrays: Sequence[np.ndarray], prompt: int, lacking: int) -> list[int] | None:
     """Where each choice begins if some begin later in the prompt than others: their rows of the prompt are the same."""
+    if len(arrays) > MOST_ALIGNED:
+        return None
     for one in arrays:
         shifts: list[int] = []
         for other in arrays:
@@ -141,15 +146,17 @@ def of_parts(where: str, parts: Sequence[tuple[int, int]], told: Sequence[Told])
     The first part ends with the prompt. Raises MoetraceError, beginning with `where`, if that contradicts the numbers.
     """
     found: list[Told] = []
-    rows_of_prompts = sum(rows for rows, _ in parts)
+    rows_of_prompts, rows_of_outputs = (sum(rows) for rows in zip(*parts, strict=True)) if parts else (0, 0)
     for (rows, own), one in zip(parts, told, strict=True):
         prompt, cached, choices = one.prompt, one.cached or 0, one.choices
         if prompt is None or one.chunk:
             found.append(one._replace(prompt=rows, output=None, choices=1))
             continue
-        batch = any(of * rows_of_prompts == choices * prompt for of in range(2, choices + 1) if choices % of == 0)
+        # `of` prompts, each of choices / of choices, whose lengths `usage` adds up
+        of, rest = divmod(choices * prompt, rows_of_prompts) if rows_of_prompts else (choices, prompt)
+        batch = not rest and 2 <= of <= choices and choices % of == 0
         start = 0 if batch else prompt - rows
-        generated = own if choices == 1 else sum(output for _, output in parts)
+        generated = own if choices == 1 else rows_of_outputs
         least = (one.output or 0) - choices if choices in (1, len(parts)) else 0
         if start not in (0, cached, one.start) or (one.output is not None and not least <= generated <= one.output):
             raise MoetraceError(

@@ -14,9 +14,8 @@ NUMBERS = [1, 2, 4]  # of the layers
 
 def trace(path: Path, ids: np.ndarray, passes: Sequence[int], scores: np.ndarray | None = None) -> Path:
     """Passes of so many rows, layer by layer; `t` counts the rows of a pass."""
-    lines = [
-        {"model_name": "x/Model", "num_layers": 5, "num_experts": EXPERTS, "top_k": TOP_K, "num_entries": ids.size}
-    ]
+    sizes = {"num_layers": 5, "num_experts": EXPERTS, "top_k": TOP_K, "num_entries": ids[..., 0].size}
+    lines: list[dict] = [{"model_name": "x/Model"} | sizes]
     first = 0
     for rows in passes:
         for place, layer in enumerate(NUMBERS[: ids.shape[1]]):
