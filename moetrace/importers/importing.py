@@ -316,8 +316,8 @@ def _check_ids(
                 f"axes, which must be [rows, layers, top_k], --top-k, and that ids did not wrap at 256."
             ) from None
         raise MoetraceError(
-            f"{str(error)[:-1]}: if that id stands for no expert there, give --absent {found[1]}, which makes all of "
-            f"them absent."
+            f"{str(error)[:-1]}: the same choice stands there twice, so look for records that were written twice; "
+            f"only if that id stands for no expert there, give --absent {found[1]}, which makes all of them absent."
         ) from None
 
 
