@@ -4,7 +4,7 @@ llama.cpp moves whole layers: `-ot` takes a pattern of tensor names, and `--n-cp
 (common/arg.cpp; the pattern of experts is `LLM_FFN_EXPS_REGEX` of common/common.h). N slots hold N / experts layers:
 those of which a step reads the most experts, and of equal ones the later. A set keeps the layers that it holds whole.
 Layers that
-the trace does not hold would stay on the GPU (`-ot`) or leave it (`--n-cpu-moe`) unseen, so a part of a model is refused.
+a trace does not hold would stay on the GPU (`-ot`) or leave it (`--n-cpu-moe`) unseen: a part of a model is refused.
 The file is one line without spaces inside an argument, for `llama-server $(cat FILE) ...`.
 """
 

@@ -12,7 +12,7 @@ _ROWS_OF_A_PIECE = 512
 _EXPECTED = 40.0  # experts that two layers should share, in all sampled rows, before they are judged
 # As above, for few and not none. Rows of one request are no sample of a model's: in captures of sound layers three of
 # five pairs shared less than half of 89, 172 and 150 in 396 rows of three requests.
-_EXPECTED_OF_FEW = 200.0
+_EXPECTED_OF_FEW, _TOTAL_OF_FEW = 100.0, 800.0  # of a pair, and of all that share few
 _NONE, _FEW = 0.05, 0.55  # shares of what is expected
 # Of the neighbours: 8 read as 4 parts every second pair, 6 read as 4 two of three.
 _PAIRS_NONE, _PAIRS_FEW = 1 / 4, 1 / 2
@@ -64,11 +64,14 @@ class Neighbours:
         if parts.any():
             yield self._found(parts, int(np.count_nonzero(parts)))
             return
-        for most, least, pairs_needed in ((_NONE, _EXPECTED, _PAIRS_NONE), (_FEW, _EXPECTED_OF_FEW, _PAIRS_FEW)):
+        for most, least, total, pairs_needed in (
+            (_NONE, _EXPECTED, 0.0, _PAIRS_NONE),
+            (_FEW, _EXPECTED_OF_FEW, _TOTAL_OF_FEW, _PAIRS_FEW),
+        ):
             judged = (expected >= least) & known
             apart = judged & (shared <= most * expected)
             count = int(np.count_nonzero(apart))
-            if count and count >= pairs_needed * np.count_nonzero(judged):
+            if count and count >= pairs_needed * np.count_nonzero(judged) and expected[apart].sum() >= total:
                 yield self._found(apart, count)
                 return
 

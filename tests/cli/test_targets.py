@@ -92,7 +92,7 @@ def test_two_outputs_are_two_files(run, here, command):
 
 def test_the_bias_of_a_router_is_read(run, here):
     Path("bias.npy").touch()
-    code, out, err = run(*"import in.npz -o bias.npy --router softmax,bias=bias.npy".split())
+    code, out, err = run("import", "in.npz", "-o", "bias.npy", "--router", "softmax,bias=bias.npy")
     assert (code, out) == (2, "") and "bias.npy is what is read" in err and err.count("\n") == 1
 
 

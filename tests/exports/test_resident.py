@@ -121,7 +121,7 @@ def test_layers_of_part_of_a_model_are_refused(tmp_path):
 def test_a_set_without_a_whole_layer_is_no_choice_of_layers(tmp_path):
     held = tmp_path / "s.csv"
     held.write_text("".join(f"{layer},{e}\n" for layer in range(3) for e in range(5)))
-    with pytest.raises(UsageError, match="the set of 15 experts holds no layer whole, and llama.cpp keeps whole"):
+    with pytest.raises(UsageError, match=r"the set of 15 experts holds no layer whole, and llama\.cpp keeps whole"):
         written(tmp_path / "a", "llama-args", held=held)
     held.write_text("layer,expert\n")
     assert written(tmp_path / "a", "llama-args", held=held).read_text() == "--n-cpu-moe 3\n"
