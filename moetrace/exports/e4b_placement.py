@@ -13,21 +13,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from moetrace.exports.resident import Counted, KeptChoice, ResultTally, hottest, kept, tallied
-from moetrace.spec import list_presets, load_model
-from moetrace.spec.errors import MoetraceError
+from moetrace.exports.resident import Counted, KeptChoice, check_whole, hottest, kept, tallied
 
 _ORDERS = {"gpu": "gnf4-fused-grouped/1", "cpu": "gnf4-native-locked-tree/1"}  # what its placements of version 1 have
 
 
 def write(trace: Counted, file: IO[bytes], progress: Callable[[int], object], choice: KeptChoice) -> None:
     """Write the set as the VRAM tier, and the hottest others as that of main memory, all of them by default."""
-    whole = trace.model_layers if isinstance(trace, ResultTally) else _moe_layers(trace.model)
-    if whole != trace.layers and not (whole is None and np.array_equal(trace.layer_index, np.arange(trace.layers))):
-        why = "which of a model's layers these are is not known" if whole is None else f"its model has {whole}"
-        raise MoetraceError(
-            f"{trace.shown} has {trace.layers} MoE layers, and {why}: e4b-placement numbers all of a model from 0."
-        )
+    check_whole(trace, "e4b-placement numbers all of a model from 0")
     counts = tallied(trace, choice, progress).counts
     vram = kept(trace, choice, counts)
     taken = np.zeros(counts.shape, bool)
@@ -51,8 +44,3 @@ def write(trace: Counted, file: IO[bytes], progress: Callable[[int], object], ch
         "masses": {f"{name}_frac": mass for name, mass in share.items()},
     }
     file.write((json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _moe_layers(model: str) -> int | None:
-    """How many layers of a model have experts, if it is a preset."""
-    return load_model(model).moe_layers if model in list_presets("models") else None

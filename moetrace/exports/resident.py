@@ -13,6 +13,7 @@ import numpy as np
 
 from moetrace.analyze.balance.loads import add, loads_of, steps_of_phase
 from moetrace.exports.blocks import check_objects
+from moetrace.spec import list_presets, load_model
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.policy import load_static
 from moetrace.trace.format import Trace
@@ -111,6 +112,19 @@ def tallied(trace: Counted, choice: KeptChoice, progress: Callable[[int], object
     if not found.counts.any():
         raise MoetraceError(f"{trace.shown} has no choices in {choice.phase} steps.")
     return found
+
+
+def check_whole(trace: Counted, why_all: str) -> None:
+    """Raise MoetraceError unless the layers are all of their model that have experts; `why_all` ends the sentence."""
+    whole = trace.model_layers if isinstance(trace, ResultTally) else _moe_layers(trace.model)
+    if whole != trace.layers and not (whole is None and np.array_equal(trace.layer_index, np.arange(trace.layers))):
+        why = "which of a model's layers these are is not known" if whole is None else f"its model has {whole}"
+        raise MoetraceError(f"{trace.shown} has {trace.layers} MoE layers, and {why}: {why_all}.")
+
+
+def _moe_layers(model: str) -> int | None:
+    """How many layers of a model have experts, if it is a preset."""
+    return load_model(model).moe_layers if model in list_presets("models") else None
 
 
 def hottest(counts: np.ndarray) -> np.ndarray:

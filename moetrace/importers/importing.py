@@ -13,6 +13,7 @@ from moetrace.importers.formats import read_captures
 from moetrace.importers.reading.decoding import LANES, decoding_passes, kept_passes, lanes, phase_after, steps_of
 from moetrace.importers.reading.numbering import numbered
 from moetrace.importers.reading.placeholders import Placeholders
+from moetrace.importers.reading.router_rule import said_router
 from moetrace.importers.told_source import TOLD_FILES, facts_of, said_by, source_of
 from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -128,7 +129,8 @@ def write_captures(
 ) -> None:
     """Write one trace file of captures that were read with `hints`; arguments and errors as of `import_traces`."""
     captures = [numbered(_checked(capture, hints), hints, model is not None) for capture in captures]
-    keep_inputs(path, [file for capture in captures for file in capture.sources])
+    bias = said_router(hints.router).bias if hints.router else None
+    keep_inputs(path, [*(file for capture in captures for file in capture.sources), bias])
     first = captures[0]
     for other in captures[1:]:
         _check_alike(first, other)
@@ -314,8 +316,8 @@ def _check_ids(
                 f"axes, which must be [rows, layers, top_k], --top-k, and that ids did not wrap at 256."
             ) from None
         raise MoetraceError(
-            f"{str(error)[:-1]}: if that id stands for no expert there, give --absent {found[1]}, which makes all of "
-            f"them absent."
+            f"{str(error)[:-1]}: the same choice stands there twice, so look for records that were written twice; "
+            f"only if that id stands for no expert there, give --absent {found[1]}, which makes all of them absent."
         ) from None
 
 

@@ -113,12 +113,13 @@ class RequestCheck:
             yield finding("single-request", "The trace holds one request.", 1)
         mean = self.shape.rows * self.shape.top_k / self.shape.num_experts
         if mean < SHORT_MEAN:
-            what = f"In {self.shape.rows:,} rows an expert is chosen {mean:.1f} times a layer on average."
+            what = f"In {many(self.shape.rows, 'row')} an expert is chosen {mean:.1f} times a layer on average."
             yield finding("short", what, self.shape.rows)
         if self.jumps:
             what = f"In {many(self.jumps, 'row')}, the position is not one after that of the request's row before."
             yield finding("position-jumps", what, self.jumps, None, self.jumped)
+        every = "The only row is" if self.shape.rows == 1 else f"All {self.shape.rows:,} rows are"
         if not self.phases[DECODE]:
-            yield finding("prefill-only", f"All {self.shape.rows:,} rows are prefill.", self.shape.rows)
+            yield finding("prefill-only", f"{every} prefill.", self.shape.rows)
         if not self.phases[PREFILL]:
-            yield finding("decode-only", f"All {self.shape.rows:,} rows are decode.", self.shape.rows)
+            yield finding("decode-only", f"{every} decode.", self.shape.rows)

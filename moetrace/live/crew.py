@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 from typing import TypeVar
 
-from moetrace.live.exchange import RequestError
+from moetrace.live.exchange import LONGEST_WAIT_S, RequestError
 from moetrace.spec.errors import MoetraceError
 
 Task = TypeVar("Task")
-FIRST_WAIT_S = 0.5  # before a request is tried again; then twice as long each time
+FIRST_WAIT_S = 0.5  # before a request is tried again; then twice as long each time, up to LONGEST_WAIT_S
 _END_S = 2.0  # that threads have to end
 
 
@@ -63,7 +63,7 @@ def persistent(ask: Callable[[], bytes], retries: int, stopped: threading.Event)
         try:
             return ask()
         except RequestError as error:
-            if not error.again or not left or stopped.wait(wait_s if error.wait_s is None else error.wait_s):
+            if not error.again or not left or stopped.wait(max(wait_s, error.wait_s or 0)):
                 raise
-        wait_s *= 2
+        wait_s = min(2 * wait_s, LONGEST_WAIT_S)
     raise AssertionError("the last try returns or raises")

@@ -24,7 +24,8 @@ ERROR_BYTES = 64 << 10  # read of an answer that says what is wrong
 _PIECE_BYTES = 1 << 16
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _OF_ALL = {401, 403, 404, 405, 407, 421, 426}
-_LONGEST_WAIT_S = 60
+LONGEST_WAIT_S = 60  # before a request is tried again, whoever says so
+_SHOWN_LETTERS = 200  # of what a server says
 
 
 class RequestError(MoetraceError):
@@ -142,7 +143,7 @@ class Client:
                     raise RequestError(
                         f"{self.address} did not answer within {timeout_s:g} s: see --timeout."
                     ) from None
-                why = self._without_secrets(_why(error))
+                why = self._shown(_why(error))
                 raise RequestError(f"the answer of {self.address} was cut: {why}.", again=True) from None
             finally:
                 connection.close()
@@ -155,7 +156,7 @@ class Client:
                 f"{self.address} has no certificate to trust: {error.verify_message}.", of_all=True
             ) from None
         except (OSError, UnicodeError) as error:
-            why = _why(error)
+            why = self._shown(_why(error))
             raise RequestError(f"{self.address} cannot be reached: {why}.", again=True, of_all=True) from None
         connection.sock.settimeout(timeout_s)
         watch.socket = connection.sock
@@ -183,12 +184,12 @@ class Client:
     def _check_head(self, response: http.client.HTTPResponse, path: str) -> None:
         status = response.status
         if 300 <= status < 400:
-            to = self._without_secrets(response.getheader("Location") or "nowhere")[:200]
+            to = self._shown(response.getheader("Location") or "nowhere")
             raise RequestError(f"{self.address} redirects to {to}: give that address if you trust it.", of_all=True)
         if status != 200:
-            said = self._without_secrets(_error_of(response))
+            said = self._shown(_error_of(response))
             wait = response.getheader("Retry-After") or ""
-            wait_s = min(int(wait), _LONGEST_WAIT_S) if wait.isascii() and wait.isdecimal() and len(wait) < 9 else None
+            wait_s = min(int(wait), LONGEST_WAIT_S) if wait.isascii() and wait.isdecimal() and len(wait) < 9 else None
             hint = " (give a key as --header or OPENAI_API_KEY)" if status in (401, 403) else ""
             sentence = f"{self.address}{path} answers {status}{f': {said}' if said else ''}{hint}."
             raise RequestError(sentence, again=status in _AGAIN, of_all=status in _OF_ALL, wait_s=wait_s)
@@ -198,11 +199,13 @@ class Client:
                 f"{self.address} compresses its answers, which nobody asked for: switch that off.", of_all=True
             )
 
-    def _without_secrets(self, text: str) -> str:
+    def _shown(self, text: str) -> str:
+        """A stranger's text without secrets, then cut: a secret across the cut would not be found any more."""
+        text = " ".join(text.split())
         for value in self._headers.values():
-            for secret in (value, value.rpartition(" ")[2]):
+            for secret in (" ".join(value.split()), value.rpartition(" ")[2]):
                 text = text.replace(secret, "...") if len(secret) > 3 else text
-        return text
+        return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
 
 
 class _Watch:
@@ -247,8 +250,10 @@ class _Told(msgspec.Struct):
 
 
 def _error_of(response: http.client.HTTPResponse) -> str:
-    """What an error's body says, in short."""
+    """What an error's body says."""
     body = response.read(ERROR_BYTES)
+    if len(body) == ERROR_BYTES:  # its last word may be half a secret
+        body = body.rsplit(None, 1)[0] if body.split(None, 1)[1:] else b""
     text = ""
     with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         told = msgspec.json.decode(body, type=_Told)
@@ -256,8 +261,7 @@ def _error_of(response: http.client.HTTPResponse) -> str:
             with suppress(msgspec.MsgspecError):
                 told = msgspec.json.decode(told.error, type=_Told)
         text = told.message or bytes(told.error or told.detail).decode(errors="replace")
-    text = " ".join((text or body.decode(errors="replace")).split()).rstrip(".")
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return " ".join((text or body.decode(errors="replace")).split()).rstrip(".")
 
 
 def _why(error: Exception) -> str:
@@ -266,4 +270,4 @@ def _why(error: Exception) -> str:
         return f"{len(error.partial):,} bytes of its last part came"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -217,3 +217,7 @@ def test_plans_that_no_file_can_say():
     for placement, sentence in (("tp", "splits experts"), ("ep-lpt", "gives units unequal numbers")):
         with pytest.raises(UsageError, match=sentence):
             plan_bytes(make_plan(placement, Tier(2), (3, 4), loads), LAYERS, 4, "SGLang")
+    with pytest.raises(UsageError, match=r"unequal numbers of experts, .*: take ep, ep-block or eplb"):
+        plan_bytes(make_plan("ep-lpt", Tier(2), (3, 4), loads), LAYERS, 4, "SGLang")
+    with pytest.raises(UsageError, match=r"unequal numbers of experts, .*: take units that divide 4 experts, or eplb"):
+        plan_bytes(make_plan("ep", Tier(3), (3, 4)), LAYERS, 4, "SGLang")

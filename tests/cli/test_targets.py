@@ -90,6 +90,12 @@ def test_two_outputs_are_two_files(run, here, command):
     assert (code, out) == (2, "") and "must be different files" in err and err.count("\n") == 1
 
 
+def test_the_bias_of_a_router_is_read(run, here):
+    Path("bias.npy").touch()
+    code, out, err = run("import", "in.npz", "-o", "bias.npy", "--router", "softmax,bias=bias.npy")
+    assert (code, out) == (2, "") and "bias.npy is what is read" in err and err.count("\n") == 1
+
+
 def test_files_are_written_all_or_none(tmp_path, monkeypatch):
     write_whole({tmp_path / "a": b"1", tmp_path / "b": b"2"})
     assert (tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes() == b"12"

@@ -97,12 +97,34 @@ def test_a_manifest_numbers_modules_with_experts(tmp_path):
 def test_layers_in_main_memory(tmp_path):
     active = [len({int(e) for e in IDS[:, layer].ravel()}) for layer in range(3)]
     assert active == [6, 6, 6]  # one step: all layers are equal, and the later ones stay
-    read = lambda **choice: written(tmp_path / "a", "llama-args", made((1, 2, 4)), **choice).read_text()  # noqa: E731
-    assert read(slots=12) == "--n-cpu-moe 2\n" and read(slots=18) == "\n" and read(slots=5) == "--n-cpu-moe 5\n"
+    read = lambda **choice: written(tmp_path / "a", "llama-args", **choice).read_text()  # noqa: E731
+    assert read(slots=12) == "--n-cpu-moe 1\n" and read(slots=18) == "\n" and read(slots=5) == "--n-cpu-moe 3\n"
     (tmp_path / "s.csv").write_text("".join(f"{layer},{e}\n" for layer in (0, 1) for e in range(6 - layer)))
     pattern = re.fullmatch(r"-ot (\S+)=CPU\n", read(held=tmp_path / "s.csv"))[1]
-    names = [f"blk.{n}.ffn_{part}_exps.weight" for n in (1, 2, 4, 12) for part in ("up", "gate", "down", "gate_up")]
-    assert {name.split(".")[1] for name in names if re.search(pattern, name)} == {"2", "4"}
+    names = [f"blk.{n}.ffn_{part}_exps.weight" for n in (0, 1, 2, 12) for part in ("up", "gate", "down", "gate_up")]
+    assert {name.split(".")[1] for name in names if re.search(pattern, name)} == {"1", "2"}
+
+
+def test_layers_of_part_of_a_model_are_refused(tmp_path):
+    model = mt.load_model("qwen3-30b-a3b")
+    ids = np.tile(np.arange(8, dtype=np.uint8), (4, model.moe_layers, 1))
+    of = lambda index: mt.Trace.from_arrays(  # noqa: E731
+        ids[:, index], num_experts=128, layer_index=np.array(index), model=model.name
+    )
+    assert written(tmp_path / "a", "llama-args", of(range(48)), slots=0).read_text() == "--n-cpu-moe 48\n"
+    with pytest.raises(MoetraceError, match="has 3 MoE layers, and its model has 48: llama-args says of all layers"):
+        written(tmp_path / "b", "llama-args", of(range(10, 13)), slots=0)
+    with pytest.raises(MoetraceError, match="which of a model's layers these are is not known: llama-args says"):
+        written(tmp_path / "b", "llama-args", made((1, 2, 4)), slots=0)
+
+
+def test_a_set_without_a_whole_layer_is_no_choice_of_layers(tmp_path):
+    held = tmp_path / "s.csv"
+    held.write_text("".join(f"{layer},{e}\n" for layer in range(3) for e in range(5)))
+    with pytest.raises(UsageError, match=r"the set of 15 experts holds no layer whole, and llama\.cpp keeps whole"):
+        written(tmp_path / "a", "llama-args", held=held)
+    held.write_text("layer,expert\n")
+    assert written(tmp_path / "a", "llama-args", held=held).read_text() == "--n-cpu-moe 3\n"
 
 
 def test_what_does_not_go_together(tmp_path):

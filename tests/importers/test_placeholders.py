@@ -131,7 +131,9 @@ def test_an_expert_that_stands_for_none_as_well_is_absent_if_the_user_says_so(tm
     ids[ids >= 8] = 0
     ids[(ids == 0).all(axis=2)] = [0, 0, 1, 2]  # not all in a cell, which is a dense layer's
     save(path := tmp_path / f"a{ending}", ids.astype(np.int16))
-    assert "chooses expert 0 more than once: if that id stands for no expert there, give --absent 0" in refused(path)
+    said = refused(path)
+    assert "chooses expert 0 more than once: the same choice stands there twice, so look for records" in said
+    assert "only if that id stands for no expert there, give --absent 0" in said
     trace, _ = imported(path, absent_ids=(0,))
     assert np.array_equal(trace.read("experts", 0, 50), np.where(ids == 0, 255, ids))
 

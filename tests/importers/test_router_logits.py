@@ -1,5 +1,6 @@
 """Logits of routers: choices and gates by the stated rule, against plain loops, whatever file they stand in."""
 
+import os
 from itertools import product
 
 import numpy as np
@@ -12,6 +13,7 @@ from moetrace.importers import router_logits
 from moetrace.importers.captured import Hints
 from moetrace.importers.formats import detect
 from moetrace.importers.importing import import_traces
+from moetrace.importers.reading import router_rule
 from moetrace.importers.reading.router_rule import choose, said_router
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
@@ -118,6 +120,21 @@ def test_bias_of_a_file_and_phases(tmp_path):
             np.testing.assert_allclose(gates[row, layer], weights, rtol=1e-3)
 
 
+def test_a_bias_is_an_ordinary_file_of_a_bounded_size_and_is_not_written_over(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", logits(5, 2, 8, 3))
+    os.mkfifo(tmp_path / "fifo")
+    for path in ("/dev/zero", tmp_path / "fifo", tmp_path):
+        assert "it is not an ordinary file" in no(tmp_path, tmp_path / "a.npy", router=f"softmax,bias={path}")
+    bias = tmp_path / "bias.npy"
+    np.save(bias, np.zeros(8))
+    with pytest.raises(UsageError, match="is what is read"):
+        import_traces(tmp_path / "a.npy", bias, hints=Hints(top_k=2, router=f"softmax,bias={bias}"))
+    assert np.load(bias).tolist() == [0] * 8
+    monkeypatch.setattr(router_rule, "_MOST_BIAS_BYTES", 1 << 20)
+    np.save(bias, np.zeros(1 << 17))
+    assert "it has more than 1 MiB" in no(tmp_path, tmp_path / "a.npy", router=f"softmax,bias={bias}")
+
+
 def test_files_of_all_layers_are_requests(tmp_path):
     for name in ("a", "b"):
         np.save(tmp_path / f"{name}.npy", logits())
@@ -151,7 +168,7 @@ def test_a_rule_that_is_none_is_wrong_usage(tmp_path, rule, message):
         (np.zeros(7), "not floats [8] or [3, 8]"),
         (np.zeros(8, int), "not floats"),
         (np.full(8, np.nan), "NaN or infinity"),
-        (None, "can't be read"),
+        (None, "Cannot read "),
     ],
 )
 def test_a_bias_that_does_not_fit_is_one_sentence(tmp_path, bias, message):

@@ -97,3 +97,10 @@ def test_requests_rows_and_phases():
     few = {name: value for name, value in made.items() if name != "steps" and name != "phase"}
     few |= {"experts": made["experts"][:60], "request": np.arange(60) // 30, "steps": [30, 30], "phase": [0, 1]}
     assert only(few).what == "In 60 rows an expert is chosen 15.0 times a layer on average."
+
+
+def test_one_row_is_one_row():
+    for phase, word in ((0, "prefill"), (1, "decode")):
+        made = found({"experts": choose(np.random.default_rng(0), 1), "num_experts": EXPERTS, "phase": [phase]})
+        assert made[f"{word}-only"].what == f"The only row is {word}."
+        assert made["short"].what.startswith("In 1 row an expert is chosen ")

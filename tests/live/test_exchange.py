@@ -7,7 +7,7 @@ import time
 import pytest
 from support.engine_server import EngineServer
 
-from moetrace.live.exchange import Client, RequestError, address_of, headers_of
+from moetrace.live.exchange import ERROR_BYTES, Client, RequestError, address_of, headers_of
 from moetrace.spec.errors import UsageError
 
 SECRET = "sk-very-secret-123"
@@ -168,3 +168,20 @@ def test_headers():
         assert "pw-123" not in str(found.value)
     with pytest.raises(UsageError, match="OPENAI_API_KEY holds a letter"):
         headers_of((), "pw\n1")
+
+
+@pytest.mark.parametrize("before", [0, 150, 170, 185, 190, 199, 200, 201])
+def test_a_secret_across_the_cut_is_not_shown(ask, before):
+    for said in (
+        json.dumps({"error": {"message": f"{'x' * before}Bearer {SECRET}"}}).encode(),
+        b"x" * before + f" Bearer {SECRET} ".encode() + b"y" * 300,
+    ):
+        error = ask(body_of(said, status=500))
+        assert "very" not in str(error) and "sk-" not in str(error)
+    error = ask(body_of(b"", ("Location", f"http://a/{'x' * before}{SECRET}"), status=302))
+    assert "sk-" not in str(error)
+
+
+def test_a_secret_across_the_end_of_what_is_read_is_not_shown(ask):
+    for before in (b" " * (ERROR_BYTES - 12), b"x" + b" " * (ERROR_BYTES - 13), b"x" * (ERROR_BYTES - 12)):
+        assert "sk-" not in str(ask(body_of(before + SECRET.encode(), status=500)))

@@ -23,7 +23,9 @@ def plan_bytes(plan: Plan, layer_index: np.ndarray, experts: int, form: str) -> 
         raise UsageError("the plan has layers of different numbers of slots, which plan files of engines cannot say.")
     if plan.share > 1 or (plan.expert_of_slot < 0).any():
         why = "splits experts among units" if plan.share > 1 else "gives units unequal numbers of experts"
-        raise UsageError(f"the plan {why}, which plan files of engines cannot say: take ep, ep-block or eplb.")
+        uneven = plan.share == 1 and int(plan.slots[0]) % plan.bins
+        take = f"units that divide {plan.slots[0]} experts, or eplb" if uneven else "ep, ep-block or eplb"
+        raise UsageError(f"the plan {why}, which plan files of engines cannot say: take {take}.")
     slots = plan.expert_of_slot.reshape(len(layer_index), -1)
     if form == "SGLang":
         everywhere = np.tile(np.arange(slots.shape[1]) % experts, (int(layer_index[-1]) + 1, 1))

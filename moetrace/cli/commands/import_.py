@@ -162,10 +162,11 @@ def command(
     from moetrace.importers.captured import Hints
     from moetrace.importers.columns import said_columns
     from moetrace.importers.importing import import_traces
+    from moetrace.importers.reading.router_rule import said_router
     from moetrace.lints.leave_out import import_and_leave_out
     from moetrace.trace.format import Trace
 
-    check_targets({"-o": out}, [*sources, model])
+    check_targets({"-o": out}, [*sources, model, said_router(router).bias if router else None])
     left_out = None
     notes: list[str] = []
     with LateBar("bytes read", sum(map(_size_bytes, sources))) as bar:

@@ -14,6 +14,7 @@ import numpy as np
 
 from moetrace.importers.reading import npy
 from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.ordinary_file import read_ordinary
 
 SCORES = ("softmax", "sigmoid")
 _FORM = "softmax or sigmoid, then norm, scale=S, groups=G:M and bias=FILE.npy, with commas between"
@@ -76,13 +77,7 @@ def bias_of(rule: RouterRule, layers: int, experts: int) -> np.ndarray:
     if rule.bias is None:
         return np.zeros((layers, experts))
     where = f"{rule.bias}, the bias of --router,"
-    try:
-        size = rule.bias.stat().st_size
-        if size > _MOST_BIAS_BYTES:
-            raise MoetraceError(f"{where} has {size} bytes, but at most {_MOST_BIAS_BYTES} are read.")
-        bias = npy.from_bytes(where, rule.bias.read_bytes())
-    except OSError as error:
-        raise MoetraceError(f"{where} can't be read: {error.strerror}.") from None
+    bias = npy.from_bytes(where, read_ordinary(rule.bias, _MOST_BIAS_BYTES))
     if bias.dtype.kind != "f" or bias.shape not in ((experts,), (layers, experts)):
         raise MoetraceError(
             f"{where} holds {bias.dtype} {bias.shape}, not floats [{experts}] or [{layers}, {experts}]."
