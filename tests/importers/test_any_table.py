@@ -242,7 +242,7 @@ def test_a_table_of_unknown_columns_names_the_way_out(tmp_path):
     said = not_named(tmp_path, tmp_path / "a.parquet")
     assert "--columns" in said and "it has a, b" in said
     (tmp_path / "a.txt").write_text("nothing of this kind\n")
-    assert "--columns layer=...,token=...,experts=..." in not_named(tmp_path, tmp_path / "a.txt")
+    assert "write the choices as a table (Parquet, CSV, JSON lines)" in not_named(tmp_path, tmp_path / "a.txt")
 
 
 def test_a_parquet_file_that_claims_more_than_its_size_justifies_is_refused(tmp_path):
