@@ -57,8 +57,8 @@ def detect(path: Path) -> str:
         raise MoetraceError(f"{path} is an HDF5 file: if it is a trace already, it needs no import.")
     what, way = what_it_is(path, first)
     raise MoetraceError(
-        f"{path} is in no format that can be imported ({', '.join(FORMATS)}), but {what}: {way}; --from names a format "
-        f"that was not seen, and docs/importing.md describes them."
+        f"{path} is in no format that can be imported, being {what}: {way}; --from names a format that was not seen "
+        f"({', '.join(FORMATS)}; docs/importing.md describes them)."
     )
 
 

@@ -18,8 +18,8 @@ def sentence(path):
     with pytest.raises(MoetraceError) as raised:
         detect(path)
     text = str(raised.value)
-    assert "\n" not in text and text.startswith(f"{path} is in no format that can be imported (sglang, npz,")
-    assert all(name in text for name in FORMATS) and text.endswith("docs/importing.md describes them.")
+    assert "\n" not in text and text.startswith(f"{path} is in no format that can be imported, being ")
+    assert all(name in text for name in FORMATS) and text.endswith("docs/importing.md describes them).")
     return text
 
 
@@ -53,7 +53,7 @@ def test_what_it_is_and_what_to_do(tmp_path, content, what):
     [
         (
             np.zeros((3, 2), np.int64),
-            r"a NumPy array, int64 \(3, 2\), whose name does not say its layer: name it as in",
+            r"a NumPy array, int64 \(3, 2\), whose name does not say its layer: name ids \[tokens, top_k\] as in",
         ),
         (np.zeros((3, 2, 8, 4), np.uint8), r"a NumPy array, uint8 \(3, 2, 8, 4\): save the chosen ids as integers"),
         (np.zeros(3, "U2"), "a NumPy array, <U2"),
@@ -72,7 +72,7 @@ def test_archives(tmp_path):
     assert "a file of torch.save with the keys routes, model, m: save the chosen ids" in sentence(tmp_path / "a.pt")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("a.csv", "x")
-    assert "but a zip archive: unpack it first" in sentence(tmp_path / "b.zip")
+    assert "being a zip archive: unpack it first" in sentence(tmp_path / "b.zip")
     head = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "c.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(4))
     assert "a safetensors file with the keys w: save the chosen ids" in sentence(tmp_path / "c.safetensors")
