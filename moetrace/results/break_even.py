@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +21,14 @@ def verified_batch(trace: Trace) -> tuple[int, int | None] | None:
     said = trace.source.get("parameters") if "rebatch" in trace.source else None
     if not isinstance(said, dict):
         return None
-    batch, chunk, verify = (said.get(name) for name in ("batch", "chunk", "verify"))
-    numbers = [batch, verify] if chunk is None else [batch, verify, chunk]
-    if not all(type(number) is int and 1 <= number < 2**63 for number in numbers) or verify == 1:
+    batch, chunk, verify = (_whole(said.get(name)) for name in ("batch", "chunk", "verify"))
+    if batch is None or verify in (None, 1) or (chunk is None and said.get("chunk") is not None):
         return None
     return batch, chunk
+
+
+def _whole(said: Any) -> int | None:
+    return said if type(said) is int and 1 <= said < 2**63 else None
 
 
 def break_even_tokens(

@@ -33,7 +33,7 @@ class Scored(NamedTuple):
     member: np.ndarray  # int32 [keys]: residents in no order; those of pool p begin at p * keys / pools
     place: np.ndarray  # int32 [keys]: where in `member`; -1 = not resident
     score: np.ndarray  # float64 [keys]: EWMA, LFUDA
-    count: np.ndarray  # float64 [keys]: LFUDA
+    demands: np.ndarray  # float64 [keys]: LFUDA, limited and halved
     age: np.ndarray  # float64 [pools]: LFUDA
     touched: np.ndarray  # int64 [keys]: number of the last access
     event: np.ndarray  # int64 [keys]: number of the first access of the last event that demanded it
@@ -84,8 +84,8 @@ def _demand(cache, rule, pool, now, block, start, stop, hit):
         if rule == EWMA:
             cache.score[k] += gained(block.chosen_by[i] if by_rows else 1, block.step_rows[now[0]], ALPHA)
         elif rule == LFUDA:
-            cache.count[k] = counted(cache.count[k], MOST_COUNT)
-            cache.score[k] = cache.age[pool] + cache.count[k]
+            cache.demands[k] = counted(cache.demands[k], MOST_COUNT)
+            cache.score[k] = cache.age[pool] + cache.demands[k]
     for i in range(start, stop):
         k, weight = block.key[i], cache.weight[block.key[i]]
         if hit[i] or weight > cache.capacity:
@@ -125,7 +125,7 @@ def _remove(cache, pool, place):
     """Evict what is at a place of `member`; the last resident of the pool takes that place."""
     victim = cache.member[place]
     cache.age[pool] = max(cache.age[pool], cache.score[victim])
-    cache.count[victim] *= EVICTED_SHARE
+    cache.demands[victim] *= EVICTED_SHARE
     cache.used[pool] -= cache.weight[victim]
     cache.residents[pool] -= 1
     last = pool * (cache.member.size // cache.used.size) + cache.residents[pool]
