@@ -30,7 +30,7 @@ from moetrace.generators.zipf import _draw_rows
 print(generate_trace("mixtral-8x7b", requests=1, prompt=3, output=0, stick=0.0).read("experts", 0, 3).sum(),
       sum(_draw_rows.stats.cache_hits.values()), sep=";")
 """
-ORDER = "    order: int  # BY_SCORE, BY_TOUCH, BY_ADMISSION or BY_HAND\n"
+ORDER = "    order: int  # BY_AGE, BY_SCORE, BY_TOUCH, BY_ADMISSION or BY_HAND\n"
 RULES = "LFU, LFU_IN_CACHE, BELADY = FAR"
 
 

@@ -30,25 +30,11 @@ def preset_text(kind: str, name: str) -> str:
         unknown = f"No {noun_of(kind)} preset is called {name!r}"
         if found := _own_file(kind, name):
             raise UsageError(f"{unknown}, but {found}; `moetrace list {kind}` lists the presets.")
-        if kind == "policies" and (choice := _choice(name)):
-            raise UsageError(f"{unknown}, but {choice}.")
         raise UsageError(
             f"{unknown}{nearest(name, names)}; `moetrace list {kind}` lists them, "
             f"and a path that ends in .toml is read as a file{_OWN_FILES if kind == 'models' else ''}."
         )
     return _folder(kind).joinpath(f"{name}.toml").read_text(encoding="utf-8")
-
-
-def _choice(name: str) -> str:
-    """Say how to make a choice of a policy that is called so; "" if none is."""
-    from moetrace.spec.choices import KINDS, legal
-
-    for kind in KINDS:
-        if name in legal(kind):
-            return (
-                f"a {kind} is: give a policy that leaves it open, such as --policy on-demand --set policy.{kind}={name}"
-            )
-    return ""
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support.by_hand import MB, hits_of, model_of, ms, one, policy_of, replay, system_of, trace_of, unit
 from support.oracle import simulate
-from support.oracle_memory import mix, splitmix64
+from support.oracle_entries import mix, splitmix64
 
 PROMPT = [one(0)] * 3 + [one(1)] * 2 + [one(2)]
 

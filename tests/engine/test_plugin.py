@@ -87,7 +87,7 @@ print("".join(map(str, plan)), sum(hook.stats.cache_hits.values()), sum(hook.sta
 
 def run_hook(choice: str, folder: Path, **environment: str) -> list[str]:
     """Run a hook in a process of its own, on the package in ``folder``; return its plan, cache hits and misses."""
-    environment = os.environ | environment
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder / "cache")} | environment
     process = subprocess.run(
         [sys.executable, "-c", RUN, choice], cwd=folder, capture_output=True, text=True, env=environment
     )
