@@ -41,6 +41,8 @@ def test_it_equals_one_unit_to_the_last_bit(case, data, tmp_path_factory):
     units, cpu = twins(case, data)
     listed = all_policies(1, write_loads(folder / "loads.csv", case), write_static(folder / "static.csv", case)) + MORE
     listed = [one for one in listed if one.dispatch != "split" or all(_runs(one, each.system) for each in (units, cpu))]
+    # With dispatch `gpu` foresee still reads how fast units are, but no CPU.
+    listed = [one for one in listed if (one.dispatch, one.residency) != ("gpu", "foresee")]
     chosen = data.draw(st.lists(st.sampled_from(listed), min_size=1, max_size=6, unique_by=lambda one: one.name))
     one, other = replay_case(units, chosen), replay_case(cpu, chosen)
     assert one.slots == other.slots
