@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from moetrace.spec.errors import MoetraceError
 
 MAGIC = b"\x93NUMPY"
+
+_PARSING = threading.Lock()
 
 
 class Header(NamedTuple):
@@ -38,7 +41,9 @@ def read_header(where: str, file: IO[bytes]) -> Header:
         raise MoetraceError(f"{where} is of the unknown npy version {version}.")
     one, two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
     try:
-        with warnings.catch_warnings(action="ignore"):  # the header is Python source, and warned of as such
+        # The header is Python source, and warned of as such. Filters of warnings are one for all threads; and in Python
+        # up to 3.11.7 and 3.12.1, parsing in two threads at once may raise SystemError.
+        with _PARSING, warnings.catch_warnings(action="ignore"):
             shape, fortran, dtype = (one if version == (1, 0) else two)(file)
     except Exception as error:  # of the tokenizer, the parser, dtypes: whatever a stranger's header provokes
         raise MoetraceError(f"{where} has a header that NumPy can't read.") from error
