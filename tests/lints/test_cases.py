@@ -2,33 +2,14 @@
 
 import numpy as np
 import pytest
-from support.findings import found, where
-from support.traps import EXPERTS, LAYERS, TOP_K, arrays, choose
+from support.findings import codes, found, warned, where
+from support.traps import EXPERTS, LAYERS, TOP_K, arrays, choose, requests
 
 from moetrace.lints import lint
 from moetrace.trace import Trace
 from moetrace.trace.writer import CountsWriter
 
 ABSENT = 255
-
-
-def codes(made) -> set[str]:
-    return set(found(made))
-
-
-def warned(made) -> set[str]:
-    return {code for code, one in found(made).items() if one.level != "note"}
-
-
-def requests(count: int, prompt: int, output: int, seed: int = 0, **sizes) -> dict:
-    """Requests one after another, each a prompt and decode steps of one row."""
-    return {
-        "experts": choose(np.random.default_rng(seed), count * (prompt + output), **sizes),
-        "num_experts": sizes.get("experts", EXPERTS),
-        "request": np.repeat(np.arange(count), prompt + output),
-        "steps": np.tile([prompt] + [1] * output, count),
-        "phase": np.tile([0] + [1] * output, count),
-    }
 
 
 # Repeated rows.

@@ -2,27 +2,8 @@
 
 import numpy as np
 import pytest
-from support.findings import found
-from support.traps import EXPERTS, choose
-
-
-def codes(made) -> set[str]:
-    return set(found(made))
-
-
-def warned(made) -> set[str]:
-    return {code for code, one in found(made).items() if one.level != "note"}
-
-
-def requests(count: int, prompt: int, output: int, seed: int = 0, **sizes) -> dict:
-    """Requests one after another, each a prompt and decode steps of one row."""
-    return {
-        "experts": choose(np.random.default_rng(seed), count * (prompt + output), **sizes),
-        "num_experts": sizes.get("experts", EXPERTS),
-        "request": np.repeat(np.arange(count), prompt + output),
-        "steps": np.tile([prompt] + [1] * output, count),
-        "phase": np.tile([0] + [1] * output, count),
-    }
+from support.findings import codes, found, warned
+from support.traps import EXPERTS, choose, requests
 
 
 @pytest.mark.parametrize("times", [2, 4])

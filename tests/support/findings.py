@@ -24,6 +24,14 @@ def found(made: Trace | dict) -> dict[str, Finding]:
     return {one.code: one for one in findings}
 
 
+def codes(made: Trace | dict) -> set[str]:
+    return set(found(made))
+
+
+def warned(made: Trace | dict) -> set[str]:
+    return {code for code, one in found(made).items() if one.level != "note"}
+
+
 def only(made: Trace | dict) -> Finding:
     findings = found(made)
     assert len(findings) == 1, findings

@@ -30,6 +30,17 @@ def arrays(rows: int = ROWS, **sizes: int) -> dict[str, Any]:
     }
 
 
+def requests(count: int, prompt: int, output: int, seed: int = 0, **sizes: int) -> dict[str, Any]:
+    """Requests one after another, each a prompt and decode steps of one row."""
+    return {
+        "experts": choose(np.random.default_rng(seed), count * (prompt + output), **sizes),
+        "num_experts": sizes.get("experts", EXPERTS),
+        "request": np.repeat(np.arange(count), prompt + output),
+        "steps": np.tile([prompt] + [1] * output, count),
+        "phase": np.tile([0] + [1] * output, count),
+    }
+
+
 def prepend(given: dict[str, Any], cells: np.ndarray) -> dict[str, Any]:
     """The trace with rows of these ids [rows, layers, k] before it, one prefill step of request 0."""
     rows = len(cells)
