@@ -39,15 +39,9 @@ def run(*arguments):
     return 0
 
 
-def said(capsys):
-    """Stdout, and stderr without the line that says that kernels are compiled."""
-    out, err = capsys.readouterr()
-    return out, "".join(line for line in err.splitlines(keepends=True) if "compiling for this machine" not in line)
-
-
 def test_bare_replay_compares_monde_and_edge_ndp(capsys):
     assert run(TINY) == 0
-    out, err = said(capsys)
+    out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[3].startswith("monde ")
     assert "1.00x" in lines[3]
@@ -55,12 +49,12 @@ def test_bare_replay_compares_monde_and_edge_ndp(capsys):
     assert f"{TINY}: 16,414 rows in 6,981 steps of 64 requests. Model tiny-olmoe on edge-ndp with 6 NDP units" in out
     assert "all 192 experts fit the GPU of edge-ndp, and policy resident would keep them there" in err
     assert run(TINY, "--slots", 48) == 0
-    assert said(capsys)[1] == ""
+    assert capsys.readouterr()[1] == ""
 
 
 def test_slots_that_the_gpu_has_no_room_for_are_said_in_gb(capsys):
     assert run(TINY, "--system", "edge-ndp", "--set", "system.gpu.memory_gb=4", "--slots", "100%") == 0
-    err = said(capsys)[1]
+    err = capsys.readouterr()[1]
     assert (
         "note: 192 slots take 2.4 GB, 0.8 GB more than the GPU of edge-ndp has left for experts, and are priced" in err
     )
@@ -76,15 +70,15 @@ def test_a_message_about_a_users_file_does_not_blame_a_preset(capsys):
         ),
     ):
         assert run(TINY, *arguments) == 1
-        assert said(capsys)[1].startswith(blamed)
+        assert capsys.readouterr()[1].startswith(blamed)
 
 
 def test_json_is_the_summary_and_csv_a_row_a_policy(tmp_path, capsys):
     assert run(TINY, "--slots", 48, "--format", "json", "-o", tmp_path) == 0
-    out, _ = said(capsys)
+    out, _ = capsys.readouterr()
     assert json.loads(out) == json.loads((tmp_path / "summary.json").read_text())
     assert run(TINY, "--slots", 48, "--format", "csv") == 0
-    rows = list(csv.DictReader(io.StringIO(said(capsys)[0])))
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr()[0])))
     for row, policy in zip(rows, json.loads(out)["policies"], strict=True):
         assert row["name"] == policy["name"]
         assert float(row["total_s"]) == policy["total_s"]
@@ -93,7 +87,7 @@ def test_json_is_the_summary_and_csv_a_row_a_policy(tmp_path, capsys):
 
 def summary(capsys, *arguments):
     assert run(*arguments, "--format", "json") == 0
-    return json.loads(said(capsys)[0])
+    return json.loads(capsys.readouterr()[0])
 
 
 def test_options_reach_the_replay(tmp_path, capsys):
@@ -125,14 +119,14 @@ def test_own_functions_are_policies(tmp_path, capsys):
 
 def test_equal_names_get_a_number(tmp_path, capsys):
     assert run(TINY, "--format", "csv", "--policy", "monde", "--policy", "monde") == 0
-    out, err = said(capsys)
+    out, err = capsys.readouterr()
     assert [line.split(",")[0] for line in out.splitlines()] == ["name", "monde", "monde-2"]
     assert err == "moetrace: note: more than one policy is called monde; one of them appears as monde-2.\n"
 
 
 def test_experts_that_do_not_fit_are_refused_unless_told(capsys):
     assert run(MIXTRAL, "--set", "system.ndp.units=2") == 2
-    assert "--ignore-capacity" in said(capsys)[1]
+    assert "--ignore-capacity" in capsys.readouterr()[1]
     assert run(MIXTRAL, "--set", "system.ndp.units=2", "--ignore-capacity", "--policy", "ndp-tp") == 0
 
 
@@ -141,7 +135,7 @@ def test_table_fits_the_terminal(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     policies = [argument for name in ("monde", "edge-ndp-tp-lb", "on-demand") for argument in ("--policy", name)]
     assert run(TINY, "--slots", 48, *policies) == 0
-    out, _ = said(capsys)
+    out, _ = capsys.readouterr()
     assert max(map(len, out.splitlines())) <= columns
     # Every part of a table that is cut names the policies again.
     assert out.count("edge-ndp-tp-lb") == out.count("─\n") == (4 if columns == 80 else 2)
@@ -170,7 +164,7 @@ def test_table_fits_the_terminal(capsys, monkeypatch, columns):
 def test_a_parameter_that_a_policy_does_not_read_is_set_where_it_is_read(capsys, system, policies, field, advice):
     named = [argument for name in policies for argument in ("--policy", name)]
     assert run(TINY, "--system", system, *named, "--set", f"policy.{field}=1") == 2
-    _, err = said(capsys)
+    _, err = capsys.readouterr()
     assert f"set it in a policy that reads it, as with {' '.join(advice)}." in err
     # What the sentence says to write is accepted.
     assert run(TINY, "--system", system, *named, *(part.replace("VALUE", "1") for part in advice)) == 0
@@ -178,48 +172,48 @@ def test_a_parameter_that_a_policy_does_not_read_is_set_where_it_is_read(capsys,
 
 def test_a_parameter_that_no_preset_reads_keeps_the_plain_sentence(capsys):
     assert run(TINY, "--policy", "monde", "--set", "policy.p=0.5") == 2
-    assert "remove it or choose that." in said(capsys)[1]
+    assert "remove it or choose that." in capsys.readouterr()[1]
 
 
 @pytest.mark.parametrize(("system", "home"), [("mac-m4-max", ""), ("rtx4090-ddr5", " with a CPU")])
 def test_the_legend_says_nothing_of_parts_that_a_machine_does_not_have(capsys, system, home):
     assert run(TINY, "--system", system, "--policy", "on-demand") == 0
-    out = " ".join(said(capsys)[0].split())
+    out = " ".join(capsys.readouterr()[0].split())
     assert f"Model tiny-olmoe on {system}{home}; the GPU keeps up to" in out
     assert "NDP" not in out
 
 
 def test_slots_that_hold_not_one_expert_are_refused(capsys):
     assert run(TINY, "--slots", "1KB") == 2
-    assert "slots = 1KB holds not one of the 192 experts, the largest of which takes" in said(capsys)[1]
+    assert "slots = 1KB holds not one of the 192 experts, the largest of which takes" in capsys.readouterr()[1]
 
 
 def test_table_without_units_or_link(capsys):
     assert run(TINY, "--system", "jetson-orin", "--policy", "on-demand", "--ignore-capacity") == 0
-    out, _ = said(capsys)
+    out, _ = capsys.readouterr()
     assert "NDP" not in out
     assert "link" not in out
 
 
 def test_the_legend_names_one_work_bound_or_the_range_of_them(capsys):
     assert run(TINY, "--slots", 48) == 0
-    assert "time beyond the 4,683 ms that no schedule of this work beats" in " ".join(said(capsys)[0].split())
+    assert "time beyond the 4,683 ms that no schedule of this work beats" in " ".join(capsys.readouterr()[0].split())
     arguments = (TINY, "--system", "rtx4090-ddr5", "--slots", 48, "--policy", "n-cpu-moe", "--policy", "resident")
     policies = summary(capsys, *arguments)["policies"]
     low, high = sorted(1e3 * policy["work_bound_s"] for policy in policies)
     assert low < high
     assert run(*arguments) == 0
-    out = " ".join(said(capsys)[0].split())
+    out = " ".join(capsys.readouterr()[0].split())
     assert f"beats on the parts that a policy uses, {low:,.0f} to {high:,.0f} ms, without any start" in out
 
 
 def test_a_cache_that_begins_empty_is_not_compared_with_a_full_gpu_without_a_word(capsys):
     assert run(TINY, "--system", "rtx4090-offload") == 0
     note = "with resident they are there from the start, while on-demand-lfu first has to fetch each of them once."
-    assert f"moetrace: note: all experts fit the GPU: {note}\n" in said(capsys)[1]
+    assert f"moetrace: note: all experts fit the GPU: {note}\n" in capsys.readouterr()[1]
     for more in (("--slots", 96), ("--policy", "on-demand", "--policy", "on-demand-lfu")):
         assert run(TINY, "--system", "rtx4090-offload", *more) == 0
-        assert "all experts fit" not in said(capsys)[1]
+        assert "all experts fit" not in capsys.readouterr()[1]
 
 
 def test_table_says_how_often_optimal_fell_back(tmp_path, capsys):
@@ -232,19 +226,19 @@ def test_table_says_how_often_optimal_fell_back(tmp_path, capsys):
     assert fallbacks > 0
     assert run(tmp_path / "a.h5", *policies) == 0
     told = "of 24 layers of all steps had more than 20 active experts and were dispatched by balance."
-    assert f"ndp-ep: {fallbacks} {told}" in said(capsys)[0]
+    assert f"ndp-ep: {fallbacks} {told}" in capsys.readouterr()[0]
     assert run(tmp_path / "a.h5", "--policy", "ndp-ep") == 0
-    assert "by balance" not in said(capsys)[0]
+    assert "by balance" not in capsys.readouterr()[0]
 
 
 def test_bar_appears_on_a_terminal_when_it_takes_long(capsys, monkeypatch):
     assert run(TINY) == 0
-    table = said(capsys)[0]
+    table = capsys.readouterr()[0]
     monkeypatch.setattr("moetrace.cli.progress._BAR_AFTER_S", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "160")
     assert run(TINY) == 0
-    out, err = said(capsys)
+    out, err = capsys.readouterr()
     assert out == table
     assert "rows" in err
 
@@ -312,7 +306,7 @@ def test_bad_input_is_one_sentence(bad, capsys, arguments, code, words):
     before = sorted(bad.rglob("*.h5"))
     output = [] if "-o" in arguments else ["-o", bad / "new"]
     assert run(*(argument.format(bad=bad) for argument in arguments), *output) == code
-    out, err = said(capsys)
+    out, err = capsys.readouterr()
     assert words.format(bad=bad) in err
     assert err.count("\n") == 1, err
     assert out == ""
@@ -327,7 +321,7 @@ def test_model_that_is_no_preset_wants_the_option(tmp_path, capsys):
         trace.model = "../tiny-olmo"
         trace.write(tmp_path / "a.h5")
     assert run(tmp_path / "a.h5") == 2
-    out, err = said(capsys)
+    out, err = capsys.readouterr()
     assert "'../tiny-olmo', which is no preset (the nearest is 'tiny-olmoe')" in err
     assert "--model" in err
     assert out == ""
@@ -342,7 +336,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Lane, "advance", interrupted)
     assert run(TINY, "-o", tmp_path / "new" / "er") == 1
-    out, err = said(capsys)
+    out, err = capsys.readouterr()
     assert err.strip() == "moetrace: interrupted; no file was left half-written."
     assert out == ""
     assert not list(tmp_path.iterdir())
@@ -350,13 +344,13 @@ def test_ctrl_c_leaves_nothing(tmp_path, capsys, monkeypatch):
 
 def test_timeline_is_written_beside_the_tables(tmp_path, capsys):
     assert run(TINY, "--slots", 48, "--timeline", "--window", "100:103", "-o", tmp_path) == 0
-    assert said(capsys)[1] == ""
+    assert capsys.readouterr()[1] == ""
     document = json.loads(gzip.decompress((tmp_path / "timeline.json.gz").read_bytes()))
     steps = [event["args"]["step"] for event in document["traceEvents"] if event.get("cat") == "step"]
     assert steps == [100, 101, 102] * 2
     assert run(TINY, "--slots", 48, "--timeline", "-o", tmp_path) == 0
     note = "moetrace: note: the timeline covers the first 16 of 6,981 steps; --window A:B chooses others.\n"
-    assert said(capsys)[1] == note
+    assert capsys.readouterr()[1] == note
     assert run(TINY, "--slots", 48, "-o", tmp_path) == 0
     assert not (tmp_path / "timeline.json.gz").exists()  # it would be another replay's
 
@@ -379,7 +373,7 @@ def test_timeline_is_written_beside_the_tables(tmp_path, capsys):
 def test_timeline_of_nothing(options, message, tmp_path, capsys):
     folder = [] if options == ["--timeline"] else ["-o", tmp_path / "out"]
     assert run(TINY, *options, *folder) == 2
-    out, err = said(capsys)
+    out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"moetrace: {message}")
     assert err.count("\n") == 1
