@@ -84,6 +84,8 @@ def _locators(kind: str) -> tuple[Any, ...]:
     from numba.misc.appdirs import AppDirs
 
     config: Any = numba.core.config
+    # Numba before 0.62 has it as a private name.
+    users: Any = getattr(caching, "UserWideCacheLocator", None) or vars(caching)["_UserWideCacheLocator"]
 
     def given_folder() -> str | None:
         """Return what NUMBA_CACHE_DIR names, if it may be used."""
@@ -93,14 +95,14 @@ def _locators(kind: str) -> tuple[Any, ...]:
             return None
         return given
 
-    class Fresh(caching.UserWideCacheLocator):
+    class Fresh(users):
         def get_cache_path(self) -> str:
             return _fresh_folder()
 
         def get_disambiguator(self) -> str:
             return f"{self.get_suitable_cache_subpath(self._py_file)[-8:]}-{self._lineno}"
 
-    class Own(caching.UserWideCacheLocator):
+    class Own(users):
         def __init__(self, py_func: Any, py_file: str) -> None:
             super().__init__(py_func, py_file)
             self._top = given_folder() or AppDirs(appname="moetrace", appauthor=False).user_cache_dir
