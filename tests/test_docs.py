@@ -103,3 +103,15 @@ def test_what_to_install_is_said_for_a_clone():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     named = {extra for text in texts.values() for extra in re.findall(r"pip install '\.\[(\w+)\]'", text)}
     assert {"report", "search", "dask", "engines", "capture"} <= named <= set(extras)
+
+
+def test_every_finding_is_listed_and_pins_what_it_installs():
+    listed = (ROOT / "findings/README.md").read_text(encoding="utf-8")
+    scripts = sorted((ROOT / "findings").glob("*.sh"))
+    assert re.findall(r"^\| `(\w+)` \|", listed, re.M) == [script.stem for script in scripts]
+    for script in scripts:
+        text = script.read_text(encoding="utf-8")
+        _, title, _, versions = text.splitlines()[:4]
+        assert f"| `{script.stem}` | {title.removeprefix('# ')} |" in listed and versions.startswith("# Versions: ")
+        for installed in re.findall(r"pip install (.*)", text):
+            assert all("==" in part for part in installed.split() if not part.startswith("--")), script.name

@@ -333,14 +333,14 @@ def _capture(logits: Logits, rule: RouterRule, hints: Hints) -> Capture:
         phase=np.full(logits.rows, PREFILL, np.uint8),
         optional=("gates",),
         facts=facts,
-        parts=lambda: _parts(logits, rule, bias, top_k),
+        parts=lambda: _parts(logits, rule, bias, top_k, hints),
         sources=logits.paths,
     )
 
 
-def _parts(logits: Logits, rule: RouterRule, bias: np.ndarray, top_k: int) -> Iterator[Part]:
+def _parts(logits: Logits, rule: RouterRule, bias: np.ndarray, top_k: int, hints: Hints) -> Iterator[Part]:
     where, (layers, experts) = logits.paths[0], bias.shape
-    first = 0
+    first = ties = 0
     for piece in logits.pieces(max(1, _BLOCK_BYTES // (8 * layers * experts))):
         rows = len(piece)
         _check_finite(where, first, piece, logits.layers)
@@ -352,6 +352,13 @@ def _parts(logits: Logits, rule: RouterRule, bias: np.ndarray, top_k: int) -> It
         ids = chosen.experts.astype(expert_dtype(experts)).reshape(shape)
         yield {"experts": ids, "gates": chosen.gates.astype(np.float16).reshape(shape)}
         first += rows
+        ties += chosen.ties
+    if ties:
+        cells = first * layers
+        hints.note(
+            f"{where}: in {ties:,} of {cells:,} cells ({ties / cells:.2%}) the last choice ties with an expert that "
+            "was not chosen: the engine may have chosen that one."
+        )
 
 
 def _check_finite(where: Path, first: int, piece: np.ndarray, layers: np.ndarray) -> None:

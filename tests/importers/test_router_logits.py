@@ -58,6 +58,12 @@ def test_choices_are_those_of_plain_loops(data):
         ids, gates = by_hand(row, score, top_k, **how)
         assert found.experts[at].tolist() == ids
         np.testing.assert_allclose(found.gates[at], gates, rtol=1e-12)
+    if groups == 1:  # a tie is where the higher id first among equals gives another set
+        other = [
+            {experts - 1 - id for id in by_hand(row[::-1], score, top_k, **how | {"bias": bias and bias[::-1]})[0]}
+            for row in rows.tolist()
+        ]
+        assert found.ties == sum(set(ids) != set(of.tolist()) for ids, of in zip(other, found.experts, strict=True))
 
 
 def test_equal_logits_are_chosen_by_id():
@@ -65,6 +71,18 @@ def test_equal_logits_are_chosen_by_id():
     assert found.experts.tolist() == [[1, 2], [0, 1]] and found.gates.tolist() == [[0.5, 0.5]] * 2
     high = np.array([[40.0, 50.0, 60.0]])  # whose sigmoids are all 1
     assert choose(high, np.zeros(1), said_router("sigmoid"), 3).experts.tolist() == [[2, 1, 0]]
+
+
+def test_a_note_counts_ties_at_the_last_choice(tmp_path):
+    made = np.zeros((3, 2, 4), np.float32)
+    made[0, 0], made[1, 0], made[2, 0] = [3, 2, 1, 1], [3, 2, 2, 1], [5, 5, 5, 5]  # layer 1: zeros
+    np.save(tmp_path / "logits.npy", made)
+    notes: list[str] = []
+    for top_k in (2, 4):
+        hints = Hints(top_k=top_k, router="softmax", note=notes.append)
+        import_traces(tmp_path / "logits.npy", tmp_path / f"{top_k}.h5", hints=hints)
+    (note,) = [note for note in notes if "ties" in note]
+    assert "in 5 of 6 cells (83.33%) the last choice ties" in note
 
 
 def test_each_file_gives_the_same_trace(tmp_path):

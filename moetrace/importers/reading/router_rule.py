@@ -37,6 +37,7 @@ class RuledChoices(NamedTuple):
 
     experts: np.ndarray  # int64 [cells, top_k]
     gates: np.ndarray  # float64 [cells, top_k]
+    ties: int  # cells whose last choice is as good as an expert that was not chosen
 
 
 def said_router(text: str) -> RouterRule:
@@ -115,12 +116,14 @@ def choose(logits: np.ndarray, bias: np.ndarray, rule: RouterRule, top_k: int) -
     experts = np.empty((len(wanted), top_k), np.int64)
     for slot in range(top_k):  # the first of equal ones; a full stable sort takes several times as long
         experts[:, slot] = wanted.argmax(axis=1)
+        last = wanted[rows, experts[:, slot]]
         wanted[rows, experts[:, slot]] = -np.inf
+    ties = int(np.count_nonzero(wanted.max(axis=1) == last))
     gates = np.take_along_axis(scores, experts, axis=1)
     if rule.norm:
         with np.errstate(invalid="ignore"):
             gates /= gates.sum(axis=1, keepdims=True)
-    return RuledChoices(experts, gates * rule.scale)
+    return RuledChoices(experts, gates * rule.scale, ties)
 
 
 def _leave_groups(wanted: np.ndarray, rule: RouterRule) -> None:
