@@ -8,8 +8,8 @@
 # admitted. Nothing is raised; only LIRS prints a warning.
 # Seen: with 8 or 10 slots all four miss every time; with 64, W-TinyLFU and LIRS do; with 200, none does.
 # A cache of a layer has 8 to 64 experts, so the comparison of policies that people make first shows S3-FIFO and
-# W-TinyLFU, two of the best, as the worst. Give sizes for which a hundredth of the cache holds several experts, or
-# raise `small_size_ratio` and `window_size`.
+# W-TinyLFU, two of the best, as the worst. Compare them where a hundredth of the cache holds more than an expert;
+# S3-FIFO also with a larger `small_size_ratio`.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
