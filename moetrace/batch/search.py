@@ -183,7 +183,7 @@ class _Halver:
                 self.found[outcome.key] = outcome.found
                 self.computed += 1
                 if self.folder is not None:
-                    self.folder.keep(_part_of(missing[outcome.key], steps), outcome.found)
+                    self.folder.keep(part_of(missing[outcome.key], steps), outcome.found)
 
         tasks = tasks_of(self.trace, self.sha256, missing, self.farm.jobs, steps)
         if tasks:
@@ -200,7 +200,7 @@ class _Halver:
             trial.error = f"{objective} is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
 
 
-def _part_of(cell: Cell, steps: int | None) -> Cell:
+def part_of(cell: Cell, steps: int | None) -> Cell:
     """The cell of the first steps alone, a name and a file of its own."""
     if steps is None or cell.inputs is None:
         return cell
@@ -209,7 +209,7 @@ def _part_of(cell: Cell, steps: int | None) -> Cell:
 
 
 def _key(cell: Cell, steps: int | None) -> str:
-    key = _part_of(cell, steps).key
+    key = part_of(cell, steps).key
     assert key is not None
     return key
 

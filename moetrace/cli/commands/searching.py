@@ -1,10 +1,8 @@
 """`moetrace sweep --search`: how a search runs and prints."""
 
-import os
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,7 +10,7 @@ from moetrace.cli.tables.output import figure, print_csv, print_json, print_rows
 from moetrace.spec.errors import printable
 
 if TYPE_CHECKING:
-    from moetrace.batch.search import Search, Trial
+    from moetrace.batch.search import Search
     from moetrace.batch.search_space import SearchChoices
 
 _SHOWN = 12
@@ -70,6 +68,8 @@ def _report(found: "Search") -> None:
 
 def _print(found: "Search") -> None:
     """Print the best trials over the whole trace, the reference, and how to replay the best."""
+    from moetrace.batch.command import replay_command
+
     halving, best = found.choices.halving, found.best
     sign = -1 if halving.maximize else 1
     complete = [trial for trial in found.trials if trial.state == "complete"]
@@ -95,7 +95,7 @@ def _print(found: "Search") -> None:
         f"better: {figure(best.value)}. Gains are over the first of each list, without ranges.\n"
         "Replay the best:"
     )
-    print_text(f"  {_command(best)}")
+    print_text(f"  {replay_command(best.cell.point)}")
 
 
 def _gain(value: float | None, first: float | None, more: bool) -> str | None:
@@ -103,21 +103,3 @@ def _gain(value: float | None, first: float | None, more: bool) -> str | None:
     if not value or not first:
         return None
     return f"{value / first if more else first / value:.2f}x"
-
-
-def _command(best: "Trial") -> str:
-    """The command that replays a trial; files as seen from here."""
-    values = {field: _seen_from_here(value) for field, value in best.cell.point.values.items()}
-    words = ["moetrace", "replay", values["trace"]]
-    for option in ("model", "system", "policy", "slots"):
-        words += [f"--{option}", str(values[option])] if values.get(option) is not None else []
-    for field, value in values.items():
-        if "." in field:
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            words += ["--set", f"{field}={text}"]
-    return shlex.join(words)
-
-
-def _seen_from_here(value: Any) -> Any:
-    here = f"{Path.cwd()}{os.sep}"
-    return value.removeprefix(here) if isinstance(value, str) else value
