@@ -17,6 +17,7 @@ from moetrace.version import __version__
 
 # Less than that is within what the model leaves out.
 WORTH = 0.02
+_KNEE = 0.9  # of the most that memory wins
 Kind = Literal["change the policy", "buy memory", "nothing to win"]
 CHOICES = ("placement", "dispatch", "residency", "prefetch", "scope")
 
@@ -102,9 +103,10 @@ class Advice:
 
     @property
     def larger(self) -> Size | None:
-        """The larger size that wins most, the smallest of equal ones; None if there is none."""
+        """The smallest of the larger sizes that wins nearly as much as the one that wins most; None without a larger."""
         sizes = [size for size in self.sizes if size.best.slots > self.best.slots]
-        return min(sizes, key=lambda size: (size.best.order[:2], size.best.slots), default=None)
+        most = min(sizes, key=lambda size: (size.best.order[:2], size.best.slots), default=None)
+        return most and next(s for s in sizes if s.best.miss == most.best.miss and s.wins >= _KNEE * most.wins)
 
     @property
     def usd_per_million_tokens(self) -> float | None:
@@ -226,7 +228,7 @@ def _nothing(advice: Advice) -> str:
         return f"Nothing to win: no policy and no size of memory that was tried keeps {_limits(advice)}."
     name = default.candidate.label if default is not None else "the default"
     said = f"{best.candidate.label} saves {_percent(max(advice.wins or 0.0, 0.0))} of {name}'s time"
-    if default is not None and default.candidate == best.candidate:
+    if default is not None and default.candidate.label == best.candidate.label:
         said = f"no policy beats {name}"
     if larger is None:
         return f"Nothing to win: {said}, and all experts fit the GPU."
@@ -235,8 +237,8 @@ def _nothing(advice: Advice) -> str:
 
 def _memory(advice: Advice, size: Size) -> str:
     """`96 slots (2.3 GB more)`."""
-    of = " (all)" if size.best.slots == advice.all_experts else ""
-    return f"{counted(size.best.slots, 'slot')}{of} ({size.more_bytes / 1e9:,.1f} GB more)"
+    of = "all, " if size.best.slots == advice.all_experts else ""
+    return f"{counted(size.best.slots, 'slot')} ({of}{size.more_bytes / 1e9:,.1f} GB more)"
 
 
 def _limits(advice: Advice) -> str:
@@ -247,4 +249,4 @@ def _percent(share: float) -> str:
     """A share for people: `12 %`, `3.4 %`."""
     if share == float("inf"):
         return "an unknown share"
-    return f"{100 * share:.3g} %" if share < 0.1 else f"{100 * share:,.0f} %"
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:,.0f} %"

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moetrace.batch.advice import Advice, Size, distinct
+from moetrace.batch.advice import WORTH, Advice, Size, distinct
 from moetrace.batch.candidates import Candidate, candidates, oracles
 from moetrace.batch.cell import Cell, Resolver, Traces
-from moetrace.batch.executors import Farm
+from moetrace.batch.executors import Farm, lasting
 from moetrace.batch.grid import Grid, Point
 from moetrace.batch.slo import parse_slos
-from moetrace.batch.stages import Stages, Tried
+from moetrace.batch.stages import STAGE_WORK, Stages, Tried
 from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import forget
@@ -19,6 +19,7 @@ from moetrace.engine.setup import Setup, check_setup
 from moetrace.results.record import ADVICE_FILE
 from moetrace.results.resolve import by_spec, model_of
 from moetrace.spec import Model, System, default_policies, load_model, load_system
+from moetrace.spec.choices import find
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.trace import Trace
@@ -124,13 +125,20 @@ class Question:
         """The policies that are tried."""
         return candidates(self.system)
 
-    def answer(self, farm: Farm, folder: SweepFolder | None, progress: Callable[[int], None] | None = None) -> Advice:
-        """Replay the candidates, and say what is best."""
+    def answer(
+        self,
+        farm: Farm,
+        folder: SweepFolder | None,
+        progress: Callable[[int], None] | None = None,
+        work: int = STAGE_WORK,
+    ) -> Advice:
+        """Replay the candidates, and say what is best; `work` is what one stage may take."""
         grid = Grid("the advice", {}, [], False, "gpu_memory_bytes")
         resolver = Resolver(self._traces, grid, False)
-        stages = Stages(self.trace, self._sha256, self._point, resolver, farm, self.slos, folder, progress)
         try:
-            advice = self._advice(stages)
+            with lasting(farm) as kept:
+                facts = self.trace, self._sha256, self._point, resolver, kept
+                advice = self._advice(Stages(*facts, self.slos, folder, progress, work))
         finally:
             forget()
         if folder is not None:
@@ -152,12 +160,13 @@ class Question:
             if size.slots < best.slots and size.order < best.order:
                 best = size
         ranked = [best, *ranked] if best not in ranked else ranked
+        compared = [_against(best, size) for size in sizes]
         bounds = stages.over(oracles(best.candidate, self.system), self.slots)
         return Advice(
             ranked=ranked,
             default=default,
             oracles=sorted(bounds, key=lambda one: (one.total_s, one.rank)),
-            sizes=[_against(best, size) for size in sizes],
+            sizes=compared,
             all_experts=self.model.all_experts,
             has_link=self.system.link is not None,
             slos=self.slos,
@@ -165,7 +174,7 @@ class Question:
             short_steps=stages.short_steps,
             steps=self.trace.steps,
             usd_hour=self.usd_hour,
-            notes=[*self.notes, *best.found["warnings"]],
+            notes=[*self.notes, *best.found["warnings"], *_free_starts(best, compared)],
         )
 
     def _sizes(self, stages: Stages, ranked: Sequence[Tried]) -> list[Tried]:
@@ -189,6 +198,18 @@ def _against(best: Tried, size: Tried) -> Size:
     """What a size wins over the best policy of the size that there is."""
     more = size.found["costs"]["gpu_memory_bytes"] - best.found["costs"]["gpu_memory_bytes"]
     return Size(size, more, 1 - size.total_s / best.total_s)
+
+
+def _free_starts(best: Tried, sizes: Sequence[Size]) -> list[str]:
+    """Say where a size wins because its policy has experts on the GPU from the start, and the best one now has not."""
+    starts = {size.best.slots: find("residency", size.best.candidate.policy.residency).starts_full for size in sizes}
+    free = [size for size in sizes if size.wins > WORTH and starts[size.best.slots]]
+    if not free or find("residency", best.candidate.policy.residency).starts_full:
+        return []
+    return [
+        f"with {free[-1].best.slots:,} slots {free[-1].best.candidate.label} holds its experts from the start, while "
+        f"{best.candidate.label} first has to fetch each once: of a short trace that may be most of what memory wins."
+    ]
 
 
 def _price(system: System, budget: float | None) -> tuple[float | None, list[str]]:

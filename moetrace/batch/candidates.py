@@ -1,6 +1,7 @@
 """Which policies are worth a try on a machine: the search space of `advise`, read from the records of choices."""
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import msgspec
@@ -43,7 +44,7 @@ class Candidate(NamedTuple):
     def cache(self) -> tuple:
         """What decides the content of the GPU's memory: residency, prefetch, scope and their parameters."""
         policy = self.policy
-        return policy.residency, policy.prefetch, policy.scope, policy.half_life
+        return policy.residency, policy.prefetch, policy.scope if _has_scope(policy) else "", policy.half_life
 
     @property
     def split(self) -> tuple:
@@ -71,7 +72,7 @@ def candidates(system: System) -> list[Candidate]:
         caches = [{"residency": "none"}] if dispatch.ignores_residency else _caches(False)
         for split in _splits(dispatch, system):
             for cache in caches:
-                _add(found, split | cache, presets, system)
+                _add(found, split | cache, system)
     return list(found.values())
 
 
@@ -92,35 +93,38 @@ def oracles(best: Candidate, system: System) -> list[Candidate]:
     own = [cache for cache in caches if cache["residency"] == best.policy.residency]
     for cache in caches:
         if cache.get("prefetch", "none") == "none" or cache in own or (not own and cache["residency"] == "lru"):
-            _add(found, split | cache, presets, system)
+            _add(found, split | cache, system)
     return list(found.values())
 
 
-def _named(policy: PolicySpec, presets: Iterable[Candidate]) -> Candidate:
-    """Name a policy by the preset that it differs least from: the first of several."""
-    changes = [(one.preset, _changes(policy, one.policy)) for one in presets]
+def _named(policy: PolicySpec) -> Candidate:
+    """Name a policy by the preset that it differs least from: in its residency, its dispatch, then in all fields."""
+    changes = [(preset, _changes(policy, of)) for preset, of in _all_presets().items()]
     sayable = [pair for pair in changes if None not in pair[1].values()]  # TOML has no word for "never"
-    preset, least = min(sayable, key=lambda pair: len(pair[1]))
-    return Candidate(msgspec.structs.replace(policy, name=preset), preset, least, knows_future(policy))
+    preset, least = min(sayable, key=lambda pair: ("residency" in pair[1], "dispatch" in pair[1], len(pair[1])))
+    scope = policy.scope if "scope" in least else _all_presets()[preset].scope
+    return Candidate(msgspec.structs.replace(policy, name=preset, scope=scope), preset, least, knows_future(policy))
+
+
+@cache
+def _all_presets() -> dict[str, PolicySpec]:
+    return {name: load_policy(name) for name in list_presets("policies")}
 
 
 def _presets(system: System) -> list[Candidate]:
     """The presets that run on a machine, its defaults first."""
-    names = dict.fromkeys([*default_policies(system), *list_presets("policies")])
-    specs = [load_policy(name) for name in names]
-    return [Candidate(spec, spec.name, {}, knows_future(spec)) for spec in specs if _runs(spec, system)]
+    specs = {name: _all_presets()[name] for name in default_policies(system)} | _all_presets()
+    return [Candidate(spec, name, {}, knows_future(spec)) for name, spec in specs.items() if _runs(spec, system)]
 
 
-def _add(
-    found: dict[tuple, Candidate], fields: dict[str, Any], presets: list[Candidate], system: System
-) -> None:
+def _add(found: dict[tuple, Candidate], fields: dict[str, Any], system: System) -> None:
     """Add the policy of these fields, if it is one and the machine runs it, and it is not there yet."""
     try:
         policy = load_policy(PolicySpec(name="candidate", **fields))
     except MoetraceError:
         return
     if _runs(policy, system) and not names_code(policy):
-        found.setdefault(_identity(policy), _named(policy, presets))
+        found.setdefault(_identity(policy), _named(policy))
 
 
 def _runs(policy: PolicySpec, system: System) -> bool:
@@ -133,10 +137,8 @@ def _runs(policy: PolicySpec, system: System) -> bool:
 
 def _identity(policy: PolicySpec) -> tuple:
     """What tells two policies apart, without their names, and without a scope of what has none."""
-    residency = find("residency", policy.residency)
-    scopeless = policy.residency == "none" or (residency is not None and residency.shares_slots)
-    values = msgspec.structs.astuple(msgspec.structs.replace(policy, name="", scope="" if scopeless else policy.scope))
-    return tuple(values)
+    scope = policy.scope if _has_scope(policy) else ""
+    return msgspec.structs.astuple(msgspec.structs.replace(policy, name="", scope=scope))
 
 
 def _usable(kind: str) -> Iterator[Any]:
@@ -187,9 +189,15 @@ def _changes(policy: PolicySpec, of: PolicySpec) -> dict[str, Any]:
     """The fields in which a policy differs from another, but for its name and a scope that says nothing."""
     fields = [field for field in PolicySpec.__struct_fields__ if field != "name"]
     changed = {f: getattr(policy, f) for f in fields if getattr(policy, f) != getattr(of, f)}
-    if _identity(msgspec.structs.replace(policy, scope="layer")) == _identity(msgspec.structs.replace(policy, scope="global")):
+    if not _has_scope(policy):
         changed.pop("scope", None)
     return changed
+
+
+def _has_scope(policy: PolicySpec) -> bool:
+    """Whether it matters which layers share slots."""
+    residency = find("residency", policy.residency)
+    return policy.residency != "none" and not (residency is not None and residency.shares_slots)
 
 
 def _text(value: Any) -> str:

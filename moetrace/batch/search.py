@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from moetrace.batch.cell import Cell, Resolver, Traces, hash_of
-from moetrace.batch.executors import Farm, run_tasks
+from moetrace.batch.executors import Farm, lasting, run_tasks
 from moetrace.batch.grid import Grid, load_space
 from moetrace.batch.metrics import value_of
 from moetrace.batch.search_space import Halving, SearchChoices, check_choices
@@ -269,8 +269,8 @@ def run_search(
     code: bool = True,
 ) -> Search:
     """Search on a farm; as `search` does."""
-    with _study(choices) as study:
-        halver = _Halver(choices, farm, folder, progress, code)
+    with _study(choices) as study, lasting(farm) as kept:
+        halver = _Halver(choices, kept, folder, progress, code)
         try:
             reference = halver.trial(0, choices.plain())
             halver.replay([reference], choices.halving.parts - 1)
