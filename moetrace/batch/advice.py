@@ -207,7 +207,11 @@ def _change(advice: Advice) -> str:
     saves = f"saves {_percent(advice.wins or 0.0)} of {default.candidate.label}'s time"
     if best.miss == 0 < default.miss:
         saves = f"keeps {_limits(advice)}, which {default.candidate.label} misses by {_percent(default.miss)}"
-    more = f"; {_memory(advice, larger)} would save {_percent(larger.wins)} more" if larger and larger.wins >= WORTH else ""
+    more = (
+        f"; {_memory(advice, larger)} would save {_percent(larger.wins)} more"
+        if larger and larger.wins >= WORTH
+        else ""
+    )
     return f"Change the policy: {best.candidate.label} {saves}{more}."
 
 

@@ -1,5 +1,6 @@
 """`search`: the best policy of a space, by successive halving on growing parts of a trace; Optuna proposes."""
 
+import math
 import os
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ from moetrace.batch.executors import Farm, lasting, run_tasks
 from moetrace.batch.grid import Grid, load_space
 from moetrace.batch.metrics import value_of
 from moetrace.batch.search_space import Halving, SearchChoices, check_choices
+from moetrace.batch.slo import parse_slos, worst_miss
 from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, forget, tasks_of
@@ -30,13 +32,15 @@ if TYPE_CHECKING:
 
 # Proposals for each trial of a round. A sampler that is sure of its ground repeats itself: the second half are random.
 _PROPOSALS = 40
+_MISS = "miss"  # what a sampler is told of limits
 
 
 @dataclass
 class Trial:
     """One proposal: how far through the trace it came, and what the objective was there.
 
-    ``part`` counts from 1; ``state`` is `complete` (of the whole trace), `stopped` or `failed`.
+    ``part`` counts from 1; ``state`` is `complete` (of the whole trace), `stopped` or `failed`. ``miss`` is the share
+    by which it misses a limit there, the largest.
     """
 
     number: int
@@ -45,6 +49,11 @@ class Trial:
     value: float | None = None
     state: str = "failed"
     error: str | None = None
+    miss: float = 0.0
+
+    def order(self, maximize: bool) -> tuple[float, float]:
+        """Less is better: what keeps the limits comes first, then what has the better value."""
+        return self.miss, (-1 if maximize else 1) * (self.value or 0.0)
 
 
 _Pair = tuple["Proposal", Trial]
@@ -75,10 +84,13 @@ class Search:
 
     @property
     def best(self) -> Trial | None:
-        """The trial of the best objective over the whole trace, the reference included; the first of equal ones."""
+        """The trial of the best objective over the whole trace that keeps the limits; the first of equal ones.
+
+        The reference is one of them. If none keeps the limits, it is the one that misses them least.
+        """
         complete = [trial for trial in [self.reference, *self.trials] if trial.state == "complete"]
-        sign = -1 if self.choices.halving.maximize else 1
-        return min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
+        more = self.choices.halving.maximize
+        return min(complete, key=lambda trial: (trial.order(more), trial.number), default=None)
 
     @cached_property
     def frame(self) -> pl.DataFrame:
@@ -87,6 +99,7 @@ class Search:
             {"trial": trial.number, "state": trial.state, "part": trial.part, "value": trial.value}
             | {"name": trial.cell.name, "cell": trial.cell.key}
             | {name: str(value) if name == "policy" else value for name, value in self._chosen(trial).items()}
+            | ({"slo_miss": trial.miss if trial.value is not None else None} if self.choices.space.slos else {})
             | {"error": trial.error}
             for trial in [self.reference, *self.trials]
         ]
@@ -104,7 +117,8 @@ class Search:
         }
         space = self.choices.space
         grid = Grid(space.where, space.listed, [], space.ignore_capacity, space.pareto)
-        return Sweep(grid, list(listed.values()), self.found, self.computed, self.reused, 0, space.pareto)
+        counts = self.computed, self.reused, 0
+        return Sweep(grid, list(listed.values()), self.found, *counts, space.pareto, space.slos)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `search.json` holds."""
@@ -118,6 +132,7 @@ class Search:
             "sampler": halving.sampler,
             "parts": halving.parts,
             "keep": halving.keep,
+            "slo": [slo.text for slo in self.choices.space.slos],
             "reference": {"name": self.reference.cell.name, "value": self.reference.value},
             "best": best and {"trial": best.number, "name": best.cell.name, "value": best.value} | self._chosen(best),
             "states": {state: states[state] for state in ("complete", "stopped", "failed")},
@@ -148,7 +163,9 @@ class _Halver:
     reused: int = 0
 
     def __post_init__(self) -> None:
-        self.values: list[list[float]] = [[] for _ in range(self.choices.halving.parts)]  # of each part, less is better
+        self.values: list[list[tuple[float, float]]] = [
+            [] for _ in range(self.choices.halving.parts)
+        ]  # of each part, less is better
         self.trace, self.sha256 = self.traces.get(self.choices.plain().values["trace"])
         self.resolver = Resolver(self.traces, self.choices.space, self.code)
 
@@ -196,6 +213,11 @@ class _Halver:
             return
         objective = self.choices.halving.objective
         trial.value = value_of(self.found[key]["result"]["policies"][0], objective, trial.cell.name)
+        trial.miss = worst_miss(self.choices.space.slos, self.found[key]["result"]["policies"][0])
+        if math.isinf(trial.miss):
+            trial.error = (
+                f"what a limit is of is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
+            )
         if trial.value is None:
             trial.error = f"{objective} is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
 
@@ -222,6 +244,7 @@ def search(
     dask: str | None = None,
     progress: Callable[[int], None] | None = None,
     code: bool = True,
+    slo: str | Sequence[str] = (),
 ) -> Search:
     """Find the policy of a space that does best on one trace and system.
 
@@ -237,6 +260,7 @@ def search(
         dask: Address of a Dask scheduler, to run on its workers instead.
         progress: A function that gets the number of trials judged, on a part of the trace, since its last call.
         code: With False trials fail whose policy names a Python file, whose code would run.
+        slo: Limits that the best must keep, as `"tpot_s.p99<=50ms"`. By default those of the file.
 
     Returns:
         The finished search. `Search.best` is the best trial.
@@ -256,7 +280,8 @@ def search(
     refuse_if_forked()
     if not isinstance(jobs, int) or jobs < 1:
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
-    choices = check_choices(load_space(source))
+    space = load_space(source)
+    choices = check_choices(space._replace(slos=parse_slos(slo) or space.slos))
     with farm_of(jobs, dask) as (farm, _):
         return run_search(choices, None if folder is None else SweepFolder(Path(folder)), farm, progress, code)
 
@@ -329,10 +354,13 @@ def _halve(study: "Study", halver: _Halver, begun: Sequence[_Pair]) -> None:
             going = _best_of(study, going, halving, part, halver.values[part])
     for proposal, trial in going:
         trial.state = "complete"
+        proposal.set_user_attr(_MISS, trial.miss)
         study.tell(proposal, trial.value)
 
 
-def _best_of(study: "Study", going: Sequence[_Pair], halving: Halving, part: int, so_far: list[float]) -> list[_Pair]:
+def _best_of(
+    study: "Study", going: Sequence[_Pair], halving: Halving, part: int, so_far: list[tuple[float, float]]
+) -> list[_Pair]:
     """Return the trials that go on, the best of each `keep` that were replayed over this part so far; stop the others.
 
     The rule is that of Optuna's SuccessiveHalvingPruner, which however asks one trial after another, and so knows only
@@ -340,14 +368,14 @@ def _best_of(study: "Study", going: Sequence[_Pair], halving: Halving, part: int
     """
     import optuna
 
-    sign = -1 if halving.maximize else 1
-    so_far += [sign * (trial.value or 0.0) for _, trial in going]
-    worst = sorted(so_far)[max(len(so_far) // halving.keep, 1) - 1] if so_far else 0.0
+    so_far += [trial.order(halving.maximize) for _, trial in going]
+    worst = sorted(so_far)[max(len(so_far) // halving.keep, 1) - 1] if so_far else (0.0, 0.0)
     best = []
     for proposal, trial in going:
         assert trial.value is not None
         proposal.report(trial.value, halving.keep**part)  # samplers learn from it
-        if sign * trial.value <= worst:
+        proposal.set_user_attr(_MISS, trial.miss)
+        if trial.order(halving.maximize) <= worst:
             best.append((proposal, trial))
         else:
             trial.state = "stopped"
@@ -368,8 +396,11 @@ def _study(choices: SearchChoices) -> Iterator["Study"]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # constant_liar is called experimental
+            limits = (
+                {"constraints_func": lambda trial: [trial.user_attrs.get(_MISS, 0.0)]} if choices.space.slos else {}
+            )
             samplers: dict[str, Callable[[], Any]] = {
-                "tpe": lambda: optuna.samplers.TPESampler(seed=halving.seed, constant_liar=True),
+                "tpe": lambda: optuna.samplers.TPESampler(seed=halving.seed, constant_liar=True, **limits),
                 "random": lambda: optuna.samplers.RandomSampler(seed=halving.seed),
             }
             yield optuna.create_study(

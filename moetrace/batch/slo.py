@@ -41,9 +41,16 @@ class Slo(NamedTuple):
         return 0.0 if beyond <= 0 else beyond / self.limit if self.limit else float("inf")
 
 
-def parse_slos(texts: str | Iterable[str]) -> tuple[Slo, ...]:
-    """Read limits. Raises UsageError for one of another form, of an unknown figure or unit, or the wrong way round."""
-    return tuple(_parse(text) for text in ([texts] if isinstance(texts, str) else texts))
+def parse_slos(texts: str | Iterable[str], where: str = "") -> tuple[Slo, ...]:
+    """Read limits.
+
+    Raises UsageError, which begins with `where`, for one of another form, of an unknown figure or unit, or in the wrong
+    direction.
+    """
+    try:
+        return tuple(_parse(text) for text in ([texts] if isinstance(texts, str) else texts))
+    except UsageError as error:
+        raise UsageError(f"{where}{error}") from None
 
 
 def worst_miss(slos: Sequence[Slo], figures: Mapping[str, Any]) -> float:

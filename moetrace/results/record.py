@@ -299,6 +299,7 @@ class SweepFile(msgspec.Struct, Generic[CellForm], kw_only=True):
     axes: dict[str, Any]
     cells: list[CellForm]
     notes: list[str] = []
+    slo: list[str] = []
 
 
 class CellFile(msgspec.Struct, Generic[ResultForm], kw_only=True):

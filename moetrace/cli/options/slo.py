@@ -1,4 +1,4 @@
-"""The option `--slo`: limits that figures must keep."""
+"""Options that name figures, and `--slo`: limits that they must keep."""
 
 import click
 from click.shell_completion import CompletionItem
@@ -21,6 +21,20 @@ class _Limit(click.ParamType):
         ]
 
 
+class _Figures(click.ParamType):
+    """A figure, or several with commas between them, which are read elsewhere."""
+
+    name = "text"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the figures that the last of them may be."""
+        from moetrace.results.record import COSTS, FIGURES
+
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(f"{before}{comma}{name}") for name in (*FIGURES, *COSTS) if name.startswith(last)]
+
+
+FIGURE = _Figures()
 slo_option = click.option(
     "--slo",
     "slos",
