@@ -103,7 +103,7 @@ class Advice:
 
     @property
     def larger(self) -> Size | None:
-        """The smallest of the larger sizes that wins nearly as much as the one that wins most; None without a larger."""
+        """The smallest of the larger sizes that wins nearly the most; None if there is no larger one."""
         sizes = [size for size in self.sizes if size.best.slots > self.best.slots]
         most = min(sizes, key=lambda size: (size.best.order[:2], size.best.slots), default=None)
         return most and next(s for s in sizes if s.best.miss == most.best.miss and s.wins >= _KNEE * most.wins)

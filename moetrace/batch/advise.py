@@ -64,7 +64,7 @@ def advise(
         progress: A function that gets the number of policies judged, on a part of the trace, since its last call.
 
     Returns:
-        The advice: `Advice.verdict` is a sentence, `Advice.best` the policy and `Advice.command` replays it.
+        The advice. `Advice.verdict` is a sentence, `Advice.best` the policy, and `Advice.command` replays it.
 
     Raises:
         UsageError: A name, value or limit is wrong, or the machine costs more than the budget.
@@ -108,17 +108,13 @@ class Question:
         if path is None:
             raise UsageError("An advice is about the trace of a file, and this one is in memory: write it first.")
         self._traces = Traces()
-        self.trace, self._sha256 = self._traces.get(os.path.abspath(path))
+        self.trace, self._sha256 = self._traces.get(str(Path(path).absolute()))
         self.model = load_model(model_of(self.trace) if model is None else model, changes["model"])
         self.slots = slots
         self._room, _ = check_setup(self.trace, Setup(model=self.model, system=self.system, policies=[], slots=slots))
-        self._point = Point(
-            "",
-            {"trace": os.path.abspath(path), **({} if model is None else {"model": _placed(model)})}
-            | {"system": _placed(system)}
-            | {path: value for path, value in overrides.items()},
-            {"trace": Path(path).name.removesuffix(".h5"), "model": self.model.name, "system": self.system.name},
-        )
+        values: dict[str, Any] = {"trace": str(Path(path).absolute())} | ({} if model is None else {"model": model})
+        labels = {"trace": Path(path).name.removesuffix(".h5"), "model": self.model.name, "system": self.system.name}
+        self._point = Point("", values | {"system": system, **overrides}, labels)
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -226,11 +222,6 @@ def _price(system: System, budget: float | None) -> tuple[float | None, list[str
             "or raise --budget-usd-hour."
         )
     return usd_hour, []
-
-
-def _placed(source: Any) -> Any:
-    """A spec's source, with a file that it names made absolute, as cells are kept under what they name."""
-    return os.path.abspath(source) if isinstance(source, Path) else source
 
 
 def _why(stages: Stages, pool: Sequence[Candidate], slots: int | str | None) -> str:

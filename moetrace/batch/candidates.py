@@ -71,15 +71,16 @@ def candidates(system: System) -> list[Candidate]:
     for dispatch in _usable("dispatch"):
         caches = [{"residency": "none"}] if dispatch.ignores_residency else _caches(False)
         for split in _splits(dispatch, system):
-            for cache in caches:
-                _add(found, split | cache, system)
+            for content in caches:
+                _add(found, split | content, system)
     return list(found.values())
 
 
 def oracles(best: Candidate, system: System) -> list[Candidate]:
     """Return what a policy would be if it knew the future: its split of the work beside each oracle's cache.
 
-    A prefetch that knows the future stands beside the residencies that it goes with, with the best policy's if possible.
+    A prefetch that knows the future stands beside the best policy's residency, or beside `lru` if it does not go with
+    that.
     """
     if system.link is None:
         return []
@@ -89,11 +90,11 @@ def oracles(best: Candidate, system: System) -> list[Candidate]:
     dispatch = find("dispatch", best.policy.dispatch)
     if dispatch is not None and dispatch.ignores_residency:
         split |= {"dispatch": "balance" if system.home else "gpu", "gpu_rows": None}
-    caches = [cache for cache in _caches(True) if cache.get("half_life") is None]
-    own = [cache for cache in caches if cache["residency"] == best.policy.residency]
-    for cache in caches:
-        if cache.get("prefetch", "none") == "none" or cache in own or (not own and cache["residency"] == "lru"):
-            _add(found, split | cache, system)
+    caches = [content for content in _caches(True) if content.get("half_life") is None]
+    own = [content for content in caches if content["residency"] == best.policy.residency]
+    for content in caches:
+        if content["prefetch"] == "none" or content in own or (not own and content["residency"] == "lru"):
+            _add(found, split | content, system)
     return list(found.values())
 
 
@@ -171,17 +172,17 @@ def _placements(system: System) -> list[str]:
 
 
 def _caches(future: bool) -> list[dict[str, Any]]:
-    """Every residency with each prefetch that goes with it, in each scope; those that know the future, or the others."""
+    """Every residency with each prefetch that goes with it, in each scope: those that know the future, or the rest."""
     found = []
     for residency in _usable("residency"):
         for prefetch in _usable("prefetch"):
             if not go_together(prefetch, residency.name) or future != (residency.knows_future or prefetch.knows_future):
                 continue
             for form in [f"{prefetch.name}:{number}" for number in _NUMBERS] if prefetch.letter else [prefetch.name]:
-                cache = {"residency": residency.name, "prefetch": form}
+                content = {"residency": residency.name, "prefetch": form}
                 scopes = ["global"] if residency.shares_slots or residency.name == "none" else ["global", "layer"]
                 settings = [{field: _SETTINGS[field]} for field in residency.parameters if field in _SETTINGS]
-                found += [cache | {"scope": scope} | setting for scope in scopes for setting in ({}, *settings)]
+                found += [content | {"scope": scope} | setting for scope in scopes for setting in ({}, *settings)]
     return found
 
 

@@ -34,9 +34,10 @@ def cell_frame(
     """Return one row a cell: name, hash, labels, error, marks, figures, costs, and whether it is on the Pareto front.
 
     The marks are `oracle` (the policy knows the future), `fits` (the GPU's memory holds dense weights and slots, and
-    the units all experts) and, with limits, `slo_miss` (the share by which it misses one, null where that is undefined). The front is of `total_s`
-    against the column `pareto`, among the cells of one trace, batch and model that could run and keep the limits.
-    `speedup` is against the first cell that differs in nothing but the policy, None if that failed.
+    the units all experts) and, with limits, `slo_miss` (the share by which it misses one, null where that is
+    undefined). The front is of `total_s` against the column `pareto`, among the cells of one trace, batch and model
+    that could run and keep the limits. `speedup` is against the first cell that differs in nothing but the policy, None
+    if that failed.
     """
     rows = []
     for cell in cells:

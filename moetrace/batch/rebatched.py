@@ -1,7 +1,6 @@
 """Traces of a sweep in other batches: each is rebatched once, and kept."""
 
 import hashlib
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ class Rebatched:
 
 def _is_that(file: Path, batch: int) -> bool:
     """Whether a file is a trace in that batch; what is in it is compared with its hashes when it is replayed."""
-    if os.path.islink(file) or not file.is_file():
+    if file.is_symlink() or not file.is_file():
         return False
     try:
         with Trace.open(file) as trace:

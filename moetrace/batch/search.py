@@ -1,27 +1,25 @@
 """`search`: the best policy of a space, by successive halving on growing parts of a trace; Optuna proposes."""
 
-import math
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from moetrace.batch.cell import Cell, Resolver, Traces, hash_of
-from moetrace.batch.executors import Farm, lasting, run_tasks
+from moetrace.batch.executors import Farm, lasting
 from moetrace.batch.grid import Grid, load_space
-from moetrace.batch.metrics import value_of
 from moetrace.batch.search_space import Halving, SearchChoices, check_choices
-from moetrace.batch.slo import parse_slos, worst_miss
+from moetrace.batch.slo import parse_slos
 from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
-from moetrace.batch.work import Outcome, forget, tasks_of
+from moetrace.batch.trials import Halver, Trial
+from moetrace.batch.work import forget
 from moetrace.results.record import SEARCH_FILE, SEARCH_SCHEMA, TRIALS_FILE
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
@@ -33,27 +31,6 @@ if TYPE_CHECKING:
 # Proposals for each trial of a round. A sampler that is sure of its ground repeats itself: the second half are random.
 _PROPOSALS = 40
 _MISS = "miss"  # what a sampler is told of limits
-
-
-@dataclass
-class Trial:
-    """One proposal: how far through the trace it came, and what the objective was there.
-
-    ``part`` counts from 1; ``state`` is `complete` (of the whole trace), `stopped` or `failed`. ``miss`` is the share
-    by which it misses a limit there, the largest.
-    """
-
-    number: int
-    cell: Cell
-    part: int = 0
-    value: float | None = None
-    state: str = "failed"
-    error: str | None = None
-    miss: float = 0.0
-
-    def order(self, maximize: bool) -> tuple[float, float]:
-        """Less is better: what keeps the limits comes first, then what has the better value."""
-        return self.miss, (-1 if maximize else 1) * (self.value or 0.0)
 
 
 _Pair = tuple["Proposal", Trial]
@@ -147,95 +124,6 @@ class Search:
         return {"policy", *(field for axis in self.choices.space.axes if len(axis.values) > 1 for field in axis.fields)}
 
 
-@dataclass
-class _Halver:
-    """Carries trials from part to part."""
-
-    choices: SearchChoices
-    farm: Farm
-    folder: SweepFolder | None
-    progress: Callable[[int], None] | None
-    code: bool = True
-    traces: Traces = field(default_factory=Traces)
-    found: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-    computed: int = 0
-    reused: int = 0
-
-    def __post_init__(self) -> None:
-        self.values: list[list[tuple[float, float]]] = [
-            [] for _ in range(self.choices.halving.parts)
-        ]  # of each part, less is better
-        self.trace, self.sha256 = self.traces.get(self.choices.plain().values["trace"])
-        self.resolver = Resolver(self.traces, self.choices.space, self.code)
-
-    def trial(self, number: int, point: Any) -> Trial:
-        """A trial that has yet to begin; one that cannot be replayed has its error."""
-        cell = self.resolver.resolve(point)
-        return Trial(number, cell, error=cell.error)
-
-    def replay(self, trials: Sequence[Trial], part: int) -> None:
-        """Replay trials over a part of the trace, all in as few passes as there are jobs, and note their values."""
-        steps: int | None = self.choices.halving.steps(part, self.trace.steps)
-        steps = None if steps == self.trace.steps else steps
-        going = [trial for trial in trials if trial.error is None]
-        cells = {_key(trial.cell, steps): trial.cell for trial in going}
-        for key in cells.keys() - self.found.keys() - self.errors.keys():
-            if self.folder is not None and (finished := self.folder.finished(key)) is not None:
-                self.found[key] = finished
-                self.reused += 1
-        missing = {key: cell for key, cell in cells.items() if key not in self.found and key not in self.errors}
-        self._run(missing, steps)
-        for trial in going:
-            self._note(trial, part, _key(trial.cell, steps))
-        if self.progress is not None:
-            self.progress(len(trials))
-
-    def _run(self, missing: Mapping[str, Cell], steps: int | None) -> None:
-        def take(outcomes: list[Outcome]) -> None:
-            for outcome in outcomes:
-                if outcome.found is None:
-                    self.errors[outcome.key] = outcome.error or "it was lost."
-                    continue
-                self.found[outcome.key] = outcome.found
-                self.computed += 1
-                if self.folder is not None:
-                    self.folder.keep(part_of(missing[outcome.key], steps), outcome.found)
-
-        tasks = tasks_of(self.trace, self.sha256, missing, self.farm.jobs, steps)
-        if tasks:
-            run_tasks(tasks, self.farm, take)
-
-    def _note(self, trial: Trial, part: int, key: str) -> None:
-        trial.part = part + 1
-        if key in self.errors:
-            trial.error = self.errors[key]
-            return
-        objective = self.choices.halving.objective
-        trial.value = value_of(self.found[key]["result"]["policies"][0], objective, trial.cell.name)
-        trial.miss = worst_miss(self.choices.space.slos, self.found[key]["result"]["policies"][0])
-        if math.isinf(trial.miss):
-            trial.error = (
-                f"what a limit is of is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
-            )
-        if trial.value is None:
-            trial.error = f"{objective} is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
-
-
-def part_of(cell: Cell, steps: int | None) -> Cell:
-    """The cell of the first steps alone, a name and a file of its own."""
-    if steps is None or cell.inputs is None:
-        return cell
-    inputs = cell.inputs | {"steps": steps}
-    return Cell(cell.point, cell.setup, inputs, hash_of(inputs))
-
-
-def _key(cell: Cell, steps: int | None) -> str:
-    key = part_of(cell, steps).key
-    assert key is not None
-    return key
-
-
 def search(
     source: str | os.PathLike[str] | Mapping[str, Any],
     folder: str | os.PathLike[str] | None = None,
@@ -295,7 +183,7 @@ def run_search(
 ) -> Search:
     """Search on a farm; as `search` does."""
     with _study(choices) as study, lasting(farm) as kept:
-        halver = _Halver(choices, kept, folder, progress, code)
+        halver = Halver(choices, kept, folder, progress, code)
         try:
             reference = halver.trial(0, choices.plain())
             halver.replay([reference], choices.halving.parts - 1)
@@ -316,7 +204,7 @@ def run_search(
     return found
 
 
-def _propose(study: "Study", halver: _Halver, trials: Sequence[Trial], count: int) -> list[_Pair]:
+def _propose(study: "Study", halver: Halver, trials: Sequence[Trial], count: int) -> list[_Pair]:
     """Return up to `count` trials that nobody proposed before, fewer if the sampler no longer finds any."""
     import optuna
 
@@ -339,7 +227,7 @@ def _propose(study: "Study", halver: _Halver, trials: Sequence[Trial], count: in
     return begun
 
 
-def _halve(study: "Study", halver: _Halver, begun: Sequence[_Pair]) -> None:
+def _halve(study: "Study", halver: Halver, begun: Sequence[_Pair]) -> None:
     """Carry trials through the parts of the trace, fewer each time."""
     import optuna
 

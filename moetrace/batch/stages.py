@@ -10,16 +10,16 @@ from moetrace.batch.candidates import Candidate
 from moetrace.batch.cell import Cell, Resolver
 from moetrace.batch.executors import Farm, run_tasks
 from moetrace.batch.grid import Point
-from moetrace.batch.search import part_of
 from moetrace.batch.slo import Slo, worst_miss
 from moetrace.batch.sweep_folder import SweepFolder
+from moetrace.batch.trials import part_of
 from moetrace.batch.work import Outcome, tasks_of
 from moetrace.trace import Trace
 from moetrace.trace.schema import PREFILL
 
 # Work that one stage takes: active experts of all its replays, and of each layer of a step as many as it takes to score
-# an expert of every layer, which is what a cache that all layers share does. Some 40 ns of a core each.
-STAGE_WORK = 250_000_000
+# an expert of every layer, which is what a cache that all layers share does. 10 to 60 ns of a core each.
+STAGE_WORK = 120_000_000
 _SCORES = 64  # experts whose scores cost as much as an active one
 # Within one content of the GPU's memory, so many ways to share out the work go on from the first stage.
 _SPLITS = 3
@@ -93,6 +93,7 @@ class Stages:
     tried: int = 0
 
     def __post_init__(self) -> None:
+        self._ranks: dict[str, int] = {}
         rows = np.diff(np.asarray(self.trace.offset, np.int64))
         active = np.minimum(rows * self.trace.top_k, self.trace.num_experts)
         scores = self.trace.layers * self.trace.num_experts / _SCORES
@@ -103,11 +104,12 @@ class Stages:
         """Return the best of the candidates, replayed over the whole trace, in order; the first of them is the best.
 
         Where all together are too much, they first go over the beginning of the trace. What the GPU's memory holds is
-        not told from there, as caches fill and learn; but who runs the experts is: so beside each content of that
-        memory the best splits go on, and every preset. Those go over a longer part, if all of it is too much, and the
-        best over all of it.
+        not told from there, as caches fill and learn; but who runs the experts nearly is: so beside each content of
+        that memory the best splits go on, and every preset. Those go over a longer part, if all of it is too much, and
+        the best over all of it. In the end the best one's split is tried with each content, and its content with each
+        split.
         """
-        self.tried = len(candidates)
+        self.tried, self._ranks = len(candidates), {one.label: at for at, one in enumerate(candidates)}
         going = list(candidates)
         self.short_steps = steps = self._steps(len(going))
         if steps < self.trace.steps:
@@ -117,7 +119,13 @@ class Stages:
                 most = int(self.work / max(float(self._work[-1]), 1.0))
                 most = min(max(most, _FEWEST), _FINALISTS)
                 going = self._shortest(self.over(going, slots, steps), most)
-        return sorted(self.over(going, slots), key=lambda one: one.order)
+        ranked = sorted(self.over(going, slots), key=lambda one: one.order)
+        for part in ("cache", "split") if ranked else ():
+            done, best = {one.candidate.label for one in ranked}, getattr(ranked[0].candidate, part)
+            more = [one for one in candidates if getattr(one, part) == best and one.label not in done]
+            if more and self.can_take(len(more)):
+                ranked = sorted([*ranked, *self.over(more, slots)], key=lambda one: one.order)
+        return ranked
 
     def can_take(self, count: int) -> bool:
         """Whether so many replays of the whole trace are less than the work of a stage."""
@@ -131,11 +139,12 @@ class Stages:
         missing = {cell.key: cell for cell in cells if cell.key}
         results = self._kept(missing) if steps is None else {}
         results |= self._replay({key: cell for key, cell in missing.items() if key not in results}, steps)
-        for rank, (candidate, cell) in enumerate(zip(candidates, cells, strict=True)):
+        for candidate, cell in zip(candidates, cells, strict=True):
             if cell.key not in results or cell.inputs is None:
                 continue
             result = results[cell.key]
             miss = worst_miss(self.slos, result["result"]["policies"][0])
+            rank = self._ranks.get(candidate.label, len(self._ranks) + len(found))
             found.append(Tried(candidate, cell.inputs["slots"], cell, result, miss, rank))
         if self.progress is not None:
             self.progress(len(candidates))
@@ -171,7 +180,7 @@ class Stages:
         return found
 
     def _steps(self, count: int) -> int:
-        """How many of the first steps a stage takes: with half the share of output steps that the trace has, at least."""
+        """How many of the first steps a stage takes, at least half as often with output rows as those of the trace."""
         affordable = max(int(np.searchsorted(self._work, self.work / max(count, 1), "right")), 1)
         share = self._has_output / np.arange(1, self.trace.steps + 1)
         is_typical = 2 * share[affordable - 1 :] >= share[-1]
@@ -193,7 +202,7 @@ class Stages:
 
 
 def _both_orders(tried: Sequence[Tried], most: int) -> set[int]:
-    """Ranks of the best: those that keep the limits or nearly do, and the fastest, as a part may not show the limits."""
+    """Ranks of those that keep the limits, or nearly do, and of the fastest, as a part may not show the limits."""
     fastest = sorted(tried, key=lambda one: (one.total_s, one.rank))[:most]
     nearest = sorted(tried, key=lambda one: one.order)[:most]
     return {one.rank for one in (*fastest, *nearest)}

@@ -56,7 +56,7 @@ def ask(trace, system, slots=None, work=STAGE_WORK, **more):
 
 
 def by_the_records(system) -> list[PolicySpec]:
-    """Every policy without a file or an oracle that a machine runs, by asking each combination of choices: a slow oracle."""
+    """Every policy without a file or an oracle that a machine runs, by asking each combination: a slow oracle."""
     names = {}
     for kind in ("placement", "dispatch", "residency", "prefetch"):
         records = choices_of(kind).values()
@@ -79,7 +79,7 @@ def by_the_records(system) -> list[PolicySpec]:
 
 @pytest.mark.parametrize(("system", "changes", "slots"), MACHINES)
 def test_the_best_is_within_1_percent_of_an_exhaustive_sweep(trace, system, changes, slots):
-    """Although all are replayed over a part only, then fewer over a longer one, and the best of them over the whole."""
+    """Although all go over a part only, then fewer over a longer one, and the best of them over the whole."""
     machine = load_system(system, {path.removeprefix("system."): value for path, value in changes.items()})
     policies = [msgspec.structs.replace(one, name=f"p{i}") for i, one in enumerate(by_the_records(machine))]
     results = mt.replay(trace, system=machine, policies=policies, slots=slots, jobs=1)
@@ -171,7 +171,7 @@ def test_a_folder_is_a_sweep_that_keeps_what_was_replayed(trace, tmp_path):
 
 def test_a_price_by_the_hour_is_compared_with_the_budget(trace):
     priced = {"system.price.usd_hour": 2.5}
-    with pytest.raises(UsageError, match="costs 2.5 USD an hour, and the budget is 2"):
+    with pytest.raises(UsageError, match=r"costs 2\.5 USD an hour, and the budget is 2"):
         ask(trace, "jetson-orin", overrides=priced, budget_usd_hour=2.0)
     found = ask(trace, "jetson-orin", overrides=priced, budget_usd_hour=2.5)
     tokens = found.best.figures["tokens_per_s"]

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moetrace.cli.options.figures import slo_option
 from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.presets import MODEL, SYSTEM
-from moetrace.cli.options.slo import slo_option
 from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.cores import cores
 from moetrace.spec.errors import UsageError

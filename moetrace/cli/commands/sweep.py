@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from moetrace.cli.options.code import code_option
+from moetrace.cli.options.figures import FIGURE, slo_option
 from moetrace.cli.options.paths import ANY_PATH
-from moetrace.cli.options.slo import FIGURE, slo_option
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.cores import cores

@@ -86,8 +86,8 @@ def _legend(advice: "Advice", name: str) -> list[str]:
         f"{counted(trace['requests'], 'request')}. Model {best.found['result']['model']['name']} on {system}; the GPU "
         f"keeps up to {best.slots:,} of {counted(advice.all_experts, 'expert')} (slots).",
         _tried(advice),
-        f"* is the best that an engine can run, {_over(best, bound)} over the {1e3 * bound:,.1f} ms that no schedule of "
-        f"this work beats, and {_over(best, seer)} over the same policy with what a layer needs already on the GPU. "
+        f"* is the best that an engine can run, {_over(best, bound)} over the {1e3 * bound:,.1f} ms that no schedule "
+        f"of this work beats, and {_over(best, seer)} over the same policy with what a layer needs already on the GPU. "
         "d is the default, against which speed-ups are. o knows the future: a bound, and no advice.",
     ]
     if advice.slos and best.miss > 0:

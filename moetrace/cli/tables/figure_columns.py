@@ -1,4 +1,4 @@
-"""Columns of figures in tables of many cells: which there are, how each is written, and which of them somebody wants."""
+"""Columns of figures in tables of many cells: which there are, and how each is written."""
 
 from collections.abc import Iterable, Sequence
 

@@ -20,7 +20,7 @@ _SHOWN = (
 _AGAINST = {"gpu_memory_bytes": COSTS["gpu_memory_bytes"].label, "link_bytes": "bytes over the link"}
 
 
-class View(NamedTuple):
+class Shown(NamedTuple):
     """What of a sweep is shown.
 
     Attributes:
@@ -43,7 +43,7 @@ class View(NamedTuple):
         return cells if self.top is None else cells[: self.top]
 
 
-def view_of(columns: str | None, sort: str | None, top: int | None, baseline: str | None) -> View:
+def view_of(columns: str | None, sort: str | None, top: int | None, baseline: str | None) -> Shown:
     """Read what the options of a command ask for. Raises UsageError for a figure that there is not."""
     chosen = column_names(columns.split(","), "--columns") if columns is not None else []
     by = column_names([sort], "--sort")[0] if sort is not None else None
@@ -51,10 +51,10 @@ def view_of(columns: str | None, sort: str | None, top: int | None, baseline: st
         raise UsageError(f"--sort {sort}: neither less nor more of it is better, so there is no order.")
     axis, _, value = (baseline or "").partition("=")
     words = f"{axis} {value}" if value else f"the first {axis or 'policy'}"
-    return View(chosen, by, top, words)
+    return Shown(chosen, by, top, words)
 
 
-def print_sweep(cells: pl.DataFrame, pareto: str, notes: list[str], view: View = View()) -> None:  # noqa: B008  immutable
+def print_sweep(cells: pl.DataFrame, pareto: str, notes: list[str], view: Shown = Shown()) -> None:  # noqa: B008  immutable
     """Print the frame of a sweep as a table on stdout, and `notes` under it; `*` marks the Pareto front."""
     everything, cells = cells, view.of(cells)
     axes = everything.columns[2 : everything.columns.index("error")]
@@ -99,7 +99,7 @@ def _named_slots(name: str) -> str:
     return found[1] if found else "-"
 
 
-def _legend(cells: pl.DataFrame, axes: list[str], varying: list[str], pareto: str, view: View) -> list[str]:
+def _legend(cells: pl.DataFrame, axes: list[str], varying: list[str], pareto: str, view: Shown) -> list[str]:
     constant = {axis: cells[axis].drop_nulls() for axis in axes if axis not in varying}
     same = [f"{axis} {figure(known[0])}" for axis, known in constant.items() if len(known)]
     lines = [f"In all cells: {', '.join(same)}."] if same else []
