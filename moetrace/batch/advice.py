@@ -19,6 +19,7 @@ from moetrace.version import __version__
 WORTH = 0.02
 _KNEE = 0.9  # of the most that memory wins
 Kind = Literal["change the policy", "buy memory", "nothing to win"]
+_TIMES = ("total_s", "step_s", "ttft_s", "tpot_s", "itl_s")
 CHOICES = ("placement", "dispatch", "residency", "prefetch", "scope")
 
 
@@ -94,7 +95,11 @@ class Advice:
         """One sentence: change the policy, buy memory, or nothing to win; and why."""
         if not self.has_link:
             return "Nothing to win: all experts are in the GPU's memory, and there is nothing to decide."
-        return {"change the policy": _change, "buy memory": _buy, "nothing to win": _nothing}[self.kind](self)
+        sentence = {"change the policy": _change, "buy memory": _buy, "nothing to win": _nothing}[self.kind](self)
+        if self.best.miss == 0:
+            return f"{sentence}."
+        it = "it" if len(self.slos) == 1 else "them"
+        return f"{sentence}; no policy keeps {_limits(self)}: the best misses {it} by {_percent(self.best.miss)}."
 
     @property
     def wins(self) -> float | None:
@@ -118,7 +123,7 @@ class Advice:
     def frame(self) -> pl.DataFrame:
         """One row a policy: role, choices, slots, by how much it misses the limits, and all figures and costs.
 
-        The role is `best`, `default`, `real`, `oracle` or `size`; equal figures are there once.
+        The role is `best`, `default`, `real`, `oracle` or `size`; equal times are there once.
         """
         rows: list[tuple[str, Tried]] = []
         for at, one in enumerate(distinct(self.ranked)):
@@ -178,11 +183,10 @@ class Advice:
 
 
 def distinct(tried: Sequence[Tried]) -> list[Tried]:
-    """Return the first of each that have the same figures and slots."""
+    """Return the first of each that have the same slots and times."""
     seen: dict[Any, Tried] = {}
     for one in tried:
-        figures = {key: value for key, value in one.figures.items() if key not in ("name", "choices")}
-        seen.setdefault((one.slots, repr(figures)), one)
+        seen.setdefault((one.slots, *(repr(one.figures[name]) for name in _TIMES)), one)
     return list(seen.values())
 
 
@@ -203,7 +207,7 @@ def _told(one: Tried) -> dict[str, Any]:
 def _change(advice: Advice) -> str:
     best, default, larger = advice.best, advice.default, advice.larger
     if default is None:
-        return f"Change the policy: {best.candidate.label} runs on this machine, and its default does not."
+        return f"Change the policy: {best.candidate.label} runs on this machine, and its default does not"
     saves = f"saves {_percent(advice.wins or 0.0)} of {default.candidate.label}'s time"
     if best.miss == 0 < default.miss:
         saves = f"keeps {_limits(advice)}, which {default.candidate.label} misses by {_percent(default.miss)}"
@@ -212,31 +216,29 @@ def _change(advice: Advice) -> str:
         if larger and larger.wins >= WORTH
         else ""
     )
-    return f"Change the policy: {best.candidate.label} {saves}{more}."
+    return f"Change the policy: {best.candidate.label} {saves}{more}"
 
 
 def _buy(advice: Advice) -> str:
     best, larger = advice.best, advice.larger
     assert larger is not None
     if larger.best.miss == 0 < best.miss:
-        return f"Buy memory: with {_memory(advice, larger)} {larger.best.candidate.label} keeps {_limits(advice)}."
+        return f"Buy memory: with {_memory(advice, larger)} {larger.best.candidate.label} keeps {_limits(advice)}"
     policy = "no other policy saves as much"
     if advice.wins is not None and advice.wins < WORTH:
         policy = "no other policy is worth the change"
-    return f"Buy memory: {_memory(advice, larger)} saves {_percent(larger.wins)} of the time, and {policy}."
+    return f"Buy memory: {_memory(advice, larger)} saves {_percent(larger.wins)} of the time, and {policy}"
 
 
 def _nothing(advice: Advice) -> str:
     best, larger, default = advice.best, advice.larger, advice.default
-    if best.miss > 0:
-        return f"Nothing to win: no policy and no size of memory that was tried keeps {_limits(advice)}."
     name = default.candidate.label if default is not None else "the default"
     said = f"{best.candidate.label} saves {_percent(max(advice.wins or 0.0, 0.0))} of {name}'s time"
     if default is not None and default.candidate.label == best.candidate.label:
         said = f"no policy beats {name}"
     if larger is None:
-        return f"Nothing to win: {said}, and all experts fit the GPU."
-    return f"Nothing to win: {said}, and {_memory(advice, larger)} {_percent(max(larger.wins, 0.0))} more."
+        return f"Nothing to win: {said}, and all experts fit the GPU"
+    return f"Nothing to win: {said}, and {_memory(advice, larger)} {_percent(max(larger.wins, 0.0))} more"
 
 
 def _memory(advice: Advice, size: Size) -> str:
@@ -252,5 +254,5 @@ def _limits(advice: Advice) -> str:
 def _percent(share: float) -> str:
     """A share for people: `12 %`, `3.4 %`."""
     if share == float("inf"):
-        return "an unknown share"
+        return "more than can be said"
     return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:,.0f} %"

@@ -16,12 +16,13 @@ from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import forget
 from moetrace.engine.setup import Setup, check_setup
-from moetrace.results.record import ADVICE_FILE
+from moetrace.results.record import ADVICE_FILE, POLICY_FILE, choices_of
 from moetrace.results.resolve import by_spec, model_of
 from moetrace.spec import Model, System, default_policies, load_model, load_system
 from moetrace.spec.choices import find
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
+from moetrace.spec.toml_text import toml
 from moetrace.trace import Trace
 
 # The best few of the policies are tried with other sizes of the GPU's memory: shares of what it has room for.
@@ -236,4 +237,6 @@ def _publish(folder: SweepFolder, advice: Advice, grid: Grid) -> None:
     listed: dict[str, Cell] = {one.cell.name: one.cell for one in tried}
     found = {one.cell.key: one.found for one in tried if one.cell.key}
     sweep = Sweep(grid, list(listed.values()), found, len(found), 0, 0, grid.pareto)
-    folder.publish(sweep.to_dict(), sweep.cells, {ADVICE_FILE: advice.to_dict()})
+    policy = advice.best.candidate.policy
+    text = toml({"name": policy.name} | choices_of(policy))
+    folder.publish(sweep.to_dict(), sweep.cells, {ADVICE_FILE: advice.to_dict()}, texts={POLICY_FILE: text})

@@ -1,9 +1,10 @@
 """Traces of a sweep in other batches: each is rebatched once, and kept."""
 
 import hashlib
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
-from typing import Any
 
 from moetrace.batch.cell import Traces
 from moetrace.batch.grid import Point
@@ -23,7 +24,7 @@ class Rebatched:
     def __init__(self, traces: Traces, folder: Path | None) -> None:
         """Write nothing yet; `folder` is the sweep's, and may be a stranger's."""
         self._traces, self._folder = traces, folder
-        self._here: Any = None  # a temporary folder
+        self._here: Path | None = None  # a temporary folder
         self._found: dict[tuple[str, int], str] = {}
 
     def placed(self, point: Point) -> Point:
@@ -52,8 +53,10 @@ class Rebatched:
     def _target(self) -> Path:
         """The folder of rebatched traces, which is no link that would lead writes elsewhere."""
         if self._folder is None:
-            self._here = self._here or tempfile.TemporaryDirectory(prefix="moetrace-")
-            return Path(self._here.name)
+            if self._here is None:
+                self._here = Path(tempfile.mkdtemp(prefix="moetrace-"))
+                weakref.finalize(self, shutil.rmtree, self._here, ignore_errors=True)
+            return self._here
         target = self._folder / FOLDER
         target.mkdir(exist_ok=True)
         if not is_folder(target):

@@ -8,11 +8,10 @@ import click
 
 from moetrace.cli.options.figures import slo_option
 from moetrace.cli.options.overrides import set_option, split_settings
-from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.paths import ANY_PATH, FOLDER
 from moetrace.cli.options.presets import MODEL, SYSTEM
 from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.cores import cores
-from moetrace.spec.errors import UsageError
 
 if TYPE_CHECKING:
     from moetrace.batch.advice import Advice
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     "--slots", metavar="N", help="Experts that the GPU holds: 48, 25% or 4000MiB; by default as many as have room."
 )
 @set_option
-@click.option("-o", "--output", "folder", type=ANY_PATH, metavar="DIR", help="Keep replays and the advice here.")
+@click.option("-o", "--output", "folder", type=FOLDER, metavar="DIR", help="Keep replays and the advice here.")
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Processes; by default one a core.")
 @format_option
 def command(
@@ -67,8 +66,6 @@ def command(
     """
     from moetrace.batch.processes import start_early
 
-    if folder is not None and not str(folder):
-        raise UsageError("An empty path names no folder.")
     if (jobs or cores()) > 1:
         start_early()
     from moetrace.batch.advise import Question

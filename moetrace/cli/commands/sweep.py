@@ -9,7 +9,7 @@ import click
 
 from moetrace.cli.options.code import code_option
 from moetrace.cli.options.figures import FIGURE, slo_option
-from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.paths import ANY_PATH, FOLDER
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.cores import cores
@@ -23,7 +23,7 @@ _SHOWN_ERRORS = 10
 
 @click.command()
 @click.argument("source", type=ANY_PATH, metavar="SWEEP.toml")
-@click.option("-o", "--output", "folder", type=ANY_PATH, metavar="DIR", help="Where results are kept, and found again.")
+@click.option("-o", "--output", "folder", type=FOLDER, metavar="DIR", help="Where results are kept, and found again.")
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Processes; by default one a core.")
 @click.option("--dask", metavar="ADDRESS", help="Run on the workers of this Dask scheduler, as tcp://host:8786.")
 @click.option("--dry-run", is_flag=True, help="Print the cells, and an estimate of the time; replay no more than that.")
@@ -76,8 +76,6 @@ def command(
 
     if folder is None and not dry_run:
         raise UsageError("A sweep keeps its results in a folder: name one with -o DIR.")
-    if folder is not None and not str(folder):
-        raise UsageError("An empty path names no folder.")
     if jobs is not None and dask is not None:
         raise UsageError("--jobs is for this machine, --dask for a cluster: give one of them.")
     if searches:

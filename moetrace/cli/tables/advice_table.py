@@ -102,8 +102,8 @@ def _tried(advice: "Advice") -> str:
     if advice.short_steps >= advice.steps:
         return f"{said}, over the whole trace."
     return (
-        f"{said} over the first {counted(advice.short_steps, 'step')}, and the {len(advice.ranked):,} that did best "
-        "there, in their way of using memory, over the whole trace."
+        f"{said} over the first {counted(advice.short_steps, 'step')}, and the best {len(advice.ranked):,} of them "
+        "over the whole trace."
     )
 
 
