@@ -99,7 +99,8 @@ class Advice:
         if self.best.miss == 0:
             return f"{sentence}."
         it = "it" if len(self.slos) == 1 else "them"
-        return f"{sentence}; no policy keeps {_limits(self)}: the best misses {it} by {_percent(self.best.miss)}."
+        missed = f"no policy keeps {_limits(self)}: the best misses {it} by {_percent(self.best.miss)}"
+        return f"{sentence}; with the slots that there are, {missed}."
 
     @property
     def wins(self) -> float | None:

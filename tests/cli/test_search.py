@@ -7,6 +7,7 @@ import json
 import pytest
 
 import moetrace as mt
+from moetrace.cli.tables.output import figure
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_the_table_has_the_best_five_in_ms(trace, tmp_path, run):
     lines = out.splitlines()
     assert code == 0 and "total_s ms" in lines[0]
     shown = [line.split()[-2] for line in lines[2 : lines.index("")]]
-    assert shown[:-1] == [f"{1e3 * value:,.5g}" for value in values[:5]]
+    assert shown[:-1] == [figure(1e3 * value) for value in values[:5]]
     assert lines[lines.index("") - 1].startswith("first")
     assert f"less is better: {1e3 * values[0]:.4g} ms." in out
 

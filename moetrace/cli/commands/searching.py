@@ -91,7 +91,7 @@ def _print(found: "Search") -> None:
     factor, sign = METRICS[halving.objective].shown
     rows = [
         {name: chosen[trial.number][name] for name in columns}
-        | {"value": None if trial.value is None else f"{factor * trial.value:,.5g}"}
+        | {"value": None if trial.value is None else factor * trial.value}
         | {"gain": _gain(trial.value, against, halving.maximize), "miss": _missed(trial)}
         | {"trial": trial.number or "first"}
         for trial in [*shown, found.reference]
