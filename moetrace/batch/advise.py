@@ -181,7 +181,7 @@ class Question:
         wanted |= {round(share * room) for share in (*_SMALLER, *_LARGER)} | {everything}
         wanted = {slots for slots in wanted if 0 < slots <= everything and slots != room}
         count = _BEST_FEW if stages.can_take(_BEST_FEW * len(wanted)) else 1
-        few = [one.candidate for one in ranked[:count]]
+        few = self._for_sizes(stages, ranked, min((slots for slots in wanted if slots > room), default=None))[:count]
         resident = [one for one in self.candidates if one.preset == "resident" and not one.changes]
         found = []
         for slots in sorted(wanted):
@@ -189,6 +189,21 @@ class Question:
             tried = stages.over([*few, *also], slots)
             found += sorted(tried, key=lambda one: one.order)[:1]
         return found
+
+    def _for_sizes(self, stages: Stages, ranked: Sequence[Tried], next_slots: int | None) -> list[Candidate]:
+        """The policies that are tried with other sizes, the best first.
+
+        A policy that keeps nothing on the GPU says nothing of what memory wins. Then they are those that do best with
+        the next size, of the presets and of what shares out the work as it does.
+        """
+        best = ranked[0].candidate
+        keeps = best.policy.residency != "none" and self._room > 0
+        if keeps or next_slots is None:
+            return [one.candidate for one in ranked]
+        pool = [one for one in self.candidates if not one.changes or one.split == best.split]
+        if not stages.can_take(len(pool)):
+            pool = [one for one in pool if not one.changes]
+        return [one.candidate for one in sorted(stages.over(pool, next_slots), key=lambda one: one.order)]
 
 
 def _against(best: Tried, size: Tried) -> Size:

@@ -130,6 +130,16 @@ def test_machines_without_a_choice_have_nothing_to_win(trace):
     assert found.best.candidate.label == found.default.candidate.label == "resident"
 
 
+def test_memory_is_advised_to_a_machine_that_has_none(trace):
+    """Without slots all keep nothing and are equal; what memory wins is what the best of them does with it."""
+    found = ask(trace, "rtx4090-offload", 0)
+    assert found.best.slots == 0 and found.best.figures["hits"] == 0 and found.kind == "buy memory"
+    assert [size.best.slots for size in found.sizes] == [24, 48, 96, 192]
+    for size in found.sizes:
+        alone = mt.replay(trace, system="rtx4090-offload", policies="on-demand", slots=size.best.slots)
+        assert size.best.total_s <= alone.summary["total_s"][0]
+
+
 def column(metric: str) -> str:
     return metric.replace(".", "_")
 
