@@ -39,8 +39,7 @@ def command(commands: tuple[str, ...]) -> None:
 
     Analyze, generate, replay, sweep and advise compile; others do not, but for exports of plans. What was compiled is
     kept in your cache folder, or in the one that NUMBA_CACHE_DIR names, until moetrace, Numba or the processor is
-    another one.
-    It takes some minutes, and a few seconds if all is there already.
+    another one. It takes some minutes, and a few seconds if all is there already.
     """
     wanted = dict.fromkeys("replay" if name in ("advise", "sweep") else name for name in commands or _COMMANDS)
     with tempfile.TemporaryDirectory(prefix="moetrace-") as folder:
