@@ -158,7 +158,11 @@ class Question:
                 best = size
         ranked = [best, *ranked] if best not in ranked else ranked
         compared = [_against(best, size) for size in sizes]
-        bounds = stages.over(oracles(best.candidate, self.system), self.slots)
+        seers = oracles(best.candidate, self.system)
+        if not stages.can_take(len(seers)):  # one of each kind
+            kinds = {(one.policy.residency, one.policy.prefetch): one for one in reversed(seers)}
+            seers = [one for one in seers if one in kinds.values()]
+        bounds = stages.over(seers, self.slots)
         return Advice(
             ranked=ranked,
             default=default,

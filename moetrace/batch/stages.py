@@ -180,11 +180,15 @@ class Stages:
         return found
 
     def _steps(self, count: int) -> int:
-        """How many of the first steps a stage takes, at least half as often with output rows as those of the trace."""
+        """How many of the first steps a stage takes, at least half as often with output rows as those of the trace.
+
+        More than half of the work is all of it: what came next would cost as much again.
+        """
         affordable = max(int(np.searchsorted(self._work, self.work / max(count, 1), "right")), 1)
+        if affordable >= self.trace.steps or 2 * self._work[affordable - 1] > self._work[-1]:
+            return self.trace.steps
         share = self._has_output / np.arange(1, self.trace.steps + 1)
-        is_typical = 2 * share[affordable - 1 :] >= share[-1]
-        return affordable + int(np.argmax(is_typical)) if len(is_typical) else self.trace.steps
+        return affordable + int(np.argmax(2 * share[affordable - 1 :] >= share[-1]))
 
     def _splits(self, tried: Sequence[Tried]) -> list[Candidate]:
         """Of each content of the GPU's memory the best splits, by time and by the limits, and all presets."""

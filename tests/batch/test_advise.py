@@ -83,7 +83,7 @@ def test_the_best_is_within_1_percent_of_an_exhaustive_sweep(trace, system, chan
     machine = load_system(system, {path.removeprefix("system."): value for path, value in changes.items()})
     policies = [msgspec.structs.replace(one, name=f"p{i}") for i, one in enumerate(by_the_records(machine))]
     results = mt.replay(trace, system=machine, policies=policies, slots=slots, jobs=1)
-    staged = ask(trace, system, slots, work=len(candidates(machine)) * 1500, overrides=changes)
+    staged = ask(trace, system, slots, work=len(candidates(machine)) * 1000, overrides=changes)
     assert staged.best.total_s <= 1.01 * results.summary["total_s"].min()
     assert staged.short_steps < staged.steps and len(staged.ranked) < staged.tried
     assert not staged.best.candidate.is_oracle

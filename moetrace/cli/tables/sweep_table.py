@@ -106,7 +106,9 @@ def _legend(cells: pl.DataFrame, axes: list[str], varying: list[str], pareto: st
     if "total_s" not in cells.columns:
         return lines
     against = _AGAINST.get(pareto, "price")
-    many = " of its trace" if "trace" in varying or "model" in varying else ""
+    of = ["trace"] if "trace" in varying or "model" in varying else []
+    of += ["batch"] if "batch" in varying else []
+    many = f" of its {' and '.join(of)}" if of else ""
     front = f"* Pareto front: no other cell{many} beats it in total time or {against} without losing in the other."
     if pareto == "price" and cells["price"].is_null().all():
         front = "No system lists a [price], so there is no front: give it one, or take another --pareto."
