@@ -114,7 +114,8 @@ class Question:
         self.slots = slots
         self._room, _ = check_setup(self.trace, Setup(model=self.model, system=self.system, policies=[], slots=slots))
         values: dict[str, Any] = {"trace": str(Path(path).absolute())} | ({} if model is None else {"model": model})
-        labels = {"trace": Path(path).name.removesuffix(".h5"), "model": self.model.name, "system": self.system.name}
+        labels: dict[str, Any] = {"trace": Path(path).name.removesuffix(".h5")}
+        labels |= {"model": self.model.name, "system": self.system.name}
         self._point = Point("", values | {"system": system, **overrides}, labels)
 
     @property

@@ -271,6 +271,11 @@ def _best_of(
     return best
 
 
+def _misses(trial: Any) -> list[float]:
+    """What a sampler takes for broken constraints: by how much a trial misses a limit."""
+    return [trial.user_attrs.get(_MISS, 0.0)]
+
+
 @contextmanager
 def _study(choices: SearchChoices) -> Iterator["Study"]:
     """Yield an empty study, with Optuna silent; raises MoetraceError if it is missing."""
@@ -284,11 +289,11 @@ def _study(choices: SearchChoices) -> Iterator["Study"]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # constant_liar is called experimental
-            limits = (
-                {"constraints_func": lambda trial: [trial.user_attrs.get(_MISS, 0.0)]} if choices.space.slos else {}
-            )
+            misses = _misses if choices.space.slos else None
             samplers: dict[str, Callable[[], Any]] = {
-                "tpe": lambda: optuna.samplers.TPESampler(seed=halving.seed, constant_liar=True, **limits),
+                "tpe": lambda: optuna.samplers.TPESampler(
+                    seed=halving.seed, constant_liar=True, constraints_func=misses
+                ),
                 "random": lambda: optuna.samplers.RandomSampler(seed=halving.seed),
             }
             yield optuna.create_study(
