@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from moetrace.analyze.cache.observed import explain_hit_rate
     from moetrace.analyze.locality.measure import Locality, locality
     from moetrace.analyze.prefetch.value import prefetch_value
+    from moetrace.batch.advice import Advice
+    from moetrace.batch.advise import advise
     from moetrace.batch.gate import Gate, gate
     from moetrace.batch.search import Search, search
     from moetrace.batch.sweep import Sweep, sweep
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from moetrace.trace.select import select
 
 __all__ = [
+    "Advice",
     "Balance",
     "Calibrated",
     "Finding",
@@ -60,6 +63,7 @@ __all__ = [
     "UsageError",
     "Writer",
     "__version__",
+    "advise",
     "balance",
     "cache_hits",
     "calibrate",
@@ -96,6 +100,8 @@ _HOMES = {
     "moetrace.analyze.locality.measure": ("Locality", "locality"),
     "moetrace.analyze.balance.plans": ("Tier",),
     "moetrace.analyze.prefetch.value": ("prefetch_value",),
+    "moetrace.batch.advice": ("Advice",),
+    "moetrace.batch.advise": ("advise",),
     "moetrace.batch.gate": ("Gate", "gate"),
     "moetrace.batch.search": ("Search", "search"),
     "moetrace.batch.sweep": ("Sweep", "sweep"),

@@ -50,6 +50,22 @@ def local_farm(jobs: int) -> Farm:
     return Farm(lambda: processes(jobs), jobs, jobs + 1)
 
 
+@contextlib.contextmanager
+def lasting(farm: Farm) -> Iterator[Farm]:
+    """Yield a farm whose executor lives on from one run of tasks to the next; one that broke is replaced."""
+    executor: Executor | None = None
+    with contextlib.ExitStack() as stack:
+
+        @contextlib.contextmanager
+        def open_once() -> Iterator[Executor]:
+            nonlocal executor
+            if executor is None or getattr(executor, "_broken", False):
+                executor = stack.enter_context(farm.open())
+            yield executor
+
+        yield farm._replace(open=open_once)
+
+
 def run_tasks(tasks: Sequence[Task], farm: Farm, take: Callable[[list[Outcome]], None]) -> None:
     """Run tasks, and hand over what each found as it comes.
 

@@ -12,19 +12,19 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 import numpy as np
 
+from moetrace.batch.grid_labels import SOURCES, labels_of, part_of_name, placed, shown_label
+from moetrace.batch.slo import Slo, parse_slos
 from moetrace.results.record import COSTS
 from moetrace.spec import default_policies, load_system
 from moetrace.spec.budget import check_slots
 from moetrace.spec.errors import MoetraceError, UsageError, printable
-from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS, Loaded, convert, field_names, read_toml
+from moetrace.spec.load import Loaded, convert, field_names, read_toml
 from moetrace.spec.model import Model
-from moetrace.spec.model_files import is_model_file
 from moetrace.spec.named import nearest
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 
-SOURCES = ("trace", "model", "system", "policy")
-KINDS = (*SOURCES, "slots")
+KINDS = ("trace", "batch", "model", "system", "policy", "slots")
 FRONTS = tuple(COSTS)
 MAX_POINTS = 100_000
 _SYSTEM = "edge-ndp"  # where none is given
@@ -34,18 +34,20 @@ _OPEN_TABLES = ("system.price", "system.energy")
 
 
 class _GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the file may hold; every list is an axis."""
+    """What the file may hold; every list is an axis, but that of `slo`."""
 
     trace: str | list[str] | None = None
     model: str | list[str] | None = None
     system: str | list[str] | None = None
     policy: str | list[str] | None = None
     slots: int | str | list[int | str] | None = None
+    batch: int | list[int] | None = None
     set: dict[str, Any] = {}
     zip: list[dict[str, Any]] = []
     exclude: list[dict[str, Any]] = []
     ignore_capacity: bool = False
     pareto: str = "gpu_memory_bytes"
+    slo: str | list[str] = []
     search: dict[str, Any] | None = None
 
 
@@ -77,6 +79,7 @@ class Space(NamedTuple):
     pareto: str
     search: dict[str, Any] | None  # the table of that name
     is_file: bool = False  # it was read from one
+    slos: tuple[Slo, ...] = ()
 
     @property
     def size(self) -> int:
@@ -102,12 +105,12 @@ class Space(NamedTuple):
         labels: dict[str, Any] = {}
         for axis, at in zip(self.axes, row, strict=True):
             for field, value in zip(axis.fields, axis.values[at], strict=True):
-                values[field] = _placed(field, value, self.folder)
+                values[field] = placed(field, value, self.folder)
                 if axis.listed or field in SOURCES:
                     labels[field] = self.labels[field][at]
         values.update(also or {})
         labels.update(also or {})
-        return Point("/".join(_part(field, label) for field, label in labels.items()), values, labels)
+        return Point("/".join(part_of_name(field, label) for field, label in labels.items()), values, labels)
 
 
 class Grid(NamedTuple):
@@ -119,6 +122,20 @@ class Grid(NamedTuple):
     ignore_capacity: bool
     pareto: str
     is_file: bool = False  # it was read from one
+    slos: tuple[Slo, ...] = ()
+    zipped: tuple[tuple[str, ...], ...] = ()  # fields that change together
+
+    def check_axis(self, axis: str, value: str | None) -> None:
+        """Raise UsageError if there is no such axis, or it has no such value, written as in the names of cells."""
+        if axis not in self.axes:
+            known = ", ".join(self.axes) or "none, as nothing is a list"
+            raise UsageError(
+                f"{printable(axis[:100])!r} is no axis of the sweep{nearest(axis, [*self.axes])}; its axes are {known}."
+            )
+        labels = [shown_label(label) for label in self.axes[axis]]
+        if value is not None and value not in labels:
+            near = nearest(value, labels)
+            raise UsageError(f"{axis} is never {printable(value[:100])!r}{near}; its values are {', '.join(labels)}.")
 
 
 def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
@@ -144,7 +161,9 @@ def load_grid(source: str | os.PathLike[str] | Mapping[str, Any]) -> Grid:
     twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
     if twice:
         raise UsageError(f"{where} names {twice[0]} more than once: each value of an axis, or row of a zip, wants one.")
-    return Grid(where, space.listed, points, space.ignore_capacity, space.pareto, space.is_file)
+    zipped = tuple(axis.fields for axis in space.axes if len(axis.fields) > 1)
+    facts = space.ignore_capacity, space.pareto, space.is_file, space.slos
+    return Grid(where, space.listed, points, *facts, zipped)
 
 
 def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
@@ -163,10 +182,10 @@ def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
         raise UsageError(f"{where}: pareto wants one of {', '.join(FRONTS)}{near}, got {sweep.pareto!r}.")
     axes = _axes(sweep, folder, where)
     _check_once(axes, where)
-    labels = {field: _labels(field, values, where) for axis in axes for field, values in _columns(axis)}
+    labels = {field: labels_of(field, values) for axis in axes for field, values in _columns(axis)}
     excluded = _exclusions(sweep.exclude, labels, folder, where)
-    is_file = not isinstance(source, Mapping)
-    return Space(where, folder, axes, labels, excluded, sweep.ignore_capacity, sweep.pareto, sweep.search, is_file)
+    facts = sweep.ignore_capacity, sweep.pareto, sweep.search, not isinstance(source, Mapping)
+    return Space(where, folder, axes, labels, excluded, *facts, parse_slos(sweep.slo, f"{where}: "))
 
 
 def _plain(value: Any) -> Any:
@@ -204,7 +223,7 @@ def _default_policies(systems: Any, zipped: list[Axis], folder: Path, where: str
     found = set()
     for system in named:
         with contextlib.suppress(MoetraceError):  # what is wrong with a system is said of its cells
-            found.add(default_policies(load_system(_placed("system", system, folder))))
+            found.add(default_policies(load_system(placed("system", system, folder))))
     if len(found) > 1:
         raise UsageError(f"{where}: policy is missing, and its systems have no defaults in common: name some policies.")
     return list(found.pop() if found else default_policies(load_system(_SYSTEM)))
@@ -295,6 +314,8 @@ def _check_value(field: str, value: Any, where: str) -> None:
         legal, wants = isinstance(value, int | str) and not isinstance(value, bool), "whole numbers, shares or memory"
         if legal:
             _check_slots(value, where)
+    elif field == "batch":
+        legal, wants = isinstance(value, int) and not isinstance(value, bool) and value >= 1, "whole numbers from 1"
     elif field in SOURCES:
         legal, wants = isinstance(value, str) and bool(value.strip()), "texts"
     else:
@@ -327,29 +348,6 @@ def _columns(axis: Axis) -> Iterator[tuple[str, list[Any]]]:
         yield field, [row[at] for row in axis.values]
 
 
-def _labels(field: str, values: list[Any], where: str) -> list[Any]:
-    """A short name for each value: of files the last part without its ending, unless that is ambiguous."""
-    short = [_label(field, value) for value in values]
-    meant: dict[Any, set[str]] = {}
-    for label, value in zip(short, values, strict=True):
-        meant.setdefault(label, set()).add(repr(value))
-    return [
-        label if len(meant[label]) == 1 else printable(str(value)).replace("/", "-")
-        for label, value in zip(short, values, strict=True)
-    ]
-
-
-def _label(field: str, value: Any) -> Any:
-    if isinstance(value, str):
-        last = value.replace("\\", "/").rpartition("/")[2]
-        if ".py:" in last:
-            return printable(last.rpartition(":")[2])
-        endings = (".h5", ".hdf5") if field == "trace" else (".toml", ".gguf")
-        named = next((last.removesuffix(ending) for ending in endings if last.endswith(ending)), last)
-        return printable(named.removesuffix(".csv"))
-    return value if isinstance(value, int | float | bool) else str(value).replace("/", "-")
-
-
 def _exclusions(
     tables: list[dict[str, Any]], known: Mapping[str, Any], folder: Path, where: str
 ) -> list[dict[str, list[Any]]]:
@@ -366,27 +364,9 @@ def _exclusions(
                 field: [
                     one
                     for value in (values if isinstance(values, list) else [values])
-                    for one in (value, _placed(field, value, folder))
+                    for one in (value, placed(field, value, folder))
                 ]
                 for field, values in wanted.items()
             }
         )
     return found
-
-
-def _part(field: str, label: Any) -> str:
-    text = str(label).lower() if isinstance(label, bool) else str(label)
-    return text if field in SOURCES else f"{field}={text}"
-
-
-def _placed(field: str, value: Any, folder: Path) -> Any:
-    """The value, with a file that it names made absolute, as seen from `folder`."""
-    if not isinstance(value, str):
-        return value
-    last = field.rpartition(".")[2]
-    if field in SOURCES:
-        is_file = field == "trace" or value.endswith(".toml") or "/" in value or "\\" in value or ".py:" in value
-        is_file = is_file or (field == "model" and is_model_file(value))
-    else:
-        is_file = last in FILE_FIELDS or (last in FUNCTION_FIELDS and ".py:" in value)
-    return str(folder / value) if is_file else value

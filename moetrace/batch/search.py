@@ -5,21 +5,21 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from moetrace.batch.cell import Cell, Resolver, Traces, hash_of
-from moetrace.batch.executors import Farm, run_tasks
+from moetrace.batch.executors import Farm, lasting
 from moetrace.batch.grid import Grid, load_space
-from moetrace.batch.metrics import value_of
 from moetrace.batch.search_space import Halving, SearchChoices, check_choices
+from moetrace.batch.slo import parse_slos
 from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
-from moetrace.batch.work import Outcome, forget, tasks_of
+from moetrace.batch.trials import Halver, Trial
+from moetrace.batch.work import forget
 from moetrace.results.record import SEARCH_FILE, SEARCH_SCHEMA, TRIALS_FILE
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
@@ -30,21 +30,7 @@ if TYPE_CHECKING:
 
 # Proposals for each trial of a round. A sampler that is sure of its ground repeats itself: the second half are random.
 _PROPOSALS = 40
-
-
-@dataclass
-class Trial:
-    """One proposal: how far through the trace it came, and what the objective was there.
-
-    ``part`` counts from 1; ``state`` is `complete` (of the whole trace), `stopped` or `failed`.
-    """
-
-    number: int
-    cell: Cell
-    part: int = 0
-    value: float | None = None
-    state: str = "failed"
-    error: str | None = None
+_MISS = "miss"  # what a sampler is told of limits
 
 
 _Pair = tuple["Proposal", Trial]
@@ -75,10 +61,13 @@ class Search:
 
     @property
     def best(self) -> Trial | None:
-        """The trial of the best objective over the whole trace, the reference included; the first of equal ones."""
+        """The trial of the best objective over the whole trace that keeps the limits; the first of equal ones.
+
+        The reference is one of them. If none keeps the limits, it is the one that misses them least.
+        """
         complete = [trial for trial in [self.reference, *self.trials] if trial.state == "complete"]
-        sign = -1 if self.choices.halving.maximize else 1
-        return min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
+        more = self.choices.halving.maximize
+        return min(complete, key=lambda trial: (trial.order(more), trial.number), default=None)
 
     @cached_property
     def frame(self) -> pl.DataFrame:
@@ -87,6 +76,7 @@ class Search:
             {"trial": trial.number, "state": trial.state, "part": trial.part, "value": trial.value}
             | {"name": trial.cell.name, "cell": trial.cell.key}
             | {name: str(value) if name == "policy" else value for name, value in self._chosen(trial).items()}
+            | ({"slo_miss": trial.miss if trial.value is not None else None} if self.choices.space.slos else {})
             | {"error": trial.error}
             for trial in [self.reference, *self.trials]
         ]
@@ -104,7 +94,8 @@ class Search:
         }
         space = self.choices.space
         grid = Grid(space.where, space.listed, [], space.ignore_capacity, space.pareto)
-        return Sweep(grid, list(listed.values()), self.found, self.computed, self.reused, 0, space.pareto)
+        counts = self.computed, self.reused, 0
+        return Sweep(grid, list(listed.values()), self.found, *counts, space.pareto, space.slos)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `search.json` holds."""
@@ -118,6 +109,7 @@ class Search:
             "sampler": halving.sampler,
             "parts": halving.parts,
             "keep": halving.keep,
+            "slo": [slo.text for slo in self.choices.space.slos],
             "reference": {"name": self.reference.cell.name, "value": self.reference.value},
             "best": best and {"trial": best.number, "name": best.cell.name, "value": best.value} | self._chosen(best),
             "states": {state: states[state] for state in ("complete", "stopped", "failed")},
@@ -132,88 +124,6 @@ class Search:
         return {"policy", *(field for axis in self.choices.space.axes if len(axis.values) > 1 for field in axis.fields)}
 
 
-@dataclass
-class _Halver:
-    """Carries trials from part to part."""
-
-    choices: SearchChoices
-    farm: Farm
-    folder: SweepFolder | None
-    progress: Callable[[int], None] | None
-    code: bool = True
-    traces: Traces = field(default_factory=Traces)
-    found: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-    computed: int = 0
-    reused: int = 0
-
-    def __post_init__(self) -> None:
-        self.values: list[list[float]] = [[] for _ in range(self.choices.halving.parts)]  # of each part, less is better
-        self.trace, self.sha256 = self.traces.get(self.choices.plain().values["trace"])
-        self.resolver = Resolver(self.traces, self.choices.space, self.code)
-
-    def trial(self, number: int, point: Any) -> Trial:
-        """A trial that has yet to begin; one that cannot be replayed has its error."""
-        cell = self.resolver.resolve(point)
-        return Trial(number, cell, error=cell.error)
-
-    def replay(self, trials: Sequence[Trial], part: int) -> None:
-        """Replay trials over a part of the trace, all in as few passes as there are jobs, and note their values."""
-        steps: int | None = self.choices.halving.steps(part, self.trace.steps)
-        steps = None if steps == self.trace.steps else steps
-        going = [trial for trial in trials if trial.error is None]
-        cells = {_key(trial.cell, steps): trial.cell for trial in going}
-        for key in cells.keys() - self.found.keys() - self.errors.keys():
-            if self.folder is not None and (finished := self.folder.finished(key)) is not None:
-                self.found[key] = finished
-                self.reused += 1
-        missing = {key: cell for key, cell in cells.items() if key not in self.found and key not in self.errors}
-        self._run(missing, steps)
-        for trial in going:
-            self._note(trial, part, _key(trial.cell, steps))
-        if self.progress is not None:
-            self.progress(len(trials))
-
-    def _run(self, missing: Mapping[str, Cell], steps: int | None) -> None:
-        def take(outcomes: list[Outcome]) -> None:
-            for outcome in outcomes:
-                if outcome.found is None:
-                    self.errors[outcome.key] = outcome.error or "it was lost."
-                    continue
-                self.found[outcome.key] = outcome.found
-                self.computed += 1
-                if self.folder is not None:
-                    self.folder.keep(_part_of(missing[outcome.key], steps), outcome.found)
-
-        tasks = tasks_of(self.trace, self.sha256, missing, self.farm.jobs, steps)
-        if tasks:
-            run_tasks(tasks, self.farm, take)
-
-    def _note(self, trial: Trial, part: int, key: str) -> None:
-        trial.part = part + 1
-        if key in self.errors:
-            trial.error = self.errors[key]
-            return
-        objective = self.choices.halving.objective
-        trial.value = value_of(self.found[key]["result"]["policies"][0], objective, trial.cell.name)
-        if trial.value is None:
-            trial.error = f"{objective} is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
-
-
-def _part_of(cell: Cell, steps: int | None) -> Cell:
-    """The cell of the first steps alone, a name and a file of its own."""
-    if steps is None or cell.inputs is None:
-        return cell
-    inputs = cell.inputs | {"steps": steps}
-    return Cell(cell.point, cell.setup, inputs, hash_of(inputs))
-
-
-def _key(cell: Cell, steps: int | None) -> str:
-    key = _part_of(cell, steps).key
-    assert key is not None
-    return key
-
-
 def search(
     source: str | os.PathLike[str] | Mapping[str, Any],
     folder: str | os.PathLike[str] | None = None,
@@ -222,6 +132,7 @@ def search(
     dask: str | None = None,
     progress: Callable[[int], None] | None = None,
     code: bool = True,
+    slo: str | Sequence[str] = (),
 ) -> Search:
     """Find the policy of a space that does best on one trace and system.
 
@@ -237,6 +148,7 @@ def search(
         dask: Address of a Dask scheduler, to run on its workers instead.
         progress: A function that gets the number of trials judged, on a part of the trace, since its last call.
         code: With False trials fail whose policy names a Python file, whose code would run.
+        slo: Limits that the best must keep, as `"tpot_s.p99<=50ms"`. By default those of the file.
 
     Returns:
         The finished search. `Search.best` is the best trial.
@@ -256,7 +168,8 @@ def search(
     refuse_if_forked()
     if not isinstance(jobs, int) or jobs < 1:
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
-    choices = check_choices(load_space(source))
+    space = load_space(source)
+    choices = check_choices(space._replace(slos=parse_slos(slo) or space.slos))
     with farm_of(jobs, dask) as (farm, _):
         return run_search(choices, None if folder is None else SweepFolder(Path(folder)), farm, progress, code)
 
@@ -269,8 +182,8 @@ def run_search(
     code: bool = True,
 ) -> Search:
     """Search on a farm; as `search` does."""
-    with _study(choices) as study:
-        halver = _Halver(choices, farm, folder, progress, code)
+    with _study(choices) as study, lasting(farm) as kept:
+        halver = Halver(choices, kept, folder, progress, code)
         try:
             reference = halver.trial(0, choices.plain())
             halver.replay([reference], choices.halving.parts - 1)
@@ -291,7 +204,7 @@ def run_search(
     return found
 
 
-def _propose(study: "Study", halver: _Halver, trials: Sequence[Trial], count: int) -> list[_Pair]:
+def _propose(study: "Study", halver: Halver, trials: Sequence[Trial], count: int) -> list[_Pair]:
     """Return up to `count` trials that nobody proposed before, fewer if the sampler no longer finds any."""
     import optuna
 
@@ -314,7 +227,7 @@ def _propose(study: "Study", halver: _Halver, trials: Sequence[Trial], count: in
     return begun
 
 
-def _halve(study: "Study", halver: _Halver, begun: Sequence[_Pair]) -> None:
+def _halve(study: "Study", halver: Halver, begun: Sequence[_Pair]) -> None:
     """Carry trials through the parts of the trace, fewer each time."""
     import optuna
 
@@ -329,10 +242,13 @@ def _halve(study: "Study", halver: _Halver, begun: Sequence[_Pair]) -> None:
             going = _best_of(study, going, halving, part, halver.values[part])
     for proposal, trial in going:
         trial.state = "complete"
+        proposal.set_user_attr(_MISS, trial.miss)
         study.tell(proposal, trial.value)
 
 
-def _best_of(study: "Study", going: Sequence[_Pair], halving: Halving, part: int, so_far: list[float]) -> list[_Pair]:
+def _best_of(
+    study: "Study", going: Sequence[_Pair], halving: Halving, part: int, so_far: list[tuple[float, float]]
+) -> list[_Pair]:
     """Return the trials that go on, the best of each `keep` that were replayed over this part so far; stop the others.
 
     The rule is that of Optuna's SuccessiveHalvingPruner, which however asks one trial after another, and so knows only
@@ -340,19 +256,24 @@ def _best_of(study: "Study", going: Sequence[_Pair], halving: Halving, part: int
     """
     import optuna
 
-    sign = -1 if halving.maximize else 1
-    so_far += [sign * (trial.value or 0.0) for _, trial in going]
-    worst = sorted(so_far)[max(len(so_far) // halving.keep, 1) - 1] if so_far else 0.0
+    so_far += [trial.order(halving.maximize) for _, trial in going]
+    worst = sorted(so_far)[max(len(so_far) // halving.keep, 1) - 1] if so_far else (0.0, 0.0)
     best = []
     for proposal, trial in going:
         assert trial.value is not None
         proposal.report(trial.value, halving.keep**part)  # samplers learn from it
-        if sign * trial.value <= worst:
+        proposal.set_user_attr(_MISS, trial.miss)
+        if trial.order(halving.maximize) <= worst:
             best.append((proposal, trial))
         else:
             trial.state = "stopped"
             study.tell(proposal, state=optuna.trial.TrialState.PRUNED)
     return best
+
+
+def _misses(trial: Any) -> list[float]:
+    """What a sampler takes for broken constraints: by how much a trial misses a limit."""
+    return [trial.user_attrs.get(_MISS, 0.0)]
 
 
 @contextmanager
@@ -368,8 +289,11 @@ def _study(choices: SearchChoices) -> Iterator["Study"]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # constant_liar is called experimental
+            misses = _misses if choices.space.slos else None
             samplers: dict[str, Callable[[], Any]] = {
-                "tpe": lambda: optuna.samplers.TPESampler(seed=halving.seed, constant_liar=True),
+                "tpe": lambda: optuna.samplers.TPESampler(
+                    seed=halving.seed, constant_liar=True, constraints_func=misses
+                ),
                 "random": lambda: optuna.samplers.RandomSampler(seed=halving.seed),
             }
             yield optuna.create_study(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SAMPLERS = ("tpe", "random")
 # These decide what is searched for, so a search has one of each.
-_FIXED = ("trace", "model", "system")
+_FIXED = ("trace", "batch", "model", "system")
 
 
 class Range(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

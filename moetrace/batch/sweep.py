@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,15 +14,17 @@ import msgspec
 import polars as pl
 
 from moetrace.batch.cell import Cell, Resolver, Traces
-from moetrace.batch.cell_frame import axes_of, cell_frame
+from moetrace.batch.cell_frame import axes_of, cell_frame, speedups
 from moetrace.batch.executors import Farm, dask_farm, local_farm, run_tasks
-from moetrace.batch.grid import FRONTS, Grid, load_grid
+from moetrace.batch.grid import FRONTS, Grid, Point, load_grid
 from moetrace.batch.processes import start_early
+from moetrace.batch.rebatched import Rebatched
+from moetrace.batch.slo import Slo, parse_slos
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, Task, evaluate, forget, tasks_of
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.record import ListedCell, SweepFile
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.spec.known import known_unlike
 from moetrace.spec.policy import names_code
@@ -57,6 +59,7 @@ class Sweep:
         computed: How many different cells were replayed now.
         reused: How many different cells were found in the folder.
         unused: How many finished cells in the folder are not of this sweep.
+        slos: Limits that cells on the front must keep.
     """
 
     grid: Grid
@@ -66,6 +69,7 @@ class Sweep:
     reused: int = 0
     unused: int = 0
     _pareto: str = field(default="gpu_memory_bytes")
+    slos: Sequence[Slo] = ()
 
     def __repr__(self) -> str:
         return f"<Sweep of {len(self.listed)} cells, {len(self.failed)} failed: .cells is a frame, .results are dicts>"
@@ -73,7 +77,27 @@ class Sweep:
     @cached_property
     def cells(self) -> pl.DataFrame:
         """One row a cell, in the order of the grid: what `cells.parquet` holds."""
-        return cell_frame(self.listed, self.found, self._pareto)
+        return cell_frame(self.listed, self.found, self._pareto, self.slos)
+
+    def against(self, axis: str, value: str | None = None) -> pl.DataFrame:
+        """Return the cells with speed-ups against the cell of another axis, all else equal.
+
+        Args:
+            axis: A field of the sweep's file that is a list, as `slots` or `system.ndp.units`.
+            value: Its value there, as the cells' names show it. By default the first.
+
+        Returns:
+            `cells`, with another column `speedup`.
+
+        Raises:
+            UsageError: The sweep has no such axis, or the axis no such value.
+        """
+        self.grid.check_axis(axis, value)
+        if "total_s" not in self.cells.columns:
+            return self.cells
+        others = next((group for group in self.grid.zipped if axis in group), (axis,))
+        fields = [axis, *(field for field in others if field != axis)]
+        return self.cells.with_columns(speedups(self.listed, self.cells, fields, value))
 
     @property
     def failed(self) -> dict[str, str]:
@@ -111,6 +135,7 @@ class Sweep:
             axes=self.grid.axes,
             cells=cells,
             notes=self.notes,
+            slo=[slo.text for slo in self.slos],
         )
         return msgspec.structs.asdict(sweep)
 
@@ -126,22 +151,25 @@ class SweepPlan:
         *,
         reads: bool = False,
         code: bool = True,
+        slo: str | Sequence[str] = (),
     ) -> None:
         """Read the grid, the traces' hashes and every spec; make the folder at `path`, unless that is None.
 
         With `reads` the folder is only looked into, for what it has. Without `code` cells fail whose policy names a
-        Python file.
+        Python file. Limits in `slo` replace those of the file.
 
         Raises as `load_grid` and `SweepFolder` do.
         """
         if pareto is not None and pareto not in FRONTS:
             raise UsageError(f"pareto wants one of {', '.join(FRONTS)}, got {pareto!r}.")
         self.grid = load_grid(source)
-        self.pareto = pareto or self.grid.pareto
+        self.pareto, self.slos = pareto or self.grid.pareto, parse_slos(slo) or self.grid.slos
         folder = None if path is None else SweepFolder(path, reads=reads)  # before anything is read that takes long
         self._traces, self._folder = Traces(), folder
         resolver = Resolver(self._traces, self.grid, code)
-        self.cells = [resolver.resolve(point) for point in self.grid.points]
+        # Traces of other batches are files like others, and stay while this is needed.
+        self._rebatched = Rebatched(self._traces, None if reads else path)
+        self.cells = [self._resolved(resolver, point) for point in self.grid.points]
         resolver.check_policy_names(self.grid.points)
         base = f"{Path.cwd() if isinstance(source, Mapping) else Path(source).absolute().parent}{os.sep}"
         self._base = base
@@ -152,6 +180,13 @@ class SweepPlan:
             if folder is not None and (found := folder.finished(key)) is not None:
                 self.found[key] = found
         self.reused = len(self.found)
+
+    def _resolved(self, resolver: Resolver, point: Point) -> Cell:
+        try:
+            placed = self._rebatched.placed(point)
+        except MoetraceError as error:
+            return Cell(point, error=str(error))
+        return resolver.resolve(placed)
 
     @property
     def missing(self) -> list[Cell]:
@@ -202,7 +237,7 @@ class SweepPlan:
         keys = {cell.key for cell in self.cells if cell.key}
         unused = self._folder.count_others(keys) if self._folder else 0
         computed = len(self.found) - self.reused
-        sweep = Sweep(self.grid, self.cells, self.found, computed, self.reused, unused, self.pareto)
+        sweep = Sweep(self.grid, self.cells, self.found, computed, self.reused, unused, self.pareto, self.slos)
         if self._folder is not None:
             self._folder.publish(sweep.to_dict(), sweep.cells)
         return sweep
@@ -242,6 +277,7 @@ def sweep(
     pareto: str | None = None,
     progress: Callable[[int], None] | None = None,
     code: bool = True,
+    slo: str | Sequence[str] = (),
 ) -> Sweep:
     """Replay every cell of a grid. Cells that share a trace share passes over it.
 
@@ -257,6 +293,7 @@ def sweep(
             says it.
         progress: A function that gets the number of cells done since its last call.
         code: With False cells fail whose policy names a Python file, whose code would run.
+        slo: Limits that a cell on the front must keep, as `"tpot_s.p99<=50ms"`. By default those of the file.
 
     Returns:
         The finished sweep. `Sweep.cells` is a frame with a row a cell.
@@ -278,7 +315,7 @@ def sweep(
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
     if jobs > 1 and dask is None:
         start_early()
-    plan = SweepPlan(source, None if folder is None else Path(folder), pareto, code=code)
+    plan = SweepPlan(source, None if folder is None else Path(folder), pareto, code=code, slo=slo)
     with farm_of(jobs, dask) as (farm, _):
         return plan.run(farm, progress)
 

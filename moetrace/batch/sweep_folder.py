@@ -110,14 +110,15 @@ class SweepFolder:
         cells: pl.DataFrame,
         documents: Mapping[str, Mapping[str, Any]] | None = None,
         tables: Mapping[str, pl.DataFrame] | None = None,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
-        """Write the tables of all cells, and others by their names: all or none.
+        """Write the tables of all cells, and other documents, tables and texts by their names: all or none.
 
         Raises MoetraceError if the system refuses (a full disk).
         """
-        texts = {name: to_json(what) for name, what in {SWEEP_FILE: sweep, **(documents or {})}.items()}
-        contents = {name: text.encode() for name, text in texts.items()}
-        mark = {PARQUET_MARK: sha256_of(texts[SWEEP_FILE])}
+        written = {name: to_json(what) for name, what in {SWEEP_FILE: sweep, **(documents or {})}.items()}
+        contents = {name: text.encode() for name, text in {**written, **(texts or {})}.items()}
+        mark = {PARQUET_MARK: sha256_of(written[SWEEP_FILE])}
         for name, frame in {CELLS_FILE: cells, **(tables or {})}.items():
             table = io.BytesIO()
             frame.write_parquet(table, compression="zstd", compression_level=3, metadata=mark)

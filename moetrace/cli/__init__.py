@@ -16,6 +16,7 @@ from moetrace.version import __version__
 
 # Command -> its one-line help; the module is moetrace.cli.commands.<command>, of `import` import_.
 COMMANDS = {
+    "advise": "Say which policy a machine should run, and what would help.",
     "analyze": "Answer questions about a trace that need no hardware.",
     "calibrate": "Fit the constants of a system to measured times.",
     "capture": "Run a local Hugging Face MoE model, and trace its routing.",

@@ -19,6 +19,7 @@ TIMELINE_SCHEMA = "moetrace.timeline/1"
 SWEEP_SCHEMA = "moetrace.sweep/1"
 CELL_SCHEMA = "moetrace.cell/1"
 SEARCH_SCHEMA = "moetrace.search/1"
+ADVICE_SCHEMA = "moetrace.advice/1"
 BASELINE_SCHEMA = "moetrace.baseline/1"
 GATE_SCHEMA = "moetrace.gate/1"
 
@@ -26,6 +27,8 @@ SUMMARY_FILE = "summary.json"
 TIMELINE_FILE = "timeline.json.gz"
 SWEEP_FILE = "sweep.json"
 SEARCH_FILE = "search.json"
+ADVICE_FILE = "advice.json"
+POLICY_FILE = "policy.toml"  # of an advice, the best
 CELLS_FILE = "cells.parquet"
 TRIALS_FILE = "trials.parquet"
 CELLS_FOLDER = "cells"
@@ -33,7 +36,7 @@ TABLES = ("steps", "units", "layers", "requests", "experts")  # of a replay, eac
 
 # What one write replaces: of an older result nothing of these names stays.
 RESULT_FILES = (SUMMARY_FILE, *(f"{name}.parquet" for name in TABLES), TIMELINE_FILE)
-SWEEP_FILES = (SWEEP_FILE, CELLS_FILE, SEARCH_FILE, TRIALS_FILE)
+SWEEP_FILES = (SWEEP_FILE, CELLS_FILE, SEARCH_FILE, TRIALS_FILE, ADVICE_FILE, POLICY_FILE)
 OWN_FILES = frozenset((*RESULT_FILES, *SWEEP_FILES))
 
 # In the metadata of a Parquet file, and in a timeline: the SHA-256 of the summary.json, or sweep.json, that it is of.
@@ -297,6 +300,7 @@ class SweepFile(msgspec.Struct, Generic[CellForm], kw_only=True):
     axes: dict[str, Any]
     cells: list[CellForm]
     notes: list[str] = []
+    slo: list[str] = []
 
 
 class CellFile(msgspec.Struct, Generic[ResultForm], kw_only=True):

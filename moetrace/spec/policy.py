@@ -22,7 +22,7 @@ SCOPES = {"layer": "each layer has its own share of the slots", "global": "all l
 # Parameters that a residency of a user's own may read.
 _OWN_READS = ("half_life", "alpha")
 # Parameters that name a file, which a choice that reads it needs.
-_NEEDED = {
+NEEDED_FILES = {
     "loads": "the path of a CSV file of loads, which {} needs",
     "plan": "the path of a plan file (.json of SGLang, vLLM or vllm-ascend, .yaml of TensorRT-LLM), which it needs",
     "static": "the path of a CSV file of layer,expert lines, which {} needs",
@@ -348,6 +348,6 @@ def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
             raise UnreadParameterError(sentence, loaded.where, field)
     for kind in KINDS:
         record = find(kind, getattr(policy, kind))
-        for field, wanted in _NEEDED.items():
+        for field, wanted in NEEDED_FILES.items():
             if record and field in record.parameters and getattr(policy, field) is None:
                 loaded.refuse(field, wanted.format(f"{kind} {record.name}"))

@@ -170,3 +170,19 @@ def test_a_file_that_is_no_sweep(tmp_path):
 def test_what_is_no_grid_at_all_is_one_sentence():
     with pytest.raises(UsageError, match="path of a TOML file or a mapping, got int"):
         load_grid(5)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({"batch": 0}, "batch wants whole numbers from 1, got 0"),
+        ({"batch": [1, "two"]}, "batch"),
+        ({"batch": True}, "batch"),
+        ({"slo": "total_s"}, "An SLO is"),
+        ({"slo": ["total_s<=1s", "late>=1"]}, "less is better"),
+    ],
+)
+def test_batches_and_limits_are_checked(grid, words):
+    with pytest.raises(UsageError) as error:
+        load_grid({"trace": "t.h5", "policy": "monde"} | grid)
+    assert words in str(error.value) and "the sweep" in str(error.value)

@@ -6,10 +6,11 @@ import polars as pl
 import pytest
 
 import moetrace as mt
-from moetrace.batch import search as search_module
+from moetrace.batch import trials as trials_module
 from moetrace.batch import work
 from moetrace.batch.executors import run_tasks
 from moetrace.batch.search_space import Halving
+from moetrace.results.record import METRICS, value_in
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "traces" / "tiny-olmoe.h5")
@@ -109,7 +110,7 @@ def test_no_pass_takes_more_trials_than_memory_holds(trace, monkeypatch):
         sizes.extend(len(task.cells) for task in tasks)
         run_tasks(tasks, *rest)
 
-    monkeypatch.setattr(search_module, "run_tasks", counted)
+    monkeypatch.setattr(trials_module, "run_tasks", counted)
     monkeypatch.setattr(work, "LOGS_BYTES", 1)
     assert mt.search(asked).frame.equals(whole.frame)
     assert {*sizes} == {1}
@@ -210,3 +211,25 @@ def test_what_a_search_has_one_of(trace):
         mt.search({"trace": trace, "policy": "monde"})
     with pytest.raises(mt.UsageError, match=r"\[search\] table"):
         mt.sweep(space(trace))
+
+
+def test_limits_are_hard(trace):
+    """The best keeps them, though a trial that does not is faster; where none does, the least miss is the best."""
+    asked = space(trace, trials=12, parts=1)
+    free = mt.search(asked)
+    complete = [trial for trial in free.trials if trial.state == "complete"]
+    figures = [free.found[trial.cell.key]["result"]["policies"][0] for trial in complete]
+    fastest = free.found[free.best.cell.key]["result"]["policies"][0]
+    names = [name for name, figure in METRICS.items() if figure.better == "lower" and value_in(fastest, name)]
+    name = next(name for name in names if min(value_in(one, name) for one in figures) < 0.99 * value_in(fastest, name))
+    least = min(value_in(one, name) for one in figures)  # which the fastest has not
+    limit = f"{name}<={least * 1.001:.12g}"
+    held = mt.search(asked, slo=limit)
+    assert held.best.miss == 0 and held.best.value > free.best.value and held.to_dict()["slo"] == [limit]
+    assert value_in(held.found[held.best.cell.key]["result"]["policies"][0], name) <= least * 1.001
+    assert held.frame["slo_miss"].drop_nulls().max() > 0
+    none = mt.search(asked | {"slo": "total_s<=1us"})
+    misses = [trial.miss for trial in [none.reference, *none.trials] if trial.state == "complete"]
+    assert none.best.miss == min(misses) > 0
+    with pytest.raises(mt.UsageError, match="An SLO is"):
+        mt.search(asked, slo="fast")

@@ -7,6 +7,7 @@ import json
 import pytest
 
 import moetrace as mt
+from moetrace.cli.tables.output import figure
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,26 @@ def test_options_that_do_not_go_together(trace, tmp_path, run):
     path = searched(trace, tmp_path)
     assert run("sweep", path, "--search", "-o", tmp_path / "out", "--dry-run")[0] == 2
     assert run("sweep", path, "-o", tmp_path / "out")[0] == 2
+
+
+def test_the_table_has_the_best_five_in_ms(trace, tmp_path, run):
+    path = searched(trace, tmp_path)
+    code, out, _ = run("sweep", path, "--search", "-o", tmp_path / "out", "--jobs", "1", "--format", "json")
+    values = sorted(
+        trial["value"] for trial in json.loads(out)["trials"] if trial["state"] == "complete" and trial["trial"]
+    )
+    code, out, _ = run("sweep", path, "--search", "-o", tmp_path / "out", "--jobs", "1")
+    lines = out.splitlines()
+    assert code == 0 and "total_s ms" in lines[0]
+    shown = [line.split()[-2] for line in lines[2 : lines.index("")]]
+    assert shown[:-1] == [figure(1e3 * value) for value in values[:5]]
+    assert lines[lines.index("") - 1].startswith("first")
+    assert f"less is better: {1e3 * values[0]:.4g} ms." in out
+
+
+def test_limits_are_shown(trace, tmp_path, run):
+    path = searched(trace, tmp_path)
+    _, out, _ = run("sweep", path, "--search", "-o", tmp_path / "out", "--jobs", "1", "--slo", "total_s<=1us")
+    assert "misses %" in out and "No trial keeps the limits" in out
+    code, _, err = run("sweep", path, "--search", "-o", tmp_path / "out", "--slo", "total_s=1us")
+    assert code == 2 and "An SLO is METRIC<=LIMIT" in err and err.count("\n") == 1

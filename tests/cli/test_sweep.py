@@ -148,3 +148,160 @@ def test_a_dry_run_leaves_a_folder_as_it_is(run, grid, tmp_path):
     run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
     _, out, _ = run("sweep", grid, "--dry-run", "-o", tmp_path / "out")
     assert out.count(" finished") == 8
+
+
+def rows_of(out: str) -> list[list[str]]:
+    """The first part of a table, without its headings: a list of cells for each line."""
+    lines = out.splitlines()
+    rule = next(i for i, line in enumerate(lines) if line.startswith("─"))
+    rest = lines[rule + 1 :]
+    return [line.split() for line in rest[: rest.index("")]]
+
+
+def test_what_is_printed_can_be_chosen(run, grid, tmp_path):
+    """Sorted, the better first; the first of these; other figures; JSON and CSV follow, and the folder has all."""
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1, "--format", "json")
+    cells = json.loads(out)["cells"]
+    shown = ["--sort", "tokens_per_s", "--top", 3]
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "out", *shown, "--columns", "tokens_per_s,tpot_s.p99,step_s.max")
+    speeds = sorted((cell["tokens_per_s"] for cell in cells), reverse=True)[:3]
+    assert [row[-3] for row in rows_of(out)] == [f"{speed:,.1f}" for speed in speeds]
+    assert "3 of 8 cells." in out and "step max" in out and "total" not in out.split("\n\n")[0]
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "out", *shown, "--format", "json")
+    assert [cell["tokens_per_s"] for cell in json.loads(out)["cells"]] == speeds
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--sort", "total_s", "--format", "csv")
+    totals = pl.read_csv(out.encode())["total_s"].to_list()
+    assert totals == sorted(totals) and len(totals) == 8
+    assert len(pl.read_parquet(tmp_path / "out" / "cells.parquet")) == 8
+
+
+@pytest.mark.parametrize(
+    ("baseline", "axis", "value", "words"),
+    [
+        ("slots", "slots", 8, "the first slots"),
+        ("slots=48", "slots", 48, "slots 48"),
+        ("system.ndp.units=6", "system.ndp.units", 6, "system.ndp.units 6"),
+        ("policy=edge-ndp", "policy", "edge-ndp", "policy edge-ndp"),
+    ],
+)
+def test_speedups_are_against_a_value_of_any_axis(run, grid, tmp_path, baseline, axis, value, words):
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1, "--baseline", baseline, "--format", "json")
+    cells = json.loads(out)["cells"]
+    axes = ("policy", "slots", "system.ndp.units")
+    for cell in cells:
+        same = [
+            other for other in cells if all(other[a] == cell[a] for a in axes if a != axis) and other[axis] == value
+        ]
+        assert len(same) == 1 and cell["speedup"] == pytest.approx(same[0]["total_s"] / cell["total_s"])
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--baseline", baseline)
+    assert f"Speed-ups are against {words}, all else equal." in " ".join(out.split())
+
+
+def test_speedups_of_zipped_axes_are_against_a_row(run, grid, tmp_path):
+    zipped = "[[zip]]\nslots = [8, 48]\nset.system.link.latency_us = [5, 8]\n"
+    grid.write_text(f'trace = "t.h5"\npolicy = "edge-ndp"\n{zipped}')
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1, "--baseline", "slots", "--format", "json")
+    first, second = json.loads(out)["cells"]
+    assert (first["speedup"], second["speedup"]) == (1.0, pytest.approx(first["total_s"] / second["total_s"]))
+
+
+def test_oracles_and_what_does_not_fit_are_marked_and_never_starred(run, grid, tmp_path):
+    seer = tmp_path / "seer.toml"
+    seer.write_text('name = "seer"\ndispatch = "gpu"\nresidency = "belady"\nscope = "global"\n')
+    ahead = tmp_path / "ahead.toml"
+    ahead.write_text('name = "ahead"\ndispatch = "gpu"\nresidency = "lru"\nprefetch = "oracle:2"\n')
+    policies = '["on-demand", "seer.toml", "ahead.toml"]'
+    memory = "[set]\nsystem.gpu.memory_gb = [5, 16]\n"
+    grid.write_text(f'trace = "t.h5"\nsystem = "rtx4090-offload"\npolicy = {policies}\nslots = [48, 192]\n{memory}')
+    code, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
+    cells = pl.read_parquet(tmp_path / "out" / "cells.parquet")
+    assert code == 0
+    assert cells["oracle"].to_list() == [False] * 4 + [True] * 8
+    tight = (pl.col("slots") == 192) & (pl.col("system.gpu.memory_gb") == 5)
+    assert cells.filter(~pl.col("fits")).equals(cells.filter(tight))
+    assert not cells.filter(pl.col("oracle") | ~pl.col("fits"))["pareto"].any() and cells["pareto"].any()
+    assert {row[0] for row in rows_of(out)} >= {"o", "o!", "!", "*"}
+    assert "o knows the future" in out and "! does not fit the machine" in " ".join(out.split())
+
+
+def test_of_equal_cells_one_is_starred(run, grid, tmp_path):
+    grid.write_text('trace = "t.h5"\npolicy = ["edge-ndp-tp", "ndp-tp"]\nslots = 8\n')
+    run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
+    cells = pl.read_parquet(tmp_path / "out" / "cells.parquet")
+    assert cells["total_s"].n_unique() == 1 and cells["pareto"].to_list() == [True, False]
+
+
+def test_limits_are_hard(run, grid, tmp_path):
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1, "--format", "json")
+    totals = sorted(cell["total_s"] for cell in json.loads(out)["cells"])
+    limit = f"total_s<={1e3 * totals[2]:.12g}ms"
+    grid.write_text(f'slo = "{limit}"\n{grid.read_text()}')
+    code, out, _ = run("sweep", grid, "-o", tmp_path / "out")
+    cells = pl.read_parquet(tmp_path / "out" / "cells.parquet")
+    assert code == 0 and "kept" in out and "miss a limit" in out
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["slo"] == [limit]
+    for cell in cells.iter_rows(named=True):
+        miss = max(cell["total_s"] / totals[2] - 1, 0)
+        assert cell["slo_miss"] == pytest.approx(miss, abs=1e-9) and not (cell["pareto"] and miss > 1e-9)
+    run("sweep", grid, "-o", tmp_path / "out", "--slo", "total_s<=1us")
+    none = pl.read_parquet(tmp_path / "out" / "cells.parquet")
+    assert not none["pareto"].any() and (none["slo_miss"] > 1000).all()
+
+
+def test_a_batch_is_an_axis_and_rebatched_once(run, grid, tmp_path):
+    grid.write_text('trace = "t.h5"\nbatch = [1, 2]\npolicy = ["monde", "edge-ndp"]\nslots = 48\n')
+    code, out, err = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
+    assert code == 0 and "4 cells: 4 replayed" in err and "batch" in out
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "batched").iterdir()}
+    assert len(written) == 2
+    cells = pl.read_parquet(tmp_path / "out" / "cells.parquet")
+    assert cells["batch"].to_list() == [1, 1, 2, 2] and cells["name"][2] == "t/batch=2/edge-ndp/monde"
+    for batch, policy, total_s in cells.select("batch", "policy", "total_s").iter_rows():
+        mt.rebatch(tmp_path / "t.h5", tmp_path / "b.h5", batch=batch)
+        (alone,) = mt.replay(tmp_path / "b.h5", policies=policy, slots=48).summary["total_s"]
+        assert total_s == alone
+    assert cells.filter(pl.col("pareto"))["batch"].n_unique() == 2  # each batch has a front of its own
+    _, _, err = run("sweep", grid, "-o", tmp_path / "out")
+    assert "0 replayed, 4 found finished" in err
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "batched").iterdir()} == written
+    without = mt.sweep({"trace": str(tmp_path / "t.h5"), "batch": [1, 2], "policy": "monde", "slots": 48})
+    assert without.cells["total_s"].to_list() == cells.filter(policy="monde")["total_s"].to_list()
+
+
+def test_a_link_for_rebatched_traces_is_refused(run, grid, tmp_path):
+    grid.write_text('trace = "t.h5"\nbatch = 2\npolicy = "monde"\n')
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / "batched").symlink_to(tmp_path / "elsewhere")
+    code, _, err = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
+    assert code == 1 and "is a symbolic link" in err and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_dry_run_says_the_sum_first(run, grid, tmp_path, monkeypatch):
+    import moetrace.cli.commands.sweep as module
+
+    said = []
+    monkeypatch.setattr(module, "say", said.append)
+    monkeypatch.setattr("moetrace.cli.tables.output.print_rows", lambda *_: said.append("the cells"))
+    run("sweep", grid, "--dry-run")
+    assert said[0].startswith("moetrace: 8 cells, 8 to replay: about ") and said[-1] == "the cells"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sort", "tpot_s.p98"], "--sort: 'tpot_s.p98' is no figure (the nearest is 'tpot_s_p99')"),
+        (["--sort", "prefetch_bytes"], "neither less nor more of it is better"),
+        (["--columns", "total_s,policy"], "--columns: 'policy' is no figure"),
+        (["--columns", ""], "--columns: '' is no figure"),
+        (["--top", "0"], "--top"),
+        (["--baseline", "batch"], "'batch' is no axis of the sweep; its axes are policy, slots, system.ndp.units"),
+        (["--baseline", "slots=9"], "slots is never '9'"),
+        (["--slo", "total_s"], "An SLO is METRIC<=LIMIT"),
+        (["--search", "--top", "3"], "--top is for a sweep, not for --search"),
+    ],
+)
+def test_what_cannot_be_printed_is_one_sentence_before_any_work(run, grid, tmp_path, arguments, words):
+    code, out, err = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+    assert not list(tmp_path.glob("out/cells/*"))

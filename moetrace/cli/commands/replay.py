@@ -3,26 +3,16 @@
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import click
 
 from moetrace.cli.options.code import code_option
 from moetrace.cli.options.overrides import set_option, split_settings
-from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.paths import ANY_PATH, FOLDER
 from moetrace.cli.options.presets import MODEL, POLICY, SYSTEM
 from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.choices import KINDS, legal
 from moetrace.spec.errors import UsageError
-
-
-class _Folder(click.Path):
-    """A folder's path; an empty one, of a variable that is not set, would be the current folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not str(value):
-            self.fail("an empty path names no folder", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 def _window(timeline: bool, window: str | None, folder: Path | None) -> bool | tuple[int | None, int | None]:
@@ -83,7 +73,7 @@ class _Command(click.Command):
     "-o",
     "--output",
     "folder",
-    type=_Folder(readable=False, path_type=Path),
+    type=FOLDER,
     metavar="DIR",
     help="Write the result here.",
 )

@@ -1,10 +1,8 @@
 """`moetrace sweep --search`: how a search runs and prints."""
 
-import os
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,20 +13,31 @@ if TYPE_CHECKING:
     from moetrace.batch.search import Search, Trial
     from moetrace.batch.search_space import SearchChoices
 
-_SHOWN = 12
+_SHOWN = 12  # sentences about failures
+_BEST = 5
 
 
-def search(source: Path, folder: Path, jobs: int, dask: str | None, pareto: str | None, code: bool, form: str) -> None:
+def search(
+    source: Path,
+    folder: Path,
+    jobs: int,
+    dask: str | None,
+    pareto: str | None,
+    slos: tuple[str, ...],
+    code: bool,
+    form: str,
+) -> None:
     """Search, and print the best trials; `folder` keeps what was replayed."""
     from moetrace.batch.grid import load_space
     from moetrace.batch.search import run_search
     from moetrace.batch.search_space import check_choices
+    from moetrace.batch.slo import parse_slos
     from moetrace.batch.sweep import farm_of
     from moetrace.batch.sweep_folder import SweepFolder
     from moetrace.cli.progress import LateBar
 
     space = load_space(source)
-    choices = check_choices(space._replace(pareto=pareto or space.pareto))
+    choices = check_choices(space._replace(pareto=pareto or space.pareto, slos=parse_slos(slos) or space.slos))
     with farm_of(jobs, dask) as (farm, dashboard):
         if dashboard:
             say(f"moetrace: Dask's dashboard: {dashboard}")
@@ -70,32 +79,43 @@ def _report(found: "Search") -> None:
 
 def _print(found: "Search") -> None:
     """Print the best trials over the whole trace, the reference, and how to replay the best."""
+    from moetrace.batch.command import replay_command
+    from moetrace.results.record import METRICS
+
     halving, best = found.choices.halving, found.best
-    sign = -1 if halving.maximize else 1
     complete = [trial for trial in found.trials if trial.state == "complete"]
-    shown = sorted(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))[:_SHOWN]
-    columns = found.frame.columns[6:-1]
+    shown = sorted(complete, key=lambda trial: (trial.order(halving.maximize), trial.number))[:_BEST]
+    columns = [name for name in found.frame.columns[6:-1] if name != "slo_miss"]
     chosen = {row["trial"]: row for row in found.frame.iter_rows(named=True)}
     against = found.reference.value
+    factor, sign = METRICS[halving.objective].shown
     rows = [
         {name: chosen[trial.number][name] for name in columns}
-        | {"value": trial.value, "gain": _gain(trial.value, against, halving.maximize)}
+        | {"value": None if trial.value is None else factor * trial.value}
+        | {"gain": _gain(trial.value, against, halving.maximize), "miss": _missed(trial)}
         | {"trial": trial.number or "first"}
         for trial in [*shown, found.reference]
     ]
     headers = {"trial": "trial"} | {name: name.removeprefix("policy.") for name in columns}
-    print_rows(headers | {"value": halving.objective, "gain": "gain"}, rows, "table")
+    headers |= {"value": f"{halving.objective} {sign}".rstrip(), "gain": "gain"}
+    print_rows(headers | ({"miss": "misses %"} if found.choices.space.slos else {}), rows, "table")
     if best is None:
         return
     print_text("")
     for note in found.sweep.notes:
         print_text(printable(note))
+    if best.miss > 0:
+        print_text("No trial keeps the limits: the first misses them least.")
     print_text(
         f"The best of {len(found.trials)} trials by {halving.objective}, {'more' if halving.maximize else 'less'} is "
-        f"better: {figure(best.value)}. Gains are over the first of each list, without ranges.\n"
-        "Replay the best:"
+        f"better: {figure(factor * (best.value or 0.0))} {sign}".rstrip()
+        + ". Gains are over the first of each list, without ranges.\nReplay the best:"
     )
-    print_text(f"  {_command(best)}")
+    print_text(f"  {replay_command(best.cell.point)}")
+
+
+def _missed(trial: "Trial") -> str:
+    return "-" if trial.value is None else f"{100 * trial.miss:.1f}" if trial.miss else "kept"
 
 
 def _gain(value: float | None, first: float | None, more: bool) -> str | None:
@@ -103,21 +123,3 @@ def _gain(value: float | None, first: float | None, more: bool) -> str | None:
     if not value or not first:
         return None
     return f"{value / first if more else first / value:.2f}x"
-
-
-def _command(best: "Trial") -> str:
-    """The command that replays a trial; files as seen from here."""
-    values = {field: _seen_from_here(value) for field, value in best.cell.point.values.items()}
-    words = ["moetrace", "replay", values["trace"]]
-    for option in ("model", "system", "policy", "slots"):
-        words += [f"--{option}", str(values[option])] if values.get(option) is not None else []
-    for field, value in values.items():
-        if "." in field:
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            words += ["--set", f"{field}={text}"]
-    return shlex.join(words)
-
-
-def _seen_from_here(value: Any) -> Any:
-    here = f"{Path.cwd()}{os.sep}"
-    return value.removeprefix(here) if isinstance(value, str) else value

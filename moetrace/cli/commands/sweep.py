@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from moetrace.cli.options.code import code_option
-from moetrace.cli.options.paths import ANY_PATH
+from moetrace.cli.options.figures import FIGURE, slo_option
+from moetrace.cli.options.paths import ANY_PATH, FOLDER
+from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.cores import cores
 from moetrace.spec.errors import UsageError, counted
@@ -21,7 +23,7 @@ _SHOWN_ERRORS = 10
 
 @click.command()
 @click.argument("source", type=ANY_PATH, metavar="SWEEP.toml")
-@click.option("-o", "--output", "folder", type=ANY_PATH, metavar="DIR", help="Where results are kept, and found again.")
+@click.option("-o", "--output", "folder", type=FOLDER, metavar="DIR", help="Where results are kept, and found again.")
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Processes; by default one a core.")
 @click.option("--dask", metavar="ADDRESS", help="Run on the workers of this Dask scheduler, as tcp://host:8786.")
 @click.option("--dry-run", is_flag=True, help="Print the cells, and an estimate of the time; replay no more than that.")
@@ -30,6 +32,13 @@ _SHOWN_ERRORS = 10
     "--pareto",
     type=click.Choice(["gpu_memory_bytes", "link_bytes", "price"]),
     help="What the front sets against latency; by default what the file says, else GPU memory.",
+)
+@slo_option
+@click.option("--sort", type=FIGURE, metavar="FIGURE", help="Best cells by this figure first, as tpot_s.p99.")
+@click.option("--top", type=click.IntRange(1), metavar="N", help="Print the first N cells.")
+@click.option("--columns", type=FIGURE, metavar="A,B", help="Figures to print, as total_s,tpot_s.p99.")
+@click.option(
+    "--baseline", metavar="AXIS[=VALUE]", help="What speed-ups are against, as slots=24; by default the first policy."
 )
 @code_option
 @format_option
@@ -41,6 +50,11 @@ def command(
     dry_run: bool,
     searches: bool,
     pareto: str | None,
+    slos: tuple[str, ...],
+    sort: str | None,
+    top: int | None,
+    columns: str | None,
+    baseline: str | None,
     code: bool,
     form: str,
 ) -> None:
@@ -51,7 +65,10 @@ def command(
     cells.parquet. A cell that fails is named and does not stop the others; the exit code is then 1.
 
     The table marks the Pareto front: cells that no other of the same trace beats in both latency and GPU memory
-    (or link bytes, or price).
+    (or link bytes, or price). What knows the future or does not fit the machine is marked, and never on the front; nor
+    is what misses a limit of --slo.
+
+    --sort, --top, --columns and --baseline choose what is printed; DIR gets everything.
 
     --search takes the lists of the file as choices, and ranges of numbers from its [search] table: Optuna proposes,
     and of what was replayed over a part of the trace the best go on to a longer one (extra `search`).
@@ -59,8 +76,6 @@ def command(
 
     if folder is None and not dry_run:
         raise UsageError("A sweep keeps its results in a folder: name one with -o DIR.")
-    if folder is not None and not str(folder):
-        raise UsageError("An empty path names no folder.")
     if jobs is not None and dask is not None:
         raise UsageError("--jobs is for this machine, --dask for a cluster: give one of them.")
     if searches:
@@ -68,28 +83,34 @@ def command(
 
         if dry_run:
             raise UsageError("A search decides as it goes what to replay, so it has no --dry-run.")
-        search(source, folder or Path(), jobs or cores(), dask, pareto, code, form)
+        refuse(("sort", "top", "columns", "baseline"), "is for a sweep, not for --search.")
+        search(source, folder or Path(), jobs or cores(), dask, pareto, slos, code, form)
         return
+    from moetrace.cli.tables.sweep_table import print_sweep, view_of
+
+    view = view_of(columns, sort, top, baseline)
     if not dry_run and dask is None and (jobs or cores()) > 1:
         from moetrace.batch.processes import start_early
 
         start_early()
     from moetrace.batch.sweep import SweepPlan
 
-    plan = SweepPlan(source, folder, pareto, reads=dry_run, code=code)
+    plan = SweepPlan(source, folder, pareto, reads=dry_run, code=code, slo=slos)
+    axis, _, value = (baseline or "").partition("=")
+    if baseline is not None:
+        plan.grid.check_axis(axis, value or None)  # before the work, not after it
     if dry_run:
         _print_plan(plan, jobs or cores(), form)
         return
     sweep = _run(plan, jobs, dask)
     _report(sweep)
+    cells = sweep.against(axis, value or None) if baseline is not None else sweep.cells
     if form == "json":
-        print_json(sweep.to_dict() | {"cells": sweep.cells.to_dicts()})
+        print_json(sweep.to_dict() | {"cells": view.of(cells).to_dicts()})
     elif form == "csv":
-        print_csv(sweep.cells)
+        print_csv(view.of(cells))
     else:
-        from moetrace.cli.tables.sweep_table import print_sweep
-
-        print_sweep(sweep.cells, plan.pareto, sweep.notes)
+        print_sweep(cells, plan.pareto, sweep.notes, view)
     if sweep.failed:
         sys.stdout.flush()
         raise click.exceptions.Exit(1)
@@ -161,12 +182,17 @@ def _print_plan(plan: "SweepPlan", jobs: int, form: str) -> None:
         state = "replay" if id(cell) in missing else "failed" if cell.error else "same as another"
         state = "finished" if cell.key in plan.found else state
         rows.append({"name": cell.name, "state": state, "cell": cell.key, "error": cell.error})
+    _say_estimate(plan, len(rows), jobs)
     headers = {"name": "cell", "state": "state"} if form == "table" else {key: key for key in rows[0]}
     if form == "table" and any(cell.error for cell in plan.cells):
         headers["error"] = "error"
     print_rows(headers, rows, form)
-    if not missing:
-        say(f"moetrace: {counted(len(rows), 'cell')}, none of them left to replay.")
+
+
+def _say_estimate(plan: "SweepPlan", cells: int, jobs: int) -> None:
+    """Say how many cells are left, and how long they take."""
+    if not plan.missing:
+        say(f"moetrace: {counted(cells, 'cell')}, none of them left to replay.")
         return
     estimate = plan.estimate()
     if estimate.unmeasured:
@@ -175,10 +201,10 @@ def _print_plan(plan: "SweepPlan", jobs: int, form: str) -> None:
             "dry run does not run them."
         )
     if not estimate.sampled:
-        say(f"moetrace: {counted(len(rows), 'cell')}, {estimate.cells:,} to replay.")
+        say(f"moetrace: {counted(cells, 'cell')}, {estimate.cells:,} to replay.")
         return
     say(
-        f"moetrace: {counted(len(rows), 'cell')}, {estimate.cells:,} to replay: about "
+        f"moetrace: {counted(cells, 'cell')}, {estimate.cells:,} to replay: about "
         f"{_duration(estimate.seconds / jobs)} with {counted(jobs, 'job')}. Measured on the first steps of each trace "
         f"with {estimate.sampled} of the cells; starting the jobs comes on top."
     )

@@ -29,7 +29,7 @@ kv_bytes_per_token_layer = 64
 """
 _EXPERTS = (16, 300)
 _SIZES = ("--requests", "4", "--prompt", "8", "--output", "12", "--batch", "2")
-_COMMANDS = ("analyze", "generate", "replay", "sweep")
+_COMMANDS = ("analyze", "generate", "replay", "sweep", "advise")
 
 
 @click.command()
@@ -37,11 +37,11 @@ _COMMANDS = ("analyze", "generate", "replay", "sweep")
 def command(commands: tuple[str, ...]) -> None:
     """Compile what commands need, so that nobody has to wait later: of all, or of those that you name.
 
-    Analyze, generate, replay and sweep compile; others do not, but for exports of plans. What was compiled is kept in
-    your cache folder, or in the one that NUMBA_CACHE_DIR names, until moetrace, Numba or the processor is another one.
-    It takes some minutes, and a few seconds if all is there already.
+    Analyze, generate, replay, sweep and advise compile; others do not, but for exports of plans. What was compiled is
+    kept in your cache folder, or in the one that NUMBA_CACHE_DIR names, until moetrace, Numba or the processor is
+    another one. It takes some minutes, and a few seconds if all is there already.
     """
-    wanted = dict.fromkeys("replay" if name == "sweep" else name for name in commands or _COMMANDS)
+    wanted = dict.fromkeys("replay" if name in ("advise", "sweep") else name for name in commands or _COMMANDS)
     with tempfile.TemporaryDirectory(prefix="moetrace-") as folder:
         for name in wanted:
             begun = time.perf_counter()

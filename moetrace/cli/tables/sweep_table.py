@@ -1,36 +1,65 @@
 """The table of `moetrace sweep`: a row a cell, the axes that vary and what they lead to."""
 
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import polars as pl
 
+from moetrace.cli.tables.figure_columns import better, column_names, is_shown, text_column
 from moetrace.cli.tables.output import figure, stdout_console
 from moetrace.cli.tables.parts import TextColumn, print_parts
-from moetrace.results.record import COLUMNS, COSTS
+from moetrace.results.record import COSTS
+from moetrace.spec.errors import UsageError
 
-# Columns of the frame, and how a number of each is written in the unit that people are shown; those that are zero or
-# undefined in all cells are left out.
-_FORMS = {
-    "total_s": "{:,.1f}",
-    "speedup": "{:.2f}x",
-    "ttft_s_p50": "{:,.2f}",
-    "tpot_s_p50": "{:,.3f}",
-    "itl_s_p50": "{:,.3f}",
-    "itl_s_p99": "{:,.3f}",
-    "tokens_per_s": "{:,.1f}",
-    "hit_rate": "{:.1f}",
-    "gpu_memory_bytes": "{:,.2f}",
-    "link_bytes": "{:,.1f}",
-    "price": "{:,.0f}",
-}
+# Columns of the frame that are shown where nobody chooses; what is zero or undefined in all cells is left out.
+_SHOWN = (
+    *("total_s", "speedup", "tokens_per_s", "ttft_s_p50", "tpot_s_p50", "tpot_s_p99", "itl_s_p50", "itl_s_p99"),
+    *("hit_rate", "gpu_memory_bytes", "link_bytes", "price"),
+)
 _AGAINST = {"gpu_memory_bytes": COSTS["gpu_memory_bytes"].label, "link_bytes": "bytes over the link"}
 
 
-def print_sweep(cells: pl.DataFrame, pareto: str, notes: list[str]) -> None:
+class Shown(NamedTuple):
+    """What of a sweep is shown.
+
+    Attributes:
+        columns: Figures, as a frame has them; empty for the usual ones.
+        sort: The figure by which cells are sorted, the better first; None keeps the grid's order.
+        top: So many cells; None for all.
+        baseline: What speed-ups are against, in words.
+    """
+
+    columns: Sequence[str] = ()
+    sort: str | None = None
+    top: int | None = None
+    baseline: str = "the first policy"
+
+    def of(self, cells: pl.DataFrame) -> pl.DataFrame:
+        """Return the cells that are shown, in their order; those without the figure come last."""
+        if self.sort is not None and self.sort in cells.columns:
+            more = better(self.sort) == "higher"
+            cells = cells.sort(self.sort, descending=more, nulls_last=True, maintain_order=True)
+        return cells if self.top is None else cells[: self.top]
+
+
+def view_of(columns: str | None, sort: str | None, top: int | None, baseline: str | None) -> Shown:
+    """Read what the options of a command ask for. Raises UsageError for a figure that there is not."""
+    chosen = column_names(columns.split(","), "--columns") if columns is not None else []
+    by = column_names([sort], "--sort")[0] if sort is not None else None
+    if by is not None and better(by) is None:
+        raise UsageError(f"--sort {sort}: neither less nor more of it is better, so there is no order.")
+    axis, _, value = (baseline or "").partition("=")
+    words = f"{axis} {value}" if value else f"the first {axis or 'policy'}"
+    return Shown(chosen, by, top, words)
+
+
+def print_sweep(cells: pl.DataFrame, pareto: str, notes: list[str], view: Shown = Shown()) -> None:  # noqa: B008  immutable
     """Print the frame of a sweep as a table on stdout, and `notes` under it; `*` marks the Pareto front."""
-    axes = cells.columns[2 : cells.columns.index("error")]
-    varying = [axis for axis in axes if cells[axis].drop_nulls().n_unique() > 1] or ["policy"]
-    keys = [TextColumn("", ["*" if on else "" for on in cells["pareto"]], right=False)]
+    everything, cells = cells, view.of(cells)
+    axes = everything.columns[2 : everything.columns.index("error")]
+    varying = [axis for axis in axes if everything[axis].drop_nulls().n_unique() > 1] or ["policy"]
+    keys = [TextColumn("", [_mark(row) for row in cells.iter_rows(named=True)], right=False)]
     for axis in varying:
         # A field's name is enough unless two axes end alike.
         heading = (
@@ -42,17 +71,27 @@ def print_sweep(cells: pl.DataFrame, pareto: str, notes: list[str]) -> None:
                 _named_slots(name) if value == "-" else value for name, value in zip(cells["name"], values, strict=True)
             ]
         keys.append(TextColumn(heading, values, cells[axis].dtype.is_numeric()))
-    figures = []
-    for name, form in _FORMS.items():
-        if name in cells.columns and any(cells[name].drop_nulls()):
-            factor, _ = COLUMNS[name].shown
-            texts = ["-" if value is None else form.format(factor * value) for value in cells[name]]
-            figures.append([TextColumn(COLUMNS[name].column, texts)])
+    names = [*view.columns] or [name for name in _SHOWN if is_shown(cells, name)]
+    groups = [[text_column(cells, name)] for name in names if name in cells.columns]
+    if "slo_miss" in cells.columns:
+        groups.insert(0, [TextColumn("misses\n%", [_missed(value) for value in cells["slo_miss"]])])
     console = stdout_console()
-    print_parts(console, keys, figures or [[]])
+    print_parts(console, keys, groups or [[]])
     console.print()
-    for line in [*_legend(cells, axes, varying, pareto), *notes]:
+    if view.top is not None and len(cells) < len(everything):
+        console.print(f"{len(cells):,} of {len(everything):,} cells.")
+    for line in [*_legend(everything, axes, varying, pareto, view), *notes]:
         console.print(line)
+
+
+def _mark(row: dict) -> str:
+    """`*` on the front, `o` of an oracle, `!` of what does not fit."""
+    beyond = "!" if row["fits"] is False else ""
+    return f"o{beyond}" if row["oracle"] else beyond or ("*" if row["pareto"] else "")
+
+
+def _missed(miss: float | None) -> str:
+    return "-" if miss is None else f"{100 * miss:.1f}" if miss else "kept"
 
 
 def _named_slots(name: str) -> str:
@@ -60,17 +99,25 @@ def _named_slots(name: str) -> str:
     return found[1] if found else "-"
 
 
-def _legend(cells: pl.DataFrame, axes: list[str], varying: list[str], pareto: str) -> list[str]:
+def _legend(cells: pl.DataFrame, axes: list[str], varying: list[str], pareto: str, view: Shown) -> list[str]:
     constant = {axis: cells[axis].drop_nulls() for axis in axes if axis not in varying}
     same = [f"{axis} {figure(known[0])}" for axis, known in constant.items() if len(known)]
     lines = [f"In all cells: {', '.join(same)}."] if same else []
     if "total_s" not in cells.columns:
         return lines
     against = _AGAINST.get(pareto, "price")
-    many = " of its trace" if "trace" in varying or "model" in varying else ""
+    of = ["trace"] if "trace" in varying or "model" in varying else []
+    of += ["batch"] if "batch" in varying else []
+    many = f" of its {' and '.join(of)}" if of else ""
     front = f"* Pareto front: no other cell{many} beats it in total time or {against} without losing in the other."
     if pareto == "price" and cells["price"].is_null().all():
         front = "No system lists a [price], so there is no front: give it one, or take another --pareto."
-    if "policy" in varying:
-        front += " Speed-ups are against the first policy, all else equal."
+    if len(cells) > 1 and is_shown(cells, "speedup"):
+        front += f" Speed-ups are against {view.baseline}, all else equal."
+    if "slo_miss" in cells.columns:
+        front += " Cells that miss a limit are not on it."
+    if cells["oracle"].any():
+        front += " o knows the future: a bound, and nothing that an engine can run."
+    if not cells["fits"].all():
+        front += " ! does not fit the machine, and is priced as if it did."
     return [*lines, front]
