@@ -14,6 +14,7 @@ from moetrace.engine.bounds import clairvoyant_s, work_bound_s
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
 from moetrace.engine.foresight import Foresight, foresight_of
+from moetrace.engine.lower_bound import LowerBound, add_to_lower_bound, bound_of, room_of, seconds_of
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import is_users, load_hook
@@ -46,7 +47,8 @@ class Lane:
     """One policy on its way through a trace, and what it recorded.
 
     ``clairvoyant_s``: seconds with whatever is active resident already, up to the slots; ``work_bound_s``: of any
-    schedule on the parts that take part (timing model, section 8).
+    schedule on the parts that take part; ``lower_bound`` counts starts, the link and the slots, too, and may serve
+    several lanes (timing model, section 8).
     """
 
     policy: PolicySpec
@@ -61,6 +63,7 @@ class Lane:
     clairvoyant: (
         tuple[Any, LayerScratch] | None
     )  # cells and scratch of that run; None if the dispatch ignores residency
+    lower_bound: LowerBound
     clairvoyant_s: float = 0.0
     work_bound_s: float = 0.0
     recording: Recording | None = None  # of the steps of a timeline
@@ -90,6 +93,11 @@ class Lane:
                 recording.record(self.work(part), self.hooks, self.foresight)
             else:
                 self._replay(part)
+
+    @property
+    def lower_bound_s(self) -> float:
+        """The bound that counts starts, the link and the slots; the work bound, should that be greater."""
+        return max(seconds_of(self.lower_bound), self.work_bound_s)
 
     def work(self, batch: Batch) -> Work:
         """Return all that the replay of a block takes."""
@@ -145,8 +153,9 @@ class _Underway:
             lane.finish()
         return Run(model, system, self.slots, schedule, popularity, self.lanes, self.warnings)
 
-    def add_bound(self, batch: Batch) -> None:
-        """Add a block to the lanes' work bounds, which differ only where what takes part does."""
+    def add_bounds(self, batch: Batch) -> None:
+        """Add a block to the lanes' bounds, which differ only where the machine does, or what it may hold."""
+        done: list[LowerBound] = []
         bounds: dict[tuple[float, float], float] = {}
         for lane in self.lanes:
             work = lane.machine.work[0]
@@ -154,6 +163,9 @@ class _Underway:
             if rates not in bounds:
                 bounds[rates] = work_bound_s(batch.steps, batch.demand, lane.machine, lane.work_bound_s)
             lane.work_bound_s = bounds[rates]
+            if not any(lane.lower_bound is one for one in done):
+                add_to_lower_bound(batch.steps, batch.demand, lane.machine, lane.lower_bound)
+                done.append(lane.lower_bound)
 
 
 def run_setups(
@@ -206,7 +218,8 @@ def _attempt(function: Callable[..., _Made], *arguments: Any) -> _Made | Moetrac
 
 def _begin(decoded: Decoded, setup: Setup, slots: int, warnings: list[str]) -> _Underway:
     weight_bytes = weight_bytes_of(decoded.trace, setup.model)
-    lanes = [_lane(decoded, setup, policy, weight_bytes, slots) for policy in setup.policies]
+    bounds: dict[Any, LowerBound] = {}
+    lanes = [_lane(decoded, setup, policy, weight_bytes, slots, bounds) for policy in setup.policies]
     if setup.window is not None:
         for lane in lanes:
             lane.recording = Recording(setup.window.start, setup.window.stop)
@@ -234,7 +247,7 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
 
 def _kernels_of(lanes: Iterable[Lane]) -> list[Any]:
     """Return what the lanes of a pass call, in threads if there are some."""
-    found = []
+    found: list[Any] = [work_bound_s, add_to_lower_bound]
     for lane in lanes:
         found.append(variant(lane.foresight is not None, False))
         found += [clairvoyant_s] if lane.clairvoyant is not None else []
@@ -244,15 +257,13 @@ def _kernels_of(lanes: Iterable[Lane]) -> list[Any]:
 
 def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> None:
     """Replay a block in each lane."""
-    for one in underway:
-        one.add_bound(batch)
-    lanes = [(one, lane) for one in underway for lane in one.lanes]
+    jobs = [(one, job) for one in underway for job in (one.add_bounds, *(lane.advance for lane in one.lanes))]
     if pool is None:
-        errors = [_attempt(lane.advance, batch) for _, lane in lanes]
+        errors = [_attempt(job, batch) for _, job in jobs]
     else:
-        futures = [pool.submit(_attempt, lane.advance, batch) for _, lane in lanes]
+        futures = [pool.submit(_attempt, job, batch) for _, job in jobs]
         errors = [result_of(future) for future in futures]
-    for (one, _), error in zip(lanes, errors, strict=True):
+    for (one, _), error in zip(jobs, errors, strict=True):
         if error is not None and one.error is None:
             one.error = error
             one.lanes = []  # and what they recorded
@@ -262,7 +273,15 @@ def _or(given: float | None, default: float) -> float:
     return default if given is None else float(given)
 
 
-def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int) -> Lane:
+def _lane(
+    decoded: Decoded,
+    setup: Setup,
+    policy: PolicySpec,
+    weight_bytes: np.ndarray,
+    slots: int,
+    bounds: dict[Any, LowerBound],
+) -> Lane:
+    """Return a policy's lane; ``bounds`` are those of the setup's lanes before it, and alike ones are the same."""
     check_policy(policy, setup.system)
     model, system = setup.model, seen_by(policy, setup.system)
     schedule, own = decoded.schedule, setup.hooks
@@ -307,4 +326,6 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
     foresight = None
     if residency.foresees:
         foresight = foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k)
-    return Lane(policy, machine, parts, system.ndp is not None, setting, log, state, foresight, hooks, clairvoyant)
+    bound = bound_of(bounds, machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
+    has_units = system.ndp is not None
+    return Lane(policy, machine, parts, has_units, setting, log, state, foresight, hooks, clairvoyant, bound)

@@ -199,6 +199,10 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
         ),
     ] = msgspec.field(default_factory=_nothing)
 
+    lower_bound_s: Annotated[
+        float | None,
+        Figure("s", "the lower bound: starts, the link and the slots count, and no policy is faster", None, "bound"),
+    ] = None
     break_even_tokens: Annotated[
         float | None,
         Figure(

@@ -148,6 +148,7 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> PolicyFigures:
         ttft_max_s=_spread(times.ttft_max_s),
         itl_s=_weighted_spread(gaps),
         request_tokens_per_s=_spread(times.tokens_per_s),
+        lower_bound_s=float(lane.lower_bound_s),
     )
 
 
