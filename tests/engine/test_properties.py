@@ -36,11 +36,12 @@ def assert_same(one: Lane, other: Lane) -> None:
     for part in ("step", "layer", "unit", "tally", "fallbacks"):
         assert getattr(one.log, part).tobytes() == getattr(other.log, part).tobytes(), part
     assert one.clairvoyant_s == other.clairvoyant_s
+    assert one.lower_bound_s == other.lower_bound_s
 
 
 @RANDOM
 @given(case=cases(), data=st.data())
-def test_conserves_rows_and_never_beats_the_work_bound(case, data, tmp_path_factory):
+def test_conserves_rows_and_never_beats_a_bound(case, data, tmp_path_factory):
     outcome = replay(case, some_policies(case, data, tmp_path_factory.mktemp("p")))
     cells = (case.trace.experts >= 0).sum()
     for lane in outcome.lanes:
@@ -50,6 +51,8 @@ def test_conserves_rows_and_never_beats_the_work_bound(case, data, tmp_path_fact
         parts = ("dense_s", "moe_s", "head_s", "wait_s", "demand_bytes", "prefetch_bytes", "hits", "misses", "late")
         assert all((step[name] >= 0).all() for name in parts)
         assert step["duration_s"].sum() >= outcome.work_bound_s * (1 - 1e-12)
+        assert step["duration_s"].sum() >= lane.lower_bound_s * (1 - 1e-9)
+        assert lane.lower_bound_s >= lane.work_bound_s
         assert lane.clairvoyant_s >= outcome.work_bound_s * (1 - 1e-12)
         busy_s = unit["busy_s"][FIRST_GROUP:]
         assert (busy_s <= step["moe_s"].sum() * (1 + 1e-9)).all()

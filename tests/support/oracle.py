@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from support.oracle_bound import Bound, room_of
 from support.oracle_dispatch import dispatch, dispatch_by_cost, share_one
 from support.oracle_layer import (
     DECODE,
@@ -72,6 +73,7 @@ class Outcome:
     prefetch_bytes: float
     imbalance_mean: float
     work_bound_s: float
+    lower_bound_s: float
     clairvoyant_s: float
     optimal_fallbacks: int
 
@@ -94,6 +96,8 @@ class Replay:
         self.layers = [dict.fromkeys(LAYER_COLUMNS, 0.0) for _ in range(machine.L)]
         self.imbalance: list[list[float]] = []  # [step][layer], NaN where undefined
         self.work_bound_s = 0.0
+        g = len(self.units[0][0]) if machine.home else 1
+        self.bound = Bound(machine, g, room_of(policy, machine, user_dispatch), bool(self.memory.copies))
         self.clairvoyant_s = 0.0
         self.optimal_fallbacks = 0
         self.has_waited = False
@@ -142,6 +146,7 @@ class Replay:
         self.add("gpu", busy_s=m.head_s(), bytes=m.head_bytes)
         self.work_bound_s += m.head_s()
         self.clairvoyant_s += m.head_s()
+        self.bound.add_step(self.demand[step], m.dense_s(len(rows), C) + m.overhead_s)
         memory.step_done(step)
         figures["prefetch_bytes"] = memory.moved_bytes
         figures["late"] = memory.late - late
@@ -334,6 +339,7 @@ def simulate(
         prefetch_bytes=math.fsum(steps["prefetch_bytes"]),
         imbalance_mean=mean([value for of_layers in replay.imbalance for value in of_layers]),
         work_bound_s=replay.work_bound_s,
+        lower_bound_s=max(replay.bound.seconds(), replay.work_bound_s),
         clairvoyant_s=replay.clairvoyant_s,
         optimal_fallbacks=replay.optimal_fallbacks,
     )
