@@ -1,4 +1,4 @@
-"""A lower bound that counts starts, the link and the slots: no policy is faster (timing model, section 8, has the proof).
+"""A lower bound that counts starts, the link and the slots: no policy beats it (timing model, section 8, proves it).
 
 Whatever a policy does, its time is at least any weighing of three things: of what the GPU does, of what home does, and
 of what the link carries. The weights decide only how good the bound is, so they may be found while the trace passes.

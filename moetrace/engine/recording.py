@@ -55,8 +55,8 @@ class Recording:
         tape = new_tape(*_most_records(work))
         variant(foresight is not None, True)(work, *hooks, foresight, tape)
         slices, counts = tape.ends
-        if slices > len(tape.slices) or counts > len(tape.counts):  # bounds are not checked there
-            raise RuntimeError(f"step {work.batch.steps.first} wrote past the end of its tape.")
+        if slices > len(tape.slices) or counts > len(tape.counts):
+            raise RuntimeError(f"step {work.batch.steps.first} has more to note than its tape has room for.")
         self._slices.append(tape.slices[:slices].copy())
         self._counts.append(tape.counts[:counts].copy())
 

@@ -33,7 +33,7 @@ from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wa
 from moetrace.engine.residency import Cache, empty_cache, empty_cells, pool_of, touch_and_admit
 from moetrace.engine.schedule import Requests, Schedule
 from moetrace.engine.setting import new_setting
-from moetrace.engine.sharing import see_parts, share_out, shared_of
+from moetrace.engine.sharing import run_whole, see_parts, share_out, shared_of
 from moetrace.engine.state import (
     ACTIVE,
     FIRST_GROUP,
@@ -248,6 +248,8 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
     shared = shared_of(setting.splits, size, plan)
     line = timeline(machine, view, size, plan, shared)
+    if shared >= 0:
+        run_whole(layer * cells.shape[1], shared, state)
     _carry_out(layer, size, state, log)
     if shared >= 0:
         share_out(layer, shared, state, log)

@@ -216,6 +216,11 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
         ),
     ] = None
 
+    @property
+    def bound_s(self) -> float:
+        """The lower bound; of a folder of an earlier version, which has none, the work bound."""
+        return self.work_bound_s if self.lower_bound_s is None else self.lower_bound_s
+
 
 class CellCosts(msgspec.Struct):
     """What a cell of a sweep takes beside time; a Pareto front sets one of them against it."""

@@ -231,7 +231,12 @@ class Replay:
             self.add("cpu", experts=1, rows=n[e], bytes=m.W[layer, e])
         self.add("cpu", busy_s=line.cpu_busy)
         act_s, act_bytes = line.act + line.act_cpu, line.X + line.X_cpu
-        self.add("link_in", busy_s=line.fetch_s + act_s, experts=len(line.fetched), bytes=demand_bytes + act_bytes)
+        self.add(
+            "link_in",
+            busy_s=line.fetch_s + act_s,
+            experts=len(line.fetched + line.run_whole),
+            bytes=demand_bytes + act_bytes,
+        )
         self.add("link_out", busy_s=act_s, bytes=act_bytes)
 
     def yardsticks(self, layer: int, n: dict[int, int], T: int, before_s: float, moe_s: float) -> None:

@@ -249,14 +249,16 @@ class Memory:
             if entry:
                 self.leave(entry)
         entry = self.queued((layer, line.share.expert)) if line.share else None
-        if entry and line.streamed:  # what a share fetched of it has moved, but never all
+        if entry and line.run_whole:  # what had arrived runs: it is not wasted
+            self.queue.remove(entry)
+        elif entry and line.streamed:  # what a share fetched of it has moved, but never all
             most = self.machine.W[entry.key] - 2 * DONE_BYTES
             entry.moved = max(entry.moved, min(entry.moved + line.streamed, most))
             entry.left = float(self.machine.W[entry.key]) - entry.moved
         if self.foresight:
             self.foresight.see(*self.now, self.demand[self.now[0]][layer])
             if self.policy.prefetch == "foresee":
-                self.foresight.requeue(self, [(layer, e) for e in line.fetched])
+                self.foresight.requeue(self, [(layer, e) for e in line.fetched + line.run_whole])
 
     def entry(self, key: Expert) -> Entry:
         return Entry(key, float(self.machine.W[key]))
@@ -270,7 +272,9 @@ class Memory:
         before = set(self.copies)
         for e in demand_order(n):
             key = (layer, e)
-            if key in self.copies or (e in line.fetched and self.keeps(key) and self.admit(key, active, False)):
+            if key in self.copies or (
+                e in line.fetched + line.run_whole and self.keeps(key) and self.admit(key, active, False)
+            ):
                 self.touches += 1
                 self.touched[key] = self.touches
                 self.copies[key].demands += 1
