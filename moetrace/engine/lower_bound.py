@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moetrace.engine.cost import dense_s, head_s
+from moetrace.engine.foresight import PLACES
 from moetrace.engine.layer import less
 from moetrace.engine.machine import FIRST_HOME, GPU_DEVICE, Machine
-from moetrace.engine.foresight import PLACES
 from moetrace.engine.prefetch import BY_WORTH, DONE_BYTES, NO_PREFETCH
 from moetrace.engine.replay import smallest_work
 from moetrace.engine.state import records

@@ -122,7 +122,7 @@ def make_wanted(cells, cache, total):
     pools = cache.residents.size
     span = total.size // pools
     for pool in range(pools):
-        want_most_frequent(cells, total, pool * span, (pool + 1) * span, cache.capacity)
+        want_most_frequent(cells, total, pool * span, (pool + 1) * span, cache.capacity[pool])
         _line_up_unwanted(cells, cache, pool, pool * span, (pool + 1) * span)
 
 

@@ -44,11 +44,11 @@ class Recording:
             yield batch, False
             return
         if inside.start > 0:
-            yield _cut(batch, 0, inside.start, layers), False
+            yield cut(batch, 0, inside.start, layers), False
         for s in inside:
-            yield _cut(batch, s, s + 1, layers), True
+            yield cut(batch, s, s + 1, layers), True
         if inside.stop < size:
-            yield _cut(batch, inside.stop, size, layers), False
+            yield cut(batch, inside.stop, size, layers), False
 
     def record(self, work: Work, hooks: tuple[Any, Any], foresight: Foresight | None) -> None:
         """Replay a block of one step, and keep what was noted of it."""
@@ -61,7 +61,7 @@ class Recording:
         self._counts.append(tape.counts[:counts].copy())
 
 
-def _cut(batch: Batch, first: int, stop: int, layers: int) -> Batch:
+def cut(batch: Batch, first: int, stop: int, layers: int) -> Batch:
     """Steps ``first`` to ``stop - 1`` of a block; what lies ahead of them stays in reach."""
     rows, kv_tokens, phase, prompt_ends = (column[first:stop] for column in batch.steps[1:])
     return batch._replace(

@@ -239,7 +239,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
         tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
     size = _see(at, layer, step, batch.demand, machine, setting, state, log)
     pool = pool_of(state.cache, layer)
-    of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity))
+    of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity[pool]))
     view = view_of(step, batch.steps, machine, setting, state.scratch, of_pool)
     load = state.scratch.load[:size]
     plan = state.scratch.plan[:size]

@@ -1,7 +1,7 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moetrace.engine.bounds import clairvoyant_s, work_bound_s
+from moetrace.engine.cold import ColdStarts, cold_steps
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
 from moetrace.engine.foresight import Foresight, foresight_of
+from moetrace.engine.layer_slots import layer_slots
 from moetrace.engine.lower_bound import LowerBound, add_to_lower_bound, bound_of, room_of, seconds_of
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
@@ -64,6 +66,7 @@ class Lane:
         tuple[Any, LayerScratch] | None
     )  # cells and scratch of that run; None if the dispatch ignores residency
     lower_bound: LowerBound
+    cold_starts: ColdStarts | None = None  # of scope "request"
     clairvoyant_s: float = 0.0
     work_bound_s: float = 0.0
     recording: Recording | None = None  # of the steps of a timeline
@@ -71,10 +74,11 @@ class Lane:
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
         try:
-            if self.recording is None:
-                self._replay(batch)
-            else:
-                self._replay_and_record(batch, self.recording)
+            for part in self._cut_where_cold(batch):
+                if self.recording is None:
+                    self._replay(part)
+                else:
+                    self._replay_and_record(part, self.recording)
             if self.clairvoyant is not None:
                 facts = (batch.steps, batch.demand, self.machine, self.setting, *self.clairvoyant)
                 self.clairvoyant_s = clairvoyant_s(*facts, self.hooks[0], self.clairvoyant_s)
@@ -83,6 +87,16 @@ class Lane:
         except Exception as error:  # only a user's function can raise
             why = f"{type(error).__name__}: {error}{_line_of(error)}"
             raise MoetraceError(f"Policy {self.policy.name} failed: {why}.") from error
+
+    def _cut_where_cold(self, batch: Batch) -> Iterator[Batch]:
+        """Yield a block in the parts before which the cache is emptied, once that has been done."""
+        if self.cold_starts is None:
+            yield batch
+            return
+        for part, is_cold in self.cold_starts.parts(batch, len(self.state.cells)):
+            if is_cold:
+                self.cold_starts.empty(self.state, self.log)
+            yield part
 
     def _replay(self, batch: Batch) -> None:
         variant(self.foresight is not None, False)(self.work(batch), *self.hooks, self.foresight, None)
@@ -312,9 +326,11 @@ def _lane(
         seed=policy.seed,
     )
     pools = layers if policy.scope == "layer" and not residency.shares_slots else 1
-    cache = empty_cache(
-        layers, experts, pools, slots // pools, residency.order, _or(policy.evicted_share, EVICTED_SHARE)
-    )
+    capacity: int | np.ndarray = slots // pools
+    if policy.budget is not None:
+        capacity = layer_slots(policy.budget, decoded.trace, slots, weight_bytes > 0)
+    evicted_share = _or(policy.evicted_share, EVICTED_SHARE)
+    cache = empty_cache(layers, experts, pools, capacity, residency.order, evicted_share)
     state = new_state(machine, schedule, setting, cache, residency.admits)
     if system.link is None:
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
@@ -328,4 +344,5 @@ def _lane(
         foresight = foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k)
     bound = bound_of(bounds, machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
     has_units = system.ndp is not None
-    return Lane(policy, machine, parts, has_units, setting, log, state, foresight, hooks, clairvoyant, bound)
+    cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
+    return Lane(policy, machine, parts, has_units, setting, log, state, foresight, hooks, clairvoyant, bound, cold)

@@ -109,6 +109,8 @@ class Replay:
     def run(self) -> None:
         start_s = 0.0
         for step in range(self.trace.steps):
+            if self.policy.scope == "request" and step and not self.under_way(step):
+                self.memory.forget()
             figures = self.run_step(step)
             figures["start_s"] = start_s
             parts = ("wait_s", "dense_s", "moe_s", "head_s")
@@ -119,6 +121,11 @@ class Replay:
         moved = math.fsum(figures["prefetch_bytes"] for figures in self.steps)
         self.add("link_in", busy_s=moved / self.machine.B_l if moved else 0.0, bytes=moved)
         self.add("link_in", experts=self.memory.completed)
+
+    def under_way(self, step: int) -> bool:
+        """Whether a request has rows before the step and from there on."""
+        at = int(self.trace.offset[step])
+        return bool(set(self.trace.request[:at].tolist()) & set(self.trace.request[at:].tolist()))
 
     def run_step(self, step: int) -> dict[str, float]:
         m, memory = self.machine, self.memory

@@ -215,6 +215,11 @@ def lfuda(budgets: Sequence[Budget], demands: Demands) -> Replay:
     return _scored(scored.LFUDA, budgets, demands)
 
 
+def lfu_window(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict the expert accessed in the fewest of the last steps."""
+    return _scored(scored.LFU_WINDOW, budgets, demands)
+
+
 def least_stale(budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Evict an expert of the layer that comes round last."""
     return _scored(scored.LEAST_STALE, budgets, demands)
