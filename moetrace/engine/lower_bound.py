@@ -53,11 +53,11 @@ class LowerBound(NamedTuple):
     level: np.ndarray  # float64 [L, E]: the level at an expert's last demand, or NEVER
 
 
-class Costs(NamedTuple):
+class OfAllExperts(NamedTuple):
     """What the experts of all layers have in common, in registers: seconds of a row, a byte, a start."""
 
-    gpu: "Rates"
-    home: "Rates"  # of all groups of units, each on average
+    gpu: "MeanRates"
+    home: "MeanRates"  # of all groups of units, each on average
     has_home: bool
     gpu_layer_s: float
     home_layer_s: float
@@ -66,7 +66,7 @@ class Costs(NamedTuple):
     latency_s: float
 
 
-class Rates(NamedTuple):
+class MeanRates(NamedTuple):
     """What an expert takes on a device."""
 
     s_per_row: float
@@ -155,12 +155,12 @@ def add_to_lower_bound(steps, demand, machine, bound):
 
 @kernel
 def _costs_of(machine):
-    """Return the machine's ``Costs``."""
+    """Return the machine's ``OfAllExperts``."""
     gpu, home, link = machine.device[GPU_DEVICE], machine.device[FIRST_HOME], machine.link[0]
     part = 1.0 / (machine.device.size - FIRST_HOME)
-    return Costs(
-        Rates(gpu.s_per_row, gpu.s_per_byte, gpu.each_s, gpu.is_serial > 0.0),
-        Rates(home.s_per_row * part, home.s_per_byte * part, home.each_s * part, home.is_serial > 0.0),
+    return OfAllExperts(
+        MeanRates(gpu.s_per_row, gpu.s_per_byte, gpu.each_s, gpu.is_serial > 0.0),
+        MeanRates(home.s_per_row * part, home.s_per_byte * part, home.each_s * part, home.is_serial > 0.0),
         home.bytes_s > 0.0,
         gpu.layer_s,
         home.layer_s,

@@ -186,7 +186,7 @@ def _carry_out(layer, size, state, log):
         if active.resident:
             log.tally[0].used += state.cache.fresh[key]
             state.cache.fresh[key] = 0
-        elif state.scratch.plan[i] != SHARED:
+        elif state.scratch.plan[i] != SHARED or run_whole(key, i, state):
             fetched += 1
             if state.queue.place[key] >= 0:
                 log.tally[0].wasted += leave(state.queue, key)
@@ -248,8 +248,6 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
     shared = shared_of(setting.splits, size, plan)
     line = timeline(machine, view, size, plan, shared)
-    if shared >= 0:
-        run_whole(layer * cells.shape[1], shared, state)
     _carry_out(layer, size, state, log)
     if shared >= 0:
         share_out(layer, shared, state, log)

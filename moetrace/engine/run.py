@@ -237,6 +237,11 @@ def _begin(decoded: Decoded, setup: Setup, slots: int, warnings: list[str]) -> _
     if setup.window is not None:
         for lane in lanes:
             lane.recording = Recording(setup.window.start, setup.window.stop)
+    warnings = warnings + [
+        f"policy {lane.policy.name}: requests overlap from first to last, so scope request empties nothing."
+        for lane in lanes
+        if lane.cold_starts is not None and len(lane.cold_starts.steps) == 0 and len(decoded.schedule.requests.id) > 1
+    ]
     return _Underway(setup, slots, lanes, warnings)
 
 

@@ -63,14 +63,15 @@ def see_parts(base, size, state):
 
 
 @kernel
-def run_whole(base, shared, state):
-    """If the share is all of an expert and some of it is fetched, it is fetched and offered as any other."""
+def run_whole(key, shared, state):
+    """If the share is all of an expert and some of it is fetched, treat it as any other; return whether it is so."""
     active, queue = state.scratch.active[shared], state.queue
     if active.share < 1.0 or missing_share(active) == 0.0:
-        return
+        return False
     state.scratch.plan[shared] = ON_GPU
-    if queue.place[base + active.expert] >= 0:
-        leave(queue, base + active.expert)  # not wasted: what had arrived of it runs
+    if queue.place[key] >= 0:
+        leave(queue, key)  # not wasted: what had arrived of it runs
+    return True
 
 
 @kernel

@@ -8,6 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import oracle_cache
+from support.small_caches import (
+    EXPERTS,
+    GENERAL,
+    ONE_AT_A_TIME,
+    POLICIES,
+    frame_of,
+    oracle_frame,
+    small_trace,
+)
 
 from moetrace.analyze.cache import next_use as look_ahead
 from moetrace.analyze.cache.accesses import accesses
@@ -19,86 +28,11 @@ from moetrace.analyze.locality.rows import ABSENT
 from moetrace.generators import generate_trace
 from moetrace.importers.importing import import_traces
 from moetrace.spec import Model
-from moetrace.spec.choices import cache_policies
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
 
 CAPTURES = Path(__file__).parents[3] / "shared" / "traces"
 captured = pytest.mark.skipif(not CAPTURES.exists(), reason="needs the captures beside the repository")
-PHASES = ("prefill", "decode", "mixed")
-EXPERTS = 7
-# The others are held against libcachesim.
-POLICIES = cache_policies()
-ONE_AT_A_TIME = [name for name, policy in POLICIES.items() if policy.one_at_a_time]
-GENERAL = [name for name in POLICIES if name not in ONE_AT_A_TIME]
-KIB = 1 << 10
-
-
-def small_trace(seed: int, steps: int = 30, layers: int = 3, most: int = 3, equal: bool = False) -> dict:
-    """Arguments of `Trace.from_arrays`: absent ids, unequal sizes, batches, all phases, records."""
-    rng = np.random.default_rng(seed)
-    step_rows = rng.integers(1, most + 1, steps)
-    rows = int(step_rows.sum())
-    ids = oracle_cache.random_routing(rng, rows, layers, EXPERTS, 2)
-    phase = rng.integers(0, 3 if most > 1 else 2, steps)
-    recorded = np.where(ids == 255, 255, rng.integers(0, 3, ids.shape))
-    return {
-        "experts": ids,
-        "num_experts": EXPERTS,
-        "request": np.zeros(rows, int),
-        "steps": step_rows,
-        "phase": phase,
-        "row_phase": np.minimum(np.repeat(phase, step_rows), 1),
-        "recorded": recorded,
-        "expert_bytes": np.full((layers, EXPERTS), 8) if equal else rng.integers(1, 30, (layers, EXPERTS)),
-    }
-
-
-def oracle_frame(given: dict, policy: str, budget: int, scope: str, sequential: bool, in_experts: bool) -> dict:
-    """Hits, missed bytes, agreement and what was wholly resident, of each phase, by the slow simulator."""
-    layers = given["experts"].shape[1]
-    demands = oracle_cache.events(
-        given["experts"], given["steps"], given["phase"], 255, sequential, given.get("recorded")
-    )
-    size = given["expert_bytes"]
-    weight = np.ones_like(size) if in_experts else size
-    pools = [None] if scope == "global" else range(layers)
-    totals, made, lacking = {}, {}, {}
-    for pool in pools:
-        own = [event for event in demands if event and (pool is None or event[0].layer == pool)]
-        share = budget if pool is None else budget // layers
-
-        def check(resident, share=share):
-            assert sum(int(weight[key]) for key in resident) <= share
-
-        hits = oracle_cache.replay(own, policy, share, weight, check, given["phase"])
-        for access, hit in zip((access for event in own for access in event), hits, strict=True):
-            for phase in ("all", PHASES[access.phase]):
-                t = totals.setdefault(phase, [0, 0, 0, 0, 0, 0])
-                of = {("row", row) for row in access.rows} | {("step", access.step)}
-                made.setdefault(phase, set()).update(of)
-                lacking.setdefault(phase, set()).update(() if hit else of)
-                t[0] += 1
-                t[1] += hit
-                t[2] += 0 if hit else int(size[access.key])
-                t[3] += access.recorded != 255
-                t[4] += access.recorded != 255 and hit == (access.recorded > 0)
-                t[5] += access.recorded != 255 and access.recorded > 0
-
-    def whole(phase, what):
-        all_of = {each for each in made[phase] if each[0] == what}
-        return len(all_of - lacking[phase]) / len(all_of)
-
-    return {
-        phase: [*t[:3], *(n / t[3] if t[3] else None for n in t[4:]), whole(phase, "row"), whole(phase, "step")]
-        for phase, t in totals.items()
-    }
-
-
-def frame_of(frame: pl.DataFrame) -> dict:
-    columns = ["accesses", "hits", "missed_bytes", "recorded_agreement", "recorded_hit_rate"]
-    columns += ["all_resident_rows", "all_resident_steps"]
-    return {row["phase"]: [row[column] for column in columns] for row in frame.iter_rows(named=True) if row["accesses"]}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -392,73 +326,3 @@ def test_hit_rates_of_independent_draws_are_those_of_three_other_tools():
     rates = decode(cache_hits(trace, [400], ["lru", "belady"], sequential=True, model=model), "hit_rate")
     assert 0.411 <= round(rates["lru"], 3) <= 0.412
     assert 0.695 <= round(rates["belady"], 3) <= 0.697
-
-
-def of_requests(seed: int, requests: int = 4, most: int = 1) -> dict:
-    """A small trace whose steps are of one request each, which come in turn."""
-    given = small_trace(seed, most=most)
-    owner = np.sort(np.random.default_rng(seed).integers(0, requests, len(given["steps"])))
-    return given | {"request": np.repeat(owner, given["steps"]), "position": np.arange(len(given["experts"]))}
-
-
-@pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_scope_request_is_each_request_by_itself(policy, sequential, monkeypatch):
-    if policy in ONE_AT_A_TIME and not sequential:
-        pytest.skip("defined one access at a time")
-    given = of_requests(7, most=2)
-    capacities = [3, 8]
-    whole = cache_hits(Trace.from_arrays(**given), capacities, [policy], scope="request", sequential=sequential)
-    hits = np.zeros(len(capacities), int)
-    for request in np.unique(given["request"]):
-        steps = given["request"][np.cumsum(given["steps"]) - 1] == request
-        rows = given["request"] == request
-        own = {name: given[name][rows] for name in ("experts", "request", "position", "row_phase", "recorded")}
-        own |= {name: given[name][steps] for name in ("steps", "phase")}
-        alone = Trace.from_arrays(**(given | own))
-        hits += cache_hits(alone, capacities, [policy], sequential=sequential).filter(phase="all")["hits"].to_numpy()
-    if policy != "static-hindsight":  # that counts the whole trace
-        assert whole.filter(phase="all")["hits"].to_list() == hits.tolist()
-    with monkeypatch.context() as patch:
-        patch.setattr("moetrace.trace.format.BLOCK_BYTES", 1)
-        cut = cache_hits(Trace.from_arrays(**given), capacities, [policy], scope="request", sequential=sequential)
-    assert cut.equals(whole)
-
-
-@pytest.mark.parametrize("sequential", [False, True])
-def test_a_budget_is_each_layer_by_itself(tmp_path, sequential):
-    given = small_trace(3, equal=True)
-    trace = Trace.from_arrays(**given)
-    numbers = [1, 5, 3]
-    (tmp_path / "b.csv").write_text("\n".join(map(str, numbers)))
-    names = list(POLICIES) if sequential else GENERAL
-    names = [name for name in names if name != "least-stale"]  # with one layer only it is LRU
-    how = {"scope": "layer", "sequential": sequential}
-    found = cache_hits(trace, [9], names, budget=tmp_path / "b.csv", **how).filter(phase="all")
-    hits = np.zeros(len(names), int)
-    for layer, number in enumerate(numbers):
-        one = {name: given[name][:, [layer]] for name in ("experts", "recorded")}
-        alone = Trace.from_arrays(**(given | one | {"expert_bytes": given["expert_bytes"][[layer]]}))
-        hits += cache_hits(alone, [number], names, sequential=sequential).filter(phase="all")["hits"].to_numpy()
-    assert found["hits"].to_list() == hits.tolist()
-    (tmp_path / "b.csv").write_text("3\n3\n3\n")
-    equal = cache_hits(trace, [9, 10], names, budget=tmp_path / "b.csv", **how)
-    assert equal.equals(cache_hits(trace, [9, 10], names, **how))
-    auto = cache_hits(trace, [9], ["static-hindsight"], budget="auto", **how)
-    assert (auto["hits"] <= auto["accesses"]).all() and auto["hits"][0] > 0
-
-
-def test_what_a_budget_of_caches_goes_with(tmp_path):
-    trace = Trace.from_arrays(**small_trace(3))
-    for scope, capacity in (("global", 9), ("request", 9), ("layer", "9KiB")):
-        with pytest.raises(UsageError, match="a budget gives each layer's cache experts: use scope layer, and capac"):
-            cache_hits(trace, [capacity], scope=scope, budget="auto")
-
-
-@pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("sequential", [False, True])
-def test_a_window_of_48_steps(scope, sequential):
-    """In 110 steps accesses leave the window."""
-    given = small_trace(5, steps=110, most=2)
-    frame = cache_hits(Trace.from_arrays(**given), [9], ["lfu-window"], scope=scope, sequential=sequential)
-    assert frame_of(frame) == oracle_frame(given, "lfu-window", 9, scope, sequential, True)

@@ -72,6 +72,17 @@ def test_where_requests_overlap_nothing_is_emptied(case, data, tmp_path_factory)
         assert all(getattr(one.log, part).tobytes() == getattr(other.log, part).tobytes() for part in LOGGED)
 
 
+def test_a_note_says_so():
+    trace = in_turn(small_case(np.random.default_rng(4), most=1).trace)
+    trace.request[:] = np.arange(len(trace.request)) // 5
+    whole = OracleTrace(trace.experts, trace.request, trace.position, trace.row_phase, trace.offset[[0, -1]])
+    for steps, notes in ((trace, 0), (whole, 1)):
+        case = replace_trace(small_case(np.random.default_rng(4)), steps)
+        asked = load_policy("on-demand", {"scope": "request"})
+        said = [note for note in replay(case, [asked]).warnings if "scope request empties nothing" in note]
+        assert len(said) == notes
+
+
 def test_foresee_is_not_emptied():
     with pytest.raises(UsageError, match="residency foresee learns from one request for the next, so its cache is not"):
         load_policy("foresee", {"scope": "request"})
