@@ -115,7 +115,7 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
     bounds_ms = _cells("digits", sorted({1e3 * policy["lower_bound_s"] for policy in summary["policies"]}))
     bound = f"the {bounds_ms[0]} ms that no policy beats, whatever it foresees"
     if bounds_ms[0] != bounds_ms[-1]:
-        bound = f"what no policy with its placement and parts beats, {bounds_ms[0]} to {bounds_ms[-1]} ms"
+        bound = f"what no policy with its placement, parts and start beats, {bounds_ms[0]} to {bounds_ms[-1]} ms"
     layers = trace["steps"] * trace["layers"]
     return [
         f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "

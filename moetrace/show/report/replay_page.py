@@ -171,11 +171,11 @@ def _words(summary: Summary) -> str:
 
 
 def _bounds(summary: Summary) -> str:
-    """The bound of all policies, or the least and the largest, if not all have the same parts and placement."""
+    """The bound of all policies, or the least and the largest, if policies differ in what it depends on."""
     low, *_, high = sorted([policy.bound_s for policy in summary.policies] * 2)
     if low == high:
         return f"{page.seconds(low)}, the same for all policies"
-    return f"{page.seconds(low)} to {page.seconds(high)}, by the placement and the parts of a policy"
+    return f"{page.seconds(low)} to {page.seconds(high)}, by the placement and parts of a policy, and whether it starts with experts on the GPU"
 
 
 def _how(summary: Summary) -> str:
