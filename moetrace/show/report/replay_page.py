@@ -175,7 +175,7 @@ def _bounds(summary: Summary) -> str:
     low, *_, high = sorted([policy.bound_s for policy in summary.policies] * 2)
     if low == high:
         return f"{page.seconds(low)}, the same for all policies"
-    return f"{page.seconds(low)} to {page.seconds(high)}, by the placement and parts of a policy, and whether it starts with experts on the GPU"
+    return f"{page.seconds(low)} to {page.seconds(high)}, by the placement, the parts and the start of a policy"
 
 
 def _how(summary: Summary) -> str:
