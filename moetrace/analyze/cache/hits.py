@@ -3,7 +3,6 @@
 What counts as an access, and how a victim is found, is in `accesses` and `eviction`; docs/cache.md says it for users.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from moetrace.analyze.cache import eviction
-from moetrace.analyze.cache.accesses import accesses
+from moetrace.analyze.cache.accesses import Accesses, accesses
 from moetrace.analyze.cache.kernels.replays import Budget, Demands, make_replay
 from moetrace.analyze.cache.kernels.static import count_accesses
 from moetrace.analyze.cache.next_use import NextUses
@@ -29,6 +28,7 @@ from moetrace.analyze.cache.tally import (
     WHOLE_STEPS,
     DemandCounts,
     HitTally,
+    Owners,
     RequestGroups,
     count_demand,
     count_hits,
@@ -37,6 +37,7 @@ from moetrace.analyze.cache.tally import (
     mark_hits,
     no_demand,
     no_tally,
+    owners_of,
     quantiles,
     requests_of,
 )
@@ -54,6 +55,7 @@ from moetrace.trace.schema import PHASE_NAMES
 DEFAULT_POLICIES = ("lru", "lfu", "belady")
 SCOPES = ("global", "layer")
 MAX_CAPACITY = 1 << 60
+_BLOCK_IDS = 1 << 19  # of a block, whose accesses and hits then stay in the caches
 MAX_KEYS = 1 << 20  # models have 23,000 at most; a damaged file may claim anything
 _SCHEMA = {
     "policy": pl.String,
@@ -227,10 +229,10 @@ def _replay(
     """Return what was demanded, and what each policy hit at each capacity."""
     keys, pools = trace.layers * trace.num_experts, trace.layers if asked.scope == "layer" else 1
     size = np.zeros(keys, np.int64) if asked.sizes is None else asked.sizes.reshape(-1)
-    count = np.zeros(0, np.int64)
+    count, block_rows = np.zeros(0, np.int64), max(1, _BLOCK_IDS // (trace.layers * trace.top_k))
     needs = asked.policies.values()
     if any(policy.totals for policy in needs):
-        count = count_accesses(accesses(trace, sequential=asked.sequential), keys)
+        count = count_accesses(accesses(trace, sequential=asked.sequential, block_rows=block_rows), keys)
     choices = trace.rows * trace.top_k
     demands = Demands(trace.layers, trace.num_experts, size, pools, asked.sequential, choices, count)
     budgets = [Budget(capacity.amount // pools, capacity.unit == "bytes") for capacity in asked.capacities]
@@ -238,36 +240,51 @@ def _replay(
     tallies = {policy: [no_tally(requests.groups) for _ in budgets] for policy in asked.policies}
     demand = no_demand(keys, requests.groups)
     looks_ahead = any(policy.next_use for policy in needs)
+    each = size[:1] if (size == size[0]).all() else size
     with NextUses(keys) as next_uses:
         if looks_ahead:
-            next_uses.learn(accesses(trace, sequential=asked.sequential))
+            next_uses.learn(accesses(trace, sequential=asked.sequential, block_rows=block_rows))
         wanted = {
             "recorded": "recorded" in trace.has,
             "rows": True,
             "chosen_by": any(policy.row_counts for policy in needs),
-            "choices": True,
         }
-        for block in accesses(trace, sequential=asked.sequential, **wanted):
-            group = requests.group_of(block.request)
-            count_demand(demand, block, group, trace.layers)
+        for block in accesses(trace, sequential=asked.sequential, block_rows=block_rows, **wanted):
+            owners = owners_of(block, requests.group_of(block.request), trace.layers)
+            count_demand(demand, block, owners, trace.num_experts)
             next_use = next_uses.of(block) if looks_ahead else np.zeros(0, np.int64)
-            several: list[HitTally] = []  # caches whose hits are marked
-            bits = np.zeros(block.key.size if block.choice.size else 0, np.uint64)
+            whole = _WholeRows(block, owners, trace.num_experts, asked.sequential)
             for policy, replay in replays.items():
                 for tally, hit in zip(tallies[policy], replay(block, next_use), strict=True):
-                    count_hits(tally, block, hit, size, group)
-                    if not block.choice.size:
-                        continue
-                    mark_hits(bits, hit, len(several))
-                    several.append(tally)
-                    if len(several) == MOST_CACHES:
-                        count_whole_rows(several, block, bits)
-                        bits[:], several = 0, []
-            if several:
-                count_whole_rows(several, block, bits)
+                    count_hits(tally, block, hit, each, owners)
+                    whole.add(tally, hit)
+            whole.count()
             if progress is not None:
                 progress(block.rows)
     return demand, tallies
+
+
+class _WholeRows:
+    """Counts the rows of a block, of steps with several, whose choices all hit: for many caches at once."""
+
+    def __init__(self, block: Accesses, owners: Owners, num_experts: int, sequential: bool) -> None:
+        self._block, self._owners, self._how = block, owners, (num_experts, sequential)
+        self._caches: list[HitTally] = []
+        self._bits = np.zeros(block.key.size if block.experts.size else 0, np.uint64)
+
+    def add(self, tally: HitTally, hit: np.ndarray) -> None:
+        """Note which accesses hit in one cache, uint8 [n]."""
+        if self._bits.size:
+            mark_hits(self._bits, self._owners, hit, len(self._caches))
+            self._caches.append(tally)
+            if len(self._caches) == MOST_CACHES:
+                self.count()
+                self._caches, self._bits[:] = [], 0
+
+    def count(self) -> None:
+        """Add the rows to the tallies of the caches noted."""
+        if self._caches:
+            count_whole_rows(self._caches, self._block, self._bits, *self._how)
 
 
 def _known(names: Sequence[str]) -> dict[str, CachePolicy]:
@@ -339,7 +356,6 @@ def _rows(asked: Asked, demand: DemandCounts, tallies: dict[str, list[HitTally]]
 def _row(demand: DemandCounts, tally: HitTally, phases: list[int]) -> dict:
     accessed, compulsory, steps, choosing_rows, choosing_steps = (int(n) for n in demand.counts[phases].sum(0))
     totals = tally.totals[phases].sum(0)
-    misses = sum((tally.step_misses[phase] for phase in phases), Counter())
     return {
         "steps": steps,
         "accesses": accessed,
@@ -352,5 +368,5 @@ def _row(demand: DemandCounts, tally: HitTally, phases: list[int]) -> dict:
         "all_resident_steps": totals[WHOLE_STEPS] / choosing_steps if choosing_steps else None,
         "recorded_hit_rate": totals[RECORDED_HITS] / totals[RECORDED] if totals[RECORDED] else None,
         "recorded_agreement": totals[AGREEING] / totals[RECORDED] if totals[RECORDED] else None,
-        **{f"step_misses_p{q}": value for q, value in zip(QUANTILES, quantiles(misses), strict=True)},
+        **{f"step_misses_p{q}": value for q, value in zip(QUANTILES, quantiles(tally.step_misses(phases)), strict=True)},
     }
