@@ -20,7 +20,6 @@ from moetrace.analyze.cache.tally import (
     AGREEING,
     HITS,
     MISSED_BYTES,
-    MOST_CACHES,
     QUANTILES,
     RECORDED,
     RECORDED_HITS,
@@ -253,7 +252,7 @@ def _replay(
             owners = owners_of(block, requests.group_of(block.request), trace.layers)
             count_demand(demand, block, owners, trace.num_experts)
             next_use = next_uses.of(block) if looks_ahead else np.zeros(0, np.int64)
-            whole = _WholeRows(block, owners, trace.num_experts, asked.sequential)
+            whole = _WholeRows(block, owners, trace.num_experts, asked.sequential, len(replays) * len(budgets))
             for policy, replay in replays.items():
                 for tally, hit in zip(tallies[policy], replay(block, next_use), strict=True):
                     count_hits(tally, block, hit, each, owners)
@@ -267,24 +266,24 @@ def _replay(
 class _WholeRows:
     """Counts the rows of a block, of steps with several, whose choices all hit: for many caches at once."""
 
-    def __init__(self, block: Accesses, owners: Owners, num_experts: int, sequential: bool) -> None:
+    def __init__(self, block: Accesses, owners: Owners, num_experts: int, sequential: bool, caches: int) -> None:
         self._block, self._owners, self._how = block, owners, (num_experts, sequential)
         self._caches: list[HitTally] = []
-        self._bits = np.zeros(block.key.size if block.experts.size else 0, np.uint64)
+        self._bits = np.empty(owners.shared[-1], np.uint8 if caches <= 8 else np.uint64)  # a bit each
 
     def add(self, tally: HitTally, hit: np.ndarray) -> None:
         """Note which accesses hit in one cache, uint8 [n]."""
         if self._bits.size:
             mark_hits(self._bits, self._owners, hit, len(self._caches))
             self._caches.append(tally)
-            if len(self._caches) == MOST_CACHES:
+            if len(self._caches) == 8 * self._bits.itemsize:
                 self.count()
-                self._caches, self._bits[:] = [], 0
+                self._caches = []
 
     def count(self) -> None:
         """Add the rows to the tallies of the caches noted."""
         if self._caches:
-            count_whole_rows(self._caches, self._block, self._bits, *self._how)
+            count_whole_rows(self._caches, self._block, self._owners, self._bits, *self._how)
 
 
 def _known(names: Sequence[str]) -> dict[str, CachePolicy]:

@@ -15,7 +15,6 @@ from moetrace.trace.schema import NOT_RECORDED, PHASE_NAMES
 HITS, MISSED_BYTES, RECORDED, AGREEING, WHOLE_ROWS, WHOLE_STEPS, RECORDED_HITS = range(7)
 _TOTALS = 7
 ACCESSED, COMPULSORY, STEPS, CHOOSING_ROWS, CHOOSING_STEPS = range(5)  # columns of what was demanded
-MOST_CACHES = 64  # whose hits are looked at together, a bit each
 MAX_GROUPS = 4096  # of requests, that a bootstrap draws from
 _FEW = 4096  # misses of a step: how many steps have each number below stands in an array
 _DRAWS, _AT_A_TIME = 1000, 50
@@ -67,6 +66,7 @@ class Owners(NamedTuple):
     single: np.ndarray  # uint8 [steps]: whether it is of one row
     of_step: np.ndarray  # int32 [steps]: the group of all its rows, -1 if they have several
     of_access: np.ndarray  # int32 [n]: the group of each; [0] if each step has one
+    shared: np.ndarray  # int64 [steps + 1]: the accesses in steps of several rows, before each step
 
 
 def requests_of(trace: Trace) -> RequestGroups:
@@ -103,7 +103,10 @@ def owners_of(block: Accesses, group: np.ndarray, layers: int) -> Owners:
         of_step[np.logical_or.reduceat(differs, first)] = -1
     bounds = np.ascontiguousarray(block.bounds[::layers])
     single = (block.step_rows == 1).view(np.uint8)
-    return Owners(bounds, block.phase.astype(np.int64), single, of_step, group[block.row])
+    shared = np.concatenate(([0], np.cumsum(np.where(single, 0, np.diff(bounds)))))
+    of_access = np.empty(block.row.size, np.int32)
+    _take(group, block.row, of_access)
+    return Owners(bounds, block.phase.astype(np.int64), single, of_step, of_access, shared)
 
 
 def count_demand(demand: DemandCounts, block: Accesses, owners: Owners, num_experts: int) -> None:
@@ -119,35 +122,40 @@ def count_demand(demand: DemandCounts, block: Accesses, owners: Owners, num_expe
 
 def count_hits(tally: HitTally, block: Accesses, hit: np.ndarray, size: np.ndarray, owners: Owners) -> None:
     """Add the hits of a block: hit uint8 [n] of 0 and 1; size int64 [keys] in bytes, [1] if all are of the same."""
-    misses = _tally(owners, block.key, hit, size, tally.totals, tally.group_hits, tally.few_misses)
+    misses = np.empty(block.phase.size, np.int64)
+    most = _tally(owners, block.key, hit, size, misses, tally.totals, tally.group_hits, tally.few_misses)
     if block.recorded.size:
         _tally_recorded(owners, block.recorded, hit, tally.totals)
-    if misses >= _FEW:
-        of_step = np.diff(owners.bounds) - np.add.reduceat(np.append(hit, 0), owners.bounds[:-1], dtype=np.int64)
+    if most >= _FEW:
         for phase, counter in enumerate(tally.many_misses):
-            found, steps = np.unique(of_step[(owners.phase == phase) & (of_step >= _FEW)], return_counts=True)
+            found, steps = np.unique(misses[(owners.phase == phase) & (misses >= _FEW)], return_counts=True)
             counter.update(dict(zip(found.tolist(), steps.tolist(), strict=True)))
 
 
 def mark_hits(bits: np.ndarray, owners: Owners, hit: np.ndarray, number: int) -> None:
-    """Set the bit of cache `number`, below MOST_CACHES, of the accesses that hit in steps of several rows.
+    """Set the bit of cache `number`, and clear those above it, of the accesses that hit in steps of several rows.
 
-    bits uint64 [n], hit uint8 [n] of 0 and 1.
+    bits uint8 or uint64 [m] are of these accesses only, hit uint8 [n] of 0 and 1 of all.
     """
     _mark(bits, owners, hit, np.uint64(number))
 
 
 def count_whole_rows(
-    tallies: Sequence[HitTally], block: Accesses, bits: np.ndarray, num_experts: int, sequential: bool
+    tallies: Sequence[HitTally],
+    block: Accesses,
+    owners: Owners,
+    bits: np.ndarray,
+    num_experts: int,
+    sequential: bool,
 ) -> None:
     """Add, for each of the caches that `bits` are of, the rows of steps of several whose choices all hit.
 
     All caches at once, as a pass over the choices for each took as long as most of their replays.
     """
     whole = np.zeros((len(PHASE_NAMES), len(tallies)), np.int64)
-    left = np.empty(int(block.step_rows.max(initial=0)), np.uint64)
-    held = np.zeros(num_experts, np.uint64)
-    steps = block.phase, block.bounds, block.step_rows
+    left = np.empty(int(block.step_rows.max(initial=0)), bits.dtype)
+    held = np.zeros(num_experts, bits.dtype)
+    steps = block.bounds, block.step_rows, owners
     _count_whole(steps, block.key, block.experts, bits, sequential, left, held, whole)
     for tally, of in zip(tallies, whole.T, strict=True):
         tally.totals[:, WHOLE_ROWS] += of
@@ -180,6 +188,13 @@ def intervals(hits: np.ndarray, accesses: np.ndarray, seed: int) -> tuple[np.nda
     if known.any():
         low[known], high[known] = np.nanquantile(rates[:, known], [0.025, 0.975], axis=0)
     return low, high
+
+
+@kernel(inline=False)
+def _take(values, places, found):
+    """Fill found with the values at places, all int32 [n]: 0.5 ns each, and 2 by NumPy."""
+    for i in range(places.size):
+        found[np.uint64(i)] = values[np.uint64(places[np.uint64(i)])]
 
 
 @kernel(inline=False)
@@ -221,42 +236,45 @@ def _chose(experts, row, num_experts):
 
 @kernel(inline=False)
 def _mark(bits, owners, hit, number):
-    """Set bit ``number`` of bits uint64 [n] where hit uint8 [n] is 1, in steps of several rows."""
+    """Set bit ``number`` of bits [m] where hit uint8 [n] is 1, in steps of several rows."""
     for step in range(owners.phase.size):
         if not owners.single[step]:
+            to = owners.shared[step] - owners.bounds[step]
             for i in range(owners.bounds[step], owners.bounds[step + 1]):
-                bits[i] |= np.uint64(hit[i]) << number
+                before = np.uint64(bits[to + i]) if number else np.uint64(0)
+                bits[to + i] = before | np.uint64(hit[i]) << number
 
 
 @kernel(inline=False)
 def _count_whole(steps, key, experts, bits, sequential, left, held, whole):
     """Add to whole int64 [phases, caches] the rows, of steps with several, whose choices all have the cache's bit.
 
-    ``left`` uint64 [rows] is of a step: the caches in which all choices of a row hit so far; ``held`` uint64 [experts]
-    of an event: those in which each hits. A row that has no cache left is looked at no more, which most are soon.
+    ``left`` [rows] is of a step: the caches in which all choices of a row hit so far; ``held`` [experts] of an event:
+    those in which each hits. A row that has no cache left is looked at no more, which most are soon.
     """
-    phase, bounds, step_rows = steps
+    bounds, step_rows, owners = steps
     layers, num_experts = experts.shape[1], held.size
     caches = whole.shape[1]
     every = ~np.uint64(0) >> np.uint64(64 - caches)
     first = 0
-    for step in range(phase.size):
+    for step in range(step_rows.size):
         rows = step_rows[step]
         if rows > 1:
+            phase, to = owners.phase[step], owners.shared[step] - owners.bounds[step]
             for row in range(rows):
                 left[row] = every if _chose(experts, first + row, num_experts) else np.uint64(0)
             for layer in range(layers):
                 start, stop = bounds[step * layers + layer], bounds[step * layers + layer + 1]
                 if sequential:
-                    _left_one_by_one(experts, layer, first, rows, num_experts, bits[start:stop], left)
+                    _left_one_by_one(experts, layer, first, rows, num_experts, bits[to + start : to + stop], left)
                 else:
                     for i in range(start, stop):
-                        held[key[i] - layer * num_experts] = bits[i]
+                        held[key[i] - layer * num_experts] = bits[to + i]
                     _left_together(experts, layer, first, rows, held, left)
             for row in range(rows):
-                caches_left, cache = left[row], 0
+                caches_left, cache = np.uint64(left[row]), 0
                 while caches_left:
-                    whole[phase[step], cache] += np.int64(caches_left & np.uint64(1))
+                    whole[phase, cache] += np.int64(caches_left & np.uint64(1))
                     caches_left, cache = caches_left >> np.uint64(1), cache + 1
         first += rows
 
@@ -287,8 +305,8 @@ def _left_one_by_one(experts, layer, first, rows, num_experts, bits, left):
 
 
 @kernel(inline=False)
-def _tally(owners, key, hit, size, totals, group_hits, few_misses):
-    """Add the figures of a block to each phase's; return the most misses of a step."""
+def _tally(owners, key, hit, size, step_misses, totals, group_hits, few_misses):
+    """Add the figures of a block to each phase's; fill step_misses int64 [steps], and return the most of a step."""
     most = 0
     for step in range(owners.phase.size):
         phase, start, stop = owners.phase[step], owners.bounds[step], owners.bounds[step + 1]
@@ -306,6 +324,7 @@ def _tally(owners, key, hit, size, totals, group_hits, few_misses):
         totals[phase, MISSED_BYTES] += missed_bytes
         totals[phase, WHOLE_STEPS] += whole
         totals[phase, WHOLE_ROWS] += whole & (owners.single[step] > 0)
+        step_misses[step] = misses
         most = max(most, misses)
         if misses < few_misses.shape[1]:
             few_misses[phase, misses] += 1
