@@ -367,5 +367,7 @@ def _row(demand: DemandCounts, tally: HitTally, phases: list[int]) -> dict:
         "all_resident_steps": totals[WHOLE_STEPS] / choosing_steps if choosing_steps else None,
         "recorded_hit_rate": totals[RECORDED_HITS] / totals[RECORDED] if totals[RECORDED] else None,
         "recorded_agreement": totals[AGREEING] / totals[RECORDED] if totals[RECORDED] else None,
-        **{f"step_misses_p{q}": value for q, value in zip(QUANTILES, quantiles(tally.step_misses(phases)), strict=True)},
+        **{
+            f"step_misses_p{q}": value for q, value in zip(QUANTILES, quantiles(tally.step_misses(phases)), strict=True)
+        },
     }

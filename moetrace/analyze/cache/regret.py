@@ -93,7 +93,9 @@ def verdict_lines(frame: pl.DataFrame) -> list[str]:
     lines = []
     for (capacity, phase), of in frame.group_by(_CASE, maintain_order=True):
         belady = of.filter(policy=YARDSTICK)
-        usable = of.filter(pl.col("policy").is_in(_usable(of["policy"]))).sort("hits", descending=True, maintain_order=True)
+        usable = of.filter(pl.col("policy").is_in(_usable(of["policy"]))).sort(
+            "hits", descending=True, maintain_order=True
+        )
         if of["verdict"][0] is None:
             continue
         best, accessed = usable.row(0, named=True), of["accesses"][0]

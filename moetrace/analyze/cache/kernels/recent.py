@@ -18,7 +18,7 @@ _GROUP = 64  # places: of 32, a group is looked at too often; of 128, an access 
 _BEFORE = 2 * _GROUP  # places before the log: what was never touched lies there, before any group
 
 
-class Log(NamedTuple):
+class Touches(NamedTuple):
     """The touches of a block, after what was resident before it; places count from _BEFORE."""
 
     resident: np.ndarray  # int32 [a multiple of _GROUP]: the newest last, filled up in front
@@ -38,7 +38,9 @@ class RecentKeys:
         """Replay the accesses of a block, one at a time or each event at once, filling hit uint8 [n]."""
         count = self._resident.size
         # Filled up with the newest key, which is live at the end only.
-        log = Log(np.full(-(-count // _GROUP) * _GROUP, self._resident[-1:]), block.key, np.zeros(self._keys, np.int32))
+        log = Touches(
+            np.full(-(-count // _GROUP) * _GROUP, self._resident[-1:]), block.key, np.zeros(self._keys, np.int32)
+        )
         log.resident[log.resident.size - count :] = self._resident
         log.last[self._resident] = np.arange(log.resident.size - count, log.resident.size) + _BEFORE
         if sequential:
