@@ -133,7 +133,7 @@ def view_of(step, steps, machine, setting, scratch, pool):
 
 
 @kernel
-def _see(at, layer, step, demand, machine, setting, state, log):
+def _see(at, layer, s, demand, machine, setting, state, log):
     """Fill the active experts of the layer and count hits, misses and late ones; return how many are active."""
     first = demand.start[at]
     size = demand.start[at + 1] - first
@@ -160,9 +160,9 @@ def _see(at, layer, step, demand, machine, setting, state, log):
     order_on_gpu(state.scratch.active, size)
     if setting.splits:
         see_parts(base, size, state)
-    log.step[step].hits += hits
-    log.step[step].misses += size - hits
-    log.step[step].late += late
+    log.step[s].hits += hits
+    log.step[s].misses += size - hits
+    log.step[s].late += late
     log.layer[layer].hits += hits
     log.layer[layer].misses += size - hits
     return size
@@ -237,7 +237,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     if setting.prefetch == ORACLE:
         now = step * cells.shape[0] + layer
         tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
-    size = _see(at, layer, step, batch.demand, machine, setting, state, log)
+    size = _see(at, layer, s, batch.demand, machine, setting, state, log)
     pool = pool_of(state.cache, layer)
     of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity))
     view = view_of(step, batch.steps, machine, setting, state.scratch, of_pool)
@@ -271,7 +271,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     if tape is not None:
         note_layer_end(tape, step, dense + line.moe_s, state)
     _note_units(dense, line, moved_bytes, machine, state, log)
-    row, totals = log.step[step], log.layer[layer]
+    row, totals = log.step[s], log.layer[layer]
     row.moe_s += line.moe_s
     row.demand_bytes += line.demand_bytes
     row.prefetch_bytes += moved_bytes
@@ -312,7 +312,8 @@ def _end_step(step, batch, setting, state, log):
 
 @kernel(signature=lambda: replay_signature(None, None))
 def replay_batch(work, dispatch, residency, foresight, tape):
-    """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``.
+    """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``,
+    whose ``step`` are those of the block.
 
     ``foresight`` and ``tape`` are None here; `variants.py` compiles these lines once more for a policy that foresees
     and for a tape that notes everything down. What is None costs nothing.
@@ -322,7 +323,7 @@ def replay_batch(work, dispatch, residency, foresight, tape):
     head = head_s(machine)
     for s in range(batch.steps.rows.size):
         step = batch.steps.first + s
-        row = log.step[step]
+        row = log.step[s]
         if setting.waits and batch.steps.phase[s] == DECODE and log.tally[0].waited == 0:
             log.tally[0].waited = 1
             if tape is not None:
