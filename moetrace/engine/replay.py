@@ -31,7 +31,6 @@ from moetrace.engine.prefetch import (
 )
 from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wanted, prompts_of, queue_wanted
 from moetrace.engine.residency import Cache, empty_cache, empty_cells, pool_of, touch_and_admit
-from moetrace.engine.schedule import Requests, Schedule
 from moetrace.engine.setting import new_setting
 from moetrace.engine.sharing import see_parts, share_out, shared_of
 from moetrace.engine.state import (
@@ -50,7 +49,6 @@ from moetrace.engine.state import (
     records,
 )
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
-from moetrace.engine.turns import Turns
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import BY_TOUCH
 from moetrace.trace.schema import DECODE
@@ -348,20 +346,14 @@ def replay_batch(work, dispatch, residency, foresight, tape):
             note_head(tape, step, machine, state)
 
 
-def new_state(machine: Machine, schedule: Schedule, setting: Any, cache: Cache, admit: bool) -> State:
+def new_state(machine: Machine, prompts: Prompts, cache: Cache, admit: bool) -> State:
     """Return the state before the first step, with an empty cache; ``admit``: whether what arrives may be kept."""
     layers, experts = machine.weight_bytes.shape
-    requests = schedule.requests
     return State(
         cells=empty_cells(layers, experts, admit),
         cache=cache,
         queue=empty_queue(machine.weight_bytes),
-        prompts=prompts_of(
-            requests.last_step,
-            requests.first_prefill_step if setting["counts_prompts"][0] else np.full(len(requests.id), -1),
-            requests.last_prefill_step,
-            layers * experts,
-        ),
+        prompts=prompts,
         scratch=new_scratch(machine),
     )
 
@@ -386,10 +378,8 @@ def smallest_work() -> Work:
     batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
     machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)
-    setting = new_setting()
-    schedule = Schedule(one, one, bits, bits, Requests(*[none] * 9), Turns(*[none] * 7))
-    state = new_state(machine, schedule, setting, empty_cache(1, 1, 1, 0, BY_TOUCH), True)
-    return Work(batch, machine, setting, state, new_log(1, 1, 1))
+    state = new_state(machine, prompts_of(none, none, none, 1), empty_cache(1, 1, 1, 0, BY_TOUCH), True)
+    return Work(batch, machine, new_setting(), state, new_log(1, 1, 1))
 
 
 def replay_signature(foresight: Any, tape: Any) -> Any:

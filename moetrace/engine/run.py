@@ -15,6 +15,7 @@ from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
 from moetrace.engine.folding import FoldedSteps, Spool
 from moetrace.engine.foresight import Foresight, foresight_of
+from moetrace.engine.in_common import InCommon, Yardstick
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import is_users, load_hook
@@ -27,7 +28,6 @@ from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.variants import variant
-from moetrace.engine.yardsticks import Yardstick, Yardsticks
 from moetrace.jit.apart import Hands, may_wait, result_of
 from moetrace.jit.compile import PURE_PYTHON, compile_now
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
@@ -200,9 +200,9 @@ def run_setups(
         return [one for one in checked if isinstance(one, MoetraceError)]
     if isinstance(trace, Trace):
         trace = Decoded(trace, needs_of(policy for setup in setups for policy in setup.policies))
-    yardsticks = Yardsticks()
+    common = InCommon()
     begun = [
-        one if isinstance(one, MoetraceError) else _attempt(_begin, trace, setup, *one, yardsticks, spool)
+        one if isinstance(one, MoetraceError) else _attempt(_begin, trace, setup, *one, common, spool)
         for setup, one in zip(setups, checked, strict=True)
     ]
     popularity = _pass(trace, [one for one in begun if isinstance(one, _Underway)], jobs, progress)
@@ -229,10 +229,10 @@ def _attempt(function: Callable[..., _Made], *arguments: Any) -> _Made | Moetrac
 
 
 def _begin(
-    decoded: Decoded, setup: Setup, slots: int, warnings: list[str], yardsticks: Yardsticks, spool: Spool | None
+    decoded: Decoded, setup: Setup, slots: int, warnings: list[str], common: InCommon, spool: Spool | None
 ) -> _Underway:
     weight_bytes = weight_bytes_of(decoded.trace, setup.model)
-    lanes = [_lane(decoded, setup, policy, weight_bytes, slots, yardsticks) for policy in setup.policies]
+    lanes = [_lane(decoded, setup, policy, weight_bytes, slots, common) for policy in setup.policies]
     if spool is not None:
         for lane in lanes:
             lane.folded = FoldedSteps(spool)
@@ -295,7 +295,7 @@ def _or(given: float | None, default: float) -> float:
 
 
 def _lane(
-    decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int, yardsticks: Yardsticks
+    decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int, common: InCommon
 ) -> Lane:
     check_policy(policy, setup.system)
     model, system = setup.model, seen_by(policy, setup.system)
@@ -303,7 +303,7 @@ def _lane(
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
-    machine = yardsticks.machine(machine_of(model, system, weight_bytes, groups, share))
+    machine = common.machine(machine_of(model, system, weight_bytes, groups, share))
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
@@ -330,13 +330,14 @@ def _lane(
     cache = empty_cache(
         layers, experts, pools, slots // pools, residency.order, _or(policy.evicted_share, EVICTED_SHARE)
     )
-    state = new_state(machine, schedule, setting, cache, residency.admits)
+    prompts = common.prompts(schedule.requests, residency.counts_prompts, layers * experts)
+    state = new_state(machine, prompts, cache, residency.admits)
     if system.link is None:
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    bound = yardsticks.work_bound(machine)
-    clairvoyant = None if dispatch.ignores_residency else yardsticks.clairvoyant(machine, setting, hooks[0])
+    bound = common.work_bound(machine)
+    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(machine, setting, hooks[0])
     log = new_log(0, layers, len(state.scratch.groups))
     parts = parts_of(system, share)
     foresight = None

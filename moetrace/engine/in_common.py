@@ -1,4 +1,4 @@
-"""Bounds and clairvoyant runs of a pass: each is computed once, for all lanes that it is the same of."""
+"""What lanes of a pass have in common: machines, books of prompts, bounds and clairvoyant runs, each made once."""
 
 import hashlib
 import threading
@@ -10,8 +10,10 @@ import numpy as np
 from moetrace.engine.bounds import clairvoyant_s, work_bound_s
 from moetrace.engine.machine import Machine
 from moetrace.engine.plugin import is_users
+from moetrace.engine.prompt import Prompts, emptied, prompts_of
 from moetrace.engine.replay import Batch, new_scratch
 from moetrace.engine.residency import empty_cells
+from moetrace.engine.schedule import Requests
 
 # What of a policy's setting a dispatch may read (`View`), or the clairvoyant run does.
 _SEEN = ("slots", "alpha", "half_life", "most_count", "gpu_rows", "own_dispatch", "splits")
@@ -34,17 +36,26 @@ class Yardstick:
         self.seconds = self._add(batch, self.seconds)  # whoever else comes has no need of it before the pass ends
 
 
-class Yardsticks:
-    """The machines of a pass and their yardsticks, each once."""
+class InCommon:
+    """What is made once for all lanes of a pass that it is the same of."""
 
     def __init__(self) -> None:
         """Begin a pass over a trace."""
         self._machines: dict[bytes, Machine] = {}
+        self._prompts: dict[bool, Prompts] = {}
         self._found: dict[tuple, Yardstick] = {}
+        self._cells: np.ndarray | None = None
 
     def machine(self, machine: Machine) -> Machine:
         """Return the machine, or one that is the same in every number."""
         return self._machines.setdefault(_digest(machine), machine)
+
+    def prompts(self, requests: Requests, counts: bool, cells: int) -> Prompts:
+        """Return new books of prompts, empty if nothing `counts` them; when requests end stands in one place."""
+        if counts not in self._prompts:
+            first = requests.first_prefill_step if counts else np.full(len(requests.id), -1)
+            self._prompts[counts] = prompts_of(requests.last_step, first, requests.last_prefill_step, cells)
+        return emptied(self._prompts[counts])
 
     def work_bound(self, machine: Machine) -> Yardstick:
         """Return the work bound of a machine, which does not depend on where experts live."""
@@ -61,7 +72,10 @@ class Yardsticks:
         key = "clairvoyant", _digest(machine), seen, dispatch
         if key in self._found:
             return self._found[key]
-        cells, scratch = empty_cells(*machine.weight_bytes.shape, True), new_scratch(machine)
+        scratch = new_scratch(machine)
+        if self._cells is None or setting["own_dispatch"][0]:  # others do not read whose they are
+            self._cells = empty_cells(*machine.weight_bytes.shape, True)
+        cells = self._cells
 
         def add(batch: Batch, seconds: float) -> float:
             return clairvoyant_s(batch.steps, batch.demand, machine, setting, cells, scratch, dispatch, seconds)
