@@ -14,8 +14,10 @@ from moetrace.engine.setup import Setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, LINK_OUT
 from moetrace.results import summary
 from moetrace.results.record import CellCosts
+from moetrace.spec.choices import find
 from moetrace.spec.errors import MoetraceError, stop_behind
 from moetrace.spec.fits import dense_misfit
+from moetrace.spec.policy import PolicySpec
 from moetrace.trace import Trace
 from moetrace.version import __version__
 
@@ -115,7 +117,8 @@ def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, st
     kept = is_kept(trace, needs)
     even = -(-len(cells) // (jobs * (_TASKS_A_JOB if steps is None and kept else 1)))
     # A trace that is read again by each task is read by as few as possible.
-    held = min(LOGS_BYTES // state_bytes(trace), (SECONDS_BYTES + FILED_BYTES) // seconds_bytes(trace))
+    most = max((state_bytes(trace, cell.policy) for cell in cells.values() if cell.setup), default=1)
+    held = min(LOGS_BYTES // most, (SECONDS_BYTES + FILED_BYTES) // seconds_bytes(trace))
     size = max(1, min(even, held, _MOST_CELLS if kept else even))
     wanted = [(key, cell.setup, cell.inputs["files"]) for key, cell in cells.items() if cell.setup and cell.inputs]
     code = code_fingerprint()
@@ -125,9 +128,11 @@ def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, st
     ]
 
 
-def state_bytes(trace: Trace) -> int:
+def state_bytes(trace: Trace, policy: PolicySpec) -> int:
     """How much memory a cell takes at most while it is replayed, but for the seconds of its steps."""
-    return trace.layers * trace.num_experts * 160 + (64 << 10)
+    keys, residency = trace.layers * trace.num_experts, find("residency", policy.residency)
+    foresees = residency is not None and residency.foresees
+    return keys * 160 + (64 << 10) + foresees * keys * (8 * trace.num_experts + 80)
 
 
 def seconds_bytes(trace: Trace) -> int:

@@ -15,7 +15,7 @@ from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
 from moetrace.engine.folding import FoldedSteps, Spool
 from moetrace.engine.foresight import Foresight, foresight_of
-from moetrace.engine.in_common import InCommon, Yardstick
+from moetrace.engine.in_common import InCommon, PromptBooks, Yardstick
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import is_users, load_hook
@@ -66,6 +66,7 @@ class Lane:
     work_bound_s: float = 0.0
     recording: Recording | None = None  # of the steps of a timeline
     folded: FoldedSteps | None = None  # instead of the log of each step
+    books: PromptBooks | None = None  # then, of a policy that counts prompts: whose the prompts of the state are
     _first_step: int = 0  # that the log has
 
     def advance(self, batch: Batch) -> None:
@@ -73,6 +74,8 @@ class Lane:
         if self.folded is not None:
             self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
             self._first_step = batch.steps.first
+        if self.books is not None:
+            self.state = self.state._replace(prompts=self.books.lend(batch.steps.first))
         try:
             if self.recording is None:
                 self._replay(batch)
@@ -87,6 +90,10 @@ class Lane:
             raise MoetraceError(f"Policy {self.policy.name} failed: {why}.") from error
         if self.folded is not None:
             self.folded.add(batch.steps.first, self.log.step)
+            self.log = self.log._replace(step=new_steps(0))
+        if self.books is not None:
+            self.books.give_back(self.state.prompts)
+            self.state = self.state._replace(prompts=None)
 
     def _replay(self, batch: Batch) -> None:
         variant(self.foresight is not None, False)(self.work(batch), *self.hooks, self.foresight, None)
@@ -133,8 +140,6 @@ class Lane:
             self.clairvoyant_s = float(np.sum(self.folded.busy_s))
         else:
             self.clairvoyant_s = float(np.sum(self.log.step["duration_s"] - self.log.step["wait_s"]))
-        if self.folded is not None:
-            self.log = self.log._replace(step=new_steps(0))  # that of the last block
 
 
 @dataclass(frozen=True)
@@ -236,6 +241,9 @@ def _begin(
     if spool is not None:
         for lane in lanes:
             lane.folded = FoldedSteps(spool)
+            if lane.setting["counts_prompts"][0]:
+                lane.books = common.books(lane.state.prompts)
+                lane.state = lane.state._replace(prompts=None)
     else:
         for lane in lanes:
             lane.log = lane.log._replace(step=new_steps(decoded.trace.steps))
