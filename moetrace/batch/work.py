@@ -100,10 +100,12 @@ def evaluate(trace: Trace | Decoded, setups: Sequence[Setup]) -> list[dict[str, 
     """
     of = trace if isinstance(trace, Trace) else trace.trace
     facts = summary.trace_facts(of)
-    runs, found = run_setups(trace, setups, spool=Spool(SECONDS_BYTES)), []
-    for run in reversed(runs):
-        found.append(run if isinstance(run, MoetraceError) else _figures(run, facts, of))
-        runs.pop()  # its state has no more use
+    found: list[dict[str, Any] | MoetraceError] = []
+    with Spool(SECONDS_BYTES) as spool:
+        runs = run_setups(trace, setups, spool=spool)
+        for run in reversed(runs):
+            found.append(run if isinstance(run, MoetraceError) else _figures(run, facts, of))
+            runs.pop()  # its state has no more use
     return found[::-1]
 
 

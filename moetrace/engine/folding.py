@@ -2,7 +2,7 @@
 
 import tempfile
 import threading
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -15,7 +15,10 @@ class _Filed(NamedTuple):
 
 
 class Spool:
-    """Keeps numbers that many lanes put aside block by block; beyond a limit of memory, in a file that has no name."""
+    """Keeps numbers that many lanes put aside block by block; beyond a limit of memory, in a file that has no name.
+
+    A context manager: it ends with the file.
+    """
 
     def __init__(self, memory_bytes: int) -> None:
         """Take the limit."""
@@ -30,7 +33,7 @@ class Spool:
                 self._left_bytes -= numbers.nbytes
                 return numbers
             if self._file is None:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed when nobody holds it
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed at the end
             filed = _Filed(self._end, numbers.size)
             self._file.seek(self._end)
             self._file.write(numbers.data)
@@ -45,6 +48,13 @@ class Spool:
             assert self._file is not None
             self._file.seek(kept.place)
             return np.frombuffer(self._file.read(8 * kept.count), np.float64)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class FoldedSteps:
