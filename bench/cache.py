@@ -165,16 +165,11 @@ class EndToEnd:
         keys = np.concatenate([block.key for block in accesses(trace, sequential=True)])
         layer = keys // trace.num_experts
         self.layers, self.experts, self.accesses = trace.layers, trace.num_experts, keys.size
-        parts: dict[str, list[np.ndarray]] = {
-            "global": [keys],
-            "layer": [keys[layer == number] for number in range(trace.layers)],
-        }
-        self.files = {
-            scope: [
-                (cachesim.write(part, folder / f"{requests}-{scope}-{i}"), part.size) for i, part in enumerate(all_)
-            ]
-            for scope, all_ in parts.items()
-        }
+        parts = {"global": [keys], "layer": [keys[layer == number] for number in range(trace.layers)]}
+        self.files: dict[str, list[tuple[Path, int]]] = {scope: [] for scope in parts}
+        for scope, part in ((scope, part) for scope, several in parts.items() for part in several):
+            file = folder / f"{requests}-{scope}-{len(self.files[scope])}"
+            self.files[scope].append((cachesim.write(part, file), part.size))
 
     def capacities(self, number: int) -> list[int]:
         """Capacities of one layer's cache."""
