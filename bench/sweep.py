@@ -31,7 +31,7 @@ from memory import anonymous_bytes, temporary_bytes
 import moetrace as mt
 from moetrace.batch import work
 from moetrace.batch.work import SECONDS_BYTES
-from moetrace.engine.folding import Spool
+from moetrace.engine.folding import StepStore
 from moetrace.engine.run import run_setups
 from moetrace.engine.setup import Setup
 from moetrace.generators import generate_trace
@@ -121,14 +121,14 @@ def parts(folder: Path) -> dict[str, tuple[Path, str]]:
 def cell_mib(trace: Path, logs: bool) -> None:
     """Print the MiB that each of some cells takes, with a log of each step or with the steps folded into a file."""
     number = 20
-    with mt.Trace.open(trace) as opened, Spool(0) as spool:
+    with mt.Trace.open(trace) as opened, StepStore(0) as store:
         model = msgspec.structs.replace(mt.load_model(opened.model), moe_layers=opened.layers)
         policy, system = mt.load_policy("edge-ndp"), mt.load_system("edge-ndp")
         setups = [Setup(model=model, system=system, policies=[policy], slots=slots % 8) for slots in range(number)]
-        with_spool = {} if logs else {"spool": spool}
-        run_setups(opened, setups[:1], **with_spool)
+        with_store = {} if logs else {"store": store}
+        run_setups(opened, setups[:1], **with_store)
         before = anonymous_bytes(os.getpid())
-        runs = run_setups(opened, setups, **with_spool)
+        runs = run_setups(opened, setups, **with_store)
         print((anonymous_bytes(os.getpid()) - before) / len(runs) / 2**20)
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from moetrace.batch.cell import Cell, code_fingerprint, digest, error_sentence, files_of
 from moetrace.engine.decoded import Decoded, Needs, decoded_bytes, needs_of
-from moetrace.engine.folding import Spool
+from moetrace.engine.folding import StepStore
 from moetrace.engine.run import Run, run_setups
 from moetrace.engine.setup import Setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, LINK_OUT
@@ -101,8 +101,8 @@ def evaluate(trace: Trace | Decoded, setups: Sequence[Setup]) -> list[dict[str, 
     of = trace if isinstance(trace, Trace) else trace.trace
     facts = summary.trace_facts(of)
     found: list[dict[str, Any] | MoetraceError] = []
-    with Spool(SECONDS_BYTES) as spool:
-        runs = run_setups(trace, setups, spool=spool)
+    with StepStore(SECONDS_BYTES) as store:
+        runs = run_setups(trace, setups, store=store)
         for run in reversed(runs):
             found.append(run if isinstance(run, MoetraceError) else _figures(run, facts, of))
             runs.pop()  # its state has no more use

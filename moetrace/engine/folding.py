@@ -8,13 +8,13 @@ import numpy as np
 
 
 class _Filed(NamedTuple):
-    """Numbers, float64, that lie in a spool's file."""
+    """Numbers, float64, that lie in a store's file."""
 
     place: int  # of the first byte
     count: int
 
 
-class Spool:
+class StepStore:
     """Keeps numbers that many lanes put aside block by block; beyond a limit of memory, in a file that has no name.
 
     A context manager: it ends with the file.
@@ -63,9 +63,9 @@ class FoldedSteps:
     What is summed up is summed over all steps at once, as it is without folding: the last bits are the same.
     """
 
-    def __init__(self, spool: Spool) -> None:
+    def __init__(self, store: StepStore) -> None:
         """Take where numbers are kept."""
-        self._spool = spool
+        self._spool = store
         self._duration_s: list = []
         self._prefetch_bytes: list = []  # an int stands for as many zeros
         self._wait: tuple[int, float] | None = None  # one step of a replay waits, if any

@@ -13,7 +13,7 @@ import numpy as np
 from moetrace.engine.bounds import clairvoyant_s
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
-from moetrace.engine.folding import FoldedSteps, Spool
+from moetrace.engine.folding import FoldedSteps, StepStore
 from moetrace.engine.foresight import Foresight, foresight_of
 from moetrace.engine.in_common import InCommon, PromptBooks, Yardstick
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
@@ -188,12 +188,12 @@ def run_setups(
     *,
     jobs: int = 1,
     progress: Callable[[int], None] | None = None,
-    spool: Spool | None = None,
+    store: StepStore | None = None,
 ) -> list[Run | MoetraceError]:
     """Replay a trace through any number of setups in one pass, each block decoded once.
 
     ``jobs`` threads work at a time; ``progress`` is told rows done. Of the steps in a setup's window each lane keeps a
-    recording, which changes nothing else. With a ``spool`` lanes have no log of each step: `FoldedSteps` keep what a
+    recording, which changes nothing else. With a ``store`` lanes have no log of each step: `FoldedSteps` keep what a
     summary needs. The figures do not depend on ``jobs``, nor on how the trace is cut.
 
     Returns, for each setup, its run or the error that it ended with: one that does not fit the trace, or whose
@@ -207,7 +207,7 @@ def run_setups(
         trace = Decoded(trace, needs_of(policy for setup in setups for policy in setup.policies))
     common = InCommon()
     begun = [
-        one if isinstance(one, MoetraceError) else _attempt(_begin, trace, setup, *one, common, spool)
+        one if isinstance(one, MoetraceError) else _attempt(_begin, trace, setup, *one, common, store)
         for setup, one in zip(setups, checked, strict=True)
     ]
     popularity = _pass(trace, [one for one in begun if isinstance(one, _Underway)], jobs, progress)
@@ -234,13 +234,13 @@ def _attempt(function: Callable[..., _Made], *arguments: Any) -> _Made | Moetrac
 
 
 def _begin(
-    decoded: Decoded, setup: Setup, slots: int, warnings: list[str], common: InCommon, spool: Spool | None
+    decoded: Decoded, setup: Setup, slots: int, warnings: list[str], common: InCommon, store: StepStore | None
 ) -> _Underway:
     weight_bytes = weight_bytes_of(decoded.trace, setup.model)
     lanes = [_lane(decoded, setup, policy, weight_bytes, slots, common) for policy in setup.policies]
-    if spool is not None:
+    if store is not None:
         for lane in lanes:
-            lane.folded = FoldedSteps(spool)
+            lane.folded = FoldedSteps(store)
             if lane.setting["counts_prompts"][0]:
                 lane.books = common.books(lane.state.prompts)
                 lane.state = lane.state._replace(prompts=None)

@@ -13,7 +13,7 @@ from moetrace.engine import decoded as decoded_module
 from moetrace.engine import run as run_module
 from moetrace.engine.decoded import Decoded, decoded_bytes, needs_of
 from moetrace.engine.demand import demand_of
-from moetrace.engine.folding import Spool
+from moetrace.engine.folding import StepStore
 from moetrace.engine.run import Lane, Run, run_setups
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, GPU
@@ -226,8 +226,8 @@ def test_many_setups_in_one_pass_are_what_each_is_alone(case, data, tmp_path_fac
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_format, "BLOCK_BYTES", 1)  # one step a block
         streamed = run_setups(trace, setups, jobs=2)
-        with Spool(data.draw(st.sampled_from([0, 100, 1 << 20]), label="spool")) as spool:
-            folded = run_setups(trace, setups, jobs=2, spool=spool)
+        with StepStore(data.draw(st.sampled_from([0, 100, 1 << 20]), label="spool")) as store:
+            folded = run_setups(trace, setups, jobs=2, store=store)
             figures = [(policy_figures(run), run.lanes[0].duration_s.tobytes()) for run in folded]
         kept_in_steps = Decoded(trace, needs, 1 << 30)
     together = (streamed, *(run_setups(decoded, setups) for decoded in (kept, kept, kept_in_steps)))
