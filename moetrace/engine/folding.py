@@ -65,7 +65,7 @@ class FoldedSteps:
 
     def __init__(self, store: StepStore) -> None:
         """Take where numbers are kept."""
-        self._spool = store
+        self._store = store
         self._duration_s: list = []
         self._prefetch_bytes: list = []  # an int stands for as many zeros
         self._wait: tuple[int, float] | None = None  # one step of a replay waits, if any
@@ -73,9 +73,9 @@ class FoldedSteps:
 
     def add(self, first: int, steps: np.ndarray) -> None:
         """Add the log of a block, STEP [n], whose first step is `first`."""
-        self._duration_s.append(self._spool.put(steps["duration_s"]))
+        self._duration_s.append(self._store.put(steps["duration_s"]))
         prefetches = np.any(steps["prefetch_bytes"])
-        self._prefetch_bytes.append(self._spool.put(steps["prefetch_bytes"]) if prefetches else len(steps))
+        self._prefetch_bytes.append(self._store.put(steps["prefetch_bytes"]) if prefetches else len(steps))
         for step in np.flatnonzero(steps["wait_s"]).tolist():
             self._wait = first + step, float(steps["wait_s"][step])
         self.late += int(np.sum(steps["late"]))
@@ -83,7 +83,7 @@ class FoldedSteps:
     @property
     def duration_s(self) -> np.ndarray:
         """Seconds of each step, float64 [steps]; read anew each time."""
-        return np.concatenate([np.zeros(0), *map(self._spool.get, self._duration_s)])
+        return np.concatenate([np.zeros(0), *map(self._store.get, self._duration_s)])
 
     @property
     def busy_s(self) -> np.ndarray:
@@ -96,7 +96,7 @@ class FoldedSteps:
     @property
     def prefetch_bytes(self) -> float:
         """What was prefetched, in all."""
-        parts = (np.zeros(kept) if isinstance(kept, int) else self._spool.get(kept) for kept in self._prefetch_bytes)
+        parts = (np.zeros(kept) if isinstance(kept, int) else self._store.get(kept) for kept in self._prefetch_bytes)
         if all(isinstance(kept, int) for kept in self._prefetch_bytes):
             return 0.0
         return float(np.sum(np.concatenate(list(parts))))

@@ -226,7 +226,7 @@ def test_many_setups_in_one_pass_are_what_each_is_alone(case, data, tmp_path_fac
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_format, "BLOCK_BYTES", 1)  # one step a block
         streamed = run_setups(trace, setups, jobs=2)
-        with StepStore(data.draw(st.sampled_from([0, 100, 1 << 20]), label="spool")) as store:
+        with StepStore(data.draw(st.sampled_from([0, 100, 1 << 20]), label="store")) as store:
             folded = run_setups(trace, setups, jobs=2, store=store)
             figures = [(policy_figures(run), run.lanes[0].duration_s.tobytes()) for run in folded]
         kept_in_steps = Decoded(trace, needs, 1 << 30)
