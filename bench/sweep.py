@@ -9,7 +9,7 @@ other work shares the cores, the clock says little: --jobs 1 compares the same o
 
 `--memory` sweeps many cells in one process, which may allocate `--limit-mib` and no more (RLIMIT_DATA). 1,000 cells of
 a trace of 2 GB would take hours, so what they take is measured in two parts: their states, of 1,000 cells over a short
-trace of a model of 48 x 128 experts, 32 requests at once; and the seconds of their steps, of 100 cells over a trace of
+trace of a model of 48 x 128 experts, 32 requests at once; and the seconds of their steps, of 50 cells over a trace of
 one layer that has as many steps as such a trace of 2 GB. Beside it stands what a cell takes with a log of each step, as
 a replay has.
 """
@@ -42,7 +42,7 @@ POLICIES = ["monde", "ndp-ep", "edge-ndp", "on-demand"]
 GRID = {"trace": str(TRACE), "policy": POLICIES, "slots": SLOTS, "set": {"system.ndp.units": UNITS}}
 TARGET = 1.3
 MODEL, BATCH, BYTES = "qwen3-30b-a3b", 32, 2e9
-CELLS = {"short": 1000, "long": 100}  # of each part
+CELLS = {"short": 1000, "long": 50}  # of each part
 LESS = 20  # of a cell's memory
 
 
@@ -120,7 +120,7 @@ def parts(folder: Path) -> dict[str, tuple[Path, str]]:
 
 def cell_mib(trace: Path, logs: bool) -> None:
     """Print the MiB that each of some cells takes, with a log of each step or with the steps folded into a file."""
-    number = 20
+    number = 100
     with mt.Trace.open(trace) as opened, StepStore(0) as store:
         model = msgspec.structs.replace(mt.load_model(opened.model), moe_layers=opened.layers)
         policy, system = mt.load_policy("edge-ndp"), mt.load_system("edge-ndp")
