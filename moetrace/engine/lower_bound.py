@@ -103,15 +103,6 @@ def room_of(setting: Any, experts: int) -> int:
     return int(setting["slots"]) + PLACES if setting["prefetch"] == BY_WORTH else experts
 
 
-def bound_of(bounds: dict[Any, LowerBound], machine: Machine, room: int, starts_full: bool) -> LowerBound:
-    """Return the bound of a machine, one of ``bounds`` if that has one alike, else a new one that joins them."""
-    records_of = (machine.device.tobytes(), machine.link.tobytes(), machine.work.tobytes())
-    key = (*records_of, machine.share, room, starts_full)
-    if key not in bounds:
-        bounds[key] = new_lower_bound(machine, room, starts_full)
-    return bounds[key]
-
-
 def seconds_of(bound: LowerBound) -> float:
     """Return the bound in seconds, after the last step."""
     sums = bound.sums[0]

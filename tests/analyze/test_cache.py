@@ -83,12 +83,11 @@ def test_the_textbook_s_reference_string(capacity, lru, belady):
     ]
 
 
-def test_more_caches_than_bits_are_counted_in_turns(monkeypatch):
+def test_more_caches_than_bits_are_counted_in_turns():
     given = small_trace(5, most=4)
-    budgets = list(range(1, 20))
-    monkeypatch.setattr("moetrace.analyze.cache.hits.MOST_CACHES", 7)
-    frame = cache_hits(Trace.from_arrays(**given), budgets, ["lru", "lfu"])
-    for policy in ("lru", "lfu"):
+    budgets, policies = list(range(1, 18)), ("lru", "lfu", "fifo", "belady")  # 68 caches, and 64 bits
+    frame = cache_hits(Trace.from_arrays(**given), budgets, policies)
+    for policy in policies:
         for budget in budgets:
             own = frame.filter(policy=policy, capacity=str(budget))
             assert frame_of(own) == oracle_frame(given, policy, budget, "global", False, True)

@@ -13,9 +13,11 @@ from moetrace.engine import decoded as decoded_module
 from moetrace.engine import run as run_module
 from moetrace.engine.decoded import Decoded, decoded_bytes, needs_of
 from moetrace.engine.demand import demand_of
+from moetrace.engine.folding import StepStore
 from moetrace.engine.run import Lane, Run, run_setups
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, GPU
+from moetrace.results.summary import policy_figures
 from moetrace.spec import Gpu, MoetraceError, UsageError, load_model, load_policy, load_system
 from moetrace.spec.choices import BY_ADMISSION
 from moetrace.trace import Trace
@@ -227,6 +229,9 @@ def test_many_setups_in_one_pass_are_what_each_is_alone(case, data, tmp_path_fac
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_format, "BLOCK_BYTES", 1)  # one step a block
         streamed = run_setups(trace, setups, jobs=2)
+        with StepStore(data.draw(st.sampled_from([0, 100, 1 << 20]), label="store")) as store:
+            folded = run_setups(trace, setups, jobs=2, store=store)
+            figures = [(policy_figures(run), run.lanes[0].duration_s.tobytes()) for run in folded]
         kept_in_steps = Decoded(trace, needs, 1 << 30)
     together = (streamed, *(run_setups(decoded, setups) for decoded in (kept, kept, kept_in_steps)))
     for runs in together:
@@ -234,6 +239,8 @@ def test_many_setups_in_one_pass_are_what_each_is_alone(case, data, tmp_path_fac
             assert isinstance(other, Run)
             assert (one.slots, one.work_bound_s, one.warnings) == (other.slots, other.work_bound_s, other.warnings)
             assert_same(one.lanes[0], other.lanes[0])
+    for one, of_folded in zip(alone, figures, strict=True):  # what a sweep keeps, to the last bit
+        assert (policy_figures(one), one.lanes[0].duration_s.tobytes()) == of_folded
     sizes = sum(batch.demand.expert.nbytes + batch.demand.next_step.nbytes for batch, _ in kept.batches())
     assert sizes <= decoded_bytes(trace, needs)
 

@@ -3,7 +3,6 @@
 What counts as an access, and how a victim is found, is in `accesses` and `eviction`; docs/cache.md says it for users.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from moetrace.analyze.cache.tally import (
     AGREEING,
     HITS,
     MISSED_BYTES,
-    MOST_CACHES,
     QUANTILES,
     RECORDED,
     RECORDED_HITS,
@@ -32,13 +30,13 @@ from moetrace.analyze.cache.tally import (
     DemandCounts,
     HitTally,
     RequestGroups,
+    WholeRows,
     count_demand,
     count_hits,
-    count_whole_rows,
     intervals,
-    mark_hits,
     no_demand,
     no_tally,
+    owners_of,
     quantiles,
     requests_of,
 )
@@ -59,6 +57,7 @@ from moetrace.trace.schema import PHASE_NAMES
 DEFAULT_POLICIES = ("lru", "lfu", "belady")
 SCOPES = ("global", "layer", "request")
 MAX_CAPACITY = 1 << 60
+_BLOCK_IDS = 1 << 19  # of a block, whose accesses and hits then stay in the caches
 MAX_KEYS = 1 << 20  # models have 23,000 at most; a damaged file may claim anything
 _SCHEMA = {
     "policy": pl.String,
@@ -237,10 +236,10 @@ def _replay(
     """Return what was demanded, and what each policy hit at each capacity."""
     keys, pools = trace.layers * trace.num_experts, trace.layers if asked.scope == "layer" else 1
     size = np.zeros(keys, np.int64) if asked.sizes is None else asked.sizes.reshape(-1)
-    count = np.zeros(0, np.int64)
+    count, block_rows = np.zeros(0, np.int64), max(1, _BLOCK_IDS // (trace.layers * trace.top_k))
     needs = asked.policies.values()
     if any(policy.totals for policy in needs):
-        count = count_accesses(accesses(trace, sequential=asked.sequential), keys)
+        count = count_accesses(accesses(trace, sequential=asked.sequential, block_rows=block_rows), keys)
     choices = trace.rows * trace.top_k
     demands = Demands(trace.layers, trace.num_experts, size, pools, asked.sequential, choices, count)
     budgets = [Budget(capacity.amount // pools, capacity.unit == "bytes") for capacity in asked.capacities]
@@ -248,33 +247,25 @@ def _replay(
     tallies = {policy: [no_tally(requests.groups) for _ in budgets] for policy in asked.policies}
     demand = no_demand(keys, requests.groups)
     looks_ahead = any(policy.next_use for policy in needs)
+    each = size[:1] if (size == size[0]).all() else size
     with NextUses(keys) as next_uses:
         if looks_ahead:
-            next_uses.learn(accesses(trace, sequential=asked.sequential))
+            next_uses.learn(accesses(trace, sequential=asked.sequential, block_rows=block_rows))
         wanted = {
             "recorded": "recorded" in trace.has,
             "rows": True,
             "chosen_by": any(policy.row_counts for policy in needs),
-            "choices": True,
         }
-        for block in accesses(trace, sequential=asked.sequential, **wanted):
-            group = requests.group_of(block.request)
-            count_demand(demand, block, group, trace.layers)
+        for block in accesses(trace, sequential=asked.sequential, block_rows=block_rows, **wanted):
+            owners = owners_of(block, requests.group_of(block.request), trace.layers)
+            count_demand(demand, block, owners, trace.num_experts)
             next_use = next_uses.of(block) if looks_ahead else np.zeros(0, np.int64)
-            several: list[HitTally] = []  # caches whose hits are marked
-            bits = np.zeros(block.key.size if block.choice.size else 0, np.uint64)
+            whole = WholeRows(block, owners, trace.num_experts, asked.sequential, len(replays) * len(budgets))
             for policy, replay in replays.items():
                 for tally, hit in zip(tallies[policy], replay(block, next_use), strict=True):
-                    count_hits(tally, block, hit, size, group)
-                    if not block.choice.size:
-                        continue
-                    mark_hits(bits, hit, len(several))
-                    several.append(tally)
-                    if len(several) == MOST_CACHES:
-                        count_whole_rows(several, block, bits)
-                        bits[:], several = 0, []
-            if several:
-                count_whole_rows(several, block, bits)
+                    count_hits(tally, block, hit, each, owners)
+                    whole.add(tally, hit)
+            whole.count()
             if progress is not None:
                 progress(block.rows)
     return demand, tallies
@@ -375,7 +366,6 @@ def _rows(asked: Asked, demand: DemandCounts, tallies: dict[str, list[HitTally]]
 def _row(demand: DemandCounts, tally: HitTally, phases: list[int]) -> dict:
     accessed, compulsory, steps, choosing_rows, choosing_steps = (int(n) for n in demand.counts[phases].sum(0))
     totals = tally.totals[phases].sum(0)
-    misses = sum((tally.step_misses[phase] for phase in phases), Counter())
     return {
         "steps": steps,
         "accesses": accessed,
@@ -388,5 +378,7 @@ def _row(demand: DemandCounts, tally: HitTally, phases: list[int]) -> dict:
         "all_resident_steps": totals[WHOLE_STEPS] / choosing_steps if choosing_steps else None,
         "recorded_hit_rate": totals[RECORDED_HITS] / totals[RECORDED] if totals[RECORDED] else None,
         "recorded_agreement": totals[AGREEING] / totals[RECORDED] if totals[RECORDED] else None,
-        **{f"step_misses_p{q}": value for q, value in zip(QUANTILES, quantiles(misses), strict=True)},
+        **{
+            f"step_misses_p{q}": value for q, value in zip(QUANTILES, quantiles(tally.step_misses(phases)), strict=True)
+        },
     }
