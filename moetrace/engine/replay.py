@@ -157,7 +157,7 @@ def _see(at, layer, step, demand, machine, setting, state, log):
             late += note_late(state.queue, key)
     if not machine.is_plain:
         price_varied(machine, state.scratch.active, size)
-    order_on_gpu(state.scratch.active, size)
+    order_on_gpu(state.scratch.active, size, hits)
     if setting.splits:
         see_parts(base, size, state)
     log.step[step].hits += hits
@@ -170,9 +170,10 @@ def _see(at, layer, step, demand, machine, setting, state, log):
 
 @kernel
 def _carry_out(layer, size, state, log):
-    """Note who ran what, and take what was demanded out of the prefetch queue."""
+    """Note who ran what, and take what was demanded out of the prefetch queue; return how many were."""
     experts = state.cells.shape[1]
     gpu = log.unit[GPU]
+    gpu_rows, gpu_bytes, used = gpu.rows, gpu.bytes, 0  # in registers: in memory each sum waits for the last one
     fetched, on_gpu = 0, 0
     for j in range(size):  # in turn: those on the GPU come together, and the processor guesses right
         i = state.scratch.active[j].turn
@@ -181,19 +182,22 @@ def _carry_out(layer, size, state, log):
         active = state.scratch.active[i]
         key = layer * experts + active.expert
         on_gpu += 1
-        gpu.rows += active.rows
-        gpu.bytes += active.weight_bytes
+        gpu_rows += active.rows
+        gpu_bytes += active.weight_bytes
         if active.resident:
-            log.tally[0].used += state.cache.fresh[key]
+            used += state.cache.fresh[key]
             state.cache.fresh[key] = 0
         elif state.scratch.plan[i] != SHARED:
             fetched += 1
             if state.queue.place[key] >= 0:
                 log.tally[0].wasted += leave(state.queue, key)
+    gpu.rows, gpu.bytes = gpu_rows, gpu_bytes
     gpu.experts += on_gpu
+    log.tally[0].used += used
     log.unit[LINK_IN].experts += fetched
     log.layer[layer].gpu_experts += on_gpu
     log.layer[layer].ndp_experts += size - on_gpu
+    return fetched
 
 
 @kernel
@@ -248,7 +252,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
     shared = shared_of(setting.splits, size, plan)
     line = timeline(machine, view, size, plan, shared)
-    _carry_out(layer, size, state, log)
+    fetched = _carry_out(layer, size, state, log)
     if shared >= 0:
         share_out(layer, shared, state, log)
     if foresight is not None:
@@ -263,7 +267,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     if setting.learns:
         residency(cells, view, layer, load, plan)
     if foresight is None:
-        touch_and_admit(cells, state.cache, layer, state.scratch.active, size, state.scratch.plan, tally)
+        touch_and_admit(cells, state.cache, layer, size, state.scratch, fetched, tally)
     else:
         touch_and_admit_by_worth(foresight, queue, cells, state.cache, layer, size, state.scratch, tally)
     if setting.prefetch == ONLINE:

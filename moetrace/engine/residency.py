@@ -246,11 +246,12 @@ def link_by_age(cells, cache, key):
 
 
 @kernel
-def touch_and_admit(cells, cache, layer, active, size, plan, tally):
-    """After a layer, in demand order: touch what is resident, offer what was fetched."""
-    first = layer * cells.shape[1]
+def touch_and_admit(cells, cache, layer, size, scratch, fetched, tally):
+    """After a layer, in demand order: touch what is resident, offer what was ``fetched``, of which nothing is evicted."""
+    first, active, plan = layer * cells.shape[1], scratch.active, scratch.plan
     end = cache.resident.size + pool_of(cache, layer)
-    for i in range(size):
+    clock = tally[0].clock
+    for i in range(size if fetched > 0 else 0):
         cache.active[first + active[i].expert] = 1
     for i in range(size):
         expert = active[i].expert
@@ -268,7 +269,8 @@ def touch_and_admit(cells, cache, layer, active, size, plan, tally):
             continue
         if linked:
             link(cache, key, end)
-        tally[0].clock += 1
-        cache.touched[key] = cells[layer, expert].touched = tally[0].clock
-    for i in range(size):
+        clock += 1
+        cache.touched[key] = cells[layer, expert].touched = clock
+    tally[0].clock = clock
+    for i in range(size if fetched > 0 else 0):
         cache.active[first + active[i].expert] = 0
