@@ -1,5 +1,6 @@
 """Who is demanded: a block's routing as lists of active experts, in demand order, made once for all policies."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ class Popularity(NamedTuple):
 
 FEW = 24  # ids of a step and layer up to which sorting by insertion is the faster way
 AT_ONCE = 4  # layers counted in one walk over a step's rows: a row's ids of them share a line of the processor's cache
+CHECKED = 4096  # ids that are compared in one go: some 64 at a time, and few are left at the end
 PARTS = 4  # of a layer's experts, sorted side by side: each waits for its own last place only
 
 
@@ -37,7 +39,7 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> Dema
     ``experts`` uint8 or uint16 [rows, L, k], 255 or 65535 is absent; ``offset`` int64 [steps + 1], rows of each step.
     """
     layers, top_k = experts.shape[1:]
-    if _is_wrong(experts.reshape(len(experts), layers * top_k), *_limits(experts, num_experts)):
+    if _has_wrong(experts, num_experts):
         return None
     most = int(np.minimum(np.diff(offset) * top_k, num_experts).sum()) * layers
     start = np.zeros((len(offset) - 1) * layers + 1, np.int64)
@@ -46,14 +48,23 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> Dema
     return Demand(start, expert[: start[-1]], count[: start[-1]], np.zeros(0, np.int32))
 
 
-def _limits(experts: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the highest id and the absent one; and, for each distance, which ids of a row are in one choice with the
-    one so far behind: bool [k, L * k].
-    """
-    layers, top_k = experts.shape[1:]
-    slot = np.arange(layers * top_k) % top_k
-    together = slot < top_k - np.arange(top_k)[:, None]
-    return np.array([num_experts - 1, np.iinfo(experts.dtype).max], experts.dtype), together
+def _has_wrong(experts: np.ndarray, num_experts: int) -> bool:
+    """Return whether an id is neither an expert's nor absent, or is twice in one choice."""
+    rows, layers, top_k = experts.shape
+    at_once = max(1, min(CHECKED // (layers * top_k), rows))  # rows
+    limits = np.array([num_experts - 1, np.iinfo(experts.dtype).max], experts.dtype)
+    whole = rows // at_once * at_once
+    return any(
+        _is_wrong(part.reshape(-1, n * layers * top_k), limits, _together(n * layers * top_k, top_k))
+        for part, n in ((experts[:whole], at_once), (experts[whole:], rows - whole))
+        if len(part)
+    )
+
+
+@lru_cache(maxsize=4)
+def _together(width: int, top_k: int) -> np.ndarray:
+    """Return which of so many ids are in one choice with the one that stands n behind them: bool [n, width]."""
+    return np.arange(width) % top_k < top_k - np.arange(top_k)[:, None]
 
 
 def without_ahead(demand: Demand, steps: int, layers: int) -> Demand:
@@ -79,9 +90,9 @@ def count_experts(demand, popularity):
 
 @kernel
 def _is_wrong(ids, limits, together):
-    """Return whether an id of rows, [rows, L * k], is neither an expert's nor absent, or is twice in one choice.
+    """Do the same for ids [n, whole rows]; ``together`` bool [k, whole rows] says which are in one choice.
 
-    Apart from the counting, it compares some 64 ids at a time: within, it took more than the counting itself.
+    Apart from the counting, many are compared at a time: within, it took more than the counting itself.
     """
     highest, absent = limits[0], limits[1]
     wrong = False

@@ -153,7 +153,7 @@ def _see(at, layer, step, demand, machine, setting, state, log):
             next_step = demand.next_step[first + i]
             active.next_use = np.inf if next_step < 0 else next_step * state.cells.shape[0] + layer + 0.0
         hits += resident
-        if queued and not resident:
+        if queued:
             late += note_late(state.queue, key)
     if not machine.is_plain:
         price_varied(machine, state.scratch.active, size)

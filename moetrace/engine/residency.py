@@ -253,7 +253,12 @@ def touch_and_admit(cells, cache, layer, size, scratch, fetched, tally):
     clock = tally[0].clock
     for i in range(size if fetched > 0 else 0):
         cache.active[first + active[i].expert] = 1
-    for i in range(size):
+    listed = 0
+    for i in range(size):  # listed without a branch: the processor could not guess who is resident
+        scratch.load[listed] = i
+        listed += (active[i].resident != 0) | (plan[i] == ON_GPU)
+    for j in range(listed):
+        i = scratch.load[j]
         expert = active[i].expert
         key = first + expert
         if cache.resident[key]:
@@ -263,7 +268,7 @@ def touch_and_admit(cells, cache, layer, size, scratch, fetched, tally):
                 linked = False
             elif linked:
                 unlink(cache, key)
-        elif plan[i] == ON_GPU and keep(cells, cache, layer, expert, tally):
+        elif keep(cells, cache, layer, expert, tally):
             linked = not (cache.order > BY_SCORE and cells[layer, expert].score == np.inf)
         else:
             continue
