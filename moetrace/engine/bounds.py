@@ -78,10 +78,10 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
             if size == 0:
                 continue
             # As the layer before it, in all that a time depends on: so are most layers where a step has one row.
-            if size == last_size and steps.rows[s] == last_rows and not setting.own_dispatch:
-                if _is_as_before(machine, demand, layer, first, size, scratch.active):
-                    total_s += moe_s
-                    continue
+            alike = size == last_size and steps.rows[s] == last_rows and not setting.own_dispatch
+            if alike and _is_as_before(machine, demand, layer, first, size, scratch.active):
+                total_s += moe_s
+                continue
             last_size, last_rows = size, steps.rows[s]
             for i in range(size):
                 expert, rows = np.int64(demand.expert[first + i]), np.int64(demand.rows[first + i])
