@@ -247,7 +247,7 @@ def link_by_age(cells, cache, key):
 
 @kernel
 def touch_and_admit(cells, cache, layer, size, scratch, fetched, tally):
-    """After a layer, in demand order: touch what is resident, offer what was ``fetched``; none goes for another of them."""
+    """After a layer, in demand order: touch what is resident, offer what was ``fetched``; none goes for another."""
     first, active, plan = layer * cells.shape[1], scratch.active, scratch.plan
     end = cache.resident.size + pool_of(cache, layer)
     clock = tally[0].clock
