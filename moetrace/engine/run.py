@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from time import thread_time
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,9 +65,11 @@ class Lane:
     clairvoyant_s: float = 0.0
     work_bound_s: float = 0.0
     recording: Recording | None = None  # of the steps of a timeline
+    last_s: float = 0.0  # processor time that the last block took
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
+        begun_s = thread_time()
         try:
             if self.recording is None:
                 self._replay(batch)
@@ -80,6 +83,7 @@ class Lane:
         except Exception as error:  # only a user's function can raise
             why = f"{type(error).__name__}: {error}{_line_of(error)}"
             raise MoetraceError(f"Policy {self.policy.name} failed: {why}.") from error
+        self.last_s = thread_time() - begun_s
 
     def _replay(self, batch: Batch) -> None:
         variant(self.foresight is not None, False)(self.work(batch), *self.hooks, self.foresight, None)
@@ -250,8 +254,10 @@ def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> Non
     if pool is None:
         errors = [_attempt(lane.advance, batch) for _, lane in lanes]
     else:
-        futures = [pool.submit(_attempt, lane.advance, batch) for _, lane in lanes]
-        errors = [result_of(future) for future in futures]
+        # What took longest in the block before goes first: begun last, it would keep one thread when others are done.
+        longest_first = sorted(range(len(lanes)), key=lambda i: -lanes[i][1].last_s)
+        futures = {i: pool.submit(_attempt, lanes[i][1].advance, batch) for i in longest_first}
+        errors = [result_of(futures[i]) for i in range(len(lanes))]
     for (one, _), error in zip(lanes, errors, strict=True):
         if error is not None and one.error is None:
             one.error = error
