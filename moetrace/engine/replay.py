@@ -170,11 +170,10 @@ def _see(at, layer, step, demand, machine, setting, state, log):
 
 @kernel
 def _carry_out(layer, size, state, log):
-    """Note who ran what, and take what was demanded out of the prefetch queue; return how many were."""
-    experts = state.cells.shape[1]
-    gpu = log.unit[GPU]
-    gpu_rows, gpu_bytes, used = gpu.rows, gpu.bytes, 0  # in registers: in memory each sum waits for the last one
-    fetched, on_gpu = 0, 0
+    """Note who ran what, and take what was fetched out of the prefetch queue; return how many were fetched."""
+    experts, gpu = state.cells.shape[1], log.unit[GPU]
+    # In registers: in memory each sum waits for the last one.
+    gpu_rows, gpu_bytes, used, fetched, on_gpu = gpu.rows, gpu.bytes, 0, 0, 0
     for j in range(size):  # in turn: those on the GPU come together, and the processor guesses right
         i = state.scratch.active[j].turn
         if state.scratch.plan[i] == HOME:
@@ -192,8 +191,7 @@ def _carry_out(layer, size, state, log):
             if state.queue.place[key] >= 0:
                 log.tally[0].wasted += leave(state.queue, key)
     gpu.rows, gpu.bytes = gpu_rows, gpu_bytes
-    gpu.experts += on_gpu
-    log.tally[0].used += used
+    gpu.experts, log.tally[0].used = gpu.experts + on_gpu, log.tally[0].used + used
     log.unit[LINK_IN].experts += fetched
     log.layer[layer].gpu_experts += on_gpu
     log.layer[layer].ndp_experts += size - on_gpu
@@ -245,8 +243,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     pool = pool_of(state.cache, layer)
     of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity))
     view = view_of(step, batch.steps, machine, setting, state.scratch, of_pool)
-    load = state.scratch.load[:size]
-    plan = state.scratch.plan[:size]
+    load, plan = state.scratch.load[:size], state.scratch.plan[:size]
     if size > 0:
         dispatch(cells, view, layer, load, plan)
     log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
