@@ -138,13 +138,18 @@ def _line_up_unwanted(cells, cache, pool, begin, stop):
     """Make a pool's ring anew, of the residents that are not wanted any more."""
     experts = cells.shape[1]
     by_touch = np.empty(cache.residents[pool] + 1, np.int64)  # order of touch, then of key; each may be the last
+    ids = np.empty(experts, np.int64)  # of a layer's residents
     size = 0
     for layer in range(begin // experts, stop // experts):
+        residents = 0
         for e in range(experts):
-            key = layer * experts + e
-            cache.after[key] = -1
+            cache.after[layer * experts + e] = -1
+            ids[residents] = e
+            residents += cache.resident[layer * experts + e]
+        for i in range(residents):
+            key = layer * experts + ids[i]
             by_touch[size] = cache.touched[key] * cache.resident.size + key
-            size += cache.resident[key] & (cells[layer, e].score < np.inf)
+            size += cells[layer, ids[i]].score < np.inf
     _sort(by_touch, size)
     end = cache.resident.size + pool
     cache.after[end] = cache.before[end] = end
