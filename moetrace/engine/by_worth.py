@@ -2,52 +2,88 @@
 
 import numpy as np
 
-from moetrace.engine.foresight import PLACES
+from moetrace.engine.foresight import PLACES, grow_stale
 from moetrace.engine.prefetch import COMPLETE, DONE_BYTES, HEAD, TAIL, is_complete, join, leave
 from moetrace.engine.state import ON_GPU
 from moetrace.jit.compile import kernel
 
+INFINITE = 0x7FF0_0000_0000_0000  # the bits of infinity
+
 
 @kernel
 def _look(f, queue, cache, layer):
-    """Find a layer's best candidate and its least resident, leaving out those that `cache.active` bars."""
+    """Find the worth of a layer's best candidate and least resident, leaving out those that `cache.active` bars.
+
+    Of bits, as the least and greatest of many integers are found at once; who it is, is only looked for if asked.
+    """
     experts = f.worth.shape[1]
-    best, most, least, fewest = -1, -1.0, -1, np.inf
+    part = slice(layer * experts, (layer + 1) * experts)
+    barred, resident, place = cache.active[part], cache.resident[part], queue.place[part]
+    weight_bytes = queue.weight_bytes[part]
+    best, least = np.int64(0), np.int64(INFINITE)
     for e in range(experts):
-        key, worth = layer * experts + e, f.worth[layer, e]
-        if cache.active[key]:
-            continue
-        if cache.resident[key]:
-            if worth < fewest:
-                least, fewest = key, worth
-        elif worth > most and queue.place[key] < 0 and queue.weight_bytes[key] > 0.0:
-            best, most = key, worth
-    f.best[layer], f.best_worth[layer], f.least[layer], f.least_worth[layer] = best, most, least, fewest
+        bits = f.worth_bits[layer, e]
+        least = min(least, bits if (resident[e] != 0) & (barred[e] == 0) else np.int64(INFINITE))
+    for e in range(experts):
+        bits, out = f.worth_bits[layer, e], (resident[e] != 0) | (barred[e] != 0)
+        best = max(best, np.int64(0) if out | (place[e] >= 0) | (weight_bytes[e] <= 0.0) else bits)
+    f.best_bits[layer], f.least_bits[layer] = best, least
     f.stale[layer] = 0
+
+
+@kernel
+def _look_again(f, queue, cache):
+    """Look at the layers of which what is known is not of now; return how many layers there are."""
+    for i in range(f.stale_count[0]):
+        _look(f, queue, cache, f.stale_layers[i])
+    f.stale_count[0] = 0
+    return f.stale.size
+
+
+@kernel
+def _least_worth(f, queue, cache):
+    """Return the least worth of a resident that is not barred, infinity if there is none."""
+    layers = _look_again(f, queue, cache)
+    least = np.int64(INFINITE)
+    for layer in range(layers):
+        least = min(least, f.least_bits[layer])
+    f.least_bits[layers] = least
+    return f.least_worth[layers]
 
 
 @kernel
 def _least_resident(f, queue, cache):
     """Return the key of the resident of least worth that is not barred, -1 = none; ties: the lower key."""
-    key, fewest = -1, np.inf
-    for layer in range(f.stale.size):
-        if f.stale[layer]:
-            _look(f, queue, cache, layer)
-        if f.least_worth[layer] < fewest:
-            key, fewest = f.least[layer], f.least_worth[layer]
-    return key
+    if _least_worth(f, queue, cache) < np.inf:
+        layers, experts = f.worth.shape
+        least = f.least_bits[layers]
+        for layer in range(layers):
+            if f.least_bits[layer] == least:
+                for key in range(layer * experts, (layer + 1) * experts):
+                    if f.worth_bits[layer, key - layer * experts] != least or cache.active[key]:
+                        continue
+                    if cache.resident[key]:
+                        return key
+    return -1
 
 
 @kernel
 def _best_candidate(f, queue, cache, above):
     """Return the key of greatest worth ``above`` a bar, neither resident nor queued nor barred; ties: the lower key."""
-    key, most = -1, above
-    for layer in range(f.stale.size):
-        if f.stale[layer]:
-            _look(f, queue, cache, layer)
-        if f.best_worth[layer] > most:
-            key, most = f.best[layer], f.best_worth[layer]
-    return key
+    layers, experts = _look_again(f, queue, cache), f.worth.shape[1]
+    best = np.int64(0)
+    for layer in range(layers):
+        best = max(best, f.best_bits[layer])
+    f.best_bits[layers] = best
+    if f.best_worth[layers] > above:
+        for layer in range(layers):
+            if f.best_bits[layer] == best:
+                for key in range(layer * experts, (layer + 1) * experts):
+                    if f.worth_bits[layer, key - layer * experts] != best or cache.resident[key] or cache.active[key]:
+                        continue
+                    if queue.place[key] < 0 and queue.weight_bytes[key] > 0.0:
+                        return key
+    return -1
 
 
 @kernel
@@ -64,8 +100,8 @@ def queue_best(f, queue, cache, layer, size, scratch, tally):
     """
     experts = f.worth.shape[1]
     _bar(f, cache, layer, size, scratch, False)
-    least = _least_resident(f, queue, cache)
-    bar = 0.0 if least < 0 or cache.residents[0] < cache.capacity[0] else _worth(f, least)
+    least = _least_worth(f, queue, cache)
+    bar = 0.0 if least == np.inf or cache.residents[0] < cache.capacity[0] else least
     kept = 0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
         key = queue.key[at]
@@ -77,13 +113,13 @@ def queue_best(f, queue, cache, layer, size, scratch, tally):
             kept += 1
         else:
             tally[0].wasted += leave(queue, key)
-            f.stale[key // experts] = 1
+            grow_stale(f, key // experts)
     while kept < PLACES and cache.capacity[0] > 0:
         key = _best_candidate(f, queue, cache, bar + f.margin)
         if key < 0:
             break
         join(queue, key, 0)
-        f.stale[key // experts] = 1
+        grow_stale(f, key // experts)
         f.picked[kept] = key
         kept += 1
     _order(f, queue, kept, bar)
@@ -118,7 +154,8 @@ def _bar(f, cache, layer, size, scratch, whole_layer):
     if fetched > 0 and whole_layer:
         for i in range(size):
             cache.active[first + scratch.active[i].expert] = 1
-    f.stale[layer] |= fetched > 0
+    if fetched > 0:
+        grow_stale(f, layer)
     return fetched
 
 
@@ -127,7 +164,8 @@ def _unbar(f, cache, layer, size, scratch):
     """Bar none of a layer's active experts."""
     for i in range(size):
         key = layer * f.worth.shape[1] + scratch.active[i].expert
-        f.stale[layer] |= cache.active[key]
+        if cache.active[key]:
+            grow_stale(f, layer)
         cache.active[key] = 0
 
 
@@ -139,7 +177,7 @@ def admit_by_worth(f, queue, cells, cache, tally):
         key = queue.key[at]
         if queue.place[key] == at and is_complete(queue, key):
             leave(queue, key)
-            f.stale[key // f.worth.shape[1]] = 1
+            grow_stale(f, key // f.worth.shape[1])
             if _keep(f, queue, cells, cache, key, tally):
                 cache.fresh[key] = 1
             else:
@@ -176,9 +214,9 @@ def _keep(f, queue, cells, cache, key, tally):
         cache.residents[0] -= 1
         tally[0].wasted += cache.fresh[victim]
         cache.fresh[victim] = 0
-        f.stale[victim // experts] = 1
+        grow_stale(f, victim // experts)
     cells[key // experts, key % experts].resident = 1
     cache.resident[key] = 1
     cache.residents[0] += 1
-    f.stale[key // experts] = 1
+    grow_stale(f, key // experts)
     return True

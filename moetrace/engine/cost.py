@@ -39,6 +39,8 @@ class Prices(NamedTuple):
     """What the experts of a layer have in common: numbers in registers, where a record's are read for each expert."""
 
     gpu: "Rates"
+    home: "Rates"  # of the first group of units
+    one_home: bool  # all units share every expert
     fetch_s_per_byte: float
     fetch_latency_s: float
 
@@ -54,21 +56,33 @@ class Rates(NamedTuple):
 @kernel
 def prices_of(machine):
     """Return the machine's ``Prices``."""
-    gpu, link = machine.device[GPU_DEVICE], machine.link[0]
-    return Prices(Rates(gpu.s_per_row, gpu.s_per_byte, gpu.start_s), link.s_per_byte, link.latency_s)
+    link = machine.link[0]
+    gpu, home = rates_of(machine.device[GPU_DEVICE]), rates_of(machine.device[FIRST_HOME])
+    return Prices(gpu, home, machine.device.size == FIRST_HOME + 1, link.s_per_byte, link.latency_s)
+
+
+@kernel
+def rates_of(device):
+    """Return a device's ``Rates``."""
+    return Rates(device.s_per_row, device.s_per_byte, device.start_s)
 
 
 @kernel
 def price(machine, prices, layer, expert, rows, resident, active):
     """Fill the record (``ACTIVE``) of an expert that ``rows`` rows chose in ``layer``."""
-    weight_bytes, home = machine.weight_bytes[layer, expert], machine.home[layer, expert]
+    weight_bytes = machine.weight_bytes[layer, expert]
+    if prices.one_home:
+        active.group = 0
+        active.ndp_s = expert_s(prices.home, rows, weight_bytes)
+    else:
+        home = machine.home[layer, expert]
+        active.group = home - FIRST_HOME
+        active.ndp_s = expert_s(machine.device[home], rows, weight_bytes)
     active.expert = expert
-    active.group = home - FIRST_HOME
     active.rows = rows
     active.weight_bytes = weight_bytes
     active.resident = resident
     active.gpu_s = expert_s(prices.gpu, rows, weight_bytes)
-    active.ndp_s = expert_s(machine.device[home], rows, weight_bytes)
     active.fetch_s = 0.0 if resident else weight_bytes * prices.fetch_s_per_byte + prices.fetch_latency_s
 
 
@@ -88,11 +102,8 @@ def price_varied(machine, active, size):
 
 
 @kernel
-def order_on_gpu(active, size):
+def order_on_gpu(active, size, residents):
     """Set the order in which the GPU would run the active experts: resident ones first, each part in demand order."""
-    residents = 0
-    for i in range(size):
-        residents += active[i].resident
     here, coming = 0, residents
     for i in range(size):
         resident = np.int64(active[i].resident)

@@ -16,7 +16,7 @@ from moetrace.spec.choices import find
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.policy import PolicySpec
 from moetrace.trace.format import Block, Trace
-from moetrace.trace.schema import BLOCK_BYTES, check_ids
+from moetrace.trace.schema import BLOCK_BYTES, DECODE, check_ids
 
 
 class Needs(NamedTuple):
@@ -24,7 +24,8 @@ class Needs(NamedTuple):
 
     ahead_layers: int  # how far a prefetch looks ahead
     next_steps: bool  # when each is demanded next
-    prompts: bool  # which row chose what
+    prompts: bool  # which row of a prompt chose what
+    rows: bool = False  # which row chose what
 
 
 def needs_of(policies: Iterable[PolicySpec]) -> Needs:
@@ -39,7 +40,8 @@ def needs_of(policies: Iterable[PolicySpec]) -> Needs:
     return Needs(
         ahead_layers,
         any(residency.next_steps for residency in residencies),
-        any(residency.counts_prompts or residency.foresees for residency in residencies),
+        any(residency.counts_prompts for residency in residencies),
+        any(residency.foresees for residency in residencies),
     )
 
 
@@ -82,7 +84,7 @@ class Decoded:
             demand = _demand(trace, block)
             if next_steps is not None:
                 demand = next_steps.add_to(demand, block.steps, trace.layers)
-            return _batch(block, demand, schedule, self.needs.prompts), int(block.offset[block.steps])
+            return _batch(block, demand, schedule, self.needs), int(block.offset[block.steps])
 
         blocks = trace.compared_blocks(_ahead_steps(trace, self.needs))
         if pool is None:
@@ -105,7 +107,7 @@ def decoded_bytes(trace: Trace, needs: Needs) -> int:
     a_choice = 12 if needs.next_steps else 8
     total = int(active.sum()) * a_choice + 8 * trace.steps * trace.layers + trace.rows
     ids = trace.rows * trace.layers * trace.top_k
-    if needs.prompts:
+    if needs.prompts or needs.rows:
         total += 2 * ids + 8 * trace.rows
     blocks = ids * (1 if trace.num_experts <= 255 else 2) // BLOCK_BYTES
     return total + blocks * _ahead_steps(trace, needs) * int(active.max()) * a_choice
@@ -124,9 +126,11 @@ def _demand(trace: Trace, block: Block) -> Demand:
     return demand
 
 
-def _batch(block: Block, demand: Demand, schedule: Schedule, with_rows: bool) -> Batch:
+def _batch(block: Block, demand: Demand, schedule: Schedule, needs: Needs) -> Batch:
     steps = slice(block.first_step, block.first_step + block.steps)
     shape = block.experts.shape
+    with_request = needs.prompts or needs.rows
+    with_rows = needs.rows or (needs.prompts and _mixes_prompts(block, schedule.phase[steps]))
     return Batch(
         steps=Steps(
             first=block.first_step,
@@ -138,6 +142,16 @@ def _batch(block: Block, demand: Demand, schedule: Schedule, with_rows: bool) ->
         demand=demand,
         offset=np.ascontiguousarray(block.offset, np.int64),
         experts=block.experts.astype(np.uint16) if with_rows else np.zeros((0, *shape[1:]), np.uint16),
-        request=request_index(schedule.requests, block) if with_rows else np.zeros(0, np.int64),
+        request=request_index(schedule.requests, block) if with_request else np.zeros(0, np.int64),
         row_phase=np.ascontiguousarray(block.phase, np.uint8),
     )
+
+
+def _mixes_prompts(block: Block, phase: np.ndarray) -> bool:
+    """Whether a step has rows of a prompt beside other rows; those of a lone prompt are counted by its demand."""
+    rows = block.offset[block.steps]
+    request, row_phase = block.request[:rows], block.phase[:rows]
+    changes = np.zeros(rows, bool)
+    changes[1:] = (request[1:] != request[:-1]) | (row_phase[1:] != row_phase[:-1])
+    changes[block.offset[: block.steps]] = False
+    return bool((np.logical_or.reduceat(changes, block.offset[: block.steps]) & (phase != DECODE)).any())

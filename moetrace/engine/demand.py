@@ -1,5 +1,6 @@
 """Who is demanded: a block's routing as lists of active experts, in demand order, made once for all policies."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,9 @@ class Popularity(NamedTuple):
 
 
 FEW = 24  # ids of a step and layer up to which sorting by insertion is the faster way
+AT_ONCE = 4  # layers counted in one walk over a step's rows: a row's ids of them share a line of the processor's cache
+CHECKED = 4096  # ids that are compared in one go: some 64 at a time, and few are left at the end
+PARTS = 4  # of a layer's experts, sorted side by side: each waits for its own last place only
 
 
 def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> Demand | None:
@@ -35,12 +39,32 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> Dema
     ``experts`` uint8 or uint16 [rows, L, k], 255 or 65535 is absent; ``offset`` int64 [steps + 1], rows of each step.
     """
     layers, top_k = experts.shape[1:]
+    if _has_wrong(experts, num_experts):
+        return None
     most = int(np.minimum(np.diff(offset) * top_k, num_experts).sum()) * layers
     start = np.zeros((len(offset) - 1) * layers + 1, np.int64)
-    expert, count = np.empty(most, np.int32), np.empty(most, np.int32)
-    if not _gather(experts, offset, num_experts, start, expert, count):
-        return None
+    expert, count = np.empty((2, most + num_experts + PARTS), np.int32)  # sorting writes a little beyond the last
+    _gather(experts, offset, num_experts, start, expert, count)
     return Demand(start, expert[: start[-1]], count[: start[-1]], np.zeros(0, np.int32))
+
+
+def _has_wrong(experts: np.ndarray, num_experts: int) -> bool:
+    """Return whether an id is neither an expert's nor absent, or is twice in one choice."""
+    rows, layers, top_k = experts.shape
+    at_once = max(1, min(CHECKED // (layers * top_k), rows))  # rows
+    limits = np.array([num_experts - 1, np.iinfo(experts.dtype).max], experts.dtype)
+    whole = rows // at_once * at_once
+    return any(
+        _is_wrong(part.reshape(-1, n * layers * top_k), limits, _together(n * layers * top_k, top_k))
+        for part, n in ((experts[:whole], at_once), (experts[whole:], rows - whole))
+        if len(part)
+    )
+
+
+@lru_cache(maxsize=4)
+def _together(width: int, top_k: int) -> np.ndarray:
+    """Return which of so many ids are in one choice with the one that stands n behind them: bool [n, width]."""
+    return np.arange(width) % top_k < top_k - np.arange(top_k)[:, None]
 
 
 def without_ahead(demand: Demand, steps: int, layers: int) -> Demand:
@@ -64,91 +88,93 @@ def count_experts(demand, popularity):
             steps[demand.expert[j]] += 1
 
 
+@kernel
+def _is_wrong(ids, limits, together):
+    """Do the same for ids [n, whole rows]; ``together`` bool [k, whole rows] says which are in one choice.
+
+    Apart from the counting, many are compared at a time: within, it took more than the counting itself.
+    """
+    highest, absent = limits[0], limits[1]
+    wrong = False
+    width = ids.shape[1]
+    for row in range(ids.shape[0]):
+        for i in range(width):
+            wrong |= (ids[row, i] > highest) & (ids[row, i] != absent)
+        for distance in range(1, together.shape[0]):
+            for i in range(width - distance):
+                same = (ids[row, i] == ids[row, i + distance]) & (ids[row, i] != absent)
+                wrong |= same & together[distance, i]
+    return wrong
+
+
 @kernel(inline=False)
 def _gather(experts, offset, num_experts, start, expert, count):
-    """Fill a block's demand (see ``demand_of``): start, expert and count; return False if an id is wrong."""
-    layers = experts.shape[1]
-    # Of each expert: how many rows chose it in the layer at hand, and the last (row, layer) that did; then no expert.
-    tokens = np.zeros(num_experts + 1, np.int32)
-    last_choice = np.full(num_experts + 1, -1)
+    """Fill a block's demand (see ``demand_of``): start, expert and count; the ids are right."""
+    layers, top_k = experts.shape[1:]
+    size = PARTS
+    while size <= num_experts:
+        size *= 2  # the absent id is all ones, and so is the place where it is counted
+    # Of some layers, how many rows chose each expert; of a layer, how many experts were chosen so often.
+    tokens = np.zeros((AT_ONCE, size), np.int32)
     most_rows = 0
     for s in range(offset.size - 1):
         most_rows = max(most_rows, offset[s + 1] - offset[s])
-    with_count = np.zeros(most_rows + 2, np.int32)
+    with_count = np.zeros((most_rows + 1) * PARTS, np.int32)
     end, at = 0, 0
     for s in range(offset.size - 1):
         begin, stop = offset[s], offset[s + 1]
-        for layer in range(layers):
-            if stop - begin == 1:
-                end, wrong = _one_row(experts[begin, layer], num_experts, expert, count, end)
-            else:
-                wrong = _count(experts, layer, begin, stop, tokens, last_choice)
-                if (stop - begin) * experts.shape[2] > FEW:
-                    end = _by_counting(tokens, expert, count, end, with_count)
+        for first in range(0, layers, AT_ONCE):
+            last = min(first + AT_ONCE, layers)
+            if stop - begin > 1:
+                _count(experts, first, last, begin, stop, tokens)
+            for layer in range(first, last):
+                if stop - begin == 1:
+                    end = _one_row(experts[begin, layer], num_experts, expert, count, end)
+                elif (stop - begin) * top_k > FEW:
+                    end = _by_counting(tokens[layer - first], num_experts, expert, count, end, with_count)
                 else:
-                    end = _by_insertion(experts, layer, begin, stop, tokens, expert, count, end)
-            if wrong:
-                return False
-            at += 1
-            start[at] = end
-    return True
-
-
-@kernel
-def _absent(experts):
-    """Return the id that means no choice: the largest of its integer type."""
-    return np.int64((1 << (8 * experts.itemsize)) - 1)
+                    end = _by_insertion(experts, layer, begin, stop, tokens[layer - first], expert, count, end)
+                at += 1
+                start[at] = end
 
 
 @kernel
 def _one_row(ids, num_experts, expert, count, end):
-    """List the experts of a step's only row by id, from ``end`` on; return the new end and whether ids are wrong.
+    """List the experts of a step's only row by id, from ``end`` on; return the new end.
 
     An id's place is the number of smaller ones: k * k comparisons, but none that the processor could guess wrong.
     """
-    found, wrong = 0, False
+    found = 0
     for slot in range(ids.size):
-        e = ids[slot]
-        smaller, same = 0, 0
+        smaller = 0
         for other in range(ids.size):
-            smaller += ids[other] < e
-            same += ids[other] == e
-        if e < num_experts:
-            wrong |= same > 1
-            expert[end + smaller] = e
+            smaller += ids[other] < ids[slot]
+        if ids[slot] < num_experts:
+            expert[end + smaller] = ids[slot]
             count[end + found] = 1
             found += 1
-        else:
-            wrong |= np.int64(e) != _absent(ids)
-    return end + found, wrong
+    return end + found
 
 
 @kernel
-def _count(experts, layer, begin, stop, tokens, last_choice):
-    """Count the rows that chose each expert; return whether an id is wrong. Without branches: 1.7 ns an id, not 4."""
-    num_experts = tokens.size - 1
-    absent = _absent(experts)
-    wrong = False
+def _count(experts, first, last, begin, stop, tokens):
+    """Count, in ``tokens`` [layers, places], the rows that chose each expert of the layers from first to last - 1."""
+    mask, top_k = np.int64(tokens.shape[1] - 1), experts.shape[2]
     for row in range(begin, stop):
-        choice = row * experts.shape[1] + layer
-        for slot in range(experts.shape[2]):
-            e = np.int64(experts[row, layer, slot])
-            place = min(e, num_experts)
-            wrong |= (e >= num_experts) & (e != absent)
-            wrong |= (last_choice[place] == choice) & (e < num_experts)
-            last_choice[place] = choice
-            tokens[place] += 1
-    tokens[num_experts] = 0
-    return wrong
+        for layer in range(first, last):
+            for slot in range(top_k):
+                tokens[layer - first, np.int64(experts[row, layer, slot]) & mask] += 1
+    for layer in range(last - first):
+        tokens[layer, mask] = 0
 
 
 @kernel
 def _by_insertion(experts, layer, begin, stop, tokens, expert, count, end):
     """List a layer's experts in demand order in front of ``end`` and leave ``tokens`` zero; return the new end."""
-    first = end
+    first, mask = end, np.int64(tokens.size - 1)
     for row in range(begin, stop):
         for slot in range(experts.shape[2]):
-            e = min(np.int64(experts[row, layer, slot]), tokens.size - 1)
+            e = np.int64(experts[row, layer, slot]) & mask
             n = tokens[e]
             if n == 0:
                 continue
@@ -163,23 +189,33 @@ def _by_insertion(experts, layer, begin, stop, tokens, expert, count, end):
 
 
 @kernel
-def _by_counting(tokens, expert, count, end, with_count):
-    """Do the same for many experts: ids in order by a scan, their places by a count of the counts."""
+def _by_counting(tokens, num_experts, expert, count, end, with_count):
+    """Do the same for many experts: their places by a count of the counts, which are then taken in order of id.
+
+    Experts that nobody chose are listed behind the last, where the next layer's overwrite them: cheaper than a guess.
+    """
+    part = (num_experts + PARTS - 1) // PARTS
     most = 0
-    for e in range(tokens.size - 1):
-        with_count[tokens[e]] += 1
+    for e in range(num_experts):
         most = max(most, tokens[e])
-    for n in range(most, 0, -1):
-        here = with_count[n]
-        with_count[n] = end
-        end += here
-    for e in range(tokens.size - 1):
-        n = tokens[e]
-        if n > 0:
-            place = with_count[n]
-            expert[place], count[place] = e, n
-            with_count[n] = place + 1
-            tokens[e] = 0
-    for n in range(most + 1):
+    for e in range(part):
+        for p in range(PARTS):
+            with_count[tokens[p * part + e] * PARTS + p] += 1
+    for n in range(most, -1, -1):
+        if n == 0:
+            stop = end
+        for p in range(PARTS):
+            here = with_count[n * PARTS + p]
+            with_count[n * PARTS + p] = end
+            end += here
+    for e in range(part):
+        for p in range(PARTS):
+            n = tokens[p * part + e]
+            place = with_count[n * PARTS + p]
+            expert[place], count[place] = p * part + e, n
+            with_count[n * PARTS + p] = place + 1
+    for e in range(num_experts):
+        tokens[e] = 0
+    for n in range((most + 1) * PARTS):
         with_count[n] = 0
-    return end
+    return stop

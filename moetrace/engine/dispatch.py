@@ -11,6 +11,7 @@ from moetrace.engine.layer import (
     give_rest,
     give_to_group,
     gpu_end_s,
+    home_end_s,
     less,
     ndp_end_s,
     take_from_group,
@@ -28,6 +29,8 @@ def move_while_faster(view, size, plan):
     give_rest(view, size, plan)
     moe_s = ndp_end_s(view)
     free_s, arrival_s = 0.0, 0.0
+    if view.groups.size == 1:
+        return _move_while_faster(view, size, plan, view.groups[0], moe_s)
     for j in range(size):
         i = view.active[j].turn
         expert = view.active[i]
@@ -42,6 +45,30 @@ def move_while_faster(view, size, plan):
             moe_s, free_s, arrival_s = moved_s, ends_s, arrives_s
         else:
             give_to_group(view.groups, expert)
+    return moe_s
+
+
+@kernel
+def _move_while_faster(view, size, plan, group, moe_s):
+    """Do the same where all units share every expert, to the last bit: their sums stay in registers."""
+    free_s, arrival_s = 0.0, 0.0
+    busy_s, rows, count = group.busy_s, group.rows, group.count
+    for j in range(size):
+        i = view.active[j].turn
+        expert = view.active[i]
+        arrives_s = arrival_s + expert.fetch_s
+        ends_s = gpu_end_s(view, free_s, arrives_s, expert)
+        if less(moe_s, ends_s):
+            continue
+        left_s, left_rows = busy_s - expert.ndp_s if count > 1 else 0.0, rows - expert.rows
+        moved_s = max(ends_s, home_end_s(view, min(float(view.rows), left_rows), left_s, count - 1))
+        if less(moved_s, moe_s) or (expert.resident and not less(moe_s, moved_s)):
+            plan[i] = 1
+            moe_s, free_s, arrival_s = moved_s, ends_s, arrives_s
+            busy_s, rows, count = left_s, left_rows, count - 1
+        else:
+            busy_s, rows = left_s + expert.ndp_s, left_rows + expert.rows
+    group.busy_s, group.rows, group.count = busy_s, rows, count
     return moe_s
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moetrace.engine.chances import LANES, add_up, learn, raise_to, scale_of
 from moetrace.engine.schedule import Requests, places_of
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import Dispatch, find
@@ -16,8 +17,7 @@ from moetrace.spec.errors import MoetraceError
 from moetrace.spec.policy import PolicySpec
 from moetrace.trace.schema import DECODE
 
-FAST, SLOW, LEARN = 1 / 4, 1 / 64, 1 / 32  # rates of averages: of loads, and of the tables in the long run
-PRIOR = 4.0  # visits that the tables' start is worth
+FAST, SLOW = 1 / 4, 1 / 64  # rates of averages of loads
 FLOOR = 0.1  # is added to a frequency that something is divided by
 MIX = 1 / 8  # of the fast average in what is expected
 PLACES = 4  # in the queue
@@ -31,6 +31,8 @@ class Foresight(NamedTuple):
 
     fast: np.ndarray  # float64 [L, E]: share of the rows that chose it
     slow: np.ndarray  # float64 [L, E]
+    hope: np.ndarray  # float64 [L, E]: of the two, what is expected
+    inverse: np.ndarray  # float64 [L, E]: 1 / (slow + FLOOR)
     follow: np.ndarray  # float64 [L, E]: fast average of what `after` says
     after: np.ndarray  # float32 [L, E, E]: from a row's choice to that of its request's next row; L = 0: not used
     after_count: np.ndarray  # int64 [L, E]: how often a choice was learned from
@@ -39,17 +41,23 @@ class Foresight(NamedTuple):
     now: np.ndarray  # float64 [L, E]: chance that the layer's next visit runs it
     long: np.ndarray  # float64 [L, E]: the same in the long run
     worth: np.ndarray  # float64 [L, E]
+    worth_bits: np.ndarray  # int64 [L, E]: the same memory: of numbers that are not negative, bits have their order
     place: np.ndarray  # int32 [requests]: where a request's last row stands
     owner: np.ndarray  # int64 [places]: whose it is, -1 = nobody's
     last: np.ndarray  # uint16 [places, L, k]: choices of a request's last row
     seen: np.ndarray  # int64 [places, L]: the step of that row, -1 = none
     rows: np.ndarray  # int64 [1]: rows of the last decode step
-    scratch: np.ndarray  # float64 [6, E]
-    best: np.ndarray  # int64 [L]: of a layer, the key of greatest worth neither resident nor queued, -1 = none
-    best_worth: np.ndarray  # float64 [L]
-    least: np.ndarray  # int64 [L]: of a layer, the resident key of least worth, -1 = none
-    least_worth: np.ndarray  # float64 [L]
-    stale: np.ndarray  # uint8 [L]: whether these four are not of now
+    scratch: np.ndarray  # float64 [6, E, rounded up to LANES]: zero beyond E
+    lanes: np.ndarray  # float64 [E / LANES, LANES]: the memory of its first row
+    chosen: np.ndarray  # int64 [k]: scratch
+    chose: np.ndarray  # float32 [E]: scratch
+    best_worth: np.ndarray  # float64 [L + 1]: of a layer, the greatest neither resident nor queued, 0 = none; of all
+    best_bits: np.ndarray  # int64 [L + 1]: the same memory
+    least_worth: np.ndarray  # float64 [L + 1]: of a layer, the least of a resident, infinity = none; of all
+    least_bits: np.ndarray  # int64 [L + 1]: the same memory
+    stale: np.ndarray  # uint8 [L]: whether these are not of now
+    stale_layers: np.ndarray  # int64 [L]: which are so
+    stale_count: np.ndarray  # int64 [1]
     picked: np.ndarray  # int64 [PLACES]: scratch of the queue
     value: np.ndarray  # float64 [PLACES]
     top_k: int
@@ -77,9 +85,14 @@ def foresight_of(policy: PolicySpec, requests: Requests, layers: int, experts: i
     one, table = np.full((layers, experts), start), np.full((1, 1, 1), start, np.float32)
     dispatch: Dispatch | None = find("dispatch", policy.dispatch)
     weights = [_or(policy.now_weight, NOW_WEIGHT), _or(policy.long_weight, LONG_WEIGHT)]
+    worth = weights[0] * one + weights[1] * one
+    scratch = np.zeros((6, -(-experts // LANES) * LANES))
+    best, least = np.zeros((2, layers + 1))
     return Foresight(
         fast=one.copy(),
         slow=one.copy(),
+        hope=one.copy(),
+        inverse=1.0 / (one + FLOOR),
         follow=one.copy(),
         after=table.repeat(after_layers, 0).repeat(experts, 1).repeat(experts, 2),
         after_count=np.zeros((after_layers, experts), np.int64),
@@ -87,18 +100,24 @@ def foresight_of(policy: PolicySpec, requests: Requests, layers: int, experts: i
         ahead_count=np.zeros((ahead_of, experts), np.int64),
         now=one.copy(),
         long=one.copy(),
-        worth=weights[0] * one + weights[1] * one,
+        worth=worth,
+        worth_bits=worth.view(np.int64),
         place=place,
         owner=np.full(places, -1),
         last=np.zeros((places, layers, top_k), np.uint16),
         seen=np.full((places, layers), -1),
         rows=np.ones(1, np.int64),
-        scratch=np.zeros((6, experts)),
-        best=np.full(layers, -1),
-        best_worth=np.zeros(layers),
-        least=np.full(layers, -1),
-        least_worth=np.zeros(layers),
+        scratch=scratch,
+        lanes=scratch[0].reshape(-1, LANES),
+        chosen=np.zeros(top_k, np.int64),
+        chose=np.zeros(experts, np.float32),
+        best_worth=best,
+        best_bits=best.view(np.int64),
+        least_worth=least,
+        least_bits=least.view(np.int64),
         stale=np.ones(layers, np.uint8),
+        stale_layers=np.arange(layers),
+        stale_count=np.array([layers]),
         picked=np.zeros(PLACES, np.int64),
         value=np.zeros(PLACES),
         top_k=top_k,
@@ -153,22 +172,39 @@ def _choices(choices, experts):
 
 
 @kernel
+def grow_stale(f, layer):
+    """Note that what is known of a layer's least and best is not of now."""
+    if not f.stale[layer]:
+        f.stale[layer] = 1
+        f.stale_layers[f.stale_count[0]] = layer
+        f.stale_count[0] += 1
+
+
+@kernel
 def _average(f, batch, s, layer):
     """Let the averages of a layer's loads follow a step's, a decode step being one visit."""
     layers, experts = f.worth.shape
-    load, there = f.scratch[0], 0
+    load, there = f.scratch[1], 0
+    for row in range(batch.offset[s], batch.offset[s + 1]):
+        there += _choices(batch.experts[row, layer], experts) > 0
+    if there == 0:
+        return
     for e in range(experts):
         load[e] = 0.0
     at = s * layers + layer
     for i in range(batch.demand.start[at], batch.demand.start[at + 1]):
-        load[batch.demand.expert[i]] = batch.demand.rows[i]
-    for row in range(batch.offset[s], batch.offset[s + 1]):
-        there += _choices(batch.experts[row, layer], experts) > 0
-    if there > 0:
+        load[batch.demand.expert[i]] = batch.demand.rows[i] / there
+    fast, slow = FAST, SLOW
+    if there != f.rows[0]:
         fast, slow = 1.0 - (1.0 - FAST) ** (there / f.rows[0]), 1.0 - (1.0 - SLOW) ** (there / f.rows[0])
-        for e in range(experts):
-            f.fast[layer, e] += fast * (load[e] / there - f.fast[layer, e])
-            f.slow[layer, e] += slow * (load[e] / there - f.slow[layer, e])
+    for e in range(experts):
+        f.fast[layer, e] += fast * (load[e] - f.fast[layer, e])
+    for e in range(experts):
+        f.slow[layer, e] += slow * (load[e] - f.slow[layer, e])
+    for e in range(experts):
+        f.hope[layer, e] = MIX * f.fast[layer, e] + (1.0 - MIX) * f.slow[layer, e]
+    for e in range(experts):
+        f.inverse[layer, e] = 1.0 / (f.slow[layer, e] + FLOOR)
 
 
 @kernel
@@ -176,150 +212,122 @@ def _learn_row(f, batch, row, step, layer):
     """Learn who followed whom from a row's choices, and remember them."""
     layers, experts = f.worth.shape
     choices, request = batch.experts[row, layer], batch.request[row]
-    place, chosen = f.place[request], f.scratch[0]
+    place, chosen = f.place[request], f.chose
     if f.owner[place] != request:
         f.owner[place] = request
         for other in range(layers):
             f.seen[place, other] = -1
     if _choices(choices, experts) > 0:
         for e in range(experts):
-            chosen[e] = 0.0
+            chosen[e] = np.float32(0.0)
         for slot in range(choices.size):
             if choices[slot] < experts:
-                chosen[choices[slot]] = 1.0
+                chosen[choices[slot]] = np.float32(1.0)
         source = layer - f.ahead_layers
         if f.ahead_layers > 0 and source >= 0:
-            _learn(f.ahead[layer], f.ahead_count[layer], batch.experts[row, source], chosen)
+            learn(f.ahead[layer], f.ahead_count[layer], batch.experts[row, source], chosen)
         elif f.ahead_layers > 0 and f.seen[place, source + layers] >= 0 and f.seen[place, layer] < step:
-            _learn(f.ahead[layer], f.ahead_count[layer], f.last[place, source + layers], chosen)
+            learn(f.ahead[layer], f.ahead_count[layer], f.last[place, source + layers], chosen)
         if f.after.shape[0] > 0 and f.seen[place, layer] >= 0:
-            _learn(f.after[layer], f.after_count[layer], f.last[place, layer], chosen)
+            learn(f.after[layer], f.after_count[layer], f.last[place, layer], chosen)
     for slot in range(choices.size):
         f.last[place, layer, slot] = choices[slot]
     f.seen[place, layer] = step
 
 
 @kernel
-def _learn(table, count, choices, chosen):
-    """Let the rows of a layer's table, float32 [E, E], that stand for choices follow ``chosen`` float64 [E]."""
-    for slot in range(choices.size):
-        j = np.int64(choices[slot])
-        if j < chosen.size:
-            count[j] += 1
-            rate = max(LEARN, 1.0 / (count[j] + PRIOR))
-            for e in range(chosen.size):
-                table[j, e] += rate * (chosen[e] - table[j, e])
+def _clear(away, rows, total):
+    """Begin with no source: for each expert, the chance that none chooses it is 1, and what is expected is 0."""
+    for e in range(away.size):
+        away[e] = 1.0
+    for e in range(away.size):
+        rows[e] = 0.0
+    for e in range(away.size):
+        total[e] = 0.0
 
 
 @kernel
-def _mean(table, choices, mean):
-    """Fill ``mean`` float64 [E] with the mean row of a table over the choices; return how many there are."""
-    found = 0
-    for e in range(mean.size):
-        mean[e] = 0.0
-    for slot in range(choices.size):
-        j = np.int64(choices[slot])
-        if j < mean.size:
-            found += 1
-            for e in range(mean.size):
-                mean[e] += table[j, e]
-    if found > 0:
-        for e in range(mean.size):
-            mean[e] /= found
-    return found
+def _add_source(f, table, choices, layer, is_ahead):
+    """Add what a row's choices say about a layer's experts to the scratch; return whether there are any."""
+    experts = f.worth.shape[1]
+    p, mean, away, rows, total = f.scratch[0], f.scratch[1], f.scratch[2], f.scratch[3], f.scratch[4]
+    found = add_up(table, choices, f.chosen, mean)
+    if found == 0:
+        return False
+    part = 1.0 / found
+    if is_ahead:
+        for e in range(experts):
+            lift = mean[e] * part * f.inverse[layer, e]
+            p[e] = f.hope[layer, e] * (lift * lift)
+    else:
+        for e in range(experts):
+            total[e] += mean[e] * part
+        for e in range(experts):
+            p[e] = f.hope[layer, e] * (mean[e] * part * f.inverse[layer, e])
+    scale = scale_of(f.lanes, f.top_k)
+    for e in range(experts):
+        chance = min(p[e] * scale, 1.0)
+        away[e] *= 1.0 - chance
+        rows[e] += chance
+    return True
 
 
 @kernel
-def _scale(chance, top_k):
-    """Scale chances, float64 [E], to a sum of ``top_k``, each at most 1."""
-    total = 0.0
-    for e in range(chance.size):
-        total += chance[e]
-    if total > 0.0:
-        factor = top_k / total
-        for e in range(chance.size):
-            chance[e] = min(chance[e] * factor, 1.0)
-
-
-@kernel
-def _power(x, n):
-    """Return x to the n, by squaring."""
-    result = 1.0
-    while n > 0:
-        if n & 1:
-            result *= x
-        x *= x
-        n >>= 1
-    return result
+def _value(f, layer, compute_share):
+    """Set the chances at a layer's next visit from the scratch, and what its experts are worth."""
+    away, rows = f.scratch[2], f.scratch[3]
+    for e in range(f.worth.shape[1]):
+        f.now[layer, e] = max(1.0 - away[e], compute_share * rows[e])
+    for e in range(f.worth.shape[1]):
+        f.worth[layer, e] = f.now_weight * f.now[layer, e] + f.long_weight * f.long[layer, e]
+    grow_stale(f, layer)
 
 
 @kernel
 def _expect_next(f, experts_of, first, stop, layer, compute_share):
     """Set the chances of a layer's experts in the long run and, from the choices of rows, at its next visit."""
     experts, in_batch = f.worth.shape[1], f.rows[0]
-    total, p, mean, away, rows, hope = (
-        f.scratch[0],
-        f.scratch[1],
-        f.scratch[2],
-        f.scratch[3],
-        f.scratch[4],
-        f.scratch[5],
-    )
-    for e in range(experts):
-        total[e], away[e], rows[e] = 0.0, 1.0, 0.0
-        hope[e] = MIX * f.fast[layer, e] + (1.0 - MIX) * f.slow[layer, e]
+    p, x, away, rows, total = f.scratch[0], f.scratch[1], f.scratch[2], f.scratch[3], f.scratch[4]
+    power = f.scratch[5]
+    follows = f.after.shape[0] > 0
+    _clear(away, rows, total)
     used = 0
-    for row in range(first, stop if f.after.shape[0] > 0 else first):
-        if _mean(f.after[layer], experts_of[row, layer], mean) == 0:
-            continue
-        used += 1
+    for row in range(first, stop if follows else first):
+        used += _add_source(f, f.after[layer], experts_of[row, layer], layer, False)
+    if used > 0:
+        part = 1.0 / used
         for e in range(experts):
-            total[e] += mean[e]
-            p[e] = hope[e] * (mean[e] / (f.slow[layer, e] + FLOOR))
-        _scale(p, f.top_k)
+            f.follow[layer, e] += FAST * (total[e] * part - f.follow[layer, e])
+    else:
         for e in range(experts):
-            away[e] *= 1.0 - p[e]
-            rows[e] += p[e]
-    for e in range(experts):
-        if used == 0:
-            away[e], rows[e] = _power(1.0 - hope[e], in_batch), in_batch * hope[e]
-        else:
-            f.follow[layer, e] += FAST * (total[e] / used - f.follow[layer, e])
-        p[e] = f.slow[layer, e] * (f.follow[layer, e] / (f.slow[layer, e] + FLOOR))
-    if f.after.shape[0] == 0:
+            x[e] = 1.0 - f.hope[layer, e]
+        raise_to(x, in_batch, away)
+        for e in range(experts):
+            rows[e] = in_batch * f.hope[layer, e]
+    if follows:
+        for e in range(experts):
+            p[e] = f.slow[layer, e] * (f.follow[layer, e] * f.inverse[layer, e])
+    else:
         for e in range(experts):
             p[e] = f.slow[layer, e]
-    _scale(p, f.top_k)
+    scale = scale_of(f.lanes, f.top_k)
     for e in range(experts):
-        f.long[layer, e] = max(1.0 - _power(1.0 - p[e], in_batch), compute_share * in_batch * p[e])
-        f.now[layer, e] = max(1.0 - away[e], compute_share * rows[e])
-        f.worth[layer, e] = f.now_weight * f.now[layer, e] + f.long_weight * f.long[layer, e]
-    f.stale[layer] = 1
+        p[e] = min(p[e] * scale, 1.0)
+    for e in range(experts):
+        x[e] = 1.0 - p[e]
+    raise_to(x, in_batch, power)
+    for e in range(experts):
+        f.long[layer, e] = max(1.0 - power[e], compute_share * in_batch * p[e])
+    _value(f, layer, compute_share)
 
 
 @kernel
 def _expect_ahead(f, experts_of, first, stop, pair, compute_share):
     """Set the chances of a target layer's experts at its next visit, from the choices of rows at a source."""
     source, target = pair
-    experts = f.worth.shape[1]
-    p, mean, away, rows = f.scratch[1], f.scratch[2], f.scratch[3], f.scratch[4]
-    for e in range(experts):
-        away[e], rows[e] = 1.0, 0.0
+    _clear(f.scratch[2], f.scratch[3], f.scratch[4])
     used = 0
     for row in range(first, stop):
-        if _mean(f.ahead[target], experts_of[row, source], mean) == 0:
-            continue
-        used += 1
-        for e in range(experts):
-            hope = MIX * f.fast[target, e] + (1.0 - MIX) * f.slow[target, e]
-            lift = mean[e] / (f.slow[target, e] + FLOOR)
-            p[e] = hope * (lift * lift)
-        _scale(p, f.top_k)
-        for e in range(experts):
-            away[e] *= 1.0 - p[e]
-            rows[e] += p[e]
+        used += _add_source(f, f.ahead[target], experts_of[row, source], target, True)
     if used > 0:
-        for e in range(experts):
-            f.now[target, e] = max(1.0 - away[e], compute_share * rows[e])
-            f.worth[target, e] = f.now_weight * f.now[target, e] + f.long_weight * f.long[target, e]
-        f.stale[target] = 1
+        _value(f, target, compute_share)

@@ -90,10 +90,16 @@ def ndp_end_s(view):
         row_shards += min(float(view.rows), group.rows)
         busiest_s = max(busiest_s, group.busy_s)
         count += group.count
+    return home_end_s(view, row_shards, busiest_s, count)
+
+
+@kernel
+def home_end_s(view, row_shards, busiest_s, count):
+    """Return ``T_ndp`` of units that run ``count`` experts: ``row_shards`` are the rows that go out, of all groups."""
     if count == 0:
         return 0.0
     act_s = row_shards * view.share * view.out_s_per_row + view.link_latency_s
-    return act_s + (busiest_s + view.home_start_s) + act_s
+    return act_s + (max(busiest_s, 0.0) + view.home_start_s) + act_s
 
 
 @kernel

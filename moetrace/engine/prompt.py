@@ -11,6 +11,7 @@ from moetrace.engine.prefetch import HEAD, TAIL, join, leave, restore
 from moetrace.engine.residency import link
 from moetrace.engine.schedule import places_of
 from moetrace.jit.compile import kernel
+from moetrace.trace.schema import DECODE, PREFILL
 
 
 class Prompts(NamedTuple):
@@ -57,9 +58,11 @@ def count_prompts(prompts, batch, s, num_experts):
     """Count the choices of the prefill rows of the block's step ``s``; of a lone prompt's, by its demand."""
     begin, stop = batch.offset[s], batch.offset[s + 1]
     layers = batch.experts.shape[1]
+    if batch.steps.phase[s] == DECODE:
+        return
     alone = True
     for row in range(begin, stop):
-        alone &= batch.row_phase[row] == 0 and batch.request[row] == batch.request[begin]
+        alone &= (batch.row_phase[row] == PREFILL) & (batch.request[row] == batch.request[begin])
     if alone:
         count = prompts.counts[prompts.place[batch.request[begin]]]
         for at in range(s * layers, (s + 1) * layers):
@@ -69,7 +72,7 @@ def count_prompts(prompts, batch, s, num_experts):
                 prompts.total[first + batch.demand.expert[i]] += batch.demand.rows[i]
         return
     for row in range(begin, stop):
-        if batch.row_phase[row] == 0:
+        if batch.row_phase[row] == PREFILL:
             _count_row(prompts, batch.experts[row], prompts.place[batch.request[row]], num_experts)
 
 
@@ -105,26 +108,30 @@ def want_most_frequent(cells, total, begin, stop, most):
 
     What is wanted may be kept and is never evicted; what is not, the other way round.
     """
-    experts = cells.shape[1]
+    experts, counts = cells.shape[1], total[begin:stop]
     highest = 0
-    for key in range(begin, stop):
-        highest = max(highest, total[key])
-    with_count = np.zeros(highest + 2, np.int64)
-    for key in range(begin, stop):
-        with_count[total[key]] += 1
-    threshold, above = highest + 1, 0  # counts from `threshold` on are wanted, all of them
-    while threshold > 1 and above + with_count[threshold - 1] <= most:
-        threshold -= 1
-        above += with_count[threshold]
+    for i in range(counts.size):
+        highest = max(highest, counts[i])
+    # Counts from `threshold` on are wanted, all of them: found by halving, as counting many at once is cheap.
+    low, threshold, above = 1, highest + 1, 0
+    while low < threshold:
+        middle, found = (low + threshold) >> 1, 0
+        for i in range(counts.size):
+            found += counts[i] >= middle
+        if found <= most:
+            threshold, above = middle, found
+        else:
+            low = middle + 1
     ties = most - above  # wanted among those one below the threshold
-    for key in range(begin, stop):
-        wanted = total[key] >= threshold
-        if total[key] == threshold - 1 and total[key] > 0 and ties > 0:
-            ties -= 1
-            wanted = True
-        cell = cells[key // experts, key % experts]
-        cell.admit = wanted
-        cell.score = np.inf if wanted else 0.0
+    for row in range(counts.size // experts):
+        layer = begin // experts + row
+        for e in range(experts):
+            count = counts[row * experts + e]
+            tied = (count == threshold - 1) & (count > 0)
+            wanted = (count >= threshold) | (tied & (ties > 0))
+            ties -= tied
+            cells[layer, e].admit = wanted
+            cells[layer, e].score = np.inf if wanted else 0.0
 
 
 @kernel
@@ -141,15 +148,19 @@ def make_wanted(cells, cache, total):
 def _line_up_unwanted(cells, cache, pool, begin, stop):
     """Make a pool's ring anew, of the residents that are not wanted any more."""
     experts = cells.shape[1]
-    by_touch = np.empty(cache.residents[pool], np.int64)  # order of touch, then of key
+    by_touch = np.empty(cache.residents[pool] + 1, np.int64)  # order of touch, then of key; each may be the last
+    ids = np.empty(experts, np.int64)  # of a layer's residents
     size = 0
-    for key in range(begin, stop):
-        if cache.resident[key]:
-            cache.after[key] = -1
-            cell = cells[key // experts, key % experts]
-            if cell.score < np.inf:
-                by_touch[size] = cache.touched[key] * cache.resident.size + key
-                size += 1
+    for layer in range(begin // experts, stop // experts):
+        residents = 0
+        for e in range(experts):
+            cache.after[layer * experts + e] = -1
+            ids[residents] = e
+            residents += cache.resident[layer * experts + e]
+        for i in range(residents):
+            key = layer * experts + ids[i]
+            by_touch[size] = cache.touched[key] * cache.resident.size + key
+            size += cells[layer, ids[i]].score < np.inf
     _sort(by_touch, size)
     end = cache.resident.size + pool
     cache.after[end] = cache.before[end] = end
@@ -193,14 +204,14 @@ def queue_wanted(queue, cells, cache, prompts, tally):
     for layer in range(layers):
         size = 0
         for e in range(experts):
-            if cells[layer, e].admit == 0 or cache.resident[layer * experts + e]:
-                continue
-            j = size
+            ids[size] = e
+            size += (cells[layer, e].admit != 0) & (cache.resident[layer * experts + e] == 0)
+        for i in range(size):
+            e, j = ids[i], i
             while j > 0 and prompts.total[layer * experts + ids[j - 1]] < prompts.total[layer * experts + e]:
                 ids[j] = ids[j - 1]
                 j -= 1
             ids[j] = e
-            size += 1
         for i in range(size):
             key = layer * experts + ids[i]
             late = queue.late[key]

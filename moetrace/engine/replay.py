@@ -151,11 +151,11 @@ def _see(at, layer, s, demand, machine, setting, state, log):
             next_step = demand.next_step[first + i]
             active.next_use = np.inf if next_step < 0 else next_step * state.cells.shape[0] + layer + 0.0
         hits += resident
-        if queued and not resident:
+        if queued:
             late += note_late(state.queue, key)
     if not machine.is_plain:
         price_varied(machine, state.scratch.active, size)
-    order_on_gpu(state.scratch.active, size)
+    order_on_gpu(state.scratch.active, size, hits)
     if setting.splits:
         see_parts(base, size, state)
     log.step[s].hits += hits
@@ -168,10 +168,10 @@ def _see(at, layer, s, demand, machine, setting, state, log):
 
 @kernel
 def _carry_out(layer, size, state, log):
-    """Note who ran what, and take what was demanded out of the prefetch queue."""
-    experts = state.cells.shape[1]
-    gpu = log.unit[GPU]
-    fetched, on_gpu = 0, 0
+    """Note who ran what, and take what was fetched out of the prefetch queue; return how many were fetched."""
+    experts, gpu = state.cells.shape[1], log.unit[GPU]
+    # In registers: in memory each sum waits for the last one.
+    gpu_rows, gpu_bytes, used, fetched, on_gpu = gpu.rows, gpu.bytes, 0, 0, 0
     for j in range(size):  # in turn: those on the GPU come together, and the processor guesses right
         i = state.scratch.active[j].turn
         if state.scratch.plan[i] == HOME:
@@ -179,19 +179,21 @@ def _carry_out(layer, size, state, log):
         active = state.scratch.active[i]
         key = layer * experts + active.expert
         on_gpu += 1
-        gpu.rows += active.rows
-        gpu.bytes += active.weight_bytes
+        gpu_rows += active.rows
+        gpu_bytes += active.weight_bytes
         if active.resident:
-            log.tally[0].used += state.cache.fresh[key]
+            used += state.cache.fresh[key]
             state.cache.fresh[key] = 0
         elif state.scratch.plan[i] != SHARED or run_whole(key, i, state):
             fetched += 1
             if state.queue.place[key] >= 0:
                 log.tally[0].wasted += leave(state.queue, key)
-    gpu.experts += on_gpu
+    gpu.rows, gpu.bytes = gpu_rows, gpu_bytes
+    gpu.experts, log.tally[0].used = gpu.experts + on_gpu, log.tally[0].used + used
     log.unit[LINK_IN].experts += fetched
     log.layer[layer].gpu_experts += on_gpu
     log.layer[layer].ndp_experts += size - on_gpu
+    return fetched
 
 
 @kernel
@@ -239,14 +241,13 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     pool = pool_of(state.cache, layer)
     of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity[pool]))
     view = view_of(step, batch.steps, machine, setting, state.scratch, of_pool)
-    load = state.scratch.load[:size]
-    plan = state.scratch.plan[:size]
+    load, plan = state.scratch.load[:size], state.scratch.plan[:size]
     if size > 0:
         dispatch(cells, view, layer, load, plan)
     log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
     shared = shared_of(setting.splits, size, plan)
     line = timeline(machine, view, size, plan, shared)
-    _carry_out(layer, size, state, log)
+    fetched = _carry_out(layer, size, state, log)
     if shared >= 0:
         share_out(layer, shared, state, log)
     if foresight is not None:
@@ -261,7 +262,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     if setting.learns:
         residency(cells, view, layer, load, plan)
     if foresight is None:
-        touch_and_admit(cells, state.cache, layer, state.scratch.active, size, state.scratch.plan, tally)
+        touch_and_admit(cells, state.cache, layer, size, state.scratch, fetched, tally)
     else:
         touch_and_admit_by_worth(foresight, queue, cells, state.cache, layer, size, state.scratch, tally)
     if setting.prefetch == ONLINE:

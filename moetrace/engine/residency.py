@@ -261,13 +261,19 @@ def link_by_age(cells, cache, key):
 
 
 @kernel
-def touch_and_admit(cells, cache, layer, active, size, plan, tally):
-    """After a layer, in demand order: touch what is resident, offer what was fetched."""
-    first = layer * cells.shape[1]
+def touch_and_admit(cells, cache, layer, size, scratch, fetched, tally):
+    """After a layer, in demand order: touch what is resident, offer what was ``fetched``; none goes for another."""
+    first, active, plan = layer * cells.shape[1], scratch.active, scratch.plan
     end = cache.resident.size + pool_of(cache, layer)
-    for i in range(size):
+    clock = tally[0].clock
+    for i in range(size if fetched > 0 else 0):
         cache.active[first + active[i].expert] = 1
-    for i in range(size):
+    listed = 0
+    for i in range(size):  # listed without a branch: the processor could not guess who is resident
+        scratch.load[listed] = i
+        listed += (active[i].resident != 0) | (plan[i] == ON_GPU)
+    for j in range(listed):
+        i = scratch.load[j]
         expert = active[i].expert
         key = first + expert
         if cache.resident[key]:
@@ -277,13 +283,14 @@ def touch_and_admit(cells, cache, layer, active, size, plan, tally):
                 linked = False
             elif linked:
                 unlink(cache, key)
-        elif plan[i] == ON_GPU and keep(cells, cache, layer, expert, tally):
+        elif keep(cells, cache, layer, expert, tally):
             linked = not (cache.order > BY_SCORE and cells[layer, expert].score == np.inf)
         else:
             continue
         if linked:
             link(cache, key, end)
-        tally[0].clock += 1
-        cache.touched[key] = cells[layer, expert].touched = tally[0].clock
-    for i in range(size):
+        clock += 1
+        cache.touched[key] = cells[layer, expert].touched = clock
+    tally[0].clock = clock
+    for i in range(size if fetched > 0 else 0):
         cache.active[first + active[i].expert] = 0

@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from time import thread_time
 from typing import Any, TypeVar
 
 import numpy as np
@@ -73,10 +74,12 @@ class Lane:
     recording: Recording | None = None  # of the steps of a timeline
     folded: FoldedSteps | None = None  # instead of the log of each step
     books: PromptBooks | None = None  # then, of a policy that counts prompts: whose the prompts of the state are
+    last_s: float = 0.0  # processor time that the last block took
     _first_step: int = 0  # that the log has
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
+        begun_s = thread_time()
         if self.folded is not None:
             self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
             self._first_step = batch.steps.first
@@ -101,6 +104,7 @@ class Lane:
         if self.books is not None:
             self.books.give_back(self.state.prompts)
             self.state = self.state._replace(prompts=None)
+        self.last_s = thread_time() - begun_s
 
     def _cut_where_cold(self, batch: Batch) -> Iterator[Batch]:
         """Yield a block in the parts before which the cache is emptied, once that has been done."""
@@ -311,21 +315,23 @@ def _kernels_of(lanes: Iterable[Lane]) -> list[Any]:
 
 def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> None:
     """Replay a block in each lane."""
-    jobs: list[tuple[_Underway, Callable[[Batch], None]]] = []
+    jobs: list[tuple[_Underway, Callable[[Batch], None], float]] = []  # with what each took of the block before
     bounds: set[int] = set()
     for one in underway:
         for lane in one.lanes:
             for bound in (lane.work_bound, lane.lower_bound):
                 if id(bound) not in bounds:
                     bounds.add(id(bound))
-                    jobs.append((one, bound.advance))
-            jobs.append((one, lane.advance))
+                    jobs.append((one, bound.advance, 0.0))
+            jobs.append((one, lane.advance, lane.last_s))
     if pool is None:
-        errors = [_attempt(job, batch) for _, job in jobs]
+        errors = [_attempt(job, batch) for _, job, _ in jobs]
     else:
-        futures = [pool.submit(_attempt, job, batch) for _, job in jobs]
-        errors = [result_of(future) for future in futures]
-    for (one, _), error in zip(jobs, errors, strict=True):
+        # What took longest in the block before goes first: begun last, it would keep one thread when others are done.
+        longest_first = sorted(range(len(jobs)), key=lambda i: -jobs[i][2])
+        futures = {i: pool.submit(_attempt, jobs[i][1], batch) for i in longest_first}
+        errors = [result_of(futures[i]) for i in range(len(jobs))]
+    for (one, _, _), error in zip(jobs, errors, strict=True):
         if error is not None and one.error is None:
             one.error = error
             one.lanes = []  # and what they recorded

@@ -73,7 +73,10 @@ def schedule_of(trace: Trace) -> Schedule:
 
 def request_index(requests: Requests, block: Block | Rows) -> np.ndarray:
     """Return int64 [rows]: where the request of each row of a block stands in ``requests``."""
-    return np.searchsorted(requests.id, block.request)
+    ids = requests.id
+    if len(ids) and ids[0] == 0 and ids[-1] == len(ids) - 1:
+        return block.request.astype(np.int64)
+    return np.searchsorted(ids, block.request)
 
 
 def places_of(first_step: np.ndarray, last_step: np.ndarray) -> tuple[np.ndarray, int]:

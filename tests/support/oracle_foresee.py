@@ -22,8 +22,8 @@ def power(x: float, n: int) -> float:
 
 
 def scaled(p: np.ndarray, k: int) -> np.ndarray:
-    """Scale to a sum of k, each at most 1; the sum goes by ascending id."""
-    total = reduce(add, p.tolist(), 0.0)
+    """Scale to a sum of k, each at most 1; eight sums, of every 8th expert each, are added up."""
+    total = reduce(add, (reduce(add, p[first::8].tolist(), 0.0) for first in range(8)))
     return np.minimum(p * (k / total), 1.0) if total > 0 else p
 
 
@@ -37,16 +37,16 @@ class Table:
     def learn(self, sources: list[int], chosen: list[int]) -> None:
         for j in sources:
             self.count[j] += 1
-            rate = max(1 / 32, 1.0 / (self.count[j] + 4.0))
+            rate = np.float32(max(1 / 32, 1.0 / (self.count[j] + 4.0)))
             for e in range(len(self.values)):
-                old = float(self.values[j, e])
-                self.values[j, e] = np.float32(old + rate * (float(e in chosen) - old))
+                old = self.values[j, e]
+                self.values[j, e] = old + rate * (np.float32(e in chosen) - old)
 
     def mean(self, sources: list[int]) -> np.ndarray:
         total = np.zeros(len(self.values))
         for j in sources:
             total = total + self.values[j].astype(float)
-        return total / len(sources)
+        return total * (1.0 / len(sources))
 
 
 @dataclass
@@ -128,15 +128,15 @@ class Foresight:
         means = [self.M[layer].mean(c) for row in sources if follows and (c := self.choices(row, layer))]
         u, v, total = np.ones(E), np.zeros(E), np.zeros(E)
         for m in means:
-            p = scaled(self.hope(layer) * (m / (slow + 0.1)), self.k)
+            p = scaled(self.hope(layer) * (m * (1.0 / (slow + 0.1))), self.k)
             u, v, total = u * (1.0 - p), v + p, total + m
         if means:
-            self.follow[layer] += 1 / 4 * (total / len(means) - self.follow[layer])
+            self.follow[layer] += 1 / 4 * (total * (1.0 / len(means)) - self.follow[layer])
         else:
             hope = self.hope(layer)
             u, v = np.array([power(1.0 - h, b) for h in hope.tolist()]), b * hope
         self.now[layer] = np.maximum(1.0 - u, rho * v)
-        p = scaled(slow * (self.follow[layer] / (slow + 0.1)) if follows else slow.copy(), self.k)
+        p = scaled(slow * (self.follow[layer] * (1.0 / (slow + 0.1))) if follows else slow.copy(), self.k)
         none = np.array([power(1.0 - x, b) for x in p.tolist()])
         self.long[layer] = np.maximum(1.0 - none, rho * b * p)
 
@@ -144,7 +144,7 @@ class Foresight:
         means = [self.X[target].mean(c) for row in sources if (c := self.choices(row, layer))]
         u, v = np.ones(self.machine.E), np.zeros(self.machine.E)
         for m in means:
-            lift = m / (self.slow[target] + 0.1)
+            lift = m * (1.0 / (self.slow[target] + 0.1))
             p = scaled(self.hope(target) * (lift * lift), self.k)
             u, v = u * (1.0 - p), v + p
         if means:
