@@ -190,9 +190,9 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
             begins = np.ones(cells.layer.size, bool)
             begins[1:] = np.logical_or.reduce([array[1:] != array[:-1] for array in arrays])
             part = pl.DataFrame({name: array[begins] for name, array in cells.rows.items()})
-            parts.append(part.unique(key, keep="first", maintain_order=True))
+            parts.append(part if _increases(part, key) else part.unique(key, keep="first", maintain_order=True))
             held += parts[-1].height
-            layers = np.union1d(layers, np.unique(cells.layer))
+            layers = np.union1d(layers, np.flatnonzero(np.bincount(cells.layer)))
             choices += int(cells.length.sum())
             most = int(cells.length.max(initial=0))
             if "slot" in cells.values:
@@ -209,13 +209,24 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
     said = hints.top_k if "top_k" not in hints.from_model else None
     if top_k > max(said or 0, 65535) or layers.size > MAX_LAYERS:
         raise MoetraceError(f"{where}: a token has {top_k:,} experts in a layer, and there are {layers.size:,} layers.")
-    tokens = pl.concat(parts).unique(key, keep="first", maintain_order=True)
+    tokens = pl.concat(parts)
+    if not _increases(tokens, key):
+        tokens = tokens.unique(key, keep="first", maintain_order=True)
     if "step" in tokens.columns:
         tokens = tokens.sort("step", maintain_order=True)
     if tokens.height > MAX_ROWS:
         raise MoetraceError(f"{where} has more tokens than a trace may have rows.")
     uneven = said is not None or any({"slot", "scores"} & set(file.columns) for file in files)
     return _FirstReading(tokens, layers, max(top_k, said or 0), choices, uneven)
+
+
+def _increases(rows: pl.DataFrame, key: list[str]) -> bool:
+    """Whether each row is greater than the one before, by the columns of `key`, so that none stands twice."""
+    more, equal = np.zeros(max(0, rows.height - 1), bool), True
+    for column in (rows[name].to_numpy() for name in key):
+        more |= equal & (column[1:] > column[:-1])
+        equal &= column[1:] == column[:-1]
+    return bool(more.all())
 
 
 class _Keys:

@@ -278,22 +278,17 @@ def _append(writer: Writer, capture: Capture, rows: _TraceRows, mixed: bool, wri
         stop = int(np.searchsorted(ends, read, side="right"))
         if stop == step:
             continue
-        joined = {
-            name: np.concatenate([part[name] for part in held]) if len(held) > 1 else held[0][name] for name in part
-        }
         end = int(ends[stop - 1])
-        now = {name: array[: end - done] for name, array in joined.items()}
-        held = [{name: array[end - done :] for name, array in joined.items()}]
-        if mixed:
-            now["row_phase"] = rows.phase[done:end]
-        writer.append(
-            now.pop("experts"),
-            rows.request[done:end],
-            rows.position[done:end],
-            rows.step_rows[step:stop],
-            rows.step_phase[step:stop],
-            **now,
-        )
+        rest = read - end
+        first, parts = done, []
+        *whole, last = held
+        for piece in (*whole, {name: array[: len(array) - rest] for name, array in last.items()}):
+            beside = {"request": rows.request, "position": rows.position} | ({"row_phase": rows.phase} if mixed else {})
+            count = len(piece["experts"])
+            parts.append(piece | {name: array[first : first + count] for name, array in beside.items()})
+            first += count
+        held = [{name: array[len(array) - rest :] for name, array in last.items()}] if rest else []
+        writer.append_parts(parts, rows.step_rows[step:stop], rows.step_phase[step:stop])
         writing(end - done)
         done, step = end, stop
 
