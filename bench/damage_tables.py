@@ -1,4 +1,4 @@
-"""Damage tables and arrays so that they stay whole files: columns and axes of other types, names, lengths and values."""
+"""Damage tables and arrays that stay whole files: columns and axes of other types, names, lengths and values."""
 
 import io
 import re
@@ -11,7 +11,22 @@ _NAMES = ("layer", "token", "experts", "expert", "gates", "request", "step", "ph
 _TEXTS = (b"", b"-1", b"x", b"nan", b"1e400", b"%d" % 2**70, b"[]", b"[1, 2, 3]", b"1 2", b'"1,2"', b'"', b"null", b"0")
 _KINDS = (pl.String, pl.Float32, pl.Float64, pl.Int8, pl.UInt64, pl.Int64, pl.Boolean, pl.Binary, pl.Date, pl.Null)
 _NUMBERS = (None, -1, 0, 2**31, 2**63 - 1, -(2**63), float("nan"), float("inf"), 0.5, "x", "[1, 2]", "\ud7ff", [], [[]])
-_DTYPES = ("u1", "i1", ">i4", "<u8", "<i8", "f2", "<f8", "c8", "?", "S3", "U2", "M8[s]", "V4", [("a", "<i4"), ("b", "<f4")])
+_DTYPES = (
+    "u1",
+    "i1",
+    ">i4",
+    "<u8",
+    "<i8",
+    "f2",
+    "<f8",
+    "c8",
+    "?",
+    "S3",
+    "U2",
+    "M8[s]",
+    "V4",
+    [("a", "<i4"), ("b", "<f4")],
+)
 
 
 def changed_columns(random: Random, data: bytes, pool: list[bytes]) -> bytes | None:

@@ -202,7 +202,7 @@ def main() -> int:
         failed += len(tally.failures)
         print(
             f"{importer}: {options.count:,} inputs, {tally.traces:,} traces, {tally.refused:,} refused, "
-            f"{len(tally.failures)} failures, {perf_counter() - start:.0f} s, {process_time() - start_cpu:.0f} s of CPU",
+            f"{len(tally.failures)} failures, {perf_counter() - start:.0f} s ({process_time() - start_cpu:.0f} of CPU)",
             flush=True,
         )
         for kind, number in Counter(re.sub(r"^\S+ -?\d+ ", "", failure) for failure in tally.failures).most_common(20):

@@ -159,10 +159,9 @@ class _Log:
     def _learn(self, routes: list[Route]) -> None:
         """Note the usual shape of the layers that have none yet."""
         found: dict[int, Counter[_Shape]] = defaultdict(Counter)
-        for route in routes:
-            ids, weights = _shape(route)
-            if route.layer not in self._shapes and ids and weights == (ids if self._optional else -1):
-                found[route.layer][ids, weights] += 1
+        for (layer, (ids, weights)), number in Counter((route.layer, _shape(route)) for route in routes).items():
+            if layer not in self._shapes and ids and weights == (ids if self._optional else -1):
+                found[layer][ids, weights] = number
         self._shapes |= {layer: shapes.most_common(1)[0][0] for layer, shapes in found.items()}
 
     def _choices(self, routes: list[Route]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -195,10 +194,7 @@ class _Log:
 
         Layers may choose fewer experts than others: the rest of their slots is absent.
         """
-        shapes = {
-            (len(r.topk_ids or ()), -1 if r.topk_weights is None else len(r.topk_weights)) for r in routes
-        }  # a call of `_shape` for each takes a tenth of the import
-        if shapes == {self._full}:
+        if self._all_full(routes):
             self._most, self._whole = self._top_k, True
             return
         if not self._whole:
@@ -219,6 +215,16 @@ class _Log:
             route.topk_ids = kept + [-1] * (self._top_k - len(kept))
             none: list[float | None] = [0.0] * (self._top_k - len(gates))
             route.topk_weights = gates + none if self._optional else None
+
+    def _all_full(self, routes: list[Route]) -> bool:
+        """Whether all have `top_k` ids, and weights where the log has such; a call for each would take a tenth."""
+        ids, weights = [route.topk_ids for route in routes], [route.topk_weights for route in routes]
+        try:
+            if set(map(len, ids)) != {self._full[0]}:  # type: ignore[arg-type]
+                return False
+            return set(map(len, weights)) == {self._full[1]} if self._optional else set(weights) == {None}
+        except TypeError:  # null in the place of a list, or a list where others have none
+            return False
 
     def _append(self, index: int, at: np.ndarray, request: np.ndarray, token: np.ndarray, arrays: Part) -> None:
         """Append routes of one layer, `at` among those being added, if they are of the first layer's tokens."""

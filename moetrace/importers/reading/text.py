@@ -4,7 +4,7 @@ import codecs
 import gc
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,30 +75,33 @@ def json_lines(
     bad: Callable[[str], object] | None = None,
     cut: Callable[[str], object] | None = None,
     broken: Callable[[str], object] | None = None,
+    wider: Any = None,
 ) -> Iterator[tuple[int, list[Record]]]:
     """Yield the number of the first line and the records of successive JSON lines; blank lines are allowed.
 
     `record` is a msgspec type, a Struct or a union of tagged ones. NaN is null. A line that does not fit it goes to
-    `bad` as a sentence, and server-sent events are lines, if there is a `bad`. A last line without its newline, as a
+    `bad` as a sentence, and server-sent events are lines, if there is a `bad`; `wider`, another such type, is tried
+    before. A last line without its newline, as a
     process that is killed leaves it, goes to `cut`, another that is no JSON to `broken`. Else it raises MoetraceError.
     """
     decoder = msgspec.json.Decoder(record)
+    decoders = [decoder, msgspec.json.Decoder(wider)] if wider else [decoder]
     for line, data in chunks(path, reading, chunk_bytes):
         try:
-            with _no_collection():
+            with no_collection():
                 try:
                     records = decoder.decode_lines(data)
                 except msgspec.DecodeError:
                     records = decoder.decode_lines(mended(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             # The decoder does not say which line it is.
-            records = list(_one_by_one(path, decoder, line, data, bad, (broken, cut)))
+            records = list(_one_by_one(path, decoders, line, data, bad, (broken, cut)))
         yield line, records
 
 
 def _one_by_one(
     path: Path,
-    decoder: msgspec.json.Decoder,
+    decoders: list[msgspec.json.Decoder],
     first: int,
     data: bytes,
     bad: Callable[[str], object] | None,
@@ -111,7 +114,7 @@ def _one_by_one(
         if not text.strip():
             continue
         try:
-            yield decoder.decode(mended(text))
+            yield _decoded(decoders, mended(text))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             sentence = f"{path}: line {number} is not as expected: {str(error).rstrip('.')[:200]}."
             last = number == first + len(lines) - 1
@@ -121,8 +124,16 @@ def _one_by_one(
             taken(sentence)
 
 
+def _decoded(decoders: list[msgspec.json.Decoder], text: bytes) -> Any:
+    """`text` as the first decoder reads it that can."""
+    for decoder in decoders[:-1]:
+        with suppress(_OF_TYPE):
+            return decoder.decode(text)
+    return decoders[-1].decode(text)
+
+
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Hold the search for cycles, which plain records don't have: it takes up to half of the time of decoding."""
     enabled = gc.isenabled()
     gc.disable()
