@@ -213,7 +213,9 @@ def _checked(capture: Capture | Counts, hints: Hints) -> Capture | Counts:
         marks = Placeholders(capture.num_experts, hints, marks=True)
 
         def parts() -> Iterator[Part]:
-            return ({**part, "experts": marks.narrow(part["experts"])} for part in capture.parts())
+            for part in capture.parts():
+                yield {**part, "experts": marks.narrow(part["experts"])}
+            marks.told(where)
 
     return capture._replace(layer_index=layer_index, expert_bytes=expert_bytes, position=position, parts=parts)
 

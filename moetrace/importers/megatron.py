@@ -25,11 +25,11 @@ import numpy as np
 from moetrace.importers.captured import FIRST_BYTES, SPARSEST, Capture, Hints
 from moetrace.importers.megatron_answers import KEY, read_answers
 from moetrace.importers.megatron_records import OUTLINE, UNKNOWN, WHOLE, Outline, RankRecords, outline
+from moetrace.importers.reading.events import first_value
 from moetrace.importers.reading.passes import half
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.text import first_bytes, json_lines
-from moetrace.importers.vllm import without_event
 from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import DECODE, PREFILL, check_sizes
 
@@ -79,7 +79,7 @@ def recognize(first: bytes, name: str) -> bool:
 
 
 def _is_answers(first: bytes) -> bool:
-    return KEY in first and without_event(first).startswith((b"{", b"["))
+    return KEY in first and first_value(first).startswith((b"{", b"["))
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from moetrace.importers.reading.events import is_event, payload
 from moetrace.spec.errors import MoetraceError
 
 CHUNK_BYTES = 8 << 20
@@ -59,7 +60,6 @@ def chunks(path: Path, reading: Callable[[int], object], chunk_bytes: int | None
 
 # Python writes what JSON does not have: as a value, after a bracket, comma or colon.
 _NO_NUMBER = re.compile(rb"(?<=[\[,:\s])(?:NaN|-?Infinity)(?=\s*[,\]}])")
-_EVENT = re.compile(rb"\s*data:(?!\s*\[DONE\])|\s*(?:data|event|id|retry|):.*")  # of a stream: the payload stays
 
 
 def mended(text: bytes) -> bytes:
@@ -76,12 +76,13 @@ def json_lines(
     cut: Callable[[str], object] | None = None,
     broken: Callable[[str], object] | None = None,
     wider: Any = None,
+    of_event: Callable[[Any], object] | None = None,
 ) -> Iterator[tuple[int, list[Record]]]:
     """Yield the number of the first line and the records of successive JSON lines; blank lines are allowed.
 
     `record` is a msgspec type, a Struct or a union of tagged ones. NaN is null. A line that does not fit it goes to
-    `bad` as a sentence, and server-sent events are lines, if there is a `bad`; `wider`, another such type, is tried
-    before. A last line without its newline, as a
+    `bad` as a sentence, and server-sent events are lines, if there is a `bad`, whose records go to `of_event` first;
+    `wider`, another such type, is tried before. A last line without its newline, as a
     process that is killed leaves it, goes to `cut`, another that is no JSON to `broken`. Else it raises MoetraceError.
     """
     decoder = msgspec.json.Decoder(record)
@@ -95,7 +96,7 @@ def json_lines(
                     records = decoder.decode_lines(mended(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             # The decoder does not say which line it is.
-            records = list(_one_by_one(path, decoders, line, data, bad, (broken, cut)))
+            records = list(_one_by_one(path, decoders, line, data, (bad, of_event), (broken, cut)))
         yield line, records
 
 
@@ -104,17 +105,17 @@ def _one_by_one(
     decoders: list[msgspec.json.Decoder],
     first: int,
     data: bytes,
-    bad: Callable[[str], object] | None,
+    streams: tuple[Callable[[str], object] | None, Callable[[Any], object] | None],
     no_json: tuple[Callable[[str], object] | None, Callable[[str], object] | None],
 ) -> Iterator[Any]:
     """The records of the lines that can be read; one that can't be, and nobody takes, is an error."""
-    lines = data.split(b"\n")
+    lines, (bad, of_event) = data.split(b"\n"), streams
     for number, line in enumerate(lines, first):
-        text = _EVENT.sub(b"", line, count=1) if bad and _EVENT.match(line) else line
+        text = payload(line) if bad else line
         if not text.strip():
             continue
         try:
-            yield _decoded(decoders, mended(text))
+            record = _decoded(decoders, mended(text))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             sentence = f"{path}: line {number} is not as expected: {str(error).rstrip('.')[:200]}."
             last = number == first + len(lines) - 1
@@ -122,6 +123,10 @@ def _one_by_one(
             if taken is None:
                 raise MoetraceError(sentence) from None
             taken(sentence)
+        else:
+            if of_event and is_event(line):
+                of_event(record)
+            yield record
 
 
 def _decoded(decoders: list[msgspec.json.Decoder], text: bytes) -> Any:
