@@ -107,7 +107,10 @@ def _read(path: Path, hints: Hints) -> Capture:
         position=(tokens.keys & (2**31 - 1)).astype(np.int32),
         phase=((tokens.keys >> 31) & 1).astype(np.uint8),
         optional=optional,
-        facts=facts | cut.told() | placeholders.told(str(path)) | ({"dropped": tokens.dropped} if tokens.dropped else {}),
+        facts=facts
+        | cut.told()
+        | placeholders.told(str(path))
+        | ({"dropped": tokens.dropped} if tokens.dropped else {}),
         parts=spool.parts,
         sources=(path,),
     )
