@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,8 +21,8 @@ _PLAIN = b"0123456789,-[] \n\t\r"  # what lists of numbers are written with
 class Outline(msgspec.Struct, gc=False):
     """A record without its ids; what may be missing of one that can't be used has a default."""
 
-    step: int
-    layer: int
+    step: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    layer: Annotated[int, msgspec.Meta(ge=0, lt=MAX_LAYERS)]
     num_tokens: int | None = None
     topk: int | None = None
     top_indices: msgspec.Raw = msgspec.Raw(b"null")
@@ -124,11 +123,6 @@ class _Outlines:
         records = [record for record in found if record is not None]
         for _ in range(len(found) - len(records)):
             self.lose(f"{self._path}: a line after record {self._number} is null.")
-        for name, most in (("step", 2**31), ("layer", MAX_LAYERS)):
-            values = list(map(attrgetter(name), records))
-            if values and not 0 <= min(values) <= max(values) < most:
-                at = next(at for at, value in enumerate(values) if not 0 <= value < most)
-                raise MoetraceError(f"{self._path}: record {self._number + at + 1} is of {name} {values[at]}.")
         number = self._number = self._number + len(records)
         mine = [record for record in records if record.block == "decoder"]
         self._left_out += len(records) - len(mine)

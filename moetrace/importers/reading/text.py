@@ -82,8 +82,8 @@ def json_lines(
 
     `record` is a msgspec type, a Struct or a union of tagged ones. NaN is null. A line that does not fit it goes to
     `bad` as a sentence, and server-sent events are lines, if there is a `bad`, whose records go to `of_event` first;
-    `wider`, another such type, is tried before. A last line without its newline, as a
-    process that is killed leaves it, goes to `cut`, another that is no JSON to `broken`. Else it raises MoetraceError.
+    `wider`, another such type, is tried before. A last line without its newline, as a process that is killed leaves it,
+    goes to `cut`, another that is no such record to `broken`. Else it raises MoetraceError.
     """
     decoder = msgspec.json.Decoder(record)
     decoders = [decoder, msgspec.json.Decoder(wider)] if wider else [decoder]
@@ -119,7 +119,7 @@ def _one_by_one(
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             sentence = f"{path}: line {number} is not as expected: {str(error).rstrip('.')[:200]}."
             last = number == first + len(lines) - 1
-            taken = bad or (None if isinstance(error, _OF_TYPE) else no_json[last])
+            taken = bad or no_json[last and not isinstance(error, _OF_TYPE)]
             if taken is None:
                 raise MoetraceError(sentence) from None
             taken(sentence)
