@@ -116,12 +116,11 @@ class _Log:
         self._requests: dict[str | int, int] = {}
         self._request, self._token = GrowingArray(), GrowingArray()  # of each row
         self._runs_on, self._last = True, -1  # token_idx of all lines, whatever their layer, only counts up
-        self._unknown_gates = self._odd_routes = 0
         self._cut_line = ""  # what is wrong with the last line
         self._broken: list[str] = []  # and with others that can't be read
-        self._mended = 0  # routes that these lines lack
         self._odd: MoetraceError | None = None  # of the first odd route
-        self._routes = 0  # before those that are being added
+        self._mended = 0  # routes that these lines lack
+        self._unknown_gates = self._odd_routes = self._routes = 0  # the last, before those that are being added
         for _, records in json_lines(path, _LINE, hints.reading, CHUNK_BYTES, cut=self._cut, broken=self._lose):
             for record in records:
                 if isinstance(record, RouteHeader):
@@ -316,17 +315,15 @@ class _Log:
         facts, note = self._placeholders.told(str(self._path)), self._hints.note
         if self._odd:
             facts["absent_routes_of_another_shape"] = self._odd_routes
-            note(
-                f"{self._path}: {counted(self._odd_routes, 'route')} of another shape are absent, the first because {self._odd}"
-            )
+            routes = counted(self._odd_routes, "route")
+            note(f"{self._path}: {routes} of another shape are absent, the first because {self._odd}")
         if self._cut_line:
             facts["left_out_cut_lines"] = 1
             note(f"{self._path}: left out a last line that was cut: {self._cut_line}")
         if self._broken:
             facts["left_out_broken_lines"] = len(self._broken)
-            note(
-                f"{self._path}: left out {counted(len(self._broken), 'line')} that can't be read, the first because {self._broken[0]}"
-            )
+            lines = counted(len(self._broken), "line")
+            note(f"{self._path}: left out {lines} that can't be read, the first because {self._broken[0]}")
         if self._unknown_gates:
             facts["unknown_weights"] = self._unknown_gates
             note(f"{self._path}: {counted(self._unknown_gates, 'weight')} of NaN left unknown in the trace.")
