@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints
-from moetrace.importers.columns import OWN_COLUMNS, known_columns, layer_of_name, named_columns, says_layer
+from moetrace.importers.columns import OWN_COLUMNS, known_columns, layer_of_name, named_columns, says_layer, without_ids
 from moetrace.importers.npz import FACTS
 from moetrace.importers.reading.cells import Cells, File, cells_of, token_keys
 from moetrace.importers.reading.own_parquet import KEY, ToldByFooter, told_by_footer
@@ -85,12 +85,13 @@ def _file(path: Path, hints: Hints) -> File:
         columns = named_columns(path, table.names, hints.columns)
     elif (known := known_columns(table.names)) is None:
         shown = printable(", ".join(table.names[:20])) + (", …" if len(table.names) > 20 else "")
-        raise UsageError(f"{path} does not say which column holds experts: name them with --columns; it has {shown}.")
+        way = f"name them with --columns; it has {shown}{without_ids(table.names)}"
+        raise UsageError(f"{path} does not say which column holds experts: {way}.")
     else:
         columns = known
         if table.sizes is not None and set(table.names) >= OWN_COLUMNS:
             told = told_by_footer(path, table.sizes.texts.get(KEY.encode()))
-    layer = None if "layer" in columns else layer_of_name(path)
+    layer = None if "layer" in columns else layer_of_name(path.stem)
     if "scores" in columns and (layer := says_layer(path.stem)) is not None:  # layer_id is 0 in each of such files
         columns = {meaning: of for meaning, of in columns.items() if meaning != "layer"}
     return File(table, columns, layer, told)

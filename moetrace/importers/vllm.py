@@ -78,11 +78,11 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     if list(sources) == sorted(sources):  # else the user has ordered them
         sources = sorted(sources, key=natural)
     requests = RequestSpool(hints, sources[0])
-    model, engine = "", "not recorded"
+    model, engine, arrays = "", "not recorded", False
     for path in sources:
         first = first_bytes(path, 64).lstrip()
         if first.startswith((npy.MAGIC, _NPY_IN_BASE64)):
-            engine = "vLLM"
+            engine, arrays = "vLLM", True
             try:
                 array = _alone(path, first, hints)
             except MoetraceError as error:  # None, of a request that was aborted, is a Python object
@@ -96,7 +96,13 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
                     engine = "vLLM"
                     add_response(requests, where, response)
     facts: dict[str, Any] = {"format": "vllm", "engine": engine, "batching": "not recorded"}
-    return [requests.capture(model, facts, sources)]
+    capture = requests.capture(model, facts, sources)
+    if arrays and hints.layers is None and (rows := capture.request.size) < capture.layer_index.size:
+        hints.note(
+            f"{sources[0]}: there are more layers ({capture.layer_index.size}) than tokens ({rows}): if the layers are "
+            f"the first axis, transpose the array to [tokens, layers, top_k]."
+        )
+    return [capture]
 
 
 def _alone(path: Path, first: bytes, hints: Hints) -> np.ndarray:

@@ -5,7 +5,6 @@ import re
 from moetrace.spec import Model, check_shape, list_presets, load_model
 from moetrace.spec.model_files.quantization import named_bits, precision_name
 
-
 # Releases of other bits than those that their names begin with, and the preset of their shape and bits. The first is
 # quantized to 4 bits by its maker (config.json of moonshotai/Kimi-K2-Thinking on Hugging Face).
 _RELEASES = {"kimi-k2-thinking": "kimi-k2.5"}

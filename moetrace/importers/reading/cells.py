@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import Hints
+from moetrace.importers.columns import layer_of_name
 from moetrace.importers.reading.own_parquet import ToldByFooter
 from moetrace.importers.reading.passes import half
 from moetrace.importers.reading.tabular import TableFile, blocks, first_row
@@ -254,6 +255,9 @@ def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.nda
     if isinstance(kind, pl.String | pl.Categorical | pl.Enum):
         if meaning == "request":
             return (column.cast(pl.String).hash(0).to_numpy() >> np.uint64(1)).astype(np.int64)
+        if meaning == "layer":
+            column = _layers_of(where, first, column.cast(pl.String))
+            kind = column.dtype
         if meaning == "phase":
             named = column.cast(pl.String).str.to_lowercase().replace_strict(_PHASES, default=None)
             if named.null_count():
@@ -267,6 +271,16 @@ def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.nda
     if meaning == "phase" and array.size and (array.min() < 0 or array.max() > 1):
         raise MoetraceError(f"{where}: near row {first}, a phase is not 0 or 1.")
     return array
+
+
+def _layers_of(where: Path, first: int, names: pl.Series) -> pl.Series:
+    """The numbers of layers by their names, such as model.layers.3.mlp: after the word layer, or the last one."""
+    numbers = {name: layer_of_name(name) for name in names.unique().to_list()}
+    if None in numbers.values():
+        at = names.is_in([name for name, number in numbers.items() if number is None]).arg_max() or 0
+        shown = printable(names[at][:40])
+        raise MoetraceError(f"{where}: row {first + at} has the layer {shown!r}, whose name has no number.")
+    return names.replace_strict(numbers, return_dtype=pl.Int64)
 
 
 def _occurrence(layer: np.ndarray, counted: dict[int, int]) -> np.ndarray:

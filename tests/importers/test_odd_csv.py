@@ -1,0 +1,99 @@
+"""Tables that are not regular: quotes, lines of other lengths, layers that are names."""
+
+import numpy as np
+import polars as pl
+import pytest
+from support.writers import imported, refused, routing
+from support.writers.any_table import csv_of
+
+from moetrace.importers.captured import Hints
+from moetrace.importers.importing import import_traces
+from moetrace.spec.errors import MoetraceError
+from moetrace.trace import Trace
+
+
+def named(path, columns):
+    import_traces(path, path.parent / "named.h5", hints=Hints(num_experts=8, columns=columns))
+    return Trace.open(path.parent / "named.h5")
+
+
+def lines_of(ids, line):
+    rows, layers, _ = ids.shape
+    return "".join(line(row, layer, *ids[row, layer].tolist()) for row in range(rows) for layer in range(layers))
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 20])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_newlines_and_separators_in_quotes(tmp_path, monkeypatch, chunk, newline):
+    monkeypatch.setattr("moetrace.importers.reading.text.CHUNK_BYTES", chunk)
+    ids = routing(9, 3, 2, 8)
+    forms = {
+        "list, text": lambda t, layer, a, b: f'{t},{layer},"[{a}, {b}]","one{newline}two, ""q"""{newline}',
+        "text, list": lambda t, layer, a, b: f'{t},{layer},"a{newline}{newline}b,c",{a} {b}{newline}',
+        "list": lambda t, layer, a, b: f'{t},{layer},"[{a}{newline} {b}]",x{newline}',
+    }
+    for form, line in forms.items():
+        head = "token,layer,text,experts" if form == "text, list" else "token,layer,experts,text"
+        (path := tmp_path / "a.csv").write_text(head + newline + lines_of(ids, line), newline="")
+        trace = imported(tmp_path, path, num_experts=8)
+        assert np.array_equal(trace.read("experts", 0, 9), ids), form
+    path.write_text(path.read_text() + '9,0,"1 2,never closed\n' + "x" * 100)
+    assert "\n" not in refused(tmp_path, path, num_experts=8)
+
+
+def test_quotes_that_come_late_in_a_column_that_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("moetrace.importers.reading.tabular._FIRST_BYTES", 64)
+    ids = routing(9, 3, 2, 8)
+    texts = ["x"] * 5 + ['"a\nb"'] * 4
+    made = lines_of(ids, lambda t, layer, a, b: f"{t},{layer},{a},{texts[t]}\n{t},{layer},{b},y\n")
+    (path := tmp_path / "a.csv").write_text("token,layer,expert,text\n" + made)
+    assert np.array_equal(imported(tmp_path, path, num_experts=8).read("experts", 0, 9), ids)
+
+
+def test_lines_with_too_few_or_too_many_fields(tmp_path):
+    ids = routing(20, 3, 2, 8)
+    columns = {"layer": "layer", "token": "token", "experts": "e0+e1"}
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "token,layer,e0,e1\n" + lines_of(ids, lambda t, n, a, b: f"{t},{n},{a}{f',{b}' if t % 5 else ''}\n")
+    )
+    found = named(path, columns).read("experts", 0, 20)
+    lacking = np.zeros_like(ids, bool)
+    lacking[::5, :, 1] = True
+    assert np.array_equal(found, np.where(lacking, 255, ids))
+    path.write_text("token,layer,e0,e1\n" + lines_of(ids, lambda t, n, a, b: f"{t},{n},{a},{b}{',' * (t % 3)}\n"))
+    found = named(path, columns).read("experts", 0, 20)
+    assert np.array_equal(found, ids), "commas at the end say nothing"
+    path.write_text("token,layer,experts\n" + lines_of(ids, lambda t, n, a, b: f"{t},{n},{a},{b}\n"))
+    assert np.array_equal(imported(tmp_path, path, num_experts=8).read("experts", 0, 20), ids), "a list without quotes"
+    for line, why in (
+        ("9,0,1,2,3\n", "more fields than 4 names"),
+        ("9,x,1\n", "row 60 holds 'x' as layer"),
+        ("9\n", "no layer"),
+    ):
+        path.write_text("token,layer,e0,e1\n" + lines_of(ids, lambda t, n, a, b: f"{t},{n},{a},{b}\n") + line)
+        with pytest.raises(MoetraceError, match=why):
+            import_traces(path, tmp_path / "x.h5", hints=Hints(num_experts=8, columns=columns))
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
+@pytest.mark.parametrize("name", ["model.layers.{}.mlp.gate", "layer_{}", "blk.{}.ffn_gate_inp.0", "moe{}"])
+def test_layers_by_their_names(tmp_path, form, name):
+    ids = routing(9, 3, 2, 8)
+    layers = [name.format(number) for number in (1, 3, 12)]
+    frame = pl.DataFrame(
+        {"token": np.repeat(np.arange(9), 3), "layer": layers * 9, "experts": ids.reshape(-1, 2).tolist()}
+    )
+    path = tmp_path / f"a.{form}"
+    if form == "parquet":
+        frame.write_parquet(path)
+    elif form == "jsonl":
+        frame.write_ndjson(path)
+    else:
+        path.write_text(csv_of(frame))
+    trace = imported(tmp_path, path, num_experts=8)
+    assert trace.layer_index.tolist() == [1, 3, 12] and np.array_equal(trace.read("experts", 0, 9), ids)
+    frame.with_columns(pl.col("layer").replace({layers[1]: "the last one"})).write_parquet(tmp_path / "b.parquet")
+    assert "row 1 has the layer 'the last one', whose name has no number" in refused(
+        tmp_path, tmp_path / "b.parquet", num_experts=8
+    )
