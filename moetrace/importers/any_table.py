@@ -75,6 +75,8 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     for one, other in pairwise(files):
         if one.layer == other.layer:
             raise MoetraceError(f"{one.table.path} and {other.table.path} are of the same layer, {one.layer}.")
+        if differ := sorted(set(one.columns) ^ set(other.columns)):
+            raise MoetraceError(f"{one.table.path} and {other.table.path} do not both have a column of {differ[0]}.")
     return [_read(files, hints)]
 
 

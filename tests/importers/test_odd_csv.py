@@ -97,3 +97,15 @@ def test_layers_by_their_names(tmp_path, form, name):
     assert "row 1 has the layer 'the last one', whose name has no number" in refused(
         tmp_path, tmp_path / "b.parquet", num_experts=8
     )
+
+
+@pytest.mark.parametrize(("left_out", "what"), [("request", "request"), ("gates", "gates"), ("step", "step")])
+def test_files_of_layers_that_lack_a_column_are_refused(tmp_path, left_out, what):
+    columns = {"request": [0, 0, 1], "step": [0, 1, 2], "token": [0, 1, 0]}
+    columns |= {"experts": [[1, 2], [3, 4], [5, 6]], "gates": [[0.5, 0.5]] * 3}
+    paths = [tmp_path / f"layer_{number}.parquet" for number in range(2)]
+    for path in paths:
+        pl.DataFrame(columns).write_parquet(path)
+    assert imported(tmp_path, *paths, num_experts=8).layers == 2
+    pl.DataFrame(columns).drop(left_out).write_parquet(paths[1])
+    assert f"do not both have a column of {what}." in refused(tmp_path, *paths, num_experts=8)
