@@ -141,9 +141,8 @@ def _read(files: list[File], hints: Hints) -> Capture:
     token_id = ("token",) if "token_id" in by_row else ()
     step_rows = None
     if "step" in by_row:
-        step_rows = np.diff(
-            np.r_[np.flatnonzero(np.diff(by_row["step"], prepend=by_row["step"][0] - 1)), tokens.height]
-        )
+        begins = np.flatnonzero(np.r_[True, by_row["step"][1:] != by_row["step"][:-1]])
+        step_rows = np.diff(np.r_[begins, tokens.height])
 
     def parts() -> Iterator[dict[str, np.ndarray]]:
         done = 0

@@ -109,3 +109,10 @@ def test_files_of_layers_that_lack_a_column_are_refused(tmp_path, left_out, what
     assert imported(tmp_path, *paths, num_experts=8).layers == 2
     pl.DataFrame(columns).drop(left_out).write_parquet(paths[1])
     assert f"do not both have a column of {what}." in refused(tmp_path, *paths, num_experts=8)
+
+
+def test_steps_of_any_number(tmp_path):
+    steps = [-(2**63), -(2**63), 0, 2**63 - 1]
+    columns = {"step": steps, "token": [0, 1, 0, 0], "layer": [0] * 4, "experts": [[1, 2]] * 4}
+    pl.DataFrame(columns).write_parquet(tmp_path / "a.parquet")
+    assert np.diff(imported(tmp_path, tmp_path / "a.parquet", num_experts=8).offset).tolist() == [2, 1, 1]
