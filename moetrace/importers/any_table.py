@@ -26,7 +26,7 @@ from moetrace.importers.reading.cells import Cells, File, cells_of, token_keys
 from moetrace.importers.reading.own_parquet import KEY, ToldByFooter, told_by_footer
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
-from moetrace.importers.reading.tabular import PARQUET, open_table
+from moetrace.importers.reading.tabular import PARQUET, holds_layers, open_table
 from moetrace.spec.errors import MoetraceError, UsageError, counted, printable
 from moetrace.trace.schema import MAX_LAYERS, MAX_ROWS, PREFETCHED, check_sizes, expert_dtype
 
@@ -59,7 +59,7 @@ def recognize(first: bytes, name: str) -> bool:
     known = known_columns(names)
     by_token = re.search(rb'":\s*\[\s*\[', line[:4096]) is not None  # a list of lists, of all layers
     named = says_layer(name) is not None  # of a table of one layer, its name tells
-    return known is not None and ("layer" in known or by_token or named) and len(known) + named > 2
+    return known is not None and ("layer" in known or by_token or named) and len(known) + named + by_token > 2
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
@@ -93,7 +93,8 @@ def _file(path: Path, hints: Hints) -> File:
         columns = known
         if table.sizes is not None and set(table.names) >= OWN_COLUMNS:
             told = told_by_footer(path, table.sizes.texts.get(KEY.encode()))
-    layer = None if "layer" in columns else layer_of_name(path.stem)
+    by_token = len(columns.get("experts", [])) == 1 and holds_layers(table, columns["experts"][0])
+    layer = None if "layer" in columns or by_token else layer_of_name(path.stem)
     if "scores" in columns and (layer := says_layer(path.stem)) is not None:  # layer_id is 0 in each of such files
         columns = {meaning: of for meaning, of in columns.items() if meaning != "layer"}
     return File(table, columns, layer, told)
@@ -135,7 +136,8 @@ def _read(files: list[File], hints: Hints) -> Capture:
     if files[0].layer is not None:
         facts["layers"] = "one a file, numbered by its name"
         last = files[-1].layer
-        hints.note(f"{where}: took {counted(len(files), 'file')} as layers {files[0].layer} to {last}, by their names.")
+        which = f"layers {files[0].layer} to {last}, by their names" if len(files) > 1 else f"layer {last}, by its name"
+        hints.note(f"{where}: took {counted(len(files), 'file')} as {which}.")
     if "position" not in by_row:
         facts["positions"] = "counted within each request"
     token_id = ("token",) if "token_id" in by_row else ()

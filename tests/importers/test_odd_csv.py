@@ -116,3 +116,46 @@ def test_steps_of_any_number(tmp_path):
     columns = {"step": steps, "token": [0, 1, 0, 0], "layer": [0] * 4, "experts": [[1, 2]] * 4}
     pl.DataFrame(columns).write_parquet(tmp_path / "a.parquet")
     assert np.diff(imported(tmp_path, tmp_path / "a.parquet", num_experts=8).offset).tolist() == [2, 1, 1]
+
+
+def test_whole_numbers_that_are_written_otherwise(tmp_path):
+    ids = routing(9, 3, 2, 8)
+    row, layer, _ = np.indices(ids.shape).reshape(3, -1)
+    table = pl.DataFrame({"token": row, "layer": layer, "expert": ids.ravel()})
+    floats = table.with_columns(pl.all().cast(pl.Float64))
+    floats.write_csv(tmp_path / "a.csv")
+    floats.with_columns(
+        pl.when(pl.col("token") == 4).then(float("nan")).otherwise("expert").alias("expert")
+    ).write_parquet(tmp_path / "b.parquet")
+    cells = pl.DataFrame({"token": row[::2], "layer": layer[::2], "experts": ids.reshape(-1, 2).tolist()})
+    cells.with_columns(pl.col("experts").cast(pl.List(pl.String))).write_ndjson(tmp_path / "c.jsonl")
+    for name in ("a.csv", "b.parquet", "c.jsonl"):
+        expected = ids.copy()
+        if name == "b.parquet":
+            expected[4] = 255
+        assert np.array_equal(imported(tmp_path, tmp_path / name, num_experts=8).read("experts", 0, 9), expected), name
+    floats.with_columns(pl.col("expert") + 0.5).write_parquet(tmp_path / "d.parquet")
+    assert "must be whole numbers" in refused(tmp_path, tmp_path / "d.parquet", num_experts=8)
+    cells.with_columns(pl.lit([["a", "b"]]).alias("experts")).write_parquet(tmp_path / "e.parquet")
+    assert "must be whole numbers" in refused(tmp_path, tmp_path / "e.parquet", num_experts=8)
+
+
+def test_gates_with_a_decimal_comma(tmp_path):
+    ids = routing(9, 3, 2, 8)
+    made = lines_of(ids, lambda t, layer, a, b: f"{t};{layer};{a};0,75\n{t};{layer};{b};0,25\n")
+    (path := tmp_path / "a.csv").write_text("token;layer;expert;gate\n" + made)
+    trace = imported(tmp_path, path, num_experts=8)
+    assert np.array_equal(trace.read("experts", 0, 9), ids)
+    assert (trace.read("gates", 0, 9) == [0.75, 0.25]).all()
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_the_number_of_a_file_of_whole_tokens_is_no_layer(tmp_path, form):
+    ids = routing(9, 3, 2, 8)
+    paths = [tmp_path / f"prompt_{number}.{form}" for number in range(2)]
+    for path, part in zip(paths, (ids[:4], ids[4:]), strict=True):
+        frame = pl.DataFrame({"token": np.arange(len(part)), "experts": part.tolist()})
+        frame.write_parquet(path) if form == "parquet" else frame.write_ndjson(path)
+    trace = imported(tmp_path, *paths, num_experts=8)
+    assert trace.layer_index.tolist() == [0, 1, 2] and np.array_equal(trace.read("experts", 0, 9), ids)
+    assert trace.read("request", 0, 9).tolist() == [0] * 4 + [1] * 5 and "layers" not in trace.source

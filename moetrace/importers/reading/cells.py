@@ -230,13 +230,28 @@ def _flat(where: Path, column: pl.Series, meaning: str) -> np.ndarray:
         if not kind.is_numeric() and kind != pl.Null:
             raise MoetraceError(f"{where}: the column {column.name} holds {kind}, but gates must be numbers.")
         return column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
-    if not kind.is_integer():
+    column = _whole(column)
+    if not column.dtype.is_integer():
         raise MoetraceError(f"{where}: the column {column.name} holds {kind}, but {meaning} must be whole numbers.")
     if kind in (pl.Int128, pl.UInt128):
         column = _narrow(where, column)
     if column.null_count():
         column = column.cast(pl.Int64, strict=False).fill_null(-1)
     return column.to_numpy()
+
+
+def _whole(column: pl.Series) -> pl.Series:
+    """Floats and texts that are whole numbers, as pandas writes them beside missing ones, as Int64; NaN is null."""
+    if column.dtype.is_float():
+        column = column.fill_nan(None)
+        clean = column.drop_nulls()
+        if ((clean == clean.round()) & (clean.abs() <= 2**53)).all():
+            return column.cast(pl.Int64)
+    elif column.dtype == pl.String:
+        numbers = column.cast(pl.Int64, strict=False)
+        if numbers.null_count() == column.null_count():
+            return numbers
+    return column
 
 
 def _narrow(where: Path, column: pl.Series) -> pl.Series:
@@ -265,6 +280,9 @@ def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.nda
                 text = printable(str(column[at])[:40])
                 raise MoetraceError(f"{where}: row {first + at} has the phase {text!r}, but must be prefill or decode.")
             column, kind = named, named.dtype
+    if kind.is_float():
+        column = _whole(column)
+        kind = column.dtype
     if not kind.is_integer() and kind != pl.Boolean:
         raise MoetraceError(f"{where}: the column {column.name} holds {kind}, but {meaning} must be whole numbers.")
     array = (column if kind in _NARROW else _narrow(where, column)).to_numpy()

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,17 @@ def blocks(
         yield from _csv_blocks(file, wanted, reading)
 
 
+def holds_layers(file: TableFile, name: str) -> bool:
+    """Whether a column holds lists of lists, of all layers of a token."""
+    if file.kind == "parquet":
+        kind = first_row(file, name).schema[name]
+        return isinstance(kind, pl.List | pl.Array) and isinstance(kind.inner, pl.List | pl.Array)
+    if file.kind == "jsonl":
+        first = first_bytes(file.path, _FIRST_BYTES).split(b"\n", 1)[0]
+        return re.search(rb'"%s"\s*:\s*\[\s*\[' % re.escape(name.encode()), first) is not None
+    return False
+
+
 def first_row(file: TableFile, name: str) -> pl.DataFrame:
     """The first row of a column of Parquet, which costs no reading of the rest. Raises MoetraceError."""
     try:
@@ -117,14 +129,7 @@ def _csv_blocks(
     file: TableFile, wanted: Sequence[tuple[str, str]], reading: Callable[[int], object]
 ) -> Iterator[tuple[int, pl.DataFrame]]:
     fields = dict(zip(file.names, file.first, strict=False))
-    kinds: dict[str, Any] = {
-        name: pl.String
-        if is_text(fields.get(name, ""), what)
-        else pl.Float64
-        if what in ("gates", "scores")
-        else pl.Int64
-        for what, name in wanted
-    }
+    kinds: dict[str, Any] = {name: _kind(fields.get(name, ""), what) for what, name in wanted}
     quoted, regular = _look(file)
     lists = {name for what, name in wanted if what in ("experts", "gates") and kinds[name] == pl.String}
     done = 0
@@ -143,11 +148,15 @@ def _csv_blocks(
         else:
             table, more = _of_ragged(file, done, text, {name: what for what, name in wanted}, kinds)
             lists |= more
+        listed = any(what == "experts" and name in lists for what, name in wanted)
         for what, name in wanted:
-            if name in lists and table.schema[name] == pl.String:
-                table = table.with_columns(
-                    _numbers_in(file.path, table[name], pl.Float64 if what == "gates" else pl.Int64)
-                )
+            if name not in lists or table.schema[name] != pl.String:
+                continue
+            if what == "gates" and not listed and file.separator != ",":
+                numbers = table[name].str.replace(",", ".", literal=True).cast(pl.Float64, strict=False)
+            else:
+                numbers = _numbers_in(file.path, table[name], pl.Float64 if what == "gates" else pl.Int64)
+            table = table.with_columns(numbers)
         yield done, table
         done += table.height
 
@@ -235,11 +244,20 @@ def _of_ragged(
     return pl.DataFrame(columns), lists
 
 
+def _kind(field: str, what: str) -> type[pl.DataType]:
+    """The type of a column whose first field this is; pandas writes whole numbers beside missing ones as 3.0."""
+    if is_text(field, what):
+        return pl.String
+    return pl.Float64 if what in _FLOATS or "." in field else pl.Int64
+
+
 def is_text(field: str, what: str) -> bool:
     """Whether a CSV field of this meaning holds a text (a name, or a list) rather than a number."""
     try:
-        float(field) if what == "gates" else int(field)
-    except ValueError:
+        if what != "gates" and not float(field).is_integer():
+            return what in ("experts", "phase", "request", "layer")
+        float(field)
+    except (ValueError, OverflowError):
         return what in ("experts", "gates", "phase", "request", "layer") and field != ""
     return False
 
