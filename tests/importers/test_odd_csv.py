@@ -134,6 +134,9 @@ def test_whole_numbers_that_are_written_otherwise(tmp_path):
         if name == "b.parquet":
             expected[4] = 255
         assert np.array_equal(imported(tmp_path, tmp_path / name, num_experts=8).read("experts", 0, 9), expected), name
+    lacking = pl.when(pl.col("token") == 4).then(float("nan")).otherwise("layer")
+    floats.with_columns(lacking.alias("layer")).write_parquet(tmp_path / "f.parquet")
+    assert "row 24 has no layer" in refused(tmp_path, tmp_path / "f.parquet", num_experts=8)
     floats.with_columns(pl.col("expert") + 0.5).write_parquet(tmp_path / "d.parquet")
     assert "must be whole numbers" in refused(tmp_path, tmp_path / "d.parquet", num_experts=8)
     cells.with_columns(pl.lit([["a", "b"]]).alias("experts")).write_parquet(tmp_path / "e.parquet")

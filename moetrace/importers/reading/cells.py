@@ -263,6 +263,8 @@ def _narrow(where: Path, column: pl.Series) -> pl.Series:
 
 def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.ndarray:
     """A column of integers; texts of phases are 0 and 1, those of requests are told apart by hash."""
+    if column.dtype.is_float():
+        column = _whole(column)
     if column.null_count():
         at = column.is_null().arg_max() or 0
         raise MoetraceError(f"{where}: row {first + at} has no {meaning}.")
@@ -280,9 +282,6 @@ def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.nda
                 text = printable(str(column[at])[:40])
                 raise MoetraceError(f"{where}: row {first + at} has the phase {text!r}, but must be prefill or decode.")
             column, kind = named, named.dtype
-    if kind.is_float():
-        column = _whole(column)
-        kind = column.dtype
     if not kind.is_integer() and kind != pl.Boolean:
         raise MoetraceError(f"{where}: the column {column.name} holds {kind}, but {meaning} must be whole numbers.")
     array = (column if kind in _NARROW else _narrow(where, column)).to_numpy()
