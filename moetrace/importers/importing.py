@@ -31,7 +31,7 @@ from moetrace.trace.schema import (
     check_layers,
     row_dtype,
 )
-from moetrace.trace.writer import CountsWriter, Writer
+from moetrace.trace.writer import CountsWriter, Writer, append_parts
 
 _SAY_STEPS = ": of passes that hold rows of several requests, say which decode, with --steps A:B instead of --prompt"
 _ONE_ID = 0.9  # of the ids that stand in cells twice, if one of them stands for no expert
@@ -290,7 +290,7 @@ def _append(writer: Writer, capture: Capture, rows: _TraceRows, mixed: bool, wri
             parts.append(piece | {name: array[first : first + count] for name, array in beside.items()})
             first += count
         held = [{name: array[len(array) - rest :] for name, array in last.items()}] if rest else []
-        writer.append_parts(parts, rows.step_rows[step:stop], rows.step_phase[step:stop])
+        append_parts(writer, parts, rows.step_rows[step:stop], rows.step_phase[step:stop])
         writing(end - done)
         done, step = end, stop
 

@@ -185,10 +185,8 @@ class _Log:
         self._full = (self._top_k, self._top_k if self._optional else -1)
         check_sizes(str(self._path), self._num_experts, self._top_k, 1, 1, 1)
         self._placeholders = Placeholders(self._num_experts, self._hints)
-        self._layers = {} if self._reference is None else {self._reference: self._spool()}
-
-    def _spool(self) -> Spool:
-        return Spool(self._hints, self._num_experts, 1, self._top_k, self._optional)
+        self._sizes = self._hints, self._num_experts, 1, self._top_k, self._optional
+        self._layers = {} if self._reference is None else {self._reference: Spool(*self._sizes)}
 
     def _learn(self, routes: list[Route]) -> None:
         """Note the usual shape of the layers that have none yet."""
@@ -265,7 +263,7 @@ class _Log:
         if index not in self._layers:
             if len(self._layers) == MAX_LAYERS:
                 raise MoetraceError(f"{self._path} has more than {MAX_LAYERS} layers.")
-            self._layers[index] = self._spool()
+            self._layers[index] = Spool(*self._sizes)
         reference, spool = next(iter(self._layers)), self._layers[index]
         if index == reference:
             self._request.add(request)

@@ -270,7 +270,7 @@ def _fill(
     (first, kept), (odd, hints) = rows, told
     done = number = 0
     ends = np.cumsum(rank.records)
-    for _, found in json_lines(rank.path, WHOLE, half(hints), bad=len, wider=OUTLINE):
+    for _, found in json_lines(rank.path, (WHOLE, OUTLINE), half(hints), bad=len):
         records = [record for record in found if record is not None and record.block == "decoder"]
         number += len(found)
         run = np.searchsorted(ends, np.arange(done, done + len(records)), side="right")

@@ -201,19 +201,9 @@ class Writer:
             16414
         """
         given = {"experts": experts, "request": request, "position": position, **optional}
-        self.append_parts([{name: array for name, array in given.items() if array is not None}], steps, phase)
+        self._add([{name: array for name, array in given.items() if array is not None}], steps, phase)
 
-    def append_parts(self, parts: Sequence[Mapping[str, np.ndarray]], steps: np.ndarray, phase: np.ndarray) -> None:
-        """Write the next whole steps, whose rows come in several parts: `append` without a copy that joins them.
-
-        Args:
-            parts: Arrays by name, those of `append` that the trace has, each with the next rows.
-            steps: How many rows each step has, integers [steps], at least 1 each; they sum to the rows of all parts.
-            phase: Phase of each step, as of `append`.
-
-        Raises:
-            MoetraceError: As `append`.
-        """
+    def _add(self, parts: Sequence[Mapping[str, np.ndarray]], steps: np.ndarray, phase: np.ndarray) -> None:
         checked = [self._checked(part) for part in parts]
         steps = as_dtype(f"{self._shown}: steps", steps, np.dtype("<i8"))
         phase = as_dtype(f"{self._shown}: phase", phase, np.dtype("u1"))
@@ -361,6 +351,16 @@ class Writer:
 
     def _refused(self, error: OSError) -> MoetraceError:
         return MoetraceError(f"{self._shown} could not be written: {error.strerror or error}; nothing was changed.")
+
+
+def append_parts(
+    writer: Writer, parts: Sequence[Mapping[str, np.ndarray]], steps: np.ndarray, phase: np.ndarray
+) -> None:
+    """Write the next whole steps, as `Writer.append`, whose rows come in several parts: no copy joins them.
+
+    `parts` are arrays by name, those that the trace has, each with the next rows.
+    """
+    writer._add(parts, steps, phase)
 
 
 class CountsWriter(Writer):

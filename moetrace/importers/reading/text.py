@@ -69,24 +69,23 @@ def mended(text: bytes) -> bytes:
 
 def json_lines(
     path: Path,
-    record: type[Record],
+    record: type[Record] | tuple[type[Record], ...],
     reading: Callable[[int], object],
     chunk_bytes: int | None = None,
     bad: Callable[[str], object] | None = None,
     cut: Callable[[str], object] | None = None,
     broken: Callable[[str], object] | None = None,
-    wider: Any = None,
     of_event: Callable[[Any], object] | None = None,
 ) -> Iterator[tuple[int, list[Record]]]:
     """Yield the number of the first line and the records of successive JSON lines; blank lines are allowed.
 
-    `record` is a msgspec type, a Struct or a union of tagged ones. NaN is null. A line that does not fit it goes to
-    `bad` as a sentence, and server-sent events are lines, if there is a `bad`, whose records go to `of_event` first;
-    `wider`, another such type, is tried before. A last line without its newline, as a process that is killed leaves it,
-    goes to `cut`, another that is no such record to `broken`. Else it raises MoetraceError.
+    `record` is a msgspec type, a Struct or a union of tagged ones, or several that are tried in turn. NaN is null. A line that does not fit it goes to
+    `bad` as a sentence, and server-sent events are lines, if there is a `bad`, whose records go to `of_event` first.
+    A last line without its newline, as a process that is killed leaves it, goes to `cut`, another that is no such
+    record to `broken`. Else it raises MoetraceError.
     """
-    decoder = msgspec.json.Decoder(record)
-    decoders = [decoder, msgspec.json.Decoder(wider)] if wider else [decoder]
+    decoders = [msgspec.json.Decoder(kind) for kind in (record if isinstance(record, tuple) else (record,))]
+    decoder = decoders[0]
     for line, data in chunks(path, reading, chunk_bytes):
         try:
             with no_collection():
