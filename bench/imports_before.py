@@ -2,8 +2,8 @@
 
     python bench/imports_before.py COMMIT [--only NAME]... [--megabytes 30] [--rounds 7] [--write]
 
-Each build is a process of its own that imports the same generated files in turn (`CASES` of `importing.py`, but those
-of formats that the earlier build does not know). A figure is the median over the rounds of one build's processor
+Each build is a process of its own that imports the same generated files in turn (`CASES` of `importing.py`; of formats
+that the earlier build does not know, this one alone). A figure is the median over the rounds of one build's processor
 seconds, and the ratio is the median of the ratio of each round: above 1, this build is faster. `--write` writes the
 table into docs/importing.md.
 """
@@ -74,23 +74,26 @@ def _earlier(commit: str, folder: Path) -> Path:
     return folder
 
 
-def compared(builds: tuple[_Build, _Build], name: str, megabytes: int, rounds: int, folder: Path) -> list[str] | None:
-    """A row of the table of a case: name, MB/s of CPU of both builds, ratio. None if the earlier build refuses it."""
+def compared(builds: tuple[_Build, _Build], name: str, megabytes: int, rounds: int, folder: Path) -> list[str]:
+    """A row of the table of a case: name, MB/s of CPU of the earlier build and of this one, and the ratio."""
     case = CASES[name](folder, megabytes)
     size = sum(path.stat().st_size for path in case.sources) / 1e6
-    for build in builds:  # what only the first import of a process pays
-        if build.seconds(case.sources, case.hints, folder / "out.h5") is None:
-            return None
-    found = []
+
+    def seconds(build: _Build) -> float | None:
+        return build.seconds(case.sources, case.hints, folder / "out.h5")
+
+    known = [seconds(build) is not None for build in builds]  # and what only the first import of a process pays
+    assert known[0], f"{name} is refused"
+    found: list[list[float]] = [[], []]
     for number in range(rounds):
-        pair = [0.0, 0.0]
         for at in (0, 1) if number % 2 else (1, 0):
-            took = builds[at].seconds(case.sources, case.hints, folder / "out.h5")
-            assert took is not None, "it was imported before"
-            pair[at] = took
-        found.append(pair)
-    now, before = (size / median(column) for column in zip(*found, strict=True))
-    return [name, f"{before:.0f}", f"{now:.0f}", f"{median(before / now for now, before in found):.2f}"]
+            if known[at]:
+                found[at].append(seconds(builds[at]) or 0.0)
+    now = f"{size / median(found[0]):.0f}"
+    if not known[1]:
+        return [name, "", now, ""]
+    ratio = median(before / now for now, before in zip(*found, strict=True))
+    return [name, f"{size / median(found[1]):.0f}", now, f"{ratio:.2f}"]
 
 
 def main() -> None:
@@ -101,20 +104,22 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--write", action="store_true")
     options = options.parse_args()
-    rows = []
+    rows, loads = [], []
     with tempfile.TemporaryDirectory() as top:
         builds = _Build(ROOT), _Build(_earlier(options.commit, Path(top) / "before"))
         for name in options.only or CASES:
             with tempfile.TemporaryDirectory(dir=top) as folder:
                 row = compared(builds, name, options.megabytes, options.rounds, Path(folder))
-            print(*(row or [name, "is new"]), f"(load {os.getloadavg()[0]:.1f})", flush=True)
-            rows += [row] if row else []
+            loads.append(os.getloadavg()[0])
+            print(*row, f"(load {loads[-1]:.1f})", flush=True)
+            rows.append(row)
         for build in builds:
             build.stop()
     if options.write:
         head = ["| clean files of | MB/s before | MB/s now | ratio |", "| --- | ---: | ---: | ---: |"]
         table = "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
-        write_between(PAGE, "imports", table)
+        load = f"The load of the machine of two cores was {min(loads):.0f} to {max(loads):.0f}."
+        write_between(PAGE, "imports", f"{table}\n\n{load}")
 
 
 if __name__ == "__main__":

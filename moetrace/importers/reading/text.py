@@ -79,10 +79,10 @@ def json_lines(
 ) -> Iterator[tuple[int, list[Record]]]:
     """Yield the number of the first line and the records of successive JSON lines; blank lines are allowed.
 
-    `record` is a msgspec type, a Struct or a union of tagged ones, or several that are tried in turn. NaN is null. A line that does not fit it goes to
-    `bad` as a sentence, and server-sent events are lines, if there is a `bad`, whose records go to `of_event` first.
-    A last line without its newline, as a process that is killed leaves it, goes to `cut`, another that is no such
-    record to `broken`. Else it raises MoetraceError.
+    `record` is a msgspec type, a Struct or a union of tagged ones, or several that are tried in turn. NaN is null. A
+    line that does not fit it goes to `bad` as a sentence, and server-sent events are lines, if there is a `bad`, whose
+    records go to `of_event` first. A last line without its newline, as a process that is killed leaves it, goes to
+    `cut`, another that is no such record to `broken`. Else it raises MoetraceError.
     """
     decoders = [msgspec.json.Decoder(kind) for kind in (record if isinstance(record, tuple) else (record,))]
     decoder = decoders[0]
