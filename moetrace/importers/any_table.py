@@ -20,14 +20,22 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints
-from moetrace.importers.columns import OWN_COLUMNS, known_columns, layer_of_name, named_columns, says_layer, without_ids
+from moetrace.importers.columns import (
+    OWN_COLUMNS,
+    known_columns,
+    layer_of_name,
+    named_columns,
+    says_layer,
+    shown_names,
+    without_ids,
+)
 from moetrace.importers.npz import FACTS
 from moetrace.importers.reading.cells import Cells, File, cells_of, token_keys
 from moetrace.importers.reading.own_parquet import KEY, ToldByFooter, told_by_footer
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.tabular import PARQUET, holds_layers, open_table
-from moetrace.spec.errors import MoetraceError, UsageError, counted, printable
+from moetrace.spec.errors import MoetraceError, UsageError, counted
 from moetrace.trace.schema import MAX_LAYERS, MAX_ROWS, PREFETCHED, check_sizes, expert_dtype
 
 _HEADER = re.compile(rb'^[\s"]*[A-Za-z_][\w" ]*(?:[,;\t]["\w ]+)+\s*$')
@@ -86,8 +94,7 @@ def _file(path: Path, hints: Hints) -> File:
     if hints.columns:
         columns = named_columns(path, table.names, hints.columns)
     elif (known := known_columns(table.names)) is None:
-        shown = printable(", ".join(table.names[:20])) + (", …" if len(table.names) > 20 else "")
-        way = f"name them with --columns; it has {shown}{without_ids(table.names)}"
+        way = f"name them with --columns; it has {shown_names(table.names)}{without_ids(table.names)}"
         raise UsageError(f"{path} does not say which column holds experts: {way}.")
     else:
         columns = known

@@ -92,8 +92,7 @@ def named_columns(path: Path, names: Sequence[str], said: Mapping[str, str]) -> 
         parts = [text] if text in names or not many else text.split("+")
         columns = [name for part in parts for name in _matching(part, names, many)]
         if not columns:
-            shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-            raise UsageError(f"{path} has no column {text!r} for {meaning}; it has {printable(shown)}.")
+            raise UsageError(f"{path} has no column {text!r} for {meaning}; it has {shown_names(names)}.")
         found[meaning] = columns
     if "experts" not in found:
         raise UsageError("--columns must say which column holds the experts: experts=COLUMN.")
@@ -114,6 +113,11 @@ def known_columns(names: Sequence[str]) -> dict[str, list[str]] | None:
     if not found["experts"]:
         return None
     return {meaning: [name] for meaning, name in found.items() if name}
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """The first names, fit for a sentence."""
+    return ", ".join(printable(name[:40]) for name in names[:20]) + (", …" if len(names) > 20 else "")
 
 
 def without_ids(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from support.writers.any_table import csv_of
 
 from moetrace.importers.captured import Hints
 from moetrace.importers.importing import import_traces
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
 
 
@@ -162,3 +162,12 @@ def test_the_number_of_a_file_of_whole_tokens_is_no_layer(tmp_path, form):
     trace = imported(tmp_path, *paths, num_experts=8)
     assert trace.layer_index.tolist() == [0, 1, 2] and np.array_equal(trace.read("experts", 0, 9), ids)
     assert trace.read("request", 0, 9).tolist() == [0] * 4 + [1] * 5 and "layers" not in trace.source
+
+
+def test_long_names_of_columns_are_shown_short(tmp_path):
+    names = [f"{number}" + "x" * 5000 + "\n" for number in range(30)]
+    pl.DataFrame(dict.fromkeys(names, 1)).write_parquet(tmp_path / "a.parquet")
+    for columns in (None, {"experts": "e"}):
+        with pytest.raises(UsageError, match="it has 0xxx") as raised:
+            import_traces(tmp_path / "a.parquet", tmp_path / "o.h5", hints=Hints(num_experts=8, columns=columns))
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 2000
