@@ -250,13 +250,11 @@ class _Log:
 
     def _all_full(self, routes: list[Route]) -> bool:
         """Whether all have `top_k` ids, and weights where the log has such; a call for each would take a tenth."""
-        ids, weights = [route.topk_ids for route in routes], [route.topk_weights for route in routes]
-        try:
-            if set(map(len, ids)) != {self._full[0]}:  # type: ignore[arg-type]
-                return False
-            return set(map(len, weights)) == {self._full[1]} if self._optional else set(weights) == {None}
-        except TypeError:  # null in the place of a list, or a list where others have none
+        if set(map(len, [route.topk_ids or () for route in routes])) != {self._full[0]}:
             return False
+        if not self._optional:
+            return {route.topk_weights is None for route in routes} == {True}
+        return set(map(len, [route.topk_weights or () for route in routes])) == {self._full[1]}
 
     def _append(self, index: int, at: np.ndarray, request: np.ndarray, token: np.ndarray, arrays: Part) -> None:
         """Append routes of one layer, `at` among those being added, if they are of the first layer's tokens."""
