@@ -212,8 +212,7 @@ class _Log:
         if not self._optional:
             return narrow, None
         gates = np.fromiter(chain.from_iterable(r.topk_weights or () for r in routes), np.float64, size).reshape(shape)
-        if np.isnan(gates.sum()):  # null, as which NaN was read
-            unknown = np.isnan(gates)
+        if (unknown := np.isnan(gates)).any():  # null, as which NaN was read
             if self._hints.strict:
                 raise self._wrong(int(unknown.any(axis=1).argmax()), "has a weight that is no number")
             self._unknown_gates += int(unknown.sum())

@@ -69,6 +69,7 @@ def test_small_chunks_change_nothing(tmp_path, monkeypatch):
             "of another token",
         ),
         ("0.25]", "1e300]", "has a weight beyond 65504"),
+        ("[0.5, 0.25]", "[1.7e308, 1.7e308]", "has a weight beyond 65504"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(tmp_path, old, new, message):
