@@ -309,3 +309,22 @@ def test_an_answer_that_was_aborted_in_its_prompt_has_the_first_rows(tmp_path, e
     trace = read(tmp_path, engine, one_answer, answer(engine, ids_of(9, 2), 7, 3, name="b"))
     assert places(trace) == one(range(first, first + 4), 10) + one(range(9), 7, 1)
     assert trace.source.get("aborted_in_their_prompts") == (1 if first == 0 else None)
+
+
+def test_what_a_stream_has_beside_answers_is_no_answer_that_was_left_out(tmp_path):
+    ids = ids_of(11)
+    events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks(ids, [(0, 8), (8, 9), (9, 11)], 8)]
+    alone = json.dumps(answer("vllm", ids_of(9, 2), 7, 3, name="other")) + "\n"
+    empty = json.dumps({"id": "cmpl-1", "choices": [{"index": 0}]})  # a chunk without routing, that does not say so
+    logs = [
+        "".join(f": ping\n\nevent: m\nid: 3\nretry: 9\n{event}" for event in events) + "data:[DONE]\n",
+        "".join(events).replace("\n", "\r\n") + "data: [DONE]\r\n",
+        alone + f"data: {empty}\n\n" + "".join(events) + "data: [DONE]\n\n",
+        "".join(events) + f"data: {empty}\n\ndata: [DONE]\n\n" + alone,
+    ]
+    for log in logs:
+        (path := tmp_path / "log.txt").write_bytes(log.encode())
+        trace = imported(tmp_path, path, num_experts=16)
+        assert "left_out_answers" not in trace.source and trace.source["joined_answers"] == 2
+        both = one(range(11), 8) + (one(range(9), 7, 1) if alone in log else [])
+        assert sorted(position for _, position, _ in places(trace)) == sorted(position for _, position, _ in both)
