@@ -10,9 +10,12 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+from damage_tables import changed_array, changed_columns, changed_parquet
+
 _NUMBERS = (-1, 0, 1, 2, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30)
 _TEXTS = [*(b"%d" % n for n in _NUMBERS), b"", b"-", b"nan", b"1e999", b"0x10", b"null", b'"', b"\n", b"\xff"]
-_VALUES = [*_NUMBERS, 0.5, -0.0, 1e308, 1e400, float("nan"), True, False, None]
+_DEEP = "<deep>"  # stands for a value of lists in lists, which `json.dumps` could not write
+_VALUES = [*_NUMBERS, 2**70, -(2**70), _DEEP, 0.5, -0.0, 1e308, 1e400, float("nan"), True, False, None]
 _VALUES += ["", "x", "1", "\ud800", [], {}, [[]], [0]]
 
 
@@ -35,8 +38,12 @@ def damaged_bytes(random: Random, data: bytes, pool: list[bytes]) -> bytes:
     ways: list[Callable[[Random, bytes, list[bytes]], bytes | None]] = [_raw, _raw]
     if data[:2] == b"PK":
         ways += [_zip] * 4
+    elif data[:6] == b"\x93NUMPY":
+        ways += [changed_array] * 3
+    elif data[:4] == data[-4:] == b"PAR1":
+        ways += [changed_parquet] * 4
     elif _is_text(data):
-        ways += [_number, _number, _lines, _json, _json]
+        ways += [_number, _number, _lines, _json, _json, _json, changed_columns]
     elif _length_header(data):
         ways += [_header, _header]
     for _ in range(4):
@@ -109,19 +116,25 @@ def _lines(random: Random, data: bytes, pool: list[bytes]) -> bytes | None:
 
 
 def _json(random: Random, data: bytes, pool: list[bytes]) -> bytes | None:
-    """One value of one JSON line, or of the whole, replaced, removed or doubled."""
+    """One value of one JSON line, of an event's data, or of the whole, replaced, removed or doubled."""
     try:
-        value = json.loads(data)
+        return _dumped(random, json.loads(data), pool)
     except (ValueError, RecursionError):
         lines = data.splitlines(keepends=True)
-        at = random.randrange(len(lines) or 1)
-        try:
-            value = json.loads(lines[at])
-        except (ValueError, RecursionError, IndexError):
-            return None
-        lines[at] = json.dumps(_changed(random, value, pool)).encode() + b"\n"
-        return b"".join(lines)
-    return json.dumps(_changed(random, value, pool)).encode()
+    at = random.randrange(len(lines) or 1)
+    try:
+        event, text = re.match(rb"((?:data: *)?)(.*)", lines[at], re.DOTALL).groups()  # type: ignore[union-attr]
+        lines[at] = event + _dumped(random, json.loads(text), pool) + b"\n"
+    except (ValueError, RecursionError, IndexError):
+        return None
+    return b"".join(lines)
+
+
+def _dumped(random: Random, value: Any, pool: list[bytes]) -> bytes:
+    """`value` with a change, as a JSON text."""
+    depth = random.choice((2, 3, 64, 300, 5000))
+    deep = random.choice((b"[" * depth + b"]" * depth, b'{"a":' * depth + b"0" + b"}" * depth))
+    return json.dumps(_changed(random, value, pool)).encode().replace(b'"%s"' % _DEEP.encode(), deep)
 
 
 def _changed(random: Random, value: Any, pool: list[bytes]) -> Any:

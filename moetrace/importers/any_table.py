@@ -20,14 +20,22 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints
-from moetrace.importers.columns import OWN_COLUMNS, known_columns, layer_of_name, named_columns, says_layer
+from moetrace.importers.columns import (
+    OWN_COLUMNS,
+    known_columns,
+    layer_of_name,
+    named_columns,
+    says_layer,
+    shown_names,
+    without_ids,
+)
 from moetrace.importers.npz import FACTS
 from moetrace.importers.reading.cells import Cells, File, cells_of, token_keys
 from moetrace.importers.reading.own_parquet import KEY, ToldByFooter, told_by_footer
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
-from moetrace.importers.reading.tabular import PARQUET, open_table
-from moetrace.spec.errors import MoetraceError, UsageError, counted, printable
+from moetrace.importers.reading.tabular import PARQUET, holds_layers, open_table
+from moetrace.spec.errors import MoetraceError, UsageError, counted
 from moetrace.trace.schema import MAX_LAYERS, MAX_ROWS, PREFETCHED, check_sizes, expert_dtype
 
 _HEADER = re.compile(rb'^[\s"]*[A-Za-z_][\w" ]*(?:[,;\t]["\w ]+)+\s*$')
@@ -59,7 +67,7 @@ def recognize(first: bytes, name: str) -> bool:
     known = known_columns(names)
     by_token = re.search(rb'":\s*\[\s*\[', line[:4096]) is not None  # a list of lists, of all layers
     named = says_layer(name) is not None  # of a table of one layer, its name tells
-    return known is not None and ("layer" in known or by_token or named) and len(known) + named > 2
+    return known is not None and ("layer" in known or by_token or named) and len(known) + named + by_token > 2
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
@@ -75,6 +83,8 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     for one, other in pairwise(files):
         if one.layer == other.layer:
             raise MoetraceError(f"{one.table.path} and {other.table.path} are of the same layer, {one.layer}.")
+        if differ := sorted(set(one.columns) ^ set(other.columns)):
+            raise MoetraceError(f"{one.table.path} and {other.table.path} do not both have a column of {differ[0]}.")
     return [_read(files, hints)]
 
 
@@ -84,13 +94,14 @@ def _file(path: Path, hints: Hints) -> File:
     if hints.columns:
         columns = named_columns(path, table.names, hints.columns)
     elif (known := known_columns(table.names)) is None:
-        shown = printable(", ".join(table.names[:20])) + (", …" if len(table.names) > 20 else "")
-        raise UsageError(f"{path} does not say which column holds experts: name them with --columns; it has {shown}.")
+        way = f"name them with --columns; it has {shown_names(table.names)}{without_ids(table.names)}"
+        raise UsageError(f"{path} does not say which column holds experts: {way}.")
     else:
         columns = known
         if table.sizes is not None and set(table.names) >= OWN_COLUMNS:
             told = told_by_footer(path, table.sizes.texts.get(KEY.encode()))
-    layer = None if "layer" in columns else layer_of_name(path)
+    by_token = len(columns.get("experts", [])) == 1 and holds_layers(table, columns["experts"][0])
+    layer = None if "layer" in columns or by_token else layer_of_name(path.stem)
     if "scores" in columns and (layer := says_layer(path.stem)) is not None:  # layer_id is 0 in each of such files
         columns = {meaning: of for meaning, of in columns.items() if meaning != "layer"}
     return File(table, columns, layer, told)
@@ -132,15 +143,15 @@ def _read(files: list[File], hints: Hints) -> Capture:
     if files[0].layer is not None:
         facts["layers"] = "one a file, numbered by its name"
         last = files[-1].layer
-        hints.note(f"{where}: took {counted(len(files), 'file')} as layers {files[0].layer} to {last}, by their names.")
+        which = f"layers {files[0].layer} to {last}, by their names" if len(files) > 1 else f"layer {last}, by its name"
+        hints.note(f"{where}: took {counted(len(files), 'file')} as {which}.")
     if "position" not in by_row:
         facts["positions"] = "counted within each request"
     token_id = ("token",) if "token_id" in by_row else ()
     step_rows = None
     if "step" in by_row:
-        step_rows = np.diff(
-            np.r_[np.flatnonzero(np.diff(by_row["step"], prepend=by_row["step"][0] - 1)), tokens.height]
-        )
+        begins = np.flatnonzero(np.r_[True, by_row["step"][1:] != by_row["step"][:-1]])
+        step_rows = np.diff(np.r_[begins, tokens.height])
 
     def parts() -> Iterator[dict[str, np.ndarray]]:
         done = 0
@@ -190,9 +201,9 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
             begins = np.ones(cells.layer.size, bool)
             begins[1:] = np.logical_or.reduce([array[1:] != array[:-1] for array in arrays])
             part = pl.DataFrame({name: array[begins] for name, array in cells.rows.items()})
-            parts.append(part.unique(key, keep="first", maintain_order=True))
+            parts.append(part if _increases(part, key) else part.unique(key, keep="first", maintain_order=True))
             held += parts[-1].height
-            layers = np.union1d(layers, np.unique(cells.layer))
+            layers = np.union1d(layers, np.flatnonzero(np.bincount(cells.layer)))
             choices += int(cells.length.sum())
             most = int(cells.length.max(initial=0))
             if "slot" in cells.values:
@@ -209,13 +220,24 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
     said = hints.top_k if "top_k" not in hints.from_model else None
     if top_k > max(said or 0, 65535) or layers.size > MAX_LAYERS:
         raise MoetraceError(f"{where}: a token has {top_k:,} experts in a layer, and there are {layers.size:,} layers.")
-    tokens = pl.concat(parts).unique(key, keep="first", maintain_order=True)
+    tokens = pl.concat(parts)
+    if not _increases(tokens, key):
+        tokens = tokens.unique(key, keep="first", maintain_order=True)
     if "step" in tokens.columns:
         tokens = tokens.sort("step", maintain_order=True)
     if tokens.height > MAX_ROWS:
         raise MoetraceError(f"{where} has more tokens than a trace may have rows.")
     uneven = said is not None or any({"slot", "scores"} & set(file.columns) for file in files)
     return _FirstReading(tokens, layers, max(top_k, said or 0), choices, uneven)
+
+
+def _increases(rows: pl.DataFrame, key: list[str]) -> bool:
+    """Whether each row is greater than the one before, by the columns of `key`, so that none stands twice."""
+    more, equal = np.zeros(max(0, rows.height - 1), bool), True
+    for column in (rows[name].to_numpy() for name in key):
+        more |= equal & (column[1:] > column[:-1])
+        equal &= column[1:] == column[:-1]
+    return bool(more.all())
 
 
 class _Keys:

@@ -107,7 +107,10 @@ def _read(path: Path, hints: Hints) -> Capture:
         position=(tokens.keys & (2**31 - 1)).astype(np.int32),
         phase=((tokens.keys >> 31) & 1).astype(np.uint8),
         optional=optional,
-        facts=facts | cut.told() | ({"dropped": tokens.dropped} if tokens.dropped else {}),
+        facts=facts
+        | cut.told()
+        | placeholders.told(str(path))
+        | ({"dropped": tokens.dropped} if tokens.dropped else {}),
         parts=spool.parts,
         sources=(path,),
     )
@@ -172,7 +175,8 @@ def _scatter(
         placeholders.marked(lines["expert"].to_numpy()[:, None])[:, 0],
         np.arange(line, line + lines.height),
     )
-    if (absent := expert < 0).any():
+    if expert.min(initial=0) < 0:
+        absent = expert < 0
         lines, expert, number = lines.filter(pl.Series(~absent)), expert[~absent], number[~absent]
     row = np.searchsorted(tokens.keys, _key(lines))
     layer = np.searchsorted(tokens.layer_index, lines["layer"].to_numpy())
@@ -209,6 +213,16 @@ def _header_lines(path: Path, file: IO[str]) -> Iterator[str]:
     raise MoetraceError(f"{path} has more than {_HEADER_LINES} lines of header.")
 
 
+def _no_expert(num_experts: int, hints: Hints) -> pl.Expr:
+    """Whether a line's expert is none, and no id that carries none."""
+    wrong = ~pl.col("expert").is_between(-1, num_experts - 1)
+    if hints.absent_ids:
+        wrong &= ~pl.col("expert").is_in(hints.absent_ids)
+    if hints.absent_from is not None:
+        wrong &= pl.col("expert") < hints.absent_from
+    return wrong
+
+
 def _check_lines(path: Path, line: int, lines: pl.DataFrame, header: _Header, hints: Hints) -> None:
     named = sorted(header.expert_bytes)
     checks = (
@@ -221,9 +235,7 @@ def _check_lines(path: Path, line: int, lines: pl.DataFrame, header: _Header, hi
         ),
         (~pl.col("slot").is_between(0, header.top_k - 1), f"slot is not 0 to {header.top_k - 1}"),
         (
-            ~pl.col("expert").is_between(-1, header.num_experts - 1)
-            & ~pl.col("expert").is_in(hints.absent_ids)
-            & (pl.col("expert") < (2**31 if hints.absent_from is None else hints.absent_from)),
+            _no_expert(header.num_experts, hints),
             f"expert is not 0 to {header.num_experts - 1}: if ids from there on carry no expert, give --absent-from "
             f"{header.num_experts}",
         ),

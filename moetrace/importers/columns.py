@@ -92,8 +92,7 @@ def named_columns(path: Path, names: Sequence[str], said: Mapping[str, str]) -> 
         parts = [text] if text in names or not many else text.split("+")
         columns = [name for part in parts for name in _matching(part, names, many)]
         if not columns:
-            shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-            raise UsageError(f"{path} has no column {text!r} for {meaning}; it has {printable(shown)}.")
+            raise UsageError(f"{path} has no column {text!r} for {meaning}; it has {shown_names(names)}.")
         found[meaning] = columns
     if "experts" not in found:
         raise UsageError("--columns must say which column holds the experts: experts=COLUMN.")
@@ -116,6 +115,21 @@ def known_columns(names: Sequence[str]) -> dict[str, list[str]] | None:
     return {meaning: [name] for meaning, name in found.items() if name}
 
 
+def shown_names(names: Sequence[str]) -> str:
+    """The first names, fit for a sentence."""
+    return ", ".join(printable(name[:40]) for name in names[:20]) + (", …" if len(names) > 20 else "")
+
+
+def without_ids(names: Sequence[str]) -> str:
+    """What to do with a table that has gates but no ids of experts, as the end of a sentence."""
+    if not set(names) & set(_KNOWN["gates"]) or set(names) & set(_KNOWN["experts"]):
+        return ""
+    return (
+        "; gates alone do not say which experts were chosen: save what the router says of all experts as floats "
+        "[tokens, layers, experts] in a .npy file, and give --router and --top-k"
+    )
+
+
 def _score_columns(names: Sequence[str]) -> list[str]:
     """The columns of scores, expert_0 and so on, of DynaNDE's tables of FLAME-MoE's routing.
 
@@ -133,9 +147,11 @@ def says_layer(name: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-def layer_of_name(path: Path) -> int | None:
-    """The layer that a file's name says (`layer12.parquet`, `moe_3.csv`): its last number."""
-    numbers = re.findall(r"\d+", path.stem)
+def layer_of_name(name: str) -> int | None:
+    """The layer that a name says (`layer12`, `moe_3`): the number after the word `layer`, else its last number."""
+    numbers = re.findall(r"\d+", name)
+    if (said := says_layer(name)) is not None:
+        return said
     return int(numbers[-1]) if numbers and len(numbers[-1]) < 6 else None
 
 

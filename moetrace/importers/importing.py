@@ -31,7 +31,7 @@ from moetrace.trace.schema import (
     check_layers,
     row_dtype,
 )
-from moetrace.trace.writer import CountsWriter, Writer
+from moetrace.trace.writer import CountsWriter, Writer, append_parts
 
 _SAY_STEPS = ": of passes that hold rows of several requests, say which decode, with --steps A:B instead of --prompt"
 _ONE_ID = 0.9  # of the ids that stand in cells twice, if one of them stands for no expert
@@ -213,7 +213,9 @@ def _checked(capture: Capture | Counts, hints: Hints) -> Capture | Counts:
         marks = Placeholders(capture.num_experts, hints, marks=True)
 
         def parts() -> Iterator[Part]:
-            return ({**part, "experts": marks.narrow(part["experts"])} for part in capture.parts())
+            for part in capture.parts():
+                yield {**part, "experts": marks.narrow(part["experts"])}
+            marks.told(where)
 
     return capture._replace(layer_index=layer_index, expert_bytes=expert_bytes, position=position, parts=parts)
 
@@ -278,22 +280,17 @@ def _append(writer: Writer, capture: Capture, rows: _TraceRows, mixed: bool, wri
         stop = int(np.searchsorted(ends, read, side="right"))
         if stop == step:
             continue
-        joined = {
-            name: np.concatenate([part[name] for part in held]) if len(held) > 1 else held[0][name] for name in part
-        }
         end = int(ends[stop - 1])
-        now = {name: array[: end - done] for name, array in joined.items()}
-        held = [{name: array[end - done :] for name, array in joined.items()}]
-        if mixed:
-            now["row_phase"] = rows.phase[done:end]
-        writer.append(
-            now.pop("experts"),
-            rows.request[done:end],
-            rows.position[done:end],
-            rows.step_rows[step:stop],
-            rows.step_phase[step:stop],
-            **now,
-        )
+        rest = read - end
+        first, parts = done, []
+        *whole, last = held
+        for piece in (*whole, {name: array[: len(array) - rest] for name, array in last.items()}):
+            beside = {"request": rows.request, "position": rows.position} | ({"row_phase": rows.phase} if mixed else {})
+            count = len(piece["experts"])
+            parts.append(piece | {name: array[first : first + count] for name, array in beside.items()})
+            first += count
+        held = [{name: array[len(array) - rest :] for name, array in last.items()}] if rest else []
+        append_parts(writer, parts, rows.step_rows[step:stop], rows.step_phase[step:stop])
         writing(end - done)
         done, step = end, stop
 

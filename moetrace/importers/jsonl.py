@@ -14,6 +14,7 @@ them with `num_experts`, then a line for each token and logged layer,
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,12 +25,13 @@ import numpy as np
 from moetrace.importers.captured import MAX_WEIGHT, SPARSEST, Capture, Hints, Part
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.request_spool import UNKNOWN_PHASE
-from moetrace.importers.reading.spool import Spool
+from moetrace.importers.reading.spool import GrowingArray, Spool
 from moetrace.importers.reading.text import json_lines
 from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import BLOCK_BYTES, MAX_EXPERTS, PREFILL, absent_id, check_sizes, expert_dtype
 
 MAX_LAYERS = 256  # each has temporary files of its own
+_MOST_REFERENCES = 8  # layers that are tried
 CHUNK_BYTES = 4 << 20  # its records take about five times as much as Python objects
 Number = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Id = Annotated[int, msgspec.Meta(ge=-1, le=MAX_EXPERTS)]
@@ -76,13 +78,32 @@ def recognize(first: bytes, name: str) -> bool:
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     """A capture a file."""
-    return [_Log(path, hints).capture() for path in sources]
+    return [_read(path, hints) for path in sources]
+
+
+def _read(path: Path, hints: Hints) -> Capture:
+    """The capture of a file; if a line of the layer that tells the tokens was lost, another layer tells them."""
+    try:
+        return _Log(path, hints).capture()
+    except _LostTokenError:
+        found = json_lines(path, _LINE, abs, CHUNK_BYTES, cut=len, broken=len)
+        layers = {route.layer: None for _, routes in found for route in routes if isinstance(route, Route)}
+        for reference in list(layers)[1:_MOST_REFERENCES]:
+            with suppress(_LostTokenError):
+                return _Log(path, hints._replace(reading=abs), reference).capture()
+        raise
+
+
+class _LostTokenError(MoetraceError):
+    """A line that was lost was of the layer whose routes say what each row is."""
 
 
 class _Log:
-    """The routes of a file, spooled by layer as they come."""
+    """The routes of a file, spooled by layer as they come; `reference` is the layer that tells the tokens."""
 
-    def __init__(self, path: Path, hints: Hints) -> None:
+    def __init__(self, path: Path, hints: Hints, reference: int | None = None) -> None:
+        self._reference = reference  # by default the first one
+        self._early: list[Route] = []  # routes of tokens that it has not told yet
         self._path, self._hints = path, hints
         self._meta = RouteHeader()
         self._num_experts = self._top_k = 0
@@ -93,14 +114,13 @@ class _Log:
         self._optional: tuple[str, ...] = ()
         self._layers: dict[int, Spool] = {}  # the first is the one whose routes say what each row is
         self._requests: dict[str | int, int] = {}
-        self._request, self._token = _Growing(), _Growing()  # of each row
+        self._request, self._token = GrowingArray(), GrowingArray()  # of each row
         self._runs_on, self._last = True, -1  # token_idx of all lines, whatever their layer, only counts up
-        self._unknown_gates = self._odd_routes = 0
         self._cut_line = ""  # what is wrong with the last line
-        self._broken: list[str] = []  # and with others that are no JSON
-        self._mended = 0  # routes that these lines lack
+        self._broken: list[str] = []  # and with others that can't be read
         self._odd: MoetraceError | None = None  # of the first odd route
-        self._routes = 0  # before those that are being added
+        self._mended = 0  # routes that these lines lack
+        self._unknown_gates = self._odd_routes = self._routes = 0  # the last, before those that are being added
         for _, records in json_lines(path, _LINE, hints.reading, CHUNK_BYTES, cut=self._cut, broken=self._lose):
             for record in records:
                 if isinstance(record, RouteHeader):
@@ -109,6 +129,10 @@ class _Log:
             if routes:
                 self._add(routes)
                 self._routes += len(routes)
+        if self._early:
+            self._add([], last=True)
+        if self._early:
+            raise _LostTokenError(self._broken[0])
 
     def _cut(self, sentence: str) -> None:
         if self._hints.strict:
@@ -120,9 +144,10 @@ class _Log:
             raise MoetraceError(sentence)
         self._broken.append(sentence)
 
-    def _add(self, routes: list[Route]) -> None:
+    def _add(self, routes: list[Route], last: bool = False) -> None:
         if not self._layers:
             self._begin(routes)
+        routes, self._early = self._early + routes, []
         choices, weights = self._choices(routes)
         layer = np.fromiter((route.layer for route in routes), np.int64, len(routes))
         token = np.fromiter((route.token_idx for route in routes), np.int64, len(routes))
@@ -134,6 +159,11 @@ class _Log:
         _, first_at = np.unique(layer, return_index=True)
         for index in dict.fromkeys([*self._layers, *layer[np.sort(first_at)].tolist()]):
             of_layer = np.flatnonzero(layer == index)
+            if self._reference is not None and index != self._reference:
+                told = self._token.size - (self._layers[index].rows if index in self._layers else 0)
+                told = max(0, told - (0 if last else len(self._broken) - self._mended))  # which may stand before
+                self._early += [routes[at] for at in of_layer[told:].tolist()]
+                of_layer = of_layer[:told]
             if of_layer.size:
                 arrays = {"experts": choices[of_layer, None]}
                 if weights is not None:
@@ -155,14 +185,15 @@ class _Log:
         self._full = (self._top_k, self._top_k if self._optional else -1)
         check_sizes(str(self._path), self._num_experts, self._top_k, 1, 1, 1)
         self._placeholders = Placeholders(self._num_experts, self._hints)
+        self._sizes = self._hints, self._num_experts, 1, self._top_k, self._optional
+        self._layers = {} if self._reference is None else {self._reference: Spool(*self._sizes)}
 
     def _learn(self, routes: list[Route]) -> None:
         """Note the usual shape of the layers that have none yet."""
         found: dict[int, Counter[_Shape]] = defaultdict(Counter)
-        for route in routes:
-            ids, weights = _shape(route)
-            if route.layer not in self._shapes and ids and weights == (ids if self._optional else -1):
-                found[route.layer][ids, weights] += 1
+        for (layer, (ids, weights)), number in Counter((route.layer, _shape(route)) for route in routes).items():
+            if layer not in self._shapes and ids and weights == (ids if self._optional else -1):
+                found[layer][ids, weights] = number
         self._shapes |= {layer: shapes.most_common(1)[0][0] for layer, shapes in found.items()}
 
     def _choices(self, routes: list[Route]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -181,8 +212,7 @@ class _Log:
         if not self._optional:
             return narrow, None
         gates = np.fromiter(chain.from_iterable(r.topk_weights or () for r in routes), np.float64, size).reshape(shape)
-        if np.isnan(gates.sum()):  # null, as which NaN was read
-            unknown = np.isnan(gates)
+        if (unknown := np.isnan(gates)).any():  # null, as which NaN was read
             if self._hints.strict:
                 raise self._wrong(int(unknown.any(axis=1).argmax()), "has a weight that is no number")
             self._unknown_gates += int(unknown.sum())
@@ -195,10 +225,7 @@ class _Log:
 
         Layers may choose fewer experts than others: the rest of their slots is absent.
         """
-        shapes = {
-            (len(r.topk_ids or ()), -1 if r.topk_weights is None else len(r.topk_weights)) for r in routes
-        }  # a call of `_shape` for each takes a tenth of the import
-        if shapes == {self._full}:
+        if self._all_full(routes):
             self._most, self._whole = self._top_k, True
             return
         if not self._whole:
@@ -220,12 +247,20 @@ class _Log:
             none: list[float | None] = [0.0] * (self._top_k - len(gates))
             route.topk_weights = gates + none if self._optional else None
 
+    def _all_full(self, routes: list[Route]) -> bool:
+        """Whether all have `top_k` ids, and weights where the log has such; a call for each would take a tenth."""
+        if set(map(len, [route.topk_ids or () for route in routes])) != {self._full[0]}:
+            return False
+        if not self._optional:
+            return {route.topk_weights is None for route in routes} == {True}
+        return set(map(len, [route.topk_weights or () for route in routes])) == {self._full[1]}
+
     def _append(self, index: int, at: np.ndarray, request: np.ndarray, token: np.ndarray, arrays: Part) -> None:
         """Append routes of one layer, `at` among those being added, if they are of the first layer's tokens."""
         if index not in self._layers:
             if len(self._layers) == MAX_LAYERS:
                 raise MoetraceError(f"{self._path} has more than {MAX_LAYERS} layers.")
-            self._layers[index] = Spool(self._hints, self._num_experts, 1, self._top_k, self._optional)
+            self._layers[index] = Spool(*self._sizes)
         reference, spool = next(iter(self._layers)), self._layers[index]
         if index == reference:
             self._request.add(request)
@@ -238,7 +273,7 @@ class _Log:
         if not self._runs_on:
             other |= self._token.array[rows] != token[: known.size]
         if self._broken and (other.any() or known.size < at.size):
-            raise MoetraceError(self._broken[0])
+            raise _LostTokenError(self._broken[0])
         if other.any() or known.size < at.size:
             number = int(at[int(np.argmax(other)) if other.any() else known.size])
             raise self._wrong(number, f"of layer {index} is of another token than that of layer {reference}")
@@ -283,7 +318,7 @@ class _Log:
         if self._broken:
             facts["left_out_broken_lines"] = len(self._broken)
             lines = counted(len(self._broken), "line")
-            note(f"{self._path}: left out {lines} that are no JSON, the first because {self._broken[0]}")
+            note(f"{self._path}: left out {lines} that can't be read, the first because {self._broken[0]}")
         if self._unknown_gates:
             facts["unknown_weights"] = self._unknown_gates
             note(f"{self._path}: {counted(self._unknown_gates, 'weight')} of NaN left unknown in the trace.")
@@ -351,24 +386,6 @@ class _Log:
             sources=(self._path,),
             step_rows=step_rows,
         )
-
-
-class _Growing:
-    """An int32 array that grows at its end."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._data = np.empty(1024, np.int32)
-
-    @property
-    def array(self) -> np.ndarray:
-        return self._data[: self.size]
-
-    def add(self, values: np.ndarray) -> None:
-        if self.size + values.size > self._data.size:
-            self._data = np.concatenate([self.array, np.empty(self.size // 2 + values.size, np.int32)])
-        self._data[self.size : self.size + values.size] = values
-        self.size += values.size
 
 
 def _parts(layers: list[Spool], rows: int, top_k: int) -> Iterator[Part]:

@@ -19,6 +19,7 @@ a server that is started again appends to its file.
 import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,21 @@ def recognize(first: bytes, name: str) -> bool:
     commas = [line.count(b",") for line in lines]
     of_warm_up = commas.count(commas[0]) if _HEADER.fullmatch(lines[0]) is None and commas[0] > 2 else len(commas)
     alike = commas == commas[:1] * of_warm_up + commas[-1:] * (len(commas) - of_warm_up)
-    return bool(data) and alike and commas[-1] <= commas[0] and all(map(_LINE.fullmatch, data))
+    if not data or not alike or commas[-1] > commas[0] or not all(map(_LINE.fullmatch, data)):
+        return False
+    return len(data) < len(lines) or _in_order([list(map(int, line.split(b",")[:2])) for line in data], commas[-1] > 1)
+
+
+def _in_order(lines: list[list[int]], by_token: bool) -> bool:
+    """Whether first lines without a header go through layers, or positions, as passes do: they may be any matrix."""
+    first = [line[0] for line in lines]
+    if not by_token:  # layers, which begin again with each pass
+        return all(later >= before or later == first[0] for before, later in pairwise(first))
+    # A prompt has positions up to -1, decoded tokens count from 0; then comes the next layer, or pass.
+    layers = [line[1] for line in lines]
+    goes_on = (later - before in (0, 1) or later <= 0 for before, later in pairwise(first))
+    deeper = (below > above for above, below in pairwise(layers))
+    return first[0] <= 0 and min(layers) >= 0 and all(on or down for on, down in zip(goes_on, deeper, strict=True))
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:

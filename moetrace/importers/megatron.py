@@ -24,12 +24,12 @@ import numpy as np
 
 from moetrace.importers.captured import FIRST_BYTES, SPARSEST, Capture, Hints
 from moetrace.importers.megatron_answers import KEY, read_answers
-from moetrace.importers.megatron_records import OUTLINE, UNKNOWN, Outline, RankRecords, outline
+from moetrace.importers.megatron_records import OUTLINE, UNKNOWN, WHOLE, Outline, RankRecords, outline
+from moetrace.importers.reading.events import first_value
 from moetrace.importers.reading.passes import half
 from moetrace.importers.reading.placeholders import Placeholders, advice
 from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.text import first_bytes, json_lines
-from moetrace.importers.vllm import without_event
 from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import DECODE, PREFILL, check_sizes
 
@@ -37,7 +37,6 @@ _KEYS = (b'"step"', b'"layer"', b'"num_tokens"', b'"topk"', b'"top_indices"')
 
 
 _ROWS = msgspec.json.Decoder(list[list[int]])  # of a record
-_RECORDS = msgspec.json.Decoder(list[list[list[int]]])
 
 
 class _OddRecords:
@@ -80,7 +79,7 @@ def recognize(first: bytes, name: str) -> bool:
 
 
 def _is_answers(first: bytes) -> bool:
-    return KEY in first and without_event(first).startswith((b"{", b"["))
+    return KEY in first and first_value(first).startswith((b"{", b"["))
 
 
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
@@ -271,7 +270,7 @@ def _fill(
     (first, kept), (odd, hints) = rows, told
     done = number = 0
     ends = np.cumsum(rank.records)
-    for _, found in json_lines(rank.path, OUTLINE, half(hints), bad=len):
+    for _, found in json_lines(rank.path, (WHOLE, OUTLINE), half(hints), bad=len):
         records = [record for record in found if record is not None and record.block == "decoder"]
         number += len(found)
         run = np.searchsorted(ends, np.arange(done, done + len(records)), side="right")
@@ -294,11 +293,7 @@ def _fill(
 
 def _ids_of(rank: RankRecords, records: list[Outline], odd: _OddRecords) -> list[list[list[int]]]:
     """The ids of records; -1 in all slots of one whose rows are of another length."""
-    texts = [bytes(record.top_indices) for record in records]
-    try:
-        found = _RECORDS.decode(b"[" + b",".join(texts) + b"]")
-    except msgspec.MsgspecError:
-        found = [_rows_of(text) for text in texts]
+    found = [rows if type(rows := record.top_indices) is list else _rows_of(rows) for record in records]
     for at, (record, rows) in enumerate(zip(records, found, strict=True)):
         if set(map(len, rows)) - {rank.top_k} or len(rows) != record.num_tokens:
             where = f"{rank.path}: the record of step {record.step}, layer {record.layer}"
@@ -307,7 +302,7 @@ def _ids_of(rank: RankRecords, records: list[Outline], odd: _OddRecords) -> list
     return found
 
 
-def _rows_of(text: bytes) -> list[list[int]]:
+def _rows_of(text: msgspec.Raw) -> list[list[int]]:
     try:
         return _ROWS.decode(text)
     except msgspec.MsgspecError:

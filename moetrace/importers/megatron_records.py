@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,8 +21,8 @@ _PLAIN = b"0123456789,-[] \n\t\r"  # what lists of numbers are written with
 class Outline(msgspec.Struct, gc=False):
     """A record without its ids; what may be missing of one that can't be used has a default."""
 
-    step: int
-    layer: int
+    step: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    layer: Annotated[int, msgspec.Meta(ge=0, lt=MAX_LAYERS)]
     num_tokens: int | None = None
     topk: int | None = None
     top_indices: msgspec.Raw = msgspec.Raw(b"null")
@@ -44,7 +44,14 @@ class Outline(msgspec.Struct, gc=False):
         return ""
 
 
+class Whole(Outline, gc=False):
+    """A record with its ids."""
+
+    top_indices: list[list[int]] = []  # type: ignore[assignment]
+
+
 OUTLINE: Any = Outline | None  # a line may hold null
+WHOLE: Any = Whole | None
 
 
 class RankRecords(NamedTuple):
@@ -113,23 +120,13 @@ class _Outlines:
     def add(self, found: Sequence[Outline | None]) -> None:
         """Add successive records; a null is none."""
         before = self._runs.step
-        mine: list[Outline] = []
-        number = self._number
-        for record in found:
-            if record is None:
-                self.lose(f"{self._path}: the line after record {number} is null.")
-                continue
-            number += 1
-            if not 0 <= record.step < 2**31:
-                raise MoetraceError(f"{self._path}: record {number} is of step {record.step}.")
-            if not 0 <= record.layer < MAX_LAYERS:
-                raise MoetraceError(f"{self._path}: record {number} is of layer {record.layer}.")
-            if record.block == "decoder":
-                mine.append(record)
-                self._ranks.add(record.rank)
-            else:
-                self._left_out += 1
-        self._number = number
+        records = [record for record in found if record is not None]
+        for _ in range(len(found) - len(records)):
+            self.lose(f"{self._path}: a line after record {self._number} is null.")
+        number = self._number = self._number + len(records)
+        mine = [record for record in records if record.block == "decoder"]
+        self._left_out += len(records) - len(mine)
+        self._ranks |= {record.rank for record in mine}
         if len(self._ranks) > 1:
             raise MoetraceError(f"{self._path}: records up to {number} differ in rank.")
         if self._near_lost and mine and self._near_lost[-1][1] < 0:
@@ -144,17 +141,31 @@ class _Outlines:
         if self._top_k is None:
             said = Counter(record.topk for record in records if record.topk is not None)
             self._top_k = next((top_k for top_k, _ in said.most_common(1)), None)
-        table, padding, content = [], [], []
-        for record in records:
-            raw = bytes(record.top_indices)
-            why = record.odd(self._top_k)
-            if why:
-                self._take_odd(f"{self._path}: the record of step {record.step}, layer {record.layer} {why}.")
-            table.append((record.step, record.layer, UNKNOWN if why else record.num_tokens))
-            padding.append(_padding(raw) if not why and b"-" in raw else 0)
-            content.append(0 if why else hash(raw) or 1)
-        self._runs.add(np.array(table, np.int64), np.array(padding, np.int64), self._number)
+        raws = [bytes(record.top_indices) for record in records]
+        text = b"".join(raws)
+        plain, marks = not text.translate(None, _PLAIN), b"-" in text
+        tokens = [
+            record.num_tokens
+            if plain and record.topk == self._top_k is not None and raw.count(b"[") - 1 == record.num_tokens
+            else self._tokens(record)
+            for record, raw in zip(records, raws, strict=True)
+        ]
+        known = [number != UNKNOWN for number in tokens]
+        padding = (
+            [_padding(raw) if ok and b"-" in raw else 0 for raw, ok in zip(raws, known, strict=True)] if marks else 0
+        )
+        content = [hash(raw) or 1 if ok else 0 for raw, ok in zip(raws, known, strict=True)]
+        step, layer = ([getattr(record, name) for record in records] for name in ("step", "layer"))
+        table = np.array([step, layer, tokens], np.int64).T
+        self._runs.add(table, np.array(padding, np.int64) * np.ones(len(records), np.int64), self._number)
         self._content.append(np.array(content, np.int64))
+
+    def _tokens(self, record: Outline) -> int | None:
+        """The tokens of a record that says whether it can be used."""
+        if why := record.odd(self._top_k):
+            self._take_odd(f"{self._path}: the record of step {record.step}, layer {record.layer} {why}.")
+            return UNKNOWN
+        return record.num_tokens
 
     def _take_odd(self, sentence: str) -> None:
         if self._hints.strict:

@@ -98,7 +98,7 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
 
 def _opened(path: Path, hints: Hints) -> _LayerFile:
     layer = says_layer(path.name)
-    layer = layer_of_name(path) if layer is None else layer
+    layer = layer_of_name(path.stem) if layer is None else layer
     if layer is None or layer >= MAX_LAYERS:
         raise UsageError(f"the name of {path} does not say its layer: name it as in layer_12.npy.")
     ids = npy.mapped(path, hints.reading)

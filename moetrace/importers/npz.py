@@ -205,6 +205,7 @@ def _parts(path: Path, streamed: dict[str, _Array], num_experts: int, hints: Hin
                 part = {name: read_rows(file, streamed[name], rows) for name, file in files.items()}
                 part["experts"] = _narrow(path, start, part["experts"], num_experts, placeholders)
                 yield part
+        placeholders.told(str(path))
     except UNREADABLE as error:
         raise MoetraceError(f"{path} can't be read as an npz archive: {str(error)[:200]}.") from error
 

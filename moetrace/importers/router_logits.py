@@ -182,7 +182,7 @@ def _layers(where: str, shape: Sequence[int], floats: bool, name: str) -> np.nda
         raise MoetraceError(f"{where} has the shape {tuple(shape)}, not floats [rows, layers, experts].")
     if len(shape) == 3:
         return np.arange(_some_layers(where, shape[1]))
-    layer = layer_of_name(Path(name))
+    layer = layer_of_name(Path(name).stem)
     if layer is None or layer >= MAX_LAYERS:
         raise MoetraceError(f"{where} is of one layer, but its name does not say of which: end it in the number.")
     return np.array([layer])

@@ -125,7 +125,9 @@ def table(where: str, value: object, axes: int | None = None) -> np.ndarray:
 
 def whole(where: str, counts: np.ndarray) -> np.ndarray:
     """Floats that are whole numbers as int64; raise MoetraceError if one is not, or impossibly large."""
-    if not ((counts == np.rint(counts)) & (np.abs(counts) <= 2**53)).all():  # False for NaN
+    with np.errstate(invalid="ignore"):  # NaN is not whole
+        is_whole = (counts == np.rint(counts)) & (np.abs(counts) <= 2**53)
+    if not is_whole.all():
         raise MoetraceError(f"{where} holds numbers that are not whole: counts are, shares are not.")
     return counts.astype(np.int64)
 

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from moetrace.importers.captured import FIRST_BYTES, Capture, Hints
+from moetrace.importers.reading.events import first_value
 from moetrace.importers.reading.request_spool import NO_ROUTING, OTHER_SHAPE, UNREADABLE, RequestSpool
 from moetrace.importers.reading.responses import (
     Choice,
@@ -36,7 +37,6 @@ from moetrace.importers.reading.responses import (
 from moetrace.importers.reading.text import MAX_LINE_BYTES, first_bytes, text_of
 from moetrace.importers.reading.told import Told, shared_out
 from moetrace.importers.vllm import recognize as recognize_vllm
-from moetrace.importers.vllm import without_event
 from moetrace.spec.errors import MoetraceError
 from moetrace.trace.schema import MAX_EXPERTS, MAX_LAYERS
 
@@ -55,7 +55,7 @@ def recognize(first: bytes, name: str) -> bool:
     """Whether a file that begins with these bytes is such a response, or base64 of small int32."""
     if recognize_vllm(first, name):
         return False
-    start = without_event(first)
+    start = first_value(first)
     if start.startswith((b"{", b"[")):
         return b"routed_experts" in first and any(key in first for key in _KEYS)
     text = start.rstrip() if len(first) < FIRST_BYTES else start[: len(start) // 16 * 16]
@@ -76,7 +76,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     requests, planes, model = RequestSpool(hints, sources[0]), 0, ""
     stream = _Stream()
     for path in sources:
-        if not without_event(first_bytes(path, 4096)).startswith((b"{", b"[")):
+        if not first_value(first_bytes(path, 4096)).startswith((b"{", b"[")):
             planes = _add(requests, [_bare(path, hints)], hints, planes)
             continue
         for where, response in responses(path, hints.reading, requests.unreadable):

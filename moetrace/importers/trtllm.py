@@ -286,3 +286,4 @@ def _ids(
                     block[:, entry] = np.where(ids < 0, absent_id(num_experts), ids)
                 if count:
                     yield {"experts": block}
+        placeholders.told(str(ranks[0].path))

@@ -26,6 +26,7 @@ import numpy as np
 from moetrace.importers.captured import Capture, Hints
 from moetrace.importers.npy_layers import holds_layer
 from moetrace.importers.reading import npy
+from moetrace.importers.reading.events import first_value
 from moetrace.importers.reading.request_spool import NO_ROUTING, UNREADABLE, RequestSpool
 from moetrace.importers.reading.responses import Choice, Payload, Response, array_of, from_base64, responses, told_of
 from moetrace.importers.reading.text import first_bytes, text_of
@@ -37,7 +38,6 @@ _JSON_KEYS = (b'"prompt_routed_experts"', b'"routed_experts":[[', b'"routed_expe
 _PAYLOAD = re.compile(rb'"routed_experts"\s*:\s*\{')
 _BARE_PAYLOAD = re.compile(rb'[\[\s]*\{(?=[^{}]{0,200}"data"\s*:\s*"[A-Za-z0-9+/=]*("|\Z))')
 _SGLANGS = re.compile(rb'"(?:meta_info|sgl_?ext)"\s*:\s*\{')
-_EVENT = re.compile(rb"^\s*(?:(?:event|id|retry|):[^\n]*\n\s*)*data:\s*")  # how a stream begins
 
 # What finds the array [tokens, layers, top_k] of a choice, the tokens of its prompt, and its first position.
 Arrays = Callable[[str, Response, Choice], tuple[np.ndarray | None, int | None, int | None]]
@@ -54,13 +54,13 @@ def recognize(first: bytes, name: str) -> bool:
     start = first.lstrip()
     if start.startswith(_NPY_IN_BASE64):
         return True
-    if not without_event(first).startswith((b"{", b"[")):
+    if not first_value(first).startswith((b"{", b"[")):
         return False
     if b'routed_experts"' in first and _NPY_IN_BASE64 in first:
         return True
     if payload := _PAYLOAD.search(first):
         return not _SGLANGS.search(first, 0, payload.start())
-    if is_bare_payload(without_event(first)):
+    if is_bare_payload(first_value(first)):
         return True
     return any(key in first for key in _JSON_KEYS)
 
@@ -73,21 +73,16 @@ def is_bare_payload(first: bytes) -> bool:
     return not found[1] or all(key in first for key in (b'"shape"', b'"dtype"'))
 
 
-def without_event(first: bytes) -> bytes:
-    """The beginning of a text, without what a stream of server-sent events puts before a JSON value."""
-    return _EVENT.sub(b"", first, count=1).lstrip()
-
-
 def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     """One capture of all requests; files in the order of their names are in that of the numbers in these."""
     if list(sources) == sorted(sources):  # else the user has ordered them
         sources = sorted(sources, key=natural)
     requests = RequestSpool(hints, sources[0])
-    model, engine = "", "not recorded"
+    model, engine, arrays = "", "not recorded", False
     for path in sources:
         first = first_bytes(path, 64).lstrip()
         if first.startswith((npy.MAGIC, _NPY_IN_BASE64)):
-            engine = "vLLM"
+            engine, arrays = "vLLM", True
             try:
                 array = _alone(path, first, hints)
             except MoetraceError as error:  # None, of a request that was aborted, is a Python object
@@ -101,7 +96,13 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
                     engine = "vLLM"
                     add_response(requests, where, response)
     facts: dict[str, Any] = {"format": "vllm", "engine": engine, "batching": "not recorded"}
-    return [requests.capture(model, facts, sources)]
+    capture = requests.capture(model, facts, sources)
+    if arrays and hints.layers is None and (rows := capture.request.size) < capture.layer_index.size:
+        hints.note(
+            f"{sources[0]}: there are more layers ({capture.layer_index.size}) than tokens ({rows}): if the layers are "
+            f"the first axis, transpose the array to [tokens, layers, top_k]."
+        )
+    return [capture]
 
 
 def _alone(path: Path, first: bytes, hints: Hints) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Experts that are chosen by nobody or by everybody: a part of the ids only, a shared expert, a collapsed layer."""
 
 from collections.abc import Iterator
-from math import comb
+from math import comb, lgamma, log
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from moetrace.lints.finding import Finding, finding, many
 _CAPPED = 8  # choices of an expert in a layer that count: warm-up or one text shall not speak for an expert
 _BESIDE = 8  # chosen ids beside an unused part that say how often its own should be chosen
 _EXPECTED = 20.0  # choices that an unused part lacks: as Poisson, a chance of 2e-9
+_LOG_CHANCE = log(1e-6)
 _EXPECTED_OF_EACH = 5.0  # of them, for each of its experts
 _LEAST_STRIDED = 4  # experts whose ids are equal modulo a number
 _PATTERNS = 10_000  # ways to choose so many unused experts, so that a pattern is no chance
@@ -43,19 +44,22 @@ def popularity(
     share = np.minimum(chosen[layers] / made[layers, None], 1)
     if made[layers].min() < _LEAST_ROWS:
         return
+    apart = share
     if distinct is not None and share.max() >= _MOSTLY:
-        share = np.minimum(share, _shares(distinct, layers, num_experts) + 0.02)
+        apart = _shares(distinct, layers, num_experts)
+        share = np.minimum(share, apart + 0.02)
     if top_k > 1 and layers.size > 1:
         always = _shared_ones(share, int(made[layers].min()))
         if always.any():
             what = _named(share, always)
             yield finding("shared-expert", what, int(always.any(0).sum()), layer_index[layers[always.any(1)]])
-        share[always] = 0
-    # Skewed routing has several favourites: where one has 90 %, the second has half of the rows or more.
-    second, most = np.sort(share, axis=1)[:, -2:].T
+        share, apart = np.where(always, 0, share), np.where(always, 0, apart)
+    # Skewed routing has several favourites: where one has 90 %, the second has half of the rows or more. Rows that
+    # repeat each other choose neither.
+    most, second = share.max(axis=1), np.sort(apart, axis=1)[:, -2]
     one = (most >= _MOSTLY) & (second <= _SECOND) & (made[layers] >= _MANY_ROWS)
     if one.any():
-        worst = int(np.argmax(most))
+        worst = int(np.argmax(np.where(one, most, 0)))
         where = many(int(np.count_nonzero(one)), "layer")
         what = (
             f"In {where}, one expert is chosen by at least {most[one].min():.0%} of the rows (layer "
@@ -115,6 +119,8 @@ def _unused(chosen: np.ndarray) -> Iterator[Finding]:
         each = min(means)  # the ids of the quieter side: popularity may fall towards one end
         if each >= _EXPECTED_OF_EACH and each * (stop - start) >= _EXPECTED:
             parts.append((start, stop))
+    if _log_chance(chosen, parts) > _LOG_CHANCE:  # a short part, in which what is rare did not come up
+        parts = []
     count = sum(stop - start for start, stop in parts)
     named = ", ".join(f"{start} to {stop - 1}" for start, stop in parts[:4]) + (", …" if len(parts) > 4 else "")
     strided, of = _strided(capped)
@@ -123,6 +129,18 @@ def _unused(chosen: np.ndarray) -> Iterator[Finding]:
     if count:
         what = f"{count} of {num_experts} experts ({named}) are not chosen in any layer, though the others are."
         yield finding("unused-experts", what, count)
+
+
+def _log_chance(chosen: np.ndarray, parts: list[tuple[int, int]]) -> float:
+    """The logarithm of the chance of such runs, if each layer's unused experts had any ids; `chosen` is of layers."""
+    num_experts, runs, ids = chosen.shape[1], len(parts), sum(stop - start for start, stop in parts)
+    unused = np.count_nonzero(chosen == 0, axis=1).tolist()
+    places = _log_comb(num_experts - ids + runs, runs)
+    return places + sum(_log_comb(num_experts - ids, n - ids) - _log_comb(num_experts, n) for n in unused)
+
+
+def _log_comb(n: int, k: int) -> float:
+    return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
 
 
 def _strided(capped: np.ndarray) -> tuple[int, str]:

@@ -5,6 +5,10 @@ import re
 from moetrace.spec import Model, check_shape, list_presets, load_model
 from moetrace.spec.model_files.quantization import named_bits, precision_name
 
+# Releases of other bits than those that their names begin with, and the preset of their shape and bits. The first is
+# quantized to 4 bits by its maker (config.json of moonshotai/Kimi-K2-Thinking on Hugging Face).
+_RELEASES = {"kimi-k2-thinking": "kimi-k2.5"}
+
 
 def model_name(
     where: str,
@@ -36,23 +40,24 @@ def model_name(
 
 
 def presets_in(said: str) -> list[str]:
-    """The presets whose names are part of what a source calls its model, the longest first."""
-    return [name for name in sorted(list_presets("models"), key=len, reverse=True) if _plain(name) in _plain(said)]
+    """The presets whose names are part of what a source calls its model, the longest first; a release's own before."""
+    plain = _plain(said)
+    names = [name for name in sorted(list_presets("models"), key=len, reverse=True) if _plain(name) in plain]
+    return [preset for release, preset in _RELEASES.items() if release in plain] + names
 
 
 def other_bits(said: str, layers: int, experts: int) -> str | None:
     """Why a model that is called `said` means no preset, if only its bits differ from those of one; else None."""
-    for name in presets_in(said):
-        spec = load_model(name)
-        if (spec.moe_layers, spec.most_experts) == (layers, experts):
-            if _same_bits(said, name, spec):
-                return None
-            return (
-                f"its model is called {said[:200]!r}, and the preset {name} is of {spec.weight_bits:g} bits a weight, "
-                f"so its bytes are not known: name a model of its bits with --model (a TOML, config.json or GGUF file, "
-                f"or the preset {name} if those bits are right)."
-            )
-    return None
+    fitting = [(name, load_model(name)) for name in presets_in(said)]
+    fitting = [pair for pair in fitting if (pair[1].moe_layers, pair[1].most_experts) == (layers, experts)]
+    if not fitting or any(_same_bits(said, name, spec) for name, spec in fitting):
+        return None
+    name, spec = fitting[0]
+    return (
+        f"its model is called {said[:200]!r}, and the preset {name} is of {spec.weight_bits:g} bits a weight, so its "
+        f"bytes are not known: name a model of its bits with --model (a TOML, config.json or GGUF file, or the preset "
+        f"{name} if those bits are right)."
+    )
 
 
 def _same_bits(said: str, name: str, spec: Model) -> bool:

@@ -201,24 +201,31 @@ class Writer:
             16414
         """
         given = {"experts": experts, "request": request, "position": position, **optional}
-        given = {name: array for name, array in given.items() if array is not None}
-        if set(given) != set(self._names):
-            raise MoetraceError(f"{self._shown}: expected the arrays {self._names}, got {sorted(given)}.")
-        count, num_experts = len(experts), int(self._attributes["num_experts"])
-        for name, array in given.items():
-            want = row_shape(name, count, self._layers, int(self._attributes["top_k"]))
-            if np.shape(array) != want:
-                raise MoetraceError(f"{self._shown}: {name} has shape {np.shape(array)}, but {want} is needed.")
-            given[name] = as_dtype(f"{self._shown}: {name}", array, row_dtype(name, num_experts))
+        self._add([{name: array for name, array in given.items() if array is not None}], steps, phase)
+
+    def _add(self, parts: Sequence[Mapping[str, np.ndarray]], steps: np.ndarray, phase: np.ndarray) -> None:
+        checked = [self._checked(part) for part in parts]
         steps = as_dtype(f"{self._shown}: steps", steps, np.dtype("<i8"))
         phase = as_dtype(f"{self._shown}: phase", phase, np.dtype("u1"))
-        self._check_steps(steps, phase, count)
+        self._check_steps(steps, phase, sum(len(part["experts"]) for part in checked))
         with uninterrupted():
             self._put_steps(steps, phase)
-            self._held.append(given)
+            self._held += checked
             self._flush(whole_chunks=self._compress is not None)
         if self._output.error is not None:
             raise self._refused(self._output.error)
+
+    def _checked(self, part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays of some rows in the dtypes of the file."""
+        if set(part) != set(self._names):
+            raise MoetraceError(f"{self._shown}: expected the arrays {self._names}, got {sorted(part)}.")
+        count, num_experts, checked = len(part["experts"]), int(self._attributes["num_experts"]), {}
+        for name, array in part.items():
+            want = row_shape(name, count, self._layers, int(self._attributes["top_k"]))
+            if np.shape(array) != want:
+                raise MoetraceError(f"{self._shown}: {name} has shape {np.shape(array)}, but {want} is needed.")
+            checked[name] = as_dtype(f"{self._shown}: {name}", array, row_dtype(name, num_experts))
+        return checked
 
     def _create(self) -> None:
         # Low bound v108: attributes and groups in the compact form; timestamps are switched off below.
@@ -300,11 +307,19 @@ class Writer:
         ready = held - held % self._chunk_rows if whole_chunks else held
         if ready == 0:
             return
+        first = self._row - held
+        if ready == held and not self._compress:
+            for part in self._held:
+                for name in self._names:
+                    self._put(ROW_PATHS[name], first, part[name])
+                first += len(part["experts"])
+            self._held = []
+            return
         joined = {name: np.concatenate([part[name] for part in self._held]) for name in self._names}
-        size, first = self._chunk_rows if self._compress else ready, self._row - held
-        for start in range(0, ready, size):
+        for start in range(0, ready, self._chunk_rows):
             for name in self._names:
-                self._put(ROW_PATHS[name], first + start, joined[name][start : min(start + size, ready)])
+                stop = min(start + self._chunk_rows, ready)
+                self._put(ROW_PATHS[name], first + start, joined[name][start:stop])
         self._held = [{name: array[ready:] for name, array in joined.items()}]
 
     def _put(self, path: str, start: int, array: np.ndarray) -> None:
@@ -336,6 +351,16 @@ class Writer:
 
     def _refused(self, error: OSError) -> MoetraceError:
         return MoetraceError(f"{self._shown} could not be written: {error.strerror or error}; nothing was changed.")
+
+
+def append_parts(
+    writer: Writer, parts: Sequence[Mapping[str, np.ndarray]], steps: np.ndarray, phase: np.ndarray
+) -> None:
+    """Write the next whole steps, as `Writer.append`, whose rows come in several parts: no copy joins them.
+
+    `parts` are arrays by name, those that the trace has, each with the next rows.
+    """
+    writer._add(parts, steps, phase)
 
 
 class CountsWriter(Writer):

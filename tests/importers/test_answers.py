@@ -204,7 +204,8 @@ def test_a_prefill_and_a_decode_server_answer_one_request(tmp_path, engine, tran
 @pytest.mark.parametrize("overlap", [0, 1, 8])
 @pytest.mark.parametrize("order", [("prefill", "decode"), ("decode", "prefill"), None])
 def test_servers_of_prefill_and_decode_have_a_file_each(tmp_path, engine, overlap, order, monkeypatch):
-    monkeypatch.setattr("moetrace.importers.reading.request_spool.BLOCK_BYTES", 32)
+    for module in ("request_spool", "conversations"):
+        monkeypatch.setattr(f"moetrace.importers.reading.{module}.BLOCK_BYTES", 32)
     ids = [ids_of(11, seed) for seed in (1, 2)]
     folder = tmp_path / "pd"
     folder.mkdir()
@@ -271,3 +272,59 @@ def test_megatron_answers_tell_their_prompts_by_tokens_or_by_part(tmp_path):
         whole = {"model": "EMPTY", "choices": [own], "usage": {"prompt_tokens": 99, "completion_tokens": 99}}
         trace = read(tmp_path, "megatron", whole)
         assert places(trace) == one(range(9), 7) and trace.model == "unknown"
+
+
+@pytest.mark.parametrize("known_by", ["rows", "tokens"])
+@pytest.mark.parametrize("cached", [None, 11])
+def test_a_later_turn_whose_decode_server_was_read_first(tmp_path, known_by, cached):
+    ids = ids_of(20)
+    said = {}
+    words = list(range(100, 121))
+    if known_by == "tokens":
+        said = {"prompt_token_ids": words[:14]}
+    first = answer("vllm", ids[:11], 8, 4, name="a")
+    if known_by == "tokens":
+        first |= {"prompt_token_ids": words[:8]}
+        first["choices"][0]["token_ids"] = words[8:12]
+    decode = answer("vllm", ids[14:], 14, 7, 14, name="b") | said
+    prefill = answer("vllm", ids[:14], 14, 1, cached, name="b") | said
+    trace = read(tmp_path, "vllm", first, decode, prefill)
+    assert places(trace) == one(range(11), 8) + one(range(11, 20), 14), "rows 11 to 13 are new"
+    assert np.array_equal(trace.read("experts", 0, 20), ids)
+    other = answer("vllm", ids_of(9, 5), 7, 3, name="c")
+    trace = read(tmp_path, "vllm", first, decode, other, prefill)
+    assert sorted(places(trace)) == one(range(11), 8) + one(range(11, 20), 14) + one(range(9), 7, 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("output", "reason", "first"), [(0, "abort", 0), (0, None, 5), (3, "abort", 8), (0, "stop", 5)]
+)
+def test_an_answer_that_was_aborted_in_its_prompt_has_the_first_rows(tmp_path, engine, output, reason, first):
+    one_answer = answer(engine, ids_of(4), 10, output, name="a")
+    if engine == "sglang-request":
+        one_answer["meta_info"]["finish_reason"] = reason and {"type": reason, "message": "the client left"}
+    else:
+        one_answer["choices"][0]["finish_reason"] = reason
+    trace = read(tmp_path, engine, one_answer, answer(engine, ids_of(9, 2), 7, 3, name="b"))
+    assert places(trace) == one(range(first, first + 4), 10) + one(range(9), 7, 1)
+    assert trace.source.get("aborted_in_their_prompts") == (1 if first == 0 else None)
+
+
+def test_what_a_stream_has_beside_answers_is_no_answer_that_was_left_out(tmp_path):
+    ids = ids_of(11)
+    events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks(ids, [(0, 8), (8, 9), (9, 11)], 8)]
+    alone = json.dumps(answer("vllm", ids_of(9, 2), 7, 3, name="other")) + "\n"
+    empty = json.dumps({"id": "cmpl-1", "choices": [{"index": 0}]})  # a chunk without routing, that does not say so
+    logs = [
+        "".join(f": ping\n\nevent: m\nid: 3\nretry: 9\n{event}" for event in events) + "data:[DONE]\n",
+        "".join(events).replace("\n", "\r\n") + "data: [DONE]\r\n",
+        alone + f"data: {empty}\n\n" + "".join(events) + "data: [DONE]\n\n",
+        "".join(events) + f"data: {empty}\n\ndata: [DONE]\n\n" + alone,
+    ]
+    for log in logs:
+        (path := tmp_path / "log.txt").write_bytes(log.encode())
+        trace = imported(tmp_path, path, num_experts=16)
+        assert "left_out_answers" not in trace.source and trace.source["joined_answers"] == 2
+        both = one(range(11), 8) + (one(range(9), 7, 1) if alone in log else [])
+        assert sorted(position for _, position, _ in places(trace)) == sorted(position for _, position, _ in both)

@@ -189,52 +189,6 @@ def test_a_route_without_ids_is_absent_even_if_it_is_the_first(tmp_path, empty, 
     assert "has 0 ids" in strict(path, num_experts=8)
 
 
-@pytest.mark.parametrize("lost", [[6], [5, 6, 18], [8], [27]])
-@pytest.mark.parametrize("chunk", [300, 1 << 20])
-def test_a_line_that_is_no_json_is_left_out_and_its_token_stays(tmp_path, monkeypatch, lost, chunk):
-    monkeypatch.setattr("moetrace.importers.jsonl.CHUNK_BYTES", chunk)
-    ids = routing(9, 3, 2, 8)
-    path = write(tmp_path / "a.jsonl", ids, [4, 5])
-    lines = path.read_text().splitlines(keepends=True)
-    for at in lost:
-        lines[at] = "Killed worker " + lines[at]
-    path.write_text("".join(lines))
-    trace, notes = imported(path, num_experts=8)
-    found = trace.read("experts", 0, 9)
-    absent = (found == 255).all(axis=2)
-    assert absent.sum() == len(lost) and not absent[:, 0].any()
-    found[absent] = ids[absent]
-    assert np.array_equal(found, ids)
-    assert trace.source["left_out_broken_lines"] == len(lost) and f"line {lost[0] + 1} is not as expected" in notes[0]
-    assert f"line {lost[0] + 1} is not as expected" in strict(path, num_experts=8)
-
-
-def test_a_line_of_the_first_layer_that_is_no_json_is_refused(tmp_path):
-    path = write(tmp_path / "a.jsonl", routing(9, 3, 2, 8), [4, 5])
-    lines = path.read_text().splitlines(keepends=True)
-    lines[2] = "Killed worker\n"
-    path.write_text("".join(lines))
-    with pytest.raises(MoetraceError, match="line 3 is not as expected"):
-        imported(path, num_experts=8)
-
-
-def test_noise_between_the_lines_of_lattice_and_jsonl(tmp_path):
-    ids = routing(3, 3, 2, 8)
-    path = tmp_path / "lattice.jsonl"
-    lines = records(ids, np.full((3, 3, 2), 0.5), [0, 1, 2], [0, 2, 3]).splitlines(keepends=True)
-    noisy = [*lines[:4], "WARNING: slow\n", *lines[4:5], "Killed " + lines[5], *lines[6:]]
-    path.write_text("".join(noisy))
-    trace, notes = imported(path, num_experts=8)
-    found = trace.read("experts", 0, 3)
-    assert (found[1, 2] == 255).all() and trace.source["left_out_broken_lines"] == 2
-    found[1, 2] = ids[1, 2]
-    assert np.array_equal(found, ids) and "left out 2 lines that are no JSON, the first because" in notes[0]
-    assert "line 5 is not as expected" in strict(path, num_experts=8)
-    path = write(tmp_path / "a.jsonl", ids, [2, 1])
-    path.write_text(path.read_text().replace("\n", "\nWARNING: slow\n", 3))
-    assert np.array_equal(imported(path, num_experts=8)[0].read("experts", 0, 3), ids)
-
-
 @pytest.mark.parametrize("old", ["selected_ids", "gate_weights"])
 def test_null_in_a_record_of_lattice_is_absent(tmp_path, old):
     ids = routing(3, 3, 2, 8)

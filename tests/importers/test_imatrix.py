@@ -1,10 +1,15 @@
 """Importance matrices of llama.cpp: the counts of experts, by layer; what has none is refused in one sentence."""
 
+import warnings
+
 import numpy as np
 import pytest
 from support.writers import steps
 from support.writers.check import imported, refused
 from support.writers.imatrix import imatrix, older, tensors_of
+
+from moetrace.importers.sglang_dumps import whole
+from moetrace.spec.errors import MoetraceError
 
 COUNTS = {layer: np.random.default_rng(layer).integers(0, 90, 8) for layer in (10, 2, 5)}
 
@@ -59,3 +64,10 @@ def test_a_file_that_was_cut_is_refused(tmp_path):
     path = imatrix(tmp_path / "a.gguf", tensors_of(COUNTS))
     path.write_bytes(path.read_bytes()[:-40])
     refused(path, "it is truncated", "imatrix", top_k=1)
+
+
+@pytest.mark.parametrize("bits", [0x7FA00000, 0x7FC00000, 0x7F800000, 0x3F000000])
+def test_counts_of_any_bits_are_refused_without_a_warning(bits):
+    counts = np.full((1, 2, 3), bits, np.uint32).view(np.float32)  # signalling and quiet NaN, infinity, a half
+    with warnings.catch_warnings(action="error"), pytest.raises(MoetraceError, match="not whole"):
+        whole("here", counts)

@@ -9,6 +9,7 @@ from support.writers.check import column, imported, refused
 from support.writers.known import Pass, joined, passes
 from support.writers.llamacpp import choices, read_flat, tokens
 
+from moetrace.importers import llamacpp
 from moetrace.importers.captured import Hints
 from moetrace.importers.importing import import_traces
 from moetrace.trace import Trace
@@ -194,3 +195,12 @@ def test_a_first_pass_with_a_choice_too_many_is_no_warm_up(tmp_path):
     alone.mkdir()
     trace = imported(save(alone, warm_up(1, LAYERS, 8)), "llamacpp", num_experts=8, top_k=2)
     assert trace.rows == 4, "there is nothing else"
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+def test_another_matrix_of_numbers_is_no_trace_of_llamacpp(width):
+    random = np.random.default_rng(width)
+    for _ in range(50):
+        rows = np.argsort(random.random((12, 64)), axis=1)[:, :width] + 1
+        text = "".join(",".join(map(str, row)) + "\n" for row in rows.tolist())
+        assert not llamacpp.recognize(text.encode(), "a.csv")

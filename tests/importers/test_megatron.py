@@ -78,8 +78,8 @@ def test_a_layer_that_is_missing_in_a_step_is_absent(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ('"layer": 1', '"layer": -1', "record 2 is of layer -1"),
-        ('"step": 0', '"step": -1', "record 1 is of step -1"),
+        ('"layer": 1', '"layer": -1', "line 2 is not as expected: Expected `int` >= 0 - at `\\$.layer`"),
+        ('"step": 0', '"step": -1', "line 1 is not as expected: Expected `int` >= 0"),
         ('"rank": 0', '"rank": 1', "records up to 6 differ in rank"),
         ('"top_indices": [[', '"top_indices": [[9', "holds an expert that is not 0 to 7"),
         (

@@ -138,6 +138,20 @@ def test_an_expert_that_stands_for_none_as_well_is_absent_if_the_user_says_so(tm
     assert np.array_equal(trace.read("experts", 0, 50), np.where(ids == 0, 255, ids))
 
 
+@pytest.mark.parametrize("form", [form for form in WRITERS if form != "any-table, a choice a row"])
+def test_choices_of_experts_that_are_made_absent_are_counted(tmp_path, form):
+    ending, save = WRITERS[form]
+    ids = routing(50, 3, 4, 8)
+    save(path := tmp_path / f"a{ending}", ids.astype(np.int16))
+    for absent, gone in ({"absent_ids": (3,)}, ids == 3), ({"absent_ids": (3, 90), "absent_from": 8}, ids == 3):
+        trace, notes = imported(path, **absent)
+        said = f"--absent makes {gone.sum()} cells lose an expert that stands there once, as a true choice does"
+        assert sum(said in note for note in notes) == 1
+        assert np.array_equal(trace.read("experts", 0, 50), np.where(gone, 255, ids))
+    for absent in ({"absent_from": 8}, {"absent_ids": (9, 200)}):
+        assert not any("--absent" in note for note in imported(path, **absent)[1]), "nothing is lost"
+
+
 @pytest.mark.parametrize("mark", [-1, 8, 255, 5, 0])
 def test_rows_of_one_placeholder_are_left_out(tmp_path, mark):
     ids = routing(9, 3, 2, 8).astype(np.int16)

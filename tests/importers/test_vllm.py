@@ -8,7 +8,9 @@ from support.writers import imported, refused, steps
 from support.writers.vllm import npy_base64, request, response, response_0_21
 
 from moetrace.importers import vllm
+from moetrace.importers.captured import Hints
 from moetrace.importers.formats import detect
+from moetrace.importers.importing import import_traces
 
 
 def save(path, ids):
@@ -163,3 +165,12 @@ def test_it_is_seen_from_the_content(tmp_path):
         assert not vllm.recognize(other, "a.json")
     np.save(tmp_path / "c.npy", np.zeros((3, 4)))
     assert not vllm.recognize((tmp_path / "c.npy").read_bytes(), "c.npy")
+
+
+def test_an_array_of_more_layers_than_tokens_is_asked_about(tmp_path):
+    ids = request(20, 3, 2, 8)
+    for array, asked in ((ids, 0), (ids.transpose(1, 0, 2), 1)):
+        notes = []
+        np.save(tmp_path / "a.npy", array)
+        import_traces(tmp_path / "a.npy", tmp_path / "o.h5", hints=Hints(num_experts=8, note=notes.append))
+        assert sum("transpose the array to [tokens, layers, top_k]" in note for note in notes) == asked

@@ -152,6 +152,23 @@ def test_experts_that_are_dead_here_and_there_are_no_part():
     assert "unused-experts" not in codes(made)
 
 
+@pytest.mark.parametrize("rows", [16, 24, 50, 120, 300])
+@pytest.mark.parametrize(("layers", "experts", "k"), [(1, 32, 4), (2, 32, 4), (1, 128, 8), (3, 64, 2)])
+def test_a_few_rows_that_have_not_come_to_all_experts_are_no_part(rows, layers, experts, k):
+    rng = np.random.default_rng(rows)
+    for _ in range(8):
+        popularity = 1.5 * rng.gumbel(size=(layers, experts))
+        ids = np.argsort(popularity + rng.gumbel(size=(rows, layers, experts)), -1)[..., -k:]
+        assert "unused-experts" not in codes({"experts": ids, "num_experts": experts})
+
+
+@pytest.mark.parametrize(("used", "experts", "layers", "rows"), [(32, 128, 4, 60), (16, 18, 8, 200), (16, 64, 3, 40)])
+def test_a_few_rows_of_a_part_are_one(used, experts, layers, rows):
+    rng = np.random.default_rng(1)
+    ids = np.argsort(rng.gumbel(size=(layers, used)) + rng.gumbel(size=(rows, layers, used)), -1)[..., -4:]
+    assert found({"experts": ids, "num_experts": experts})["unused-experts"].count == experts - used
+
+
 def test_a_short_trace_that_has_not_come_to_all_experts_is_no_part():
     assert "unused-experts" not in codes(of_part(0, 128, 128, rows=12))
 
@@ -257,6 +274,14 @@ def test_skewed_popularity_is_no_favourite(exponent):
     popularity = -exponent * np.log(np.argsort(rng.random((5, 64)), axis=1) + 1)
     ids = np.argsort(-(popularity + rng.gumbel(size=(1000, 5, 64))), -1)[..., :6]
     assert not {"dominant-expert", "shared-expert"} & codes({"experts": ids, "num_experts": 64})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_skewed_popularity_behind_a_warm_up_is_no_favourite(seed):
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.gumbel(size=(17, 64)) + rng.gumbel(size=(1500, 17, 64)), axis=-1)[:, :, -8:]
+    ids[:1000] = ids[0]  # which choose no second one
+    assert "dominant-expert" not in codes({"experts": ids, "num_experts": 64})
 
 
 # Another top_k than the model's.

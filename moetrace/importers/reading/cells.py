@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from moetrace.importers.captured import Hints
+from moetrace.importers.columns import layer_of_name
 from moetrace.importers.reading.own_parquet import ToldByFooter
 from moetrace.importers.reading.passes import half
 from moetrace.importers.reading.tabular import TableFile, blocks, first_row
@@ -15,6 +16,7 @@ from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.trace.schema import MAX_LAYERS
 
 BY_ROW = ("request", "step", "token", "position", "phase", "token_id")
+_NARROW = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)
 _PHASES = {"prefill": 0, "prompt": 0, "decode": 1, "generate": 1, "0": 0, "1": 1}
 
 
@@ -69,15 +71,14 @@ def cells_of(file: File, hints: Hints, *, light: bool = False) -> Iterator[Cells
         if cells is None:
             continue
         if ids and not _is_choices(file, table):
-            yield cells
+            yield _wide(cells)
             continue
         # The last cell may go on in the next piece.
-        joined = _grouped(_joined(held, cells) if held else cells, file)
-        if joined.layer.size > 1:
-            yield _slice(joined, 0, joined.layer.size - 1)
-        held = _slice(joined, joined.layer.size - 1, joined.layer.size)
+        whole, held = _grouped(_joined(held, cells) if held else cells)
+        if whole.layer.size:
+            yield _wide(whole)
     if held is not None:
-        yield held
+        yield _wide(Cells(held.first, _first(held.rows), held.layer[:1], np.array([held.layer.size]), held.values))
 
 
 def _list_length(file: File) -> int | None:
@@ -109,7 +110,7 @@ def _keys_of(file: File, hints: Hints, length: int) -> Iterator[Cells]:
     for first, table in blocks(file.table, wanted, half(hints)):
         if table.height:
             rows, layer = _rows(file, first, table, counted, choices=False)
-            yield Cells(first, rows, layer, np.full(layer.size, length), {})
+            yield _wide(Cells(first, rows, layer, np.full(layer.size, length), {}))
 
 
 def _is_choices(file: File, table: pl.DataFrame) -> bool:
@@ -229,13 +230,28 @@ def _flat(where: Path, column: pl.Series, meaning: str) -> np.ndarray:
         if not kind.is_numeric() and kind != pl.Null:
             raise MoetraceError(f"{where}: the column {column.name} holds {kind}, but gates must be numbers.")
         return column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
-    if not kind.is_integer():
+    column = _whole(column)
+    if not column.dtype.is_integer():
         raise MoetraceError(f"{where}: the column {column.name} holds {kind}, but {meaning} must be whole numbers.")
     if kind in (pl.Int128, pl.UInt128):
         column = _narrow(where, column)
     if column.null_count():
         column = column.cast(pl.Int64, strict=False).fill_null(-1)
     return column.to_numpy()
+
+
+def _whole(column: pl.Series) -> pl.Series:
+    """Floats and texts that are whole numbers, as pandas writes them beside missing ones, as Int64; NaN is null."""
+    if column.dtype.is_float():
+        column = column.fill_nan(None)
+        clean = column.drop_nulls()
+        if ((clean == clean.round()) & (clean.abs() <= 2**53)).all():
+            return column.cast(pl.Int64)
+    elif column.dtype == pl.String:
+        numbers = column.cast(pl.Int64, strict=False)
+        if numbers.null_count() == column.null_count():
+            return numbers
+    return column
 
 
 def _narrow(where: Path, column: pl.Series) -> pl.Series:
@@ -246,7 +262,9 @@ def _narrow(where: Path, column: pl.Series) -> pl.Series:
 
 
 def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.ndarray:
-    """A column as int64; texts of phases are 0 and 1, those of requests are told apart by hash."""
+    """A column of integers; texts of phases are 0 and 1, those of requests are told apart by hash."""
+    if column.dtype.is_float():
+        column = _whole(column)
     if column.null_count():
         at = column.is_null().arg_max() or 0
         raise MoetraceError(f"{where}: row {first + at} has no {meaning}.")
@@ -254,6 +272,9 @@ def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.nda
     if isinstance(kind, pl.String | pl.Categorical | pl.Enum):
         if meaning == "request":
             return (column.cast(pl.String).hash(0).to_numpy() >> np.uint64(1)).astype(np.int64)
+        if meaning == "layer":
+            column = _layers_of(where, first, column.cast(pl.String))
+            kind = column.dtype
         if meaning == "phase":
             named = column.cast(pl.String).str.to_lowercase().replace_strict(_PHASES, default=None)
             if named.null_count():
@@ -263,10 +284,20 @@ def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.nda
             column, kind = named, named.dtype
     if not kind.is_integer() and kind != pl.Boolean:
         raise MoetraceError(f"{where}: the column {column.name} holds {kind}, but {meaning} must be whole numbers.")
-    array = _narrow(where, column).to_numpy()
+    array = (column if kind in _NARROW else _narrow(where, column)).to_numpy()
     if meaning == "phase" and array.size and (array.min() < 0 or array.max() > 1):
         raise MoetraceError(f"{where}: near row {first}, a phase is not 0 or 1.")
     return array
+
+
+def _layers_of(where: Path, first: int, names: pl.Series) -> pl.Series:
+    """The numbers of layers by their names, such as model.layers.3.mlp: after the word layer, or the last one."""
+    numbers = {name: layer_of_name(name) for name in names.unique().to_list()}
+    if None in numbers.values():
+        at = names.is_in([name for name, number in numbers.items() if number is None]).arg_max() or 0
+        shown = printable(names[at][:40])
+        raise MoetraceError(f"{where}: row {first + at} has the layer {shown!r}, whose name has no number.")
+    return names.replace_strict(numbers, return_dtype=pl.Int64)
 
 
 def _occurrence(layer: np.ndarray, counted: dict[int, int]) -> np.ndarray:
@@ -280,15 +311,21 @@ def _occurrence(layer: np.ndarray, counted: dict[int, int]) -> np.ndarray:
     return number
 
 
-def _grouped(cells: Cells, file: File) -> Cells:
-    """Join neighbouring rows of one cell; rows of one cell that do not stand together are brought together."""
+def _grouped(cells: Cells) -> tuple[Cells, Cells]:
+    """Join neighbouring rows, a choice each, that are of one cell; the rows of the last cell stay as they are."""
     keys = [cells.layer, *(cells.rows[name] for name in token_keys(cells.rows))]
     begins = np.ones(cells.layer.size, bool)
     begins[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
     starts = np.flatnonzero(begins)
-    lengths = np.add.reduceat(cells.length, starts)
-    rows = {name: array[starts] for name, array in cells.rows.items()}
-    return Cells(cells.first, rows, cells.layer[starts], lengths, cells.values)
+    first, last = starts[:-1], int(starts[-1])
+    rows = {name: array[first] for name, array in cells.rows.items()}
+    values = {name: array[:last] for name, array in cells.values.items()}
+    rest = ({name: array[last:] for name, array in part.items()} for part in (cells.rows, cells.values))
+    held_rows, held_values = rest
+    return (
+        Cells(cells.first, rows, cells.layer[first], np.diff(starts), values),
+        Cells(cells.first, held_rows, cells.layer[last:], cells.length[last:], held_values),
+    )
 
 
 def _joined(one: Cells, other: Cells) -> Cells:
@@ -299,8 +336,11 @@ def _joined(one: Cells, other: Cells) -> Cells:
     return Cells(one.first, both(one.rows, other.rows), layer, length, both(one.values, other.values))
 
 
-def _slice(cells: Cells, start: int, stop: int) -> Cells:
-    before, end = int(cells.length[:start].sum()), int(cells.length[:stop].sum())
-    rows = {name: array[start:stop] for name, array in cells.rows.items()}
-    values = {name: array[before:end] for name, array in cells.values.items()}
-    return Cells(cells.first, rows, cells.layer[start:stop], cells.length[start:stop], values)
+def _first(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array[:1] for name, array in arrays.items()}
+
+
+def _wide(cells: Cells) -> Cells:
+    """The cells with int64 in `rows` and `layer`, so that arithmetic on them does not wrap."""
+    rows = {name: array.astype(np.int64, copy=False) for name, array in cells.rows.items()}
+    return cells._replace(rows=rows, layer=cells.layer.astype(np.int64, copy=False))

@@ -3,11 +3,15 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from moetrace.importers.captured import Part
+from moetrace.importers.reading.spool import Spool
 from moetrace.importers.reading.told import ALIKE, Told
+from moetrace.trace.schema import BLOCK_BYTES
 
 _COMPARED_ROWS = 4096  # at most, of the end of what two answers share
 _FEWEST_ROWS = 4  # without ids, fewer rows than these that are equal may be chance
@@ -40,6 +44,37 @@ class Request:
         self.begin = 2**31  # the position of the first row
         self.end = 0  # the position after the last row
         self.key: tuple[int, int | bytes] | None = None  # by which its next turn finds it
+        self._claimed: list[tuple[int, int]] = []  # positions (from, to) of the stretches, in order
+
+    def claim(self, first: int, stop: int) -> None:
+        """Take note that the rows of these positions are there."""
+        before = [part for part in self._claimed if part[1] < first]
+        after = [part for part in self._claimed if part[0] > stop]
+        touched = [(first, stop), *self._claimed[len(before) : len(self._claimed) - len(after)]]
+        self._claimed = [*before, (min(a for a, _ in touched), max(b for _, b in touched)), *after]
+
+    def unclaimed(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """The ranges of these positions of which no row is there yet."""
+        found = []
+        for start, end in self._claimed:
+            found.append((first, min(start, stop)))
+            first = max(first, end)
+        return [(start, end) for start, end in [*found, (first, stop)] if start < end]
+
+    def take(self, later: "Request") -> None:
+        """Take all that a request has which turned out to be a later turn of this one."""
+        self.stretches += later.stretches
+        self.places += later.places
+        self.begin, self.end = min(self.begin, later.begin), max(self.end, later.end)
+        for part in later._claimed:
+            self.claim(*part)
+        later.stretches, later.places, later.end = [], [], 0
+
+    def shift(self, by: int) -> None:
+        """Move all that there is to later positions."""
+        self.begin += by
+        self.end += by
+        self._claimed = [(start + by, end + by) for start, end in self._claimed]
 
 
 class Conversations:
@@ -77,6 +112,10 @@ class Conversations:
             or self._alike(known, first, ids, rows, ALIKE)
         ):
             return known
+        return self.earlier(first, told, ids, rows)
+
+    def earlier(self, first: int, told: Told, ids: Ids, rows: int) -> Request | None:
+        """The request of which an answer, as of `found`, is a further turn, whatever its id."""
         if told.prompt_ids:
             found = [self._of_tokens.get(key) for key in _prefixes(told.prompt_ids, self._lengths[0])]
             if known := next((request for request in reversed(found) if request), None):
@@ -111,15 +150,18 @@ class Conversations:
         cells = cells[output] if output.any() else cells
         return bool(cells.size == 0 or cells.mean() >= share)
 
+    def forget(self, request: Request) -> None:
+        """A request that is no more one of its own has no next turn."""
+        for known in (self._of_tokens, self._of_rows):
+            if request.key is not None and known.get(request.key) is request:
+                del known[request.key]
+        request.key = None
+
     def add(self, request: Request, told: Told, last_row: np.ndarray | None) -> None:
         """Remember how `request`, to which an answer has just been added, can be continued; its last row if known."""
         if told.id:
             self._of_id[told.id, told.choice] = request
-        if request.key is not None:  # of what has gone on since, only the whole is what a next turn repeats
-            for known in (self._of_tokens, self._of_rows):
-                if known.get(request.key) is request:
-                    del known[request.key]
-        request.key = None
+        self.forget(request)  # of what has gone on since, only the whole is what a next turn repeats
         if told.prompt is None or request.end <= told.prompt:  # nothing of its output was routed, so nothing repeats it
             return
         tokens, length = [*told.prompt_ids, *told.output_ids], request.end
@@ -158,3 +200,19 @@ def _mixed(rows: np.ndarray) -> list[int]:
     flat = rows.reshape(len(rows), -1)
     some = flat[:, :: -(-flat.shape[1] // _SAMPLED)].astype(np.uint64)
     return (some @ _PRIMES[: some.shape[1]]).tolist()
+
+
+def blocks_of(spool: Spool, stretches: Sequence[Stretch], layers: np.ndarray | None) -> Iterator[Part]:
+    """The rows of all stretches, of some planes or all, some MiB at a time where these are in the spool's order."""
+    at_once = max(1, BLOCK_BYTES // spool.row_bytes)
+    if all(one.row + one.rows == other.row for one, other in pairwise(stretches)):
+        parts = spool.parts()
+    else:
+        runs = ((at, stop) for row, _, rows, _ in stretches for at, stop in _cut(row, row + rows, at_once))
+        parts = (spool.read(at, stop) for at, stop in runs)
+    for part in parts:
+        yield part if layers is None else {"experts": part["experts"][:, layers]}
+
+
+def _cut(start: int, stop: int, at_once: int) -> Iterator[tuple[int, int]]:
+    return ((at, min(at + at_once, stop)) for at in range(start, stop, at_once))

@@ -5,6 +5,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -39,12 +40,10 @@ def read_header(where: str, file: IO[bytes]) -> Header:
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise MoetraceError(f"{where} is of the unknown npy version {version}.")
-    one, two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+    size_bytes = file.read(2 if version == (1, 0) else 4)
+    text = file.read(int.from_bytes(size_bytes, "little"))
     try:
-        # The header is Python source, and warned of as such. Filters of warnings are one for all threads; and in Python
-        # up to 3.11.7 and 3.12.1, parsing in two threads at once may raise SystemError.
-        with _PARSING, warnings.catch_warnings(action="ignore"):
-            shape, fortran, dtype = (one if version == (1, 0) else two)(file)
+        shape, fortran, dtype = (_parsed if len(text) < 1000 else _parsed.__wrapped__)(version, size_bytes + text)
     except Exception as error:  # of the tokenizer, the parser, dtypes: whatever a stranger's header provokes
         raise MoetraceError(f"{where} has a header that NumPy can't read.") from error
     if dtype.hasobject or min(shape, default=0) < 0:
@@ -52,6 +51,16 @@ def read_header(where: str, file: IO[bytes]) -> Header:
     if fortran and len(shape) > 1:
         raise MoetraceError(f"{where} is in Fortran order: save numpy.ascontiguousarray of it.")
     return Header(shape, dtype, file.tell())
+
+
+@lru_cache(maxsize=64)
+def _parsed(version: tuple[int, int], header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and dtype; answers of one server have the same headers, whose parsing takes long."""
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    # The header is Python source, and warned of as such. Filters of warnings are one for all threads; and in Python
+    # up to 3.11.7 and 3.12.1, parsing in two threads at once may raise SystemError.
+    with _PARSING, warnings.catch_warnings(action="ignore"):
+        return read(io.BytesIO(header))
 
 
 def from_bytes(where: str, data: bytes) -> np.ndarray:

@@ -1,11 +1,13 @@
 """Ids that carry no expert: padding, zero-computation and shared experts, and whatever the user says is none."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from moetrace.importers.captured import Hints
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import absent_id, expert_dtype
 
 
@@ -21,6 +23,7 @@ class Placeholders:
         self.absent = absent_id(num_experts)
         self._wishes = hints.absent_from is not None or bool(hints.absent_ids)
         self.cells = 0  # of one id beyond the experts
+        self.chosen = 0  # ids of experts that the user calls absent, and that stand once in their cells
 
     def marked(self, ids: np.ndarray) -> np.ndarray:
         """`ids` [..., top_k], as a copy with -1 where they carry no expert, or as they are if they all do."""
@@ -29,6 +32,9 @@ class Placeholders:
             gone = np.isin(ids, hints.absent_ids)
             if hints.absent_from is not None:
                 gone |= ids >= hints.absent_from
+            experts = gone & (ids >= 0) & (ids < self.num_experts)
+            if experts.any():
+                self.chosen += int((np.count_nonzero(experts, axis=-1) == 1).sum())
             ids = np.where(gone, -1, ids.astype(np.int64))
         if not self._marks and ids.shape[-1] > 1 and ids.size and int(ids.max()) >= self.num_experts:
             one = (ids[..., :1] >= self.num_experts) & (ids == ids[..., :1])
@@ -63,14 +69,30 @@ class Placeholders:
         wrong = (ids < -1) | (ids >= self.num_experts)
         return ids, low < 0, tuple(int(i) for i in np.argwhere(wrong)[0])
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Count nothing of ids that are only looked at, and come again."""
+        before = self.cells, self.chosen
+        try:
+            yield
+        finally:
+            self.cells, self.chosen = before
+
     def told(self, where: str) -> dict[str, Any]:
-        """What `source` says of cells of one id beyond the experts; a note says it too."""
-        if not self.cells:
-            return {}
-        self._hints.note(
-            f"{where}: {self.cells:,} cells hold one id that is no expert in every slot, which is padding: absent."
-        )
-        return {"padding_cells": self.cells}
+        """What `source` says of cells of one id beyond the experts, and of experts made absent; notes say it too."""
+        facts: dict[str, Any] = {}
+        if self.cells:
+            facts["padding_cells"] = self.cells
+            self._hints.note(
+                f"{where}: {self.cells:,} cells hold one id that is no expert in every slot, which is padding: absent."
+            )
+        if self.chosen:
+            facts["absent_choices_of_experts"] = self.chosen
+            self._hints.note(
+                f"{where}: --absent makes {counted(self.chosen, 'cell')} lose an expert that stands there once, as a "
+                f"true choice does."
+            )
+        return facts
 
 
 def _range(ids: np.ndarray) -> tuple[int, int]:

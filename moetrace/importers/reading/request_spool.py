@@ -1,19 +1,19 @@
 """Routing that an engine returns request by request: ids [tokens, planes, top_k] on their way into one capture."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moetrace.importers.captured import Capture, Hints, Part, without_zero_cells
-from moetrace.importers.reading.conversations import Conversations, Request, Stretch
+from moetrace.importers.captured import Capture, Hints, without_zero_cells
+from moetrace.importers.reading.conversations import Conversations, Request, Stretch, blocks_of
 from moetrace.importers.reading.numbering import kept_layers
 from moetrace.importers.reading.placeholders import Placeholders, advice, check_width
 from moetrace.importers.reading.spool import Spool
-from moetrace.importers.reading.told import Told, first_position, shared_out
+from moetrace.importers.reading.told import Told, first_position, shared_out, stopped_in_prompt
 from moetrace.spec.errors import MoetraceError, counted
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, PREFILL, absent_id, check_sizes, expert_dtype
 
@@ -38,6 +38,7 @@ class RequestSpool:
         self._absent = absent_id(self._num_experts)
         self._placeholders = Placeholders(self._num_experts, hints)
         self._requests: list[Request] = []
+        self._turns = 0  # requests of these that became turns of others
         self._stretches: list[tuple[int, Stretch]] = []  # in order of the spool, each with the number of its request
         self._conversations = Conversations(self._absent, self._stored)
         self._used = np.zeros(0, bool)  # [planes]: some id is neither 0 nor -1
@@ -70,10 +71,15 @@ class RequestSpool:
         if not self._fits(where, ids):
             return
         first = self._first(where, len(ids), told)
-        cells = self._placeholders.cells  # are counted when rows are appended, not when they are compared
-        request = self._conversations.found(first, told, lambda rows: self._narrow(where, 0, ids[rows]), len(ids))
-        self._placeholders.cells = cells
-        kept = self._kept(request, first, len(ids), told)
+        compared = (first, told, lambda rows: self._narrow(where, 0, ids[rows]), len(ids))
+        with self._placeholders.uncounted():  # what is only compared; rows are counted when they are appended
+            request, parts_first = self._conversations.found(*compared), False
+            if request and first + len(ids) <= request.begin:  # the decode server of a later turn was read first
+                earlier = self._conversations.earlier(*compared)
+                if earlier and earlier is not request:
+                    self._join(earlier, request)
+                    request, parts_first = earlier, True
+        kept = self._kept(request, first, len(ids), told, parts_first)
         if not kept and request:
             self._counts["repeated"] += 1
         fresh = request is None
@@ -125,8 +131,7 @@ class RequestSpool:
         for request, own in zip(requests, numbers, strict=True):
             shift = first_position(where, request.end, own)
             request.prompt = own.prompt
-            request.begin += shift
-            request.end += shift
+            request.shift(shift)
             request.stretches = [
                 stretch._replace(first=stretch.first + shift, prompt=own.prompt) for stretch in request.stretches
             ]
@@ -147,6 +152,7 @@ class RequestSpool:
         if told.prompt is None and told.start is None and told.chunk and known:
             return known.end
         first = first_position(where, rows, told)
+        self._counts["stopped"] += stopped_in_prompt(rows, told)
         if told.prompt is not None and told.output and not told.chunk:
             lacking = told.prompt + told.output - 1 - first - rows
             self._counts["lacking"] += max(lacking, 0)
@@ -155,8 +161,21 @@ class RequestSpool:
         self._starts.add(first)
         return first
 
-    def _kept(self, request: Request | None, first: int, rows: int, told: Told) -> list[tuple[int, int]]:
-        """Which rows (from, to) are new: not computed before this answer, and not there already."""
+    def _join(self, earlier: Request, later: Request) -> None:
+        """Make a request that is a later turn of another one a part of it."""
+        for at in later.places:
+            self._stretches[at] = (earlier.number, self._stretches[at][1])
+        self._conversations.forget(later)
+        earlier.take(later)
+        self._turns += 1
+
+    def _kept(
+        self, request: Request | None, first: int, rows: int, told: Told, parts_first: bool
+    ) -> list[tuple[int, int]]:
+        """Which rows (from, to) are new: not computed before this answer, and not there already.
+
+        `parts_first` says that later rows of the same turn are there already.
+        """
         cached = min(told.cached or 0, first + rows if told.prompt is None else told.prompt)
         kept = 0 if self._hints.keep_cached else min(max(cached - first, 0), rows)
         self._counts["cached"] += kept
@@ -164,9 +183,13 @@ class RequestSpool:
         if request:
             turn = told.prompt is not None and (request.prompt is None or told.prompt > request.prompt)
             if not turn or (told.cached is None and not self._hints.keep_cached):
-                # A turn repeats all before its end; but a server may bring the rows before those of another.
-                begin = first if turn else request.begin
-                ranges = [(kept, min(rows, begin - first)), (max(kept, request.end - first), rows)]
+                # A turn repeats all before its end; but one server may bring the rows before those of another.
+                free = [(first + kept, first + rows)]
+                if turn and not parts_first:
+                    free = [(max(start, request.end), stop) for start, stop in free]
+                else:
+                    free = request.unclaimed(*free[0])
+                ranges = [(start - first, stop - first) for start, stop in free]
                 fresh = sum(max(stop - start, 0) for start, stop in ranges)
                 self._counts["cached" if turn else "again"] += rows - kept - fresh
             # Else what comes again although it was not cached was recomputed.
@@ -211,6 +234,7 @@ class RequestSpool:
         request.places.append(len(self._stretches))
         self._stretches.append((request.number, stretch))
         request.stretches.append(stretch)
+        request.claim(stretch.first, stretch.first + stretch.rows)
         request.begin = min(request.begin, stretch.first)
         request.end = max(request.end, stretch.first + stretch.rows)
 
@@ -266,10 +290,11 @@ class RequestSpool:
         layers, dropped = kept_layers(self._used, self._hints)
         facts = facts | dropped | self._told()
         unknown = {number for number, stretch in self._stretches if stretch.prompt is None}
-        if 0 < len(unknown) < len(self._requests):
+        requests = len(self._requests) - self._turns
+        if 0 < len(unknown) < requests:
             facts["requests_of_unknown_phase"] = len(unknown)
             self._hints.note(
-                f"{sources[0]}: {len(unknown)} of {counted(len(self._requests), 'request')} do not tell how long their "
+                f"{sources[0]}: {len(unknown)} of {counted(requests, 'request')} do not tell how long their "
                 f"prompts are: all their rows are taken as prefill."
             )
         if unknown:
@@ -290,7 +315,7 @@ class RequestSpool:
             phase=np.where(position < np.repeat(decode_from, rows), PREFILL, DECODE).astype(np.uint8),
             optional=(),
             facts=facts,
-            parts=lambda: _of_layers(_blocks(spool, stretches), layers if dropped else None),
+            parts=lambda: blocks_of(spool, stretches, layers if dropped else None),
             sources=tuple(sources),
         )
 
@@ -338,11 +363,19 @@ class RequestSpool:
         if counts["lacking"]:
             facts["lacking_rows"] = counts["lacking"]
             note(f"{source}: {counted(counts['lacking'], 'row')} at the end lack in answers that tell their first one.")
+        if counts["stopped"]:
+            facts["aborted_in_their_prompts"] = counts["stopped"]
+            what = counted(counts["stopped"], "answer")
+            note(f"{source}: {what} aborted within the prompt: rows are taken as the first ones of the prompt.")
         if counts["again"]:
             facts["left_out_rows_of_earlier_parts"] = counts["again"]
         if counts["repeated"]:
             facts["left_out_repeated_answers"] = counts["repeated"]
-            note(f"{source}: left out {counted(counts['repeated'], 'answer')} that the source holds already.")
+            again = counted(counts["repeated"], "answer")
+            note(
+                f"{source}: left out {again} with the rows of an earlier one of the same request; choices of one "
+                f"request are told apart by their index."
+            )
         if counts["joined"]:
             facts["joined_answers"] = counts["joined"]
             continued = counted(counts["joined"], "answer")
@@ -350,19 +383,3 @@ class RequestSpool:
         if self._starts - {0}:
             facts["first_position"] = f"{min(self._starts)} to {max(self._starts)}, from the numbers of tokens"
         return facts
-
-
-def _blocks(spool: Spool, stretches: Sequence[Stretch]) -> Iterator[Part]:
-    """The rows of all stretches, some MiB at a time where these are in the order of the spool."""
-    if all(a.row + a.rows == b.row for a, b in pairwise(stretches)):
-        yield from spool.parts()
-        return
-    at_once = max(1, BLOCK_BYTES // spool.row_bytes)
-    for stretch in stretches:
-        for row in range(stretch.row, stretch.row + stretch.rows, at_once):
-            yield spool.read(row, min(row + at_once, stretch.row + stretch.rows))
-
-
-def _of_layers(parts: Iterator[Part], layers: np.ndarray | None) -> Iterator[Part]:
-    for part in parts:
-        yield part if layers is None else {"experts": part["experts"][:, layers]}

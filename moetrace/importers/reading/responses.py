@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 
 from moetrace.importers.reading import npy
-from moetrace.importers.reading.text import BOM, MAX_LINE_BYTES, first_bytes, json_lines, mended, text_of
+from moetrace.importers.reading.events import is_event
+from moetrace.importers.reading.text import BOM, MAX_LINE_BYTES, json_lines, mended, text_of
 from moetrace.importers.reading.told import Told
 from moetrace.spec.errors import MoetraceError
 
@@ -49,6 +50,7 @@ class Meta(msgspec.Struct):
     cached_tokens: Tokens | None = None
     cached_tokens_details: CachedPlaces | None = None
     id: str | int | None = None
+    finish_reason: Any = None  # {"type": "abort", ...}
 
     @property
     def cached(self) -> int | None:
@@ -96,6 +98,7 @@ class Choice(msgspec.Struct):
     token_ids: TokenIds = None
     generation_token_ids: TokenIds = None
     message: Message | None = None
+    finish_reason: Any = None  # "abort"
 
 
 class Response(msgspec.Struct):
@@ -133,7 +136,6 @@ class Response(msgspec.Struct):
 
 _LINE: Any = Response | list[Response]
 _NO_RECORD = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-_STREAM = re.compile(rb"\s*(data|event|id|retry|):")
 _INTEGERS = re.compile(r"(?:torch\.)?u?int(?:8|16|32|64)|[<>=|]?[iu][1248]")
 
 
@@ -164,13 +166,17 @@ def responses(
         for number, response in enumerate(found if isinstance(found, list) else [found]):
             yield (f"{path}: response {number}" if isinstance(found, list) else str(path)), response
         return
-    stream = bool(_STREAM.match(first_bytes(path, 64)))
-    for first, records in json_lines(path, _LINE, reading, bad=bad):
+    for first, records in json_lines(path, _LINE, reading, bad=bad, of_event=_take_chunk):
         for number, record in enumerate(records, first):
             for response in record if isinstance(record, list) else [record]:
-                if stream and not (response.object or "").endswith("chunk"):
-                    response.object = "chunk"
                 yield f"{path}: response {number}", response
+
+
+def _take_chunk(record: Response | list[Response]) -> None:
+    """Mark what an event holds as a chunk of a stream, even if it does not say so."""
+    for response in record if isinstance(record, list) else [record]:
+        if not (response.object or "").endswith("chunk"):
+            response.object = "chunk"
 
 
 def _decoded(text: bytes, kind: Any) -> Any:
@@ -210,7 +216,7 @@ def _is_one_value(path: Path) -> bool:
 
 
 def _is_value(line: bytes) -> bool:
-    if _STREAM.match(line):
+    if is_event(line):
         return True
     if not line.lstrip().startswith((b"{", b"[")):  # of an indented file, the second line may be a number
         return False
@@ -259,6 +265,11 @@ def _of_payload(where: str, payload: Payload) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(payload.shape)
 
 
+def _aborted(finish_reason: Any) -> bool:
+    """Whether an engine says that it stopped before the end: vLLM by a word, SGLang by an object with it."""
+    return (finish_reason.get("type") if isinstance(finish_reason, dict) else finish_reason) == "abort"
+
+
 def told_of(response: Response, choice: Choice | None = None, number: int = 0, start: int | None = None) -> Told:
     """What a response says of the tokens of a choice (or of itself): a choice's own numbers, then the usage of all."""
     message = (choice and choice.message) or Message()
@@ -287,6 +298,7 @@ def told_of(response: Response, choice: Choice | None = None, number: int = 0, s
         id="" if name is None else str(name),
         choice=number if choice is None or choice.index is None else choice.index,
         chunk=chunk,
+        aborted=any(_aborted(said.finish_reason) for said in (choice, *metas) if said),
         prompt_ids=prompt_ids,
         output_ids=output_ids,
     )

@@ -117,3 +117,23 @@ class Spool:
 def _close(files: list[IO[bytes]]) -> None:
     for file in files:
         file.close()
+
+
+class GrowingArray:
+    """An int32 array that grows at its end."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._data = np.empty(1024, np.int32)
+
+    @property
+    def array(self) -> np.ndarray:
+        """What was added so far, as a view."""
+        return self._data[: self.size]
+
+    def add(self, values: np.ndarray) -> None:
+        """Add values at the end."""
+        if self.size + values.size > self._data.size:
+            self._data = np.concatenate([self.array, np.empty(self.size // 2 + values.size, np.int32)])
+        self._data[self.size : self.size + values.size] = values
+        self.size += values.size

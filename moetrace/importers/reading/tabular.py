@@ -4,15 +4,17 @@ import contextlib
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import polars as pl
 
 from moetrace.importers.reading.table import tables
-from moetrace.importers.reading.text import chunks, first_bytes, json_lines
+from moetrace.importers.reading.text import MAX_LINE_BYTES, chunks, first_bytes, json_lines
 from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.ordinary_file import open_ordinary
 from moetrace.spec.parquet_pages import DamagedParquetError, Sizes, parquet_sizes
@@ -25,9 +27,11 @@ MOST_ROWS, MOST_GROUP_ROWS, MOST_GROUP_VALUES = 1 << 33, 1 << 24, 1 << 27
 MOST_GROUP_BYTES = 1 << 30
 _SLICE_ROWS = 1 << 18, 1 << 22  # at a time, at least and at most
 _FIRST_BYTES = 64 << 10
+_LOOKED_AT_BYTES = 1 << 18  # what stays in a core's cache
 _FLOATS = ("gates", "scores")
 _NO_NUMBER = ["", "null", "None", "NaN", "nan", "-"]
-_JSON_KINDS = {"experts": Any, "gates": Any, "scores": float | None, "phase": int | str | bool, "request": int | str}
+_JSON_KINDS = {"experts": Any, "gates": Any, "scores": float | None, "phase": int | str | bool}
+_JSON_KINDS |= dict.fromkeys(("request", "layer"), int | str)
 
 
 class TableFile(NamedTuple):
@@ -79,6 +83,17 @@ def blocks(
         yield from _csv_blocks(file, wanted, reading)
 
 
+def holds_layers(file: TableFile, name: str) -> bool:
+    """Whether a column holds lists of lists, of all layers of a token."""
+    if file.kind == "parquet":
+        kind = first_row(file, name).schema[name]
+        return isinstance(kind, pl.List | pl.Array) and isinstance(kind.inner, pl.List | pl.Array)
+    if file.kind == "jsonl":
+        first = first_bytes(file.path, _FIRST_BYTES).split(b"\n", 1)[0]
+        return re.search(rb'"%s"\s*:\s*\[\s*\[' % re.escape(name.encode()), first) is not None
+    return False
+
+
 def first_row(file: TableFile, name: str) -> pl.DataFrame:
     """The first row of a column of Parquet, which costs no reading of the rest. Raises MoetraceError."""
     try:
@@ -114,52 +129,137 @@ def _csv_blocks(
     file: TableFile, wanted: Sequence[tuple[str, str]], reading: Callable[[int], object]
 ) -> Iterator[tuple[int, pl.DataFrame]]:
     fields = dict(zip(file.names, file.first, strict=False))
-    kinds: dict[str, Any] = {
-        name: pl.String
-        if is_text(fields.get(name, ""), what)
-        else pl.Float64
-        if what in ("gates", "scores")
-        else pl.Int64
-        for what, name in wanted
-    }
-    quoted = any(kind == pl.String and '"' in fields.get(name, "") for name, kind in kinds.items())
+    kinds: dict[str, Any] = {name: _kind(fields.get(name, ""), what) for what, name in wanted}
+    quoted, regular = _look(file)
     lists = {name for what, name in wanted if what in ("experts", "gates") and kinds[name] == pl.String}
     done = 0
-    if not lists and not quoted:
+    if regular and not quoted and not lists:
         columns = {name if name in kinds else f"#{at}": kinds.get(name) for at, name in enumerate(file.names)}
         for _, table in tables(file.path, columns, reading, header=1, separator=file.separator):
             yield done, table
             done += table.height
         return
-    names = file.separator.join(f'"{at}"' for at in range(len(file.names))).encode() + b"\n"
-    places = {str(file.names.index(name)): name for name in kinds}
-    overrides = {str(at): kinds.get(name, pl.String) for at, name in enumerate(file.names)}
-    for line, data in chunks(file.path, reading):
+    for line, data in _records(file.path, reading) if quoted else chunks(file.path, reading):
         text = data[data.find(b"\n") + 1 or len(data) :] if line == 1 else data
         if not text:
             continue
-        try:
-            table = pl.read_csv(
-                io.BytesIO(names + text), separator=file.separator, schema=overrides, columns=list(places)
-            ).rename(places)
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-            why = printable(str(error).splitlines()[0][:200])
-            raise MoetraceError(f"{file.path}: the lines from {line} on can't be read as CSV: {why}.") from None
+        if regular or quoted:
+            table = _of_quoted(file, line, text, kinds)
+        else:
+            table, more = _of_ragged(file, done, text, {name: what for what, name in wanted}, kinds)
+            lists |= more
+        listed = any(what == "experts" and name in lists for what, name in wanted)
         for what, name in wanted:
-            if name in lists:
-                table = table.with_columns(
-                    _numbers_in(file.path, table[name], pl.Float64 if what == "gates" else pl.Int64)
-                )
+            if name not in lists or table.schema[name] != pl.String:
+                continue
+            if what == "gates" and not listed and file.separator != ",":
+                numbers = table[name].str.replace(",", ".", literal=True).cast(pl.Float64, strict=False)
+            else:
+                numbers = _numbers_in(file.path, table[name], pl.Float64 if what == "gates" else pl.Int64)
+            table = table.with_columns(numbers)
         yield done, table
         done += table.height
+
+
+def _look(file: TableFile) -> tuple[bool, bool]:
+    """Whether a CSV has quotes, and whether its lines have as many fields as there are names, all in all."""
+    quotes = fields = lines = 0
+    data = b""
+    with open_ordinary(file.path) as opened:
+        while piece := opened.read(_LOOKED_AT_BYTES):
+            data = piece
+            quotes += b'"' in data
+            marks = np.frombuffer(data, np.uint8)  # ten times as fast as `count` where so many are found
+            fields += np.count_nonzero(marks == ord(file.separator))
+            lines += np.count_nonzero(marks == ord("\n"))
+    lines += not data.endswith(b"\n")
+    return quotes > 0, fields == lines * (len(file.names) - 1)
+
+
+def _records(path: Path, reading: Callable[[int], object]) -> Iterator[tuple[int, bytes]]:
+    """Pieces of a CSV, as `chunks`, that do not end within quotes."""
+    first, held = 1, b""
+    for line, data in chunks(path, reading):
+        first, held = (line, data) if not held else (first, held + data)
+        if held.count(b'"') % 2:
+            marks = np.frombuffer(held, np.uint8)
+            ends = np.flatnonzero((marks == ord("\n")) & (np.cumsum(marks == ord('"')) % 2 == 0))
+            stop = int(ends[-1]) + 1 if ends.size else 0
+            if len(held) - stop > MAX_LINE_BYTES:
+                raise MoetraceError(f"{path}: the quotes of line {first} on do not end.")
+        else:
+            stop = len(held)
+        if stop:
+            yield first, held[:stop]
+            first, held = first + held.count(b"\n", 0, stop), held[stop:]
+    if held:
+        yield first, held
+
+
+def _of_quoted(file: TableFile, line: int, text: bytes, kinds: dict[str, Any]) -> pl.DataFrame:
+    """The columns of some lines, of which fields may be in quotes."""
+    names = file.separator.join(f'"{at}"' for at in range(len(file.names))).encode() + b"\n"
+    places = {str(file.names.index(name)): name for name in kinds}
+    overrides = {str(at): kinds.get(name, pl.String) for at, name in enumerate(file.names)}
+    try:
+        return pl.read_csv(
+            io.BytesIO(names + text), separator=file.separator, schema=overrides, columns=list(places)
+        ).rename(places)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        why = printable(str(error).splitlines()[0][:200])
+        raise MoetraceError(f"{file.path}: the lines from {line} on can't be read as CSV: {why}.") from None
+
+
+def _of_ragged(
+    file: TableFile, first: int, text: bytes, meanings: dict[str, str], kinds: dict[str, Any]
+) -> tuple[pl.DataFrame, set[str]]:
+    """The columns of some lines that have too few or too many fields, and which of them are texts of lists.
+
+    What a line lacks is null; more fields at its end are those of a list, if the last column is one of experts.
+    """
+    width, last = len(file.names), file.names[-1]
+    lines = pl.Series("line", text.decode(errors="replace").split("\n"))
+    lines = lines.filter(lines.str.strip_chars() != "")
+    parts = lines.str.splitn(file.separator, width).struct.unnest()
+    fields = {name: parts.to_series(at).str.strip_chars() for at, name in enumerate(file.names)}
+    fields[last] = fields[last].str.strip_chars_end(file.separator + " ")
+    many = fields[last].str.contains(file.separator, literal=True).fill_null(False)
+    lists: set[str] = set()
+    if many.any():
+        if meanings.get(last) != "experts" or list(meanings.values()).count("experts") > 1:
+            at = many.arg_max() or 0
+            shown = printable(lines[at][:60])
+            raise MoetraceError(f"{file.path}: row {first + at} has more fields than {width} names: {shown}.")
+        lists, kinds = {last}, kinds | {last: pl.String}
+    columns = []
+    for name in meanings:
+        column = fields[name].alias(name)
+        if kinds[name] != pl.String:
+            number = column.cast(kinds[name], strict=False)
+            wrong = number.is_null() & (column.fill_null("") != "")
+            if wrong.any():
+                at = wrong.arg_max() or 0
+                raise MoetraceError(f"{file.path}: row {first + at} holds {printable(column[at][:40])!r} as {name}.")
+            column = number
+        columns.append(column)
+    return pl.DataFrame(columns), lists
+
+
+def _kind(field: str, what: str) -> type[pl.DataType]:
+    """The type of a column whose first field this is; pandas writes whole numbers beside missing ones as 3.0."""
+    if is_text(field, what):
+        return pl.String
+    return pl.Float64 if what in _FLOATS or "." in field else pl.Int64
 
 
 def is_text(field: str, what: str) -> bool:
     """Whether a CSV field of this meaning holds a text (a name, or a list) rather than a number."""
     try:
-        float(field) if what == "gates" else int(field)
-    except ValueError:
-        return what in ("experts", "gates", "phase", "request") and field != ""
+        if what != "gates" and not float(field).is_integer():
+            return what in ("experts", "phase", "request", "layer")
+        float(field)
+    except (ValueError, OverflowError):
+        return what in ("experts", "gates", "phase", "request", "layer") and field != ""
     return False
 
 

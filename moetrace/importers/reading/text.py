@@ -4,12 +4,13 @@ import codecs
 import gc
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from moetrace.importers.reading.events import is_event, payload
 from moetrace.spec.errors import MoetraceError
 
 CHUNK_BYTES = 8 << 20
@@ -59,7 +60,6 @@ def chunks(path: Path, reading: Callable[[int], object], chunk_bytes: int | None
 
 # Python writes what JSON does not have: as a value, after a bracket, comma or colon.
 _NO_NUMBER = re.compile(rb"(?<=[\[,:\s])(?:NaN|-?Infinity)(?=\s*[,\]}])")
-_EVENT = re.compile(rb"\s*data:(?!\s*\[DONE\])|\s*(?:data|event|id|retry|):.*")  # of a stream: the payload stays
 
 
 def mended(text: bytes) -> bytes:
@@ -69,60 +69,75 @@ def mended(text: bytes) -> bytes:
 
 def json_lines(
     path: Path,
-    record: type[Record],
+    record: type[Record] | tuple[type[Record], ...],
     reading: Callable[[int], object],
     chunk_bytes: int | None = None,
     bad: Callable[[str], object] | None = None,
     cut: Callable[[str], object] | None = None,
     broken: Callable[[str], object] | None = None,
+    of_event: Callable[[Any], object] | None = None,
 ) -> Iterator[tuple[int, list[Record]]]:
     """Yield the number of the first line and the records of successive JSON lines; blank lines are allowed.
 
-    `record` is a msgspec type, a Struct or a union of tagged ones. NaN is null. A line that does not fit it goes to
-    `bad` as a sentence, and server-sent events are lines, if there is a `bad`. A last line without its newline, as a
-    process that is killed leaves it, goes to `cut`, another that is no JSON to `broken`. Else it raises MoetraceError.
+    `record` is a msgspec type, a Struct or a union of tagged ones, or several that are tried in turn. NaN is null. A
+    line that does not fit it goes to `bad` as a sentence, and server-sent events are lines, if there is a `bad`, whose
+    records go to `of_event` first. A last line without its newline, as a process that is killed leaves it, goes to
+    `cut`, another that is no such record to `broken`. Else it raises MoetraceError.
     """
-    decoder = msgspec.json.Decoder(record)
+    decoders = [msgspec.json.Decoder(kind) for kind in (record if isinstance(record, tuple) else (record,))]
+    decoder = decoders[0]
     for line, data in chunks(path, reading, chunk_bytes):
         try:
-            with _no_collection():
+            with no_collection():
                 try:
                     records = decoder.decode_lines(data)
                 except msgspec.DecodeError:
                     records = decoder.decode_lines(mended(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             # The decoder does not say which line it is.
-            records = list(_one_by_one(path, decoder, line, data, bad, (broken, cut)))
+            records = list(_one_by_one(path, decoders, line, data, (bad, of_event), (broken, cut)))
         yield line, records
 
 
 def _one_by_one(
     path: Path,
-    decoder: msgspec.json.Decoder,
+    decoders: list[msgspec.json.Decoder],
     first: int,
     data: bytes,
-    bad: Callable[[str], object] | None,
+    streams: tuple[Callable[[str], object] | None, Callable[[Any], object] | None],
     no_json: tuple[Callable[[str], object] | None, Callable[[str], object] | None],
 ) -> Iterator[Any]:
     """The records of the lines that can be read; one that can't be, and nobody takes, is an error."""
-    lines = data.split(b"\n")
+    lines, (bad, of_event) = data.split(b"\n"), streams
     for number, line in enumerate(lines, first):
-        text = _EVENT.sub(b"", line, count=1) if bad and _EVENT.match(line) else line
+        text = payload(line) if bad else line
         if not text.strip():
             continue
         try:
-            yield decoder.decode(mended(text))
+            record = _decoded(decoders, mended(text))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             sentence = f"{path}: line {number} is not as expected: {str(error).rstrip('.')[:200]}."
             last = number == first + len(lines) - 1
-            taken = bad or (None if isinstance(error, _OF_TYPE) else no_json[last])
+            taken = bad or no_json[last and not isinstance(error, _OF_TYPE)]
             if taken is None:
                 raise MoetraceError(sentence) from None
             taken(sentence)
+        else:
+            if of_event and is_event(line):
+                of_event(record)
+            yield record
+
+
+def _decoded(decoders: list[msgspec.json.Decoder], text: bytes) -> Any:
+    """`text` as the first decoder reads it that can."""
+    for decoder in decoders[:-1]:
+        with suppress(_OF_TYPE):
+            return decoder.decode(text)
+    return decoders[-1].decode(text)
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Hold the search for cycles, which plain records don't have: it takes up to half of the time of decoding."""
     enabled = gc.isenabled()
     gc.disable()

@@ -19,6 +19,7 @@ class Told(NamedTuple):
     id: str = ""
     choice: int = 0  # its number
     chunk: bool = False  # of a stream
+    aborted: bool = False
     prompt_ids: Sequence[int] = ()
     output_ids: Sequence[int] = ()
 
@@ -34,8 +35,8 @@ ALIKE = 0.75
 def first_position(where: str, rows: int, told: Told) -> int:
     """The position of the first of `rows`: they end at the last token but one, since the last is never routed.
 
-    An engine that generated nothing may route the whole prompt. Raises MoetraceError, beginning with `where`, if there
-    are more rows than tokens.
+    An engine that generated nothing may route the whole prompt, or the beginning of it if it was stopped. Raises
+    MoetraceError, beginning with `where`, if there are more rows than tokens.
     """
     start = told.start or 0
     if told.prompt is None or told.output is None:
@@ -50,7 +51,14 @@ def first_position(where: str, rows: int, told: Told) -> int:
             f"prompt and {told.output} of this answer, which allow {max(stop - start, 0)}: check the file, or --top-k "
             f"and --model if its layers are not said."
         )
+    if stopped_in_prompt(rows, told):
+        return 0
     return stop - rows if told.start is None else start
+
+
+def stopped_in_prompt(rows: int, told: Told) -> bool:
+    """Whether an answer was aborted before all of its prompt was routed, so that its rows are the first ones."""
+    return told.aborted and told.output == 0 and told.start is None and 0 < rows < (told.prompt or 0) - 1
 
 
 def shared_out(where: str, arrays: Sequence[np.ndarray], told: Sequence[Told]) -> list[Told]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from moetrace.importers.columns import without_ids
 from moetrace.importers.reading import npy
 from moetrace.importers.reading.tensors import HEADER_BYTES, is_header
 from moetrace.spec.errors import MoetraceError, printable
@@ -14,6 +15,7 @@ _KEY = re.compile(rb'"((?:[^"\\]|\\.){1,64})"\s*:')
 _PICKLED = re.compile(rb"X([\1-\100])\0\0\0")  # before a short text in a pickle, its length
 _TABLE = "name its columns with --columns layer=...,token=...,experts=..."
 _ARRAYS = "save the chosen ids as integers [tokens, layers, top_k], or [tokens, top_k] a layer as layer_12.npy"
+_COUNTS = '{"logical_count": [[...], ...]}'
 _KNOWN_STARTS = {
     b"\x80": ("a bare pickle, which could run code", "save it with torch.save or numpy.save instead"),
     b"GGUF": ("a GGUF file", "a model is read with --model, an importance matrix holds counts"),
@@ -44,9 +46,12 @@ def what_it_is(path: Path, first: bytes) -> tuple[str, str]:
     separators = [mark for mark in (b",", b";", b"\t") if mark in line]
     if separators and re.search(rb"[A-Za-z_]", line):
         names = [name.strip(b' "') for name in re.split(rb"[,;\t]", line)]
-        return f"a table with {_shown(names, 'columns')}", _TABLE
+        return f"a table with {_shown(names, 'columns')}", _TABLE + without_ids(
+            [name.decode("latin1") for name in names]
+        )
     if separators:
-        return "a table without names of its columns", f"put a line with names before it and {_TABLE}"
+        matrix = f"as a matrix, {_ARRAYS}, and counts [layers, experts] as JSON, {_COUNTS}"
+        return "a table without names of its columns", f"put a line with names before it and {_TABLE}; or, {matrix}"
     return "a text", "write the choices as a table (Parquet, CSV, JSON lines) or as a NumPy array"
 
 
@@ -60,8 +65,8 @@ def _array(path: Path, first: bytes) -> tuple[str, str]:
         return f"{what}, as of logits or gates", _ARRAYS
     if header.dtype.kind in "iu" and len(header.shape) in (1, 2):
         return f"{what}, whose name does not say its layer", (
-            "name ids [tokens, top_k] as in layer_12.npy, a file a layer, and save counts [layers, experts] as JSON, "
-            '{"logical_count": [[...], ...]}'
+            f"name ids [tokens, top_k] as in layer_12.npy, a file a layer, and save counts [layers, experts] as JSON, "
+            f"{_COUNTS}"
         )
     return what, _ARRAYS
 
@@ -83,11 +88,13 @@ def _json(first: bytes) -> tuple[str, str]:
         one = value[0] if isinstance(value, list) and value else value
         names = _shown([str(name).encode() for name in one]) if isinstance(one, dict) else ""
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        one = None
         names = _shown(_KEY.findall(first[:4096]))
     kind = "JSON lines" if alone is not first and len(lines) > 1 and lines[1].strip() else "JSON"
     if not names:
         return f"{kind} without keys", "write an object a line for each token and layer, or a NumPy array"
-    what = _TABLE if kind == "JSON lines" else f"as JSON lines, an object a line, {_TABLE}"
+    what = _TABLE + without_ids(list(one)) if kind == "JSON lines" and isinstance(one, dict) else _TABLE
+    what = what if kind == "JSON lines" else f"as JSON lines, an object a line, {_TABLE}"
     return f"{kind} with {names}", what
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from moetrace.spec import load_model
 from moetrace.spec.model_files.hugging_face import anatomy_of, family_of
-from moetrace.trace.naming import model_name
+from moetrace.trace.naming import model_name, other_bits
 
 # The fields of config.json that make a model's sizes, one model a line, and what its maker says of it in billions.
 RELEASED = json.loads(Path(__file__).with_name("released.json").read_text(encoding="utf-8"))
@@ -87,10 +87,15 @@ def test_preset_has_the_parameters_that_its_maker_states(name, tmp_path):
         *[(f"Qwen3-30B-A3B-{end}", 48, 128, "qwen3-30b-a3b") for end in ("BF16", "F16", "fp16", "Thinking-2507")],
         ("zai-org/GLM-4.5-Air", 45, 128, "glm-4.5-air"),
         ("DeepSeek-V3.2", 58, 256, "deepseek-v3.2"),
+        ("moonshotai/Kimi-K2-Instruct-0905", 60, 384, "kimi-k2"),
+        ("moonshotai/Kimi-K2-Thinking", 60, 384, "kimi-k2.5"),
+        ("Kimi_K2_Thinking-FP8", 60, 384, "kimi-k2"),
+        ("unsloth/Kimi-K2-Thinking-BF16", 60, 384, None),
     ],
 )
 def test_quantized_name_gets_no_preset_of_other_bits(said, layers, experts, preset):
     assert model_name("here", said, layers, experts) == (preset or said)
+    assert (other_bits(said, layers, experts) is None) == (preset is not None)
 
 
 def test_a_trace_that_holds_bytes_of_experts_gets_the_preset_of_any_bits():
