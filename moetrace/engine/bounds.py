@@ -57,12 +57,12 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
     layers, prices, setting = machine.weight_bytes.shape[0], prices_of(machine), settings[0]
     for s in range(steps.rows.size):
         total_s += layers * dense_s(machine, steps.rows[s], steps.kv_tokens[s]) + head_s(machine)
-        view = view_of(steps.first + s, steps, machine, setting, scratch, (0.0, np.int64(1)))
         for layer in range(layers):
             first = demand.start[s * layers + layer]
             size = demand.start[s * layers + layer + 1] - first
             if size == 0:
                 continue
+            view = view_of(steps.first + s, layer, steps, machine, setting, scratch, (0.0, np.int64(1)))
             for i in range(size):
                 expert, rows = np.int64(demand.expert[first + i]), np.int64(demand.rows[first + i])
                 scratch.load[i] = rows
@@ -73,6 +73,9 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
                     cells[layer, expert].resident = i < setting.slots
             if not machine.is_plain:
                 price_varied(machine, scratch.active, size)
+            if setting.weighs:
+                for i in range(size):
+                    scratch.active[i].gate_mass = demand.gate_mass[first + i]
             if setting.splits:
                 for i in range(size):
                     scratch.active[i].here = scratch.active[i].resident

@@ -17,6 +17,7 @@ class Demand(NamedTuple):
     expert: np.ndarray  # int32 [n]
     rows: np.ndarray  # int32 [n]: rows that chose it
     next_step: np.ndarray  # int32 [n]: step of its next demand, -1 = none; or [0] where no policy looks ahead
+    gate_mass: np.ndarray  # float64 [n]: sum of its rows' gates; or [0] where no policy weighs them
 
 
 class Popularity(NamedTuple):
@@ -40,12 +41,28 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> Dema
     expert, count = np.empty(most, np.int32), np.empty(most, np.int32)
     if not _gather(experts, offset, num_experts, start, expert, count):
         return None
-    return Demand(start, expert[: start[-1]], count[: start[-1]], np.zeros(0, np.int32))
+    return Demand(start, expert[: start[-1]], count[: start[-1]], np.zeros(0, np.int32), np.zeros(0))
 
 
 def without_ahead(demand: Demand, steps: int, layers: int) -> Demand:
     """Return a block's demand without the steps beyond its own ``steps``, which are only looked ahead at."""
     return demand._replace(start=demand.start[: steps * layers + 1])
+
+
+def with_gates(demand: Demand, experts: np.ndarray, gates: np.ndarray | None, offset: np.ndarray) -> Demand:
+    """Return a block's demand with the sums of gates of its first steps.
+
+    ``experts`` [rows, L, k] as in ``demand_of``; ``gates`` float32 of the same shape, or None; ``offset`` int64
+    [steps + 1]. A gate that is not finite is unknown, and counts as 1/k.
+    """
+    layers, top_k = experts.shape[1:]
+    size = demand.start[(len(offset) - 1) * layers]
+    if gates is None:
+        return demand._replace(gate_mass=demand.rows[:size] / top_k)
+    mass = np.empty(size)
+    most = int(demand.expert.max(initial=0)) + 1
+    _weigh(experts, gates, offset, demand.start, demand.expert, most, mass)
+    return demand._replace(gate_mass=mass)
 
 
 def new_popularity(layers: int, num_experts: int) -> Popularity:
@@ -62,6 +79,25 @@ def count_experts(demand, popularity):
         for j in range(demand.start[i], demand.start[i + 1]):
             rows[demand.expert[j]] += demand.rows[j]
             steps[demand.expert[j]] += 1
+
+
+@kernel(inline=False)
+def _weigh(experts, gates, offset, start, expert, most, mass):
+    """Sum the gates of each active expert's rows into ``mass`` float64 [n], in order; active ids are below ``most``."""
+    layers, top_k = experts.shape[1:]
+    sums = np.zeros(most)
+    for s in range(offset.size - 1):
+        for layer in range(layers):
+            for row in range(offset[s], offset[s + 1]):
+                for slot in range(top_k):
+                    e = np.int64(experts[row, layer, slot])
+                    gate = np.float64(gates[row, layer, slot])
+                    if e < most:
+                        sums[e] += gate if np.isfinite(gate) else 1.0 / top_k
+            at = s * layers + layer
+            for i in range(start[at], start[at + 1]):
+                mass[i] = sums[expert[i]]
+                sums[expert[i]] = 0.0
 
 
 @kernel(inline=False)

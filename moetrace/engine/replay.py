@@ -42,6 +42,7 @@ from moetrace.engine.state import (
     HOME,
     LINK_IN,
     LINK_OUT,
+    OWN,
     SHARED,
     Log,
     View,
@@ -84,6 +85,8 @@ class LayerScratch(NamedTuple):
     groups: Any  # GROUP [groups]
     load: np.ndarray  # int64 [E]
     plan: np.ndarray  # uint8 [E]
+    own: Any  # OWN [L]: of every layer, and kept
+    own_at: np.ndarray  # int64 [L]: address of each
 
 
 class State(NamedTuple):
@@ -107,8 +110,8 @@ class Work(NamedTuple):
 
 
 @kernel
-def view_of(step, steps, machine, setting, scratch, pool):
-    """Return what hooks may read of a step; ``pool`` is the age of the layer's, and whether it is full."""
+def view_of(step, layer, steps, machine, setting, scratch, pool):
+    """Return what hooks may read of a step and layer; ``pool`` is the age of the layer's, and whether it is full."""
     return View(
         step,
         steps.phase[step - steps.first],
@@ -129,6 +132,7 @@ def view_of(step, steps, machine, setting, scratch, pool):
         pool[1],
         scratch.active,
         scratch.groups,
+        scratch.own_at[layer],
     )
 
 
@@ -160,6 +164,9 @@ def _see(at, layer, step, demand, machine, setting, state, log):
     order_on_gpu(state.scratch.active, size)
     if setting.splits:
         see_parts(base, size, state)
+    if setting.weighs:
+        for i in range(size):
+            state.scratch.active[i].gate_mass = demand.gate_mass[first + i]
     log.step[step].hits += hits
     log.step[step].misses += size - hits
     log.step[step].late += late
@@ -240,7 +247,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     size = _see(at, layer, step, batch.demand, machine, setting, state, log)
     pool = pool_of(state.cache, layer)
     of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity))
-    view = view_of(step, batch.steps, machine, setting, state.scratch, of_pool)
+    view = view_of(step, layer, batch.steps, machine, setting, state.scratch, of_pool)
     load = state.scratch.load[:size]
     plan = state.scratch.plan[:size]
     if size > 0:
@@ -367,12 +374,15 @@ def new_state(machine: Machine, schedule: Schedule, setting: Any, cache: Cache, 
 
 def new_scratch(machine: Machine) -> LayerScratch:
     """Return room for a layer's active experts."""
-    experts = machine.home.shape[1]
+    layers, experts = machine.home.shape
+    own = records(layers, OWN)
     return LayerScratch(
         active=records(experts, ACTIVE),
         groups=records(len(machine.device) - FIRST_HOME, GROUP),
         load=np.zeros(experts, np.int64),
         plan=np.zeros(experts, np.uint8),
+        own=own,
+        own_at=own.ctypes.data + OWN.itemsize * np.arange(layers),
     )
 
 
@@ -381,7 +391,7 @@ def smallest_work() -> Work:
     """Return the smallest possible work, of which the types are read that kernels are compiled for."""
     one, none = np.zeros(1, np.int64), np.zeros(0, np.int64)
     bits = np.zeros(1, np.uint8)
-    demand = Demand(np.zeros(2, np.int64), *(np.zeros(1, np.int32) for _ in range(3)))
+    demand = Demand(np.zeros(2, np.int64), *(np.zeros(1, np.int32) for _ in range(3)), np.zeros(1))
     batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
     machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)
