@@ -21,7 +21,7 @@ def main() -> None:
 def _interrupted(*_: object) -> None:
     """End at once; nothing was begun."""
     os.write(2, b"moetrace: interrupted; no file was left half-written.\n")
-    os._exit(1)
+    os._exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def _group(debug: bool) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; an error is one sentence on stderr and exit code 1 (failed) or 2 (wrong usage)."""
+    """Run the command line; an error is one sentence on stderr, and exit code 1; 2 for wrong usage, 130 for Ctrl-C."""
     if "_MOETRACE_COMPLETE" in os.environ:  # a shell asks what may stand here, or for the lines that make it ask
         from click.shell_completion import shell_complete
 
@@ -121,7 +121,7 @@ def _terminated(number: int, _: object) -> None:
 
 def _end(stop: BaseException) -> NoReturn:
     """End as a signal asked; a function that still runs somewhere cannot hold the process."""
-    code, how = 1, "interrupted"
+    code, how = 128 + signal.SIGINT, "interrupted"
     if isinstance(stop, _Stopped):
         code, how = 128 + stop.signal, f"ended by {stop.signal.name}"
     with contextlib.suppress(OSError):  # SIGHUP: the terminal is gone
