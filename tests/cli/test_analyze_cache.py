@@ -142,7 +142,7 @@ def test_errors_are_one_sentence(run, tmp_path):
     for arguments, code, sentence in (
         ((tmp_path / "a.h5", "--capacity", "3GB"), 2, "3GB needs the sizes of experts"),
         ((tmp_path / "a.h5", "--capacity", "3 apples"), 2, "the capacity '3 apples' is neither a number of experts"),
-        ((tmp_path / "a.h5", "--policy", "mru"), 2, "'mru' is not one of"),
+        ((tmp_path / "a.h5", "--policy", "mru"), 2, "but is 'mru'"),
         ((TINY, "--model", "mixtral-8x7b"), 2, "name the right one with --model"),
         ((tmp_path / "b.h5",), 1, "b.h5"),
         ((TINY, "--phase", "mixed"), 1, "tiny-olmoe.h5 has no mixed steps"),
