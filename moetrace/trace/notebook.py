@@ -1,0 +1,30 @@
+"""How a trace shows itself, in a console and in a notebook; no row is read."""
+
+from typing import TYPE_CHECKING
+
+from moetrace.spec.errors import printable
+from moetrace.spec.html_table import html_table
+from moetrace.trace.schema import PHASE_NAMES
+
+if TYPE_CHECKING:
+    from moetrace.trace.format import Trace
+
+
+def trace_text(trace: "Trace") -> str:
+    """Return a trace in one line."""
+    return f"<Trace {printable(trace.shown)}: {trace.rows:,} rows in {trace.steps:,} steps of {printable(trace.model)}>"
+
+
+def trace_html(trace: "Trace") -> str:
+    """Return what a trace's file says of itself, as a table."""
+    phases = [f"{int((trace.phase == phase).sum()):,} {name}" for phase, name in enumerate(PHASE_NAMES)]
+    facts = {
+        "model": trace.model,
+        "layers": trace.layers,
+        "experts": f"{trace.num_experts} a layer, top {trace.top_k}",
+        "steps": f"{trace.steps:,} ({', '.join(phases)})",
+        "rows": trace.rows,
+        "also holds": ", ".join(sorted(trace.has)) or None,
+        "ids": trace.storage,
+    }
+    return html_table(["trace", trace.shown], facts.items())
