@@ -252,9 +252,7 @@ def test_plot(run, tmp_path):
     pytest.importorskip("vl_convert")
     code, out, err = run(TINY, "--policy", "lru", "--policy", "belady", "--plot", tmp_path / "a.png")
     assert (code, err) == (0, "") and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert sum(line.startswith("192 ") for line in out.splitlines()) == 2 * 2 * 3, (
-        "two parts, sixteen capacities by default"
-    )
+    assert out == run(TINY, "--policy", "lru", "--policy", "belady")[1]  # what is drawn beside it is not printed
     assert run(TINY, "--capacity", "48", "--plot", tmp_path / "a.html")[0] == 0
     assert str(tmp_path) not in (tmp_path / "a.html").read_text()
     for arguments, sentence in (
