@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 
 from moetrace.engine.cost import dense_s, head_s, price, price_varied, prices_of
+from moetrace.engine.demand import see_gates
 from moetrace.engine.layer import timeline
-from moetrace.engine.replay import smallest_work, view_of
+from moetrace.engine.replay import smallest_work
 from moetrace.engine.sharing import shared_of
 from moetrace.engine.state import hook_signature
+from moetrace.engine.view import view_of
 from moetrace.jit.compile import kernel
 
 
@@ -74,8 +76,7 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
             if not machine.is_plain:
                 price_varied(machine, scratch.active, size)
             if setting.weighs:
-                for i in range(size):
-                    scratch.active[i].gate_mass = demand.gate_mass[first + i]
+                see_gates(demand, first, size, scratch.active)
             if setting.splits:
                 for i in range(size):
                     scratch.active[i].here = scratch.active[i].resident

@@ -81,6 +81,13 @@ def count_experts(demand, popularity):
             steps[demand.expert[j]] += 1
 
 
+@kernel
+def see_gates(demand, first, size, active):
+    """Give the active experts of a layer, which are ``first`` on in the demand, the sums of their rows' gates."""
+    for i in range(size):
+        active[i].gate_mass = demand.gate_mass[first + i]
+
+
 @kernel(inline=False)
 def _weigh(experts, gates, offset, start, expert, most, mass):
     """Sum the gates of each active expert's rows into ``mass`` float64 [n], in order; active ids are below ``most``."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.engine.replay import LayerScratch, Work, view_of
+from moetrace.engine.replay import Work
 from moetrace.engine.state import DEVICES, DISPATCH
+from moetrace.engine.view import LayerScratch, view_of
 from moetrace.jit.compile import PURE_PYTHON
 
 # Lines that plain Python runs before it is given up: the second time, the function may never return.

@@ -7,11 +7,11 @@ import numpy as np
 
 from moetrace.engine.by_worth import admit_by_worth, queue_best, touch_and_admit_by_worth
 from moetrace.engine.cost import dense_s, head_s, order_on_gpu, price, price_varied, prices_of
-from moetrace.engine.demand import Demand
+from moetrace.engine.demand import Demand, see_gates
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.foresight import foresee
 from moetrace.engine.layer import shared_s, timeline
-from moetrace.engine.machine import DEVICE, FIRST_HOME, GPU_DEVICE, LINK, WORK, Machine
+from moetrace.engine.machine import DEVICE, FIRST_HOME, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
     BY_WORTH,
     FROM_PROMPT,
@@ -35,23 +35,20 @@ from moetrace.engine.schedule import Requests, Schedule
 from moetrace.engine.setting import new_setting
 from moetrace.engine.sharing import see_parts, share_out, shared_of
 from moetrace.engine.state import (
-    ACTIVE,
     FIRST_GROUP,
     GPU,
-    GROUP,
     HOME,
     LINK_IN,
     LINK_OUT,
-    OWN,
     SHARED,
     Log,
-    View,
     hook_signature,
     new_log,
     records,
 )
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
 from moetrace.engine.turns import Turns
+from moetrace.engine.view import LayerScratch, new_scratch, view_of
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import BY_TOUCH
 from moetrace.trace.schema import DECODE
@@ -78,17 +75,6 @@ class Batch(NamedTuple):
     row_phase: np.ndarray  # uint8 [rows]
 
 
-class LayerScratch(NamedTuple):
-    """What is known of the layer at hand."""
-
-    active: Any  # ACTIVE [E]
-    groups: Any  # GROUP [groups]
-    load: np.ndarray  # int64 [E]
-    plan: np.ndarray  # uint8 [E]
-    own: Any  # OWN [L]: of every layer, and kept
-    own_at: np.ndarray  # int64 [L]: address of each
-
-
 class State(NamedTuple):
     """Everything that is carried from step to step, made once; and the scratch of one layer."""
 
@@ -107,33 +93,6 @@ class Work(NamedTuple):
     setting: Any  # SETTING [1]
     state: State
     log: Log
-
-
-@kernel
-def view_of(step, layer, steps, machine, setting, scratch, pool):
-    """Return what hooks may read of a step and layer; ``pool`` is the age of the layer's, and whether it is full."""
-    return View(
-        step,
-        steps.phase[step - steps.first],
-        steps.rows[step - steps.first],
-        setting.slots,
-        machine.share,
-        machine.work[0].row_bytes * machine.link[0].s_per_byte,
-        machine.link[0].latency_s,
-        setting.alpha,
-        setting.half_life,
-        setting.most_count,
-        pool[0],
-        machine.device[GPU_DEVICE].layer_s,
-        machine.device[FIRST_HOME].layer_s,
-        setting.gpu_rows,
-        machine.device[GPU_DEVICE].start_s,
-        machine.device[FIRST_HOME].start_s,
-        pool[1],
-        scratch.active,
-        scratch.groups,
-        scratch.own_at[layer],
-    )
 
 
 @kernel
@@ -165,8 +124,7 @@ def _see(at, layer, step, demand, machine, setting, state, log):
     if setting.splits:
         see_parts(base, size, state)
     if setting.weighs:
-        for i in range(size):
-            state.scratch.active[i].gate_mass = demand.gate_mass[first + i]
+        see_gates(demand, first, size, state.scratch.active)
     log.step[step].hits += hits
     log.step[step].misses += size - hits
     log.step[step].late += late
@@ -369,20 +327,6 @@ def new_state(machine: Machine, schedule: Schedule, setting: Any, cache: Cache, 
             layers * experts,
         ),
         scratch=new_scratch(machine),
-    )
-
-
-def new_scratch(machine: Machine) -> LayerScratch:
-    """Return room for a layer's active experts."""
-    layers, experts = machine.home.shape
-    own = records(layers, OWN)
-    return LayerScratch(
-        active=records(experts, ACTIVE),
-        groups=records(len(machine.device) - FIRST_HOME, GROUP),
-        load=np.zeros(experts, np.int64),
-        plan=np.zeros(experts, np.uint8),
-        own=own,
-        own_at=own.ctypes.data + OWN.itemsize * np.arange(layers),
     )
 
 

@@ -18,13 +18,14 @@ from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import is_users, load_hook, weighs_gates
 from moetrace.engine.prefetch import COMPLETED_EVER
 from moetrace.engine.recording import Recording
-from moetrace.engine.replay import Batch, LayerScratch, State, Work, new_scratch, new_state
+from moetrace.engine.replay import Batch, State, Work, new_state
 from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, empty_cells, keep_for_good
 from moetrace.engine.schedule import Schedule
 from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes_of
 from moetrace.engine.state import LINK_IN, Log, new_log
 from moetrace.engine.variants import variant
+from moetrace.engine.view import LayerScratch, new_scratch
 from moetrace.jit.apart import Hands, may_wait, result_of
 from moetrace.jit.compile import compile_now
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find

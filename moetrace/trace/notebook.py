@@ -1,21 +1,18 @@
 """How a trace shows itself, in a console and in a notebook; no row is read."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from moetrace.spec.errors import printable
 from moetrace.spec.html_table import html_table
 from moetrace.trace.schema import PHASE_NAMES
 
-if TYPE_CHECKING:
-    from moetrace.trace.format import Trace
 
-
-def trace_text(trace: "Trace") -> str:
+def trace_text(trace: Any) -> str:
     """Return a trace in one line."""
     return f"<Trace {printable(trace.shown)}: {trace.rows:,} rows in {trace.steps:,} steps of {printable(trace.model)}>"
 
 
-def trace_html(trace: "Trace") -> str:
+def trace_html(trace: Any) -> str:
     """Return what a trace's file says of itself, as a table."""
     phases = [f"{int((trace.phase == phase).sum()):,} {name}" for phase, name in enumerate(PHASE_NAMES)]
     facts = {
