@@ -1,21 +1,26 @@
 """What a replay found: figures, frames and files, made from the engine's logs when they are asked for."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
 from moetrace.engine.run import Run
 from moetrace.results import frames, publish, summary, timeline, timeline_file, write
 from moetrace.results.record import FIGURES, TIMELINE_FILE, value_in
 from moetrace.spec.html_table import html_table
+from moetrace.spec.later import Later
 from moetrace.trace.atomic import whole_file
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from moetrace.show.plot import Plots
+else:
+    pl = Later("polars")
 
 
 _SHOWN = (
@@ -101,7 +106,7 @@ class Result:
         return frames.expert_frame(self.run)
 
     @property
-    def plot(self) -> "Plots":
+    def plot(self) -> Plots:
         """Charts for a notebook: `result.plot.latency()` and others, of Altair (the extra `report`)."""
         from moetrace.show.plot import Plots
 
