@@ -335,7 +335,8 @@ def smallest_work() -> Work:
     """Return the smallest possible work, of which the types are read that kernels are compiled for."""
     one, none = np.zeros(1, np.int64), np.zeros(0, np.int64)
     bits = np.zeros(1, np.uint8)
-    demand = Demand(np.zeros(2, np.int64), *(np.zeros(1, np.int32) for _ in range(3)), np.zeros(1))
+    few = np.zeros(1, np.int32)
+    demand = Demand(np.zeros(2, np.int64), few, few, few, np.zeros(1))
     batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
     machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)

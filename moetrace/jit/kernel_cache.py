@@ -122,7 +122,7 @@ def _runtime() -> Any:
     itself when it compiles. What a user's function names may need more.
     """
     try:
-        from numba.core.runtime import rtsys
+        from numba.core.runtime.nrt import rtsys
     except ImportError:
         return None
     return rtsys if hasattr(rtsys, "initialize") else None

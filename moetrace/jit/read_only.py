@@ -88,7 +88,8 @@ def _nothing(returned: Any) -> Any:
 
 def record_at(address: int, dtype: np.dtype) -> Any:
     """Return the record that lies at an address; whoever passes it on keeps the array that the record is of."""
-    return np.frombuffer((ctypes.c_char * dtype.itemsize).from_address(int(address)), dtype).view(np.recarray)[0]
+    memory: Any = (ctypes.c_char * dtype.itemsize).from_address(int(address))
+    return np.frombuffer(memory, dtype).view(np.recarray)[0]
 
 
 @overload(record_at, strict=False)

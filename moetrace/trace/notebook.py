@@ -7,8 +7,9 @@ from moetrace.spec.html_table import html_table
 from moetrace.trace.schema import PHASE_NAMES
 
 
-def trace_text(trace: Any) -> str:
+def trace_text(self: Any) -> str:
     """Return a trace in one line."""
+    trace = self
     return f"<Trace {printable(trace.shown)}: {trace.rows:,} rows in {trace.steps:,} steps of {printable(trace.model)}>"
 
 

@@ -116,7 +116,7 @@ def command(
         title = title_of(opened, asked["scope"], asked["sequential"])
         draws_curve = picture is not None and _draws_curve(opened, asked)
         if curve:
-            found = _curve(opened, asked)
+            found = every = _curve(opened, asked)
         else:
             asked["capacities"] = asked["capacities"] or _sixteenths(opened, asked, (2, 4, 8))
             drawn = _sixteenths(opened, asked, range(1, 17)) if picture else ()

@@ -1,5 +1,7 @@
 """`moetrace list`: the presets, each with its main figures, and whatever else has a name, with what it means."""
 
+from collections.abc import Mapping, Sequence
+
 import click
 
 from moetrace.cli.tables.output import figure, format_option, print_rows, stdout_console
@@ -97,7 +99,7 @@ def command(kind: str, form: str) -> None:
         print_rows(_HEADERS[kind], rows, form)
 
 
-def _named_rows(kind: str) -> list[dict[str, object]]:
+def _named_rows(kind: str) -> Sequence[Mapping[str, object]]:
     if kind == "cache-policies":
         from moetrace.spec.choices import cache_policies, described
 
