@@ -1,6 +1,6 @@
 """Speed of the cache analysis, beside libcachesim on the same accesses: one at a time, a cache for each layer.
 
-    python bench/cache.py [--rounds 5] [--requests 8] [--write docs/cache.md]
+    python bench/cache.py [--rounds 7] [--requests 16] [--end-to-end] [--write docs/cache.md]
 
 Every case is timed once a round, in turn; the tables show medians: nanoseconds an access of one core, and how many
 times that libcachesim took in the same round. What is timed begins with accesses in memory, ours as arrays of keys,
@@ -8,6 +8,11 @@ theirs as files (which the system caches) of 24 bytes an access that hold its ne
 of hits, which is the same. "read" is what it takes to get there, from ids to accesses; "look ahead" finds the next
 accesses. Both are done once, for all policies and capacities. One thread's time is that of the CPU, so that neighbours
 on a busy machine count little; the last line is by the clock. `--write` puts the tables into a Markdown file.
+
+"End to end" is what a user waits for: ours from the path of a trace to the frame with all its figures, by request, by
+step and of rows, as `analyze cache --sequential` computes it; theirs from the path of its own file to the miss ratios,
+and nothing else. Both are processor seconds of the whole process (all threads), both files are in the system's cache,
+both without the start of Python and imports, and without compiling. With `--end-to-end` only this is measured.
 """
 
 import argparse
@@ -17,15 +22,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from time import perf_counter, thread_time
+from time import perf_counter, process_time, thread_time
 
 import cachesim
 import msgspec
 import numpy as np
+import polars as pl
 from markers import write_between
 
 from moetrace.analyze.cache.accesses import accesses
 from moetrace.analyze.cache.hit_curve import lru_curve
+from moetrace.analyze.cache.hits import cache_hits
 from moetrace.analyze.cache.kernels import stack
 from moetrace.analyze.cache.kernels.replays import Budget, Demands, make_replay
 from moetrace.analyze.cache.next_use import NextUses
@@ -38,6 +45,15 @@ LAYERS = 16  # of each model
 POLICIES = {"lru": "LRU", "fifo": "FIFO", "lfu-in-cache": "LFU in cache", "belady": "Belady"}
 TARGETS = {"lru": "5", "fifo": "5", "lfu-in-cache": "8", "belady": "3 (8 experts), 8"}
 PARTS = 13  # capacities are 1 to 12 of so many parts of a layer's experts
+# End to end: requests of 512 tokens of a model of 48 x 128 experts, top 8; policies, capacities, and what is wanted.
+WHOLE = "qwen3-30b-a3b"
+ALL = ("lru", "fifo", "lfu-in-cache", "belady", "sieve")
+_FEW_ROUNDS = 3  # of many caches, as theirs takes long
+ENDS = (
+    ("one LRU", 40, ("lru",), 1, 6.0),
+    ("one LRU", 2, ("lru",), 1, 1.5),
+    ("60 caches", 10, ALL, 12, 8.0),
+)
 
 
 class Case:
@@ -140,6 +156,68 @@ def lines_of(case: Case, rounds: int) -> list[str]:
     return found
 
 
+class EndToEnd:
+    """A trace in a file, and its accesses in a file of libcachesim's for each scope's caches."""
+
+    def __init__(self, requests: int, folder: Path):
+        self.path = folder / f"whole-{requests}.h5"
+        trace = generate_trace(WHOLE, requests=requests, prompt=32, output=480, zipf=0.6, stick=0.3)
+        trace.write(self.path)
+        keys = np.concatenate([block.key for block in accesses(trace, sequential=True)])
+        layer = keys // trace.num_experts
+        self.layers, self.experts, self.accesses = trace.layers, trace.num_experts, keys.size
+        parts = {"global": [keys], "layer": [keys[layer == number] for number in range(trace.layers)]}
+        self.files: dict[str, list[tuple[Path, int]]] = {scope: [] for scope in parts}
+        for scope, part in ((scope, part) for scope, several in parts.items() for part in several):
+            file = folder / f"{requests}-{scope}-{len(self.files[scope])}"
+            self.files[scope].append((cachesim.write(part, file), part.size))
+
+    def capacities(self, number: int) -> list[int]:
+        """Capacities of one layer's cache."""
+        one = [self.experts // 4]
+        return one if number == 1 else [max(1, round(self.experts * part / PARTS)) for part in range(1, number + 1)]
+
+    def ours(self, scope: str, policies: tuple[str, ...], number: int) -> list[int]:
+        asked = [self.layers * capacity for capacity in self.capacities(number)]
+        frame = cache_hits(self.path, asked, policies, scope=scope, sequential=True).filter(phase="all")
+        return frame.sort(pl.col("capacity_experts"), maintain_order=True)["hits"].to_list()
+
+    def theirs(self, scope: str, policies: tuple[str, ...], number: int) -> list[int]:
+        readers = [(cachesim.reader(file), size) for file, size in self.files[scope]]
+        scale = self.layers if scope == "global" else 1
+        found = []
+        for capacity in self.capacities(number):
+            for policy in policies:
+                shares = ((cachesim.misses(policy, scale * capacity, reader), size) for reader, size in readers)
+                found.append(sum(size - round(share * size) for share, size in shares))
+        return found
+
+
+def end_to_end(rounds: int, folder: Path) -> list[str]:
+    """The table from the file to the frame."""
+    lines = [
+        f"End to end, {WHOLE}, one access at a time, processor seconds, medians of {rounds} "
+        f"(of many caches, of {min(rounds, _FEW_ROUNDS)}):",
+        "",
+        "| | accesses | caches | ours | libcachesim | ratio | wanted |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    cases = {requests: EndToEnd(requests, folder) for requests in {requests for _, requests, *_ in ENDS}}
+    for name, requests, policies, number, wanted in ENDS:
+        for scope in ("global", "layer"):
+            case, asked = cases[requests], (scope, policies, number)
+            assert case.ours(*asked) == case.theirs(*asked), "the same hits"
+            works = {"ours": lambda c=case, a=asked: c.ours(*a), "theirs": lambda c=case, a=asked: c.theirs(*a)}
+            times = measure(works, rounds if number == 1 else min(rounds, _FEW_ROUNDS), process_time)
+            own, peer = times["ours"], times["theirs"]
+            where = "of all layers" if scope == "global" else "a layer"
+            lines.append(
+                f"| {name} | {case.accesses:,} | {where} | {median(own):.3f} | {median(peer):.3f} | "
+                f"{ratio(peer, own)}x | {wanted:g}x |"
+            )
+    return [*lines, "", f"({os.cpu_count()} CPUs, load {os.getloadavg()[0]:.0f}.)", ""]
+
+
 @kernel(inline=False)
 def spin(turns):
     """Keep a core busy, without memory."""
@@ -169,10 +247,18 @@ def threads(rounds: int) -> tuple[float, float]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--requests", type=int, default=16)
     options.add_argument("--write", type=Path)
+    options.add_argument("--end-to-end", action="store_true")
     given = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        ends = "\n".join(end_to_end(given.rounds, Path(folder))).rstrip()
+    print(ends, flush=True)
+    if given.write:
+        write_between(given.write, "end-to-end", ends)
+    if given.end_to_end:
+        return
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         for model in MODELS:

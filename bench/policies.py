@@ -46,7 +46,8 @@ _CHOSEN: dict[str, Any] = {"placement": "tp", "dispatch": "balance", "scope": "g
 def others() -> list[PolicySpec]:
     """Return the online residencies, each with the prefetch that it goes with best."""
     kinds = [(name, "none") for name in ("lru", "fifo", "sieve", "lfu-in-cache", "least-stale")]
-    kinds += [(name, prefetch) for name in ("lfu", "lfuda", "ewma") for prefetch in ("none", "online:1")]
+    partners = ("none", "online:1")
+    kinds += [(name, prefetch) for name in ("lfu", "lfu-window", "lfuda", "ewma") for prefetch in partners]
     found = []
     for residency, prefetch in kinds:
         name = residency if prefetch == "none" else f"{residency} + {prefetch}"
@@ -61,9 +62,17 @@ def presets() -> list[PolicySpec]:
     return [load_policy(name) for name in names]
 
 
+def belady() -> PolicySpec:
+    """Return the residency that knows the trace, without prefetch."""
+    return PolicySpec(name="belady", residency="belady", **_CHOSEN)
+
+
 @dataclass
 class Cell:
-    """A policy on one trace and machine, decode steps only; ``closed`` of the gap from `edge-ndp` to clairvoyant."""
+    """A policy on one trace and machine, decode steps only; ``closed`` of the gap from `edge-ndp` to clairvoyant.
+
+    How far all steps are from the bounds, and `edge-ndp`'s clairvoyant time, is in percent of these.
+    """
 
     capture: str
     batch: int
@@ -73,6 +82,10 @@ class Cell:
     closed: float
     link_gb: float  # a decode row
     memory_gb: float  # a row
+    over_bound: float
+    over_work: float
+    clairvoyant_over_bound: float
+    clairvoyant_over_work: float
 
 
 def captured(folders: list[Path], scratch: Path) -> Iterator[tuple[str, Trace]]:
@@ -181,11 +194,42 @@ def measured(name: str, trace: Trace, batch: int, policies: list[PolicySpec]) ->
             memory_gb = float(of_units[GPU] + of_units[FIRST_GROUP:].sum()) / rows.sum() / 1e9
             own_s = seconds(lane, decode)
             closed = 100 * (edge_s - own_s) / (edge_s - clairvoyant_s)
-            yield Cell(name, batch, units, lane.policy.name, edge_s / own_s, closed, link_gb, memory_gb)
+            all_s = float(step["duration_s"].sum())
+            over = [
+                100 * (spent_s / bound_s - 1)
+                for spent_s in (all_s, edge.clairvoyant_s)
+                for bound_s in (lane.lower_bound_s, lane.work_bound_s)
+            ]
+            yield Cell(name, batch, units, lane.policy.name, edge_s / own_s, closed, link_gb, memory_gb, *over)
 
 
 def seconds(lane: Lane, steps: np.ndarray) -> float:
     return float(lane.log.step["duration_s"][steps].sum())
+
+
+_HEADS = ("closed %", "decode", "link GB", "memory GB", "over bound %")
+
+
+def bounded(cells: list[Cell]) -> str:
+    """Return how far some policies are from the lower bound and the work bound: mean, least and most."""
+
+    def spread(values: list[float]) -> str:
+        return f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+    rows = []
+    for policy in ("edge-ndp", "foresee", "foresee-split", "belady"):
+        row = [f"`{policy}`"]
+        for batch in BATCHES:
+            own = [cell for cell in cells if cell.policy == policy and cell.batch == batch]
+            row += [spread([cell.over_bound for cell in own]), spread([cell.over_work for cell in own])]
+        rows.append(tuple(row))
+    row = ["clairvoyant time of `edge-ndp`"]
+    for batch in BATCHES:
+        own = [cell for cell in cells if cell.policy == "edge-ndp" and cell.batch == batch]
+        row += [spread([c.clairvoyant_over_bound for c in own]), spread([c.clairvoyant_over_work for c in own])]
+    rows.append(tuple(row))
+    head = [f"over the {name} bound %, batch {batch}" for batch in BATCHES for name in ("lower", "work")]
+    return table(("policy", *head), rows)
 
 
 def summary(cells: list[Cell]) -> str:
@@ -197,8 +241,9 @@ def summary(cells: list[Cell]) -> str:
             own = [cell for cell in cells if cell.policy == policy and cell.batch == batch]
             row += [f"{mean(cell.closed for cell in own):.0f}", f"{mean(cell.speedup for cell in own):.2f}x"]
             row += [f"{mean(cell.link_gb for cell in own):.2f}", f"{mean(cell.memory_gb for cell in own):.2f}"]
+            row += [f"{mean(cell.over_bound for cell in own):.0f}"]
         rows.append(tuple(row))
-    head = [f"{name}, batch {batch}" for batch in BATCHES for name in ("closed %", "decode", "link GB", "memory GB")]
+    head = [f"{name}, batch {batch}" for batch in BATCHES for name in _HEADS]
     return table(("policy", *head), rows)
 
 
@@ -219,6 +264,7 @@ def details(cells: list[Cell]) -> str:
 FORGETTING: dict[str, dict[str, Any]] = {
     "lfu": {"residency": "lfu"},
     "lfu, half-life 64": {"residency": "lfu", "half_life": 64},
+    "lfu-window": {"residency": "lfu-window"},
     "lfu-in-cache": {"residency": "lfu-in-cache"},
     "ewma, alpha 0.02": {"residency": "ewma", "alpha": 0.02},
     "sieve": {"residency": "sieve"},
@@ -281,7 +327,7 @@ def main() -> None:
     options.add_argument("--write", action="store_true")
     options.add_argument("--rows", type=int, default=5000, help="take the first requests of a trace up to so many rows")
     asked = options.parse_args()
-    policies = [*presets()[:3], *others(), *presets()[3:]]
+    policies = [*presets()[:3], *others(), *presets()[3:], belady()]
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -296,8 +342,14 @@ def main() -> None:
                     singles += [(name, made)] if batch == 1 else []
                     cells += measured(name, made, batch, policies)
                     print(f"{name}, batch {batch}: {made.rows} rows", flush=True)
-    own = [cell for cell in cells if cell.policy not in ("edge-ndp",)]
-    parts = {"policies": summary(own), "cells": details(own), "costs": costs(), "forgetting": forgetting(singles)}
+    own = [cell for cell in cells if cell.policy not in ("edge-ndp", "belady")]
+    parts = {
+        "bounds": bounded(cells),
+        "policies": summary([cell for cell in cells if cell.policy != "belady"]),
+        "cells": details(own),
+        "costs": costs(),
+        "forgetting": forgetting(singles),
+    }
     for name, text in parts.items():
         print(f"\n{text}")
         if asked.write:

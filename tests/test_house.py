@@ -51,6 +51,7 @@ HEAVY_IMPORTS = {
     ("engine/replay.py", "numba"): "declares the types that the replay is compiled for",
     ("engine/state.py", "numba"): "declares the types that the replay is compiled for",
     ("engine/bounds.py", "numba"): "declares the types that the bounds are compiled for",
+    ("engine/lower_bound.py", "numba"): "declares the types that the bound is compiled for",
     ("engine/plugin.py", "numba"): "says in one sentence what Numba refuses in a user's function",
 }
 NUMBA_AT_THE_TOP = {

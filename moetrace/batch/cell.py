@@ -17,7 +17,7 @@ from moetrace.results.resolve import by_spec, model_of
 from moetrace.spec import Model, PolicySpec, System, canonical, check_policy, load_model, load_system
 from moetrace.spec.choices import KINDS, source_of
 from moetrace.spec.errors import MoetraceError, UsageError, printable, stop_behind
-from moetrace.spec.load import FUNCTION_FIELDS, read_text
+from moetrace.spec.load import AUTO, FUNCTION_FIELDS, read_text
 from moetrace.spec.named import nearest
 from moetrace.spec.policy import CodeFile, note_code, read_policy, refuse_code
 from moetrace.trace import Trace
@@ -181,8 +181,8 @@ def files_of(setup: Setup) -> dict[str, str]:
     """Paths of the files that the specs of a setup name, by field: tables of numbers, functions, other packages."""
     model, policy = setup.model, setup.policies[0]
     found = {"model.weight_bits": model.weight_bits}
-    found |= {f"policy.{field}": getattr(policy, field) for field in ("loads", "plan", "static")}
-    files = {field: path for field, path in found.items() if isinstance(path, str)}
+    found |= {f"policy.{field}": getattr(policy, field) for field in ("loads", "plan", "static", "budget")}
+    files = {field: path for field, path in found.items() if isinstance(path, str) and path != AUTO}
     for field in KINDS:
         file, colon, _ = getattr(policy, field).rpartition(":")
         if colon and file.endswith(".py"):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrace.spec.errors import printable
-from moetrace.spec.load import FILE_FIELDS, FUNCTION_FIELDS
+from moetrace.spec.load import AUTO, FILE_FIELDS, FUNCTION_FIELDS
 from moetrace.spec.model_files import is_model_file
 
 SOURCES = ("trace", "model", "system", "policy")
@@ -52,5 +52,5 @@ def placed(field: str, value: Any, folder: Path) -> Any:
         is_file = field == "trace" or value.endswith(".toml") or "/" in value or "\\" in value or ".py:" in value
         is_file = is_file or (field == "model" and is_model_file(value))
     else:
-        is_file = last in FILE_FIELDS or (last in FUNCTION_FIELDS and ".py:" in value)
+        is_file = (last in FILE_FIELDS and value != AUTO) or (last in FUNCTION_FIELDS and ".py:" in value)
     return str(folder / value) if is_file else value

@@ -8,20 +8,25 @@ import msgspec
 
 from moetrace.batch.cell import Cell, code_fingerprint, digest, error_sentence, files_of
 from moetrace.engine.decoded import Decoded, Needs, decoded_bytes, needs_of
+from moetrace.engine.folding import StepStore
 from moetrace.engine.run import Run, run_setups
 from moetrace.engine.setup import Setup, weight_bytes_of
-from moetrace.engine.state import LINK_IN, LINK_OUT, STEP
+from moetrace.engine.state import LINK_IN, LINK_OUT
 from moetrace.results import summary
 from moetrace.results.record import CellCosts
+from moetrace.spec.choices import find
 from moetrace.spec.errors import MoetraceError, stop_behind
 from moetrace.spec.fits import dense_misfit
+from moetrace.spec.policy import PolicySpec
 from moetrace.trace import Trace
 from moetrace.version import __version__
 
 # A trace that decodes to no more stays in a worker's memory, for all its tasks; a larger one is read in each of them.
 KEEP_BYTES = 256 << 20
-# Logs and states of the cells of one task.
-LOGS_BYTES = 512 << 20
+# States of the cells of one task.
+LOGS_BYTES = 1 << 30
+# The seconds of each step of these cells: in memory, and beyond that in a temporary file.
+SECONDS_BYTES, FILED_BYTES = 256 << 20, 8 << 30
 # Tasks a job: enough that all jobs end together, few enough that their cells share passes.
 _TASKS_A_JOB = 6
 _MOST_CELLS = 64
@@ -95,19 +100,28 @@ def evaluate(trace: Trace | Decoded, setups: Sequence[Setup]) -> list[dict[str, 
     """
     of = trace if isinstance(trace, Trace) else trace.trace
     facts = summary.trace_facts(of)
-    return [run if isinstance(run, MoetraceError) else _figures(run, facts, of) for run in run_setups(trace, setups)]
+    found: list[dict[str, Any] | MoetraceError] = []
+    with StepStore(SECONDS_BYTES) as store:
+        runs = run_setups(trace, setups, store=store)
+        for run in reversed(runs):
+            found.append(run if isinstance(run, MoetraceError) else _figures(run, facts, of))
+            runs.pop()  # its state has no more use
+    return found[::-1]
 
 
 def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, steps: int | None = None) -> list[Task]:
     """Cut cells of one trace (its first `steps`), by the keys of what they find, into tasks for so many jobs.
 
-    As many cells share a task as pay off and as memory holds.
+    As many cells share a task as pay off and as memory holds. A trace that is not kept is read once by each job, if
+    memory holds its share of the cells.
     """
     needs = needs_of(cell.policy for cell in cells.values())
     kept = is_kept(trace, needs)
     even = -(-len(cells) // (jobs * (_TASKS_A_JOB if steps is None and kept else 1)))
     # A trace that is read again by each task is read by as few as possible.
-    size = max(1, min(even, LOGS_BYTES // cell_bytes(trace), _MOST_CELLS if kept else even))
+    most = max((state_bytes(trace, cell.policy) for cell in cells.values() if cell.setup), default=1)
+    held = min(LOGS_BYTES // most, (SECONDS_BYTES + FILED_BYTES) // seconds_bytes(trace))
+    size = max(1, min(even, held, _MOST_CELLS if kept else even))
     wanted = [(key, cell.setup, cell.inputs["files"]) for key, cell in cells.items() if cell.setup and cell.inputs]
     code = code_fingerprint()
     return [
@@ -116,9 +130,16 @@ def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, st
     ]
 
 
-def cell_bytes(trace: Trace) -> int:
-    """How much memory a cell takes while it is replayed: the log of its steps, and its state."""
-    return trace.steps * STEP.itemsize + trace.layers * trace.num_experts * 256
+def state_bytes(trace: Trace, policy: PolicySpec) -> int:
+    """How much memory a cell takes at most while it is replayed, but for the seconds of its steps."""
+    keys, residency = trace.layers * trace.num_experts, find("residency", policy.residency)
+    foresees = residency is not None and residency.foresees
+    return keys * 160 + (64 << 10) + foresees * keys * (8 * trace.num_experts + 80)
+
+
+def seconds_bytes(trace: Trace) -> int:
+    """How much is kept of a cell's steps: the seconds of each, and where experts are fetched ahead, the bytes."""
+    return trace.steps * 16
 
 
 def is_kept(trace: Trace, needs: Needs) -> bool:

@@ -65,7 +65,7 @@ def queue_best(f, queue, cache, layer, size, scratch, tally):
     experts = f.worth.shape[1]
     _bar(f, cache, layer, size, scratch, False)
     least = _least_resident(f, queue, cache)
-    bar = 0.0 if least < 0 or cache.residents[0] < cache.capacity else _worth(f, least)
+    bar = 0.0 if least < 0 or cache.residents[0] < cache.capacity[0] else _worth(f, least)
     kept = 0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
         key = queue.key[at]
@@ -78,7 +78,7 @@ def queue_best(f, queue, cache, layer, size, scratch, tally):
         else:
             tally[0].wasted += leave(queue, key)
             f.stale[key // experts] = 1
-    while kept < PLACES and cache.capacity > 0:
+    while kept < PLACES and cache.capacity[0] > 0:
         key = _best_candidate(f, queue, cache, bar + f.margin)
         if key < 0:
             break
@@ -167,7 +167,7 @@ def _keep(f, queue, cells, cache, key, tally):
     experts = f.worth.shape[1]
     if cache.resident[key]:
         return False
-    if cache.residents[0] >= cache.capacity:
+    if cache.residents[0] >= cache.capacity[0]:
         victim = _least_resident(f, queue, cache)
         if victim < 0 or _worth(f, victim) >= _worth(f, key):
             return False

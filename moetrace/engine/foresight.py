@@ -11,6 +11,7 @@ import numpy as np
 
 from moetrace.engine.schedule import Requests, places_of
 from moetrace.jit.compile import kernel
+from moetrace.spec.choices import Dispatch, find
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.policy import PolicySpec
 from moetrace.trace.schema import DECODE
@@ -55,6 +56,7 @@ class Foresight(NamedTuple):
     ahead_layers: int
     now_weight: float
     long_weight: float
+    runs_at_home: bool  # whether any expert does, under the policy's dispatch
     margin: float  # what is fetched is worth more than the least resident by more than this
 
 
@@ -73,6 +75,7 @@ def foresight_of(policy: PolicySpec, requests: Requests, layers: int, experts: i
     place, places = places_of(requests.first_step, requests.last_step)
     start = top_k / experts
     one, table = np.full((layers, experts), start), np.full((1, 1, 1), start, np.float32)
+    dispatch: Dispatch | None = find("dispatch", policy.dispatch)
     weights = [_or(policy.now_weight, NOW_WEIGHT), _or(policy.long_weight, LONG_WEIGHT)]
     return Foresight(
         fast=one.copy(),
@@ -102,6 +105,7 @@ def foresight_of(policy: PolicySpec, requests: Requests, layers: int, experts: i
         ahead_layers=ahead,
         now_weight=weights[0],
         long_weight=weights[1],
+        runs_at_home=dispatch is None or not dispatch.without_units,
         margin=_or(policy.margin, MARGIN),
     )
 
@@ -122,16 +126,18 @@ def foresee(f, batch, s, layer, machine):
     for row in range(begin, stop):
         _learn_row(f, batch, row, batch.steps.first + s, layer)
     first = begin if decode else (stop - 1 if f.rows[0] == 1 else stop)
-    _expect_next(f, batch.experts, first, stop, layer, _compute_share(machine, layer))
+    _expect_next(f, batch.experts, first, stop, layer, _compute_share(f, machine, layer))
     target = layer + f.ahead_layers
     if f.ahead_layers > 0 and (decode or (target >= layers and f.rows[0] == 1)):
         target -= layers if target >= layers else 0
-        _expect_ahead(f, batch.experts, first, stop, (layer, target), _compute_share(machine, target))
+        _expect_ahead(f, batch.experts, first, stop, (layer, target), _compute_share(f, machine, target))
 
 
 @kernel
-def _compute_share(machine, layer):
+def _compute_share(f, machine, layer):
     """Return how long a row's arithmetic takes at home, beside an expert of one row whose weights are read."""
+    if not f.runs_at_home:
+        return 0.0
     home = machine.device[machine.home[layer, 0]]
     whole_s = machine.weight_bytes[layer, 0] * home.s_per_byte + home.start_s
     return home.s_per_row / whole_s if whole_s > 0.0 else 0.0

@@ -186,7 +186,8 @@ def join_by_score(queue, cells, cache, layer, most):
         if cache.resident[first + e]:
             floor = min(floor, cells[layer, e].score)
             residents += 1
-    if residents == 0 or cache.residents[pool_of(cache, layer)] < cache.capacity:
+    pool = pool_of(cache, layer)
+    if residents == 0 or cache.residents[pool] < cache.capacity[pool]:
         floor = min(floor, 0.0)
     for _ in range(most):
         best, score = -1, floor

@@ -41,6 +41,17 @@ def prompts_of(last_step: np.ndarray, first_prefill: np.ndarray, last_prefill: n
     )
 
 
+def emptied(prompts: Prompts) -> Prompts:
+    """Return books of the same requests in which nothing is counted yet."""
+    cells = prompts.total.size
+    return prompts._replace(
+        counts=np.zeros(prompts.counts.shape, np.int32),
+        total=np.zeros(cells, np.int64),
+        cursor=np.zeros(1, np.int64),
+        kept=np.zeros(cells),
+    )
+
+
 @kernel
 def count_prompts(prompts, batch, s, num_experts):
     """Count the choices of the prefill rows of the block's step ``s``; of a lone prompt's, by its demand."""
@@ -122,7 +133,7 @@ def make_wanted(cells, cache, total):
     pools = cache.residents.size
     span = total.size // pools
     for pool in range(pools):
-        want_most_frequent(cells, total, pool * span, (pool + 1) * span, cache.capacity)
+        want_most_frequent(cells, total, pool * span, (pool + 1) * span, cache.capacity[pool])
         _line_up_unwanted(cells, cache, pool, pool * span, (pool + 1) * span)
 
 

@@ -44,24 +44,24 @@ class Recording:
             yield batch, False
             return
         if inside.start > 0:
-            yield _cut(batch, 0, inside.start, layers), False
+            yield cut(batch, 0, inside.start, layers), False
         for s in inside:
-            yield _cut(batch, s, s + 1, layers), True
+            yield cut(batch, s, s + 1, layers), True
         if inside.stop < size:
-            yield _cut(batch, inside.stop, size, layers), False
+            yield cut(batch, inside.stop, size, layers), False
 
     def record(self, work: Work, hooks: tuple[Any, Any], foresight: Foresight | None) -> None:
         """Replay a block of one step, and keep what was noted of it."""
         tape = new_tape(*_most_records(work))
         variant(foresight is not None, True)(work, *hooks, foresight, tape)
         slices, counts = tape.ends
-        if slices > len(tape.slices) or counts > len(tape.counts):  # bounds are not checked there
-            raise RuntimeError(f"step {work.batch.steps.first} wrote past the end of its tape.")
+        if slices > len(tape.slices) or counts > len(tape.counts):
+            raise RuntimeError(f"step {work.batch.steps.first} has more to note than its tape has room for.")
         self._slices.append(tape.slices[:slices].copy())
         self._counts.append(tape.counts[:counts].copy())
 
 
-def _cut(batch: Batch, first: int, stop: int, layers: int) -> Batch:
+def cut(batch: Batch, first: int, stop: int, layers: int) -> Batch:
     """Steps ``first`` to ``stop - 1`` of a block; what lies ahead of them stays in reach."""
     rows, kv_tokens, phase, prompt_ends = (column[first:stop] for column in batch.steps[1:])
     return batch._replace(

@@ -31,9 +31,8 @@ from moetrace.engine.prefetch import (
 )
 from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wanted, prompts_of, queue_wanted
 from moetrace.engine.residency import Cache, empty_cache, empty_cells, pool_of, touch_and_admit
-from moetrace.engine.schedule import Requests, Schedule
 from moetrace.engine.setting import new_setting
-from moetrace.engine.sharing import see_parts, share_out, shared_of
+from moetrace.engine.sharing import run_whole, see_parts, share_out, shared_of
 from moetrace.engine.state import (
     FIRST_GROUP,
     GPU,
@@ -47,7 +46,6 @@ from moetrace.engine.state import (
     records,
 )
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
-from moetrace.engine.turns import Turns
 from moetrace.engine.view import LayerScratch, new_scratch, view_of
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import BY_TOUCH
@@ -96,7 +94,7 @@ class Work(NamedTuple):
 
 
 @kernel
-def _see(at, layer, step, demand, machine, setting, state, log):
+def _see(at, layer, s, demand, machine, setting, state, log):
     """Fill the active experts of the layer and count hits, misses and late ones; return how many are active."""
     first = demand.start[at]
     size = demand.start[at + 1] - first
@@ -125,9 +123,9 @@ def _see(at, layer, step, demand, machine, setting, state, log):
         see_parts(base, size, state)
     if setting.weighs:
         see_gates(demand, first, size, state.scratch.active)
-    log.step[step].hits += hits
-    log.step[step].misses += size - hits
-    log.step[step].late += late
+    log.step[s].hits += hits
+    log.step[s].misses += size - hits
+    log.step[s].late += late
     log.layer[layer].hits += hits
     log.layer[layer].misses += size - hits
     return size
@@ -151,7 +149,7 @@ def _carry_out(layer, size, state, log):
         if active.resident:
             log.tally[0].used += state.cache.fresh[key]
             state.cache.fresh[key] = 0
-        elif state.scratch.plan[i] != SHARED:
+        elif state.scratch.plan[i] != SHARED or run_whole(key, i, state):
             fetched += 1
             if state.queue.place[key] >= 0:
                 log.tally[0].wasted += leave(state.queue, key)
@@ -202,9 +200,9 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     if setting.prefetch == ORACLE:
         now = step * cells.shape[0] + layer
         tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
-    size = _see(at, layer, step, batch.demand, machine, setting, state, log)
+    size = _see(at, layer, s, batch.demand, machine, setting, state, log)
     pool = pool_of(state.cache, layer)
-    of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity))
+    of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity[pool]))
     view = view_of(step, layer, batch.steps, machine, setting, state.scratch, of_pool)
     load = state.scratch.load[:size]
     plan = state.scratch.plan[:size]
@@ -236,7 +234,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     if tape is not None:
         note_layer_end(tape, step, dense + line.moe_s, state)
     _note_units(dense, line, moved_bytes, machine, state, log)
-    row, totals = log.step[step], log.layer[layer]
+    row, totals = log.step[s], log.layer[layer]
     row.moe_s += line.moe_s
     row.demand_bytes += line.demand_bytes
     row.prefetch_bytes += moved_bytes
@@ -277,7 +275,8 @@ def _end_step(step, batch, setting, state, log):
 
 @kernel(signature=lambda: replay_signature(None, None))
 def replay_batch(work, dispatch, residency, foresight, tape):
-    """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``.
+    """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``,
+    whose ``step`` are those of the block.
 
     ``foresight`` and ``tape`` are None here; `variants.py` compiles these lines once more for a policy that foresees
     and for a tape that notes everything down. What is None costs nothing.
@@ -287,7 +286,7 @@ def replay_batch(work, dispatch, residency, foresight, tape):
     head = head_s(machine)
     for s in range(batch.steps.rows.size):
         step = batch.steps.first + s
-        row = log.step[step]
+        row = log.step[s]
         if setting.waits and batch.steps.phase[s] == DECODE and log.tally[0].waited == 0:
             log.tally[0].waited = 1
             if tape is not None:
@@ -312,20 +311,14 @@ def replay_batch(work, dispatch, residency, foresight, tape):
             note_head(tape, step, machine, state)
 
 
-def new_state(machine: Machine, schedule: Schedule, setting: Any, cache: Cache, admit: bool) -> State:
+def new_state(machine: Machine, prompts: Prompts, cache: Cache, admit: bool) -> State:
     """Return the state before the first step, with an empty cache; ``admit``: whether what arrives may be kept."""
     layers, experts = machine.weight_bytes.shape
-    requests = schedule.requests
     return State(
         cells=empty_cells(layers, experts, admit),
         cache=cache,
         queue=empty_queue(machine.weight_bytes),
-        prompts=prompts_of(
-            requests.last_step,
-            requests.first_prefill_step if setting["counts_prompts"][0] else np.full(len(requests.id), -1),
-            requests.last_prefill_step,
-            layers * experts,
-        ),
+        prompts=prompts,
         scratch=new_scratch(machine),
     )
 
@@ -340,10 +333,8 @@ def smallest_work() -> Work:
     batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
     machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)
-    setting = new_setting()
-    schedule = Schedule(one, one, bits, bits, Requests(*[none] * 9), Turns(*[none] * 7))
-    state = new_state(machine, schedule, setting, empty_cache(1, 1, 1, 0, BY_TOUCH), True)
-    return Work(batch, machine, setting, state, new_log(1, 1, 1))
+    state = new_state(machine, prompts_of(none, none, none, 1), empty_cache(1, 1, 1, 0, BY_TOUCH), True)
+    return Work(batch, machine, new_setting(), state, new_log(1, 1, 1))
 
 
 def replay_signature(foresight: Any, tape: Any) -> Any:

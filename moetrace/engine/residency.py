@@ -32,13 +32,15 @@ class Cache(NamedTuple):
     visited: np.ndarray  # uint8 [L * E]: demanded since it was admitted, or since the hand passed
     hand: np.ndarray  # int64 [pools]: the node that it looks at next
     age: np.ndarray  # float64 [pools]: BY_AGE: the greatest score that was evicted, 0 at the start
-    capacity: int  # of each pool
+    capacity: np.ndarray  # int64 [pools]
     order: int  # BY_AGE, BY_SCORE, BY_TOUCH, BY_ADMISSION or BY_HAND
     evicted_share: float  # BY_AGE: what an expert keeps of its count (`memory`) when it is evicted
 
 
-def empty_cache(layers: int, experts: int, pools: int, capacity: int, order: int, evicted_share: float = 1.0) -> Cache:
-    """Return an empty cache of ``pools`` pools (1 or ``layers``) that hold ``capacity`` experts each."""
+def empty_cache(
+    layers: int, experts: int, pools: int, capacity: int | np.ndarray, order: int, evicted_share: float = 1.0
+) -> Cache:
+    """Return an empty cache of ``pools`` pools (1 or ``layers``) that hold ``capacity`` experts, each or one by one."""
     cells = layers * experts
     ring = np.concatenate((np.full(cells, -1), np.arange(cells, cells + pools)))
     return Cache(
@@ -52,7 +54,7 @@ def empty_cache(layers: int, experts: int, pools: int, capacity: int, order: int
         visited=np.zeros(cells, np.uint8),
         hand=ring[cells:].copy(),
         age=np.zeros(pools),
-        capacity=capacity,
+        capacity=np.broadcast_to(np.asarray(capacity, np.int64), pools).copy(),
         order=order,
         evicted_share=evicted_share,
     )
@@ -78,6 +80,9 @@ def keep_for_good(cells: np.ndarray, cache: Cache, keys: np.ndarray) -> None:
 
 # Of lfuda, where a policy does not say: the most that a count can be, and what an expert keeps of it when evicted.
 MOST_COUNT, EVICTED_SHARE = 12.0, 0.5
+# Steps that lfu-window looks back on: a float tells so many bits apart.
+WINDOW = 48
+WINDOW_MARKS = 2.0**WINDOW
 
 
 @kernel
@@ -90,6 +95,16 @@ def demands(before, since_admitted, resident):
 def counted(count, most_count):
     """Return an expert's count with a demand more."""
     return min(count + 1.0, most_count)
+
+
+@kernel
+def a_step_on(marks):
+    """Return the marks of the last ``WINDOW`` steps, bits of a float with the newest lowest, as they are a step later.
+
+    The new step has no mark yet; the second result is 1 if one has left the window, else 0.
+    """
+    left = marks >= WINDOW_MARKS / 2
+    return (2.0 * marks - WINDOW_MARKS if left else 2.0 * marks), 1.0 if left else 0.0
 
 
 @kernel
@@ -219,7 +234,7 @@ def keep(cells, cache, layer, expert, tally):
     pool, key = pool_of(cache, layer), layer * cells.shape[1] + expert
     if cells[layer, expert].admit == 0 or cache.resident[key]:
         return False
-    if cache.residents[pool] >= cache.capacity and not evict(cells, cache, pool, tally):
+    if cache.residents[pool] >= cache.capacity[pool] and not evict(cells, cache, pool, tally):
         return False
     cells[layer, expert].resident = 1
     cache.resident[key] = 1

@@ -1,6 +1,6 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,23 +9,27 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moetrace.engine.bounds import clairvoyant_s, work_bound_s
+from moetrace.engine.cold import ColdStarts, cold_steps
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
 from moetrace.engine.failure import place_of
+from moetrace.engine.folding import FoldedSteps, StepStore
 from moetrace.engine.foresight import Foresight, foresight_of
+from moetrace.engine.in_common import InCommon, PromptBooks, Yardstick
+from moetrace.engine.layer_slots import layer_slots
+from moetrace.engine.lower_bound import add_to_lower_bound, room_of
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import is_users, load_hook, weighs_gates
 from moetrace.engine.prefetch import COMPLETED_EVER
 from moetrace.engine.recording import Recording
 from moetrace.engine.replay import Batch, State, Work, new_state
-from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, empty_cells, keep_for_good
+from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, keep_for_good
 from moetrace.engine.schedule import Schedule
 from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes_of
-from moetrace.engine.state import LINK_IN, Log, new_log
+from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.variants import variant
-from moetrace.engine.view import LayerScratch, new_scratch
 from moetrace.jit.apart import Hands, may_wait, result_of
 from moetrace.jit.compile import compile_now
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
@@ -46,7 +50,8 @@ class Lane:
     """One policy on its way through a trace, and what it recorded.
 
     ``clairvoyant_s``: seconds with whatever is active resident already, up to the slots; ``work_bound_s``: of any
-    schedule on the parts that take part (timing model, section 8).
+    schedule on the parts that take part; ``lower_bound`` counts starts, the link and the slots, too, and may serve
+    several lanes (timing model, section 8).
     """
 
     policy: PolicySpec
@@ -58,30 +63,55 @@ class Lane:
     state: State
     foresight: Foresight | None
     hooks: tuple[Any, Any]
-    clairvoyant: (
-        tuple[Any, LayerScratch] | None
-    )  # cells and scratch of that run; None if the dispatch ignores residency
+    work_bound: Yardstick
+    lower_bound: Yardstick
+    clairvoyant: Yardstick | None  # None if the dispatch ignores residency
+    cold_starts: ColdStarts | None = None  # of scope "request"
     clairvoyant_s: float = 0.0
     work_bound_s: float = 0.0
     recording: Recording | None = None  # of the steps of a timeline
+    folded: FoldedSteps | None = None  # instead of the log of each step
+    books: PromptBooks | None = None  # then, of a policy that counts prompts: whose the prompts of the state are
+    _first_step: int = 0  # that the log has
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
         at = self.state.cells, self.state.scratch
+        if self.folded is not None:
+            self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
+            self._first_step = batch.steps.first
+        if self.books is not None:
+            self.state = self.state._replace(prompts=self.books.lend(batch.steps.first))
         try:
-            if self.recording is None:
-                self._replay(batch)
-            else:
-                self._replay_and_record(batch, self.recording)
+            for part in self._cut_where_cold(batch):
+                if self.recording is None:
+                    self._replay(part)
+                else:
+                    self._replay_and_record(part, self.recording)
             if self.clairvoyant is not None:
-                at = self.clairvoyant
-                facts = (batch.steps, batch.demand, self.machine, self.setting, *self.clairvoyant)
-                self.clairvoyant_s = clairvoyant_s(*facts, self.hooks[0], self.clairvoyant_s)
+                at = self.clairvoyant.kept
+                self.clairvoyant.advance(batch)
         except MemoryError:
             raise
         except Exception as error:  # only a user's function can raise
             why = f"{type(error).__name__}: {error}{place_of(error, self.work(batch), *at, self.hooks)}"
             raise MoetraceError(f"Policy {self.policy.name} failed: {why}.") from error
+        if self.folded is not None:
+            self.folded.add(batch.steps.first, self.log.step)
+            self.log = self.log._replace(step=new_steps(0))
+        if self.books is not None:
+            self.books.give_back(self.state.prompts)
+            self.state = self.state._replace(prompts=None)
+
+    def _cut_where_cold(self, batch: Batch) -> Iterator[Batch]:
+        """Yield a block in the parts before which the cache is emptied, once that has been done."""
+        if self.cold_starts is None:
+            yield batch
+            return
+        for part, is_cold in self.cold_starts.parts(batch, len(self.state.cells)):
+            if is_cold:
+                self.cold_starts.empty(self.state, self.log)
+            yield part
 
     def _replay(self, batch: Batch) -> None:
         variant(self.foresight is not None, False)(self.work(batch), *self.hooks, self.foresight, None)
@@ -93,9 +123,31 @@ class Lane:
             else:
                 self._replay(part)
 
+    @property
+    def lower_bound_s(self) -> float:
+        """The bound that counts starts, the link and the slots; the work bound, should that be greater."""
+        return max(self.lower_bound.seconds, self.work_bound_s)
+
     def work(self, batch: Batch) -> Work:
         """Return all that the replay of a block takes."""
-        return Work(batch, self.machine, self.setting, self.state, self.log)
+        first = batch.steps.first - self._first_step
+        log = self.log._replace(step=self.log.step[first : first + len(batch.steps.rows)])
+        return Work(batch, self.machine, self.setting, self.state, log)
+
+    @property
+    def duration_s(self) -> np.ndarray:
+        """Seconds of each step, float64 [steps]."""
+        return np.ascontiguousarray(self.log.step["duration_s"]) if self.folded is None else self.folded.duration_s
+
+    @property
+    def prefetch_bytes(self) -> float:
+        """What was prefetched, in all."""
+        return float(np.sum(self.log.step["prefetch_bytes"])) if self.folded is None else self.folded.prefetch_bytes
+
+    @property
+    def late(self) -> int:
+        """Experts that were demanded while they were fetched ahead."""
+        return int(np.sum(self.log.step["late"])) if self.folded is None else self.folded.late
 
     def finish(self) -> None:
         """Close the books after the last block: what was prefetched and never run was wasted."""
@@ -104,7 +156,12 @@ class Lane:
         if not self.has_units:  # one CPU is no tier that could be out of balance
             self.log.step["imbalance"] = np.nan
             self.log.layer["imbalance_sum"], self.log.layer["imbalance_count"] = 0.0, 0
-        if self.clairvoyant is None:
+        self.work_bound_s = self.work_bound.seconds
+        if self.clairvoyant is not None:
+            self.clairvoyant_s = self.clairvoyant.seconds
+        elif self.folded is not None:
+            self.clairvoyant_s = float(np.sum(self.folded.busy_s))
+        else:
             self.clairvoyant_s = float(np.sum(self.log.step["duration_s"] - self.log.step["wait_s"]))
 
 
@@ -147,16 +204,6 @@ class _Underway:
             lane.finish()
         return Run(model, system, self.slots, schedule, popularity, self.lanes, self.warnings)
 
-    def add_bound(self, batch: Batch) -> None:
-        """Add a block to the lanes' work bounds, which differ only where what takes part does."""
-        bounds: dict[tuple[float, float], float] = {}
-        for lane in self.lanes:
-            work = lane.machine.work[0]
-            rates = float(work["all_flop_s"]), float(work["all_bytes_s"])
-            if rates not in bounds:
-                bounds[rates] = work_bound_s(batch.steps, batch.demand, lane.machine, lane.work_bound_s)
-            lane.work_bound_s = bounds[rates]
-
 
 def run_setups(
     trace: Trace | Decoded,
@@ -164,11 +211,13 @@ def run_setups(
     *,
     jobs: int = 1,
     progress: Callable[[int], None] | None = None,
+    store: StepStore | None = None,
 ) -> list[Run | MoetraceError]:
     """Replay a trace through any number of setups in one pass, each block decoded once.
 
     ``jobs`` threads work at a time; ``progress`` is told rows done. Of the steps in a setup's window each lane keeps a
-    recording, which changes nothing else. The figures do not depend on ``jobs``, nor on how the trace is cut.
+    recording, which changes nothing else. With a ``store`` lanes have no log of each step: `FoldedSteps` keep what a
+    summary needs. The figures do not depend on ``jobs``, nor on how the trace is cut.
 
     Returns, for each setup, its run or the error that it ended with: one that does not fit the trace, or whose
     function fails, costs the others nothing. A damaged trace raises MoetraceError, as it would for each of them.
@@ -179,8 +228,9 @@ def run_setups(
         return [one for one in checked if isinstance(one, MoetraceError)]
     if isinstance(trace, Trace):
         trace = Decoded(trace, needs_of(policy for setup in setups for policy in setup.policies))
+    common = InCommon()
     begun = [
-        one if isinstance(one, MoetraceError) else _attempt(_begin, trace, setup, *one)
+        one if isinstance(one, MoetraceError) else _attempt(_begin, trace, setup, *one, common, store)
         for setup, one in zip(setups, checked, strict=True)
     ]
     popularity = _pass(trace, [one for one in begun if isinstance(one, _Underway)], jobs, progress)
@@ -198,12 +248,28 @@ def _attempt(function: Callable[..., _Made], *arguments: Any) -> _Made | Moetrac
         return error
 
 
-def _begin(decoded: Decoded, setup: Setup, slots: int, warnings: list[str]) -> _Underway:
+def _begin(
+    decoded: Decoded, setup: Setup, slots: int, warnings: list[str], common: InCommon, store: StepStore | None
+) -> _Underway:
     weight_bytes = weight_bytes_of(decoded.trace, setup.model)
-    lanes = [_lane(decoded, setup, policy, weight_bytes, slots) for policy in setup.policies]
+    lanes = [_lane(decoded, setup, policy, weight_bytes, slots, common) for policy in setup.policies]
+    if store is not None:
+        for lane in lanes:
+            lane.folded = FoldedSteps(store)
+            if lane.setting["counts_prompts"][0]:
+                lane.books = common.books(lane.state.prompts)
+                lane.state = lane.state._replace(prompts=None)
+    else:
+        for lane in lanes:
+            lane.log = lane.log._replace(step=new_steps(decoded.trace.steps))
     if setup.window is not None:
         for lane in lanes:
             lane.recording = Recording(setup.window.start, setup.window.stop)
+    warnings = warnings + [
+        f"policy {lane.policy.name}: requests overlap from first to last, so scope request empties nothing."
+        for lane in lanes
+        if lane.cold_starts is not None and len(lane.cold_starts.steps) == 0 and len(decoded.schedule.requests.id) > 1
+    ]
     return _Underway(setup, slots, lanes, warnings)
 
 
@@ -229,7 +295,7 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
 
 def _kernels_of(lanes: Iterable[Lane]) -> list[Any]:
     """Return what the lanes of a pass call, in threads if there are some."""
-    found = []
+    found: list[Any] = [work_bound_s, add_to_lower_bound]
     for lane in lanes:
         found.append(variant(lane.foresight is not None, False))
         found += [clairvoyant_s] if lane.clairvoyant is not None else []
@@ -239,15 +305,21 @@ def _kernels_of(lanes: Iterable[Lane]) -> list[Any]:
 
 def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> None:
     """Replay a block in each lane."""
+    jobs: list[tuple[_Underway, Callable[[Batch], None]]] = []
+    bounds: set[int] = set()
     for one in underway:
-        one.add_bound(batch)
-    lanes = [(one, lane) for one in underway for lane in one.lanes]
+        for lane in one.lanes:
+            for bound in (lane.work_bound, lane.lower_bound):
+                if id(bound) not in bounds:
+                    bounds.add(id(bound))
+                    jobs.append((one, bound.advance))
+            jobs.append((one, lane.advance))
     if pool is None:
-        errors = [_attempt(lane.advance, batch) for _, lane in lanes]
+        errors = [_attempt(job, batch) for _, job in jobs]
     else:
-        futures = [pool.submit(_attempt, lane.advance, batch) for _, lane in lanes]
+        futures = [pool.submit(_attempt, job, batch) for _, job in jobs]
         errors = [result_of(future) for future in futures]
-    for (one, _), error in zip(lanes, errors, strict=True):
+    for (one, _), error in zip(jobs, errors, strict=True):
         if error is not None and one.error is None:
             one.error = error
             one.lanes = []  # and what they recorded
@@ -257,14 +329,16 @@ def _or(given: float | None, default: float) -> float:
     return default if given is None else float(given)
 
 
-def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int) -> Lane:
+def _lane(
+    decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int, common: InCommon
+) -> Lane:
     check_policy(policy, setup.system)
     model, system = setup.model, seen_by(policy, setup.system)
     schedule, own = decoded.schedule, setup.hooks
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
-    machine = machine_of(model, system, weight_bytes, groups, share)
+    machine = common.machine(machine_of(model, system, weight_bytes, groups, share))
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
@@ -289,18 +363,25 @@ def _lane(decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.n
         seed=policy.seed,
     )
     pools = layers if policy.scope == "layer" and not residency.shares_slots else 1
-    cache = empty_cache(
-        layers, experts, pools, slots // pools, residency.order, _or(policy.evicted_share, EVICTED_SHARE)
-    )
-    state = new_state(machine, schedule, setting, cache, residency.admits)
+    capacity: int | np.ndarray = slots // pools
+    if policy.budget is not None:
+        capacity = layer_slots(policy.budget, decoded.trace, slots, weight_bytes > 0)
+    evicted_share = _or(policy.evicted_share, EVICTED_SHARE)
+    cache = empty_cache(layers, experts, pools, capacity, residency.order, evicted_share)
+    prompts = common.prompts(schedule.requests, residency.counts_prompts, layers * experts)
+    state = new_state(machine, prompts, cache, residency.admits)
     if system.link is None:
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = None if dispatch.ignores_residency else (empty_cells(layers, experts, True), new_scratch(machine))
-    log = new_log(decoded.trace.steps, layers, len(state.scratch.groups))
+    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(machine, setting, hooks[0])
+    log = new_log(0, layers, len(state.scratch.groups))
     parts = parts_of(system, share)
     foresight = None
     if residency.foresees:
         foresight = foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k)
-    return Lane(policy, machine, parts, system.ndp is not None, setting, log, state, foresight, hooks, clairvoyant)
+    lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
+    cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
+    yardsticks = common.work_bound(machine), lower_bound, clairvoyant
+    has_units = system.ndp is not None
+    return Lane(policy, machine, parts, has_units, setting, log, state, foresight, hooks, *yardsticks, cold)

@@ -7,7 +7,7 @@ import numpy as np
 
 from moetrace.spec.budget import slots_of
 from moetrace.spec.choices import Residency, find
-from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.errors import MoetraceError, UsageError, counted
 from moetrace.spec.fits import check_fits, gpu_slots, gpu_space_bytes
 from moetrace.spec.model import Model, check_shape
 from moetrace.spec.participants import idle_cpu
@@ -68,6 +68,12 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
     if slots > fitting:
         warnings.append(_too_many(setup, slots, fitting, weight_bytes))
     warnings += [note for policy in setup.policies if (note := idle_cpu(policy, system))]
+    warnings += [
+        f"policy {policy.name} foretells {trace.layers - 1} layers ahead, and not {policy.ahead_layers} "
+        f"(ahead_layers): the trace has {counted(trace.layers, 'MoE layer')}."
+        for policy in setup.policies
+        if policy.ahead_layers is not None and policy.ahead_layers >= trace.layers
+    ]
     if system.link is not None and slots >= model.all_experts and (note := _empty_start(setup)):
         warnings.append(note)
     return slots, warnings

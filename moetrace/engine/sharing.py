@@ -1,7 +1,7 @@
 """An expert that the GPU and home share, each a part of its columns (dispatch `split`; timing model, section 6)."""
 
-from moetrace.engine.prefetch import DONE_BYTES
-from moetrace.engine.state import FIRST_GROUP, GPU, SHARED
+from moetrace.engine.prefetch import DONE_BYTES, leave
+from moetrace.engine.state import FIRST_GROUP, GPU, ON_GPU, SHARED
 from moetrace.jit.compile import kernel
 
 
@@ -60,6 +60,18 @@ def see_parts(base, size, state):
         active = state.scratch.active[i]
         moved_bytes = state.queue.moved_bytes[base + active.expert]
         active.here = 1.0 if active.resident else min(moved_bytes / active.weight_bytes, 1.0)
+
+
+@kernel
+def run_whole(key, shared, state):
+    """If the share is all of an expert and some of it is fetched, treat it as any other; return whether it is so."""
+    active, queue = state.scratch.active[shared], state.queue
+    if active.share < 1.0 or missing_share(active) == 0.0:
+        return False
+    state.scratch.plan[shared] = ON_GPU
+    if queue.place[key] >= 0:
+        leave(queue, key)  # not wasted: what had arrived of it runs
+    return True
 
 
 @kernel

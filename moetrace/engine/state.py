@@ -186,10 +186,14 @@ def file_backed(size: int, dtype: np.dtype) -> np.ndarray:
 
 
 def new_log(steps: int, layers: int, groups: int) -> Log:
-    """Return an empty log; a step log of more than 64 MiB lies in a temporary file that has no name."""
-    step = file_backed(steps, STEP) if steps * STEP.itemsize > 64 << 20 else records(steps, STEP)
+    """Return an empty log."""
     unit = records(FIRST_GROUP + groups, UNIT)
-    return Log(step, records(layers, LAYER), unit, records(1, TALLY), np.zeros(1, np.int64))
+    return Log(new_steps(steps), records(layers, LAYER), unit, records(1, TALLY), np.zeros(1, np.int64))
+
+
+def new_steps(steps: int) -> np.ndarray:
+    """Return an empty log of steps; one of more than 64 MiB lies in a temporary file that has no name."""
+    return file_backed(steps, STEP) if steps * STEP.itemsize > 64 << 20 else records(steps, STEP)
 
 
 def _view(active: np.ndarray, groups: np.ndarray) -> View:

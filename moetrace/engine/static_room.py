@@ -15,4 +15,4 @@ def room_of(state: "State", decoded: "Decoded", counts: bool = True) -> StaticRo
     """Return the room that a replay has; `counts` says whether the demands of the trace are looked at."""
     exists = state.queue.weight_bytes.reshape(state.cells.shape) > 0
     count = decoded.demand_count if counts else np.zeros(exists.size, np.int64)
-    return StaticRoom(exists, int(state.cache.capacity), len(state.cache.residents), count)
+    return StaticRoom(exists, state.cache.capacity, len(state.cache.residents), count)

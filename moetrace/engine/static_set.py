@@ -13,7 +13,7 @@ class StaticRoom(NamedTuple):
     """What the set of a residency is chosen from; a key is a layer's entry x the experts of a layer + the expert."""
 
     exists: np.ndarray  # bool [layers, experts]: layers may have fewer experts than others
-    capacity: int  # experts of each pool
+    capacity: np.ndarray  # int64 [pools]: experts
     pools: int  # 1, or one a layer
     demand_count: np.ndarray  # int64 [layers * experts]: in how many steps each is demanded
 
@@ -26,7 +26,7 @@ def count_demands(demands: Iterable[Demand], layers: int, experts: int) -> np.nd
     return count
 
 
-def most_demanded(count: np.ndarray, weight: np.ndarray, capacity: int, pools: int) -> np.ndarray:
+def most_demanded(count: np.ndarray, weight: np.ndarray, capacity: int | np.ndarray, pools: int) -> np.ndarray:
     """Choose the keys of the greatest counts in each pool, each as long as it fits.
 
     The lower of two keys with equal counts goes first. A key with a count of 0 is never chosen.
@@ -34,16 +34,16 @@ def most_demanded(count: np.ndarray, weight: np.ndarray, capacity: int, pools: i
     Args:
         count: Demands of each key, int64 [keys].
         weight: What each key takes of the capacity, int64 [keys].
-        capacity: Capacity of each pool, in the units of `weight`.
+        capacity: Capacity of each pool, one for all or int64 [pools], in the units of `weight`.
         pools: Number of pools, equal runs of keys.
 
     Returns:
         uint8 [keys], 1 for a chosen key.
     """
     wanted, size = np.zeros(weight.size, np.uint8), weight.size // pools
-    for first in range(0, weight.size, size):
+    for first, room in zip(range(0, weight.size, size), np.broadcast_to(capacity, pools).tolist(), strict=True):
         part = slice(first, first + size)
-        _fill(np.argsort(-count[part], kind="stable"), count[part], weight[part], capacity, wanted[part])
+        _fill(np.argsort(-count[part], kind="stable"), count[part], weight[part], room, wanted[part])
     return wanted
 
 

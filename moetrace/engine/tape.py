@@ -50,10 +50,16 @@ def new_tape(slices: int, counts: int) -> Tape:
 
 
 @kernel
+def last_slice(tape):
+    """Return the slice written last; on a full tape, whose ``ends`` then tell, the last one again and again."""
+    return tape.slices[min(tape.ends[0], tape.slices.size) - 1]
+
+
+@kernel
 def note(tape, step, layer, kind, unit, start_s, duration_s, byte_count):
     """Write a slice that no expert and no rows belong to; ``layer`` is -1 where there is none."""
-    entry = tape.slices[tape.ends[0]]
     tape.ends[0] += 1
+    entry = last_slice(tape)
     entry.step, entry.layer, entry.kind, entry.unit = step, layer, kind, unit
     entry.start_s, entry.duration_s, entry.bytes = start_s, duration_s, byte_count
     entry.rows, entry.expert, entry.resident = 0.0, -1, -1
@@ -66,8 +72,8 @@ def note_count(tape, step, at_s, state):
     queued = 0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
         queued += queue.place[queue.key[at]] == at and not is_complete(queue, queue.key[at])
-    entry = tape.counts[tape.ends[1]]
     tape.ends[1] += 1
+    entry = tape.counts[min(tape.ends[1], tape.counts.size) - 1]
     entry.step, entry.at_s, entry.residents = step, at_s, state.cache.residents.sum()
     entry.queued, entry.queued_bytes = queued, remaining_bytes(queue)
 
@@ -88,7 +94,7 @@ def note_flow(tape, step, budget_bytes, start_s, machine, state):
         duration_s = step_bytes * machine.link[0].s_per_byte
         layer, expert = divmod(key, experts)
         note(tape, step, layer, PREFETCH, LINK_IN, begin_s, duration_s, step_bytes)
-        tape.slices[tape.ends[0] - 1].expert = expert
+        last_slice(tape).expert = expert
         left -= step_bytes
         moved_bytes += step_bytes
 
@@ -127,7 +133,7 @@ def note_moe(tape, step, layer, dense, seen, line, machine, state):
     view, size, shared = seen
     start_s = tape.clock_s[0] + dense
     note_count(tape, step, start_s, state)
-    free_s = _note_gpu(tape, step, layer, start_s, size, machine, state)
+    free_s = _note_gpu(tape, step, layer, start_s, (size, shared), machine, state)
     if shared >= 0:
         _note_share(tape, step, layer, (start_s, free_s, line.fetch_s), shared, view, state)
     if line.act_bytes > 0.0:
@@ -143,21 +149,23 @@ def note_moe(tape, step, layer, dense, seen, line, machine, state):
 
 
 @kernel
-def _note_gpu(tape, step, layer, start_s, size, machine, state):
+def _note_gpu(tape, step, layer, start_s, seen, machine, state):
     """Write the GPU's experts and their fetches: rules 3 and 4 of a layer, as in ``layer.timeline``.
 
-    The start of a layer's kernel is a part of its first expert's slice. Returns when the GPU is free.
+    The start of a layer's kernel is a part of its first expert's slice. ``seen``: how many experts, and the one that is
+    shared, which comes last. Returns when the GPU is free.
     """
+    size, shared = seen
     gpu_free_s, arrival_s, layer_s = 0.0, 0.0, machine.device[GPU_DEVICE].layer_s
     for j in range(size):
         i = state.scratch.active[j].turn
-        if state.scratch.plan[i] != ON_GPU:
+        if state.scratch.plan[i] != ON_GPU or i == shared:
             continue
         expert = state.scratch.active[i]
         if not expert.resident:
             begin_s = start_s + arrival_s
             note(tape, step, layer, FETCH, LINK_IN, begin_s, expert.fetch_s, expert.weight_bytes)
-            tape.slices[tape.ends[0] - 1].expert = expert.expert
+            last_slice(tape).expert = expert.expert
         arrival_s += expert.fetch_s
         begin_s = max(gpu_free_s, arrival_s)
         duration_s = expert.gpu_s + (layer_s if expert.resident else 0.0)
@@ -176,7 +184,7 @@ def _note_share(tape, step, layer, times, shared, view, state):
     if fetch_s > 0.0:
         fetched_bytes = missing_share(expert) * expert.weight_bytes
         note(tape, step, layer, FETCH, LINK_IN, start_s + (fetched_s - fetch_s), fetch_s, fetched_bytes)
-        tape.slices[tape.ends[0] - 1].expert = expert.expert
+        last_slice(tape).expert = expert.expert
         free_s = max(free_s, fetched_s)
     _note_part(tape, step, layer, GPU, (start_s + free_s, share_gpu_s(view, expert), expert.share), expert)
 
@@ -197,7 +205,7 @@ def _note_rest(tape, step, layer, start_s, shared, view, state):
 def _note_part(tape, step, layer, unit, part, expert):
     """Write the slice of a part of an expert: begin and seconds, and which share."""
     note(tape, step, layer, EXPERT, unit, part[0], part[1], part[2] * expert.weight_bytes)
-    entry = tape.slices[tape.ends[0] - 1]
+    entry = last_slice(tape)
     entry.expert, entry.rows, entry.resident = expert.expert, part[2] * expert.rows, expert.resident
 
 
@@ -226,7 +234,7 @@ def _note_groups(tape, step, layer, start_s, size, machine, state):
 def _note_expert(tape, step, layer, unit, start_s, duration_s, expert):
     """Write the slice of an expert, a record of ACTIVE."""
     note(tape, step, layer, EXPERT, unit, start_s, duration_s, expert.weight_bytes)
-    entry = tape.slices[tape.ends[0] - 1]
+    entry = last_slice(tape)
     entry.expert, entry.rows, entry.resident = expert.expert, expert.rows, expert.resident
 
 

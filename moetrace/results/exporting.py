@@ -169,8 +169,13 @@ def _kept_keys(found: _PolicyOfResult) -> np.ndarray:
             f"Policy {policy.name} keeps the set of {printable(policy.static)}, which a result does not hold: take "
             f"moetrace export TRACE.h5 --set FILE.csv."
         )
+    if policy.budget is not None:
+        raise UsageError(
+            f"Policy {policy.name} has slots by {printable(policy.budget)}, which a result does not hold: take "
+            f"moetrace export TRACE.h5 --set FILE.csv."
+        )
     pools = len(exists) if policy.scope == "layer" and not record.shares_slots else 1
-    return record.keeps(policy, StaticRoom(exists, found.slots // pools, pools, found.steps.ravel()))
+    return record.keeps(policy, StaticRoom(exists, np.full(pools, found.slots // pools), pools, found.steps.ravel()))
 
 
 def _plan(found: _PolicyOfResult) -> Plan:

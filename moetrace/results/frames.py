@@ -109,7 +109,7 @@ def request_frame(run: Run) -> pl.DataFrame:
 
 def total_s(lane: Lane) -> float:
     """Seconds of all steps."""
-    return float(np.sum(np.ascontiguousarray(lane.log.step["duration_s"])))
+    return float(np.sum(lane.duration_s))
 
 
 def utilization_of(lane: Lane) -> dict[str, float | None]:

@@ -199,6 +199,10 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
         ),
     ] = msgspec.field(default_factory=_nothing)
 
+    lower_bound_s: Annotated[
+        float | None,
+        Figure("s", "the lower bound: starts, the link and the slots count, and no policy is faster", None, "bound"),
+    ] = None
     break_even_tokens: Annotated[
         float | None,
         Figure(
@@ -211,6 +215,11 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
             gated=False,
         ),
     ] = None
+
+    @property
+    def bound_s(self) -> float:
+        """The lower bound; of a folder of an earlier version, which has none, the work bound."""
+        return self.work_bound_s if self.lower_bound_s is None else self.lower_bound_s
 
 
 class CellCosts(msgspec.Struct):

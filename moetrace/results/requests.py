@@ -34,8 +34,9 @@ class Gaps(NamedTuple):
 
 def edges_of(lane: Lane) -> np.ndarray:
     """Return float64 [steps + 1]: step s is from edge s to edge s + 1."""
-    edge_s = np.zeros(len(lane.log.step) + 1)
-    np.cumsum(lane.log.step["duration_s"], out=edge_s[1:])
+    duration_s = lane.duration_s
+    edge_s = np.zeros(len(duration_s) + 1)
+    np.cumsum(duration_s, out=edge_s[1:])
     return edge_s
 
 

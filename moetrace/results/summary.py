@@ -118,8 +118,7 @@ def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
 
 
 def _figures(run: Run, lane: Lane) -> PolicyFigures:
-    log, layers = lane.log.step, lane.log.layer
-    duration_s = np.ascontiguousarray(log["duration_s"])
+    layers, duration_s = lane.log.layer, lane.duration_s
     phase_s = [float(np.sum(duration_s[run.schedule.phase == phase])) for phase in (PREFILL, DECODE, MIXED)]
     seconds = total_s(lane)
     turns, edge_s = run.schedule.turns, edges_of(lane)
@@ -139,8 +138,8 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         tpot_s=_spread(times.tpot_s),
         hit_rate=_ratio(hits, hits + misses),
         demand_bytes=float(layers["demand_bytes"].sum()),
-        prefetch_bytes=float(np.sum(log["prefetch_bytes"])),
-        late=int(np.sum(log["late"])),
+        prefetch_bytes=lane.prefetch_bytes,
+        late=lane.late,
         wasted=int(lane.log.tally["wasted"][0]),
         imbalance_mean=_ratio(float(layers["imbalance_sum"].sum()), int(layers["imbalance_count"].sum())),
         utilization=_utilization(run.system, utilization_of(lane)),
@@ -154,6 +153,7 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         ttft_max_s=_spread(times.ttft_max_s),
         itl_s=_weighted_spread(gaps),
         request_tokens_per_s=_spread(times.tokens_per_s),
+        lower_bound_s=float(lane.lower_bound_s),
     )
 
 

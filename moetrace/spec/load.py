@@ -21,7 +21,8 @@ from moetrace.spec.ordinary_file import read_ordinary
 S = TypeVar("S", bound=msgspec.Struct)
 
 # Fields whose text is the path of a file, and fields where it is one only in the form `file.py:function`.
-FILE_FIELDS = ("weight_bits", "loads", "plan", "static")
+FILE_FIELDS = ("weight_bits", "loads", "plan", "static", "budget")
+AUTO = "auto"  # is the name of no file: what is made of the trace instead
 FUNCTION_FIELDS = ("dispatch", "residency")
 
 # Nothing that belongs to a spec comes near: a text file, a TOML file, a number, a text, a name.
@@ -229,7 +230,9 @@ def _find_files(raw: dict[str, Any], keys: Mapping[str, object], folder: Path) -
 
 
 def _is_file(value: object, field: str) -> TypeGuard[str]:
-    return isinstance(value, str) and (field in FILE_FIELDS or (field in FUNCTION_FIELDS and ".py:" in value))
+    if not isinstance(value, str) or value == AUTO:
+        return False
+    return field in FILE_FIELDS or (field in FUNCTION_FIELDS and ".py:" in value)
 
 
 def _builtins(spec: msgspec.Struct, where: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Presets by their names, and what to say to a name that none has."""
 
 import difflib
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +18,11 @@ def noun_of(kind: str) -> str:
 
 def list_presets(kind: str) -> list[str]:
     """Names of the presets of a kind (`models`, `systems` or `policies`), sorted."""
+    return list(_names(kind))
+
+
+@cache
+def _names(kind: str) -> list[str]:
     return sorted(entry.name[: -len(".toml")] for entry in _folder(kind).iterdir() if entry.name.endswith(".toml"))
 
 

@@ -12,13 +12,27 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from moetrace.spec.choices import KINDS, USER, choices_of, find, go_together, legal, prefetches_of, residencies_of
+from moetrace.spec.choices import (
+    KINDS,
+    USER,
+    Residency,
+    choices_of,
+    find,
+    go_together,
+    legal,
+    prefetches_of,
+    residencies_of,
+)
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
 from moetrace.spec.named import nearest
 from moetrace.spec.system import System
 
-SCOPES = {"layer": "each layer has its own share of the slots", "global": "all layers share the slots"}
+SCOPES = {
+    "layer": "each layer has its own share of the slots",
+    "global": "all layers share the slots",
+    "request": "all layers share the slots, which are emptied when no request is under way",
+}
 # Parameters that a residency of a user's own may read.
 _OWN_READS = ("half_life", "alpha")
 # Parameters that name a file, which a choice that reads it needs.
@@ -42,6 +56,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     residency: str = "none"
     prefetch: str = "none"
     scope: str = "layer"
+    budget: str | None = None
     half_life: Annotated[int, Meta(ge=1, le=10**9)] | None = None
     alpha: Annotated[float, Meta(ge=1e-6, le=1)] = 0.3
     p: Annotated[float, Meta(ge=0, le=1)] = 1.0
@@ -75,6 +90,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def unread(self) -> list[str]:
         """Parameters that none of the choices reads."""
         read = set(_OWN_READS if _split(self.residency) else ())
+        read |= {"budget"} if self.budget is not None else set()  # goes with a scope, not with a choice
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
             read |= set(record.parameters) if record else set()
@@ -167,6 +183,7 @@ def read_policy(
     policy = convert(loaded, PolicySpec)
     _check_choices(policy, loaded, overridden)
     _check_partners(policy, loaded)
+    _check_scope(policy, loaded)
     given = _changed(policy) | set(overrides) if isinstance(source, PolicySpec) else set(loaded.raw)
     _check_parameters(policy, loaded, given)
     is_file = isinstance(source, str | Path) and loaded.where == str(source)
@@ -335,6 +352,20 @@ def _check_partners(policy: PolicySpec, loaded: Loaded) -> None:
             f"{loaded.where}: prefetch {policy.prefetch} goes with residency "
             f"{' or '.join(residencies_of(prefetch))} only, got residency {shown(policy.residency)}, which goes with "
             f"prefetch {' or '.join(prefetches_of(residency))}."
+        )
+
+
+def _check_scope(policy: PolicySpec, loaded: Loaded) -> None:
+    """Slots of each layer are of scope layer; what is learned from all requests is not forgotten with each."""
+    residency: Residency | None = find("residency", policy.residency)
+    shared = residency is not None and residency.shares_slots
+    if policy.budget is not None and (policy.scope != "layer" or shared):
+        why = f"in residency {policy.residency} all layers share the slots" if shared else f"scope is {policy.scope}"
+        raise UsageError(f"{loaded.where}: budget gives each layer slots of its own, but {why}; remove one of them.")
+    if policy.scope == "request" and residency is not None and residency.foresees:
+        raise UsageError(
+            f"{loaded.where}: residency {policy.residency} learns from one request for the next, so its cache is not "
+            'emptied between them; use scope = "global".'
         )
 
 

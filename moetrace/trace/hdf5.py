@@ -164,17 +164,21 @@ def _expect(where: str, column: Column, shape: tuple[int | None, ...]) -> None:
 
 def _present(source: Source, path: str) -> bool:
     """Whether `path` is in the file itself; a link elsewhere is refused, since it could name any file."""
+    return _found(source, path) is not None
+
+
+def _found(source: Source, path: str) -> Any:
+    """What is at `path` in the file itself, None if nothing is."""
     found = hard_path(source.file, path)
     if found is False:
         raise MoetraceError(f"{source.where}: {path} is a link; a trace must hold its data itself.")
-    return found is not None
+    return found
 
 
 def _column(source: Source, path: str, dtype: np.dtype) -> Column:
     where = source.where
-    if not _present(source, path):
+    if (dataset := _found(source, path)) is None:
         raise MoetraceError(f"{where} has no dataset {path}.")
-    dataset = source.file[path]
     if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
         raise MoetraceError(f"{where}: {path} is not a dataset.")
     if dataset.dtype != dtype:

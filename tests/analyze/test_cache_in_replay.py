@@ -52,7 +52,8 @@ def in_demand_order(trace: Trace) -> list[Accesses]:
                 step_rows=np.diff(block.offset).astype(np.int64),
                 chosen_by=demand.rows,
                 row_choices=0,
-                choice=np.zeros((0, 0, 0), np.int32),
+                fresh=none,
+                experts=np.zeros((0, 0, 0), np.uint8),
             )
         )
         done += len(demand.expert)

@@ -58,7 +58,7 @@ def test_names_of_policies_stay_whole(run):
 
 def test_the_exported_set_is_one_that_a_replay_holds(run, tmp_path):
     """From its start on: so it hits as often as static-hindsight, and where that still fetches each expert once."""
-    for scope in SCOPES:
+    for scope in ("global", "layer"):  # a set that is there from the start is never cold
         arguments = (TINY, "--capacity", 60, "--policy", "static-hindsight", "--scope", scope, "--format", "json")
         code, out, err = run(*arguments, "--export", tmp_path / "hot.csv")
         assert (code, err) == (0, "")
@@ -263,3 +263,31 @@ def test_plot(run, tmp_path):
         code, out, err = run(TINY, *arguments)
         assert (code, out) == (2, "") and sentence in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.png"]
+
+
+def test_cold_starts_and_budgets(run, tmp_path):
+    """What the options say reaches the caches, the title, and the refusals."""
+    budget = tmp_path / "budget.csv"
+    budget.write_text("4\n4\n4\n12\n12\n12\n")
+    asked = (TINY, "--capacity", "48", "--policy", "lru", "--phase", "all")
+    hits = {}
+    for name, more, title in (
+        ("warm", (), "one cache for all layers;"),
+        ("cold", ("--scope", "request"), "one cache for all layers, empty when no request is under way;"),
+        ("equal", ("--scope", "layer"), "one cache a layer, of an equal part of the capacity;"),
+        ("file", ("--scope", "layer", "--budget", str(budget)), "one cache a layer, of its own part of the capacity;"),
+        ("auto", ("--scope", "layer", "--budget", "auto"), "one cache a layer, of its own part of the capacity;"),
+    ):
+        code, out, _ = run(*asked, *more)
+        assert code == 0 and title in " ".join(out.split())
+        _, out, _ = run(*asked, *more, "--format", "json")
+        hits[name] = json.loads(out)[0]["hits"]
+    assert hits["cold"] <= hits["warm"] and len({hits["equal"], hits["file"]}) == 2
+    for more, message in (
+        (("--budget", "auto"), "is for caches of their own for each layer: use --scope layer"),
+        (("--scope", "request", "--curve"), "--curve is of caches that are never emptied"),
+        (("--scope", "layer", "--budget", str(tmp_path / "none.csv")), "none.csv"),
+    ):
+        code, _, err = run(TINY, *more)
+        assert code == 2 or (code == 1 and "none.csv" in message), err
+        assert message in " ".join(err.split())

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from support.compared import compare, small_case
 from support.drawn_runs import replay
 from support.one_run import run
-from support.strategies import as_arrays, cases
+from support.strategies import Case, as_arrays, cases
 
 from moetrace.engine.foresight import foresight_of
 from moetrace.engine.schedule import Requests
@@ -100,6 +101,27 @@ def test_it_learns_a_cycle():
     hits = [lane.log.step["hits"][45:].sum() for lane in outcome.lanes]
     assert hits[1] > hits[0]
     assert outcome.lanes[1].log.step["moe_s"][45:].sum() < outcome.lanes[0].log.step["moe_s"][45:].sum()
+
+
+def test_layers_ahead_that_there_are_not_are_taken_back_with_a_word():
+    case = small_case(np.random.default_rng(3))
+    asked = [load_policy("foresee", {"name": f"{ahead} ahead", "ahead_layers": ahead}) for ahead in (2, 3, 200)]
+    outcome = replay(case, asked)
+    assert outcome.warnings == [
+        f"policy {ahead} ahead foretells 2 layers ahead, and not {ahead} (ahead_layers): the trace has 3 MoE layers."
+        for ahead in (3, 200)
+    ]
+    two, *others = (lane.log.step.tobytes() for lane in outcome.lanes)
+    assert others == [two, two]
+
+
+def test_where_only_the_gpu_runs_the_units_speed_is_no_matter():
+    case = small_case(np.random.default_rng(3), steps=40, most=6)
+    only_gpu = load_policy("foresee", {"dispatch": "gpu"})
+    compare(case, [only_gpu])
+    slow = replace(case.system, ndp=replace(case.system.ndp, gmac_s=1e-3))
+    one, other = (replay(Case(case.trace, case.model, on, case.slots), [only_gpu]) for on in (case.system, slow))
+    assert one.lanes[0].log.step.tobytes() == other.lanes[0].log.step.tobytes()
 
 
 def test_tables_that_are_too_large_are_refused():

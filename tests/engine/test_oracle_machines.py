@@ -49,6 +49,8 @@ def check(outcome: Run, index: int, expected: oracle.Outcome) -> None:
     assert log.tally["wasted"][0] == expected.wasted
     assert log.tally["used"][0] == expected.used
     assert log.fallbacks[0] == expected.optimal_fallbacks
+    close(lane.lower_bound_s, expected.lower_bound_s, "lower_bound_s")
+    assert lane.lower_bound_s <= lane.log.step["duration_s"].sum() * (1 + 1e-9)
     close(lane.clairvoyant_s, expected.clairvoyant_s, "clairvoyant_s")
 
 

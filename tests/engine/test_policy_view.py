@@ -92,7 +92,7 @@ def test_gates_and_memory_reach_a_policy(file, gates, kind):
     rows = (trace.read("experts", 0, trace.rows) != 255).sum((0, 2))
     wholes = [(lane.state.cells, lane.state.scratch)]
     if kind == "dispatch" and lane.clairvoyant is not None:
-        wholes.append(lane.clairvoyant)
+        wholes.append(lane.clairvoyant.kept)
     for cells, scratch in wholes:
         np.testing.assert_allclose(cells["memory"], mass_by_hand(trace), rtol=1e-6)
         assert np.array_equal(scratch.own["memory"][:, 0], rows)

@@ -13,9 +13,11 @@ from moetrace.engine import decoded as decoded_module
 from moetrace.engine import run as run_module
 from moetrace.engine.decoded import Decoded, decoded_bytes, needs_of
 from moetrace.engine.demand import demand_of
+from moetrace.engine.folding import StepStore
 from moetrace.engine.run import Lane, Run, run_setups
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, GPU
+from moetrace.results.summary import policy_figures
 from moetrace.spec import Gpu, MoetraceError, UsageError, load_model, load_policy, load_system
 from moetrace.spec.choices import BY_ADMISSION
 from moetrace.trace import Trace
@@ -36,11 +38,12 @@ def assert_same(one: Lane, other: Lane) -> None:
     for part in ("step", "layer", "unit", "tally", "fallbacks"):
         assert getattr(one.log, part).tobytes() == getattr(other.log, part).tobytes(), part
     assert one.clairvoyant_s == other.clairvoyant_s
+    assert one.lower_bound_s == other.lower_bound_s
 
 
 @RANDOM
 @given(case=cases(), data=st.data())
-def test_conserves_rows_and_never_beats_the_work_bound(case, data, tmp_path_factory):
+def test_conserves_rows_and_never_beats_a_bound(case, data, tmp_path_factory):
     outcome = replay(case, some_policies(case, data, tmp_path_factory.mktemp("p")))
     cells = (case.trace.experts >= 0).sum()
     for lane in outcome.lanes:
@@ -50,6 +53,8 @@ def test_conserves_rows_and_never_beats_the_work_bound(case, data, tmp_path_fact
         parts = ("dense_s", "moe_s", "head_s", "wait_s", "demand_bytes", "prefetch_bytes", "hits", "misses", "late")
         assert all((step[name] >= 0).all() for name in parts)
         assert step["duration_s"].sum() >= outcome.work_bound_s * (1 - 1e-12)
+        assert step["duration_s"].sum() >= lane.lower_bound_s * (1 - 1e-9)
+        assert lane.lower_bound_s >= lane.work_bound_s
         assert lane.clairvoyant_s >= outcome.work_bound_s * (1 - 1e-12)
         busy_s = unit["busy_s"][FIRST_GROUP:]
         assert (busy_s <= step["moe_s"].sum() * (1 + 1e-9)).all()
@@ -224,6 +229,9 @@ def test_many_setups_in_one_pass_are_what_each_is_alone(case, data, tmp_path_fac
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_format, "BLOCK_BYTES", 1)  # one step a block
         streamed = run_setups(trace, setups, jobs=2)
+        with StepStore(data.draw(st.sampled_from([0, 100, 1 << 20]), label="store")) as store:
+            folded = run_setups(trace, setups, jobs=2, store=store)
+            figures = [(policy_figures(run), run.lanes[0].duration_s.tobytes()) for run in folded]
         kept_in_steps = Decoded(trace, needs, 1 << 30)
     together = (streamed, *(run_setups(decoded, setups) for decoded in (kept, kept, kept_in_steps)))
     for runs in together:
@@ -231,6 +239,8 @@ def test_many_setups_in_one_pass_are_what_each_is_alone(case, data, tmp_path_fac
             assert isinstance(other, Run)
             assert (one.slots, one.work_bound_s, one.warnings) == (other.slots, other.work_bound_s, other.warnings)
             assert_same(one.lanes[0], other.lanes[0])
+    for one, of_folded in zip(alone, figures, strict=True):  # what a sweep keeps, to the last bit
+        assert (policy_figures(one), one.lanes[0].duration_s.tobytes()) == of_folded
     sizes = sum(batch.demand.expert.nbytes + batch.demand.next_step.nbytes for batch, _ in kept.batches())
     assert sizes <= decoded_bytes(trace, needs)
 

@@ -144,3 +144,12 @@ def test_a_part_without_a_field_is_no_figure(numbered):
     shares = {"gpu": 0.5, home.names[0]: 0.25, "cpu": 0.0, "link_in": 0.0}
     found = _utilization(SimpleNamespace(home=home), shares)
     assert found == Utilization(gpu=0.5, ndp=[], link_in=0.0, link_out=None, cpu=0.0)
+
+
+def test_a_folder_of_an_earlier_version_has_the_work_bound_alone(tmp_path):
+    trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
+    policy = mt.replay(trace, policies="edge-ndp", slots=24).to_dict()["policies"][0]
+    now = msgspec.convert(policy, PolicyFigures)
+    assert now.bound_s == now.lower_bound_s >= now.work_bound_s
+    before = msgspec.convert({name: value for name, value in policy.items() if name != "lower_bound_s"}, PolicyFigures)
+    assert (before.lower_bound_s, before.bound_s) == (None, before.work_bound_s)

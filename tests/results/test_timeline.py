@@ -10,7 +10,10 @@ from support.one_run import run
 from support.strategies import Case, all_policies, as_arrays, cases, write_loads, write_static
 
 import moetrace as mt
+from moetrace.engine import recording
 from moetrace.engine.run import Run
+from moetrace.engine.state import records
+from moetrace.engine.tape import COUNT, SLICE, Tape
 from moetrace.results.frames import step_slices, unit_frame
 from moetrace.results.timeline import counter_frame, timeline_frame
 from moetrace.spec import PolicySpec, load_policy
@@ -204,3 +207,22 @@ def test_without_a_recording():
     result = mt.replay(mt.generate_trace("tiny-olmoe", requests=1, prompt=1, output=1), policies="monde")
     with pytest.raises(UsageError, match="Nothing was recorded for a timeline: replay with timeline="):
         _ = result.timeline
+
+
+def test_what_finds_no_room_on_a_tape_is_written_nowhere_else():
+    """Room is for sixty slices: with three nothing beyond them is touched, and the replay stops with an error."""
+    trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
+    tapes = []
+
+    def small(slices: int, counts: int):
+        memory = [records(slices, SLICE), records(counts, COUNT)]
+        tapes.append(memory)
+        return Tape(memory[0][:3], memory[1][:2], np.zeros(2, np.int64), np.zeros(1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "new_tape", small)
+        with pytest.raises(mt.MoetraceError, match="step 0 has more to note than its tape has room for"):
+            mt.replay(trace, policies="edge-ndp", slots=24, timeline=(0, None))
+    ((slices, counts),) = tapes
+    assert slices[:3]["duration_s"].all() and not slices[3:]["duration_s"].any()
+    assert counts[1]["at_s"] > 0 and not counts[2:]["at_s"].any()

@@ -33,8 +33,8 @@ def legal(dispatch, residency, prefetch):
         "none": True,
         "prefill": residency == "prefill",
         "foresee": residency == "foresee",
-        "online:2": residency in ("ewma", "lfu", "lfuda"),
-        "oracle:1": residency in ("lru", "fifo", "sieve", "lfu", "lfuda", "ewma", "least-stale"),
+        "online:2": residency in ("ewma", "lfu", "lfu-window", "lfuda"),
+        "oracle:1": residency in ("lru", "fifo", "sieve", "lfu", "lfu-window", "lfuda", "ewma", "least-stale"),
     }[prefetch]
 
 
@@ -55,11 +55,11 @@ def test_every_combination(tmp_path):
         else:
             with pytest.raises(UsageError, match="goes with"):
                 load(**fields)
-    assert accepted == 4 * (16 + 1 + 3 + 1 + 7) + 1
+    assert accepted == 4 * (17 + 1 + 4 + 1 + 8) + 1
 
 
 def test_refusal_says_what_is_legal():
-    partners = r"prefetch online:2 goes with residency ewma or lfu or lfuda or file.py:function only"
+    partners = r"prefetch online:2 goes with residency ewma or lfu or lfuda or lfu-window or file.py:function only"
     with pytest.raises(UsageError, match=partners):
         load(residency="lru", prefetch="online:2")
     with pytest.raises(UsageError, match=r"got residency lru, which goes with prefetch none or oracle:d\."):
@@ -89,7 +89,7 @@ def test_refusal_says_what_is_legal():
         ({"residency": "ewma", "prefetch": "oracle:x"}, "prefetch wants oracle:d with a whole number d from 1 to 4096"),
         ({"residency": "ewma", "prefetch": "oracle:4097"}, "prefetch wants oracle:d with a whole number d from 1 to"),
         ({"prefetch": "prefill:2"}, "prefetch wants one of none, prefill, online:m, foresee, oracle:d"),
-        ({"scope": "world"}, "scope wants one of layer, global, got 'world'"),
+        ({"scope": "world"}, "scope wants one of layer, global, request, got 'world'"),
         ({"half_life": 3}, "half_life applies to residency lfu or file.py:function only"),
         ({"residency": "lfu", "half_life": 2**63}, "half_life wants a finite number below 2.63, got 922"),
         ({"residency": "lfu", "half_life": 0}, "half_life wants a whole number.* from 1 to 1000000000, got 0"),
@@ -199,6 +199,7 @@ def test_policy_and_system():
 
 def test_unread_parameters_are_those_of_other_choices():
     assert set(load_policy("monde").unread) == {"half_life", "alpha", "p", "seed", "loads", "plan", "static"} | {
+        "budget",
         "prefetch_blocks",
         "gpu_rows",
         "gpu_layers",

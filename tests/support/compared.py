@@ -47,6 +47,7 @@ def check(case: Case, outcome: Run, index: int, expected: oracle.Outcome) -> Non
     assert log.tally["used"][0] == expected.used
     assert log.fallbacks[0] == expected.optimal_fallbacks
     close(outcome.work_bound_s, expected.work_bound_s)
+    close(lane.lower_bound_s, expected.lower_bound_s)
     close(lane.clairvoyant_s, expected.clairvoyant_s)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from support.oracle_bound import Bound, room_of
 from support.oracle_dispatch import dispatch, dispatch_by_cost, share_one
 from support.oracle_layer import (
     DECODE,
@@ -72,6 +73,7 @@ class Outcome:
     prefetch_bytes: float
     imbalance_mean: float
     work_bound_s: float
+    lower_bound_s: float
     clairvoyant_s: float
     optimal_fallbacks: int
 
@@ -94,6 +96,8 @@ class Replay:
         self.layers = [dict.fromkeys(LAYER_COLUMNS, 0.0) for _ in range(machine.L)]
         self.imbalance: list[list[float]] = []  # [step][layer], NaN where undefined
         self.work_bound_s = 0.0
+        g = len(self.units[0][0]) if machine.home else 1
+        self.bound = Bound(machine, g, room_of(policy, machine, user_dispatch), bool(self.memory.copies))
         self.clairvoyant_s = 0.0
         self.optimal_fallbacks = 0
         self.has_waited = False
@@ -105,6 +109,8 @@ class Replay:
     def run(self) -> None:
         start_s = 0.0
         for step in range(self.trace.steps):
+            if self.policy.scope == "request" and step and not self.under_way(step):
+                self.memory.forget()
             figures = self.run_step(step)
             figures["start_s"] = start_s
             parts = ("wait_s", "dense_s", "moe_s", "head_s")
@@ -115,6 +121,11 @@ class Replay:
         moved = math.fsum(figures["prefetch_bytes"] for figures in self.steps)
         self.add("link_in", busy_s=moved / self.machine.B_l if moved else 0.0, bytes=moved)
         self.add("link_in", experts=self.memory.completed)
+
+    def under_way(self, step: int) -> bool:
+        """Whether a request has rows before the step and from there on."""
+        at = int(self.trace.offset[step])
+        return bool(set(self.trace.request[:at].tolist()) & set(self.trace.request[at:].tolist()))
 
     def run_step(self, step: int) -> dict[str, float]:
         m, memory = self.machine, self.memory
@@ -142,6 +153,7 @@ class Replay:
         self.add("gpu", busy_s=m.head_s(), bytes=m.head_bytes)
         self.work_bound_s += m.head_s()
         self.clairvoyant_s += m.head_s()
+        self.bound.add_step(self.demand[step], m.dense_s(len(rows), C) + m.overhead_s)
         memory.step_done(step)
         figures["prefetch_bytes"] = memory.moved_bytes
         figures["late"] = memory.late - late
@@ -226,7 +238,12 @@ class Replay:
             self.add("cpu", experts=1, rows=n[e], bytes=m.W[layer, e])
         self.add("cpu", busy_s=line.cpu_busy)
         act_s, act_bytes = line.act + line.act_cpu, line.X + line.X_cpu
-        self.add("link_in", busy_s=line.fetch_s + act_s, experts=len(line.fetched), bytes=demand_bytes + act_bytes)
+        self.add(
+            "link_in",
+            busy_s=line.fetch_s + act_s,
+            experts=len(line.fetched + line.run_whole),
+            bytes=demand_bytes + act_bytes,
+        )
         self.add("link_out", busy_s=act_s, bytes=act_bytes)
 
     def yardsticks(self, layer: int, n: dict[int, int], T: int, before_s: float, moe_s: float) -> None:
@@ -334,6 +351,7 @@ def simulate(
         prefetch_bytes=math.fsum(steps["prefetch_bytes"]),
         imbalance_mean=mean([value for of_layers in replay.imbalance for value in of_layers]),
         work_bound_s=replay.work_bound_s,
+        lower_bound_s=max(replay.bound.seconds(), replay.work_bound_s),
         clairvoyant_s=replay.clairvoyant_s,
         optimal_fallbacks=replay.optimal_fallbacks,
     )

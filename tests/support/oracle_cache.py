@@ -170,12 +170,18 @@ def replay(
             score += sum(share for at, share in shares[key] if at == step)
         return round(score, 12)
 
+    def recent(key) -> int:
+        """In how many of the last 48 visits of its layer it was accessed."""
+        last = event[0].step - (key[0] > event[0].layer)
+        return len({step for step, _ in shares[key] if step > last - 48})
+
     def eviction_order(key):
         """The least goes first."""
         return {
             "lru": lambda: touched[key],
             "fifo": lambda: admitted[key],
             "lfu": lambda: (ever[key], touched[key]),
+            "lfu-window": lambda: (recent(key), touched[key]),
             "lfu-in-cache": lambda: (since_admitted[key], touched[key]),
             "ewma": lambda: (ewma(key), touched[key]),
             "least-stale": lambda: (-((key[0] - event[0].layer) % weight.shape[0] or weight.shape[0]), touched[key]),

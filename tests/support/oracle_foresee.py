@@ -85,7 +85,7 @@ class Foresight:
 
     def rho(self, layer: int) -> float:
         m, (_, _, g) = self.machine, self.policy.placement.partition(":")
-        if m.home is None:
+        if m.home is None or self.policy.dispatch == "gpu":  # nothing runs there
             return 0.0
         share = 1 if m.home_is_cpu or not self.policy.placement.startswith("tp") else int(g or m.N)
         return m.flop_per_row / (share * m.home.F) / (m.W[layer, 0] / (share * m.home.B) + m.home.start)

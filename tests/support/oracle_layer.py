@@ -267,6 +267,11 @@ class TimeLine:
     streamed: float = 0.0  # bytes that were fetched for it
 
     @property
+    def run_whole(self) -> list[int]:
+        """Who is shared in name only: the GPU runs all of it, and some of it was fetched."""
+        return [self.share.expert] if self.share and self.share.gpu >= 1 and self.streamed else []
+
+    @property
     def moe(self) -> float:
         return max(self.T_gpu, self.T_home, self.T_cpu)
 

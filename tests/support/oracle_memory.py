@@ -11,6 +11,7 @@ from typing import Any
 from support.oracle_entries import DONE_BYTES, Copy, Entry, Expert, given, splitmix64
 from support.oracle_foresee import Foresight
 from support.oracle_layer import PREFILL, Machine, OracleTrace, TimeLine, demand_order
+from support.oracle_slots import layer_slots
 
 
 def static_layers(policy: Any, m: Machine) -> range:
@@ -61,7 +62,8 @@ class Memory:
                 self.last_step[int(self.trace.request[row])] = step
                 if self.trace.row_phase[row] == PREFILL:
                     self.last_prefill[int(self.trace.request[row])] = step
-        self.shared = self.policy.scope == "global" or self.residency == "foresee"  # all layers share the slots
+        self.shared = self.policy.scope != "layer" or self.residency == "foresee"  # all layers share the slots
+        self.slots_of = layer_slots(self.trace, m, self.policy)
         self.foresight = Foresight(self.trace, m, self.policy) if self.residency == "foresee" else None
         if self.residency == "static-hindsight":
             self.keep_most({key: len(steps) for key, steps in self.demand_steps.items()})
@@ -79,6 +81,19 @@ class Memory:
             if len(self.copies) > m.slots:
                 raise ValueError(f"the static layers do not fit: {len(self.copies)} experts, {m.slots} slots")
 
+        self.began = 0  # step of the last cold start
+        self.start = dict(self.copies), dict(self.wanted)
+
+    def forget(self) -> None:
+        """Be as before the first step; what was prefetched and not run is wasted."""
+        self.wasted += sum(copy.prefetched and not copy.used for copy in self.copies.values())
+        self.wasted += sum(entry.started for entry in self.queue)
+        self.copies, self.wanted = dict(self.start[0]), dict(self.start[1])
+        for of_experts in (self.touched, self.score, self.count, self.gone, self.hand, self.prompt_count):
+            of_experts.clear()
+        self.queue.clear()
+        self.began = self.now[0] + 1
+
     # Capacity and victims
 
     def resident(self, layer: int) -> set[int]:
@@ -87,10 +102,10 @@ class Memory:
     def room(self, layer: int) -> bool:
         if self.shared:
             return len(self.copies) < self.machine.slots
-        return len(self.resident(layer)) < self.machine.slots // self.machine.L
+        return len(self.resident(layer)) < self.slots_of[layer]
 
     def pool(self, layer: int) -> int:
-        return 0 if self.policy.scope == "global" else layer
+        return layer if self.policy.scope == "layer" else 0
 
     def next_demand(self, key: Expert) -> tuple[float, int]:
         """Return the (step, layer) after now at which the expert is demanded next."""
@@ -103,7 +118,7 @@ class Memory:
         """Return what sorts the victim first; ties: touched longest ago, then lower layer, then lower id."""
         if self.foresight:
             return (self.foresight.worth(key), *key)
-        if self.residency in ("lfu", "ewma", "lfuda", "user"):
+        if self.residency in ("lfu", "lfu-window", "ewma", "lfuda", "user"):
             first: tuple = (self.score.get(key, 0.0),)
         elif self.residency == "belady":
             step, layer = self.next_demand(key)
@@ -145,7 +160,7 @@ class Memory:
     def sieved(self, layer: int, victims: list[Expert]) -> Expert:
         """Return the first victim not visited, in the order of admission from the hand on, round and round."""
         pool = self.pool(layer)
-        of_pool = {key: c for key, c in self.copies.items() if self.policy.scope == "global" or key[0] == layer}
+        of_pool = {key: c for key, c in self.copies.items() if self.policy.scope != "layer" or key[0] == layer}
         queue = sorted((copy.number, key) for key, copy in of_pool.items())
         start = next((i for i, (number, _) in enumerate(queue) if number >= self.hand.get(pool, 0)), 0)
         at = start
@@ -249,14 +264,16 @@ class Memory:
             if entry:
                 self.leave(entry)
         entry = self.queued((layer, line.share.expert)) if line.share else None
-        if entry and line.streamed:  # what a share fetched of it has moved, but never all
+        if entry and line.run_whole:  # what had arrived runs: it is not wasted
+            self.queue.remove(entry)
+        elif entry and line.streamed:  # what a share fetched of it has moved, but never all
             most = self.machine.W[entry.key] - 2 * DONE_BYTES
             entry.moved = max(entry.moved, min(entry.moved + line.streamed, most))
             entry.left = float(self.machine.W[entry.key]) - entry.moved
         if self.foresight:
             self.foresight.see(*self.now, self.demand[self.now[0]][layer])
             if self.policy.prefetch == "foresee":
-                self.foresight.requeue(self, [(layer, e) for e in line.fetched])
+                self.foresight.requeue(self, [(layer, e) for e in line.fetched + line.run_whole])
 
     def entry(self, key: Expert) -> Entry:
         return Entry(key, float(self.machine.W[key]))
@@ -270,7 +287,9 @@ class Memory:
         before = set(self.copies)
         for e in demand_order(n):
             key = (layer, e)
-            if key in self.copies or (e in line.fetched and self.keeps(key) and self.admit(key, active, False)):
+            if key in self.copies or (
+                e in line.fetched + line.run_whole and self.keeps(key) and self.admit(key, active, False)
+            ):
                 self.touches += 1
                 self.touched[key] = self.touches
                 self.copies[key].demands += 1
@@ -289,6 +308,10 @@ class Memory:
         if self.residency == "lfu":
             for e in n:
                 self.score[layer, e] = self.score.get((layer, e), 0.0) + 1.0
+        elif self.residency == "lfu-window":
+            for e in experts:
+                steps = self.demand_steps.get((layer, e), [])
+                self.score[layer, e] = sum(max(self.now[0] - 48, self.began - 1) < at <= self.now[0] for at in steps)
         elif self.residency == "lfuda":
             age = max(self.gone.get(self.pool(layer), []), default=0.0)
             for e in n:
@@ -343,11 +366,11 @@ class Memory:
 
     def keep_most(self, total: dict[Expert, int]) -> None:
         ranked = sorted(total, key=lambda key: (-total[key], *key))
-        if self.policy.scope == "global":
+        if self.policy.scope != "layer":
             chosen = ranked[: self.machine.slots]
         else:
-            C = self.machine.slots // self.machine.L
-            chosen = [key for layer in range(self.machine.L) for key in [key for key in ranked if key[0] == layer][:C]]
+            own = [[key for key in ranked if key[0] == layer] for layer in range(self.machine.L)]
+            chosen = [key for keys, C in zip(own, self.slots_of, strict=True) for key in keys[:C]]
         self.wanted = {key: total[key] for key in chosen}
 
     def remake_queue(self) -> None:

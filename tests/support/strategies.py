@@ -34,6 +34,8 @@ RESIDENCIES: dict[tuple[str, str], list[dict]] = {
     ("ewma", "none"): [{}, {"alpha": 0.8}],
     ("ewma", "online"): [{"prefetch": "online:2"}, {"prefetch": "online:1", "prefetch_blocks": True}],
     ("ewma", "oracle"): [{"prefetch": "oracle:3"}],
+    ("lfu-window", "none"): [{}],
+    ("lfu-window", "online"): [{"prefetch": "online:2"}],
     ("lfuda", "none"): [{}, {"most_count": 2.5, "evicted_share": 0.25}],
     ("lfuda", "online"): [{"prefetch": "online:2", "most_count": 3}],
     ("lfuda", "oracle"): [{"prefetch": "oracle:2"}],

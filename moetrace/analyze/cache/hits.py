@@ -3,8 +3,8 @@
 What counts as an access, and how a victim is found, is in `accesses` and `eviction`; docs/cache.md says it for users.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,15 +13,15 @@ import polars as pl
 
 from moetrace.analyze.cache import eviction
 from moetrace.analyze.cache.accesses import accesses
-from moetrace.analyze.cache.kernels.replays import Budget, Demands, make_replay
+from moetrace.analyze.cache.kernels.replays import Budget, Demands, Replay, make_replay
 from moetrace.analyze.cache.kernels.static import count_accesses
 from moetrace.analyze.cache.next_use import NextUses
+from moetrace.analyze.cache.parted import by_layer_replay, cold_replay
 from moetrace.analyze.cache.regret import link_of, with_regret
 from moetrace.analyze.cache.tally import (
     AGREEING,
     HITS,
     MISSED_BYTES,
-    MOST_CACHES,
     QUANTILES,
     RECORDED,
     RECORDED_HITS,
@@ -30,17 +30,20 @@ from moetrace.analyze.cache.tally import (
     DemandCounts,
     HitTally,
     RequestGroups,
+    WholeRows,
     count_demand,
     count_hits,
-    count_whole_rows,
     intervals,
-    mark_hits,
     no_demand,
     no_tally,
+    owners_of,
     quantiles,
     requests_of,
 )
-from moetrace.analyze.sizes import expert_bytes
+from moetrace.analyze.sizes import expert_bytes, own_experts
+from moetrace.engine.cold import cold_steps
+from moetrace.engine.layer_slots import layer_slots
+from moetrace.engine.schedule import schedule_of
 from moetrace.engine.static_set import most_demanded
 from moetrace.spec import Model, System
 from moetrace.spec.budget import parse_amount
@@ -53,8 +56,9 @@ from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import PHASE_NAMES
 
 DEFAULT_POLICIES = ("lru", "lfu", "belady")
-SCOPES = ("global", "layer")
+SCOPES = ("global", "layer", "request")
 MAX_CAPACITY = 1 << 60
+_BLOCK_IDS = 1 << 19  # of a block, whose accesses and hits then stay in the caches
 MAX_KEYS = 1 << 20  # models have 23,000 at most; a damaged file may claim anything
 _SCHEMA = {
     "policy": pl.String,
@@ -99,6 +103,7 @@ class Asked(NamedTuple):
     scope: str
     sequential: bool
     sizes: np.ndarray | None  # int64 [layers, experts]: bytes, if known
+    budget: str | None = None  # who says how many experts each layer's cache holds; None: each as many
 
 
 def parse_capacity(text: str | int) -> Capacity:
@@ -122,6 +127,7 @@ def cache_hits(
     policies: Sequence[str] = DEFAULT_POLICIES,
     *,
     scope: str = "global",
+    budget: str | Path | None = None,
     sequential: bool = False,
     model: Model | str | Path | None = None,
     system: System | str | Path | None = None,
@@ -138,7 +144,10 @@ def cache_hits(
         trace: A trace or the path of its file.
         capacities: Sizes of the cache, over all layers together: experts (48) or bytes ("100MB", "3GiB").
         policies: Cache policies, keys of `POLICIES`. By default lru, lfu and belady.
-        scope: "global" is one cache; "layer" gives each layer its own, of an equal part of the capacity.
+        scope: "global" is one cache; "layer" gives each layer its own, of an equal part of the capacity; "request" is
+            one cache that is emptied, and forgets, whenever no request is under way.
+        budget: Of scope "layer", how many experts each layer's cache holds: a CSV file with a number a line, or "auto",
+            which goes by what the first prompts chose.
         sequential: Demand experts one access at a time instead of together.
         model: A preset's name, a TOML file or a Model, for the sizes of experts that the trace does not hold. By
             default the preset that the trace names.
@@ -162,8 +171,8 @@ def cache_hits(
         - regret_points, miss_ms_per_step, regret_ms_per_step and verdict (docs/cache.md, "Policy or working set?").
 
     Raises:
-        UsageError: A policy or scope is unknown, a system has no link, or sizes are unknown and a capacity in bytes or
-            a system needs them.
+        UsageError: A policy or scope is unknown, a system has no link, sizes are unknown and a capacity in bytes or
+            a system needs them, or a budget does not go with scope or capacity.
         MoetraceError: The trace is damaged or holds only counts.
 
     Examples:
@@ -175,7 +184,7 @@ def cache_hits(
     refuse_if_forked()
     sizes = expert_bytes(trace, model)
     parsed = [c if isinstance(c, Capacity) else parse_capacity(c) for c in capacities]
-    asked = Asked(parsed, _known(policies), scope, sequential, sizes)
+    asked = Asked(parsed, _known(policies), scope, sequential, sizes, None if budget is None else str(budget))
     _check(trace, asked)
     link = None if system is None else link_of(system, known=sizes is not None)
     requests = requests_of(trace)
@@ -228,47 +237,57 @@ def _replay(
     """Return what was demanded, and what each policy hit at each capacity."""
     keys, pools = trace.layers * trace.num_experts, trace.layers if asked.scope == "layer" else 1
     size = np.zeros(keys, np.int64) if asked.sizes is None else asked.sizes.reshape(-1)
-    count = np.zeros(0, np.int64)
+    count, block_rows = np.zeros(0, np.int64), max(1, _BLOCK_IDS // (trace.layers * trace.top_k))
     needs = asked.policies.values()
     if any(policy.totals for policy in needs):
-        count = count_accesses(accesses(trace, sequential=asked.sequential), keys)
+        count = count_accesses(accesses(trace, sequential=asked.sequential, block_rows=block_rows), keys)
     choices = trace.rows * trace.top_k
     demands = Demands(trace.layers, trace.num_experts, size, pools, asked.sequential, choices, count)
     budgets = [Budget(capacity.amount // pools, capacity.unit == "bytes") for capacity in asked.capacities]
-    replays = {name: make_replay(policy, budgets, demands) for name, policy in asked.policies.items()}
+    replays = _replays(trace, asked, budgets, demands)
     tallies = {policy: [no_tally(requests.groups) for _ in budgets] for policy in asked.policies}
     demand = no_demand(keys, requests.groups)
     looks_ahead = any(policy.next_use for policy in needs)
+    each = size[:1] if (size == size[0]).all() else size
     with NextUses(keys) as next_uses:
         if looks_ahead:
-            next_uses.learn(accesses(trace, sequential=asked.sequential))
+            next_uses.learn(accesses(trace, sequential=asked.sequential, block_rows=block_rows))
         wanted = {
             "recorded": "recorded" in trace.has,
             "rows": True,
             "chosen_by": any(policy.row_counts for policy in needs),
-            "choices": True,
         }
-        for block in accesses(trace, sequential=asked.sequential, **wanted):
-            group = requests.group_of(block.request)
-            count_demand(demand, block, group, trace.layers)
+        for block in accesses(trace, sequential=asked.sequential, block_rows=block_rows, **wanted):
+            owners = owners_of(block, requests.group_of(block.request), trace.layers)
+            count_demand(demand, block, owners, trace.num_experts)
             next_use = next_uses.of(block) if looks_ahead else np.zeros(0, np.int64)
-            several: list[HitTally] = []  # caches whose hits are marked
-            bits = np.zeros(block.key.size if block.choice.size else 0, np.uint64)
+            whole = WholeRows(block, owners, trace.num_experts, asked.sequential, len(replays) * len(budgets))
             for policy, replay in replays.items():
                 for tally, hit in zip(tallies[policy], replay(block, next_use), strict=True):
-                    count_hits(tally, block, hit, size, group)
-                    if not block.choice.size:
-                        continue
-                    mark_hits(bits, hit, len(several))
-                    several.append(tally)
-                    if len(several) == MOST_CACHES:
-                        count_whole_rows(several, block, bits)
-                        bits[:], several = 0, []
-            if several:
-                count_whole_rows(several, block, bits)
+                    count_hits(tally, block, hit, each, owners)
+                    whole.add(tally, hit)
+            whole.count()
             if progress is not None:
                 progress(block.rows)
     return demand, tallies
+
+
+def _replays(trace: Trace, asked: Asked, budgets: list[Budget], demands: Demands) -> dict[str, Replay]:
+    """Return what replays each policy."""
+    if asked.budget is not None:
+        exists = np.arange(trace.num_experts) < own_experts(trace)[:, None]
+        amounts = [layer_slots(asked.budget, trace, capacity.amount, exists) for capacity in asked.capacities]
+        return {
+            name: by_layer_replay(partial(make_replay, policy, demands=demands), amounts, trace.layers, demands.experts)
+            for name, policy in asked.policies.items()
+        }
+    if asked.scope == "request":
+        cold = cold_steps(schedule_of(trace).requests, trace.steps)
+        return {
+            name: cold_replay(partial(make_replay, policy, budgets, demands), cold, trace.layers)
+            for name, policy in asked.policies.items()
+        }
+    return {name: make_replay(policy, budgets, demands) for name, policy in asked.policies.items()}
 
 
 def _known(names: Sequence[str]) -> dict[str, CachePolicy]:
@@ -290,13 +309,21 @@ def _check(trace: Trace, asked: Asked) -> None:
                 f"{name} is defined one access at a time and for equal sizes: use --sequential, and "
                 f"capacities in experts."
             )
+    if asked.budget is not None and (asked.scope != "layer" or any(c.unit == "bytes" for c in asked.capacities)):
+        raise UsageError("a budget gives each layer's cache experts: use scope layer, and capacities in experts.")
     check_trace(trace, asked.capacities, asked.scope, asked.sizes)
 
 
-def check_trace(trace: Trace, capacities: Sequence[Capacity], scope: str, sizes: np.ndarray | None) -> None:
+def check_trace(
+    trace: Trace,
+    capacities: Sequence[Capacity],
+    scope: str,
+    sizes: np.ndarray | None,
+    scopes: Sequence[str] = SCOPES,
+) -> None:
     """Raise UsageError or MoetraceError if caches of these capacities cannot be replayed over a trace."""
-    if scope not in SCOPES:
-        raise UsageError(f"there is no scope {scope!r}; known are {', '.join(SCOPES)}.")
+    if scope not in scopes:
+        raise UsageError(f"there is no scope {scope!r}; known are {', '.join(scopes)}.")
     in_bytes = next((capacity for capacity in capacities if capacity.unit == "bytes"), None)
     if in_bytes is not None and sizes is None:
         raise UsageError(
@@ -341,7 +368,6 @@ def _rows(asked: Asked, demand: DemandCounts, tallies: dict[str, list[HitTally]]
 def _row(demand: DemandCounts, tally: HitTally, phases: list[int]) -> dict:
     accessed, compulsory, steps, choosing_rows, choosing_steps = (int(n) for n in demand.counts[phases].sum(0))
     totals = tally.totals[phases].sum(0)
-    misses = sum((tally.step_misses[phase] for phase in phases), Counter())
     return {
         "steps": steps,
         "accesses": accessed,
@@ -354,5 +380,7 @@ def _row(demand: DemandCounts, tally: HitTally, phases: list[int]) -> dict:
         "all_resident_steps": totals[WHOLE_STEPS] / choosing_steps if choosing_steps else None,
         "recorded_hit_rate": totals[RECORDED_HITS] / totals[RECORDED] if totals[RECORDED] else None,
         "recorded_agreement": totals[AGREEING] / totals[RECORDED] if totals[RECORDED] else None,
-        **{f"step_misses_p{q}": value for q, value in zip(QUANTILES, quantiles(misses), strict=True)},
+        **{
+            f"step_misses_p{q}": value for q, value in zip(QUANTILES, quantiles(tally.step_misses(phases)), strict=True)
+        },
     }

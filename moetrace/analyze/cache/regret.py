@@ -1,5 +1,6 @@
 """Is it the policy or the working set? What Belady's policy would hit more, in points, in time, and as a verdict."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,12 @@ YARDSTICK = "belady"
 ENOUGH = 0.05  # of all accesses: fewer misses than this, but for first uses, are no failure
 POLICY, WORKING_SET, NEITHER = "policy", "working set", "neither"
 _CASE = ["capacity", "phase"]
+_COLUMNS = {
+    "miss_ms_per_step": pl.Float64,
+    "regret_points": pl.Float64,
+    "regret_ms_per_step": pl.Float64,
+    "verdict": pl.String,
+}
 
 
 class LinkCost(NamedTuple):
@@ -42,34 +49,43 @@ def with_regret(frame: pl.DataFrame, link: LinkCost | None) -> pl.DataFrame:
     what is missed, one expert after another, on average. regret_ms_per_step: how much more than Belady's. verdict: of
     the capacity and phase, the same for all its policies (see docs/cache.md): "policy", "working set" or "neither".
     """
-    own_ms = pl.lit(None, pl.Float64)
-    if link is not None:
-        misses = pl.col("accesses") - pl.col("hits")
-        total_s = pl.col("missed_bytes") / link.bytes_s + misses * link.latency_s
-        own_ms = pl.when(pl.col("steps") > 0).then(1e3 * total_s / pl.col("steps"))
-    frame = frame.with_columns(miss_ms_per_step=own_ms)
-
-    def belady(name: str) -> pl.Expr:
-        return pl.col(name).filter(pl.col("policy") == YARDSTICK).first().over(_CASE)
-
-    frame = frame.with_columns(
-        regret_points=100 * (belady("hit_rate") - pl.col("hit_rate")),
-        regret_ms_per_step=pl.col("miss_ms_per_step") - belady("miss_ms_per_step"),
-        _best=pl.col("hits").filter(~pl.col("policy").is_in(_clairvoyant(frame))).max().over(_CASE),
-        _belady=belady("hits"),
-        _beyond=belady("capacity_misses"),
-    )
-    policy = (pl.col("_belady") - pl.col("_best")).clip(0)
-    few = policy + pl.col("_beyond") < ENOUGH * pl.col("accesses")
-    verdict = pl.when(few).then(pl.lit(NEITHER)).when(policy > pl.col("_beyond")).then(pl.lit(POLICY))
-    known = pl.col("_best").is_not_null() & pl.col("_belady").is_not_null() & (pl.col("accesses") > 0)
-    frame = frame.with_columns(verdict=pl.when(known).then(verdict.otherwise(pl.lit(WORKING_SET))))
-    return frame.drop("_best", "_belady", "_beyond")
+    rows, of_case = frame.rows(named=True), {}
+    for row in rows:
+        case = of_case.setdefault(tuple(row[name] for name in _CASE), {})
+        case.setdefault(row["policy"], row)
+        ms = None
+        if link is not None and row["steps"] > 0 and row["missed_bytes"] is not None:
+            total_s = row["missed_bytes"] / link.bytes_s + (row["accesses"] - row["hits"]) * link.latency_s
+            ms = 1e3 * total_s / row["steps"]
+        row["miss_ms_per_step"] = ms
+    verdicts = {case: _verdict(of) for case, of in of_case.items()}
+    found = []
+    for row in rows:
+        case, ms = tuple(row[name] for name in _CASE), row["miss_ms_per_step"]
+        belady = of_case[case].get(YARDSTICK, {})
+        points = _less(belady.get("hit_rate"), row["hit_rate"], 100.0)
+        found.append((ms, points, _less(ms, belady.get("miss_ms_per_step"), 1.0), verdicts[case]))
+    return frame.hstack(pl.DataFrame(found, _COLUMNS, orient="row"))
 
 
-def _clairvoyant(frame: pl.DataFrame) -> list[str]:
-    """Policies of the frame that know the trace beforehand: no engine has them."""
-    return [name for name in frame["policy"].unique().sort() if find("residency", name).knows_future]
+def _less(a: float | None, b: float | None, unit: float) -> float | None:
+    return None if a is None or b is None else unit * (a - b)
+
+
+def _verdict(of: dict[str, dict]) -> str | None:
+    """Return the verdict on a capacity and phase, from the row of each policy; None if there can be none."""
+    usable, belady = [of[name]["hits"] for name in _usable(of)], of.get(YARDSTICK)
+    if belady is None or not usable or not belady["accesses"]:
+        return None
+    policy, beyond = max(0, belady["hits"] - max(usable)), belady["capacity_misses"]
+    if policy + beyond < ENOUGH * belady["accesses"]:
+        return NEITHER
+    return POLICY if policy > beyond else WORKING_SET
+
+
+def _usable(policies: Iterable[str]) -> list[str]:
+    """Policies that an engine may have: those that do not know the trace beforehand."""
+    return [name for name in dict.fromkeys(policies) if not find("residency", name).knows_future]
 
 
 def verdict_lines(frame: pl.DataFrame) -> list[str]:
@@ -77,7 +93,9 @@ def verdict_lines(frame: pl.DataFrame) -> list[str]:
     lines = []
     for (capacity, phase), of in frame.group_by(_CASE, maintain_order=True):
         belady = of.filter(policy=YARDSTICK)
-        usable = of.filter(~pl.col("policy").is_in(_clairvoyant(of))).sort("hits", descending=True, maintain_order=True)
+        usable = of.filter(pl.col("policy").is_in(_usable(of["policy"]))).sort(
+            "hits", descending=True, maintain_order=True
+        )
         if of["verdict"][0] is None:
             continue
         best, accessed = usable.row(0, named=True), of["accesses"][0]

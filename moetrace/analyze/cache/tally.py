@@ -15,8 +15,8 @@ from moetrace.trace.schema import NOT_RECORDED, PHASE_NAMES
 HITS, MISSED_BYTES, RECORDED, AGREEING, WHOLE_ROWS, WHOLE_STEPS, RECORDED_HITS = range(7)
 _TOTALS = 7
 ACCESSED, COMPULSORY, STEPS, CHOOSING_ROWS, CHOOSING_STEPS = range(5)  # columns of what was demanded
-MOST_CACHES = 64  # whose hits are looked at together, a bit each
 MAX_GROUPS = 4096  # of requests, that a bootstrap draws from
+_FEW = 4096  # misses of a step: how many steps have each number below stands in an array
 _DRAWS, _AT_A_TIME = 1000, 50
 QUANTILES = (50, 95, 99)
 
@@ -39,7 +39,15 @@ class HitTally(NamedTuple):
     # choices all hit, and accesses that hit by the record
     totals: np.ndarray
     group_hits: np.ndarray  # int64 [phases, groups]
-    step_misses: list[Counter[int]]  # [phases]: how many steps had so many misses
+    few_misses: np.ndarray  # int64 [phases, _FEW]: how many steps had so many misses
+    many_misses: list[Counter[int]]  # [phases]: the same from _FEW on
+
+    def step_misses(self, phases: Sequence[int]) -> Counter[int]:
+        """How many steps of some phases had so many misses."""
+        few = self.few_misses[list(phases)].sum(0)
+        found = np.flatnonzero(few)
+        counts = Counter(dict(zip(found.tolist(), few[found].tolist(), strict=True)))
+        return sum((self.many_misses[phase] for phase in phases), counts)
 
 
 class DemandCounts(NamedTuple):
@@ -48,6 +56,17 @@ class DemandCounts(NamedTuple):
     counts: np.ndarray  # int64 [phases, 5]: accesses, first accesses, steps, rows and steps with a choice
     group_accesses: np.ndarray  # int64 [phases, groups]
     seen: np.ndarray  # uint8 [keys]: whether each was accessed
+
+
+class Owners(NamedTuple):
+    """Whose the accesses of a block are: of which steps, and of which groups of requests."""
+
+    bounds: np.ndarray  # int64 [steps + 1]: step s has accesses bounds[s]:bounds[s + 1]
+    phase: np.ndarray  # int64 [steps]
+    single: np.ndarray  # uint8 [steps]: whether it is of one row
+    of_step: np.ndarray  # int32 [steps]: the group of all its rows, -1 if they have several
+    of_access: np.ndarray  # int32 [n]: the group of each; [0] if each step has one
+    shared: np.ndarray  # int64 [steps + 1]: the accesses in steps of several rows, before each step
 
 
 def requests_of(trace: Trace) -> RequestGroups:
@@ -62,7 +81,10 @@ def no_tally(groups: int) -> HitTally:
     """Return what is known before the first access."""
     phases = len(PHASE_NAMES)
     return HitTally(
-        np.zeros((phases, _TOTALS), np.int64), np.zeros((phases, groups), np.int64), [Counter() for _ in PHASE_NAMES]
+        np.zeros((phases, _TOTALS), np.int64),
+        np.zeros((phases, groups), np.int64),
+        np.zeros((phases, _FEW), np.int64),
+        [Counter() for _ in PHASE_NAMES],
     )
 
 
@@ -72,43 +94,69 @@ def no_demand(keys: int, groups: int) -> DemandCounts:
     return DemandCounts(np.zeros((phases, 5), np.int64), np.zeros((phases, groups), np.int64), np.zeros(keys, np.uint8))
 
 
-def count_demand(demand: DemandCounts, block: Accesses, group: np.ndarray, layers: int) -> None:
-    """Add the accesses of a block; group int32 [rows] is that of each row's request."""
-    _count(block.key, block.row, block.bounds, layers, block.phase, group, demand)
-    some = np.diff(block.bounds[::layers]) > 0
-    np.add.at(demand.counts[:, CHOOSING_STEPS], block.phase, some)
-    np.add.at(demand.counts[:, CHOOSING_ROWS], block.phase, some & (block.step_rows == 1))
-    if block.choice.size:
-        made = (block.choice >= 0).any(axis=(1, 2)) & np.repeat(block.step_rows > 1, block.step_rows)
-        np.add.at(demand.counts[:, CHOOSING_ROWS], np.repeat(block.phase, block.step_rows), made)
+def owners_of(block: Accesses, group: np.ndarray, layers: int) -> Owners:
+    """Return whose the accesses of a block are; group int32 [rows] is that of each row's request."""
+    first = np.cumsum(block.step_rows) - block.step_rows
+    of_step = group[first]
+    if block.row.size:
+        differs = group != np.repeat(of_step, block.step_rows)
+        of_step[np.logical_or.reduceat(differs, first)] = -1
+    bounds = np.ascontiguousarray(block.bounds[::layers])
+    single = (block.step_rows == 1).view(np.uint8)
+    shared = np.concatenate(([0], np.cumsum(np.where(single, 0, np.diff(bounds)))))
+    of_access = np.empty(block.row.size, np.int32)
+    _take(group, block.row, of_access)
+    return Owners(bounds, block.phase.astype(np.int64), single, of_step, of_access, shared)
 
 
-def count_hits(tally: HitTally, block: Accesses, hit: np.ndarray, size: np.ndarray, group: np.ndarray) -> None:
-    """Add the hits of a block: hit uint8 [n], size int64 [keys] in bytes, group as in `count_demand`."""
-    layers = (block.bounds.size - 1) // max(1, block.phase.size)
+def count_demand(demand: DemandCounts, block: Accesses, owners: Owners, num_experts: int) -> None:
+    """Add the accesses of a block."""
+    _count(owners, demand.counts, demand.group_accesses)
+    new = block.fresh[demand.seen[block.key[block.fresh]] == 0]
+    demand.seen[block.key[new]] = 1
+    phase = owners.phase[np.searchsorted(owners.bounds, new, "right") - 1]
+    demand.counts[:, COMPULSORY] += np.bincount(phase, minlength=len(PHASE_NAMES))
+    if block.experts.size:
+        _count_choosing(owners, block.step_rows, block.experts, num_experts, demand.counts)
+
+
+def count_hits(tally: HitTally, block: Accesses, hit: np.ndarray, size: np.ndarray, owners: Owners) -> None:
+    """Add the hits of a block: hit uint8 [n] of 0 and 1; size int64 [keys] in bytes, [1] if all are of the same."""
     misses = np.empty(block.phase.size, np.int64)
-    _tally(block, hit, size, layers, tally.totals, misses)
-    _tally_groups(block, hit, group, layers, tally.group_hits)
-    whole = (misses == 0) & (np.diff(block.bounds[::layers]) > 0)
-    np.add.at(tally.totals[:, WHOLE_STEPS], block.phase, whole)
-    np.add.at(tally.totals[:, WHOLE_ROWS], block.phase, whole & (block.step_rows == 1))
-    for phase, counter in enumerate(tally.step_misses):
-        found, steps = np.unique(misses[block.phase == phase], return_counts=True)
-        counter.update(dict(zip(found.tolist(), steps.tolist(), strict=True)))
+    most = _tally(owners, block.key, hit, size, misses, tally.totals, tally.group_hits, tally.few_misses)
+    if block.recorded.size:
+        _tally_recorded(owners, block.recorded, hit, tally.totals)
+    if most >= _FEW:
+        for phase, counter in enumerate(tally.many_misses):
+            found, steps = np.unique(misses[(owners.phase == phase) & (misses >= _FEW)], return_counts=True)
+            counter.update(dict(zip(found.tolist(), steps.tolist(), strict=True)))
 
 
-def mark_hits(bits: np.ndarray, hit: np.ndarray, number: int) -> None:
-    """Set the bit of cache `number`, below MOST_CACHES, where its accesses hit; bits uint64 [n], hit uint8 [n]."""
-    _mark(bits, hit, np.uint64(number))
+def mark_hits(bits: np.ndarray, owners: Owners, hit: np.ndarray, number: int) -> None:
+    """Set the bit of cache `number`, and clear those above it, of the accesses that hit in steps of several rows.
+
+    bits uint8 or uint64 [m] are of these accesses only, hit uint8 [n] of 0 and 1 of all.
+    """
+    _mark(bits, owners, hit, np.uint64(number))
 
 
-def count_whole_rows(tallies: Sequence[HitTally], block: Accesses, bits: np.ndarray) -> None:
+def count_whole_rows(
+    tallies: Sequence[HitTally],
+    block: Accesses,
+    owners: Owners,
+    bits: np.ndarray,
+    num_experts: int,
+    sequential: bool,
+) -> None:
     """Add, for each of the caches that `bits` are of, the rows of steps of several whose choices all hit.
 
     All caches at once, as a pass over the choices for each took as long as most of their replays.
     """
     whole = np.zeros((len(PHASE_NAMES), len(tallies)), np.int64)
-    _count_whole(block, bits, whole)
+    left = np.empty(int(block.step_rows.max(initial=0)), bits.dtype)
+    held = np.zeros(num_experts, bits.dtype)
+    steps = block.bounds, block.step_rows, owners
+    _count_whole(steps, block.key, block.experts, bits, sequential, left, held, whole)
     for tally, of in zip(tallies, whole.T, strict=True):
         tally.totals[:, WHOLE_ROWS] += of
 
@@ -143,80 +191,183 @@ def intervals(hits: np.ndarray, accesses: np.ndarray, seed: int) -> tuple[np.nda
 
 
 @kernel(inline=False)
-def _count(key, row, bounds, layers, phase, group, demand):
-    """Add the accesses of whole steps to ``demand``; key int32 [n], row int32 [n], group int32 [rows]."""
-    counts = demand.counts
-    for step in range(phase.size):
-        start, stop, first = bounds[step * layers], bounds[(step + 1) * layers], 0
-        for i in range(start, stop):
-            first += demand.seen[key[i]] == 0
-            demand.seen[key[i]] = 1
-            demand.group_accesses[phase[step], group[row[i]]] += 1
-        counts[phase[step], 0] += stop - start
-        counts[phase[step], 1] += first
-        counts[phase[step], 2] += 1
+def _take(values, places, found):
+    """Fill found with the values at places, all int32 [n]: 0.5 ns each, and 2 by NumPy."""
+    for i in range(places.size):
+        found[np.uint64(i)] = values[np.uint64(places[np.uint64(i)])]
 
 
 @kernel(inline=False)
-def _mark(bits, hit, number):
-    """Set bit ``number`` of bits uint64 [n] where hit uint8 [n] is not 0."""
-    for i in range(hit.size):
-        bits[i] |= np.uint64(hit[i] > 0) << number
-
-
-@kernel(inline=False)
-def _count_whole(block, bits, whole):
-    """Add to whole int64 [phases, caches] the rows, of steps with several, whose choices all have the cache's bit."""
-    row, none = 0, np.uint64(0)
-    for step in range(block.phase.size):
-        for row_of_step in range(block.step_rows[step]):
-            some, every, at = False, ~none, row + row_of_step
-            if block.step_rows[step] == 1:
-                continue
-            for layer in range(block.choice.shape[1]):
-                for slot in range(block.choice.shape[2]):
-                    access = block.choice[at, layer, slot]
-                    if access >= 0:
-                        some = True
-                        every &= bits[access]
-                if every == none:
-                    break
-            if some and every != none:
-                for cache in range(whole.shape[1]):
-                    whole[block.phase[step], cache] += np.int64(every >> np.uint64(cache) & np.uint64(1))
-        row += block.step_rows[step]
-
-
-@kernel(inline=False)
-def _tally(block, hit, size, layers, totals, misses):
-    """Add each phase's figures to totals int64 [phases, 7]; fill misses int64 [steps]."""
-    for step in range(block.phase.size):
-        start, stop = block.bounds[step * layers], block.bounds[(step + 1) * layers]
-        hits, missed_bytes, known, agreeing, resident = 0, 0, 0, 0, 0
-        for i in range(start, stop):
-            hits += hit[i] > 0
-            missed_bytes += 0 if hit[i] else size[block.key[i]]
-        if block.recorded.size:
+def _count(owners, counts, group_accesses):
+    """Add whole steps to counts int64 [phases, 5], but for what is in rows and first accesses, and to groups."""
+    for step in range(owners.phase.size):
+        phase, start, stop = owners.phase[step], owners.bounds[step], owners.bounds[step + 1]
+        counts[phase, ACCESSED] += stop - start
+        counts[phase, STEPS] += 1
+        counts[phase, CHOOSING_STEPS] += stop > start
+        counts[phase, CHOOSING_ROWS] += (stop > start) & (owners.single[step] > 0)
+        if owners.of_step[step] >= 0:
+            group_accesses[phase, owners.of_step[step]] += stop - start
+        else:
             for i in range(start, stop):
-                known += block.recorded[i] != NOT_RECORDED
-                resident += block.recorded[i] != NOT_RECORDED and block.recorded[i] > 0
-                agreeing += block.recorded[i] != NOT_RECORDED and (block.recorded[i] > 0) == (hit[i] > 0)
-        totals[block.phase[step], HITS] += hits
-        totals[block.phase[step], MISSED_BYTES] += missed_bytes
-        totals[block.phase[step], RECORDED] += known
-        totals[block.phase[step], AGREEING] += agreeing
-        totals[block.phase[step], RECORDED_HITS] += resident
-        misses[step] = stop - start - hits
+                group_accesses[phase, owners.of_access[i]] += 1
 
 
 @kernel(inline=False)
-def _tally_groups(block, hit, group, layers, group_hits):
-    """Add the hits of each request's rows, those of one request after another's in one addition."""
-    for step in range(block.phase.size):
-        own, hits = 0, 0
-        for i in range(block.bounds[step * layers], block.bounds[(step + 1) * layers]):
-            if group[block.row[i]] != own:
-                group_hits[block.phase[step], own] += hits
-                own, hits = np.int64(group[block.row[i]]), 0
-            hits += hit[i] > 0
-        group_hits[block.phase[step], own] += hits
+def _count_choosing(owners, step_rows, experts, num_experts, counts):
+    """Add to counts int64 [phases, 5] the rows, of steps with several, that chose anything."""
+    first = 0
+    for step in range(step_rows.size):
+        if step_rows[step] > 1:
+            for row in range(first, first + step_rows[step]):
+                counts[owners.phase[step], CHOOSING_ROWS] += _chose(experts, row, num_experts)
+        first += step_rows[step]
+
+
+@kernel
+def _chose(experts, row, num_experts):
+    """Whether a row chose an expert in any layer."""
+    for layer in range(experts.shape[1]):
+        for slot in range(experts.shape[2]):
+            if experts[row, layer, slot] < num_experts:
+                return 1
+    return 0
+
+
+@kernel(inline=False)
+def _mark(bits, owners, hit, number):
+    """Set bit ``number`` of bits [m] where hit uint8 [n] is 1, in steps of several rows."""
+    for step in range(owners.phase.size):
+        if not owners.single[step]:
+            to = owners.shared[step] - owners.bounds[step]
+            for i in range(owners.bounds[step], owners.bounds[step + 1]):
+                before = np.uint64(bits[to + i]) if number else np.uint64(0)
+                bits[to + i] = before | np.uint64(hit[i]) << number
+
+
+@kernel(inline=False)
+def _count_whole(steps, key, experts, bits, sequential, left, held, whole):
+    """Add to whole int64 [phases, caches] the rows, of steps with several, whose choices all have the cache's bit.
+
+    ``left`` [rows] is of a step: the caches in which all choices of a row hit so far; ``held`` [experts] of an event:
+    those in which each hits. A row that has no cache left is looked at no more, which most are soon.
+    """
+    bounds, step_rows, owners = steps
+    layers, num_experts = experts.shape[1], held.size
+    caches = whole.shape[1]
+    every = ~np.uint64(0) >> np.uint64(64 - caches)
+    first = 0
+    for step in range(step_rows.size):
+        rows = step_rows[step]
+        if rows > 1:
+            phase, to = owners.phase[step], owners.shared[step] - owners.bounds[step]
+            for row in range(rows):
+                left[row] = every if _chose(experts, first + row, num_experts) else np.uint64(0)
+            for layer in range(layers):
+                start, stop = bounds[step * layers + layer], bounds[step * layers + layer + 1]
+                if sequential:
+                    _left_one_by_one(experts, layer, first, rows, num_experts, bits[to + start : to + stop], left)
+                else:
+                    for i in range(start, stop):
+                        held[key[i] - layer * num_experts] = bits[to + i]
+                    _left_together(experts, layer, first, rows, held, left)
+            for row in range(rows):
+                caches_left, cache = np.uint64(left[row]), 0
+                while caches_left:
+                    whole[phase, cache] += np.int64(caches_left & np.uint64(1))
+                    caches_left, cache = caches_left >> np.uint64(1), cache + 1
+        first += rows
+
+
+@kernel
+def _left_together(experts, layer, first, rows, held, left):
+    """Take from ``left`` the caches in which a choice of an event at once does not hit."""
+    for row in range(rows):
+        if left[row]:
+            for slot in range(experts.shape[2]):
+                expert = np.int64(experts[first + row, layer, slot])
+                if expert < held.size:
+                    left[row] &= held[expert]
+
+
+@kernel
+def _left_one_by_one(experts, layer, first, rows, num_experts, bits, left):
+    """The same of an event whose choices are accesses, one after another."""
+    access, full = 0, bits.size == rows * experts.shape[2]
+    for row in range(rows):
+        if full and not left[row]:
+            access += experts.shape[2]
+            continue
+        for slot in range(experts.shape[2]):
+            if experts[first + row, layer, slot] < num_experts:
+                left[row] &= bits[access]
+                access += 1
+
+
+@kernel(inline=False)
+def _tally(owners, key, hit, size, step_misses, totals, group_hits, few_misses):
+    """Add the figures of a block to each phase's; fill step_misses int64 [steps], and return the most of a step."""
+    most = 0
+    for step in range(owners.phase.size):
+        phase, start, stop = owners.phase[step], owners.bounds[step], owners.bounds[step + 1]
+        hits, missed_bytes = 0, 0
+        for i in range(start, stop):
+            hits += hit[i] > 0  # NumPy alone would add in uint8
+        misses = stop - start - hits
+        if size.size == 1:
+            missed_bytes = misses * size[0]
+        else:
+            for i in range(start, stop):
+                missed_bytes += (1 - hit[i]) * size[key[i]]
+        whole = (misses == 0) & (stop > start)
+        totals[phase, HITS] += hits
+        totals[phase, MISSED_BYTES] += missed_bytes
+        totals[phase, WHOLE_STEPS] += whole
+        totals[phase, WHOLE_ROWS] += whole & (owners.single[step] > 0)
+        step_misses[step] = misses
+        most = max(most, misses)
+        if misses < few_misses.shape[1]:
+            few_misses[phase, misses] += 1
+        if owners.of_step[step] >= 0:
+            group_hits[phase, owners.of_step[step]] += hits
+        else:
+            for i in range(start, stop):
+                group_hits[phase, owners.of_access[i]] += hit[i]
+    return most
+
+
+@kernel(inline=False)
+def _tally_recorded(owners, recorded, hit, totals):
+    """Add to totals int64 [phases, 7] the accesses that have a record, and those that agree with it or hit by it."""
+    for step in range(owners.phase.size):
+        known, agreeing, resident = 0, 0, 0
+        for i in range(owners.bounds[step], owners.bounds[step + 1]):
+            known += recorded[i] != NOT_RECORDED
+            resident += recorded[i] != NOT_RECORDED and recorded[i] > 0
+            agreeing += recorded[i] != NOT_RECORDED and (recorded[i] > 0) == (hit[i] > 0)
+        totals[owners.phase[step], RECORDED] += known
+        totals[owners.phase[step], AGREEING] += agreeing
+        totals[owners.phase[step], RECORDED_HITS] += resident
+
+
+class WholeRows:
+    """Counts the rows of a block, of steps with several, whose choices all hit: for many caches at once."""
+
+    def __init__(self, block: Accesses, owners: Owners, num_experts: int, sequential: bool, caches: int) -> None:
+        self._block, self._owners, self._how = block, owners, (num_experts, sequential)
+        self._caches: list[HitTally] = []
+        self._bits = np.empty(owners.shared[-1], np.uint8 if caches <= 8 else np.uint64)  # a bit each
+
+    def add(self, tally: HitTally, hit: np.ndarray) -> None:
+        """Note which accesses hit in one cache, uint8 [n]."""
+        if self._bits.size:
+            mark_hits(self._bits, self._owners, hit, len(self._caches))
+            self._caches.append(tally)
+            if len(self._caches) == 8 * self._bits.itemsize:
+                self.count()
+                self._caches = []
+
+    def count(self) -> None:
+        """Add the rows to the tallies of the caches noted."""
+        if self._caches:
+            count_whole_rows(self._caches, self._block, self._owners, self._bits, *self._how)

@@ -115,7 +115,7 @@ def prefetch_value(
     refuse_if_forked()
     sizes = expert_bytes(trace, model)
     limit = capacity if isinstance(capacity, Capacity) else parse_capacity(capacity)
-    check_trace(trace, [limit], scope, sizes)
+    check_trace(trace, [limit], scope, sizes, ("global", "layer"))
     _check(trace, names, most, ahead, recall)
     costs = _costs(trace, sizes, model, system)
     pools = trace.layers if scope == "layer" else 1

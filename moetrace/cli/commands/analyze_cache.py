@@ -9,16 +9,29 @@ from click.core import ParameterSource
 
 from moetrace.cli.options.listing import ListingOption
 from moetrace.cli.options.paths import ANY_PATH
-from moetrace.cli.options.phases import check_phase, scope_option
+from moetrace.cli.options.phases import check_phase
 from moetrace.cli.options.presets import MODEL, SYSTEM
 from moetrace.cli.options.targets import check_picture, check_targets
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import format_option, print_csv, print_json, say
 from moetrace.spec.choices import cache_policies, cache_policy
 from moetrace.spec.errors import UsageError
+from moetrace.spec.load import AUTO
 
 if TYPE_CHECKING:
     from moetrace.trace import Trace
+
+
+class _Budget(click.ParamType):
+    """`auto`, or the path of a file."""
+
+    name = "budget"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == AUTO else ANY_PATH.convert(value, param, ctx)
+
+
+BUDGET = _Budget()
 
 
 class _PolicyName(click.ParamType):
@@ -52,7 +65,21 @@ class _PolicyName(click.ParamType):
     metavar="P",
     help="Who is evicted, one of {listed}; may be repeated.",
 )
-@scope_option
+@click.option(
+    "--scope",
+    type=click.Choice(["global", "layer", "request"]),
+    default="global",
+    show_default=True,
+    help="One cache that all layers share, or one of an equal part for each layer, or one that all share and that is "
+    "emptied when no request is under way.",
+)
+@click.option(
+    "--budget",
+    type=BUDGET,
+    metavar="B",
+    help="Of --scope layer, the experts that each layer's cache holds: FILE.csv with a number a line, or auto, by what "
+    "the first prompts chose.",
+)
 @click.option(
     "--phase",
     type=click.Choice(["all", "prefill", "decode", "mixed"]),
@@ -104,7 +131,8 @@ def command(
     if observed is not None:
         _check_observed(curve, picture, out)
     _check_export(out, curve, asked)
-    check_targets({"--export": out, "--plot": picture}, [trace, asked["system"], asked["model"]])
+    read = [trace, asked["system"], asked["model"], asked["budget"]]
+    check_targets({"--export": out, "--plot": picture}, read)
     check_picture(picture)
     with Trace.open(trace) as opened:
         from moetrace.cli.tables.cache_table import print_cache, print_curve, title_of
@@ -113,7 +141,7 @@ def command(
         if observed is not None:
             _explain(opened, str(trace), observed, phase, asked, form)
             return
-        title = title_of(opened, asked["scope"], asked["sequential"])
+        title = title_of(opened, asked["scope"], asked["sequential"], asked["budget"])
         draws_curve = picture is not None and _draws_curve(opened, asked)
         if curve:
             found = every = _curve(opened, asked)
@@ -168,7 +196,7 @@ def _note_small(capacities: list[str], trace: "Trace", asked: dict[str, Any]) ->
 
 def _check_observed(curve: bool, picture: Path | None, out: Path | None) -> None:
     """Refuse what would have no effect beside --observed."""
-    refuse(("system", "seed"), "has no effect with --observed.")
+    refuse(("system", "seed", "budget"), "has no effect with --observed.")
     for option, given in (("--curve", curve), ("--plot", picture), ("--export", out)):
         if given:
             raise UsageError(f"{option} has no effect with --observed: leave out one of them.")
@@ -202,11 +230,19 @@ def _explain(trace: "Trace", name: str, observed: str, phase: str | None, asked:
 
 def _check_options(curve: bool, picture: Path | None, asked: dict[str, Any]) -> None:
     """Refuse what would have no effect."""
+    if asked["scope"] != "layer":
+        refuse(("budget",), "is for caches of their own for each layer: use --scope layer.")
     if curve:
-        unread = ("capacities", "policies", "model", "system", "seed")
+        if asked["scope"] == "request":
+            raise UsageError("--curve is of caches that are never emptied: use --scope global or layer.")
+        unread = ("budget", "capacities", "policies", "model", "system", "seed")
         refuse(unread, "has no effect with --curve, which is of LRU at every capacity.")
         if picture is not None:
             raise UsageError("--plot draws the whole curve of LRU beside the other policies: leave out --curve.")
+    if picture is not None and (asked["scope"] == "request" or asked["budget"] is not None):
+        raise UsageError(
+            "--plot draws caches of equal parts that are never emptied: use --scope global or layer, without --budget."
+        )
     draws = picture is not None and "lru" in asked["policies"]
     if not (asked["scope"] == "layer" and (curve or draws)):
         refuse(("threads",), "is for LRU's curve of --scope layer: with --curve, or with --plot and --policy lru.")
@@ -234,6 +270,8 @@ def _check_export(out: Path | None, curve: bool, asked: dict[str, Any]) -> None:
     """Refuse at once what would only fail after the work."""
     if out is None:
         return
+    if asked["budget"] is not None:
+        raise UsageError("--export writes the set of equal parts: leave out --budget.")
     if curve or "static-hindsight" not in asked["policies"] or len(asked["capacities"]) != 1:
         raise UsageError("--export writes the set of static-hindsight: ask for that --policy, and for one --capacity.")
     if out.suffix.lower() != ".csv":
@@ -273,6 +311,7 @@ def _hits(trace: "Trace", asked: dict[str, Any], bar: Any, capacities: list[str]
         list(dict.fromkeys(capacities)),
         list(dict.fromkeys(asked["policies"])),
         scope=asked["scope"],
+        budget=asked["budget"],
         sequential=asked["sequential"],
         model=asked["model"],
         system=asked["system"],

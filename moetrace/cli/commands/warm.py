@@ -70,7 +70,8 @@ def _replay(folder: Path) -> Iterator[list[str]]:
                 check_policy(load_policy(name), load_system(system))
                 policies += ["--policy", name]
         yield [*trace, "--system", system, *policies, *more]
-    yield [*trace, "--timeline", "-o", f"{folder}-result", *more]
+    for policy in ("edge-ndp", "foresee"):
+        yield [*trace, "--policy", policy, "--timeline", "-o", f"{folder}-{policy}", *more]
 
 
 def _analyze(folder: Path) -> Iterator[list[str]]:

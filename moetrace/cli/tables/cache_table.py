@@ -26,10 +26,14 @@ _LEAST_WIDTH = 80
 _MOST_ROWS = 32  # of a curve
 
 
-def title_of(trace: "Trace", scope: str, sequential: bool) -> str:
+def title_of(trace: "Trace", scope: str, sequential: bool, budget: object = None) -> str:
     """Return what is demanded of which caches, in a sentence."""
     demand = "one choice at a time" if sequential else "a layer's experts of a step together"
-    caches = "one cache for all layers" if scope == "global" else "one cache a layer, of an equal part of the capacity"
+    caches = {
+        "global": "one cache for all layers",
+        "layer": f"one cache a layer, of {'an equal' if budget is None else 'its own'} part of the capacity",
+        "request": "one cache for all layers, empty when no request is under way",
+    }[scope]
     from moetrace.analyze.sizes import own_experts
 
     return f"{counted(int(own_experts(trace).sum()), 'expert')}; {caches}; {demand}."

@@ -58,8 +58,8 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("break_even_tokens", always=False),
         ],
         [
-            _FigureColumn("over bound\nms", lambda p: 1e3 * (p["total_s"] - p["work_bound_s"])),
-            _FigureColumn("\n%", lambda p: _over(p, "work_bound_s"), "percent"),
+            _FigureColumn("over bound\nms", lambda p: 1e3 * (p["total_s"] - p["lower_bound_s"])),
+            _FigureColumn("\n%", lambda p: _over(p, "lower_bound_s"), "percent"),
             _FigureColumn("over clairv.\nms", lambda p: 1e3 * (p["total_s"] - p["clairvoyant_s"])),
             _FigureColumn("\n%", lambda p: _over(p, "clairvoyant_s"), "percent"),
         ],
@@ -108,17 +108,17 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
         home = " with a CPU"
     each = model["experts"]  # one number, or one for each layer
     everything = model["moe_layers"] * each if isinstance(each, int) else sum(each)
-    bounds_ms = _cells("digits", sorted({1e3 * policy["work_bound_s"] for policy in summary["policies"]}))
-    bound = f"the {bounds_ms[0]} ms that no schedule of this work beats"
+    bounds_ms = _cells("digits", sorted({1e3 * policy["lower_bound_s"] for policy in summary["policies"]}))
+    bound = f"the {bounds_ms[0]} ms that no policy beats, whatever it foresees"
     if bounds_ms[0] != bounds_ms[-1]:
-        bound = f"what no schedule beats on the parts that a policy uses, {bounds_ms[0]} to {bounds_ms[-1]} ms"
+        bound = f"what no policy with its placement, parts and start beats, {bounds_ms[0]} to {bounds_ms[-1]} ms"
     layers = trace["steps"] * trace["layers"]
     return [
         f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
         f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']}{home}; "
         f"the GPU keeps up to {summary['slots']:,} of {counted(everything, 'expert')} (slots).",
         "TTFT, TPOT and ITL (the time between two tokens) are medians, but for the p99. "
-        f"Over bound: time beyond {bound}, without any start, transfer or wait. "
+        f"Over bound: time beyond {bound}. "
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots.",
         *_speculation(summary),
         *_known(system),

@@ -21,12 +21,13 @@ def given(policy: PolicySpec, room: StaticRoom) -> np.ndarray:
     assert policy.static is not None
     layers, experts = room.exists.shape
     pairs = load_static(policy.static, layers, experts)
-    most = int(np.bincount(pairs[:, 0] if room.pools > 1 else np.zeros(len(pairs), np.int64), minlength=1).max())
-    if most > room.capacity:
+    held = np.bincount(pairs[:, 0] if room.pools > 1 else np.zeros(len(pairs), np.int64), minlength=room.pools)
+    if (held > room.capacity).any():
+        full = int(np.argmax(held - room.capacity))
         place = "a layer" if room.pools > 1 else "all layers together"
         raise UsageError(
-            f"Policy {policy.name}: {policy.static} holds {most} experts for {place}, but the GPU has {room.capacity} "
-            "slots."
+            f"Policy {policy.name}: {policy.static} holds {held[full]} experts for {place}, but the GPU has "
+            f"{room.capacity[full]} slots."
         )
     return pairs[:, 0] * experts + pairs[:, 1]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def whole_layers(policy: PolicySpec, room: StaticRoom) -> np.ndarray:
     """Return whole layers: `gpu_layers`, else as many as the cache holds; raise UsageError if they do not fit."""
-    exists, slots = room.exists, room.capacity
+    exists, slots = room.exists, int(room.capacity[0])
     layers = len(exists)
     order = np.arange(layers) if policy.gpu_layers_end == "first" else np.arange(layers)[::-1]
     needed = np.r_[0, np.cumsum(np.count_nonzero(exists, axis=1)[order])]  # slots of so many layers

@@ -107,11 +107,11 @@ def bounds(replayed: Replayed) -> ChartGroup | None:
             "policy": replayed.names,
             "total": [policy.total_s for policy in replayed.summary.policies],
             "clairvoyant": [policy.clairvoyant_s for policy in replayed.summary.policies],
-            "work bound": [policy.work_bound_s for policy in replayed.summary.policies],
+            "bound": [policy.bound_s for policy in replayed.summary.policies],
         }
     )
     y = by_policy(replayed.names)
-    yardsticks = ["work bound", "clairvoyant"]
+    yardsticks = ["bound", "clairvoyant"]
     seconds = [alt.Tooltip(f"{name}:Q", format=",.4~g", title=f"{name}, s") for name in figures.columns[1:]]
     base = alt.Chart(data(figures)).encode(y=y, tooltip=["policy:N", *seconds])
     bar = base.mark_bar(color="#2f81d0", height={"band": 0.5}).encode(
@@ -131,8 +131,8 @@ def bounds(replayed: Replayed) -> ChartGroup | None:
         tooltip=["policy:N", "yardstick:N", alt.Tooltip("s:Q", format=",.4~g", title="seconds")],
     )
     words = (
-        "The bar is the time that the policy takes. The work bound (diamond) is what no schedule of this work beats: "
-        "GPU and units share all of it perfectly, nothing waits and nothing moves. The clairvoyant run (circle) keeps "
+        "The bar is the time that the policy takes. The bound (diamond) is what no policy beats: GPU and units "
+        "share all the work as well as starts, the link and the slots allow. The clairvoyant run (circle) keeps "
         "placement and dispatch, but what a layer needs is on the GPU already, up to the slots: from the circle to the "
         "end of the bar is what better residency and prefetch could still win."
     )

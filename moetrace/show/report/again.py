@@ -19,9 +19,10 @@ from moetrace.spec import (
     load_system,
 )
 from moetrace.spec.errors import printable
+from moetrace.spec.load import AUTO
 from moetrace.spec.toml_text import toml
 
-_FILES = ("static", "loads", "plan")  # choices of a policy that name a file
+_FILES = ("static", "loads", "plan", "budget")  # choices of a policy that name a file
 
 
 class Again(NamedTuple):
@@ -46,7 +47,7 @@ def again(summary: Summary) -> Again:
         name = f"policy-{number}.toml"
         files[name] = toml({"name": policy.name} | policy.choices)
         words += ["--policy", name]
-        needed = [str(policy.choices[key]) for key in _FILES if policy.choices.get(key)]
+        needed = [str(policy.choices[key]) for key in _FILES if policy.choices.get(key) not in (None, AUTO)]
         own = [str(value).partition(":")[0] for value in policy.choices.values() if ".py:" in str(value)]
         if needed or own:
             named = ", ".join(map(printable, dict.fromkeys(needed + own)))

@@ -16,9 +16,23 @@ from moetrace.show.charts.one_step import one_step
 from moetrace.show.report import page
 from moetrace.show.report.again import again
 
+# Of a folder of an earlier version there is only the work bound.
+_WHAT_COUNTS = (
+    "GPU and units share each layer's work as well as they can; starts count, the link carries only so many weights, "
+    "and the slots hold only so many experts. No policy is faster, not even one that knows the trace."
+)
+_WORK_ALONE = (
+    "the parts that take part share all the work perfectly, nothing is started, waits or moves. No schedule of this "
+    "work on them is faster."
+)
 _FEW = 6  # policies that get a card each
 # In the table of all figures: the speed-up after the total, the yardsticks before the hits, the rest as in the file.
-_PLACES = {"speedup": "prefill_s", "work_bound_s": "hit_rate", "clairvoyant_s": "hit_rate"}
+_PLACES = {
+    "speedup": "prefill_s",
+    "work_bound_s": "hit_rate",
+    "lower_bound_s": "hit_rate",
+    "clairvoyant_s": "hit_rate",
+}
 
 
 def _in_order() -> list[str]:
@@ -61,8 +75,8 @@ def _lede(summary: Summary) -> str:
     else:
         ratio = f", {best.speedup:.2f} times as fast as {first.name}" if best.speedup else ""
         told = f"{best.name} is the fastest of {len(summary.policies)} policies: {page.seconds(best.total_s)}{ratio}"
-    over = _over(best.total_s, best.work_bound_s)
-    return f"{told}. No schedule of this work could save more than {page.percent(_saved(best))} of that." + (
+    over = _over(best.total_s, best.bound_s)
+    return f"{told}. No policy could save more than {page.percent(_saved(best))} of that." + (
         "" if over is None or over >= 0.05 else " It is close to the best possible."
     )
 
@@ -93,7 +107,7 @@ def _card(policy: PolicyFigures, fastest: bool) -> str:
         ("TPOT, median", page.seconds(policy.tpot_s.p50)),
         ("ITL, p99", page.seconds(policy.itl_s.p99)),
         ("Tokens a second", page.number(policy.tokens_per_s)),
-        ("Over work bound", page.percent(_over(policy.total_s, policy.work_bound_s))),
+        ("Over bound", page.percent(_over(policy.total_s, policy.bound_s))),
         ("Over clairvoyant", page.percent(_over(policy.total_s, policy.clairvoyant_s))),
         ("Hits", page.percent(policy.hit_rate)),
     ]
@@ -135,18 +149,17 @@ def _gigabytes(value: float | None) -> str:
 
 def _words(summary: Summary) -> str:
     best = _fastest(summary)
-    over_bound, over_clairvoyant = best.total_s - best.work_bound_s, best.total_s - best.clairvoyant_s
+    over_bound, over_clairvoyant = best.total_s - best.bound_s, best.total_s - best.clairvoyant_s
     told = [
-        f"Work bound ({_bounds(summary)}): the parts that take part share all the work perfectly, nothing is started, "
-        "waits or moves. No schedule of this work on them is faster.",
+        f"Bound ({_bounds(summary)}): {_WHAT_COUNTS if best.lower_bound_s is not None else _WORK_ALONE}",
         "Clairvoyant (another for each policy): the same placement and dispatch, but what a layer needs is on the GPU "
         "already, up to the slots, free of charge. A yardstick and not a bound: a dispatch that decides greedily may "
         "do better with less.",
     ]
     won_s = over_clairvoyant if over_clairvoyant > 1e-9 else 0.0  # less is what rounding leaves
-    if best.work_bound_s > 0:
+    if best.bound_s > 0:
         told.append(
-            f"Of {best.name}'s distance to the work bound, {page.seconds(over_bound)}, better residency and prefetch "
+            f"Of {best.name}'s distance to the bound, {page.seconds(over_bound)}, better residency and prefetch "
             f"could win back about {page.seconds(won_s)}; the rest is placement, dispatch, "
             "transfers, and the parts of the machine that cannot work at once."
         )
@@ -158,11 +171,11 @@ def _words(summary: Summary) -> str:
 
 
 def _bounds(summary: Summary) -> str:
-    """The work bound of all policies, or the least and the largest, if not all use the same parts of the machine."""
-    low, *_, high = sorted([policy.work_bound_s for policy in summary.policies] * 2)
+    """The bound of all policies, or the least and the largest, if policies differ in what it depends on."""
+    low, *_, high = sorted([policy.bound_s for policy in summary.policies] * 2)
     if low == high:
         return f"{page.seconds(low)}, the same for all policies"
-    return f"{page.seconds(low)} to {page.seconds(high)}, by the parts that a policy uses"
+    return f"{page.seconds(low)} to {page.seconds(high)}, by the placement, the parts and the start of a policy"
 
 
 def _how(summary: Summary) -> str:
@@ -196,7 +209,7 @@ def _fastest(summary: Summary) -> PolicyFigures:
 
 
 def _saved(policy: PolicyFigures) -> float | None:
-    return max(0.0, 1 - policy.work_bound_s / policy.total_s) if policy.total_s else None
+    return max(0.0, 1 - policy.bound_s / policy.total_s) if policy.total_s else None
 
 
 def _over(total_s: float, yardstick_s: float) -> float | None:

@@ -11,7 +11,7 @@ import numpy as np
 from moetrace.analyze.cache import eviction
 from moetrace.analyze.cache.accesses import Accesses
 from moetrace.analyze.cache.kernels import fifo as queue
-from moetrace.analyze.cache.kernels import ghosts, scored, slots, stack, static
+from moetrace.analyze.cache.kernels import ghosts, recent, scored, slots, stack, static
 from moetrace.analyze.cache.kernels import sieve as with_hand
 from moetrace.spec.choices import CachePolicy, resolve
 
@@ -43,6 +43,11 @@ class Demands(NamedTuple):
         """The number of keys."""
         return self.layers * self.experts
 
+    @property
+    def most_at_once(self) -> int:
+        """The most keys that an event may have."""
+        return 1 if self.sequential else self.experts
+
 
 def make_replay(policy: CachePolicy, budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Return what replays a policy at some capacities, from empty caches on."""
@@ -65,6 +70,19 @@ def _lru_by_distances(amounts: list[int], demands: Demands, per_layer: bool) -> 
             stack.global_distances(stacks, block, True, distance)
         for amount in amounts:
             yield (distance < min(amount, most)).view(np.uint8)
+
+    return replay
+
+
+def _lru_by_moment(amounts: list[int], demands: Demands) -> Replay:
+    caches = [recent.RecentKeys(demands.keys, amount) for amount in amounts]
+
+    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
+        del next_use
+        hit = np.empty(block.key.size, np.uint8)
+        for cache in caches:
+            cache.replay(block, demands.sequential, hit)
+            yield hit
 
     return replay
 
@@ -150,9 +168,12 @@ def _is_plain(budgets: Sequence[Budget], demands: Demands) -> bool:
 def lru(budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Evict the expert accessed longest ago."""
     per_layer, small = demands.pools == demands.layers, demands.experts <= stack.MAX_EXPERTS
+    amounts, in_keys = [budget.amount for budget in budgets], not any(budget.in_bytes for budget in budgets)
     by_distances = small if per_layer else len(budgets) >= _WORTH_A_STACK
+    if in_keys and demands.pools == 1 and min(*amounts, demands.keys) >= recent.least_capacity(demands.most_at_once):
+        return _lru_by_moment(amounts, demands)
     if _is_plain(budgets, demands) and by_distances:
-        return _lru_by_distances([budget.amount for budget in budgets], demands, per_layer)
+        return _lru_by_distances(amounts, demands, per_layer)
 
     def replay_cache(cache: Any, block: Accesses, _: np.ndarray, *how: Any) -> None:
         eviction.evict_by_recency(cache, block, *how)
@@ -213,6 +234,11 @@ def ewma(budgets: Sequence[Budget], demands: Demands) -> Replay:
 def lfuda(budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Evict the expert accessed least often, with limited counts and a cache that ages."""
     return _scored(scored.LFUDA, budgets, demands)
+
+
+def lfu_window(budgets: Sequence[Budget], demands: Demands) -> Replay:
+    """Evict the expert accessed in the fewest of the last steps."""
+    return _scored(scored.LFU_WINDOW, budgets, demands)
 
 
 def least_stale(budgets: Sequence[Budget], demands: Demands) -> Replay:

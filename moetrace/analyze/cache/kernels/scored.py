@@ -1,12 +1,12 @@
-"""Policies whose victim is looked for among all residents: EWMA, least-stale and LFUDA.
+"""Policies whose victim is looked for among all residents: EWMA, least-stale, LFUDA and LFU of a window.
 
 - EWMA: each time a layer comes, the scores of all its keys, resident or not, fade, and those accessed gain by the share
   of the step's rows that chose them; the victim has the least score.
 - least-stale: layers come round in order, so that the layer just done is the one that comes last. The victim is of the
   layer that comes last: of this layer itself, then of the one before it, and so on.
-
 - LFUDA: a demand scores its key by its count, which is limited, and the age of the pool: the greatest score that was
   evicted. The victim has the least score, and its count is halved.
+- LFU of a window: the score of a key is in how many of the last steps it was accessed.
 
 Among equal ones, the victim is what was touched longest ago. Scores are those of the replay's residencies.
 """
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.analyze.cache.accesses import Accesses
-from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, counted, faded, gained, score_of_layer
+from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, a_step_on, counted, faded, gained, score_of_layer
 from moetrace.jit.compile import kernel
 
-EWMA, LEAST_STALE, LFUDA = 0, 1, 2
+EWMA, LEAST_STALE, LFUDA, LFU_WINDOW = 0, 1, 2, 3
 ALPHA = 0.3  # as in the timing model, section 7
 
 
@@ -33,7 +33,7 @@ class Scored(NamedTuple):
     member: np.ndarray  # int32 [keys]: residents in no order; those of pool p begin at p * keys / pools
     place: np.ndarray  # int32 [keys]: where in `member`; -1 = not resident
     score: np.ndarray  # float64 [keys]: EWMA, LFUDA
-    demands: np.ndarray  # float64 [keys]: LFUDA, limited and halved
+    demands: np.ndarray  # float64 [keys]: LFUDA, limited and halved; of a window, a bit for each step
     age: np.ndarray  # float64 [pools]: LFUDA
     touched: np.ndarray  # int64 [keys]: number of the last access
     event: np.ndarray  # int64 [keys]: number of the first access of the last event that demanded it
@@ -63,6 +63,10 @@ def _replay(cache, rule, block, layers, sequential, hit):
         if rule == EWMA:
             for key in range(layer * experts, (layer + 1) * experts):
                 cache.score[key] = faded(cache.score[key], ALPHA)
+        elif rule == LFU_WINDOW:
+            for key in range(layer * experts, (layer + 1) * experts):
+                cache.demands[key], left = a_step_on(cache.demands[key])
+                cache.score[key] -= left
         pool = layer if cache.used.size > 1 else 0
         start, stop = bounds[number], bounds[number + 1]
         if sequential:
@@ -86,12 +90,15 @@ def _demand(cache, rule, pool, now, block, start, stop, hit):
         elif rule == LFUDA:
             cache.demands[k] = counted(cache.demands[k], MOST_COUNT)
             cache.score[k] = cache.age[pool] + cache.demands[k]
+        elif rule == LFU_WINDOW and cache.demands[k] % 2.0 == 0.0:  # once a step
+            cache.demands[k] += 1.0
+            cache.score[k] += 1.0
     for i in range(start, stop):
         k, weight = block.key[i], cache.weight[block.key[i]]
         if hit[i] or weight > cache.capacity:
             continue
         while cache.used[pool] + weight > cache.capacity and cache.residents[pool] > ours:
-            _remove(cache, pool, _victim(cache, rule, pool, now, event))
+            _remove(cache, rule, pool, _victim(cache, rule, pool, now, event))
         if cache.used[pool] + weight <= cache.capacity:
             cache.place[k] = pool * (cache.member.size // cache.used.size) + cache.residents[pool]
             cache.member[cache.place[k]] = k
@@ -121,11 +128,12 @@ def _victim(cache, rule, pool, now, event):
 
 
 @kernel
-def _remove(cache, pool, place):
+def _remove(cache, rule, pool, place):
     """Evict what is at a place of `member`; the last resident of the pool takes that place."""
     victim = cache.member[place]
     cache.age[pool] = max(cache.age[pool], cache.score[victim])
-    cache.demands[victim] *= EVICTED_SHARE
+    if rule == LFUDA:
+        cache.demands[victim] *= EVICTED_SHARE
     cache.used[pool] -= cache.weight[victim]
     cache.residents[pool] -= 1
     last = pool * (cache.member.size // cache.used.size) + cache.residents[pool]

@@ -1,0 +1,51 @@
+"""Caches that start cold with each request (`scope = "request"`): when they are emptied, and how."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from moetrace.engine.prefetch import COMPLETE, DONE_BYTES, HEAD, TAIL
+from moetrace.engine.recording import cut
+from moetrace.engine.replay import Batch, State
+from moetrace.engine.schedule import Requests
+from moetrace.engine.state import Log
+
+
+def cold_steps(requests: Requests, steps: int) -> np.ndarray:
+    """Return the steps, int64 [n], before which no request is under way: none has rows both before and from there on.
+
+    The first step of a trace is not among them: caches are empty then.
+    """
+    change = np.zeros(steps + 1, np.int64)
+    there = requests.first_step >= 0
+    np.add.at(change, requests.first_step[there] + 1, 1)
+    np.add.at(change, requests.last_step[there] + 1, -1)
+    return np.flatnonzero(np.cumsum(change)[:steps] == 0)[1:]
+
+
+class ColdStarts:
+    """What a policy's state was before the first step, to which it returns before each of ``steps``, int64 [n]."""
+
+    def __init__(self, steps: np.ndarray, state: State) -> None:
+        self.steps = steps
+        self._cells = state.cells.copy()
+        self._cache = [part.copy() if isinstance(part, np.ndarray) else part for part in state.cache]
+
+    def parts(self, batch: Batch, layers: int) -> Iterator[tuple[Batch, bool]]:
+        """Cut a block where caches are emptied; say of each part whether they are empty before it."""
+        first, size = batch.steps.first, len(batch.steps.rows)
+        inside = self.steps[np.searchsorted(self.steps, first) : np.searchsorted(self.steps, first + size)] - first
+        edges = np.unique(np.concatenate(([0], inside, [size])))
+        for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            yield cut(batch, start, stop, layers), bool((inside == start).any())
+
+    def empty(self, state: State, log: Log) -> None:
+        """Empty caches and queue, and forget what the residency has learned; what was not run is wasted."""
+        queue = state.queue
+        log.tally["wasted"] += int(state.cache.fresh.sum()) + int((queue.moved_bytes > DONE_BYTES).sum())
+        state.cells[:] = self._cells
+        for part, start in zip(state.cache, self._cache, strict=True):
+            if isinstance(part, np.ndarray):
+                part[:] = start
+        queue.place[:], queue.moved_bytes[:], queue.late[:] = -1, 0.0, 0
+        queue.ends[[HEAD, TAIL, COMPLETE]] = 0
