@@ -193,7 +193,7 @@ def policy_arguments() -> str:
     from moetrace.engine import state
 
     arguments, fields = _arguments()
-    kinds = {"view": inspect.get_annotations(state.View)}
+    kinds = {"view": inspect.get_annotations(state.UsersView)}
     for name, dtype in {"state": state.CELL, "view.active": state.ACTIVE, "view.groups": state.GROUP}.items():
         kinds[name] = {field: dtype[field] for field in dtype.names or ()}
     parts = [

@@ -9,7 +9,7 @@ from pages import ROOT
 import moetrace as mt
 from moetrace.cli import COMMANDS
 from moetrace.engine.plugin import ARGUMENTS
-from moetrace.engine.state import ACTIVE, CELL, GROUP, View
+from moetrace.engine.state import ACTIVE, CELL, GROUP, UsersView
 from moetrace.spec import PolicySpec, list_presets, load_system
 from moetrace.spec.choices import KINDS, USER, cache_policies, legal
 from moetrace.trace.schema import OTHER_PATHS, ROW_PATHS
@@ -64,7 +64,7 @@ def test_datasets_and_attributes_are_explained():
 
 
 def test_what_a_policy_sees_is_explained():
-    fields = {*ARGUMENTS, *View._fields, *(CELL.names or ()), *(ACTIVE.names or ()), *(GROUP.names or ())}
+    fields = {*ARGUMENTS, *UsersView._fields, *(CELL.names or ()), *(ACTIVE.names or ()), *(GROUP.names or ())}
     assert fields - PRIVATE <= named_in("docs/policies.md")
 
 

@@ -23,9 +23,10 @@ from moetrace.batch.slo import Slo, parse_slos
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, Task, evaluate, forget, tasks_of
 from moetrace.jit.fingerprint import room_fingerprint
-from moetrace.results.record import ListedCell, SweepFile
+from moetrace.results.record import FIGURES, ListedCell, SweepFile, value_in
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
+from moetrace.spec.html_table import html_table
 from moetrace.spec.known import known_unlike
 from moetrace.spec.policy import names_code
 from moetrace.trace import Trace
@@ -73,6 +74,19 @@ class Sweep:
 
     def __repr__(self) -> str:
         return f"<Sweep of {len(self.listed)} cells, {len(self.failed)} failed: .cells is a frame, .results are dicts>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a row for each cell, with its main figures, or why it failed."""
+        figures = {name: FIGURES[name] for name in ("total_s", "ttft_s.p50", "tpot_s.p50", "tokens_per_s")}
+        results = self.results
+        rows = []
+        for cell in self.listed:
+            policy = results[cell.name]["policies"][0] if cell.name in results else None
+            values = [None if policy is None else value_in(policy, name) for name in figures]
+            shown = [figure.shown[0] for figure in figures.values()]
+            row = [None if one is None else one * factor for one, factor in zip(values, shown, strict=True)]
+            rows.append([cell.name, *row, cell.error or ""])
+        return html_table(["cell", *(figure.column for figure in figures.values()), "error"], rows)
 
     @cached_property
     def cells(self) -> pl.DataFrame:

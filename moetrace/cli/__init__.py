@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import signal
 import sys
 from typing import NoReturn
@@ -26,7 +27,7 @@ COMMANDS = {
     "import": "Turn what an engine recorded into a trace file.",
     "info": "Say what a trace file holds.",
     "lint": "Say what is wrong or suspicious in a trace file.",
-    "list": "List the preset models, systems or policies, or the choices of a policy.",
+    "list": "List presets, choices of a policy, profiles and formats, with their meaning.",
     "rebatch": "Recombine the requests of traces into larger batches.",
     "record": "Ask a running server for completions, and trace their routing.",
     "replay": "Replay a trace through policies on a described machine.",
@@ -58,7 +59,7 @@ def _group(debug: bool) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; an error is one sentence on stderr and exit code 1 (failed) or 2 (wrong usage)."""
+    """Run the command line; an error is one sentence on stderr, and exit code 1; 2 for wrong usage, 130 for Ctrl-C."""
     if "_MOETRACE_COMPLETE" in os.environ:  # a shell asks what may stand here, or for the lines that make it ask
         from click.shell_completion import shell_complete
 
@@ -121,7 +122,7 @@ def _terminated(number: int, _: object) -> None:
 
 def _end(stop: BaseException) -> NoReturn:
     """End as a signal asked; a function that still runs somewhere cannot hold the process."""
-    code, how = 1, "interrupted"
+    code, how = 128 + signal.SIGINT, "interrupted"
     if isinstance(stop, _Stopped):
         code, how = 128 + stop.signal, f"ended by {stop.signal.name}"
     with contextlib.suppress(OSError):  # SIGHUP: the terminal is gone
@@ -135,8 +136,24 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         hint = f" See `{context.command_path} --help`." if context else ""
-        return f"{' '.join(error.format_message().split()).rstrip('.')}.{hint}"
+        return f"{' '.join(_what(error).split()).rstrip('.')}.{hint}"
     if isinstance(error, OSError) and error.strerror:
         where = f" {error.filename}" if error.filename else ""
         return f"the system refused{where}: {error.strerror}."
     return str(error)
+
+
+def _what(error: click.ClickException) -> str:
+    """What click says, and which name is the nearest to one that is none."""
+    from moetrace.spec.named import nearest
+
+    if isinstance(error, click.NoSuchOption):
+        return f"there is no option {error.option_name}{nearest(error.option_name, list(error.possibilities or []))}"
+    said = error.format_message()
+    wrong = re.search(r": (?:'(.*)' is not one of |'(.*)' is not )('.*')\.?$", said)
+    if not isinstance(error, click.BadParameter) or error.param is None or wrong is None:
+        return said
+    names = re.findall(r"'(.*?)'", wrong[3])
+    value, is_option = wrong[1] or wrong[2] or "", isinstance(error.param, click.Option)
+    asked = error.param.opts[0] if is_option else (error.param.name or "").upper()
+    return f"{asked} must be one of {', '.join(names)}, but is {value!r}{nearest(value, names)}"

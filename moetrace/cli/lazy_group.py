@@ -27,6 +27,16 @@ class LazyGroup(click.Group):
             return None
         return importlib.import_module(self._module_of(cmd_name)).command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that the arguments begin with; else say which is the nearest."""
+        from moetrace.spec.named import nearest
+
+        if args[0] not in self._one_lines and not ctx.resilient_parsing:
+            ctx.fail(f"there is no command {args[0]!r}{nearest(args[0], [*self._one_lines])}.")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the one line of each command, without importing it."""
         with formatter.section("Commands"):

@@ -5,11 +5,13 @@ from typing import Any
 import numpy as np
 
 from moetrace.engine.cost import dense_s, head_s, price, price_varied, prices_of
+from moetrace.engine.demand import see_gates
 from moetrace.engine.layer import timeline
 from moetrace.engine.machine import FIRST_HOME
-from moetrace.engine.replay import smallest_work, view_of
+from moetrace.engine.replay import smallest_work
 from moetrace.engine.sharing import shared_of
 from moetrace.engine.state import hook_signature
+from moetrace.engine.view import view_of
 from moetrace.jit.compile import kernel
 
 
@@ -71,7 +73,6 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
     last_size, last_rows, moe_s = 0, 0, 0.0
     for s in range(steps.rows.size):
         total_s += layers * dense_s(machine, steps.rows[s], steps.kv_tokens[s]) + head_s(machine)
-        view = view_of(steps.first + s, steps, machine, setting, scratch, (0.0, np.int64(1)))
         for layer in range(layers):
             first = demand.start[s * layers + layer]
             size = demand.start[s * layers + layer + 1] - first
@@ -83,6 +84,7 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
                 total_s += moe_s
                 continue
             last_size, last_rows = size, steps.rows[s]
+            view = view_of(steps.first + s, layer, steps, machine, setting, scratch, (0.0, np.int64(1)))
             for i in range(size):
                 expert, rows = np.int64(demand.expert[first + i]), np.int64(demand.rows[first + i])
                 scratch.load[i] = rows
@@ -93,6 +95,8 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
                     cells[layer, expert].resident = i < setting.slots
             if not machine.is_plain:
                 price_varied(machine, scratch.active, size)
+            if setting.weighs:
+                see_gates(demand, first, size, scratch.active)
             if setting.splits:
                 for i in range(size):
                     scratch.active[i].here = scratch.active[i].resident

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.demand import Demand, demand_of, without_ahead
+from moetrace.engine.demand import Demand, demand_of, with_gates, without_ahead
 from moetrace.engine.lookahead import NextSteps
 from moetrace.engine.replay import Batch, Steps
 from moetrace.engine.schedule import Schedule, request_index, schedule_of
 from moetrace.engine.static_set import count_demands
-from moetrace.spec.choices import find
+from moetrace.spec.choices import find, source_of
 from moetrace.spec.errors import MoetraceError
+from moetrace.spec.load import FUNCTION_FIELDS
 from moetrace.spec.policy import PolicySpec
 from moetrace.trace.format import Block, Trace
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, check_ids
@@ -26,13 +27,15 @@ class Needs(NamedTuple):
     next_steps: bool  # when each is demanded next
     prompts: bool  # which row of a prompt chose what
     rows: bool = False  # which row chose what
+    gates: bool = False  # sums of gates: a user's function may name them
 
 
 def needs_of(policies: Iterable[PolicySpec]) -> Needs:
     """Return what at least one of the policies needs."""
-    ahead_layers, residencies = 0, []
+    ahead_layers, residencies, gates = 0, [], False
     for policy in policies:
         prefetch, residency = find("prefetch", policy.prefetch), find("residency", policy.residency)
+        gates |= may_be_users(policy)
         if prefetch.ahead:
             ahead_layers = max(ahead_layers, policy.prefetch_depth)
         if residency is not None:
@@ -42,6 +45,7 @@ def needs_of(policies: Iterable[PolicySpec]) -> Needs:
         any(residency.next_steps for residency in residencies),
         any(residency.counts_prompts for residency in residencies),
         any(residency.foresees for residency in residencies),
+        gates,
     )
 
 
@@ -56,11 +60,14 @@ class Decoded:
         self.trace = trace
         self.needs = needs
         self.schedule = schedule_of(trace)
-        self._kept = list(self._decode(None)) if decoded_bytes(trace, needs) <= keep_bytes else None
+        self._kept = list(self._decode(None, needs.gates)) if decoded_bytes(trace, needs) <= keep_bytes else None
 
-    def batches(self, pool: Executor | None = None) -> Iterator[tuple[Batch, int]]:
-        """Yield each block ready for the kernels, and its rows; with a pool the next one is made meanwhile."""
-        return self._decode(pool) if self._kept is None else iter(self._kept)
+    def batches(self, pool: Executor | None = None, gates: bool = False) -> Iterator[tuple[Batch, int]]:
+        """Yield each block ready for the kernels, and its rows; with a pool the next one is made meanwhile.
+
+        ``gates``: whether somebody weighs gates, as `Needs` said that somebody may.
+        """
+        return self._decode(pool, gates) if self._kept is None else iter(self._kept)
 
     @cached_property
     def demand_count(self) -> np.ndarray:
@@ -72,7 +79,7 @@ class Decoded:
             demands = (without_ahead(batch.demand, len(batch.steps.rows), trace.layers) for batch, _ in self._kept)
         return count_demands(demands, trace.layers, trace.num_experts)
 
-    def _decode(self, pool: Executor | None) -> Iterator[tuple[Batch, int]]:
+    def _decode(self, pool: Executor | None, gates: bool) -> Iterator[tuple[Batch, int]]:
         trace, schedule = self.trace, self.schedule
         next_steps = None
         if self.needs.next_steps:
@@ -84,6 +91,8 @@ class Decoded:
             demand = _demand(trace, block)
             if next_steps is not None:
                 demand = next_steps.add_to(demand, block.steps, trace.layers)
+            if gates:
+                demand = _weighed(trace, block, demand)
             return _batch(block, demand, schedule, self.needs), int(block.offset[block.steps])
 
         blocks = trace.compared_blocks(_ahead_steps(trace, self.needs))
@@ -100,11 +109,18 @@ class Decoded:
             yield coming.result()
 
 
+def may_be_users(policy: PolicySpec) -> bool:
+    """Whether a policy's dispatch or residency is a function that is not of this package."""
+    chosen = [(kind, getattr(policy, kind)) for kind in FUNCTION_FIELDS]
+    return any(find(kind, choice) is None or source_of(kind, choice) is not None for kind, choice in chosen)
+
+
 def decoded_bytes(trace: Trace, needs: Needs) -> int:
     """Return how much memory the batches of a trace take at most, from the sizes of its steps alone."""
     rows = np.diff(trace.offset)
     active = np.minimum(rows * trace.top_k, trace.num_experts) * trace.layers
     a_choice = 12 if needs.next_steps else 8
+    a_choice += 8 if needs.gates else 0
     total = int(active.sum()) * a_choice + 8 * trace.steps * trace.layers + trace.rows
     ids = trace.rows * trace.layers * trace.top_k
     if needs.prompts or needs.rows:
@@ -124,6 +140,16 @@ def _demand(trace: Trace, block: Block) -> Demand:
         check_ids(where, int(trace.offset[block.first_step]), block.experts, trace.num_experts)  # says which
         raise MoetraceError(f"{where}: /experts changed while it was read.")
     return demand
+
+
+def _weighed(trace: Trace, block: Block, demand: Demand) -> Demand:
+    """Return a block's demand with the sums of gates of its own steps."""
+    offset = np.ascontiguousarray(block.offset[: block.steps + 1], np.int64)
+    if "gates" not in trace.has:
+        return with_gates(demand, block.experts, None, offset)
+    first = int(trace.offset[block.first_step])
+    gates = trace.read("gates", first, first + int(offset[-1])).astype(np.float32)
+    return with_gates(demand, block.experts, gates, offset)
 
 
 def _batch(block: Block, demand: Demand, schedule: Schedule, needs: Needs) -> Batch:

@@ -18,6 +18,7 @@ class Demand(NamedTuple):
     expert: np.ndarray  # int32 [n]
     rows: np.ndarray  # int32 [n]: rows that chose it
     next_step: np.ndarray  # int32 [n]: step of its next demand, -1 = none; or [0] where no policy looks ahead
+    gate_mass: np.ndarray  # float64 [n]: sum of its rows' gates; or [0] where no policy weighs them
 
 
 class Popularity(NamedTuple):
@@ -45,7 +46,7 @@ def demand_of(experts: np.ndarray, offset: np.ndarray, num_experts: int) -> Dema
     start = np.zeros((len(offset) - 1) * layers + 1, np.int64)
     expert, count = np.empty((2, most + num_experts + PARTS), np.int32)  # sorting writes a little beyond the last
     _gather(experts, offset, num_experts, start, expert, count)
-    return Demand(start, expert[: start[-1]], count[: start[-1]], np.zeros(0, np.int32))
+    return Demand(start, expert[: start[-1]], count[: start[-1]], np.zeros(0, np.int32), np.zeros(0))
 
 
 def _has_wrong(experts: np.ndarray, num_experts: int) -> bool:
@@ -70,6 +71,22 @@ def _together(width: int, top_k: int) -> np.ndarray:
 def without_ahead(demand: Demand, steps: int, layers: int) -> Demand:
     """Return a block's demand without the steps beyond its own ``steps``, which are only looked ahead at."""
     return demand._replace(start=demand.start[: steps * layers + 1])
+
+
+def with_gates(demand: Demand, experts: np.ndarray, gates: np.ndarray | None, offset: np.ndarray) -> Demand:
+    """Return a block's demand with the sums of gates of its first steps.
+
+    ``experts`` [rows, L, k] as in ``demand_of``; ``gates`` float32 of the same shape, or None; ``offset`` int64
+    [steps + 1]. A gate that is not finite is unknown, and counts as 1/k.
+    """
+    layers, top_k = experts.shape[1:]
+    size = demand.start[(len(offset) - 1) * layers]
+    if gates is None:
+        return demand._replace(gate_mass=demand.rows[:size] / top_k)
+    mass = np.empty(size)
+    most = int(demand.expert.max(initial=0)) + 1
+    _weigh(experts, gates, offset, demand.start, demand.expert, most, mass)
+    return demand._replace(gate_mass=mass)
 
 
 def new_popularity(layers: int, num_experts: int) -> Popularity:
@@ -105,6 +122,32 @@ def _is_wrong(ids, limits, together):
                 same = (ids[row, i] == ids[row, i + distance]) & (ids[row, i] != absent)
                 wrong |= same & together[distance, i]
     return wrong
+
+
+@kernel
+def see_gates(demand, first, size, active):
+    """Give the active experts of a layer, which are ``first`` on in the demand, the sums of their rows' gates."""
+    for i in range(size):
+        active[i].gate_mass = demand.gate_mass[first + i]
+
+
+@kernel(inline=False)
+def _weigh(experts, gates, offset, start, expert, most, mass):
+    """Sum the gates of each active expert's rows into ``mass`` float64 [n], in order; active ids are below ``most``."""
+    layers, top_k = experts.shape[1:]
+    sums = np.zeros(most)
+    for s in range(offset.size - 1):
+        for layer in range(layers):
+            for row in range(offset[s], offset[s + 1]):
+                for slot in range(top_k):
+                    e = np.int64(experts[row, layer, slot])
+                    gate = np.float64(gates[row, layer, slot])
+                    if e < most:
+                        sums[e] += gate if np.isfinite(gate) else 1.0 / top_k
+            at = s * layers + layer
+            for i in range(start[at], start[at + 1]):
+                mass[i] = sums[expert[i]]
+                sums[expert[i]] = 0.0
 
 
 @kernel(inline=False)

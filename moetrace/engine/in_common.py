@@ -12,9 +12,10 @@ from moetrace.engine.lower_bound import add_to_lower_bound, new_lower_bound, sec
 from moetrace.engine.machine import Machine
 from moetrace.engine.plugin import is_users
 from moetrace.engine.prompt import Prompts, emptied, prompts_of
-from moetrace.engine.replay import Batch, new_scratch
+from moetrace.engine.replay import Batch
 from moetrace.engine.residency import empty_cells
 from moetrace.engine.schedule import Requests
+from moetrace.engine.view import new_scratch
 
 # What of a policy's setting a dispatch may read (`View`), or the clairvoyant run does.
 _SEEN = ("slots", "alpha", "half_life", "most_count", "gpu_rows", "own_dispatch", "splits")
@@ -23,9 +24,9 @@ _SEEN = ("slots", "alpha", "half_life", "most_count", "gpu_rows", "own_dispatch"
 class Yardstick:
     """Seconds that grow block by block; of the lanes that share them, the first that comes adds a block."""
 
-    def __init__(self, add: Callable[[Batch, float], float]) -> None:
-        """Take what adds the seconds of a block to those before it."""
-        self.seconds = 0.0
+    def __init__(self, add: Callable[[Batch, float], float], kept: Any = None) -> None:
+        """Take what adds the seconds of a block to those before it, and the arrays that a dispatch writes into."""
+        self.seconds, self.kept = 0.0, kept
         self._add, self._next_step, self._lock = add, 0, threading.Lock()
 
     def advance(self, batch: Batch) -> None:
@@ -127,7 +128,7 @@ class InCommon:
         def add(batch: Batch, seconds: float) -> float:
             return clairvoyant_s(batch.steps, batch.demand, machine, setting, cells, scratch, dispatch, seconds)
 
-        yardstick = Yardstick(add)
+        yardstick = Yardstick(add, (cells, scratch))
         if not is_users(dispatch):
             self._found[key] = yardstick
         return yardstick

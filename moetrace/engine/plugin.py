@@ -5,19 +5,19 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, cast
 
-from moetrace.engine.policy_file import run_file
+from moetrace.engine.policy_file import is_running, run_file
 from moetrace.engine.residency import unchanged
-from moetrace.engine.state import DEVICES, View
+from moetrace.engine.state import DEVICES, DISPATCH, OWN, RESIDENCY, UsersView
 from moetrace.jit.compile import PURE_PYTHON, kernel
 from moetrace.jit.refusals import READS_ONLY, RETURNS
 from moetrace.spec.choices import find, legal
 from moetrace.spec.errors import UsageError
 
 _ENGINE = Path(__file__).parent
-_MAY_WRITE = {True: "plan, state and view.groups", False: "state"}
+_MAY_WRITE = {True: "plan, state, view.memory and view.groups", False: "state and view.memory"}
 ARGUMENTS = ("state", "view", "layer", "load", "plan")
 
 
@@ -33,8 +33,9 @@ def policy(function: Callable) -> Any:
       last, 0 = never), `resident` (for reading).
     - `view`: `step`, `phase` (0 prefill, 1 decode, 2 mixed), `rows`, `slots`, `share`, `out_s_per_row`,
       `link_latency_s`, `alpha`, `half_life`, `most_count`, `age`, scratch `view.groups[g]` (`busy_s`, `rows`,
-      `count`), and `view.active[i]` with `expert`, `resident`, `gpu_s`, `ndp_s`, `device_s`, `fetch_s`,
-      `weight_bytes`, `group`.
+      `count`), `view.active[i]` with `expert`, `resident`, `gpu_s`, `ndp_s`, `device_s`, `fetch_s`, `weight_bytes`,
+      `group`, `view.gate_mass[i]` (sum of its rows' gates), and `view.memory` (float64 [64], the policy's own, of
+      this layer, 0 at the start).
     - `load` int64 [n]: rows that chose each active expert, in demand order (most first, then by id).
     - `plan` uint8 [n]: 0 at the start.
 
@@ -42,7 +43,8 @@ def policy(function: Callable) -> Any:
         function: A plain Python function of these five arguments that Numba can compile.
 
     Returns:
-        The compiled hook, which `replay` takes as a policy.
+        The compiled hook, which `replay` takes as a policy. In a file that a policy names, it is compiled when it is
+        chosen.
 
     Raises:
         UsageError: It does not compile to that. The message names file and line.
@@ -58,6 +60,8 @@ def policy(function: Callable) -> Any:
     """
     if getattr(function, "is_policy", False):
         return function
+    if is_running() and inspect.isfunction(function):
+        return kernel(function, inline=False, checked=True)  # compiled if it is chosen, or another one calls it
     return _compile(getattr(function, "py_func", function), decides=True)
 
 
@@ -101,28 +105,35 @@ def _guarded(function: Callable, decides: bool) -> Callable:
 
     Its code is that of `_user_hook`, with names of its own: compiled code holds what they stood for.
     """
-    from moetrace.jit.read_only import for_reading, nothing
+    from moetrace.jit.read_only import for_reading, nothing, record_at
 
     names = {
         "__name__": __name__,
-        "View": View,
+        "UsersView": UsersView,
         "_function": kernel(function, inline=False, checked=True),
         "_nothing": nothing,
         "_for_reading": for_reading,
+        "_record_at": record_at,
+        "_own": OWN,
         "_plan_of": _as_it_is if decides else for_reading,
         "_devices": len(DEVICES) if decides else 256,
+        "_role": DISPATCH if decides else RESIDENCY,
     }
     return FunctionType(_user_hook.__code__, names, function.__name__)
 
 
 # What `_guarded` gives the code of `_user_hook` for each function.
-_function = _nothing = _for_reading = _plan_of = cast("Callable", None)
-_devices = 0
+_function = _nothing = _for_reading = _record_at = _plan_of = cast("Callable", None)
+_devices = _role = 0
+_own = OWN
 
 
 def _user_hook(state, view, layer, load, plan):
     """Call a user's function, and check what it planned. It may write into state, view.groups and, to decide, plan."""
-    seen = View(
+    own = _record_at(view.own, _own)
+    own.step = view.step + 1
+    own.role = _role
+    seen = UsersView(
         view.step,
         view.phase,
         view.rows,
@@ -142,6 +153,8 @@ def _user_hook(state, view, layer, load, plan):
         view.is_full,
         _for_reading(view.active),
         view.groups,
+        _for_reading(view.active.gate_mass),
+        own.memory,
     )
     _nothing(_function(state, seen, layer, _for_reading(load), _plan_of(plan)))
     for i in range(plan.size):
@@ -149,9 +162,9 @@ def _user_hook(state, view, layer, load, plan):
             raise ValueError("plan[i] must be 0 or 1")
 
 
-@kernel
+@kernel(inline=False)
 def _as_it_is(plan):
-    """Return a plan."""
+    """Return a plan, and count the reference: a caller that was not given one would release it all the same."""
     return plan
 
 
@@ -178,10 +191,10 @@ def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None)
 
 def _hook(kind: str, function: Callable) -> Any:
     """Compile a function for what it is to be: a user's residency may not change the plan, which was carried out."""
-    if kind == "residency" and not PURE_PYTHON:
-        function = getattr(function, "py_func", function)
-        return _compile(function, decides=not (inspect.isfunction(function) and is_users(function)))
-    return policy(function)
+    if getattr(function, "is_policy", False) and kind != "residency":
+        return function
+    written = getattr(function, "py_func", function)
+    return _compile(written, decides=kind != "residency" or not (inspect.isfunction(written) and is_users(written)))
 
 
 _kept_hook = cache(_hook)
@@ -190,6 +203,28 @@ _kept_hook = cache(_hook)
 def is_users(function: Callable) -> bool:
     """Whether a hook, compiled or not, is a user's or another package's."""
     return not Path(getattr(function, "py_func", function).__code__.co_filename).is_relative_to(_ENGINE)
+
+
+def weighs_gates(hook: Callable) -> bool:
+    """Whether a user's hook, compiled or not, or a function that it names asks the view for sums of gates."""
+    return is_users(hook) and _names_gates(getattr(hook, "py_func", hook), set())
+
+
+def _names_gates(value: Any, seen: set[int]) -> bool:
+    function = getattr(value, "py_func", value)
+    if not inspect.isfunction(function) or id(function) in seen:
+        return False
+    seen.add(id(function))
+    codes = [function.__code__]
+    for code in codes:
+        if "gate_mass" in (*code.co_names, *code.co_consts):
+            return True
+        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+    named = {name for code in codes for name in code.co_names}
+    modules = [each for name in named if inspect.ismodule(each := function.__globals__.get(name))]
+    inner = [cell.cell_contents for cell in function.__closure__ or ()]
+    inner += [space[name] for space in (function.__globals__, *map(vars, modules)) for name in named & space.keys()]
+    return any(_names_gates(each, seen) for each in inner)
 
 
 def _where(function: Callable) -> str:
@@ -204,7 +239,7 @@ def _cause(error: Exception, decides: bool, file: str) -> str:
     lines = [line for line in found if line[0] == file]
     attribute = re.search(r"Unknown attribute '(\w+)' of type (\w+)", text)
     if attribute:
-        names = {"View": "view", "Array": "an array", "Record": "a record", "ReadingRecord": "a record"}
+        names = {"UsersView": "view", "Array": "an array", "Record": "a record", "ReadingRecord": "a record"}
         cause = f"there is no {attribute[1]!r} in {names.get(attribute[2], attribute[2])}"
     elif READS_ONLY in text or "readonly array" in text:
         cause = f"{READS_ONLY}: a {'dispatch' if decides else 'residency'} may write into {_MAY_WRITE[decides]} only"

@@ -17,6 +17,7 @@ from moetrace.spec.ordinary_file import read_ordinary
 _INSTALLED = {"site-packages", "dist-packages"}
 # Modules are looked up in one table of the process. A file that replays may run another one.
 _one_at_a_time = threading.RLock()
+_running = threading.local()
 
 
 def run_file(path: Path) -> ModuleType:
@@ -35,7 +36,7 @@ def run_file(path: Path) -> ModuleType:
     module.__file__ = str(path)
     sys.modules[name] = module
     try:
-        with _one_at_a_time, _own_modules(path.resolve().parent), contextlib.redirect_stdout(sys.stderr):
+        with _one_at_a_time, _noted(), _own_modules(path.resolve().parent), contextlib.redirect_stdout(sys.stderr):
             exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
         sys.modules.pop(name, None)  # others may look into the files of all modules, as Hypothesis does
@@ -43,6 +44,20 @@ def run_file(path: Path) -> ModuleType:
             raise
         raise MoetraceError(f"{path} does not run: {type(error).__name__}: {' '.join(str(error).split())}.") from error
     return module
+
+
+def is_running() -> bool:
+    """Whether this thread runs a policy's file: what is no policy in it matters when it is chosen, and not before."""
+    return getattr(_running, "depth", 0) > 0
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[None]:
+    _running.depth = getattr(_running, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _running.depth -= 1
 
 
 class _Source(SourceFileLoader):

@@ -7,11 +7,11 @@ import numpy as np
 
 from moetrace.engine.by_worth import admit_by_worth, queue_best, touch_and_admit_by_worth
 from moetrace.engine.cost import dense_s, head_s, order_on_gpu, price, price_varied, prices_of
-from moetrace.engine.demand import Demand
+from moetrace.engine.demand import Demand, see_gates
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.foresight import foresee
 from moetrace.engine.layer import shared_s, timeline
-from moetrace.engine.machine import DEVICE, FIRST_HOME, GPU_DEVICE, LINK, WORK, Machine
+from moetrace.engine.machine import DEVICE, FIRST_HOME, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
     BY_WORTH,
     FROM_PROMPT,
@@ -34,21 +34,19 @@ from moetrace.engine.residency import Cache, empty_cache, empty_cells, pool_of, 
 from moetrace.engine.setting import new_setting
 from moetrace.engine.sharing import run_whole, see_parts, share_out, shared_of
 from moetrace.engine.state import (
-    ACTIVE,
     FIRST_GROUP,
     GPU,
-    GROUP,
     HOME,
     LINK_IN,
     LINK_OUT,
     SHARED,
     Log,
-    View,
     hook_signature,
     new_log,
     records,
 )
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
+from moetrace.engine.view import LayerScratch, new_scratch, view_of
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import BY_TOUCH
 from moetrace.trace.schema import DECODE
@@ -75,15 +73,6 @@ class Batch(NamedTuple):
     row_phase: np.ndarray  # uint8 [rows]
 
 
-class LayerScratch(NamedTuple):
-    """What is known of the layer at hand."""
-
-    active: Any  # ACTIVE [E]
-    groups: Any  # GROUP [groups]
-    load: np.ndarray  # int64 [E]
-    plan: np.ndarray  # uint8 [E]
-
-
 class State(NamedTuple):
     """Everything that is carried from step to step, made once; and the scratch of one layer."""
 
@@ -102,32 +91,6 @@ class Work(NamedTuple):
     setting: Any  # SETTING [1]
     state: State
     log: Log
-
-
-@kernel
-def view_of(step, steps, machine, setting, scratch, pool):
-    """Return what hooks may read of a step; ``pool`` is the age of the layer's, and whether it is full."""
-    return View(
-        step,
-        steps.phase[step - steps.first],
-        steps.rows[step - steps.first],
-        setting.slots,
-        machine.share,
-        machine.work[0].row_bytes * machine.link[0].s_per_byte,
-        machine.link[0].latency_s,
-        setting.alpha,
-        setting.half_life,
-        setting.most_count,
-        pool[0],
-        machine.device[GPU_DEVICE].layer_s,
-        machine.device[FIRST_HOME].layer_s,
-        setting.gpu_rows,
-        machine.device[GPU_DEVICE].start_s,
-        machine.device[FIRST_HOME].start_s,
-        pool[1],
-        scratch.active,
-        scratch.groups,
-    )
 
 
 @kernel
@@ -158,6 +121,8 @@ def _see(at, layer, s, demand, machine, setting, state, log):
     order_on_gpu(state.scratch.active, size, hits)
     if setting.splits:
         see_parts(base, size, state)
+    if setting.weighs:
+        see_gates(demand, first, size, state.scratch.active)
     log.step[s].hits += hits
     log.step[s].misses += size - hits
     log.step[s].late += late
@@ -240,7 +205,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     size = _see(at, layer, s, batch.demand, machine, setting, state, log)
     pool = pool_of(state.cache, layer)
     of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity[pool]))
-    view = view_of(step, batch.steps, machine, setting, state.scratch, of_pool)
+    view = view_of(step, layer, batch.steps, machine, setting, state.scratch, of_pool)
     load, plan = state.scratch.load[:size], state.scratch.plan[:size]
     if size > 0:
         dispatch(cells, view, layer, load, plan)
@@ -359,23 +324,13 @@ def new_state(machine: Machine, prompts: Prompts, cache: Cache, admit: bool) -> 
     )
 
 
-def new_scratch(machine: Machine) -> LayerScratch:
-    """Return room for a layer's active experts."""
-    experts = machine.home.shape[1]
-    return LayerScratch(
-        active=records(experts, ACTIVE),
-        groups=records(len(machine.device) - FIRST_HOME, GROUP),
-        load=np.zeros(experts, np.int64),
-        plan=np.zeros(experts, np.uint8),
-    )
-
-
 @cache
 def smallest_work() -> Work:
     """Return the smallest possible work, of which the types are read that kernels are compiled for."""
     one, none = np.zeros(1, np.int64), np.zeros(0, np.int64)
     bits = np.zeros(1, np.uint8)
-    demand = Demand(np.zeros(2, np.int64), *(np.zeros(1, np.int32) for _ in range(3)))
+    few = np.zeros(1, np.int32)
+    demand = Demand(np.zeros(2, np.int64), few, few, few, np.zeros(1))
     batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
     machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)

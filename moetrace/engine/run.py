@@ -1,11 +1,9 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from time import thread_time
 from typing import Any, TypeVar
 
@@ -15,6 +13,7 @@ from moetrace.engine.bounds import clairvoyant_s, work_bound_s
 from moetrace.engine.cold import ColdStarts, cold_steps
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
+from moetrace.engine.failure import place_of
 from moetrace.engine.folding import FoldedSteps, StepStore
 from moetrace.engine.foresight import Foresight, foresight_of
 from moetrace.engine.in_common import InCommon, PromptBooks, Yardstick
@@ -22,7 +21,7 @@ from moetrace.engine.layer_slots import layer_slots
 from moetrace.engine.lower_bound import add_to_lower_bound, room_of
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
-from moetrace.engine.plugin import is_users, load_hook
+from moetrace.engine.plugin import is_users, load_hook, weighs_gates
 from moetrace.engine.prefetch import COMPLETED_EVER
 from moetrace.engine.recording import Recording
 from moetrace.engine.replay import Batch, State, Work, new_state
@@ -33,7 +32,7 @@ from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes
 from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.variants import variant
 from moetrace.jit.apart import Hands, may_wait, result_of
-from moetrace.jit.compile import PURE_PYTHON, compile_now
+from moetrace.jit.compile import compile_now
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.model import Model
@@ -79,7 +78,7 @@ class Lane:
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
-        begun_s = thread_time()
+        begun_s, at = thread_time(), (self.state.cells, self.state.scratch)
         if self.folded is not None:
             self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
             self._first_step = batch.steps.first
@@ -92,11 +91,12 @@ class Lane:
                 else:
                     self._replay_and_record(part, self.recording)
             if self.clairvoyant is not None:
+                at = self.clairvoyant.kept
                 self.clairvoyant.advance(batch)
         except MemoryError:
             raise
         except Exception as error:  # only a user's function can raise
-            why = f"{type(error).__name__}: {error}{_line_of(error)}"
+            why = f"{type(error).__name__}: {error}{place_of(error, self.work(batch), *at, self.hooks)}"
             raise MoetraceError(f"Policy {self.policy.name} failed: {why}.") from error
         if self.folded is not None:
             self.folded.add(batch.steps.first, self.log.step)
@@ -240,14 +240,6 @@ def run_setups(
     return [one if isinstance(one, MoetraceError) else one.end(trace.schedule, popularity) for one in begun]
 
 
-def _line_of(error: Exception) -> str:
-    """Say in which line a user's function raised, or how to find out: compiled code has no lines."""
-    if not PURE_PYTHON:
-        return "; with NUMBA_DISABLE_JIT=1 the line is named"
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f" ({Path(last.filename).name}, line {last.lineno})"
-
-
 def _trace_of(trace: Trace | Decoded) -> Trace:
     return trace if isinstance(trace, Trace) else trace.trace
 
@@ -291,8 +283,9 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
     # A user's function may never return: that must not keep the main thread from hearing Ctrl-C. What is built in does
     # soon, and would take a few percent longer in another thread, whose caches are cold.
     own = may_wait() and any(is_users(hook) for one in underway for lane in one.lanes for hook in lane.hooks)
+    weighs = any(lane.setting["weighs"][0] for one in underway for lane in one.lanes)
     with Hands(jobs) if jobs > 1 or own else nullcontext() as pool:
-        for batch, rows in decoded.batches(pool if jobs > 1 else None):
+        for batch, rows in decoded.batches(pool if jobs > 1 else None, weighs):
             underway = [one for one in underway if one.error is None]
             if not underway:
                 break
@@ -365,6 +358,7 @@ def _lane(
         optimal=int(dispatch.counts_fallbacks),
         splits=int(dispatch.splits),
         own_dispatch=int(dispatch.reads_state),
+        weighs=int(any(map(weighs_gates, hooks))),
         slots=slots,
         half_life=policy.half_life or 0,
         gpu_rows=policy.gpu_rows or 0,

@@ -17,6 +17,7 @@ SETTING = np.dtype(
         ("optimal", np.int64),  # 1: the dispatch is `optimal`
         ("splits", np.int64),  # 1: the dispatch may share an expert
         ("own_dispatch", np.int64),  # 1: a user's
+        ("weighs", np.int64),  # 1: it names the sums of gates
         ("slots", np.int64),
         ("half_life", np.int64),  # 0 = never
         ("gpu_rows", np.int64),  # 0 = never

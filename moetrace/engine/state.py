@@ -41,6 +41,7 @@ _ACTIVE = [
     ("here", np.float64),  # share of its weights that the GPU holds, 1 if resident; only for dispatch `split`
     ("share", np.float64),  # what the GPU runs of it, if it is shared
     ("turn", np.int64),  # of record j: who is the j-th that the GPU would run, resident ones first
+    ("gate_mass", np.float64),  # sum of its rows' gates; only for a policy that names it
     ("resident", np.uint8),
 ]
 # `device_s[d]` are the same seconds by what a plan says: 0 = home, 1 = GPU. It overlays the two fields above.
@@ -57,6 +58,10 @@ ACTIVE = np.dtype(
 GROUP = np.dtype(
     [("busy_s", np.float64), ("rows", np.float64), ("weight_bytes", np.float64), ("count", np.int64)], align=True
 )
+
+# What a policy has of each layer. A user's hook notes step and role, in case it fails; `memory` is the policy's own.
+MEMORY, DISPATCH, RESIDENCY = 64, 0, 1
+OWN = np.dtype([("step", np.int64), ("role", np.int64), ("memory", np.float64, (MEMORY,))], align=True)
 
 STEP = np.dtype(
     [
@@ -109,6 +114,45 @@ class View(NamedTuple):
     is_full: int  # 1: no slot of the layer's pool is free
     active: Any  # ACTIVE [E]; the first `load.size` are valid
     groups: Any  # GROUP [groups]; scratch of the dispatch
+    own: int  # address of the layer's OWN: an array would cost every call the count of its references
+
+    @property
+    def gate_mass(self) -> Any:
+        """The sums of gates, float64 [E], for a user's function in plain Python."""
+        return self.active["gate_mass"]
+
+    @property
+    def memory(self) -> Any:
+        """The policy's own numbers of the layer, float64 [MEMORY], for a user's function in plain Python."""
+        from moetrace.jit.read_only import record_at
+
+        return record_at(self.own, OWN).memory
+
+
+class UsersView(NamedTuple):
+    """What a user's policy may read: as `View`, but the record of the layer is two arrays."""
+
+    step: int
+    phase: int
+    rows: int
+    slots: int
+    share: int
+    out_s_per_row: float
+    link_latency_s: float
+    alpha: float
+    half_life: int
+    most_count: float
+    age: float
+    gpu_start_s: float
+    home_start_s: float
+    gpu_rows: int
+    gpu_launch_s: float
+    home_launch_s: float
+    is_full: int
+    active: Any
+    groups: Any
+    gate_mass: Any  # float64 [E], for reading; the first `load.size` are valid
+    memory: Any  # float64 [MEMORY], to write
 
 
 class Log(NamedTuple):
@@ -153,7 +197,7 @@ def new_steps(steps: int) -> np.ndarray:
 
 
 def _view(active: np.ndarray, groups: np.ndarray) -> View:
-    return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0, active, groups)
+    return View(0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0, active, groups, 0)
 
 
 @cache
@@ -161,5 +205,5 @@ def hook_signature() -> Any:
     """Return the types of a policy's hook: void of cells, view, layer, load and plan."""
     from numba import typeof, types
 
-    cells, view = typeof(np.zeros((1, 1), CELL)), typeof(_view(np.zeros(1, ACTIVE), np.zeros(1, GROUP)))
-    return types.void(cells, view, types.int64, types.int64[::1], types.uint8[::1])
+    view = _view(np.zeros(1, ACTIVE), np.zeros(1, GROUP))
+    return types.void(typeof(np.zeros((1, 1), CELL)), typeof(view), types.int64, types.int64[::1], types.uint8[::1])

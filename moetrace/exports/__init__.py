@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetrace.spec.errors import UsageError
+from moetrace.spec.named import nearest
 from moetrace.trace.atomic import keep_inputs, whole_file
 from moetrace.trace.format import Trace
 
@@ -130,7 +131,9 @@ def _checked(form: str, choice: "KeptChoice | PlanChoice | None") -> "tuple[Kept
 
 def _format(path: Path, to: str | None) -> str:
     if to is not None and to not in FORMATS:
-        raise UsageError(f"there is no format {to!r} to export to; known are {', '.join(FORMATS)}.")
+        raise UsageError(
+            f"there is no format {to!r} to export to{nearest(to, list(FORMATS))}; known are {', '.join(FORMATS)}."
+        )
     for name, (suffixes, _) in FORMATS.items():
         if to == name or (to is None and path.suffix.lower() in map(str.lower, suffixes)):
             return name

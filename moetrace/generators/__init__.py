@@ -5,7 +5,7 @@ schedule. `ZipfDrawer` draws by Zipf's law, `ProfileDrawer` as a `Profile` says 
 """
 
 from moetrace.generators.batch_schedule import BatchSchedule, StepBlock
-from moetrace.generators.fill import generate, generate_trace
+from moetrace.generators.fill import generate, generate_trace, top_k_of
 from moetrace.generators.imitate import ProfileDrawer
 from moetrace.generators.profile import Profile, list_profiles, load_profile, save_profile
 from moetrace.generators.streams import MAX_SEED, check_seed
@@ -25,4 +25,5 @@ __all__ = [
     "list_profiles",
     "load_profile",
     "save_profile",
+    "top_k_of",
 ]

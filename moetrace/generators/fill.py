@@ -12,7 +12,7 @@ from moetrace.generators.batch_schedule import BatchSchedule
 from moetrace.generators.imitate import ProfileDrawer
 from moetrace.generators.profile import Profile, load_profile
 from moetrace.generators.zipf import ZipfDrawer
-from moetrace.spec import check_shape, load_model
+from moetrace.spec import check_shape, list_presets, load_model
 from moetrace.spec.errors import UsageError
 from moetrace.spec.model import Model
 from moetrace.trace.format import Trace
@@ -50,6 +50,7 @@ def generate(
     zipf: float | None = None,
     stick: float | None = None,
     profile: Profile | str | Path | None = None,
+    top_k: int | None = None,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> None:
@@ -60,8 +61,8 @@ def generate(
 
     Args:
         path: The new trace file.
-        model: A preset's name, a TOML file or a Model. A profile knows its layers, experts and top_k and needs none; a
-            model beside it must have as many layers and experts, and its top_k counts.
+        model: A preset's name, a TOML file or a Model. A profile knows its own and needs none; a model beside it must
+            have as many layers and experts.
         requests: Number of requests.
         prompt: Prompt rows of each request; they are one prefill step.
         output: Output rows of each request; each is a row of a decode step.
@@ -69,6 +70,8 @@ def generate(
         zipf: Exponent of popularity over rank, from 0 (uniform) to 20. By default 0.6.
         stick: Chance, from 0 to 1, that each expert of the request's previous row stays. By default 0.3.
         profile: A shipped profile's name, a TOML file or a Profile. It goes without `zipf` and `stick`.
+        top_k: Experts that a row takes in a layer. By default the model's, also with a profile that was fitted to
+            another number; a profile of a model that is no preset takes its own.
         seed: Seed of all draws, from 0.
         progress: A function that gets the number of rows of each block once they are written.
 
@@ -83,7 +86,7 @@ def generate(
         ...     print(trace.rows, trace.steps, trace.phase)
         14 5 [0 0 1 1 1]
     """
-    plan = _prepare(model, BatchSchedule(requests, prompt, output, batch), zipf, stick, profile, seed)
+    plan = _prepare(model, BatchSchedule(requests, prompt, output, batch), zipf, stick, profile, top_k, seed)
     with Writer(
         path,
         model=plan.name,
@@ -111,6 +114,7 @@ def generate_trace(
     zipf: float | None = None,
     stick: float | None = None,
     profile: Profile | str | Path | None = None,
+    top_k: int | None = None,
     seed: int = 0,
 ) -> Trace:
     """Return in memory the trace that `generate` would write.
@@ -124,6 +128,7 @@ def generate_trace(
         zipf: Exponent of popularity over rank. By default 0.6.
         stick: Chance that each expert of the request's previous row stays. By default 0.3.
         profile: A shipped profile's name, a TOML file or a Profile, instead of `zipf` and `stick`.
+        top_k: Experts that a row takes in a layer. By default the model's.
         seed: Seed of all draws, from 0.
 
     Returns:
@@ -139,7 +144,7 @@ def generate_trace(
         >>> trace.model, trace.rows, trace.layers, trace.num_experts, trace.top_k
         ('gpt-oss-20b', 32, 24, 32, 4)
     """
-    plan = _prepare(model, BatchSchedule(requests, prompt, output, batch), zipf, stick, profile, seed)
+    plan = _prepare(model, BatchSchedule(requests, prompt, output, batch), zipf, stick, profile, top_k, seed)
     blocks = list(plan.schedule.blocks(plan.block_rows))
     request, position, step_rows, phase = (np.concatenate(column) for column in zip(*blocks, strict=True))
     return Trace.from_arrays(
@@ -160,6 +165,7 @@ def _prepare(
     zipf: float | None,
     stick: float | None,
     profile: Profile | str | Path | None,
+    top_k: int | None,
     seed: int,
 ) -> _Plan:
     """Check everything and return what fills which schedule."""
@@ -169,14 +175,14 @@ def _prepare(
     if profile is None and model is None:
         raise UsageError("a model is missing: name one, or a profile, which knows its own.")
     if profile is not None:
-        return _prepare_profile(load_profile(profile), model, schedule, seed)
+        return _prepare_profile(load_profile(profile), model, schedule, top_k, seed)
     assert model is not None
-    model = load_model(model)
+    model = load_model(model, {} if top_k is None else {"top_k": top_k})
     schedule.check()
     _check_sizes(model.name, model.moe_layers, model.most_experts, model.most_top_k, schedule)
     zipf, stick = DEFAULT_ZIPF if zipf is None else zipf, DEFAULT_STICK if stick is None else stick
     drawer = ZipfDrawer(model, zipf, stick, seed, slots=min(schedule.batch, schedule.requests))
-    parameters = {**schedule._asdict(), "zipf": float(zipf), "stick": float(stick), "seed": seed}
+    parameters = {**schedule._asdict(), "zipf": float(zipf), "stick": float(stick), "seed": seed} | _given(top_k)
     source = {"generator": "zipf", "moetrace": __version__, "parameters": parameters}
     return _Plan(model.name, model.moe_layers, model.most_experts, model.most_top_k, schedule, drawer, source)
 
@@ -186,12 +192,29 @@ def _check_sizes(name: str, layers: int, experts: int, top_k: int, schedule: Bat
     check_sizes(f"a trace of {name}", experts, top_k, layers, schedule.rows, schedule.steps)
 
 
-def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedule: BatchSchedule, seed: int) -> _Plan:
-    name, top_k = profile.model, profile.top_k
+def _given(top_k: int | None) -> dict[str, int]:
+    return {} if top_k is None else {"top_k": top_k}
+
+
+def top_k_of(profile: Profile) -> int | None:
+    """Return the top-k of the model that a profile describes; None if that is no preset, or one of another shape."""
+    if profile.model not in list_presets("models"):
+        return None
+    model = load_model(profile.model)
+    is_alike = (model.moe_layers, model.most_experts) == (profile.layers, profile.experts)
+    return model.most_top_k if is_alike else None
+
+
+def _prepare_profile(
+    profile: Profile, model: Model | str | Path | None, schedule: BatchSchedule, asked: int | None, seed: int
+) -> _Plan:
+    name, top_k = profile.model, top_k_of(profile) or profile.top_k
     if model is not None:
         model = load_model(model)
         check_shape(f"Profile {profile.name}", profile.layers, profile.experts, model)
         name, top_k = model.name, model.most_top_k
+    if asked is not None:
+        top_k = _checked_top_k(asked, profile)
     schedule.check()
     _check_sizes(name, profile.layers, profile.experts, top_k, schedule)
     slots = min(schedule.batch, schedule.requests)
@@ -199,7 +222,13 @@ def _prepare_profile(profile: Profile, model: Model | str | Path | None, schedul
     source = {
         "generator": "profile",
         "moetrace": __version__,
-        "parameters": {**schedule._asdict(), "seed": seed},
+        "parameters": {**schedule._asdict(), "seed": seed} | _given(asked),
         "profile": {"name": profile.name, "model": profile.model, "sha256": profile.sha256},
     }
     return _Plan(name, profile.layers, profile.experts, top_k, schedule, drawer, source)
+
+
+def _checked_top_k(top_k: int, profile: Profile) -> int:
+    if not 1 <= top_k <= profile.experts:
+        raise UsageError(f"top_k is {top_k}, but must be 1 to the {profile.experts} experts of profile {profile.name}.")
+    return top_k

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -82,6 +84,14 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def list_profiles() -> list[str]:
     """Names of the profiles that ship with moetrace, sorted."""
     return sorted(entry.name[: -len(".toml")] for entry in _folder().iterdir() if entry.name.endswith(".toml"))
+
+
+def source_of(name: str) -> str:
+    """Return in a few words what a shipped profile was fitted to, from the comments at its head."""
+    text = _folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    told = " ".join(line[1:].strip() for line in lines).partition("Source: ")[2]
+    return re.sub(r"^([\w-]+)/([\w-]+)$", r"\2 of \1", told.partition(" (")[0])
 
 
 def load_profile(source: str | Path | Profile) -> Profile:

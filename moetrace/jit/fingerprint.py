@@ -124,6 +124,7 @@ def _describe_code(code: CodeType) -> Iterator[str]:
             yield repr(constant)
 
 
+@cache
 def _names(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of globals that a code object loads, and the names that it may ask a module for."""
     found, attributes = [], list(code.co_names)

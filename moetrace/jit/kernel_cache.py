@@ -115,6 +115,20 @@ def _locators(kind: str) -> tuple[Any, ...]:
 
 
 @cache
+def _runtime() -> Any:
+    """Return Numba's runtime, all that the package's compiled code needs; None where Numba is not as we know it.
+
+    Numba first loads all that lowers code: half of what a command takes, and only a compilation needs it. It does so
+    itself when it compiles. What a user's function names may need more.
+    """
+    try:
+        from numba.core.runtime.nrt import rtsys
+    except ImportError:
+        return None
+    return rtsys if hasattr(rtsys, "initialize") else None
+
+
+@cache
 def _cache_class(kind: str) -> Any:
     """Return the cache class of a kind of functions."""
     from numba.core import caching
@@ -144,6 +158,11 @@ def _cache_class(kind: str) -> Any:
             """
             self._take_file(sig)
             try:
+                if kind == "kernels" and (runtime := _runtime()) is not None:
+                    runtime.initialize(target_context)
+                    with self._guard_against_spurious_io_errors():
+                        return self._load_overload(sig, target_context)
+                    return None
                 return super().load_overload(sig, target_context)
             except (AttributeError, ImportError):
                 self.flush()

@@ -1,11 +1,15 @@
-"""Arrays that compiled code may read only: numbers, and records, of whose fields Numba knows no such thing.
+"""What a user's compiled code is given: arrays that it may read only, and a record by its address.
+
+Numba knows arrays of numbers for reading only; here are records whose fields are.
 
 A field that is assigned to is refused when the function is compiled, however the record was reached. Nothing is checked
 when it runs: the arrays are the same, only their types differ.
 """
 
+import ctypes
 from typing import Any
 
+import numpy as np
 from numba.core import types
 from numba.core.datamodel.models import NestedArrayModel, RecordModel
 from numba.core.datamodel.registry import register_default
@@ -80,3 +84,22 @@ def _nothing(returned: Any) -> Any:
     if not isinstance(returned, types.NoneType):
         raise NumbaTypeError(RETURNS)
     return lambda returned: None
+
+
+def record_at(address: int, dtype: np.dtype) -> Any:
+    """Return the record that lies at an address; whoever passes it on keeps the array that the record is of."""
+    memory: Any = (ctypes.c_char * dtype.itemsize).from_address(int(address))
+    return np.frombuffer(memory, dtype).view(np.recarray)[0]
+
+
+@overload(record_at, strict=False)
+def _record_at(address: Any, dtype: Any) -> Any:
+    return lambda address, dtype: _same_record(address, dtype)  # type: ignore[call-arg]
+
+
+@intrinsic
+def _same_record(typingctx: Any, address: Any, dtype: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
+
+    return dtype.dtype(types.int64, dtype), codegen

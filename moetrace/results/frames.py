@@ -3,15 +3,24 @@
 Columns are those of the files that `moetrace replay -o` writes; what is undefined is null, never NaN.
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import polars as pl
 
 from moetrace.engine.run import Lane, Run
 from moetrace.engine.state import UNIT
 from moetrace.results.requests import QUANTILES, REQUEST_COUNTS, edges_of, request_gaps, request_times
+from moetrace.spec.later import Later
 from moetrace.trace.schema import PHASE_NAMES
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = Later("polars")
 
 # The step log may be larger than memory: it is turned into rows this many steps at a time.
 SLICE_STEPS = 1 << 16
@@ -103,9 +112,20 @@ def total_s(lane: Lane) -> float:
     return float(np.sum(lane.duration_s))
 
 
-def _units_of(lane: Lane) -> pl.DataFrame:
+def utilization_of(lane: Lane) -> dict[str, float | None]:
+    """Return the share of the time in which each part of the machine works, by its name, without a frame."""
+    shares = _utilization(_part_log(lane), total_s(lane)).tolist()
+    return {part.name: None if math.isnan(one) else one for part, one in zip(lane.parts, shares, strict=True)}
+
+
+def _part_log(lane: Lane) -> np.ndarray:
+    """The log of units, a row for each part of the machine."""
     log = np.concatenate((lane.log.unit, np.zeros(1, UNIT)))  # its last row is that of whatever takes no part
-    log = log[[part.log_row for part in lane.parts]]
+    return log[[part.log_row for part in lane.parts]]
+
+
+def _units_of(lane: Lane) -> pl.DataFrame:
+    log = _part_log(lane)
     sharers = np.array([part.share for part in lane.parts])
     seconds = total_s(lane)
     return pl.DataFrame(

@@ -6,6 +6,8 @@ removed. A kill in between leaves `.moetrace-new`: moetrace reads a file there f
 finishes what was begun.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -15,13 +17,18 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import polars as pl
+from typing import TYPE_CHECKING
 
 from moetrace.results.record import OWN_FILES, RESULT_FILES
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.later import Later
 from moetrace.spec.ordinary_file import is_folder
 from moetrace.trace.atomic import lock, remove_stale, sync_folder, uninterrupted, unlock
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = Later("polars")
 
 COMMITTED = ".moetrace-new"
 GONE = ".gone"  # ends the name of an empty file in the committed folder: the new result has no such file

@@ -1,20 +1,47 @@
 """What a replay found: figures, frames and files, made from the engine's logs when they are asked for."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
 from moetrace.engine.run import Run
 from moetrace.results import frames, publish, summary, timeline, timeline_file, write
-from moetrace.results.record import TIMELINE_FILE
+from moetrace.results.record import FIGURES, TIMELINE_FILE, value_in
+from moetrace.spec.html_table import html_table
+from moetrace.spec.later import Later
 from moetrace.trace.atomic import whole_file
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from moetrace.show.plot import Plots
+else:
+    pl = Later("polars")
+
+
+_SHOWN = (
+    "total_s",
+    "speedup",
+    "ttft_s.p50",
+    "tpot_s.p50",
+    "itl_s.p99",
+    "tokens_per_s",
+    "hit_rate",
+    "utilization.gpu",
+    "utilization.ndp",
+    "utilization.cpu",
+    "utilization.link_in",
+    "demand_bytes",
+    "prefetch_bytes",
+)
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,6 +61,19 @@ class Result:
     def __repr__(self) -> str:
         names = ", ".join(lane.policy.name for lane in self.run.lanes)
         return f"<Result of {names}: .summary, .steps, .units, .layers, .requests, .experts are frames>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a row for each policy, with its main figures."""
+        figures = {name: FIGURES[name] for name in _SHOWN}
+        values = {
+            name: [_times(figure.shown[0], value_in(policy, name)) for policy in self._policies]
+            for name, figure in figures.items()
+        }
+        shown = [name for name in figures if any(values[name])]
+        names = [policy["name"] for policy in self._policies]
+        rows = zip(names, *(values[name] for name in shown), strict=True)
+        below = f"{self.run.model.name} on {self.run.system.name}, {self.run.slots:,} slots"
+        return html_table(["policy", *(figures[name].column for name in shown)], rows, below)
 
     @cached_property
     def summary(self) -> pl.DataFrame:
@@ -66,7 +106,7 @@ class Result:
         return frames.expert_frame(self.run)
 
     @property
-    def plot(self) -> "Plots":
+    def plot(self) -> Plots:
         """Charts for a notebook: `result.plot.latency()` and others, of Altair (the extra `report`)."""
         from moetrace.show.plot import Plots
 

@@ -1,16 +1,17 @@
 """The figures of a whole replay, one set a policy: what `summary.json` holds. What each means stands in `record`."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import polars as pl
 
 from moetrace.engine.run import Lane, Run
 from moetrace.jit.fingerprint import room_fingerprint
-from moetrace.results.frames import total_s, unit_frame
+from moetrace.results.frames import total_s, utilization_of
 from moetrace.results.record import (
     COLUMNS,
     FIGURES,
@@ -33,9 +34,15 @@ from moetrace.results.requests import (
 )
 from moetrace.spec import System, canonical
 from moetrace.spec.errors import MoetraceError
+from moetrace.spec.later import Later
 from moetrace.trace import Trace
 from moetrace.trace.schema import DECODE, MIXED, PREFILL
 from moetrace.version import __version__
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = Later("polars")
 
 # Column of the frame -> path in `summary.json`.
 _PATHS = {path.replace(".", "_"): path for path in FIGURES}
@@ -83,8 +90,7 @@ def policy_figures(run: Run, break_even: Sequence[float | None] | None = None) -
     `break_even` is one of these figures that the run does not know: `results.break_even` computes it.
     Raises MoetraceError if one is not a finite number: JSON has no other, and no comparison could trust it.
     """
-    units = {name: rows for (name,), rows in unit_frame(run).partition_by("policy", as_dict=True).items()}
-    figures = [_figures(run, lane, units[lane.policy.name]) for lane in run.lanes]
+    figures = [_figures(run, lane) for lane in run.lanes]
     for each, tokens in zip(figures, break_even or [None] * len(figures), strict=True):
         each.break_even_tokens = tokens
         each.speedup = _ratio(figures[0].total_s, each.total_s)
@@ -111,7 +117,7 @@ def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame({"name": [policy["name"] for policy in policies]} | columns, {"name": pl.String} | types)
 
 
-def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> PolicyFigures:
+def _figures(run: Run, lane: Lane) -> PolicyFigures:
     layers, duration_s = lane.log.layer, lane.duration_s
     phase_s = [float(np.sum(duration_s[run.schedule.phase == phase])) for phase in (PREFILL, DECODE, MIXED)]
     seconds = total_s(lane)
@@ -136,7 +142,7 @@ def _figures(run: Run, lane: Lane, units: pl.DataFrame) -> PolicyFigures:
         late=lane.late,
         wasted=int(lane.log.tally["wasted"][0]),
         imbalance_mean=_ratio(float(layers["imbalance_sum"].sum()), int(layers["imbalance_count"].sum())),
-        utilization=_utilization(run.system, dict(zip(units["unit"], units["utilization"], strict=True))),
+        utilization=_utilization(run.system, utilization_of(lane)),
         work_bound_s=float(lane.work_bound_s),  # of plain Python, without a JIT, NumPy's
         clairvoyant_s=float(lane.clairvoyant_s),
         speedup=None,  # against the first policy

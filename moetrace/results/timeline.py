@@ -4,11 +4,12 @@ It is not a drawing of the timing model but a recording of it: the replay itself
 with it (`moetrace.engine.tape`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import polars as pl
 
 from moetrace.engine.machine import NO_ROW
 from moetrace.engine.run import Lane, Run
@@ -16,9 +17,14 @@ from moetrace.engine.state import FIRST_GROUP
 from moetrace.engine.tape import KINDS
 from moetrace.results.frames import SLICE_STEPS
 from moetrace.spec.errors import UsageError
+from moetrace.spec.later import Later
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from moetrace.engine.recording import Recording
+else:
+    pl = Later("polars")
 
 
 def timeline_frame(run: Run) -> pl.DataFrame:
@@ -41,7 +47,7 @@ def counter_frame(run: Run) -> pl.DataFrame:
     return pl.concat([counts_of(lane, recording) for lane, recording in recordings(run)])
 
 
-def recordings(run: Run) -> Iterator[tuple[Lane, "Recording"]]:
+def recordings(run: Run) -> Iterator[tuple[Lane, Recording]]:
     """Yield each policy's lane, and what was recorded of it.
 
     Raises UsageError if nothing was recorded.
@@ -61,7 +67,7 @@ def step_starts_s(lane: Lane, first: int, stop: int) -> np.ndarray:
     return np.cumsum(np.concatenate(([edge_s], durations_s[first:stop])))
 
 
-def slices_of(run: Run, lane: Lane, recording: "Recording") -> pl.DataFrame:
+def slices_of(run: Run, lane: Lane, recording: Recording) -> pl.DataFrame:
     """Return the rows of `timeline_frame` that are one policy's."""
     starts_s = step_starts_s(lane, recording.first, recording.stop)
     notes, share = recording.slices, lane.machine.share
@@ -121,7 +127,7 @@ def _names_of(lane: Lane) -> dict[int, str]:
     return names
 
 
-def _steps_of(run: Run, lane: Lane, recording: "Recording", starts_s: np.ndarray) -> pl.DataFrame:
+def _steps_of(run: Run, lane: Lane, recording: Recording, starts_s: np.ndarray) -> pl.DataFrame:
     steps = np.arange(recording.first, recording.stop)
     nothing = np.zeros(len(steps))
     return pl.DataFrame(
@@ -162,7 +168,7 @@ def _unless(is_none: pl.Expr, column: str) -> pl.Expr:
     return pl.when(is_none).then(None).otherwise(pl.col(column)).alias(column)
 
 
-def counts_of(lane: Lane, recording: "Recording") -> pl.DataFrame:
+def counts_of(lane: Lane, recording: Recording) -> pl.DataFrame:
     """Return the rows of `counter_frame` that are one policy's."""
     starts_s = step_starts_s(lane, recording.first, recording.stop)
     counts = recording.counts

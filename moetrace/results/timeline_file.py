@@ -4,14 +4,15 @@ The format is Google's ("Trace Event Format", JSON object form): complete slices
 and `dur` in microseconds, to three places.
 """
 
+from __future__ import annotations
+
 import gzip
 import io
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import polars as pl
 
 from moetrace.engine.machine import NO_ROW
 from moetrace.engine.run import Lane, Run
@@ -19,8 +20,14 @@ from moetrace.engine.state import LINK_IN, LINK_OUT
 from moetrace.engine.tape import EXPERT
 from moetrace.results.record import TIMELINE_MARK, TIMELINE_SCHEMA
 from moetrace.results.timeline import counts_of, recordings, slices_of
+from moetrace.spec.later import Later
 from moetrace.trace.schema import PHASE_NAMES
 from moetrace.version import __version__
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = Later("polars")
 
 # Of steps and layers, and of what shares a link's direction without waiting for one another: tracks of their own.
 _OWN_TRACKS = {"step": "steps", "layer": "layers", "wait": "layers"}

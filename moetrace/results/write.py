@@ -1,16 +1,22 @@
 """The files of a result: the same bytes each time, each marked as of the same result."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import polars as pl
-from polars.io.plugins import register_io_source
+from typing import TYPE_CHECKING, Any
 
 from moetrace.results.publish import explained
 from moetrace.results.record import PARQUET_MARK, SUMMARY_FILE
+from moetrace.spec.later import Later
+
+if TYPE_CHECKING:
+    import polars as pl
+    from polars.io import plugins
+else:
+    pl, plugins = Later("polars"), Later("polars.io.plugins")
 
 # Rows of a Parquet row group: the same for any number of threads, small enough to be written from constant memory.
 GROUP_ROWS = 1 << 17
@@ -49,7 +55,7 @@ def write_files(
     }
     with explained(folder.parent):
         (folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
-        steps = register_io_source(lambda *_: step_slices(), schema=next(step_slices()).schema)
+        steps = plugins.register_io_source(lambda *_: step_slices(), schema=next(step_slices()).schema)
         steps.sink_parquet(folder / "steps.parquet", maintain_order=True, **parquet)
         for name, frame in frames.items():
             frame.write_parquet(folder / f"{name}.parquet", **parquet)

@@ -174,8 +174,10 @@ def read_policy(
     """Load a policy as `load_policy` does, say nothing, and return with it the Python files that it names."""
     overrides = overridden = dict(overrides or {})
     if isinstance(source, str) and _split(source):
-        overrides = {"dispatch": source, "name": source.rpartition(":")[2]} | overrides
+        overrides = {"dispatch": source} | overrides
         loaded = read("policies", "on-demand", overrides)._replace(where=f"policy {printable(source)}")
+        if "name" not in overrides:  # set here, so that `true` and `nan` stay names
+            loaded.raw["name"] = source.rpartition(":")[2]
     else:
         loaded = read("policies", source, overrides)
     policy = convert(loaded, PolicySpec)

@@ -13,6 +13,7 @@ from moetrace.trace import arrays, schema
 from moetrace.trace.arrays import IN_MEMORY
 from moetrace.trace.digests import PassingHashes, content_sha256_of, refuse_changed, sha256_of
 from moetrace.trace.hdf5 import WHOLE_BYTES, Column, Source, read_attributes, read_columns
+from moetrace.trace.notebook import trace_html, trace_text
 from moetrace.trace.schema import BLOCK_BYTES, OPTIONAL, ROW_PATHS, Block, CountBlock, Part, Rows
 from moetrace.trace.writer import CountsWriter, Writer
 from moetrace.version import __version__
@@ -138,6 +139,8 @@ class Trace:
         columns |= arrays.other_columns(facts, steps, phase, layer_index, expert_bytes, layer_experts)
         attributes = {"model": model, "num_experts": int(num_experts), "top_k": facts[2], "source": dict(source or {})}
         return cls(None, attributes | {"created_by": f"moetrace {__version__}"}, columns)
+
+    __repr__, _repr_html_ = trace_text, trace_html
 
     def close(self) -> None:
         """Close the file; arrays that were read stay valid."""
@@ -334,11 +337,8 @@ class Trace:
         Its `content_sha256` is None. It can be read for as long as this one.
         """
         steps = min(max(steps, 1), self.steps)
-        entries = dict.fromkeys(ROW_PATHS, int(self.offset[steps])) | {
-            "phase": steps,
-            "counts": steps,
-            "offset": steps + 1,
-        }
+        entries = dict.fromkeys(ROW_PATHS, int(self.offset[steps]))
+        entries |= {"phase": steps, "counts": steps, "offset": steps + 1}
         columns = {
             name: column._replace(shape=(entries.get(name, column.shape[0]), *column.shape[1:]), sha256=None)
             for name, column in self._columns.items()

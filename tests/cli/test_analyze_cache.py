@@ -142,7 +142,7 @@ def test_errors_are_one_sentence(run, tmp_path):
     for arguments, code, sentence in (
         ((tmp_path / "a.h5", "--capacity", "3GB"), 2, "3GB needs the sizes of experts"),
         ((tmp_path / "a.h5", "--capacity", "3 apples"), 2, "the capacity '3 apples' is neither a number of experts"),
-        ((tmp_path / "a.h5", "--policy", "mru"), 2, "'mru' is not one of"),
+        ((tmp_path / "a.h5", "--policy", "mru"), 2, "but is 'mru'"),
         ((TINY, "--model", "mixtral-8x7b"), 2, "name the right one with --model"),
         ((tmp_path / "b.h5",), 1, "b.h5"),
         ((TINY, "--phase", "mixed"), 1, "tiny-olmoe.h5 has no mixed steps"),
@@ -252,9 +252,7 @@ def test_plot(run, tmp_path):
     pytest.importorskip("vl_convert")
     code, out, err = run(TINY, "--policy", "lru", "--policy", "belady", "--plot", tmp_path / "a.png")
     assert (code, err) == (0, "") and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert sum(line.startswith("192 ") for line in out.splitlines()) == 2 * 2 * 3, (
-        "two parts, sixteen capacities by default"
-    )
+    assert out == run(TINY, "--policy", "lru", "--policy", "belady")[1]  # what is drawn beside it is not printed
     assert run(TINY, "--capacity", "48", "--plot", tmp_path / "a.html")[0] == 0
     assert str(tmp_path) not in (tmp_path / "a.html").read_text()
     for arguments, sentence in (

@@ -41,7 +41,7 @@ def test_json_and_csv_are_the_frame(run):
 def test_errors_are_one_sentence(run, tmp_path):
     for arguments, code, sentence in (
         ((TINY, "--capacity", "3 apples"), 2, "neither a number of experts"),
-        ((TINY, "--predictor", "magic"), 2, "'magic' is not one of"),
+        ((TINY, "--predictor", "magic"), 2, "but is 'magic'"),
         ((TINY, "--predictor", "recorded"), 1, "has no /recorded/resident"),
         ((TINY, "--system", "jetson-orin"), 2, "has no link"),
         ((tmp_path / "b.h5",), 1, "b.h5"),

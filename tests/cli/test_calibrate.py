@@ -65,7 +65,7 @@ def test_an_interruption_leaves_the_times_so_far(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(this_machine, "disk_times", reads)
     code, _, err = run("calibrate", "--measure", "--only", "disk", "--save-table", tmp_path / "t.csv")
-    assert code == 1 and "t.csv: 2 times." in err and "interrupted" in err
+    assert code == 130 and "t.csv: 2 times." in err and "interrupted" in err
     assert read_measured(tmp_path / "t.csv").copies["disk"].rows() == [(65536, 1e-4), (1048576, 1e-3)]
 
 

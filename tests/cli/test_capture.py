@@ -119,7 +119,7 @@ def test_interrupted_leaves_what_was_there(model, tmp_path, capsys, monkeypatch)
         return take(self, rows, keep)
 
     monkeypatch.setattr(Recorder, "take", interrupted)
-    assert run(model, "--prompts", tmp_path / "p.jsonl", "-o", out / "a.h5", "--output", 4) == 1
+    assert run(model, "--prompts", tmp_path / "p.jsonl", "-o", out / "a.h5", "--output", 4) == 130
     assert capsys.readouterr().err == "moetrace: interrupted; no file was left half-written.\n"
     assert [file.name for file in out.iterdir()] == ["a.h5"] and (out / "a.h5").read_text() == "old"
 

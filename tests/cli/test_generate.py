@@ -58,6 +58,27 @@ def test_wrong_values_are_one_sentence_and_no_file(tmp_path, capsys, options, wo
     assert not list(tmp_path.iterdir())
 
 
+def test_top_k_is_the_models_or_what_is_asked_for(tmp_path, capsys):
+    for options, top_k, note in (
+        (["--profile", "qwen3-30b-a3b"], 8, "fitted to top 6; qwen3-30b-a3b takes the top 8"),
+        (["--profile", "qwen3-30b-a3b", "--top-k", "6"], 6, ""),
+        (["--profile", "tiny-olmoe"], 4, ""),
+        (["--model", "tiny-olmoe", "--top-k", "3"], 3, ""),
+    ):
+        assert run(tmp_path / "a.h5", "--requests", 1, "--prompt", 2, "--output", 2, *options) == 0
+        assert (note in capsys.readouterr().err) if note else ("Note" not in capsys.readouterr().err)
+        with Trace.open(tmp_path / "a.h5") as trace:
+            assert trace.top_k == top_k
+    assert run(tmp_path / "b.h5", *SMALL, "--profile", "tiny-olmoe", "--top-k", "33") == 2
+
+
+def test_a_trace_without_memory_is_told(tmp_path, capsys):
+    assert run(tmp_path / "a.h5", *SMALL, "--stick", "0") == 0
+    assert "each token is drawn anew" in capsys.readouterr().err
+    main(["replay", str(tmp_path / "a.h5"), "--policy", "monde", "--system", "edge-ndp", "--ignore-capacity"])
+    assert "by Zipf's law without memory" in capsys.readouterr().err
+
+
 def test_unwritable_path_is_one_sentence(tmp_path, capsys):
     assert run(tmp_path / "missing" / "a.h5", *SMALL) == 1
     said = capsys.readouterr().err

@@ -8,10 +8,14 @@ import sys
 
 import pytest
 
+from moetrace import exports
+from moetrace.analyze.prefetch.value import PREDICTORS
 from moetrace.cli import main
-from moetrace.cli.commands.list import _CHOICES
+from moetrace.cli.commands.list import _CHOICES, _NAMED
+from moetrace.generators import list_profiles
+from moetrace.importers import formats as importers
 from moetrace.spec import list_presets, load_policy
-from moetrace.spec.choices import FOLDERS
+from moetrace.spec.choices import FOLDERS, cache_policies
 from moetrace.spec.policy import parameters
 
 
@@ -49,6 +53,48 @@ def test_list_formats_agree(moetrace, kind):
     assert [["" if value is None else str(value) for value in row.values()] for row in rows] == [
         list(row.values()) for row in table
     ]
+
+
+@pytest.mark.parametrize("kind", list(_NAMED))
+def test_list_tells_of_whatever_has_a_name_what_it_means(moetrace, kind):
+    rows = json.loads(moetrace("list", kind, "--format", "json")[1])
+    registry = {
+        "cache-policies": cache_policies(),
+        "predictors": PREDICTORS,
+        "profiles": list_profiles(),
+        "import-formats": importers.FORMATS,
+        "export-formats": exports.FORMATS,
+    }
+    assert [row["name"] for row in rows] == list(registry[kind])
+    assert all(row.get("meaning") or row.get("source") for row in rows)
+    out = moetrace("list", kind)[1]
+    assert [row["name"] for row in rows if f"\n{row['name']} " not in out] == [] and max(
+        map(len, out.splitlines())
+    ) <= 80
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["relpay"], "there is no command 'relpay' (the nearest is 'replay'). See `moetrace --help`."),
+        (["analyze", "cach"], "there is no command 'cach' (the nearest is 'cache'). See `moetrace analyze --help`."),
+        (["info", "a.h5", "--verfy"], "there is no option --verfy (the nearest is '--verify')."),
+        (["info", "a.h5", "--format", "jsn"], "--format must be one of table, json, csv, but is 'jsn' (the nearest is"),
+        (["analyze", "cache", "a.h5", "--policy", "beladi"], "but is 'beladi' (the nearest is 'belady')"),
+        (["import", "a", "-o", "b.h5", "--from", "vlm"], "but is 'vlm' (the nearest is 'vllm')"),
+        (
+            ["show", "polcy", "monde"],
+            "KIND must be one of model, system, policy, but is 'polcy' (the nearest is 'policy')",
+        ),
+        (
+            ["generate", "a.h5", *["--profile", "tiny", "--requests", "1", "--prompt", "1", "--output", "1"]],
+            "the nearest is 'tiny-olmoe'",
+        ),
+    ],
+)
+def test_a_wrong_name_is_told_the_nearest(moetrace, args, says):
+    code, out, err = moetrace(*args)
+    assert (code, out, err.count("\n")) == (2, "", 1) and says in err
 
 
 def test_narrow_terminal_keeps_names_and_figures_whole(moetrace, monkeypatch):
@@ -138,8 +184,8 @@ def test_show_policy_has_a_line_for_each_parameter_that_it_reads(moetrace):
         (["show", "system", "edge-ndp", "--set", "system..x=3"], "--set wants system.FIELD=VALUE"),
         (["show", "system", "edge-ndp", "--set", "system.ndp.units"], "--set wants system.FIELD=VALUE"),
         (["show", "model", "mixtral-8x7b", "--model", "olmoe-1b-7b"], "--model goes with `show system` only"),
-        (["show", "machine", "edge-ndp"], "'machine' is not one of 'model', 'system', 'policy'"),
-        (["list", "model"], "'model' is not one of 'models', 'systems', 'policies'"),
+        (["show", "machine", "edge-ndp"], "KIND must be one of model, system, policy, but is 'machine'"),
+        (["list", "model"], "but is 'model' (the nearest is 'models')"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(moetrace, args, sentence):

@@ -38,7 +38,7 @@ def test_closed_output_is_no_error():
 
 @pytest.mark.parametrize(
     ("stop", "code"),
-    [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP)],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP)],
 )
 def test_signals_while_it_writes_leave_nothing(tmp_path, stop, code):
     command = [*MOETRACE, "generate", "--model", "qwen3-30b-a3b", "--prompt", "512", "--output", "512"]
@@ -64,7 +64,7 @@ def test_ctrl_c_while_it_starts_is_one_sentence(tmp_path):
     command = [*MOETRACE, "list", "models"]
     process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=8)
     said = "moetrace: interrupted; no file was left half-written.\n"
-    assert (process.returncode, process.stdout, process.stderr) == (1, "", said)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", said)
     with pytest.raises(subprocess.TimeoutExpired):  # in the background of a shell it is ignored
         subprocess.run(command, env=env, timeout=2, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
 

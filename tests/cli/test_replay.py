@@ -338,7 +338,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Lane, "advance", interrupted)
-    assert run(TINY, "-o", tmp_path / "new" / "er") == 1
+    assert run(TINY, "-o", tmp_path / "new" / "er") == 130
     out, err = capsys.readouterr()
     assert err.strip() == "moetrace: interrupted; no file was left half-written."
     assert out == ""

@@ -73,12 +73,13 @@ RUN = """
 import sys
 import numpy as np
 from moetrace.engine.plugin import load_hook
-from moetrace.engine.state import ACTIVE, CELL, GROUP, View
+from moetrace.engine.state import ACTIVE, CELL, GROUP, OWN, View
 hook = load_hook("dispatch", sys.argv[1])
 active = np.zeros(4, ACTIVE)
 active["gpu_s"], active["ndp_s"], active["fetch_s"], active["turn"] = 1.0, 3.0, [0, 0, 9, 9], range(4)
 active["resident"] = [1, 1, 0, 0]
-view = View(0, 1, 1, 2, 1, 0.0, 0.0, 0.3, 0, 12.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0, active, np.zeros(1, GROUP))
+own, groups = np.zeros(1, OWN), np.zeros(1, GROUP)
+view = View(0, 1, 1, 2, 1, 0.0, 0.0, 0.3, 0, 12.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0, active, groups, own.ctypes.data)
 plan = np.zeros(5, np.uint8)
 hook(np.zeros((1, 4), CELL), view, 0, np.ones(4, np.int64), plan)
 print("".join(map(str, plan)), sum(hook.stats.cache_hits.values()), sum(hook.stats.cache_misses.values()))

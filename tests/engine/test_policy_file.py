@@ -138,17 +138,17 @@ def test_a_helper_and_a_residency_cannot_either(tmp_path):
     with pytest.raises(UsageError, match="for reading"):
         load_hook("dispatch", f"{tmp_path / 'mine.py'}:mine")
     (tmp_path / "mine.py").write_text(HOOK.format("plan[i] = 1"))
-    with pytest.raises(UsageError, match=r"a residency may write into state only \(mine.py, line 3\)"):
+    with pytest.raises(UsageError, match=r"a residency may write into state and view.memory only \(mine.py, line 3\)"):
         load_hook("residency", f"{tmp_path / 'mine.py'}:mine")
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("plan[i] = 2", r"plan\[i\] must be 0 or 1"),
+        ("plan[i] = 2", r"plan\[i\] must be 0 or 1 \(mine.py, line 9; step 0, layer 0\)"),
         ("plan[i] = view.active[-500].resident", "out of bounds"),
-        ("plan[i] = beyond(load) > 0", "out of bounds"),
-        ("plan[i] = 1 // layer", "ZeroDivisionError: .*; with NUMBA_DISABLE_JIT=1 the line is named"),
+        ("plan[i] = beyond(load) > 0", r"out of bounds \(mine.py; step 0, layer 0\); with NUMBA_DISABLE_JIT=1 the"),
+        ("plan[i] = 1 // layer", r"ZeroDivisionError: .* \(mine.py, line 9; step 0, layer 0\)"),
         ("plan[i] = 1.0 / layer > 0.5", "ZeroDivisionError"),
         ("plan[i] = layer % layer", "ZeroDivisionError"),
     ],
@@ -170,7 +170,8 @@ def test_without_compilation_the_line_is_named(tmp_path):
     )
     command = [sys.executable, "-c", program, f"{tmp_path / 'mine.py'}:mine"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NUMBA_DISABLE_JIT": "1"})
-    assert done.stdout.startswith("Policy mine failed: ZeroDivisionError") and "(mine.py, line 3).\n" in done.stdout
+    assert done.stdout.startswith("Policy mine failed: ZeroDivisionError")
+    assert "(mine.py, line 3; step 0, layer 0).\n" in done.stdout
 
 
 def test_functions_of_no_file_are_told_apart():

@@ -1,5 +1,8 @@
 """What the picture of hit curves shows: every policy, Belady's first, and LRU at every capacity."""
 
+import json
+import re
+
 import numpy as np
 import polars as pl
 import pytest
@@ -41,3 +44,25 @@ def test_the_page_escapes_and_loads_nothing(trace):
     page = plot(frame, None, "html", "<b>&name", "a <subtitle>").decode()
     assert "&lt;b&gt;&amp;name" in page and "<b>&name" not in page and "a &lt;subtitle&gt;" in page
     assert "default-src 'none'" in page and isinstance(frame, pl.DataFrame)
+
+
+def panels(page: str) -> list[dict]:
+    spec = json.loads(re.search(r'id="spec">(.*?)</script>', page)[1])
+    found = [(panel["title"], panel["layer"]) for panel in spec["vconcat"][0]["hconcat"]]
+    return [(title, layers, spec["datasets"]) for title, layers in found]
+
+
+def test_one_phase_is_drawn_and_what_was_asked_for_is_marked(trace):
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    frame = cache_hits(trace, ["24", "48", "96"], ["fifo", "belady"])
+    page = plot(frame, None, "html", "a", "b", phase="decode", marked=["48"]).decode()
+    ((title, layers, datasets),) = panels(page)
+    assert title == "Decode steps"
+    kinds = [layer["mark"]["type"] for layer in layers]
+    assert kinds == ["rule", "area", "rule", "line", "circle"]
+    marked, bounds, drawn = (datasets[layers[i]["data"]["name"]] for i in (0, 1, 3))
+    assert [row["capacity"] for row in marked] == [48.0]
+    assert {row["capacity"] for row in drawn} == {24.0, 48.0, 96.0} and all(row["replayed"] for row in drawn)
+    assert all(row["hit_rate_low"] <= row["hit_rate"] <= row["hit_rate_high"] for row in bounds)
+    assert len(panels(plot(frame, None, "html", "a", "b").decode())) == 2

@@ -10,6 +10,7 @@ from moetrace.engine.placement import group_of_expert
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import find, planned_placements, resolve
 from moetrace.spec.errors import UsageError
+from moetrace.spec.named import nearest
 from moetrace.spec.plan import MAX_SLOTS
 
 DEFAULT_PLACEMENTS = ("ep", "ep-block", "ep-lpt", "eplb")
@@ -104,7 +105,8 @@ def check_placement(placement: str, tier: Tier, experts: int | np.ndarray) -> No
     _, colon, size = placement.partition(":")
     if record is None or not record.planner or (colon and not record.letter):
         *known, last = planned_placements()
-        raise UsageError(f"there is no placement {placement!r}; known are {', '.join(known)} and {last}.")
+        near = nearest(placement, [*known, last])
+        raise UsageError(f"there is no placement {placement!r}{near}; known are {', '.join(known)} and {last}.")
     check_tier(tier)
     if colon and not (
         size.isascii() and size.isdigit() and len(size) < 9 and int(size) and tier.units % int(size) == 0

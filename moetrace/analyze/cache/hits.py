@@ -50,6 +50,7 @@ from moetrace.spec.budget import parse_amount
 from moetrace.spec.choices import CachePolicy, cache_policies, cache_policy
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
+from moetrace.spec.named import nearest
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import PHASE_NAMES
@@ -295,7 +296,8 @@ def _known(names: Sequence[str]) -> dict[str, CachePolicy]:
     for name in names:
         policy = cache_policy(name)
         if policy is None:
-            raise UsageError(f"there is no cache policy {name!r}; known are {', '.join(cache_policies())}.")
+            names = list(cache_policies())
+            raise UsageError(f"there is no cache policy {name!r}{nearest(name, names)}; known are {', '.join(names)}.")
         known[name] = policy
     return known
 

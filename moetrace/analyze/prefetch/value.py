@@ -15,6 +15,7 @@ from moetrace.analyze.sizes import expert_bytes, model_of
 from moetrace.spec import Model, System, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
+from moetrace.spec.named import nearest
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
 from moetrace.trace.schema import PHASE_NAMES, Block, absent_id, check_ids
@@ -150,7 +151,9 @@ def prefetch_value(
 def _check(trace: Trace, names: Sequence[str], most: int | None, ahead: int, recall: float) -> None:
     for name in names:
         if name not in PREDICTORS:
-            raise UsageError(f"there is no predictor {name!r}; known are {', '.join(PREDICTORS)}.")
+            raise UsageError(
+                f"there is no predictor {name!r}{nearest(name, list(PREDICTORS))}; known are {', '.join(PREDICTORS)}."
+            )
     if most is not None and most < 1:
         raise UsageError(f"a predictor cannot name {most} experts: give 1 or more.")
     if not 1 <= ahead <= trace.layers:

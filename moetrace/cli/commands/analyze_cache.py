@@ -1,5 +1,6 @@
 """`moetrace analyze cache`: how often experts would have been in a cache of a given size."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,14 +144,18 @@ def command(
         title = title_of(opened, asked["scope"], asked["sequential"], asked["budget"])
         draws_curve = picture is not None and _draws_curve(opened, asked)
         if curve:
-            found = _curve(opened, asked)
+            found = every = _curve(opened, asked)
         else:
+            asked["capacities"] = asked["capacities"] or _sixteenths(opened, asked, (2, 4, 8))
+            drawn = _sixteenths(opened, asked, range(1, 17)) if picture else ()
             with LateBar("rows", opened.rows) as bar:
-                found = _hits(opened, asked, bar, shares=range(1, 17) if picture else (2, 4, 8))
+                every = _hits(opened, asked, bar, [*asked["capacities"], *drawn])
+            found = every.filter(every["capacity"].is_in(list(asked["capacities"])))
         if out is not None:
             _export(out, opened, asked)
         if picture is not None:
-            _draw(picture, trace.name, found, _curve(opened, asked) if draws_curve else None, title)
+            whole = _curve(opened, asked) if draws_curve else None
+            _draw(picture, trace.name, every, whole, title, phase=phase, marked=asked["capacities"])
         if not curve:
             _note_small(found["capacity"].unique(maintain_order=True).to_list(), opened, asked)
     if phase is not None:
@@ -283,13 +288,24 @@ def _export(out: Path, trace: "Trace", asked: dict[str, Any]) -> None:
         file.write("".join(f"{line}\n" for line in lines).encode())
 
 
-def _hits(trace: "Trace", asked: dict[str, Any], bar: Any, shares: Any) -> Any:
-    """The frame at the capacities given, else at so many sixteenths of all experts."""
-    from moetrace.analyze.cache.hits import cache_hits
-    from moetrace.analyze.sizes import own_experts
+def _sixteenths(trace: "Trace", asked: dict[str, Any], shares: Iterable[int]) -> list[str]:
+    """Capacities of so many sixteenths of all experts; in bytes if those that were asked for are."""
+    from moetrace.analyze.cache.hits import parse_capacity
+    from moetrace.analyze.sizes import expert_bytes, own_experts
 
-    everything = int(own_experts(trace).sum())
-    capacities = asked["capacities"] or (str(max(1, everything * share // 16)) for share in shares)
+    everything, unit = int(own_experts(trace).sum()), ""
+    if any(parse_capacity(capacity).unit == "bytes" for capacity in asked["capacities"]):
+        sizes = expert_bytes(trace, asked["model"])
+        if sizes is None:  # said by what replays them
+            return []
+        everything, unit = int(sizes.sum()), "B"
+    return [f"{max(1, everything * share // 16)}{unit}" for share in shares]
+
+
+def _hits(trace: "Trace", asked: dict[str, Any], bar: Any, capacities: list[str]) -> Any:
+    """The frame at these capacities."""
+    from moetrace.analyze.cache.hits import cache_hits
+
     return cache_hits(
         trace,
         list(dict.fromkeys(capacities)),
@@ -313,8 +329,8 @@ def _curve(trace: "Trace", asked: dict[str, Any]) -> Any:
         return lru_curve(trace, **how, progress=bar.advance)
 
 
-def _draw(picture: Path, name: str, found: Any, curve: Any, title: str) -> None:
+def _draw(picture: Path, name: str, found: Any, curve: Any, title: str, **shown: Any) -> None:
     from moetrace.show.plots.cache_plot import plot
     from moetrace.trace.atomic import write_whole
 
-    write_whole({picture: plot(found, curve, picture.suffix[1:].lower(), name, title)})
+    write_whole({picture: plot(found, curve, picture.suffix[1:].lower(), name, title, **shown)})

@@ -8,6 +8,7 @@ import click
 from moetrace.cli.options.paths import ANY_PATH
 from moetrace.cli.options.phases import check_phase, scope_option
 from moetrace.cli.options.presets import MODEL, SYSTEM
+from moetrace.cli.options.targets import check_picture, check_targets
 from moetrace.cli.options.without_effect import refuse
 from moetrace.cli.tables.output import format_option, print_csv, print_json, print_rows, stdout_console
 from moetrace.spec.errors import counted, printable
@@ -58,8 +59,11 @@ _HEADERS = {
     metavar="M",
     help="Preset or model file of the model, if not the one that the trace names.",
 )
+@click.option("--plot", "picture", type=ANY_PATH, metavar="FILE", help="Draw it: FILE.png or .html.")
 @format_option
-def command(trace: Path, capacity: str | None, phase: str | None, form: str, **asked: Any) -> None:
+def command(
+    trace: Path, capacity: str | None, phase: str | None, form: str, picture: Path | None, **asked: Any
+) -> None:
     """Say what predictors of the next layer's experts are worth to an LRU cache.
 
     While layers compute, what a predictor names of a layer to come, and is not resident, is fetched. Covered are misses
@@ -70,6 +74,8 @@ def command(trace: Path, capacity: str | None, phase: str | None, form: str, **a
     from moetrace.trace import Trace
 
     _check_options(asked["predictors"], asked["system"])
+    check_targets({"--plot": picture}, [trace, asked["system"], asked["model"]])
+    check_picture(picture)
     with Trace.open(trace) as opened, LateBar("rows", opened.rows) as bar:
         from moetrace.analyze.prefetch.value import prefetch_value
 
@@ -80,12 +86,18 @@ def command(trace: Path, capacity: str | None, phase: str | None, form: str, **a
         found = prefetch_value(opened, capacity, names, progress=bar.advance, **asked)
     if phase is not None:
         found = found.filter(phase=phase)
+    below = f"{trace}: {counted(everything, 'expert')}; an LRU cache of {capacity}."
+    if picture is not None:
+        from moetrace.show.plots.prefetch_plot import plot
+        from moetrace.trace.atomic import write_whole
+
+        write_whole({picture: plot(found, picture.suffix[1:].lower(), trace.name, below.partition(": ")[2])})
     if form == "json":
         print_json(found.to_dicts())
     elif form == "csv":
         print_csv(found)
     else:
-        _print_table(found.to_dicts(), f"{trace}: {counted(everything, 'expert')}; an LRU cache of {capacity}.")
+        _print_table(found.to_dicts(), below)
 
 
 def _check_options(predictors: tuple[str, ...], system: str | None) -> None:

@@ -41,6 +41,7 @@ _FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
 @click.option("--stick", type=float, help="Share of experts kept from the request's previous token.  [default: 0.3]")
 @click.option("--like", type=ANY_PATH, metavar="TRACE.h5", help="Fit a profile to a trace and use it.")
 @click.option("--profile", type=PROFILE, metavar="NAME", help="Draw as a profile says: a shipped one, or a TOML file.")
+@click.option("--top-k", type=int, metavar="K", help="Experts that a token takes in a layer.  [default: the model's]")
 @click.option("--save-profile", type=_FILE, metavar="P.toml", help="Keep the profile that --like fits.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
 def command(out: Path, like: Path | None, save_profile: Path | None, **parameters: Any) -> None:
@@ -75,6 +76,8 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
     size_mb = out.stat().st_size / 1e6
     say(f"{out}: {counted(schedule.rows, 'row')} in {counted(schedule.steps, 'step')}, {size_mb:,.1f} MB.")
     _note_top_k(**parameters)
+    if parameters["profile"] is None:
+        _note_memory(**parameters)
 
 
 def _check_exclusive(out: Path, like: Path | None, save_profile: Path | None, parameters: dict[str, Any]) -> None:
@@ -120,16 +123,26 @@ def _fitted(like: Path, save_profile: Path | None, parameters: dict[str, Any], b
     return profile
 
 
-def _note_top_k(model: str | None, profile: Any, **_: Any) -> None:
-    """Say so if the model routes to another number of experts than the profile was fitted to."""
-    if model is None or profile is None:
+def _note_top_k(model: str | None, profile: Any, top_k: int | None, **_: Any) -> None:
+    """Say so if the trace has another number of experts a token than the profile was fitted to."""
+    if profile is None or top_k is not None:
         return
-    from moetrace.generators import load_profile
+    from moetrace.generators import load_profile, top_k_of
     from moetrace.spec import load_model
 
-    ours, theirs = load_profile(profile), load_model(model)
-    if ours.top_k != theirs.top_k:
+    fitted = load_profile(profile)
+    name, ours = (fitted.model, top_k_of(fitted)) if model is None else (model, load_model(model).most_top_k)
+    if ours is not None and ours != fitted.top_k:
         say(
-            f"Note: profile {ours.name} was fitted to top {ours.top_k}; model {theirs.name} takes the "
-            f"top {theirs.top_k} of the same router logits."
+            f"Note: profile {fitted.name} was fitted to top {fitted.top_k}; {printable(name)} takes the top {ours} of "
+            f"the same router logits (--top-k {fitted.top_k}: as fitted)."
+        )
+
+
+def _note_memory(stick: float | None, **_: Any) -> None:
+    """Say so if tokens have nothing to do with each other."""
+    if stick == 0:
+        say(
+            "Note: with --stick 0 each token is drawn anew, and only popularity can be learned: caches and prefetches "
+            "do worse than on real routing. --profile draws as a captured model routes."
         )

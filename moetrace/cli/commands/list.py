@@ -1,4 +1,6 @@
-"""`moetrace list`: the presets, each with its main figures, and the choices that a policy is made of."""
+"""`moetrace list`: the presets, each with its main figures, and whatever else has a name, with what it means."""
+
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -54,17 +56,36 @@ _OF_A_CHOICE = {
     "used_by": "used by",
 }
 
+# What else has names -> the columns of its list.
+_NAMED = {
+    "cache-policies": {"name": "name", "meaning": "meaning", "parameters": "parameters", "used_by": "used by"},
+    "predictors": {"name": "name", "meaning": "meaning"},
+    "profiles": {"name": "profile", "layers": "layers", "experts": "experts", "top_k": "k"}
+    | {"model_top_k": "k of the\nmodel", "source": "fitted to"},
+    "import-formats": {"name": "format", "meaning": "meaning"},
+    "export-formats": {"name": "format", "endings": "files end with", "meaning": "meaning"},
+}
+
 
 @click.command("list")
-@click.argument("kind", type=click.Choice([*_HEADERS, *_CHOICES]))
+@click.argument("kind", type=click.Choice([*_HEADERS, *_CHOICES, *_NAMED]), metavar="KIND")
 @format_option
 def command(kind: str, form: str) -> None:
-    """List the preset models, systems or policies, or the choices of a policy.
+    """List what has a name, with what it means.
 
-    `moetrace show` prints all of one preset.
+    \b
+    KIND is one of
+      models, systems, policies: the presets; `moetrace show` prints all of one;
+      placements, dispatches, residencies, prefetches: the choices of a policy;
+      cache-policies, predictors: of `moetrace analyze cache` and `prefetch`;
+      profiles: what `moetrace generate` imitates;
+      import-formats, export-formats: what `import` reads and `export` writes.
     """
     from moetrace.spec import list_presets
 
+    if kind in _NAMED:
+        print_rows(_NAMED[kind], _named_rows(kind), form)
+        return
     if kind in _CHOICES:
         from moetrace.spec.choices import described
 
@@ -76,6 +97,35 @@ def command(kind: str, form: str) -> None:
         _print_systems(rows)
     else:
         print_rows(_HEADERS[kind], rows, form)
+
+
+def _named_rows(kind: str) -> Sequence[Mapping[str, object]]:
+    if kind == "cache-policies":
+        from moetrace.spec.choices import cache_policies, described
+
+        return [row for name in cache_policies() for row in described("residency") if row["name"] == name]
+    if kind == "profiles":
+        from moetrace.generators import list_profiles
+
+        return [_profile_row(name) for name in list_profiles()]
+    if kind == "export-formats":
+        from moetrace.exports import FORMATS
+
+        return [{"name": name, "endings": " ".join(ends), "meaning": said} for name, (ends, said) in FORMATS.items()]
+    from moetrace.analyze.prefetch.value import PREDICTORS
+    from moetrace.importers import formats
+
+    meanings = PREDICTORS if kind == "predictors" else formats.FORMATS
+    return [{"name": name, "meaning": meaning} for name, meaning in meanings.items()]
+
+
+def _profile_row(name: str) -> dict[str, object]:
+    from moetrace.generators import load_profile, top_k_of
+    from moetrace.generators.profile import source_of
+
+    profile = load_profile(name)
+    shape = {field: getattr(profile, field) for field in ("layers", "experts", "top_k")}
+    return {"name": name, **shape, "model_top_k": top_k_of(profile), "source": source_of(name)}
 
 
 def _print_systems(rows: list[dict[str, object]]) -> None:

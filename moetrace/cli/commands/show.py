@@ -33,7 +33,7 @@ _UNSET = {
 
 
 @click.command("show")
-@click.argument("kind", type=click.Choice(["model", "system", "policy"]))
+@click.argument("kind", type=click.Choice(["model", "system", "policy"]), metavar="model|system|policy")
 @click.argument("name", shell_complete=complete_spec)
 @click.option(
     "--model", "model_name", type=MODEL, metavar="MODEL", help="With a system: also what this model means on it."

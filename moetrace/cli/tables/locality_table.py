@@ -25,7 +25,7 @@ class _Statistic(NamedTuple):
 def print_locality(found: "Locality", name: str) -> None:
     """Print what was found as tables on stdout; `name` is what the user called the trace."""
     console = stdout_console()
-    console.width = max(console.width, _LEAST)
+    width, console.width = console.width, max(console.width, _LEAST)
     spread = {row["statistic"]: row for row in found.summary.iter_rows(named=True)}
     layers = found.layers.rows(named=True)
     for part in _parts(spread, layers, _columns(found.trace), console.width):
@@ -33,6 +33,7 @@ def print_locality(found: "Locality", name: str) -> None:
         console.print()
     console.print(_overlap_table(found), crop=False, no_wrap=True)
     console.print()
+    console.width = width
     for line in _legend(found.trace, name):
         console.print(line)
 

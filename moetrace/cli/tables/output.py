@@ -165,7 +165,8 @@ def stdout_console() -> "Console":
     stated = int(columns) if columns.isdecimal() and int(columns) > 0 else None
     width = stated or (None if sys.stdout.isatty() else _PIPED_WIDTH)
     file: Any = _Inert()
-    return Plain(file=file, width=width, highlight=False, markup=False, emoji=False)
+    # With a height, rich does not take 80 columns where TERM is dumb.
+    return Plain(file=file, width=width, height=25, highlight=False, markup=False, emoji=False)
 
 
 def width_of(columns: Sequence[Sequence[str]], gap: int) -> int:

@@ -12,9 +12,6 @@ from moetrace.results.record import FIGURES, value_in
 from moetrace.spec.errors import counted
 from moetrace.spec.known import Calibration, how_known
 
-# Columns of a terminal that the widest group of columns needs; in a narrower one the terminal breaks the lines.
-_LEAST = 72
-
 
 class _FigureColumn(NamedTuple):
     heading: str
@@ -34,7 +31,6 @@ def _column(name: str, always: bool = True) -> _FigureColumn:
 def print_comparison(summary: dict[str, Any], name: str) -> None:
     """Print what `summary.json` holds as a table on stdout; `name` is what the user called the trace."""
     console = stdout_console()
-    console.width = max(console.width, _LEAST)
     policies = summary["policies"]
     names = TextColumn("policy", [policy["name"] for policy in policies], right=False)
     print_parts(console, [names], [_shown(group, policies) for group in _groups()])

@@ -114,7 +114,9 @@ def bounds(replayed: Replayed) -> ChartGroup | None:
     yardsticks = ["bound", "clairvoyant"]
     seconds = [alt.Tooltip(f"{name}:Q", format=",.4~g", title=f"{name}, s") for name in figures.columns[1:]]
     base = alt.Chart(data(figures)).encode(y=y, tooltip=["policy:N", *seconds])
-    bar = base.mark_bar(color="#2f81d0", height={"band": 0.5}).encode(x=alt.X("total:Q", title="seconds of all steps"))
+    bar = base.mark_bar(color="#2f81d0", height={"band": 0.5}).encode(
+        x=alt.X("total:Q", title="seconds of all steps", axis=alt.Axis(tickCount=6))
+    )
     marks = alt.Chart(data(figures.unpivot(yardsticks, index="policy", variable_name="yardstick", value_name="s")))
     marks = marks.mark_point(size=90, filled=True, stroke="white", strokeWidth=1, opacity=1).encode(
         x="s:Q",

@@ -51,13 +51,16 @@ def pareto_front(swept: Swept) -> ChartGroup | None:
                 marked = True
                 best = base.transform_filter("datum.pareto")
                 ring = best.mark_point(size=190, color="#808080", strokeWidth=2)
-                layers = [best.mark_line(color="#808080", strokeWidth=2), ring, points]
+                layers = [best.mark_line(interpolate="step-after", color="#808080", strokeWidth=2), ring, points]
             title = f"{_COSTS[cost][0].upper()}{_COSTS[cost][1:]}" + (f": {trace}" if len(traces) > 1 else "")
             panels.append((title, alt.LayerChart(layer=layers, height=300)))
     words = "Each mark is a cell. Towards the lower left is better: faster, and with less."
     if marked:
         cost = COSTS[swept.pareto].label
-        words += f" Ringed and joined: the Pareto front, cells that no other beats in both time and {cost}."
+        words += (
+            f" Ringed: the Pareto front, cells that no other beats in both time and {cost}; the steps are the least "
+            "time that so much buys."
+        )
     columns = ["name", "total_s", *costs, "pareto"]
     table = done.filter("pareto").sort("total_s").select(columns) if done["pareto"].any() else done.select(columns)
     table = table.rename({"total_s": "seconds", **{cost: _COSTS[cost] for cost in costs}})
@@ -69,7 +72,8 @@ def axes(swept: Swept) -> ChartGroup | None:
     import altair as alt
 
     done = swept.done.drop_nulls("relative")
-    names = [axis for axis in swept.axes if axis != "trace"]
+    # What only follows from the trace, as its model, differs between cells and is no axis.
+    names = [axis for axis in swept.axes if axis != "trace" and axis in swept.grid]
     if done.is_empty() or not names:
         return None
     panels: list[tuple[str, Any]] = []

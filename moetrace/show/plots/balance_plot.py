@@ -1,4 +1,4 @@
-"""The picture of `analyze balance`: imbalance over time with new plans marked, and each layer, as PNG or HTML page."""
+"""The picture of `analyze balance`: for each plan its imbalance over time, and of each layer, as PNG or HTML page."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,9 @@ if TYPE_CHECKING:
 
     from moetrace.analyze.balance.units import Balance
 
-_WIDTH = 768
+_WIDTH, _TIME_WIDTH, _HEIGHT = 768, 480, 84
 # Of plans, by order; apart for colour-blind eyes, and legible on white and on black.
 _COLOURS = ("#2f81d0", "#e0782f", "#8b8b8b", "#1f9e77", "#b05fc0", "#c9a227", "#d1495b", "#5c6f8f")
-_DASHES = {"fixed": [1, 0], "given": [1, 0], "kept": [6, 3], "re-made": [1, 0], "clairvoyant": [2, 2]}
 _MOST_MARKS = 200
 
 
@@ -29,16 +28,29 @@ def plot(balance: "Balance", form: str, name: str) -> bytes:
 
 
 def _charts(balance: "Balance") -> "alt.VConcatChart":
+    """Draw a row for each plan: at batch 1, where imbalance jumps from step to step, lines would hide each other."""
     import altair as alt
 
-    return alt.vconcat(_over_time(balance), _by_layer(balance), spacing=40)
+    spread, layers = _over_time(balance), _by_layer(balance)
+    domains = [[1.0, float(top) if top is not None and top > 1 else 2.0] for top in (_top(spread), _top(layers))]
+    placements = layers["placement"].unique(maintain_order=True).to_list()
+    drawn: list[Any] = []
+    for placement, plan in layers.select("placement", "plan").unique(maintain_order=True).rows():
+        colour = _COLOURS[placements.index(placement) % len(_COLOURS)]
+        of = pl.col("placement") == placement, pl.col("plan") == plan
+        marks = _rebalances(balance) if plan == "re-made" else None
+        time = _time_panel(spread.filter(*of), colour, domains[0], marks).properties(title=f"{placement}, {plan}")
+        drawn.append(alt.hconcat(time, _layer_panel(layers.filter(*of), colour, domains[1]), spacing=40))
+    return alt.vconcat(*drawn, spacing=26)
 
 
-def _over_time(balance: "Balance") -> "alt.LayerChart":
-    """Draw the median over the layers; bands would hide each other, so quartiles are in the tooltip."""
-    import altair as alt
+def _top(rows: pl.DataFrame) -> Any:
+    return rows.select(pl.max_horizontal(pl.selectors.float().max())).item() if len(rows) else None
 
-    spread = (
+
+def _over_time(balance: "Balance") -> pl.DataFrame:
+    """Median and quartiles over the layers, at each step or part of the trace."""
+    return (
         balance.over_time.drop_nulls("imbalance")
         .with_columns(_printable())
         .group_by("placement", "plan", "first_step", maintain_order=True)
@@ -48,65 +60,65 @@ def _over_time(balance: "Balance") -> "alt.LayerChart":
             pl.col("imbalance").quantile(0.75, "linear").round(4).alias("upper quartile"),
         )
     )
-    x = alt.X(
-        "first_step:Q", title="step", axis=alt.Axis(grid=False, format="d"), scale=alt.Scale(nice=False, zero=False)
-    )
-    figures = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("lower quartile", "median", "upper quartile")]
-    base = alt.Chart(
-        inline(spread),
-        title="Busiest unit over the mean, in rows: median of the layers; upright: plans made anew",
-    )
-    colour = _colour(spread["placement"].unique(maintain_order=True).to_list())
-    y = alt.Y("median:Q", title="max / mean", scale=alt.Scale(zero=False))
-    line = base.mark_line(strokeWidth=1.6).encode(
-        x=x, y=y, color=colour, strokeDash=_dash(spread), tooltip=["placement:N", "plan:N", "first_step:Q", *figures]
-    )
-    marks = alt.Chart(inline(_rebalances(balance))).mark_rule(opacity=0.45, strokeDash=[2, 3], color="#8b8b8b")
-    layers = [marks.encode(x="first_step:Q"), line]
-    return alt.LayerChart(layer=layers, width=_WIDTH, height=300)
 
 
-def _by_layer(balance: "Balance") -> "alt.LayerChart":
-    """Draw each layer's mean imbalance under each plan, and the least possible."""
+def _by_layer(balance: "Balance") -> pl.DataFrame:
+    """Mean imbalance of each layer under each plan, and the least possible."""
+    rows = balance.layers.drop_nulls("imbalance").with_columns(_printable())
+    return rows.select("placement", "plan", "layer", pl.col("imbalance", "least_imbalance").round(4))
+
+
+def _time_panel(rows: pl.DataFrame, colour: str, domain: list[float], marks: pl.DataFrame | None) -> "alt.LayerChart":
     import altair as alt
 
-    rows = balance.layers.drop_nulls("imbalance").with_columns(_printable(), pl.col("imbalance").round(4))
-    rows = rows.with_columns(pl.col("least_imbalance").round(4))
-    columns = ["placement", "plan", "layer", "imbalance", "least_imbalance", "imbalance_p99"]
-    base = alt.Chart(inline(rows.select(columns)), title="Each layer, mean over the steps; ticks: the least possible")
-    x = alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True))
-    colour = _colour(rows["placement"].unique(maintain_order=True).to_list())
-    line = base.mark_line(strokeWidth=1.6).encode(
-        x=x,
-        y=alt.Y("imbalance:Q", title="max / mean", scale=alt.Scale(zero=False)),
-        color=colour,
-        strokeDash=_dash(rows),
-        tooltip=["placement:N", "plan:N", "layer:O", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in columns[3:])],
+    x = alt.X(
+        "first_step:Q",
+        title="step",
+        axis=alt.Axis(grid=False, format="d", tickCount=6),
+        scale=alt.Scale(nice=False, zero=False),
     )
-    tick = base.mark_tick(thickness=2, size=9).encode(x=x, y="least_imbalance:Q", color=colour)
-    return alt.LayerChart(layer=[tick, line], width=_WIDTH, height=220)
+    y = alt.Y(
+        "median:Q",
+        title="max / mean",
+        axis=alt.Axis(tickCount=3),
+        scale=alt.Scale(domain=domain, nice=False, zero=False),
+    )
+    figures = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("lower quartile", "median", "upper quartile")]
+    base = alt.Chart(inline(rows))
+    band = base.mark_area(opacity=0.2, color=colour).encode(
+        x=x, y=alt.Y("lower quartile:Q", scale=y["scale"]), y2="upper quartile:Q"
+    )
+    line = base.mark_line(strokeWidth=1.4, color=colour).encode(x=x, y=y)
+    points = base.mark_circle(size=14, color=colour).encode(
+        x=x, y=y, tooltip=["placement:N", "plan:N", "first_step:Q", *figures]
+    )
+    layers: list[Any] = [band, line, points]
+    if marks is not None and len(marks):
+        rule = alt.Chart(inline(marks)).mark_rule(opacity=0.6, strokeDash=[2, 3], color="#8b8b8b")
+        layers.insert(0, rule.encode(x="first_step:Q"))
+    return alt.LayerChart(layer=layers, width=_TIME_WIDTH, height=_HEIGHT)
+
+
+def _layer_panel(rows: pl.DataFrame, colour: str, domain: list[float]) -> "alt.LayerChart":
+    import altair as alt
+
+    base = alt.Chart(inline(rows))
+    x = alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True))
+    y = alt.Y(
+        "imbalance:Q", title=None, axis=alt.Axis(tickCount=3), scale=alt.Scale(domain=domain, nice=False, zero=False)
+    )
+    band = base.mark_bar(width={"band": 1}, opacity=0.25, color="#8b8b8b")
+    names = ("imbalance", "least_imbalance")
+    tooltip = ["placement:N", "plan:N", "layer:O", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in names)]
+    points = base.mark_circle(size=30, opacity=1, color=colour).encode(x=x, y=y, tooltip=tooltip)
+    least = band.encode(x=x, y=alt.Y("least_imbalance:Q", scale=y["scale"]), y2=alt.datum(domain[0]))
+    return alt.LayerChart(layer=[least, points], width=_WIDTH - _TIME_WIDTH, height=_HEIGHT)
 
 
 def _rebalances(balance: "Balance") -> pl.DataFrame:
     """Steps of the trace at which plans are made anew; none if they are too many to tell apart."""
     first = balance.trace["rebalance_steps"]
     return pl.DataFrame({"first_step": first if len(first) <= _MOST_MARKS else []}, schema={"first_step": pl.Int64})
-
-
-def _colour(placements: list[str]) -> Any:
-    import altair as alt
-
-    scale = alt.Scale(domain=placements, range=[_COLOURS[i % len(_COLOURS)] for i in range(len(placements))])
-    return alt.Color("placement:N", title="placement", scale=scale, legend=alt.Legend(symbolStrokeWidth=3))
-
-
-def _dash(rows: pl.DataFrame) -> Any:
-    import altair as alt
-
-    shown = [plan for plan in _DASHES if plan in rows["plan"].unique().to_list()]
-    scale = alt.Scale(domain=shown, range=[_DASHES[plan] for plan in shown])
-    legend = alt.Legend(symbolStrokeColor="#8b8b8b", symbolStrokeWidth=2, symbolSize=400)
-    return alt.StrokeDash("plan:N", title="plan", scale=scale, legend=legend)
 
 
 def _printable() -> pl.Expr:
@@ -118,5 +130,7 @@ def _subtitle(facts: dict[str, Any]) -> str:
     made = f"made from {facts['window']:,}" if facts["window"] else "made from these"
     return (
         f"{printable(facts['model'])}: {counted(facts['layers'], 'layer')} of {counted(facts['experts'], 'expert')} on "
-        f"{counted(facts['units'], 'unit')}; {counted(facts['judged_steps'], step)} judged, plans {made}"
+        f"{counted(facts['units'], 'unit')}; {counted(facts['judged_steps'], step)} judged, plans {made}\n"
+        "Rows of the busiest unit over the mean. Left: median and quartiles of the layers; upright: a new plan.\n"
+        "Right: mean of each layer; grey: what no plan of these slots can reach"
     )

@@ -1,5 +1,6 @@
 """The picture of `analyze cache`: hit curves of all policies, Belady's on top, as PNG or as one HTML page."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -19,16 +20,26 @@ _MOST_POINTS = 256  # of a curve of every capacity
 _FIGURES = ("hit_rate", "hit_rate_low", "hit_rate_high")
 
 
-def plot(frame: pl.DataFrame, curve: pl.DataFrame | None, form: str, name: str, subtitle: str) -> bytes:
+def plot(
+    frame: pl.DataFrame,
+    curve: pl.DataFrame | None,
+    form: str,
+    name: str,
+    subtitle: str,
+    *,
+    phase: str | None = None,
+    marked: Sequence[str] = (),
+) -> bytes:
     """Return the picture as a file's bytes; `form` is one of picture.FORMS, `name` what the user calls the trace.
 
-    frame is that of `cache_hits`; curve that of `lru_curve`, or None. The page loads nothing from anywhere. Raises
+    frame is that of `cache_hits`; curve that of `lru_curve`, or None. Only `phase` is drawn, by default prefill and
+    decode side by side; the capacities `marked` get an upright line. The page loads nothing from anywhere. Raises
     UsageError if capacities are in experts and in bytes, MoetraceError if altair or vl-convert is missing.
     """
     if frame["capacity_experts"].null_count() not in (0, len(frame)):
         raise UsageError("--plot needs capacities of one kind: all in experts, or all in bytes.")
     title = f"Hit rate of caches: {printable(name)}"
-    return picture(form, title, printable(subtitle), _WIDTH + 220, lambda: _charts(frame, curve))
+    return picture(form, title, printable(subtitle), _WIDTH + 220, lambda: _charts(frame, curve, phase, marked))
 
 
 def curves(frame: pl.DataFrame, curve: pl.DataFrame | None) -> pl.DataFrame:
@@ -55,32 +66,58 @@ def curves(frame: pl.DataFrame, curve: pl.DataFrame | None) -> pl.DataFrame:
     return rounded.sort("policy", "phase", "capacity", maintain_order=True)
 
 
-def _charts(frame: pl.DataFrame, curve: pl.DataFrame | None) -> "alt.VConcatChart":
+def _charts(
+    frame: pl.DataFrame, curve: pl.DataFrame | None, phase: str | None, marked: Sequence[str]
+) -> "alt.VConcatChart":
     import altair as alt
 
     points = curves(frame, curve)
+    of_marked = curves(frame.filter(pl.col("capacity").is_in(list(marked))), None)["capacity"].unique().sort()
     unit = "GB" if frame["capacity_experts"].null_count() else "experts"
     phases = [phase for phase in frame["phase"].unique(maintain_order=True) if phase != "all"]
-    phases = phases if len(phases) > 1 else ["all"]
+    phases = [phase] if phase is not None else phases if len(phases) > 1 else ["all"]
     policies = frame["policy"].unique(maintain_order=True).to_list()
-    panels: list[Any] = [_panel(points.filter(phase=phase), phase, policies, unit, len(phases)) for phase in phases]
+    colour, width = _colour(policies), (_WIDTH - _GAP * (len(phases) - 1)) // len(phases)
+    panels: list[Any] = []
+    for shown in phases:
+        rows = points.filter(phase=shown)
+        axis = rows.filter("replayed").select("capacity").unique().with_columns(pl.lit(None).alias("policy"))
+        layers = [*_marks(axis.filter(pl.col("capacity").is_in(of_marked.implode()))), *_curves(rows, colour, unit)]
+        title = "All steps" if shown == "all" else f"{shown.capitalize()} steps"
+        panels.append(alt.LayerChart(layer=layers, width=width, height=_HEIGHT, title=title))
     return alt.vconcat(alt.hconcat(*panels, spacing=_GAP))
 
 
-def _panel(points: pl.DataFrame, phase: str, policies: list[str], unit: str, of: int) -> "alt.LayerChart":
+def _marks(capacities: pl.DataFrame) -> list[Any]:
+    """Draw an upright line at each capacity that was asked for."""
+    import altair as alt
+
+    if capacities.is_empty():
+        return []
+    base = alt.Chart(inline(capacities)).encode(x="capacity:Q")
+    return [base.mark_rule(opacity=0.55, strokeDash=[2, 3], color=_GREY)]
+
+
+def _colour(policies: list[str]) -> Any:
     import altair as alt
 
     others = [policy for policy in policies if policy != _YARDSTICK]
     names = [policy for policy in policies if policy == _YARDSTICK] + others
     colours = [_GREY] * (len(names) - len(others)) + [_COLOURS[i % len(_COLOURS)] for i in range(len(others))]
-    colour = alt.Color(
+    return alt.Color(
         "policy:N",
         title=None,
         sort=names,
         scale=alt.Scale(domain=names, range=colours),
-        legend=alt.Legend(orient="top", columns=6, symbolType="stroke", symbolStrokeWidth=3, offset=6),
+        legend=alt.Legend(orient="top", columns=6, symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1, offset=6),
     )
-    base = alt.Chart(inline(points), title="All steps" if phase == "all" else f"{phase.capitalize()} steps")
+
+
+def _curves(points: pl.DataFrame, colour: Any, unit: str) -> list[Any]:
+    """Draw the curves, a point where a capacity was replayed, and the bands of 95 % confidence over requests."""
+    import altair as alt
+
+    base = alt.Chart(inline(points))
     title = f"capacity of all layers, {unit}"
     x = alt.X("capacity:Q", title=title, axis=alt.Axis(grid=False), scale=alt.Scale(nice=False))
     y = alt.Y("hit_rate:Q", title=None, axis=alt.Axis(format="%", tickCount=6), scale=alt.Scale(domain=[0, 1]))
@@ -90,5 +127,10 @@ def _panel(points: pl.DataFrame, phase: str, policies: list[str], unit: str, of:
         x=x, y=y, color=colour, tooltip=["policy:N", alt.Tooltip("capacity:Q", title=unit), *figures]
     )
     known = hover.transform_filter("datum.replayed")
-    width = (_WIDTH - _GAP * (of - 1)) // of
-    return alt.LayerChart(layer=[line, known], width=width, height=_HEIGHT)
+    # Where LRU's line turns between two replayed capacities, a band from one to the other would not.
+    whole = points.filter(~pl.col("replayed"))["policy"].unique().to_list()
+    bounded = points.drop_nulls("hit_rate_low").with_columns(pl.col("policy").is_in(whole).alias("bars"))
+    bounds = alt.Chart(inline(bounded)).encode(x=x, y=alt.Y("hit_rate_low:Q"), y2="hit_rate_high:Q", color=colour)
+    bands = bounds.mark_area(opacity=0.15).transform_filter("!datum.bars")
+    bars = bounds.mark_rule(opacity=0.35, strokeWidth=5).transform_filter("datum.bars")
+    return [bands, bars, line, known]

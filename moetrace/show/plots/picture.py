@@ -59,7 +59,8 @@ def check_can_plot(what: str = "--plot") -> None:
 
 
 def picture(form: str, title: str, subtitle: str, width: int, draw: "Callable[[], alt.VConcatChart]") -> bytes:
-    """Return what `draw` makes as a file's bytes; `form` is one of FORMS, `width` the pixels of a page.
+    """Return what `draw` makes as a file's bytes; `form` is one of FORMS, `width` the pixels of a page. A subtitle
+    may have lines.
 
     Raises MoetraceError if altair or vl-convert is missing.
     """
@@ -68,14 +69,20 @@ def picture(form: str, title: str, subtitle: str, width: int, draw: "Callable[[]
 
     if form == "png":
         chart = inked(draw(), _INK).properties(
-            title={"text": title, "subtitle": subtitle, "fontSize": 17, "subtitleFontSize": 13, "offset": 18},
+            title={
+                "text": title,
+                "subtitle": subtitle.split("\n"),
+                "fontSize": 17,
+                "subtitleFontSize": 13,
+                "offset": 18,
+            },
             background=_PAPER,
         )
         return vl_convert.vegalite_to_png(chart.to_json(), scale=2)
     spec = inked(draw(), "currentColor").properties(background="transparent").to_dict()
     page = _PAGE.format(
         title=escape(title),
-        subtitle=escape(subtitle),
+        subtitle=escape(subtitle).replace("\n", "<br>"),
         width=width,
         spec=json.dumps(spec).replace("<", "\\u003c"),  # so that no text in it ends the script
         script=vl_convert.javascript_bundle(_DRAW),

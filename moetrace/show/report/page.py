@@ -39,9 +39,10 @@ a { color: var(--accent); }
 .lede { font-size: 1.08rem; }
 .soft { color: var(--soft); }
 nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; list-style: none; margin: .6rem 0 0; padding: 0; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); gap: 1rem;
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 250px), 1fr)); gap: 1rem;
   margin: 1.2rem 0; }
-.card { background: var(--raised); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.15rem; }
+.card { background: var(--raised); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.15rem;
+  max-width: 34rem; }
 .card .big { font-size: 1.9rem; font-weight: 650; line-height: 1.2; margin: .15rem 0 .5rem; }
 .badge { color: var(--best); border: 1px solid currentColor; border-radius: 99px; font-size: .78rem; padding: 0 .55rem;
   font-weight: 600; margin-left: .5rem; white-space: nowrap; }

@@ -64,21 +64,26 @@ def _lede(swept: Swept) -> str:
 
 
 def _best(swept: Swept) -> str:
-    """A card for the fastest cell of each trace."""
+    """A card for the fastest cell of each trace, and one for the least time times the price of the machine."""
     done = swept.done.sort("total_s", maintain_order=True)
     if done.is_empty():
         return "<p>No cell has a result.</p>"
     several = "trace" in swept.axes
     best = done.unique("trace", keep="first", maintain_order=True) if several else done.head(1)
+    titled = [(f"Fastest of {row['trace']}" if several else "Fastest", row) for row in best.head(6).to_dicts()]
+    if "price" in done.columns and done["price"].drop_nulls().n_unique() > 1 and not several:
+        worth = (pl.col("total_s") * pl.col("price")).alias("worth")
+        titled.append(
+            ("Most work for its price", done.drop_nulls("price").sort(worth, maintain_order=True).row(0, named=True))
+        )
     cards = []
-    for row in best.head(6).iter_rows(named=True):
+    for title, row in titled:
         pairs = [(axis, page.number(row[axis])) for axis in swept.axes if axis != "trace"]
         pairs += [
             (COLUMNS[column].label, page.seconds(row[column]))
             for column in LATENCIES
             if row.get(column) is not None and COLUMNS[column].unit == "s"
         ]
-        title = f"Fastest of {row['trace']}" if several else "Fastest"
         cards.append(
             f'<article class="card"><h3>{page.text(title)}</h3>'
             f'<p class="big">{page.text(page.seconds(row["total_s"]))}</p>{page.facts(pairs)}</article>'
