@@ -238,7 +238,7 @@ def _by_counting(tokens, num_experts, expert, count, end, with_count):
     Experts that nobody chose are listed behind the last, where the next layer's overwrite them: cheaper than a guess.
     """
     part = (num_experts + PARTS - 1) // PARTS
-    most = 0
+    most, stop = 0, end
     for e in range(num_experts):
         most = max(most, tokens[e])
     for e in range(part):

@@ -11,7 +11,7 @@ class _Filed(NamedTuple):
     """Numbers, float64, that lie in a store's file."""
 
     place: int  # of the first byte
-    count: int
+    numbers: int
 
 
 class StepStore:
@@ -47,7 +47,7 @@ class StepStore:
         with self._lock:
             assert self._file is not None
             self._file.seek(kept.place)
-            return np.frombuffer(self._file.read(8 * kept.count), np.float64)
+            return np.frombuffer(self._file.read(8 * kept.numbers), np.float64)
 
     def __enter__(self) -> Self:
         return self

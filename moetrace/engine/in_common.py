@@ -26,7 +26,8 @@ class Yardstick:
 
     def __init__(self, add: Callable[[Batch, float], float], kept: Any = None) -> None:
         """Take what adds the seconds of a block to those before it, and the arrays that a dispatch writes into."""
-        self.seconds, self.kept = 0.0, kept
+        self.seconds = 0.0
+        self.kept: Any = kept
         self._add, self._next_step, self._lock = add, 0, threading.Lock()
 
     def advance(self, batch: Batch) -> None:
@@ -122,7 +123,8 @@ class InCommon:
             return self._found[key]
         scratch = new_scratch(machine)
         if self._cells is None or setting["own_dispatch"][0]:  # others do not read whose they are
-            self._cells = empty_cells(*machine.weight_bytes.shape, True)
+            layers, experts = machine.weight_bytes.shape
+            self._cells = empty_cells(layers, experts, True)
         cells = self._cells
 
         def add(batch: Batch, seconds: float) -> float:

@@ -78,7 +78,7 @@ class Lane:
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
-        begun_s, at = thread_time(), (self.state.cells, self.state.scratch)
+        begun_s, cells, scratch = thread_time(), self.state.cells, self.state.scratch
         if self.folded is not None:
             self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
             self._first_step = batch.steps.first
@@ -91,12 +91,12 @@ class Lane:
                 else:
                     self._replay_and_record(part, self.recording)
             if self.clairvoyant is not None:
-                at = self.clairvoyant.kept
+                cells, scratch = self.clairvoyant.kept
                 self.clairvoyant.advance(batch)
         except MemoryError:
             raise
         except Exception as error:  # only a user's function can raise
-            why = f"{type(error).__name__}: {error}{place_of(error, self.work(batch), *at, self.hooks)}"
+            why = f"{type(error).__name__}: {error}{place_of(error, self.work(batch), cells, scratch, self.hooks)}"
             raise MoetraceError(f"Policy {self.policy.name} failed: {why}.") from error
         if self.folded is not None:
             self.folded.add(batch.steps.first, self.log.step)

@@ -113,7 +113,7 @@ def choose(logits: np.ndarray, bias: np.ndarray, rule: RouterRule, top_k: int) -
     if rule.groups > 1:
         _leave_groups(wanted, rule)
     rows = np.arange(len(wanted))
-    experts = np.empty((len(wanted), top_k), np.int64)
+    experts, last = np.empty((len(wanted), top_k), np.int64), np.empty(len(wanted))
     for slot in range(top_k):  # the first of equal ones; a full stable sort takes several times as long
         experts[:, slot] = wanted.argmax(axis=1)
         last = wanted[rows, experts[:, slot]]
