@@ -123,7 +123,7 @@ _SECTIONS = {
         "Balance",
         "Tier",
     ),
-    "Many replays": ("sweep", "Sweep", "search", "Search", "gate", "Gate", "report"),
+    "Many replays": ("advise", "Advice", "sweep", "Sweep", "search", "Search", "gate", "Gate", "report"),
     "Machines": ("calibrate", "Calibrated"),
     "Specs": ("load_model", "load_system", "load_policy", "Model", "System", "PolicySpec"),
     "Errors": ("MoetraceError", "UsageError"),

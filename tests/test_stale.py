@@ -30,7 +30,6 @@ from moetrace.generators.zipf import _draw_rows
 print(generate_trace("mixtral-8x7b", requests=1, prompt=3, output=0, stick=0.0).read("experts", 0, 3).sum(),
       sum(_draw_rows.stats.cache_hits.values()), sep=";")
 """
-ORDER = "    order: int  # BY_AGE, BY_SCORE, BY_TOUCH, BY_ADMISSION or BY_HAND\n"
 RULES = "LFU, LFU_IN_CACHE, BELADY = FAR"
 
 
@@ -130,7 +129,11 @@ print(mt.replay(trace, policies="on-demand", slots=96).summary["hits"][0],
     ("code", "file", "one", "other"),
     [
         (POLICY, "engine/state.py", "    phase: int  # 0 prefill, 1 decode, 2 mixed\n", "    rows: int  # T\n"),
-        (RING, "engine/residency.py", "    capacity: int  # of each pool\n", ORDER),
+        (
+            RING,
+            "engine/residency.py",
+            *(f"    {name}: np.ndarray  # int64 [pools]\n" for name in ("residents", "capacity")),
+        ),
     ],
     ids=["a user's hook", "replay"],
 )
