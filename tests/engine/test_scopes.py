@@ -10,6 +10,7 @@ from support.drawn_runs import replay
 from support.oracle import OracleTrace
 from support.strategies import Case, all_policies, cases, write_static
 
+import moetrace as mt
 from moetrace.engine.layer_slots import by_marginal_gain
 from moetrace.spec import PolicySpec, load_policy
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -71,6 +72,37 @@ def test_where_requests_overlap_nothing_is_emptied(case, data, tmp_path_factory)
     shared = [replace(policy, scope="global") for policy in policies]
     for one, other in zip(replay(case, policies).lanes, replay(case, shared).lanes, strict=True):
         assert all(getattr(one.log, part).tobytes() == getattr(other.log, part).tobytes() for part in LOGGED)
+
+
+def test_what_a_user_s_functions_remember_starts_cold_too():
+    """Both kinds of memory, in dispatch and residency: each request is as if it were alone."""
+
+    @mt.policy
+    def in_turn_home(state, view, layer, load, plan):
+        for i in range(load.size):
+            view.memory[0] += 1
+            plan[i] = view.memory[0] % 3 == 0
+
+    @mt.policy
+    def latest(state, view, layer, load, plan):
+        for i in range(load.size):
+            view.memory[1] += load[i]
+            cell = state[layer, view.active[i].expert]
+            cell.memory += view.memory[1] % 5
+            cell.score = cell.memory
+
+    case = small_case(np.random.default_rng(4), steps=40, most=1)
+    case = replace_trace(case, in_turn(case.trace))
+    hooks = {"in_turn_home": in_turn_home, "latest": latest}
+    policy = PolicySpec(name="own", dispatch="in_turn_home", residency="latest", scope="request")
+    whole = replay(case, [policy], hooks=hooks).lanes[0].log.step
+    assert len(np.unique(case.trace.request)) > 1
+    for request in np.unique(case.trace.request):
+        rows = np.flatnonzero(case.trace.request == request)
+        columns = [getattr(case.trace, name)[rows] for name in ("experts", "request", "position", "row_phase")]
+        alone = OracleTrace(*columns, np.arange(len(rows) + 1), case.trace.expert_bytes)
+        (one,) = replay(replace_trace(case, alone), [policy], hooks=hooks).lanes
+        assert whole[rows[0] : rows[-1] + 1].tobytes() == one.log.step.tobytes()
 
 
 def test_a_note_says_so():
