@@ -7,13 +7,17 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.compared import compare, small_case
 from support.drawn_runs import replay
-from support.oracle import OracleTrace
-from support.strategies import Case, all_policies, cases, write_static
+from support.oracle import DECODE, OracleTrace
+from support.strategies import Case, all_policies, as_arrays, cases, write_static
 
 import moetrace as mt
+from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.layer_slots import by_marginal_gain
+from moetrace.engine.run import run_setups
+from moetrace.engine.setup import Setup
 from moetrace.spec import PolicySpec, load_policy
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.trace import Trace
 
 RANDOM = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 LOGGED = ("step", "layer", "unit", "tally", "fallbacks")
@@ -202,3 +206,23 @@ def test_a_window_of_48_steps():
     case = small_case(np.random.default_rng(2), steps=120, most=3)
     chosen = [load_policy("on-demand", {"name": s, "residency": "lfu-window", "scope": s}) for s in ("layer", "global")]
     compare(case, [*chosen, load_policy("on-demand", {"residency": "lfu-window", "prefetch": "online:2"})])
+
+
+@pytest.mark.parametrize("begins_with", ["prompts", "answers"])
+def test_a_kept_trace_needs_no_file_for_its_budget(begins_with, tmp_path):
+    """As in a sweep, whose workers close a trace that they keep: `auto` shares out what it does in a replay."""
+    case = small_case(np.random.default_rng(5), steps=90)
+    if begins_with == "answers":
+        case.trace.row_phase[: case.trace.offset[1]] = DECODE
+    arrays = as_arrays(case.trace, case.model.most_experts)
+    Trace.from_arrays(num_experts=case.model.most_experts, **arrays).write(tmp_path / "t.h5")
+    policy = PolicySpec(name="auto", dispatch="gpu", residency="lru", budget="auto")
+    setup = Setup(model=case.model, system=case.system, policies=[policy], slots=12, ignore_capacity=True)
+    with Trace.open(tmp_path / "t.h5") as trace:
+        kept = Decoded(trace, needs_of([policy]), 1 << 20)
+        (own,) = run_setups(trace, [setup])
+    (run,) = run_setups(kept, [setup])
+    capacity = run.lanes[0].state.cache.capacity
+    assert len(set(capacity.tolist())) > 1
+    assert capacity.tolist() == own.lanes[0].state.cache.capacity.tolist()
+    assert run.lanes[0].log.step.tobytes() == own.lanes[0].log.step.tobytes()
