@@ -208,8 +208,8 @@ def test_a_window_of_48_steps():
     compare(case, [*chosen, load_policy("on-demand", {"residency": "lfu-window", "prefetch": "online:2"})])
 
 
-@pytest.mark.parametrize("begins_with", ["prompts", "answers"])
-def test_a_kept_trace_needs_no_file_for_its_budget(begins_with, tmp_path):
+@pytest.mark.parametrize(("begins_with", "slots"), [("prompts", 9), ("answers", 12)])
+def test_a_kept_trace_needs_no_file_for_its_budget(begins_with, slots, tmp_path):
     """As in a sweep, whose workers close a trace that they keep: `auto` shares out what it does in a replay."""
     case = small_case(np.random.default_rng(5), steps=90)
     if begins_with == "answers":
@@ -217,7 +217,7 @@ def test_a_kept_trace_needs_no_file_for_its_budget(begins_with, tmp_path):
     arrays = as_arrays(case.trace, case.model.most_experts)
     Trace.from_arrays(num_experts=case.model.most_experts, **arrays).write(tmp_path / "t.h5")
     policy = PolicySpec(name="auto", dispatch="gpu", residency="lru", budget="auto")
-    setup = Setup(model=case.model, system=case.system, policies=[policy], slots=12, ignore_capacity=True)
+    setup = Setup(model=case.model, system=case.system, policies=[policy], slots=slots, ignore_capacity=True)
     with Trace.open(tmp_path / "t.h5") as trace:
         kept = Decoded(trace, needs_of([policy]), 1 << 20)
         (own,) = run_setups(trace, [setup])
