@@ -153,6 +153,7 @@ class Advice:
             "default": None if self.default is None else _told(self.default),
             "wins": self.wins,
             "work_bound_s": best.figures["work_bound_s"],
+            "lower_bound_s": best.figures["lower_bound_s"],
             "clairvoyant_s": best.figures["clairvoyant_s"],
             "oracles": [_told(one) for one in self.oracles],
             "sizes": [_told(size.best) | {"more_bytes": size.more_bytes, "wins": size.wins} for size in self.sizes],

@@ -47,5 +47,6 @@ class ColdStarts:
         for part, start in zip(state.cache, self._cache, strict=True):
             if isinstance(part, np.ndarray):
                 part[:] = start
+        state.scratch.own["memory"] = 0.0  # of a user's function, as what it keeps with an expert
         queue.place[:], queue.moved_bytes[:], queue.late[:] = -1, 0.0, 0
         queue.ends[[HEAD, TAIL, COMPLETE]] = 0

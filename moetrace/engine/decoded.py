@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.demand import Demand, demand_of, with_gates, without_ahead
+from moetrace.engine.demand import Demand, count_experts, demand_of, new_popularity, with_gates, without_ahead
+from moetrace.engine.layer_slots import first_counts, first_steps
 from moetrace.engine.lookahead import NextSteps
 from moetrace.engine.replay import Batch, Steps
 from moetrace.engine.schedule import Schedule, request_index, schedule_of
@@ -78,6 +79,20 @@ class Decoded:
         else:
             demands = (without_ahead(batch.demand, len(batch.steps.rows), trace.layers) for batch, _ in self._kept)
         return count_demands(demands, trace.layers, trace.num_experts)
+
+    @cached_property
+    def first_counts(self) -> np.ndarray:
+        """How many rows of the first steps chose each expert, int64 [L, E], as `layer_slots` wants it."""
+        if self._kept is None:
+            return first_counts(self.trace)
+        layers, steps = self.trace.layers, first_steps(self.schedule.phase)
+        popularity = new_popularity(layers, self.trace.num_experts)
+        for batch, _ in self._kept:
+            own = min(len(batch.steps.rows), steps - batch.steps.first)
+            if own <= 0:
+                break
+            count_experts(without_ahead(batch.demand, own, layers), popularity)
+        return popularity.rows
 
     def _decode(self, pool: Executor | None, gates: bool) -> Iterator[tuple[Batch, int]]:
         trace, schedule = self.trace, self.schedule

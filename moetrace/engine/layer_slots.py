@@ -1,5 +1,7 @@
 """How many slots each layer has, where not all have the same (`budget`)."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -10,12 +12,12 @@ from moetrace.trace.schema import DECODE
 FIRST_STEPS = 64  # of a trace that begins with a decode step, which `auto` counts instead of the prompts
 
 
-def layer_slots(budget: str, trace: Trace, slots: int, exists: np.ndarray) -> np.ndarray:
+def layer_slots(budget: str, counts: Callable[[], np.ndarray], slots: int, exists: np.ndarray) -> np.ndarray:
     """Return the slots of each layer, int64 [L], by a file or by what the first prompts chose.
 
     Args:
         budget: The path of a CSV file with a number a line, or "auto".
-        trace: Of which `auto` reads the first steps.
+        counts: What `first_counts` returns of the trace; asked for `auto` only.
         slots: Of all layers together, the most that a file may give; `auto` shares out what equal layers would have.
         exists: bool [L, E], the experts of each layer.
 
@@ -25,7 +27,7 @@ def layer_slots(budget: str, trace: Trace, slots: int, exists: np.ndarray) -> np
     """
     most, layers = exists.sum(1), len(exists)
     if budget == AUTO:
-        return by_marginal_gain(first_counts(trace), most, slots // layers * layers)
+        return by_marginal_gain(counts(), most, slots // layers * layers)
     given = []
     for number, cells in data_lines(budget):
         try:
@@ -66,14 +68,15 @@ def by_marginal_gain(count: np.ndarray, most: np.ndarray, slots: int) -> np.ndar
     return shared
 
 
-def first_counts(trace: Trace) -> np.ndarray:
-    """Return how many rows chose each expert, int64 [L, E], in the steps before the first decode step.
+def first_steps(phase: np.ndarray) -> int:
+    """Return how many steps there are before the first decode step; 64 if that is the first. Phase of each [steps]."""
+    decodes = np.flatnonzero(phase == DECODE)
+    return (int(decodes[0]) if len(decodes) else len(phase)) or min(FIRST_STEPS, len(phase))
 
-    Of a trace that begins with one, in its first 64 steps.
-    """
-    decodes = np.flatnonzero(trace.phase == DECODE)
-    steps = int(decodes[0]) if len(decodes) else trace.steps
-    rows = int(trace.offset[steps or min(FIRST_STEPS, trace.steps)])
+
+def first_counts(trace: Trace) -> np.ndarray:
+    """Return how many rows of a trace's first steps (`first_steps`) chose each expert, int64 [L, E]."""
+    rows = int(trace.offset[first_steps(trace.phase)])
     count = np.zeros((trace.layers, trace.num_experts), np.int64)
     done = 0
     for block in trace.blocks():

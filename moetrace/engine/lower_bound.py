@@ -21,6 +21,7 @@ BELOW = 0.98  # of the link's weight at which fetching an expert costs what it s
 NEVER = -1.0  # level of an expert that has not been demanded yet
 # How fast weights move: the GPU's with each layer, the price of a slot with each step, e-fold at most by MOST_STEP.
 SHARE_STEP, PRICE_STEP, MOST_STEP = 0.02, 0.05, 0.3
+LEAST_PRICE = 1e-4  # of the first: a price that fell to nothing while few experts were in use would not come back
 NOTHING_HELD = 1e9  # the price where there is no slot
 
 SUMS = np.dtype(
@@ -32,6 +33,7 @@ SUMS = np.dtype(
             "room",  # experts that the GPU holds at most
             "level",  # what a slot has cost so far, in fetches
             "price",  # by which a step raises the level
+            "least_price",  # from the first price on
             "seen",  # experts demanded so far
             "free_gpu",  # the GPU's weight in the next layer, where the link has none
             "linked_gpu",  # and where it has
@@ -138,10 +140,12 @@ def add_to_lower_bound(steps, demand, machine, bound):
             if sums.price == 0.0:  # until here, all experts that were demanded have had room
                 active = demand.start[(s + 1) * layers] - demand.start[s * layers]
                 sums.price = active / (4.0 * sums.room)
+                sums.least_price = LEAST_PRICE * sums.price
             else:
                 held = held_s / (sums.fetch_s * sums.price)
                 change = PRICE_STEP * (held / sums.room - 1.0)
-                sums.price *= np.exp(max(-MOST_STEP, min(MOST_STEP, change)))
+                price = sums.price * np.exp(max(-MOST_STEP, min(MOST_STEP, change)))
+                sums.price = max(price, sums.least_price)
 
 
 @kernel

@@ -370,7 +370,7 @@ def _lane(
     pools = layers if policy.scope == "layer" and not residency.shares_slots else 1
     capacity: int | np.ndarray = slots // pools
     if policy.budget is not None:
-        capacity = layer_slots(policy.budget, decoded.trace, slots, weight_bytes > 0)
+        capacity = layer_slots(policy.budget, lambda: decoded.first_counts, slots, weight_bytes > 0)
     evicted_share = _or(policy.evicted_share, EVICTED_SHARE)
     cache = empty_cache(layers, experts, pools, capacity, residency.order, evicted_share)
     prompts = common.prompts(schedule.requests, residency.counts_prompts, layers * experts)

@@ -77,3 +77,11 @@ def test_a_window_of_48_steps(scope, sequential):
     given = small_trace(5, steps=110, most=2)
     frame = cache_hits(Trace.from_arrays(**given), [9], ["lfu-window"], scope=scope, sequential=sequential)
     assert frame_of(frame) == oracle_frame(given, "lfu-window", 9, scope, sequential, True)
+
+
+@pytest.mark.parametrize("how", [{}, {"scope": "request"}, {"scope": "layer", "budget": "auto"}])
+def test_no_capacities_are_an_empty_table(how):
+    trace = Trace.from_arrays(**small_trace(3))
+    frame = cache_hits(trace, [], list(POLICIES), sequential=True, **how)
+    assert frame.shape[0] == 0
+    assert frame.columns == cache_hits(trace, [9], ["lru"], sequential=True, **how).columns

@@ -110,6 +110,8 @@ def test_oracles_are_bounds_and_no_advice(advice):
     assert any(prefetch.startswith("oracle:") for _, prefetch in names)
     figures = advice.best.figures
     assert figures["work_bound_s"] <= figures["clairvoyant_s"] <= advice.best.total_s
+    assert figures["work_bound_s"] < figures["lower_bound_s"] <= advice.best.total_s
+    assert advice.to_dict()["lower_bound_s"] == figures["lower_bound_s"]
 
 
 def test_the_verdict_follows_from_what_was_replayed(advice):

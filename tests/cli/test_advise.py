@@ -33,6 +33,7 @@ def test_the_table_says_what_the_advice_is(run, trace, advice):
         assert f"{size.best.slots:,} " in out and f"{100 * size.wins:+.1f}" in out
     assert "o knows the future" in words and any(line.startswith("o  ") for line in out.splitlines())
     assert f"{advice.tried} policies were tried, over the whole trace." in out
+    assert f"over the {1e3 * advice.best.figures['lower_bound_s']:,.1f} ms that no policy with its placement" in words
 
 
 @pytest.mark.parametrize("columns", [40, 80])

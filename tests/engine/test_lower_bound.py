@@ -136,6 +136,22 @@ def test_fewer_slots_than_experts_are_fetched_for_again_and_again():
     assert bound_ms(belady) == bound_ms(lane) <= 1e3 * belady.log.step["duration_s"].sum()
 
 
+def test_the_price_of_a_slot_comes_back():
+    """After 5,000 steps of one expert, for which there is more than room, four in turn cost what they do at once."""
+    slow = in_ms.system(link={"bandwidth_gb_s": 0.0025})  # 400 ms an expert
+    few, many = [0, 1, 2, 3] + [0] * 5000, [0, 1, 2, 3] * 400
+    asked = in_ms.policy("gpu", "lru", scope="global")
+    lane = in_ms.replay(in_ms.steps(*map(in_ms.rows, few + many)), slow, asked, 2)
+    assert 1600 * 400 * 0.4 < bound_ms(lane) < 1600 * 400 * 0.55
+    experts = np.array(few + many)[:, None, None]
+    nothing = np.zeros(len(experts), int)
+    trace = OracleTrace(experts, nothing, np.arange(len(experts)), nothing, np.arange(len(experts) + 1))
+    oracle = Bound(machine_of(trace, in_ms.model(), slow, 2, "gpu"), 1, 2, False)
+    for step in range(len(experts)):
+        oracle.add_step([trace.demand(step, 0)], 1e-3)
+    assert lane.lower_bound_s == pytest.approx(oracle.seconds(), rel=1e-9)
+
+
 def test_what_starts_full_need_not_be_fetched():
     slow = in_ms.system(link={"bandwidth_gb_s": 0.025})
     chosen = in_ms.policy("gpu", "static-popular", scope="global")

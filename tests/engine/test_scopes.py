@@ -7,12 +7,17 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.compared import compare, small_case
 from support.drawn_runs import replay
-from support.oracle import OracleTrace
-from support.strategies import Case, all_policies, cases, write_static
+from support.oracle import DECODE, OracleTrace
+from support.strategies import Case, all_policies, as_arrays, cases, write_static
 
+import moetrace as mt
+from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.layer_slots import by_marginal_gain
+from moetrace.engine.run import run_setups
+from moetrace.engine.setup import Setup
 from moetrace.spec import PolicySpec, load_policy
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.trace import Trace
 
 RANDOM = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 LOGGED = ("step", "layer", "unit", "tally", "fallbacks")
@@ -71,6 +76,37 @@ def test_where_requests_overlap_nothing_is_emptied(case, data, tmp_path_factory)
     shared = [replace(policy, scope="global") for policy in policies]
     for one, other in zip(replay(case, policies).lanes, replay(case, shared).lanes, strict=True):
         assert all(getattr(one.log, part).tobytes() == getattr(other.log, part).tobytes() for part in LOGGED)
+
+
+def test_what_a_user_s_functions_remember_starts_cold_too():
+    """Both kinds of memory, in dispatch and residency: each request is as if it were alone."""
+
+    @mt.policy
+    def in_turn_home(state, view, layer, load, plan):
+        for i in range(load.size):
+            view.memory[0] += 1
+            plan[i] = view.memory[0] % 3 == 0
+
+    @mt.policy
+    def latest(state, view, layer, load, plan):
+        for i in range(load.size):
+            view.memory[1] += load[i]
+            cell = state[layer, view.active[i].expert]
+            cell.memory += view.memory[1] % 5
+            cell.score = cell.memory
+
+    case = small_case(np.random.default_rng(4), steps=40, most=1)
+    case = replace_trace(case, in_turn(case.trace))
+    hooks = {"in_turn_home": in_turn_home, "latest": latest}
+    policy = PolicySpec(name="own", dispatch="in_turn_home", residency="latest", scope="request")
+    whole = replay(case, [policy], hooks=hooks).lanes[0].log.step
+    assert len(np.unique(case.trace.request)) > 1
+    for request in np.unique(case.trace.request):
+        rows = np.flatnonzero(case.trace.request == request)
+        columns = [getattr(case.trace, name)[rows] for name in ("experts", "request", "position", "row_phase")]
+        alone = OracleTrace(*columns, np.arange(len(rows) + 1), case.trace.expert_bytes)
+        (one,) = replay(replace_trace(case, alone), [policy], hooks=hooks).lanes
+        assert whole[rows[0] : rows[-1] + 1].tobytes() == one.log.step.tobytes()
 
 
 def test_a_note_says_so():
@@ -170,3 +206,23 @@ def test_a_window_of_48_steps():
     case = small_case(np.random.default_rng(2), steps=120, most=3)
     chosen = [load_policy("on-demand", {"name": s, "residency": "lfu-window", "scope": s}) for s in ("layer", "global")]
     compare(case, [*chosen, load_policy("on-demand", {"residency": "lfu-window", "prefetch": "online:2"})])
+
+
+@pytest.mark.parametrize(("begins_with", "slots"), [("prompts", 9), ("answers", 12)])
+def test_a_kept_trace_needs_no_file_for_its_budget(begins_with, slots, tmp_path):
+    """As in a sweep, whose workers close a trace that they keep: `auto` shares out what it does in a replay."""
+    case = small_case(np.random.default_rng(5), steps=90)
+    if begins_with == "answers":
+        case.trace.row_phase[: case.trace.offset[1]] = DECODE
+    arrays = as_arrays(case.trace, case.model.most_experts)
+    Trace.from_arrays(num_experts=case.model.most_experts, **arrays).write(tmp_path / "t.h5")
+    policy = PolicySpec(name="auto", dispatch="gpu", residency="lru", budget="auto")
+    setup = Setup(model=case.model, system=case.system, policies=[policy], slots=slots, ignore_capacity=True)
+    with Trace.open(tmp_path / "t.h5") as trace:
+        kept = Decoded(trace, needs_of([policy]), 1 << 20)
+        (own,) = run_setups(trace, [setup])
+    (run,) = run_setups(kept, [setup])
+    capacity = run.lanes[0].state.cache.capacity
+    assert len(set(capacity.tolist())) > 1
+    assert capacity.tolist() == own.lanes[0].state.cache.capacity.tolist()
+    assert run.lanes[0].log.step.tobytes() == own.lanes[0].log.step.tobytes()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from support.oracle_layer import Machine, less
 
-BELOW, SHARE_STEP, PRICE_STEP, MOST_STEP = 0.98, 0.02, 0.05, 0.3
+BELOW, SHARE_STEP, PRICE_STEP, MOST_STEP, LEAST_PRICE = 0.98, 0.02, 0.05, 0.3, 1e-4
 DONE_BYTES = 1e-3
 
 
@@ -32,6 +32,7 @@ class Bound:
     heads_s: float = 0.0
     level: float = 0.0
     price: float = 0.0
+    least_price: float = 0.0
     seen: set = field(default_factory=set)
     at: dict = field(default_factory=dict)  # the level at an expert's last demand
 
@@ -65,9 +66,10 @@ class Bound:
             return
         if self.price == 0.0:
             self.price = sum(len(n) for n in demand) / (4 * self.room)
+            self.least_price = LEAST_PRICE * self.price
         else:
             change = PRICE_STEP * (held_s / (self.fetch_s * self.price) / self.room - 1)
-            self.price *= math.exp(max(-MOST_STEP, min(MOST_STEP, change)))
+            self.price = max(self.price * math.exp(max(-MOST_STEP, min(MOST_STEP, change))), self.least_price)
 
     def add_layer(self, layer: int, n: dict[int, int]) -> float:
         """Add a layer to both sums; return what its experts held, of those that the GPU takes beside the link."""

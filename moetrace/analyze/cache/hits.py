@@ -4,7 +4,7 @@ What counts as an access, and how a victim is found, is in `accesses` and `evict
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ from moetrace.analyze.cache.tally import (
 )
 from moetrace.analyze.sizes import expert_bytes, own_experts
 from moetrace.engine.cold import cold_steps
-from moetrace.engine.layer_slots import layer_slots
+from moetrace.engine.layer_slots import first_counts, layer_slots
 from moetrace.engine.schedule import schedule_of
 from moetrace.engine.static_set import most_demanded
 from moetrace.spec import Model, System
@@ -276,7 +276,8 @@ def _replays(trace: Trace, asked: Asked, budgets: list[Budget], demands: Demands
     """Return what replays each policy."""
     if asked.budget is not None:
         exists = np.arange(trace.num_experts) < own_experts(trace)[:, None]
-        amounts = [layer_slots(asked.budget, trace, capacity.amount, exists) for capacity in asked.capacities]
+        counts = cache(partial(first_counts, trace))
+        amounts = [layer_slots(asked.budget, counts, capacity.amount, exists) for capacity in asked.capacities]
         return {
             name: by_layer_replay(partial(make_replay, policy, demands=demands), amounts, trace.layers, demands.experts)
             for name, policy in asked.policies.items()

@@ -51,7 +51,7 @@ def by_layer_replay(
 
     Layers do not share anything, so a layer hits what it would if all had as much as it has.
     """
-    sizes = np.unique(np.concatenate(amounts))
+    sizes = np.unique(np.concatenate([np.zeros(0, np.int64), *amounts]))
     equal = make([Budget(int(size), False) for size in sizes])
 
     def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:

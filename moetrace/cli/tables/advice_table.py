@@ -80,14 +80,14 @@ def _print_sizes(console: "Console", advice: "Advice") -> None:
 def _legend(advice: "Advice", name: str) -> list[str]:
     best = advice.best
     trace, system = best.found["result"]["trace"], best.found["result"]["system"]["name"]
-    bound, seer = best.figures["work_bound_s"], best.figures["clairvoyant_s"]
+    bound, seer = best.figures["lower_bound_s"], best.figures["clairvoyant_s"]
     lines = [
         f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
         f"{counted(trace['requests'], 'request')}. Model {best.found['result']['model']['name']} on {system}; the GPU "
         f"keeps up to {best.slots:,} of {counted(advice.all_experts, 'expert')} (slots).",
         _tried(advice),
-        f"* is the best that an engine can run, {_over(best, bound)} over the {1e3 * bound:,.1f} ms that no schedule "
-        f"of this work beats, and {_over(best, seer)} over the same policy with what a layer needs already on the GPU. "
+        f"* is the best that an engine can run, {_over(best, bound)} over the {1e3 * bound:,.1f} ms that no policy "
+        f"with its placement beats, and {_over(best, seer)} over itself with what a layer needs already on the GPU. "
         "d is the default, against which speed-ups are. o knows the future: a bound, and no advice.",
     ]
     if advice.slos and best.miss > 0:

@@ -170,7 +170,7 @@ def lru(budgets: Sequence[Budget], demands: Demands) -> Replay:
     per_layer, small = demands.pools == demands.layers, demands.experts <= stack.MAX_EXPERTS
     amounts, in_keys = [budget.amount for budget in budgets], not any(budget.in_bytes for budget in budgets)
     by_distances = small if per_layer else len(budgets) >= _WORTH_A_STACK
-    if in_keys and demands.pools == 1 and min(*amounts, demands.keys) >= recent.least_capacity(demands.most_at_once):
+    if in_keys and demands.pools == 1 and min([*amounts, demands.keys]) >= recent.least_capacity(demands.most_at_once):
         return _lru_by_moment(amounts, demands)
     if _is_plain(budgets, demands) and by_distances:
         return _lru_by_distances(amounts, demands, per_layer)
