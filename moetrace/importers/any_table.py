@@ -193,6 +193,7 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
     key: list[str] = []
     layers = np.zeros(0, np.int64)
     top_k = choices = held = 0
+    slots: list[int] = []  # the first one of each block
     for file in files:
         before = choices
         for cells in cells_of(file, hints, light=True):
@@ -208,6 +209,7 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
             most = int(cells.length.max(initial=0))
             if "slot" in cells.values:
                 most = int(cells.values["slot"].max(initial=-1)) + 1
+                slots.append(int(cells.values["slot"].min(initial=most)))
             top_k = max(top_k, most)
             if held > _MERGE_ROWS:
                 parts = [pl.concat(parts).unique(key, keep="first", maintain_order=True)]
@@ -217,6 +219,11 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
             choices = min(choices, before + sum(sizes.values.get(name, choices) for name in file.columns["experts"]))
     if not choices or not top_k:
         raise MoetraceError(f"{where} holds no choice of an expert.")
+    if slots and min(slots) > 0 and files[0].told is None:
+        raise MoetraceError(
+            f"{where}: no choice has the slot 0, from which slots count: take {min(slots)} from each, or name the "
+            f"other columns alone with --columns, as the choices of a cell stand together."
+        )
     said = hints.top_k if "top_k" not in hints.from_model else None
     if top_k > max(said or 0, 65535) or layers.size > MAX_LAYERS:
         raise MoetraceError(f"{where}: a token has {top_k:,} experts in a layer, and there are {layers.size:,} layers.")

@@ -46,6 +46,7 @@ _KNOWN = {
     "token_id": ("token_id",),
     "resident": ("resident",),
 }
+_COUNTS = {"count", "counts", "hits", "frequency"}
 OWN_COLUMNS = {"step", "row", "request", "position", "phase", "layer", "slot", "expert"}  # docs/export.md
 # What some exports call otherwise: tables that have all of the first names mean the pairs.
 _EXPORTS: tuple[tuple[set[str], dict[str, str]], ...] = (
@@ -121,7 +122,9 @@ def shown_names(names: Sequence[str]) -> str:
 
 
 def without_ids(names: Sequence[str]) -> str:
-    """What to do with a table that has gates but no ids of experts, as the end of a sentence."""
+    """What to do with a table that has counts, or gates but no ids of experts, as the end of a sentence."""
+    if set(names) & _COUNTS and not any("token" in name for name in names):
+        return "; if it counts how often each expert was chosen, call the columns layer_id,expert_id,count"
     if not set(names) & set(_KNOWN["gates"]) or set(names) & set(_KNOWN["experts"]):
         return ""
     return (

@@ -66,8 +66,19 @@ def _read(path: Path, hints: Hints) -> Counts:
     counts, layers = _tensor(path) if archive else (_json(path), None)
     hints.reading(path.stat().st_size)
     facts: dict[str, Any] = {"format": "counts-table", "engine": "not recorded"}
+    _ask_about_axes(path, counts, hints)
     found = counts_of_steps(str(path), len(counts), counts.shape[1:], lambda at: counts[at], facts, hints, (path,))
     return found if layers is None else found._replace(layer_index=layers[found.layer_index])
+
+
+def _ask_about_axes(path: Path, counts: np.ndarray, hints: Hints) -> None:
+    """Say if counts [steps, layers, experts] look like [experts, layers]: all tokens go through each layer."""
+    layers, experts = counts.sum((0, 2)), counts.sum((0, 1))
+    if experts.size > 1 and (experts == experts[0]).all() and not (layers == layers[0]).all():
+        hints.note(
+            f"{path}: each of its {experts.size} columns adds up to {int(experts[0]):,}, but its {layers.size} rows do "
+            f"not agree: if the rows are experts, transpose the table to [layers, experts]."
+        )
 
 
 def _tensor(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

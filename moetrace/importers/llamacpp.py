@@ -92,13 +92,16 @@ def _read(path: Path, hints: Hints) -> Capture:
     passes = Passes(path, hints, (num_experts, top_k), layer_index)
     found = tables(path, dict.fromkeys(names, pl.Int32), half(hints), header=header, cut=cut)
     lines = ((line, numbers(table)) for line, table in found)
-    flat = _Flat(path, num_experts)
+    flat, parts = _Flat(path, num_experts), _Parts(path, num_experts, top_k)
     warm = _WarmUp(path, (num_experts, top_k), layer_index.size, wide)
     for block in _choices(path, lines, top_k, warm, cut) if width == 2 else _tokens(path, lines, top_k):
         flat.look(block)
+        if width == 2:
+            parts.look(block)
         passes.add(block)
     facts = {"format": "llamacpp", "engine": "llama.cpp", "layout": "layer,expert" if width == 2 else "pos,layer,ids"}
-    return passes.capture(facts | flat.facts() | warm.facts(hints) | cut.told())
+    facts |= flat.facts() | ({} if flat.permuted else parts.facts(hints))
+    return passes.capture(facts | warm.facts(hints) | cut.told())
 
 
 def _wide_lines(begin: bytes, num_experts: int) -> int:
@@ -269,3 +272,44 @@ class _Flat:
             return {}
         found = f"{self.permuted} of {self.long_enough}"
         return {"flat_view": f"in {found} layers of prompts, the ids are a permutation: read flat, not real choices"}
+
+
+class _Parts:
+    """Looks for tokens that are parts of one: a token never chooses an expert twice, so they would share none."""
+
+    def __init__(self, path: Path, num_experts: int, top_k: int) -> None:
+        self._path, self._num_experts, self._top_k = path, num_experts, top_k
+        self._tokens = dict.fromkeys(range(2, num_experts // top_k + 1), 0)  # by the parts of a token, how many
+
+    def look(self, block: PassBlock) -> None:
+        """Keep the numbers of parts that the tokens of each layer and pass in a block allow."""
+        if not self._tokens:
+            return
+        layer, ids = block.layer, block.experts
+        runs = np.r_[0, np.flatnonzero((np.diff(layer) != 0) | (np.diff(block.row) != 1)) + 1]
+        common = int(np.gcd.reduce(np.diff(np.r_[runs, layer.size])))
+        for parts in list(self._tokens):
+            ordered = np.sort(ids.reshape(-1, parts * self._top_k), axis=1) if common % parts == 0 else None
+            if ordered is None or (ordered[:, 1:] == ordered[:, :-1]).any():
+                del self._tokens[parts]
+            else:
+                self._tokens[parts] += len(ordered)
+
+    def facts(self, hints: Hints) -> dict[str, str]:
+        """What `source` says of them, if chance does not make so many; a note says it too."""
+        likely = [parts for parts, tokens in self._tokens.items() if tokens * self._of_one(parts) < math.log(_CHANCE)]
+        if not likely:
+            return {}
+        parts = max(likely)
+        what = f"every {parts} tokens that follow one another in a layer share no expert, and no pass ends between them"
+        hints.note(
+            f"{self._path}: {what}: top_k looks like {parts * self._top_k}, not {self._top_k}, which makes prompts of "
+            f"decoded tokens."
+        )
+        return {"top_k": what}
+
+    def _of_one(self, parts: int) -> float:
+        """The logarithm of the chance that so many tokens share no expert; popular experts make it less."""
+        every, each = self._num_experts, self._top_k
+        ways = [math.log(math.comb(every - number * each, each)) for number in range(parts)]
+        return sum(ways) - parts * ways[0]

@@ -29,7 +29,7 @@ import numpy as np
 from moetrace.importers.captured import Capture, Hints, Part
 from moetrace.importers.columns import layer_of_name
 from moetrace.importers.reading import npy
-from moetrace.importers.reading.router_rule import RouterRule, bias_of, check_rule, choose, said_router
+from moetrace.importers.reading.router_rule import RouterRule, ScoresAsLogits, bias_of, check_rule, choose, said_router
 from moetrace.importers.reading.tensors import HEADER_BYTES, is_header, known_shape, tensors
 from moetrace.importers.sglang_dumps import load_plain
 from moetrace.spec.errors import MoetraceError, UsageError, printable
@@ -341,9 +341,11 @@ def _capture(logits: Logits, rule: RouterRule, hints: Hints) -> Capture:
 def _parts(logits: Logits, rule: RouterRule, bias: np.ndarray, top_k: int, hints: Hints) -> Iterator[Part]:
     where, (layers, experts) = logits.paths[0], bias.shape
     first = ties = 0
+    scores = ScoresAsLogits()
     for piece in logits.pieces(max(1, _BLOCK_BYTES // (8 * layers * experts))):
         rows = len(piece)
         _check_finite(where, first, piece, logits.layers)
+        scores.look(piece)
         cells = piece.reshape(rows * layers, experts)
         chosen = choose(cells, np.tile(bias, (rows, 1)) if rule.bias else np.zeros(1), rule, top_k)
         if (chosen.gates > _LIMIT).any():
@@ -359,6 +361,8 @@ def _parts(logits: Logits, rule: RouterRule, bias: np.ndarray, top_k: int, hints
             f"{where}: in {ties:,} of {cells:,} cells ({ties / cells:.2%}) the last choice ties with an expert that "
             "was not chosen: the engine may have chosen that one."
         )
+    if what := scores.found():
+        hints.note(f"{where}: {what}")
 
 
 def _check_finite(where: Path, first: int, piece: np.ndarray, layers: np.ndarray) -> None:

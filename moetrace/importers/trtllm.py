@@ -168,6 +168,7 @@ def _counts(
                 raise MoetraceError(
                     f"{rank.path}: {iteration}_{layer} has shape {shape}, but there are {num_experts} experts."
                 )
+    _check_stages(ranks)
     iterations, layers = _grid(ranks)
     kept = _without_copies(ranks)
     rows = np.concatenate([rows_of_counts(part, top_k) for part in _sums(kept, iterations, layers, num_experts)])
@@ -190,6 +191,20 @@ def _counts(
         parts=lambda: _sums(kept, busy, layers, num_experts),
         sources=sources,
     )
+
+
+def _check_stages(ranks: list[_RankFile]) -> None:
+    """Raise MoetraceError if ranks share some layers and not others, whose counts then are too few."""
+    whole: dict[int, _RankFile] = {}
+    layers_of = {rank.path: {layer for _, layer in rank.shapes} for rank in ranks}
+    for rank in ranks:
+        for layer in layers_of[rank.path]:
+            other = whole.setdefault(layer, rank)
+            if lacking := layers_of[other.path] ^ layers_of[rank.path]:
+                raise MoetraceError(
+                    f"{rank.path} and {other.path} share layers, but only one of them has layer {min(lacking)}, whose "
+                    f"counts would be too few: take layers that both have with --layers, or complete the file."
+                )
 
 
 def _without_copies(ranks: list[_RankFile]) -> list[_RankFile]:

@@ -91,11 +91,10 @@ class CountSteps:
             what = f"{number} of {self.trace.layers} layers did not route: {number} without any choice."
             yield finding("dense-layer", what, number, index[dense])
         if fewer.any():
-            what = (
-                f"{many(int(np.count_nonzero(fewer)), 'layer')} choose fewer than {self.top_k} experts a row, always."
-            )
+            number = int(np.count_nonzero(fewer))
+            what = f"In {many(number, 'layer')}, every row chooses fewer than {self.top_k} experts, always."
             effect = "Legitimate where layers have a top_k of their own; they do less work."
-            yield finding("partial-cells", what, int(np.count_nonzero(fewer)), index[fewer], None, effect)
+            yield finding("partial-cells", what, number, index[fewer], None, effect)
         steps = self.trace.steps
         held = "one step" if steps == 1 else f"{steps:,} steps"
         yield finding("counts-only", f"The trace holds counts of {held}, but no ids.", steps)

@@ -134,9 +134,9 @@ RULES = {
     ),
     "unused-experts": Rule(
         "warning",
-        "These are ids of one rank, local ids, ids that wrapped at 256, or more experts than the model has: experts "
-        "look dead, and skew and cache hits come out too high.",
-        "import the ids of all ranks, with the model's own number of experts",
+        "These are ids of one rank, local ids, ids that wrapped at 256 or count from 1, or more experts than the model "
+        "has: experts look dead, and skew and cache hits come out too high.",
+        "import the ids of all ranks, counted from 0, with the model's own number of experts",
     ),
     "shared-expert": Rule(
         "warning",

@@ -112,7 +112,7 @@ def _unused(chosen: np.ndarray) -> Iterator[Finding]:
     for before in np.flatnonzero(np.diff(edges) > 1).tolist():
         start, stop = int(edges[before]) + 1, int(edges[before + 1])
         at_end = start == 0 or stop == num_experts
-        if stop - start < (2 if at_end else max(4, num_experts // 16)):
+        if stop - start < (1 if at_end else max(4, num_experts // 16)):
             continue
         beside = [used[max(0, before - _BESIDE) : before], used[before : before + _BESIDE]]
         means = [capped[ids].mean() for ids in beside if ids.size]
@@ -122,12 +122,16 @@ def _unused(chosen: np.ndarray) -> Iterator[Finding]:
     if _log_chance(chosen, parts) > _LOG_CHANCE:  # a short part, in which what is rare did not come up
         parts = []
     count = sum(stop - start for start, stop in parts)
-    named = ", ".join(f"{start} to {stop - 1}" for start, stop in parts[:4]) + (", …" if len(parts) > 4 else "")
+    runs = (f"{start} to {stop - 1}" if stop - start > 1 else str(start) for start, stop in parts[:4])
+    named = ", ".join(runs) + (", …" if len(parts) > 4 else "")
     strided, of = _strided(capped)
     if strided > count:
         count, named = strided, of
     if count:
-        what = f"{count} of {num_experts} experts ({named}) are not chosen in any layer, though the others are."
+        are = "is" if count == 1 else "are"
+        what = f"{count} of {num_experts} experts ({named}) {are} not chosen in any layer, though the others are."
+        if parts == [(0, 1)] and count == 1:
+            what += " Ids may count from 1."
         yield finding("unused-experts", what, count)
 
 

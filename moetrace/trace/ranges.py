@@ -41,5 +41,6 @@ def named_layers(where: str, index: np.ndarray, ranges: Sequence[Range]) -> np.n
     for start, stop in ranges:
         if not ((index >= start) & (index < (1 << 62 if stop is None else stop))).any():
             named = f"layer {start}" if stop == start + 1 else f"layers from {start} on"
-            raise UsageError(f"{where} has no {named}, only {index[0]} to {index[-1]}.")
+            gap = " with gaps" if index[-1] - index[0] >= index.size else ""
+            raise UsageError(f"{where} has no {named}, only {index[0]} to {index[-1]}{gap}.")
     return inside(index, rows)

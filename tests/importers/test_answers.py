@@ -328,3 +328,17 @@ def test_what_a_stream_has_beside_answers_is_no_answer_that_was_left_out(tmp_pat
         assert "left_out_answers" not in trace.source and trace.source["joined_answers"] == 2
         both = one(range(11), 8) + (one(range(9), 7, 1) if alone in log else [])
         assert sorted(position for _, position, _ in places(trace)) == sorted(position for _, position, _ in both)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang-request", "megatron"])
+def test_rows_that_are_taken_as_the_last_ones_are_told(tmp_path, engine):
+    notes: list[str] = []
+    path = tmp_path / "log.jsonl"
+    for cached, told in ((None, True), (2, True), (3, False)):
+        path.write_text(json.dumps(answer(engine, ids_of(6), 6, 4, cached)) + "\n")
+        hints = Hints(num_experts=16, top_k=2, layers=3, note=notes.append)
+        import_traces(path, tmp_path / "o.h5", hints=hints)
+        with Trace.open(tmp_path / "o.h5") as trace:
+            assert trace.read("position", 0, 6).tolist() == list(range(3, 9))
+        assert ["taken as the last ones" in note for note in notes if "fewer rows" in note] == [True] * told
+        notes.clear()

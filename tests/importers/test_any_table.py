@@ -320,3 +320,21 @@ def test_scores_may_be_rounded_away_and_must_be_scores(tmp_path):
     path.write_text(text)
     (tmp_path / "layer4.csv").write_text("layer_id,token_id,expert_0,expert_1\n0,0,0.5,0.5\n")
     assert "do not have the same experts" in not_named(tmp_path, path, tmp_path / "layer4.csv", num_experts=None)
+
+
+def test_slots_that_count_from_1_are_refused(tmp_path):
+    slot = pl.col("expert").cum_count().over("request", "token_idx", "layer")
+    path = tmp_path / "a.csv"
+    choices().with_columns(slot=slot - 1).write_csv(path)
+    check(named(tmp_path, path))
+    (tmp_path / "out.h5").unlink()
+    choices().with_columns(slot=slot).write_csv(path)
+    message = not_named(tmp_path, path)
+    assert "no choice has the slot 0" in message and "take 1 from each" in message
+
+
+def test_a_table_of_counts_says_what_its_columns_are_called(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("layer,expert,count\n0,0,7\n0,1,9\n")
+    with pytest.raises(MoetraceError, match="call the columns layer_id,expert_id,count"):
+        detect(path)

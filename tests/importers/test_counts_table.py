@@ -9,7 +9,9 @@ from support.writers.counts_table import eplb_json, load_view
 from support.writers.sglang import stat
 
 from moetrace.exports import export
+from moetrace.importers.captured import Hints
 from moetrace.importers.formats import detect
+from moetrace.importers.importing import import_traces
 from moetrace.trace import Trace
 
 COUNTS = np.random.default_rng(4).integers(1, 90, (3, 4, 8))
@@ -134,3 +136,13 @@ def test_what_is_exported_for_eplb_comes_back(tmp_path):
     (tmp_path / "out.h5").unlink()
     with imported(tmp_path, tmp_path / "b.json", top_k=2) as trace:
         assert isinstance(trace, Trace) and np.array_equal(trace.read("counts", 0, 9)[0], COUNTS.sum(0))
+
+
+def test_a_table_of_experts_by_layers_is_asked_about(tmp_path):
+    counts = np.random.default_rng(0).multinomial(600, np.arange(1, 17) / 136, 4)
+    for table, asked in ((counts.T, True), (counts, False), (np.full((4, 16), 9), False), (COUNTS[0], False)):
+        notes: list[str] = []
+        path = tmp_path / "a.json"
+        path.write_text(json.dumps(table.tolist()))
+        import_traces(path, tmp_path / "o.h5", hints=Hints(top_k=2, note=notes.append))
+        assert ["transpose the table" in note for note in notes] == [True] * asked

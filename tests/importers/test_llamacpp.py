@@ -204,3 +204,21 @@ def test_another_matrix_of_numbers_is_no_trace_of_llamacpp(width):
         rows = np.argsort(random.random((12, 64)), axis=1)[:, :width] + 1
         text = "".join(",".join(map(str, row)) + "\n" for row in rows.tolist())
         assert not llamacpp.recognize(text.encode(), "a.csv")
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_tokens_that_are_parts_of_one_are_told(tmp_path, parts):
+    known = passes([1] * 30, 3, 8, 64)
+    notes: list[str] = []
+    path, out = save(tmp_path, choices(known, LAYERS)), tmp_path / "o.h5"
+    import_traces(path, out, hints=Hints(num_experts=64, top_k=8 // parts, note=notes.append))
+    assert f"every {parts} tokens" in notes[0] and f"top_k looks like 8, not {8 // parts}" in notes[0]
+    with Trace.open(out) as trace:
+        assert trace.rows == 30 * parts and trace.source["top_k"].startswith(f"every {parts} tokens")
+
+
+@pytest.mark.parametrize("write", [choices, tokens])
+@pytest.mark.parametrize("rows", [[4, 1, 1, 1], [2] * 40, [1] * 40, [2]])
+def test_tokens_of_their_own_are_no_parts(tmp_path, write, rows):
+    trace = imported(save(tmp_path, write(passes(rows, 3, 2, 16), LAYERS)), "llamacpp", num_experts=16, top_k=2)
+    assert "top_k" not in trace.source

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from support.answers import ids_of, no, one, places, read
+from support.answers import answer, ids_of, no, one, places, read
 from support.writers import imported, refused
 from support.writers.sglang_request import stream_of_chat, stream_of_generate, with_payload
 from support.writers.vllm import payload, response
@@ -121,3 +121,22 @@ def test_streams_of_several_answers_in_one_log_are_told_apart_by_id(tmp_path):
     path.write_text("\n".join(mixed))
     trace = imported(tmp_path, path, num_experts=16, top_k=2)
     assert places(trace) == one(range(8), 6) + one(range(9), 6, 1), "the shorter one ends first"
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang-request", "megatron"])
+def test_lines_that_a_batch_of_requests_writes_hold_answers(tmp_path, engine):
+    ids = [ids_of(9, seed) for seed in range(2)]
+    lines = [
+        {"custom_id": f"c{n}", "response": {"status_code": 200, "body": answer(engine, one_, 6, 4, name=f"x{n}")}}
+        for n, one_ in enumerate(ids)
+    ]
+    failed = {"custom_id": "c9", "response": None, "error": {"message": "too long"}}
+    trace = read(tmp_path, engine, *lines, failed)
+    assert places(trace) == one(range(9), 6) + one(range(9), 6, 1)
+    assert np.array_equal(trace.read("experts", 0, 18), np.concatenate(ids))
+    assert trace.source["left_out_answers"] == {"without routing": 1}
+    lines[1]["response"]["body"]["usage"] = lines[1]["response"]["body"]["meta_info"] = {"prompt_tokens": -1}
+    trace = read(tmp_path, engine, *lines)
+    assert trace.rows == 9 and sum(trace.source["left_out_answers"].values()) == 1
+    plain = answer(engine, ids[0], 6, 4, response="a text of another log's")
+    assert read(tmp_path, engine, plain).rows == 9

@@ -80,7 +80,7 @@ def test_ids_beyond_the_experts_are_absent_if_the_user_says_so(tmp_path, form):
     ending, save = WRITERS[form]
     ids = routing(50, 3, 4, 12)
     save(path := tmp_path / f"a{ending}", ids.astype(np.int16))
-    assert "give --absent-from 8." in refused(path)
+    assert "give --absent-from 8" in refused(path)
     trace, _ = imported(path, absent_from=8)
     assert np.array_equal(trace.read("experts", 0, 50), np.where(ids >= 8, 255, ids))
     assert trace.source["absent_from"] == 8
@@ -270,3 +270,11 @@ def test_counts_are_taken_for_no_ids(tmp_path):
     np.save(path, np.random.default_rng(0).integers(20, 200, (4, 2, 12)))
     said = refused(path, num_experts=12)
     assert "look like counts of 12 experts" in said and "--absent" not in said
+
+
+def test_ids_that_may_count_from_1_are_asked_about(tmp_path):
+    ids = routing(50, 3, 4, 8)
+    table(path := tmp_path / "a.parquet", (ids + 1).astype(np.int16))
+    assert refused(path).endswith("give --absent-from 8; if ids count from 1, take 1 from each.")
+    table(path, np.where(ids == 7, 9, ids).astype(np.int16))
+    assert refused(path).endswith("give --absent-from 8.")

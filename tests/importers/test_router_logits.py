@@ -259,3 +259,26 @@ def test_weights_of_models_are_no_logits(tmp_path):
         detect(path)
     safetensors.save_file({"router_logits": np.zeros((4, 8), np.float32)}, path)
     assert "does not say its layer" in no(tmp_path, path)
+
+
+def test_scores_that_are_taken_for_logits_are_told(tmp_path):
+    values = logits().astype(np.float64)
+    scores = np.exp(values) / np.exp(values).sum(2, keepdims=True)
+    sigmoids = 1 / (1 + np.exp(-values))
+    for floats, what in (
+        (scores.astype(np.float16), "those of each cell sum to 1"),
+        (sigmoids, "all are between 0 and 1"),
+        (values, None),
+        (np.abs(values), None),
+        (np.zeros_like(values), None),
+    ):
+        notes: list[str] = []
+        np.save(tmp_path / "a.npy", floats)
+        hints = Hints(top_k=2, router="softmax", note=notes.append)
+        import_traces(tmp_path / "a.npy", tmp_path / "out.h5", hints=hints)
+        told = [note for note in notes if "look like scores, not logits" in note]
+        assert len(told) == (what is not None) and all(what in note for note in told)
+    np.save(tmp_path / "logits.npy", np.log(scores))
+    whole = read(tmp_path, tmp_path / "logits.npy").read("gates", 0, len(values))
+    order = np.sort(scores, axis=2)[..., ::-1][..., :2]
+    np.testing.assert_allclose(whole, order, atol=1e-3, err_msg="as the note says")

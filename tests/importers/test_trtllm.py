@@ -137,3 +137,12 @@ def test_a_header_may_claim_any_size(tmp_path):
         path = tmp_path / "rank0.safetensors"
         path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
         refused(path, "can't be read as safetensors", "trtllm", num_experts=8, top_k=2)
+
+
+def test_ranks_that_share_only_some_layers_are_refused(tmp_path):
+    ranks = [counts_of(ids_of(0, [5, 7, 3])), counts_of(ids_of(1, [2, 1, 6]))]
+    ranks[1] = {cell: array for cell, array in ranks[1].items() if cell[1] == 3}
+    files = save(tmp_path / "run", 8, 2, ranks)
+    refused(files, "only one of them has layer 5, whose counts would be too few", "trtllm")
+    trace = imported(files, "trtllm", only_layers=((3, 4),))
+    assert np.array_equal(trace.read("counts", 0, 3)[:, 0], [sum(rank[i, 3] for rank in ranks) for i in ITERATIONS])

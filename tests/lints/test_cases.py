@@ -173,6 +173,24 @@ def test_a_short_trace_that_has_not_come_to_all_experts_is_no_part():
     assert "unused-experts" not in codes(of_part(0, 128, 128, rows=12))
 
 
+def test_ids_that_count_from_1():
+    rng = np.random.default_rng(3)
+    ids = 1 + choose(rng, 1000, 8, 64, 4)
+    one = found({"experts": ids, "num_experts": 65})["unused-experts"]
+    assert one.count == 1 and "(0) is not" in one.what and "count from 1" in one.what
+    cut = np.where(ids == 64, 255, ids)  # as --absent-from 64 leaves them
+    assert "count from 1" in found({"experts": cut, "num_experts": 64})["unused-experts"].what
+    one = found({"experts": ids - 1, "num_experts": 65})["unused-experts"]
+    assert "(64) is not" in one.what and "count from 1" not in one.what, "too many --experts"
+
+
+@pytest.mark.parametrize("dead", [0, 63])
+def test_an_expert_at_an_end_that_is_dead_in_some_layers_is_no_part(dead):
+    ids = choose(np.random.default_rng(3), 1000, 8, 64, 4)
+    ids[:, :6][(ids[:, :6] == dead).any(2)] = np.arange(20, 24)
+    assert "unused-experts" not in codes({"experts": ids, "num_experts": 64})
+
+
 def test_popularity_that_falls_towards_the_last_id_is_no_part():
     rng = np.random.default_rng(0)
     popularity = -2.0 * np.log(np.arange(1, 129))

@@ -160,6 +160,12 @@ def test_what_leaves_nothing_is_refused(tmp_path, wish, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_layer_that_lies_in_a_gap_is_said_to(tmp_path):
+    assert whole().layer_index[-1] - whole().layer_index[0] >= whole().layers
+    with pytest.raises(MoetraceError, match=r"has no layer 0, only 1 to 5 with gaps\.$"):
+        select(whole(), tmp_path / "t.h5", layers=[(0, 1)])
+
+
 def test_a_copy_never_takes_the_place_of_its_trace(tmp_path):
     whole().write(tmp_path / "t.h5")
     before = (tmp_path / "t.h5").read_bytes()

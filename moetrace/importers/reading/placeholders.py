@@ -109,7 +109,8 @@ def advice(expert: int, num_experts: int, slots: int = 0) -> str:
             f'{{"logical_count": [steps, layers, experts]}}'
         )
     what = f"if ids from {num_experts} on carry no expert (padding, zero or shared experts)"
-    return f": {what}, give --absent-from {num_experts}"
+    first = "; if ids count from 1, take 1 from each" if expert == num_experts else ""
+    return f": {what}, give --absent-from {num_experts}{first}"
 
 
 def check_width(where: str, dtype: np.dtype, num_experts: int) -> None:

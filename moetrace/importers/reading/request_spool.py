@@ -158,6 +158,7 @@ class RequestSpool:
             self._counts["lacking"] += max(lacking, 0)
         if not 0 <= first < 2**31 - rows:
             raise MoetraceError(f"{where} would begin at position {first}.")
+        self._counts["last"] += first > 0 and told.start is None and told.cached != first and not (told.chunk or known)
         self._starts.add(first)
         return first
 
@@ -367,6 +368,9 @@ class RequestSpool:
             facts["aborted_in_their_prompts"] = counts["stopped"]
             what = counted(counts["stopped"], "answer")
             note(f"{source}: {what} aborted within the prompt: rows are taken as the first ones of the prompt.")
+        if counts["last"]:
+            what = counted(counts["last"], "answer")
+            note(f"{source}: {what} with fewer rows than tokens and without a first position: taken as the last ones.")
         if counts["again"]:
             facts["left_out_rows_of_earlier_parts"] = counts["again"]
         if counts["repeated"]:

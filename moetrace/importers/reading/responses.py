@@ -121,6 +121,7 @@ class Response(msgspec.Struct):
     shape: Any = None
     dtype: Any = None
     start: Any = None
+    response: Any = None  # of a line that a batch of requests writes; the answer is its body
 
     @property
     def payload(self) -> Payload | None:
@@ -145,9 +146,28 @@ def responses(
     """Yield every response of the file, each with where it stands; server-sent events (`data: ...`) are lines as well.
 
     An answer of a stream is a chunk, even if it does not say so, as SGLang's `/generate` sends them. One of several
-    lines or of a list that can't be read goes to `bad` as a sentence. Raises MoetraceError if the file is neither
-    JSON lines nor one JSON value, or longer than `MAX_LINE_BYTES` a value.
+    lines or of a list that can't be read goes to `bad` as a sentence. Of the lines that batches of requests write
+    (`{"custom_id": ..., "response": {"body": {...}}}`), the bodies are the responses. Raises MoetraceError if the file
+    is neither JSON lines nor one JSON value, or longer than `MAX_LINE_BYTES` a value.
     """
+    for where, response in _found(path, reading, bad):
+        body = response.response.get("body") if isinstance(response.response, dict) else None
+        if response.choices is not None or not isinstance(body, dict):
+            yield where, response
+            continue
+        try:
+            yield where, msgspec.convert(body, Response)
+        except msgspec.ValidationError as error:
+            sentence = f"{where} is not as expected: {str(error).rstrip('.')[:200]}."
+            if bad is None:
+                raise MoetraceError(sentence) from None
+            bad(sentence)
+
+
+def _found(
+    path: Path, reading: Callable[[int], object], bad: Callable[[str], object] | None
+) -> Iterator[tuple[str, Response]]:
+    """The responses, and the lines of batches around others."""
     if _is_one_value(path):
         reading(path.stat().st_size)
         text = text_of(path)

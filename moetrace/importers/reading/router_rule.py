@@ -19,6 +19,7 @@ from moetrace.spec.ordinary_file import read_ordinary
 SCORES = ("softmax", "sigmoid")
 _FORM = "softmax or sigmoid, then norm, scale=S, groups=G:M and bias=FILE.npy, with commas between"
 _MOST_BIAS_BYTES = 64 << 20
+_ROUNDED = 0.01  # off 1 are sums of 512 scores in bfloat16 at most
 
 
 class RouterRule(NamedTuple):
@@ -137,3 +138,31 @@ def _leave_groups(wanted: np.ndarray, rule: RouterRule) -> None:
     kept = np.zeros(good.shape, bool)
     np.put_along_axis(kept, best, True, axis=1)
     grouped[~kept] = -np.inf
+
+
+class ScoresAsLogits:
+    """Looks whether what should be logits are scores already, as some models return under that name."""
+
+    def __init__(self) -> None:
+        self.shares = self.sigmoids = True
+
+    def look(self, piece: np.ndarray) -> None:
+        """Look at logits [rows, layers, experts]."""
+        if not (self.shares or self.sigmoids) or not piece.size:
+            return
+        low, high = piece.min(), piece.max()
+        self.shares &= bool(low >= 0) and bool((np.abs(piece.sum(2, dtype=np.float64) - 1) < _ROUNDED).all())
+        self.sigmoids &= bool(low > 0) and bool(high < 1)
+
+    def found(self) -> str | None:
+        """What they look like, and what to do, as a sentence."""
+        if self.shares:
+            like, what = "none is negative and those of each cell sum to 1", "their logarithms with softmax"
+        elif self.sigmoids:
+            like, what = "all are between 0 and 1", "log(x / (1 - x)) of each with sigmoid"
+        else:
+            return None
+        return (
+            f"these look like scores, not logits, as {like}: if so, gates come out wrong, and with bias or groups the "
+            f"choices too; import {what}."
+        )
