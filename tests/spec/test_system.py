@@ -50,7 +50,7 @@ def test_dense_weights_that_do_not_fit_are_named():
 
 def test_experts_that_do_not_fit_the_units_are_refused():
     model, system = load_model("mixtral-8x7b"), load_system("edge-ndp", {"ndp.units": 2})
-    with pytest.raises(UsageError, match=r"90\.2 GB .* 2 NDP units of 32 GB .*ndp\.units=3, or pass --ignore-capacity"):
+    with pytest.raises(UsageError, match=r"90\.2 GB .* 2 NDP units of 32 GB .*ndp\.units=3, or, in a replay, pass --ignore-capacity"):
         check_fits(model, system, model.expert_bytes())
     check_fits(model, system, model.expert_bytes(), ignore_capacity=True)
     check_fits(model, system, model.expert_bytes() / 2)
