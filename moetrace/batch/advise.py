@@ -253,7 +253,7 @@ def _price(system: System, budget: float | None) -> tuple[float | None, list[str
 
 
 def _why(stages: Stages, pool: Sequence[Candidate], slots: int | str | None) -> str:
-    errors: list[str | None] = [stages.cell(one, slots, None).error for one in pool[:1]]
+    errors = [stages.failure, *(stages.cell(one, slots, None).error for one in pool[:1])]
     return next((error for error in errors if error), "none goes with it.")
 
 
