@@ -82,7 +82,7 @@ class Advice:
     @property
     def command(self) -> str:
         """The command that replays the best policy."""
-        return replay_command(self.best.cell.point)
+        return replay_command(self.best.cell)
 
     @property
     def kind(self) -> Kind:
