@@ -22,6 +22,7 @@ from moetrace.spec import Model, System, default_policies, gpu_slots, load_model
 from moetrace.spec.choices import find
 from moetrace.spec.errors import MoetraceError, UsageError, counted
 from moetrace.spec.forks import refuse_if_forked
+from moetrace.spec.ordinary_file import named_folder
 from moetrace.spec.toml_text import toml
 from moetrace.trace import Trace
 
@@ -82,7 +83,7 @@ def advise(
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
     question = Question(trace, system, model, slo, slots, overrides or {}, budget_usd_hour)
     with farm_of(jobs, None) as (farm, _):
-        return question.answer(farm, None if folder is None else SweepFolder(Path(folder)), progress)
+        return question.answer(farm, None if folder is None else SweepFolder(named_folder(folder)), progress)
 
 
 class Question:
