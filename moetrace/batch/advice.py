@@ -47,6 +47,7 @@ class Advice:
         oracles: Policies that know the future, the best first: bounds, and no advice.
         sizes: Other sizes of the GPU's memory, by size.
         all_experts: Experts of the model.
+        fitting: Experts that the GPU has room for, whatever slots were asked for.
         has_link: Whether experts can be elsewhere than in the GPU's memory.
         slos: Limits that the best has to keep.
         tried: How many policies were tried.
@@ -61,6 +62,7 @@ class Advice:
     oracles: list[Tried]
     sizes: list[Size]
     all_experts: int
+    fitting: int
     has_link: bool
     slos: Sequence[Slo]
     tried: int
@@ -80,7 +82,7 @@ class Advice:
     @property
     def command(self) -> str:
         """The command that replays the best policy."""
-        return replay_command(self.best.cell.point)
+        return replay_command(self.best.cell)
 
     @property
     def kind(self) -> Kind:
@@ -218,7 +220,7 @@ def _change(advice: Advice) -> str:
         if larger and larger.wins >= WORTH
         else ""
     )
-    return f"Change the policy: {best.candidate.label} {saves}{more}"
+    return f"Change the policy: {_best(advice)} {saves}{more}"
 
 
 def _buy(advice: Advice) -> str:
@@ -235,12 +237,20 @@ def _buy(advice: Advice) -> str:
 def _nothing(advice: Advice) -> str:
     best, larger, default = advice.best, advice.larger, advice.default
     name = default.candidate.label if default is not None else "the default"
-    said = f"{best.candidate.label} saves {_percent(max(advice.wins or 0.0, 0.0))} of {name}'s time"
-    if default is not None and default.candidate.label == best.candidate.label:
+    said = f"{_best(advice)} saves {_percent(max(advice.wins or 0.0, 0.0))} of {name}'s time"
+    if default is not None and (default.candidate.label, default.slots) == (best.candidate.label, best.slots):
         said = f"no policy beats {name}"
     if larger is None:
-        return f"Nothing to win: {said}, and all experts fit the GPU"
+        fit = "fit the GPU" if best.slots <= advice.fitting else "are priced as if they fitted the GPU"
+        return f"Nothing to win: {said}, and all experts {fit}"
     return f"Nothing to win: {said}, and {_memory(advice, larger)} {_percent(max(larger.wins, 0.0))} more"
+
+
+def _best(advice: Advice) -> str:
+    """The best policy's name, and its slots where the default has others."""
+    best, default = advice.best, advice.default
+    fewer = default is not None and default.slots != best.slots
+    return f"{best.candidate.label} with {counted(best.slots, 'slot')}" if fewer else best.candidate.label
 
 
 def _memory(advice: Advice, size: Size) -> str:

@@ -15,13 +15,14 @@ from moetrace.batch.stages import STAGE_WORK, Stages, Tried
 from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import forget
-from moetrace.engine.setup import Setup, check_setup
+from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
 from moetrace.results.record import ADVICE_FILE, POLICY_FILE, choices_of
 from moetrace.results.resolve import by_spec, model_of
-from moetrace.spec import Model, System, default_policies, load_model, load_system
+from moetrace.spec import Model, System, default_policies, gpu_slots, load_model, load_system
 from moetrace.spec.choices import find
-from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.errors import MoetraceError, UsageError, counted
 from moetrace.spec.forks import refuse_if_forked
+from moetrace.spec.ordinary_file import named_folder
 from moetrace.spec.toml_text import toml
 from moetrace.trace import Trace
 
@@ -82,7 +83,7 @@ def advise(
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
     question = Question(trace, system, model, slo, slots, overrides or {}, budget_usd_hour)
     with farm_of(jobs, None) as (farm, _):
-        return question.answer(farm, None if folder is None else SweepFolder(Path(folder)), progress)
+        return question.answer(farm, None if folder is None else SweepFolder(named_folder(folder)), progress)
 
 
 class Question:
@@ -113,6 +114,10 @@ class Question:
         self.model = load_model(model_of(self.trace) if model is None else model, changes["model"])
         self.slots = slots
         self._room, _ = check_setup(self.trace, Setup(model=self.model, system=self.system, policies=[], slots=slots))
+        self._fitting = gpu_slots(self.model, self.system, weight_bytes_of(self.trace, self.model))
+        if self._room < self._fitting:
+            unused = counted(self._fitting - self._room, "more expert")
+            self.notes.append(f"the GPU has room for {unused} than slots = {slots}: to use it costs no new memory.")
         values: dict[str, Any] = {"trace": str(Path(path).absolute())} | ({} if model is None else {"model": model})
         labels: dict[str, Any] = {"trace": Path(path).name.removesuffix(".h5")}
         labels |= {"model": self.model.name, "system": self.system.name}
@@ -153,11 +158,13 @@ class Question:
         defaults = [there.get(one.label) or (stages.over([one], self.slots) or [None])[0] for one in usual]
         default = min((one for one in defaults if one), key=lambda one: one.order, default=None)
         sizes = self._sizes(stages, distinct(ranked)) if self.system.link is not None else []
-        best = ranked[0]
-        for size in sizes:  # a smaller one may be faster, as what is fetched ahead is not always worth it
-            if size.slots < best.slots and size.order < best.order:
-                best = size
-        ranked = [best, *ranked] if best not in ranked else ranked
+        own = best = ranked[0]
+        # A smaller size may be faster, as what is fetched ahead is not always worth it.
+        faster = [size for size in sizes if size.slots < own.slots and size.order < own.order]
+        if faster:
+            best = min(faster, key=lambda size: size.order)
+            ranked = [best, *ranked]
+            sizes = sorted([own, *(size for size in sizes if size is not best)], key=lambda size: size.slots)
         compared = [_against(best, size) for size in sizes]
         seers = oracles(best.candidate, self.system)
         if not stages.can_take(len(seers)):  # one of each kind
@@ -170,6 +177,7 @@ class Question:
             oracles=sorted(bounds, key=lambda one: (one.total_s, one.rank)),
             sizes=compared,
             all_experts=self.model.all_experts,
+            fitting=self._fitting,
             has_link=self.system.link is not None,
             slos=self.slos,
             tried=stages.tried,
@@ -246,7 +254,7 @@ def _price(system: System, budget: float | None) -> tuple[float | None, list[str
 
 
 def _why(stages: Stages, pool: Sequence[Candidate], slots: int | str | None) -> str:
-    errors: list[str | None] = [stages.cell(one, slots, None).error for one in pool[:1]]
+    errors = [stages.failure, *(stages.cell(one, slots, None).error for one in pool[:1])]
     return next((error for error in errors if error), "none goes with it.")
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -23,6 +22,7 @@ from moetrace.batch.work import forget
 from moetrace.results.record import SEARCH_FILE, SEARCH_SCHEMA, TRIALS_FILE
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
+from moetrace.spec.ordinary_file import named_folder
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -171,7 +171,7 @@ def search(
     space = load_space(source)
     choices = check_choices(space._replace(slos=parse_slos(slo) or space.slos))
     with farm_of(jobs, dask) as (farm, _):
-        return run_search(choices, None if folder is None else SweepFolder(Path(folder)), farm, progress, code)
+        return run_search(choices, None if folder is None else SweepFolder(named_folder(folder)), farm, progress, code)
 
 
 def run_search(

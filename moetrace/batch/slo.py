@@ -80,6 +80,8 @@ def _parse(text: str) -> Slo:
         raise UsageError(f"The SLO {_shown(text)}: {digits!r} is not a number.") from None
     if not limit < 1e300:
         raise UsageError(f"The SLO {_shown(text)}: the limit must be a finite number.")
+    if figure.unit == "share" and figure.better == "higher" and limit > 1:
+        raise UsageError(f"The SLO {_shown(text)}: {name} is a share, and never more than 100 %.")
     return Slo(name, limit, text.strip())
 
 

@@ -78,6 +78,7 @@ class Stages:
         work: The work of one stage.
         short_steps: Steps of the first stage, those of the whole trace if that took all.
         tried: How many candidates the first stage had.
+        failure: Why the first replay that failed did; None if all went well.
     """
 
     trace: Trace
@@ -91,6 +92,7 @@ class Stages:
     work: int = STAGE_WORK
     short_steps: int = 0
     tried: int = 0
+    failure: str | None = None
 
     def __post_init__(self) -> None:
         self._ranks: dict[str, int] = {}
@@ -170,7 +172,9 @@ class Stages:
 
         def take(outcomes: list[Outcome]) -> None:
             for outcome in outcomes:
-                if outcome.found is not None:
+                if outcome.found is None:
+                    self.failure = self.failure or outcome.error
+                else:
                     found[outcome.key] = outcome.found
                     if steps is None and self.folder is not None:
                         self.folder.keep(cells[outcome.key], outcome.found)

@@ -28,6 +28,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.spec.html_table import html_table
 from moetrace.spec.known import known_unlike
+from moetrace.spec.ordinary_file import named_folder
 from moetrace.spec.policy import names_code
 from moetrace.trace import Trace
 from moetrace.version import __version__
@@ -329,7 +330,7 @@ def sweep(
         raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
     if jobs > 1 and dask is None:
         start_early()
-    plan = SweepPlan(source, None if folder is None else Path(folder), pareto, code=code, slo=slo)
+    plan = SweepPlan(source, None if folder is None else named_folder(folder), pareto, code=code, slo=slo)
     with farm_of(jobs, dask) as (farm, _):
         return plan.run(farm, progress)
 

@@ -15,6 +15,7 @@ from moetrace.jit.compile import PURE_PYTHON, kernel
 from moetrace.jit.refusals import READS_ONLY, RETURNS
 from moetrace.spec.choices import find, legal
 from moetrace.spec.errors import UsageError
+from moetrace.spec.named import nearest
 
 _ENGINE = Path(__file__).parent
 _MAY_WRITE = {True: "plan, state, view.memory and view.groups", False: "state and view.memory"}
@@ -181,9 +182,11 @@ def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None)
     file, _, name = choice.rpartition(":")
     if not file:
         raise UsageError(f"There is no {kind} {choice!r}; known are {', '.join(legal(kind))}.")
-    function = getattr(run_file(Path(file)), name, None)
+    module = run_file(Path(file))
+    function = getattr(module, name, None)
     if function is None:
-        raise UsageError(f"{file} defines no {name}.")
+        own = [each for each, value in vars(module).items() if inspect.isfunction(getattr(value, "py_func", value))]
+        raise UsageError(f"{file} defines no {name}{nearest(name, own)}.")
     if not callable(function):
         raise UsageError(f"{file}: {name} is not a function.")
     return _hook(kind, function)  # not kept: a file is run, and its functions made, each time

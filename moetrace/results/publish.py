@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from moetrace.results.record import OWN_FILES, RESULT_FILES
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.later import Later
-from moetrace.spec.ordinary_file import is_folder
+from moetrace.spec.ordinary_file import is_folder, named_folder
 from moetrace.trace.atomic import lock, remove_stale, sync_folder, uninterrupted, unlock
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def staged(folder: str | os.PathLike[str], owned: Iterable[str] = RESULT_FILES) 
     Files of the names `owned` are those of the older result: one that the new result lacks is removed. Raises
     MoetraceError if the folder cannot be written or a stranger's `.moetrace-new` is in it, UsageError if it is a file.
     """
-    folder = Path(folder)
+    folder = named_folder(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, but results are written into a folder: name another.")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -81,7 +81,7 @@ def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_ca
     if need > have:
         raise UsageError(
             f"The experts of {model.name} take {need / 1e9:.1f} GB and do not fit {place}; "
-            f"{_fewer_bits(model, need, have)}{remedy}, or pass --ignore-capacity."
+            f"{_fewer_bits(model, need, have)}{remedy}, or, in a replay, pass --ignore-capacity."
         )
 
 

@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, UsageError
 
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NOCTTY", "O_NONBLOCK"))
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -43,6 +43,13 @@ def read_ordinary(path: str | os.PathLike[str], most_bytes: int, *, follow: bool
     if len(data) > most_bytes:
         raise MoetraceError(f"Cannot read {path}: it has more than {most_bytes >> 20} MiB.")
     return data
+
+
+def named_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder; raises UsageError for an empty text, which `Path` takes for the current folder."""
+    if not os.fspath(path):
+        raise UsageError("An empty path names no folder.")
+    return Path(path)
 
 
 def is_folder(path: Path) -> bool:

@@ -178,6 +178,9 @@ def read_policy(
         loaded = read("policies", "on-demand", overrides)._replace(where=f"policy {printable(source)}")
         if "name" not in overrides:  # set here, so that `true` and `nan` stay names
             loaded.raw["name"] = source.rpartition(":")[2]
+    elif isinstance(source, str | Path) and str(source).endswith(".py"):
+        shown = printable(str(source))
+        raise UsageError(f"{shown} is a Python file: name the function in it, too, as {shown}:NAME.")
     else:
         loaded = read("policies", source, overrides)
     policy = convert(loaded, PolicySpec)

@@ -100,6 +100,7 @@ def test_an_advice_is_what_a_replay_of_its_command_says(trace, advice, run):
     (figures,) = json.loads(out)["policies"]
     assert code == 0 and figures["total_s"] == advice.best.total_s
     assert figures["tpot_s"] == advice.best.figures["tpot_s"]
+    assert figures["lower_bound_s"] == advice.to_dict()["lower_bound_s"]
 
 
 def test_oracles_are_bounds_and_no_advice(advice):
@@ -144,6 +145,26 @@ def test_memory_is_advised_to_a_machine_that_has_none(trace):
 
 def column(metric: str) -> str:
     return metric.replace(".", "_")
+
+
+def test_a_size_that_is_faster_than_the_one_asked_for_stands_once_and_beside_that(tmp_path):
+    mt.generate(tmp_path / "a.h5", "tiny-olmoe", requests=1, prompt=1, output=1)
+    found = ask(tmp_path / "a.h5", "edge-ndp", 16, overrides={"system.ndp.units": 1, "system.ndp.capacity_gb": 200})
+    slots = [size.best.slots for size in found.sizes]
+    assert found.best.slots == 12 and slots == [8, 16, 20, 24, 32, 192]
+    assert all(size.best.order > found.best.order for size in found.sizes[:2])
+    assert found.sizes[1].best is next(one for one in found.ranked if one.slots == 16)
+    assert f"{found.best.candidate.label} with 12 slots" in found.verdict or found.kind == "buy memory"
+
+
+def test_slots_that_are_not_those_of_the_machine_are_told(trace):
+    assert "to use it costs no new memory" in ask(trace, "rtx4090-offload", 191).notes[0]
+    small = {"system.gpu.memory_gb": 4.0}
+    assert ask(trace, "rtx4090-offload", overrides=small).fitting < 192
+    found = ask(trace, "rtx4090-offload", 192, overrides=small)
+    assert found.larger is None and found.kind == "nothing to win"
+    assert found.verdict.endswith("all experts are priced as if they fitted the GPU.")
+    assert ask(trace, "rtx4090-offload", 192).verdict.endswith("all experts fit the GPU.")
 
 
 def test_a_limit_chooses_and_none_that_keeps_it_is_the_least_miss(trace, advice):

@@ -39,6 +39,7 @@ def test_units_are_read(text, metric, limit):
         ("tokens_per_s<=5", "more is better, so write >="),
         ("prefetch_bytes<=5GB", "neither less nor more is better"),
         ("tpot_s.p99<=50GB", "given in s, ms, us, got 'GB'"),
+        ("hit_rate>=150%", "hit_rate is a share, and never more than 100 %"),
         ("late<=5ms", "given in no unit, got 'ms'"),
         ("total_s<=1.2.3", "is not a number"),
         ("total_s<=1e999", "finite"),

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -31,6 +32,9 @@ def test_the_table_says_what_the_advice_is(run, trace, advice):
     assert f"{1e3 * advice.best.total_s:,.1f}" in starred[0] and advice.best.candidate.label in starred[0]
     for size in advice.sizes:
         assert f"{size.best.slots:,} " in out and f"{100 * size.wins:+.1f}" in out
+    bound_s = advice.best.figures["lower_bound_s"]
+    over = f"{100 * (advice.best.total_s / bound_s - 1):.1f} % over the {1e3 * bound_s:,.1f} ms that no policy"
+    assert over in words
     assert "o knows the future" in words and any(line.startswith("o  ") for line in out.splitlines())
     assert f"{advice.tried} policies were tried, over the whole trace." in out
     assert f"over the {1e3 * advice.best.figures['lower_bound_s']:,.1f} ms that no policy with its placement" in words
@@ -101,3 +105,14 @@ def test_wrong_usage_is_one_sentence(run, trace, arguments, code, words):
 def test_a_file_that_is_no_trace_is_one_sentence(run, tmp_path):
     code, _, err = run("advise", tmp_path / "none.h5", "--system", "edge-ndp")
     assert code == 1 and "there is no file" in err and err.count("\n") == 1
+
+
+def test_a_trace_that_cannot_be_replayed_says_why(run, tmp_path):
+    facts = {"model": "tiny-olmoe", "num_experts": 32, "top_k": 4, "layers": 6, "rows": 2, "steps": 1, "source": {}}
+    nobody = np.full(2, -1)
+    with mt.Writer(tmp_path / "a.h5", **facts) as writer:
+        ids = np.broadcast_to(np.arange(4, dtype=np.uint8), (2, 6, 4))
+        writer.append(ids, nobody, np.arange(2), np.array([2]), np.array([0], np.uint8))
+    code, out, err = run("advise", tmp_path / "a.h5", "--system", "jetson-orin", "--jobs", 1)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "a.h5: /rows/request of row 0 is -1, but must be 0 or more." in err

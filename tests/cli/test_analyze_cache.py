@@ -141,6 +141,7 @@ def test_errors_are_one_sentence(run, tmp_path):
     Trace.from_arrays(np.zeros((1, 1, 1), int), num_experts=3, model="some").write(tmp_path / "a.h5")
     for arguments, code, sentence in (
         ((tmp_path / "a.h5", "--capacity", "3GB"), 2, "3GB needs the sizes of experts"),
+        ((TINY, "--capacity", "0"), 2, "the capacity '0' is 0 experts: give at least 1."),
         ((tmp_path / "a.h5", "--capacity", "3 apples"), 2, "the capacity '3 apples' is neither a number of experts"),
         ((tmp_path / "a.h5", "--policy", "mru"), 2, "but is 'mru'"),
         ((TINY, "--model", "mixtral-8x7b"), 2, "name the right one with --model"),

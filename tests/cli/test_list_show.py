@@ -55,6 +55,14 @@ def test_list_formats_agree(moetrace, kind):
     ]
 
 
+def test_list_policies_says_what_tells_each_from_the_others(moetrace):
+    rows = json.loads(moetrace("list", "policies", "--format", "json")[1])
+    assert len({row["meaning"] for row in rows}) == len(rows) and not any(row["meaning"].endswith(".") for row in rows)
+    words = " ".join(moetrace("list", "policies")[1].split())
+    assert words.count("First ablation of foresee: nothing is learned from layers before") == 1
+    assert words.count(" foresee-no-ahead ") == 2
+
+
 @pytest.mark.parametrize("kind", list(_NAMED))
 def test_list_tells_of_whatever_has_a_name_what_it_means(moetrace, kind):
     rows = json.loads(moetrace("list", kind, "--format", "json")[1])

@@ -53,6 +53,30 @@ def test_best_is_what_its_command_replays(trace, tmp_path, run):
     assert json.loads(replayed)["policies"][0]["total_s"] == search["best"]["value"]
 
 
+def test_the_command_leaves_out_what_is_of_other_policies(trace, tmp_path, run):
+    text = f'''trace = "{trace}"
+policy = ["static-popular.toml", "on-demand-lfu"]
+slots = 24
+[set]
+policy.on-demand-lfu.half_life = [16, 64]
+[search]
+trials = 2
+'''
+    (tmp_path / "s.toml").write_text(text)
+    popular = 'name = "popular"\nplacement = "ep"\ndispatch = "balance"\nresidency = "static-popular"\n'
+    (tmp_path / "static-popular.toml").write_text(popular)
+    code, out, _ = run("sweep", tmp_path / "s.toml", "--search", "-o", tmp_path / "out", "--jobs", "1")
+    assert code == 0 and "ms, of the first of each list." in out
+    command = out.strip().splitlines()[-1].split()
+    assert "half_life" not in command[-1]
+    code, replayed, _ = run(*command[1:], "--format", "json")
+    search = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert code == 0 and json.loads(replayed)["policies"][0]["total_s"] == search["best"]["value"]
+    limit = ("--slo", "tpot_s.p99<=1us")
+    _, out, _ = run("sweep", tmp_path / "s.toml", "--search", "-o", tmp_path / "out", "--jobs", "1", *limit)
+    assert "No trial keeps the limits: the first of each list misses them least." in " ".join(out.split())
+
+
 def test_options_that_do_not_go_together(trace, tmp_path, run):
     path = searched(trace, tmp_path)
     assert run("sweep", path, "--search", "-o", tmp_path / "out", "--dry-run")[0] == 2

@@ -31,6 +31,10 @@ GOOD = "def mine(state, view, layer, load, plan):\n    for i in range(load.size)
         ),
         (GOOD.replace("plan[i] = 1", "plan[i] = unknown(i)"), r"'unknown' is not defined"),
         (GOOD.replace("mine", "other"), r"bad.py defines no mine"),
+        (
+            "import moetrace\n\n\n@moetrace.policy\n" + GOOD.replace("mine", "minne"),
+            r"no mine \(the nearest is 'minne'\)",
+        ),
         ("mine = 3\n", r"bad.py: mine is not a function"),
     ],
 )

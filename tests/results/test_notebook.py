@@ -49,7 +49,7 @@ def test_a_result_has_a_row_a_policy():
     made = mt.generate_trace("tiny-olmoe", requests=2, prompt=4, output=8)
     result = mt.replay(made, policies=["monde", evil], slots=48)
     shown = Cells(result._repr_html_())
-    assert "b" not in shown.tags
+    assert "b" not in shown.tags and "speed-up" in shown.rows[0]
     assert [row[0] for row in shown.rows[:3]] == ["policy", "monde", "<b>mine</b>"]
     total = shown.rows[0].index("total ms")
     for row, total_s in zip(shown.rows[1:], result.summary["total_s"], strict=False):

@@ -179,6 +179,12 @@ def test_user_functions(tmp_path, monkeypatch):
     assert policy.dispatch == f"{tmp_path}/mine.py:split"
 
 
+def test_a_python_file_without_a_function_is_no_toml(tmp_path):
+    for source in (str(tmp_path / "mine.py"), tmp_path / "mine.py"):
+        with pytest.raises(UsageError, match=r"mine\.py is a Python file: name the function in it.*mine\.py:NAME"):
+            load_policy(source)
+
+
 def test_policy_and_system():
     edge, offload = load_system("edge-ndp"), load_system("rtx4090-offload")
     for size in (1, 2, 3, 6):

@@ -50,7 +50,9 @@ def test_dense_weights_that_do_not_fit_are_named():
 
 def test_experts_that_do_not_fit_the_units_are_refused():
     model, system = load_model("mixtral-8x7b"), load_system("edge-ndp", {"ndp.units": 2})
-    with pytest.raises(UsageError, match=r"90\.2 GB .* 2 NDP units of 32 GB .*ndp\.units=3, or pass --ignore-capacity"):
+    with pytest.raises(
+        UsageError, match=r"90\.2 GB .* 2 NDP units of 32 GB .*ndp\.units=3, or, in a replay, pass --ign"
+    ):
         check_fits(model, system, model.expert_bytes())
     check_fits(model, system, model.expert_bytes(), ignore_capacity=True)
     check_fits(model, system, model.expert_bytes() / 2)
@@ -86,7 +88,9 @@ def test_a_pc_with_too_little_memory_is_told_how_many_bits_fit(memory_gb, advice
 def test_a_pc_without_a_link_is_told_to_add_one_and_then_fits():
     model = load_model("mixtral-8x7b")
     pc = msgspec.structs.replace(load_system("rtx3060-ddr4"), link=None, host=None)
-    with pytest.raises(UsageError, match=r"; .*add a \[link\] .* host memory, where its \[cpu\] runs them, or pass"):
+    with pytest.raises(
+        UsageError, match=r"; .*add a \[link\] .* host memory, where its \[cpu\] runs them, or, in a replay, pass"
+    ):
         check_fits(model, pc, model.expert_bytes())
     with_link = load_system(pc, {"link.bandwidth_gb_s": 25, "link.latency_us": 5})
     check_fits(model, with_link, model.expert_bytes())

@@ -116,7 +116,8 @@ def parse_capacity(text: str | int) -> Capacity:
         )
     capacity = Capacity(amount[0] // amount[1], "bytes" if amount[2] else "experts", label)
     if not 1 <= capacity.amount <= MAX_CAPACITY:
-        raise UsageError(f"the capacity {label!r} is {capacity.amount} {capacity.unit}: give 1 to {MAX_CAPACITY}.")
+        bound = "at least 1" if capacity.amount < 1 else f"at most {MAX_CAPACITY}"
+        raise UsageError(f"the capacity {label!r} is {capacity.amount} {capacity.unit}: give {bound}.")
     return capacity
 
 

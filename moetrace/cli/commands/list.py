@@ -1,5 +1,7 @@
 """`moetrace list`: the presets, each with its main figures, and whatever else has a name, with what it means."""
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 import click
@@ -36,6 +38,7 @@ _HEADERS = {
         "residency": "residency",
         "prefetch": "prefetch",
         "scope": "scope",
+        "meaning": "meaning",
     },
 }
 
@@ -95,6 +98,11 @@ def command(kind: str, form: str) -> None:
     rows = [row_of(name) for name in list_presets(kind)]
     if kind == "systems" and form == "table":
         _print_systems(rows)
+    elif kind == "policies" and form == "table":
+        choices = {name: header for name, header in _HEADERS[kind].items() if name != "meaning"}
+        print_rows(choices, rows, form)
+        stdout_console().print()
+        print_rows({"name": "policy", "meaning": "meaning"}, rows, form)
     else:
         print_rows(_HEADERS[kind], rows, form)
 
@@ -178,5 +186,8 @@ def _system_row(name: str) -> dict[str, object]:
 
 def _policy_row(name: str) -> dict[str, object]:
     from moetrace.spec import canonical, load_policy
+    from moetrace.spec.named import preset_text
 
-    return canonical(load_policy(name))
+    comment = itertools.takewhile(lambda line: line.startswith("#"), preset_text("policies", name).splitlines())
+    first = re.match(r".*?\.(?=\s|$)", " ".join(line.strip("# ") for line in comment))
+    return canonical(load_policy(name)) | {"meaning": first[0].removesuffix(".") if first else None}

@@ -105,13 +105,15 @@ def _print(found: "Search") -> None:
     for note in found.sweep.notes:
         print_text(printable(note))
     if best.miss > 0:
-        print_text("No trial keeps the limits: the first misses them least.")
+        least = f"trial {best.number}" if best.number else "the first of each list"
+        print_text(f"No trial keeps the limits: {least} misses them least.")
     print_text(
         f"The best of {len(found.trials)} trials by {halving.objective}, {'more' if halving.maximize else 'less'} is "
         f"better: {figure(factor * (best.value or 0.0))} {sign}".rstrip()
+        + ("" if best.number else ", of the first of each list")
         + ". Gains are over the first of each list, without ranges.\nReplay the best:"
     )
-    print_text(f"  {replay_command(best.cell.point)}")
+    print_text(f"  {replay_command(best.cell)}")
 
 
 def _missed(trial: "Trial") -> str:

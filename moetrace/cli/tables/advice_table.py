@@ -37,7 +37,7 @@ def _print_policies(console: "Console", advice: "Advice") -> None:
     """The best few, the default and the bounds."""
     frame = advice.frame
     real = frame.filter(pl.col("role").is_in(["best", "real"]))[:_SHOWN]
-    usual = frame.filter(pl.col("role") == "default").filter(~pl.col("policy").is_in(real["policy"].implode()))
+    usual = frame.filter(pl.col("role") == "default").join(real, on=["policy", "slots"], how="anti")
     bounds = frame.filter(pl.col("role") == "oracle").unique(_KIND, keep="first", maintain_order=True)[:_ORACLES]
     bounds = bounds.with_columns(pl.concat_str(_KIND, separator=" ").str.strip_suffix(" none").alias("policy"))
     shown = pl.concat([real, usual, bounds])
@@ -46,6 +46,8 @@ def _print_policies(console: "Console", advice: "Advice") -> None:
         TextColumn("", [marks.get(role, "") for role in shown["role"]], right=False),
         TextColumn("policy", shown["policy"].to_list(), right=False),
     ]
+    if shown["slots"].n_unique() > 1:  # the best may be one that does better with fewer
+        keys.append(TextColumn("slots", [f"{slots:,}" for slots in shown["slots"]]))
     base = advice.default.total_s if advice.default is not None else None
     speedups = ["-" if base is None else f"{base / seconds:.2f}x" for seconds in shown["total_s"]]
     first = [text_column(shown, "total_s"), TextColumn("speed-\nup", speedups)]
@@ -87,8 +89,8 @@ def _legend(advice: "Advice", name: str) -> list[str]:
         f"keeps up to {best.slots:,} of {counted(advice.all_experts, 'expert')} (slots).",
         _tried(advice),
         f"* is the best that an engine can run, {_over(best, bound)} over the {1e3 * bound:,.1f} ms that no policy "
-        f"with its placement beats, and {_over(best, seer)} over itself with what a layer needs already on the GPU. "
-        "d is the default, against which speed-ups are. o knows the future: a bound, and no advice.",
+        f"with its placement, parts and start beats, and {_over(best, seer)} over the same policy with what a layer "
+        "needs already on the GPU. d is the default, against which speed-ups are. o knows the future: it is no advice.",
     ]
     if advice.slos and best.miss > 0:
         lines.append("No policy keeps the limits: the first misses them least.")
@@ -113,4 +115,4 @@ def _over(best: "Tried", bound_s: float) -> str:
 
 def _missed(miss: float | None) -> str:
     """By how many percent a limit is missed; nothing where it is kept."""
-    return "-" if miss is None else f"{100 * miss:.1f}" if miss else "kept"
+    return "-" if miss is None or miss == float("inf") else f"{100 * miss:.1f}" if miss else "kept"
