@@ -57,8 +57,6 @@ def _own_file(kind: str, name: str) -> str:
         return ""
     if name and is_toml:
         return f"there is a file {name}.toml: write that to read it"
-    if kind == "policies" and is_file and name.endswith(".py"):
-        return f"there is a file {name}: write {name}:FUNCTION to take a function of it"
     if kind == "models" and is_folder and name:
         return f"there is a folder {name}: write ./{name} to read it"
     return f"there is a file {name}: write ./{name} to read it" if is_file else ""

@@ -241,7 +241,7 @@ def test_sizes_are_the_trace_s_or_the_model_s():
 
 def test_what_cannot_be_asked():
     trace = Trace.from_arrays(**small_trace(0))
-    with pytest.raises(UsageError, match="no cache policy 'mru'; known are lru"):
+    with pytest.raises(UsageError, match=r"no cache policy 'mru' \(the nearest is 'lru'\); known are lru"):
         cache_hits(trace, [3], ["mru"])
     for policy in ONE_AT_A_TIME:
         for capacity, sequential in ((3, False), ("30B", True)):

@@ -214,7 +214,7 @@ def test_a_name_without_a_preset_that_is_the_users_file_says_how_to_write_it(tmp
         with pytest.raises(UsageError, match=r"called 'dual', but there is a file dual\.toml: write that to"):
             load_spec("dual")
     assert load_system("./plain") == load_system("dual.toml")
-    with pytest.raises(UsageError, match=r"a file mine\.py: write mine\.py:FUNCTION to take"):
+    with pytest.raises(UsageError, match=r"name the function in it, too, as mine\.py:NAME"):
         load_policy("mine.py")
     # Where a folder is nothing to read, and where there is none.
     for load_spec, name in (
