@@ -185,8 +185,8 @@ def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None)
     module = run_file(Path(file))
     function = getattr(module, name, None)
     if function is None:
-        own = [each for each, value in vars(module).items() if inspect.isfunction(getattr(value, "py_func", value))]
-        raise UsageError(f"{file} defines no {name}{nearest(name, own)}.")
+        there = [each for each, value in vars(module).items() if inspect.isfunction(getattr(value, "py_func", value))]
+        raise UsageError(f"{file} defines no {name}{nearest(name, there)}.")
     if not callable(function):
         raise UsageError(f"{file}: {name} is not a function.")
     return _hook(kind, function)  # not kept: a file is run, and its functions made, each time

@@ -190,4 +190,4 @@ def _policy_row(name: str) -> dict[str, object]:
 
     comment = itertools.takewhile(lambda line: line.startswith("#"), preset_text("policies", name).splitlines())
     first = re.match(r".*?\.(?=\s|$)", " ".join(line.strip("# ") for line in comment))
-    return canonical(load_policy(name)) | {"meaning": first[0].removesuffix(".") if first else None}
+    return {**canonical(load_policy(name)), "meaning": first[0].removesuffix(".") if first else None}
