@@ -4,33 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from support.imports import imported, strict
 from support.writers import routing
 from support.writers.jsonl import write
 from support.writers.lattice import records
 from support.writers.megatron import records as router_trace
-
-from moetrace.importers.captured import Hints
-from moetrace.importers.importing import import_traces
-from moetrace.spec.errors import MoetraceError
-from moetrace.trace import Trace
-
-
-def imported(path, **hints):
-    """The trace of a file, and the notes on it."""
-    notes = []
-    out = path.parent / "out.h5"
-    import_traces(path, out, hints=Hints(**hints, note=notes.append))
-    assert all("\n" not in note and note.endswith(".") and note.startswith(str(path)) for note in notes)
-    trace = Trace.open(out)
-    trace.verify()
-    return trace, notes
-
-
-def strict(path, **hints):
-    with pytest.raises(MoetraceError) as raised:
-        import_traces(path, path.parent / "strict.h5", hints=Hints(**hints, strict=True))
-    assert not (path.parent / "strict.h5").exists()
-    return str(raised.value)
 
 
 @pytest.mark.parametrize("lost", [[6], [5, 6, 18], [8], [27]])
