@@ -11,6 +11,9 @@ from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.replay import smallest_work
 from moetrace.engine.sharing import shared_of
 from moetrace.engine.state import hook_signature
+from moetrace.engine.tiers.pricing import price_tiers
+from moetrace.engine.tiers.records import Tiers
+from moetrace.engine.tiers.times import moe_s as tiers_moe_s
 from moetrace.engine.view import view_of
 from moetrace.jit.compile import kernel
 
@@ -23,12 +26,13 @@ def _work_bound_signature() -> Any:
     return types.float64(*arguments, types.float64)
 
 
-def _clairvoyant_signature() -> Any:
+def clairvoyant_signature(tiers: Tiers | None) -> Any:
+    """Return the types that ``clairvoyant_s`` is compiled for, with such tiers, or None."""
     from numba import typeof, types
 
     work, hook = smallest_work(), types.FunctionType(hook_signature())
-    batch, state = work.batch, work.state
-    arguments = (batch.steps, batch.demand, work.machine, work.setting, state.cells, state.scratch)
+    batch, own = work.batch, (work.state.cells, work.state.scratch)
+    arguments = (batch.steps, batch.demand, work.machine, tiers, work.setting, own)
     return types.float64(*map(typeof, arguments), hook, types.float64)
 
 
@@ -63,12 +67,14 @@ def _is_as_before(machine, demand, layer, first, size, active):
     return True
 
 
-@kernel(signature=_clairvoyant_signature)
-def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, total_s):
+@kernel(signature=lambda: clairvoyant_signature(None))
+def clairvoyant_s(steps, demand, machine, tiers, settings, own, dispatch, total_s):
     """Add to ``total_s`` a block's seconds if the most demanded experts of a layer, up to the slots, were resident.
 
-    ``cells`` and ``scratch`` are its own: the dispatch may write into them.
+    ``own`` are cells and scratch of its own: the dispatch may write into them. Where there are ``tiers``, `variants.py`
+    compiles it once more.
     """
+    cells, scratch = own
     layers, prices, setting = machine.weight_bytes.shape[0], prices_of(machine), settings[0]
     last_size, last_rows, moe_s = 0, 0, 0.0
     for s in range(steps.rows.size):
@@ -95,6 +101,8 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
                     cells[layer, expert].resident = i < setting.slots
             if not machine.is_plain:
                 price_varied(machine, scratch.active, size)
+            if tiers is not None:
+                price_tiers(tiers, machine, scratch.active, size)
             if setting.weighs:
                 see_gates(demand, first, size, scratch.active)
             if setting.splits:
@@ -102,7 +110,10 @@ def clairvoyant_s(steps, demand, machine, settings, cells, scratch, dispatch, to
                     scratch.active[i].here = scratch.active[i].resident
             plan = scratch.plan[:size]
             dispatch(cells, view, layer, scratch.load[:size], plan)
-            moe_s = timeline(machine, view, size, plan, shared_of(setting.splits, size, plan)).moe_s
+            if tiers is None:
+                moe_s = timeline(machine, view, size, plan, shared_of(setting.splits, size, plan)).moe_s
+            else:
+                moe_s = tiers_moe_s(tiers.term[0], view, size, plan)
             total_s += moe_s
             if setting.own_dispatch:
                 for i in range(size):

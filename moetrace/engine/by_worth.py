@@ -213,6 +213,7 @@ def _keep(f, queue, cells, cache, key, tally):
         cache.resident[victim] = 0
         cache.residents[0] -= 1
         tally[0].wasted += cache.fresh[victim]
+        tally[0].evictions += 1
         cache.fresh[victim] = 0
         grow_stale(f, victim // experts)
     cells[key // experts, key % experts].resident = 1

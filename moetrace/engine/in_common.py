@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.engine.bounds import clairvoyant_s, work_bound_s
+from moetrace.engine.bounds import work_bound_s
 from moetrace.engine.lower_bound import add_to_lower_bound, new_lower_bound, seconds_of
 from moetrace.engine.machine import Machine
 from moetrace.engine.plugin import is_users
@@ -15,6 +15,8 @@ from moetrace.engine.prompt import Prompts, emptied, prompts_of
 from moetrace.engine.replay import Batch
 from moetrace.engine.residency import empty_cells
 from moetrace.engine.schedule import Requests
+from moetrace.engine.tiers.records import Tiers
+from moetrace.engine.variants import clairvoyant
 from moetrace.engine.view import new_scratch
 
 # What of a policy's setting a dispatch may read (`View`), or the clairvoyant run does.
@@ -115,22 +117,22 @@ class InCommon:
             self._found[key] = Yardstick(add)
         return self._found[key]
 
-    def clairvoyant(self, machine: Machine, setting: Any, dispatch: Any) -> Yardstick:
+    def clairvoyant(self, machine: Machine, tiers: Tiers | None, setting: Any, dispatch: Any) -> Yardstick:
         """Return the clairvoyant run of a dispatch; a user's function may remember, so that of one is not shared."""
         seen = tuple(setting[name].tobytes() for name in _SEEN)
-        key = "clairvoyant", _digest(machine), seen, dispatch
+        key = "clairvoyant", _digest(machine), tiers and _digest((tiers.term, tiers.cpu)), seen, dispatch
         if key in self._found:
             return self._found[key]
-        scratch = new_scratch(machine)
+        scratch = new_scratch(machine, tiers)
         if self._cells is None or setting["own_dispatch"][0]:  # others do not read whose they are
             layers, experts = machine.weight_bytes.shape
             self._cells = empty_cells(layers, experts, True)
-        cells = self._cells
+        own, run = (self._cells, scratch), clairvoyant(tiers)
 
         def add(batch: Batch, seconds: float) -> float:
-            return clairvoyant_s(batch.steps, batch.demand, machine, setting, cells, scratch, dispatch, seconds)
+            return run(batch.steps, batch.demand, machine, tiers, setting, own, dispatch, seconds)
 
-        yardstick = Yardstick(add, (cells, scratch))
+        yardstick = Yardstick(add, own)
         if not is_users(dispatch):
             self._found[key] = yardstick
         return yardstick

@@ -88,9 +88,9 @@ def machine_of(
     """
     groups = max(system.units // share, 1)  # the CPU is a group of its own
     device = records(FIRST_HOME + groups, DEVICE)
-    _describe(device[:FIRST_HOME], system.accelerator, 1, model)
+    describe(device[:FIRST_HOME], system.accelerator, 1, model)
     if system.home is not None:
-        _describe(device[FIRST_HOME:], system.home, share, model)
+        describe(device[FIRST_HOME:], system.home, share, model)
     link, work = records(1, LINK), records(1, WORK)
     link["bytes_s"] = system.link.bytes_s if system.link else np.inf
     link["s_per_byte"] = 1 / system.link.bytes_s if system.link else 0.0
@@ -120,7 +120,7 @@ def parts_of(system: System, share: int) -> list[MachinePart]:
     return [MachinePart(name, *rows.get(name, (NO_ROW, 1))) for name in system.part_names]
 
 
-def _describe(device: np.ndarray, kind: Device, share: int, model: Model) -> None:
+def describe(device: np.ndarray, kind: Device, share: int, model: Model) -> None:
     """Fill the records (DEVICE [n]) of devices, each of ``share`` units of a kind."""
     device["s_per_row"] = model.flop_per_row / (share * kind.flop_s)
     device["s_per_byte"] = 1 / (share * kind.bytes_s)

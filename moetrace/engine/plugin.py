@@ -169,8 +169,10 @@ def _as_it_is(plan):
     return plan
 
 
-def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None) -> Any:
+def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None, tiers: bool = False) -> Any:
     """Return the compiled hook that a policy names: a key of ``own``, that of a record, or ``file.py:function``.
+
+    ``tiers``: that of a record for machines with more tiers, if it has one.
 
     Raises UsageError if there is no such function, or it is no policy; MoetraceError if the file does not run.
     """
@@ -178,7 +180,7 @@ def load_hook(kind: str, choice: str, own: Mapping[str, Callable] | None = None)
         return _kept_hook(kind, own[choice])
     record = find(kind, choice)
     if record is not None:
-        return _kept_hook(kind, record.hook or unchanged)
+        return _kept_hook(kind, (getattr(record, "tiers_hook", None) if tiers else None) or record.hook or unchanged)
     file, _, name = choice.rpartition(":")
     if not file:
         raise UsageError(f"There is no {kind} {choice!r}; known are {', '.join(legal(kind))}.")

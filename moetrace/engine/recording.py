@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.engine.foresight import PLACES, Foresight
+from moetrace.engine.foresight import PLACES
 from moetrace.engine.prefetch import BY_WORTH, HEAD, NO_PREFETCH, ONLINE, ORACLE, TAIL
-from moetrace.engine.replay import Batch, Steps, Work
+from moetrace.engine.replay import Aside, Batch, Steps, Work
 from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, new_tape
+from moetrace.engine.tiers.records import Tiers
 from moetrace.engine.variants import variant
 
 
@@ -50,10 +51,11 @@ class Recording:
         if inside.stop < size:
             yield cut(batch, inside.stop, size, layers), False
 
-    def record(self, work: Work, hooks: tuple[Any, Any], foresight: Foresight | None) -> None:
+    def record(self, work: Work, hooks: tuple[Any, Any], tiers: Tiers | None, aside: Aside) -> None:
         """Replay a block of one step, and keep what was noted of it."""
         tape = new_tape(*_most_records(work))
-        variant(foresight is not None, True)(work, *hooks, foresight, tape)
+        aside = aside._replace(tape=tape)
+        variant(tiers, aside)(work, *hooks, tiers, aside)
         slices, counts = tape.ends
         if slices > len(tape.slices) or counts > len(tape.counts):
             raise RuntimeError(f"step {work.batch.steps.first} has more to note than its tape has room for.")

@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moetrace.engine.books import carry_out, note_units
 from moetrace.engine.by_worth import admit_by_worth, queue_best, touch_and_admit_by_worth
 from moetrace.engine.cost import dense_s, head_s, order_on_gpu, price, price_varied, prices_of
 from moetrace.engine.demand import Demand, see_gates
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.foresight import foresee
 from moetrace.engine.layer import shared_s, timeline
-from moetrace.engine.machine import DEVICE, FIRST_HOME, LINK, WORK, Machine
+from moetrace.engine.machine import DEVICE, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
     BY_WORTH,
     FROM_PROMPT,
@@ -25,27 +26,27 @@ from moetrace.engine.prefetch import (
     flow,
     join_ahead,
     join_by_score,
-    leave,
     note_late,
     remaining_bytes,
 )
 from moetrace.engine.prompt import Prompts, count_prompts, forget_ended, make_wanted, prompts_of, queue_wanted
 from moetrace.engine.residency import Cache, empty_cache, empty_cells, pool_of, touch_and_admit
 from moetrace.engine.setting import new_setting
-from moetrace.engine.sharing import run_whole, see_parts, share_out, shared_of
+from moetrace.engine.sharing import see_parts, share_out, shared_of
 from moetrace.engine.state import (
-    FIRST_GROUP,
     GPU,
-    HOME,
     LINK_IN,
-    LINK_OUT,
-    SHARED,
     Log,
     hook_signature,
     new_log,
     records,
 )
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
+from moetrace.engine.tiers.books import begin_layer, end_layer, end_step, note_cpu, note_tiers, units_of
+from moetrace.engine.tiers.flows import flow_tiers
+from moetrace.engine.tiers.pricing import price_tiers
+from moetrace.engine.tiers.records import Tiers
+from moetrace.engine.tiers.timeline import shared_tiers_s, tier_line
 from moetrace.engine.view import LayerScratch, new_scratch, view_of
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import BY_TOUCH
@@ -81,6 +82,13 @@ class State(NamedTuple):
     queue: Queue
     prompts: Prompts
     scratch: LayerScratch
+
+
+class Aside(NamedTuple):
+    """What some replays have or do beside others. What is None is not compiled."""
+
+    foresight: Any = None  # of a policy that foresees
+    tape: Any = None  # on which everything that is done is noted
 
 
 class Work(NamedTuple):
@@ -132,77 +140,72 @@ def _see(at, layer, s, demand, machine, setting, state, log):
 
 
 @kernel
-def _carry_out(layer, size, state, log):
-    """Note who ran what, and take what was fetched out of the prefetch queue; return how many were fetched."""
-    experts, gpu = state.cells.shape[1], log.unit[GPU]
-    # In registers: in memory each sum waits for the last one.
-    gpu_rows, gpu_bytes, used, fetched, on_gpu = gpu.rows, gpu.bytes, 0, 0, 0
-    for j in range(size):  # in turn: those on the GPU come together, and the processor guesses right
-        i = state.scratch.active[j].turn
-        if state.scratch.plan[i] == HOME:
-            continue
-        active = state.scratch.active[i]
-        key = layer * experts + active.expert
-        on_gpu += 1
-        gpu_rows += active.rows
-        gpu_bytes += active.weight_bytes
-        if active.resident:
-            used += state.cache.fresh[key]
-            state.cache.fresh[key] = 0
-        elif state.scratch.plan[i] != SHARED or run_whole(key, i, state):
-            fetched += 1
-            if state.queue.place[key] >= 0:
-                log.tally[0].wasted += leave(state.queue, key)
-    gpu.rows, gpu.bytes = gpu_rows, gpu_bytes
-    gpu.experts, log.tally[0].used = gpu.experts + on_gpu, log.tally[0].used + used
-    log.unit[LINK_IN].experts += fetched
-    log.layer[layer].gpu_experts += on_gpu
-    log.layer[layer].ndp_experts += size - on_gpu
-    return fetched
+def _admit(foresight, queue, cells, cache, tally):
+    """Keep or drop what has arrived, by the rules of the residency."""
+    if foresight is None:
+        admit_complete(queue, cells, cache, tally)
+    else:
+        admit_by_worth(foresight, queue, cells, cache, tally)
 
 
 @kernel
-def _note_units(dense, line, moved_bytes, machine, state, log):
-    """Add a layer's work to the books of the units; in the host's overhead the GPU is idle."""
-    gpu, link_in, link_out = log.unit[GPU], log.unit[LINK_IN], log.unit[LINK_OUT]
-    gpu.busy_s += dense - machine.work[0].overhead_s + line.gpu_s
-    gpu.bytes += machine.work[0].dense_bytes
-    link_in.busy_s += line.fetch_s + moved_bytes * machine.link[0].s_per_byte + line.act_s
-    link_in.bytes += line.demand_bytes + moved_bytes + line.act_bytes
-    link_out.busy_s += line.act_s
-    link_out.bytes += line.act_bytes
+def _foresee(foresight, batch, s, layer, size, work):
+    """Learn from what the layer's rows chose, and queue what is worth most, where the policy foresees."""
+    if foresight is not None:
+        state = work.state
+        foresee(foresight, batch, s, layer, work.machine)
+        if work.setting[0].prefetch == BY_WORTH:
+            queue_best(foresight, state.queue, state.cache, layer, size, state.scratch, work.log.tally)
+
+
+@kernel
+def _offer(foresight, layer, size, fetched, work):
+    """Touch what is resident and offer what was fetched to the residency."""
+    state, tally = work.state, work.log.tally
+    if foresight is None:
+        touch_and_admit(state.cells, state.cache, layer, size, state.scratch, fetched, tally)
+    else:
+        touch_and_admit_by_worth(foresight, state.queue, state.cells, state.cache, layer, size, state.scratch, tally)
+
+
+@kernel
+def _imbalance(line, units, totals):
+    """Return the busiest unit's seconds over the mean, which is added to a layer's totals; -1 where it is undefined."""
     if line.busiest_s == 0.0:
-        return
-    for g in range(state.scratch.groups.size):
-        group, unit = state.scratch.groups[g], log.unit[FIRST_GROUP + g]
-        unit.busy_s += group.busy_s
-        unit.rows += group.rows
-        unit.bytes += group.weight_bytes
-        unit.experts += group.count
-    if not machine.is_plain:
-        for g in range(state.scratch.groups.size):
-            if state.scratch.groups[g].count > 0:
-                log.unit[FIRST_GROUP + g].busy_s += machine.device[FIRST_HOME + g].layer_s
+        return -1.0
+    imbalance = line.busiest_s * units / line.busy_sum_s
+    totals.imbalance_sum += imbalance
+    totals.imbalance_count += 1
+    return imbalance
 
 
 @kernel
-def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape):
+def _flow(tiers, queue, seconds, machine):
+    """Let prefetches flow; return bytes and seconds."""
+    if tiers is None:
+        moved_bytes = flow(queue, seconds * machine.link[0].bytes_s)
+        return moved_bytes, moved_bytes * machine.link[0].s_per_byte
+    return flow_tiers(tiers, queue, seconds, machine)
+
+
+@kernel
+def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     """Replay one layer; return its imbalance, -1 where that is undefined."""
     batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     queue, cells, tally = state.queue, state.cells, log.tally
     s = step - batch.steps.first
     at = s * cells.shape[0] + layer
-    if foresight is None:
-        admit_complete(queue, cells, state.cache, tally)
-    else:
-        admit_by_worth(foresight, queue, cells, state.cache, tally)
-    if tape is not None:
-        note_dense(tape, step, layer, dense, machine, state)
-    moved_bytes = flow(queue, dense * machine.link[0].bytes_s)
+    _admit(aside.foresight, queue, cells, state.cache, tally)
+    if tiers is not None:
+        dense += begin_layer(tiers, tally, log.step[s])
+    note_dense(aside.tape, step, layer, dense, machine, state)
+    moved = _flow(tiers, queue, dense, machine)
     if setting.prefetch == ORACLE:
         now = step * cells.shape[0] + layer
         tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
     size = _see(at, layer, s, batch.demand, machine, setting, state, log)
+    if tiers is not None:
+        price_tiers(tiers, machine, state.scratch.active, size)
     pool = pool_of(state.cache, layer)
     of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity[pool]))
     view = view_of(step, layer, batch.steps, machine, setting, state.scratch, of_pool)
@@ -210,52 +213,54 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape
     if size > 0:
         dispatch(cells, view, layer, load, plan)
     log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
-    shared = shared_of(setting.splits, size, plan)
-    line = timeline(machine, view, size, plan, shared)
-    fetched = _carry_out(layer, size, state, log)
-    if shared >= 0:
+    if tiers is None:
+        shared = shared_of(setting.splits, size, plan)
+        line = timeline(machine, view, size, plan, shared)
+    else:
+        shared = -1
+        line = tier_line(tiers, machine, view, size, plan)
+    fetched = carry_out(layer, size, state, log)
+    if tiers is not None:
+        note_cpu(layer, size, state.scratch, log)
+    elif shared >= 0:
         share_out(layer, shared, state, log)
-    if foresight is not None:
-        foresee(foresight, batch, s, layer, machine)
-        if setting.prefetch == BY_WORTH:
-            queue_best(foresight, queue, state.cache, layer, size, state.scratch, tally)
-    if tape is not None:
-        note_moe(tape, step, layer, dense, (view, size, shared), line, machine, state)
-    beside_bytes = flow(queue, max(0.0, line.moe_s - line.fetch_s) * machine.link[0].bytes_s)
-    moved_bytes += beside_bytes
-    log.unit[LINK_IN].shared_s += shared_s(line, beside_bytes * machine.link[0].s_per_byte)
+    _foresee(aside.foresight, batch, s, layer, size, work)
+    note_moe(aside.tape, step, layer, dense, (view, size, shared), line, machine, state)
+    beside = _flow(tiers, queue, max(0.0, line.moe_s - line.fetch_s), machine)
+    moved = moved[0] + beside[0], moved[1] + beside[1]
     if setting.learns:
         residency(cells, view, layer, load, plan)
-    if foresight is None:
-        touch_and_admit(cells, state.cache, layer, size, state.scratch, fetched, tally)
-    else:
-        touch_and_admit_by_worth(foresight, queue, cells, state.cache, layer, size, state.scratch, tally)
+    _offer(aside.foresight, layer, size, fetched, work)
     if setting.prefetch == ONLINE:
         join_by_score(queue, cells, state.cache, layer, setting.depth)
-    if tape is not None:
-        note_layer_end(tape, step, dense + line.moe_s, state)
-    _note_units(dense, line, moved_bytes, machine, state, log)
+    note_layer_end(aside.tape, step, dense + line.moe_s, state)
+    if tiers is None:
+        log.unit[LINK_IN].shared_s += shared_s(line, beside[1])
+        note_units(dense, line, moved[0], machine, state, log)
+    else:
+        log.unit[LINK_IN].shared_s += shared_tiers_s(line, beside[1], tiers.beside[0])
+        note_tiers(dense, line, moved, machine, tiers, state.scratch, log)
+        end_layer(tiers, dense + line.moe_s)
     row, totals = log.step[s], log.layer[layer]
     row.moe_s += line.moe_s
     row.demand_bytes += line.demand_bytes
-    row.prefetch_bytes += moved_bytes
+    row.prefetch_bytes += moved[0]
     totals.dense_s += dense
     totals.moe_s += line.moe_s
     totals.demand_bytes += line.demand_bytes
-    if line.busiest_s == 0.0:
-        return -1.0
-    imbalance = line.busiest_s * (state.scratch.groups.size * machine.share) / line.busy_sum_s
-    totals.imbalance_sum += imbalance
-    totals.imbalance_count += 1
-    return imbalance
+    return _imbalance(line, units_of(tiers, machine, state.scratch), totals)
 
 
 @kernel(inline=False)
-def _wait(machine, state, row, log):
+def _wait(tiers, machine, state, row, log):
     """Let the first decode step wait until the queue is empty; return the seconds."""
-    moved_bytes = flow(state.queue, remaining_bytes(state.queue))
+    if tiers is None:
+        moved_bytes = flow(state.queue, remaining_bytes(state.queue))
+        row.wait_s = moved_bytes * machine.link[0].s_per_byte
+    else:
+        moved_bytes, row.wait_s = flow_tiers(tiers, state.queue, np.inf, machine)
+        end_layer(tiers, row.wait_s)
     row.prefetch_bytes += moved_bytes
-    row.wait_s = moved_bytes * machine.link[0].s_per_byte
     log.unit[LINK_IN].busy_s += row.wait_s
     log.unit[LINK_IN].bytes += moved_bytes
     return row.wait_s
@@ -274,13 +279,13 @@ def _end_step(step, batch, setting, state, log):
     forget_ended(state.prompts, step, True)
 
 
-@kernel(signature=lambda: replay_signature(None, None))
-def replay_batch(work, dispatch, residency, foresight, tape):
+@kernel(signature=lambda: replay_signature(None, Aside()))
+def replay_batch(work, dispatch, residency, tiers, aside):
     """Replay a block of steps; what follows it finds its state in ``state``, and the figures in ``log``,
     whose ``step`` are those of the block.
 
-    ``foresight`` and ``tape`` are None here; `variants.py` compiles these lines once more for a policy that foresees
-    and for a tape that notes everything down. What is None costs nothing.
+    ``tiers`` and all of ``aside`` are None here; `variants.py` compiles these lines once more for machines with more
+    tiers, for a policy that foresees, and so on. What is None costs nothing.
     """
     batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     layers = state.cells.shape[0]
@@ -290,29 +295,29 @@ def replay_batch(work, dispatch, residency, foresight, tape):
         row = log.step[s]
         if setting.waits and batch.steps.phase[s] == DECODE and log.tally[0].waited == 0:
             log.tally[0].waited = 1
-            if tape is not None:
-                note_wait(tape, step, machine, state)
-            _wait(machine, state, row, log)
+            note_wait(aside.tape, step, machine, state)
+            _wait(tiers, machine, state, row, log)
         dense = dense_s(machine, batch.steps.rows[s], batch.steps.kv_tokens[s])
         imbalance_sum, imbalance_count = 0.0, 0
         for layer in range(layers):
-            imbalance = _replay_layer(layer, step, dense, work, dispatch, residency, foresight, tape)
+            imbalance = _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside)
             if imbalance >= 0:
                 imbalance_sum += imbalance
                 imbalance_count += 1
         row.imbalance = imbalance_sum / imbalance_count if imbalance_count > 0 else np.nan
-        row.dense_s = dense * layers
+        row.dense_s += dense * layers
         row.head_s = head
         row.duration_s = row.dense_s + row.moe_s + head + row.wait_s
         log.unit[GPU].busy_s += head
         log.unit[GPU].bytes += machine.work[0].head_bytes
         if setting.counts_prompts:
             _end_step(step, batch, setting, state, log)
-        if tape is not None:
-            note_head(tape, step, machine, state)
+        note_head(aside.tape, step, machine, state)
+        if tiers is not None:
+            end_step(tiers, head)
 
 
-def new_state(machine: Machine, prompts: Prompts, cache: Cache, admit: bool) -> State:
+def new_state(machine: Machine, prompts: Prompts, cache: Cache, admit: bool, tiers: Tiers | None = None) -> State:
     """Return the state before the first step, with an empty cache; ``admit``: whether what arrives may be kept."""
     layers, experts = machine.weight_bytes.shape
     return State(
@@ -320,7 +325,7 @@ def new_state(machine: Machine, prompts: Prompts, cache: Cache, admit: bool) -> 
         cache=cache,
         queue=empty_queue(machine.weight_bytes),
         prompts=prompts,
-        scratch=new_scratch(machine),
+        scratch=new_scratch(machine, tiers),
     )
 
 
@@ -338,9 +343,9 @@ def smallest_work() -> Work:
     return Work(batch, machine, new_setting(), state, new_log(1, 1, 1))
 
 
-def replay_signature(foresight: Any, tape: Any) -> Any:
-    """Return the types that ``replay_batch`` is compiled for, with a foresight and a tape like these, or None."""
+def replay_signature(tiers: Any, aside: Aside) -> Any:
+    """Return the types that ``replay_batch`` is compiled for, with such tiers, or None, and what else is there."""
     from numba import typeof, types
 
     hook = types.FunctionType(hook_signature())
-    return types.void(typeof(smallest_work()), hook, hook, typeof(foresight), typeof(tape))
+    return types.void(typeof(smallest_work()), hook, hook, typeof(tiers), typeof(aside))

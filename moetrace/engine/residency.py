@@ -186,6 +186,7 @@ def evict(cells, cache, pool, tally):
     cache.resident[victim] = 0
     cache.residents[pool] -= 1
     tally[0].wasted += cache.fresh[victim]
+    tally[0].evictions += 1
     cache.fresh[victim] = 0
     return True
 

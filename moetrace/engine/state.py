@@ -14,8 +14,8 @@ import numpy as np
 from moetrace.jit.compile import PURE_PYTHON
 
 # What `plan[i]` may be: where an active expert runs. With dispatch `split` one may be shared by the two.
-DEVICES = ("home", "gpu")
-HOME, ON_GPU, SHARED = 0, 1, 2
+DEVICES = ("home", "gpu", "cpu")
+HOME, ON_GPU, CPU, SHARED = 0, 1, 2, 3  # the GPU runs what is odd
 
 # One expert of one layer, as policies see it. `resident` is a copy for reading: the engine keeps its own.
 CELL = np.dtype(
@@ -35,16 +35,19 @@ _ACTIVE = [
     ("rows", np.float64),
     ("ndp_s", np.float64),  # where it lives: on each unit of its group
     ("gpu_s", np.float64),
+    ("cpu_s", np.float64),  # on a CPU beside units; infinite without one
     ("fetch_s", np.float64),  # 0 if resident
     ("weight_bytes", np.float64),
     ("next_use", np.float64),  # (step * layers + layer) of its next demand, where the policy looks ahead
     ("here", np.float64),  # share of its weights that the GPU holds, 1 if resident; only for dispatch `split`
     ("share", np.float64),  # what the GPU runs of it, if it is shared
     ("turn", np.int64),  # of record j: who is the j-th that the GPU would run, resident ones first
+    ("outside_s", np.float64),  # that reading it from outside keeps the units busy which hold it
+    ("ready_s", np.float64),  # when it is in host memory, after the router's word
     ("gate_mass", np.float64),  # sum of its rows' gates; only for a policy that names it
     ("resident", np.uint8),
 ]
-# `device_s[d]` are the same seconds by what a plan says: 0 = home, 1 = GPU. It overlays the two fields above.
+# `device_s[d]` are the same seconds by what a plan says: 0 = home, 1 = GPU, 2 = CPU. It overlays three fields above.
 ACTIVE = np.dtype(
     {
         "names": [name for name, _ in _ACTIVE] + ["device_s"],
@@ -54,14 +57,23 @@ ACTIVE = np.dtype(
         "aligned": True,
     }
 )
-# A group of units that share experts: sums over the experts that it runs in this layer.
+# A group of units that share experts: sums over the experts that it runs in this layer, and `outside_s`: the seconds in
+# which others read what it holds.
 GROUP = np.dtype(
-    [("busy_s", np.float64), ("rows", np.float64), ("weight_bytes", np.float64), ("count", np.int64)], align=True
+    [(name, np.float64) for name in ("busy_s", "rows", "weight_bytes", "outside_s")] + [("count", np.int64)], align=True
 )
 
 # What a policy has of each layer. A user's hook notes step and role, in case it fails; `memory` is the policy's own.
 MEMORY, DISPATCH, RESIDENCY = 64, 0, 1
-OWN = np.dtype([("step", np.int64), ("role", np.int64), ("memory", np.float64, (MEMORY,))], align=True)
+OWN = np.dtype(
+    [
+        ("step", np.int64),
+        ("role", np.int64),
+        ("term_at", np.int64),  # address of the machine's TERM (`tiers/records.py`), 0 if it has none
+        ("memory", np.float64, (MEMORY,)),
+    ],
+    align=True,
+)
 
 STEP = np.dtype(
     [
@@ -81,7 +93,7 @@ STEP = np.dtype(
 )
 LAYER = np.dtype(
     [(name, np.float64) for name in ("dense_s", "moe_s", "imbalance_sum", "demand_bytes")]
-    + [(name, np.int64) for name in ("imbalance_count", "hits", "misses", "gpu_experts", "ndp_experts")],
+    + [(name, np.int64) for name in ("imbalance_count", "hits", "misses", "gpu_experts", "ndp_experts", "cpu_experts")],
 )
 # Rows of the unit log: 0 the GPU, 1 the link towards the GPU, 2 the link away from it, 3.. the groups of units.
 # `shared_s` of a link: seconds of `busy_s` that count twice, as two transfers pass at the same time.
@@ -89,7 +101,7 @@ UNIT = np.dtype(
     [(name, np.float64) for name in ("busy_s", "shared_s", "rows", "bytes")] + [("experts", np.int64)],
 )
 GPU, LINK_IN, LINK_OUT, FIRST_GROUP = 0, 1, 2, 3
-TALLY = np.dtype([(name, np.int64) for name in ("wasted", "used", "clock", "waited")])
+TALLY = np.dtype([(name, np.int64) for name in ("wasted", "used", "clock", "waited", "evictions")])
 
 
 class View(NamedTuple):

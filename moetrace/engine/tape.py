@@ -102,6 +102,8 @@ def note_flow(tape, step, budget_bytes, start_s, machine, state):
 @kernel
 def note_wait(tape, step, machine, state):
     """Before it: write the wait for the queue, with which the step begins."""
+    if tape is None:
+        return
     note_count(tape, step, 0.0, state)
     total_bytes = remaining_bytes(state.queue)
     if total_bytes == 0.0:
@@ -114,6 +116,8 @@ def note_wait(tape, step, machine, state):
 @kernel
 def note_dense(tape, step, layer, dense, machine, state):
     """Before the queue flows beside it: write a layer's dense work, and that flow."""
+    if tape is None:
+        return
     start_s = tape.clock_s[0]
     note_count(tape, step, start_s, state)
     # The host's overhead, in which the GPU is idle, comes after the dense work: before the router's word.
@@ -130,6 +134,8 @@ def note_moe(tape, step, layer, dense, seen, line, machine, state):
     What the timing model leaves open is drawn in demand order: a unit's shards. Prefetches flow "for the time that
     demand fetches leave", and those come first.
     """
+    if tape is None:
+        return
     view, size, shared = seen
     start_s = tape.clock_s[0] + dense
     note_count(tape, step, start_s, state)
@@ -241,6 +247,8 @@ def _note_expert(tape, step, layer, unit, start_s, duration_s, expert):
 @kernel
 def note_layer_end(tape, step, seconds, state):
     """Write what is kept after a layer that took ``seconds``; the next one begins here."""
+    if tape is None:
+        return
     tape.clock_s[0] += seconds
     note_count(tape, step, tape.clock_s[0], state)
 
@@ -248,6 +256,8 @@ def note_layer_end(tape, step, seconds, state):
 @kernel
 def note_head(tape, step, machine, state):
     """Write the LM head, with which the step ends, and what is queued after it."""
+    if tape is None:
+        return
     head = head_s(machine)
     note(tape, step, -1, HEAD_WORK, GPU, tape.clock_s[0], head, machine.work[0].head_bytes)
     note_count(tape, step, tape.clock_s[0] + head, state)

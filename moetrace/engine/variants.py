@@ -1,29 +1,54 @@
-"""The lines of the replay, compiled for a policy that foresees and for a tape, which cost the others nothing."""
+"""The lines of the replay, compiled for what some replays have and others do not, which costs those nothing."""
 
+from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
-import numpy as np
-
-from moetrace.engine.foresight import Foresight, foresight_of
-from moetrace.engine.replay import replay_batch, replay_signature
-from moetrace.engine.schedule import Requests
-from moetrace.engine.tape import new_tape
+from moetrace.engine.bounds import clairvoyant_s, clairvoyant_signature
+from moetrace.engine.replay import Aside, replay_batch, replay_signature
+from moetrace.engine.tiers.records import Tiers
 from moetrace.jit.compile import kernel
-from moetrace.spec.policy import PolicySpec
 
 _lines = getattr(replay_batch, "py_func", replay_batch)
-_record: Any = kernel(_lines, signature=lambda: replay_signature(None, new_tape(1, 1)))
-_foresee: Any = kernel(_lines, signature=lambda: replay_signature(_smallest(), None))
-_foresee_and_record: Any = kernel(_lines, signature=lambda: replay_signature(_smallest(), new_tape(1, 1)))
+_clairvoyant_lines = getattr(clairvoyant_s, "py_func", clairvoyant_s)
 
 
-def variant(foresees: bool, records: bool) -> Any:
-    """Return the replay for a lane."""
-    return (_foresee_and_record if foresees else _record) if records else _foresee if foresees else replay_batch
+def variant(tiers: Tiers | None, aside: Aside) -> Any:
+    """Return the replay for lanes that have such tiers, or None, and what else is there."""
+    if tiers is None and all(part is None for part in aside):
+        return replay_batch
+    return _variant(_Example(tiers, aside))
+
+
+def clairvoyant(tiers: Tiers | None) -> Any:
+    """Return the clairvoyant run for machines that have such tiers, or None."""
+    return clairvoyant_s if tiers is None else _clairvoyant(_Example(tiers, Aside()))
+
+
+class _Example:
+    """Two examples are equal if the same parts of them are there: then their types are equal, too."""
+
+    def __init__(self, tiers: Tiers | None, aside: Aside) -> None:
+        self.tiers, self.aside = tiers, aside
+        self.there = _there((tiers, aside))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Example) and self.there == other.there
+
+    def __hash__(self) -> int:
+        return hash(self.there)
 
 
 @cache
-def _smallest() -> Foresight:
-    none = np.zeros(0, np.int64)
-    return foresight_of(PolicySpec(name=""), Requests(*[none] * 9), 1, 1, 1)
+def _variant(example: _Example) -> Any:
+    # Types are read from the example when the kernel is compiled; until then it keeps these arrays.
+    return kernel(_lines, signature=lambda: replay_signature(example.tiers, example.aside))
+
+
+@cache
+def _clairvoyant(example: _Example) -> Any:
+    return kernel(_clairvoyant_lines, signature=lambda: clairvoyant_signature(example.tiers))
+
+
+def _there(part: Any) -> Hashable:
+    return tuple(_there(one) for one in part) if isinstance(part, tuple) else part is not None

@@ -6,6 +6,7 @@ import numpy as np
 
 from moetrace.engine.machine import FIRST_HOME, GPU_DEVICE, Machine
 from moetrace.engine.state import ACTIVE, GROUP, OWN, View, records
+from moetrace.engine.tiers.records import Tiers
 from moetrace.jit.compile import kernel
 
 
@@ -47,12 +48,14 @@ def view_of(step, layer, steps, machine, setting, scratch, pool):
     )
 
 
-def new_scratch(machine: Machine) -> LayerScratch:
-    """Return room for a layer's active experts."""
+def new_scratch(machine: Machine, tiers: Tiers | None = None) -> LayerScratch:
+    """Return room for a layer's active experts; ``tiers``: what the machine has more, which a dispatch may read."""
     layers, experts = machine.home.shape
-    own = records(layers, OWN)
+    own, active = records(layers, OWN), records(experts, ACTIVE)
+    active["cpu_s"] = np.inf
+    own["term_at"] = 0 if tiers is None else tiers.term.ctypes.data
     return LayerScratch(
-        active=records(experts, ACTIVE),
+        active=active,
         groups=records(len(machine.device) - FIRST_HOME, GROUP),
         load=np.zeros(experts, np.int64),
         plan=np.zeros(experts, np.uint8),

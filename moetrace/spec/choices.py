@@ -94,19 +94,24 @@ class Dispatch(PolicyChoice, frozen=True, kw_only=True):
         partners: choices that it goes with only, as pairs of kind and name.
         without_units: whether it runs on a system where nothing but the GPU runs experts: it sends all of them there.
         beside_units: whether a CPU takes part beside NDP units.
+        uses_cpu: whether it runs experts on that CPU.
         ignores_residency: whether its decision does not depend on what the GPU holds.
         reads_state: whether it looks at `state`, and not only at `view`.
         splits: whether one expert may run in part on the GPU and in part at home; with `launch = "expert"` only.
         counts_fallbacks: whether it searches up to `OPTIMAL_UP_TO` active experts, and layers with more are counted.
+        tiers_hook: what does it on a machine with more tiers or another link (`moetrace.engine.tiers`), if not `hook`;
+            a dispatch without a hook always takes this one.
     """
 
     partners: tuple[tuple[str, str], ...] = ()
     without_units: bool = False
     beside_units: bool = False
+    uses_cpu: bool = False
     ignores_residency: bool = False
     reads_state: bool = True
     splits: bool = False
     counts_fallbacks: bool = False
+    tiers_hook: Callable | None = None
     kind: ClassVar[str] = "dispatch"
 
 

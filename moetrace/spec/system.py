@@ -42,6 +42,7 @@ NotNegative = Annotated[float, Meta(ge=0, le=1e9)]
 Efficiency = Annotated[float, Meta(ge=1e-6, le=1)]
 Roofline = Literal["max", "sum"]
 Launch = Literal["expert", "layer"]
+Parts = Annotated[int, Meta(ge=1, le=65535)] | Literal["auto"]
 
 
 # A field that a later version added is None where nobody sets it: `canonical` then says nothing of it, so that a
@@ -65,6 +66,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         roofline: Whether arithmetic and reading overlap (`max`, the default) or follow each other (`sum`).
         layer_overhead_us: Microseconds of the host's work for each layer and step, in which nothing computes, as of
             Python. By default 0. The hand-off to a CPU is `cpu.command_us`.
+        evict_us: Microseconds that each admission adds which evicts another expert, as for pages that are unmapped and
+            mapped again. By default 0.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     launch: Launch | None = None
     roofline: Roofline | None = None
     layer_overhead_us: NotNegative | None = None
+    evict_us: NotNegative | None = None
 
     @property
     def flop_s(self) -> float:
@@ -114,6 +118,12 @@ class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         launch: Whether each expert is a command (`expert`, the default), or one command starts a unit's experts of a
             layer (`layer`).
         roofline: Whether arithmetic and reading overlap (`max`, the default) or follow each other (`sum`).
+        chunks: Equal parts in which rows go out, are worked on and come back, so that a part travels while another one
+            computes; `auto` takes the best number, a power of two up to 64. By default 1.
+        activations: Whether a row goes to each unit that needs it (`per-unit`, the default), or to the units once
+            (`host`).
+        outside_gb_s: What the GPU or a CPU can read of one unit's memory, GB a second. By default as fast as they can.
+        contention: Whether such reads keep the unit busy. By default they do not.
     """
 
     units: Annotated[int, Meta(ge=1, le=65535)]
@@ -125,6 +135,10 @@ class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     memory_efficiency: Efficiency | None = None
     launch: Launch | None = None
     roofline: Roofline | None = None
+    chunks: Parts | None = None
+    activations: Literal["per-unit", "host"] | None = None
+    outside_gb_s: Positive | None = None
+    contention: bool | None = None
 
     @property
     def flop_s(self) -> float:
@@ -150,12 +164,15 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         latency_us: Microseconds that each transfer adds.
         efficiency: Share of `bandwidth_gb_s` that it reaches. By default 1.
         host_read: Whether the CPU's memory bandwidth also limits fetches of dispatch `gpu`. By default it does not.
+        stream: Equal parts in which a fetched expert arrives, each computed once it is there; 0 stands for no limit.
+            By default 1: it runs when all of it is there.
     """
 
     bandwidth_gb_s: Positive
     latency_us: NotNegative
     efficiency: Efficiency | None = None
     host_read: bool | None = None
+    stream: Annotated[int, Meta(ge=0, le=65535)] | None = None
 
     @property
     def bytes_s(self) -> float:
@@ -169,7 +186,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The CPU, which runs experts out of host memory where there are no NDP units.
+    """The CPU, which runs experts out of host memory where there are no NDP units, or beside them if a dispatch asks.
 
     Attributes:
         tflops: Peak of its arithmetic, 1e12 FLOP a second.
@@ -180,6 +197,7 @@ class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         launch: Whether each expert adds `command_us` (`expert`, the default), or all experts of a layer add it once
             (`layer`).
         roofline: Whether arithmetic and reading overlap (`max`, the default) or follow each other (`sum`).
+        chunks: As of `ndp`, for the exchange with the CPU.
     """
 
     tflops: Positive
@@ -189,6 +207,7 @@ class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     memory_efficiency: Efficiency | None = None
     launch: Launch | None = None
     roofline: Roofline | None = None
+    chunks: Parts | None = None
 
     @property
     def flop_s(self) -> float:
@@ -211,9 +230,12 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     Attributes:
         memory_gb: Memory for experts, GB. Without it there is no limit.
+        channels_gb_s: What the GPU or a CPU can read of an expert that is spread over all NDP units, GB a second. By
+            default as fast as they can.
     """
 
     memory_gb: Positive | None = None
+    channels_gb_s: Positive | None = None
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -268,11 +290,15 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return _device("cpu", 1, cpu, cpu.command_s) if cpu is not None and self.link is not None else None
 
     @property
+    def beside(self) -> Device | None:
+        """The CPU beside NDP units."""
+        cpu = self.cpu
+        return _device("cpu", 1, cpu, cpu.command_s) if self.ndp is not None and cpu is not None else None
+
+    @property
     def devices(self) -> list[Device]:
         """All that computes: the GPU, the units, the CPU."""
-        home, cpu = self.home, self.cpu
-        beside = [_device("cpu", 1, cpu, cpu.command_s)] if self.ndp is not None and cpu is not None else []
-        return [self.accelerator, *([home] if home else []), *beside]
+        return [one for one in (self.accelerator, self.home, self.beside) if one is not None]
 
     @property
     def part_names(self) -> list[str]:

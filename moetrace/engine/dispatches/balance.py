@@ -1,6 +1,7 @@
 """`balance` (arXiv 2601.03992): experts move to the GPU one by one while the layer gets faster."""
 
 from moetrace.engine.dispatch import move_while_faster
+from moetrace.engine.tiers.moves import balance
 from moetrace.spec.choices import Dispatch
 
 
@@ -9,10 +10,16 @@ def balanced(state, view, layer, load, plan):
     move_while_faster(view, load.size, plan)
 
 
+def balanced_with_tiers(state, view, layer, load, plan):
+    """Do the same on a machine with more tiers."""
+    balance(view, load.size, plan)
+
+
 RECORD = Dispatch(
     name="balance",
     meaning="experts move to the GPU one by one while the layer gets faster",
     hook=balanced,
+    tiers_hook=balanced_with_tiers,
     reads_state=False,
     list_order=40,
 )

@@ -1,6 +1,7 @@
 """`hot` (MoNDE): the H most demanded experts are fetched."""
 
 from moetrace.engine.layer import give_rest, less, ndp_end_s, take_from_group
+from moetrace.engine.tiers.moves import hottest
 from moetrace.spec.choices import Dispatch
 
 
@@ -23,10 +24,16 @@ def hottest_on_gpu(state, view, layer, load, plan):
         plan[i] = i < best
 
 
+def hottest_with_tiers(state, view, layer, load, plan):
+    """Do the same on a machine with more tiers."""
+    hottest(view, load.size, plan)
+
+
 RECORD = Dispatch(
     name="hot",
     meaning="the most demanded experts are fetched to the GPU, the rest stay",
     hook=hottest_on_gpu,
+    tiers_hook=hottest_with_tiers,
     partners=(("residency", "none"), ("prefetch", "none")),
     ignores_residency=True,
     reads_state=False,

@@ -1,0 +1,234 @@
+"""One policy on its way through a trace: its machine, its state and its books."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import thread_time
+from typing import Any
+
+import numpy as np
+
+from moetrace.engine.cold import ColdStarts, cold_steps
+from moetrace.engine.decoded import Decoded
+from moetrace.engine.failure import place_of
+from moetrace.engine.folding import FoldedSteps
+from moetrace.engine.foresight import foresight_of
+from moetrace.engine.in_common import InCommon, PromptBooks, Yardstick
+from moetrace.engine.layer_slots import layer_slots
+from moetrace.engine.lower_bound import room_of
+from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
+from moetrace.engine.placement import place_experts
+from moetrace.engine.plugin import load_hook, weighs_gates
+from moetrace.engine.prefetch import COMPLETED_EVER
+from moetrace.engine.recording import Recording
+from moetrace.engine.replay import Aside, Batch, State, Work, new_state
+from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, keep_for_good
+from moetrace.engine.setting import new_setting
+from moetrace.engine.setup import Setup
+from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
+from moetrace.engine.tiers.build import tier_parts_of, tiers_of
+from moetrace.engine.tiers.records import MORE_ROWS, Tiers
+from moetrace.engine.variants import variant
+from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
+from moetrace.spec.errors import MoetraceError
+from moetrace.spec.participants import seen_by
+from moetrace.spec.policy import PolicySpec, check_policy
+
+# What is taken to be true of a user's own function.
+_OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name="own", meaning="")
+
+
+@dataclass
+class Lane:
+    """One policy on its way through a trace, and what it recorded.
+
+    ``clairvoyant_s``: seconds with whatever is active resident already, up to the slots; ``work_bound_s``: of any
+    schedule on the parts that take part; ``lower_bound`` counts starts, the link and the slots, too, and may serve
+    several lanes (timing model, section 8).
+    """
+
+    policy: PolicySpec
+    machine: Machine
+    parts: list[MachinePart]
+    has_units: bool
+    setting: Any  # SETTING [1]
+    log: Log
+    state: State
+    tiers: Tiers | None  # of a machine that has more of them
+    aside: Aside
+    hooks: tuple[Any, Any]
+    work_bound: Yardstick
+    lower_bound: Yardstick | None  # None with more tiers: its proof is of a plain link and one home
+    clairvoyant: Yardstick | None  # None if the dispatch ignores residency
+    cold_starts: ColdStarts | None = None  # of scope "request"
+    clairvoyant_s: float = 0.0
+    work_bound_s: float = 0.0
+    recording: Recording | None = None  # of the steps of a timeline
+    folded: FoldedSteps | None = None  # instead of the log of each step
+    books: PromptBooks | None = None  # then, of a policy that counts prompts: whose the prompts of the state are
+    last_s: float = 0.0  # processor time that the last block took
+    _first_step: int = 0  # that the log has
+
+    def advance(self, batch: Batch) -> None:
+        """Replay a block."""
+        begun_s, cells, scratch = thread_time(), self.state.cells, self.state.scratch
+        if self.folded is not None:
+            self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
+            self._first_step = batch.steps.first
+        if self.books is not None:
+            self.state = self.state._replace(prompts=self.books.lend(batch.steps.first))
+        try:
+            for part in self._cut_where_cold(batch):
+                if self.recording is None:
+                    self._replay(part)
+                else:
+                    self._replay_and_record(part, self.recording)
+            if self.clairvoyant is not None:
+                cells, scratch = self.clairvoyant.kept
+                self.clairvoyant.advance(batch)
+        except MemoryError:
+            raise
+        except Exception as error:  # only a user's function can raise
+            why = f"{type(error).__name__}: {error}{place_of(error, self.work(batch), cells, scratch, self.hooks)}"
+            raise MoetraceError(f"Policy {self.policy.name} failed: {why}.") from error
+        if self.folded is not None:
+            self.folded.add(batch.steps.first, self.log.step)
+            self.log = self.log._replace(step=new_steps(0))
+        if self.books is not None:
+            self.books.give_back(self.state.prompts)
+            self.state = self.state._replace(prompts=None)
+        self.last_s = thread_time() - begun_s
+
+    def _cut_where_cold(self, batch: Batch) -> Iterator[Batch]:
+        """Yield a block in the parts before which the cache is emptied, once that has been done."""
+        if self.cold_starts is None:
+            yield batch
+            return
+        for part, is_cold in self.cold_starts.parts(batch, len(self.state.cells)):
+            if is_cold:
+                self.cold_starts.empty(self.state, self.log)
+            yield part
+
+    def _replay(self, batch: Batch) -> None:
+        self.kernel(self.work(batch), *self.hooks, self.tiers, self.aside)
+
+    def _replay_and_record(self, batch: Batch, recording: Recording) -> None:
+        for part, is_recorded in recording.parts(batch, len(self.state.cells)):
+            if is_recorded:
+                recording.record(self.work(part), self.hooks, self.tiers, self.aside)
+            else:
+                self._replay(part)
+
+    @property
+    def kernel(self) -> Any:
+        """The replay that is compiled for what the lane has."""
+        return variant(self.tiers, self.aside)
+
+    @property
+    def lower_bound_s(self) -> float:
+        """The bound that counts starts, the link and the slots; the work bound, should that be greater."""
+        return self.work_bound_s if self.lower_bound is None else max(self.lower_bound.seconds, self.work_bound_s)
+
+    def work(self, batch: Batch) -> Work:
+        """Return all that the replay of a block takes."""
+        first = batch.steps.first - self._first_step
+        log = self.log._replace(step=self.log.step[first : first + len(batch.steps.rows)])
+        return Work(batch, self.machine, self.setting, self.state, log)
+
+    @property
+    def duration_s(self) -> np.ndarray:
+        """Seconds of each step, float64 [steps]."""
+        return np.ascontiguousarray(self.log.step["duration_s"]) if self.folded is None else self.folded.duration_s
+
+    @property
+    def prefetch_bytes(self) -> float:
+        """What was prefetched, in all."""
+        return float(np.sum(self.log.step["prefetch_bytes"])) if self.folded is None else self.folded.prefetch_bytes
+
+    @property
+    def late(self) -> int:
+        """Experts that were demanded while they were fetched ahead."""
+        return int(np.sum(self.log.step["late"])) if self.folded is None else self.folded.late
+
+    def finish(self) -> None:
+        """Close the books after the last block: what was prefetched and never run was wasted."""
+        self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
+        self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
+        if not self.has_units:  # one CPU is no tier that could be out of balance
+            self.log.step["imbalance"] = np.nan
+            self.log.layer["imbalance_sum"], self.log.layer["imbalance_count"] = 0.0, 0
+        self.work_bound_s = self.work_bound.seconds
+        if self.clairvoyant is not None:
+            self.clairvoyant_s = self.clairvoyant.seconds
+        elif self.folded is not None:
+            self.clairvoyant_s = float(np.sum(self.folded.busy_s))
+        else:
+            self.clairvoyant_s = float(np.sum(self.log.step["duration_s"] - self.log.step["wait_s"]))
+
+
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else float(given)
+
+
+def lane_of(
+    decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int, common: InCommon
+) -> Lane:
+    """Return the lane of a policy of a setup, before the first step."""
+    check_policy(policy, setup.system)
+    model, system = setup.model, seen_by(policy, setup.system)
+    schedule, own = decoded.schedule, setup.hooks
+    layers, experts = weight_bytes.shape
+    share = policy.group_size(system.units) if system.units else 1
+    groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
+    machine = common.machine(machine_of(model, system, weight_bytes, groups, share))
+    dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
+    residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
+    prefetch: Prefetch = find("prefetch", policy.prefetch)
+    tiers = tiers_of(model, system, dispatch)
+    hooks = (
+        load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
+        load_hook("residency", policy.residency, own),
+    )
+    setting = new_setting(
+        prefetch=prefetch.rule,
+        depth=policy.prefetch_depth or 0,
+        waits=int(policy.prefetch_blocks),
+        counts_prompts=int(residency.counts_prompts),
+        learns=int(residency is _OWN_RESIDENCY or residency.hook is not None),
+        looks_ahead=int(residency.next_steps),
+        optimal=int(dispatch.counts_fallbacks),
+        splits=int(dispatch.splits),
+        own_dispatch=int(dispatch.reads_state),
+        weighs=int(any(map(weighs_gates, hooks))),
+        slots=slots,
+        half_life=policy.half_life or 0,
+        gpu_rows=policy.gpu_rows or 0,
+        alpha=float(policy.alpha),
+        most_count=_or(policy.most_count, MOST_COUNT),
+        chance=float(policy.p),
+        seed=policy.seed,
+    )
+    pools = layers if policy.scope == "layer" and not residency.shares_slots else 1
+    capacity: int | np.ndarray = slots // pools
+    if policy.budget is not None:
+        capacity = layer_slots(policy.budget, lambda: decoded.first_counts, slots, weight_bytes > 0)
+    evicted_share = _or(policy.evicted_share, EVICTED_SHARE)
+    cache = empty_cache(layers, experts, pools, capacity, residency.order, evicted_share)
+    prompts = common.prompts(schedule.requests, residency.counts_prompts, layers * experts)
+    state = new_state(machine, prompts, cache, residency.admits, tiers)
+    if system.link is None:
+        keep_for_good(state.cells, state.cache, np.arange(layers * experts))
+    elif residency.begin is not None:
+        residency.begin(policy, state, decoded)
+    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(machine, tiers, setting, hooks[0])
+    log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
+    parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers)
+    aside = Aside()
+    if residency.foresees:
+        aside = Aside(foresight=foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k))
+    lower_bound = None
+    if tiers is None:
+        lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
+    cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
+    yardsticks = common.work_bound(machine), lower_bound, clairvoyant
+    has_units = system.ndp is not None
+    return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold)

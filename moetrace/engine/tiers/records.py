@@ -1,0 +1,74 @@
+"""What a machine has beside GPU, home and a plain link, in the numbers that kernels need."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moetrace.engine.machine import DEVICE
+from moetrace.engine.state import records
+
+# Of `stream` and the chunks: a number of parts; these stand for no limit, and for the best number.
+NO_LIMIT, AUTO = 0, 0
+MOST_CHUNKS = 64
+NO_GROUP = -1
+# Rows of the unit log behind the groups of units.
+CPU_ROW, DISK_ROW, REMOTE_ROW, MORE_ROWS = 0, 1, 2, 3
+
+TERM = np.dtype(
+    [
+        ("stream", np.int64),  # parts in which a fetched expert arrives and is computed; NO_LIMIT
+        ("home_chunks", np.int64),  # parts of the exchange with home; AUTO
+        ("cpu_chunks", np.int64),
+        ("home_command_s", np.float64),  # that a further chunk costs
+        ("cpu_command_s", np.float64),
+        ("cpu_layer_s", np.float64),  # that the CPU adds once a layer
+        ("units", np.int64),
+        ("all_group", np.int64),  # the group that is all units together, beside groups of one; NO_GROUP
+        ("has_cpu", np.int64),  # 1: a CPU runs experts beside the units
+        ("sends_once", np.int64),  # 1: a row goes to the units once, however many of them need it
+        ("all_s_per_byte", np.float64),  # reading from outside what is spread over units; 0 = as fast as the reader
+        ("one_s_per_byte", np.float64),  # reading from outside what one unit holds
+        ("contends", np.int64),  # 1: such reads keep units busy
+        ("evict_s", np.float64),  # that an admission adds which evicts
+        ("has_disk", np.int64),
+    ]
+)
+# What the layer at hand has beside a `layer.Timeline`; seconds after the router's word.
+BESIDE = np.dtype(
+    [
+        (name, np.float64)
+        for name in (
+            "evict_s",  # that the layer began with
+            "home_end_s",
+            "cpu_s",  # busy
+            "cpu_act_s",  # activations to the CPU, one way
+            "cpu_act_bytes",
+            "cpu_end_s",
+        )
+    ]
+)
+# What a replay on such a machine counts beside the log.
+TIER_TALLY = np.dtype(
+    [
+        ("now_s", np.float64),  # since the start of the replay: when the layer at hand begins
+        ("evictions_paid", np.int64),  # whose seconds are in a layer
+        ("evict_s", np.float64),
+    ]
+)
+
+
+class Tiers(NamedTuple):
+    """What a machine has beside GPU, home and a plain link."""
+
+    term: Any  # TERM [1]
+    cpu: Any  # DEVICE [1], beside units
+    tally: Any  # TIER_TALLY [1]
+    beside: Any  # BESIDE [1]
+
+
+def new_tiers(units: int) -> Tiers:
+    """Return tiers that add nothing: the replay then gives version 1's figures."""
+    term = records(1, TERM)
+    term["stream"] = term["home_chunks"] = term["cpu_chunks"] = 1
+    term["units"], term["all_group"] = units, NO_GROUP
+    return Tiers(term, records(1, DEVICE), records(1, TIER_TALLY), records(1, BESIDE))

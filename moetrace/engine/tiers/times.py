@@ -1,0 +1,216 @@
+"""When GPU, home and CPU end a layer, as decisions see it: without draws, and at the link's rate of the moment."""
+
+from typing import NamedTuple
+
+from moetrace.engine.layer import less
+from moetrace.engine.state import CPU, HOME, ON_GPU, OWN
+from moetrace.engine.tiers.records import AUTO, MOST_CHUNKS, NO_GROUP, NO_LIMIT, TERM
+from moetrace.jit.compile import kernel
+from moetrace.jit.read_only import record_at
+
+
+class Ends(NamedTuple):
+    """Seconds after the router's word; 0 of what runs nothing."""
+
+    gpu_s: float
+    home_s: float
+    cpu_s: float
+
+
+class HomeWork(NamedTuple):
+    """What the units have to do together."""
+
+    row_shards: float  # rows that go out, of all units
+    busiest_s: float
+    busy_sum_s: float
+    count: int
+
+
+class CpuWork(NamedTuple):
+    """What a CPU has to do beside the units."""
+
+    busy_s: float
+    rows: float
+    count: int
+
+
+@kernel
+def term_of(view):
+    """Return the machine's record of TERM, for a dispatch."""
+    return record_at(record_at(view.own, OWN).term_at, TERM)
+
+
+@kernel
+def fetched_end_s(term, free_s, from_s, to_s, gpu_s):
+    """Return when the GPU has run an expert that arrives from ``from_s`` to ``to_s``, being free at ``free_s``."""
+    if term.stream == 1:
+        return max(free_s, to_s) + gpu_s
+    if term.stream == NO_LIMIT:
+        return max(max(free_s, from_s) + gpu_s, to_s)
+    part = 1.0 / term.stream
+    return max(max(free_s, from_s + (to_s - from_s) * part) + gpu_s, to_s + gpu_s * part)
+
+
+@kernel
+def exchange_s(out_s, work_s, latency_s, chunks, command_s):
+    """Return the seconds in which rows go out, are worked on, and come back, in equal chunks that overlap.
+
+    ``out_s`` is one way without its latency.
+    """
+    if chunks == AUTO:
+        best_s, parts = exchange_s_of(out_s, work_s, latency_s, 1, command_s), 2
+        while parts <= MOST_CHUNKS:
+            seconds = exchange_s_of(out_s, work_s, latency_s, parts, command_s)
+            if less(seconds, best_s):
+                best_s = seconds
+            parts *= 2
+        return best_s
+    return exchange_s_of(out_s, work_s, latency_s, chunks, command_s)
+
+
+@kernel
+def exchange_s_of(out_s, work_s, latency_s, chunks, command_s):
+    """Return the same for a number of chunks."""
+    if chunks == 1:
+        act_s = out_s + latency_s
+        return act_s + work_s + act_s
+    act_s, chunk_s = out_s / chunks + latency_s, work_s / chunks + command_s
+    return act_s + chunk_s + act_s + (chunks - 1) * max(act_s, chunk_s)
+
+
+@kernel
+def clear_work(view):
+    """Take all work from the units, and all reads from outside."""
+    for g in range(view.groups.size):
+        group = view.groups[g]
+        group.busy_s = group.rows = group.weight_bytes = group.outside_s = 0.0
+        group.count = 0
+
+
+@kernel
+def give_home(view, expert):
+    """Add an expert to the work of the units that hold it."""
+    group = view.groups[expert.group]
+    group.busy_s += expert.ndp_s
+    group.rows += expert.rows
+    group.weight_bytes += expert.weight_bytes
+    group.count += 1
+
+
+@kernel
+def read_outside(view, expert):
+    """Let an expert be read from outside."""
+    view.groups[expert.group].outside_s += expert.outside_s
+
+
+@kernel
+def share_out_work(view, size, plan):
+    """Give units and CPU what a plan says; return the CPU's part, and the rows that home runs in all."""
+    clear_work(view)
+    cpu_s, cpu_rows, cpu_count, home_rows = 0.0, 0.0, 0, 0.0
+    for i in range(size):
+        expert = view.active[i]
+        if plan[i] == HOME:
+            give_home(view, expert)
+            home_rows += expert.rows
+        elif plan[i] == CPU:
+            cpu_s += expert.cpu_s
+            cpu_rows += expert.rows
+            cpu_count += 1
+            read_outside(view, expert)
+        elif not expert.resident:
+            read_outside(view, expert)
+    return CpuWork(cpu_s, cpu_rows, cpu_count), home_rows
+
+
+@kernel
+def home_work(term, view, home_rows):
+    """Return the sums over units of what ``view.groups`` say."""
+    if term.all_group != NO_GROUP:
+        return _mixed_work(term, view, home_rows)
+    row_shards, busiest_s, busy_sum_s, count = 0.0, 0.0, 0.0, 0
+    for g in range(view.groups.size):
+        group = view.groups[g]
+        if group.count > 0:
+            busy_s = group.busy_s + view.home_start_s + group.outside_s
+            row_shards += min(float(view.rows), group.rows)
+            busiest_s = max(busiest_s, busy_s)
+            busy_sum_s += busy_s * view.share
+            count += group.count
+    row_shards *= view.share
+    return HomeWork(_sent(term, view, row_shards, home_rows), busiest_s, busy_sum_s, count)
+
+
+@kernel
+def _mixed_work(term, view, home_rows):
+    """Return them where the last group is all units together."""
+    every = view.groups[term.all_group]
+    row_shards, busiest_s, busy_sum_s, count = 0.0, 0.0, 0.0, every.count
+    for g in range(term.all_group):
+        group = view.groups[g]
+        if group.count + every.count > 0:
+            busy_s = group.busy_s + every.busy_s + view.home_start_s + group.outside_s + every.outside_s
+            row_shards += min(float(view.rows), group.rows + every.rows)
+            busiest_s = max(busiest_s, busy_s)
+            busy_sum_s += busy_s
+            count += group.count
+    return HomeWork(_sent(term, view, row_shards, home_rows), busiest_s, busy_sum_s, count)
+
+
+@kernel
+def _sent(term, view, row_shards, home_rows):
+    """Return how many rows go out to the units."""
+    return min(float(view.rows), home_rows) if term.sends_once else row_shards
+
+
+@kernel
+def home_end_s(term, view, work):
+    """Return when the last results are back from home, 0 if nothing runs there."""
+    if work.count == 0:
+        return 0.0
+    out_s = work.row_shards * view.out_s_per_row
+    return exchange_s(out_s, work.busiest_s, view.link_latency_s, term.home_chunks, term.home_command_s)
+
+
+@kernel
+def cpu_end_s(term, view, work):
+    """Return when the CPU's results are back, 0 if it runs nothing."""
+    if work.count == 0:
+        return 0.0
+    out_s = min(float(view.rows), work.rows) * view.out_s_per_row
+    work_s = work.busy_s + term.cpu_layer_s
+    return exchange_s(out_s, work_s, view.link_latency_s, term.cpu_chunks, term.cpu_command_s)
+
+
+@kernel
+def gpu_end_s(term, view, size, plan):
+    """Return when the GPU has run its part, fetching what is missing."""
+    free_s, fetched_s, start_s = 0.0, 0.0, view.gpu_start_s
+    for j in range(size):
+        i = view.active[j].turn
+        if plan[i] != ON_GPU:
+            continue
+        expert = view.active[i]
+        if expert.resident:
+            free_s += start_s + expert.gpu_s
+            start_s = 0.0
+        else:
+            from_s = fetched_s
+            fetched_s = from_s + expert.fetch_s
+            free_s = fetched_end_s(term, free_s, from_s, fetched_s, expert.gpu_s)
+    return free_s
+
+
+@kernel
+def ends_of(term, view, size, plan):
+    """Return when each part ends under a plan; leaves the units' work in ``view.groups``."""
+    cpu, home_rows = share_out_work(view, size, plan)
+    home = home_work(term, view, home_rows)
+    return Ends(gpu_end_s(term, view, size, plan), home_end_s(term, view, home), cpu_end_s(term, view, cpu))
+
+
+@kernel
+def moe_s(term, view, size, plan):
+    """Return the seconds of a layer's experts under a plan."""
+    ends = ends_of(term, view, size, plan)
+    return max(ends.gpu_s, ends.home_s, ends.cpu_s)
