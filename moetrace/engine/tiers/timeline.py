@@ -39,9 +39,9 @@ def tier_line(tiers, machine, view, size, plan):
     act_bytes, act_s, beside = 0.0, 0.0, tiers.beside[0]
     beside.cpu_s = beside.cpu_act_s = beside.cpu_act_bytes = 0.0
     beside.home_end_s, beside.cpu_end_s = home_s, cpu_s
-    if home.count > 0:
+    if home.experts > 0:
         act_bytes, act_s = _sent(machine, view, home.row_shards, term.home_chunks)
-    if cpu.count > 0:
+    if cpu.experts > 0:
         beside.cpu_act_bytes, beside.cpu_act_s = _sent(machine, view, min(float(view.rows), cpu.rows), term.cpu_chunks)
         beside.cpu_s = cpu.busy_s + term.cpu_layer_s
     return Timeline(

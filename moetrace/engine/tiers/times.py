@@ -23,7 +23,7 @@ class HomeWork(NamedTuple):
     row_shards: float  # rows that go out, of all units
     busiest_s: float
     busy_sum_s: float
-    count: int
+    experts: int
 
 
 class CpuWork(NamedTuple):
@@ -31,7 +31,7 @@ class CpuWork(NamedTuple):
 
     busy_s: float
     rows: float
-    count: int
+    experts: int
 
 
 @kernel
@@ -166,7 +166,7 @@ def _sent(term, view, row_shards, home_rows):
 @kernel
 def home_end_s(term, view, work):
     """Return when the last results are back from home, 0 if nothing runs there."""
-    if work.count == 0:
+    if work.experts == 0:
         return 0.0
     out_s = work.row_shards * view.out_s_per_row
     return exchange_s(out_s, work.busiest_s, view.link_latency_s, term.home_chunks, term.home_command_s)
@@ -175,7 +175,7 @@ def home_end_s(term, view, work):
 @kernel
 def cpu_end_s(term, view, work):
     """Return when the CPU's results are back, 0 if it runs nothing."""
-    if work.count == 0:
+    if work.experts == 0:
         return 0.0
     out_s = min(float(view.rows), work.rows) * view.out_s_per_row
     work_s = work.busy_s + term.cpu_layer_s
