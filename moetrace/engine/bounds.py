@@ -11,9 +11,9 @@ from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.replay import smallest_work
 from moetrace.engine.sharing import shared_of
 from moetrace.engine.state import hook_signature
-from moetrace.engine.tiers.pricing import price_tiers
-from moetrace.engine.tiers.records import Tiers
-from moetrace.engine.tiers.times import moe_s as tiers_moe_s
+from moetrace.engine.tiers.tier_prices import price_tiers
+from moetrace.engine.tiers.tier_records import Tiers
+from moetrace.engine.tiers.tier_times import moe_s as tiers_moe_s
 from moetrace.engine.view import view_of
 from moetrace.jit.compile import kernel
 

@@ -15,7 +15,7 @@ from moetrace.engine.prompt import Prompts, emptied, prompts_of
 from moetrace.engine.replay import Batch
 from moetrace.engine.residency import empty_cells
 from moetrace.engine.schedule import Requests
-from moetrace.engine.tiers.records import Tiers
+from moetrace.engine.tiers.tier_records import Tiers
 from moetrace.engine.variants import clairvoyant
 from moetrace.engine.view import new_scratch
 

@@ -25,8 +25,8 @@ from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, ke
 from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
-from moetrace.engine.tiers.build import tier_parts_of, tiers_of
-from moetrace.engine.tiers.records import MORE_ROWS, Tiers
+from moetrace.engine.tiers.tier_records import MORE_ROWS, Tiers
+from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError

@@ -9,7 +9,7 @@ from moetrace.engine.foresight import PLACES
 from moetrace.engine.prefetch import BY_WORTH, HEAD, NO_PREFETCH, ONLINE, ORACLE, TAIL
 from moetrace.engine.replay import Aside, Batch, Steps, Work
 from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, new_tape
-from moetrace.engine.tiers.records import Tiers
+from moetrace.engine.tiers.tier_records import Tiers
 from moetrace.engine.variants import variant
 
 

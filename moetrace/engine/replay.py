@@ -42,11 +42,11 @@ from moetrace.engine.state import (
     records,
 )
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
-from moetrace.engine.tiers.books import begin_layer, end_layer, end_step, note_cpu, note_tiers, units_of
-from moetrace.engine.tiers.flows import flow_tiers
-from moetrace.engine.tiers.pricing import price_tiers
-from moetrace.engine.tiers.records import Tiers
-from moetrace.engine.tiers.timeline import shared_tiers_s, tier_line
+from moetrace.engine.tiers.tier_books import begin_layer, end_layer, end_step, note_cpu, note_tiers, units_of
+from moetrace.engine.tiers.tier_flows import flow_tiers
+from moetrace.engine.tiers.tier_line import shared_tiers_s, tier_line
+from moetrace.engine.tiers.tier_prices import price_tiers
+from moetrace.engine.tiers.tier_records import Tiers
 from moetrace.engine.view import LayerScratch, new_scratch, view_of
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import BY_TOUCH

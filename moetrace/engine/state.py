@@ -69,7 +69,7 @@ OWN = np.dtype(
     [
         ("step", np.int64),
         ("role", np.int64),
-        ("term_at", np.int64),  # address of the machine's TERM (`tiers/records.py`), 0 if it has none
+        ("term_at", np.int64),  # address of the machine's TERM (`tiers/tier_records.py`), 0 if it has none
         ("memory", np.float64, (MEMORY,)),
     ],
     align=True,

@@ -6,7 +6,7 @@ from typing import Any
 
 from moetrace.engine.bounds import clairvoyant_s, clairvoyant_signature
 from moetrace.engine.replay import Aside, replay_batch, replay_signature
-from moetrace.engine.tiers.records import Tiers
+from moetrace.engine.tiers.tier_records import Tiers
 from moetrace.jit.compile import kernel
 
 _lines = getattr(replay_batch, "py_func", replay_batch)

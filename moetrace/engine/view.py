@@ -6,7 +6,7 @@ import numpy as np
 
 from moetrace.engine.machine import FIRST_HOME, GPU_DEVICE, Machine
 from moetrace.engine.state import ACTIVE, GROUP, OWN, View, records
-from moetrace.engine.tiers.records import Tiers
+from moetrace.engine.tiers.tier_records import Tiers
 from moetrace.jit.compile import kernel
 
 

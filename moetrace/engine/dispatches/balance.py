@@ -1,7 +1,7 @@
 """`balance` (arXiv 2601.03992): experts move to the GPU one by one while the layer gets faster."""
 
 from moetrace.engine.dispatch import move_while_faster
-from moetrace.engine.tiers.moves import balance
+from moetrace.engine.tiers.tier_moves import balance
 from moetrace.spec.choices import Dispatch
 
 

@@ -1,7 +1,7 @@
 """`hot` (MoNDE): the H most demanded experts are fetched."""
 
 from moetrace.engine.layer import give_rest, less, ndp_end_s, take_from_group
-from moetrace.engine.tiers.moves import hottest
+from moetrace.engine.tiers.tier_moves import hottest
 from moetrace.spec.choices import Dispatch
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from moetrace.engine.machine import MachinePart, describe, parts_of
 from moetrace.engine.state import FIRST_GROUP
-from moetrace.engine.tiers.records import AUTO, CPU_ROW, Tiers, new_tiers
+from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, Tiers, new_tiers
 from moetrace.spec.choices import Dispatch
 from moetrace.spec.model import Model
 from moetrace.spec.system import Cpu, Ndp, System

@@ -2,7 +2,7 @@
 
 from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.state import CPU, FIRST_GROUP, GPU, LINK_IN, LINK_OUT
-from moetrace.engine.tiers.records import CPU_ROW, NO_GROUP
+from moetrace.engine.tiers.tier_records import CPU_ROW, NO_GROUP
 from moetrace.jit.compile import kernel
 
 

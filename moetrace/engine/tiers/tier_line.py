@@ -2,7 +2,7 @@
 
 from moetrace.engine.layer import Timeline
 from moetrace.engine.state import ON_GPU
-from moetrace.engine.tiers.times import (
+from moetrace.engine.tiers.tier_times import (
     cpu_end_s,
     fetched_end_s,
     home_end_s,

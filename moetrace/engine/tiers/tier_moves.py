@@ -2,7 +2,7 @@
 
 from moetrace.engine.layer import less
 from moetrace.engine.state import HOME, ON_GPU
-from moetrace.engine.tiers.times import moe_s, term_of
+from moetrace.engine.tiers.tier_times import moe_s, term_of
 from moetrace.jit.compile import kernel
 
 
