@@ -26,7 +26,7 @@ from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.tiers.tier_records import MORE_ROWS, Tiers
-from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of
+from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError
@@ -179,11 +179,12 @@ def lane_of(
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
-    machine = common.machine(machine_of(model, system, weight_bytes, groups, share))
+    mixes = bool(system.units) and find("placement", policy.placement).mixes
+    machine = common.machine(machine_of(model, system, weight_bytes, groups, share, mixes))
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
-    tiers = tiers_of(model, system, dispatch)
+    tiers = tiers_of(model, system, policy, machine)
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),
@@ -214,14 +215,15 @@ def lane_of(
     evicted_share = _or(policy.evicted_share, EVICTED_SHARE)
     cache = empty_cache(layers, experts, pools, capacity, residency.order, evicted_share)
     prompts = common.prompts(schedule.requests, residency.counts_prompts, layers * experts)
+    common_machine, machine = machine, with_homes_of_its_own(machine, tiers)
     state = new_state(machine, prompts, cache, residency.admits, tiers)
     if system.link is None:
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(machine, tiers, setting, hooks[0])
+    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(common_machine, tiers, setting, hooks[0])
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
-    parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers)
+    parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
     aside = Aside()
     if residency.foresees:
         aside = Aside(foresight=foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k))

@@ -47,7 +47,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Four independent choices and the parameters of those that have some; texts as in the TOML.
 
     `dispatch` and `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placements `ep-lpt` and
-    `eplb`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file.
+    `eplb`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file,
+    `layout` (of placement `mixed`) of a CSV file.
     """
 
     name: str
@@ -63,6 +64,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     loads: str | None = None
     plan: str | None = None
+    layout: str | None = None
     static: str | None = None
     prefetch_blocks: bool = False
     gpu_rows: Annotated[int, Meta(ge=1, le=10**9)] | None = None
@@ -235,8 +237,19 @@ def check_policy(policy: PolicySpec, system: System) -> None:
             f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
             f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
         )
+    placement, prefetch = find("placement", policy.placement), find("prefetch", policy.prefetch)
     if system.ndp is None:
+        if placement is not None and placement.needs_units:
+            raise UsageError(
+                f"Policy {policy.name}: placement {policy.placement} needs NDP units, and system {system.name} has "
+                "none; remove placement, or add [ndp]."
+            )
         return
+    if prefetch.partners and system.ndp.move_gb_s is None:
+        raise UsageError(
+            f"Policy {policy.name}: prefetch {policy.prefetch} moves experts between units, and system {system.name} "
+            "does not say how fast; set ndp.move_gb_s."
+        )
     size = policy.group_size(system.ndp.units)
     if system.ndp.units % size:
         raise UsageError(
@@ -342,13 +355,14 @@ def _check_choice(loaded: Loaded, kind: str, choice: str) -> None:
 
 
 def _check_partners(policy: PolicySpec, loaded: Loaded) -> None:
-    dispatch, prefetch = find("dispatch", policy.dispatch), find("prefetch", policy.prefetch)
-    partners = dispatch.partners if dispatch else ()
-    if any(getattr(policy, kind) != name for kind, name in partners):
-        raise UsageError(
-            f"{loaded.where}: dispatch {policy.dispatch} goes with {_joined(partners)} only, "
-            f"got {_joined((kind, shown(getattr(policy, kind))) for kind, _ in partners)}."
-        )
+    prefetch = find("prefetch", policy.prefetch)
+    for record in (find("dispatch", policy.dispatch), prefetch):
+        partners = record.partners if record else ()
+        if any(getattr(policy, kind) != name for kind, name in partners):
+            raise UsageError(
+                f"{loaded.where}: {record.kind} {record.name} goes with {_joined(partners)} only, "
+                f"got {_joined((kind, shown(getattr(policy, kind))) for kind, _ in partners)}."
+            )
     residency = USER if _split(policy.residency) else policy.residency
     if not go_together(prefetch, residency):
         raise UsageError(
