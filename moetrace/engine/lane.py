@@ -30,8 +30,8 @@ from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of, with_homes_o
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError
-from moetrace.spec.participants import seen_by
-from moetrace.spec.policy import PolicySpec, check_policy
+from moetrace.spec.participants import check_policy, seen_by
+from moetrace.spec.policy import PolicySpec
 
 # What is taken to be true of a user's own function.
 _OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name="own", meaning="")

@@ -92,7 +92,8 @@ def machine_of(
     describe(device[:FIRST_HOME], system.accelerator, 1, model)
     if system.home is not None:
         describe(device[FIRST_HOME : FIRST_HOME + groups], system.home, share, model)
-        describe(device[FIRST_HOME + groups :], system.home, system.units, model)
+        if mixes:
+            describe(device[FIRST_HOME + groups :], system.home, system.units, model)
     link, work = records(1, LINK), records(1, WORK)
     link["bytes_s"] = system.link.bytes_s if system.link else np.inf
     link["s_per_byte"] = 1 / system.link.bytes_s if system.link else 0.0

@@ -26,7 +26,6 @@ from moetrace.spec.choices import (
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
 from moetrace.spec.named import nearest
-from moetrace.spec.system import System
 
 SCOPES = {
     "layer": "each layer has its own share of the slots",
@@ -211,50 +210,6 @@ def note_code(where: str, file: str) -> None:
         print(
             printable(f"moetrace: note: {_from_here(where)} names {_from_here(file)}: a replay runs its code."),
             file=sys.stderr,
-        )
-
-
-def check_policy(policy: PolicySpec, system: System) -> None:
-    """Raise a UsageError if the policy cannot run on the system.
-
-    `tp:g` wants a g that divides the number of NDP units. Without these and without a CPU that could run experts,
-    `gpu` is the only dispatch: there is nothing to decide, so a user's own is refused too. `placement` places nothing
-    where there are no units, and is not looked at.
-    """
-    if system.home is None:
-        dispatch = find("dispatch", policy.dispatch)
-        if dispatch is None or not dispatch.without_units:
-            able = [f'"{name}"' for name, record in choices_of("dispatch").items() if record.without_units]
-            missing = "has none" if system.link is not None else "has no link to either"
-            raise UsageError(
-                f"Policy {policy.name}: dispatch {shown(policy.dispatch)} needs NDP units or a CPU that runs experts, "
-                f"and system {system.name} {missing}; only dispatch = {' or '.join(able)} (as in on-demand) runs there."
-            )
-    dispatch = find("dispatch", policy.dispatch)
-    parts = [part for part in (system.accelerator, system.home) if part is not None]
-    if dispatch is not None and dispatch.splits and any(part.starts_once for part in parts):
-        raise UsageError(
-            f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
-            f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
-        )
-    placement, prefetch = find("placement", policy.placement), find("prefetch", policy.prefetch)
-    if system.ndp is None:
-        if placement is not None and placement.needs_units:
-            raise UsageError(
-                f"Policy {policy.name}: placement {policy.placement} needs NDP units, and system {system.name} has "
-                "none; remove placement, or add [ndp]."
-            )
-        return
-    if prefetch.partners and system.ndp.move_gb_s is None:
-        raise UsageError(
-            f"Policy {policy.name}: prefetch {policy.prefetch} moves experts between units, and system {system.name} "
-            "does not say how fast; set ndp.move_gb_s."
-        )
-    size = policy.group_size(system.ndp.units)
-    if system.ndp.units % size:
-        raise UsageError(
-            f"Policy {policy.name}: placement {policy.placement} wants a group size that divides the "
-            f"{system.ndp.units} NDP units of system {system.name}, got {size}."
         )
 
 
