@@ -46,10 +46,10 @@ def from_specs(
         kind = "cheapest" if asked else "ndp"
     machine = machine_of(trace, model, system, slots, kind)
     own = {field.name: getattr(machine, field.name) for field in fields(Machine)}
-    return Tiers(**own, **mechanisms(system, machine, kind)), plain
+    return Tiers(**own, **mechanisms(system, policy, machine, kind)), plain
 
 
-def mechanisms(system: Any, machine: Machine, kind: str) -> dict[str, Any]:
+def mechanisms(system: Any, policy: Any, machine: Machine, kind: str) -> dict[str, Any]:
     """Return what version 2 adds to the machine."""
     gpu, ndp, link, cpu = system.gpu, system.ndp, system.link, system.cpu
     host, disk, remote = (said(system, name) for name in ("host", "disk", "remote"))
@@ -72,7 +72,7 @@ def mechanisms(system: Any, machine: Machine, kind: str) -> dict[str, Any]:
     if said(ndp, "move_gb_s") is not None:
         found["move_bytes_s"] = ndp.move_gb_s * 1e9
     if disk is not None:
-        found["disk"] = disk_of(disk, host, machine)
+        found["disk"] = disk_of(disk, host, policy, machine)
     if remote is not None:
         vcpus = said(remote, "vcpus", 1.0)
         found["remote"] = Remote(
@@ -102,13 +102,14 @@ def link_rates(system: Any, machine: Machine, kind: str) -> list[tuple[float, fl
     return [(float(at), min(float(rate) * 1e9 * efficiency, limit)) for at, rate in lines]
 
 
-def disk_of(disk: Any, host: Any, machine: Machine) -> Disk:
+def disk_of(disk: Any, host: Any, policy: Any, machine: Machine) -> Disk:
+    """Return the disk and what host memory holds; slots and residency may be said by the host or by the policy."""
     everything = int((machine.W > 0).sum())
-    slots = said(host, "slots", said(host, "host_slots"))
+    slots = said(host, "slots", said(host, "host_slots", said(policy, "host_slots")))
     if slots is None:
         memory_gb = said(host, "memory_gb")
         slots = everything if memory_gb is None else math.floor(memory_gb * 1e9 / machine.W.max())
-    residency = said(host, "residency", said(host, "host_residency", "lru"))
+    residency = said(host, "residency", said(host, "host_residency", said(policy, "host_residency", "lru")))
     return Disk(disk.bandwidth_gb_s * 1e9, said(disk, "latency_us", 0.0) * 1e-6, min(slots, everything), residency)
 
 
