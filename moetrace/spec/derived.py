@@ -42,8 +42,8 @@ def model_figures(model: Model) -> list[Derived]:
     return [
         Derived("expert_mb", largest / 1e6, "W: weights of one expert"),
         *([Derived("expert_mb_min", smallest / 1e6, "W of the smallest expert")] if smallest < largest else []),
-        Derived("expert_mb_mean", experts / model.all_experts / 1e6, "W on average over all experts"),
-        Derived("weight_bits_mean", bits, "bits of a weight on average over all experts, with all stored beside it"),
+        Derived("expert_mb_mean", experts / model.all_experts / 1e6, "W on average"),
+        Derived("weight_bits_mean", bits, "bits of a weight on average, with all that is stored"),
         *([Derived("experts_of_own_bits", named, "experts that the file expert_bits names")] if named else []),
         Derived("expert_mflop_per_row", model.flop_per_row / 1e6, "Q(1): one row through one expert"),
         Derived("experts_gb", experts / 1e9, f"all {model.all_experts} experts"),
