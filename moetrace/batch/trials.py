@@ -12,6 +12,7 @@ from moetrace.batch.search_space import SearchChoices
 from moetrace.batch.slo import worst_miss
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, tasks_of
+from moetrace.results.record import ACCOUNTS
 
 
 @dataclass
@@ -108,6 +109,10 @@ class Halver:
             )
         if trial.value is None:
             trial.error = f"{objective} is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
+            if table := ACCOUNTS.get(objective):
+                trial.error = (
+                    f"{objective} is undefined: it needs [{table}] in the system, and a token needs decode rows."
+                )
 
 
 def part_of(cell: Cell, steps: int | None) -> Cell:

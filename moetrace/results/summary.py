@@ -11,8 +11,10 @@ import numpy as np
 
 from moetrace.engine.run import Lane, Run
 from moetrace.jit.fingerprint import room_fingerprint
-from moetrace.results.frames import total_s, utilization_of
+from moetrace.results.accounts import account_figures
+from moetrace.results.frames import lane_accounts, total_s, utilization_of
 from moetrace.results.record import (
+    ACCOUNTS,
     COLUMNS,
     FIGURES,
     PolicyFigures,
@@ -111,9 +113,17 @@ def _check_finite(policy: dict[str, Any], run: Run) -> None:
 
 
 def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
-    """Return one row a policy; nested figures get names like `ttft_s_p50`, `utilization_ndp` is the units' mean."""
-    columns = {name: [value_in(policy, path) for policy in policies] for name, path in _PATHS.items()}
-    types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in _PATHS}
+    """Return one row a policy; nested figures get names like `ttft_s_p50`, `utilization_ndp` is the units' mean.
+
+    A figure of `ACCOUNTS` that no policy has is no column.
+    """
+    paths = {
+        name: path
+        for name, path in _PATHS.items()
+        if path not in ACCOUNTS or any(path in policy for policy in policies)
+    }
+    columns = {name: [value_in(policy, path) for policy in policies] for name, path in paths.items()}
+    types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in paths}
     return pl.DataFrame({"name": [policy["name"] for policy in policies]} | columns, {"name": pl.String} | types)
 
 
@@ -154,6 +164,7 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         itl_s=_weighted_spread(gaps),
         request_tokens_per_s=_spread(times.tokens_per_s),
         lower_bound_s=float(lane.lower_bound_s),
+        **account_figures(lane_accounts(run.system, lane), int(run.schedule.requests.output_rows.sum())),
     )
 
 
