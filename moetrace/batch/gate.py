@@ -237,8 +237,9 @@ def _check_metrics_there(path: Path, baseline: Baseline, wanted: Sequence[str]) 
 
 def _check_accounts(folder: Path, found: ResultFolder, wanted: Sequence[str]) -> None:
     """Raise a UsageError if no cell of the folder has a figure of energy or price that is to be compared."""
+    good = [cell.figures for cell in found.cells if cell.error is None]
     for metric in wanted:
-        if metric in ACCOUNTS and not any(metric in cell.figures for cell in found.cells):
+        if good and metric in ACCOUNTS and not any(metric in figures for figures in good):
             raise UsageError(
                 f"{folder}: no cell has {metric}, as no system has [{ACCOUNTS[metric]}]: add that table to the system, "
                 "or compare other metrics."

@@ -93,6 +93,10 @@ def policy_figures(run: Run, break_even: Sequence[float | None] | None = None) -
     Raises MoetraceError if one is not a finite number: JSON has no other, and no comparison could trust it.
     """
     figures = [_figures(run, lane) for lane in run.lanes]
+    decode_rows = int(run.schedule.requests.output_rows.sum())
+    for each, lane in zip(figures, run.lanes, strict=True):
+        for name, value in account_figures(lane_accounts(run.system, lane), decode_rows).items():
+            setattr(each, name, value)
     for each, tokens in zip(figures, break_even or [None] * len(figures), strict=True):
         each.break_even_tokens = tokens
         each.speedup = _ratio(figures[0].total_s, each.total_s)
@@ -164,7 +168,6 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         itl_s=_weighted_spread(gaps),
         request_tokens_per_s=_spread(times.tokens_per_s),
         lower_bound_s=float(lane.lower_bound_s),
-        **account_figures(lane_accounts(run.system, lane), int(run.schedule.requests.output_rows.sum())),
     )
 
 

@@ -49,7 +49,7 @@ def _keys(rows: Sequence[Mapping[str, Any]]) -> list[TextColumn]:
     """The columns that name policy and part."""
     return [
         TextColumn("policy", [row["policy"] if row["first"] else "" for row in rows], right=False),
-        TextColumn("part", [_NAMES.get(row["part"], row["part"]) for row in rows], right=False),
+        TextColumn("part", [_named(row["part"]) for row in rows], right=False),
     ]
 
 
@@ -63,6 +63,10 @@ def _rows(accounts: pl.DataFrame, names: Sequence[str]) -> list[dict[str, Any]]:
         shown = [*parts, {"policy": policy, "part": _ALL} | whole] if len(parts) > 1 else parts
         found += [row | {"first": place == 0, "whole": whole} for place, row in enumerate(shown)]
     return found
+
+
+def _named(part: str) -> str:
+    return _NAMES.get(part, part)
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
@@ -96,7 +100,7 @@ def _legend(system: System, tokens: int) -> list[str]:
             "while it works; link is what the link draws for each byte that it carries."
         )
         if missing := unlisted(system):
-            names = ", ".join(_NAMES.get(name, name) for name in missing)
+            names = ", ".join(map(_named, missing))
             lines.append(f"Not in the account, as [energy] of {system.name} does not list it: {names}.")
     if system.price is not None:
         lines.append(
