@@ -381,3 +381,78 @@ def test_timeline_of_nothing(options, message, tmp_path, capsys):
     assert err.startswith(f"moetrace: {message}")
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+RATES = """name = "priced"
+[gpu]
+name = "some GPU"
+tflops = 112.0
+bandwidth_gb_s = 960.0
+memory_gb = 16.0
+reserve_gb = 2.0
+launch_us = 5.0
+[ndp]
+units = 6
+gmac_s = 256.0
+bandwidth_gb_s = 102.4
+capacity_gb = 32.0
+command_us = 2.0
+[link]
+bandwidth_gb_s = 55.0
+latency_us = 5.0
+[energy]
+gpu = { idle_w = 20, active_w = 360 }
+link = { joule_per_gb = 0.1 }
+[price]
+usd_hour = 0.05
+gpu = { usd_hour = 0.4 }
+"""
+
+
+def test_energy_is_a_table_by_part_and_one_of_price(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "priced.toml").write_text(RATES)
+    command = (TINY, "--slots", 48, "--system", tmp_path / "priced.toml", "--energy")
+    assert run(*command) == 0
+    out, _ = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80
+    energy, price = (part.split("\n\n")[0].splitlines() for part in out.split("policy    part")[1:])
+    assert energy[0].split() == ["J", "J", "J", "J", "%", "token"]
+    assert [line.split() for line in energy[2:]] == [
+        ["monde", "GPU", "259.1", "1,289", "-", "1,548", "97.8", "0.2239"],
+        ["link", "-", "-", "34.89", "35", "2.2", "0.0050"],
+        ["all", "259.1", "1,289", "34.89", "1,583", "100.0", "0.2289"],
+        ["edge-ndp", "GPU", "118.7", "1,802", "-", "1,920", "99.8", "0.2776"],
+        ["link", "-", "-", "3.13", "3", "0.2", "0.0005"],
+        ["all", "118.7", "1,802", "3.13", "1,924", "100.0", "0.2781"],
+    ]
+    assert [line.split()[-4:] for line in price[2:4]] == [
+        ["GPU", "0.001440", "88.9", "0.2081"],
+        ["machine", "0.000180", "11.1", "0.0260"],
+    ]
+    words = " ".join(out.split())
+    assert "Not in the account, as [energy] of priced does not list it: NDP." in words
+    assert "Price: 0.45 USD an hour, for the whole time" in words
+    assert "Tokens are the 6,917 decode rows of the trace." in words
+
+    assert run(*command, "--format", "csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr()[0])))
+    assert [(row["policy"], row["part"]) for row in rows[:3]] == [
+        ("monde", name) for name in ("gpu", "link", "machine")
+    ]
+    assert run(*command, "--format", "json") == 0
+    found = json.loads(capsys.readouterr()[0])
+    assert [row["part"] for row in found["accounts"]] == ["gpu", "link", "machine"] * 2
+    assert sum(row["energy_j"] or 0.0 for row in found["accounts"][:3]) == pytest.approx(
+        found["policies"][0]["energy_j"]
+    )
+    assert found["accounts"][0]["idle_j"] == float(rows[0]["idle_j"])
+
+
+def test_energy_of_a_system_without_rates_is_one_sentence(capsys):
+    assert run(TINY, "--energy") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("moetrace: --energy needs the watts or prices of edge-ndp, which has neither [energy] nor")
+    assert run(TINY, "--set", "system.energy.gpu.idle_w=3") == 2
+    assert "energy.gpu.active_w is missing, and wants a number" in capsys.readouterr()[1]

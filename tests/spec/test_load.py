@@ -374,3 +374,49 @@ def test_every_name_that_the_room_offers_is_there():
         assert getattr(moetrace.spec, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'load_modle'"):
         vars(moetrace.spec)["__getattr__"]("load_modle")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[energy]\ngpu = {idle_w = 3}", "energy.gpu.active_w is missing, and wants a number."),
+        (
+            "[energy.gpu]\nidle = 3\nactive_w = 5",
+            "energy.gpu.idle is unknown (the nearest is 'idle_w'); known are idle_w, active_w.",
+        ),
+        ("[energy.gpu]\nidle_w = 30\nactive_w = 5", "energy.gpu.active_w wants at least idle_w = 30, got 5."),
+        ("[energy]", "[energy] is empty: set [energy.gpu] or [energy.link], or remove it."),
+        ("[price]", "[price] is empty: set price.usd_hour or [price.gpu], or remove it."),
+        ("[price.gpu]", "[price.gpu] is empty: set usd_hour or usd_gb_hour, or remove it."),
+        (
+            "[price]\nusd_per_hour = 3",
+            "price.usd_per_hour is unknown (the nearest is 'usd_hour'); known are usd_hour, gpu",
+        ),
+        (
+            "[energy.cpu]\nidle_w = 3\nactive_w = 5",
+            "[energy.cpu] is set, but the system has no [cpu]: add [cpu] or remove [energy.cpu].",
+        ),
+        (
+            "[price.host]\nusd_gb_hour = 3",
+            "[price.host] is set, but the system has no host.memory_gb: add host.memory_gb or remove [price.host].",
+        ),
+        (
+            "[price.cpu]\nusd_gb_hour = 3",
+            "price.cpu.usd_gb_hour is unknown (the nearest is 'usd_hour'); known are usd_hour.",
+        ),
+        ("[price]\nusd_hour = -1", "price.usd_hour wants a number from 0 to 1e+09, got -1."),
+    ],
+)
+def test_rates_are_used_or_refused(tmp_path, text, sentence):
+    with pytest.raises(UsageError) as caught:
+        load_system(write(tmp_path / "bad.toml", SYSTEM + text))
+    assert f"bad.toml: {sentence}" in str(caught.value)
+
+
+def test_a_link_or_units_that_a_system_lacks_draw_nothing(tmp_path):
+    gpu = SYSTEM.split("[ndp]")[0]
+    for table, rate in (("energy.ndp", "idle_w = 1\nactive_w = 1"), ("energy.link", "joule_per_gb = 1")):
+        with pytest.raises(UsageError, match=rf"\[{table}\] is set, but the system has no \[{table[7:]}\]"):
+            load_system(write(tmp_path / "bad.toml", f"{gpu}\n[{table}]\n{rate}"))
+    with pytest.raises(UsageError, match=r"\[price.ndp\] is set, but the system has no \[ndp\]"):
+        load_system(write(tmp_path / "bad.toml", f"{gpu}\n[price.ndp]\nusd_hour = 1"))

@@ -64,7 +64,8 @@ def pareto_front(swept: Swept) -> ChartGroup | None:
     columns = ["name", "total_s", *costs, "pareto"]
     table = done.filter("pareto").sort("total_s").select(columns) if done["pareto"].any() else done.select(columns)
     table = table.rename({"total_s": "seconds", **{cost: _COSTS[cost] for cost in costs}})
-    return ChartGroup("front", "Time against what it costs", words, panels[:_MOST_PANELS], table) if panels else None
+    shown = panels[: max(_MOST_PANELS, 2 * len(costs))]
+    return ChartGroup("front", "Time against what it costs", words, shown, table) if panels else None
 
 
 def axes(swept: Swept) -> ChartGroup | None:

@@ -173,6 +173,12 @@ def _words(summary: Summary) -> str:
         "TTFT and TPOT are of requests as the trace batches them, without queueing. A hit is an active expert that was "
         "on the GPU when the router spoke, wherever it then ran: a hit rate is not a latency."
     )
+    if any(name in msgspec.to_builtins(best) for name in ACCOUNTS):
+        told.append(
+            "Energy and price are accounts of the simulated time: a part draws its idle watts all the time and more "
+            "while it works, the link draws for what it carries, and each hour has its price. They are as good as the "
+            "watts and prices that the system lists; a part without any is not in them."
+        )
     return "".join(f"<p>{page.text(words)}</p>" for words in told)
 
 
