@@ -110,9 +110,8 @@ class Halver:
         if trial.value is None:
             trial.error = f"{objective} is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
             if table := ACCOUNTS.get(objective):
-                trial.error = (
-                    f"{objective} is undefined: it needs [{table}] in the system, and a token needs decode rows."
-                )
+                rows = ", and the trace decode rows" if "token" in objective else ""
+                trial.error = f"{objective} is undefined: the system needs [{table}]{rows}."
 
 
 def part_of(cell: Cell, steps: int | None) -> Cell:

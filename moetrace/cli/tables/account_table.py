@@ -32,7 +32,10 @@ def print_accounts(accounts: pl.DataFrame, summary: Mapping[str, Any], system: S
     console, tokens = stdout_console(), summary["trace"]["decode_rows"]
     if system.energy is not None:
         rows = _rows(accounts, [*_ENERGY])
-        columns = [_column(heading, [row[name] for row in rows]) for name, heading in _ENERGY.items()]
+        listed = {name: [row[name] for row in rows] for name in _ENERGY}
+        columns = [
+            _column(_ENERGY[name], values) for name, values in listed.items() if values.count(None) < len(values)
+        ]
         print_parts(console, _keys(rows), [columns + _relative(rows, "energy_j", tokens, 1.0, "J a\ntoken")])
         console.print()
     if system.price is not None:
@@ -97,7 +100,8 @@ def _legend(system: System, tokens: int) -> list[str]:
     if system.energy is not None:
         lines.append(
             "Energy: idle is what a part draws at rest, over the whole time; active is what it draws beyond that "
-            "while it works; link is what the link draws for each byte that it carries."
+            "while it works"
+            + ("." if system.energy.link is None else "; link is what the link draws for what it carries.")
         )
         if missing := unlisted(system):
             names = ", ".join(map(_named, missing))
