@@ -335,7 +335,7 @@ METRICS: dict[str, Figure] = {name: figure for name, figure in FIGURES.items() i
 COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
 COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
 # The figures that a system without a table does not have, and that table.
-ACCOUNTS = dict.fromkeys(("energy_j", "energy_per_token_j"), "energy")
+ACCOUNTS: dict[str, str] = dict.fromkeys(("energy_j", "energy_per_token_j"), "energy")
 ACCOUNTS |= dict.fromkeys(("price_usd", "usd_per_million_tokens"), "price")
 # What a Pareto front may set against time.
 FRONTS = (*COSTS, "energy_j", "price_usd")
