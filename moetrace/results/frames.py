@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moetrace.engine.run import Lane, Run
-from moetrace.engine.state import UNIT
+from moetrace.engine.state import LINK_IN, LINK_OUT, UNIT
+from moetrace.results.accounts import Account, accounts_of
 from moetrace.results.requests import QUANTILES, REQUEST_COUNTS, edges_of, request_gaps, request_times
+from moetrace.spec import System
 from moetrace.spec.later import Later
 from moetrace.trace.schema import PHASE_NAMES
 
@@ -107,6 +109,23 @@ def request_frame(run: Run) -> pl.DataFrame:
     return pl.concat(frames)
 
 
+def account_frame(run: Run) -> pl.DataFrame:
+    """Return energy and price of each part of the machine that has a rate, in the order of `accounts_of`."""
+    rows = [
+        {"policy": lane.policy.name, "part": one.part, "idle_j": one.idle_j, "active_j": one.active_j}
+        | {"link_j": one.link_j, "energy_j": one.energy_j, "price_usd": one.usd}
+        for lane in run.lanes
+        for one in lane_accounts(run.system, lane)
+    ]
+    names = ("idle_j", "active_j", "link_j", "energy_j", "price_usd")
+    return pl.DataFrame(rows, {"policy": pl.String, "part": pl.String} | dict.fromkeys(names, pl.Float64))
+
+
+def lane_accounts(system: System, lane: Lane) -> list[Account]:
+    """Return the accounts of a policy, without a frame."""
+    return accounts_of(system, total_s(lane), busy_of(lane), link_bytes_of(lane))
+
+
 def total_s(lane: Lane) -> float:
     """Seconds of all steps."""
     return float(np.sum(lane.duration_s))
@@ -116,6 +135,16 @@ def utilization_of(lane: Lane) -> dict[str, float | None]:
     """Return the share of the time in which each part of the machine works, by its name, without a frame."""
     shares = _utilization(_part_log(lane), total_s(lane)).tolist()
     return {part.name: None if math.isnan(one) else one for part, one in zip(lane.parts, shares, strict=True)}
+
+
+def busy_of(lane: Lane) -> dict[str, float]:
+    """Return the busy seconds of each part of the machine, by its name, without a frame."""
+    return dict(zip((part.name for part in lane.parts), _part_log(lane)["busy_s"].tolist(), strict=True))
+
+
+def link_bytes_of(lane: Lane) -> float:
+    """Return what the link carried, both ways."""
+    return float(lane.log.unit["bytes"][LINK_IN] + lane.log.unit["bytes"][LINK_OUT])
 
 
 def _part_log(lane: Lane) -> np.ndarray:

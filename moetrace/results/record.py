@@ -7,11 +7,12 @@ here. To add a figure, add a field to `PolicyFigures` or `CellCosts`, and its va
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
+from moetrace.results.figure import Count, Figure, Spread
 from moetrace.spec import PolicySpec, canonical
 
 RESULT_SCHEMA = "moetrace.result/1"
@@ -42,58 +43,6 @@ OWN_FILES = frozenset((*RESULT_FILES, *SWEEP_FILES))
 # In the metadata of a Parquet file, and in a timeline: the SHA-256 of the summary.json, or sweep.json, that it is of.
 PARQUET_MARK = "moetrace.of_sha256"
 TIMELINE_MARK = "summary_sha256"
-
-Count = Annotated[int, Meta(ge=0, le=1 << 62)]  # JSON knows no limit, a column does
-
-# What people are shown of a unit: factor and sign.
-SHOWN_UNITS = {"s": (1e3, "ms"), "bytes": (1e-9, "GB"), "share": (100.0, "%")}
-
-
-class Figure(NamedTuple):
-    """What a number in a file means.
-
-    Attributes:
-        unit: seconds, bytes, 1/s, a share of 1, a price as the system lists it, a plain ratio, or how many.
-        meaning: one line of Markdown.
-        better: which of two values is better; None if neither is.
-        label: its name in a report, without the unit; a figure without one is not in the report's table.
-        heading: its name over a column of the terminal's tables, without the unit; "" if no table has it.
-            Of a spread's parts all but the median say which they are.
-        gated: whether a baseline may hold it.
-    """
-
-    unit: Literal["s", "bytes", "1/s", "share", "price", "ratio", "count"]
-    meaning: str
-    better: Literal["lower", "higher"] | None = None
-    label: str = ""
-    heading: str = ""
-    gated: bool = True
-
-    @property
-    def sign(self) -> str:
-        """The unit as files for other tools have it: nothing for a ratio, a count or a price."""
-        return "" if self.unit in ("ratio", "count", "price") else self.unit
-
-    @property
-    def shown(self) -> tuple[float, str]:
-        """Factor and sign of the unit that people are shown: ms, GB, %."""
-        return SHOWN_UNITS.get(self.unit, (1.0, self.sign))
-
-    @property
-    def column(self) -> str:
-        """Its heading with the unit that people are shown, on two lines."""
-        between = " " if "\n" in self.heading else "\n"
-        return f"{self.heading}{between}{self.shown[1]}".rstrip()
-
-
-class Spread(msgspec.Struct):
-    """Mean, quantiles and maximum; None where nothing is defined."""
-
-    mean: float | None
-    p50: float | None
-    p95: float | None
-    p99: float | None
-    max: float | None
 
 
 def _nothing() -> Spread:
@@ -216,6 +165,30 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
         ),
     ] = None
 
+    # Only where the system has the table that it is computed from (`ACCOUNTS`); else a file does not have it at all.
+    energy_j: Annotated[
+        float | UnsetType,
+        Figure("J", "energy of the replay; only where the system has `[energy]`", "lower", "energy", "energy"),
+    ] = UNSET
+    energy_per_token_j: Annotated[
+        float | UnsetType | None,
+        Figure("J", "`energy_j` / decode rows; only with it", "lower", "energy a token", "energy\na token"),
+    ] = UNSET
+    price_usd: Annotated[
+        float | UnsetType,
+        Figure("USD", "price of the replay; only where the system has `[price]`", "lower", "price", "price"),
+    ] = UNSET
+    usd_per_million_tokens: Annotated[
+        float | UnsetType | None,
+        Figure(
+            "USD",
+            "`price_usd` / decode rows * 1,000,000; only with it",
+            "lower",
+            "price of a million tokens",
+            "a million\ntokens",
+        ),
+    ] = UNSET
+
     @property
     def bound_s(self) -> float:
         """The lower bound; of a folder of an earlier version, which has none, the work bound."""
@@ -223,7 +196,7 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
 
 
 class CellCosts(msgspec.Struct):
-    """What a cell of a sweep takes beside time; a Pareto front sets one of them against it."""
+    """What a cell of a sweep takes beside time."""
 
     gpu_memory_bytes: Annotated[
         float,
@@ -240,7 +213,9 @@ class CellCosts(msgspec.Struct):
     ]
     price: Annotated[
         float | None,
-        Figure("price", "sum of what the system's `[price]` lists", "lower", "price of the machine", "price"),
+        Figure(
+            "USD/h", "USD an hour of the machine, by the system's `[price]`", "lower", "price of the machine", "price"
+        ),
     ]
 
 
@@ -359,13 +334,20 @@ FIGURES: dict[str, Figure] = dict(_figures_of(PolicyFigures))
 METRICS: dict[str, Figure] = {name: figure for name, figure in FIGURES.items() if figure.gated}
 COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
 COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
+# The figures that a system without a table does not have, and that table.
+ACCOUNTS: dict[str, str] = dict.fromkeys(("energy_j", "energy_per_token_j"), "energy")
+ACCOUNTS |= dict.fromkeys(("price_usd", "usd_per_million_tokens"), "price")
+# What a Pareto front may set against time.
+FRONTS = (*COSTS, "energy_j", "price_usd")
 
 
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
     """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is.
 
-    `check` returns each number as it is to be used; by default as it is.
+    `check` returns each number as it is to be used; by default as it is. A figure of `ACCOUNTS` may be absent: None.
     """
+    if name in ACCOUNTS and name not in policy:
+        return None
     value: Any = policy
     for key in name.split("."):
         value = value[key]

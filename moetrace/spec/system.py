@@ -4,6 +4,7 @@ TOML fields carry their units in their names; the properties beside them are the
 included, as the replay uses them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from msgspec import Meta
 from moetrace.spec.errors import UsageError
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.load import convert, read
+from moetrace.spec.rates import Energy, Price, misfits
 
 
 @dataclass(frozen=True)
@@ -250,8 +252,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         link: The host link. Without it everything is in the GPU's memory.
         cpu: The CPU. It runs experts where there are no NDP units.
         host: Host memory.
-        energy: Numbers that version 1 carries along and does not use.
-        price: Numbers that version 1 carries along and does not use.
+        energy: What its parts draw. Without it a result says nothing of energy.
+        price: What its parts cost. Without it a result says nothing of price.
         known: Where the constants come from that were not calibrated; `assumed` if any of them is.
         calibration: Part (gpu, cpu, link) -> how well its fitted constants predict.
     """
@@ -262,8 +264,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     link: Link | None = None
     cpu: Cpu | None = None
     host: Host | None = None
-    energy: dict[str, NotNegative] | None = None
-    price: dict[str, NotNegative] | None = None
+    energy: Energy | None = None
+    price: Price | None = None
     known: Known | None = None
     calibration: dict[str, Calibration] | None = None
 
@@ -271,6 +273,23 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def how_known(self) -> str | None:
         """How well the constants are known, in a few words; None if the system does not say."""
         return how_known(self.known, self.calibration)
+
+    @property
+    def usd_hour_by_part(self) -> dict[str, float]:
+        """USD an hour of each part that has a price; see `Price.usd_hour_by_part`."""
+        if self.price is None:
+            return {}
+        sizes = {"gpu": (1, self.gpu.memory_gb), "cpu": (1, 0.0)}
+        if self.ndp is not None:
+            sizes["ndp"] = (self.ndp.units, self.ndp.capacity_gb)
+        if self.host is not None:
+            sizes["host"] = (1, self.host.memory_gb or 0.0)
+        return self.price.usd_hour_by_part(sizes)
+
+    @property
+    def usd_hour(self) -> float | None:
+        """USD an hour of the whole machine; None without a `[price]`."""
+        return None if self.price is None else math.fsum(self.usd_hour_by_part.values())
 
     @property
     def units(self) -> int:
@@ -325,8 +344,8 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         The system.
 
     Raises:
-        UsageError: A value is wrong, a key or preset is unknown, or NDP units have no link. The message names the TOML
-            path.
+        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, or a part has watts or a price
+            that the system lacks. The message names the TOML path.
         MoetraceError: A file cannot be read.
 
     Examples:
@@ -340,4 +359,9 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         loaded.refuse("gpu.reserve_gb", f"at most gpu.memory_gb = {system.gpu.memory_gb:g}")
     if system.ndp is not None and system.link is None:
         raise UsageError(f"{loaded.where}: link is missing, and NDP units need one: add [link] or remove [ndp].")
+    there = {name for name in ("gpu", "ndp", "cpu", "link") if getattr(system, name) is not None}
+    if system.host is not None and system.host.memory_gb is not None:
+        there.add("host")
+    if misfit := next(misfits(system.energy, system.price, there), None):
+        raise UsageError(f"{loaded.where}: {misfit}.")
     return system

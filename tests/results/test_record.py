@@ -12,14 +12,15 @@ import pytest
 from support.sweeps import sweep_folder
 
 import moetrace as mt
-from moetrace.batch.grid import FRONTS
 from moetrace.batch.metrics import DEFAULT_METRICS
 from moetrace.cli.commands.sweep import command
 from moetrace.results.folder import read_cells, read_summary, read_sweep
 from moetrace.results.record import (
+    ACCOUNTS,
     COLUMNS,
     COSTS,
     FIGURES,
+    FRONTS,
     METRICS,
     CellCosts,
     PolicyFigures,
@@ -35,7 +36,8 @@ from moetrace.spec.system import Device
 @pytest.fixture(scope="module")
 def result():
     trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=3, output=3)
-    return mt.replay(trace, policies=["monde", "edge-ndp"], slots=48)
+    rates = {"system.energy.gpu.idle_w": 20, "system.energy.gpu.active_w": 360, "system.price.usd_hour": 0.5}
+    return mt.replay(trace, policies=["monde", "edge-ndp"], slots=48, overrides=rates)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,10 @@ def test_gate_search_and_sweep_know_the_figures():
     assert {*FIGURES} - {*METRICS} == {"speedup", "break_even_tokens"}
     assert {*DEFAULT_METRICS} <= {*METRICS}
     assert all(METRICS[name].better for name in DEFAULT_METRICS)
-    assert (*COSTS,) == FRONTS
+    assert FRONTS[: len(COSTS)] == (*COSTS,)
+    assert {*FRONTS} <= {*COLUMNS}
+    assert all(COLUMNS[name].better == "lower" for name in FRONTS)
+    assert {*ACCOUNTS} <= {*METRICS}
     (pareto,) = (option for option in command.params if option.name == "pareto")
     assert [*pareto.type.choices] == [*FRONTS]
 
