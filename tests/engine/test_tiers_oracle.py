@@ -212,6 +212,61 @@ def test_prefetches_flow_at_the_rates_and_caps_of_the_moment():
     assert seen.unit["link_in"]["busy_s"] == exactly(4e-3 + 8e-3 + 2e-3)
 
 
+def test_a_fetch_begins_where_the_one_before_ends():
+    # Expert 0 from 1 to 5 ms, expert 1 from 5 to 7 at twice the rate; so few packets get lost that R is 0.
+    link = {"rates": [(0.0, 0.25), (5e-3, 0.5)], "loss": 1e-12}
+    assert moe_ms(trace_of(rows_of(2, 1)), system_with(link=link)) == pytest.approx([7])
+    link = {"rates": [(0.0, 0.25), (5e-3, 0.5)]}
+    assert moe_ms(trace_of(rows_of(2, 1)), system_with(link=link)) == exactly([7])
+
+
+ONLINE = {"dispatch": "ndp", "residency": "lfu", "scope": "global"}
+
+
+@pytest.mark.parametrize(
+    ("link", "ndp", "moved"),
+    [({}, {}, 0.75e6), ({"loss": 0.5}, {}, 0.375e6), ({}, {"outside_gb_s": 0.1}, 0.3e6)],
+)
+def test_prefetches_flow_slower_on_a_lossy_link_and_out_of_one_unit(link, ndp, moved):
+    # Queued after step 1; 1 ms of dense and 2 ms of moe in step 2. No activations, so nothing else is lost.
+    system = system_with(2, link=link, ndp=ndp)
+    seen = run(trace_of(rows_of(1), rows_of(1)), system, slots=1, prefetch="online:1", **ONLINE)
+    assert seen.prefetch_bytes == exactly(moved)
+    assert seen.unit["link_in"]["busy_s"] == exactly(3e-3)
+    assert seen.resent_in_bytes == 0
+
+
+def test_a_second_prefetch_has_the_rate_of_its_moments():
+    # Both are queued at 5 ms. Expert 0 flows until 7, expert 1 from 7 to 10 at half the rate.
+    system = system_with(1, link={"rates": [(0.0, 0.5), (7e-3, 0.25)]})
+    seen = run(trace_of(rows_of(2, 1), rows_of(2, 1)), system, slots=2, prefetch="online:2", **ONLINE)
+    assert seen.prefetch_bytes == exactly(1.75e6)
+
+
+def test_prefetches_beside_moe_flow_after_the_fetches():
+    # Layer 0: router at 1, fetch until 5, work until 6; from 5 on 0.125 GB/s: 0.125 MB, and as many in the next dense.
+    model = model_of(layers=2, experts=1, activation_bytes=0)
+    system = system_with(link={"rates": [(0.0, 0.25), (5e-3, 0.125)]})
+    chosen = {"slots": 1, "residency": "lru", "prefetch": "oracle:1", "scope": "global"}
+    assert run(trace_of([[[0], [0]]]), system, model, **chosen).prefetch_bytes == exactly(0.25e6)
+
+
+def test_the_clock_of_rates_counts_overheads():
+    system = system_with(gpu={"layer_overhead_us": 500.0}, link={"rates": [(0.0, 0.25), (1.25e-3, 0.5)]})
+    assert moe_ms(trace_of(rows_of(1)), system) == exactly([3])
+
+
+def test_the_clock_of_rates_counts_waits():
+    # Step 1 ends at 3 ms; expert 0 is queued, and step 2 waits: 0.5 MB until 5, the rest until 6. Router at 7: expert 1
+    # is fetched, 0.25 MB until 7.5 and the rest in 3 ms.
+    system = system_with(1, link={"rates": [(0.0, 0.25), (5e-3, 0.5), (7.5e-3, 0.25)]})
+    chosen = {"slots": 1, "residency": "lfu", "scope": "global", "prefetch": "online:1", "prefetch_blocks": True}
+    trace = trace_of(rows_of(1), [one(1)], phases=[0, 1])
+    seen = run(trace, system, user=lambda layer, order, n, resident: {1} & set(n), **chosen)
+    assert seen.per_step("wait_s") * 1e3 == exactly([0, 3])
+    assert seen.per_step("moe_s") * 1e3 == exactly([2, 4.5])
+
+
 def drawn(*fields, seed=0):
     """Section M's draw, written out once more."""
     x = mix((seed + 0x9E3779B97F4A7C15) % 2**64)
