@@ -126,15 +126,12 @@ def test_optimal_of_three_devices_is_the_best_of_27():
 
 
 def test_optimal_ties_by_demand_order_as_version_1():
-    # Two equal experts, resident, on a unit as fast as the GPU: one of them goes, the first.
+    # Two equal experts, both resident, and a unit as fast as the GPU: one of them runs there, the first.
     system = system_with(1, ndp={"bandwidth_gb_s": 1.0, "gmac_s": 10.0})
-    trace = trace_of(rows_of(1, 1), rows_of(1, 1))
-    seen = run(trace, system, slots=2, dispatch="optimal", residency="lru", scope="global")
-    free = run(trace, system, slots=2, user=lambda *_: {0, 1}, residency="lru", scope="global")
-    assert free.steps[1].hits == [2]
-    assert seen.steps[0].plan == [{0: 0, 1: 0}]  # a fetch does not pay
-    warm = run(trace, system, slots=2, user=lambda layer, *_: {0: 1, 1: 0}, residency="lru", scope="global")
-    assert warm.per_step("moe_s").tolist() == [exactly(5e-3), exactly(1e-3)]
+    kept = {"residency": "static-layers", "gpu_layers": 1, "gpu_layers_end": "last", "scope": "global"}
+    seen = run(trace_of(rows_of(1, 1)), system, slots=2, dispatch="optimal", **kept)
+    assert seen.steps[0].plan == [{0: 1, 1: 0}]
+    assert seen.steps[0].moe_s == [exactly(1e-3)]
 
 
 def test_units_and_a_cpu_get_their_own_activations():

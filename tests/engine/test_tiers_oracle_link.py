@@ -1,4 +1,4 @@
-"""The oracle of version 2 by hand: streams, chunks, rates over time, lost packets, on the machine of `tiers_by_hand`."""
+"""The oracle of version 2 by hand: streams, chunks, rates over time, lost packets (`tiers_by_hand`)."""
 
 import math
 
