@@ -28,7 +28,7 @@ def tiers_of(model: Model, system: System, policy: PolicySpec, machine: Machine)
         layers, experts = machine.weight_bytes.shape
         layout = new_layout(layers, experts, system.units, (system.ndp.move_gb_s or 0.0) * 1e9, policy.alpha)
         tiers = tiers._replace(layout=layout)
-    if term["has_cpu"] and system.beside is not None:
+    if system.beside is not None:
         describe(tiers.cpu, system.beside, 1, model)
         term["cpu_layer_s"] = tiers.cpu["layer_s"]
     return tiers._replace(term=term)
