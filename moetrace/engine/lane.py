@@ -26,15 +26,15 @@ from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.tiers.tier_records import MORE_ROWS, Tiers
-from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of
+from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.participants import seen_by
 from moetrace.spec.policy import PolicySpec, check_policy
 
 # What is taken to be true of a user's own function.
-_OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name="own", meaning="")
+_OWN_RESIDENCY = Residency(name="own", meaning="")
 
 
 @dataclass
@@ -165,6 +165,10 @@ class Lane:
             self.clairvoyant_s = float(np.sum(self.log.step["duration_s"] - self.log.step["wait_s"]))
 
 
+def _own_dispatch(policy: PolicySpec) -> Dispatch:
+    return Dispatch(name="own", meaning="", beside_units=bool(policy.with_cpu), uses_cpu=bool(policy.with_cpu))
+
+
 def _or(given: float | None, default: float) -> float:
     return default if given is None else float(given)
 
@@ -180,10 +184,15 @@ def lane_of(
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
     machine = common.machine(machine_of(model, system, weight_bytes, groups, share))
-    dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
+    dispatch: Dispatch = find("dispatch", policy.dispatch) or _own_dispatch(policy)
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
     tiers = tiers_of(model, system, dispatch)
+    if tiers is not None and dispatch.splits:
+        raise UsageError(
+            f"Policy {policy.name}: dispatch {dispatch.name} knows version 1 of the timing model only, and {system.name} "
+            'has more tiers or another link; use dispatch = "balance".'
+        )
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),
@@ -226,7 +235,7 @@ def lane_of(
     if residency.foresees:
         aside = Aside(foresight=foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k))
     lower_bound = None
-    if tiers is None:
+    if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
     cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
     yardsticks = common.work_bound(machine), lower_bound, clairvoyant

@@ -53,7 +53,7 @@ def choices_of(kind: str) -> Mapping[str, Any]:
 
 
 def find(kind: str, choice: str) -> Any:
-    """Return the record of a choice, with any number (`tp:2`); None for a user's own function and unknown names.
+    """Return the record of a choice, `hot:ratio` too, with any number (`tp:2`); None for a user's own function and unknown names.
 
     Raises MoetraceError if the name is that of another package's choice, and that cannot be used.
     """
@@ -172,7 +172,8 @@ class _Brought(NamedTuple):
 
 def _find(kind: str, choice: str) -> _Found | None:
     name = choice.partition(":")[0]
-    if built_in := _built_in()[kind].get(name):
+    built_in = _built_in()[kind].get(choice) or _built_in()[kind].get(name)
+    if built_in:
         return built_in
     if not _NAME.fullmatch(name):  # as of file.py:function: no package can have it
         return None

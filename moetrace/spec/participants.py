@@ -11,14 +11,14 @@ def seen_by(policy: PolicySpec, system: System) -> System:
     """Return the system that a policy replays on: without a CPU that takes no part, with the link as fast as it is fed.
 
     The CPU takes part where experts live in host memory, unless the dispatch sends all of them to the GPU, or, beside
-    NDP units, under the dispatches that say so. Then, and with `link.host_read` under the others, the link carries no
+    NDP units, under the dispatches that say so (`with_cpu` says so of a user's, or denies it). Then, and with `link.host_read` under the others, the link carries no
     more than host memory gives.
     """
     link = system.link
     if system.cpu is None:
         return system
     dispatch: Dispatch | None = find("dispatch", policy.dispatch)
-    runs = link is not None and _runs_experts(dispatch, system)
+    runs = link is not None and _runs_experts(policy, dispatch, system)
     if runs or (link is not None and link.host_read):
         system = fed_by_host(system)
     return system if runs else replace(system, cpu=None)
@@ -54,12 +54,16 @@ def idle_cpu(policy: PolicySpec, system: System) -> str | None:
         why = "without [link] every expert is in GPU memory"
     elif system.ndp is not None:
         why = f"beside NDP units, dispatch {shown(policy.dispatch)} uses these"
+        if policy.with_cpu is False:
+            why = "with_cpu is false"
+        elif find("dispatch", policy.dispatch) is None:
+            why += ", unless with_cpu is true"
     else:
         why = f"dispatch {shown(policy.dispatch)} runs every expert on the GPU"
     return f"the CPU of {system.name} takes no part in policy {policy.name}: {why}."
 
 
-def _runs_experts(dispatch: Dispatch | None, system: System) -> bool:
+def _runs_experts(policy: PolicySpec, dispatch: Dispatch | None, system: System) -> bool:
     if system.ndp is not None:
-        return dispatch is not None and dispatch.beside_units
+        return bool(policy.with_cpu) if dispatch is None else dispatch.beside_units and policy.with_cpu is not False
     return dispatch is None or not dispatch.without_units

@@ -33,8 +33,8 @@ SCOPES = {
     "global": "all layers share the slots",
     "request": "all layers share the slots, which are emptied when no request is under way",
 }
-# Parameters that a residency of a user's own may read.
-_OWN_READS = ("half_life", "alpha")
+# Parameters that a user's own function may read.
+_OWN_READS = {"residency": ("half_life", "alpha"), "dispatch": ("with_cpu",)}
 # Parameters that name a file, which a choice that reads it needs.
 NEEDED_FILES = {
     "loads": "the path of a CSV file of loads, which {} needs",
@@ -75,6 +75,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     follows: bool | None = None
     now_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
     long_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    with_cpu: bool | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
@@ -89,7 +90,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def unread(self) -> list[str]:
         """Parameters that none of the choices reads."""
-        read = set(_OWN_READS if _split(self.residency) else ())
+        read = {field for kind, fields in _OWN_READS.items() if _split(getattr(self, kind)) for field in fields}
         read |= {"budget"} if self.budget is not None else set()  # goes with a scope, not with a choice
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
@@ -120,7 +121,7 @@ def readers(parameter: str) -> str:
         if names and len(others) == 1:
             said.append(f"a {kind} other than {others[0].name}")
             continue
-        names += [USER] if kind == "residency" and parameter in _OWN_READS else []
+        names += [USER] if parameter in _OWN_READS.get(kind, ()) else []
         said += [f"{kind} {' or '.join(names)}"] if names else []
     return " or ".join(said)
 
@@ -235,6 +236,12 @@ def check_policy(policy: PolicySpec, system: System) -> None:
             f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
             f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
         )
+    if policy.with_cpu and (system.ndp is None or system.cpu is None):
+        missing = " and ".join(name for name in ("ndp", "cpu") if getattr(system, name) is None)
+        raise UsageError(
+            f"Policy {policy.name}: with_cpu = true needs NDP units and a CPU beside them, and system {system.name} "
+            f"describes no {missing}; add it or remove with_cpu."
+        )
     if system.ndp is None:
         return
     size = policy.group_size(system.ndp.units)
@@ -322,6 +329,8 @@ def _check_choice(loaded: Loaded, kind: str, choice: str) -> None:
     """`choice` is one that a replay takes, with a whole number of at least 1 where its record has one."""
     name, colon, number = choice.partition(":")
     record = find(kind, choice)
+    if record and choice == record.name:
+        colon = ""
     if record and record.instead and not colon:
         raise UsageError(f"{loaded.where}: {kind} {choice} {record.instead}.")
     if record and record.bare and not record.instead and not colon:

@@ -4,7 +4,7 @@ from typing import Any
 
 from moetrace.engine.machine import MachinePart, describe, parts_of
 from moetrace.engine.state import FIRST_GROUP
-from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, Tiers, new_tiers
+from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, TERM, Tiers, new_tiers
 from moetrace.spec.choices import Dispatch
 from moetrace.spec.model import Model
 from moetrace.spec.system import Cpu, Ndp, System
@@ -17,12 +17,23 @@ def tiers_of(model: Model, system: System, dispatch: Dispatch) -> Tiers | None:
     """
     term = _term_of(system, dispatch)
     tiers = new_tiers(max(system.units, 1))
-    if term == tiers.term and dispatch.hook is not None:
+    needed = dispatch.hook is None and dispatch.tiers_hook is not None
+    if term == tiers.term and not needed:
         return None
+    if system.link is not None and system.home is not None:
+        term["link_bytes_s"], term["home_bytes_s"] = system.link.bytes_s, system.home.count * system.home.bytes_s
     if term["has_cpu"] and system.beside is not None:
         describe(tiers.cpu, system.beside, 1, model)
         term["cpu_layer_s"] = tiers.cpu["layer_s"]
     return tiers._replace(term=term)
+
+
+def adds_nothing(tiers: Tiers) -> bool:
+    """Whether the machine has a plain link and one home only, and its dispatch is why there are tiers."""
+    term, always = tiers.term, new_tiers(int(tiers.term["units"][0]))
+    known = {"link_bytes_s", "home_bytes_s"}  # for a dispatch; they change no time
+    same = all(term[name] == always.term[name] for name in TERM.names or () if name not in known)
+    return same and all((part is None) == (other is None) for part, other in zip(tiers, always, strict=True))
 
 
 def _term_of(system: System, dispatch: Dispatch) -> Any:
