@@ -26,12 +26,14 @@ def decide(kind, view, plan):
         tier_moves.balance(view, size, plan)
     elif kind == 4:
         tier_moves.hottest_by_ratio(view, size, plan)
+    elif kind == 6:
+        tier_moves.hottest(view, size, plan)
     elif kind == 5:
         return 1.0 if is_searched(view, size) else 0.0
     return moe_s(term_of(view), view, size, plan)
 
 
-CHEAPEST, BOTTLENECK, OPTIMAL, BALANCE, RATIO, IS_SEARCHED = range(6)
+CHEAPEST, BOTTLENECK, OPTIMAL, BALANCE, RATIO, IS_SEARCHED, HOT = range(7)
 
 
 def planned(kind, layer):
@@ -52,6 +54,21 @@ def test_cheapest_and_bottleneck_are_those_of_the_text(layer):
     assert refined == layer.bottleneck()
     assert refined_s == pytest.approx(layer.moe(refined), rel=1e-12)
     assert refined_s <= greedy_s * (1 + 1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(layer=layers(most=9))
+def test_step_by_step_is_as_with_a_whole_time_line_for_each_move(layer):
+    """With a disk every move has a whole time line of its own: without a wait for it the plans are the same."""
+    for kind in (BOTTLENECK, BALANCE, HOT):
+        if kind == HOT:
+            for expert in layer.experts:
+                expert.resident = False
+        layer.term["has_disk"] = 0
+        by_steps = planned(kind, layer)
+        layer.term["has_disk"] = 1
+        plan, seconds = planned(kind, layer)
+        assert (plan, pytest.approx(seconds, rel=1e-12)) == by_steps
 
 
 @settings(max_examples=100, deadline=None)

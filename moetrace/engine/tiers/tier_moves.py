@@ -4,6 +4,7 @@ import numpy as np
 
 from moetrace.engine.layer import SAME, less
 from moetrace.engine.state import CPU, HOME, ON_GPU
+from moetrace.engine.tiers.tier_steps import balance_in_steps, hottest_in_steps
 from moetrace.engine.tiers.tier_times import fetched_end_s, moe_s, term_of
 from moetrace.jit.compile import kernel
 
@@ -12,6 +13,8 @@ from moetrace.jit.compile import kernel
 def balance(view, size, plan):
     """Move experts to the GPU one by one, in turn, while the layer gets faster; return the layer's seconds."""
     term = term_of(view)
+    if not term.has_disk:
+        return balance_in_steps(term, view, size, plan)
     best_s = moe_s(term, view, size, plan)
     for j in range(size):
         i = view.active[j].turn
@@ -28,6 +31,9 @@ def balance(view, size, plan):
 def hottest(view, size, plan):
     """Fetch the H most demanded, with the H of least time, the smallest on a tie."""
     term = term_of(view)
+    if not term.has_disk:
+        hottest_in_steps(term, view, size, plan)
+        return
     best_s, best = moe_s(term, view, size, plan), 0
     for i in range(size):
         plan[i] = ON_GPU

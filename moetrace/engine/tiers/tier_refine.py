@@ -12,11 +12,13 @@ from moetrace.engine.layer import less
 from moetrace.engine.state import CPU, HOME, ON_GPU
 from moetrace.engine.tiers.tier_moves import cheapest_of, own_gpu_s
 from moetrace.engine.tiers.tier_records import NO_GROUP
+from moetrace.engine.tiers.tier_steps import restore, work_of
 from moetrace.engine.tiers.tier_times import (
     CpuWork,
     Ends,
     clear_work,
     cpu_end_s,
+    ends_of,
     fetched_end_s,
     home_end_s,
     home_work,
@@ -68,18 +70,6 @@ def _shifted(view, sums, expert, device, sign):
     busy_s = cpu.busy_s + sign * expert.cpu_s if experts > 0 else 0.0
     cpu = CpuWork(busy_s, cpu.rows + sign * expert.rows, experts)
     return Sums(sums.resident_s, sums.residents, sums.fetched, cpu, sums.home_rows)
-
-
-@kernel
-def _work_of(group):
-    """Return a group's work, to restore it to the last bit."""
-    return group.busy_s, group.rows, group.outside_s, group.count
-
-
-@kernel
-def _restore(group, work):
-    """Give a group the work that it had."""
-    group.busy_s, group.rows, group.outside_s, group.count = work
 
 
 @kernel
@@ -200,9 +190,9 @@ def _best_move(term, view, held, sums, ends, i, source):
     """Return the device on which expert ``i`` makes the layer fastest, and all ends then; the source if none does."""
     expert = view.active[i]
     group = view.groups[expert.group]
-    before = _work_of(group)
+    before = work_of(group)
     without = _shifted(view, sums, expert, source, -1)
-    left = _work_of(group)
+    left = work_of(group)
     best, best_ends, best_s = source, ends, max(ends.gpu_s, ends.home_s, ends.cpu_s)
     gpu_s = _gpu_end_s(term, view, held, sums, i, False) if source == ON_GPU else ends.gpu_s
     off_cpu_s = cpu_end_s(term, view, without.cpu) if source == CPU else ends.cpu_s
@@ -223,8 +213,8 @@ def _best_move(term, view, held, sums, ends, i, source):
                 moe_s = max(end_s, home_s, cpu_s)
                 if less(moe_s, best_s):
                     best, best_ends, best_s = device, Ends(end_s, home_s, cpu_s), moe_s
-            _restore(group, left)
-    _restore(group, before)
+            restore(group, left)
+    restore(group, before)
     return best, best_ends
 
 
@@ -235,11 +225,7 @@ def _move(term, view, held, sums, i, source, device):
     place, last = _place_of(held, sums, i), sums.fetched
     without = _shifted(view, sums, expert, source, -1)
     after = _shifted(view, without, expert, device, 1)
-    held.holder[i] = _holder(expert, device)
-    if device == HOME:
-        held.own_s[i] = expert.ndp_s
-    else:
-        held.own_s[i] = own_gpu_s(term, expert) if device == ON_GPU else expert.cpu_s
+    _hold(term, view, held, i, device)
     if source != ON_GPU and device != ON_GPU:
         return after
     if expert.resident:
@@ -256,6 +242,41 @@ def _move(term, view, held, sums, i, source, device):
     return after
 
 
+@kernel
+def _refine_by_whole(term, view, size, plan, held):
+    """Do as ``refine``, with a whole time line for each move; `_begin` has been."""
+    ends = ends_of(term, view, size, plan)
+    while True:
+        i = _costliest(term, held, size, _last(term, view, ends))
+        if i < 0:
+            return
+        source = np.int64(plan[i])
+        best, best_s = source, max(ends.gpu_s, ends.home_s, ends.cpu_s)
+        for turn in range(3):
+            plan[i] = (ON_GPU + turn) % 3
+            if plan[i] != source and (plan[i] != CPU or term.has_cpu):
+                moved = ends_of(term, view, size, plan)
+                moved_s = max(moved.gpu_s, moved.home_s, moved.cpu_s)
+                if less(moved_s, best_s):
+                    best, best_s = np.int64(plan[i]), moved_s
+        plan[i] = best
+        if best == source:
+            return
+        ends = ends_of(term, view, size, plan)  # and the units' work
+        _hold(term, view, held, i, best)
+
+
+@kernel
+def _hold(term, view, held, i, device):
+    """Note who has an expert, and what its part takes for it."""
+    expert = view.active[i]
+    held.holder[i] = _holder(expert, device)
+    if device == HOME:
+        held.own_s[i] = expert.ndp_s
+    else:
+        held.own_s[i] = own_gpu_s(term, expert) if device == ON_GPU else expert.cpu_s
+
+
 @kernel(inline=False)
 def refine(view, size, plan):
     """Begin with the cheapest device of each expert, then move one by one."""
@@ -268,6 +289,9 @@ def refine(view, size, plan):
         np.empty(size + 1),
     )
     sums = _begin(term, view, size, plan, held)
+    if term.has_disk:
+        _refine_by_whole(term, view, size, plan, held)
+        return
     gpu_s = _note_gpu(term, view, held, sums, 0)
     home_s = home_end_s(term, view, home_work(term, view, sums.home_rows))
     ends = Ends(gpu_s, home_s, cpu_end_s(term, view, sums.cpu))
