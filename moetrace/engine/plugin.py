@@ -118,6 +118,7 @@ def _guarded(function: Callable, decides: bool) -> Callable:
         "_record_at": record_at,
         "_own": OWN,
         "_term": TERM,
+        "_cpu": CPU,
         "_plan_of": _as_it_is if decides else for_reading,
         "_decides": decides,
         "_role": DISPATCH if decides else RESIDENCY,
@@ -129,7 +130,7 @@ def _guarded(function: Callable, decides: bool) -> Callable:
 _function = _nothing = _for_reading = _record_at = _plan_of = cast("Callable", None)
 _role = 0
 _decides = True
-_own, _term = OWN, TERM
+_own, _term, _cpu = OWN, TERM, CPU
 
 
 def _user_hook(state, view, layer, load, plan):
@@ -162,12 +163,12 @@ def _user_hook(state, view, layer, load, plan):
     )
     _nothing(_function(state, seen, layer, _for_reading(load), _plan_of(plan)))
     if _decides:
-        devices = CPU
+        devices = _cpu
         if own.term_at != 0:
             devices += _record_at(own.term_at, _term).has_cpu
         for i in range(plan.size):
             if plan[i] >= devices:
-                if devices > CPU:
+                if devices > _cpu:
                     raise ValueError("plan[i] must be 0, 1 or 2")
                 raise ValueError("plan[i] must be 0 or 1")
 
