@@ -102,7 +102,7 @@ def _followed(function: Callable, arguments: tuple[Any, ...], decides: bool) -> 
 
 def _devices_of(view: Any) -> int:
     """Return how many devices a plan may name: two, and a CPU beside NDP units."""
-    from moetrace.jit.read_only import record_at
+    from moetrace.jit.addresses import record_at
 
     term_at = record_at(view.own, OWN).term_at
     return CPU + (int(record_at(term_at, TERM).has_cpu) if term_at else 0)

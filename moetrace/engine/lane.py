@@ -26,15 +26,15 @@ from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.tiers.tier_records import MORE_ROWS, Tiers
-from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of
+from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.participants import seen_by
-from moetrace.spec.policy import PolicySpec, check_policy
+from moetrace.spec.participants import check_policy, seen_by
+from moetrace.spec.policy import PolicySpec
 
 # What is taken to be true of a user's own function.
-_OWN_RESIDENCY = Residency(name="own", meaning="")
+_OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name="own", meaning="")
 
 
 @dataclass
@@ -165,10 +165,6 @@ class Lane:
             self.clairvoyant_s = float(np.sum(self.log.step["duration_s"] - self.log.step["wait_s"]))
 
 
-def _own_dispatch(policy: PolicySpec) -> Dispatch:
-    return Dispatch(name="own", meaning="", beside_units=bool(policy.with_cpu), uses_cpu=bool(policy.with_cpu))
-
-
 def _or(given: float | None, default: float) -> float:
     return default if given is None else float(given)
 
@@ -183,15 +179,16 @@ def lane_of(
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
-    machine = common.machine(machine_of(model, system, weight_bytes, groups, share))
-    dispatch: Dispatch = find("dispatch", policy.dispatch) or _own_dispatch(policy)
+    mixes = bool(system.units) and find("placement", policy.placement).mixes
+    machine = common.machine(machine_of(model, system, weight_bytes, groups, share, mixes))
+    dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
-    tiers = tiers_of(model, system, dispatch)
+    tiers = tiers_of(model, system, policy, machine)
     if tiers is not None and dispatch.splits:
         raise UsageError(
-            f"Policy {policy.name}: dispatch {dispatch.name} knows version 1 of the timing model only, and {system.name} "
-            'has more tiers or another link; use dispatch = "balance".'
+            f"Policy {policy.name}: dispatch {dispatch.name} needs a plain link and one home, and {system.name} has "
+            'another link or more tiers; use dispatch = "balance".'
         )
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
@@ -223,14 +220,15 @@ def lane_of(
     evicted_share = _or(policy.evicted_share, EVICTED_SHARE)
     cache = empty_cache(layers, experts, pools, capacity, residency.order, evicted_share)
     prompts = common.prompts(schedule.requests, residency.counts_prompts, layers * experts)
+    common_machine, machine = machine, with_homes_of_its_own(machine, tiers)
     state = new_state(machine, prompts, cache, residency.admits, tiers)
     if system.link is None:
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(machine, tiers, setting, hooks[0])
+    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(common_machine, tiers, setting, hooks[0])
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
-    parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers)
+    parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
     aside = Aside()
     if residency.foresees:
         aside = Aside(foresight=foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k))

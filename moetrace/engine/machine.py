@@ -72,7 +72,7 @@ class MachinePart(NamedTuple):
 
 
 def machine_of(
-    model: Model, system: System, weight_bytes: np.ndarray, group_of_expert: np.ndarray, share: int
+    model: Model, system: System, weight_bytes: np.ndarray, group_of_expert: np.ndarray, share: int, mixes: bool = False
 ) -> Machine:
     """Return the machine that kernels compute with.
 
@@ -82,15 +82,18 @@ def machine_of(
         weight_bytes: float64 [L, E], of each expert.
         group_of_expert: int64 [L, E], the group of ``share`` units that holds it.
         share: units in a group.
+        mixes: whether a group behind the others is all units together.
 
     Returns:
         Records for the GPU and for each group; one group of no rate where experts have no home but the link's end.
     """
     groups = max(system.units // share, 1)  # the CPU is a group of its own
-    device = records(FIRST_HOME + groups, DEVICE)
+    device = records(FIRST_HOME + groups + mixes, DEVICE)
     describe(device[:FIRST_HOME], system.accelerator, 1, model)
     if system.home is not None:
-        describe(device[FIRST_HOME:], system.home, share, model)
+        describe(device[FIRST_HOME : FIRST_HOME + groups], system.home, share, model)
+        if mixes:
+            describe(device[FIRST_HOME + groups :], system.home, system.units, model)
     link, work = records(1, LINK), records(1, WORK)
     link["bytes_s"] = system.link.bytes_s if system.link else np.inf
     link["s_per_byte"] = 1 / system.link.bytes_s if system.link else 0.0

@@ -27,17 +27,17 @@ def policy(function: Callable) -> Any:
     """Compile a policy hook `function(state, view, layer, load, plan)`, which returns nothing.
 
     The same hook serves as a *dispatch*, called when the router of `layer` has spoken, which sets `plan[i] = 1` to run
-    the i-th active expert on the GPU (2: on a CPU beside NDP units, if `with_cpu` is true); or as a *residency*, called after the layer, which writes `score` (the least is
-    evicted first, infinity never) and `admit` (whether a copy that arrives may be kept) into `state`. docs/policies.md
-    has the rules and an example of each.
+    the i-th active expert on the GPU (2: on a CPU beside NDP units, with `with_cpu = true`); or as a *residency*, called
+    after the layer, which writes `score` (the least is evicted first, infinity never) and `admit` (whether a copy that
+    arrives may be kept) into `state`. docs/policies.md has the rules and an example of each.
 
     - `state[layer, expert]`: `score`, `admit`, `memory` (float64, the policy's own, 0 at the start), `touched` (when
       last, 0 = never), `resident` (for reading).
     - `view`: `step`, `phase` (0 prefill, 1 decode, 2 mixed), `rows`, `slots`, `share`, `out_s_per_row`,
       `link_latency_s`, `alpha`, `half_life`, `most_count`, `age`, scratch `view.groups[g]` (`busy_s`, `rows`,
-      `count`), `view.active[i]` with `expert`, `resident`, `gpu_s`, `ndp_s`, `cpu_s`, `device_s`, `fetch_s`, `weight_bytes`,
-      `group`, `view.gate_mass[i]` (sum of its rows' gates), and `view.memory` (float64 [64], the policy's own, of
-      this layer, 0 at the start).
+      `count`), `view.active[i]` with `expert`, `resident`, `gpu_s`, `ndp_s`, `cpu_s`, `device_s`, `fetch_s`,
+      `weight_bytes`, `group`, `view.gate_mass[i]` (sum of its rows' gates), and `view.memory` (float64 [64], the
+      policy's own, of this layer, 0 at the start).
     - `load` int64 [n]: rows that chose each active expert, in demand order (most first, then by id).
     - `plan` uint8 [n]: 0 at the start.
 
@@ -107,7 +107,8 @@ def _guarded(function: Callable, decides: bool) -> Callable:
 
     Its code is that of `_user_hook`, with names of its own: compiled code holds what they stood for.
     """
-    from moetrace.jit.read_only import for_reading, nothing, record_at
+    from moetrace.jit.addresses import record_at
+    from moetrace.jit.read_only import for_reading, nothing
 
     names = {
         "__name__": __name__,

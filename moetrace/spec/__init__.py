@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from moetrace.spec.load import canonical
     from moetrace.spec.model import Model, check_shape, load_model
     from moetrace.spec.named import list_presets
-    from moetrace.spec.participants import default_policies
-    from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_policy, load_static
+    from moetrace.spec.participants import check_policy, default_policies
+    from moetrace.spec.policy import PolicySpec, load_loads, load_policy, load_static
     from moetrace.spec.system import Cpu, Gpu, Host, Link, Ndp, System, load_system
 
 __all__ = [

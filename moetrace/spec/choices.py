@@ -53,7 +53,7 @@ def choices_of(kind: str) -> Mapping[str, Any]:
 
 
 def find(kind: str, choice: str) -> Any:
-    """Return the record of a choice, `hot:ratio` too, with any number (`tp:2`); None for a user's own function and unknown names.
+    """Return the record of a choice, with any number (`tp:2`); None for a user's own function and unknown names.
 
     Raises MoetraceError if the name is that of another package's choice, and that cannot be used.
     """

@@ -132,7 +132,10 @@ def test_three_experts_by_hand():
 
 def test_contention_is_a_part_of_each_decision():
     """Reading from outside keeps the unit busy: an expert that the CPU takes costs the others of its unit its read."""
-    experts = [Expert(4, False, 9.0, 9.0, 1.0, 3.0, 0, outside=4.0), Expert(1, False, 9.0, 9.0, 8.0, 2.0, 0, outside=4.0)]
+    experts = [
+        Expert(4, False, 9.0, 9.0, 1.0, 3.0, 0, outside=4.0),
+        Expert(1, False, 9.0, 9.0, 8.0, 2.0, 0, outside=4.0),
+    ]
     layer = Layer(experts, term={"has_cpu": 1, "contends": 1})
     assert planned(CHEAPEST, layer) == ([CPU, HOME], 6.0)  # the unit: 2, and 4 for the read of the other
     assert planned(BOTTLENECK, layer) == ([CPU, HOME], 6.0)  # the second on the CPU: 9; the GPU: 18

@@ -1,4 +1,4 @@
-"""One layer on a machine with more tiers, in plain numbers: its time line and dispatches, written down as the text says.
+"""One layer on a machine with more tiers, in plain numbers: its time line and dispatches, as the text has them.
 
 Everything is computed from scratch for each plan. `Layer.view()` is the same layer as the kernels take it.
 """
@@ -211,4 +211,6 @@ def layers(draw, most=8, with_cpu=None):
         "sends_once": draw(st.booleans()),
     }
     fields = {name: draw(nothing_or) / 4 for name in ("row_s", "latency", "gpu_start", "home_start")}
-    return Layer([expert(n) for n in rows], units, draw(st.integers(1, 2)), draw(st.integers(4, 8)), term=term, **fields)
+    return Layer(
+        [expert(n) for n in rows], units, draw(st.integers(1, 2)), draw(st.integers(4, 8)), term=term, **fields
+    )

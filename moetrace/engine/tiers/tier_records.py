@@ -66,6 +66,7 @@ class Tiers(NamedTuple):
     cpu: Any  # DEVICE [1], beside units
     tally: Any  # TIER_TALLY [1]
     beside: Any  # BESIDE [1]
+    layout: Any = None  # tier_layout.Layout: of experts that move between layouts
 
 
 def new_tiers(units: int) -> Tiers:

@@ -80,7 +80,7 @@ def _free_s(view, sums):
 
 @kernel
 def _runs_from(term, view, held, at, stop, when):
-    """Return when the GPU has run the experts ``at`` to ``stop - 1`` that it fetches; ``when`` GPU and link are free."""
+    """Return when the GPU has run those that it fetches from place ``at`` on; ``when`` GPU and link are free."""
     free_s, arrived_s = when
     for place in range(at, stop):
         expert = view.active[held.fetched[place]]

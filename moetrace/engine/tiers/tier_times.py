@@ -5,8 +5,8 @@ from typing import NamedTuple
 from moetrace.engine.layer import less
 from moetrace.engine.state import CPU, HOME, ON_GPU, OWN
 from moetrace.engine.tiers.tier_records import AUTO, MOST_CHUNKS, NO_GROUP, NO_LIMIT, TERM
+from moetrace.jit.addresses import record_at
 from moetrace.jit.compile import kernel
-from moetrace.jit.read_only import record_at
 
 
 class Ends(NamedTuple):
