@@ -123,9 +123,9 @@ def test_three_experts_by_hand():
     layer = Layer([first, second, third], units=2, term={"has_cpu": 1, "stream": 0})
     assert planned(CHEAPEST, layer) == ([CPU, CPU, CPU], 7.0)
     assert planned(BOTTLENECK, layer) == ([GPU, CPU, CPU], 5.0)
-    # The units read at home in a fifth: 3 of the CPU's go there, and then the best is to leave nobody idle.
+    # The best is two moves away: the first on the CPU, the others each on its unit.
     assert planned(OPTIMAL, layer) == ([CPU, HOME, HOME], 3.0)
-    # One part: the GPU runs it when all of it is there, at 6, no sooner than its unit: ties go to the GPU.
+    # Without streaming the GPU runs it when all of it is there, and ends at 6, as its unit would: ties go to the GPU.
     layer.term["stream"] = 1
     assert planned(BOTTLENECK, layer) == ([GPU, CPU, CPU], 6.0)
 
