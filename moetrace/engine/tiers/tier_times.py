@@ -57,15 +57,23 @@ def exchange_s(out_s, work_s, latency_s, chunks, command_s):
 
     ``out_s`` is one way without its latency.
     """
-    if chunks == AUTO:
-        best_s, parts = exchange_s_of(out_s, work_s, latency_s, 1, command_s), 2
-        while parts <= MOST_CHUNKS:
-            seconds = exchange_s_of(out_s, work_s, latency_s, parts, command_s)
-            if less(seconds, best_s):
-                best_s = seconds
-            parts *= 2
-        return best_s
-    return exchange_s_of(out_s, work_s, latency_s, chunks, command_s)
+    parts = best_chunks(out_s, work_s, latency_s, chunks, command_s)
+    return exchange_s_of(out_s, work_s, latency_s, parts, command_s)
+
+
+@kernel
+def best_chunks(out_s, work_s, latency_s, chunks, command_s):
+    """Return the number of chunks: where it is AUTO, the power of two of least time, the smallest on a tie."""
+    if chunks != AUTO:
+        return chunks
+    best, parts = 1, 2
+    best_s = exchange_s_of(out_s, work_s, latency_s, 1, command_s)
+    while parts <= MOST_CHUNKS:
+        seconds = exchange_s_of(out_s, work_s, latency_s, parts, command_s)
+        if less(seconds, best_s):
+            best_s, best = seconds, parts
+        parts *= 2
+    return best
 
 
 @kernel
