@@ -26,10 +26,10 @@ from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.tiers.tier_records import MORE_ROWS, Tiers
-from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of, with_homes_of_its_own
+from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.participants import check_policy, seen_by
 from moetrace.spec.policy import PolicySpec
 
@@ -185,6 +185,11 @@ def lane_of(
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
     tiers = tiers_of(model, system, policy, machine)
+    if tiers is not None and dispatch.splits:
+        raise UsageError(
+            f"Policy {policy.name}: dispatch {dispatch.name} needs a plain link and one home, and {system.name} has "
+            'another link or more tiers; use dispatch = "balance".'
+        )
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),
@@ -228,7 +233,7 @@ def lane_of(
     if residency.foresees:
         aside = Aside(foresight=foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k))
     lower_bound = None
-    if tiers is None:
+    if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
     cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
     yardsticks = common.work_bound(machine), lower_bound, clairvoyant

@@ -65,7 +65,13 @@ def unit_frame(run: Run) -> pl.DataFrame:
 
 def layer_frame(run: Run) -> pl.DataFrame:
     """Return the figures of each MoE layer, summed over the steps; `layer` counts from 0, as in a policy's files."""
-    return pl.concat([_layers_of(lane) for lane in run.lanes])
+    with_cpu = any(has_cpu_beside(lane) for lane in run.lanes)
+    return pl.concat([_layers_of(lane, with_cpu) for lane in run.lanes])
+
+
+def has_cpu_beside(lane: Lane) -> bool:
+    """Whether a CPU runs experts beside NDP units."""
+    return lane.tiers is not None and bool(lane.tiers.term["has_cpu"][0])
 
 
 def expert_frame(run: Run) -> pl.DataFrame:
@@ -177,13 +183,13 @@ def _utilization(log: np.ndarray, seconds: float) -> np.ndarray:
     return np.clip((log["busy_s"] - log["shared_s"]) / seconds, 0.0, 1.0)  # a sum's rounding may lead beyond 1
 
 
-def _layers_of(lane: Lane) -> pl.DataFrame:
-    log = lane.log.layer
+def _layers_of(lane: Lane, with_cpu: bool) -> pl.DataFrame:
+    log, cpu = lane.log.layer, ("cpu_experts",) if with_cpu else ()
     count = log["imbalance_count"]
     imbalance = np.where(count > 0, log["imbalance_sum"] / np.maximum(count, 1), np.nan)
     columns = {
         name: np.ascontiguousarray(log[name])
-        for name in ("dense_s", "moe_s", "hits", "misses", "gpu_experts", "ndp_experts", "demand_bytes")
+        for name in ("dense_s", "moe_s", "hits", "misses", "gpu_experts", "ndp_experts", *cpu, "demand_bytes")
     }
     frame = pl.DataFrame(
         {

@@ -32,8 +32,8 @@ SCOPES = {
     "global": "all layers share the slots",
     "request": "all layers share the slots, which are emptied when no request is under way",
 }
-# Parameters that a residency of a user's own may read.
-_OWN_READS = ("half_life", "alpha")
+# Parameters that a user's own function may read.
+_OWN_READS = {"residency": ("half_life", "alpha"), "dispatch": ("with_cpu",)}
 # Parameters that name a file, which a choice that reads it needs.
 NEEDED_FILES = {
     "loads": "the path of a CSV file of loads, which {} needs",
@@ -76,6 +76,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     follows: bool | None = None
     now_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
     long_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    with_cpu: bool | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
@@ -90,7 +91,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def unread(self) -> list[str]:
         """Parameters that none of the choices reads."""
-        read = set(_OWN_READS if _split(self.residency) else ())
+        read = {field for kind, fields in _OWN_READS.items() if _split(getattr(self, kind)) for field in fields}
         read |= {"budget"} if self.budget is not None else set()  # goes with a scope, not with a choice
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
@@ -121,7 +122,7 @@ def readers(parameter: str) -> str:
         if names and len(others) == 1:
             said.append(f"a {kind} other than {others[0].name}")
             continue
-        names += [USER] if kind == "residency" and parameter in _OWN_READS else []
+        names += [USER] if parameter in _OWN_READS.get(kind, ()) else []
         said += [f"{kind} {' or '.join(names)}"] if names else []
     return " or ".join(said)
 
@@ -290,6 +291,8 @@ def _check_choice(loaded: Loaded, kind: str, choice: str) -> None:
     """`choice` is one that a replay takes, with a whole number of at least 1 where its record has one."""
     name, colon, number = choice.partition(":")
     record = find(kind, choice)
+    if record and choice == record.name:
+        colon = ""
     if record and record.instead and not colon:
         raise UsageError(f"{loaded.where}: {kind} {choice} {record.instead}.")
     if record and record.bare and not record.instead and not colon:

@@ -31,6 +31,8 @@ TERM = np.dtype(
         ("contends", np.int64),  # 1: such reads keep units busy
         ("evict_s", np.float64),  # that an admission adds which evicts
         ("has_disk", np.int64),
+        ("link_bytes_s", np.float64),  # for dispatch `hot:ratio`
+        ("home_bytes_s", np.float64),  # that all of home reads together
     ]
 )
 # What the layer at hand has beside a `layer.Timeline`; seconds after the router's word.
