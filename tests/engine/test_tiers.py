@@ -86,8 +86,6 @@ def without(case: MachineCase, policy: dict[str, Any]) -> None:
         case.system.pop("host", None)
     for name in ("remote", "replicas", "plan_steps"):
         policy.pop(name, None)
-    if policy["dispatch"] in ("cheapest", "bottleneck", "hot:ratio", "optimal"):
-        policy["dispatch"] = "balance"
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
