@@ -24,12 +24,14 @@ from moetrace.engine.replay import Aside, Batch, State, Work, new_state
 from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, keep_for_good
 from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
-from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
-from moetrace.engine.tiers.tier_records import MORE_ROWS, Tiers
+from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_steps, records
+from moetrace.engine.tiers.tier_host import end_disk, host_of
+from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, Tiers
 from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError
+from moetrace.spec.fits import host_slots
 from moetrace.spec.participants import seen_by
 from moetrace.spec.policy import PolicySpec, check_policy
 
@@ -153,6 +155,8 @@ class Lane:
         """Close the books after the last block: what was prefetched and never run was wasted."""
         self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
         self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
+        if self.tiers is not None and self.tiers.host is not None:
+            end_disk(self.tiers.host, self.log.unit[FIRST_GROUP + len(self.state.scratch.groups) + DISK_ROW])
         if not self.has_units:  # one CPU is no tier that could be out of balance
             self.log.step["imbalance"] = np.nan
             self.log.layer["imbalance_sum"], self.log.layer["imbalance_count"] = 0.0, 0
@@ -167,6 +171,19 @@ class Lane:
 
 def _or(given: float | None, default: float) -> float:
     return default if given is None else float(given)
+
+
+def _clairvoyant_of(
+    dispatch: Dispatch, machine: Machine, tiers: Tiers | None, setting: Any, hook: Any, common: InCommon
+) -> Yardstick | None:
+    """Return the clairvoyant run, None if it is the replay: the dispatch ignores residency, and nothing is read."""
+    if not dispatch.ignores_residency:
+        return common.clairvoyant(machine, tiers, setting, hook)
+    if tiers is None or tiers.host is None:
+        return None
+    nothing_kept = setting.copy()
+    nothing_kept["slots"] = 0
+    return common.clairvoyant(machine, tiers, nothing_kept, hook)
 
 
 def lane_of(
@@ -184,6 +201,9 @@ def lane_of(
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
     tiers = tiers_of(model, system, dispatch)
+    if tiers is not None and system.disk is not None:
+        host = host_of(system.disk, policy, machine, host_slots(model, system, weight_bytes))
+        tiers = tiers._replace(host=host)
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),
@@ -219,7 +239,7 @@ def lane_of(
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(machine, tiers, setting, hooks[0])
+    clairvoyant = _clairvoyant_of(dispatch, machine, tiers, setting, hooks[0], common)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers)
     aside = Aside()

@@ -23,6 +23,7 @@ from moetrace.spec.choices import (
     prefetches_of,
     residencies_of,
 )
+from moetrace.spec.disk import host_residencies, host_residency_of, policy_misfit
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
 from moetrace.spec.named import nearest
@@ -75,6 +76,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     follows: bool | None = None
     now_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
     long_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    host_residency: str | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
@@ -90,7 +92,9 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def unread(self) -> list[str]:
         """Parameters that none of the choices reads."""
         read = set(_OWN_READS if _split(self.residency) else ())
-        read |= {"budget"} if self.budget is not None else set()  # goes with a scope, not with a choice
+        # These go with a scope and with a system, not with a choice.
+        read |= {field for field in ("budget", "host_residency") if getattr(self, field) is not None}
+        read |= set(host_residency_of(self).parameters if self.host_residency else ())
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
             read |= set(record.parameters) if record else set()
@@ -235,6 +239,8 @@ def check_policy(policy: PolicySpec, system: System) -> None:
             f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
             f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
         )
+    if misfit := policy_misfit(policy, system):
+        raise UsageError(f"Policy {policy.name}: {misfit}.")
     if system.ndp is None:
         return
     size = policy.group_size(system.ndp.units)
@@ -314,6 +320,9 @@ def _check_choices(policy: PolicySpec, loaded: Loaded, overridden: Mapping[str, 
     for kind in KINDS:
         where = f"an override of {loaded.where}" if kind in overridden else loaded.where
         _check_choice(loaded._replace(where=where), kind, getattr(policy, kind))
+    if policy.host_residency is not None and policy.host_residency not in (able := host_residencies()):
+        near = nearest(policy.host_residency, list(able))
+        loaded.refuse("host_residency", f"one of {', '.join(able)}, which learn from demands so far{near}")
     if policy.scope not in SCOPES:
         loaded.refuse("scope", f"one of {', '.join(SCOPES)}{nearest(policy.scope, list(SCOPES))}")
 

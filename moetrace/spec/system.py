@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from moetrace.spec.disk import Disk, system_misfit
 from moetrace.spec.errors import UsageError
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.load import convert, read
@@ -229,12 +230,15 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Host memory, where experts live if there are no NDP units.
 
     Attributes:
-        memory_gb: Memory for experts, GB. Without it there is no limit.
+        memory_gb: Memory for experts, GB. Without it there is no limit. With a `[disk]` host memory holds as many
+            experts as it has room for, counted in the largest, and others are read when they are demanded.
+        slots: With a `[disk]`, how many experts host memory holds, instead of `memory_gb`.
         channels_gb_s: What the GPU or a CPU can read of an expert that is spread over all NDP units, GB a second. By
             default as fast as they can.
     """
 
     memory_gb: Positive | None = None
+    slots: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
     channels_gb_s: Positive | None = None
 
 
@@ -248,6 +252,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         link: The host link. Without it everything is in the GPU's memory.
         cpu: The CPU. It runs experts where there are no NDP units.
         host: Host memory.
+        disk: The disk below host memory. Without it host memory holds all experts.
         energy: Numbers that version 1 carries along and does not use.
         price: Numbers that version 1 carries along and does not use.
         known: Where the constants come from that were not calibrated; `assumed` if any of them is.
@@ -260,6 +265,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     link: Link | None = None
     cpu: Cpu | None = None
     host: Host | None = None
+    disk: Disk | None = None
     energy: dict[str, NotNegative] | None = None
     price: dict[str, NotNegative] | None = None
     known: Known | None = None
@@ -302,9 +308,10 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def part_names(self) -> list[str]:
-        """Names of all parts, in the order of every table: devices, then the directions of the link."""
+        """Names of all parts, in the order of every table: devices, the directions of the link, the disk."""
         devices = [self.accelerator, *([self.home] if self.ndp and self.home else [])]
-        return [*(name for device in devices for name in device.names), "cpu", "link_in", "link_out"]
+        names = [name for device in devices for name in device.names]
+        return [*names, "cpu", "link_in", "link_out", *(["disk"] if self.disk is not None else [])]
 
 
 def _device(name: str, count: int, part: Gpu | Ndp | Cpu, start_s: float, is_numbered: bool = False) -> Device:
@@ -323,8 +330,8 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         The system.
 
     Raises:
-        UsageError: A value is wrong, a key or preset is unknown, or NDP units have no link. The message names the TOML
-            path.
+        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, or the disk does not go with
+            the rest. The message names the TOML path.
         MoetraceError: A file cannot be read.
 
     Examples:
@@ -338,4 +345,6 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         loaded.refuse("gpu.reserve_gb", f"at most gpu.memory_gb = {system.gpu.memory_gb:g}")
     if system.ndp is not None and system.link is None:
         raise UsageError(f"{loaded.where}: link is missing, and NDP units need one: add [link] or remove [ndp].")
+    if misfit := system_misfit(system):
+        raise UsageError(f"{loaded.where}: {misfit}.")
     return system

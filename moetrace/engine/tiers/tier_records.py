@@ -30,7 +30,7 @@ TERM = np.dtype(
         ("one_s_per_byte", np.float64),  # reading from outside what one unit holds
         ("contends", np.int64),  # 1: such reads keep units busy
         ("evict_s", np.float64),  # that an admission adds which evicts
-        ("has_disk", np.int64),
+        ("has_disk", np.int64),  # 1: home waits for what is read
     ]
 )
 # What the layer at hand has beside a `layer.Timeline`; seconds after the router's word.
@@ -64,6 +64,16 @@ class Tiers(NamedTuple):
     cpu: Any  # DEVICE [1], beside units
     tally: Any  # TIER_TALLY [1]
     beside: Any  # BESIDE [1]
+    host: Any = None  # `tier_host.HostMemory`, above a disk
+
+
+def without_disk(tiers: Tiers | None) -> Tiers | None:
+    """Return the same machine with all experts in host memory."""
+    if tiers is None or tiers.host is None:
+        return tiers
+    term = tiers.term.copy()
+    term["has_disk"] = 0
+    return tiers._replace(term=term, host=None)
 
 
 def new_tiers(units: int) -> Tiers:

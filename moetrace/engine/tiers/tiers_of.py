@@ -4,7 +4,7 @@ from typing import Any
 
 from moetrace.engine.machine import MachinePart, describe, parts_of
 from moetrace.engine.state import FIRST_GROUP
-from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, Tiers, new_tiers
+from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, DISK_ROW, Tiers, new_tiers
 from moetrace.spec.choices import Dispatch
 from moetrace.spec.model import Model
 from moetrace.spec.system import Cpu, Ndp, System
@@ -27,6 +27,7 @@ def tiers_of(model: Model, system: System, dispatch: Dispatch) -> Tiers | None:
 
 def _term_of(system: System, dispatch: Dispatch) -> Any:
     term, ndp, cpu, host = new_tiers(max(system.units, 1)).term, system.ndp, system.cpu, system.host
+    term["has_disk"] = system.disk is not None
     term["evict_s"] = (system.gpu.evict_us or 0.0) / 1e6
     if system.link is not None and system.link.stream is not None:
         term["stream"] = system.link.stream
@@ -58,6 +59,7 @@ def tier_parts_of(system: System, share: int, tiers: Tiers) -> list[MachinePart]
     """Return the parts of a machine with more tiers, as `parts_of`."""
     groups = max(system.units // share, 1)
     rows = {"cpu": CPU_ROW} if tiers.term["has_cpu"][0] else {}
+    rows |= {"disk": DISK_ROW} if tiers.host is not None else {}
     return [
         part._replace(log_row=FIRST_GROUP + groups + rows[part.name]) if part.name in rows else part
         for part in parts_of(system, share)
