@@ -7,11 +7,12 @@ here. To add a figure, add a field to `PolicyFigures` or `CellCosts`, and its va
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
+from moetrace.results.figure import Count, Figure, Spread
 from moetrace.spec import PolicySpec, canonical
 
 RESULT_SCHEMA = "moetrace.result/1"
@@ -42,58 +43,6 @@ OWN_FILES = frozenset((*RESULT_FILES, *SWEEP_FILES))
 # In the metadata of a Parquet file, and in a timeline: the SHA-256 of the summary.json, or sweep.json, that it is of.
 PARQUET_MARK = "moetrace.of_sha256"
 TIMELINE_MARK = "summary_sha256"
-
-Count = Annotated[int, Meta(ge=0, le=1 << 62)]  # JSON knows no limit, a column does
-
-# What people are shown of a unit: factor and sign.
-SHOWN_UNITS = {"s": (1e3, "ms"), "bytes": (1e-9, "GB"), "share": (100.0, "%")}
-
-
-class Figure(NamedTuple):
-    """What a number in a file means.
-
-    Attributes:
-        unit: seconds, bytes, 1/s, a share of 1, a price as the system lists it, a plain ratio, or how many.
-        meaning: one line of Markdown.
-        better: which of two values is better; None if neither is.
-        label: its name in a report, without the unit; a figure without one is not in the report's table.
-        heading: its name over a column of the terminal's tables, without the unit; "" if no table has it.
-            Of a spread's parts all but the median say which they are.
-        gated: whether a baseline may hold it.
-    """
-
-    unit: Literal["s", "bytes", "1/s", "share", "price", "ratio", "count"]
-    meaning: str
-    better: Literal["lower", "higher"] | None = None
-    label: str = ""
-    heading: str = ""
-    gated: bool = True
-
-    @property
-    def sign(self) -> str:
-        """The unit as files for other tools have it: nothing for a ratio, a count or a price."""
-        return "" if self.unit in ("ratio", "count", "price") else self.unit
-
-    @property
-    def shown(self) -> tuple[float, str]:
-        """Factor and sign of the unit that people are shown: ms, GB, %."""
-        return SHOWN_UNITS.get(self.unit, (1.0, self.sign))
-
-    @property
-    def column(self) -> str:
-        """Its heading with the unit that people are shown, on two lines."""
-        between = " " if "\n" in self.heading else "\n"
-        return f"{self.heading}{between}{self.shown[1]}".rstrip()
-
-
-class Spread(msgspec.Struct):
-    """Mean, quantiles and maximum; None where nothing is defined."""
-
-    mean: float | None
-    p50: float | None
-    p95: float | None
-    p99: float | None
-    max: float | None
 
 
 def _nothing() -> Spread:
@@ -215,6 +164,32 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
             gated=False,
         ),
     ] = None
+
+    # Only where the system has the table that they are of (`OF_A_TABLE`); else a file does not have them at all.
+    host_slots: Annotated[
+        Count | UnsetType, Figure("count", "experts that host memory can hold; only where the system has `[disk]`")
+    ] = UNSET
+    host_hits: Annotated[
+        Count | UnsetType,
+        Figure("count", "active experts that the GPU did not hold, but host memory did; only with `[disk]`", "higher"),
+    ] = UNSET
+    host_misses: Annotated[
+        Count | UnsetType, Figure("count", "active experts that were read from the disk; only with `[disk]`", "lower")
+    ] = UNSET
+    host_hit_rate: Annotated[
+        float | UnsetType | None,
+        Figure(
+            "share", "`host_hits` / (`host_hits` + `host_misses`); only with them", "higher", "host hits", "host\nhits"
+        ),
+    ] = UNSET
+    disk_bytes: Annotated[
+        float | UnsetType,
+        Figure("bytes", "weights that were read from the disk; only with `[disk]`", "lower", "read from disk", "disk"),
+    ] = UNSET
+    disk_busy: Annotated[
+        float | UnsetType | None,
+        Figure("share", "busy time of the disk / `total_s`; only with `[disk]`", None, "disk busy", "disk\nbusy"),
+    ] = UNSET
 
     @property
     def bound_s(self) -> float:
@@ -360,12 +335,18 @@ METRICS: dict[str, Figure] = {name: figure for name, figure in FIGURES.items() i
 COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
 COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
 
+# Figures that a system without a table does not have, and that table.
+_OF_DISK = ("host_slots", "host_hits", "host_misses", "host_hit_rate", "disk_bytes", "disk_busy")
+OF_A_TABLE = dict.fromkeys(_OF_DISK, "disk")
+
 
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
     """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is.
 
-    `check` returns each number as it is to be used; by default as it is.
+    `check` returns each number as it is to be used; by default as it is. A figure of `OF_A_TABLE` may be absent: None.
     """
+    if name in OF_A_TABLE and name not in policy:
+        return None
     value: Any = policy
     for key in name.split("."):
         value = value[key]

@@ -37,6 +37,9 @@ _SHOWN = (
     "utilization.link_in",
     "demand_bytes",
     "prefetch_bytes",
+    "host_hit_rate",
+    "disk_bytes",
+    "disk_busy",
 )
 
 

@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.drawn_runs import replay as replay_case
 from support.in_ms import model, moe_ms, policy, replay, rows, steps, system
-from support.one_run import run
-from support.strategies import Case, as_arrays, cases
+from support.strategies import Case, cases
 
 from moetrace.engine.lane import Lane
 from moetrace.engine.tiers.tier_host import RULES
-from moetrace.spec import Cpu, PolicySpec, System, UsageError, check_fits, load_policy, load_system
+from moetrace.spec import Cpu, PolicySpec, UsageError, check_fits, load_policy, load_system
 from moetrace.spec.choices import find
 from moetrace.spec.disk import Disk, host_residencies
 from moetrace.spec.fits import host_slots
@@ -323,13 +322,13 @@ def test_one_memory_has_its_disk_as_a_link():
 
 
 def test_which_policies_go_with_a_disk():
-    with pytest.raises(UsageError, match="host_residency wants one of lru, fifo, sieve, .* got 'belady'"):
+    with pytest.raises(UsageError, match=r"host_residency wants one of lru, fifo, sieve, .* got 'belady'"):
         load_policy("on-demand", {"host_residency": "belady"})
     with pytest.raises(
-        UsageError, match="host_residency applies to systems with a .disk. only, and system by-hand has"
+        UsageError, match=r"host_residency applies to systems with a \[disk\] only, and system by-hand has"
     ):
         check_policy(load_policy("on-demand", {"host_residency": "lfu"}), system())
-    with pytest.raises(UsageError, match='reads them from a .disk.; use dispatch = "balance"'):
+    with pytest.raises(UsageError, match=r'reads them from a \[disk\]; use dispatch = "balance"'):
         check_policy(policy("split", placement="tp"), system(cpu={}, disk={}))
     assert load_policy("on-demand", {"host_residency": "lfu", "half_life": 5}).half_life == 5
 

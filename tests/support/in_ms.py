@@ -1,7 +1,7 @@
 """A machine to work out by hand, for the engine: an expert of 1 MB takes 1 ms on the GPU and 4 ms to fetch.
 
-At home it takes 2 ms; a row takes 0.1 ms on the GPU and 1 ms at home; dense is 1 ms; a disk reads an expert in 11 ms. Activations, launches and
-latencies are free unless they are given.
+At home it takes 2 ms; a row takes 0.1 ms on the GPU and 1 ms at home; dense is 1 ms; a disk reads an expert in 11 ms.
+Activations, launches and other latencies are free unless they are given.
 """
 
 from typing import Any

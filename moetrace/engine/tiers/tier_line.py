@@ -47,9 +47,7 @@ def tier_line(tiers, machine, view, size, plan):
         beside.cpu_s = cpu.busy_s + term.cpu_layer_s
     moe_s = max(free_s, home_s, cpu_s)
     spare_disk(tiers.host, moe_s)
-    return Timeline(
-        moe_s, act_s, fetch_s, busy_s, act_bytes, demand_bytes, home.busiest_s, home.busy_sum_s
-    )
+    return Timeline(moe_s, act_s, fetch_s, busy_s, act_bytes, demand_bytes, home.busiest_s, home.busy_sum_s)
 
 
 @kernel
