@@ -23,7 +23,7 @@ from moetrace.spec.choices import (
     prefetches_of,
     residencies_of,
 )
-from moetrace.spec.disk import host_residencies, host_residency_of, policy_misfit
+from moetrace.spec.host_memory import host_residencies, host_residency_of, policy_misfit
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
 from moetrace.spec.named import nearest
@@ -94,7 +94,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         read = set(_OWN_READS if _split(self.residency) else ())
         # These go with a scope and with a system, not with a choice.
         read |= {field for field in ("budget", "host_residency") if getattr(self, field) is not None}
-        read |= set(host_residency_of(self).parameters if self.host_residency else ())
+        read |= set(host_residency_of(self.host_residency).parameters if self.host_residency else ())
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
             read |= set(record.parameters) if record else set()
@@ -239,7 +239,7 @@ def check_policy(policy: PolicySpec, system: System) -> None:
             f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
             f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
         )
-    if misfit := policy_misfit(policy, system):
+    if misfit := policy_misfit(policy.host_residency, policy.dispatch, system.disk, system.name):
         raise UsageError(f"Policy {policy.name}: {misfit}.")
     if system.ndp is None:
         return

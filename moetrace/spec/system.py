@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from moetrace.spec.disk import Disk, system_misfit
+from moetrace.spec.host_memory import Disk, disk_misfit
 from moetrace.spec.errors import UsageError
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.load import convert, read
@@ -345,6 +345,8 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         loaded.refuse("gpu.reserve_gb", f"at most gpu.memory_gb = {system.gpu.memory_gb:g}")
     if system.ndp is not None and system.link is None:
         raise UsageError(f"{loaded.where}: link is missing, and NDP units need one: add [link] or remove [ndp].")
-    if misfit := system_misfit(system):
+    there = {name for name in ("ndp", "link") if getattr(system, name) is not None}
+    slots, chunks = system.host and system.host.slots, system.cpu and system.cpu.chunks
+    if misfit := disk_misfit(system.disk, slots, there, chunks):
         raise UsageError(f"{loaded.where}: {misfit}.")
     return system

@@ -13,7 +13,7 @@ from moetrace.engine.lane import Lane
 from moetrace.engine.tiers.tier_host import RULES
 from moetrace.spec import Cpu, PolicySpec, UsageError, check_fits, load_policy, load_system
 from moetrace.spec.choices import find
-from moetrace.spec.disk import Disk, host_residencies
+from moetrace.spec.host_memory import Disk, host_residencies
 from moetrace.spec.fits import host_slots
 from moetrace.spec.policy import check_policy
 from moetrace.spec.system import Host

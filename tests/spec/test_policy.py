@@ -217,6 +217,7 @@ def test_unread_parameters_are_those_of_other_choices():
         "follows",
         "now_weight",
         "long_weight",
+        "host_residency",
     }
     assert "alpha" not in load(residency="ewma").unread
 

@@ -15,7 +15,7 @@ from moetrace.engine.residency import EVICTED_SHARE, Cache, empty_cache, empty_c
 from moetrace.engine.state import ON_GPU, TALLY, records
 from moetrace.engine.view import LayerScratch, new_scratch, view_of
 from moetrace.jit.compile import kernel
-from moetrace.spec.disk import Disk, host_residency_of
+from moetrace.spec.host_memory import Disk, host_residency_of
 from moetrace.spec.policy import PolicySpec
 
 DISK = np.dtype(
@@ -63,7 +63,7 @@ class HostMemory(NamedTuple):
 def host_of(disk: Disk, policy: PolicySpec, machine: Machine, slots: int) -> HostMemory:
     """Return empty host memory for ``slots`` experts, above a disk."""
     layers, experts = machine.weight_bytes.shape
-    residency = host_residency_of(policy)
+    residency = host_residency_of(policy.host_residency)
     record, books = records(1, DISK), records(1, HOST_TALLY)
     record["s_per_byte"], record["latency_s"] = 1 / disk.bytes_s, disk.latency_s
     record["rule"], books["spare_s"] = RULES[residency.hook], np.inf

@@ -1,15 +1,11 @@
 """A disk below host memory: `[disk]` of a system, and what it goes with (timing model, section 10)."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from moetrace.spec.choices import Residency, choices_of, find
-
-if TYPE_CHECKING:
-    from moetrace.spec.policy import PolicySpec
-    from moetrace.spec.system import System
+from moetrace.spec.choices import Residency, choices_of, find, source_of
 
 HOST_RESIDENCY = "lru"  # where a policy does not say
 
@@ -38,53 +34,58 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.latency_us / 1e6
 
 
-def system_misfit(system: "System") -> str | None:
-    """Say in one sentence, without its end, what a system has that does not go with its disk; None if nothing."""
-    host, cpu = system.host, system.cpu
-    if system.disk is None:
-        unread = host is not None and host.slots is not None
-        return "host.slots applies to systems with a [disk] only; remove it or add [disk]" if unread else None
-    if system.ndp is not None:
+def disk_misfit(disk: Disk | None, slots: int | None, there: set[str], chunks: int | str | None) -> str | None:
+    """Say in one sentence, without its end, what of a system does not go with its disk, or with none; None if all does.
+
+    Args:
+        disk: The system's.
+        slots: `host.slots`.
+        there: Parts that the system has.
+        chunks: `cpu.chunks`.
+    """
+    if disk is None:
+        return None if slots is None else "host.slots applies to systems with a [disk] only; remove it or add [disk]"
+    if "ndp" in there:
         return "[disk] lies below host memory, but with [ndp] the experts live in the units; remove one of them"
-    if system.link is None:
+    if "link" not in there:
         return (
             "[disk] needs a [link] from host memory to the GPU; where they are one memory, as in a phone or a Mac, "
             "describe the disk as [link] and remove [disk], as presets phone-ufs and mac-m4-max do"
         )
-    if cpu is not None and cpu.chunks not in (None, 1):
+    if chunks not in (None, 1):
         return "cpu.chunks does not go with [disk], as experts start when they have been read; remove one of them"
     return None
 
 
 def host_residencies() -> tuple[str, ...]:
-    """Return the residencies that host memory may have: those that learn from the demands so far."""
+    """Return the residencies that host memory may have: built-in ones that learn from the demands so far."""
     return tuple(name for name, record in choices_of("residency").items() if _goes_with_host(record))
 
 
 def _goes_with_host(record: Residency) -> bool:
     looks_beyond = record.next_steps or record.begin or record.counts_prompts or record.foresees
-    is_built_in = record.hook is None or record.hook.__module__.startswith("moetrace.engine.")
+    is_built_in = source_of("residency", record.name) is None
     return record.admits and is_built_in and not looks_beyond and not record.instead
 
 
-def host_residency_of(policy: "PolicySpec") -> Residency:
-    """Return the record of the residency of host memory."""
-    return find("residency", policy.host_residency or HOST_RESIDENCY)
+def host_residency_of(name: str | None) -> Residency:
+    """Return the record of the residency of host memory, which a policy may leave unsaid."""
+    return find("residency", name or HOST_RESIDENCY)
 
 
-def policy_misfit(policy: "PolicySpec", system: "System") -> str | None:
-    """Say in one sentence, without its end, why a policy and a system with or without a disk do not go together."""
-    if system.disk is None:
-        if policy.host_residency is None:
+def policy_misfit(host_residency: str | None, dispatch: str, disk: Disk | None, system: str) -> str | None:
+    """Say in one sentence, without its end, what of a policy does not go with a disk or with none; None if all does.
+
+    `system` is its name.
+    """
+    if disk is None:
+        if host_residency is None:
             return None
+        return f"host_residency applies to systems with a [disk] only, and system {system} has none; remove it"
+    record = find("dispatch", dispatch)
+    if record is not None and record.splits:
         return (
-            f"host_residency applies to systems with a [disk] only, and system {system.name} has none; remove it or "
-            "add [disk]"
-        )
-    dispatch = find("dispatch", policy.dispatch)
-    if dispatch is not None and dispatch.splits:
-        return (
-            f"dispatch {policy.dispatch} shares experts that are in host memory, and system {system.name} reads them "
-            'from a [disk]; use dispatch = "balance"'
+            f"dispatch {dispatch} shares experts that are in host memory, and system {system} reads them from a "
+            '[disk]; use dispatch = "balance"'
         )
     return None
