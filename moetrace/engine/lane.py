@@ -25,15 +25,14 @@ from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, ke
 from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_steps, records
-from moetrace.engine.tiers.tier_host import end_disk, host_of
+from moetrace.engine.tiers.tier_host import end_disk
 from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, Tiers
-from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of
+from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError
-from moetrace.spec.fits import host_slots
-from moetrace.spec.participants import seen_by
-from moetrace.spec.policy import PolicySpec, check_policy
+from moetrace.spec.participants import check_policy, seen_by
+from moetrace.spec.policy import PolicySpec
 
 # What is taken to be true of a user's own function.
 _OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name="own", meaning="")
@@ -196,14 +195,12 @@ def lane_of(
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
-    machine = common.machine(machine_of(model, system, weight_bytes, groups, share))
+    mixes = bool(system.units) and find("placement", policy.placement).mixes
+    machine = common.machine(machine_of(model, system, weight_bytes, groups, share, mixes))
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
-    tiers = tiers_of(model, system, dispatch)
-    if tiers is not None and system.disk is not None:
-        host = host_of(system.disk, policy, machine, host_slots(model, system, weight_bytes))
-        tiers = tiers._replace(host=host)
+    tiers = tiers_of(model, system, policy, machine)
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),
@@ -234,14 +231,15 @@ def lane_of(
     evicted_share = _or(policy.evicted_share, EVICTED_SHARE)
     cache = empty_cache(layers, experts, pools, capacity, residency.order, evicted_share)
     prompts = common.prompts(schedule.requests, residency.counts_prompts, layers * experts)
+    common_machine, machine = machine, with_homes_of_its_own(machine, tiers)
     state = new_state(machine, prompts, cache, residency.admits, tiers)
     if system.link is None:
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = _clairvoyant_of(dispatch, machine, tiers, setting, hooks[0], common)
+    clairvoyant = _clairvoyant_of(dispatch, common_machine, tiers, setting, hooks[0], common)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
-    parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers)
+    parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
     aside = Aside()
     if residency.foresees:
         aside = Aside(foresight=foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k))

@@ -22,7 +22,8 @@ DEVICE = np.dtype(
             "s_per_byte",
             "is_serial",  # 1: reading and arithmetic do not overlap (roofline "sum"), else 0
             "start_s",  # of one launch
-            "each_s",  # that each expert adds which need not be fetched: start_s, or 0 with launch "layer"
+            "each_s",  # that each expert adds which need not be fetched: start_s, or 0 with launch "layer"; sparse too
+            "fetched_s",  # that each expert adds which starts itself: start_s; sparse too
             "layer_s",  # that all these experts of a layer add once: 0, or start_s with launch "layer"
             "flop_s",
             "bytes_s",
@@ -60,7 +61,7 @@ class Machine(NamedTuple):
     share: int  # units in a group, which share its experts
     weight_bytes: np.ndarray  # float64 [L, E]
     home: np.ndarray  # int64 [L, E]: the device that each expert lives on
-    is_plain: int  # 1: every expert starts itself, and reading overlaps with arithmetic, on all devices
+    is_plain: int  # 1: every expert starts itself, and once, and reading overlaps with arithmetic, on all devices
 
 
 class MachinePart(NamedTuple):
@@ -72,7 +73,7 @@ class MachinePart(NamedTuple):
 
 
 def machine_of(
-    model: Model, system: System, weight_bytes: np.ndarray, group_of_expert: np.ndarray, share: int
+    model: Model, system: System, weight_bytes: np.ndarray, group_of_expert: np.ndarray, share: int, mixes: bool = False
 ) -> Machine:
     """Return the machine that kernels compute with.
 
@@ -82,15 +83,18 @@ def machine_of(
         weight_bytes: float64 [L, E], of each expert.
         group_of_expert: int64 [L, E], the group of ``share`` units that holds it.
         share: units in a group.
+        mixes: whether a group behind the others is all units together.
 
     Returns:
         Records for the GPU and for each group; one group of no rate where experts have no home but the link's end.
     """
     groups = max(system.units // share, 1)  # the CPU is a group of its own
-    device = records(FIRST_HOME + groups, DEVICE)
+    device = records(FIRST_HOME + groups + mixes, DEVICE)
     describe(device[:FIRST_HOME], system.accelerator, 1, model)
     if system.home is not None:
-        describe(device[FIRST_HOME:], system.home, share, model)
+        describe(device[FIRST_HOME : FIRST_HOME + groups], system.home, share, model)
+        if mixes:
+            describe(device[FIRST_HOME + groups :], system.home, system.units, model)
     link, work = records(1, LINK), records(1, WORK)
     link["bytes_s"] = system.link.bytes_s if system.link else np.inf
     link["s_per_byte"] = 1 / system.link.bytes_s if system.link else 0.0
@@ -108,7 +112,7 @@ def machine_of(
         share,
         np.ascontiguousarray(weight_bytes, np.float64),
         FIRST_HOME + np.ascontiguousarray(group_of_expert, np.int64),
-        int(not (device["is_serial"].any() or device["layer_s"].any())),
+        int(not (device["is_serial"].any() or device["layer_s"].any() or model.sparse_starts)),
     )
 
 
@@ -126,4 +130,7 @@ def describe(device: np.ndarray, kind: Device, share: int, model: Model) -> None
     device["s_per_byte"] = 1 / (share * kind.bytes_s)
     device["is_serial"], device["start_s"] = kind.is_serial, kind.start_s
     device["each_s"], device["layer_s"] = (0.0, kind.start_s) if kind.starts_once else (kind.start_s, 0.0)
+    sparse_s = model.sparse_starts * kind.start_s
+    device["each_s"] += sparse_s
+    device["fetched_s"] = kind.start_s + sparse_s
     device["flop_s"], device["bytes_s"] = kind.flop_s, kind.bytes_s

@@ -20,6 +20,7 @@ class Placing(NamedTuple):
     loads: np.ndarray | None  # float64 [layers, experts]
     plan: str | None  # path of a plan's file
     model: Model | None = None  # knows which number each MoE layer has
+    layout: str | None = None  # path of a layout's file
 
 
 def place_experts(
@@ -32,7 +33,7 @@ def place_experts(
     """
     layers, share = len(layer_index), policy.group_size(units) if units else 1
     loads = load_loads(policy.loads, layers, experts) if policy.loads else None
-    placing = Placing(policy.name, layer_index, experts, units, share, loads, policy.plan, model)
+    placing = Placing(policy.name, layer_index, experts, units, share, loads, policy.plan, model, policy.layout)
     return _place(policy.placement, placing)
 
 

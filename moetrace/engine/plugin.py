@@ -106,7 +106,8 @@ def _guarded(function: Callable, decides: bool) -> Callable:
 
     Its code is that of `_user_hook`, with names of its own: compiled code holds what they stood for.
     """
-    from moetrace.jit.read_only import for_reading, nothing, record_at
+    from moetrace.jit.addresses import record_at
+    from moetrace.jit.read_only import for_reading, nothing
 
     names = {
         "__name__": __name__,

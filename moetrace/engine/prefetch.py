@@ -9,7 +9,7 @@ from moetrace.jit.compile import kernel
 from moetrace.jit.random import GOLDEN, mix
 
 # What a prefetch (`prefetches/`) does.
-NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE, BY_WORTH = 0, 1, 2, 3, 4
+NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE, BY_WORTH, RELAYOUT = 0, 1, 2, 3, 4, 5
 
 # A transfer is complete when at most this remains, and has begun when more than this has moved: the flow is a fluid,
 # and rounds.
@@ -174,21 +174,23 @@ def admit_complete(queue, cells, cache, tally):
 
 
 @kernel
-def join_by_score(queue, cells, cache, layer, most):
-    """``online:m``: after a layer, its best non-resident experts beyond the worst resident one join the queue.
-
-    A free slot counts as a resident of score 0, and so does a layer without residents.
-    """
+def score_to_beat(cells, cache, layer):
+    """Return the least score of a layer's residents. A free slot counts as one of score 0, and so does no resident."""
     experts = cells.shape[1]
-    first = layer * experts
     floor, residents = np.inf, 0
     for e in range(experts):
-        if cache.resident[first + e]:
+        if cache.resident[layer * experts + e]:
             floor = min(floor, cells[layer, e].score)
             residents += 1
     pool = pool_of(cache, layer)
-    if residents == 0 or cache.residents[pool] < cache.capacity[pool]:
-        floor = min(floor, 0.0)
+    return min(floor, 0.0) if residents == 0 or cache.residents[pool] < cache.capacity[pool] else floor
+
+
+@kernel
+def join_by_score(queue, cells, cache, layer, most):
+    """``online:m``: after a layer, its best non-resident experts beyond the worst resident one join the queue."""
+    experts = cells.shape[1]
+    first, floor = layer * experts, score_to_beat(cells, cache, layer)
     for _ in range(most):
         best, score = -1, floor
         for e in range(experts):

@@ -45,6 +45,7 @@ from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe
 from moetrace.engine.tiers.tier_books import begin_layer, end_layer, end_step, note_cpu, note_tiers, units_of
 from moetrace.engine.tiers.tier_flows import flow_tiers
 from moetrace.engine.tiers.tier_host import keep_in_host, read_from_disk
+from moetrace.engine.tiers.tier_layout import flow_layout, lay_out
 from moetrace.engine.tiers.tier_line import shared_tiers_s, tier_line
 from moetrace.engine.tiers.tier_prices import price_tiers
 from moetrace.engine.tiers.tier_records import Tiers
@@ -199,6 +200,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     _admit(aside.foresight, queue, cells, state.cache, tally)
     if tiers is not None:
         dense += begin_layer(tiers, tally, log.step[s])
+        flow_layout(tiers.layout, tiers, machine, dense)
     note_dense(aside.tape, step, layer, dense, machine, state)
     moved = _flow(tiers, queue, dense, machine)
     if setting.prefetch == ORACLE:
@@ -235,6 +237,8 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     _offer(aside.foresight, layer, size, fetched, work)
     if setting.prefetch == ONLINE:
         join_by_score(queue, cells, state.cache, layer, setting.depth)
+    if tiers is not None:
+        lay_out(tiers.layout, tiers, machine, state, layer, size)
     note_layer_end(aside.tape, step, dense + line.moe_s, state)
     if tiers is None:
         log.unit[LINK_IN].shared_s += shared_s(line, beside[1])

@@ -136,7 +136,7 @@ class View(NamedTuple):
     @property
     def memory(self) -> Any:
         """The policy's own numbers of the layer, float64 [MEMORY], for a user's function in plain Python."""
-        from moetrace.jit.read_only import record_at
+        from moetrace.jit.addresses import record_at
 
         return record_at(self.own, OWN).memory
 

@@ -61,6 +61,8 @@ def part(function: Callable, options: dict[str, Any]) -> Any:
 @cache
 def _pipelines() -> tuple[dict[str, Any], dict[str, Any]]:
     """Return options that compile less, for entries and for parts; none where Numba is not as we know it."""
+    import moetrace.jit.read_only  # noqa: F401  what it overloads, kernels may name
+
     try:
         from moetrace.jit.pipeline import EntryCompiler, PartCompiler
     except ImportError:

@@ -62,7 +62,7 @@ def fingerprint_of(function: Callable, options: str = "") -> str | None:
     """
     import numba
 
-    ours = _files(_HERE, "compile.py", "dispatchers.py", "pipeline.py", "read_only.py")
+    ours = _files(_HERE, "compile.py", "dispatchers.py", "pipeline.py", "read_only.py", "addresses.py")
     parts = [ours, np.__version__, numba.__version__, options]
     try:
         parts += _describe_function(function, set())

@@ -6,10 +6,8 @@ A field that is assigned to is refused when the function is compiled, however th
 when it runs: the arrays are the same, only their types differ.
 """
 
-import ctypes
 from typing import Any
 
-import numpy as np
 from numba.core import types
 from numba.core.datamodel.models import NestedArrayModel, RecordModel
 from numba.core.datamodel.registry import register_default
@@ -17,6 +15,7 @@ from numba.core.errors import NumbaTypeError
 from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic, lower_setattr_generic, overload
 
+from moetrace.jit.addresses import record_at
 from moetrace.jit.refusals import READS_ONLY, RETURNS
 
 
@@ -84,12 +83,6 @@ def _nothing(returned: Any) -> Any:
     if not isinstance(returned, types.NoneType):
         raise NumbaTypeError(RETURNS)
     return lambda returned: None
-
-
-def record_at(address: int, dtype: np.dtype) -> Any:
-    """Return the record that lies at an address; whoever passes it on keeps the array that the record is of."""
-    memory: Any = (ctypes.c_char * dtype.itemsize).from_address(int(address))
-    return np.frombuffer(memory, dtype).view(np.recarray)[0]
 
 
 @overload(record_at, strict=False)

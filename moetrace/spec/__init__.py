@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from moetrace.spec.load import canonical
     from moetrace.spec.model import Model, check_shape, load_model
     from moetrace.spec.named import list_presets
-    from moetrace.spec.participants import default_policies
-    from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_policy, load_static
+    from moetrace.spec.participants import check_policy, default_policies
+    from moetrace.spec.policy import PolicySpec, load_loads, load_policy, load_static
     from moetrace.spec.system import Cpu, Gpu, Host, Link, Ndp, System, load_system
+    from moetrace.spec.weights import WeightBits
 
 __all__ = [
     "Cpu",
@@ -29,6 +30,7 @@ __all__ = [
     "PolicySpec",
     "System",
     "UsageError",
+    "WeightBits",
     "canonical",
     "check_fits",
     "check_policy",
@@ -46,7 +48,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        for module in ("load", "named", "model", "system", "fits", "policy", "participants"):
+        for module in ("load", "named", "model", "system", "fits", "policy", "participants", "weights"):
             home = importlib.import_module(f"moetrace.spec.{module}")
             if hasattr(home, name):
                 return getattr(home, name)

@@ -51,10 +51,14 @@ class Placement(PolicyChoice, frozen=True, kw_only=True):
 
     Attributes:
         splits: whether each expert is split over a group of units: its number is the group's size, else all units.
+        mixes: whether some experts may be split over all units while others are whole on one.
+        needs_units: whether it says nothing on a system without NDP units.
         planner: `module:name` of the `Planner` that makes plans for `moetrace analyze balance`; "" if that has it not.
     """
 
     splits: bool = False
+    mixes: bool = False
+    needs_units: bool = False
     planner: str = ""
     kind: ClassVar[str] = "placement"
 
@@ -147,6 +151,7 @@ class Prefetch(PolicyChoice, frozen=True, kw_only=True):
         any_residency: whether it goes with every residency, also of a user.
         users: whether it goes with a residency of a user.
         ahead: whether its number is how many layers the blocks of a trace must carry more.
+        partners: choices that it goes with only, beside a residency, as pairs of kind and name.
     """
 
     rule: int
@@ -154,4 +159,5 @@ class Prefetch(PolicyChoice, frozen=True, kw_only=True):
     any_residency: bool = False
     users: bool = False
     ahead: bool = False
+    partners: tuple[tuple[str, str], ...] = ()
     kind: ClassVar[str] = "prefetch"

@@ -1,6 +1,7 @@
 """Whether a model fits a machine, and how many experts the GPU has room for."""
 
 import numpy as np
+from msgspec import UNSET
 
 from moetrace.spec.errors import UsageError
 from moetrace.spec.model import Model
@@ -115,7 +116,11 @@ def _behind_a_link(system: System) -> str:
 def _fewer_bits(model: Model, need_bytes: float, have_bytes: float) -> str:
     """Advise bits of a weight with which the experts fit; nothing if sizes are not one number of bits."""
     bits = model.weight_bits
-    if not isinstance(bits, float | int) or need_bytes != float(np.sum(model.expert_bytes())):
+    if (
+        not isinstance(bits, float | int)
+        or model.expert_bits is not UNSET
+        or need_bytes != float(np.sum(model.expert_bytes()))
+    ):
         return ""
     fitting = next((less for less in _QUANTIZED_BITS if less <= bits * have_bytes / need_bytes), None)
     both = f"model.weight_bits={fitting} and model.dense_weight_bits={fitting}"

@@ -21,9 +21,11 @@ from moetrace.spec.ordinary_file import read_ordinary
 S = TypeVar("S", bound=msgspec.Struct)
 
 # Fields whose text is the path of a file, and fields where it is one only in the form `file.py:function`.
-FILE_FIELDS = ("weight_bits", "loads", "plan", "static", "budget")
+FILE_FIELDS = ("weight_bits", "expert_bits", "loads", "plan", "static", "budget", "layout")
 AUTO = "auto"  # is the name of no file: what is made of the trace instead
 FUNCTION_FIELDS = ("dispatch", "residency")
+# Fields where a number stands for a table with one field.
+NUMBER_FIELDS = {"weight_bits": "bits"}
 
 # Nothing that belongs to a spec comes near: a text file, a TOML file, a number, a text, a name.
 MAX_FILE_BYTES = 16 << 20
@@ -174,16 +176,16 @@ def canonical(spec: msgspec.Struct) -> dict[str, Any]:
 
 
 def field_names(struct: type[msgspec.Struct]) -> list[str]:
-    """Dotted paths of a spec's fields, those of inner tables too."""
+    """Dotted paths of a spec's fields, those of inner tables too; a table that may be a number has a path itself."""
 
     def names(kind: Any, prefix: str) -> Iterator[str]:
         for field in kind.fields:
             path, inner = f"{prefix}{field.encode_name}", field.type
             tables = [each for each in getattr(inner, "types", [inner]) if isinstance(each, msgspec.inspect.StructType)]
+            if not tables or field.encode_name in NUMBER_FIELDS:
+                yield path
             if tables:
                 yield from names(tables[0], f"{path}.")
-            else:
-                yield path
 
     return list(names(msgspec.inspect.type_info(struct), ""))
 
@@ -215,6 +217,8 @@ def _override(raw: dict[str, Any], path: str, value: object, where: str) -> None
         # An optional table that is absent is begun here; what it then lacks is reported like any missing key.
         if table.get(name) is None:
             table[name] = {}
+        elif name in NUMBER_FIELDS and isinstance(table[name], int | float):
+            table[name] = {NUMBER_FIELDS[name]: table[name]}
         table = table[name]
         if not isinstance(table, dict):
             raise UsageError(f"{where}: {path!r} cannot be set, as {name} is not a table.")

@@ -2,7 +2,9 @@
 
 from msgspec.structs import replace
 
-from moetrace.spec.choices import Dispatch, find
+from moetrace.spec.choices import Dispatch, choices_of, find
+from moetrace.spec.errors import UsageError
+from moetrace.spec.host_memory import policy_misfit
 from moetrace.spec.policy import PolicySpec, shown
 from moetrace.spec.system import System
 
@@ -57,6 +59,52 @@ def idle_cpu(policy: PolicySpec, system: System) -> str | None:
     else:
         why = f"dispatch {shown(policy.dispatch)} runs every expert on the GPU"
     return f"the CPU of {system.name} takes no part in policy {policy.name}: {why}."
+
+
+def check_policy(policy: PolicySpec, system: System) -> None:
+    """Raise a UsageError if the policy cannot run on the system.
+
+    `tp:g` wants a g that divides the number of NDP units. Without these and without a CPU that could run experts,
+    `gpu` is the only dispatch: there is nothing to decide, so a user's own is refused too. `placement` places nothing
+    where there are no units, and is not looked at.
+    """
+    if system.home is None:
+        dispatch = find("dispatch", policy.dispatch)
+        if dispatch is None or not dispatch.without_units:
+            able = [f'"{name}"' for name, record in choices_of("dispatch").items() if record.without_units]
+            missing = "has none" if system.link is not None else "has no link to either"
+            raise UsageError(
+                f"Policy {policy.name}: dispatch {shown(policy.dispatch)} needs NDP units or a CPU that runs experts, "
+                f"and system {system.name} {missing}; only dispatch = {' or '.join(able)} (as in on-demand) runs there."
+            )
+    dispatch = find("dispatch", policy.dispatch)
+    parts = [part for part in (system.accelerator, system.home) if part is not None]
+    if dispatch is not None and dispatch.splits and any(part.starts_once for part in parts):
+        raise UsageError(
+            f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
+            f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
+        )
+    if misfit := policy_misfit(policy.host_residency, policy.dispatch, system.disk, system.name):
+        raise UsageError(f"Policy {policy.name}: {misfit}.")
+    placement, prefetch = find("placement", policy.placement), find("prefetch", policy.prefetch)
+    if system.ndp is None:
+        if placement is not None and placement.needs_units:
+            raise UsageError(
+                f"Policy {policy.name}: placement {policy.placement} needs NDP units, and system {system.name} has "
+                "none; remove placement, or add [ndp]."
+            )
+        return
+    if prefetch.partners and system.ndp.move_gb_s is None:
+        raise UsageError(
+            f"Policy {policy.name}: prefetch {policy.prefetch} moves experts between units, and system {system.name} "
+            "does not say how fast; set ndp.move_gb_s."
+        )
+    size = policy.group_size(system.ndp.units)
+    if system.ndp.units % size:
+        raise UsageError(
+            f"Policy {policy.name}: placement {policy.placement} wants a group size that divides the "
+            f"{system.ndp.units} NDP units of system {system.name}, got {size}."
+        )
 
 
 def _runs_experts(dispatch: Dispatch | None, system: System) -> bool:

@@ -23,11 +23,10 @@ from moetrace.spec.choices import (
     prefetches_of,
     residencies_of,
 )
-from moetrace.spec.host_memory import host_residencies, host_residency_of, policy_misfit
 from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.host_memory import host_residencies, host_residency_of
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
 from moetrace.spec.named import nearest
-from moetrace.spec.system import System
 
 SCOPES = {
     "layer": "each layer has its own share of the slots",
@@ -48,7 +47,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Four independent choices and the parameters of those that have some; texts as in the TOML.
 
     `dispatch` and `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placements `ep-lpt` and
-    `eplb`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file.
+    `eplb`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file,
+    `layout` (of placement `mixed`) of a CSV file.
     """
 
     name: str
@@ -64,6 +64,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     loads: str | None = None
     plan: str | None = None
+    layout: str | None = None
     static: str | None = None
     prefetch_blocks: bool = False
     gpu_rows: Annotated[int, Meta(ge=1, le=10**9)] | None = None
@@ -216,41 +217,6 @@ def note_code(where: str, file: str) -> None:
         )
 
 
-def check_policy(policy: PolicySpec, system: System) -> None:
-    """Raise a UsageError if the policy cannot run on the system.
-
-    `tp:g` wants a g that divides the number of NDP units. Without these and without a CPU that could run experts,
-    `gpu` is the only dispatch: there is nothing to decide, so a user's own is refused too. `placement` places nothing
-    where there are no units, and is not looked at.
-    """
-    if system.home is None:
-        dispatch = find("dispatch", policy.dispatch)
-        if dispatch is None or not dispatch.without_units:
-            able = [f'"{name}"' for name, record in choices_of("dispatch").items() if record.without_units]
-            missing = "has none" if system.link is not None else "has no link to either"
-            raise UsageError(
-                f"Policy {policy.name}: dispatch {shown(policy.dispatch)} needs NDP units or a CPU that runs experts, "
-                f"and system {system.name} {missing}; only dispatch = {' or '.join(able)} (as in on-demand) runs there."
-            )
-    dispatch = find("dispatch", policy.dispatch)
-    parts = [part for part in (system.accelerator, system.home) if part is not None]
-    if dispatch is not None and dispatch.splits and any(part.starts_once for part in parts):
-        raise UsageError(
-            f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
-            f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
-        )
-    if misfit := policy_misfit(policy.host_residency, policy.dispatch, system.disk, system.name):
-        raise UsageError(f"Policy {policy.name}: {misfit}.")
-    if system.ndp is None:
-        return
-    size = policy.group_size(system.ndp.units)
-    if system.ndp.units % size:
-        raise UsageError(
-            f"Policy {policy.name}: placement {policy.placement} wants a group size that divides the "
-            f"{system.ndp.units} NDP units of system {system.name}, got {size}."
-        )
-
-
 def load_loads(path: str | Path, layers: int, experts: int) -> np.ndarray:
     """Read the loads of placements `ep-lpt` and `eplb`: a CSV of one line per layer, one number per expert.
 
@@ -351,13 +317,14 @@ def _check_choice(loaded: Loaded, kind: str, choice: str) -> None:
 
 
 def _check_partners(policy: PolicySpec, loaded: Loaded) -> None:
-    dispatch, prefetch = find("dispatch", policy.dispatch), find("prefetch", policy.prefetch)
-    partners = dispatch.partners if dispatch else ()
-    if any(getattr(policy, kind) != name for kind, name in partners):
-        raise UsageError(
-            f"{loaded.where}: dispatch {policy.dispatch} goes with {_joined(partners)} only, "
-            f"got {_joined((kind, shown(getattr(policy, kind))) for kind, _ in partners)}."
-        )
+    prefetch = find("prefetch", policy.prefetch)
+    for record in (find("dispatch", policy.dispatch), prefetch):
+        partners = record.partners if record else ()
+        if any(getattr(policy, kind) != name for kind, name in partners):
+            raise UsageError(
+                f"{loaded.where}: {record.kind} {record.name} goes with {_joined(partners)} only, "
+                f"got {_joined((kind, shown(getattr(policy, kind))) for kind, _ in partners)}."
+            )
     residency = USER if _split(policy.residency) else policy.residency
     if not go_together(prefetch, residency):
         raise UsageError(

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from moetrace.spec.host_memory import Disk, disk_misfit
 from moetrace.spec.errors import UsageError
+from moetrace.spec.host_memory import Disk, disk_misfit
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.load import convert, read
 
@@ -125,6 +125,7 @@ class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             (`host`).
         outside_gb_s: What the GPU or a CPU can read of one unit's memory, GB a second. By default as fast as they can.
         contention: Whether such reads keep the unit busy. By default they do not.
+        move_gb_s: What moves between units in other layouts, GB a second; only prefetch `relayout` does that.
     """
 
     units: Annotated[int, Meta(ge=1, le=65535)]
@@ -140,6 +141,7 @@ class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     activations: Literal["per-unit", "host"] | None = None
     outside_gb_s: Positive | None = None
     contention: bool | None = None
+    move_gb_s: Positive | None = None
 
     @property
     def flop_s(self) -> float:

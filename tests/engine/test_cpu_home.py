@@ -12,7 +12,8 @@ from support.strategies import Case, all_policies, cases, write_loads, write_sta
 
 from moetrace.results.replay import replay as replay_trace
 from moetrace.spec import Cpu, System, UsageError, check_fits, load_model, load_policy, load_system
-from moetrace.spec.policy import PolicySpec, check_policy
+from moetrace.spec.participants import check_policy
+from moetrace.spec.policy import PolicySpec
 
 RANDOM = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 MORE = [

@@ -13,9 +13,9 @@ from moetrace.engine.lane import Lane
 from moetrace.engine.tiers.tier_host import RULES
 from moetrace.spec import Cpu, PolicySpec, UsageError, check_fits, load_policy, load_system
 from moetrace.spec.choices import find
-from moetrace.spec.host_memory import Disk, host_residencies
 from moetrace.spec.fits import host_slots
-from moetrace.spec.policy import check_policy
+from moetrace.spec.host_memory import Disk, host_residencies
+from moetrace.spec.participants import check_policy
 from moetrace.spec.system import Host
 from moetrace.trace import Trace
 from moetrace.trace import format as trace_format

@@ -13,7 +13,7 @@ from support.strategies import Case, all_policies, cases
 
 from moetrace.spec import PolicySpec, load_policy, load_system
 from moetrace.spec.errors import UsageError
-from moetrace.spec.policy import check_policy
+from moetrace.spec.participants import check_policy
 
 
 @pytest.mark.parametrize(("seed", "most"), [(1, 1), (2, 4), (3, 9)])

@@ -43,7 +43,7 @@ def test_references_of_cache_policies_lead_somewhere():
 
 def test_orders_are_those_that_messages_have():
     assert planned_placements() == ("ep", "ep-block", "ep-lpt", "eplb", "eplb-hierarchical", "tp", "tp:g")
-    assert legal("prefetch") == ("none", "prefill", "online:m", "foresee", "oracle:d")
+    assert legal("prefetch") == ("none", "prefill", "online:m", "foresee", "oracle:d", "relayout")
     assert [*cache_policies()][:5] == ["lru", "fifo", "sieve", "s3-fifo", "arc"]
 
 

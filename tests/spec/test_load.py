@@ -288,7 +288,7 @@ def test_instance_is_checked_and_overridden():
         ({"weight_bits": [16, 8]}, "weight_bits wants one number for each of the 32 MoE layers, got 2 numbers"),
         ({"weight_bits": [16] * 31 + [-1]}, r"weight_bits\[31\] wants a number from 1e-06 to 64, got -1"),
         ({"weight_bits": [16] * 31 + ["a"]}, r"weight_bits\[31\] wants a number, got 'a'"),
-        ({"weight_bits": True}, "weight_bits wants a number or a text in quotes or a list, got True"),
+        ({"weight_bits": True}, "weight_bits wants a number or a text in quotes or a table or a list, got True"),
         (
             {"hidden": 1, "expert_intermediate": 1, "weight_bits": 2},
             "weight_bits wants at least one byte for the 3 weights of an expert, got 2",

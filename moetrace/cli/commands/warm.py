@@ -59,7 +59,7 @@ def _generate(folder: Path) -> Iterator[list[str]]:
 
 def _replay(folder: Path) -> Iterator[list[str]]:
     from moetrace.spec import list_presets, load_policy, load_system
-    from moetrace.spec.policy import check_policy
+    from moetrace.spec.participants import check_policy
 
     yield [*_trace(folder), *_SIZES]
     trace, more = ["replay", f"{folder}.h5", "--model", f"{folder}.toml"], ["--slots", "20"]

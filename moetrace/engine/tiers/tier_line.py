@@ -4,6 +4,7 @@ from moetrace.engine.layer import Timeline
 from moetrace.engine.state import ON_GPU
 from moetrace.engine.tiers.tier_host import spare_disk
 from moetrace.engine.tiers.tier_times import (
+    best_chunks,
     cpu_end_s,
     fetched_end_s,
     home_done_s,
@@ -41,19 +42,24 @@ def tier_line(tiers, machine, view, size, plan):
     beside.cpu_s = beside.cpu_act_s = beside.cpu_act_bytes = 0.0
     beside.home_end_s, beside.cpu_end_s = home_s, cpu_s
     if home.experts > 0:
-        act_bytes, act_s = _sent(machine, view, home.row_shards, term.home_chunks)
+        act = _sent(machine, view, home.row_shards, home.busiest_s, term.home_chunks, term.home_command_s)
+        act_bytes, act_s = act
     if cpu.experts > 0:
-        beside.cpu_act_bytes, beside.cpu_act_s = _sent(machine, view, min(float(view.rows), cpu.rows), term.cpu_chunks)
         beside.cpu_s = cpu.busy_s + term.cpu_layer_s
+        rows = min(float(view.rows), cpu.rows)
+        act = _sent(machine, view, rows, beside.cpu_s, term.cpu_chunks, term.cpu_command_s)
+        beside.cpu_act_bytes, beside.cpu_act_s = act
     moe_s = max(free_s, home_s, cpu_s)
     spare_disk(tiers.host, moe_s)
     return Timeline(moe_s, act_s, fetch_s, busy_s, act_bytes, demand_bytes, home.busiest_s, home.busy_sum_s)
 
 
 @kernel
-def _sent(machine, view, rows, chunks):
-    """Return the bytes of activations that rows take one way, and their seconds."""
-    return machine.work[0].row_bytes * rows, rows * view.out_s_per_row + view.link_latency_s * max(chunks, 1)
+def _sent(machine, view, rows, work_s, chunks, command_s):
+    """Return the bytes of activations that rows take one way, and their seconds, in the chunks of the exchange."""
+    out_s = rows * view.out_s_per_row
+    parts = best_chunks(out_s, work_s, view.link_latency_s, chunks, command_s)
+    return machine.work[0].row_bytes * rows, out_s + parts * view.link_latency_s
 
 
 @kernel

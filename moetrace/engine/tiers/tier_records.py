@@ -65,6 +65,7 @@ class Tiers(NamedTuple):
     tally: Any  # TIER_TALLY [1]
     beside: Any  # BESIDE [1]
     host: Any = None  # `tier_host.HostMemory`, above a disk
+    layout: Any = None  # tier_layout.Layout: of experts that move between layouts
 
 
 def without_disk(tiers: Tiers | None) -> Tiers | None:

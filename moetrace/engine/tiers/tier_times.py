@@ -5,8 +5,8 @@ from typing import NamedTuple
 from moetrace.engine.layer import less
 from moetrace.engine.state import CPU, HOME, ON_GPU, OWN
 from moetrace.engine.tiers.tier_records import AUTO, MOST_CHUNKS, NO_GROUP, NO_LIMIT, TERM
+from moetrace.jit.addresses import record_at
 from moetrace.jit.compile import kernel
-from moetrace.jit.read_only import record_at
 
 
 class Ends(NamedTuple):
@@ -57,15 +57,23 @@ def exchange_s(out_s, work_s, latency_s, chunks, command_s):
 
     ``out_s`` is one way without its latency.
     """
-    if chunks == AUTO:
-        best_s, parts = exchange_s_of(out_s, work_s, latency_s, 1, command_s), 2
-        while parts <= MOST_CHUNKS:
-            seconds = exchange_s_of(out_s, work_s, latency_s, parts, command_s)
-            if less(seconds, best_s):
-                best_s = seconds
-            parts *= 2
-        return best_s
-    return exchange_s_of(out_s, work_s, latency_s, chunks, command_s)
+    parts = best_chunks(out_s, work_s, latency_s, chunks, command_s)
+    return exchange_s_of(out_s, work_s, latency_s, parts, command_s)
+
+
+@kernel
+def best_chunks(out_s, work_s, latency_s, chunks, command_s):
+    """Return the number of chunks: where it is AUTO, the power of two of least time, the smallest on a tie."""
+    if chunks != AUTO:
+        return chunks
+    best, parts = 1, 2
+    best_s = exchange_s_of(out_s, work_s, latency_s, 1, command_s)
+    while parts <= MOST_CHUNKS:
+        seconds = exchange_s_of(out_s, work_s, latency_s, parts, command_s)
+        if less(seconds, best_s):
+            best_s, best = seconds, parts
+        parts *= 2
+    return best
 
 
 @kernel

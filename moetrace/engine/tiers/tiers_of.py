@@ -2,30 +2,44 @@
 
 from typing import Any
 
-from moetrace.engine.machine import MachinePart, describe, parts_of
+from moetrace.engine.machine import FIRST_HOME, Machine, MachinePart, describe, parts_of
+from moetrace.engine.prefetch import RELAYOUT
 from moetrace.engine.state import FIRST_GROUP
+from moetrace.engine.tiers.tier_host import host_of
+from moetrace.engine.tiers.tier_layout import new_layout
 from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, DISK_ROW, Tiers, new_tiers
-from moetrace.spec.choices import Dispatch
+from moetrace.spec.choices import Dispatch, find
+from moetrace.spec.fits import host_slots
 from moetrace.spec.model import Model
+from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import Cpu, Ndp, System
 
 
-def tiers_of(model: Model, system: System, dispatch: Dispatch) -> Tiers | None:
+def tiers_of(model: Model, system: System, policy: PolicySpec, machine: Machine) -> Tiers | None:
     """Return what the machine has beside GPU, home and a plain link; None if there is nothing that a replay uses.
 
     ``system`` is the machine as the policy sees it (`moetrace.spec.participants`).
     """
-    term = _term_of(system, dispatch)
-    tiers = new_tiers(max(system.units, 1))
-    if term == tiers.term and dispatch.hook is not None:
+    dispatch: Dispatch | None = find("dispatch", policy.dispatch)
+    term, tiers = _term_of(system, dispatch), new_tiers(max(system.units, 1))
+    if len(machine.device) - FIRST_HOME > max(system.units // machine.share, 1):
+        term["all_group"] = system.units
+    if term == tiers.term and (dispatch is None or dispatch.hook is not None):
         return None
+    if system.ndp is not None and find("prefetch", policy.prefetch).rule == RELAYOUT:
+        layers, experts = machine.weight_bytes.shape
+        layout = new_layout(layers, experts, system.units, (system.ndp.move_gb_s or 0.0) * 1e9, policy.alpha)
+        tiers = tiers._replace(layout=layout)
+    if system.disk is not None:
+        slots = host_slots(model, system, machine.weight_bytes)
+        tiers = tiers._replace(host=host_of(system.disk, policy, machine, slots))
     if term["has_cpu"] and system.beside is not None:
         describe(tiers.cpu, system.beside, 1, model)
         term["cpu_layer_s"] = tiers.cpu["layer_s"]
     return tiers._replace(term=term)
 
 
-def _term_of(system: System, dispatch: Dispatch) -> Any:
+def _term_of(system: System, dispatch: Dispatch | None) -> Any:
     term, ndp, cpu, host = new_tiers(max(system.units, 1)).term, system.ndp, system.cpu, system.host
     term["has_disk"] = system.disk is not None
     term["evict_s"] = (system.gpu.evict_us or 0.0) / 1e6
@@ -35,7 +49,7 @@ def _term_of(system: System, dispatch: Dispatch) -> Any:
         _exchange(term, "home", ndp or cpu)
     if ndp is None:
         return term
-    if cpu is not None and dispatch.uses_cpu:
+    if cpu is not None and dispatch is not None and dispatch.uses_cpu:
         term["has_cpu"] = 1
         _exchange(term, "cpu", cpu)
     if host is not None and host.channels_gb_s is not None:
@@ -55,9 +69,14 @@ def _exchange(term: Any, who: str, part: Ndp | Cpu | None) -> None:
         term[f"{who}_command_s"] = part.command_s
 
 
-def tier_parts_of(system: System, share: int, tiers: Tiers) -> list[MachinePart]:
-    """Return the parts of a machine with more tiers, as `parts_of`."""
-    groups = max(system.units // share, 1)
+def with_homes_of_its_own(machine: Machine, tiers: Tiers | None) -> Machine:
+    """Return a machine whose experts may move to other homes, where they do."""
+    moves = tiers is not None and tiers.layout is not None
+    return machine._replace(home=machine.home.copy()) if moves else machine
+
+
+def tier_parts_of(system: System, share: int, tiers: Tiers, groups: int) -> list[MachinePart]:
+    """Return the parts of a machine with more tiers, as `parts_of`; ``groups`` of units stand before the others."""
     rows = {"cpu": CPU_ROW} if tiers.term["has_cpu"][0] else {}
     rows |= {"disk": DISK_ROW} if tiers.host is not None else {}
     return [
