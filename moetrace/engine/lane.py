@@ -24,8 +24,9 @@ from moetrace.engine.replay import Aside, Batch, State, Work, new_state
 from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, keep_for_good
 from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
-from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
-from moetrace.engine.tiers.tier_records import MORE_ROWS, Tiers
+from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_steps, records
+from moetrace.engine.tiers.tier_host import end_disk
+from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, Tiers
 from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
@@ -153,6 +154,8 @@ class Lane:
         """Close the books after the last block: what was prefetched and never run was wasted."""
         self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
         self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
+        if self.tiers is not None and self.tiers.host is not None:
+            end_disk(self.tiers.host, self.log.unit[FIRST_GROUP + len(self.state.scratch.groups) + DISK_ROW])
         if not self.has_units:  # one CPU is no tier that could be out of balance
             self.log.step["imbalance"] = np.nan
             self.log.layer["imbalance_sum"], self.log.layer["imbalance_count"] = 0.0, 0
@@ -167,6 +170,19 @@ class Lane:
 
 def _or(given: float | None, default: float) -> float:
     return default if given is None else float(given)
+
+
+def _clairvoyant_of(
+    dispatch: Dispatch, machine: Machine, tiers: Tiers | None, setting: Any, hook: Any, common: InCommon
+) -> Yardstick | None:
+    """Return the clairvoyant run, None if it is the replay: the dispatch ignores residency, and nothing is read."""
+    if not dispatch.ignores_residency:
+        return common.clairvoyant(machine, tiers, setting, hook)
+    if tiers is None or tiers.host is None:
+        return None
+    nothing_kept = setting.copy()
+    nothing_kept["slots"] = 0
+    return common.clairvoyant(machine, tiers, nothing_kept, hook)
 
 
 def lane_of(
@@ -226,7 +242,7 @@ def lane_of(
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(common_machine, tiers, setting, hooks[0])
+    clairvoyant = _clairvoyant_of(dispatch, common_machine, tiers, setting, hooks[0], common)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
     aside = Aside()

@@ -27,9 +27,9 @@ def policy(function: Callable) -> Any:
     """Compile a policy hook `function(state, view, layer, load, plan)`, which returns nothing.
 
     The same hook serves as a *dispatch*, called when the router of `layer` has spoken, which sets `plan[i] = 1` to run
-    the i-th active expert on the GPU (2: on a CPU beside NDP units, with `with_cpu = true`); or as a *residency*, called
-    after the layer, which writes `score` (the least is evicted first, infinity never) and `admit` (whether a copy that
-    arrives may be kept) into `state`. docs/policies.md has the rules and an example of each.
+    the i-th active expert on the GPU (2: on a CPU beside NDP units, with `with_cpu = true`); or as a *residency*,
+    called after the layer, which writes `score` (the least is evicted first, infinity never) and `admit` (whether a
+    copy that arrives may be kept) into `state`. docs/policies.md has the rules and an example of each.
 
     - `state[layer, expert]`: `score`, `admit`, `memory` (float64, the policy's own, 0 at the start), `touched` (when
       last, 0 = never), `resident` (for reading).

@@ -44,6 +44,7 @@ from moetrace.engine.state import (
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
 from moetrace.engine.tiers.tier_books import begin_layer, end_layer, end_step, note_cpu, note_tiers, units_of
 from moetrace.engine.tiers.tier_flows import flow_tiers
+from moetrace.engine.tiers.tier_host import keep_in_host, read_from_disk
 from moetrace.engine.tiers.tier_layout import flow_layout, lay_out
 from moetrace.engine.tiers.tier_line import shared_tiers_s, tier_line
 from moetrace.engine.tiers.tier_prices import price_tiers
@@ -208,6 +209,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     size = _see(at, layer, s, batch.demand, machine, setting, state, log)
     if tiers is not None:
         price_tiers(tiers, machine, state.scratch.active, size)
+        read_from_disk(tiers.host, layer, size, state.scratch.active)
     pool = pool_of(state.cache, layer)
     of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity[pool]))
     view = view_of(step, layer, batch.steps, machine, setting, state.scratch, of_pool)
@@ -244,6 +246,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     else:
         log.unit[LINK_IN].shared_s += shared_tiers_s(line, beside[1], tiers.beside[0])
         note_tiers(dense, line, moved, machine, tiers, state.scratch, log)
+        keep_in_host(tiers.host, step, layer, size, work)
         end_layer(tiers, dense + line.moe_s)
     row, totals = log.step[s], log.layer[layer]
     row.moe_s += line.moe_s

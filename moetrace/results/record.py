@@ -165,7 +165,7 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
         ),
     ] = None
 
-    # Only where the system has the table that it is computed from (`ACCOUNTS`); else a file does not have it at all.
+    # Only where the system has the table that they are of (`OF_A_TABLE`); else a file does not have them at all.
     energy_j: Annotated[
         float | UnsetType,
         Figure("J", "energy of the replay; only where the system has `[energy]`", "lower", "energy", "energy"),
@@ -187,6 +187,30 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
             "price of a million tokens",
             "a million\ntokens",
         ),
+    ] = UNSET
+    host_slots: Annotated[
+        Count | UnsetType, Figure("count", "experts that host memory can hold; only where the system has `[disk]`")
+    ] = UNSET
+    host_hits: Annotated[
+        Count | UnsetType,
+        Figure("count", "active experts that the GPU did not hold, but host memory did; only with `[disk]`", "higher"),
+    ] = UNSET
+    host_misses: Annotated[
+        Count | UnsetType, Figure("count", "active experts that were read from the disk; only with `[disk]`", "lower")
+    ] = UNSET
+    host_hit_rate: Annotated[
+        float | UnsetType | None,
+        Figure(
+            "share", "`host_hits` / (`host_hits` + `host_misses`); only with them", "higher", "host hits", "host\nhits"
+        ),
+    ] = UNSET
+    disk_bytes: Annotated[
+        float | UnsetType,
+        Figure("bytes", "weights that were read from the disk; only with `[disk]`", "lower", "read from disk", "disk"),
+    ] = UNSET
+    disk_busy: Annotated[
+        float | UnsetType | None,
+        Figure("share", "busy time of the disk / `total_s`; only with `[disk]`", None, "disk busy", "disk\nbusy"),
     ] = UNSET
 
     @property
@@ -334,19 +358,22 @@ FIGURES: dict[str, Figure] = dict(_figures_of(PolicyFigures))
 METRICS: dict[str, Figure] = {name: figure for name, figure in FIGURES.items() if figure.gated}
 COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
 COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
-# The figures that a system without a table does not have, and that table.
 ACCOUNTS: dict[str, str] = dict.fromkeys(("energy_j", "energy_per_token_j"), "energy")
 ACCOUNTS |= dict.fromkeys(("price_usd", "usd_per_million_tokens"), "price")
 # What a Pareto front may set against time.
 FRONTS = (*COSTS, "energy_j", "price_usd")
 
+# Figures that a system without a table does not have, and that table.
+_OF_DISK = ("host_slots", "host_hits", "host_misses", "host_hit_rate", "disk_bytes", "disk_busy")
+OF_A_TABLE = dict.fromkeys(_OF_DISK, "disk") | ACCOUNTS
+
 
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
     """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is.
 
-    `check` returns each number as it is to be used; by default as it is. A figure of `ACCOUNTS` may be absent: None.
+    `check` returns each number as it is to be used; by default as it is. A figure of `OF_A_TABLE` may be absent: None.
     """
-    if name in ACCOUNTS and name not in policy:
+    if name in OF_A_TABLE and name not in policy:
         return None
     value: Any = policy
     for key in name.split("."):

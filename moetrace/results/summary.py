@@ -14,9 +14,9 @@ from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.accounts import account_figures
 from moetrace.results.frames import lane_accounts, total_s, utilization_of
 from moetrace.results.record import (
-    ACCOUNTS,
     COLUMNS,
     FIGURES,
+    OF_A_TABLE,
     PolicyFigures,
     Spread,
     SummaryFile,
@@ -119,12 +119,12 @@ def _check_finite(policy: dict[str, Any], run: Run) -> None:
 def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
     """Return one row a policy; nested figures get names like `ttft_s_p50`, `utilization_ndp` is the units' mean.
 
-    A figure of `ACCOUNTS` that no policy has is no column.
+    A figure of `OF_A_TABLE` that no policy has is no column.
     """
     paths = {
         name: path
         for name, path in _PATHS.items()
-        if path not in ACCOUNTS or any(path in policy for policy in policies)
+        if path not in OF_A_TABLE or any(path in policy for policy in policies)
     }
     columns = {name: [value_in(policy, path) for policy in policies] for name, path in paths.items()}
     types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in paths}
@@ -168,7 +168,24 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         itl_s=_weighted_spread(gaps),
         request_tokens_per_s=_spread(times.tokens_per_s),
         lower_bound_s=float(lane.lower_bound_s),
+        **_host_figures(lane),
     )
+
+
+def _host_figures(lane: Lane) -> dict[str, Any]:
+    """Return what a lane above a disk has more; nothing of others."""
+    host = lane.tiers and lane.tiers.host
+    if host is None:
+        return {}
+    hits, misses, disk_bytes = (host.books[name][0] for name in ("hits", "misses", "disk_bytes"))
+    return {
+        "host_slots": int(host.cache.capacity[0]),
+        "host_hits": int(hits),
+        "host_misses": int(misses),
+        "host_hit_rate": _ratio(int(hits), int(hits + misses)),
+        "disk_bytes": float(disk_bytes),
+        "disk_busy": utilization_of(lane)["disk"],
+    }
 
 
 def _utilization(system: System, of_part: dict[str, float | None]) -> Utilization:

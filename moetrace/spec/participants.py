@@ -4,6 +4,7 @@ from msgspec.structs import replace
 
 from moetrace.spec.choices import Dispatch, choices_of, find
 from moetrace.spec.errors import UsageError
+from moetrace.spec.host_memory import policy_misfit
 from moetrace.spec.policy import PolicySpec, shown
 from moetrace.spec.system import System
 
@@ -93,6 +94,8 @@ def check_policy(policy: PolicySpec, system: System) -> None:
             f"Policy {policy.name}: with_cpu = true needs NDP units and a CPU beside them, and system {system.name} "
             f"has no {missing}; add it, or remove with_cpu."
         )
+    if misfit := policy_misfit(policy.host_residency, policy.dispatch, system.disk, system.name):
+        raise UsageError(f"Policy {policy.name}: {misfit}.")
     placement, prefetch = find("placement", policy.placement), find("prefetch", policy.prefetch)
     if system.ndp is None:
         if placement is not None and placement.needs_units:

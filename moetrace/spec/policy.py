@@ -24,6 +24,7 @@ from moetrace.spec.choices import (
     residencies_of,
 )
 from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.host_memory import host_residencies, host_residency_of
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
 from moetrace.spec.named import nearest
 
@@ -77,6 +78,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     now_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
     long_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
     with_cpu: bool | None = None
+    host_residency: str | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
@@ -92,7 +94,9 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def unread(self) -> list[str]:
         """Parameters that none of the choices reads."""
         read = {field for kind, fields in _OWN_READS.items() if _split(getattr(self, kind)) for field in fields}
-        read |= {"budget"} if self.budget is not None else set()  # goes with a scope, not with a choice
+        # These go with a scope and with a system, not with a choice.
+        read |= {field for field in ("budget", "host_residency") if getattr(self, field) is not None}
+        read |= set(host_residency_of(self.host_residency).parameters if self.host_residency else ())
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
             read |= set(record.parameters) if record else set()
@@ -283,6 +287,9 @@ def _check_choices(policy: PolicySpec, loaded: Loaded, overridden: Mapping[str, 
     for kind in KINDS:
         where = f"an override of {loaded.where}" if kind in overridden else loaded.where
         _check_choice(loaded._replace(where=where), kind, getattr(policy, kind))
+    if policy.host_residency is not None and policy.host_residency not in (able := host_residencies()):
+        near = nearest(policy.host_residency, list(able))
+        loaded.refuse("host_residency", f"one of {', '.join(able)}, which learn from demands so far{near}")
     if policy.scope not in SCOPES:
         loaded.refuse("scope", f"one of {', '.join(SCOPES)}{nearest(policy.scope, list(SCOPES))}")
 

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from moetrace.spec.errors import UsageError
+from moetrace.spec.host_memory import Disk, disk_misfit
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.load import convert, read
 from moetrace.spec.rates import Energy, Price, misfits
@@ -233,12 +234,15 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Host memory, where experts live if there are no NDP units.
 
     Attributes:
-        memory_gb: Memory for experts, GB. Without it there is no limit.
+        memory_gb: Memory for experts, GB. Without it there is no limit. With a `[disk]` host memory holds as many
+            experts as it has room for, counted in the largest, and others are read when they are demanded.
+        slots: With a `[disk]`, how many experts host memory holds, instead of `memory_gb`.
         channels_gb_s: What the GPU or a CPU can read of an expert that is spread over all NDP units, GB a second. By
             default as fast as they can.
     """
 
     memory_gb: Positive | None = None
+    slots: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
     channels_gb_s: Positive | None = None
 
 
@@ -254,6 +258,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         host: Host memory.
         energy: What its parts draw. Without it a result says nothing of energy.
         price: What its parts cost. Without it a result says nothing of price.
+        disk: The disk below host memory. Without it host memory holds all experts.
         known: Where the constants come from that were not calibrated; `assumed` if any of them is.
         calibration: Part (gpu, cpu, link) -> how well its fitted constants predict.
     """
@@ -266,6 +271,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     host: Host | None = None
     energy: Energy | None = None
     price: Price | None = None
+    disk: Disk | None = None
     known: Known | None = None
     calibration: dict[str, Calibration] | None = None
 
@@ -323,9 +329,10 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def part_names(self) -> list[str]:
-        """Names of all parts, in the order of every table: devices, then the directions of the link."""
+        """Names of all parts, in the order of every table: devices, the directions of the link, the disk."""
         devices = [self.accelerator, *([self.home] if self.ndp and self.home else [])]
-        return [*(name for device in devices for name in device.names), "cpu", "link_in", "link_out"]
+        names = [name for device in devices for name in device.names]
+        return [*names, "cpu", "link_in", "link_out", *(["disk"] if self.disk is not None else [])]
 
 
 def _device(name: str, count: int, part: Gpu | Ndp | Cpu, start_s: float, is_numbered: bool = False) -> Device:
@@ -346,6 +353,8 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
     Raises:
         UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, or a part has watts or a price
             that the system lacks. The message names the TOML path.
+        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, or the disk does not go with
+            the rest. The message names the TOML path.
         MoetraceError: A file cannot be read.
 
     Examples:
@@ -362,6 +371,9 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
     there = {name for name in ("gpu", "ndp", "cpu", "link") if getattr(system, name) is not None}
     if system.host is not None and system.host.memory_gb is not None:
         there.add("host")
-    if misfit := next(misfits(system.energy, system.price, there), None):
+    slots, chunks = system.host and system.host.slots, system.cpu and system.cpu.chunks
+    if misfit := disk_misfit(system.disk, slots, there, chunks) or next(
+        misfits(system.energy, system.price, there), None
+    ):
         raise UsageError(f"{loaded.where}: {misfit}.")
     return system

@@ -111,6 +111,7 @@ def test_systems():
         "rtx3060-ddr4",
         "rtx3090-ddr4",
         "rtx4090-ddr5",
+        "rtx4090-nvme",
         "rtx4090-offload",
         "rtx5090-ddr5",
         "strix-halo",

@@ -2,11 +2,12 @@
 
 from moetrace.engine.layer import Timeline
 from moetrace.engine.state import ON_GPU
+from moetrace.engine.tiers.tier_host import spare_disk
 from moetrace.engine.tiers.tier_times import (
     best_chunks,
     cpu_end_s,
     fetched_end_s,
-    home_end_s,
+    home_done_s,
     home_work,
     share_out_work,
 )
@@ -31,12 +32,12 @@ def tier_line(tiers, machine, view, size, plan):
             busy_s += start_s
             start_s = 0.0
             continue
-        from_s = fetched_s
+        from_s = max(fetched_s, expert.ready_s)
         fetched_s = from_s + expert.fetch_s
         fetch_s += expert.fetch_s
         demand_bytes += expert.weight_bytes
         free_s = fetched_end_s(term, free_s, from_s, fetched_s, expert.gpu_s)
-    home_s, cpu_s = home_end_s(term, view, home), cpu_end_s(term, view, cpu)
+    home_s, cpu_s = home_done_s(term, view, size, plan, home), cpu_end_s(term, view, cpu)
     act_bytes, act_s, beside = 0.0, 0.0, tiers.beside[0]
     beside.cpu_s = beside.cpu_act_s = beside.cpu_act_bytes = 0.0
     beside.home_end_s, beside.cpu_end_s = home_s, cpu_s
@@ -48,9 +49,9 @@ def tier_line(tiers, machine, view, size, plan):
         rows = min(float(view.rows), cpu.rows)
         act = _sent(machine, view, rows, beside.cpu_s, term.cpu_chunks, term.cpu_command_s)
         beside.cpu_act_bytes, beside.cpu_act_s = act
-    return Timeline(
-        max(free_s, home_s, cpu_s), act_s, fetch_s, busy_s, act_bytes, demand_bytes, home.busiest_s, home.busy_sum_s
-    )
+    moe_s = max(free_s, home_s, cpu_s)
+    spare_disk(tiers.host, moe_s)
+    return Timeline(moe_s, act_s, fetch_s, busy_s, act_bytes, demand_bytes, home.busiest_s, home.busy_sum_s)
 
 
 @kernel

@@ -66,7 +66,17 @@ class Tiers(NamedTuple):
     cpu: Any  # DEVICE [1], beside units
     tally: Any  # TIER_TALLY [1]
     beside: Any  # BESIDE [1]
+    host: Any = None  # `tier_host.HostMemory`, above a disk
     layout: Any = None  # tier_layout.Layout: of experts that move between layouts
+
+
+def without_disk(tiers: Tiers | None) -> Tiers | None:
+    """Return the same machine with all experts in host memory."""
+    if tiers is None or tiers.host is None:
+        return tiers
+    term = tiers.term.copy()
+    term["has_disk"] = 0
+    return tiers._replace(term=term, host=None)
 
 
 def new_tiers(units: int) -> Tiers:

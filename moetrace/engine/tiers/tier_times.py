@@ -181,6 +181,19 @@ def home_end_s(term, view, work):
 
 
 @kernel
+def home_done_s(term, view, size, plan, work):
+    """Return the same on any machine: above a disk, home runs each expert when it has been read."""
+    if not term.has_disk or work.experts == 0:
+        return home_end_s(term, view, work)
+    act_s = work.row_shards * view.out_s_per_row + view.link_latency_s
+    free_s = act_s + view.home_start_s
+    for i in range(size):
+        if plan[i] == HOME:
+            free_s = max(free_s, view.active[i].ready_s) + view.active[i].ndp_s
+    return free_s + act_s
+
+
+@kernel
 def cpu_end_s(term, view, work):
     """Return when the CPU's results are back, 0 if it runs nothing."""
     if work.experts == 0:
@@ -203,7 +216,7 @@ def gpu_end_s(term, view, size, plan):
             free_s += start_s + expert.gpu_s
             start_s = 0.0
         else:
-            from_s = fetched_s
+            from_s = max(fetched_s, expert.ready_s)
             fetched_s = from_s + expert.fetch_s
             free_s = fetched_end_s(term, free_s, from_s, fetched_s, expert.gpu_s)
     return free_s
@@ -214,7 +227,8 @@ def ends_of(term, view, size, plan):
     """Return when each part ends under a plan; leaves the units' work in ``view.groups``."""
     cpu, home_rows = share_out_work(view, size, plan)
     home = home_work(term, view, home_rows)
-    return Ends(gpu_end_s(term, view, size, plan), home_end_s(term, view, home), cpu_end_s(term, view, cpu))
+    home_s = home_done_s(term, view, size, plan, home)
+    return Ends(gpu_end_s(term, view, size, plan), home_s, cpu_end_s(term, view, cpu))
 
 
 @kernel

@@ -5,9 +5,11 @@ from typing import Any
 from moetrace.engine.machine import FIRST_HOME, Machine, MachinePart, describe, parts_of
 from moetrace.engine.prefetch import RELAYOUT
 from moetrace.engine.state import FIRST_GROUP
+from moetrace.engine.tiers.tier_host import host_of
 from moetrace.engine.tiers.tier_layout import new_layout
-from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, TERM, Tiers, new_tiers
+from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, DISK_ROW, TERM, Tiers, new_tiers
 from moetrace.spec.choices import Dispatch, find
+from moetrace.spec.fits import host_slots
 from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import Cpu, Ndp, System
@@ -31,6 +33,9 @@ def tiers_of(model: Model, system: System, policy: PolicySpec, machine: Machine)
         layers, experts = machine.weight_bytes.shape
         layout = new_layout(layers, experts, system.units, (system.ndp.move_gb_s or 0.0) * 1e9, policy.alpha)
         tiers = tiers._replace(layout=layout)
+    if system.disk is not None:
+        slots = host_slots(model, system, machine.weight_bytes)
+        tiers = tiers._replace(host=host_of(system.disk, policy, machine, slots))
     if system.beside is not None:
         describe(tiers.cpu, system.beside, 1, model)
         term["cpu_layer_s"] = tiers.cpu["layer_s"]
@@ -47,6 +52,7 @@ def adds_nothing(tiers: Tiers) -> bool:
 
 def _term_of(system: System, uses_cpu: bool) -> Any:
     term, ndp, cpu, host = new_tiers(max(system.units, 1)).term, system.ndp, system.cpu, system.host
+    term["has_disk"] = system.disk is not None
     term["evict_s"] = (system.gpu.evict_us or 0.0) / 1e6
     if system.link is not None and system.link.stream is not None:
         term["stream"] = system.link.stream
@@ -83,6 +89,7 @@ def with_homes_of_its_own(machine: Machine, tiers: Tiers | None) -> Machine:
 def tier_parts_of(system: System, share: int, tiers: Tiers, groups: int) -> list[MachinePart]:
     """Return the parts of a machine with more tiers, as `parts_of`; ``groups`` of units stand before the others."""
     rows = {"cpu": CPU_ROW} if tiers.term["has_cpu"][0] else {}
+    rows |= {"disk": DISK_ROW} if tiers.host is not None else {}
     return [
         part._replace(log_row=FIRST_GROUP + groups + rows[part.name]) if part.name in rows else part
         for part in parts_of(system, share)
