@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import polars as pl
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.drawn_machines import MachineCase
@@ -33,8 +34,12 @@ def run_of(case: MachineCase, policy: dict[str, Any], folder: Path) -> Run:
     fields = {"name": "drawn"} | policy
     if "layout" in fields:
         fields["layout"] = str(written(folder / "layout.csv", [(*key, unit) for key, unit in fields["layout"].items()]))
+    system = case.system | {}
+    if "disk" in system:  # the oracle's host says both
+        fields["host_residency"] = system["host"]["residency"]
+        system["host"] = {"slots": system["host"]["slots"]}
     spec = load_policy(msgspec.convert(fields, PolicySpec))
-    return replay(Case(case.trace, case.model, msgspec.convert(case.system, System), case.slots), [spec])
+    return replay(Case(case.trace, case.model, msgspec.convert(system, System), case.slots), [spec])
 
 
 def written(path: Path, rows: list) -> Path:
@@ -60,10 +65,15 @@ def check(run: Run, expected: Figures) -> None:
         close(lane.tiers.tally["evict_s"][0], expected.per_step("evict_s").sum(), "evict_s")
         if lane.tiers.layout is not None:
             close(lane.tiers.layout.moved, (expected.moved_bytes, expected.moved_s), "moved")
+        if lane.tiers.host is not None:
+            books = lane.tiers.host.books
+            assert (books["hits"][0], books["misses"][0]) == (expected.host_hits, expected.host_misses)
+            close((books["disk_bytes"][0], books["busy_s"][0]), (expected.disk_bytes, expected.disk_busy_s), "disk")
 
 
 def check_units(run: Run, lane: Lane, expected: Figures) -> None:
     units = unit_frame(run)
+    units = units.filter(pl.col("unit") != "disk")  # the oracle says it apart
     names = units["unit"].to_list()
     for column in ("busy_s", "experts", "rows", "bytes"):
         wanted = [expected.unit.get(name, {}).get(column, 0.0) for name in names]
@@ -80,10 +90,10 @@ def compare(case: MachineCase, policy: dict[str, Any], folder: Path) -> Run:
 def without(case: MachineCase, policy: dict[str, Any]) -> None:
     for name in ("loss", "mtu_bytes", "rto_ms", "loss_mode", "seed", "rates"):
         case.system["link"].pop(name, None)
-    for name in ("disk", "remote"):
+    for name in ("remote",):
         case.system.pop(name, None)
-    if "ndp" not in case.system:
-        case.system.pop("host", None)
+    if "disk" in case.system:
+        case.system["cpu"].pop("chunks", None)
     for name in ("remote", "replicas", "plan_steps"):
         policy.pop(name, None)
 

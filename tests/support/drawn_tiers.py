@@ -75,7 +75,7 @@ def tier_policies(
     if "ndp" in system:
         chosen["placement"] = draw(st.sampled_from(placements))
     if "disk" in system:
-        kept["prefetch"], kept["prefetch_blocks"] = "none", False
+        kept = {"residency": kept["residency"]}
     if chosen["placement"] == "mixed":
         units = system["ndp"]["units"]
         where = st.sampled_from(["striped", *range(units)])

@@ -14,6 +14,7 @@ from moetrace.engine.tiers.tier_times import (
     give_home,
     home_end_s,
     home_work,
+    moe_s,
     read_outside,
     term_of,
 )
@@ -22,6 +23,7 @@ from moetrace.jit.compile import kernel
 # With three devices: 3^12 assignments are fewer than the 2^20 of 20 experts and two devices, 3^13 are more.
 OPTIMAL_OF_THREE_UP_TO = 12
 # What is kept of a decision, to undo it: of the group, and what was decided before it.
+_UNDECIDED = 255
 _BUSY_S, _ROWS, _OUTSIDE_S, _FREE_S, _ARRIVED_S, _CPU_S, _CPU_ROWS, _HOME_ROWS, _KEPT = range(9)
 
 
@@ -74,8 +76,13 @@ def _undo(view, j, device, kept):
 
 
 @kernel
-def _moe_s(term, view, decided, on_cpu):
-    """Return the seconds of what is decided: no more work ever ends a layer earlier."""
+def _moe_s(term, view, decided, on_cpu, plan):
+    """Return the seconds of what is decided: no more work ever ends a layer earlier.
+
+    Above a disk home runs in demand order, which is not that of the decisions: then the whole time line is made.
+    """
+    if term.has_disk:
+        return moe_s(term, view, plan.size, plan)
     home_s = home_end_s(term, view, home_work(term, view, decided[_HOME_ROWS]))
     cpu_s = cpu_end_s(term, view, CpuWork(decided[_CPU_S], decided[_CPU_ROWS], on_cpu))
     return max(decided[_FREE_S], home_s, cpu_s)
@@ -93,6 +100,7 @@ def _search(view, size, plan, best_s):
     term = term_of(view)
     devices = 3 if term.has_cpu else 2
     kept, choice = np.zeros((size + 1, _KEPT)), np.full(size + 1, -1)
+    decided = np.full(size, np.uint8(_UNDECIDED))
     best_away, best_gpu, away, gpu, count, on_cpu, best_count = 0, 0, 0, 0, 0, 0, 0
     for i in range(size):
         best_gpu += np.int64(plan[i] == ON_GPU) << (size - 1 - i)
@@ -102,10 +110,10 @@ def _search(view, size, plan, best_s):
     j = 0
     while j >= 0:
         if j == size:
-            moe_s = _moe_s(term, view, kept[j], on_cpu)
+            whole_s = _moe_s(term, view, kept[j], on_cpu, decided)
             ahead = away > best_away or (away == best_away and gpu > best_gpu)
-            if less(moe_s, best_s) or count < best_count or (count == best_count and ahead):
-                best_s, best_count, best_away, best_gpu = moe_s, count, away, gpu
+            if less(whole_s, best_s) or count < best_count or (count == best_count and ahead):
+                best_s, best_count, best_away, best_gpu = whole_s, count, away, gpu
             j -= 1
             continue
         bit = 1 << (size - 1 - view.active[j].turn)
@@ -118,15 +126,17 @@ def _search(view, size, plan, best_s):
         choice[j] += 1
         if choice[j] == devices:
             choice[j] = -1
+            decided[view.active[j].turn] = _UNDECIDED
             j -= 1
             continue
+        decided[view.active[j].turn] = choice[j]
         _decide(term, view, j, choice[j], kept)
         if choice[j] != HOME:
             count += 1
             away |= bit
             on_cpu += choice[j] == CPU
             gpu |= bit if choice[j] == ON_GPU else 0
-        bound_s = _moe_s(term, view, kept[j + 1], on_cpu)
+        bound_s = _moe_s(term, view, kept[j + 1], on_cpu, decided)
         if less(bound_s, best_s) or (not less(best_s, bound_s) and count <= best_count):
             j += 1
     for i in range(size):
