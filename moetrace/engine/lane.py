@@ -172,17 +172,9 @@ def _or(given: float | None, default: float) -> float:
     return default if given is None else float(given)
 
 
-def _clairvoyant_of(
-    dispatch: Dispatch, machine: Machine, tiers: Tiers | None, setting: Any, hook: Any, common: InCommon
-) -> Yardstick | None:
-    """Return the clairvoyant run, None if it is the replay: the dispatch ignores residency, and nothing is read."""
-    if not dispatch.ignores_residency:
-        return common.clairvoyant(machine, tiers, setting, hook)
-    if tiers is None or tiers.host is None:
-        return None
-    nothing_kept = setting.copy()
-    nothing_kept["slots"] = 0
-    return common.clairvoyant(machine, tiers, nothing_kept, hook)
+def _is_clairvoyant(dispatch: Dispatch, tiers: Tiers | None) -> bool:
+    """Whether the replay is the clairvoyant run: the dispatch ignores residency, and nothing is read from a disk."""
+    return dispatch.ignores_residency and (tiers is None or tiers.host is None)
 
 
 def lane_of(
@@ -242,7 +234,9 @@ def lane_of(
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = _clairvoyant_of(dispatch, common_machine, tiers, setting, hooks[0], common)
+    clairvoyant = None
+    if not _is_clairvoyant(dispatch, tiers):
+        clairvoyant = common.clairvoyant(common_machine, tiers, setting, hooks[0])
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
     aside = Aside()

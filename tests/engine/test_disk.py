@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.drawn_runs import replay as replay_case
 from support.in_ms import model, moe_ms, policy, replay, rows, steps, system
+from support.one_run import run
 from support.strategies import Case, cases
 
 from moetrace.engine.lane import Lane
+from moetrace.engine.tape import KINDS
 from moetrace.engine.tiers.tier_host import RULES
 from moetrace.spec import Cpu, PolicySpec, UsageError, check_fits, load_policy, load_system
 from moetrace.spec.choices import find
@@ -135,6 +137,23 @@ def test_a_prefetch_that_the_disk_has_no_time_for_lets_others_pass():
     ahead = policy("gpu", "lru", prefetch="oracle:1")
     lane = replay(steps(rows(0), rows(1), rows(3, 3, 0)), on, ahead, slots=0)
     assert lane.log.step["prefetch_bytes"].tolist() == near(0.2e6, 0.1e6 + 0.2e6 + 1e6, 0.1e6)
+
+
+def test_a_timeline_waits_for_the_reads():
+    """Step 1 of the examples above: what is fetched, run on the GPU and run at home, each when it has been read."""
+    at_home = system(cpu={"command_us": 500, "launch": "layer"}, host={"slots": 2}, disk={})
+    wanted = {
+        "gpu": {"fetch": [(11, 15), (22, 26), (33, 37)], "expert": [(15, 16), (26, 27), (37, 38)]},
+        "ndp": {"expert": [(10.5, 13), (22, 24), (33, 35)]},
+    }
+    for dispatch, on in (("gpu", system(host={"slots": 2}, disk={})), ("ndp", at_home)):
+        lane = run(THREE, model(), on, [policy(dispatch)], slots=4, window=range(1)).lanes[0]
+        slices = lane.recording.slices
+        for kind, times in wanted[dispatch].items():
+            found = slices[slices["kind"] == KINDS.index(kind)]
+            begin_ms = 1e3 * found["start_s"] - 1  # dense takes 1 ms
+            assert begin_ms == pytest.approx([begin for begin, _ in times])
+            assert begin_ms + 1e3 * found["duration_s"] == pytest.approx([end for _, end in times])
 
 
 @st.composite
@@ -269,7 +288,7 @@ def test_the_disk_never_works_longer_than_the_replay(case, data):
         assert busy_s <= lane.duration_s.sum() * (1 + 1e-9)
         demanded = disk_bytes / case.system.disk.bytes_s + misses * case.system.disk.latency_s
         assert busy_s >= demanded * (1 - 1e-9)  # a prefetch flows no faster than the disk reads
-        assert disk_bytes <= lane.log.step["prefetch_bytes"].sum() + misses * 1.5e6
+        assert disk_bytes <= lane.log.step["prefetch_bytes"].sum() + misses * 3e6
 
 
 def test_every_residency_of_host_memory_has_a_rule():
