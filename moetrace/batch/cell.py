@@ -180,7 +180,8 @@ def error_sentence(error: BaseException) -> str:
 def files_of(setup: Setup) -> dict[str, str]:
     """Paths of the files that the specs of a setup name, by field: tables of numbers, functions, other packages."""
     model, policy = setup.model, setup.policies[0]
-    found = {"model.weight_bits": model.weight_bits}
+    found: dict[str, Any] = {"model.weight_bits": model.weight_bits}
+    found["system.link.rates"] = setup.system.link and setup.system.link.rates
     found |= {f"policy.{field}": getattr(policy, field) for field in ("loads", "plan", "static", "budget")}
     files = {field: path for field, path in found.items() if isinstance(path, str) and path != AUTO}
     for field in KINDS:

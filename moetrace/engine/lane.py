@@ -26,6 +26,7 @@ from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.tiers.tier_records import MORE_ROWS, Tiers
+from moetrace.engine.tiers.tier_transfers import with_rates, with_transfers
 from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
@@ -183,7 +184,8 @@ def lane_of(
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
-    tiers = tiers_of(model, system, dispatch)
+    tiers = with_transfers(tiers_of(model, system, dispatch), policy, setup.system, machine)
+    plain_machine, machine = machine, with_rates(machine, tiers)
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),
@@ -219,7 +221,7 @@ def lane_of(
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(machine, tiers, setting, hooks[0])
+    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(plain_machine, tiers, setting, hooks[0])
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers)
     aside = Aside()

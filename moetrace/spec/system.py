@@ -14,7 +14,8 @@ from msgspec import Meta
 
 from moetrace.spec.errors import UsageError
 from moetrace.spec.known import Calibration, Known, how_known
-from moetrace.spec.load import convert, read
+from moetrace.spec.link_rates import read_rates
+from moetrace.spec.load import Loaded, convert, read
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ NotNegative = Annotated[float, Meta(ge=0, le=1e9)]
 Efficiency = Annotated[float, Meta(ge=1e-6, le=1)]
 Roofline = Literal["max", "sum"]
 Launch = Literal["expert", "layer"]
+DEFAULT_MTU_BYTES = 1460  # of a TCP segment on Ethernet
 Parts = Annotated[int, Meta(ge=1, le=65535)] | Literal["auto"]
 
 
@@ -166,6 +168,14 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         host_read: Whether the CPU's memory bandwidth also limits fetches of dispatch `gpu`. By default it does not.
         stream: Equal parts in which a fetched expert arrives, each computed once it is there; 0 stands for no limit.
             By default 1: it runs when all of it is there.
+        loss: Probability that a packet is lost. By default 0.
+        mtu_bytes: Bytes of a packet, where packets are lost. By default 1460.
+        rto_ms: Milliseconds until what is missing is sent again. By default 0.
+        loss_mode: Whether lost packets of activations are sent again (`reliable`, the default), or not (`relaxed`):
+            then their rows lose what they are about. Weights are always sent again.
+        seed: Of the draws that say what is lost. By default 0.
+        rates: Path of a CSV file with lines of `seconds,gb_s`: from which second of the replay on the link has which
+            bandwidth, in the place of `bandwidth_gb_s`. By default that is constant.
     """
 
     bandwidth_gb_s: Positive
@@ -173,6 +183,12 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     efficiency: Efficiency | None = None
     host_read: bool | None = None
     stream: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    loss: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    mtu_bytes: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
+    rto_ms: NotNegative | None = None
+    loss_mode: Literal["reliable", "relaxed"] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    rates: str | None = None
 
     @property
     def bytes_s(self) -> float:
@@ -183,6 +199,21 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def latency_s(self) -> float:
         """Seconds that each transfer adds: t_l."""
         return self.latency_us / 1e6
+
+    @property
+    def packet_bytes(self) -> int:
+        """Bytes of a packet."""
+        return self.mtu_bytes or DEFAULT_MTU_BYTES
+
+    @property
+    def rto_s(self) -> float:
+        """Seconds until what is missing is sent again."""
+        return (self.rto_ms or 0.0) / 1e3
+
+    @property
+    def loses_rows(self) -> bool:
+        """Whether lost packets of activations stay lost."""
+        return bool(self.loss) and self.loss_mode == "relaxed"
 
 
 class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -338,4 +369,17 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         loaded.refuse("gpu.reserve_gb", f"at most gpu.memory_gb = {system.gpu.memory_gb:g}")
     if system.ndp is not None and system.link is None:
         raise UsageError(f"{loaded.where}: link is missing, and NDP units need one: add [link] or remove [ndp].")
+    if system.link is not None:
+        _check_link(system, system.link, loaded)
     return system
+
+
+def _check_link(system: System, link: Link, loaded: Loaded) -> None:
+    """Rows that may be lost only where rows travel; rates that are some."""
+    if link.loss_mode == "relaxed" and system.home is None:
+        raise UsageError(
+            f'{loaded.where}: link.loss_mode = "relaxed" is for activations, and only weights travel without [ndp] or '
+            '[cpu]: use loss_mode = "reliable".'
+        )
+    if link.rates is not None:
+        read_rates(link.rates)

@@ -40,9 +40,11 @@ BESIDE = np.dtype(
         for name in (
             "evict_s",  # that the layer began with
             "home_end_s",
+            "home_back_s",  # activations from the units; to them: `Timeline.act_s`
             "cpu_s",  # busy
-            "cpu_act_s",  # activations to the CPU, one way
-            "cpu_act_bytes",
+            "cpu_act_s",  # activations to the CPU
+            "cpu_back_s",  # and from it
+            "cpu_act_bytes",  # one way
             "cpu_end_s",
         )
     ]
@@ -64,6 +66,7 @@ class Tiers(NamedTuple):
     cpu: Any  # DEVICE [1], beside units
     tally: Any  # TIER_TALLY [1]
     beside: Any  # BESIDE [1]
+    transfers: Any = None  # `tier_link.Transfers`, of a link that loses packets or changes its rate
 
 
 def new_tiers(units: int) -> Tiers:
