@@ -29,7 +29,7 @@ class Needs(NamedTuple):
     next_steps: bool  # when each is demanded next
     prompts: bool  # which row of a prompt chose what
     rows: bool = False  # which row chose what
-    gates: bool = False  # sums of gates: a user's function may name them
+    gates: bool = False  # sums of gates: a dispatch reads them, or a user's function may name them
     each_gate: bool = False  # which row gave which choice which gate
 
 
@@ -38,7 +38,8 @@ def needs_of(policies: Iterable[PolicySpec], systems: Iterable[System] = ()) -> 
     ahead_layers, residencies, gates = 0, [], False
     for policy in policies:
         prefetch, residency = find("prefetch", policy.prefetch), find("residency", policy.residency)
-        gates |= may_be_users(policy)
+        dispatch = find("dispatch", policy.dispatch)
+        gates |= may_be_users(policy) or (dispatch is not None and dispatch.weighs)
         if prefetch.ahead:
             ahead_layers = max(ahead_layers, policy.prefetch_depth)
         if residency is not None:

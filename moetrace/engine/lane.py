@@ -26,7 +26,7 @@ from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.tiers.tier_records import MORE_ROWS, Tiers
-from moetrace.engine.tiers.tier_transfers import with_rates, with_transfers
+from moetrace.engine.tiers.tier_transfers import Losses, losses_of, with_rates, with_transfers
 from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
@@ -150,6 +150,11 @@ class Lane:
         """Experts that were demanded while they were fetched ahead."""
         return int(np.sum(self.log.step["late"])) if self.folded is None else self.folded.late
 
+    @property
+    def losses(self) -> Losses | None:
+        """What the link lost, if it loses anything."""
+        return losses_of(self.tiers)
+
     def finish(self) -> None:
         """Close the books after the last block: what was prefetched and never run was wasted."""
         self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
@@ -200,7 +205,7 @@ def lane_of(
         optimal=int(dispatch.counts_fallbacks),
         splits=int(dispatch.splits),
         own_dispatch=int(dispatch.reads_state),
-        weighs=int(any(map(weighs_gates, hooks))),
+        weighs=int(dispatch.weighs or any(map(weighs_gates, hooks))),
         slots=slots,
         half_life=policy.half_life or 0,
         gpu_rows=policy.gpu_rows or 0,

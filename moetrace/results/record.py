@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from moetrace.spec import PolicySpec, canonical
 
@@ -216,6 +216,22 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
         ),
     ] = None
 
+    # Only where the link loses packets; else a file does not have them at all.
+    resent_bytes: Annotated[
+        float | UnsetType,
+        Figure("bytes", "what the link carried once more, as packets were lost; both ways", "lower", "resent", "resent"),
+    ] = UNSET
+    gate_mass_dropped: Annotated[
+        float | UnsetType,
+        Figure(
+            "share",
+            "gates of choices whose row was lost / all gates; 0 unless the link is relaxed",
+            "lower",
+            "gate mass dropped",
+            "gates\nlost",
+        ),
+    ] = UNSET
+
     @property
     def bound_s(self) -> float:
         """The lower bound; of a folder of an earlier version, which has none, the work bound."""
@@ -360,12 +376,17 @@ METRICS: dict[str, Figure] = {name: figure for name, figure in FIGURES.items() i
 COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
 COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
 
+# Figures of links that lose packets: others do not have them.
+LOSSES = ("resent_bytes", "gate_mass_dropped")
+
 
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
     """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is.
 
-    `check` returns each number as it is to be used; by default as it is.
+    `check` returns each number as it is to be used; by default as it is. One of `LOSSES` may be absent: None.
     """
+    if name in LOSSES and name not in policy:
+        return None
     value: Any = policy
     for key in name.split("."):
         value = value[key]

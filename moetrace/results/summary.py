@@ -15,6 +15,7 @@ from moetrace.results.frames import total_s, utilization_of
 from moetrace.results.record import (
     COLUMNS,
     FIGURES,
+    LOSSES,
     PolicyFigures,
     Spread,
     SummaryFile,
@@ -111,9 +112,15 @@ def _check_finite(policy: dict[str, Any], run: Run) -> None:
 
 
 def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
-    """Return one row a policy; nested figures get names like `ttft_s_p50`, `utilization_ndp` is the units' mean."""
-    columns = {name: [value_in(policy, path) for policy in policies] for name, path in _PATHS.items()}
-    types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in _PATHS}
+    """Return one row a policy; nested figures get names like `ttft_s_p50`, `utilization_ndp` is the units' mean.
+
+    One of `LOSSES` that no policy has is no column.
+    """
+    paths = {
+        name: path for name, path in _PATHS.items() if path not in LOSSES or any(path in policy for policy in policies)
+    }
+    columns = {name: [value_in(policy, path) for policy in policies] for name, path in paths.items()}
+    types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in paths}
     return pl.DataFrame({"name": [policy["name"] for policy in policies]} | columns, {"name": pl.String} | types)
 
 
@@ -154,7 +161,19 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         itl_s=_weighted_spread(gaps),
         request_tokens_per_s=_spread(times.tokens_per_s),
         lower_bound_s=float(lane.lower_bound_s),
+        **_losses(lane),
     )
+
+
+def _losses(lane: Lane) -> dict[str, float]:
+    """What a link that loses packets sent again, and the share of all gates that it lost; nothing of other links."""
+    losses = lane.losses
+    if losses is None:
+        return {}
+    return {
+        "resent_bytes": losses.resent_in_bytes + losses.resent_out_bytes,
+        "gate_mass_dropped": losses.gate_mass_dropped,
+    }
 
 
 def _utilization(system: System, of_part: dict[str, float | None]) -> Utilization:

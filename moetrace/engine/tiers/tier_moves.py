@@ -34,3 +34,29 @@ def hottest(view, size, plan):
             best_s, best = moved_s, i + 1
     for i in range(size):
         plan[i] = ON_GPU if i < best else HOME
+
+
+@kernel
+def weightiest(view, size, plan):
+    """Run the H experts of most gate mass on the GPU, with the H of least time; smaller H and demand order on ties."""
+    term = term_of(view)
+    best_s, best = moe_s(term, view, size, plan), 0
+    for h in range(size):
+        plan[_weightiest_at_home(view, size, plan)] = ON_GPU
+        moved_s = moe_s(term, view, size, plan)
+        if less(moved_s, best_s):
+            best_s, best = moved_s, h + 1
+    for i in range(size):
+        plan[i] = HOME
+    for _ in range(best):
+        plan[_weightiest_at_home(view, size, plan)] = ON_GPU
+
+
+@kernel
+def _weightiest_at_home(view, size, plan):
+    """Return which expert at home has most gate mass, the first in demand order on a tie; one is there."""
+    found = -1
+    for i in range(size):
+        if plan[i] == HOME and (found < 0 or view.active[i].gate_mass > view.active[found].gate_mass):
+            found = i
+    return found

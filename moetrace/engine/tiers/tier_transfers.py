@@ -1,5 +1,7 @@
 """What a described link has that loses packets, or whose rate changes."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from moetrace.engine.machine import Machine
@@ -10,6 +12,25 @@ from moetrace.jit.random import GOLDEN, mix_64
 from moetrace.spec.participants import rates_seen_by
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
+
+
+class Losses(NamedTuple):
+    """What a link that loses packets sent again in each direction, and which share of all gates it lost."""
+
+    resent_out_bytes: float
+    resent_in_bytes: float
+    gate_mass_dropped: float
+
+
+def losses_of(tiers: Tiers | None) -> Losses | None:
+    """Return what a replay's link lost so far; None if it loses nothing."""
+    if tiers is None or tiers.transfers is None or not tiers.transfers.term["loss"][0]:
+        return None
+    state = tiers.transfers.state
+    out_bytes, in_bytes, lost, total = (
+        float(state[name][0]) for name in ("resent_out_bytes", "resent_in_bytes", "lost_mass", "all_mass")
+    )
+    return Losses(out_bytes, in_bytes, lost / total if total > 0 else 0.0)
 
 
 def with_transfers(tiers: Tiers | None, policy: PolicySpec, system: System, machine: Machine) -> Tiers | None:
