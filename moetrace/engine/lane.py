@@ -59,7 +59,7 @@ class Lane:
     hooks: tuple[Any, Any]
     work_bound: Yardstick
     lower_bound: Yardstick | None  # None with more tiers: its proof is of a plain link and one home
-    clairvoyant: Yardstick | None  # None if the dispatch ignores residency
+    clairvoyant: Yardstick | None  # None if it is the replay
     cold_starts: ColdStarts | None = None  # of scope "request"
     clairvoyant_s: float = 0.0
     work_bound_s: float = 0.0
@@ -175,6 +175,19 @@ def _or(given: float | None, default: float) -> float:
     return default if given is None else float(given)
 
 
+def _clairvoyant_of(
+    dispatch: Dispatch, machine: Machine, tiers: Tiers | None, setting: Any, hook: Any, common: InCommon
+) -> Yardstick | None:
+    """Return the clairvoyant run; None if it is the replay: the dispatch ignores residency, and the link is plain."""
+    if not dispatch.ignores_residency:
+        return common.clairvoyant(machine, tiers, setting, hook)
+    if tiers is None or tiers.transfers is None:
+        return None
+    nothing_kept = setting.copy()
+    nothing_kept["slots"] = 0
+    return common.clairvoyant(machine, tiers, nothing_kept, hook)
+
+
 def lane_of(
     decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int, common: InCommon
 ) -> Lane:
@@ -226,7 +239,7 @@ def lane_of(
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(plain_machine, tiers, setting, hooks[0])
+    clairvoyant = _clairvoyant_of(dispatch, plain_machine, tiers, setting, hooks[0], common)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers)
     aside = Aside()
