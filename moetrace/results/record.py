@@ -219,7 +219,7 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
     # Only where the link loses packets; else a file does not have them at all.
     resent_bytes: Annotated[
         float | UnsetType,
-        Figure("bytes", "what the link carried once more, as packets were lost; both ways", "lower", "resent", "resent"),
+        Figure("bytes", "what the link carried again, as packets were lost; both ways", "lower", "resent", "resent"),
     ] = UNSET
     gate_mass_dropped: Annotated[
         float | UnsetType,

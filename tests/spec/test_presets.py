@@ -100,6 +100,8 @@ def test_systems():
     assert [name for name in list_presets("systems") if name not in gpus] == [
         "dgx-spark",
         "edge-ndp",
+        "edge-pi-cluster",
+        "edge-robot",
         "epyc-ktransformers",
         "h100-dimm-ndp",
         "jetson-orin",
@@ -170,6 +172,8 @@ def test_policies():
         "fiddler": ("ep", "fiddler", "static-popular", "none", "global"),
         "hybrid": ("ep", "balance", "lru", "none", "layer"),
         "monde": ("ep", "hot", "none", "none", "layer"),
+        "halo": ("ep", "halo", "lru", "none", "layer"),
+        "strict": ("ep", "balance", "lru", "none", "layer"),
         "ndp-ep": ("ep", "ndp", "none", "none", "layer"),
         "ndp-tp": ("tp", "ndp", "none", "none", "layer"),
         "edge-ndp-tp": ("tp", "ndp", "none", "none", "layer"),
