@@ -35,7 +35,7 @@ from moetrace.spec.system import Device
 @pytest.fixture(scope="module")
 def result():
     trace = mt.generate_trace("tiny-olmoe", requests=2, prompt=3, output=3)
-    return mt.replay(trace, policies=["monde", "edge-ndp"], slots=48)
+    return mt.replay(trace, policies=["monde", "edge-ndp"], slots=48, overrides={"system.link.loss": 0.01})
 
 
 @pytest.fixture(scope="module")

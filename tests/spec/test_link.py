@@ -105,7 +105,7 @@ def test_presets_of_lossy_and_slow_links(name):
     system = load_system(name)
     assert system.known == "assumed" and system.home is not None
     trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=200, output=4)
-    names = ["halo", "strict"] if name == "edge-pi-cluster" else ["n-cpu-moe", "hybrid"]
+    names = ["halo", "strict"] if name == "edge-pi-cluster" else ["ktransformers", "hybrid"]
     result = mt.replay(trace, system=system, policies=names, slots=24)
     assert ("gate_mass_dropped" in result.summary.columns) == (name == "edge-pi-cluster")
     if name == "edge-robot":  # a prompt travels in chunks, and a token in one

@@ -5,13 +5,13 @@ from moetrace.spec.choices import Dispatch
 
 
 def weightiest_on_gpu(state, view, layer, load, plan):
-    """Run the H experts of most gate mass on the GPU, with the H of least time, the smallest on a tie."""
+    """Move experts to the GPU by gate mass, unless the layer gets slower."""
     weightiest(view, load.size, plan)
 
 
 RECORD = Dispatch(
     name="halo",
-    meaning="the experts of most gate mass run on the GPU, the rest stay, where rows of theirs may get lost",
+    meaning="experts move to the GPU by gate mass, most first, unless the layer gets slower",
     tiers_hook=weightiest_on_gpu,
     reads_state=False,
     weighs=True,

@@ -112,6 +112,7 @@ def carried_bytes(transfers, seconds, at_s, cap_s_per_byte):
 
 @kernel
 def _stirred(x, value):
+    """Return the chain's next number."""
     return mix(x + GOLDEN + np.uint64(value))
 
 

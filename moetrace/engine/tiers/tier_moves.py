@@ -38,25 +38,29 @@ def hottest(view, size, plan):
 
 @kernel
 def weightiest(view, size, plan):
-    """Run the H experts of most gate mass on the GPU, with the H of least time; smaller H and demand order on ties."""
+    """Move experts to the GPU one by one, by gate mass, unless the layer gets slower; demand order on ties."""
     term = term_of(view)
-    best_s, best = moe_s(term, view, size, plan), 0
-    for h in range(size):
-        plan[_weightiest_at_home(view, size, plan)] = ON_GPU
+    best_s, at = moe_s(term, view, size, plan), -1
+    for _ in range(size):
+        at = _next_lighter(view, size, at)
+        plan[at] = ON_GPU
         moved_s = moe_s(term, view, size, plan)
-        if less(moved_s, best_s):
-            best_s, best = moved_s, h + 1
-    for i in range(size):
-        plan[i] = HOME
-    for _ in range(best):
-        plan[_weightiest_at_home(view, size, plan)] = ON_GPU
+        if less(best_s, moved_s):
+            plan[at] = HOME
+        else:
+            best_s = moved_s
 
 
 @kernel
-def _weightiest_at_home(view, size, plan):
-    """Return which expert at home has most gate mass, the first in demand order on a tie; one is there."""
+def _next_lighter(view, size, last):
+    """Return which expert comes after the last one by gate mass, in demand order on ties; last = -1: the first."""
     found = -1
     for i in range(size):
-        if plan[i] == HOME and (found < 0 or view.active[i].gate_mass > view.active[found].gate_mass):
+        mass = view.active[i].gate_mass
+        if last >= 0:
+            last_mass = view.active[last].gate_mass
+            if mass > last_mass or (mass == last_mass and i <= last):
+                continue
+        if found < 0 or mass > view.active[found].gate_mass:
             found = i
     return found

@@ -18,6 +18,7 @@ def lose_rows(transfers, batch, s, size, scratch, term, share):
 
 @kernel(inline=False)
 def _lose_rows(transfers, batch, s, size, scratch, term, share):
+    """Do that, on a link that loses rows."""
     for i in range(size):
         transfers.place[scratch.active[i].expert] = i + 1
     if term.sends_once:
