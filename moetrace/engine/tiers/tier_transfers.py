@@ -54,8 +54,9 @@ def with_transfers(tiers: Tiers | None, policy: PolicySpec, system: System, mach
     if rates is not None:
         begin_s, s_per_byte = rates[:, 0].copy(), 1 / rates[:, 1]
     units, experts = max(system.units, 1), machine.home.shape[1]
-    counts = [np.zeros(size, np.int64) for size in (experts, units, units)]
-    transfers = Transfers(term, records(1, LINK_STATE), begin_s, s_per_byte, *counts, np.zeros(units, np.uint8))
+    place, next_row, row_of = (np.zeros(size, np.int64) for size in (experts, units, units))
+    lost = np.zeros(units, np.uint8)
+    transfers = Transfers(term, records(1, LINK_STATE), begin_s, s_per_byte, place, next_row, row_of, lost)
     return (tiers or new_tiers(units))._replace(transfers=transfers)
 
 
