@@ -59,6 +59,7 @@ def unit_frame(run: Run) -> pl.DataFrame:
     """Return what each part of the machine did, by the names that the machine gives them: `gpu`, `ndp0` .. `link_out`.
 
     Of a link, `experts` and `bytes` are those that it carried. Those of a CPU that takes no part are 0.
+    `resent_bytes`, which are not in `bytes`, is there only if the link loses packets.
     """
     return pl.concat([_units_of(lane) for lane in run.lanes])
 
@@ -162,7 +163,11 @@ def _part_log(lane: Lane) -> np.ndarray:
 def _units_of(lane: Lane) -> pl.DataFrame:
     log = _part_log(lane)
     sharers = np.array([part.share for part in lane.parts])
-    seconds = total_s(lane)
+    seconds, losses = total_s(lane), lane.losses
+    resent = {}
+    if losses is not None:
+        of_part = {LINK_IN: losses.resent_in_bytes, LINK_OUT: losses.resent_out_bytes}
+        resent["resent_bytes"] = [of_part.get(part.log_row, 0.0) for part in lane.parts]
     return pl.DataFrame(
         {
             "policy": pl.repeat(lane.policy.name, len(log), eager=True),
@@ -172,6 +177,7 @@ def _units_of(lane: Lane) -> pl.DataFrame:
             "experts": np.ascontiguousarray(log["experts"]),
             "rows": log["rows"] / sharers,
             "bytes": log["bytes"] / sharers,
+            **resent,
         }
     )
 

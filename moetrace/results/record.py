@@ -212,6 +212,21 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
         float | UnsetType | None,
         Figure("share", "busy time of the disk / `total_s`; only with `[disk]`", None, "disk busy", "disk\nbusy"),
     ] = UNSET
+    # Only where the link loses packets; else a file does not have them at all.
+    resent_bytes: Annotated[
+        float | UnsetType,
+        Figure("bytes", "what the link carried again, as packets were lost; both ways", "lower", "resent", "resent"),
+    ] = UNSET
+    gate_mass_dropped: Annotated[
+        float | UnsetType,
+        Figure(
+            "share",
+            "gates of choices whose row was lost / all gates; 0 unless the link is relaxed",
+            "lower",
+            "gate mass dropped",
+            "gates\nlost",
+        ),
+    ] = UNSET
 
     @property
     def bound_s(self) -> float:
@@ -363,17 +378,18 @@ ACCOUNTS |= dict.fromkeys(("price_usd", "usd_per_million_tokens"), "price")
 # What a Pareto front may set against time.
 FRONTS = (*COSTS, "energy_j", "price_usd")
 
-# Figures that a system without a table does not have, and that table.
 _OF_DISK = ("host_slots", "host_hits", "host_misses", "host_hit_rate", "disk_bytes", "disk_busy")
+# Figures that a system without a table does not have, and that table; and all that a file may lack.
 OF_A_TABLE = dict.fromkeys(_OF_DISK, "disk") | ACCOUNTS
+OPTIONAL = frozenset((*OF_A_TABLE, "resent_bytes", "gate_mass_dropped"))
 
 
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
     """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is.
 
-    `check` returns each number as it is to be used; by default as it is. A figure of `OF_A_TABLE` may be absent: None.
+    `check` returns each number as it is to be used; by default as it is. One of `OPTIONAL` may be absent: None.
     """
-    if name in OF_A_TABLE and name not in policy:
+    if name in OPTIONAL and name not in policy:
         return None
     value: Any = policy
     for key in name.split("."):

@@ -16,7 +16,7 @@ from moetrace.results.frames import lane_accounts, total_s, utilization_of
 from moetrace.results.record import (
     COLUMNS,
     FIGURES,
-    OF_A_TABLE,
+    OPTIONAL,
     PolicyFigures,
     Spread,
     SummaryFile,
@@ -119,12 +119,12 @@ def _check_finite(policy: dict[str, Any], run: Run) -> None:
 def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
     """Return one row a policy; nested figures get names like `ttft_s_p50`, `utilization_ndp` is the units' mean.
 
-    A figure of `OF_A_TABLE` that no policy has is no column.
+    A figure of `OPTIONAL` that no policy has is no column.
     """
     paths = {
         name: path
         for name, path in _PATHS.items()
-        if path not in OF_A_TABLE or any(path in policy for policy in policies)
+        if path not in OPTIONAL or any(path in policy for policy in policies)
     }
     columns = {name: [value_in(policy, path) for policy in policies] for name, path in paths.items()}
     types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in paths}
@@ -169,6 +169,7 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         request_tokens_per_s=_spread(times.tokens_per_s),
         lower_bound_s=float(lane.lower_bound_s),
         **_host_figures(lane),
+        **_losses(lane),
     )
 
 
@@ -185,6 +186,17 @@ def _host_figures(lane: Lane) -> dict[str, Any]:
         "host_hit_rate": _ratio(int(hits), int(hits + misses)),
         "disk_bytes": float(disk_bytes),
         "disk_busy": utilization_of(lane)["disk"],
+    }
+
+
+def _losses(lane: Lane) -> dict[str, Any]:
+    """What a link that loses packets sent again, and the share of all gates that it lost; nothing of other links."""
+    losses = lane.losses
+    if losses is None:
+        return {}
+    return {
+        "resent_bytes": losses.resent_in_bytes + losses.resent_out_bytes,
+        "gate_mass_dropped": losses.gate_mass_dropped,
     }
 
 

@@ -1,10 +1,12 @@
 """Which parts of a machine take part under a dispatch, and what suits a machine (timing model, section 1)."""
 
+import numpy as np
 from msgspec.structs import replace
 
 from moetrace.spec.choices import Dispatch, choices_of, find
 from moetrace.spec.errors import UsageError
 from moetrace.spec.host_memory import policy_misfit
+from moetrace.spec.link_rates import read_rates
 from moetrace.spec.policy import PolicySpec, shown
 from moetrace.spec.system import System
 
@@ -32,6 +34,20 @@ def fed_by_host(system: System) -> System:
     if cpu is None or link is None or system.ndp is not None or link.bytes_s <= cpu.bandwidth_gb_s * 1e9:
         return system
     return replace(system, link=replace(link, bandwidth_gb_s=cpu.bandwidth_gb_s, efficiency=1.0))
+
+
+def rates_seen_by(policy: PolicySpec, system: System) -> np.ndarray | None:
+    """Return the link's rates over time as a policy replays on them: float64 [n, 2], seconds and bytes a second.
+
+    They stand for `bandwidth_gb_s`: its efficiency, and what host memory gives, hold for them, too. None without them.
+    """
+    link, cpu = system.link, system.cpu
+    if link is None or link.rates is None:
+        return None
+    rates = read_rates(link.rates) * [1.0, 1e9 * (link.efficiency or 1.0)]
+    if cpu is not None and system.ndp is None and (link.host_read or seen_by(policy, system).cpu is not None):
+        rates[:, 1] = np.minimum(rates[:, 1], cpu.bandwidth_gb_s * 1e9)
+    return rates
 
 
 def default_policies(system: System) -> tuple[str, ...]:

@@ -33,7 +33,6 @@ from moetrace.results.record import (
 from moetrace.results.summary import _utilization
 from moetrace.spec.system import Device
 
-
 # The figures of tables that the system of `result` does not have.
 OF_OTHERS = {name for name in OF_A_TABLE if name not in ACCOUNTS}
 

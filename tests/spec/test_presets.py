@@ -100,6 +100,8 @@ def test_systems():
     assert [name for name in list_presets("systems") if name not in gpus] == [
         "dgx-spark",
         "edge-ndp",
+        "edge-pi-cluster",
+        "edge-robot",
         "epyc-ktransformers",
         "h100-amx-dimm",
         "h100-dimm-ndp",
@@ -176,6 +178,8 @@ def test_policies():
         "trimoe": ("ep", "bottleneck", "ewma", "online:1", "layer"),
         "trimoe-no-cpu": ("ep", "bottleneck", "ewma", "online:1", "layer"),
         "trimoe-greedy": ("ep", "cheapest", "ewma", "online:1", "layer"),
+        "halo": ("ep", "halo", "static-popular", "none", "global"),
+        "strict": ("ep", "balance", "static-popular", "none", "global"),
         "ndp-ep": ("ep", "ndp", "none", "none", "layer"),
         "ndp-tp": ("tp", "ndp", "none", "none", "layer"),
         "edge-ndp-tp": ("tp", "ndp", "none", "none", "layer"),

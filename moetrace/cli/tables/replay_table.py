@@ -71,6 +71,8 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("utilization.link_in", always=False),
             _column("demand_bytes", always=False),
             _column("prefetch_bytes", always=False),
+            _column("resent_bytes", always=False),
+            _column("gate_mass_dropped", always=False),
         ],
         [
             _column("host_hit_rate", always=False),

@@ -88,3 +88,33 @@ def sooner_on_gpu(view, size, plan):
     for i in range(size):
         expert = view.active[i]
         plan[i] = ON_GPU if expert.resident or less(own_gpu_s(term, expert), expert.ndp_s) else HOME
+
+
+@kernel
+def weightiest(view, size, plan):
+    """Move experts to the GPU one by one, by gate mass, unless the layer gets slower; demand order on ties."""
+    term = term_of(view)
+    best_s, at = moe_s(term, view, size, plan), -1
+    for _ in range(size):
+        at = _next_lighter(view, size, at)
+        plan[at] = ON_GPU
+        moved_s = moe_s(term, view, size, plan)
+        if less(best_s, moved_s):
+            plan[at] = HOME
+        else:
+            best_s = moved_s
+
+
+@kernel
+def _next_lighter(view, size, last):
+    """Return which expert comes after the last one by gate mass, in demand order on ties; last = -1: the first."""
+    found = -1
+    for i in range(size):
+        mass = view.active[i].gate_mass
+        if last >= 0:
+            last_mass = view.active[last].gate_mass
+            if mass > last_mass or (mass == last_mass and i <= last):
+                continue
+        if found < 0 or mass > view.active[found].gate_mass:
+            found = i
+    return found

@@ -42,9 +42,11 @@ BESIDE = np.dtype(
         for name in (
             "evict_s",  # that the layer began with
             "home_end_s",
+            "home_back_s",  # activations from the units; to them: `Timeline.act_s`
             "cpu_s",  # busy
-            "cpu_act_s",  # activations to the CPU, one way
-            "cpu_act_bytes",
+            "cpu_act_s",  # activations to the CPU
+            "cpu_back_s",  # and from it
+            "cpu_act_bytes",  # one way
             "cpu_end_s",
         )
     ]
@@ -68,6 +70,7 @@ class Tiers(NamedTuple):
     beside: Any  # BESIDE [1]
     host: Any = None  # `tier_host.HostMemory`, above a disk
     layout: Any = None  # tier_layout.Layout: of experts that move between layouts
+    transfers: Any = None  # `tier_link.Transfers`, of a link that loses packets or changes its rate
 
 
 def without_disk(tiers: Tiers | None) -> Tiers | None:
