@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from moetrace.engine.against_optimal import new_regret
 from moetrace.engine.cold import ColdStarts, cold_steps
+from moetrace.engine.decision_log import DecisionLog
 from moetrace.engine.decoded import Decoded
 from moetrace.engine.failure import place_of
 from moetrace.engine.folding import FoldedSteps
@@ -65,6 +67,7 @@ class Lane:
     clairvoyant_s: float = 0.0
     work_bound_s: float = 0.0
     recording: Recording | None = None  # of the steps of a timeline
+    decision_log: DecisionLog | None = None  # of every decision, where they are exported
     folded: FoldedSteps | None = None  # instead of the log of each step
     books: PromptBooks | None = None  # then, of a policy that counts prompts: whose the prompts of the state are
     last_s: float = 0.0  # processor time that the last block took
@@ -78,6 +81,8 @@ class Lane:
             self._first_step = batch.steps.first
         if self.books is not None:
             self.state = self.state._replace(prompts=self.books.lend(batch.steps.first))
+        if self.decision_log is not None:
+            self.aside = self.aside._replace(regret=self.decision_log.begin(self.aside.regret, batch, len(cells)))
         try:
             for part in self._cut_where_cold(batch):
                 if self.recording is None:
@@ -92,6 +97,8 @@ class Lane:
         except Exception as error:  # only a user's function can raise
             why = f"{type(error).__name__}: {error}{place_of(error, self.work(batch), cells, scratch, self.hooks)}"
             raise MoetraceError(f"Policy {self.policy.name} failed: {why}.") from error
+        if self.decision_log is not None:
+            self.decision_log.end(self.aside.regret)
         if self.folded is not None:
             self.folded.add(batch.steps.first, self.log.step)
             self.log = self.log._replace(step=new_steps(0))
@@ -206,6 +213,11 @@ def lane_of(
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
+    if (setup.regret or setup.decisions) and dispatch.splits:
+        raise UsageError(
+            f"Policy {policy.name}: regret compares whole experts, and dispatch {dispatch.name} shares one between GPU and "
+            'units; use dispatch = "balance", or leave --regret out.'
+        )
     tiers = with_transfers(tiers_of(model, system, policy, machine), policy, setup.system, machine)
     if tiers is not None and dispatch.splits:
         raise UsageError(
@@ -254,10 +266,14 @@ def lane_of(
     aside = Aside()
     if residency.foresees:
         aside = Aside(foresight=foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k))
+    if setup.regret or setup.decisions:
+        aside = aside._replace(regret=new_regret(experts, system.home is not None, setup.decisions))
     lower_bound = None
     if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
     cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
     yardsticks = common.work_bound(machine), lower_bound, clairvoyant
     has_units = system.ndp is not None
-    return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold)
+    lane = Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold)
+    lane.decision_log = DecisionLog() if setup.decisions else None
+    return lane

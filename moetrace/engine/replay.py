@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moetrace.engine.against_optimal import compare_with_optimal
 from moetrace.engine.books import carry_out, note_units
 from moetrace.engine.by_worth import admit_by_worth, queue_best, touch_and_admit_by_worth
 from moetrace.engine.cost import dense_s, head_s, order_on_gpu, price, price_varied, prices_of
@@ -94,6 +95,7 @@ class Aside(NamedTuple):
 
     foresight: Any = None  # of a policy that foresees
     tape: Any = None  # on which everything that is done is noted
+    regret: Any = None  # of decisions beside those of `optimal`
 
 
 class Work(NamedTuple):
@@ -222,6 +224,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     if size > 0:
         dispatch(cells, view, layer, load, plan)
     log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
+    compare_with_optimal(aside.regret, tiers, machine, view, layer, size, plan)
     if tiers is None:
         shared = shared_of(setting.splits, size, plan)
         line = timeline(machine, view, size, plan, shared)

@@ -25,7 +25,8 @@ class Setup:
     """Policies on a machine. A dispatch or residency that is a key of ``hooks`` is that function.
 
     ``slots``: experts that the GPU can hold, as `moetrace.spec.budget` reads them; by default as many as its memory has
-    room for. ``window``: steps of which everything that was done is noted.
+    room for. ``window``: steps of which everything that was done is noted. ``regret``: whether each layer is solved by
+    `optimal`, too; ``decisions``: whether every decision is kept beside that of `optimal`.
     """
 
     model: Model
@@ -35,6 +36,8 @@ class Setup:
     ignore_capacity: bool = False
     hooks: Mapping[str, Callable] = field(default_factory=dict)
     window: range | None = None
+    regret: bool = False
+    decisions: bool = False
 
 
 def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
