@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.engine.against_optimal import new_regret
+from moetrace.engine.against_optimal import Regret, new_regret
 from moetrace.engine.cold import ColdStarts, cold_steps
 from moetrace.engine.decision_log import DecisionLog
 from moetrace.engine.decoded import Decoded
@@ -36,6 +36,7 @@ from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.participants import check_policy, seen_by
 from moetrace.spec.policy import PolicySpec
+from moetrace.spec.system import System
 
 # What is taken to be true of a user's own function.
 _OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name="own", meaning="")
@@ -198,6 +199,18 @@ def _clairvoyant_of(
     return common.clairvoyant(machine, tiers, nothing_kept, hook)
 
 
+def _regret_of(setup: Setup, policy: PolicySpec, dispatch: Dispatch, system: System, experts: int) -> Regret | None:
+    """Return the books of decisions beside those of `optimal`, where they are asked for."""
+    if not setup.regret:
+        return None
+    if dispatch.splits:
+        raise UsageError(
+            f"Policy {policy.name}: regret compares where whole experts run, and dispatch {dispatch.name} shares one; "
+            'use dispatch = "balance", or replay without regret.'
+        )
+    return new_regret(experts, system.home is not None, setup.decisions)
+
+
 def lane_of(
     decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int, common: InCommon
 ) -> Lane:
@@ -213,11 +226,6 @@ def lane_of(
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
-    if (setup.regret or setup.decisions) and dispatch.splits:
-        raise UsageError(
-            f"Policy {policy.name}: regret compares whole experts, and dispatch {dispatch.name} shares one between GPU and "
-            'units; use dispatch = "balance", or leave --regret out.'
-        )
     tiers = with_transfers(tiers_of(model, system, policy, machine), policy, setup.system, machine)
     if tiers is not None and dispatch.splits:
         raise UsageError(
@@ -266,14 +274,11 @@ def lane_of(
     aside = Aside()
     if residency.foresees:
         aside = Aside(foresight=foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k))
-    if setup.regret or setup.decisions:
-        aside = aside._replace(regret=new_regret(experts, system.home is not None, setup.decisions))
+    aside = aside._replace(regret=_regret_of(setup, policy, dispatch, system, experts))
     lower_bound = None
     if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
     cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
     yardsticks = common.work_bound(machine), lower_bound, clairvoyant
     has_units = system.ndp is not None
-    lane = Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold)
-    lane.decision_log = DecisionLog() if setup.decisions else None
-    return lane
+    return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold)

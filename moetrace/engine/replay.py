@@ -196,6 +196,13 @@ def _flow(tiers, queue, start_s, seconds, machine):
 
 
 @kernel
+def _decided(tiers, aside, view, layer, size, plan, work):
+    """Note what was decided, before anybody carries it out."""
+    work.log.fallbacks[0] += work.setting[0].optimal and size > OPTIMAL_UP_TO
+    compare_with_optimal(aside.regret, tiers, work.machine, view, layer, size, plan)
+
+
+@kernel
 def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     """Replay one layer; return its imbalance, -1 where that is undefined."""
     batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
@@ -223,8 +230,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     load, plan = state.scratch.load[:size], state.scratch.plan[:size]
     if size > 0:
         dispatch(cells, view, layer, load, plan)
-    log.fallbacks[0] += setting.optimal and size > OPTIMAL_UP_TO
-    compare_with_optimal(aside.regret, tiers, machine, view, layer, size, plan)
+    _decided(tiers, aside, view, layer, size, plan, work)
     if tiers is None:
         shared = shared_of(setting.splits, size, plan)
         line = timeline(machine, view, size, plan, shared)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from moetrace.engine.bounds import work_bound_s
+from moetrace.engine.decision_log import DecisionLog
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
 from moetrace.engine.folding import FoldedSteps, StepStore
@@ -132,6 +133,9 @@ def _begin(
     if setup.window is not None:
         for lane in lanes:
             lane.recording = Recording(setup.window.start, setup.window.stop)
+    if setup.decisions:
+        for lane in lanes:
+            lane.decision_log = DecisionLog()
     warnings = warnings + [
         f"policy {lane.policy.name}: requests overlap from first to last, so scope request empties nothing."
         for lane in lanes

@@ -26,7 +26,7 @@ class Setup:
 
     ``slots``: experts that the GPU can hold, as `moetrace.spec.budget` reads them; by default as many as its memory has
     room for. ``window``: steps of which everything that was done is noted. ``regret``: whether each layer is solved by
-    `optimal`, too; ``decisions``: whether every decision is kept beside that of `optimal`.
+    `optimal`, too; ``decisions``: then, whether every decision is kept beside that one.
     """
 
     model: Model

@@ -61,7 +61,10 @@ def break_even_tokens(
         rebatch(trace, path, batch=batch, chunk=chunk, verify=1)
         with Trace.open(path) as single:
             (plain,) = run_setups(
-                single, [replace(setup, window=None)], jobs=jobs, progress=_scaled(progress, trace, single)
+                single,
+                [replace(setup, window=None, regret=False, decisions=False)],
+                jobs=jobs,
+                progress=_scaled(progress, trace, single),
             )
             if isinstance(plain, MoetraceError):
                 raise plain

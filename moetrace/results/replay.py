@@ -36,6 +36,8 @@ def replay(
     jobs: SupportsIndex | None = None,
     progress: Callable[[int], None] | None = None,
     timeline: Window = False,
+    regret: bool = False,
+    decisions: bool = False,
     code: bool = True,
 ) -> Result:
     """Replay a trace through policies on a system, in one pass over it.
@@ -63,6 +65,10 @@ def replay(
         timeline: The steps whose every slice of work is recorded, for `Result.timeline` and `Result.write_timeline`: a
             window `(A, B)`, from step A up to B without it as in Python, or True for the first 16 steps. Memory grows
             with the window.
+        regret: Also solve each layer by dispatch `optimal`, from the same state: the figures `regret`,
+            `regret_equal_share`, `regret_layers` and `regret_left_out`. No other figure changes.
+        decisions: Keep every decision beside that of `optimal`, in a temporary file, for `Result.decisions` and
+            `Result.write_decisions`. This includes `regret`.
         code: False refuses policies that name a Python file, whose code would run.
 
     Returns:
@@ -89,6 +95,7 @@ def replay(
         jobs = min(cores(), len(setup.policies)) if jobs is None else _at_least_one("jobs", jobs)
         window = window_of(timeline, found.steps, warnings)
         setup = replace(setup, slots=slots, ignore_capacity=ignore_capacity, window=window)
+        setup = replace(setup, regret=regret or decisions, decisions=decisions)
         if policies is None and (note := unneeded_units(found, setup)):
             warnings.append(note)
         (run,) = run_setups(found, [setup], jobs=jobs, progress=progress)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetrace.engine.run import Run
-from moetrace.results import frames, publish, summary, timeline, timeline_file, write
+from moetrace.results import decision_file, frames, publish, summary, timeline, timeline_file, write
 from moetrace.results.record import FIGURES, TIMELINE_FILE, value_in
 from moetrace.spec.html_table import html_table
 from moetrace.spec.later import Later
@@ -42,6 +42,7 @@ _SHOWN = (
     "host_hit_rate",
     "disk_bytes",
     "disk_busy",
+    "regret",
 )
 
 
@@ -150,6 +151,27 @@ class Result:
         """
         with whole_file(Path(path)) as file:
             timeline_file.write_timeline(self.run, file, write.sha256_of(write.to_json(self.to_dict())))
+
+    @cached_property
+    def decisions(self) -> pl.DataFrame:
+        """One row a policy and active expert of a layer: costs, where it ran, where `optimal` would have run it.
+
+        `write_decisions` needs memory for a slice of it only. Raises UsageError without `replay(decisions=True)`.
+        """
+        return decision_file.decision_frame(self.run)
+
+    def write_decisions(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows of `decisions` into a Parquet file: the whole file, or on any error none.
+
+        Args:
+            path: The new file.
+
+        Raises:
+            UsageError: The replay did not have `decisions=True`.
+            MoetraceError: The system refuses.
+        """
+        with whole_file(Path(path)) as file:
+            decision_file.write_decisions(self.run, file)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `summary.json` holds."""

@@ -12,6 +12,7 @@ import numpy as np
 from moetrace.engine.run import Lane, Run
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.accounts import account_figures
+from moetrace.results.common_figures import Utilization
 from moetrace.results.frames import lane_accounts, total_s, utilization_of
 from moetrace.results.record import (
     COLUMNS,
@@ -21,7 +22,6 @@ from moetrace.results.record import (
     Spread,
     SummaryFile,
     TraceFacts,
-    Utilization,
     choices_of,
     value_in,
 )
@@ -170,6 +170,7 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         lower_bound_s=float(lane.lower_bound_s),
         **_host_figures(lane),
         **_losses(lane),
+        **_regret(lane),
     )
 
 
@@ -197,6 +198,19 @@ def _losses(lane: Lane) -> dict[str, Any]:
     return {
         "resent_bytes": losses.resent_in_bytes + losses.resent_out_bytes,
         "gate_mass_dropped": losses.gate_mass_dropped,
+    }
+
+
+def _regret(lane: Lane) -> dict[str, Any]:
+    """What the decisions cost beside those of `optimal`, where that was asked for."""
+    if lane.aside.regret is None:
+        return {}
+    tally = lane.aside.regret.tally[0]
+    return {
+        "regret": _ratio(float(tally["excess_s"]), float(tally["optimal_s"])),
+        "regret_equal_share": _ratio(int(tally["equal_experts"]), int(tally["experts"])),
+        "regret_layers": int(tally["layers"]),
+        "regret_left_out": int(tally["left_out"]),
     }
 
 

@@ -11,6 +11,7 @@ from moetrace.cli.options.code import code_option
 from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.options.paths import ANY_PATH, FOLDER
 from moetrace.cli.options.presets import MODEL, POLICY, SYSTEM
+from moetrace.cli.options.targets import check_targets
 from moetrace.cli.tables.output import format_option, print_csv, print_json, print_text, say
 from moetrace.spec.choices import KINDS, legal
 from moetrace.spec.errors import UsageError
@@ -88,6 +89,14 @@ class _Command(click.Command):
 @click.option(
     "--energy", is_flag=True, help="Also show energy and price by part, from [energy] and [price] of the system."
 )
+@click.option("--regret", is_flag=True, help="Also solve each layer by dispatch optimal, and show what decisions cost.")
+@click.option(
+    "--export-decisions",
+    "decisions",
+    type=ANY_PATH,
+    metavar="FILE.parquet",
+    help="Write every decision beside that of optimal, to learn a dispatch from; includes --regret.",
+)
 @click.option("--ignore-capacity", is_flag=True, help="Replay even if the experts do not fit the NDP units.")
 @code_option
 @format_option
@@ -103,6 +112,8 @@ def command(
     timeline: bool,
     window: str | None,
     energy: bool,
+    regret: bool,
+    decisions: Path | None,
     ignore_capacity: bool,
     code: bool,
     form: str,
@@ -115,6 +126,8 @@ def command(
 
     --energy adds what each part of the machine draws and costs: a second table, `accounts` in JSON, and with
     --format csv these rows instead.
+
+    --regret solves each layer by dispatch optimal, too, from the same state: what the decisions cost beside the best.
 
     --set model.FIELD, system.FIELD and policy.FIELD change the specs, the last in every policy; policy.NAME.FIELD
     changes the policy of that name alone.
@@ -129,6 +142,10 @@ def command(
         from moetrace.spec import load_system
 
         check_rates(load_system(system, changes["system"]))
+    if decisions is not None:
+        if decisions.suffix.lower() != ".parquet":
+            raise UsageError(f"--export-decisions {decisions}: the name must end with .parquet.")
+        check_targets({"--export-decisions": decisions}, [trace, model, system, *policies])
     with Trace.open(trace) as opened:
         from moetrace.results.break_even import verified_batch
         from moetrace.results.publish import staged
@@ -148,8 +165,12 @@ def command(
                     jobs=jobs,
                     progress=bar.advance,
                     timeline=steps,
+                    regret=regret,
+                    decisions=decisions is not None,
                     code=code,
                 )
+            if decisions is not None:
+                result.write_decisions(decisions)
             if temporary is not None:
                 result.write_into(temporary)
     for warning in result.warnings:

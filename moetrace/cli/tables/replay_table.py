@@ -18,14 +18,15 @@ class _FigureColumn(NamedTuple):
     value: Callable[[dict[str, Any]], float | None]  # of a policy, in the heading's unit
     form: str = "digits"  # or "percent" or "factor"
     always: bool = True  # False: only if it is neither zero nor undefined for every policy
+    zero: bool = False  # True: also if it is zero
 
 
-def _column(name: str, always: bool = True) -> _FigureColumn:
+def _column(name: str, always: bool = True, zero: bool = False) -> _FigureColumn:
     """The column of a figure of `summary.json`, with what `results.record` says of it."""
     figure = FIGURES[name]
     factor, _ = figure.shown
     form = {"share": "percent", "ratio": "factor"}.get(figure.unit, "digits")
-    return _FigureColumn(figure.column, lambda policy: _times(factor, value_in(policy, name)), form, always)
+    return _FigureColumn(figure.column, lambda policy: _times(factor, value_in(policy, name)), form, always, zero)
 
 
 def print_comparison(summary: dict[str, Any], name: str) -> None:
@@ -74,6 +75,7 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("resent_bytes", always=False),
             _column("gate_mass_dropped", always=False),
         ],
+        [_column("regret", always=False, zero=True), _column("regret_equal_share", always=False, zero=True)],
         [
             _column("host_hit_rate", always=False),
             _column("disk_bytes", always=False),
@@ -88,7 +90,7 @@ def _shown(group: list[_FigureColumn], policies: list[dict[str, Any]]) -> list[T
     return [
         TextColumn(column.heading, _cells(column.form, values))
         for column, values in figures
-        if column.always or any(values)
+        if column.always or any(values) or (column.zero and any(value is not None for value in values))
     ]
 
 
@@ -137,6 +139,7 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
             for policy in summary["policies"]
             if policy["optimal_fallbacks"]
         ),
+        *_regret(summary["policies"]),
     ]
 
 
@@ -144,6 +147,26 @@ def _host(policies: list[dict[str, Any]]) -> str:
     """Say how many experts host memory keeps above a disk; nothing on a machine without one."""
     slots = policies[0].get("host_slots")
     return "" if slots is None else f", host memory up to {slots:,}; others are read from the disk"
+
+
+def _regret(policies: list[dict[str, Any]]) -> list[str]:
+    """Say what regret is, and which layers it leaves out; nothing where it was not asked for."""
+    if "regret" not in policies[0]:
+        return []
+    left_out: dict[tuple[int, int], list[str]] = {}
+    for policy in policies:
+        if policy["regret_left_out"]:
+            layers = policy["regret_layers"] + policy["regret_left_out"]
+            left_out.setdefault((policy["regret_left_out"], layers), []).append(policy["name"])
+    return [
+        "Regret: time of the experts beyond the best assignment's, layer by layer from the same state. As optimal: "
+        "active experts that it runs on the same device.",
+        *(
+            f"{', '.join(names)}: regret leaves out {count:,} of {counted(layers, 'layer')} of all steps, with too "
+            "many active experts to try all assignments."
+            for (count, layers), names in left_out.items()
+        ),
+    ]
 
 
 def _speculation(summary: dict[str, Any]) -> list[str]:
