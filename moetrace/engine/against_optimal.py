@@ -20,7 +20,7 @@ REGRET = np.dtype(
 DECISION = np.dtype(
     [(name, np.int64) for name in ("step", "step_rows")]
     + [(name, np.float64) for name in ("rows", "weight_bytes", "gpu_s", "fetch_s", "ndp_s", "cpu_s")]
-    + [(name, np.uint16) for name in ("layer", "expert")]
+    + [(name, np.uint16) for name in ("layer", "expert", "group")]
     + [(name, np.uint8) for name in ("phase", "resident", "device", "optimal")],
     align=True,
 )
@@ -116,7 +116,7 @@ def _note(decisions, regret, view, layer, size, plan, is_solved):
     for i in range(size):
         expert, made = view.active[i], decisions.made[first + i]
         made.step, made.step_rows, made.phase = view.step, view.rows, view.phase
-        made.layer, made.expert = layer, expert.expert
+        made.layer, made.expert, made.group = layer, expert.expert, expert.group
         made.rows, made.weight_bytes, made.resident = expert.rows, expert.weight_bytes, expert.resident
         made.gpu_s, made.fetch_s = expert.gpu_s, expert.fetch_s
         made.ndp_s, made.cpu_s = expert.ndp_s, expert.cpu_s

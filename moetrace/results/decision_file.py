@@ -84,6 +84,7 @@ def _frame(lane: Lane, made: np.ndarray) -> pl.DataFrame:
             "step_rows": column["step_rows"],
             "layer": column["layer"].astype(np.int64),
             "expert": column["expert"].astype(np.int64),
+            "group": column["group"].astype(np.int64),
             "rows": column["rows"].astype(np.int64),
             "weight_bytes": column["weight_bytes"],
             "resident": column["resident"].astype(bool),

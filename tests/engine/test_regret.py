@@ -1,5 +1,6 @@
 """Regret: what decisions cost beside those of `optimal`, against the oracle, in random mixes; it changes nothing."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,14 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from support.drawn_machines import machine_cases, machine_policies
+from support.drawn_machines import MachineCase, machine_cases, machine_policies
+from support.drawn_machines import plain_policy as in_full
 from support.drawn_runs import replay_machine
 from support.drawn_tiers import tier_cases, tier_policies
 from support.tiers_oracle import Figures, from_specs
 from support.tiers_oracle import replay as simulate
 
+import moetrace as mt
+from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.run import Run
 from moetrace.engine.state import CPU, HOME, ON_GPU
+from moetrace.engine.tiers.tier_search import OPTIMAL_OF_THREE_UP_TO
+from moetrace.spec import PolicySpec
 
 DRAWN: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 ON = {"regret": True, "decisions": True}
@@ -50,30 +56,53 @@ def same_to_the_last_bit(one: Run, other: Run) -> None:
             assert getattr(mine, name) == getattr(its, name), name
 
 
-@settings(max_examples=60, **DRAWN)
-@given(case=tier_cases(max_steps=4, max_experts=5), data=st.data())
+def compare(case: MachineCase, policy: dict[str, Any], folder: Path) -> None:
+    """Check a case; the CPU is a device of `optimal` where the dispatch runs experts on it."""
+    uses_cpu = policy["dispatch"] in ("cheapest", "bottleneck")
+    specs = case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots
+    machine, plain = from_specs(*specs, cpu_takes_part=uses_cpu)
+    run = replay_machine(case, policy, folder, **ON)
+    event(f"tiers: {run.lanes[0].tiers is not None}")
+    check(run, simulate(case.trace, machine, plain, regret=True))
+    same_to_the_last_bit(run, replay_machine(case, policy, folder))
+
+
+# Each mix of tiers is one more replay to compile. Here are those without losses, rates and relayout, which cost no
+# decision anything that `test_tiers` does not hold to the oracle.
+@settings(max_examples=40, **DRAWN)
+@given(case=tier_cases(max_steps=3, max_experts=5), data=st.data())
 def test_any_mix_of_tiers_against_the_oracle(case, data, tmp_path_factory):
-    policy = data.draw(tier_policies(case), label="policy")
-    for fields, names in ((case.system, ("remote",)), (policy, ("remote", "replicas", "plan_steps"))):
-        for name in names:
-            fields.pop(name, None)
+    for name in ("loss", "rates"):
+        case.system["link"].pop(name, None)
+    case.system.pop("remote", None)
     if "disk" in case.system:
         case.system["cpu"].pop("chunks", None)
-    folder = tmp_path_factory.mktemp("drawn")
-    machine, plain = from_specs(case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots)
-    run = replay_machine(case, policy, folder, **ON)
-    event(f"tiers: {run.lanes[0].tiers is not None}")
-    check(run, simulate(case.trace, machine, plain, regret=True))
-    same_to_the_last_bit(run, replay_machine(case, policy, folder))
+    policy = data.draw(tier_policies(case, relayout=False), label="policy")
+    compare(case, policy, tmp_path_factory.mktemp("drawn"))
 
 
-@settings(max_examples=60, **DRAWN)
-@given(case=machine_cases(max_steps=5, max_experts=6), data=st.data())
+@settings(max_examples=40, **DRAWN)
+@given(case=machine_cases(max_steps=4, max_experts=6), data=st.data())
 def test_plain_machines_against_the_oracle(case, data, tmp_path_factory):
     policy = data.draw(machine_policies(case), label="policy")
-    folder = tmp_path_factory.mktemp("drawn")
-    machine, plain = from_specs(case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots)
-    run = replay_machine(case, policy, folder, **ON)
-    event(f"tiers: {run.lanes[0].tiers is not None}")
-    check(run, simulate(case.trace, machine, plain, regret=True))
-    same_to_the_last_bit(run, replay_machine(case, policy, folder))
+    compare(case, vars(in_full(policy)), tmp_path_factory.mktemp("drawn"))
+
+
+def test_layers_that_no_search_tries_are_left_out():
+    """Two devices are tried up to 20 active experts, three up to 12; a layer of more counts in neither sum."""
+    for dispatch, most in (("balance", OPTIMAL_UP_TO), ("cheapest", OPTIMAL_OF_THREE_UP_TO)):
+        tally = {rows: books(dispatch, rows) for rows in (most, most + 1)}
+        assert (tally[most]["layers"], tally[most]["left_out"], tally[most]["experts"]) == (1, 0, most)
+        assert (tally[most + 1]["layers"], tally[most + 1]["left_out"], tally[most + 1]["experts"]) == (0, 1, 0)
+        assert tally[most + 1]["optimal_s"] == tally[most + 1]["excess_s"] == 0.0
+
+
+def books(dispatch: str, active: int) -> Any:
+    """Return the books of one layer of so many active experts, on units with a CPU beside them."""
+    experts = np.arange(active, dtype=np.uint8).reshape(active, 1, 1)
+    trace = mt.Trace.from_arrays(experts, num_experts=32, steps=np.array([active]), request=np.arange(active))
+    policy = PolicySpec(name=dispatch, placement="tp", dispatch=dispatch)
+    model = {"model.moe_layers": 1, "model.top_k": 1}
+    cpu = {"system.cpu.tflops": 1.0, "system.cpu.bandwidth_gb_s": 40.0, "system.cpu.command_us": 5.0}
+    found = mt.replay(trace, model="tiny-olmoe", policies=policy, overrides=model | cpu, regret=True)
+    return found.run.lanes[0].aside.regret.tally[0]
