@@ -176,7 +176,7 @@ def main() -> None:
     if options.write:
         write_between(PAGE, "learned", "\n".join(table))
         text = options.output.read_text(encoding="utf-8").splitlines()
-        write_between(PAGE, "tree", "\n".join(["```text", *text[5:39], "                ...", "```"]))
+        write_between(PAGE, "tree", "\n".join(["```console", *text[5:39], "                ...", "```"]))
 
 
 if __name__ == "__main__":
