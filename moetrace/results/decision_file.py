@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def decision_frame(run: Run) -> pl.DataFrame:
     return pl.concat(_slices(run))
 
 
-def write_decisions(run: Run, file: IO[bytes]) -> None:
+def write_decisions(run: Run, file: Any) -> None:
     """Write the rows of `decision_frame` as Parquet, from memory for a slice of them.
 
     Raises UsageError if decisions were not kept, MoetraceError if the system refuses.

@@ -16,6 +16,7 @@ from support.tiers_oracle import Figures, from_specs
 from support.tiers_oracle import replay as simulate
 
 import moetrace as mt
+from moetrace.engine.against_optimal import DECISION, NOT_SEARCHED
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.run import Run
 from moetrace.engine.state import CPU, HOME, ON_GPU
@@ -34,8 +35,8 @@ def check(run: Run, expected: Figures) -> None:
     np.testing.assert_allclose(tally["excess_s"], expected.regret_s, rtol=1e-9, atol=1e-12 * expected.regret_base_s)
     assert (tally["experts"], tally["equal_experts"]) == (expected.decisions, expected.equal_decisions)
     assert tally["excess_s"] >= -1e-12 * tally["optimal_s"]
-    made = np.concatenate([*lane.decision_log.slices()])
-    searched = made[made["optimal"] != 255]
+    made = np.concatenate([np.zeros(0, DECISION), *lane.decision_log.slices()])
+    searched = made[made["optimal"] != NOT_SEARCHED]
     assert len(made) == lane.log.layer["hits"].sum() + lane.log.layer["misses"].sum()
     assert len(searched) == tally["experts"]
     assert (searched["device"] == searched["optimal"]).sum() == tally["equal_experts"]

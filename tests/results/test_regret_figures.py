@@ -1,6 +1,7 @@
 """Regret from Python and from the command: figures where it is asked for, every decision in a file."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -63,6 +64,12 @@ def test_decisions_are_what_the_figures_are_of(result, tmp_path):
     assert (fetched["fetch_s"] > 0).all() and (decisions.filter("resident")["fetch_s"] == 0).all()
     steps = decisions.select("step", "layer").unique(maintain_order=True)
     assert decisions.filter(policy="hot").select("step", "layer").unique(maintain_order=True).equals(steps)
+
+
+def test_columns_are_explained(result):
+    page = (learned_dispatch.ROOT / "docs/results.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\|([^|]+)", page.partition("\n## Decisions")[2], re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", "".join(cells))) == sorted(result.decisions.columns)
 
 
 def test_nothing_of_it_where_it_is_not_asked_for(trace, result):
