@@ -12,7 +12,7 @@ from moetrace.engine.tiers.tier_times import (
     cpu_end_s,
     fetched_end_s,
     give_home,
-    home_end_s,
+    home_done_s,
     home_work,
     read_outside,
     term_of,
@@ -61,8 +61,9 @@ def _decide(term, view, j, device, kept):
         after[_FREE_S] += expert.gpu_s + (view.gpu_start_s if now[_FREE_S] == 0.0 else 0.0)
     else:
         read_outside(view, expert)
-        after[_ARRIVED_S] += expert.fetch_s
-        after[_FREE_S] = fetched_end_s(term, now[_FREE_S], now[_ARRIVED_S], after[_ARRIVED_S], expert.gpu_s)
+        from_s = max(now[_ARRIVED_S], expert.ready_s)
+        after[_ARRIVED_S] = from_s + expert.fetch_s
+        after[_FREE_S] = fetched_end_s(term, now[_FREE_S], from_s, after[_ARRIVED_S], expert.gpu_s)
 
 
 @kernel
@@ -74,9 +75,10 @@ def _undo(view, j, device, kept):
 
 
 @kernel
-def _moe_s(term, view, decided, on_cpu):
-    """Return the seconds of what is decided: no more work ever ends a layer earlier."""
-    home_s = home_end_s(term, view, home_work(term, view, decided[_HOME_ROWS]))
+def _moe_s(term, view, size, plan, decided, on_cpu):
+    """Return the seconds of what is decided: no more work ever ends a layer earlier. The rest is not at home."""
+    home = home_work(term, view, decided[_HOME_ROWS])
+    home_s = home_done_s(term, view, size, plan, home)
     cpu_s = cpu_end_s(term, view, CpuWork(decided[_CPU_S], decided[_CPU_ROWS], on_cpu))
     return max(decided[_FREE_S], home_s, cpu_s)
 
@@ -99,16 +101,18 @@ def _search(view, size, plan, best_s):
         best_count += plan[i] != HOME
     best_away = best_gpu  # `balance` knows no CPU
     clear_work(view)
+    plan[:size] = ON_GPU
     j = 0
     while j >= 0:
         if j == size:
-            moe_s = _moe_s(term, view, kept[j], on_cpu)
+            moe_s = _moe_s(term, view, size, plan, kept[j], on_cpu)
             ahead = away > best_away or (away == best_away and gpu > best_gpu)
             if less(moe_s, best_s) or count < best_count or (count == best_count and ahead):
                 best_s, best_count, best_away, best_gpu = moe_s, count, away, gpu
             j -= 1
             continue
-        bit = 1 << (size - 1 - view.active[j].turn)
+        i = view.active[j].turn
+        bit = 1 << (size - 1 - i)
         if choice[j] >= 0:
             _undo(view, j, choice[j], kept)
             count -= choice[j] != HOME
@@ -117,7 +121,7 @@ def _search(view, size, plan, best_s):
             gpu &= ~bit
         choice[j] += 1
         if choice[j] == devices:
-            choice[j] = -1
+            choice[j], plan[i] = -1, ON_GPU
             j -= 1
             continue
         _decide(term, view, j, choice[j], kept)
@@ -126,7 +130,8 @@ def _search(view, size, plan, best_s):
             away |= bit
             on_cpu += choice[j] == CPU
             gpu |= bit if choice[j] == ON_GPU else 0
-        bound_s = _moe_s(term, view, kept[j + 1], on_cpu)
+        plan[i] = choice[j]
+        bound_s = _moe_s(term, view, size, plan, kept[j + 1], on_cpu)
         if less(bound_s, best_s) or (not less(best_s, bound_s) and count <= best_count):
             j += 1
     for i in range(size):
