@@ -103,16 +103,16 @@ def test_who_takes_part():
         assert (seen_by(in_ms.policy(name), on).cpu is not None) == takes_part
     off = load_policy("trimoe-no-cpu")
     assert seen_by(off, on).cpu is None and "with_cpu is false" in str(idle_cpu(off, on))
-    with pytest.raises(UsageError, match="with_cpu applies to dispatch cheapest or bottleneck or file.py:function"):
+    with pytest.raises(UsageError, match=r"with_cpu applies to dispatch cheapest or bottleneck or file\.py:function"):
         load_policy("monde", {"with_cpu": True})
-    with pytest.raises(UsageError, match='needs a plain link and one home, .* use dispatch = "balance"'):
+    with pytest.raises(UsageError, match=r'needs a plain link and one home, .* use dispatch = "balance"'):
         replayed(in_ms.system(ndp={}, link={"stream": 0}), in_ms.policy("split", placement="tp"))
     check_policy(in_ms.policy("bottleneck"), in_ms.system(cpu={}))
 
 
 @pytest.mark.parametrize("home", ["ndp", "cpu"])
 def test_lines_of_tiers_with_nothing_on_are_version_1(home):
-    """An outside read that nothing limits, or an eviction that never comes: the same figures through the other lines."""
+    """An eviction that takes no time to speak of: the same figures through the lines of machines with more tiers."""
     trace = in_ms.steps(*(in_ms.rows(*ids) for ids in ([0, 0, 1, 2], [1, 2, 3], [3, 3, 0, 1], [2], [0, 1, 2, 3])))
     on = {"ndp": {"units": 2}} if home == "ndp" else {"cpu": {}}
     plain = in_ms.system(**on)
