@@ -16,8 +16,8 @@ from moetrace.spec.host_memory import Disk, disk_misfit
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.link_rates import read_rates
 from moetrace.spec.load import Loaded, convert, read
-from moetrace.spec.parts import Cpu, Gpu, Host, Link, Ndp
 from moetrace.spec.rates import Energy, Price, misfits
+from moetrace.spec.system_parts import Cpu, Gpu, Host, Link, Ndp
 
 
 @dataclass(frozen=True)
