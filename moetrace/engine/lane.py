@@ -24,12 +24,14 @@ from moetrace.engine.replay import Aside, Batch, State, Work, new_state
 from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, keep_for_good
 from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
-from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
-from moetrace.engine.tiers.tier_records import MORE_ROWS, Tiers
+from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_steps, records
+from moetrace.engine.tiers.tier_records import MORE_ROWS, REMOTE_ROW, Tiers
+from moetrace.engine.tiers.tier_remote import RemoteExperts, end_remote, remote_of
 from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError
+from moetrace.spec.fits import check_fits
 from moetrace.spec.participants import check_policy, seen_by
 from moetrace.spec.policy import PolicySpec
 
@@ -60,6 +62,7 @@ class Lane:
     lower_bound: Yardstick | None  # None with more tiers: its proof is of a plain link and one home
     clairvoyant: Yardstick | None  # None if the dispatch ignores residency
     cold_starts: ColdStarts | None = None  # of scope "request"
+    remote: RemoteExperts | None = None  # of a policy that has some
     clairvoyant_s: float = 0.0
     work_bound_s: float = 0.0
     recording: Recording | None = None  # of the steps of a timeline
@@ -70,12 +73,15 @@ class Lane:
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
-        begun_s, cells, scratch = thread_time(), self.state.cells, self.state.scratch
+        begun_s, cells, scratch, whole = thread_time(), self.state.cells, self.state.scratch, batch
         if self.folded is not None:
             self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
             self._first_step = batch.steps.first
         if self.books is not None:
             self.state = self.state._replace(prompts=self.books.lend(batch.steps.first))
+        if self.remote is not None and self.tiers is not None:
+            batch, times = self.remote.split(batch)
+            self.tiers = self.tiers._replace(remote=times)
         try:
             for part in self._cut_where_cold(batch):
                 if self.recording is None:
@@ -84,7 +90,7 @@ class Lane:
                     self._replay_and_record(part, self.recording)
             if self.clairvoyant is not None:
                 cells, scratch = self.clairvoyant.kept
-                self.clairvoyant.advance(batch)
+                self.clairvoyant.advance(whole)
         except MemoryError:
             raise
         except Exception as error:  # only a user's function can raise
@@ -149,20 +155,27 @@ class Lane:
         """Experts that were demanded while they were fetched ahead."""
         return int(np.sum(self.log.step["late"])) if self.folded is None else self.folded.late
 
+    @property
+    def cold_s(self) -> float:
+        """Seconds of the cold start of functions, with which the first step begins."""
+        return 0.0 if self.remote is None else self.remote.cold_s
+
     def finish(self) -> None:
         """Close the books after the last block: what was prefetched and never run was wasted."""
         self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
         self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
+        if self.remote is not None:
+            end_remote(self.remote, self.log.unit[FIRST_GROUP + len(self.state.scratch.groups) + REMOTE_ROW])
         if not self.has_units:  # one CPU is no tier that could be out of balance
             self.log.step["imbalance"] = np.nan
             self.log.layer["imbalance_sum"], self.log.layer["imbalance_count"] = 0.0, 0
         self.work_bound_s = self.work_bound.seconds
         if self.clairvoyant is not None:
             self.clairvoyant_s = self.clairvoyant.seconds
-        elif self.folded is not None:
-            self.clairvoyant_s = float(np.sum(self.folded.busy_s))
         else:
-            self.clairvoyant_s = float(np.sum(self.log.step["duration_s"] - self.log.step["wait_s"]))
+            busy_s = self.folded.busy_s if self.folded else self.log.step["duration_s"] - self.log.step["wait_s"]
+            busy_s[:1] -= self.cold_s
+            self.clairvoyant_s = float(np.sum(busy_s))
 
 
 def _or(given: float | None, default: float) -> float:
@@ -176,6 +189,11 @@ def lane_of(
     check_policy(policy, setup.system)
     model, system = setup.model, seen_by(policy, setup.system)
     schedule, own = decoded.schedule, setup.hooks
+    remote = remote_of(policy, system, model, decoded, weight_bytes)
+    if remote is not None:
+        remote = common.remote(remote)
+        weight_bytes = remote.local_bytes
+        check_fits(model, system, weight_bytes, setup.ignore_capacity)
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
@@ -185,6 +203,9 @@ def lane_of(
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
     tiers = tiers_of(model, system, policy, machine)
+    if tiers is not None and remote is not None:
+        tiers = tiers._replace(remote=remote.before)
+        tiers.tally["now_s"] = remote.cold_s
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),
@@ -221,7 +242,9 @@ def lane_of(
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(common_machine, tiers, setting, hooks[0])
+    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(
+        common_machine, tiers, setting, hooks[0], remote
+    )
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
     aside = Aside()
@@ -231,6 +254,6 @@ def lane_of(
     if tiers is None:
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
     cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
-    yardsticks = common.work_bound(machine), lower_bound, clairvoyant
+    yardsticks = common.work_bound(machine, remote), lower_bound, clairvoyant
     has_units = system.ndp is not None
-    return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold)
+    return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold, remote)

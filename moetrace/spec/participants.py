@@ -5,16 +5,19 @@ from msgspec.structs import replace
 from moetrace.spec.choices import Dispatch, choices_of, find
 from moetrace.spec.errors import UsageError
 from moetrace.spec.policy import PolicySpec, shown
+from moetrace.spec.remote import policy_misfit
 from moetrace.spec.system import System
 
 
 def seen_by(policy: PolicySpec, system: System) -> System:
-    """Return the system that a policy replays on: without a CPU that takes no part, with the link as fast as it is fed.
+    """Return the system that a policy replays on: without what takes no part, with the link as fast as it is fed.
 
     The CPU takes part where experts live in host memory, unless the dispatch sends all of them to the GPU, or, beside
     NDP units, under the dispatches that say so. Then, and with `link.host_read` under the others, the link carries no
-    more than host memory gives.
+    more than host memory gives. Functions take part where the policy has `remote`.
     """
+    if policy.remote is None and system.remote is not None:
+        system = replace(system, remote=None)
     link = system.link
     if system.cpu is None:
         return system
@@ -83,6 +86,8 @@ def check_policy(policy: PolicySpec, system: System) -> None:
             f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
             f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
         )
+    if misfit := policy_misfit(policy, system):
+        raise UsageError(f"Policy {policy.name}: {misfit}.")
     placement, prefetch = find("placement", policy.placement), find("prefetch", policy.prefetch)
     if system.ndp is None:
         if placement is not None and placement.needs_units:

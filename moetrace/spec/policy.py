@@ -26,6 +26,8 @@ from moetrace.spec.choices import (
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
 from moetrace.spec.named import nearest
+from moetrace.spec.remote import FIELDS as REMOTE_FIELDS
+from moetrace.spec.remote import plan_misfit
 
 SCOPES = {
     "layer": "each layer has its own share of the slots",
@@ -46,7 +48,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Four independent choices and the parameters of those that have some; texts as in the TOML.
 
     `dispatch` and `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placements `ep-lpt` and
-    `eplb`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file,
+    `eplb`, and of `remote`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file,
     `layout` (of placement `mixed`) of a CSV file.
     """
 
@@ -76,6 +78,9 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     follows: bool | None = None
     now_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
     long_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    remote: Annotated[float, Meta(ge=0, le=1)] | None = None
+    plan_steps: Annotated[int, Meta(ge=1, le=10**9)] | None = None
+    replicas: Annotated[int, Meta(ge=1, le=65535)] | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
@@ -92,6 +97,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Parameters that none of the choices reads."""
         read = set(_OWN_READS if _split(self.residency) else ())
         read |= {"budget"} if self.budget is not None else set()  # goes with a scope, not with a choice
+        read |= {"remote", "loads", *REMOTE_FIELDS} if self.remote is not None else set()  # with a system
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
             read |= set(record.parameters) if record else set()
@@ -123,6 +129,7 @@ def readers(parameter: str) -> str:
             continue
         names += [USER] if kind == "residency" and parameter in _OWN_READS else []
         said += [f"{kind} {' or '.join(names)}"] if names else []
+    said += ["policies with remote"] if parameter in (*REMOTE_FIELDS, "loads") else []
     return " or ".join(said)
 
 
@@ -214,7 +221,7 @@ def note_code(where: str, file: str) -> None:
 
 
 def load_loads(path: str | Path, layers: int, experts: int) -> np.ndarray:
-    """Read the loads of placements `ep-lpt` and `eplb`: a CSV of one line per layer, one number per expert.
+    """Read the loads of placements `ep-lpt` and `eplb`, and of `remote`: a CSV, a line a layer, a number an expert.
 
     Returns float64 `[layers, experts]`; raises a MoetraceError that names the line.
     """
@@ -351,6 +358,8 @@ def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
         if field in given:
             sentence = f"{loaded.where}: {field} applies to {readers(field)} only; remove it or choose that."
             raise UnreadParameterError(sentence, loaded.where, field)
+    if misfit := plan_misfit(policy):
+        raise UsageError(f"{loaded.where}: {misfit}.")
     for kind in KINDS:
         record = find(kind, getattr(policy, kind))
         for field, wanted in NEEDED_FILES.items():

@@ -15,6 +15,7 @@ from msgspec import Meta
 from moetrace.spec.errors import UsageError
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.load import convert, read
+from moetrace.spec.remote import Remote
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         link: The host link. Without it everything is in the GPU's memory.
         cpu: The CPU. It runs experts where there are no NDP units.
         host: Host memory.
+        remote: Functions that may hold a part of the experts. A policy with `remote` uses them.
         energy: Numbers that version 1 carries along and does not use.
         price: Numbers that version 1 carries along and does not use.
         known: Where the constants come from that were not calibrated; `assumed` if any of them is.
@@ -262,6 +264,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     link: Link | None = None
     cpu: Cpu | None = None
     host: Host | None = None
+    remote: Remote | None = None
     energy: dict[str, NotNegative] | None = None
     price: dict[str, NotNegative] | None = None
     known: Known | None = None
@@ -304,9 +307,10 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def part_names(self) -> list[str]:
-        """Names of all parts, in the order of every table: devices, then the directions of the link."""
+        """Names of all parts, in the order of every table: devices, the directions of the link, functions."""
         devices = [self.accelerator, *([self.home] if self.ndp and self.home else [])]
-        return [*(name for device in devices for name in device.names), "cpu", "link_in", "link_out"]
+        names = [name for device in devices for name in device.names]
+        return [*names, "cpu", "link_in", "link_out", *(["remote"] if self.remote is not None else [])]
 
 
 def _device(name: str, count: int, part: Gpu | Ndp | Cpu, start_s: float, is_numbered: bool = False) -> Device:

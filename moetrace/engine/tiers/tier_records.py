@@ -31,6 +31,7 @@ TERM = np.dtype(
         ("contends", np.int64),  # 1: such reads keep units busy
         ("evict_s", np.float64),  # that an admission adds which evicts
         ("has_disk", np.int64),
+        ("remote_s", np.float64),  # that the layer at hand waits for remote functions
     ]
 )
 # What the layer at hand has beside a `layer.Timeline`; seconds after the router's word.
@@ -57,6 +58,14 @@ TIER_TALLY = np.dtype(
 )
 
 
+class RemoteTimes(NamedTuple):
+    """What the layers of a block wait for remote functions (`tier_remote.py`)."""
+
+    first_step: int
+    seconds: np.ndarray  # float64 [steps, L]
+    cold_s: float  # of the cold start, with which the first step begins
+
+
 class Tiers(NamedTuple):
     """What a machine has beside GPU, home and a plain link."""
 
@@ -65,6 +74,7 @@ class Tiers(NamedTuple):
     tally: Any  # TIER_TALLY [1]
     beside: Any  # BESIDE [1]
     layout: Any = None  # tier_layout.Layout: of experts that move between layouts
+    remote: Any = None  # RemoteTimes, where experts live in remote functions
 
 
 def new_tiers(units: int) -> Tiers:

@@ -6,7 +6,7 @@ from moetrace.engine.machine import FIRST_HOME, Machine, MachinePart, describe, 
 from moetrace.engine.prefetch import RELAYOUT
 from moetrace.engine.state import FIRST_GROUP
 from moetrace.engine.tiers.tier_layout import new_layout
-from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, Tiers, new_tiers
+from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, REMOTE_ROW, Tiers, new_tiers
 from moetrace.spec.choices import Dispatch, find
 from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec
@@ -22,7 +22,7 @@ def tiers_of(model: Model, system: System, policy: PolicySpec, machine: Machine)
     term, tiers = _term_of(system, dispatch), new_tiers(max(system.units, 1))
     if len(machine.device) - FIRST_HOME > max(system.units // machine.share, 1):
         term["all_group"] = system.units
-    if term == tiers.term and (dispatch is None or dispatch.hook is not None):
+    if term == tiers.term and (dispatch is None or dispatch.hook is not None) and system.remote is None:
         return None
     if system.ndp is not None and find("prefetch", policy.prefetch).rule == RELAYOUT:
         layers, experts = machine.weight_bytes.shape
@@ -72,6 +72,7 @@ def with_homes_of_its_own(machine: Machine, tiers: Tiers | None) -> Machine:
 def tier_parts_of(system: System, share: int, tiers: Tiers, groups: int) -> list[MachinePart]:
     """Return the parts of a machine with more tiers, as `parts_of`; ``groups`` of units stand before the others."""
     rows = {"cpu": CPU_ROW} if tiers.term["has_cpu"][0] else {}
+    rows |= {"remote": REMOTE_ROW} if tiers.remote is not None else {}
     return [
         part._replace(log_row=FIRST_GROUP + groups + rows[part.name]) if part.name in rows else part
         for part in parts_of(system, share)
