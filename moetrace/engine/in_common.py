@@ -96,12 +96,12 @@ class InCommon:
             self._books = PromptBooks(prompts)
         return self._books
 
-    def remote(self, remote: RemoteExperts) -> RemoteExperts:
-        """Return the remote experts, or those that are the same."""
-        return self._remote.setdefault(remote.key, remote)
+    def remote(self, remote: RemoteExperts | None) -> RemoteExperts | None:
+        """Return the remote experts of a lane, or those of another that are the same."""
+        return None if remote is None else self._remote.setdefault(remote.key, remote)
 
     def work_bound(self, machine: Machine, remote: RemoteExperts | None = None) -> Yardstick:
-        """Return the work bound of a machine, which does not depend on where experts live; remote ones are not in it."""
+        """Return the work bound of a machine, wherever experts live; remote ones are not in it."""
 
         def add(batch: Batch, seconds: float) -> float:
             own = batch if remote is None else remote.split(batch)[0]

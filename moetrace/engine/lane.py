@@ -26,12 +26,11 @@ from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.tiers.tier_records import MORE_ROWS, REMOTE_ROW, Tiers
-from moetrace.engine.tiers.tier_remote import RemoteExperts, end_remote, remote_of
+from moetrace.engine.tiers.tier_remote import RemoteExperts, end_remote, remote_of, with_remote
 from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError
-from moetrace.spec.fits import check_fits
 from moetrace.spec.participants import check_policy, seen_by
 from moetrace.spec.policy import PolicySpec
 
@@ -189,11 +188,8 @@ def lane_of(
     check_policy(policy, setup.system)
     model, system = setup.model, seen_by(policy, setup.system)
     schedule, own = decoded.schedule, setup.hooks
-    remote = remote_of(policy, system, model, decoded, weight_bytes)
-    if remote is not None:
-        remote = common.remote(remote)
-        weight_bytes = remote.local_bytes
-        check_fits(model, system, weight_bytes, setup.ignore_capacity)
+    remote = common.remote(remote_of(policy, setup, system, decoded, weight_bytes))
+    weight_bytes = weight_bytes if remote is None else remote.local_bytes
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
@@ -202,10 +198,7 @@ def lane_of(
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
-    tiers = tiers_of(model, system, policy, machine)
-    if tiers is not None and remote is not None:
-        tiers = tiers._replace(remote=remote.before)
-        tiers.tally["now_s"] = remote.cold_s
+    tiers = with_remote(tiers_of(model, system, policy, machine), remote)
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),
@@ -242,9 +235,8 @@ def lane_of(
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(
-        common_machine, tiers, setting, hooks[0], remote
-    )
+    seen = common_machine, tiers, setting, hooks[0], remote
+    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(*seen)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
     aside = Aside()

@@ -32,6 +32,7 @@ _STEP_FIGURES = ("dense_s", "moe_s", "head_s", "wait_s", "hits", "misses", "dema
 def step_slices(run: Run) -> Iterator[pl.DataFrame]:
     """Yield the rows of all steps of all policies in order, a slice at a time."""
     phase_names = pl.Series("phase", PHASE_NAMES)
+    any_cold = any(lane.remote is not None for lane in run.lanes)
     for lane in run.lanes:
         end_s = 0.0
         for first in range(0, len(lane.log.step), SLICE_STEPS):
@@ -49,6 +50,7 @@ def step_slices(run: Run) -> Iterator[pl.DataFrame]:
                     "duration_s": np.ascontiguousarray(log["duration_s"]),
                     **{name: np.ascontiguousarray(log[name]) for name in _STEP_FIGURES},
                     "imbalance": _nulls(log["imbalance"]),
+                    **({"cold_s": np.where(np.arange(first, first + len(log)), 0.0, lane.cold_s)} if any_cold else {}),
                 }
             )
 

@@ -7,11 +7,12 @@ here. To add a figure, add a field to `PolicyFigures` or `CellCosts`, and its va
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
+from moetrace.results.figure import Count, Figure, Spread
 from moetrace.spec import PolicySpec, canonical
 
 RESULT_SCHEMA = "moetrace.result/1"
@@ -42,58 +43,6 @@ OWN_FILES = frozenset((*RESULT_FILES, *SWEEP_FILES))
 # In the metadata of a Parquet file, and in a timeline: the SHA-256 of the summary.json, or sweep.json, that it is of.
 PARQUET_MARK = "moetrace.of_sha256"
 TIMELINE_MARK = "summary_sha256"
-
-Count = Annotated[int, Meta(ge=0, le=1 << 62)]  # JSON knows no limit, a column does
-
-# What people are shown of a unit: factor and sign.
-SHOWN_UNITS = {"s": (1e3, "ms"), "bytes": (1e-9, "GB"), "share": (100.0, "%")}
-
-
-class Figure(NamedTuple):
-    """What a number in a file means.
-
-    Attributes:
-        unit: seconds, bytes, 1/s, a share of 1, a price as the system lists it, a plain ratio, or how many.
-        meaning: one line of Markdown.
-        better: which of two values is better; None if neither is.
-        label: its name in a report, without the unit; a figure without one is not in the report's table.
-        heading: its name over a column of the terminal's tables, without the unit; "" if no table has it.
-            Of a spread's parts all but the median say which they are.
-        gated: whether a baseline may hold it.
-    """
-
-    unit: Literal["s", "bytes", "1/s", "share", "price", "ratio", "count"]
-    meaning: str
-    better: Literal["lower", "higher"] | None = None
-    label: str = ""
-    heading: str = ""
-    gated: bool = True
-
-    @property
-    def sign(self) -> str:
-        """The unit as files for other tools have it: nothing for a ratio, a count or a price."""
-        return "" if self.unit in ("ratio", "count", "price") else self.unit
-
-    @property
-    def shown(self) -> tuple[float, str]:
-        """Factor and sign of the unit that people are shown: ms, GB, %."""
-        return SHOWN_UNITS.get(self.unit, (1.0, self.sign))
-
-    @property
-    def column(self) -> str:
-        """Its heading with the unit that people are shown, on two lines."""
-        between = " " if "\n" in self.heading else "\n"
-        return f"{self.heading}{between}{self.shown[1]}".rstrip()
-
-
-class Spread(msgspec.Struct):
-    """Mean, quantiles and maximum; None where nothing is defined."""
-
-    mean: float | None
-    p50: float | None
-    p95: float | None
-    p99: float | None
-    max: float | None
 
 
 def _nothing() -> Spread:
@@ -215,6 +164,31 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
             gated=False,
         ),
     ] = None
+
+    # Only of policies with what they are of (`OF_SOME`); else a file does not have them at all.
+    remote_s: Annotated[
+        float | UnsetType,
+        Figure("s", "seconds of all copies of remote functions; only with `remote`", "lower", "in functions", "remote"),
+    ] = UNSET
+    remote_calls: Annotated[
+        Count | UnsetType,
+        Figure("count", "calls of remote functions; only with `remote`", "lower", "calls of functions", "calls"),
+    ] = UNSET
+    remote_experts: Annotated[
+        Count | UnsetType,
+        Figure("count", "active experts per (step, layer) that ran in remote functions; only with `remote`"),
+    ] = UNSET
+    remote_rows: Annotated[
+        Count | UnsetType, Figure("count", "rows of these experts, each counted once an expert; only with `remote`")
+    ] = UNSET
+    remote_usd: Annotated[
+        float | UnsetType,
+        Figure("USD", "price of `remote_s`, by memory; only with `remote`", "lower", "price of functions", "functions"),
+    ] = UNSET
+    cold_s: Annotated[
+        float | UnsetType,
+        Figure("s", "the cold start, a part of the first step; only with `remote`", "lower", "cold start", "cold"),
+    ] = UNSET
 
     @property
     def bound_s(self) -> float:
@@ -360,12 +334,18 @@ METRICS: dict[str, Figure] = {name: figure for name, figure in FIGURES.items() i
 COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
 COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
 
+# Figures that a policy has only with something, and the field that says so.
+_OF_REMOTE = ("remote_s", "remote_calls", "remote_experts", "remote_rows", "remote_usd", "cold_s")
+OF_SOME = dict.fromkeys(_OF_REMOTE, "remote")
+
 
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
     """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is.
 
-    `check` returns each number as it is to be used; by default as it is.
+    `check` returns each number as it is to be used; by default as it is. A figure of `OF_SOME` may be absent: None.
     """
+    if name in OF_SOME and name not in policy:
+        return None
     value: Any = policy
     for key in name.split("."):
         value = value[key]

@@ -37,6 +37,9 @@ _SHOWN = (
     "utilization.link_in",
     "demand_bytes",
     "prefetch_bytes",
+    "remote_s",
+    "remote_usd",
+    "cold_s",
 )
 
 

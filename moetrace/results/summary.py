@@ -15,6 +15,7 @@ from moetrace.results.frames import total_s, utilization_of
 from moetrace.results.record import (
     COLUMNS,
     FIGURES,
+    OF_SOME,
     PolicyFigures,
     Spread,
     SummaryFile,
@@ -23,6 +24,7 @@ from moetrace.results.record import (
     choices_of,
     value_in,
 )
+from moetrace.results.remote_use import remote_figures
 from moetrace.results.requests import (
     QUANTILES,
     REQUEST_COUNTS,
@@ -111,9 +113,15 @@ def _check_finite(policy: dict[str, Any], run: Run) -> None:
 
 
 def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
-    """Return one row a policy; nested figures get names like `ttft_s_p50`, `utilization_ndp` is the units' mean."""
-    columns = {name: [value_in(policy, path) for policy in policies] for name, path in _PATHS.items()}
-    types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in _PATHS}
+    """Return one row a policy; nested figures get names like `ttft_s_p50`, `utilization_ndp` is the units' mean.
+
+    A figure of `OF_SOME` that no policy has is no column.
+    """
+    paths = {
+        name: path for name, path in _PATHS.items() if path not in OF_SOME or any(path in policy for policy in policies)
+    }
+    columns = {name: [value_in(policy, path) for policy in policies] for name, path in paths.items()}
+    types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in paths}
     return pl.DataFrame({"name": [policy["name"] for policy in policies]} | columns, {"name": pl.String} | types)
 
 
@@ -154,6 +162,7 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         itl_s=_weighted_spread(gaps),
         request_tokens_per_s=_spread(times.tokens_per_s),
         lower_bound_s=float(lane.lower_bound_s),
+        **remote_figures(run.system, lane),
     )
 
 

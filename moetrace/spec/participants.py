@@ -5,7 +5,6 @@ from msgspec.structs import replace
 from moetrace.spec.choices import Dispatch, choices_of, find
 from moetrace.spec.errors import UsageError
 from moetrace.spec.policy import PolicySpec, shown
-from moetrace.spec.remote import policy_misfit
 from moetrace.spec.system import System
 
 
@@ -86,8 +85,8 @@ def check_policy(policy: PolicySpec, system: System) -> None:
             f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
             f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
         )
-    if misfit := policy_misfit(policy, system):
-        raise UsageError(f"Policy {policy.name}: {misfit}.")
+    if policy.remote is not None:
+        _check_remote(policy, system, dispatch)
     placement, prefetch = find("placement", policy.placement), find("prefetch", policy.prefetch)
     if system.ndp is None:
         if placement is not None and placement.needs_units:
@@ -106,6 +105,20 @@ def check_policy(policy: PolicySpec, system: System) -> None:
         raise UsageError(
             f"Policy {policy.name}: placement {policy.placement} wants a group size that divides the "
             f"{system.ndp.units} NDP units of system {system.name}, got {size}."
+        )
+
+
+def _check_remote(policy: PolicySpec, system: System, dispatch: Dispatch | None) -> None:
+    """Experts are remote only where there are functions, and no expert is then split."""
+    if system.remote is None:
+        raise UsageError(
+            f"Policy {policy.name}: remote = {policy.remote:g} puts experts into functions, and system {system.name} "
+            "has none; add [remote] to the system, or remove remote."
+        )
+    if dispatch is not None and dispatch.splits:
+        raise UsageError(
+            f'Policy {policy.name}: dispatch {policy.dispatch} does not go with remote; use dispatch = "balance", or '
+            "remove remote."
         )
 
 

@@ -27,7 +27,6 @@ from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
 from moetrace.spec.named import nearest
 from moetrace.spec.remote import FIELDS as REMOTE_FIELDS
-from moetrace.spec.remote import plan_misfit
 
 SCOPES = {
     "layer": "each layer has its own share of the slots",
@@ -48,8 +47,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Four independent choices and the parameters of those that have some; texts as in the TOML.
 
     `dispatch` and `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placements `ep-lpt` and
-    `eplb`, and of `remote`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file,
-    `layout` (of placement `mixed`) of a CSV file.
+    `eplb`, and of `remote`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`)
+    of a plan file, `layout` (of placement `mixed`) of a CSV file.
     """
 
     name: str
@@ -358,8 +357,10 @@ def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
         if field in given:
             sentence = f"{loaded.where}: {field} applies to {readers(field)} only; remove it or choose that."
             raise UnreadParameterError(sentence, loaded.where, field)
-    if misfit := plan_misfit(policy):
-        raise UsageError(f"{loaded.where}: {misfit}.")
+    if policy.remote is not None and policy.plan_steps is not None and policy.loads is not None:
+        raise UsageError(
+            f"{loaded.where}: remote experts are planned by rows of the first plan_steps steps or by loads; remove one."
+        )
     for kind in KINDS:
         record = find(kind, getattr(policy, kind))
         for field, wanted in NEEDED_FILES.items():

@@ -1,15 +1,9 @@
-"""Remote functions: experts that live in the memory of functions, which a layer calls (Remoe; timing model, section 10)."""
+"""Remote functions: experts that live in the memory of functions (Remoe; timing model, section 10)."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
-
-from moetrace.spec.choices import find
-
-if TYPE_CHECKING:
-    from moetrace.spec.policy import PolicySpec
-    from moetrace.spec.system import System
 
 Rate = Annotated[float, Meta(ge=1e-9, le=1e9)]
 Cost = Annotated[float, Meta(ge=0, le=1e9)]
@@ -59,25 +53,3 @@ class Remote(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def cold_s(self, main_bytes: float, function_bytes: float) -> float:
         """Return the seconds of a cold start: the main function and the largest of the others load at once."""
         return self.start_ms / 1e3 + max(main_bytes, function_bytes) / (self.load_gb_s * 1e9)
-
-
-def policy_misfit(policy: "PolicySpec", system: "System") -> str | None:
-    """Say in one sentence, without its end, why a policy and a system do not go together; None if they do."""
-    if policy.remote is None:
-        return None
-    if system.remote is None:
-        return (
-            f"remote = {policy.remote:g} puts experts into functions, and system {system.name} has none; add [remote] "
-            "to the system or remove remote"
-        )
-    dispatch = find("dispatch", policy.dispatch)
-    if dispatch is not None and dispatch.splits:
-        return f'dispatch {policy.dispatch} does not go with remote; use dispatch = "balance" or remove remote'
-    return None
-
-
-def plan_misfit(policy: "PolicySpec") -> str | None:
-    """Say in one sentence, without its end, what of a policy's plan of remote experts is said twice."""
-    if policy.remote is None or policy.plan_steps is None or policy.loads is None:
-        return None
-    return "plan_steps counts rows of the trace, and loads gives rows of a file, to plan remote experts; remove one of them"

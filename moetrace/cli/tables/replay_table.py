@@ -72,6 +72,12 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("demand_bytes", always=False),
             _column("prefetch_bytes", always=False),
         ],
+        [
+            _column("remote_s", always=False),
+            _column("remote_calls", always=False),
+            _column("remote_usd", always=False),
+            _column("cold_s", always=False),
+        ],
     ]
 
 

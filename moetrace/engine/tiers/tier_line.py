@@ -44,9 +44,8 @@ def tier_line(tiers, machine, view, size, plan):
     if cpu.experts > 0:
         beside.cpu_act_bytes, beside.cpu_act_s = _sent(machine, view, min(float(view.rows), cpu.rows), term.cpu_chunks)
         beside.cpu_s = cpu.busy_s + term.cpu_layer_s
-    return Timeline(
-        max(free_s, home_s, cpu_s, term.remote_s), act_s, fetch_s, busy_s, act_bytes, demand_bytes, home.busiest_s, home.busy_sum_s
-    )
+    moe_s = max(free_s, home_s, cpu_s, term.remote_s)
+    return Timeline(moe_s, act_s, fetch_s, busy_s, act_bytes, demand_bytes, home.busiest_s, home.busy_sum_s)
 
 
 @kernel

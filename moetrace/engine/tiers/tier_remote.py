@@ -1,7 +1,7 @@
 """Experts that live in remote functions (Remoe): who they are, and what their layers wait for.
 
-They leave a block before the replay sees it: no residency, dispatch or prefetch knows them. What their rows take does not
-depend on a policy, so it is worked out here, once for all lanes that leave out the same experts, and the replay only
+They leave a block before the replay sees it: no residency, dispatch or prefetch knows them. What their rows take does
+not depend on a policy. So it is computed here, once for all lanes that leave out the same experts, and the replay only
 reads the seconds of the layer at hand.
 """
 
@@ -15,10 +15,12 @@ from moetrace.engine.decoded import Decoded
 from moetrace.engine.demand import Demand
 from moetrace.engine.layer import less
 from moetrace.engine.replay import Batch
+from moetrace.engine.setup import Setup
 from moetrace.engine.state import records
-from moetrace.engine.tiers.tier_records import RemoteTimes
+from moetrace.engine.tiers.tier_records import RemoteTimes, Tiers
 from moetrace.jit.compile import kernel
 from moetrace.spec.errors import UsageError
+from moetrace.spec.fits import check_fits
 from moetrace.spec.model import Model
 from moetrace.spec.policy import PolicySpec, load_loads
 from moetrace.spec.remote import PLAN_STEPS, Remote
@@ -135,7 +137,7 @@ def share_among_copies(demand, size, scratch):
 
 @kernel(inline=False)
 def call_functions(plan, demand, steps, seconds, books, scratch):
-    """Write what each layer of ``steps`` steps waits for its functions into ``seconds`` [steps, L]; add to the books."""
+    """Write what each layer of ``steps`` steps waits for functions into ``seconds`` [steps, L]; add to the books."""
     layers, function = plan.is_remote.shape[0], plan.function[0]
     for at in range(steps * layers):
         layer = at % layers
@@ -185,7 +187,7 @@ class RemoteExperts:
         main_bytes = layers * model.dense_bytes + model.head_bytes + float(weight_bytes[~is_remote].sum())
         self.cold_s = remote.cold_s(main_bytes, float(self.function_bytes.max()))
         copies = min(replicas, max(int(is_remote.sum(1).max()), 1))  # more would have nothing to do
-        self._scratch = RemoteScratch(np.zeros(experts, np.int64), np.zeros(experts), np.zeros(copies), np.zeros(copies))
+        self._scratch = RemoteScratch(np.zeros(experts, np.int64), np.zeros(experts), *np.zeros((2, copies)))
         hashed = hashlib.blake2b(np.array([copies, self.cold_s]).tobytes())
         for part in self.plan:
             hashed.update(part.tobytes())
@@ -203,13 +205,8 @@ class RemoteExperts:
         """What the other experts take, float64 [L, E]; 0 of a remote one, which then does not exist for a lane."""
         return np.where(self.plan.is_remote, 0.0, self.plan.weight_bytes)
 
-    @property
-    def before(self) -> RemoteTimes:
-        """What lanes have before the first block."""
-        return RemoteTimes(0, np.zeros((1, len(self.books))), self.cold_s)
-
     def split(self, batch: Batch) -> tuple[Batch, RemoteTimes]:
-        """Return a block without the remote experts, and what its layers wait for these; made for the first who asks."""
+        """Return a block without the remote experts, and what its layers wait for; made for the first who asks."""
         with self._lock:
             if batch.steps.first >= self._next_step or self._last is None:
                 self._last = self._split(batch)
@@ -236,26 +233,35 @@ class RemoteExperts:
 
 
 def remote_of(
-    policy: PolicySpec, system: System, model: Model, decoded: Decoded, weight_bytes: np.ndarray
+    policy: PolicySpec, setup: Setup, system: System, decoded: Decoded, weight_bytes: np.ndarray
 ) -> RemoteExperts | None:
     """Return the remote experts of a policy on a system as it sees it, of experts of float64 [L, E] bytes; or None.
 
-    Raises UsageError if a function has too little memory for those of its layer.
+    Raises UsageError if a function has too little memory for those of its layer, or the machine for all others.
     """
     remote = system.remote
     if policy.remote is None or remote is None:
         return None
     is_remote = remote_experts(policy, decoded, weight_bytes > 0)
-    found = RemoteExperts(remote, model, (is_remote, weight_bytes), policy.replicas or 1)
+    found = RemoteExperts(remote, setup.model, (is_remote, weight_bytes), policy.replicas or 1)
+    check_fits(setup.model, system, found.local_bytes, setup.ignore_capacity)
     need_gb = found.function_bytes / 1e9
     if remote.memory_gb is not None and need_gb.max() > remote.memory_gb:
         layer = int(np.argmax(need_gb))
         raise UsageError(
             f"Policy {policy.name}: the {int(is_remote[layer].sum())} remote experts of layer {layer} take "
-            f"{need_gb[layer]:.2f} GB, and a function of system {system.name} has {remote.memory_gb:g} GB: give a smaller "
-            f"remote than {policy.remote:g}, or raise system.remote.memory_gb."
+            f"{need_gb[layer]:.2g} GB, and a function of system {system.name} has {remote.memory_gb:g} GB: lower "
+            f"remote = {policy.remote:g}, or raise system.remote.memory_gb."
         )
     return found
+
+
+def with_remote(tiers: Tiers | None, remote: RemoteExperts | None) -> Tiers | None:
+    """Return tiers with remote experts, where there are some; the clock runs in the cold start, too."""
+    if tiers is None or remote is None:
+        return tiers
+    tiers.tally["now_s"] = remote.cold_s
+    return tiers._replace(remote=RemoteTimes(0, np.zeros((1, len(remote.books))), remote.cold_s))
 
 
 def end_remote(remote: RemoteExperts, part: Any) -> None:
