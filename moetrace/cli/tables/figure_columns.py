@@ -14,10 +14,11 @@ _FORMS = {
     "total_s": "{:,.1f}",
     "ttft_s_p50": "{:,.2f}",
     "price": "{:,.0f}",
+    "remote_usd": "{:,.3g}",
     "gpu_memory_bytes": "{:,.2f}",
 }
 _BY_UNIT = {"s": "{:,.3f}", "bytes": "{:,.1f}", "1/s": "{:,.1f}", "share": "{:.1f}", "price": "{:,.0f}"}
-_BY_UNIT |= {"ratio": "{:.2f}x", "count": "{:,.0f}"}
+_BY_UNIT |= {"ratio": "{:.2f}x", "count": "{:,.0f}", "USD": "{:,.2f}"}
 
 
 def column_names(names: Iterable[str], option: str) -> list[str]:
