@@ -73,7 +73,8 @@ def test_refusal_says_what_is_legal():
     [
         (
             {"placement": "ep-blok"},
-            r"placement wants one of ep, ep-block, ep-lpt, eplb, plan, tp, tp:g, striped, mixed \(the nearest is 'ep-block'\), got",
+            r"placement wants one of ep, ep-block, ep-lpt, eplb, plan, tp, tp:g, striped, mixed "
+            r"\(the nearest is 'ep-block'\), got",
         ),
         ({"placement": "tp:0"}, "placement wants tp:g with a whole number g from 1 to 65535, got 'tp:0'"),
         ({"placement": "tp:"}, "placement wants tp:g with a whole number g"),
@@ -218,6 +219,9 @@ def test_unread_parameters_are_those_of_other_choices():
         "follows",
         "now_weight",
         "long_weight",
+        "remote",
+        "plan_steps",
+        "replicas",
     }
     assert "alpha" not in load(residency="ewma").unread
 

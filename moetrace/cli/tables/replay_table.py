@@ -156,8 +156,8 @@ def _functions(policies: list[dict[str, Any]]) -> list[str]:
     if not any("remote_s" in policy for policy in policies):
         return []
     return [
-        "Remote: the time of all copies of functions, their calls and their price, which the machine's is not in. Cold: "
-        "the start of machine and functions, a part of the first step and of its TTFT."
+        "Remote: the time of all copies of functions, their calls and their price, which the machine's is not in. "
+        "Cold: the start of machine and functions, a part of the first step and of its TTFT."
     ]
 
 
