@@ -19,7 +19,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 def page() -> str:
     """Return what the page should be."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, lines in (("presets", _presets()), ("bits", _bits()), ("ggml", _ggml()), ("families", _families())):
+    for name, lines in (
+        ("presets", _presets()),
+        ("bits", _bits()),
+        ("few-bits", _few_bits()),
+        ("ggml", _ggml()),
+        ("families", _families()),
+    ):
         text = replaced_between(text, name, "\n".join(lines))
     return text
 
@@ -62,6 +68,20 @@ def _bits() -> Iterator[str]:
     yield "| --- | --: | --- |"
     for form in FORMATS:
         yield f"| {form.name} | {form.bits:g} | {form.stored} |"
+
+
+def _few_bits() -> Iterator[str]:
+    """Yield the table of published bits and sizes beside those of the formula."""
+    yield "| weights | by the formula | in the paper |"
+    yield "| --- | --: | --: |"
+    for bits, sparse, paper in ((3, 0, 3.02), (3, 0.0045, 3.24), (4, 0, 4.05), (4, 0.0045, 4.27)):
+        table = {"weight_bits": {"bits": bits, "codebook_bits": 16, "sparse": sparse}}
+        mlp = load_model("mixtral-8x7b", {"hidden": 4096, "expert_intermediate": 11008} | table)
+        apart = f", {100 * sparse:.2f} % apart" if sparse else ""
+        average = mlp.bits_of_experts().mean()
+        yield f"| SqueezeLLM, MLP of LLaMA-7B, {bits} bit{apart} | {average:.3f} bits | {paper} bits |"
+    size_gb = load_model("mixtral-8x7b", {"weight_bits": 8}).expert_bytes().sum() / 1e9
+    yield f"| HAQ, experts of Mixtral-8x7B, 8 bit | {size_gb:.1f} GB | not given |"
 
 
 def _ggml() -> Iterator[str]:

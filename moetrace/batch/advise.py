@@ -16,7 +16,7 @@ from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import forget
 from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
-from moetrace.results.record import ADVICE_FILE, POLICY_FILE, choices_of
+from moetrace.results.record import ADVICE_FILE, OF_A_TABLE, POLICY_FILE, choices_of
 from moetrace.results.resolve import by_spec, model_of
 from moetrace.spec import Model, System, default_policies, gpu_slots, load_model, load_system
 from moetrace.spec.choices import find
@@ -30,7 +30,6 @@ from moetrace.trace import Trace
 _SMALLER, _LARGER = (0.5, 0.75), (1.25, 1.5, 2.0)
 _FROM_NOTHING = (0.125, 0.25, 0.5)  # of all experts, where it has room for none
 _BEST_FEW = 3
-_PRICE = "usd_hour"
 
 
 def advise(
@@ -57,7 +56,7 @@ def advise(
         model: A preset's name, a TOML, config.json or GGUF file, a model's folder or a Model. By default the preset
             that the trace names.
         slo: Limits that the best must keep, as `"tpot_s.p99<=50ms"`: one, or several.
-        budget_usd_hour: The most that the machine may cost an hour, in USD. It is compared with the `usd_hour` of its
+        budget_usd_hour: The most that the machine may cost an hour, in USD. It is compared with the sum of its
             `[price]`.
         slots: Experts that the GPU can hold, as `replay` takes them. By default as many as its memory has room for.
         overrides: New values of single fields of the model and the system, by path: `{"system.ndp.units": 4}`.
@@ -105,6 +104,11 @@ class Question:
         if changes["policy"]:
             raise UsageError("An advice chooses the policy: change fields of the model and the system only.")
         self.system = load_system(system, changes["system"])
+        for limit in self.slos:
+            if (table := OF_A_TABLE.get(limit.metric)) and getattr(self.system, table) is None:
+                raise UsageError(
+                    f"The SLO {limit.text!r} needs [{table}] in system {self.system.name}: add it or drop the SLO."
+                )
         self.usd_hour, self.notes = _price(self.system, budget_usd_hour)
         path = trace.path if isinstance(trace, Trace) else trace
         if path is None:
@@ -241,9 +245,9 @@ def _price(system: System, budget: float | None) -> tuple[float | None, list[str
     """The machine's price by the hour, and a note where a budget has nothing to be compared with."""
     if budget is not None and not 0 <= budget < float("inf"):
         raise UsageError(f"The budget is {budget} USD an hour, but must be a number from 0.")
-    usd_hour = (system.price or {}).get(_PRICE)
+    usd_hour = system.usd_hour
     if usd_hour is None:
-        note = f"system {system.name} has no price by the hour ({_PRICE} under [price]), so the budget decides nothing."
+        note = f"system {system.name} has no price by the hour (usd_hour under [price]), so the budget decides nothing."
         return None, [note] if budget is not None else []
     if budget is not None and usd_hour > budget:
         raise UsageError(

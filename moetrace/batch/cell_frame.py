@@ -126,7 +126,7 @@ def pareto_marks(frame: pl.DataFrame, cost: str) -> pl.Series:
     for at, row in enumerate(frame.iter_rows(named=True)):
         if row["total_s"] is not None:
             marks[at] = False
-            if row[cost] is not None and _counts(row):
+            if row.get(cost) is not None and _counts(row):
                 groups.setdefault(tuple(row[name] for name in of), []).append((row["total_s"], row[cost], at))
     for members in groups.values():
         best = (float("inf"), float("inf"))

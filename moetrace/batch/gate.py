@@ -13,7 +13,7 @@ from moetrace.batch.identity import identity
 from moetrace.batch.metrics import DEFAULT_METRICS, Tolerances, check_metrics
 from moetrace.batch.verdict import VERDICTS, Judged, Moved, judge
 from moetrace.results.folder import ResultFolder, read_cells
-from moetrace.results.record import GATE_SCHEMA, METRICS
+from moetrace.results.record import GATE_SCHEMA, METRICS, OF_A_TABLE
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.spec.named import nearest
@@ -177,6 +177,7 @@ def gate(
     found = read_cells(folder)
     old = _read(path, update, folder)
     compared = asked or old.metrics or DEFAULT_METRICS
+    _check_accounts(folder, found, compared)
     if not update:
         _check_metrics_there(path, old, compared)
         _check_same_trace(folder, path, found, old)
@@ -231,6 +232,17 @@ def _check_metrics_there(path: Path, baseline: Baseline, wanted: Sequence[str]) 
         if lacking:
             raise UsageError(
                 f"{path}: {name} has no {lacking[0]}, but {', '.join(cell.metrics)}: --update with --metric puts it in."
+            )
+
+
+def _check_accounts(folder: Path, found: ResultFolder, wanted: Sequence[str]) -> None:
+    """Raise a UsageError if no cell of the folder has a figure of energy or price that is to be compared."""
+    good = [cell.figures for cell in found.cells if cell.error is None]
+    for metric in wanted:
+        if good and metric in OF_A_TABLE and not any(metric in figures for figures in good):
+            raise UsageError(
+                f"{folder}: no cell has {metric}, as no system has [{OF_A_TABLE[metric]}]: add that table to the "
+                "system, or compare other metrics."
             )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from moetrace.batch.grid_labels import SOURCES, labels_of, part_of_name, placed, shown_label
 from moetrace.batch.slo import Slo, parse_slos
-from moetrace.results.record import COSTS
+from moetrace.results.record import FRONTS
 from moetrace.spec import default_policies, load_system
 from moetrace.spec.budget import check_slots
 from moetrace.spec.errors import MoetraceError, UsageError, printable
@@ -25,12 +25,9 @@ from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 
 KINDS = ("trace", "batch", "model", "system", "policy", "slots")
-FRONTS = tuple(COSTS)
 MAX_POINTS = 100_000
 _SYSTEM = "edge-ndp"  # where none is given
 _SPECS: dict[str, type[msgspec.Struct]] = {"model": Model, "system": System, "policy": PolicySpec}
-# Of a system: tables with whatever keys their owner likes.
-_OPEN_TABLES = ("system.price", "system.energy")
 
 
 class _GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -299,8 +296,6 @@ def _check_path(path: str, where: str) -> None:
         raise UsageError(
             f"{where}: set wants model.FIELD, system.FIELD or policy.FIELD, got {printable(path)!r}{near}."
         )
-    if any(path.startswith(f"{table}.") for table in _OPEN_TABLES):
-        return
     if kind == "policy":
         field = field.rpartition(".")[2]
     known = field_names(_SPECS[kind])

@@ -16,14 +16,14 @@ import polars as pl
 from moetrace.batch.cell import Cell, Resolver, Traces
 from moetrace.batch.cell_frame import axes_of, cell_frame, speedups
 from moetrace.batch.executors import Farm, dask_farm, local_farm, run_tasks
-from moetrace.batch.grid import FRONTS, Grid, Point, load_grid
+from moetrace.batch.grid import Grid, Point, load_grid
 from moetrace.batch.processes import start_early
 from moetrace.batch.rebatched import Rebatched
 from moetrace.batch.slo import Slo, parse_slos
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, Task, evaluate, forget, tasks_of
 from moetrace.jit.fingerprint import room_fingerprint
-from moetrace.results.record import FIGURES, ListedCell, SweepFile, value_in
+from moetrace.results.record import FIGURES, FRONTS, ListedCell, SweepFile, value_in
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.spec.html_table import html_table

@@ -12,6 +12,7 @@ from moetrace.batch.search_space import SearchChoices
 from moetrace.batch.slo import worst_miss
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, tasks_of
+from moetrace.results.record import OF_A_TABLE
 
 
 @dataclass
@@ -108,6 +109,9 @@ class Halver:
             )
         if trial.value is None:
             trial.error = f"{objective} is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
+            if table := OF_A_TABLE.get(objective):
+                rows = ", and the trace decode rows" if "token" in objective else ""
+                trial.error = f"{objective} is undefined: the system needs [{table}]{rows}."
 
 
 def part_of(cell: Cell, steps: int | None) -> Cell:

@@ -11,8 +11,8 @@ from moetrace.engine.decoded import Decoded, Needs, decoded_bytes, needs_of
 from moetrace.engine.folding import StepStore
 from moetrace.engine.run import Run, run_setups
 from moetrace.engine.setup import Setup, weight_bytes_of
-from moetrace.engine.state import LINK_IN, LINK_OUT
 from moetrace.results import summary
+from moetrace.results.frames import link_bytes_of
 from moetrace.results.record import CellCosts
 from moetrace.spec.choices import find
 from moetrace.spec.errors import MoetraceError, stop_behind
@@ -115,7 +115,8 @@ def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, st
     As many cells share a task as pay off and as memory holds. A trace that is not kept is read once by each job, if
     memory holds its share of the cells.
     """
-    needs = needs_of(cell.policy for cell in cells.values())
+    systems = (cell.setup.system for cell in cells.values() if cell.setup)
+    needs = needs_of((cell.policy for cell in cells.values()), systems)
     kept = is_kept(trace, needs)
     even = -(-len(cells) // (jobs * (_TASKS_A_JOB if steps is None and kept else 1)))
     # A trace that is read again by each task is read by as few as possible.
@@ -161,16 +162,14 @@ def _figures(run: Run, facts: dict[str, Any], trace: Trace) -> dict[str, Any] | 
 
 
 def _costs(run: Run, trace: Trace) -> CellCosts:
-    """Bytes of GPU memory for dense weights and slots of the largest expert; bytes over the link; the listed prices."""
+    """Bytes of GPU memory for dense weights and slots of the largest expert; bytes over the link; USD an hour."""
     model, weight_bytes = run.model, weight_bytes_of(trace, run.model)
     everything = model.all_experts
     experts_bytes = float(weight_bytes.sum()) if run.slots == everything else run.slots * float(weight_bytes.max())
-    unit = run.lanes[0].log.unit
-    price = run.system.price
     return CellCosts(
         gpu_memory_bytes=model.moe_layers * model.dense_bytes + model.head_bytes + experts_bytes,
-        link_bytes=float(unit["bytes"][LINK_IN] + unit["bytes"][LINK_OUT]),
-        price=float(sum(price.values())) if price else None,
+        link_bytes=link_bytes_of(run.lanes[0]),
+        price=run.system.usd_hour,
     )
 
 

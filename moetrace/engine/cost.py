@@ -96,7 +96,7 @@ def price_varied(machine, active, size):
     for i in range(size):
         expert = active[i]
         home = machine.device[FIRST_HOME + expert.group]
-        start_s = gpu.each_s if expert.resident else gpu.start_s
+        start_s = gpu.each_s if expert.resident else gpu.fetched_s
         expert.gpu_s = varied_s(gpu, expert.rows, expert.weight_bytes, start_s)
         expert.ndp_s = varied_s(home, expert.rows, expert.weight_bytes, home.each_s)
 

@@ -158,7 +158,7 @@ def _compute_share(f, machine, layer):
     if not f.runs_at_home:
         return 0.0
     home = machine.device[machine.home[layer, 0]]
-    whole_s = machine.weight_bytes[layer, 0] * home.s_per_byte + home.start_s
+    whole_s = machine.weight_bytes[layer, 0] * home.s_per_byte + home.fetched_s
     return home.s_per_row / whole_s if whole_s > 0.0 else 0.0
 
 

@@ -15,8 +15,9 @@ from moetrace.engine.prompt import Prompts, emptied, prompts_of
 from moetrace.engine.replay import Batch
 from moetrace.engine.residency import empty_cells
 from moetrace.engine.schedule import Requests
-from moetrace.engine.tiers.tier_records import Tiers
+from moetrace.engine.tiers.tier_records import Tiers, without_disk
 from moetrace.engine.tiers.tier_remote import RemoteExperts
+from moetrace.engine.tiers.tier_transfers import without_transfers
 from moetrace.engine.variants import clairvoyant
 from moetrace.engine.view import new_scratch
 
@@ -127,7 +128,11 @@ class InCommon:
     def clairvoyant(
         self, machine: Machine, tiers: Tiers | None, setting: Any, dispatch: Any, remote: RemoteExperts | None = None
     ) -> Yardstick:
-        """Return the clairvoyant run of a dispatch; a user's function may remember, so that of one is not shared."""
+        """Return the clairvoyant run of a dispatch; a user's function may remember, so that of one is not shared.
+
+        It has no clock and draws nothing: its link is plain, and it knows no disk.
+        """
+        tiers = without_transfers(without_disk(tiers))
         if tiers is not None and remote is not None:
             tiers = tiers._replace(term=tiers.term.copy())  # which it writes into, in another thread than the lane
         seen = tuple(setting[name].tobytes() for name in _SEEN)

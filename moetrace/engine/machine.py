@@ -22,7 +22,8 @@ DEVICE = np.dtype(
             "s_per_byte",
             "is_serial",  # 1: reading and arithmetic do not overlap (roofline "sum"), else 0
             "start_s",  # of one launch
-            "each_s",  # that each expert adds which need not be fetched: start_s, or 0 with launch "layer"
+            "each_s",  # that each expert adds which need not be fetched: start_s, or 0 with launch "layer"; sparse too
+            "fetched_s",  # that each expert adds which starts itself: start_s; sparse too
             "layer_s",  # that all these experts of a layer add once: 0, or start_s with launch "layer"
             "flop_s",
             "bytes_s",
@@ -60,7 +61,7 @@ class Machine(NamedTuple):
     share: int  # units in a group, which share its experts
     weight_bytes: np.ndarray  # float64 [L, E]
     home: np.ndarray  # int64 [L, E]: the device that each expert lives on
-    is_plain: int  # 1: every expert starts itself, and reading overlaps with arithmetic, on all devices
+    is_plain: int  # 1: every expert starts itself, and once, and reading overlaps with arithmetic, on all devices
 
 
 class MachinePart(NamedTuple):
@@ -111,7 +112,7 @@ def machine_of(
         share,
         np.ascontiguousarray(weight_bytes, np.float64),
         FIRST_HOME + np.ascontiguousarray(group_of_expert, np.int64),
-        int(not (device["is_serial"].any() or device["layer_s"].any())),
+        int(not (device["is_serial"].any() or device["layer_s"].any() or model.sparse_starts)),
     )
 
 
@@ -129,4 +130,7 @@ def describe(device: np.ndarray, kind: Device, share: int, model: Model) -> None
     device["s_per_byte"] = 1 / (share * kind.bytes_s)
     device["is_serial"], device["start_s"] = kind.is_serial, kind.start_s
     device["each_s"], device["layer_s"] = (0.0, kind.start_s) if kind.starts_once else (kind.start_s, 0.0)
+    sparse_s = model.sparse_starts * kind.start_s
+    device["each_s"] += sparse_s
+    device["fetched_s"] = kind.start_s + sparse_s
     device["flop_s"], device["bytes_s"] = kind.flop_s, kind.bytes_s

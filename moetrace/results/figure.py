@@ -15,7 +15,7 @@ class Figure(NamedTuple):
     """What a number in a file means.
 
     Attributes:
-        unit: seconds, bytes, 1/s, a share of 1, a price as the system lists it, USD, a plain ratio, or how many.
+        unit: seconds, bytes, 1/s, a share of 1, joules, USD, USD an hour, a plain ratio, or how many.
         meaning: one line of Markdown.
         better: which of two values is better; None if neither is.
         label: its name in a report, without the unit; a figure without one is not in the report's table.
@@ -24,7 +24,7 @@ class Figure(NamedTuple):
         gated: whether a baseline may hold it.
     """
 
-    unit: Literal["s", "bytes", "1/s", "share", "price", "USD", "ratio", "count"]
+    unit: Literal["s", "bytes", "1/s", "share", "J", "USD", "USD/h", "ratio", "count"]
     meaning: str
     better: Literal["lower", "higher"] | None = None
     label: str = ""
@@ -33,8 +33,8 @@ class Figure(NamedTuple):
 
     @property
     def sign(self) -> str:
-        """The unit as files for other tools have it: nothing for a ratio, a count or a price."""
-        return "" if self.unit in ("ratio", "count", "price") else self.unit
+        """The unit as files for other tools have it: nothing for a ratio or a count."""
+        return "" if self.unit in ("ratio", "count") else self.unit
 
     @property
     def shown(self) -> tuple[float, str]:

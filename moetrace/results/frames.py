@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moetrace.engine.run import Lane, Run
-from moetrace.engine.state import UNIT
+from moetrace.engine.state import LINK_IN, LINK_OUT, UNIT
+from moetrace.results.accounts import Account, accounts_of
+from moetrace.results.remote_use import remote_usd
 from moetrace.results.requests import QUANTILES, REQUEST_COUNTS, edges_of, request_gaps, request_times
+from moetrace.spec import System
 from moetrace.spec.later import Later
 from moetrace.trace.schema import PHASE_NAMES
 
@@ -59,13 +62,20 @@ def unit_frame(run: Run) -> pl.DataFrame:
     """Return what each part of the machine did, by the names that the machine gives them: `gpu`, `ndp0` .. `link_out`.
 
     Of a link, `experts` and `bytes` are those that it carried. Those of a CPU that takes no part are 0.
+    `resent_bytes`, which are not in `bytes`, is there only if the link loses packets.
     """
     return pl.concat([_units_of(lane) for lane in run.lanes])
 
 
 def layer_frame(run: Run) -> pl.DataFrame:
     """Return the figures of each MoE layer, summed over the steps; `layer` counts from 0, as in a policy's files."""
-    return pl.concat([_layers_of(lane) for lane in run.lanes])
+    with_cpu = any(has_cpu_beside(lane) for lane in run.lanes)
+    return pl.concat([_layers_of(lane, with_cpu) for lane in run.lanes])
+
+
+def has_cpu_beside(lane: Lane) -> bool:
+    """Whether a CPU runs experts beside NDP units."""
+    return lane.tiers is not None and bool(lane.tiers.term["has_cpu"][0])
 
 
 def expert_frame(run: Run) -> pl.DataFrame:
@@ -109,6 +119,26 @@ def request_frame(run: Run) -> pl.DataFrame:
     return pl.concat(frames)
 
 
+def account_frame(run: Run) -> pl.DataFrame:
+    """Return energy and price of each part of the machine that has a rate, in the order of `accounts_of`."""
+    rows = [
+        {"policy": lane.policy.name, "part": one.part, "idle_j": one.idle_j, "active_j": one.active_j}
+        | {"link_j": one.link_j, "energy_j": one.energy_j, "price_usd": one.usd}
+        for lane in run.lanes
+        for one in lane_accounts(run.system, lane)
+    ]
+    names = ("idle_j", "active_j", "link_j", "energy_j", "price_usd")
+    return pl.DataFrame(rows, {"policy": pl.String, "part": pl.String} | dict.fromkeys(names, pl.Float64))
+
+
+def lane_accounts(system: System, lane: Lane) -> list[Account]:
+    """Return the accounts of a policy, without a frame."""
+    accounts = accounts_of(system, total_s(lane), busy_of(lane), link_bytes_of(lane))
+    if system.price is not None and lane.remote is not None:
+        accounts.append(Account("remote", usd=remote_usd(system, lane)))
+    return accounts
+
+
 def total_s(lane: Lane) -> float:
     """Seconds of all steps."""
     return float(np.sum(lane.duration_s))
@@ -120,6 +150,16 @@ def utilization_of(lane: Lane) -> dict[str, float | None]:
     return {part.name: None if math.isnan(one) else one for part, one in zip(lane.parts, shares, strict=True)}
 
 
+def busy_of(lane: Lane) -> dict[str, float]:
+    """Return the busy seconds of each part of the machine, by its name, without a frame."""
+    return dict(zip((part.name for part in lane.parts), _part_log(lane)["busy_s"].tolist(), strict=True))
+
+
+def link_bytes_of(lane: Lane) -> float:
+    """Return what the link carried, both ways."""
+    return float(lane.log.unit["bytes"][LINK_IN] + lane.log.unit["bytes"][LINK_OUT])
+
+
 def _part_log(lane: Lane) -> np.ndarray:
     """The log of units, a row for each part of the machine."""
     log = np.concatenate((lane.log.unit, np.zeros(1, UNIT)))  # its last row is that of whatever takes no part
@@ -129,7 +169,11 @@ def _part_log(lane: Lane) -> np.ndarray:
 def _units_of(lane: Lane) -> pl.DataFrame:
     log = _part_log(lane)
     sharers = np.array([part.share for part in lane.parts])
-    seconds = total_s(lane)
+    seconds, losses = total_s(lane), lane.losses
+    resent = {}
+    if losses is not None:
+        of_part = {LINK_IN: losses.resent_in_bytes, LINK_OUT: losses.resent_out_bytes}
+        resent["resent_bytes"] = [of_part.get(part.log_row, 0.0) for part in lane.parts]
     return pl.DataFrame(
         {
             "policy": pl.repeat(lane.policy.name, len(log), eager=True),
@@ -139,6 +183,7 @@ def _units_of(lane: Lane) -> pl.DataFrame:
             "experts": np.ascontiguousarray(log["experts"]),
             "rows": log["rows"] / sharers,
             "bytes": log["bytes"] / sharers,
+            **resent,
         }
     )
 
@@ -150,13 +195,13 @@ def _utilization(log: np.ndarray, seconds: float) -> np.ndarray:
     return np.clip((log["busy_s"] - log["shared_s"]) / seconds, 0.0, 1.0)  # a sum's rounding may lead beyond 1
 
 
-def _layers_of(lane: Lane) -> pl.DataFrame:
-    log = lane.log.layer
+def _layers_of(lane: Lane, with_cpu: bool) -> pl.DataFrame:
+    log, cpu = lane.log.layer, ("cpu_experts",) if with_cpu else ()
     count = log["imbalance_count"]
     imbalance = np.where(count > 0, log["imbalance_sum"] / np.maximum(count, 1), np.nan)
     columns = {
         name: np.ascontiguousarray(log[name])
-        for name in ("dense_s", "moe_s", "hits", "misses", "gpu_experts", "ndp_experts", "demand_bytes")
+        for name in ("dense_s", "moe_s", "hits", "misses", "gpu_experts", "ndp_experts", *cpu, "demand_bytes")
     }
     frame = pl.DataFrame(
         {

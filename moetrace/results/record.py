@@ -12,6 +12,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_t
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from moetrace.results.common_figures import CommonFigures
 from moetrace.results.figure import Count, Figure, Spread
 from moetrace.spec import PolicySpec, canonical
 
@@ -45,127 +46,72 @@ PARQUET_MARK = "moetrace.of_sha256"
 TIMELINE_MARK = "summary_sha256"
 
 
-def _nothing() -> Spread:
-    """What a file of an earlier version says of a spread that it does not have."""
-    return Spread(mean=None, p50=None, p95=None, p99=None, max=None)
+class PolicyFigures(CommonFigures, kw_only=True):
+    """One policy of `summary.json`, its fields in the file's order: those of all policies, then those of some."""
 
-
-class Utilization(msgspec.Struct):
-    """Share of the total time in which each part of the machine works; at most 1."""
-
-    gpu: Annotated[float | None, Figure("share", "busy time of the GPU / `total_s`", None, "GPU busy", "GPU\nbusy")]
-    ndp: Annotated[
-        list[float | None],
-        Figure("share", "the same of the NDP units, a list; in tables their mean", None, "NDP busy, mean", "NDP\nbusy"),
-    ]
-    link_in: Annotated[
-        float | None,
+    # Only where the system has the table that they are of (`OF_A_TABLE`); else a file does not have them at all.
+    energy_j: Annotated[
+        float | UnsetType,
+        Figure("J", "energy of the replay; only where the system has `[energy]`", "lower", "energy", "energy"),
+    ] = UNSET
+    energy_per_token_j: Annotated[
+        float | UnsetType | None,
+        Figure("J", "`energy_j` / decode rows; only with it", "lower", "energy a token", "energy\na token"),
+    ] = UNSET
+    price_usd: Annotated[
+        float | UnsetType,
+        Figure("USD", "price of the replay; only where the system has `[price]`", "lower", "price", "price"),
+    ] = UNSET
+    usd_per_million_tokens: Annotated[
+        float | UnsetType | None,
+        Figure(
+            "USD",
+            "`price_usd` / decode rows * 1,000,000; only with it",
+            "lower",
+            "price of a million tokens",
+            "a million\ntokens",
+        ),
+    ] = UNSET
+    host_slots: Annotated[
+        Count | UnsetType, Figure("count", "experts that host memory can hold; only where the system has `[disk]`")
+    ] = UNSET
+    host_hits: Annotated[
+        Count | UnsetType,
+        Figure("count", "active experts that the GPU did not hold, but host memory did; only with `[disk]`", "higher"),
+    ] = UNSET
+    host_misses: Annotated[
+        Count | UnsetType, Figure("count", "active experts that were read from the disk; only with `[disk]`", "lower")
+    ] = UNSET
+    host_hit_rate: Annotated[
+        float | UnsetType | None,
+        Figure(
+            "share", "`host_hits` / (`host_hits` + `host_misses`); only with them", "higher", "host hits", "host\nhits"
+        ),
+    ] = UNSET
+    disk_bytes: Annotated[
+        float | UnsetType,
+        Figure("bytes", "weights that were read from the disk; only with `[disk]`", "lower", "read from disk", "disk"),
+    ] = UNSET
+    disk_busy: Annotated[
+        float | UnsetType | None,
+        Figure("share", "busy time of the disk / `total_s`; only with `[disk]`", None, "disk busy", "disk\nbusy"),
+    ] = UNSET
+    # Only where the link loses packets; else a file does not have them at all.
+    resent_bytes: Annotated[
+        float | UnsetType,
+        Figure("bytes", "what the link carried again, as packets were lost; both ways", "lower", "resent", "resent"),
+    ] = UNSET
+    gate_mass_dropped: Annotated[
+        float | UnsetType,
         Figure(
             "share",
-            "share of `total_s` in which the link towards the GPU carries anything",
-            None,
-            "link in busy",
-            "link in\nbusy",
-        ),
-    ]
-    link_out: Annotated[float | None, Figure("share", "the same of the link away from the GPU", None, "link out busy")]
-    cpu: Annotated[float | None, Figure("share", "busy time of the CPU / `total_s`", None, "CPU busy", "CPU\nbusy")]
-
-
-class PolicyFigures(msgspec.Struct, kw_only=True):
-    """One policy of `summary.json`, its fields in the file's order."""
-
-    name: Annotated[str, Meta(description="the policy")]
-    total_s: Annotated[float, Figure("s", "time of all steps", "lower", "total", "total")]
-    prefill_s: Annotated[float, Figure("s", "time of the prefill steps", "lower", "in prefill steps", "prefill")]
-    decode_s: Annotated[float, Figure("s", "time of the decode steps", "lower", "in decode steps", "decode")]
-    mixed_s: Annotated[float, Figure("s", "time of the mixed steps", "lower", "in mixed steps", "mixed")]
-    tokens_per_s: Annotated[
-        float | None,
-        Figure("1/s", "output tokens of all requests / `total_s`", "higher", "output tokens a second", "tokens"),
-    ]
-    hits: Annotated[Count, Figure("count", "active experts per (step, layer) that were resident", "higher")]
-    misses: Annotated[Count, Figure("count", "active experts per (step, layer) that were not", "lower")]
-    step_s: Annotated[Spread, Figure("s", "time of a step, over the steps", "lower", "step")]
-    ttft_s: Annotated[Spread, Figure("s", "time to the first token, over the requests", "lower", "TTFT", "TTFT")]
-    tpot_s: Annotated[Spread, Figure("s", "time per output token, over the requests", "lower", "TPOT", "TPOT")]
-    hit_rate: Annotated[float | None, Figure("share", "`hits` / (`hits` + `misses`)", "higher", "hits", "hits")]
-    demand_bytes: Annotated[
-        float,
-        Figure("bytes", "weights that moved because they were demanded", "lower", "fetched on demand", "fetched"),
-    ]
-    prefetch_bytes: Annotated[
-        float, Figure("bytes", "weights that moved ahead of time", None, "prefetched", "prefetch")
-    ]
-    late: Annotated[Count, Figure("count", "misses that were on their way", "lower")]
-    wasted: Annotated[Count, Figure("count", "prefetched experts that moved for nothing", "lower")]
-    imbalance_mean: Annotated[
-        float | None,
-        Figure(
-            "ratio",
-            "longest busy time of a unit / mean of all units, over layers where units had work",
+            "gates of choices whose row was lost / all gates; 0 unless the link is relaxed",
             "lower",
-            "imbalance of units",
+            "gate mass dropped",
+            "gates\nlost",
         ),
-    ]
-    utilization: Utilization
-    work_bound_s: Annotated[float, Figure("s", "the work bound: no schedule is faster", None, "work bound")]
-    clairvoyant_s: Annotated[
-        float,
-        Figure("s", "the clairvoyant run: what a layer needs is on the GPU, up to the slots", None, "clairvoyant"),
-    ]
-    # It moves when another policy does, so no baseline holds it.
-    speedup: Annotated[
-        float | None,
-        Figure(
-            "ratio",
-            "`total_s` of the first policy / that of this one",
-            "higher",
-            "speed-up against the first",
-            "speed-\nup",
-            gated=False,
-        ),
-    ]
-    used: Annotated[Count, Figure("count", "prefetched experts that the GPU ran")]
-    optimal_fallbacks: Annotated[Count, Figure("count", "layers that dispatch `optimal` left to `balance`")]
-    overhead_s: Annotated[float, Figure("s", "the host's overhead of all layers, a part of `dense_s`", "lower")] = 0.0
-    choices: Annotated[dict[str, Any], Meta(description="what it chose, with the parameters that apply")]
-    # A folder of an earlier version has none of those below.
-    ttft_max_s: Annotated[
-        Spread, Figure("s", "the longest TTFT of a request's turns, over the requests", "lower", "longest TTFT")
-    ] = msgspec.field(default_factory=_nothing)
-    itl_s: Annotated[
-        Spread, Figure("s", "time between two tokens of a turn, over all of them (ITL)", "lower", "ITL", "ITL")
-    ] = msgspec.field(default_factory=_nothing)
-    request_tokens_per_s: Annotated[
-        Spread,
-        Figure(
-            "1/s",
-            "output tokens a second that a request sees, 1 / `tpot_s`, over the requests",
-            "higher",
-            "output tokens a second and request",
-            "tokens a\nrequest",
-        ),
-    ] = msgspec.field(default_factory=_nothing)
-
-    lower_bound_s: Annotated[
-        float | None,
-        Figure("s", "the lower bound: starts, the link and the slots count, and no policy is faster", None, "bound"),
-    ] = None
-    break_even_tokens: Annotated[
-        float | None,
-        Figure(
-            "ratio",
-            "of a trace of verified steps: a decode step's time over that with one row of a request, which is how many "
-            "tokens a step must keep to be as fast",
-            "lower",
-            "",
-            "break-\neven",
-            gated=False,
-        ),
-    ] = None
-
-    # Only of policies with what they are of (`OF_SOME`); else a file does not have them at all.
+    ] = UNSET
+    # Only of policies with remote experts; else a file does not have them at all.
     remote_s: Annotated[
         float | UnsetType,
         Figure("s", "seconds of all copies of remote functions; only with `remote`", "lower", "in functions", "remote"),
@@ -197,7 +143,7 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
 
 
 class CellCosts(msgspec.Struct):
-    """What a cell of a sweep takes beside time; a Pareto front sets one of them against it."""
+    """What a cell of a sweep takes beside time."""
 
     gpu_memory_bytes: Annotated[
         float,
@@ -214,7 +160,9 @@ class CellCosts(msgspec.Struct):
     ]
     price: Annotated[
         float | None,
-        Figure("price", "sum of what the system's `[price]` lists", "lower", "price of the machine", "price"),
+        Figure(
+            "USD/h", "USD an hour of the machine, by the system's `[price]`", "lower", "price of the machine", "price"
+        ),
     ]
 
 
@@ -333,18 +281,25 @@ FIGURES: dict[str, Figure] = dict(_figures_of(PolicyFigures))
 METRICS: dict[str, Figure] = {name: figure for name, figure in FIGURES.items() if figure.gated}
 COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
 COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
+ACCOUNTS: dict[str, str] = dict.fromkeys(("energy_j", "energy_per_token_j"), "energy")
+ACCOUNTS |= dict.fromkeys(("price_usd", "usd_per_million_tokens"), "price")
+# What a Pareto front may set against time.
+FRONTS = (*COSTS, "energy_j", "price_usd")
 
-# Figures that a policy has only with something, and the field that says so.
-_OF_REMOTE = ("remote_s", "remote_calls", "remote_experts", "remote_rows", "remote_usd", "cold_s")
-OF_SOME = dict.fromkeys(_OF_REMOTE, "remote")
+_OF_DISK = ("host_slots", "host_hits", "host_misses", "host_hit_rate", "disk_bytes", "disk_busy")
+# Figures of policies with remote experts only.
+OF_REMOTE = ("remote_s", "remote_calls", "remote_experts", "remote_rows", "remote_usd", "cold_s")
+# Figures that a system without a table does not have, and that table; and all that a file may lack.
+OF_A_TABLE = dict.fromkeys(_OF_DISK, "disk") | ACCOUNTS
+OPTIONAL = frozenset((*OF_A_TABLE, "resent_bytes", "gate_mass_dropped", *OF_REMOTE))
 
 
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
     """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is.
 
-    `check` returns each number as it is to be used; by default as it is. A figure of `OF_SOME` may be absent: None.
+    `check` returns each number as it is to be used; by default as it is. One of `OPTIONAL` may be absent: None.
     """
-    if name in OF_SOME and name not in policy:
+    if name in OPTIONAL and name not in policy:
         return None
     value: Any = policy
     for key in name.split("."):

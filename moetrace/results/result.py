@@ -37,6 +37,11 @@ _SHOWN = (
     "utilization.link_in",
     "demand_bytes",
     "prefetch_bytes",
+    "energy_j",
+    "price_usd",
+    "host_hit_rate",
+    "disk_bytes",
+    "disk_busy",
     "remote_s",
     "remote_usd",
     "cold_s",
@@ -107,6 +112,14 @@ class Result:
     def experts(self) -> pl.DataFrame:
         """One row a MoE layer and expert, whatever the policy: how much it was wanted."""
         return frames.expert_frame(self.run)
+
+    @cached_property
+    def accounts(self) -> pl.DataFrame:
+        """One row a policy and part of the machine that has a rate: its energy and price; see docs/energy.md.
+
+        It has no rows if the system has neither `[energy]` nor `[price]`.
+        """
+        return frames.account_frame(self.run)
 
     @property
     def plot(self) -> Plots:

@@ -11,16 +11,17 @@ import numpy as np
 
 from moetrace.engine.run import Lane, Run
 from moetrace.jit.fingerprint import room_fingerprint
-from moetrace.results.frames import total_s, utilization_of
+from moetrace.results.accounts import account_figures
+from moetrace.results.common_figures import Utilization
+from moetrace.results.frames import lane_accounts, total_s, utilization_of
 from moetrace.results.record import (
     COLUMNS,
     FIGURES,
-    OF_SOME,
+    OPTIONAL,
     PolicyFigures,
     Spread,
     SummaryFile,
     TraceFacts,
-    Utilization,
     choices_of,
     value_in,
 )
@@ -93,6 +94,10 @@ def policy_figures(run: Run, break_even: Sequence[float | None] | None = None) -
     Raises MoetraceError if one is not a finite number: JSON has no other, and no comparison could trust it.
     """
     figures = [_figures(run, lane) for lane in run.lanes]
+    decode_rows = int(run.schedule.requests.output_rows.sum())
+    for each, lane in zip(figures, run.lanes, strict=True):
+        for name, value in account_figures(lane_accounts(run.system, lane), decode_rows).items():
+            setattr(each, name, value)
     for each, tokens in zip(figures, break_even or [None] * len(figures), strict=True):
         each.break_even_tokens = tokens
         each.speedup = _ratio(figures[0].total_s, each.total_s)
@@ -115,10 +120,12 @@ def _check_finite(policy: dict[str, Any], run: Run) -> None:
 def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
     """Return one row a policy; nested figures get names like `ttft_s_p50`, `utilization_ndp` is the units' mean.
 
-    A figure of `OF_SOME` that no policy has is no column.
+    A figure of `OPTIONAL` that no policy has is no column.
     """
     paths = {
-        name: path for name, path in _PATHS.items() if path not in OF_SOME or any(path in policy for policy in policies)
+        name: path
+        for name, path in _PATHS.items()
+        if path not in OPTIONAL or any(path in policy for policy in policies)
     }
     columns = {name: [value_in(policy, path) for policy in policies] for name, path in paths.items()}
     types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in paths}
@@ -162,8 +169,37 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         itl_s=_weighted_spread(gaps),
         request_tokens_per_s=_spread(times.tokens_per_s),
         lower_bound_s=float(lane.lower_bound_s),
+        **_host_figures(lane),
+        **_losses(lane),
         **remote_figures(run.system, lane),
     )
+
+
+def _host_figures(lane: Lane) -> dict[str, Any]:
+    """Return what a lane above a disk has more; nothing of others."""
+    host = lane.tiers and lane.tiers.host
+    if host is None:
+        return {}
+    hits, misses, disk_bytes = (host.books[name][0] for name in ("hits", "misses", "disk_bytes"))
+    return {
+        "host_slots": int(host.cache.capacity[0]),
+        "host_hits": int(hits),
+        "host_misses": int(misses),
+        "host_hit_rate": _ratio(int(hits), int(hits + misses)),
+        "disk_bytes": float(disk_bytes),
+        "disk_busy": utilization_of(lane)["disk"],
+    }
+
+
+def _losses(lane: Lane) -> dict[str, Any]:
+    """What a link that loses packets sent again, and the share of all gates that it lost; nothing of other links."""
+    losses = lane.losses
+    if losses is None:
+        return {}
+    return {
+        "resent_bytes": losses.resent_in_bytes + losses.resent_out_bytes,
+        "gate_mass_dropped": losses.gate_mass_dropped,
+    }
 
 
 def _utilization(system: System, of_part: dict[str, float | None]) -> Utilization:

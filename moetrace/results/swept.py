@@ -9,14 +9,15 @@ import polars as pl
 from moetrace.results.folder import has_file, read_sweep
 from moetrace.results.publish import file_in
 from moetrace.results.read_parquet import schema_of, whole_frame
-from moetrace.results.record import CELLS_FILE, COLUMNS, COSTS, SEARCH_FILE
+from moetrace.results.record import CELLS_FILE, COLUMNS, FRONTS, SEARCH_FILE
 from moetrace.spec.errors import MoetraceError
 
 _ALWAYS = ("trace", "model", "system", "policy", "slots")
 LATENCIES = ("ttft_s_p50", "tpot_s_p50", "itl_s_p50", "itl_s_p99", "tokens_per_s")
+PER_TOKEN = ("energy_per_token_j", "usd_per_million_tokens")
 # What a table or the front shows, where it is there.
 _FIGURES: dict[str, Any] = {"error": pl.String, "pareto": pl.Boolean}
-_FIGURES |= dict.fromkeys((*COSTS, "hit_rate", *LATENCIES), pl.Float64)
+_FIGURES |= dict.fromkeys((*FRONTS, *PER_TOKEN, "hit_rate", *LATENCIES), pl.Float64)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moetrace.spec.participants import check_policy, default_policies
     from moetrace.spec.policy import PolicySpec, load_loads, load_policy, load_static
     from moetrace.spec.system import Cpu, Gpu, Host, Link, Ndp, Remote, System, load_system
+    from moetrace.spec.weights import WeightBits
 
 __all__ = [
     "Cpu",
@@ -30,6 +31,7 @@ __all__ = [
     "Remote",
     "System",
     "UsageError",
+    "WeightBits",
     "canonical",
     "check_fits",
     "check_policy",
@@ -47,7 +49,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        for module in ("load", "named", "model", "system", "fits", "policy", "participants"):
+        for module in ("load", "named", "model", "system", "fits", "policy", "participants", "weights"):
             home = importlib.import_module(f"moetrace.spec.{module}")
             if hasattr(home, name):
                 return getattr(home, name)

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from msgspec import UNSET
 
-from moetrace.spec.fits import gpu_slots, gpu_space_bytes
+from moetrace.spec.fits import gpu_slots, gpu_space_bytes, host_slots
 from moetrace.spec.model import Model
 from moetrace.spec.participants import fed_by_host
 from moetrace.spec.system import System
+from moetrace.spec.weights import read_expert_bits
 
 # Crossovers are looked for up to this many rows of one expert in one step.
 MAX_ROWS = 1_000_000
@@ -28,6 +30,10 @@ def model_figures(model: Model) -> list[Derived]:
     experts, largest = float(expert_bytes.sum()), float(expert_bytes.max())
     smallest = float(expert_bytes[model.has_expert].min())
     dense = model.moe_layers * model.dense_bytes
+    bits = 8 * experts / (model.all_experts * model.expert_params)
+    named = 0
+    if model.expert_bits is not UNSET:
+        named = int((~np.isnan(read_expert_bits(model.expert_bits, model.layer_experts))).sum())
     if isinstance(model.experts, int) and isinstance(model.top_k, int):
         read = float(expert_bytes.mean(axis=1).sum()) * model.top_k + dense + model.head_bytes
     else:
@@ -36,6 +42,9 @@ def model_figures(model: Model) -> list[Derived]:
     return [
         Derived("expert_mb", largest / 1e6, "W: weights of one expert"),
         *([Derived("expert_mb_min", smallest / 1e6, "W of the smallest expert")] if smallest < largest else []),
+        Derived("expert_mb_mean", experts / model.all_experts / 1e6, "W on average"),
+        Derived("weight_bits_mean", bits, "bits of a weight on average, with all that is stored"),
+        *([Derived("experts_of_own_bits", named, "experts that the file expert_bits names")] if named else []),
         Derived("expert_mflop_per_row", model.flop_per_row / 1e6, "Q(1): one row through one expert"),
         Derived("experts_gb", experts / 1e9, f"all {model.all_experts} experts"),
         Derived("dense_layer_mb", model.dense_bytes / 1e6, "dense weights of one layer"),
@@ -98,16 +107,24 @@ def pair_figures(model: Model, system: System) -> list[Derived]:
         figures.append(
             Derived("host_gb_needed", float(expert_bytes.sum()) / 1e9, "host memory, or disk, that holds all experts")
         )
+    if system.disk is not None:
+        held = host_slots(model, system, expert_bytes)
+        read_us = 1e6 * (float(expert_bytes.max()) / system.disk.bytes_s + system.disk.latency_s)
+        figures += [
+            Derived("host_slots", held, f"experts that host memory can hold above the disk, of {everything}"),
+            Derived("read_us", read_us, "an expert's weights from the disk"),
+        ]
     return figures + _times(model, fed_by_host(system), float(expert_bytes.max()))
 
 
 def _times(model: Model, system: System, weight: float) -> list[Derived]:
     """Microseconds at one row, then the rows at which one way overtakes another (timing model, section 2)."""
     gpu, home, link, flop = system.gpu, system.home, system.link, model.flop_per_row
+    starts = 1 + model.sparse_starts
 
     def work(device, rows, g=1):
         compute_s, read_s = flop * rows / (g * device.flop_s), weight / (g * device.bytes_s)
-        return (compute_s + read_s if device.is_serial else np.maximum(compute_s, read_s)) + device.start_s
+        return (compute_s + read_s if device.is_serial else np.maximum(compute_s, read_s)) + starts * device.start_s
 
     def on_gpu(rows):
         return work(system.accelerator, rows)

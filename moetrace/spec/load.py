@@ -21,9 +21,11 @@ from moetrace.spec.ordinary_file import read_ordinary
 S = TypeVar("S", bound=msgspec.Struct)
 
 # Fields whose text is the path of a file, and fields where it is one only in the form `file.py:function`.
-FILE_FIELDS = ("weight_bits", "loads", "plan", "static", "budget", "layout")
+FILE_FIELDS = ("weight_bits", "expert_bits", "loads", "plan", "static", "budget", "layout", "rates")
 AUTO = "auto"  # is the name of no file: what is made of the trace instead
 FUNCTION_FIELDS = ("dispatch", "residency")
+# Fields where a number stands for a table with one field.
+NUMBER_FIELDS = {"weight_bits": "bits"}
 
 # Nothing that belongs to a spec comes near: a text file, a TOML file, a number, a text, a name.
 MAX_FILE_BYTES = 16 << 20
@@ -166,24 +168,30 @@ def parse(text: str, where: str) -> dict[str, Any]:
 
 def canonical(spec: msgspec.Struct) -> dict[str, Any]:
     """Every field of a spec as plain values, files by their names alone: the same on every machine."""
-    values = msgspec.to_builtins(spec)
+    return _without_folders(msgspec.to_builtins(spec))
+
+
+def _without_folders(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave of the path of each file its last part."""
     for key, value in values.items():
-        if _is_file(value, key):
+        if isinstance(value, dict):
+            _without_folders(value)
+        elif _is_file(value, key):
             values[key] = Path(value).name
     return values
 
 
 def field_names(struct: type[msgspec.Struct]) -> list[str]:
-    """Dotted paths of a spec's fields, those of inner tables too."""
+    """Dotted paths of a spec's fields, those of inner tables too; a table that may be a number has a path itself."""
 
     def names(kind: Any, prefix: str) -> Iterator[str]:
         for field in kind.fields:
             path, inner = f"{prefix}{field.encode_name}", field.type
             tables = [each for each in getattr(inner, "types", [inner]) if isinstance(each, msgspec.inspect.StructType)]
+            if not tables or field.encode_name in NUMBER_FIELDS:
+                yield path
             if tables:
                 yield from names(tables[0], f"{path}.")
-            else:
-                yield path
 
     return list(names(msgspec.inspect.type_info(struct), ""))
 
@@ -215,6 +223,8 @@ def _override(raw: dict[str, Any], path: str, value: object, where: str) -> None
         # An optional table that is absent is begun here; what it then lacks is reported like any missing key.
         if table.get(name) is None:
             table[name] = {}
+        elif name in NUMBER_FIELDS and isinstance(table[name], int | float):
+            table[name] = {NUMBER_FIELDS[name]: table[name]}
         table = table[name]
         if not isinstance(table, dict):
             raise UsageError(f"{where}: {path!r} cannot be set, as {name} is not a table.")
@@ -222,11 +232,17 @@ def _override(raw: dict[str, Any], path: str, value: object, where: str) -> None
 
 
 def _find_files(raw: dict[str, Any], keys: Mapping[str, object], folder: Path) -> None:
-    """Make the files that the fields `keys` of `raw` name absolute, as seen from `folder`."""
-    for key in keys:
-        value = raw.get(key)
-        if _is_file(value, key):
-            raw[key] = str(folder / value)
+    """Make the files that the fields `keys` of `raw`, and of its tables, name absolute, as seen from `folder`."""
+    for path in keys:
+        *tables, key = path.split(".")
+        table: Any = raw
+        for name in tables:
+            table = table.get(name) if isinstance(table, dict) else None
+        value = table.get(key) if isinstance(table, dict) else None
+        if isinstance(value, dict):
+            _find_files(value, {name: None for name in value if "." not in name}, folder)
+        elif _is_file(value, key):
+            table[key] = str(folder / value)
 
 
 def _is_file(value: object, field: str) -> TypeGuard[str]:
@@ -265,7 +281,7 @@ def _check_texts(loaded: Loaded) -> None:
         if not isinstance(value, str):
             continue
         # Of a path the last part is shown; what the others are called is not ours to judge.
-        shown = Path(value).name if _is_file(value, path) else value
+        shown = Path(value).name if _is_file(value, path.rpartition(".")[2]) else value
         longest = MAX_NAME if path.rpartition(".")[2] == "name" else MAX_TEXT
         if not value.strip() or len(value) > longest:
             loaded.refuse(path, f"a text of 1 to {longest} characters")

@@ -11,17 +11,25 @@ from msgspec import UNSET, Meta, UnsetType
 from moetrace.spec.errors import UsageError
 from moetrace.spec.load import Loaded, convert, overridden, read, read_table
 from moetrace.spec.model_files import is_model_file, read_model_file
+from moetrace.spec.weights import (
+    MAX_BITS,
+    MIN_BITS,
+    Bits,
+    Starts,
+    WeightBits,
+    check_codebook_bits,
+    read_expert_bits,
+    without_defaults,
+)
 
 # Ids are at most uint16 in a trace, and its largest value says "absent".
 MAX_EXPERTS = 65535
 
-MIN_BITS, MAX_BITS = 1e-6, 64
 MAX_WIDTH = 1_000_000
 MAX_PARAMS = 10**15
 
 Width = Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
 Experts = Annotated[int, Meta(ge=1, le=MAX_EXPERTS)]
-Bits = Annotated[float, Meta(ge=MIN_BITS, le=MAX_BITS)]
 Params = Annotated[int, Meta(ge=0, le=MAX_PARAMS)]
 LayerNumber = Annotated[int, Meta(ge=0, le=65535)]
 
@@ -43,8 +51,13 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             projects each row to a latent vector of this width before its experts, and back after them.
         expert_intermediate: Intermediate size of an expert, I.
         expert_matrices: Weight matrices of an expert, m.
-        weight_bits: Bits of an expert's weight: one number, a list with one for each layer, or the path of a CSV file
-            with a line for each layer and a column for each expert.
+        weight_bits: Bits of an expert's weight: one number, a list with one for each layer, the path of a CSV file
+            with a line for each layer and a column for each expert, or a table of what a weight takes and what is
+            stored beside it.
+        expert_bits: Path of a CSV file with lines of `layer,expert,bits` that give single experts bits of their own,
+            in the place of `weight_bits` or, if that is a table, of its `bits`. By default none.
+        sparse_launches: Starts that an expert adds on the device that runs it, if `weight_bits` is a table with a share
+            of sparse weights. By default 0.
         dense_weight_bits: Bits of a dense weight.
         activation_bytes: Bytes of an activation, a.
         dense_params_per_layer: Weights that are read once per layer and step: attention, router, shared experts.
@@ -62,7 +75,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     moe_hidden: Width | UnsetType = UNSET
     expert_intermediate: Width
     expert_matrices: Annotated[int, Meta(ge=1, le=100)] = 3
-    weight_bits: Bits | list[Bits] | str
+    weight_bits: Bits | list[Bits] | str | WeightBits
+    expert_bits: str | UnsetType = UNSET
+    sparse_launches: Starts | UnsetType = UNSET
     dense_weight_bits: Bits
     activation_bytes: Annotated[float, Meta(ge=1e-9, le=1000)] = 2
     dense_params_per_layer: Params
@@ -122,6 +137,19 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return self.expert_matrices * self.expert_hidden * self.expert_intermediate
 
     @property
+    def codebooks_per_weight(self) -> float:
+        """Codebooks of an expert, one for each output channel of its matrices, over its weights: c."""
+        channels = (self.expert_matrices - 1) * self.expert_intermediate + self.expert_hidden
+        return channels / self.expert_params
+
+    @property
+    def sparse_starts(self) -> float:
+        """Starts that each expert adds to its own, for the weights that are stored by themselves."""
+        table = self.weight_bits
+        has_sparse = isinstance(table, WeightBits) and table.sparse > 0
+        return float(self.sparse_launches) if has_sparse and self.sparse_launches is not UNSET else 0.0
+
+    @property
     def flop_per_row(self) -> float:
         """FLOP to run one row through one expert: `Q(1) = 2*m*h*I`."""
         return 2.0 * self.expert_params
@@ -153,15 +181,29 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             float64 [moe_layers, most_experts].
 
         Raises:
-            MoetraceError: `weight_bits` names a table, and it is not as the model wants it.
+            MoetraceError: `weight_bits` or `expert_bits` names a file, and it is not as the model wants it.
         """
-        shape = (self.moe_layers, self.most_experts)
-        if isinstance(self.weight_bits, str):
-            bits = read_table(self.weight_bits, *shape)
-        else:
-            bits = np.broadcast_to(np.asarray(self.weight_bits, np.float64).reshape(-1, 1), shape)
-        sizes = self.expert_params * (bits / 8)
+        sizes = self.expert_params * (self.bits_of_experts() / 8)
         return sizes if isinstance(self.experts, int) else np.where(self.has_expert, sizes, 0.0)
+
+    def bits_of_experts(self) -> np.ndarray:
+        """Bits that a weight of each expert takes on average, with all that is stored beside it.
+
+        Returns:
+            float64 [moe_layers, most_experts].
+
+        Raises:
+            MoetraceError: As `expert_bytes`.
+        """
+        given, shape = self.weight_bits, (self.moe_layers, self.most_experts)
+        if isinstance(given, str):
+            return read_table(given, *shape)
+        one = given.bits if isinstance(given, WeightBits) else given
+        bits = np.broadcast_to(np.asarray(one, np.float64).reshape(-1, 1), shape)
+        if self.expert_bits is not UNSET:
+            own = read_expert_bits(self.expert_bits, self.layer_experts)
+            bits = np.where(np.isnan(own), bits, own)
+        return given.average(bits, self.codebooks_per_weight) if isinstance(given, WeightBits) else bits
 
     @property
     def has_expert(self) -> np.ndarray:
@@ -194,6 +236,7 @@ def load_model(source: str | Path | Model, overrides: Mapping[str, object] | Non
         _check_bits_known(loaded)
     else:
         loaded = read("models", source, overrides or {})
+    without_defaults(loaded.raw)
     model = convert(loaded, Model)
     _check_layers(model, loaded)
     _check_weight_bits(model, loaded)
@@ -246,16 +289,34 @@ def _check_weight_bits(model: Model, loaded: Loaded) -> None:
             f"{loaded.where}: weight_bits wants one number for each of the {model.moe_layers} MoE layers, "
             f"got {len(bits)} numbers."
         )
-    if isinstance(bits, str):
-        where, widths = bits, read_table(bits, model.moe_layers, model.most_experts)[model.has_expert]
-    else:
-        where, widths = loaded.where, np.asarray(bits, np.float64)
+    _check_expert_bits(model, loaded)
+    where = bits if isinstance(bits, str) else loaded.where
+    widths = model.bits_of_experts()[model.has_expert]
     least, most = float(widths.min()), float(widths.max())
     if not (least >= MIN_BITS and most <= MAX_BITS):
         got = most if least >= MIN_BITS else least
-        raise UsageError(f"{where}: weight_bits wants numbers from {MIN_BITS:g} to {MAX_BITS}, got {got:g}.")
+        wants = "an average from" if isinstance(bits, WeightBits) else "numbers from"
+        raise UsageError(f"{where}: weight_bits wants {wants} {MIN_BITS:g} to {MAX_BITS}, got {got:g}.")
     if float(model.expert_params) * least < 8:
         raise UsageError(
             f"{where}: weight_bits wants at least one byte for the {model.expert_params} weights of an expert, "
             f"got {least:g}."
+        )
+
+
+def _check_expert_bits(model: Model, loaded: Loaded) -> None:
+    """Bits of single experts, codebooks and sparse starts only where `weight_bits` is what they go with."""
+    bits, own = model.weight_bits, None
+    if model.expert_bits is not UNSET:
+        if isinstance(bits, str):
+            raise UsageError(
+                f"{loaded.where}: expert_bits wants weight_bits to be a number, a list or a table, got a file, which "
+                f"already has a number for each expert: remove one of the two."
+            )
+        own = read_expert_bits(model.expert_bits, model.layer_experts)
+    if isinstance(bits, WeightBits):
+        check_codebook_bits(bits, own, loaded.where, model.expert_bits)
+    elif model.sparse_launches is not UNSET:
+        raise UsageError(
+            f"{loaded.where}: sparse_launches wants weight_bits to be a table with sparse: set weight_bits.sparse."
         )

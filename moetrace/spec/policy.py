@@ -24,6 +24,7 @@ from moetrace.spec.choices import (
     residencies_of,
 )
 from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.host_memory import host_residencies, host_residency_of
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
 from moetrace.spec.named import nearest
 from moetrace.spec.remote import FIELDS as REMOTE_FIELDS
@@ -33,8 +34,8 @@ SCOPES = {
     "global": "all layers share the slots",
     "request": "all layers share the slots, which are emptied when no request is under way",
 }
-# Parameters that a residency of a user's own may read.
-_OWN_READS = ("half_life", "alpha")
+# Parameters that a user's own function may read.
+_OWN_READS = {"residency": ("half_life", "alpha"), "dispatch": ("with_cpu",)}
 # Parameters that name a file, which a choice that reads it needs.
 NEEDED_FILES = {
     "loads": "the path of a CSV file of loads, which {} needs",
@@ -77,6 +78,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     follows: bool | None = None
     now_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
     long_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    with_cpu: bool | None = None
+    host_residency: str | None = None
     remote: Annotated[float, Meta(ge=0, le=1)] | None = None
     plan_steps: Annotated[int, Meta(ge=1, le=10**9)] | None = None
     replicas: Annotated[int, Meta(ge=1, le=65535)] | None = None
@@ -94,9 +97,11 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def unread(self) -> list[str]:
         """Parameters that none of the choices reads."""
-        read = set(_OWN_READS if _split(self.residency) else ())
-        read |= {"budget"} if self.budget is not None else set()  # goes with a scope, not with a choice
-        read |= {"remote", "loads", *REMOTE_FIELDS} if self.remote is not None else set()  # with a system
+        read = {field for kind, fields in _OWN_READS.items() if _split(getattr(self, kind)) for field in fields}
+        # These go with a scope and with a system, not with a choice.
+        read |= {field for field in ("budget", "host_residency") if getattr(self, field) is not None}
+        read |= set(host_residency_of(self.host_residency).parameters if self.host_residency else ())
+        read |= {"remote", "loads", *REMOTE_FIELDS} if self.remote is not None else set()
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
             read |= set(record.parameters) if record else set()
@@ -126,7 +131,7 @@ def readers(parameter: str) -> str:
         if names and len(others) == 1:
             said.append(f"a {kind} other than {others[0].name}")
             continue
-        names += [USER] if kind == "residency" and parameter in _OWN_READS else []
+        names += [USER] if parameter in _OWN_READS.get(kind, ()) else []
         said += [f"{kind} {' or '.join(names)}"] if names else []
     said += ["policies with remote"] if parameter in (*REMOTE_FIELDS, "loads") else []
     return " or ".join(said)
@@ -288,6 +293,9 @@ def _check_choices(policy: PolicySpec, loaded: Loaded, overridden: Mapping[str, 
     for kind in KINDS:
         where = f"an override of {loaded.where}" if kind in overridden else loaded.where
         _check_choice(loaded._replace(where=where), kind, getattr(policy, kind))
+    if policy.host_residency is not None and policy.host_residency not in (able := host_residencies()):
+        near = nearest(policy.host_residency, list(able))
+        loaded.refuse("host_residency", f"one of {', '.join(able)}, which learn from demands so far{near}")
     if policy.scope not in SCOPES:
         loaded.refuse("scope", f"one of {', '.join(SCOPES)}{nearest(policy.scope, list(SCOPES))}")
 
@@ -296,6 +304,8 @@ def _check_choice(loaded: Loaded, kind: str, choice: str) -> None:
     """`choice` is one that a replay takes, with a whole number of at least 1 where its record has one."""
     name, colon, number = choice.partition(":")
     record = find(kind, choice)
+    if record and choice == record.name:
+        colon = ""
     if record and record.instead and not colon:
         raise UsageError(f"{loaded.where}: {kind} {choice} {record.instead}.")
     if record and record.bare and not record.instead and not colon:

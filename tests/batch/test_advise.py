@@ -59,7 +59,7 @@ def by_the_records(system) -> list[PolicySpec]:
     """Every policy without a file or an oracle that a machine runs, by asking each combination: a slow oracle."""
     names = {}
     for kind in ("placement", "dispatch", "residency", "prefetch"):
-        records = choices_of(kind).values()
+        records = [record for record in choices_of(kind).values() if not getattr(record, "weighs", False)]
         names[kind] = [record.name if record.bare else f"{record.name}:2" for record in records]
     placements = names.pop("placement")
     placements = placements if system.ndp else ["ep"]
@@ -209,7 +209,10 @@ def test_a_price_by_the_hour_is_compared_with_the_budget(trace):
     found = ask(trace, "jetson-orin", overrides=priced, budget_usd_hour=2.5)
     tokens = found.best.figures["tokens_per_s"]
     assert found.usd_per_million_tokens == pytest.approx(2.5 / 3600 / tokens * 1e6) and found.notes == []
-    unknown = ask(trace, "jetson-orin", overrides={"system.price.gpu": 900}, budget_usd_hour=0.1)
+    assert found.best.figures["usd_per_million_tokens"] == pytest.approx(found.usd_per_million_tokens)
+    with pytest.raises(UsageError, match=r"costs 3\.5 USD an hour, and the budget is 2\.5"):  # all that is listed
+        ask(trace, "jetson-orin", overrides=priced | {"system.price.gpu.usd_hour": 1}, budget_usd_hour=2.5)
+    unknown = ask(trace, "jetson-orin", budget_usd_hour=0.1)
     assert "has no price by the hour" in unknown.notes[0] and unknown.usd_per_million_tokens is None
 
 
@@ -218,6 +221,7 @@ def test_a_price_by_the_hour_is_compared_with_the_budget(trace):
     [
         ({"jobs": 0}, "jobs is 0"),
         ({"slo": "tpot_s.p99"}, "METRIC<=LIMIT"),
+        ({"slo": "price_usd<=1"}, "The SLO 'price_usd<=1' needs [price] in system jetson-orin"),
         ({"budget_usd_hour": -1}, "The budget is -1"),
         ({"budget_usd_hour": float("nan")}, "The budget is nan"),
         ({"overrides": {"policy.dispatch": "gpu"}}, "chooses the policy"),

@@ -322,9 +322,27 @@ def test_frames_and_plain_values_say_the_same(tmp_path):
     assert [one["metric"] for one in plain["cells"][0]["metrics"]] == [one.metric for one in found.cells[0].metrics]
 
 
+def test_energy_is_compared_where_the_folder_has_it(tmp_path):
+    now, path = replay(tmp_path / "now", {"energy_j": 21.0, "energy_per_token_j": None}), tmp_path / "baseline.json"
+    energy = ["energy_j", "energy_per_token_j"]
+    mt.gate(
+        replay(tmp_path / "then", {"energy_j": 20.0, "energy_per_token_j": None}), path, metrics=energy, update=True
+    )
+    (cell,) = mt.gate(now, path).cells
+    assert (cell.verdict, [one.metric for one in cell.metrics if one.verdict == "worse"]) == ("worse", ["energy_j"])
+    assert mt.gate(now, path, tolerance="energy_j=1").passed
+    # The system of one cell lost its [energy]: its figure is no longer defined.
+    there = summary({"energy_j": 20.0, "energy_per_token_j": 1.0})
+    lost = sweep(tmp_path / "lost", {"a": there, MONDE: summary()})
+    assert {cell.name: cell.verdict for cell in mt.gate(lost, path).cells}[MONDE] == "changed"
+    with pytest.raises(mt.UsageError, match=r"no cell has price_usd, as no system has \[price\]: add that table"):
+        mt.gate(now, path, metrics=["price_usd"])
+
+
 def test_metrics_are_those_of_a_real_summary():
     trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
-    figures = mt.replay(trace, policies="edge-ndp", slots=48).to_dict()["policies"][0]
+    rates = {"system.energy.gpu.idle_w": 20, "system.energy.gpu.active_w": 360, "system.price.usd_hour": 0.5}
+    figures = mt.replay(trace, policies="edge-ndp", slots=48, overrides=rates).to_dict()["policies"][0]
     paths = {
         f"{name}.{inner}" if isinstance(value, dict) else name
         for name, value in figures.items()

@@ -233,3 +233,16 @@ def test_limits_are_hard(trace):
     assert none.best.miss == min(misses) > 0
     with pytest.raises(mt.UsageError, match="An SLO is"):
         mt.search(asked, slo="fast")
+
+
+def test_energy_is_an_objective_of_a_system_with_watts(trace):
+    watts = {
+        "set": {"system.energy.gpu": {"idle_w": 20, "active_w": 360}},
+        "policy": ["monde", "on-demand", "edge-ndp"],
+    }
+    objective = {"search": {"objective": "energy_j", "trials": 3, "parts": 1}}
+    found = mt.search(space(trace) | watts | objective)
+    values = {trial.cell.point.values["policy"]: trial.value for trial in found.trials}
+    assert len(values) == 3 and found.best is not None and found.best.value == min(values.values())
+    failed = mt.search(space(trace) | {"policy": ["monde", "edge-ndp"]} | objective)
+    assert failed.reference.error == "energy_j is undefined: the system needs [energy]."

@@ -289,9 +289,9 @@ def test_the_front_against_a_slow_oracle(small):
 
 
 def test_prices_are_the_sum_of_what_a_system_lists(small):
-    grid = {"trace": small, "policy": "monde", "set": {"system.price.gpu": [1000, 1200], "system.price.dimms": 300}}
-    frame = mt.sweep(grid, pareto="price").cells
-    assert frame["price"].to_list() == [1300.0, 1500.0]
+    listed = {"system.price.gpu.usd_hour": [1.0, 1.25], "system.price.ndp.usd_gb_hour": 0.0078125}
+    frame = mt.sweep({"trace": small, "policy": "monde", "set": listed}, pareto="price").cells
+    assert frame["price"].to_list() == [2.5, 2.75]  # 6 units of 32 GB
     assert frame["pareto"].to_list() == [True, False]
     assert mt.sweep({"trace": small}, pareto="price").cells["pareto"].to_list() == [False, False]
 

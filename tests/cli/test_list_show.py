@@ -143,6 +143,18 @@ def test_show_overrides(moetrace):
     assert err.startswith("A replay would be refused: The experts of mixtral-8x7b take 90.2 GB")
 
 
+def test_show_a_model_of_few_bits(moetrace):
+    few = ("--set", "model.weight_bits.bits=3", "--set", "model.weight_bits.sparse=0.01")
+    code, out, err = moetrace("show", "model", "mixtral-8x7b", *few, "--format", "json")
+    shown = json.loads(out)
+    assert (code, err, shown["spec"]["weight_bits"]) == (0, "", {"bits": 3, "sparse": 0.01})
+    assert shown["derived"]["weight_bits_mean"] == pytest.approx(3.48)
+    assert shown["derived"]["expert_mb_mean"] == pytest.approx(3 * 4096 * 14336 * 3.48 / 8 / 1e6)
+    assert "weight_bits.sparse" in moetrace("show", "model", "mixtral-8x7b", *few)[1]
+    code, out, err = moetrace("show", "model", "mixtral-8x7b", "--set", "model.weight_bits.sparse=2")
+    assert (code, out) == (2, "") and "weight_bits.sparse wants a number from 0 to 1, got 2" in err
+
+
 @pytest.mark.parametrize("kind", ["model", "system", "policy"])
 def test_show_every_preset(moetrace, kind):
     for name in list_presets({"policy": "policies"}.get(kind, f"{kind}s")):

@@ -35,6 +35,30 @@ def test_table_counts_and_resumes(run, grid, tmp_path):
     assert "4 finished cells not of this sweep" in err
 
 
+def test_energy_and_price_are_columns_fronts_and_limits(run, grid, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--pareto", "energy_j", "--jobs", 1)
+    assert "No system lists [energy], so there is no front" in " ".join(out.split()) and "energy\n" not in out
+    with grid.open("a") as file:
+        file.write("system.energy.gpu = {idle_w = 20, active_w = 360}\nsystem.price.usd_hour = 2\n")
+    limit = ("--pareto", "energy_j", "--slo", "energy_per_token_j<=200mJ")
+    code, out, _ = run("sweep", grid, "-o", tmp_path / "out", *limit, "--jobs", 1)
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    words = " ".join(out.split())
+    assert all(heading in words for heading in ("energy", "a token J", "a million", "tokens USD", "USD/h"))
+    assert "* Pareto front: no other cell beats it in total time or energy without losing in the other." in words
+    cells = pl.read_parquet(tmp_path / "out" / "cells.parquet")
+    assert cells["price"].to_list() == [2.0] * 8
+    kept = cells["energy_per_token_j"] <= 0.2
+    assert (cells["slo_miss"] == 0).to_list() == kept.to_list()
+    view = ("--sort", "energy_j", "--top", 1, "--columns", "energy_j")
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "out", *view, "--pareto", "energy_j")
+    assert f"{cells['energy_j'].min():,.1f}" in out
+    page = tmp_path / "page.html"
+    assert run("report", tmp_path / "out", "-o", page)[0] == 0
+    assert "no other beats in both time and energy" in page.read_text() and "Least energy: " in page.read_text()
+
+
 def test_calibrated_machines_beside_others_are_told(run, grid, tmp_path):
     grid.write_text('trace = "t.h5"\nsystem = ["edge-ndp", "l40s"]\npolicy = "on-demand"\nslots = 8\n')
     code, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)

@@ -110,7 +110,10 @@ def test_bad_value_names_file_path_and_wish(tmp_path, line, path, wants):
         (SYSTEM + "[gpuu]\nx = 1", "gpuu is unknown (the nearest is 'gpu')"),
         (SYSTEM.split("[ndp]")[0].replace("[gpu]", "ndp = 3\n[gpu]"), "ndp wants a table or nothing, got 3"),
         (SYSTEM.split("[link]")[0], "link is missing, and NDP units need one"),
-        (SYSTEM + "[energy]\nlink_pj_bit = -1", "every value of energy wants a number from 0 to 1e+09."),
+        (
+            SYSTEM + "[energy.gpu]\nidle_w = -1\nactive_w = 2",
+            "energy.gpu.idle_w wants a number from 0 to 1e+09, got -1.",
+        ),
     ],
 )
 def test_bad_table(tmp_path, text, sentence):
@@ -165,7 +168,11 @@ def test_files_without_an_end_are_not_read(tmp_path, monkeypatch):
     [
         ('"x\\u001b[31m" = 3\n' + SYSTEM, r"x\x1b[31m is unknown"),
         ('"x\\ny" = []\n' + SYSTEM, r"x\ny is unknown"),
-        (SYSTEM + '[price]\n"x\\u001b" = 3', r"price.x\x1b is a key that cannot be printed"),
+        (SYSTEM + '[price]\n"x\\u001b" = 3', r"price.x\x1b is unknown; known are usd_hour, gpu, ndp, cpu, host."),
+        (
+            SYSTEM + '[calibration."x\\u001b"]\nsource = "s"\npoints = 1\nshapes = 2\nmedian_error = 0\np90_error = 0',
+            r"calibration.x\x1b.source is a key that cannot be printed",
+        ),
     ],
 )
 def test_no_key_steers_the_terminal(tmp_path, text, sentence):
@@ -288,7 +295,7 @@ def test_instance_is_checked_and_overridden():
         ({"weight_bits": [16, 8]}, "weight_bits wants one number for each of the 32 MoE layers, got 2 numbers"),
         ({"weight_bits": [16] * 31 + [-1]}, r"weight_bits\[31\] wants a number from 1e-06 to 64, got -1"),
         ({"weight_bits": [16] * 31 + ["a"]}, r"weight_bits\[31\] wants a number, got 'a'"),
-        ({"weight_bits": True}, "weight_bits wants a number or a text in quotes or a list, got True"),
+        ({"weight_bits": True}, "weight_bits wants a number or a text in quotes or a table or a list, got True"),
         (
             {"hidden": 1, "expert_intermediate": 1, "weight_bits": 2},
             "weight_bits wants at least one byte for the 3 weights of an expert, got 2",

@@ -219,6 +219,8 @@ def test_unread_parameters_are_those_of_other_choices():
         "follows",
         "now_weight",
         "long_weight",
+        "with_cpu",
+        "host_residency",
         "remote",
         "plan_steps",
         "replicas",

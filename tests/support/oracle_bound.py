@@ -45,7 +45,7 @@ class Bound:
             c = 1.0 if m.linked else 0.0
         else:
             work_s = max(m.flop_per_row / self.g / m.home.F, mean_bytes / self.g / m.home.B)
-            home_s = (work_s + m.home.own_start) * self.g / m.N
+            home_s = (work_s + m.home.own_start + m.sparse_s(m.home)) * self.g / m.N
             c = BELOW * home_s / (home_s + self.fetch_s)
         self.weighings = [Weighing(0.0), Weighing(c)]
         self.price = 1e9 if self.room == 0 else 0.0

@@ -39,12 +39,12 @@ def share_one(
         if e in G and not (is_resident and less(balanced.T_home, balanced.T_gpu)):
             continue
         others, whole = line_of(G - {e}), line_of(G - {e}).T_home
-        g = m.gpu_s(layer, e, n[e], False) - m.gpu.start
-        d = m.home_s(layer, e, n[e], max(m.N, 1)) - m.home.start
-        x, a = (whole - others.T_gpu - m.gpu.start) / (g + d), here[e]
+        g = m.gpu_s(layer, e, n[e], False) - m.lone_start(m.gpu)
+        d = m.home_s(layer, e, n[e], max(m.N, 1)) - m.lone_start(m.home)
+        x, a = (whole - others.T_gpu - m.lone_start(m.gpu)) / (g + d), here[e]
         if x > a:
             w = m.W[layer, e] / m.B_l
-            later = (whole - others.fetch_s - m.t_l - m.gpu.start + a * w) / (g + d + w)
+            later = (whole - others.fetch_s - m.t_l - m.lone_start(m.gpu) + a * w) / (g + d + w)
             x = max(a, min(x, later)) if full else a
         x = min(x, 1.0)
         if x <= 0:

@@ -88,7 +88,7 @@ class Foresight:
         if m.home is None or self.policy.dispatch == "gpu":  # nothing runs there
             return 0.0
         share = 1 if m.home_is_cpu or not self.policy.placement.startswith("tp") else int(g or m.N)
-        return m.flop_per_row / (share * m.home.F) / (m.W[layer, 0] / (share * m.home.B) + m.home.start)
+        return m.flop_per_row / (share * m.home.F) / (m.W[layer, 0] / (share * m.home.B) + m.lone_start(m.home))
 
     def see(self, step: int, layer: int, n: dict[int, int]) -> None:
         """The router of a layer has spoken."""

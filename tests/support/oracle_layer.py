@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from support.oracle_bits import expert_bytes, expert_width, most, sparse_starts
+
 PREFILL, DECODE, MIXED = 0, 1, 2
 OPTIMAL_LIMIT = 20  # active experts above which `optimal` falls back to `balance`
 
@@ -98,6 +100,7 @@ class Machine:
     head_bytes: float
     kv_bytes: float
     activation_row_bytes: float
+    sparse_starts: float  # that each expert adds to its own
     gpu: Device
     home: Device | None  # each of its N devices
     N: int
@@ -113,15 +116,25 @@ class Machine:
 
     def gpu_s(self, layer: int, e: int, n: int, resident: bool) -> float:
         """Seconds of one expert; a fetched one always starts itself."""
-        start = self.gpu.own_start if resident else self.gpu.start
+        start = (self.gpu.own_start if resident else self.gpu.start) + self.sparse_s(self.gpu)
         return self.gpu.work_s(self.flop_per_row * n, self.W[layer, e]) + start
 
     def home_s(self, layer: int, e: int, n: int, g: int) -> float:
         """Seconds on each of the g units that share the expert."""
-        return self.home.work_s(self.flop_per_row * n / g, self.W[layer, e] / g) + self.home.own_start
+        work_s = self.home.work_s(self.flop_per_row * n / g, self.W[layer, e] / g)
+        return work_s + self.home.own_start + self.sparse_s(self.home)
 
     def cpu_s(self, layer: int, e: int, n: int) -> float:
-        return self.cpu.work_s(self.flop_per_row * n, self.W[layer, e]) + self.cpu.own_start
+        work_s = self.cpu.work_s(self.flop_per_row * n, self.W[layer, e])
+        return work_s + self.cpu.own_start + self.sparse_s(self.cpu)
+
+    def sparse_s(self, device: Device) -> float:
+        """What the weights that are stored by themselves add to each expert, wherever it runs."""
+        return self.sparse_starts * device.start
+
+    def lone_start(self, device: Device) -> float:
+        """All that an expert pays which starts itself."""
+        return device.start + self.sparse_s(device)
 
     def fetch_s(self, layer: int, e: int) -> float:
         return self.W[layer, e] / self.B_l + self.t_l
@@ -136,36 +149,6 @@ class Machine:
     @property
     def home_names(self) -> list[str]:
         return ["cpu"] if self.home_is_cpu else [f"ndp{u}" for u in range(self.N)]
-
-
-def expert_bytes(trace: OracleTrace, model: Any) -> np.ndarray:
-    """Return W, float [L, E]: the trace's own sizes if it has them, else from the model's weight bits."""
-    shape = (model.moe_layers, most(model.experts))
-    if trace.expert_bytes is not None:
-        given = np.asarray(trace.expert_bytes, dtype=float)
-        return np.broadcast_to(given[:, None] if given.ndim == 1 else given, shape)
-    bits = model.weight_bits
-    if isinstance(bits, str | Path):
-        bits = np.loadtxt(bits, delimiter=",", ndmin=2)
-    elif isinstance(bits, list | tuple):
-        bits = np.asarray(bits, dtype=float)[:, None]
-    w = np.broadcast_to(np.asarray(bits, dtype=float) / 8, shape)
-    sizes = model.expert_matrices * expert_width(model) * model.expert_intermediate * w
-    if isinstance(model.experts, list):
-        for layer, count in enumerate(model.experts):
-            sizes[layer, count:] = 0.0
-    return sizes
-
-
-def expert_width(model: Any) -> int:
-    """Return the width in which experts work: that of the rows, unless the model says another."""
-    width = getattr(model, "moe_hidden", None)
-    return width if isinstance(width, int) else model.hidden
-
-
-def most(numbers: int | list[int]) -> int:
-    """Return a number that may be said for each layer: the largest."""
-    return max(numbers) if isinstance(numbers, list) else numbers
 
 
 def device_of(part: Any, flop: float, start_us: float) -> Device:
@@ -213,6 +196,7 @@ def machine_of(trace: OracleTrace, model: Any, system: Any, slots: int | None, d
         head_bytes=model.once_params * model.dense_weight_bits / 8,
         kv_bytes=model.kv_bytes_per_token_layer,
         activation_row_bytes=expert_width(model) * model.activation_bytes,
+        sparse_starts=sparse_starts(model),
         gpu=device_of(gpu, gpu.tflops * 1e12, gpu.launch_us),
         home=units or cpu,
         N=ndp.units if ndp else (1 if takes_part else 0),
@@ -298,8 +282,8 @@ def time_line(
         if shards:
             whole = {e: m.home_s(layer, e, n[e], len(units[e])) for e in shards}
             if share and share.expert in whole:
-                work_s = whole[share.expert] - m.home.start
-                whole[share.expert] = (1 - share.gpu) * work_s + m.home.start
+                start_s = m.lone_start(m.home)
+                whole[share.expert] = (1 - share.gpu) * (whole[share.expert] - start_s) + start_s
             seconds = math.fsum(whole.values())
             busy[u] = m.home.layer_start + seconds
     T_home = act + max(busy) + act if at_home else 0.0
@@ -329,9 +313,10 @@ def time_line(
             streamed = missing * m.W[layer, share.expert]
             clock += streamed / m.B_l + m.t_l
             T_gpu = max(T_gpu, clock)
-        work_s = m.gpu_s(layer, share.expert, n[share.expert], False) - m.gpu.start
-        T_gpu += share.gpu * work_s + m.gpu.start
-        gpu_busy += share.gpu * work_s + m.gpu.start
+        start_s = m.lone_start(m.gpu)
+        work_s = m.gpu_s(layer, share.expert, n[share.expert], False) - start_s
+        T_gpu += share.gpu * work_s + start_s
+        gpu_busy += share.gpu * work_s + start_s
     fetched = list(arrival)
     return TimeLine(
         on_gpu,

@@ -75,7 +75,7 @@ class Recorder(Replay):
                 seconds = line.streamed / m.B_l + m.t_l
                 self.note(layer, "fetch", "link_in", e, router_s + clock_s, seconds, None, line.streamed)
                 free_s = max(free_s, clock_s + seconds)
-            seconds = x * (m.gpu_s(layer, e, n[e], False) - m.gpu.start) + m.gpu.start
+            seconds = x * (m.gpu_s(layer, e, n[e], False) - m.lone_start(m.gpu)) + m.lone_start(m.gpu)
             part = (x * n[e], x * m.W[layer, e])
             self.note(layer, "expert", "gpu", e, router_s + free_s, seconds, *part, e in self.resident)
         shared = line.share.expert if line.share else -1
@@ -85,7 +85,7 @@ class Recorder(Replay):
                 if u in self.units[layer][e]:
                     g = len(self.units[layer][e])
                     rest = 1 - line.share.gpu if e == shared else 1.0
-                    seconds = rest * (m.home_s(layer, e, n[e], g) - m.home.own_start) + m.home.own_start
+                    seconds = rest * (m.home_s(layer, e, n[e], g) - m.lone_start(m.home)) + m.lone_start(m.home)
                     part = (rest * n[e] / g, rest * m.W[layer, e] / g)
                     self.note(layer, "expert", f"ndp{u}", e, unit_s, seconds, *part, e in self.resident)
                     unit_s += seconds

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 
 from moetrace.spec import Gpu, Link, Model, Ndp, PolicySpec, System
+from moetrace.spec.weights import WeightBits
 from support.oracle import DECODE, PREFILL, OracleTrace
 
 DISPATCHES = ("ndp", "gpu", "balance", "optimal", "split")
@@ -168,10 +169,27 @@ def traces(draw, max_steps: int = 12, max_experts: int = 12) -> tuple[OracleTrac
 
 
 @st.composite
+def weight_tables(draw) -> WeightBits:
+    """Draw bits of 4 to about 16 with what is stored beside them."""
+    return WeightBits(
+        bits=draw(st.integers(4, 8).map(float)),
+        codebook_bits=draw(st.sampled_from([0.0, 16.0])),
+        sparse=draw(st.sampled_from([0.0, 0.0045, 0.1])),
+        index_bits=draw(st.sampled_from([16.0, 32.0])),
+        group=draw(st.sampled_from([0, 32, 128])),
+        scale_bits=draw(st.sampled_from([0.0, 16.0])),
+    )
+
+
+@st.composite
 def models(draw, layers: int, experts: int, top_k: int, ties: bool = False) -> Model:
     """Draw a model of experts of about 1 MB; its dense part is never free, so that every step takes time."""
     bits = st.sampled_from([8.0, 16.0]) if ties else st.floats(4, 16)
     weight_bits = draw(bits | st.lists(bits, min_size=layers, max_size=layers), label="weight_bits")
+    sparse_launches = UNSET
+    if not ties and draw(st.integers(0, 4), label="tables of bits") == 0:
+        weight_bits = draw(weight_tables(), label="weight_bits")
+        sparse_launches = draw(st.sampled_from([UNSET, 0.0, 1.0, 2.5]), label="sparse_launches")
     return Model(
         name="random",
         moe_layers=layers,
@@ -182,6 +200,7 @@ def models(draw, layers: int, experts: int, top_k: int, ties: bool = False) -> M
         expert_intermediate=1024,
         expert_matrices=draw(st.sampled_from([1, 2])),
         weight_bits=weight_bits,
+        sparse_launches=sparse_launches,
         dense_weight_bits=draw(st.sampled_from([8, 16])),
         activation_bytes=draw(st.sampled_from([1, 2])),
         dense_params_per_layer=draw(st.sampled_from([2**16, 2**19, 2**21])),

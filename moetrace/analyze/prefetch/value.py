@@ -231,7 +231,7 @@ def _costs(
     if sizes is None or spec is None:
         raise UsageError("--system needs the model, to know how long a layer computes: name one with --model.")
     fetch_s = size / machine.link.bytes_s + machine.link.latency_s
-    run_s = size / machine.gpu.bytes_s + machine.gpu.launch_s
+    run_s = size / machine.gpu.bytes_s + (1 + spec.sparse_starts) * machine.gpu.launch_s
     return Costs(size, fetch_s, run_s, float(spec.dense_bytes / machine.gpu.bytes_s + machine.gpu.launch_s))
 
 

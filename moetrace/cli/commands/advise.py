@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     "budget",
     type=float,
     metavar="X",
-    help="The most that the machine may cost an hour, by usd_hour of its [price].",
+    help="The most that the machine may cost an hour, by the sum of its [price].",
 )
 @click.option(
     "--slots", metavar="N", help="Experts that the GPU holds: 48, 25% or 4000MiB; by default as many as have room."

@@ -3,6 +3,7 @@
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,9 +11,12 @@ from moetrace.cli.options.code import code_option
 from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.options.paths import ANY_PATH, FOLDER
 from moetrace.cli.options.presets import MODEL, POLICY, SYSTEM
-from moetrace.cli.tables.output import format_option, print_csv, print_json, say
+from moetrace.cli.tables.output import format_option, print_csv, print_json, print_text, say
 from moetrace.spec.choices import KINDS, legal
 from moetrace.spec.errors import UsageError
+
+if TYPE_CHECKING:
+    from moetrace.results.result import Result
 
 
 def _window(timeline: bool, window: str | None, folder: Path | None) -> bool | tuple[int | None, int | None]:
@@ -81,6 +85,9 @@ class _Command(click.Command):
 @click.option(
     "--window", metavar="A:B", help="Steps of the timeline, from A up to B without it; by default the first 16."
 )
+@click.option(
+    "--energy", is_flag=True, help="Also show energy and price by part, from [energy] and [price] of the system."
+)
 @click.option("--ignore-capacity", is_flag=True, help="Replay even if the experts do not fit the NDP units.")
 @code_option
 @format_option
@@ -95,6 +102,7 @@ def command(
     folder: Path | None,
     timeline: bool,
     window: str | None,
+    energy: bool,
     ignore_capacity: bool,
     code: bool,
     form: str,
@@ -105,6 +113,9 @@ def command(
     still save. -o DIR also writes summary.json (which --format json prints) and steps, units, layers, requests
     and experts as Parquet files. --timeline records what each unit and link did in a window of steps.
 
+    --energy adds what each part of the machine draws and costs: a second table, `accounts` in JSON, and with
+    --format csv these rows instead.
+
     --set model.FIELD, system.FIELD and policy.FIELD change the specs, the last in every policy; policy.NAME.FIELD
     changes the policy of that name alone.
     """
@@ -113,6 +124,11 @@ def command(
 
     changes = split_settings(settings, ["model", "system", "policy"])
     steps = _window(timeline, window, folder)
+    if energy:
+        from moetrace.cli.tables.account_table import check_rates
+        from moetrace.spec import load_system
+
+        check_rates(load_system(system, changes["system"]))
     with Trace.open(trace) as opened:
         from moetrace.results.break_even import verified_batch
         from moetrace.results.publish import staged
@@ -138,11 +154,21 @@ def command(
                 result.write_into(temporary)
     for warning in result.warnings:
         say(f"moetrace: note: {warning}")
+    _print(result, str(trace), form, energy)
+
+
+def _print(result: "Result", name: str, form: str, energy: bool) -> None:
+    """Print a result in a form; `name` is what the user called the trace."""
     if form == "json":
-        print_json(result.to_dict())
+        print_json(result.to_dict() | ({"accounts": result.accounts.to_dicts()} if energy else {}))
     elif form == "csv":
-        print_csv(result.summary)
+        print_csv(result.accounts if energy else result.summary)
     else:
         from moetrace.cli.tables.replay_table import print_comparison
 
-        print_comparison(result.to_dict(), str(trace))
+        print_comparison(result.to_dict(), name)
+        if energy:
+            from moetrace.cli.tables.account_table import print_accounts
+
+            print_text("")
+            print_accounts(result.accounts, result.to_dict(), result.run.system)

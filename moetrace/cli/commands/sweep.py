@@ -30,7 +30,7 @@ _SHOWN_ERRORS = 10
 @click.option("--search", "searches", is_flag=True, help="Look for the best policy instead of replaying all.")
 @click.option(
     "--pareto",
-    type=click.Choice(["gpu_memory_bytes", "link_bytes", "price"]),
+    type=click.Choice(["gpu_memory_bytes", "link_bytes", "price", "energy_j", "price_usd"]),
     help="What the front sets against latency; by default what the file says, else GPU memory.",
 )
 @slo_option
@@ -65,8 +65,8 @@ def command(
     cells.parquet. A cell that fails is named and does not stop the others; the exit code is then 1.
 
     The table marks the Pareto front: cells that no other of the same trace beats in both latency and GPU memory
-    (or link bytes, or price). What knows the future or does not fit the machine is marked, and never on the front; nor
-    is what misses a limit of --slo.
+    (or link bytes, price or energy). What knows the future or does not fit the machine is marked, and never on the
+    front; nor is what misses a limit of --slo.
 
     --sort, --top, --columns and --baseline choose what is printed; DIR gets everything.
 

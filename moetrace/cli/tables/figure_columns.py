@@ -13,12 +13,14 @@ from moetrace.spec.named import nearest
 _FORMS = {
     "total_s": "{:,.1f}",
     "ttft_s_p50": "{:,.2f}",
-    "price": "{:,.0f}",
+    "price_usd": "{:,.3g}",
     "remote_usd": "{:,.3g}",
+    "energy_per_token_j": "{:,.3f}",
     "gpu_memory_bytes": "{:,.2f}",
 }
-_BY_UNIT = {"s": "{:,.3f}", "bytes": "{:,.1f}", "1/s": "{:,.1f}", "share": "{:.1f}", "price": "{:,.0f}"}
-_BY_UNIT |= {"ratio": "{:.2f}x", "count": "{:,.0f}", "USD": "{:,.2f}"}
+_BY_UNIT = {"s": "{:,.3f}", "bytes": "{:,.1f}", "1/s": "{:,.1f}", "share": "{:.1f}"}
+_BY_UNIT |= {"J": "{:,.1f}", "USD": "{:,.2f}", "USD/h": "{:,.2f}"}
+_BY_UNIT |= {"ratio": "{:.2f}x", "count": "{:,.0f}"}
 
 
 def column_names(names: Iterable[str], option: str) -> list[str]:

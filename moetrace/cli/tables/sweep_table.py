@@ -9,15 +9,18 @@ import polars as pl
 from moetrace.cli.tables.figure_columns import better, column_names, is_shown, text_column
 from moetrace.cli.tables.output import figure, stdout_console
 from moetrace.cli.tables.parts import TextColumn, print_parts
-from moetrace.results.record import COSTS
+from moetrace.results.record import COLUMNS, FRONTS
 from moetrace.spec.errors import UsageError
 
 # Columns of the frame that are shown where nobody chooses; what is zero or undefined in all cells is left out.
 _SHOWN = (
     *("total_s", "speedup", "tokens_per_s", "ttft_s_p50", "tpot_s_p50", "tpot_s_p99", "itl_s_p50", "itl_s_p99"),
     *("hit_rate", "gpu_memory_bytes", "link_bytes", "price"),
+    *("energy_j", "energy_per_token_j", "price_usd", "usd_per_million_tokens"),
 )
-_AGAINST = {"gpu_memory_bytes": COSTS["gpu_memory_bytes"].label, "link_bytes": "bytes over the link"}
+_AGAINST = {name: COLUMNS[name].label for name in FRONTS} | {"link_bytes": "bytes over the link"}
+# What a system must have for a front against these.
+_TABLES = {"energy_j": "[energy]", "price_usd": "a [price]", "price": "a [price]"}
 
 
 class Shown(NamedTuple):
@@ -105,13 +108,13 @@ def _legend(cells: pl.DataFrame, axes: list[str], varying: list[str], pareto: st
     lines = [f"In all cells: {', '.join(same)}."] if same else []
     if "total_s" not in cells.columns:
         return lines
-    against = _AGAINST.get(pareto, "price")
+    against = _AGAINST[pareto]
     of = ["trace"] if "trace" in varying or "model" in varying else []
     of += ["batch"] if "batch" in varying else []
     many = f" of its {' and '.join(of)}" if of else ""
     front = f"* Pareto front: no other cell{many} beats it in total time or {against} without losing in the other."
-    if pareto == "price" and cells["price"].is_null().all():
-        front = "No system lists a [price], so there is no front: give it one, or take another --pareto."
+    if (table := _TABLES.get(pareto)) and (pareto not in cells.columns or cells[pareto].is_null().all()):
+        front = f"No system lists {table}, so there is no front: give it one, or take another --pareto."
     if len(cells) > 1 and is_shown(cells, "speedup"):
         front += f" Speed-ups are against {view.baseline}, all else equal."
     if "slo_miss" in cells.columns:

@@ -4,18 +4,18 @@ from typing import Any
 
 import polars as pl
 
-from moetrace.results.record import COSTS
+from moetrace.results.record import COLUMNS, FRONTS
 from moetrace.results.swept import Swept
 from moetrace.show.charts.style import ChartGroup, colour, data, log_if_wide, shape
 
 # Titles of axes.
-_COSTS = {name: f"{cost.label}, GB" if cost.unit == "bytes" else cost.label for name, cost in COSTS.items()}
+_COSTS = {name: f"{COLUMNS[name].label}, {COLUMNS[name].shown[1]}" for name in FRONTS}
 _MOST_PANELS = 6
 _MOST_VALUES = 24
 
 
 def pareto_front(swept: Swept) -> ChartGroup | None:
-    """Draw time against GPU memory and link bytes, the Pareto front marked; a panel for each trace."""
+    """Draw time against each cost of `FRONTS`, the Pareto front marked; a panel for each trace."""
     import altair as alt
 
     costs = [cost for cost in _COSTS if cost in swept.cells.columns and swept.done[cost].count()]
@@ -56,7 +56,7 @@ def pareto_front(swept: Swept) -> ChartGroup | None:
             panels.append((title, alt.LayerChart(layer=layers, height=300)))
     words = "Each mark is a cell. Towards the lower left is better: faster, and with less."
     if marked:
-        cost = COSTS[swept.pareto].label
+        cost = COLUMNS[swept.pareto].label
         words += (
             f" Ringed: the Pareto front, cells that no other beats in both time and {cost}; the steps are the least "
             "time that so much buys."
@@ -64,7 +64,8 @@ def pareto_front(swept: Swept) -> ChartGroup | None:
     columns = ["name", "total_s", *costs, "pareto"]
     table = done.filter("pareto").sort("total_s").select(columns) if done["pareto"].any() else done.select(columns)
     table = table.rename({"total_s": "seconds", **{cost: _COSTS[cost] for cost in costs}})
-    return ChartGroup("front", "Time against what it costs", words, panels[:_MOST_PANELS], table) if panels else None
+    shown = panels[: max(_MOST_PANELS, 2 * len(costs))]
+    return ChartGroup("front", "Time against what it costs", words, shown, table) if panels else None
 
 
 def axes(swept: Swept) -> ChartGroup | None:

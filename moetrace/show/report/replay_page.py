@@ -7,7 +7,7 @@ import polars as pl
 
 from moetrace.results.publish import file_in
 from moetrace.results.read_parquet import readable
-from moetrace.results.record import FIGURES, TIMELINE_FILE, PolicyFigures, Summary, value_in
+from moetrace.results.record import ACCOUNTS, FIGURES, TIMELINE_FILE, PolicyFigures, Summary, value_in
 from moetrace.results.replayed import Replayed
 from moetrace.show.charts import QUESTIONS
 from moetrace.show.charts.analyzed import balance as balanced
@@ -101,6 +101,7 @@ def _side_by_side(summary: Summary) -> str:
 
 
 def _card(policy: PolicyFigures, fastest: bool) -> str:
+    figures = msgspec.to_builtins(policy)
     pairs = [
         ("Speed-up", "–" if policy.speedup is None else f"{policy.speedup:.2f}×"),
         ("TTFT, median", page.seconds(policy.ttft_s.p50)),
@@ -110,6 +111,11 @@ def _card(policy: PolicyFigures, fastest: bool) -> str:
         ("Over bound", page.percent(_over(policy.total_s, policy.bound_s))),
         ("Over clairvoyant", page.percent(_over(policy.total_s, policy.clairvoyant_s))),
         ("Hits", page.percent(policy.hit_rate)),
+        *(
+            (_row_name(name), _shown(name, value))
+            for name in ACCOUNTS
+            if (value := value_in(figures, name)) is not None
+        ),
     ]
     badge = '<span class="badge">fastest</span>' if fastest else ""
     return (
@@ -133,7 +139,7 @@ def _figures(summary: Summary) -> pl.DataFrame:
 
 def _row_name(name: str) -> str:
     figure = FIGURES[name]
-    return f"{figure.label}, GB" if figure.unit == "bytes" else figure.label
+    return f"{figure.label}, {figure.shown[1]}" if figure.unit in ("bytes", "J", "USD") else figure.label
 
 
 def _shown(name: str, value: float | None) -> str:
@@ -167,6 +173,12 @@ def _words(summary: Summary) -> str:
         "TTFT and TPOT are of requests as the trace batches them, without queueing. A hit is an active expert that was "
         "on the GPU when the router spoke, wherever it then ran: a hit rate is not a latency."
     )
+    if any(name in msgspec.to_builtins(best) for name in ACCOUNTS):
+        told.append(
+            "Energy and price are accounts of the simulated time: a part draws its idle watts all the time and more "
+            "while it works, the link draws for what it carries, and each hour has its price. They are as good as the "
+            "watts and prices that the system lists; a part without any is not in them."
+        )
     return "".join(f"<p>{page.text(words)}</p>" for words in told)
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import polars as pl
 
-from moetrace.results.record import COLUMNS
-from moetrace.results.swept import LATENCIES, Swept
+from moetrace.results.record import COLUMNS, FRONTS
+from moetrace.results.swept import LATENCIES, PER_TOKEN, Swept
 from moetrace.show.charts.sweep_charts import axes, pareto_front
 from moetrace.show.report import page
 
@@ -23,6 +23,7 @@ _COLUMNS = {
     "hit_rate": "hit rate",
     "gpu_memory_bytes": f"GPU memory, {COLUMNS['gpu_memory_bytes'].sign}",
     "link_bytes": f"{COLUMNS['link_bytes'].heading}, {COLUMNS['link_bytes'].sign}",
+    **{name: f"{COLUMNS[name].label}, {COLUMNS[name].sign}" for name in (*FRONTS[2:], *PER_TOKEN)},
     "pareto": "Pareto front",
     "error": "error",
 }
@@ -64,7 +65,7 @@ def _lede(swept: Swept) -> str:
 
 
 def _best(swept: Swept) -> str:
-    """A card for the fastest cell of each trace, and one for the least time times the price of the machine."""
+    """A card for the fastest cell of each trace, one for the least time times the price of the machine, and energy."""
     done = swept.done.sort("total_s", maintain_order=True)
     if done.is_empty():
         return "<p>No cell has a result.</p>"
@@ -76,6 +77,9 @@ def _best(swept: Swept) -> str:
         titled.append(
             ("Most work for its price", done.drop_nulls("price").sort(worth, maintain_order=True).row(0, named=True))
         )
+    if "energy_j" in done.columns and done["energy_j"].drop_nulls().n_unique() > 1 and not several:
+        frugal = done.drop_nulls("energy_j").sort("energy_j", maintain_order=True).row(0, named=True)
+        titled.append((f"Least energy: {page.number(frugal['energy_j'])} J", frugal))
     cards = []
     for title, row in titled:
         pairs = [(axis, page.number(row[axis])) for axis in swept.axes if axis != "trace"]

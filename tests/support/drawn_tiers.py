@@ -1,0 +1,94 @@
+"""Random machines and policies with any mix of the mechanisms that `tiers_oracle` has.
+
+As in `drawn_machines`, a machine is a plain dict, as its TOML file would be; but `link.rates` is a list of (second,
+GB/s), and a policy's `layout` a dict, where the files of a TOML would be written from them.
+"""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from support.drawn_machines import MachineCase, fields, machine_cases
+
+CHUNKS = (1, 2, 8, "auto")
+KEPT = (
+    {"residency": "none"},
+    {"residency": "lru"},
+    {"residency": "lfu"},
+    {"residency": "ewma"},
+    {"residency": "lfu", "prefetch": "online:2"},
+    {"residency": "ewma", "prefetch": "online:1"},
+    {"residency": "ewma", "prefetch": "online:2", "prefetch_blocks": True},
+    {"residency": "lru", "prefetch": "oracle:2", "p": 0.7},
+)
+
+
+@st.composite
+def tier_cases(draw, max_steps: int = 6, max_experts: int = 7, units: tuple[int, ...] = ()) -> MachineCase:
+    """Draw a case of `machine_cases`, and switch mechanisms on; with NDP units if it says how many."""
+    cases = machine_cases(max_steps=max_steps, max_experts=max_experts)
+    case = draw(cases.filter(lambda case: not units or case.system.get("ndp", {}).get("units") in units))
+    system = case.system
+    rate = system["link"]["bandwidth_gb_s"]
+    system["gpu"] |= draw(fields(evict_us=(0.0, 130.0)))
+    loss = {"loss": (0.0, 0.0, 0.02, 0.4), "mtu_bytes": (1460, 256, 10_000), "rto_ms": (0.0, 0.3)}
+    loss |= {"loss_mode": ("reliable", "relaxed"), "seed": (0, 2**40 + 3)}
+    system["link"] |= draw(fields(stream=(1, 0, 2, 5), **loss))
+    if draw(st.booleans(), label="rates"):
+        times = draw(st.lists(st.floats(0, 0.03), min_size=1, max_size=5, unique=True))
+        system["link"]["rates"] = [(at, rate * draw(st.sampled_from([0.3, 1.0, 2.5]))) for at in sorted(times)]
+    if "cpu" in system:
+        system["cpu"] |= draw(fields(chunks=CHUNKS))
+    if "ndp" in system:
+        units = {"chunks": CHUNKS, "contention": (False, True), "activations": ("per-unit", "host")}
+        system["ndp"] |= draw(fields(**units, outside_gb_s=(1e6, rate * 0.6, rate * 1.7)))
+        system["ndp"]["move_gb_s"] = rate * draw(st.sampled_from([0.5, 3.0]))
+        system["host"] = draw(fields(channels_gb_s=(1e6, rate * 0.8, rate * 3)))
+    elif draw(st.booleans(), label="disk"):
+        system["disk"] = {"bandwidth_gb_s": rate * draw(st.sampled_from([0.2, 1.0, 4.0])), "latency_us": 50.0}
+        most = case.model.moe_layers * case.model.most_experts
+        system["host"] = {
+            "slots": draw(st.integers(0, most)),
+            "residency": draw(st.sampled_from(["lru", "fifo", "lfu"])),
+        }
+    if draw(st.booleans(), label="remote"):
+        system["remote"] = {"tflops_per_vcpu": 0.01, "bandwidth_gb_s_per_vcpu": rate, "vcpus": 2, "network_gb_s": rate}
+        system["remote"] |= draw(fields(call_ms=(0.0, 0.5), start_ms=(0.0, 9.0), payload_mb=(6.0, 1e-3)))
+    return case
+
+
+@st.composite
+def tier_policies(
+    draw,
+    case: MachineCase,
+    kinds: tuple[str, ...] = (),
+    placements: tuple[str, ...] = ("ep", "ep-block", "tp", "striped", "mixed"),
+    relayout: bool | None = None,
+) -> dict[str, Any]:
+    """Draw a policy that runs on the machine, of some dispatches and placements."""
+    system = case.system
+    known = ["gpu"]
+    if "ndp" in system or "cpu" in system:
+        known += ["home", "in-place", "hot", "hot:ratio", "balance", "optimal", "fiddler", "cheapest", "bottleneck"]
+    chosen: dict[str, Any] = {"placement": "ep", "dispatch": draw(st.sampled_from(kinds or known), label="dispatch")}
+    kept = dict(draw(st.sampled_from(KEPT), label="kept"))
+    if "ndp" in system:
+        chosen["placement"] = draw(st.sampled_from(placements))
+    if "disk" in system:
+        kept = {"residency": kept["residency"]}
+    if chosen["placement"] == "mixed":
+        units = system["ndp"]["units"]
+        where = st.sampled_from(["striped", *range(units)])
+        keys = st.tuples(st.integers(0, case.model.moe_layers - 1), st.integers(0, case.model.most_experts - 1))
+        chosen["layout"] = draw(st.dictionaries(keys, where, max_size=6), label="layout")
+        if draw(st.booleans(), label="relayout") if relayout is None else relayout:
+            kept = {"residency": "ewma", "prefetch": "relayout", "alpha": draw(st.sampled_from([0.3, 0.9]))}
+    if chosen["dispatch"] in ("hot", "hot:ratio"):
+        kept = {}
+    if "remote" in system:
+        chosen |= {
+            "remote": draw(st.sampled_from([0.0, 0.3, 0.6])),
+            "replicas": draw(st.integers(1, 3)),
+            "plan_steps": 3,
+        }
+    return chosen | kept | {"scope": draw(st.sampled_from(["layer", "global"]))}
