@@ -323,6 +323,17 @@ def test_results_have_figures_of_functions_only_where_there_are_some():
     assert sized.summary["remote_usd"].item() == pytest.approx(0.5 * 4 * 35e-3)
 
 
+def test_an_account_has_the_price_of_functions():
+    machine = system(price={"usd_hour": 3600.0})
+    trace = steps(rows(0, 1, 2), rows(2))
+    result = replay_trace(trace, model=model(), system=machine, policies=[policy("home", remote=0.5), "all-cpu"])
+    usd = {(name, part): usd for name, part, usd in result.accounts.select("policy", "part", "price_usd").rows()}
+    functions, total_s = result.summary["remote_usd"][0], result.summary["total_s"]
+    assert functions > 0 and set(usd) == {("home", "machine"), ("home", "remote"), ("all-cpu", "machine")}
+    assert (usd["home", "machine"], usd["home", "remote"]) == pytest.approx((total_s[0], functions))
+    assert result.summary["price_usd"].to_list() == pytest.approx([total_s[0] + functions, total_s[1]])
+
+
 def test_a_timeline_begins_with_the_cold_start():
     trace = steps(rows(0, 1), rows(2))
     result = replay_trace(trace, model=model(), system=system(), policies=policy("home", remote=0.5), timeline=(0, 2))
