@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import polars as pl
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.drawn_machines import MachineCase
@@ -38,6 +39,9 @@ def run_of(case: MachineCase, policy: dict[str, Any], folder: Path) -> Run:
     if "disk" in system:  # the oracle's host says both
         fields["host_residency"] = system["host"]["residency"]
         system["host"] = {"slots": system["host"]["slots"]}
+    if system["link"].get("rates"):
+        rates = written(folder / "rates.csv", system["link"]["rates"])
+        system["link"] = system["link"] | {"rates": str(rates)}
     spec = load_policy(msgspec.convert(fields, PolicySpec))
     return replay(Case(case.trace, case.model, msgspec.convert(system, System), case.slots), [spec])
 
@@ -61,6 +65,10 @@ def check(run: Run, expected: Figures) -> None:
     close(lane.work_bound_s, expected.work_bound_s, "work_bound_s")
     if not expected.moved_bytes:  # else the oracle has the layout in force
         close(lane.clairvoyant_s, expected.clairvoyant_s, "clairvoyant_s")
+    if lane.losses is not None:
+        assert lane.losses.gate_mass_dropped == pytest.approx(expected.gate_mass_dropped, rel=1e-9)
+        resent = expected.resent_out_bytes, expected.resent_in_bytes
+        close((lane.losses.resent_out_bytes, lane.losses.resent_in_bytes), resent, "resent")
     if lane.tiers is not None:
         close(lane.tiers.tally["evict_s"][0], expected.per_step("evict_s").sum(), "evict_s")
         if lane.tiers.layout is not None:
@@ -88,8 +96,6 @@ def compare(case: MachineCase, policy: dict[str, Any], folder: Path) -> Run:
 
 
 def without(case: MachineCase, policy: dict[str, Any]) -> None:
-    for name in ("loss", "mtu_bytes", "rto_ms", "loss_mode", "seed", "rates"):
-        case.system["link"].pop(name, None)
     for name in ("remote",):
         case.system.pop(name, None)
     if "disk" in case.system:
