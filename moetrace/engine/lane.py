@@ -28,7 +28,7 @@ from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_
 from moetrace.engine.tiers.tier_host import end_disk
 from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, REMOTE_ROW, Tiers
 from moetrace.engine.tiers.tier_remote import RemoteExperts, end_remote, remote_of, with_remote
-from moetrace.engine.tiers.tier_transfers import Losses, losses_of, with_rates, with_transfers
+from moetrace.engine.tiers.tier_transfers import Losses, losses_of, note_remote_mass, with_rates, with_transfers
 from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
@@ -82,8 +82,9 @@ class Lane:
         if self.books is not None:
             self.state = self.state._replace(prompts=self.books.lend(batch.steps.first))
         if self.remote is not None and self.tiers is not None:
-            batch, times = self.remote.split(batch)
+            whole, (batch, times) = batch, self.remote.split(batch)
             self.tiers = self.tiers._replace(remote=times)
+            note_remote_mass(self.tiers.transfers, whole, batch)
         try:
             for part in self._cut_where_cold(batch):
                 if self.recording is None:
