@@ -12,6 +12,7 @@ from moetrace.engine.demand import Demand, see_gates
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.foresight import foresee
 from moetrace.engine.layer import shared_s, timeline
+from moetrace.engine.levels import choose_level, time_levels
 from moetrace.engine.machine import DEVICE, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
     BY_WORTH,
@@ -90,6 +91,7 @@ class Aside(NamedTuple):
 
     foresight: Any = None  # of a policy that foresees
     tape: Any = None  # on which everything that is done is noted
+    levels: Any = None  # of frequency, which steps under a deadline choose from
 
 
 class Work(NamedTuple):
@@ -221,6 +223,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     else:
         shared = -1
         line = tier_line(tiers, machine, view, size, plan)
+    time_levels(aside.levels, layer, plan, shared, line, view, tiers, machine)
     fetched = carry_out(layer, size, state, log)
     if tiers is not None:
         note_cpu(layer, size, state.scratch, log)
@@ -314,6 +317,7 @@ def replay_batch(work, dispatch, residency, tiers, aside):
         row.duration_s = row.dense_s + row.moe_s + head + row.wait_s
         log.unit[GPU].busy_s += head
         log.unit[GPU].bytes += machine.work[0].head_bytes
+        choose_level(aside.levels, s, dense, work)
         if setting.counts_prompts:
             _end_step(step, batch, setting, state, log)
         note_head(aside.tape, step, machine, state)

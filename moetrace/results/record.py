@@ -188,6 +188,28 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
             "a million\ntokens",
         ),
     ] = UNSET
+    # Only of a policy with a deadline (`OPTIONAL`).
+    in_time: Annotated[
+        float | UnsetType | None,
+        Figure(
+            "share",
+            "share of the steps that end within the policy's `deadline_ms`; only with it",
+            "higher",
+            "steps in time",
+            "in\ntime",
+        ),
+    ] = UNSET
+    mean_frequency: Annotated[
+        float | UnsetType | None,
+        Figure(
+            "share",
+            "mean over the steps of the frequency of their level, over that of the top; only with `deadline_ms` and "
+            "`[[gpu.levels]]`",
+            None,
+            "frequency, mean",
+            "fre-\nquency",
+        ),
+    ] = UNSET
 
     @property
     def bound_s(self) -> float:
@@ -337,6 +359,8 @@ COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in
 # The figures that a system without a table does not have, and that table.
 ACCOUNTS: dict[str, str] = dict.fromkeys(("energy_j", "energy_per_token_j"), "energy")
 ACCOUNTS |= dict.fromkeys(("price_usd", "usd_per_million_tokens"), "price")
+# The figures that not every policy of a file has, and what they need: a table of the system, or a field of the policy.
+OPTIONAL: dict[str, str] = ACCOUNTS | dict.fromkeys(("in_time", "mean_frequency"), "deadline_ms")
 # What a Pareto front may set against time.
 FRONTS = (*COSTS, "energy_j", "price_usd")
 
@@ -344,9 +368,9 @@ FRONTS = (*COSTS, "energy_j", "price_usd")
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
     """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is.
 
-    `check` returns each number as it is to be used; by default as it is. A figure of `ACCOUNTS` may be absent: None.
+    `check` returns each number as it is to be used; by default as it is. One of `OPTIONAL` may be absent: None.
     """
-    if name in ACCOUNTS and name not in policy:
+    if name in OPTIONAL and name not in policy:
         return None
     value: Any = policy
     for key in name.split("."):

@@ -12,11 +12,12 @@ import numpy as np
 from moetrace.engine.run import Lane, Run
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.accounts import account_figures
+from moetrace.results.deadlines import deadline_figures
 from moetrace.results.frames import lane_accounts, total_s, utilization_of
 from moetrace.results.record import (
-    ACCOUNTS,
     COLUMNS,
     FIGURES,
+    OPTIONAL,
     PolicyFigures,
     Spread,
     SummaryFile,
@@ -95,7 +96,8 @@ def policy_figures(run: Run, break_even: Sequence[float | None] | None = None) -
     figures = [_figures(run, lane) for lane in run.lanes]
     decode_rows = int(run.schedule.requests.output_rows.sum())
     for each, lane in zip(figures, run.lanes, strict=True):
-        for name, value in account_figures(lane_accounts(run.system, lane), decode_rows).items():
+        found = account_figures(lane_accounts(run.system, lane), decode_rows) | deadline_figures(run.system, lane)
+        for name, value in found.items():
             setattr(each, name, value)
     for each, tokens in zip(figures, break_even or [None] * len(figures), strict=True):
         each.break_even_tokens = tokens
@@ -119,12 +121,12 @@ def _check_finite(policy: dict[str, Any], run: Run) -> None:
 def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
     """Return one row a policy; nested figures get names like `ttft_s_p50`, `utilization_ndp` is the units' mean.
 
-    A figure of `ACCOUNTS` that no policy has is no column.
+    A figure of `OPTIONAL` that no policy has is no column.
     """
     paths = {
         name: path
         for name, path in _PATHS.items()
-        if path not in ACCOUNTS or any(path in policy for policy in policies)
+        if path not in OPTIONAL or any(path in policy for policy in policies)
     }
     columns = {name: [value_in(policy, path) for policy in policies] for name, path in paths.items()}
     types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in paths}

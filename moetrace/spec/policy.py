@@ -76,6 +76,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     follows: bool | None = None
     now_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
     long_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    deadline_ms: Annotated[float, Meta(ge=1e-6, le=1e9)] | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
@@ -91,7 +92,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def unread(self) -> list[str]:
         """Parameters that none of the choices reads."""
         read = set(_OWN_READS if _split(self.residency) else ())
-        read |= {"budget"} if self.budget is not None else set()  # goes with a scope, not with a choice
+        # These go with no choice: the one with a scope, the other with any policy.
+        read |= {field for field in ("budget", "deadline_ms") if getattr(self, field) is not None}
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
             read |= set(record.parameters) if record else set()

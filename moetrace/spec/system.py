@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from moetrace.spec.errors import UsageError
+from moetrace.spec.frequency import Level, by_frequency, level_misfits
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.load import convert, read
 from moetrace.spec.rates import Energy, Price, misfits
@@ -70,6 +71,9 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             Python. By default 0. The hand-off to a CPU is `cpu.command_us`.
         evict_us: Microseconds that each admission adds which evicts another expert, as for pages that are unmapped and
             mapped again. By default 0.
+        levels: The frequency levels that a policy with `deadline_ms` chooses from, the top first. By default the top
+            only.
+        memory_scales: Whether the memory's bandwidth goes with the frequency of a level. By default it does not.
     """
 
     name: str
@@ -84,6 +88,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     roofline: Roofline | None = None
     layer_overhead_us: NotNegative | None = None
     evict_us: NotNegative | None = None
+    levels: list[Level] | None = None
+    memory_scales: bool | None = None
 
     @property
     def flop_s(self) -> float:
@@ -344,8 +350,8 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         The system.
 
     Raises:
-        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, or a part has watts or a price
-            that the system lacks. The message names the TOML path.
+        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, levels have no top, or a part
+            has watts or a price that the system lacks. The message names the TOML path.
         MoetraceError: A file cannot be read.
 
     Examples:
@@ -364,4 +370,14 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         there.add("host")
     if misfit := next(misfits(system.energy, system.price, there), None):
         raise UsageError(f"{loaded.where}: {misfit}.")
-    return system
+    return _with_levels(system, loaded.where)
+
+
+def _with_levels(system: System, where: str) -> System:
+    """Return a system whose GPU has its levels by frequency, once they are checked."""
+    levels = None if system.gpu.levels is None else by_frequency(system.gpu.levels)
+    if misfit := next(level_misfits(levels, system.gpu.memory_scales), None):
+        raise UsageError(f"{where}: {misfit}.")
+    if levels == system.gpu.levels:
+        return system
+    return msgspec.structs.replace(system, gpu=msgspec.structs.replace(system.gpu, levels=levels))
