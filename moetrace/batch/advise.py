@@ -16,7 +16,7 @@ from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import forget
 from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
-from moetrace.results.record import ACCOUNTS, ADVICE_FILE, POLICY_FILE, choices_of
+from moetrace.results.record import ADVICE_FILE, OF_A_TABLE, POLICY_FILE, choices_of
 from moetrace.results.resolve import by_spec, model_of
 from moetrace.spec import Model, System, default_policies, gpu_slots, load_model, load_system
 from moetrace.spec.choices import find
@@ -105,7 +105,7 @@ class Question:
             raise UsageError("An advice chooses the policy: change fields of the model and the system only.")
         self.system = load_system(system, changes["system"])
         for limit in self.slos:
-            if (table := ACCOUNTS.get(limit.metric)) and getattr(self.system, table) is None:
+            if (table := OF_A_TABLE.get(limit.metric)) and getattr(self.system, table) is None:
                 raise UsageError(
                     f"The SLO {limit.text!r} needs [{table}] in system {self.system.name}: add it or drop the SLO."
                 )

@@ -143,9 +143,10 @@ def _identity(policy: PolicySpec) -> tuple:
 
 
 def _usable(kind: str) -> Iterator[Any]:
-    """Records that a replay takes, and that need no file."""
+    """Records that a replay takes, that need no file, and that decide for time, not for what may get lost."""
     for record in choices_of(kind).values():
-        if not record.instead and not set(record.parameters) & set(NEEDED_FILES):
+        weighs = getattr(record, "weighs", False)
+        if not record.instead and not weighs and not set(record.parameters) & set(NEEDED_FILES):
             yield record
 
 

@@ -181,7 +181,8 @@ def files_of(setup: Setup) -> dict[str, str]:
     """Paths of the files that the specs of a setup name, by field: tables of numbers, functions, other packages."""
     model, policy = setup.model, setup.policies[0]
     found: dict[str, Any] = {"model.weight_bits": model.weight_bits, "model.expert_bits": model.expert_bits}
-    found |= {f"policy.{field}": getattr(policy, field) for field in ("loads", "plan", "static", "budget")}
+    found["system.link.rates"] = setup.system.link and setup.system.link.rates
+    found |= {f"policy.{field}": getattr(policy, field) for field in ("loads", "plan", "static", "budget", "layout")}
     files = {field: path for field, path in found.items() if isinstance(path, str) and path != AUTO}
     for field in KINDS:
         file, colon, _ = getattr(policy, field).rpartition(":")

@@ -12,7 +12,7 @@ from moetrace.batch.search_space import SearchChoices
 from moetrace.batch.slo import worst_miss
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, tasks_of
-from moetrace.results.record import ACCOUNTS
+from moetrace.results.record import OF_A_TABLE
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Halver:
             )
         if trial.value is None:
             trial.error = f"{objective} is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
-            if table := ACCOUNTS.get(objective):
+            if table := OF_A_TABLE.get(objective):
                 rows = ", and the trace decode rows" if "token" in objective else ""
                 trial.error = f"{objective} is undefined: the system needs [{table}]{rows}."
 

@@ -115,7 +115,8 @@ def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, st
     As many cells share a task as pay off and as memory holds. A trace that is not kept is read once by each job, if
     memory holds its share of the cells.
     """
-    needs = needs_of(cell.policy for cell in cells.values())
+    systems = (cell.setup.system for cell in cells.values() if cell.setup)
+    needs = needs_of((cell.policy for cell in cells.values()), systems)
     kept = is_kept(trace, needs)
     even = -(-len(cells) // (jobs * (_TASKS_A_JOB if steps is None and kept else 1)))
     # A trace that is read again by each task is read by as few as possible.

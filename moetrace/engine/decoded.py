@@ -17,6 +17,7 @@ from moetrace.spec.choices import find, source_of
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.load import FUNCTION_FIELDS
 from moetrace.spec.policy import PolicySpec
+from moetrace.spec.system import System
 from moetrace.trace.format import Block, Trace
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, check_ids
 
@@ -28,15 +29,17 @@ class Needs(NamedTuple):
     next_steps: bool  # when each is demanded next
     prompts: bool  # which row of a prompt chose what
     rows: bool = False  # which row chose what
-    gates: bool = False  # sums of gates: a user's function may name them
+    gates: bool = False  # sums of gates: a dispatch reads them, or a user's function may name them
+    each_gate: bool = False  # which row gave which choice which gate
 
 
-def needs_of(policies: Iterable[PolicySpec]) -> Needs:
-    """Return what at least one of the policies needs."""
+def needs_of(policies: Iterable[PolicySpec], systems: Iterable[System] = ()) -> Needs:
+    """Return what at least one of the policies, or a system that they run on, needs."""
     ahead_layers, residencies, gates = 0, [], False
     for policy in policies:
         prefetch, residency = find("prefetch", policy.prefetch), find("residency", policy.residency)
-        gates |= may_be_users(policy)
+        dispatch = find("dispatch", policy.dispatch)
+        gates |= may_be_users(policy) or (dispatch is not None and dispatch.weighs)
         if prefetch.ahead:
             ahead_layers = max(ahead_layers, policy.prefetch_depth)
         if residency is not None:
@@ -47,6 +50,7 @@ def needs_of(policies: Iterable[PolicySpec]) -> Needs:
         any(residency.counts_prompts for residency in residencies),
         any(residency.foresees for residency in residencies),
         gates,
+        any(system.link is not None and system.link.loses_rows for system in systems),
     )
 
 
@@ -108,7 +112,8 @@ class Decoded:
                 demand = next_steps.add_to(demand, block.steps, trace.layers)
             if gates:
                 demand = _weighed(trace, block, demand)
-            return _batch(block, demand, schedule, self.needs), int(block.offset[block.steps])
+            own_gates = _gates(trace, block) if self.needs.each_gate else None
+            return _batch(block, demand, schedule, self.needs, own_gates), int(block.offset[block.steps])
 
         blocks = trace.compared_blocks(_ahead_steps(trace, self.needs))
         if pool is None:
@@ -138,8 +143,9 @@ def decoded_bytes(trace: Trace, needs: Needs) -> int:
     a_choice += 8 if needs.gates else 0
     total = int(active.sum()) * a_choice + 8 * trace.steps * trace.layers + trace.rows
     ids = trace.rows * trace.layers * trace.top_k
-    if needs.prompts or needs.rows:
+    if needs.prompts or needs.rows or needs.each_gate:
         total += 2 * ids + 8 * trace.rows
+    total += 4 * ids if needs.each_gate and "gates" in trace.has else 0
     blocks = ids * (1 if trace.num_experts <= 255 else 2) // BLOCK_BYTES
     return total + blocks * _ahead_steps(trace, needs) * int(active.max()) * a_choice
 
@@ -160,18 +166,22 @@ def _demand(trace: Trace, block: Block) -> Demand:
 def _weighed(trace: Trace, block: Block, demand: Demand) -> Demand:
     """Return a block's demand with the sums of gates of its own steps."""
     offset = np.ascontiguousarray(block.offset[: block.steps + 1], np.int64)
+    return with_gates(demand, block.experts, _gates(trace, block), offset)
+
+
+def _gates(trace: Trace, block: Block) -> np.ndarray | None:
+    """Return the gates of a block's own steps, float32 [rows, L, k]; None if the trace has none."""
     if "gates" not in trace.has:
-        return with_gates(demand, block.experts, None, offset)
+        return None
     first = int(trace.offset[block.first_step])
-    gates = trace.read("gates", first, first + int(offset[-1])).astype(np.float32)
-    return with_gates(demand, block.experts, gates, offset)
+    return trace.read("gates", first, first + int(block.offset[block.steps])).astype(np.float32)
 
 
-def _batch(block: Block, demand: Demand, schedule: Schedule, needs: Needs) -> Batch:
+def _batch(block: Block, demand: Demand, schedule: Schedule, needs: Needs, gates: np.ndarray | None) -> Batch:
     steps = slice(block.first_step, block.first_step + block.steps)
     shape = block.experts.shape
     with_request = needs.prompts or needs.rows
-    with_rows = needs.rows or (needs.prompts and _mixes_prompts(block, schedule.phase[steps]))
+    with_rows = needs.rows or needs.each_gate or (needs.prompts and _mixes_prompts(block, schedule.phase[steps]))
     return Batch(
         steps=Steps(
             first=block.first_step,
@@ -185,6 +195,7 @@ def _batch(block: Block, demand: Demand, schedule: Schedule, needs: Needs) -> Ba
         experts=block.experts.astype(np.uint16) if with_rows else np.zeros((0, *shape[1:]), np.uint16),
         request=request_index(schedule.requests, block) if with_request else np.zeros(0, np.int64),
         row_phase=np.ascontiguousarray(block.phase, np.uint8),
+        gates=np.zeros((0, *shape[1:]), np.float32) if gates is None else gates,
     )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from moetrace.engine.replay import Work
-from moetrace.engine.state import DEVICES, DISPATCH
+from moetrace.engine.state import CPU, DISPATCH, OWN
+from moetrace.engine.tiers.tier_records import TERM
 from moetrace.engine.view import LayerScratch, view_of
 from moetrace.jit.compile import PURE_PYTHON
 
@@ -74,15 +75,16 @@ def _line_again(function: Callable, error: Exception, arguments: tuple[Any, ...]
 
 
 def _followed(function: Callable, arguments: tuple[Any, ...], decides: bool) -> tuple[type | None, int | None]:
-    """Call a function; return what it raised, and in which line: ValueError for a plan that is neither 0 nor 1."""
+    """Call a function; return what it raised, and in which line: ValueError for a plan that names no device."""
     plan, line, left = arguments[-1] if decides else np.zeros(0), None, _MOST_LINES
+    devices = _devices_of(arguments[1])
 
     def follow(frame: FrameType, event: str, _: object) -> Any:
         nonlocal line, left
         left -= 1
         if left < 0:
             raise TimeoutError
-        if plan.max(initial=0) >= len(DEVICES):
+        if plan.max(initial=0) >= devices:
             raise ValueError
         line = frame.f_lineno if frame.f_code is function.__code__ else line
         return follow
@@ -96,6 +98,14 @@ def _followed(function: Callable, arguments: tuple[Any, ...], decides: bool) -> 
     finally:
         sys.settrace(before)
     return None, None
+
+
+def _devices_of(view: Any) -> int:
+    """Return how many devices a plan may name: two, and a CPU beside NDP units."""
+    from moetrace.jit.addresses import record_at
+
+    term_at = record_at(view.own, OWN).term_at
+    return CPU + (int(record_at(term_at, TERM).has_cpu) if term_at else 0)
 
 
 def _answering(value: Any) -> Any:

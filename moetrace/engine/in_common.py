@@ -15,7 +15,8 @@ from moetrace.engine.prompt import Prompts, emptied, prompts_of
 from moetrace.engine.replay import Batch
 from moetrace.engine.residency import empty_cells
 from moetrace.engine.schedule import Requests
-from moetrace.engine.tiers.tier_records import Tiers
+from moetrace.engine.tiers.tier_records import Tiers, without_disk
+from moetrace.engine.tiers.tier_transfers import without_transfers
 from moetrace.engine.variants import clairvoyant
 from moetrace.engine.view import new_scratch
 
@@ -118,7 +119,11 @@ class InCommon:
         return self._found[key]
 
     def clairvoyant(self, machine: Machine, tiers: Tiers | None, setting: Any, dispatch: Any) -> Yardstick:
-        """Return the clairvoyant run of a dispatch; a user's function may remember, so that of one is not shared."""
+        """Return the clairvoyant run of a dispatch; a user's function may remember, so that of one is not shared.
+
+        It has no clock and draws nothing: its link is plain, and it knows no disk.
+        """
+        tiers = without_transfers(without_disk(tiers))
         seen = tuple(setting[name].tobytes() for name in _SEEN)
         key = "clairvoyant", _digest(machine), tiers and _digest((tiers.term, tiers.cpu)), seen, dispatch
         if key in self._found:

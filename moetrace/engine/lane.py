@@ -25,12 +25,14 @@ from moetrace.engine.replay import Aside, Batch, State, Work, new_state
 from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, keep_for_good
 from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
-from moetrace.engine.state import LINK_IN, STEP, Log, new_log, new_steps, records
-from moetrace.engine.tiers.tier_records import MORE_ROWS, Tiers
-from moetrace.engine.tiers.tiers_of import tier_parts_of, tiers_of, with_homes_of_its_own
+from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_steps, records
+from moetrace.engine.tiers.tier_host import end_disk
+from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, Tiers
+from moetrace.engine.tiers.tier_transfers import Losses, losses_of, with_rates, with_transfers
+from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
-from moetrace.spec.errors import MoetraceError
+from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.participants import check_policy, seen_by
 from moetrace.spec.policy import PolicySpec
 
@@ -59,7 +61,7 @@ class Lane:
     hooks: tuple[Any, Any]
     work_bound: Yardstick
     lower_bound: Yardstick | None  # None with more tiers: its proof is of a plain link and one home
-    clairvoyant: Yardstick | None  # None if the dispatch ignores residency
+    clairvoyant: Yardstick | None  # None if it is the replay
     cold_starts: ColdStarts | None = None  # of scope "request"
     clairvoyant_s: float = 0.0
     work_bound_s: float = 0.0
@@ -168,10 +170,17 @@ class Lane:
         """Experts that were demanded while they were fetched ahead."""
         return int(np.sum(self.log.step["late"])) if self.folded is None else self.folded.late
 
+    @property
+    def losses(self) -> Losses | None:
+        """What the link lost, if it loses anything."""
+        return losses_of(self.tiers)
+
     def finish(self) -> None:
         """Close the books after the last block: what was prefetched and never run was wasted."""
         self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
         self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
+        if self.tiers is not None and self.tiers.host is not None:
+            end_disk(self.tiers.host, self.log.unit[FIRST_GROUP + len(self.state.scratch.groups) + DISK_ROW])
         if not self.has_units:  # one CPU is no tier that could be out of balance
             self.log.step["imbalance"] = np.nan
             self.log.layer["imbalance_sum"], self.log.layer["imbalance_count"] = 0.0, 0
@@ -190,6 +199,19 @@ def _or(given: float | None, default: float) -> float:
     return default if given is None else float(given)
 
 
+def _clairvoyant_of(
+    dispatch: Dispatch, machine: Machine, tiers: Tiers | None, setting: Any, hook: Any, common: InCommon
+) -> Yardstick | None:
+    """Return the clairvoyant run; None if it is the replay: the dispatch ignores residency, and nothing else counts."""
+    if not dispatch.ignores_residency:
+        return common.clairvoyant(machine, tiers, setting, hook)
+    if tiers is None:
+        return None
+    nothing_kept = setting.copy()
+    nothing_kept["slots"] = 0
+    return common.clairvoyant(machine, tiers, nothing_kept, hook)
+
+
 def lane_of(
     decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int, common: InCommon
 ) -> Lane:
@@ -205,7 +227,12 @@ def lane_of(
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
-    tiers = tiers_of(model, system, policy, machine)
+    tiers = with_transfers(tiers_of(model, system, policy, machine), policy, setup.system, machine)
+    if tiers is not None and dispatch.splits:
+        raise UsageError(
+            f"Policy {policy.name}: dispatch {dispatch.name} needs a plain link and one home, and {system.name} has "
+            'another link or more tiers; use dispatch = "balance".'
+        )
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),
@@ -220,7 +247,7 @@ def lane_of(
         optimal=int(dispatch.counts_fallbacks),
         splits=int(dispatch.splits),
         own_dispatch=int(dispatch.reads_state),
-        weighs=int(any(map(weighs_gates, hooks))),
+        weighs=int(dispatch.weighs or any(map(weighs_gates, hooks))),
         slots=slots,
         half_life=policy.half_life or 0,
         gpu_rows=policy.gpu_rows or 0,
@@ -236,13 +263,13 @@ def lane_of(
     evicted_share = _or(policy.evicted_share, EVICTED_SHARE)
     cache = empty_cache(layers, experts, pools, capacity, residency.order, evicted_share)
     prompts = common.prompts(schedule.requests, residency.counts_prompts, layers * experts)
-    common_machine, machine = machine, with_homes_of_its_own(machine, tiers)
+    common_machine, machine = machine, with_rates(with_homes_of_its_own(machine, tiers), tiers)
     state = new_state(machine, prompts, cache, residency.admits, tiers)
     if system.link is None:
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = None if dispatch.ignores_residency else common.clairvoyant(common_machine, tiers, setting, hooks[0])
+    clairvoyant = _clairvoyant_of(dispatch, common_machine, tiers, setting, hooks[0], common)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
     aside = Aside(levels=levels_of(system, policy, machine))
@@ -250,7 +277,7 @@ def lane_of(
         foresight = foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k)
         aside = aside._replace(foresight=foresight)
     lower_bound = None
-    if tiers is None:
+    if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
     cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
     yardsticks = common.work_bound(machine), lower_bound, clairvoyant

@@ -13,7 +13,8 @@ from moetrace.engine.cost import dense_s_on, head_s_on, varied_s
 from moetrace.engine.layer import less, timeline
 from moetrace.engine.machine import DEVICE, GPU_DEVICE, Machine
 from moetrace.engine.state import GPU, records
-from moetrace.engine.tiers.tier_line import tier_line
+from moetrace.engine.tiers.tier_host import spare_disk
+from moetrace.engine.tiers.tier_line import tiers_line_again
 from moetrace.jit.compile import kernel
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
@@ -107,6 +108,8 @@ def _time_levels(levels, layer, plan, shared, line, view, tiers, machine):
         levels.gpu_s[n] += slower.gpu_s
     for i in range(size):
         active[i].gpu_s = levels.kept_s[i]
+    if tiers is not None:
+        spare_disk(tiers.host, line.moe_s)
 
 
 @kernel
@@ -114,7 +117,7 @@ def _line_of(tiers, machine, view, size, plan, shared):
     """Return the time line of a layer once more; the units' work is as before."""
     if tiers is None:
         return timeline(machine, view, size, plan, shared)
-    return tier_line(tiers, machine, view, size, plan)
+    return tiers_line_again(tiers, machine, view, size, plan)
 
 
 @kernel

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from moetrace.engine.policy_file import is_running, run_file
 from moetrace.engine.residency import unchanged
-from moetrace.engine.state import DEVICES, DISPATCH, OWN, RESIDENCY, UsersView
+from moetrace.engine.state import CPU, DISPATCH, OWN, RESIDENCY, UsersView
+from moetrace.engine.tiers.tier_records import TERM
 from moetrace.jit.compile import PURE_PYTHON, kernel
 from moetrace.jit.refusals import READS_ONLY, RETURNS
 from moetrace.spec.choices import find, legal
@@ -26,17 +27,17 @@ def policy(function: Callable) -> Any:
     """Compile a policy hook `function(state, view, layer, load, plan)`, which returns nothing.
 
     The same hook serves as a *dispatch*, called when the router of `layer` has spoken, which sets `plan[i] = 1` to run
-    the i-th active expert on the GPU; or as a *residency*, called after the layer, which writes `score` (the least is
-    evicted first, infinity never) and `admit` (whether a copy that arrives may be kept) into `state`. docs/policies.md
-    has the rules and an example of each.
+    the i-th active expert on the GPU (2: on a CPU beside NDP units, with `with_cpu = true`); or as a *residency*,
+    called after the layer, which writes `score` (the least is evicted first, infinity never) and `admit` (whether a
+    copy that arrives may be kept) into `state`. docs/policies.md has the rules and an example of each.
 
     - `state[layer, expert]`: `score`, `admit`, `memory` (float64, the policy's own, 0 at the start), `touched` (when
       last, 0 = never), `resident` (for reading).
     - `view`: `step`, `phase` (0 prefill, 1 decode, 2 mixed), `rows`, `slots`, `share`, `out_s_per_row`,
       `link_latency_s`, `alpha`, `half_life`, `most_count`, `age`, scratch `view.groups[g]` (`busy_s`, `rows`,
-      `count`), `view.active[i]` with `expert`, `resident`, `gpu_s`, `ndp_s`, `device_s`, `fetch_s`, `weight_bytes`,
-      `group`, `view.gate_mass[i]` (sum of its rows' gates), and `view.memory` (float64 [64], the policy's own, of
-      this layer, 0 at the start).
+      `count`), `view.active[i]` with `expert`, `resident`, `gpu_s`, `ndp_s`, `cpu_s`, `device_s`, `fetch_s`,
+      `weight_bytes`, `group`, `view.gate_mass[i]` (sum of its rows' gates), and `view.memory` (float64 [64], the
+      policy's own, of this layer, 0 at the start).
     - `load` int64 [n]: rows that chose each active expert, in demand order (most first, then by id).
     - `plan` uint8 [n]: 0 at the start.
 
@@ -117,8 +118,10 @@ def _guarded(function: Callable, decides: bool) -> Callable:
         "_for_reading": for_reading,
         "_record_at": record_at,
         "_own": OWN,
+        "_term": TERM,
+        "_cpu": CPU,
         "_plan_of": _as_it_is if decides else for_reading,
-        "_devices": len(DEVICES) if decides else 256,
+        "_decides": decides,
         "_role": DISPATCH if decides else RESIDENCY,
     }
     return FunctionType(_user_hook.__code__, names, function.__name__)
@@ -126,8 +129,9 @@ def _guarded(function: Callable, decides: bool) -> Callable:
 
 # What `_guarded` gives the code of `_user_hook` for each function.
 _function = _nothing = _for_reading = _record_at = _plan_of = cast("Callable", None)
-_devices = _role = 0
-_own = OWN
+_role = 0
+_decides = True
+_own, _term, _cpu = OWN, TERM, CPU
 
 
 def _user_hook(state, view, layer, load, plan):
@@ -159,9 +163,15 @@ def _user_hook(state, view, layer, load, plan):
         own.memory,
     )
     _nothing(_function(state, seen, layer, _for_reading(load), _plan_of(plan)))
-    for i in range(plan.size):
-        if plan[i] >= _devices:
-            raise ValueError("plan[i] must be 0 or 1")
+    if _decides:
+        devices = _cpu
+        if own.term_at != 0:
+            devices += _record_at(own.term_at, _term).has_cpu
+        for i in range(plan.size):
+            if plan[i] >= devices:
+                if devices > _cpu:
+                    raise ValueError("plan[i] must be 0, 1 or 2")
+                raise ValueError("plan[i] must be 0 or 1")
 
 
 @kernel(inline=False)

@@ -45,10 +45,13 @@ from moetrace.engine.state import (
 from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
 from moetrace.engine.tiers.tier_books import begin_layer, end_layer, end_step, note_cpu, note_tiers, units_of
 from moetrace.engine.tiers.tier_flows import flow_tiers
+from moetrace.engine.tiers.tier_host import keep_in_host, read_from_disk
 from moetrace.engine.tiers.tier_layout import flow_layout, lay_out
 from moetrace.engine.tiers.tier_line import shared_tiers_s, tier_line
+from moetrace.engine.tiers.tier_link import begin_transfers
 from moetrace.engine.tiers.tier_prices import price_tiers
 from moetrace.engine.tiers.tier_records import Tiers
+from moetrace.engine.tiers.tier_rows import lose_rows
 from moetrace.engine.view import LayerScratch, new_scratch, view_of
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import BY_TOUCH
@@ -66,7 +69,7 @@ class Steps(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A block of steps, ready for the kernels; ``experts`` and ``request`` are empty where no policy counts prompts."""
+    """A block of steps, ready for the kernels; ``experts`` and ``request`` are empty where nobody asks for them."""
 
     steps: Steps
     demand: Demand
@@ -74,6 +77,7 @@ class Batch(NamedTuple):
     experts: np.ndarray  # uint16 [rows, L, k]
     request: np.ndarray  # int64 [rows]
     row_phase: np.ndarray  # uint8 [rows]
+    gates: np.ndarray  # float32 [rows, L, k]; or [0, L, k] where the trace has none, or nobody asks for them
 
 
 class State(NamedTuple):
@@ -183,12 +187,12 @@ def _imbalance(line, units, totals):
 
 
 @kernel
-def _flow(tiers, queue, seconds, machine):
-    """Let prefetches flow; return bytes and seconds."""
+def _flow(tiers, queue, start_s, seconds, machine):
+    """Let prefetches flow from ``start_s`` after the layer's begin on; return bytes and seconds."""
     if tiers is None:
         moved_bytes = flow(queue, seconds * machine.link[0].bytes_s)
         return moved_bytes, moved_bytes * machine.link[0].s_per_byte
-    return flow_tiers(tiers, queue, seconds, machine)
+    return flow_tiers(tiers, queue, start_s, seconds, machine)
 
 
 @kernel
@@ -203,13 +207,16 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
         dense += begin_layer(tiers, tally, log.step[s])
         flow_layout(tiers.layout, tiers, machine, dense)
     note_dense(aside.tape, step, layer, dense, machine, state)
-    moved = _flow(tiers, queue, dense, machine)
+    moved = _flow(tiers, queue, 0.0, dense, machine)
     if setting.prefetch == ORACLE:
         now = step * cells.shape[0] + layer
         tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
+    if tiers is not None:
+        begin_transfers(tiers.transfers, tiers, machine, step, layer, dense)
     size = _see(at, layer, s, batch.demand, machine, setting, state, log)
     if tiers is not None:
         price_tiers(tiers, machine, state.scratch.active, size)
+        read_from_disk(tiers.host, layer, size, state.scratch.active)
     pool = pool_of(state.cache, layer)
     of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity[pool]))
     view = view_of(step, layer, batch.steps, machine, setting, state.scratch, of_pool)
@@ -227,11 +234,12 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     fetched = carry_out(layer, size, state, log)
     if tiers is not None:
         note_cpu(layer, size, state.scratch, log)
+        lose_rows(tiers.transfers, batch, s, size, state.scratch, tiers.term[0], machine.share)
     elif shared >= 0:
         share_out(layer, shared, state, log)
     _foresee(aside.foresight, batch, s, layer, size, work)
     note_moe(aside.tape, step, layer, dense, (view, size, shared), line, machine, state)
-    beside = _flow(tiers, queue, max(0.0, line.moe_s - line.fetch_s), machine)
+    beside = _flow(tiers, queue, dense + line.fetch_s, max(0.0, line.moe_s - line.fetch_s), machine)
     moved = moved[0] + beside[0], moved[1] + beside[1]
     if setting.learns:
         residency(cells, view, layer, load, plan)
@@ -247,6 +255,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     else:
         log.unit[LINK_IN].shared_s += shared_tiers_s(line, beside[1], tiers.beside[0])
         note_tiers(dense, line, moved, machine, tiers, state.scratch, log)
+        keep_in_host(tiers.host, step, layer, size, work)
         end_layer(tiers, dense + line.moe_s)
     row, totals = log.step[s], log.layer[layer]
     row.moe_s += line.moe_s
@@ -265,7 +274,7 @@ def _wait(tiers, machine, state, row, log):
         moved_bytes = flow(state.queue, remaining_bytes(state.queue))
         row.wait_s = moved_bytes * machine.link[0].s_per_byte
     else:
-        moved_bytes, row.wait_s = flow_tiers(tiers, state.queue, np.inf, machine)
+        moved_bytes, row.wait_s = flow_tiers(tiers, state.queue, 0.0, np.inf, machine)
         end_layer(tiers, row.wait_s)
     row.prefetch_bytes += moved_bytes
     log.unit[LINK_IN].busy_s += row.wait_s
@@ -342,9 +351,9 @@ def smallest_work() -> Work:
     """Return the smallest possible work, of which the types are read that kernels are compiled for."""
     one, none = np.zeros(1, np.int64), np.zeros(0, np.int64)
     bits = np.zeros(1, np.uint8)
-    few = np.zeros(1, np.int32)
+    few, no_gates = np.zeros(1, np.int32), np.zeros((0, 1, 1), np.float32)
     demand = Demand(np.zeros(2, np.int64), few, few, few, np.zeros(1))
-    batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits)
+    batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits, no_gates)
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
     machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)
     state = new_state(machine, prompts_of(none, none, none, 1), empty_cache(1, 1, 1, 0, BY_TOUCH), True)

@@ -92,7 +92,8 @@ def run_setups(
     if all(isinstance(one, MoetraceError) for one in checked):
         return [one for one in checked if isinstance(one, MoetraceError)]
     if isinstance(trace, Trace):
-        trace = Decoded(trace, needs_of(policy for setup in setups for policy in setup.policies))
+        policies = [policy for setup in setups for policy in setup.policies]
+        trace = Decoded(trace, needs_of(policies, (setup.system for setup in setups)))
     common = InCommon()
     begun = [
         one if isinstance(one, MoetraceError) else _attempt(_begin, trace, setup, *one, common, store)

@@ -6,7 +6,7 @@ from typing import Any
 
 from moetrace.engine.bounds import clairvoyant_s, clairvoyant_signature
 from moetrace.engine.replay import Aside, replay_batch, replay_signature
-from moetrace.engine.tiers.tier_records import Tiers
+from moetrace.engine.tiers.tier_records import Tiers, without_disk
 from moetrace.jit.compile import kernel
 
 _lines = getattr(replay_batch, "py_func", replay_batch)
@@ -22,7 +22,7 @@ def variant(tiers: Tiers | None, aside: Aside) -> Any:
 
 def clairvoyant(tiers: Tiers | None) -> Any:
     """Return the clairvoyant run for machines that have such tiers, or None."""
-    return clairvoyant_s if tiers is None else _clairvoyant(_Example(tiers, Aside()))
+    return clairvoyant_s if tiers is None else _clairvoyant(_Example(without_disk(tiers), Aside()))
 
 
 class _Example:

@@ -63,13 +63,20 @@ def unit_frame(run: Run) -> pl.DataFrame:
     """Return what each part of the machine did, by the names that the machine gives them: `gpu`, `ndp0` .. `link_out`.
 
     Of a link, `experts` and `bytes` are those that it carried. Those of a CPU that takes no part are 0.
+    `resent_bytes`, which are not in `bytes`, is there only if the link loses packets.
     """
     return pl.concat([_units_of(lane) for lane in run.lanes])
 
 
 def layer_frame(run: Run) -> pl.DataFrame:
     """Return the figures of each MoE layer, summed over the steps; `layer` counts from 0, as in a policy's files."""
-    return pl.concat([_layers_of(lane) for lane in run.lanes])
+    with_cpu = any(has_cpu_beside(lane) for lane in run.lanes)
+    return pl.concat([_layers_of(lane, with_cpu) for lane in run.lanes])
+
+
+def has_cpu_beside(lane: Lane) -> bool:
+    """Whether a CPU runs experts beside NDP units."""
+    return lane.tiers is not None and bool(lane.tiers.term["has_cpu"][0])
 
 
 def expert_frame(run: Run) -> pl.DataFrame:
@@ -162,7 +169,11 @@ def _part_log(lane: Lane) -> np.ndarray:
 def _units_of(lane: Lane) -> pl.DataFrame:
     log = _part_log(lane)
     sharers = np.array([part.share for part in lane.parts])
-    seconds = total_s(lane)
+    seconds, losses = total_s(lane), lane.losses
+    resent = {}
+    if losses is not None:
+        of_part = {LINK_IN: losses.resent_in_bytes, LINK_OUT: losses.resent_out_bytes}
+        resent["resent_bytes"] = [of_part.get(part.log_row, 0.0) for part in lane.parts]
     return pl.DataFrame(
         {
             "policy": pl.repeat(lane.policy.name, len(log), eager=True),
@@ -172,6 +183,7 @@ def _units_of(lane: Lane) -> pl.DataFrame:
             "experts": np.ascontiguousarray(log["experts"]),
             "rows": log["rows"] / sharers,
             "bytes": log["bytes"] / sharers,
+            **resent,
         }
     )
 
@@ -183,13 +195,13 @@ def _utilization(log: np.ndarray, seconds: float) -> np.ndarray:
     return np.clip((log["busy_s"] - log["shared_s"]) / seconds, 0.0, 1.0)  # a sum's rounding may lead beyond 1
 
 
-def _layers_of(lane: Lane) -> pl.DataFrame:
-    log = lane.log.layer
+def _layers_of(lane: Lane, with_cpu: bool) -> pl.DataFrame:
+    log, cpu = lane.log.layer, ("cpu_experts",) if with_cpu else ()
     count = log["imbalance_count"]
     imbalance = np.where(count > 0, log["imbalance_sum"] / np.maximum(count, 1), np.nan)
     columns = {
         name: np.ascontiguousarray(log[name])
-        for name in ("dense_s", "moe_s", "hits", "misses", "gpu_experts", "ndp_experts", "demand_bytes")
+        for name in ("dense_s", "moe_s", "hits", "misses", "gpu_experts", "ndp_experts", *cpu, "demand_bytes")
     }
     frame = pl.DataFrame(
         {

@@ -165,7 +165,7 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
         ),
     ] = None
 
-    # Only where the system has the table that it is computed from (`ACCOUNTS`); else a file does not have it at all.
+    # Only where the system has the table that they are of (`OF_A_TABLE`); else a file does not have them at all.
     energy_j: Annotated[
         float | UnsetType,
         Figure("J", "energy of the replay; only where the system has `[energy]`", "lower", "energy", "energy"),
@@ -188,7 +188,46 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
             "a million\ntokens",
         ),
     ] = UNSET
-    # Only of a policy with a deadline (`OPTIONAL`).
+    host_slots: Annotated[
+        Count | UnsetType, Figure("count", "experts that host memory can hold; only where the system has `[disk]`")
+    ] = UNSET
+    host_hits: Annotated[
+        Count | UnsetType,
+        Figure("count", "active experts that the GPU did not hold, but host memory did; only with `[disk]`", "higher"),
+    ] = UNSET
+    host_misses: Annotated[
+        Count | UnsetType, Figure("count", "active experts that were read from the disk; only with `[disk]`", "lower")
+    ] = UNSET
+    host_hit_rate: Annotated[
+        float | UnsetType | None,
+        Figure(
+            "share", "`host_hits` / (`host_hits` + `host_misses`); only with them", "higher", "host hits", "host\nhits"
+        ),
+    ] = UNSET
+    disk_bytes: Annotated[
+        float | UnsetType,
+        Figure("bytes", "weights that were read from the disk; only with `[disk]`", "lower", "read from disk", "disk"),
+    ] = UNSET
+    disk_busy: Annotated[
+        float | UnsetType | None,
+        Figure("share", "busy time of the disk / `total_s`; only with `[disk]`", None, "disk busy", "disk\nbusy"),
+    ] = UNSET
+    # Only where the link loses packets; else a file does not have them at all.
+    resent_bytes: Annotated[
+        float | UnsetType,
+        Figure("bytes", "what the link carried again, as packets were lost; both ways", "lower", "resent", "resent"),
+    ] = UNSET
+    gate_mass_dropped: Annotated[
+        float | UnsetType,
+        Figure(
+            "share",
+            "gates of choices whose row was lost / all gates; 0 unless the link is relaxed",
+            "lower",
+            "gate mass dropped",
+            "gates\nlost",
+        ),
+    ] = UNSET
+    # Only of a policy with a deadline (`OF_A_DEADLINE`).
     in_time: Annotated[
         float | UnsetType | None,
         Figure(
@@ -356,13 +395,16 @@ FIGURES: dict[str, Figure] = dict(_figures_of(PolicyFigures))
 METRICS: dict[str, Figure] = {name: figure for name, figure in FIGURES.items() if figure.gated}
 COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
 COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
-# The figures that a system without a table does not have, and that table.
 ACCOUNTS: dict[str, str] = dict.fromkeys(("energy_j", "energy_per_token_j"), "energy")
 ACCOUNTS |= dict.fromkeys(("price_usd", "usd_per_million_tokens"), "price")
-# The figures that not every policy of a file has, and what they need: a table of the system, or a field of the policy.
-OPTIONAL: dict[str, str] = ACCOUNTS | dict.fromkeys(("in_time", "mean_frequency"), "deadline_ms")
 # What a Pareto front may set against time.
 FRONTS = (*COSTS, "energy_j", "price_usd")
+
+_OF_DISK = ("host_slots", "host_hits", "host_misses", "host_hit_rate", "disk_bytes", "disk_busy")
+# Figures that a system without a table does not have, and that table; and all that a file may lack.
+OF_A_TABLE = dict.fromkeys(_OF_DISK, "disk") | ACCOUNTS
+OF_A_DEADLINE = ("in_time", "mean_frequency")  # only where the policy has `deadline_ms`
+OPTIONAL = frozenset((*OF_A_TABLE, "resent_bytes", "gate_mass_dropped", *OF_A_DEADLINE))
 
 
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:

@@ -39,6 +39,9 @@ _SHOWN = (
     "prefetch_bytes",
     "energy_j",
     "price_usd",
+    "host_hit_rate",
+    "disk_bytes",
+    "disk_busy",
 )
 
 

@@ -170,7 +170,36 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         itl_s=_weighted_spread(gaps),
         request_tokens_per_s=_spread(times.tokens_per_s),
         lower_bound_s=float(lane.lower_bound_s),
+        **_host_figures(lane),
+        **_losses(lane),
     )
+
+
+def _host_figures(lane: Lane) -> dict[str, Any]:
+    """Return what a lane above a disk has more; nothing of others."""
+    host = lane.tiers and lane.tiers.host
+    if host is None:
+        return {}
+    hits, misses, disk_bytes = (host.books[name][0] for name in ("hits", "misses", "disk_bytes"))
+    return {
+        "host_slots": int(host.cache.capacity[0]),
+        "host_hits": int(hits),
+        "host_misses": int(misses),
+        "host_hit_rate": _ratio(int(hits), int(hits + misses)),
+        "disk_bytes": float(disk_bytes),
+        "disk_busy": utilization_of(lane)["disk"],
+    }
+
+
+def _losses(lane: Lane) -> dict[str, Any]:
+    """What a link that loses packets sent again, and the share of all gates that it lost; nothing of other links."""
+    losses = lane.losses
+    if losses is None:
+        return {}
+    return {
+        "resent_bytes": losses.resent_in_bytes + losses.resent_out_bytes,
+        "gate_mass_dropped": losses.gate_mass_dropped,
+    }
 
 
 def _utilization(system: System, of_part: dict[str, float | None]) -> Utilization:

@@ -74,6 +74,7 @@ class Dispatch(PolicyChoice, frozen=True, kw_only=True):
         ignores_residency: whether its decision does not depend on what the GPU holds.
         reads_state: whether it looks at `state`, and not only at `view`.
         splits: whether one expert may run in part on the GPU and in part at home; with `launch = "expert"` only.
+        weighs: whether it reads the sums of gates.
         counts_fallbacks: whether it searches up to `OPTIMAL_UP_TO` active experts, and layers with more are counted.
         tiers_hook: what does it on a machine with more tiers or another link (`moetrace.engine.tiers`), if not `hook`;
             a dispatch without a hook always takes this one.
@@ -86,6 +87,7 @@ class Dispatch(PolicyChoice, frozen=True, kw_only=True):
     ignores_residency: bool = False
     reads_state: bool = True
     splits: bool = False
+    weighs: bool = False
     counts_fallbacks: bool = False
     tiers_hook: Callable | None = None
     kind: ClassVar[str] = "dispatch"

@@ -172,7 +172,8 @@ class _Brought(NamedTuple):
 
 def _find(kind: str, choice: str) -> _Found | None:
     name = choice.partition(":")[0]
-    if built_in := _built_in()[kind].get(name):
+    built_in = _built_in()[kind].get(choice) or _built_in()[kind].get(name)
+    if built_in:
         return built_in
     if not _NAME.fullmatch(name):  # as of file.py:function: no package can have it
         return None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from msgspec import UNSET
 
-from moetrace.spec.fits import gpu_slots, gpu_space_bytes
+from moetrace.spec.fits import gpu_slots, gpu_space_bytes, host_slots
 from moetrace.spec.model import Model
 from moetrace.spec.participants import fed_by_host
 from moetrace.spec.system import System
@@ -107,6 +107,13 @@ def pair_figures(model: Model, system: System) -> list[Derived]:
         figures.append(
             Derived("host_gb_needed", float(expert_bytes.sum()) / 1e9, "host memory, or disk, that holds all experts")
         )
+    if system.disk is not None:
+        held = host_slots(model, system, expert_bytes)
+        read_us = 1e6 * (float(expert_bytes.max()) / system.disk.bytes_s + system.disk.latency_s)
+        figures += [
+            Derived("host_slots", held, f"experts that host memory can hold above the disk, of {everything}"),
+            Derived("read_us", read_us, "an expert's weights from the disk"),
+        ]
     return figures + _times(model, fed_by_host(system), float(expert_bytes.max()))
 
 

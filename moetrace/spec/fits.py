@@ -47,10 +47,30 @@ def gpu_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
     return int(min(max(slots, 0), everything))
 
 
+def host_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
+    """How many experts host memory can hold above a disk, counted in the largest, or all if there is room for all.
+
+    Args:
+        model: The model.
+        system: The system.
+        expert_bytes: [layers, experts], as in `gpu_slots`.
+
+    Returns:
+        The number of experts: `host.slots` where that is given; all of them if nothing limits host memory.
+    """
+    everything, host = model.all_experts, system.host
+    if host is not None and host.slots is not None:
+        return min(host.slots, everything)
+    if host is None or host.memory_gb is None or host.memory_gb * 1e9 >= float(np.sum(expert_bytes)):
+        return everything
+    return int(min(host.memory_gb * 1e9 // float(np.max(expert_bytes)), everything))
+
+
 def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_capacity: bool = False) -> None:
     """Check that the experts fit the NDP units together, or host memory or, without a link, the GPU.
 
-    With a link and no NDP units they are in host memory, which has no limit unless `host.memory_gb` is given.
+    With a link and no NDP units they are in host memory, which has no limit unless `host.memory_gb` is given. A disk
+    below it holds all of them.
 
     Args:
         model: The model.
@@ -62,7 +82,7 @@ def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_ca
         UsageError: They do not fit.
     """
     need = float(np.sum(expert_bytes))
-    if ignore_capacity:
+    if ignore_capacity or system.disk is not None:
         return
     if system.ndp is not None:
         have = system.ndp.units * system.ndp.capacity_gb * 1e9
@@ -76,7 +96,7 @@ def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_ca
         have = system.host.memory_gb * 1e9
         place = f"the {have / 1e9:g} GB of host memory of system {system.name}"
         place += ", which has all of them, those on the GPU too"
-        remedy = f"set system.host.memory_gb={int(-(-need // 1e9))}"
+        remedy = f"set system.host.memory_gb={int(-(-need // 1e9))}, add a [disk] that holds the others"
     else:
         return
     if need > have:

@@ -21,7 +21,7 @@ from moetrace.spec.ordinary_file import read_ordinary
 S = TypeVar("S", bound=msgspec.Struct)
 
 # Fields whose text is the path of a file, and fields where it is one only in the form `file.py:function`.
-FILE_FIELDS = ("weight_bits", "expert_bits", "loads", "plan", "static", "budget", "layout")
+FILE_FIELDS = ("weight_bits", "expert_bits", "loads", "plan", "static", "budget", "layout", "rates")
 AUTO = "auto"  # is the name of no file: what is made of the trace instead
 FUNCTION_FIELDS = ("dispatch", "residency")
 # Fields where a number stands for a table with one field.
@@ -168,9 +168,15 @@ def parse(text: str, where: str) -> dict[str, Any]:
 
 def canonical(spec: msgspec.Struct) -> dict[str, Any]:
     """Every field of a spec as plain values, files by their names alone: the same on every machine."""
-    values = msgspec.to_builtins(spec)
+    return _without_folders(msgspec.to_builtins(spec))
+
+
+def _without_folders(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave of the path of each file its last part."""
     for key, value in values.items():
-        if _is_file(value, key):
+        if isinstance(value, dict):
+            _without_folders(value)
+        elif _is_file(value, key):
             values[key] = Path(value).name
     return values
 
@@ -226,11 +232,17 @@ def _override(raw: dict[str, Any], path: str, value: object, where: str) -> None
 
 
 def _find_files(raw: dict[str, Any], keys: Mapping[str, object], folder: Path) -> None:
-    """Make the files that the fields `keys` of `raw` name absolute, as seen from `folder`."""
-    for key in keys:
-        value = raw.get(key)
-        if _is_file(value, key):
-            raw[key] = str(folder / value)
+    """Make the files that the fields `keys` of `raw`, and of its tables, name absolute, as seen from `folder`."""
+    for path in keys:
+        *tables, key = path.split(".")
+        table: Any = raw
+        for name in tables:
+            table = table.get(name) if isinstance(table, dict) else None
+        value = table.get(key) if isinstance(table, dict) else None
+        if isinstance(value, dict):
+            _find_files(value, {name: None for name in value if "." not in name}, folder)
+        elif _is_file(value, key):
+            table[key] = str(folder / value)
 
 
 def _is_file(value: object, field: str) -> TypeGuard[str]:
@@ -269,7 +281,7 @@ def _check_texts(loaded: Loaded) -> None:
         if not isinstance(value, str):
             continue
         # Of a path the last part is shown; what the others are called is not ours to judge.
-        shown = Path(value).name if _is_file(value, path) else value
+        shown = Path(value).name if _is_file(value, path.rpartition(".")[2]) else value
         longest = MAX_NAME if path.rpartition(".")[2] == "name" else MAX_TEXT
         if not value.strip() or len(value) > longest:
             loaded.refuse(path, f"a text of 1 to {longest} characters")

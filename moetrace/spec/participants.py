@@ -1,9 +1,12 @@
 """Which parts of a machine take part under a dispatch, and what suits a machine (timing model, section 1)."""
 
+import numpy as np
 from msgspec.structs import replace
 
 from moetrace.spec.choices import Dispatch, choices_of, find
 from moetrace.spec.errors import UsageError
+from moetrace.spec.host_memory import policy_misfit
+from moetrace.spec.link_rates import read_rates
 from moetrace.spec.policy import PolicySpec, shown
 from moetrace.spec.system import System
 
@@ -12,14 +15,14 @@ def seen_by(policy: PolicySpec, system: System) -> System:
     """Return the system that a policy replays on: without a CPU that takes no part, with the link as fast as it is fed.
 
     The CPU takes part where experts live in host memory, unless the dispatch sends all of them to the GPU, or, beside
-    NDP units, under the dispatches that say so. Then, and with `link.host_read` under the others, the link carries no
-    more than host memory gives.
+    NDP units, under the dispatches that say so: `with_cpu` says so of a user's, or denies it of the others. Then, and
+    with `link.host_read` where the CPU takes no part, the link carries no more than host memory gives.
     """
     link = system.link
     if system.cpu is None:
         return system
     dispatch: Dispatch | None = find("dispatch", policy.dispatch)
-    runs = link is not None and _runs_experts(dispatch, system)
+    runs = link is not None and _runs_experts(policy, dispatch, system)
     if runs or (link is not None and link.host_read):
         system = fed_by_host(system)
     return system if runs else replace(system, cpu=None)
@@ -31,6 +34,20 @@ def fed_by_host(system: System) -> System:
     if cpu is None or link is None or system.ndp is not None or link.bytes_s <= cpu.bandwidth_gb_s * 1e9:
         return system
     return replace(system, link=replace(link, bandwidth_gb_s=cpu.bandwidth_gb_s, efficiency=1.0))
+
+
+def rates_seen_by(policy: PolicySpec, system: System) -> np.ndarray | None:
+    """Return the link's rates over time as a policy replays on them: float64 [n, 2], seconds and bytes a second.
+
+    They stand for `bandwidth_gb_s`: its efficiency, and what host memory gives, hold for them, too. None without them.
+    """
+    link, cpu = system.link, system.cpu
+    if link is None or link.rates is None:
+        return None
+    rates = read_rates(link.rates) * [1.0, 1e9 * (link.efficiency or 1.0)]
+    if cpu is not None and system.ndp is None and (link.host_read or seen_by(policy, system).cpu is not None):
+        rates[:, 1] = np.minimum(rates[:, 1], cpu.bandwidth_gb_s * 1e9)
+    return rates
 
 
 def default_policies(system: System) -> tuple[str, ...]:
@@ -55,6 +72,10 @@ def idle_cpu(policy: PolicySpec, system: System) -> str | None:
         why = "without [link] every expert is in GPU memory"
     elif system.ndp is not None:
         why = f"beside NDP units, dispatch {shown(policy.dispatch)} uses these"
+        if policy.with_cpu is False:
+            why = "with_cpu is false"
+        elif find("dispatch", policy.dispatch) is None:
+            why += ", unless with_cpu is true"
     else:
         why = f"dispatch {shown(policy.dispatch)} runs every expert on the GPU"
     return f"the CPU of {system.name} takes no part in policy {policy.name}: {why}."
@@ -83,6 +104,14 @@ def check_policy(policy: PolicySpec, system: System) -> None:
             f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
             f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
         )
+    if policy.with_cpu and (system.ndp is None or system.cpu is None):
+        missing = " and no ".join(f"[{name}]" for name in ("ndp", "cpu") if getattr(system, name) is None)
+        raise UsageError(
+            f"Policy {policy.name}: with_cpu = true needs NDP units and a CPU beside them, and system {system.name} "
+            f"has no {missing}; add it, or remove with_cpu."
+        )
+    if misfit := policy_misfit(policy.host_residency, policy.dispatch, system.disk, system.name):
+        raise UsageError(f"Policy {policy.name}: {misfit}.")
     placement, prefetch = find("placement", policy.placement), find("prefetch", policy.prefetch)
     if system.ndp is None:
         if placement is not None and placement.needs_units:
@@ -104,7 +133,7 @@ def check_policy(policy: PolicySpec, system: System) -> None:
         )
 
 
-def _runs_experts(dispatch: Dispatch | None, system: System) -> bool:
+def _runs_experts(policy: PolicySpec, dispatch: Dispatch | None, system: System) -> bool:
     if system.ndp is not None:
-        return dispatch is not None and dispatch.beside_units
+        return bool(policy.with_cpu) if dispatch is None else dispatch.beside_units and policy.with_cpu is not False
     return dispatch is None or not dispatch.without_units

@@ -24,6 +24,7 @@ from moetrace.spec.choices import (
     residencies_of,
 )
 from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.host_memory import host_residencies, host_residency_of
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
 from moetrace.spec.named import nearest
 
@@ -32,8 +33,8 @@ SCOPES = {
     "global": "all layers share the slots",
     "request": "all layers share the slots, which are emptied when no request is under way",
 }
-# Parameters that a residency of a user's own may read.
-_OWN_READS = ("half_life", "alpha")
+# Parameters that a user's own function may read.
+_OWN_READS = {"residency": ("half_life", "alpha"), "dispatch": ("with_cpu",)}
 # Parameters that name a file, which a choice that reads it needs.
 NEEDED_FILES = {
     "loads": "the path of a CSV file of loads, which {} needs",
@@ -76,6 +77,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     follows: bool | None = None
     now_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
     long_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    with_cpu: bool | None = None
+    host_residency: str | None = None
     deadline_ms: Annotated[float, Meta(ge=1e-6, le=1e9)] | None = None
 
     def group_size(self, units: int) -> int:
@@ -91,9 +94,10 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def unread(self) -> list[str]:
         """Parameters that none of the choices reads."""
-        read = set(_OWN_READS if _split(self.residency) else ())
-        # These go with no choice: the one with a scope, the other with any policy.
-        read |= {field for field in ("budget", "deadline_ms") if getattr(self, field) is not None}
+        read = {field for kind, fields in _OWN_READS.items() if _split(getattr(self, kind)) for field in fields}
+        # These go with a scope, a system and any policy, not with a choice.
+        read |= {field for field in ("budget", "host_residency", "deadline_ms") if getattr(self, field) is not None}
+        read |= set(host_residency_of(self.host_residency).parameters if self.host_residency else ())
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
             read |= set(record.parameters) if record else set()
@@ -123,7 +127,7 @@ def readers(parameter: str) -> str:
         if names and len(others) == 1:
             said.append(f"a {kind} other than {others[0].name}")
             continue
-        names += [USER] if kind == "residency" and parameter in _OWN_READS else []
+        names += [USER] if parameter in _OWN_READS.get(kind, ()) else []
         said += [f"{kind} {' or '.join(names)}"] if names else []
     return " or ".join(said)
 
@@ -284,6 +288,9 @@ def _check_choices(policy: PolicySpec, loaded: Loaded, overridden: Mapping[str, 
     for kind in KINDS:
         where = f"an override of {loaded.where}" if kind in overridden else loaded.where
         _check_choice(loaded._replace(where=where), kind, getattr(policy, kind))
+    if policy.host_residency is not None and policy.host_residency not in (able := host_residencies()):
+        near = nearest(policy.host_residency, list(able))
+        loaded.refuse("host_residency", f"one of {', '.join(able)}, which learn from demands so far{near}")
     if policy.scope not in SCOPES:
         loaded.refuse("scope", f"one of {', '.join(SCOPES)}{nearest(policy.scope, list(SCOPES))}")
 
@@ -292,6 +299,8 @@ def _check_choice(loaded: Loaded, kind: str, choice: str) -> None:
     """`choice` is one that a replay takes, with a whole number of at least 1 where its record has one."""
     name, colon, number = choice.partition(":")
     record = find(kind, choice)
+    if record and choice == record.name:
+        colon = ""
     if record and record.instead and not colon:
         raise UsageError(f"{loaded.where}: {kind} {choice} {record.instead}.")
     if record and record.bare and not record.instead and not colon:

@@ -59,7 +59,7 @@ def by_the_records(system) -> list[PolicySpec]:
     """Every policy without a file or an oracle that a machine runs, by asking each combination: a slow oracle."""
     names = {}
     for kind in ("placement", "dispatch", "residency", "prefetch"):
-        records = choices_of(kind).values()
+        records = [record for record in choices_of(kind).values() if not getattr(record, "weighs", False)]
         names[kind] = [record.name if record.bare else f"{record.name}:2" for record in records]
     placements = names.pop("placement")
     placements = placements if system.ndp else ["ep"]

@@ -61,7 +61,7 @@ def test_what_holds_for_any_mix(case, data):
     np.testing.assert_allclose(rows, (case.trace.experts >= 0).sum())
     local = sum(device < 3 for plan in placed for device in plan.values())
     assert seen.hits + seen.misses == local
-    assert 0 <= seen.gate_mass_lost <= seen.gate_mass_total
+    assert 0 <= seen.gate_mass_lost <= seen.gate_mass_total * (1 + 1e-9)
     assert not seen.gate_mass_lost or (machine.relaxed and machine.loss)
     if machine.disk:
         assert seen.host_hits + seen.host_misses == seen.misses

@@ -52,12 +52,13 @@ def test_striped_runs_as_tp():
 RELAYOUT = {"placement": "mixed", "residency": "ewma", "prefetch": "relayout"}
 
 
-def test_relayout_moves_warm_experts_to_all_units():
+@pytest.mark.parametrize(("outside_gb_s", "move_gb_s"), [(0.4, 0.1), (0.1, 1.0)])
+def test_relayout_moves_warm_experts_to_all_units(outside_gb_s, move_gb_s):
     # Hot 0, warm 1, cold 2, all localized. n^ = 10, 3, 0.5 and more. The CPU, as if striped: 2.5 ms, of 20 rows 4;
     # units, as if localized, 10, 3, 2 and more; the GPU 4. So 0 and 1 go to all units, in this order, and 2 stays.
     # A dense of 2.7 ms moves 0.27 MB: expert 0 has arrived in the 4th one after step 1, expert 1 in the 8th.
     cpu = {"tflops": 0.01, "bandwidth_gb_s": 1.0}
-    ndp = {"outside_gb_s": 0.4, "move_gb_s": 0.1}
+    ndp = {"outside_gb_s": outside_gb_s, "move_gb_s": move_gb_s}
     system = system_with(2, cpu, link={"stream": 0}, host={"channels_gb_s": 0.4}, ndp=ndp)
     seen = run(trace_of(*[rows_of(20, 6, 1)] * 10), system, dispatch="home", alpha=0.5, **RELAYOUT)
     assert seen.moved_bytes == exactly(2e6)
@@ -88,6 +89,26 @@ def test_relayout_queues_what_is_hot():
     seen = run(trace_of(*[rows_of(1, 6)] * 6), system, **chosen)
     assert seen.prefetch_bytes == exactly(1e6)
     assert seen.per_step("hits").tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_relayout_drops_a_move_that_it_no_longer_wants():
+    # 15 rows are 3 ms on the CPU: all units. 0.1 MB have moved when one row makes it 2 ms on its unit: it stays there.
+    ndp = {"outside_gb_s": 0.4, "move_gb_s": 0.1}
+    cpu = {"tflops": 0.01, "bandwidth_gb_s": 1.0}
+    system = system_with(2, cpu, link={"stream": 0}, host={"channels_gb_s": 0.4}, ndp=ndp)
+    seen = run(trace_of(rows_of(15), *[rows_of(1)] * 15), system, dispatch="home", alpha=1.0, **RELAYOUT)
+    assert seen.moved_bytes == exactly(1e5)
+    assert seen.per_step("moe_s") * 1e3 == exactly([15] + [2] * 15)
+
+
+def test_relayout_queues_nothing_below_the_bar():
+    # Units take 10 ms a row. Expert 1 is queued after step 2 (n^ = 0.51, 5.1 ms) and resident from step 4 on. Expert 0
+    # is as hot from step 5 on, but its score is below that of expert 1.
+    system = system_with(2, ndp={"move_gb_s": 1.0, "gmac_s": 0.1}, link={"stream": 0})
+    chosen = RELAYOUT | {"dispatch": "ndp", "scope": "global", "slots": 1}
+    seen = run(trace_of(*[[one(1)]] * 3, *[rows_of(1, 1)] * 5), system, **chosen)
+    assert seen.prefetch_bytes == exactly(1e6)
+    assert seen.per_step("hits").tolist() == [0] * 3 + [1] * 5
 
 
 # --- A disk ----------------------------------------------------------------------------------------------------------
@@ -122,6 +143,17 @@ def test_host_memory_keeps_by_the_rules_of_slots():
     seen, moe = disk_ms(steps[:2], "gpu", {"slots": 1}, residency="lru", slots=2)
     assert moe == exactly([25, 2])
     assert (seen.host_hits, seen.host_misses) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("residency", "first", "second"),
+    [("lru", 3, 4), ("fifo", 4, 4), ("lfu", 3, 3)],
+)
+def test_residencies_of_host_memory(residency, first, second):
+    # Two slots. 0 1 0 2 0: fifo drops 0 for 2. 0 0 1 2 0: lru does, too; lfu drops 1.
+    for ids, misses in (((0, 1, 0, 2, 0), first), ((0, 0, 1, 2, 0), second)):
+        seen, _ = disk_ms([[one(e)] for e in ids], "home", {"slots": 2, "residency": residency})
+        assert (seen.host_misses, seen.disk_bytes) == (misses, misses * 1e6)
 
 
 def test_decisions_see_the_disk():
@@ -164,7 +196,17 @@ def test_a_cold_start_comes_first():
     seen = run(trace_of(rows_of(1, 1, 1, 1), rows_of(1)), system, model_of(experts=4), remote=0.25)
     assert [step.cold_s for step in seen.steps] == [exactly(47e-3), 0]
     assert seen.steps[0].duration_s == exactly(47e-3 + 1e-3 + seen.steps[0].moe_s[0])
+    # Three of four experts in the layer's function are more than main's dense and one.
+    larger = run(trace_of(rows_of(1)), system, model_of(experts=4), remote=0.75)
+    assert larger.steps[0].cold_s == exactly(37e-3)
     assert run(trace_of(rows_of(1)), system_with(remote=REMOTE), model_of(experts=4)).steps[0].cold_s == 0
+
+
+def test_the_clock_of_rates_counts_the_cold_start():
+    # Router at 7 + 1 ms: twice the rate.
+    system = system_with(remote=REMOTE | {"start_ms": 7.0}, link={"rates": [(0.0, 0.25), (7.5e-3, 0.5)]})
+    assert moe_ms(trace_of(rows_of(1)), system, remote=0.0) == exactly([3])
+    assert moe_ms(trace_of(rows_of(1)), system) == exactly([5])
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=7), st.integers(1, 3))

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 import moetrace as mt
-from moetrace.results.record import OPTIONAL
+from moetrace.results.record import OF_A_DEADLINE, OPTIONAL
 from moetrace.spec import Gpu, System, UsageError, load_policy, load_system
 from moetrace.spec.frequency import Level
 from moetrace.spec.rates import Energy, Watts
@@ -124,7 +124,7 @@ def test_figures_and_columns_are_there_only_with_a_deadline(trace, tmp_path):
 
 
 def test_a_sweep_a_gate_and_a_limit_take_the_figures(trace, tmp_path):
-    assert {*FIGURES} <= {*OPTIONAL}
+    assert FIGURES == OF_A_DEADLINE and {*FIGURES} <= OPTIONAL
     trace.write(tmp_path / "t.h5")
     levels = "[{frequency = 1, voltage = 1}, {frequency = 0.5, voltage = 0.7}]"
     grid = {"trace": str(tmp_path / "t.h5"), "policy": ["monde", "edge-ndp"], "slots": 48}

@@ -220,6 +220,8 @@ def test_unread_parameters_are_those_of_other_choices():
         "now_weight",
         "long_weight",
         "deadline_ms",
+        "with_cpu",
+        "host_residency",
     }
     assert "alpha" not in load(residency="ewma").unread
 

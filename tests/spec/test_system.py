@@ -73,7 +73,9 @@ def test_host_memory_holds_anything():
 )
 def test_a_pc_with_too_little_memory_is_told_how_many_bits_fit(memory_gb, advice):
     model, system = load_model("qwen3-30b-a3b"), load_system("rtx3060-ddr4", {"host.memory_gb": memory_gb})
-    with pytest.raises(UsageError, match=r"which has all of them, those on the GPU too; .*memory_gb=58, or") as caught:
+    with pytest.raises(
+        UsageError, match=r"which has all of them, those on the GPU too; .*memory_gb=58, add a \[disk"
+    ) as caught:
         check_fits(model, system, model.expert_bytes())
     assert advice in str(caught.value)
     if "bits=" in advice:

@@ -24,9 +24,10 @@ KEPT = (
 
 
 @st.composite
-def tier_cases(draw, max_steps: int = 6, max_experts: int = 7) -> MachineCase:
-    """Draw a case of `machine_cases`, and switch mechanisms on."""
-    case = draw(machine_cases(max_steps=max_steps, max_experts=max_experts))
+def tier_cases(draw, max_steps: int = 6, max_experts: int = 7, units: tuple[int, ...] = ()) -> MachineCase:
+    """Draw a case of `machine_cases`, and switch mechanisms on; with NDP units if it says how many."""
+    cases = machine_cases(max_steps=max_steps, max_experts=max_experts)
+    case = draw(cases.filter(lambda case: not units or case.system.get("ndp", {}).get("units") in units))
     system = case.system
     rate = system["link"]["bandwidth_gb_s"]
     system["gpu"] |= draw(fields(evict_us=(0.0, 130.0)))
@@ -57,24 +58,30 @@ def tier_cases(draw, max_steps: int = 6, max_experts: int = 7) -> MachineCase:
 
 
 @st.composite
-def tier_policies(draw, case: MachineCase) -> dict[str, Any]:
-    """Draw a policy that runs on the machine."""
+def tier_policies(
+    draw,
+    case: MachineCase,
+    kinds: tuple[str, ...] = (),
+    placements: tuple[str, ...] = ("ep", "ep-block", "tp", "striped", "mixed"),
+    relayout: bool | None = None,
+) -> dict[str, Any]:
+    """Draw a policy that runs on the machine, of some dispatches and placements."""
     system = case.system
-    kinds = ["gpu"]
+    known = ["gpu"]
     if "ndp" in system or "cpu" in system:
-        kinds += ["home", "in-place", "hot", "hot:ratio", "balance", "optimal", "fiddler", "cheapest", "bottleneck"]
-    chosen: dict[str, Any] = {"placement": "ep", "dispatch": draw(st.sampled_from(kinds), label="dispatch")}
+        known += ["home", "in-place", "hot", "hot:ratio", "balance", "optimal", "fiddler", "cheapest", "bottleneck"]
+    chosen: dict[str, Any] = {"placement": "ep", "dispatch": draw(st.sampled_from(kinds or known), label="dispatch")}
     kept = dict(draw(st.sampled_from(KEPT), label="kept"))
     if "ndp" in system:
-        chosen["placement"] = draw(st.sampled_from(["ep", "ep-block", "tp", "striped", "mixed"]))
+        chosen["placement"] = draw(st.sampled_from(placements))
     if "disk" in system:
-        kept["prefetch"], kept["prefetch_blocks"] = "none", False
+        kept = {"residency": kept["residency"]}
     if chosen["placement"] == "mixed":
         units = system["ndp"]["units"]
         where = st.sampled_from(["striped", *range(units)])
         keys = st.tuples(st.integers(0, case.model.moe_layers - 1), st.integers(0, case.model.most_experts - 1))
         chosen["layout"] = draw(st.dictionaries(keys, where, max_size=6), label="layout")
-        if draw(st.booleans(), label="relayout"):
+        if draw(st.booleans(), label="relayout") if relayout is None else relayout:
             kept = {"residency": "ewma", "prefetch": "relayout", "alpha": draw(st.sampled_from([0.3, 0.9]))}
     if chosen["dispatch"] in ("hot", "hot:ratio"):
         kept = {}

@@ -1,7 +1,7 @@
 """A machine to work out by hand, for the engine: an expert of 1 MB takes 1 ms on the GPU and 4 ms to fetch.
 
-At home it takes 2 ms; a row takes 0.1 ms on the GPU and 1 ms at home; dense is 1 ms. Activations, launches and
-latencies are free unless they are given.
+At home it takes 2 ms; a row takes 0.1 ms on the GPU and 1 ms at home; dense is 1 ms; a disk reads an expert in 11 ms.
+Activations, launches and other latencies are free unless they are given.
 """
 
 from typing import Any
@@ -33,6 +33,7 @@ GPU = {"name": "g", "tflops": 0.02, "bandwidth_gb_s": 1, "memory_gb": 1, "reserv
 NDP = {"units": 1, "gmac_s": 1, "bandwidth_gb_s": 0.5, "capacity_gb": 1, "command_us": 0}
 CPU = {"tflops": 0.002, "bandwidth_gb_s": 0.5, "command_us": 0}
 LINK = {"bandwidth_gb_s": 0.25, "latency_us": 0}
+DISK = {"bandwidth_gb_s": 0.1, "latency_us": 1000}
 
 
 def model(**changed: Any) -> Model:
@@ -42,7 +43,7 @@ def model(**changed: Any) -> Model:
 def system(gpu: dict | None = None, link: dict | None = None, **parts: dict | None) -> System:
     """Return a system of a GPU, a link and the parts that are named, each with its fields changed."""
     given: dict[str, Any] = {"name": "by-hand", "gpu": GPU | (gpu or {}), "link": LINK | (link or {})}
-    for name, base in (("ndp", NDP), ("cpu", CPU), ("host", {})):
+    for name, base in (("ndp", NDP), ("cpu", CPU), ("host", {}), ("disk", DISK)):
         if name in parts:
             given[name] = base | (parts[name] or {})
     return load_system(msgspec.convert(given, System))

@@ -73,6 +73,13 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("utilization.link_in", always=False),
             _column("demand_bytes", always=False),
             _column("prefetch_bytes", always=False),
+            _column("resent_bytes", always=False),
+            _column("gate_mass_dropped", always=False),
+        ],
+        [
+            _column("host_hit_rate", always=False),
+            _column("disk_bytes", always=False),
+            _column("disk_busy", always=False),
         ],
     ]
 
@@ -118,10 +125,12 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
     return [
         f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
         f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']}{home}; "
-        f"the GPU keeps up to {summary['slots']:,} of {counted(everything, 'expert')} (slots).",
+        f"the GPU keeps up to {summary['slots']:,} of {counted(everything, 'expert')} (slots)"
+        f"{_host(summary['policies'])}.",
         "TTFT, TPOT and ITL (the time between two tokens) are medians, but for the p99. "
         f"Over bound: time beyond {bound}. "
-        "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots.",
+        "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots"
+        f"{', and all else in host memory' if system.get('disk') else ''}.",
         *_speculation(summary),
         *_deadlines(summary),
         *_known(system),
@@ -132,6 +141,12 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
             if policy["optimal_fallbacks"]
         ),
     ]
+
+
+def _host(policies: list[dict[str, Any]]) -> str:
+    """Say how many experts host memory keeps above a disk; nothing on a machine without one."""
+    slots = policies[0].get("host_slots")
+    return "" if slots is None else f", host memory up to {slots:,}; others are read from the disk"
 
 
 def _speculation(summary: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """`fiddler` (arXiv 2402.07033): each expert, regardless of the others, where it is done sooner."""
 
 from moetrace.engine.layer import less
-from moetrace.engine.tiers.tier_times import fetched_end_s, term_of
+from moetrace.engine.tiers.tier_moves import sooner_on_gpu
 from moetrace.spec.choices import Dispatch
 
 
@@ -13,12 +13,8 @@ def each_where_sooner(state, view, layer, load, plan):
 
 
 def each_where_sooner_with_tiers(state, view, layer, load, plan):
-    """Do the same where an expert may run while it arrives."""
-    term = term_of(view)
-    for i in range(load.size):
-        expert = view.active[i]
-        fetched_s = fetched_end_s(term, 0.0, 0.0, expert.fetch_s, expert.gpu_s)
-        plan[i] = expert.resident or less(fetched_s, expert.ndp_s)
+    """Do the same on a machine with more tiers, where a fetch and its work may overlap."""
+    sooner_on_gpu(view, load.size, plan)
 
 
 RECORD = Dispatch(

@@ -57,12 +57,13 @@ def note_tiers(dense, line, moved, machine, tiers, scratch, log):
     """Add a layer's work to the books of all parts; ``moved``: bytes and seconds of prefetches."""
     gpu, link_in, link_out = log.unit[GPU], log.unit[LINK_IN], log.unit[LINK_OUT]
     beside = tiers.beside[0]
-    act_s, act_bytes = line.act_s + beside.cpu_act_s, line.act_bytes + beside.cpu_act_bytes
+    out_s, back_s = line.act_s + beside.cpu_act_s, beside.home_back_s + beside.cpu_back_s
+    act_bytes = line.act_bytes + beside.cpu_act_bytes
     gpu.busy_s += dense - machine.work[0].overhead_s - beside.evict_s + line.gpu_s
     gpu.bytes += machine.work[0].dense_bytes
-    link_in.busy_s += line.fetch_s + moved[1] + act_s
+    link_in.busy_s += line.fetch_s + moved[1] + back_s
     link_in.bytes += line.demand_bytes + moved[0] + act_bytes
-    link_out.busy_s += act_s
+    link_out.busy_s += out_s
     link_out.bytes += act_bytes
     log.unit[FIRST_GROUP + scratch.groups.size + CPU_ROW].busy_s += beside.cpu_s
     if line.busiest_s > 0.0:

@@ -2,21 +2,20 @@
 
 from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.prefetch import COMPLETE, COMPLETED_EVER, DONE_BYTES, HEAD, TAIL, is_complete
+from moetrace.engine.tiers.tier_host import disk_s_per_byte, disk_spare_s, note_read_ahead
+from moetrace.engine.tiers.tier_link import flow_of
+from moetrace.engine.tiers.tier_times import outside_s_per_byte
 from moetrace.jit.compile import kernel
 
 
 @kernel
-def fetch_s_per_byte(tiers, machine, key):
-    """Return the seconds that a byte of an expert takes over the link."""
-    term, experts = tiers.term[0], machine.weight_bytes.shape[1]
-    spread = machine.share > 1 or machine.home[key // experts, key % experts] - FIRST_HOME == term.all_group
-    return max(machine.link[0].s_per_byte, term.all_s_per_byte if spread else term.one_s_per_byte)
+def flow_tiers(tiers, queue, start_s, budget_s, machine):
+    """Let prefetches flow for up to ``budget_s`` seconds, first come first served; return bytes and seconds used.
 
-
-@kernel
-def flow_tiers(tiers, queue, budget_s, machine):
-    """Let prefetches flow for up to ``budget_s`` seconds, first come first served; return bytes and seconds used."""
+    They begin ``start_s`` after the layer at hand did.
+    """
     left_s, used_s, moved_bytes = budget_s, 0.0, 0.0
+    experts, begin_s = machine.weight_bytes.shape[1], tiers.tally[0].now_s + start_s
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
         if left_s <= 0:
             break
@@ -26,11 +25,19 @@ def flow_tiers(tiers, queue, budget_s, machine):
         remaining = queue.weight_bytes[key] - queue.moved_bytes[key]
         if remaining <= DONE_BYTES:
             continue
-        s_per_byte = fetch_s_per_byte(tiers, machine, key)
-        step_bytes = min(left_s / s_per_byte, remaining) if s_per_byte > 0.0 else remaining
+        disk_s = disk_s_per_byte(tiers.host, key)
+        most_s = min(left_s, disk_spare_s(tiers.host)) if disk_s > 0.0 else left_s
+        if most_s <= 0:
+            continue
+        group = machine.home[key // experts, key % experts] - FIRST_HOME
+        cap_s = max(outside_s_per_byte(tiers.term[0], machine.share, group), disk_s)
+        link_s = machine.link[0].s_per_byte
+        step_bytes, step_s = flow_of(tiers.transfers, remaining, begin_s + used_s, most_s, link_s, cap_s)
+        if disk_s > 0.0:
+            note_read_ahead(tiers.host, step_s, step_bytes)
         queue.moved_bytes[key] += step_bytes
-        left_s -= step_bytes * s_per_byte
-        used_s += step_bytes * s_per_byte
+        left_s -= step_s
+        used_s += step_s
         moved_bytes += step_bytes
         if is_complete(queue, key):
             queue.ends[COMPLETE] += 1

@@ -165,8 +165,8 @@ def _runs_on(layout, tiers, machine, cache, layer, e):
         fetch_s = weight_bytes * max(machine.link[0].s_per_byte, outside) + machine.link[0].latency_s
         best_s = fetched_end_s(term, 0.0, 0.0, fetch_s, varied_s(gpu, rows, weight_bytes, gpu.fetched_s))
     by = BY_GPU
-    if term.has_cpu:
-        cpu = tiers.cpu[0]
+    cpu = tiers.cpu[0]
+    if cpu.s_per_byte > 0.0:
         outside = term.all_s_per_byte if term.units > 1 else term.one_s_per_byte
         read_bytes = weight_bytes * max(1.0, outside / cpu.s_per_byte)
         cpu_s = varied_s(cpu, rows, read_bytes, cpu.each_s)

@@ -31,6 +31,8 @@ TERM = np.dtype(
         ("contends", np.int64),  # 1: such reads keep units busy
         ("evict_s", np.float64),  # that an admission adds which evicts
         ("has_disk", np.int64),
+        ("link_bytes_s", np.float64),  # for dispatch `hot:ratio`
+        ("home_bytes_s", np.float64),  # that all of home reads together
     ]
 )
 # What the layer at hand has beside a `layer.Timeline`; seconds after the router's word.
@@ -40,9 +42,11 @@ BESIDE = np.dtype(
         for name in (
             "evict_s",  # that the layer began with
             "home_end_s",
+            "home_back_s",  # activations from the units; to them: `Timeline.act_s`
             "cpu_s",  # busy
-            "cpu_act_s",  # activations to the CPU, one way
-            "cpu_act_bytes",
+            "cpu_act_s",  # activations to the CPU
+            "cpu_back_s",  # and from it
+            "cpu_act_bytes",  # one way
             "cpu_end_s",
         )
     ]
@@ -64,7 +68,18 @@ class Tiers(NamedTuple):
     cpu: Any  # DEVICE [1], beside units
     tally: Any  # TIER_TALLY [1]
     beside: Any  # BESIDE [1]
+    host: Any = None  # `tier_host.HostMemory`, above a disk
     layout: Any = None  # tier_layout.Layout: of experts that move between layouts
+    transfers: Any = None  # `tier_link.Transfers`, of a link that loses packets or changes its rate
+
+
+def without_disk(tiers: Tiers | None) -> Tiers | None:
+    """Return the same machine with all experts in host memory."""
+    if tiers is None or tiers.host is None:
+        return tiers
+    term = tiers.term.copy()
+    term["has_disk"] = 0
+    return tiers._replace(term=term, host=None)
 
 
 def new_tiers(units: int) -> Tiers:

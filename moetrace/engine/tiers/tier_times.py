@@ -41,6 +41,12 @@ def term_of(view):
 
 
 @kernel
+def outside_s_per_byte(term, share, group):
+    """Return what a byte takes at least that is read from outside, of an expert of a group of ``share`` units."""
+    return term.all_s_per_byte if share > 1 or group == term.all_group else term.one_s_per_byte
+
+
+@kernel
 def fetched_end_s(term, free_s, from_s, to_s, gpu_s):
     """Return when the GPU has run an expert that arrives from ``from_s`` to ``to_s``, being free at ``free_s``."""
     if term.stream == 1:
@@ -57,33 +63,30 @@ def exchange_s(out_s, work_s, latency_s, chunks, command_s):
 
     ``out_s`` is one way without its latency.
     """
-    parts = best_chunks(out_s, work_s, latency_s, chunks, command_s)
-    return exchange_s_of(out_s, work_s, latency_s, parts, command_s)
+    parts = best_chunks(out_s, work_s, latency_s, command_s) if chunks == AUTO else chunks
+    return exchange_s_of((out_s, work_s, out_s), latency_s, parts, command_s)
 
 
 @kernel
-def best_chunks(out_s, work_s, latency_s, chunks, command_s):
-    """Return the number of chunks: where it is AUTO, the power of two of least time, the smallest on a tie."""
-    if chunks != AUTO:
-        return chunks
-    best, parts = 1, 2
-    best_s = exchange_s_of(out_s, work_s, latency_s, 1, command_s)
+def best_chunks(out_s, work_s, latency_s, command_s):
+    """Return the number of chunks, a power of two, that takes least; the smallest on a tie."""
+    best, best_s, parts = 1, exchange_s_of((out_s, work_s, out_s), latency_s, 1, command_s), 2
     while parts <= MOST_CHUNKS:
-        seconds = exchange_s_of(out_s, work_s, latency_s, parts, command_s)
+        seconds = exchange_s_of((out_s, work_s, out_s), latency_s, parts, command_s)
         if less(seconds, best_s):
-            best_s, best = seconds, parts
+            best, best_s = parts, seconds
         parts *= 2
     return best
 
 
 @kernel
-def exchange_s_of(out_s, work_s, latency_s, chunks, command_s):
-    """Return the same for a number of chunks."""
+def exchange_s_of(seconds, latency_s, chunks, command_s):
+    """Return the same for a number of chunks; ``seconds``: out, work and back, without latencies."""
+    out_s, work_s, back_s = seconds
     if chunks == 1:
-        act_s = out_s + latency_s
-        return act_s + work_s + act_s
-    act_s, chunk_s = out_s / chunks + latency_s, work_s / chunks + command_s
-    return act_s + chunk_s + act_s + (chunks - 1) * max(act_s, chunk_s)
+        return out_s + latency_s + work_s + (back_s + latency_s)
+    out_s, back_s, chunk_s = out_s / chunks + latency_s, back_s / chunks + latency_s, work_s / chunks + command_s
+    return out_s + chunk_s + back_s + (chunks - 1) * max(out_s, back_s, chunk_s)
 
 
 @kernel
@@ -181,6 +184,27 @@ def home_end_s(term, view, work):
 
 
 @kernel
+def home_done_s(term, view, size, plan, work):
+    """Return the same on any machine: above a disk, home runs each expert when it has been read."""
+    if not term.has_disk or work.experts == 0:
+        return home_end_s(term, view, work)
+    act_s = work.row_shards * view.out_s_per_row + view.link_latency_s
+    return act_s + home_span_s(term, view, size, plan, act_s, work.busiest_s) + act_s
+
+
+@kernel
+def home_span_s(term, view, size, plan, act_s, busiest_s):
+    """Return how long home works from ``act_s`` on; above a disk it waits for what has yet to be read."""
+    if not term.has_disk:
+        return busiest_s
+    free_s = act_s + view.home_start_s
+    for i in range(size):
+        if plan[i] == HOME:
+            free_s = max(free_s, view.active[i].ready_s) + view.active[i].ndp_s
+    return free_s - act_s
+
+
+@kernel
 def cpu_end_s(term, view, work):
     """Return when the CPU's results are back, 0 if it runs nothing."""
     if work.experts == 0:
@@ -203,7 +227,7 @@ def gpu_end_s(term, view, size, plan):
             free_s += start_s + expert.gpu_s
             start_s = 0.0
         else:
-            from_s = fetched_s
+            from_s = max(fetched_s, expert.ready_s)
             fetched_s = from_s + expert.fetch_s
             free_s = fetched_end_s(term, free_s, from_s, fetched_s, expert.gpu_s)
     return free_s
@@ -214,7 +238,8 @@ def ends_of(term, view, size, plan):
     """Return when each part ends under a plan; leaves the units' work in ``view.groups``."""
     cpu, home_rows = share_out_work(view, size, plan)
     home = home_work(term, view, home_rows)
-    return Ends(gpu_end_s(term, view, size, plan), home_end_s(term, view, home), cpu_end_s(term, view, cpu))
+    home_s = home_done_s(term, view, size, plan, home)
+    return Ends(gpu_end_s(term, view, size, plan), home_s, cpu_end_s(term, view, cpu))
 
 
 @kernel

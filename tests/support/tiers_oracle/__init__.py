@@ -34,7 +34,8 @@ Evictions (`gpu.evict_us`; our definition)
 Transfers
  5. A transfer that starts at t lasts: latency, then its bytes (times 1 + eps + ... + eps^R) integrated over
     min(rate(t), cap) from t + latency on, then R*rto. Busy is all of that. `rates` stand for `bandwidth_gb_s`:
-    `efficiency` applies to them, and the host read's limit. The clock runs through waits, cold start, heads.
+    `efficiency` applies to them, and the host read's limit. A line holds from its very second on. The clock runs
+    through waits, cold start, overheads, evictions and heads.
  6. Activations back start at act + the busiest of the device's seconds, whatever the chunks; so with `rates` and
     loss they last otherwise than those out.
  7. With chunks, x and y are the transfers' seconds without t_l: resends and timeouts are divided among chunks. C

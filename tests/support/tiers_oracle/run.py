@@ -221,10 +221,12 @@ class Tale:
         weights_s = math.fsum(m.W[s.layer, e] for e in s.n) / sum(device.B for device in devices)
         flops_s = m.flop_per_row * sum(s.n.values()) / sum(device.F for device in devices)
         f.work_bound_s += before_s + max(weights_s, flops_s)
-        if not self.user and self.policy.dispatch in ("hot", "ndp", "home", "hot:ratio") and self.is_calm:
+        ignores = not self.user and self.policy.dispatch in ("hot", "ndp", "home", "hot:ratio")
+        if ignores and self.is_calm:
             f.clairvoyant_s += before_s + moe_s
         else:
-            best = with_changes(s, resident=set(demand_order(s.n)[: m.slots]) if m.linked else set(s.n), reads={})
+            held = set() if ignores else set(demand_order(s.n)[: m.slots]) if m.linked else set(s.n)
+            best = with_changes(s, resident=held, reads={})
             view = View(m, 0.0, None, base=True)
             places = self.places(best, view)
             f.clairvoyant_s += before_s + time_line(m, best, view, *places).moe
