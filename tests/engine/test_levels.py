@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.drawn_machines import machine_cases, machine_policies, plain_policy
+from support.drawn_machines import MachineCase, machine_cases, machine_policies, plain_policy
 from support.drawn_runs import replay
 from support.drawn_tiers import tier_cases, tier_policies
 from support.oracle_layer import machine_of
@@ -89,39 +89,54 @@ def test_levels_are_the_oracles(case, data):
     np.testing.assert_allclose(lane.clairvoyant_s, told.clairvoyant_s, rtol=1e-9)
 
 
+def written(case, fields, folder):
+    """Return system and policy with the files that their TOML would name; the oracle's host has a residency."""
+    system, fields = case.system | {}, fields | {}
+    if "layout" in fields:
+        rows = [f"{layer},{e},{unit}\n" for (layer, e), unit in fields["layout"].items()]
+        fields["layout"] = str(folder / "layout.csv")
+        (folder / "layout.csv").write_text("".join(rows))
+    if "disk" in system:
+        fields["host_residency"] = system["host"]["residency"]
+        system["host"] = {"slots": system["host"]["slots"]}
+    if system["link"].get("rates"):
+        (folder / "rates.csv").write_text("".join(f"{at!r},{rate!r}\n" for at, rate in system["link"]["rates"]))
+        system["link"] = system["link"] | {"rates": str(folder / "rates.csv")}
+    return MachineCase(case.trace, case.model, system, case.slots), fields
+
+
 @QUICK
 @given(case=tier_cases(max_steps=5), data=st.data())
 def test_levels_with_tiers_are_the_oracles(case, data, tmp_path_factory):
-    for name in ("loss", "mtu_bytes", "rto_ms", "loss_mode", "seed", "rates"):
-        case.system["link"].pop(name, None)
-    for name in ("disk", "remote"):
-        case.system.pop(name, None)
-    if "ndp" not in case.system:
-        case.system.pop("host", None)
+    """With losses, rates over time and a disk, too: what is drawn, and when, is as at the top."""
+    case.system.pop("remote", None)
+    if "disk" in case.system:
+        case.system["cpu"].pop("chunks", None)
     fields = data.draw(tier_policies(case), label="policy")
-    for name in ("remote", "replicas", "plan_steps"):
-        fields.pop(name, None)
-    if fields["dispatch"] in ("cheapest", "bottleneck", "hot:ratio", "optimal"):
-        fields["dispatch"] = "balance"
     levels, scales = data.draw(tables()), data.draw(st.booleans(), label="memory scales")
     machine, plain = from_specs(case.trace, case.model, case.plain, SimpleNamespace(**fields), case.slots)
     tale = RecordedTale(case.trace, machine, plain, None, False)
-    steps = tale.run().steps
-    deadline_ms = data.draw(deadlines([step.duration_s for step in steps]), label="deadline")
+    told = tale.run()
+    deadline_ms = data.draw(deadlines([step.duration_s for step in told.steps]), label="deadline")
     expected = leveled(
         tale.retimes,
         machine,
         [Level(**level) for level in levels],
         deadline_ms / 1e3,
         memory_scales=scales,
-        wait_s=[step.wait_s for step in steps],
-        evict_s=[step.evict_s for step in steps],
+        wait_s=[step.wait_s for step in told.steps],
+        evict_s=[step.evict_s for step in told.steps],
     )
-    if "layout" in fields:
-        layout = tmp_path_factory.mktemp("drawn") / "layout.csv"
-        layout.write_text("".join(f"{layer},{e},{unit}\n" for (layer, e), unit in fields["layout"].items()))
-        fields["layout"] = str(layout)
-    check(run_of(case, fields, levels, deadline_ms, scales).lanes[0], expected)
+    lane = run_of(*written(case, fields, tmp_path_factory.mktemp("drawn")), levels, deadline_ms, scales).lanes[0]
+    check(lane, expected)
+    for name in ("hits", "misses", "late"):
+        assert lane.log.step[name].tolist() == told.per_step(name).astype(int).tolist(), name
+    np.testing.assert_allclose(lane.log.step["prefetch_bytes"], told.per_step("prefetch_bytes"), rtol=1e-9, atol=1e-15)
+    if lane.losses is not None:
+        resent = lane.losses.resent_out_bytes, lane.losses.resent_in_bytes
+        np.testing.assert_allclose(resent, (told.resent_out_bytes, told.resent_in_bytes), rtol=1e-9, atol=1e-15)
+    if lane.tiers is not None and lane.tiers.host is not None:
+        np.testing.assert_allclose(lane.tiers.host.books["busy_s"][0], told.disk_busy_s, rtol=1e-9, atol=1e-15)
 
 
 @QUICK
@@ -191,3 +206,21 @@ def test_folding_threads_and_cuts_change_nothing(monkeypatch):
     with StepStore(0) as store:
         (folded,) = run_setups(trace, [setup], store=store)
         assert policy_figures(folded) == policy_figures(plain.run)
+
+
+@pytest.mark.parametrize("dispatch", ["balance", "gpu"])
+def test_prefetches_from_a_disk_flow_as_at_the_top(dispatch):
+    """What a layer leaves of the disk is what it leaves at the top, however long it takes at another level."""
+    trace = mt.generate_trace("tiny-olmoe", requests=3, prompt=8, output=12, batch=2)
+    policy = mt.PolicySpec(name="ahead", dispatch=dispatch, residency="lru", prefetch="oracle:2", deadline_ms=1e6)
+    changes = {"host.slots": 40, "disk.bandwidth_gb_s": 30}
+    levels = {"gpu.levels": [TOP, {"frequency": 0.1, "voltage": 0.5}], "gpu.memory_scales": True}
+    plain, slow = (
+        mt.replay(trace, system=mt.load_system("rtx4090-nvme", changes | more), policies=policy, slots=24)
+        for more in ({}, levels)
+    )
+    assert (slow.steps["level"] == 1).all() and plain.steps["prefetch_bytes"].sum() > 0
+    assert (slow.steps["duration_s"] > plain.steps["duration_s"]).any()
+    names = ["hits", "misses", "late", "demand_bytes", "prefetch_bytes"]
+    assert slow.steps.select(names).equals(plain.steps.select(names))
+    assert slow.summary["disk_bytes"].to_list() == plain.summary["disk_bytes"].to_list()
