@@ -306,8 +306,6 @@ class TraceFacts(msgspec.Struct, kw_only=True):
 # How far the parts of a file are checked when it is read: a report takes structs, a gate whatever it is to compare.
 TraceForm = TypeVar("TraceForm")
 PolicyForm = TypeVar("PolicyForm")
-CellForm = TypeVar("CellForm")
-ResultForm = TypeVar("ResultForm")
 
 
 class SummaryFile(msgspec.Struct, Generic[TraceForm, PolicyForm], kw_only=True):
@@ -325,40 +323,6 @@ class SummaryFile(msgspec.Struct, Generic[TraceForm, PolicyForm], kw_only=True):
 
 Summary = SummaryFile[TraceFacts, PolicyFigures]
 PlainSummary = SummaryFile[dict[str, Any], dict[str, Any]]
-
-
-class ListedCell(msgspec.Struct):
-    """A cell in `sweep.json`: its name and the hash that names its file, or why it has none. Its axes are beside it."""
-
-    name: str
-    cell: str | None
-    error: str | None = None
-
-
-class SweepFile(msgspec.Struct, Generic[CellForm], kw_only=True):
-    """`sweep.json`."""
-
-    schema: str = SWEEP_SCHEMA
-    moetrace: str
-    engine: str | None = None
-    pareto: str = "gpu_memory_bytes"
-    axes: dict[str, Any]
-    cells: list[CellForm]
-    notes: list[str] = []
-    slo: list[str] = []
-
-
-class CellFile(msgspec.Struct, Generic[ResultForm], kw_only=True):
-    """`cells/HASH.json` of a sweep; `found_sha256` is of `result`, `costs` and `warnings`."""
-
-    schema: str = CELL_SCHEMA
-    moetrace: str = ""
-    engine: str | None = None
-    inputs: dict[str, Any]
-    found_sha256: str = ""
-    result: ResultForm
-    costs: dict[str, Any] = {}
-    warnings: list[str] = []
 
 
 def choices_of(policy: PolicySpec) -> dict[str, Any]:
