@@ -92,10 +92,6 @@ def test_levels_are_the_oracles(case, data):
 def written(case, fields, folder):
     """Return system and policy with the files that their TOML would name; the oracle's host has a residency."""
     system, fields = case.system | {}, fields | {}
-    if "layout" in fields:
-        rows = [f"{layer},{e},{unit}\n" for (layer, e), unit in fields["layout"].items()]
-        fields["layout"] = str(folder / "layout.csv")
-        (folder / "layout.csv").write_text("".join(rows))
     if "disk" in system:
         fields["host_residency"] = system["host"]["residency"]
         system["host"] = {"slots": system["host"]["slots"]}
@@ -110,9 +106,15 @@ def written(case, fields, folder):
 def test_levels_with_tiers_are_the_oracles(case, data, tmp_path_factory):
     """With losses, rates over time and a disk, too: what is drawn, and when, is as at the top."""
     case.system.pop("remote", None)
+    # Each mix of what is there is compiled once more: few of them, or the test takes minutes.
     if "disk" in case.system:
-        case.system["cpu"].pop("chunks", None)
-    fields = data.draw(tier_policies(case), label="policy")
+        for part, names in (
+            ("cpu", ["chunks"]),
+            ("link", ["loss", "mtu_bytes", "rto_ms", "loss_mode", "seed", "rates"]),
+        ):
+            for name in names:
+                case.system[part].pop(name, None)
+    fields = data.draw(tier_policies(case, placements=("ep", "ep-block", "tp", "striped")), label="policy")
     levels, scales = data.draw(tables()), data.draw(st.booleans(), label="memory scales")
     machine, plain = from_specs(case.trace, case.model, case.plain, SimpleNamespace(**fields), case.slots)
     tale = RecordedTale(case.trace, machine, plain, None, False)
