@@ -108,12 +108,9 @@ def test_levels_with_tiers_are_the_oracles(case, data, tmp_path_factory):
     case.system.pop("remote", None)
     # Each mix of what is there is compiled once more: few of them, or the test takes minutes.
     if "disk" in case.system:
-        for part, names in (
-            ("cpu", ["chunks"]),
-            ("link", ["loss", "mtu_bytes", "rto_ms", "loss_mode", "seed", "rates"]),
-        ):
-            for name in names:
-                case.system[part].pop(name, None)
+        case.system["cpu"].pop("chunks", None)
+        for name in ("loss", "mtu_bytes", "rto_ms", "loss_mode", "seed", "rates"):
+            case.system["link"].pop(name, None)
     fields = data.draw(tier_policies(case, placements=("ep", "ep-block", "tp", "striped")), label="policy")
     levels, scales = data.draw(tables()), data.draw(st.booleans(), label="memory scales")
     machine, plain = from_specs(case.trace, case.model, case.plain, SimpleNamespace(**fields), case.slots)
