@@ -121,15 +121,15 @@ def _line_of(tiers, machine, view, size, plan, shared):
 
 
 @kernel
-def choose_level(levels, s, dense, work):
+def choose_level(levels, s, dense, cold_s, work):
     """Give the step that has ended, number ``s`` of its block, its level, where there are some."""
     if levels is not None:
-        _choose_level(levels, s, dense, work)
+        _choose_level(levels, s, dense, cold_s, work)
 
 
 @kernel(inline=False)
-def _choose_level(levels, s, dense, work):
-    """Take the lowest level in time, the top if there is none; ``dense`` is of a layer at the top."""
+def _choose_level(levels, s, dense, cold_s, work):
+    """Take the lowest level in time, the top if none is; ``dense``: of a layer at the top, ``cold_s``: of a start."""
     row, steps, layers = work.log.step[s], work.batch.steps, levels.moe_s.shape[1]
     levels.steps[s].top_s = row.duration_s
     levels.top_s[0] += row.duration_s - row.wait_s
@@ -142,7 +142,7 @@ def _choose_level(levels, s, dense, work):
         for layer in range(layers):
             moe_s += levels.moe_s[n, layer]
         dense_sum = row.dense_s + (dense_n - dense) * layers
-        duration_s = dense_sum + moe_s + head + row.wait_s
+        duration_s = dense_sum + moe_s + head + row.wait_s + cold_s
         if not less(levels.deadline_s, duration_s):
             chosen, busy_s = n, _busy_s(levels, n, dense_n, work)
             row.dense_s, row.moe_s, row.head_s, row.duration_s = dense_sum, moe_s, head, duration_s

@@ -14,6 +14,7 @@ from support.sweeps import sweep_folder
 import moetrace as mt
 from moetrace.batch.metrics import DEFAULT_METRICS
 from moetrace.cli.commands.sweep import command
+from moetrace.results.common_figures import Utilization
 from moetrace.results.folder import read_cells, read_summary, read_sweep
 from moetrace.results.record import (
     ACCOUNTS,
@@ -26,7 +27,6 @@ from moetrace.results.record import (
     CellCosts,
     PolicyFigures,
     SummaryFile,
-    Utilization,
     fields_of,
     value_in,
 )

@@ -81,6 +81,12 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("disk_bytes", always=False),
             _column("disk_busy", always=False),
         ],
+        [
+            _column("remote_s", always=False),
+            _column("remote_calls", always=False),
+            _column("remote_usd", always=False),
+            _column("cold_s", always=False),
+        ],
     ]
 
 
@@ -133,6 +139,7 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
         f"{', and all else in host memory' if system.get('disk') else ''}.",
         *_speculation(summary),
         *_deadlines(summary),
+        *_functions(summary["policies"]),
         *_known(system),
         *(
             f"{policy['name']}: {policy['optimal_fallbacks']:,} of {counted(layers, 'layer')} of all steps had more "
@@ -175,6 +182,16 @@ def _deadlines(summary: dict[str, Any]) -> list[str]:
             "levels, bounds of the top."
         )
     return [words]
+
+
+def _functions(policies: list[dict[str, Any]]) -> list[str]:
+    """Say what the columns of remote functions are, if a policy has some."""
+    if not any("remote_s" in policy for policy in policies):
+        return []
+    return [
+        "Remote: the time of all copies of functions, their calls and their price, which the machine's is not in. "
+        "Cold: the start of machine and functions, a part of the first step and of its TTFT."
+    ]
 
 
 def _known(system: dict[str, Any]) -> list[str]:
