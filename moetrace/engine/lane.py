@@ -14,6 +14,7 @@ from moetrace.engine.folding import FoldedSteps
 from moetrace.engine.foresight import foresight_of
 from moetrace.engine.in_common import InCommon, PromptBooks, Yardstick
 from moetrace.engine.layer_slots import layer_slots
+from moetrace.engine.levels import STEP_LEVEL, levels_of
 from moetrace.engine.lower_bound import room_of
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
@@ -71,6 +72,7 @@ class Lane:
     folded: FoldedSteps | None = None  # instead of the log of each step
     books: PromptBooks | None = None  # then, of a policy that counts prompts: whose the prompts of the state are
     last_s: float = 0.0  # processor time that the last block took
+    level_steps: Any = None  # STEP_LEVEL [steps], as the log of steps; of a lane with levels
     _first_step: int = 0  # that the log has
 
     def advance(self, batch: Batch) -> None:
@@ -79,6 +81,8 @@ class Lane:
         if self.folded is not None:
             self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
             self._first_step = batch.steps.first
+            if self.aside.levels is not None:
+                self.level_steps = records(len(batch.steps.rows), STEP_LEVEL)
         if self.books is not None:
             self.state = self.state._replace(prompts=self.books.lend(batch.steps.first))
         if self.remote is not None and self.tiers is not None:
@@ -118,12 +122,12 @@ class Lane:
             yield part
 
     def _replay(self, batch: Batch) -> None:
-        self.kernel(self.work(batch), *self.hooks, self.tiers, self.aside)
+        self.kernel(self.work(batch), *self.hooks, self.tiers, self._aside(batch))
 
     def _replay_and_record(self, batch: Batch, recording: Recording) -> None:
         for part, is_recorded in recording.parts(batch, len(self.state.cells)):
             if is_recorded:
-                recording.record(self.work(part), self.hooks, self.tiers, self.aside)
+                recording.record(self.work(part), self.hooks, self.tiers, self._aside(part))
             else:
                 self._replay(part)
 
@@ -142,6 +146,21 @@ class Lane:
         first = batch.steps.first - self._first_step
         log = self.log._replace(step=self.log.step[first : first + len(batch.steps.rows)])
         return Work(batch, self.machine, self.setting, self.state, log)
+
+    def _aside(self, batch: Batch) -> Aside:
+        """Return what the replay of a block has beside."""
+        levels = self.aside.levels
+        if levels is None:
+            return self.aside
+        first = batch.steps.first - self._first_step
+        steps = self.level_steps[first : first + len(batch.steps.rows)]
+        return self.aside._replace(levels=levels._replace(steps=steps))
+
+    def keep_steps(self, steps: int) -> None:
+        """Make the log of so many steps."""
+        self.log = self.log._replace(step=new_steps(steps))
+        if self.aside.levels is not None:
+            self.level_steps = new_steps(steps, STEP_LEVEL)
 
     @property
     def duration_s(self) -> np.ndarray:
@@ -182,6 +201,8 @@ class Lane:
         self.work_bound_s = self.work_bound.seconds
         if self.clairvoyant is not None:
             self.clairvoyant_s = self.clairvoyant.seconds
+        elif self.aside.levels is not None:
+            self.clairvoyant_s = float(self.aside.levels.top_s[0])
         elif self.folded is not None:
             self.clairvoyant_s = float(np.sum(self.folded.busy_s))
         else:
@@ -275,9 +296,10 @@ def lane_of(
     clairvoyant = _clairvoyant_of(dispatch, seen, common)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
-    aside = Aside()
+    aside = Aside(levels=levels_of(system, policy, machine))
     if residency.foresees:
-        aside = Aside(foresight=foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k))
+        foresight = foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k)
+        aside = aside._replace(foresight=foresight)
     lower_bound = None
     if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))

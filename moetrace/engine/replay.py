@@ -12,6 +12,7 @@ from moetrace.engine.demand import Demand, see_gates
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.foresight import foresee
 from moetrace.engine.layer import shared_s, timeline
+from moetrace.engine.levels import choose_level, time_levels
 from moetrace.engine.machine import DEVICE, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
     BY_WORTH,
@@ -103,6 +104,7 @@ class Aside(NamedTuple):
 
     foresight: Any = None  # of a policy that foresees
     tape: Any = None  # on which everything that is done is noted
+    levels: Any = None  # of frequency, which steps under a deadline choose from
 
 
 class Work(NamedTuple):
@@ -238,6 +240,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     else:
         shared = -1
         line = tier_line(tiers, machine, view, size, plan)
+    time_levels(aside.levels, layer, plan, shared, line, view, tiers, machine)
     fetched = carry_out(layer, size, state, log)
     if tiers is not None:
         note_cpu(layer, size, state.scratch, log)
@@ -341,6 +344,7 @@ def replay_batch(work, dispatch, residency, tiers, aside):
         if tiers is not None:
             row.duration_s += cold_s
             end_step(tiers, head)
+        choose_level(aside.levels, s, dense, cold_s, work)
 
 
 def new_state(machine: Machine, prompts: Prompts, cache: Cache, admit: bool, tiers: Tiers | None = None) -> State:

@@ -83,6 +83,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     remote: Annotated[float, Meta(ge=0, le=1)] | None = None
     plan_steps: Annotated[int, Meta(ge=1, le=10**9)] | None = None
     replicas: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    deadline_ms: Annotated[float, Meta(ge=1e-6, le=1e9)] | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
@@ -98,8 +99,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def unread(self) -> list[str]:
         """Parameters that none of the choices reads."""
         read = {field for kind, fields in _OWN_READS.items() if _split(getattr(self, kind)) for field in fields}
-        # These go with a scope and with a system, not with a choice.
-        read |= {field for field in ("budget", "host_residency") if getattr(self, field) is not None}
+        # These go with a scope, a system and any policy, not with a choice.
+        read |= {field for field in ("budget", "host_residency", "deadline_ms") if getattr(self, field) is not None}
         read |= set(host_residency_of(self.host_residency).parameters if self.host_residency else ())
         read |= {"remote", "loads", *REMOTE_FIELDS} if self.remote is not None else set()
         for kind in KINDS:

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from moetrace.spec.errors import UsageError
+from moetrace.spec.frequency import by_frequency, level_misfits
 from moetrace.spec.host_memory import Disk, disk_misfit
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.link_rates import read_rates
@@ -148,10 +149,9 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         The system.
 
     Raises:
-        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, or a part has watts or a price
-            that the system lacks. The message names the TOML path.
-        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, or the disk does not go with
-            the rest. The message names the TOML path.
+        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, levels have no top, a part has
+            watts or a price that the system lacks, or the disk does not go with the rest. The message names the TOML
+            path.
         MoetraceError: A file cannot be read.
 
     Examples:
@@ -175,7 +175,7 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         raise UsageError(f"{loaded.where}: {misfit}.")
     if system.link is not None:
         _check_link(system, system.link, loaded)
-    return system
+    return _with_levels(system, loaded.where)
 
 
 def _check_link(system: System, link: Link, loaded: Loaded) -> None:
@@ -187,3 +187,13 @@ def _check_link(system: System, link: Link, loaded: Loaded) -> None:
         )
     if link.rates is not None:
         read_rates(link.rates)
+
+
+def _with_levels(system: System, where: str) -> System:
+    """Return a system whose GPU has its levels by frequency, once they are checked."""
+    levels = None if system.gpu.levels is None else by_frequency(system.gpu.levels)
+    if misfit := next(level_misfits(levels, system.gpu.memory_scales), None):
+        raise UsageError(f"{where}: {misfit}.")
+    if levels == system.gpu.levels:
+        return system
+    return msgspec.structs.replace(system, gpu=msgspec.structs.replace(system.gpu, levels=levels))

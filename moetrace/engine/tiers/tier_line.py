@@ -5,7 +5,16 @@ from typing import NamedTuple
 from moetrace.engine.layer import Timeline
 from moetrace.engine.state import ON_GPU
 from moetrace.engine.tiers.tier_host import spare_disk
-from moetrace.engine.tiers.tier_link import IN, OUT, TO_CPU, TO_HOME, activations_s, weights_s
+from moetrace.engine.tiers.tier_link import (
+    IN,
+    OUT,
+    TO_CPU,
+    TO_HOME,
+    activations_s,
+    resent_bytes,
+    set_resent_bytes,
+    weights_s,
+)
 from moetrace.engine.tiers.tier_records import AUTO
 from moetrace.engine.tiers.tier_times import (
     best_chunks,
@@ -68,6 +77,15 @@ def tier_line(tiers, machine, view, size, plan):
     moe_s = max(free_s, sent.end_s, sent_cpu.end_s, term.remote_s)
     spare_disk(tiers.host, moe_s)
     return Timeline(moe_s, sent.out_s, fetch_s, busy_s, sent.byte_count, demand_bytes, home.busiest_s, home.busy_sum_s)
+
+
+@kernel
+def tiers_line_again(tiers, machine, view, size, plan):
+    """Return the time line once more, with other prices on the GPU, and note nothing."""
+    resent = resent_bytes(tiers.transfers)
+    line = tier_line(tiers, machine, view, size, plan)
+    set_resent_bytes(tiers.transfers, resent)
+    return line
 
 
 @kernel
