@@ -16,9 +16,9 @@ from moetrace.engine.state import FIRST_GROUP, GPU, HOME, LINK_IN, LINK_OUT, ON_
 from moetrace.jit.compile import kernel
 
 # Kinds of slices. A layer is dense and moe together; a wait is that of `prefetch_blocks`.
-KINDS = ("layer", "wait", "dense", "expert", "fetch", "prefetch", "activations", "head")
-LAYER, WAIT, DENSE, EXPERT, FETCH, PREFETCH, ACTIVATIONS, HEAD_WORK = range(8)
-NOBODY = -1  # unit of a LAYER and a WAIT
+KINDS = ("layer", "wait", "dense", "expert", "fetch", "prefetch", "activations", "head", "cold")
+LAYER, WAIT, DENSE, EXPERT, FETCH, PREFETCH, ACTIVATIONS, HEAD_WORK, COLD = range(9)
+NOBODY = -1  # unit of a LAYER, a WAIT and a COLD start
 
 SLICE = np.dtype(
     [(name, np.int64) for name in ("step", "layer", "kind", "unit", "expert", "resident")]
@@ -97,6 +97,15 @@ def note_flow(tape, step, budget_bytes, start_s, machine, state):
         last_slice(tape).expert = expert
         left -= step_bytes
         moved_bytes += step_bytes
+
+
+@kernel
+def note_cold(tape, step, seconds):
+    """Write the cold start of functions, with which the first step begins."""
+    if tape is None:
+        return
+    note(tape, step, -1, COLD, NOBODY, 0.0, seconds, 0.0)
+    tape.clock_s[0] = seconds
 
 
 @kernel

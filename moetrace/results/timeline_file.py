@@ -30,7 +30,7 @@ else:
     pl = Later("polars")
 
 # Of steps and layers, and of what shares a link's direction without waiting for one another: tracks of their own.
-_OWN_TRACKS = {"step": "steps", "layer": "layers", "wait": "layers"}
+_OWN_TRACKS = {"step": "steps", "layer": "layers", "wait": "layers", "cold": "layers"}
 _LINK_IN_TRACKS = {"fetch": "link_in", "prefetch": "link_in prefetch", "activations": "link_in activations"}
 _ARGUMENTS = {
     "dense": ("step", "layer", "bytes"),
@@ -40,6 +40,7 @@ _ARGUMENTS = {
     "activations": ("step", "layer", "bytes"),
     "head": ("step", "bytes"),
     "wait": ("step",),
+    "cold": ("step",),
 }
 _COLUMNS = ("track", "kind", "name", "ts", "dur", "step", "layer", "expert", "rows", "bytes", "resident")
 
