@@ -168,7 +168,7 @@ def hybrimoe() -> list[Figure]:
     mixtral, deepseek = hits("mixtral-8x7b"), hits("deepseek-v2-lite")
     lru = [one["lru"] for one in (mixtral, deepseek)]
     why = "Other prompts: the profiles are of other text. There is no profile of Qwen2 (45.0 % in the paper)"
-    models = "Mixtral / DeepSeek, room for a quarter"
+    models = "Mixtral / DeepSeek, one cache for a quarter of all experts"
     figures = [close(f"hits of LRU, {models}", (30.2, 47.7), lru, 0.1, "{:.1f}", unit=" %", why=why)]
     best = [max(value for name, value in one.items() if name != "belady") for one in (mixtral, deepseek)]
     clairvoyant = [one["belady"] for one in (mixtral, deepseek)]
