@@ -207,7 +207,7 @@ def trimoe() -> list[Figure]:
     times = [trimoe_times(model, batch) for model in TRIMOE_MODELS for batch in (256, 512, 768)]
     why = {
         "trimoe-no-cpu": "Rates of CPU and DIMMs (its Table 1) are not public; those here are assumed",
-        "trimoe-greedy": "By itself a fetch takes longest, so no expert reaches the GPU, and all with many rows are on the CPU",
+        "trimoe-greedy": "By itself no expert is sooner on the GPU, so all with many rows go to the CPU",
         "trimoe-static": "As above; what it is compared with in the paper is not said in detail",
     }
     figures = []
@@ -219,7 +219,7 @@ def trimoe() -> list[Figure]:
         here = [one[policy] for one in times]
         why_not = {
             "striped": "The timing model charges nothing for keeping 16 DIMMs in step",
-            "monde": "`trimoe` moves one expert at a time and stops where none helps; `monde` tries every number of fetches",
+            "monde": "`trimoe` moves one expert at a time until none helps; `monde` tries every number of fetches",
         }[policy]
         figures.append(Figure(f"decode, {name}", "not given", span(here), SHOWN, None, why_not))
     return figures
