@@ -26,7 +26,8 @@ from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.tiers.tier_host import end_disk
-from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, Tiers
+from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, REMOTE_ROW, Tiers
+from moetrace.engine.tiers.tier_remote import RemoteExperts, end_remote, remote_of, with_remote
 from moetrace.engine.tiers.tier_transfers import Losses, losses_of, with_rates, with_transfers
 from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import variant
@@ -34,6 +35,7 @@ from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.participants import check_policy, seen_by
 from moetrace.spec.policy import PolicySpec
+from moetrace.spec.system import System
 
 # What is taken to be true of a user's own function.
 _OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name="own", meaning="")
@@ -62,6 +64,7 @@ class Lane:
     lower_bound: Yardstick | None  # None with more tiers: its proof is of a plain link and one home
     clairvoyant: Yardstick | None  # None if it is the replay
     cold_starts: ColdStarts | None = None  # of scope "request"
+    remote: RemoteExperts | None = None  # of a policy that has some
     clairvoyant_s: float = 0.0
     work_bound_s: float = 0.0
     recording: Recording | None = None  # of the steps of a timeline
@@ -72,12 +75,15 @@ class Lane:
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
-        begun_s, cells, scratch = thread_time(), self.state.cells, self.state.scratch
+        begun_s, cells, scratch, whole = thread_time(), self.state.cells, self.state.scratch, batch
         if self.folded is not None:
             self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
             self._first_step = batch.steps.first
         if self.books is not None:
             self.state = self.state._replace(prompts=self.books.lend(batch.steps.first))
+        if self.remote is not None and self.tiers is not None:
+            batch, times = self.remote.split(batch)
+            self.tiers = self.tiers._replace(remote=times)
         try:
             for part in self._cut_where_cold(batch):
                 if self.recording is None:
@@ -86,7 +92,7 @@ class Lane:
                     self._replay_and_record(part, self.recording)
             if self.clairvoyant is not None:
                 cells, scratch = self.clairvoyant.kept
-                self.clairvoyant.advance(batch)
+                self.clairvoyant.advance(whole)
         except MemoryError:
             raise
         except Exception as error:  # only a user's function can raise
@@ -156,10 +162,17 @@ class Lane:
         """What the link lost, if it loses anything."""
         return losses_of(self.tiers)
 
+    @property
+    def cold_s(self) -> float:
+        """Seconds of the cold start of functions, with which the first step begins."""
+        return 0.0 if self.remote is None else self.remote.cold_s
+
     def finish(self) -> None:
         """Close the books after the last block: what was prefetched and never run was wasted."""
         self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
         self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
+        if self.remote is not None:
+            end_remote(self.remote, self.log.unit[FIRST_GROUP + len(self.state.scratch.groups) + REMOTE_ROW])
         if self.tiers is not None and self.tiers.host is not None:
             end_disk(self.tiers.host, self.log.unit[FIRST_GROUP + len(self.state.scratch.groups) + DISK_ROW])
         if not self.has_units:  # one CPU is no tier that could be out of balance
@@ -179,16 +192,26 @@ def _or(given: float | None, default: float) -> float:
 
 
 def _clairvoyant_of(
-    dispatch: Dispatch, machine: Machine, tiers: Tiers | None, setting: Any, hook: Any, common: InCommon
+    dispatch: Dispatch, seen: tuple[Machine, Tiers | None, Any, Any, RemoteExperts | None], common: InCommon
 ) -> Yardstick | None:
     """Return the clairvoyant run; None if it is the replay: the dispatch ignores residency, and nothing else counts."""
+    machine, tiers, setting, hook, remote = seen
     if not dispatch.ignores_residency:
-        return common.clairvoyant(machine, tiers, setting, hook)
+        return common.clairvoyant(machine, tiers, setting, hook, remote)
     if tiers is None:
         return None
     nothing_kept = setting.copy()
     nothing_kept["slots"] = 0
-    return common.clairvoyant(machine, tiers, nothing_kept, hook)
+    return common.clairvoyant(machine, tiers, nothing_kept, hook, remote)
+
+
+def _check_splits(policy: PolicySpec, dispatch: Dispatch, system: System, tiers: Tiers | None) -> None:
+    """Raise UsageError if experts are to be split where there are more tiers."""
+    if tiers is not None and dispatch.splits:
+        raise UsageError(
+            f"Policy {policy.name}: dispatch {dispatch.name} needs a plain link and one home, and {system.name} has "
+            'another link or more tiers; use dispatch = "balance".'
+        )
 
 
 def lane_of(
@@ -198,6 +221,8 @@ def lane_of(
     check_policy(policy, setup.system)
     model, system = setup.model, seen_by(policy, setup.system)
     schedule, own = decoded.schedule, setup.hooks
+    remote = common.remote(remote_of(policy, setup, system, decoded, weight_bytes))
+    weight_bytes = weight_bytes if remote is None else remote.local_bytes
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
@@ -206,12 +231,9 @@ def lane_of(
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
-    tiers = with_transfers(tiers_of(model, system, policy, machine), policy, setup.system, machine)
-    if tiers is not None and dispatch.splits:
-        raise UsageError(
-            f"Policy {policy.name}: dispatch {dispatch.name} needs a plain link and one home, and {system.name} has "
-            'another link or more tiers; use dispatch = "balance".'
-        )
+    tiers = with_remote(tiers_of(model, system, policy, machine), remote)
+    tiers = with_transfers(tiers, policy, setup.system, machine)
+    _check_splits(policy, dispatch, system, tiers)
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),
@@ -248,7 +270,8 @@ def lane_of(
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = _clairvoyant_of(dispatch, common_machine, tiers, setting, hooks[0], common)
+    seen = common_machine, tiers, setting, hooks[0], remote
+    clairvoyant = _clairvoyant_of(dispatch, seen, common)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
     aside = Aside()
@@ -258,6 +281,6 @@ def lane_of(
     if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
     cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
-    yardsticks = common.work_bound(machine), lower_bound, clairvoyant
+    yardsticks = common.work_bound(machine, remote), lower_bound, clairvoyant
     has_units = system.ndp is not None
-    return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold)
+    return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold, remote)

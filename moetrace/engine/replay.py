@@ -42,7 +42,16 @@ from moetrace.engine.state import (
     records,
 )
 from moetrace.engine.tape import note_head, note_layer_end
-from moetrace.engine.tiers.tier_books import begin_layer, end_layer, end_step, note_cpu, note_tiers, units_of
+from moetrace.engine.tiers.tier_books import (
+    begin_layer,
+    call_remote,
+    end_layer,
+    end_step,
+    note_cpu,
+    note_tiers,
+    start_cold,
+    units_of,
+)
 from moetrace.engine.tiers.tier_flows import flow_tiers
 from moetrace.engine.tiers.tier_host import keep_in_host, read_from_disk
 from moetrace.engine.tiers.tier_layout import flow_layout, lay_out
@@ -215,6 +224,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     size = _see(at, layer, s, batch.demand, machine, setting, state, log)
     if tiers is not None:
         price_tiers(tiers, machine, state.scratch.active, size)
+        call_remote(tiers.remote, tiers.term, step, layer)
         read_from_disk(tiers.host, layer, size, state.scratch.active)
     pool = pool_of(state.cache, layer)
     of_pool = (state.cache.age[pool], np.int64(state.cache.residents[pool] >= state.cache.capacity[pool]))
@@ -306,7 +316,9 @@ def replay_batch(work, dispatch, residency, tiers, aside):
     head = head_s(machine)
     for s in range(batch.steps.rows.size):
         step = batch.steps.first + s
-        row = log.step[s]
+        row, cold_s = log.step[s], 0.0
+        if tiers is not None:
+            cold_s = start_cold(tiers.remote, step, aside.tape)
         if setting.waits and batch.steps.phase[s] == DECODE and log.tally[0].waited == 0:
             log.tally[0].waited = 1
             tape_wait(aside.tape, tiers, step, machine, state)
@@ -328,6 +340,7 @@ def replay_batch(work, dispatch, residency, tiers, aside):
             _end_step(step, batch, setting, state, log)
         note_head(aside.tape, step, machine, state)
         if tiers is not None:
+            row.duration_s += cold_s
             end_step(tiers, head)
 
 

@@ -17,11 +17,11 @@ from moetrace.jit.compile import kernel
 
 # Kinds of slices. A layer is dense and moe together; a wait is that of `prefetch_blocks`. The last five are those of
 # machines with more tiers (`tiers/tier_tape.py`).
-KINDS = ("layer", "wait", "dense", "expert", "fetch", "prefetch", "activations", "head")
+KINDS = ("layer", "wait", "dense", "expert", "fetch", "prefetch", "activations", "head", "cold")
 KINDS += ("evict", "activations-cpu", "outside", "read", "read-ahead")
-LAYER, WAIT, DENSE, EXPERT, FETCH, PREFETCH, ACTIVATIONS, HEAD_WORK = range(8)
-EVICT, ACTIVATIONS_CPU, OUTSIDE, READ, READ_AHEAD = range(8, 13)
-NOBODY = -1  # unit of a LAYER, a WAIT and an EVICT
+LAYER, WAIT, DENSE, EXPERT, FETCH, PREFETCH, ACTIVATIONS, HEAD_WORK, COLD = range(9)
+EVICT, ACTIVATIONS_CPU, OUTSIDE, READ, READ_AHEAD = range(9, 14)
+NOBODY = -1  # unit of a LAYER, a WAIT, a COLD start and an EVICT
 
 SLICE = np.dtype(
     [(name, np.int64) for name in ("step", "layer", "kind", "unit", "expert", "resident")]
@@ -100,6 +100,15 @@ def note_flow(tape, step, budget_bytes, start_s, machine, state):
         last_slice(tape).expert = expert
         left -= step_bytes
         moved_bytes += step_bytes
+
+
+@kernel
+def note_cold(tape, step, seconds):
+    """Write the cold start of functions, with which the first step begins."""
+    if tape is None:
+        return
+    note(tape, step, -1, COLD, NOBODY, 0.0, seconds, 0.0)
+    tape.clock_s[0] = seconds
 
 
 @kernel

@@ -14,8 +14,8 @@ class Account(NamedTuple):
     """What one part of the machine drew and cost; None where the system lists no rate of it.
 
     Attributes:
-        part: `gpu`, `ndp` (all units), `cpu`, `link` (both directions), `host` (memory), or `machine` (what has no
-            price of its own).
+        part: `gpu`, `ndp` (all units), `cpu`, `link` (both directions), `host` (memory), `machine` (what has no
+            price of its own), or `remote` (functions, paid by use).
         idle_j: What it draws while it waits, over the whole time.
         active_j: What it draws beyond that while it works.
         link_j: What the link draws for what it carries.

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_t
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from moetrace.results.common_figures import CommonFigures
 from moetrace.results.figure import Count, Figure, Spread
 from moetrace.spec import PolicySpec, canonical
 
@@ -45,125 +46,8 @@ PARQUET_MARK = "moetrace.of_sha256"
 TIMELINE_MARK = "summary_sha256"
 
 
-def _nothing() -> Spread:
-    """What a file of an earlier version says of a spread that it does not have."""
-    return Spread(mean=None, p50=None, p95=None, p99=None, max=None)
-
-
-class Utilization(msgspec.Struct):
-    """Share of the total time in which each part of the machine works; at most 1."""
-
-    gpu: Annotated[float | None, Figure("share", "busy time of the GPU / `total_s`", None, "GPU busy", "GPU\nbusy")]
-    ndp: Annotated[
-        list[float | None],
-        Figure("share", "the same of the NDP units, a list; in tables their mean", None, "NDP busy, mean", "NDP\nbusy"),
-    ]
-    link_in: Annotated[
-        float | None,
-        Figure(
-            "share",
-            "share of `total_s` in which the link towards the GPU carries anything",
-            None,
-            "link in busy",
-            "link in\nbusy",
-        ),
-    ]
-    link_out: Annotated[float | None, Figure("share", "the same of the link away from the GPU", None, "link out busy")]
-    cpu: Annotated[float | None, Figure("share", "busy time of the CPU / `total_s`", None, "CPU busy", "CPU\nbusy")]
-
-
-class PolicyFigures(msgspec.Struct, kw_only=True):
-    """One policy of `summary.json`, its fields in the file's order."""
-
-    name: Annotated[str, Meta(description="the policy")]
-    total_s: Annotated[float, Figure("s", "time of all steps", "lower", "total", "total")]
-    prefill_s: Annotated[float, Figure("s", "time of the prefill steps", "lower", "in prefill steps", "prefill")]
-    decode_s: Annotated[float, Figure("s", "time of the decode steps", "lower", "in decode steps", "decode")]
-    mixed_s: Annotated[float, Figure("s", "time of the mixed steps", "lower", "in mixed steps", "mixed")]
-    tokens_per_s: Annotated[
-        float | None,
-        Figure("1/s", "output tokens of all requests / `total_s`", "higher", "output tokens a second", "tokens"),
-    ]
-    hits: Annotated[Count, Figure("count", "active experts per (step, layer) that were resident", "higher")]
-    misses: Annotated[Count, Figure("count", "active experts per (step, layer) that were not", "lower")]
-    step_s: Annotated[Spread, Figure("s", "time of a step, over the steps", "lower", "step")]
-    ttft_s: Annotated[Spread, Figure("s", "time to the first token, over the requests", "lower", "TTFT", "TTFT")]
-    tpot_s: Annotated[Spread, Figure("s", "time per output token, over the requests", "lower", "TPOT", "TPOT")]
-    hit_rate: Annotated[float | None, Figure("share", "`hits` / (`hits` + `misses`)", "higher", "hits", "hits")]
-    demand_bytes: Annotated[
-        float,
-        Figure("bytes", "weights that moved because they were demanded", "lower", "fetched on demand", "fetched"),
-    ]
-    prefetch_bytes: Annotated[
-        float, Figure("bytes", "weights that moved ahead of time", None, "prefetched", "prefetch")
-    ]
-    late: Annotated[Count, Figure("count", "misses that were on their way", "lower")]
-    wasted: Annotated[Count, Figure("count", "prefetched experts that moved for nothing", "lower")]
-    imbalance_mean: Annotated[
-        float | None,
-        Figure(
-            "ratio",
-            "longest busy time of a unit / mean of all units, over layers where units had work",
-            "lower",
-            "imbalance of units",
-        ),
-    ]
-    utilization: Utilization
-    work_bound_s: Annotated[float, Figure("s", "the work bound: no schedule is faster", None, "work bound")]
-    clairvoyant_s: Annotated[
-        float,
-        Figure("s", "the clairvoyant run: what a layer needs is on the GPU, up to the slots", None, "clairvoyant"),
-    ]
-    # It moves when another policy does, so no baseline holds it.
-    speedup: Annotated[
-        float | None,
-        Figure(
-            "ratio",
-            "`total_s` of the first policy / that of this one",
-            "higher",
-            "speed-up against the first",
-            "speed-\nup",
-            gated=False,
-        ),
-    ]
-    used: Annotated[Count, Figure("count", "prefetched experts that the GPU ran")]
-    optimal_fallbacks: Annotated[Count, Figure("count", "layers that dispatch `optimal` left to `balance`")]
-    overhead_s: Annotated[float, Figure("s", "the host's overhead of all layers, a part of `dense_s`", "lower")] = 0.0
-    choices: Annotated[dict[str, Any], Meta(description="what it chose, with the parameters that apply")]
-    # A folder of an earlier version has none of those below.
-    ttft_max_s: Annotated[
-        Spread, Figure("s", "the longest TTFT of a request's turns, over the requests", "lower", "longest TTFT")
-    ] = msgspec.field(default_factory=_nothing)
-    itl_s: Annotated[
-        Spread, Figure("s", "time between two tokens of a turn, over all of them (ITL)", "lower", "ITL", "ITL")
-    ] = msgspec.field(default_factory=_nothing)
-    request_tokens_per_s: Annotated[
-        Spread,
-        Figure(
-            "1/s",
-            "output tokens a second that a request sees, 1 / `tpot_s`, over the requests",
-            "higher",
-            "output tokens a second and request",
-            "tokens a\nrequest",
-        ),
-    ] = msgspec.field(default_factory=_nothing)
-
-    lower_bound_s: Annotated[
-        float | None,
-        Figure("s", "the lower bound: starts, the link and the slots count, and no policy is faster", None, "bound"),
-    ] = None
-    break_even_tokens: Annotated[
-        float | None,
-        Figure(
-            "ratio",
-            "of a trace of verified steps: a decode step's time over that with one row of a request, which is how many "
-            "tokens a step must keep to be as fast",
-            "lower",
-            "",
-            "break-\neven",
-            gated=False,
-        ),
-    ] = None
+class PolicyFigures(CommonFigures, kw_only=True):
+    """One policy of `summary.json`, its fields in the file's order: those of all policies, then those of some."""
 
     # Only where the system has the table that they are of (`OF_A_TABLE`); else a file does not have them at all.
     energy_j: Annotated[
@@ -226,6 +110,30 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
             "gate mass dropped",
             "gates\nlost",
         ),
+    ] = UNSET
+    # Only of policies with remote experts; else a file does not have them at all.
+    remote_s: Annotated[
+        float | UnsetType,
+        Figure("s", "seconds of all copies of remote functions; only with `remote`", "lower", "in functions", "remote"),
+    ] = UNSET
+    remote_calls: Annotated[
+        Count | UnsetType,
+        Figure("count", "calls of remote functions; only with `remote`", "lower", "calls of functions", "calls"),
+    ] = UNSET
+    remote_experts: Annotated[
+        Count | UnsetType,
+        Figure("count", "active experts per (step, layer) that ran in remote functions; only with `remote`"),
+    ] = UNSET
+    remote_rows: Annotated[
+        Count | UnsetType, Figure("count", "rows of these experts, each counted once an expert; only with `remote`")
+    ] = UNSET
+    remote_usd: Annotated[
+        float | UnsetType,
+        Figure("USD", "price of `remote_s`, by memory; only with `remote`", "lower", "price of functions", "functions"),
+    ] = UNSET
+    cold_s: Annotated[
+        float | UnsetType,
+        Figure("s", "the cold start, a part of the first step; only with `remote`", "lower", "cold start", "cold"),
     ] = UNSET
 
     @property
@@ -379,9 +287,11 @@ ACCOUNTS |= dict.fromkeys(("price_usd", "usd_per_million_tokens"), "price")
 FRONTS = (*COSTS, "energy_j", "price_usd")
 
 _OF_DISK = ("host_slots", "host_hits", "host_misses", "host_hit_rate", "disk_bytes", "disk_busy")
+# Figures of policies with remote experts only.
+OF_REMOTE = ("remote_s", "remote_calls", "remote_experts", "remote_rows", "remote_usd", "cold_s")
 # Figures that a system without a table does not have, and that table; and all that a file may lack.
 OF_A_TABLE = dict.fromkeys(_OF_DISK, "disk") | ACCOUNTS
-OPTIONAL = frozenset((*OF_A_TABLE, "resent_bytes", "gate_mass_dropped"))
+OPTIONAL = frozenset((*OF_A_TABLE, "resent_bytes", "gate_mass_dropped", *OF_REMOTE))
 
 
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:

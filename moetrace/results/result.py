@@ -42,6 +42,9 @@ _SHOWN = (
     "host_hit_rate",
     "disk_bytes",
     "disk_busy",
+    "remote_s",
+    "remote_usd",
+    "cold_s",
 )
 
 

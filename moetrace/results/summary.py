@@ -12,6 +12,7 @@ import numpy as np
 from moetrace.engine.run import Lane, Run
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.accounts import account_figures
+from moetrace.results.common_figures import Utilization
 from moetrace.results.frames import lane_accounts, total_s, utilization_of
 from moetrace.results.record import (
     COLUMNS,
@@ -21,10 +22,10 @@ from moetrace.results.record import (
     Spread,
     SummaryFile,
     TraceFacts,
-    Utilization,
     choices_of,
     value_in,
 )
+from moetrace.results.remote_use import remote_figures
 from moetrace.results.requests import (
     QUANTILES,
     REQUEST_COUNTS,
@@ -170,6 +171,7 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         lower_bound_s=float(lane.lower_bound_s),
         **_host_figures(lane),
         **_losses(lane),
+        **remote_figures(run.system, lane),
     )
 
 

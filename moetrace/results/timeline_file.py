@@ -30,7 +30,7 @@ else:
     pl = Later("polars")
 
 # Of steps and layers, and of what shares a link's direction without waiting for one another: tracks of their own.
-_OWN_TRACKS = {"step": "steps", "layer": "layers", "wait": "layers", "evict": "evictions"}
+_OWN_TRACKS = {"step": "steps", "layer": "layers", "wait": "layers", "cold": "layers", "evict": "evictions"}
 _LINK_IN_TRACKS = {"fetch": "link_in", "prefetch": "link_in prefetch", "activations": "link_in activations"}
 # What goes to a CPU beside units, and comes from it.
 _CPU_TRACKS = {"link_out": "link_out cpu", "link_in": "link_in activations cpu"}
@@ -42,6 +42,7 @@ _ARGUMENTS = {
     "activations": ("step", "layer", "bytes"),
     "head": ("step", "bytes"),
     "wait": ("step",),
+    "cold": ("step",),
     "evict": ("step", "layer"),
     "activations-cpu": ("step", "layer", "bytes"),
     "outside": ("step", "layer", "expert"),

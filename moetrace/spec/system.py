@@ -16,8 +16,9 @@ from moetrace.spec.host_memory import Disk, disk_misfit
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.link_rates import read_rates
 from moetrace.spec.load import Loaded, convert, read
-from moetrace.spec.parts import Cpu, Gpu, Host, Link, Ndp
 from moetrace.spec.rates import Energy, Price, misfits
+from moetrace.spec.remote import Remote
+from moetrace.spec.system_parts import Cpu, Gpu, Host, Link, Ndp
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         energy: What its parts draw. Without it a result says nothing of energy.
         price: What its parts cost. Without it a result says nothing of price.
         disk: The disk below host memory. Without it host memory holds all experts.
+        remote: Functions that may hold a part of the experts. A policy with `remote` uses them.
         known: Where the constants come from that were not calibrated; `assumed` if any of them is.
         calibration: Part (gpu, cpu, link) -> how well its fitted constants predict.
     """
@@ -65,6 +67,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     energy: Energy | None = None
     price: Price | None = None
     disk: Disk | None = None
+    remote: Remote | None = None
     known: Known | None = None
     calibration: dict[str, Calibration] | None = None
 
@@ -122,10 +125,11 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def part_names(self) -> list[str]:
-        """Names of all parts, in the order of every table: devices, the directions of the link, the disk."""
+        """Names of all parts, in the order of every table: devices, directions of the link, the disk, functions."""
         devices = [self.accelerator, *([self.home] if self.ndp and self.home else [])]
         names = [name for device in devices for name in device.names]
-        return [*names, "cpu", "link_in", "link_out", *(["disk"] if self.disk is not None else [])]
+        more = [name for name in ("disk", "remote") if getattr(self, name) is not None]
+        return [*names, "cpu", "link_in", "link_out", *more]
 
 
 def _device(name: str, count: int, part: Gpu | Ndp | Cpu, start_s: float, is_numbered: bool = False) -> Device:

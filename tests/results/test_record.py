@@ -14,6 +14,7 @@ from support.sweeps import sweep_folder
 import moetrace as mt
 from moetrace.batch.metrics import DEFAULT_METRICS
 from moetrace.cli.commands.sweep import command
+from moetrace.results.common_figures import Utilization
 from moetrace.results.folder import read_cells, read_summary, read_sweep
 from moetrace.results.record import (
     ACCOUNTS,
@@ -22,11 +23,10 @@ from moetrace.results.record import (
     FIGURES,
     FRONTS,
     METRICS,
-    OF_A_TABLE,
+    OPTIONAL,
     CellCosts,
     PolicyFigures,
     SummaryFile,
-    Utilization,
     fields_of,
     value_in,
 )
@@ -34,7 +34,7 @@ from moetrace.results.summary import _utilization
 from moetrace.spec.system import Device
 
 # The figures of tables that the system of `result` does not have.
-OF_OTHERS = {name for name in OF_A_TABLE if name not in ACCOUNTS}
+OF_OTHERS = {name for name in OPTIONAL if name not in ACCOUNTS}
 
 
 @pytest.fixture(scope="module")

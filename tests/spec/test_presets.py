@@ -110,6 +110,7 @@ def test_systems():
         "mac-mini-m4",
         "monde-cxl",
         "phone-ufs",
+        "remoe",
         "rtx3060-ddr4",
         "rtx3090-ddr4",
         "rtx4090-ddr5",
@@ -158,6 +159,7 @@ def test_what_a_replay_compares_where_nobody_says():
     assert pairs["edge-ndp"] == pairs["monde-cxl"] == ("monde", "edge-ndp")
     assert pairs["rtx4090-ddr5"] == pairs["epyc-ktransformers"] == ("n-cpu-moe", "hybrid")
     assert pairs["rtx4090-offload"] == pairs["dgx-spark"] == ("resident", "on-demand-lfu")
+    assert pairs["remoe"] == ("n-cpu-moe", "hybrid")
     assert pairs["jetson-orin"] == ("resident",)
     for name, policies in pairs.items():
         for policy in policies:
@@ -189,6 +191,9 @@ def test_policies():
             ("foresee", "foresee-no-ahead", "foresee-no-follows", "foresee-long"),
             ("tp", "balance", "foresee", "foresee", "global"),
         ),
+        "remoe": ("ep", "home", "none", "none", "layer"),
+        "all-cpu": ("ep", "home", "none", "none", "layer"),
+        "all-gpu": ("ep", "gpu", "static-layers", "none", "global"),
         "foresee-split": ("tp", "split", "foresee", "foresee", "global"),
     }
     policies = {name: load_policy(name) for name in list_presets("policies")}

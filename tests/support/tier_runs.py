@@ -35,11 +35,7 @@ def written(path: Path, rows: list) -> Path:
     return path
 
 
-def without(case: MachineCase, policy: dict[str, Any]) -> None:
-    """Take away what the kernels do not have together."""
-    for name in ("remote",):
-        case.system.pop(name, None)
+def with_what_goes_together(case: MachineCase) -> None:
+    """Take out what a system refuses: chunks above a disk."""
     if "disk" in case.system:
         case.system["cpu"].pop("chunks", None)
-    for name in ("remote", "replicas", "plan_steps"):
-        policy.pop(name, None)

@@ -79,6 +79,12 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("disk_bytes", always=False),
             _column("disk_busy", always=False),
         ],
+        [
+            _column("remote_s", always=False),
+            _column("remote_calls", always=False),
+            _column("remote_usd", always=False),
+            _column("cold_s", always=False),
+        ],
     ]
 
 
@@ -130,6 +136,7 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots"
         f"{', and all else in host memory' if system.get('disk') else ''}.",
         *_speculation(summary),
+        *_functions(summary["policies"]),
         *_known(system),
         *(
             f"{policy['name']}: {policy['optimal_fallbacks']:,} of {counted(layers, 'layer')} of all steps had more "
@@ -156,6 +163,16 @@ def _speculation(summary: dict[str, Any]) -> list[str]:
         "Break-even: what a step that verifies several rows of a request costs, in steps of one row. Speculation pays "
         f"where it keeps more tokens a step; this trace keeps {trace['tokens'] / max(steps, 1):.2f}. The time of the "
         "draft model is not in it.",
+    ]
+
+
+def _functions(policies: list[dict[str, Any]]) -> list[str]:
+    """Say what the columns of remote functions are, if a policy has some."""
+    if not any("remote_s" in policy for policy in policies):
+        return []
+    return [
+        "Remote: the time of all copies of functions, their calls and their price, which the machine's is not in. "
+        "Cold: the start of machine and functions, a part of the first step and of its TTFT."
     ]
 
 

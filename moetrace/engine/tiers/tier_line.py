@@ -67,7 +67,7 @@ def tier_line(tiers, machine, view, size, plan):
     beside.home_begin_s, beside.home_end_s, beside.home_back_s = sent.begin_s, sent.end_s, sent.back_s
     beside.cpu_begin_s, beside.cpu_end_s, beside.cpu_back_s = sent_cpu.begin_s, sent_cpu.end_s, sent_cpu.back_s
     beside.cpu_act_s, beside.cpu_act_bytes = sent_cpu.out_s, sent_cpu.byte_count
-    moe_s = max(free_s, sent.end_s, sent_cpu.end_s)
+    moe_s = max(free_s, sent.end_s, sent_cpu.end_s, term.remote_s)
     spare_disk(tiers.host, moe_s)
     return Timeline(moe_s, sent.out_s, fetch_s, busy_s, sent.byte_count, demand_bytes, home.busiest_s, home.busy_sum_s)
 

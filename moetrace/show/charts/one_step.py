@@ -16,7 +16,7 @@ from moetrace.show.charts.style import ChartGroup, colour, data, part_label
 from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.ordinary_file import open_ordinary
 
-_KINDS = ("dense", "expert", "fetch", "prefetch", "activations", "wait", "head")
+_KINDS = ("dense", "expert", "fetch", "prefetch", "activations", "wait", "cold", "head")
 _KINDS += ("outside", "activations-cpu", "read", "read-ahead", "evict")  # of machines with more tiers
 _MOST_PANELS = 4
 _MOST_SLICES = 2500  # of a panel
