@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 from support.drawn_tiers import tier_cases, tier_policies
 from support.tier_runs import run_of, with_what_goes_together
 
-import moetrace as mt
 from moetrace.engine.run import Run
 from moetrace.results.frames import step_slices, unit_frame
 from moetrace.results.timeline import timeline_frame
-from moetrace.results.timeline_file import timeline_events
 
 # Slices of no part; in all others one is busy.
 NOT_BUSY = ("step", "layer", "wait", "cold", "evict")
