@@ -13,6 +13,7 @@ from support.tier_runs import run_of, with_what_goes_together
 from moetrace.engine.run import Run
 from moetrace.results.frames import step_slices, unit_frame
 from moetrace.results.timeline import timeline_frame
+from moetrace.results.timeline_file import timeline_events
 
 # Slices of no part; in all others one is busy.
 NOT_BUSY = ("step", "layer", "wait", "cold", "evict")
@@ -78,11 +79,27 @@ def check_utilization(run: Run, frame: pl.DataFrame) -> None:
         np.testing.assert_allclose(utilization, covered_s / total_s, rtol=1e-9, atol=1e-9, err_msg=unit)
 
 
+def check_file(run: Run) -> None:
+    """In the file no slice begins before the last one of its track ends; layers have the hits and misses of the log."""
+    ends_ns: dict[int, int] = {}
+    hits = misses = 0
+    for one in timeline_events(run):
+        if one["ph"] == "X":
+            start_ns = round(one["ts"] * 1e3)
+            assert start_ns >= ends_ns.get(one["tid"], 0), one
+            ends_ns[one["tid"]] = start_ns + round(one["dur"] * 1e3)
+            if one["cat"] == "layer":
+                hits, misses = hits + one["args"]["hits"], misses + one["args"]["misses"]
+    log = run.lanes[0].log.step
+    assert (hits, misses) == (log["hits"].sum(), log["misses"].sum())
+
+
 def check(run: Run) -> pl.DataFrame:
     frame = timeline_frame(run)
     check_books(run, frame)
     check_order(frame)
     check_ends(run, frame)
+    check_file(run)
     if run.system.disk is None:
         check_utilization(run, frame)
     return frame
@@ -98,7 +115,7 @@ def recorded(case, policy: dict[str, Any], folder) -> Run:
     return run
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=tier_cases(), data=st.data())
 def test_any_mix(case, data, tmp_path_factory):
     policy = data.draw(tier_policies(case), label="policy")
@@ -108,7 +125,7 @@ def test_any_mix(case, data, tmp_path_factory):
         event(kind)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=tier_cases(max_steps=9, max_experts=9, units=(2, 3)), data=st.data())
 def test_relayout(case, data, tmp_path_factory):
     policy = data.draw(tier_policies(case, placements=("mixed",), relayout=True), label="policy")
