@@ -16,6 +16,8 @@ from moetrace.spec.system import System
 _NUMBERS = (1, 2, 4)
 # Parameters that are off by default, and what else is tried: as the presets on-demand-lfu and n-cpu-moe have them.
 _SETTINGS: dict[str, Any] = {"half_life": 64, "gpu_rows": 32}
+# Presets that are others by another name, as a paper calls them: `ktransformers` and `resident`.
+_SAME = ("all-cpu", "all-gpu")
 # Sizes of groups of units, beside one unit and all of them.
 _MOST_GROUPS = 3
 
@@ -109,7 +111,7 @@ def _named(policy: PolicySpec) -> Candidate:
 
 @cache
 def _all_presets() -> dict[str, PolicySpec]:
-    return {name: load_policy(name) for name in list_presets("policies")}
+    return {name: load_policy(name) for name in list_presets("policies") if name not in _SAME}
 
 
 def _presets(system: System) -> list[Candidate]:

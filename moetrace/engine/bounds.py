@@ -11,6 +11,7 @@ from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.replay import smallest_work
 from moetrace.engine.sharing import shared_of
 from moetrace.engine.state import hook_signature
+from moetrace.engine.tiers.tier_books import call_remote
 from moetrace.engine.tiers.tier_prices import price_tiers
 from moetrace.engine.tiers.tier_records import Tiers
 from moetrace.engine.tiers.tier_times import moe_s as tiers_moe_s
@@ -76,20 +77,25 @@ def clairvoyant_s(steps, demand, machine, tiers, settings, own, dispatch, total_
     """
     cells, scratch = own
     layers, prices, setting = machine.weight_bytes.shape[0], prices_of(machine), settings[0]
-    last_size, last_rows, moe_s = 0, 0, 0.0
+    last_size, last_rows, last_remote_s, moe_s = 0, 0, 0.0, 0.0
     for s in range(steps.rows.size):
         total_s += layers * dense_s(machine, steps.rows[s], steps.kv_tokens[s]) + head_s(machine)
         for layer in range(layers):
             first = demand.start[s * layers + layer]
             size = demand.start[s * layers + layer + 1] - first
+            remote_s = 0.0
+            if tiers is not None:
+                remote_s = call_remote(tiers.remote, tiers.term, steps.first + s, layer)
             if size == 0:
+                total_s += remote_s
                 continue
             # As the layer before it, in all that a time depends on: so are most layers where a step has one row.
             alike = size == last_size and steps.rows[s] == last_rows and not setting.own_dispatch
+            alike = alike and remote_s == last_remote_s
             if alike and _is_as_before(machine, demand, layer, first, size, scratch.active):
                 total_s += moe_s
                 continue
-            last_size, last_rows = size, steps.rows[s]
+            last_size, last_rows, last_remote_s = size, steps.rows[s], remote_s
             view = view_of(steps.first + s, layer, steps, machine, setting, scratch, (0.0, np.int64(1)))
             for i in range(size):
                 expert, rows = np.int64(demand.expert[first + i]), np.int64(demand.rows[first + i])

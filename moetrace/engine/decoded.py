@@ -87,9 +87,13 @@ class Decoded:
     @cached_property
     def first_counts(self) -> np.ndarray:
         """How many rows of the first steps chose each expert, int64 [L, E], as `layer_slots` wants it."""
+        return self.counts_of_first(first_steps(self.schedule.phase))
+
+    def counts_of_first(self, steps: int) -> np.ndarray:
+        """Return how many rows of so many first steps chose each expert, int64 [L, E]."""
         if self._kept is None:
-            return first_counts(self.trace)
-        layers, steps = self.trace.layers, first_steps(self.schedule.phase)
+            return first_counts(self.trace, steps)
+        layers = self.trace.layers
         popularity = new_popularity(layers, self.trace.num_experts)
         for batch, _ in self._kept:
             own = min(len(batch.steps.rows), steps - batch.steps.first)

@@ -16,6 +16,7 @@ from moetrace.engine.replay import Batch
 from moetrace.engine.residency import empty_cells
 from moetrace.engine.schedule import Requests
 from moetrace.engine.tiers.tier_records import Tiers, without_disk
+from moetrace.engine.tiers.tier_remote import RemoteExperts
 from moetrace.engine.tiers.tier_transfers import without_transfers
 from moetrace.engine.variants import clairvoyant
 from moetrace.engine.view import new_scratch
@@ -75,6 +76,7 @@ class InCommon:
         self._machines: dict[bytes, Machine] = {}
         self._prompts: dict[bool, Prompts] = {}
         self._books: PromptBooks | None = None
+        self._remote: dict[bytes, RemoteExperts] = {}
         self._found: dict[tuple, Yardstick] = {}
         self._cells: np.ndarray | None = None
 
@@ -95,13 +97,18 @@ class InCommon:
             self._books = PromptBooks(prompts)
         return self._books
 
-    def work_bound(self, machine: Machine) -> Yardstick:
-        """Return the work bound of a machine, which does not depend on where experts live."""
+    def remote(self, remote: RemoteExperts | None) -> RemoteExperts | None:
+        """Return the remote experts of a lane, or those of another that are the same."""
+        return None if remote is None else self._remote.setdefault(remote.key, remote)
+
+    def work_bound(self, machine: Machine, remote: RemoteExperts | None = None) -> Yardstick:
+        """Return the work bound of a machine, wherever experts live; remote ones are not in it."""
 
         def add(batch: Batch, seconds: float) -> float:
-            return work_bound_s(batch.steps, batch.demand, machine, seconds)
+            own = batch if remote is None else remote.split(batch)[0]
+            return work_bound_s(own.steps, own.demand, machine, seconds)
 
-        key = "work", _digest((machine.device[:1], machine.work, machine.weight_bytes))
+        key = "work", _digest((machine.device[:1], machine.work, machine.weight_bytes)), remote and remote.key
         return self._found.setdefault(key, Yardstick(add))
 
     def lower_bound(self, machine: Machine, room: int, starts_full: bool) -> Yardstick:
@@ -118,14 +125,19 @@ class InCommon:
             self._found[key] = Yardstick(add)
         return self._found[key]
 
-    def clairvoyant(self, machine: Machine, tiers: Tiers | None, setting: Any, dispatch: Any) -> Yardstick:
+    def clairvoyant(
+        self, machine: Machine, tiers: Tiers | None, setting: Any, dispatch: Any, remote: RemoteExperts | None = None
+    ) -> Yardstick:
         """Return the clairvoyant run of a dispatch; a user's function may remember, so that of one is not shared.
 
         It has no clock and draws nothing: its link is plain, and it knows no disk.
         """
         tiers = without_transfers(without_disk(tiers))
+        if tiers is not None and remote is not None:
+            tiers = tiers._replace(term=tiers.term.copy())  # which it writes into, in another thread than the lane
         seen = tuple(setting[name].tobytes() for name in _SEEN)
         key = "clairvoyant", _digest(machine), tiers and _digest((tiers.term, tiers.cpu)), seen, dispatch
+        key = *key, remote and remote.key
         if key in self._found:
             return self._found[key]
         scratch = new_scratch(machine, tiers)
@@ -135,7 +147,11 @@ class InCommon:
         own, run = (self._cells, scratch), clairvoyant(tiers)
 
         def add(batch: Batch, seconds: float) -> float:
-            return run(batch.steps, batch.demand, machine, tiers, setting, own, dispatch, seconds)
+            beside = tiers
+            if beside is not None and remote is not None:
+                batch, times = remote.split(batch)
+                beside = beside._replace(remote=times)
+            return run(batch.steps, batch.demand, machine, beside, setting, own, dispatch, seconds)
 
         yardstick = Yardstick(add, own)
         if not is_users(dispatch):

@@ -16,6 +16,7 @@ from moetrace.engine.folding import FoldedSteps
 from moetrace.engine.foresight import foresight_of
 from moetrace.engine.in_common import InCommon, PromptBooks, Yardstick
 from moetrace.engine.layer_slots import layer_slots
+from moetrace.engine.levels import STEP_LEVEL, levels_of
 from moetrace.engine.lower_bound import room_of
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
@@ -28,8 +29,9 @@ from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.tiers.tier_host import end_disk
-from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, Tiers
-from moetrace.engine.tiers.tier_transfers import Losses, losses_of, with_rates, with_transfers
+from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, REMOTE_ROW, Tiers
+from moetrace.engine.tiers.tier_remote import RemoteExperts, end_remote, remote_of, with_remote
+from moetrace.engine.tiers.tier_transfers import Losses, losses_of, note_remote_mass, with_rates, with_transfers
 from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
@@ -65,6 +67,7 @@ class Lane:
     lower_bound: Yardstick | None  # None with more tiers: its proof is of a plain link and one home
     clairvoyant: Yardstick | None  # None if it is the replay
     cold_starts: ColdStarts | None = None  # of scope "request"
+    remote: RemoteExperts | None = None  # of a policy that has some
     clairvoyant_s: float = 0.0
     work_bound_s: float = 0.0
     recording: Recording | None = None  # of the steps of a timeline
@@ -72,16 +75,23 @@ class Lane:
     folded: FoldedSteps | None = None  # instead of the log of each step
     books: PromptBooks | None = None  # then, of a policy that counts prompts: whose the prompts of the state are
     last_s: float = 0.0  # processor time that the last block took
+    level_steps: Any = None  # STEP_LEVEL [steps], as the log of steps; of a lane with levels
     _first_step: int = 0  # that the log has
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
-        begun_s, cells, scratch = thread_time(), self.state.cells, self.state.scratch
+        begun_s, cells, scratch, whole = thread_time(), self.state.cells, self.state.scratch, batch
         if self.folded is not None:
             self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
             self._first_step = batch.steps.first
+            if self.aside.levels is not None:
+                self.level_steps = records(len(batch.steps.rows), STEP_LEVEL)
         if self.books is not None:
             self.state = self.state._replace(prompts=self.books.lend(batch.steps.first))
+        if self.remote is not None and self.tiers is not None:
+            whole, (batch, times) = batch, self.remote.split(batch)
+            self.tiers = self.tiers._replace(remote=times)
+            note_remote_mass(self.tiers.transfers, whole, batch)
         if self.decision_log is not None:
             self.aside = self.aside._replace(regret=self.decision_log.begin(self.aside.regret, batch, len(cells)))
         try:
@@ -92,7 +102,7 @@ class Lane:
                     self._replay_and_record(part, self.recording)
             if self.clairvoyant is not None:
                 cells, scratch = self.clairvoyant.kept
-                self.clairvoyant.advance(batch)
+                self.clairvoyant.advance(whole)
         except MemoryError:
             raise
         except Exception as error:  # only a user's function can raise
@@ -119,12 +129,12 @@ class Lane:
             yield part
 
     def _replay(self, batch: Batch) -> None:
-        self.kernel(self.work(batch), *self.hooks, self.tiers, self.aside)
+        self.kernel(self.work(batch), *self.hooks, self.tiers, self._aside(batch))
 
     def _replay_and_record(self, batch: Batch, recording: Recording) -> None:
         for part, is_recorded in recording.parts(batch, len(self.state.cells)):
             if is_recorded:
-                recording.record(self.work(part), self.hooks, self.tiers, self.aside)
+                recording.record(self.work(part), self.hooks, self.tiers, self._aside(part))
             else:
                 self._replay(part)
 
@@ -143,6 +153,21 @@ class Lane:
         first = batch.steps.first - self._first_step
         log = self.log._replace(step=self.log.step[first : first + len(batch.steps.rows)])
         return Work(batch, self.machine, self.setting, self.state, log)
+
+    def _aside(self, batch: Batch) -> Aside:
+        """Return what the replay of a block has beside."""
+        levels = self.aside.levels
+        if levels is None:
+            return self.aside
+        first = batch.steps.first - self._first_step
+        steps = self.level_steps[first : first + len(batch.steps.rows)]
+        return self.aside._replace(levels=levels._replace(steps=steps))
+
+    def keep_steps(self, steps: int) -> None:
+        """Make the log of so many steps."""
+        self.log = self.log._replace(step=new_steps(steps))
+        if self.aside.levels is not None:
+            self.level_steps = new_steps(steps, STEP_LEVEL)
 
     @property
     def duration_s(self) -> np.ndarray:
@@ -164,10 +189,17 @@ class Lane:
         """What the link lost, if it loses anything."""
         return losses_of(self.tiers)
 
+    @property
+    def cold_s(self) -> float:
+        """Seconds of the cold start of functions, with which the first step begins."""
+        return 0.0 if self.remote is None else self.remote.cold_s
+
     def finish(self) -> None:
         """Close the books after the last block: what was prefetched and never run was wasted."""
         self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
         self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
+        if self.remote is not None:
+            end_remote(self.remote, self.log.unit[FIRST_GROUP + len(self.state.scratch.groups) + REMOTE_ROW])
         if self.tiers is not None and self.tiers.host is not None:
             end_disk(self.tiers.host, self.log.unit[FIRST_GROUP + len(self.state.scratch.groups) + DISK_ROW])
         if not self.has_units:  # one CPU is no tier that could be out of balance
@@ -176,6 +208,8 @@ class Lane:
         self.work_bound_s = self.work_bound.seconds
         if self.clairvoyant is not None:
             self.clairvoyant_s = self.clairvoyant.seconds
+        elif self.aside.levels is not None:
+            self.clairvoyant_s = float(self.aside.levels.top_s[0])
         elif self.folded is not None:
             self.clairvoyant_s = float(np.sum(self.folded.busy_s))
         else:
@@ -187,19 +221,29 @@ def _or(given: float | None, default: float) -> float:
 
 
 def _clairvoyant_of(
-    dispatch: Dispatch, machine: Machine, tiers: Tiers | None, setting: Any, hook: Any, common: InCommon
+    dispatch: Dispatch, seen: tuple[Machine, Tiers | None, Any, Any, RemoteExperts | None], common: InCommon
 ) -> Yardstick | None:
     """Return the clairvoyant run; None if it is the replay: the dispatch ignores residency, and nothing else counts."""
+    machine, tiers, setting, hook, remote = seen
     if not dispatch.ignores_residency:
-        return common.clairvoyant(machine, tiers, setting, hook)
+        return common.clairvoyant(machine, tiers, setting, hook, remote)
     if tiers is None:
         return None
     nothing_kept = setting.copy()
     nothing_kept["slots"] = 0
-    return common.clairvoyant(machine, tiers, nothing_kept, hook)
+    return common.clairvoyant(machine, tiers, nothing_kept, hook, remote)
 
 
-def _regret_of(setup: Setup, policy: PolicySpec, dispatch: Dispatch, system: System, experts: int) -> Regret | None:
+def _check_splits(policy: PolicySpec, dispatch: Dispatch, system: System, tiers: Tiers | None) -> None:
+    """Raise UsageError if experts are to be split where there are more tiers."""
+    if tiers is not None and dispatch.splits:
+        raise UsageError(
+            f"Policy {policy.name}: dispatch {dispatch.name} needs a plain link and one home, and {system.name} has "
+            'another link or more tiers; use dispatch = "balance".'
+        )
+
+
+def _regret_of(setup: Setup, policy: PolicySpec, dispatch: Dispatch, system: System) -> Regret | None:
     """Return the books of decisions beside those of `optimal`, where they are asked for."""
     if not setup.regret:
         return None
@@ -208,7 +252,7 @@ def _regret_of(setup: Setup, policy: PolicySpec, dispatch: Dispatch, system: Sys
             f"Policy {policy.name}: regret compares where whole experts run, and dispatch {dispatch.name} shares one; "
             'use dispatch = "balance", or replay without regret.'
         )
-    return new_regret(experts, system.home is not None, setup.decisions)
+    return new_regret(setup.model.most_experts, system.home is not None, setup.decisions)
 
 
 def lane_of(
@@ -218,6 +262,8 @@ def lane_of(
     check_policy(policy, setup.system)
     model, system = setup.model, seen_by(policy, setup.system)
     schedule, own = decoded.schedule, setup.hooks
+    remote = common.remote(remote_of(policy, setup, system, decoded, weight_bytes))
+    weight_bytes = weight_bytes if remote is None else remote.local_bytes
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
     groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
@@ -226,12 +272,9 @@ def lane_of(
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH
     residency: Residency = find("residency", policy.residency) or _OWN_RESIDENCY
     prefetch: Prefetch = find("prefetch", policy.prefetch)
-    tiers = with_transfers(tiers_of(model, system, policy, machine), policy, setup.system, machine)
-    if tiers is not None and dispatch.splits:
-        raise UsageError(
-            f"Policy {policy.name}: dispatch {dispatch.name} needs a plain link and one home, and {system.name} has "
-            'another link or more tiers; use dispatch = "balance".'
-        )
+    tiers = with_remote(tiers_of(model, system, policy, machine), remote)
+    tiers = with_transfers(tiers, policy, setup.system, machine)
+    _check_splits(policy, dispatch, system, tiers)
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),
@@ -268,17 +311,18 @@ def lane_of(
         keep_for_good(state.cells, state.cache, np.arange(layers * experts))
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
-    clairvoyant = _clairvoyant_of(dispatch, common_machine, tiers, setting, hooks[0], common)
+    seen = common_machine, tiers, setting, hooks[0], remote
+    clairvoyant = _clairvoyant_of(dispatch, seen, common)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
-    aside = Aside()
+    aside = Aside(levels=levels_of(system, policy, machine), regret=_regret_of(setup, policy, dispatch, system))
     if residency.foresees:
-        aside = Aside(foresight=foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k))
-    aside = aside._replace(regret=_regret_of(setup, policy, dispatch, system, experts))
+        foresight = foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k)
+        aside = aside._replace(foresight=foresight)
     lower_bound = None
     if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
     cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
-    yardsticks = common.work_bound(machine), lower_bound, clairvoyant
+    yardsticks = common.work_bound(machine, remote), lower_bound, clairvoyant
     has_units = system.ndp is not None
-    return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold)
+    return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold, remote)

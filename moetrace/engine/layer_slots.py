@@ -74,9 +74,9 @@ def first_steps(phase: np.ndarray) -> int:
     return (int(decodes[0]) if len(decodes) else len(phase)) or min(FIRST_STEPS, len(phase))
 
 
-def first_counts(trace: Trace) -> np.ndarray:
-    """Return how many rows of a trace's first steps (`first_steps`) chose each expert, int64 [L, E]."""
-    rows = int(trace.offset[first_steps(trace.phase)])
+def first_counts(trace: Trace, steps: int | None = None) -> np.ndarray:
+    """Return how many rows of a trace's first steps (`first_steps` by default) chose each expert, int64 [L, E]."""
+    rows = int(trace.offset[first_steps(trace.phase) if steps is None else min(steps, trace.steps)])
     count = np.zeros((trace.layers, trace.num_experts), np.int64)
     done = 0
     for block in trace.blocks():

@@ -19,7 +19,6 @@ from moetrace.engine.recording import Recording
 from moetrace.engine.replay import Batch
 from moetrace.engine.schedule import Schedule
 from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes_of
-from moetrace.engine.state import new_steps
 from moetrace.engine.tape import new_tape
 from moetrace.engine.variants import clairvoyant, variant
 from moetrace.jit.apart import Hands, may_wait, result_of
@@ -129,7 +128,7 @@ def _begin(
                 lane.state = lane.state._replace(prompts=None)
     else:
         for lane in lanes:
-            lane.log = lane.log._replace(step=new_steps(decoded.trace.steps))
+            lane.keep_steps(decoded.trace.steps)
     if setup.window is not None:
         for lane in lanes:
             lane.recording = Recording(setup.window.start, setup.window.stop)

@@ -63,7 +63,8 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
             "and caches and prefetches do worse than on real routing."
         )
     weight_bytes = weight_bytes_of(trace, model)
-    check_fits(model, system, weight_bytes, setup.ignore_capacity)
+    if any(policy.remote is None for policy in setup.policies):  # of others, who is local is not yet known
+        check_fits(model, system, weight_bytes, setup.ignore_capacity)
     fitting = gpu_slots(model, system, weight_bytes)
     slots = fitting
     if setup.slots is not None:

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def room_of(state: "State", decoded: "Decoded", counts: bool = True) -> StaticRoom:
-    """Return the room that a replay has; `counts` says whether the demands of the trace are looked at."""
+    """Return the room that a replay has; `counts` says whether the demands of the trace are looked at.
+
+    Experts that live in remote functions (`tiers/tier_remote.py`) do not exist here.
+    """
     exists = state.queue.weight_bytes.reshape(state.cells.shape) > 0
-    count = decoded.demand_count if counts else np.zeros(exists.size, np.int64)
+    count = np.where(exists.ravel(), decoded.demand_count, 0) if counts else np.zeros(exists.size, np.int64)
     return StaticRoom(exists, state.cache.capacity, len(state.cache.residents), count)

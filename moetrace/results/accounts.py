@@ -14,8 +14,8 @@ class Account(NamedTuple):
     """What one part of the machine drew and cost; None where the system lists no rate of it.
 
     Attributes:
-        part: `gpu`, `ndp` (all units), `cpu`, `link` (both directions), `host` (memory), or `machine` (what has no
-            price of its own).
+        part: `gpu`, `ndp` (all units), `cpu`, `link` (both directions), `host` (memory), `machine` (what has no
+            price of its own), or `remote` (functions, paid by use).
         idle_j: What it draws while it waits, over the whole time.
         active_j: What it draws beyond that while it works.
         link_j: What the link draws for what it carries.
@@ -40,7 +40,8 @@ def accounts_of(system: System, total_s: float, busy_s: Mapping[str, float], lin
     Args:
         system: The machine, with its rates.
         total_s: Seconds of the whole replay, waits included.
-        busy_s: Busy seconds of each part, by its name in `units.parquet`.
+        busy_s: Busy seconds of each part, by its name in `units.parquet`; of a GPU at lower frequency levels, the
+            seconds at the top that draw as much.
         link_bytes: What the link carried, both ways.
     """
     drawn = _drawn(system, total_s, busy_s, link_bytes)

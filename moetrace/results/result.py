@@ -43,6 +43,9 @@ _SHOWN = (
     "disk_bytes",
     "disk_busy",
     "regret",
+    "remote_s",
+    "remote_usd",
+    "cold_s",
 )
 
 

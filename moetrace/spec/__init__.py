@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moetrace.spec.named import list_presets
     from moetrace.spec.participants import check_policy, default_policies
     from moetrace.spec.policy import PolicySpec, load_loads, load_policy, load_static
-    from moetrace.spec.system import Cpu, Gpu, Host, Link, Ndp, System, load_system
+    from moetrace.spec.system import Cpu, Gpu, Host, Link, Ndp, Remote, System, load_system
     from moetrace.spec.weights import WeightBits
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "MoetraceError",
     "Ndp",
     "PolicySpec",
+    "Remote",
     "System",
     "UsageError",
     "WeightBits",

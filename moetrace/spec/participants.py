@@ -12,12 +12,15 @@ from moetrace.spec.system import System
 
 
 def seen_by(policy: PolicySpec, system: System) -> System:
-    """Return the system that a policy replays on: without a CPU that takes no part, with the link as fast as it is fed.
+    """Return the system that a policy replays on: without what takes no part, with the link as fast as it is fed.
 
     The CPU takes part where experts live in host memory, unless the dispatch sends all of them to the GPU, or, beside
     NDP units, under the dispatches that say so: `with_cpu` says so of a user's, or denies it of the others. Then, and
-    with `link.host_read` where the CPU takes no part, the link carries no more than host memory gives.
+    with `link.host_read` where the CPU takes no part, the link carries no more than host memory gives. Functions take
+    part where the policy has `remote`.
     """
+    if policy.remote is None and system.remote is not None:
+        system = replace(system, remote=None)
     link = system.link
     if system.cpu is None:
         return system
@@ -112,6 +115,8 @@ def check_policy(policy: PolicySpec, system: System) -> None:
         )
     if misfit := policy_misfit(policy.host_residency, policy.dispatch, system.disk, system.name):
         raise UsageError(f"Policy {policy.name}: {misfit}.")
+    if policy.remote is not None:
+        _check_remote(policy, system, dispatch)
     placement, prefetch = find("placement", policy.placement), find("prefetch", policy.prefetch)
     if system.ndp is None:
         if placement is not None and placement.needs_units:
@@ -130,6 +135,20 @@ def check_policy(policy: PolicySpec, system: System) -> None:
         raise UsageError(
             f"Policy {policy.name}: placement {policy.placement} wants a group size that divides the "
             f"{system.ndp.units} NDP units of system {system.name}, got {size}."
+        )
+
+
+def _check_remote(policy: PolicySpec, system: System, dispatch: Dispatch | None) -> None:
+    """Experts are remote only where there are functions, and no expert is then split."""
+    if system.remote is None:
+        raise UsageError(
+            f"Policy {policy.name}: remote = {policy.remote:g} puts experts into functions, and system {system.name} "
+            "has none; add [remote] to the system, or remove remote."
+        )
+    if dispatch is not None and dispatch.splits:
+        raise UsageError(
+            f'Policy {policy.name}: dispatch {policy.dispatch} does not go with remote; use dispatch = "balance", or '
+            "remove remote."
         )
 
 

@@ -27,6 +27,7 @@ from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.host_memory import host_residencies, host_residency_of
 from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
 from moetrace.spec.named import nearest
+from moetrace.spec.remote import FIELDS as REMOTE_FIELDS
 
 SCOPES = {
     "layer": "each layer has its own share of the slots",
@@ -47,8 +48,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Four independent choices and the parameters of those that have some; texts as in the TOML.
 
     `dispatch` and `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placements `ep-lpt` and
-    `eplb`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file,
-    `layout` (of placement `mixed`) of a CSV file.
+    `eplb`, and of `remote`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`)
+    of a plan file, `layout` (of placement `mixed`) of a CSV file.
     """
 
     name: str
@@ -79,6 +80,10 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     long_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
     with_cpu: bool | None = None
     host_residency: str | None = None
+    remote: Annotated[float, Meta(ge=0, le=1)] | None = None
+    plan_steps: Annotated[int, Meta(ge=1, le=10**9)] | None = None
+    replicas: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    deadline_ms: Annotated[float, Meta(ge=1e-6, le=1e9)] | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
@@ -94,9 +99,10 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def unread(self) -> list[str]:
         """Parameters that none of the choices reads."""
         read = {field for kind, fields in _OWN_READS.items() if _split(getattr(self, kind)) for field in fields}
-        # These go with a scope and with a system, not with a choice.
-        read |= {field for field in ("budget", "host_residency") if getattr(self, field) is not None}
+        # These go with a scope, a system and any policy, not with a choice.
+        read |= {field for field in ("budget", "host_residency", "deadline_ms") if getattr(self, field) is not None}
         read |= set(host_residency_of(self.host_residency).parameters if self.host_residency else ())
+        read |= {"remote", "loads", *REMOTE_FIELDS} if self.remote is not None else set()
         for kind in KINDS:
             record = find(kind, getattr(self, kind))
             read |= set(record.parameters) if record else set()
@@ -128,6 +134,7 @@ def readers(parameter: str) -> str:
             continue
         names += [USER] if parameter in _OWN_READS.get(kind, ()) else []
         said += [f"{kind} {' or '.join(names)}"] if names else []
+    said += ["policies with remote"] if parameter in (*REMOTE_FIELDS, "loads") else []
     return " or ".join(said)
 
 
@@ -219,7 +226,7 @@ def note_code(where: str, file: str) -> None:
 
 
 def load_loads(path: str | Path, layers: int, experts: int) -> np.ndarray:
-    """Read the loads of placements `ep-lpt` and `eplb`: a CSV of one line per layer, one number per expert.
+    """Read the loads of placements `ep-lpt` and `eplb`, and of `remote`: a CSV, a line a layer, a number an expert.
 
     Returns float64 `[layers, experts]`; raises a MoetraceError that names the line.
     """
@@ -361,6 +368,10 @@ def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
         if field in given:
             sentence = f"{loaded.where}: {field} applies to {readers(field)} only; remove it or choose that."
             raise UnreadParameterError(sentence, loaded.where, field)
+    if policy.remote is not None and policy.plan_steps is not None and policy.loads is not None:
+        raise UsageError(
+            f"{loaded.where}: remote experts are planned by rows of the first plan_steps steps or by loads; remove one."
+        )
     for kind in KINDS:
         record = find(kind, getattr(policy, kind))
         for field, wanted in NEEDED_FILES.items():

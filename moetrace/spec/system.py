@@ -12,12 +12,14 @@ from pathlib import Path
 import msgspec
 
 from moetrace.spec.errors import UsageError
+from moetrace.spec.frequency import by_frequency, level_misfits
 from moetrace.spec.host_memory import Disk, disk_misfit
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.link_rates import read_rates
 from moetrace.spec.load import Loaded, convert, read
-from moetrace.spec.parts import Cpu, Gpu, Host, Link, Ndp
 from moetrace.spec.rates import Energy, Price, misfits
+from moetrace.spec.remote import Remote
+from moetrace.spec.system_parts import Cpu, Gpu, Host, Link, Ndp
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         energy: What its parts draw. Without it a result says nothing of energy.
         price: What its parts cost. Without it a result says nothing of price.
         disk: The disk below host memory. Without it host memory holds all experts.
+        remote: Functions that may hold a part of the experts. A policy with `remote` uses them.
         known: Where the constants come from that were not calibrated; `assumed` if any of them is.
         calibration: Part (gpu, cpu, link) -> how well its fitted constants predict.
     """
@@ -65,6 +68,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     energy: Energy | None = None
     price: Price | None = None
     disk: Disk | None = None
+    remote: Remote | None = None
     known: Known | None = None
     calibration: dict[str, Calibration] | None = None
 
@@ -122,10 +126,11 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def part_names(self) -> list[str]:
-        """Names of all parts, in the order of every table: devices, the directions of the link, the disk."""
+        """Names of all parts, in the order of every table: devices, directions of the link, the disk, functions."""
         devices = [self.accelerator, *([self.home] if self.ndp and self.home else [])]
         names = [name for device in devices for name in device.names]
-        return [*names, "cpu", "link_in", "link_out", *(["disk"] if self.disk is not None else [])]
+        more = [name for name in ("disk", "remote") if getattr(self, name) is not None]
+        return [*names, "cpu", "link_in", "link_out", *more]
 
 
 def _device(name: str, count: int, part: Gpu | Ndp | Cpu, start_s: float, is_numbered: bool = False) -> Device:
@@ -144,10 +149,9 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         The system.
 
     Raises:
-        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, or a part has watts or a price
-            that the system lacks. The message names the TOML path.
-        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, or the disk does not go with
-            the rest. The message names the TOML path.
+        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, levels have no top, a part has
+            watts or a price that the system lacks, or the disk does not go with the rest. The message names the TOML
+            path.
         MoetraceError: A file cannot be read.
 
     Examples:
@@ -171,7 +175,7 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         raise UsageError(f"{loaded.where}: {misfit}.")
     if system.link is not None:
         _check_link(system, system.link, loaded)
-    return system
+    return _with_levels(system, loaded.where)
 
 
 def _check_link(system: System, link: Link, loaded: Loaded) -> None:
@@ -183,3 +187,13 @@ def _check_link(system: System, link: Link, loaded: Loaded) -> None:
         )
     if link.rates is not None:
         read_rates(link.rates)
+
+
+def _with_levels(system: System, where: str) -> System:
+    """Return a system whose GPU has its levels by frequency, once they are checked."""
+    levels = None if system.gpu.levels is None else by_frequency(system.gpu.levels)
+    if misfit := next(level_misfits(levels, system.gpu.memory_scales), None):
+        raise UsageError(f"{where}: {misfit}.")
+    if levels == system.gpu.levels:
+        return system
+    return msgspec.structs.replace(system, gpu=msgspec.structs.replace(system.gpu, levels=levels))

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.drawn_machines import MachineCase, machine_cases, machine_policies
 from support.drawn_machines import plain_policy as in_full
-from support.drawn_runs import replay_machine
 from support.drawn_tiers import tier_cases, tier_policies
+from support.tier_runs import run_of, with_what_goes_together
 from support.tiers_oracle import Figures, from_specs
 from support.tiers_oracle import replay as simulate
 
@@ -62,10 +62,10 @@ def compare(case: MachineCase, policy: dict[str, Any], folder: Path) -> None:
     uses_cpu = policy["dispatch"] in ("cheapest", "bottleneck")
     specs = case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots
     machine, plain = from_specs(*specs, cpu_takes_part=uses_cpu)
-    run = replay_machine(case, policy, folder, **ON)
+    run = run_of(case, policy, folder, **ON)
     event(f"tiers: {run.lanes[0].tiers is not None}")
     check(run, simulate(case.trace, machine, plain, regret=True))
-    same_to_the_last_bit(run, replay_machine(case, policy, folder))
+    same_to_the_last_bit(run, run_of(case, policy, folder))
 
 
 # Each mix of tiers is one more replay to compile. Here are those without losses, rates and relayout, which cost no
@@ -76,8 +76,7 @@ def test_any_mix_of_tiers_against_the_oracle(case, data, tmp_path_factory):
     for name in ("loss", "rates"):
         case.system["link"].pop(name, None)
     case.system.pop("remote", None)
-    if "disk" in case.system:
-        case.system["cpu"].pop("chunks", None)
+    with_what_goes_together(case)
     policy = data.draw(tier_policies(case, relayout=False), label="policy")
     compare(case, policy, tmp_path_factory.mktemp("drawn"))
 

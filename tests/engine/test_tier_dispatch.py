@@ -58,17 +58,12 @@ def test_cheapest_and_bottleneck_are_those_of_the_text(layer):
 
 @settings(max_examples=200, deadline=None)
 @given(layer=layers(most=9))
-def test_step_by_step_is_as_with_a_whole_time_line_for_each_move(layer):
-    """With a disk every move has a whole time line of its own: without a wait for it the plans are the same."""
-    for kind in (BOTTLENECK, BALANCE, HOT):
-        if kind == HOT:
-            for expert in layer.experts:
-                expert.resident = False
-        layer.term["has_disk"] = 0
-        by_steps = planned(kind, layer)
-        layer.term["has_disk"] = 1
-        plan, seconds = planned(kind, layer)
-        assert (plan, pytest.approx(seconds, rel=1e-12)) == by_steps
+def test_balance_and_hot_are_those_of_the_text(layer):
+    plan, seconds = planned(BALANCE, layer)
+    assert plan == layer.balance() and seconds == pytest.approx(layer.moe(plan), rel=1e-12)
+    for expert in layer.experts:
+        expert.resident = False
+    assert planned(HOT, layer)[0] == layer.hot()
 
 
 @settings(max_examples=100, deadline=None)

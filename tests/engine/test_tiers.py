@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.drawn_machines import MachineCase
-from support.drawn_runs import replay_machine
 from support.drawn_tiers import tier_cases, tier_policies
+from support.tier_runs import run_of, with_what_goes_together
 from support.tiers_oracle import Figures, from_specs
 from support.tiers_oracle import replay as simulate
 
@@ -55,7 +55,7 @@ def check(run: Run, expected: Figures) -> None:
 
 def check_units(run: Run, lane: Lane, expected: Figures) -> None:
     units = unit_frame(run)
-    units = units.filter(pl.col("unit") != "disk")  # the oracle says it apart
+    units = units.filter(~pl.col("unit").is_in(["disk", "remote"]))  # the oracle says what they do apart
     names = units["unit"].to_list()
     for column in ("busy_s", "experts", "rows", "bytes"):
         wanted = [expected.unit.get(name, {}).get(column, 0.0) for name in names]
@@ -64,25 +64,16 @@ def check_units(run: Run, lane: Lane, expected: Figures) -> None:
 
 def compare(case: MachineCase, policy: dict[str, Any], folder: Path) -> Run:
     machine, plain = from_specs(case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots)
-    run = replay_machine(case, policy, folder)
+    run = run_of(case, policy, folder)
     check(run, simulate(case.trace, machine, plain))
     return run
-
-
-def without(case: MachineCase, policy: dict[str, Any]) -> None:
-    for name in ("remote",):
-        case.system.pop(name, None)
-    if "disk" in case.system:
-        case.system["cpu"].pop("chunks", None)
-    for name in ("remote", "replicas", "plan_steps"):
-        policy.pop(name, None)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=tier_cases(), data=st.data())
 def test_any_mix(case, data, tmp_path_factory):
     policy = data.draw(tier_policies(case), label="policy")
-    without(case, policy)
+    with_what_goes_together(case)
     compare(case, policy, tmp_path_factory.mktemp("drawn"))
 
 
@@ -91,6 +82,6 @@ def test_any_mix(case, data, tmp_path_factory):
 def test_relayout(case, data, tmp_path_factory):
     kinds = ("home", "balance", "gpu", "fiddler")
     policy = data.draw(tier_policies(case, kinds=kinds, placements=("mixed",), relayout=True), label="policy")
-    without(case, policy)
+    with_what_goes_together(case)
     moved = compare(case, policy, tmp_path_factory.mktemp("drawn")).lanes[0].tiers.layout.moved[0]
     event(f"bytes moved: {moved > 0}")

@@ -33,8 +33,8 @@ from moetrace.results.record import (
 from moetrace.results.summary import _utilization
 from moetrace.spec.system import Device
 
-# The figures that only other machines and replays than `result` have.
-OF_OTHERS = {name for name in OPTIONAL if name not in ACCOUNTS}
+# The figures of what system and policies of `result` do not have.
+OF_OTHERS = OPTIONAL - {*ACCOUNTS}
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_refusal_says_what_is_legal():
             "seed wants a whole number from 0 to .*, got -1",
         ),
         ({"residency": "lru", "prefetch": "oracle:1", "seed": 2**63}, "seed wants a finite number below 2.63, got"),
-        ({"loads": "x.csv"}, "loads applies to placement ep-lpt or eplb only"),
+        ({"loads": "x.csv"}, "loads applies to placement ep-lpt or eplb or policies with remote only"),
         ({"gpu_rows": 32}, "gpu_rows applies to dispatch in-place only"),
         ({"dispatch": "in-place", "gpu_rows": 0}, "gpu_rows wants a whole number from 1 to 1000000000, got 0"),
         ({"gpu_layers": 3}, "gpu_layers applies to residency static-layers only"),
@@ -219,8 +219,12 @@ def test_unread_parameters_are_those_of_other_choices():
         "follows",
         "now_weight",
         "long_weight",
+        "deadline_ms",
         "with_cpu",
         "host_residency",
+        "remote",
+        "plan_steps",
+        "replicas",
     }
     assert "alpha" not in load(residency="ewma").unread
 

@@ -98,6 +98,7 @@ def test_systems():
     gpus = {"a100-sxm", "b200", "b300", "gb200", "gb300", "h100-sxm", "h200", "l40s", "rtx-pro-6000"}
     assert gpus <= set(list_presets("systems"))
     assert [name for name in list_presets("systems") if name not in gpus] == [
+        "a6000-xeon",
         "dgx-spark",
         "edge-ndp",
         "edge-pi-cluster",
@@ -110,6 +111,7 @@ def test_systems():
         "mac-mini-m4",
         "monde-cxl",
         "phone-ufs",
+        "remoe",
         "rtx3060-ddr4",
         "rtx3090-ddr4",
         "rtx4090-ddr5",
@@ -158,6 +160,7 @@ def test_what_a_replay_compares_where_nobody_says():
     assert pairs["edge-ndp"] == pairs["monde-cxl"] == ("monde", "edge-ndp")
     assert pairs["rtx4090-ddr5"] == pairs["epyc-ktransformers"] == ("n-cpu-moe", "hybrid")
     assert pairs["rtx4090-offload"] == pairs["dgx-spark"] == ("resident", "on-demand-lfu")
+    assert pairs["remoe"] == ("n-cpu-moe", "hybrid")
     assert pairs["jetson-orin"] == ("resident",)
     for name, policies in pairs.items():
         for policy in policies:
@@ -173,11 +176,13 @@ def test_policies():
         "ktransformers": ("ep", "home", "none", "none", "layer"),
         "fiddler": ("ep", "fiddler", "static-popular", "none", "global"),
         "hybrid": ("ep", "balance", "lru", "none", "layer"),
+        "haq": ("ep", "in-place", "static-popular", "none", "global"),
         "monde": ("ep", "hot", "none", "none", "layer"),
         "monde-ratio": ("ep", "hot:ratio", "none", "none", "layer"),
-        "trimoe": ("ep", "bottleneck", "ewma", "online:1", "layer"),
-        "trimoe-no-cpu": ("ep", "bottleneck", "ewma", "online:1", "layer"),
-        "trimoe-greedy": ("ep", "cheapest", "ewma", "online:1", "layer"),
+        "trimoe": ("mixed", "bottleneck", "ewma", "relayout", "layer"),
+        "trimoe-no-cpu": ("mixed", "bottleneck", "ewma", "relayout", "layer"),
+        "trimoe-greedy": ("mixed", "cheapest", "ewma", "relayout", "layer"),
+        "trimoe-static": ("ep", "bottleneck", "ewma", "online:1", "layer"),
         "halo": ("ep", "halo", "static-popular", "none", "global"),
         "strict": ("ep", "balance", "static-popular", "none", "global"),
         "ndp-ep": ("ep", "ndp", "none", "none", "layer"),
@@ -189,6 +194,9 @@ def test_policies():
             ("foresee", "foresee-no-ahead", "foresee-no-follows", "foresee-long"),
             ("tp", "balance", "foresee", "foresee", "global"),
         ),
+        "remoe": ("ep", "home", "none", "none", "layer"),
+        "all-cpu": ("ep", "home", "none", "none", "layer"),
+        "all-gpu": ("ep", "gpu", "static-layers", "none", "global"),
         "foresee-split": ("tp", "split", "foresee", "foresee", "global"),
     }
     policies = {name: load_policy(name) for name in list_presets("policies")}

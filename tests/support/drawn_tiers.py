@@ -53,7 +53,9 @@ def tier_cases(draw, max_steps: int = 6, max_experts: int = 7, units: tuple[int,
         }
     if draw(st.booleans(), label="remote"):
         system["remote"] = {"tflops_per_vcpu": 0.01, "bandwidth_gb_s_per_vcpu": rate, "vcpus": 2, "network_gb_s": rate}
-        system["remote"] |= draw(fields(call_ms=(0.0, 0.5), start_ms=(0.0, 9.0), payload_mb=(6.0, 1e-3)))
+        often = {"call_ms": (0.0, 0.5), "start_ms": (0.0, 9.0), "payload_mb": (6.0, 1e-3)}
+        system["remote"] |= {name: draw(st.sampled_from(values), label=name) for name, values in often.items()}
+        system["remote"] |= {"load_gb_s": 1.0, "usd_per_gb_s": 1.0}
     return case
 
 

@@ -169,6 +169,18 @@ class Layer:
                 return plan
             plan[i] = to
 
+    def balance(self):
+        plan = [HOME] * len(self.experts)
+        for i in sorted(range(len(plan)), key=lambda i: not self.experts[i].resident):
+            moved, now = [*plan[:i], GPU, *plan[i + 1 :]], self.moe(plan)
+            if less(self.moe(moved), now) or (self.experts[i].resident and not less(now, self.moe(moved))):
+                plan = moved
+        return plan
+
+    def hot(self):
+        plans = [[GPU] * h + [HOME] * (len(self.experts) - h) for h in range(len(self.experts) + 1)]
+        return self.least([(plan, self.moe(plan)) for plan in plans])[0]
+
     def optimal(self):
         best, best_moe = None, np.inf
         plans = itertools.product(range(3 if self.has_cpu else 2), repeat=len(self.experts))

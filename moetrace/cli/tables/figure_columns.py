@@ -14,6 +14,7 @@ _FORMS = {
     "total_s": "{:,.1f}",
     "ttft_s_p50": "{:,.2f}",
     "price_usd": "{:,.3g}",
+    "remote_usd": "{:,.3g}",
     "energy_per_token_j": "{:,.3f}",
     "gpu_memory_bytes": "{:,.2f}",
 }

@@ -17,16 +17,15 @@ class _FigureColumn(NamedTuple):
     heading: str
     value: Callable[[dict[str, Any]], float | None]  # of a policy, in the heading's unit
     form: str = "digits"  # or "percent" or "factor"
-    always: bool = True  # False: only if it is neither zero nor undefined for every policy
-    zero: bool = False  # True: also if it is zero
+    always: bool | None = True  # False: only if a policy has something else than zero; None: only if one has it
 
 
-def _column(name: str, always: bool = True, zero: bool = False) -> _FigureColumn:
+def _column(name: str, always: bool | None = True) -> _FigureColumn:
     """The column of a figure of `summary.json`, with what `results.record` says of it."""
     figure = FIGURES[name]
     factor, _ = figure.shown
     form = {"share": "percent", "ratio": "factor"}.get(figure.unit, "digits")
-    return _FigureColumn(figure.column, lambda policy: _times(factor, value_in(policy, name)), form, always, zero)
+    return _FigureColumn(figure.column, lambda policy: _times(factor, value_in(policy, name)), form, always)
 
 
 def print_comparison(summary: dict[str, Any], name: str) -> None:
@@ -57,6 +56,8 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("itl_s.p99", always=False),
             _column("tokens_per_s", always=False),
             _column("break_even_tokens", always=False),
+            _column("in_time", always=None),
+            _column("mean_frequency", always=None),
         ],
         [
             _FigureColumn("over bound\nms", lambda p: 1e3 * (p["total_s"] - p["lower_bound_s"])),
@@ -75,11 +76,17 @@ def _groups() -> list[list[_FigureColumn]]:
             _column("resent_bytes", always=False),
             _column("gate_mass_dropped", always=False),
         ],
-        [_column("regret", always=False, zero=True), _column("regret_equal_share", always=False, zero=True)],
+        [_column("regret", always=None), _column("regret_equal_share", always=None)],
         [
             _column("host_hit_rate", always=False),
             _column("disk_bytes", always=False),
             _column("disk_busy", always=False),
+        ],
+        [
+            _column("remote_s", always=False),
+            _column("remote_calls", always=False),
+            _column("remote_usd", always=False),
+            _column("cold_s", always=False),
         ],
     ]
 
@@ -90,7 +97,7 @@ def _shown(group: list[_FigureColumn], policies: list[dict[str, Any]]) -> list[T
     return [
         TextColumn(column.heading, _cells(column.form, values))
         for column, values in figures
-        if column.always or any(values) or (column.zero and any(value is not None for value in values))
+        if column.always or any(values) or (column.always is None and values.count(None) < len(values))
     ]
 
 
@@ -132,6 +139,8 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots"
         f"{', and all else in host memory' if system.get('disk') else ''}.",
         *_speculation(summary),
+        *_deadlines(summary),
+        *_functions(summary["policies"]),
         *_known(system),
         *(
             f"{policy['name']}: {policy['optimal_fallbacks']:,} of {counted(layers, 'layer')} of all steps had more "
@@ -179,6 +188,31 @@ def _speculation(summary: dict[str, Any]) -> list[str]:
         "Break-even: what a step that verifies several rows of a request costs, in steps of one row. Speculation pays "
         f"where it keeps more tokens a step; this trace keeps {trace['tokens'] / max(steps, 1):.2f}. The time of the "
         "draft model is not in it.",
+    ]
+
+
+def _deadlines(summary: dict[str, Any]) -> list[str]:
+    """Say what policies with a deadline chose, and what is not of the levels that they chose."""
+    deadlines = {policy["name"]: policy["choices"].get("deadline_ms") for policy in summary["policies"]}
+    told = [f"{name} {deadline_ms:g} ms" for name, deadline_ms in deadlines.items() if deadline_ms is not None]
+    if not told:
+        return []
+    words = f"In time: steps that end within deadline_ms ({', '.join(told)})."
+    if any(policy.get("mean_frequency") is not None for policy in summary["policies"]):
+        words += (
+            " Each step runs at the lowest frequency level that is in time, at the top if none is; times are of these "
+            "levels, bounds of the top."
+        )
+    return [words]
+
+
+def _functions(policies: list[dict[str, Any]]) -> list[str]:
+    """Say what the columns of remote functions are, if a policy has some."""
+    if not any("remote_s" in policy for policy in policies):
+        return []
+    return [
+        "Remote: the time of all copies of functions, their calls and their price, which the machine's is not in. "
+        "Cold: the start of machine and functions, a part of the first step and of its TTFT."
     ]
 
 

@@ -34,7 +34,9 @@ def given(policy: PolicySpec, room: StaticRoom) -> np.ndarray:
 
 def hold_given(policy: PolicySpec, state: "State", decoded: "Decoded") -> None:
     """Put the experts of the file into the cache."""
-    keep_for_good(state.cells, state.cache, given(policy, room_of(state, decoded, counts=False)))
+    room = room_of(state, decoded, counts=False)
+    keys = given(policy, room)
+    keep_for_good(state.cells, state.cache, keys[room.exists.ravel()[keys]])
 
 
 RECORD = Residency(

@@ -2,6 +2,7 @@
 
 from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.state import CPU, FIRST_GROUP, GPU, LINK_IN, LINK_OUT
+from moetrace.engine.tape import note_cold
 from moetrace.engine.tiers.tier_records import CPU_ROW, NO_GROUP
 from moetrace.jit.compile import kernel
 
@@ -16,6 +17,27 @@ def begin_layer(tiers, tally, row):
     tiers_tally.evict_s += seconds
     row.dense_s += seconds
     return seconds
+
+
+@kernel
+def call_remote(remote, term, step, layer):
+    """Let the decisions of a layer see what it waits for remote functions; return these seconds."""
+    if remote is None:
+        return 0.0
+    seconds = remote.seconds[step - remote.first_step, layer]
+    term[0].remote_s = seconds
+    return seconds
+
+
+@kernel
+def start_cold(remote, step, tape):
+    """Return the seconds of the cold start, if this is the first step and functions start."""
+    if remote is None:
+        return 0.0
+    if step > 0:
+        return 0.0
+    note_cold(tape, step, remote.cold_s)
+    return remote.cold_s
 
 
 @kernel
@@ -64,6 +86,7 @@ def note_tiers(dense, line, moved, machine, tiers, scratch, log):
     link_in.busy_s += line.fetch_s + moved[1] + back_s
     link_in.bytes += line.demand_bytes + moved[0] + act_bytes
     link_out.busy_s += out_s
+    link_out.shared_s += min(line.act_s, beside.cpu_act_s)  # both leave at the router's word
     link_out.bytes += act_bytes
     log.unit[FIRST_GROUP + scratch.groups.size + CPU_ROW].busy_s += beside.cpu_s
     if line.busiest_s > 0.0:

@@ -33,6 +33,7 @@ TERM = np.dtype(
         ("has_disk", np.int64),
         ("link_bytes_s", np.float64),  # for dispatch `hot:ratio`
         ("home_bytes_s", np.float64),  # that all of home reads together
+        ("remote_s", np.float64),  # that the layer at hand waits for remote functions
     ]
 )
 # What the layer at hand has beside a `layer.Timeline`; seconds after the router's word.
@@ -41,12 +42,14 @@ BESIDE = np.dtype(
         (name, np.float64)
         for name in (
             "evict_s",  # that the layer began with
+            "home_begin_s",  # when the first rows are there; above a disk the first expert may not be
             "home_end_s",
             "home_back_s",  # activations from the units; to them: `Timeline.act_s`
             "cpu_s",  # busy
             "cpu_act_s",  # activations to the CPU
             "cpu_back_s",  # and from it
             "cpu_act_bytes",  # one way
+            "cpu_begin_s",
             "cpu_end_s",
         )
     ]
@@ -61,6 +64,14 @@ TIER_TALLY = np.dtype(
 )
 
 
+class RemoteTimes(NamedTuple):
+    """What the layers of a block wait for remote functions (`tier_remote.py`)."""
+
+    first_step: int
+    seconds: np.ndarray  # float64 [steps, L]
+    cold_s: float  # of the cold start, with which the first step begins
+
+
 class Tiers(NamedTuple):
     """What a machine has beside GPU, home and a plain link."""
 
@@ -71,6 +82,7 @@ class Tiers(NamedTuple):
     host: Any = None  # `tier_host.HostMemory`, above a disk
     layout: Any = None  # tier_layout.Layout: of experts that move between layouts
     transfers: Any = None  # `tier_link.Transfers`, of a link that loses packets or changes its rate
+    remote: Any = None  # RemoteTimes, where experts live in remote functions
 
 
 def without_disk(tiers: Tiers | None) -> Tiers | None:

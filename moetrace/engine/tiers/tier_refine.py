@@ -193,7 +193,7 @@ def _best_move(term, view, held, sums, ends, i, source):
     before = work_of(group)
     without = _shifted(view, sums, expert, source, -1)
     left = work_of(group)
-    best, best_ends, best_s = source, ends, max(ends.gpu_s, ends.home_s, ends.cpu_s)
+    best, best_ends, best_s = source, ends, max(ends.gpu_s, ends.home_s, ends.cpu_s, term.remote_s)
     gpu_s = _gpu_end_s(term, view, held, sums, i, False) if source == ON_GPU else ends.gpu_s
     off_cpu_s = cpu_end_s(term, view, without.cpu) if source == CPU else ends.cpu_s
     if less(max(gpu_s, off_cpu_s), best_s):
@@ -210,7 +210,7 @@ def _best_move(term, view, held, sums, ends, i, source):
                 if device == HOME or source == HOME or term.contends:
                     home_s = home_end_s(term, view, home_work(term, view, there.home_rows))
                 end_s = _gpu_end_s(term, view, held, sums, i, True) if device == ON_GPU else gpu_s
-                moe_s = max(end_s, home_s, cpu_s)
+                moe_s = max(end_s, home_s, cpu_s, term.remote_s)
                 if less(moe_s, best_s):
                     best, best_ends, best_s = device, Ends(end_s, home_s, cpu_s), moe_s
             restore(group, left)
@@ -251,12 +251,12 @@ def _refine_by_whole(term, view, size, plan, held):
         if i < 0:
             return
         source = np.int64(plan[i])
-        best, best_s = source, max(ends.gpu_s, ends.home_s, ends.cpu_s)
+        best, best_s = source, max(ends.gpu_s, ends.home_s, ends.cpu_s, term.remote_s)
         for turn in range(3):
             plan[i] = (ON_GPU + turn) % 3
             if plan[i] != source and (plan[i] != CPU or term.has_cpu):
                 moved = ends_of(term, view, size, plan)
-                moved_s = max(moved.gpu_s, moved.home_s, moved.cpu_s)
+                moved_s = max(moved.gpu_s, moved.home_s, moved.cpu_s, term.remote_s)
                 if less(moved_s, best_s):
                     best, best_s = np.int64(plan[i]), moved_s
         plan[i] = best

@@ -85,7 +85,7 @@ def _moe_s(term, view, decided, on_cpu, plan):
         return moe_s(term, view, plan.size, plan)
     home_s = home_end_s(term, view, home_work(term, view, decided[_HOME_ROWS]))
     cpu_s = cpu_end_s(term, view, CpuWork(decided[_CPU_S], decided[_CPU_ROWS], on_cpu))
-    return max(decided[_FREE_S], home_s, cpu_s)
+    return max(decided[_FREE_S], home_s, cpu_s, term.remote_s)
 
 
 @kernel(inline=False)

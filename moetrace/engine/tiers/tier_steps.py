@@ -17,7 +17,7 @@ def give_all_home(term, view, size):
     for i in range(size):
         give_home(view, view.active[i])
         home_rows += view.active[i].rows
-    return home_end_s(term, view, home_work(term, view, home_rows)), home_rows
+    return max(home_end_s(term, view, home_work(term, view, home_rows)), term.remote_s), home_rows
 
 
 @kernel
@@ -67,7 +67,7 @@ def balance_in_steps(term, view, size, plan):
         group = view.groups[expert.group]
         work = work_of(group)
         home_s, left_rows = without_s(term, view, expert, home_rows)
-        moved_s = max(ends_s, home_s)
+        moved_s = max(ends_s, home_s, term.remote_s)
         if less(moved_s, best_s) or (expert.resident and not less(best_s, moved_s)):
             plan[i] = ON_GPU
             best_s, free_s, arrived_s, home_rows = moved_s, ends_s, arrives_s, left_rows
@@ -85,8 +85,9 @@ def hottest_in_steps(term, view, size, plan):
         expert = view.active[i]
         free_s, arrived_s = next_end_s(term, view, expert, free_s, arrived_s)
         home_s, home_rows = without_s(term, view, expert, home_rows)
-        if less(max(free_s, home_s), best_s):
-            best_s, best = max(free_s, home_s), i + 1
+        moved_s = max(free_s, home_s, term.remote_s)
+        if less(moved_s, best_s):
+            best_s, best = moved_s, i + 1
         if not less(free_s, best_s):
             break  # the GPU by itself takes as long already, and only gets slower
     for i in range(size):

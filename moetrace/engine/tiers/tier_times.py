@@ -246,4 +246,4 @@ def ends_of(term, view, size, plan):
 def moe_s(term, view, size, plan):
     """Return the seconds of a layer's experts under a plan."""
     ends = ends_of(term, view, size, plan)
-    return max(ends.gpu_s, ends.home_s, ends.cpu_s)
+    return max(ends.gpu_s, ends.home_s, ends.cpu_s, term.remote_s)

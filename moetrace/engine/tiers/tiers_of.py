@@ -7,7 +7,7 @@ from moetrace.engine.prefetch import RELAYOUT
 from moetrace.engine.state import FIRST_GROUP
 from moetrace.engine.tiers.tier_host import host_of
 from moetrace.engine.tiers.tier_layout import new_layout
-from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, DISK_ROW, TERM, Tiers, new_tiers
+from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, DISK_ROW, REMOTE_ROW, TERM, Tiers, new_tiers
 from moetrace.spec.choices import Dispatch, find
 from moetrace.spec.fits import host_slots
 from moetrace.spec.model import Model
@@ -25,7 +25,7 @@ def tiers_of(model: Model, system: System, policy: PolicySpec, machine: Machine)
     term, tiers = _term_of(system, uses_cpu), new_tiers(max(system.units, 1))
     if len(machine.device) - FIRST_HOME > max(system.units // machine.share, 1):
         term["all_group"] = system.units
-    if term == tiers.term and (dispatch is None or dispatch.hook is not None):
+    if term == tiers.term and (dispatch is None or dispatch.hook is not None) and system.remote is None:
         return None
     if system.link is not None and system.home is not None:
         term["link_bytes_s"], term["home_bytes_s"] = system.link.bytes_s, system.home.count * system.home.bytes_s
@@ -90,6 +90,7 @@ def tier_parts_of(system: System, share: int, tiers: Tiers, groups: int) -> list
     """Return the parts of a machine with more tiers, as `parts_of`; ``groups`` of units stand before the others."""
     rows = {"cpu": CPU_ROW} if tiers.term["has_cpu"][0] else {}
     rows |= {"disk": DISK_ROW} if tiers.host is not None else {}
+    rows |= {"remote": REMOTE_ROW} if tiers.remote is not None else {}
     return [
         part._replace(log_row=FIRST_GROUP + groups + rows[part.name]) if part.name in rows else part
         for part in parts_of(system, share)

@@ -10,7 +10,7 @@ from moetrace.show.charts.style import ChartGroup, colour, data, in_order, lines
 
 _MOST_UNITS = 16  # that get a row of their own
 _MOST_CELLS = 1 << 15  # of a map of experts
-_UNIT = r"^(gpu|ndp[0-9]+|cpu|link_in|link_out|disk)$"  # a stranger's file may name more
+_UNIT = r"^(gpu|ndp[0-9]+|cpu|link_in|link_out|disk|remote)$"  # a stranger's file may name more
 
 
 def utilization(replayed: Replayed) -> ChartGroup | None:

@@ -65,9 +65,9 @@ class Tiers(Machine):
 
     def cpu_cost_s(self, layer: int, e: int, n: float, units: Units) -> float:
         """Seconds of an expert on the CPU beside the units."""
-        cpu = self.cpu
+        sparse_s, cpu = self.sparse_s(self.cpu), self.cpu
         cpu = Device(cpu.F, min(cpu.B, self.cap(units)), cpu.start, cpu.launch, cpu.roofline)
-        return cpu.work_s(self.flop_per_row * n, self.W[layer, e]) + cpu.own_start
+        return cpu.work_s(self.flop_per_row * n, self.W[layer, e]) + cpu.own_start + sparse_s
 
     @property
     def is_plain_link(self) -> bool:
