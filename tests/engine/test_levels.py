@@ -12,6 +12,7 @@ from support.drawn_runs import replay
 from support.drawn_tiers import tier_cases, tier_policies
 from support.oracle_layer import machine_of
 from support.oracle_levels import Level, RecordedReplay, RecordedTale, leveled
+from support.plain_python import as_plain_python
 from support.strategies import Case
 from support.tiers_oracle import from_specs
 
@@ -101,6 +102,7 @@ def written(case, fields, folder):
     return MachineCase(case.trace, case.model, system, case.slots), fields
 
 
+@as_plain_python
 @QUICK
 @given(case=tier_cases(max_steps=5), data=st.data())
 def test_levels_with_tiers_are_the_oracles(case, data, tmp_path_factory):

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import oracle
-from support.by_hand import cpu_of, model_of, one, system_of, trace_of
 from support.drawn_machines import AT_HOME, MachineCase, machine_cases, machine_policies, plain_policy
 from support.drawn_runs import replay
+from support.machine_example import example_with_units_and_a_cpu
 from support.oracle_layer import machine_of
 from support.strategies import Case
 
 from moetrace.engine.run import Run
 from moetrace.results.frames import unit_frame
-from moetrace.spec import Model, PolicySpec, System, load_policy
+from moetrace.spec import PolicySpec, System, load_policy
 from moetrace.spec.errors import UsageError
 
 STEP_TIMES = ("duration_s", "dense_s", "moe_s", "head_s", "wait_s", "demand_bytes", "prefetch_bytes", "imbalance")
@@ -120,13 +120,3 @@ def test_a_plan_of_the_users_own(tmp_path):
         case.trace, case.model, case.plain, plain_policy(fields), slots=case.slots, dispatch=same
     )
     check(replay(engine_case(case), [spec]), 0, expected)
-
-
-def example_with_units_and_a_cpu() -> MachineCase:
-    parts = system_of(2)
-    system = {name: vars(part) for name, part in (("gpu", parts.gpu), ("ndp", parts.ndp), ("link", parts.link))}
-    system["gpu"] = {"name": "g"} | system["gpu"]
-    system = {"name": "by hand", **system, "cpu": vars(cpu_of())}
-    model = msgspec.convert({"name": "small"} | vars(model_of(experts=6)), Model)
-    steps = [[one(0), one(1), one(2)], [one(2), one(5)], [one(1), one(1), one(4)]]
-    return MachineCase(trace_of(*steps), model, system, slots=3)

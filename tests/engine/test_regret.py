@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from support.plain_python import as_plain_python
 from support.drawn_machines import MachineCase, machine_cases, machine_policies
 from support.drawn_machines import plain_policy as in_full
 from support.drawn_tiers import tier_cases, tier_policies
@@ -68,6 +69,7 @@ def compare(case: MachineCase, policy: dict[str, Any], folder: Path) -> None:
     same_to_the_last_bit(run, run_of(case, policy, folder))
 
 
+@as_plain_python
 # Each mix of tiers is one more replay to compile. Here are those without losses, rates and relayout, which cost no
 # decision anything that `test_tiers` does not hold to the oracle.
 @settings(max_examples=40, **DRAWN)

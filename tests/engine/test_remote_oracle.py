@@ -5,6 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.drawn_runs import replay
+from support.plain_python import as_plain_python
 from support.strategies import Case, cases, policies
 from support.tiers_oracle import from_specs
 from support.tiers_oracle import replay as replay_slowly
@@ -29,6 +30,7 @@ FUNCTIONS = st.builds(
 CPU = Cpu(tflops=0.01, bandwidth_gb_s=0.8, command_us=30.0)
 
 
+@as_plain_python
 @RANDOM
 @given(case=cases(max_steps=6, max_experts=8), functions=FUNCTIONS, has_cpu=st.booleans(), data=st.data())
 def test_functions_against_the_oracle(case, functions, has_cpu, data):

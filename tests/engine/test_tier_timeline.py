@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.drawn_tiers import tier_cases, tier_policies
+from support.plain_python import as_plain_python
 from support.tier_runs import run_of, with_what_goes_together
 
 from moetrace.engine.run import Run
@@ -115,6 +116,7 @@ def recorded(case, policy: dict[str, Any], folder) -> Run:
     return run
 
 
+@as_plain_python
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=tier_cases(), data=st.data())
 def test_any_mix(case, data, tmp_path_factory):
@@ -125,6 +127,7 @@ def test_any_mix(case, data, tmp_path_factory):
         event(kind)
 
 
+@as_plain_python
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=tier_cases(max_steps=9, max_experts=9, units=(2, 3)), data=st.data())
 def test_relayout(case, data, tmp_path_factory):
