@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from support.plain_python import as_plain_python
 from support.drawn_machines import MachineCase, machine_cases, machine_policies
 from support.drawn_machines import plain_policy as in_full
 from support.drawn_tiers import tier_cases, tier_policies
+from support.plain_python import as_plain_python
 from support.tier_runs import run_of, with_what_goes_together
 from support.tiers_oracle import Figures, from_specs
 from support.tiers_oracle import replay as simulate
