@@ -1,4 +1,4 @@
-"""Tests that run with NUMBA_DISABLE_JIT=1 only: each of their random mixes would compile kernels of its own, for 20 s."""
+"""Tests that run with NUMBA_DISABLE_JIT=1 only: each of their random mixes would compile kernels of its own (20 s)."""
 
 from collections.abc import Callable
 
