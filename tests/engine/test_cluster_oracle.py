@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cluster_cases import MADE_FROM_LOADS, cluster_cases
-from support.cluster_oracle import Machine, Network, Plans, Policy, Row, Step, replay, steps_of
-from support.cluster_oracle.moving import loads_of, moved_into
-from support.cluster_oracle.schedule import Stages, last_end, run
-from support.oracle import DECODE, OracleTrace, simulate
-from support.strategies import as_arrays
+from support.cluster_oracle import Machine, Network, Plans, Policy, Row, Step, from_specs, replay, steps_of
+from support.cluster_oracle.schedule import Stages, last_end, queues_of, run, waits_for
+from support.oracle import DECODE, OracleTrace
 
-from moetrace.analyze.balance import plans as kernels
-from moetrace.analyze.balance.units import balance
-from moetrace.trace.format import Trace
+from moetrace.spec import load_model
 
 seconds = st.floats(1e-6, 1e-2)
 
@@ -35,6 +30,48 @@ def test_equal_loads_take_findeps_closed_form(layers, r1, r2, a, s, a2e, e):
     X, Y = a + s, max(e, a2e)
     F, G = max(X, r2 * Y), a + 2 * a2e + e + (r2 - 1) * Y
     assert last_end(spans) == pytest.approx((layers - 1) * max(G, r1 * F) + max(X, G) + (r1 - 1) * F, rel=1e-9)
+
+
+@st.composite
+def drawn_stages(draw):
+    """Stages of unequal micro-batches and chunks, many of which take no time."""
+    layers, chunks = draw(st.integers(1, 3)), draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    some = draw(st.sampled_from([st.integers(0, 3).map(float), seconds]))
+    each = [[[draw(some) for _ in chunks] for _ in range(layers)] for _ in "AS"]
+    parts = [[[[draw(some) for _ in range(of)] for of in chunks] for _ in range(layers)] for _ in range(3)]
+    return Stages(*each, *parts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(drawn_stages(), st.booleans(), st.sampled_from(["asas", "aass"]))
+def test_a_task_starts_when_its_resource_and_what_it_needs_are_ready(stages, colocated, order):
+    spans = run(stages, colocated=colocated, order=order)
+    started = {(span.stage, span.layer, span.batch, span.chunk): span for span in spans}
+    count = 0
+    for queue in queues_of(stages, colocated, order, False).values():
+        free_s = 0.0
+        for key in queue:
+            ready_s = max((started[other].end_s for other in waits_for(key, stages, False)), default=0.0)
+            assert started[key].start_s == max(free_s, ready_s)
+            free_s = started[key].end_s
+            assert free_s == started[key].start_s + stages.seconds(key)
+            count += 1
+    assert count == len(spans)
+
+
+@pytest.mark.parametrize(
+    ("colocated", "order", "layers", "a2e", "e", "ends"),
+    [
+        (False, "asas", 1, 1.0, 1.0, {"A": 5, "S": 6, "A2E": 6, "E": 7, "E2A": 8}),
+        (False, "aass", 1, 1.0, 1.0, {"A": 4, "S": 6, "A2E": 5, "E": 6, "E2A": 7}),
+        # Colocated, experts wait for the attention of both micro-batches, and transfers back for those out.
+        (True, "asas", 1, 3.0, 4.0, {"A": 5, "S": 6, "A2E": 8, "E": 14, "E2A": 17}),
+        (True, "asas", 2, 3.0, 4.0, {"A": 19, "S": 20, "A2E": 23, "E": 28, "E2A": 31}),
+    ],
+)
+def test_two_micro_batches_by_hand(colocated, order, layers, a2e, e, ends):
+    spans = run(equal_stages(layers, 2, 1, 2.0, 1.0, a2e, e), colocated=colocated, order=order)
+    assert {stage: max(span.end_s for span in spans if span.stage == stage) for stage in ends} == ends
 
 
 GPU = {"F": 1e12, "B": 1e9, "t_g": 1e-3, "overhead_s": 0.0, "launch": "expert", "roofline": "max"}
@@ -308,120 +345,23 @@ def test_fused_goes_with_serial_only():
         Policy(schedule="pipeline:2,1", execution="fused")
 
 
-@settings(max_examples=60, deadline=None)
-@given(cluster_cases(schedules=("serial",), placements=("ep", "plan")))
-def test_taxes_sum_to_bulk_less_fused(case):
-    bulk, fused = case.run(execution="bulk"), case.run(execution="fused")
-    for one, other in zip(bulk.steps, fused.steps, strict=True):
-        assert one.taxes == other.taxes
-        assert math.fsum(one.taxes.values()) == pytest.approx(one.duration_s - other.duration_s, abs=1e-12)
-        if not case.system["network"].get("gpus_per_node"):
-            assert min(one.taxes.values()) >= -1e-12
-    assert bulk.busy_s.keys() == fused.busy_s.keys()
-
-
-@settings(max_examples=60, deadline=None)
-@given(cluster_cases(schedules=("serial",), placements=("ep", "plan")))
-def test_a_pipeline_of_one_is_never_slower_than_serial(case):
-    plain = {"execution": "bulk", "kernels_per_layer": 1}
-    one, serial = case.run(**plain, schedule="pipeline:1,1"), case.run(**plain, schedule="serial")
-    for piped, in_turn in zip(one.steps, serial.steps, strict=True):
-        assert piped.duration_s <= in_turn.duration_s + 1e-12
-        assert in_turn.duration_s == pytest.approx(
-            in_turn.head_s + in_turn.overhead_s + math.fsum(in_turn.stage_s.values())
-        )
-
-
-@settings(max_examples=60, deadline=None)
-@given(cluster_cases(max_rows=3, schedules=("pipeline",), placements=("ep", "plan")))
-def test_three_rows_in_8_8_are_three_in_3_1(case):
-    fine, coarse = case.run(schedule="pipeline:8,8"), case.run(schedule="pipeline:3,1")
-    for one, other in zip(fine.steps, coarse.steps, strict=True):
-        if one.rows == 3:
-            assert one.spans == other.spans
-            assert one.duration_s == other.duration_s
-
-
-@settings(max_examples=100, deadline=None)
-@given(cluster_cases())
-def test_all_cases_run_and_add_up(case):
-    found = case.run()
-    machine, _, plans = case.read()
-    choices = int((case.trace.experts >= 0).sum())
-    assert sum(found.gpu_rows.values()) == choices
-    assert found.total_s == pytest.approx(found.prefill_s + found.decode_s + found.mixed_s)
-    starts = np.array([step.start_s for step in found.steps])
-    assert starts == pytest.approx(np.concatenate(([0.0], np.cumsum([step.duration_s for step in found.steps])))[:-1])
-    for step in found.steps:
-        in_order: dict[str, float] = {}
-        for span in step.spans:
-            resource = span.stage if not machine.colocated else "NET" if "2" in span.stage else "GPU"
-            assert span.start_s >= in_order.get(resource, 0.0)
-            in_order[resource] = span.end_s
-        assert 0 <= step.exposed_s <= step.duration_s
-        assert math.isnan(step.fan_out) or 1 <= step.fan_out <= min(machine.expert_gpus, case.model["top_k"])
-        assert all(math.isnan(value) or value >= 1 - 1e-12 for value in step.imbalance_rows + step.imbalance_s)
-    for name in machine.expert_names:
-        assert found.busy_s[name] <= found.total_s * (1 + 1e-12)
-    if plans.make is None:
-        assert (found.plans, found.moved_bytes, found.pause_s) == (0, 0, 0)
-
-
-@settings(max_examples=40, deadline=None)
-@given(cluster_cases(max_gpus=1, schedules=("serial",), placements=("ep",), two_tiers=False, uneven=False))
-def test_one_gpu_is_version_1_with_everything_resident(case):
-    case.system["cluster"] = {"gpus": 1}
-    found = case.run(execution="bulk", kernels_per_layer=1, shared="with-attention")
-    parts = {name: SimpleNamespace(**case.system["gpu"]) for name in ("gpu",)}
-    system = SimpleNamespace(**parts, ndp=None, link=None, cpu=None, host=None)
-    policy = {"placement": "ep", "dispatch": "gpu", "residency": "static-layers", "scope": "global", "prefetch": "none"}
-    policy |= {"prefetch_blocks": False, "gpu_layers": None, "gpu_layers_end": "first"}
-    model = SimpleNamespace(**case.model)
-    alone = simulate(case.trace, model, system, SimpleNamespace(**policy, **NOTHING), None)
-    assert [step.duration_s for step in found.steps] == pytest.approx(alone.steps["duration_s"], rel=1e-12)
-    assert found.busy_s["gpu0"] == pytest.approx(alone.units["busy_s"][0], rel=1e-12)
-
-
-NOTHING = dict.fromkeys(("half_life", "gpu_rows", "most_count", "evicted_share", "loads", "plan", "static")) | {
-    "alpha": 0.3,
-    "p": 1.0,
-    "seed": 0,
-}
-
-
 def test_traces_become_steps():
     trace = OracleTrace(np.array([[[1, -1]]]), np.array([4]), np.array([9]), np.array([1]), np.array([0, 1]))
     assert steps_of(trace) == [Step([Row(4, 9, 1, [[1]])])]
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    cluster_cases(schedules=("serial",), placements=("plan",), uneven=False), st.sampled_from(["even", "row", "random"])
-)
-def test_copies_are_chosen_as_analyze_balance_does(case, copies):
-    seed, experts = case.policy.get("seed", 0), case.model["experts"]
-    trace = Trace.from_arrays(num_experts=experts, **as_arrays(case.trace, experts))
-    plan = kernels.Plan(1, np.array(case.plan, np.int32))
-    tier, shown = kernels.Tier(case.gpus, redundant=0), {"copies": copies, "seed": seed}
-    judged = balance(trace, [], tier=tier, window=0, plans={"plan": plan}, **shown)
-    expected = [math.nan if value is None else value for value in judged.layers["imbalance"]]
-    assert case.run(**shown).imbalance_rows == pytest.approx(expected, nan_ok=True)
-
-
-@settings(max_examples=40, deadline=None)
-@given(cluster_cases(schedules=("serial",), placements=MADE_FROM_LOADS))
-def test_plans_are_those_of_analyze_balance(case):
-    machine, _, plans = case.read()
-    loads = loads_of(steps_of(case.trace), machine.experts)
-    table = np.zeros((machine.L, max(machine.experts)), np.int64)
-    for layer, of_layer in enumerate(loads):
-        table[layer, : len(of_layer)] = of_layer
-    tier = kernels.Tier(case.gpus, *(case.policy.get(name) for name in ("redundant", "nodes", "groups")))
-    tier = tier._replace(nodes=tier.nodes or 1, groups=tier.groups or 1)
-    own = np.array(machine.experts)
-    made = kernels.make_plan(case.policy["placement"], tier, table.shape, table, own)
-    first = kernels.make_plan("ep-block", tier, table.shape, None, own)
-    for plan, kernel in ((plans.make(loads), made), (plans.first, first)):
-        assert [[[e for e in gpu if e >= 0] for gpu in layer] for layer in kernel.expert_of_slot.tolist()] == plan
-    into = moved_into(plans.first, plans.make(loads), [[1.0] * number for number in machine.experts])
-    assert sum(into) == kernels.moved_bytes(first, made, np.ones(table.shape, np.int64)).sum()
+def test_specs_are_read_by_their_names():
+    model = load_model("mixtral-8x7b")
+    network = {"bandwidth_gb_s": 50, "dispatch_latency_us": 8, "combine_latency_us": 9, "decode": {"row_ns": 2}}
+    gpu = {"tflops": 100, "bandwidth_gb_s": 1000, "launch_us": 3, "compute_efficiency": 0.5, "launch": "layer"}
+    on, policy = from_specs(
+        model,
+        {"gpu": gpu, "cluster": {"attention": 2, "experts": 6}, "network": network},
+        SimpleNamespace(placement="eplb", window=3, copies=None, schedule="pipeline:2,4"),
+    )
+    assert (on.L, on.experts[0], on.W[31][7], on.colocated) == (32, 8, 3 * 4096 * 14336 * 2, False)
+    assert (on.F, on.B, on.t_g, on.launch, on.roofline) == (50e12, 1e12, 3e-6, "layer", "max")
+    assert on.attention_names + on.expert_names[-1:] == ["attention0", "attention1", "experts5"]
+    assert [net.row_s for net in on.network] == [0.0, 2e-9, 0.0]
+    assert {(net.B_net, net.dispatch_s, net.combine_bits, net.dedup) for net in on.network} == {(50e9, 8e-6, 16, True)}
+    assert policy == Policy(schedule="pipeline:2,4", window=3)

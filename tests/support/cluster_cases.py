@@ -153,11 +153,14 @@ def cluster_systems(draw, max_gpus: int, ties: bool, two_tiers: bool) -> dict[st
     gpu |= draw(_some({"compute_efficiency": share, "memory_efficiency": share}))
     gpu |= draw(_some({"launch": st.sampled_from(["expert", "layer"]), "roofline": st.sampled_from(["max", "sum"])}))
     gpu |= draw(_some({"layer_overhead_us": st.sampled_from([0.0, 120.0])}))
+    some_gpus = st.sampled_from([*range(2, max_gpus + 1), 1])
     if draw(st.booleans(), label="colocated"):
-        cluster = {"gpus": draw(st.integers(1, max_gpus), label="gpus")}
+        cluster = {"gpus": draw(some_gpus, label="gpus")}
     else:
-        cluster = {"attention": draw(st.integers(1, max_gpus)), "experts": draw(st.integers(1, max_gpus))}
-    rate = ratio(0.001, 1).map(lambda times: 2.0**30 / 1e9 * times)
+        cluster = {"attention": draw(some_gpus, label="attention"), "experts": draw(some_gpus, label="experts")}
+    # So slow that rows of 1 KB take longer than an expert of 1 MB, or so fast that a plan moves in some steps.
+    powers = st.integers if ties else st.floats
+    rate = (powers(-13, -9) | powers(-4, 3)).map(lambda power: 2.0 ** (30 + power) / 1e9)
     fields = {
         "bandwidth_gb_s": rate,
         "dispatch_latency_us": time(300),
@@ -200,8 +203,10 @@ def cluster_policies(draw, schedules: tuple[str, ...], placements: tuple[str, ..
         policy |= draw(_some({"plan_steps": st.integers(1, 4)}))
     if placement in MADE_FROM_LOADS:
         policy["window"] = draw(st.integers(1, 4), label="window")
-        policy |= draw(_some({"interval": st.integers(0, 3), "migrate": st.sampled_from(["pause", "async"])}))
-        policy |= draw(_some({"migrate_share": st.sampled_from([0.1, 0.5, 0.9])}))
+        policy |= draw(_some({"interval": st.integers(0, 3)}))
+        if draw(st.booleans(), label="async"):
+            policy["migrate"] = "async"
+            policy |= draw(_some({"migrate_share": st.sampled_from([0.1, 0.5, 0.9])}))
     return policy
 
 

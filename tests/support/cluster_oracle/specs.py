@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from msgspec import UNSET
+
 from support.cluster_oracle.parts import Machine, Network, Plan, Plans, Policy, Row, Step
 from support.oracle import OracleTrace
 from support.oracle_balance import eplb, lpt
@@ -13,9 +15,9 @@ BLOCKS_FIRST = ("ep-lpt", "eplb", "eplb-hierarchical")  # made from loads: ep-bl
 
 
 def field(part: Any, name: str, default: Any = None) -> Any:
-    """A field of a dict or a struct; the default where it is not there or None."""
+    """A field of a dict or a struct; the default where it is not there, None or UNSET."""
     value = part.get(name) if isinstance(part, dict) else getattr(part, name, None)
-    return default if value is None else value
+    return default if value is None or value is UNSET else value
 
 
 class Named:
