@@ -161,9 +161,9 @@ def test_copies_by_hand(copies, rows_of_gpus):
 
 
 def test_even_copies_begin_with_another_copy_each_step():
-    plan = [[[0, 1], [0, 2]]]
-    found = replay(steps([(0,)], [(0,)], [(0,)]), machine(experts=3), Policy(), Plans(plan))
-    assert [step.gpu_rows[0] for step in found.steps] == [[1, 0], [0, 1], [1, 0]]
+    # As `analyze balance` turns: of three copies, step 1 begins with the last one, step 2 with that before it.
+    found = replay(steps(*[[(0,)]] * 4), machine(experts=1, gpus=3), Policy(), Plans([[[0], [0], [0]]]))
+    assert [step.gpu_rows[0] for step in found.steps] == [[1, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]]
 
 
 def test_nearest_is_row_where_experts_have_gpus_of_their_own():
@@ -219,6 +219,8 @@ def test_context_of_a_request_in_two_micro_batches_is_read_twice():
     halves = replay([Step(rows)], on, Policy(schedule="pipeline:2,1"), Plans(BLOCK))
     assert whole.steps[0].stage_s["A"] == pytest.approx(4e-3 + 7e-3)
     assert halves.steps[0].stage_s["A"] == pytest.approx(2 * 4e-3 + 5e-3 + 7e-3)
+    shared = replay([Step(rows)], replace(on, attention=2), Policy(schedule="pipeline:1,1"), Plans(BLOCK))
+    assert shared.steps[0].stage_s["A"] == pytest.approx(4e-3 + 3.5e-3)
 
 
 def test_bulk_and_fused_by_hand():
@@ -276,17 +278,17 @@ def test_a_plan_that_pauses():
 
 def test_a_plan_that_moves_beside_the_work():
     make, seen = making(SWAPPED)
-    policy = Policy(window=1, interval=1, migrate="async", migrate_share=0.5)
+    policy = Policy(window=1, interval=1, migrate="async", migrate_share=0.6)
     on = machine(attention=1, head_bytes=0.6e9)  # a step is a little over 0.6 s
     found = replay(steps(*[[(0,)]] * 7), on, policy, Plans(BLOCK, make))
-    # Made before step 1; 1 MB at half of 1e6 bytes/s are 2 s: steps 2, 3, 4 begin too early, step 5 takes it.
-    # Before step 5, once that is done, the next one is made, and so before step 6; they move nothing.
-    assert [step.plan for step in found.steps] == [0, 0, 0, 0, 0, 2, 3]
-    assert [step.migrating for step in found.steps] == [False, True, True, True, True, False, False]
+    # Made before step 1; 1 MB at 0.6e6 bytes/s are 1.67 s: steps 2 and 3 begin too early, step 4 takes it.
+    # Before step 4, once that is done, the next one is made, and so before steps 5 and 6; they move nothing.
+    assert [step.plan for step in found.steps] == [0, 0, 0, 0, 2, 3, 4]
+    assert [step.migrating for step in found.steps] == [False, True, True, True, False, False, False]
     assert [step.moved_bytes for step in found.steps] == [0, 2e6, 0, 0, 0, 0, 0]
-    assert len(seen) == 3  # before steps 1, 5 and 6; none is made, or queued, while one is under way
+    assert len(seen) == 4  # none is made, or queued, while one is under way
     quick, slow = found.steps[0].stage_s, found.steps[1].stage_s
-    assert slow["A2E"] - quick["A2E"] == pytest.approx(1e-3)  # 1000 bytes at half the speed
+    assert slow["A2E"] - quick["A2E"] == pytest.approx(1.5e-3)  # 1000 bytes at 0.4e6 bytes/s
     assert found.pause_s == 0
 
 
@@ -338,6 +340,17 @@ def test_auto_takes_the_least_of_all_candidates():
     assert tried[found.chosen[DECODE]] == pytest.approx(min(tried.values()), rel=1e-12)
     single = replay(steps([(0,)]), machine(), Policy(schedule="pipeline:auto", order="aass"), Plans(BLOCK))
     assert single.chosen == {DECODE: (1, 1, "asas")}  # all are alike
+
+
+def test_auto_looks_at_the_first_steps_of_each_phase():
+    rows = steps([(0,)], [(0, 2), (1, 2), (3, 0), (1, 0), (2, 3), (0, 1), (0, 3), (1, 2)], layers=2)
+    on, plans = machine(layers=2, attention=2, flop_per_row=1e10, t_g=0.0), Plans(BLOCK * 2)
+    one, two = (replay(rows, on, Policy(schedule="pipeline:auto", plan_steps=n), plans).chosen for n in (1, 2))
+    assert one[DECODE] == (1, 1, "asas")  # of one row all candidates are alike
+    assert two[DECODE][0] > 1
+    prompt = Step([replace(row, phase=0) for row in rows[0].rows])
+    both = replay([prompt, rows[1]], on, Policy(schedule="pipeline:auto", plan_steps=1), plans).chosen
+    assert (both[0], both[DECODE][0] > 1) == ((1, 1, "asas"), True)
 
 
 def test_fused_goes_with_serial_only():
