@@ -12,7 +12,7 @@ Rows and stages
 1.  The rows of a micro-batch and of a chunk are all rows of the step, absent from a layer or not. `rows of a chunk`
     in a transfer counts absent ones, too; but a transfer of 0 bytes over the wire takes 0, rows and latency included.
 2.  "even" is the rotation of `analyze balance`: row number x of an expert goes to copy `(x - step) mod c`. Steps are
-    numbered from 0 at the first step of the trace, whatever their phase.
+    numbered from 0 at the first step of the trace, of all phases together.
 3.  "random" is the draw of `analyze balance`, of (seed; step, layer, row's index in the step, expert), mod c. `layer`
     counts MoE layers from 0.
 4.  "nearest", colocated: the first copy (by slot) on GPU `row's index mod M`; without one there, and on a
@@ -58,8 +58,8 @@ Bulk, fused, taxes
 
 Rebalance
 
-21. A plan is made just before steps `window`, `window + interval` ... from the choices of the last `window` steps,
-    whatever their phase. ep-block has expert e of a layer with E_l experts on GPU `floor(e*N/E_l)`.
+21. A plan is made just before steps `window`, `window + interval` ... from the choices of the last `window` steps
+    of any phase. ep-block has expert e of a layer with E_l experts on GPU `floor(e*N/E_l)`.
 22. Moved bytes compare the new plan with the one in force, GPU by GPU over all layers, by expert: a second copy on
     the same GPU moves nothing. They are counted in full in the step before which the plan is made, even if the trace
     ends before an async plan takes effect. They are not network bytes; pauses are not busy seconds of a resource.
@@ -70,25 +70,27 @@ Rebalance
     first, and the new one is then made. A plan that is due while another is under way is never made.
 24. Only B_net is shared with a migration, not B_node; weights move over B_net, also with two tiers.
 25. A pause counts in `pauses` if the plan moves bytes; `plans` counts plans made.
+26. `redundant` unset is as in `analyze balance`, whose rule is more than "the fewest that make slots divisible": at
+    least one redundant slot on each GPU. Plans are data here; only `plans_of` takes part in this.
 
 Figures
 
-26. Busy seconds of an attention GPU: A without t_o, S, the `(K-1)*(...)`, head. Of an expert GPU: its own work.
+27. Busy seconds of an attention GPU: A without t_o, S, the `(K-1)*(...)`, head. Of an expert GPU: its own work.
     Colocated: both. Resource seconds: AG = A - t_o + S + (K-1)*(...) + head, A2E, EG, E2A are sums of stages; colocated
     GPU = AG + EG (the greatest GPU's work), NET = A2E + E2A.
-27. Imbalance is of one (step, layer): rows (choices) of each expert GPU over all chunks, and its seconds (starts and
+28. Imbalance is of one (step, layer): rows (choices) of each expert GPU over all chunks, and its seconds (starts and
     weights of every chunk). A layer's figure is the mean over its steps, the whole's over all (step, layer).
-28. Network bytes: dispatched plus combined, summed over expert GPUs, colocated times (1 - 1/M). With two tiers these
+29. Network bytes: dispatched plus combined, summed over expert GPUs, colocated times (1 - 1/M). With two tiers these
     are what passes inside nodes; `node_bytes` is what crosses between them.
-29. Fan-out: over (row, layer) with at least one choice; absent ones do not count.
-30. exposed_s compares step times without pauses; free transfers have neither latency nor row time; K stays. It is
+30. Fan-out: over (row, layer) with at least one choice; absent ones do not count.
+31. exposed_s compares step times without pauses; free transfers have neither latency nor row time; K stays. It is
     held at 0 step by step, then summed.
 
 Two tiers
 
-31. Nodes hold `gpus_per_node` GPUs in order: attention GPUs first, then expert GPUs (colocated: GPU g is in node
+32. Nodes hold `gpus_per_node` GPUs in order: attention GPUs first, then expert GPUs (colocated: GPU g is in node
     g // gpus_per_node); the last node may have fewer. B_node is of a node and direction.
-32. A row comes from each attention GPU with the same probability. Node v receives `R_v*(1 - p_v)` rows, p_v the
+33. A row comes from each attention GPU with the same probability. Node v receives `R_v*(1 - p_v)` rows, p_v the
     share of attention GPUs in it, R_v the rows with a copy in it (without dedup: the choices); node u sends
     `p_u * sum of R_v over the other nodes`; the larger, over all nodes, counts. Inside bytes are those of one tier:
     everything that an expert GPU receives comes through its own port. E2A the other way. A tier without bytes takes 0.

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from support.cluster_oracle.figures import Figures, StepFigures
@@ -139,7 +140,7 @@ def flat(nested: list) -> list:
     return [inner for part in nested for inner in (flat(part) if isinstance(part, list) else [part])]
 
 
-def imbalance(of_gpus: list[float]) -> float:
+def imbalance(of_gpus: Sequence[float]) -> float:
     """The largest over the mean; NaN if all are 0."""
     total = math.fsum(of_gpus)
     return max(of_gpus) / (total / len(of_gpus)) if total else math.nan

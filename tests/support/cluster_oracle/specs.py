@@ -1,6 +1,7 @@
 """Models, systems and policies by the names of their TOML fields: dicts, structs, or anything with such attributes."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from msgspec import UNSET
@@ -51,10 +52,11 @@ def from_specs(model: Any, system: Any, policy: Any, trace: OracleTrace | None =
     width = expert_width(Named(model))
     per_expert = field(model, "expert_matrices", 3) * width * field(model, "expert_intermediate")
     network = field(system, "network")
+    sizes: Any = SimpleNamespace(expert_bytes=None) if trace is None else trace
     machine = Machine(
         L=layers,
         experts=list(experts) if isinstance(experts, list | tuple) else [experts] * layers,
-        W=expert_bytes(trace or _Nothing, Named(model)).tolist(),
+        W=expert_bytes(sizes, Named(model)).tolist(),
         flop_per_row=2.0 * per_expert,
         width=width,
         activation_bytes=field(model, "activation_bytes", 2),
@@ -76,12 +78,6 @@ def from_specs(model: Any, system: Any, policy: Any, trace: OracleTrace | None =
         gpus_per_node=field(network, "gpus_per_node", field(cluster, "gpus_per_node", 0)),
     )
     return machine, policy_of(policy)
-
-
-class _Nothing:
-    """A trace without sizes of its own."""
-
-    expert_bytes = None
 
 
 def network_of(network: Any, phase: str) -> Network:
@@ -117,6 +113,7 @@ def plans_of(policy: Any, machine: Machine, given: Plan | None = None) -> Plans:
     """Plans of a policy's placement by plain Python; `given` is the plan of placement `plan`."""
     placement, gpus = field(policy, "placement", "ep"), machine.expert_gpus
     if placement == "plan":
+        assert given is not None, "placement plan needs a plan"
         return Plans(given)
     if placement == "ep":
         return Plans([held([e % gpus for e in range(number)], gpus) for number in machine.experts])

@@ -1,7 +1,7 @@
 """What the stages of a step take, and what its GPUs and wires have to do."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from support.cluster_oracle.parts import Chunk, Machine, MicroBatch, Network, Policy, Step
 from support.cluster_oracle.schedule import Stages, last_end, run
@@ -26,7 +26,7 @@ class Sizes:
     into: list[float]  # each expert GPU's
     total: float
     node_out: float = 0.0  # the largest of a node
-    node_into: list[float] | None = None
+    node_into: list[float] = field(default_factory=list)  # each node's
     node_total: float = 0.0
 
 
@@ -115,7 +115,7 @@ def shared_s(batch: MicroBatch, machine: Machine, policy: Policy) -> float:
 
 @dataclass
 class Priced:
-    """A step in stages, whatever runs them in which order."""
+    """A step in stages, before anything says in which order they run."""
 
     stages: Stages
     traffic: list[list[list[Traffic]]]  # [layer][batch][chunk]
@@ -198,7 +198,7 @@ def _fused_way(
     seconds, latency = 0.0, 0.0
     if sizes.into[gpu] > 0:
         seconds, latency = rows + max(sizes.out, sizes.into[gpu]) / net.B_net, latency_s
-        if sizes.node_into is not None:
+        if sizes.node_into:
             into = sizes.node_into[node_of_expert_gpu(machine, gpu)]
             if into > 0:
                 seconds = max(seconds, max(sizes.node_out, into) / net.B_node)
