@@ -60,6 +60,7 @@ class Rebalance:
             self._put(self.coming)
         if self.coming is not None or not self.due(number):
             return Change()
+        assert self.plans.make is not None
         new = self.plans.make(loads_of(steps[number - self.policy.window : number], self.machine.experts))
         into = moved_into(self.plan, new, self.machine.W)
         most, moved = max(into), sum(into)
