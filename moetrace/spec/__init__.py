@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from moetrace.spec.load import canonical
     from moetrace.spec.model import Model, check_shape, load_model
     from moetrace.spec.named import list_presets
+    from moetrace.spec.network import Cluster, Network
     from moetrace.spec.participants import default_policies
-    from moetrace.spec.policy import PolicySpec, check_policy, load_loads, load_policy, load_static
+    from moetrace.spec.policy import PolicySpec, check_policy, load_policy
+    from moetrace.spec.policy_files import load_loads, load_static
     from moetrace.spec.system import Cpu, Gpu, Host, Link, Ndp, System, load_system
 
 __all__ = [
+    "Cluster",
     "Cpu",
     "Gpu",
     "Host",
@@ -26,6 +29,7 @@ __all__ = [
     "Model",
     "MoetraceError",
     "Ndp",
+    "Network",
     "PolicySpec",
     "System",
     "UsageError",
@@ -46,7 +50,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        for module in ("load", "named", "model", "system", "fits", "policy", "participants"):
+        for module in ("load", "named", "model", "network", "system", "fits", "policy", "policy_files", "participants"):
             home = importlib.import_module(f"moetrace.spec.{module}")
             if hasattr(home, name):
                 return getattr(home, name)

@@ -37,8 +37,11 @@ def default_policies(system: System) -> tuple[str, ...]:
 
     With NDP units MoNDE and the framework of arXiv 2601.03992, with a CPU whole layers on the GPU and a balance of both
     sides, with only a link whole layers on the GPU and a cache; without one everything is resident, and there is
-    nothing to compare. Beside NDP units the first of them moves weights although all would fit the GPU.
+    nothing to compare. Beside NDP units the first of them moves weights although all would fit the GPU. On a cluster
+    experts where they are by number, and copies of the busiest ones.
     """
+    if system.cluster is not None:
+        return "ep-serial", "eplb"
     if system.ndp is not None:
         return "monde", "edge-ndp"
     if system.home is not None:

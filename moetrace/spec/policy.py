@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
+from moetrace.spec import cluster_policy
 from moetrace.spec.choices import (
     KINDS,
     USER,
@@ -24,7 +24,7 @@ from moetrace.spec.choices import (
     residencies_of,
 )
 from moetrace.spec.errors import MoetraceError, UsageError, printable
-from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
+from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, read
 from moetrace.spec.named import nearest
 from moetrace.spec.system import System
 
@@ -46,8 +46,9 @@ NEEDED_FILES = {
 class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Four independent choices and the parameters of those that have some; texts as in the TOML.
 
-    `dispatch` and `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placements `ep-lpt` and
-    `eplb`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file.
+    A policy with a `schedule` is one of a cluster: it has a placement, and no other of the four choices. `dispatch` and
+    `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placements `ep-lpt` and `eplb`) and
+    `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file.
     """
 
     name: str
@@ -75,6 +76,20 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     follows: bool | None = None
     now_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
     long_weight: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    schedule: str | None = None
+    order: Literal["asas", "aass"] | None = None
+    shared: Literal["with-attention", "apart"] | None = None
+    execution: Literal["bulk", "fused"] | None = None
+    kernels_per_layer: Annotated[int, Meta(ge=1, le=10**6)] | None = None
+    redundant: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    interval: Annotated[int, Meta(ge=0, le=10**9)] | None = None
+    window: Annotated[int, Meta(ge=1, le=10**9)] | None = None
+    copies: Literal["even", "row", "random", "nearest"] | None = None
+    migrate: Literal["pause", "async"] | None = None
+    migrate_share: Annotated[float, Meta(ge=1e-6, le=0.999)] | None = None
+    nodes: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    groups: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    plan_steps: Annotated[int, Meta(ge=1, le=10**6)] | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
@@ -112,6 +127,8 @@ def parameters() -> list[str]:
 
 def readers(parameter: str) -> str:
     """Say which choices read a parameter: `residency ewma or file.py:function`."""
+    if parameter in cluster_policy.FIELDS:
+        return "policies of a cluster, which have a schedule,"
     said = []
     for kind in KINDS:
         known = [record for record in choices_of(kind).values() if not record.instead]
@@ -184,10 +201,13 @@ def read_policy(
     else:
         loaded = read("policies", source, overrides)
     policy = convert(loaded, PolicySpec)
+    given = _changed(policy) | set(overrides) if isinstance(source, PolicySpec) else set(loaded.raw)
+    if policy.schedule is not None:
+        _check_of_cluster(policy, loaded, given)
+        return policy, []
     _check_choices(policy, loaded, overridden)
     _check_partners(policy, loaded)
     _check_scope(policy, loaded)
-    given = _changed(policy) | set(overrides) if isinstance(source, PolicySpec) else set(loaded.raw)
     _check_parameters(policy, loaded, given)
     is_file = isinstance(source, str | Path) and loaded.where == str(source)
     return policy, [
@@ -217,8 +237,12 @@ def check_policy(policy: PolicySpec, system: System) -> None:
 
     `tp:g` wants a g that divides the number of NDP units. Without these and without a CPU that could run experts,
     `gpu` is the only dispatch: there is nothing to decide, so a user's own is refused too. `placement` places nothing
-    where there are no units, and is not looked at.
+    where there are no units, and is not looked at. A cluster runs policies with a schedule, and no other machine does.
     """
+    if (system.cluster is None) != (policy.schedule is None):
+        raise UsageError(cluster_policy.other_kind(policy.name, system))
+    if system.cluster is not None:
+        return
     if system.home is None:
         dispatch = find("dispatch", policy.dispatch)
         if dispatch is None or not dispatch.without_units:
@@ -243,38 +267,6 @@ def check_policy(policy: PolicySpec, system: System) -> None:
             f"Policy {policy.name}: placement {policy.placement} wants a group size that divides the "
             f"{system.ndp.units} NDP units of system {system.name}, got {size}."
         )
-
-
-def load_loads(path: str | Path, layers: int, experts: int) -> np.ndarray:
-    """Read the loads of placements `ep-lpt` and `eplb`: a CSV of one line per layer, one number per expert.
-
-    Returns float64 `[layers, experts]`; raises a MoetraceError that names the line.
-    """
-    return read_table(path, layers, experts)
-
-
-def load_static(path: str | Path, layers: int, experts: int) -> np.ndarray:
-    """Read the experts of residency `static`: a CSV of lines `layer,expert`, with or without that header.
-
-    Returns int64 `[n, 2]` in the file's order; raises a MoetraceError that names the line.
-    """
-    pairs: dict[tuple[int, int], None] = {}
-    for number, cells in data_lines(path):
-        if [cell.strip() for cell in cells] == ["layer", "expert"] and not pairs:
-            continue
-        try:
-            layer, expert = (int(cell) for cell in cells)
-        except ValueError:
-            raise MoetraceError(f"{path}, line {number}: wants a layer and an expert, as in 0,17.") from None
-        if not (0 <= layer < layers and 0 <= expert < experts):
-            raise MoetraceError(
-                f"{path}, line {number}: wants a layer below {layers} and an expert below {experts}, "
-                f"got {layer},{expert}."
-            )
-        if (layer, expert) in pairs:
-            raise MoetraceError(f"{path}, line {number}: expert {expert} of layer {layer} is there twice.")
-        pairs[layer, expert] = None
-    return np.array(list(pairs), np.int64).reshape(-1, 2)
 
 
 def names_code(policy: PolicySpec) -> bool:
@@ -316,6 +308,22 @@ def _check_choices(policy: PolicySpec, loaded: Loaded, overridden: Mapping[str, 
         _check_choice(loaded._replace(where=where), kind, getattr(policy, kind))
     if policy.scope not in SCOPES:
         loaded.refuse("scope", f"one of {', '.join(SCOPES)}{nearest(policy.scope, list(SCOPES))}")
+
+
+def _check_of_cluster(policy: PolicySpec, loaded: Loaded, given: set[str]) -> None:
+    """Refuse a policy of a cluster with a wrong placement or schedule, or with fields that it does not read."""
+    if policy.placement not in cluster_policy.PLACEMENTS:
+        known = ", ".join(cluster_policy.PLACEMENTS)
+        loaded.refuse("placement", f"one of {known} on a cluster{nearest(policy.placement, known.split(', '))}")
+    if not cluster_policy.is_schedule(str(policy.schedule)):
+        loaded.refuse("schedule", cluster_policy.SCHEDULES)
+    for field in policy.unread:
+        if field in given and getattr(policy, field) is not None:
+            reader = cluster_policy.reader_of(field)
+            sentence = f"{loaded.where}: {field} applies to {reader} only; remove it or choose that."
+            raise UnreadParameterError(sentence, loaded.where, field)
+    if policy.placement == "plan" and policy.plan is None:
+        loaded.refuse("plan", NEEDED_FILES["plan"])
 
 
 def _check_choice(loaded: Loaded, kind: str, choice: str) -> None:

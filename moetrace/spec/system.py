@@ -14,7 +14,8 @@ from msgspec import Meta
 
 from moetrace.spec.errors import UsageError
 from moetrace.spec.known import Calibration, Known, how_known
-from moetrace.spec.load import convert, read
+from moetrace.spec.load import Loaded, convert, read
+from moetrace.spec.network import Cluster, Network
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         link: The host link. Without it everything is in the GPU's memory.
         cpu: The CPU. It runs experts where there are no NDP units.
         host: Host memory.
+        cluster: How many GPUs there are. Without it there is one.
+        network: The network between the GPUs of a cluster.
         energy: Numbers that version 1 carries along and does not use.
         price: Numbers that version 1 carries along and does not use.
         known: Where the constants come from that were not calibrated; `assumed` if any of them is.
@@ -238,6 +241,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     link: Link | None = None
     cpu: Cpu | None = None
     host: Host | None = None
+    cluster: Cluster | None = None
+    network: Network | None = None
     energy: dict[str, NotNegative] | None = None
     price: dict[str, NotNegative] | None = None
     known: Known | None = None
@@ -276,7 +281,12 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def part_names(self) -> list[str]:
-        """Names of all parts, in the order of every table: devices, then the directions of the link."""
+        """Names of all parts, in the order of every table: devices, then the directions of the link.
+
+        Of a cluster they are the GPUs, then what serves one task at a time.
+        """
+        if self.cluster is not None:
+            return [*self.cluster.names, *self.cluster.resources]
         devices = [self.accelerator, *([self.home] if self.ndp and self.home else [])]
         return [*(name for device in devices for name in device.names), "cpu", "link_in", "link_out"]
 
@@ -312,4 +322,28 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         loaded.refuse("gpu.reserve_gb", f"at most gpu.memory_gb = {system.gpu.memory_gb:g}")
     if system.ndp is not None and system.link is None:
         raise UsageError(f"{loaded.where}: link is missing, and NDP units need one: add [link] or remove [ndp].")
+    _check_cluster(system, loaded)
     return system
+
+
+def _check_cluster(system: System, loaded: Loaded) -> None:
+    """Refuse a cluster without a network or beside other parts, and GPUs that are not said in one of the two ways."""
+    cluster, network = system.cluster, system.network
+    if cluster is None and network is None:
+        return
+    if cluster is None or network is None:
+        have, lack = ("network", "cluster") if cluster is None else ("cluster", "network")
+        raise UsageError(f"{loaded.where}: {lack} is missing, and goes with [{have}]: add [{lack}] or remove [{have}].")
+    for part in ("ndp", "link", "cpu", "host"):
+        if getattr(system, part) is not None:
+            raise UsageError(
+                f"{loaded.where}: all experts are in the memory of the cluster's GPUs, so it takes no [{part}]; "
+                "remove it."
+            )
+    pair = cluster.attention, cluster.experts
+    if (cluster.gpus is None) == (None in pair) or (cluster.gpus is not None and pair != (None, None)):
+        raise UsageError(f"{loaded.where}: cluster wants gpus, or attention and experts, the numbers of its GPUs.")
+    if cluster.gpus_per_node is not None and any(
+        network.of_phase(phase)["node_bandwidth_gb_s"] is None for phase in ("prefill", "decode")
+    ):
+        loaded.refuse("network.node_bandwidth_gb_s", "a number, which cluster.gpus_per_node needs")
