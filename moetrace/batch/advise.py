@@ -105,6 +105,11 @@ class Question:
         if changes["policy"]:
             raise UsageError("An advice chooses the policy: change fields of the model and the system only.")
         self.system = load_system(system, changes["system"])
+        if self.system.cluster is not None:
+            raise UsageError(
+                f"System {self.system.name} is a cluster, about which there is no advice yet; compare policies with "
+                "moetrace replay or moetrace sweep."
+            )
         self.usd_hour, self.notes = _price(self.system, budget_usd_hour)
         path = trace.path if isinstance(trace, Trace) else trace
         if path is None:

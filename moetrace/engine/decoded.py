@@ -18,7 +18,7 @@ from moetrace.spec.errors import MoetraceError
 from moetrace.spec.load import FUNCTION_FIELDS
 from moetrace.spec.policy import PolicySpec
 from moetrace.trace.format import Block, Trace
-from moetrace.trace.schema import BLOCK_BYTES, DECODE, check_ids
+from moetrace.trace.schema import BLOCK_BYTES, DECODE, PHASE_NAMES, check_ids
 
 
 class Needs(NamedTuple):
@@ -29,12 +29,16 @@ class Needs(NamedTuple):
     prompts: bool  # which row of a prompt chose what
     rows: bool = False  # which row chose what
     gates: bool = False  # sums of gates: a user's function may name them
+    positions: bool = False  # where a row stands in its request: a policy of a cluster cuts steps
 
 
 def needs_of(policies: Iterable[PolicySpec]) -> Needs:
     """Return what at least one of the policies needs."""
-    ahead_layers, residencies, gates = 0, [], False
+    ahead_layers, residencies, gates, positions = 0, [], False, False
     for policy in policies:
+        if policy.schedule is not None:
+            positions = True
+            continue
         prefetch, residency = find("prefetch", policy.prefetch), find("residency", policy.residency)
         gates |= may_be_users(policy)
         if prefetch.ahead:
@@ -45,8 +49,9 @@ def needs_of(policies: Iterable[PolicySpec]) -> Needs:
         ahead_layers,
         any(residency.next_steps for residency in residencies),
         any(residency.counts_prompts for residency in residencies),
-        any(residency.foresees for residency in residencies),
+        positions or any(residency.foresees for residency in residencies),
         gates,
+        positions,
     )
 
 
@@ -94,6 +99,28 @@ class Decoded:
             count_experts(without_ahead(batch.demand, own, layers), popularity)
         return popularity.rows
 
+    def first_batches(self, steps: int) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yield the blocks with the first steps of each phase, and which these are, int64 numbers in the block.
+
+        Blocks that are not kept are without demands.
+        """
+        phase = self.schedule.phase
+        first = np.sort(np.concatenate([np.flatnonzero(phase == one)[:steps] for one in range(len(PHASE_NAMES))]))
+        batches = (batch for batch, _ in self._kept) if self._kept is not None else self._without_demand()
+        for batch in batches:
+            begin, stop = batch.steps.first, batch.steps.first + len(batch.steps.rows)
+            own = first[(first >= begin) & (first < stop)]
+            if own.size:
+                yield batch, own - begin
+            if not (first >= stop).any():
+                return
+
+    def _without_demand(self) -> Iterator[Batch]:
+        none = np.zeros(0, np.int32)
+        for block in self.trace.blocks():
+            nobody = Demand(np.zeros(block.steps * self.trace.layers + 1, np.int64), none, none, none, np.zeros(0))
+            yield _batch(block, nobody, self.schedule, self.needs)
+
     def _decode(self, pool: Executor | None, gates: bool) -> Iterator[tuple[Batch, int]]:
         trace, schedule = self.trace, self.schedule
         next_steps = None
@@ -139,7 +166,7 @@ def decoded_bytes(trace: Trace, needs: Needs) -> int:
     total = int(active.sum()) * a_choice + 8 * trace.steps * trace.layers + trace.rows
     ids = trace.rows * trace.layers * trace.top_k
     if needs.prompts or needs.rows:
-        total += 2 * ids + 8 * trace.rows
+        total += 2 * ids + 8 * trace.rows * (1 + needs.positions)
     blocks = ids * (1 if trace.num_experts <= 255 else 2) // BLOCK_BYTES
     return total + blocks * _ahead_steps(trace, needs) * int(active.max()) * a_choice
 
@@ -185,6 +212,7 @@ def _batch(block: Block, demand: Demand, schedule: Schedule, needs: Needs) -> Ba
         experts=block.experts.astype(np.uint16) if with_rows else np.zeros((0, *shape[1:]), np.uint16),
         request=request_index(schedule.requests, block) if with_request else np.zeros(0, np.int64),
         row_phase=np.ascontiguousarray(block.phase, np.uint8),
+        position=block.position.astype(np.int64) if needs.positions else np.zeros(0, np.int64),
     )
 
 

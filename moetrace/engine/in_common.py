@@ -92,6 +92,12 @@ class InCommon:
             self._books = PromptBooks(prompts)
         return self._books
 
+    def shared(self, key: tuple, make: Callable[[], Yardstick]) -> Yardstick:
+        """Return the yardstick of a key, made when it is first asked for."""
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
+
     def work_bound(self, machine: Machine) -> Yardstick:
         """Return the work bound of a machine, which does not depend on where experts live."""
 

@@ -1,6 +1,6 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moetrace.engine.bounds import clairvoyant_s, work_bound_s
+from moetrace.engine.cluster.cluster_lane import ClusterLane, cluster_lane
 from moetrace.engine.cold import ColdStarts, cold_steps
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
@@ -76,6 +77,17 @@ class Lane:
     last_s: float = 0.0  # processor time that the last block took
     _first_step: int = 0  # that the log has
 
+    def fold(self, store: StepStore, common: InCommon) -> None:
+        """Keep no log of each step, but what a summary needs."""
+        self.folded = FoldedSteps(store)
+        if self.setting["counts_prompts"][0]:
+            self.books = common.books(self.state.prompts)
+            self.state = self.state._replace(prompts=None)
+
+    def keep(self, steps: int) -> None:
+        """Keep the log of each step."""
+        self.log = self.log._replace(step=new_steps(steps))
+
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
         begun_s, cells, scratch = thread_time(), self.state.cells, self.state.scratch
@@ -138,6 +150,13 @@ class Lane:
         return Work(batch, self.machine, self.setting, self.state, log)
 
     @property
+    def kernels(self) -> list[Any]:
+        """What it calls."""
+        found = [work_bound_s, add_to_lower_bound, variant(self.foresight is not None, False)]
+        found += [clairvoyant_s] if self.clairvoyant is not None else []
+        return found + ([variant(self.foresight is not None, True)] if self.recording is not None else [])
+
+    @property
     def duration_s(self) -> np.ndarray:
         """Seconds of each step, float64 [steps]."""
         return np.ascontiguousarray(self.log.step["duration_s"]) if self.folded is None else self.folded.duration_s
@@ -168,6 +187,9 @@ class Lane:
             self.clairvoyant_s = float(np.sum(self.log.step["duration_s"] - self.log.step["wait_s"]))
 
 
+AnyLane = Lane | ClusterLane
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished replay: the schedule of the trace and how popular experts were in it, and one lane a policy."""
@@ -177,7 +199,7 @@ class Run:
     slots: int
     schedule: Schedule
     popularity: Popularity
-    lanes: list[Lane]
+    lanes: list[AnyLane]
     warnings: list[str]
 
     @property
@@ -192,7 +214,7 @@ class _Underway:
 
     setup: Setup
     slots: int
-    lanes: list[Lane]
+    lanes: list[AnyLane]
     warnings: list[str]
     error: MoetraceError | None = None
 
@@ -255,19 +277,17 @@ def _begin(
     decoded: Decoded, setup: Setup, slots: int, warnings: list[str], common: InCommon, store: StepStore | None
 ) -> _Underway:
     weight_bytes = weight_bytes_of(decoded.trace, setup.model)
-    lanes = [_lane(decoded, setup, policy, weight_bytes, slots, common) for policy in setup.policies]
-    if store is not None:
-        for lane in lanes:
-            lane.folded = FoldedSteps(store)
-            if lane.setting["counts_prompts"][0]:
-                lane.books = common.books(lane.state.prompts)
-                lane.state = lane.state._replace(prompts=None)
-    else:
-        for lane in lanes:
-            lane.log = lane.log._replace(step=new_steps(decoded.trace.steps))
-    if setup.window is not None:
-        for lane in lanes:
-            lane.recording = Recording(setup.window.start, setup.window.stop)
+    lanes: list[AnyLane] = []
+    for policy in setup.policies:
+        check_policy(policy, setup.system)
+        if setup.system.cluster is not None:
+            lane = cluster_lane(decoded, setup, policy, weight_bytes, common)
+        else:
+            lane = _lane(decoded, setup, policy, weight_bytes, slots, common)
+            if setup.window is not None:
+                lane.recording = Recording(setup.window.start, setup.window.stop)
+        lane.keep(decoded.trace.steps) if store is None else lane.fold(store, common)
+        lanes.append(lane)
     warnings = warnings + [
         f"policy {lane.policy.name}: requests overlap from first to last, so scope request empties nothing."
         for lane in lanes
@@ -279,7 +299,7 @@ def _begin(
 def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Callable[[int], None] | None) -> Popularity:
     """Replay every block in every lane; return how much each expert was wanted."""
     popularity = new_popularity(decoded.trace.layers, decoded.trace.num_experts)
-    compile_now(*_kernels_of(lane for one in underway for lane in one.lanes))  # before threads want them
+    compile_now(*(each for one in underway for lane in one.lanes for each in lane.kernels))  # before threads want them
     # A user's function may never return: that must not keep the main thread from hearing Ctrl-C. What is built in does
     # soon, and would take a few percent longer in another thread, whose caches are cold.
     own = may_wait() and any(is_users(hook) for one in underway for lane in one.lanes for hook in lane.hooks)
@@ -294,16 +314,6 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
             if progress is not None:
                 progress(rows)
     return popularity
-
-
-def _kernels_of(lanes: Iterable[Lane]) -> list[Any]:
-    """Return what the lanes of a pass call, in threads if there are some."""
-    found: list[Any] = [work_bound_s, add_to_lower_bound]
-    for lane in lanes:
-        found.append(variant(lane.foresight is not None, False))
-        found += [clairvoyant_s] if lane.clairvoyant is not None else []
-        found += [variant(lane.foresight is not None, True)] if lane.recording is not None else []
-    return found
 
 
 def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> None:
@@ -330,14 +340,9 @@ def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> Non
             one.lanes = []  # and what they recorded
 
 
-def _or(given: float | None, default: float) -> float:
-    return default if given is None else float(given)
-
-
 def _lane(
     decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int, common: InCommon
 ) -> Lane:
-    check_policy(policy, setup.system)
     model, system = setup.model, seen_by(policy, setup.system)
     schedule, own = decoded.schedule, setup.hooks
     layers, experts = weight_bytes.shape
@@ -363,7 +368,7 @@ def _lane(
         half_life=policy.half_life or 0,
         gpu_rows=policy.gpu_rows or 0,
         alpha=float(policy.alpha),
-        most_count=_or(policy.most_count, MOST_COUNT),
+        most_count=float(policy.most_count or MOST_COUNT),
         chance=float(policy.p),
         seed=policy.seed,
     )
@@ -371,7 +376,7 @@ def _lane(
     capacity: int | np.ndarray = slots // pools
     if policy.budget is not None:
         capacity = layer_slots(policy.budget, lambda: decoded.first_counts, slots, weight_bytes > 0)
-    evicted_share = _or(policy.evicted_share, EVICTED_SHARE)
+    evicted_share = EVICTED_SHARE if policy.evicted_share is None else float(policy.evicted_share)
     cache = empty_cache(layers, experts, pools, capacity, residency.order, evicted_share)
     prompts = common.prompts(schedule.requests, residency.counts_prompts, layers * experts)
     state = new_state(machine, prompts, cache, residency.admits)

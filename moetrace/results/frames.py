@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moetrace.engine.run import Lane, Run
-from moetrace.engine.state import UNIT
+from moetrace.engine.cluster.books import STAGE_FIELDS, STEP_FIELDS
+from moetrace.engine.run import AnyLane, Run
+from moetrace.engine.state import STEP, UNIT
 from moetrace.results.requests import QUANTILES, REQUEST_COUNTS, edges_of, request_gaps, request_times
 from moetrace.spec.later import Later
 from moetrace.trace.schema import PHASE_NAMES
@@ -49,8 +50,19 @@ def step_slices(run: Run) -> Iterator[pl.DataFrame]:
                     "duration_s": np.ascontiguousarray(log["duration_s"]),
                     **{name: np.ascontiguousarray(log[name]) for name in _STEP_FIGURES},
                     "imbalance": _nulls(log["imbalance"]),
+                    **_of_a_cluster(log),
                 }
             )
+
+
+def _of_a_cluster(log: np.ndarray) -> dict[str, pl.Series]:
+    """What only the steps of a cluster have: columns of its log as they are, and its rows' fan-out."""
+    if log.dtype == STEP:
+        return {}
+    routed = log["routed"]
+    columns = {name: pl.Series(np.ascontiguousarray(log[name])) for name in STEP_FIELDS if name != "imbalance_rows"}
+    fan_out = np.where(routed > 0, log["distinct"] / np.maximum(routed, 1), np.nan)
+    return columns | {"imbalance_rows": _nulls(log["imbalance_rows"]), "fan_out": _nulls(fan_out)}
 
 
 def unit_frame(run: Run) -> pl.DataFrame:
@@ -107,24 +119,24 @@ def request_frame(run: Run) -> pl.DataFrame:
     return pl.concat(frames)
 
 
-def total_s(lane: Lane) -> float:
+def total_s(lane: AnyLane) -> float:
     """Seconds of all steps."""
     return float(np.sum(lane.duration_s))
 
 
-def utilization_of(lane: Lane) -> dict[str, float | None]:
+def utilization_of(lane: AnyLane) -> dict[str, float | None]:
     """Return the share of the time in which each part of the machine works, by its name, without a frame."""
     shares = _utilization(_part_log(lane), total_s(lane)).tolist()
     return {part.name: None if math.isnan(one) else one for part, one in zip(lane.parts, shares, strict=True)}
 
 
-def _part_log(lane: Lane) -> np.ndarray:
+def _part_log(lane: AnyLane) -> np.ndarray:
     """The log of units, a row for each part of the machine."""
     log = np.concatenate((lane.log.unit, np.zeros(1, UNIT)))  # its last row is that of whatever takes no part
     return log[[part.log_row for part in lane.parts]]
 
 
-def _units_of(lane: Lane) -> pl.DataFrame:
+def _units_of(lane: AnyLane) -> pl.DataFrame:
     log = _part_log(lane)
     sharers = np.array([part.share for part in lane.parts])
     seconds = total_s(lane)
@@ -148,7 +160,7 @@ def _utilization(log: np.ndarray, seconds: float) -> np.ndarray:
     return np.clip((log["busy_s"] - log["shared_s"]) / seconds, 0.0, 1.0)  # a sum's rounding may lead beyond 1
 
 
-def _layers_of(lane: Lane) -> pl.DataFrame:
+def _layers_of(lane: AnyLane) -> pl.DataFrame:
     log = lane.log.layer
     count = log["imbalance_count"]
     imbalance = np.where(count > 0, log["imbalance_sum"] / np.maximum(count, 1), np.nan)
@@ -163,7 +175,13 @@ def _layers_of(lane: Lane) -> pl.DataFrame:
             **columns,
         }
     )
-    return frame.insert_column(frame.get_column_index("gpu_experts"), _nulls(imbalance).rename("imbalance"))
+    frame = frame.insert_column(frame.get_column_index("gpu_experts"), _nulls(imbalance).rename("imbalance"))
+    if "routed" not in log.dtype.names:
+        return frame
+    rows = np.where(count > 0, log["imbalance_rows_sum"] / np.maximum(count, 1), np.nan)
+    fan_out = np.where(log["routed"] > 0, log["distinct"] / np.maximum(log["routed"], 1), np.nan)
+    stages = [pl.Series(name, np.ascontiguousarray(log[name])) for name in STAGE_FIELDS]
+    return frame.with_columns(*stages, _nulls(rows).rename("imbalance_rows"), _nulls(fan_out).rename("fan_out"))
 
 
 def _nulls(values: np.ndarray) -> pl.Series:

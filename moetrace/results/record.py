@@ -7,11 +7,13 @@ here. To add a figure, add a field to `PolicyFigures` or `CellCosts`, and its va
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
+from moetrace.results.cluster_figures import ClusterFigures
+from moetrace.results.figure import Count, Figure, Spread, no_spread
 from moetrace.spec import PolicySpec, canonical
 
 RESULT_SCHEMA = "moetrace.result/1"
@@ -42,63 +44,6 @@ OWN_FILES = frozenset((*RESULT_FILES, *SWEEP_FILES))
 # In the metadata of a Parquet file, and in a timeline: the SHA-256 of the summary.json, or sweep.json, that it is of.
 PARQUET_MARK = "moetrace.of_sha256"
 TIMELINE_MARK = "summary_sha256"
-
-Count = Annotated[int, Meta(ge=0, le=1 << 62)]  # JSON knows no limit, a column does
-
-# What people are shown of a unit: factor and sign.
-SHOWN_UNITS = {"s": (1e3, "ms"), "bytes": (1e-9, "GB"), "share": (100.0, "%")}
-
-
-class Figure(NamedTuple):
-    """What a number in a file means.
-
-    Attributes:
-        unit: seconds, bytes, 1/s, a share of 1, a price as the system lists it, a plain ratio, or how many.
-        meaning: one line of Markdown.
-        better: which of two values is better; None if neither is.
-        label: its name in a report, without the unit; a figure without one is not in the report's table.
-        heading: its name over a column of the terminal's tables, without the unit; "" if no table has it.
-            Of a spread's parts all but the median say which they are.
-        gated: whether a baseline may hold it.
-    """
-
-    unit: Literal["s", "bytes", "1/s", "share", "price", "ratio", "count"]
-    meaning: str
-    better: Literal["lower", "higher"] | None = None
-    label: str = ""
-    heading: str = ""
-    gated: bool = True
-
-    @property
-    def sign(self) -> str:
-        """The unit as files for other tools have it: nothing for a ratio, a count or a price."""
-        return "" if self.unit in ("ratio", "count", "price") else self.unit
-
-    @property
-    def shown(self) -> tuple[float, str]:
-        """Factor and sign of the unit that people are shown: ms, GB, %."""
-        return SHOWN_UNITS.get(self.unit, (1.0, self.sign))
-
-    @property
-    def column(self) -> str:
-        """Its heading with the unit that people are shown, on two lines."""
-        between = " " if "\n" in self.heading else "\n"
-        return f"{self.heading}{between}{self.shown[1]}".rstrip()
-
-
-class Spread(msgspec.Struct):
-    """Mean, quantiles and maximum; None where nothing is defined."""
-
-    mean: float | None
-    p50: float | None
-    p95: float | None
-    p99: float | None
-    max: float | None
-
-
-def _nothing() -> Spread:
-    """What a file of an earlier version says of a spread that it does not have."""
-    return Spread(mean=None, p50=None, p95=None, p99=None, max=None)
 
 
 class Utilization(msgspec.Struct):
@@ -162,7 +107,7 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
     utilization: Utilization
     work_bound_s: Annotated[float, Figure("s", "the work bound: no schedule is faster", None, "work bound")]
     clairvoyant_s: Annotated[
-        float,
+        float | None,
         Figure("s", "the clairvoyant run: what a layer needs is on the GPU, up to the slots", None, "clairvoyant"),
     ]
     # It moves when another policy does, so no baseline holds it.
@@ -184,10 +129,10 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
     # A folder of an earlier version has none of those below.
     ttft_max_s: Annotated[
         Spread, Figure("s", "the longest TTFT of a request's turns, over the requests", "lower", "longest TTFT")
-    ] = msgspec.field(default_factory=_nothing)
+    ] = msgspec.field(default_factory=no_spread)
     itl_s: Annotated[
         Spread, Figure("s", "time between two tokens of a turn, over all of them (ITL)", "lower", "ITL", "ITL")
-    ] = msgspec.field(default_factory=_nothing)
+    ] = msgspec.field(default_factory=no_spread)
     request_tokens_per_s: Annotated[
         Spread,
         Figure(
@@ -197,7 +142,7 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
             "output tokens a second and request",
             "tokens a\nrequest",
         ),
-    ] = msgspec.field(default_factory=_nothing)
+    ] = msgspec.field(default_factory=no_spread)
 
     lower_bound_s: Annotated[
         float | None,
@@ -215,6 +160,8 @@ class PolicyFigures(msgspec.Struct, kw_only=True):
             gated=False,
         ),
     ] = None
+
+    cluster: ClusterFigures | None = None
 
     @property
     def bound_s(self) -> float:
@@ -336,8 +283,10 @@ def fields_of(struct: type[msgspec.Struct]) -> Iterator[tuple[str, Figure | Meta
         if get_origin(hint) is Annotated:
             kind, *notes = get_args(hint)
             yield name, notes[-1], kind
-        elif isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-            yield from ((f"{name}.{part}", note, kind) for part, note, kind in fields_of(hint))
+            continue
+        for inner in (hint, *get_args(hint)):  # a part, or one that may be absent
+            if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+                yield from ((f"{name}.{part}", note, kind) for part, note, kind in fields_of(inner))
 
 
 def _figures_of(struct: type[msgspec.Struct]) -> Iterator[tuple[str, Figure]]:
@@ -368,7 +317,7 @@ def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] =
     """
     value: Any = policy
     for key in name.split("."):
-        value = value[key]
+        value = None if value is None else value[key]
     if not isinstance(value, list):
         return check(value)
     known = [one for one in map(check, value) if one is not None]

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from moetrace.engine.run import Lane, Run
+from moetrace.engine.cluster.cluster_lane import ClusterLane
+from moetrace.engine.run import AnyLane, Run
 from moetrace.jit.fingerprint import room_fingerprint
+from moetrace.results.cluster_figures import cluster_figures
 from moetrace.results.frames import total_s, utilization_of
 from moetrace.results.record import (
     COLUMNS,
@@ -36,7 +38,7 @@ from moetrace.spec import System, canonical
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.later import Later
 from moetrace.trace import Trace
-from moetrace.trace.schema import DECODE, MIXED, PREFILL
+from moetrace.trace.schema import DECODE, MIXED, PHASE_NAMES, PREFILL
 from moetrace.version import __version__
 
 if TYPE_CHECKING:
@@ -112,12 +114,14 @@ def _check_finite(policy: dict[str, Any], run: Run) -> None:
 
 def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
     """Return one row a policy; nested figures get names like `ttft_s_p50`, `utilization_ndp` is the units' mean."""
-    columns = {name: [value_in(policy, path) for policy in policies] for name, path in _PATHS.items()}
-    types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in _PATHS}
+    absent = {"cluster"} if all(policy.get("cluster") is None for policy in policies) else set()
+    paths = {name: path for name, path in _PATHS.items() if path.partition(".")[0] not in absent}
+    columns = {name: [value_in(policy, path) for policy in policies] for name, path in paths.items()}
+    types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in paths}
     return pl.DataFrame({"name": [policy["name"] for policy in policies]} | columns, {"name": pl.String} | types)
 
 
-def _figures(run: Run, lane: Lane) -> PolicyFigures:
+def _figures(run: Run, lane: AnyLane) -> PolicyFigures:
     layers, duration_s = lane.log.layer, lane.duration_s
     phase_s = [float(np.sum(duration_s[run.schedule.phase == phase])) for phase in (PREFILL, DECODE, MIXED)]
     seconds = total_s(lane)
@@ -144,7 +148,7 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         imbalance_mean=_ratio(float(layers["imbalance_sum"].sum()), int(layers["imbalance_count"].sum())),
         utilization=_utilization(run.system, utilization_of(lane)),
         work_bound_s=float(lane.work_bound_s),  # of plain Python, without a JIT, NumPy's
-        clairvoyant_s=float(lane.clairvoyant_s),
+        clairvoyant_s=None if lane.clairvoyant_s is None else float(lane.clairvoyant_s),
         speedup=None,  # against the first policy
         used=int(lane.log.tally["used"][0]),
         optimal_fallbacks=int(lane.log.fallbacks[0]),
@@ -154,7 +158,13 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         itl_s=_weighted_spread(gaps),
         request_tokens_per_s=_spread(times.tokens_per_s),
         lower_bound_s=float(lane.lower_bound_s),
+        cluster=cluster_figures(lane, seconds, _phases(run)) if isinstance(lane, ClusterLane) else None,
     )
+
+
+def _phases(run: Run) -> list[str]:
+    """Names of the phases that the trace has."""
+    return [PHASE_NAMES[phase] for phase in np.unique(run.schedule.phase)]
 
 
 def _utilization(system: System, of_part: dict[str, float | None]) -> Utilization:
@@ -166,6 +176,9 @@ def _utilization(system: System, of_part: dict[str, float | None]) -> Utilizatio
     shares: dict[str, Any] = dict.fromkeys(fields) | {"ndp": []} | of_part
     if system.home and system.home.is_numbered:
         shares[system.home.name] = [of_part[name] for name in system.home.names]
+    if system.cluster is not None:
+        known = [share for name in system.cluster.names if (share := of_part[name]) is not None]
+        shares["gpu"] = sum(known) / len(known) if known else None
     return Utilization(**{name: shares[name] for name in fields})
 
 

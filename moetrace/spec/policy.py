@@ -33,8 +33,7 @@ SCOPES = {
     "global": "all layers share the slots",
     "request": "all layers share the slots, which are emptied when no request is under way",
 }
-# Parameters that a residency of a user's own may read.
-_OWN_READS = ("half_life", "alpha")
+_OWN_READS = ("half_life", "alpha")  # parameters that a residency of a user's own may read
 # Parameters that name a file, which a choice that reads it needs.
 NEEDED_FILES = {
     "loads": "the path of a CSV file of loads, which {} needs",
@@ -103,7 +102,11 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def unread(self) -> list[str]:
-        """Parameters that none of the choices reads."""
+        """Parameters that none of the choices reads; of a policy of a cluster also what is not set."""
+        if self.schedule is not None:
+            read = cluster_policy.fields_read(self.placement, self.schedule, self.copies, self.migrate)
+            unread = [field for field in parameters() if field not in read or getattr(self, field) is None]
+            return [*cluster_policy.ONE_GPU, *unread]
         read = set(_OWN_READS if _split(self.residency) else ())
         read |= {"budget"} if self.budget is not None else set()  # goes with a scope, not with a choice
         for kind in KINDS:
@@ -177,12 +180,12 @@ def load_policy(
 
 
 class CodeFile(NamedTuple):
-    """A Python file that a policy names."""
+    """A Python file that a policy names; ``in_file``: in its own file, and not by who asked for it."""
 
     where: str  # what says so
     kind: str
     path: str
-    in_file: bool  # whether that is the policy's file, and not who asked for it
+    in_file: bool
 
 
 def read_policy(
@@ -313,14 +316,14 @@ def _check_choices(policy: PolicySpec, loaded: Loaded, overridden: Mapping[str, 
 def _check_of_cluster(policy: PolicySpec, loaded: Loaded, given: set[str]) -> None:
     """Refuse a policy of a cluster with a wrong placement or schedule, or with fields that it does not read."""
     if policy.placement not in cluster_policy.PLACEMENTS:
-        known = ", ".join(cluster_policy.PLACEMENTS)
-        loaded.refuse("placement", f"one of {known} on a cluster{nearest(policy.placement, known.split(', '))}")
+        near = nearest(policy.placement, list(cluster_policy.PLACEMENTS))
+        loaded.refuse("placement", f"one of {', '.join(cluster_policy.PLACEMENTS)} on a cluster{near}")
     if not cluster_policy.is_schedule(str(policy.schedule)):
         loaded.refuse("schedule", cluster_policy.SCHEDULES)
     for field in policy.unread:
         if field in given and getattr(policy, field) is not None:
-            reader = cluster_policy.reader_of(field)
-            sentence = f"{loaded.where}: {field} applies to {reader} only; remove it or choose that."
+            to = cluster_policy.reader_of(field)
+            sentence = f"{loaded.where}: {field} applies to {to} only; remove it or choose that."
             raise UnreadParameterError(sentence, loaded.where, field)
     if policy.placement == "plan" and policy.plan is None:
         loaded.refuse("plan", NEEDED_FILES["plan"])

@@ -1,0 +1,157 @@
+"""How long the stages of a layer take: attention, shared experts, to the experts, the experts, and back."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moetrace.engine.cost import dense_s
+from moetrace.engine.state import records
+from moetrace.jit.compile import kernel
+
+# What a step adds up, of each GPU that holds experts; and, in a chunk, what it does in that.
+GPU_SUM = np.dtype(
+    [(name, np.float64) for name in ("busy_s", "chunk_s", "weight_bytes")]
+    + [(name, np.int64) for name in ("rows", "chunk_rows", "slots")]
+)
+
+
+class LayerStages(NamedTuple):
+    """Seconds of each stage of a layer; of a micro-batch or chunk without rows 0, and ``rows`` 0."""
+
+    all_rows: np.ndarray  # int64 [r1], of each micro-batch
+    rows: np.ndarray  # int64 [r1, r2], of each chunk
+    attention_s: np.ndarray  # float64 [r1]
+    shared_s: np.ndarray  # float64 [r1]
+    dispatch_s: np.ndarray  # float64 [r1, r2]
+    experts_s: np.ndarray  # float64 [r1, r2]
+    combine_s: np.ndarray  # float64 [r1, r2]
+    each: Any  # GPU_SUM [GPUs]
+
+
+@kernel
+def attend_s(fabric, rows, tokens):
+    """Return the seconds of the attention of a micro-batch, which the attention GPUs share evenly."""
+    gpus = fabric.gpus[0]
+    return dense_s(fabric.machine, -(-rows // gpus.attention), tokens / gpus.attention)
+
+
+@kernel
+def share_s(gpus, rows):
+    """Return the seconds of shared experts that run apart from the attention."""
+    if gpus.apart == 0:
+        return 0.0
+    own = -(-rows // gpus.attention)
+    return max(gpus.shared_bytes * gpus.s_per_byte, gpus.shared_flop_per_row * own / gpus.flop_s) + gpus.start_s
+
+
+@kernel
+def run_experts(layer, gpus, copies, routes, each):
+    """Run what a chunk's rows chose, and forget who chose it: add to ``each``; return the greatest seconds of a GPU."""
+    gpu_of, weight_bytes, count = copies.gpu[layer], copies.weight_bytes[layer], routes.chosen
+    for g in range(each.size):
+        each[g].chunk_s, each[g].chunk_rows = 0.0, 0
+    listed = routes.sums[0].touched
+    size = listed if listed >= 0 else np.int64(copies.start[layer, copies.start.shape[1] - 1])
+    for i in range(size):
+        copy = routes.touched[i] if listed >= 0 else i
+        rows = count[copy]
+        if rows == 0:
+            continue
+        count[copy] = 0
+        gpu = each[gpu_of[copy]]
+        compute_s, read_s = rows * gpus.s_per_row, weight_bytes[copy] * gpus.s_per_byte
+        own_s = (compute_s + read_s if gpus.reads_first else max(compute_s, read_s)) + gpus.each_s
+        gpu.chunk_s += own_s + (gpus.layer_s if gpu.chunk_rows == 0 else 0.0)
+        gpu.chunk_rows += rows
+        gpu.weight_bytes += weight_bytes[copy]
+        gpu.slots += 1
+    most_s = 0.0
+    for g in range(each.size):
+        gpu = each[g]
+        gpu.busy_s += gpu.chunk_s
+        gpu.rows += gpu.chunk_rows
+        most_s = max(most_s, gpu.chunk_s)
+    return most_s
+
+
+@kernel
+def cross(gpus, routes):
+    """Return how many times a row's bytes a chunk sends: by the busiest port, between nodes, in all.
+
+    The ports are those into a GPU that holds experts and those out of an attention GPU, which all send the same; with
+    nodes, those of a node. Of what the same GPUs both send and get, ``wire_share`` crosses the wire.
+    """
+    most, total = 0, 0
+    for g in range(routes.into.size):
+        total += routes.into[g]
+        most = max(most, routes.into[g])
+    between = 0.0
+    if gpus.per_node > 0:
+        into_nodes = 0
+        for node in range(gpus.nodes):
+            into_nodes += routes.into_node[node]
+        for node in range(gpus.nodes):
+            first = node * gpus.per_node
+            senders = max(min(first + gpus.per_node, gpus.attention) - first, 0)
+            share = senders / gpus.attention
+            between = max(between, routes.into_node[node] * (1 - share))
+            between = max(between, share * (into_nodes - routes.into_node[node]))
+    port = max(total / gpus.attention, np.float64(most)) * gpus.wire_share
+    return port, between, total * gpus.wire_share
+
+
+@kernel
+def transfer_s(gpus, net, slowed, rows, crossing, row_bytes, latency_s):
+    """Return the seconds of a transfer of a chunk of ``rows`` rows; one that puts nothing on the wire takes none.
+
+    ``slowed`` is the share of the bandwidth that is left beside a migration.
+    """
+    port, between, _ = crossing
+    if port * row_bytes <= 0.0:
+        return 0.0
+    inside_s = latency_s + -(-rows // gpus.attention) * net.row_s + port * row_bytes / (net.bytes_s * slowed)
+    if between > 0.0:
+        return max(inside_s, net.node_s + between * row_bytes / (net.node_bytes_s * slowed))
+    return inside_s
+
+
+@kernel
+def fuse_s(gpus, net, slowed, rows, crossing, routes, each):
+    """Return the seconds of a layer's experts and transfers in one kernel, in eight parts that overlap.
+
+    Each GPU has seconds of its own, as if it waited for nobody: of its part of the transfers and of its experts.
+    """
+    port, between, total = crossing
+    if port <= 0.0:
+        most_s = 0.0
+        for g in range(each.size):
+            most_s = max(most_s, each[g].chunk_s)
+        return most_s
+    row_s, out = -(-rows // gpus.attention) * net.row_s, total / gpus.attention
+    most_s = 0.0
+    for g in range(each.size):
+        own = max(out, routes.into[g] * gpus.wire_share)
+        to_s = row_s + own * net.dispatch_bytes / (net.bytes_s * slowed)
+        back_s = row_s + own * net.combine_bytes / (net.bytes_s * slowed)
+        if between > 0.0:
+            node_bytes_s = net.node_bytes_s * slowed
+            to_s = max(to_s, net.node_s + between * net.dispatch_bytes / node_bytes_s - net.dispatch_s)
+            back_s = max(back_s, net.node_s + between * net.combine_bytes / node_bytes_s - net.combine_s)
+        run_s = each[g].chunk_s
+        most_s = max(most_s, (to_s + run_s + back_s) / 8 + 7 * max(to_s, run_s, back_s) / 8)
+    return net.dispatch_s + net.combine_s + most_s
+
+
+def new_stages(micro_batches: int, chunks: int, gpus: int) -> LayerStages:
+    """Return room for a layer cut into so many parts."""
+    parts = micro_batches, chunks
+    return LayerStages(
+        all_rows=np.zeros(micro_batches, np.int64),
+        rows=np.zeros(parts, np.int64),
+        attention_s=np.zeros(micro_batches),
+        shared_s=np.zeros(micro_batches),
+        dispatch_s=np.zeros(parts),
+        experts_s=np.zeros(parts),
+        combine_s=np.zeros(parts),
+        each=records(gpus, GPU_SUM),
+    )

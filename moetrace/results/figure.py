@@ -1,0 +1,63 @@
+"""What a number in a file of results means: its unit, its meaning, what people are shown of it, which is better."""
+
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0, le=1 << 62)]  # JSON knows no limit, a column does
+
+# What people are shown of a unit: factor and sign.
+SHOWN_UNITS = {"s": (1e3, "ms"), "bytes": (1e-9, "GB"), "share": (100.0, "%")}
+
+
+class Figure(NamedTuple):
+    """What a number in a file means.
+
+    Attributes:
+        unit: seconds, bytes, 1/s, a share of 1, a price as the system lists it, a plain ratio, or how many.
+        meaning: one line of Markdown.
+        better: which of two values is better; None if neither is.
+        label: its name in a report, without the unit; a figure without one is not in the report's table.
+        heading: its name over a column of the terminal's tables, without the unit; "" if no table has it.
+            Of a spread's parts all but the median say which they are.
+        gated: whether a baseline may hold it.
+    """
+
+    unit: Literal["s", "bytes", "1/s", "share", "price", "ratio", "count"]
+    meaning: str
+    better: Literal["lower", "higher"] | None = None
+    label: str = ""
+    heading: str = ""
+    gated: bool = True
+
+    @property
+    def sign(self) -> str:
+        """The unit as files for other tools have it: nothing for a ratio, a count or a price."""
+        return "" if self.unit in ("ratio", "count", "price") else self.unit
+
+    @property
+    def shown(self) -> tuple[float, str]:
+        """Factor and sign of the unit that people are shown: ms, GB, %."""
+        return SHOWN_UNITS.get(self.unit, (1.0, self.sign))
+
+    @property
+    def column(self) -> str:
+        """Its heading with the unit that people are shown, on two lines."""
+        between = " " if "\n" in self.heading else "\n"
+        return f"{self.heading}{between}{self.shown[1]}".rstrip()
+
+
+class Spread(msgspec.Struct):
+    """Mean, quantiles and maximum; None where nothing is defined."""
+
+    mean: float | None
+    p50: float | None
+    p95: float | None
+    p99: float | None
+    max: float | None
+
+
+def no_spread() -> Spread:
+    """What a file of an earlier version says of a spread that it does not have."""
+    return Spread(mean=None, p50=None, p95=None, p99=None, max=None)
