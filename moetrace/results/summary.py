@@ -12,7 +12,7 @@ import numpy as np
 from moetrace.engine.cluster.cluster_lane import ClusterLane
 from moetrace.engine.run import AnyLane, Run
 from moetrace.jit.fingerprint import room_fingerprint
-from moetrace.results.cluster_figures import cluster_figures
+from moetrace.results.cluster_summary import cluster_figures
 from moetrace.results.frames import total_s, utilization_of
 from moetrace.results.record import (
     COLUMNS,
