@@ -16,7 +16,7 @@ class ClusterFigures(msgspec.Struct, kw_only=True):
         float,
         Figure(
             "s",
-            "time beyond the same steps with transfers that take none, pauses included",
+            "time beyond the same steps with transfers that take none, without pauses",
             "lower",
             "transfers that nothing hides",
             "exposed",

@@ -8,7 +8,7 @@ from moetrace.results.cluster_figures import ClusterFigures
 def cluster_figures(lane: ClusterLane, total_s: float, phases: list[str]) -> ClusterFigures:
     """Return the figures of a policy; ``phases`` are those of the trace."""
     total, clock, layers = lane.books.total[0], lane.books.clock[0], lane.log.layer
-    taxed = bool(lane.fabric.gpus["taxed"][0])
+    taxed = bool(lane.fabric.gpus["serial"][0])
     shares = {
         f"{stage}_share": _ratio(float(total[f"{stage}_s"]), total_s) for stage in ("dispatch", "experts", "combine")
     }

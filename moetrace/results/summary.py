@@ -152,7 +152,7 @@ def _figures(run: Run, lane: AnyLane) -> PolicyFigures:
         speedup=None,  # against the first policy
         used=int(lane.log.tally["used"][0]),
         optimal_fallbacks=int(lane.log.fallbacks[0]),
-        overhead_s=len(duration_s) * len(layers) * run.system.gpu.layer_overhead_s,
+        overhead_s=_overhead_s(run, lane),
         choices=choices_of(lane.policy),
         ttft_max_s=_spread(times.ttft_max_s),
         itl_s=_weighted_spread(gaps),
@@ -160,6 +160,12 @@ def _figures(run: Run, lane: AnyLane) -> PolicyFigures:
         lower_bound_s=float(lane.lower_bound_s),
         cluster=cluster_figures(lane, seconds, _phases(run)) if isinstance(lane, ClusterLane) else None,
     )
+
+
+def _overhead_s(run: Run, lane: AnyLane) -> float:
+    if isinstance(lane, ClusterLane):
+        return lane.overhead_s
+    return len(lane.duration_s) * len(lane.log.layer) * run.system.gpu.layer_overhead_s
 
 
 def _phases(run: Run) -> list[str]:

@@ -57,7 +57,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def resources(self) -> list[str]:
         """What serves one task at a time."""
-        return ["gpus", "network"] if self.is_colocated else ["attention", "experts", "dispatch", "combine"]
+        return ["gpus", "network"] if self.is_colocated else ["attention", "dispatch", "experts", "combine"]
 
 
 class NetworkPhase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,7 +90,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         node_latency_us: With `cluster.gpus_per_node`, microseconds that a transfer between nodes takes at least. By
             default 0.
         decode: Other constants for decode steps.
-        prefill: Other constants for prefill and mixed steps.
+        prefill: Other constants for prefill steps.
     """
 
     bandwidth_gb_s: Rate
@@ -107,7 +107,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def of_phase(self, name: str) -> dict[str, Any]:
         """Return each constant, by its field's name, in steps of the phase `prefill`, `decode` or `mixed`."""
-        other = self.decode if name == "decode" else self.prefill
+        other = {"decode": self.decode, "prefill": self.prefill}.get(name)
         defaults = {"row_ns": 0.0, "dispatch_bits": 16.0, "combine_bits": 16.0, "dedup": True, "node_latency_us": 0.0}
         found = {}
         for field in NetworkPhase.__struct_fields__:

@@ -344,6 +344,6 @@ def _check_cluster(system: System, loaded: Loaded) -> None:
     if (cluster.gpus is None) == (None in pair) or (cluster.gpus is not None and pair != (None, None)):
         raise UsageError(f"{loaded.where}: cluster wants gpus, or attention and experts, the numbers of its GPUs.")
     if cluster.gpus_per_node is not None and any(
-        network.of_phase(phase)["node_bandwidth_gb_s"] is None for phase in ("prefill", "decode")
+        network.of_phase(phase)["node_bandwidth_gb_s"] is None for phase in ("prefill", "decode", "mixed")
     ):
         loaded.refuse("network.node_bandwidth_gb_s", "a number, which cluster.gpus_per_node needs")

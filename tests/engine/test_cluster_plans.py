@@ -65,7 +65,7 @@ def test_a_pause_is_what_the_most_bytes_into_one_gpu_take():
     total = found.books.total[0]
     assert (found.books.clock["pauses"][0], total["moved_bytes"]) == (1, 2 * MB)
     assert total["pause_s"] == pytest.approx(1.1e-3)
-    assert found.log.step["exposed_s"][1] > 1.1e-3
+    assert found.log.step["exposed_s"][1] < 1.1e-3
     still = lane(trace, on, policy(placement="eplb", window=1, interval=1, redundant=0))
     assert (still.books.clock["plans"][0], still.books.clock["pauses"][0]) == (
         3,

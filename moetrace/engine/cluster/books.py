@@ -28,7 +28,8 @@ CLOCK = np.dtype(
 
 
 # Sums over the steps.
-TOTAL = np.dtype([(name, np.float64) for name in ("head_s", *STEP_FIELDS) if name != "imbalance_rows"] + _COUNTS)
+_SUMS = ("head_s", "overhead_s", *(name for name in STEP_FIELDS if name != "imbalance_rows"))
+TOTAL = np.dtype([(name, np.float64) for name in _SUMS] + _COUNTS)
 
 
 class Contexts(NamedTuple):

@@ -73,6 +73,11 @@ class ClusterLane:
         return self.work_bound_s
 
     @property
+    def overhead_s(self) -> float:
+        """Seconds of the host's overhead of all layers, micro-batches and steps."""
+        return float(self.books.total["overhead_s"][0])
+
+    @property
     def kernels(self) -> list[Any]:
         """What it calls."""
         return [replay_cluster, bound_s]

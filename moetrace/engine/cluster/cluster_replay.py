@@ -100,9 +100,9 @@ def _run_layer(batch, s, layer, fabric, copies, books):
             to_s = transfer_s(gpus, net, slowed, rows, crossing, net.dispatch_bytes, net.dispatch_s)
             run_s = run_experts(layer, gpus, copies, routes, stages.each)
             back_s = transfer_s(gpus, net, slowed, rows, crossing, net.combine_bytes, net.combine_s)
-            if gpus.fused or gpus.taxed:
+            if gpus.serial:
                 fused_s = fuse_s(gpus, net, slowed, rows, crossing, routes, stages.each)
-            wire_bytes = crossing[2] * (net.dispatch_bytes + net.combine_bytes)
+            wire_bytes = crossing.total * (net.dispatch_bytes + net.combine_bytes)
             stages.dispatch_s[i, j], stages.experts_s[i, j], stages.combine_s[i, j] = to_s, run_s, back_s
             row.dispatch_s += to_s
             row.experts_s += run_s
@@ -156,8 +156,11 @@ def _between_kernels_s(gpus, rows):
 
 
 @kernel(inline=False)
-def _end_step(s, batch, fabric, further_s, books):
-    """Note the time of a step, its GPUs and resources; ``further_s`` is that of further kernels of its layers."""
+def _end_step(s, batch, fabric, further_s, parts, books):
+    """Note the time of a step, its GPUs and resources.
+
+    ``further_s`` is the time of further kernels of its layers; ``parts`` are its micro-batches with rows.
+    """
     gpus, log, clock, row = fabric.gpus[0], books.log, books.clock[0], books.log.step[s]
     network = fabric.network[batch.steps.phase[s]]
     row.head_s = head_s(fabric.machine)
@@ -168,10 +171,11 @@ def _end_step(s, batch, fabric, further_s, books):
         clock.pauses += 1
     clock.most_into, clock.moved_bytes = 0.0, 0.0
     row.wait_s = row.pause_s
+    row.exposed_s = max(row.duration_s - row.exposed_s, 0.0)
     row.duration_s = row.duration_s + row.head_s + row.pause_s
-    row.exposed_s = max(row.duration_s - row.exposed_s - row.head_s, 0.0)
     row.moe_s = max(row.duration_s - row.dense_s - row.head_s - row.pause_s, 0.0)
-    attended_s = row.attention_s + row.head_s + further_s
+    idle_s = fabric.machine.work[0].overhead_s * parts * fabric.machine.weight_bytes.shape[0]
+    attended_s = row.attention_s - idle_s + row.head_s + further_s
     for g in range(gpus.attention):
         log.unit[g].busy_s += attended_s
         log.unit[g].bytes += fabric.machine.work[0].head_bytes
@@ -184,12 +188,13 @@ def _end_step(s, batch, fabric, further_s, books):
         first = gpus.attention + gpus.experts
         back_bytes = row.network_bytes * network.combine_bytes / (network.dispatch_bytes + network.combine_bytes)
         log.unit[first].busy_s += attended_s
-        log.unit[first + 1].busy_s += row.experts_s
-        log.unit[first + 2].busy_s += row.dispatch_s
-        log.unit[first + 2].bytes += row.network_bytes - back_bytes
+        log.unit[first + 1].busy_s += row.dispatch_s
+        log.unit[first + 1].bytes += row.network_bytes - back_bytes
+        log.unit[first + 2].busy_s += row.experts_s
         log.unit[first + 3].busy_s += row.combine_s
         log.unit[first + 3].bytes += back_bytes
     clock.now_s += row.duration_s
+    books.total[0].overhead_s += idle_s
     _add_up(row, books.total[0])
 
 
@@ -220,9 +225,10 @@ def _replay_step(batch, s, fabric, copies, books):
     _cut_step(batch, s, fabric, cut, books)
     begin_step(books.agenda)
     begin_step(books.free_agenda)
-    attended_s = 0.0
+    attended_s, parts = 0.0, 0
     for i in range(cut.micro_batches):
         attended_s += stages.attention_s[i] + stages.shared_s[i]
+        parts += stages.all_rows[i] > 0
     launch_s, write_s = _between_kernels_s(gpus, batch.steps.rows[s])
     bulk_s, fused_all_s, free_s, further_s, count = 0.0, 0.0, 0.0, 0.0, 0
     imbalance_sum, rows_sum = 0.0, 0.0
@@ -257,10 +263,10 @@ def _replay_step(batch, s, fabric, copies, books):
     else:
         row.duration_s = books.agenda.free[0].last
         row.exposed_s = books.free_agenda.free[0].last
-    if gpus.taxed:
+    if gpus.serial:
         row.launch_tax_s, row.locality_tax_s = layers * launch_s, layers * write_s
         row.barrier_tax_s = bulk_s - fused_all_s
-    _end_step(s, batch, fabric, further_s, books)
+    _end_step(s, batch, fabric, further_s, parts, books)
 
 
 @kernel(signature=replay_cluster_signature)

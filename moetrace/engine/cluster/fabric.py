@@ -24,7 +24,6 @@ _WHOLE = (
     "seed",
     "serial",  # 1: everything one after another
     "fused",  # 1: experts and transfers of a layer in one kernel
-    "taxed",  # 1: taxes are reported
     "kernels",  # of a layer: K
     "reads_first",  # 1: roofline "sum"
     "per_node",  # GPUs of a node, 0: the network has one tier
@@ -81,7 +80,6 @@ def fabric_of(model: Model, system: System, policy: PolicySpec, weight_bytes: np
         "seed": policy.seed,
         "serial": policy.schedule == SERIAL,
         "fused": policy.execution == "fused",
-        "taxed": policy.execution is not None or policy.kernels_per_layer is not None,
         "kernels": policy.kernels_per_layer or 1,
         "reads_first": gpu.is_serial,
         "per_node": cluster.gpus_per_node or 0,

@@ -74,30 +74,41 @@ def run_experts(layer, gpus, copies, routes, each):
     return most_s
 
 
+class Crossing(NamedTuple):
+    """What a chunk sends, in a row's bytes; of what the same GPUs both send and get, only that over the wire."""
+
+    port: float  # into the busiest GPU that holds experts, or out of an attention GPU, which all send the same
+    out: float  # out of an attention GPU
+    total: float
+    between: float  # into or out of the busiest node, from or to others
+    node_out: float  # out of the busiest node
+
+
 @kernel
 def cross(gpus, routes):
-    """Return how many times a row's bytes a chunk sends: by the busiest port, between nodes, in all.
-
-    The ports are those into a GPU that holds experts and those out of an attention GPU, which all send the same; with
-    nodes, those of a node. Of what the same GPUs both send and get, ``wire_share`` crosses the wire.
-    """
+    """Return the ``Crossing`` of a chunk that was routed."""
     most, total = 0, 0
     for g in range(routes.into.size):
         total += routes.into[g]
         most = max(most, routes.into[g])
-    between = 0.0
+    between, node_out = 0.0, 0.0
     if gpus.per_node > 0:
         into_nodes = 0
         for node in range(gpus.nodes):
             into_nodes += routes.into_node[node]
         for node in range(gpus.nodes):
-            first = node * gpus.per_node
-            senders = max(min(first + gpus.per_node, gpus.attention) - first, 0)
-            share = senders / gpus.attention
+            share = _senders(gpus, node)
             between = max(between, routes.into_node[node] * (1 - share))
-            between = max(between, share * (into_nodes - routes.into_node[node]))
-    port = max(total / gpus.attention, np.float64(most)) * gpus.wire_share
-    return port, between, total * gpus.wire_share
+            node_out = max(node_out, share * (into_nodes - routes.into_node[node]))
+    out = total / gpus.attention * gpus.wire_share
+    return Crossing(max(out, most * gpus.wire_share), out, total * gpus.wire_share, max(between, node_out), node_out)
+
+
+@kernel
+def _senders(gpus, node):
+    """Return the share of the attention GPUs that a node has."""
+    first = node * gpus.per_node
+    return max(min(first + gpus.per_node, gpus.attention) - first, 0) / gpus.attention
 
 
 @kernel
@@ -106,12 +117,12 @@ def transfer_s(gpus, net, slowed, rows, crossing, row_bytes, latency_s):
 
     ``slowed`` is the share of the bandwidth that is left beside a migration.
     """
-    port, between, _ = crossing
-    if port * row_bytes <= 0.0:
+    if crossing.port * row_bytes <= 0.0:
         return 0.0
-    inside_s = latency_s + -(-rows // gpus.attention) * net.row_s + port * row_bytes / (net.bytes_s * slowed)
-    if between > 0.0:
-        return max(inside_s, net.node_s + between * row_bytes / (net.node_bytes_s * slowed))
+    own = -(-rows // gpus.attention)
+    inside_s = latency_s + own * net.row_s + crossing.port * row_bytes / (net.bytes_s * slowed)
+    if crossing.between > 0.0:
+        return max(inside_s, net.node_s + crossing.between * row_bytes / net.node_bytes_s)
     return inside_s
 
 
@@ -120,26 +131,34 @@ def fuse_s(gpus, net, slowed, rows, crossing, routes, each):
     """Return the seconds of a layer's experts and transfers in one kernel, in eight parts that overlap.
 
     Each GPU has seconds of its own, as if it waited for nobody: of its part of the transfers and of its experts.
+    Latencies overlap with nothing.
     """
-    port, between, total = crossing
-    if port <= 0.0:
-        most_s = 0.0
-        for g in range(each.size):
-            most_s = max(most_s, each[g].chunk_s)
-        return most_s
-    row_s, out = -(-rows // gpus.attention) * net.row_s, total / gpus.attention
-    most_s = 0.0
+    most_s, row_s = 0.0, -(-rows // gpus.attention) * net.row_s
     for g in range(each.size):
-        own = max(out, routes.into[g] * gpus.wire_share)
-        to_s = row_s + own * net.dispatch_bytes / (net.bytes_s * slowed)
-        back_s = row_s + own * net.combine_bytes / (net.bytes_s * slowed)
-        if between > 0.0:
-            node_bytes_s = net.node_bytes_s * slowed
-            to_s = max(to_s, net.node_s + between * net.dispatch_bytes / node_bytes_s - net.dispatch_s)
-            back_s = max(back_s, net.node_s + between * net.combine_bytes / node_bytes_s - net.combine_s)
         run_s = each[g].chunk_s
-        most_s = max(most_s, (to_s + run_s + back_s) / 8 + 7 * max(to_s, run_s, back_s) / 8)
-    return net.dispatch_s + net.combine_s + most_s
+        if crossing.port <= 0.0 or routes.into[g] == 0:
+            most_s = max(most_s, run_s)
+            continue
+        own, between = max(crossing.out, routes.into[g] * gpus.wire_share), 0.0
+        if gpus.per_node > 0:
+            node = (g + (0 if gpus.colocated else gpus.attention)) // gpus.per_node
+            between = max(crossing.node_out, routes.into_node[node] * (1 - _senders(gpus, node)))
+        to_s, to_latency_s = _own_transfer_s(net, slowed, row_s, own, between, net.dispatch_bytes, net.dispatch_s)
+        back_s, back_latency_s = _own_transfer_s(net, slowed, row_s, own, between, net.combine_bytes, net.combine_s)
+        overlapped_s = (to_s + run_s + back_s) / 8 + 7 * max(to_s, run_s, back_s) / 8
+        most_s = max(most_s, to_latency_s + back_latency_s + overlapped_s)
+    return most_s
+
+
+@kernel
+def _own_transfer_s(net, slowed, row_s, own, between, row_bytes, latency_s):
+    """Return the seconds of a GPU's transfer without its latency, and that latency: of the tier that takes longer."""
+    inside_s = row_s + own * row_bytes / (net.bytes_s * slowed)
+    if between > 0.0:
+        between_s = between * row_bytes / net.node_bytes_s
+        if net.node_s + between_s > latency_s + inside_s:
+            return between_s, net.node_s
+    return inside_s, latency_s
 
 
 def new_stages(micro_batches: int, chunks: int, gpus: int) -> LayerStages:
