@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from support.clusters import SLOW, cluster, drawn_trace, lane, ms, of, policy, trace_of
 from support.in_ms import GPU
 
-from moetrace.spec import System, load_policy, load_system
+from moetrace.engine.run import Run, run_setups
+from moetrace.engine.setup import Setup
+from moetrace.spec import System, load_model, load_policy, load_system
 
 
 @settings(deadline=None, max_examples=15)
@@ -118,6 +120,24 @@ def test_what_holds_of_schedules(seed, parts, gpus, order):
     assert cut_up.books.total["distinct"][0] == serial.books.total["distinct"][0]
     assert cut_up.log.unit["rows"].tolist() == serial.log.unit["rows"].tolist()
     np.testing.assert_allclose(cut_up.log.step["imbalance_rows"], serial.log.step["imbalance_rows"])
+
+
+def test_findep_is_fastest_where_compute_binds():
+    """A prompt of 16,384 tokens on the testbed of FinDEP, with four layers of DeepSeek-V2."""
+    random = np.random.default_rng(0)
+    ids = np.argpartition(random.random((16384, 4, 160), dtype=np.float32), 6, axis=2)[:, :, :6]
+    trace = trace_of(ids, experts=160, phase=np.array([0]), position=np.arange(16384) % 1024)
+    names = ["dep-naive", "dep-pppipe", "findep"]
+    setup = Setup(
+        model=load_model("deepseek-v2", {"moe_layers": 4}),
+        system=load_system("h20-x32"),
+        policies=[load_policy(name) for name in names],
+    )
+    (run,) = run_setups(trace, [setup])
+    assert isinstance(run, Run)
+    naive, pppipe, findep = (one.duration_s[0] for one in run.lanes)
+    assert naive > 1.2 * pppipe
+    assert pppipe > 1.02 * findep
 
 
 def test_chunks_without_rows_are_left_out():
