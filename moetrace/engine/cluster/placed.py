@@ -135,11 +135,7 @@ def copies_in(plan: np.ndarray, weight_bytes: np.ndarray) -> PlacedCopies:
 def moved_into(old: np.ndarray, new: np.ndarray, weight_bytes: np.ndarray) -> np.ndarray:
     """Return the bytes of experts that each GPU gets and did not hold, float64 [GPUs]."""
     into = np.zeros(new.shape[1])
-    for held, holds, sizes in zip(old, new, weight_bytes, strict=True):
-        for gpu in range(new.shape[1]):
-            before, after = np.unique(held[gpu]), np.unique(holds[gpu])
-            gained = np.setdiff1d(after[after >= 0], before, assume_unique=True)
-            into[gpu] += float(sizes[gained].sum())
+    _count_into(np.ascontiguousarray(old, np.int32), np.ascontiguousarray(new, np.int32), weight_bytes, into)
     return into
 
 
@@ -183,3 +179,19 @@ def _turn_around(plan, weight_bytes, start, gpu, copy_bytes):
                     gpu[layer, end[expert]] = g
                     copy_bytes[layer, end[expert]] = weight_bytes[layer, expert]
                     end[expert] += 1
+
+
+@kernel(inline=False)
+def _count_into(old, new, weight_bytes, into):
+    """Add to into float64 [GPUs] what each gets; old, new int32 [L, GPUs, slots], weight_bytes float64 [L, E]."""
+    for layer in range(new.shape[0]):
+        held = np.full(weight_bytes.shape[1], -1)  # of each expert: the last GPU that held it, or got it
+        for g in range(new.shape[1]):
+            for slot in range(old.shape[2]):
+                if old[layer, g, slot] >= 0:
+                    held[old[layer, g, slot]] = g
+            for slot in range(new.shape[2]):
+                expert = new[layer, g, slot]
+                if expert >= 0 and held[expert] != g:
+                    held[expert] = g
+                    into[g] += weight_bytes[layer, expert]
