@@ -164,7 +164,7 @@ def _figures(run: Run, facts: dict[str, Any], trace: Trace) -> dict[str, Any] | 
 def _costs(run: Run, trace: Trace) -> CellCosts:
     """Bytes of GPU memory for dense weights and slots of the largest expert; bytes over the link; the listed prices.
 
-    Of a cluster they are those of its fullest GPU, and what its network carried.
+    On a cluster these are bytes of its fullest GPU, and what its network carried.
     """
     model, weight_bytes = run.model, weight_bytes_of(trace, run.model)
     everything, price = model.all_experts, run.system.price

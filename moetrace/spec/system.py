@@ -283,7 +283,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def part_names(self) -> list[str]:
         """Names of all parts, in the order of every table: devices, then the directions of the link.
 
-        Of a cluster they are the GPUs, then what serves one task at a time.
+        On a cluster these are the GPUs, then what serves one task at a time.
         """
         if self.cluster is not None:
             return [*self.cluster.names, *self.cluster.resources]

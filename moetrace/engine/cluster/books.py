@@ -33,7 +33,7 @@ TOTAL = np.dtype([(name, np.float64) for name in _SUMS] + _COUNTS)
 
 
 class Contexts(NamedTuple):
-    """Of each request: the part of a step that it was last seen in, and its highest position + 1 there."""
+    """The part of a step in which each request was last seen, and its highest position + 1 there."""
 
     seen: np.ndarray  # int64 [requests]
     tokens: np.ndarray  # int64 [requests]

@@ -174,11 +174,13 @@ def _end_step(s, batch, fabric, further_s, parts, books):
     row.exposed_s = max(row.duration_s - row.exposed_s, 0.0)
     row.duration_s = row.duration_s + row.head_s + row.pause_s
     row.moe_s = max(row.duration_s - row.dense_s - row.head_s - row.pause_s, 0.0)
-    idle_s = fabric.machine.work[0].overhead_s * parts * fabric.machine.weight_bytes.shape[0]
+    work, times = fabric.machine.work[0], parts * fabric.machine.weight_bytes.shape[0]
+    idle_s = work.overhead_s * times
+    read_bytes = work.head_bytes + (work.dense_bytes + gpus.shared_bytes) * times
     attended_s = row.attention_s - idle_s + row.head_s + further_s
     for g in range(gpus.attention):
         log.unit[g].busy_s += attended_s
-        log.unit[g].bytes += fabric.machine.work[0].head_bytes
+        log.unit[g].bytes += read_bytes
     if gpus.colocated:
         first = gpus.experts
         log.unit[first].busy_s += attended_s + row.experts_s

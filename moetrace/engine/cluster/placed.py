@@ -48,14 +48,14 @@ class Placer:
 
     @property
     def slots(self) -> np.ndarray | None:
-        """Slots of a GPU in each layer, int64 [L], whatever the plan; None where plans have as many as they need."""
+        """Slots of a GPU in each layer, int64 [L], under every plan; None where plans have as many as they need."""
         if self._policy.placement not in ("eplb", "eplb-hierarchical"):
             return None
         return np.array([self._all_slots(int(experts)) // self._gpus for experts in self._own])
 
     @property
     def most_copies(self) -> int:
-        """Copies of a layer at most, whatever the plan."""
+        """Copies of a layer at most, under every plan."""
         most = max(self._all_slots(int(experts)) for experts in self._own) if self.slots is not None else 0
         return max(most, int(self._own.max()), 0 if self._given is None else self._given[0].size)
 

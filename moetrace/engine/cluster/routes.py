@@ -34,9 +34,9 @@ ROUTED = np.dtype([(name, np.int64) for name in ("mark", "touched", "choices", "
 def route(experts, part, place, gpus, dedup, copies, routes):
     """Count a chunk's rows, ``part`` (begin, end) of experts uint16 [rows, L, k]; return how many chose anything.
 
-    ``place`` is the layer, the number of the step and the step's first row. Of c copies a row takes: ``even``, by the
-    number of the row among the expert's rows of the step, less the step's number, modulo c; ``row``, by its place in
-    the step; ``random``, by lot; ``nearest``, the one on its own GPU, else as ``row``.
+    ``place`` is the layer, the number of the step and the step's first row. Of c copies a row takes: ``even``, by its
+    number among the expert's rows of the step, less the step's number, modulo c; ``row``, by its place in the step;
+    ``random``, by lot; ``nearest``, the one on its own GPU, else as ``row``.
     """
     begin, end = part
     layer, step, first_row = place
