@@ -334,4 +334,5 @@ def test_metrics_are_those_of_a_real_summary():
         "name",
         "speedup",
         "break_even_tokens",
+        "cluster",
     } == set(METRICS)

@@ -43,7 +43,9 @@ def route(experts, part, place, gpus, dedup, copies, routes):
     top_k = experts.shape[2]
     start, gpu_of = copies.start[layer], copies.gpu[layer]
     num_experts = start.size - 1
-    one_each = start[num_experts] == num_experts
+    one_each = True
+    for expert in range(num_experts + 1):
+        one_each &= start[expert] == expert
     count, into, stamp, sums = routes.chosen, routes.into, routes.stamp, routes.sums[0]
     few = (end - begin) * top_k * FEW_CHOICES <= start[num_experts]
     mark, distinct, choices, touched, some = sums.mark, 0, 0, 0, 0
