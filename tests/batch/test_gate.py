@@ -335,4 +335,4 @@ def test_metrics_are_those_of_a_real_summary():
         "speedup",
         "break_even_tokens",
         "cluster",
-    } == set(METRICS)
+    } == {name for name in METRICS if not name.startswith("cluster.")}
