@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from moetrace.engine.bounds import work_bound_s
 from moetrace.engine.cold import ColdStarts, cold_steps
 from moetrace.engine.decoded import Decoded
 from moetrace.engine.failure import place_of
-from moetrace.engine.folding import FoldedSteps
+from moetrace.engine.folding import FoldedSteps, StepStore
 from moetrace.engine.foresight import foresight_of
 from moetrace.engine.in_common import InCommon, PromptBooks, Yardstick
 from moetrace.engine.layer_slots import layer_slots
-from moetrace.engine.lower_bound import room_of
+from moetrace.engine.lower_bound import add_to_lower_bound, room_of
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import load_hook, weighs_gates
@@ -25,15 +26,16 @@ from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, ke
 from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_steps, records
+from moetrace.engine.tape import new_tape
 from moetrace.engine.tiers.tier_host import end_disk
 from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, REMOTE_ROW, Tiers
 from moetrace.engine.tiers.tier_remote import RemoteExperts, end_remote, remote_of, with_remote
 from moetrace.engine.tiers.tier_transfers import Losses, losses_of, with_rates, with_transfers
 from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of, with_homes_of_its_own
-from moetrace.engine.variants import variant
+from moetrace.engine.variants import clairvoyant, variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.participants import check_policy, seen_by
+from moetrace.spec.participants import seen_by
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 
@@ -72,6 +74,17 @@ class Lane:
     books: PromptBooks | None = None  # then, of a policy that counts prompts: whose the prompts of the state are
     last_s: float = 0.0  # processor time that the last block took
     _first_step: int = 0  # that the log has
+
+    def fold(self, store: StepStore, common: InCommon) -> None:
+        """Keep no log of each step, but what a summary needs."""
+        self.folded = FoldedSteps(store)
+        if self.setting["counts_prompts"][0]:
+            self.books = common.books(self.state.prompts)
+            self.state = self.state._replace(prompts=None)
+
+    def keep(self, steps: int) -> None:
+        """Keep the log of each step."""
+        self.log = self.log._replace(step=new_steps(steps))
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
@@ -130,6 +143,13 @@ class Lane:
     def kernel(self) -> Any:
         """The replay that is compiled for what the lane has."""
         return variant(self.tiers, self.aside)
+
+    @property
+    def kernels(self) -> list[Any]:
+        """What it calls, in threads if there are some."""
+        found: list[Any] = [work_bound_s, add_to_lower_bound, self.kernel]
+        found += [clairvoyant(self.tiers)] if self.clairvoyant is not None else []
+        return found + ([variant(self.tiers, self.aside._replace(tape=new_tape(1, 1)))] if self.recording else [])
 
     @property
     def lower_bound_s(self) -> float:
@@ -218,7 +238,6 @@ def lane_of(
     decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int, common: InCommon
 ) -> Lane:
     """Return the lane of a policy of a setup, before the first step."""
-    check_policy(policy, setup.system)
     model, system = setup.model, seen_by(policy, setup.system)
     schedule, own = decoded.schedule, setup.hooks
     remote = common.remote(remote_of(policy, setup, system, decoded, weight_bytes))
@@ -271,7 +290,7 @@ def lane_of(
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
     seen = common_machine, tiers, setting, hooks[0], remote
-    clairvoyant = _clairvoyant_of(dispatch, seen, common)
+    best = _clairvoyant_of(dispatch, seen, common)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
     aside = Aside()
@@ -281,6 +300,6 @@ def lane_of(
     if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
     cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
-    yardsticks = common.work_bound(machine, remote), lower_bound, clairvoyant
+    yardsticks = common.work_bound(machine, remote), lower_bound, best
     has_units = system.ndp is not None
     return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold, remote)

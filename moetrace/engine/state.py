@@ -203,9 +203,9 @@ def new_log(steps: int, layers: int, groups: int) -> Log:
     return Log(new_steps(steps), records(layers, LAYER), unit, records(1, TALLY), np.zeros(1, np.int64))
 
 
-def new_steps(steps: int) -> np.ndarray:
+def new_steps(steps: int, dtype: np.dtype = STEP) -> np.ndarray:
     """Return an empty log of steps; one of more than 64 MiB lies in a temporary file that has no name."""
-    return file_backed(steps, STEP) if steps * STEP.itemsize > 64 << 20 else records(steps, STEP)
+    return file_backed(steps, dtype) if steps * dtype.itemsize > 64 << 20 else records(steps, dtype)
 
 
 def _view(active: np.ndarray, groups: np.ndarray) -> View:

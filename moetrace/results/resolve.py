@@ -20,6 +20,7 @@ from moetrace.spec import (
     load_policy,
     load_system,
 )
+from moetrace.spec.cluster_policy import fields_read
 from moetrace.spec.errors import UsageError
 from moetrace.spec.fits import dense_misfit
 from moetrace.spec.model_files.quantization import precision_name
@@ -82,6 +83,8 @@ def _reads(name: str, field: str, system: System) -> bool:
         check_policy(policy, system)
     except UsageError:
         return False
+    if policy.schedule is not None:  # what is not set counts as unread
+        return field in fields_read(policy.placement, policy.schedule, policy.copies, policy.migrate)
     return field not in policy.unread
 
 
