@@ -127,7 +127,7 @@ class Decoded:
         none = np.zeros(0, np.int32)
         for block in self.trace.blocks():
             nobody = Demand(np.zeros(block.steps * self.trace.layers + 1, np.int64), none, none, none, np.zeros(0))
-            yield _batch(block, nobody, self.schedule, self.needs)
+            yield _batch(block, nobody, self.schedule, self.needs, None)
 
     def _decode(self, pool: Executor | None, gates: bool) -> Iterator[tuple[Batch, int]]:
         trace, schedule = self.trace, self.schedule

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
+from support.cluster_cases import ClusterCase, cluster_cases
 
 from moetrace.engine.cluster import placed
 from moetrace.engine.run import run_setups
@@ -14,9 +15,6 @@ from moetrace.engine.setup import Setup
 from moetrace.spec import Model, MoetraceError, PolicySpec, System, load_model, load_policy, load_system
 from moetrace.spec.cluster_policy import fields_read
 from moetrace.trace import Trace
-
-pytest.importorskip("support.cluster_oracle")
-from support.cluster_cases import ClusterCase, cluster_cases
 
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-13}
 STAGES = {"dispatch_s": "A2E", "experts_s": "E", "combine_s": "E2A"}

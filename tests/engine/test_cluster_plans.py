@@ -73,6 +73,17 @@ def test_a_pause_is_what_the_most_bytes_into_one_gpu_take():
     )  # what moves nothing waits for nothing
 
 
+def test_a_layer_of_few_experts_may_have_as_many_copies_as_the_largest_has_experts():
+    """Layer 1 has 2 experts in 4 slots, and all rows choose expert 1: it has 3 copies, each with a third of them."""
+    ids = np.tile([[[255], [1]]], (12, 1, 1))
+    trace = trace_of(ids, [6, 6])
+    one = policy(placement="eplb", window=1, redundant=2)
+    found = lane(trace, cluster(attention=1, experts=2), one, experts=[4, 2])
+    assert found.plan[1, :, :2].tolist() == [[1, 1], [1, 0]]
+    assert found.copies.start[1].tolist() == [0, 1, 4, 4, 4]
+    assert found.log.unit["rows"][1:3].tolist() == [4, 6 + 2]  # before the plan expert 1 is on the second GPU only
+
+
 def test_a_plan_moves_while_steps_go_on():
     ids = np.tile([[[0, 1]]], (8, 1, 1))
     trace = trace_of(ids, [1] * 8)

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.engine.machine import Machine, machine_of
+from moetrace.engine.machine import GPU_DEVICE, Machine, machine_of
 from moetrace.engine.state import records
 from moetrace.spec.cluster_policy import AUTO, COPIES, MIGRATE_SHARE, SERIAL, Parts, parts_of
 from moetrace.spec.errors import UsageError
@@ -88,8 +88,8 @@ def fabric_of(model: Model, system: System, policy: PolicySpec, weight_bytes: np
         "s_per_byte": 1 / gpu.bytes_s,
         "flop_s": gpu.flop_s,
         "start_s": gpu.start_s,
-        "each_s": 0.0 if gpu.starts_once else gpu.start_s,
-        "layer_s": gpu.start_s if gpu.starts_once else 0.0,
+        "each_s": machine.device["each_s"][GPU_DEVICE],
+        "layer_s": machine.device["layer_s"][GPU_DEVICE],
         "row_bytes": model.activation_row_bytes,
         "wire_share": 1 - 1 / cluster.all_gpus if cluster.is_colocated else 1.0,
         "migrate_share": _or(policy.migrate_share, MIGRATE_SHARE),
