@@ -176,6 +176,7 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         loaded.refuse("gpu.reserve_gb", f"at most gpu.memory_gb = {system.gpu.memory_gb:g}")
     if system.ndp is not None and system.link is None:
         raise UsageError(f"{loaded.where}: link is missing, and NDP units need one: add [link] or remove [ndp].")
+    _check_cluster(system, loaded)
     there = {name for name in ("gpu", "ndp", "cpu", "link") if getattr(system, name) is not None}
     if system.host is not None and system.host.memory_gb is not None:
         there.add("host")
@@ -186,7 +187,6 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         raise UsageError(f"{loaded.where}: {misfit}.")
     if system.link is not None:
         _check_link(system, system.link, loaded)
-    _check_cluster(system, loaded)
     return system
 
 

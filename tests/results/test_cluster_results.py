@@ -9,11 +9,12 @@ import pytest
 
 import moetrace as mt
 from moetrace.cli import main
-from moetrace.results.record import FIGURES
+from moetrace.results.record import ACCOUNTS, FIGURES
 
 ROOT = Path(__file__).parents[2]
 MIXTRAL = str(ROOT / "traces" / "mixtral-8x7b-b16.h5")
 POLICIES = ["ep-serial", "eplb", "bulk"]
+LATENCY = ("--set", "system.disk.latency_us=5")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,17 @@ def test_figures_add_up(result):
         assert policy["lower_bound_s"] < policy["total_s"]
     taxes = dict(result.summary.select("name", "cluster_launch_tax_s").rows())
     assert taxes["bulk"] > taxes["ep-serial"] == 0
+
+
+def test_energy_and_price_are_of_all_gpus(result):
+    rates = {"system.energy.gpu.idle_w": 100, "system.energy.gpu.active_w": 700, "system.price.gpu.usd_hour": 3}
+    rated = mt.replay(MIXTRAL, system="h100-x8", policies=POLICIES, overrides=rates)
+    for policy, plain in zip(rated.to_dict()["policies"], result.to_dict()["policies"], strict=True):
+        units = rated.units.filter((pl.col("policy") == policy["name"]) & pl.col("unit").str.starts_with("gpu"))
+        busy_s = units["busy_s"].head(8).sum()
+        assert policy["energy_j"] == pytest.approx(8 * 100 * policy["total_s"] + 600 * busy_s)
+        assert policy["price_usd"] == pytest.approx(8 * 3 * policy["total_s"] / 3600)
+        assert plain == {name: value for name, value in policy.items() if name not in ACCOUNTS}
 
 
 def test_units_are_gpus_and_resources(result):
@@ -122,6 +134,7 @@ def test_cells_are_what_their_replays_are_and_can_be_gated(tmp_path, capsys):
             "set it in a policy that reads it, as with --set policy.eplb.interval=VALUE",
         ),
         (["show", "system", "h100-x8", "--set", "system.host.memory_gb=5"], "takes no [host]; remove it"),
+        (["show", "system", "h100-x8", "--set", "system.disk.bandwidth_gb_s=5", *LATENCY], "takes no [disk]; remove"),
         (["show", "system", "h100-x8", "--set", "system.cluster.experts=5"], "cluster wants gpus, or attention and"),
         (
             ["show", "system", "h100-sxm", "--set", "system.cluster.gpus=5"],
