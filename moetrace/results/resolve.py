@@ -61,10 +61,14 @@ def resolve(
 
 
 def _elsewhere(error: UnreadParameterError, sources: Sequence[Policy], system: System) -> UsageError:
-    """Say of a parameter that was set in every policy which of the replay's reads it, else which preset would."""
+    """Say of a parameter that was set in every policy which of the replay's reads it, else which preset would.
+
+    Presets that a replay on the system compares by default come first.
+    """
     field = error.field
     named = [source for source in sources if isinstance(source, str)]
-    reading = next((name for name in (*named, *list_presets("policies")) if _reads(name, field, system)), None)
+    known = (*named, *default_policies(system), *list_presets("policies"))
+    reading = next((name for name in known if _reads(name, field, system)), None)
     if reading is None:
         return error
     and_take = "" if reading in named else f"--policy {reading} "
