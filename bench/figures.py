@@ -67,7 +67,7 @@ def _numbers(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield path and type of each field that holds a number, or a table of numbers."""
     for field in kind.fields:
         path = f"{prefix}{field.encode_name}"
-        for one in getattr(field.type, "types", [field.type]):
+        for one in (getattr(one, "item_type", one) for one in getattr(field.type, "types", [field.type])):
             if isinstance(one, inspect.StructType):
                 yield from _numbers(one, f"{path}.")
         if range_of(field.type):

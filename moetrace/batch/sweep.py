@@ -23,7 +23,8 @@ from moetrace.batch.slo import Slo, parse_slos
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, Task, evaluate, forget, tasks_of
 from moetrace.jit.fingerprint import room_fingerprint
-from moetrace.results.record import FIGURES, FRONTS, ListedCell, SweepFile, value_in
+from moetrace.results.record import FIGURES, FRONTS, value_in
+from moetrace.results.sweep_record import ListedCell, SweepFile
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.spec.html_table import html_table

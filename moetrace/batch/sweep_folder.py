@@ -23,9 +23,9 @@ from moetrace.results.record import (
     SWEEP_FILE,
     SWEEP_FILES,
     CellCosts,
-    CellFile,
     Summary,
 )
+from moetrace.results.sweep_record import CellFile
 from moetrace.results.write import sha256_of, to_json
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.ordinary_file import is_folder, read_ordinary

@@ -11,7 +11,12 @@ from moetrace.jit.compile import kernel
 @kernel
 def dense_s(machine, rows, kv_tokens):
     """Return the seconds of attention, shared experts and router of one layer of a step, and the host's overhead."""
-    gpu, work = machine.device[GPU_DEVICE], machine.work[0]
+    return dense_s_on(machine.device[GPU_DEVICE], machine.work[0], rows, kv_tokens)
+
+
+@kernel
+def dense_s_on(gpu, work, rows, kv_tokens):
+    """Return the same on a GPU (a record of DEVICE)."""
     weights_s = max(work.dense_bytes / gpu.bytes_s, work.dense_flop_per_row * rows / gpu.flop_s)
     return weights_s + work.kv_bytes * kv_tokens / gpu.bytes_s + gpu.start_s + work.overhead_s
 
@@ -19,7 +24,13 @@ def dense_s(machine, rows, kv_tokens):
 @kernel
 def head_s(machine):
     """Return the seconds of the LM head and the dense first layers, once a step."""
-    return machine.work[0].head_bytes / machine.device[GPU_DEVICE].bytes_s + machine.device[GPU_DEVICE].start_s
+    return head_s_on(machine.device[GPU_DEVICE], machine.work[0])
+
+
+@kernel
+def head_s_on(gpu, work):
+    """Return the same on a GPU (a record of DEVICE)."""
+    return work.head_bytes / gpu.bytes_s + gpu.start_s
 
 
 @kernel

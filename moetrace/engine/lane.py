@@ -15,6 +15,7 @@ from moetrace.engine.folding import FoldedSteps, StepStore
 from moetrace.engine.foresight import foresight_of
 from moetrace.engine.in_common import InCommon, PromptBooks, Yardstick
 from moetrace.engine.layer_slots import layer_slots
+from moetrace.engine.levels import STEP_LEVEL, levels_of
 from moetrace.engine.lower_bound import add_to_lower_bound, room_of
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
@@ -30,7 +31,7 @@ from moetrace.engine.tape import new_tape
 from moetrace.engine.tiers.tier_host import end_disk
 from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, REMOTE_ROW, Tiers
 from moetrace.engine.tiers.tier_remote import RemoteExperts, end_remote, remote_of, with_remote
-from moetrace.engine.tiers.tier_transfers import Losses, losses_of, with_rates, with_transfers
+from moetrace.engine.tiers.tier_transfers import Losses, losses_of, note_remote_mass, with_rates, with_transfers
 from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of, with_homes_of_its_own
 from moetrace.engine.variants import clairvoyant, variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
@@ -73,6 +74,7 @@ class Lane:
     folded: FoldedSteps | None = None  # instead of the log of each step
     books: PromptBooks | None = None  # then, of a policy that counts prompts: whose the prompts of the state are
     last_s: float = 0.0  # processor time that the last block took
+    level_steps: Any = None  # STEP_LEVEL [steps], as the log of steps; of a lane with levels
     _first_step: int = 0  # that the log has
 
     def fold(self, store: StepStore, common: InCommon) -> None:
@@ -85,6 +87,8 @@ class Lane:
     def keep(self, steps: int) -> None:
         """Keep the log of each step."""
         self.log = self.log._replace(step=new_steps(steps))
+        if self.aside.levels is not None:
+            self.level_steps = new_steps(steps, STEP_LEVEL)
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
@@ -92,11 +96,14 @@ class Lane:
         if self.folded is not None:
             self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
             self._first_step = batch.steps.first
+            if self.aside.levels is not None:
+                self.level_steps = records(len(batch.steps.rows), STEP_LEVEL)
         if self.books is not None:
             self.state = self.state._replace(prompts=self.books.lend(batch.steps.first))
         if self.remote is not None and self.tiers is not None:
-            batch, times = self.remote.split(batch)
+            whole, (batch, times) = batch, self.remote.split(batch)
             self.tiers = self.tiers._replace(remote=times)
+            note_remote_mass(self.tiers.transfers, whole, batch)
         try:
             for part in self._cut_where_cold(batch):
                 if self.recording is None:
@@ -130,12 +137,12 @@ class Lane:
             yield part
 
     def _replay(self, batch: Batch) -> None:
-        self.kernel(self.work(batch), *self.hooks, self.tiers, self.aside)
+        self.kernel(self.work(batch), *self.hooks, self.tiers, self._aside(batch))
 
     def _replay_and_record(self, batch: Batch, recording: Recording) -> None:
         for part, is_recorded in recording.parts(batch, len(self.state.cells)):
             if is_recorded:
-                recording.record(self.work(part), self.hooks, self.tiers, self.aside)
+                recording.record(self.work(part), self.hooks, self.tiers, self._aside(part))
             else:
                 self._replay(part)
 
@@ -161,6 +168,15 @@ class Lane:
         first = batch.steps.first - self._first_step
         log = self.log._replace(step=self.log.step[first : first + len(batch.steps.rows)])
         return Work(batch, self.machine, self.setting, self.state, log)
+
+    def _aside(self, batch: Batch) -> Aside:
+        """Return what the replay of a block has beside."""
+        levels = self.aside.levels
+        if levels is None:
+            return self.aside
+        first = batch.steps.first - self._first_step
+        steps = self.level_steps[first : first + len(batch.steps.rows)]
+        return self.aside._replace(levels=levels._replace(steps=steps))
 
     @property
     def duration_s(self) -> np.ndarray:
@@ -201,6 +217,8 @@ class Lane:
         self.work_bound_s = self.work_bound.seconds
         if self.clairvoyant is not None:
             self.clairvoyant_s = self.clairvoyant.seconds
+        elif self.aside.levels is not None:
+            self.clairvoyant_s = float(self.aside.levels.top_s[0])
         elif self.folded is not None:
             self.clairvoyant_s = float(np.sum(self.folded.busy_s))
         else:
@@ -293,9 +311,10 @@ def lane_of(
     best = _clairvoyant_of(dispatch, seen, common)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
-    aside = Aside()
+    aside = Aside(levels=levels_of(system, policy, machine))
     if residency.foresees:
-        aside = Aside(foresight=foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k))
+        foresight = foresight_of(policy, schedule.requests, layers, experts, decoded.trace.top_k)
+        aside = aside._replace(foresight=foresight)
     lower_bound = None
     if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from moetrace.engine.foresight import PLACES
-from moetrace.engine.prefetch import BY_WORTH, HEAD, NO_PREFETCH, ONLINE, ORACLE, TAIL
+from moetrace.engine.prefetch import BY_WORTH, HEAD, NO_PREFETCH, ONLINE, ORACLE, RELAYOUT, TAIL
 from moetrace.engine.replay import Aside, Batch, Steps, Work
 from moetrace.engine.tape import COUNT, COUNTS_A_LAYER, COUNTS_A_STEP, SLICE, new_tape
-from moetrace.engine.tiers.tier_records import Tiers
+from moetrace.engine.tiers.tier_records import NO_GROUP, Tiers
 from moetrace.engine.variants import variant
 
 
@@ -53,7 +53,7 @@ class Recording:
 
     def record(self, work: Work, hooks: tuple[Any, Any], tiers: Tiers | None, aside: Aside) -> None:
         """Replay a block of one step, and keep what was noted of it."""
-        tape = new_tape(*_most_records(work))
+        tape = new_tape(*_most_records(work, tiers))
         aside = aside._replace(tape=tape)
         variant(tiers, aside)(work, *hooks, tiers, aside)
         slices, counts = tape.ends
@@ -73,7 +73,7 @@ def cut(batch: Batch, first: int, stop: int, layers: int) -> Batch:
     )
 
 
-def _most_records(work: Work) -> tuple[int, int]:
+def _most_records(work: Work, tiers: Tiers | None) -> tuple[int, int]:
     """How many slices and counts a step can need. What is not written to takes no memory: the pages stay untouched."""
     batch, setting, state = work.batch, work.setting[0], work.state
     layers, experts = state.cells.shape
@@ -92,6 +92,14 @@ def _most_records(work: Work) -> tuple[int, int]:
             ahead = np.minimum(np.arange(layers) + 1 + setting["depth"], len(start) - 1)
             joining = start[ahead] - start[1 : layers + 1]
             moved += int(np.minimum(joining, cells).sum())
+        elif setting["prefetch"] == RELAYOUT:
+            moved += cells
     # An expert is fetched and runs; of a shared one, at most one in a layer, there is a part more. Layers have four
     # slices of their own, steps two.
-    return 2 * active + moved + 5 * layers + 2, COUNTS_A_LAYER * layers + COUNTS_A_STEP
+    slices = 2 * active + moved + 5 * layers + 2
+    if tiers is not None:
+        # A disk reads what is fetched ahead, too, and may stop halfway while the link goes on. Each unit may have a
+        # slice of an expert. Layers have three slices more.
+        on_units = 1 if tiers.term["all_group"][0] == NO_GROUP else int(tiers.term["units"][0])
+        slices += moved + 4 * layers + active * (1 + on_units) + 3 * layers
+    return slices, COUNTS_A_LAYER * layers + COUNTS_A_STEP

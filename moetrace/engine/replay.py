@@ -12,6 +12,7 @@ from moetrace.engine.demand import Demand, see_gates
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.engine.foresight import foresee
 from moetrace.engine.layer import shared_s, timeline
+from moetrace.engine.levels import choose_level, time_levels
 from moetrace.engine.machine import DEVICE, LINK, WORK, Machine
 from moetrace.engine.prefetch import (
     BY_WORTH,
@@ -41,7 +42,7 @@ from moetrace.engine.state import (
     new_log,
     records,
 )
-from moetrace.engine.tape import note_dense, note_head, note_layer_end, note_moe, note_wait
+from moetrace.engine.tape import note_head, note_layer_end
 from moetrace.engine.tiers.tier_books import (
     begin_layer,
     call_remote,
@@ -60,6 +61,7 @@ from moetrace.engine.tiers.tier_link import begin_transfers
 from moetrace.engine.tiers.tier_prices import price_tiers
 from moetrace.engine.tiers.tier_records import Tiers
 from moetrace.engine.tiers.tier_rows import lose_rows
+from moetrace.engine.tiers.tier_tape import tape_dense, tape_moe, tape_wait
 from moetrace.engine.view import LayerScratch, new_scratch, view_of
 from moetrace.jit.compile import kernel
 from moetrace.spec.choices import BY_TOUCH
@@ -104,6 +106,7 @@ class Aside(NamedTuple):
 
     foresight: Any = None  # of a policy that foresees
     tape: Any = None  # on which everything that is done is noted
+    levels: Any = None  # of frequency, which steps under a deadline choose from
 
 
 class Work(NamedTuple):
@@ -214,7 +217,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     if tiers is not None:
         dense += begin_layer(tiers, tally, log.step[s])
         flow_layout(tiers.layout, tiers, machine, dense)
-    note_dense(aside.tape, step, layer, dense, machine, state)
+    tape_dense(aside.tape, tiers, step, layer, dense, machine, state)
     moved = _flow(tiers, queue, 0.0, dense, machine)
     if setting.prefetch == ORACLE:
         now = step * cells.shape[0] + layer
@@ -239,6 +242,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     else:
         shared = -1
         line = tier_line(tiers, machine, view, size, plan)
+    time_levels(aside.levels, layer, plan, shared, line, view, tiers, machine)
     fetched = carry_out(layer, size, state, log)
     if tiers is not None:
         note_cpu(layer, size, state.scratch, log)
@@ -246,7 +250,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     elif shared >= 0:
         share_out(layer, shared, state, log)
     _foresee(aside.foresight, batch, s, layer, size, work)
-    note_moe(aside.tape, step, layer, dense, (view, size, shared), line, machine, state)
+    tape_moe(aside.tape, tiers, (step, layer, dense), (view, size, shared), line, machine, state)
     beside = _flow(tiers, queue, dense + line.fetch_s, max(0.0, line.moe_s - line.fetch_s), machine)
     moved = moved[0] + beside[0], moved[1] + beside[1]
     if setting.learns:
@@ -321,7 +325,7 @@ def replay_batch(work, dispatch, residency, tiers, aside):
             cold_s = start_cold(tiers.remote, step, aside.tape)
         if setting.waits and batch.steps.phase[s] == DECODE and log.tally[0].waited == 0:
             log.tally[0].waited = 1
-            note_wait(aside.tape, step, machine, state)
+            tape_wait(aside.tape, tiers, step, machine, state)
             _wait(tiers, machine, state, row, log)
         dense = dense_s(machine, batch.steps.rows[s], batch.steps.kv_tokens[s])
         imbalance_sum, imbalance_count = 0.0, 0
@@ -342,6 +346,7 @@ def replay_batch(work, dispatch, residency, tiers, aside):
         if tiers is not None:
             row.duration_s += cold_s
             end_step(tiers, head)
+        choose_level(aside.levels, s, dense, cold_s, work)
 
 
 def new_state(machine: Machine, prompts: Prompts, cache: Cache, admit: bool, tiers: Tiers | None = None) -> State:

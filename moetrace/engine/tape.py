@@ -15,10 +15,13 @@ from moetrace.engine.sharing import missing_share, share_fetch_s, share_gpu_s, s
 from moetrace.engine.state import FIRST_GROUP, GPU, HOME, LINK_IN, LINK_OUT, ON_GPU, records
 from moetrace.jit.compile import kernel
 
-# Kinds of slices. A layer is dense and moe together; a wait is that of `prefetch_blocks`.
+# Kinds of slices. A layer is dense and moe together; a wait is that of `prefetch_blocks`. The last five are those of
+# machines with more tiers (`tiers/tier_tape.py`).
 KINDS = ("layer", "wait", "dense", "expert", "fetch", "prefetch", "activations", "head", "cold")
+KINDS += ("evict", "activations-cpu", "outside", "read", "read-ahead")
 LAYER, WAIT, DENSE, EXPERT, FETCH, PREFETCH, ACTIVATIONS, HEAD_WORK, COLD = range(9)
-NOBODY = -1  # unit of a LAYER, a WAIT and a COLD start
+EVICT, ACTIVATIONS_CPU, OUTSIDE, READ, READ_AHEAD = range(9, 14)
+NOBODY = -1  # unit of a LAYER, a WAIT, a COLD start and an EVICT
 
 SLICE = np.dtype(
     [(name, np.int64) for name in ("step", "layer", "kind", "unit", "expert", "resident")]
@@ -152,11 +155,11 @@ def note_moe(tape, step, layer, dense, seen, line, machine, state):
     if shared >= 0:
         _note_share(tape, step, layer, (start_s, free_s, line.fetch_s), shared, view, state)
     if line.act_bytes > 0.0:
-        waited_s = _note_groups(tape, step, layer, (start_s, line.act_s), size, machine, state)
+        _note_groups(tape, step, layer, start_s + line.act_s, size, machine, state)
         if shared >= 0:
             _note_rest(tape, step, layer, start_s + line.act_s, shared, view, state)
         note(tape, step, layer, ACTIVATIONS, LINK_OUT, start_s, line.act_s, line.act_bytes)
-        back_s = start_s + (line.act_s + line.busiest_s) + waited_s
+        back_s = start_s + (line.act_s + line.busiest_s)
         note(tape, step, layer, ACTIVATIONS, LINK_IN, back_s, line.act_s, line.act_bytes)
     spare_bytes = max(0.0, line.moe_s - line.fetch_s) * machine.link[0].bytes_s
     note_flow(tape, step, spare_bytes, start_s + line.fetch_s, machine, state)
@@ -178,15 +181,13 @@ def _note_gpu(tape, step, layer, start_s, seen, machine, state):
             continue
         expert = state.scratch.active[i]
         if not expert.resident:
-            arrival_s = max(arrival_s, expert.ready_s)  # 0 but above a disk
-            begin_s = start_s + arrival_s
-            note(tape, step, layer, FETCH, LINK_IN, begin_s, expert.fetch_s, expert.weight_bytes)
+            note(tape, step, layer, FETCH, LINK_IN, start_s + arrival_s, expert.fetch_s, expert.weight_bytes)
             last_slice(tape).expert = expert.expert
         arrival_s += expert.fetch_s
         begin_s = max(gpu_free_s, arrival_s)
         duration_s = expert.gpu_s + (layer_s if expert.resident else 0.0)
         layer_s = 0.0 if expert.resident else layer_s
-        _note_expert(tape, step, layer, GPU, start_s + begin_s, duration_s, expert)
+        note_expert(tape, step, layer, GPU, start_s + begin_s, duration_s, expert)
         gpu_free_s = begin_s + duration_s
     return gpu_free_s
 
@@ -226,13 +227,12 @@ def _note_part(tape, step, layer, unit, part, expert):
 
 
 @kernel
-def _note_groups(tape, step, layer, times, size, machine, state):
+def _note_groups(tape, step, layer, start_s, size, machine, state):
     """Write the units' experts, one after another in each group: ``busy_s`` counts up to what it is again.
 
-    The start of a layer's work is a part of its first expert's slice. ``times``: the router's word, and how long
-    activations take. Returns how long home, a single one then, waited for what was read from a disk.
+    The start of a layer's work is a part of its first expert's slice.
     """
-    layer_s, start_s, waited_s = machine.device[FIRST_HOME].layer_s, times[0] + times[1], 0.0
+    layer_s = machine.device[FIRST_HOME].layer_s
     for g in range(state.scratch.groups.size):
         state.scratch.groups[g].busy_s = 0.0
     for i in range(size):
@@ -241,17 +241,14 @@ def _note_groups(tape, step, layer, times, size, machine, state):
         expert = state.scratch.active[i]
         group = state.scratch.groups[expert.group]
         is_first = group.busy_s == 0.0
-        free_s = times[1] + group.busy_s + layer_s + waited_s
-        waited_s += max(0.0, expert.ready_s - free_s)
-        begin_s = start_s + (group.busy_s + (0.0 if is_first else layer_s)) + waited_s
+        begin_s = start_s + (group.busy_s + (0.0 if is_first else layer_s))
         duration_s = expert.ndp_s + (layer_s if is_first else 0.0)
-        _note_expert(tape, step, layer, FIRST_GROUP + expert.group, begin_s, duration_s, expert)
+        note_expert(tape, step, layer, FIRST_GROUP + expert.group, begin_s, duration_s, expert)
         group.busy_s += expert.ndp_s
-    return waited_s
 
 
 @kernel
-def _note_expert(tape, step, layer, unit, start_s, duration_s, expert):
+def note_expert(tape, step, layer, unit, start_s, duration_s, expert):
     """Write the slice of an expert, a record of ACTIVE."""
     note(tape, step, layer, EXPERT, unit, start_s, duration_s, expert.weight_bytes)
     entry = last_slice(tape)

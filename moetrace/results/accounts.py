@@ -40,7 +40,8 @@ def accounts_of(system: System, total_s: float, busy_s: Mapping[str, float], lin
     Args:
         system: The machine, with its rates.
         total_s: Seconds of the whole replay, waits included.
-        busy_s: Busy seconds of each part, by its name in `units.parquet`.
+        busy_s: Busy seconds of each part, by its name in `units.parquet`; of a GPU at lower frequency levels, the
+            seconds at the top that draw as much.
         link_bytes: What the link carried, both ways.
     """
     drawn = _drawn(system, total_s, busy_s, link_bytes)

@@ -21,13 +21,11 @@ from moetrace.results.record import (
     SUMMARY_FILE,
     SWEEP_FILE,
     SWEEP_SCHEMA,
-    CellFile,
-    ListedCell,
     PlainSummary,
     Summary,
-    SweepFile,
     value_in,
 )
+from moetrace.results.sweep_record import CellFile, ListedCell, SweepFile
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.ordinary_file import is_folder, read_ordinary
 

@@ -14,9 +14,11 @@ import numpy as np
 from moetrace.engine.cluster.cluster_books import STAGE_FIELDS, STEP_FIELDS
 from moetrace.engine.cluster.cluster_lane import ClusterLane
 from moetrace.engine.lane import Lane
+from moetrace.engine.levels import power_s
 from moetrace.engine.run import AnyLane, Run
 from moetrace.engine.state import LINK_IN, LINK_OUT, STEP, UNIT
 from moetrace.results.accounts import Account, accounts_of
+from moetrace.results.deadlines import level_columns
 from moetrace.results.remote_use import remote_usd
 from moetrace.results.requests import QUANTILES, REQUEST_COUNTS, edges_of, request_gaps, request_times
 from moetrace.spec import System
@@ -38,6 +40,7 @@ _STEP_FIGURES = ("dense_s", "moe_s", "head_s", "wait_s", "hits", "misses", "dema
 def step_slices(run: Run) -> Iterator[pl.DataFrame]:
     """Yield the rows of all steps of all policies in order, a slice at a time."""
     phase_names = pl.Series("phase", PHASE_NAMES)
+    with_levels = any(lane.level_steps is not None for lane in run.lanes)
     any_cold = any(lane.remote is not None for lane in run.lanes)
     for lane in run.lanes:
         end_s = 0.0
@@ -56,6 +59,7 @@ def step_slices(run: Run) -> Iterator[pl.DataFrame]:
                     "duration_s": np.ascontiguousarray(log["duration_s"]),
                     **{name: np.ascontiguousarray(log[name]) for name in _STEP_FIGURES},
                     "imbalance": _nulls(log["imbalance"]),
+                    **(level_columns(lane, steps) if with_levels else {}),
                     **({"cold_s": np.where(np.arange(first, first + len(log)), 0.0, lane.cold_s)} if any_cold else {}),
                     **_of_a_cluster(log),
                 }
@@ -147,8 +151,11 @@ def account_frame(run: Run) -> pl.DataFrame:
 
 def lane_accounts(system: System, lane: AnyLane) -> list[Account]:
     """Return the accounts of a policy, without a frame."""
-    link_bytes = 0.0 if isinstance(lane, ClusterLane) else link_bytes_of(lane)
-    accounts = accounts_of(system, total_s(lane), busy_of(lane), link_bytes)
+    busy_s = busy_of(lane)
+    if isinstance(lane, ClusterLane):
+        return accounts_of(system, total_s(lane), busy_s, 0.0)
+    busy_s["gpu"] = power_s(lane.aside.levels, busy_s["gpu"])
+    accounts = accounts_of(system, total_s(lane), busy_s, link_bytes_of(lane))
     if system.price is not None and lane.remote is not None:
         accounts.append(Account("remote", usd=remote_usd(system, lane)))
     return accounts

@@ -136,6 +136,28 @@ class PolicyFigures(CommonFigures, kw_only=True):
         float | UnsetType,
         Figure("s", "the cold start, a part of the first step; only with `remote`", "lower", "cold start", "cold"),
     ] = UNSET
+    # Only of a policy with a deadline (`OF_A_DEADLINE`).
+    in_time: Annotated[
+        float | UnsetType | None,
+        Figure(
+            "share",
+            "share of the steps that end within the policy's `deadline_ms`; only with it",
+            "higher",
+            "steps in time",
+            "in\ntime",
+        ),
+    ] = UNSET
+    mean_frequency: Annotated[
+        float | UnsetType | None,
+        Figure(
+            "share",
+            "mean over the steps of the frequency of their level, over that of the top; only with `deadline_ms` and "
+            "`[[gpu.levels]]`",
+            None,
+            "frequency, mean",
+            "fre-\nquency",
+        ),
+    ] = UNSET
     # Only of a cluster; else a file does not have it at all.
     cluster: ClusterFigures | UnsetType = UNSET
 
@@ -195,8 +217,6 @@ class TraceFacts(msgspec.Struct, kw_only=True):
 # How far the parts of a file are checked when it is read: a report takes structs, a gate whatever it is to compare.
 TraceForm = TypeVar("TraceForm")
 PolicyForm = TypeVar("PolicyForm")
-CellForm = TypeVar("CellForm")
-ResultForm = TypeVar("ResultForm")
 
 
 class SummaryFile(msgspec.Struct, Generic[TraceForm, PolicyForm], kw_only=True):
@@ -214,40 +234,6 @@ class SummaryFile(msgspec.Struct, Generic[TraceForm, PolicyForm], kw_only=True):
 
 Summary = SummaryFile[TraceFacts, PolicyFigures]
 PlainSummary = SummaryFile[dict[str, Any], dict[str, Any]]
-
-
-class ListedCell(msgspec.Struct):
-    """A cell in `sweep.json`: its name and the hash that names its file, or why it has none. Its axes are beside it."""
-
-    name: str
-    cell: str | None
-    error: str | None = None
-
-
-class SweepFile(msgspec.Struct, Generic[CellForm], kw_only=True):
-    """`sweep.json`."""
-
-    schema: str = SWEEP_SCHEMA
-    moetrace: str
-    engine: str | None = None
-    pareto: str = "gpu_memory_bytes"
-    axes: dict[str, Any]
-    cells: list[CellForm]
-    notes: list[str] = []
-    slo: list[str] = []
-
-
-class CellFile(msgspec.Struct, Generic[ResultForm], kw_only=True):
-    """`cells/HASH.json` of a sweep; `found_sha256` is of `result`, `costs` and `warnings`."""
-
-    schema: str = CELL_SCHEMA
-    moetrace: str = ""
-    engine: str | None = None
-    inputs: dict[str, Any]
-    found_sha256: str = ""
-    result: ResultForm
-    costs: dict[str, Any] = {}
-    warnings: list[str] = []
 
 
 def choices_of(policy: PolicySpec) -> dict[str, Any]:
@@ -296,8 +282,9 @@ _OF_DISK = ("host_slots", "host_hits", "host_misses", "host_hit_rate", "disk_byt
 OF_REMOTE = ("remote_s", "remote_calls", "remote_experts", "remote_rows", "remote_usd", "cold_s")
 # Figures that a system without a table does not have, and that table; and all that a file may lack.
 OF_A_TABLE = dict.fromkeys(_OF_DISK, "disk") | ACCOUNTS
+OF_A_DEADLINE = ("in_time", "mean_frequency")  # only where the policy has `deadline_ms`
 OF_CLUSTER = tuple(name for name in FIGURES if name.startswith("cluster."))
-OPTIONAL = frozenset((*OF_A_TABLE, "resent_bytes", "gate_mass_dropped", *OF_REMOTE, *OF_CLUSTER))
+OPTIONAL = frozenset((*OF_A_TABLE, "resent_bytes", "gate_mass_dropped", *OF_REMOTE, *OF_A_DEADLINE, *OF_CLUSTER))
 
 
 def is_absent(name: str, policy: Mapping[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.accounts import account_figures
 from moetrace.results.cluster_summary import cluster_figures
 from moetrace.results.common_figures import Utilization
+from moetrace.results.deadlines import deadline_figures
 from moetrace.results.frames import lane_accounts, total_s, utilization_of
 from moetrace.results.record import (
     COLUMNS,
@@ -98,7 +99,8 @@ def policy_figures(run: Run, break_even: Sequence[float | None] | None = None) -
     figures = [_figures(run, lane) for lane in run.lanes]
     decode_rows = int(run.schedule.requests.output_rows.sum())
     for each, lane in zip(figures, run.lanes, strict=True):
-        for name, value in account_figures(lane_accounts(run.system, lane), decode_rows).items():
+        found = account_figures(lane_accounts(run.system, lane), decode_rows) | deadline_figures(run.system, lane)
+        for name, value in found.items():
             setattr(each, name, value)
     for each, tokens in zip(figures, break_even or [None] * len(figures), strict=True):
         each.break_even_tokens = tokens

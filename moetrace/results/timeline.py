@@ -30,11 +30,12 @@ else:
 def timeline_frame(run: Run) -> pl.DataFrame:
     """Return a row for each slice of the recorded steps, policy by policy, step by step, in order of their start.
 
-    Columns: `policy`; `unit` (`gpu`, `ndp0` .., `link_in`, `link_out`; null of a step, a layer, a wait and a
-    cold start); `kind` (`step`, `layer`, `wait`, `cold`, `dense`, `expert`, `fetch`, `prefetch`, `activations`,
-    `head`); `name`; `start_s` (since the trace began) and `duration_s`; `step`; `layer` and `expert` (null where there
-    is none); `rows` and `bytes` (of a unit's shard, so that all add up); `resident` (of an expert, whether the GPU held
-    it when the router spoke).
+    Columns: `policy`; `unit` (`gpu`, `ndp0` .., `link_in`, `link_out`, `cpu`, `disk`; null of a step, a layer, a wait,
+    a cold start and evictions); `kind` (`step`, `layer`, `wait`, `cold`, `dense`, `expert`, `fetch`, `prefetch`,
+    `activations`, `head`; with more tiers `evict`, `activations-cpu`, `outside`, `read`, `read-ahead`); `name`;
+    `start_s` (since the trace began) and `duration_s`; `step`; `layer` and `expert` (null where there is none); `rows`
+    and `bytes` (of a unit's shard, so that all add up); `resident` (of an expert, whether the GPU held it when the
+    router spoke).
     """
     return pl.concat([slices_of(run, lane, recording) for lane, recording in recordings(run)])
 
@@ -71,14 +72,16 @@ def step_starts_s(lane: Lane, first: int, stop: int) -> np.ndarray:
 def slices_of(run: Run, lane: Lane, recording: Recording) -> pl.DataFrame:
     """Return the rows of `timeline_frame` that are one policy's."""
     starts_s = step_starts_s(lane, recording.first, recording.stop)
-    notes, share = recording.slices, lane.machine.share
-    # A group of units is one row of the tape, but each of its units is busy.
-    in_group = notes["unit"] >= FIRST_GROUP
+    notes, share, groups = recording.slices, lane.machine.share, len(lane.state.scratch.groups)
+    # A group of units is one row of the tape, but each of its units is busy. What stands behind the groups is one part.
+    behind = notes["unit"] >= FIRST_GROUP + groups
+    in_group = (notes["unit"] >= FIRST_GROUP) & ~behind
     copies = np.where(in_group, share, 1)
     first_copy = np.cumsum(copies) - copies
     of = np.repeat(np.arange(len(notes)), copies)
-    notes, in_group = notes[of], in_group[of]
+    notes, in_group, behind = notes[of], in_group[of], behind[of]
     unit = np.where(in_group, FIRST_GROUP + (notes["unit"] - FIRST_GROUP) * share, notes["unit"])
+    unit += np.where(behind, groups * (share - 1), 0)
     unit += np.arange(len(of)) - first_copy[of]
     part = np.where(in_group, share, 1)
     names = _names_of(lane)
@@ -111,16 +114,18 @@ def slices_of(run: Run, lane: Lane, recording: Recording) -> pl.DataFrame:
         _unless(pl.col("layer") < 0, "layer"),
         _unless(pl.col("expert") < 0, "expert"),
         _unless(pl.col("kind") != "expert", "rows"),
-        _unless(pl.col("kind").is_in(["step", "layer", "wait", "cold"]), "bytes"),
+        _unless(pl.col("kind").is_in(["step", "layer", "wait", "cold", "evict"]), "bytes"),
         _unless(pl.col("resident") < 0, "resident").cast(pl.Boolean),
     )
 
 
 def _names_of(lane: Lane) -> dict[int, str]:
-    """Names of parts by their row in the unit log; of the units of a group, by the rows that they would have alone."""
-    names, in_group = {}, 0
+    """Names of parts by their row in the unit log, if each unit of a group had one of its own."""
+    names, in_group, groups = {}, 0, len(lane.state.scratch.groups)
     for part in lane.parts:
-        if part.log_row >= FIRST_GROUP:
+        if part.log_row >= FIRST_GROUP + groups:
+            names[part.log_row + groups * (lane.machine.share - 1)] = part.name
+        elif part.log_row >= FIRST_GROUP:
             names[FIRST_GROUP + in_group] = part.name
             in_group += 1
         elif part.log_row != NO_ROW:
@@ -146,15 +151,17 @@ def _steps_of(run: Run, lane: Lane, recording: Recording, starts_s: np.ndarray) 
 
 
 def _name() -> pl.Expr:
-    """`L3 E17`, `fetch L3 E17`, `L3 dense`, `head`, `step 12`; of a layer, `L3`."""
+    """`L3 E17`, `fetch L3 E17`, `L3 E17 outside`, `L3 dense`, `head`, `step 12`; of a layer, `L3`."""
     layer, expert = pl.format("L{}", "layer"), pl.format("L{} E{}", "layer", "expert")
     kind = pl.col("kind")
     return (
         pl.when(kind == "expert")
         .then(expert)
-        .when(kind.is_in(["fetch", "prefetch"]))
+        .when(kind == "outside")
+        .then(pl.format("{} {}", expert, kind))
+        .when(kind.is_in(["fetch", "prefetch", "read", "read-ahead"]))
         .then(pl.format("{} {}", kind, expert))
-        .when(kind.is_in(["dense", "activations"]))
+        .when(kind.is_in(["dense", "activations", "activations-cpu", "evict"]))
         .then(pl.format("{} {}", layer, kind))
         .when(kind == "layer")
         .then(layer)

@@ -30,8 +30,10 @@ else:
     pl = Later("polars")
 
 # Of steps and layers, and of what shares a link's direction without waiting for one another: tracks of their own.
-_OWN_TRACKS = {"step": "steps", "layer": "layers", "wait": "layers", "cold": "layers"}
+_OWN_TRACKS = {"step": "steps", "layer": "layers", "wait": "layers", "cold": "layers", "evict": "evictions"}
 _LINK_IN_TRACKS = {"fetch": "link_in", "prefetch": "link_in prefetch", "activations": "link_in activations"}
+# What goes to a CPU beside units, and comes from it.
+_CPU_TRACKS = {"link_out": "link_out cpu", "link_in": "link_in activations cpu"}
 _ARGUMENTS = {
     "dense": ("step", "layer", "bytes"),
     "expert": ("step", "layer", "expert", "rows", "bytes", "resident"),
@@ -41,6 +43,11 @@ _ARGUMENTS = {
     "head": ("step", "bytes"),
     "wait": ("step",),
     "cold": ("step",),
+    "evict": ("step", "layer"),
+    "activations-cpu": ("step", "layer", "bytes"),
+    "outside": ("step", "layer", "expert"),
+    "read": ("step", "layer", "expert", "bytes"),
+    "read-ahead": ("step", "layer", "expert", "bytes"),
 }
 _COLUMNS = ("track", "kind", "name", "ts", "dur", "step", "layer", "expert", "rows", "bytes", "resident")
 
@@ -83,14 +90,10 @@ def timeline_events(run: Run) -> Iterator[Event]:
 
 
 def _slice_events(run: Run, lane: Lane, pid: int, slices: pl.DataFrame) -> Iterator[Event]:
-    devices = [part.name for part in lane.parts if part.log_row not in (NO_ROW, LINK_IN, LINK_OUT)]
-    tracks = ["steps", "layers", *devices]
-    if run.system.link is not None:
-        tracks += [*(part.name for part in lane.parts if part.log_row == LINK_OUT), *_LINK_IN_TRACKS.values()]
-    tid = {track: number for number, track in enumerate(tracks, 1)}
+    tid = {track: number for number, track in enumerate(_tracks_of(run, lane), 1)}
     yield _name(pid, None, "process_name", name=f"{lane.policy.name} on {run.system.name}")
     yield _name(pid, None, "process_sort_index", sort_index=pid)
-    for track in tracks:
+    for track in tid:
         yield _name(pid, tid[track], "thread_name", name=track)
         yield _name(pid, tid[track], "thread_sort_index", sort_index=tid[track])
     layers = _layer_arguments(lane)
@@ -112,6 +115,19 @@ def _slice_events(run: Run, lane: Lane, pid: int, slices: pl.DataFrame) -> Itera
             "dur": _plain(row["dur"]),
             "args": arguments,
         }
+
+
+def _tracks_of(run: Run, lane: Lane) -> list[str]:
+    """Return a policy's tracks from top to bottom."""
+    names = [part.name for part in lane.parts if part.log_row not in (NO_ROW, LINK_IN, LINK_OUT)]
+    tracks, links = ["steps", "layers", *names], list(_LINK_IN_TRACKS.values())
+    if run.system.link is not None:
+        tracks += [*(part.name for part in lane.parts if part.log_row == LINK_OUT), *links]
+    tiers = lane.tiers
+    if tiers is not None:
+        tracks += _CPU_TRACKS.values() if tiers.term["has_cpu"][0] else ()
+        tracks += [_OWN_TRACKS["evict"]] if tiers.term["evict_s"][0] else []
+    return tracks
 
 
 def _counter_events(pid: int, counts: pl.DataFrame) -> Iterator[Event]:
@@ -142,7 +158,12 @@ def _with_tracks(slices: pl.DataFrame) -> pl.DataFrame:
     of_link = kind.replace_strict(_LINK_IN_TRACKS, default=None, return_dtype=pl.String)
     own = kind.replace_strict(_OWN_TRACKS, default=None, return_dtype=pl.String)
     return slices.with_columns(
-        pl.when(unit == "link_in").then(of_link).otherwise(pl.coalesce(own, unit)).alias("track")
+        pl.when(kind == "activations-cpu")
+        .then(unit.replace(_CPU_TRACKS))
+        .when(unit == "link_in")
+        .then(of_link)
+        .otherwise(pl.coalesce(own, unit))
+        .alias("track")
     )
 
 
@@ -178,6 +199,8 @@ def _layer_arguments(lane: Lane) -> Iterator[Event]:
     assert lane.recording is not None
     notes, layers = lane.recording.slices, len(lane.log.layer)
     experts = notes[notes["kind"] == EXPERT]
+    if lane.tiers is not None:  # an expert that is spread over units has a slice on each
+        experts = experts[np.unique(experts[["step", "layer", "expert"]], return_index=True)[1]]
     at = (experts["step"] - lane.recording.first) * layers + experts["layer"]
     cells = (lane.recording.stop - lane.recording.first) * layers
     hits = np.bincount(at, experts["resident"], minlength=cells)

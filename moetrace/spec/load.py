@@ -48,7 +48,7 @@ _KINDS = {
     msgspec.inspect.StrType: "a text in quotes",
     msgspec.inspect.StructType: "a table",
 }
-_TABLES = msgspec.inspect.StructType | msgspec.inspect.DictType
+_TABLES = msgspec.inspect.StructType | msgspec.inspect.DictType | msgspec.inspect.ListType
 _LIMITS = {">": "greater than", ">=": "of at least", "<": "less than", "<=": "of at most"}
 
 

@@ -84,6 +84,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     remote: Annotated[float, Meta(ge=0, le=1)] | None = None
     plan_steps: Annotated[int, Meta(ge=1, le=10**9)] | None = None
     replicas: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    deadline_ms: Annotated[float, Meta(ge=1e-6, le=1e9)] | None = None
     schedule: str | None = None
     order: Literal["asas", "aass"] | None = None
     shared: Literal["with-attention", "apart"] | None = None
@@ -116,8 +117,8 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             unread = [field for field in parameters() if field not in read or getattr(self, field) is None]
             return [*cluster_policy.ONE_GPU, *unread]
         read = {field for kind, fields in _OWN_READS.items() if _split(getattr(self, kind)) for field in fields}
-        # These go with a scope and with a system, not with a choice.
-        read |= {field for field in ("budget", "host_residency") if getattr(self, field) is not None}
+        # These go with a scope, a system and any policy, not with a choice.
+        read |= {field for field in ("budget", "host_residency", "deadline_ms") if getattr(self, field) is not None}
         read |= set(host_residency_of(self.host_residency).parameters if self.host_residency else ())
         read |= {"remote", "loads", *REMOTE_FIELDS} if self.remote is not None else set()
         for kind in KINDS:

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from moetrace.spec.errors import UsageError
+from moetrace.spec.frequency import by_frequency, level_misfits
 from moetrace.spec.host_memory import Disk, disk_misfit
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.link_rates import read_rates
@@ -159,10 +160,9 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         The system.
 
     Raises:
-        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, or a part has watts or a price
-            that the system lacks. The message names the TOML path.
-        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, or the disk does not go with
-            the rest. The message names the TOML path.
+        UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, levels have no top, a part has
+            watts or a price that the system lacks, or the disk does not go with the rest. The message names the TOML
+            path.
         MoetraceError: A file cannot be read.
 
     Examples:
@@ -187,7 +187,7 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         raise UsageError(f"{loaded.where}: {misfit}.")
     if system.link is not None:
         _check_link(system, system.link, loaded)
-    return system
+    return _with_levels(system, loaded.where)
 
 
 def _check_link(system: System, link: Link, loaded: Loaded) -> None:
@@ -215,6 +215,8 @@ def _check_cluster(system: System, loaded: Loaded) -> None:
                 f"{loaded.where}: all experts are in the memory of the cluster's GPUs, so it takes no [{part}]; "
                 "remove it."
             )
+    if system.gpu.levels is not None:
+        raise UsageError(f"{loaded.where}: GPUs of a cluster have no frequency levels yet; remove gpu.levels.")
     pair = cluster.attention, cluster.experts
     if (cluster.gpus is None) == (None in pair) or (cluster.gpus is not None and pair != (None, None)):
         raise UsageError(f"{loaded.where}: cluster wants gpus, or attention and experts, the numbers of its GPUs.")
@@ -222,3 +224,13 @@ def _check_cluster(system: System, loaded: Loaded) -> None:
         network.of_phase(phase)["node_bandwidth_gb_s"] is None for phase in ("prefill", "decode", "mixed")
     ):
         loaded.refuse("network.node_bandwidth_gb_s", "a number, which cluster.gpus_per_node needs")
+
+
+def _with_levels(system: System, where: str) -> System:
+    """Return a system whose GPU has its levels by frequency, once they are checked."""
+    levels = None if system.gpu.levels is None else by_frequency(system.gpu.levels)
+    if misfit := next(level_misfits(levels, system.gpu.memory_scales), None):
+        raise UsageError(f"{where}: {misfit}.")
+    if levels == system.gpu.levels:
+        return system
+    return msgspec.structs.replace(system, gpu=msgspec.structs.replace(system.gpu, levels=levels))

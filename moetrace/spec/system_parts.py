@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from moetrace.spec.frequency import Level
+
 # Wide enough for any machine, and so narrow that no product or quotient of a replay leaves the finite numbers.
 Positive = Annotated[float, Meta(ge=1e-9, le=1e9)]  # rates and sizes
 NotNegative = Annotated[float, Meta(ge=0, le=1e9)]
@@ -38,6 +40,9 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             Python. By default 0. The hand-off to a CPU is `cpu.command_us`.
         evict_us: Microseconds that each admission adds which evicts another expert, as for pages that are unmapped and
             mapped again. By default 0.
+        levels: The frequency levels that a policy with `deadline_ms` chooses from, the top first. By default the top
+            only.
+        memory_scales: Whether the memory's bandwidth goes with the frequency of a level. By default it does not.
     """
 
     name: str
@@ -52,6 +57,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     roofline: Roofline | None = None
     layer_overhead_us: NotNegative | None = None
     evict_us: NotNegative | None = None
+    levels: list[Level] | None = None
+    memory_scales: bool | None = None
 
     @property
     def flop_s(self) -> float:

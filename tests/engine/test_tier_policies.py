@@ -136,17 +136,18 @@ def test_a_plain_machine_keeps_its_lower_bound():
 
 @pytest.mark.parametrize("batch", [256, 512])
 def test_each_ablation_of_trimoe_is_slower(batch):
-    model = msgspec.structs.replace(load_model("qwen3-235b-a22b"), moe_layers=1)
-    trace = generate_trace(model, requests=batch, prompt=1, output=6, batch=batch, zipf=0.9, stick=0.3)
-    policies = [load_policy(name) for name in ("trimoe", "trimoe-no-cpu", "trimoe-greedy")]
-    setup = Setup(model=model, system=load_system("h100-amx-dimm"), policies=policies, slots=12)
+    """Layers and steps enough for experts to have moved to where their load says."""
+    model = msgspec.structs.replace(load_model("qwen3-235b-a22b"), moe_layers=4)
+    trace = generate_trace(model, requests=batch, prompt=1, output=16, batch=batch, zipf=0.9, stick=0.3)
+    policies = [load_policy(name) for name in ("trimoe", "trimoe-no-cpu", "trimoe-greedy", "trimoe-static")]
+    setup = Setup(model=model, system=load_system("h100-amx-dimm"), policies=policies, slots=32)
     (run,) = run_setups(trace, [setup])
     assert not isinstance(run, MoetraceError)
-    whole_s, without_cpu_s, greedy_s = (lane.log.step["moe_s"].sum() for lane in run.lanes)
-    assert without_cpu_s > whole_s and greedy_s > whole_s
+    whole_s, *ablations_s = (lane.log.step["moe_s"].sum() for lane in run.lanes)
+    assert min(ablations_s) > whole_s
 
 
 def test_presets_of_trimoe_and_monde_go_where_they_are_for():
-    for name in ("trimoe", "trimoe-no-cpu", "trimoe-greedy"):
+    for name in ("trimoe", "trimoe-no-cpu", "trimoe-greedy", "trimoe-static"):
         check_policy(mt.load_policy(name), mt.load_system("h100-amx-dimm"))
     check_policy(mt.load_policy("monde-ratio"), mt.load_system("monde-cxl"))

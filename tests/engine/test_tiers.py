@@ -1,55 +1,29 @@
 """The kernels of machines with more tiers and other links against the oracle, in random mixes of their mechanisms."""
 
-import csv
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import numpy as np
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.drawn_machines import MachineCase
-from support.drawn_runs import replay
 from support.drawn_tiers import tier_cases, tier_policies
-from support.strategies import Case
+from support.tier_runs import run_of, with_what_goes_together
 from support.tiers_oracle import Figures, from_specs
 from support.tiers_oracle import replay as simulate
 
 from moetrace.engine.lane import Lane
 from moetrace.engine.run import Run
 from moetrace.results.frames import unit_frame
-from moetrace.spec import PolicySpec, System, load_policy
 
 STEP_TIMES = ("duration_s", "wait_s", "head_s", "dense_s", "moe_s", "demand_bytes", "prefetch_bytes")
 
 
 def close(actual: Any, expected: Any, name: str = "") -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-15, err_msg=name)
-
-
-def run_of(case: MachineCase, policy: dict[str, Any], folder: Path) -> Run:
-    """Replay a case through the kernels, with the files that its TOML would name."""
-    fields = {"name": "drawn"} | policy
-    if "layout" in fields:
-        fields["layout"] = str(written(folder / "layout.csv", [(*key, unit) for key, unit in fields["layout"].items()]))
-    system = case.system | {}
-    if "disk" in system:  # the oracle's host says both
-        fields["host_residency"] = system["host"]["residency"]
-        system["host"] = {"slots": system["host"]["slots"]}
-    if system["link"].get("rates"):
-        rates = written(folder / "rates.csv", system["link"]["rates"])
-        system["link"] = system["link"] | {"rates": str(rates)}
-    spec = load_policy(msgspec.convert(fields, PolicySpec))
-    return replay(Case(case.trace, case.model, msgspec.convert(system, System), case.slots), [spec])
-
-
-def written(path: Path, rows: list) -> Path:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return path
 
 
 def check(run: Run, expected: Figures) -> None:
@@ -93,12 +67,6 @@ def compare(case: MachineCase, policy: dict[str, Any], folder: Path) -> Run:
     run = run_of(case, policy, folder)
     check(run, simulate(case.trace, machine, plain))
     return run
-
-
-def with_what_goes_together(case: MachineCase) -> None:
-    """Take out what a system refuses: chunks above a disk."""
-    if "disk" in case.system:
-        case.system["cpu"].pop("chunks", None)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -33,8 +33,8 @@ from moetrace.results.record import (
 from moetrace.results.summary import _utilization
 from moetrace.spec.system import Device
 
-# The figures of tables that the system of `result` does not have.
-OF_OTHERS = {name for name in OPTIONAL if name not in ACCOUNTS} | {"cluster"}
+# The figures of what system and policies of `result` do not have.
+OF_OTHERS = OPTIONAL - {*ACCOUNTS} | {"cluster"}
 
 
 @pytest.fixture(scope="module")

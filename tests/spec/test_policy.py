@@ -221,6 +221,7 @@ def test_unread_parameters_are_those_of_other_choices():
         "follows",
         "now_weight",
         "long_weight",
+        "deadline_ms",
         "with_cpu",
         "host_residency",
         "remote",

@@ -99,6 +99,7 @@ def test_systems():
     gpus |= {name for name in list_presets("systems") if load_system(name).cluster}
     assert gpus <= set(list_presets("systems"))
     assert [name for name in list_presets("systems") if name not in gpus] == [
+        "a6000-xeon",
         "dgx-spark",
         "edge-ndp",
         "edge-pi-cluster",
@@ -177,11 +178,13 @@ def test_policies():
         "ktransformers": ("ep", "home", "none", "none", "layer"),
         "fiddler": ("ep", "fiddler", "static-popular", "none", "global"),
         "hybrid": ("ep", "balance", "lru", "none", "layer"),
+        "haq": ("ep", "in-place", "static-popular", "none", "global"),
         "monde": ("ep", "hot", "none", "none", "layer"),
         "monde-ratio": ("ep", "hot:ratio", "none", "none", "layer"),
-        "trimoe": ("ep", "bottleneck", "ewma", "online:1", "layer"),
-        "trimoe-no-cpu": ("ep", "bottleneck", "ewma", "online:1", "layer"),
-        "trimoe-greedy": ("ep", "cheapest", "ewma", "online:1", "layer"),
+        "trimoe": ("mixed", "bottleneck", "ewma", "relayout", "layer"),
+        "trimoe-no-cpu": ("mixed", "bottleneck", "ewma", "relayout", "layer"),
+        "trimoe-greedy": ("mixed", "cheapest", "ewma", "relayout", "layer"),
+        "trimoe-static": ("ep", "bottleneck", "ewma", "online:1", "layer"),
         "halo": ("ep", "halo", "static-popular", "none", "global"),
         "strict": ("ep", "balance", "static-popular", "none", "global"),
         "ndp-ep": ("ep", "ndp", "none", "none", "layer"),

@@ -119,4 +119,9 @@ def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, obje
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         elif value is not None:
-            yield f"{prefix}{key}", " ".join(map(str, value)) if isinstance(value, list) else value
+            yield f"{prefix}{key}", " ".join(map(_entry, value)) if isinstance(value, list) else value
+
+
+def _entry(value: object) -> str:
+    """An entry of a list; of a table its values."""
+    return "/".join(map(str, value.values())) if isinstance(value, dict) else str(value)

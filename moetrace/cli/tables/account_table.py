@@ -44,7 +44,7 @@ def print_accounts(accounts: pl.DataFrame, summary: Mapping[str, Any], system: S
         columns += _relative(rows, "price_usd", tokens, 1e6, "USD a mil-\nlion tokens")
         print_parts(console, _keys(rows), [columns])
         console.print()
-    for line in _legend(system, tokens):
+    for line in [*_legend(system, tokens), *_levels(summary)]:
         console.print(line)
 
 
@@ -113,3 +113,13 @@ def _legend(system: System, tokens: int) -> list[str]:
     if tokens:
         lines.append(f"Tokens are the {counted(tokens, 'decode row')} of the trace.")
     return lines
+
+
+def _levels(summary: Mapping[str, Any]) -> list[str]:
+    """Say at which frequencies the policies ran that have a deadline and levels."""
+    means = {policy["name"]: policy.get("mean_frequency") for policy in summary["policies"]}
+    told = [f"{name} {100 * mean:.1f} %" for name, mean in means.items() if mean is not None]
+    if not told:
+        return []
+    words = "what the GPU draws beyond idle goes with frequency * voltage^2 of each step's level"
+    return [f"Levels: {words}. Mean frequency: {', '.join(told)} of the top."]

@@ -18,10 +18,10 @@ class _FigureColumn(NamedTuple):
     heading: str
     value: Callable[[dict[str, Any]], float | None]  # of a policy, in the heading's unit
     form: str = "digits"  # or "percent" or "factor"
-    always: bool = True  # False: only if it is neither zero nor undefined for every policy
+    always: bool | None = True  # False: only if a policy has something else than zero; None: only if one has it
 
 
-def _column(name: str, always: bool = True) -> _FigureColumn:
+def _column(name: str, always: bool | None = True) -> _FigureColumn:
     """The column of a figure of `summary.json`, with what `results.record` says of it."""
     figure = FIGURES[name]
     factor, _ = figure.shown
@@ -93,6 +93,8 @@ def _times_and_latencies() -> list[list[_FigureColumn]]:
             _column("itl_s.p99", always=False),
             _column("tokens_per_s", always=False),
             _column("break_even_tokens", always=False),
+            _column("in_time", always=None),
+            _column("mean_frequency", always=None),
         ],
     ]
 
@@ -127,7 +129,7 @@ def _shown(group: list[_FigureColumn], policies: list[dict[str, Any]]) -> list[T
     return [
         TextColumn(column.heading, _cells(column.form, values))
         for column, values in figures
-        if column.always or any(values)
+        if column.always or any(values) or (column.always is None and values.count(None) < len(values))
     ]
 
 
@@ -171,6 +173,7 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots"
         f"{', and all else in host memory' if system.get('disk') else ''}.",
         *_speculation(summary),
+        *_deadlines(summary),
         *_functions(summary["policies"]),
         *_known(system),
         *(
@@ -222,6 +225,21 @@ def _speculation(summary: dict[str, Any]) -> list[str]:
         f"where it keeps more tokens a step; this trace keeps {trace['tokens'] / max(steps, 1):.2f}. The time of the "
         "draft model is not in it.",
     ]
+
+
+def _deadlines(summary: dict[str, Any]) -> list[str]:
+    """Say what policies with a deadline chose, and what is not of the levels that they chose."""
+    deadlines = {policy["name"]: policy["choices"].get("deadline_ms") for policy in summary["policies"]}
+    told = [f"{name} {deadline_ms:g} ms" for name, deadline_ms in deadlines.items() if deadline_ms is not None]
+    if not told:
+        return []
+    words = f"In time: steps that end within deadline_ms ({', '.join(told)})."
+    if any(policy.get("mean_frequency") is not None for policy in summary["policies"]):
+        words += (
+            " Each step runs at the lowest frequency level that is in time, at the top if none is; times are of these "
+            "levels, bounds of the top."
+        )
+    return [words]
 
 
 def _functions(policies: list[dict[str, Any]]) -> list[str]:

@@ -17,6 +17,7 @@ _SHOWN = (
     *("total_s", "speedup", "tokens_per_s", "ttft_s_p50", "tpot_s_p50", "tpot_s_p99", "itl_s_p50", "itl_s_p99"),
     *("hit_rate", "gpu_memory_bytes", "link_bytes", "price"),
     *("energy_j", "energy_per_token_j", "price_usd", "usd_per_million_tokens"),
+    *("in_time", "mean_frequency"),
 )
 _AGAINST = {name: COLUMNS[name].label for name in FRONTS} | {"link_bytes": "bytes over the link"}
 # What a system must have for a front against these.

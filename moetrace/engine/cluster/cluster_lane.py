@@ -17,7 +17,7 @@ from moetrace.engine.folding import FoldedSteps, StepStore
 from moetrace.engine.in_common import InCommon, Yardstick
 from moetrace.engine.layer import SAME
 from moetrace.engine.machine import MachinePart
-from moetrace.engine.replay import Batch
+from moetrace.engine.replay import Aside, Batch
 from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import Log, new_steps
@@ -50,6 +50,8 @@ class ClusterLane:
     clairvoyant: None = None
     hooks: tuple = ()
     tiers: None = None
+    aside: Aside = field(default_factory=Aside)
+    level_steps: None = None
     remote: None = None
     losses: None = None
     cold_starts: None = None

@@ -86,6 +86,7 @@ def note_tiers(dense, line, moved, machine, tiers, scratch, log):
     link_in.busy_s += line.fetch_s + moved[1] + back_s
     link_in.bytes += line.demand_bytes + moved[0] + act_bytes
     link_out.busy_s += out_s
+    link_out.shared_s += min(line.act_s, beside.cpu_act_s)  # both leave at the router's word
     link_out.bytes += act_bytes
     log.unit[FIRST_GROUP + scratch.groups.size + CPU_ROW].busy_s += beside.cpu_s
     if line.busiest_s > 0.0:

@@ -168,6 +168,14 @@ def disk_spare_s(host):
 
 
 @kernel
+def read_end_s(host):
+    """Return when the reads that the layer at hand demands end, after the router's word."""
+    if host is None:
+        return 0.0
+    return host.books[0].read_s
+
+
+@kernel
 def note_read_ahead(host, seconds, byte_count):
     """Note what a prefetch has read."""
     if host is None:

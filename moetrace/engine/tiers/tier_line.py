@@ -5,7 +5,16 @@ from typing import NamedTuple
 from moetrace.engine.layer import Timeline
 from moetrace.engine.state import ON_GPU
 from moetrace.engine.tiers.tier_host import spare_disk
-from moetrace.engine.tiers.tier_link import IN, OUT, TO_CPU, TO_HOME, activations_s, weights_s
+from moetrace.engine.tiers.tier_link import (
+    IN,
+    OUT,
+    TO_CPU,
+    TO_HOME,
+    activations_s,
+    resent_bytes,
+    set_resent_bytes,
+    weights_s,
+)
 from moetrace.engine.tiers.tier_records import AUTO
 from moetrace.engine.tiers.tier_times import (
     best_chunks,
@@ -23,6 +32,7 @@ from moetrace.jit.compile import kernel
 class Exchange(NamedTuple):
     """Rows that went out, and their results that came back: seconds with all latencies, and bytes of one way."""
 
+    begin_s: float  # of the work
     end_s: float
     out_s: float
     back_s: float
@@ -53,7 +63,8 @@ def tier_line(tiers, machine, view, size, plan):
         fetch_s += seconds
         demand_bytes += expert.weight_bytes
         free_s = fetched_end_s(term, free_s, from_s, fetched_s, expert.gpu_s)
-    sent, sent_cpu, beside = Exchange(0.0, 0.0, 0.0, 0.0), Exchange(0.0, 0.0, 0.0, 0.0), tiers.beside[0]
+    nothing, beside = Exchange(0.0, 0.0, 0.0, 0.0, 0.0), tiers.beside[0]
+    sent, sent_cpu = nothing, nothing
     beside.cpu_s = 0.0
     if home.experts > 0:
         parts = (home.row_shards, home.busiest_s, term.home_command_s)
@@ -62,12 +73,21 @@ def tier_line(tiers, machine, view, size, plan):
         beside.cpu_s = cpu.busy_s + term.cpu_layer_s
         parts = (min(float(view.rows), cpu.rows), beside.cpu_s, term.cpu_command_s)
         sent_cpu = _exchanged(tiers.transfers, machine, view, parts, TO_CPU, (term.cpu_chunks, size), plan)
-    beside.home_end_s, beside.home_back_s = sent.end_s, sent.back_s
-    beside.cpu_end_s, beside.cpu_back_s = sent_cpu.end_s, sent_cpu.back_s
+    beside.home_begin_s, beside.home_end_s, beside.home_back_s = sent.begin_s, sent.end_s, sent.back_s
+    beside.cpu_begin_s, beside.cpu_end_s, beside.cpu_back_s = sent_cpu.begin_s, sent_cpu.end_s, sent_cpu.back_s
     beside.cpu_act_s, beside.cpu_act_bytes = sent_cpu.out_s, sent_cpu.byte_count
     moe_s = max(free_s, sent.end_s, sent_cpu.end_s, term.remote_s)
     spare_disk(tiers.host, moe_s)
     return Timeline(moe_s, sent.out_s, fetch_s, busy_s, sent.byte_count, demand_bytes, home.busiest_s, home.busy_sum_s)
+
+
+@kernel
+def tiers_line_again(tiers, machine, view, size, plan):
+    """Return the time line once more, with other prices on the GPU, and note nothing."""
+    resent = resent_bytes(tiers.transfers)
+    line = tier_line(tiers, machine, view, size, plan)
+    set_resent_bytes(tiers.transfers, resent)
+    return line
 
 
 @kernel
@@ -84,7 +104,8 @@ def _exchanged(transfers, machine, view, parts, device, sizes, plan):
         work_s = home_span_s(term_of(view), view, size, plan, out_s + latency_s, work_s)
     back_s = activations_s(transfers, byte_count, out_s + latency_s + work_s, plain_s, device, IN)
     end_s = exchange_s_of((out_s, work_s, back_s), latency_s, count, command_s)
-    return Exchange(end_s, out_s + latency_s * count, back_s + latency_s * count, byte_count)
+    begin_s = out_s / count + latency_s
+    return Exchange(begin_s, end_s, out_s + latency_s * count, back_s + latency_s * count, byte_count)
 
 
 @kernel

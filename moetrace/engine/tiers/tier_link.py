@@ -186,6 +186,22 @@ def activations_s(transfers, byte_count, start_s, plain_s, device, direction):
 
 
 @kernel
+def resent_bytes(transfers):
+    """Return what was sent again so far, in each direction."""
+    if transfers is None:
+        return 0.0, 0.0
+    return transfers.state[0].resent_out_bytes, transfers.state[0].resent_in_bytes
+
+
+@kernel
+def set_resent_bytes(transfers, resent):
+    """Let that have been sent again: after a time line that was drawn once more."""
+    if transfers is None:
+        return
+    transfers.state[0].resent_out_bytes, transfers.state[0].resent_in_bytes = resent
+
+
+@kernel
 def flow_of(transfers, byte_count, at_s, most_s, s_per_byte, cap_s_per_byte):
     """Return which of a prefetch's bytes pass in ``most_s`` seconds at most, and in which seconds.
 

@@ -42,12 +42,14 @@ BESIDE = np.dtype(
         (name, np.float64)
         for name in (
             "evict_s",  # that the layer began with
+            "home_begin_s",  # when the first rows are there; above a disk the first expert may not be
             "home_end_s",
             "home_back_s",  # activations from the units; to them: `Timeline.act_s`
             "cpu_s",  # busy
             "cpu_act_s",  # activations to the CPU
             "cpu_back_s",  # and from it
             "cpu_act_bytes",  # one way
+            "cpu_begin_s",
             "cpu_end_s",
         )
     ]

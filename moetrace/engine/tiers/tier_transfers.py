@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.engine.machine import Machine
+from moetrace.engine.replay import Batch
 from moetrace.engine.state import records
 from moetrace.engine.tiers.tier_link import LINK_STATE, LINK_TERM, Transfers
 from moetrace.engine.tiers.tier_records import Tiers, new_tiers
@@ -58,6 +59,16 @@ def with_transfers(tiers: Tiers | None, policy: PolicySpec, system: System, mach
     lost = np.zeros(units, np.uint8)
     transfers = Transfers(term, records(1, LINK_STATE), begin_s, s_per_byte, place, next_row, row_of, lost)
     return (tiers or new_tiers(units))._replace(transfers=transfers)
+
+
+def note_remote_mass(transfers: Transfers | None, whole: Batch, local: Batch) -> None:
+    """Count the gates of what remote functions run of a block, which no link loses."""
+    if transfers is None or not transfers.term["is_relaxed"][0]:
+        return
+    rows = int(whole.offset[len(whole.steps.rows)])
+    gone = whole.experts[:rows] != local.experts[:rows]
+    each = np.full(gone.shape, np.nan) if len(whole.gates) == 0 else whole.gates[:rows].astype(np.float64)
+    transfers.state["all_mass"] += np.where(np.isfinite(each), each, 1 / gone.shape[2])[gone].sum()
 
 
 def with_rates(machine: Machine, tiers: Tiers | None) -> Machine:

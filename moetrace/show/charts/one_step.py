@@ -17,9 +17,11 @@ from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.ordinary_file import open_ordinary
 
 _KINDS = ("dense", "expert", "fetch", "prefetch", "activations", "wait", "cold", "head")
+_KINDS += ("outside", "activations-cpu", "read", "read-ahead", "evict")  # of machines with more tiers
 _MOST_PANELS = 4
 _MOST_SLICES = 2500  # of a panel
 _NAMES = {"link_in prefetch": "prefetch", "link_in activations": "link in, activations", "layers": "waiting"}
+_NAMES |= {"evictions": "evictions", "link_out cpu": "link out, CPU", "link_in activations cpu": "link in, CPU"}
 
 
 class _Event(msgspec.Struct):

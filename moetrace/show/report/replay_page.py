@@ -7,7 +7,15 @@ import polars as pl
 
 from moetrace.results.publish import file_in
 from moetrace.results.read_parquet import readable
-from moetrace.results.record import ACCOUNTS, FIGURES, TIMELINE_FILE, PolicyFigures, Summary, value_in
+from moetrace.results.record import (
+    ACCOUNTS,
+    FIGURES,
+    OF_A_DEADLINE,
+    TIMELINE_FILE,
+    PolicyFigures,
+    Summary,
+    value_in,
+)
 from moetrace.results.replayed import Replayed
 from moetrace.show.charts import QUESTIONS
 from moetrace.show.charts.analyzed import balance as balanced
@@ -113,7 +121,7 @@ def _card(policy: PolicyFigures, fastest: bool) -> str:
         ("Hits", page.percent(policy.hit_rate)),
         *(
             (_row_name(name), _shown(name, value))
-            for name in ACCOUNTS
+            for name in (*ACCOUNTS, *OF_A_DEADLINE)
             if (value := value_in(figures, name)) is not None
         ),
     ]
