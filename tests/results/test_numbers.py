@@ -48,13 +48,15 @@ def limits(struct) -> dict[str, tuple[Any, float, float]]:
         if not numbers:  # a choice of words, or a switch
             continue
         (number,) = numbers
-        found[path] = (type(number), number.ge, number.le)
+        found[path] = (type(number), number.ge, number.lt if number.le is None else number.le)
     return found
 
 
 # Parts that a machine of one GPU has, and that the GPUs of a cluster have.
 CLUSTER = ("gpu.", "network.", "energy.gpu.", "price.gpu.", "price.usd_hour")
-ONE_GPU = ("gpu.", "ndp.", "link.", "cpu.", "host.", "energy.", "price.", "disk.", "remote.")
+ONE_GPU = ("gpu.", "ndp.", "link.", "cpu.", "host.", "energy.", "price.")
+# What goes only with other fields, or has no end: packets that are always lost.
+NOT_ALONE = ("host.slots", "gpu.levels.", "link.loss")
 
 
 def ends(struct, parts=ONE_GPU):
@@ -72,7 +74,7 @@ def drawn_limits(struct, parts=ONE_GPU):
     return {
         path: one
         for path, one in limits(struct).items()
-        if not path.startswith(OF_A_TABLE) and (struct is not mt.System or path.startswith(parts))
+        if not path.startswith(OF_A_TABLE + NOT_ALONE) and (struct is not mt.System or path.startswith(parts))
     }
 
 
