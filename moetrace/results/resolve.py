@@ -63,11 +63,13 @@ def resolve(
 def _elsewhere(error: UnreadParameterError, sources: Sequence[Policy], system: System) -> UsageError:
     """Say of a parameter that was set in every policy which of the replay's reads it, else which preset would.
 
-    Presets that a replay on the system compares by default come first.
+    Presets that a replay on the system compares by default come first, then those that set the parameter themselves.
     """
     field = error.field
     named = [source for source in sources if isinstance(source, str)]
-    known = (*named, *default_policies(system), *list_presets("policies"))
+    default = getattr(PolicySpec(name=""), field)
+    presets = sorted(list_presets("policies"), key=lambda name: getattr(load_policy(name), field) == default)
+    known = (*named, *default_policies(system), *presets)
     reading = next((name for name in known if _reads(name, field, system)), None)
     if reading is None:
         return error
