@@ -52,6 +52,7 @@ HEAVY_IMPORTS = {
     ("engine/state.py", "numba"): "declares the types that the replay is compiled for",
     ("engine/bounds.py", "numba"): "declares the types that the bounds are compiled for",
     ("engine/lower_bound.py", "numba"): "declares the types that the bound is compiled for",
+    ("engine/cluster/cluster_replay.py", "numba"): "declares the types that the replay of a cluster is compiled for",
     ("engine/plugin.py", "numba"): "says in one sentence what Numba refuses in a user's function",
 }
 NUMBA_AT_THE_TOP = {

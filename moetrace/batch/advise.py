@@ -104,6 +104,11 @@ class Question:
         if changes["policy"]:
             raise UsageError("An advice chooses the policy: change fields of the model and the system only.")
         self.system = load_system(system, changes["system"])
+        if self.system.cluster is not None:
+            raise UsageError(
+                f"System {self.system.name} is a cluster, about which there is no advice yet; compare policies with "
+                "moetrace replay or moetrace sweep."
+            )
         for limit in self.slos:
             if (table := OF_A_TABLE.get(limit.metric)) and getattr(self.system, table) is None:
                 raise UsageError(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from moetrace.batch.cell import Cell, code_fingerprint, digest, error_sentence, files_of
+from moetrace.engine.cluster.cluster_lane import ClusterLane
 from moetrace.engine.decoded import Decoded, Needs, decoded_bytes, needs_of
 from moetrace.engine.folding import StepStore
 from moetrace.engine.run import Run, run_setups
@@ -162,13 +163,22 @@ def _figures(run: Run, facts: dict[str, Any], trace: Trace) -> dict[str, Any] | 
 
 
 def _costs(run: Run, trace: Trace) -> CellCosts:
-    """Bytes of GPU memory for dense weights and slots of the largest expert; bytes over the link; USD an hour."""
+    """Bytes of GPU memory for dense weights and slots of the largest expert; bytes over the link; USD an hour.
+
+    On a cluster these are bytes of its fullest GPU, and what its network carried.
+    """
     model, weight_bytes = run.model, weight_bytes_of(trace, run.model)
-    everything = model.all_experts
+    everything, lane = model.all_experts, run.lanes[0]
+    if isinstance(lane, ClusterLane):
+        return CellCosts(
+            gpu_memory_bytes=lane.memory_bytes(model),
+            link_bytes=float(lane.books.total["network_bytes"][0]),
+            price=run.system.usd_hour,
+        )
     experts_bytes = float(weight_bytes.sum()) if run.slots == everything else run.slots * float(weight_bytes.max())
     return CellCosts(
         gpu_memory_bytes=model.moe_layers * model.dense_bytes + model.head_bytes + experts_bytes,
-        link_bytes=link_bytes_of(run.lanes[0]),
+        link_bytes=link_bytes_of(lane),
         price=run.system.usd_hour,
     )
 

@@ -19,7 +19,7 @@ from moetrace.spec.load import FUNCTION_FIELDS
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 from moetrace.trace.format import Block, Trace
-from moetrace.trace.schema import BLOCK_BYTES, DECODE, check_ids
+from moetrace.trace.schema import BLOCK_BYTES, DECODE, PHASE_NAMES, check_ids
 
 
 class Needs(NamedTuple):
@@ -31,12 +31,16 @@ class Needs(NamedTuple):
     rows: bool = False  # which row chose what
     gates: bool = False  # sums of gates: a dispatch reads them, or a user's function may name them
     each_gate: bool = False  # which row gave which choice which gate
+    positions: bool = False  # where a row stands in its request: a policy of a cluster cuts steps
 
 
 def needs_of(policies: Iterable[PolicySpec], systems: Iterable[System] = ()) -> Needs:
     """Return what at least one of the policies, or a system that they run on, needs."""
-    ahead_layers, residencies, gates = 0, [], False
+    ahead_layers, residencies, gates, positions = 0, [], False, False
     for policy in policies:
+        if policy.schedule is not None:
+            positions = True
+            continue
         prefetch, residency = find("prefetch", policy.prefetch), find("residency", policy.residency)
         dispatch = find("dispatch", policy.dispatch)
         gates |= may_be_users(policy) or (dispatch is not None and dispatch.weighs)
@@ -48,9 +52,10 @@ def needs_of(policies: Iterable[PolicySpec], systems: Iterable[System] = ()) -> 
         ahead_layers,
         any(residency.next_steps for residency in residencies),
         any(residency.counts_prompts for residency in residencies),
-        any(residency.foresees for residency in residencies),
+        positions or any(residency.foresees for residency in residencies),
         gates,
         any(system.link is not None and system.link.loses_rows for system in systems),
+        positions,
     )
 
 
@@ -102,6 +107,28 @@ class Decoded:
             count_experts(without_ahead(batch.demand, own, layers), popularity)
         return popularity.rows
 
+    def first_batches(self, steps: int) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yield the blocks with the first steps of each phase, and which these are, int64 numbers in the block.
+
+        Blocks that are not kept are without demands.
+        """
+        phase = self.schedule.phase
+        first = np.sort(np.concatenate([np.flatnonzero(phase == one)[:steps] for one in range(len(PHASE_NAMES))]))
+        batches = (batch for batch, _ in self._kept) if self._kept is not None else self._without_demand()
+        for batch in batches:
+            begin, stop = batch.steps.first, batch.steps.first + len(batch.steps.rows)
+            own = first[(first >= begin) & (first < stop)]
+            if own.size:
+                yield batch, own - begin
+            if not (first >= stop).any():
+                return
+
+    def _without_demand(self) -> Iterator[Batch]:
+        none = np.zeros(0, np.int32)
+        for block in self.trace.blocks():
+            nobody = Demand(np.zeros(block.steps * self.trace.layers + 1, np.int64), none, none, none, np.zeros(0))
+            yield _batch(block, nobody, self.schedule, self.needs, None)
+
     def _decode(self, pool: Executor | None, gates: bool) -> Iterator[tuple[Batch, int]]:
         trace, schedule = self.trace, self.schedule
         next_steps = None
@@ -148,7 +175,7 @@ def decoded_bytes(trace: Trace, needs: Needs) -> int:
     total = int(active.sum()) * a_choice + 8 * trace.steps * trace.layers + trace.rows
     ids = trace.rows * trace.layers * trace.top_k
     if needs.prompts or needs.rows or needs.each_gate:
-        total += 2 * ids + 8 * trace.rows
+        total += 2 * ids + 8 * trace.rows * (1 + needs.positions)
     total += 4 * ids if needs.each_gate and "gates" in trace.has else 0
     blocks = ids * (1 if trace.num_experts <= 255 else 2) // BLOCK_BYTES
     return total + blocks * _ahead_steps(trace, needs) * int(active.max()) * a_choice
@@ -200,6 +227,7 @@ def _batch(block: Block, demand: Demand, schedule: Schedule, needs: Needs, gates
         request=request_index(schedule.requests, block) if with_request else np.zeros(0, np.int64),
         row_phase=np.ascontiguousarray(block.phase, np.uint8),
         gates=np.zeros((0, *shape[1:]), np.float32) if gates is None else gates,
+        position=block.position.astype(np.int64) if needs.positions else np.zeros(0, np.int64),
     )
 
 

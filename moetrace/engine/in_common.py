@@ -101,6 +101,12 @@ class InCommon:
         """Return the remote experts of a lane, or those of another that are the same."""
         return None if remote is None else self._remote.setdefault(remote.key, remote)
 
+    def shared(self, key: tuple, make: Callable[[], Yardstick]) -> Yardstick:
+        """Return the yardstick of a key, made when it is first asked for."""
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
+
     def work_bound(self, machine: Machine, remote: RemoteExperts | None = None) -> Yardstick:
         """Return the work bound of a machine, wherever experts live; remote ones are not in it."""
 

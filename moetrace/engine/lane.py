@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 
 from moetrace.engine.against_optimal import Regret, new_regret
+from moetrace.engine.bounds import work_bound_s
 from moetrace.engine.cold import ColdStarts, cold_steps
 from moetrace.engine.decision_log import DecisionLog
 from moetrace.engine.decoded import Decoded
 from moetrace.engine.failure import place_of
-from moetrace.engine.folding import FoldedSteps
+from moetrace.engine.folding import FoldedSteps, StepStore
 from moetrace.engine.foresight import foresight_of
 from moetrace.engine.in_common import InCommon, PromptBooks, Yardstick
 from moetrace.engine.layer_slots import layer_slots
 from moetrace.engine.levels import STEP_LEVEL, levels_of
-from moetrace.engine.lower_bound import room_of
+from moetrace.engine.lower_bound import add_to_lower_bound, room_of
 from moetrace.engine.machine import Machine, MachinePart, machine_of, parts_of
 from moetrace.engine.placement import place_experts
 from moetrace.engine.plugin import load_hook, weighs_gates
@@ -28,15 +29,16 @@ from moetrace.engine.residency import EVICTED_SHARE, MOST_COUNT, empty_cache, ke
 from moetrace.engine.setting import new_setting
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_steps, records
+from moetrace.engine.tape import new_tape
 from moetrace.engine.tiers.tier_host import end_disk
 from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, REMOTE_ROW, Tiers
 from moetrace.engine.tiers.tier_remote import RemoteExperts, end_remote, remote_of, with_remote
 from moetrace.engine.tiers.tier_transfers import Losses, losses_of, note_remote_mass, with_rates, with_transfers
 from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of, with_homes_of_its_own
-from moetrace.engine.variants import variant
+from moetrace.engine.variants import clairvoyant, variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.participants import check_policy, seen_by
+from moetrace.spec.participants import seen_by
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 
@@ -77,6 +79,19 @@ class Lane:
     last_s: float = 0.0  # processor time that the last block took
     level_steps: Any = None  # STEP_LEVEL [steps], as the log of steps; of a lane with levels
     _first_step: int = 0  # that the log has
+
+    def fold(self, store: StepStore, common: InCommon) -> None:
+        """Keep no log of each step, but what a summary needs."""
+        self.folded = FoldedSteps(store)
+        if self.setting["counts_prompts"][0]:
+            self.books = common.books(self.state.prompts)
+            self.state = self.state._replace(prompts=None)
+
+    def keep(self, steps: int) -> None:
+        """Keep the log of each step."""
+        self.log = self.log._replace(step=new_steps(steps))
+        if self.aside.levels is not None:
+            self.level_steps = new_steps(steps, STEP_LEVEL)
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
@@ -144,6 +159,13 @@ class Lane:
         return variant(self.tiers, self.aside)
 
     @property
+    def kernels(self) -> list[Any]:
+        """What it calls, in threads if there are some."""
+        found: list[Any] = [work_bound_s, add_to_lower_bound, self.kernel]
+        found += [clairvoyant(self.tiers)] if self.clairvoyant is not None else []
+        return found + ([variant(self.tiers, self.aside._replace(tape=new_tape(1, 1)))] if self.recording else [])
+
+    @property
     def lower_bound_s(self) -> float:
         """The bound that counts starts, the link and the slots; the work bound, should that be greater."""
         return self.work_bound_s if self.lower_bound is None else max(self.lower_bound.seconds, self.work_bound_s)
@@ -162,12 +184,6 @@ class Lane:
         first = batch.steps.first - self._first_step
         steps = self.level_steps[first : first + len(batch.steps.rows)]
         return self.aside._replace(levels=levels._replace(steps=steps))
-
-    def keep_steps(self, steps: int) -> None:
-        """Make the log of so many steps."""
-        self.log = self.log._replace(step=new_steps(steps))
-        if self.aside.levels is not None:
-            self.level_steps = new_steps(steps, STEP_LEVEL)
 
     @property
     def duration_s(self) -> np.ndarray:
@@ -259,7 +275,6 @@ def lane_of(
     decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int, common: InCommon
 ) -> Lane:
     """Return the lane of a policy of a setup, before the first step."""
-    check_policy(policy, setup.system)
     model, system = setup.model, seen_by(policy, setup.system)
     schedule, own = decoded.schedule, setup.hooks
     remote = common.remote(remote_of(policy, setup, system, decoded, weight_bytes))
@@ -312,7 +327,7 @@ def lane_of(
     elif residency.begin is not None:
         residency.begin(policy, state, decoded)
     seen = common_machine, tiers, setting, hooks[0], remote
-    clairvoyant = _clairvoyant_of(dispatch, seen, common)
+    best = _clairvoyant_of(dispatch, seen, common)
     log = new_log(0, layers, len(state.scratch.groups) + (MORE_ROWS if tiers else 0))
     parts = parts_of(system, share) if tiers is None else tier_parts_of(system, share, tiers, len(state.scratch.groups))
     aside = Aside(levels=levels_of(system, policy, machine), regret=_regret_of(setup, policy, dispatch, system))
@@ -323,6 +338,6 @@ def lane_of(
     if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
     cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
-    yardsticks = common.work_bound(machine, remote), lower_bound, clairvoyant
+    yardsticks = common.work_bound(machine, remote), lower_bound, best
     has_units = system.ndp is not None
     return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold, remote)

@@ -6,7 +6,8 @@ import numpy as np
 
 from moetrace.spec.choices import find
 from moetrace.spec.model import Model
-from moetrace.spec.policy import PolicySpec, load_loads
+from moetrace.spec.policy import PolicySpec
+from moetrace.spec.policy_files import load_loads
 
 
 class Placing(NamedTuple):

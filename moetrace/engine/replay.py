@@ -89,6 +89,7 @@ class Batch(NamedTuple):
     request: np.ndarray  # int64 [rows]
     row_phase: np.ndarray  # uint8 [rows]
     gates: np.ndarray  # float32 [rows, L, k]; or [0, L, k] where the trace has none, or nobody asks for them
+    position: np.ndarray  # int64 [rows], in the request; empty where no policy cuts steps
 
 
 class State(NamedTuple):
@@ -376,7 +377,8 @@ def smallest_work() -> Work:
     bits = np.zeros(1, np.uint8)
     few, no_gates = np.zeros(1, np.int32), np.zeros((0, 1, 1), np.float32)
     demand = Demand(np.zeros(2, np.int64), few, few, few, np.zeros(1))
-    batch = Batch(Steps(0, one, one, one, bits), demand, one, np.zeros((0, 1, 1), np.uint16), none, bits, no_gates)
+    arrays = np.zeros((0, 1, 1), np.uint16), none, bits, no_gates, none
+    batch = Batch(Steps(0, one, one, one, bits), demand, one, *arrays)
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
     machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)
     state = new_state(machine, prompts_of(none, none, none, 1), empty_cache(1, 1, 1, 0, BY_TOUCH), True)

@@ -1,34 +1,34 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from moetrace.engine.bounds import work_bound_s
+from moetrace.engine.cluster.cluster_lane import ClusterLane, cluster_lane
 from moetrace.engine.decision_log import DecisionLog
 from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
-from moetrace.engine.folding import FoldedSteps, StepStore
+from moetrace.engine.folding import StepStore
 from moetrace.engine.in_common import InCommon
 from moetrace.engine.lane import Lane, lane_of
-from moetrace.engine.lower_bound import add_to_lower_bound
 from moetrace.engine.plugin import is_users
 from moetrace.engine.recording import Recording
 from moetrace.engine.replay import Batch
 from moetrace.engine.schedule import Schedule
 from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes_of
-from moetrace.engine.tape import new_tape
-from moetrace.engine.variants import clairvoyant, variant
 from moetrace.jit.apart import Hands, may_wait, result_of
 from moetrace.jit.compile import compile_now
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.model import Model
+from moetrace.spec.participants import check_policy
 from moetrace.spec.system import System
 from moetrace.trace.format import Trace
 
 _Made = TypeVar("_Made")
+
+AnyLane = Lane | ClusterLane
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Run:
     slots: int
     schedule: Schedule
     popularity: Popularity
-    lanes: list[Lane]
+    lanes: list[AnyLane]
     warnings: list[str]
 
     @property
@@ -55,7 +55,7 @@ class _Underway:
 
     setup: Setup
     slots: int
-    lanes: list[Lane]
+    lanes: list[AnyLane]
     warnings: list[str]
     error: MoetraceError | None = None
 
@@ -119,22 +119,19 @@ def _begin(
     decoded: Decoded, setup: Setup, slots: int, warnings: list[str], common: InCommon, store: StepStore | None
 ) -> _Underway:
     weight_bytes = weight_bytes_of(decoded.trace, setup.model)
-    lanes = [lane_of(decoded, setup, policy, weight_bytes, slots, common) for policy in setup.policies]
-    if store is not None:
-        for lane in lanes:
-            lane.folded = FoldedSteps(store)
-            if lane.setting["counts_prompts"][0]:
-                lane.books = common.books(lane.state.prompts)
-                lane.state = lane.state._replace(prompts=None)
-    else:
-        for lane in lanes:
-            lane.keep_steps(decoded.trace.steps)
-    if setup.window is not None:
-        for lane in lanes:
-            lane.recording = Recording(setup.window.start, setup.window.stop)
-    if setup.decisions:
-        for lane in lanes:
-            lane.decision_log = DecisionLog()
+    lanes: list[AnyLane] = []
+    for policy in setup.policies:
+        check_policy(policy, setup.system)
+        if setup.system.cluster is not None:
+            lane = cluster_lane(decoded, setup, policy, weight_bytes, common)
+        else:
+            lane = lane_of(decoded, setup, policy, weight_bytes, slots, common)
+            if setup.window is not None:
+                lane.recording = Recording(setup.window.start, setup.window.stop)
+            if setup.decisions:
+                lane.decision_log = DecisionLog()
+        lane.keep(decoded.trace.steps) if store is None else lane.fold(store, common)
+        lanes.append(lane)
     warnings = warnings + [
         f"policy {lane.policy.name}: requests overlap from first to last, so scope request empties nothing."
         for lane in lanes
@@ -146,7 +143,7 @@ def _begin(
 def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Callable[[int], None] | None) -> Popularity:
     """Replay every block in every lane; return how much each expert was wanted."""
     popularity = new_popularity(decoded.trace.layers, decoded.trace.num_experts)
-    compile_now(*_kernels_of(lane for one in underway for lane in one.lanes))  # before threads want them
+    compile_now(*(each for one in underway for lane in one.lanes for each in lane.kernels))  # before threads want them
     # A user's function may never return: that must not keep the main thread from hearing Ctrl-C. What is built in does
     # soon, and would take a few percent longer in another thread, whose caches are cold.
     own = may_wait() and any(is_users(hook) for one in underway for lane in one.lanes for hook in lane.hooks)
@@ -161,16 +158,6 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
             if progress is not None:
                 progress(rows)
     return popularity
-
-
-def _kernels_of(lanes: Iterable[Lane]) -> list[Any]:
-    """Return what the lanes of a pass call, in threads if there are some."""
-    found: list[Any] = [work_bound_s, add_to_lower_bound]
-    for lane in lanes:
-        found.append(lane.kernel)
-        found += [clairvoyant(lane.tiers)] if lane.clairvoyant is not None else []
-        found += [variant(lane.tiers, lane.aside._replace(tape=new_tape(1, 1)))] if lane.recording is not None else []
-    return found
 
 
 def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> None:

@@ -15,7 +15,7 @@ from moetrace.analyze.balance.loads import add, loads_of, steps_of_phase
 from moetrace.exports.blocks import check_objects
 from moetrace.spec import list_presets, load_model
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.policy import load_static
+from moetrace.spec.policy_files import load_static
 from moetrace.trace.format import Trace
 
 PHASES = ("all", "prefill", "decode", "mixed")

@@ -21,3 +21,12 @@ def mix_64(z):
 
 
 mix = kernel(mix_64)
+
+
+@kernel
+def drawn(seed, step, layer, place, expert):
+    """Return a number of 0 to 2^32 - 1 that depends on all five, as if it were random."""
+    state = np.uint64(seed)
+    for part in (step, layer, place, expert):
+        state = mix(state + GOLDEN * (np.uint64(part) + np.uint64(1)))
+    return np.int64(state >> np.uint64(32))

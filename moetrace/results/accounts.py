@@ -72,7 +72,8 @@ def _drawn(system: System, total_s: float, busy_s: Mapping[str, float], link_byt
     if energy is None:
         return found
     units = [f"ndp{unit}" for unit in range(system.units)]
-    for part, watts, names in (("gpu", energy.gpu, ["gpu"]), ("ndp", energy.ndp, units), ("cpu", energy.cpu, ["cpu"])):
+    gpus = ["gpu"] if system.cluster is None else system.cluster.names
+    for part, watts, names in (("gpu", energy.gpu, gpus), ("ndp", energy.ndp, units), ("cpu", energy.cpu, ["cpu"])):
         if watts is not None:
             found[part] = _of_devices(part, watts, total_s, [busy_s[name] for name in names])
     if energy.link is not None:

@@ -74,7 +74,7 @@ class CommonFigures(msgspec.Struct, kw_only=True):
     utilization: Utilization
     work_bound_s: Annotated[float, Figure("s", "the work bound: no schedule is faster", None, "work bound")]
     clairvoyant_s: Annotated[
-        float,
+        float | None,
         Figure("s", "the clairvoyant run: what a layer needs is on the GPU, up to the slots", None, "clairvoyant"),
     ]
     # It moves when another policy does, so no baseline holds it.

@@ -8,7 +8,7 @@ import numpy as np
 
 from moetrace.engine.layer import SAME
 from moetrace.engine.levels import mean_frequency
-from moetrace.engine.run import Lane
+from moetrace.engine.run import AnyLane
 from moetrace.spec import System
 from moetrace.spec.later import Later
 
@@ -22,7 +22,7 @@ else:
 _FIELDS = {"level": "level", "top_duration_s": "top_s"}
 
 
-def deadline_figures(system: System, lane: Lane) -> dict[str, float | None]:
+def deadline_figures(system: System, lane: AnyLane) -> dict[str, float | None]:
     """Return the figures of `summary.json` that only a policy with a deadline has; None without steps."""
     if lane.policy.deadline_ms is None:
         return {}
@@ -34,7 +34,7 @@ def deadline_figures(system: System, lane: Lane) -> dict[str, float | None]:
     return found
 
 
-def level_columns(lane: Lane, steps: slice) -> dict[str, pl.Series]:
+def level_columns(lane: AnyLane, steps: slice) -> dict[str, pl.Series]:
     """Return the columns of `steps.parquet` that levels add: null for a policy without a deadline."""
     if lane.level_steps is None:
         nothing = [None] * (steps.stop - steps.start)

@@ -60,9 +60,10 @@ def write_decisions(run: Run, file: Any) -> None:
 
 def _slices(run: Run) -> Iterator[pl.DataFrame]:
     """Yield the rows a slice at a time, an empty one first."""
-    logs = [_log_of(lane) for lane in run.lanes]
-    yield _frame(run.lanes[0], np.zeros(0, DECISION))
-    for lane, log in zip(run.lanes, logs, strict=True):
+    lanes = [lane for lane in run.lanes if isinstance(lane, Lane)]  # a cluster decides nothing
+    logs = [_log_of(lane) for lane in lanes]
+    yield _frame(lanes[0], np.zeros(0, DECISION))
+    for lane, log in zip(lanes, logs, strict=True):
         for made in log.slices():
             yield _frame(lane, made)
 

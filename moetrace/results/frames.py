@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moetrace.engine.cluster.cluster_books import STAGE_FIELDS, STEP_FIELDS
+from moetrace.engine.cluster.cluster_lane import ClusterLane
+from moetrace.engine.lane import Lane
 from moetrace.engine.levels import power_s
-from moetrace.engine.run import Lane, Run
-from moetrace.engine.state import LINK_IN, LINK_OUT, UNIT
+from moetrace.engine.run import AnyLane, Run
+from moetrace.engine.state import LINK_IN, LINK_OUT, STEP, UNIT
 from moetrace.results.accounts import Account, accounts_of
 from moetrace.results.deadlines import level_columns
 from moetrace.results.remote_use import remote_usd
@@ -58,8 +61,19 @@ def step_slices(run: Run) -> Iterator[pl.DataFrame]:
                     "imbalance": _nulls(log["imbalance"]),
                     **(level_columns(lane, steps) if with_levels else {}),
                     **({"cold_s": np.where(np.arange(first, first + len(log)), 0.0, lane.cold_s)} if any_cold else {}),
+                    **_of_a_cluster(log),
                 }
             )
+
+
+def _of_a_cluster(log: np.ndarray) -> dict[str, pl.Series]:
+    """What only the steps of a cluster have: columns of its log as they are, and its rows' fan-out."""
+    if log.dtype == STEP:
+        return {}
+    routed = log["routed"]
+    columns = {name: pl.Series(np.ascontiguousarray(log[name])) for name in STEP_FIELDS if name != "imbalance_rows"}
+    fan_out = np.where(routed > 0, log["distinct"] / np.maximum(routed, 1), np.nan)
+    return columns | {"imbalance_rows": _nulls(log["imbalance_rows"]), "fan_out": _nulls(fan_out)}
 
 
 def unit_frame(run: Run) -> pl.DataFrame:
@@ -77,7 +91,7 @@ def layer_frame(run: Run) -> pl.DataFrame:
     return pl.concat([_layers_of(lane, with_cpu) for lane in run.lanes])
 
 
-def has_cpu_beside(lane: Lane) -> bool:
+def has_cpu_beside(lane: AnyLane) -> bool:
     """Whether a CPU runs experts beside NDP units."""
     return lane.tiers is not None and bool(lane.tiers.term["has_cpu"][0])
 
@@ -135,9 +149,11 @@ def account_frame(run: Run) -> pl.DataFrame:
     return pl.DataFrame(rows, {"policy": pl.String, "part": pl.String} | dict.fromkeys(names, pl.Float64))
 
 
-def lane_accounts(system: System, lane: Lane) -> list[Account]:
+def lane_accounts(system: System, lane: AnyLane) -> list[Account]:
     """Return the accounts of a policy, without a frame."""
     busy_s = busy_of(lane)
+    if isinstance(lane, ClusterLane):
+        return accounts_of(system, total_s(lane), busy_s, 0.0)
     busy_s["gpu"] = power_s(lane.aside.levels, busy_s["gpu"])
     accounts = accounts_of(system, total_s(lane), busy_s, link_bytes_of(lane))
     if system.price is not None and lane.remote is not None:
@@ -145,18 +161,18 @@ def lane_accounts(system: System, lane: Lane) -> list[Account]:
     return accounts
 
 
-def total_s(lane: Lane) -> float:
+def total_s(lane: AnyLane) -> float:
     """Seconds of all steps."""
     return float(np.sum(lane.duration_s))
 
 
-def utilization_of(lane: Lane) -> dict[str, float | None]:
+def utilization_of(lane: AnyLane) -> dict[str, float | None]:
     """Return the share of the time in which each part of the machine works, by its name, without a frame."""
     shares = _utilization(_part_log(lane), total_s(lane)).tolist()
     return {part.name: None if math.isnan(one) else one for part, one in zip(lane.parts, shares, strict=True)}
 
 
-def busy_of(lane: Lane) -> dict[str, float]:
+def busy_of(lane: AnyLane) -> dict[str, float]:
     """Return the busy seconds of each part of the machine, by its name, without a frame."""
     return dict(zip((part.name for part in lane.parts), _part_log(lane)["busy_s"].tolist(), strict=True))
 
@@ -166,13 +182,13 @@ def link_bytes_of(lane: Lane) -> float:
     return float(lane.log.unit["bytes"][LINK_IN] + lane.log.unit["bytes"][LINK_OUT])
 
 
-def _part_log(lane: Lane) -> np.ndarray:
+def _part_log(lane: AnyLane) -> np.ndarray:
     """The log of units, a row for each part of the machine."""
     log = np.concatenate((lane.log.unit, np.zeros(1, UNIT)))  # its last row is that of whatever takes no part
     return log[[part.log_row for part in lane.parts]]
 
 
-def _units_of(lane: Lane) -> pl.DataFrame:
+def _units_of(lane: AnyLane) -> pl.DataFrame:
     log = _part_log(lane)
     sharers = np.array([part.share for part in lane.parts])
     seconds, losses = total_s(lane), lane.losses
@@ -201,7 +217,7 @@ def _utilization(log: np.ndarray, seconds: float) -> np.ndarray:
     return np.clip((log["busy_s"] - log["shared_s"]) / seconds, 0.0, 1.0)  # a sum's rounding may lead beyond 1
 
 
-def _layers_of(lane: Lane, with_cpu: bool) -> pl.DataFrame:
+def _layers_of(lane: AnyLane, with_cpu: bool) -> pl.DataFrame:
     log, cpu = lane.log.layer, ("cpu_experts",) if with_cpu else ()
     count = log["imbalance_count"]
     imbalance = np.where(count > 0, log["imbalance_sum"] / np.maximum(count, 1), np.nan)
@@ -216,7 +232,13 @@ def _layers_of(lane: Lane, with_cpu: bool) -> pl.DataFrame:
             **columns,
         }
     )
-    return frame.insert_column(frame.get_column_index("gpu_experts"), _nulls(imbalance).rename("imbalance"))
+    frame = frame.insert_column(frame.get_column_index("gpu_experts"), _nulls(imbalance).rename("imbalance"))
+    if "routed" not in log.dtype.names:
+        return frame
+    rows = np.where(count > 0, log["imbalance_rows_sum"] / np.maximum(count, 1), np.nan)
+    fan_out = np.where(log["routed"] > 0, log["distinct"] / np.maximum(log["routed"], 1), np.nan)
+    stages = [pl.Series(name, np.ascontiguousarray(log[name])) for name in STAGE_FIELDS]
+    return frame.with_columns(*stages, _nulls(rows).rename("imbalance_rows"), _nulls(fan_out).rename("fan_out"))
 
 
 def _nulls(values: np.ndarray) -> pl.Series:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_t
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from moetrace.results.cluster_figures import ClusterFigures
 from moetrace.results.common_figures import CommonFigures
 from moetrace.results.figure import Count, Figure, Spread
 from moetrace.spec import PolicySpec, canonical
@@ -157,6 +158,8 @@ class PolicyFigures(CommonFigures, kw_only=True):
             "fre-\nquency",
         ),
     ] = UNSET
+    # Only of a cluster; else a file does not have it at all.
+    cluster: ClusterFigures | UnsetType = UNSET
 
     # Only where regret was asked for; else a file does not have them at all.
     regret: Annotated[
@@ -273,8 +276,10 @@ def fields_of(struct: type[msgspec.Struct]) -> Iterator[tuple[str, Figure | Meta
         if get_origin(hint) is Annotated:
             kind, *notes = get_args(hint)
             yield name, notes[-1], kind
-        elif isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-            yield from ((f"{name}.{part}", note, kind) for part, note, kind in fields_of(hint))
+            continue
+        for inner in (hint, *get_args(hint)):  # a part, or one that may be absent
+            if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+                yield from ((f"{name}.{part}", note, kind) for part, note, kind in fields_of(inner))
 
 
 def _figures_of(struct: type[msgspec.Struct]) -> Iterator[tuple[str, Figure]]:
@@ -308,7 +313,17 @@ OF_REMOTE = ("remote_s", "remote_calls", "remote_experts", "remote_rows", "remot
 OF_A_TABLE = dict.fromkeys(_OF_DISK, "disk") | ACCOUNTS
 OF_A_DEADLINE = ("in_time", "mean_frequency")  # only where the policy has `deadline_ms`
 OF_REGRET = ("regret", "regret_equal_share", "regret_layers", "regret_left_out")
-OPTIONAL = frozenset((*OF_A_TABLE, "resent_bytes", "gate_mass_dropped", *OF_REMOTE, *OF_A_DEADLINE, *OF_REGRET))
+OF_CLUSTER = tuple(name for name in FIGURES if name.startswith("cluster."))
+OPTIONAL = frozenset(
+    (*OF_A_TABLE, "resent_bytes", "gate_mass_dropped", *OF_REMOTE, *OF_A_DEADLINE, *OF_CLUSTER, *OF_REGRET)
+)
+    (*OF_A_TABLE, "resent_bytes", "gate_mass_dropped", *OF_REMOTE, *OF_A_DEADLINE, *OF_CLUSTER, *OF_REGRET)
+)
+
+
+def is_absent(name: str, policy: Mapping[str, Any]) -> bool:
+    """Whether a policy's part of summary.json does not have a figure of `OPTIONAL`."""
+    return name in OPTIONAL and name.partition(".")[0] not in policy
 
 
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -316,7 +331,7 @@ def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] =
 
     `check` returns each number as it is to be used; by default as it is. One of `OPTIONAL` may be absent: None.
     """
-    if name in OPTIONAL and name not in policy:
+    if is_absent(name, policy):
         return None
     value: Any = policy
     for key in name.split("."):

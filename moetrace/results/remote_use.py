@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from moetrace.engine.run import Lane
+from moetrace.engine.run import AnyLane
 from moetrace.spec import System
 
 
-def remote_usd(system: System, lane: Lane) -> float | None:
+def remote_usd(system: System, lane: AnyLane) -> float | None:
     """Return what the remote functions of a policy cost, by use; None if it has none.
 
     They are paid for the seconds in which each copy works, and for its memory: `memory_gb`, or what the remote experts
@@ -22,7 +22,7 @@ def remote_usd(system: System, lane: Lane) -> float | None:
     return float(system.remote.usd_per_gb_s * np.sum(memory_gb * lane.remote.books["work_s"]))
 
 
-def remote_figures(system: System, lane: Lane) -> dict[str, Any]:
+def remote_figures(system: System, lane: AnyLane) -> dict[str, Any]:
     """Return the figures that only a policy with remote experts has; nothing of others."""
     if lane.remote is None:
         return {}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.engine.gaps import gap_quantiles
-from moetrace.engine.run import Lane, Run
+from moetrace.engine.run import AnyLane, Run
 from moetrace.engine.tokens import NONE
 from moetrace.engine.turns import Turns
 
@@ -32,7 +32,7 @@ class Gaps(NamedTuple):
     weight: np.ndarray  # int64 [n]
 
 
-def edges_of(lane: Lane) -> np.ndarray:
+def edges_of(lane: AnyLane) -> np.ndarray:
     """Return float64 [steps + 1]: step s is from edge s to edge s + 1."""
     duration_s = lane.duration_s
     edge_s = np.zeros(len(duration_s) + 1)

@@ -20,6 +20,7 @@ from moetrace.spec import (
     load_policy,
     load_system,
 )
+from moetrace.spec.cluster_policy import fields_read
 from moetrace.spec.errors import UsageError
 from moetrace.spec.fits import dense_misfit
 from moetrace.spec.model_files.quantization import precision_name
@@ -60,10 +61,16 @@ def resolve(
 
 
 def _elsewhere(error: UnreadParameterError, sources: Sequence[Policy], system: System) -> UsageError:
-    """Say of a parameter that was set in every policy which of the replay's reads it, else which preset would."""
+    """Say of a parameter that was set in every policy which of the replay's reads it, else which preset would.
+
+    Presets that a replay on the system compares by default come first, then those that set the parameter themselves.
+    """
     field = error.field
     named = [source for source in sources if isinstance(source, str)]
-    reading = next((name for name in (*named, *list_presets("policies")) if _reads(name, field, system)), None)
+    default = getattr(PolicySpec(name=""), field)
+    presets = sorted(list_presets("policies"), key=lambda name: getattr(load_policy(name), field) == default)
+    known = (*named, *default_policies(system), *presets)
+    reading = next((name for name in known if _reads(name, field, system)), None)
     if reading is None:
         return error
     and_take = "" if reading in named else f"--policy {reading} "
@@ -82,6 +89,8 @@ def _reads(name: str, field: str, system: System) -> bool:
         check_policy(policy, system)
     except UsageError:
         return False
+    if policy.schedule is not None:  # what is not set counts as unread
+        return field in fields_read(policy.placement, policy.schedule, policy.copies, policy.migrate)
     return field not in policy.unread
 
 

@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from moetrace.engine.run import Lane, Run
+from moetrace.engine.cluster.cluster_lane import ClusterLane
+from moetrace.engine.run import AnyLane, Run
 from moetrace.jit.fingerprint import room_fingerprint
 from moetrace.results.accounts import account_figures
+from moetrace.results.cluster_summary import cluster_figures
 from moetrace.results.common_figures import Utilization
 from moetrace.results.deadlines import deadline_figures
 from moetrace.results.frames import lane_accounts, total_s, utilization_of
 from moetrace.results.record import (
     COLUMNS,
     FIGURES,
-    OPTIONAL,
     PolicyFigures,
     Spread,
     SummaryFile,
     TraceFacts,
     choices_of,
+    is_absent,
     value_in,
 )
 from moetrace.results.remote_use import remote_figures
@@ -40,7 +42,7 @@ from moetrace.spec import System, canonical
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.later import Later
 from moetrace.trace import Trace
-from moetrace.trace.schema import DECODE, MIXED, PREFILL
+from moetrace.trace.schema import DECODE, MIXED, PHASE_NAMES, PREFILL
 from moetrace.version import __version__
 
 if TYPE_CHECKING:
@@ -124,17 +126,13 @@ def summary_frame(policies: list[dict[str, Any]]) -> pl.DataFrame:
 
     A figure of `OPTIONAL` that no policy has is no column.
     """
-    paths = {
-        name: path
-        for name, path in _PATHS.items()
-        if path not in OPTIONAL or any(path in policy for policy in policies)
-    }
+    paths = {name: path for name, path in _PATHS.items() if not all(is_absent(path, policy) for policy in policies)}
     columns = {name: [value_in(policy, path) for policy in policies] for name, path in paths.items()}
     types = {name: pl.Int64 if COLUMNS[name].unit == "count" else pl.Float64 for name in paths}
     return pl.DataFrame({"name": [policy["name"] for policy in policies]} | columns, {"name": pl.String} | types)
 
 
-def _figures(run: Run, lane: Lane) -> PolicyFigures:
+def _figures(run: Run, lane: AnyLane) -> PolicyFigures:
     layers, duration_s = lane.log.layer, lane.duration_s
     phase_s = [float(np.sum(duration_s[run.schedule.phase == phase])) for phase in (PREFILL, DECODE, MIXED)]
     seconds = total_s(lane)
@@ -161,11 +159,11 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         imbalance_mean=_ratio(float(layers["imbalance_sum"].sum()), int(layers["imbalance_count"].sum())),
         utilization=_utilization(run.system, utilization_of(lane)),
         work_bound_s=float(lane.work_bound_s),  # of plain Python, without a JIT, NumPy's
-        clairvoyant_s=float(lane.clairvoyant_s),
+        clairvoyant_s=None if lane.clairvoyant_s is None else float(lane.clairvoyant_s),
         speedup=None,  # against the first policy
         used=int(lane.log.tally["used"][0]),
         optimal_fallbacks=int(lane.log.fallbacks[0]),
-        overhead_s=len(duration_s) * len(layers) * run.system.gpu.layer_overhead_s,
+        overhead_s=_overhead_s(run, lane),
         choices=choices_of(lane.policy),
         ttft_max_s=_spread(times.ttft_max_s),
         itl_s=_weighted_spread(gaps),
@@ -175,10 +173,11 @@ def _figures(run: Run, lane: Lane) -> PolicyFigures:
         **_losses(lane),
         **remote_figures(run.system, lane),
         **_regret(lane),
+        cluster=cluster_figures(lane, seconds, _phases(run)) if isinstance(lane, ClusterLane) else msgspec.UNSET,
     )
 
 
-def _host_figures(lane: Lane) -> dict[str, Any]:
+def _host_figures(lane: AnyLane) -> dict[str, Any]:
     """Return what a lane above a disk has more; nothing of others."""
     host = lane.tiers and lane.tiers.host
     if host is None:
@@ -194,7 +193,7 @@ def _host_figures(lane: Lane) -> dict[str, Any]:
     }
 
 
-def _losses(lane: Lane) -> dict[str, Any]:
+def _losses(lane: AnyLane) -> dict[str, Any]:
     """What a link that loses packets sent again, and the share of all gates that it lost; nothing of other links."""
     losses = lane.losses
     if losses is None:
@@ -205,9 +204,9 @@ def _losses(lane: Lane) -> dict[str, Any]:
     }
 
 
-def _regret(lane: Lane) -> dict[str, Any]:
+def _regret(lane: AnyLane) -> dict[str, Any]:
     """What the decisions cost beside those of `optimal`, where that was asked for."""
-    if lane.aside.regret is None:
+    if isinstance(lane, ClusterLane) or lane.aside.regret is None:
         return {}
     tally = lane.aside.regret.tally[0]
     return {
@@ -216,6 +215,17 @@ def _regret(lane: Lane) -> dict[str, Any]:
         "regret_layers": int(tally["layers"]),
         "regret_left_out": int(tally["left_out"]),
     }
+
+
+def _overhead_s(run: Run, lane: AnyLane) -> float:
+    if isinstance(lane, ClusterLane):
+        return lane.overhead_s
+    return len(lane.duration_s) * len(lane.log.layer) * run.system.gpu.layer_overhead_s
+
+
+def _phases(run: Run) -> list[str]:
+    """Names of the phases that the trace has."""
+    return [PHASE_NAMES[phase] for phase in np.unique(run.schedule.phase)]
 
 
 def _utilization(system: System, of_part: dict[str, float | None]) -> Utilization:
@@ -227,6 +237,9 @@ def _utilization(system: System, of_part: dict[str, float | None]) -> Utilizatio
     shares: dict[str, Any] = dict.fromkeys(fields) | {"ndp": []} | of_part
     if system.home and system.home.is_numbered:
         shares[system.home.name] = [of_part[name] for name in system.home.names]
+    if system.cluster is not None:
+        known = [share for name in system.cluster.names if (share := of_part[name]) is not None]
+        shares["gpu"] = sum(known) / len(known) if known else None
     return Utilization(**{name: shares[name] for name in fields})
 
 

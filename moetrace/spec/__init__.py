@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from moetrace.spec.load import canonical
     from moetrace.spec.model import Model, check_shape, load_model
     from moetrace.spec.named import list_presets
+    from moetrace.spec.network import Cluster, Network
     from moetrace.spec.participants import check_policy, default_policies
-    from moetrace.spec.policy import PolicySpec, load_loads, load_policy, load_static
+    from moetrace.spec.policy import PolicySpec, load_policy
+    from moetrace.spec.policy_files import load_loads, load_static
     from moetrace.spec.system import Cpu, Gpu, Host, Link, Ndp, Remote, System, load_system
     from moetrace.spec.weights import WeightBits
 
 __all__ = [
+    "Cluster",
     "Cpu",
     "Gpu",
     "Host",
@@ -27,6 +30,7 @@ __all__ = [
     "Model",
     "MoetraceError",
     "Ndp",
+    "Network",
     "PolicySpec",
     "Remote",
     "System",
@@ -47,9 +51,12 @@ __all__ = [
 ]
 
 
+_MODULES = ("load", "named", "model", "network", "system", "fits", "policy", "policy_files", "participants", "weights")
+
+
 def __getattr__(name: str) -> object:
     if name in __all__:
-        for module in ("load", "named", "model", "system", "fits", "policy", "participants", "weights"):
+        for module in _MODULES:
             home = importlib.import_module(f"moetrace.spec.{module}")
             if hasattr(home, name):
                 return getattr(home, name)

@@ -73,6 +73,8 @@ def system_figures(system: System) -> list[Derived]:
             Derived("ndp_capacity_gb", ndp.units * ndp.capacity_gb, f"all {ndp.units} units"),
             Derived("ndp_flop_per_byte", ndp.flop_s / ndp.bytes_s, "balance of a unit: below it, memory-bound"),
         ]
+    if system.cluster is not None:
+        figures += _cluster_figures(system)
     if cpu is not None:
         runs = "runs experts where the dispatch is not gpu"
         if system.link is None:
@@ -83,6 +85,24 @@ def system_figures(system: System) -> list[Derived]:
             Derived("cpu_tflops", cpu.flop_s / 1e12, f"F_c: reached by the CPU, which {runs}"),
             Derived("cpu_bandwidth_gb_s", cpu.bytes_s / 1e9, "B_c: reached by the CPU"),
             Derived("cpu_flop_per_byte", cpu.flop_s / cpu.bytes_s, "balance of the CPU: below it, memory-bound"),
+        ]
+    return figures
+
+
+def _cluster_figures(system: System) -> list[Derived]:
+    """How many GPUs run what, and what the network brings in each phase."""
+    cluster, network = system.cluster, system.network
+    assert cluster is not None and network is not None
+    figures = [
+        Derived("attention_gpus", cluster.attention_gpus, "ag: GPUs that run attention"),
+        Derived("expert_gpus", cluster.expert_gpus, "GPUs that hold experts"),
+    ]
+    for phase in ("prefill", "decode"):
+        found = network.of_phase(phase)
+        figures += [
+            Derived(f"{phase}_network_gb_s", found["bandwidth_gb_s"], f"of a GPU and direction, in {phase} steps"),
+            Derived(f"{phase}_dispatch_us", found["dispatch_latency_us"], "start of a transfer to the experts"),
+            Derived(f"{phase}_combine_us", found["combine_latency_us"], "start of a transfer back"),
         ]
     return figures
 

@@ -67,7 +67,7 @@ def host_slots(model: Model, system: System, expert_bytes: np.ndarray) -> int:
 
 
 def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_capacity: bool = False) -> None:
-    """Check that the experts fit the NDP units together, or host memory or, without a link, the GPU.
+    """Check that the experts fit the NDP units, or the GPUs of a cluster, together, or host memory or the only GPU.
 
     With a link and no NDP units they are in host memory, which has no limit unless `host.memory_gb` is given. A disk
     below it holds all of them.
@@ -88,6 +88,12 @@ def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_ca
         have = system.ndp.units * system.ndp.capacity_gb * 1e9
         place = f"the {system.ndp.units} NDP units of {system.ndp.capacity_gb:g} GB of system {system.name}"
         remedy = f"set system.ndp.units={int(-(-need // (system.ndp.capacity_gb * 1e9)))}"
+    elif system.cluster is not None:
+        one = system.gpu.memory_gb * 1e9 - system.gpu.reserve_gb * 1e9
+        one = gpu_space_bytes(model, system) if system.cluster.is_colocated else one
+        have = system.cluster.expert_gpus * max(one, 0.0)
+        place = f"the {have / 1e9:.1f} GB that the {system.cluster.expert_gpus} GPUs of system {system.name} have left"
+        remedy = "use more GPUs"
     elif system.link is None:
         have = max(gpu_space_bytes(model, system), 0.0)
         place = f"the {have / 1e9:.1f} GB that the GPU of system {system.name} has left (it has no link, so all must)"

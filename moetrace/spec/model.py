@@ -61,6 +61,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         dense_weight_bits: Bits of a dense weight.
         activation_bytes: Bytes of an activation, a.
         dense_params_per_layer: Weights that are read once per layer and step: attention, router, shared experts.
+        shared_params_per_layer: Those of them that are of shared experts, which a cluster may run apart. By default not
+            known.
         once_params: Weights that are read once per step: LM head, dense first layers.
         kv_bytes_per_token_layer: Bytes of the KV cache of one token in one layer.
     """
@@ -81,6 +83,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     dense_weight_bits: Bits
     activation_bytes: Annotated[float, Meta(ge=1e-9, le=1000)] = 2
     dense_params_per_layer: Params
+    shared_params_per_layer: Params | UnsetType = UNSET
     once_params: Params
     kv_bytes_per_token_layer: Annotated[float, Meta(ge=0, le=1e9)]
 
@@ -240,6 +243,8 @@ def load_model(source: str | Path | Model, overrides: Mapping[str, object] | Non
     model = convert(loaded, Model)
     _check_layers(model, loaded)
     _check_weight_bits(model, loaded)
+    if model.shared_params_per_layer is not UNSET and model.shared_params_per_layer > model.dense_params_per_layer:
+        loaded.refuse("shared_params_per_layer", f"at most dense_params_per_layer = {model.dense_params_per_layer}")
     return model
 
 

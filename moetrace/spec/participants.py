@@ -3,6 +3,7 @@
 import numpy as np
 from msgspec.structs import replace
 
+from moetrace.spec import cluster_policy
 from moetrace.spec.choices import Dispatch, choices_of, find
 from moetrace.spec.errors import UsageError
 from moetrace.spec.host_memory import policy_misfit
@@ -58,8 +59,11 @@ def default_policies(system: System) -> tuple[str, ...]:
 
     With NDP units MoNDE and the framework of arXiv 2601.03992, with a CPU whole layers on the GPU and a balance of both
     sides, with only a link whole layers on the GPU and a cache; without one everything is resident, and there is
-    nothing to compare. Beside NDP units the first of them moves weights although all would fit the GPU.
+    nothing to compare. Beside NDP units the first of them moves weights although all would fit the GPU. On a cluster
+    experts where they are by number, and copies of the busiest ones.
     """
+    if system.cluster is not None:
+        return "ep-serial", "eplb"
     if system.ndp is not None:
         return "monde", "edge-ndp"
     if system.home is not None:
@@ -89,8 +93,12 @@ def check_policy(policy: PolicySpec, system: System) -> None:
 
     `tp:g` wants a g that divides the number of NDP units. Without these and without a CPU that could run experts,
     `gpu` is the only dispatch: there is nothing to decide, so a user's own is refused too. `placement` places nothing
-    where there are no units, and is not looked at.
+    where there are no units, and is not looked at. A cluster runs policies with a schedule, and no other machine does.
     """
+    if (system.cluster is None) != (policy.schedule is None):
+        raise UsageError(cluster_policy.other_kind(policy.name, system))
+    if system.cluster is not None:
+        return
     if system.home is None:
         dispatch = find("dispatch", policy.dispatch)
         if dispatch is None or not dispatch.without_units:

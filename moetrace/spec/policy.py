@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
+from moetrace.spec import cluster_policy
 from moetrace.spec.choices import (
     KINDS,
     USER,
@@ -25,7 +25,7 @@ from moetrace.spec.choices import (
 )
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 from moetrace.spec.host_memory import host_residencies, host_residency_of
-from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, data_lines, read, read_table
+from moetrace.spec.load import FUNCTION_FIELDS, Loaded, convert, read
 from moetrace.spec.named import nearest
 from moetrace.spec.remote import FIELDS as REMOTE_FIELDS
 
@@ -47,9 +47,10 @@ NEEDED_FILES = {
 class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Four independent choices and the parameters of those that have some; texts as in the TOML.
 
-    `dispatch` and `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placements `ep-lpt` and
-    `eplb`, and of `remote`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`)
-    of a plan file, `layout` (of placement `mixed`) of a CSV file.
+    A policy with a `schedule` is one of a cluster: it has a placement, and no other of the four choices. `dispatch` and
+    `residency` may be a user's own, `"/path/file.py:function"`. `loads` (of placements `ep-lpt` and `eplb`, and of
+    `remote`) and `static` (of residency `static`) are paths of CSV files, `plan` (of placement `plan`) of a plan file,
+    `layout` (of placement `mixed`) of a CSV file.
     """
 
     name: str
@@ -84,6 +85,19 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     plan_steps: Annotated[int, Meta(ge=1, le=10**9)] | None = None
     replicas: Annotated[int, Meta(ge=1, le=65535)] | None = None
     deadline_ms: Annotated[float, Meta(ge=1e-6, le=1e9)] | None = None
+    schedule: str | None = None
+    order: Literal["asas", "aass"] | None = None
+    shared: Literal["with-attention", "apart"] | None = None
+    execution: Literal["bulk", "fused"] | None = None
+    kernels_per_layer: Annotated[int, Meta(ge=1, le=10**6)] | None = None
+    redundant: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    interval: Annotated[int, Meta(ge=0, le=10**9)] | None = None
+    window: Annotated[int, Meta(ge=1, le=10**9)] | None = None
+    copies: Literal["even", "row", "random", "nearest"] | None = None
+    migrate: Literal["pause", "async"] | None = None
+    migrate_share: Annotated[float, Meta(ge=1e-6, le=0.999)] | None = None
+    nodes: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    groups: Annotated[int, Meta(ge=1, le=4096)] | None = None
 
     def group_size(self, units: int) -> int:
         """Number of units that share an expert when there are `units`: g."""
@@ -97,7 +111,11 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def unread(self) -> list[str]:
-        """Parameters that none of the choices reads."""
+        """Parameters that none of the choices reads; of a policy of a cluster also what is not set."""
+        if self.schedule is not None:
+            read = cluster_policy.fields_read(self.placement, self.schedule, self.copies, self.migrate)
+            unread = [field for field in parameters() if field not in read or getattr(self, field) is None]
+            return [*cluster_policy.ONE_GPU, *unread]
         read = {field for kind, fields in _OWN_READS.items() if _split(getattr(self, kind)) for field in fields}
         # These go with a scope, a system and any policy, not with a choice.
         read |= {field for field in ("budget", "host_residency", "deadline_ms") if getattr(self, field) is not None}
@@ -124,6 +142,8 @@ def parameters() -> list[str]:
 
 def readers(parameter: str) -> str:
     """Say which choices read a parameter: `residency ewma or file.py:function`."""
+    if parameter in cluster_policy.FIELDS and parameter not in REMOTE_FIELDS:
+        return "policies of a cluster, which have a schedule,"
     said = []
     for kind in KINDS:
         known = [record for record in choices_of(kind).values() if not record.instead]
@@ -135,6 +155,7 @@ def readers(parameter: str) -> str:
         names += [USER] if parameter in _OWN_READS.get(kind, ()) else []
         said += [f"{kind} {' or '.join(names)}"] if names else []
     said += ["policies with remote"] if parameter in (*REMOTE_FIELDS, "loads") else []
+    said += [f"schedule {cluster_policy.AUTO}"] if parameter in cluster_policy.FIELDS else []
     return " or ".join(said)
 
 
@@ -173,12 +194,12 @@ def load_policy(
 
 
 class CodeFile(NamedTuple):
-    """A Python file that a policy names."""
+    """A Python file that a policy names; ``in_file``: in its own file, and not by who asked for it."""
 
     where: str  # what says so
     kind: str
     path: str
-    in_file: bool  # whether that is the policy's file, and not who asked for it
+    in_file: bool
 
 
 def read_policy(
@@ -197,10 +218,13 @@ def read_policy(
     else:
         loaded = read("policies", source, overrides)
     policy = convert(loaded, PolicySpec)
+    given = _changed(policy) | set(overrides) if isinstance(source, PolicySpec) else set(loaded.raw)
+    if policy.schedule is not None:
+        _check_of_cluster(policy, loaded, given)
+        return policy, []
     _check_choices(policy, loaded, overridden)
     _check_partners(policy, loaded)
     _check_scope(policy, loaded)
-    given = _changed(policy) | set(overrides) if isinstance(source, PolicySpec) else set(loaded.raw)
     _check_parameters(policy, loaded, given)
     is_file = isinstance(source, str | Path) and loaded.where == str(source)
     return policy, [
@@ -223,38 +247,6 @@ def note_code(where: str, file: str) -> None:
             printable(f"moetrace: note: {_from_here(where)} names {_from_here(file)}: a replay runs its code."),
             file=sys.stderr,
         )
-
-
-def load_loads(path: str | Path, layers: int, experts: int) -> np.ndarray:
-    """Read the loads of placements `ep-lpt` and `eplb`, and of `remote`: a CSV, a line a layer, a number an expert.
-
-    Returns float64 `[layers, experts]`; raises a MoetraceError that names the line.
-    """
-    return read_table(path, layers, experts)
-
-
-def load_static(path: str | Path, layers: int, experts: int) -> np.ndarray:
-    """Read the experts of residency `static`: a CSV of lines `layer,expert`, with or without that header.
-
-    Returns int64 `[n, 2]` in the file's order; raises a MoetraceError that names the line.
-    """
-    pairs: dict[tuple[int, int], None] = {}
-    for number, cells in data_lines(path):
-        if [cell.strip() for cell in cells] == ["layer", "expert"] and not pairs:
-            continue
-        try:
-            layer, expert = (int(cell) for cell in cells)
-        except ValueError:
-            raise MoetraceError(f"{path}, line {number}: wants a layer and an expert, as in 0,17.") from None
-        if not (0 <= layer < layers and 0 <= expert < experts):
-            raise MoetraceError(
-                f"{path}, line {number}: wants a layer below {layers} and an expert below {experts}, "
-                f"got {layer},{expert}."
-            )
-        if (layer, expert) in pairs:
-            raise MoetraceError(f"{path}, line {number}: expert {expert} of layer {layer} is there twice.")
-        pairs[layer, expert] = None
-    return np.array(list(pairs), np.int64).reshape(-1, 2)
 
 
 def names_code(policy: PolicySpec) -> bool:
@@ -299,6 +291,22 @@ def _check_choices(policy: PolicySpec, loaded: Loaded, overridden: Mapping[str, 
         loaded.refuse("host_residency", f"one of {', '.join(able)}, which learn from demands so far{near}")
     if policy.scope not in SCOPES:
         loaded.refuse("scope", f"one of {', '.join(SCOPES)}{nearest(policy.scope, list(SCOPES))}")
+
+
+def _check_of_cluster(policy: PolicySpec, loaded: Loaded, given: set[str]) -> None:
+    """Refuse a policy of a cluster with a wrong placement or schedule, or with fields that it does not read."""
+    if policy.placement not in cluster_policy.PLACEMENTS:
+        near = nearest(policy.placement, list(cluster_policy.PLACEMENTS))
+        loaded.refuse("placement", f"one of {', '.join(cluster_policy.PLACEMENTS)} on a cluster{near}")
+    if not cluster_policy.is_schedule(str(policy.schedule)):
+        loaded.refuse("schedule", cluster_policy.SCHEDULES)
+    for field in policy.unread:
+        if field in given and getattr(policy, field) is not None:
+            to = cluster_policy.reader_of(field)
+            sentence = f"{loaded.where}: {field} applies to {to} only; remove it or choose that."
+            raise UnreadParameterError(sentence, loaded.where, field)
+    if policy.placement == "plan" and policy.plan is None:
+        loaded.refuse("plan", NEEDED_FILES["plan"])
 
 
 def _check_choice(loaded: Loaded, kind: str, choice: str) -> None:

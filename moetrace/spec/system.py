@@ -17,6 +17,7 @@ from moetrace.spec.host_memory import Disk, disk_misfit
 from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.link_rates import read_rates
 from moetrace.spec.load import Loaded, convert, read
+from moetrace.spec.network import Cluster, Network
 from moetrace.spec.rates import Energy, Price, misfits
 from moetrace.spec.remote import Remote
 from moetrace.spec.system_parts import Cpu, Gpu, Host, Link, Ndp
@@ -55,6 +56,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         price: What its parts cost. Without it a result says nothing of price.
         disk: The disk below host memory. Without it host memory holds all experts.
         remote: Functions that may hold a part of the experts. A policy with `remote` uses them.
+        cluster: How many GPUs there are. Without it there is one.
+        network: The network between the GPUs of a cluster.
         known: Where the constants come from that were not calibrated; `assumed` if any of them is.
         calibration: Part (gpu, cpu, link) -> how well its fitted constants predict.
     """
@@ -69,6 +72,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     price: Price | None = None
     disk: Disk | None = None
     remote: Remote | None = None
+    cluster: Cluster | None = None
+    network: Network | None = None
     known: Known | None = None
     calibration: dict[str, Calibration] | None = None
 
@@ -82,7 +87,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """USD an hour of each part that has a price; see `Price.usd_hour_by_part`."""
         if self.price is None:
             return {}
-        sizes = {"gpu": (1, self.gpu.memory_gb), "cpu": (1, 0.0)}
+        gpus = 1 if self.cluster is None else self.cluster.all_gpus
+        sizes = {"gpu": (gpus, self.gpu.memory_gb), "cpu": (1, 0.0)}
         if self.ndp is not None:
             sizes["ndp"] = (self.ndp.units, self.ndp.capacity_gb)
         if self.host is not None:
@@ -126,7 +132,12 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def part_names(self) -> list[str]:
-        """Names of all parts, in the order of every table: devices, directions of the link, the disk, functions."""
+        """Names of all parts, in the order of every table: devices, directions of the link, the disk, functions.
+
+        On a cluster these are the GPUs, then what serves one task at a time.
+        """
+        if self.cluster is not None:
+            return [*self.cluster.names, *self.cluster.resources]
         devices = [self.accelerator, *([self.home] if self.ndp and self.home else [])]
         names = [name for device in devices for name in device.names]
         more = [name for name in ("disk", "remote") if getattr(self, name) is not None]
@@ -165,6 +176,7 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         loaded.refuse("gpu.reserve_gb", f"at most gpu.memory_gb = {system.gpu.memory_gb:g}")
     if system.ndp is not None and system.link is None:
         raise UsageError(f"{loaded.where}: link is missing, and NDP units need one: add [link] or remove [ndp].")
+    _check_cluster(system, loaded)
     there = {name for name in ("gpu", "ndp", "cpu", "link") if getattr(system, name) is not None}
     if system.host is not None and system.host.memory_gb is not None:
         there.add("host")
@@ -187,6 +199,31 @@ def _check_link(system: System, link: Link, loaded: Loaded) -> None:
         )
     if link.rates is not None:
         read_rates(link.rates)
+
+
+def _check_cluster(system: System, loaded: Loaded) -> None:
+    """Refuse a cluster without a network or beside other parts, and GPUs that are not said in one of the two ways."""
+    cluster, network = system.cluster, system.network
+    if cluster is None and network is None:
+        return
+    if cluster is None or network is None:
+        have, lack = ("network", "cluster") if cluster is None else ("cluster", "network")
+        raise UsageError(f"{loaded.where}: {lack} is missing, and goes with [{have}]: add [{lack}] or remove [{have}].")
+    for part in ("ndp", "link", "cpu", "host", "disk", "remote"):
+        if getattr(system, part) is not None:
+            raise UsageError(
+                f"{loaded.where}: all experts are in the memory of the cluster's GPUs, so it takes no [{part}]; "
+                "remove it."
+            )
+    if system.gpu.levels is not None:
+        raise UsageError(f"{loaded.where}: GPUs of a cluster have no frequency levels yet; remove gpu.levels.")
+    pair = cluster.attention, cluster.experts
+    if (cluster.gpus is None) == (None in pair) or (cluster.gpus is not None and pair != (None, None)):
+        raise UsageError(f"{loaded.where}: cluster wants gpus, or attention and experts, the numbers of its GPUs.")
+    if cluster.gpus_per_node is not None and any(
+        network.of_phase(phase)["node_bandwidth_gb_s"] is None for phase in ("prefill", "decode", "mixed")
+    ):
+        loaded.refuse("network.node_bandwidth_gb_s", "a number, which cluster.gpus_per_node needs")
 
 
 def _with_levels(system: System, where: str) -> System:

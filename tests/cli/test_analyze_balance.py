@@ -13,7 +13,7 @@ import moetrace as mt
 from moetrace.analyze.balance import units as library
 from moetrace.cli.commands import analyze_balance
 from moetrace.engine.placement import group_of_expert, place_experts
-from moetrace.spec.policy import load_loads
+from moetrace.spec.policy_files import load_loads
 from moetrace.trace.writer import CountsWriter
 
 TRACES = Path(__file__).parents[2] / "traces"

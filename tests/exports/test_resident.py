@@ -11,7 +11,7 @@ import pytest
 import moetrace as mt
 from moetrace.exports.resident import KeptChoice
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.policy import load_static
+from moetrace.spec.policy_files import load_static
 
 rng = np.random.default_rng(2)
 IDS = np.stack([rng.permuted(np.tile(np.arange(6), (40, 3, 1)), axis=2)[..., :2]])[0].astype(np.uint8)

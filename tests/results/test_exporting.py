@@ -11,7 +11,7 @@ import moetrace as mt
 from moetrace.results.exporting import export_result
 from moetrace.spec import PolicySpec
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.policy import load_static
+from moetrace.spec.policy_files import load_static
 
 MODEL = replace(mt.load_model("tiny-olmoe"), dense_layers=0)
 SYSTEM = mt.load_system("edge-ndp", {"ndp.units": 4})

@@ -48,31 +48,42 @@ def limits(struct) -> dict[str, tuple[Any, float, float]]:
         if not numbers:  # a choice of words, or a switch
             continue
         (number,) = numbers
-        found[path] = (type(number), number.ge, number.le)
+        found[path] = (type(number), number.ge, number.lt if number.le is None else number.le)
     return found
 
 
-def ends(struct):
+# Parts that a machine of one GPU has, and that the GPUs of a cluster have.
+CLUSTER = ("gpu.", "network.", "energy.gpu.", "price.gpu.", "price.usd_hour")
+ONE_GPU = ("gpu.", "ndp.", "link.", "cpu.", "host.", "energy.", "price.")
+# What goes only with other fields, or has no end: packets that are always lost.
+NOT_ALONE = ("host.slots", "gpu.levels.", "link.loss")
+
+
+def ends(struct, parts=ONE_GPU):
     """Draw values of a spec's numbers: the ends of their ranges, and what lies between."""
 
     def values(kind, least, most):
         middle = math.sqrt(max(least, 1e-9) * most)
         return st.sampled_from([least, most, int(middle) if kind is msgspec.inspect.IntType else middle])
 
-    ranges = {path: one for path, one in drawn_limits(struct).items() if None not in one}
+    ranges = {path: one for path, one in drawn_limits(struct, parts).items() if None not in one}
     return st.fixed_dictionaries({path: values(*one) for path, one in sorted(ranges.items())})
 
 
-def drawn_limits(struct):
-    return {path: one for path, one in limits(struct).items() if not path.startswith(OF_A_TABLE)}
+def drawn_limits(struct, parts=ONE_GPU):
+    return {
+        path: one
+        for path, one in limits(struct).items()
+        if not path.startswith(OF_A_TABLE + NOT_ALONE) and (struct is not mt.System or path.startswith(parts))
+    }
 
 
-def the_least(struct):
-    return {path: least for path, (_, least, _) in drawn_limits(struct).items()}
+def the_least(struct, parts=ONE_GPU):
+    return {path: least for path, (_, least, _) in drawn_limits(struct, parts).items()}
 
 
-def the_most(struct):
-    return {path: most for path, (_, _, most) in drawn_limits(struct).items()}
+def the_most(struct, parts=ONE_GPU):
+    return {path: most for path, (_, _, most) in drawn_limits(struct, parts).items()}
 
 
 def test_every_number_of_a_spec_has_both_ends():
@@ -100,11 +111,42 @@ def trace():
 @example(model=the_least(mt.Model) | {"weight_bits": 64}, system=the_least(mt.System), slots=0)
 @example(model=the_most(mt.Model), system=the_most(mt.System), slots=None)
 def test_figures_are_finite_or_one_sentence_says_why(trace, model, system, slots):
+    check_figures(trace, model, "edge-ndp", system, POLICIES, slots)
+
+
+CLUSTER_POLICIES = [
+    mt.load_policy(mt.PolicySpec(name=f"{number}"), fields)
+    for number, fields in enumerate(
+        (
+            {"schedule": "serial", "placement": "eplb", "window": 1, "interval": 1},
+            {"schedule": "serial", "placement": "eplb", "window": 1, "interval": 1, "migrate": "async"},
+            {"schedule": "serial", "execution": "fused", "kernels_per_layer": 10**6},
+            {"schedule": "pipeline:2,3", "shared": "apart"},
+            {"schedule": "pipeline:auto", "plan_steps": 1},
+        )
+    )
+]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(model=ends(mt.Model), system=ends(mt.System, CLUSTER), gpus=st.sampled_from([1, 3, 4096]))
+@example(model=the_least(mt.Model) | {"weight_bits": 64}, system=the_most(mt.System, CLUSTER), gpus=3)
+@example(model=the_most(mt.Model), system=the_least(mt.System, CLUSTER), gpus=3)
+@example(model=the_least(mt.Model) | {"weight_bits": 64}, system=the_least(mt.System, CLUSTER), gpus=4096)
+@example(model=the_most(mt.Model), system=the_most(mt.System, CLUSTER), gpus=1)
+def test_figures_of_a_cluster_are_finite_too(trace, model, system, gpus):
+    shared = min(model["shared_params_per_layer"], model["dense_params_per_layer"])
+    nodes = {"cluster.gpus": gpus, "cluster.gpus_per_node": 2}
+    model = model | {"shared_params_per_layer": shared}
+    check_figures(trace, model, "h100-x8", system | nodes, CLUSTER_POLICIES, None)
+
+
+def check_figures(trace, model, system, changes, policies, slots):
     shape = {"moe_layers": LAYERS, "experts": EXPERTS, "top_k": TOP_K}
     idle_w = {f"energy.{part}.idle_w": f"energy.{part}.active_w" for part in ("gpu", "ndp", "cpu")}
-    system = system | {idle: min(system[idle], system[active]) for idle, active in idle_w.items()}
+    changes |= {idle: min(changes[idle], changes[active]) for idle, active in idle_w.items() if idle in changes}
     try:
-        drawn = mt.load_model("tiny-olmoe", model | shape), mt.load_system("edge-ndp", system)
+        drawn = mt.load_model("tiny-olmoe", model | shape), mt.load_system(system, changes)
     except UsageError as error:  # a reserve of more than the memory, an expert of less than a byte
         assert "wants" in str(error)
         return
@@ -112,7 +154,7 @@ def test_figures_are_finite_or_one_sentence_says_why(trace, model, system, slots
         patch.setattr(derived, "MAX_ROWS", 100)
         found = [*derived.model_figures(drawn[0]), *derived.system_figures(drawn[1]), *derived.pair_figures(*drawn)]
     assert all(figure.value is None or math.isfinite(figure.value) for figure in found)
-    result = mt.replay(trace, model=drawn[0], system=drawn[1], policies=POLICIES, slots=slots, ignore_capacity=True)
+    result = mt.replay(trace, model=drawn[0], system=drawn[1], policies=policies, slots=slots, ignore_capacity=True)
     json.dumps(result.to_dict(), allow_nan=False)
     for frame in (result.summary, result.steps, result.units, result.layers, result.requests, result.accounts):
         for name in frame.select(pl.col(pl.Float64)).columns:

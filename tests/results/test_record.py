@@ -34,7 +34,7 @@ from moetrace.results.summary import _utilization
 from moetrace.spec.system import Device
 
 # The figures of what system and policies of `result` do not have.
-OF_OTHERS = OPTIONAL - {*ACCOUNTS}
+OF_OTHERS = OPTIONAL - {*ACCOUNTS} | {"cluster"}
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def folder(result, tmp_path_factory):
 
 def test_every_figure_is_a_column_and_a_value_of_the_summary(result):
     frame = result.summary
-    assert frame.columns == ["name", *(name for name in COLUMNS if name not in COSTS and name not in OF_OTHERS)]
-    for path, figure in FIGURES.items():
-        if path in OF_OTHERS:
-            continue
+    plain = {path: figure for path, figure in FIGURES.items() if path not in OF_OTHERS}
+    assert frame.columns == ["name", *(path.replace(".", "_") for path in plain)]
+    assert {*COLUMNS} == {*COSTS, *(path.replace(".", "_") for path in FIGURES)}
+    for path, figure in plain.items():
         column = frame[path.replace(".", "_")]
         assert column.dtype == (pl.Int64 if figure.unit == "count" else pl.Float64), path
         assert column.to_list() == [value_in(policy, path) for policy in result.to_dict()["policies"]], path
@@ -75,7 +75,8 @@ def test_every_field_is_explained():
         assert list(dict.fromkeys(names)) == list(struct.__struct_fields__)
     for name, figure in {**FIGURES, **COSTS}.items():
         assert figure.meaning and "|" not in figure.meaning and "\n" not in figure.meaning, name
-        assert (figure.unit == "s") == name.partition(".")[0].endswith("_s") or "tokens_per_s" in name
+        in_seconds = any(part.endswith("_s") for part in name.split("."))
+        assert (figure.unit == "s") == in_seconds or "tokens_per_s" in name
 
 
 def test_gate_search_and_sweep_know_the_figures():
@@ -153,7 +154,7 @@ def test_a_part_without_a_field_is_no_figure(numbered):
     """A machine may have devices of kinds that the summary knows nothing of."""
     home = Device("dpu", 1, 1.0, 1.0, 0.0, is_numbered=numbered)
     shares = {"gpu": 0.5, home.names[0]: 0.25, "cpu": 0.0, "link_in": 0.0}
-    found = _utilization(SimpleNamespace(home=home), shares)
+    found = _utilization(SimpleNamespace(home=home, cluster=None), shares)
     assert found == Utilization(gpu=0.5, ndp=[], link_in=0.0, link_out=None, cpu=0.0)
 
 

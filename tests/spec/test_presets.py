@@ -96,6 +96,7 @@ def test_preset_is_named_as_its_file_and_numbers_have_a_source(kind):
 
 def test_systems():
     gpus = {"a100-sxm", "b200", "b300", "gb200", "gb300", "h100-sxm", "h200", "l40s", "rtx-pro-6000"}
+    gpus |= {name for name in list_presets("systems") if load_system(name).cluster}
     assert gpus <= set(list_presets("systems"))
     assert [name for name in list_presets("systems") if name not in gpus] == [
         "a6000-xeon",
@@ -162,6 +163,7 @@ def test_what_a_replay_compares_where_nobody_says():
     assert pairs["rtx4090-offload"] == pairs["dgx-spark"] == ("resident", "on-demand-lfu")
     assert pairs["remoe"] == ("n-cpu-moe", "hybrid")
     assert pairs["jetson-orin"] == ("resident",)
+    assert pairs["h100-x8"] == pairs["h20-x32"] == ("ep-serial", "eplb")
     for name, policies in pairs.items():
         for policy in policies:
             check_policy(load_policy(policy), load_system(name))
@@ -200,6 +202,17 @@ def test_policies():
         "foresee-split": ("tp", "split", "foresee", "foresee", "global"),
     }
     policies = {name: load_policy(name) for name in list_presets("policies")}
+    clusters = {name: policies.pop(name) for name in [*policies] if policies[name].schedule}
+    assert {name: (policy.placement, policy.schedule) for name, policy in clusters.items()} == {
+        "bulk": ("ep-block", "serial"),
+        "dep-naive": ("ep-block", "pipeline:1,1"),
+        "dep-pppipe": ("ep-block", "pipeline:2,1"),
+        "ep-serial": ("ep-block", "serial"),
+        "eplb": ("eplb", "serial"),
+        "findep": ("ep-block", "pipeline:auto"),
+        "fused": ("ep-block", "serial"),
+        "two-batch-overlap": ("ep-block", "pipeline:2,1"),
+    }
     assert {
         name: (policy.placement, policy.dispatch, policy.residency, policy.prefetch, policy.scope)
         for name, policy in policies.items()

@@ -7,7 +7,7 @@ import numpy as np
 from moetrace.engine.cost import varied_s
 from moetrace.engine.eplb import sink
 from moetrace.jit.compile import kernel
-from moetrace.jit.random import GOLDEN, mix
+from moetrace.jit.random import drawn
 
 PARTS = 4096  # of the logarithm of the number of bins, for percentiles: exact to 0.1 % for 64 units
 # Sums over the steps of a layer, where it has an active expert.
@@ -146,7 +146,7 @@ def judge_rows(choices, copies, bins, seed, turn, period, cost, tally):
                         continue
                     number, place, some = np.int64(start[expert + 1] - start[expert]), row - begin, True
                     if number > 1 and seed >= 0:
-                        place = _drawn(seed, turn + step, layer, place, expert)
+                        place = drawn(seed, turn + step, layer, place, expert)
                     of_copy[start[expert] + place % number] += 1
             if not some:
                 continue
@@ -163,15 +163,6 @@ def judge_rows(choices, copies, bins, seed, turn, period, cost, tally):
                         of_copy[copy] = 0
             _note(layer, rows, busy_s, period[step], tally)
     _note_step(tally)
-
-
-@kernel
-def _drawn(seed, step, layer, place, expert):
-    """Return a number of 0 to 2^32 - 1 that depends on all five, as if it were random."""
-    state = np.uint64(seed)
-    for part in (step, layer, place, expert):
-        state = mix(state + GOLDEN * (np.uint64(part) + np.uint64(1)))
-    return np.int64(state >> np.uint64(32))
 
 
 @kernel

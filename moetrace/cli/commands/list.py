@@ -22,6 +22,7 @@ _HEADERS = {
     "systems": {
         "name": "system",
         "gpu": "GPU",
+        "gpus": "GPUs",
         "gpu_tflops": "TFLOP\n/s",
         "gpu_bandwidth_gb_s": "GB/s",
         "gpu_memory_gb": "GB",
@@ -34,6 +35,7 @@ _HEADERS = {
     "policies": {
         "name": "policy",
         "placement": "placement",
+        "schedule": "schedule",
         "dispatch": "dispatch",
         "residency": "residency",
         "prefetch": "prefetch",
@@ -42,9 +44,15 @@ _HEADERS = {
     },
 }
 
+# Columns of policies, by whether they are of a cluster.
+_POLICY_TABLES = {
+    False: ("name", "placement", "dispatch", "residency", "prefetch", "scope"),
+    True: ("name", "placement", "schedule"),
+}
+
 # Columns of systems that stay together where a terminal is too narrow for all: the GPU, the NDP units, the host.
 _SYSTEM_GROUPS = (
-    ("gpu", "gpu_tflops", "gpu_bandwidth_gb_s", "gpu_memory_gb"),
+    ("gpu", "gpus", "gpu_tflops", "gpu_bandwidth_gb_s", "gpu_memory_gb"),
     ("units", "unit_gmac_s", "unit_bandwidth_gb_s"),
     ("cpu_bandwidth_gb_s", "link_gb_s"),
 )
@@ -99,9 +107,10 @@ def command(kind: str, form: str) -> None:
     if kind == "systems" and form == "table":
         _print_systems(rows)
     elif kind == "policies" and form == "table":
-        choices = {name: header for name, header in _HEADERS[kind].items() if name != "meaning"}
-        print_rows(choices, rows, form)
-        stdout_console().print()
+        for own, columns in _POLICY_TABLES.items():  # policies of one GPU, then those of a cluster
+            choices = {name: _HEADERS[kind][name] for name in columns}
+            print_rows(choices, [row for row in rows if (row["schedule"] is not None) == own], form)
+            stdout_console().print()
         print_rows({"name": "policy", "meaning": "meaning"}, rows, form)
     else:
         print_rows(_HEADERS[kind], rows, form)
@@ -173,6 +182,7 @@ def _system_row(name: str) -> dict[str, object]:
     return {
         "name": name,
         "gpu": system.gpu.name,
+        "gpus": system.cluster.all_gpus if system.cluster else 1,
         "gpu_tflops": system.gpu.tflops,
         "gpu_bandwidth_gb_s": system.gpu.bandwidth_gb_s,
         "gpu_memory_gb": system.gpu.memory_gb,
@@ -190,4 +200,6 @@ def _policy_row(name: str) -> dict[str, object]:
 
     comment = itertools.takewhile(lambda line: line.startswith("#"), preset_text("policies", name).splitlines())
     first = re.match(r".*?\.(?=\s|$)", " ".join(line.strip("# ") for line in comment))
-    return {**canonical(load_policy(name)), "meaning": first[0].removesuffix(".") if first else None}
+    policy = load_policy(name)
+    choices = {field: None if field in policy.unread else value for field, value in canonical(policy).items()}
+    return {**choices, "meaning": first[0].removesuffix(".") if first else None}

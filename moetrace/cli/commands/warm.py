@@ -52,6 +52,9 @@ def command(commands: tuple[str, ...]) -> None:
             say(f"{name}: ready, after {time.perf_counter() - begun:.1f} s.")
 
 
+_OF_SHARED = ("--set", "model.shared_params_per_layer=8")  # which a policy of a cluster asks for
+
+
 def _generate(folder: Path) -> Iterator[list[str]]:
     yield [*_trace(folder), *_SIZES]
     yield ["generate", f"{folder}-profile.h5", "--profile", "tiny-olmoe", *_SIZES]
@@ -63,13 +66,13 @@ def _replay(folder: Path) -> Iterator[list[str]]:
 
     yield [*_trace(folder), *_SIZES]
     trace, more = ["replay", f"{folder}.h5", "--model", f"{folder}.toml"], ["--slots", "20"]
-    for system in ("edge-ndp", "rtx4090-ddr5", "rtx4090-offload"):
+    for system in ("edge-ndp", "rtx4090-ddr5", "rtx4090-offload", "h100-x8"):
         policies = []
         for name in list_presets("policies"):
             with suppress(UsageError):
                 check_policy(load_policy(name), load_system(system))
                 policies += ["--policy", name]
-        yield [*trace, "--system", system, *policies, *more]
+        yield [*trace, "--system", system, *policies, *(more if system != "h100-x8" else _OF_SHARED)]
     for policy in ("edge-ndp", "foresee"):
         yield [*trace, "--policy", policy, "--timeline", "-o", f"{folder}-{policy}", *more]
 

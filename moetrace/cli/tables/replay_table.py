@@ -9,6 +9,7 @@ from moetrace.cli.tables.output import stdout_console
 from moetrace.cli.tables.parts import TextColumn, print_parts
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
 from moetrace.results.record import FIGURES, value_in
+from moetrace.spec.cluster_policy import AUTO
 from moetrace.spec.errors import counted
 from moetrace.spec.known import Calibration, how_known
 
@@ -33,7 +34,8 @@ def print_comparison(summary: dict[str, Any], name: str) -> None:
     console = stdout_console()
     policies = summary["policies"]
     names = TextColumn("policy", [policy["name"] for policy in policies], right=False)
-    print_parts(console, [names], [_shown(group, policies) for group in _groups()])
+    groups = _cluster_groups() if summary["system"].get("cluster") else _groups()
+    print_parts(console, [names], [_shown(group, policies) for group in groups])
     console.print()
     for line in _legend(summary, name):
         console.print(line)
@@ -42,23 +44,7 @@ def print_comparison(summary: dict[str, Any], name: str) -> None:
 def _groups() -> list[list[_FigureColumn]]:
     """Columns that should stay together: time, latency, what could be saved, how the machine is used."""
     return [
-        [
-            _column("total_s"),
-            _column("speedup"),
-            _column("prefill_s", always=False),
-            _column("decode_s", always=False),
-            _column("mixed_s", always=False),
-        ],
-        [
-            _column("ttft_s.p50", always=False),
-            _column("tpot_s.p50", always=False),
-            _column("itl_s.p50", always=False),
-            _column("itl_s.p99", always=False),
-            _column("tokens_per_s", always=False),
-            _column("break_even_tokens", always=False),
-            _column("in_time", always=None),
-            _column("mean_frequency", always=None),
-        ],
+        *_times_and_latencies(),
         [
             _FigureColumn("over bound\nms", lambda p: 1e3 * (p["total_s"] - p["lower_bound_s"])),
             _FigureColumn("\n%", lambda p: _over(p, "lower_bound_s"), "percent"),
@@ -91,6 +77,53 @@ def _groups() -> list[list[_FigureColumn]]:
     ]
 
 
+def _times_and_latencies() -> list[list[_FigureColumn]]:
+    """Columns that every machine has."""
+    return [
+        [
+            _column("total_s"),
+            _column("speedup"),
+            _column("prefill_s", always=False),
+            _column("decode_s", always=False),
+            _column("mixed_s", always=False),
+        ],
+        [
+            _column("ttft_s.p50", always=False),
+            _column("tpot_s.p50", always=False),
+            _column("itl_s.p50", always=False),
+            _column("itl_s.p99", always=False),
+            _column("tokens_per_s", always=False),
+            _column("break_even_tokens", always=False),
+            _column("in_time", always=None),
+            _column("mean_frequency", always=None),
+        ],
+    ]
+
+
+def _cluster_groups() -> list[list[_FigureColumn]]:
+    """The same of a cluster: time, latency, where the time goes, how even the work is, what moves."""
+    shares = (f"cluster.{stage}_share" for stage in ("attention", "dispatch", "experts", "combine"))
+    taxes = (f"cluster.{tax}_tax_s" for tax in ("launch", "locality", "barrier"))
+    return [
+        *_times_and_latencies(),
+        [
+            _FigureColumn("over bound\n%", lambda p: _over(p, "lower_bound_s"), "percent"),
+            _column("cluster.exposed_s"),
+            *(_column(name) for name in shares),
+        ],
+        [
+            _column("imbalance_mean")._replace(heading="time\nmax/mean"),
+            _column("cluster.imbalance_rows"),
+            _column("cluster.fan_out")._replace(form="digits"),
+            _column("utilization.gpu"),
+            _column("cluster.network_bytes"),
+            _column("cluster.moved_bytes", always=False),
+            _column("cluster.pause_s", always=False),
+            *(_column(name, always=False) for name in taxes),
+        ],
+    ]
+
+
 def _shown(group: list[_FigureColumn], policies: list[dict[str, Any]]) -> list[TextColumn]:
     """The columns of a group that have something to show, with a cell for each policy."""
     figures = [(column, [column.value(policy) for policy in policies]) for column in group]
@@ -117,6 +150,8 @@ def _cells(form: str, values: list[float | None]) -> list[str]:
 
 def _legend(summary: dict[str, Any], name: str) -> list[str]:
     trace, model, system = summary["trace"], summary["model"], summary["system"]
+    if system.get("cluster"):
+        return _cluster_legend(summary, name)
     home = ""  # experts lie in the GPU's memory, or behind a link that fetches them
     if system["ndp"]:
         home = f" with {counted(system['ndp']['units'], 'NDP unit')}"
@@ -175,6 +210,29 @@ def _regret(policies: list[dict[str, Any]]) -> list[str]:
             "many active experts to try all assignments."
             for (count, layers), names in left_out.items()
         ),
+    ]
+
+
+def _cluster_legend(summary: dict[str, Any], name: str) -> list[str]:
+    trace, model, system = summary["trace"], summary["model"], summary["system"]
+    cluster = system["cluster"]
+    gpus = f"{cluster['gpus']} GPUs" if cluster["gpus"] else ""
+    gpus = gpus or f"{counted(cluster['attention'], 'GPU')} for attention and {cluster['experts']} for experts"
+    chosen = (
+        f"{policy['name']} runs {phase} steps by {cut}."
+        for policy in summary["policies"]
+        if policy["choices"].get("schedule") == AUTO
+        for phase, cut in policy["cluster"]["cuts"].items()
+    )
+    return [
+        f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
+        f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']}, {gpus}.",
+        "TTFT, TPOT and ITL (the time between two tokens) are medians, but for the p99. Over bound: time beyond all "
+        "work shared out evenly over the GPUs, without transfers. Exposed: time beyond the same steps with transfers "
+        "that take none. Shares of the total: parts of a step that overlap may sum to more than 100 %.",
+        *chosen,
+        *_speculation(summary),
+        *_known(system),
     ]
 
 

@@ -9,7 +9,8 @@ from moetrace.engine.static_room import room_of
 from moetrace.engine.static_set import StaticRoom
 from moetrace.spec.choices import BY_TOUCH, Residency
 from moetrace.spec.errors import UsageError
-from moetrace.spec.policy import PolicySpec, load_static
+from moetrace.spec.policy import PolicySpec
+from moetrace.spec.policy_files import load_static
 
 if TYPE_CHECKING:
     from moetrace.engine.decoded import Decoded

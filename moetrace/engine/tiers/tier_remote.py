@@ -22,7 +22,8 @@ from moetrace.jit.compile import kernel
 from moetrace.spec.errors import UsageError
 from moetrace.spec.fits import check_fits
 from moetrace.spec.model import Model
-from moetrace.spec.policy import PolicySpec, load_loads
+from moetrace.spec.policy import PolicySpec
+from moetrace.spec.policy_files import load_loads
 from moetrace.spec.remote import PLAN_STEPS, Remote
 from moetrace.spec.system import System
 

@@ -102,6 +102,8 @@ def bounds(replayed: Replayed) -> ChartGroup | None:
     """Draw the total of each policy beside its two yardsticks."""
     import altair as alt
 
+    if any(policy.clairvoyant_s is None for policy in replayed.summary.policies):  # of a cluster
+        return None
     figures = pl.DataFrame(
         {
             "policy": replayed.names,

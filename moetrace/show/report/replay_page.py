@@ -163,6 +163,8 @@ def _gigabytes(value: float | None) -> str:
 
 def _words(summary: Summary) -> str:
     best = _fastest(summary)
+    if best.clairvoyant_s is None:
+        return _cluster_words(summary)
     over_bound, over_clairvoyant = best.total_s - best.bound_s, best.total_s - best.clairvoyant_s
     told = [
         f"Bound ({_bounds(summary)}): {_WHAT_COUNTS if best.lower_bound_s is not None else _WORK_ALONE}",
@@ -187,6 +189,15 @@ def _words(summary: Summary) -> str:
             "while it works, the link draws for what it carries, and each hour has its price. They are as good as the "
             "watts and prices that the system lists; a part without any is not in them."
         )
+    return "".join(f"<p>{page.text(words)}</p>" for words in told)
+
+
+def _cluster_words(summary: Summary) -> str:
+    told = [
+        f"Bound ({_bounds(summary)}): all work shared out evenly over the GPUs, without transfers and without waiting.",
+        "TTFT and TPOT are of requests as the trace batches them, without queueing. What the stages of a step are, and "
+        "what is left out, stands in docs/cluster.md.",
+    ]
     return "".join(f"<p>{page.text(words)}</p>" for words in told)
 
 
@@ -232,5 +243,5 @@ def _saved(policy: PolicyFigures) -> float | None:
     return max(0.0, 1 - policy.bound_s / policy.total_s) if policy.total_s else None
 
 
-def _over(total_s: float, yardstick_s: float) -> float | None:
+def _over(total_s: float, yardstick_s: float | None) -> float | None:
     return total_s / yardstick_s - 1 if yardstick_s else None
