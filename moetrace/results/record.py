@@ -317,8 +317,6 @@ OF_CLUSTER = tuple(name for name in FIGURES if name.startswith("cluster."))
 OPTIONAL = frozenset(
     (*OF_A_TABLE, "resent_bytes", "gate_mass_dropped", *OF_REMOTE, *OF_A_DEADLINE, *OF_CLUSTER, *OF_REGRET)
 )
-    (*OF_A_TABLE, "resent_bytes", "gate_mass_dropped", *OF_REMOTE, *OF_A_DEADLINE, *OF_CLUSTER, *OF_REGRET)
-)
 
 
 def is_absent(name: str, policy: Mapping[str, Any]) -> bool:
