@@ -38,6 +38,7 @@ from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of
 from moetrace.engine.variants import clairvoyant, variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.fits import check_layout
 from moetrace.spec.participants import seen_by
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
@@ -271,6 +272,16 @@ def _regret_of(setup: Setup, policy: PolicySpec, dispatch: Dispatch, system: Sys
     return new_regret(setup.model.most_experts, system.home is not None, setup.decisions)
 
 
+def _groups_of(
+    decoded: Decoded, setup: Setup, policy: PolicySpec, system: System, weight_bytes: np.ndarray
+) -> np.ndarray:
+    """Return where a policy has the experts, once there is room for a layout."""
+    groups = place_experts(policy, decoded.trace.layer_index, weight_bytes.shape[1], system.units, setup.model)
+    if policy.layout is not None:
+        check_layout(policy.name, system, groups, weight_bytes, setup.ignore_capacity)
+    return groups
+
+
 def lane_of(
     decoded: Decoded, setup: Setup, policy: PolicySpec, weight_bytes: np.ndarray, slots: int, common: InCommon
 ) -> Lane:
@@ -281,7 +292,7 @@ def lane_of(
     weight_bytes = weight_bytes if remote is None else remote.local_bytes
     layers, experts = weight_bytes.shape
     share = policy.group_size(system.units) if system.units else 1
-    groups = place_experts(policy, decoded.trace.layer_index, experts, system.units, model)
+    groups = _groups_of(decoded, setup, policy, system, weight_bytes)
     mixes = bool(system.units) and find("placement", policy.placement).mixes
     machine = common.machine(machine_of(model, system, weight_bytes, groups, share, mixes))
     dispatch: Dispatch = find("dispatch", policy.dispatch) or _OWN_DISPATCH

@@ -10,7 +10,7 @@ from moetrace.spec.choices import Residency, find
 from moetrace.spec.errors import MoetraceError, UsageError, counted
 from moetrace.spec.fits import check_fits, gpu_slots, gpu_space_bytes
 from moetrace.spec.model import Model, check_shape
-from moetrace.spec.participants import idle_cpu
+from moetrace.spec.participants import idle_cpu, idle_loss
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 from moetrace.trace.format import Trace
@@ -71,7 +71,8 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
         slots = _asked(system, slots_of(setup.slots, weight_bytes[model.has_expert]), model.all_experts)
     if slots > fitting:
         warnings.append(_too_many(setup, slots, fitting, weight_bytes))
-    warnings += [note for policy in setup.policies if (note := idle_cpu(policy, system))]
+    for idle in (idle_cpu, idle_loss):
+        warnings += [note for policy in setup.policies if (note := idle(policy, system))]
     warnings += [
         f"policy {policy.name} foretells {trace.layers - 1} layers ahead, and not {policy.ahead_layers} "
         f"(ahead_layers): the trace has {counted(trace.layers, 'MoE layer')}."

@@ -134,8 +134,11 @@ def _partners(record: Any) -> str:
         return ", ".join(f"{kind} {name}" for kind, name in record.partners)
     if isinstance(record, Residency):
         return f"prefetch {', '.join(prefetches_of(record.name))}"
+    if isinstance(record, Placement) and record.needs_units:
+        return "systems with [ndp]"
     if isinstance(record, Prefetch) and not record.any_residency:
-        return f"residency {', '.join(residencies_of(record))}"
+        with_others = "".join(f"{kind} {name}, " for kind, name in record.partners)
+        return f"{with_others}residency {', '.join(residencies_of(record))}"
     return "any"
 
 

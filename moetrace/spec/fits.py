@@ -112,6 +112,35 @@ def check_fits(model: Model, system: System, expert_bytes: np.ndarray, ignore_ca
         )
 
 
+def check_layout(
+    policy: str, system: System, groups: np.ndarray, expert_bytes: np.ndarray, ignore_capacity: bool = False
+) -> None:
+    """Check that each NDP unit has room for what a layout puts on it at the start.
+
+    Args:
+        policy: Name of the policy that has the layout.
+        system: The system.
+        groups: int [layers, experts]; the unit that holds each expert, the number of units for one that all share.
+        expert_bytes: [layers, experts], as in `gpu_slots`.
+        ignore_capacity: Check nothing.
+
+    Raises:
+        UsageError: A unit holds more than `ndp.capacity_gb`.
+    """
+    if ignore_capacity or system.ndp is None:
+        return
+    units = system.ndp.units
+    found = np.bincount(groups.ravel(), expert_bytes.ravel(), units + 1)
+    need_gb = (found[:units] + found[units] / units) / 1e9
+    unit = int(np.argmax(need_gb))
+    if need_gb[unit] > system.ndp.capacity_gb * (1 + 1e-9):  # parts of spread experts are summed in any order
+        raise UsageError(
+            f"Policy {policy}: its layout puts {need_gb[unit]:.4g} GB on unit {unit}, and a unit of system "
+            f"{system.name} has {system.ndp.capacity_gb:g} GB: move experts to other units, raise "
+            "system.ndp.capacity_gb, or, in a replay, pass --ignore-capacity."
+        )
+
+
 def _behind_a_link(system: System) -> str:
     """Say what a link would change on a machine that has none."""
     if system.cpu is not None:

@@ -88,6 +88,17 @@ def idle_cpu(policy: PolicySpec, system: System) -> str | None:
     return f"the CPU of {system.name} takes no part in policy {policy.name}: {why}."
 
 
+def idle_loss(policy: PolicySpec, system: System) -> str | None:
+    """Say in one sentence that a link loses no rows in a replay, although it may; None if it does or may not."""
+    dispatch: Dispatch | None = find("dispatch", policy.dispatch)
+    if system.link is None or not system.link.loses_rows or dispatch is None or not dispatch.without_units:
+        return None
+    return (
+        f'link.loss_mode = "relaxed" of {system.name} changes nothing in policy {policy.name}: dispatch '
+        f"{policy.dispatch} runs every expert on the GPU, so only weights travel, and lost ones are sent again."
+    )
+
+
 def check_policy(policy: PolicySpec, system: System) -> None:
     """Raise a UsageError if the policy cannot run on the system.
 
@@ -115,11 +126,11 @@ def check_policy(policy: PolicySpec, system: System) -> None:
             f"Policy {policy.name}: dispatch {policy.dispatch} needs experts that each start themselves, and system "
             f'{system.name} has launch = "layer"; set launch = "expert" or use dispatch = "balance".'
         )
-    if policy.with_cpu and (system.ndp is None or system.cpu is None):
+    if policy.with_cpu is not None and (system.ndp is None or system.cpu is None):
         missing = " and no ".join(f"[{name}]" for name in ("ndp", "cpu") if getattr(system, name) is None)
         raise UsageError(
-            f"Policy {policy.name}: with_cpu = true needs NDP units and a CPU beside them, and system {system.name} "
-            f"has no {missing}; add it, or remove with_cpu."
+            f"Policy {policy.name}: with_cpu = {str(policy.with_cpu).lower()} needs NDP units and a CPU beside "
+            f"them, and system {system.name} has no {missing}; add it, or remove with_cpu."
         )
     if misfit := policy_misfit(policy.host_residency, policy.dispatch, system.disk, system.name):
         raise UsageError(f"Policy {policy.name}: {misfit}.")

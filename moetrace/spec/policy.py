@@ -376,7 +376,9 @@ def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
         if field in given:
             sentence = f"{loaded.where}: {field} applies to {readers(field)} only; remove it or choose that."
             raise UnreadParameterError(sentence, loaded.where, field)
-    if policy.remote is not None and policy.plan_steps is not None and policy.loads is not None:
+    placement = find("placement", policy.placement)
+    places = placement is not None and "loads" in placement.parameters
+    if policy.remote is not None and policy.plan_steps is not None and policy.loads is not None and not places:
         raise UsageError(
             f"{loaded.where}: remote experts are planned by rows of the first plan_steps steps or by loads; remove one."
         )

@@ -5,7 +5,7 @@ included, as the replay uses them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from moetrace.spec.network import Cluster, Network
 from moetrace.spec.rates import Energy, Price, misfits
 from moetrace.spec.remote import Remote
 from moetrace.spec.system_parts import Cpu, Gpu, Host, Link, Ndp
+
+_OF_LOSS = ("mtu_bytes", "rto_ms", "loss_mode", "seed")  # fields of a link that say how packets are lost
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
 
     Raises:
         UsageError: A value is wrong, a key or preset is unknown, NDP units have no link, levels have no top, a part has
-            watts or a price that the system lacks, or the disk does not go with the rest. The message names the TOML
-            path.
+            watts or a price that the system lacks, the disk does not go with the rest, or nothing reads a field. The
+            message names the TOML path.
         MoetraceError: A file cannot be read.
 
     Examples:
@@ -185,9 +187,45 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
         misfits(system.energy, system.price, there), None
     ):
         raise UsageError(f"{loaded.where}: {misfit}.")
+    if unread := next(_unread_fields(system), None):
+        raise UsageError(f"{loaded.where}: {unread}.")
     if system.link is not None:
         _check_link(system, system.link, loaded)
     return _with_levels(system, loaded.where)
+
+
+def _unread_fields(system: System) -> Iterator[str]:
+    """Yield a sentence, without its full stop, for each field that nothing reads on this machine.
+
+    A switch that is off may stand anywhere, and so may what says how packets are lost beside `loss = 0`.
+    """
+    ndp, link, cpu, host = system.ndp, system.link, system.cpu, system.host
+    can_read_outside = (ndp is not None and ndp.outside_gb_s) or (host is not None and host.channels_gb_s)
+    loses, beside_loss = link is not None and link.loss is not None, "add link.loss"
+    needs = (
+        (host, "host.channels_gb_s", ndp, "needs experts that are spread over NDP units", "add [ndp]"),
+        (
+            ndp,
+            "ndp.contention",
+            can_read_outside,
+            "needs reads of units' memory that take time",
+            "add ndp.outside_gb_s or host.channels_gb_s",
+        ),
+        (
+            link,
+            "link.host_read",
+            ndp is None,
+            "needs experts in host memory, and with [ndp] they live in the units",
+            "",
+        ),
+        (link, "link.host_read", cpu, "needs the bandwidth of the CPU's memory", "add [cpu]"),
+        *((link, f"link.{name}", loses, "needs packets that are lost", beside_loss) for name in _OF_LOSS),
+        (cpu, "cpu.chunks", link, "needs a link to the GPU", "add [link]"),
+    )
+    for part, field, is_read, why, remedy in needs:
+        value = getattr(part, field.partition(".")[2], None)
+        if value is not None and value is not False and not is_read:
+            yield f"{field} {why}: " + (f"{remedy} or remove {field}" if remedy else f"remove {field}")
 
 
 def _check_link(system: System, link: Link, loaded: Loaded) -> None:

@@ -224,7 +224,7 @@ def test_relaxed_rows_lie_unit_by_unit(activations, placement):
 
 def test_no_loss_is_no_loss_to_the_bit():
     trace = steps(rows(0, 1, 1), rows(2, 3), rows(0, 3, 3))
-    for link in ({"loss": 0.0}, {"rto_ms": 9.0, "mtu_bytes": 9, "seed": 5, "loss_mode": "relaxed"}):
+    for link in ({"loss": 0.0}, {"loss": 0, "rto_ms": 9.0, "mtu_bytes": 9, "seed": 5, "loss_mode": "relaxed"}):
         for choice in (policy("balance", "lru"), policy("gpu", "lru", prefetch="oracle:1")):
             plain, other = (replay(trace, system(ndp={}, link=each), choice, slots=2) for each in ({}, link))
             same(plain, other)

@@ -1,6 +1,7 @@
 """Remote functions: Remoe's equations by hand, its LPT beside the optimum, and what a policy without them does."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ from moetrace.engine.tiers.tier_remote import (
     RemotePlan,
     RemoteScratch,
     call_functions,
+    remote_experts,
 )
 from moetrace.results.replay import replay as replay_trace
 from moetrace.spec import Cpu, Host, PolicySpec, Remote, System, UsageError, load_policy, load_system
@@ -139,6 +141,12 @@ def test_who_is_remote():
 def test_loads_say_who_is_remote(tmp_path):
     (tmp_path / "loads.csv").write_text("5,1,2.5,1\n")
     lane = on(steps(rows(0, 1)), system(), remote=0.5, loads=str(tmp_path / "loads.csv"))
+    loads = str(tmp_path / "loads.csv")
+    placed = load_policy("on-demand", {"placement": "ep-lpt", "remote": 0.5, "loads": loads, "plan_steps": 1})
+    first = SimpleNamespace(counts_of_first=lambda steps: np.array([[0, 9, steps, 9]]))
+    assert remote_experts(placed, first, np.ones((1, 4), bool)).tolist() == [[True, False, True, False]]
+    only_loads = load_policy("on-demand", {"placement": "ep-lpt", "remote": 0.5, "loads": loads})
+    assert remote_experts(only_loads, first, np.ones((1, 4), bool)).tolist() == [[False, True, False, True]]
     assert who(lane) == [[0, 1, 0, 1]]
 
 

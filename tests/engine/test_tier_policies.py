@@ -6,13 +6,16 @@ import pytest
 from support import in_ms
 
 import moetrace as mt
+from moetrace.engine.placement import Placing
+from moetrace.engine.placements.mixed import as_laid_out
 from moetrace.engine.run import run_setups
-from moetrace.engine.setup import Setup
+from moetrace.engine.setup import Setup, check_setup
 from moetrace.generators import generate_trace
 from moetrace.results.frames import layer_frame, unit_frame
 from moetrace.spec import PolicySpec, load_model, load_policy, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
-from moetrace.spec.participants import check_policy, idle_cpu, seen_by
+from moetrace.spec.fits import check_layout
+from moetrace.spec.participants import check_policy, idle_cpu, idle_loss, seen_by
 
 OWN = """
 def spread(state, view, layer, load, plan):
@@ -94,6 +97,9 @@ def test_a_user_s_function_may_use_the_cpu(tmp_path):
     for parts, missing in (({"ndp": {}}, r"\[cpu\]"), ({"cpu": {}}, r"\[ndp\]")):
         with pytest.raises(UsageError, match=f"with_cpu = true needs NDP units and a CPU .* has no {missing}; add it"):
             replayed(in_ms.system(**parts), spec)
+        denied = load_policy(BOTTLENECK, {"with_cpu": False})
+        with pytest.raises(UsageError, match=f"with_cpu = false needs NDP units and a CPU .* has no {missing}; add it"):
+            check_policy(denied, in_ms.system(**parts))
     assert "unless with_cpu is true" in str(idle_cpu(msgspec.structs.replace(spec, with_cpu=None), on))
 
 
@@ -151,3 +157,39 @@ def test_presets_of_trimoe_and_monde_go_where_they_are_for():
     for name in ("trimoe", "trimoe-no-cpu", "trimoe-greedy", "trimoe-static"):
         check_policy(mt.load_policy(name), mt.load_system("h100-amx-dimm"))
     check_policy(mt.load_policy("monde-ratio"), mt.load_system("monde-cxl"))
+
+
+def test_a_link_that_loses_no_rows_is_noted():
+    on = in_ms.system(ndp={}, link={"loss": 0.1, "loss_mode": "relaxed"})
+    said = idle_loss(in_ms.policy("gpu"), on)
+    assert said == (
+        'link.loss_mode = "relaxed" of by-hand changes nothing in policy gpu: dispatch gpu runs every expert on the '
+        "GPU, so only weights travel, and lost ones are sent again."
+    )
+    assert idle_loss(in_ms.policy("ndp"), on) is None
+    for link in ({}, {"loss": 0.1}, {"loss": 0, "loss_mode": "relaxed"}):
+        assert idle_loss(in_ms.policy("gpu"), in_ms.system(ndp={}, link=link)) is None
+    setup = Setup(model=in_ms.model(), system=on, policies=[in_ms.policy("gpu")])
+    assert said in check_setup(TRACE, setup)[1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "unit", "need_gb"),
+    [("0,0,1\n0,2,1\n", 1, 4), ("0,0,striped\n0,2,1\n", 1, 3.5), ("0,1,0\n0,3,striped\n", 0, 3.5)],
+)
+def test_a_layout_has_room_on_each_unit(tmp_path, lines, unit, need_gb):
+    """Four experts of 1 MB on two units; with `ep` each unit has two."""
+    (tmp_path / "layout.csv").write_text(lines)
+    layout = in_ms.policy("home", placement="mixed", layout=str(tmp_path / "layout.csv"))
+    small = in_ms.system(ndp={"units": 2, "capacity_gb": need_gb * 0.999e-3})
+    with pytest.raises(UsageError) as error:
+        replayed(small, layout)
+    assert str(error.value) == (
+        f"Policy home: its layout puts {need_gb * 1e-3:.4g} GB on unit {unit}, and a unit of system by-hand has "
+        f"{need_gb * 0.999e-3:g} GB: move experts to other units, raise system.ndp.capacity_gb, or, in a replay, pass "
+        "--ignore-capacity."
+    )
+    groups = as_laid_out(Placing("home", np.arange(1), 4, 2, 1, None, None, layout=layout.layout))
+    sizes = np.full((1, 4), 1e6)
+    check_layout("home", small, groups, sizes, ignore_capacity=True)
+    check_layout("home", in_ms.system(ndp={"units": 2, "capacity_gb": need_gb * 1e-3}), groups, sizes)

@@ -186,7 +186,7 @@ def test_chunks_never_delay_if_starts_are_free(case, chunks):
 def test_streams_never_delay(case, parts):
     times = []
     for stream in (1, parts):
-        link = SimpleNamespace(**msgspec.structs.asdict(case.system.link), stream=stream)
+        link = SimpleNamespace(**msgspec.structs.asdict(case.system.link) | {"stream": stream})
         system = SimpleNamespace(gpu=case.system.gpu, ndp=None, cpu=None, link=link)
         times.append(run(case.trace, system, case.model, case.slots, residency="lru").per_step("moe_s"))
     assert (times[1] <= times[0] * (1 + 1e-9)).all()

@@ -10,7 +10,17 @@ import choice_tables
 import pytest
 
 from moetrace.spec import PolicySpec, load_policy
-from moetrace.spec.choices import FOLDERS, KINDS, cache_policies, choices_of, find, legal, planned_placements, resolve
+from moetrace.spec.choices import (
+    FOLDERS,
+    KINDS,
+    cache_policies,
+    choices_of,
+    described,
+    find,
+    legal,
+    planned_placements,
+    resolve,
+)
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.policy import parameters
 
@@ -227,3 +237,9 @@ def test_a_choice_that_a_worker_lacks_is_one_sentence():
 def test_an_unknown_name_is_refused_with_what_is_there():
     with pytest.raises(MoetraceError, match="residency wants one of none, static"):
         load_policy(PolicySpec(name="mine"), {"residency": "two-touch"})
+
+
+def test_lists_say_what_a_choice_needs():
+    said = {row["name"]: row["goes_with"] for kind in ("placement", "prefetch") for row in described(kind)}
+    assert said["striped"] == said["mixed"] == "systems with [ndp]"
+    assert said["ep"] == "any" and said["relayout"] == "placement mixed, residency ewma"

@@ -33,9 +33,10 @@ def test_a_bad_link_is_one_sentence(changed, said):
     assert str(error.value) == said
 
 
-def test_what_goes_on_without_an_effect_is_taken():
-    assert load_system("edge-ndp", {"link.rto_ms": 5, "link.seed": 2**63 - 1}).link.rto_s == 0.005
-    assert not load_system("edge-ndp", {"link.loss_mode": "relaxed"}).link.loses_rows
+def test_a_loss_of_zero_may_have_its_fields():
+    assert load_system("edge-ndp", {"link.loss": 0, "link.rto_ms": 5, "link.seed": 2**63 - 1}).link.rto_s == 0.005
+    assert not load_system("edge-ndp", {"link.loss": 0, "link.loss_mode": "relaxed"}).link.loses_rows
+    assert not load_system("edge-pi-cluster", {"link.loss": 0}).link.loses_rows
     assert load_system("edge-ndp", {"link.loss": 0.1}).link.packet_bytes == 1460
 
 

@@ -113,3 +113,69 @@ def test_without_a_link_the_gpu_holds_all_or_the_model_is_refused():
     uneven[0, 0] = 1e9
     check_fits(small, jetson, uneven)
     assert gpu_slots(small, jetson, uneven) == 16 * 64
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        (
+            "rtx4090-ddr5",
+            {"host.channels_gb_s": 9},
+            "host.channels_gb_s needs experts that are spread over NDP units: add [ndp] or remove host.channels_gb_s.",
+        ),
+        (
+            "edge-ndp",
+            {"ndp.contention": True},
+            "ndp.contention needs reads of units' memory that take time: add "
+            "ndp.outside_gb_s or host.channels_gb_s or remove ndp.contention.",
+        ),
+        (
+            "edge-ndp",
+            {"link.host_read": True},
+            "link.host_read needs experts in host memory, and with [ndp] they live "
+            "in the units: remove link.host_read.",
+        ),
+        (
+            "rtx4090-offload",
+            {"link.host_read": True},
+            "link.host_read needs the bandwidth of the CPU's memory: add [cpu] or remove link.host_read.",
+        ),
+        (
+            "edge-ndp",
+            {"link.mtu_bytes": 9},
+            "link.mtu_bytes needs packets that are lost: add link.loss or remove link.mtu_bytes.",
+        ),
+        (
+            "edge-ndp",
+            {"link.rto_ms": 0},
+            "link.rto_ms needs packets that are lost: add link.loss or remove link.rto_ms.",
+        ),
+        (
+            "edge-ndp",
+            {"link.loss_mode": "reliable"},
+            "link.loss_mode needs packets that are lost: add link.loss or remove link.loss_mode.",
+        ),
+        ("edge-ndp", {"link.seed": 0}, "link.seed needs packets that are lost: add link.loss or remove link.seed."),
+    ],
+)
+def test_a_field_that_nothing_reads_is_refused(name, changed, said):
+    with pytest.raises(UsageError) as error:
+        load_system(name, changed)
+    assert str(error.value) == f"system {name}: {said}"
+
+
+def test_chunks_of_a_cpu_need_a_link():
+    on = load_system("rtx4090-ddr5", {"cpu.chunks": 2})
+    with pytest.raises(UsageError) as error:
+        load_system(msgspec.structs.replace(on, link=None))
+    assert str(error.value) == (
+        f"system {on.name}: cpu.chunks needs a link to the GPU: add [link] or remove cpu.chunks."
+    )
+
+
+def test_a_field_that_something_reads_is_taken():
+    assert load_system("edge-ndp", {"ndp.contention": True, "ndp.outside_gb_s": 9}).ndp.contention
+    assert load_system("edge-ndp", {"ndp.contention": True, "host.channels_gb_s": 9}).ndp.contention
+    assert load_system("rtx4090-ddr5", {"link.host_read": True}).link.host_read
+    off = load_system("edge-ndp", {"ndp.contention": False, "link.host_read": False})  # a switch that is off
+    assert off.ndp.contention is off.link.host_read is False

@@ -42,7 +42,9 @@ def machine_cases(draw, max_steps: int = 8, max_experts: int = 8) -> MachineCase
     system = {name: part for name, part in msgspec.to_builtins(case.system).items() if part is not None}
     gpu, link = system["gpu"], system["link"]
     gpu |= draw(fields(launch=LAUNCHES, roofline=ROOFLINES, layer_overhead_us=(0.0, 150.0)))
-    link |= draw(fields(efficiency=(1.0, 0.6), host_read=(False, True)))
+    link |= draw(fields(efficiency=(1.0, 0.6)))
+    if "ndp" not in system:
+        link |= draw(fields(host_read=(False, True)))
     share = {"compute_efficiency": (1.0, 0.7), "memory_efficiency": (1.0, 0.55)}
     if "ndp" in system:
         kinds = {"launch": LAUNCHES, "roofline": ROOFLINES}

@@ -34,6 +34,9 @@ def tier_cases(draw, max_steps: int = 6, max_experts: int = 7, units: tuple[int,
     loss = {"loss": (0.0, 0.0, 0.02, 0.4), "mtu_bytes": (1460, 256, 10_000), "rto_ms": (0.0, 0.3)}
     loss |= {"loss_mode": ("reliable", "relaxed"), "seed": (0, 2**40 + 3)}
     system["link"] |= draw(fields(stream=(1, 0, 2, 5), **loss))
+    if "loss" not in system["link"]:
+        for name in loss:
+            system["link"].pop(name, None)
     if draw(st.booleans(), label="rates"):
         times = draw(st.lists(st.floats(0, 0.03), min_size=1, max_size=5, unique=True))
         system["link"]["rates"] = [(at, rate * draw(st.sampled_from([0.3, 1.0, 2.5]))) for at in sorted(times)]
@@ -44,6 +47,8 @@ def tier_cases(draw, max_steps: int = 6, max_experts: int = 7, units: tuple[int,
         system["ndp"] |= draw(fields(**units, outside_gb_s=(1e6, rate * 0.6, rate * 1.7)))
         system["ndp"]["move_gb_s"] = rate * draw(st.sampled_from([0.5, 3.0]))
         system["host"] = draw(fields(channels_gb_s=(1e6, rate * 0.8, rate * 3)))
+        if not ("outside_gb_s" in system["ndp"] or system["host"]):
+            system["ndp"].pop("contention", None)
     elif draw(st.booleans(), label="disk"):
         system["disk"] = {"bandwidth_gb_s": rate * draw(st.sampled_from([0.2, 1.0, 4.0])), "latency_us": 50.0}
         most = case.model.moe_layers * case.model.most_experts

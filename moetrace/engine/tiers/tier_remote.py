@@ -276,14 +276,15 @@ def remote_experts(policy: PolicySpec, decoded: Decoded, exists: np.ndarray) -> 
 
     Args:
         policy: With `remote`.
-        decoded: The trace, whose first steps are the plan unless the policy has `loads`.
+        decoded: The trace, whose first steps are the plan, unless the policy has `loads` and no
+            `plan_steps`.
         exists: bool [L, E], the experts of each layer.
 
     Raises:
         MoetraceError: The file of loads is wrong.
     """
     layers, experts = exists.shape
-    if policy.loads is not None:
+    if policy.loads is not None and policy.plan_steps is None:
         rows = load_loads(policy.loads, layers, experts)
     else:
         rows = decoded.counts_of_first(policy.plan_steps or PLAN_STEPS)

@@ -93,7 +93,7 @@ class Figures:
 
     @property
     def gate_mass_dropped(self) -> float:
-        return self.gate_mass_lost / self.gate_mass_total
+        return self.gate_mass_lost / self.gate_mass_total if self.gate_mass_total else 0.0
 
     @property
     def regret(self) -> float:
