@@ -146,7 +146,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         stream: Equal parts in which a fetched expert arrives, each computed once it is there; 0 stands for no limit.
             By default 1: it runs when all of it is there.
         loss: Probability that a packet is lost. By default 0. At most 0.99: beyond that a link carries almost nothing.
-        mtu_bytes: Bytes of a packet, where packets are lost. By default 1460. At least 64, as each packet may be a draw.
+        mtu_bytes: Bytes of a packet, where packets are lost. By default 1460. At least 64: each may be a draw.
         rto_ms: Milliseconds until what is missing is sent again. By default 0.
         loss_mode: Whether lost packets of activations are sent again (`reliable`, the default), or not (`relaxed`):
             then their rows lose what they are about. Weights are always sent again.
