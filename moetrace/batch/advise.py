@@ -16,6 +16,7 @@ from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import forget
 from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
+from moetrace.results.optional_figures import may_have, need_of
 from moetrace.results.record import ADVICE_FILE, OF_A_TABLE, POLICY_FILE, choices_of
 from moetrace.results.resolve import by_spec, model_of
 from moetrace.spec import Model, System, default_policies, gpu_slots, load_model, load_system
@@ -114,6 +115,10 @@ class Question:
                 raise UsageError(
                     f"The SLO {limit.text!r} needs [{table}] in system {self.system.name}: add it or drop the SLO."
                 )
+            need = need_of(limit.metric)
+            if need and not any(may_have(limit.metric, self.system, one.policy) for one in self.candidates):
+                todo = f"{need.add} or drop the SLO" if need.what.startswith("system") else "drop the SLO"
+                raise UsageError(f"The SLO {limit.text!r}: no candidate has it, as no {need.what}: {todo}.")
         self.usd_hour, self.notes = _price(self.system, budget_usd_hour)
         path = trace.path if isinstance(trace, Trace) else trace
         if path is None:

@@ -13,7 +13,8 @@ from moetrace.batch.identity import identity
 from moetrace.batch.metrics import DEFAULT_METRICS, Tolerances, check_metrics
 from moetrace.batch.verdict import VERDICTS, Judged, Moved, judge
 from moetrace.results.folder import ResultFolder, read_cells
-from moetrace.results.record import GATE_SCHEMA, METRICS, OF_A_DEADLINE, OF_A_TABLE
+from moetrace.results.optional_figures import need_of
+from moetrace.results.record import GATE_SCHEMA, METRICS
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.spec.named import nearest
@@ -236,16 +237,14 @@ def _check_metrics_there(path: Path, baseline: Baseline, wanted: Sequence[str]) 
 
 
 def _check_accounts(folder: Path, found: ResultFolder, wanted: Sequence[str]) -> None:
-    """Raise a UsageError if no cell of the folder has a figure of a table or of a deadline that is to be compared."""
+    """Raise a UsageError if no cell of the folder has a figure of some replays that is to be compared."""
     good = [cell.figures for cell in found.cells if cell.error is None]
     for metric in wanted:
-        if not good or any(metric in figures for figures in good):
-            continue
-        lacking, add = "policy has deadline_ms", "set it in a policy"
-        if metric in OF_A_TABLE:
-            lacking, add = f"system has [{OF_A_TABLE[metric]}]", "add that table to the system"
-        if metric in OF_A_TABLE or metric in OF_A_DEADLINE:
-            raise UsageError(f"{folder}: no cell has {metric}, as no {lacking}: {add}, or compare other metrics.")
+        need = need_of(metric)
+        if need is not None and good and not any(metric in figures for figures in good):
+            raise UsageError(
+                f"{folder}: no cell has {metric}, as no {need.what}: {need.add}, or compare other metrics."
+            )
 
 
 def _check_same_trace(folder: Path, path: Path, found: ResultFolder, baseline: Baseline) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moetrace.batch.metrics import check_metrics, value_of
+from moetrace.engine.setup import Setup
+from moetrace.results.optional_figures import may_have, need_of
 from moetrace.results.record import METRICS
 from moetrace.spec.errors import UsageError, printable
 
@@ -58,6 +60,17 @@ def parse_slos(texts: str | Iterable[str], where: str = "") -> tuple[Slo, ...]:
 def worst_miss(slos: Sequence[Slo], figures: Mapping[str, Any]) -> float:
     """Return the largest share by which what summary.json says of a policy misses a limit; 0.0 if it keeps all."""
     return max((slo.miss(value_of(figures, slo.metric, "the replay")) for slo in slos), default=0.0)
+
+
+def check_had(slos: Sequence[Slo], setups: Sequence[Setup]) -> None:
+    """Raise a UsageError if a limit is of a figure that no cell has, as of a table that no system has."""
+    for slo in slos:
+        need = need_of(slo.metric)
+        if not need or not setups or any(may_have(slo.metric, each.system, each.policies[0]) for each in setups):
+            continue
+        raise UsageError(
+            f"The SLO {slo.text!r}: no cell has {slo.metric}, as no {need.what}: {need.add}, or drop the SLO."
+        )
 
 
 def _parse(text: str) -> Slo:

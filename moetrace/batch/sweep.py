@@ -19,7 +19,7 @@ from moetrace.batch.executors import Farm, dask_farm, local_farm, run_tasks
 from moetrace.batch.grid import Grid, Point, load_grid
 from moetrace.batch.processes import start_early
 from moetrace.batch.rebatched import Rebatched
-from moetrace.batch.slo import Slo, parse_slos
+from moetrace.batch.slo import Slo, check_had, parse_slos
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, Task, evaluate, forget, tasks_of
 from moetrace.jit.fingerprint import room_fingerprint
@@ -191,6 +191,7 @@ class SweepPlan:
         self._base = base
         for cell in self.cells:
             cell.error = self._relative(cell.error)
+        check_had(self.slos, [cell.setup for cell in self.cells if cell.setup])
         self.found: dict[str, Mapping[str, Any]] = {}
         for key in dict.fromkeys(cell.key for cell in self.cells if cell.key):
             if folder is not None and (found := folder.finished(key)) is not None:

@@ -12,6 +12,7 @@ from moetrace.batch.search_space import SearchChoices
 from moetrace.batch.slo import worst_miss
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, tasks_of
+from moetrace.results.optional_figures import need_of
 from moetrace.results.record import OF_A_TABLE
 
 
@@ -100,18 +101,23 @@ class Halver:
         if key in self.errors:
             trial.error = self.errors[key]
             return
-        objective = self.choices.halving.objective
-        trial.value = value_of(self.found[key]["result"]["policies"][0], objective, trial.cell.name)
-        trial.miss = worst_miss(self.choices.space.slos, self.found[key]["result"]["policies"][0])
+        objective, figures = self.choices.halving.objective, self.found[key]["result"]["policies"][0]
+        trial.value = value_of(figures, objective, trial.cell.name)
+        trial.miss = worst_miss(self.choices.space.slos, figures)
         if math.isinf(trial.miss):
             trial.error = (
                 f"what a limit is of is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
             )
+            for slo in self.choices.space.slos:
+                if (need := need_of(slo.metric)) and slo.metric not in figures:
+                    trial.error = f"{slo.metric} is undefined, as no {need.what}: {need.add}."
         if trial.value is None:
             trial.error = f"{objective} is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
             if table := OF_A_TABLE.get(objective):
                 rows = ", and the trace decode rows" if "token" in objective else ""
                 trial.error = f"{objective} is undefined: the system needs [{table}]{rows}."
+            elif (need := need_of(objective)) and objective not in figures:
+                trial.error = f"{objective} is undefined, as no {need.what}: {need.add}."
 
 
 def part_of(cell: Cell, steps: int | None) -> Cell:

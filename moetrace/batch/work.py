@@ -10,6 +10,7 @@ from moetrace.batch.cell import Cell, code_fingerprint, digest, error_sentence, 
 from moetrace.engine.cluster.cluster_lane import ClusterLane
 from moetrace.engine.decoded import Decoded, Needs, decoded_bytes, needs_of
 from moetrace.engine.folding import StepStore
+from moetrace.engine.prefetch import RELAYOUT
 from moetrace.engine.run import Run, run_setups
 from moetrace.engine.setup import Setup, weight_bytes_of
 from moetrace.results import summary
@@ -18,7 +19,6 @@ from moetrace.results.record import CellCosts
 from moetrace.spec.choices import find
 from moetrace.spec.errors import MoetraceError, stop_behind
 from moetrace.spec.fits import dense_misfit
-from moetrace.spec.policy import PolicySpec
 from moetrace.trace import Trace
 from moetrace.version import __version__
 
@@ -121,7 +121,7 @@ def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, st
     kept = is_kept(trace, needs)
     even = -(-len(cells) // (jobs * (_TASKS_A_JOB if steps is None and kept else 1)))
     # A trace that is read again by each task is read by as few as possible.
-    most = max((state_bytes(trace, cell.policy) for cell in cells.values() if cell.setup), default=1)
+    most = max((state_bytes(trace, cell.setup) for cell in cells.values() if cell.setup), default=1)
     held = min(LOGS_BYTES // most, (SECONDS_BYTES + FILED_BYTES) // seconds_bytes(trace))
     size = max(1, min(even, held, _MOST_CELLS if kept else even))
     wanted = [(key, cell.setup, cell.inputs["files"]) for key, cell in cells.items() if cell.setup and cell.inputs]
@@ -132,11 +132,14 @@ def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, st
     ]
 
 
-def state_bytes(trace: Trace, policy: PolicySpec) -> int:
+def state_bytes(trace: Trace, setup: Setup) -> int:
     """How much memory a cell takes at most while it is replayed, but for the seconds of its steps."""
-    keys, residency = trace.layers * trace.num_experts, find("residency", policy.residency)
+    (policy,), keys = setup.policies, trace.layers * trace.num_experts
+    residency, prefetch = find("residency", policy.residency), find("prefetch", policy.prefetch)
     foresees = residency is not None and residency.foresees
-    return keys * 160 + (64 << 10) + foresees * keys * (8 * trace.num_experts + 80)
+    moves = prefetch is not None and prefetch.rule == RELAYOUT
+    a_key = 160 + 60 * (setup.system.disk is not None) + 64 * moves  # of host memory's cache, and of `Layout`
+    return keys * a_key + (64 << 10) + foresees * keys * (8 * trace.num_experts + 80)
 
 
 def seconds_bytes(trace: Trace) -> int:

@@ -178,8 +178,9 @@ def busy_of(lane: AnyLane) -> dict[str, float]:
 
 
 def link_bytes_of(lane: Lane) -> float:
-    """Return what the link carried, both ways."""
-    return float(lane.log.unit["bytes"][LINK_IN] + lane.log.unit["bytes"][LINK_OUT])
+    """Return what the link carried, both ways; what it sent again, too."""
+    payload, losses = float(lane.log.unit["bytes"][LINK_IN] + lane.log.unit["bytes"][LINK_OUT]), lane.losses
+    return payload if losses is None else payload + losses.resent_in_bytes + losses.resent_out_bytes
 
 
 def _part_log(lane: AnyLane) -> np.ndarray:

@@ -112,6 +112,18 @@ class PolicyFigures(CommonFigures, kw_only=True):
             "gates\nlost",
         ),
     ] = UNSET
+    # Only of policies with prefetch `relayout`, and only where the system has `gpu.evict_us`.
+    moved_bytes: Annotated[
+        float | UnsetType,
+        Figure("bytes", "weights that moved between layouts; only with prefetch `relayout`", "lower", "moved", "moved"),
+    ] = UNSET
+    moved_s: Annotated[
+        float | UnsetType, Figure("s", "seconds in which they moved, beside other work; only with them", "lower")
+    ] = UNSET
+    evict_s: Annotated[
+        float | UnsetType,
+        Figure("s", "seconds of evictions, a part of `dense_s` of the steps; only with `gpu.evict_us`", "lower"),
+    ] = UNSET
     # Only of policies with remote experts; else a file does not have them at all.
     remote_s: Annotated[
         float | UnsetType,
@@ -314,9 +326,11 @@ OF_A_TABLE = dict.fromkeys(_OF_DISK, "disk") | ACCOUNTS
 OF_A_DEADLINE = ("in_time", "mean_frequency")  # only where the policy has `deadline_ms`
 OF_REGRET = ("regret", "regret_equal_share", "regret_layers", "regret_left_out")
 OF_CLUSTER = tuple(name for name in FIGURES if name.startswith("cluster."))
-OPTIONAL = frozenset(
-    (*OF_A_TABLE, "resent_bytes", "gate_mass_dropped", *OF_REMOTE, *OF_A_DEADLINE, *OF_CLUSTER, *OF_REGRET)
-)
+OF_A_LOSS = ("resent_bytes", "gate_mass_dropped")  # only where the system has `link.loss`
+OF_RELAYOUT = ("moved_bytes", "moved_s")  # only of policies with that prefetch
+OF_EVICTIONS = ("evict_s",)  # only where the system has `gpu.evict_us`
+_ON_A_LINK = (*OF_A_LOSS, *OF_RELAYOUT, *OF_EVICTIONS)
+OPTIONAL = frozenset((*OF_A_TABLE, *_ON_A_LINK, *OF_REMOTE, *OF_A_DEADLINE, *OF_CLUSTER, *OF_REGRET))
 
 
 def is_absent(name: str, policy: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What remote functions did and cost in a replay (timing model, section 10)."""
+"""What remote functions did and cost in a replay (timing model, section 11)."""
 
 from typing import Any
 

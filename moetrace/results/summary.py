@@ -171,6 +171,7 @@ def _figures(run: Run, lane: AnyLane) -> PolicyFigures:
         lower_bound_s=float(lane.lower_bound_s),
         **_host_figures(lane),
         **_losses(lane),
+        **_moves(run.system, lane),
         **remote_figures(run.system, lane),
         **_regret(lane),
         cluster=cluster_figures(lane, seconds, _phases(run)) if isinstance(lane, ClusterLane) else msgspec.UNSET,
@@ -202,6 +203,19 @@ def _losses(lane: AnyLane) -> dict[str, Any]:
         "resent_bytes": losses.resent_in_bytes + losses.resent_out_bytes,
         "gate_mass_dropped": losses.gate_mass_dropped,
     }
+
+
+def _moves(system: System, lane: AnyLane) -> dict[str, Any]:
+    """What moved between layouts, where a policy lets experts move, and what evictions took, where they take time."""
+    if isinstance(lane, ClusterLane):
+        return {}
+    found: dict[str, Any] = {}
+    tiers = lane.tiers
+    if tiers is not None and tiers.layout is not None:
+        found["moved_bytes"], found["moved_s"] = (float(each) for each in tiers.layout.moved)
+    if system.gpu.evict_us is not None:
+        found["evict_s"] = 0.0 if tiers is None else float(tiers.tally["evict_s"][0])
+    return found
 
 
 def _regret(lane: AnyLane) -> dict[str, Any]:

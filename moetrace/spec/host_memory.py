@@ -1,4 +1,4 @@
-"""A disk below host memory: `[disk]` of a system, and what it goes with (timing model, section 10)."""
+"""A disk below host memory: `[disk]` of a system, and what it goes with (timing model, section 11)."""
 
 from typing import Annotated
 

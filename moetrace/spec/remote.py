@@ -1,4 +1,4 @@
-"""Remote functions: experts that live in the memory of functions (Remoe; timing model, section 10)."""
+"""Remote functions: experts that live in the memory of functions (Remoe; timing model, section 11)."""
 
 from typing import Annotated
 

@@ -145,8 +145,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         host_read: Whether the CPU's memory bandwidth also limits fetches of dispatch `gpu`. By default it does not.
         stream: Equal parts in which a fetched expert arrives, each computed once it is there; 0 stands for no limit.
             By default 1: it runs when all of it is there.
-        loss: Probability that a packet is lost. By default 0.
-        mtu_bytes: Bytes of a packet, where packets are lost. By default 1460.
+        loss: Probability that a packet is lost. By default 0. At most 0.99: beyond that a link carries almost nothing.
+        mtu_bytes: Bytes of a packet, where packets are lost. By default 1460. At least 64: each may be a draw.
         rto_ms: Milliseconds until what is missing is sent again. By default 0.
         loss_mode: Whether lost packets of activations are sent again (`reliable`, the default), or not (`relaxed`):
             then their rows lose what they are about. Weights are always sent again.
@@ -160,8 +160,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     efficiency: Efficiency | None = None
     host_read: bool | None = None
     stream: Annotated[int, Meta(ge=0, le=65535)] | None = None
-    loss: Annotated[float, Meta(ge=0, lt=1)] | None = None
-    mtu_bytes: Annotated[int, Meta(ge=1, le=1 << 30)] | None = None
+    loss: Annotated[float, Meta(ge=0, le=0.99)] | None = None
+    mtu_bytes: Annotated[int, Meta(ge=64, le=1 << 30)] | None = None
     rto_ms: NotNegative | None = None
     loss_mode: Literal["reliable", "relaxed"] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None

@@ -222,6 +222,8 @@ def test_a_price_by_the_hour_is_compared_with_the_budget(trace):
         ({"jobs": 0}, "jobs is 0"),
         ({"slo": "tpot_s.p99"}, "METRIC<=LIMIT"),
         ({"slo": "price_usd<=1"}, "The SLO 'price_usd<=1' needs [price] in system jetson-orin"),
+        ({"slo": "resent_bytes<=1"}, "'resent_bytes<=1': no candidate has it, as no system has link.loss: set it in"),
+        ({"slo": "in_time>=0.9"}, "'in_time>=0.9': no candidate has it, as no policy has deadline_ms: drop the SLO."),
         ({"budget_usd_hour": -1}, "The budget is -1"),
         ({"budget_usd_hour": float("nan")}, "The budget is nan"),
         ({"overrides": {"policy.dispatch": "gpu"}}, "chooses the policy"),

@@ -11,6 +11,7 @@ from support.gate_folders import FIGURES, TRACE, replay, summary, sweep
 import moetrace as mt
 from moetrace.batch.baseline import read_baseline
 from moetrace.batch.metrics import DEFAULT_METRICS, METRICS, Tolerances
+from moetrace.results.optional_figures import need_of
 from moetrace.results.record import ACCOUNTS, OPTIONAL
 
 MONDE = "tiny-olmoe/edge-ndp/monde"
@@ -338,6 +339,24 @@ def test_energy_is_compared_where_the_folder_has_it(tmp_path):
     assert {cell.name: cell.verdict for cell in mt.gate(lost, path).cells}[MONDE] == "changed"
     with pytest.raises(mt.UsageError, match=r"no cell has price_usd, as no system has \[price\]: add that table"):
         mt.gate(now, path, metrics=["price_usd"])
+
+
+@pytest.mark.parametrize("metric", sorted(OPTIONAL & {*METRICS}))
+def test_what_no_cell_has_is_refused_with_what_is_lacking(tmp_path, metric):
+    need = need_of(metric)
+    with pytest.raises(mt.UsageError) as error:
+        mt.gate(replay(tmp_path / "now"), tmp_path / "b.json", metrics=[metric], update=True)
+    said = f"no cell has {metric}, as no {need.what}: {need.add}, or compare other metrics."
+    assert str(error.value) == f"{tmp_path / 'now'}: {said}"
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_needs_are_sentences(tmp_path):
+    assert need_of("total_s") is None
+    assert need_of("disk_bytes") == ("system has [disk]", "add that table to the system")
+    assert need_of("resent_bytes") == ("system has link.loss", "set it in the system")
+    assert need_of("moved_s") == ('policy has prefetch = "relayout"', "set it in a policy")
+    assert need_of("regret") == ("replay was asked for it", "replay with --regret")
 
 
 def test_metrics_are_those_of_a_real_summary():

@@ -246,3 +246,16 @@ def test_energy_is_an_objective_of_a_system_with_watts(trace):
     assert len(values) == 3 and found.best is not None and found.best.value == min(values.values())
     failed = mt.search(space(trace) | {"policy": ["monde", "edge-ndp"]} | objective)
     assert failed.reference.error == "energy_j is undefined: the system needs [energy]."
+
+
+def test_an_objective_or_a_limit_that_no_trial_has_says_what_is_lacking(trace):
+    asked = space(trace) | {"policy": ["monde", "edge-ndp"]}
+    lacking = "resent_bytes is undefined, as no system has link.loss: set it in the system."
+    objective = {"search": {"objective": "resent_bytes", "trials": 1, "parts": 1}}
+    assert mt.search(asked | objective).reference.error == lacking
+    held = {"search": {"objective": "total_s", "trials": 1, "parts": 1}, "slo": "resent_bytes<=1GB"}
+    assert mt.search(asked | held).reference.error == lacking
+    with pytest.raises(mt.UsageError) as error:
+        mt.sweep({"trace": trace, "policy": "monde", "slots": 48}, slo="resent_bytes<=1GB")
+    said = "no cell has resent_bytes, as no system has link.loss: set it in the system, or drop the SLO."
+    assert str(error.value) == f"The SLO 'resent_bytes<=1GB': {said}"

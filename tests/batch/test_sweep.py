@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from support.sweeps import files
@@ -18,7 +19,9 @@ from moetrace.engine import decoded as decoded_module
 from moetrace.engine.decoded import needs_of
 from moetrace.engine.demand import demand_of
 from moetrace.engine.setup import Setup
+from moetrace.engine.tiers.tier_layout import new_layout
 from moetrace.jit.fingerprint import room_fingerprint
+from moetrace.spec import load_model, load_policy, load_system
 from moetrace.trace.atomic import AtomicFile
 
 ROOT = Path(__file__).parents[2]
@@ -355,3 +358,20 @@ def test_calibrated_machines_beside_others_are_told(tmp_path, systems, note):
     swept = mt.sweep({"trace": str(tmp_path / "t.h5"), "system": systems, "policy": "on-demand", "slots": 48})
     assert not swept.failed
     assert (swept.notes[0].startswith(note) if note else not swept.notes) and swept.to_dict()["notes"] == swept.notes
+
+
+def test_state_above_a_disk_and_of_moves_is_counted():
+    """What numpy's arrays of host memory and of a layout take, within what a task counts on for them."""
+    trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
+    keys = trace.layers * trace.num_experts
+    model = load_model("tiny-olmoe")
+
+    def state(system, policy, changed):
+        setup = Setup(model=model, system=load_system(system, changed), policies=[load_policy(policy)])
+        return work.state_bytes(trace, setup)
+
+    disk = {"disk.bandwidth_gb_s": 7.0, "disk.latency_us": 100.0, "host.slots": 60}
+    assert state("rtx4090-ddr5", "hybrid", disk) == state("rtx4090-ddr5", "hybrid", {}) + 60 * keys
+    assert state("edge-ndp", "trimoe", {}) == state("edge-ndp", "monde", {}) + 64 * keys
+    layout = new_layout(trace.layers, trace.num_experts, 6, 1e9, 0.5)
+    assert sum(part.nbytes for part in layout[:7] if isinstance(part, np.ndarray)) <= 64 * keys

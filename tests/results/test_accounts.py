@@ -128,6 +128,18 @@ def test_a_replay_is_the_formula_of_its_own_frames(replayed):
         assert parts["price_usd"].sum() == pytest.approx(policy["price_usd"], rel=1e-12)
 
 
+def test_what_is_sent_again_takes_energy(trace):
+    """2 J a GB of payload and of what was lost, both ways: a row of `accounts`, and the costs of a cell."""
+    changed = {"system.energy.link.joule_per_gb": 2.0, "system.link.loss": 0.2}
+    result = mt.replay(trace, policies="monde", slots=48, overrides=changed)
+    (policy,) = result.to_dict()["policies"]
+    links = result.units.filter(pl.col("unit").str.starts_with("link"))
+    resent = links["resent_bytes"].sum()
+    assert resent == pytest.approx(policy["resent_bytes"]) and resent > 0.1 * links["bytes"].sum()
+    assert policy["energy_j"] == pytest.approx(2.0 * (links["bytes"].sum() + resent) / 1e9, rel=1e-12)
+    assert result.accounts["link_j"].to_list() == [policy["energy_j"]]
+
+
 def test_rates_move_no_other_figure(trace, replayed):
     """Without the tables a result has no word of them: it is that of a version that knew neither."""
     plain = mt.replay(trace, policies=["monde", "edge-ndp"], slots=48)

@@ -17,9 +17,9 @@ from moetrace.spec.link_rates import read_rates
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"loss": 1}, "system edge-ndp: link.loss wants a number less than 1, got 1."),
-        ({"loss": -0.1}, "system edge-ndp: link.loss wants a number of at least 0, got -0.1."),
-        ({"mtu_bytes": 0}, "system edge-ndp: link.mtu_bytes wants a whole number from 1 to 1073741824, got 0."),
+        ({"loss": 0.991}, "system edge-ndp: link.loss wants a number from 0 to 0.99, got 0.991."),
+        ({"loss": -0.1}, "system edge-ndp: link.loss wants a number from 0 to 0.99, got -0.1."),
+        ({"mtu_bytes": 63}, "system edge-ndp: link.mtu_bytes wants a whole number from 64 to 1073741824, got 63."),
         ({"rto_ms": -1}, "system edge-ndp: link.rto_ms wants a number from 0 to 1e+09, got -1."),
         (
             {"loss_mode": "fast"},
@@ -38,6 +38,8 @@ def test_a_loss_of_zero_may_have_its_fields():
     assert not load_system("edge-ndp", {"link.loss": 0, "link.loss_mode": "relaxed"}).link.loses_rows
     assert not load_system("edge-pi-cluster", {"link.loss": 0}).link.loses_rows
     assert load_system("edge-ndp", {"link.loss": 0.1}).link.packet_bytes == 1460
+    at_bounds = load_system("edge-ndp", {"link.loss": 0.99, "link.mtu_bytes": 64}).link
+    assert (at_bounds.loss, at_bounds.packet_bytes) == (0.99, 64)
 
 
 def test_weights_are_never_lost_for_good():

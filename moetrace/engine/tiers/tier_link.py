@@ -39,7 +39,8 @@ LINK_STATE = np.dtype(
     ]
 )
 _FULL = 18446744073709551616.0  # 2^64
-_LEAST = 1e-17  # a share that is lost in rounding
+_LEAST = 1e-17  # a share that is lost in rounding: 1 - _LEAST is 1
+_MOST_HALVES = 64  # beyond any range of rounds, so that a search ends for sure
 
 
 class Transfers(NamedTuple):
@@ -134,17 +135,20 @@ def _is_through(loss, packets, rounds, u):
 def rounds_of(loss, packets, u):
     """Return R: how often what is missing is sent again, the least k >= 0 with u <= (1 - loss^(k+1))^packets.
 
-    Its closed form says where to look; rounding decides as the definition does.
+    The range is halved until it is found: after so many rounds that loss^(k+1) is lost in rounding, all is through.
     """
     if packets <= 0.0 or u <= 0.0 or _is_through(loss, packets, 0.0, u):
         return 0.0
-    missing = max(-np.expm1(np.log(u) / packets), _LEAST)
-    rounds = max(np.floor(np.log(missing) / np.log(loss)) - 2.0, 0.0)
-    while rounds > 0.0 and _is_through(loss, packets, rounds - 1.0, u):
-        rounds -= 1.0
-    while not _is_through(loss, packets, rounds, u):
-        rounds += 1.0
-    return rounds
+    low, high = 0.0, np.ceil(np.log(_LEAST) / np.log(loss))
+    for _ in range(_MOST_HALVES):
+        if high - low <= 1.0:
+            break
+        middle = np.floor((low + high) / 2.0)
+        if _is_through(loss, packets, middle, u):
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 @kernel
