@@ -6,6 +6,7 @@ from moetrace.results.record import (
     OF_A_DEADLINE,
     OF_A_LOSS,
     OF_A_TABLE,
+    OF_CLUSTER,
     OF_EVICTIONS,
     OF_REGRET,
     OF_RELAYOUT,
@@ -26,6 +27,7 @@ _IN_A_SYSTEM, _IN_A_POLICY = "set it in the system", "set it in a policy"
 _NEEDS = {name: Need(f"system has [{table}]", "add that table to the system") for name, table in OF_A_TABLE.items()}
 _NEEDS |= dict.fromkeys(OF_A_LOSS, Need("system has link.loss", _IN_A_SYSTEM))
 _NEEDS |= dict.fromkeys(OF_EVICTIONS, Need("system has gpu.evict_us", _IN_A_SYSTEM))
+_NEEDS |= dict.fromkeys(OF_CLUSTER, Need("system has [cluster]", "use a system that is a cluster"))
 _NEEDS |= dict.fromkeys(OF_REMOTE, Need("policy has remote", f"{_IN_A_POLICY} above a system with [remote]"))
 _NEEDS |= dict.fromkeys(OF_A_DEADLINE, Need("policy has deadline_ms", _IN_A_POLICY))
 _NEEDS["mean_frequency"] = Need(
@@ -46,6 +48,8 @@ def may_have(name: str, system: System, policy: PolicySpec) -> bool:
         return True
     if name in OF_A_TABLE:
         return getattr(system, OF_A_TABLE[name]) is not None
+    if name in OF_CLUSTER:
+        return system.cluster is not None
     if name in OF_A_LOSS:
         return system.link is not None and bool(system.link.loss)
     if name in OF_EVICTIONS:
