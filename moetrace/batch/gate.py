@@ -14,7 +14,7 @@ from moetrace.batch.metrics import DEFAULT_METRICS, Tolerances, check_metrics
 from moetrace.batch.verdict import VERDICTS, Judged, Moved, judge
 from moetrace.results.folder import ResultFolder, read_cells
 from moetrace.results.optional_figures import need_of
-from moetrace.results.record import GATE_SCHEMA, METRICS
+from moetrace.results.record import GATE_SCHEMA, METRICS, is_absent
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.spec.named import nearest
@@ -241,7 +241,7 @@ def _check_accounts(folder: Path, found: ResultFolder, wanted: Sequence[str]) ->
     good = [cell.figures for cell in found.cells if cell.error is None]
     for metric in wanted:
         need = need_of(metric)
-        if need is not None and good and not any(metric in figures for figures in good):
+        if need is not None and good and all(is_absent(metric, figures) for figures in good):
             raise UsageError(
                 f"{folder}: no cell has {metric}, as no {need.what}: {need.add}, or compare other metrics."
             )

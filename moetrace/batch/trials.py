@@ -13,7 +13,7 @@ from moetrace.batch.slo import worst_miss
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, tasks_of
 from moetrace.results.optional_figures import need_of
-from moetrace.results.record import OF_A_TABLE
+from moetrace.results.record import OF_A_TABLE, is_absent
 
 
 @dataclass
@@ -109,14 +109,14 @@ class Halver:
                 f"what a limit is of is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
             )
             for slo in self.choices.space.slos:
-                if (need := need_of(slo.metric)) and slo.metric not in figures:
+                if (need := need_of(slo.metric)) and is_absent(slo.metric, figures):
                     trial.error = f"{slo.metric} is undefined, as no {need.what}: {need.add}."
         if trial.value is None:
             trial.error = f"{objective} is undefined in the first {part + 1} of {self.choices.halving.parts} parts."
             if table := OF_A_TABLE.get(objective):
                 rows = ", and the trace decode rows" if "token" in objective else ""
                 trial.error = f"{objective} is undefined: the system needs [{table}]{rows}."
-            elif (need := need_of(objective)) and objective not in figures:
+            elif (need := need_of(objective)) and is_absent(objective, figures):
                 trial.error = f"{objective} is undefined, as no {need.what}: {need.add}."
 
 

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 import moetrace as mt
-from moetrace.engine import in_common
+from moetrace.engine import bounds, in_common
 from moetrace.engine.run import Run, run_setups
 from moetrace.engine.setup import Setup
 from moetrace.generators import generate_trace
@@ -23,13 +23,16 @@ def passes(trace: mt.Trace, setups: list[Setup], monkeypatch) -> tuple[list[Run]
     count = dict.fromkeys(("work_bound_s", "clairvoyant_s"), 0)
     with monkeypatch.context() as patch:
         for name in count:
-            kernel = getattr(in_common, name)
+            kernel = getattr(bounds, name)
 
             def counted(*arguments, name=name, kernel=kernel):
                 count[name] += 1
                 return kernel(*arguments)
 
-            patch.setattr(in_common, name, counted)
+            if name == "clairvoyant_s":
+                patch.setattr(in_common, "clairvoyant", lambda tiers, counted=counted: counted)
+            else:
+                patch.setattr(in_common, name, counted)
         runs = run_setups(trace, setups, jobs=2)
     return [run for run in runs if isinstance(run, Run)], count
 

@@ -10,7 +10,7 @@ from support.one_run import run
 from support.strategies import Case, all_policies, as_arrays, cases, write_loads, write_static
 
 from moetrace.engine import decoded as decoded_module
-from moetrace.engine import run as run_module
+from moetrace.engine import lane as lane_module
 from moetrace.engine.decoded import Decoded, decoded_bytes, needs_of
 from moetrace.engine.demand import demand_of
 from moetrace.engine.folding import StepStore
@@ -117,7 +117,7 @@ def test_blocks_and_jobs_change_nothing(case, data, tmp_path_factory):
 def test_relabelling_units_changes_nothing_else(case, data, tmp_path_factory):
     policies = some_policies(case, data, tmp_path_factory.mktemp("p"))
     before = replay(case, policies)
-    original = run_module.place_experts
+    original = lane_module.place_experts
     rng = np.random.default_rng(data.draw(st.integers(0, 99), label="relabelling"))
     relabel = {}
 
@@ -127,7 +127,7 @@ def test_relabelling_units_changes_nothing_else(case, data, tmp_path_factory):
         return relabel[share][original(policy, layer_index, experts, units, model)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "place_experts", relabelled)
+        patch.setattr(lane_module, "place_experts", relabelled)
         after = replay(case, policies)
     for one, other in zip(before.lanes, after.lanes, strict=True):
         for name in ("hits", "misses", "late"):

@@ -360,7 +360,7 @@ def test_a_timeline_begins_with_the_cold_start():
         ({"remote": 0.5, "replicas": 0}, {}, "replicas wants"),
         ({"remote": 0.5, "plan_steps": 0}, {}, "plan_steps wants"),
         ({"replicas": 2}, {}, "replicas applies to policies with remote only"),
-        ({"plan_steps": 2}, {}, "plan_steps applies to policies with remote only"),
+        ({"plan_steps": 2}, {}, "plan_steps applies to policies with remote or schedule pipeline:auto only"),
         ({"remote": 0.5, "plan_steps": 2, "loads": "loads.csv"}, {}, "first plan_steps steps or by loads; remove one"),
         ({"remote": 0.5}, {"remote": None}, "add \\[remote\\] to the system, or remove remote"),
         ({"remote": 0.5, "dispatch": "split", "placement": "tp"}, {}, "dispatch split does not go with remote"),

@@ -142,7 +142,7 @@ def test_without_a_link_the_gpu_holds_all_or_the_model_is_refused():
         ),
         (
             "edge-ndp",
-            {"link.mtu_bytes": 9},
+            {"link.mtu_bytes": 90},
             "link.mtu_bytes needs packets that are lost: add link.loss or remove link.mtu_bytes.",
         ),
         (

@@ -198,10 +198,10 @@ def test_a_codebook_of_broken_bits_in_a_file(tmp_path):
     ("overrides", "sentence"),
     [
         ({"bits": 2.5, "codebook_bits": 16}, "weight_bits.bits wants a whole number where codebook_bits is above 0"),
-        ({"sparse": 1.5}, "weight_bits.sparse wants a number from 0 to 1, got 1.5"),
-        ({"sparse": -0.1}, "weight_bits.sparse wants a number from 0 to 1, got -0.1"),
+        ({"sparse": 1.5}, "weight_bits.sparse wants a number of at most 1, got 1.5"),
+        ({"sparse": -0.1}, "weight_bits.sparse wants a number of at least 0, got -0.1"),
         ({"sparse": False}, "weight_bits.sparse wants a number, got False"),
-        ({"bits": 0}, "weight_bits.bits wants a number from 1e-06 to 64, got 0"),
+        ({"bits": 0}, "weight_bits.bits wants a number of at least 1e-06, got 0"),
         ({"group": 1.5}, "weight_bits.group wants a whole number, got 1.5"),
         ({"groups": 32}, "weight_bits.groups is unknown; did you mean group?|weight_bits.groups is unknown"),
         ({"bits": 40, "codebook_bits": 16}, "weight_bits wants an average from 1e-06 to 64, got 3"),

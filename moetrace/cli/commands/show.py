@@ -29,6 +29,10 @@ _UNSET = {
     "now_weight": "not set: 1",
     "long_weight": "not set: 2",
     "gpu_rows": "not set: nothing is fetched in any step",
+    "layout": "not set: expert e whole on unit e mod N",
+    "loads": "not set: the first plan_steps steps say it",
+    "plan_steps": "not set: 32",
+    "with_cpu": "not set: a CPU beside units takes part where the dispatch uses it",
 }
 
 
