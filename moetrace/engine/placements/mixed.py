@@ -28,10 +28,11 @@ def as_laid_out(placing: Placing) -> np.ndarray:
         )
         try:
             layer, expert = int(cells[0]), int(cells[1])
-            unit = every if cells[2] == EVERY else int(cells[2])
+            unit = int(cells[2]) if cells[2] != EVERY else every
+            units = placing.units if cells[2] != EVERY else every + 1
         except (ValueError, IndexError):
             raise wants from None
-        inside = 0 <= layer < layers and 0 <= expert < experts and 0 <= unit < placing.units + (unit == every)
+        inside = 0 <= layer < layers and 0 <= expert < experts and 0 <= unit < units
         if not inside or len(cells) != len(HEADER):
             raise wants
         if (layer, expert) in seen:
