@@ -24,9 +24,7 @@ def read_rates(path: str | Path) -> np.ndarray:
         MoetraceError: The file cannot be read, or a line is not as it must be; the message names it.
     """
     found: list[tuple[float, float]] = []
-    for number, cells in data_lines(path):
-        if not found and [cell.strip() for cell in cells] == HEADER:
-            continue
+    for number, cells in data_lines(path, HEADER):
         where = f"{path}, line {number}"
         try:
             seconds, gb_s = (float(cell) for cell in cells)

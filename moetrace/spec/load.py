@@ -5,7 +5,7 @@ A bad spec is one sentence: which file, which TOML path (`gpu.bandwidth_gb_s`) a
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar
 
@@ -140,11 +140,19 @@ def read_table(path: str | Path, rows: int, columns: int) -> np.ndarray:
     return table
 
 
-def data_lines(path: str | Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and comma-separated cells of each line of a CSV file that is not blank or a `#` comment."""
+def data_lines(path: str | Path, header: Sequence[str] = ()) -> Iterator[tuple[int, list[str]]]:
+    """Line number and comma-separated cells of each line of a CSV file that is not blank or a `#` comment.
+
+    The first of them is left out if it is the ``header``.
+    """
+    is_first = True
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield number, line.split(",")
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        cells = line.split(",")
+        if not (is_first and [cell.strip() for cell in cells] == [*header]):
+            yield number, cells
+        is_first = False
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -22,9 +22,7 @@ def load_static(path: str | Path, layers: int, experts: int) -> np.ndarray:
     Returns int64 `[n, 2]` in the file's order; raises a MoetraceError that names the line.
     """
     pairs: dict[tuple[int, int], None] = {}
-    for number, cells in data_lines(path):
-        if [cell.strip() for cell in cells] == ["layer", "expert"] and not pairs:
-            continue
+    for number, cells in data_lines(path, ("layer", "expert")):
         try:
             layer, expert = (int(cell) for cell in cells)
         except ValueError:

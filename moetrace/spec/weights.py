@@ -76,9 +76,7 @@ def read_expert_bits(path: str | Path, layer_experts: np.ndarray) -> np.ndarray:
         MoetraceError: The file cannot be read, or a line is not as the model wants it.
     """
     bits = np.full((len(layer_experts), int(layer_experts.max())), np.nan)
-    lines = list(data_lines(path))
-    if lines and [cell.strip() for cell in lines[0][1]] == HEADER:
-        del lines[0]
+    lines = list(data_lines(path, HEADER))
     if not lines:
         raise MoetraceError(
             f"{path}: has no line of {','.join(HEADER)}: write one for each expert with bits of its own."

@@ -7,6 +7,7 @@ import sys
 import msgspec
 import numpy as np
 import pytest
+from support.system_file import SYSTEM, write
 
 import moetrace.spec
 from moetrace.spec import (
@@ -22,31 +23,6 @@ from moetrace.spec import (
     load_system,
 )
 from moetrace.spec.load import read_table
-
-SYSTEM = """\
-name = "mine"
-[gpu]
-name = "some GPU"
-tflops = 100
-bandwidth_gb_s = 1000
-memory_gb = 16
-reserve_gb = 2
-launch_us = 5
-[ndp]
-units = 2
-gmac_s = 256
-bandwidth_gb_s = 100
-capacity_gb = 32
-command_us = 2
-[link]
-bandwidth_gb_s = 50
-latency_us = 5
-"""
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def test_file_is_read_with_its_defaults(tmp_path):

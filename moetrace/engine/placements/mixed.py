@@ -18,10 +18,8 @@ def as_laid_out(placing: Placing) -> np.ndarray:
         return groups
     layers, experts = groups.shape
     seen: set[tuple[int, int]] = set()
-    for number, cells in data_lines(placing.layout):
+    for number, cells in data_lines(placing.layout, HEADER):
         cells = [cell.strip() for cell in cells]
-        if cells == HEADER and not seen:
-            continue
         wants = MoetraceError(
             f"{placing.layout}, line {number}: wants a layer below {layers}, an expert below {experts}, and a unit "
             f"below {placing.units} or {EVERY}, as in 0,17,{EVERY}."
