@@ -18,7 +18,7 @@ from support.strategies import Case, cases, policies
 from moetrace.engine.decoded import Needs, decoded_bytes
 from moetrace.engine.lane import Lane
 from moetrace.engine.state import LINK_IN, LINK_OUT, records
-from moetrace.engine.tiers.tier_link import IN, LINK_STATE, LINK_TERM, OUT, TO_HOME, Transfers, draw, rounds_of
+from moetrace.engine.tiers.tier_link import IN, LINK_STATE, LINK_TERM, OUT, TO_HOME, Transfers, draw, flow_of, rounds_of
 from moetrace.jit.random import GOLDEN, mix_64
 from moetrace.trace import Trace
 from moetrace.trace import format as trace_format
@@ -321,3 +321,13 @@ def test_each_gate_is_kept_only_for_who_loses_rows():
     trace = steps(rows(0, 1), rows(2))
     needs = Needs(0, False, False)
     assert decoded_bytes(trace, needs._replace(each_gate=True)) > decoded_bytes(trace, needs)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(1.0, 1e9), st.floats(1e-12, 1e3), st.floats(1e-13, 1e-6))
+def test_what_does_not_arrive_takes_all_of_the_time(byte_count, most_s, each_s):
+    """Else a rest of rounding is left, in which the next expert moves."""
+    moved_bytes, seconds = flow_of(None, byte_count, 0.0, most_s, each_s, 0.0)
+    assert 0.0 < moved_bytes <= byte_count
+    assert seconds == (byte_count * each_s if byte_count * each_s <= most_s else most_s)
+    assert moved_bytes * each_s == pytest.approx(seconds)

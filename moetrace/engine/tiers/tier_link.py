@@ -213,8 +213,10 @@ def flow_of(transfers, byte_count, at_s, most_s, s_per_byte, cap_s_per_byte):
     """
     if transfers is None:
         each_s = max(s_per_byte, cap_s_per_byte)
-        step_bytes = min(most_s / each_s, byte_count) if each_s > 0.0 else byte_count
-        return step_bytes, step_bytes * each_s
+        if byte_count * each_s <= most_s:
+            return byte_count, byte_count * each_s
+        # All of the time, to the last bit: of a rest that is rounding, the next expert would get some 1e-11 bytes.
+        return min(most_s / each_s, byte_count), most_s
     kept = 1.0 - transfers.term[0].loss
     needed_s = carry_s(transfers, byte_count / kept, at_s, cap_s_per_byte)
     if needed_s <= most_s:
