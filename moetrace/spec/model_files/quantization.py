@@ -67,9 +67,20 @@ def bits_of(config: Mapping[str, Any], name: str, folder: Path) -> dict[str, flo
     plain_attention = any(_ATTENTION.search(str(each)[:_MOST_LETTERS]) for each in left_out)
     plain_attention = plain_attention or quantization.get("quant_method") == "mxfp4"
     dense = plain if plain_attention or bits is None else bits
+    if quantization.get("quant_method") == "bitsandbytes" and _fused_experts(config):
+        bits = plain
     if config.get("expert_dtype") == "fp4" and bits == 8:
         bits = 4.25  # DeepSeek-V4: MXFP4 experts, and FP8 beside them
     return ({} if bits is None else {"weight_bits": bits}) | {"dense_weight_bits": dense}
+
+
+def _fused_experts(config: Mapping[str, Any]) -> bool:
+    """Whether Transformers 5 or later wrote this, which keeps a layer's experts as two tensors.
+
+    bitsandbytes replaces linear layers only, so that it leaves such experts as they are.
+    """
+    major = str(config.get("transformers_version", "")).partition(".")[0]
+    return major.isdecimal() and len(major) < 3 and int(major) >= 5
 
 
 def _quantized_bits(quantization: Mapping[str, Any]) -> float | None:

@@ -78,6 +78,13 @@ def test_every_format_of_the_table_is_read():
     assert {form for _, form, _ in QUANTIZED if form} == {form.name for form in FORMATS}
 
 
+@pytest.mark.parametrize(("version", "experts"), [("4.57.1", 4.5), ("5.24.0", 16), (None, 4.5), ("five", 4.5), (5, 16)])
+def test_bitsandbytes_leaves_fused_experts(tmp_path, version, experts):
+    config = quantized(quant_method="bitsandbytes", load_in_4bit=True) | {"torch_dtype": "bfloat16"}
+    model = load_model(write(tmp_path, config if version is None else config | {"transformers_version": version}))
+    assert (model.weight_bits, model.dense_weight_bits) == (experts, 4.5)
+
+
 def test_quantized_model_of_unknown_bits_is_not_of_16(tmp_path):
     for config, folder in ((QWEN, "Qwen3-FP8"), (quantized(quant_method="hqq"), "plain"), (QWEN, "q-Q4_K_M")):
         path = write(tmp_path / folder, config)
