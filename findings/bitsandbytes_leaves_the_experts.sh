@@ -12,8 +12,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet --no-compile 'torch==2.13.0' 'transformers==5.24.0' \
-    'bitsandbytes==0.50.2' 'accelerate==1.15.0'
+"$folder/venv/bin/python" -m pip install --quiet --no-compile 'torch==2.13.0' 'transformers==5.24.0'
+"$folder/venv/bin/python" -m pip install --quiet --no-compile 'bitsandbytes==0.50.2' 'accelerate==1.15.0'
 cd "$folder"
 if ! venv/bin/python - 2> warnings.txt <<'PY'
 import json
