@@ -5,12 +5,16 @@ from pathlib import Path
 import msgspec
 import polars as pl
 
+from moetrace.results.figure_text import beyond
 from moetrace.results.publish import file_in
 from moetrace.results.read_parquet import readable
 from moetrace.results.record import (
     ACCOUNTS,
     FIGURES,
     OF_A_DEADLINE,
+    OF_A_LOSS,
+    OF_RELAYOUT,
+    OF_REMOTE,
     TIMELINE_FILE,
     PolicyFigures,
     Summary,
@@ -33,6 +37,11 @@ _WORK_ALONE = (
     "the parts that take part share all the work perfectly, nothing is started, waits or moves. No schedule of this "
     "work on them is faster."
 )
+# Figures of a card that only some machines or policies have.
+_SOME_HAVE = (
+    *("gate_mass_dropped", "resent_bytes", "host_hit_rate", "disk_bytes", "disk_busy", "moved_bytes"),
+    *("remote_s", "remote_usd", "cold_s", *ACCOUNTS, *OF_A_DEADLINE, "regret"),
+)
 _FEW = 6  # policies that get a card each
 # In the table of all figures: the speed-up after the total, the yardsticks before the hits, the rest as in the file.
 _PLACES = {
@@ -40,6 +49,29 @@ _PLACES = {
     "work_bound_s": "hit_rate",
     "lower_bound_s": "hit_rate",
     "clairvoyant_s": "hit_rate",
+}
+
+
+_ABOUT_SOME = {
+    OF_A_LOSS: (
+        "A link that loses packets sends them again (resent), or, where it is relaxed, goes on without the rows that "
+        "they carried. Gate mass dropped is the share of all router weights that these rows lost. It changes what the "
+        "model says; no time counts that, so a policy that loses more may look better."
+    ),
+    ("host_hits",): (
+        "Above a disk, a host hit is an active expert that the GPU did not hold and host memory did. The others were "
+        "read from the disk, whose bytes and busy share are beside it."
+    ),
+    OF_RELAYOUT: "Moved is what went from one layout of the units to another, beside other work.",
+    OF_REMOTE: (
+        "In functions is the time of all copies of remote functions, and their price is that of their time alone: the "
+        "machine's own price is not in it. The cold start is a part of the first step and of its TTFT."
+    ),
+    tuple(ACCOUNTS): (
+        "Energy and price are accounts of the simulated time: a part draws its idle watts all the time and more "
+        "while it works, the link draws for what it carries, and each hour has its price. They are as good as the "
+        "watts and prices that the system lists; a part without any is not in them."
+    ),
 }
 
 
@@ -121,7 +153,7 @@ def _card(policy: PolicyFigures, fastest: bool) -> str:
         ("Hits", page.percent(policy.hit_rate)),
         *(
             (_row_name(name), _shown(name, value))
-            for name in (*ACCOUNTS, *OF_A_DEADLINE)
+            for name in _SOME_HAVE
             if (value := value_in(figures, name)) is not None
         ),
     ]
@@ -183,12 +215,8 @@ def _words(summary: Summary) -> str:
         "TTFT and TPOT are of requests as the trace batches them, without queueing. A hit is an active expert that was "
         "on the GPU when the router spoke, wherever it then ran: a hit rate is not a latency."
     )
-    if any(name in msgspec.to_builtins(best) for name in ACCOUNTS):
-        told.append(
-            "Energy and price are accounts of the simulated time: a part draws its idle watts all the time and more "
-            "while it works, the link draws for what it carries, and each hour has its price. They are as good as the "
-            "watts and prices that the system lists; a part without any is not in them."
-        )
+    there = {name for policy in summary.policies for name in msgspec.to_builtins(policy)}
+    told += [words for names, words in _ABOUT_SOME.items() if there & {*names}]
     return "".join(f"<p>{page.text(words)}</p>" for words in told)
 
 
@@ -240,8 +268,8 @@ def _fastest(summary: Summary) -> PolicyFigures:
 
 
 def _saved(policy: PolicyFigures) -> float | None:
-    return max(0.0, 1 - policy.bound_s / policy.total_s) if policy.total_s else None
+    return max(0.0, beyond(policy.total_s, policy.bound_s) / policy.total_s) if policy.total_s else None
 
 
 def _over(total_s: float, yardstick_s: float | None) -> float | None:
-    return total_s / yardstick_s - 1 if yardstick_s else None
+    return beyond(total_s, yardstick_s) / yardstick_s if yardstick_s else None

@@ -5,7 +5,7 @@ from typing import Any
 import polars as pl
 
 from moetrace.results.record import COLUMNS, FRONTS
-from moetrace.results.swept import LATENCIES, PER_TOKEN, Swept
+from moetrace.results.swept import LATENCIES, PER_TOKEN, SOME_HAVE, Swept
 from moetrace.show.charts.sweep_charts import axes, pareto_front
 from moetrace.show.report import page
 
@@ -23,7 +23,7 @@ _COLUMNS = {
     "hit_rate": "hit rate",
     "gpu_memory_bytes": f"GPU memory, {COLUMNS['gpu_memory_bytes'].sign}",
     "link_bytes": f"{COLUMNS['link_bytes'].heading}, {COLUMNS['link_bytes'].sign}",
-    **{name: f"{COLUMNS[name].label}, {COLUMNS[name].sign}" for name in (*FRONTS[2:], *PER_TOKEN)},
+    **{name: f"{COLUMNS[name].label}, {COLUMNS[name].sign}" for name in (*FRONTS[2:], *PER_TOKEN, *SOME_HAVE)},
     "pareto": "Pareto front",
     "error": "error",
 }
