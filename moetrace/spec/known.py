@@ -41,14 +41,14 @@ def how_known(
 
     Of `parts`, as `cpu`, those that are not calibrated are named.
     """
-    others = [part for part in parts if part not in (calibration or {})]
-    named = f" ({', '.join(others)})" if others else ""
+    others = ", ".join(part for part in parts if part not in (calibration or {}))
     words = [
         f"{part} calibrated (error {fit.median_error:.1%} in the median, {fit.p90_error:.1%} at p90)"
         for part, fit in (calibration or {}).items()
     ]
     if known is not None:
-        words.append(f"the rest{named} {_WORDS[known]}" if words else f"{_WORDS[known]}, not calibrated{named}")
+        of = f"{others} " if others else "the rest " if words else ""
+        words.append(f"{of}{_WORDS[known]}{'' if words else ', not calibrated'}")
     return ", ".join(words) or None
 
 

@@ -301,4 +301,5 @@ def _known(summary: dict[str, Any]) -> list[str]:
 
 
 def _uses_cpu(policies: list[dict[str, Any]]) -> bool:
-    return any(policy["utilization"]["cpu"] is not None for policy in policies)
+    """Whether a policy ran an expert on the CPU."""
+    return any(policy["utilization"]["cpu"] for policy in policies)

@@ -1,5 +1,6 @@
 """The report of one replay."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -115,6 +116,8 @@ def _lede(summary: Summary) -> str:
     else:
         ratio = f", {best.speedup:.2f} times as fast as {first.name}" if best.speedup else ""
         told = f"{best.name} is the fastest of {len(summary.policies)} policies: {page.seconds(best.total_s)}{ratio}"
+    if dropped := best.gate_mass_dropped:
+        told += f". It drops {page.percent(dropped)} of the gate mass, which no time counts"
     over = _over(best.total_s, best.bound_s)
     return f"{told}. No policy could save more than {page.percent(_saved(best))} of that." + (
         "" if over is None or over >= 0.05 else " It is close to the best possible."
@@ -133,14 +136,18 @@ def _subject(summary: Summary) -> str:
 
 def _side_by_side(summary: Summary) -> str:
     best = _fastest(summary)
+    policies = [msgspec.to_builtins(policy) for policy in summary.policies]
+    always = {*ACCOUNTS, *OF_A_DEADLINE}
+    some = [name for name in _SOME_HAVE if name in always or any(value_in(policy, name) for policy in policies)]
     shown = summary.policies[:_FEW]
-    cards = [_card(policy, len(summary.policies) > 1 and policy is best) for policy in shown]
+    cards = [_card(policy, some, len(summary.policies) > 1 and policy is best) for policy in shown]
     more = "" if len(summary.policies) <= _FEW else f"<p>The first {_FEW} of {len(summary.policies)} policies.</p>"
     whole = page.table(_figures(summary), "All figures of all policies")
     return f'{more}<div class="cards">{"".join(cards)}</div>\n{page.details("All figures", whole)}'
 
 
-def _card(policy: PolicyFigures, fastest: bool) -> str:
+def _card(policy: PolicyFigures, some: Sequence[str], fastest: bool) -> str:
+    """The figures of a policy that one reads first; `some` are those that only some replays have."""
     figures = msgspec.to_builtins(policy)
     pairs = [
         ("Speed-up", "–" if policy.speedup is None else f"{policy.speedup:.2f}×"),
@@ -152,8 +159,8 @@ def _card(policy: PolicyFigures, fastest: bool) -> str:
         ("Over clairvoyant", page.percent(_over(policy.total_s, policy.clairvoyant_s))),
         ("Hits", page.percent(policy.hit_rate)),
         *(
-            (_row_name(name), _shown(name, value))
-            for name in _SOME_HAVE
+            (_row_name(name)[0].upper() + _row_name(name)[1:], _shown(name, value))
+            for name in some
             if (value := value_in(figures, name)) is not None
         ),
     ]
