@@ -388,7 +388,7 @@ def test_timeline_of_nothing(options, message, tmp_path, capsys):
     [
         ("h100-amx-dimm", "trimoe", " with 16 NDP units and a CPU", "gpu, ndp, cpu, host, link"),
         ("h100-amx-dimm", "monde", " with 16 NDP units", "gpu, ndp, host, link"),
-        ("rtx4090-nvme", "on-demand", "", "gpu, host, link, disk"),
+        ("rtx4090-nvme", "on-demand", " with a CPU", "gpu, host, link, disk"),
         ("remoe", "remoe", " with a CPU", "gpu, cpu, link, remote"),
         ("remoe", "all-gpu", " with a CPU", "gpu, link"),
     ],
@@ -406,9 +406,10 @@ def test_the_footer_of_a_calibrated_machine_names_what_is_not(capsys):
     assert "Constants of h100-x8: gpu calibrated (error " in out and " at p90), network from data sheets" in out
 
 
-def test_small_figures_do_not_read_as_zero(capsys):
+def test_small_figures_do_not_read_as_zero(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert run(TINY, "--system", "remoe", "--policy", "remoe", "--set", "system.remote.usd_per_gb_s=1e-9") == 0
     lines = capsys.readouterr()[0].splitlines()
-    (at,) = [at for at, line in enumerate(lines) if "functions" in line]
-    usd = float(lines[at + 3].split()[lines[at + 1].split().index("USD") + 1])
+    at = next(at for at, line in enumerate(lines) if "functions" in line)
+    usd = float(lines[at + 3].split()[lines[at + 1].split().index("USD")])
     assert 0 < usd < 1e-3

@@ -367,8 +367,7 @@ def test_small_sizes_and_prices_do_not_read_as_zero(run, grid, tmp_path):
     grid.write_text('trace = "t.h5"\nsystem = "remoe"\npolicy = "remoe"\n')
     _, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--columns", "remote_usd,link_bytes", "--jobs", 1)
     cells = pl.read_parquet(tmp_path / "out" / "cells.parquet")
-    (row,) = [line.split() for line in out.splitlines() if line.strip().startswith(("*", "remoe"))]
-    usd, size = map(float, row[-2:])
+    usd, size = map(float, out.splitlines()[3].split()[-2:])
     assert usd == pytest.approx(cells["remote_usd"][0], rel=0.05) and 0 < usd < 0.001
     unit = {"MB": 1e6, "kB": 1e3}[out.splitlines()[1].split()[-1]]
     assert size * unit == pytest.approx(cells["link_bytes"][0], rel=0.05)
