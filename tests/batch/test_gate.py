@@ -385,7 +385,9 @@ def test_a_new_baseline_holds_optional_figures_that_a_cell_has(tmp_path):
     assert held == {*DEFAULT_METRICS, "gate_mass_dropped", "resent_bytes", "remote_usd", "cold_s"}
     assert mt.gate(replay(tmp_path / "then", some(0.02), {"name": "x", "remote_usd": 1e-6, "cold_s": 2.0}), path).passed
     faster = some(0.03, total_s=FIGURES["total_s"] / 2)
-    cell, other = mt.gate(replay(tmp_path / "now", faster, {"name": "x", "remote_usd": 2e-6, "cold_s": 2.0}), path).cells
+    cell, other = mt.gate(
+        replay(tmp_path / "now", faster, {"name": "x", "remote_usd": 2e-6, "cold_s": 2.0}), path
+    ).cells
     assert cell.verdict == other.verdict == "worse"
     assert [one.metric for one in cell.metrics if one.verdict == "worse"] == ["gate_mass_dropped"]
     assert [one.metric for one in other.metrics if one.verdict == "worse"] == ["remote_usd"]

@@ -389,7 +389,7 @@ def test_cards_and_words_have_the_figures_that_a_replay_has(of_some):
     assert {"Disk busy", "Host hits"} <= {*card(page)} and "a host hit is" in page and "gate mass" not in page
     page, found = of_some["functions"]
     usd = found.summary["remote_usd"][1]
-    assert 0 < usd and card(page, 1)["Price of functions, USD"] == number(usd) and "Cold start" in card(page, 1)
+    assert usd > 0 and card(page, 1)["Price of functions, USD"] == number(usd) and "Cold start" in card(page, 1)
     assert "Cold start" not in card(page, 0) and "machine's own price is not in it" in parsed_text(page)
     page, found = of_some["watts"]
     assert card(page)["Energy, J"] == number(found.summary["energy_j"][0]) and "idle watts" in page

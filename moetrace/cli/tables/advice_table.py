@@ -59,10 +59,8 @@ def _print_policies(console: "Console", advice: "Advice") -> None:
     first = [text_column(shown, "total_s"), TextColumn("speed-\nup", speedups)]
     if advice.slos:
         first.append(TextColumn("misses\n%", [_missed(miss) for miss in shown["miss"]]))
-    if is_shown(shown, _DROPPED):
-        first.append(text_column(shown, _DROPPED))
-    more = [name for name in SOME_HAVE if name != _DROPPED]
-    groups = [first, *([text_column(shown, name)] for name in (*_FIGURES, *more) if is_shown(shown, name))]
+    figures = dict.fromkeys((_DROPPED, *_FIGURES, *SOME_HAVE))  # what is lost stands beside the time
+    groups = [first, *([text_column(shown, name)] for name in figures if is_shown(shown, name))]
     print_parts(console, keys, groups)
     console.print()
 
