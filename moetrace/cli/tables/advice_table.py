@@ -60,7 +60,7 @@ def _print_policies(console: "Console", advice: "Advice") -> None:
     if advice.slos:
         first.append(TextColumn("misses\n%", [_missed(miss) for miss in shown["miss"]]))
     figures = dict.fromkeys((_DROPPED, *_FIGURES, *SOME_HAVE))  # what is lost stands beside the time
-    groups = [first, *([text_column(shown, name)] for name in figures if is_shown(shown, name))]
+    groups = [[column] for column in first] + [[text_column(shown, name)] for name in figures if is_shown(shown, name)]
     print_parts(console, keys, groups)
     console.print()
 
