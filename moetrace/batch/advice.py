@@ -10,7 +10,8 @@ import polars as pl
 from moetrace.batch.command import replay_command
 from moetrace.batch.slo import Slo
 from moetrace.batch.stages import Tried
-from moetrace.results.record import ADVICE_SCHEMA
+from moetrace.results.figure_text import amount, beyond, percent
+from moetrace.results.record import ADVICE_SCHEMA, COSTS
 from moetrace.results.summary import summary_frame
 from moetrace.spec.errors import counted
 from moetrace.version import __version__
@@ -98,6 +99,7 @@ class Advice:
         if not self.has_link:
             return "Nothing to win: all experts are in the GPU's memory, and there is nothing to decide."
         sentence = {"change the policy": _change, "buy memory": _buy, "nothing to win": _nothing}[self.kind](self)
+        sentence += _lost(self)
         if self.best.miss == 0:
             return f"{sentence}."
         it = "it" if len(self.slos) == 1 else "them"
@@ -107,7 +109,14 @@ class Advice:
     @property
     def wins(self) -> float | None:
         """Share of the default policy's time that the best one saves; None without a default that runs."""
-        return None if self.default is None else 1 - self.best.total_s / self.default.total_s
+        if self.default is None:
+            return None
+        return beyond(self.default.total_s, self.best.total_s) / self.default.total_s
+
+    @property
+    def lossless(self) -> Tried | None:
+        """The best of those over the whole trace that lose no row on the link; None if each does."""
+        return next((one for one in self.ranked if not one.dropped), None)
 
     @property
     def larger(self) -> Size | None:
@@ -204,6 +213,7 @@ def _told(one: Tried) -> dict[str, Any]:
         "choices": {field: getattr(policy, field) for field in CHOICES},
         "slots": one.slots,
         "total_s": one.total_s,
+        **({"gate_mass_dropped": one.dropped} if "gate_mass_dropped" in one.figures else {}),
         "miss": one.miss if one.miss < float("inf") else None,
     }
 
@@ -246,6 +256,16 @@ def _nothing(advice: Advice) -> str:
     return f"Nothing to win: {said}, and {_memory(advice, larger)} {_percent(max(larger.wins, 0.0))} more"
 
 
+def _lost(advice: Advice) -> str:
+    """Say which share of the gates the best loses on a relaxed link, beside what the default loses."""
+    best, default = advice.best, advice.default
+    if not best.dropped:
+        return ""
+    same = default is None or default.dropped == best.dropped
+    beside = "" if default is None or same else f" ({default.candidate.label} {percent(default.dropped)})"
+    return f"; {best.candidate.label} drops {percent(best.dropped)} of the gate mass{beside}"
+
+
 def _best(advice: Advice) -> str:
     """The best policy's name, and its slots where the default has others."""
     best, default = advice.best, advice.default
@@ -256,7 +276,8 @@ def _best(advice: Advice) -> str:
 def _memory(advice: Advice, size: Size) -> str:
     """`96 slots (2.3 GB more)`."""
     of = "all, " if size.best.slots == advice.all_experts else ""
-    return f"{counted(size.best.slots, 'slot')} ({of}{size.more_bytes / 1e9:,.1f} GB more)"
+    more = amount(size.more_bytes, COSTS["gpu_memory_bytes"])
+    return f"{counted(size.best.slots, 'slot')} ({of}{more} more)"
 
 
 def _limits(advice: Advice) -> str:
@@ -267,4 +288,4 @@ def _percent(share: float) -> str:
     """A share for people: `12 %`, `3.4 %`."""
     if share == float("inf"):
         return "more than can be said"
-    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:,.0f} %"
+    return percent(share, 1 if share < 0.1 else 0)

@@ -16,6 +16,7 @@ from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import forget
 from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
+from moetrace.results.figure_text import beyond
 from moetrace.results.optional_figures import may_have, need_of
 from moetrace.results.record import ADVICE_FILE, OF_A_TABLE, POLICY_FILE, choices_of
 from moetrace.results.resolve import by_spec, model_of
@@ -236,7 +237,7 @@ class Question:
 def _against(best: Tried, size: Tried) -> Size:
     """What a size wins over the best policy of the size that there is."""
     more = size.found["costs"]["gpu_memory_bytes"] - best.found["costs"]["gpu_memory_bytes"]
-    return Size(size, more, 1 - size.total_s / best.total_s)
+    return Size(size, more, beyond(best.total_s, size.total_s) / best.total_s)
 
 
 def _free_starts(best: Tried, sizes: Sequence[Size]) -> list[str]:

@@ -18,6 +18,8 @@ _NUMBERS = (1, 2, 4)
 _SETTINGS: dict[str, Any] = {"half_life": 64, "gpu_rows": 32}
 # Presets that are others by another name, as a paper calls them: `ktransformers` and `resident`.
 _SAME = ("all-cpu", "all-gpu")
+# Presets that people know, by which others are named first.
+_PLAIN = ("on-demand", "on-demand-lfu", "hybrid", "n-cpu-moe", "ktransformers", "monde", "edge-ndp", "foresee")
 # Sizes of groups of units, beside one unit and all of them.
 _MOST_GROUPS = 3
 
@@ -69,7 +71,7 @@ def candidates(system: System) -> list[Candidate]:
     presets = _presets(system)
     if system.link is None:
         return [one for one in presets if one.preset in default_policies(system)]
-    found = {_identity(one.policy): one for one in presets if not one.is_oracle}
+    found = {_identity(one.policy, system): one for one in presets if not one.is_oracle}
     for dispatch in _usable("dispatch"):
         caches = [{"residency": "none"}] if dispatch.ignores_residency else _caches(False)
         for split in _splits(dispatch, system):
@@ -87,7 +89,7 @@ def oracles(best: Candidate, system: System) -> list[Candidate]:
     if system.link is None:
         return []
     presets = _presets(system)
-    found = {_identity(one.policy): one for one in presets if one.is_oracle}
+    found = {_identity(one.policy, system): one for one in presets if one.is_oracle}
     split = {field: getattr(best.policy, field) for field in ("placement", "dispatch", "gpu_rows")}
     dispatch = find("dispatch", best.policy.dispatch)
     if dispatch is not None and dispatch.ignores_residency:
@@ -100,18 +102,30 @@ def oracles(best: Candidate, system: System) -> list[Candidate]:
     return list(found.values())
 
 
-def _named(policy: PolicySpec) -> Candidate:
-    """Name a policy by the preset that it differs least from: in its residency, its dispatch, then in all fields."""
-    changes = [(preset, _changes(policy, of)) for preset, of in _all_presets().items()]
+def _named(policy: PolicySpec, system: System) -> Candidate:
+    """Name a policy by the preset from which the fewest fields differ; of equal ones by the first of `_nearest`."""
+    changes = [(preset, _changes(policy, _all_presets()[preset], system)) for preset in _nearest()]
     sayable = [pair for pair in changes if None not in pair[1].values()]  # TOML has no word for "never"
-    preset, least = min(sayable, key=lambda pair: ("residency" in pair[1], "dispatch" in pair[1], len(pair[1])))
-    scope = policy.scope if "scope" in least else _all_presets()[preset].scope
-    return Candidate(msgspec.structs.replace(policy, name=preset, scope=scope), preset, least, knows_future(policy))
+    preset, least = min(sayable, key=lambda pair: len(pair[1]))
+    of = _all_presets()[preset]
+    unsaid = {field: getattr(of, field) for field in ("scope", "placement") if field not in least}
+    return Candidate(msgspec.structs.replace(policy, name=preset, **unsaid), preset, least, knows_future(policy))
 
 
 @cache
 def _all_presets() -> dict[str, PolicySpec]:
     return {name: load_policy(name) for name in list_presets("policies") if name not in _SAME}
+
+
+@cache
+def _nearest() -> list[str]:
+    """The presets in the order in which they name others: plain ones, the rest by name, and last what knows the future.
+
+    Who reads `on-demand residency=ewma` knows what that is; of `trimoe-static dispatch=gpu prefetch=none`, which is the
+    same policy, one has to look up what is not said.
+    """
+    rest = sorted({*_all_presets()} - {*_PLAIN}, key=lambda name: (knows_future(_all_presets()[name]), name))
+    return [*_PLAIN, *rest]
 
 
 def _presets(system: System) -> list[Candidate]:
@@ -127,7 +141,7 @@ def _add(found: dict[tuple, Candidate], fields: dict[str, Any], system: System) 
     except MoetraceError:
         return
     if _runs(policy, system) and not names_code(policy):
-        found.setdefault(_identity(policy), _named(policy))
+        found.setdefault(_identity(policy, system), _named(policy, system))
 
 
 def _runs(policy: PolicySpec, system: System) -> bool:
@@ -138,10 +152,11 @@ def _runs(policy: PolicySpec, system: System) -> bool:
     return True
 
 
-def _identity(policy: PolicySpec) -> tuple:
-    """What tells two policies apart, without their names, and without a scope of what has none."""
+def _identity(policy: PolicySpec, system: System) -> tuple:
+    """What tells two policies apart on a machine: without their names, and what makes no difference there."""
     scope = policy.scope if _has_scope(policy) else ""
-    return msgspec.structs.astuple(msgspec.structs.replace(policy, name="", scope=scope))
+    placement = "" if system.ndp is None else policy.placement
+    return msgspec.structs.astuple(msgspec.structs.replace(policy, name="", scope=scope, placement=placement))
 
 
 def _usable(kind: str) -> Iterator[Any]:
@@ -189,12 +204,15 @@ def _caches(future: bool) -> list[dict[str, Any]]:
     return found
 
 
-def _changes(policy: PolicySpec, of: PolicySpec) -> dict[str, Any]:
-    """The fields in which a policy differs from another, but for its name and a scope that says nothing."""
+def _changes(policy: PolicySpec, of: PolicySpec, system: System) -> dict[str, Any]:
+    """The fields in which a policy differs from another, but for its name, and a scope or placement of nothing."""
     fields = [field for field in PolicySpec.__struct_fields__ if field != "name"]
     changed = {f: getattr(policy, f) for f in fields if getattr(policy, f) != getattr(of, f)}
     if not _has_scope(policy):
         changed.pop("scope", None)
+    placement = find("placement", of.placement)
+    if system.ndp is None and placement is not None and not placement.needs_units:
+        changed.pop("placement", None)
     return changed
 
 

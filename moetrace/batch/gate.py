@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetrace.batch.baseline import Baseline, make_baseline, read_baseline, write_baseline
 from moetrace.batch.identity import identity
-from moetrace.batch.metrics import DEFAULT_METRICS, Tolerances, check_metrics
+from moetrace.batch.metrics import Tolerances, check_metrics, default_metrics
 from moetrace.batch.verdict import VERDICTS, Judged, Moved, judge
 from moetrace.results.folder import ResultFolder, read_cells
 from moetrace.results.optional_figures import need_of
@@ -147,7 +147,8 @@ def gate(
         baseline: The JSON file; `update` makes it if it does not exist.
         tolerance: How far metrics may move: `0.5%` for all, `total_s=0.1%` for one, `total_s=0.002` for one in its own
             unit; one text or several. By default as far as rounding moves them (1e-9 of the baseline).
-        metrics: The metrics that are compared. By default those of the baseline; for a new one DEFAULT_METRICS.
+        metrics: The metrics that are compared. By default those of the baseline; for a new one what docs/gate.md names,
+            as far as a cell has it.
         fail_on: The verdicts that fail the gate. "any" is all but "same".
         update: Write the folder's figures to `baseline`, whether they are better or worse.
 
@@ -177,7 +178,7 @@ def gate(
         raise UsageError("A gate needs at least one metric.")
     found = read_cells(folder)
     old = _read(path, update, folder)
-    compared = asked or old.metrics or DEFAULT_METRICS
+    compared = asked or old.metrics or default_metrics(cell.figures for cell in found.cells if cell.error is None)
     _check_accounts(folder, found, compared)
     if not update:
         _check_metrics_there(path, old, compared)

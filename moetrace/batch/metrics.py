@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from moetrace.results.record import METRICS, value_in
+from moetrace.results.record import METRICS, is_absent, value_in
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.named import nearest
 
@@ -15,7 +15,8 @@ from moetrace.spec.named import nearest
 ROUNDING = 1e-9
 
 
-# What a new baseline gates.
+# What a new baseline gates, of all replays and of those that have it. Left out is what moves beside other work, as
+# `moved_bytes`, and what sums up others, as `remote_s`.
 DEFAULT_METRICS = (
     "total_s",
     "step_s.p99",
@@ -26,6 +27,17 @@ DEFAULT_METRICS = (
     "hit_rate",
     "demand_bytes",
 )
+DEFAULT_OPTIONAL = (
+    *("gate_mass_dropped", "resent_bytes", "host_hit_rate", "disk_bytes", "remote_usd", "cold_s"),
+    *("energy_j", "price_usd", "in_time", "regret"),
+)
+
+
+def default_metrics(cells: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return what a new baseline gates of replays with these figures: of some machines only where a cell has it."""
+    there = [*cells]
+    some = (name for name in DEFAULT_OPTIONAL if not all(is_absent(name, figures) for figures in there))
+    return (*DEFAULT_METRICS, *some)
 
 
 def check_metrics(names: Iterable[str], where: str = "") -> tuple[str, ...]:

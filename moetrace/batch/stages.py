@@ -57,6 +57,11 @@ class Tried(NamedTuple):
         return self.figures["total_s"]
 
     @property
+    def dropped(self) -> float:
+        """Share of all gates that a relaxed link loses; 0.0 where none can get lost."""
+        return self.figures.get("gate_mass_dropped", 0.0)
+
+    @property
     def order(self) -> tuple[float, float, int]:
         """Less is better: what keeps the limits comes first, then less time."""
         return self.miss, self.total_s, self.rank

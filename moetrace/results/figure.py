@@ -44,8 +44,12 @@ class Figure(NamedTuple):
     @property
     def column(self) -> str:
         """Its heading with the unit that people are shown, on two lines."""
+        return self.column_in(self.shown[1])
+
+    def column_in(self, sign: str) -> str:
+        """Return its heading with a unit, on two lines."""
         between = " " if "\n" in self.heading else "\n"
-        return f"{self.heading}{between}{self.shown[1]}".rstrip()
+        return f"{self.heading}{between}{sign}".rstrip()
 
 
 class Spread(msgspec.Struct):

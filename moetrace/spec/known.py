@@ -1,7 +1,7 @@
 """How well the constants of a system are known: measured, calibrated with an error, from a data sheet, fitted to
 published speeds of whole engines, or assumed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -34,14 +34,21 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     p90_error: Annotated[float, Meta(ge=0, le=1e6)]
 
 
-def how_known(known: Known | None, calibration: Mapping[str, Calibration] | None) -> str | None:
-    """Say in a few words how well a system's constants are known; None if it does not say."""
+def how_known(
+    known: Known | None, calibration: Mapping[str, Calibration] | None, parts: Sequence[str] = ()
+) -> str | None:
+    """Say in a few words how well a system's constants are known; None if it does not say.
+
+    Of `parts`, as `cpu`, those that are not calibrated are named.
+    """
+    others = ", ".join(part for part in parts if part not in (calibration or {}))
     words = [
         f"{part} calibrated (error {fit.median_error:.1%} in the median, {fit.p90_error:.1%} at p90)"
         for part, fit in (calibration or {}).items()
     ]
     if known is not None:
-        words.append(f"the rest {_WORDS[known]}" if words else f"{_WORDS[known]}, not calibrated")
+        of = f"{others} " if others else "the rest " if words else ""
+        words.append(f"{of}{_WORDS[known]}{'' if words else ', not calibrated'}")
     return ", ".join(words) or None
 
 

@@ -247,3 +247,26 @@ def test_every_candidate_is_legal_distinct_and_sayable():
             spec = load_policy(one.preset, one.changes)
             check_policy(spec, system)
             assert spec == one.policy and not one.is_oracle and None not in one.changes.values()
+
+
+@pytest.mark.parametrize(
+    ("system", "fields", "label"),
+    [
+        ("phone-ufs", {"residency": "ewma"}, "on-demand residency=ewma"),
+        ("phone-ufs", {"residency": "lfu", "prefetch": "online:2"}, "on-demand residency=lfu prefetch=online:2"),
+        ("phone-ufs", {"residency": "foresee", "prefetch": "foresee", "scope": "global"}, "foresee dispatch=gpu"),
+        ("edge-ndp", {"residency": "lfu"}, "on-demand residency=lfu"),
+        ("edge-ndp", {"residency": "lfu", "dispatch": "balance"}, "hybrid residency=lfu"),
+    ],
+)
+def test_a_policy_is_named_by_the_preset_with_the_fewest_other_fields(system, fields, label):
+    machine = load_system(system)
+    choices = {"placement": "ep", "dispatch": "gpu", "prefetch": "none", "scope": "layer"} | fields
+    (found,) = [
+        one
+        for one in candidates(machine)
+        if all(getattr(one.policy, name) == value for name, value in choices.items() if name != "placement")
+        and one.policy.half_life is None
+        and (machine.ndp is None or one.policy.placement == "ep")
+    ]
+    assert found.label == label

@@ -10,7 +10,7 @@ from support.gate_folders import FIGURES, TRACE, replay, summary, sweep
 
 import moetrace as mt
 from moetrace.batch.baseline import read_baseline
-from moetrace.batch.metrics import DEFAULT_METRICS, METRICS, Tolerances
+from moetrace.batch.metrics import DEFAULT_METRICS, DEFAULT_OPTIONAL, METRICS, Tolerances
 from moetrace.results.optional_figures import need_of
 from moetrace.results.record import ACCOUNTS, OPTIONAL
 
@@ -373,3 +373,26 @@ def test_metrics_are_those_of_a_real_summary():
         "speedup",
         "break_even_tokens",
     } == set(METRICS) - (OPTIONAL - {*ACCOUNTS})
+
+
+def test_a_new_baseline_holds_optional_figures_that_a_cell_has(tmp_path):
+    def some(dropped: float, **others: float) -> dict:
+        return {"gate_mass_dropped": dropped, "resent_bytes": 0.0} | others
+
+    path = tmp_path / "baseline.json"
+    mt.gate(replay(tmp_path / "then", some(0.02), {"name": "x", "remote_usd": 1e-6, "cold_s": 2.0}), path, update=True)
+    held = {*next(iter(json.loads(path.read_text())["cells"].values()))["metrics"]}
+    assert held == {*DEFAULT_METRICS, "gate_mass_dropped", "resent_bytes", "remote_usd", "cold_s"}
+    assert mt.gate(replay(tmp_path / "then", some(0.02), {"name": "x", "remote_usd": 1e-6, "cold_s": 2.0}), path).passed
+    faster = some(0.03, total_s=FIGURES["total_s"] / 2)
+    cell, other = mt.gate(
+        replay(tmp_path / "now", faster, {"name": "x", "remote_usd": 2e-6, "cold_s": 2.0}), path
+    ).cells
+    assert cell.verdict == other.verdict == "worse"
+    assert [one.metric for one in cell.metrics if one.verdict == "worse"] == ["gate_mass_dropped"]
+    assert [one.metric for one in other.metrics if one.verdict == "worse"] == ["remote_usd"]
+
+
+def test_what_is_gated_by_default_has_a_direction_and_is_optional():
+    assert {*DEFAULT_OPTIONAL} <= OPTIONAL & {*METRICS} and not {*DEFAULT_OPTIONAL} & {*DEFAULT_METRICS}
+    assert all(METRICS[name].better for name in DEFAULT_OPTIONAL)

@@ -116,3 +116,32 @@ def test_a_trace_that_cannot_be_replayed_says_why(run, tmp_path):
     code, out, err = run("advise", tmp_path / "a.h5", "--system", "jetson-orin", "--jobs", 1)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "a.h5: /rows/request of row 0 is -1, but must be 0 or more." in err
+
+
+@pytest.fixture(scope="module")
+def lossy(trace) -> tuple:
+    return ("advise", trace, "--system", "rtx4090-ddr5", "--slots", 60, "--jobs", 1, "--set", "system.link.loss=0.02")
+
+
+def test_what_a_relaxed_link_drops_is_told_and_a_limit(run, lossy, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    relaxed = (*lossy, "--set", "system.link.loss_mode=relaxed")
+    code, out, _ = run(*relaxed)
+    words = " ".join(out.split())
+    (best,) = [line for line in out.splitlines() if line.startswith("*~")][:1]
+    assert code == 0 and "lost %" in words and "may look better" in words and best
+    _, told, _ = run(*relaxed, "--format", "json")
+    told = json.loads(told)
+    dropped = told["best"]["gate_mass_dropped"]
+    assert dropped > 0 and f"drops {100 * dropped:.1f} % of the gate mass" in words.partition("total")[0]
+    assert told["verdict"]["sentence"] in words
+    assert "The best that drops none is " in words and " times as long." in words
+    _, kept, _ = run(*relaxed, "--slo", "gate_mass_dropped<=0%", "--format", "json")
+    assert json.loads(kept)["best"]["gate_mass_dropped"] == 0
+    assert json.loads(kept)["best"]["total_s"] >= told["best"]["total_s"]
+    assert max(len(line) for line in out.split("Replay the best")[0].splitlines()) <= 80
+
+
+def test_a_reliable_link_drops_nothing_and_says_nothing_of_it(run, lossy):
+    _, out, _ = run(*lossy)
+    assert "~" not in out.split("Replay the best")[0] and "gate" not in out

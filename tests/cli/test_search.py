@@ -100,7 +100,10 @@ def test_the_table_has_the_best_five_in_ms(trace, tmp_path, run):
 
 def test_limits_are_shown(trace, tmp_path, run):
     path = searched(trace, tmp_path)
-    _, out, _ = run("sweep", path, "--search", "-o", tmp_path / "out", "--jobs", "1", "--slo", "total_s<=1us")
-    assert "misses %" in out and "No trial keeps the limits" in out
+    asked = ("sweep", path, "--search", "-o", tmp_path / "out", "--jobs", "1")
+    code, out, _ = run(*asked, "--slo", "total_s<=1us")
+    assert code == 3 and "misses %" in out and "No trial keeps the limits" in out
+    assert run(*asked, "--slo", "total_s<=1us", "--format", "json")[0] == 3
+    assert run(*asked, "--slo", "total_s<=1000s")[0] == 0
     code, _, err = run("sweep", path, "--search", "-o", tmp_path / "out", "--slo", "total_s=1us")
     assert code == 2 and "An SLO is METRIC<=LIMIT" in err and err.count("\n") == 1

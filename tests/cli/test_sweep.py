@@ -329,3 +329,45 @@ def test_what_cannot_be_printed_is_one_sentence_before_any_work(run, grid, tmp_p
     code, out, err = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1) and words in err
     assert not list(tmp_path.glob("out/cells/*"))
+
+
+LOSSY = """
+trace = "t.h5"
+system = "edge-pi-cluster"
+policy = ["edge-ndp", "on-demand"]
+slots = 96
+[set]
+system.link.loss = 0.02
+"""
+
+
+def test_figures_of_some_machines_are_columns_where_a_cell_has_one(run, grid, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "plain", "--jobs", 1)
+    assert "gates" not in out and "resent" not in out and "disk" not in out
+    grid.write_text(LOSSY)
+    code, out, _ = run("sweep", grid, "-o", tmp_path / "lossy", "--jobs", 1)
+    words, cells = " ".join(out.split()), pl.read_parquet(tmp_path / "lossy" / "cells.parquet")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    assert f"{100 * cells['gate_mass_dropped'][0]:.1f}" in out and "lost %" in words
+    assert "so a cell that loses more may look better" in words
+    reliable = LOSSY + 'system.link.loss_mode = "reliable"\n'
+    grid.write_text(reliable)
+    code, out, _ = run("sweep", grid, "-o", tmp_path / "reliable", "--jobs", 1)
+    assert code == 0 and "resent" in out and "gates" not in out
+    above_disk = LOSSY.replace("edge-pi-cluster", "rtx4090-nvme").replace('"edge-ndp", ', "")
+    grid.write_text(above_disk.partition("[set]")[0])
+    code, out, _ = run("sweep", grid, "-o", tmp_path / "disk", "--jobs", 1)
+    cells = pl.read_parquet(tmp_path / "disk" / "cells.parquet")
+    assert code == 0 and "disk" in out and cells["disk_bytes"][0] > 0
+    assert ("host" in out) == (cells["host_hits"][0] > 0)
+
+
+def test_small_sizes_and_prices_do_not_read_as_zero(run, grid, tmp_path):
+    grid.write_text('trace = "t.h5"\nsystem = "remoe"\npolicy = "remoe"\n')
+    _, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--columns", "remote_usd,link_bytes", "--jobs", 1)
+    cells = pl.read_parquet(tmp_path / "out" / "cells.parquet")
+    usd, size = map(float, out.splitlines()[3].split()[-2:])
+    assert usd == pytest.approx(cells["remote_usd"][0], rel=0.05) and 0 < usd < 0.001
+    unit = {"MB": 1e6, "kB": 1e3}[out.splitlines()[1].split()[-1]]
+    assert size * unit == pytest.approx(cells["link_bytes"][0], rel=0.05)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moetrace.cli.tables.output import figure, print_csv, print_json, print_rows, print_text, say
+from moetrace.results.figure_text import digits
 from moetrace.spec.errors import printable
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ def search(
         print_csv(found.frame)
     else:
         _print(found)
-    if found.best is None:
+    if found.best is None or found.best.miss > 0:
         sys.stdout.flush()
-        raise click.exceptions.Exit(1)
+        raise click.exceptions.Exit(1 if found.best is None else 3)
 
 
 def _judged(choices: "SearchChoices") -> int:
@@ -117,7 +118,7 @@ def _print(found: "Search") -> None:
 
 
 def _missed(trial: "Trial") -> str:
-    return "-" if trial.value is None else f"{100 * trial.miss:.1f}" if trial.miss else "kept"
+    return "-" if trial.value is None else digits([100 * trial.miss], 1)[0] if trial.miss else "kept"
 
 
 def _gain(value: float | None, first: float | None, more: bool) -> str | None:

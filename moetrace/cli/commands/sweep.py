@@ -71,7 +71,8 @@ def command(
     --sort, --top, --columns and --baseline choose what is printed; DIR gets everything.
 
     --search takes the lists of the file as choices, and ranges of numbers from its [search] table: Optuna proposes,
-    and of what was replayed over a part of the trace the best go on to a longer one (extra `search`).
+    and of what was replayed over a part of the trace the best go on to a longer one (extra `search`). If no trial keeps
+    the limits, the exit code is 3.
     """
 
     if folder is None and not dry_run:

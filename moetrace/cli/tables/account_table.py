@@ -9,6 +9,7 @@ import polars as pl
 from moetrace.cli.tables.output import stdout_console
 from moetrace.cli.tables.parts import TextColumn, print_parts
 from moetrace.results.accounts import unlisted
+from moetrace.results.figure_text import digits
 from moetrace.spec import System
 from moetrace.spec.errors import UsageError, counted
 
@@ -82,7 +83,8 @@ def _relative(
 ) -> list[TextColumn]:
     """The share of the policy's sum that a part has, and its part of each token."""
     shares = [None if row[name] is None or not row["whole"][name] else row[name] / row["whole"][name] for row in rows]
-    columns = [TextColumn("\n%", ["-" if share is None else f"{100 * share:.1f}" for share in shares])]
+    percents = [None if share is None else 100 * share for share in shares]
+    columns = [TextColumn("\n%", digits(percents, 1))]
     if tokens:
         each = [None if row[name] is None else factor * row[name] / tokens for row in rows]
         columns.append(_column(heading, each))
@@ -90,9 +92,7 @@ def _relative(
 
 
 def _column(heading: str, values: Sequence[float | None]) -> TextColumn:
-    largest = max((abs(value) for value in values if value is not None), default=0.0)
-    places = min(max(_DIGITS - 1 - math.floor(math.log10(largest)), 0), 9) if largest else 0
-    return TextColumn(heading, ["-" if value is None else f"{value:,.{places}f}" for value in values])
+    return TextColumn(heading, digits(values, significant=_DIGITS))
 
 
 def _legend(system: System, tokens: int) -> list[str]:

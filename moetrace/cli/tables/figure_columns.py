@@ -5,22 +5,22 @@ from collections.abc import Iterable, Sequence
 import polars as pl
 
 from moetrace.cli.tables.parts import TextColumn
+from moetrace.results.figure_text import digits, shown_unit
 from moetrace.results.record import COLUMNS
 from moetrace.spec.errors import UsageError, printable
 from moetrace.spec.named import nearest
 
-# How a number is written in the unit that people are shown; of other figures by their unit.
-_FORMS = {
-    "total_s": "{:,.1f}",
-    "ttft_s_p50": "{:,.2f}",
-    "price_usd": "{:,.3g}",
-    "remote_usd": "{:,.3g}",
-    "energy_per_token_j": "{:,.3f}",
-    "gpu_memory_bytes": "{:,.2f}",
-}
-_BY_UNIT = {"s": "{:,.3f}", "bytes": "{:,.1f}", "1/s": "{:,.1f}", "share": "{:.1f}"}
-_BY_UNIT |= {"J": "{:,.1f}", "USD": "{:,.2f}", "USD/h": "{:,.2f}"}
-_BY_UNIT |= {"ratio": "{:.2f}x", "count": "{:,.0f}"}
+# Digits behind the point, at least, in the unit that people are shown; of other figures by their unit.
+_PLACES = {"total_s": 1, "ttft_s_p50": 2, "energy_per_token_j": 3, "gpu_memory_bytes": 2}
+_BY_UNIT = {"s": 3, "bytes": 1, "1/s": 1, "share": 1, "J": 1, "USD": 2, "USD/h": 2, "ratio": 2, "count": 0}
+
+
+# Figures that only some machines or policies have, in tables where nobody chooses and one is not zero.
+SOME_HAVE = (
+    *("gate_mass_dropped", "resent_bytes", "host_hit_rate", "disk_bytes", "moved_bytes", "evict_s"),
+    *("remote_s", "remote_usd", "cold_s", "energy_j", "energy_per_token_j", "price_usd", "usd_per_million_tokens"),
+    *("in_time", "mean_frequency"),
+)
 
 
 def column_names(names: Iterable[str], option: str) -> list[str]:
@@ -49,16 +49,17 @@ def better(name: str) -> str | None:
 def text_column(frame: pl.DataFrame, name: str) -> TextColumn:
     """Return a figure of each row as people are shown it, `-` where it is undefined."""
     figure = COLUMNS[name]
-    factor, _ = figure.shown
-    form = _FORMS.get(name, _BY_UNIT[figure.unit])
     values: Sequence[float | None] = frame[name].to_list()
-    texts = ["-" if value is None else form.format(factor * value + 0.0) for value in values]
-    return TextColumn(figure.column if figure.heading else _heading(name), texts)
+    factor, sign = shown_unit(figure, values)
+    scaled = [None if value is None else factor * value for value in values]
+    texts = digits(scaled, _PLACES.get(name, _BY_UNIT[figure.unit]), 1 if figure.unit == "count" else 2)
+    if figure.unit == "ratio":
+        texts = [text if text == "-" else f"{text}x" for text in texts]
+    return TextColumn(figure.column_in(sign) if figure.heading else _heading(name, sign), texts)
 
 
-def _heading(name: str) -> str:
-    """The heading of a figure that no other table has: its name, and the unit that people are shown."""
-    _, sign = COLUMNS[name].shown
+def _heading(name: str, sign: str) -> str:
+    """The heading of a figure that no other table has: its name, and the unit."""
     return f"{name.replace('_s_', ' ').replace('_', ' ').removesuffix(' bytes').removesuffix(' s')}\n{sign}".rstrip()
 
 

@@ -8,25 +8,45 @@ import msgspec
 from moetrace.cli.tables.output import stdout_console
 from moetrace.cli.tables.parts import TextColumn, print_parts
 from moetrace.engine.dispatch import OPTIMAL_UP_TO
+from moetrace.results.figure import Figure
+from moetrace.results.figure_text import beyond, digits, shown_unit
 from moetrace.results.record import FIGURES, value_in
 from moetrace.spec.cluster_policy import AUTO
 from moetrace.spec.errors import counted
 from moetrace.spec.known import Calibration, how_known
 
+_PARTS = ("gpu", "ndp", "cpu", "host", "link", "disk", "remote", "network")  # tables of a system that hold constants
+
 
 class _FigureColumn(NamedTuple):
-    heading: str
-    value: Callable[[dict[str, Any]], float | None]  # of a policy, in the heading's unit
-    form: str = "digits"  # or "percent" or "factor"
+    figure: Figure
+    value: Callable[[dict[str, Any]], float | None]  # of a policy, in the figure's own unit
     always: bool | None = True  # False: only if a policy has something else than zero; None: only if one has it
 
+    def text(self, values: list[float | None]) -> TextColumn:
+        """The column, in the unit that suits its values."""
+        factor, sign = shown_unit(self.figure, values)
+        scaled = [None if value is None else factor * value for value in values]
+        return TextColumn(self.figure.column_in(sign), _cells(self.figure.unit, scaled))
 
-def _column(name: str, always: bool | None = True) -> _FigureColumn:
-    """The column of a figure of `summary.json`, with what `results.record` says of it."""
-    figure = FIGURES[name]
-    factor, _ = figure.shown
-    form = {"share": "percent", "ratio": "factor"}.get(figure.unit, "digits")
-    return _FigureColumn(figure.column, lambda policy: _times(factor, value_in(policy, name)), form, always)
+
+def _column(name: str, always: bool | None = True, **changes: Any) -> _FigureColumn:
+    """The column of a figure of `summary.json`, with what `results.record` says of it, but for the changes."""
+    return _FigureColumn(FIGURES[name]._replace(**changes), lambda policy: value_in(policy, name), always)
+
+
+def _beyond(heading: str, bound: str) -> _FigureColumn:
+    """The time beyond a yardstick."""
+    return _FigureColumn(Figure("s", "", heading=heading), lambda policy: beyond(policy["total_s"], policy[bound]))
+
+
+def _over(heading: str, bound: str) -> _FigureColumn:
+    """The same as a share of the yardstick."""
+
+    def share(policy: dict[str, Any]) -> float | None:
+        return beyond(policy["total_s"], policy[bound]) / policy[bound] if policy[bound] else None
+
+    return _FigureColumn(Figure("share", "", heading=heading), share)
 
 
 def print_comparison(summary: dict[str, Any], name: str) -> None:
@@ -46,10 +66,10 @@ def _groups() -> list[list[_FigureColumn]]:
     return [
         *_times_and_latencies(),
         [
-            _FigureColumn("over bound\nms", lambda p: 1e3 * (p["total_s"] - p["lower_bound_s"])),
-            _FigureColumn("\n%", lambda p: _over(p, "lower_bound_s"), "percent"),
-            _FigureColumn("over clairv.\nms", lambda p: 1e3 * (p["total_s"] - p["clairvoyant_s"])),
-            _FigureColumn("\n%", lambda p: _over(p, "clairvoyant_s"), "percent"),
+            _beyond("over bound", "lower_bound_s"),
+            _over("", "lower_bound_s"),
+            _beyond("over clairv.", "clairvoyant_s"),
+            _over("", "clairvoyant_s"),
         ],
         [
             _column("hit_rate"),
@@ -107,14 +127,14 @@ def _cluster_groups() -> list[list[_FigureColumn]]:
     return [
         *_times_and_latencies(),
         [
-            _FigureColumn("over bound\n%", lambda p: _over(p, "lower_bound_s"), "percent"),
+            _over("over bound", "lower_bound_s"),
             _column("cluster.exposed_s"),
             *(_column(name) for name in shares),
         ],
         [
-            _column("imbalance_mean")._replace(heading="time\nmax/mean"),
+            _column("imbalance_mean", heading="time\nmax/mean"),
             _column("cluster.imbalance_rows"),
-            _column("cluster.fan_out")._replace(form="digits"),
+            _column("cluster.fan_out", unit="count"),
             _column("utilization.gpu"),
             _column("cluster.network_bytes"),
             _column("cluster.moved_bytes", always=False),
@@ -128,38 +148,34 @@ def _shown(group: list[_FigureColumn], policies: list[dict[str, Any]]) -> list[T
     """The columns of a group that have something to show, with a cell for each policy."""
     figures = [(column, [column.value(policy) for policy in policies]) for column in group]
     return [
-        TextColumn(column.heading, _cells(column.form, values))
+        column.text(values)
         for column, values in figures
         if column.always or any(values) or (column.always is None and values.count(None) < len(values))
     ]
 
 
-def _cells(form: str, values: list[float | None]) -> list[str]:
+def _cells(unit: str, values: list[float | None]) -> list[str]:
     """The figures of a column, as many digits behind the point for each; `-` where undefined."""
-    largest = max((abs(value) for value in values if value is not None), default=0.0)
-    if form == "digits":
-        # Less than a millionth is what rounding leaves of nothing.
-        limits = enumerate((1000, 100, 10, 1, 1e-6))
-        places = next((places for places, limit in limits if largest >= limit), 0)
-    else:
-        places = 2 if form == "factor" else 1
-    unit = "x" if form == "factor" else ""
-    # Adding zero turns -0.0 into 0.0.
-    return ["-" if value is None else f"{round(value, places) + 0.0:,.{places}f}{unit}" for value in values]
+    if unit == "share":
+        return digits(values, 1)
+    if unit == "ratio":
+        return [text if text == "-" else f"{text}x" for text in digits(values, 2)]
+    is_whole = all(value is None or float(value).is_integer() for value in values)
+    return digits(values, significant=1 if unit == "count" and is_whole else 4)
 
 
 def _legend(summary: dict[str, Any], name: str) -> list[str]:
-    trace, model, system = summary["trace"], summary["model"], summary["system"]
+    trace, model, system, policies = (summary[key] for key in ("trace", "model", "system", "policies"))
     if system.get("cluster"):
         return _cluster_legend(summary, name)
     home = ""  # experts lie in the GPU's memory, or behind a link that fetches them
     if system["ndp"]:
-        home = f" with {counted(system['ndp']['units'], 'NDP unit')}"
+        home = f" with {counted(system['ndp']['units'], 'NDP unit')}{' and a CPU' if _uses_cpu(policies) else ''}"
     elif system["cpu"] and system["link"]:
         home = " with a CPU"
     each = model["experts"]  # one number, or one for each layer
     everything = model["moe_layers"] * each if isinstance(each, int) else sum(each)
-    bounds_ms = _cells("digits", sorted({1e3 * policy["lower_bound_s"] for policy in summary["policies"]}))
+    bounds_ms = digits(sorted({1e3 * policy["lower_bound_s"] for policy in summary["policies"]}), significant=4)
     bound = f"the {bounds_ms[0]} ms that no policy beats, whatever it foresees"
     if bounds_ms[0] != bounds_ms[-1]:
         bound = f"what no policy with its placement, parts and start beats, {bounds_ms[0]} to {bounds_ms[-1]} ms"
@@ -176,7 +192,7 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
         *_speculation(summary),
         *_deadlines(summary),
         *_functions(summary["policies"]),
-        *_known(system),
+        *_known(summary),
         *(
             f"{policy['name']}: {policy['optimal_fallbacks']:,} of {counted(layers, 'layer')} of all steps had more "
             f"than {OPTIMAL_UP_TO} active experts and were dispatched by balance."
@@ -232,7 +248,7 @@ def _cluster_legend(summary: dict[str, Any], name: str) -> list[str]:
         "that take none. Shares of the total: parts of a step that overlap may sum to more than 100 %.",
         *chosen,
         *_speculation(summary),
-        *_known(system),
+        *_known(summary),
     ]
 
 
@@ -274,16 +290,16 @@ def _functions(policies: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _known(system: dict[str, Any]) -> list[str]:
-    """Say how well the constants of the machine are known, if its spec does."""
+def _known(summary: dict[str, Any]) -> list[str]:
+    """Say how well the constants of the parts that policies use are known, if the machine's spec does."""
+    system, policies = summary["system"], summary["policies"]
     table = msgspec.convert(system.get("calibration"), dict[str, Calibration] | None)
-    words = how_known(system.get("known"), table)
+    idle = set() if _uses_cpu(policies) else {"cpu"}
+    idle |= set() if any("remote_s" in policy for policy in policies) else {"remote"}
+    words = how_known(system.get("known"), table, [part for part in _PARTS if system.get(part) and part not in idle])
     return [f"Constants of {system['name']}: {words}."] if words else []
 
 
-def _times(factor: float, value: float | None) -> float | None:
-    return None if value is None else factor * value
-
-
-def _over(policy: dict[str, Any], bound: str) -> float | None:
-    return 100 * (policy["total_s"] / policy[bound] - 1) if policy[bound] else None
+def _uses_cpu(policies: list[dict[str, Any]]) -> bool:
+    """Whether a policy ran an expert on the CPU."""
+    return any(policy["utilization"]["cpu"] for policy in policies)

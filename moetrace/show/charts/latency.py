@@ -19,7 +19,10 @@ _LATENCIES = {
     "TPOT": ("tpot_s", "Time per output token"),
     "ITL p99": ("itl_s_p99", "Time between tokens, p99 of a request"),
 }
-PARTS = {"dense_s": "dense layers", "moe_s": "experts", "head_s": "head", "wait_s": "waiting for prefetch"}
+_OF_STEPS = ("dense_s", "moe_s", "head_s", "wait_s")
+_COLD = "cold_s"
+_NAMES = ("dense layers", "experts", "head", "waiting for prefetch", "cold start")
+PARTS = dict(zip((*_OF_STEPS, _COLD), _NAMES, strict=True))
 _PERIODS = 160  # of a chart over time
 
 
@@ -53,10 +56,11 @@ def parts(replayed: Replayed) -> ChartGroup | None:
 
     if replayed.steps is None:
         return None
+    cold = {policy.name: policy.cold_s or 0.0 for policy in replayed.summary.policies}
     sums = pl.DataFrame(
         [
-            {"policy": name} | {part: float(steps[part].sum()) for part in PARTS}
-            for name, steps in _each(replayed, *PARTS)
+            {"policy": name} | {part: float(steps[part].sum()) for part in _OF_STEPS} | {_COLD: cold[name]}
+            for name, steps in _each(replayed, *_OF_STEPS)
         ],
         schema={"policy": pl.String} | dict.fromkeys(PARTS, pl.Float64),
     )
@@ -90,6 +94,8 @@ def parts(replayed: Replayed) -> ChartGroup | None:
         "Time of all steps, by what the GPU waits for: attention and other dense layers, the experts (on the GPU or on "
         "units, with the transfers that they wait for), the head of the model, and prompts that wait for a prefetch."
     )
+    if _COLD in shown:
+        words += " The cold start of machine and functions comes once, before the first step's work."
     table = sums.select(
         pl.col("policy"),
         *(pl.col(name).alias(f"{PARTS[name]}, s") for name in shown),

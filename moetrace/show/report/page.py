@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 
+from moetrace.results import figure_text
 from moetrace.show.charts.style import ChartGroup
 from moetrace.show.plots.picture import inked
 from moetrace.spec.errors import printable
@@ -251,7 +252,7 @@ def seconds(value: float | None) -> str:
 
 def percent(share: float | None) -> str:
     """Return a share in percent."""
-    return "–" if share is None or not math.isfinite(share) else f"{100 * share:,.1f} %"
+    return "–" if share is None or not math.isfinite(share) else figure_text.percent(share)
 
 
 def _script_json(value: Any) -> str:

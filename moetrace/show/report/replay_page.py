@@ -1,16 +1,21 @@
 """The report of one replay."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import polars as pl
 
+from moetrace.results.figure_text import beyond
 from moetrace.results.publish import file_in
 from moetrace.results.read_parquet import readable
 from moetrace.results.record import (
     ACCOUNTS,
     FIGURES,
     OF_A_DEADLINE,
+    OF_A_LOSS,
+    OF_RELAYOUT,
+    OF_REMOTE,
     TIMELINE_FILE,
     PolicyFigures,
     Summary,
@@ -33,6 +38,11 @@ _WORK_ALONE = (
     "the parts that take part share all the work perfectly, nothing is started, waits or moves. No schedule of this "
     "work on them is faster."
 )
+# Figures of a card that only some machines or policies have.
+_SOME_HAVE = (
+    *("gate_mass_dropped", "resent_bytes", "host_hit_rate", "disk_bytes", "disk_busy", "moved_bytes"),
+    *("remote_s", "remote_usd", "cold_s", *ACCOUNTS, *OF_A_DEADLINE, "regret"),
+)
 _FEW = 6  # policies that get a card each
 # In the table of all figures: the speed-up after the total, the yardsticks before the hits, the rest as in the file.
 _PLACES = {
@@ -40,6 +50,29 @@ _PLACES = {
     "work_bound_s": "hit_rate",
     "lower_bound_s": "hit_rate",
     "clairvoyant_s": "hit_rate",
+}
+
+
+_ABOUT_SOME = {
+    OF_A_LOSS: (
+        "A link that loses packets sends them again (resent), or, where it is relaxed, goes on without the rows that "
+        "they carried. Gate mass dropped is the share of all router weights that these rows lost. It changes what the "
+        "model says; no time counts that, so a policy that loses more may look better."
+    ),
+    ("host_hits",): (
+        "Above a disk, a host hit is an active expert that the GPU did not hold and host memory did. The others were "
+        "read from the disk, whose bytes and busy share are beside it."
+    ),
+    OF_RELAYOUT: "Moved is what went from one layout of the units to another, beside other work.",
+    OF_REMOTE: (
+        "In functions is the time of all copies of remote functions, and their price is that of their time alone: the "
+        "machine's own price is not in it. The cold start is a part of the first step and of its TTFT."
+    ),
+    tuple(ACCOUNTS): (
+        "Energy and price are accounts of the simulated time: a part draws its idle watts all the time and more "
+        "while it works, the link draws for what it carries, and each hour has its price. They are as good as the "
+        "watts and prices that the system lists; a part without any is not in them."
+    ),
 }
 
 
@@ -83,6 +116,8 @@ def _lede(summary: Summary) -> str:
     else:
         ratio = f", {best.speedup:.2f} times as fast as {first.name}" if best.speedup else ""
         told = f"{best.name} is the fastest of {len(summary.policies)} policies: {page.seconds(best.total_s)}{ratio}"
+    if dropped := best.gate_mass_dropped:
+        told += f". It drops {page.percent(dropped)} of the gate mass, which no time counts"
     over = _over(best.total_s, best.bound_s)
     return f"{told}. No policy could save more than {page.percent(_saved(best))} of that." + (
         "" if over is None or over >= 0.05 else " It is close to the best possible."
@@ -101,14 +136,18 @@ def _subject(summary: Summary) -> str:
 
 def _side_by_side(summary: Summary) -> str:
     best = _fastest(summary)
+    policies = [msgspec.to_builtins(policy) for policy in summary.policies]
+    always = {*ACCOUNTS, *OF_A_DEADLINE}
+    some = [name for name in _SOME_HAVE if name in always or any(value_in(policy, name) for policy in policies)]
     shown = summary.policies[:_FEW]
-    cards = [_card(policy, len(summary.policies) > 1 and policy is best) for policy in shown]
+    cards = [_card(policy, some, len(summary.policies) > 1 and policy is best) for policy in shown]
     more = "" if len(summary.policies) <= _FEW else f"<p>The first {_FEW} of {len(summary.policies)} policies.</p>"
     whole = page.table(_figures(summary), "All figures of all policies")
     return f'{more}<div class="cards">{"".join(cards)}</div>\n{page.details("All figures", whole)}'
 
 
-def _card(policy: PolicyFigures, fastest: bool) -> str:
+def _card(policy: PolicyFigures, some: Sequence[str], fastest: bool) -> str:
+    """The figures of a policy that one reads first; `some` are those that only some replays have."""
     figures = msgspec.to_builtins(policy)
     pairs = [
         ("Speed-up", "–" if policy.speedup is None else f"{policy.speedup:.2f}×"),
@@ -120,8 +159,8 @@ def _card(policy: PolicyFigures, fastest: bool) -> str:
         ("Over clairvoyant", page.percent(_over(policy.total_s, policy.clairvoyant_s))),
         ("Hits", page.percent(policy.hit_rate)),
         *(
-            (_row_name(name), _shown(name, value))
-            for name in (*ACCOUNTS, *OF_A_DEADLINE)
+            (_row_name(name)[0].upper() + _row_name(name)[1:], _shown(name, value))
+            for name in some
             if (value := value_in(figures, name)) is not None
         ),
     ]
@@ -183,12 +222,8 @@ def _words(summary: Summary) -> str:
         "TTFT and TPOT are of requests as the trace batches them, without queueing. A hit is an active expert that was "
         "on the GPU when the router spoke, wherever it then ran: a hit rate is not a latency."
     )
-    if any(name in msgspec.to_builtins(best) for name in ACCOUNTS):
-        told.append(
-            "Energy and price are accounts of the simulated time: a part draws its idle watts all the time and more "
-            "while it works, the link draws for what it carries, and each hour has its price. They are as good as the "
-            "watts and prices that the system lists; a part without any is not in them."
-        )
+    there = {name for policy in summary.policies for name in msgspec.to_builtins(policy)}
+    told += [words for names, words in _ABOUT_SOME.items() if there & {*names}]
     return "".join(f"<p>{page.text(words)}</p>" for words in told)
 
 
@@ -240,8 +275,8 @@ def _fastest(summary: Summary) -> PolicyFigures:
 
 
 def _saved(policy: PolicyFigures) -> float | None:
-    return max(0.0, 1 - policy.bound_s / policy.total_s) if policy.total_s else None
+    return max(0.0, beyond(policy.total_s, policy.bound_s) / policy.total_s) if policy.total_s else None
 
 
 def _over(total_s: float, yardstick_s: float | None) -> float | None:
-    return total_s / yardstick_s - 1 if yardstick_s else None
+    return beyond(total_s, yardstick_s) / yardstick_s if yardstick_s else None

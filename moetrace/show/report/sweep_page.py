@@ -4,8 +4,9 @@ from typing import Any
 
 import polars as pl
 
+from moetrace.results.figure_text import amount
 from moetrace.results.record import COLUMNS, FRONTS
-from moetrace.results.swept import LATENCIES, PER_TOKEN, Swept
+from moetrace.results.swept import LATENCIES, PER_TOKEN, SOME_HAVE, Swept
 from moetrace.show.charts.sweep_charts import axes, pareto_front
 from moetrace.show.report import page
 
@@ -13,6 +14,11 @@ from moetrace.show.report import page
 def _heading(name: str) -> str:
     part = " p50" if name.endswith("_p50") else ""
     return f"{COLUMNS[name].heading}{part}, {COLUMNS[name].sign}"
+
+
+def _labelled(name: str) -> str:
+    figure = COLUMNS[name]
+    return figure.label if figure.unit == "share" else f"{figure.label}, {figure.sign}"
 
 
 # Where a heading of the record is short for the terminal, or without a unit, the words stand here.
@@ -23,7 +29,7 @@ _COLUMNS = {
     "hit_rate": "hit rate",
     "gpu_memory_bytes": f"GPU memory, {COLUMNS['gpu_memory_bytes'].sign}",
     "link_bytes": f"{COLUMNS['link_bytes'].heading}, {COLUMNS['link_bytes'].sign}",
-    **{name: f"{COLUMNS[name].label}, {COLUMNS[name].sign}" for name in (*FRONTS[2:], *PER_TOKEN)},
+    **{name: _labelled(name) for name in (*FRONTS[2:], *PER_TOKEN, *SOME_HAVE)},
     "pareto": "Pareto front",
     "error": "error",
 }
@@ -88,6 +94,7 @@ def _best(swept: Swept) -> str:
             for column in LATENCIES
             if row.get(column) is not None and COLUMNS[column].unit == "s"
         ]
+        pairs += [(COLUMNS[name].label.capitalize(), _shown(name, row[name])) for name in SOME_HAVE if row.get(name)]
         cards.append(
             f'<article class="card"><h3>{page.text(title)}</h3>'
             f'<p class="big">{page.text(page.seconds(row["total_s"]))}</p>{page.facts(pairs)}</article>'
@@ -95,6 +102,11 @@ def _best(swept: Swept) -> str:
     more = f"<p>The first 6 of {len(best)} traces.</p>" if len(best) > 6 else ""
     names = best.select("name", pl.col("total_s").alias("seconds"))
     return f'{more}<div class="cards">{"".join(cards)}</div>{page.details("Their names", page.table(names, "Fastest"))}'
+
+
+def _shown(name: str, value: float) -> str:
+    figure = COLUMNS[name]
+    return page.seconds(value) if figure.unit == "s" else amount(value, figure)
 
 
 def _again(swept: Swept) -> str:
