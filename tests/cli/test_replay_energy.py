@@ -79,7 +79,7 @@ def test_energy_of_a_system_without_rates_is_one_sentence(run):
     assert (code, out) == (2, "")
     assert err.startswith("moetrace: --energy needs the watts or prices of edge-ndp, which has neither [energy] nor")
     code, _, err = run("replay", TINY, "--set", "system.energy.gpu.idle_w=3")
-    assert code == 2 and "energy.gpu.active_w is missing, and wants a number" in err
+    assert code == 2 and "there is no [energy.gpu] to set energy.gpu.idle_w in: set energy.gpu.active_w, too" in err
 
 
 def test_a_column_of_nothing_is_left_out(run, tmp_path):
