@@ -16,6 +16,7 @@ import numpy as np
 
 from moetrace.spec.deep_keys import MOST_PARTS, has_deep_key
 from moetrace.spec.errors import MoetraceError, UsageError, printable
+from moetrace.spec.field_types import fields_at, node_at, range_of, type_at
 from moetrace.spec.named import nearest, noun_of, preset_text, preset_with
 from moetrace.spec.ordinary_file import read_ordinary
 
@@ -49,7 +50,6 @@ _KINDS = {
     msgspec.inspect.StrType: "a text in quotes",
     msgspec.inspect.StructType: "a table",
 }
-_HOLDERS = msgspec.inspect.DictType | msgspec.inspect.ListType
 _LIMITS = {">": "greater than", ">=": "of at least", "<": "less than", "<=": "of at most"}
 
 
@@ -292,7 +292,7 @@ def _check_numbers(loaded: Loaded) -> None:
 def _check_begun(loaded: Loaded, struct: type[msgspec.Struct]) -> None:
     """Refuse a field of an absent table that needs others beside it: which these are, and who has such a table."""
     for table, path in loaded.begun.items():
-        fields, given = getattr(_node_at(struct, table), "fields", ()), _at(loaded.raw, table)
+        fields, given = getattr(node_at(struct, table), "fields", ()), _at(loaded.raw, table)
         if not isinstance(given, dict) or given.keys() - {field.encode_name for field in fields}:
             continue  # msgspec's message says what is unknown
         lacks = [f"{table}.{field.encode_name}" for field in fields if field.required]
@@ -358,67 +358,22 @@ def _explain(message: str, loaded: Loaded, struct: type[msgspec.Struct]) -> str:
     path = path.lstrip(".").rstrip("`")
     prefix = f"{path}." if path else ""
     if found := re.match(r"(?s)Object contains unknown field `(.*)`", what):
-        known = list(_fields(struct, path))
+        known = list(fields_at(struct, path))
         choices = f"; known are {', '.join(known)}" if known else ""
         return f"{loaded.where}: {prefix}{found[1]} is unknown{nearest(found[1], known)}{choices}."
     if found := re.match(r"Object missing required field `(.*)`", what):
-        wants = _KINDS.get(_fields(struct, path)[found[1]].__class__, "a value")
+        wants = _KINDS.get(fields_at(struct, path)[found[1]].__class__, "a value")
         return f"{loaded.where}: {prefix}{found[1]} is missing, and wants {wants}."
     if found := re.match(r"Expected `(.*?)`(?: ([<>]=?) ([\d.e+-]+))?", what):
         wants = " or ".join(_WORDS.get(name, name) for name in found[1].split(" | "))
         if found[2]:
-            wants += range_of(_type_at(struct, path)) or f" {_LIMITS[found[2]]} {float(found[3]):g}"
+            wants += range_of(type_at(struct, path)) or f" {_LIMITS[found[2]]} {float(found[3]):g}"
         if path.endswith("[...]"):
             return f"{loaded.where}: every value of {path[:-5]} wants {wants}."
         return f"{loaded.where}: {path} wants {wants}{_got(loaded.raw, path)}."
     table, _, field = path.rpartition(".")
-    kind = _fields(struct, table).get(field)
+    kind = fields_at(struct, table).get(field)
     if legal := [name for inner in getattr(kind, "types", [kind]) for name in getattr(inner, "values", ())]:
         near = nearest(str(_at(loaded.raw, path)), legal)
         return f"{loaded.where}: {path} wants one of {', '.join(legal)}{near}{_got(loaded.raw, path)}."
     return f"{loaded.where}: {path}: {what}{_got(loaded.raw, path)}."
-
-
-def range_of(kind: Any) -> str:
-    """` from 1e-09 to 1e+09`: what a field of that type (of `msgspec.inspect`) takes, "" if it is open at an end."""
-    kinds = [getattr(each, "value_type", each) for each in getattr(kind, "types", [kind])]
-    kinds = [each for each in kinds if getattr(each, "ge", None) is not None]
-    if not kinds or kinds[0].le is None:
-        return ""
-    return f" from {_number(kinds[0].ge)} to {_number(kinds[0].le)}"
-
-
-def _number(limit: float) -> str:
-    return f"{limit:g}" if isinstance(limit, float) else f"{limit}"
-
-
-def _type_at(struct: type[msgspec.Struct], path: str) -> Any:
-    """Return the type of a field, of the values of a list or of a table of numbers; None if there is none."""
-    table, _, key = re.sub(r"\[[^\]]*\]$", "", path).rpartition(".")
-    try:
-        return _fields(struct, table).get(key)
-    except (AttributeError, StopIteration):
-        return None
-
-
-def _fields(struct: type[msgspec.Struct], path: str) -> dict[str, msgspec.inspect.Type]:
-    """Types of the fields of the table at `path` of a spec; none where it is no table, or its keys are the user's."""
-    return {field.encode_name: field.type for field in getattr(_node_at(struct, path), "fields", ())}
-
-
-def _node_at(struct: type[msgspec.Struct], path: str) -> Any:
-    """Type of the table at `path` of a spec, of `msgspec.inspect`; None if there is none."""
-    node: Any = msgspec.inspect.type_info(struct)
-    for key in filter(None, path.replace("[...]", "[").split(".")):
-        name, inside, _ = key.partition("[")  # `calibration[...]`: any value of it
-        if name:
-            kind = {field.encode_name: field.type for field in getattr(node, "fields", ())}.get(name)
-            node = _table_in(kind, _HOLDERS if inside else msgspec.inspect.StructType)
-        if inside:
-            node = _table_in(getattr(node, "value_type", getattr(node, "item_type", None)), msgspec.inspect.StructType)
-    return node
-
-
-def _table_in(kind: Any, wanted: Any) -> Any:
-    """Of the types that a field may have, the one that is wanted: of a table, or of what holds several."""
-    return next((each for each in getattr(kind, "types", [kind]) if isinstance(each, wanted)), kind)
