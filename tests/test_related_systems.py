@@ -94,7 +94,7 @@ def test_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs/related-systems.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"^\$ moetrace (.*)$", page, re.MULTILINE)
-    assert len(commands) == 13
+    assert len(commands) == 14
     for command in commands:
         arguments = shlex.split(command.replace("--output 24", "--output 1"))
         try:
