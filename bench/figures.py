@@ -12,7 +12,7 @@ from msgspec import Meta, inspect
 
 from moetrace.results.record import METRICS, PolicyFigures, Spread, fields_of
 from moetrace.spec import Model, PolicySpec, System
-from moetrace.spec.load import range_of
+from moetrace.spec.field_types import range_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 _DIRECTIONS = (("less", "lower"), ("more", "higher"), ("neither", None))

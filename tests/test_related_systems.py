@@ -94,13 +94,34 @@ def test_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs/related-systems.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"^\$ moetrace (.*)$", page, re.MULTILINE)
-    assert len(commands) == 13
+    assert len(commands) == 14
     for command in commands:
         arguments = shlex.split(command.replace("--output 24", "--output 1"))
         try:
             main(arguments)
         except SystemExit as stop:
             assert not stop.code, (command, capsys.readouterr().err)
+
+
+def test_a_name_of_a_trace_stands_for_one_trace():
+    """So that who runs the commands of several pages in one folder replays what each page means."""
+    made: dict[str, set[str]] = {}
+    for path in (ROOT / "docs/related-systems.md", *(ROOT / "docs/how-to").glob("*.md")):
+        text = path.read_text(encoding="utf-8").replace("\\\n", "")
+        found = re.findall(r"moetrace generate (\S+\.h5) (.*)", text)
+        found += [
+            (name, f"{source} {more}") for source, name, more in re.findall(r"select (\S+) -o (\S+\.h5)(.*)", text)
+        ]
+        for name, how in found:
+            made.setdefault(name, set()).add(" ".join(how.split()))
+    assert {"halo.h5", "robot.h5", "trimoe.h5", "remoe.h5", "pi.h5"} <= made.keys()
+    assert {name: how for name, how in made.items() if len(how) > 1} == {}
+
+
+def test_hits_on_other_prompts_are_shown_and_not_judged():
+    hits, rule, _ = neighbours.SYSTEMS["HybriMoE"]()
+    assert hits.what.startswith("hits of LRU") and hits.holds is None
+    assert rule.holds and rule.judged.startswith("direction")
 
 
 def test_the_page_names_every_system_policy_and_marker():

@@ -34,7 +34,13 @@ from moetrace.engine.tiers.tier_host import end_disk
 from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, REMOTE_ROW, Tiers
 from moetrace.engine.tiers.tier_remote import RemoteExperts, end_remote, remote_of, with_remote
 from moetrace.engine.tiers.tier_transfers import Losses, losses_of, note_remote_mass, with_rates, with_transfers
-from moetrace.engine.tiers.tiers_of import adds_nothing, tier_parts_of, tiers_of, with_homes_of_its_own
+from moetrace.engine.tiers.tiers_of import (
+    adds_nothing,
+    tier_parts_of,
+    tiers_of,
+    what_it_has,
+    with_homes_of_its_own,
+)
 from moetrace.engine.variants import clairvoyant, variant
 from moetrace.spec.choices import Dispatch, Prefetch, Residency, find
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -254,9 +260,10 @@ def _clairvoyant_of(
 def _check_splits(policy: PolicySpec, dispatch: Dispatch, system: System, tiers: Tiers | None) -> None:
     """Raise UsageError if experts are to be split where there are more tiers."""
     if tiers is not None and dispatch.splits:
+        others = '"balance", or "bottleneck", which uses the CPU, too' if system.cpu and system.ndp else '"balance"'
         raise UsageError(
-            f"Policy {policy.name}: dispatch {dispatch.name} needs a plain link and one home, and {system.name} has "
-            'another link or more tiers; use dispatch = "balance".'
+            f"Policy {policy.name}: dispatch {dispatch.name} knows a plain link and one home only, and system "
+            f"{system.name} has {', '.join(what_it_has(system, tiers))}: use dispatch = {others}, or leave that out."
         )
 
 
@@ -300,7 +307,7 @@ def lane_of(
     prefetch: Prefetch = find("prefetch", policy.prefetch)
     tiers = with_remote(tiers_of(model, system, policy, machine), remote)
     tiers = with_transfers(tiers, policy, setup.system, machine)
-    _check_splits(policy, dispatch, system, tiers)
+    _check_splits(policy, dispatch, setup.system, tiers)
     hooks = (
         load_hook("dispatch", policy.dispatch, own, tiers=tiers is not None),
         load_hook("residency", policy.residency, own),

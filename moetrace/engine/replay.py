@@ -225,7 +225,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     _admit(aside.foresight, queue, cells, state.cache, tally)
     if tiers is not None:
         dense += begin_layer(tiers, tally, log.step[s])
-        flow_layout(tiers.layout, tiers, machine, dense)
+        flow_layout(aside.tape, step, tiers.layout, tiers, machine, dense)
     tape_dense(aside.tape, tiers, step, layer, dense, machine, state)
     moved = _flow(tiers, queue, 0.0, dense, machine)
     if setting.prefetch == ORACLE:

@@ -13,6 +13,7 @@ from moetrace.spec.model import Model, check_shape
 from moetrace.spec.participants import idle_cpu, idle_loss
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
+from moetrace.spec.unusual import unusual_host, unusual_remote
 from moetrace.trace.format import Trace
 
 # Layers x experts of a replay, which keeps some 200 bytes of each for a policy. Models have 23,000 at most; a file may
@@ -73,6 +74,9 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
         warnings.append(_too_many(setup, slots, fitting, weight_bytes))
     for idle in (idle_cpu, idle_loss):
         warnings += [note for policy in setup.policies if (note := idle(policy, system))]
+    warnings += unusual_host(model, system, weight_bytes)
+    for policy in setup.policies:
+        warnings += unusual_remote(policy, model, system, weight_bytes, trace.steps)
     warnings += [
         f"policy {policy.name} foretells {trace.layers - 1} layers ahead, and not {policy.ahead_layers} "
         f"(ahead_layers): the trace has {counted(trace.layers, 'MoE layer')}."
@@ -81,7 +85,7 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
     ]
     if system.link is not None and slots >= model.all_experts and (note := _empty_start(setup)):
         warnings.append(note)
-    return slots, warnings
+    return slots, list(dict.fromkeys(warnings))
 
 
 def _is_drawn_anew(trace: Trace) -> bool:

@@ -15,13 +15,13 @@ from moetrace.engine.sharing import missing_share, share_fetch_s, share_gpu_s, s
 from moetrace.engine.state import FIRST_GROUP, GPU, HOME, LINK_IN, LINK_OUT, ON_GPU, records
 from moetrace.jit.compile import kernel
 
-# Kinds of slices. A layer is dense and moe together; a wait is that of `prefetch_blocks`. The last five are those of
+# Kinds of slices. A layer is dense and moe together; a wait is that of `prefetch_blocks`. The last seven are those of
 # machines with more tiers (`tiers/tier_tape.py`).
 KINDS = ("layer", "wait", "dense", "expert", "fetch", "prefetch", "activations", "head", "cold")
-KINDS += ("evict", "activations-cpu", "outside", "read", "read-ahead")
+KINDS += ("evict", "activations-cpu", "outside", "read", "read-ahead", "move", "remote")
 LAYER, WAIT, DENSE, EXPERT, FETCH, PREFETCH, ACTIVATIONS, HEAD_WORK, COLD = range(9)
-EVICT, ACTIVATIONS_CPU, OUTSIDE, READ, READ_AHEAD = range(9, 14)
-NOBODY = -1  # unit of a LAYER, a WAIT, a COLD start and an EVICT
+EVICT, ACTIVATIONS_CPU, OUTSIDE, READ, READ_AHEAD, MOVE, REMOTE = range(9, 16)
+NOBODY = -1  # unit of a LAYER, a WAIT, a COLD start, an EVICT and a MOVE
 
 SLICE = np.dtype(
     [(name, np.int64) for name in ("step", "layer", "kind", "unit", "expert", "resident")]

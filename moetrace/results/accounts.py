@@ -14,8 +14,8 @@ class Account(NamedTuple):
     """What one part of the machine drew and cost; None where the system lists no rate of it.
 
     Attributes:
-        part: `gpu`, `ndp` (all units), `cpu`, `link` (both directions), `host` (memory), `machine` (what has no
-            price of its own), or `remote` (functions, paid by use).
+        part: `gpu`, `ndp` (all units), `cpu`, `disk`, `link` (both directions), `host` (memory), `machine` (what has
+            no price of its own), or `remote` (functions, paid by use).
         idle_j: What it draws while it waits, over the whole time.
         active_j: What it draws beyond that while it works.
         link_j: What the link draws for what it carries.
@@ -46,7 +46,9 @@ def accounts_of(system: System, total_s: float, busy_s: Mapping[str, float], lin
     """
     drawn = _drawn(system, total_s, busy_s, link_bytes)
     spent = {part: rate * (total_s / _HOUR_S) for part, rate in system.usd_hour_by_part.items()}
-    parts = [part for part in ("gpu", "ndp", "cpu", "link", "host", "machine") if part in drawn or part in spent]
+    parts = [
+        part for part in ("gpu", "ndp", "cpu", "disk", "link", "host", "machine") if part in drawn or part in spent
+    ]
     return [drawn.get(part, Account(part))._replace(usd=spent.get(part)) for part in parts]
 
 
@@ -62,8 +64,8 @@ def account_figures(accounts: Sequence[Account], decode_rows: int) -> dict[str, 
 
 
 def unlisted(system: System) -> list[str]:
-    """Return the parts of a machine with `[energy]` that are not in its account of energy."""
-    parts = {"gpu": system.gpu, "ndp": system.ndp, "cpu": system.cpu, "link": system.link}
+    """Return the parts of a machine with `[energy]` that are not in its account of energy; `remote` never is."""
+    parts = {name: getattr(system, name) for name in ("gpu", "ndp", "cpu", "disk", "link", "remote")}
     return [name for name, part in parts.items() if part is not None and getattr(system.energy, name, None) is None]
 
 
@@ -73,7 +75,8 @@ def _drawn(system: System, total_s: float, busy_s: Mapping[str, float], link_byt
         return found
     units = [f"ndp{unit}" for unit in range(system.units)]
     gpus = ["gpu"] if system.cluster is None else system.cluster.names
-    for part, watts, names in (("gpu", energy.gpu, gpus), ("ndp", energy.ndp, units), ("cpu", energy.cpu, ["cpu"])):
+    for part, names in (("gpu", gpus), ("ndp", units), ("cpu", ["cpu"]), ("disk", ["disk"])):
+        watts: Watts | None = getattr(energy, part)
         if watts is not None:
             found[part] = _of_devices(part, watts, total_s, [busy_s[name] for name in names])
     if energy.link is not None:

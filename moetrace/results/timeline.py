@@ -30,12 +30,12 @@ else:
 def timeline_frame(run: Run) -> pl.DataFrame:
     """Return a row for each slice of the recorded steps, policy by policy, step by step, in order of their start.
 
-    Columns: `policy`; `unit` (`gpu`, `ndp0` .., `link_in`, `link_out`, `cpu`, `disk`; null of a step, a layer, a wait,
-    a cold start and evictions); `kind` (`step`, `layer`, `wait`, `cold`, `dense`, `expert`, `fetch`, `prefetch`,
-    `activations`, `head`; with more tiers `evict`, `activations-cpu`, `outside`, `read`, `read-ahead`); `name`;
-    `start_s` (since the trace began) and `duration_s`; `step`; `layer` and `expert` (null where there is none); `rows`
-    and `bytes` (of a unit's shard, so that all add up); `resident` (of an expert, whether the GPU held it when the
-    router spoke).
+    Columns: `policy`; `unit` (`gpu`, `ndp0` .., `link_in`, `link_out`, `cpu`, `disk`, `remote`; null of a step, a
+    layer, a wait, a cold start, evictions and moves); `kind` (`step`, `layer`, `wait`, `cold`, `dense`, `expert`,
+    `fetch`, `prefetch`, `activations`, `head`; with more tiers `evict`, `activations-cpu`, `outside`, `read`,
+    `read-ahead`, `move`, `remote`); `name`; `start_s` (since the trace began) and `duration_s`; `step`; `layer` and
+    `expert` (null where there is none); `rows` and `bytes` (of a unit's shard, so that all add up); `resident` (of an
+    expert, whether the GPU held it when the router spoke).
     """
     return pl.concat([slices_of(run, lane, recording) for lane, recording in recordings(run)])
 
@@ -114,7 +114,7 @@ def slices_of(run: Run, lane: Lane, recording: Recording) -> pl.DataFrame:
         _unless(pl.col("layer") < 0, "layer"),
         _unless(pl.col("expert") < 0, "expert"),
         _unless(pl.col("kind") != "expert", "rows"),
-        _unless(pl.col("kind").is_in(["step", "layer", "wait", "cold", "evict"]), "bytes"),
+        _unless(pl.col("kind").is_in(["step", "layer", "wait", "cold", "evict", "remote"]), "bytes"),
         _unless(pl.col("resident") < 0, "resident").cast(pl.Boolean),
     )
 
@@ -159,9 +159,9 @@ def _name() -> pl.Expr:
         .then(expert)
         .when(kind == "outside")
         .then(pl.format("{} {}", expert, kind))
-        .when(kind.is_in(["fetch", "prefetch", "read", "read-ahead"]))
+        .when(kind.is_in(["fetch", "prefetch", "read", "read-ahead", "move"]))
         .then(pl.format("{} {}", kind, expert))
-        .when(kind.is_in(["dense", "activations", "activations-cpu", "evict"]))
+        .when(kind.is_in(["dense", "activations", "activations-cpu", "evict", "remote"]))
         .then(pl.format("{} {}", layer, kind))
         .when(kind == "layer")
         .then(layer)

@@ -30,7 +30,14 @@ else:
     pl = Later("polars")
 
 # Of steps and layers, and of what shares a link's direction without waiting for one another: tracks of their own.
-_OWN_TRACKS = {"step": "steps", "layer": "layers", "wait": "layers", "cold": "layers", "evict": "evictions"}
+_OWN_TRACKS = {
+    "step": "steps",
+    "layer": "layers",
+    "wait": "layers",
+    "cold": "layers",
+    "evict": "evictions",
+    "move": "moves",
+}
 _LINK_IN_TRACKS = {"fetch": "link_in", "prefetch": "link_in prefetch", "activations": "link_in activations"}
 # What goes to a CPU beside units, and comes from it.
 _CPU_TRACKS = {"link_out": "link_out cpu", "link_in": "link_in activations cpu"}
@@ -48,6 +55,8 @@ _ARGUMENTS = {
     "outside": ("step", "layer", "expert"),
     "read": ("step", "layer", "expert", "bytes"),
     "read-ahead": ("step", "layer", "expert", "bytes"),
+    "move": ("step", "layer", "expert", "bytes"),
+    "remote": ("step", "layer"),
 }
 _COLUMNS = ("track", "kind", "name", "ts", "dur", "step", "layer", "expert", "rows", "bytes", "resident")
 
@@ -127,6 +136,7 @@ def _tracks_of(run: Run, lane: Lane) -> list[str]:
     if tiers is not None:
         tracks += _CPU_TRACKS.values() if tiers.term["has_cpu"][0] else ()
         tracks += [_OWN_TRACKS["evict"]] if tiers.term["evict_s"][0] else []
+        tracks += [_OWN_TRACKS["move"]] if tiers.layout is not None else []
     return tracks
 
 

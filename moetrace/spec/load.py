@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar
 
 import msgspec
@@ -15,7 +16,8 @@ import numpy as np
 
 from moetrace.spec.deep_keys import MOST_PARTS, has_deep_key
 from moetrace.spec.errors import MoetraceError, UsageError, printable
-from moetrace.spec.named import nearest, noun_of, preset_text
+from moetrace.spec.field_types import fields_at, node_at, range_of, type_at
+from moetrace.spec.named import nearest, noun_of, preset_text, preset_with
 from moetrace.spec.ordinary_file import read_ordinary
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -48,7 +50,6 @@ _KINDS = {
     msgspec.inspect.StrType: "a text in quotes",
     msgspec.inspect.StructType: "a table",
 }
-_TABLES = msgspec.inspect.StructType | msgspec.inspect.DictType | msgspec.inspect.ListType
 _LIMITS = {">": "greater than", ">=": "of at least", "<": "less than", "<=": "of at most"}
 
 
@@ -57,6 +58,7 @@ class Loaded(NamedTuple):
 
     raw: dict[str, Any]
     where: str
+    begun: Mapping[str, str] = MappingProxyType({})  # table that was absent -> path of the override that began it
 
     def refuse(self, path: str, wants: str) -> NoReturn:
         """Raise the UsageError that says what `path` wants and what it got."""
@@ -92,16 +94,19 @@ def read(kind: str, source: str | Path | msgspec.Struct, overrides: Mapping[str,
 
 def overridden(loaded: Loaded, overrides: Mapping[str, object]) -> Loaded:
     """Put new values of single fields into raw ones; files that they name are found in the current folder."""
+    begun: dict[str, str] = {}
     for path, value in overrides.items():
-        _override(loaded.raw, path, _typed(value), loaded.where)
+        for table in _override(loaded.raw, path, _typed(value), loaded.where):
+            begun.setdefault(table, path)
     _find_files(loaded.raw, overrides, Path.cwd())
-    return loaded
+    return loaded._replace(begun=begun)
 
 
 def convert(loaded: Loaded, struct: type[S]) -> S:
     """Turn raw values into `struct`, or raise the UsageError that names the path of a bad, missing or unknown one."""
     try:
         _check_numbers(loaded)
+        _check_begun(loaded, struct)
         spec = msgspec.convert(loaded.raw, struct)
         _check_texts(loaded)
         return spec
@@ -222,21 +227,24 @@ def _typed(value: object) -> object:
     return parsed["value"] if list(parsed) == ["value"] else value
 
 
-def _override(raw: dict[str, Any], path: str, value: object, where: str) -> None:
+def _override(raw: dict[str, Any], path: str, value: object, where: str) -> list[str]:
+    """Set a field; return the tables that were absent until then, the outermost first."""
     if not isinstance(path, str) or not all(path.split(".")):
         raise UsageError(f"{where}: {path!r} is not the path of a field, as name or gpu.tflops would be.")
     *tables, key = path.split(".")
-    table: Any = raw
-    for name in tables:
-        # An optional table that is absent is begun here; what it then lacks is reported like any missing key.
+    table, begun = raw, []
+    for depth, name in enumerate(tables, 1):
+        # An optional table that is absent is begun here; `_check_begun` says what it then lacks.
         if table.get(name) is None:
             table[name] = {}
+            begun.append(".".join(tables[:depth]))
         elif name in NUMBER_FIELDS and isinstance(table[name], int | float):
             table[name] = {NUMBER_FIELDS[name]: table[name]}
         table = table[name]
         if not isinstance(table, dict):
             raise UsageError(f"{where}: {path!r} cannot be set, as {name} is not a table.")
     table[key] = value
+    return begun
 
 
 def _find_files(raw: dict[str, Any], keys: Mapping[str, object], folder: Path) -> None:
@@ -279,6 +287,22 @@ def _check_numbers(loaded: Loaded) -> None:
         # One comparison for NaN and both infinities too.
         if isinstance(value, int | float) and not abs(value) < MAX_NUMBER:
             loaded.refuse(path, "a finite number below 2^63")
+
+
+def _check_begun(loaded: Loaded, struct: type[msgspec.Struct]) -> None:
+    """Refuse a field of an absent table that needs others beside it: which these are, and who has such a table."""
+    for table, path in loaded.begun.items():
+        fields, given = getattr(node_at(struct, table), "fields", ()), _at(loaded.raw, table)
+        if not isinstance(given, dict) or given.keys() - {field.encode_name for field in fields}:
+            continue  # msgspec's message says what is unknown
+        lacks = [f"{table}.{field.encode_name}" for field in fields if field.required]
+        lacks = [field for field in lacks if field.rpartition(".")[2] not in given]
+        if lacks:
+            others = preset_with("systems", f"[{table}]")
+            instead = f", or use a system that has one (as {others})" if others else ""
+            raise UsageError(
+                f"{loaded.where}: there is no [{table}] to set {path} in: set {', '.join(lacks)}, too{instead}."
+            )
 
 
 def _check_texts(loaded: Loaded) -> None:
@@ -334,60 +358,22 @@ def _explain(message: str, loaded: Loaded, struct: type[msgspec.Struct]) -> str:
     path = path.lstrip(".").rstrip("`")
     prefix = f"{path}." if path else ""
     if found := re.match(r"(?s)Object contains unknown field `(.*)`", what):
-        known = list(_fields(struct, path))
-        return f"{loaded.where}: {prefix}{found[1]} is unknown{nearest(found[1], known)}; known are {', '.join(known)}."
+        known = list(fields_at(struct, path))
+        choices = f"; known are {', '.join(known)}" if known else ""
+        return f"{loaded.where}: {prefix}{found[1]} is unknown{nearest(found[1], known)}{choices}."
     if found := re.match(r"Object missing required field `(.*)`", what):
-        wants = _KINDS.get(_fields(struct, path)[found[1]].__class__, "a value")
+        wants = _KINDS.get(fields_at(struct, path)[found[1]].__class__, "a value")
         return f"{loaded.where}: {prefix}{found[1]} is missing, and wants {wants}."
     if found := re.match(r"Expected `(.*?)`(?: ([<>]=?) ([\d.e+-]+))?", what):
         wants = " or ".join(_WORDS.get(name, name) for name in found[1].split(" | "))
         if found[2]:
-            wants += range_of(_type_at(struct, path)) or f" {_LIMITS[found[2]]} {float(found[3]):g}"
+            wants += range_of(type_at(struct, path)) or f" {_LIMITS[found[2]]} {float(found[3]):g}"
         if path.endswith("[...]"):
             return f"{loaded.where}: every value of {path[:-5]} wants {wants}."
         return f"{loaded.where}: {path} wants {wants}{_got(loaded.raw, path)}."
     table, _, field = path.rpartition(".")
-    kind = _fields(struct, table).get(field)
+    kind = fields_at(struct, table).get(field)
     if legal := [name for inner in getattr(kind, "types", [kind]) for name in getattr(inner, "values", ())]:
         near = nearest(str(_at(loaded.raw, path)), legal)
         return f"{loaded.where}: {path} wants one of {', '.join(legal)}{near}{_got(loaded.raw, path)}."
     return f"{loaded.where}: {path}: {what}{_got(loaded.raw, path)}."
-
-
-def range_of(kind: Any) -> str:
-    """` from 1e-09 to 1e+09`: what a field of that type (of `msgspec.inspect`) takes, "" if it is open at an end."""
-    kinds = [getattr(each, "value_type", each) for each in getattr(kind, "types", [kind])]
-    kinds = [each for each in kinds if getattr(each, "ge", None) is not None]
-    if not kinds or kinds[0].le is None:
-        return ""
-    return f" from {_number(kinds[0].ge)} to {_number(kinds[0].le)}"
-
-
-def _number(limit: float) -> str:
-    return f"{limit:g}" if isinstance(limit, float) else f"{limit}"
-
-
-def _type_at(struct: type[msgspec.Struct], path: str) -> Any:
-    """Return the type of a field, of the values of a list or of a table of numbers; None if there is none."""
-    table, _, key = re.sub(r"\[[^\]]*\]$", "", path).rpartition(".")
-    try:
-        return _fields(struct, table).get(key)
-    except (AttributeError, StopIteration):
-        return None
-
-
-def _fields(struct: type[msgspec.Struct], path: str) -> dict[str, msgspec.inspect.Type]:
-    """Types of the fields of the table at `path` of a spec; none where it is no table, or its keys are the user's."""
-    node: Any = msgspec.inspect.type_info(struct)
-    for key in filter(None, path.replace("[...]", "[").split(".")):
-        name, inside, _ = key.partition("[")  # `calibration[...]`: any value of it
-        if name:
-            node = _table_in({field.encode_name: field.type for field in getattr(node, "fields", ())}.get(name))
-        if inside:
-            node = _table_in(getattr(node, "value_type", getattr(node, "item_type", None)))
-    return {field.encode_name: field.type for field in getattr(node, "fields", ())}
-
-
-def _table_in(kind: Any) -> Any:
-    """Of the types that a field may have, the one of a table."""
-    return next((each for each in getattr(kind, "types", [kind]) if isinstance(each, _TABLES)), kind)

@@ -18,6 +18,7 @@ from moetrace.spec.weights import (
     Starts,
     WeightBits,
     check_codebook_bits,
+    check_read,
     read_expert_bits,
     without_defaults,
 )
@@ -320,6 +321,7 @@ def _check_expert_bits(model: Model, loaded: Loaded) -> None:
             )
         own = read_expert_bits(model.expert_bits, model.layer_experts)
     if isinstance(bits, WeightBits):
+        check_read(bits, model.sparse_launches is not UNSET, loaded.where)
         check_codebook_bits(bits, own, loaded.where, model.expert_bits)
     elif model.sparse_launches is not UNSET:
         raise UsageError(

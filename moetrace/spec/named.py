@@ -43,6 +43,11 @@ def preset_text(kind: str, name: str) -> str:
     return _folder(kind).joinpath(f"{name}.toml").read_text(encoding="utf-8")
 
 
+def preset_with(kind: str, header: str) -> str | None:
+    """Name of the first preset of a kind that has a line ``header``, as `[ndp]`; None if none has."""
+    return next((name for name in _names(kind) if header in preset_text(kind, name).splitlines()), None)
+
+
 def nearest(name: str, names: list[str]) -> str:
     """` (the nearest is 'x')`, or nothing when no name is near."""
     found = difflib.get_close_matches(name, names, 1, 0.5)

@@ -43,12 +43,14 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ndp: Each NDP unit.
         cpu: The CPU.
         link: The host link.
+        disk: The disk below host memory.
     """
 
     gpu: Watts | None = None
     ndp: Watts | None = None
     cpu: Watts | None = None
     link: TransferEnergy | None = None
+    disk: Watts | None = None
 
 
 class DevicePrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -127,7 +129,7 @@ def misfits(energy: Energy | None, price: Price | None, there: Container[str]) -
             if name != "usd_hour" and name not in there:
                 key, part = f"[{table}.{name}]", _PARTS.get(name, f"[{name}]")
                 yield f"{key} is set, but the system has no {part}: add {part} or remove {key}"
-    for name in ("gpu", "ndp", "cpu"):
+    for name in ("gpu", "ndp", "cpu", "disk"):
         watts: Watts | None = getattr(energy, name, None)
         if watts is not None and watts.active_w < watts.idle_w:
             yield f"energy.{name}.active_w wants at least idle_w = {watts.idle_w:g}, got {watts.active_w:g}"

@@ -179,7 +179,7 @@ def load_system(source: str | Path | System, overrides: Mapping[str, object] | N
     if system.ndp is not None and system.link is None:
         raise UsageError(f"{loaded.where}: link is missing, and NDP units need one: add [link] or remove [ndp].")
     _check_cluster(system, loaded)
-    there = {name for name in ("gpu", "ndp", "cpu", "link") if getattr(system, name) is not None}
+    there = {name for name in ("gpu", "ndp", "cpu", "link", "disk") if getattr(system, name) is not None}
     if system.host is not None and system.host.memory_gb is not None:
         there.add("host")
     slots, chunks = system.host and system.host.slots, system.cpu and system.cpu.chunks

@@ -20,6 +20,14 @@ Starts = Annotated[float, Meta(ge=0, le=1000)]
 
 HEADER = ["layer", "expert", "bits"]
 
+# Of a table of bits: a field that switches something on, and those that are read only then.
+_READ_WITH = (("sparse", ("index_bits", "sparse_value_bits")), ("group", ("scale_bits",)), ("scale_bits", ("group",)))
+_MEANING = {
+    "sparse": "the share of weights that are stored by themselves",
+    "group": "the number of weights that share a scale",
+    "scale_bits": "the bits of a scale",
+}
+
 
 class WeightBits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Bits of an expert's weight and of what is stored beside it (docs/timing-model.md, section 1).
@@ -51,15 +59,41 @@ class WeightBits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def without_defaults(raw: dict[str, Any]) -> None:
-    """Take out of a model's raw values what says the same as if it was not set, so that both have one identity."""
-    if _is_number(raw.get("sparse_launches")) and raw["sparse_launches"] == 0:
-        del raw["sparse_launches"]
+    """Take out of a model's raw values what says the same as if it was not set, so that both have one identity.
+
+    A share of sparse weights that is set to 0 takes out what stands beside it, too, and so do no scales: such a value
+    may be one of several that are compared.
+    """
     table = raw.get("weight_bits")
     if isinstance(table, Mapping):
+        unread = {name for off, names in _READ_WITH for name in names if _is_zero(table.get(off))}
+        if "sparse" in table and _is_zero(table["sparse"]):
+            raw.pop("sparse_launches", None)
         defaults = {field.name: field.default for field in msgspec.structs.fields(WeightBits)}
         raw["weight_bits"] = {
-            key: value for key, value in table.items() if not (_is_number(value) and value == defaults.get(key))
+            key: value
+            for key, value in table.items()
+            if key not in unread and not (_is_number(value) and value == defaults.get(key))
         }
+    if _is_zero(raw.get("sparse_launches")):
+        del raw["sparse_launches"]
+
+
+def check_read(table: WeightBits, has_launches: bool, where: str) -> None:
+    """Raise a UsageError if a field of the table, or `sparse_launches`, stands without the one that it goes with."""
+    if has_launches and not table.sparse:
+        raise UsageError(
+            f"{where}: sparse_launches applies to weights with a sparse share only: set weight_bits.sparse, or remove "
+            "sparse_launches."
+        )
+    defaults = WeightBits(bits=1)
+    for beside, names in _READ_WITH:
+        for name in names:
+            if not getattr(table, beside) and getattr(table, name) != getattr(defaults, name):
+                raise UsageError(
+                    f"{where}: weight_bits.{name} changes nothing without weight_bits.{beside}: set that "
+                    f"({_MEANING[beside]}), or remove weight_bits.{name}."
+                )
 
 
 def read_expert_bits(path: str | Path, layer_experts: np.ndarray) -> np.ndarray:
@@ -127,6 +161,10 @@ def _cells(where: str, cells: list[str]) -> tuple[int, int, float]:
     if not MIN_BITS <= bits <= MAX_BITS:
         raise MoetraceError(f"{where}: wants bits from {MIN_BITS:g} to {MAX_BITS}, got {bits:g}.")
     return layer, expert, bits
+
+
+def _is_zero(value: object) -> bool:
+    return _is_number(value) and value == 0
 
 
 def _is_number(value: object) -> bool:

@@ -58,7 +58,7 @@ def test_energy_is_a_table_by_part_and_one_of_price(run, tmp_path, monkeypatch):
         ["machine", "0.000180", "11.1", "0.0260"],
     ]
     words = " ".join(out.split())
-    assert "Not in the account, as [energy] of priced does not list it: NDP." in words
+    assert "Not in the account and its sum, as [energy] of priced does not list it: NDP." in words
     assert "Price: 0.45 USD an hour, for the whole time" in words
     assert "Tokens are the 6,917 decode rows of the trace." in words
 
@@ -79,7 +79,38 @@ def test_energy_of_a_system_without_rates_is_one_sentence(run):
     assert (code, out) == (2, "")
     assert err.startswith("moetrace: --energy needs the watts or prices of edge-ndp, which has neither [energy] nor")
     code, _, err = run("replay", TINY, "--set", "system.energy.gpu.idle_w=3")
-    assert code == 2 and "energy.gpu.active_w is missing, and wants a number" in err
+    assert code == 2 and "there is no [energy.gpu] to set energy.gpu.idle_w in: set energy.gpu.active_w, too" in err
+
+
+def test_what_no_account_holds_is_said_below_the_table(run, tmp_path):
+    """A disk without watts, and remote functions."""
+    path = tmp_path / "t.h5"
+    mt.generate(path, "tiny-olmoe", requests=1, prompt=2, output=2)
+    watts = ("--set", "system.energy.gpu.idle_w=5", "--set", "system.energy.gpu.active_w=9", "--energy")
+    for system, policy, said in (
+        ("rtx4090-nvme", "hybrid", "as [energy] of rtx4090-nvme does not list it: CPU, disk, link."),
+        ("remoe", "remoe", "does not list it: CPU, link. Remote functions are not in it: their power is not known to"),
+    ):
+        _, out, _ = run("replay", path, "--system", system, "--policy", policy, *watts)
+        assert said in " ".join(out.split())
+
+
+@pytest.mark.parametrize("name", ["remoe", "edge-ndp"])
+def test_a_preset_without_rates_says_which_option_is_enough(run, tmp_path, name):
+    path = tmp_path / "t.h5"
+    mt.generate(path, "tiny-olmoe", requests=1, prompt=2, output=2)
+    code, _, err = run("replay", path, "--system", name, "--energy")
+    assert code == 2 and err.count(".") == err.count("docs/energy.md") + err.count("system.price.usd_hour") * 2 + 1
+    assert f"watts or prices of {name}" in err and "--set system.price.usd_hour=USD" in err
+    code, out, _ = run("replay", path, "--system", name, "--energy", "--set", "system.price.usd_hour=2")
+    assert code == 0 and "Price: 2 USD an hour" in out
+
+
+def test_the_robot_of_intra_dp_has_its_watts(run, tmp_path):
+    path = tmp_path / "t.h5"
+    mt.generate(path, "tiny-olmoe", requests=1, prompt=2, output=2)
+    code, out, _ = run("replay", path, "--system", "edge-robot", "--policy", "resident", "--energy")
+    assert code == 0 and "of edge-robot does not list it: CPU, link." in " ".join(out.split())
 
 
 def test_a_column_of_nothing_is_left_out(run, tmp_path):

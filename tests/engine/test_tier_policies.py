@@ -111,9 +111,33 @@ def test_who_takes_part():
     assert seen_by(off, on).cpu is None and "with_cpu is false" in str(idle_cpu(off, on))
     with pytest.raises(UsageError, match=r"with_cpu applies to dispatch cheapest or bottleneck or file\.py:function"):
         load_policy("monde", {"with_cpu": True})
-    with pytest.raises(UsageError, match=r'needs a plain link and one home, .* use dispatch = "balance"'):
-        replayed(in_ms.system(ndp={}, link={"stream": 0}), in_ms.policy("split", placement="tp"))
     check_policy(in_ms.policy("bottleneck"), in_ms.system(cpu={}))
+
+
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        ({"ndp": {}, "link": {"stream": 0}}, "link.stream"),
+        ({"ndp": {"chunks": "auto"}}, "ndp.chunks"),
+        ({"cpu": {"chunks": 4}}, "cpu.chunks"),
+        ({"ndp": {"activations": "host"}}, 'ndp.activations = "host"'),
+        ({"ndp": {"outside_gb_s": 1, "contention": True}}, "ndp.outside_gb_s"),
+        ({"ndp": {}, "host": {"channels_gb_s": 1}}, "host.channels_gb_s"),
+        ({"ndp": {}, "gpu": {"evict_us": 1}}, "gpu.evict_us"),
+        ({"ndp": {}, "link": {"loss": 0.1}}, "link.loss"),
+        ({"ndp": {}, "link": {"loss": 0.1, "stream": 2}}, "link.stream, link.loss"),
+    ],
+)
+def test_split_says_what_it_does_not_know_and_what_to_use(parts, named):
+    with pytest.raises(UsageError) as caught:
+        replayed(in_ms.system(**parts), in_ms.policy("split", placement="tp"))
+    said = f'and system by-hand has {named}: use dispatch = "balance", or leave that out.'
+    assert said in str(caught.value)
+    if "ndp" in parts:
+        with pytest.raises(
+            UsageError, match=r'use dispatch = "balance", or "bottleneck", which uses the CPU, too, or l'
+        ):
+            replayed(in_ms.system(**{"cpu": {}} | parts), in_ms.policy("split", placement="tp"))
 
 
 @pytest.mark.parametrize("home", ["ndp", "cpu"])

@@ -66,6 +66,35 @@ def test_host_memory_and_cpu_have_their_price():
     assert unlisted(load_system("edge-ndp")) == ["gpu", "ndp", "link"]
 
 
+def test_a_disk_is_a_device():
+    rates = {"energy.gpu.idle_w": 20, "energy.gpu.active_w": 360, "energy.disk.idle_w": 0.5, "energy.disk.active_w": 6}
+    system = load_system("rtx4090-nvme", rates)
+    gpu, disk = accounts_of(system, 100.0, {"gpu": 30.0, "cpu": 1.0, "disk": 40.0}, 0.0)
+    assert (gpu.part, gpu.energy_j) == ("gpu", 2000.0 + 340.0 * 30)
+    assert (disk.part, disk.idle_j, disk.active_j, disk.link_j) == ("disk", 50.0, 5.5 * 40, None)
+    assert unlisted(system) == ["cpu", "link"]
+    assert unlisted(load_system("remoe", {"energy.cpu.idle_w": 1, "energy.cpu.active_w": 1})) == [
+        "gpu",
+        "link",
+        "remote",
+    ]
+
+
+def test_energy_of_the_disk_in_a_replay():
+    """What the disk draws beyond idle goes with its reads, and more host memory draws less."""
+    trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=4, output=8)
+    joules = []
+    for slots in (20, 150):
+        rates = {"energy.disk.idle_w": 0.0, "energy.disk.active_w": 6.0, "host.slots": slots}
+        system = load_system("rtx4090-nvme", rates)
+        result = mt.replay(trace, system=system, policies="ktransformers", slots=0)
+        row, account = result.summary.row(0, named=True), result.accounts.row(0, named=True)
+        busy_s = result.units.filter(unit="disk")["busy_s"].sum()
+        assert account["part"] == "disk" and account["energy_j"] == pytest.approx(6.0 * busy_s) == row["energy_j"]
+        joules.append(row["energy_j"])
+    assert joules[0] > joules[1] > 0
+
+
 rates = st.floats(0, 1e6)
 
 

@@ -1,6 +1,7 @@
 """Bad specs: one sentence with the file, the TOML path and what is wanted."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,10 @@ from support.system_file import SYSTEM, write
 
 import moetrace.spec
 from moetrace.spec import (
+    Model,
     MoetraceError,
+    PolicySpec,
+    System,
     UsageError,
     canonical,
     list_presets,
@@ -22,7 +26,7 @@ from moetrace.spec import (
     load_static,
     load_system,
 )
-from moetrace.spec.load import read_table
+from moetrace.spec.load import field_names, read_table
 
 
 def test_file_is_read_with_its_defaults(tmp_path):
@@ -225,7 +229,25 @@ def test_overrides_are_texts_or_values():
         ({"ndp.unit": 3}, r"ndp.unit is unknown \(the nearest is 'units'\)"),
         ({"npd.units": 3}, r"npd is unknown \(the nearest is 'ndp'\)"),
         ({"name.units": 3}, "'name.units' cannot be set, as name is not a table"),
-        ({"cpu.tflops": 3}, "cpu.bandwidth_gb_s is missing, and wants a number"),
+        (
+            {"cpu.tflops": 3},
+            r"there is no \[cpu\] to set cpu.tflops in: set cpu.bandwidth_gb_s, cpu.command_us, too, or use a system "
+            r"that has one \(as a6000-xeon\)\.",
+        ),
+        (
+            {"cpu.chunks": 3, "cpu.tflops": 3},
+            r"there is no \[cpu\] to set cpu.chunks in: set cpu.bandwidth_gb_s, cpu.c",
+        ),
+        ({"remote.vcpus": -1}, r"there is no \[remote\] to set remote.vcpus in: .* or use a system .* \(as remoe\)"),
+        (
+            {"energy.gpu.idle_w": 3},
+            r"there is no \[energy.gpu\] to set energy.gpu.idle_w in: set energy.gpu.active_w, too",
+        ),
+        ({"energy.gpu.idle": 3}, r"energy.gpu.idle is unknown \(the nearest is 'idle_w'\)"),
+        (
+            {"network.decode.row_ns": 3},
+            r"there is no \[network\] to set network.decode.row_ns in: set network.bandwidth",
+        ),
         ({"gpu": 3}, "gpu wants a table, got 3"),
         ({"": 3}, "'' is not the path of a field"),
         ({".x": 3}, "'.x' is not the path of a field"),
@@ -239,6 +261,27 @@ def test_overrides_are_texts_or_values():
 def test_bad_override(overrides, sentence):
     with pytest.raises(UsageError, match=f"system edge-ndp: {sentence}"):
         load_system("edge-ndp", overrides)
+
+
+@pytest.mark.parametrize("part", ["ndp", "link", "cpu", "disk", "remote", "network"])
+def test_any_field_of_an_absent_part_says_that_it_is_absent(tmp_path, part):
+    """The field that was set is named first, whatever its value, and not only one that is missing beside it."""
+    bare = write(tmp_path / "bare.toml", SYSTEM.partition("[ndp]")[0])
+    for path in field_names(System):
+        if path.startswith(f"{part}."):
+            with pytest.raises(UsageError, match=rf"there is no \[{part}\] to set {path} in: set {part}\."):
+                load_system(bare, {path: 0.2})
+
+
+@pytest.mark.parametrize("struct", [Model, System, PolicySpec])
+def test_choices_of_an_unknown_key_are_never_empty(struct):
+    """In any table of a spec, in a list of tables and in a table of tables too."""
+    paths = {path.rpartition(".")[0] for path in field_names(struct)} | {""}
+    paths |= {"gpu.levels[...]", "calibration[...]"} if struct is System else set()
+    for path in paths:
+        message = f"Object contains unknown field `nosuch` - at `${f'.{path}' if path else ''}`"
+        sentence = load._explain(message, load.Loaded({}, "it"), struct)
+        assert re.fullmatch(r"it: \S*nosuch is unknown( \(the nearest is '\w+'\))?; known are \w+(, \w+)*\.", sentence)
 
 
 @pytest.mark.parametrize("kind", ["models", "systems", "policies"])

@@ -24,6 +24,10 @@ from moetrace.spec import UsageError, canonical, load_system
             "price.usd_per_hour is unknown (the nearest is 'usd_hour'); known are usd_hour, gpu",
         ),
         (
+            "[energy.disk]\nidle_w = 3\nactive_w = 5",
+            "[energy.disk] is set, but the system has no [disk]: add [disk] or remove [energy.disk].",
+        ),
+        (
             "[energy.cpu]\nidle_w = 3\nactive_w = 5",
             "[energy.cpu] is set, but the system has no [cpu]: add [cpu] or remove [energy.cpu].",
         ),

@@ -198,14 +198,27 @@ def test_a_codebook_of_broken_bits_in_a_file(tmp_path):
     ("overrides", "sentence"),
     [
         ({"bits": 2.5, "codebook_bits": 16}, "weight_bits.bits wants a whole number where codebook_bits is above 0"),
-        ({"sparse": 1.5}, "weight_bits.sparse wants a number of at most 1, got 1.5"),
-        ({"sparse": -0.1}, "weight_bits.sparse wants a number of at least 0, got -0.1"),
+        ({"sparse": 1.5}, "weight_bits.sparse wants a number from 0 to 1, got 1.5"),
+        ({"sparse": -0.1}, "weight_bits.sparse wants a number from 0 to 1, got -0.1"),
         ({"sparse": False}, "weight_bits.sparse wants a number, got False"),
-        ({"bits": 0}, "weight_bits.bits wants a number of at least 1e-06, got 0"),
+        ({"bits": 0}, "weight_bits.bits wants a number from 1e-06 to 64, got 0"),
         ({"group": 1.5}, "weight_bits.group wants a whole number, got 1.5"),
-        ({"groups": 32}, "weight_bits.groups is unknown; did you mean group?|weight_bits.groups is unknown"),
+        (
+            {"groups": 32},
+            r"weight_bits.groups is unknown \(the nearest is 'group'\); known are bits, codebook_bits, sparse, index",
+        ),
         ({"bits": 40, "codebook_bits": 16}, "weight_bits wants an average from 1e-06 to 64, got 3"),
         ({"bits": 60, "sparse": 1}, "weight_bits wants an average from 1e-06 to 64, got 108"),
+        ({"scale_bits": 8}, "weight_bits.scale_bits changes nothing without weight_bits.group: set that .the number"),
+        (
+            {"group": 32},
+            r"weight_bits.group changes nothing without weight_bits.scale_bits: .*, or remove weight_bits.g",
+        ),
+        (
+            {"index_bits": 16},
+            "weight_bits.index_bits changes nothing without weight_bits.sparse: set that .the share",
+        ),
+        ({"sparse_value_bits": 8}, "weight_bits.sparse_value_bits changes nothing without weight_bits.sparse"),
     ],
 )
 def test_bad_tables(overrides, sentence):
@@ -213,9 +226,28 @@ def test_bad_tables(overrides, sentence):
         load_model("mixtral-8x7b", {f"weight_bits.{field}": value for field, value in overrides.items()})
 
 
+@pytest.mark.parametrize(
+    "off",
+    [
+        {"sparse": 0, "index_bits": 16, "sparse_value_bits": 8},
+        {"group": 0, "scale_bits": 8},
+        {"scale_bits": 0, "group": 8},
+    ],
+)
+def test_what_is_switched_off_is_as_if_not_set(off):
+    """So a sweep may have it as one of its values."""
+    table, number = (load_model("mixtral-8x7b", {"weight_bits": {"bits": 4} | more, "name": "x"}) for more in (off, {}))
+    assert table == number and canonical(table) == canonical(number)
+    assert load_model(table) == table
+
+
 def test_sparse_launches_go_with_a_table():
     with pytest.raises(UsageError, match="sparse_launches wants weight_bits to be a table with sparse: set weight"):
         load_model("mixtral-8x7b", {"sparse_launches": 1})
+    with pytest.raises(
+        UsageError, match=r"sparse_launches applies to weights with a sparse share only: set weight_bits\.sp"
+    ):
+        load_model("mixtral-8x7b", {"weight_bits.bits": 3, "sparse_launches": 1})
     with pytest.raises(UsageError, match="sparse_launches wants a number from 0 to 1000, got -1"):
         load_model("mixtral-8x7b", SQUEEZED | {"sparse_launches": -1})
     for sparse, starts in ((0, 0), (0.0045, 2.5)):  # so that a sweep may switch the sparse weights off

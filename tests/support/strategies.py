@@ -171,13 +171,14 @@ def traces(draw, max_steps: int = 12, max_experts: int = 12) -> tuple[OracleTrac
 @st.composite
 def weight_tables(draw) -> WeightBits:
     """Draw bits of 4 to about 16 with what is stored beside them."""
+    sparse, group = draw(st.sampled_from([0.0, 0.0045, 0.1])), draw(st.sampled_from([0, 32, 128]))
     return WeightBits(
         bits=draw(st.integers(4, 8).map(float)),
         codebook_bits=draw(st.sampled_from([0.0, 16.0])),
-        sparse=draw(st.sampled_from([0.0, 0.0045, 0.1])),
-        index_bits=draw(st.sampled_from([16.0, 32.0])),
-        group=draw(st.sampled_from([0, 32, 128])),
-        scale_bits=draw(st.sampled_from([0.0, 16.0])),
+        sparse=sparse,
+        index_bits=draw(st.sampled_from([16.0, 32.0])) if sparse else 32.0,
+        group=group,
+        scale_bits=16.0 if group else 0.0,
     )
 
 
@@ -189,7 +190,8 @@ def models(draw, layers: int, experts: int, top_k: int, ties: bool = False) -> M
     sparse_launches = UNSET
     if not ties and draw(st.integers(0, 4), label="tables of bits") == 0:
         weight_bits = draw(weight_tables(), label="weight_bits")
-        sparse_launches = draw(st.sampled_from([UNSET, 0.0, 1.0, 2.5]), label="sparse_launches")
+        if weight_bits.sparse:
+            sparse_launches = draw(st.sampled_from([UNSET, 0.0, 1.0, 2.5]), label="sparse_launches")
     return Model(
         name="random",
         moe_layers=layers,

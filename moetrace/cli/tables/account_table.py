@@ -24,7 +24,7 @@ def check_rates(system: System) -> None:
     if system.energy is None and system.price is None:
         raise UsageError(
             f"--energy needs the watts or prices of {system.name}, which has neither [energy] nor [price]: add one "
-            "(docs/energy.md) or name another --system."
+            "(docs/energy.md), as with --set system.price.usd_hour=USD, or name another --system."
         )
 
 
@@ -104,8 +104,13 @@ def _legend(system: System, tokens: int) -> list[str]:
             + ("." if system.energy.link is None else "; link is what the link draws for what it carries.")
         )
         if missing := unlisted(system):
-            names = ", ".join(map(_named, missing))
-            lines.append(f"Not in the account, as [energy] of {system.name} does not list it: {names}.")
+            listed = ", ".join(map(_named, (part for part in missing if part != "remote")))
+            if listed:
+                lines.append(
+                    f"Not in the account and its sum, as [energy] of {system.name} does not list it: {listed}."
+                )
+            if "remote" in missing:
+                lines.append("Remote functions are not in it: their power is not known to those who pay by use.")
     if system.price is not None:
         lines.append(
             f"Price: {system.usd_hour:g} USD an hour, for the whole time; machine is what has no price of its own."

@@ -8,6 +8,7 @@ from moetrace.engine.cost import varied_s
 from moetrace.engine.layer import less
 from moetrace.engine.machine import FIRST_HOME, GPU_DEVICE
 from moetrace.engine.prefetch import DONE_BYTES, join, score_to_beat
+from moetrace.engine.tape import MOVE, NOBODY, last_slice, note
 from moetrace.engine.tiers.tier_times import fetched_end_s
 from moetrace.jit.compile import kernel
 
@@ -52,8 +53,8 @@ def new_layout(layers: int, experts: int, units: int, move_bytes_s: float, alpha
 
 
 @kernel
-def flow_layout(layout, tiers, machine, seconds):
-    """Let moves flow for ``seconds``; those that arrive change the layout."""
+def flow_layout(tape, step, layout, tiers, machine, seconds):
+    """Let moves flow for ``seconds`` from the begin of a layer on; those that arrive change the layout."""
     if layout is None:
         return
     experts, left_s, term = machine.weight_bytes.shape[1], seconds, tiers.term[0]
@@ -68,6 +69,10 @@ def flow_layout(layout, tiers, machine, seconds):
         outside = term.all_s_per_byte if machine.home[layer, expert] == every else term.one_s_per_byte
         s_per_byte = max(layout.move_s_per_byte, outside)
         step_bytes = min(left_s / s_per_byte, layout.left_bytes[key])
+        if tape is not None:
+            begin_s = tape.clock_s[0] + (seconds - left_s)
+            note(tape, step, layer, MOVE, NOBODY, begin_s, step_bytes * s_per_byte, step_bytes)
+            last_slice(tape).expert = expert
         layout.left_bytes[key] -= step_bytes
         left_s -= step_bytes * s_per_byte
         layout.moved[0] += step_bytes

@@ -20,6 +20,7 @@ from moetrace.engine.tape import (
     PREFETCH,
     READ,
     READ_AHEAD,
+    REMOTE,
     WAIT,
     last_slice,
     note,
@@ -32,7 +33,7 @@ from moetrace.engine.tape import (
 from moetrace.engine.tiers.tier_flows import piece_of
 from moetrace.engine.tiers.tier_host import disk_spare_s, read_end_s
 from moetrace.engine.tiers.tier_link import resent_bytes, set_resent_bytes, weights_s
-from moetrace.engine.tiers.tier_records import CPU_ROW, DISK_ROW, NO_GROUP
+from moetrace.engine.tiers.tier_records import CPU_ROW, DISK_ROW, NO_GROUP, REMOTE_ROW
 from moetrace.engine.tiers.tier_times import fetched_end_s, outside_s_per_byte
 from moetrace.jit.compile import kernel
 
@@ -130,6 +131,9 @@ def _note_moe(tape, tiers, at, size, line, machine, state):
     (step, layer, start_s), beside, scratch = at, tiers.beside[0], state.scratch
     _note_reads(tape, tiers.host, at, size, scratch)
     _note_gpu(tape, tiers, at, size, machine, scratch)
+    remote_s = tiers.term[0].remote_s
+    if remote_s > 0.0:
+        note(tape, step, layer, REMOTE, FIRST_GROUP + scratch.groups.size + REMOTE_ROW, start_s, remote_s, 0.0)
     if beside.home_end_s > 0.0:
         _note_units(tape, tiers.term[0], at, beside.home_begin_s, size, machine, scratch)
         note(tape, step, layer, ACTIVATIONS, LINK_OUT, start_s, line.act_s, line.act_bytes)

@@ -7,7 +7,16 @@ from moetrace.engine.prefetch import RELAYOUT
 from moetrace.engine.state import FIRST_GROUP
 from moetrace.engine.tiers.tier_host import host_of
 from moetrace.engine.tiers.tier_layout import new_layout
-from moetrace.engine.tiers.tier_records import AUTO, CPU_ROW, DISK_ROW, REMOTE_ROW, TERM, Tiers, new_tiers
+from moetrace.engine.tiers.tier_records import (
+    AUTO,
+    CPU_ROW,
+    DISK_ROW,
+    NO_GROUP,
+    REMOTE_ROW,
+    TERM,
+    Tiers,
+    new_tiers,
+)
 from moetrace.spec.choices import Dispatch, find
 from moetrace.spec.fits import host_slots
 from moetrace.spec.model import Model
@@ -48,6 +57,26 @@ def adds_nothing(tiers: Tiers) -> bool:
     known = {"link_bytes_s", "home_bytes_s"}  # for a dispatch; they change no time
     same = all(term[name] == always.term[name] for name in TERM.names or () if name not in known)
     return same and all((part is None) == (other is None) for part, other in zip(tiers, always, strict=True))
+
+
+def what_it_has(system: System, tiers: Tiers) -> list[str]:
+    """Return what of a system makes its tiers, as fields and tables of its TOML."""
+    term, ndp, link = tiers.term[0], system.ndp, system.link
+    home = "ndp" if ndp is not None else "cpu"
+    fields = (
+        ("link.stream", term["stream"] != 1),
+        (f"{home}.chunks", term["home_chunks"] != 1),
+        ("cpu.chunks", term["cpu_chunks"] != 1),
+        ("a layout of experts of single units and of all", term["all_group"] != NO_GROUP),
+        ('ndp.activations = "host"', term["sends_once"]),
+        ("host.channels_gb_s", term["all_s_per_byte"]),
+        ("ndp.outside_gb_s", term["one_s_per_byte"]),
+        ("gpu.evict_us", term["evict_s"]),
+        ("[disk]", term["has_disk"]),
+        ("link.loss", link is not None and link.loss),
+        ("link.rates", link is not None and link.rates is not None),
+    )
+    return [name for name, is_there in fields if is_there]
 
 
 def _term_of(system: System, uses_cpu: bool) -> Any:
