@@ -37,7 +37,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def how_known(known: Known | None, calibration: Mapping[str, Calibration] | None) -> str | None:
     """Say in a few words how well a system's constants are known; None if it does not say."""
     words = [
-        f"{part} calibrated (error {fit.median_error:.1%} in the median, {fit.p90_error:.1%} at p90)"
+        f"{part.replace('_', ' ')} calibrated (error {fit.median_error:.1%} in the median, {fit.p90_error:.1%} at p90)"
         for part, fit in (calibration or {}).items()
     ]
     if known is not None:
