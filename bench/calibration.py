@@ -1,12 +1,14 @@
-"""How well calibrated GPUs predict kernels that they were not fitted to, beside the data sheets' peaks.
+"""How well calibrated GPUs and clusters predict kernels that they were not fitted to, beside the data sheets' peaks.
 
     python -m pip download --no-deps aisimulate==0.13.0.dev202610270000000085
-    python bench/calibration.py aisimulate-*.whl [--write] [--rows OUT.csv]
+    python bench/calibration.py aisimulate-*.whl [--write] [--rows FOLDER]
 
-The wheel of NVIDIA's aisimulate (Apache-2.0) holds measured times of MoE layers. Of all measurements without tensor
-parallelism, the fastest framework counts for each GPU, type, shape and number of tokens. `--write` calibrates the
-presets by them and writes the table of errors into docs/calibration.md; `--rows` writes six layers of each GPU, which a
-unit test predicts.
+The wheel of NVIDIA's aisimulate (Apache-2.0) holds measured times of MoE layers, on one GPU and on the busiest of
+several, and of DeepEP's dispatch and combine. Of all measurements of a layer without tensor parallelism, the fastest
+framework counts for each GPU, type, shape and number of tokens. A folder with the excerpts moe_kernels.parquet and
+moe_a2a.parquet does instead of the wheel, and is the default if ../shared/calibration is one. `--write` calibrates the
+presets by the wheel and writes the tables of errors into docs/calibration.md; `--rows` writes six layers of each GPU
+(layers.csv) and some transfers of each cluster (transfers.csv), which unit tests predict.
 """
 
 import argparse
@@ -17,6 +19,15 @@ import zipfile
 from pathlib import Path
 
 import polars as pl
+from cluster_constants import (
+    CLUSTERS,
+    EXPERTS_HEAD,
+    TRANSFERS_HEAD,
+    expert_lines,
+    transfer_lines,
+    transfer_sample,
+    write_cluster,
+)
 from markers import write_between
 from pages import ROOT
 from reference import table as markdown
@@ -26,6 +37,8 @@ from moetrace.calibration import read_measured
 from moetrace.calibration.measured import KERNEL
 
 PAGE = ROOT / "docs/calibration.md"
+EXCERPTS = ROOT.parent / "shared/calibration"
+RELEASE = "0.13.0.dev202610270000000085"
 PRESETS = ROOT / "moetrace/spec/presets/systems"
 # Preset -> the GPU's name in the table, and its last cache in MB (the vendor's architecture papers; for Blackwell, what
 # its driver reports).
@@ -67,48 +80,72 @@ _HEAD = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheel", type=Path)
+    parser.add_argument("source", type=Path, nargs="?", default=EXCERPTS, help="the wheel, or a folder of excerpts")
     parser.add_argument("--write", action="store_true", help="write the presets and the page")
-    parser.add_argument("--rows", type=Path, help="write six rows of each GPU here")
+    parser.add_argument("--rows", type=Path, metavar="FOLDER", help="write layers.csv and transfers.csv here")
     options = parser.parse_args()
-    release = "aisimulate " + options.wheel.name.split("-")[1]
+    if not options.source.exists():
+        parser.error(f"no tables: python -m pip download --no-deps aisimulate=={RELEASE}, and name the wheel")
+    if options.write and options.source.is_dir():
+        parser.error("excerpts lack shapes: --write needs the wheel")
+    release = f"aisimulate {RELEASE if options.source.is_dir() else options.source.name.split('-')[1]}"
+    layers, transfers = tables(options.source)
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "layers.parquet"
-        fastest(options.wheel).write_parquet(table)
+        layers.write_parquet(table)
         rows, samples = _calibrated(table, release, options.write)
-    text = markdown(_HEAD, rows)
-    print(text)
+        found = {"gpus": markdown(_HEAD, rows), "groups": markdown(EXPERTS_HEAD, [*expert_lines(table, GPUS)])}
+    found["transfers"] = markdown(TRANSFERS_HEAD, [*transfer_lines(transfers)])
+    for name, text in found.items():
+        print(f"{text}\n")
+        if options.write:
+            write_between(PAGE, name, text)
     if options.write:
-        write_between(PAGE, "gpus", text)
+        for preset in CLUSTERS:
+            write_cluster(preset, PRESETS / f"{preset}.toml", transfers, release)
     if options.rows:
-        pl.concat(samples).write_csv(options.rows)
+        _write_rows(
+            options.rows / "layers.csv", pl.concat(samples), f"Six layers of each GPU, measured: NVIDIA {release}"
+        )
+        some = transfer_sample(transfers)
+        _write_rows(options.rows / "transfers.csv", some, f"Some transfers of each cluster, measured: NVIDIA {release}")
 
 
-def fastest(wheel: Path) -> pl.DataFrame:
-    """Return, of all measured layers in the wheel, the fastest of each `KEY`."""
-    frames = []
-    with zipfile.ZipFile(wheel) as archive:
+def _write_rows(path: Path, rows: pl.DataFrame, what: str) -> None:
+    path.write_text(f"# {what} (Apache-2.0).\n{rows.write_csv()}", encoding="utf-8")
+
+
+def tables(source: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return, of all measured layers in the wheel or folder, the fastest of each `KEY`, and all transfers."""
+    if source.is_dir():
+        return pl.read_parquet(source / "moe_kernels.parquet"), pl.read_parquet(source / "moe_a2a.parquet")
+    layers, transfers = [], []
+    with zipfile.ZipFile(source) as archive:
         for name in sorted(archive.namelist()):
-            found = re.search(r"/data/(\w+)/moe/[^/]+/[^/]+/moe_perf\.parquet$", name)
-            if found:
-                frame = pl.read_parquet(io.BytesIO(archive.read(name))).with_columns(gpu=pl.lit(found[1]))
-                frame = frame.filter(pl.col("moe_tp_size") == 1, pl.col("num_tokens") <= 4096)
-                frames.append(
-                    frame.select(*KEY, "kernel_source", pl.col("latency").cast(pl.Float64).alias("latency_ms"))
-                )
-    return (
-        pl.concat(frames).sort("latency_ms", "kernel_source").unique(KEY, keep="first", maintain_order=True).sort(KEY)
-    )
+            found = re.search(r"/data/(\w+)/(moe|comm)/[^/]+/[^/]+/moe_(perf|a2a_perf)\.parquet$", name)
+            if not found:
+                continue
+            frame = pl.read_parquet(io.BytesIO(archive.read(name))).with_columns(gpu=pl.lit(found[1]))
+            if found[2] == "comm":
+                transfers.append(frame.with_columns(pl.col("latency").cast(pl.Float64)))
+                continue
+            frame = frame.filter(pl.col("moe_tp_size") == 1, pl.col("num_tokens") <= 4096)
+            layers.append(frame.select(*KEY, "kernel_source", pl.col("latency").cast(pl.Float64).alias("latency_ms")))
+    fastest = pl.concat(layers).sort("latency_ms", "kernel_source").unique(KEY, keep="first", maintain_order=True)
+    return fastest.sort(KEY), pl.concat(transfers, how="diagonal_relaxed")
 
 
 def _calibrated(table: Path, release: str, write: bool) -> tuple[list[tuple[str, ...]], list[pl.DataFrame]]:
     rows, samples = [], []
-    for preset, (gpu, cache_mb) in GPUS.items():
+    clusters = {preset: next(both for both in GPUS.values() if both[0] == gpu) for preset, (gpu, _) in CLUSTERS.items()}
+    for preset, (gpu, cache_mb) in {**GPUS, **clusters}.items():
         path = PRESETS / f"{preset}.toml"
         source = f"{release} (NVIDIA), {gpu}, bfloat16"
         found = mt.calibrate(table, path, gpu=gpu, dtype="bfloat16", name=preset, cache_mb=cache_mb, source=source)
         if write:
             path.write_text(found.text, encoding="utf-8")
+        if preset in CLUSTERS:
+            continue
         rows.append(_line(found.system.gpu.name, found.frame.row(0, named=True)))
         samples.append(_sample(table, preset, gpu, cache_mb))
     return rows, samples

@@ -1,4 +1,4 @@
-"""The constants of a real machine: measured times of expert layers and copies in, a system's TOML out.
+"""The constants of a real machine: measured times of expert layers, copies and transfers in, a system's TOML out.
 
 A table of measured times (`Measured`) comes from a file or from this machine (`this_machine`). `fitting` finds the
 rates and the start that miss it least, judged on shapes that were not fitted. `system_file` writes them into a system's

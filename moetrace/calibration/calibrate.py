@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from moetrace.calibration.doubts import CAUSES, doubts_of_copies, doubts_of_kernels
-from moetrace.calibration.fitting import Fit, fit_copies, fit_kernels, predict
+from moetrace.calibration.doubts import AT_LIMIT, CAUSES, doubts_of_copies, doubts_of_kernels, doubts_of_transfers
+from moetrace.calibration.fitting import Fit, TransferFit, fit_copies, fit_kernels, fit_transfers, predict
 from moetrace.calibration.measured import SHAPE, Measured, read_measured, work
 from moetrace.calibration.system_file import Change, base_text, rewritten
+from moetrace.calibration.transfers import TRANSFER_SHAPE
 from moetrace.spec import System, UsageError, load_system
 from moetrace.spec.errors import counted
 from moetrace.spec.load import Loaded, convert
 
 # Beyond this many rows kernels of another kind run; decode and short prompts are below.
 MAX_ROWS = 256
+# No port of a GPU moves more in one direction, GB/s: NVLink 5 moves 900, and what follows it twice that.
+PORT_GB_S = 1800.0
 # What version 1 of the timing model takes for the start of an expert on a GPU that nobody measured.
 SHEET_START_S = 5e-6
 
@@ -29,7 +32,7 @@ class Calibrated:
     Attributes:
         system: The system.
         text: Its TOML, with a source at each fitted value.
-        fits: Part (gpu, cpu, link) -> its fit.
+        fits: Part (gpu, cpu, link, network, ...) -> its fit.
         frame: A row for each fitted part: its constants, the points and shapes, median and p90 of the error on what
             was not fitted, and of the data-sheet constants with a start for each expert on the same points.
         notes: What of the table was not used, and what looks wrong about the fits, as sentences.
@@ -38,7 +41,7 @@ class Calibrated:
 
     system: System
     text: str
-    fits: dict[str, Fit]
+    fits: dict[str, Fit | TransferFit]
     frame: pl.DataFrame
     notes: list[str]
     written: bool
@@ -50,25 +53,30 @@ def calibrate(
     *,
     gpu: str | None = None,
     dtype: str | None = None,
+    framework: str | None = None,
     name: str | None = None,
     cache_mb: float = 0.0,
     max_rows: int = MAX_ROWS,
+    port_gb_s: float = PORT_GB_S,
     source: str | None = None,
 ) -> Calibrated:
     """Fit efficiencies and starts of a system to measured times.
 
     The GPU's (and a CPU's) layer of experts is predicted as one start and the sum of its arithmetic and memory times
-    (docs/timing-model.md, launches and roofline); a copy over the link as a latency and bytes over a bandwidth.
+    (docs/timing-model.md, launches and roofline); a copy over the link as a latency and bytes over a bandwidth; rows on
+    their way to the GPUs of their experts, and back, as docs/cluster.md says (A2E, E2A).
 
     Args:
         table: A file as `read_measured` takes it, or measured times.
         system: The preset or TOML file to begin with: its data-sheet peaks are the most that a fit may reach.
         gpu: Use the rows of this GPU only (column gpu).
         dtype: Use the rows of this type only (column dtype or moe_dtype).
+        framework: Use the rows of this framework only (column framework).
         name: Name of the calibrated system. By default that of `system` with `-calibrated` behind it.
         cache_mb: Size of the processor's last cache, MB. Layers whose weights are smaller are left out: a whole model
             never reads them from there.
         max_rows: Leave out layers with more rows.
+        port_gb_s: What a GPU of a network can move in each direction, GB/s: the most that a fit may reach.
         source: What the table is, for the TOML. By default its file's name and what was chosen.
 
     Returns:
@@ -82,13 +90,15 @@ def calibrate(
         >>> import moetrace as mt
         >>> found = mt.calibrate("mine.parquet", "rtx4090-offload")  # doctest: +SKIP
     """
-    choose = {column: value for column, value in (("gpu", gpu), ("dtype", dtype)) if value is not None}
+    wanted = {"gpu": gpu, "dtype": dtype, "framework": framework}
+    choose = {column: value for column, value in wanted.items() if value is not None}
     measured = table if isinstance(table, Measured) else read_measured(table, choose)
     if source is not None:
         measured = measured._replace(source=source)
     base = load_system(system)
     text, notes = base_text(system), list(measured.notes)
-    changes, fits, rows = [Change("", "name", name or f"{base.name}-calibrated", "")], {}, []
+    changes, rows = [Change("", "name", name or f"{base.name}-calibrated", "")], []
+    fits: dict[str, Fit | TransferFit] = {}
     for part, kernels in measured.kernels.items():
         used = _used(kernels, part, cache_mb if part == "gpu" else 0.0, max_rows, measured.source, notes)
         flop_s, bytes_s, start = _peaks(base, part)
@@ -111,6 +121,11 @@ def calibrate(
         else:
             lacks = "no section of a system describes a disk" if part == "disk" else f"system {base.name} has no [link]"
             notes.append(f"The fit of the {part} is printed only: {lacks}.")
+    for part, transfers in measured.transfers.items():
+        fit = fits[part] = _network_fit(transfers, part, base, port_gb_s, measured.source)
+        rows.append({"part": part, **_network_row(fit)})
+        notes += doubts_of_transfers(part, fit, port_gb_s * 1e9)
+        changes += _network_changes(part, fit, port_gb_s, measured.source)
     text = rewritten(text, changes)
     frame = pl.DataFrame(rows, infer_schema_length=None)
     return Calibrated(_loaded(text, measured.source), text, fits, frame, notes, written=len(changes) > 1)
@@ -136,6 +151,21 @@ def _used(
     return used
 
 
+def _network_fit(transfers: pl.DataFrame, part: str, base: System, port_gb_s: float, source: str) -> TransferFit:
+    if base.network is None:
+        raise UsageError(
+            f"The table has times of a network, but system {base.name} has no [network]: name a cluster with --system."
+        )
+    shapes = transfers.select(*TRANSFER_SHAPE).n_unique()
+    if shapes < 2:
+        raise UsageError(
+            f"{source} has {counted(shapes, 'shape')} of transfers for the {part} (a shape is hidden, experts, top_k "
+            "and gpus): measure at least 2, so that one can be predicted from the other."
+        )
+    phase = part.removeprefix("network").removeprefix(".") or "mixed"
+    return fit_transfers(transfers, port_gb_s * 1e9, dedup=base.network.of_phase(phase)["dedup"])
+
+
 def _peaks(system: System, part: str) -> tuple[float, float, str]:
     """FLOP/s and bytes/s at the data sheet's peak, and the name of the field for a start."""
     if part == "gpu":
@@ -152,6 +182,19 @@ def _row(fit: Fit, flop_s: float | None, bytes_s: float | None) -> dict[str, obj
         "start_us": fit.start_s * 1e6,
         "compute_efficiency": fit.flop_s / flop_s if fit.flop_s and flop_s else None,
         "memory_efficiency": fit.bytes_s / bytes_s if bytes_s else None,
+        "bandwidth_gb_s": fit.bytes_s / 1e9,
+        "points": fit.points,
+        "shapes": fit.shapes,
+        "median_error": fit.median_error,
+        "p90_error": fit.p90_error,
+    }
+
+
+def _network_row(fit: TransferFit) -> dict[str, object]:
+    return {
+        "dispatch_latency_us": fit.dispatch_s * 1e6,
+        "combine_latency_us": fit.combine_s * 1e6,
+        "row_ns": fit.row_s * 1e9,
         "bandwidth_gb_s": fit.bytes_s / 1e9,
         "points": fit.points,
         "shapes": fit.shapes,
@@ -193,10 +236,21 @@ def _copy_changes(fit: Fit, source: str) -> Iterator[Change]:
     yield from _known("link", fit, source)
 
 
-def _known(part: str, fit: Fit, source: str) -> Iterator[Change]:
-    table = f"calibration.{part}"
+def _network_changes(part: str, fit: TransferFit, port_gb_s: float, source: str) -> Iterator[Change]:
+    how = f"calibrated: {source}"
+    limit = ", at the limit of a GPU's port" if fit.bytes_s > AT_LIMIT * port_gb_s * 1e9 else ""
+    yield Change(part, "bandwidth_gb_s", round(fit.bytes_s / 1e9, 1), how + limit)
+    yield Change(part, "dispatch_latency_us", round(fit.dispatch_s * 1e6, 1), how)
+    yield Change(part, "combine_latency_us", round(fit.combine_s * 1e6, 1), how)
+    yield Change(part, "row_ns", round(fit.row_s * 1e9, 1), how)
+    yield from _known(part, fit, source)
+
+
+def _known(part: str, fit: Fit | TransferFit, source: str) -> Iterator[Change]:
+    table = f"calibration.{part.replace('.', '_')}"
+    what = "transfers" if isinstance(fit, TransferFit) else "layers" if fit.flop_s else "copies"
     yield Change(table, "source", source, "")
-    yield Change(table, "points", fit.points, "measured layers" if fit.flop_s else "measured copies")
+    yield Change(table, "points", fit.points, f"measured {what}")
     yield Change(table, "shapes", fit.shapes, "each predicted from the others")
     yield Change(table, "median_error", round(fit.median_error, 4), "of |predicted / measured - 1|, not fitted")
     yield Change(table, "p90_error", round(fit.p90_error, 4), "90th percentile of the same")

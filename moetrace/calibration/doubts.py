@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from moetrace.calibration.fitting import Fit
+from moetrace.calibration.fitting import Fit, TransferFit
 
 # Measured kernels reach 0.35 to 1.00 of a peak (docs/calibration.md); times in ms given as s reach 0.001.
 LEAST_EFFICIENCY = 0.02
-_AT_LIMIT = 0.999
+AT_LIMIT = 0.999
 # Right tables of few rows say little of arithmetic and leave its rate at the peak (RTX PRO 6000, H100, H200). They
 # still predict: their median error is at most 1.9 %. At a wrong peak the error is large.
 _LEAST_ERROR = 0.05
@@ -34,7 +34,7 @@ def doubts_of_kernels(part: str, fit: Fit, flop_s: float, bytes_s: float, sheet_
     for name, reached in (("compute", (fit.flop_s or flop_s) / flop_s), ("memory", fit.bytes_s / bytes_s)):
         if reached < LEAST_EFFICIENCY:
             why.append(f"{name}_efficiency is {reached:.2g}, below {LEAST_EFFICIENCY:g}")
-        elif reached > _AT_LIMIT and (name == "memory" or fit.median_error > _LEAST_ERROR):
+        elif reached > AT_LIMIT and (name == "memory" or fit.median_error > _LEAST_ERROR):
             why.append(f"{name}_efficiency is at its limit of 1")
     if fit.median_error > min(sheet_error, MOST_ERROR):
         why.append(
@@ -53,4 +53,18 @@ def doubts_of_copies(part: str, fit: Fit, bandwidth: float) -> Iterator[str]:
             f"The fit of the {part} is doubtful: {fit.bytes_s / 1e9:.3g} GB/s is {reached:.2g} times the system's "
             f"{bandwidth / 1e9:g} GB/s; likely causes are times in ms or us that are taken as s, or a wrong bandwidth "
             "in the system."
+        )
+
+
+def doubts_of_transfers(part: str, fit: TransferFit, port_bytes_s: float) -> Iterator[str]:
+    """Yield a sentence if a fit of a network looks wrong; `port_bytes_s` is the most that it may reach."""
+    why = []
+    if fit.bytes_s > AT_LIMIT * port_bytes_s:
+        why.append(f"its bandwidth is at the port's limit of {port_bytes_s / 1e9:g} GB/s")
+    if fit.median_error > MOST_ERROR:
+        why.append(f"on shapes that were not fitted it errs by {fit.median_error:.1%} in the median")
+    if why:
+        yield (
+            f"The fit of the {part} is doubtful: {', and '.join(why)}; likely causes are times in another unit than s, "
+            "a wrong number of bits or GPUs, or a network that others used."
         )

@@ -1,15 +1,15 @@
 """Rates and a start that miss measured times least, and by how much they miss shapes that they have not seen."""
 
+from itertools import chain, combinations
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 
 from moetrace.calibration.measured import COPY, SHAPE, work
+from moetrace.calibration.transfers import TRANSFER_SHAPE, transfer_work
 
 _ROUNDS = 200
-# Start, seconds a FLOP, seconds a byte: which of them stand at their floor.
-_FREE = [[number for number in range(3) if mask >> number & 1] for mask in range(8)]
 
 
 class Fit(NamedTuple):
@@ -34,6 +34,30 @@ class Fit(NamedTuple):
     p90_error: float
 
 
+class TransferFit(NamedTuple):
+    """Constants of a network, and how well they are known.
+
+    Attributes:
+        dispatch_s: Seconds that each transfer to the experts adds.
+        combine_s: Seconds that each transfer back adds.
+        row_s: Seconds that each row of a GPU adds; 0 without dedup.
+        bytes_s: Bytes a second of a GPU, in each direction.
+        points: How many times were measured.
+        shapes: Of how many shapes.
+        median_error: Median of |predicted / measured - 1| on shapes that were not fitted.
+        p90_error: 90th percentile of the same.
+    """
+
+    dispatch_s: float
+    combine_s: float
+    row_s: float
+    bytes_s: float
+    points: int
+    shapes: int
+    median_error: float
+    p90_error: float
+
+
 def fit_kernels(kernels: pl.DataFrame, peak_flop_s: float, peak_bytes_s: float, roofline: str = "sum") -> Fit:
     """Fit one start a layer, a rate of arithmetic and one of memory to the times of expert layers.
 
@@ -49,51 +73,71 @@ def fit_kernels(kernels: pl.DataFrame, peak_flop_s: float, peak_bytes_s: float, 
     Returns:
         The fit (timing model, section on launches and roofline).
     """
-    amounts, seconds = work(kernels), kernels["seconds"].to_numpy()
     shapes = kernels.select(*SHAPE, "bits").cast(pl.Float64).to_numpy()
-    _, number = np.unique(shapes, axis=0, return_inverse=True)
     floors = np.array([0.0, 1 / peak_flop_s, 1 / peak_bytes_s])
-
-    def solve(some: np.ndarray) -> np.ndarray:
-        return _least_relative(amounts[some], seconds[some], floors, roofline)
-
-    errors = np.empty(len(seconds))
-    for half in (0, 1):
-        out = number.reshape(-1) % 2 == half
-        errors[out] = np.abs(predict(amounts[out], solve(~out), roofline) / seconds[out] - 1)
-    start, flop, byte = solve(np.ones(len(seconds), bool))
-    return Fit(float(start), float(1 / flop), float(1 / byte), len(seconds), int(number.max()) + 1, *_summary(errors))
+    constants, known = _judged(work(kernels), kernels["seconds"].to_numpy(), shapes, floors, roofline)
+    start, flop, byte = constants
+    return Fit(float(start), float(1 / flop), float(1 / byte), *known)
 
 
 def fit_copies(copies: pl.DataFrame) -> Fit:
     """Fit a latency and a bandwidth to the times of copies; every other size is held out in turn."""
     size, seconds = (copies[name].to_numpy() for name in COPY)
     amounts = np.stack([np.ones_like(size), np.zeros_like(size), size], axis=1)
-    _, number = np.unique(size, return_inverse=True)
+    constants, known = _judged(amounts, seconds, size[:, None], np.zeros(3))
+    start, _, byte = constants
+    return Fit(float(start), None, float(1 / byte), *known)
 
-    def solve(some: np.ndarray) -> np.ndarray:
-        return _least_relative(amounts[some], seconds[some], np.zeros(3), "sum")
 
-    errors = np.empty(len(seconds))
-    for half in (0, 1):
-        out = number % 2 == half
-        errors[out] = np.abs(predict(amounts[out], solve(~out), "sum") / seconds[out] - 1)
-    start, _, byte = solve(np.ones(len(seconds), bool))
-    return Fit(float(start), None, float(1 / byte), len(seconds), int(number.max()) + 1, *_summary(errors))
+def fit_transfers(transfers: pl.DataFrame, peak_bytes_s: float, dedup: bool) -> TransferFit:
+    """Fit a network's latencies, time of a row and bandwidth to the times of dispatches and combines.
+
+    Loss and halves are those of `fit_kernels`; a shape is hidden, experts, top_k and gpus.
+
+    Args:
+        transfers: A frame of `Measured.transfers` with at least two shapes.
+        peak_bytes_s: Bytes a second, in each direction, that no fit may exceed.
+        dedup: Whether a row goes to a GPU once.
+
+    Returns:
+        The fit (docs/cluster.md, A2E and E2A).
+    """
+    shapes = transfers.select(*TRANSFER_SHAPE).to_numpy()
+    floors = np.array([0.0, 0.0, 0.0, 1 / peak_bytes_s])
+    constants, known = _judged(transfer_work(transfers, dedup), transfers["seconds"].to_numpy(), shapes, floors)
+    dispatch, combine, row, byte = constants
+    return TransferFit(float(dispatch), float(combine), float(row), float(1 / byte), *known)
 
 
 def predict(amounts: np.ndarray, constants: np.ndarray, roofline: str) -> np.ndarray:
-    """Seconds of layers `[points]` from their starts, FLOP and bytes `[points, 3]`."""
+    """Seconds `[points]` from what they have of each constant `[points, constants]`.
+
+    With roofline `max` the constants are a start and seconds of a FLOP and of a byte.
+    """
+    if roofline == "sum":
+        return (amounts * constants).sum(axis=1)
     start, flop, byte = (amounts * constants).T
-    return start + (flop + byte if roofline == "sum" else np.maximum(flop, byte))
+    return start + np.maximum(flop, byte)
 
 
-def _summary(errors: np.ndarray) -> tuple[float, float]:
-    return float(np.median(errors)), float(np.quantile(errors, 0.9))
+def _judged(
+    amounts: np.ndarray, seconds: np.ndarray, shapes: np.ndarray, floors: np.ndarray, roofline: str = "sum"
+) -> tuple[np.ndarray, tuple[int, int, float, float]]:
+    """Constants from all points, and how many points and shapes, median and p90 of errors on the half not fitted."""
+    _, number = np.unique(shapes, axis=0, return_inverse=True)
+    number = number.reshape(-1)
+    errors = np.empty(len(seconds))
+    for half in (0, 1):
+        out = number % 2 == half
+        constants = least_relative(amounts[~out], seconds[~out], floors, roofline)
+        errors[out] = np.abs(predict(amounts[out], constants, roofline) / seconds[out] - 1)
+    constants = least_relative(amounts, seconds, floors, roofline)
+    median, p90 = float(np.median(errors)), float(np.quantile(errors, 0.9))
+    return constants, (len(seconds), int(number.max()) + 1, median, p90)
 
 
-def _least_relative(amounts: np.ndarray, seconds: np.ndarray, floors: np.ndarray, roofline: str) -> np.ndarray:
-    """Constants of least mean |predicted / measured - 1|, none below its floor; float64 `[3]`."""
+def least_relative(amounts: np.ndarray, seconds: np.ndarray, floors: np.ndarray, roofline: str) -> np.ndarray:
+    """Constants of least mean |predicted / measured - 1|, none below its floor; as many as columns."""
     if roofline == "sum":
         return _least_sum(amounts, seconds, floors)
     # Of the two sides of the roof, each point counts the one that it stands under; from the sum's constants on.
@@ -114,12 +158,12 @@ def _least_relative(amounts: np.ndarray, seconds: np.ndarray, floors: np.ndarray
 def _least_sum(amounts: np.ndarray, seconds: np.ndarray, floors: np.ndarray) -> np.ndarray:
     """Solve by least squares with weights that turn them into absolute errors, for each set of constants at a floor."""
     relative, best = amounts / seconds[:, None], (np.inf, floors)
-    for free in _FREE:
+    for free in chain.from_iterable(combinations(range(len(floors)), count) for count in range(len(floors) + 1)):
         constants = floors.copy()
         rest = 1 - relative @ floors
         if free:
-            constants[free] += _absolute(relative[:, free], rest)
-        if (constants >= floors).all() and constants[2] > 0:
+            constants[list(free)] += _absolute(relative[:, free], rest)
+        if (constants >= floors).all() and constants[-1] > 0:  # those of bytes come last
             loss = float(np.abs(relative @ constants - 1).mean())
             best = min(best, (loss, constants), key=lambda pair: pair[0])
     return best[1]

@@ -1,13 +1,15 @@
-"""A table of measured times: one layer's experts on a GPU or CPU, or one copy over the link or from the disk."""
+"""A table of measured times: a layer's experts on a GPU or CPU, a copy over the link or from the disk, a transfer."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 
+from moetrace.calibration.transfers import NETWORK_PARTS, TRANSFER, check_transfers, named
 from moetrace.spec.errors import MoetraceError, UsageError, counted, printable
 from moetrace.spec.ordinary_file import open_ordinary
 from moetrace.spec.parquet_pages import DamagedParquetError, parquet_sizes
@@ -24,9 +26,11 @@ ALIASES = {
 SHAPE = ("hidden", "intermediate", "experts", "matrices")
 KERNEL = (*SHAPE, "top_k", "rows", "bits", "active", "seconds")
 COPY = ("bytes", "seconds")
+_OF_TRANSFERS = ("phase", "comm_dtype", "ep_size", "latency")  # beside comm_backend, in aisimulate's tables
 _ROW = "number of the row"  # as messages count: from 1, the header aside
-PARTS = ("gpu", "cpu", "link", "disk")
-_TEXTS = ("gpu", "dtype", "distribution", "kernel_source")
+PARTS = ("gpu", "cpu", "link", "disk", *NETWORK_PARTS)
+_TEXTS = ("gpu", "dtype", "distribution", "kernel_source", "framework", "stage", "comm_backend", "comm_dtype", "phase")
+_OTHER_NUMBERS = ("choices", "latency_ms", "latency", "moe_ep_size", "ep_size")
 # Bits of a stored weight with its scales, by the name of its type.
 DTYPE_BITS = {
     "float32": 32.0,
@@ -51,16 +55,20 @@ class Measured(NamedTuple):
 
     Attributes:
         kernels: Part (gpu, cpu) -> a frame with the columns `KERNEL`; a row is one layer's experts: `rows` rows of
-            activations, `active` experts that have some.
+            activations, `active` experts that have some. Where the table has it, `choices` is how many of the
+            rows' choices fell on them.
         copies: Part (link, disk) -> a frame with the columns `COPY`; a row is one copy.
         source: What the table is, in a few words, for comments.
         notes: What was left out, and what looks wrong about the times, as sentences.
+        transfers: Part (network, network.decode, network.prefill) -> a frame with the columns stage and `TRANSFER`; a
+            row is one dispatch or combine of `rows` rows of each of `gpus` GPUs.
     """
 
     kernels: dict[str, pl.DataFrame]
     copies: dict[str, pl.DataFrame]
     source: str
     notes: list[str]
+    transfers: Mapping[str, pl.DataFrame] = MappingProxyType({})
 
 
 def read_measured(path: str | Path, choose: Mapping[str, str] | None = None) -> Measured:
@@ -70,12 +78,13 @@ def read_measured(path: str | Path, choose: Mapping[str, str] | None = None) -> 
         path: A Parquet or CSV file with the columns hidden, intermediate, experts, top_k, rows, bits (or dtype) and
             seconds (or latency_ms), and if it has them part (gpu if not), matrices (3 if not), active (experts with
             rows; if not, as many as balanced routing reaches), distribution, moe_ep_size and kernel_source. Rows of
-            the parts link and disk have bytes and seconds.
+            the parts link and disk have bytes and seconds; those of a network stage, hidden, experts, top_k, gpus,
+            rows of each GPU, bits and seconds. `choices` beside `active` says what fell on one GPU of several.
         choose: Column -> the value that a row must have, such as {"gpu": "h100_sxm", "dtype": "bfloat16"}.
 
     Returns:
-        The table. Rows of unbalanced routing without `active`, and of experts that are spread over several GPUs, are
-        left out.
+        The table. Rows of unbalanced routing without `active`, and of experts that are spread over several GPUs
+        without `active` and `choices`, are left out.
 
     Raises:
         MoetraceError: The file cannot be read, or a value is wrong.
@@ -99,33 +108,45 @@ def _measured(frame: pl.DataFrame, path: Path, choose: Mapping[str, str]) -> Mea
         if column in frame.columns and frame[column].n_unique() > 1 and column not in choose:
             names = ", ".join(sorted(map(str, frame[column].unique().to_list()))[:12])
             raise UsageError(f"{path} has rows of several values of {column} ({names}): choose one with --{column}.")
-    if "latency_ms" in frame.columns and "seconds" not in frame.columns:
+    notes: list[str] = []
+    if "comm_backend" in frame.columns:
+        for column in _OF_TRANSFERS:
+            if column not in frame.columns:
+                raise UsageError(f"{path} has no column {column}{_has(frame)}.")
+        frame = named(frame, notes)
+    elif "latency_ms" in frame.columns and "seconds" not in frame.columns:
         frame = frame.with_columns(seconds=pl.col("latency_ms") / 1e3)
     if "part" not in frame.columns:
         frame = frame.with_columns(part=pl.lit("gpu"))
     unknown = sorted(set(map(str, frame["part"].unique())) - set(PARTS))
     if unknown:
         raise UsageError(f"{path}: part {unknown[0]!r} is unknown; use one of {', '.join(PARTS)}.")
-    kernels, copies, notes = {}, {}, []
+    kernels, copies, transfers = {}, {}, {}
     for part in PARTS:
         rows = frame.filter(pl.col("part") == part)
         if rows.is_empty():
             continue
         if part in ("link", "disk"):
             copies[part] = _checked(rows, COPY, path)
+        elif part in NETWORK_PARTS:
+            checked = _checked(rows, TRANSFER, path)
+            check_transfers(rows, rows[_ROW], path)
+            transfers[part] = checked.with_columns(rows["stage"])
         elif not (rows := _usable(rows, notes)).is_empty():
-            kernels[part] = _checked(_completed(rows, path), KERNEL, path)
-    if not kernels and not copies:
+            rows = _completed(rows, path)
+            kernels[part] = _checked(rows, (*KERNEL, "choices") if "choices" in rows.columns else KERNEL, path)
+    if not (kernels or copies or transfers):
         raise UsageError(f"{path}: no row can be used. {' '.join(notes)}".rstrip())
-    return Measured(kernels, copies, ", ".join(words), notes)
+    return Measured(kernels, copies, ", ".join(words), notes, transfers)
 
 
 def work(kernels: pl.DataFrame) -> np.ndarray:
     """Starts, FLOP and bytes of the layers of a table; float64 `[points, 3]` (timing model, section 2)."""
-    columns = kernels.select("hidden", "intermediate", "top_k", "matrices", "rows", "bits", "active")
-    hidden, intermediate, top_k, matrices, rows, bits, active = columns.cast(pl.Float64).to_numpy().T
+    choices = pl.col("choices") if "choices" in kernels.columns else pl.col("rows") * pl.col("top_k")
+    columns = kernels.select("hidden", "intermediate", "matrices", "bits", "active", choices.alias("choices"))
+    hidden, intermediate, matrices, bits, active, choices = columns.cast(pl.Float64).to_numpy().T
     weights = matrices * hidden * intermediate
-    return np.stack([np.ones_like(rows), 2 * weights * rows * top_k, active * weights * bits / 8], axis=1)
+    return np.stack([np.ones_like(bits), 2 * weights * choices, active * weights * bits / 8], axis=1)
 
 
 def _read(path: Path) -> pl.DataFrame:
@@ -158,7 +179,7 @@ def _check_rows(rows: int, path: Path) -> None:
 def _typed(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
     """Texts as texts and numbers as numbers, whatever the file has."""
     texts = [name for name in (*_TEXTS, "part") if name in frame.columns]
-    numbers = [name for name in {*KERNEL, *COPY, "latency_ms", "moe_ep_size"} if name in frame.columns]
+    numbers = [name for name in {*KERNEL, *COPY, *TRANSFER, *_OTHER_NUMBERS} if name in frame.columns]
     frame = frame.with_columns(pl.col(name).cast(pl.String, strict=False) for name in texts)
     for name in sorted(numbers):
         values = frame[name].cast(pl.Float64, strict=False)
@@ -186,8 +207,9 @@ def _usable(rows: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
         "moe_ep_size": (pl.col("moe_ep_size") == 1.0, "of experts that are spread over several GPUs"),
         "distribution": (pl.col("distribution") == "balanced", "of unbalanced routing"),
     }
+    given = {"distribution": {"active"}, "moe_ep_size": {"active", "choices"}}
     for column, (test, words) in tests.items():
-        if column not in rows.columns or (column == "distribution" and "active" in rows.columns):
+        if column not in rows.columns or given[column] <= {*rows.columns}:
             continue
         kept = rows.filter(test)
         if len(kept) < len(rows):

@@ -43,7 +43,7 @@ def how_known(
     """
     others = ", ".join(part for part in parts if part not in (calibration or {}))
     words = [
-        f"{part} calibrated (error {fit.median_error:.1%} in the median, {fit.p90_error:.1%} at p90)"
+        f"{part.replace('_', ' ')} calibrated (error {fit.median_error:.1%} in the median, {fit.p90_error:.1%} at p90)"
         for part, fit in (calibration or {}).items()
     ]
     if known is not None:

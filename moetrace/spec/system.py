@@ -61,7 +61,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         cluster: How many GPUs there are. Without it there is one.
         network: The network between the GPUs of a cluster.
         known: Where the constants come from that were not calibrated; `assumed` if any of them is.
-        calibration: Part (gpu, cpu, link) -> how well its fitted constants predict.
+        calibration: Part (gpu, cpu, link, network, network_decode, network_prefill) -> how well its fitted constants
+            predict.
     """
 
     name: str

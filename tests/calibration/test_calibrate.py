@@ -1,5 +1,6 @@
 """Constants from measured times: found where they are known, judged on what was not fitted, written with a source."""
 
+import itertools
 import tomllib
 from pathlib import Path
 
@@ -212,6 +213,26 @@ def test_copies_without_a_place_in_the_system_are_said_to_be_printed_only():
     found = mt.calibrate(Measured({}, {"disk": copies}, "mine", []), "rtx4090-offload")
     assert found.notes == ["The fit of the disk is printed only: no section of a system describes a disk."]
     assert not found.written and found.fits["disk"].bytes_s == pytest.approx(10e9, rel=0.01)
+
+
+def test_what_fell_on_one_gpu_of_several_is_used(tmp_path):
+    """With `choices` and `active`, rows of a group count; one without them is left out."""
+    head = GOOD.splitlines()[0] + ",moe_ep_size,distribution"
+    group = f"{head},active,choices\n"
+    for hidden, rows in itertools.product((2048, 4096, 7168), (8, 64)):
+        seconds = 2e-5 + 3 * hidden * 768 * (5 * 2 / 8e11 + 2 * rows / 1e14)
+        group += f"{hidden},768,128,8,{rows},16,{seconds},8,zipf,5,{rows}\n"
+    path = tmp_path / "t.csv"
+    path.write_text(group)
+    found = mt.calibrate(path, "rtx4090-offload")
+    fit = found.fits["gpu"]
+    assert (fit.points, fit.start_s) == (6, pytest.approx(2e-5))
+    assert (fit.flop_s, fit.bytes_s) == (pytest.approx(1e14), pytest.approx(8e11))
+    path.write_text("\n".join(line.rsplit(",", 2)[0] for line in group.splitlines()) + "\n")
+    with pytest.raises(
+        mt.UsageError, match=r"no row can be used\. 6 rows of experts that are spread over several GPUs left"
+    ):
+        mt.calibrate(path, "rtx4090-offload")
 
 
 def test_a_wrong_number_is_told_by_its_row(tmp_path):

@@ -114,3 +114,27 @@ def test_measuring_says_how_long_it_takes_and_whether_repeats_differ(run, tmp_pa
     first, *rest = err.splitlines()
     assert code == 0 and first.startswith("moetrace: measuring disk takes ") and "run nothing else" in first
     assert any("quartiles lie 60% of the median apart" in line for line in rest) == noted
+
+
+def test_transfers_become_the_network_of_a_cluster(run, tmp_path):
+    """Of two experts of four, two on each GPU: 2 of 6 rows have both on one GPU, 4 of 6 on two."""
+    path, out = tmp_path / "t.csv", tmp_path / "mine.toml"
+    path.write_text(
+        "part,stage,hidden,experts,top_k,gpus,rows,bits,seconds\n"
+        + "".join(
+            f"network,{stage},{hidden},4,2,2,{rows},16,{start + rows * (2 - 1 / 3) / 2 * hidden * 2 / 440e9}\n"
+            for hidden in (4096, 7168)
+            for stage, start in (("dispatch", 60e-6), ("combine", 40e-6))
+            for rows in (1, 64, 4096)
+        )
+    )
+    code, said, err = run("calibrate", path, "--system", "h100-x8", "--port-gb-s", "450", "-o", out)
+    assert code == 0 and "dispatch" in said and "440" in said and "network calibrated (error" in err
+    network = mt.load_system(out).network
+    assert (network.bandwidth_gb_s, network.dispatch_latency_us, network.combine_latency_us) == (440, 60, 40)
+    assert run("show", "system", out)[0] == 0
+    code, said, _ = run("calibrate", path, "--system", "h100-x8", "--format", "json")
+    (part,) = json.loads(said)["parts"]
+    assert code == 0 and part["part"] == "network" and part["row_ns"] == pytest.approx(0, abs=0.1)
+    code, _, err = run("calibrate", path, "--system", "h100-x8", "--framework", "vLLM")
+    assert code == 2 and "no column framework: leave out --framework" in err

@@ -28,6 +28,11 @@ _COPIES = (
     {"points": "points", "shapes": "sizes"},
     _ERRORS,
 )
+_TRANSFERS = (
+    {"dispatch_latency_us": "dispatch\nus", "combine_latency_us": "combine\nus", "row_ns": "row\nns"},
+    {"bandwidth_gb_s": "bandwidth\nGB/s", "points": "points", "shapes": "shapes"},
+    _ERRORS,
+)
 
 
 @click.command()
@@ -38,6 +43,7 @@ _COPIES = (
 @click.option("-o", "--output", type=_FILE, metavar="SYSTEM.toml", help="Write the calibrated system.")
 @click.option("--gpu", metavar="NAME", help="Use the rows of this GPU (column gpu).")
 @click.option("--dtype", metavar="NAME", help="Use the rows of this type of weights (column dtype or moe_dtype).")
+@click.option("--framework", metavar="NAME", help="Use the rows of this framework (column framework).")
 @click.option("--max-rows", type=click.IntRange(1), default=256, show_default=True, help="Leave out larger layers.")
 @click.option(
     "--cache-mb",
@@ -45,6 +51,13 @@ _COPIES = (
     default=0.0,
     show_default=True,
     help="The GPU's last cache: leave out layers whose weights fit it.",
+)
+@click.option(
+    "--port-gb-s",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    default=1800.0,
+    show_default=True,
+    help="Of a network: what a GPU can move in each direction, the most that a fit may reach.",
 )
 @click.option("--measure", is_flag=True, help="Time this machine: CPU, disk, and a CUDA device if there is one.")
 @click.option(
@@ -59,8 +72,10 @@ def command(
     output: Path | None,
     gpu: str | None,
     dtype: str | None,
+    framework: str | None,
     max_rows: int,
     cache_mb: float,
+    port_gb_s: float,
     measure: bool,
     parts: tuple[str, ...],
     folder: Path | None,
@@ -69,14 +84,17 @@ def command(
 ) -> None:
     """Fit the constants of a system to measured times.
 
-    TABLE is a Parquet or CSV file of times of one layer's experts (columns hidden, intermediate, experts, top_k, rows,
-    bits or dtype, seconds or latency_ms) and of copies (part link or disk; bytes, seconds). --measure times this
-    machine instead, which takes about a minute: run nothing else meanwhile. Shapes are halved, and each half is
-    predicted from the other: these errors are printed, beside those of the data sheet's peaks with a start for each
-    expert, and written into the TOML. A note tells of fits that look wrong, as from times in ms that are taken as s. -o
-    replaces a file that is there, but no file that it reads.
+    TABLE is a Parquet or CSV file of times of one layer's experts (columns hidden, intermediate, experts, top_k,
+    rows, bits or dtype, seconds or latency_ms), of copies (part link or disk; bytes, seconds) and of a cluster's
+    transfers (part network, network.decode or network.prefill; stage, hidden, experts, top_k, gpus, rows of each
+    GPU, bits, seconds). --measure times this machine instead, which takes about a minute: run nothing else
+    meanwhile. Shapes are halved, and each half is predicted from the other: these errors are printed, beside those
+    of the data sheet's peaks with a start for each expert, and written into the TOML. A note tells of fits that
+    look wrong, as from times in ms that are taken as s. -o replaces a file that is there, but no file that it
+    reads.
     """
-    choose = {column: value for column, value in (("gpu", gpu), ("dtype", dtype)) if value is not None}
+    wanted = {"gpu": gpu, "dtype": dtype, "framework": framework}
+    choose = {column: value for column, value in wanted.items() if value is not None}
     _check(table, base, output, measure, parts, folder, save_table, bool(choose))
     from moetrace.calibration import calibrate, read_measured
     from moetrace.trace.atomic import write_whole
@@ -89,7 +107,7 @@ def command(
         _say_notes(measured.notes)
         return
     name = output.name.removesuffix(".toml") if output else None
-    found = calibrate(measured, base, name=name, cache_mb=cache_mb, max_rows=max_rows)
+    found = calibrate(measured, base, name=name, cache_mb=cache_mb, max_rows=max_rows, port_gb_s=port_gb_s)
     _say_notes(found.notes)
     _print(found, form)
     if output is not None:
@@ -114,7 +132,7 @@ def _check(
     if not measure and (parts or folder or save_table):
         raise UsageError("--only, --folder and --save-table go with --measure only.")
     if measure and chosen:
-        raise UsageError("--gpu and --dtype choose rows of a TABLE: leave them out with --measure.")
+        raise UsageError("--gpu, --dtype and --framework choose rows of a TABLE: leave them out with --measure.")
     if base is None and (table is not None or output is not None or save_table is None):
         raise UsageError("--system is missing: name a preset or a TOML file that has the data sheet's peaks.")
     if output is not None and output.suffix != ".toml":
@@ -157,12 +175,14 @@ def _print(found: "Calibrated", form: str) -> None:
     if form == "csv":
         print_rows({name: name for name in rows[0]}, rows, form)
         return
-    copies = [row for row in rows if row["part"] in ("link", "disk")]
-    kernels = [row for row in rows if row not in copies]
-    _print_table(kernels, _KERNELS)
-    if kernels and copies:
-        print_text("")
-    _print_table(copies, _COPIES)
+    kinds = {"link": _COPIES, "disk": _COPIES, "gpu": _KERNELS, "cpu": _KERNELS}
+    first = True
+    for columns in (_KERNELS, _COPIES, _TRANSFERS):
+        some = [row for row in rows if kinds.get(row["part"], _TRANSFERS) is columns]
+        if some and not first:
+            print_text("")
+        _print_table(some, columns)
+        first = first and not some
 
 
 def _print_table(rows: list[dict[str, Any]], columns: tuple[dict[str, str], ...]) -> None:
