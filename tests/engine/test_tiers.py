@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.drawn_machines import MachineCase
-from support.drawn_tiers import tier_cases, tier_policies
+from support.drawn_tiers import own_dispatch, tier_cases, tier_policies
 from support.machine_example import example_with_units_and_a_cpu
 from support.plain_python import as_plain_python
 from support.tier_runs import run_of, with_what_goes_together
@@ -62,12 +62,18 @@ def check_units(run: Run, lane: Lane, expected: Figures) -> None:
     for column in ("busy_s", "experts", "rows", "bytes"):
         wanted = [expected.unit.get(name, {}).get(column, 0.0) for name in names]
         close(units[column].to_numpy(), wanted, f"{column} of {names}")
+    carrying_s = {"link_in": expected.carrying_s, "link_out": expected.sending_s}
+    for name, utilization in units.select("unit", "utilization").iter_rows():
+        working_s = carrying_s.get(name, expected.unit.get(name, {}).get("busy_s", 0.0))
+        close(utilization, working_s / expected.total_s, f"utilization of {name}")
 
 
 def compare(case: MachineCase, policy: dict[str, Any], folder: Path) -> Run:
-    machine, plain = from_specs(case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots)
+    own = own_dispatch(policy)
+    specs = case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots
+    machine, plain = from_specs(*specs, dispatch=own)
     run = run_of(case, policy, folder)
-    check(run, simulate(case.trace, machine, plain))
+    check(run, simulate(case.trace, machine, plain, dispatch=own))
     return run
 
 
@@ -100,7 +106,7 @@ UNITS = {
 }
 DISK = {
     "disk": {"bandwidth_gb_s": 0.5, "latency_us": 50.0},
-    "host": {"slots": 5, "residency": "lfu"},
+    "host": {"slots": 5},
     "link": {"stream": 0},
 }
 
@@ -109,7 +115,7 @@ DISK = {
     ("parts", "policy"),
     [
         (UNITS, {"placement": "mixed", "dispatch": "bottleneck", "residency": "ewma", "prefetch": "relayout"}),
-        (DISK, {"dispatch": "optimal", "residency": "lru", "scope": "global"}),
+        (DISK, {"dispatch": "optimal", "residency": "lru", "scope": "global", "host_residency": "lfu"}),
     ],
 )
 def test_compiled(parts, policy, tmp_path):

@@ -10,7 +10,14 @@ from moetrace.engine.run import Run
 from moetrace.spec import PolicySpec, System, load_policy
 from support.drawn_machines import MachineCase
 from support.drawn_runs import replay
+from support.drawn_tiers import OWN
 from support.strategies import Case
+
+OWN_DISPATCH = """
+def dispatch(state, view, layer, load, plan):
+    for i in range(load.size):
+        plan[i] = (7 * view.active[i].expert + layer + load[i]) % {devices}
+"""
 
 
 def run_of(case: MachineCase, policy: dict[str, Any], folder: Path, **options: Any) -> Run:
@@ -18,10 +25,10 @@ def run_of(case: MachineCase, policy: dict[str, Any], folder: Path, **options: A
     fields = {"name": "drawn"} | policy
     if "layout" in fields:
         fields["layout"] = str(written(folder / "layout.csv", [(*key, unit) for key, unit in fields["layout"].items()]))
+    if fields["dispatch"] == OWN:
+        (folder / "own.py").write_text(OWN_DISPATCH.format(devices=3 if fields.get("with_cpu") else 2))
+        fields["dispatch"] = f"{folder / 'own.py'}:dispatch"
     system = case.system | {}
-    if "disk" in system:  # the oracle's host says both
-        fields["host_residency"] = system["host"]["residency"]
-        system["host"] = {"slots": system["host"]["slots"]}
     if system["link"].get("rates"):
         rates = written(folder / "rates.csv", system["link"]["rates"])
         system["link"] = system["link"] | {"rates": str(rates)}

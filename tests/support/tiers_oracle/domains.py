@@ -61,6 +61,11 @@ class Relayout:
                 self.units[layer][e] = move.to
                 self.moves.pop(0)
 
+    def forget(self) -> None:
+        """Begin cold: nothing is foreseen, nothing is on its way. What has arrived stays where it is."""
+        self.foreseen.clear()
+        self.moves.clear()
+
     def pending(self, key: Expert) -> Move | None:
         return next((move for move in self.moves if move.key == key), None)
 

@@ -22,6 +22,7 @@ class Situation:
     units: list[Units]  # of each expert, as things lie now
     calls: Calls = field(default_factory=Calls)
     reads: dict[int, float] = field(default_factory=dict)  # expert -> when the disk has read it
+    mass: dict[int, float] = field(default_factory=dict)  # expert -> sum of the gates that chose it
 
     @property
     def order(self) -> list[int]:
