@@ -50,6 +50,8 @@ def tier_cases(draw, max_steps: int = 6, max_experts: int = 7, units: tuple[int,
     """Draw a case of `machine_cases`, and switch mechanisms on; with NDP units if it says how many."""
     cases = machine_cases(max_steps=max_steps, max_experts=max_experts)
     case = draw(cases.filter(lambda case: not units or case.system.get("ndp", {}).get("units") in units))
+    if draw(st.booleans(), label="requests in turn"):
+        case.trace = in_turn(case.trace, draw(st.integers(1, 3), label="steps of each"))
     if draw(st.booleans(), label="gates"):
         case.trace = replace(case.trace, gates=draw(gates_of(case.trace)))
     system = case.system
@@ -84,6 +86,12 @@ def tier_cases(draw, max_steps: int = 6, max_experts: int = 7, units: tuple[int,
         system["remote"] |= {name: draw(st.sampled_from(values), label=name) for name, values in often.items()}
         system["remote"] |= {"load_gb_s": 1.0, "usd_per_gb_s": 1.0}
     return case
+
+
+def in_turn(trace: OracleTrace, steps: int) -> OracleTrace:
+    """Return the trace with one request after another, of so many steps each: caches may start cold with each."""
+    request = np.repeat(np.arange(trace.steps) // steps, np.diff(trace.offset))
+    return replace(trace, request=request, position=np.arange(len(request)) - np.searchsorted(request, request))
 
 
 @st.composite

@@ -62,9 +62,10 @@ class Relayout:
                 self.moves.pop(0)
 
     def forget(self) -> None:
-        """Begin cold: nothing is foreseen, nothing is on its way. What has arrived stays where it is."""
+        """Begin cold: nothing is foreseen, nothing is on its way, and all stands where it did at the start."""
         self.foreseen.clear()
         self.moves.clear()
+        self.units = first_layout(self.m, self.policy)
 
     def pending(self, key: Expert) -> Move | None:
         return next((move for move in self.moves if move.key == key), None)

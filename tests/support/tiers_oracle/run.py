@@ -47,8 +47,11 @@ class Tale:
         self.demand = [[self.local.demand(step, layer) for layer in layers] for step in steps]
         self.relayout = Relayout(m, policy, first_layout(m, policy))
         self.host = HostMemory.of(self.local, m, policy) if m.disk else None
+        here = m.W.copy()
+        for layer, experts in enumerate(self.remote):
+            here[layer, sorted(experts)] = 0
         parts = {"relayout": self.relayout, "host": self.host}
-        self.store = Store(self.local, m, policy, policy.residency, self.demand, **parts)
+        self.store = Store(self.local, with_changes(m, W=here), policy, policy.residency, self.demand, **parts)
         self.clock = 0.0
         self.has_waited = False
         self.figures = Figures()
