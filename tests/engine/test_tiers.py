@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -46,6 +45,10 @@ def check(run: Run, expected: Figures) -> None:
         resent = expected.resent_out_bytes, expected.resent_in_bytes
         close((lane.losses.resent_out_bytes, lane.losses.resent_in_bytes), resent, "resent")
     if lane.tiers is not None:
+        if lane.remote is not None:
+            books = lane.remote.books
+            assert books["calls"].sum() == expected.remote_calls
+            close(books["work_s"].sum(), expected.remote_s, "remote_s")
         close(lane.tiers.tally["evict_s"][0], expected.per_step("evict_s").sum(), "evict_s")
         if lane.tiers.layout is not None:
             close(lane.tiers.layout.moved, (expected.moved_bytes, expected.moved_s), "moved")
@@ -57,7 +60,6 @@ def check(run: Run, expected: Figures) -> None:
 
 def check_units(run: Run, lane: Lane, expected: Figures) -> None:
     units = unit_frame(run)
-    units = units.filter(~pl.col("unit").is_in(["disk", "remote"]))  # the oracle says what they do apart
     names = units["unit"].to_list()
     for column in ("busy_s", "experts", "rows", "bytes"):
         wanted = [expected.unit.get(name, {}).get(column, 0.0) for name in names]

@@ -72,6 +72,7 @@ class Tale:
         if self.host:
             f.host_hits, f.host_misses = self.host.hits, self.host.misses
             f.disk_bytes, f.disk_busy_s = self.host.bytes, self.host.busy_s
+            f.add("disk", busy_s=f.disk_busy_s, experts=f.host_misses, bytes=f.disk_bytes)
         present = self.trace.experts >= 0
         f.gate_mass_total = float(sum(self.gate(*cell) for cell in np.argwhere(present)))
         return f
@@ -176,7 +177,7 @@ class Tale:
         """Return the layer as its router leaves it; the disk begins to read what host memory lacks."""
         n = self.demand[step][layer]
         away = {e: rows for e, rows in self.trace.demand(step, layer).items() if e not in n}
-        s = Situation(layer, n, T, resident, list(self.relayout.units[layer]))
+        s = Situation(layer, n, T, resident, list(self.relayout.units[layer]), away)
         s.calls = call(self.m, layer, away, self.policy.replicas)
         s.mass = self.mass(step, layer)
         if self.host:
@@ -217,6 +218,9 @@ class Tale:
         f.resent_out_bytes += line.home.resent_out + line.cpu.resent_out
         f.remote_s += s.calls.seconds
         f.remote_calls += s.calls.calls
+        for e, rows in s.away.items():
+            f.add("remote", experts=1, rows=rows, bytes=W[e])
+        f.add("remote", busy_s=s.calls.T)
         if m.relaxed and m.loss:
             self.lose(s, line, key)
 
