@@ -1,5 +1,6 @@
 """The kernels of machines with more tiers and other links against the oracle, in random mixes of their mechanisms."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from support.by_hand import one, trace_of
 from support.drawn_machines import MachineCase
 from support.drawn_tiers import own_dispatch, tier_cases, tier_policies
 from support.machine_example import example_with_units_and_a_cpu
@@ -97,6 +99,35 @@ def test_relayout(case, data, tmp_path_factory):
     with_what_goes_together(case)
     moved = compare(case, policy, tmp_path_factory.mktemp("drawn")).lanes[0].tiers.layout.moved[0]
     event(f"bytes moved: {moved > 0}")
+
+
+@as_plain_python
+def test_halo_looks_at_the_gates_of_each_layer(tmp_path):
+    """Two steps of the same loads, in which the other expert matters more: so it does in the clairvoyant time."""
+    case = example_with_units_and_a_cpu()
+    sizes = np.array([[2e6, 1e6, 1e6, 1e6, 1e6, 1e6]])
+    trace = trace_of([one(0), one(1)], [one(0), one(1)], expert_bytes=sizes)
+    gates = np.array([0.75, 0.25, 0.25, 0.75], np.float16).reshape(4, 1, 1)
+    case.trace = replace(trace, gates=gates)
+    run = compare(case, {"dispatch": "halo", "residency": "lru", "scope": "layer"}, tmp_path)
+    # Dense takes 1 ms. The larger one on the GPU: 2 ms, beside 2.016 of the other. Else both run there, in 3.
+    assert run.lanes[0].clairvoyant_s == pytest.approx((3.016 + 4) * 1e-3)
+
+
+@as_plain_python
+def test_a_cold_start_forgets_what_relayout_has_learned(tmp_path):
+    """The same steps by another request take as long, wherever experts were moved for the first one."""
+    case = example_with_units_and_a_cpu()
+    case.system["ndp"] |= {"outside_gb_s": 0.2, "move_gb_s": 3.0}
+    case.system["host"] = {"channels_gb_s": 0.8}
+    steps = [[one(0), one(0), one(2)], [one(0), one(2)], [one(4), one(0), one(0)]]
+    case.trace = trace_of(*steps, *steps, requests=[0] * 8 + [1] * 8)
+    policy = {"placement": "mixed", "dispatch": "bottleneck", "residency": "ewma", "prefetch": "relayout"}
+    lane = compare(case, policy | {"scope": "request"}, tmp_path).lanes[0]
+    assert lane.tiers.layout.moved[0] > 0
+    assert lane.duration_s[:3].tolist() == lane.duration_s[3:].tolist()
+    warm = compare(case, policy | {"scope": "layer"}, tmp_path).lanes[0]
+    assert warm.duration_s[:3].tolist() != warm.duration_s[3:].tolist()
 
 
 # Compiled kernels: two machines that have most of it on, each of which compiles lines of its own.

@@ -218,9 +218,9 @@ class Tale:
         f.resent_out_bytes += line.home.resent_out + line.cpu.resent_out
         f.remote_s += s.calls.seconds
         f.remote_calls += s.calls.calls
-        for e, rows in s.away.items():
-            f.add("remote", experts=1, rows=rows, bytes=W[e])
-        f.add("remote", busy_s=s.calls.T)
+        if s.away:
+            read = math.fsum(W[e] for e in s.away)
+            f.add("remote", busy_s=s.calls.T, experts=len(s.away), rows=sum(s.away.values()), bytes=read)
         if m.relaxed and m.loss:
             self.lose(s, line, key)
 
