@@ -9,6 +9,7 @@ from moetrace.engine.recording import cut
 from moetrace.engine.replay import Batch, State
 from moetrace.engine.schedule import Requests
 from moetrace.engine.state import Log
+from moetrace.spec.policy import PolicySpec
 
 
 def cold_steps(requests: Requests, steps: int) -> np.ndarray:
@@ -29,7 +30,7 @@ class ColdStarts:
     ``layout``: where experts are and are about to be, if a prefetch moves them.
     """
 
-    def __init__(self, steps: np.ndarray, state: State, layout: Sequence[np.ndarray] = ()) -> None:
+    def __init__(self, steps: np.ndarray, state: State, layout: Sequence[np.ndarray]) -> None:
         self.steps = steps
         cache = [part for part in state.cache if isinstance(part, np.ndarray)]
         self._known = [(part, part.copy()) for part in (state.cells, *cache, *layout)]
@@ -51,3 +52,10 @@ class ColdStarts:
         state.scratch.own["memory"] = 0.0  # of a user's function, as what it keeps with an expert
         queue.place[:], queue.moved_bytes[:], queue.late[:] = -1, 0.0, 0
         queue.ends[[HEAD, TAIL, COMPLETE]] = 0
+
+
+def cold_starts_of(
+    policy: PolicySpec, requests: Requests, steps: int, state: State, layout: Sequence[np.ndarray]
+) -> ColdStarts | None:
+    """Return the cold starts of a policy in a trace of so many steps; None if it has none."""
+    return ColdStarts(cold_steps(requests, steps), state, layout) if policy.scope == "request" else None

@@ -9,7 +9,7 @@ import numpy as np
 
 from moetrace.engine.against_optimal import Regret, new_regret
 from moetrace.engine.bounds import work_bound_s
-from moetrace.engine.cold import ColdStarts, cold_steps
+from moetrace.engine.cold import ColdStarts, cold_starts_of
 from moetrace.engine.decision_log import DecisionLog
 from moetrace.engine.decoded import Decoded
 from moetrace.engine.failure import place_of
@@ -349,10 +349,8 @@ def lane_of(
     lower_bound = None
     if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
-    cold = None
-    if policy.scope == "request":
-        layout = () if tiers is None else movable_parts(tiers.layout, machine)
-        cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state, layout)
+    layout = movable_parts(None if tiers is None else tiers.layout, machine)
+    cold = cold_starts_of(policy, schedule.requests, decoded.trace.steps, state, layout)
     yardsticks = common.work_bound(machine, remote), lower_bound, best
     has_units = system.ndp is not None
     return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold, remote)
