@@ -90,7 +90,7 @@ def clairvoyant_s(steps, demand, machine, tiers, settings, own, dispatch, total_
                 total_s += remote_s
                 continue
             # As the layer before it, in all that a time depends on: so are most layers where a step has one row.
-            alike = size == last_size and steps.rows[s] == last_rows and not setting.own_dispatch
+            alike = size == last_size and steps.rows[s] == last_rows and not (setting.own_dispatch or setting.weighs)
             alike = alike and remote_s == last_remote_s
             if alike and _is_as_before(machine, demand, layer, first, size, scratch.active):
                 total_s += moe_s

@@ -1,6 +1,6 @@
 """Caches that start cold with each request (`scope = "request"`): when they are emptied, and how."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from moetrace.engine.recording import cut
 from moetrace.engine.replay import Batch, State
 from moetrace.engine.schedule import Requests
 from moetrace.engine.state import Log
+from moetrace.spec.policy import PolicySpec
 
 
 def cold_steps(requests: Requests, steps: int) -> np.ndarray:
@@ -24,12 +25,15 @@ def cold_steps(requests: Requests, steps: int) -> np.ndarray:
 
 
 class ColdStarts:
-    """What a policy's state was before the first step, to which it returns before each of ``steps``, int64 [n]."""
+    """What a policy's state was before the first step, to which it returns before each of ``steps``, int64 [n].
 
-    def __init__(self, steps: np.ndarray, state: State) -> None:
+    ``layout``: where experts are and are about to be, if a prefetch moves them.
+    """
+
+    def __init__(self, steps: np.ndarray, state: State, layout: Sequence[np.ndarray]) -> None:
         self.steps = steps
-        self._cells = state.cells.copy()
-        self._cache = [part.copy() if isinstance(part, np.ndarray) else part for part in state.cache]
+        cache = [part for part in state.cache if isinstance(part, np.ndarray)]
+        self._known = [(part, part.copy()) for part in (state.cells, *cache, *layout)]
 
     def parts(self, batch: Batch, layers: int) -> Iterator[tuple[Batch, bool]]:
         """Cut a block where caches are emptied; say of each part whether they are empty before it."""
@@ -43,10 +47,15 @@ class ColdStarts:
         """Empty caches and queue, and forget what the residency has learned; what was not run is wasted."""
         queue = state.queue
         log.tally["wasted"] += int(state.cache.fresh.sum()) + int((queue.moved_bytes > DONE_BYTES).sum())
-        state.cells[:] = self._cells
-        for part, start in zip(state.cache, self._cache, strict=True):
-            if isinstance(part, np.ndarray):
-                part[:] = start
+        for part, start in self._known:
+            part[:] = start
         state.scratch.own["memory"] = 0.0  # of a user's function, as what it keeps with an expert
         queue.place[:], queue.moved_bytes[:], queue.late[:] = -1, 0.0, 0
         queue.ends[[HEAD, TAIL, COMPLETE]] = 0
+
+
+def cold_starts_of(
+    policy: PolicySpec, requests: Requests, steps: int, state: State, layout: Sequence[np.ndarray]
+) -> ColdStarts | None:
+    """Return the cold starts of a policy in a trace of so many steps; None if it has none."""
+    return ColdStarts(cold_steps(requests, steps), state, layout) if policy.scope == "request" else None

@@ -157,9 +157,12 @@ def _compute_share(f, machine, layer):
     """Return how long a row's arithmetic takes at home, beside an expert of one row whose weights are read."""
     if not f.runs_at_home:
         return 0.0
-    home = machine.device[machine.home[layer, 0]]
-    whole_s = machine.weight_bytes[layer, 0] * home.s_per_byte + home.fetched_s
-    return home.s_per_row / whole_s if whole_s > 0.0 else 0.0
+    for first in range(machine.weight_bytes.shape[1]):  # those before it are remote
+        if machine.weight_bytes[layer, first] > 0.0:
+            home = machine.device[machine.home[layer, first]]
+            whole_s = machine.weight_bytes[layer, first] * home.s_per_byte + home.fetched_s
+            return home.s_per_row / whole_s
+    return 0.0
 
 
 @kernel

@@ -9,7 +9,7 @@ import numpy as np
 
 from moetrace.engine.against_optimal import Regret, new_regret
 from moetrace.engine.bounds import work_bound_s
-from moetrace.engine.cold import ColdStarts, cold_steps
+from moetrace.engine.cold import ColdStarts, cold_starts_of
 from moetrace.engine.decision_log import DecisionLog
 from moetrace.engine.decoded import Decoded
 from moetrace.engine.failure import place_of
@@ -31,6 +31,7 @@ from moetrace.engine.setup import Setup
 from moetrace.engine.state import FIRST_GROUP, LINK_IN, STEP, Log, new_log, new_steps, records
 from moetrace.engine.tape import new_tape
 from moetrace.engine.tiers.tier_host import end_disk
+from moetrace.engine.tiers.tier_layout import movable_parts
 from moetrace.engine.tiers.tier_records import DISK_ROW, MORE_ROWS, REMOTE_ROW, Tiers
 from moetrace.engine.tiers.tier_remote import RemoteExperts, end_remote, remote_of, with_remote
 from moetrace.engine.tiers.tier_transfers import Losses, losses_of, note_remote_mass, with_rates, with_transfers
@@ -355,7 +356,8 @@ def lane_of(
     lower_bound = None
     if tiers is None or adds_nothing(tiers):
         lower_bound = common.lower_bound(machine, room_of(setting[0], layers * experts), bool(cache.residents.any()))
-    cold = ColdStarts(cold_steps(schedule.requests, decoded.trace.steps), state) if policy.scope == "request" else None
+    layout = movable_parts(None if tiers is None else tiers.layout, machine)
+    cold = cold_starts_of(policy, schedule.requests, decoded.trace.steps, state, layout)
     yardsticks = common.work_bound(machine, remote), lower_bound, best
     has_units = system.ndp is not None
     return Lane(policy, machine, parts, has_units, setting, log, state, tiers, aside, hooks, *yardsticks, cold, remote)

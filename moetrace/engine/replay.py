@@ -225,13 +225,14 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
     _admit(aside.foresight, queue, cells, state.cache, tally)
     if tiers is not None:
         dense += begin_layer(tiers, tally, log.step[s])
-        flow_layout(aside.tape, step, tiers.layout, tiers, machine, dense)
     tape_dense(aside.tape, tiers, step, layer, dense, machine, state)
     moved = _flow(tiers, queue, 0.0, dense, machine)
     if setting.prefetch == ORACLE:
         now = step * cells.shape[0] + layer
         tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
     if tiers is not None:
+        # What has flowed beside it was read where it stood before.
+        flow_layout(aside.tape, step, tiers.layout, tiers, machine, dense)
         begin_transfers(tiers.transfers, tiers, machine, step, layer, dense)
     size = _see(at, layer, s, batch.demand, machine, setting, state, log)
     if tiers is not None:

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.drawn_machines import MachineCase, fields, machine_cases
 from support.drawn_runs import replay
+from support.drawn_tiers import HOST_RESIDENCIES
 from support.strategies import Case
 from support.tiers_oracle import from_specs
 from support.tiers_oracle import replay as simulate
@@ -40,7 +41,7 @@ def disk_policies(draw, case: MachineCase) -> dict[str, Any]:
     dispatch = draw(st.sampled_from(["gpu", *at_home]), label="dispatch")
     kept = "none" if dispatch == "hot" else draw(st.sampled_from(KEPT), label="kept")
     chosen = {"dispatch": dispatch, "residency": kept, "scope": draw(st.sampled_from(["layer", "global"]))}
-    return chosen | {"host_residency": draw(st.sampled_from(["lru", "fifo", "lfu"]), label="host residency")}
+    return chosen | {"host_residency": draw(st.sampled_from([*HOST_RESIDENCIES]), label="host residency")}
 
 
 def close(actual: Any, expected: Any, name: str) -> None:

@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.drawn_machines import MachineCase, machine_cases, machine_policies, plain_policy
 from support.drawn_runs import replay
-from support.drawn_tiers import tier_cases, tier_policies
+from support.drawn_tiers import own_dispatch, tier_cases, tier_policies
 from support.oracle_layer import machine_of
 from support.oracle_levels import Level, RecordedReplay, RecordedTale, leveled
 from support.plain_python import as_plain_python
 from support.strategies import Case
+from support.tier_runs import with_own_dispatch
 from support.tiers_oracle import from_specs
 
 import moetrace as mt
@@ -91,11 +92,8 @@ def test_levels_are_the_oracles(case, data):
 
 
 def written(case, fields, folder):
-    """Return system and policy with the files that their TOML would name; the oracle's host has a residency."""
-    system, fields = case.system | {}, fields | {}
-    if "disk" in system:
-        fields["host_residency"] = system["host"]["residency"]
-        system["host"] = {"slots": system["host"]["slots"]}
+    """Return system and policy with the files that their TOML would name."""
+    system, fields = case.system | {}, with_own_dispatch(fields, folder)
     if system["link"].get("rates"):
         (folder / "rates.csv").write_text("".join(f"{at!r},{rate!r}\n" for at, rate in system["link"]["rates"]))
         system["link"] = system["link"] | {"rates": str(folder / "rates.csv")}
@@ -115,8 +113,10 @@ def test_levels_with_tiers_are_the_oracles(case, data, tmp_path_factory):
             case.system["link"].pop(name, None)
     fields = data.draw(tier_policies(case, placements=("ep", "ep-block", "tp", "striped")), label="policy")
     levels, scales = data.draw(tables()), data.draw(st.booleans(), label="memory scales")
-    machine, plain = from_specs(case.trace, case.model, case.plain, SimpleNamespace(**fields), case.slots)
-    tale = RecordedTale(case.trace, machine, plain, None, False)
+    own = own_dispatch(fields)
+    specs = case.trace, case.model, case.plain, SimpleNamespace(**fields), case.slots
+    machine, plain = from_specs(*specs, dispatch=own)
+    tale = RecordedTale(case.trace, machine, plain, own, False)
     told = tale.run()
     deadline_ms = data.draw(deadlines([step.duration_s for step in told.steps]), label="deadline")
     expected = leveled(

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.drawn_machines import MachineCase, machine_cases, machine_policies
 from support.drawn_machines import plain_policy as in_full
-from support.drawn_tiers import tier_cases, tier_policies
+from support.drawn_tiers import own_dispatch, tier_cases, tier_policies
 from support.plain_python import as_plain_python
 from support.tier_runs import run_of, with_what_goes_together
 from support.tiers_oracle import Figures, from_specs
@@ -60,12 +60,13 @@ def same_to_the_last_bit(one: Run, other: Run) -> None:
 
 def compare(case: MachineCase, policy: dict[str, Any], folder: Path) -> None:
     """Check a case; the CPU is a device of `optimal` where the dispatch runs experts on it."""
-    uses_cpu = policy["dispatch"] in ("cheapest", "bottleneck")
+    own, with_cpu = own_dispatch(policy), policy.get("with_cpu")
+    uses_cpu = with_cpu is True if own else policy["dispatch"] in ("cheapest", "bottleneck") and with_cpu is not False
     specs = case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots
-    machine, plain = from_specs(*specs, cpu_takes_part=uses_cpu)
+    machine, plain = from_specs(*specs, dispatch=own, cpu_takes_part=uses_cpu)
     run = run_of(case, policy, folder, **ON)
     event(f"tiers: {run.lanes[0].tiers is not None}")
-    check(run, simulate(case.trace, machine, plain, regret=True))
+    check(run, simulate(case.trace, machine, plain, dispatch=own, regret=True))
     same_to_the_last_bit(run, run_of(case, policy, folder))
 
 

@@ -1,16 +1,17 @@
 """The kernels of machines with more tiers and other links against the oracle, in random mixes of their mechanisms."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from support.by_hand import one, trace_of
 from support.drawn_machines import MachineCase
-from support.drawn_tiers import tier_cases, tier_policies
+from support.drawn_tiers import own_dispatch, tier_cases, tier_policies
 from support.machine_example import example_with_units_and_a_cpu
 from support.plain_python import as_plain_python
 from support.tier_runs import run_of, with_what_goes_together
@@ -46,6 +47,10 @@ def check(run: Run, expected: Figures) -> None:
         resent = expected.resent_out_bytes, expected.resent_in_bytes
         close((lane.losses.resent_out_bytes, lane.losses.resent_in_bytes), resent, "resent")
     if lane.tiers is not None:
+        if lane.remote is not None:
+            books = lane.remote.books
+            assert books["calls"].sum() == expected.remote_calls
+            close(books["work_s"].sum(), expected.remote_s, "remote_s")
         close(lane.tiers.tally["evict_s"][0], expected.per_step("evict_s").sum(), "evict_s")
         if lane.tiers.layout is not None:
             close(lane.tiers.layout.moved, (expected.moved_bytes, expected.moved_s), "moved")
@@ -57,17 +62,22 @@ def check(run: Run, expected: Figures) -> None:
 
 def check_units(run: Run, lane: Lane, expected: Figures) -> None:
     units = unit_frame(run)
-    units = units.filter(~pl.col("unit").is_in(["disk", "remote"]))  # the oracle says what they do apart
     names = units["unit"].to_list()
     for column in ("busy_s", "experts", "rows", "bytes"):
         wanted = [expected.unit.get(name, {}).get(column, 0.0) for name in names]
         close(units[column].to_numpy(), wanted, f"{column} of {names}")
+    carrying_s = {"link_in": expected.carrying_s, "link_out": expected.sending_s}
+    for name, utilization in units.select("unit", "utilization").iter_rows():
+        working_s = carrying_s.get(name, expected.unit.get(name, {}).get("busy_s", 0.0))
+        close(utilization, working_s / expected.total_s, f"utilization of {name}")
 
 
 def compare(case: MachineCase, policy: dict[str, Any], folder: Path) -> Run:
-    machine, plain = from_specs(case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots)
+    own = own_dispatch(policy)
+    specs = case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots
+    machine, plain = from_specs(*specs, dispatch=own)
     run = run_of(case, policy, folder)
-    check(run, simulate(case.trace, machine, plain))
+    check(run, simulate(case.trace, machine, plain, dispatch=own))
     return run
 
 
@@ -91,6 +101,35 @@ def test_relayout(case, data, tmp_path_factory):
     event(f"bytes moved: {moved > 0}")
 
 
+@as_plain_python
+def test_halo_looks_at_the_gates_of_each_layer(tmp_path):
+    """Two steps of the same loads, in which the other expert matters more: so it does in the clairvoyant time."""
+    case = example_with_units_and_a_cpu()
+    sizes = np.array([[2e6, 1e6, 1e6, 1e6, 1e6, 1e6]])
+    trace = trace_of([one(0), one(1)], [one(0), one(1)], expert_bytes=sizes)
+    gates = np.array([0.75, 0.25, 0.25, 0.75], np.float16).reshape(4, 1, 1)
+    case.trace = replace(trace, gates=gates)
+    run = compare(case, {"dispatch": "halo", "residency": "lru", "scope": "layer"}, tmp_path)
+    # Dense takes 1 ms. The larger one on the GPU: 2 ms, beside 2.016 of the other. Else both run there, in 3.
+    assert run.lanes[0].clairvoyant_s == pytest.approx((3.016 + 4) * 1e-3)
+
+
+@as_plain_python
+def test_a_cold_start_forgets_what_relayout_has_learned(tmp_path):
+    """The same steps by another request take as long, wherever experts were moved for the first one."""
+    case = example_with_units_and_a_cpu()
+    case.system["ndp"] |= {"outside_gb_s": 0.2, "move_gb_s": 3.0}
+    case.system["host"] = {"channels_gb_s": 0.8}
+    steps = [[one(0), one(0), one(2)], [one(0), one(2)], [one(4), one(0), one(0)]]
+    case.trace = trace_of(*steps, *steps, requests=[0] * 8 + [1] * 8)
+    policy = {"placement": "mixed", "dispatch": "bottleneck", "residency": "ewma", "prefetch": "relayout"}
+    lane = compare(case, policy | {"scope": "request"}, tmp_path).lanes[0]
+    assert lane.tiers.layout.moved[0] > 0
+    assert lane.duration_s[:3].tolist() == lane.duration_s[3:].tolist()
+    warm = compare(case, policy | {"scope": "layer"}, tmp_path).lanes[0]
+    assert warm.duration_s[:3].tolist() != warm.duration_s[3:].tolist()
+
+
 # Compiled kernels: two machines that have most of it on, each of which compiles lines of its own.
 UNITS = {
     "ndp": {"contention": True, "outside_gb_s": 0.7, "move_gb_s": 0.5, "chunks": "auto"},
@@ -100,7 +139,7 @@ UNITS = {
 }
 DISK = {
     "disk": {"bandwidth_gb_s": 0.5, "latency_us": 50.0},
-    "host": {"slots": 5, "residency": "lfu"},
+    "host": {"slots": 5},
     "link": {"stream": 0},
 }
 
@@ -109,7 +148,7 @@ DISK = {
     ("parts", "policy"),
     [
         (UNITS, {"placement": "mixed", "dispatch": "bottleneck", "residency": "ewma", "prefetch": "relayout"}),
-        (DISK, {"dispatch": "optimal", "residency": "lru", "scope": "global"}),
+        (DISK, {"dispatch": "optimal", "residency": "lru", "scope": "global", "host_residency": "lfu"}),
     ],
 )
 def test_compiled(parts, policy, tmp_path):

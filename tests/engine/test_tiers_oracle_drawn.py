@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.drawn_machines import machine_cases, machine_policies, plain_policy
-from support.drawn_tiers import tier_cases, tier_policies
+from support.drawn_tiers import own_dispatch, tier_cases, tier_policies
 from support.oracle import simulate
 from support.tiers_oracle import from_specs, replay
 
@@ -38,9 +38,10 @@ def test_on_without_effect_is_version_1(case, data):
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=tier_cases(), data=st.data())
 def test_what_holds_for_any_mix(case, data):
-    policy = SimpleNamespace(**data.draw(tier_policies(case), label="policy"))
-    machine, plain = from_specs(case.trace, case.model, case.plain, policy, case.slots)
-    seen = replay(case.trace, machine, plain, regret=True)
+    policy = data.draw(tier_policies(case), label="policy")
+    specs, own = (case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots), own_dispatch(policy)
+    machine, plain = from_specs(*specs, dispatch=own)
+    seen = replay(case.trace, machine, plain, dispatch=own, regret=True)
     start_s = 0.0
     for step in seen.steps:
         np.testing.assert_allclose(step.start_s, start_s)
@@ -57,7 +58,8 @@ def test_what_holds_for_any_mix(case, data):
     placed = [plan for step in seen.steps for plan in step.plan]
     assert [set(plan) for plan in placed] == [set(n) for n in active]
     remote = sum(n[e] for n, plan in zip(active, placed, strict=True) for e in n if plan[e] == 3)
-    rows = sum(of["rows"] for of in unit.values()) + remote
+    rows = sum(of["rows"] for of in unit.values())
+    assert unit.get("remote", {"rows": 0})["rows"] == remote
     np.testing.assert_allclose(rows, (case.trace.experts >= 0).sum())
     local = sum(device < 3 for plan in placed for device in plan.values())
     assert seen.hits + seen.misses == local

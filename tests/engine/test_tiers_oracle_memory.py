@@ -156,6 +156,18 @@ def test_residencies_of_host_memory(residency, first, second):
         assert (seen.host_misses, seen.disk_bytes) == (misses, misses * 1e6)
 
 
+def test_a_prefetch_has_what_reads_leave_of_the_disk():
+    # Read until 10, fetched until 14, run until 15: 11 ms of the link are left, but 5 of the disk, which then has all
+    # of a dense. That is 0.6 of the second expert, which is late, and is read as a whole.
+    steps = [[one(0)], [one(1)]]
+    seen, moe = disk_ms(steps, "gpu", residency="lru", prefetch="oracle:1", slots=2)
+    assert moe == exactly([15, 15])
+    assert seen.per_step("prefetch_bytes").tolist() == exactly([5e5, 1e5])
+    assert (seen.late, seen.wasted, seen.host_misses) == (1, 1, 2)
+    assert (seen.disk_bytes, seen.disk_busy_s) == exactly((2.6e6, 26e-3))
+    assert seen.unit["link_in"]["busy_s"] == exactly(14e-3)
+
+
 def test_decisions_see_the_disk():
     # Read at 10: CPU 12, GPU 15. Both read at 10 and 20: 22 and 24 on the CPU.
     for dispatch in ("balance", "bottleneck", "optimal"):

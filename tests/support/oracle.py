@@ -177,7 +177,8 @@ class Replay:
         before = memory.moved_bytes
         memory.flow(max(0.0, line.moe - line.fetch_s))
         weights_s = line.fetch_s + ((memory.moved_bytes - before) / m.B_l if m.linked else 0.0)
-        self.carrying_s += union_s([(0.0, weights_s), (line.T_home - line.act, line.T_home)])
+        returning = [(line.T_home - line.act, line.T_home), (line.T_cpu - line.act_cpu, line.T_cpu)]
+        self.carrying_s += union_s([(0.0, weights_s), *returning])
         memory.layer_done(line, T)
         demand_bytes = math.fsum(m.W[layer, e] for e in line.fetched) + line.streamed
         self.account(layer, n, line, dense_s, demand_bytes)

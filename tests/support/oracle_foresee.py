@@ -84,11 +84,20 @@ class Foresight:
         return [] if row is None else [int(e) for e in self.trace.experts[row, layer] if e >= 0]
 
     def rho(self, layer: int) -> float:
-        m, (_, _, g) = self.machine, self.policy.placement.partition(":")
-        if m.home is None or self.policy.dispatch == "gpu":  # nothing runs there
+        m = self.machine
+        first = next((e for e in range(m.E) if m.W[layer, e] > 0), None)  # others are remote
+        if m.home is None or self.policy.dispatch == "gpu" or first is None:  # nothing runs there
             return 0.0
-        share = 1 if m.home_is_cpu or not self.policy.placement.startswith("tp") else int(g or m.N)
-        return m.flop_per_row / (share * m.home.F) / (m.W[layer, 0] / (share * m.home.B) + m.lone_start(m.home))
+        share = 1 if m.home_is_cpu else self.share(layer, first)
+        return m.flop_per_row / (share * m.home.F) / (m.W[layer, first] / (share * m.home.B) + m.lone_start(m.home))
+
+    def share(self, layer: int, e: int) -> int:
+        """Return the number of units that share an expert."""
+        kind, _, g = self.policy.placement.partition(":")
+        if kind == "tp":
+            return int(g or self.machine.N)
+        is_spread = kind == "striped" or (kind == "mixed" and self.policy.layout.get((layer, e)) == "striped")
+        return self.machine.N if is_spread else 1
 
     def see(self, step: int, layer: int, n: dict[int, int]) -> None:
         """The router of a layer has spoken."""

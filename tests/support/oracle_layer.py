@@ -41,6 +41,7 @@ class OracleTrace:
     row_phase: np.ndarray  # int [rows], 0 prefill, 1 decode
     offset: np.ndarray  # int [steps + 1]; every step has at least one row
     expert_bytes: np.ndarray | None = None  # [L] or [L, E]
+    gates: np.ndarray | None = None  # [rows, L, k]; where one is not finite, nobody knows it
 
     @property
     def steps(self) -> int:

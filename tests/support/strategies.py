@@ -278,4 +278,6 @@ def as_arrays(trace: OracleTrace, experts: int) -> dict[str, np.ndarray]:
     }
     if trace.expert_bytes is not None:
         arrays["expert_bytes"] = trace.expert_bytes.astype(np.int64)
+    if trace.gates is not None:
+        arrays["gates"] = trace.gates
     return arrays

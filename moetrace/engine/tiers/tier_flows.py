@@ -3,7 +3,7 @@
 from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.prefetch import COMPLETE, COMPLETED_EVER, DONE_BYTES, HEAD, TAIL, is_complete
 from moetrace.engine.tiers.tier_host import disk_s_per_byte, disk_spare_s, note_read_ahead
-from moetrace.engine.tiers.tier_link import flow_of
+from moetrace.engine.tiers.tier_link import flow_of, kept_share
 from moetrace.engine.tiers.tier_times import outside_s_per_byte
 from moetrace.jit.compile import kernel
 
@@ -50,7 +50,8 @@ def piece_of(tiers, queue, key, at_s, limits_s, machine):
     if remaining <= DONE_BYTES or most_s <= 0.0:
         return 0.0, 0.0, False
     group = machine.home[key // experts, key % experts] - FIRST_HOME
-    cap_s = max(outside_s_per_byte(tiers.term[0], machine.share, group), disk_s)
+    # What the link loses is sent again out of host memory: the disk reads each byte once.
+    cap_s = max(outside_s_per_byte(tiers.term[0], machine.share, group), disk_s * kept_share(tiers.transfers))
     link_s = machine.link[0].s_per_byte
     step_bytes, step_s = flow_of(tiers.transfers, remaining, at_s, most_s, link_s, cap_s)
     return step_bytes, step_s, disk_s > 0.0

@@ -6,7 +6,7 @@ import numpy as np
 
 from moetrace.engine.cost import varied_s
 from moetrace.engine.layer import less
-from moetrace.engine.machine import FIRST_HOME, GPU_DEVICE
+from moetrace.engine.machine import FIRST_HOME, GPU_DEVICE, Machine
 from moetrace.engine.prefetch import DONE_BYTES, join, score_to_beat
 from moetrace.engine.tape import MOVE, NOBODY, last_slice, note
 from moetrace.engine.tiers.tier_times import fetched_end_s
@@ -50,6 +50,14 @@ def new_layout(layers: int, experts: int, units: int, move_bytes_s: float, alpha
         move_s_per_byte=1 / move_bytes_s,
         alpha=alpha,
     )
+
+
+def movable_parts(layout: Layout | None, machine: Machine) -> list[np.ndarray]:
+    """Return all that relayout has written but its books: where experts are, what is expected and on its way."""
+    if layout is None:
+        return []
+    known = layout.rows, layout.order, layout.target, layout.left_bytes, layout.queue, layout.place, layout.ends
+    return [machine.home, *known]
 
 
 @kernel

@@ -206,6 +206,14 @@ def set_resent_bytes(transfers, resent):
 
 
 @kernel
+def kept_share(transfers):
+    """Return the share of a prefetch's packets that arrive."""
+    if transfers is None:
+        return 1.0
+    return 1.0 - transfers.term[0].loss
+
+
+@kernel
 def flow_of(transfers, byte_count, at_s, most_s, s_per_byte, cap_s_per_byte):
     """Return which of a prefetch's bytes pass in ``most_s`` seconds at most, and in which seconds.
 
@@ -217,7 +225,7 @@ def flow_of(transfers, byte_count, at_s, most_s, s_per_byte, cap_s_per_byte):
             return byte_count, byte_count * each_s
         # All of the time, to the last bit: of a rest that is rounding, the next expert would get some 1e-11 bytes.
         return min(most_s / each_s, byte_count), most_s
-    kept = 1.0 - transfers.term[0].loss
+    kept = kept_share(transfers)
     needed_s = carry_s(transfers, byte_count / kept, at_s, cap_s_per_byte)
     if needed_s <= most_s:
         return byte_count, needed_s

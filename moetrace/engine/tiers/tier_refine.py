@@ -19,9 +19,9 @@ from moetrace.engine.tiers.tier_times import (
     clear_work,
     cpu_end_s,
     ends_of,
-    fetched_end_s,
     home_end_s,
     home_work,
+    next_fetched_s,
     term_of,
 )
 from moetrace.jit.compile import kernel
@@ -83,10 +83,7 @@ def _runs_from(term, view, held, at, stop, when):
     """Return when the GPU has run those that it fetches from place ``at`` on; ``when`` GPU and link are free."""
     free_s, arrived_s = when
     for place in range(at, stop):
-        expert = view.active[held.fetched[place]]
-        from_s = arrived_s
-        arrived_s = from_s + expert.fetch_s
-        free_s = fetched_end_s(term, free_s, from_s, arrived_s, expert.gpu_s)
+        free_s, arrived_s = next_fetched_s(term, view.active[held.fetched[place]], free_s, arrived_s)
     return free_s
 
 
@@ -112,9 +109,7 @@ def _gpu_end_s(term, view, held, sums, i, adds):
     free_s, from_s = held.free_s[place], held.arrived_s[place]
     if not adds:
         return _runs_from(term, view, held, place + 1, sums.fetched, (free_s, from_s))
-    arrived_s = from_s + expert.fetch_s
-    free_s = fetched_end_s(term, free_s, from_s, arrived_s, expert.gpu_s)
-    return _runs_from(term, view, held, place, sums.fetched, (free_s, arrived_s))
+    return _runs_from(term, view, held, place, sums.fetched, next_fetched_s(term, expert, free_s, from_s))
 
 
 @kernel
@@ -124,10 +119,8 @@ def _note_gpu(term, view, held, sums, at):
         held.free_s[0], held.arrived_s[0] = _free_s(view, sums), 0.0
     for place in range(at, sums.fetched):
         expert = view.active[held.fetched[place]]
-        from_s = held.arrived_s[place]
-        arrived_s = from_s + expert.fetch_s
-        held.free_s[place + 1] = fetched_end_s(term, held.free_s[place], from_s, arrived_s, expert.gpu_s)
-        held.arrived_s[place + 1] = arrived_s
+        ends = next_fetched_s(term, expert, held.free_s[place], held.arrived_s[place])
+        held.free_s[place + 1], held.arrived_s[place + 1] = ends
     return held.free_s[sums.fetched]
 
 

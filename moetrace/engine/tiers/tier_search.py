@@ -10,11 +10,11 @@ from moetrace.engine.tiers.tier_times import (
     CpuWork,
     clear_work,
     cpu_end_s,
-    fetched_end_s,
     give_home,
     home_end_s,
     home_work,
     moe_s,
+    next_end_s,
     read_outside,
     term_of,
 )
@@ -59,12 +59,10 @@ def _decide(term, view, j, device, kept):
         read_outside(view, expert)
         after[_CPU_S] += expert.cpu_s
         after[_CPU_ROWS] += expert.rows
-    elif expert.resident:  # the first of those that the GPU runs waits for their start
-        after[_FREE_S] += expert.gpu_s + (view.gpu_start_s if now[_FREE_S] == 0.0 else 0.0)
     else:
-        read_outside(view, expert)
-        after[_ARRIVED_S] += expert.fetch_s
-        after[_FREE_S] = fetched_end_s(term, now[_FREE_S], now[_ARRIVED_S], after[_ARRIVED_S], expert.gpu_s)
+        if not expert.resident:
+            read_outside(view, expert)
+        after[_FREE_S], after[_ARRIVED_S] = next_end_s(term, view, expert, now[_FREE_S], now[_ARRIVED_S])
 
 
 @kernel

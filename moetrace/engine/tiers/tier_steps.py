@@ -5,7 +5,7 @@ Not for a disk below host memory, where what one expert waits for depends on all
 
 from moetrace.engine.layer import less
 from moetrace.engine.state import HOME, ON_GPU
-from moetrace.engine.tiers.tier_times import clear_work, fetched_end_s, give_home, home_end_s, home_work, read_outside
+from moetrace.engine.tiers.tier_times import clear_work, give_home, home_end_s, home_work, next_end_s, read_outside
 from moetrace.jit.compile import kernel
 
 
@@ -42,15 +42,6 @@ def work_of(group):
 def restore(group, work):
     """Give a group the work that it had."""
     group.busy_s, group.rows, group.outside_s, group.count = work
-
-
-@kernel
-def next_end_s(term, view, expert, free_s, arrived_s):
-    """Return when the GPU ends with one more expert, and when the link does; residents come first."""
-    if expert.resident:
-        return free_s + expert.gpu_s + (view.gpu_start_s if free_s == 0.0 else 0.0), arrived_s
-    arrives_s = arrived_s + expert.fetch_s
-    return fetched_end_s(term, free_s, arrived_s, arrives_s, expert.gpu_s), arrives_s
 
 
 @kernel

@@ -58,6 +58,21 @@ def fetched_end_s(term, free_s, from_s, to_s, gpu_s):
 
 
 @kernel
+def next_fetched_s(term, expert, free_s, from_s):
+    """Return when the GPU ends with one more expert, whose fetch begins at ``from_s``, and when the fetch does."""
+    arrived_s = from_s + expert.fetch_s
+    return fetched_end_s(term, free_s, from_s, arrived_s, expert.gpu_s), arrived_s
+
+
+@kernel
+def next_end_s(term, view, expert, free_s, from_s):
+    """Return the same of any expert; residents come first, and the first of them waits for their start."""
+    if expert.resident:
+        return free_s + expert.gpu_s + (view.gpu_start_s if free_s == 0.0 else 0.0), from_s
+    return next_fetched_s(term, expert, free_s, from_s)
+
+
+@kernel
 def exchange_s(out_s, work_s, latency_s, chunks, command_s):
     """Return the seconds in which rows go out, are worked on, and come back, in equal chunks that overlap.
 
@@ -217,19 +232,12 @@ def cpu_end_s(term, view, work):
 @kernel
 def gpu_end_s(term, view, size, plan):
     """Return when the GPU has run its part, fetching what is missing."""
-    free_s, fetched_s, start_s = 0.0, 0.0, view.gpu_start_s
+    free_s, arrived_s = 0.0, 0.0
     for j in range(size):
         i = view.active[j].turn
-        if plan[i] != ON_GPU:
-            continue
-        expert = view.active[i]
-        if expert.resident:
-            free_s += start_s + expert.gpu_s
-            start_s = 0.0
-        else:
-            from_s = max(fetched_s, expert.ready_s)
-            fetched_s = from_s + expert.fetch_s
-            free_s = fetched_end_s(term, free_s, from_s, fetched_s, expert.gpu_s)
+        if plan[i] == ON_GPU:
+            expert = view.active[i]
+            free_s, arrived_s = next_end_s(term, view, expert, free_s, max(arrived_s, expert.ready_s))
     return free_s
 
 

@@ -76,6 +76,7 @@ Memory domains
     miss under the present layout; CPU, if it takes part, as if striped; unit as if localized. Ties GPU, CPU, unit.
     - GPU: it joins the prefetch queue as by `online` without a limit: neither resident nor queued, its score of
       `ewma` above the bar of `online`; by score descending, then id. Its layout, and a move under way, stay.
+    - They join the queue of moves in the order in which they are looked at.
     - CPU: striped. Unit: localized; if it is localized already, or on its way there, it stays on that unit. Others
       go, in the order above, to the unit of least predicted seconds: the sum of `ndp(e)` for n^ rows over the
       layer's experts that units get by this decision and that stand or go there; ties the lowest unit.
@@ -83,20 +84,23 @@ Memory domains
       is on the way to, the move goes on; else a move joins the end of one queue for all layers.
     Moves flow like prefetches do before the router speaks (dense, overhead, evictions), not beside moe, from the
     next layer on, at min(move, cap of the present layout), each until 1e-3 bytes are left; then the layout changes,
-    also for the very layer whose dense it was. With N = 1 both layouts are the same and nothing moves.
+    also for the very layer whose dense it was, but not for prefetches beside that dense. A cold start (scope
+    request) forgets n^ and the queue, and the layout is the first one. With N = 1 both layouts are the same and nothing
+    moves.
 
 Disk
-20. Only without `[ndp]` and with `[link]`; prefetch must be none. Host memory begins empty, has `host_slots`, else
-    floor(memory / max W), else all experts; at most all.
+20. Only without `[ndp]` and with `[link]`. Host memory begins empty, has `host_slots`, else floor(memory / max W),
+    else all experts; at most all.
 21. Who reads: every active expert that is neither GPU-resident nor in host memory when the router speaks, wherever
     it runs. After the layer, in demand order, each active one that was not GPU-resident when the router spoke is
     touched, if it is in host memory, else offered: admitted if there is room or a victim that is not active in this
-    layer (GPU-resident ones count as active, too). Victims: lru touched longest ago, fifo admitted longest ago, lfu
-    fewest demands (each active expert that was not GPU-resident counts one, before evictions); ties as in version
-    1.
+    layer (GPU-resident ones count as active, too). Victims are those of version 1's residencies with scope global,
+    which count the demands of experts that were not GPU-resident. Scope request does not empty it.
 22. A fetch waits for its read; link and `sum of fetches` count no gaps. The CPU runs in demand order, its first
     start at act (+ t_c with launch "layer"), each expert from max(CPU free, read) on. With chunks c is the time
     from act to its last end, waits included; busy is without.
+28. A prefetch that host memory lacks is read at B_d, each byte once, whatever the link sends again. Beside moe the
+    disk has moe - sum of reads for it; when that is over the entry waits, and those behind it flow on the link.
 
 Remote functions
 23. The remote set: floor(b*E_l) experts of each layer, fewest rows in the first `plan_steps` (32) steps, or of

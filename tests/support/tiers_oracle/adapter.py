@@ -42,11 +42,16 @@ def from_specs(
     plain = plain_policy(policy)
     kind = "user" if dispatch else plain.dispatch
     if system.ndp is not None:
-        asked = kind in ("home", "cheapest", "bottleneck") if cpu_takes_part is None else cpu_takes_part
+        asked = takes_part(kind, plain.with_cpu) if cpu_takes_part is None else cpu_takes_part
         kind = "cheapest" if asked else "ndp"
     machine = machine_of(trace, model, system, slots, kind)
     own = {field.name: getattr(machine, field.name) for field in fields(Machine)}
     return Tiers(**own, **mechanisms(system, policy, machine, kind)), plain
+
+
+def takes_part(kind: str, with_cpu: bool | None) -> bool:
+    """Whether a CPU beside units does under a dispatch; a user's asks for it, the others may do without it."""
+    return with_cpu is True if kind == "user" else kind in ("home", "cheapest", "bottleneck") and with_cpu is not False
 
 
 def mechanisms(system: Any, policy: Any, machine: Machine, kind: str) -> dict[str, Any]:
@@ -110,7 +115,8 @@ def disk_of(disk: Any, host: Any, policy: Any, machine: Machine) -> Disk:
         memory_gb = said(host, "memory_gb")
         slots = everything if memory_gb is None else math.floor(memory_gb * 1e9 / machine.W.max())
     residency = said(host, "residency", said(host, "host_residency", said(policy, "host_residency", "lru")))
-    return Disk(disk.bandwidth_gb_s * 1e9, said(disk, "latency_us", 0.0) * 1e-6, min(slots, everything), residency)
+    B = disk.bandwidth_gb_s * 1e9 * said(disk, "efficiency", 1.0)
+    return Disk(B, said(disk, "latency_us", 0.0) * 1e-6, min(slots, everything), residency)
 
 
 def plain_policy(policy: Any) -> Plain:

@@ -113,6 +113,16 @@ def balance(s: Situation, moe_of: Callable[[Places], float]) -> Places:
     return places
 
 
+def halo(s: Situation, moe_of: Callable[[Places], float]) -> Places:
+    """Move experts to the GPU, those of most gate mass first, unless the layer gets slower."""
+    places = HOME_FOR_ALL
+    for e in sorted(s.order, key=lambda e: -s.mass[e]):
+        then = put(places, e, "gpu")
+        if not less(moe_of(places), moe_of(then)):
+            places = then
+    return places
+
+
 def is_exhaustive(m: Tiers, active: int) -> bool:
     """Whether `optimal` goes through all assignments."""
     devices = 1 + (m.home is not None) + (m.cpu is not None)
@@ -158,6 +168,8 @@ def choose(m: Tiers, policy: Plain, s: Situation, view: View, kind: str) -> Plac
         return Places(frozenset(order[: hottest(m, view, len(order))]), frozenset())
     if kind == "balance":
         return balance(s, moe_of)
+    if kind == "halo":
+        return halo(s, moe_of)
     if kind == "optimal":
         return optimal(m, s, moe_of)
     if kind == "cheapest":

@@ -61,6 +61,12 @@ class Relayout:
                 self.units[layer][e] = move.to
                 self.moves.pop(0)
 
+    def forget(self) -> None:
+        """Begin cold: nothing is foreseen, nothing is on its way, and all stands where it did at the start."""
+        self.foreseen.clear()
+        self.moves.clear()
+        self.units = first_layout(self.m, self.policy)
+
     def pending(self, key: Expert) -> Move | None:
         return next((move for move in self.moves if move.key == key), None)
 
@@ -72,8 +78,11 @@ class Relayout:
         hoped = {e: self.foreseen[layer, e] for e in range(self.m.E) if self.foreseen[layer, e] > 0}
         s = Situation(layer, hoped, 0, resident, self.units[layer])
         device = {e: self.device(s, view, e) for e in s.order}
-        self.stripe([(layer, e) for e in s.order if device[e] == "cpu"])
-        self.localize(s, [e for e in s.order if device[e] == "home"])
+        everywhere = list(range(self.m.N))
+        unit = self.units_of(s, [e for e in s.order if device[e] == "home"])
+        for e in s.order:  # in this order they join the queue
+            if device[e] != "gpu":
+                self.ask((layer, e), everywhere if device[e] == "cpu" else [unit[e]])
         return [e for e in s.order if device[e] == "gpu"]
 
     def device(self, s: Situation, view: View, e: int) -> str:
@@ -88,30 +97,24 @@ class Relayout:
         best = min(own.values())
         return next(name for name, cost in own.items() if not less(best, cost))
 
-    def stripe(self, keys: list[Expert]) -> None:
-        for key in keys:
-            self.ask(key, list(range(self.m.N)))
-
-    def localize(self, s: Situation, experts: list[int]) -> None:
+    def units_of(self, s: Situation, experts: list[int]) -> dict[int, int]:
         """Keep who is on one unit, or goes there; send the others to the unit of least predicted seconds."""
-        predicted = [0.0] * self.m.N
-        others = []
+        predicted, unit = [0.0] * self.m.N, {}
         for e in experts:
             move = self.pending((s.layer, e))
             here, there = self.units[s.layer][e], move.to if move else []
             target = there if len(there) == 1 else here if len(here) == 1 else None
-            if target is None:
-                others.append(e)
-            else:
-                predicted[target[0]] += self.m.home_s(s.layer, e, s.n[e], 1)
-                self.ask((s.layer, e), target)
-        for e in others:
-            best = 0
-            for u in range(1, self.m.N):
-                if less(predicted[u], predicted[best]):
-                    best = u
-            predicted[best] += self.m.home_s(s.layer, e, s.n[e], 1)
-            self.ask((s.layer, e), [best])
+            if target is not None:
+                unit[e] = target[0]
+                predicted[unit[e]] += self.m.home_s(s.layer, e, s.n[e], 1)
+        for e in experts:
+            if e not in unit:
+                unit[e] = 0
+                for u in range(1, self.m.N):
+                    if less(predicted[u], predicted[unit[e]]):
+                        unit[e] = u
+                predicted[unit[e]] += self.m.home_s(s.layer, e, s.n[e], 1)
+        return unit
 
     def ask(self, key: Expert, to: Units) -> None:
         """Let an expert go to a layout: a new move, the one under way, or none if it is there."""

@@ -38,6 +38,7 @@ class Figures:
         default_factory=dict
     )  # busy_s experts rows bytes; of gpu, ndp0 .. link_in
     carrying_s: float = 0.0  # in which link in carries anything
+    sending_s: float = 0.0  # in which link out does
     late: int = 0
     wasted: int = 0
     used: int = 0

@@ -20,8 +20,10 @@ class Situation:
     T: int
     resident: set[int]
     units: list[Units]  # of each expert, as things lie now
+    away: dict[int, int] = field(default_factory=dict)  # rows of remote experts
     calls: Calls = field(default_factory=Calls)
     reads: dict[int, float] = field(default_factory=dict)  # expert -> when the disk has read it
+    mass: dict[int, float] = field(default_factory=dict)  # expert -> sum of the gates that chose it
 
     @property
     def order(self) -> list[int]:

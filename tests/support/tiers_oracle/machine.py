@@ -20,7 +20,7 @@ class Disk:
     B: float
     latency_s: float
     host_slots: int | None = None  # None: all experts fit
-    host_residency: str = "lru"  # or fifo, lfu
+    host_residency: str = "lru"  # or any other that learns from the demands so far
 
 
 @dataclass
@@ -86,6 +86,7 @@ class Plain:
     scope: str = "layer"
     budget: str | None = None
     half_life: int | None = None
+    with_cpu: bool | None = None
     alpha: float = 0.3
     p: float = 1.0
     seed: int = 0

@@ -24,8 +24,8 @@ def refuse(m: Tiers, policy: Plain) -> None:
         raise ValueError("link.loss must be below 1")
     if m.rates and min(rate for _, rate in m.rates) <= 0:
         raise ValueError("rates must be above 0")
-    if m.disk and ((m.N and not m.home_is_cpu) or not m.linked or policy.prefetch != "none"):
-        raise ValueError("a disk goes with a link, without NDP units and without a prefetch")
+    if m.disk and ((m.N and not m.home_is_cpu) or not m.linked):
+        raise ValueError("a disk goes with a link, without NDP units")
     if policy.prefetch == "relayout" and (policy.placement, policy.residency) != ("mixed", "ewma"):
         raise ValueError("relayout goes with placement mixed and residency ewma")
     if policy.prefetch == "relayout" and m.move_bytes_s is None:
@@ -46,9 +46,12 @@ class Tale:
         steps, layers = range(trace.steps), range(m.L)
         self.demand = [[self.local.demand(step, layer) for layer in layers] for step in steps]
         self.relayout = Relayout(m, policy, first_layout(m, policy))
-        self.store = Store(self.local, m, policy, policy.residency, self.demand, relayout=self.relayout)
-        self.host = HostMemory(m, m.disk) if m.disk else None
-        self.gates = getattr(trace, "gates", None)
+        self.host = HostMemory.of(self.local, m, policy) if m.disk else None
+        here = m.W.copy()
+        for layer, experts in enumerate(self.remote):
+            here[layer, sorted(experts)] = 0
+        parts = {"relayout": self.relayout, "host": self.host}
+        self.store = Store(self.local, with_changes(m, W=here), policy, policy.residency, self.demand, **parts)
         self.clock = 0.0
         self.has_waited = False
         self.figures = Figures()
@@ -69,6 +72,7 @@ class Tale:
         if self.host:
             f.host_hits, f.host_misses = self.host.hits, self.host.misses
             f.disk_bytes, f.disk_busy_s = self.host.bytes, self.host.busy_s
+            f.add("disk", busy_s=f.disk_busy_s, experts=f.host_misses, bytes=f.disk_bytes)
         present = self.trace.experts >= 0
         f.gate_mass_total = float(sum(self.gate(*cell) for cell in np.argwhere(present)))
         return f
@@ -79,7 +83,19 @@ class Tale:
         return bool(set(self.trace.request[:at].tolist()) & set(self.trace.request[at:].tolist()))
 
     def gate(self, row: int, layer: int, slot: int) -> float:
-        return 1 / self.trace.experts.shape[2] if self.gates is None else float(self.gates[row, layer, slot])
+        gates = self.trace.gates
+        if gates is None or not math.isfinite(gates[row, layer, slot]):
+            return 1 / self.trace.experts.shape[2]
+        return float(gates[row, layer, slot])
+
+    def mass(self, step: int, layer: int) -> dict[int, float]:
+        """Return the sum of the gates of each expert that the step's rows choose."""
+        found: dict[int, float] = {}
+        for row in self.trace.rows_of(step):
+            for slot, e in enumerate(self.trace.experts[row, layer].tolist()):
+                if e >= 0:
+                    found[e] = found.get(e, 0.0) + self.gate(row, layer, slot)
+        return found
 
     def context(self, step: int) -> int:
         """Return C: the cached tokens that the step attends to."""
@@ -108,6 +124,8 @@ class Tale:
         f.work_bound_s += m.head_s()
         f.clairvoyant_s += m.head_s()
         store.step_done(step)
+        if self.host:
+            self.host.step_done(step)
         figures.prefetch_bytes, figures.late = store.moved_bytes, store.late - late
         layers_s = sum(figures.dense_s) + sum(figures.moe_s)
         figures.duration_s = figures.cold_s + figures.wait_s + layers_s + figures.head_s
@@ -121,7 +139,7 @@ class Tale:
         evict_s = store.evictions * m.evict_s
         store.evictions = 0
         before_s = dense_s + m.overhead_s + evict_s
-        f.carrying_s += store.flow_at(self.clock, before_s)
+        f.carrying_s += store.flow_at(self.clock, before_s, before_s)
         self.relayout.flow(before_s)
         self.clock += before_s
         store.router_speaks(step, layer)
@@ -132,13 +150,14 @@ class Tale:
         decided = self.decide(s, view)
         line = timed(m, s, self.clock, (step, layer), decided)
         store.dispatched(layer, line)
-        flowed = store.flow_at(self.clock + line.fetch_s, max(0.0, line.moe - line.fetch_s))
-        home = line.home
-        returning = (home.T - home.back_s, home.T)
-        f.carrying_s += union_s([(0.0, line.fetch_s + flowed), returning])
+        left_s, disk_s = (max(0.0, line.moe - busy_s) for busy_s in (line.fetch_s, max(s.reads.values(), default=0.0)))
+        flowed = store.flow_at(self.clock + line.fetch_s, left_s, disk_s)
+        returning = [(end.T - end.back_s, end.T) for end in (line.home, line.cpu)]
+        f.carrying_s += union_s([(0.0, line.fetch_s + flowed), *returning])
+        f.sending_s += max(line.home.out_s, line.cpu.out_s)
         store.layer_done(line, T)
         if self.host:
-            self.host.layer_done(layer, [e for e in s.order if e not in resident], set(n))
+            self.host.asked(step, layer, {e: rows for e, rows in n.items() if e not in resident}, set(n), T)
         self.account(s, line, dense_s, (step, layer))
         self.yardsticks(s, before_s - evict_s, line.moe, decided)
         self.clock += line.moe
@@ -158,8 +177,9 @@ class Tale:
         """Return the layer as its router leaves it; the disk begins to read what host memory lacks."""
         n = self.demand[step][layer]
         away = {e: rows for e, rows in self.trace.demand(step, layer).items() if e not in n}
-        s = Situation(layer, n, T, resident, list(self.relayout.units[layer]))
+        s = Situation(layer, n, T, resident, list(self.relayout.units[layer]), away)
         s.calls = call(self.m, layer, away, self.policy.replicas)
+        s.mass = self.mass(step, layer)
         if self.host:
             s.reads = self.host.read(layer, [e for e in s.order if e not in resident])
         return s
@@ -198,6 +218,9 @@ class Tale:
         f.resent_out_bytes += line.home.resent_out + line.cpu.resent_out
         f.remote_s += s.calls.seconds
         f.remote_calls += s.calls.calls
+        if s.away:
+            read = math.fsum(W[e] for e in s.away)
+            f.add("remote", busy_s=s.calls.T, experts=len(s.away), rows=sum(s.away.values()), bytes=read)
         if m.relaxed and m.loss:
             self.lose(s, line, key)
 
