@@ -154,24 +154,28 @@ def test_copies_share_rows_as_in_analyze_balance(copies, tmp_path):
     )
 
 
-def test_auto_takes_the_least_of_the_first_steps():
+@pytest.mark.parametrize("shared", ["with-attention", "apart", "auto"])
+def test_auto_takes_the_least_of_the_first_steps(shared):
     trace = drawn_trace(8, steps=12, rows=30)
     on = cluster({"bandwidth_gb_s": 1e-3, "dispatch_latency_us": 50, "combine_latency_us": 70}, attention=2, experts=2)
     # Little weight: what is cut costs little more.
-    more = {"dense_params_per_layer": 1000, "activation_bytes": 2}
-    auto = lane(trace, on, policy("pipeline:auto", plan_steps=4), **more)
-    cut = {phase: auto.fabric.cut[phase].tolist() for phase in np.unique(trace.phase).tolist()}
-    for phase, chosen in cut.items():
+    more = {"dense_params_per_layer": 1000, "shared_params_per_layer": 400, "activation_bytes": 2}
+    auto = lane(trace, on, policy("pipeline:auto", plan_steps=4, shared=shared), **more)
+    places = {"with-attention": [0], "apart": [1], "auto": [0, 1]}[shared]
+    for phase in np.unique(trace.phase).tolist():
         first = np.flatnonzero(trace.phase == phase)[:4]
-        spent = {}
+        spent = {}  # by what ties are to be broken: micro-batches, chunks, apart, order
         for r1 in (1, 2, 4, 8):
             for r2 in (1, 2, 4, 8):
-                for number, order in enumerate(("asas", "aass")):
-                    tried = lane(trace, on, policy(f"pipeline:{r1},{r2}", order=order), **more)
-                    spent[r1, r2, number] = tried.duration_s[first].sum()
+                for apart in places:
+                    for number, order in enumerate(("asas", "aass")):
+                        where = ("with-attention", "apart")[apart]
+                        tried = lane(trace, on, policy(f"pipeline:{r1},{r2}", order=order, shared=where), **more)
+                        spent[r1, r2, apart, number] = tried.duration_s[first].sum()
         best = min(spent.values())
-        assert chosen == min(cut for cut, seconds in spent.items() if seconds <= best * (1 + 1e-12))
-    assert any(chosen != (1, 1, 0) for chosen in cut.values())
+        r1, r2, first_all, apart = auto.fabric.cut[phase].tolist()
+        assert (r1, r2, apart, first_all) == min(cut for cut, s in spent.items() if s <= best * (1 + 1e-12))
+        assert (r1, r2) != (1, 1)
 
 
 @pytest.mark.parametrize(
