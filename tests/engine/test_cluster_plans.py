@@ -186,6 +186,8 @@ def test_auto_takes_the_least_of_the_first_steps(shared):
         ({"schedule": "pipeline:0,1"}, r"schedule wants serial"),
         ({"schedule": "pipeline:1,257"}, r"schedule wants serial"),
         ({"schedule": "pipeline:2,2", "execution": "fused"}, r"execution applies to schedule serial only"),
+        ({"shared": "auto"}, r"shared wants with-attention or apart; auto goes with schedule pipeline:auto"),
+        ({"schedule": "pipeline:2,2", "shared": "auto"}, r"shared wants with-attention or apart"),
         ({"order": "aass"}, r"order applies to schedule pipeline:r1,r2 only"),
         ({"redundant": 4}, r"redundant applies to placement eplb or eplb-hierarchical only"),
         ({"placement": "ep", "interval": 4}, r"interval applies to placement ep-lpt, eplb"),
@@ -222,6 +224,7 @@ def test_the_other_kind_of_machine_is_refused():
         ({"placement": "eplb-hierarchical", "nodes": 3}, r"cannot share 4 GPUs among 3 nodes equally"),
         ({"placement": "eplb-hierarchical", "nodes": 2, "groups": 3}, r"cannot share 3 groups among 2 nodes equally"),
         ({"shared": "apart"}, r"model by-hand does not say; set model.shared_params_per_layer"),
+        ({"schedule": "pipeline:auto", "shared": "auto"}, r'shared = "auto" needs to know which weights are shared'),
     ],
 )
 def test_plans_that_cannot_be(one, message):

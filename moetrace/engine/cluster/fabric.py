@@ -58,7 +58,9 @@ CUT = np.dtype([(name, np.int64) for name in CUT_FIELDS])
 class Fabric(NamedTuple):
     """A cluster under a policy."""
 
-    machine: Machine  # one GPU: its dense layers and the head; `work[1]`: without shared experts, if those may run apart
+    machine: (
+        Machine  # one GPU: its dense layers and the head; `work[1]`: without shared experts, if those may run apart
+    )
     gpus: Any  # FABRIC [1]
     network: Any  # NETWORK [3], by phase
     cut: Any  # CUT [3], by phase
