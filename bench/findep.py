@@ -10,6 +10,7 @@ All traces are drawn from one seed: a second run gives the same tables.
 import argparse
 import sys
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -215,7 +216,7 @@ def orders() -> str:
             holds = []
             for tokens in TOKENS:
                 times = [lane.duration_s[0] for lane in replayed(model, system, tokens, 512, policies).lanes]
-                holds.append(all(a >= b * (1 - 1e-12) for a, b in zip(times[:-1], times[1:], strict=True)))
+                holds.append(all(a >= b * (1 - 1e-12) for a, b in pairwise(times)))
             last = max((i for i, held in enumerate(holds) if not held), default=-1)
             cells.append(f"{TOKENS[last + 1]:,}" if last + 1 < len(TOKENS) else "none of these")
         gpus = "the same for both" if split is None else f"{split[0]} and {split[1]}"
@@ -236,8 +237,8 @@ def summary() -> str:
     larger = sum(above.values())
     total = within + below + larger
     return (
-        f"{within} of the paper's {total} ratios lie within what {PROMPTS[0]} to {PROMPTS[-1]} prompts a GPU give here, "
-        f"to {NEAR}; {below} are smaller. {larger} are larger: "
+        f"{within} of the paper's {total} ratios lie within what {PROMPTS[0]} to {PROMPTS[-1]} prompts a GPU give "
+        f"here, to {NEAR}; {below} are smaller. {larger} are larger: "
         + " and ".join(f"{count} of `{name}`" for name, count in above.items())
         + "."
     )
