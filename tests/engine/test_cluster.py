@@ -181,7 +181,8 @@ def test_auto_is_never_slower_than_what_it_tries(seed, gpus):
 def test_chunks_without_rows_are_left_out():
     trace = trace_of([[[0, 1]], [[1, 2]], [[2, 3]]])
     on = cluster(SLOW, attention=1, experts=2)
-    assert ms(lane(trace, on, policy("pipeline:8,8"))) == pytest.approx(ms(lane(trace, on, policy("pipeline:3,1"))))
+    fine, coarse = (ms(lane(trace, on, policy(cut))) for cut in ("pipeline:8,8", "pipeline:3,1"))
+    assert fine == pytest.approx(coarse, rel=1e-12)
 
 
 @settings(deadline=None, max_examples=15)
