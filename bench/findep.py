@@ -12,6 +12,7 @@ import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -227,6 +228,7 @@ def orders() -> str:
 def summary() -> str:
     """How many of the published ratios lie within what comes out here, and with how many prompts they would."""
     within, below, above = 0, 0, dict.fromkeys(LENGTHS, 0)
+    grown, grown_here = 0, 0
     for name, lengths in LENGTHS.items():
         for bed, published in PUBLISHED[name].items():
             for prompt, paper in zip(lengths, published, strict=True):
@@ -234,13 +236,16 @@ def summary() -> str:
                 below += paper < min(ours) - NEAR
                 above[name] += paper > max(ours) + NEAR
                 within += min(ours) - NEAR <= paper <= max(ours) + NEAR
+            first, last = (fmean(gains(name, bed, prompt)[0]) for prompt in (lengths[0], lengths[-1]))
+            grown, grown_here = grown + (published[-1] > published[0]), grown_here + (last > first)
     larger = sum(above.values())
     total = within + below + larger
     return (
         f"{within} of the paper's {total} ratios lie within what {PROMPTS[0]} to {PROMPTS[-1]} prompts a GPU give "
         f"here, to {NEAR}; {below} are smaller. {larger} are larger: "
         + " and ".join(f"{count} of `{name}`" for name, count in above.items())
-        + "."
+        + f". From the shortest prompts to the longest the gain grows in {grown} of 8 cases there, and with one prompt "
+        f"a GPU in {grown_here} here."
     )
 
 
