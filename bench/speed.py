@@ -2,10 +2,11 @@
 
     python bench/speed.py [--rounds 5] [--quick] [--write docs/speed.md]
     python bench/speed.py --against COMMIT [--rounds 7] [--write docs/speed.md]
+    python bench/speed.py --clusters [--rounds 7] [--write docs/speed.md]
 
 Every case is timed once a round, in turn, and the table shows medians. `--quick` leaves out the trace of 2 GB;
 `--write` puts the table between the markers of a Markdown file. `--against` measures this work tree beside another
-commit instead, processor time, interleaved.
+commit instead, processor time, interleaved; `--clusters` measures a cluster, in the same way, and its memory.
 """
 
 import argparse
@@ -16,17 +17,19 @@ import threading
 import time
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 from against import against
 from markers import write_between
 
+from moetrace.engine.decoded import Decoded, needs_of
 from moetrace.engine.run import run_setups
 from moetrace.engine.setup import Setup
 from moetrace.generators import generate, generate_trace
-from moetrace.spec import load_model, load_policy, load_system
+from moetrace.spec import PolicySpec, load_model, load_policy, load_system
 from moetrace.trace import Trace
+from moetrace.trace.schema import DECODE
 
 MODEL = load_model("qwen3-30b-a3b")
 SYSTEM = load_system("edge-ndp")
@@ -39,6 +42,9 @@ CASES = [
     ("batch 256, 512 in, 512 out", {"requests": 256, "prompt": 512, "output": 512, "batch": 256}, 8),
     ("batch 256, 8 in, 512 out", {"requests": 256, "prompt": 8, "output": 512, "batch": 256}, 8),
 ]
+# DeepSeek-V3 on 16 GPUs: 58 layers of 256 experts, top 8. Schedule, target in ns an access.
+LARGE, SIXTEEN = load_model("deepseek-v3"), load_system("h200-x16")
+SCHEDULES = [("serial", 12), ("pipeline:2,2", 20)]
 COMMAND = [sys.executable, "-m", "moetrace"]
 ROOT = Path(__file__).parents[1]
 
@@ -125,7 +131,14 @@ def anonymous_memory(folder: Path) -> tuple[str, ...]:
     path = folder / "large.h5"
     generate(path, MODEL, requests=5120, prompt=512, output=512, batch=1, seed=0)
     size = path.stat().st_size
-    command = [*COMMAND, "replay", str(path), "--policy", "edge-ndp", "-o", str(folder / "out"), "--format", "json"]
+    most_gb = most_anonymous_gb(["replay", str(path), "--policy", "edge-ndp", "-o", str(folder / "out")])
+    path.unlink()
+    return f"a trace of {size / 1e9:.2f} GB, files written", f"{most_gb:.2f} GB anonymous", "", "< 1 GB"
+
+
+def most_anonymous_gb(arguments: list[str]) -> float:
+    """Run a command and return the most of anonymous memory that its process had."""
+    command = [*COMMAND, *arguments, "--format", "json"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     most = [0]
 
@@ -143,8 +156,64 @@ def anonymous_memory(folder: Path) -> tuple[str, ...]:
     if process.wait():
         sys.exit("The replay of the large trace failed.")
     watcher.join()
-    path.unlink()
-    return (f"a trace of {size / 1e9:.2f} GB, files written", f"{most[0] / 1e6:.2f} GB anonymous", "", "< 1 GB")
+    return most[0] / 1e6
+
+
+def clusters(rounds: int) -> list[tuple[str, ...]]:
+    """Decode steps of 256 rows, from ids to figures, and how much of that makes the ids ready: processor time."""
+    drawn = generate_trace(LARGE, requests=256, prompt=1, output=65, batch=256, seed=0)
+    request, position = (drawn.read(name, 0, drawn.rows) for name in ("request", "position"))
+    order = np.lexsort((request, position))[256:]  # all requests at the same place; without their prompts
+    steps = np.full(len(order) // 256, 256)
+    trace = Trace.from_arrays(
+        drawn.read("experts", 0, drawn.rows)[order],
+        num_experts=LARGE.experts,
+        steps=steps,
+        phase=np.full(len(steps), DECODE),
+        request=request[order],
+        position=position[order],
+    )
+    accesses = trace.rows * trace.layers * trace.top_k
+    policies = [load_policy("ep-serial", {"schedule": schedule}) for schedule, _ in SCHEDULES]
+
+    def decode() -> None:
+        for _ in Decoded(trace, needs_of(policies, [SIXTEEN])).batches():
+            pass
+
+    def work(policy: PolicySpec) -> None:
+        run_setups(trace, [Setup(model=LARGE, system=SIXTEEN, policies=[policy])])
+
+    works = [lambda: histogram(trace), decode, *(lambda policy=policy: work(policy) for policy in policies)]
+    spent: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds + 1):  # the first one compiles
+        for one, of_one in zip(works, spent, strict=True):
+            begun_s = process_time()
+            one()
+            of_one.append((process_time() - begun_s) / accesses * 1e9)
+    counted, *others = (of_one[1:] for of_one in spent)
+    names = [("making ids ready for any policy of a cluster", ""), *((f"`{s}`", f"≤ {ns} ns") for s, ns in SCHEDULES)]
+    return [
+        (
+            name,
+            f"{median(ns):.1f} ns an access",
+            f"{median(a / b for a, b in zip(ns, counted, strict=True)):.2f}x",
+            target,
+        )
+        for (name, target), ns in zip(names, others, strict=True)
+    ]
+
+
+def memory_of_clusters(folder: Path) -> tuple[str, ...]:
+    """Anonymous memory of the replay of a cluster over a file, and over one of four times as many steps."""
+    most_gb = []
+    for output in (500, 2000):
+        path = folder / f"{output}.h5"
+        generate(path, LARGE, requests=256, prompt=8, output=output, batch=256, seed=0)
+        arguments = ["replay", str(path), "--system", SIXTEEN.name, "--policy", "ep-serial", "--jobs", "1"]
+        most_gb.append(most_anonymous_gb([*arguments, "-o", str(folder / str(output))]))
+        path.unlink()
+    shown = " and ".join(f"{gb:.3f} GB" for gb in most_gb)
+    return "anonymous memory, 256 requests of 8 + 500 and of 8 + 2,000", shown, f"{most_gb[1] / most_gb[0]:.2f}x", "1x"
 
 
 def start_up(rounds: int) -> list[tuple[str, ...]]:
@@ -169,9 +238,19 @@ def main() -> None:
     options.add_argument("--quick", action="store_true")
     options.add_argument("--write", type=Path)
     options.add_argument("--against", metavar="COMMIT")
+    options.add_argument("--clusters", action="store_true")
     options = options.parse_args()
     if options.against:
         show(against(options.against, options.rounds), "against", options.write)
+        return
+    if options.clusters:
+        rows = [
+            ("what, DeepSeek-V3 on `h200-x16`, decode at batch 256", "measured", "times a NumPy histogram", "target")
+        ]
+        rows += clusters(options.rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(memory_of_clusters(Path(folder)))
+        show(rows, "clusters", options.write)
         return
     rows = [("what, Qwen3-30B-A3B on one core", "measured", "times a NumPy histogram", "target")]
     rows += speed(options.rounds)

@@ -11,7 +11,10 @@ from moetrace.results.figure import Count, Figure
 class ClusterFigures(msgspec.Struct, kw_only=True):
     """What a policy did on a cluster, its fields in the file's order; shares are of `total_s`."""
 
-    cuts: Annotated[dict[str, str], Meta(description="the schedule in steps of each phase")]
+    cuts: Annotated[
+        dict[str, str],
+        Meta(description="the schedule in steps of each phase; `apart`: shared experts are a stage of their own"),
+    ]
     exposed_s: Annotated[
         float,
         Figure(

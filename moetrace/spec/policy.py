@@ -87,7 +87,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     deadline_ms: Annotated[float, Meta(ge=1e-6, le=1e9)] | None = None
     schedule: str | None = None
     order: Literal["asas", "aass"] | None = None
-    shared: Literal["with-attention", "apart"] | None = None
+    shared: Literal["with-attention", "apart", "auto"] | None = None
     execution: Literal["bulk", "fused"] | None = None
     kernels_per_layer: Annotated[int, Meta(ge=1, le=10**6)] | None = None
     redundant: Annotated[int, Meta(ge=0, le=65535)] | None = None
@@ -300,6 +300,8 @@ def _check_of_cluster(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
         loaded.refuse("placement", f"one of {', '.join(cluster_policy.PLACEMENTS)} on a cluster{near}")
     if not cluster_policy.is_schedule(str(policy.schedule)):
         loaded.refuse("schedule", cluster_policy.SCHEDULES)
+    if policy.shared == "auto" and policy.schedule != cluster_policy.AUTO:
+        loaded.refuse("shared", f"with-attention or apart; auto goes with schedule {cluster_policy.AUTO}")
     for field in policy.unread:
         if field in given and getattr(policy, field) is not None:
             to = cluster_policy.reader_of(field)

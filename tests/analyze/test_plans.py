@@ -60,6 +60,26 @@ def test_eplb_agrees_with_plain_python(seed, most, shape):
     assert plan.tolist() == [oracle.eplb(row, slots, units, nodes, groups) for row in loads]
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    most=KINDS,
+    nodes=st.integers(1, 3),
+    groups=st.integers(1, 3),  # of a node
+    size=st.integers(1, 6),  # of a group
+    units=st.integers(1, 4),  # of a node
+    room=st.integers(0, 3),  # slots of a unit beyond the fewest
+)
+def test_eplb_is_that_of_floats_whatever_the_loads(seed, most, nodes, groups, size, units, room):
+    """Thirds and fifths of loads tie, or nearly do: the plan is the one that sums of float64 make."""
+    experts, fewest = nodes * groups * size, -(-groups * size // units)
+    slots = nodes * units * (fewest + room)
+    loads = loads_of(seed, most, 2, experts)
+    plan = eplb_plan(loads, slots, nodes * units, nodes, nodes * groups)
+    expected = [oracle.eplb(row, slots, nodes * units, nodes, nodes * groups, float) for row in loads]
+    assert plan.tolist() == expected
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), most=KINDS, shape=SHAPES)
 def test_every_expert_has_a_slot_and_units_have_equally_many(seed, most, shape):

@@ -327,30 +327,38 @@ def test_constants_by_phase():
     assert difference == pytest.approx(2e-3)
 
 
-def test_auto_takes_the_least_of_all_candidates():
+@pytest.mark.parametrize("shared", ["with-attention", "apart", "auto"])
+def test_auto_takes_the_least_of_all_candidates(shared):
     rows = steps(*[[(0, 2), (1, 2), (3, 0), (1, 0), (2, 3), (0, 1), (0, 3), (1, 2)]] * 3, layers=2)
-    on, plans = machine(layers=2, attention=2, kv_bytes=1e5), Plans(BLOCK * 2)
-    found = replay(rows, on, Policy(schedule="pipeline:auto", plan_steps=2), plans)
+    on, plans = machine(layers=2, attention=2, kv_bytes=1e5, shared_params=1e6), Plans(BLOCK * 2)
+    found = replay(rows, on, Policy(schedule="pipeline:auto", plan_steps=2, shared=shared), plans)
     tried = {
-        (r1, r2, order): replay(rows[:2], on, Policy(schedule=f"pipeline:{r1},{r2}", order=order), plans).total_s
+        (r1, r2, order, where): replay(
+            rows[:2], on, Policy(schedule=f"pipeline:{r1},{r2}", order=order, shared=where), plans
+        ).total_s
         for r1 in (1, 2, 4, 8)
         for r2 in (1, 2, 4, 8)
         for order in ("asas", "aass")
+        for where in (["with-attention", "apart"] if shared == "auto" else [shared])
     }
     assert tried[found.chosen[DECODE]] == pytest.approx(min(tried.values()), rel=1e-12)
-    single = replay(steps([(0,)]), machine(), Policy(schedule="pipeline:auto", order="aass"), Plans(BLOCK))
-    assert single.chosen == {DECODE: (1, 1, "asas")}  # all are alike
+
+
+def test_where_all_candidates_are_alike_auto_takes_the_simplest():
+    policy = Policy(schedule="pipeline:auto", order="aass", shared="auto")
+    found = replay(steps([(0,)]), machine(), policy, Plans(BLOCK))
+    assert found.chosen == {DECODE: (1, 1, "asas", "with-attention")}
 
 
 def test_auto_looks_at_the_first_steps_of_each_phase():
     rows = steps([(0,)], [(0, 2), (1, 2), (3, 0), (1, 0), (2, 3), (0, 1), (0, 3), (1, 2)], layers=2)
     on, plans = machine(layers=2, attention=2, flop_per_row=1e10, t_g=0.0), Plans(BLOCK * 2)
     one, two = (replay(rows, on, Policy(schedule="pipeline:auto", plan_steps=n), plans).chosen for n in (1, 2))
-    assert one[DECODE] == (1, 1, "asas")  # of one row all candidates are alike
+    assert one[DECODE][:3] == (1, 1, "asas")  # of one row all candidates are alike
     assert two[DECODE][0] > 1
     prompt = Step([replace(row, phase=0) for row in rows[0].rows])
     both = replay([prompt, rows[1]], on, Policy(schedule="pipeline:auto", plan_steps=1), plans).chosen
-    assert (both[0], both[DECODE][0] > 1) == ((1, 1, "asas"), True)
+    assert (both[0][:3], both[DECODE][0] > 1) == ((1, 1, "asas"), True)
 
 
 def test_fused_goes_with_serial_only():

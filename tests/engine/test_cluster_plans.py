@@ -154,24 +154,28 @@ def test_copies_share_rows_as_in_analyze_balance(copies, tmp_path):
     )
 
 
-def test_auto_takes_the_least_of_the_first_steps():
+@pytest.mark.parametrize("shared", ["with-attention", "apart", "auto"])
+def test_auto_takes_the_least_of_the_first_steps(shared):
     trace = drawn_trace(8, steps=12, rows=30)
     on = cluster({"bandwidth_gb_s": 1e-3, "dispatch_latency_us": 50, "combine_latency_us": 70}, attention=2, experts=2)
     # Little weight: what is cut costs little more.
-    more = {"dense_params_per_layer": 1000, "activation_bytes": 2}
-    auto = lane(trace, on, policy("pipeline:auto", plan_steps=4), **more)
-    cut = {phase: auto.fabric.cut[phase].tolist() for phase in np.unique(trace.phase).tolist()}
-    for phase, chosen in cut.items():
+    more = {"dense_params_per_layer": 1000, "shared_params_per_layer": 400, "activation_bytes": 2}
+    auto = lane(trace, on, policy("pipeline:auto", plan_steps=4, shared=shared), **more)
+    places = {"with-attention": [0], "apart": [1], "auto": [0, 1]}[shared]
+    for phase in np.unique(trace.phase).tolist():
         first = np.flatnonzero(trace.phase == phase)[:4]
-        spent = {}
+        spent = {}  # by what ties are to be broken: micro-batches, chunks, apart, order
         for r1 in (1, 2, 4, 8):
             for r2 in (1, 2, 4, 8):
-                for number, order in enumerate(("asas", "aass")):
-                    tried = lane(trace, on, policy(f"pipeline:{r1},{r2}", order=order), **more)
-                    spent[r1, r2, number] = tried.duration_s[first].sum()
+                for apart in places:
+                    for number, order in enumerate(("asas", "aass")):
+                        where = ("with-attention", "apart")[apart]
+                        tried = lane(trace, on, policy(f"pipeline:{r1},{r2}", order=order, shared=where), **more)
+                        spent[r1, r2, apart, number] = tried.duration_s[first].sum()
         best = min(spent.values())
-        assert chosen == min(cut for cut, seconds in spent.items() if seconds <= best * (1 + 1e-12))
-    assert any(chosen != (1, 1, 0) for chosen in cut.values())
+        r1, r2, first_all, apart = auto.fabric.cut[phase].tolist()
+        assert (r1, r2, apart, first_all) == min(cut for cut, s in spent.items() if s <= best * (1 + 1e-12))
+        assert (r1, r2) != (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +186,8 @@ def test_auto_takes_the_least_of_the_first_steps():
         ({"schedule": "pipeline:0,1"}, r"schedule wants serial"),
         ({"schedule": "pipeline:1,257"}, r"schedule wants serial"),
         ({"schedule": "pipeline:2,2", "execution": "fused"}, r"execution applies to schedule serial only"),
+        ({"shared": "auto"}, r"shared wants with-attention or apart; auto goes with schedule pipeline:auto"),
+        ({"schedule": "pipeline:2,2", "shared": "auto"}, r"shared wants with-attention or apart"),
         ({"order": "aass"}, r"order applies to schedule pipeline:r1,r2 only"),
         ({"redundant": 4}, r"redundant applies to placement eplb or eplb-hierarchical only"),
         ({"placement": "ep", "interval": 4}, r"interval applies to placement ep-lpt, eplb"),
@@ -218,6 +224,7 @@ def test_the_other_kind_of_machine_is_refused():
         ({"placement": "eplb-hierarchical", "nodes": 3}, r"cannot share 4 GPUs among 3 nodes equally"),
         ({"placement": "eplb-hierarchical", "nodes": 2, "groups": 3}, r"cannot share 3 groups among 2 nodes equally"),
         ({"shared": "apart"}, r"model by-hand does not say; set model.shared_params_per_layer"),
+        ({"schedule": "pipeline:auto", "shared": "auto"}, r'shared = "auto" needs to know which weights are shared'),
     ],
 )
 def test_plans_that_cannot_be(one, message):

@@ -200,7 +200,7 @@ def cluster_policies(draw, schedules: tuple[str, ...], placements: tuple[str, ..
         policy["schedule"] = kind if kind != "pipeline" else f"pipeline:{draw(cuts)},{draw(cuts)}"
         policy |= draw(_some({"order": st.sampled_from(["asas", "aass"])}))
     if kind == "pipeline:auto":
-        policy |= draw(_some({"plan_steps": st.integers(1, 4)}))
+        policy |= draw(_some({"plan_steps": st.integers(1, 4), "shared": st.just("auto")}))
     if placement in MADE_FROM_LOADS:
         policy["window"] = draw(st.integers(1, 4), label="window")
         policy |= draw(_some({"interval": st.integers(0, 3)}))

@@ -7,18 +7,23 @@ from itertools import product
 def pack(weights, packs):
     """Which items each pack gets, in order: heaviest first, to the lightest pack with room; ties to the lower."""
     room = len(weights) // packs
-    held = [[] for _ in range(packs)]
+    held, total = [[] for _ in range(packs)], [0] * packs
     if room == 1:
         return [[item] for item in range(packs)]
     for item in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
         open_packs = [p for p in range(packs) if len(held[p]) < room]
-        held[min(open_packs, key=lambda p: (sum(weights[i] for i in held[p]), p))].append(item)
+        lightest = min(open_packs, key=lambda p: (total[p], p))
+        held[lightest].append(item)
+        total[lightest] += weights[item]
     return held
 
 
-def eplb(loads, slots, units, nodes=1, groups=1):
-    """Expert of each slot of one layer."""
-    loads = [Fraction(int(load)) for load in loads]
+def eplb(loads, slots, units, nodes=1, groups=1, number=Fraction):
+    """Expert of each slot of one layer.
+
+    With ``number`` float as DeepSeek adds up, one copy after another: sums of thirds that are equal may differ there.
+    """
+    loads = [number(int(load)) for load in loads]
     size = len(loads) // groups
     members = [list(range(g * size, (g + 1) * size)) for g in range(groups)]
     plan = []

@@ -4,7 +4,7 @@ import numpy as np
 
 from moetrace.engine.cluster.cluster_books import CLUSTER_STEP, new_books
 from moetrace.engine.cluster.cluster_replay import replay_cluster
-from moetrace.engine.cluster.fabric import Fabric
+from moetrace.engine.cluster.fabric import CUT_FIELDS, Fabric, may_be_apart
 from moetrace.engine.cluster.placed import PlacedCopies
 from moetrace.engine.decoded import Decoded
 from moetrace.engine.layer import SAME
@@ -19,15 +19,19 @@ TRIED = (1, 2, 4, 8)  # micro-batches, and chunks of each
 def best_cut(decoded: Decoded, fabric: Fabric, copies: PlacedCopies, policy: PolicySpec, requests: int) -> np.ndarray:
     """Return CUT [3]: of each phase, what makes the sum of its first ``plan_steps`` steps least.
 
-    Ties go to fewer micro-batches, then fewer chunks, then `asas`. The placement is that of step 0. A phase that the
-    trace does not have keeps one part.
+    Ties go to fewer micro-batches, then fewer chunks, then shared experts with the attention, then `asas`. The
+    placement is that of step 0. A phase that the trace does not have keeps one part.
     """
-    cuts = [(r1, r2, first) for r1 in TRIED for r2 in TRIED for first in (0, 1)]
+    stages = [(0, 0)] if policy.shared != "apart" else []  # with the attention both orders are the same
+    if may_be_apart(fabric):
+        stages += [(0, 1), (1, 1)]
+    cuts = [(r1, r2, first, apart) for r1 in TRIED for r2 in TRIED for first, apart in stages or [(0, 0)]]
     spent_s = np.zeros((len(PHASE_NAMES), len(cuts)))
     for batch, steps in decoded.first_batches(policy.plan_steps or PLAN_STEPS):
         for i, cut in enumerate(cuts):
             tried = fabric._replace(cut=fabric.cut.copy())
-            tried.cut["micro_batches"], tried.cut["chunks"], tried.cut["attention_first"] = cut
+            for name, number in zip(CUT_FIELDS, cut, strict=True):
+                tried.cut[name] = number
             log = new_steps(len(batch.steps.rows), CLUSTER_STEP)
             books = new_books(tried, copies.gpu.shape[1], requests, cut[:2], log)
             for s in steps.tolist():
@@ -39,6 +43,6 @@ def best_cut(decoded: Decoded, fabric: Fabric, copies: PlacedCopies, policy: Pol
         for i in range(1, len(cuts)):
             if spent_s[phase, i] < spent_s[phase, best] * SAME:
                 best = i
-        for field, number in zip(("micro_batches", "chunks", "attention_first"), cuts[best], strict=True):
-            chosen[field][phase] = number
+        for name, number in zip(CUT_FIELDS, cuts[best], strict=True):
+            chosen[name][phase] = number
     return chosen

@@ -248,10 +248,11 @@ def _bound_of(fabric: Fabric) -> Yardstick:
 def _digested(fabric: Fabric) -> tuple[bytes, ...]:
     """What of a cluster its bound depends on."""
     machine, gpus = fabric.machine, fabric.gpus
-    names = ("attention", "experts", "colocated", "apart", "shared_bytes", "shared_flop_per_row")
+    names = ("attention", "experts", "colocated", "shared_bytes", "shared_flop_per_row")
     return (
         machine.device.tobytes(),
         machine.work.tobytes(),
         machine.weight_bytes.tobytes(),
+        fabric.cut["apart"].tobytes(),
         *(gpus[name].tobytes() for name in names),
     )

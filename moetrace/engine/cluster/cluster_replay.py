@@ -10,7 +10,7 @@ from moetrace.engine.cluster.layer_stages import attend_s, cross, fuse_s, run_ex
 from moetrace.engine.cluster.order import add_layer, begin_step
 from moetrace.engine.cluster.placed import PlacedCopies
 from moetrace.engine.cluster.routes import route
-from moetrace.engine.cost import dense_s, head_s
+from moetrace.engine.cost import head_s
 from moetrace.engine.layer import less
 from moetrace.engine.replay import smallest_work
 from moetrace.engine.state import records
@@ -67,8 +67,8 @@ def _cut_step(batch, s, fabric, cut, books):
         tokens = batch.steps.kv_tokens[s]
         if cut.micro_batches > 1:
             tokens = _tokens_of(batch, first + begin, first + end, books.contexts, books.clock[0])
-        stages.attention_s[i] = attend_s(fabric, own, tokens)
-        stages.shared_s[i] = share_s(fabric.gpus[0], own)
+        stages.attention_s[i] = attend_s(fabric, cut, own, tokens)
+        stages.shared_s[i] = share_s(fabric.gpus[0], cut, own)
     for i in range(cut.micro_batches, stages.all_rows.size):  # of another phase, cut into more parts
         stages.all_rows[i] = 0
     for i in range(stages.rows.shape[0]):
@@ -176,7 +176,7 @@ def _end_step(s, batch, fabric, further_s, parts, books):
     row.moe_s = max(row.duration_s - row.dense_s - row.head_s - row.pause_s, 0.0)
     work, times = fabric.machine.work[0], parts * fabric.machine.weight_bytes.shape[0]
     idle_s = work.overhead_s * times
-    read_bytes = work.head_bytes + (work.dense_bytes + gpus.shared_bytes) * times
+    read_bytes = work.head_bytes + work.dense_bytes * times
     attended_s = row.attention_s - idle_s + row.head_s + further_s
     for g in range(gpus.attention):
         log.unit[g].busy_s += attended_s
@@ -302,8 +302,8 @@ def bound_s(steps, demand, fabric, total_s):
     gpus, layers = fabric.gpus[0], fabric.machine.weight_bytes.shape[0]
     for s in range(steps.rows.size):
         rows, tokens = steps.rows[s], steps.kv_tokens[s]
-        dense = dense_s(fabric.machine, -(-rows // gpus.attention), tokens / gpus.attention)
-        attended_s = layers * (dense + share_s(gpus, rows))
+        cut = fabric.cut[steps.phase[s]]
+        attended_s = layers * (attend_s(fabric, cut, rows, tokens) + share_s(gpus, cut, rows))
         run_s = 0.0
         for i in range(demand.start[s * layers], demand.start[(s + 1) * layers]):
             run_s += demand.rows[i] * gpus.s_per_row

@@ -28,7 +28,6 @@ _WHOLE = (
     "reads_first",  # 1: roofline "sum"
     "per_node",  # GPUs of a node, 0: the network has one tier
     "nodes",
-    "apart",  # 1: shared experts are a stage of their own
 )
 _REAL = (
     "s_per_row",  # of one row in one expert
@@ -50,14 +49,18 @@ NETWORK = np.dtype(
     + [(name, np.float64) for name in ("node_bytes_s", "node_s")]
     + [("dedup", np.int64)]
 )
-# How the steps of a phase are cut: micro-batches r1, chunks r2 of each; 1: attention of all micro-batches first.
-CUT = np.dtype([(name, np.int64) for name in ("micro_batches", "chunks", "attention_first")])
+# How the steps of a phase are cut: micro-batches r1, chunks r2 of each; 1: attention of all micro-batches first; 1:
+# shared experts are a stage of their own.
+CUT_FIELDS = ("micro_batches", "chunks", "attention_first", "apart")
+CUT = np.dtype([(name, np.int64) for name in CUT_FIELDS])
 
 
 class Fabric(NamedTuple):
     """A cluster under a policy."""
 
-    machine: Machine  # one GPU: its dense layers and the head
+    machine: (
+        Machine  # one GPU: its dense layers and the head; `work[1]`: without shared experts, if those may run apart
+    )
     gpus: Any  # FABRIC [1]
     network: Any  # NETWORK [3], by phase
     cut: Any  # CUT [3], by phase
@@ -96,9 +99,8 @@ def fabric_of(model: Model, system: System, policy: PolicySpec, weight_bytes: np
     }
     for name, number in numbers.items():
         gpus[name] = number
-    if policy.shared == "apart":
-        _set_apart(machine.work, gpus, model, policy)
-    return Fabric(machine, gpus, _network_of(model, system), cut_of(policy))
+    fabric = Fabric(machine, gpus, _network_of(model, system), cut_of(policy))
+    return _with_shared_apart(fabric, model, policy) if policy.shared in ("apart", "auto") else fabric
 
 
 def cut_of(policy: PolicySpec) -> np.ndarray:
@@ -108,6 +110,11 @@ def cut_of(policy: PolicySpec) -> np.ndarray:
     cut["micro_batches"], cut["chunks"] = parts
     cut["attention_first"] = policy.order == "aass"
     return cut
+
+
+def may_be_apart(fabric: Fabric) -> bool:
+    """Whether shared experts can be a stage of their own."""
+    return len(fabric.machine.work) > 1
 
 
 def is_auto(policy: PolicySpec) -> bool:
@@ -121,23 +128,29 @@ def schedules_of(fabric: Fabric) -> dict[str, str]:
         return dict.fromkeys(PHASE_NAMES, SERIAL)
     return {
         phase: f"pipeline:{cut['micro_batches']},{cut['chunks']} {'aass' if cut['attention_first'] else 'asas'}"
+        + (" apart" if cut["apart"] else "")
         for phase, cut in zip(PHASE_NAMES, fabric.cut, strict=True)
     }
 
 
-def _set_apart(work: np.ndarray, gpus: np.ndarray, model: Model, policy: PolicySpec) -> None:
-    """Take the shared experts out of the dense layers."""
+def _with_shared_apart(fabric: Fabric, model: Model, policy: PolicySpec) -> Fabric:
+    """Return a fabric whose shared experts can be a stage of their own, and are under ``shared`` `apart`."""
     if model.shared_params_per_layer is UNSET:
         raise UsageError(
-            f'Policy {policy.name}: shared = "apart" needs to know which weights are shared experts, and model '
-            f"{model.name} does not say; set model.shared_params_per_layer."
+            f'Policy {policy.name}: shared = "{policy.shared}" needs to know which weights are shared experts, and '
+            f"model {model.name} does not say; set model.shared_params_per_layer."
         )
     params = model.shared_params_per_layer
-    gpus["apart"] = params > 0
-    gpus["shared_bytes"] = params * model.dense_weight_bits / 8
-    gpus["shared_flop_per_row"] = 2.0 * params
-    work["dense_bytes"] -= gpus["shared_bytes"]
-    work["dense_flop_per_row"] -= gpus["shared_flop_per_row"]
+    if params == 0:
+        return fabric
+    fabric.gpus["shared_bytes"] = params * model.dense_weight_bits / 8
+    fabric.gpus["shared_flop_per_row"] = 2.0 * params
+    fabric.cut["apart"] = policy.shared == "apart"
+    work = records(2, fabric.machine.work.dtype)
+    work[:] = fabric.machine.work[0]
+    work["dense_bytes"][1] -= fabric.gpus["shared_bytes"][0]
+    work["dense_flop_per_row"][1] -= fabric.gpus["shared_flop_per_row"][0]
+    return fabric._replace(machine=fabric.machine._replace(work=work))
 
 
 def _network_of(model: Model, system: System) -> np.ndarray:

@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.engine.cost import dense_s
+from moetrace.engine.cost import dense_s_on
+from moetrace.engine.machine import GPU_DEVICE
 from moetrace.engine.state import records
 from moetrace.jit.compile import kernel
 
@@ -29,16 +30,17 @@ class LayerStages(NamedTuple):
 
 
 @kernel
-def attend_s(fabric, rows, tokens):
+def attend_s(fabric, cut, rows, tokens):
     """Return the seconds of the attention of a micro-batch, which the attention GPUs share evenly."""
-    gpus = fabric.gpus[0]
-    return dense_s(fabric.machine, -(-rows // gpus.attention), tokens / gpus.attention)
+    gpus, machine = fabric.gpus[0], fabric.machine
+    own = -(-rows // gpus.attention)
+    return dense_s_on(machine.device[GPU_DEVICE], machine.work[cut.apart], own, tokens / gpus.attention)
 
 
 @kernel
-def share_s(gpus, rows):
+def share_s(gpus, cut, rows):
     """Return the seconds of shared experts that run apart from the attention."""
-    if gpus.apart == 0:
+    if cut.apart == 0:
         return 0.0
     own = -(-rows // gpus.attention)
     return max(gpus.shared_bytes * gpus.s_per_byte, gpus.shared_flop_per_row * own / gpus.flop_s) + gpus.start_s

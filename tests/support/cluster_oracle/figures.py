@@ -78,4 +78,4 @@ class Figures:
     imbalance_s_mean: float
     fan_out: float
     taxes: dict[str, float] | None
-    chosen: dict[int, tuple[int, int, str]] = field(default_factory=dict)  # phase -> r1, r2, order
+    chosen: dict[int, tuple[int, int, str, str]] = field(default_factory=dict)  # phase -> r1, r2, order

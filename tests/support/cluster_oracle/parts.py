@@ -111,7 +111,7 @@ class Policy:
     seed: int = 0
     schedule: str = "serial"  # serial, pipeline:r1,r2, pipeline:auto
     order: str = "asas"  # or aass
-    shared: str = "with-attention"  # or apart
+    shared: str = "with-attention"  # or apart; auto goes with pipeline:auto
     execution: str = "bulk"  # or fused
     kernels_per_layer: int = 1
     window: int = 0  # steps that plans are made from; 0 with a placement that is not made from loads

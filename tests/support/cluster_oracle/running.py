@@ -13,7 +13,10 @@ from support.cluster_oracle.stages import Priced, Traffic, price, step_s
 
 AUTO_CUTS = (1, 2, 4, 8)
 AUTO_ORDERS = ("asas", "aass")
+AUTO_SHARED = ("with-attention", "apart")
 STAGES = ("A", "S", "A2E", "E", "E2A", "K")
+
+Cut = tuple[int, int, str, str]  # r1, r2, order, where shared experts run
 
 
 def replay(rows: list[Step], machine: Machine, policy: Policy, plans: Plans) -> Figures:
@@ -28,7 +31,8 @@ def replay(rows: list[Step], machine: Machine, policy: Policy, plans: Plans) -> 
         totals.pauses += change.pause_s > 0
         if rebalance.migrating:
             net = replace(net, B_net=(1 - policy.migrate_share) * net.B_net)
-        r1, r2, order = chosen[step.phase]
+        r1, r2, order, where = chosen[step.phase]
+        policy = replace(policy, shared=where)
         shared = share(step, number, rebalance.plan, machine, policy)
         priced = price(step, shared, cut(len(step.rows), r1, r2), machine, policy, net)
         figures = run_step(step, shared, priced, change, machine, policy, net, order)
@@ -40,15 +44,15 @@ def replay(rows: list[Step], machine: Machine, policy: Policy, plans: Plans) -> 
     return totals.figures(parts, chosen)
 
 
-def fixed_cut(policy: Policy) -> tuple[int, int, str]:
-    """r1, r2 and order of a schedule that says them."""
+def fixed_cut(policy: Policy) -> Cut:
+    """The cut of a schedule that says it."""
     if policy.schedule == "serial":
-        return 1, 1, policy.order
+        return 1, 1, policy.order, policy.shared
     r1, r2 = policy.schedule.removeprefix("pipeline:").split(",")
-    return int(r1), int(r2), policy.order
+    return int(r1), int(r2), policy.order, policy.shared
 
 
-def choose(rows: list[Step], machine: Machine, policy: Policy, first: Plan) -> dict[int, tuple[int, int, str]]:
+def choose(rows: list[Step], machine: Machine, policy: Policy, first: Plan) -> dict[int, Cut]:
     """Schedule of each phase that occurs: what the policy says or, for pipeline:auto, the best of its first steps."""
     phases = sorted({step.phase for step in rows})
     if policy.schedule != "pipeline:auto":
@@ -60,14 +64,16 @@ def choose(rows: list[Step], machine: Machine, policy: Policy, first: Plan) -> d
         best_s = math.inf
         for r1 in AUTO_CUTS:
             for r2 in AUTO_CUTS:
-                priced = [
-                    price(step, of_step, cut(len(step.rows), r1, r2), machine, policy, machine.network[phase])
-                    for (_, step), of_step in zip(tried, shared, strict=True)
-                ]
-                for order in AUTO_ORDERS:
-                    seconds = math.fsum(step_s(p, machine, policy, machine.network[phase], order)[0] for p in priced)
-                    if less(seconds, best_s):
-                        best_s, chosen[phase] = seconds, (r1, r2, order)
+                for where in AUTO_SHARED if policy.shared == "auto" else (policy.shared,):
+                    how = replace(policy, shared=where)
+                    priced = [
+                        price(step, of_step, cut(len(step.rows), r1, r2), machine, how, machine.network[phase])
+                        for (_, step), of_step in zip(tried, shared, strict=True)
+                    ]
+                    for order in AUTO_ORDERS:
+                        seconds = math.fsum(step_s(p, machine, how, machine.network[phase], order)[0] for p in priced)
+                        if less(seconds, best_s):
+                            best_s, chosen[phase] = seconds, (r1, r2, order, where)
     return chosen
 
 
@@ -194,7 +200,7 @@ class Totals:
             for gpu, name in enumerate(machine.expert_names):
                 self.busy_s[name] += figures.gpu_s[layer][gpu]
 
-    def figures(self, steps: list[StepFigures], chosen: dict[int, tuple[int, int, str]]) -> Figures:
+    def figures(self, steps: list[StepFigures], chosen: dict[int, Cut]) -> Figures:
         def total(name: str) -> float:
             return math.fsum(getattr(step, name) for step in steps)
 

@@ -133,7 +133,7 @@ def maker_of(placement: str, machine: Machine, policy: Any) -> Callable[[list[in
 
     def make(loads: list[int]) -> list[list[int]]:
         slots = slots_of(len(loads), gpus, field(policy, "redundant"))
-        plan, room = eplb(loads, slots, gpus, nodes, groups), slots // gpus
+        plan, room = eplb(loads, slots, gpus, nodes, groups, float), slots // gpus
         return [plan[gpu * room : (gpu + 1) * room] for gpu in range(gpus)]
 
     return make
