@@ -13,11 +13,13 @@ from support import oracle_balance as oracle
 from support.balance_traces import EXPERTS, LAYERS, counted, small_trace
 
 from moetrace.analyze.balance import loads as loads_module
+from moetrace.analyze.balance.imbalance import COPY_RULES
 from moetrace.analyze.balance.loads import add, loads_of, steps_of_phase, summed
 from moetrace.analyze.balance.plans import Plan, Tier, make_plan, moved_bytes
 from moetrace.analyze.balance.units import FRAMES, balance, loads_for_next, plan_for_next
 from moetrace.generators import generate_trace
 from moetrace.importers.importing import import_traces
+from moetrace.jit.random import drawn
 from moetrace.results.replay import replay
 from moetrace.spec import PolicySpec, load_model, load_system
 from moetrace.spec.errors import MoetraceError, UsageError
@@ -124,8 +126,8 @@ def test_plans_are_made_from_their_window_and_judged_on_the_rest(seed, window, i
             assert own["migration_bytes"].to_list() == moved.tolist()
             stale = found.staleness.filter(placement=placement).drop_nulls("layer")
             assert stale["migration_bytes"].to_list() == moved.tolist()
-    assert found.trace["rebalances"] == len(anew) - 1
-    assert found.trace["rebalance_steps"] == steps[window:][interval::interval].tolist()
+    assert found.trace["rebalances"] == [len(anew) - 1]
+    assert found.trace["rebalance_steps"] == [steps[window:][interval::interval].tolist()]
     next_plan = plan_for_next(trace, "eplb", tier, window, phase)
     assert np.array_equal(next_plan.expert_of_slot, made_from(counts[-window:]).expert_of_slot)
 
@@ -218,7 +220,7 @@ def test_what_holds_of_all_plans(timed):
 
 def test_staleness_follows_from_the_layers(timed):
     _, found = timed
-    judged, first = found.trace["judged_steps"], found.trace["interval"]
+    judged, (first,) = found.trace["judged_steps"], found.trace["intervals"]
     for layer in (0, 5):
         kept, anew, ahead = (
             found.layers.filter(placement="eplb", plan=plan, layer=layer).row(0, named=True)
@@ -227,7 +229,7 @@ def test_staleness_follows_from_the_layers(timed):
         row = found.staleness.filter(placement="eplb", layer=layer).row(0, named=True)
         assert row["imbalance_loss_to_remade"] == kept["imbalance"] / anew["imbalance"] - 1
         assert row["busy_loss_to_clairvoyant"] == kept["busy_s"] / ahead["busy_s"] - 1
-        pause_s = anew["migration_bytes"] / load_system("edge-ndp").link.bytes_s / found.trace["rebalances"]
+        pause_s = anew["migration_bytes"] / load_system("edge-ndp").link.bytes_s / found.trace["rebalances"][0]
         saved_s = (kept["busy_s"] - anew["busy_s"]) / (judged - first)
         assert row["pause_s_per_rebalance"] == pytest.approx(pause_s) and row["saved_s_per_step"] == pytest.approx(
             saved_s
@@ -247,6 +249,8 @@ def test_blocks_and_the_kind_of_trace_change_nothing(monkeypatch, tmp_path):
         bytes_unknown = balance(other, PLACEMENTS[:4], **arguments)
         with pytest.raises(UsageError, match=r"copies .row. asks which row chose what, but .*a\.h5 holds counts"):
             balance(other, ["eplb"], copies="row", **arguments)
+        with pytest.raises(UsageError, match=r"fan-out asks which row chose what, but .*a\.h5 holds counts"):
+            balance(other, ["eplb"], fan_out=True, **arguments)
     assert bytes_unknown.layers["migration_bytes"].null_count() == len(bytes_unknown.layers)
     assert bytes_unknown.summary["migration_bytes"].null_count() == len(bytes_unknown.summary)
     assert (
@@ -261,13 +265,70 @@ def test_blocks_and_the_kind_of_trace_change_nothing(monkeypatch, tmp_path):
     assert list(whole) == ["schema", "trace", *FRAMES]
 
 
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32), intervals=st.lists(st.integers(1, 30), min_size=2, max_size=4, unique=True)
+)
+def test_several_intervals_are_what_each_is_alone(seed, intervals):
+    trace, asked = small_trace(seed, steps=30), {"tier": Tier(3, 2), "window": 5, "fan_out": True}
+    whole = balance(trace, ["ep", "eplb"], interval=intervals, **asked)
+    assert whole.trace["intervals"] == intervals
+    for at, interval in enumerate(intervals):
+        alone = balance(trace, ["ep", "eplb"], interval=interval, **asked)
+        for frame in ("summary", "layers", "over_time"):
+            some = getattr(whole, frame).filter(pl.col("interval").is_null() | (pl.col("interval") == interval))
+            assert some.equals(getattr(alone, frame)), frame
+        assert whole.staleness.filter(interval=interval).equals(alone.staleness)
+        for name in ("rebalances", "rebalance_steps"):
+            assert [whole.trace[name][at]] == alone.trace[name]
+    assert (whole.summary["plan"] == "re-made").sum() == sum(interval < 25 for interval in intervals)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32), placement=st.sampled_from(["ep", "eplb", "tp:2"]), copies=st.sampled_from(COPY_RULES)
+)
+def test_fan_out_is_that_of_each_row(seed, placement, copies):
+    trace, tier = small_trace(seed, steps=12), Tier(6, 5, nodes=3)
+    found = balance(trace, [placement], tier=tier, window=0, copies=copies, seed=9, fan_out=True)
+    plan = make_plan(placement, tier, (LAYERS, EXPERTS), counted(trace).sum(0))
+    ids, on_units, on_nodes = trace.read("experts", 0, trace.rows), [], []
+    for layer in range(LAYERS):
+        held = [(b, e) for b, of_bin in enumerate(plan.expert_of_slot[layer].tolist()) for e in of_bin if e >= 0]
+        units, nodes = [], []
+        for step in range(trace.steps):
+            nth = dict.fromkeys(range(EXPERTS), 0)
+            for place, row in enumerate(range(trace.offset[step], trace.offset[step + 1])):
+                bins = set()
+                for e in (int(e) for e in ids[row, layer] if e != 255):
+                    having = [b for b, other in held if other == e]
+                    number = {"even": nth[e] - step, "row": place}.get(copies)
+                    if number is None:
+                        number = int(drawn(9, step, layer, place, e))
+                    nth[e] += 1
+                    bins.add(having[number % len(having)])
+                if bins:
+                    own = {b * plan.share + part for b in bins for part in range(plan.share)}
+                    units.append(len(own))
+                    nodes.append(len({unit // 2 for unit in own}))
+        on_units.append(units)
+        on_nodes.append(nodes)
+    for column, of_layers in (("fan_out", on_units), ("fan_out_nodes", on_nodes)):
+        assert found.layers[column].to_list() == pytest.approx([np.mean(of) if of else None for of in of_layers])
+        pooled = [n for of in of_layers for n in of]
+        assert found.summary[column].item() == pytest.approx(np.mean(pooled))
+    without = balance(trace, [placement], tier=tier, window=0, copies=copies, seed=9)
+    assert without.summary["fan_out"].null_count() == 1
+    assert without.layers.drop("fan_out", "fan_out_nodes").equals(found.layers.drop("fan_out", "fan_out_nodes"))
+
+
 def test_a_given_plan_is_judged_as_it_is():
     trace = small_trace(5)
     plan = make_plan("ep", Tier(3), (LAYERS, EXPERTS))
     found = balance(trace, ["ep"], tier=3, plans={"mine.json": plan})
     one, other = (found.layers.filter(placement=name).drop("placement", "plan") for name in ("ep", "mine.json"))
     assert one.equals(other) and found.summary["plan"].to_list() == ["fixed", "given"]
-    assert found.staleness.is_empty() and found.trace["rebalances"] == 0
+    assert found.staleness.is_empty() and found.trace["rebalances"] == [0]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -310,6 +371,10 @@ def test_what_cannot_be_asked():
         ({"window": 0, "interval": 2}, "the interval is between plans made from a window"),
         ({"window": 24}, "the window is 24 steps"),
         ({"interval": 0}, "the interval is 0 steps"),
+        ({"interval": [4, -1]}, "the interval is -1 steps"),
+        ({"interval": []}, "there are 0 intervals: give 1 to 64"),
+        ({"interval": range(1, 66)}, "there are 65 intervals: give 1 to 64"),
+        ({"tier": Tier(3, nodes=2), "fan_out": True}, "3 units cannot be in 2 nodes equally"),
         ({"phase": "both"}, "phase is 'both'"),
         ({"copies": "nearest"}, "copies are 'nearest', seed 0: give even, row, random, and a seed from 0"),
         ({"copies": "random", "seed": -1}, "a seed from 0"),

@@ -1,6 +1,8 @@
 """The kernels of a cluster against a slow, obvious replay in plain Python that was written from the same text."""
 
 import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -42,11 +44,15 @@ def as_trace(case: ClusterCase) -> Trace:
     )
 
 
-def as_specs(case: ClusterCase) -> tuple[Model, System, PolicySpec]:
+def as_specs(case: ClusterCase, folder: Path) -> tuple[Model, System, PolicySpec]:
     model = {"shared_params_per_layer": 0} | case.model
     network, cluster = dict(case.system["network"]), dict(case.system["cluster"])
     if "gpus_per_node" in network:
         cluster["gpus_per_node"] = network.pop("gpus_per_node")
+    if factors := cluster.pop("factors", None):
+        lines = [f"{gpu},{factor!r}\n" for gpu, factor in enumerate(factors) if factor != 1]
+        (folder / "factors.csv").write_text("".join(lines))
+        cluster["rate_factors"] = str(folder / "factors.csv")
     system = case.system | {"network": network, "cluster": cluster}
     policy = {"schedule": "serial"} | case.policy
     read = fields_read(policy.get("placement", "ep"), policy["schedule"], policy.get("copies"), policy.get("migrate"))
@@ -61,8 +67,8 @@ def as_specs(case: ClusterCase) -> tuple[Model, System, PolicySpec]:
 
 
 def replayed(case: ClusterCase):
-    model, system, policy = as_specs(case)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        model, system, policy = as_specs(case, Path(folder))
         plan = None if case.plan is None else np.array(case.plan, np.int32)
         patch.setattr(placed, "load_plan", lambda *_: plan)
         (run,) = run_setups(as_trace(case), [Setup(model=model, system=system, policies=[policy])])

@@ -248,7 +248,7 @@ def _bound_of(fabric: Fabric) -> Yardstick:
 def _digested(fabric: Fabric) -> tuple[bytes, ...]:
     """What of a cluster its bound depends on."""
     machine, gpus = fabric.machine, fabric.gpus
-    names = ("attention", "experts", "colocated", "apart", "shared_bytes", "shared_flop_per_row")
+    names = ("attention", "experts", "colocated", "apart", "shared_bytes", "shared_flop_per_row", "all_factors")
     return (
         machine.device.tobytes(),
         machine.work.tobytes(),

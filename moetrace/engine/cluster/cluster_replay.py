@@ -31,7 +31,7 @@ def smallest_cluster() -> tuple[Any, Fabric, PlacedCopies, Books]:
     gpus = records(1, FABRIC)
     for name in ("attention", "experts", "colocated", "kernels", "nodes"):
         gpus[name] = 1
-    fabric = Fabric(work.machine, gpus, records(3, NETWORK), records(3, CUT))
+    fabric = Fabric(work.machine, gpus, records(3, NETWORK), records(3, CUT), np.ones(1), np.zeros(1))
     copies = PlacedCopies(np.zeros((1, 2), np.int32), np.zeros((1, 1), np.int32), np.zeros((1, 1)))
     return work.batch, fabric, copies, new_books(fabric, 1, 1, (1, 1), records(1, CLUSTER_STEP))
 
@@ -152,7 +152,7 @@ def _between_kernels_s(gpus, rows):
     """Return the seconds that the further kernels of a layer add: their launches, and rows written and read again."""
     own = -(-rows // gpus.attention)
     further = gpus.kernels - 1
-    return further * gpus.start_s, further * 2.0 * own * gpus.row_bytes * gpus.s_per_byte
+    return further * gpus.start_s, further * 2.0 * own * gpus.row_bytes * gpus.attention_s_per_byte
 
 
 @kernel(inline=False)
@@ -178,8 +178,11 @@ def _end_step(s, batch, fabric, further_s, parts, books):
     idle_s = work.overhead_s * times
     read_bytes = work.head_bytes + (work.dense_bytes + gpus.shared_bytes) * times
     attended_s = row.attention_s - idle_s + row.head_s + further_s
+    starts_s = gpus.start_s * (times * (1 + gpus.apart) + 1)
+    if not gpus.fused:
+        starts_s += gpus.start_s * (gpus.kernels - 1) * fabric.machine.weight_bytes.shape[0]
     for g in range(gpus.attention):
-        log.unit[g].busy_s += attended_s
+        log.unit[g].busy_s += attended_s - (attended_s - starts_s) * fabric.lead[g]
         log.unit[g].bytes += read_bytes
     if gpus.colocated:
         first = gpus.experts
@@ -296,7 +299,7 @@ def bound_signature() -> Any:
 def bound_s(steps, demand, fabric, total_s):
     """Add to ``total_s`` the seconds of a block if all GPUs shared all work perfectly: no schedule beats it.
 
-    Where attention and experts have GPUs of their own, the longer of the two counts. Transfers, starts of experts and
+    Attention is shared evenly, so the slowest GPU ends it; of experts each GPU runs as much as it can. Where attention and experts have GPUs of their own, the longer of the two counts. Transfers, starts of experts and
     everything that waits are left out, so that no placement and no schedule is faster.
     """
     gpus, layers = fabric.gpus[0], fabric.machine.weight_bytes.shape[0]
@@ -311,6 +314,6 @@ def bound_s(steps, demand, fabric, total_s):
         for layer in range(layers):
             for i in range(demand.start[s * layers + layer], demand.start[s * layers + layer + 1]):
                 read_s += fabric.machine.weight_bytes[layer, demand.expert[i]] * gpus.s_per_byte
-        experts_s = max(run_s, read_s) / gpus.experts
+        experts_s = max(run_s, read_s) / gpus.all_factors
         total_s += head_s(fabric.machine) + (attended_s + experts_s if gpus.colocated else max(attended_s, experts_s))
     return total_s
