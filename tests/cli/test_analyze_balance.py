@@ -214,7 +214,7 @@ def test_intervals_and_fan_out_are_columns(run):
     assert [row[1:3] for row in rows if row[1] == "re-made"][:2] == [["re-made", "20"], ["re-made", "10"]]
     said = " ".join(out.split())
     assert "re-made ones every 20 (3 times), 10 (7 times)." in said
-    assert "Fan-out: units, or of 2 nodes, that the experts of one row are on" in said
+    assert "Fan-out: units (and those of the 2 nodes) on which the experts of one row are" in said
     assert max(map(len, out.splitlines())) <= 100
 
 

@@ -88,7 +88,7 @@ def summary(by_layer: pl.DataFrame, judged_plans: Sequence[JudgedPlan], judged_s
 
 
 def staleness(by_layer: pl.DataFrame, judged: int, intervals: Sequence[int]) -> pl.DataFrame:
-    """Make a row for each planned placement, interval and layer, and one of all layers: mean imbalance, sums of seconds.
+    """Make a row for each planned placement, interval and layer, and one of all layers: mean imbalance, summed seconds.
 
     `loss` is by how much a kept plan is worse than one made anew, or clairvoyant, as a share. A rebalance is worth its
     pause after `break_even_steps` of the seconds that it saves a step; null if it saves none, or seconds are unknown.

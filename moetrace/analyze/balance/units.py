@@ -231,7 +231,9 @@ def _check_copies(trace: Trace, copies: str, seed: int, fan_out: bool, tier: Tie
     if fan_out and "counts" in trace.has:
         raise UsageError(f"fan-out asks which row chose what, but {trace.shown} holds counts only.")
     if fan_out and tier.units % tier.nodes:
-        raise UsageError(f"{tier.units} units cannot be in {tier.nodes} nodes equally: give a number that divides them.")
+        raise UsageError(
+            f"{tier.units} units cannot be in {tier.nodes} nodes equally: give a number that divides them."
+        )
 
 
 def _check_size(trace: Trace) -> None:

@@ -48,9 +48,7 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
 @click.option(
     "--redundant", type=int, metavar="R", help="EPLB's further copies a layer; by default one a unit or more."
 )
-@click.option(
-    "--nodes", type=int, default=1, show_default=True, help="Of units, for eplb-hierarchical and --fan-out."
-)
+@click.option("--nodes", type=int, default=1, show_default=True, help="Of units, for eplb-hierarchical and --fan-out.")
 @click.option("--groups", type=int, default=1, show_default=True, help="Of experts, for eplb-hierarchical.")
 @click.option(
     "--window",

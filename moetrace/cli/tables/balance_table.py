@@ -180,8 +180,8 @@ def _legend(found: "Balance", name: str) -> list[str]:
         "the worst layer's). Least possible: no plan of so many slots beats it, even if made anew for every step.",
     ]
     if facts["fan_out"]:
-        nodes = f", or of {facts['nodes']:,} nodes" if facts["nodes"] > 1 else ""
-        lines.append(f"Fan-out: units{nodes} that the experts of one row are on, mean over the rows and layers.")
+        nodes = f" (and those of the {facts['nodes']:,} nodes)" if facts["nodes"] > 1 else ""
+        lines.append(f"Fan-out: units{nodes} on which the experts of one row are, mean over rows and layers.")
     if facts["system"]:
         lines.append(
             "Busy: seconds of the busiest unit, summed over layers and steps. Pauses: what moves to make plans anew, "

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from moetrace.engine.cluster.cluster_books import CLUSTER_STEP, Books, new_books
+from moetrace.engine.cluster.cluster_tape import new_tape, note_chunk, note_layer, note_step
 from moetrace.engine.cluster.fabric import CUT, FABRIC, NETWORK, Fabric
 from moetrace.engine.cluster.layer_stages import attend_s, cross, fuse_s, run_experts, share_s, transfer_s
 from moetrace.engine.cluster.order import add_layer, begin_step
@@ -78,7 +79,7 @@ def _cut_step(batch, s, fabric, cut, books):
 
 
 @kernel(inline=False)
-def _run_layer(batch, s, layer, fabric, copies, books):
+def _run_layer(batch, s, layer, fabric, copies, books, tape):
     """Route the rows of a layer chunk by chunk; fill the seconds of its stages; return those of the fused kernel."""
     gpus, net, stages, routes = fabric.gpus[0], fabric.network[batch.steps.phase[s]], books.stages, books.routes
     row, of_layer, slowed, fused_s = books.log.step[s], books.log.layer[layer], books.clock[0].slowed, 0.0
@@ -99,6 +100,7 @@ def _run_layer(batch, s, layer, fabric, copies, books):
             crossing = cross(gpus, routes)
             to_s = transfer_s(gpus, net, slowed, rows, crossing, net.dispatch_bytes, net.dispatch_s)
             run_s = run_experts(layer, gpus, copies, routes, stages.each)
+            note_chunk(tape, (place[1], layer, i, j), gpus, crossing, stages.each)
             back_s = transfer_s(gpus, net, slowed, rows, crossing, net.combine_bytes, net.combine_s)
             if gpus.serial:
                 fused_s = fuse_s(gpus, net, slowed, rows, crossing, routes, stages.each)
@@ -156,7 +158,7 @@ def _between_kernels_s(gpus, rows):
 
 
 @kernel(inline=False)
-def _end_step(s, batch, fabric, further_s, parts, books):
+def _end_step(s, batch, fabric, further_s, parts, books, tape):
     """Note the time of a step, its GPUs and resources.
 
     ``further_s`` is the time of further kernels of its layers; ``parts`` are its micro-batches with rows.
@@ -172,7 +174,9 @@ def _end_step(s, batch, fabric, further_s, parts, books):
     clock.most_into, clock.moved_bytes = 0.0, 0.0
     row.wait_s = row.pause_s
     row.exposed_s = max(row.duration_s - row.exposed_s, 0.0)
+    schedule_s = row.duration_s
     row.duration_s = row.duration_s + row.head_s + row.pause_s
+    note_step(tape, batch.steps.first + s, fabric, schedule_s, row, clock.slowed)
     row.moe_s = max(row.duration_s - row.dense_s - row.head_s - row.pause_s, 0.0)
     work, times = fabric.machine.work[0], parts * fabric.machine.weight_bytes.shape[0]
     idle_s = work.overhead_s * times
@@ -223,7 +227,7 @@ def _add_up(row, total):
 
 
 @kernel(inline=False)
-def _replay_step(batch, s, fabric, copies, books):
+def _replay_step(batch, s, fabric, copies, books, tape):
     """Replay one step."""
     gpus, cut, row = fabric.gpus[0], fabric.cut[batch.steps.phase[s]], books.log.step[s]
     stages, layers = books.stages, copies.start.shape[0]
@@ -242,7 +246,7 @@ def _replay_step(batch, s, fabric, copies, books):
     for layer in range(layers):
         before_s = row.dispatch_s + row.experts_s + row.combine_s
         run_before_s = row.experts_s
-        fused_s = _run_layer(batch, s, layer, fabric, copies, books)
+        fused_s = _run_layer(batch, s, layer, fabric, copies, books, tape)
         row.attention_s += attended_s
         books.log.layer[layer].attention_s += attended_s
         books.log.layer[layer].dense_s += attended_s
@@ -255,6 +259,8 @@ def _replay_step(batch, s, fabric, copies, books):
         else:
             add_layer(gpus, cut, stages, 1.0, books.agenda)
             add_layer(gpus, cut, stages, 0.0, books.free_agenda)
+        parts_s = (0.0 if gpus.fused else launch_s + write_s, fused_s if gpus.fused else -1.0)
+        note_layer(tape, batch.steps.first + s, layer, fabric, fabric.network[batch.steps.phase[s]], books, parts_s)
         imbalance, imbalance_rows = _note_layer(layer, s, gpus, books)
         if imbalance >= 0.0:
             imbalance_sum += imbalance
@@ -271,7 +277,7 @@ def _replay_step(batch, s, fabric, copies, books):
     if gpus.serial:
         row.launch_tax_s, row.locality_tax_s = layers * launch_s, layers * write_s
         row.barrier_tax_s = bulk_s - fused_all_s
-    _end_step(s, batch, fabric, further_s, parts, books)
+    _end_step(s, batch, fabric, further_s, parts, books, tape)
 
 
 @kernel(signature=replay_cluster_signature)
@@ -283,8 +289,22 @@ def replay_cluster(batch, fabric, copies, books, first, stop, wake_s):
     for s in range(first, stop):
         if not less(books.clock[0].now_s, wake_s):
             return s
-        _replay_step(batch, s, fabric, copies, books)
+        _replay_step(batch, s, fabric, copies, books, None)
     return stop
+
+
+def record_signature() -> Any:
+    """Return the types that ``record_step`` is compiled for."""
+    from numba import typeof, types
+
+    batch, fabric, copies, books = smallest_cluster()
+    return types.void(*map(typeof, (batch, fabric, copies, books)), types.int64, typeof(new_tape(1, 1, 1)))
+
+
+@kernel(signature=record_signature)
+def record_step(batch, fabric, copies, books, s, tape):
+    """Replay step s of a block with a tape beside it."""
+    _replay_step(batch, s, fabric, copies, books, tape)
 
 
 def bound_signature() -> Any:
@@ -299,8 +319,9 @@ def bound_signature() -> Any:
 def bound_s(steps, demand, fabric, total_s):
     """Add to ``total_s`` the seconds of a block if all GPUs shared all work perfectly: no schedule beats it.
 
-    Attention is shared evenly, so the slowest GPU ends it; of experts each GPU runs as much as it can. Where attention and experts have GPUs of their own, the longer of the two counts. Transfers, starts of experts and
-    everything that waits are left out, so that no placement and no schedule is faster.
+    Attention is shared evenly, so the slowest GPU ends it; of experts each GPU runs as much as it can. Where attention
+    and experts have GPUs of their own, the longer of the two counts. Transfers, starts of experts and everything that
+    waits are left out, so that no placement and no schedule is faster.
     """
     gpus, layers = fabric.gpus[0], fabric.machine.weight_bytes.shape[0]
     for s in range(steps.rows.size):

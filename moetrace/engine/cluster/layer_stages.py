@@ -10,7 +10,7 @@ from moetrace.jit.compile import kernel
 
 # Of each GPU that holds experts: 1 / its factor; what a step adds up; and, in a chunk, what it does in that.
 GPU_SUM = np.dtype(
-    [(name, np.float64) for name in ("slowness", "busy_s", "chunk_s", "weight_bytes")]
+    [(name, np.float64) for name in ("slowness", "busy_s", "chunk_s", "weight_bytes", "chunk_bytes")]
     + [(name, np.int64) for name in ("rows", "chunk_rows", "slots")]
 )
 
@@ -50,7 +50,7 @@ def run_experts(layer, gpus, copies, routes, each):
     """Run what a chunk's rows chose, and forget who chose it: add to ``each``; return the greatest seconds of a GPU."""
     gpu_of, weight_bytes, count = copies.gpu[layer], copies.weight_bytes[layer], routes.chosen
     for g in range(each.size):
-        each[g].chunk_s, each[g].chunk_rows = 0.0, 0
+        each[g].chunk_s, each[g].chunk_bytes, each[g].chunk_rows = 0.0, 0.0, 0
     listed = routes.sums[0].touched
     size = listed if listed >= 0 else np.int64(copies.start[layer, copies.start.shape[1] - 1])
     for i in range(size):
@@ -64,12 +64,13 @@ def run_experts(layer, gpus, copies, routes, each):
         own_s = compute_s + read_s if gpus.reads_first else max(compute_s, read_s)
         gpu.chunk_s += own_s * gpu.slowness + gpus.each_s + (gpus.layer_s if gpu.chunk_rows == 0 else 0.0)
         gpu.chunk_rows += rows
-        gpu.weight_bytes += weight_bytes[copy]
+        gpu.chunk_bytes += weight_bytes[copy]
         gpu.slots += 1
     most_s = 0.0
     for g in range(each.size):
         gpu = each[g]
         gpu.busy_s += gpu.chunk_s
+        gpu.weight_bytes += gpu.chunk_bytes
         gpu.rows += gpu.chunk_rows
         most_s = max(most_s, gpu.chunk_s)
     return most_s
