@@ -66,6 +66,8 @@ def _note(tape, at, kind, unit, start_s, duration_s, byte_count):
 def _note_attention(tape, at, kind, fabric, start_s, seconds, starts_s, byte_count):
     """Write what all attention GPUs do, each in its own time, of which launches are ``starts_s``."""
     gpus = fabric.gpus[0]
+    if seconds <= 0.0:
+        return
     for g in range(gpus.attention):
         own_s = seconds - (seconds - starts_s) * fabric.lead[g]
         _note(tape, at, kind, g, start_s, own_s, byte_count)
