@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -16,7 +16,7 @@ from moetrace.analyze.balance import fan_out as rows_apart
 from moetrace.analyze.balance import imbalance, plan_frames
 from moetrace.analyze.balance.imbalance import COPY_RULES, Least
 from moetrace.analyze.balance.judged import CLAIRVOYANT, FIXED, GIVEN, KEPT, REMADE, JudgedPlan
-from moetrace.analyze.balance.loads import add, choices_of, loads_of, steps_of_phase, summed
+from moetrace.analyze.balance.loads import add, choices_of, loads_of, summed
 from moetrace.analyze.balance.plans import (
     DEFAULT_PLACEMENTS,
     Copies,
@@ -28,6 +28,7 @@ from moetrace.analyze.balance.plans import (
     make_plan,
     moved_bytes,
 )
+from moetrace.analyze.balance.spans import Span, span_of
 from moetrace.analyze.balance.unit_costs import UnitCosts, costs_of
 from moetrace.analyze.sizes import own_experts
 from moetrace.spec import Model, System
@@ -35,7 +36,6 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
-from moetrace.trace.schema import PHASE_NAMES
 
 SCHEMA = "moetrace.balance/1"
 FRAMES = ("summary", "layers", "staleness", "over_time")
@@ -43,7 +43,13 @@ PERIODS = 120  # of the judged steps, for a picture
 # Of the largest models there are 94 layers and 23,000 experts; a damaged file may claim anything.
 MAX_LAYERS = 1024
 MAX_CELLS = 1 << 20
-MAX_INTERVALS = 64
+
+
+class _Sharing(NamedTuple):
+    """Which copy of its expert a row takes, and whether to count how far rows go."""
+
+    rule: int  # EVEN, BY_PLACE or a seed, as in `fan_out.count`
+    unit_nodes: np.ndarray | None  # int64 [units], of each its node; None: fan-out is not counted
 
 
 @dataclass(frozen=True)
@@ -67,29 +73,6 @@ class Balance:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, in which None stands for what there is not; JSON takes it."""
         return {"schema": SCHEMA, "trace": self.trace} | {name: getattr(self, name).to_dicts() for name in FRAMES}
-
-
-@dataclass(frozen=True)
-class Span:
-    """Which steps plans are made from, and which they are judged on; a window of 0 holds no steps back."""
-
-    steps: np.ndarray  # int64, of the trace: those that are looked at
-    window: int
-    intervals: tuple[int, ...]  # judged steps after which plans are made anew
-
-    @property
-    def judged(self) -> np.ndarray:
-        """The steps that plans are judged on, of the trace."""
-        return self.steps[self.window :]
-
-    @property
-    def latest(self) -> np.ndarray:
-        """The steps that the next plan is made from, of the trace: the last of them, or all without a window."""
-        return self.steps[-self.window :] if self.window else self.steps
-
-    def rebalances(self, interval: int) -> np.ndarray:
-        """The judged steps, of the trace, before which plans are made anew."""
-        return self.judged[interval::interval]
 
 
 @accepts_path
@@ -170,7 +153,8 @@ def balance(
     judged_plans = _judged_plans(trace, placements, plans, tier, machine, span, recent)
     _check_bytes(trace, machine, judged_plans, span)
     rule = {"even": rows_apart.EVEN, "row": rows_apart.BY_PLACE}.get(copies, seed)
-    _walk(trace, judged_plans, tier, machine, span, recent, rule, fan_out, told)
+    unit_nodes = np.arange(tier.units) * tier.nodes // tier.units if fan_out else None
+    _walk(trace, judged_plans, tier, machine, span, recent, _Sharing(rule, unit_nodes), told)
     facts = _facts(trace, phase, tier, machine, span, judged_plans) | {"copies": copies, "fan_out": fan_out}
     layer = trace.layer_index.astype(np.int64)
     by_layer = plan_frames.layers(
@@ -198,29 +182,6 @@ def loads_for_next(trace: Trace, window: int | None = None, phase: str = "all") 
     """Return the loads of `Span.latest`, int64 [layers, experts]: what that plan is made from."""
     _check_size(trace)
     return summed(trace, span_of(trace, phase, window, None).latest)
-
-
-def span_of(trace: Trace, phase: str, window: int | None, interval: int | Sequence[int] | None) -> Span:
-    """Choose the steps; raise UsageError or MoetraceError if that leaves nothing to plan from or to judge."""
-    if phase not in ("all", *PHASE_NAMES):
-        raise UsageError(f"phase is {phase!r}: give all, {', '.join(PHASE_NAMES)}.")
-    steps = steps_of_phase(trace, phase)
-    which = "" if phase == "all" else f"{phase} "
-    if not steps.size:
-        raise MoetraceError(f"{trace.shown} has no {which}steps.")
-    window = steps.size // 2 if window is None else window
-    if not 0 <= window < steps.size:
-        raise UsageError(f"the window is {window} steps: give 0 to {steps.size - 1}, less than the {which}steps.")
-    if window == 0 and interval is not None:
-        raise UsageError("the interval is between plans made from a window, which has no steps: give no interval.")
-    if interval is None:
-        interval = -(-(steps.size - window) // 8)
-    intervals = tuple(dict.fromkeys(interval if isinstance(interval, Sequence) else [interval]))
-    if not intervals or len(intervals) > MAX_INTERVALS:
-        raise UsageError(f"there are {len(intervals)} intervals: give 1 to {MAX_INTERVALS}.")
-    if min(intervals) < 1:
-        raise UsageError(f"the interval is {min(intervals)} steps: give 1 or more.")
-    return Span(steps, window, intervals)
 
 
 def _check_copies(trace: Trace, copies: str, seed: int, fan_out: bool, tier: Tier) -> None:
@@ -332,18 +293,14 @@ def _walk(
     machine: UnitCosts,
     span: Span,
     recent: np.ndarray,
-    rule: int,
-    fan_out: bool,
+    sharing: _Sharing,
     told: Callable[[int], object],
 ) -> None:
-    """Judge all plans on the judged steps, making plans anew at every interval from ``recent``, the window's loads.
-
-    ``rule`` says which copy of its expert a row takes: EVEN, BY_PLACE or a seed, as in `fan_out.count`.
-    """
+    """Judge all plans on the judged steps, making plans anew at every interval from ``recent``, the window's loads."""
     periods = judged_plans[0].tally.over_time.shape[0]
     period = np.arange(span.judged.size) * periods // span.judged.size
     bounds = {_key(judged.plan): (judged, judged.plan.slots) for judged in judged_plans}
-    own, unit_nodes = own_experts(trace), np.arange(tier.units) * tier.nodes // tier.units
+    own, (rule, unit_nodes) = own_experts(trace), sharing
     remade = {judged.interval for judged in judged_plans if judged.interval is not None}
     anew = sorted({0, *(begin for each in remade for begin in range(each, span.judged.size, each))})
     turn, before = 0, 0
@@ -359,7 +316,7 @@ def _walk(
                     judged.judge(loads, turn, period[turn : turn + loads.steps])
                 else:
                     judged.judge_rows(choices, rule, turn, period[turn : turn + loads.steps])
-                if fan_out and choices is not None:
+                if unit_nodes is not None and choices is not None:
                     judged.count_fan_out(choices, rule, turn, unit_nodes)
             for judged, slots in bounds.values():
                 imbalance.bound(loads, own, judged.plan.bins, slots, judged.cost, judged.least)
