@@ -60,7 +60,8 @@ class Balance:
         trace: What was judged and how, with plain values.
         summary: A row for each plan: means and extremes over the layers, sums of seconds and bytes.
         layers: A row for each plan and layer.
-        staleness: A row for each placement that is made from loads, and layer (null: all): what keeping a plan loses.
+        staleness: A row for each placement that is made from loads, interval and layer (null: all): what keeping a plan
+            loses.
         over_time: A row for each plan, layer and period of the judged steps: its mean imbalance.
     """
 
