@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,7 +26,7 @@ def as_trace(case: ClusterCase) -> Trace:
     sizes = np.diff(drawn.offset)
     phases = [set(drawn.row_phase[a:b].tolist()) for a, b in zip(drawn.offset[:-1], drawn.offset[1:], strict=True)]
     step_phase = np.array([2 if len(found) > 1 else found.pop() for found in phases])
-    more = {} if drawn.expert_bytes is None else {"expert_bytes": drawn.expert_bytes}
+    more: dict[str, Any] = {} if drawn.expert_bytes is None else {"expert_bytes": drawn.expert_bytes}
     return Trace.from_arrays(
         experts,
         num_experts=max(counts) if isinstance(counts, list) else counts,
