@@ -44,6 +44,7 @@ def test_columns_are_explained(result, table):
 
 
 def test_timeline_columns_kinds_and_tracks_are_explained():
+    from moetrace.engine.cluster.cluster_tape import KINDS as CLUSTER_KINDS
     from moetrace.engine.tape import KINDS
 
     trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
@@ -51,6 +52,8 @@ def test_timeline_columns_kinds_and_tracks_are_explained():
     tracks = {"steps", "layers", "link_in prefetch", "link_in activations", *part_names()} - {"cpu"}
     columns = {*result.timeline.columns, *result.timeline_counters.columns}
     assert columns | {*KINDS, "step"} | tracks <= named_in("docs/timeline.md")
+    result = mt.replay(trace, system="h100-x8", policies="ep-serial", timeline=True)
+    assert {*result.timeline.columns, *CLUSTER_KINDS, "gpus", "network"} <= named_in("docs/timeline.md")
 
 
 def test_summary_keys_and_units_are_explained(result):

@@ -182,6 +182,7 @@ def files_of(setup: Setup) -> dict[str, str]:
     model, policy = setup.model, setup.policies[0]
     found: dict[str, Any] = {"model.weight_bits": model.weight_bits, "model.expert_bits": model.expert_bits}
     found["system.link.rates"] = setup.system.link and setup.system.link.rates
+    found["system.cluster.rate_factors"] = setup.system.cluster and setup.system.cluster.rate_factors
     found |= {f"policy.{field}": getattr(policy, field) for field in ("loads", "plan", "static", "budget", "layout")}
     files = {field: path for field, path in found.items() if isinstance(path, str) and path != AUTO}
     for field in KINDS:

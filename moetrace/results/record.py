@@ -272,6 +272,11 @@ class SummaryFile(msgspec.Struct, Generic[TraceForm, PolicyForm], kw_only=True):
     slots: Count
     policies: list[PolicyForm]
 
+    @property
+    def of_cluster(self) -> bool:
+        """Whether the replay was one of a cluster."""
+        return self.system.get("cluster") is not None
+
 
 Summary = SummaryFile[TraceFacts, PolicyFigures]
 PlainSummary = SummaryFile[dict[str, Any], dict[str, Any]]

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moetrace.engine.cluster.cluster_lane import ClusterLane, ClusterRecording
 from moetrace.engine.machine import NO_ROW
-from moetrace.engine.run import Lane, Run
+from moetrace.engine.recording import Recording
+from moetrace.engine.run import AnyLane, Lane, Run
 from moetrace.engine.state import FIRST_GROUP
-from moetrace.engine.tape import KINDS
+from moetrace.engine.tape import COUNT, KINDS
+from moetrace.results.cluster_timeline import cluster_slices
 from moetrace.results.frames import SLICE_STEPS
 from moetrace.spec.errors import UsageError
 from moetrace.spec.later import Later
 
 if TYPE_CHECKING:
     import polars as pl
-
-    from moetrace.engine.recording import Recording
 else:
     pl = Later("polars")
 
@@ -35,7 +36,7 @@ def timeline_frame(run: Run) -> pl.DataFrame:
     `fetch`, `prefetch`, `activations`, `head`; with more tiers `evict`, `activations-cpu`, `outside`, `read`,
     `read-ahead`, `move`, `remote`); `name`; `start_s` (since the trace began) and `duration_s`; `step`; `layer` and
     `expert` (null where there is none); `rows` and `bytes` (of a unit's shard, so that all add up); `resident` (of an
-    expert, whether the GPU held it when the router spoke).
+    expert, whether the GPU held it when the router spoke). Those of a cluster are in `cluster_timeline`.
     """
     return pl.concat([slices_of(run, lane, recording) for lane, recording in recordings(run)])
 
@@ -49,7 +50,7 @@ def counter_frame(run: Run) -> pl.DataFrame:
     return pl.concat([counts_of(lane, recording) for lane, recording in recordings(run)])
 
 
-def recordings(run: Run) -> Iterator[tuple[Lane, Recording]]:
+def recordings(run: Run) -> Iterator[tuple[AnyLane, Recording | ClusterRecording]]:
     """Yield each policy's lane, and what was recorded of it.
 
     Raises UsageError if nothing was recorded.
@@ -60,7 +61,7 @@ def recordings(run: Run) -> Iterator[tuple[Lane, Recording]]:
         yield lane, lane.recording
 
 
-def step_starts_s(lane: Lane, first: int, stop: int) -> np.ndarray:
+def step_starts_s(lane: AnyLane, first: int, stop: int) -> np.ndarray:
     """Return float64 [stop - first + 1]: when each step begins and the last one ends, as in `steps.parquet`."""
     durations_s, edge_s = lane.log.step["duration_s"], 0.0
     for begin in range(0, first, SLICE_STEPS):
@@ -69,9 +70,12 @@ def step_starts_s(lane: Lane, first: int, stop: int) -> np.ndarray:
     return np.cumsum(np.concatenate(([edge_s], durations_s[first:stop])))
 
 
-def slices_of(run: Run, lane: Lane, recording: Recording) -> pl.DataFrame:
+def slices_of(run: Run, lane: AnyLane, recording: Recording | ClusterRecording) -> pl.DataFrame:
     """Return the rows of `timeline_frame` that are one policy's."""
     starts_s = step_starts_s(lane, recording.first, recording.stop)
+    if isinstance(lane, ClusterLane):
+        return cluster_slices(lane, starts_s)
+    assert isinstance(recording, Recording)
     notes, share, groups = recording.slices, lane.machine.share, len(lane.state.scratch.groups)
     # A group of units is one row of the tape, but each of its units is busy. What stands behind the groups is one part.
     behind = notes["unit"] >= FIRST_GROUP + groups
@@ -176,10 +180,10 @@ def _unless(is_none: pl.Expr, column: str) -> pl.Expr:
     return pl.when(is_none).then(None).otherwise(pl.col(column)).alias(column)
 
 
-def counts_of(lane: Lane, recording: Recording) -> pl.DataFrame:
-    """Return the rows of `counter_frame` that are one policy's."""
+def counts_of(lane: AnyLane, recording: Recording | ClusterRecording) -> pl.DataFrame:
+    """Return the rows of `counter_frame` that are one policy's; a cluster has none."""
     starts_s = step_starts_s(lane, recording.first, recording.stop)
-    counts = recording.counts
+    counts = recording.counts if isinstance(recording, Recording) else np.zeros(0, COUNT)
     what = ("residents", "queued", "queued_bytes")
     frame = pl.DataFrame(
         {

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moetrace.engine.cluster.cluster_lane import ClusterLane
 from moetrace.engine.machine import NO_ROW
-from moetrace.engine.run import Lane, Run
+from moetrace.engine.run import AnyLane, Lane, Run
 from moetrace.engine.state import LINK_IN, LINK_OUT
 from moetrace.engine.tape import EXPERT
+from moetrace.results import cluster_timeline
 from moetrace.results.record import TIMELINE_MARK, TIMELINE_SCHEMA
 from moetrace.results.timeline import counts_of, recordings, slices_of
 from moetrace.spec.later import Later
@@ -38,6 +40,7 @@ _OWN_TRACKS = {
     "evict": "evictions",
     "move": "moves",
 }
+_OWN_TRACKS |= dict.fromkeys(("pause", "migration"), cluster_timeline.MOVES)
 _LINK_IN_TRACKS = {"fetch": "link_in", "prefetch": "link_in prefetch", "activations": "link_in activations"}
 # What goes to a CPU beside units, and comes from it.
 _CPU_TRACKS = {"link_out": "link_out cpu", "link_in": "link_in activations cpu"}
@@ -58,7 +61,6 @@ _ARGUMENTS = {
     "move": ("step", "layer", "expert", "bytes"),
     "remote": ("step", "layer"),
 }
-_COLUMNS = ("track", "kind", "name", "ts", "dur", "step", "layer", "expert", "rows", "bytes", "resident")
 
 Event = dict[str, Any]
 
@@ -98,22 +100,26 @@ def timeline_events(run: Run) -> Iterator[Event]:
         yield from _counter_events(pid, counts_of(lane, recording))
 
 
-def _slice_events(run: Run, lane: Lane, pid: int, slices: pl.DataFrame) -> Iterator[Event]:
-    tid = {track: number for number, track in enumerate(_tracks_of(run, lane), 1)}
+def _slice_events(run: Run, lane: AnyLane, pid: int, slices: pl.DataFrame) -> Iterator[Event]:
+    is_cluster = isinstance(lane, ClusterLane)
+    tracks = cluster_timeline.cluster_tracks(lane) if is_cluster else _tracks_of(run, lane)
+    tid = {track: number for number, track in enumerate(tracks, 1)}
     yield _name(pid, None, "process_name", name=f"{lane.policy.name} on {run.system.name}")
     yield _name(pid, None, "process_sort_index", sort_index=pid)
     for track in tid:
         yield _name(pid, tid[track], "thread_name", name=track)
         yield _name(pid, tid[track], "thread_sort_index", sort_index=tid[track])
-    layers = _layer_arguments(lane)
-    for row in _on_whole_ns(_with_tracks(slices)).select(_COLUMNS).iter_rows(named=True):
+    layers, listed = iter(()) if is_cluster else _layer_arguments(lane), _ARGUMENTS
+    if is_cluster:
+        listed = cluster_timeline.ARGUMENTS
+    for row in _on_whole_ns(_with_tracks(slices)).iter_rows(named=True):
         kind = row["kind"]
         if kind == "step":
             arguments = _step_arguments(run, lane, row["step"])
         elif kind == "layer":
             arguments = {"step": row["step"], "layer": row["layer"], **next(layers)}
         else:
-            arguments = {name: _plain(row[name]) for name in _ARGUMENTS[kind]}
+            arguments = {name: _plain(row[name]) for name in listed[kind] if not is_cluster or row[name] is not None}
         yield {
             "ph": "X",
             "name": row["name"],
@@ -196,12 +202,15 @@ def _on_whole_ns(slices: pl.DataFrame) -> pl.DataFrame:
     return pl.concat(parts)
 
 
-def _step_arguments(run: Run, lane: Lane, step: int) -> Event:
+def _step_arguments(run: Run, lane: AnyLane, step: int) -> Event:
+    schedule = run.schedule
+    about = {"step": step, "phase": PHASE_NAMES[schedule.phase[step]], "rows": int(schedule.rows[step])}
+    if isinstance(lane, ClusterLane):
+        return about | {name: _plain(value) for name, value in cluster_timeline.step_arguments(lane, step).items()}
     figures = lane.log.step[step]
     counts = {name: int(figures[name]) for name in ("hits", "misses", "late")}
     moved = {name: _plain(float(figures[name])) for name in ("demand_bytes", "prefetch_bytes")}
-    schedule = run.schedule
-    return {"step": step, "phase": PHASE_NAMES[schedule.phase[step]], "rows": int(schedule.rows[step])} | counts | moved
+    return about | counts | moved
 
 
 def _layer_arguments(lane: Lane) -> Iterator[Event]:

@@ -23,7 +23,7 @@ from moetrace.spec.ordinary_file import read_ordinary
 S = TypeVar("S", bound=msgspec.Struct)
 
 # Fields whose text is the path of a file, and fields where it is one only in the form `file.py:function`.
-FILE_FIELDS = ("weight_bits", "expert_bits", "loads", "plan", "static", "budget", "layout", "rates")
+FILE_FIELDS = ("weight_bits", "expert_bits", "loads", "plan", "static", "budget", "layout", "rates", "rate_factors")
 AUTO = "auto"  # is the name of no file: what is made of the trace instead
 FUNCTION_FIELDS = ("dispatch", "residency")
 # Fields where a number stands for a table with one field.

@@ -12,7 +12,7 @@ Gpus = Annotated[int, Meta(ge=1, le=4096)]
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The GPUs of a cluster, all of them as `[gpu]` says: `gpus`, or `attention` and `experts`.
+    """The GPUs of a cluster, each as `[gpu]` says: `gpus`, or `attention` and `experts`.
 
     Attributes:
         gpus: GPUs that run both attention and experts (colocated).
@@ -20,12 +20,15 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         experts: GPUs that run the experts, with `attention`.
         gpus_per_node: GPUs of a node, in the order of their numbers, attention GPUs first. By default the network has
             one tier.
+        rate_factors: CSV file of `gpu,factor`: the share of `[gpu]`'s rates at which a GPU computes and reads its
+            memory. By default, and for GPUs that are not in it, 1.
     """
 
     gpus: Gpus | None = None
     attention: Gpus | None = None
     experts: Gpus | None = None
     gpus_per_node: Gpus | None = None
+    rate_factors: str | None = None
 
     @property
     def is_colocated(self) -> bool:

@@ -18,6 +18,7 @@ from moetrace.spec.known import Calibration, Known, how_known
 from moetrace.spec.link_rates import read_rates
 from moetrace.spec.load import Loaded, convert, read
 from moetrace.spec.network import Cluster, Network
+from moetrace.spec.rate_factors import read_factors
 from moetrace.spec.rates import Energy, Price, misfits
 from moetrace.spec.remote import Remote
 from moetrace.spec.system_parts import Cpu, Gpu, Host, Link, Ndp
@@ -263,6 +264,8 @@ def _check_cluster(system: System, loaded: Loaded) -> None:
         network.of_phase(phase)["node_bandwidth_gb_s"] is None for phase in ("prefill", "decode", "mixed")
     ):
         loaded.refuse("network.node_bandwidth_gb_s", "a number, which cluster.gpus_per_node needs")
+    if cluster.rate_factors is not None:
+        read_factors(cluster.rate_factors, cluster)
 
 
 def _with_levels(system: System, where: str) -> System:

@@ -124,8 +124,8 @@ def test_plans_are_made_from_their_window_and_judged_on_the_rest(seed, window, i
             assert own["migration_bytes"].to_list() == moved.tolist()
             stale = found.staleness.filter(placement=placement).drop_nulls("layer")
             assert stale["migration_bytes"].to_list() == moved.tolist()
-    assert found.trace["rebalances"] == len(anew) - 1
-    assert found.trace["rebalance_steps"] == steps[window:][interval::interval].tolist()
+    assert found.trace["rebalances"] == [len(anew) - 1]
+    assert found.trace["rebalance_steps"] == [steps[window:][interval::interval].tolist()]
     next_plan = plan_for_next(trace, "eplb", tier, window, phase)
     assert np.array_equal(next_plan.expert_of_slot, made_from(counts[-window:]).expert_of_slot)
 
@@ -218,7 +218,7 @@ def test_what_holds_of_all_plans(timed):
 
 def test_staleness_follows_from_the_layers(timed):
     _, found = timed
-    judged, first = found.trace["judged_steps"], found.trace["interval"]
+    judged, (first,) = found.trace["judged_steps"], found.trace["intervals"]
     for layer in (0, 5):
         kept, anew, ahead = (
             found.layers.filter(placement="eplb", plan=plan, layer=layer).row(0, named=True)
@@ -227,7 +227,7 @@ def test_staleness_follows_from_the_layers(timed):
         row = found.staleness.filter(placement="eplb", layer=layer).row(0, named=True)
         assert row["imbalance_loss_to_remade"] == kept["imbalance"] / anew["imbalance"] - 1
         assert row["busy_loss_to_clairvoyant"] == kept["busy_s"] / ahead["busy_s"] - 1
-        pause_s = anew["migration_bytes"] / load_system("edge-ndp").link.bytes_s / found.trace["rebalances"]
+        pause_s = anew["migration_bytes"] / load_system("edge-ndp").link.bytes_s / found.trace["rebalances"][0]
         saved_s = (kept["busy_s"] - anew["busy_s"]) / (judged - first)
         assert row["pause_s_per_rebalance"] == pytest.approx(pause_s) and row["saved_s_per_step"] == pytest.approx(
             saved_s
@@ -247,6 +247,8 @@ def test_blocks_and_the_kind_of_trace_change_nothing(monkeypatch, tmp_path):
         bytes_unknown = balance(other, PLACEMENTS[:4], **arguments)
         with pytest.raises(UsageError, match=r"copies .row. asks which row chose what, but .*a\.h5 holds counts"):
             balance(other, ["eplb"], copies="row", **arguments)
+        with pytest.raises(UsageError, match=r"fan-out asks which row chose what, but .*a\.h5 holds counts"):
+            balance(other, ["eplb"], fan_out=True, **arguments)
     assert bytes_unknown.layers["migration_bytes"].null_count() == len(bytes_unknown.layers)
     assert bytes_unknown.summary["migration_bytes"].null_count() == len(bytes_unknown.summary)
     assert (
@@ -267,7 +269,7 @@ def test_a_given_plan_is_judged_as_it_is():
     found = balance(trace, ["ep"], tier=3, plans={"mine.json": plan})
     one, other = (found.layers.filter(placement=name).drop("placement", "plan") for name in ("ep", "mine.json"))
     assert one.equals(other) and found.summary["plan"].to_list() == ["fixed", "given"]
-    assert found.staleness.is_empty() and found.trace["rebalances"] == 0
+    assert found.staleness.is_empty() and found.trace["rebalances"] == [0]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -310,6 +312,10 @@ def test_what_cannot_be_asked():
         ({"window": 0, "interval": 2}, "the interval is between plans made from a window"),
         ({"window": 24}, "the window is 24 steps"),
         ({"interval": 0}, "the interval is 0 steps"),
+        ({"interval": [4, -1]}, "the interval is -1 steps"),
+        ({"interval": []}, "there are 0 intervals: give 1 to 64"),
+        ({"interval": range(1, 66)}, "there are 65 intervals: give 1 to 64"),
+        ({"tier": Tier(3, nodes=2), "fan_out": True}, "3 units cannot be in 2 nodes equally"),
         ({"phase": "both"}, "phase is 'both'"),
         ({"copies": "nearest"}, "copies are 'nearest', seed 0: give even, row, random, and a seed from 0"),
         ({"copies": "random", "seed": -1}, "a seed from 0"),

@@ -205,9 +205,22 @@ def test_errors_are_one_sentence(run, tmp_path):
     assert not (tmp_path / "a.json").exists()
 
 
+def test_intervals_and_fan_out_are_columns(run):
+    arguments = (MIXTRAL, "--units", 4, "--placement", "eplb", "--fan-out", "--nodes", 2)
+    once = run(*arguments, "--interval", 20)[1]
+    assert "every" not in once.splitlines()[0] and "re-made ones every 20 (3 times)" in " ".join(once.split())
+    out = run(*arguments, "--interval", 20, "--interval", 10)[1]
+    rows = [line.split() for line in out.splitlines() if line.startswith("eplb")]
+    assert [row[1:3] for row in rows if row[1] == "re-made"][:2] == [["re-made", "20"], ["re-made", "10"]]
+    said = " ".join(out.split())
+    assert "re-made ones every 20 (3 times), 10 (7 times)." in said
+    assert "Fan-out: units (and those of the 2 nodes) on which the experts of one row are" in said
+    assert max(map(len, out.splitlines())) <= 100
+
+
 def test_options_without_effect_are_refused(run):
     for arguments, sentence in (
-        (("--nodes", 2), "--nodes is for --placement eplb-hierarchical"),
+        (("--nodes", 2), "--nodes is for --placement eplb-hierarchical or --fan-out."),
         (("--groups", 1, "--placement", "eplb"), "--groups is for --placement eplb-hierarchical"),
         (("--redundant", 8, "--placement", "ep-lpt"), "--redundant is for --placement eplb"),
         (("--interval", 4, "--placement", "ep", "--placement", "tp:2"), "--interval is for placements that are made"),

@@ -3,70 +3,14 @@
 import math
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
-from support.cluster_cases import ClusterCase, cluster_cases
-
-from moetrace.engine.cluster import placed
-from moetrace.engine.run import run_setups
-from moetrace.engine.setup import Setup
-from moetrace.spec import Model, MoetraceError, PolicySpec, System, load_model, load_policy, load_system
-from moetrace.spec.cluster_policy import fields_read
-from moetrace.trace import Trace
+from support.cluster_cases import cluster_cases
+from support.cluster_replays import replayed
 
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-13}
 STAGES = {"dispatch_s": "A2E", "experts_s": "E", "combine_s": "E2A"}
-
-
-def as_trace(case: ClusterCase) -> Trace:
-    drawn = case.trace
-    experts = np.where(drawn.experts < 0, 255, drawn.experts)
-    counts = case.model["experts"]
-    sizes = np.diff(drawn.offset)
-    phases = [set(drawn.row_phase[a:b].tolist()) for a, b in zip(drawn.offset[:-1], drawn.offset[1:], strict=True)]
-    step_phase = np.array([2 if len(found) > 1 else found.pop() for found in phases])
-    more = {} if drawn.expert_bytes is None else {"expert_bytes": drawn.expert_bytes}
-    return Trace.from_arrays(
-        experts,
-        num_experts=max(counts) if isinstance(counts, list) else counts,
-        steps=sizes,
-        phase=step_phase,
-        request=drawn.request,
-        position=drawn.position,
-        row_phase=drawn.row_phase,
-        **more,
-    )
-
-
-def as_specs(case: ClusterCase) -> tuple[Model, System, PolicySpec]:
-    model = {"shared_params_per_layer": 0} | case.model
-    network, cluster = dict(case.system["network"]), dict(case.system["cluster"])
-    if "gpus_per_node" in network:
-        cluster["gpus_per_node"] = network.pop("gpus_per_node")
-    system = case.system | {"network": network, "cluster": cluster}
-    policy = {"schedule": "serial"} | case.policy
-    read = fields_read(policy.get("placement", "ep"), policy["schedule"], policy.get("copies"), policy.get("migrate"))
-    kept = {name: value for name, value in policy.items() if name in read | {"placement"}}
-    if policy.get("placement") == "plan":
-        kept["plan"] = "drawn.json"
-    return (
-        load_model(msgspec.convert(model, Model)),
-        load_system(msgspec.convert(system, System)),
-        load_policy(PolicySpec(name="p"), kept),
-    )
-
-
-def replayed(case: ClusterCase):
-    model, system, policy = as_specs(case)
-    with pytest.MonkeyPatch.context() as patch:
-        plan = None if case.plan is None else np.array(case.plan, np.int32)
-        patch.setattr(placed, "load_plan", lambda *_: plan)
-        (run,) = run_setups(as_trace(case), [Setup(model=model, system=system, policies=[policy])])
-    if isinstance(run, MoetraceError):
-        raise run
-    return run.lanes[0]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -75,7 +19,7 @@ def test_steps_are_those_of_the_oracle(case):
     # Which latency a fused transfer has over two tiers the text does not say: here that of the slower tier.
     nodes = "gpus_per_node" in case.system["network"]
     assume(not (nodes and case.policy.get("execution") == "fused"))
-    found, expected = replayed(case), case.run()
+    found, expected = replayed(case).lanes[0], case.run()
     steps = found.log.step
     for phase, (r1, r2, order, where) in expected.chosen.items():
         cut = found.fabric.cut[phase]
@@ -103,7 +47,7 @@ def test_steps_are_those_of_the_oracle(case):
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cluster_cases())
 def test_sums_are_those_of_the_oracle(case):
-    found, expected = replayed(case), case.run()
+    found, expected = replayed(case).lanes[0], case.run()
     clock, log = found.books.clock[0], found.log
     assert (clock["plans"], clock["pauses"]) == (expected.plans, expected.pauses)
     assert found.overhead_s == pytest.approx(expected.overhead_s, rel=1e-9)

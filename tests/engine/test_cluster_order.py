@@ -28,7 +28,7 @@ def end_s(times, layers, *, colocated=False, aass=False, sends=1.0):
     attention, shared, dispatch, experts, combine = map(np.asarray, times)
     gpus, cut = records(1, FABRIC), records(1, CUT)
     gpus["colocated"], cut["attention_first"] = colocated, aass
-    stages = new_stages(*dispatch.shape, 1)
+    stages = new_stages(*dispatch.shape, np.ones(1))
     stages.all_rows[:], stages.rows[:] = 1, 1
     for mine, given_s in zip(stages[2:7], (attention, shared, dispatch, experts, combine), strict=True):
         mine[:] = given_s

@@ -41,7 +41,7 @@ def test_page_loads_nothing_and_marks_rebalances():
     markup = re.sub(r"(<script[^>]*>).*?</script>", r"\1", page, flags=re.DOTALL)
     assert not re.search(r"<(link|img|iframe)\b|\bsrc=|\burl\(|@import", markup)
     spec = json.loads(re.search(r'id="spec">(.*?)</script>', page)[1])
-    marks = [{"first_step": step} for step in balanced.trace["rebalance_steps"]]
+    marks = [{"first_step": step} for step in balanced.trace["rebalance_steps"][0]]
     assert marks and marks in list(spec["datasets"].values())
     lines = [rows for rows in spec["datasets"].values() if "median" in rows[0]]
     assert {row["plan"] for rows in lines for row in rows} == {"fixed", "kept", "re-made", "clairvoyant", "given"}

@@ -314,6 +314,16 @@ def test_how_to_run_it_again_is_true(result, tmp_path, monkeypatch):
     assert sorted(run.files) == ["model.toml", "policy-1.toml", "system.toml"]
 
 
+def test_a_file_of_slow_gpus_is_said_to_be_needed(tmp_path):
+    (tmp_path / "slow.csv").write_text("gpu3,0.8\n")
+    overrides = {"system.cluster.rate_factors": str(tmp_path / "slow.csv")}
+    trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
+    run = again(replayed_of(mt.replay(trace, system="h100-x8", policies="ep-serial", overrides=overrides)).summary)
+    assert 'rate_factors = "slow.csv"' in run.files["system.toml"] and str(tmp_path) not in run.files["system.toml"]
+    assert run.notes[1] == "system.toml also needs slow.csv, which is not in a result, beside it."
+    assert "--slots" not in run.command
+
+
 def test_what_a_result_lacks_to_run_again_is_said(tmp_path):
     """A policy's file is named, without where it lay; so is the hash of the trace, as `moetrace info` says it."""
     path = tmp_path / "trace.h5"

@@ -158,6 +158,10 @@ def cluster_systems(draw, max_gpus: int, ties: bool, two_tiers: bool) -> dict[st
         cluster = {"gpus": draw(some_gpus, label="gpus")}
     else:
         cluster = {"attention": draw(some_gpus, label="attention"), "experts": draw(some_gpus, label="experts")}
+    if draw(st.integers(0, 2), label="slow GPUs") == 0:
+        factor = st.sampled_from([1.0, 0.5, 0.25, 2.0]) if ties else st.just(1.0) | st.floats(0.1, 1.5)
+        number = sum(cluster.values())
+        cluster["factors"] = draw(st.lists(factor, min_size=number, max_size=number), label="factors")
     # So slow that rows of 1 KB take longer than an expert of 1 MB, or so fast that a plan moves in some steps.
     powers = st.integers if ties else st.floats
     rate = (powers(-13, -9) | powers(-4, 3)).map(lambda power: 2.0 ** (30 + power) / 1e9)

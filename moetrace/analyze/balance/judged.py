@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moetrace.analyze.balance import imbalance
+from moetrace.analyze.balance import fan_out, imbalance
 from moetrace.analyze.balance.imbalance import Cost, ImbalanceTally, Least
 from moetrace.analyze.balance.loads import Loads, StepChoices
 from moetrace.analyze.balance.plans import Copies, Plan
@@ -24,6 +24,8 @@ class JudgedPlan:
     moved_bytes: np.ndarray  # int64 [L]
     copies: Copies
     least: Least  # shared by plans of as many bins and slots
+    fan_out: np.ndarray  # int64 [L, len(fan_out.SUMS)]
+    interval: int | None = None  # judged steps after which a series of plans is made anew
 
     def judge(self, loads: Loads, turn: int, period: np.ndarray) -> None:
         """Add the steps of `loads` to the tally; copies of an expert share its rows evenly."""
@@ -32,3 +34,7 @@ class JudgedPlan:
     def judge_rows(self, choices: StepChoices, seed: int, turn: int, period: np.ndarray) -> None:
         """Add the steps of `choices` to the tally; a row goes to a copy by its place, or by lot if `seed` >= 0."""
         imbalance.judge_rows(choices, self.copies, self.plan.bins, seed, turn, period, self.cost, self.tally)
+
+    def count_fan_out(self, choices: StepChoices, rule: int, turn: int, unit_nodes: np.ndarray) -> None:
+        """Count on how many units and nodes the rows of `choices` are; `unit_nodes` int64 [units], of each its node."""
+        fan_out.count(choices, self.copies, unit_nodes.reshape(self.plan.bins, -1), rule, turn, self.fan_out)

@@ -42,15 +42,23 @@ def layers(
             "migration_bytes": moved,
             "pause_s": pause_s,
         }
-        names = {"placement": [judged.placement] * layer.size, "plan": [judged.plan_is] * layer.size}
-        parts.append(pl.DataFrame(names | figures))
+        rows = np.where(judged.fan_out[:, 0] > 0, judged.fan_out[:, 0], np.nan)
+        figures |= {"fan_out": judged.fan_out[:, 1] / rows, "fan_out_nodes": judged.fan_out[:, 2] / rows}
+        parts.append(pl.DataFrame(_names(judged, layer.size) | figures))
     return pl.concat(parts).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
-def summary(by_layer: pl.DataFrame, judged_plans: Sequence[JudgedPlan], rebalances: int) -> pl.DataFrame:
+def _names(judged: JudgedPlan, size: int) -> dict[str, pl.Series]:
+    """What is a plan's name in ``size`` rows of each frame."""
+    names = {"placement": judged.placement, "plan": judged.plan_is, "interval": judged.interval}
+    types = {"placement": pl.String, "plan": pl.String, "interval": pl.Int64}
+    return {name: pl.Series([value] * size, dtype=types[name]) for name, value in names.items()}
+
+
+def summary(by_layer: pl.DataFrame, judged_plans: Sequence[JudgedPlan], judged_steps: int) -> pl.DataFrame:
     """Make a row for each plan: how its layers are, what they take together, and what engines would log."""
     total = pl.col("busy_s").sum()
-    frame = by_layer.group_by("placement", "plan", maintain_order=True).agg(
+    frame = by_layer.group_by("placement", "plan", "interval", maintain_order=True).agg(
         slots=pl.col("slots").max(),
         imbalance=pl.col("imbalance").mean(),
         imbalance_worst_layer=pl.col("imbalance").max(),
@@ -67,38 +75,35 @@ def summary(by_layer: pl.DataFrame, judged_plans: Sequence[JudgedPlan], rebalanc
         migration_bytes=pl.when(pl.col("migration_bytes").count() > 0).then(pl.col("migration_bytes").sum()),
         pause_s=pl.when(pl.col("pause_s").count() > 0).then(pl.col("pause_s").sum()),
     )
-    remade = pl.when(pl.col("plan") == "re-made").then(rebalances).otherwise(0)
+    remade = ((judged_steps - 1) // pl.col("interval")).fill_null(0)
     logged = np.array([judged.tally.step_sums for judged in judged_plans])
     logged = logged[:, 1:] / np.where(logged[:, :1] > 0, logged[:, :1], np.nan)
+    apart = np.array([judged.fan_out.sum(axis=0) for judged in judged_plans])
+    apart = apart[:, 1:] / np.where(apart[:, :1] > 0, apart[:, :1], np.nan)
     return frame.with_columns(
         *(pl.Series(name, logged[:, i]).fill_nan(None) for i, name in enumerate(STEP_SUMS[1:])),
+        *(pl.Series(name, apart[:, i]).fill_nan(None) for i, name in enumerate(("fan_out", "fan_out_nodes"))),
         remade.cast(pl.Int64).alias("rebalances"),
     )
 
 
-def staleness(by_layer: pl.DataFrame, judged: int, interval: int, rebalances: int) -> pl.DataFrame:
-    """Make a row for each planned placement and layer, and one of all layers: mean imbalance, sums of seconds.
+def staleness(by_layer: pl.DataFrame, judged: int, intervals: Sequence[int]) -> pl.DataFrame:
+    """Make a row for each planned placement, interval and layer, and one of all layers: mean imbalance, summed seconds.
 
     `loss` is by how much a kept plan is worse than one made anew, or clairvoyant, as a share. A rebalance is worth its
     pause after `break_even_steps` of the seconds that it saves a step; null if it saves none, or seconds are unknown.
     """
-    wide = None
-    for ending, plan in _STALE.items():
-        columns = [pl.col(name).alias(f"{name}_{ending}") for name in ("imbalance", "busy_s")]
-        if plan == "re-made":
-            columns += ["migration_bytes", "pause_s"]
-        part = by_layer.filter(plan=plan).select("placement", "layer", *columns)
-        wide = part if wide is None else wide.join(part, on=["placement", "layer"], how="left", maintain_order="left")
-    assert wide is not None
+    wide = pl.concat([_side_by_side(by_layer, interval) for interval in intervals])
     seconds = [name for name in wide.columns if name.startswith(("busy_s", "pause_s", "migration"))]
-    every = wide.group_by("placement", maintain_order=True).agg(
+    every = wide.group_by("placement", "interval", maintain_order=True).agg(
         pl.lit(None, pl.Int64).first().alias("layer"),
         pl.col("^imbalance_.*$").mean(),
         *(pl.when(pl.col(name).count() > 0).then(pl.col(name).sum()).alias(name) for name in seconds),
     )
     frame = pl.concat([wide, every.select(wide.columns)])
-    saved_s = (pl.col("busy_s_kept") - pl.col("busy_s_remade")) / max(1, judged - interval)
-    pause_s = pl.col("pause_s") / max(1, rebalances)
+    first = pl.col("interval")
+    saved_s = (pl.col("busy_s_kept") - pl.col("busy_s_remade")) / (judged - first).clip(1)
+    pause_s = pl.col("pause_s") / ((judged - 1) // first).clip(1)
     return frame.with_columns(
         imbalance_loss_to_remade=pl.col("imbalance_kept") / pl.col("imbalance_remade") - 1,
         imbalance_loss_to_clairvoyant=pl.col("imbalance_kept") / pl.col("imbalance_clairvoyant") - 1,
@@ -110,6 +115,21 @@ def staleness(by_layer: pl.DataFrame, judged: int, interval: int, rebalances: in
     ).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
+def _side_by_side(by_layer: pl.DataFrame, interval: int) -> pl.DataFrame:
+    """Put a placement's plan that is kept, those made anew at an interval and the clairvoyant one in a row a layer."""
+    wide = None
+    for ending, plan in _STALE.items():
+        columns = [pl.col(name).alias(f"{name}_{ending}") for name in ("imbalance", "busy_s")]
+        part = by_layer.filter(plan=plan)
+        if plan == "re-made":
+            part = part.filter(interval=interval)
+            columns += ["migration_bytes", "pause_s"]
+        part = part.select("placement", "layer", *columns)
+        wide = part if wide is None else wide.join(part, on=["placement", "layer"], how="left", maintain_order="left")
+    assert wide is not None
+    return wide.select("placement", pl.lit(interval, pl.Int64).alias("interval"), pl.exclude("placement"))
+
+
 def over_time(judged_plans: Sequence[JudgedPlan], layer: np.ndarray, judged_steps: np.ndarray) -> pl.DataFrame:
     """Make a row for each plan, layer and period: its first step, and the mean imbalance of its steps."""
     parts = []
@@ -119,8 +139,7 @@ def over_time(judged_plans: Sequence[JudgedPlan], layer: np.ndarray, judged_step
         first = judged_steps[-(-np.arange(periods) * judged_steps.size // periods)]
         size = periods * layer.size
         columns: dict[str, Any] = {
-            "placement": [judged.placement] * size,
-            "plan": [judged.plan_is] * size,
+            **_names(judged, size),
             "layer": np.tile(layer, periods),
             "first_step": np.repeat(first, layer.size),
             "imbalance": (total / np.where(steps > 0, steps, np.nan)).ravel(),

@@ -5,18 +5,21 @@ docs/balance.md defines every figure.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
+from moetrace.analyze.balance import fan_out as rows_apart
 from moetrace.analyze.balance import imbalance, plan_frames
 from moetrace.analyze.balance.imbalance import COPY_RULES, Least
 from moetrace.analyze.balance.judged import CLAIRVOYANT, FIXED, GIVEN, KEPT, REMADE, JudgedPlan
-from moetrace.analyze.balance.loads import add, choices_of, loads_of, steps_of_phase, summed
+from moetrace.analyze.balance.loads import add, choices_of, loads_of, summed
 from moetrace.analyze.balance.plans import (
     DEFAULT_PLACEMENTS,
+    Copies,
     Plan,
     Tier,
     check_placement,
@@ -25,6 +28,7 @@ from moetrace.analyze.balance.plans import (
     make_plan,
     moved_bytes,
 )
+from moetrace.analyze.balance.spans import Span, span_of
 from moetrace.analyze.balance.unit_costs import UnitCosts, costs_of
 from moetrace.analyze.sizes import own_experts
 from moetrace.spec import Model, System
@@ -32,7 +36,6 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.trace.format import Trace
 from moetrace.trace.opening import accepts_path
-from moetrace.trace.schema import PHASE_NAMES
 
 SCHEMA = "moetrace.balance/1"
 FRAMES = ("summary", "layers", "staleness", "over_time")
@@ -40,6 +43,13 @@ PERIODS = 120  # of the judged steps, for a picture
 # Of the largest models there are 94 layers and 23,000 experts; a damaged file may claim anything.
 MAX_LAYERS = 1024
 MAX_CELLS = 1 << 20
+
+
+class _Sharing(NamedTuple):
+    """Which copy of its expert a row takes, and whether to count how far rows go."""
+
+    rule: int  # EVEN, BY_PLACE or a seed, as in `fan_out.count`
+    unit_nodes: np.ndarray | None  # int64 [units], of each its node; None: fan-out is not counted
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,8 @@ class Balance:
         trace: What was judged and how, with plain values.
         summary: A row for each plan: means and extremes over the layers, sums of seconds and bytes.
         layers: A row for each plan and layer.
-        staleness: A row for each placement that is made from loads, and layer (null: all): what keeping a plan loses.
+        staleness: A row for each placement that is made from loads, interval and layer (null: all): what keeping a plan
+            loses.
         over_time: A row for each plan, layer and period of the judged steps: its mean imbalance.
     """
 
@@ -65,25 +76,6 @@ class Balance:
         return {"schema": SCHEMA, "trace": self.trace} | {name: getattr(self, name).to_dicts() for name in FRAMES}
 
 
-@dataclass(frozen=True)
-class Span:
-    """Which steps plans are made from, and which they are judged on; a window of 0 holds no steps back."""
-
-    steps: np.ndarray  # int64, of the trace: those that are looked at
-    window: int
-    interval: int
-
-    @property
-    def judged(self) -> np.ndarray:
-        """The steps that plans are judged on, of the trace."""
-        return self.steps[self.window :]
-
-    @property
-    def latest(self) -> np.ndarray:
-        """The steps that the next plan is made from, of the trace: the last of them, or all without a window."""
-        return self.steps[-self.window :] if self.window else self.steps
-
-
 @accepts_path
 def balance(
     trace: Trace,
@@ -91,11 +83,12 @@ def balance(
     *,
     tier: Tier | int | None = None,
     window: int | None = None,
-    interval: int | None = None,
+    interval: int | Sequence[int] | None = None,
     phase: str = "all",
     plans: Mapping[str, Plan] | None = None,
     copies: str = "even",
     seed: int = 0,
+    fan_out: bool = False,
     model: Model | str | Path | None = None,
     system: System | str | Path | None = None,
     progress: Callable[[int], object] | None = None,
@@ -112,12 +105,15 @@ def balance(
         tier: The units: a number or a `Tier`. By default the NDP units of `system`; 8 without one.
         window: How many steps plans are made from; those after them are judged. By default half of the steps. With 0,
             and by default where there is one step, all steps are judged, and plans are made from these very steps.
-        interval: Steps after which a plan is made again. By default an eighth of the judged ones.
+        interval: Steps after which a plan is made again, or several such numbers, which are judged in the same pass. By
+            default an eighth of the judged ones.
         phase: The steps that count: "all", "prefill", "decode" or "mixed".
         plans: Plans to judge, by name.
         copies: How the rows of an expert are shared among its copies: "even"; "row", by each row's place in the step,
             as engines do; or "random".
         seed: Of `copies` "random", from 0.
+        fan_out: Whether to count on how many units, and nodes of units (`tier.nodes`), the experts of one row are. It
+            takes as long again. By default not.
         model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
         system: A preset's name, a TOML file or a System. Figures are then in seconds too. By default none.
         progress: A function that gets the number of rows since its last call.
@@ -149,7 +145,7 @@ def balance(
         check_placement(placement, tier, own)
     if not placements and not plans:
         raise UsageError("no placement and no plan is given to judge.")
-    _check_copies(trace, copies, seed)
+    _check_copies(trace, copies, seed, fan_out, tier)
     told = progress or (lambda rows: None)
     recent = np.zeros((trace.layers, trace.num_experts), np.int64)
     for loads in loads_of(trace, span.steps[: span.window]):
@@ -157,18 +153,19 @@ def balance(
         told(loads.all_rows)
     judged_plans = _judged_plans(trace, placements, plans, tier, machine, span, recent)
     _check_bytes(trace, machine, judged_plans, span)
-    sharing = None if copies == "even" else seed if copies == "random" else -1
-    _walk(trace, judged_plans, tier, machine, span, recent, sharing, told)
-    facts: dict[str, Any] = _facts(trace, phase, tier, machine, span, judged_plans) | {"copies": copies}
+    rule = {"even": rows_apart.EVEN, "row": rows_apart.BY_PLACE}.get(copies, seed)
+    unit_nodes = np.arange(tier.units) * tier.nodes // tier.units if fan_out else None
+    _walk(trace, judged_plans, tier, machine, span, recent, _Sharing(rule, unit_nodes), told)
+    facts = _facts(trace, phase, tier, machine, span, judged_plans) | {"copies": copies, "fan_out": fan_out}
     layer = trace.layer_index.astype(np.int64)
     by_layer = plan_frames.layers(
         judged_plans, layer, facts["sizes_known"], machine.link_bytes_s, machine.system is not None
     )
     return Balance(
         facts,
-        plan_frames.summary(by_layer, judged_plans, facts["rebalances"]),
+        plan_frames.summary(by_layer, judged_plans, facts["judged_steps"]),
         by_layer,
-        plan_frames.staleness(by_layer, facts["judged_steps"], facts["interval"], facts["rebalances"]),
+        plan_frames.staleness(by_layer, facts["judged_steps"], span.intervals),
         plan_frames.over_time(judged_plans, layer, span.judged),
     )
 
@@ -188,30 +185,17 @@ def loads_for_next(trace: Trace, window: int | None = None, phase: str = "all") 
     return summed(trace, span_of(trace, phase, window, None).latest)
 
 
-def span_of(trace: Trace, phase: str, window: int | None, interval: int | None) -> Span:
-    """Choose the steps; raise UsageError or MoetraceError if that leaves nothing to plan from or to judge."""
-    if phase not in ("all", *PHASE_NAMES):
-        raise UsageError(f"phase is {phase!r}: give all, {', '.join(PHASE_NAMES)}.")
-    steps = steps_of_phase(trace, phase)
-    which = "" if phase == "all" else f"{phase} "
-    if not steps.size:
-        raise MoetraceError(f"{trace.shown} has no {which}steps.")
-    window = steps.size // 2 if window is None else window
-    if not 0 <= window < steps.size:
-        raise UsageError(f"the window is {window} steps: give 0 to {steps.size - 1}, less than the {which}steps.")
-    if window == 0 and interval is not None:
-        raise UsageError("the interval is between plans made from a window, which has no steps: give no interval.")
-    interval = -(-(steps.size - window) // 8) if interval is None else interval
-    if interval < 1:
-        raise UsageError(f"the interval is {interval} steps: give 1 or more.")
-    return Span(steps, window, interval)
-
-
-def _check_copies(trace: Trace, copies: str, seed: int) -> None:
+def _check_copies(trace: Trace, copies: str, seed: int, fan_out: bool, tier: Tier) -> None:
     if copies not in COPY_RULES or not 0 <= seed < 2**63:
         raise UsageError(f"copies are {copies!r}, seed {seed}: give {', '.join(COPY_RULES)}, and a seed from 0.")
     if copies != "even" and "counts" in trace.has:
         raise UsageError(f"copies {copies!r} asks which row chose what, but {trace.shown} holds counts only.")
+    if fan_out and "counts" in trace.has:
+        raise UsageError(f"fan-out asks which row chose what, but {trace.shown} holds counts only.")
+    if fan_out and tier.units % tier.nodes:
+        raise UsageError(
+            f"{tier.units} units cannot be in {tier.nodes} nodes equally: give a number that divides them."
+        )
 
 
 def _check_size(trace: Trace) -> None:
@@ -233,20 +217,21 @@ def _judged_plans(
 ) -> list[JudgedPlan]:
     own, shape = own_experts(trace), (trace.layers, trace.num_experts)
     ahead = summed(trace, span.judged) if any(is_made_from_loads(placement) for placement in placements) else recent
-    kinds: list[tuple[str, str, Plan]] = []
+    kinds: list[tuple[str, str, Plan, int | None]] = []
     for placement in dict.fromkeys(placements):
         if not is_made_from_loads(placement):
-            kinds.append((placement, FIXED, make_plan(placement, tier, shape, None, own)))
+            kinds.append((placement, FIXED, make_plan(placement, tier, shape, None, own), None))
             continue
         if span.window:
             first = make_plan(placement, tier, shape, recent, own)
-            kinds.append((placement, KEPT, first))
-            if span.interval < span.judged.size:
-                kinds.append((placement, REMADE, first))
-        kinds.append((placement, CLAIRVOYANT, make_plan(placement, tier, shape, ahead, own)))
+            kinds.append((placement, KEPT, first, None))
+            kinds += [
+                (placement, REMADE, first, interval) for interval in span.intervals if span.rebalances(interval).size
+            ]
+        kinds.append((placement, CLAIRVOYANT, make_plan(placement, tier, shape, ahead, own), None))
     for name, plan in plans.items():
         _check_given(name, plan, tier, own)
-        kinds.append((name, GIVEN, plan))
+        kinds.append((name, GIVEN, plan, None))
     least: dict[tuple[int, int, bytes], Least] = {}
     return [
         JudgedPlan(
@@ -258,8 +243,10 @@ def _judged_plans(
             np.zeros(trace.layers, np.int64),
             copies_of(plan, trace.num_experts),
             least.setdefault(_key(plan), Least(np.zeros(trace.layers), np.zeros(trace.layers))),
+            np.zeros((trace.layers, len(rows_apart.SUMS)), np.int64),
+            interval,
         )
-        for placement, plan_is, plan in kinds
+        for placement, plan_is, plan, interval in kinds
     ]
 
 
@@ -268,7 +255,7 @@ def _check_bytes(trace: Trace, machine: UnitCosts, judged_plans: list[JudgedPlan
     copies = (
         max(int(judged.plan.slots.max()) for judged in judged_plans)
         * trace.layers
-        * (span.judged.size // span.interval + 1)
+        * (span.judged.size // min(span.intervals) + 1)
     )
     if machine.expert_bytes is not None and int(machine.expert_bytes.max()) * copies >= 2**63:
         raise MoetraceError(
@@ -307,28 +294,31 @@ def _walk(
     machine: UnitCosts,
     span: Span,
     recent: np.ndarray,
-    sharing: int | None,
+    sharing: _Sharing,
     told: Callable[[int], object],
 ) -> None:
-    """Judge all plans on the judged steps, making plans anew at every interval from ``recent``, the window's loads.
-
-    Copies share an expert's rows evenly if ``sharing`` is None, else as `JudgedPlan.judge_rows` does with that seed.
-    """
+    """Judge all plans on the judged steps, making plans anew at every interval from ``recent``, the window's loads."""
     periods = judged_plans[0].tally.over_time.shape[0]
     period = np.arange(span.judged.size) * periods // span.judged.size
     bounds = {_key(judged.plan): (judged, judged.plan.slots) for judged in judged_plans}
-    own = own_experts(trace)
-    turn, remade = 0, any(judged.plan_is == REMADE for judged in judged_plans)
-    for begin in range(0, span.judged.size, span.interval):
-        if begin and remade:
-            recent -= summed(trace, span.steps[begin - span.interval : begin])
-            _make_anew(judged_plans, tier, own, machine, recent)
-        for loads, choices in choices_of(trace, span.judged[begin : begin + span.interval]):
+    own, (rule, unit_nodes) = own_experts(trace), sharing
+    remade = {judged.interval for judged in judged_plans if judged.interval is not None}
+    anew = sorted({0, *(begin for each in remade for begin in range(each, span.judged.size, each))})
+    turn, before = 0, 0
+    for begin, end in pairwise([*anew, span.judged.size]):
+        if begin:
+            recent -= summed(trace, span.steps[before:begin])
+            before = begin
+            due = [one for one in judged_plans if one.interval is not None and begin % one.interval == 0]
+            _make_anew(due, tier, own, machine, recent)
+        for loads, choices in choices_of(trace, span.judged[begin:end]):
             for judged in judged_plans:
-                if sharing is None or choices is None:
+                if rule == rows_apart.EVEN or choices is None:
                     judged.judge(loads, turn, period[turn : turn + loads.steps])
                 else:
-                    judged.judge_rows(choices, sharing, turn, period[turn : turn + loads.steps])
+                    judged.judge_rows(choices, rule, turn, period[turn : turn + loads.steps])
+                if unit_nodes is not None and choices is not None:
+                    judged.count_fan_out(choices, rule, turn, unit_nodes)
             for judged, slots in bounds.values():
                 imbalance.bound(loads, own, judged.plan.bins, slots, judged.cost, judged.least)
             if remade:
@@ -340,18 +330,22 @@ def _walk(
 def _make_anew(
     judged_plans: list[JudgedPlan], tier: Tier, own: np.ndarray, machine: UnitCosts, recent: np.ndarray
 ) -> None:
+    made: dict[str, tuple[Plan, Copies]] = {}  # by placement: that of each interval which is due
     for judged in judged_plans:
-        if judged.plan_is == REMADE:
-            new = make_plan(judged.placement, tier, recent.shape, recent, own)
-            if machine.expert_bytes is not None:
-                judged.moved_bytes += moved_bytes(judged.plan, new, machine.expert_bytes)
-            judged.plan, judged.copies = new, copies_of(new, recent.shape[1])
+        if judged.placement not in made:
+            plan = make_plan(judged.placement, tier, recent.shape, recent, own)
+            made[judged.placement] = plan, copies_of(plan, recent.shape[1])
+        new, copies = made[judged.placement]
+        if machine.expert_bytes is not None:
+            judged.moved_bytes += moved_bytes(judged.plan, new, machine.expert_bytes)
+        judged.plan, judged.copies = new, copies
 
 
 def _facts(
     trace: Trace, phase: str, tier: Tier, machine: UnitCosts, span: Span, judged_plans: list[JudgedPlan]
 ) -> dict[str, Any]:
     anew = any(judged.plan_is == REMADE for judged in judged_plans)
+    rebalance_steps = [span.rebalances(interval).tolist() if anew else [] for interval in span.intervals]
     return {
         "model": trace.model,
         "layers": trace.layers,
@@ -363,9 +357,9 @@ def _facts(
         "judged_steps": int(span.judged.size),
         "judged_rows": int((trace.offset[span.judged + 1] - trace.offset[span.judged]).sum()),
         "window": span.window,
-        "interval": span.interval,
-        "rebalance_steps": span.judged[span.interval :: span.interval].tolist() if anew else [],
-        "rebalances": (span.judged.size - 1) // span.interval if anew else 0,
+        "intervals": list(span.intervals),
+        "rebalance_steps": rebalance_steps,  # of each interval
+        "rebalances": [len(steps) for steps in rebalance_steps],
         "units": tier.units,
         "redundant": tier.redundant,
         "nodes": tier.nodes,

@@ -48,7 +48,7 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
 @click.option(
     "--redundant", type=int, metavar="R", help="EPLB's further copies a layer; by default one a unit or more."
 )
-@click.option("--nodes", type=int, default=1, show_default=True, help="Of units, for eplb-hierarchical.")
+@click.option("--nodes", type=int, default=1, show_default=True, help="Of units, for eplb-hierarchical and --fan-out.")
 @click.option("--groups", type=int, default=1, show_default=True, help="Of experts, for eplb-hierarchical.")
 @click.option(
     "--window",
@@ -56,7 +56,14 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     metavar="W",
     help="Steps that a plan is made from, and that are not judged; by default half of them, and 0 of a single step.",
 )
-@click.option("--interval", type=int, metavar="I", help="Steps from one new plan to the next; by default an eighth.")
+@click.option(
+    "--interval",
+    "intervals",
+    type=int,
+    multiple=True,
+    metavar="I",
+    help="Steps from one new plan to the next; may be repeated. By default an eighth of the judged ones.",
+)
 @click.option(
     "--phase",
     type=click.Choice(["all", "prefill", "decode", "mixed"]),
@@ -72,6 +79,7 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     help="Which copy of its expert a row runs on: shared evenly; by its place in the batch, as engines do; or drawn.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of --copies random.")
+@click.option("--fan-out", is_flag=True, help="Count on how many units, and nodes, the experts of one row are.")
 @click.option("--system", type=SYSTEM, metavar="S", help="Preset or TOML file of the units, for figures in seconds.")
 @click.option(
     "--model",
@@ -137,11 +145,12 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
             placements,
             tier=tier,
             window=asked["window"],
-            interval=asked["interval"],
+            interval=asked["intervals"] or None,
             phase=asked["phase"],
             plans=_plans(opened, asked["files"], tier, model),
             copies=asked["copies"],
             seed=asked["seed"],
+            fan_out=asked["fan_out"],
             model=model,
             system=system,
             progress=bar.advance,
@@ -160,13 +169,15 @@ def _check_options(asked: dict[str, Any]) -> None:
 
     placements = asked["placements"] or (() if asked["files"] else DEFAULT_PLACEMENTS)
     if "eplb-hierarchical" not in asked["placements"]:
-        refuse(("nodes", "groups"), "is for --placement eplb-hierarchical.")
+        refuse(("groups",), "is for --placement eplb-hierarchical.")
+        if not asked["fan_out"]:
+            refuse(("nodes",), "is for --placement eplb-hierarchical or --fan-out.")
     if not any(placement.startswith("eplb") for placement in placements):
         refuse(("redundant",), "is for --placement eplb or eplb-hierarchical.")
         if not asked["files"]:
             refuse(("copies",), "is for plans with copies: --placement eplb or eplb-hierarchical, or a --plan.")
     if not any(placement.startswith(("eplb", "ep-lpt")) for placement in placements):
-        refuse(("interval",), "is for placements that are made anew from loads: ep-lpt, eplb or eplb-hierarchical.")
+        refuse(("intervals",), "is for placements that are made anew from loads: ep-lpt, eplb or eplb-hierarchical.")
     if asked["copies"] != "random":
         refuse(("seed",), "is for --copies random.")
     from moetrace.trace.atomic import real_path

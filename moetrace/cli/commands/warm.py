@@ -75,6 +75,7 @@ def _replay(folder: Path) -> Iterator[list[str]]:
         yield [*trace, "--system", system, *policies, *(more if system != "h100-x8" else _OF_SHARED)]
     for policy in ("edge-ndp", "foresee"):
         yield [*trace, "--policy", policy, "--timeline", "-o", f"{folder}-{policy}", *more]
+    yield [*trace, "--system", "h100-x8", "--policy", "ep-serial", "--timeline", "-o", f"{folder}-cluster"]
 
 
 def _analyze(folder: Path) -> Iterator[list[str]]:
@@ -98,7 +99,7 @@ def _analyze(folder: Path) -> Iterator[list[str]]:
     balance = ["analyze", "balance", trace, "--units", "4", "--window", "4"]
     yield [*balance, "--nodes", "2", "--groups", "4", *placements]
     for copies in ("even", "row", "random"):
-        yield [*balance, "--redundant", "4", "--placement", "eplb", "--copies", copies]
+        yield [*balance, "--redundant", "4", "--placement", "eplb", "--copies", copies, "--fan-out"]
     yield ["analyze", "balance", trace, "--system", "edge-ndp", "--model", f"{folder}.toml", "--window", "4"]
     yield ["analyze", "locality", trace]
 

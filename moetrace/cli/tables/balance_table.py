@@ -15,23 +15,28 @@ _GAP = 2
 _ROWS = {
     "placement": "placement",
     "plan": "plan",
+    "every": "every\nsteps",
     "slots": "slots",
     "imbalance": "max /\nmean",
     "worst": "worst\nlayer",
     "p99": "p99",
     "least": "least\npossible",
     "jain": "Jain",
+    "fan_out": "fan-\nout",
+    "fan_out_nodes": "of\nnodes",
     "moved_gb": "moved\nGB",
 }
 _LOGGED = {
     "placement": "placement",
     "plan": "plan",
+    "every": "every\nsteps",
     "vllm": "vLLM",
     "sglang": "SGLang",
 }
 _TIME = {
     "placement": "placement",
     "plan": "plan",
+    "every": "every\nsteps",
     "time": "max / mean\nin time",
     "busy_ms": "busy\nms",
     "least_ms": "least pos-\nsible ms",
@@ -40,12 +45,14 @@ _TIME = {
 }
 _STALE = {
     "placement": "placement",
+    "every": "every\nsteps",
     "remade": "max / mean %\nto re-made",
     "clairvoyant": "to clair-\nvoyant",
     "layers": "layers better\nre-made",
 }
 _STALE_TIME = {
     "placement": "placement",
+    "every": "every\nsteps",
     "busy_remade": "busy ms %\nto re-made",
     "busy_clairvoyant": "to clair-\nvoyant",
     "saved_us": "saved a\nstep µs",
@@ -57,7 +64,7 @@ _STALE_TIME = {
 def print_balance(found: "Balance", name: str) -> None:
     """Print what was found as tables on stdout; `name` is what the user called the trace."""
     console = stdout_console()
-    rows = [_plan(row) for row in found.summary.iter_rows(named=True)]
+    rows = [_plan(row, found.trace) for row in found.summary.iter_rows(named=True)]
     stale = _stale(found)
     tables = [
         ("", _ROWS, rows),
@@ -91,12 +98,13 @@ def _table(headers: dict[str, str], rows: list[dict[str, str]]) -> Table:
     return table
 
 
-def _plan(row: dict[str, Any]) -> dict[str, str]:
+def _plan(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
     moves = row["plan"] == "re-made"
     busy, least = row["busy_s"], row["least_busy_s"]
     return {
         "placement": printable(row["placement"]),
         "plan": row["plan"],
+        "every": _every(row, facts),
         "slots": f"{row['slots']:,}",
         "imbalance": _figure(row["imbalance"], 3),
         "worst": _figure(row["imbalance_worst_layer"], 3),
@@ -105,6 +113,8 @@ def _plan(row: dict[str, Any]) -> dict[str, str]:
         "jain": _figure(row["jain"], 3),
         "vllm": _figure(row["balancedness_vllm"], 3),
         "sglang": _figure(row["balancedness_sglang"], 3),
+        "fan_out": _figure(row["fan_out"], 3),
+        "fan_out_nodes": _figure(row["fan_out_nodes"] if facts["nodes"] > 1 else None, 3),
         "moved_gb": _figure(row["migration_bytes"] / 1e9, 2) if moves and row["migration_bytes"] else "-",
         "time": _figure(row["time_imbalance"], 3),
         "busy_ms": _figure(busy, 1, 1e3),
@@ -115,15 +125,16 @@ def _plan(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _stale(found: "Balance") -> list[dict[str, str]]:
-    """A row for each placement: all its layers, and in how many of them a plan made anew is better."""
+    """A row for each placement and interval: all layers, and in how many of them a plan made anew is better."""
     rows = []
     for row in found.staleness.filter(found.staleness["layer"].is_null()).iter_rows(named=True):
-        own = found.staleness.filter(placement=row["placement"]).drop_nulls("layer")
+        own = found.staleness.filter(placement=row["placement"], interval=row["interval"]).drop_nulls("layer")
         better = int((own["imbalance_loss_to_remade"].fill_null(0) > 0).sum())
         known = row["imbalance_remade"] is not None
         rows.append(
             {
                 "placement": row["placement"],
+                "every": _every(row, found.trace),
                 "remade": _figure(row["imbalance_loss_to_remade"], 2, 100),
                 "clairvoyant": _figure(row["imbalance_loss_to_clairvoyant"], 2, 100),
                 "layers": f"{better} of {len(own)}" if known else "-",
@@ -137,6 +148,11 @@ def _stale(found: "Balance") -> list[dict[str, str]]:
     return rows
 
 
+def _every(row: dict[str, Any], facts: dict[str, Any]) -> str:
+    """Return after how many steps a row's plan is made anew, where there are several such numbers."""
+    return f"{row['interval']:,}" if row["interval"] is not None and len(facts["intervals"]) > 1 else "-"
+
+
 def _even(row: dict[str, Any]) -> str:
     if row["saved_s_per_step"] is None or row["pause_s_per_rebalance"] is None:
         return "-"
@@ -146,8 +162,9 @@ def _even(row: dict[str, Any]) -> str:
 def _legend(found: "Balance", name: str) -> list[str]:
     facts = found.trace
     step = "step" if facts["phase"] == "all" else f"{facts['phase']} step"
-    times = counted(facts["rebalances"], "time")
-    anew = f"; re-made ones every {facts['interval']:,} ({times})" if facts["rebalances"] else ""
+    times = zip(facts["intervals"], facts["rebalances"], strict=True)
+    each = [f"{interval:,} ({counted(number, 'time')})" for interval, number in times if number]
+    anew = f"; re-made ones every {', '.join(each)}" if each else ""
     made = (
         f"made from {counted(facts['window'], step)} and judged on the {facts['judged_steps']:,} after the first such"
     )
@@ -162,6 +179,9 @@ def _legend(found: "Balance", name: str) -> list[str]:
         "Max / mean: the busiest unit's rows over the mean unit's, mean over the steps, then over the layers (worst: "
         "the worst layer's). Least possible: no plan of so many slots beats it, even if made anew for every step.",
     ]
+    if facts["fan_out"]:
+        nodes = f" (and those of the {facts['nodes']:,} nodes)" if facts["nodes"] > 1 else ""
+        lines.append(f"Fan-out: units{nodes} on which the experts of one row are, mean over rows and layers.")
     if facts["system"]:
         lines.append(
             "Busy: seconds of the busiest unit, summed over layers and steps. Pauses: what moves to make plans anew, "

@@ -66,7 +66,7 @@ def new_books(fabric: Fabric, copies: int, requests: int, parts: tuple[int, int]
         clock,
         records(1, TOTAL),
         new_routes(copies, num_experts, experts, int(gpus["nodes"])),
-        new_stages(*parts, experts),
+        new_stages(*parts, fabric.slowness),
         new_agenda(*parts),
         new_agenda(*parts),
         Contexts(np.zeros(max(requests, 1), np.int64), np.zeros(max(requests, 1), np.int64)),

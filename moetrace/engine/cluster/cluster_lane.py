@@ -8,7 +8,8 @@ import numpy as np
 
 from moetrace.engine.cluster.auto import best_cut
 from moetrace.engine.cluster.cluster_books import CLUSTER_STEP, Books, new_books
-from moetrace.engine.cluster.cluster_replay import bound_s, replay_cluster
+from moetrace.engine.cluster.cluster_replay import bound_s, record_step, replay_cluster
+from moetrace.engine.cluster.cluster_tape import STAGE_SLICE, most_slices, new_tape
 from moetrace.engine.cluster.fabric import Fabric, fabric_of, is_auto
 from moetrace.engine.cluster.placed import PlacedCopies, Placer, copies_in, held_bytes, moved_into
 from moetrace.engine.cluster.windows import Windows
@@ -30,6 +31,30 @@ from moetrace.spec.policy import PolicySpec
 _NEVER_S = np.inf
 
 
+class ClusterRecording:
+    """What was noted of the steps ``first`` to ``stop - 1`` of one policy, which grows with that window."""
+
+    def __init__(self, first: int, stop: int) -> None:
+        self.first, self.stop = first, stop
+        self._slices: list[np.ndarray] = [np.zeros(0, STAGE_SLICE)]
+
+    @property
+    def slices(self) -> np.ndarray:
+        """All slices so far, STAGE_SLICE [n], step by step."""
+        return np.concatenate(self._slices)
+
+    def record(self, batch: Batch, s: int, fabric: Fabric, copies: PlacedCopies, books: Books) -> None:
+        """Replay step s of a block, and keep what was noted of it."""
+        rows, layers = int(batch.steps.rows[s]), fabric.machine.weight_bytes.shape[0]
+        cut, top_k = fabric.cut[batch.steps.phase[s]], batch.experts.shape[2]
+        tape = new_tape(most_slices(rows, top_k, layers, fabric.gpus[0], cut), *books.stages.rows.shape)
+        record_step(batch, fabric, copies, books, s, tape)
+        written = int(tape.ends[0])
+        if written > len(tape.slices):
+            raise RuntimeError(f"step {batch.steps.first + s} has more to note than its tape has room for.")
+        self._slices.append(tape.slices[:written].copy())
+
+
 @dataclass
 class ClusterLane:
     """One policy of a cluster, and what it recorded. What it has in common with `Lane` has the same names."""
@@ -46,7 +71,7 @@ class ClusterLane:
     work_bound: Yardstick
     log: Log
     folded: FoldedSteps | None = None  # instead of the log of each step
-    recording: None = None
+    recording: ClusterRecording | None = None  # of the steps of a timeline
     clairvoyant: None = None
     hooks: tuple = ()
     tiers: None = None
@@ -85,7 +110,7 @@ class ClusterLane:
     @property
     def kernels(self) -> list[Any]:
         """What it calls."""
-        return [replay_cluster, bound_s]
+        return [replay_cluster, bound_s, *([record_step] if self.recording is not None else [])]
 
     @property
     def duration_s(self) -> np.ndarray:
@@ -114,7 +139,7 @@ class ClusterLane:
             stop = number
             if self.windows is not None and self.windows.next_step is not None:
                 stop = min(number, self.windows.next_step - batch.steps.first)
-            after = replay_cluster(batch, self.fabric, self.copies, books, s, stop, self._wake_s)
+            after = self._replay(batch, books, s, stop)
             if self.windows is not None:
                 self.windows.add(batch.demand, batch.steps.first, s, after)
             s = after
@@ -122,6 +147,16 @@ class ClusterLane:
             self.folded.add(batch.steps.first, self.log.step)
             self.log = self.log._replace(step=new_steps(0, CLUSTER_STEP))
         self.last_s = thread_time() - begun_s
+
+    def _replay(self, batch: Batch, books: Books, s: int, stop: int) -> int:
+        """Replay steps of a block from s on, with a tape in the recording's window; return the first that was not."""
+        if self.recording is not None:
+            first, end = self.recording.first - batch.steps.first, self.recording.stop - batch.steps.first
+            if first <= s < end:
+                self.recording.record(batch, s, self.fabric, self.copies, books)
+                return s + 1
+            stop = min(stop, first) if s < first else stop
+        return replay_cluster(batch, self.fabric, self.copies, books, s, stop, self._wake_s)
 
     def finish(self) -> None:
         """Close the books after the last block."""
@@ -188,8 +223,6 @@ def cluster_lane(
     """
     model, system, trace = setup.model, setup.system, decoded.trace
     assert system.cluster is not None
-    if setup.window is not None:
-        raise UsageError(f"System {system.name} is a cluster, of which there is no timeline yet; leave out --timeline.")
     if setup.regret or setup.decisions:
         raise UsageError(
             f"System {system.name} is a cluster, where no dispatch decides and nothing is to be regretted; leave out "
@@ -225,6 +258,8 @@ def cluster_lane(
         log=books.log,
     )
     lane._check_room(plan)
+    if setup.window is not None:
+        lane.recording = ClusterRecording(setup.window.start, setup.window.stop)
     return lane
 
 
@@ -248,7 +283,7 @@ def _bound_of(fabric: Fabric) -> Yardstick:
 def _digested(fabric: Fabric) -> tuple[bytes, ...]:
     """What of a cluster its bound depends on."""
     machine, gpus = fabric.machine, fabric.gpus
-    names = ("attention", "experts", "colocated", "shared_bytes", "shared_flop_per_row")
+    names = ("attention", "experts", "colocated", "shared_bytes", "shared_flop_per_row", "all_factors")
     return (
         machine.device.tobytes(),
         machine.work.tobytes(),

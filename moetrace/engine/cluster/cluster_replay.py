@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from moetrace.engine.cluster.cluster_books import CLUSTER_STEP, Books, new_books
+from moetrace.engine.cluster.cluster_tape import new_tape, note_chunk, note_layer, note_step
 from moetrace.engine.cluster.fabric import CUT, FABRIC, NETWORK, Fabric
 from moetrace.engine.cluster.layer_stages import attend_s, cross, fuse_s, run_experts, share_s, transfer_s
 from moetrace.engine.cluster.order import add_layer, begin_step
@@ -31,7 +32,7 @@ def smallest_cluster() -> tuple[Any, Fabric, PlacedCopies, Books]:
     gpus = records(1, FABRIC)
     for name in ("attention", "experts", "colocated", "kernels", "nodes"):
         gpus[name] = 1
-    fabric = Fabric(work.machine, gpus, records(3, NETWORK), records(3, CUT))
+    fabric = Fabric(work.machine, gpus, records(3, NETWORK), records(3, CUT), np.ones(1), np.zeros(1))
     copies = PlacedCopies(np.zeros((1, 2), np.int32), np.zeros((1, 1), np.int32), np.zeros((1, 1)))
     return work.batch, fabric, copies, new_books(fabric, 1, 1, (1, 1), records(1, CLUSTER_STEP))
 
@@ -78,7 +79,7 @@ def _cut_step(batch, s, fabric, cut, books):
 
 
 @kernel(inline=False)
-def _run_layer(batch, s, layer, fabric, copies, books):
+def _run_layer(batch, s, layer, fabric, copies, books, tape):
     """Route the rows of a layer chunk by chunk; fill the seconds of its stages; return those of the fused kernel."""
     gpus, net, stages, routes = fabric.gpus[0], fabric.network[batch.steps.phase[s]], books.stages, books.routes
     row, of_layer, slowed, fused_s = books.log.step[s], books.log.layer[layer], books.clock[0].slowed, 0.0
@@ -99,6 +100,7 @@ def _run_layer(batch, s, layer, fabric, copies, books):
             crossing = cross(gpus, routes)
             to_s = transfer_s(gpus, net, slowed, rows, crossing, net.dispatch_bytes, net.dispatch_s)
             run_s = run_experts(layer, gpus, copies, routes, stages.each)
+            note_chunk(tape, (place[1], layer, i, j), gpus, crossing, stages.each)
             back_s = transfer_s(gpus, net, slowed, rows, crossing, net.combine_bytes, net.combine_s)
             if gpus.serial:
                 fused_s = fuse_s(gpus, net, slowed, rows, crossing, routes, stages.each)
@@ -152,11 +154,11 @@ def _between_kernels_s(gpus, rows):
     """Return the seconds that the further kernels of a layer add: their launches, and rows written and read again."""
     own = -(-rows // gpus.attention)
     further = gpus.kernels - 1
-    return further * gpus.start_s, further * 2.0 * own * gpus.row_bytes * gpus.s_per_byte
+    return further * gpus.start_s, further * 2.0 * own * gpus.row_bytes * gpus.attention_s_per_byte
 
 
 @kernel(inline=False)
-def _end_step(s, batch, fabric, further_s, parts, books):
+def _end_step(s, batch, fabric, further_s, parts, books, tape):
     """Note the time of a step, its GPUs and resources.
 
     ``further_s`` is the time of further kernels of its layers; ``parts`` are its micro-batches with rows.
@@ -172,14 +174,19 @@ def _end_step(s, batch, fabric, further_s, parts, books):
     clock.most_into, clock.moved_bytes = 0.0, 0.0
     row.wait_s = row.pause_s
     row.exposed_s = max(row.duration_s - row.exposed_s, 0.0)
+    schedule_s = row.duration_s
     row.duration_s = row.duration_s + row.head_s + row.pause_s
+    note_step(tape, batch.steps.first + s, fabric, schedule_s, row, clock.slowed)
     row.moe_s = max(row.duration_s - row.dense_s - row.head_s - row.pause_s, 0.0)
     work, times = fabric.machine.work[0], parts * fabric.machine.weight_bytes.shape[0]
     idle_s = work.overhead_s * times
     read_bytes = work.head_bytes + work.dense_bytes * times
     attended_s = row.attention_s - idle_s + row.head_s + further_s
+    starts_s = gpus.start_s * (times * (1 + gpus.apart) + 1)
+    if not gpus.fused:
+        starts_s += gpus.start_s * (gpus.kernels - 1) * fabric.machine.weight_bytes.shape[0]
     for g in range(gpus.attention):
-        log.unit[g].busy_s += attended_s
+        log.unit[g].busy_s += attended_s - (attended_s - starts_s) * fabric.lead[g]
         log.unit[g].bytes += read_bytes
     if gpus.colocated:
         first = gpus.experts
@@ -220,7 +227,7 @@ def _add_up(row, total):
 
 
 @kernel(inline=False)
-def _replay_step(batch, s, fabric, copies, books):
+def _replay_step(batch, s, fabric, copies, books, tape):
     """Replay one step."""
     gpus, cut, row = fabric.gpus[0], fabric.cut[batch.steps.phase[s]], books.log.step[s]
     stages, layers = books.stages, copies.start.shape[0]
@@ -239,7 +246,7 @@ def _replay_step(batch, s, fabric, copies, books):
     for layer in range(layers):
         before_s = row.dispatch_s + row.experts_s + row.combine_s
         run_before_s = row.experts_s
-        fused_s = _run_layer(batch, s, layer, fabric, copies, books)
+        fused_s = _run_layer(batch, s, layer, fabric, copies, books, tape)
         row.attention_s += attended_s
         books.log.layer[layer].attention_s += attended_s
         books.log.layer[layer].dense_s += attended_s
@@ -252,6 +259,8 @@ def _replay_step(batch, s, fabric, copies, books):
         else:
             add_layer(gpus, cut, stages, 1.0, books.agenda)
             add_layer(gpus, cut, stages, 0.0, books.free_agenda)
+        parts_s = (0.0 if gpus.fused else launch_s + write_s, fused_s if gpus.fused else -1.0)
+        note_layer(tape, batch.steps.first + s, layer, fabric, fabric.network[batch.steps.phase[s]], books, parts_s)
         imbalance, imbalance_rows = _note_layer(layer, s, gpus, books)
         if imbalance >= 0.0:
             imbalance_sum += imbalance
@@ -268,7 +277,7 @@ def _replay_step(batch, s, fabric, copies, books):
     if gpus.serial:
         row.launch_tax_s, row.locality_tax_s = layers * launch_s, layers * write_s
         row.barrier_tax_s = bulk_s - fused_all_s
-    _end_step(s, batch, fabric, further_s, parts, books)
+    _end_step(s, batch, fabric, further_s, parts, books, tape)
 
 
 @kernel(signature=replay_cluster_signature)
@@ -280,8 +289,22 @@ def replay_cluster(batch, fabric, copies, books, first, stop, wake_s):
     for s in range(first, stop):
         if not less(books.clock[0].now_s, wake_s):
             return s
-        _replay_step(batch, s, fabric, copies, books)
+        _replay_step(batch, s, fabric, copies, books, None)
     return stop
+
+
+def record_signature() -> Any:
+    """Return the types that ``record_step`` is compiled for."""
+    from numba import typeof, types
+
+    batch, fabric, copies, books = smallest_cluster()
+    return types.void(*map(typeof, (batch, fabric, copies, books)), types.int64, typeof(new_tape(1, 1, 1)))
+
+
+@kernel(signature=record_signature)
+def record_step(batch, fabric, copies, books, s, tape):
+    """Replay step s of a block with a tape beside it."""
+    _replay_step(batch, s, fabric, copies, books, tape)
 
 
 def bound_signature() -> Any:
@@ -296,8 +319,9 @@ def bound_signature() -> Any:
 def bound_s(steps, demand, fabric, total_s):
     """Add to ``total_s`` the seconds of a block if all GPUs shared all work perfectly: no schedule beats it.
 
-    Where attention and experts have GPUs of their own, the longer of the two counts. Transfers, starts of experts and
-    everything that waits are left out, so that no placement and no schedule is faster.
+    Attention is shared evenly, so the slowest GPU ends it; of experts each GPU runs as much as it can. Where attention
+    and experts have GPUs of their own, the longer of the two counts. Transfers, starts of experts and everything that
+    waits are left out, so that no placement and no schedule is faster.
     """
     gpus, layers = fabric.gpus[0], fabric.machine.weight_bytes.shape[0]
     for s in range(steps.rows.size):
@@ -311,6 +335,6 @@ def bound_s(steps, demand, fabric, total_s):
         for layer in range(layers):
             for i in range(demand.start[s * layers + layer], demand.start[s * layers + layer + 1]):
                 read_s += fabric.machine.weight_bytes[layer, demand.expert[i]] * gpus.s_per_byte
-        experts_s = max(run_s, read_s) / gpus.experts
+        experts_s = max(run_s, read_s) / gpus.all_factors
         total_s += head_s(fabric.machine) + (attended_s + experts_s if gpus.colocated else max(attended_s, experts_s))
     return total_s

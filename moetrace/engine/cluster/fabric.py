@@ -10,6 +10,7 @@ from moetrace.spec.cluster_policy import AUTO, COPIES, MIGRATE_SHARE, SERIAL, Pa
 from moetrace.spec.errors import UsageError
 from moetrace.spec.model import UNSET, Model
 from moetrace.spec.policy import PolicySpec
+from moetrace.spec.rate_factors import read_factors
 from moetrace.spec.system import System
 from moetrace.trace.schema import PHASE_NAMES
 
@@ -32,7 +33,9 @@ _WHOLE = (
 _REAL = (
     "s_per_row",  # of one row in one expert
     "s_per_byte",  # that a GPU reads
-    "flop_s",
+    "attention_flop_s",  # of the slowest GPU that runs attention
+    "attention_s_per_byte",
+    "all_factors",  # sum of those of the GPUs that hold experts
     "start_s",  # t_g
     "each_s",  # that each expert adds
     "layer_s",  # that a GPU's experts of a chunk add once
@@ -58,12 +61,14 @@ CUT = np.dtype([(name, np.int64) for name in CUT_FIELDS])
 class Fabric(NamedTuple):
     """A cluster under a policy."""
 
-    machine: (
-        Machine  # one GPU: its dense layers and the head; `work[1]`: without shared experts, if those may run apart
-    )
+    # The slowest GPU that runs attention: its dense layers and the head. `work[1]`: without shared experts, if those may
+    # run apart.
+    machine: Machine
     gpus: Any  # FABRIC [1]
     network: Any  # NETWORK [3], by phase
     cut: Any  # CUT [3], by phase
+    slowness: np.ndarray  # float64 [GPUs that hold experts]: 1 / the GPU's factor
+    lead: np.ndarray  # float64 [GPUs that run attention]: share of the slowest one's work in which this one is done
 
 
 def fabric_of(model: Model, system: System, policy: PolicySpec, weight_bytes: np.ndarray) -> Fabric:
@@ -75,6 +80,13 @@ def fabric_of(model: Model, system: System, policy: PolicySpec, weight_bytes: np
     machine = machine_of(model, system, weight_bytes, np.zeros(weight_bytes.shape, np.int64), 1)
     gpus = records(1, FABRIC)
     cluster, gpu = system.cluster, system.accelerator
+    factors = np.ones(cluster.all_gpus)
+    if cluster.rate_factors is not None:
+        factors = read_factors(cluster.rate_factors, cluster)
+    attending, running = factors[: cluster.attention_gpus], factors[-cluster.expert_gpus :]
+    slowest = attending.min()
+    machine.device["flop_s"][GPU_DEVICE] *= slowest
+    machine.device["bytes_s"][GPU_DEVICE] *= slowest
     numbers = {
         "attention": cluster.attention_gpus,
         "experts": cluster.expert_gpus,
@@ -89,7 +101,9 @@ def fabric_of(model: Model, system: System, policy: PolicySpec, weight_bytes: np
         "nodes": -(-cluster.all_gpus // (cluster.gpus_per_node or cluster.all_gpus)),
         "s_per_row": model.flop_per_row / gpu.flop_s,
         "s_per_byte": 1 / gpu.bytes_s,
-        "flop_s": gpu.flop_s,
+        "attention_flop_s": machine.device["flop_s"][GPU_DEVICE],
+        "attention_s_per_byte": 1 / machine.device["bytes_s"][GPU_DEVICE],
+        "all_factors": running.sum(),
         "start_s": gpu.start_s,
         "each_s": machine.device["each_s"][GPU_DEVICE],
         "layer_s": machine.device["layer_s"][GPU_DEVICE],
@@ -99,7 +113,9 @@ def fabric_of(model: Model, system: System, policy: PolicySpec, weight_bytes: np
     }
     for name, number in numbers.items():
         gpus[name] = number
-    fabric = Fabric(machine, gpus, _network_of(model, system), cut_of(policy))
+    fabric = Fabric(
+        machine, gpus, _network_of(model, system), cut_of(policy), slowness=1 / running, lead=1 - slowest / attending
+    )
     return _with_shared_apart(fabric, model, policy) if policy.shared in ("apart", "auto") else fabric
 
 

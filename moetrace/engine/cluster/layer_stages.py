@@ -9,9 +9,9 @@ from moetrace.engine.machine import GPU_DEVICE
 from moetrace.engine.state import records
 from moetrace.jit.compile import kernel
 
-# What a step adds up, of each GPU that holds experts; and, in a chunk, what it does in that.
+# Of each GPU that holds experts: 1 / its factor; what a step adds up; and, in a chunk, what it does in that.
 GPU_SUM = np.dtype(
-    [(name, np.float64) for name in ("busy_s", "chunk_s", "weight_bytes")]
+    [(name, np.float64) for name in ("slowness", "busy_s", "chunk_s", "weight_bytes", "chunk_bytes")]
     + [(name, np.int64) for name in ("rows", "chunk_rows", "slots")]
 )
 
@@ -43,7 +43,8 @@ def share_s(gpus, cut, rows):
     if cut.apart == 0:
         return 0.0
     own = -(-rows // gpus.attention)
-    return max(gpus.shared_bytes * gpus.s_per_byte, gpus.shared_flop_per_row * own / gpus.flop_s) + gpus.start_s
+    weights_s, compute_s = gpus.shared_bytes * gpus.attention_s_per_byte, gpus.shared_flop_per_row * own
+    return max(weights_s, compute_s / gpus.attention_flop_s) + gpus.start_s
 
 
 @kernel
@@ -51,7 +52,7 @@ def run_experts(layer, gpus, copies, routes, each):
     """Run what a chunk's rows chose, and forget who chose it: add to ``each``; return the greatest seconds of a GPU."""
     gpu_of, weight_bytes, count = copies.gpu[layer], copies.weight_bytes[layer], routes.chosen
     for g in range(each.size):
-        each[g].chunk_s, each[g].chunk_rows = 0.0, 0
+        each[g].chunk_s, each[g].chunk_bytes, each[g].chunk_rows = 0.0, 0.0, 0
     listed = routes.sums[0].touched
     size = listed if listed >= 0 else np.int64(copies.start[layer, copies.start.shape[1] - 1])
     for i in range(size):
@@ -62,15 +63,16 @@ def run_experts(layer, gpus, copies, routes, each):
         count[copy] = 0
         gpu = each[gpu_of[copy]]
         compute_s, read_s = rows * gpus.s_per_row, weight_bytes[copy] * gpus.s_per_byte
-        own_s = (compute_s + read_s if gpus.reads_first else max(compute_s, read_s)) + gpus.each_s
-        gpu.chunk_s += own_s + (gpus.layer_s if gpu.chunk_rows == 0 else 0.0)
+        own_s = compute_s + read_s if gpus.reads_first else max(compute_s, read_s)
+        gpu.chunk_s += own_s * gpu.slowness + gpus.each_s + (gpus.layer_s if gpu.chunk_rows == 0 else 0.0)
         gpu.chunk_rows += rows
-        gpu.weight_bytes += weight_bytes[copy]
+        gpu.chunk_bytes += weight_bytes[copy]
         gpu.slots += 1
     most_s = 0.0
     for g in range(each.size):
         gpu = each[g]
         gpu.busy_s += gpu.chunk_s
+        gpu.weight_bytes += gpu.chunk_bytes
         gpu.rows += gpu.chunk_rows
         most_s = max(most_s, gpu.chunk_s)
     return most_s
@@ -163,9 +165,11 @@ def _own_transfer_s(net, slowed, row_s, own, between, row_bytes, latency_s):
     return inside_s, latency_s
 
 
-def new_stages(micro_batches: int, chunks: int, gpus: int) -> LayerStages:
-    """Return room for a layer cut into so many parts."""
+def new_stages(micro_batches: int, chunks: int, slowness: np.ndarray) -> LayerStages:
+    """Return room for a layer cut into so many parts; slowness float64 [GPUs] of those that hold experts."""
     parts = micro_batches, chunks
+    each = records(len(slowness), GPU_SUM)
+    each["slowness"] = slowness
     return LayerStages(
         all_rows=np.zeros(micro_batches, np.int64),
         rows=np.zeros(parts, np.int64),
@@ -174,5 +178,5 @@ def new_stages(micro_batches: int, chunks: int, gpus: int) -> LayerStages:
         dispatch_s=np.zeros(parts),
         experts_s=np.zeros(parts),
         combine_s=np.zeros(parts),
-        each=records(gpus, GPU_SUM),
+        each=each,
     )

@@ -18,8 +18,10 @@ class Agenda(NamedTuple):
     free: Any  # FREE [1]
     ready_s: np.ndarray  # float64 [r1]: when a micro-batch may begin its next layer
     attended_s: np.ndarray  # float64 [r1]: when its attention ends in this one
+    shared_s: np.ndarray  # float64 [r1]: when its shared experts end in this one
     arrived_s: np.ndarray  # float64 [r1, r2]: when a chunk is with the experts
     done_s: np.ndarray  # float64 [r1, r2]: when they have run it
+    back_s: np.ndarray  # float64 [r1, r2]: when it is back
 
 
 @kernel
@@ -47,12 +49,12 @@ def add_layer(gpus, cut, stages, sends, agenda):
         agenda.attended_s[i] = free.attention
         if not cut.attention_first:
             free.attention += stages.shared_s[i]
-            agenda.ready_s[i] = free.attention
+            agenda.shared_s[i] = agenda.ready_s[i] = free.attention
     if cut.attention_first:
         for i in range(micro_batches):
             if stages.all_rows[i] > 0:
                 free.attention += stages.shared_s[i]
-                agenda.ready_s[i] = free.attention
+                agenda.shared_s[i] = agenda.ready_s[i] = free.attention
     free.last = max(free.last, free.attention)
     _send(stages, sends, agenda)
     _run(gpus, stages, agenda)
@@ -96,6 +98,7 @@ def _send_back(gpus, stages, sends, agenda):
         for j in range(stages.rows.shape[1]):
             if stages.rows[i, j] > 0:
                 free_s = max(free_s, agenda.done_s[i, j]) + sends * stages.combine_s[i, j]
+                agenda.back_s[i, j] = free_s
                 agenda.ready_s[i] = max(agenda.ready_s[i], free_s)
     if gpus.colocated:
         free.dispatch = free_s
@@ -107,4 +110,5 @@ def _send_back(gpus, stages, sends, agenda):
 def new_agenda(micro_batches: int, chunks: int) -> Agenda:
     """Return room for steps cut into so many parts."""
     parts = micro_batches, chunks
-    return Agenda(records(1, FREE), np.zeros(micro_batches), np.zeros(micro_batches), np.zeros(parts), np.zeros(parts))
+    each = [np.zeros(micro_batches) for _ in range(3)]
+    return Agenda(records(1, FREE), *each, *(np.zeros(parts) for _ in range(3)))

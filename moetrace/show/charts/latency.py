@@ -22,7 +22,9 @@ _LATENCIES = {
 _OF_STEPS = ("dense_s", "moe_s", "head_s", "wait_s")
 _COLD = "cold_s"
 _NAMES = ("dense layers", "experts", "head", "waiting for prefetch", "cold start")
+_NAMES_OF_A_CLUSTER = ("attention", "experts and transfers", "head", "pauses", "cold start")
 PARTS = dict(zip((*_OF_STEPS, _COLD), _NAMES, strict=True))
+_CLUSTER_PARTS = dict(zip(PARTS, _NAMES_OF_A_CLUSTER, strict=True))
 _PERIODS = 160  # of a chart over time
 
 
@@ -67,11 +69,12 @@ def parts(replayed: Replayed) -> ChartGroup | None:
     shown = [name for name in PARTS if sums[name].sum() > 0]
     if not shown:
         return None
+    called = _CLUSTER_PARTS if replayed.summary.of_cluster else PARTS
     long = (
-        sums.rename(PARTS)
-        .unpivot([PARTS[name] for name in shown], index="policy", variable_name="part", value_name="seconds")
+        sums.rename(called, strict=False)
+        .unpivot([called[name] for name in shown], index="policy", variable_name="part", value_name="seconds")
         .with_columns((pl.col("seconds") / pl.col("seconds").sum().over("policy")).fill_nan(0).alias("share"))
-        .with_columns(pl.col("part").replace_strict({PARTS[n]: i for i, n in enumerate(shown)}).alias("order"))
+        .with_columns(pl.col("part").replace_strict({called[n]: i for i, n in enumerate(shown)}).alias("order"))
     )
     chart = (
         alt.Chart(data(long))
@@ -79,7 +82,7 @@ def parts(replayed: Replayed) -> ChartGroup | None:
         .encode(
             x=alt.X("seconds:Q", title="seconds of all steps", axis=alt.Axis(tickCount=5)),
             y=by_policy(replayed.names),
-            color=colour("part", [PARTS[name] for name in shown]),
+            color=colour("part", [called[name] for name in shown]),
             order="order:Q",
             tooltip=[
                 "policy:N",
@@ -94,11 +97,16 @@ def parts(replayed: Replayed) -> ChartGroup | None:
         "Time of all steps, by what the GPU waits for: attention and other dense layers, the experts (on the GPU or on "
         "units, with the transfers that they wait for), the head of the model, and prompts that wait for a prefetch."
     )
+    if replayed.summary.of_cluster:
+        words = (
+            "Time of all steps: attention; what experts and transfers take beyond it, so that what overlaps counts "
+            "once; the head of the model; and pauses in which experts move for a new plan."
+        )
     if _COLD in shown:
         words += " The cold start of machine and functions comes once, before the first step's work."
     table = sums.select(
         pl.col("policy"),
-        *(pl.col(name).alias(f"{PARTS[name]}, s") for name in shown),
+        *(pl.col(name).alias(f"{called[name]}, s") for name in shown),
         pl.sum_horizontal(*PARTS).alias("all, s"),
     )
     return ChartGroup("parts", "Where the time goes", words, [("Time by part", chart)], table)
@@ -173,9 +181,10 @@ def over_time(replayed: Replayed) -> ChartGroup | None:
     if periods["hit_rate"].drop_nulls().sum() > 0:
         y = alt.Y("hit_rate:Q", title=None, axis=alt.Axis(format="%", tickCount=5), scale=alt.Scale(domain=[0, 1]))
         panels.append(("Hit rate", lines("hits", periods.drop_nulls("hit_rate"), x, y, replayed.names, tooltip)))
+    also = "so do pauses" if replayed.summary.of_cluster else "a hit rate that rises at first is a cache that fills"
     words = (
         f"From the first step to the last{f', {every:,} steps a point' if every > 1 else ''}. Prompts make steps "
-        "slow; a hit rate that rises at first is a cache that fills."
+        f"slow; {also}."
     )
     table = periods.rename({"from": "from step", "ms": "ms a step", "hit_rate": "hit rate"})
     return ChartGroup("over_time", "From the first step to the last", words, panels, table)

@@ -11,6 +11,7 @@ from moetrace.show.charts.style import ChartGroup, colour, data, in_order, lines
 _MOST_UNITS = 16  # that get a row of their own
 _MOST_CELLS = 1 << 15  # of a map of experts
 _UNIT = r"^(gpu|ndp[0-9]+|cpu|link_in|link_out|disk|remote)$"  # a stranger's file may name more
+_CLUSTER_UNIT = r"^(gpu[0-9]+|attention[0-9]*|experts[0-9]*|gpus|network|dispatch|combine)$"
 
 
 def utilization(replayed: Replayed) -> ChartGroup | None:
@@ -20,7 +21,8 @@ def utilization(replayed: Replayed) -> ChartGroup | None:
     if replayed.units is None:
         return None
     used = in_order(replayed.units, replayed.names).drop_nulls("utilization")
-    used = used.filter(pl.col("unit").str.contains(_UNIT) & (pl.col("utilization").max().over("unit") > 0))
+    known = _CLUSTER_UNIT if replayed.summary.of_cluster else _UNIT
+    used = used.filter(pl.col("unit").str.contains(known) & (pl.col("utilization").max().over("unit") > 0))
     used, units = _rows(used)
     if used.is_empty():
         return None
@@ -50,6 +52,11 @@ def utilization(replayed: Replayed) -> ChartGroup | None:
         "Busy time over total time. What is busiest limits the policy; units that differ are out of balance. Link in "
         "is the direction towards the GPU."
     )
+    if replayed.summary.of_cluster:
+        words = (
+            "Busy time over total time: of each GPU for itself, and of what serves one stage at a time, which is busy "
+            "until the slowest GPU is done. What is busiest limits the policy; GPUs that differ are out of balance."
+        )
     table = used.pivot("policy", index="unit", values="utilization", maintain_order=True)
     return ChartGroup("utilization", "How busy each part of the machine is", words, [("Busy share", chart)], table)
 
@@ -109,8 +116,10 @@ def layers(replayed: Replayed) -> ChartGroup | None:
         return None
     words = (
         "Imbalance is the busiest unit's time over the mean of all units, 1 at best, averaged over the steps in which "
-        "units had work. A hit is an active expert that was on the GPU when the router spoke."
+        "units had work."
     )
+    if not replayed.summary.of_cluster:
+        words += " A hit is an active expert that was on the GPU when the router spoke."
     table = rows.rename({"hit_rate": "hit rate", "ms": "ms a step"})
     return ChartGroup("layers", "How layers differ", words, panels, table)
 

@@ -18,6 +18,17 @@ from moetrace.spec.ordinary_file import open_ordinary
 
 _KINDS = ("dense", "expert", "fetch", "prefetch", "activations", "wait", "cold", "head")
 _KINDS += ("outside", "activations-cpu", "read", "read-ahead", "evict")  # of machines with more tiers
+_KINDS += (
+    "attention",
+    "shared",
+    "dispatch",
+    "experts",
+    "combine",
+    "kernels",
+    "fused",
+    "pause",
+    "migration",
+)  # clusters
 _MOST_PANELS = 4
 _MOST_SLICES = 2500  # of a panel
 _NAMES = {"link_in prefetch": "prefetch", "link_in activations": "link in, activations", "layers": "waiting"}

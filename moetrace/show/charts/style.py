@@ -141,9 +141,17 @@ def in_order(frame: pl.DataFrame, names: Sequence[str], *by: str) -> pl.DataFram
     return frame.with_columns(order.alias("#")).drop_nulls("#").sort("#", *by, maintain_order=True).drop("#")
 
 
+# Of a cluster: what is called by its work.
+_STAGES = ("network", "attention", "dispatch", "experts", "combine", "migration", "steps")
+
+
 def part_label(part: str) -> str:
-    """Return what people call a part of the machine: `ndp3` is NDP 3, `link_in` is link in."""
+    """Return what people call a part of the machine: `ndp3` is NDP 3, `link_in` is link in, `experts0` is experts 0."""
+    if part == "gpus":
+        return "GPUs"
     device = re.fullmatch(r"([a-z]+)([0-9]*)", part)
+    if device is not None and device[1] in _STAGES:
+        return f"{device[1]} {device[2]}".rstrip()
     return f"{device[1].upper()} {device[2]}".rstrip() if device else part.replace("_", " ")
 
 

@@ -16,6 +16,7 @@ _WIDTH, _TIME_WIDTH, _HEIGHT = 768, 480, 84
 # Of plans, by order; apart for colour-blind eyes, and legible on white and on black.
 _COLOURS = ("#2f81d0", "#e0782f", "#8b8b8b", "#1f9e77", "#b05fc0", "#c9a227", "#d1495b", "#5c6f8f")
 _MOST_MARKS = 200
+_PLAN = ("placement", "plan", "interval")
 
 
 def plot(balance: "Balance", form: str, name: str) -> bytes:
@@ -35,11 +36,14 @@ def _charts(balance: "Balance") -> "alt.VConcatChart":
     domains = [[1.0, float(top) if top is not None and top > 1 else 2.0] for top in (_top(spread), _top(layers))]
     placements = layers["placement"].unique(maintain_order=True).to_list()
     drawn: list[Any] = []
-    for placement, plan in layers.select("placement", "plan").unique(maintain_order=True).rows():
+    for placement, plan, interval in layers.select(_PLAN).unique(maintain_order=True).rows():
         colour = _COLOURS[placements.index(placement) % len(_COLOURS)]
-        of = pl.col("placement") == placement, pl.col("plan") == plan
-        marks = _rebalances(balance) if plan == "re-made" else None
-        time = _time_panel(spread.filter(*of), colour, domains[0], marks).properties(title=f"{placement}, {plan}")
+        of = pl.col("placement") == placement, pl.col("plan") == plan, pl.col("interval").eq_missing(interval)
+        marks, title = None, f"{placement}, {plan}"
+        if interval is not None:
+            marks = _rebalances(balance, interval)
+            title += f" every {interval:,} steps" if len(balance.trace["intervals"]) > 1 else ""
+        time = _time_panel(spread.filter(*of), colour, domains[0], marks).properties(title=title)
         drawn.append(alt.hconcat(time, _layer_panel(layers.filter(*of), colour, domains[1]), spacing=40))
     return alt.vconcat(*drawn, spacing=26)
 
@@ -53,7 +57,7 @@ def _over_time(balance: "Balance") -> pl.DataFrame:
     return (
         balance.over_time.drop_nulls("imbalance")
         .with_columns(_printable())
-        .group_by("placement", "plan", "first_step", maintain_order=True)
+        .group_by(*_PLAN, "first_step", maintain_order=True)
         .agg(
             pl.col("imbalance").quantile(0.25, "linear").round(4).alias("lower quartile"),
             pl.col("imbalance").median().round(4).alias("median"),
@@ -65,7 +69,7 @@ def _over_time(balance: "Balance") -> pl.DataFrame:
 def _by_layer(balance: "Balance") -> pl.DataFrame:
     """Mean imbalance of each layer under each plan, and the least possible."""
     rows = balance.layers.drop_nulls("imbalance").with_columns(_printable())
-    return rows.select("placement", "plan", "layer", pl.col("imbalance", "least_imbalance").round(4))
+    return rows.select(*_PLAN, "layer", pl.col("imbalance", "least_imbalance").round(4))
 
 
 def _time_panel(rows: pl.DataFrame, colour: str, domain: list[float], marks: pl.DataFrame | None) -> "alt.LayerChart":
@@ -115,9 +119,9 @@ def _layer_panel(rows: pl.DataFrame, colour: str, domain: list[float]) -> "alt.L
     return alt.LayerChart(layer=[least, points], width=_WIDTH - _TIME_WIDTH, height=_HEIGHT)
 
 
-def _rebalances(balance: "Balance") -> pl.DataFrame:
-    """Steps of the trace at which plans are made anew; none if they are too many to tell apart."""
-    first = balance.trace["rebalance_steps"]
+def _rebalances(balance: "Balance", interval: int) -> pl.DataFrame:
+    """Steps of the trace at which plans are made anew; none if they are too many to see each."""
+    first = balance.trace["rebalance_steps"][balance.trace["intervals"].index(interval)]
     return pl.DataFrame({"first_step": first if len(first) <= _MOST_MARKS else []}, schema={"first_step": pl.Int64})
 
 

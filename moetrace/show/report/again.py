@@ -40,6 +40,9 @@ def again(summary: Summary) -> Again:
     words = ["moetrace", "replay", "TRACE.h5"]
     words += ["--model", _named_or_file("model", summary.model, files)]
     words += ["--system", _named_or_file("system", summary.system, files)]
+    for table, field in (("link", "rates"), ("cluster", "rate_factors")):
+        if named := (summary.system.get(table) or {}).get(field):
+            notes.append(f"system.toml also needs {printable(str(named))}, which is not in a result, beside it.")
     for number, policy in enumerate(summary.policies, start=1):
         if _is_preset_policy(policy.name, policy.choices):
             words += ["--policy", policy.name]
@@ -52,7 +55,8 @@ def again(summary: Summary) -> Again:
         if needed or own:
             named = ", ".join(map(printable, dict.fromkeys(needed + own)))
             notes.append(f"{printable(policy.name)} also needs {named}, which is not in a result, beside {name}.")
-    words += ["--slots", str(summary.slots), *(["--ignore-capacity"] if _overflows(summary) else []), "-o", "results"]
+    words += [] if summary.of_cluster else ["--slots", str(summary.slots)]
+    words += [*(["--ignore-capacity"] if _overflows(summary) else []), "-o", "results"]
     return Again(" ".join(shlex.quote(printable(word)) for word in words), files, notes)
 
 

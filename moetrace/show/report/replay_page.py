@@ -126,11 +126,13 @@ def _lede(summary: Summary) -> str:
 
 def _subject(summary: Summary) -> str:
     trace = summary.trace
-    everything = trace.layers * trace.experts
+    kept = f"the GPU keeps up to {summary.slots:,} of {trace.layers * trace.experts:,} experts"
+    if summary.of_cluster:
+        kept = "all experts are in the memory of the cluster's GPUs"
     return (
         f"{trace.rows:,} rows in {trace.steps:,} steps, requests: {trace.requests:,} "
         f"({trace.prefill_rows:,} rows of prompts, {trace.decode_rows:,} of output); {trace.layers} MoE layers of "
-        f"{trace.experts} experts, top {trace.top_k}; the GPU keeps up to {summary.slots:,} of {everything:,} experts."
+        f"{trace.experts} experts, top {trace.top_k}; {kept}."
     )
 
 
@@ -164,6 +166,10 @@ def _card(policy: PolicyFigures, some: Sequence[str], fastest: bool) -> str:
             if (value := value_in(figures, name)) is not None
         ),
     ]
+    if policy.cluster is not msgspec.UNSET:
+        pairs = [pair for pair in pairs if pair[0] not in ("Over clairvoyant", "Hits")]
+        exposed, moved = policy.cluster.exposed_s, policy.cluster.moved_bytes
+        pairs += [("Transfers exposed", page.seconds(exposed)), ("Moved, GB", _gigabytes(moved))]
     badge = '<span class="badge">fastest</span>' if fastest else ""
     return (
         f'<article class="card"><h3>{page.text(policy.name)}{badge}</h3>'
@@ -252,7 +258,7 @@ def _how(summary: Summary) -> str:
         ("Model", summary.model.get("name")),
         ("System", summary.system.get("name")),
         ("Policies", ", ".join(policy.name for policy in summary.policies)),
-        ("Slots", f"{summary.slots:,}"),
+        *([] if summary.of_cluster else [("Slots", f"{summary.slots:,}")]),
         ("moetrace", summary.moetrace),
     ]
     source = [(f"Trace's {key}", value) for key, value in trace.source.items() if isinstance(value, str | int | float)]

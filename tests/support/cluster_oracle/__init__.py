@@ -94,6 +94,12 @@ Two tiers
     share of attention GPUs in it, R_v the rows with a copy in it (without dedup: the choices); node u sends
     `p_u * sum of R_v over the other nodes`; the larger, over all nodes, counts. Inside bytes are those of one tier:
     everything that an expert GPU receives comes through its own port. E2A the other way. A tier without bytes takes 0.
+
+Slow GPUs
+
+34. A factor is of F and B of one GPU. t_g, the host's overhead and the network are as before. Every attention GPU does
+    the same work; A, S, K and the head end with the slowest of them, each of the stages for itself. Busy seconds of an
+    attention GPU are its own. Plans, copies and `pipeline:auto`'s candidates know nothing of factors, but the times do.
 """
 
 from support.cluster_oracle.figures import Figures, Span, StepFigures

@@ -52,7 +52,7 @@ class Network:
 
 @dataclass
 class Machine:
-    """A model on a cluster of equal GPUs."""
+    """A model on a cluster of GPUs."""
 
     L: int
     experts: list[int]  # of each layer
@@ -76,18 +76,30 @@ class Machine:
     colocated: bool
     network: list[Network]  # of prefill, decode and mixed steps
     gpus_per_node: int = 0  # 0 = one tier
+    factors: list[float] = field(default_factory=list)  # of F and B, attention GPUs first; none: 1 each
 
     def __post_init__(self) -> None:
         if self.colocated and self.attention != self.expert_gpus:
             raise ValueError("on a colocated cluster the same GPUs do both")
 
-    def work_s(self, layer: int, expert: int, rows: int) -> float:
-        """Seconds of one slot without a start."""
-        compute_s, memory_s = self.flop_per_row * rows / self.F, self.W[layer][expert] / self.B
+    def attention_factor(self, gpu: int) -> float:
+        return self.factors[gpu] if self.factors else 1.0
+
+    def expert_factor(self, gpu: int) -> float:
+        return self.factors[gpu if self.colocated else self.attention + gpu] if self.factors else 1.0
+
+    def work_s(self, gpu: int, layer: int, expert: int, rows: int) -> float:
+        """Seconds of one slot on an expert GPU without a start."""
+        F, B = self.F * self.expert_factor(gpu), self.B * self.expert_factor(gpu)
+        compute_s, memory_s = self.flop_per_row * rows / F, self.W[layer][expert] / B
         return compute_s + memory_s if self.roofline == "sum" else max(compute_s, memory_s)
 
+    def own_head_s(self, gpu: int) -> float:
+        """Seconds of an attention GPU."""
+        return self.head_bytes / (self.B * self.attention_factor(gpu)) + self.t_g
+
     def head_s(self) -> float:
-        return self.head_bytes / self.B + self.t_g
+        return max(self.own_head_s(gpu) for gpu in range(self.attention))
 
     @property
     def crossing(self) -> float:

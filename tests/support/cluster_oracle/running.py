@@ -9,7 +9,7 @@ from support.cluster_oracle.figures import Figures, StepFigures
 from support.cluster_oracle.moving import Change, Rebalance
 from support.cluster_oracle.parts import DECODE, MIXED, PREFILL, Machine, Network, Plan, Plans, Policy, Step, less
 from support.cluster_oracle.sharing import Choice, cut, share
-from support.cluster_oracle.stages import Priced, Traffic, price, step_s
+from support.cluster_oracle.stages import Priced, Traffic, own_further_kernels_s, price, step_s
 
 AUTO_CUTS = (1, 2, 4, 8)
 AUTO_ORDERS = ("asas", "aass")
@@ -39,7 +39,7 @@ def replay(rows: list[Step], machine: Machine, policy: Policy, plans: Plans) -> 
         figures.start_s, figures.r1, figures.r2 = clock, r1, r2
         figures.migrating, figures.plan = rebalance.migrating, rebalance.number
         clock += figures.duration_s
-        totals.add(priced, figures)
+        totals.add(priced, figures, policy)
         parts.append(figures)
     return totals.figures(parts, chosen)
 
@@ -182,13 +182,14 @@ class Totals:
         self.bytes = dict.fromkeys(names, 0.0)
         self.plans = self.pauses = 0
 
-    def add(self, priced: Priced, figures: StepFigures) -> None:
+    def add(self, priced: Priced, figures: StepFigures, policy: Policy) -> None:
         machine = self.machine
-        attention_s = sum(figures.stage_s[stage] for stage in ("A", "S", "K")) + figures.head_s
         # Shared experts are read once, with attention or apart.
         dense_bytes = machine.dense_params * machine.dense_bits / 8 * machine.L * priced.stages.batches
-        for name in machine.attention_names:
-            self.busy_s[name] += attention_s
+        for gpu, name in enumerate(machine.attention_names):
+            self.busy_s[name] += priced.attended_s[gpu] - figures.overhead_s + machine.own_head_s(gpu)
+            if policy.execution != "fused":
+                self.busy_s[name] += machine.L * own_further_kernels_s(priced.rows, machine, policy, gpu)
             self.bytes[name] += dense_bytes + machine.head_bytes
         for layer in range(machine.L):
             for traffic in flat(priced.traffic[layer]):

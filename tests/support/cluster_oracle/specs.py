@@ -75,6 +75,7 @@ def from_specs(model: Any, system: Any, policy: Any, trace: OracleTrace | None =
         expert_gpus=gpus or field(cluster, "experts"),
         colocated=gpus is not None,
         network=[network_of(network, phase) for phase in PHASES],
+        factors=list(field(cluster, "factors", [])),
         gpus_per_node=field(network, "gpus_per_node", field(cluster, "gpus_per_node", 0)),
     )
     return machine, policy_of(policy)

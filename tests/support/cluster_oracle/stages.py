@@ -86,31 +86,45 @@ def transfer_s(sizes: Sizes, latency_s: float, rows_s: float, net: Network) -> f
 def work_of(traffic: Traffic, layer: int, machine: Machine) -> list[float]:
     """Seconds of each expert GPU."""
     seconds = []
-    for loads in traffic.loads:
+    for gpu, loads in enumerate(traffic.loads):
         starts = (1 if machine.launch == "layer" else len(loads)) if loads else 0
         seconds.append(
             starts * machine.t_g
-            + math.fsum(machine.work_s(layer, expert, rows) for (_, expert), rows in sorted(loads.items()))
+            + math.fsum(machine.work_s(gpu, layer, expert, rows) for (_, expert), rows in sorted(loads.items()))
         )
     return seconds
 
 
-def attention_s(step: Step, batch: MicroBatch, machine: Machine, policy: Policy) -> float:
-    """A: the dense part of version 1 on an attention GPU, for its share of rows and context."""
+def own_attention_s(step: Step, batch: MicroBatch, machine: Machine, policy: Policy, gpu: int) -> float:
+    """A of one attention GPU: the dense part of version 1, for its share of rows and context."""
+    F, B = machine.F * machine.attention_factor(gpu), machine.B * machine.attention_factor(gpu)
     params = machine.dense_params - (machine.shared_params if policy.shared == "apart" else 0)
     rows = -(-len(batch) // machine.attention)
-    work_s = max(params * machine.dense_bits / 8 / machine.B, 2 * params * rows / machine.F)
+    work_s = max(params * machine.dense_bits / 8 / B, 2 * params * rows / F)
     cached = context(step, batch) / machine.attention
-    return work_s + machine.kv_bytes * cached / machine.B + machine.t_g + machine.overhead_s
+    return work_s + machine.kv_bytes * cached / B + machine.t_g + machine.overhead_s
 
 
-def shared_s(batch: MicroBatch, machine: Machine, policy: Policy) -> float:
-    """S: shared experts, on the attention GPUs."""
+def own_shared_s(batch: MicroBatch, machine: Machine, policy: Policy, gpu: int) -> float:
+    """S of one attention GPU: shared experts."""
     if policy.shared != "apart" or not machine.shared_params:
         return 0.0
     rows = -(-len(batch) // machine.attention)
-    weights_s = machine.shared_params * machine.dense_bits / 8 / machine.B
-    return max(weights_s, 2 * machine.shared_params * rows / machine.F) + machine.t_g
+    F, B = machine.F * machine.attention_factor(gpu), machine.B * machine.attention_factor(gpu)
+    weights_s = machine.shared_params * machine.dense_bits / 8 / B
+    return max(weights_s, 2 * machine.shared_params * rows / F) + machine.t_g
+
+
+def own_further_kernels_s(
+    rows: int, machine: Machine, policy: Policy, gpu: int, starts: bool = True, locality: bool = True
+) -> float:
+    """What K - 1 kernels more add to a layer of one attention GPU: their starts, and values to memory and back."""
+    own = -(-rows // machine.attention)
+    each_s = machine.t_g if starts else 0.0
+    if locality:
+        B = machine.B * machine.attention_factor(gpu)
+        each_s += 2 * own * machine.width * machine.activation_bytes / B
+    return (policy.kernels_per_layer - 1) * each_s
 
 
 @dataclass
@@ -123,6 +137,7 @@ class Priced:
     dispatch: list[list[list[Sizes]]]
     combine: list[list[list[Sizes]]]
     rows: int
+    attended_s: list[float]  # of each attention GPU: its own A and S of all layers, overhead included
 
 
 def price(
@@ -134,11 +149,15 @@ def price(
     net: Network,
 ) -> Priced:
     """Price all stages of a step; K is left to `step_s`."""
-    stages = Stages([], [], [], [], [])
-    priced = Priced(stages, [], [], [], [], len(step.rows))
+    stages, all_attention = Stages([], [], [], [], []), range(machine.attention)
+    priced = Priced(stages, [], [], [], [], len(step.rows), [0.0] * machine.attention)
     for layer in range(machine.L):
-        stages.A.append([attention_s(step, batch, machine, policy) for batch in batches])
-        stages.S.append([shared_s(batch, machine, policy) for batch in batches])
+        own_a = [[own_attention_s(step, batch, machine, policy, gpu) for batch in batches] for gpu in all_attention]
+        own_s = [[own_shared_s(batch, machine, policy, gpu) for batch in batches] for gpu in all_attention]
+        for gpu in all_attention:
+            priced.attended_s[gpu] += math.fsum([*own_a[gpu], *own_s[gpu]])
+        stages.A.append([max(of_batch) for of_batch in zip(*own_a, strict=True)])
+        stages.S.append([max(of_batch) for of_batch in zip(*own_s, strict=True)])
         traffic = [
             [traffic_of(shared[layer], chunk, machine, net.dedup) for chunk in batch.chunks] for batch in batches
         ]
@@ -169,12 +188,9 @@ def rows_s(traffic: Traffic, machine: Machine, net: Network) -> float:
 
 
 def further_kernels_s(priced: Priced, machine: Machine, policy: Policy, starts: bool, locality: bool) -> float:
-    """What K - 1 kernels more add to a layer: their starts, and values that go to memory and back."""
-    rows = -(-priced.rows // machine.attention)
-    each_s = machine.t_g if starts else 0.0
-    if locality:
-        each_s += 2 * rows * machine.width * machine.activation_bytes / machine.B
-    return (policy.kernels_per_layer - 1) * each_s
+    """What K - 1 kernels more add to a layer: that of the slowest attention GPU."""
+    gpus = range(machine.attention)
+    return max(own_further_kernels_s(priced.rows, machine, policy, gpu, starts, locality) for gpu in gpus)
 
 
 def fused_part_s(priced: Priced, layer: int, machine: Machine, net: Network) -> float:
