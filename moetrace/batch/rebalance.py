@@ -109,7 +109,7 @@ class RebalanceQuestion:
         changes = by_spec(overrides)
         for field in ("redundant", "interval", "migrate"):
             if field in changes["policy"]:
-                raise UsageError(f"policy.{field} is a question here: use {field}, and not an override.")
+                raise UsageError(f"policy.{field} is not a field to set here, but asked about: give {field} (--{field}).")
         self.system = load_system(system, changes["system"])
         if self.system.cluster is None:
             raise UsageError(

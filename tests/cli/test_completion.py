@@ -52,7 +52,7 @@ def complete(folder: Path, *words: str) -> list[str]:
         (["moetrace", "advise", "reb"], ["rebalance"]),
         (["moetrace", "advise", "traces/"], ["compopt", ""]),
         (["moetrace", "advise", "rebalance", "t.h5", "--migrate", "as"], ["async"]),
-        (["moetrace", "advise", "rebalance", "t.h5", "--system", "gb2"], ["gb200-nvl72"]),
+        (["moetrace", "advise", "rebalance", "t.h5", "--system", "h20-"], ["h20-x32"]),
         (["moetrace", "sweep", "s.toml", "--sort", "total"], ["total_s"]),
         (
             ["moetrace", "sweep", "s.toml", "--columns", "total_s,tpot_s.p9"],
