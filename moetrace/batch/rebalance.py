@@ -16,13 +16,14 @@ from moetrace.batch.sweep import Sweep, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, forget, tasks_of
 from moetrace.engine.cluster.cluster_lane import room_of
+from moetrace.engine.cluster.fabric import fabric_of
 from moetrace.engine.cluster.placed import Placer
 from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
 from moetrace.results.record import POLICY_FILE, REBALANCE_FILE, choices_of
 from moetrace.results.resolve import by_spec, model_of
 from moetrace.spec import Model, System, check_policy, load_model, load_policy, load_system
 from moetrace.spec.cluster_policy import PLANNED, WINDOW
-from moetrace.spec.errors import MoetraceError, UsageError, counted
+from moetrace.spec.errors import MoetraceError, UsageError, counted, printable
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.spec.ordinary_file import named_folder
 from moetrace.spec.toml_text import toml
@@ -109,7 +110,9 @@ class RebalanceQuestion:
         changes = by_spec(overrides)
         for field in ("redundant", "interval", "migrate"):
             if field in changes["policy"]:
-                raise UsageError(f"policy.{field} is not a field to set here, but asked about: give {field} (--{field}).")
+                raise UsageError(
+                    f"policy.{field} is not a field to set here, but asked about: give {field} (--{field})."
+                )
         self.system = load_system(system, changes["system"])
         if self.system.cluster is None:
             raise UsageError(
@@ -119,13 +122,14 @@ class RebalanceQuestion:
         base = load_policy(policy)
         check_policy(base, self.system)
         own = dict(changes["policy"]) | ({} if migrate is None else {"migrate": migrate})
+        if own.get("placement", PLANNED[0]) not in PLANNED:
+            raise UsageError(
+                f"Placement {printable(str(own['placement']))} makes no plans: use one of {', '.join(PLANNED)}, or "
+                "leave it out."
+            )
         if base.placement not in PLANNED:
             own = {"placement": "eplb"} | own
         self.policy = load_policy(policy, own)
-        if self.policy.placement not in PLANNED:
-            raise UsageError(
-                f"Placement {self.policy.placement} makes no plans: use one of {', '.join(PLANNED)}, or leave it out."
-            )
         path = trace.path if isinstance(trace, Trace) else trace
         if path is None:
             raise UsageError("An advice is about the trace of a file, and this one is in memory: write it first.")
@@ -133,6 +137,7 @@ class RebalanceQuestion:
         self.trace, self._sha256 = self._traces.get(str(Path(path).absolute()))
         self.model = load_model(model_of(self.trace) if model is None else model, changes["model"])
         check_setup(self.trace, Setup(model=self.model, system=self.system, policies=[self.policy]))
+        fabric_of(self.model, self.system, self.policy, weight_bytes_of(self.trace, self.model))
         self.window = self.policy.window or WINDOW
         if self.window >= self.trace.steps:
             raise UsageError(
@@ -192,7 +197,9 @@ class RebalanceQuestion:
         """The table as a sweep's; rows that do not fit are replayed, and marked."""
         numbers = [] if self.redundant == [None] else self.redundant
         axes = {"policy.redundant": numbers, "policy.interval": self.interval}
-        return Grid("the advice", {axis: values for axis, values in axes.items() if values}, [], True, "gpu_memory_bytes")
+        return Grid(
+            "the advice", {axis: values for axis, values in axes.items() if values}, [], True, "gpu_memory_bytes"
+        )
 
     def _points(self) -> Iterator[tuple[int | None, int | None, Point]]:
         # A window as long as the trace: no plan is ever made, and all else is the same.
@@ -206,7 +213,9 @@ class RebalanceQuestion:
         own |= {"policy.interval": interval} | more
         labels = self._labels | own
         name = "/".join(str(self._labels[kind]) for kind in ("trace", "system", "policy"))
-        return Point(f"{name}/" + "/".join(f"{field}={value}" for field, value in own.items()), self._values | own, labels)
+        return Point(
+            f"{name}/" + "/".join(f"{field}={value}" for field, value in own.items()), self._values | own, labels
+        )
 
     def _replay(
         self,
@@ -222,7 +231,7 @@ class RebalanceQuestion:
         def take(outcomes: list[Outcome]) -> None:
             for outcome in outcomes:
                 if outcome.found is None:
-                    raise MoetraceError(f"{cells[outcome.key].name}: {outcome.error or 'it was lost.'}")
+                    raise MoetraceError(outcome.error or f"{cells[outcome.key].name} was lost.")
                 found[outcome.key] = outcome.found
                 if folder is not None:
                     folder.keep(cells[outcome.key], outcome.found)

@@ -59,7 +59,9 @@ class Planned(NamedTuple):
         often = often if self.interval else "one plan"
         if self.redundant is None:
             return often
-        copies = f"with {counted(self.redundant, 'redundant expert')}" if self.redundant else "without redundant experts"
+        copies = (
+            f"with {counted(self.redundant, 'redundant expert')}" if self.redundant else "without redundant experts"
+        )
         return f"{often} {copies}"
 
 
@@ -150,7 +152,9 @@ class RebalanceAdvice:
                 "is_best": row is self.best,
                 "fits": row.fits,
                 "speedup": _ratio(self.none.total_s, row.total_s),
-                "over_once": _ratio(once[row.redundant], row.total_s) if row.interval and row.redundant in once else None,
+                "over_once": _ratio(once[row.redundant], row.total_s)
+                if row.interval and row.redundant in once
+                else None,
             }
             for row in self.rows
         ]

@@ -68,7 +68,7 @@ class ZipfDrawer:
         self.last = np.zeros((slots if stick else 1, model.moe_layers, model.most_top_k), np.uint16)
 
     def rank(self, expert_of_rank: np.ndarray) -> None:
-        """Give the experts other ranks, uint8 or uint16 [L, E], from now on; a row's experts stay, whatever their rank."""
+        """Give the experts other ranks, uint8 or uint16 [L, E]; what stays of a row are experts, not ranks."""
         if self.keep:
             layer = np.arange(len(expert_of_rank))[:, None]
             rank_of_expert = np.argsort(expert_of_rank, axis=1).astype(np.uint16)

@@ -24,7 +24,7 @@ launch_us = 1.0
 [cluster]
 gpus = 4
 [network]
-bandwidth_gb_s = 1.0
+bandwidth_gb_s = 20.0
 dispatch_latency_us = 5.0
 combine_latency_us = 5.0
 """
@@ -56,7 +56,9 @@ def drifting(traces, slow):
 
 @pytest.mark.parametrize("migrate", [None, "async"])
 def test_every_row_is_a_replay_of_its_own(traces, slow, drifting, migrate):
-    advice = drifting if migrate is None else mt.advise_rebalance(traces["drifting"], system=slow, **ASKED, migrate=migrate)
+    advice = (
+        drifting if migrate is None else mt.advise_rebalance(traces["drifting"], system=slow, **ASKED, migrate=migrate)
+    )
     assert [(row.redundant, row.interval) for row in advice.rows[1:]] == [
         (redundant, interval) for redundant in (0, 4, 8) for interval in (0, 20, 5)
     ]
@@ -65,7 +67,9 @@ def test_every_row_is_a_replay_of_its_own(traces, slow, drifting, migrate):
         changed = own | {"policy.redundant": row.redundant, "policy.interval": row.interval}
         alone = mt.replay(traces["drifting"], system=slow, policies="eplb", overrides=changed).to_dict()["policies"][0]
         assert {name: row.figures[name] for name in FIGURES} == {name: alone[name] for name in FIGURES}
-    without = mt.replay(traces["drifting"], system=slow, policies="ep-serial", overrides={"policy.placement": "ep-block"})
+    without = mt.replay(
+        traces["drifting"], system=slow, policies="ep-serial", overrides={"policy.placement": "ep-block"}
+    )
     assert advice.none.figures["step_s"] == without.to_dict()["policies"][0]["step_s"]
     assert advice.none.figures["cluster"]["plans"] == 0
 
@@ -83,14 +87,15 @@ def test_the_best_is_the_least_of_all_and_its_command_replays_it(traces, slow, d
 
 def test_what_wins_depends_on_the_drift(traces, slow, drifting):
     again, once, none = (
-        mt.advise_rebalance(traces[name], system=slow, migrate="async", **ASKED) for name in ("drifting", "still", "even")
+        mt.advise_rebalance(traces[name], system=slow, migrate="async", **ASKED)
+        for name in ("drifting", "still", "even")
     )
     assert (again.kind, once.kind, none.kind) == ("plan again", "plan once", "nothing to win")
     assert again.best.interval and once.once is not None
     assert again.verdict.startswith(f"Plan again: {again.best.label} saves ")
     assert once.verdict.startswith(f"Plan once: {once.once.label} saves ")
     assert none.verdict.startswith("Nothing to win: ")
-    # Steps that wait for experts to move wait longer than they win.
+    # What steps wait for experts is lost.
     assert drifting.best.total_s > again.best.total_s
     assert all(row.figures["cluster"]["pauses"] == 0 for row in again.rows)
 
@@ -122,12 +127,12 @@ def test_what_does_not_fit_is_marked_and_never_the_best(traces, slow):
 
 @pytest.mark.parametrize(
     ("gpus", "window", "redundant", "interval"),
-    [(4, 4, [0, 4, 8, 16], [0, 20, 5, 1]), (3, 32, [0, 3, 6, 12], [0, 20, 5, 1]), (5, 118, [2, 7, 12, 22], [0])],
+    [(4, 4, [0, 4, 8, 16], [0, 20, 5, 1]), (3, 32, [1, 4, 7, 13], [0, 20, 5, 1]), (5, 118, [3, 8, 13, 23], [0])],
 )
 def test_defaults_fit_model_gpus_and_steps(traces, slow, gpus, window, redundant, interval):
     changed = {"policy.window": window, "system.cluster.gpus": gpus}
     asked = RebalanceQuestion(traces["still"], slow, None, "eplb", None, None, None, changed)
-    assert (asked.trace.num_experts, asked.trace.steps) == (48, 120) or asked.trace.num_experts == 48
+    assert (asked.trace.num_experts, asked.trace.steps) == (32, 120)
     assert asked.redundant == redundant
     assert asked.interval == interval
     assert asked.rows == 1 + len(redundant) * len(interval)
@@ -142,7 +147,10 @@ def test_jobs_and_a_folder_change_nothing(traces, slow, drifting, tmp_path, caps
     files = sorted((tmp_path / "out" / "cells").iterdir())
     assert len(files) == len(drifting.rows)
     before = [file.stat().st_mtime_ns for file in files]
-    assert mt.advise_rebalance(traces["drifting"], system=slow, **ASKED, folder=tmp_path / "out").to_dict() == kept.to_dict()
+    assert (
+        mt.advise_rebalance(traces["drifting"], system=slow, **ASKED, folder=tmp_path / "out").to_dict()
+        == kept.to_dict()
+    )
     assert [file.stat().st_mtime_ns for file in files] == before
     main(["gate", str(tmp_path / "out"), "--baseline", str(tmp_path / "b.json"), "--update"])
     main(["report", str(tmp_path / "out"), "-o", str(tmp_path / "page.html")])
@@ -150,8 +158,8 @@ def test_jobs_and_a_folder_change_nothing(traces, slow, drifting, tmp_path, caps
 
 
 def test_another_schedule_and_ep_lpt(traces, slow):
-    piped = mt.advise_rebalance(traces["still"], system=slow, policy="findep", redundant=4, interval=0)
-    assert piped.best.cell.policy.schedule == "pipeline:auto" and piped.best.cell.policy.placement == "eplb"
+    piped = mt.advise_rebalance(traces["still"], system=slow, policy="two-batch-overlap", redundant=4, interval=0)
+    assert piped.best.cell.policy.schedule == "pipeline:2,1" and piped.best.cell.policy.placement == "eplb"
     packed = mt.advise_rebalance(
         traces["still"], system=slow, interval=[0, 10], overrides={"policy.placement": "ep-lpt", "policy.window": 8}
     )
@@ -172,6 +180,7 @@ def test_another_schedule_and_ep_lpt(traces, slow):
         ({"overrides": {"policy.placement": "ep"}}, "Placement ep makes no plans"),
         ({"overrides": {"policy.placement": "ep-lpt"}, "redundant": 4}, "leave out redundant"),
         ({"overrides": {"system.gpu.memory_gb": 1.01}}, "do not fit"),
+        ({"policy": "findep"}, "which weights are shared experts"),
         ({"policy": "monde"}, "is one of a single GPU"),
         ({"migrate": "never"}, "migrate"),
         ({"jobs": 0}, "jobs is 0"),

@@ -1,5 +1,7 @@
 """Traces whose popularity drifts: how it moves, that its shape stays, and that blocks change nothing."""
 
+from itertools import pairwise
+
 import msgspec
 import numpy as np
 import pytest
@@ -29,9 +31,7 @@ def steps_of(trace: Trace) -> list[np.ndarray]:
     return np.split(block.experts, block.offset[1:-1])
 
 
-@given(
-    steps=st.integers(1, 3000), first=st.integers(0, 10_000), away=st.floats(0, 2), seed=st.integers(0, 2**63 - 1)
-)
+@given(steps=st.integers(1, 3000), first=st.integers(0, 10_000), away=st.floats(0, 2), seed=st.integers(0, 2**63 - 1))
 @settings(max_examples=60, deadline=None)
 def test_ranks_of_two_steps_correlate_less_the_farther_they_are_apart(steps, first, away, seed):
     drift, distance = Drift(steps, seed, 4, 2000), round(away * steps)
@@ -71,10 +71,7 @@ def test_a_row_keeps_experts_and_not_ranks(stick):
     model = a_model(2, 16_000, 8)
     trace = generate_trace(model, requests=20, prompt=0, output=60, batch=20, zipf=0.0, stick=stick, drift=3)
     steps = steps_of(trace)
-    kept = [
-        (after[:, :, :, None] == before[:, :, None, :]).any(axis=-1).mean()
-        for before, after in zip(steps, steps[1:], strict=False)
-    ]
+    kept = [(after[:, :, :, None] == before[:, :, None, :]).any(axis=-1).mean() for before, after in pairwise(steps)]
     assert np.mean(kept) == pytest.approx(stick, abs=0.02)
 
 
