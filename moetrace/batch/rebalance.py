@@ -119,7 +119,7 @@ class RebalanceQuestion:
                 f"System {self.system.name} has one GPU, and only clusters rebalance: use a system with [cluster] (as "
                 "h100-x8), or moetrace advise."
             )
-        base = load_policy(policy)
+        base = load_policy(policy, code=False)
         check_policy(base, self.system)
         own = dict(changes["policy"]) | ({} if migrate is None else {"migrate": migrate})
         if own.get("placement", PLANNED[0]) not in PLANNED:

@@ -114,7 +114,9 @@ class RebalanceAdvice:
         if _saves(self.best, self.none) < WORTH:
             return "nothing to win"
         once = self.once
-        return "plan once" if once is not None and _saves(self.best, once) < WORTH else "plan again"
+        if once is None or _saves(once, self.none) < WORTH:
+            return "plan again"
+        return "plan once" if _saves(self.best, once) < WORTH else "plan again"
 
     @property
     def verdict(self) -> str:

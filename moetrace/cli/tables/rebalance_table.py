@@ -32,12 +32,15 @@ def print_rebalance(advice: "RebalanceAdvice", name: str) -> None:
         TextColumn("redun-\ndant", ["-" if number is None else f"{number:,}" for *_, number, _ in rows]),
         TextColumn("plan\nevery", [_often(often) for *_, often in rows]),
     ]
+    figures = [figure for figure in _FIGURES if is_shown(frame, figure)]
+    if "cluster_pauses" in figures:  # then each plan that moves something is one
+        figures.remove("cluster_plans")
     steps = [text_column(frame, f"step_s_{part}")._replace(heading=f"step {part}\nms") for part in ("p50", "p99")]
     groups = [
         [text_column(frame, "total_s"), TextColumn("speed-\nup", _times(frame["speedup"].to_list()))],
         [TextColumn("over\nonce", _times(frame["over_once"].to_list()))],
         *([step] for step in steps),
-        *([_column(frame, figure)] for figure in _FIGURES if is_shown(frame, figure)),
+        *([_column(frame, figure)] for figure in figures),
     ]
     print_parts(console, keys, groups)
     console.print()
