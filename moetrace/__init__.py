@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from moetrace.batch.advice import Advice
     from moetrace.batch.advise import advise
     from moetrace.batch.gate import Gate, gate
+    from moetrace.batch.rebalance import advise_rebalance
+    from moetrace.batch.rebalance_advice import RebalanceAdvice
     from moetrace.batch.search import Search, search
     from moetrace.batch.sweep import Sweep, sweep
     from moetrace.calibration import Calibrated, calibrate
@@ -54,6 +56,7 @@ __all__ = [
     "MoetraceError",
     "PolicySpec",
     "Profile",
+    "RebalanceAdvice",
     "Result",
     "Search",
     "Sweep",
@@ -64,6 +67,7 @@ __all__ = [
     "Writer",
     "__version__",
     "advise",
+    "advise_rebalance",
     "balance",
     "cache_hits",
     "calibrate",
@@ -103,6 +107,8 @@ _HOMES = {
     "moetrace.batch.advice": ("Advice",),
     "moetrace.batch.advise": ("advise",),
     "moetrace.batch.gate": ("Gate", "gate"),
+    "moetrace.batch.rebalance": ("advise_rebalance",),
+    "moetrace.batch.rebalance_advice": ("RebalanceAdvice",),
     "moetrace.batch.search": ("Search", "search"),
     "moetrace.batch.sweep": ("Sweep", "sweep"),
     "moetrace.calibration": ("Calibrated", "calibrate"),

@@ -108,8 +108,8 @@ class Question:
         self.system = load_system(system, changes["system"])
         if self.system.cluster is not None:
             raise UsageError(
-                f"System {self.system.name} is a cluster, about which there is no advice yet; compare policies with "
-                "moetrace replay or moetrace sweep."
+                f"System {self.system.name} is a cluster: ask moetrace advise rebalance about plans, and compare "
+                "policies with moetrace replay or moetrace sweep."
             )
         for limit in self.slos:
             if (table := OF_A_TABLE.get(limit.metric)) and getattr(self.system, table) is None:

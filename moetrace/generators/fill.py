@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrace.generators.batch_schedule import BatchSchedule
+from moetrace.generators.batch_schedule import BatchSchedule, StepBlock
+from moetrace.generators.drift import Drift
 from moetrace.generators.imitate import ProfileDrawer
 from moetrace.generators.profile import Profile, load_profile
 from moetrace.generators.zipf import ZipfDrawer
@@ -33,10 +34,28 @@ class _Plan(NamedTuple):
     schedule: BatchSchedule
     drawer: ZipfDrawer | ProfileDrawer
     source: dict[str, Any]
+    drift: Drift | None = None
 
     @property
     def block_rows(self) -> int:
         return max(1, BLOCK_BYTES // (self.layers * self.top_k * expert_dtype(self.experts).itemsize))
+
+    def draw(self, block: StepBlock, first: int) -> np.ndarray:
+        """Return the experts [rows, layers, top_k] of a block whose first step has the number `first`."""
+        if self.drift is None:
+            return self.drawer.draw(block.request, block.position)
+        parts = []
+        for rows, expert_of_rank in self.drift.parts(first, block.step_rows):
+            self.drawer.rank(expert_of_rank)
+            parts.append(self.drawer.draw(block.request[rows], block.position[rows]))
+        return np.concatenate(parts)
+
+    def drifting(self, steps: int | None, seed: int) -> _Plan:
+        """Return the plan with popularity that turns over within `steps`, if that is not None."""
+        if steps is None:
+            return self
+        source = self.source | {"parameters": self.source["parameters"] | {"drift": steps}}
+        return self._replace(drift=Drift(steps, seed, self.layers, self.experts), source=source)
 
 
 def generate(
@@ -51,6 +70,7 @@ def generate(
     stick: float | None = None,
     profile: Profile | str | Path | None = None,
     top_k: int | None = None,
+    drift: int | None = None,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> None:
@@ -72,6 +92,8 @@ def generate(
         profile: A shipped profile's name, a TOML file or a Profile. It goes without `zipf` and `stick`.
         top_k: Experts that a row takes in a layer. By default the model's, also with a profile that was fitted to
             another number; a profile of a model that is no preset takes its own.
+        drift: Steps in which the popularity of experts turns over, from 1: what is popular moves, and has nothing to do
+            with what was popular so many steps before. By default popularity stays.
         seed: Seed of all draws, from 0.
         progress: A function that gets the number of rows of each block once they are written.
 
@@ -87,6 +109,7 @@ def generate(
         14 5 [0 0 1 1 1]
     """
     plan = _prepare(model, BatchSchedule(requests, prompt, output, batch), zipf, stick, profile, top_k, seed)
+    plan = plan.drifting(drift, seed)
     with Writer(
         path,
         model=plan.name,
@@ -97,8 +120,10 @@ def generate(
         steps=plan.schedule.steps,
         source=plan.source,
     ) as writer:
+        first = 0
         for block in plan.schedule.blocks(plan.block_rows):
-            experts = plan.drawer.draw(block.request, block.position)
+            experts = plan.draw(block, first)
+            first += len(block.step_rows)
             writer.append(experts, block.request, block.position, block.step_rows, block.phase)
             if progress:
                 progress(len(experts))
@@ -115,6 +140,7 @@ def generate_trace(
     stick: float | None = None,
     profile: Profile | str | Path | None = None,
     top_k: int | None = None,
+    drift: int | None = None,
     seed: int = 0,
 ) -> Trace:
     """Return in memory the trace that `generate` would write.
@@ -129,6 +155,7 @@ def generate_trace(
         stick: Chance that each expert of the request's previous row stays. By default 0.3.
         profile: A shipped profile's name, a TOML file or a Profile, instead of `zipf` and `stick`.
         top_k: Experts that a row takes in a layer. By default the model's.
+        drift: Steps in which the popularity of experts turns over. By default it stays.
         seed: Seed of all draws, from 0.
 
     Returns:
@@ -145,17 +172,18 @@ def generate_trace(
         ('gpt-oss-20b', 32, 24, 32, 4)
     """
     plan = _prepare(model, BatchSchedule(requests, prompt, output, batch), zipf, stick, profile, top_k, seed)
+    plan = plan.drifting(drift, seed)
     blocks = list(plan.schedule.blocks(plan.block_rows))
-    request, position, step_rows, phase = (np.concatenate(column) for column in zip(*blocks, strict=True))
+    whole = StepBlock(*(np.concatenate(column) for column in zip(*blocks, strict=True)))
     return Trace.from_arrays(
-        plan.drawer.draw(request, position),
+        plan.draw(whole, 0),
         num_experts=plan.experts,
         model=plan.name,
         source=plan.source,
-        request=request,
-        position=position,
-        steps=step_rows,
-        phase=phase,
+        request=whole.request,
+        position=whole.position,
+        steps=whole.step_rows,
+        phase=whole.phase,
     )
 
 

@@ -75,8 +75,18 @@ class ProfileDrawer:
         self.top_k = top_k or profile.top_k
         self.profile, self.prompt, self.seed = profile, prompt, np.uint64(seed)
         self.tables = make_tables(profile, seed, self.top_k) if tables is None else tables
+        self._bias = self.tables.bias
+        # By rank, after what prefill and decode have in common.
+        self._by_rank = np.argsort(-self._bias.sum(axis=0), axis=1, kind="stable")
         # Slow and fast memory of each living request.
         self.memory = np.zeros((slots, 2, profile.dimensions), np.float32)
+
+    def rank(self, expert_of_rank: np.ndarray) -> None:
+        """Give the experts other ranks of popularity, uint8 or uint16 [L, E]: each gets the biases of its rank."""
+        bias = np.empty_like(self._bias)
+        layer = np.arange(len(expert_of_rank))[:, None]
+        bias[:, layer, expert_of_rank] = self._bias[:, layer, self._by_rank]
+        self.tables = self.tables._replace(bias=bias)
 
     def draw(self, request: np.ndarray, position: np.ndarray, phase: np.ndarray | None = None) -> np.ndarray:
         """Return the experts uint8 or uint16 [rows, layers, top_k] of the rows (request, position int32 [rows]).

@@ -67,6 +67,14 @@ class ZipfDrawer:
         # Ranks of the last row of each living request; without stick nobody reads them again and one place will do.
         self.last = np.zeros((slots if stick else 1, model.moe_layers, model.most_top_k), np.uint16)
 
+    def rank(self, expert_of_rank: np.ndarray) -> None:
+        """Give the experts other ranks, uint8 or uint16 [L, E]; what stays of a row are experts, not ranks."""
+        if self.keep:
+            layer = np.arange(len(expert_of_rank))[:, None]
+            rank_of_expert = np.argsort(expert_of_rank, axis=1).astype(np.uint16)
+            self.last[:] = rank_of_expert[layer, self.tables.expert_of_rank[layer, self.last]]
+        self.tables = self.tables._replace(expert_of_rank=expert_of_rank)
+
     def draw(self, request: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Return the experts uint8 or uint16 [rows, layers, top_k] of the rows (request, position int32 [rows])."""
         experts = np.empty((len(request), *self.last.shape[1:]), self.tables.expert_of_rank.dtype)

@@ -23,6 +23,7 @@ SWEEP_SCHEMA = "moetrace.sweep/1"
 CELL_SCHEMA = "moetrace.cell/1"
 SEARCH_SCHEMA = "moetrace.search/1"
 ADVICE_SCHEMA = "moetrace.advice/1"
+REBALANCE_SCHEMA = "moetrace.rebalance/1"
 BASELINE_SCHEMA = "moetrace.baseline/1"
 GATE_SCHEMA = "moetrace.gate/1"
 
@@ -31,6 +32,7 @@ TIMELINE_FILE = "timeline.json.gz"
 SWEEP_FILE = "sweep.json"
 SEARCH_FILE = "search.json"
 ADVICE_FILE = "advice.json"
+REBALANCE_FILE = "rebalance.json"
 POLICY_FILE = "policy.toml"  # of an advice, the best
 CELLS_FILE = "cells.parquet"
 TRIALS_FILE = "trials.parquet"
@@ -39,7 +41,7 @@ TABLES = ("steps", "units", "layers", "requests", "experts")  # of a replay, eac
 
 # What one write replaces: of an older result nothing of these names stays.
 RESULT_FILES = (SUMMARY_FILE, *(f"{name}.parquet" for name in TABLES), TIMELINE_FILE)
-SWEEP_FILES = (SWEEP_FILE, CELLS_FILE, SEARCH_FILE, TRIALS_FILE, ADVICE_FILE, POLICY_FILE)
+SWEEP_FILES = (SWEEP_FILE, CELLS_FILE, SEARCH_FILE, TRIALS_FILE, ADVICE_FILE, REBALANCE_FILE, POLICY_FILE)
 OWN_FILES = frozenset((*RESULT_FILES, *SWEEP_FILES))
 
 # In the metadata of a Parquet file, and in a timeline: the SHA-256 of the summary.json, or sweep.json, that it is of.

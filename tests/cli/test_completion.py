@@ -49,6 +49,10 @@ def complete(folder: Path, *words: str) -> list[str]:
         (["moetrace", "adv"], ["advise"]),
         (["moetrace", "advise", "t.h5", "--system", "phone"], ["phone-ufs"]),
         (["moetrace", "advise", "t.h5", "--slo", "tokens"], ["tokens_per_s>="]),
+        (["moetrace", "advise", "reb"], ["rebalance"]),
+        (["moetrace", "advise", "traces/"], ["compopt", ""]),
+        (["moetrace", "advise", "rebalance", "t.h5", "--migrate", "as"], ["async"]),
+        (["moetrace", "advise", "rebalance", "t.h5", "--system", "h20-"], ["h20-x32"]),
         (["moetrace", "sweep", "s.toml", "--sort", "total"], ["total_s"]),
         (
             ["moetrace", "sweep", "s.toml", "--columns", "total_s,tpot_s.p9"],

@@ -130,7 +130,7 @@ def test_cells_are_what_their_replays_are_and_can_be_gated(tmp_path, capsys):
     [
         (["replay", MIXTRAL, "--system", "h100-x8", "--policy", "monde"], "Policy monde is one of a single GPU"),
         (["replay", MIXTRAL, "--policy", "eplb"], "Policy eplb has a schedule, so it is one of a cluster"),
-        (["advise", MIXTRAL, "--system", "h100-x8"], "about which there is no advice yet"),
+        (["advise", MIXTRAL, "--system", "h100-x8"], "ask moetrace advise rebalance about plans"),
         (
             ["replay", MIXTRAL, "--system", "h100-x8", "--set", "policy.interval=5"],
             "set it in a policy that reads it, as with --set policy.eplb.interval=VALUE",

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
+from moetrace.cli.default_group import DefaultGroup
 from moetrace.cli.options.figures import slo_option
 from moetrace.cli.options.overrides import set_option, split_settings
 from moetrace.cli.options.paths import ANY_PATH, FOLDER
@@ -16,9 +18,18 @@ from moetrace.spec.cores import cores
 if TYPE_CHECKING:
     from moetrace.batch.advice import Advice
 
+# Other questions -> their one-line help; the module is moetrace.cli.commands.advise_<question>.
+QUESTIONS = {"rebalance": "How many redundant experts a cluster should hold, and how often to plan again."}
+
+
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the other questions where a word begins as they do, else files."""
+    found = [CompletionItem(name) for name in QUESTIONS if incomplete and name.startswith(incomplete)]
+    return found or ANY_PATH.shell_complete(ctx, param, incomplete)
+
 
 @click.command()
-@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
+@click.argument("trace", type=ANY_PATH, metavar="TRACE.h5", shell_complete=_complete)
 @click.option("--system", required=True, type=SYSTEM, metavar="S", help="Preset or TOML file.")
 @click.option(
     "--model",
@@ -41,7 +52,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", "folder", type=FOLDER, metavar="DIR", help="Keep replays and the advice here.")
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Processes; by default one a core.")
 @format_option
-def command(
+def policy(
     trace: Path,
     system: str,
     model: str | None,
@@ -63,6 +74,8 @@ def command(
     misses them least, and the exit code is 3.
 
     -o DIR keeps what was replayed over the whole trace as a sweep does, and advice.json.
+
+    `moetrace advise rebalance TRACE.h5` is about clusters: how many redundant experts, and how often to plan again.
     """
     from moetrace.batch.processes import start_early
 
@@ -96,3 +109,8 @@ def _print(advice: "Advice", trace: str, form: str) -> None:
         from moetrace.cli.tables.advice_table import print_advice
 
         print_advice(advice, trace)
+
+
+command = DefaultGroup(
+    "advise", default=policy, one_lines=QUESTIONS, module_of="moetrace.cli.commands.advise_{}".format
+)

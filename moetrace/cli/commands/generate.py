@@ -42,6 +42,12 @@ _FILE = click.Path(dir_okay=False, readable=False, path_type=Path)
 @click.option("--like", type=ANY_PATH, metavar="TRACE.h5", help="Fit a profile to a trace and use it.")
 @click.option("--profile", type=PROFILE, metavar="NAME", help="Draw as a profile says: a shipped one, or a TOML file.")
 @click.option("--top-k", type=int, metavar="K", help="Experts that a token takes in a layer.  [default: the model's]")
+@click.option(
+    "--drift",
+    type=int,
+    metavar="STEPS",
+    help="Steps in which the popularity of experts turns over.  [default: it stays]",
+)
 @click.option("--save-profile", type=_FILE, metavar="P.toml", help="Keep the profile that --like fits.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
 def command(out: Path, like: Path | None, save_profile: Path | None, **parameters: Any) -> None:
@@ -54,6 +60,9 @@ def command(out: Path, like: Path | None, save_profile: Path | None, **parameter
     --like and --profile draw as a captured model routes: how unequal popularity is, what a request prefers and
     remembers, what one layer says about the next. A fit takes a minute or so; --save-profile keeps it for --profile.
     Shipped profiles: deepseek-v2-lite, gpt-oss-20b, mixtral-8x7b, qwen3-30b-a3b, tiny-olmoe.
+
+    --drift lets which experts are popular move from step to step, smoothly: two steps that are STEPS or more apart have
+    nothing in common. How unequal popularity is stays.
 
     Each request's prompt is one prefill step. --batch requests then decode together, one token of each a step; as
     they are of equal length they end together, and the next group starts.

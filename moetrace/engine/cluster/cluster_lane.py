@@ -250,7 +250,7 @@ def cluster_lane(
         parts=[MachinePart(name, row, 1) for row, name in enumerate(names)],
         placer=placer,
         windows=windows,
-        room=None if setup.ignore_capacity else _room_of(setup),
+        room=None if setup.ignore_capacity else room_of(setup),
         books=books,
         plan=plan,
         copies=copies,
@@ -263,7 +263,7 @@ def cluster_lane(
     return lane
 
 
-def _room_of(setup: Setup) -> tuple[float, str]:
+def room_of(setup: Setup) -> tuple[float, str]:
     """Return the bytes that a GPU has for experts, and how to call them."""
     model, system = setup.model, setup.system
     assert system.cluster is not None

@@ -182,7 +182,8 @@ def _end_step(s, batch, fabric, further_s, parts, books, tape):
     idle_s = work.overhead_s * times
     read_bytes = work.head_bytes + work.dense_bytes * times
     attended_s = row.attention_s - idle_s + row.head_s + further_s
-    starts_s = gpus.start_s * (times * (1 + gpus.apart) + 1)
+    apart = fabric.cut[batch.steps.phase[s]].apart
+    starts_s = gpus.start_s * (times * (1 + apart) + 1)
     if not gpus.fused:
         starts_s += gpus.start_s * (gpus.kernels - 1) * fabric.machine.weight_bytes.shape[0]
     for g in range(gpus.attention):

@@ -61,7 +61,7 @@ CUT = np.dtype([(name, np.int64) for name in CUT_FIELDS])
 class Fabric(NamedTuple):
     """A cluster under a policy."""
 
-    # The slowest GPU that runs attention: its dense layers and the head. `work[1]`: without shared experts, if those may
+    # The slowest GPU that runs attention: its dense layers and the head. `work[1]`: without shared experts, if they can
     # run apart.
     machine: Machine
     gpus: Any  # FABRIC [1]
