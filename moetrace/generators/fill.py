@@ -24,7 +24,7 @@ DEFAULT_ZIPF, DEFAULT_STICK = 0.6, 0.3
 
 
 class _Plan(NamedTuple):
-    """What fills which schedule, and what the trace says of itself."""
+    """The drawer for each schedule, and the trace's description of itself."""
 
     name: str
     layers: int
@@ -62,15 +62,12 @@ def generate(
     Args:
         path: The new trace file.
         model: A preset's name, a TOML file or a Model. A profile knows its own and needs none; a model beside it must
-            have as many layers and experts.
-        requests: Number of requests.
-        prompt: Prompt rows of each request; they are one prefill step.
-        output: Output rows of each request; each is a row of a decode step.
-        batch: The most requests that decode together.
-        zipf: Exponent of popularity over rank, from 0 (uniform) to 20. By default 0.6.
-        stick: Chance, from 0 to 1, that each expert of the request's previous row stays. By default 0.3.
-        profile: A shipped profile's name, a TOML file or a Profile. It goes without `zipf` and `stick`.
-        top_k: Experts that a row takes in a layer. By default the model's, also with a profile that was fitted to
+        have the same numbers of layers and experts. requests: Number of requests. prompt: Prompt rows of each request;
+        they are one prefill step. output: Output rows of each request; each is a row of a decode step. batch: The most
+        requests that decode together. zipf: Exponent of popularity over rank, from 0 (uniform) to 20. By default 0.6.
+        stick: Chance, from 0 to 1, that each expert of the request's previous row stays. By default 0.3. profile: A
+        shipped profile's name, a TOML file or a Profile. It goes without `zipf` and `stick`. top_k: Experts that a row
+        takes in a layer. By default the model's, also with a profile that was fitted to
             another number; a profile of a model that is no preset takes its own.
         seed: Seed of all draws, from 0.
         progress: A function that gets the number of rows of each block once they are written.
@@ -120,7 +117,7 @@ def generate_trace(
     """Return in memory the trace that `generate` would write.
 
     Args:
-        model: As in `generate`: a preset's name, a TOML file or a Model; a profile needs none.
+        model: As in `generate`: a preset's name, a TOML file or a Model; not needed with a profile.
         requests: Number of requests.
         prompt: Prompt rows of each request.
         output: Output rows of each request.
