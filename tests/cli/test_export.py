@@ -27,7 +27,7 @@ def test_export_writes_and_says_so(run, tmp_path):
         ([TRACES / "tiny-olmoe.h5", "-o", "t.npz", "--to", "csv"], 2, "--to"),
         ([TRACES / "tiny-olmoe.h5"], 2, "-o"),
         (["none.h5", "-o", "t.npz"], 1, "there is no file none.h5"),
-        (["t.json", "-o", "t.json"], 2, "t.json is what is read: choose another name"),
+        (["t.json", "-o", "t.json"], 2, "t.json is also an input: choose another name"),
         ([TRACES / "tiny-olmoe.h5", "-o", "none/t.npz"], 1, "none/t.npz could not be written: there is no folder none"),
     ],
 )

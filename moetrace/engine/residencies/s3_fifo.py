@@ -5,7 +5,7 @@ from moetrace.spec.choices import CachePolicy, Residency
 RECORD = Residency(
     name="s3-fifo",
     meaning="a small queue, whose experts are evicted unless demanded twice, and a main one",
-    instead="is only available in moetrace analyze cache, where accesses come one at a time; use residency sieve or fifo",
+    instead="is only in moetrace analyze cache, where accesses come one at a time; use residency sieve or fifo",
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:s3_fifo",
         one_at_a_time=True,
