@@ -61,13 +61,16 @@ def generate(
 
     Args:
         path: The new trace file.
-        model: A preset's name, a TOML file or a Model. A profile knows its own and needs none; a model beside it must
-        have the same numbers of layers and experts. requests: Number of requests. prompt: Prompt rows of each request;
-        they are one prefill step. output: Output rows of each request; each is a row of a decode step. batch: The most
-        requests that decode together. zipf: Exponent of popularity over rank, from 0 (uniform) to 20. By default 0.6.
-        stick: Chance, from 0 to 1, that each expert of the request's previous row stays. By default 0.3. profile: A
-        shipped profile's name, a TOML file or a Profile. It goes without `zipf` and `stick`. top_k: Experts that a row
-        takes in a layer. By default the model's, also with a profile that was fitted to
+        model: A preset's name, a TOML file or a Model. A profile has its own; a model beside it must have
+            the same numbers of layers and experts.
+        requests: Number of requests.
+        prompt: Prompt rows of each request; they are one prefill step.
+        output: Output rows of each request; each is a row of a decode step.
+        batch: The most requests that decode together.
+        zipf: Exponent of popularity over rank, from 0 (uniform) to 20. By default 0.6.
+        stick: Chance, from 0 to 1, that each expert of the request's previous row stays. By default 0.3.
+        profile: A shipped profile's name, a TOML file or a Profile. It goes without `zipf` and `stick`.
+        top_k: Experts that a row takes in a layer. By default the model's, also with a profile that was fitted to
             another number; a profile of a model that is no preset takes its own.
         seed: Seed of all draws, from 0.
         progress: A function that gets the number of rows of each block once they are written.

@@ -2,8 +2,8 @@
 
 Records have layer_idx, token_idx (position in the sequence), selected_ids and gate_weights, which sum to 1
 (`crates/inference/src/forward/metal_qwen35.rs`, pull request 920). The engine takes one token through all layers at a
-time, so each token is a step of its own. Which of them were prompt is not recorded: all are decode (`--as decode
---prompt P` marks the prompt). A request begins where positions do not increase. The number of experts is not said.
+time, so each token is a step of its own. Prompt rows are not marked: all are decode (`--as decode --prompt P` marks
+the prompt). A request begins where positions do not increase. The number of experts is not said.
 """
 
 from collections import Counter

@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     Attributes:
         max_tokens: Most output tokens of a prompt whose line does not say it.
         temperature: Temperature of the sampling; 0: greedy.
-        seed: Of the sampling. By default the server's own.
+        seed: Seed of the sampling. By default the server's own.
         ignore_eos: Whether a completion goes on after an end-of-sequence token.
         prefix_cache: Whether prompts may share the server's prefix cache. By default each has a salt of its own, so
             that every row of the trace was computed.

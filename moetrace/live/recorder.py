@@ -78,7 +78,7 @@ def record(
             is named in what the server calls its model, if `hints` say no sizes.
         hints: Sizes, whether to keep cached rows, whether a failed prompt refuses all (`strict`), and who gets notes.
         settings: Settings that are the same for all prompts.
-        headers: Of each request.
+        headers: Headers of each request.
         concurrency: Prompts that are asked at the same time.
         timeout_s: Longest wait for a whole answer.
         retries: How often a prompt is asked again if the server fails.

@@ -18,7 +18,7 @@ class _Card(msgspec.Struct):
 
 
 class _Cards(msgspec.Struct):
-    """Of `/v1/models`; both engines put their own name into `owned_by`."""
+    """The answer to `/v1/models`; both engines put their own name into `owned_by`."""
 
     data: list[_Card]
 

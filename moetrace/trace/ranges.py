@@ -35,7 +35,7 @@ def inside(numbers: np.ndarray, ranges: np.ndarray) -> np.ndarray:
 
 
 def named_layers(where: str, index: np.ndarray, ranges: Sequence[Range]) -> np.ndarray:
-    """bool [layers]: which of the layers numbered `index` [layers] lie in `ranges`; raise if a range names none."""
+    """bool [layers]: which of the layers numbered `index` [layers] lie in `ranges`; raise if a range is empty."""
     rows = merged("layers", ranges, None)
     assert rows is not None
     for start, stop in ranges:

@@ -55,7 +55,5 @@ def told_by_footer(path: Path, footer: bytes | None) -> ToldByFooter | None:
         or (told.layer_experts is not None and len(told.layer_experts) != index.size)
         or (told.expert_bytes is not None and len(told.expert_bytes) not in (index.size, index.size * told.num_experts))
     ):
-        raise MoetraceError(
-            f"{path}: its footer is damaged: its layers do not fit together."
-        )
+        raise MoetraceError(f"{path}: its footer is damaged: its layers do not fit together.")
     return told

@@ -109,7 +109,7 @@ class RequestSpool:
                 self._begin(where, ids)
             if ids.shape[1:] == self._inner:
                 return True
-            what = f"{where} has {ids.shape[1:]} (layers, top_k), but the earlier ones {self._inner}."
+            what = f"{where} has {ids.shape[1:]} (layers, top_k), but the earlier ones have {self._inner}."
             self.leave_out(OTHER_SHAPE, what)
         return False
 

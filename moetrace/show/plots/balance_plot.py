@@ -116,7 +116,7 @@ def _layer_panel(rows: pl.DataFrame, colour: str, domain: list[float]) -> "alt.L
 
 
 def _rebalances(balance: "Balance") -> pl.DataFrame:
-    """Steps of the trace at which plans are made anew; none if they are too many to tell apart."""
+    """Steps of the trace at which plans are recomputed; empty if they are too many to show."""
     first = balance.trace["rebalance_steps"]
     return pl.DataFrame({"first_step": first if len(first) <= _MOST_MARKS else []}, schema={"first_step": pl.Int64})
 
