@@ -24,12 +24,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PUBLIC = ("numbagg==0.9.4", "stumpy==1.13.0", "sqlite-utils==3.38")
 
-# `^` is the beginning of a sentence, of a list item or of a table's cell.
+# A short list of phrases that a reader has to read twice, each with a plain equivalent: "only" for "alone",
+# "recompute" for "anew", "the missing experts" for "what is missing". `^` begins a sentence, a list item or a cell.
 MARKERS = {
     "Of ... at the beginning": r"^Of (?!course)",
     "What ... is, as a subject": r"^What (?!follows\b|is new\b|if\b|to\b)[^?]*$",
     "..., what ... is, as a subject": r"(?<=[,;:.] )what (?:\w+ ){1,8}(?:is|are|was|has|have|counts|stands)\b(?!\?)",
-    "what is, has or stands": r"(?<!^)\bwhat (?:is|are|was|has|stands|comes|came|lies)\b(?! it\b| wrong\b)",
+    "what is, has or stands": r"(?<!^)\bwhat (?:is|are|was|has|stands|comes|came|lies)\b(?! it\b| wrong\b)(?=[^?]*$)",
     "That is/which": r"^(?:That which|Those that|Which)\b[^?]*$",
     "anew": r"\banew\b",
     "alone": r"(?<!let )\balone\b",
@@ -44,7 +45,7 @@ MARKERS = {
     "shall": r"\bshall\b",
     "has not": r"\b(?:has|have|had) not[.:;,]|\b(?:has|have|knows?) not (?:a|the|an)\b",
     "the same of": r"\bthe same of\b|\bthe like\b|\blikewise\b",
-    "it is ... that": r"\b(?:lest|thereof|therein|thereby|wherein|whereof|wherewith|thence|hence|beforehand)\b",
+    "lest, thereof": r"\b(?:lest|thereof|therein|thereby|wherein|whereof|wherewith|thence|hence|beforehand)\b",
 }
 _COMPILED = {name: re.compile(pattern) for name, pattern in MARKERS.items()}
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2[ ]*$", re.MULTILINE | re.DOTALL)

@@ -64,7 +64,7 @@ def test_a_result_is_exported(run, tmp_path):
     assert run("export", result, "-o", out, "--to", "static-csv") == (0, "", f"{out}: 0.0 MB.\n")
     assert len(out.read_text().splitlines()) == 41
     for more, sentence in (
-        (["--to", "moe-l2", "--slots", 4], "whose policy says what is kept: give no --phase"),
+        (["--to", "moe-l2", "--slots", 4], "whose policy decides the experts: give no --phase"),
         ([], "say with --to what of it is wanted"),
     ):
         code, _, err = run("export", result, "-o", tmp_path / "x", *more)
