@@ -260,7 +260,7 @@ def moe_infinity() -> Engine:
                 8,
                 "mixtral-8x7b",
                 0.735,
-                "Bound by the link: there the runtime hides behind fetches, in a replay it does not.",
+                "Bound by the link: there the runtime hides behind fetches; a replay adds it.",
             ),
             figure(9, "deepseek-v2-lite", 0.100, python),
             figure(10, "qwen3-30b-a3b", 0.150, python),

@@ -23,9 +23,9 @@ def main() -> None:
 
 
 def _leave(code: object) -> None:
-    """End the process, unless somebody still works or watches: taking down what was imported takes 0.2 s.
+    """End the process, unless a thread still works or a debugger watches: unloading imported modules takes 0.2 s.
 
-    What was to be done at the end is done.
+    Exit handlers run.
     """
     import atexit
     import sys

@@ -1,1 +1,1 @@
-"""Questions about a trace that need no hardware: what its routing is like, before any machine enters."""
+"""Questions about a trace that need no hardware: statistics of its routing, without any machine."""

@@ -1,4 +1,4 @@
-"""Which model a trace is of, and what its experts weigh."""
+"""The model of a trace, and the sizes of its experts."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def own_experts(trace: Trace) -> np.ndarray:
 
 
 def model_of(trace: Trace, model: Model | str | Path | None = None) -> Model | None:
-    """Return `model`, else the preset that the trace names, or None if it names none.
+    """Return `model`, else the preset that the trace names, or None if it names no preset.
 
     Raises UsageError if the model does not have the layers and experts of the trace.
     """
@@ -30,7 +30,7 @@ def model_of(trace: Trace, model: Model | str | Path | None = None) -> Model | N
 def expert_bytes(trace: Trace, model: Model | str | Path | None = None) -> np.ndarray | None:
     """Bytes of each expert, int64 [layers, experts]: the trace's own, else those of `model` or the preset it names.
 
-    None if neither is known. Raises UsageError if a `model`, used or not, is none or not that of the trace.
+    None if neither is known. Raises UsageError if a `model`, used or not, is not a model or not that of the trace.
     """
     if trace.expert_bytes is not None:
         if model is not None:

@@ -29,8 +29,8 @@ class ModelFolder(NamedTuple):
 def open_folder(path: Path) -> ModelFolder:
     """Look at the folder of a model.
 
-    Raises MoetraceError if it is none, if only code of its own could run it, if its weights are pickled or missing,
-    or if PyTorch or Transformers is not installed.
+    Raises MoetraceError if it is not a model's folder, if only code of its own could run it, if its weights are pickled
+    or missing, or if PyTorch or Transformers is not installed.
     """
     if not path.is_dir():
         raise MoetraceError(f"{path} is not a folder with a model." if path.exists() else f"there is no folder {path}.")
@@ -54,7 +54,7 @@ def open_folder(path: Path) -> ModelFolder:
 
 
 def load_tokenizer(folder: ModelFolder) -> Any:
-    """The tokenizer in a model's folder; raise MoetraceError if there is none that can be loaded."""
+    """The tokenizer in a model's folder; raise MoetraceError if none can be loaded."""
     transformers = extra("transformers")
     # Without a vocabulary, Transformers makes an empty tokenizer for some models.
     if not any(file for pattern in VOCABULARIES for file in folder.path.glob(pattern)):
@@ -156,7 +156,7 @@ def _name(path: Path) -> str:
 
 @contextlib.contextmanager
 def _one_sentence(what: str) -> Iterator[None]:
-    """Make one sentence of whatever another library raises in the block: there is no list of what that may be."""
+    """Turn any error of another library in the block into one sentence: there is no list of its errors."""
     try:
         yield
     except MoetraceError:

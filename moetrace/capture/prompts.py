@@ -34,8 +34,8 @@ def read_prompts(path: Path, tokenizer: Callable[[], Any], vocabulary: int) -> l
     A file named .jsonl, or whose first line is a JSON object of such a field, has one object a line:
     {"prompt": text}, {"token_ids": [...]} or {"messages": [{"role": ..., "content": ...}]}, which the chat template
     of the tokenizer turns into a prompt. In any other file each line is a prompt. Empty lines are skipped.
-    `tokenizer` is called where there is text. Raises MoetraceError, naming the line, for what is none of this, for
-    an id of `vocabulary` or above, and if there is no prompt at all.
+    `tokenizer` is called where there is text. Raises MoetraceError, naming the line, for a line of another form, for an
+    id of `vocabulary` or above, and for a file without prompts.
     """
     reader = _Tokenizing(tokenizer)
     prompts = [_checked(where, reader.ids(where, line), vocabulary) for where, line in prompt_lines(path, PromptLine)]
@@ -142,7 +142,7 @@ def _checked(where: str, ids: list[int], vocabulary: int) -> np.ndarray:
 
 
 def in_short(error: Exception) -> str:
-    """What an error of another library says, as the end of a sentence."""
+    """The message of another library's error, as the end of a sentence."""
     text = " ".join(str(error).split()).rstrip(".")
     text = text if len(text) <= 240 else f"{text[:240]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -45,7 +45,7 @@ class Router(NamedTuple):
 
 
 class RouterChoices(NamedTuple):
-    """What the routers chose for some rows; both arrays are [rows, layers, top_k]."""
+    """The routers' choices for some rows; both arrays are [rows, layers, top_k]."""
 
     experts: np.ndarray  # uint8 or uint16
     gates: np.ndarray  # float16
@@ -177,7 +177,7 @@ class Recorder:
 
 
 def import_torch() -> Any:
-    """The module torch; whoever has a model has it."""
+    """The module torch, which is installed if there is a model."""
     return importlib.import_module("torch")
 
 

@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 
 class Sampling(NamedTuple):
-    """What is generated after each prompt, and how.
+    """Settings of the generation after each prompt.
 
     Attributes:
         output: The most tokens that are generated, each a decode row. An end-of-sequence token is the last one.
@@ -72,7 +72,7 @@ def capture(
         model_dir: Folder of the model: weights, configuration, tokenizer.
         prompts: File of the prompts.
         path: The new trace file. On an error or Ctrl-C nothing is written.
-        sampling: What is generated after each prompt, and how.
+        sampling: Settings of the generation after each prompt.
         dtype: Data type of the weights, one of `DTYPES`. "auto" is the checkpoint's own.
         device: A device of PyTorch. "auto" is "cuda" if there is one.
         model: The preset or TOML file that the trace is of. By default the folder's name decides.
@@ -264,7 +264,7 @@ class _Session:
         return logits, cache
 
     def _next(self, logits: np.ndarray, streams: list[np.random.Generator], live: np.ndarray) -> np.ndarray:
-        """The next token of each request, int64; of those that ended, whatever."""
+        """The next token of each request, int64; arbitrary for those that ended."""
         if not np.isfinite(logits[live].max(axis=1)).all():
             raise MoetraceError("the model's logits are not finite, so it chooses no token: try another --dtype.")
         greedy = logits.argmax(axis=1)

@@ -32,7 +32,7 @@ COMMANDS = {
     "record": "Ask a running server for completions, and trace their routing.",
     "replay": "Replay a trace through policies on a described machine.",
     "report": "Make one HTML page of a result.",
-    "select": "Copy a part of a trace, or all but that part.",
+    "select": "Copy a part of a trace, or everything except that part.",
     "show": "Print a resolved spec and what follows from it.",
     "sweep": "Replay a grid of traces, systems, policies and settings.",
     "warm": "Compile what commands need, before they need it.",
@@ -54,7 +54,7 @@ def _module_of(command: str) -> str:
 def _group(debug: bool) -> None:
     """Replay Mixture-of-Experts routing traces through serving policies.
 
-    What latency, what utilization of every unit, how far from the best possible: see `moetrace replay --help`.
+    For latency, utilization of every unit and distance from the best possible, see `moetrace replay --help`.
     """
 
 
@@ -144,7 +144,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _what(error: click.ClickException) -> str:
-    """What click says, and which name is the nearest to one that is none."""
+    """The message of click, with the nearest name to an unknown one."""
     from moetrace.spec.named import nearest
 
     if isinstance(error, click.NoSuchOption):

@@ -1,11 +1,11 @@
-"""Standard streams that whoever called us has closed, as some daemons do."""
+"""Standard streams that the caller has closed, as some daemons do."""
 
 import os
 import sys
 
 
 def open_missing_streams() -> None:
-    """Let what is closed of stdin, stdout and stderr lead to nowhere.
+    """Open closed ones of stdin, stdout and stderr on the null device.
 
     Else Python has None for a stream, and the next file that is opened gets its number: what a C library writes to
     stderr would go into a trace.

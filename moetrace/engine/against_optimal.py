@@ -35,7 +35,7 @@ class Decisions(NamedTuple):
 
 
 class Regret(NamedTuple):
-    """What is kept of decisions beside the best ones."""
+    """The record of decisions beside the best ones."""
 
     tally: Any  # REGRET [1]
     plan: np.ndarray  # uint8 [E]: the best of the layer at hand
@@ -126,5 +126,5 @@ def _note(decisions, regret, view, layer, size, plan, is_solved):
 
 
 def with_room(regret: Regret, decisions: int) -> Regret:
-    """Return the books with room for so many decisions of a block."""
+    """Return the books with room for a number of decisions of a block."""
     return regret._replace(decisions=Decisions(records(decisions, DECISION), np.zeros(1, np.int64)))

@@ -1,4 +1,4 @@
-"""What each part of the machine has done in a layer."""
+"""The work of each part of the machine in a layer."""
 
 from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.prefetch import leave
@@ -9,7 +9,7 @@ from moetrace.jit.compile import kernel
 
 @kernel
 def carry_out(layer, size, state, log):
-    """Note who ran what, and take what was fetched out of the prefetch queue; return how many were fetched."""
+    """Record where each expert ran, and take fetched ones out of the prefetch queue; return how many were fetched."""
     experts, gpu = state.cells.shape[1], log.unit[GPU]
     # In registers: in memory each sum waits for the last one.
     gpu_rows, gpu_bytes, used, fetched, on_gpu = gpu.rows, gpu.bytes, 0, 0, 0

@@ -1,4 +1,4 @@
-"""What moves to the GPU and what stays, where experts have a worth (`foresight.py`; timing model, section 7)."""
+"""Experts that move to the GPU, and those that stay there, by their worth (`foresight.py`; timing model, section 7)."""
 
 import numpy as np
 
@@ -14,7 +14,8 @@ INFINITE = 0x7FF0_0000_0000_0000  # the bits of infinity
 def _look(f, queue, cache, layer):
     """Find the worth of a layer's best candidate and least resident, leaving out those that `cache.active` bars.
 
-    Of bits, as the least and greatest of many integers are found at once; who it is, is only looked for if asked.
+    Worths are compared as bits, since the least and greatest of many integers are found at once; the expert is only
+    looked up if asked.
     """
     experts = f.worth.shape[1]
     part = slice(layer * experts, (layer + 1) * experts)
@@ -33,7 +34,7 @@ def _look(f, queue, cache, layer):
 
 @kernel
 def _look_again(f, queue, cache):
-    """Look at the layers of which what is known is not of now; return how many layers there are."""
+    """Update the layers whose state is out of date; return how many layers there are."""
     for i in range(f.stale_count[0]):
         _look(f, queue, cache, f.stale_layers[i])
     f.stale_count[0] = 0
@@ -42,7 +43,7 @@ def _look_again(f, queue, cache):
 
 @kernel
 def _least_worth(f, queue, cache):
-    """Return the least worth of a resident that is not barred, infinity if there is none."""
+    """Return the least worth of a resident that is not barred, infinity without one."""
     layers = _look_again(f, queue, cache)
     least = np.int64(INFINITE)
     for layer in range(layers):
@@ -94,9 +95,9 @@ def _worth(f, key):
 
 @kernel
 def queue_best(f, queue, cache, layer, size, scratch, tally):
-    """Make the queue anew: what has begun and is still worth it, then the best; by worth for each byte to go.
+    """Rebuild the queue: transfers that have begun and are still worth it, then the best; by worth for each byte to go.
 
-    What is fetched whole for this layer does not join: it is about to be offered.
+    Experts fetched whole for this layer do not join: they are about to be offered.
     """
     experts = f.worth.shape[1]
     _bar(f, cache, layer, size, scratch, False)
@@ -171,7 +172,7 @@ def _unbar(f, cache, layer, size, scratch):
 
 @kernel
 def admit_by_worth(f, queue, cells, cache, tally):
-    """Before a layer's ``dense``: keep what has arrived, in queue order, or drop it."""
+    """Before a layer's ``dense``: keep arrived experts, in queue order, or drop them."""
     at = queue.ends[HEAD]
     while queue.ends[COMPLETE] > 0:
         key = queue.key[at]
@@ -187,7 +188,7 @@ def admit_by_worth(f, queue, cells, cache, tally):
 
 @kernel
 def touch_and_admit_by_worth(f, queue, cells, cache, layer, size, scratch, tally):
-    """After a layer, in demand order: touch what is resident, offer what was fetched; none goes for another of them."""
+    """After a layer, in demand order: touch residents, offer fetched experts; none is evicted for another of them."""
     fetched = _bar(f, cache, layer, size, scratch, True)
     for i in range(size):
         expert = scratch.active[i].expert

@@ -1,4 +1,4 @@
-"""What one piece of work costs (timing model, section 2)."""
+"""The cost of one piece of work (timing model, section 2)."""
 
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ def varied_s(device, rows, weight_bytes, start_s):
 
 
 class Prices(NamedTuple):
-    """What the experts of a layer have in common: numbers in registers, where a record's are read for each expert."""
+    """Values that the experts of a layer share: numbers in registers, where a record's are read for each expert."""
 
     gpu: "Rates"
     home: "Rates"  # of the first group of units
@@ -57,7 +57,7 @@ class Prices(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What a device takes for an expert."""
+    """The time of a device for an expert."""
 
     s_per_row: float
     s_per_byte: float

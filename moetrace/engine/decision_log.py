@@ -14,7 +14,7 @@ SLICE = 1 << 16  # decisions that are read at a time
 
 
 class DecisionLog:
-    """What one policy decided, in the order of step, layer and demand."""
+    """The decisions of one policy, in the order of step, layer and demand."""
 
     def __init__(self) -> None:
         """Begin with none."""
@@ -30,7 +30,7 @@ class DecisionLog:
         return with_room(regret, int(start[len(batch.steps.rows) * layers] - start[0]))
 
     def end(self, regret: Regret) -> None:
-        """Keep what was noted of the block."""
+        """Keep the records of the block."""
         made = regret.decisions.made[: regret.decisions.ends[0]]
         try:
             self._file.write(np.ascontiguousarray(made).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""A trace ready for the kernels: who is in which step, and blocks decoded once for whatever is replayed over them."""
+"""A trace ready for the kernels: the requests of each step, and blocks decoded once for all replays over them."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
@@ -23,7 +23,7 @@ from moetrace.trace.schema import BLOCK_BYTES, DECODE, PHASE_NAMES, check_ids
 
 
 class Needs(NamedTuple):
-    """What policies ask of the blocks of a trace, beside who is demanded."""
+    """Columns of a trace's blocks that policies need, beside the demanded experts."""
 
     ahead_layers: int  # how far a prefetch looks ahead
     next_steps: bool  # when each is demanded next
@@ -60,9 +60,9 @@ def needs_of(policies: Iterable[PolicySpec], systems: Iterable[System] = ()) -> 
 
 
 class Decoded:
-    """A trace, its schedule, and its blocks as batches: decoded anew in each pass, or once and kept.
+    """A trace, its schedule, and its blocks as batches: decoded again in each pass, or once and kept.
 
-    What is kept serves any number of passes, from several threads too, and outlives the trace's file.
+    Kept batches serve any number of passes, from several threads too, and outlive the trace's file.
     """
 
     def __init__(self, trace: Trace, needs: Needs, keep_bytes: int = 0):
@@ -81,7 +81,7 @@ class Decoded:
 
     @cached_property
     def demand_count(self) -> np.ndarray:
-        """In how many steps each expert is demanded, int64 [layers * experts]; a pass over what is not kept."""
+        """In how many steps each expert is demanded, int64 [layers * experts]; a pass over batches not kept."""
         trace = self.trace
         if self._kept is None:
             demands = (_demand(trace, block) for block in trace.blocks())
@@ -95,7 +95,7 @@ class Decoded:
         return self.counts_of_first(first_steps(self.schedule.phase))
 
     def counts_of_first(self, steps: int) -> np.ndarray:
-        """Return how many rows of so many first steps chose each expert, int64 [L, E]."""
+        """Return how many rows of the first steps chose each expert, int64 [L, E]."""
         if self._kept is None:
             return first_counts(self.trace, steps)
         layers = self.trace.layers
@@ -167,7 +167,7 @@ def may_be_users(policy: PolicySpec) -> bool:
 
 
 def decoded_bytes(trace: Trace, needs: Needs) -> int:
-    """Return how much memory the batches of a trace take at most, from the sizes of its steps alone."""
+    """Return how much memory the batches of a trace take at most, only from the sizes of its steps."""
     rows = np.diff(trace.offset)
     active = np.minimum(rows * trace.top_k, trace.num_experts) * trace.layers
     a_choice = 12 if needs.next_steps else 8
@@ -201,7 +201,7 @@ def _weighed(trace: Trace, block: Block, demand: Demand) -> Demand:
 
 
 def _gates(trace: Trace, block: Block) -> np.ndarray | None:
-    """Return the gates of a block's own steps, float32 [rows, L, k]; None if the trace has none."""
+    """Return the gates of a block's own steps, float32 [rows, L, k]; None if the trace has no gates."""
     if "gates" not in trace.has:
         return None
     first = int(trace.offset[block.first_step])

@@ -22,7 +22,7 @@ class Demand(NamedTuple):
 
 
 class Popularity(NamedTuple):
-    """How much each expert was wanted in a whole trace, whatever the policy."""
+    """The demand for each expert in a whole trace, independent of the policy."""
 
     rows: np.ndarray  # int64 [L, E]: rows that chose it
     steps: np.ndarray  # int64 [L, E]: steps in which it was active
@@ -64,7 +64,7 @@ def _has_wrong(experts: np.ndarray, num_experts: int) -> bool:
 
 @lru_cache(maxsize=4)
 def _together(width: int, top_k: int) -> np.ndarray:
-    """Return which of so many ids are in one choice with the one that stands n behind them: bool [n, width]."""
+    """Return which ids are in one choice with the id n places behind them: bool [n, width]."""
     return np.arange(width) % top_k < top_k - np.arange(top_k)[:, None]
 
 

@@ -88,7 +88,7 @@ def _gpu_without(view, size, plan, but):
 def share_one(view, size, plan, moe_s):
     """Share one expert between the GPU, which runs it last, and all units, if the layer then takes less than ``moe_s``.
 
-    The share in closed form: both end at once. A part of what is missing is only fetched where no slot is free.
+    The share in closed form: both end at once. A part of a missing expert is only fetched where no slot is free.
     """
     best_s, best, best_share = moe_s, -1, 0.0
     all_s, all_arrive_s = _gpu_without(view, size, plan, -1)
@@ -136,7 +136,7 @@ def search_splits(view, size, plan, best_s):
     """Improve ``plan``, which takes ``best_s``, to the best of all splits by branch and bound.
 
     Depth j decides the j-th expert in the order in which the GPU would run them: first for the units, then for the
-    GPU. What is decided bounds the time from below, as more work never ends earlier. A plan is a bit mask with the
+    GPU. The decisions so far bound the time from below, as more work never ends earlier. A plan is a bit mask with the
     most demanded expert in the highest bit, so of two plans of one size the larger mask is lexicographically first.
     """
     choice = np.full(size + 1, -1)

@@ -3,9 +3,9 @@
 The algorithm is that of https://github.com/deepseek-ai/EPLB (README and paper arXiv 2412.19437, section 3.4); the code
 is not. A layer's expert groups are packed onto nodes, the experts of each node get its redundant copies, one after
 another where a copy is loaded most, and the copies are packed onto the node's units, each of which has equally many
-slots. With one node and one group that is its global policy, else the hierarchical one. Packing gives what weighs most
-to whoever has least so far and still has room. All ties go to the lower expert, copy or unit, so that a plan depends
-on nothing but its loads.
+slots. With one node and one group that is its global policy, else the hierarchical one. Packing gives the heaviest item
+to the least loaded pack that still has room. All ties go to the lower expert, copy or unit, so that a plan depends on
+nothing but its loads.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Where a user's function failed: the step, the layer, and the line of its file.
 
-Compiled code has no lines, but the wrapper of a user's function notes each call (`OWN`). What failed is called once
-more as plain Python, with what the arrays hold then.
+Compiled code has no lines, but the wrapper of a user's function notes each call (`OWN`). The failed function is called
+once more as plain Python, on the current content of the arrays.
 """
 
 import sys
@@ -25,7 +25,7 @@ _AS_PYTHON: dict[type | None, type] = {FloatingPointError: ZeroDivisionError}
 
 
 def place_of(error: Exception, work: Work, cells: Any, scratch: LayerScratch, hooks: tuple[Any, Any]) -> str:
-    """Return ` (mine.py, line 7; step 12, layer 3)`: where a hook raised; less where it cannot be told.
+    """Return ` (mine.py, line 7; step 12, layer 3)`: where a hook raised; less where it cannot be found.
 
     Args:
         error: what it raised.

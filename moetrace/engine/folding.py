@@ -1,4 +1,4 @@
-"""What of a lane's steps outlives a block, where nobody asks for each step's figures: their seconds, and sums."""
+"""The values of a lane's steps that outlive a block if no figures of each step are needed: their seconds, and sums."""
 
 import tempfile
 import threading
@@ -41,7 +41,7 @@ class StepStore:
             return filed
 
     def get(self, kept: "np.ndarray | _Filed") -> np.ndarray:
-        """Return what was put."""
+        """Return the stored values."""
         if isinstance(kept, np.ndarray):
             return kept
         with self._lock:
@@ -60,7 +60,7 @@ class StepStore:
 class FoldedSteps:
     """The steps of one lane: the seconds of each, which percentiles need, and of the rest what a summary needs.
 
-    What is summed up is summed over all steps at once, as it is without folding: the last bits are the same.
+    Sums are taken over all steps at once, as without folding: the last bits are the same.
     """
 
     def __init__(self, store: StepStore) -> None:
@@ -82,7 +82,7 @@ class FoldedSteps:
 
     @property
     def duration_s(self) -> np.ndarray:
-        """Seconds of each step, float64 [steps]; read anew each time."""
+        """Seconds of each step, float64 [steps]; read again each time."""
         return np.concatenate([np.zeros(0), *map(self._store.get, self._duration_s)])
 
     @property
@@ -95,7 +95,7 @@ class FoldedSteps:
 
     @property
     def prefetch_bytes(self) -> float:
-        """What was prefetched, in all."""
+        """Prefetched bytes, in total."""
         parts = (np.zeros(kept) if isinstance(kept, int) else self._store.get(kept) for kept in self._prefetch_bytes)
         if all(isinstance(kept, int) for kept in self._prefetch_bytes):
             return 0.0

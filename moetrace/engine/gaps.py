@@ -67,7 +67,7 @@ def _add_gaps(spans, first_of_turn, used, r, first, stride, count):
 
 @kernel(inline=False)
 def gap_quantiles(edge_s, spans, bounds, shares, found):
-    """Write quantiles [requests, shares] of each request's gaps into ``found``, NaN where it has none.
+    """Write quantiles [requests, shares] of each request's gaps into ``found``, NaN where it has no gaps.
 
     edge_s: seconds [steps + 1]; spans: SPAN by request, those of request r from bounds[r] to bounds[r + 1] - 1.
     """

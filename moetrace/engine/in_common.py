@@ -1,4 +1,4 @@
-"""What lanes of a pass have in common: machines, books of prompts, bounds and clairvoyant runs, each made once."""
+"""Objects that lanes of a pass share: machines, books of prompts, bounds and clairvoyant runs, each made once."""
 
 import hashlib
 import threading
@@ -46,7 +46,7 @@ class Yardstick:
 class PromptBooks:
     """The prompts' counts before a block, of which each lane gets a copy: they depend on the trace only.
 
-    Of 32 requests at once in a model of 6,144 experts they take 768 KiB, more than all else of a lane.
+    With 32 requests at once in a model of 6,144 experts they take 768 KiB, more than the rest of a lane.
     """
 
     def __init__(self, prompts: Prompts) -> None:
@@ -69,7 +69,7 @@ class PromptBooks:
 
 
 class InCommon:
-    """What is made once for all lanes of a pass that it is the same of."""
+    """Objects made once for all lanes of a pass with the same values."""
 
     def __init__(self) -> None:
         """Begin a pass over a trace."""

@@ -133,7 +133,7 @@ def shared_s(line, prefetch_s):
 
 @kernel
 def timeline(machine, view, size, plan, shared):
-    """Return the time line of a layer of ``size`` active experts under ``plan``, made anew.
+    """Return the time line of a layer of ``size`` active experts under ``plan``, computed from scratch.
 
     ``shared`` is the expert that the GPU, which runs it last, and home share; -1 = none. Leaves the work of each group
     of units in ``view.groups``.

@@ -17,8 +17,8 @@ def layer_slots(budget: str, counts: Callable[[], np.ndarray], slots: int, exist
 
     Args:
         budget: The path of a CSV file with a number a line, or "auto".
-        counts: What `first_counts` returns of the trace; asked for `auto` only.
-        slots: Of all layers together, the most that a file may give; `auto` shares out what equal layers would have.
+        counts: The result of `first_counts` for the trace; needed for `auto` only.
+        slots: The most that a file may give to all layers together; `auto` shares out the slots of equal layers.
         exists: bool [L, E], the experts of each layer.
 
     Raises:
@@ -36,8 +36,8 @@ def layer_slots(budget: str, counts: Callable[[], np.ndarray], slots: int, exist
             raise MoetraceError(f"{budget}, line {number}: wants one whole number, the slots of a layer.") from None
         if len(given) < layers and not 0 <= count <= most[len(given)]:
             raise UsageError(
-                f"{budget}, line {number}: wants 0 to {most[len(given)]} slots, as layer {len(given)} has so many "
-                f"experts, got {count}."
+                f"{budget}, line {number}: must be 0 to {most[len(given)]} slots, since layer {len(given)} has no more "
+                f"experts, not {count}."
             )
         given.append(count)
     if len(given) != layers:
@@ -50,7 +50,7 @@ def layer_slots(budget: str, counts: Callable[[], np.ndarray], slots: int, exist
 def by_marginal_gain(count: np.ndarray, most: np.ndarray, slots: int) -> np.ndarray:
     """Share out slots, each to the layer that it helps most: whose next expert was chosen most often.
 
-    Ties go to the lower layer. What is left when no chosen expert is without a slot goes to the layers with the fewest.
+    Ties go to the lower layer. Slots left when every chosen expert has one go to the layers with the fewest.
 
     Args:
         count: int64 [L, E], how often each expert was chosen.

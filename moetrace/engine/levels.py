@@ -26,7 +26,7 @@ LEVEL_SUM = np.dtype([("steps", np.int64), ("busy_s", np.float64)])
 
 
 class Levels(NamedTuple):
-    """The levels that steps choose from, and what is known of the step at hand."""
+    """The levels that steps choose from, and the state of the current step."""
 
     deadline_s: float
     gpu: Any  # DEVICE [levels]: the GPU at each, the top first

@@ -56,7 +56,7 @@ class LowerBound(NamedTuple):
 
 
 class OfAllExperts(NamedTuple):
-    """What the experts of all layers have in common, in registers: seconds of a row, a byte, a start."""
+    """Values that the experts of all layers share, in registers: seconds of a row, a byte, a start."""
 
     gpu: "MeanRates"
     home: "MeanRates"  # of all groups of units, each on average
@@ -69,7 +69,7 @@ class OfAllExperts(NamedTuple):
 
 
 class MeanRates(NamedTuple):
-    """What an expert takes on a device."""
+    """The time of an expert on a device."""
 
     s_per_row: float
     s_per_byte: float
@@ -167,7 +167,7 @@ def _costs_of(machine):
 
 @kernel
 def _add_layer(demand, first, size, layer, costs, machine, bound):
-    """Add a layer's two weighings; return what is held for it, in seconds of the level's price.
+    """Add a layer's two weighings; return the experts held for it, in seconds of the level's price.
 
     One walk for all weights, in registers (7 ns an access; 13 in passes over arrays). So the GPU's weight is what the
     layer before found.

@@ -1,7 +1,7 @@
 """The machine as data: devices and links in the numbers that kernels need, and what its parts are called.
 
 Device 0 is the GPU; those behind it are where experts live: groups of units of one class, which share their experts.
-What a class is called and what it can do is said in `moetrace.spec.system`.
+The names and abilities of classes are in `moetrace.spec.system`.
 """
 
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ NO_ROW = -1
 
 
 class Machine(NamedTuple):
-    """A model on a system under a placement, in SI units. Costs of what is absent are 0."""
+    """A model on a system under a placement, in SI units. Costs of absent parts are 0."""
 
     device: Any  # DEVICE [1 + groups]
     link: Any  # LINK [1]: between the GPU and where experts live, the same in both directions
@@ -65,7 +65,7 @@ class Machine(NamedTuple):
 
 
 class MachinePart(NamedTuple):
-    """What a table has a row for: a device or a direction of a link."""
+    """A row of a table: a device or a direction of a link."""
 
     name: str
     log_row: int  # in the unit log; NO_ROW: it is described, but takes no part

@@ -11,7 +11,7 @@ from moetrace.spec.policy_files import load_loads
 
 
 class Placing(NamedTuple):
-    """What a placement's hook reads; it returns int64 [layers, experts], the group of units that holds each expert."""
+    """The arguments of a placement's hook; it returns int64 [layers, experts], each expert's group of units."""
 
     policy: str  # whose placement it is, for errors
     layer_index: np.ndarray  # int64 [layers]: place of each MoE layer among all layers

@@ -1,4 +1,4 @@
-"""Running a policy's Python file: what runs is what its text says, and nothing that was compiled from another one."""
+"""Running a policy's Python file: its text runs, and never code compiled from another text."""
 
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ def run_file(path: Path) -> ModuleType:
 
     It may import modules of its own folder. They are run each time, as the file is, and no other file sees them: one
     in another folder may have modules of the same names. A `__pycache__` beside it is neither read nor written, be it
-    of this file or of such a module. What it prints goes to stderr.
+    of this file or of such a module. Its output goes to stderr.
 
     Raises:
         MoetraceError: It cannot be read, or does not run.
@@ -47,7 +47,7 @@ def run_file(path: Path) -> ModuleType:
 
 
 def is_running() -> bool:
-    """Whether this thread runs a policy's file: what is no policy in it matters when it is chosen, and not before."""
+    """Whether this thread runs a policy's file: an object that is not a policy matters only when it is chosen."""
     return getattr(_running, "depth", 0) > 0
 
 
@@ -61,7 +61,7 @@ def _noted() -> Iterator[None]:
 
 
 class _Source(SourceFileLoader):
-    """Compiles a module's text each time; what is in `__pycache__` may be of another text."""
+    """Compiles a module's text each time; code in `__pycache__` may be of another text."""
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
@@ -69,7 +69,7 @@ class _Source(SourceFileLoader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds what Python's own finder does, in the folder first; what lies there is loaded from its source."""
+    """Finds what Python's own finder does, in the folder first; modules there are loaded from source."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -96,8 +96,8 @@ class _Finder(MetaPathFinder):
 def _own_modules(folder: Path) -> Iterator[None]:
     """Within the block, imports find the folder's own modules; at its end they leave the table of modules.
 
-    Others of the same names, as those of a script that replays, are set aside meanwhile. What is installed, or belongs
-    to a package that was imported before, stays: much of it cannot be loaded twice.
+    Others of the same names, as those of a script that replays, are set aside meanwhile. Modules that are installed, or
+    belong to a package imported before, stay: many cannot be loaded twice.
     """
     aside = dict(_with_parts(_hiding(folder)))
     for name in aside:

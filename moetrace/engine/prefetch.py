@@ -1,4 +1,4 @@
-"""What moves to the GPU without being demanded (timing model, section 7): a queue that flows beside the layers."""
+"""Transfers to the GPU before demand (timing model, section 7): a queue that flows beside the layers."""
 
 from typing import NamedTuple
 
@@ -103,7 +103,7 @@ def note_late(queue, key):
 
 @kernel
 def restore(queue, key, moved_bytes, late):
-    """Make an entry that has just joined the one that it was before the queue was made anew."""
+    """Restore a re-queued entry's progress and late flag."""
     queue.moved_bytes[key] = moved_bytes
     queue.late[key] = late
     if is_complete(queue, key):
@@ -147,7 +147,7 @@ def flow(queue, budget_bytes):
 
 @kernel
 def remaining_bytes(queue):
-    """Return what has yet to arrive of everything in the queue."""
+    """Return the bytes in the queue that have yet to arrive."""
     total = 0.0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
         key = queue.key[at]
@@ -158,7 +158,7 @@ def remaining_bytes(queue):
 
 @kernel
 def admit_complete(queue, cells, cache, tally):
-    """Before a layer's ``dense``: keep what has arrived, in queue order, or drop it for want of room."""
+    """Before a layer's ``dense``: keep arrived experts, in queue order, or drop them for lack of room."""
     experts = cells.shape[1]
     at = queue.ends[HEAD]
     while queue.ends[COMPLETE] > 0:
@@ -232,7 +232,7 @@ def join_ahead(queue, cells, cache, demand, at, now, setting):
 
 @kernel
 def chance(seed, step, layer, expert):
-    """Return a number from 0 to 1 that depends on the arguments alone: a chain of splitmix64 steps."""
+    """Return a number from 0 to 1 that depends only on the arguments: a chain of splitmix64 steps."""
     x = np.uint64(seed)
     for value in (step, layer, expert):
         x = mix(x + GOLDEN + np.uint64(value))

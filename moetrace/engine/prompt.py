@@ -1,4 +1,4 @@
-"""What the prompts wanted: the data-set-free residency ``prefill`` (timing model, section 7; arXiv 2601.03992).
+"""Experts wanted by the prompts: the data-set-free residency ``prefill`` (timing model, section 7; arXiv 2601.03992).
 
 Nothing is known but the prompt: the experts that a request's prefill chose most are the ones to hold for its decode.
 """
@@ -106,7 +106,7 @@ def forget_ended(prompts, step, just_prefilled):
 def want_most_frequent(cells, total, begin, stop, most):
     """Want the up to ``most`` most counted of the keys ``begin`` to ``stop``; ties: lower key; never a count of 0.
 
-    What is wanted may be kept and is never evicted; what is not, the other way round.
+    Wanted experts may be kept and are never evicted; unwanted ones are evicted and never kept.
     """
     experts, counts = cells.shape[1], total[begin:stop]
     highest = 0
@@ -136,7 +136,7 @@ def want_most_frequent(cells, total, begin, stop, most):
 
 @kernel
 def make_wanted(cells, cache, total):
-    """Make *wanted* anew: the capacity's worth of most frequent experts, of each layer or of the whole model."""
+    """Recompute *wanted*: the capacity's worth of most frequent experts, of each layer or of the whole model."""
     pools = cache.residents.size
     span = total.size // pools
     for pool in range(pools):
@@ -146,7 +146,7 @@ def make_wanted(cells, cache, total):
 
 @kernel(inline=False)
 def _line_up_unwanted(cells, cache, pool, begin, stop):
-    """Make a pool's ring anew, of the residents that are not wanted any more."""
+    """Rebuild a pool's ring from the residents that are not wanted any more."""
     experts = cells.shape[1]
     by_touch = np.empty(cache.residents[pool] + 1, np.int64)  # order of touch, then of key; each may be the last
     ids = np.empty(experts, np.int64)  # of a layer's residents
@@ -185,7 +185,7 @@ def _sort(keys, size):
 
 @kernel(inline=False)
 def queue_wanted(queue, cells, cache, prompts, tally):
-    """Make the queue anew: wanted ones that are not resident, layer by layer, by count descending, then id.
+    """Rebuild the queue: wanted experts that are not resident, layer by layer, by count descending, then id.
 
     A transfer that was partly done and is still wanted keeps its bytes; one that is not is wasted.
     """

@@ -1,4 +1,4 @@
-"""What the GPU keeps between steps (timing model, section 7).
+"""Experts that the GPU keeps between steps (timing model, section 7).
 
 A residency is a hook (`residencies/`), called after each layer before anything is evicted: it writes ``score`` (the
 least is evicted first, infinity never) and ``admit`` (whether a copy that arrives may be kept) of any expert in
@@ -18,7 +18,7 @@ class Cache(NamedTuple):
     """The copies that the GPU holds. A *key* is ``layer * E + expert``; a *pool* is a layer, or all layers.
 
     Those that may be evicted stand in a ring a pool, by (touched, key) or in the order of their admission: touching
-    one, and finding the first, take the same few nanoseconds whatever the capacity. Node ``L * E + pool`` is where the
+    one, and finding the first, take the same few nanoseconds for any capacity. Node ``L * E + pool`` is where the
     ring closes.
     """
 
@@ -115,7 +115,7 @@ def score_of_layer(step, layer, layers):
 
 @kernel
 def faded(score, alpha):
-    """Return an average a step later; ``gained`` is added for what was demanded in it."""
+    """Return an average a step later; ``gained`` is added for experts demanded in it."""
     return score * (1.0 - alpha)
 
 
@@ -141,7 +141,7 @@ def find_unvisited(after, visited, guard, guarded, at, end, residents):
 
 
 def unchanged(state, view, layer, load, plan):
-    """What keeps to the ring: equal scores, so the one touched (or admitted) longest ago goes first."""
+    """Residencies that use the ring: equal scores, so the one touched (or admitted) longest ago goes first."""
 
 
 # What the engine does with them
@@ -263,7 +263,7 @@ def link_by_age(cells, cache, key):
 
 @kernel
 def touch_and_admit(cells, cache, layer, size, scratch, fetched, tally):
-    """After a layer, in demand order: touch what is resident, offer what was ``fetched``; none goes for another."""
+    """After a layer, in demand order: touch residents, offer those that were ``fetched``; none evicts another."""
     first, active, plan = layer * cells.shape[1], scratch.active, scratch.plan
     end = cache.resident.size + pool_of(cache, layer)
     clock = tally[0].clock

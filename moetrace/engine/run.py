@@ -81,9 +81,9 @@ def run_setups(
 ) -> list[Run | MoetraceError]:
     """Replay a trace through any number of setups in one pass, each block decoded once.
 
-    ``jobs`` threads work at a time; ``progress`` is told rows done. Of the steps in a setup's window each lane keeps a
-    recording, which changes nothing else. With a ``store`` lanes have no log of each step: `FoldedSteps` keep what a
-    summary needs. The figures do not depend on ``jobs``, nor on how the trace is cut.
+    ``jobs`` threads work at a time; ``progress`` gets the number of rows done. Each lane keeps a recording of the steps
+    in a setup's window, which changes nothing else. With a ``store`` lanes have no log of each step: `FoldedSteps` keep
+    what a summary needs. The figures do not depend on ``jobs``, nor on how the trace is cut.
 
     Returns, for each setup, its run or the error that it ended with: one that does not fit the trace, or whose
     function fails, costs the others nothing. A damaged trace raises MoetraceError, as it would for each of them.

@@ -13,7 +13,7 @@ PREFILL, DECODE, MIXED = 0, 1, 2
 
 
 class Requests(NamedTuple):
-    """One entry a request, by ascending id; steps are -1 where there is none."""
+    """One entry a request, by ascending id; steps are -1 where undefined."""
 
     id: np.ndarray  # int64
     prompt_rows: np.ndarray  # int64
@@ -38,7 +38,7 @@ class Schedule(NamedTuple):
 
 
 class _Latest(NamedTuple):
-    """Of each request, int64 [requests]: its latest step so far, and its highest position + 1 in that."""
+    """For each request, int64 [requests]: its latest step so far, and its highest position + 1 in that."""
 
     step: np.ndarray
     position: np.ndarray
@@ -47,7 +47,7 @@ class _Latest(NamedTuple):
 def schedule_of(trace: Trace) -> Schedule:
     """Read who is in which step, in blocks; memory grows with steps and requests, not with rows.
 
-    What is read is compared with its sha256; raises MoetraceError if it differs.
+    Data is compared with its sha256 when read; raises MoetraceError if it differs.
     """
     ids = np.zeros(0, np.int64)
     for block in trace.row_blocks(compare=True):

@@ -1,4 +1,4 @@
-"""What a policy chose, in numbers, as the kernels read it."""
+"""The choices of a policy, in numbers, as the kernels read them."""
 
 from typing import Any
 

@@ -36,7 +36,7 @@ def share_gpu_s(view, expert):
 
 @kernel
 def share_home_s(view, expert):
-    """Return how long home runs the rest of a shared expert; 0 if it has none."""
+    """Return how long home runs the rest of a shared expert; 0 if it has no part of it."""
     if expert.share >= 1.0:
         return 0.0
     return (1.0 - expert.share) * (expert.ndp_s - view.home_launch_s) + view.home_launch_s
@@ -76,7 +76,7 @@ def run_whole(key, shared, state):
 
 @kernel
 def share_out(layer, shared, state, log):
-    """Correct the books for an expert that the GPU runs in part; what that fetched of a queued one has moved."""
+    """Correct the books for an expert that the GPU runs in part; the fetched part of a queued one counts as moved."""
     active, queue = state.scratch.active[shared], state.queue
     key = layer * state.cells.shape[1] + active.expert
     rest = 1.0 - active.share

@@ -105,7 +105,7 @@ TALLY = np.dtype([(name, np.int64) for name in ("wasted", "used", "clock", "wait
 
 
 class View(NamedTuple):
-    """What a policy may read of the layer at hand. Times in seconds, sizes in bytes."""
+    """The values of the current layer that a policy may read. Times in seconds, sizes in bytes."""
 
     step: int
     phase: int  # 0 prefill, 1 decode, 2 mixed
@@ -142,7 +142,7 @@ class View(NamedTuple):
 
 
 class UsersView(NamedTuple):
-    """What a user's policy may read: as `View`, but the record of the layer is two arrays."""
+    """The values that a user's policy may read: as `View`, but the record of the layer is two arrays."""
 
     step: int
     phase: int
@@ -168,7 +168,7 @@ class UsersView(NamedTuple):
 
 
 class Log(NamedTuple):
-    """What a replay records."""
+    """The records of a replay."""
 
     step: Any  # STEP [steps]
     layer: Any  # LAYER [L]

@@ -1,4 +1,4 @@
-"""What a replay gives a residency whose set never changes to choose from."""
+"""The data from which a residency with a fixed set chooses it."""
 
 from typing import TYPE_CHECKING
 

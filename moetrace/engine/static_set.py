@@ -10,7 +10,7 @@ from moetrace.jit.compile import kernel
 
 
 class StaticRoom(NamedTuple):
-    """What the set of a residency is chosen from; a key is a layer's entry x the experts of a layer + the expert."""
+    """The data from which a residency's set is chosen; a key is a layer entry x the experts of a layer + the expert."""
 
     exists: np.ndarray  # bool [layers, experts]: layers may have fewer experts than others
     capacity: np.ndarray  # int64 [pools]: experts
@@ -33,7 +33,7 @@ def most_demanded(count: np.ndarray, weight: np.ndarray, capacity: int | np.ndar
 
     Args:
         count: Demands of each key, int64 [keys].
-        weight: What each key takes of the capacity, int64 [keys].
+        weight: The part of the capacity that each key takes, int64 [keys].
         capacity: Capacity of each pool, one for all or int64 [pools], in the units of `weight`.
         pools: Number of pools, equal runs of keys.
 
@@ -54,7 +54,7 @@ def most_demanded_keys(room: StaticRoom) -> np.ndarray:
 
 
 def keep_only(cells: np.ndarray, wanted: np.ndarray) -> None:
-    """Let the GPU keep what is wanted (uint8 [L * E]) once it has arrived, for good, and nothing else."""
+    """Let the GPU keep only wanted experts (uint8 [L * E]), permanently once they have arrived."""
     wanted = wanted.reshape(cells.shape)
     cells["admit"] = wanted
     cells["score"] = np.where(wanted, np.inf, 0.0)

@@ -1,4 +1,4 @@
-"""Turns, restarts and drafts: between which steps the latencies of requests are measured, whatever the policy.
+"""Turns, restarts and drafts: the steps between which latencies of requests are measured, for any policy.
 
 A request may have more than one prompt, be preempted and computed again, and guess ahead (timing model, section 4). The
 scan keeps a few numbers for each request and turn. Tokens that a later row may still take back stand in runs: a request
@@ -49,7 +49,7 @@ _ONE, _SHIFT, _LOW_BITS = np.uint64(1), np.uint64(32), np.uint64(63)
 
 
 class Turns(NamedTuple):
-    """What latencies are measured between, by ascending id of the request."""
+    """The ends of the measured latencies, by ascending id of the request."""
 
     turns: np.ndarray  # int64 [requests]
     tokens: np.ndarray  # int64 [requests]: accepted positions of decode rows
@@ -61,7 +61,7 @@ class Turns(NamedTuple):
 
 
 class Book(NamedTuple):
-    """What the scan keeps; the last three grow."""
+    """The state of the scan; the last three grow."""
 
     requests: np.ndarray  # _REQUEST
     ends: np.ndarray  # int64 [4]

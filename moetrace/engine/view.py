@@ -11,7 +11,7 @@ from moetrace.jit.compile import kernel
 
 
 class LayerScratch(NamedTuple):
-    """What is known of the layer at hand."""
+    """The known values of the current layer."""
 
     active: Any  # ACTIVE [E]
     groups: Any  # GROUP [groups]
@@ -49,7 +49,7 @@ def view_of(step, layer, steps, machine, setting, scratch, pool):
 
 
 def new_scratch(machine: Machine, tiers: Tiers | None = None) -> LayerScratch:
-    """Return room for a layer's active experts; ``tiers``: what the machine has more, which a dispatch may read."""
+    """Return room for a layer's active experts; ``tiers``: further parts of the machine, which a dispatch may read."""
     layers, experts = machine.home.shape
     own, active = records(layers, OWN), records(experts, ACTIVE)
     active["cpu_s"] = np.inf

@@ -112,7 +112,7 @@ def _files_of(choice: "KeptChoice | PlanChoice | None") -> list[str | os.PathLik
 
 
 def _checked(form: str, choice: "KeptChoice | PlanChoice | None") -> "tuple[KeptChoice | PlanChoice, ...]":
-    """What the format's writer takes beside the trace; raise UsageError if `choice` is not for it."""
+    """Options of the format's writer beside the trace; raise UsageError if `choice` is not for it."""
     if form not in _TAKES and form not in PLAN_FORMS and choice is None:
         return ()
     from moetrace.exports.planned import PlanChoice

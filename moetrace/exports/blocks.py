@@ -21,7 +21,7 @@ def parts(trace: Trace) -> Iterator[Part]:
 
 
 def kept_facts(trace: Trace) -> dict[str, Any]:
-    """What the trace says of its source that an import of the export keeps."""
+    """The entries of the trace's source that an import of the export keeps."""
     return {key: value for key, value in trace.source.items() if key in FACTS}
 
 

@@ -1,10 +1,10 @@
 """A placement manifest for experts4bit (`e4b-placement/1`): which experts are in VRAM, in main memory, on NVMe.
 
 pjordanandrsn/experts4bit-qlora, `engines/placement.py`: `tiers` must name each [layer, expert] once, `geometry` says
-how many there are; `masses` are the shares of choices. What only its solver knows (hashes of a calibration) is null. It
-numbers the modules with experts from 0, in their order, whatever layers are dense between: `enable_hybrid_tier` of
-`engines/hybrid.py` takes them so unless its `layers` says otherwise (as stored in November 2026). A trace of part of a
-model can't be numbered so.
+how many there are; `masses` are the shares of choices. Fields that only its solver knows (hashes of a calibration) are
+null. It numbers the modules with experts from 0, in their order, without the dense layers between them:
+`enable_hybrid_tier` of `engines/hybrid.py` takes them so unless its `layers` says otherwise (as stored in November
+2026). A trace of part of a model can't be numbered so.
 """
 
 import json

@@ -3,8 +3,8 @@
 The fork thecodacus/llama.cpp (branch `perf`, `llama_model_base::init_moe_expert_cache`) reads lines
 `pos,layer,id0,id1,...` of its `llama-moe-trace`, shorter than 4,096 characters, leaves out those of a negative pos
 (prompts), counts how often each id stands in a layer, and keeps the N of the greatest counts on the GPU, in each layer.
-Only the order within a layer matters. So a layer of n experts gets n lines here: the n first, the n - 1 first, ... the
-first one alone. An expert that was never chosen, or is not of the set, does not stand there.
+Only the order within a layer matters. So a layer of n experts gets n lines here: the n first, the n - 1 first, ... only
+the first one. An expert that was never chosen, or is not of the set, does not stand there.
 """
 
 from collections.abc import Callable

@@ -54,7 +54,7 @@ def _slices(trace: Trace, name: str) -> Iterator[np.ndarray]:
 
 
 def _meta(trace: Trace) -> str:
-    """What the importer asks for, what it keeps, and all that the trace says of its source."""
+    """The fields that the importer needs, the ones that it keeps, and the trace's whole source."""
     known = {"model": trace.model, "num_experts": trace.num_experts, "top_k": trace.top_k, "trace": trace.source}
     return json.dumps(kept_facts(trace) | known, sort_keys=True)
 

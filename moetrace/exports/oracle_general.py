@@ -3,7 +3,7 @@
 Accesses are in the order of a server that runs a step layer by layer: step, layer, row, slot. `clock_time` is the step;
 `obj_id` the layer's entry in the trace x experts a layer + expert; `obj_size` the expert's size in bytes if the trace
 holds sizes, else 1; `next_access_vtime` the number of the next access to the same expert, the first access of the trace
-being 1, as libCacheSim's own converter counts, or -1 if there is none.
+being 1, as libCacheSim's own converter counts, or -1 for the last access.
 """
 
 from collections.abc import Callable, Iterator

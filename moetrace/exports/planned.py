@@ -14,7 +14,7 @@ from moetrace.trace.format import Trace
 
 
 class PlanChoice(NamedTuple):
-    """Which plan to write.
+    """The plan to write.
 
     Attributes:
         units: Number of units that hold experts.

@@ -1,7 +1,7 @@
-"""What an engine is told to keep: counts of experts, or a set of them, from a trace or from a file.
+"""The experts that an engine should keep: counts, or a set, from a trace or from a file.
 
 The counts are the choices of the trace's steps (of one phase, if asked for). The set is a file's, or the experts that
-were chosen most often: of all layers together, or in each layer. Of equal counts, the lower layer and expert go first.
+were chosen most often: of all layers together, or in each layer. Ties go to the lower layer, then to the lower expert.
 """
 
 import os
@@ -73,14 +73,14 @@ def check_choice(choice: KeptChoice, form: str, *, counts: bool, sets: bool, tie
 
 
 class KeptTally(NamedTuple):
-    """What the steps of a trace chose; `active` are distinct experts, summed over the steps."""
+    """The choices in the steps of a trace; `active` are distinct experts, summed over the steps."""
 
     counts: np.ndarray  # int64 [layers, experts]
     active: np.ndarray  # int64 [layers]
 
 
 class ResultTally(NamedTuple):
-    """What a replay's result says of its trace, for exports in the place of the trace."""
+    """A replay's record of its trace, for exports in the place of the trace."""
 
     shown: str
     layer_index: np.ndarray  # [layers]
@@ -99,7 +99,7 @@ Counted = Trace | ResultTally
 
 
 def tallied(trace: Counted, choice: KeptChoice, progress: Callable[[int], object]) -> KeptTally:
-    """Count the choices of the steps of the phase; raise MoetraceError if there are none."""
+    """Count the choices of the steps of the phase; raise MoetraceError without such steps."""
     if isinstance(trace, ResultTally):
         return trace.tally
     check_objects(trace, int(trace.layer_index[-1]) + 1)

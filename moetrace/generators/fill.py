@@ -25,7 +25,7 @@ DEFAULT_ZIPF, DEFAULT_STICK = 0.6, 0.3
 
 
 class _Plan(NamedTuple):
-    """What fills which schedule, and what the trace says of itself."""
+    """The drawer for each schedule, and the trace's description of itself."""
 
     name: str
     layers: int
@@ -81,8 +81,8 @@ def generate(
 
     Args:
         path: The new trace file.
-        model: A preset's name, a TOML file or a Model. A profile knows its own and needs none; a model beside it must
-            have as many layers and experts.
+        model: A preset's name, a TOML file or a Model. A profile has its own; a model beside it must have
+            the same numbers of layers and experts.
         requests: Number of requests.
         prompt: Prompt rows of each request; they are one prefill step.
         output: Output rows of each request; each is a row of a decode step.
@@ -146,7 +146,7 @@ def generate_trace(
     """Return in memory the trace that `generate` would write.
 
     Args:
-        model: As in `generate`: a preset's name, a TOML file or a Model; a profile needs none.
+        model: As in `generate`: a preset's name, a TOML file or a Model; not needed with a profile.
         requests: Number of requests.
         prompt: Prompt rows of each request.
         output: Output rows of each request.

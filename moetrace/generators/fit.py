@@ -1,7 +1,7 @@
 """Fit a profile to a trace: what `moetrace generate --like` does (the method of simulated moments).
 
-The statistics of the trace by which policies can tell traces apart are its moments. A drawer with trial parameters
-fills the very schedule of the trace's sample, so that whatever few rows or requests do to a statistic they do to both,
+The statistics of the trace by which policies distinguish traces are its moments. A drawer with trial parameters
+fills the very schedule of the trace's sample, so that few rows or requests change a statistic of both in the same way,
 and the parameters move until the simulated moments are those of the trace. Shape and scale of popularity, the sink and
 the tokens' law are measured directly.
 """
@@ -43,11 +43,11 @@ PULL, HELD = 0.03, 30.0  # of a parameter towards its start: weak, to decide wha
 
 
 class MeasuredTrace(NamedTuple):
-    """What is measured directly and the search leaves alone.
+    """Figures measured directly, which the search does not change.
 
     profile: fields of the profile, skew and curve among them; skew is the one that the search scales.
-    token_part: the tokens' part of what is not memory.
-    request: the share of the request's preference, if it cannot be found from the moments.
+    token_part: the tokens' part of the logits without memory. request: the share of the request's preference, if it
+    cannot be found from the moments.
     """
 
     profile: dict[str, Any]
@@ -100,7 +100,7 @@ def fit_profile(
         seed: Chooses the requests that are looked at and draws the simulations.
         sample_rows: The most rows that are looked at, in whole requests. By default the number that lets a fit take
             less than two minutes.
-        progress: A function that gets a few words on what was reached, after each try.
+        progress: A function that gets a few words on the result, after each try.
 
     Returns:
         The profile. `save_profile` writes it, `generate` draws from it.
@@ -142,10 +142,11 @@ def search(
     Args:
         sample: Whole requests of the trace.
         wanted: Moments float64, in the order of `MOMENTS`; NaN where one is not known.
-        measured: What is measured directly.
+        measured: Figures measured directly.
         seed: Seed of the simulations.
         progress: A function that gets a few words after each try.
-        near: What the known moments leave open stays as it is here. By default it stays at the start of the search.
+        near: Parameters that the known moments do not determine keep their value here. By default it stays at the start
+        of the search.
 
     Returns:
         The profile.
@@ -224,7 +225,7 @@ class _Search:
         return np.mean(found, axis=0)
 
     def _tables(self, profile: Profile, index: int) -> Tables:
-        """The tables of a profile for a seed: made anew only if popularity changed, which costs most of a try."""
+        """The tables of a profile for a seed: recomputed only if popularity changed, which costs most of a try."""
         key, (made_for, near) = (*profile.skew, profile.phase), self.tables.get(index, ((), None))
         if near is None or made_for != key:
             near = make_tables(profile, self.seed ^ index, profile.top_k, near)
@@ -235,8 +236,8 @@ class _Search:
 def _profile(measured: MeasuredTrace, dimensions: int, parameters: np.ndarray, digits: int = 17) -> Profile:
     """Turn the parameters of a search into a profile.
 
-    They are the logarithms of the shares of request, slow and fast memory over what is not memory, of slow and fast
-    rows, the logit of depth, the logarithm of what the measured skew is multiplied by, and the logit of phase.
+    They are the logarithms of the shares of request, slow and fast memory over the rest, of slow and fast rows, the
+    logit of depth, the logarithm of the factor of the measured skew, and the logit of phase.
     """
     shares = np.exp(np.clip(parameters[:3], -12, 6))
     if measured.request is None:
@@ -324,7 +325,7 @@ def _measure(trace: Trace, sample: Sample, name: str) -> MeasuredTrace:
 
 
 def _tokens(trace: Trace, sample: Sample) -> tuple[int, float, float]:
-    """Return vocabulary, Zipf exponent of the tokens, and the tokens' part of what is not memory."""
+    """Return vocabulary, Zipf exponent of the tokens, and the tokens' part of the logits without memory."""
     if "token" not in trace.has:
         return VOCABULARY, TOKEN_ZIPF, TOKEN_PART
     request = np.concatenate([part.request for part in trace.row_blocks()])

@@ -37,7 +37,7 @@ MAX_SHARE = 0.95  # of the rows that the most popular expert may be in
 
 
 class Tables(NamedTuple):
-    """What a draw looks up; L layers, D dimensions, E experts, V tokens, phases 0 prefill and 1 decode.
+    """The tables of a draw; L layers, D dimensions, E experts, V tokens, phases 0 prefill and 1 decode.
 
     router float32 [L, D, E]: w; bias float32 [2, L, E]: b; token float32 [V, D]: sqrt(token) * v, and cumulative
     uint64 [V]: their frequencies summed, in units of 2**-32; weights float32 [8]: see `_weights`; sink uint16 [L, k]:
@@ -180,8 +180,8 @@ def _calibrated(
 ) -> np.ndarray:
     """Move the biases `level` [layers, experts] until the logarithms of the shares of choices are those `wanted`.
 
-    Each round counts the choices of fresh random states and moves each bias by a part of what is missing
-    (stochastic approximation: Robbins and Monro 1951); the last rounds are averaged (Polyak and Juditsky 1992).
+    Each round counts the choices of fresh random states and moves each bias by a part of the difference (stochastic
+    approximation: Robbins and Monro 1951); the last rounds are averaged (Polyak and Juditsky 1992).
     """
     rounds, averaged = CALIBRATION_ROUNDS_NEAR if is_near else CALIBRATION_ROUNDS
     samples = int(np.ceil(CALIBRATION_CHOICES * profile.experts / profile.top_k))
@@ -208,7 +208,7 @@ def _weights(profile: Profile) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """Round to multiples of 2**-16, in float32: what a mathematical library does in the last digit has no effect."""
+    """Round to multiples of 2**-16, in float32: the last digit of a mathematical library has no effect."""
     return (np.round(np.asarray(values, np.float64) * 65536) / 65536).astype(np.float32)
 
 

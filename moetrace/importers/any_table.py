@@ -2,7 +2,7 @@
 
 Columns by meaning (`--columns layer=...,token=...,experts=...`): `experts` is one id (a row is a choice), a list of
 ids (a row is a cell: one token in one layer), a list of such lists (a row is a token, its layers counted from 0), or
-several columns (`e0+e1`, `e*`). `layer`, `token` (whatever numbers tokens), `request`, `step` and `position` are
+several columns (`e0+e1`, `e*`). `layer`, `token` (any number of the token), `request`, `step` and `position` are
 whole numbers, `request` may be a text, `phase` is 0, 1, prefill or decode. A null or -1 is no choice. Without `layer`,
 the last number of a file's name is its layer. Without `token` and `position`, the n-th row of a layer is the n-th
 token.
@@ -43,7 +43,7 @@ _MERGE_ROWS = 1 << 22
 
 
 class _FirstReading(NamedTuple):
-    """What the first reading finds."""
+    """Findings of the first reading."""
 
     tokens: pl.DataFrame  # BY_ROW columns of each token, in the order of the trace
     layer_index: np.ndarray
@@ -179,7 +179,7 @@ def _read(files: list[File], hints: Hints) -> Capture:
 
 
 def _as_told(where: Path, found: _FirstReading, told: ToldByFooter) -> _FirstReading:
-    """What the first reading found, with the layers and slots in which nothing was chosen."""
+    """Findings of the first reading, with the layers and slots in which nothing was chosen."""
     layers = np.array(told.layer_index, np.int64)
     if found.top_k > told.top_k or not np.isin(found.layer_index, layers).all():
         raise MoetraceError(f"{where} holds layers or slots that its footer does not know: it is damaged.")
@@ -187,7 +187,7 @@ def _as_told(where: Path, found: _FirstReading, told: ToldByFooter) -> _FirstRea
 
 
 def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
-    """Which tokens and layers there are, and how many experts a cell has."""
+    """The tokens and layers in the table, and the number of experts in a cell."""
     where = files[0].table.path
     parts: list[pl.DataFrame] = []
     key: list[str] = []
@@ -221,8 +221,8 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
         raise MoetraceError(f"{where} holds no choice of an expert.")
     if slots and min(slots) > 0 and files[0].told is None:
         raise MoetraceError(
-            f"{where}: no choice has the slot 0, from which slots count: take {min(slots)} from each, or name the "
-            f"other columns alone with --columns, as the choices of a cell stand together."
+            f"{where}: no choice has the slot 0, from which slots count: take {min(slots)} from each, or name only "
+            f"the other columns with --columns, as the choices of a cell stand together."
         )
     said = hints.top_k if "top_k" not in hints.from_model else None
     if top_k > max(said or 0, 65535) or layers.size > MAX_LAYERS:
@@ -248,7 +248,7 @@ def _increases(rows: pl.DataFrame, key: list[str]) -> bool:
 
 
 class _Keys:
-    """Rows of the trace by what tells tokens apart."""
+    """Rows of the trace by the columns that identify tokens."""
 
     def __init__(self, tokens: pl.DataFrame) -> None:
         self.names = token_keys(tokens.columns)
@@ -264,7 +264,7 @@ class _Keys:
         sizes = [span if known is None else known.size for span, known in zip(spans, self.known, strict=True)]
         self.factors = [int(np.prod(sizes[at + 1 :], dtype=object)) for at in range(len(sizes))]
         if sizes[0] * self.factors[0] >= 1 << 63:
-            raise MoetraceError(f"the columns {', '.join(self.names)} have too many values to tell tokens apart.")
+            raise MoetraceError(f"the columns {', '.join(self.names)} have too many values to identify tokens.")
         packed = self._packed(columns)
         self.order = np.argsort(packed, kind="stable")
         self.sorted = packed[self.order]
@@ -336,7 +336,7 @@ class _Filler:
             named = ", ".join(f"{name} {cells.rows[name][which]}" for name in self.keys.names)
             raise MoetraceError(
                 f"{self.file.table.path}: two rows hold the same cell (layer {cells.layer[which]}, {named}): name the "
-                f"columns that tell tokens apart (request, step, token)."
+                f"columns that identify tokens (request, step, token)."
             )
 
     def _checked(self, cells: Cells) -> dict[str, np.ndarray]:

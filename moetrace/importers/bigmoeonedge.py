@@ -57,7 +57,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 
 
 class _Header(NamedTuple):
-    """What the first lines say."""
+    """The content of the first lines."""
 
     lines: int
     columns: Mapping[str, type[pl.DataType] | None]  # of the file, in its order; None where nothing is read
@@ -69,7 +69,7 @@ class _Header(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """What a first reading of all lines finds."""
+    """Findings of the first reading of all lines."""
 
     keys: np.ndarray  # int64 [tokens], sorted: turn, phase and step of each token, as `_key` packs them
     layer_index: np.ndarray  # [layers]
@@ -214,7 +214,7 @@ def _header_lines(path: Path, file: IO[str]) -> Iterator[str]:
 
 
 def _no_expert(num_experts: int, hints: Hints) -> pl.Expr:
-    """Whether a line's expert is none, and no id that carries none."""
+    """Whether a line names no expert and no placeholder id."""
     wrong = ~pl.col("expert").is_between(-1, num_experts - 1)
     if hints.absent_ids:
         wrong &= ~pl.col("expert").is_in(hints.absent_ids)

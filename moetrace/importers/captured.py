@@ -1,4 +1,4 @@
-"""What every importer is given and returns, whatever the format it reads."""
+"""The arguments and results of every importer, for any format."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ MAX_WEIGHT = float(np.finfo(np.float16).max)  # that a trace holds
 
 
 class ModelLayers(NamedTuple):
-    """What the user's model says of its layers."""
+    """The layers of the user's model."""
 
     name: str
     moe: int  # with experts
@@ -33,7 +33,7 @@ class ModelLayers(NamedTuple):
 
 
 class Hints(NamedTuple):
-    """What the user says of the sources, for formats that do not say it themselves.
+    """The user's hints about the sources, for formats without this information.
 
     A source that knows better goes by itself; `import_traces` compares.
 
@@ -42,21 +42,21 @@ class Hints(NamedTuple):
         top_k: Experts that a row chooses in a layer. By default not known.
         layers: Number of MoE layers. By default not known.
         scratch: Folder for temporary files. By default the system's own.
-        from_model: Which of the above are of the user's model, and not said by the user.
+        from_model: Names of the above that come from the user's model, not from the user's options.
         reading: A function that gets the number of bytes read of the sources since its last call.
-        note: A function that gets a sentence about what was left out, joined or taken for padding.
+        note: A function that gets a sentence about rows left out, joined or taken for padding.
         strict: Whether a record that can't be used refuses its source. By default it is left out and counted.
         keep_cached: Whether rows that no forward pass computed stay. By default they are left out and counted.
         absent_from: Ids from this one on carry no expert. By default none.
         absent_ids: Further ids that carry no expert.
-        columns: Of a table, the name of the column of each meaning: "layer", "token", "experts", "gates", "request",
+        columns: For a table, the name of the column of each meaning: "layer", "token", "experts", "gates", "request",
             "step", "phase", "position", "slot", "token_id" and "resident". By default well-known names decide.
         only_layers: Ranges (start, stop) of layers to take, by their numbers in the source, a stop of None for all the
-            rest. By default all, but for dense layers and those of multi-token prediction that the model tells.
+            rest. By default all, except the dense and multi-token-prediction layers that the model names.
         first_layer: Number in the model of the first layer that is taken; the others keep their distance. By default
             the source's own, or the model's where the source numbers its MoE layers only.
-        model_layers: What the user's model says of its layers.
-        router: Of logits, the rule by which the model chooses: "softmax" or "sigmoid", and after commas "norm",
+        model_layers: The layers of the user's model.
+        router: For logits, the rule by which the model chooses: "softmax" or "sigmoid", and after commas "norm",
             "scale=S", "groups=G:M" and "bias=FILE.npy". By default logits are refused.
 
     Examples:
@@ -102,7 +102,7 @@ class Hints(NamedTuple):
         return int(value)
 
     def of_model(self, model: Model) -> "Hints":
-        """These hints, and the sizes of a model where the user says none.
+        """These hints, and the sizes of a model where the user gives no sizes.
 
         Args:
             model: The model.
@@ -138,7 +138,7 @@ class Capture(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Counts alone: how often each expert was chosen in each step."""
+    """Only counts: how often each expert was chosen in each step."""
 
     model: str
     num_experts: int

@@ -1,9 +1,9 @@
-"""What colibri records: routing traces (ROUTE_TRACE), and histories of how often each expert was chosen (.coli_usage).
+"""Recordings of colibri: routing traces (ROUTE_TRACE), and histories of how often each expert was chosen (.coli_usage).
 
 Both are text without a header (`c/route_trace.h`, commit 003a0b9b). A trace has a line `<call> <row> <layer>
 <id>:<gate> ...` for each row of each call of a MoE layer, gates with four decimals. One pass through the layers is one
 step: prefill if its calls have several rows, else decode (tokens that are drafted and then verified together count as
-prefill). Requests are not told apart: a file is one, whose positions count the rows.
+prefill). Requests are not recorded: a file is one request, whose positions count the rows.
 
 A history has lines `<layer> <expert> <count>`, only counts above 0, after a line `-1 <layers> <experts>` and one `-2
 <version> <engine>`, which older ones lack. It becomes one step of counts, whose tokens are deduced from top_k.
@@ -92,7 +92,7 @@ def _lines(path: Path, line: int, table: pl.DataFrame) -> Lines:
 
 
 def _begins(lines: Lines) -> np.ndarray:
-    """A pass begins where the layer does not increase from one call to the next, or calls begin anew."""
+    """A pass begins where the layer does not increase from one call to the next, or call numbers restart."""
     call, layer = np.diff(lines["call"]), np.diff(lines["layer"])
     return (call < 0) | ((call != 0) & (layer <= 0))
 

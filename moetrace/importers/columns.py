@@ -1,4 +1,4 @@
-"""Which columns of a table hold what: as the user names them, or as well-known tables call them."""
+"""The meaning of a table's columns: as the user names them, or as well-known tables do."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,7 @@ _LAYER = re.compile(r"(?:layers?|block|blk)[ ._-]?(\d{1,5})(?!\d)", re.ASCII | r
 
 
 def said_columns(text: str) -> dict[str, str]:
-    """What `--columns layer=L,experts=E` says, by meaning. Raises UsageError."""
+    """The columns of `--columns layer=L,experts=E`, by meaning. Raises UsageError."""
     said: dict[str, str] = {}
     for part in text.split(","):
         meaning, equals, name = (piece.strip() for piece in part.partition("="))
@@ -128,7 +128,7 @@ def without_ids(names: Sequence[str]) -> str:
     if not set(names) & set(_KNOWN["gates"]) or set(names) & set(_KNOWN["experts"]):
         return ""
     return (
-        "; gates alone do not say which experts were chosen: save what the router says of all experts as floats "
+        "; gates do not name the chosen experts: save the router's outputs for all experts as floats "
         "[tokens, layers, experts] in a .npy file, and give --router and --top-k"
     )
 

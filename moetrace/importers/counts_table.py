@@ -3,9 +3,9 @@
 * `{"logical_count": [[...], ...]}`, [layers, experts] or [steps, layers, experts], as SGLang's
   `--init-expert-location FILE.json` takes it and `moetrace export --to eplb` writes it.
 * `[[...], ...]`, [layers, experts], as JSON.
-* A tensor [layers, experts] of torch.save, alone or as `expert_load_view` in a dict, or a dict with a tensor [experts]
-  for each number of a layer. `expert_load_view.pt` is what vllm-ascend's `examples/eplb/eplb_strategy.py` (commit
-  161696b7) makes plans from. In a dict as `logical_count` it is `sglang`'s.
+* A tensor [layers, experts] of torch.save, by itself or as `expert_load_view` in a dict, or a dict with a tensor
+  [experts] for each number of a layer. `expert_load_view.pt` is what vllm-ascend's `examples/eplb/eplb_strategy.py`
+  (commit 161696b7) makes plans from. In a dict as `logical_count` it is `sglang`'s.
 
 A table is a step. Its rows are the least that explain the counts; phases are not recorded.
 """

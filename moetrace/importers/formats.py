@@ -1,8 +1,8 @@
 """Importers, one file for each foreign format; which one a source needs is seen from its content.
 
-The module of a format has `recognize(first, name) -> bool`, told the first bytes of a file and its name, and
-`read(sources, hints) -> list[Capture | Counts]`, told all sources at once, since some formats write a file a rank or a
-request.
+The module of a format has `recognize(first, name) -> bool`, which gets the first bytes of a file and its name, and
+`read(sources, hints) -> list[Capture | Counts]`, which gets all sources at once, since some formats write a file a rank
+or a request.
 """
 
 import importlib

@@ -79,8 +79,8 @@ def import_traces(
             source's own name decides.
         hints: Sizes that a source does not say.
         decode_after: How many rows of each request are its prompt; the rest is decode, even if the source says
-            otherwise. By default the source decides. Passes that the source records stay steps, but for a text that was
-            fed in at once.
+            otherwise. By default the source decides. Passes that the source records stay steps, except for a text that
+            was fed in at once.
         decode_steps: Ranges (start, stop) of the passes that the sources record which decode, a stop of None for all
             the rest; the others are prefill. By default `decode_after` or the source decides.
         uncounted: Ranges [start, stop) of rows of the trace that `decode_after` does not count; they are prefill.
@@ -91,7 +91,7 @@ def import_traces(
         The files that were read.
 
     Raises:
-        UsageError: What the user says contradicts the sources, is missing, or is a prompt of counts.
+        UsageError: The user's options contradict the sources, is missing, or is a prompt of counts.
         MoetraceError: A source is not what it claims, or the sources do not fit together.
 
     Examples:
@@ -162,9 +162,7 @@ def write_captures(
     }
     counts = [capture for capture in captures if isinstance(capture, Counts)]
     if counts and decode_after is not None:
-        raise UsageError(
-            f"{_where(counts[0])} holds counts alone, which have no prompt: do without --as decode --prompt."
-        )
+        raise UsageError(f"{_where(counts[0])} holds only counts, which have no prompt: drop --as decode --prompt.")
     if counts:
         _write_counts(path, counts, facts, writing)
     else:
@@ -173,7 +171,7 @@ def write_captures(
 
 
 def hints_of(hints: Hints, model: str | None, path: Path) -> Hints:
-    """What `model` says of sizes, unless the user says it himself; temporary files lie beside the trace."""
+    """The sizes of `model`, unless the user gives them; temporary files lie beside the trace."""
     if model is not None:
         hints = hints.of_model(load_model(model))
     folder = real_path(path).parent
@@ -198,7 +196,7 @@ def _checked(capture: Capture | Counts, hints: Hints) -> Capture | Counts:
     absent = hints.absent_from is not None or hints.absent_ids
     if isinstance(capture, Counts):
         if absent:
-            raise UsageError(f"{where} holds counts alone, of which no id can be absent: do without --absent.")
+            raise UsageError(f"{where} holds only counts, without ids that could be absent: drop --absent.")
         check_layers(where, layer_index, None, capture.num_experts)
         return capture._replace(layer_index=layer_index)
     expert_bytes = capture.expert_bytes
@@ -222,7 +220,7 @@ def _checked(capture: Capture | Counts, hints: Hints) -> Capture | Counts:
 
 def _check_alike(first: Capture | Counts, other: Capture | Counts) -> None:
     if type(first) is not type(other):
-        raise MoetraceError(f"of {_where(first)} and {_where(other)}, one holds counts alone: import them apart.")
+        raise MoetraceError(f"of {_where(first)} and {_where(other)}, one holds only counts: import them separately.")
     names = [name for name in _ALIKE if name in first._fields]
     check_alike(_where(first), first, _where(other), other, names)
 

@@ -6,7 +6,7 @@ them with `num_experts`, then a line for each token and logged layer,
 `{"type": "route", "req_id", "token_idx", "layer", "topk_ids", "topk_weights"}`, layer by layer within a forward pass.
 
 * The n-th route of each layer is of the n-th token, so that tokens need no key. In two of the patches `token_idx` is
-  the row within the call, so it begins anew with each forward pass, which gives the steps, and `req_id` is always the
+  the row within the call, so it restarts with each forward pass, which gives the steps, and `req_id` is always the
   same; in the third it counts on, and is taken as the position.
 * Phases are not recorded: every row is prefill unless `--as decode --prompt P` says otherwise.
 * vLLM's warm-up is in these logs: thousands of leading rows that are all alike. The import keeps them; lint finds them.
@@ -189,7 +189,7 @@ class _Log:
         self._layers = {} if self._reference is None else {self._reference: Spool(*self._sizes)}
 
     def _learn(self, routes: list[Route]) -> None:
-        """Note the usual shape of the layers that have none yet."""
+        """Record the usual shape of the layers that have no shape yet."""
         found: dict[int, Counter[_Shape]] = defaultdict(Counter)
         for (layer, (ids, weights)), number in Counter((route.layer, _shape(route)) for route in routes).items():
             if layer not in self._shapes and ids and weights == (ids if self._optional else -1):
@@ -306,7 +306,7 @@ class _Log:
         return MoetraceError(f"{self._path}: route {self._routes + number} (from 0) {what}.")
 
     def _told(self) -> dict[str, Any]:
-        """What `source` says of routes that are absent and of weights that are not known; notes say it too."""
+        """The entries in `source` on absent routes and unknown weights, also given as notes."""
         facts, note = self._placeholders.told(str(self._path)), self._hints.note
         if self._odd:
             facts["absent_routes_of_another_shape"] = self._odd_routes

@@ -2,8 +2,8 @@
 
 Records have layer_idx, token_idx (position in the sequence), selected_ids and gate_weights, which sum to 1
 (`crates/inference/src/forward/metal_qwen35.rs`, pull request 920). The engine takes one token through all layers at a
-time, so each token is a step of its own. Which of them were prompt is not recorded: all are decode (`--as decode
---prompt P` tells the prompt). A request begins where positions do not increase. The number of experts is not said.
+time, so each token is a step of its own. Prompt rows are not marked: all are decode (`--as decode --prompt P` marks
+the prompt). A request begins where positions do not increase. The number of experts is not said.
 """
 
 from collections import Counter
@@ -64,7 +64,7 @@ class _Odd:
         self.weights += int(np.count_nonzero(unknown))
 
     def told(self, hints: Hints) -> dict[str, Any]:
-        """What `source` says of them; notes say it too."""
+        """Their entries in `source`, also given as notes."""
         if self.records:
             many = counted(self.records, "record")
             hints.note(f"{self._path}: {many} of another shape left absent: {self.first}")
@@ -126,12 +126,12 @@ def _read(path: Path, hints: Hints) -> Capture:
 
 
 def _first(path: Path) -> Iterator[_Choice]:
-    """Of each piece of the file a record of the shape that most have."""
+    """For each piece of the file, a record of the most common shape."""
     for _, records in json_lines(path, _Choice, abs, chunk_bytes=1 << 16, cut=len, broken=len):
         shapes = Counter(map(_shape, records))
         usual = max((one for one in shapes if 0 < one[0] == one[1]), key=shapes.__getitem__, default=None)
         yield from (record for record in records if _shape(record) == usual)
-    raise MoetraceError(f"{path}: no record holds as many gates as experts.")
+    raise MoetraceError(f"{path}: no record holds one gate for each expert.")
 
 
 def _layers(path: Path, hints: Hints) -> np.ndarray:

@@ -1,7 +1,7 @@
 """CSV of llama.cpp's moe-trace tools, which have no header: the chosen experts of each layer, pass by pass.
 
 Two layouts. `layer,expert`, a line a choice (`examples/moe-trace` of pull request 28544): a pass lists its layers in
-order, each with top_k lines a token, so that top_k must be known to tell tokens apart. `pos,layer,id0,id1,...`, a line
+order, each with top_k lines a token, so that top_k must be known to separate tokens. `pos,layer,id0,id1,...`, a line
 a token and layer (`tools/moe-trace` of the fork thecodacus/llama.cpp, commit 380d831d): prompt tokens have a negative
 position, -1 being the last of its batch, decoded ones count from 0. Neither says the number of experts.
 
@@ -11,9 +11,9 @@ experts: then every num_experts / top_k tokens of a prompt choose each expert on
 real. Such rows are kept; `flat_view` in the facts tells of them. Its decoded tokens, and the second tool, are right.
 
 Before its first prompt llama.cpp warms up with a pass of one or two tokens that runs every expert of every layer. In
-the first layout it looks like a prompt of num_experts / top_k tokens or twice as many that was read flat, and holds as
-few choices: a pass in which each layer lists every expert once (or twice) is left out and told, wherever it stands, as
-a server that is started again appends to its file.
+the first layout it looks like a prompt of num_experts / top_k tokens or twice that number, read flat, with equally few
+choices: a pass in which each layer lists every expert once (or twice) is left out and reported, anywhere in the file,
+because a restarted server appends to its file.
 """
 
 import math
@@ -127,7 +127,7 @@ class _WarmUp:
         self._anywhere = self._num_experts % top_k != 0 or of_chance < math.log(_CHANCE)
 
     def without(self, passes: Iterator[tuple[int, Lines, np.ndarray]]) -> Iterator[_Passes]:
-        """Passes but for warm-ups: each line's number, lines, and where passes begin."""
+        """Passes except warm-ups: each line's number, lines, and where passes begin."""
         only: list[_Passes] = []  # warm-ups, as long as there is nothing else
         first = True
         for line, lines, starts in passes:
@@ -166,7 +166,7 @@ class _WarmUp:
         return warm
 
     def facts(self, hints: Hints) -> dict[str, str]:
-        """What `source` says of them, if there was one; a note says it too."""
+        """Their entry in `source`, if there was one, also given as a note."""
         if not self.lines:
             return {}
         one = self._passes == 1
@@ -296,7 +296,7 @@ class _Parts:
                 self._tokens[parts] += len(ordered)
 
     def facts(self, hints: Hints) -> dict[str, str]:
-        """What `source` says of them, if chance does not make so many; a note says it too."""
+        """Their entry in `source`, if there are more than by chance, also given as a note."""
         likely = [parts for parts, tokens in self._tokens.items() if tokens * self._of_one(parts) < math.log(_CHANCE)]
         if not likely:
             return {}
@@ -309,7 +309,7 @@ class _Parts:
         return {"top_k": what}
 
     def _of_one(self, parts: int) -> float:
-        """The logarithm of the chance that so many tokens share no expert; popular experts make it less."""
+        """The logarithm of the chance that this number of tokens shares no expert; popular experts make it less."""
         every, each = self._num_experts, self._top_k
         ways = [math.log(math.comb(every - number * each, each)) for number in range(parts)]
         return sum(ways) - parts * ways[0]

@@ -85,7 +85,7 @@ def _records(path: Path, words: np.ndarray) -> _BinaryRecords:
             before, rows = found[-1][:2] if found else (layer, 0)  # a later layer has no more tokens
             if (layer > before and tokens > rows) or not _may_be_ids(words[at + _HEADER :], k, int(words[2])):
                 raise MoetraceError(
-                    f"{path}: record {len(found)} is of {tokens} tokens, more than are left, and what is left is no "
+                    f"{path}: record {len(found)} is of {tokens} tokens, more than are left, and the rest is not "
                     f"part of one record: the file is damaged there."
                 )
             break

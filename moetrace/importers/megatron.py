@@ -57,7 +57,7 @@ class _OddRecords:
         self.first = self.first or sentence
 
     def told(self, where: str) -> dict[str, Any]:
-        """What `source` says of them; notes say it too. Raise MoetraceError if they are half of all or more."""
+        """Their entries in `source`, also given as notes. Raise MoetraceError if they are half of all or more."""
         if 2 * self.records >= self._all:
             raise MoetraceError(self.first)
         told: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def _read(paths: Sequence[Path], hints: Hints) -> Capture:
 
 
 def _columns(ranks: list[RankRecords]) -> tuple[list[RankRecords], list[int]]:
-    """The ranks but for copies, and which of the ranks of its stage each is."""
+    """The ranks without copies, and which of the ranks of its stage each is."""
     stages: dict[tuple[int, ...], list[RankRecords]] = {}
     for rank in ranks:
         stage = stages.setdefault(tuple(np.unique(rank.layer).tolist()), [])
@@ -228,8 +228,8 @@ def _most_common(batch: np.ndarray, tokens: np.ndarray, records: np.ndarray) -> 
     """Return the tokens that more than half of the records of each batch have, as far as they are known.
 
     Args:
-        batch: Of each run, from 0, int64 [runs].
-        tokens: Of each of its records, or UNKNOWN, int64 [runs].
+        batch: For each run, from 0, int64 [runs].
+        tokens: For each of its records, or UNKNOWN, int64 [runs].
         records: How many, int64 [runs].
 
     Returns:

@@ -1,4 +1,4 @@
-"""The records of Megatron-LM's router traces, read for the first time: what they are of, and which can't be used."""
+"""The records of Megatron-LM's router traces: a first reading finds layers, passes and unusable records."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ WHOLE: Any = Whole | None
 
 
 class RankRecords(NamedTuple):
-    """What the records of a file say but for the ids; mtp blocks left out.
+    """The fields of a file's records except the ids; mtp blocks left out.
 
     A run is records that follow one another and are of one step and micro-batch: mostly a record of each layer.
     """
@@ -118,7 +118,7 @@ class _Outlines:
         self._lost.append(sentence)
 
     def add(self, found: Sequence[Outline | None]) -> None:
-        """Add successive records; a null is none."""
+        """Add successive records; a null is not a record."""
         before = self._runs.step
         records = [record for record in found if record is not None]
         for _ in range(len(found) - len(records)):
@@ -173,7 +173,7 @@ class _Outlines:
         self._odd = self._odd or sentence
 
     def joined(self) -> RankRecords:
-        """What the file says; raise MoetraceError if a line that is no record leaves open which records belong."""
+        """The content of the file; raise MoetraceError if a bad line makes the order ambiguous."""
         rank = next(iter(self._ranks), 0)
         if not 0 <= rank < 2**31:
             raise MoetraceError(f"{self._path} is of rank {rank}.")

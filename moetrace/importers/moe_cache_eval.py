@@ -38,7 +38,7 @@ class _Manifest(msgspec.Struct):
 
 
 class _Events(NamedTuple):
-    """What there is of each event, and which step and layer entry it is of; all int32 [events] but `offsets`."""
+    """The fields of each event, with its step and layer entry; all int32 [events] except `offsets`."""
 
     path: Path
     offsets: np.ndarray  # int64 [events + 1]

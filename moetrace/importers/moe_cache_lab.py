@@ -7,8 +7,8 @@ selected_experts, selected_probabilities (or none) and token_id (or null); of ve
 assignment_state, of which "unassigned" is a token that its experts had no room for: absent (birkansit/moe-cache-lab,
 src/moe_cache_lab/trace.py and trace_v2.py, commit b78e0923).
 
-A trace is one request. The prompt (`prompt`, `decoder_prompt`) is one step, each generated token one of its own. Of an
-encoder and a decoder, which are two models to a replay, the decoder is read; what is left out is counted.
+A trace is one request. The prompt (`prompt`, `decoder_prompt`) is one step, each generated token one of its own. An
+encoder and a decoder are two models to a replay: the decoder is read, and the rest is counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -203,7 +203,7 @@ def _fill(path: Path, found: _LabTokens, spool: Spool, placeholders: Placeholder
 
 
 def _gates(path: Path, records: list[_LabRecord], number: int, top_k: int) -> np.ndarray:
-    """The weights float64 [n, top_k]; NaN where a selection has none."""
+    """The weights float64 [n, top_k]; NaN where a selection has no weight."""
     if any(len(record.selected_probabilities) not in (0, top_k) for record in records):
         raise MoetraceError(f"{path}: one of the selections from {number} on does not hold {top_k} probabilities.")
     gates = np.array([record.selected_probabilities or [None] * top_k for record in records], np.float64)

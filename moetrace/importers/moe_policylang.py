@@ -102,7 +102,7 @@ def _first(path: Path) -> tuple[_PolicyHeader, bool]:
 
 
 def _odd(header: _PolicyHeader, layers: np.ndarray, count: int) -> str:
-    """What the header says otherwise than the records, as the beginning of a sentence; "" if nothing."""
+    """The fields in which the header differs from the records, as the beginning of a sentence; "" if nothing."""
     if header.num_entries not in (None, count):
         return f"the header says {header.num_entries:,} records, but there are {count:,}"
     if header.num_layers is not None and layers[-1] >= header.num_layers:

@@ -65,7 +65,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
 
 
 def _read(path: Path, hints: Hints) -> Capture:
-    """Read what is per row now, and the routing when `parts` is asked for it."""
+    """Read the arrays with one entry a row now, and the routing when `parts` yields it."""
     try:
         with zipfile.ZipFile(path) as archive:
             headers = {name: header_of(path, archive, name) for name in archive.namelist() if name.endswith(".npy")}
@@ -120,7 +120,7 @@ def _read(path: Path, hints: Hints) -> Capture:
 
 
 def header_of(path: Path, archive: zipfile.ZipFile, member: str) -> _Array:
-    """What an array of an archive says of itself. Raises MoetraceError if its size or method is another's."""
+    """The header of an array in an archive. Raises MoetraceError if its size or method is another's."""
     info = archive.getinfo(member)
     if info.compress_type not in _METHODS or info.flag_bits & 1:
         raise MoetraceError(f"{path}: {member} is encrypted, or compressed by another method than NumPy's.")

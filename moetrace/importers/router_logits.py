@@ -46,7 +46,7 @@ _LIMIT = float(np.finfo(np.float16).max)
 
 
 class Logits(NamedTuple):
-    """The logits of one file or of several; `pieces` yields float [n, layers, experts] of about so many rows."""
+    """The logits of one file or of several; `pieces` yields float [n, layers, experts] of about that number of rows."""
 
     paths: tuple[Path, ...]
     layers: np.ndarray  # int64 [layers], numbers
@@ -371,5 +371,5 @@ def _check_finite(where: Path, first: int, piece: np.ndarray, layers: np.ndarray
         row, layer, expert = np.argwhere(~finite)[0].tolist()
         raise MoetraceError(
             f"{where}: row {first + row}, layer {layers[layer]}, expert {expert} has the logit "
-            f"{piece[row, layer, expert]}: only finite ones say what was chosen."
+            f"{piece[row, layer, expert]}: logits must be finite."
         )

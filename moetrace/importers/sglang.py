@@ -10,7 +10,7 @@ Layout as SGLang writes it (0.4.6 to 0.5.23: `srt/eplb/expert_distribution.py`; 
 * 0.4.3 to 0.4.5: `expert_distribution_rank{r}_timestamp{t}.csv` with layer_id,expert_id,count, which each dump resets.
 
 Physical ids become logical ones by the map, which is the one at the time of the dump: if experts were rebalanced while
-recording, earlier ids are wrong, and nothing tells so. Dumps are unpickled by `torch.load(weights_only=True)` alone.
+recording, earlier ids are wrong, and nothing tells so. Dumps are unpickled only by `torch.load(weights_only=True)`.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What SGLang's recorder saved with torch.save, unpickled without executing anything, and checked."""
+"""Dumps of SGLang's recorder, saved with torch.save: unpickled without executing anything, and checked."""
 
 import warnings
 import zipfile
@@ -37,7 +37,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_plain(path: Path) -> Any:
-    """What torch.save wrote, tensors mapped; raise MoetraceError if it is anything but plain data."""
+    """The content of a torch.save file, tensors mapped; raise MoetraceError if it is anything but plain data."""
     try:
         import torch
     except ImportError as error:
@@ -63,7 +63,7 @@ def _check_stored(path: Path) -> None:
 
 
 def detailed(path: Path, content: dict[str, Any], strict: bool = False) -> Dump:
-    """The records of a per_pass or per_token dump, but for empty ones; raise MoetraceError if it has none."""
+    """The non-empty records of a per_pass or per_token dump; raise MoetraceError for a dump without any."""
     records = content.get("records")
     if not isinstance(records, list) or "last_physical_to_logical_map" not in content:
         raise MoetraceError(f"{path} has neither logical_count nor records with last_physical_to_logical_map.")
@@ -96,7 +96,7 @@ def _is_empty(record: Any) -> bool:
 
 
 def integers(where: str, value: object, axes: int) -> np.ndarray:
-    """A tensor of plain integers as an array over the same memory; raise MoetraceError if it is none."""
+    """A tensor of plain integers as an array over the same memory; raise MoetraceError for anything else."""
     return _numbers(where, value, axes, _INTEGERS)
 
 

@@ -1,4 +1,4 @@
-"""SGLang's routed experts of each request: base64 of int32 without a header, in responses or alone in a file.
+"""SGLang's routed experts of each request: base64 of int32 without a header, in responses or by itself in a file.
 
 Layout as SGLang writes it (`--enable-return-routed-experts`; 0.5.23: `state_capturer/routed_experts.py`,
 `managers/detokenizer_manager.py`): int32 [tokens - 1 - routed_experts_start_len, num_hidden_layers, top_k], the last
@@ -96,7 +96,7 @@ class _Stream:
         self.waiting: list[tuple[str, Response]] = []
 
     def ready(self, where: str, response: Response, layers: int | None) -> list[tuple[str, Response]]:
-        """What may be read now: the answer, and those that waited for what it tells."""
+        """The answers that can be read now: this one, and those that waited for it."""
         told = told_of(response)
         if not told.chunk or layers:
             found, self.waiting = [*self.waiting, (where, response)], []

@@ -3,11 +3,12 @@
 * `forward_mode` is 1 extend, 2 decode, 3 mixed, 4 idle, 5 verification of drafted tokens; more were added since, whose
   phase is prefill if the record has `extend_seq_lens`. In a mixed pass, `extend_seq_lens` has a 1 for each decode.
 * A request's id is not recorded (`rids` is commented out). A segment that begins at position 0 begins a request; any
-  other segment or decode at position p goes on with the request of the same rank that expects p and ran last, of these
-  the one of the earliest row (a prompt only if the request was still in its prompt); if there is none, it begins one.
-* Of several ranks, each pass holds the rows of all in the order of ranks, or of those alone that differ: ranks with the
-  same tokens, positions and choices are tensor-parallel copies.
-* SGLang keeps 8 slots whatever top_k is, the others hold -1 throughout: these are cut.
+  other segment or decode at position p goes on with the request of the same rank that expects p and ran last, among
+  these the one of the earliest row (a prompt only if the request was still in its prompt); without such a request, it
+  begins one.
+* With several ranks, each pass holds the rows of all in the order of ranks, or only of those that differ: ranks with
+  the same tokens, positions and choices are tensor-parallel copies.
+* SGLang keeps 8 slots for any top_k, the others hold -1 throughout: these are cut.
 """
 
 from collections import Counter, defaultdict, deque
@@ -27,7 +28,7 @@ _REQUESTS = "reconstructed from positions: a row at position p goes on with the 
 
 
 class _Pass(NamedTuple):
-    """What one rank did in one forward pass; rows of padding are cut."""
+    """The rows of one rank in one forward pass; rows of padding are cut."""
 
     where: str
     dump: Dump

@@ -1,4 +1,4 @@
-"""What `source` of a trace says of where it was imported from: files, their hashes, and what the user asked for."""
+"""The entries in `source` of a trace on its import: files, their hashes, and the user's options."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ TOLD_FILES = 32
 
 
 def said_by(hints: Hints) -> dict[str, Any]:
-    """What `source` says of the user's wishes that change rows or choices."""
+    """The entries in `source` for the user's options that change rows or choices."""
     said: dict[str, Any] = {"cached_rows": "kept"} if hints.keep_cached else {}
     if hints.absent_from is not None:
         said["absent_from"] = hints.absent_from
@@ -20,7 +20,7 @@ def said_by(hints: Hints) -> dict[str, Any]:
 
 
 def facts_of(capture: Capture | Counts) -> dict[str, Any]:
-    """What `source` says of one capture: its own facts, and hashes of its files."""
+    """The entries in `source` for one capture: its own facts, and hashes of its files."""
     hashes = []
     for source in capture.sources:
         with source.open("rb") as file:
@@ -36,7 +36,7 @@ def facts_of(capture: Capture | Counts) -> dict[str, Any]:
 
 
 def source_of(facts: list[dict[str, Any]], decode_after: int | None) -> dict[str, Any]:
-    """What all captures share, then what differs, one by one if they are few."""
+    """The facts that all captures share, then the differing ones, one by one if they are few."""
     shared = {key: value for key, value in facts[0].items() if all(other.get(key) == value for other in facts)}
     source: dict[str, Any] = {"importer": f"moetrace {__version__}"} | shared
     if len(facts) > TOLD_FILES:

@@ -5,7 +5,7 @@
 attention data parallelism each rank counts its own tokens, so ranks are summed, as the engine's own reader does; where
 all ranks of some layers hold equal counts, they all counted the same tokens (tensor parallelism), which count once.
 Forks also write `rank{r}_raw.safetensors` with the ids themselves, [tokens, top_k], which give rows instead of counts.
-With an EPLB load balancer on, what is counted are slots (meta_info.json: num_experts) instead of experts.
+With an EPLB load balancer on, the counts are of slots (meta_info.json: num_experts) instead of experts.
 
 An iteration is a step. Phases and requests are not recorded: counts are of mixed phase; rows are prefill, and a rank is
 a request. Iterations without tokens are left out.
@@ -145,7 +145,7 @@ def _taken(ranks: list[_RankFile], hints: Hints) -> tuple[list[_RankFile], dict[
 
 
 def _cells(ranks: list[_RankFile], layer: int) -> set[tuple[Path, int, tuple[int, ...]]]:
-    """Rank, iteration and shape of what was recorded of a layer."""
+    """Rank, iteration and shape of a layer's recording."""
     return {(rank.path, cell[0], shape) for rank in ranks for cell, shape in rank.shapes.items() if cell[1] == layer}
 
 
@@ -208,7 +208,7 @@ def _check_stages(ranks: list[_RankFile]) -> None:
 
 
 def _without_copies(ranks: list[_RankFile]) -> list[_RankFile]:
-    """Of ranks with the same layers and iterations, the first alone if all hold the same."""
+    """Ranks with the same layers and iterations; only the first if all hold the same."""
     alike: dict[frozenset[Cell], list[_RankFile]] = {}
     for rank in ranks:
         alike.setdefault(frozenset(rank.shapes), []).append(rank)

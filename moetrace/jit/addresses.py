@@ -7,7 +7,7 @@ import numpy as np
 
 
 def record_at(address: int, dtype: np.dtype) -> Any:
-    """Return the record that lies at an address; whoever passes it on keeps the array that the record is of.
+    """Return the record that lies at an address; the caller that passes it on keeps the record's array alive.
 
     `read_only` says what Numba makes of it.
     """

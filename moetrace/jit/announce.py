@@ -15,7 +15,7 @@ _FIRST = "moetrace: compiling for this machine, as a first run does; `moetrace w
 
 
 class _Compiling:
-    """How long this process has been compiling, and what was said of it."""
+    """How long this process has been compiling, and the notes printed so far."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # Numba compiles one kernel at a time, but threads may wait for one another
@@ -27,7 +27,7 @@ class _Compiling:
         return self.seconds + (time.process_time() - self.begun_s if self.depth else 0.0)
 
     def watch(self, ends: threading.Event) -> None:
-        """Say what is due until `ends` is set: a thread's work while a kernel compiles."""
+        """Print the notes that are due until `ends` is set: a thread's work while a kernel compiles."""
         while not ends.wait(_LOOK_S):
             with self.lock:
                 seconds = self.so_far_s()
@@ -45,9 +45,10 @@ _compiling = _Compiling()
 
 @contextlib.contextmanager
 def announced() -> Iterator[None]:
-    """Compile, or load, a kernel inside the block: what takes more than a moment is said on stderr, and again later.
+    """Compile, or load, a kernel inside the block: a note on stderr says if it takes more than a moment, and again
+    later.
 
-    Of a pool of processes the first one speaks.
+    In a pool of processes only the first one prints.
     """
     if multiprocessing.parent_process() is not None and not multiprocessing.current_process().name.endswith("-1"):
         yield

@@ -28,7 +28,7 @@ _left: list[threading.Thread] = []
 
 
 class Hands(Executor):
-    """Threads that end with the block, unless an error does: then they are left behind, whatever they do.
+    """Threads that end with the block, unless an error ends it: then they are left running.
 
     The process does not wait long for those at its end: a function that never returns can't hold it.
     """
@@ -82,7 +82,7 @@ def heard(function: Callable[..., _Made], *arguments: Any) -> _Made:
 
 
 def result_of(future: Future) -> Any:
-    """Wait for what was submitted, with an ear for signals; return its result, or raise its error."""
+    """Wait for the submitted call while handling signals; return its result, or raise its error."""
     while not future.done():
         wait([future], _LOOK_UP_S)
     return future.result()

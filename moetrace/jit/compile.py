@@ -27,8 +27,8 @@ def kernel(
 ) -> Any:
     """Declare a kernel: usable as ``@kernel`` or ``@kernel(inline=False)``. Nothing is compiled, nor Numba imported.
 
-    Division by zero follows IEEE 754 and array bounds are not checked, unless the kernel is ``checked``: what goes in
-    was checked before. Where no folder can be written the kernel works uncached.
+    Division by zero follows IEEE 754 and array bounds are not checked, unless the kernel is ``checked``: its inputs
+    were checked before. Where no folder can be written the kernel works uncached.
 
     Args:
         function: the kernel. Its globals may be constants, named tuples, NumPy's functions and other kernels.
@@ -81,7 +81,7 @@ class Kernel:
 
     @property
     def stats(self) -> Any:
-        """Numba's counts of what was compiled, and what was found in the cache."""
+        """Numba's counts of compiled functions, and of those found in the cache."""
         return self.entry().stats
 
     @property
@@ -91,7 +91,7 @@ class Kernel:
 
     @property
     def _numba_type_(self) -> Any:
-        """What Numba takes this for where another kernel names it."""
+        """The Numba type of this where another kernel names it."""
         with self._part_lock:
             if self._part is None:
                 self._part = part(self.py_func, self.targetoptions)

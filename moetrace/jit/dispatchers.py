@@ -9,7 +9,7 @@ from moetrace.jit.apart import heard
 
 
 def entry(function: Callable, options: dict[str, Any]) -> Any:
-    """Return the dispatcher of a kernel that Python calls; it compiles where that leaves signals alone."""
+    """Return the dispatcher of a kernel that Python calls; it compiles where signals still work."""
     import numba
 
     dispatcher: Any = numba.njit(**options, **_pipelines()[0])(function)

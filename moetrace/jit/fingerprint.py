@@ -1,6 +1,6 @@
-"""What compiled code depends on: beside its own lines, all that its globals were when it was compiled.
+"""The dependencies of compiled code: its own lines, and the values of its globals when it was compiled.
 
-Numba's cache notices an edit of the file that a kernel stands in. What the kernel compiles in may stand anywhere: a
+Numba's cache notices an edit of the file that a kernel stands in. A compiled-in value may be defined anywhere: a
 constant of a module that is imported by the module of a function that it calls.
 """
 
@@ -57,7 +57,7 @@ def fingerprint_of(function: Callable, options: str = "") -> str | None:
         options: what else decides how it is compiled.
 
     Returns:
-        64 hexadecimal digits; None if a value is of a kind whose content cannot be told, as an open file: such a
+        64 hexadecimal digits; None if a value is of a kind whose content cannot be hashed, as an open file: such a
         function must be compiled in every process.
     """
     import numba
@@ -72,7 +72,7 @@ def fingerprint_of(function: Callable, options: str = "") -> str | None:
 
 
 def _describe(value: Any, seen: set[Any], attributes: tuple[str, ...]) -> Iterator[str]:
-    """Yield what a value is; of a module, what its ``attributes`` are that code names."""
+    """Yield the content of a value; of a module, the ``attributes`` that code names."""
     if hasattr(value, "targetoptions"):  # a kernel, or a function under @njit
         yield f"{sorted(value.targetoptions.items(), key=str)!r} {getattr(value, 'locals', None)!r}"
     value = getattr(value, "py_func", getattr(value, "_pyfunc", value))

@@ -25,7 +25,7 @@ def sink(key, number, size, at):
 
 @kernel
 def rise_placed(heap, place, at, rank, key):
-    """Put a key at `at` or, before what has a greater rank, nearer to the root."""
+    """Put a key at `at`, or nearer to the root, before keys of greater rank."""
     while at > 0:
         parent = (at - 1) // ARITY
         if heap[parent, RANK] <= rank:
@@ -37,7 +37,7 @@ def rise_placed(heap, place, at, rank, key):
 
 @kernel
 def sink_placed(heap, place, count, at, rank, key):
-    """Put a key at `at` or, after what has a smaller rank, farther from the root; the heap has `count` keys."""
+    """Put a key at `at`, or farther from the root, after keys of smaller rank; the heap has `count` keys."""
     while ARITY * at + 1 < count:
         first = ARITY * at + 1
         least, rank_of_least = first, heap[first, RANK]

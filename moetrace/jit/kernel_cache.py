@@ -1,8 +1,8 @@
 """Where compiled code is kept: in folders that nobody else may write to, as Numba unpickles what it finds there.
 
-They lie in the folder that NUMBA_CACHE_DIR names, or in the user's cache, by a name that is made of all that a function
-holds: two copies of the package, a clone and what was installed of it, compile once. Nothing lies beside a source: that
-of a user's function may be a stranger's.
+They lie in the folder that NUMBA_CACHE_DIR names, or in the user's cache, under a hash of the function's content: two
+copies of the package, as a clone and an installed one, compile once. Nothing lies beside a source: that of a user's
+function may be a stranger's.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def cache_of(function: Callable, fingerprint: str, own: bool) -> Any:
         own: whether it is a user's, and not the package's.
 
     Returns:
-        What a dispatcher takes as its ``_cache``.
+        The object that a dispatcher takes as its ``_cache``.
 
     Raises:
         RuntimeError: no folder can be written.
@@ -119,7 +119,7 @@ def _runtime() -> Any:
     """Return Numba's runtime, all that the package's compiled code needs; None where Numba is not as we know it.
 
     Numba first loads all that lowers code: half of what a command takes, and only a compilation needs it. It does so
-    itself when it compiles. What a user's function names may need more.
+    itself when it compiles. A user's function may need more than the package's own.
     """
     try:
         from numba.core.runtime.nrt import rtsys
@@ -147,12 +147,12 @@ def _cache_class(kind: str) -> Any:
         fingerprint = ""
 
         def save_overload(self, sig: Any, data: Any) -> None:
-            """Keep what was compiled."""
+            """Store the compiled code."""
             self._take_file(sig)
             super().save_overload(sig, data)
 
         def load_overload(self, sig: Any, target_context: Any) -> Any:
-            """Find what was compiled; None if nothing was, or for named tuples whose class has another name now.
+            """Find the compiled code; None without any, or for named tuples whose class has another name now.
 
             Numba unpickles the types of all that is in a file before it looks at the stamp.
             """
@@ -189,7 +189,7 @@ def _index_file(folder: str, name: str, stamp: str) -> Any:
 
 @cache
 def _ready_folder(folder: str, top: str) -> None:
-    """Make a folder under ``top`` ready for what is compiled; raise OSError where that can't be."""
+    """Prepare a folder under ``top`` for compiled code; raise OSError if that fails."""
     _remove_oldest(_checked(folder, top), _NEWEST[Path(folder).name])
 
 

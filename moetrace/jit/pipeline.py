@@ -1,4 +1,4 @@
-"""How Numba is led to compile less: what it does for each function is done once for each kernel.
+"""How Numba is made to compile less: its work for each function is done once for each kernel.
 
 Numba optimizes each function that a kernel calls, and emits its machine code, before it links the function into the
 caller, where it is optimized again: once a level. Nobody calls these from Python, so all of that is waste: it took
@@ -96,7 +96,7 @@ class EntryCompiler(Compiler):
 
 
 class PartCompiler(EntryCompiler):
-    """The same for parts, but for the library that their code is put into."""
+    """The same for parts, except for the library that gets their code."""
 
     def define_pipelines(self) -> list[Any]:
         """Return the passes."""

@@ -1,4 +1,4 @@
-"""Counter-based random numbers by SplitMix64 (Steele, Lea and Flood 2014): what is drawn depends on its counter only.
+"""Counter-based random numbers by SplitMix64 (Steele, Lea and Flood 2014): a draw depends only on its counter.
 
 Numba turns uint64 with a plain integer into float64, so every constant of the arithmetic is typed.
 """

@@ -1,4 +1,4 @@
-"""What a user's compiled code is given: arrays that it may read only, and a record by its address.
+"""The arguments of a user's compiled code: arrays that it may only read, and a record by its address.
 
 Numba knows arrays of numbers for reading only; here are records whose fields are.
 

@@ -121,7 +121,7 @@ def _other_top_k(trace: Trace) -> Iterator[Finding]:
 
 
 def _check_sha256(trace: Trace, digests: dict[str, Any]) -> Iterator[Finding]:
-    """`sha256` and `no-sha256`; what was not hashed on the way is small, and held by the trace already."""
+    """`sha256` and `no-sha256`; datasets not hashed while reading are small, and already in memory."""
     differ, lack = [], []
     for name, column in trace._columns.items():
         digest = digests.get(name) or hashlib.sha256(getattr(trace, name).data)

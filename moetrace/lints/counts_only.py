@@ -55,7 +55,7 @@ class CountSteps:
         self.own_top_k = np.where((least < most) | ((self.own_top_k != 0) & (self.own_top_k != most)), -1, most)
 
     def fewer(self) -> np.ndarray:
-        """bool [layers]: layers that choose as many experts in every row of every step, and fewer than top_k."""
+        """bool [layers]: layers that choose the same number of experts in every row of every step, below top_k."""
         return (self.own_top_k > 0) & (self.own_top_k < self.top_k) & (self.trace.rows >= _LEAST_ROWS)
 
     def _add(self, name: str, first: int, wrong: Any) -> None:
@@ -72,7 +72,7 @@ class CountSteps:
         return (self.chosen == 0).all(1)
 
     def findings(self) -> Iterator[Finding]:
-        """What was found."""
+        """The findings."""
         said = {
             "impossible-count": "counts are negative or above the rows of the step",
             "empty-steps": "nothing is counted in any layer",

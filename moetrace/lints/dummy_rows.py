@@ -1,4 +1,4 @@
-"""Rows that hold experts 0 to top_k - 1 in every layer: what engines write where no token was routed."""
+"""Rows that hold experts 0 to top_k - 1 in every layer: engines write them where no token was routed."""
 
 from collections.abc import Iterator
 from math import lgamma, log
@@ -46,7 +46,7 @@ class DummyRows:
             self.rows.add_mask(piece.first_row, mask)
 
     def findings(self, without: np.ndarray) -> Iterator[Finding]:
-        """What was found; a layer that is true in `without` [layers] tells nothing."""
+        """The findings; a layer that is true in `without` [layers] is ignored."""
         others = self.shape.rows - self.count
         judged = ~without[self.layers]
         if not self.count or not others or np.count_nonzero(judged) < 2:

@@ -100,7 +100,7 @@ class FlatView:
         return self.cells > 0
 
     def findings(self) -> Iterator[Finding]:
-        """What was found."""
+        """The findings."""
         if self.count:
             times = "once" if self.times == 1 else f"{self.times} times"
             what = (
@@ -116,7 +116,7 @@ class EvennessCheck:
 
     The statistic is Pearson's chi-square over the experts of a layer, divided by (E - k) / (E - 1), because a row draws
     without replacement: chi-square with E - 1 degrees of freedom for uniform random draws. In captures it is 6 to 3,300
-    times as much. E is each layer's own, `experts` [layers].
+    times as large. E is each layer's own, `experts` [layers].
     """
 
     def __init__(self, num_experts: int, top_k: int, layer_index: np.ndarray, experts: np.ndarray) -> None:
@@ -134,7 +134,7 @@ class EvennessCheck:
             self.chosen[layer] += counts[: self.num_experts]
 
     def findings(self, without: np.ndarray, top_k: np.ndarray | None = None) -> Iterator[Finding]:
-        """What was found in layers other than `without` [layers]; `top_k` [layers] is theirs, if not all the same."""
+        """The findings in layers other than `without` [layers]; `top_k` [layers] is theirs, if not all the same."""
         if not self.counted:
             return
         top_k = np.full(len(self.chosen), self.top_k) if top_k is None else top_k
@@ -161,7 +161,9 @@ class EvennessCheck:
             return
         within = (np.abs(ratio - 1) <= 6 * sd)[enough].all()
         if within and abs(ratio[enough].mean() - 1) <= 5 * ((sd[enough] ** 2).sum()) ** 0.5 / np.count_nonzero(enough):
-            what = f"Counts spread over experts as uniform random draws do ({ratio[enough].mean():.2f} times as much)."
+            what = (
+                f"Counts spread over experts like uniform random draws ({ratio[enough].mean():.2f} times the spread)."
+            )
             yield finding("random-routing", what, int(np.count_nonzero(enough)), self.layer_index[enough])
 
 

@@ -1,7 +1,7 @@
-"""What lint says: one `Finding` for each thing that it found, and `RULES`, everything that it can find.
+"""The output of lint: one `Finding` for each problem, and `RULES`, everything that it can find.
 
 Three levels. An error: the file is damaged, or holds what no router can have chosen; a replay would refuse it. A
-warning: the file is whole, but results would mislead. A note: legitimate, but whoever reads results must know it.
+warning: the file is whole, but results would mislead. A note: legitimate, but a reader of results must know it.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Finding:
         code: A key of `RULES`.
         level: "error", "warning" or "note".
         what: One sentence, with figures.
-        effect: What it does to results.
+        effect: Its effect on results.
         fix: A flag or an action, or None.
         layers: Absolute indices of the layers concerned, or None if it concerns no layer in particular.
         rows: The first ranges (start, stop) of the rows concerned, at most 16; empty if it concerns none in particular.
@@ -43,7 +43,7 @@ class Finding:
 
 
 class Rule(NamedTuple):
-    """What all findings of one code share."""
+    """The fields that all findings of one code share."""
 
     level: str
     effect: str
@@ -85,7 +85,7 @@ RULES = {
     ),
     "stuck-layer": Rule(
         "warning",
-        "A recorder did not see these layers, or stood still in them: what it wrote is of other rows, and such a layer "
+        "A recorder did not see these layers, or stopped in them: it wrote the ids of other rows, and such a layer "
         "looks as if it always loaded the same experts.",
         "moetrace select --out --rows, or capture again with a recorder that sees every layer",
     ),
@@ -160,7 +160,7 @@ RULES = {
     ),
     "identical-requests": Rule(
         "warning",
-        "The same request counts several times: caches warm up on it, and what is tested on it was fitted on it.",
+        "The same request counts several times: caches warm up on it, and policies are tested on their own data.",
         "capture every prompt once",
     ),
     "unequal-counts": Rule(
@@ -240,8 +240,8 @@ RULES = {
     ),
     "other-top-k": Rule(
         "note",
-        "Legitimate where the engine was told so; else the ids were read with the wrong stride. Work and bytes per "
-        "token are not the model's.",
+        "Legitimate where the engine was configured so; else the ids were read with the wrong stride. Work and bytes "
+        "per token are not the model's.",
     ),
     "every-expert": Rule("note", "Every row uses every expert, so there is no choice to look at."),
     "counts-only": Rule("note", "Good for balance; a replay needs the ids of every row and refuses the trace."),

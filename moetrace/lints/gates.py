@@ -52,7 +52,7 @@ class Gates:
                 self.rows[code].add_mask(piece.first_row, mask.any(1))
 
     def findings(self) -> Iterator[Finding]:
-        """What was found."""
+        """The findings."""
         said = {
             "impossible-gates": "a gate is negative, infinite or not a number",
             "gates-sum": f"gates do not sum to 1, but to {self.low:.3g} to {self.high:.3g}",

@@ -1,4 +1,4 @@
-"""Numbers that stand for what a row chose: equal for equal choices, and else different but for one case in 2**40."""
+"""Numbers that stand for what a row chose: equal for equal choices, and else different except in one case in 2**40."""
 
 import numpy as np
 

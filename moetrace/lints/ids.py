@@ -31,7 +31,7 @@ class ImpossibleIds:
             self.rows.add_mask(piece.first_row, wrong.any(1))
 
     def findings(self) -> Iterator[Finding]:
-        """What was found."""
+        """The findings."""
         count = int(self.cells.sum())
         if count:
             layers = self.shape.layer_index[self.cells > 0]
@@ -42,7 +42,7 @@ class ImpossibleIds:
 
 
 class DuplicateIds:
-    """`duplicate-ids`: cells that hold an id twice, but for layers in which every cell is all zeros (dense ones)."""
+    """`duplicate-ids`: cells that hold an id twice, except in layers in which every cell is all zeros (dense ones)."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -73,7 +73,7 @@ class DuplicateIds:
         return (self.zero_cells == self.made) & (self.made > 0)
 
     def findings(self) -> Iterator[Finding]:
-        """What was found."""
+        """The findings."""
         wrong = (self.cells > 0) & ~self.zero_layers()
         count = int(self.cells[wrong].sum())
         if not count:
@@ -118,7 +118,7 @@ class ImpossibleRows:
             self.rows.add_mask(piece.first_row, any_wrong)
 
     def findings(self) -> Iterator[Finding]:
-        """What was found."""
+        """The findings."""
         if self.counts:
             parts = [f"{what} in {many(count, 'row')}" for what, count in self.counts.items()]
             yield finding(

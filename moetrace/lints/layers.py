@@ -46,8 +46,9 @@ class DenseLayers:
     def dense(self, zero_layers: np.ndarray) -> np.ndarray:
         """bool [layers]: the dense ones; `zero_layers` are those of `DuplicateIds`.
 
-        A trace whose layers all stand still has another ailment (`repeated-rows`). Too few rows show nothing: as many
-        are needed as would not choose alike with a probability above 1e-6, judged by the steadiest of the other layers.
+        A trace whose layers all stand still has another ailment (`repeated-rows`). Too few rows show nothing: the
+        number must be so large that equal choices have a probability of at most 1e-6, judged by the steadiest of the
+        other layers.
         """
         still = self.constant & (self.made >= LEAST_ROWS)
         goes_on = self.equal[~self.constant].max(initial=0) / max(self.pairs, 1)
@@ -57,7 +58,7 @@ class DenseLayers:
         return (self.constant & (self.made == 0)) | zero_layers | still
 
     def findings(self, zero_layers: np.ndarray) -> Iterator[Finding]:
-        """What was found."""
+        """The findings."""
         dense = self.dense(zero_layers)
         count = int(np.count_nonzero(dense))
         if not count:
@@ -119,7 +120,7 @@ class AbsentRows:
         return self.shape.rows - self.empty - self.absent
 
     def own_top_k(self) -> np.ndarray:
-        """bool [layers]: layers whose cells all lack as many ids, as of a layer that chooses fewer than the others."""
+        """bool [layers]: layers whose cells all lack the same number of ids, as a layer that chooses fewer."""
         return (self.least_missing == self.most_missing) & (self.most_missing > 0)
 
     def layer_top_k(self) -> np.ndarray:
@@ -127,7 +128,7 @@ class AbsentRows:
         return self.shape.top_k - np.where(self.own_top_k(), self.most_missing, 0)
 
     def is_free(self, dense: np.ndarray) -> bool:
-        """Whether cells in all layers but `dense` ones hold as many ids as they please.
+        """Whether the number of ids in a cell varies in all layers except `dense` ones.
 
         So does expert choice, and so does a router that drops tokens at capacity: 1 % of the cells or more in each
         layer lack some or all ids, here and there, while a recorder that loses rows loses several together, or in one
@@ -150,7 +151,7 @@ class AbsentRows:
         return bool(not together.any() and absent.max() >= max(4, 0.01 * self.shape.rows))
 
     def findings(self, dense: np.ndarray) -> Iterator[Finding]:
-        """What was found; layers that are `dense` [layers] are reported as such."""
+        """The findings; layers that are `dense` [layers] are reported as such."""
         index, free = self.shape.layer_index, self.is_free(dense)
         absent = np.where(dense, 0, self.absent)
         few = free and 2 * self.empty <= (absent + self.empty)[~dense].min(initial=self.shape.rows)
@@ -207,8 +208,8 @@ class AbsentRows:
 class Drafts:
     """Rows that choose in the last layers only: draft passes of a model with multi-token prediction.
 
-    The other rows choose in all layers or in all but those. Such passes alternate, so rows that a recorder has lost
-    at one place are none.
+    The other rows choose in all layers, or in all except those. Such passes alternate, so rows that a recorder has lost
+    at one place do not count.
     """
 
     def __init__(self, layers: int) -> None:

@@ -24,7 +24,7 @@ _TOLD_LAYERS = 256  # of more, `source` tells the number
 
 
 class LeftOut(NamedTuple):
-    """What a copy lacks: the number of warm-up rows, and the absolute indices of dense layers."""
+    """The parts that a copy leaves out: the number of warm-up rows, and the absolute indices of dense layers."""
 
     rows: int
     layers: list[int]
@@ -49,15 +49,14 @@ def leave_out(
         path: The new file.
         warmup: Leave out the warm-up.
         dense: Leave out dense layers.
-        model: Names the model of what is left. By default, if layers go, the name that was recorded decides.
+        model: Names the model of the copy. By default, if layers go, the name that was recorded decides.
         compress: "zstd" or "gzip". By default data is contiguous.
 
     Returns:
         How many rows and which layers went.
 
     Raises:
-        MoetraceError: The trace differs from its sha256s, nothing would be left, or what is left holds an impossible
-            value.
+        MoetraceError: The trace differs from its sha256s, nothing would be left, or the rest holds an impossible value.
     """
     where = trace.shown
     keep_inputs(path, [trace.path])
@@ -92,7 +91,7 @@ def import_and_leave_out(
     compress: str | None = None,
     **options: Any,
 ) -> LeftOut:
-    """`import_traces`, then `leave_out`; `model` is that of what is left. Nothing is written unless both go well.
+    """`import_traces`, then `leave_out`; `model` is that of the copy. Nothing is written unless both go well.
 
     A prompt (`decode_after`) begins after the warm-up: where there is some, the sources are imported twice.
     """

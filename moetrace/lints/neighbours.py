@@ -53,7 +53,7 @@ class Neighbours:
         return np.concatenate(self.sample)[np.unique(np.concatenate(self.digests), return_index=True)[1]]
 
     def findings(self, without: np.ndarray) -> Iterator[Finding]:
-        """What was found in layers other than `without` [layers]."""
+        """The findings in layers other than `without` [layers]."""
         ids = self.ids()
         if self.shape.layers == 1 or not len(ids):
             return

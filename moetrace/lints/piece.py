@@ -1,4 +1,4 @@
-"""What the checks look at: a trace in pieces of a few MiB of ids, each with what several checks need of it."""
+"""The input of the checks: a trace in pieces of a few MiB of ids, each with the values that several checks need."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -77,8 +77,8 @@ def shape_of(trace: Trace) -> Shape:
 def pieces(trace: Trace, digests: dict[str, Any] | None = None, progress: Progress | None = None) -> Iterator[Piece]:
     """Cut `trace` into pieces, reading everything once and in order.
 
-    `digests`, if given, gets a hash object for every dataset of rows, by name, which the data has gone through; if not,
-    what is optional is not read. `progress` is told the rows of each piece once it was looked at.
+    `digests`, if given, gets a hash object for every dataset of rows, by name, which the data has gone through; without
+    it, optional datasets are not read. `progress` gets the rows of each piece after its check.
     """
     names = ["experts", "request", "position"]
     if digests is not None:

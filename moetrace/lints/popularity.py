@@ -69,7 +69,8 @@ def popularity(
 
 
 def _shared_ones(share: np.ndarray, rows: int) -> np.ndarray:
-    """bool [layers, experts]: shared experts, by `share` of the rows that chose each, of so many rows at least.
+    """bool [layers, experts]: shared experts, by `share` of the rows that chose each, for layers with a minimum number
+    of rows.
 
     One that is in all layers; with more rows also one that is in half of them or more, or equally many others in three
     of four layers, if no other expert comes near.

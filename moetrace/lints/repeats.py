@@ -59,7 +59,7 @@ class RepeatedRows:
             self.found.append((self.start, stop, ids.tobytes()))
 
     def finish(self) -> None:
-        """There are no more rows."""
+        """The rows are complete."""
         self._ended(self.shape.rows, self.last)
         if self.shape.top_k == self.shape.num_experts:
             self.found.clear()
@@ -84,7 +84,7 @@ class RepeatedRows:
         return rows.ranges
 
     def findings(self, short: int, requests: int, places: Ranges, least: int) -> Iterator[Finding]:
-        """What was found, with the `short` rows of `RequestRuns.judged`, of so many requests, at these places.
+        """The findings, with the `short` rows of `RequestRuns.judged`, of this number of requests, at these places.
 
         Their runs have `least` rows or more.
         """
@@ -116,9 +116,9 @@ class RepeatedRows:
 
 
 def _goes_on(runs: int, reached: int) -> float:
-    """The chance of another equal row, if of this many runs that end after 8 to 31 rows so many reach 16.
+    """The chance of another equal row, if of this many runs that end after 8 to 31 rows this number reaches 16.
 
-    Runs of 32 rows and more are what is judged, so they are no evidence. With x the chance of eight further rows, the
+    Runs of 32 rows and more are judged, so they are not evidence. With x the chance of eight further rows, the
     share that reaches 16 is (x - x^3) / (1 - x^3) = (x + x^2) / (1 + x + x^2), and two thirds if runs hardly end.
     """
     share = (reached + 1) / (runs + 2)

@@ -121,7 +121,8 @@ class RequestRuns:
     def copies(self) -> int:
         """How many times nearly each row stands, one after another; 1 if there is no such number.
 
-        Rows that repeat by chance go on as they began: of runs of two rows, as many have a third as rows have a second.
+        Rows that repeat by chance go on as they began: the share of runs of two rows that have a third is that of rows
+        with a second.
         """
         reached = self.lengths[::-1].cumsum()[::-1]  # runs by the rows that they have at least
         for times in range(2, _MOST_COPIES + 1):

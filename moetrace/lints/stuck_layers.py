@@ -18,7 +18,7 @@ class StuckLayers:
     """`stuck-layer`: 32 rows or more that choose alike in a layer, but not in all.
 
     In half of the layers or more any such run counts, in fewer one that has a quarter of the rows: first layers may
-    choose by the token alone, so that a repeated word makes runs there.
+    choose only by the token, so that a repeated word makes runs there.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -53,7 +53,7 @@ class StuckLayers:
         self.open[~long] = 0
 
     def findings(self, without: np.ndarray, repeated: int) -> Iterator[Finding]:
-        """What was found in layers other than `without` [layers]; `repeated` rows stand in runs in all layers."""
+        """The findings in layers other than `without` [layers]; `repeated` rows are in runs in all layers."""
         layers = np.count_nonzero(~without)
         goes_on = (self.equal - self.longest + 1).clip(1) / np.maximum(self.shape.rows - self.longest + 2, 1)
         log_chance = log(self.shape.rows) + (self.longest - 1) * np.log(np.minimum(goes_on, 0.995))

@@ -22,8 +22,8 @@ SERIES, SERIES_ROWS, SERIES_LAYERS, LAGS = 16, 512, 8, 64
 class Sink:
     """`position-0-sink`: layers in which nine of ten requests or more choose alike at position 0, and only there.
 
-    Judged by the first 4,096 rows at position 0 (8 MiB of ids at most) and as many from position 16 on, so that a
-    beginning that all prompts share is not taken for chance.
+    Judged by the first 4,096 rows at position 0 (8 MiB of ids at most) and the same number from position 16 on, so that
+    a beginning that all prompts share is not taken for chance.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -44,7 +44,7 @@ class Sink:
                 sample.append(piece.experts[rows])
 
     def findings(self) -> Iterator[Finding]:
-        """What was found."""
+        """The findings."""
         requests = sum(map(len, self.first))
         if min(requests, sum(map(len, self.later))) < LEAST_REQUESTS or self.shape.top_k == self.shape.num_experts:
             return
@@ -63,8 +63,8 @@ class Sink:
 class Templates:
     """`repeated-template`: stretches of rows whose choices in all layers are those of rows of another request too.
 
-    A stretch has 8 rows, or as many more as hold 96 ids. Of traces with many, a share is looked at, drawn by hash, so
-    that 16,384 of them are remembered at most. Stretches in which rows repeat each other are left out.
+    A stretch has 8 rows, or as many more as hold 96 ids. Traces with many requests are sampled by hash, so that at most
+    16,384 are remembered. Stretches in which rows repeat each other are left out.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -127,7 +127,7 @@ class Templates:
             )
 
     def findings(self, copied_rows: int) -> Iterator[Finding]:
-        """What was found beyond `copied_rows`, the rows of requests that are wholly the same."""
+        """The findings beyond `copied_rows`, the rows of requests that are wholly the same."""
         total = int(self.count.sum())
         if not total:
             return
@@ -165,7 +165,7 @@ class Periodic:
                 held.append(piece.experts[rows][:, self.layers])
 
     def findings(self) -> Iterator[Finding]:
-        """What was found."""
+        """The findings."""
         if self.shape.top_k == self.shape.num_experts:
             return
         shared, pairs = np.zeros(LAGS), 0

@@ -1,4 +1,4 @@
-"""What concerns whole requests: their number, positions and phases, and those that are the same request again."""
+"""Checks of whole requests: their number, positions and phases, and repeated requests."""
 
 from collections.abc import Iterator
 
@@ -99,7 +99,7 @@ class RequestCheck:
         return long[copies]
 
     def findings(self) -> Iterator[Finding]:
-        """What was found."""
+        """The findings."""
         copies, first_rows = self.copies(), Ranges()
         for row in self.first_row[copies].tolist():
             first_rows.add(row, row + 1)

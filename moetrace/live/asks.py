@@ -1,4 +1,4 @@
-"""What a server is asked: the prompts of a file, each as the body of an HTTP request, read as they are needed."""
+"""The requests to a server: the prompts of a file, each as the body of an HTTP request, read as they are needed."""
 
 import hashlib
 import secrets
@@ -16,12 +16,12 @@ COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/gener
 
 
 class Settings(NamedTuple):
-    """What is asked alike of all prompts.
+    """Settings that are the same for all prompts.
 
     Attributes:
         max_tokens: Most output tokens of a prompt whose line does not say it.
-        temperature: Of the sampling; 0: greedy.
-        seed: Of the sampling. By default the server's own.
+        temperature: Temperature of the sampling; 0: greedy.
+        seed: Seed of the sampling. By default the server's own.
         ignore_eos: Whether a completion goes on after an end-of-sequence token.
         prefix_cache: Whether prompts may share the server's prefix cache. By default each has a salt of its own, so
             that every row of the trace was computed.
@@ -95,7 +95,7 @@ class Asks:
 
 
 def count_prompts(prompts: Path) -> int:
-    """How many prompts a file holds; raises MoetraceError if there is none, or a line that can't be asked."""
+    """How many prompts a file holds; raises MoetraceError for a file without prompts, or a line that can't be sent."""
     count = sum(1 for _ in _lines(prompts))
     if not count:
         raise MoetraceError(f"{prompts} holds no prompt.")

@@ -30,8 +30,8 @@ class Checker:
     def check(self, answer: bytes, where: str) -> None:
         """Raise MoetraceError, beginning with `where`, unless the importer makes rows of all of this answer.
 
-        It also has to say how many tokens prompt and output have, which alone tell the rows of the one from the
-        other's.
+        It also must give the numbers of prompt and output tokens, since only they separate prompt rows from output
+        rows.
         """
         planes = _planes_of(answer, self._engine, where, self._hints, self._planes)
         with self._lock:

@@ -57,7 +57,7 @@ def in_parallel(
 
 
 def persistent(ask: Callable[[], bytes], retries: int, stopped: threading.Event) -> bytes:
-    """What `ask` returns, at the latest after `retries` further tries; raises RequestError."""
+    """Return the result of `ask`, at the latest after `retries` further tries; raises RequestError."""
     wait_s = FIRST_WAIT_S
     for left in range(retries, -1, -1):
         try:

@@ -1,6 +1,6 @@
 """HTTP with one server: a request, and its whole answer before a deadline and under a ceiling, or one sentence.
 
-Nothing is followed to another place, no proxy of the environment is used, and no cookie is kept: what is sent goes to
+Nothing is followed to another place, no proxy of the environment is used, and no cookie is kept: requests go only to
 the address that the user named. Each request has a connection of its own.
 """
 
@@ -55,7 +55,7 @@ class Address(NamedTuple):
 
 
 def address_of(url: str) -> Address:
-    """The address that a user names, with or without `/v1` at its end; raise UsageError if it is none."""
+    """The address that a user names, with or without `/v1` at its end; raise UsageError for anything else."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -111,7 +111,7 @@ class Client:
         return self._ask("POST", path, body, most_bytes, self._timeout_s)
 
     def close(self) -> None:
-        """End what is under way, in whatever thread; every later request fails."""
+        """End the requests under way, in all threads; every later request fails."""
         with self._lock:
             self._closed = True
             for watch in self._watches:
@@ -242,7 +242,7 @@ def _read(response: http.client.HTTPResponse, most_bytes: int, address: Address)
 
 
 class _Told(msgspec.Struct):
-    """What an engine answers instead of a completion: `message`, in `error` or not."""
+    """The answer of an engine instead of a completion: `message`, in `error` or not."""
 
     message: str = ""
     detail: msgspec.Raw = msgspec.Raw(b"")
@@ -250,7 +250,7 @@ class _Told(msgspec.Struct):
 
 
 def _error_of(response: http.client.HTTPResponse) -> str:
-    """What an error's body says."""
+    """The message in an error's body."""
     body = response.read(ERROR_BYTES)
     if len(body) == ERROR_BYTES:  # its last word may be half a secret
         body = body.rsplit(None, 1)[0] if body.split(None, 1)[1:] else b""
@@ -265,7 +265,7 @@ def _error_of(response: http.client.HTTPResponse) -> str:
 
 
 def _why(error: Exception) -> str:
-    """What an error of a socket or of http.client says, as the end of a sentence."""
+    """The message of an error of a socket or of http.client, as the end of a sentence."""
     if isinstance(error, http.client.IncompleteRead):
         return f"{len(error.partial):,} bytes of its last part came"
     if isinstance(error, OSError) and error.strerror:

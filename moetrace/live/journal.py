@@ -1,4 +1,5 @@
-"""The answers so far, in a file beside the trace that is to be: what a killed run has, the next one need not ask for.
+"""The answers so far, in a file beside the future trace: the next run need not ask again for the answers of a killed
+one.
 
 Each line is an answer as the server sent it, on one line, with a mark in front that says which prompt it answers:
 `{"moetrace":{"prompt":3,"asked":"0123..."},` and then the answer's own fields. So `moetrace import` reads it, too.
@@ -70,7 +71,7 @@ class Journal:
         return len(self._places)
 
     def key(self, number: int) -> str | None:
-        """What was asked for the answer to this prompt; None if there is no answer yet."""
+        """The request that got the answer to this prompt; None without an answer yet."""
         place = self._places.get(number)
         return place and place.key
 
@@ -83,7 +84,7 @@ class Journal:
 
     @property
     def most(self) -> int:
-        """The highest number of a prompt, -1 if there is none."""
+        """The highest number of a prompt, -1 without prompts."""
         return max(self._places, default=-1)
 
     def add(self, number: int, key: str, line: bytes) -> None:

@@ -66,10 +66,10 @@ def record(
     """Ask the server at `url` for a completion of each prompt, and write the trace of all of them to `out`.
 
     Answers are kept in `OUT.answers.jsonl` beside the trace until all are there, so that a run that ends early can go
-    on: called again, it asks for what is missing. The trace is what `import_traces` makes of that file.
+    on: called again, it asks only for the missing answers. The trace is what `import_traces` makes of that file.
 
     Args:
-        url: Of a vLLM or SGLang server.
+        url: Address of a vLLM or SGLang server.
         prompts: The file of prompts.
         out: The trace. It is whole, or nothing is written.
         engine: "vllm" or "sglang". By default the server says it.
@@ -77,8 +77,8 @@ def record(
         model: A preset or a TOML file: the model's name, and sizes that answers do not say. By default the preset that
             is named in what the server calls its model, if `hints` say no sizes.
         hints: Sizes, whether to keep cached rows, whether a failed prompt refuses all (`strict`), and who gets notes.
-        settings: What is asked alike of all prompts.
-        headers: Of each request.
+        settings: Settings that are the same for all prompts.
+        headers: Headers of each request.
         concurrency: Prompts that are asked at the same time.
         timeout_s: Longest wait for a whole answer.
         retries: How often a prompt is asked again if the server fails.
@@ -91,7 +91,7 @@ def record(
         The number of prompts that have no usable answer. Then the file of answers stays.
 
     Raises:
-        UsageError: What is asked for makes no sense, or not together with the answers that are kept.
+        UsageError: The settings make no sense, or do not fit the answers that are kept.
         MoetraceError: The server can't be reached, or sends no usable answer.
     """
     settings, hints = settings or Settings(), hints or Hints()
@@ -129,7 +129,7 @@ def record(
         if failures.count:
             hints.note(
                 f"{counted(failures.count, 'prompt')} of {total:,} failed, the first because {failures.first[:-1]}; "
-                f"{journal.path} keeps the answers of the others, and the same command asks for what is missing."
+                f"{journal.path} keeps the answers of the others, and the same command asks for the missing ones."
             )
         journal.close(keep=keep_answers or failures.count > 0)
     return failures.count
@@ -160,7 +160,7 @@ class _Asking:
         return line
 
     def stop(self) -> None:
-        """End what is under way."""
+        """End the requests under way."""
         self._stopped.set()
         self._client.close()
 
@@ -188,8 +188,8 @@ def _check_kept(journal: Journal, asks: Asks, total: int) -> None:
     others = others or any(journal.key(ask.number) not in (None, ask.key) for ask in asks)
     if others:
         raise UsageError(
-            f"{journal.path} keeps answers to other prompts, or to the same ones asked in another way: give what was "
-            f"given then to go on, or remove the file to begin again."
+            f"{journal.path} keeps answers to other prompts, or to the same ones asked in another way: give "
+            f"the earlier options to go on, or remove the file to begin again."
         )
 
 
@@ -199,7 +199,7 @@ def _check_answered(journal: Journal, failures: _Failures, hints: Hints) -> None
 
 
 def _facts(prompts: Path, total: int, failures: _Failures, server: Served, settings: Settings) -> dict[str, Any]:
-    """What `source` says beside what an import would: nothing of the place of the server, nor of who asked."""
+    """The entries of `source` beside those of an import: without the server's address or the user."""
     with prompts.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     facts: dict[str, Any] = {"recorded": "live", "prompts": total, "prompts_sha256": digest, **settings._asdict()}

@@ -1,4 +1,4 @@
-"""What a server says of itself: which engine it is, of which version, and how it calls its model."""
+"""A server's description of itself: its engine, the version, and the name of its model."""
 
 from typing import NamedTuple
 
@@ -18,13 +18,13 @@ class _Card(msgspec.Struct):
 
 
 class _Cards(msgspec.Struct):
-    """Of `/v1/models`; both engines put their own name into `owned_by`."""
+    """The answer to `/v1/models`; both engines put their own name into `owned_by`."""
 
     data: list[_Card]
 
 
 class _About(msgspec.Struct):
-    """Of vLLM's `/version` and SGLang's `/server_info`, whose other fields (keys among them) are not looked at."""
+    """From vLLM's `/version` and SGLang's `/server_info`; their other fields (keys among them) are not read."""
 
     version: str = ""
     enable_return_routed_experts: bool | None = None
@@ -39,7 +39,7 @@ class Served(NamedTuple):
 
 
 def served(client: Client, engine: str | None = None, model: str | None = None) -> Served:
-    """What the server is, unless the user says it.
+    """The engine of the server, unless the user names it.
 
     Raises RequestError if it can't be reached, UsageError if it does not say what it is, or has no model of that name,
     and MoetraceError if it says that it does not return routing.
@@ -75,7 +75,7 @@ def _cards(client: Client) -> list[_Card]:
 
 
 def _about(client: Client, paths: tuple[str, ...]) -> _About:
-    """What one of the paths says; older versions, and routers before a server, may have none."""
+    """The answer of one of the paths; older versions, and routers before a server, may lack all."""
     for path in paths:
         try:
             return msgspec.json.decode(client.get(path, _MOST_BYTES), type=_About)

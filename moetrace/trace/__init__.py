@@ -1,4 +1,4 @@
-"""What was routed: the trace file, checked when it is opened, read in blocks of whole steps, and written whole."""
+"""The trace file holds the routing: checked when opened, read in blocks of whole steps, and written whole."""
 
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import Block, Rows

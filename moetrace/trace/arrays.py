@@ -18,7 +18,7 @@ def columns_of(
     position: np.ndarray | None,
     optional: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, Column], tuple[int, int, int]]:
-    """Make the columns of what has one entry a row, as `Trace.from_arrays` takes it; and rows, layers, top_k."""
+    """Make the columns with one entry a row, as `Trace.from_arrays` takes them; return also rows, layers, top_k."""
     if np.ndim(experts) != 3:
         raise MoetraceError(f"experts has shape {np.shape(experts)}, but must be [rows, layers, top_k].")
     rows, layers, top_k = np.shape(experts)

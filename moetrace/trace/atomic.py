@@ -27,7 +27,7 @@ class AtomicFile(io.RawIOBase):
     For HDF5, which crashes the process when it closes a file that it could not write (a full disk): here, writing
     never fails. The first refusal of the system is kept in `error`, and from then on nothing is written.
 
-    A `path` that the user names may be a symlink: what it points to is replaced. A name inside a folder may come from
+    A `path` that the user names may be a symlink: its target is replaced. A name inside a folder may come from
     a stranger: without `follow` the file takes the place of the link itself.
     """
 
@@ -35,7 +35,7 @@ class AtomicFile(io.RawIOBase):
         self._path = real_path(path) if follow else path
         if follow and self._path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-        # Without `follow` whatever has the name is replaced and not opened, but for a folder.
+        # Without `follow` a file of any kind with the name is replaced and not opened; a folder is not.
         if (self._path.exists() and not self._path.is_file()) if follow else is_folder(self._path):
             raise OSError(0, "it is not an ordinary file")
         if follow:  # else whoever owns the folder does it, once for all of its files
@@ -67,7 +67,7 @@ class AtomicFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer) -> int:
-        """Read what was written, or zeros where nothing could be."""
+        """Read the written bytes, or zeros where nothing could be read."""
         view = memoryview(buffer).cast("B")
         self._file.seek(self._position)
         count = self._file.readinto(view) or 0
@@ -105,7 +105,7 @@ class AtomicFile(io.RawIOBase):
             raise self.error
 
     def commit(self, sync: bool = True) -> None:
-        """Make the file what is at `path`, on disk and not only in memory; raise OSError if that fails.
+        """Put the file at `path`, on disk and not only in memory; raise OSError if that fails.
 
         Without `sync` a crash of the machine (not of the process) may leave an empty file.
         """
@@ -119,13 +119,13 @@ class AtomicFile(io.RawIOBase):
         sync_folder(self._path.parent)
 
     def discard(self) -> None:
-        """Remove the file; what is at `path` stays as it was."""
+        """Remove the file; a file at `path` stays unchanged."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
 def real_path(path: Path) -> Path:
-    """Where `path` leads through symlinks; a link that leads to itself stays, and whatever opens it says so."""
+    """Where `path` leads through symlinks; a link that leads to itself stays, and opening it fails with that reason."""
     return Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError for such a link before Python 3.13
 
 
@@ -184,13 +184,13 @@ def keep_inputs(path: Path, inputs: Iterable[Path | None]) -> None:
         if given is None:
             continue
         if real_path(path) == real_path(given) or (path.exists() and given.exists() and path.samefile(given)):
-            raise UsageError(f"{path} is what is read: choose another name for what is written.")
+            raise UsageError(f"The output {path} is also an input: choose another name.")
 
 
 def remove_stale(folder: Path, name: re.Pattern[str]) -> None:
     """Remove what killed runs of this user left in `folder` under names of this form, older than a day.
 
-    Ordinary files, and folders that nobody holds (`lock`); never a link, nor what lies behind one. Never an error.
+    Ordinary files, and folders that nobody holds (`lock`); never a link or its target. Never an error.
     """
     oldest = time.time() - STALE_S
     with contextlib.suppress(OSError), os.scandir(folder) as entries:

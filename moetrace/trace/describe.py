@@ -1,4 +1,4 @@
-"""What a trace holds, in figures."""
+"""Figures that describe a trace."""
 
 from collections import Counter
 from typing import Any
@@ -15,8 +15,8 @@ def describe(trace: Trace) -> dict[str, Any]:
     """Figures of a trace by name, ready for JSON; reads every id once, in parts that do not grow with its steps.
 
     `prompt_rows` and `output_rows` are min, median and max over the requests that have such rows, `decode_batch` median
-    and max rows over decode steps, `absent_share` the share of choices (row, layer, slot) that were not made. What a
-    trace can't tell (counts only, or no such rows) is None.
+    and max rows over decode steps, `absent_share` the share of choices (row, layer, slot) that were not made. Figures
+    that a trace does not give (counts only, or no such rows) are None.
     """
     steps = np.bincount(trace.phase, minlength=3)
     expert_bytes = trace.expert_bytes

@@ -27,7 +27,7 @@ def sha256_of(column: Column) -> str:
 
 
 def content_sha256_of(trace: Any, columns: Mapping[str, Column], hashes: Mapping[str, str]) -> str:
-    """The sha256 of what was routed, from the sizes of a trace, its columns, and the hash of each by name."""
+    """The sha256 of the routing, from the sizes of a trace, its columns, and the hash of each by name."""
     shape = [SCHEMA, trace.model, trace.num_experts, trace.top_k]
     datasets = sorted((columns[name].path, *columns[name].shape, hashes[name]) for name in hashes)
     return hashlib.sha256(json.dumps([shape, datasets]).encode()).hexdigest()

@@ -20,13 +20,13 @@ from moetrace.version import __version__
 
 
 class Trace:
-    """What was routed: `top_k` expert ids for each token row and MoE layer. Rows stand in steps, steps in time order.
+    """The routing: `top_k` expert ids for each token row and MoE layer. Rows stand in steps, steps in time order.
 
     `Trace.open` (a file) and `Trace.from_arrays` make one. It is a context manager. docs/trace-format.md says more.
 
     Attributes:
         path: The file; None for a trace in memory.
-        shown: What messages call it: its path, or "trace in memory".
+        shown: Its name in messages: its path, or "trace in memory".
         model: Name of the model that was traced.
         source: Where the ids are from.
         created_by: Program and version that wrote the file.
@@ -202,8 +202,8 @@ class Trace:
     def row_blocks(self, *, compare: bool = False) -> Iterator[Rows]:
         """Every row's request, position and phase, in blocks of whole steps: a first pass that reads no ids.
 
-        With `compare`, all but the ids and what is optional is compared with its sha256. Raises MoetraceError as
-        `blocks` does.
+        With `compare`, all datasets except the ids and the optional ones are compared with their sha256. Raises
+        MoetraceError as `blocks` does.
         """
         self.check_has_rows()
         return self._row_blocks(compare)
@@ -243,14 +243,14 @@ class Trace:
 
     @property
     def id_bytes(self) -> int:
-        """What the ids of a row take."""
+        """Size of the ids of a row."""
         return self.layers * self.top_k * self._columns["experts"].dtype.itemsize
 
     def count_blocks(self, *, check: bool = True) -> Iterator[CountBlock]:
         """The counts of a trace that holds them instead of ids, about 4 MiB at a time, in order.
 
-        Raises MoetraceError at once if there are none, and on the way if the file turns out damaged or, unless `check`
-        is false, a count is negative or too large to be summed.
+        Raises MoetraceError at once if the trace has no counts, and while reading if the file turns out damaged or,
+        unless `check` is false, a count is negative or too large to be summed.
         """
         if "counts" not in self.has:
             raise MoetraceError(f"{self.shown} has no counts.")
@@ -319,10 +319,10 @@ class Trace:
 
     @property
     def content_sha256(self) -> str | None:
-        """SHA-256 of what was routed: shape, model name and every dataset's sha256; None if one of these is not stored.
+        """SHA-256 of the routing: shape, model name and every dataset's sha256; None if one of these is not stored.
 
-        The same however the file is compressed, and whatever `source` says; `hash_content` also tells it of a trace
-        in memory. Stored hashes are believed: `verify_hashes` compares them.
+        Independent of the file's compression and of `source`; `hash_content` also computes it for a trace in memory.
+        Stored hashes are believed: `verify_hashes` compares them.
         """
         hashes = {name: column.sha256 for name, column in self._columns.items() if column.sha256 is not None}
         return content_sha256_of(self, self._columns, hashes) if len(hashes) == len(self._columns) else None
@@ -332,7 +332,7 @@ class Trace:
         return content_sha256_of(self, self._columns, {name: sha256_of(one) for name, one in self._columns.items()})
 
     def head(self, steps: int) -> "Trace":
-        """The first `steps` steps as a trace of its own, read from the same place; all of them if there are no more.
+        """The first `steps` steps as a trace of its own, read from the same place; all steps if the trace has fewer.
 
         Its `content_sha256` is None. It can be read for as long as this one.
         """

@@ -1,4 +1,4 @@
-"""What a trace file holds, as HDF5 has it: opened, checked as a stranger's, and read in place if contiguous."""
+"""The HDF5 content of a trace file: opened, checked as a stranger's, and read in place if contiguous."""
 
 import json
 import math
@@ -36,7 +36,7 @@ class Column(NamedTuple):
 
 
 class Source:
-    """An open trace file: what it is called, its attributes, and whether it is still what was opened."""
+    """An open trace file: its name, its attributes, and whether the file at its path is still the opened one."""
 
     def __init__(self, path: Path) -> None:
         """Open it for reading; raise MoetraceError if the system or HDF5 refuses."""
@@ -168,7 +168,7 @@ def _present(source: Source, path: str) -> bool:
 
 
 def _found(source: Source, path: str) -> Any:
-    """What is at `path` in the file itself, None if nothing is."""
+    """The object at `path` in the file itself, None without one."""
     found = hard_path(source.file, path)
     if found is False:
         raise MoetraceError(f"{source.where}: {path} is a link; a trace must hold its data itself.")

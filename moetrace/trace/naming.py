@@ -1,4 +1,4 @@
-"""Which preset a capture's own name of its model means."""
+"""Find the preset that a capture's name of its model means."""
 
 import re
 
@@ -23,7 +23,7 @@ def model_name(
     """The preset that is meant: `model` if given, else the longest whose name is part of `said` and that fits.
 
     A name that says a precision (FP8, AWQ, MXFP4, Q4_K_M, BF16) means no preset of other bits, unless the trace is
-    `sized`: it holds the bytes of its experts, which then count. If no preset is meant, what was said, or "unknown".
+    `sized`: it holds the bytes of its experts, which then count. If no preset is meant, the name itself, or "unknown".
     Raises UsageError, beginning with `where`, if `model` (a preset or a TOML file) has other layers or experts; the
     layers may be a `part` of the model's.
     """
@@ -61,7 +61,7 @@ def other_bits(said: str, layers: int, experts: int) -> str | None:
 
 
 def _same_bits(said: str, name: str, spec: Model) -> bool:
-    """Whether the preset `name` has the bits that a name says; one that says none means the preset's own."""
+    """Whether the preset `name` has the bits in a name; a name without bits means the preset's own."""
     rest = _plain(said).replace(_plain(name), " ")
     return precision_name(rest) is None or spec.weight_bits == named_bits(rest)
 

@@ -1,8 +1,8 @@
 """The attributes of a stranger's HDF5 file, read in a process of its own that is ended after a time limit.
 
 Text of variable length, dense storage and old groups are what h5py writes by default, so such traces must be read. But
-HDF5 follows their addresses without looking back: a file can keep it busy for ever, or make it end the process. What
-the other process survives is safe here as well, since HDF5 takes the same steps again.
+HDF5 follows their addresses without looking back: a file can keep it busy for ever, or make it end the process. A file
+that the other process survives is safe here as well, since HDF5 takes the same steps again.
 """
 
 import json

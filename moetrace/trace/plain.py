@@ -1,6 +1,6 @@
 """Whether an HDF5 file is as plain as `Writer` makes it, read from its bytes and without HDF5.
 
-HDF5 follows whatever addresses a file holds: some files keep it busy for ever, deaf to signals, and some end the
+HDF5 follows any address in a file: some files keep it busy for ever, deaf to signals, and some end the
 process. This reader follows only what the writer uses, each address once: headers of version 2, links and attributes
 inside of headers, numbers and text of fixed length, contiguous data or chunks that a B-tree of version 1 lists. HDF5
 may open such a file here; any other goes through `own_process` first. Layout: HDF5 File Format Specification 3.0.

@@ -1,6 +1,6 @@
 """Read the attributes of an HDF5 file, and all else that opening it takes; also run as a program by `own_process`.
 
-It imports h5py and nothing of moetrace, so that the program starts fast. No data is read here, but for attributes.
+It imports h5py and nothing of moetrace, so that the program starts fast. No data is read here except attributes.
 """
 
 import json
@@ -37,7 +37,7 @@ def _value(item: Any, name: str, most_bytes: int) -> tuple[str, Any]:
 
 
 def hard_path(file: h5py.File, path: str) -> Any:
-    """The object at `path`, None if there is none, False if a link on the way leads elsewhere (it is not followed)."""
+    """The object at `path`, None without one, False if a link on the way leads elsewhere (it is not followed)."""
     item: Any = file
     for part in path.strip("/").split("/"):
         if not isinstance(item, h5py.Group) or part not in item.keys():  # noqa: SIM118

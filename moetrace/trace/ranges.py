@@ -16,9 +16,9 @@ def merged(what: str, ranges: Sequence[Range] | None, size: int | None) -> np.nd
     parts: list[list[int]] = []
     for start, stop in sorted((start, (1 << 62) if stop is None else stop) for start, stop in ranges):
         if start < 0 or stop <= start:
-            raise UsageError(f"the {what} {start}:{stop} are none: a range is START:STOP, without STOP itself.")
+            raise UsageError(f"the {what} {start}:{stop} are empty: a range is START:STOP, without STOP itself.")
         if size is not None and start >= size:
-            raise UsageError(f"there are only {counted(size, what[:-1])}, so {what} from {start} on are none.")
+            raise UsageError(f"there are only {counted(size, what[:-1])}, so no {what} from {start} on exist.")
         if parts and start <= parts[-1][1]:
             parts[-1][1] = max(parts[-1][1], stop)
         else:
@@ -35,7 +35,7 @@ def inside(numbers: np.ndarray, ranges: np.ndarray) -> np.ndarray:
 
 
 def named_layers(where: str, index: np.ndarray, ranges: Sequence[Range]) -> np.ndarray:
-    """bool [layers]: which of the layers numbered `index` [layers] lie in `ranges`; raise if a range names none."""
+    """bool [layers]: which of the layers numbered `index` [layers] lie in `ranges`; raise if a range is empty."""
     rows = merged("layers", ranges, None)
     assert rows is not None
     for start, stop in ranges:

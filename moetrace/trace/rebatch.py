@@ -2,7 +2,7 @@
 
 A request is its rows in time order, wherever in the capture they are: runs of prompt rows, and output rows. `_plan`
 admits at most `batch` requests at a time, in order; one that has no rows left leaves, and the next takes its place at
-the next step. What a step holds:
+the next step. Content of a step:
 
 - whole prompts (`chunk` None): while an admitted request is at prompt rows, that run of rows is a step of its own, the
   earliest admitted first. Otherwise the step has one output row of each admitted request.
@@ -12,8 +12,8 @@ the next step. What a step holds:
 Rows of a step are in order of admission, output rows before prompt rows.
 
 `verify` makes steps of speculative decoding: wherever a step has an output row of a request it has up to `verify`
-successive ones, a *window* (`trace.speculation`). Rows are laid out anew for that, those that the next window takes
-again too, before `_plan` sees them.
+successive ones, a *window* (`trace.speculation`). Rows are laid out again for that, also those that the next window
+reuses, before `_plan` sees them.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class _Rows(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What traces must have in common."""
+    """Properties that traces must have in common."""
 
     num_experts: int
     top_k: int
@@ -273,7 +273,7 @@ def _by_appearance(request: np.ndarray) -> np.ndarray:
 
 
 def _plan(rows: _Rows, batch: int, chunk: int | None, verify: int) -> Iterator[_Steps]:
-    """Yield all steps in time order, as many at once as are alike: some 20 µs for each time that a run ends."""
+    """Yield all steps in time order, equal ones together: some 20 µs for each time that a run ends."""
     starts = np.concatenate(([0], rows.request_end[:-1]))
     first_run = np.searchsorted(rows.run_end, starts, side="right")
     # Of the admitted requests, in order of admission: next row, number of the run that holds it, end.
@@ -358,7 +358,7 @@ def _gather(traces: Sequence[Trace], source: np.ndarray, names: Sequence[str]) -
 
 
 def _source(traces: Sequence[Trace], hashes: Sequence[str], parameters: dict[str, Any]) -> dict[str, Any]:
-    """What was done, and to what; one hash of all hashes instead of the inputs if they are many."""
+    """The operation and its inputs; one hash of all hashes instead of the inputs if they are many."""
     inputs: list[dict[str, Any]] = [
         {"model": trace.model, "experts_sha256": sha256, "source": trace.source}
         for trace, sha256 in zip(traces, hashes, strict=True)

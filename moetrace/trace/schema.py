@@ -1,4 +1,4 @@
-"""What a trace file of schema ``moetrace/1`` holds: names, dtypes, and the checks that need only NumPy."""
+"""The content of a trace file of schema ``moetrace/1``: names, dtypes, and the checks that need only NumPy."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -82,7 +82,7 @@ class Block(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Successive rows, of whole steps or of a part of one; values are checked, but for ids."""
+    """Successive rows, of whole steps or of a part of one; values are checked, except ids."""
 
     first: int  # number of the first row
     experts: np.ndarray  # uint8 | uint16 [rows, layers, top_k]; [0, layers, top_k] where ids were not asked for
@@ -93,7 +93,7 @@ class Part(NamedTuple):
 
 
 class CountBlock(NamedTuple):
-    """Whole steps of a trace that holds counts alone."""
+    """Whole steps of a trace that holds only counts."""
 
     first_step: int
     counts: np.ndarray  # int64 [steps, layers, num_experts]
@@ -282,7 +282,7 @@ def step_ranges(offset: np.ndarray, rows: int) -> Iterator[tuple[int, int]]:
 def check_step_bytes(where: str, offset: np.ndarray, first: int, stop: int, row_bytes: int) -> None:
     """Raise if the rows of the steps first:stop are too large to be taken at once, as a step must be.
 
-    `offset` is int64 [steps + 1], `row_bytes` what is read of a row beside its request, position and phase.
+    `offset` is int64 [steps + 1], `row_bytes` the bytes read of a row beside its request, position and phase.
     """
     rows = int(offset[stop] - offset[first])
     size = rows * (ROW_BYTES + row_bytes)

@@ -23,7 +23,7 @@ _TOLD_BYTES = ATTRIBUTE_BYTES - 4096
 
 
 class _Wish(NamedTuple):
-    """What is meant; ranges are merged, None is all."""
+    """The selected part; ranges are merged, None is all."""
 
     rows: np.ndarray | None  # int64 [ranges, 2]
     steps: np.ndarray | None
@@ -77,7 +77,7 @@ def select(
 ) -> None:
     """Copy a part of a trace: the rows that fit all that is said, in the layers that are said.
 
-    A step keeps its other rows, and goes if none is left. What was selected is in the `source` of the copy, under
+    A step keeps its other rows, and goes if none is left. The selection is in the `source` of the copy, under
     "selected". The same trace and wishes give the same bytes. Memory does not grow with the trace.
 
     Args:
@@ -160,7 +160,7 @@ def copy_without(
         compress: as the Writer takes it.
 
     Raises:
-        MoetraceError: an id in what is copied is impossible, nothing would be left, or the file cannot be written.
+        MoetraceError: an id in the copied part is impossible, nothing would be left, or the file cannot be written.
     """
     wish = _Wish(np.array(rows, np.int64) if rows else None, None, None, None, out=True)
     _copy(trace, path, wish, ~layers, {"model": model, "source": source, "compress": compress})
@@ -220,7 +220,7 @@ def _rows_of(
 
 
 def _masks(trace: Trace, wish: _Wish) -> Iterator[tuple[int, slice, np.ndarray]]:
-    """Of whole steps, some MiB of ids at a time: the first row, the steps, and which rows stay, bool [rows]."""
+    """Yield whole steps, some MiB of ids at a time: the first row, the steps, and which rows stay, bool [rows]."""
     for block in trace.blocks():
         first = int(trace.offset[block.first_step])
         yield first, slice(block.first_step, block.first_step + block.steps), _fits(wish, first, block)
@@ -264,7 +264,7 @@ def _copy_counts(
     progress: Callable[[int], object] | None,
 ) -> None:
     if wish.rows is not None or wish.requests is not None or renumber:
-        raise UsageError(f"{trace.shown} holds counts alone: only its steps, layers and phases can be selected.")
+        raise UsageError(f"{trace.shown} holds only counts: only its steps, layers and phases can be selected.")
     kept = np.ones(trace.steps, bool)
     if wish.steps is not None:
         kept &= inside(np.arange(trace.steps), wish.steps)
@@ -301,7 +301,7 @@ def _model(trace: Trace, layers: int) -> str:
 
 
 def _source(trace: Trace, wishes: dict[str, Any]) -> dict[str, Any]:
-    """The source of the trace, and what was selected of it."""
+    """The source of the trace, and the part selected of it."""
     told: dict[str, Any] = {"by": f"moetrace {__version__}", "rows_before": trace.rows}
     for name, wish in wishes.items():
         if isinstance(wish, list | tuple):

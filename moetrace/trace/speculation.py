@@ -24,7 +24,7 @@ def is_rejected(request: np.ndarray, phase: np.ndarray, step: np.ndarray, positi
 
     The next step of the same run of output rows begins at its position or before it, but after where its own step
     began; or its own step had it already. A step that begins no later than the one before it takes nothing back: there
-    the request begins anew.
+    the request restarts.
     """
     run_begins = np.r_[True, (request[1:] != request[:-1]) | (phase[1:] != phase[:-1])]
     run = np.cumsum(run_begins)
@@ -50,7 +50,7 @@ def rows_of_windows(
 
     Args:
         run_end: Where runs of one phase of one request end, int64 [runs].
-        phase: Of each row, uint8 [rows].
+        phase: One for each row, uint8 [rows].
         verify: Rows of a window.
         kept: Tokens that a window keeps in the mean, in thousandths.
         most: Rows that may come out.

@@ -1,6 +1,6 @@
-"""Data in compressed chunks: what a chunk unpacks to is known, and right, before HDF5 unpacks it.
+"""Data in compressed chunks: the unpacked size of a chunk is known, and checked, before HDF5 unpacks it.
 
-The zstd filter takes as much memory as a chunk's own header asks for, deflate as much as comes out: a few bytes can
+The zstd filter allocates the size in a chunk's own header, deflate the size that comes out: a few bytes can
 claim any size, and less than a chunk makes HDF5 read beyond what it has.
 """
 
@@ -148,7 +148,7 @@ class _Chunks:
 
 
 def _zstd_bytes(raw: bytes, _wanted: int) -> int | None:
-    """What the header of a zstd frame says that it unpacks to; None if it does not say."""
+    """The unpacked size in the header of a zstd frame; None without one."""
     if len(raw) < 6 or raw[:4] != _ZSTD_MAGIC:
         return None
     flags = raw[4]
@@ -162,7 +162,7 @@ def _zstd_bytes(raw: bytes, _wanted: int) -> int | None:
 
 
 def _deflate_bytes(raw: bytes, wanted: int) -> int | None:
-    """What a deflated chunk unpacks to, counted up to one byte above `wanted`."""
+    """The unpacked size of a deflated chunk, counted up to one byte above `wanted`."""
     try:
         return len(zlib.decompressobj().decompress(raw, wanted + 1))
     except zlib.error:

@@ -40,7 +40,7 @@ class Writer:
     """Write a trace file block by block: the whole file or nothing. A context manager.
 
     Data goes to a temporary file beside `path`. When the `with` block ends well, that file is synced and takes the
-    name. On any error, Ctrl-C included, it is removed, and what was at `path` stays as it was. The same data gives the
+    name. On any error, Ctrl-C included, it is removed, and a file at `path` stays unchanged. The same data gives the
     same bytes. docs/trace-format.md describes schema `moetrace/1`.
 
     Args:
@@ -60,7 +60,7 @@ class Writer:
 
     Raises:
         UsageError: There is no such compression or optional dataset.
-        MoetraceError: The data does not fit what was announced, or the system refuses (a full disk).
+        MoetraceError: The data does not fit the announced shape, or the system refuses (a full disk).
 
     Examples:
         >>> import moetrace as mt
@@ -302,7 +302,7 @@ class Writer:
             raise MoetraceError(f"{self._shown}: more than the announced {self._rows} rows in {self._steps} steps.")
 
     def _flush(self, whole_chunks: bool) -> None:
-        """Write what is held, each chunk once and in one order, so that bytes don't depend on the size of appends."""
+        """Write buffered rows, each chunk once and in one order, so that bytes don't depend on the size of appends."""
         held = sum(len(part["experts"]) for part in self._held)
         ready = held - held % self._chunk_rows if whole_chunks else held
         if ready == 0:

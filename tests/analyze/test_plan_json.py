@@ -152,7 +152,7 @@ def test_maps_of_a_trace(tmp_path):
     ):
         with pytest.raises(UsageError, match=sentence):
             mt.export(trace, tmp_path / "c.json", to=form, choice=choice)
-    with pytest.raises(UsageError, match="is what is read"):
+    with pytest.raises(UsageError, match="is also an input"):
         mt.export(trace, tmp_path / "a.json", to="vllm-map", choice=PlanChoice(4, plan=tmp_path / "a.json"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
 

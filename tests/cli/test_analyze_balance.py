@@ -197,7 +197,7 @@ def test_errors_are_one_sentence(run, tmp_path):
         ((MIXTRAL, "--export", tmp_path / "a.csv", "--placement", "ep"), 2, ".csv is for the loads of ep-lpt"),
         ((MIXTRAL, "--frame", "summary"), 2, "--frame goes with --format csv"),
         ((MIXTRAL, "--plot", "a.pdf"), 2, "must end with .png or .html"),
-        ((MIXTRAL, "--plot", MIXTRAL), 2, "is what is read"),
+        ((MIXTRAL, "--plot", MIXTRAL), 2, "is also an input"),
         ((tmp_path / "b.h5",), 1, "b.h5"),
     ):
         found, out, err = run(*arguments)
@@ -255,7 +255,7 @@ def test_a_picture_does_not_replace_a_spec(run, tmp_path):
     spec.write_text("name = 'some'\n")
     for option in ("--system", "--model"):
         code, out, err = run(MIXTRAL, option, spec, "--plot", spec)
-        assert (code, out) == (2, "") and "a.html is what is read" in err
+        assert (code, out) == (2, "") and "a.html is also an input" in err
     assert spec.read_text() == "name = 'some'\n"
 
 

@@ -168,7 +168,7 @@ def test_a_picture_does_not_replace_a_spec(run, tmp_path):
     spec.write_text("name = 'some'\n")
     for option in ("--system", "--model"):
         code, out, err = run(TINY, option, spec, "--plot", spec)
-        assert (code, out) == (2, "") and "a.html is what is read" in err
+        assert (code, out) == (2, "") and "a.html is also an input" in err
     assert spec.read_text() == "name = 'some'\n"
 
 

@@ -95,7 +95,7 @@ def test_plot_writes_a_picture_beside_the_table(run, small, tmp_path, name):
         (["--frame", "load"], 2, "--frame goes with --format csv or parquet"),
         (["--frame", "load", "--format", "json"], 2, "--frame goes with --format csv or parquet"),
         (["--plot", "x.pdf"], 2, "must end with .png or .html"),
-        (["--plot", "small.h5"], 2, "is what is read"),
+        (["--plot", "small.h5"], 2, "is also an input"),
         (["--phase", "prefill"], 1, "has no prefill rows to look at"),
         (["--phase", "mixed"], 2, "--phase"),
         (["--format", "csv", "-o", "no/x.csv"], 1, "no/x.csv could not be written"),

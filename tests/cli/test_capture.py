@@ -101,7 +101,7 @@ def test_what_goes_wrong_is_one_sentence_and_no_file(model, tmp_path, capsys, ar
 def test_prompts_are_not_overwritten(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("hello\n", encoding="utf-8")
     assert run(tmp_path, "--prompts", tmp_path / "p.txt", "-o", tmp_path / "p.txt") == 2
-    assert "is what is read" in capsys.readouterr().err
+    assert "is also an input" in capsys.readouterr().err
 
 
 def test_interrupted_leaves_what_was_there(model, tmp_path, capsys, monkeypatch):

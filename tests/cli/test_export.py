@@ -27,7 +27,7 @@ def test_export_writes_and_says_so(run, tmp_path):
         ([TRACES / "tiny-olmoe.h5", "-o", "t.npz", "--to", "csv"], 2, "--to"),
         ([TRACES / "tiny-olmoe.h5"], 2, "-o"),
         (["none.h5", "-o", "t.npz"], 1, "there is no file none.h5"),
-        (["t.json", "-o", "t.json"], 2, "t.json is what is read: choose another name"),
+        (["t.json", "-o", "t.json"], 2, "t.json is also an input: choose another name"),
         ([TRACES / "tiny-olmoe.h5", "-o", "none/t.npz"], 1, "none/t.npz could not be written: there is no folder none"),
     ],
 )
@@ -64,7 +64,7 @@ def test_a_result_is_exported(run, tmp_path):
     assert run("export", result, "-o", out, "--to", "static-csv") == (0, "", f"{out}: 0.0 MB.\n")
     assert len(out.read_text().splitlines()) == 41
     for more, sentence in (
-        (["--to", "moe-l2", "--slots", 4], "whose policy says what is kept: give no --phase"),
+        (["--to", "moe-l2", "--slots", 4], "whose policy decides the experts: give no --phase"),
         ([], "say with --to what of it is wanted"),
     ):
         code, _, err = run("export", result, "-o", tmp_path / "x", *more)

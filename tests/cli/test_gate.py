@@ -202,7 +202,7 @@ def write_bad(folder, baseline):
         (["{was}", "--baseline", "{good}", "--fail-on", "same"], 2, "'same' is no verdict to fail on"),
         (["{was}", "--baseline", "{good}", "--junit", "{good}"], 2, "--baseline and --junit are the same file"),
         (["{was}", "--baseline", "{good}", "--junit", "{bad}/x", "--markdown", "{bad}/x"], 2, "are the same file"),
-        (["{was}", "--baseline", "{good}", "--junit", "{was}/summary.json"], 2, "is what is read"),
+        (["{was}", "--baseline", "{good}", "--junit", "{was}/summary.json"], 2, "is also an input"),
         (["{was}", "--baseline", "{good}", "--junit", "{bad}/no/j.xml"], 1, "could not be written"),
         (["{was}", "--baseline", "{bad}/no/b.json", "--update"], 1, "could not be written"),
     ],

@@ -187,7 +187,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys, options, words):
 
 def test_trace_to_imitate_is_not_overwritten(tmp_path, capsys):
     assert run(tmp_path / "a.h5", "--like", tmp_path / "a.h5", *PROFILED) == 2
-    assert "is what is read" in capsys.readouterr().err
+    assert "is also an input" in capsys.readouterr().err
     assert run(tmp_path / "a.h5", "--like", tmp_path / "b.h5", *PROFILED) == 1
     assert "b.h5" in capsys.readouterr().err
 

@@ -262,7 +262,7 @@ def test_import_takes_and_numbers_layers(run, tmp_path, archive):
 def test_import_never_overwrites_its_source(run, archive):
     before = archive.read_bytes()
     code, _, err = run("import", archive, "-o", archive)
-    assert code == 2 and "is what is read" in err and archive.read_bytes() == before
+    assert code == 2 and "is also an input" in err and archive.read_bytes() == before
 
 
 def test_import_offers_every_format():

@@ -93,7 +93,7 @@ def test_copies_need_both_options(run, trapped, options):
 def test_a_copy_never_overwrites_its_trace(run, trapped):
     before = trapped.read_bytes()
     code, _, err = run("lint", trapped, "--drop-dense", "-o", trapped)
-    assert code == 2 and "is what is read" in err and trapped.read_bytes() == before
+    assert code == 2 and "is also an input" in err and trapped.read_bytes() == before
 
 
 @pytest.mark.parametrize("path", [*sorted(TRACES.glob("*.h5")), None], ids=lambda path: path.name if path else "trap")

@@ -70,7 +70,7 @@ def test_inputs_are_not_replaced(run, folder, tmp_path):
     page = tmp_path / "cache.html"
     page.write_text("[]")
     code, _, err = run("report", folder, "-o", page, "--cache", page)
-    assert code == 2 and "is what is read" in err
+    assert code == 2 and "is also an input" in err
     assert page.read_text() == "[]"
 
 

@@ -26,7 +26,7 @@ def test_a_part_is_left_out(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "sentence"),
     [
-        ([], 2, "say what is meant"),
+        ([], 2, "select something"),
         (["--rows", "a:b"], 2, "'a:b' is no range"),
         (["--rows", "1:2:3"], 2, "no range"),
         (["--rows", ""], 2, "range"),

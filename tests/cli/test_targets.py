@@ -74,7 +74,7 @@ def test_what_is_read_is_not_replaced(run, here, command):
     ending = command.partition("{}")[2].split()[0]
     Path(f"link{ending}").symlink_to("in.npz" if "in.npz" in command else "in.h5")
     code, out, err = run(*command.format("link").split())
-    assert (code, out) == (2, "") and f"link{ending} is what is read" in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and f"link{ending} is also an input" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_two_outputs_are_two_files(run, here, command):
 def test_the_bias_of_a_router_is_read(run, here):
     Path("bias.npy").touch()
     code, out, err = run("import", "in.npz", "-o", "bias.npy", "--router", "softmax,bias=bias.npy")
-    assert (code, out) == (2, "") and "bias.npy is what is read" in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and "bias.npy is also an input" in err and err.count("\n") == 1
 
 
 def test_files_are_written_all_or_none(tmp_path, monkeypatch):

@@ -180,8 +180,8 @@ def test_marginal_gains(counts, slots):
     ("text", "message"),
     [
         ("2\n2\n", "2 numbers, but the trace has 3 MoE layers"),
-        ("2\n2\n9\n", "line 3: wants 0 to 6 slots, as layer 2 has so many experts, got 9"),
-        ("2\n-2\n2\n", "line 2: wants 0 to 6 slots"),
+        ("2\n2\n9\n", "line 3: must be 0 to 6 slots, since layer 2 has no more experts, not 9"),
+        ("2\n-2\n2\n", "line 2: must be 0 to 6 slots"),
         ("2\n2,2\n2\n", "line 2: wants one whole number, the slots of a layer"),
         ("4\n2\n2\n", "gives 8 slots to the layers together, but there are 7"),
     ],

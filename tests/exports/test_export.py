@@ -348,7 +348,7 @@ def test_formats_are_known_by_their_ending():
 
 def test_a_trace_is_not_replaced_by_its_export(tmp_path):
     mt.Trace.from_arrays(np.zeros((1, 1, 1), np.uint8), num_experts=2).write(tmp_path / "t.json")
-    with pytest.raises(UsageError, match=r"t\.json is what is read"):
+    with pytest.raises(UsageError, match=r"t\.json is also an input"):
         mt.export(tmp_path / "t.json", tmp_path / "t.json")
 
 

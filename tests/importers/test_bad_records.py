@@ -51,7 +51,7 @@ def changed(**choice):
         (
             response([request(9, 3, 2, 16)], 7),
             "of another shape",
-            "has (3, 2) (layers, top_k), but what came before (2, 2)",
+            "has (3, 2) (layers, top_k), but the earlier ones have (2, 2)",
         ),
         (changed(routed_experts="AAAA"), "that can't be read", "no NumPy array"),
         (changed(routed_experts="?"), "that can't be read", "no base64"),
@@ -93,7 +93,7 @@ def test_more_answers_of_another_shape_than_of_the_first_are_refused(tmp_path):
     path = tmp_path / "log.jsonl"
     answers = [response([request(9, layers, 2, 16)], 7) | {"id": str(n)} for n, layers in enumerate((3, 2, 2))]
     path.write_text("\n".join(map(json.dumps, answers)))
-    with pytest.raises(MoetraceError, match=r"has \(2, 2\) \(layers, top_k\), but what came before \(3, 2\)"):
+    with pytest.raises(MoetraceError, match=r"has \(2, 2\) \(layers, top_k\), but the earlier ones have \(3, 2\)"):
         imported(path, num_experts=16)
 
 

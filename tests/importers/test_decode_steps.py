@@ -111,7 +111,7 @@ def test_steps_of_several_sources_follow_one_another(tmp_path):
     paths = [megatron(tmp_path / name, [5, 2, 2])[0] for name in ("a", "b")]
     trace, _ = imported(tmp_path, paths, decode_steps=[(1, 3), (4, 6)])
     assert steps(trace) == [(5, 0), (2, 1), (2, 1)] * 2
-    with pytest.raises(UsageError, match="there are only 6 steps, so steps from 6 on are none"):
+    with pytest.raises(UsageError, match="there are only 6 steps, so no steps from 6 on exist"):
         imported(tmp_path, paths, decode_steps=[(6, None)])
 
 

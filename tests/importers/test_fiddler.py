@@ -57,7 +57,7 @@ def test_experts_that_differ_from_what_the_user_says_are_refused(tmp_path):
 def test_counts_have_no_prompt(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(popularity(counted(routing(3, 2, 2, 8), 8), 1))
-    with pytest.raises(UsageError, match=r"a\.json holds counts alone, which have no prompt"):
+    with pytest.raises(UsageError, match=r"a\.json holds only counts, which have no prompt"):
         import_traces([path], tmp_path / "t.h5", decode_after=4)
     import_traces([path], tmp_path / "t.h5")
     with Trace.open(tmp_path / "t.h5") as trace:

@@ -162,7 +162,7 @@ def test_a_model_is_a_preset_that_fits(tmp_path):
 def test_a_file_of_a_folder_that_is_read_is_not_replaced(tmp_path, write):
     source = save(tmp_path / "a.npz")
     before = source.read_bytes()
-    with pytest.raises(UsageError, match=r"a\.npz is what is read"):
+    with pytest.raises(UsageError, match=r"a\.npz is also an input"):
         write([tmp_path], source)
     assert source.read_bytes() == before and list(tmp_path.iterdir()) == [source]
 

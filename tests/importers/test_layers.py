@@ -155,7 +155,7 @@ def test_layers_that_count_from_1_are_shifted(tmp_path):
     trace, notes = imported(tmp_path, path, model(tmp_path, 3, dense_layers=1))
     assert trace.layer_index.tolist() == [1, 2, 3]
     assert trace.source["layer_numbers"] == "2 to 4 in the source, 1 to 3 in the model"
-    assert "what it calls layers 2 to 4 is layers 1 to 3 of the model: if they are others, say --first-layer N" in notes
+    assert "source layers 2 to 4 is layers 1 to 3 of the model: if they are others, say --first-layer N" in notes
     trace, notes = imported(tmp_path, path, model(tmp_path, 3, dense_layers=1), first_layer=2)
     assert trace.layer_index.tolist() == [2, 3, 4]
     assert "1 layer of the trace (4) would have no experts in m" not in notes
@@ -179,7 +179,7 @@ def test_one_layer_of_a_large_model(tmp_path):
     assert (trace.layer_index.tolist(), trace.model) == ([40], "deepseek-v3")
     assert np.array_equal(experts(trace), ids)
     assert "has 1 MoE layer, and deepseek-v3 has 58: a replay needs --set model.moe_layers=1" in notes
-    assert "what it calls layer 0 is layer 40 of the model" in notes
+    assert "source layer 0 is layer 40 of the model" in notes
     trace, notes = imported(tmp_path, tmp_path / "a.npy", "deepseek-v3", only_layers=[(0, 1)])
     assert trace.layer_index.tolist() == [0]
     assert "1 layer of the trace (0) would have no experts in deepseek-v3" in notes
@@ -210,7 +210,7 @@ def test_without_a_model_layers_are_taken_and_numbered_as_said(tmp_path):
     assert trace.layer_index.tolist() == [0, 2, 5]
     assert np.array_equal(experts(trace), ids[:, [0, 2, 5]])
     assert "has no layer 6, only 0 to 5" in refused(tmp_path, source, num_experts=8, only_layers=[(5, 6), (6, 7)])
-    assert "the layers 4:4 are none" in refused(tmp_path, source, num_experts=8, only_layers=[(4, 4)])
+    assert "the layers 4:4 are empty" in refused(tmp_path, source, num_experts=8, only_layers=[(4, 4)])
     says = refused(tmp_path, source, num_experts=8, first_layer=65534)
     assert "the last layer would have the number 65539" in says
 

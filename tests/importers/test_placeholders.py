@@ -238,7 +238,7 @@ def test_counts_have_no_ids_to_make_absent(tmp_path):
 
     counts = next(sample for sample in samples(tmp_path) if "usage" in sample.files[0].name)
     assert isinstance(counts, Sample)
-    with pytest.raises(UsageError, match="holds counts alone, of which no id can be absent"):
+    with pytest.raises(UsageError, match="holds only counts, without ids that could be absent"):
         import_traces(counts.files, tmp_path / "o.h5", hints=Hints(**counts.hints, absent_from=2))
 
 

@@ -145,7 +145,7 @@ def test_a_bias_is_an_ordinary_file_of_a_bounded_size_and_is_not_written_over(tm
         assert "it is not an ordinary file" in no(tmp_path, tmp_path / "a.npy", router=f"softmax,bias={path}")
     bias = tmp_path / "bias.npy"
     np.save(bias, np.zeros(8))
-    with pytest.raises(UsageError, match="is what is read"):
+    with pytest.raises(UsageError, match="is also an input"):
         import_traces(tmp_path / "a.npy", bias, hints=Hints(top_k=2, router=f"softmax,bias={bias}"))
     assert np.load(bias).tolist() == [0] * 8
     monkeypatch.setattr(router_rule, "_MOST_BIAS_BYTES", 1 << 20)

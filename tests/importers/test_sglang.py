@@ -222,7 +222,7 @@ def test_dumps_that_are_refused(tmp_path):
     assert "--top-k" in refused(tmp_path, path)
     assert "import dumps of one start" in refused(tmp_path, path, path, top_k=2)
     assert "import dumps of one start" in refused(tmp_path, token, token)
-    assert "import them apart" in refused(tmp_path, path, counts, top_k=2)
+    assert "import them separately" in refused(tmp_path, path, counts, top_k=2)
     assert "with topk_ids_of_layer and without" in refused(tmp_path, path, token, top_k=2)
     assert "holds no records" in refused(tmp_path, detailed(tmp_path / "d.pt", []))
     assert "other layers or experts" in refused(tmp_path, token, detailed(tmp_path / "e.pt", [one], MAP[:2]))

@@ -73,7 +73,7 @@ def test_links_folders_and_what_is_read_are_refused(tmp_path):
             Journal(tmp_path / name)
     (tmp_path / "a.h5.answers.jsonl").write_bytes(b"")
     with (
-        pytest.raises(UsageError, match="is what is read"),
+        pytest.raises(UsageError, match="is also an input"),
         journal_of(tmp_path / "a.h5", [tmp_path / "a.h5.answers.jsonl"]),
     ):
         pass

@@ -269,7 +269,7 @@ def test_a_file_may_not_claim_more_than_it_holds(folder, tmp_path):
 def test_inputs_are_kept_and_names_are_checked(folder, tmp_path):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     for name in ("summary.json", "steps.parquet"):
-        with pytest.raises(mt.UsageError, match="is what is read"):
+        with pytest.raises(mt.UsageError, match="is also an input"):
             mt.report(folder, folder / name)
     with pytest.raises(mt.UsageError, match=r"must end with \.html"):
         mt.report(folder, tmp_path / "page.txt")

@@ -120,7 +120,7 @@ def test_refusal_says_what_is_legal():
         ({"placement": "eplb"}, "loads wants the path of a CSV file of loads, which placement eplb needs"),
         ({"placement": "plan"}, "plan wants the path of a plan file"),
         ({"plan": "x.json"}, "plan applies to placement plan only"),
-        ({"residency": "arc"}, "residency arc is of moetrace analyze cache alone, where accesses come one at a time"),
+        ({"residency": "arc"}, "residency arc is only in moetrace analyze cache, where accesses come one at a time"),
         ({"residency": "static-prefill"}, "residency static-prefill .* take residency prefill"),
         (
             {"placement": "eplb-hierarchical"},

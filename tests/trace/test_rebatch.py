@@ -372,6 +372,6 @@ def test_a_trace_is_not_replaced_by_its_own_batches(tmp_path):
     capture(np.random.default_rng(0), [3], wild=False).write(tmp_path / "in.h5")
     (tmp_path / "link.h5").symlink_to("in.h5")
     before = (tmp_path / "in.h5").read_bytes()
-    with pytest.raises(UsageError, match=r"link\.h5 is what is read"):
+    with pytest.raises(UsageError, match=r"link\.h5 is also an input"):
         mt.rebatch([tmp_path / "in.h5"], tmp_path / "link.h5", batch=2)
     assert (tmp_path / "in.h5").read_bytes() == before

@@ -137,7 +137,7 @@ def test_counts(tmp_path):
         np.testing.assert_array_equal(other.read("counts", 0, 9), counts[[0, 3]])
         assert other.phase.tolist() == [0, 2]
     for wish in ({"rows": [(0, 1)]}, {"requests": [(0, 1)]}, {"steps": [(0, 1)], "renumber": True}):
-        with pytest.raises(UsageError, match="holds counts alone"):
+        with pytest.raises(UsageError, match="holds only counts"):
             select(tmp_path / "t.h5", tmp_path / "c.h5", **wish)
 
 

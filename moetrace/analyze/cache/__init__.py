@@ -1,1 +1,1 @@
-"""What a cache of experts would hit, whatever the hardware."""
+"""Hits of a cache of experts, independent of the hardware."""

@@ -1,9 +1,9 @@
 """A trace as accesses to experts: which key comes after which, block by block.
 
 A key is one expert of one layer, `layer * E + expert`. Accesses come step by step, within a step layer by layer, within
-a layer row by row and slot by slot; absent choices are none. One (step, layer) is an *event*. Sequentially every choice
-is an access. At once, an event demands each of its experts one time, however many rows chose it, in the order of their
-last choices.
+a layer row by row and slot by slot; absent choices are not accesses. One (step, layer) is an *event*. Sequentially
+every choice is an access. At once, an event demands each of its experts one time, however many rows chose it, in the
+order of their last choices.
 """
 
 from collections.abc import Iterator
@@ -40,14 +40,14 @@ class Accesses(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """What of a block is brought beside its keys."""
+    """The columns of a block that come with its keys."""
 
     rows: bool = False
     chosen_by: bool = False
 
 
 class _Room(NamedTuple):
-    """Room for the accesses of a block, which kernels fill; what is not asked for has a size of 0."""
+    """Room for the accesses of a block, which kernels fill; columns not asked for have a size of 0."""
 
     bounds: np.ndarray  # int64 [events + 1]
     key: np.ndarray  # int32 [choices]
@@ -241,7 +241,7 @@ def _one_by_one(ids, where, room, end, fresh):
 def _together(ids, where, room, end, fresh):
     """Append the distinct experts of an event of several rows.
 
-    One pass, from the last choice back to the first: what comes first in it is an expert's last choice. Whether it does
+    One pass, from the last choice back to the first: an expert's first place in it is its last choice. Whether it does
     is no branch, as a processor would often guess wrong: 2.3 ns a choice at 32 rows, not 4.8.
     """
     experts, record, num_experts, absent = ids

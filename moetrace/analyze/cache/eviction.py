@@ -1,6 +1,6 @@
 """Who is evicted, in Numba: caches of keys with a budget each, demanded by one event after another.
 
-An event demands distinct keys at once (a single access is an event of one key). Those that are resident are hits. Then
+An event demands distinct keys at once (a single access is an event of one key). Resident ones are hits. Then
 every missing one, in order, is admitted: victims go until it fits, but never a key of the same event. If even then it
 does not fit, or is larger than the whole budget, it is not kept; in the latter case nothing is evicted for it. At last
 every resident key of the event is touched, in order. Policies differ in the victim only:
@@ -181,7 +181,7 @@ def _rank(cache, rule, block, next_use, i):
 
 @kernel
 def _admit(cache, heap, pool, key, rank, ours, event):
-    """Admit a key, evicting what has to go but `ours` keys, those of `event`; return whether it was (0 or 1)."""
+    """Admit a key, evicting others except `ours` keys, those of `event`; return whether it was admitted (0 or 1)."""
     weight, count = cache.weight[key], cache.residents[pool]
     if weight > cache.capacity:
         return 0

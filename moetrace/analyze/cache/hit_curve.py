@@ -1,4 +1,4 @@
-"""What LRU caches of every capacity hit, from one pass over a trace (see `caches.stack`)."""
+"""Hits of LRU caches of every capacity, from one pass over a trace (see `caches.stack`)."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -97,7 +97,7 @@ def _frame(count: np.ndarray, phase: str, pools: int, largest: int, fits: int) -
 class _Part:
     """Some layers of a trace, which one thread works on: with arrays of its own, which it keeps.
 
-    Arrays that threads share, or make anew for each block, keep them waiting for each other: two were 1.5 times as
+    Arrays that threads share, or allocate again for each block, keep them waiting for each other: two were 1.5 times as
     quick as one.
     """
 

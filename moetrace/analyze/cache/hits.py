@@ -1,6 +1,6 @@
 """How often experts would have been in a cache: LRU, LFU and Belady, over the accesses of a trace, at given capacities.
 
-What counts as an access, and how a victim is found, is in `accesses` and `eviction`; docs/cache.md says it for users.
+The definition of an access is in `accesses`, that of a victim in `eviction`; docs/cache.md explains both to users.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,7 +88,7 @@ _SCHEMA = {
 
 
 class Capacity(NamedTuple):
-    """What a cache holds at most: so many `unit` ("experts" or "bytes") of all layers together."""
+    """The limit of a cache: a number of `unit` ("experts" or "bytes") of all layers together."""
 
     amount: int
     unit: str
@@ -96,7 +96,7 @@ class Capacity(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What `cache_hits` is asked for, checked."""
+    """The checked arguments of `cache_hits`."""
 
     capacities: list[Capacity]
     policies: dict[str, CachePolicy]
@@ -147,8 +147,8 @@ def cache_hits(
         policies: Cache policies, keys of `POLICIES`. By default lru, lfu and belady.
         scope: "global" is one cache; "layer" gives each layer its own, of an equal part of the capacity; "request" is
             one cache that is emptied, and forgets, whenever no request is under way.
-        budget: Of scope "layer", how many experts each layer's cache holds: a CSV file with a number a line, or "auto",
-            which goes by what the first prompts chose.
+        budget: With scope "layer", how many experts each layer's cache holds: a CSV file with a number a line, or
+            "auto", which goes by the choices of the first prompts.
         sequential: Demand experts one access at a time instead of together.
         model: A preset's name, a TOML file or a Model, for the sizes of experts that the trace does not hold. By
             default the preset that the trace names.
@@ -235,7 +235,7 @@ def hindsight_set(
 def _replay(
     trace: Trace, asked: Asked, requests: RequestGroups, progress: Callable[[int], object] | None
 ) -> tuple[DemandCounts, dict[str, list[HitTally]]]:
-    """Return what was demanded, and what each policy hit at each capacity."""
+    """Return the demand, and the hits of each policy at each capacity."""
     keys, pools = trace.layers * trace.num_experts, trace.layers if asked.scope == "layer" else 1
     size = np.zeros(keys, np.int64) if asked.sizes is None else asked.sizes.reshape(-1)
     count, block_rows = np.zeros(0, np.int64), max(1, _BLOCK_IDS // (trace.layers * trace.top_k))

@@ -45,7 +45,7 @@ class NextUses:
     def of(self, block: Accesses) -> np.ndarray:
         """Return the next use of each access of the next block, int64 [n].
 
-        NEVER minus its own number if there is none: of those, the one accessed longest ago is farthest.
+        NEVER minus its own number for the last access: among those, the key accessed longest ago is farthest.
         """
         next_use = np.empty(block.key.size, np.int64)
         upcoming = self._table(self._done).copy()

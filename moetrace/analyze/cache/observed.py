@@ -1,4 +1,4 @@
-"""Which policy and budget explain a hit rate that was measured: a search for the capacity at which each reaches it."""
+"""Policies and budgets that explain a measured hit rate: a search for the capacity at which each reaches it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,7 +118,7 @@ class _BudgetSearch:
         self.all = self.bytes if self.in_bytes and self.bytes is not None else self.experts
 
     def capacity(self, amount: int) -> Capacity:
-        """Return a capacity of so many experts, or bytes where experts differ in size."""
+        """Return a capacity in experts, or bytes where experts differ in size."""
         if self.in_bytes:
             return Capacity(amount, "bytes", f"{amount / 2**20:.1f}MiB")
         return Capacity(amount, "experts", str(amount))

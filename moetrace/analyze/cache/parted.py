@@ -9,7 +9,7 @@ from moetrace.analyze.cache.kernels.replays import Budget, Replay
 
 
 def cold_replay(make: Callable[[], Replay], cold: np.ndarray, layers: int) -> Replay:
-    """Return a replay that ``make`` makes anew before each step of ``cold``, int64 [n] in order."""
+    """Return a replay that ``make`` creates again before each step of ``cold``, int64 [n] in order."""
     state = {"replay": make(), "steps": 0}
 
     def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Is it the policy or the working set? What Belady's policy would hit more, in points, in time, and as a verdict."""
+"""Is it the policy or the working set? Further hits of Belady's policy, in points, in time, and as a verdict."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +23,7 @@ _COLUMNS = {
 
 
 class LinkCost(NamedTuple):
-    """What fetching an expert takes: `bytes / bytes_s + latency_s` (timing model, section 2)."""
+    """Time to fetch an expert: `bytes / bytes_s + latency_s` (timing model, section 2)."""
 
     bytes_s: float
     latency_s: float
@@ -43,11 +43,11 @@ def link_of(system: System | str | Path, known: bool) -> LinkCost:
 
 
 def with_regret(frame: pl.DataFrame, link: LinkCost | None) -> pl.DataFrame:
-    """Add columns to the frame of `cache_hits`, float64 but for the verdict, null where there is nothing to say.
+    """Add columns to the frame of `cache_hits`, float64 except the verdict, null if undefined.
 
     regret_points: 100 x (Belady's hit rate - its own), of the same capacity and phase. miss_ms_per_step: time to fetch
-    what is missed, one expert after another, on average. regret_ms_per_step: how much more than Belady's. verdict: of
-    the capacity and phase, the same for all its policies (see docs/cache.md): "policy", "working set" or "neither".
+    the missed experts, one after another, on average. regret_ms_per_step: how much more than Belady's. verdict: of the
+    capacity and phase, the same for all its policies (see docs/cache.md): "policy", "working set" or "neither".
     """
     rows, of_case = frame.rows(named=True), {}
     for row in rows:
@@ -73,7 +73,7 @@ def _less(a: float | None, b: float | None, unit: float) -> float | None:
 
 
 def _verdict(of: dict[str, dict]) -> str | None:
-    """Return the verdict on a capacity and phase, from the row of each policy; None if there can be none."""
+    """Return the verdict on a capacity and phase, from the row of each policy; None if undefined."""
     usable, belady = [of[name]["hits"] for name in _usable(of)], of.get(YARDSTICK)
     if belady is None or not usable or not belady["accesses"]:
         return None
@@ -84,7 +84,7 @@ def _verdict(of: dict[str, dict]) -> str | None:
 
 
 def _usable(policies: Iterable[str]) -> list[str]:
-    """Policies that an engine may have: those that do not know the trace beforehand."""
+    """Policies that an engine may have: those that do not know the trace in advance."""
     return [name for name in dict.fromkeys(policies) if not find("residency", name).knows_future]
 
 

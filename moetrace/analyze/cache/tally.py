@@ -33,7 +33,7 @@ class RequestGroups(NamedTuple):
 
 
 class HitTally(NamedTuple):
-    """What one policy at one capacity hit so far, by phase of step."""
+    """Hits of one policy at one capacity so far, by phase of step."""
 
     # int64 [phases, 7]: hits, missed bytes, accesses with a record, and those that agree with it, rows and steps whose
     # choices all hit, and accesses that hit by the record
@@ -43,7 +43,7 @@ class HitTally(NamedTuple):
     many_misses: list[Counter[int]]  # [phases]: the same from _FEW on
 
     def step_misses(self, phases: Sequence[int]) -> Counter[int]:
-        """How many steps of some phases had so many misses."""
+        """How many steps of some phases had each number of misses."""
         few = self.few_misses[list(phases)].sum(0)
         found = np.flatnonzero(few)
         counts = Counter(dict(zip(found.tolist(), few[found].tolist(), strict=True)))
@@ -51,7 +51,7 @@ class HitTally(NamedTuple):
 
 
 class DemandCounts(NamedTuple):
-    """What was demanded so far, by phase of step, whoever hit it."""
+    """Demand so far, by phase of step, the same for all policies."""
 
     counts: np.ndarray  # int64 [phases, 5]: accesses, first accesses, steps, rows and steps with a choice
     group_accesses: np.ndarray  # int64 [phases, groups]
@@ -78,7 +78,7 @@ def requests_of(trace: Trace) -> RequestGroups:
 
 
 def no_tally(groups: int) -> HitTally:
-    """Return what is known before the first access."""
+    """Return the state before the first access."""
     phases = len(PHASE_NAMES)
     return HitTally(
         np.zeros((phases, _TOTALS), np.int64),
@@ -89,7 +89,7 @@ def no_tally(groups: int) -> HitTally:
 
 
 def no_demand(keys: int, groups: int) -> DemandCounts:
-    """Return what is known before the first access."""
+    """Return the state before the first access."""
     phases = len(PHASE_NAMES)
     return DemandCounts(np.zeros((phases, 5), np.int64), np.zeros((phases, groups), np.int64), np.zeros(keys, np.uint8))
 
@@ -171,7 +171,7 @@ def quantiles(step_misses: Counter[int]) -> list[int | None]:
 
 
 def intervals(hits: np.ndarray, accesses: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 2.5 and 97.5 % quantiles of hit rates, float64 [n], if requests are drawn anew (a bootstrap).
+    """Return the 2.5 and 97.5 % quantiles of hit rates, float64 [n], if requests are resampled (a bootstrap).
 
     hits and accesses int64 [n, groups]. Groups of requests are drawn with replacement, as many as there are, 1000 times
     over. NaN if there are fewer than two groups with accesses.
@@ -199,7 +199,7 @@ def _take(values, places, found):
 
 @kernel(inline=False)
 def _count(owners, counts, group_accesses):
-    """Add whole steps to counts int64 [phases, 5], but for what is in rows and first accesses, and to groups."""
+    """Add whole steps to counts int64 [phases, 5], without the fields of rows and first accesses, and to groups."""
     for step in range(owners.phase.size):
         phase, start, stop = owners.phase[step], owners.bounds[step], owners.bounds[step + 1]
         counts[phase, ACCESSED] += stop - start

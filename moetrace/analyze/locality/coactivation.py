@@ -60,7 +60,7 @@ def count_together(ids, together):
 def draw(cumulative, rows, k, random):
     """Return ids uint16 [rows, k]: each row draws distinct experts in proportion to the steps of cumulative int64 [E].
 
-    By trying again if an expert came before: a layer's counts give none more than 1 / k, so k tries are enough on
+    By trying again if an expert came before: a layer's counts give no expert more than 1 / k, so k tries are enough on
     average.
     """
     ids = np.empty((rows, k), np.uint16)

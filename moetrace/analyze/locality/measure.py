@@ -1,4 +1,4 @@
-"""`locality`: what the routing of a trace is like, layer by layer; every statistic is defined in docs/locality.md."""
+"""`locality`: statistics of a trace's routing, layer by layer; every statistic is defined in docs/locality.md."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ FRAMES = ("summary", "layers", "overlap", "hit_curve", "load")
 
 @dataclass(frozen=True)
 class Locality:
-    """What `locality` found. Nothing is pooled over layers.
+    """The result of `locality`. Nothing is pooled over layers.
 
     Attributes:
-        trace: Sizes of the trace and what was looked at, with plain values.
+        trace: Sizes of the trace and of the selection, as plain values.
         summary: A row for each statistic: its mean, median, min and max over the layers that have it.
         layers: A row for each layer, a column for each statistic; null where a layer does not have it.
         overlap: A row for each layer and lag: overlap as it is, shuffled within requests, shuffled globally.

@@ -1,4 +1,4 @@
-"""Overlap: the chance that an expert chosen at one token of a request is chosen again so many tokens later."""
+"""Overlap: the chance that an expert chosen at one token of a request is chosen again a number of tokens later."""
 
 from typing import NamedTuple
 

@@ -10,7 +10,7 @@ DISTANCES = 1 << 14  # reuse distances are told apart up to here; the last entry
 
 
 class Reuse(NamedTuple):
-    """What is known of each layer so far; feed it rows with `add` or `add_all`.
+    """The state of each layer so far; feed it rows with `add` or `add_all`.
 
     Stack distances are Mattson's (Mattson et al. 1970): how many other experts of the layer were accessed since the
     last access of this one. An LRU cache of C experts hits exactly the accesses of a stack distance below C, so one
@@ -29,7 +29,7 @@ class Reuse(NamedTuple):
 
 
 def no_reuse(layers: int, experts: int) -> Reuse:
-    """Return what is known before the first row."""
+    """Return the state before the first row."""
     return Reuse(
         np.zeros((layers, experts), np.int64),
         np.zeros((layers, DISTANCES + 1), np.int64),
@@ -42,7 +42,7 @@ def no_reuse(layers: int, experts: int) -> Reuse:
 
 
 def forget(reuse: Reuse) -> None:
-    """Begin with empty caches again, as if no expert had been chosen; what was counted stays."""
+    """Begin with empty caches again, as if no expert had been chosen; counts stay."""
     reuse.rank[:] = np.arange(reuse.rank.shape[1])
     reuse.last[:] = -1
 
@@ -91,7 +91,7 @@ def quantile(reuse: Reuse, layer: int, share: float) -> float:
 
 
 def share_within(reuse: Reuse, layer: int, distance: int) -> float:
-    """Return which share of the reuses come within so many rows; NaN if nothing is reused."""
+    """Return the share of the reuses within a number of rows; NaN if nothing is reused."""
     count = reuse.distance[layer]
     return float(count[: distance + 1].sum() / count.sum()) if count.any() else np.nan
 

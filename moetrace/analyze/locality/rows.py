@@ -1,7 +1,7 @@
-"""Which rows of a trace are looked at, one layer at a time: the arrays that every kernel of this folder takes.
+"""The selected rows of a trace, one layer at a time: the arrays that every kernel of this folder takes.
 
 A trace holds `[rows, layers, top_k]`, but every statistic is of one layer, so ids are turned into
-`ids` uint16 [layers, n, k], whatever their width in the file; `ABSENT` marks a choice that was not made.
+`ids` uint16 [layers, n, k], for any width in the file; `ABSENT` marks a choice that was not made.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ SAMPLE_ROWS = 1 << 16  # of a longer trace: 64 MB of ids for DeepSeek-V3, and st
 
 
 class Chosen(NamedTuple):
-    """Which rows count: of one phase ("prefill", "decode") or "all", with or without those at position 0."""
+    """The rows that count: of one phase ("prefill", "decode") or "all", with or without those at position 0."""
 
     phase: str = "all"
     skip_position_0: bool = False

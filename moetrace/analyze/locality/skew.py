@@ -53,7 +53,7 @@ def gini(count: np.ndarray) -> float:
 
 
 def top_share(count: np.ndarray, experts: int) -> float:
-    """Share of the choices that goes to the so many most chosen experts."""
+    """Share of the choices that goes to the given number of most chosen experts."""
     total = np.sum(count)
     return float(np.sort(count)[::-1][:experts].sum() / total) if total else np.nan
 

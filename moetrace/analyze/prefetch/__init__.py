@@ -1,1 +1,1 @@
-"""What a prefetch would bring in time, whatever the hardware."""
+"""Experts that a prefetch would bring in time, independent of the hardware."""

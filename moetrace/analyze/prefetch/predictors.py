@@ -1,9 +1,9 @@
 """Who names the experts that a layer will demand, some layers ahead, and what that is worth to an LRU cache, in Numba.
 
 When the router of a layer has spoken, a predictor names experts of the layer that comes `ahead` layers later (layers
-come round: the first one after the last). What will not be resident of them is fetched over a link, one after another
-in the order in which it was named, while layers compute; what would not arrive in time is not begun. What arrives in
-vain is dropped: the cache is as if nothing had been prefetched.
+come round: the first one after the last). Experts that will not be resident are fetched over a link, one after another
+in the order in which they were named, while layers compute; a fetch that would not arrive in time is not begun. Experts
+that arrive in vain are dropped: the cache is as if nothing had been prefetched.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ _LARGE = 1e100
 
 
 class Predictor(NamedTuple):
-    """What a predictor knows so far."""
+    """The state of a predictor."""
 
     kind: int
     most: int  # experts that it names; the oracle and what was recorded name any number
@@ -43,7 +43,7 @@ class Predictor(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What fetching and computing takes on a system; without one, fetching takes no time."""
+    """Times of fetching and computing on a system; without one, fetching takes no time."""
 
     size: np.ndarray  # int64 [keys]: bytes
     fetch_s: np.ndarray  # float64 [keys]
@@ -52,7 +52,7 @@ class Costs(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What a block of whole steps chose."""
+    """The choices of a block of whole steps."""
 
     experts: np.ndarray  # uint8 | uint16 [rows, layers, k]
     offset: np.ndarray  # int64 [steps + 1]
@@ -62,7 +62,7 @@ class Routing(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What is of one event only, and a clock, in seconds of computing."""
+    """The state of one event, and a clock, in seconds of computing."""
 
     names: np.ndarray  # int64 [experts]
     named: np.ndarray  # int64 [keys]: number of the last event for which it was named
@@ -96,7 +96,7 @@ def replay_predictor(
     routing: Routing,
     totals: np.ndarray,
 ) -> None:
-    """Let a predictor name experts for each event of a block, and add what came of it to totals int64 [phases, 8]."""
+    """Let a predictor name experts for each event of a block, and add the outcome to totals int64 [phases, 8]."""
     hit = np.empty(block.key.size, np.uint8)
     _replay(predictor, cache, costs, scratch, block, routing, hit, totals)
 
@@ -202,7 +202,7 @@ def _name(predictor, scratch, block, layer, start, stop, step):
 
 @kernel
 def _fetch(cache, costs, scratch, first_key, names, number, turn, totals):
-    """Fetch what is named, not resident and in time over the link; add to totals int64 [8]."""
+    """Fetch the named experts that are not resident and arrive in time over the link; add to totals int64 [8]."""
     begin_s = max(scratch.free_s[0], scratch.spoke_s[turn])
     for i in range(names):
         k = first_key + scratch.names[i]
@@ -218,7 +218,7 @@ def _fetch(cache, costs, scratch, first_key, names, number, turn, totals):
 
 @kernel
 def _judge(cache, costs, scratch, key, start, stop, number, totals):
-    """Add to totals int64 [8] what was right of the names for keys start up to stop, before they are demanded."""
+    """Add to totals int64 [8] the correct names for keys start up to stop, before they are demanded."""
     for i in range(start, stop):
         k = key[i]
         missed, named = cache.newer[k] < 0, scratch.named[k] == number
@@ -233,7 +233,7 @@ def _judge(cache, costs, scratch, key, start, stop, number, totals):
 
 @kernel
 def _observe(predictor, costs, scratch, key, layer, start, stop):
-    """Learn what was demanded, and how long the layer computes at least."""
+    """Learn the demand, and the least time that the layer computes."""
     experts = scratch.score.size
     seconds = costs.dense_s
     for i in range(start, stop):

@@ -1,4 +1,4 @@
-"""What prefetch predictors are worth to an LRU cache of experts; `predictors` and docs/prefetch.md define all of it."""
+"""The value of prefetch predictors to an LRU cache of experts; `predictors` and docs/prefetch.md define all figures."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from moetrace.trace.schema import PHASE_NAMES, Block, absent_id, check_ids
 PREDICTORS = {
     "last-token": "the experts of the layer's last event, the last one first",
     "frequency": "the experts that the layer demanded most often so far",
-    "ewma": "the same, but accesses count 0.7 times as much with each step that passes",
+    "ewma": "the same, but the weight of an access is multiplied by 0.7 with each step that passes",
     "transition": "the experts that follow those of the layer before most often, in other requests",
     "recorded": "what the engine recorded as prefetched",
     "oracle": "the experts that will be demanded, each with the probability --recall",
@@ -78,7 +78,7 @@ def prefetch_value(
     Args:
         trace: A trace or the path of its file.
         capacity: Size of the cache, over all layers together: experts (48) or bytes ("100MB").
-        names: Predictors, keys of `PREDICTORS`. By default all but "recorded".
+        names: Predictors, keys of `PREDICTORS`. By default all except "recorded".
         scope: "global" is one cache; "layer" gives each layer its own, of an equal part of the capacity.
         most: How many experts a predictor names for an event. By default the trace's top_k. "oracle" and "recorded"
             name any number.
@@ -86,7 +86,7 @@ def prefetch_value(
         recall: Chance with which "oracle" names a demanded expert, from 0 to 1.
         seed: Seed of the oracle.
         model: A preset's name, a TOML file or a Model, for sizes and times. By default the preset that the trace names.
-        system: A preset's name, a TOML file or a System, whose link decides what is timely. By default none.
+        system: A preset's name, a TOML file or a System, whose link decides which fetches are in time. By default none.
         progress: A function that gets the number of rows of each block.
 
     Returns:

@@ -9,7 +9,7 @@ QUESTIONS = {
     "balance": "How evenly placements and plans spread the work.",
     "cache": "Hit rates of caches of experts.",
     "locality": "How skewed, repetitive and predictable the routing is.",
-    "prefetch": "What predictors of the next layer's experts are worth to a cache.",
+    "prefetch": "The value of predictors of the next layer's experts to a cache.",
 }
 
 

@@ -35,7 +35,7 @@ BUDGET = _Budget()
 
 
 class _PolicyName(click.ParamType):
-    """A name of a cache policy; what others there are is read only where that is none."""
+    """A name of a cache policy; installed ones are read only if no built-in one has the name."""
 
     name = "policy"
 
@@ -77,8 +77,8 @@ class _PolicyName(click.ParamType):
     "--budget",
     type=BUDGET,
     metavar="B",
-    help="Of --scope layer, the experts that each layer's cache holds: FILE.csv with a number a line, or auto, by what "
-    "the first prompts chose.",
+    help="With --scope layer, the experts that each layer's cache holds: FILE.csv with a number a line, or auto, by "
+    "the choices of the first prompts.",
 )
 @click.option(
     "--phase",
@@ -90,12 +90,12 @@ class _PolicyName(click.ParamType):
     "--model",
     type=MODEL,
     metavar="M",
-    help="Preset or model file with the sizes of experts, if the trace has none.",
+    help="Preset or model file with the sizes of experts, if the trace has no sizes.",
 )
 @click.option(
-    "--system", type=SYSTEM, metavar="S", help="Preset or TOML file of the machine that fetches what is missed."
+    "--system", type=SYSTEM, metavar="S", help="Preset or TOML file of the machine that fetches missed experts."
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the bootstrap.")
 @click.option(
     "--observed",
     metavar="RATE",
@@ -103,7 +103,7 @@ class _PolicyName(click.ParamType):
     "trace's own record. It is that of decode steps if there are, else of all, unless --phase says otherwise.",
 )
 @click.option("--curve", is_flag=True, help="Say instead what LRU caches of every capacity hit, from one pass.")
-@click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Of a curve by layer.")
+@click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Phase of a curve by layer.")
 @click.option(
     "--export",
     "out",
@@ -119,9 +119,10 @@ def command(
     """Say how often experts would have been in a cache of a given size, under each policy.
 
     The experts of one layer in one step are demanded together, each one time, however many rows chose it; caches start
-    empty. Belady's policy knows the future: at equal sizes no other keeps more of what is needed, and what it misses
-    is more than fits. Hit rates come with half of their 95 % confidence interval over requests. If the trace holds what
-    its engine recorded, the last column says how much of that each cache reproduces. docs/cache.md defines all of it.
+    empty. Belady's policy knows the future: at equal sizes no other keeps more of the needed experts, and its misses
+    are more than fits. Hit rates come with half of their 95 % confidence interval over requests. If the trace holds
+    what its engine recorded, the last column says how much of that each cache reproduces. docs/cache.md defines all of
+    it.
     """
     from moetrace.cli.progress import LateBar
     from moetrace.trace import Trace
@@ -289,7 +290,7 @@ def _export(out: Path, trace: "Trace", asked: dict[str, Any]) -> None:
 
 
 def _sixteenths(trace: "Trace", asked: dict[str, Any], shares: Iterable[int]) -> list[str]:
-    """Capacities of so many sixteenths of all experts; in bytes if those that were asked for are."""
+    """Capacities of the given sixteenths of all experts; in bytes if the requested ones are."""
     from moetrace.analyze.cache.hits import parse_capacity
     from moetrace.analyze.sizes import expert_bytes, own_experts
 

@@ -24,11 +24,11 @@ FRAMES = ("layers", "summary", "overlap", "hit_curve", "load")
     type=click.Choice(["all", "prefill", "decode"]),
     default="all",
     show_default=True,
-    help="Which rows to look at, as if there were no others.",
+    help="The rows to use, as if there were no others.",
 )
 @click.option("--skip-position-0", is_flag=True, help="Leave out the first row of each request, an attention sink.")
 @click.option("--no-pairs", is_flag=True, help="Leave out co-activation, which takes longest.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the shuffles.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the shuffles.")
 @click.option(
     "--sample-rows",
     type=click.IntRange(1, 2**31 - 1),
@@ -44,7 +44,9 @@ FRAMES = ("layers", "summary", "overlap", "hit_curve", "load")
     help="A table to read; everything as JSON; or one frame as CSV or Parquet.",
 )
 @safe_csv_option
-@click.option("--frame", type=click.Choice(FRAMES), help="Which one, with --format csv or parquet.  [default: layers]")
+@click.option(
+    "--frame", type=click.Choice(FRAMES), help="The table to print, with --format csv or parquet. [default: layers]"
+)
 @click.option(
     "-o",
     "--output",

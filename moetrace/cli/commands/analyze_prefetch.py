@@ -33,7 +33,9 @@ _HEADERS = {
 @click.command("prefetch")
 @click.argument("trace", type=ANY_PATH, metavar="TRACE.h5")
 @click.option(
-    "--capacity", metavar="C", help="Of the LRU cache, as in analyze cache; by default a quarter of all experts."
+    "--capacity",
+    metavar="C",
+    help="Capacity of the LRU cache, as in analyze cache; by default a quarter of all experts.",
 )
 @click.option(
     "--predictor",
@@ -46,8 +48,8 @@ _HEADERS = {
 )
 @click.option("--most", type=click.IntRange(1), metavar="M", help="Experts to name a layer; by default the top-k.")
 @click.option("--ahead", type=int, default=1, show_default=True, metavar="D", help="Layers that they are named ahead.")
-@click.option("--recall", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Of the oracle.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the oracle.")
+@click.option("--recall", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Recall of the oracle.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the oracle.")
 @scope_option
 @click.option("--phase", type=click.Choice(["all", "prefill", "decode", "mixed"]), help="Print only this phase.")
 @click.option(

@@ -40,15 +40,15 @@ class _TokenCount(click.types.IntParamType):
 )
 @click.option("--batch", default=1, show_default=True, help="Requests that decode together.")
 @click.option("--max-prompt", type=int, metavar="N", help="Cut prompts to their first N tokens.")
-@click.option("--temperature", default=0.0, show_default=True, help="Of the sampling; 0: greedy.")
-@click.option("--seed", default=0, show_default=True, help="Of the sampling.")
+@click.option("--temperature", default=0.0, show_default=True, help="Temperature of the sampling; 0: greedy.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-sequence token.")
 @click.option(
     "--dtype",
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "bfloat16", "float16", "float32", "float64"]),
-    help="Of the weights; auto: as they are stored.",
+    help="Data type of the weights; auto: as they are stored.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto: cuda if there is one.")
 @click.option(
@@ -71,8 +71,8 @@ def command(
     prompt is one prefill step. Then --batch requests decode together with a KV cache, one row of each a step.
 
     Needs PyTorch and Transformers: pip install '.[capture]'. Nothing is downloaded, no code of the model's is
-    run, and weights are read from safetensors only. What `moetrace lint` finds in the new trace is said on stderr, and
-    does not change the exit code.
+    run, and weights are read from safetensors only. Findings of `moetrace lint` in the new trace go to stderr, and do
+    not change the exit code.
     """
     # Transformers fetches kernels for some quantizations, whatever it is told about local files.
     os.environ["HF_HUB_OFFLINE"] = "1"

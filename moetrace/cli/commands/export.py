@@ -50,33 +50,33 @@ FORMATS = (
     metavar="FILE.csv",
     help="Keep these experts, as `analyze cache --export` writes them.",
 )
-@click.option("--policy", metavar="NAME", help="Of a RESULT: the policy, if there are several.")
+@click.option("--policy", metavar="NAME", help="With a RESULT: the policy, if there are several.")
 @click.option(
     "--trace",
     "replayed",
     type=ANY_PATH,
     metavar="TRACE.h5",
-    help="Of a RESULT: the trace that was replayed, if the model does not say which layers have experts.",
+    help="With a RESULT: the trace that was replayed, if the model does not say which layers have experts.",
 )
-@click.option("--units", type=click.IntRange(min=1), metavar="N", help="Of an expert map: units that share the slots.")
+@click.option("--units", type=click.IntRange(min=1), metavar="N", help="For an expert map: units that share the slots.")
 @click.option(
     "--redundant",
     type=click.IntRange(min=0),
     metavar="R",
-    help="Of an expert map: EPLB's further copies a layer; by default one a unit or more.",
+    help="For an expert map: EPLB's further copies a layer; by default one a unit or more.",
 )
 @click.option(
     "--plan",
     type=ANY_PATH,
     metavar="FILE",
-    help="Of an expert map: write this plan (SGLang's, vLLM's or vllm-ascend's .json, TensorRT-LLM's .yaml) instead of "
-    "EPLB's.",
+    help="For an expert map: write this plan (SGLang's, vLLM's or vllm-ascend's .json, TensorRT-LLM's .yaml) instead "
+    "of EPLB's.",
 )
 @click.option(
     "--dram-slots",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Of e4b-placement: experts that main memory holds; by default all others.",
+    help="For e4b-placement: experts that main memory holds; by default all others.",
 )
 def command(
     trace: Path,
@@ -109,11 +109,11 @@ def command(
     vllm-map                           which expert is in each slot, for vLLM
     vllm-ascend-map                    the same, for vllm-ascend
 
-    A set is what --slots, --layer-slots or --set says. A map is EPLB's plan for --units, or that of --plan, whose
-    units are so many. From a trace that holds counts alone, all but the first three formats can be written.
+    A set is what --slots, --layer-slots or --set says. A map is EPLB's plan for --units, or that of --plan, which must
+    have that number of units. A trace that holds only counts can be written in all formats except the first three.
 
-    Of a RESULT, a folder of `moetrace replay -o`, the set is what the policy keeps for good, and a map is its
-    placement; --to says the format.
+    For a RESULT, a folder of `moetrace replay -o`, the set is the experts that the policy keeps permanently, and a map
+    is its placement; --to gives the format.
     """
     from moetrace.cli.progress import LateBar
     from moetrace.exports import export
@@ -126,7 +126,7 @@ def command(
     if trace.is_dir():
         if phase or units or redundant is not None or plan or kept[:3] != (None,) * 3:
             raise UsageError(
-                f"{trace} is a replay's result, whose policy says what is kept: give no --phase, --slots, "
+                f"{trace} is a replay's result, whose policy decides the experts: give no --phase, --slots, "
                 f"--layer-slots, --set, --units, --redundant and --plan."
             )
         if form is None:

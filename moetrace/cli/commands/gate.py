@@ -47,7 +47,7 @@ _SUMMARY = "GITHUB_STEP_SUMMARY"
     default="worse,missing,changed",
     show_default=True,
     metavar="VERDICTS",
-    help="Verdicts that end with exit code 3; any is all but same.",
+    help="Verdicts that end with exit code 3; any is all except same.",
 )
 @click.option("--update", is_flag=True, help="Accept: write the figures of DIR to the baseline.")
 @click.option("--junit", type=ANY_PATH, metavar="FILE.xml", help="Also write JUnit XML.")
@@ -69,7 +69,8 @@ def command(
     """Compare the figures of a sweep or a replay with a committed baseline.
 
     DIR is what moetrace sweep -o or moetrace replay -o wrote. Each of its cells is worse, missing, changed (other
-    inputs, or a metric moved of which neither less nor more is better), better, new or the same; what changed is named.
+    inputs, or a metric moved of which neither less nor more is better), better, new or the same; the table names the
+    changes.
 
     Where GITHUB_STEP_SUMMARY is set, the Markdown is added to that file.
 
@@ -184,7 +185,7 @@ def _print_cells(cells: Sequence["Judged"]) -> None:
 
 
 def _say(found: "Gate", baseline: Path) -> None:
-    """Say on stderr what is no verdict on a cell."""
+    """Print notes that are not a verdict on a cell to stderr."""
     for note in found.notes:
         say(f"moetrace: note: {printable(note)}")
     if found.updated:

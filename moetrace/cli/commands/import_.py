@@ -47,7 +47,7 @@ FORMATS = (
     "form",
     type=click.Choice(FORMATS),
     metavar="FORMAT",
-    help=f"Of the sources, one of {', '.join(FORMATS)}; seen from their content if not given.",
+    help=f"Format of the sources, one of {', '.join(FORMATS)}; detected from their content if not given.",
 )
 @click.option(
     "--model",
@@ -136,7 +136,7 @@ def command(
     """Turn what an engine recorded into the trace file OUT.h5.
 
     SOURCE is a file, or a folder for all its files of one format. Several sources follow one another in one trace,
-    their requests numbered anew. What a format does not hold, such as the number of experts, comes from --model, or
+    their requests renumbered. Values that a format does not hold, such as the number of experts, come from --model, or
     from --experts and --top-k.
 
     Where a source does not say its steps, consecutive prefill rows of a request become one step, each decode row a
@@ -154,7 +154,7 @@ def command(
     Rows of cached prompts, padding and answers without routing are left out, answers that continue an earlier one
     join its request; a note says how many.
 
-    What `moetrace lint` finds in the new trace is said on stderr, and does not change the exit code.
+    Findings of `moetrace lint` in the new trace go to stderr, and do not change the exit code.
     """
     if (as_phase is None) != (prompt is None and steps is None):
         raise UsageError("--as decode and --prompt P need each other, or --as decode and --steps A:B.")

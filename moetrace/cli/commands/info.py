@@ -102,6 +102,6 @@ def _spread(spread: dict[str, float] | None) -> str:
 
 
 def _short(value: object, most: int = 54) -> str:
-    """What fits in 80 columns; --format json has it all."""
+    """The figures that fit in 80 columns; --format json has all."""
     text = figure(value)
     return text if len(text) <= most else text[: most - 1] + "…"

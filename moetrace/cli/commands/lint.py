@@ -25,7 +25,7 @@ _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
 
 
 def drop_options(command):
-    """`--drop-warmup` and `--drop-dense`, for whatever writes a trace."""
+    """`--drop-warmup` and `--drop-dense`, for the commands that write a trace."""
     dense = click.option("--drop-dense", is_flag=True, help="Leave out layers that did not route.")
     warmup = click.option("--drop-warmup", is_flag=True, help="Leave out the rows of the engine's warm-up.")
     return warmup(dense(command))
@@ -45,7 +45,7 @@ def command(
     With --drop-warmup or --drop-dense, FIXED.h5 becomes a copy without those rows or layers, and it is FIXED.h5 that is
     judged.
 
-    Exit code 3 if there is an error or a warning, else 0: notes say what is legitimate, but has to be known.
+    Exit code 3 if there is an error or a warning, else 0: notes are legitimate, but should be known.
     """
     from moetrace.cli.progress import LateBar
     from moetrace.lints import lint
@@ -80,7 +80,7 @@ def command(
 
 
 def say_left_out(left_out: "LeftOut") -> str:
-    """What was left out, for people."""
+    """The rows and layers left out, for people."""
     parts = []
     if left_out.rows:
         parts.append(f"{counted(left_out.rows, 'row')} of warm-up")
@@ -90,7 +90,7 @@ def say_left_out(left_out: "LeftOut") -> str:
 
 
 def say_found(trace: "Trace") -> None:
-    """Judge a trace that was just written, and say on stderr what was found, a line each."""
+    """Check a trace that was just written, and print the findings to stderr, a line each."""
     from moetrace.cli.progress import LateBar
     from moetrace.lints import lint
 

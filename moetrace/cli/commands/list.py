@@ -1,4 +1,4 @@
-"""`moetrace list`: the presets, each with its main figures, and whatever else has a name, with what it means."""
+"""`moetrace list`: the presets, each with its main figures, and all other names, with their meanings."""
 
 import itertools
 import re
@@ -82,7 +82,7 @@ _NAMED = {
 @click.argument("kind", type=click.Choice([*_HEADERS, *_CHOICES, *_NAMED]), metavar="KIND")
 @format_option
 def command(kind: str, form: str) -> None:
-    """List what has a name, with what it means.
+    """List names with their meanings.
 
     \b
     KIND is one of
@@ -146,7 +146,7 @@ def _profile_row(name: str) -> dict[str, object]:
 
 
 def _print_systems(rows: list[dict[str, object]]) -> None:
-    """Print a table in as many parts as the width asks for: in one, the names of GPUs would break over lines."""
+    """Print a table in several parts if the width requires it: in one, the names of GPUs would break over lines."""
     from moetrace.cli.tables.parts import TextColumn, print_parts
 
     def column(key: str) -> TextColumn:

@@ -40,7 +40,9 @@ from moetrace.spec.errors import UsageError, counted
     show_default=True,
     help="Take requests as they come in the traces, or in an order drawn from --seed.",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="Of --order shuffle; same seed, same bytes.  [default: 0]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), help="Seed of --order shuffle; same seed, same bytes.  [default: 0]"
+)
 @click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
 def command(
     traces: tuple[Path, ...],
@@ -62,7 +64,7 @@ def command(
     --verify K asks what speculation costs: every step has K rows of a request, of which it keeps --accept A, and
     `moetrace replay` says how many it must keep to pay.
 
-    Ids, gates, tokens and positions stay as they are, and requests are numbered anew; a recorded residency belongs to
+    Ids, gates, tokens and positions stay as they are, and requests are renumbered; a recorded residency belongs to
     the old order and is left out.
     """
     if accept is not None and verify is None:

@@ -39,10 +39,18 @@ _COUNT = click.IntRange(min=1, max=2**31 - 1)
 )
 @click.option("--experts", type=_COUNT, metavar="E", help="Experts a layer, without --model.")
 @click.option("--top-k", type=_COUNT, metavar="K", help="Experts a token, without --model; vLLM says it.")
-@click.option("--layers", type=_COUNT, metavar="L", help="Layers with experts, without --model, if some have none.")
+@click.option(
+    "--layers", type=_COUNT, metavar="L", help="Layers with experts, without --model, if some layers have no experts."
+)
 @click.option("--max-tokens", type=_COUNT, default=128, show_default=True, help="Most output tokens of each prompt.")
-@click.option("--temperature", type=_Number(0, 100), default=0.0, show_default=True, help="Of the sampling; 0: greedy.")
-@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), help="Of the sampling; else the server's own.")
+@click.option(
+    "--temperature",
+    type=_Number(0, 100),
+    default=0.0,
+    show_default=True,
+    help="Temperature of the sampling; 0: greedy.",
+)
+@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), help="Seed of the sampling; else the server's own.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-sequence token.")
 @click.option("--prefix-cache", is_flag=True, help="Let prompts share the server's prefix cache.")
 @click.option("--keep-cached", is_flag=True, help="Keep the rows of cached prompts, which no forward pass computed.")
@@ -70,7 +78,11 @@ _COUNT = click.IntRange(min=1, max=2**31 - 1)
     help="How often a prompt is asked again if the server fails.",
 )
 @click.option(
-    "--header", "headers", multiple=True, metavar="'Name: value'", help="Of each request; may be given several times."
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="'Name: value'",
+    help="Header of each request; may be given several times.",
 )
 @click.option("--strict", is_flag=True, help="Write no trace if a prompt failed.")
 @click.option("--keep-answers", is_flag=True, help="Keep OUT.h5.answers.jsonl when the trace is written.")
@@ -83,10 +95,10 @@ def command(url: str, prompts: Path, out: Path, model: str | None, headers: tupl
     of the trace are in the order of the prompts.
 
     Answers are kept in OUT.h5.answers.jsonl until the trace is written. After an interruption, or if the server ended,
-    the same command asks only for what is missing. A prompt that failed is left out, and a note says why.
+    the same command asks only for the missing answers. A prompt that failed is left out, and a note says why.
 
-    A key comes from --header 'Authorization: Bearer ...' or from OPENAI_API_KEY, and goes to URL only. What `moetrace
-    lint` finds in the new trace is said on stderr, and does not change the exit code.
+    A key comes from --header 'Authorization: Bearer ...' or from OPENAI_API_KEY, and goes to URL only. Findings of
+    `moetrace lint` in the new trace go to stderr, and do not change the exit code.
     """
     from moetrace.cli.progress import LateBar
     from moetrace.importers.captured import Hints

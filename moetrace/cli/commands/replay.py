@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _window(timeline: bool, window: str | None, folder: Path | None) -> bool | tuple[int | None, int | None]:
-    """What `--timeline` and `--window` ask for, as `moetrace.replay` takes it."""
+    """The values of `--timeline` and `--window`, as `moetrace.replay` takes them."""
     if window is not None and not timeline:
         raise UsageError("--window says which steps a timeline covers: add --timeline.")
     if timeline and folder is None:
@@ -130,7 +130,7 @@ def command(
     --regret solves each layer by dispatch optimal, too, from the same state: what the decisions cost beside the best.
 
     --set model.FIELD, system.FIELD and policy.FIELD change the specs, the last in every policy; policy.NAME.FIELD
-    changes the policy of that name alone.
+    changes only the policy of that name.
     """
     from moetrace.cli.progress import LateBar
     from moetrace.trace import Trace

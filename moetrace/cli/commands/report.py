@@ -10,8 +10,8 @@ from moetrace.cli.options.paths import ANY_PATH
 @click.command()
 @click.argument("folder", type=ANY_PATH, metavar="DIR")
 @click.option("-o", "--output", type=ANY_PATH, required=True, metavar="FILE.html", help="Write the page here.")
-@click.option("--cache", type=ANY_PATH, metavar="FILE", help="What `moetrace analyze cache --format json` printed.")
-@click.option("--balance", type=ANY_PATH, metavar="FILE", help="What `moetrace analyze balance --format json` printed.")
+@click.option("--cache", type=ANY_PATH, metavar="FILE", help="Output of `moetrace analyze cache --format json`.")
+@click.option("--balance", type=ANY_PATH, metavar="FILE", help="Output of `moetrace analyze balance --format json`.")
 def command(folder: Path, output: Path, cache: Path | None, balance: Path | None) -> None:
     """Make one HTML page of what `moetrace replay -o DIR` or `moetrace sweep -o DIR` wrote.
 

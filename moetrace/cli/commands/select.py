@@ -26,7 +26,7 @@ def _option(name: str, text: str):
 @_option("requests", "Requests, by their numbers in the trace.")
 @_option("layers", "Layers, by their numbers in the model.")
 @click.option("--phase", type=click.Choice(["prefill", "decode"]), help="Rows of one phase.")
-@click.option("--out", is_flag=True, help="Leave out what is said instead of keeping it.")
+@click.option("--out", is_flag=True, help="Leave out the selected part instead of keeping it.")
 @click.option("--renumber", is_flag=True, help="Number requests from 0, and the positions of each from 0.")
 @click.option("--first-layer", type=click.IntRange(0, 65535), metavar="N", help="Number of the first layer in OUT.h5.")
 @click.option("--compress", type=click.Choice(["zstd", "gzip"]), help="Smaller, but slower to read.")
@@ -40,7 +40,7 @@ def command(trace: Path, out_path: Path, compress: str | None, **wishes: Any) ->
     --renumber or --first-layer say otherwise.
     """
     if wishes["first_layer"] is None and not any(wishes[name] for name in _MEANT):
-        raise UsageError("say what is meant: --rows, --steps, --requests, --layers or --phase.")
+        raise UsageError("select something: --rows, --steps, --requests, --layers or --phase.")
     from moetrace.cli.progress import LateBar
     from moetrace.trace.format import Trace
     from moetrace.trace.select import select

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What holds where a parameter of a policy is not set.
 _UNSET = {
     "half_life": "not set: counts are never halved",
-    "gpu_layers": "not set: as many layers as fit",
+    "gpu_layers": "not set: the layers that fit",
     "gpu_layers_end": "not set: the last layers",
     "most_count": "not set: 12",
     "evicted_share": "not set: 0.5",

@@ -37,9 +37,9 @@ _COMMANDS = ("analyze", "generate", "replay", "sweep", "advise")
 def command(commands: tuple[str, ...]) -> None:
     """Compile what commands need, so that nobody has to wait later: of all, or of those that you name.
 
-    Analyze, generate, replay, sweep and advise compile; others do not, but for exports of plans. What was compiled is
-    kept in your cache folder, or in the one that NUMBA_CACHE_DIR names, until moetrace, Numba or the processor is
-    another one. It takes some minutes, and a few seconds if all is there already.
+    Analyze, generate, replay, sweep and advise compile; others do not, except exports of plans. Compiled code is kept
+    in your cache folder, or in the one that NUMBA_CACHE_DIR names, until moetrace, Numba or the processor changes. It
+    takes some minutes, and a few seconds if all is there already.
     """
     wanted = dict.fromkeys("replay" if name in ("advise", "sweep") else name for name in commands or _COMMANDS)
     with tempfile.TemporaryDirectory(prefix="moetrace-") as folder:
@@ -108,7 +108,7 @@ _LINES = {"generate": _generate, "replay": _replay, "analyze": _analyze}
 
 
 def _trace(folder: Path) -> list[str]:
-    """What generates the trace of as many experts as the folder's name says."""
+    """Options of generate for a trace with the number of experts in the folder's name."""
     model = folder.with_suffix(".toml")
     model.write_text(_MODEL.format(experts=folder.name), encoding="utf-8")
     return ["generate", f"{folder}.h5", "--model", str(model)]

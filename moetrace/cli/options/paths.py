@@ -1,4 +1,4 @@
-"""What a path on the command line may be."""
+"""Types of paths on the command line."""
 
 from pathlib import Path
 from typing import Any

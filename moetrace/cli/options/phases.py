@@ -1,4 +1,4 @@
-"""Which steps a command is asked to print, and which layers share a cache."""
+"""Options: the steps that a command prints, and the layers that share a cache."""
 
 from typing import TYPE_CHECKING
 

@@ -7,7 +7,7 @@ from click.shell_completion import CompletionItem
 
 
 class Named(click.ParamType):
-    """A text that is one of some names or, if none begins so, a file's path. What it names is checked elsewhere."""
+    """A text that is one of some names or, if none begins so, a file's path. The named file is checked elsewhere."""
 
     name = "text"
 
@@ -37,7 +37,7 @@ def _profiles() -> Iterable[str]:
 
 
 def complete_spec(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the name of a model, system or policy, whichever the argument before it says."""
+    """Complete the name of a model, system or policy, as the argument before it says."""
     kinds = {"model": MODEL, "system": SYSTEM, "policy": POLICY}
     return kinds[ctx.params["kind"]].shell_complete(ctx, param, incomplete) if ctx.params.get("kind") in kinds else []
 

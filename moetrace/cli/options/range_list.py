@@ -6,7 +6,7 @@ import click
 
 
 class RangeList(click.ParamType):
-    """`A:B,C,D:` as pairs of start and stop; a number alone is itself."""
+    """`A:B,C,D:` as pairs of start and stop; a single number is itself."""
 
     name = "ranges"
 

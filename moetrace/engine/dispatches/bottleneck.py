@@ -11,7 +11,7 @@ def refined(state, view, layer, load, plan):
 
 RECORD = Dispatch(
     name="bottleneck",
-    meaning="as cheapest; then what ends last gives up its costliest expert, while the layer gets faster",
+    meaning="as cheapest; then the device that ends last gives up its costliest expert, while the layer gets faster",
     tiers_hook=refined,
     parameters=("with_cpu",),
     beside_units=True,

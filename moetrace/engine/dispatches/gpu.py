@@ -1,4 +1,4 @@
-"""`gpu`: every expert on the GPU, fetching what is missing."""
+"""`gpu`: every expert on the GPU, fetching missing ones."""
 
 from moetrace.spec.choices import Dispatch
 

@@ -11,7 +11,7 @@ def hottest_by_rates(state, view, layer, load, plan):
 
 RECORD = Dispatch(
     name="hot:ratio",
-    meaning="as hot, but how many are fetched is the link's share of its own rate and home's memory bandwidth",
+    meaning="as hot, but the share that is fetched is link rate / (link rate + memory bandwidth of home)",
     tiers_hook=hottest_by_rates,
     partners=(("residency", "none"), ("prefetch", "none")),
     ignores_residency=True,

@@ -12,7 +12,7 @@ def where_weights_are(state, view, layer, load, plan):
 
 RECORD = Dispatch(
     name="in-place",
-    meaning="residents run on the GPU, the others at home; nothing is fetched, but for steps of many rows",
+    meaning="residents run on the GPU, the others at home; nothing is fetched, except in steps of many rows",
     hook=where_weights_are,
     parameters=("gpu_rows",),
     reads_state=False,

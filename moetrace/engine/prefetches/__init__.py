@@ -1,1 +1,1 @@
-"""What moves undemanded: a file a prefetch, each with its record. The folder is the registry (`spec/choices.py`)."""
+"""Prefetches move experts before demand: one file each, with a record. The folder is the registry (`spec.choices`)."""

@@ -1,11 +1,11 @@
-"""`none`: weights move on demand alone."""
+"""`none`: weights move only on demand."""
 
 from moetrace.engine.prefetch import NO_PREFETCH
 from moetrace.spec.choices import Prefetch
 
 RECORD = Prefetch(
     name="none",
-    meaning="weights move on demand alone",
+    meaning="weights move only on demand",
     rule=NO_PREFETCH,
     any_residency=True,
     list_order=10,

@@ -1,11 +1,11 @@
-"""`oracle:d`: what the next d layers need moves ahead, each expert with probability p."""
+"""`oracle:d`: experts that the next d layers need move ahead, each with probability p."""
 
 from moetrace.engine.prefetch import ORACLE
 from moetrace.spec.choices import Prefetch
 
 RECORD = Prefetch(
     name="oracle",
-    meaning="what the next d layers need moves ahead, with probability p",
+    meaning="experts that the next d layers need move ahead, with probability p",
     rule=ORACLE,
     parameters=("p", "seed", "prefetch_blocks"),
     letter="d",

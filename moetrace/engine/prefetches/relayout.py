@@ -5,7 +5,7 @@ from moetrace.spec.choices import Prefetch
 
 RECORD = Prefetch(
     name="relayout",
-    meaning="experts move to the GPU, over all units or to one unit, as their average load asks",
+    meaning="experts move to the GPU, over all units or to one unit, by their average load",
     rule=RELAYOUT,
     parameters=("prefetch_blocks",),
     residencies=("ewma",),

@@ -1,1 +1,1 @@
-"""What the GPU keeps: a file a residency, each with its record. The folder is the registry (`spec/choices.py`)."""
+"""Residencies decide what the GPU keeps: one file each, with a record. The folder is the registry (`spec.choices`)."""

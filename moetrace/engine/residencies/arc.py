@@ -4,8 +4,8 @@ from moetrace.spec.choices import CachePolicy, Residency
 
 RECORD = Residency(
     name="arc",
-    meaning="a balance of those demanded once and more often, led by what was evicted lately",
-    instead="is of moetrace analyze cache alone, where accesses come one at a time; take residency lru or lfu",
+    meaning="a balance of experts demanded once and more often, set by recent evictions",
+    instead="is only in moetrace analyze cache, where accesses come one at a time; use residency lru or lfu",
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:arc",
         one_at_a_time=True,

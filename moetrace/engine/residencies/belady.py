@@ -1,4 +1,4 @@
-"""`belady`: the GPU drops what is needed farthest in the future."""
+"""`belady`: the GPU evicts the expert whose next use is farthest in the future."""
 
 from moetrace.spec.choices import CachePolicy, Residency
 
@@ -11,7 +11,7 @@ def by_next_use(state, view, layer, load, plan):
 
 RECORD = Residency(
     name="belady",
-    meaning="the GPU drops what is needed farthest in the future",
+    meaning="the GPU evicts the expert whose next use is farthest in the future",
     hook=by_next_use,
     next_steps=True,
     knows_future=True,

@@ -1,4 +1,4 @@
-"""`ewma`: the GPU drops what has the least moving average of load."""
+"""`ewma`: the GPU evicts the expert with the least moving average of load."""
 
 from moetrace.engine.residency import faded, gained
 from moetrace.spec.choices import CachePolicy, Residency
@@ -14,7 +14,7 @@ def by_average(state, view, layer, load, plan):
 
 RECORD = Residency(
     name="ewma",
-    meaning="the GPU drops what has the least moving average of load",
+    meaning="the GPU evicts the expert with the least moving average of load",
     hook=by_average,
     parameters=("alpha",),
     prefetches=("oracle",),

@@ -1,10 +1,10 @@
-"""`fifo`: the GPU drops what it has kept longest."""
+"""`fifo`: the GPU evicts the expert that it has kept longest."""
 
 from moetrace.spec.choices import BY_ADMISSION, CachePolicy, Residency
 
 RECORD = Residency(
     name="fifo",
-    meaning="the GPU drops what it has kept longest",
+    meaning="the GPU evicts the expert that it has kept longest",
     order=BY_ADMISSION,
     prefetches=("oracle",),
     cache=CachePolicy(

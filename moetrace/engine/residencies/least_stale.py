@@ -1,4 +1,4 @@
-"""`least-stale` (arXiv 2602.03921): the GPU drops an expert of the layer that comes round last."""
+"""`least-stale` (arXiv 2602.03921): the GPU evicts an expert of the layer that comes last in order."""
 
 from moetrace.engine.residency import score_of_layer
 from moetrace.spec.choices import CachePolicy, Residency
@@ -18,7 +18,7 @@ def by_layer(state, view, layer, load, plan):
 
 RECORD = Residency(
     name="least-stale",
-    meaning="the GPU drops an expert of the layer that comes round last",
+    meaning="the GPU evicts an expert of the layer that comes last in order",
     hook=by_layer,
     prefetches=("oracle",),
     cache=CachePolicy(

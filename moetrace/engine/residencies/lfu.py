@@ -1,4 +1,4 @@
-"""`lfu`: the GPU drops what was demanded least, counts being halved every `half_life` steps."""
+"""`lfu`: the GPU evicts the expert demanded least, counts being halved every `half_life` steps."""
 
 from moetrace.engine.residency import demands
 from moetrace.spec.choices import CachePolicy, Residency
@@ -17,7 +17,7 @@ def by_frequency(state, view, layer, load, plan):
 
 RECORD = Residency(
     name="lfu",
-    meaning="the GPU drops what was demanded least",
+    meaning="the GPU evicts the expert demanded least",
     hook=by_frequency,
     parameters=("half_life",),
     prefetches=("oracle",),

@@ -1,4 +1,4 @@
-"""`lfu-in-cache`: the GPU drops what was demanded least since it is kept."""
+"""`lfu-in-cache`: the GPU evicts the expert demanded least since its admission."""
 
 from moetrace.engine.residency import demands
 from moetrace.spec.choices import CachePolicy, Residency
@@ -13,7 +13,7 @@ def by_frequency_in_cache(state, view, layer, load, plan):
 
 RECORD = Residency(
     name="lfu-in-cache",
-    meaning="the GPU drops what was demanded least since it is kept",
+    meaning="the GPU evicts the expert demanded least since its admission",
     hook=by_frequency_in_cache,
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:lfu_in_cache",

@@ -1,4 +1,4 @@
-"""`lfu-window`: the GPU drops what was demanded least in the last steps."""
+"""`lfu-window`: the GPU evicts the expert demanded least in the last steps."""
 
 from moetrace.engine.residency import a_step_on
 from moetrace.spec.choices import CachePolicy, Residency
@@ -18,7 +18,7 @@ def by_recent_frequency(state, view, layer, load, plan):
 
 RECORD = Residency(
     name="lfu-window",
-    meaning="the GPU drops what was demanded least in the last 48 steps",
+    meaning="the GPU evicts the expert demanded least in the last 48 steps",
     hook=by_recent_frequency,
     prefetches=("online", "oracle"),
     cache=CachePolicy(

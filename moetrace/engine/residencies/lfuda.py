@@ -14,7 +14,7 @@ def by_count_and_age(state, view, layer, load, plan):
 
 RECORD = Residency(
     name="lfuda",
-    meaning="the GPU drops what was demanded least, and forgets: counts are limited, and the cache ages",
+    meaning="the GPU evicts the expert demanded least, and forgets: counts are limited, and the cache ages",
     hook=by_count_and_age,
     parameters=("most_count", "evicted_share"),
     order=BY_AGE,

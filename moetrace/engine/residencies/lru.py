@@ -1,10 +1,10 @@
-"""`lru`: the GPU drops what was touched longest ago."""
+"""`lru`: the GPU evicts the least recently used expert."""
 
 from moetrace.spec.choices import BY_TOUCH, CachePolicy, Residency
 
 RECORD = Residency(
     name="lru",
-    meaning="the GPU drops what was touched longest ago",
+    meaning="the GPU evicts the least recently used expert",
     order=BY_TOUCH,
     prefetches=("oracle",),
     cache=CachePolicy(

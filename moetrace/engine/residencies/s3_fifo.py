@@ -4,8 +4,8 @@ from moetrace.spec.choices import CachePolicy, Residency
 
 RECORD = Residency(
     name="s3-fifo",
-    meaning="a small queue, whose experts go unless demanded twice, and a main one",
-    instead="is of moetrace analyze cache alone, where accesses come one at a time; take residency sieve or fifo",
+    meaning="a small queue, whose experts are evicted unless demanded twice, and a main one",
+    instead="is only in moetrace analyze cache, where accesses come one at a time; use residency sieve or fifo",
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:s3_fifo",
         one_at_a_time=True,

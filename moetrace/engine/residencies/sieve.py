@@ -1,10 +1,10 @@
-"""`sieve` (Zhang et al. 2024): the GPU drops the first not demanded since a hand passed it."""
+"""`sieve` (Zhang et al. 2024): the GPU evicts the first expert not demanded since a hand passed it."""
 
 from moetrace.spec.choices import BY_HAND, CachePolicy, Residency
 
 RECORD = Residency(
     name="sieve",
-    meaning="the GPU drops the first not demanded since a hand passed it",
+    meaning="the GPU evicts the first expert not demanded since a hand passed it",
     order=BY_HAND,
     prefetches=("oracle",),
     cache=CachePolicy(

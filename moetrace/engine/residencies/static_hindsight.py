@@ -28,7 +28,7 @@ def keep_most_demanded(policy: PolicySpec, state: "State", decoded: "Decoded") -
 
 RECORD = Residency(
     name="static-hindsight",
-    meaning="the GPU keeps what the whole trace demands most, once fetched",
+    meaning="the GPU keeps the experts that the whole trace demands most, once fetched",
     order=BY_TOUCH,
     admits=False,
     begin=keep_most_demanded,

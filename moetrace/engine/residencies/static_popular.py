@@ -1,4 +1,4 @@
-"""`static-popular`: the GPU keeps what the whole trace demands most, from the start: a profile made beforehand."""
+"""`static-popular`: the GPU keeps the experts that the whole trace demands most, from the start, as by a profile."""
 
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ def hold_most_demanded(policy: PolicySpec, state: "State", decoded: "Decoded") -
 
 RECORD = Residency(
     name="static-popular",
-    meaning="the GPU keeps what the whole trace demands most, from the start",
+    meaning="the GPU keeps the experts that the whole trace demands most, from the start",
     order=BY_TOUCH,
     admits=False,
     begin=hold_most_demanded,

@@ -4,8 +4,8 @@ from moetrace.spec.choices import CachePolicy, Residency
 
 RECORD = Residency(
     name="static-prefill",
-    meaning="what most rows of all prefill steps so far chose is kept",
-    instead="is of moetrace analyze cache alone; take residency prefill, which also forgets who has left",
+    meaning="the experts that most rows of all prefill steps so far chose are kept",
+    instead="is only in moetrace analyze cache; use residency prefill, which also forgets requests that have left",
     cache=CachePolicy(
         replays="moetrace.analyze.cache.kernels.replays:static_prefill",
         row_counts=True,

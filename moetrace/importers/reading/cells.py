@@ -1,4 +1,4 @@
-"""The cells of a table: what one token chose in one layer, whatever a row of the table holds."""
+"""The cells of a table: the choices of one token in one layer, for any content of a table's row."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ _PHASES = {"prefill": 0, "prompt": 0, "decode": 1, "generate": 1, "0": 0, "1": 1
 
 
 def token_keys(names: Collection[str]) -> list[str]:
-    """Which of the columns of each row tell tokens apart; a position does where nothing else numbers tokens."""
+    """The columns of each row that identify tokens; a position does if nothing else numbers tokens."""
     return [name for name in ("request", "step", "token" if "token" in names else "position") if name in names]
 
 
@@ -166,7 +166,7 @@ def _by_row(file: File, first: int, table: pl.DataFrame) -> dict[str, np.ndarray
 def _rows(
     file: File, first: int, table: pl.DataFrame, counted: dict[int, int], choices: bool
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What each row says of its token, and the layer of each."""
+    """The fields of each row about its token, and its layer."""
     where, rows = file.table.path, _by_row(file, first, table)
     if "layer" in file.columns:
         layer = _numbers(where, first, table[file.columns["layer"][0]], "layer")
@@ -262,7 +262,7 @@ def _narrow(where: Path, column: pl.Series) -> pl.Series:
 
 
 def _numbers(where: Path, first: int, column: pl.Series, meaning: str) -> np.ndarray:
-    """A column of integers; texts of phases are 0 and 1, those of requests are told apart by hash."""
+    """A column of integers; texts of phases are 0 and 1, those of requests are distinguished by hash."""
     if column.dtype.is_float():
         column = _whole(column)
     if column.null_count():
@@ -301,7 +301,7 @@ def _layers_of(where: Path, first: int, names: pl.Series) -> pl.Series:
 
 
 def _occurrence(layer: np.ndarray, counted: dict[int, int]) -> np.ndarray:
-    """Of each row, how many rows of its layer came before."""
+    """For each row, how many rows of its layer came before."""
     order = np.argsort(layer, kind="stable")
     kinds, starts, counts = np.unique(layer[order], return_index=True, return_counts=True)
     base = np.array([counted.get(one, 0) for one in kinds.tolist()])

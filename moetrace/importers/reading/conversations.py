@@ -1,4 +1,4 @@
-"""Which answers are of one request: chunks of a stream, prefill and decode servers, and turns of a conversation."""
+"""Find the answers of one request: chunks of a stream, prefill and decode servers, and turns of a conversation."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +82,7 @@ class Conversations:
 
     It has the id of an earlier answer and begins where that ended or later, or repeats its rows, or has the same prompt
     and ends where that began or earlier; or its prompt begins with all that an earlier answer routed, prompt and
-    output: the same tokens, or the same rows where tokens are not told.
+    output: the same tokens, or the same rows where tokens are unknown.
     """
 
     def __init__(self, absent: int, stored: Stored) -> None:
@@ -115,7 +115,7 @@ class Conversations:
         return self.earlier(first, told, ids, rows)
 
     def earlier(self, first: int, told: Told, ids: Ids, rows: int) -> Request | None:
-        """The request of which an answer, as of `found`, is a further turn, whatever its id."""
+        """The request of which an answer, as of `found`, is a further turn, for any id."""
         if told.prompt_ids:
             found = [self._of_tokens.get(key) for key in _prefixes(told.prompt_ids, self._lengths[0])]
             if known := next((request for request in reversed(found) if request), None):
@@ -151,7 +151,7 @@ class Conversations:
         return bool(cells.size == 0 or cells.mean() >= share)
 
     def forget(self, request: Request) -> None:
-        """A request that is no more one of its own has no next turn."""
+        """A request that was joined to another has no next turn."""
         for known in (self._of_tokens, self._of_rows):
             if request.key is not None and known.get(request.key) is request:
                 del known[request.key]

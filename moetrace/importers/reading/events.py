@@ -1,4 +1,5 @@
-"""Server-sent events, as which servers stream answers: the one place that tells a JSON value from what is around it.
+"""Server-sent events, as which servers stream answers: the one place that separates a JSON value from the text around
+it.
 
 Lines of a stream are `data: VALUE`, other fields (`event:`, `id:`, `retry:`) and comments (`: ping`), which keep a
 connection open; `data: [DONE]` ends it.
@@ -17,7 +18,7 @@ def is_event(text: bytes) -> bool:
 
 
 def payload(line: bytes) -> bytes:
-    """The JSON text of a line: without `data:`, empty where it holds none; a line of no stream as it is."""
+    """The JSON text of a line: without `data:`, empty for a line without JSON; a line outside of a stream as it is."""
     found = _LINE.match(line)
     if not found:
         return line

@@ -19,7 +19,7 @@ _PARSING = threading.Lock()
 
 
 class Header(NamedTuple):
-    """What an array says of itself; its data begin after `header_bytes`."""
+    """The header of an array; its data begin after `header_bytes`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -35,7 +35,7 @@ def read_header(where: str, file: IO[bytes]) -> Header:
     """Read the header at the beginning of `file`.
 
     Raises MoetraceError, beginning with `where`, if NumPy can't read it, or it announces Python objects, a negative
-    size or Fortran order; ValueError and EOFError if the file is none or too short.
+    size or Fortran order; ValueError and EOFError if the file is not an npy file or too short.
     """
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
@@ -64,7 +64,7 @@ def _parsed(version: tuple[int, int], header: bytes) -> tuple[tuple[int, ...], b
 
 
 def from_bytes(where: str, data: bytes) -> np.ndarray:
-    """The array in the bytes of an npy file, as a view of them; raise MoetraceError if they are none."""
+    """The array in the bytes of an npy file, as a view of them; raise MoetraceError for other bytes."""
     try:
         header = read_header(where, io.BytesIO(data))
     except (ValueError, EOFError) as error:

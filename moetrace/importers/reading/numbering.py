@@ -1,8 +1,8 @@
-"""Which layers of a source are taken, and which number each has in the model.
+"""Select the layers of a source, and give each its number in the model.
 
 Engines number layers in three ways: all of them, dense ones included; the MoE layers only; and either with the layers
-of multi-token prediction (MTP) after the last. The user's model tells them apart. What is left out or gets another
-number is said in `source` and in a note.
+of multi-token prediction (MTP) after the last. The user's model distinguishes them. Layers that are left out or
+renumbered are listed in `source` and in a note.
 """
 
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def numbered(capture: Capture | Counts, hints: Hints, whole: bool) -> Capture | 
     if not np.array_equal(numbers, index[kept]):
         facts["layer_numbers"] = f"{shown(index[kept])} in the source, {shown(numbers)} in the model"
         why = "" if hints.first_layer is not None else ": if they are others, say --first-layer N"
-        hints.note(f"{where}: what it calls {_layers(index[kept])} is {_layers(numbers)} of the model{why}.")
+        hints.note(f"{where}: source {_layers(index[kept])} is {_layers(numbers)} of the model{why}.")
     if model:
         _check(capture, numbers, model, whole and not wished, hints)
         capture = _with_experts(capture, numbers, model, kept)
@@ -96,7 +96,7 @@ def _with_experts(
 
 
 def told_mtp(where: str, gone: np.ndarray, hints: Hints) -> dict[str, Any]:
-    """What `source` says of the MTP layers that were left out, numbered `gone` [n]; a note says it too."""
+    """The entry in `source` for left-out MTP layers, numbered `gone` [n], also given as a note."""
     if not gone.size:
         return {}
     is_one = "is one" if gone.size == 1 else "are some"
@@ -108,7 +108,7 @@ def told_mtp(where: str, gone: np.ndarray, hints: Hints) -> dict[str, Any]:
 
 
 def told_taken(where: str, taken: np.ndarray, index: np.ndarray, hints: Hints) -> dict[str, Any]:
-    """What `source` says of the layers that the user took of those that the source numbers `index`; a note says it."""
+    """The entry in `source` for the user's selection from the layers that the source numbers `index`, also a note."""
     if taken.size == index.size:
         return {}
     hints.note(f"{where}: took {_layers(taken)} of {shown(index)}.")
@@ -131,7 +131,8 @@ def shown(numbers: np.ndarray) -> str:
 def _in_model(index: np.ndarray, model: ModelLayers) -> np.ndarray:
     """Numbers int64 [layers] in the model of layers that the source numbers `index`: the same, unless that can't be.
 
-    It can't if there are as many layers as the model has with experts (and of MTP), in a row that begins elsewhere.
+    It can't if the number of layers is that of the model's MoE layers (and MTP layers), consecutive, with another first
+    layer.
     """
     if model.numbers is None or model.total is None or np.isin(index, model.numbers).all():
         return index
@@ -149,7 +150,7 @@ def _in_model(index: np.ndarray, model: ModelLayers) -> np.ndarray:
 
 
 def _of_mtp(capture: Capture | Counts, numbers: np.ndarray, model: ModelLayers) -> np.ndarray:
-    """bool [layers]: those beyond the model's own that come after its last, if it does not deny that it has so many."""
+    """bool [layers]: those after the model's last layer, unless the model has fewer."""
     more = numbers.size - model.moe
     last = np.arange(numbers.size) >= model.moe
     if more <= 0 or more > (more if model.mtp is None else model.mtp):
@@ -161,7 +162,7 @@ def _of_mtp(capture: Capture | Counts, numbers: np.ndarray, model: ModelLayers) 
 
 
 def _counts_differ(capture: Capture | Counts, layers: int) -> bool:
-    """Whether the first `layers` all count as many choices, and none of the others does: these saw other tokens."""
+    """Whether the first `layers` all count the same number of choices, and the others differ: they saw other tokens."""
     if not isinstance(capture, Counts):
         return False
     total = np.sum([part.sum(axis=(0, 2), dtype=np.int64) for part in capture.parts()], axis=0)

@@ -1,4 +1,5 @@
-"""What `moetrace export` writes beside the rows of a Parquet file, in its footer under the key `moetrace`, as JSON.
+"""The data that `moetrace export` writes beside the rows of a Parquet file, in its footer under the key `moetrace`, as
+JSON.
 
 The rows hold only choices that were made: how many experts and slots there are, layers in which nobody chose, and sizes
 of experts stand here.
@@ -40,13 +41,13 @@ class ToldByFooter(msgspec.Struct):
 
 
 def told_by_footer(path: Path, footer: bytes | None) -> ToldByFooter | None:
-    """What the footer says, None if it is not of `moetrace export`. Raises MoetraceError if it does not fit itself."""
+    """The content of the footer, None if it is not of `moetrace export`. Raises MoetraceError if it is inconsistent."""
     if footer is None:
         return None
     try:
         told = msgspec.json.decode(footer, type=ToldByFooter)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MoetraceError(f"{path}: what its footer says of the trace is damaged: {str(error)[:200]}.") from None
+        raise MoetraceError(f"{path}: its footer is damaged: {str(error)[:200]}.") from None
     index = np.array(told.layer_index, np.int64)
     if (
         not index.size
@@ -54,5 +55,5 @@ def told_by_footer(path: Path, footer: bytes | None) -> ToldByFooter | None:
         or (told.layer_experts is not None and len(told.layer_experts) != index.size)
         or (told.expert_bytes is not None and len(told.expert_bytes) not in (index.size, index.size * told.num_experts))
     ):
-        raise MoetraceError(f"{path}: what its footer says of the trace is damaged: its layers do not fit together.")
+        raise MoetraceError(f"{path}: its footer is damaged: its layers do not fit together.")
     return told

@@ -110,7 +110,7 @@ class Passes:
         self._last = PREFILL
 
     def add(self, block: PassBlock) -> None:
-        """Take whole passes; raise MoetraceError for an expert that the model has not."""
+        """Take whole passes; raise MoetraceError for an expert that is not in the model."""
         experts, _, wrong = self._placeholders.checked(block.experts)
         if wrong is not None:
             expert = int(experts[wrong])

@@ -1,4 +1,4 @@
-"""Ids that carry no expert: padding, zero-computation and shared experts, and whatever the user says is none."""
+"""Ids that carry no expert: padding, zero-computation and shared experts, and ids that the user names."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +79,7 @@ class Placeholders:
             self.cells, self.chosen = before
 
     def told(self, where: str) -> dict[str, Any]:
-        """What `source` says of cells of one id beyond the experts, and of experts made absent; notes say it too."""
+        """The entries in `source` on cells of one id beyond the experts and on absent experts, also notes."""
         facts: dict[str, Any] = {}
         if self.cells:
             facts["padding_cells"] = self.cells
@@ -100,7 +100,7 @@ def _range(ids: np.ndarray) -> tuple[int, int]:
 
 
 def advice(expert: int, num_experts: int, slots: int = 0) -> str:
-    """What to do about an id beyond the experts, of a cell of so many slots, as the end of a sentence."""
+    """The advice on an id beyond the experts, in a cell with this number of slots, as the end of a sentence."""
     if expert < num_experts:
         return ""
     if slots == num_experts > 1:
@@ -119,5 +119,5 @@ def check_width(where: str, dtype: np.dtype, num_experts: int) -> None:
         most = np.iinfo(dtype).max + 1
         raise MoetraceError(
             f"{where} holds ids of {dtype}, but there are {num_experts} experts, so that ids from {most} on have "
-            f"wrapped: capture again with uint16, or give --experts {most} or fewer if there are no more."
+            f"wrapped: capture again with uint16, or give --experts {most} or fewer if the model has only these."
         )

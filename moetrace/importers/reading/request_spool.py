@@ -25,7 +25,7 @@ NO_ROUTING, OTHER_SHAPE, UNREADABLE = "without routing", "of another shape", "th
 class RequestSpool:
     """Answers one after the other, spooled; engines give a plane to each layer, zeros to a dense one.
 
-    What is zero in all slots of a cell becomes absent (no router chooses an expert twice), as -1 does. Rows that are
+    A cell of zeros in all slots becomes absent (no router chooses an expert twice), as -1 does. Rows that are
     padding in all layers, or that no forward pass computed, are left out and counted, and so are answers without
     routing; answers that continue an earlier one are of the same request.
     """
@@ -48,7 +48,7 @@ class RequestSpool:
 
     @property
     def planes(self) -> int:
-        """How many layers, with dense ones, the answers have; 0 as long as there is none."""
+        """How many layers, with dense ones, the answers have; 0 before the first answer."""
         return self._inner[0]
 
     def leave_out(self, why: str, sentence: str) -> None:
@@ -109,7 +109,7 @@ class RequestSpool:
                 self._begin(where, ids)
             if ids.shape[1:] == self._inner:
                 return True
-            what = f"{where} has {ids.shape[1:]} (layers, top_k), but what came before {self._inner}."
+            what = f"{where} has {ids.shape[1:]} (layers, top_k), but the earlier ones have {self._inner}."
             self.leave_out(OTHER_SHAPE, what)
         return False
 
@@ -173,7 +173,7 @@ class RequestSpool:
     def _kept(
         self, request: Request | None, first: int, rows: int, told: Told, parts_first: bool
     ) -> list[tuple[int, int]]:
-        """Which rows (from, to) are new: not computed before this answer, and not there already.
+        """The rows (from, to) that are new: not computed before this answer, and not there already.
 
         `parts_first` says that later rows of the same turn are there already.
         """
@@ -199,7 +199,7 @@ class RequestSpool:
     def _append(
         self, where: str, ids: np.ndarray, kept: tuple[int, int], whose: tuple[Request, int, int | None]
     ) -> np.ndarray:
-        """Append rows (from, to), but for padding, to a request; return the last of them."""
+        """Append rows (from, to), without padding, to a request; return the last of them."""
         request, first, prompt = whose
         assert self._spool is not None
         at_once = max(1, BLOCK_BYTES // (ids.itemsize * self._inner[0] * self._inner[1]))
@@ -345,7 +345,7 @@ class RequestSpool:
             raise MoetraceError(f"{source} holds no routing: every id is 0 or -1.")
 
     def _told(self) -> dict[str, Any]:
-        """What `source` says of what was left out, joined or moved; notes say it too."""
+        """The entries in `source` on rows left out, joined or moved, also given as notes."""
         source, counts, note = self._source, self._counts, self._hints.note
         facts = self._placeholders.told(str(source))
         if left_out := {why: counts[why] for why in self._reasons}:
@@ -378,7 +378,7 @@ class RequestSpool:
             again = counted(counts["repeated"], "answer")
             note(
                 f"{source}: left out {again} with the rows of an earlier one of the same request; choices of one "
-                f"request are told apart by their index."
+                f"request are distinguished by their index."
             )
         if counts["joined"]:
             facts["joined_answers"] = counts["joined"]

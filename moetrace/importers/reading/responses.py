@@ -62,7 +62,7 @@ class Meta(msgspec.Struct):
 
 
 class Details(msgspec.Struct):
-    """Of the prompt's tokens, as the OpenAI interface tells them."""
+    """Details of the prompt's tokens, as in the OpenAI interface."""
 
     cached_tokens: Tokens | None = None
 
@@ -102,7 +102,7 @@ class Choice(msgspec.Struct):
 
 
 class Response(msgspec.Struct):
-    """What an engine answers, of `/generate` or of an OpenAI interface; the rest of it is not looked at."""
+    """The answer of an engine, from `/generate` or from an OpenAI interface; its other fields are not read."""
 
     id: str | int | None = None
     object: str | None = None
@@ -146,7 +146,7 @@ def responses(
     """Yield every response of the file, each with where it stands; server-sent events (`data: ...`) are lines as well.
 
     An answer of a stream is a chunk, even if it does not say so, as SGLang's `/generate` sends them. One of several
-    lines or of a list that can't be read goes to `bad` as a sentence. Of the lines that batches of requests write
+    lines or of a list that can't be read goes to `bad` as a sentence. In the lines that batches of requests write
     (`{"custom_id": ..., "response": {"body": {...}}}`), the bodies are the responses. Raises MoetraceError if the file
     is neither JSON lines nor one JSON value, or longer than `MAX_LINE_BYTES` a value.
     """
@@ -208,7 +208,7 @@ def _decoded(text: bytes, kind: Any) -> Any:
 
 
 def _elements(text: bytes) -> list[bytes] | None:
-    """The texts of the elements of a JSON list; None if it is none."""
+    """The texts of the elements of a JSON list; None for anything else."""
     try:
         return [bytes(element) for element in _decoded(text, list[msgspec.Raw])]
     except _NO_RECORD:
@@ -258,7 +258,7 @@ def from_base64(where: str, text: str | bytes) -> bytes:
 def array_of(where: str, routed: Routed) -> np.ndarray | None:
     """The array [tokens, layers, top_k] of lists, of base64 of an npy file, or of a payload that says its shape.
 
-    Raises MoetraceError, beginning with `where`, if it is none.
+    Raises MoetraceError, beginning with `where`, for anything else.
     """
     if routed is None:
         return None
@@ -291,7 +291,7 @@ def _aborted(finish_reason: Any) -> bool:
 
 
 def told_of(response: Response, choice: Choice | None = None, number: int = 0, start: int | None = None) -> Told:
-    """What a response says of the tokens of a choice (or of itself): a choice's own numbers, then the usage of all."""
+    """The token counts of a choice (or of a response): a choice's own numbers, then the usage of all."""
     message = (choice and choice.message) or Message()
     metas = [meta for meta in (choice and choice.meta_info, response.meta_info) if meta]
     usage = response.usage or Usage()

@@ -42,7 +42,7 @@ class RuledChoices(NamedTuple):
 
 
 def said_router(text: str) -> RouterRule:
-    """What `--router` says. Raises UsageError."""
+    """The rule in `--router`. Raises UsageError."""
     score, *rest = (part.strip() for part in text.split(","))
     if score not in SCORES:
         raise UsageError(f"--router {printable(text[:80])!r} must be {_FORM}.")
@@ -66,7 +66,7 @@ def said_router(text: str) -> RouterRule:
 
 
 def _number(text: str) -> float:
-    """A number above 0, or 0 if it is none."""
+    """A number above 0, or 0 for any other text."""
     try:
         value = float(text)
     except ValueError:
@@ -155,7 +155,7 @@ class ScoresAsLogits:
         self.sigmoids &= bool(low > 0) and bool(high < 1)
 
     def found(self) -> str | None:
-        """What they look like, and what to do, as a sentence."""
+        """A sentence on their form, with advice."""
         if self.shares:
             like, what = "none is negative and those of each cell sum to 1", "their logarithms with softmax"
         elif self.sigmoids:

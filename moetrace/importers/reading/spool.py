@@ -15,7 +15,7 @@ _EMPTY = {"gates": 0, "recorded": NOT_RECORDED, "token": 0}
 
 
 class Spool:
-    """Arrays over rows in temporary files without a name, which the system removes whatever happens.
+    """Arrays over rows in temporary files without a name, which the system always removes.
 
     `append` adds whole rows; `scatter` puts single choices at any place of rows that `grow` has made. `parts` yields
     them all, in order. Memory is bounded by what one call is given (and, of `scatter`, by how far apart its rows lie).
@@ -128,7 +128,7 @@ class GrowingArray:
 
     @property
     def array(self) -> np.ndarray:
-        """What was added so far, as a view."""
+        """The rows added so far, as a view."""
         return self._data[: self.size]
 
     def add(self, values: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Text sources of columns of numbers, as tables of some MiB at a time; what can't be read is told by its line."""
+"""Text sources of columns of numbers, as tables of some MiB at a time; an error names the line that can't be read."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +34,7 @@ def tables(
 
     `columns` names all columns of the file in order, those of type None are not read. A colon is taken as a space if
     that separates. Raises MoetraceError with the line that lacks a number, unless `ragged`, which makes it null, or
-    that holds what is none; one with more columns may pass if some of `columns` are not read. A last line that lacks
+    that holds something else; one with more columns may pass if some of `columns` are not read. A last line that lacks
     columns, as a process that is killed leaves it, goes to `cut` as a sentence, if there is one.
     """
     schema = {name: kind or pl.String for name, kind in columns.items()}
@@ -81,7 +81,7 @@ class CutLines:
         self._found[sentence] = count
 
     def told(self) -> dict[str, Any]:
-        """What `source` says of them."""
+        """Their entries in `source`."""
         if not self._found:
             return {}
         count = sum(self._found.values())
@@ -115,7 +115,7 @@ def _bad_line(
     first: int,
     data: bytes,
 ) -> MoetraceError | None:
-    """Find the line that Polars refuses: what it says of the place is of little help."""
+    """Find the line that Polars refuses: its own message hardly helps to find the place."""
     kinds = list(columns.values())
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), first):
         text = (line.translate(_SPACES) if separator == " " else line).removesuffix(b"\r")

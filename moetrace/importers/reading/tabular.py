@@ -35,7 +35,7 @@ _JSON_KINDS |= dict.fromkeys(("request", "layer"), int | str)
 
 
 class TableFile(NamedTuple):
-    """One file: what kind it is, and the names of its columns in order."""
+    """One file: its kind, and the names of its columns in order."""
 
     path: Path
     kind: str  # "parquet", "csv" or "jsonl"
@@ -162,7 +162,7 @@ def _csv_blocks(
 
 
 def _look(file: TableFile) -> tuple[bool, bool]:
-    """Whether a CSV has quotes, and whether its lines have as many fields as there are names, all in all."""
+    """Whether a CSV has quotes, and whether the number of fields is, in total, lines times names."""
     quotes = fields = lines = 0
     data = b""
     with open_ordinary(file.path) as opened:
@@ -215,7 +215,7 @@ def _of_ragged(
 ) -> tuple[pl.DataFrame, set[str]]:
     """The columns of some lines that have too few or too many fields, and which of them are texts of lists.
 
-    What a line lacks is null; more fields at its end are those of a list, if the last column is one of experts.
+    Missing fields of a line are null; more fields at its end are those of a list, if the last column is one of experts.
     """
     width, last = len(file.names), file.names[-1]
     lines = pl.Series("line", text.decode(errors="replace").split("\n"))
@@ -264,7 +264,7 @@ def is_text(field: str, what: str) -> bool:
 
 
 def _numbers_in(path: Path, texts: pl.Series, kind: type[pl.DataType]) -> pl.Series:
-    """Texts such as `[3, 1, 7]` or `3 1 7` as lists of numbers; what is none is null."""
+    """Texts such as `[3, 1, 7]` or `3 1 7` as lists of numbers; other texts are null."""
     first = texts[0] or ""
     separator = next((mark for mark in ",;|" if mark in first), " ")
     lines = texts.str.join("\n").item() or ""
@@ -342,7 +342,7 @@ def _checked_sizes(path: Path) -> Sizes:
 
 @contextlib.contextmanager
 def _no_panic_message() -> Iterator[None]:
-    """Keep what Polars prints of a panic from stderr: it is raised as an error, and told in one sentence."""
+    """Keep the panic message of Polars from stderr: the panic is raised as an error, and reported in one sentence."""
     try:
         kept = os.dup(2)
     except OSError:  # there is no stderr

@@ -16,7 +16,7 @@ HEADER_BYTES = 8
 
 @contextmanager
 def tensors(path: Path) -> Iterator[Any]:
-    """Open a file for its `keys`, `get_slice` and `get_tensor`; raise MoetraceError for whatever the library raises."""
+    """Open a file for its `keys`, `get_slice` and `get_tensor`; raise MoetraceError for any error of the library."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:

@@ -27,7 +27,7 @@ def text_of(path: Path) -> bytes:
 
 
 def first_bytes(path: Path, most: int) -> bytes:
-    """At most so many bytes, without a byte order mark."""
+    """At most this number of bytes, without a byte order mark."""
     with path.open("rb") as file:
         return file.read(most).removeprefix(BOM)
 

@@ -1,4 +1,4 @@
-"""What an answer of an engine says of its tokens, and which position its first row of routing therefore has."""
+"""The token counts in an engine's answer, and the position that follows for its first row of routing."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from moetrace.spec.errors import MoetraceError
 
 
 class Told(NamedTuple):
-    """What an answer says beside its routing. Numbers are of tokens; None is not said."""
+    """The fields of an answer beside its routing. Numbers are of tokens; None is not said."""
 
     prompt: int | None = None
     output: int | None = None  # of all `choices` together

@@ -1,4 +1,4 @@
-"""What a file is that no importer knows, by its first bytes, and what its user can do: for one sentence."""
+"""The kind of a file that no importer knows, by its first bytes, with advice: for one sentence."""
 
 import io
 import re

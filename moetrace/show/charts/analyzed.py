@@ -78,12 +78,12 @@ def hit_curves(path: Path, trace: TraceFacts) -> ChartGroup:
         if len(of):
             panels.append((title, lines(f"cache_{phase}", of, x, y, names, tooltip)))
     words = (
-        "What `moetrace analyze cache` found: how often a cache of this size would have had the expert that was "
+        "Result of `moetrace analyze cache`: how often a cache of this size would have had the expert that was "
         "needed, under each eviction policy."
     )
     if "belady" in names:
         words += (
-            " Belady's knows the future: with experts of equal size, no other that keeps whatever is demanded hits "
+            " Belady's knows the future: with experts of equal size, no other that keeps every demanded expert hits "
             "more. Where it is low, the working set does not fit; where it is high and the others are not, a better "
             "policy would help."
         )
@@ -126,7 +126,7 @@ def balance(path: Path, trace: TraceFacts) -> ChartGroup:
         over = lines("balance_time", in_order(periods, names, "first_step"), x, y, names, tooltip)
         panels.append(("Imbalance over time, median of the layers", over))
     words = (
-        "What `moetrace analyze balance` found: rows of the busiest unit over the mean of all, 1 at best. Kept plans "
+        "Result of `moetrace analyze balance`: rows of the busiest unit over the mean of all, 1 at best. Kept plans "
         "are made once and get stale; re-made ones follow the load; clairvoyant ones know what they are judged on."
     )
     table = layers.select(shown).rename({"policy": "placement, plan", "least_imbalance": "least possible"})

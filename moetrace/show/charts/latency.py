@@ -39,7 +39,7 @@ def latency(replayed: Replayed) -> ChartGroup | None:
     panels = []
     for measure in drawn["measure"].unique(maintain_order=True):
         part = drawn.filter(measure=measure).drop("measure")
-        x = alt.X("ms:Q", title="at most so many ms", scale=log_if_wide(part["ms"]), axis=alt.Axis(grid=False))
+        x = alt.X("ms:Q", title="at most this time, ms", scale=log_if_wide(part["ms"]), axis=alt.Axis(grid=False))
         y = alt.Y("share:Q", title=None, axis=alt.Axis(format="%", tickCount=5), scale=alt.Scale(domain=[0, 1]))
         tooltip = ["policy:N", alt.Tooltip("share:Q", format=".1%"), alt.Tooltip("ms:Q", format=",.4~g")]
         panels.append((_title(measure), lines(measure.replace(" ", "_"), part, x, y, replayed.names, tooltip)))
@@ -200,7 +200,7 @@ def _each(replayed: Replayed, *columns: str) -> Iterator[tuple[str, dict[str, np
 
 
 def _periods(policy: str, steps: dict[str, np.ndarray], every: int) -> pl.DataFrame:
-    """Return the mean time of a step, and the hit rate, of every so many steps."""
+    """Return the mean time of a step, and the hit rate, of each group of steps."""
     first = np.arange(0, len(steps["hits"]), every)
     sums = {name: np.add.reduceat(values, first) for name, values in steps.items()}
     count = np.diff(np.append(first, len(steps["hits"])))

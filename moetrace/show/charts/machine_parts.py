@@ -49,7 +49,7 @@ def utilization(replayed: Replayed) -> ChartGroup | None:
         .properties(height=24 * len(units))
     )
     words = (
-        "Busy time over total time. What is busiest limits the policy; units that differ are out of balance. Link in "
+        "Busy time over total time. The busiest part limits the policy; units that differ are out of balance. Link in "
         "is the direction towards the GPU."
     )
     if replayed.summary.of_cluster:
@@ -185,7 +185,7 @@ def load(replayed: Replayed) -> ChartGroup | None:
         "experts worth keeping on the GPU; a layer of one colour leaves a cache nothing to learn."
         + (f" A cell is {grouped} neighbouring experts." if grouped > 1 else "")
     )
-    return ChartGroup("load", "Which experts are wanted", words, [("Load of each expert", chart)], _load_table(experts))
+    return ChartGroup("load", "Demand for experts", words, [("Load of each expert", chart)], _load_table(experts))
 
 
 def _load_table(experts: pl.DataFrame) -> pl.DataFrame:

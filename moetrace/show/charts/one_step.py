@@ -85,7 +85,7 @@ def one_step(path: Path, of: str | None = None) -> ChartGroup | None:
     panels = [(name, _panel(slices, order, kinds, end_ms)) for name, slices, order in drawn]
     words = (
         f"Step {last:,}, the last that was recorded: each bar is one piece of work, from left to right in ms since the "
-        "step began. What is long and alone is what the step waits for. The whole record opens in Perfetto "
+        "step began. The step waits for the long bars that nothing overlaps. The whole record opens in Perfetto "
         f"({TIMELINE_FILE})."
     )
     return ChartGroup("one_step", "One step in time", words, panels, pl.concat(tables))

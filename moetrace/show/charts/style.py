@@ -1,4 +1,4 @@
-"""What all charts share: colours and dashes of policies, marks that answer to a pointer, the form of an answer."""
+"""Common to all charts: colours and dashes of policies, marks that answer to a pointer, the form of an answer."""
 
 import re
 from collections.abc import Sequence

@@ -59,7 +59,7 @@ def pareto_front(swept: Swept) -> ChartGroup | None:
         cost = COLUMNS[swept.pareto].label
         words += (
             f" Ringed: the Pareto front, cells that no other beats in both time and {cost}; the steps are the least "
-            "time that so much buys."
+            "time for that cost."
         )
     columns = ["name", "total_s", *costs, "pareto"]
     table = done.filter("pareto").sort("total_s").select(columns) if done["pareto"].any() else done.select(columns)
@@ -115,7 +115,7 @@ def axes(swept: Swept) -> ChartGroup | None:
         "Each tick is a cell, by the value that it has on an axis; the diamond is the median of that value. Time is in "
         "times that of the fastest cell of the same trace: 1 is the fastest."
     )
-    return ChartGroup("axes", "What each axis does", words, panels, pl.DataFrame(rows))
+    return ChartGroup("axes", "Effect of each axis", words, panels, pl.DataFrame(rows))
 
 
 def _few() -> Any:

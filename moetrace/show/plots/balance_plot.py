@@ -120,7 +120,7 @@ def _layer_panel(rows: pl.DataFrame, colour: str, domain: list[float]) -> "alt.L
 
 
 def _rebalances(balance: "Balance", interval: int) -> pl.DataFrame:
-    """Steps of the trace at which plans are made anew; none if they are too many to see each."""
+    """Steps of the trace at which plans are recomputed; empty if they are too many to show."""
     first = balance.trace["rebalance_steps"][balance.trace["intervals"].index(interval)]
     return pl.DataFrame({"first_step": first if len(first) <= _MOST_MARKS else []}, schema={"first_step": pl.Int64})
 

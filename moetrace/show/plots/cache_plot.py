@@ -43,9 +43,9 @@ def plot(
 
 
 def curves(frame: pl.DataFrame, curve: pl.DataFrame | None) -> pl.DataFrame:
-    """Return what is drawn: policy, phase, capacity (experts or GB), hit_rate, its interval, and whether `replayed`.
+    """Return the drawn points: policy, phase, capacity (experts or GB), hit_rate, its interval, and whether `replayed`.
 
-    What was not is of LRU's curve, between the capacities that were.
+    Points that were not requested are on LRU's curve, between the requested capacities.
     """
     in_bytes = frame["capacity_experts"].null_count() > 0
     capacity = pl.col("capacity_bytes") / 1e9 if in_bytes else pl.col("capacity_experts").cast(pl.Float64)

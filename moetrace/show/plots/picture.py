@@ -1,4 +1,4 @@
-"""What the pictures of all questions share: a PNG, or one HTML page that loads nothing from anywhere."""
+"""Common to all plots: a PNG, or one HTML page that loads nothing from anywhere."""
 
 import json
 from collections.abc import Callable
@@ -109,7 +109,7 @@ def inked(chart: "alt.VConcatChart", ink: str) -> "alt.VConcatChart":
 
 
 def inline(frame: "pl.DataFrame") -> Any:
-    """Return the rows as data inside the chart itself, however many: a page stands alone."""
+    """Return the rows as data inside the chart itself, for any number: a page must be self-contained."""
     import altair as alt
 
     return alt.InlineData(values=frame.to_dicts())

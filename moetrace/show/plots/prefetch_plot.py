@@ -23,7 +23,7 @@ def plot(frame: pl.DataFrame, form: str, name: str, subtitle: str) -> bytes:
     frame is that of `prefetch_value`. The page loads nothing from anywhere. Raises MoetraceError if altair or
     vl-convert is missing.
     """
-    title = f"What prefetches are worth: {printable(name)}"
+    title = f"Value of prefetches: {printable(name)}"
     return picture(form, title, printable(subtitle), _WIDTH + 220, lambda: _charts(frame))
 
 

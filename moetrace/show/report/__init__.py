@@ -26,8 +26,8 @@ def report(
     Args:
         source: A Result, or a folder that `moetrace replay -o` or `moetrace sweep -o` wrote.
         output: The page, FILE.html. It appears whole or not at all.
-        cache: What `moetrace analyze cache --format json` printed of the same trace, for its hit curves.
-        balance: What `moetrace analyze balance --format json` printed of the same trace.
+        cache: The output of `moetrace analyze cache --format json` for the same trace, for its hit curves.
+        balance: The output of `moetrace analyze balance --format json` for the same trace.
 
     Raises:
         UsageError: The page would replace a file that is read, or its name does not end in .html.
@@ -84,7 +84,7 @@ def render(
         return replay_page(read_replayed(folder), folder, *extra)
     if has_file(folder, SWEEP_FILE):
         if cache is not None or balance is not None:
-            raise UsageError("What `moetrace analyze` found goes into the report of one replay, not of a sweep.")
+            raise UsageError("The result of `moetrace analyze` goes into the report of one replay, not of a sweep.")
         return sweep_page(read_swept(folder))
     raise UsageError(
         f"{folder} has neither summary.json nor sweep.json: name a folder that `moetrace replay -o` or "

@@ -1,4 +1,4 @@
-"""How a replay is run again: a command and the TOML files that it needs, from `summary.json` alone, without paths."""
+"""How a replay is run again: a command and the TOML files that it needs, only from `summary.json`, without paths."""
 
 import shlex
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class Again(NamedTuple):
 
 
 def again(summary: Summary) -> Again:
-    """Say how to run this replay again; what equals a preset is named, the rest comes as TOML."""
+    """Say how to run this replay again; specs equal to a preset are named, the others come as TOML."""
     files: dict[str, str] = {}
     notes = [f"TRACE.h5 stands for the trace{_hash(summary)}."]
     words = ["moetrace", "replay", "TRACE.h5"]

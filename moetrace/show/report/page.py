@@ -1,4 +1,4 @@
-"""One HTML page that stands alone: its style, its parts as escaped text, its charts, the script that draws them."""
+"""One self-contained HTML page: its style, its parts as escaped text, its charts, the script that draws them."""
 
 import base64
 import functools
@@ -162,12 +162,12 @@ def _bundle() -> str:
 
 
 def text(words: object) -> str:
-    """Return what may stand in HTML, between tags or in quotes, whatever a stranger wrote."""
+    """Return text that is safe in HTML, between tags or in quotes, for any input."""
     return escape(printable(str(words)))
 
 
 def prose(words: str) -> str:
-    """Return the same, with what stands in backticks as code."""
+    """Return the same, with text in backticks as code."""
     return _CODE.sub(_MARKED, text(words))
 
 

@@ -31,8 +31,8 @@ from moetrace.show.report.again import again
 
 # Of a folder of an earlier version there is only the work bound.
 _WHAT_COUNTS = (
-    "GPU and units share each layer's work as well as they can; starts count, the link carries only so many weights, "
-    "and the slots hold only so many experts. No policy is faster, not even one that knows the trace."
+    "GPU and units share each layer's work as well as they can; starts count, the rate of the link and the "
+    "number of slots limit it. No policy is faster, not even one that knows the trace."
 )
 _WORK_ALONE = (
     "the parts that take part share all the work perfectly, nothing is started, waits or moves. No schedule of this "
@@ -96,7 +96,7 @@ def replay_page(replayed: Replayed, folder: Path | None, cache: Path | None, bal
     figures.append(hit_curves(cache, summary.trace) if cache else None)
     figures.append(balanced(balance, summary.trace) if balance else None)
     sections += [page.figure(found) for found in figures if found is not None]
-    sections.append(("words", "What the figures mean", _words(summary)))
+    sections.append(("words", "Meaning of the figures", _words(summary)))
     sections.append(("again", "How it was run, and how to run it again", _how(summary)))
     names = f"{summary.model.get('name')} on {summary.system.get('name')}"
     head = f'<p class="lede">{page.text(_lede(summary))}</p>\n<p class="soft">{page.text(_subject(summary))}</p>'
@@ -220,8 +220,8 @@ def _words(summary: Summary) -> str:
     won_s = over_clairvoyant if over_clairvoyant > 1e-9 else 0.0  # less is what rounding leaves
     if best.bound_s > 0:
         told.append(
-            f"Of {best.name}'s distance to the bound, {page.seconds(over_bound)}, better residency and prefetch "
-            f"could win back about {page.seconds(won_s)}; the rest is placement, dispatch, "
+            f"{best.name} is {page.seconds(over_bound)} above the bound. Better residency and prefetch could save "
+            f"about {page.seconds(won_s)} of that; the rest is placement, dispatch, "
             "transfers, and the parts of the machine that cannot work at once."
         )
     told.append(
@@ -236,8 +236,8 @@ def _words(summary: Summary) -> str:
 def _cluster_words(summary: Summary) -> str:
     told = [
         f"Bound ({_bounds(summary)}): all work shared out evenly over the GPUs, without transfers and without waiting.",
-        "TTFT and TPOT are of requests as the trace batches them, without queueing. What the stages of a step are, and "
-        "what is left out, stands in docs/cluster.md.",
+        "TTFT and TPOT are of requests as the trace batches them, without queueing. The stages of a step "
+        "and the limits of the model are in docs/cluster.md.",
     ]
     return "".join(f"<p>{page.text(words)}</p>" for words in told)
 

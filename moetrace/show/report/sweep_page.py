@@ -67,7 +67,7 @@ def _lede(swept: Swept) -> str:
     done = len(swept.done)
     failed = len(swept.cells) - done
     told = f"{done:,} of {len(swept.cells):,} cells have a result{f', {failed:,} have none' if failed else ''}"
-    return " ".join([f"{told}. What differs between them: {', '.join(swept.axes) or 'nothing'}.", *swept.notes])
+    return " ".join([f"{told}. Differences between them: {', '.join(swept.axes) or 'nothing'}.", *swept.notes])
 
 
 def _best(swept: Swept) -> str:
@@ -114,14 +114,14 @@ def _again(swept: Swept) -> str:
     search = " --search" if swept.searched else ""
     return (
         f"{page.facts([*known, ('moetrace', swept.moetrace)], 'facts')}"
-        "<p>The folder keeps every finished cell: the same command reruns what is missing or changed and leaves the "
-        f"rest.</p><pre><code>moetrace sweep SWEEP.toml{search} -o DIR</code></pre>"
+        "<p>The folder keeps every finished cell: the same command runs only the missing and "
+        f"changed ones.</p><pre><code>moetrace sweep SWEEP.toml{search} -o DIR</code></pre>"
         "<p>A cell's own file, in <code>cells</code>, holds its model, system and policy as they were resolved.</p>"
     )
 
 
 def _values(given: Any) -> str:
-    """The values of an axis, or as many of them as one reads."""
+    """The values of an axis, or the first of them."""
     values = given if isinstance(given, list) else [given]
     shown = ", ".join(page.number(value) for value in values[:_MOST_VALUES])
     return f"{shown} and {len(values) - _MOST_VALUES:,} more" if len(values) > _MOST_VALUES else shown

@@ -1,4 +1,4 @@
-"""FIFO: the victim is what was admitted longest ago, whether it was used since or not.
+"""FIFO: the victim is the key admitted longest ago, used since or not.
 
 One at a time and of equal sizes, 16 capacities go together (`FifoQueues`): a key has a bit for each cache that holds
 it, so that an access that hits in all of them costs one comparison. Else a linked list for each (`FifoList`).
@@ -125,7 +125,7 @@ def _demand_guessing(caches, pool, key):
 
 @kernel
 def _demand_without_branches(caches, pool, key):
-    """A hit stores what was there before: longer, but with no branch that a processor would often guess wrong."""
+    """A hit stores the old value again: longer, but with no branch that a processor would often guess wrong."""
     held, at = np.int64(caches.held[key]), np.int64(caches.head[0, pool])
     victim = caches.queue[0, pool, at]
     caches.held[victim] = np.int64(caches.held[victim]) & held

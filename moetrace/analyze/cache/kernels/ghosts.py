@@ -1,6 +1,6 @@
 """S3-FIFO and ARC, which remember what they evicted: of equal sizes, one access at a time.
 
-Each has queues of keys, of what is resident and of ghosts, and a key stands in one of them or in none.
+Each has queues of resident keys and of ghosts, and a key is in at most one of them.
 """
 
 from typing import NamedTuple

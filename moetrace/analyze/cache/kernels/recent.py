@@ -1,4 +1,4 @@
-"""LRU of equal sizes: what is resident is whatever was touched since a moment, and only that moment has to be known.
+"""LRU of equal sizes: the residents are the keys touched since a moment, and only that moment must be known.
 
 All touches stand in a log. A key was touched last at one of its places; that place is *live*. An LRU cache of C keys
 holds those of the C newest live places: of all live ones behind an edge. The edge is known to a group of places: all
@@ -19,7 +19,7 @@ _BEFORE = 2 * _GROUP  # places before the log: what was never touched lies there
 
 
 class Touches(NamedTuple):
-    """The touches of a block, after what was resident before it; places count from _BEFORE."""
+    """The touches of a block, after the earlier residents; places count from _BEFORE."""
 
     resident: np.ndarray  # int32 [a multiple of _GROUP]: the newest last, filled up in front
     key: np.ndarray  # int32 [n]
@@ -58,9 +58,9 @@ def least_capacity(most_at_once: int) -> int:
 
 @kernel(inline=False)
 def _replay(log, room, hit):
-    """Fill hit uint8 [n] of the keys of a log, each an event; there is room for so many live places more.
+    """Fill hit uint8 [n] of the keys of a log, each an event; there is room for that number of further live places.
 
-    What seldom happens is one branch, and indices are unsigned: 1.2 ns an access; with two branches it is 2.1 or, by
+    Rare cases share one branch, and indices are unsigned: 1.2 ns an access; with two branches it is 2.1 or, by
     chance, 6.
     """
     older, last = _BEFORE + log.resident.size, log.last
@@ -83,7 +83,7 @@ def _replay(log, room, hit):
 
 @kernel(inline=False)
 def _replay_events(log, bounds, room, hit):
-    """The same of events at once, bounds int64 [events + 1]: all hit what was there before them."""
+    """The same of events at once, bounds int64 [events + 1]: all hit the residents before them."""
     older, last = _BEFORE + log.resident.size, log.last
     edge = _BEFORE
     while room <= 0:

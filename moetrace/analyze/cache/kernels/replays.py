@@ -1,4 +1,4 @@
-"""What replays each cache policy: the quick kernels where sizes are equal and accesses come one at a time.
+"""The replay of each cache policy: the quick kernels where sizes are equal and accesses come one at a time.
 
 The functions at the end are what the records of residencies name (`CachePolicy.replays`).
 """

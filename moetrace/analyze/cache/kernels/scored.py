@@ -8,7 +8,7 @@
   evicted. The victim has the least score, and its count is halved.
 - LFU of a window: the score of a key is in how many of the last steps it was accessed.
 
-Among equal ones, the victim is what was touched longest ago. Scores are those of the replay's residencies.
+Among equal ones, the victim is the key touched longest ago. Scores are those of the replay's residencies.
 """
 
 from typing import NamedTuple
@@ -129,7 +129,7 @@ def _victim(cache, rule, pool, now, event):
 
 @kernel
 def _remove(cache, rule, pool, place):
-    """Evict what is at a place of `member`; the last resident of the pool takes that place."""
+    """Evict the key at a place of `member`; the last resident of the pool takes that place."""
     victim = cache.member[place]
     cache.age[pool] = max(cache.age[pool], cache.score[victim])
     if rule == LFUDA:

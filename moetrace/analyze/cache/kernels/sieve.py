@@ -1,4 +1,4 @@
-"""Sieve (Zhang et al. 2024): a FIFO queue, and a hand that evicts what was not accessed since it passed last."""
+"""Sieve (Zhang et al. 2024): a FIFO queue, and a hand that evicts the first key not accessed since it passed last."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from moetrace.jit.compile import kernel
 
 
 class Sieve(NamedTuple):
-    """A cache: a ring a pool, from the sentinel `keys + pool` to what was admitted first, last, and back."""
+    """A cache: a ring a pool, from the sentinel `keys + pool` to the key admitted first, to the last, and back."""
 
     weight: np.ndarray  # int64 [keys]
     capacity: int  # of each pool, in units of weight

@@ -1,7 +1,7 @@
-"""LFU and Belady in small caches of equal sizes, one access at a time: what is resident stands in slots.
+"""LFU and Belady in small caches of equal sizes, one access at a time: residents are in slots.
 
-A slot holds a rank and, in its lowest bits, the expert. The least of a few dozen numbers is found in as many eighths of
-instructions, which is quicker than a heap and has no branches. `eviction` says what the ranks mean.
+A slot holds a rank and, in its lowest bits, the expert. The least of a few dozen numbers takes one eighth of an
+instruction each, which is quicker than a heap and has no branches. `eviction` says what the ranks mean.
 """
 
 from typing import NamedTuple
@@ -126,9 +126,9 @@ def _walk_small(cache, lanes, looks_ahead, kept, key, bounds, next_use, hit):
 
 @kernel
 def _demand_small(cache, lanes, looks_ahead, kept, layer, expert, next_use):
-    """Return whether an access hits; `kept` has the bits of what is left of a count when a miss begins a new one.
+    """Return whether an access hits; `kept` masks the bits of a count that remain when a miss begins a new one.
 
-    Without branches: a hit stores again what was there before, and bits are chosen by masks, as LLVM makes a branch of
+    Without branches: a hit stores the old value again, and bits are chosen by masks, as LLVM makes a branch of
     some selects. Indices are unsigned, as a signed one may be negative, which is tested for each time. With both, LFU
     with 8 experts takes 4.7 ns an access, not 5.8.
     """
@@ -181,7 +181,7 @@ def _replay(cache, looks_ahead, key, bounds, next_use, hit):
 
 @kernel
 def _vacate(cache, layer, rank, slot):
-    """Return an empty slot, evicting what has the least rank if there is none."""
+    """Return an empty slot, if necessary by evicting the key of least rank."""
     if cache.residents[layer] < cache.capacity:
         cache.residents[layer] += 1
         return cache.residents[layer] - 1
@@ -237,7 +237,7 @@ def _vacate_once(cache, layer, rank, slot):
 
 @kernel
 def _wait(cache, layer, order):
-    """Append the rank of what was just admitted to those of its layer that wait for a second access."""
+    """Append the rank of the key just admitted to those of its layer that wait for a second access."""
     tail = cache.head[layer] + cache.waiting[layer]
     cache.once[layer, tail if tail < cache.capacity else tail - cache.capacity] = order
     cache.waiting[layer] += 1

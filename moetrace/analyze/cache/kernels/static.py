@@ -1,8 +1,8 @@
-"""Static sets: what is wanted is kept from its first access on, and nothing else is.
+"""Static sets: wanted keys are kept from their first access on, and no others.
 
 The hindsight set is of the keys accessed most often in the whole trace. The prefill-seeded one is of those that most
-rows chose in the prefill steps so far, made anew whenever prefill steps have come to an end; keys wanted no longer go
-then. Of equal counts, the lower key is wanted. Sets are filled in this order with whatever still fits.
+rows chose in the prefill steps so far, recomputed each time prefill steps end; keys that left the set are then evicted.
+Ties go to the lower key. Sets are filled in this order with every key that still fits.
 """
 
 from collections.abc import Iterable, Iterator
@@ -42,7 +42,7 @@ def count_accesses(blocks: Iterable[Accesses], keys: int) -> np.ndarray:
 
 
 class PrefillCounts:
-    """How many rows chose each key in prefill steps so far; it divides blocks where sets are made anew.
+    """How many rows chose each key in prefill steps so far; it divides blocks where sets are recomputed.
 
     Rows, not accesses: at once, an expert is accessed one time in a prompt, by however many of its rows.
     """
@@ -52,7 +52,7 @@ class PrefillCounts:
         self._under_way = False
 
     def parts(self, block: Accesses, layers: int) -> Iterator[tuple[int, int, bool]]:
-        """Yield ranges of events, and whether the set is made anew before each; counts are those until then."""
+        """Yield ranges of events, and whether the set is recomputed before each; counts are those until then."""
         prefill = block.phase == PREFILL
         edges = [0, *(np.flatnonzero(np.diff(prefill)) + 1).tolist(), prefill.size]
         for start, stop in pairwise(edges):
@@ -69,7 +69,7 @@ class PrefillCounts:
 
 @kernel(inline=False)
 def _replay(wanted, resident, key, bounds, hit):
-    """Fill hit uint8 [n] of key int32 [n]; what is wanted, uint8 [keys], is resident from its first access on."""
+    """Fill hit uint8 [n] of key int32 [n]; wanted keys, uint8 [keys], are resident from their first access on."""
     for event in range(bounds.size - 1):
         for i in range(bounds[event], bounds[event + 1]):
             hit[i] = resident[key[i]]
