@@ -11,9 +11,10 @@ from moetrace.jit.apart import heard
 def entry(function: Callable, options: dict[str, Any]) -> Any:
     """Return the dispatcher of a kernel that Python calls; it compiles where signals still work."""
     import numba
+    from numba.core.compiler_lock import global_compiler_lock
 
     dispatcher: Any = numba.njit(**options, **_pipelines()[0])(function)
-    compile_here = dispatcher.compile
+    compile_here, typeof = dispatcher.compile, dispatcher.typeof_pyval
     if options.get("boundscheck"):
         compile_here = _checked(compile_here)
 
@@ -21,7 +22,12 @@ def entry(function: Callable, options: dict[str, Any]) -> Any:
         with announced():
             return heard(compile_here, sig)
 
-    dispatcher.compile = compile_it
+    def typeof_alone(value: Any) -> Any:
+        # Numba goes through its table of types here, to which the first compilation, in another thread, adds some.
+        with global_compiler_lock:
+            return typeof(value)
+
+    dispatcher.compile, dispatcher.typeof_pyval = compile_it, typeof_alone
     return dispatcher
 
 

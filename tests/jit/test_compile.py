@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -129,3 +130,24 @@ def test_numba_is_imported_by_one_room(tmp_path):
     environment = {"PYTHONPATH": str(Path(moetrace.__file__).parents[1]), "NUMBA_DISABLE_JIT": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["function", "True"]
+
+
+class _Unseen(NamedTuple):
+    """A class whose type Numba has to look for."""
+
+    x: int
+
+
+@compiled
+def test_types_are_not_looked_up_while_another_thread_compiles():
+    """The table of types grew meanwhile: "RuntimeError: dictionary changed size during iteration"."""
+    from numba.core.compiler_lock import global_compiler_lock
+
+    found, entry = [], doubled.entry()
+    looks_up = threading.Thread(target=lambda: found.append(entry.typeof_pyval(_Unseen(1))), daemon=True)
+    with global_compiler_lock:
+        looks_up.start()
+        looks_up.join(0.1)
+        assert looks_up.is_alive() and not found
+    looks_up.join(60)
+    assert [each.fields for each in found] == [("x",)]
