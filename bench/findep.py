@@ -241,11 +241,11 @@ def summary() -> str:
     larger = sum(above.values())
     total = within + below + larger
     return (
-        f"{within} of the paper's {total} ratios lie within what {PROMPTS[0]} to {PROMPTS[-1]} prompts a GPU give "
-        f"here, to {NEAR}; {below} are smaller. {larger} are larger: "
+        f"{within} of the paper's {total} ratios lie in the range of the ratios here, with {PROMPTS[0]} to "
+        f"{PROMPTS[-1]} prompts a GPU, to {NEAR}; {below} are smaller. {larger} are larger: "
         + " and ".join(f"{count} of `{name}`" for name, count in above.items())
-        + f". From the shortest prompts to the longest the gain grows in {grown} of 8 cases there, and with one prompt "
-        f"a GPU in {grown_here} here."
+        + f". From the shortest prompts to the longest the gain grows in {grown} of 8 cases in the paper, and in "
+        f"{grown_here} here with one prompt a GPU."
     )
 
 

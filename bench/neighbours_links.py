@@ -222,7 +222,7 @@ def chunked_over_whole() -> float:
 def intra_dp() -> list[Figure]:
     kapao = robot(0.397, 0.255)
     energy = [kapao.local["energy_j"], kapao.offloaded["energy_j"]]
-    why = "Watts and times are the paper's; which of them applies when is the replay's"
+    why = "Watts and times are the paper's; the replay decides which of them apply when"
     what = "robot's energy an inference (KAPAO indoors): local / offloaded"
     figures = [close(what, (5.98, 1.22), energy, 0.005, "{:.2f}", unit=" J", why=why)]
     ratio = chunked_over_whole()

@@ -52,7 +52,7 @@ def edge_ndp(requests: int = seed.REQUESTS) -> list[Figure]:
     why = {
         "TP": "The number of DIMMs of the paper's figure is unknown, and so is their arithmetic",
         "TP + balance": "An expert crosses the link whole or not at all here: with many DIMMs it comes too late",
-        "TP + prefetch": "All but Qwen3's generated traces have the same popular experts in prompt and output",
+        "TP + prefetch": "Generated traces, except Qwen3's, have the same popular experts in prompt and output",
         "all three": "As above",
     }
     figures = []
@@ -125,14 +125,14 @@ def monde() -> list[Figure]:
     figures.append(close("experts of Switch-Large-128 / NLLB-MoE", (51.5, 103.1), sizes, 0.001, "{:.1f}", unit=" GB"))
     pairs = [monde_over_fetching(batch) for batch in (1, 4, 16)]
     why = "Batch and sentences of the averages are unknown, routing is generated, and times are those of data sheets: "
-    why += "what a runtime takes for each layer, which no policy shortens, is in the next two figures"
+    why += "the next two figures add the time of a runtime in each layer, which no policy shortens"
     for name, paper, here in zip(("encoder", "decoder"), ("6.7x", "1.9x"), zip(*pairs, strict=True), strict=True):
         what = f"NLLB-MoE, {name}, over fetching, batch 1 to 16"
         figures.append(Figure(what, f"{paper} (average)", span(here), f"{SHAPE}: above 1", min(here) > 1, why))
     slow = [monde_over_fetching(batch, PYTHON_MS) for batch in (1, 4, 16)]
     for name, paper, here in zip(("encoder", "decoder"), ("6.7x", "1.9x"), zip(*slow, strict=True), strict=True):
         what = f"the same, {name}, with a runtime of {PYTHON_MS} ms a layer"
-        why = "What fits another engine ([real machines](real.md)), not MoNDE's"
+        why = f"{PYTHON_MS} ms fit another engine ([real machines](real.md)), not MoNDE's"
         figures.append(Figure(what, f"{paper} (average)", span(here), SHOWN, None, why))
     return figures
 
@@ -167,7 +167,7 @@ def hybrid_gain() -> tuple[float, float]:
 def hybrimoe() -> list[Figure]:
     mixtral, deepseek = hits("mixtral-8x7b"), hits("deepseek-v2-lite")
     lru = [one["lru"] for one in (mixtral, deepseek)]
-    why = "Other prompts: the profiles are of other text. There is no profile of Qwen2 (45.0 % in the paper)"
+    why = "The profiles are fitted to other prompts. There is no profile of Qwen2 (45.0 % in the paper)"
     models = "Mixtral / DeepSeek, one cache for a quarter of all experts"
     here = numbers(lru, "{:.1f}", " %")
     figures = [Figure(f"hits of LRU, {models}", "30.2 / 47.7 %", here, SHOWN, None, why)]
@@ -180,7 +180,7 @@ def hybrimoe() -> list[Figure]:
     judged = f"{SHAPE}: above LRU, below clairvoyant"
     figures.append(Figure(f"hits of HybriMoE's rule, {models}", "36.2 / 52.7 %", here, judged, holds, why))
     gain = hybrid_gain()
-    why = "GPU and CPU already work at once without it here, and at decode a fetch takes longer than the CPU's work"
+    why = "Without it, GPU and CPU already work at once here, and at decode a fetch takes longer than the CPU's work"
     what = "Qwen2, sharing each layer, prefill / decode"
     judged = f"{SHAPE}: above 1"
     figures.append(Figure(what, "1.26 / 1.50x", numbers(gain, unit="x"), judged, min(gain) > 1, why))
@@ -208,8 +208,8 @@ def trimoe() -> list[Figure]:
     times = [trimoe_times(model, batch) for model in TRIMOE_MODELS for batch in (256, 512, 768)]
     why = {
         "trimoe-no-cpu": "Rates of CPU and DIMMs (its Table 1) are not public; those here are assumed",
-        "trimoe-greedy": "By itself no expert is sooner on the GPU, so all with many rows go to the CPU",
-        "trimoe-static": "As above; what it is compared with in the paper is not said in detail",
+        "trimoe-greedy": "No single expert ends sooner on the GPU, so all experts with many rows go to the CPU",
+        "trimoe-static": "As above; the paper does not describe its baseline in detail",
     }
     figures = []
     for policy, (name, paper) in TRIMOE.items():
@@ -219,8 +219,8 @@ def trimoe() -> list[Figure]:
     for policy, name in (("striped", "every expert over all DIMMs"), ("monde", "`monde`, without a CPU")):
         here = [one[policy] for one in times]
         why_not = {
-            "striped": "The timing model charges nothing for keeping 16 DIMMs in step",
-            "monde": "`trimoe` moves one expert at a time until none helps; `monde` tries every number of fetches",
+            "striped": "The timing model has no cost for the synchronization of 16 DIMMs",
+            "monde": "`trimoe` moves one expert at a time until no move helps; `monde` tries every number of fetches",
         }[policy]
         figures.append(Figure(f"decode, {name}", "not given", span(here), SHOWN, None, why_not))
     return figures
