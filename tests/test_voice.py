@@ -28,7 +28,6 @@ TO_REWRITE = {
     "docs docs/timeline.md": 9,
     "docs docs/timing-model.md": 4,
     "docstrings moetrace/analyze/balance": 9,
-    "docstrings moetrace/batch": 14,
     "docstrings moetrace/calibration": 9,
     "docstrings moetrace/cli/commands": 4,
     "docstrings moetrace/cli/tables": 12,

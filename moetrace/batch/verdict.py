@@ -135,7 +135,7 @@ def _code_change(folder: ResultFolder, baseline: Baseline) -> str:
 
 
 def _input_change(kind: str, cell: ResultCell, was: Input, now: Input, specs: Mapping[str, Mapping[str, Any]]) -> str:
-    """`system changed: link.bandwidth_gb_s 55 -> 50`, or as much of that as is known."""
+    """`system changed: link.bandwidth_gb_s 55 -> 50`, or the part of that which is known."""
     old, new = specs.get(str(was)), cell.inputs.get(kind)
     if kind == "trace":
         new = cell.trace
