@@ -31,12 +31,7 @@ TO_REWRITE = {
     "docstrings moetrace/calibration": 9,
     "docstrings moetrace/cli/commands": 4,
     "docstrings moetrace/cli/tables": 12,
-    "docstrings moetrace/engine": 5,
-    "docstrings moetrace/engine/cluster": 8,
-    "docstrings moetrace/engine/tiers": 16,
     "docstrings moetrace/generators": 3,
-    "docstrings moetrace/results": 14,
-    "docstrings moetrace/spec": 9,
 }
 # Sentences that may keep a marker: their words say exactly what is meant.
 EXCEPTIONS = {
