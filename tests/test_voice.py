@@ -27,11 +27,6 @@ TO_REWRITE = {
     "docs docs/sweep.md": 10,
     "docs docs/timeline.md": 9,
     "docs docs/timing-model.md": 4,
-    "docstrings moetrace/analyze/balance": 9,
-    "docstrings moetrace/calibration": 9,
-    "docstrings moetrace/cli/commands": 4,
-    "docstrings moetrace/cli/tables": 12,
-    "docstrings moetrace/generators": 3,
 }
 # Sentences that may keep a marker: their words say exactly what is meant.
 EXCEPTIONS = {

@@ -70,7 +70,7 @@ def judge(
             found.append(_compared(cell, was, baseline.specs, tolerances, metrics, where, code))
     there = {cell.name for cell in folder.cells}
     gone = sorted(baseline.cells.keys() - there)
-    return found + [Judged(name, "missing", (), (), "in the baseline alone") for name in gone]
+    return found + [Judged(name, "missing", (), (), "only in the baseline") for name in gone]
 
 
 def _new(cell: ResultCell, metrics: tuple[str, ...], where: str, why: str) -> Judged:

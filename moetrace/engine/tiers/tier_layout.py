@@ -167,7 +167,7 @@ def _sort(order, rows):
 
 @kernel
 def _runs_on(layout, tiers, machine, cache, layer, e):
-    """Return where an expert's expected rows cost least: GPU, CPU as if spread, unit as if whole; ties in this order."""
+    """Return where an expert's expected rows cost least: GPU, CPU as if spread, unit as if whole; ties in order."""
     term, gpu = tiers.term[0], machine.device[GPU_DEVICE]
     rows, weight_bytes = layout.rows[layer, e], machine.weight_bytes[layer, e]
     if cache.resident[layer * machine.weight_bytes.shape[1] + e]:
