@@ -122,7 +122,7 @@ def _nearest() -> list[str]:
     """The presets in the order in which they name others: plain ones, the rest by name, and last the oracles.
 
     `on-demand residency=ewma` explains itself; `trimoe-static dispatch=gpu prefetch=none`, which is the same policy,
-    makes readers look up its unnamed fields.
+    does not: its other fields have to be looked up.
     """
     rest = sorted({*_all_presets()} - {*_PLAIN}, key=lambda name: (knows_future(_all_presets()[name]), name))
     return [*_PLAIN, *rest]

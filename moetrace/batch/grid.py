@@ -186,7 +186,7 @@ def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
 
 
 def _plain(value: Any) -> Any:
-    """TOML values for values that only Python has: paths, tuples, ranges, NumPy's numbers and arrays."""
+    """Return Python's values as those of TOML: paths, tuples, ranges, NumPy's numbers and arrays."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | range):

@@ -258,7 +258,7 @@ def note_expert(tape, step, layer, unit, start_s, duration_s, expert):
 
 @kernel
 def note_layer_end(tape, step, seconds, state):
-    """Write the residents after a layer that took ``seconds``; the next one begins here."""
+    """Write the counts after a layer that took ``seconds``; the next one begins here."""
     if tape is None:
         return
     tape.clock_s[0] += seconds

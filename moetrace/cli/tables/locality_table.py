@@ -143,8 +143,8 @@ def _legend(facts: dict[str, Any], name: str) -> list[str]:
         f"{printable(name)}: {printable(facts['model'])}, {counted(facts['rows'], rows)} of "
         f"{counted(facts['requests'], 'request')}; {counted(facts['layers'], 'layer')} of "
         f"{counted(facts['experts'], 'expert')}, top {facts['top_k']}.",
-        "Every figure is of one layer; docs/locality.md defines each. Shuffled, null and by popularity: what only chance "
-        "or popularity would give.",
+        "Every figure is of one layer; docs/locality.md defines each. Shuffled, null and by popularity: what only "
+        "chance or popularity would give.",
     ]
     if facts["sampled_rows"] < facts["rows"]:
         lines.append(

@@ -266,7 +266,7 @@ def _speculation(summary: dict[str, Any]) -> list[str]:
 
 
 def _deadlines(summary: dict[str, Any]) -> list[str]:
-    """Say what policies with a deadline chose, and name the figures that do not depend on the chosen levels."""
+    """Say what policies with a deadline chose, and which figures are not of the chosen levels."""
     deadlines = {policy["name"]: policy["choices"].get("deadline_ms") for policy in summary["policies"]}
     told = [f"{name} {deadline_ms:g} ms" for name, deadline_ms in deadlines.items() if deadline_ms is not None]
     if not told:

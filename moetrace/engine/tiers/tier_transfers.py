@@ -35,7 +35,7 @@ def losses_of(tiers: Tiers | None) -> Losses | None:
 
 
 def with_transfers(tiers: Tiers | None, policy: PolicySpec, system: System, machine: Machine) -> Tiers | None:
-    """Return a machine's parts beside GPU, home and a plain link, with those of its link; None if there are no others.
+    """Return a machine's parts beside GPU, home and a plain link, with those of its link, or None.
 
     Args:
         tiers: The parts found so far.
