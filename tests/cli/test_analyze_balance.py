@@ -223,7 +223,10 @@ def test_options_without_effect_are_refused(run):
         (("--nodes", 2), "--nodes is for --placement eplb-hierarchical or --fan-out."),
         (("--groups", 1, "--placement", "eplb"), "--groups is for --placement eplb-hierarchical"),
         (("--redundant", 8, "--placement", "ep-lpt"), "--redundant is for --placement eplb"),
-        (("--interval", 4, "--placement", "ep", "--placement", "tp:2"), "--interval is for placements that are made"),
+        (
+            ("--interval", 4, "--placement", "ep", "--placement", "tp:2"),
+            "--interval is for placements that are re-made",
+        ),
         (("--copies", "row", "--placement", "ep"), "--copies is for plans with copies"),
         (("--copies", "row", "--seed", 1), "--seed is for --copies random"),
     ):
