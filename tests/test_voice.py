@@ -4,20 +4,6 @@ import pytest
 from voice import MARKERS, Text, code_sentences, own_texts, page_sentences, rate, sentences
 
 LIMIT = 0.5  # markers for each 1,000 words; public packages have 0 to 0.3
-# Rooms that are still to be rewritten, with what they may have until then. Take a room out when it is done.
-TO_REWRITE = {
-    "docstrings moetrace/analyze/balance": 9,
-    "docstrings moetrace/batch": 14,
-    "docstrings moetrace/calibration": 9,
-    "docstrings moetrace/cli/commands": 4,
-    "docstrings moetrace/cli/tables": 12,
-    "docstrings moetrace/engine": 5,
-    "docstrings moetrace/engine/cluster": 8,
-    "docstrings moetrace/engine/tiers": 16,
-    "docstrings moetrace/generators": 3,
-    "docstrings moetrace/results": 14,
-    "docstrings moetrace/spec": 9,
-}
 # Sentences that may keep a marker: their words say exactly what is meant.
 EXCEPTIONS = {
     "An access waits for the stores of the one before it; two layers at once hide that (8.1 ns an access of 128 "
@@ -36,13 +22,7 @@ def test_a_room_has_few_markers(name):
     """`python bench/voice.py --show ROOM` prints the sentences."""
     room = _without_exceptions(ROOMS[name])
     found = room.found()
-    assert rate([room]) <= TO_REWRITE.get(name, LIMIT), found[:5]
-
-
-def test_rooms_that_are_done_are_not_to_be_rewritten():
-    assert [name for name in TO_REWRITE if name not in ROOMS] == []
-    done = [name for name in TO_REWRITE if rate([_without_exceptions(ROOMS[name])]) <= LIMIT]
-    assert done == []
+    assert rate([room]) <= LIMIT, found[:5]
 
 
 def test_each_exception_still_occurs_and_has_a_marker():

@@ -1,4 +1,4 @@
-"""What an advice says: the best real policy, what it wins, the bounds, and which of three things would help."""
+"""The content of an advice: the best real policy, its gain, the bounds, and which of three things would help."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Advice:
         oracles: Policies that know the future, the best first: bounds, and no advice.
         sizes: Other sizes of the GPU's memory, by size.
         all_experts: Experts of the model.
-        fitting: Experts that the GPU has room for, whatever slots were asked for.
+        fitting: Experts that the GPU has room for, regardless of the slots asked for.
         has_link: Whether experts can be elsewhere than in the GPU's memory.
         slos: Limits that the best has to keep.
         tried: How many policies were tried.
@@ -87,7 +87,7 @@ class Advice:
 
     @property
     def kind(self) -> Kind:
-        """Which of the three it is."""
+        """The kind of this advice, one of three."""
         by_policy, by_memory = self._policy_wins, self._memory_wins
         if max(by_policy, by_memory) < WORTH:
             return "nothing to win"
@@ -127,7 +127,7 @@ class Advice:
 
     @property
     def usd_per_million_tokens(self) -> float | None:
-        """What a million output tokens cost with the best policy, where the price by the hour is known."""
+        """USD for a million output tokens with the best policy, where the price by the hour is known."""
         speed = self.best.figures["tokens_per_s"]
         return self.usd_hour / 3600 / speed * 1e6 if self.usd_hour is not None and speed else None
 
@@ -181,14 +181,14 @@ class Advice:
 
     @property
     def _policy_wins(self) -> float:
-        """What a change of the policy wins; keeping limits that the default misses is worth everything."""
+        """The gain of a change of policy; infinite if it keeps limits that the default misses."""
         if self.default is None or (self.best.miss == 0 < self.default.miss):
             return float("inf")
         return self.wins or 0.0
 
     @property
     def _memory_wins(self) -> float:
-        """What more memory wins beside the best policy; keeping limits that it misses is worth everything."""
+        """The gain of more memory over the best policy; infinite if it keeps limits that the policy misses."""
         larger = self.larger
         if larger is None:
             return 0.0

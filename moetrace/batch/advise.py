@@ -88,7 +88,7 @@ def advise(
 
 
 class Question:
-    """What is asked, checked: trace, machine, limits and budget."""
+    """A checked question: trace, machine, limits and budget."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Question:
         progress: Callable[[int], None] | None = None,
         work: int = STAGE_WORK,
     ) -> Advice:
-        """Replay the candidates, and say what is best; `work` is what one stage may take."""
+        """Replay the candidates, and name the best; `work` limits the work of one stage."""
         grid = Grid("the advice", {}, [], False, "gpu_memory_bytes")
         resolver = Resolver(self._traces, grid, False)
         try:
@@ -235,13 +235,13 @@ class Question:
 
 
 def _against(best: Tried, size: Tried) -> Size:
-    """What a size wins over the best policy of the size that there is."""
+    """The gain of a memory size over the best policy at the present size."""
     more = size.found["costs"]["gpu_memory_bytes"] - best.found["costs"]["gpu_memory_bytes"]
     return Size(size, more, beyond(best.total_s, size.total_s) / best.total_s)
 
 
 def _free_starts(best: Tried, sizes: Sequence[Size]) -> list[str]:
-    """Say where a size wins because its policy has experts on the GPU from the start, and the best one now has not."""
+    """Say where a size wins because its policy starts with experts on the GPU, and the present best does not."""
     starts = {size.best.slots: find("residency", size.best.candidate.policy.residency).starts_full for size in sizes}
     free = [size for size in sizes if size.wins > WORTH and starts[size.best.slots]]
     if not free or find("residency", best.candidate.policy.residency).starts_full:
@@ -274,7 +274,7 @@ def _why(stages: Stages, pool: Sequence[Candidate], slots: int | str | None) -> 
 
 
 def _publish(folder: SweepFolder, advice: Advice, grid: Grid) -> None:
-    """Write what was replayed over the whole trace as a sweep, which reports and gates take, and the advice."""
+    """Write the replays of the whole trace as a sweep, which reports and gates take, and the advice."""
     tried = [*advice.ranked, *([advice.default] if advice.default else []), *advice.oracles]
     tried += [size.best for size in advice.sizes]
     listed: dict[str, Cell] = {one.cell.name: one.cell for one in tried}

@@ -30,7 +30,7 @@ class BaselineCell(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Baseline(msgspec.Struct, forbid_unknown_fields=True):
-    """What was accepted: by which code, and each cell by name; `specs` are models, systems and so on by identity."""
+    """The accepted figures: the code's version and each cell by name; `specs` are models, systems etc. by identity."""
 
     moetrace: str
     engine: str | None
@@ -54,7 +54,7 @@ class _UncheckedBaseline(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_baseline(path: Path) -> Baseline:
-    """Read and check a baseline. Raises MoetraceError, with the path of what is wrong in it, if it is none."""
+    """Read and check a baseline. Raises MoetraceError, with the path of the wrong value, if it is no baseline."""
     raw = read_strict_json(path)
     stated = raw.get("schema") if isinstance(raw, dict) else None
     if stated != BASELINE_SCHEMA:
@@ -69,7 +69,7 @@ def read_baseline(path: Path) -> Baseline:
 def make_baseline(folder: ResultFolder, metrics: Iterable[str], where: str, old: Baseline | None) -> Baseline:
     """Return what accepts the figures of every cell of `folder`, or that it failed; `where` names it in an error.
 
-    Figures that differ from `old` by rounding alone keep its digits: an update on another machine leaves no trace.
+    Figures that differ from `old` only by rounding keep its digits: an update on another machine leaves no trace.
     """
     wanted = check_metrics(metrics)
     cells, specs = {}, {}
@@ -84,7 +84,7 @@ def make_baseline(folder: ResultFolder, metrics: Iterable[str], where: str, old:
 
 
 def spec_table(cell: ResultCell) -> dict[str, dict[str, Any]]:
-    """Return the inputs that are more than a number, by their identity; of a trace, what tells which one it was."""
+    """Return the inputs that are more than a number, by their identity; of a trace, the fields that identify it."""
     return {
         str(identity(value)): cell.trace if kind == "trace" else dict(value)
         for kind, value in cell.inputs.items()

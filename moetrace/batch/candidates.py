@@ -1,4 +1,4 @@
-"""Which policies are worth a try on a machine: the search space of `advise`, read from the records of choices."""
+"""The policies worth a try on a machine: the search space of `advise`, read from the records of choices."""
 
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -31,7 +31,7 @@ class Candidate(NamedTuple):
         policy: Its name is a preset's, or that of the preset that it differs least from.
         preset: The preset that a command can name.
         changes: Fields in which it differs from that.
-        is_oracle: Whether it uses what comes later in the trace, which no engine can: a bound, and no advice.
+        is_oracle: Whether it uses later parts of the trace, which no engine can: a bound, and no advice.
     """
 
     policy: PolicySpec
@@ -46,18 +46,18 @@ class Candidate(NamedTuple):
 
     @property
     def cache(self) -> tuple:
-        """What decides the content of the GPU's memory: residency, prefetch, scope and their parameters."""
+        """The fields that decide the content of the GPU's memory: residency, prefetch, scope and their parameters."""
         policy = self.policy
         return policy.residency, policy.prefetch, policy.scope if _has_scope(policy) else "", policy.half_life
 
     @property
     def split(self) -> tuple:
-        """What decides who runs an expert: placement, dispatch and its parameters."""
+        """The fields that decide which device runs an expert: placement, dispatch and its parameters."""
         return self.policy.placement, self.policy.dispatch, self.policy.gpu_rows
 
 
 def knows_future(policy: PolicySpec) -> bool:
-    """Whether a policy uses what comes later in the trace: `belady`, a set by hindsight, `oracle:d`."""
+    """Whether a policy uses later parts of the trace: `belady`, a set by hindsight, `oracle:d`."""
     records = (find(kind, getattr(policy, kind)) for kind in ("dispatch", "residency", "prefetch"))
     return any(record is not None and record.knows_future for record in records)
 
@@ -119,10 +119,10 @@ def _all_presets() -> dict[str, PolicySpec]:
 
 @cache
 def _nearest() -> list[str]:
-    """The presets in the order in which they name others: plain ones, the rest by name, and last what knows the future.
+    """The presets in the order in which they name others: plain ones, the rest by name, and last the oracles.
 
-    Who reads `on-demand residency=ewma` knows what that is; of `trimoe-static dispatch=gpu prefetch=none`, which is the
-    same policy, one has to look up what is not said.
+    `on-demand residency=ewma` explains itself; `trimoe-static dispatch=gpu prefetch=none`, which is the same policy,
+    does not: its other fields have to be looked up.
     """
     rest = sorted({*_all_presets()} - {*_PLAIN}, key=lambda name: (knows_future(_all_presets()[name]), name))
     return [*_PLAIN, *rest]
@@ -153,7 +153,7 @@ def _runs(policy: PolicySpec, system: System) -> bool:
 
 
 def _identity(policy: PolicySpec, system: System) -> tuple:
-    """What tells two policies apart on a machine: without their names, and what makes no difference there."""
+    """The fields that distinguish two policies on a machine: not their names, nor fields without effect there."""
     scope = policy.scope if _has_scope(policy) else ""
     placement = "" if system.ndp is None else policy.placement
     return msgspec.structs.astuple(msgspec.structs.replace(policy, name="", scope=scope, placement=placement))
@@ -205,7 +205,7 @@ def _caches(future: bool) -> list[dict[str, Any]]:
 
 
 def _changes(policy: PolicySpec, of: PolicySpec, system: System) -> dict[str, Any]:
-    """The fields in which a policy differs from another, but for its name, and a scope or placement of nothing."""
+    """The fields in which a policy differs from another, except its name, and a scope or placement of nothing."""
     fields = [field for field in PolicySpec.__struct_fields__ if field != "name"]
     changed = {f: getattr(policy, f) for f in fields if getattr(policy, f) != getattr(of, f)}
     if not _has_scope(policy):

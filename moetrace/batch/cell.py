@@ -165,7 +165,7 @@ class Resolver:
 
 
 def error_sentence(error: BaseException) -> str:
-    """What is said of a cell that ended with this error."""
+    """The sentence about a cell that ended with this error."""
     if isinstance(error, MoetraceError):
         return str(error)
     if isinstance(error, MemoryError):

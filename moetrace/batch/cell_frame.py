@@ -1,4 +1,4 @@
-"""All cells as one frame, with marks: what no other beats in both latency and cost, and what is only a bound."""
+"""All cells as one frame, with marks: cells that no other beats in both latency and cost, and mere bounds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -117,8 +117,8 @@ def speedups(cells: Sequence[Cell], frame: pl.DataFrame, fields: Sequence[str], 
 def pareto_marks(frame: pl.DataFrame, cost: str) -> pl.Series:
     """Return for each cell whether no other of its trace and model beats it in both `total_s` and `cost`.
 
-    None for a cell without a time. What knows the future, does not fit or misses a limit is not on the front and beats
-    nobody; of equal cells only the first is on it.
+    None for a cell without a time. A cell that knows the future, does not fit or misses a limit is not on the front and
+    beats nobody; of equal cells only the first is on it.
     """
     marks: list[bool | None] = [None] * len(frame)
     groups: dict[tuple, list[tuple[float, float, int]]] = {}

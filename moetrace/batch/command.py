@@ -22,7 +22,7 @@ def replay_command(cell: Cell) -> str:
 
 
 def _is_of(field: str, cell: Cell) -> bool:
-    """Whether a field is the cell's: `policy.NAME.FIELD` of another policy is none that its replay knows."""
+    """Whether a field is the cell's: its replay does not know `policy.NAME.FIELD` of another policy."""
     kind, _, rest = field.partition(".")
     name = rest.rpartition(".")[0]
     return kind != "policy" or not name or name in (cell.policy.name, str(cell.point.labels["policy"]))

@@ -1,4 +1,4 @@
-"""Where tasks run: here, in processes of this machine, or on a Dask cluster; and what is done when workers die."""
+"""Where tasks run: here, in processes of this machine, or on a Dask cluster; and what happens when workers die."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ ATTEMPTS = 3  # of Dask, to run a task whose worker was lost
 # Pools that may break: enough to find a few cells that kill whoever replays them among those of their tasks.
 _MOST_POOLS = 30
 _ENDS_ALL = (BrokenExecutor, CancelledError, OSError)  # of the executor, not of a cell: a lost scheduler is an OSError
-_KILLED = "whoever replays it is killed (not enough memory?): the next run tries it again."
+_KILLED = "each process that replays it is killed (not enough memory?): the next run tries it again."
 _ADDRESS = re.compile(r"(\w+://)?(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}/?", re.ASCII)
 
 
@@ -31,7 +31,7 @@ class Farm(NamedTuple):
 
 
 class Inline(Executor):
-    """Runs what is submitted at once, in this thread: Ctrl-C ends it as it would any loop."""
+    """Runs each submitted task at once, in this thread: Ctrl-C ends it as it would any loop."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """Run the function; return a future that is done."""
@@ -69,10 +69,10 @@ def lasting(farm: Farm) -> Iterator[Farm]:
 def run_tasks(tasks: Sequence[Task], farm: Farm, take: Callable[[list[Outcome]], None]) -> None:
     """Run tasks, and hand over what each found as it comes.
 
-    Work of workers that died is done again when all else is done, one task at a time and in halves: so a cell that
-    kills its worker, twice and alone, is found, and fails; it does not stop the others.
+    Work of workers that died is done again when all else is done, one task at a time and in halves. So a cell that
+    kills its worker twice, the second time as the only cell of a task, is found and fails; it does not stop the others.
 
-    Raises MoetraceError if workers died too often; what was taken before stays taken.
+    Raises MoetraceError if workers died too often; results handed over before stay.
     """
     waiting, suspects, blamed = deque(tasks), deque[Task](), set[str]()
     for _ in range(_MOST_POOLS):
@@ -133,8 +133,8 @@ def _halves(task: Task) -> list[Task]:
 def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
     """Yield a Dask cluster as a farm, and the link of its dashboard; lost workers' tasks are run again, three times.
 
-    Raises UsageError if `address` is none, MoetraceError if `distributed` is missing, no scheduler answers or it has no
-    workers.
+    Raises UsageError if `address` is no address, MoetraceError if `distributed` is missing, no scheduler answers or it
+    has no workers.
     """
     if not _ADDRESS.fullmatch(address):  # of which Dask's client would leave a traceback
         raise UsageError(f"A Dask scheduler's address is as tcp://host:8786, got {printable(address)!r}.")
@@ -163,7 +163,7 @@ def dask_farm(address: str) -> Iterator[tuple[Farm, str | None]]:
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Keep a logger from printing tracebacks of what is told in a sentence."""
+    """Keep a logger from printing tracebacks of errors that are reported in a sentence."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)

@@ -29,12 +29,12 @@ FAIL_ON = ("worse", "missing", "changed")
 
 @dataclass(frozen=True, repr=False)
 class Gate:
-    """What a gate found.
+    """The findings of a gate.
 
     Attributes:
         cells: Every cell with its verdict, in the folder's order; then those that the folder lacks.
         fail_on: The verdicts that fail the gate.
-        notes: Sentences about what is not a verdict on a cell.
+        notes: Sentences that are not verdicts on a cell.
         updated: Whether the baseline was replaced; then nothing fails.
         dropped: Cells that the replaced baseline had and the new one lacks, or has without figures.
     """
@@ -149,7 +149,7 @@ def gate(
             unit; one text or several. By default as far as rounding moves them (1e-9 of the baseline).
         metrics: The metrics that are compared. By default those of the baseline; for a new one what docs/gate.md names,
             as far as a cell has it.
-        fail_on: The verdicts that fail the gate. "any" is all but "same".
+        fail_on: The verdicts that fail the gate. "any" is all except "same".
         update: Write the folder's figures to `baseline`, whether they are better or worse.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a gate leaves for other tools: JUnit XML, Markdown for a job's summary, and github-action-benchmark's JSON."""
+"""A gate's files for other tools: JUnit XML, Markdown for a job's summary, and github-action-benchmark's JSON."""
 
 import json
 import math
@@ -88,7 +88,7 @@ def benchmark_json(gate: Gate) -> str:
 
 
 def one_line(cell: Judged) -> str:
-    """What the verdict rests on: `total_s 5.9333 -> 6.1 s (+2.81 %); policy changed: ...`."""
+    """The figures and inputs behind the verdict: `total_s 5.9333 -> 6.1 s (+2.81 %); policy changed: ...`."""
     moved = ", ".join(_said(one) for one in cell.metrics if one.verdict == cell.verdict)
     return "; ".join(part for part in (moved, cell.why) if part)
 
@@ -106,7 +106,7 @@ def change(moved: Moved) -> str:
 
 
 def shown(moved: Moved) -> tuple[str, str, str]:
-    """Baseline, value and unit for people: ms, GB and %, with as many digits as tell the two apart, five at least."""
+    """Baseline, value and unit for people: ms, GB and %, with enough digits to distinguish the two, five at least."""
     factor, unit = METRICS[moved.metric].shown
     before, after = (None if value is None else factor * value for value in (moved.baseline, moved.value))
     digits = 5

@@ -31,7 +31,7 @@ _SPECS: dict[str, type[msgspec.Struct]] = {"model": Model, "system": System, "po
 
 
 class _GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the file may hold; every list is an axis, but that of `slo`."""
+    """The fields that the file may have; every list is an axis, except that of `slo`."""
 
     trace: str | list[str] | None = None
     model: str | list[str] | None = None
@@ -57,7 +57,7 @@ class Axis(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One combination of values: what a cell is resolved from. Files are absolute."""
+    """One combination of values, from which a cell is resolved. Files are absolute."""
 
     name: str  # the labels of its axes, joined by "/"
     values: dict[str, Any]  # of every field that is given
@@ -186,7 +186,7 @@ def load_space(source: str | os.PathLike[str] | Mapping[str, Any]) -> Space:
 
 
 def _plain(value: Any) -> Any:
-    """What Python has beside what TOML has: paths, tuples, ranges, NumPy's numbers and arrays."""
+    """Return Python's values as those of TOML: paths, tuples, ranges, NumPy's numbers and arrays."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | range):
@@ -214,7 +214,7 @@ def _axes(sweep: _GridFile, folder: Path, where: str) -> list[Axis]:
 
 
 def _default_policies(systems: Any, zipped: list[Axis], folder: Path, where: str) -> list[str]:
-    """Return the policies that suit every system of the sweep; raise UsageError if there are none."""
+    """Return the policies that suit every system of the sweep; raise UsageError if no policy does."""
     named = [systems] if isinstance(systems, str) else [*(systems or [])]
     named += [value for axis in zipped for field, values in _columns(axis) if field == "system" for value in values]
     found = set()
@@ -246,14 +246,14 @@ def _zip(table: dict[str, Any], where: str) -> Axis:
         if len(axis.values) != len(axes[0].values):
             raise UsageError(
                 f"{where}: {axes[0].fields[0]} has {len(axes[0].values)} values and {axis.fields[0]} "
-                f"{len(axis.values)}, but zipped axes have as many."
+                f"{len(axis.values)}, but zipped axes must be of equal length."
             )
     rows = [tuple(value for (value,) in row) for row in zip(*(axis.values for axis in axes), strict=True)]
     return Axis(tuple(given), rows, True)
 
 
 def _flat_table(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """What a table of `zip` or `exclude` gives: trace, model, system, policy, slots, and fields under `set`."""
+    """The fields of a table of `zip` or `exclude`: trace, model, system, policy, slots, and fields under `set`."""
     for key in table:
         if key not in (*KINDS, "set"):
             raise UsageError(f"{where}: {key} is unknown{nearest(key, [*KINDS, 'set'])}; known are {_either()}.")
@@ -346,7 +346,7 @@ def _columns(axis: Axis) -> Iterator[tuple[str, list[Any]]]:
 def _exclusions(
     tables: list[dict[str, Any]], known: Mapping[str, Any], folder: Path, where: str
 ) -> list[dict[str, list[Any]]]:
-    """Of each table of `exclude` the values of each field, as given and, of a file, where it lies."""
+    """For each table of `exclude`, the values of each field, as given and, for a file, as its path."""
     found = []
     for number, table in enumerate(tables, 1):
         at = f"{where}, exclude {number}"

@@ -1,4 +1,4 @@
-"""What the values of a sweep's axes are called, and where the files that they name lie."""
+"""Labels of the values of a sweep's axes, and the paths of the files that they name."""
 
 from pathlib import Path
 from typing import Any

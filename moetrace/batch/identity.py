@@ -1,4 +1,4 @@
-"""What stands for an input of a cell in a baseline."""
+"""The identity of an input of a cell, as a baseline holds it."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ _LABELS = ("name", "known", "calibration")
 
 
 def identity(value: object) -> str | int | None:
-    """What stands for an input in a baseline: a number itself, a SHA-256's first digits, or those of the content.
+    """The identity of an input in a baseline: a number itself, or the first digits of a SHA-256, given or computed.
 
     The labels of a spec (its name, how well it is known) do not count; nor does a field that is not set, so that one
     which a later version adds changes nothing as long as nobody sets it.

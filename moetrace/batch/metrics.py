@@ -52,7 +52,7 @@ def check_metrics(names: Iterable[str], where: str = "") -> tuple[str, ...]:
 def value_of(figures: Mapping[str, Any], name: str, where: str) -> float | None:
     """Return a figure of what summary.json says of a policy: finite, not negative, or None where it is undefined.
 
-    Of the units' utilization it is the mean. Raises MoetraceError, which begins with `where`, if it is no number.
+    For the units' utilization it is the mean. Raises MoetraceError, which begins with `where`, if it is no number.
     """
     try:
         return value_in(figures, name, lambda value: _finite(value, name, where))

@@ -93,7 +93,7 @@ def advise_rebalance(
 
 
 class RebalanceQuestion:
-    """What is asked, checked: the trace, the cluster, the policy, and the rows of the table."""
+    """A checked question: the trace, the cluster, the policy, and the rows of the table."""
 
     def __init__(
         self,
@@ -292,7 +292,7 @@ class RebalanceQuestion:
 
 
 def _whole_numbers(name: str, asked: int | Sequence[int]) -> list[int]:
-    """The numbers asked for, ascending. Raises UsageError for what is none."""
+    """The numbers asked for, ascending. Raises UsageError for a value that is no such number."""
     numbers = [asked] if isinstance(asked, int) else [*asked]
     if not numbers:
         raise UsageError(f"{name} is an empty list: give it a number, or leave it out.")
@@ -303,6 +303,6 @@ def _whole_numbers(name: str, asked: int | Sequence[int]) -> list[int]:
 
 
 def _round(number: int) -> int:
-    """The largest of 1, 2, 5, 10, 20 ... that is no more."""
+    """The largest of 1, 2, 5, 10, 20 ... up to the value."""
     digits = 10 ** (len(str(number)) - 1)
     return next(step * digits for step in (5, 2, 1) if step * digits <= number)

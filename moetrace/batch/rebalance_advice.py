@@ -1,4 +1,4 @@
-"""What `advise rebalance` says: a row for each number of redundant experts and each interval, and which is best."""
+"""The answer of `advise rebalance`: a row for each number of redundant experts and each interval, and the best."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class Planned(NamedTuple):
     Attributes:
         redundant: Redundant experts of a layer; None where the placement takes none, or as many as make slots equal.
         interval: Steps from one plan to the next; 0: only the first is made; None: none is made at all.
-        cell: What a sweep calls it: its point, its inputs and their hash.
-        found: What a cell's file holds of it: `result`, `costs` and `warnings`.
+        cell: The replay as a cell of a sweep: its point, its inputs and their hash.
+        found: The content of its cell's file: `result`, `costs` and `warnings`.
     """
 
     redundant: int | None
@@ -37,7 +37,7 @@ class Planned(NamedTuple):
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What summary.json says of the policy."""
+        """The policy's part of summary.json."""
         return self.found["result"]["policies"][0]
 
     @property
@@ -110,7 +110,7 @@ class RebalanceAdvice:
 
     @property
     def kind(self) -> RebalanceKind:
-        """Which of the three it is; what wins less than 2 % is within what the model leaves out."""
+        """The kind of this advice, one of three; a gain of less than 2 % is below the accuracy of the model."""
         if _saves(self.best, self.none) < WORTH:
             return "nothing to win"
         once = self.once
@@ -143,8 +143,8 @@ class RebalanceAdvice:
     def frame(self) -> pl.DataFrame:
         """One row a replay: redundant, interval (null: no plan), is_best, fits, speed-ups, and all figures and costs.
 
-        `speedup` is over the replay without plans, `over_once` over the one that plans once with as many redundant
-        experts.
+        `speedup` is over the replay without plans, `over_once` over the one that plans once with the same number of
+        redundant experts.
         """
         once = {row.redundant: row.total_s for row in self.rows if row.interval == 0}
         facts = [

@@ -28,7 +28,7 @@ class Rebatched:
         self._found: dict[tuple[str, int], str] = {}
 
     def placed(self, point: Point) -> Point:
-        """Return the point with the trace in its batch; as it is if it names none.
+        """Return the point with the trace in its batch; unchanged if it names no batch.
 
         Raises MoetraceError if the trace cannot be read, or that of the batch not be written.
         """
@@ -65,7 +65,7 @@ class Rebatched:
 
 
 def _is_that(file: Path, batch: int) -> bool:
-    """Whether a file is a trace in that batch; what is in it is compared with its hashes when it is replayed."""
+    """Whether a file is a trace in that batch; a replay compares its content with its hashes."""
     if file.is_symlink() or not file.is_file():
         return False
     try:

@@ -41,10 +41,10 @@ class Search:
     """A finished search.
 
     Attributes:
-        choices: What there was to choose, and how.
+        choices: The axes to choose from, and how they were searched.
         trials: All different proposals, in order; fewer than asked for if there were no more.
         reference: The first of each axis, replayed over the whole trace; its `value` is what to beat.
-        found: What each replay holds, by hash: `result`, `costs`, `warnings`.
+        found: The content of each replay, by hash: `result`, `costs`, `warnings`.
         computed: How many replays of the trace or a part of it were made now.
         reused: How many were found in the folder.
     """
@@ -86,7 +86,7 @@ class Search:
 
     @property
     def sweep(self) -> Sweep:
-        """What was replayed over the whole trace, as a sweep: reports and gates take its folder."""
+        """The replays of the whole trace, as a sweep: reports and gates take its folder."""
         listed = {
             trial.cell.name: trial.cell
             for trial in [self.reference, *self.trials]
@@ -252,7 +252,7 @@ def _best_of(
     """Return the trials that go on, the best of each `keep` that were replayed over this part so far; stop the others.
 
     The rule is that of Optuna's SuccessiveHalvingPruner, which however asks one trial after another, and so knows only
-    those before it: of a round that is replayed at once one alone would go on. `so_far` gets the round's values.
+    those before it: of a round that is replayed at once only one would go on. `so_far` gets the round's values.
     """
     import optuna
 
@@ -272,7 +272,7 @@ def _best_of(
 
 
 def _misses(trial: Any) -> list[float]:
-    """What a sampler takes for broken constraints: by how much a trial misses a limit."""
+    """The violated constraints for the sampler: by how much a trial misses a limit."""
     return [trial.user_attrs.get(_MISS, 0.0)]
 
 

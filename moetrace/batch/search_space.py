@@ -1,4 +1,4 @@
-"""What a search may choose: the axes of a sweep, as choices, and ranges of numbers from its [search] table."""
+"""The search space: the axes of a sweep, as choices, and ranges of numbers from its [search] table."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,8 +31,8 @@ class Range(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Halving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to search.
 
-    Of the trials that were replayed over a part of the trace, the best of each `keep` go on to a part `keep` times as
-    long; there are `parts` of them, the last one is all of it.
+    The best of each `keep` trials that were replayed over a part of the trace go on to a part `keep` times as long;
+    there are `parts` of them, and the last one is the whole trace.
     """
 
     objective: str = "total_s"
@@ -67,7 +67,7 @@ class SearchChoices(NamedTuple):
     names: dict[str, set[str]]  # of each policy by its label: that, and the one in its file
 
     def plain(self) -> Point:
-        """The first of each axis and nothing from a range: what the search is to beat."""
+        """The first of each axis and nothing from a range: the reference that the search tries to beat."""
         return self.space.point([0] * len(self.space.axes))
 
     def suggest(self, trial: "Trial") -> Point:
@@ -148,7 +148,7 @@ def _spans(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The ranges by their field's path."""
 
     def closed(inner: Mapping[str, Any]) -> dict[str, Any]:
-        """Hide what is a range in a list, so that its keys are not taken for fields."""
+        """Hide a range in a list, so that its keys are not taken for fields."""
         return {
             key: closed(value) if isinstance(value, Mapping) and not _is_range(value) else [value]
             for key, value in inner.items()

@@ -1,4 +1,4 @@
-"""What an advice replays: all candidates over as much of a trace as pays, then ever fewer over more of it."""
+"""The replays of an advice: all candidates over the longest part of a trace that pays, then fewer over longer parts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ class Tried(NamedTuple):
     Attributes:
         candidate: The policy.
         slots: Experts that the GPU could hold.
-        cell: What a sweep calls it: its point, its inputs and their hash.
-        found: What a cell's file holds of it: `result`, `costs` and `warnings`.
+        cell: The replay as a cell of a sweep: its point, its inputs and their hash.
+        found: The content of its cell's file: `result`, `costs` and `warnings`.
         miss: By what share of a limit it misses that, the largest; 0.0 if it keeps all.
         rank: Its place among the candidates: which of equal ones comes first.
     """
@@ -48,7 +48,7 @@ class Tried(NamedTuple):
 
     @property
     def figures(self) -> Mapping[str, Any]:
-        """What summary.json says of the policy."""
+        """The policy's part of summary.json."""
         return self.found["result"]["policies"][0]
 
     @property
@@ -73,13 +73,13 @@ class Stages:
 
     Attributes:
         trace: The trace, whose file is closed.
-        sha256: Of its content.
-        point: What all replays have in common: trace, model, system and settings, without a policy.
+        sha256: SHA-256 of its content.
+        point: The inputs that all replays have in common: trace, model, system and settings, without a policy.
         resolver: Makes cells of points.
         farm: Where replays run.
         slos: Limits of figures.
         folder: Keeps the replays of the whole trace; None keeps nothing.
-        progress: Is told how many candidates were judged.
+        progress: Called with how many candidates were judged.
         work: The work of one stage.
         short_steps: Steps of the first stage, those of the whole trace if that took all.
         tried: How many candidates the first stage had.
@@ -110,11 +110,11 @@ class Stages:
     def best_of(self, candidates: Sequence[Candidate], slots: int | str | None) -> list[Tried]:
         """Return the best of the candidates, replayed over the whole trace, in order; the first of them is the best.
 
-        Where all together are too much, they first go over the beginning of the trace. What the GPU's memory holds is
-        not told from there, as caches fill and learn; but who runs the experts nearly is: so beside each content of
-        that memory the best splits go on, and every preset. Those go over a longer part, if all of it is too much, and
-        the best over all of it. In the end the best one's split is tried with each content, and its content with each
-        split.
+        Where all together are too much, they first go over the beginning of the trace. The beginning does not show
+        which content of the GPU's memory is best, as caches fill and learn, but it nearly shows which device should run
+        the experts. So for each content of that memory the best splits go on, and every preset. Those go over a longer
+        part, if all of it is too much, and the best over all of it. In the end the best one's split is tried with each
+        content, and its content with each split.
         """
         self.tried, self._ranks = len(candidates), {one.label: at for at, one in enumerate(candidates)}
         going = list(candidates)
@@ -135,11 +135,11 @@ class Stages:
         return ranked
 
     def can_take(self, count: int) -> bool:
-        """Whether so many replays of the whole trace are less than the work of a stage."""
+        """Whether `count` replays of the whole trace are at most the work of a stage."""
         return float(self._work[-1]) * count <= self.work
 
     def over(self, candidates: Sequence[Candidate], slots: int | str | None, steps: int | None = None) -> list[Tried]:
-        """Replay candidates over the first steps, or all; what cannot be replayed is left out."""
+        """Replay candidates over the first steps, or all; candidates that cannot be replayed are left out."""
         steps = None if steps == self.trace.steps else steps
         found: list[Tried] = []
         cells = [self.cell(one, slots, steps) for one in candidates]
@@ -191,7 +191,7 @@ class Stages:
     def _steps(self, count: int) -> int:
         """How many of the first steps a stage takes, at least half as often with output rows as those of the trace.
 
-        More than half of the work is all of it: what came next would cost as much again.
+        More than half of the work counts as the whole: the next stage would cost the same again.
         """
         affordable = max(int(np.searchsorted(self._work, self.work / max(count, 1), "right")), 1)
         if affordable >= self.trace.steps or 2 * self._work[affordable - 1] > self._work[-1]:
@@ -200,7 +200,7 @@ class Stages:
         return affordable + int(np.argmax(2 * share[affordable - 1 :] >= share[-1]))
 
     def _splits(self, tried: Sequence[Tried]) -> list[Candidate]:
-        """Of each content of the GPU's memory the best splits, by time and by the limits, and all presets."""
+        """The best splits for each content of the GPU's memory, by time and by the limits, and all presets."""
         groups: dict[tuple, list[Tried]] = {}
         for one in tried:
             groups.setdefault(one.candidate.cache, []).append(one)

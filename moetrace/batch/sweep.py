@@ -58,7 +58,7 @@ class Sweep:
     Attributes:
         grid: The axes of the sweep's file.
         listed: Every cell, in the order of the grid.
-        found: What each finished cell holds, by hash: `result`, `costs`, `warnings`.
+        found: The content of each finished cell, by hash: `result`, `costs`, `warnings`.
         computed: How many different cells were replayed now.
         reused: How many different cells were found in the folder.
         unused: How many finished cells in the folder are not of this sweep.
@@ -78,7 +78,7 @@ class Sweep:
         return f"<Sweep of {len(self.listed)} cells, {len(self.failed)} failed: .cells is a frame, .results are dicts>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: a row for each cell, with its main figures, or why it failed."""
+        """HTML for a notebook: a row for each cell, with its main figures, or why it failed."""
         figures = {name: FIGURES[name] for name in ("total_s", "ttft_s.p50", "tpot_s.p50", "tokens_per_s")}
         results = self.results
         rows = []
@@ -212,14 +212,14 @@ class SweepPlan:
         return [cell for cell in self.cells if cell.key and first.get(cell.key) is cell]
 
     def by_trace(self) -> dict[str, list[Cell]]:
-        """What is missing, by the path of the trace."""
+        """The missing cells, by the path of the trace."""
         groups: dict[str, list[Cell]] = {}
         for cell in self.missing:
             groups.setdefault(cell.point.values["trace"], []).append(cell)
         return groups
 
     def tasks(self, jobs: int) -> list[Task]:
-        """Cut what is missing into tasks: cells of one trace each."""
+        """Cut the missing cells into tasks: cells of one trace each."""
         return [
             task
             for path, cells in self.by_trace().items()
@@ -227,7 +227,7 @@ class SweepPlan:
         ]
 
     def run(self, farm: Farm, progress: Callable[[int], None] | None = None) -> Sweep:
-        """Replay what is missing; write each cell as it comes, and in the end the tables."""
+        """Replay the missing cells; write each as it comes, and in the end the tables."""
         cells = {cell.key: cell for cell in self.missing}
         errors: dict[str, str] = {}
 
@@ -260,7 +260,7 @@ class SweepPlan:
         return sweep
 
     def estimate(self) -> Estimate:
-        """Measure how long what is missing will take, on the first steps of each trace with a few of its cells."""
+        """Measure how long the missing cells will take, on the first steps of each trace with a few of its cells."""
         seconds, sampled, unmeasured = 0.0, 0, 0
         for path, missing in self.by_trace().items():
             cells = [cell for cell in missing if not names_code(cell.policy)]
@@ -306,8 +306,8 @@ def sweep(
         folder: Keeps the results, which the next sweep finds again. By default nothing is kept.
         jobs: Processes; 1 is this one. Results do not depend on it.
         dask: Address of a Dask scheduler, to run on its workers instead.
-        pareto: What the front sets against latency: "gpu_memory_bytes", "link_bytes" or "price". By default the file
-            says it.
+        pareto: The cost that the front sets against latency: "gpu_memory_bytes", "link_bytes" or "price". By default
+            the file says it.
         progress: A function that gets the number of cells done since its last call.
         code: With False cells fail whose policy names a Python file, whose code would run.
         slo: Limits that a cell on the front must keep, as `"tpot_s.p99<=50ms"`. By default those of the file.

@@ -64,7 +64,7 @@ class SweepFolder:
         check_writable(self._cells / "cell.json", follow=False)
 
     def finished(self, key: str) -> dict[str, Any] | None:
-        """What a cell's file holds beside its inputs; None if there is none, or it is not what its name says."""
+        """The content of a cell's file beside its inputs; None if there is no file, or it does not match its name."""
         path = self._cells / f"{key}.json"
         if not is_folder(self._cells):
             return None
@@ -133,10 +133,10 @@ class SweepFolder:
 
 
 def _found(cell: CellFile[dict[str, Any]]) -> dict[str, Any]:
-    """What a cell's file holds beside its inputs."""
+    """The content of a cell's file beside its inputs."""
     return {"result": cell.result, "costs": cell.costs, "warnings": cell.warnings}
 
 
 def _sha256(found: Mapping[str, Any]) -> str:
-    """Of what a cell's file holds beside its inputs, so that nobody's edit of it, or a disk's, becomes a figure."""
+    """SHA-256 of a cell's file without its inputs, so that no edit and no damage of the disk becomes a figure."""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

@@ -33,7 +33,7 @@ class Trial:
     miss: float = 0.0
 
     def order(self, maximize: bool) -> tuple[float, float]:
-        """Less is better: what keeps the limits comes first, then what has the better value."""
+        """Less is better: trials that keep the limits come first, then those with the better value."""
         return self.miss, (-1 if maximize else 1) * (self.value or 0.0)
 
 
@@ -121,7 +121,7 @@ class Halver:
 
 
 def part_of(cell: Cell, steps: int | None) -> Cell:
-    """Return the cell of the first steps alone, a name and a file of its own."""
+    """Return the cell of only the first steps, with a name and a file of its own."""
     if steps is None or cell.inputs is None:
         return cell
     inputs = cell.inputs | {"steps": steps}

@@ -70,7 +70,7 @@ def judge(
             found.append(_compared(cell, was, baseline.specs, tolerances, metrics, where, code))
     there = {cell.name for cell in folder.cells}
     gone = sorted(baseline.cells.keys() - there)
-    return found + [Judged(name, "missing", (), (), "in the baseline alone") for name in gone]
+    return found + [Judged(name, "missing", (), (), "only in the baseline") for name in gone]
 
 
 def _new(cell: ResultCell, metrics: tuple[str, ...], where: str, why: str) -> Judged:
@@ -135,7 +135,7 @@ def _code_change(folder: ResultFolder, baseline: Baseline) -> str:
 
 
 def _input_change(kind: str, cell: ResultCell, was: Input, now: Input, specs: Mapping[str, Mapping[str, Any]]) -> str:
-    """`system changed: link.bandwidth_gb_s 55 -> 50`, or as much of that as is known."""
+    """`system changed: link.bandwidth_gb_s 55 -> 50`, or the part of that which is known."""
     old, new = specs.get(str(was)), cell.inputs.get(kind)
     if kind == "trace":
         new = cell.trace

@@ -1,4 +1,4 @@
-"""What a worker does: cells of one trace in, their figures out; several cells in one pass, the trace decoded once."""
+"""The work of a worker: cells of one trace in, their figures out; several cells in one pass, the trace decoded once."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ class Task(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a cell: what its file holds beside the inputs, or a sentence."""
+    """The outcome of a cell: the content of its file beside the inputs, or a sentence."""
 
     key: str
     found: dict[str, Any] | None
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 def work(task: Task) -> list[Outcome]:
-    """Replay the cells of a task; whatever stops one, or all, is told in a sentence."""
+    """Replay the cells of a task; an error that stops one, or all, becomes a sentence."""
     try:
         if task.code != code_fingerprint():
             raise MoetraceError(f"a worker runs another moetrace ({__version__}): install the same on all machines.")
@@ -111,10 +111,10 @@ def evaluate(trace: Trace | Decoded, setups: Sequence[Setup]) -> list[dict[str, 
 
 
 def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, steps: int | None = None) -> list[Task]:
-    """Cut cells of one trace (its first `steps`), by the keys of what they find, into tasks for so many jobs.
+    """Cut cells of one trace (its first `steps`), by the keys of what they find, into tasks for `jobs` jobs.
 
-    As many cells share a task as pay off and as memory holds. A trace that is not kept is read once by each job, if
-    memory holds its share of the cells.
+    The number of cells of a task is limited by memory and by what pays off. A trace that is not kept is read once by
+    each job, if memory holds its share of the cells.
     """
     systems = (cell.setup.system for cell in cells.values() if cell.setup)
     needs = needs_of((cell.policy for cell in cells.values()), systems)
@@ -133,7 +133,7 @@ def tasks_of(trace: Trace, sha256: str, cells: Mapping[str, Cell], jobs: int, st
 
 
 def state_bytes(trace: Trace, setup: Setup) -> int:
-    """How much memory a cell takes at most while it is replayed, but for the seconds of its steps."""
+    """Most bytes of memory that a cell takes while it is replayed, without the seconds of its steps."""
     (policy,), keys = setup.policies, trace.layers * trace.num_experts
     residency, prefetch = find("residency", policy.residency), find("prefetch", policy.prefetch)
     foresees = residency is not None and residency.foresees

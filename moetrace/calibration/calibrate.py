@@ -33,9 +33,9 @@ class Calibrated:
         system: The system.
         text: Its TOML, with a source at each fitted value.
         fits: Part (gpu, cpu, link, network, ...) -> its fit.
-        frame: A row for each fitted part: its constants, the points and shapes, median and p90 of the error on what
-            was not fitted, and of the data-sheet constants with a start for each expert on the same points.
-        notes: What of the table was not used, and what looks wrong about the fits, as sentences.
+        frame: A row for each fitted part: its constants, the points and shapes, median and p90 of the error on points
+            that were not fitted, and of the data-sheet constants with a start for each expert on the same points.
+        notes: Unused parts of the table, and doubts about the fits, as sentences.
         written: Whether any fitted value stands in `text`; no section of a system describes a disk.
     """
 
@@ -76,8 +76,8 @@ def calibrate(
         cache_mb: Size of the processor's last cache, MB. Layers whose weights are smaller are left out: a whole model
             never reads them from there.
         max_rows: Leave out layers with more rows.
-        port_gb_s: What a GPU of a network can move in each direction, GB/s: the most that a fit may reach.
-        source: What the table is, for the TOML. By default its file's name and what was chosen.
+        port_gb_s: Rate of a GPU's port in each direction, GB/s: the most that a fit of a network may reach.
+        source: A name of the table, for the TOML. By default its file's name and the chosen values.
 
     Returns:
         The calibrated system.
@@ -232,7 +232,7 @@ def _copy_changes(fit: Fit, source: str) -> Iterator[Change]:
     how = f"measured: {source}"
     yield Change("link", "bandwidth_gb_s", round(fit.bytes_s / 1e9, 3), how)
     yield Change("link", "latency_us", round(fit.start_s * 1e6, 2), how)
-    yield Change("link", "efficiency", 1.0, "the bandwidth is what was reached")
+    yield Change("link", "efficiency", 1.0, "the bandwidth is the measured one")
     yield from _known("link", fit, source)
 
 

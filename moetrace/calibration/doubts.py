@@ -1,4 +1,4 @@
-"""What looks wrong about a fit: most often the times or the peaks have another unit than they are taken to have."""
+"""Doubts about a fit: most often the times or the peaks have another unit than they are taken to have."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ def doubts_of_kernels(part: str, fit: Fit, flop_s: float, bytes_s: float, sheet_
     """Yield a sentence if a fit of expert layers looks wrong.
 
     Args:
-        part: Of gpu and cpu.
+        part: "gpu" or "cpu".
         fit: The fit.
         flop_s: FLOP a second at the peak.
         bytes_s: Bytes a second at the peak.

@@ -20,7 +20,7 @@ class Fit(NamedTuple):
         flop_s: FLOP a second; None for copies.
         bytes_s: Bytes a second.
         points: How many times were measured.
-        shapes: Of how many shapes.
+        shapes: How many shapes these times are of.
         median_error: Median of |predicted / measured - 1| on shapes that were not fitted.
         p90_error: 90th percentile of the same.
     """
@@ -43,7 +43,7 @@ class TransferFit(NamedTuple):
         row_s: Seconds that each row of a GPU adds; 0 without dedup.
         bytes_s: Bytes a second of a GPU, in each direction.
         points: How many times were measured.
-        shapes: Of how many shapes.
+        shapes: How many shapes these times are of.
         median_error: Median of |predicted / measured - 1| on shapes that were not fitted.
         p90_error: 90th percentile of the same.
     """

@@ -58,8 +58,8 @@ class Measured(NamedTuple):
             activations, `active` experts that have some. Where the table has it, `choices` is how many of the
             rows' choices fell on them.
         copies: Part (link, disk) -> a frame with the columns `COPY`; a row is one copy.
-        source: What the table is, in a few words, for comments.
-        notes: What was left out, and what looks wrong about the times, as sentences.
+        source: A description of the table, in a few words, for comments.
+        notes: The parts left out, and doubts about the times, as sentences.
         transfers: Part (network, network.decode, network.prefill) -> a frame with the columns stage and `TRANSFER`; a
             row is one dispatch or combine of `rows` rows of each of `gpus` GPUs.
     """
@@ -150,7 +150,7 @@ def work(kernels: pl.DataFrame) -> np.ndarray:
 
 
 def _read(path: Path) -> pl.DataFrame:
-    """The table as it is; raises PolarsError if it is none."""
+    """The table as it is; raises PolarsError if the file is no table."""
     with open_ordinary(path) as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise MoetraceError(f"Cannot read {path}: it has more than {MAX_BYTES >> 20} MiB.")
@@ -177,7 +177,7 @@ def _check_rows(rows: int, path: Path) -> None:
 
 
 def _typed(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """Texts as texts and numbers as numbers, whatever the file has."""
+    """Texts as texts and numbers as numbers, regardless of the file's types."""
     texts = [name for name in (*_TEXTS, "part") if name in frame.columns]
     numbers = [name for name in {*KERNEL, *COPY, *TRANSFER, *_OTHER_NUMBERS} if name in frame.columns]
     frame = frame.with_columns(pl.col(name).cast(pl.String, strict=False) for name in texts)

@@ -32,7 +32,7 @@ _SOURCE = "this machine, moetrace calibrate --measure"
 
 
 class Runner(NamedTuple):
-    """What runs one layer's experts: `prepare(hidden, intermediate, experts)` returns `run(first, active, rows)`."""
+    """Runs one layer's experts: `prepare(hidden, intermediate, experts)` returns `run(first, active, rows)`."""
 
     bits: int
     prepare: Callable[[int, int, int], Callable[[int, int, int], None]]
@@ -48,11 +48,11 @@ def measure(
     """Time this machine.
 
     Args:
-        parts: Of cpu (experts through PyTorch in bfloat16 where it is installed, else through NumPy's BLAS in
+        parts: Any of cpu (experts through PyTorch in bfloat16 where it is installed, else through NumPy's BLAS in
             float32), disk (reads past the page cache) and cuda (copies from pinned memory, experts in bfloat16).
             CUDA is left out where PyTorch finds no device, and a disk where all reads go through the page cache.
         folder: Where the file of 256 MiB is written that the disk is measured by. By default the temporary folder.
-        report: Called with a line on what is measured now.
+        report: Called with a line on the current measurement.
         keep: Called with all times so far, whenever there are more: what an interruption leaves.
 
     Returns:
@@ -114,7 +114,7 @@ def to_csv(measured: Measured) -> bytes:
 
 
 def _duration(parts: tuple[str, ...]) -> str:
-    """Say how long it takes: CPU and disk took 72 s on two busy cores, the disk alone a few seconds of them."""
+    """Say how long it takes: CPU and disk took 72 s on two busy cores, the disk only a few seconds of them."""
     usual = "a few seconds" if parts == ("disk",) else "about a minute"
     return f"measuring {', '.join(parts)} takes {usual}, longer on a slow machine"
 

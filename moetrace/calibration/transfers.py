@@ -1,6 +1,6 @@
 """Measured transfers between the GPUs of a cluster: rows to the GPUs of their experts (dispatch) and back (combine).
 
-A table of them is of one node, each of whose GPUs holds as many of the experts, and routes its rows at random.
+A table of them is of one node, each of whose GPUs holds an equal share of the experts, and routes its rows at random.
 """
 
 import math

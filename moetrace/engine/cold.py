@@ -25,7 +25,7 @@ def cold_steps(requests: Requests, steps: int) -> np.ndarray:
 
 
 class ColdStarts:
-    """What a policy's state was before the first step, to which it returns before each of ``steps``, int64 [n].
+    """A policy's state before the first step, to which it returns before each of ``steps``, int64 [n].
 
     ``layout``: where experts are and are about to be, if a prefetch moves them.
     """
@@ -44,7 +44,7 @@ class ColdStarts:
             yield cut(batch, start, stop, layers), bool((inside == start).any())
 
     def empty(self, state: State, log: Log) -> None:
-        """Empty caches and queue, and forget what the residency has learned; what was not run is wasted."""
+        """Empty caches and queue, and forget what the residency learned; prefetches that were not run are wasted."""
         queue = state.queue
         log.tally["wasted"] += int(state.cache.fresh.sum()) + int((queue.moved_bytes > DONE_BYTES).sum())
         for part, start in self._known:
@@ -57,5 +57,5 @@ class ColdStarts:
 def cold_starts_of(
     policy: PolicySpec, requests: Requests, steps: int, state: State, layout: Sequence[np.ndarray]
 ) -> ColdStarts | None:
-    """Return the cold starts of a policy in a trace of so many steps; None if it has none."""
+    """Return the cold starts of a policy in a trace of ``steps`` steps; None if it never starts cold."""
     return ColdStarts(cold_steps(requests, steps), state, layout) if policy.scope == "request" else None

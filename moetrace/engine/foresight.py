@@ -1,4 +1,4 @@
-"""What is going to be chosen, learned from the past alone, and what an expert is worth (timing model, section 7).
+"""Predictions of choices, learned only from the past, and the worth of an expert (timing model, section 7).
 
 The worth of an expert is the chance that its layer's next visit runs it, and its long run. Chances come from how often
 it was chosen of late, from who follows a row's choices at its next visit of the layer, and from who follows a row's
@@ -27,7 +27,7 @@ MOST_TABLE_BYTES = 2 << 30
 
 
 class Foresight(NamedTuple):
-    """What was learned of L layers with E experts, of which a row chooses k."""
+    """The knowledge about L layers with E experts, of which a row chooses k."""
 
     fast: np.ndarray  # float64 [L, E]: share of the rows that chose it
     slow: np.ndarray  # float64 [L, E]
@@ -69,7 +69,7 @@ class Foresight(NamedTuple):
 
 
 def foresight_of(policy: PolicySpec, requests: Requests, layers: int, experts: int, top_k: int) -> Foresight:
-    """Return what is known before the first step; raise MoetraceError if the tables would be too large."""
+    """Return the state before the first step; raise MoetraceError if the tables would be too large."""
     ahead = AHEAD_LAYERS if policy.ahead_layers is None else policy.ahead_layers
     ahead = min(ahead, layers - 1)
     after_layers = layers if policy.follows is None or policy.follows else 0
@@ -135,7 +135,7 @@ def _or(given: float | None, default: float) -> float:
 
 @kernel
 def foresee(f, batch, s, layer, machine):
-    """After the router of ``layer`` has spoken in the block's step ``s``: learn, and set what is worth what."""
+    """After the router of ``layer`` has spoken in the block's step ``s``: learn, and set the worth of each expert."""
     layers = f.worth.shape[0]
     begin, stop = batch.offset[s], batch.offset[s + 1]
     decode = batch.steps.phase[s] == DECODE
@@ -176,7 +176,7 @@ def _choices(choices, experts):
 
 @kernel
 def grow_stale(f, layer):
-    """Note that what is known of a layer's least and best is not of now."""
+    """Note that a layer's known least and best are out of date."""
     if not f.stale[layer]:
         f.stale[layer] = 1
         f.stale_layers[f.stale_count[0]] = layer
@@ -240,7 +240,7 @@ def _learn_row(f, batch, row, step, layer):
 
 @kernel
 def _clear(away, rows, total):
-    """Begin with no source: for each expert, the chance that none chooses it is 1, and what is expected is 0."""
+    """Begin with no source: for each expert, the chance that none chooses it is 1, and the expectations are 0."""
     for e in range(away.size):
         away[e] = 1.0
     for e in range(away.size):

@@ -58,7 +58,7 @@ _OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name
 class Lane:
     """One policy on its way through a trace, and what it recorded.
 
-    ``clairvoyant_s``: seconds with whatever is active resident already, up to the slots; ``work_bound_s``: of any
+    ``clairvoyant_s``: seconds with all active experts resident already, up to the slots; ``work_bound_s``: of any
     schedule on the parts that take part; ``lower_bound`` counts starts, the link and the slots, too, and may serve
     several lanes (timing model, section 8).
     """
@@ -168,7 +168,7 @@ class Lane:
 
     @property
     def kernels(self) -> list[Any]:
-        """What it calls, in threads if there are some."""
+        """The kernels that it calls, in threads if there are some."""
         found: list[Any] = [work_bound_s, add_to_lower_bound, self.kernel]
         found += [clairvoyant(self.tiers)] if self.clairvoyant is not None else []
         return found + ([variant(self.tiers, self.aside._replace(tape=new_tape(1, 1)))] if self.recording else [])
@@ -200,7 +200,7 @@ class Lane:
 
     @property
     def prefetch_bytes(self) -> float:
-        """What was prefetched, in all."""
+        """Bytes of all prefetches."""
         return float(np.sum(self.log.step["prefetch_bytes"])) if self.folded is None else self.folded.prefetch_bytes
 
     @property
@@ -210,7 +210,7 @@ class Lane:
 
     @property
     def losses(self) -> Losses | None:
-        """What the link lost, if it loses anything."""
+        """The losses of the link, if it loses anything."""
         return losses_of(self.tiers)
 
     @property
@@ -219,7 +219,7 @@ class Lane:
         return 0.0 if self.remote is None else self.remote.cold_s
 
     def finish(self) -> None:
-        """Close the books after the last block: what was prefetched and never run was wasted."""
+        """Close the books after the last block: prefetched experts that were never run were wasted."""
         self.log.unit["experts"][LINK_IN] += self.state.queue.ends[COMPLETED_EVER]
         self.log.tally["wasted"] += int(self.state.cache.fresh.sum())
         if self.remote is not None:

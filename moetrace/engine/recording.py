@@ -14,7 +14,7 @@ from moetrace.engine.variants import variant
 
 
 class Recording:
-    """What was noted of the steps ``first`` to ``stop - 1`` of one policy; grows with the window, not with the trace.
+    """The record of the steps ``first`` to ``stop - 1`` of one policy; grows with the window, not with the trace.
 
     Attributes:
         first, stop: the window.
@@ -52,7 +52,7 @@ class Recording:
             yield cut(batch, inside.stop, size, layers), False
 
     def record(self, work: Work, hooks: tuple[Any, Any], tiers: Tiers | None, aside: Aside) -> None:
-        """Replay a block of one step, and keep what was noted of it."""
+        """Replay a block of one step, and keep its record."""
         tape = new_tape(*_most_records(work, tiers))
         aside = aside._replace(tape=tape)
         variant(tiers, aside)(work, *hooks, tiers, aside)
@@ -64,7 +64,7 @@ class Recording:
 
 
 def cut(batch: Batch, first: int, stop: int, layers: int) -> Batch:
-    """Steps ``first`` to ``stop - 1`` of a block; what lies ahead of them stays in reach."""
+    """Steps ``first`` to ``stop - 1`` of a block; the steps ahead of them stay in reach."""
     rows, kv_tokens, phase, prompt_ends = (column[first:stop] for column in batch.steps[1:])
     return batch._replace(
         steps=Steps(batch.steps.first + first, rows, kv_tokens, phase, prompt_ends),
@@ -74,7 +74,7 @@ def cut(batch: Batch, first: int, stop: int, layers: int) -> Batch:
 
 
 def _most_records(work: Work, tiers: Tiers | None) -> tuple[int, int]:
-    """How many slices and counts a step can need. What is not written to takes no memory: the pages stay untouched."""
+    """How many slices and counts a step can need. Unwritten parts take no memory: their pages stay untouched."""
     batch, setting, state = work.batch, work.setting[0], work.state
     layers, experts = state.cells.shape
     cells = layers * experts

@@ -103,7 +103,7 @@ class State(NamedTuple):
 
 
 class Aside(NamedTuple):
-    """What some replays have or do beside others. What is None is not compiled."""
+    """The parts that only some replays have. A part that is None is not compiled."""
 
     foresight: Any = None  # of a policy that foresees
     tape: Any = None  # on which everything that is done is noted
@@ -161,7 +161,7 @@ def _see(at, layer, s, demand, machine, setting, state, log):
 
 @kernel
 def _admit(foresight, queue, cells, cache, tally):
-    """Keep or drop what has arrived, by the rules of the residency."""
+    """Keep or drop the arrived experts, by the rules of the residency."""
     if foresight is None:
         admit_complete(queue, cells, cache, tally)
     else:
@@ -170,7 +170,7 @@ def _admit(foresight, queue, cells, cache, tally):
 
 @kernel
 def _foresee(foresight, batch, s, layer, size, work):
-    """Learn from what the layer's rows chose, and queue what is worth most, where the policy foresees."""
+    """Learn from the choices of the layer's rows, and queue experts of the greatest worth, if the policy foresees."""
     if foresight is not None:
         state = work.state
         foresee(foresight, batch, s, layer, work.machine)
@@ -180,7 +180,7 @@ def _foresee(foresight, batch, s, layer, size, work):
 
 @kernel
 def _offer(foresight, layer, size, fetched, work):
-    """Touch what is resident and offer what was fetched to the residency."""
+    """Touch the resident experts and offer the fetched ones to the residency."""
     state, tally = work.state, work.log.tally
     if foresight is None:
         touch_and_admit(state.cells, state.cache, layer, size, state.scratch, fetched, tally)
@@ -210,7 +210,7 @@ def _flow(tiers, queue, start_s, seconds, machine):
 
 @kernel
 def _decided(tiers, aside, view, layer, size, plan, work):
-    """Note what was decided, before anybody carries it out."""
+    """Note the decisions, before they are carried out."""
     work.log.fallbacks[0] += work.setting[0].optimal and size > OPTIMAL_UP_TO
     compare_with_optimal(aside.regret, tiers, work.machine, view, layer, size, plan)
 
@@ -323,7 +323,7 @@ def replay_batch(work, dispatch, residency, tiers, aside):
     whose ``step`` are those of the block.
 
     ``tiers`` and all of ``aside`` are None here; `variants.py` compiles these lines once more for machines with more
-    tiers, for a policy that foresees, and so on. What is None costs nothing.
+    tiers, for a policy that foresees, and so on. Parts that are None cost nothing.
     """
     batch, machine, setting, state, log = work.batch, work.machine, work.setting[0], work.state, work.log
     layers = state.cells.shape[0]

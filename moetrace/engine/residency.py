@@ -17,9 +17,9 @@ from moetrace.spec.choices import BY_ADMISSION, BY_AGE, BY_HAND, BY_SCORE
 class Cache(NamedTuple):
     """The copies that the GPU holds. A *key* is ``layer * E + expert``; a *pool* is a layer, or all layers.
 
-    Those that may be evicted stand in a ring a pool, by (touched, key) or in the order of their admission: touching
-    one, and finding the first, take the same few nanoseconds for any capacity. Node ``L * E + pool`` is where the
-    ring closes.
+    The experts that may be evicted stand in a ring a pool, by (touched, key) or in the order of their admission:
+    touching one, and finding the first, take the same few nanoseconds for any capacity. Node ``L * E + pool`` is where
+    the ring closes.
     """
 
     resident: np.ndarray  # uint8 [L * E]

@@ -1,4 +1,4 @@
-"""What a trace is replayed through, and whether the two go together; loads nothing that compiles."""
+"""The setup that replays a trace, and whether the two go together; loads nothing that compiles."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
 """A tape beside the replay: what runs where and when, noted down by the replay itself as it goes.
 
 The replay is compiled twice from the same lines: without a tape (``None``, so that Numba drops every line that would
-write on one) and, for the steps of a timeline alone, with one.
+write on one) and, only for the steps of a timeline, with one.
 """
 
 from typing import Any, NamedTuple
@@ -35,10 +35,11 @@ COUNTS_A_LAYER, COUNTS_A_STEP = 4, 3
 
 
 class Tape(NamedTuple):
-    """What is noted of a step. Times are seconds since the step began.
+    """The record of a step. Times are seconds since the step began.
 
-    Of a SLICE, ``unit`` is a row of the unit log (a group of units is one), ``layer`` and ``expert`` are -1 where
-    there is none, ``resident`` is 1 or 0 for an EXPERT and -1 for others, ``rows`` and ``bytes`` are the whole group's.
+    ``unit`` of a SLICE is a row of the unit log (a group of units is one), ``layer`` and ``expert`` are -1 where it has
+    no such number, ``resident`` is 1 or 0 for an EXPERT and -1 for others, ``rows`` and ``bytes`` are the whole
+    group's.
     """
 
     slices: Any  # SLICE [n]
@@ -48,7 +49,7 @@ class Tape(NamedTuple):
 
 
 def new_tape(slices: int, counts: int) -> Tape:
-    """Return an empty tape with room for so many records."""
+    """Return an empty tape with room for ``slices`` slices and ``counts`` counts."""
     return Tape(records(slices, SLICE), records(counts, COUNT), np.zeros(2, np.int64), np.zeros(1))
 
 
@@ -60,7 +61,7 @@ def last_slice(tape):
 
 @kernel
 def note(tape, step, layer, kind, unit, start_s, duration_s, byte_count):
-    """Write a slice that no expert and no rows belong to; ``layer`` is -1 where there is none."""
+    """Write a slice that no expert and no rows belong to; ``layer`` is -1 outside the layers."""
     tape.ends[0] += 1
     entry = last_slice(tape)
     entry.step, entry.layer, entry.kind, entry.unit = step, layer, kind, unit
@@ -70,7 +71,7 @@ def note(tape, step, layer, kind, unit, start_s, duration_s, byte_count):
 
 @kernel
 def note_count(tape, step, at_s, state):
-    """Write how many experts are resident, and what has yet to arrive of the prefetch queue."""
+    """Write how many experts are resident, and how much of the prefetch queue has yet to arrive."""
     queue = state.queue
     queued = 0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
@@ -143,8 +144,8 @@ def note_moe(tape, step, layer, dense, seen, line, machine, state):
 
     ``seen`` is the hooks' view, the number of active experts, and the one that is shared, -1 = none.
 
-    What the timing model leaves open is drawn in demand order: a unit's shards. Prefetches flow "for the time that
-    demand fetches leave", and those come first.
+    Order that the timing model leaves open is drawn as demand order: a unit's shards. Prefetches flow "for the time
+    that demand fetches leave", and those come first.
     """
     if tape is None:
         return
@@ -257,7 +258,7 @@ def note_expert(tape, step, layer, unit, start_s, duration_s, expert):
 
 @kernel
 def note_layer_end(tape, step, seconds, state):
-    """Write what is kept after a layer that took ``seconds``; the next one begins here."""
+    """Write the counts after a layer that took ``seconds``; the next one begins here."""
     if tape is None:
         return
     tape.clock_s[0] += seconds
@@ -266,7 +267,7 @@ def note_layer_end(tape, step, seconds, state):
 
 @kernel
 def note_head(tape, step, machine, state):
-    """Write the LM head, with which the step ends, and what is queued after it."""
+    """Write the LM head, with which the step ends, and the queue after it."""
     if tape is None:
         return
     head = head_s(machine)

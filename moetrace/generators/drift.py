@@ -30,7 +30,7 @@ class Drift:
     """
 
     def __init__(self, steps: int, seed: int, layers: int, experts: int) -> None:
-        """Prepare the first step. Raises UsageError for a number of steps that is none."""
+        """Prepare the first step. Raises UsageError for an invalid number of steps."""
         if not 1 <= steps < 2**31:
             raise UsageError(f"drift is {steps}: give a whole number of steps from 1 to {2**31 - 1}, or leave it out.")
         self._steps, self._moves = steps, min(steps, MOST_MOVES)

@@ -92,8 +92,8 @@ def generate(
         profile: A shipped profile's name, a TOML file or a Profile. It goes without `zipf` and `stick`.
         top_k: Experts that a row takes in a layer. By default the model's, also with a profile that was fitted to
             another number; a profile of a model that is no preset takes its own.
-        drift: Steps in which the popularity of experts turns over, from 1: what is popular moves, and has nothing to do
-            with what was popular so many steps before. By default popularity stays.
+        drift: Steps in which the popularity of experts turns over, from 1: popular experts change, and after that
+            number of steps they are independent of those before. By default popularity stays.
         seed: Seed of all draws, from 0.
         progress: A function that gets the number of rows of each block once they are written.
 

@@ -27,7 +27,7 @@ MAX_ZIPF = 20.0  # well before the popularity of the last of 65535 experts leave
 
 
 class _Tables(NamedTuple):
-    """What a draw looks up.
+    """The tables of a draw.
 
     threshold uint64 [E], alias uint16 [E]: Walker's alias table over ranks, thresholds in units of 2**-32;
     weight, tail float64 [E]: popularity of each rank, and of it with all after it; expert_of_rank uint8 or uint16
@@ -68,7 +68,7 @@ class ZipfDrawer:
         self.last = np.zeros((slots if stick else 1, model.moe_layers, model.most_top_k), np.uint16)
 
     def rank(self, expert_of_rank: np.ndarray) -> None:
-        """Give the experts other ranks, uint8 or uint16 [L, E]; what stays of a row are experts, not ranks."""
+        """Give the experts other ranks, uint8 or uint16 [L, E]; a row keeps its experts, not their ranks."""
         if self.keep:
             layer = np.arange(len(expert_of_rank))[:, None]
             rank_of_expert = np.argsort(expert_of_rank, axis=1).astype(np.uint16)
@@ -139,8 +139,8 @@ def _keep_ranks(keep, state, ranks, seen, cell):
 def _draw_ranks(tables, state, count, ranks, seen, cell):
     """Draw ranks[count:] by popularity among the unseen: by rejection from the alias table, then by scans.
 
-    Rejection has no memory, so whatever number of tries it gets, what is missing afterwards is again a draw by
-    popularity among the unseen: the switch to the scan changes the time, not the distribution.
+    Rejection has no memory, so after any number of tries the missing ranks are again a draw by popularity among the
+    unseen: the switch to the scan changes the time, not the distribution.
     """
     experts = len(tables.weight)
     # As many repeats as cost about what the scans do, where popularity is so unequal that most tries repeat.

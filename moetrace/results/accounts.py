@@ -11,15 +11,15 @@ _HOUR_S = 3600.0
 
 
 class Account(NamedTuple):
-    """What one part of the machine drew and cost; None where the system lists no rate of it.
+    """Energy and cost of one part of the machine; None where the system lists no rate of it.
 
     Attributes:
-        part: `gpu`, `ndp` (all units), `cpu`, `disk`, `link` (both directions), `host` (memory), `machine` (what has
-            no price of its own), or `remote` (functions, paid by use).
-        idle_j: What it draws while it waits, over the whole time.
-        active_j: What it draws beyond that while it works.
-        link_j: What the link draws for what it carries.
-        usd: What it costs.
+        part: `gpu`, `ndp` (all units), `cpu`, `disk`, `link` (both directions), `host` (memory), `machine` (everything
+            without a price of its own), or `remote` (functions, paid by use).
+        idle_j: Joules that it draws while it waits, over the whole time.
+        active_j: Joules that it draws beyond that while it works.
+        link_j: Joules that the link draws for the bytes that it carries.
+        usd: Its cost, USD.
     """
 
     part: str
@@ -41,8 +41,8 @@ def accounts_of(system: System, total_s: float, busy_s: Mapping[str, float], lin
         system: The machine, with its rates.
         total_s: Seconds of the whole replay, waits included.
         busy_s: Busy seconds of each part, by its name in `units.parquet`; of a GPU at lower frequency levels, the
-            seconds at the top that draw as much.
-        link_bytes: What the link carried, both ways.
+            seconds at the top level that draw the same energy.
+        link_bytes: Bytes that the link carried, both ways.
     """
     drawn = _drawn(system, total_s, busy_s, link_bytes)
     spent = {part: rate * (total_s / _HOUR_S) for part, rate in system.usd_hour_by_part.items()}
@@ -91,6 +91,6 @@ def _of_devices(part: str, watts: Watts, total_s: float, busy_s: Sequence[float]
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
-    """The sum of what is known; None if nothing is."""
+    """The sum of the known values; None if none is known."""
     known = [value for value in values if value is not None]
     return math.fsum(known) if known else None

@@ -17,7 +17,7 @@ from moetrace.trace.schema import DECODE
 
 
 def verified_batch(trace: Trace) -> tuple[int, int | None] | None:
-    """Batch and chunk of a trace of verified steps, as `rebatch` told them in `source`; None of any other trace."""
+    """Batch and chunk of a trace of verified steps, as `rebatch` noted them in `source`; None of any other trace."""
     said = trace.source.get("parameters") if "rebatch" in trace.source else None
     if not isinstance(said, dict):
         return None
@@ -38,15 +38,15 @@ def break_even_tokens(
 
     Args:
         trace: The trace.
-        setup: What `run` was made with.
+        setup: The setup that `run` was made with.
         run: The replay of the trace.
         jobs: Threads.
         progress: A function that gets the number of rows done, of all rows of `trace`.
 
     Returns:
-        For each policy, the seconds of decode steps over those of as many steps of one row with as many requests: the
-        tokens that a step must keep, in the mean, to be as fast. None where no step has its like, and at all if `trace`
-        has no verified steps.
+        For each policy, the seconds of decode steps over those of the same number of steps of one row, with the same
+        number of requests: the tokens that a step must keep, in the mean, to be as fast. None where no step has its
+        like, and at all if `trace` has no verified steps.
 
     Raises:
         MoetraceError: As a replay does; or there is no room for the file of single steps, which lies in the system's
@@ -102,7 +102,7 @@ def _requests_of_steps(trace: Trace) -> np.ndarray:
 
 
 def _ratio(requests: np.ndarray, step_s: np.ndarray, single_requests: np.ndarray, single_s: np.ndarray) -> float | None:
-    """Seconds of the steps over the mean seconds of single steps with as many requests, of what both have."""
+    """Seconds of the steps over mean seconds of single steps of equally many requests; only counts that both have."""
     sizes = max(requests.max(), single_requests.max()) + 1
     steps, singles = (np.bincount(each, minlength=sizes) for each in (requests, single_requests))
     both = (steps > 0) & (singles > 0) & (np.arange(sizes) > 0)

@@ -9,7 +9,7 @@ from moetrace.results.figure import Count, Figure
 
 
 class ClusterFigures(msgspec.Struct, kw_only=True):
-    """What a policy did on a cluster, its fields in the file's order; shares are of `total_s`."""
+    """The figures of a policy on a cluster, in the file's order; shares are of `total_s`."""
 
     cuts: Annotated[
         dict[str, str],

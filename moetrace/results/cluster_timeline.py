@@ -35,7 +35,7 @@ _NO_ROWS = [kind for kind in KINDS if kind != "experts"]
 def cluster_slices(lane: ClusterLane, starts_s: np.ndarray) -> pl.DataFrame:
     """Return the rows of `timeline_frame` that are one policy's; starts_s float64 [steps + 1] of the window.
 
-    Beside the columns of every time line there are `micro_batch` and `chunk`, null where a slice has none.
+    Beside the columns of every time line there are `micro_batch` and `chunk`, null where a slice has no such number.
     """
     recording = lane.recording
     assert recording is not None
@@ -100,7 +100,7 @@ def cluster_tracks(lane: ClusterLane) -> list[str]:
 
 
 def step_arguments(lane: ClusterLane, step: int) -> dict[str, Any]:
-    """Return what is said of a step beside its phase and rows."""
+    """Return the facts about a step beside its phase and rows."""
     figures = lane.log.step[step]
     return {name: float(figures[name]) for name in ("network_bytes", "moved_bytes")}
 

@@ -9,7 +9,7 @@ from moetrace.results.figure import Count, Figure, Spread
 
 
 def _nothing() -> Spread:
-    """What a file of an earlier version says of a spread that it does not have."""
+    """The values for a spread that a file of an earlier version lacks."""
     return Spread(mean=None, p50=None, p95=None, p99=None, max=None)
 
 
@@ -19,7 +19,13 @@ class Utilization(msgspec.Struct):
     gpu: Annotated[float | None, Figure("share", "busy time of the GPU / `total_s`", None, "GPU busy", "GPU\nbusy")]
     ndp: Annotated[
         list[float | None],
-        Figure("share", "the same of the NDP units, a list; in tables their mean", None, "NDP busy, mean", "NDP\nbusy"),
+        Figure(
+            "share",
+            "busy time of each NDP unit / `total_s`, a list; in tables their mean",
+            None,
+            "NDP busy, mean",
+            "NDP\nbusy",
+        ),
     ]
     link_in: Annotated[
         float | None,
@@ -31,12 +37,17 @@ class Utilization(msgspec.Struct):
             "link in\nbusy",
         ),
     ]
-    link_out: Annotated[float | None, Figure("share", "the same of the link away from the GPU", None, "link out busy")]
+    link_out: Annotated[
+        float | None,
+        Figure(
+            "share", "share of `total_s` in which the link away from the GPU carries anything", None, "link out busy"
+        ),
+    ]
     cpu: Annotated[float | None, Figure("share", "busy time of the CPU / `total_s`", None, "CPU busy", "CPU\nbusy")]
 
 
 class CommonFigures(msgspec.Struct, kw_only=True):
-    """What every policy of `summary.json` has, its fields in the file's order."""
+    """The figures that every policy of `summary.json` has, in the file's order."""
 
     name: Annotated[str, Meta(description="the policy")]
     total_s: Annotated[float, Figure("s", "time of all steps", "lower", "total", "total")]
@@ -75,7 +86,7 @@ class CommonFigures(msgspec.Struct, kw_only=True):
     work_bound_s: Annotated[float, Figure("s", "the work bound: no schedule is faster", None, "work bound")]
     clairvoyant_s: Annotated[
         float | None,
-        Figure("s", "the clairvoyant run: what a layer needs is on the GPU, up to the slots", None, "clairvoyant"),
+        Figure("s", "the clairvoyant run: active experts are on the GPU, up to the slots", None, "clairvoyant"),
     ]
     # It moves when another policy does, so no baseline holds it.
     speedup: Annotated[

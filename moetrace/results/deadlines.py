@@ -1,4 +1,4 @@
-"""What became of a policy's deadline: which steps are in time, and at which level of the GPU they ran."""
+"""The outcome of a policy's deadline: which steps are in time, and at which level of the GPU they ran."""
 
 from __future__ import annotations
 

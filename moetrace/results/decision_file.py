@@ -1,4 +1,4 @@
-"""What each policy decided for each active expert, beside the decision of `optimal`: a row for each, as Parquet."""
+"""The decision of each policy for each active expert, beside that of `optimal`: a row for each, as Parquet."""
 
 from __future__ import annotations
 

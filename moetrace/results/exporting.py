@@ -1,4 +1,4 @@
-"""What a policy of a result keeps on the GPU, or where it places experts, as engines are told it.
+"""The experts that a policy of a result keeps on the GPU, or their placement, in the formats that engines read.
 
 A result holds the specs and how often each expert was wanted. From these follow the sets of residencies whose set never
 changes, and every placement; the numbers of layers are those of the model, or of the trace if it is at hand.
@@ -33,7 +33,7 @@ _COLUMNS = {"layer": pl.Int64, "expert": pl.Int64, "rows": pl.Int64, "steps": pl
 
 
 class _PolicyOfResult(NamedTuple):
-    """What the folder says of one policy."""
+    """One policy, as the folder describes it."""
 
     policy: PolicySpec
     model: Model

@@ -1,4 +1,4 @@
-"""What a figure is: its unit, meaning and direction. Which figures there are stands in `results.record`."""
+"""The record of a figure: its unit, meaning and direction. `results.record` lists the figures."""
 
 from typing import Annotated, Literal, NamedTuple
 
@@ -12,7 +12,7 @@ SHOWN_UNITS = {"s": (1e3, "ms"), "bytes": (1e-9, "GB"), "share": (100.0, "%")}
 
 
 class Figure(NamedTuple):
-    """What a number in a file means.
+    """The meaning of a number in a file.
 
     Attributes:
         unit: seconds, bytes, 1/s, a share of 1, joules, USD, USD an hour, a plain ratio, or how many.
@@ -20,7 +20,7 @@ class Figure(NamedTuple):
         better: which of two values is better; None if neither is.
         label: its name in a report, without the unit; a figure without one is not in the report's table.
         heading: its name over a column of the terminal's tables, without the unit; "" if no table has it.
-            Of a spread's parts all but the median say which they are.
+            For a spread, tables add the name of each part except the median.
         gated: whether a baseline may hold it.
     """
 

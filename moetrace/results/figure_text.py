@@ -25,7 +25,7 @@ def shown_unit(figure: Figure, values: Iterable[float | None]) -> tuple[float, s
 
 
 def digits(values: Sequence[float | None], places: int = 0, significant: int = 2, signed: bool = False) -> list[str]:
-    """Return the values of a column, all with as many digits behind the point; `-` where undefined.
+    """Return the values of a column, all with the same number of digits after the point; `-` where undefined.
 
     Args:
         values: In the unit of the column.
@@ -33,8 +33,8 @@ def digits(values: Sequence[float | None], places: int = 0, significant: int = 2
         significant: Digits of the largest value, at least.
         signed: Whether a value above zero has a plus.
 
-    A value that is not zero shows a digit that is not: the column gets up to three more places for it, and what is
-    smaller still is written as 2e-07.
+    A nonzero value shows a nonzero digit: the column gets up to three more places for it, and smaller values are
+    written as 2e-07.
     """
     known = [abs(value) for value in values if value]
     if known:
@@ -54,7 +54,7 @@ def amount(value: float, figure: Figure, places: int = 1) -> str:
 
 
 def beyond(seconds: float, yardstick_s: float) -> float:
-    """Return by how much a time is above a yardstick; 0.0 where only rounding tells them apart."""
+    """Return by how much a time is above a yardstick; 0.0 where they differ only by rounding."""
     over_s = seconds - yardstick_s
     return over_s if abs(over_s) > _ROUNDING * abs(seconds) else 0.0
 

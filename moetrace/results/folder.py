@@ -1,6 +1,6 @@
-"""What lies in a folder that `moetrace replay -o` or `moetrace sweep -o` wrote: its summary, its sweep, its cells.
+"""The content of a folder that `moetrace replay -o` or `moetrace sweep -o` wrote: its summary, its sweep, its cells.
 
-A report reads what it draws as structs. A gate reads a cell as plain values, since it compares whatever is there.
+A report reads what it draws as structs. A gate reads a cell as plain values, since it compares all that are there.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class ResultCell(NamedTuple):
 
 
 class ResultFolder(NamedTuple):
-    """What a folder holds: the code that wrote it, and its cells in their order."""
+    """The content of a folder: the code that wrote it, and its cells in their order."""
 
     moetrace: str
     engine: str | None
@@ -51,7 +51,7 @@ class ResultFolder(NamedTuple):
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the path of an existing folder; raises UsageError if it is none."""
+    """Return the path of an existing folder; raises UsageError if there is no such folder."""
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"

@@ -1,6 +1,6 @@
 """The log of a replay as Polars frames: a row for each policy and step, unit, layer or request, or for each expert.
 
-Columns are those of the files that `moetrace replay -o` writes; what is undefined is null, never NaN.
+Columns are those of the files that `moetrace replay -o` writes; undefined values are null, never NaN.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def step_slices(run: Run) -> Iterator[pl.DataFrame]:
 
 
 def _of_a_cluster(log: np.ndarray) -> dict[str, pl.Series]:
-    """What only the steps of a cluster have: columns of its log as they are, and its rows' fan-out."""
+    """The columns that only the steps of a cluster have: those of its log, and its rows' fan-out."""
     if log.dtype == STEP:
         return {}
     routed = log["routed"]
@@ -79,7 +79,7 @@ def _of_a_cluster(log: np.ndarray) -> dict[str, pl.Series]:
 def unit_frame(run: Run) -> pl.DataFrame:
     """Return what each part of the machine did, by the names that the machine gives them: `gpu`, `ndp0` .. `link_out`.
 
-    Of a link, `experts` and `bytes` are those that it carried. Those of a CPU that takes no part are 0.
+    For a link, `experts` and `bytes` are those that it carried. Those of a CPU that takes no part are 0.
     `resent_bytes`, which are not in `bytes`, is there only if the link loses packets.
     """
     return pl.concat([_units_of(lane) for lane in run.lanes])
@@ -212,7 +212,7 @@ def _units_of(lane: AnyLane) -> pl.DataFrame:
 
 
 def _utilization(log: np.ndarray, seconds: float) -> np.ndarray:
-    """Share of the time in which each part works: what passes a link at the same time counts once."""
+    """Share of the time in which each part works: transfers that pass a link at the same time count once."""
     if seconds == 0:
         return np.full(len(log), np.nan)
     return np.clip((log["busy_s"] - log["shared_s"]) / seconds, 0.0, 1.0)  # a sum's rounding may lead beyond 1

@@ -1,4 +1,4 @@
-"""What a replay must have for a figure that not all replays have: what it lacks is told in one sentence."""
+"""The requirements of figures that not all replays have, with a sentence for each missing requirement."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from moetrace.spec import PolicySpec, System
 
 
 class Need(NamedTuple):
-    """What a figure needs, as in "no system has [disk]", and how to get it."""
+    """The requirement of a figure, as in "no system has [disk]", and how to meet it."""
 
     what: str
     add: str

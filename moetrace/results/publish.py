@@ -3,7 +3,7 @@
 All files are written and synced in a hidden folder inside the result's. One rename gives it the name `.moetrace-new`:
 from then on the new result counts. Its files then move up one by one, and those of the older result that it lacks are
 removed. A kill in between leaves `.moetrace-new`: moetrace reads a file there first (`file_in`), and the next write
-finishes what was begun.
+finishes the older one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def file_in(folder: Path, name: str) -> Path:
 
 
 def check_committed(folder: Path) -> None:
-    """Raise a MoetraceError now, not after long work, if `.moetrace-new` is none that a write of ours leaves."""
+    """Raise a MoetraceError now, not after long work, if `.moetrace-new` is not as a write of ours leaves it."""
     with _held(folder):
         _waiting_names(folder)
 
@@ -100,7 +100,7 @@ def explained(folder: Path, outcome: str = "nothing was changed") -> Iterator[No
 
 
 def _publish(temporary: Path, folder: Path, owned: Iterable[str]) -> None:
-    """Commit what was staged, once it is on the disk and nothing is in its way, and move it up."""
+    """Commit the staged files, once they are on the disk and nothing is in their way, and move them up."""
     with explained(folder):
         names = sorted(path.name for path in temporary.iterdir())
         for name in {*names, *owned}:
@@ -139,7 +139,7 @@ def _move_up(folder: Path) -> None:
 
 
 def _waiting_names(folder: Path) -> list[str] | None:
-    """Names in the committed folder of a killed write, None if there is none; the folder is held."""
+    """Names in the committed folder of a killed write, None if there is no such folder; the folder is held."""
     waiting = folder / COMMITTED
     if not os.path.lexists(waiting):
         return None

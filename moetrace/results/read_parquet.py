@@ -33,10 +33,10 @@ def scan(
 ) -> pl.LazyFrame | None:
     """Return these columns of a Parquet file, as these types, or None if there is no such file.
 
-    `newer` columns are null where the file, of an earlier version, has none of them. `of` is the hash of the file that
-    it belongs to: one that is marked as of another is refused. Numbers must be finite, and but for columns `signed` not
-    negative. Raises MoetraceError (file, column) if it is damaged, no ordinary file, lacks a column, or unpacks to more
-    than the ceilings above or than its size justifies.
+    `newer` columns are null where the file, of an earlier version, lacks them. `of` is the hash of the file that
+    it belongs to: one that is marked as of another is refused. Numbers must be finite, and not negative except in
+    columns `signed`. Raises MoetraceError (file, column) if it is damaged, no ordinary file, lacks a column, or unpacks
+    to more than the ceilings above or than its size justifies.
     """
     if not os.path.lexists(path):
         return None
@@ -65,7 +65,7 @@ def schema_of(path: Path) -> dict[str, Any]:
 
 
 class _Opened(NamedTuple):
-    """A file that was opened once: what was checked is what is read, even if another one takes its name meanwhile."""
+    """A file that was opened once: the checked content is read, even if another file takes its name meanwhile."""
 
     frame: pl.LazyFrame
     schema: pl.Schema

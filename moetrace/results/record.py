@@ -206,12 +206,12 @@ class PolicyFigures(CommonFigures, kw_only=True):
 
     @property
     def bound_s(self) -> float:
-        """The lower bound; of a folder of an earlier version, which has none, the work bound."""
+        """The lower bound; for a folder of an earlier version, which lacks it, the work bound."""
         return self.work_bound_s if self.lower_bound_s is None else self.lower_bound_s
 
 
 class CellCosts(msgspec.Struct):
-    """What a cell of a sweep takes beside time."""
+    """The costs of a cell of a sweep beside time."""
 
     gpu_memory_bytes: Annotated[
         float,
@@ -346,7 +346,7 @@ def is_absent(name: str, policy: Mapping[str, Any]) -> bool:
 
 
 def value_in(policy: Mapping[str, Any], name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
-    """Return a figure of a policy's part of summary.json; of a list the mean of what is defined, None if nothing is.
+    """Return a figure of a policy's part of summary.json; of a list the mean of its defined values, or None.
 
     `check` returns each number as it is to be used; by default as it is. One of `OPTIONAL` may be absent: None.
     """

@@ -1,4 +1,4 @@
-"""What remote functions did and cost in a replay (timing model, section 11)."""
+"""Use and cost of remote functions in a replay (timing model, section 11)."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from moetrace.spec import System
 
 
 def remote_usd(system: System, lane: AnyLane) -> float | None:
-    """Return what the remote functions of a policy cost, by use; None if it has none.
+    """Return what the remote functions of a policy cost, by use; None if it has no functions.
 
-    They are paid for the seconds in which each copy works, and for its memory: `memory_gb`, or what the remote experts
-    of its layer take. The machine is not in it: it is paid by the time.
+    They are paid for the seconds in which each copy works, and for its memory: `memory_gb`, or the bytes of the remote
+    experts of its layer. The machine is not in it: it is paid by the time.
     """
     if lane.remote is None or system.remote is None:
         return None

@@ -1,4 +1,4 @@
-"""What charts and reports of a replay are made from: its figures and frames, in memory or from a stranger's folder."""
+"""The inputs of charts and reports of a replay: its figures and frames, in memory or from a stranger's folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ _NEWER: dict[str, dict[str, Any]] = {"requests": {"itl_s_p99": pl.Float64}}
 
 @dataclass(frozen=True)
 class Replayed:
-    """A replay to be drawn. Of a folder, a frame is None where its file is missing, and `sha256` is of summary.json.
+    """A replay to be drawn. For a folder, a frame is None where its file is missing, and `sha256` is of summary.json.
 
     steps may be larger than memory, so it is a lazy frame.
     """

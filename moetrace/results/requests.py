@@ -26,7 +26,7 @@ class RequestTimes(NamedTuple):
 
 
 class Gaps(NamedTuple):
-    """Seconds between tokens: each value stands for as many gaps as its weight, in no order."""
+    """Seconds between tokens: each value stands for a number of gaps, its weight, in no order."""
 
     seconds: np.ndarray  # float64 [n]
     weight: np.ndarray  # int64 [n]
@@ -66,7 +66,7 @@ def request_times(run: Run, edge_s: np.ndarray) -> RequestTimes:
 
 
 def request_gaps(turns: Turns, edge_s: np.ndarray) -> np.ndarray:
-    """Return float64 [requests, 3]: QUANTILES of the seconds between a request's tokens, NaN where it has none."""
+    """Return float64 [requests, 3]: QUANTILES of the seconds between a request's tokens, NaN where it has no gaps."""
     count = len(turns.turns)
     found = np.full((count, len(QUANTILES)), np.nan)
     bounds = np.searchsorted(turns.spans["request"], np.arange(count + 1))

@@ -146,7 +146,7 @@ def _load_policies(
 
 
 def _distinct(specs: list[PolicySpec], warnings: list[str]) -> list[PolicySpec]:
-    """Number the second and later policies of a name, as in `mine-2`, for every table to tell them apart."""
+    """Number the second and later policies of a name, as in `mine-2`, so that every table distinguishes them."""
     taken = {spec.name for spec in specs}
     seen: Counter[str] = Counter()
     distinct = []

@@ -1,4 +1,4 @@
-"""What a replay found: figures, frames and files, made from the engine's logs when they are asked for."""
+"""The result of a replay: figures, frames and files, made from the engine's logs when they are asked for."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _times(factor: float, value: float | None) -> float | None:
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What a replay found. It makes each frame when you first ask for it; docs/results.md explains the columns.
+    """The result of a replay. It makes each frame when you first ask for it; docs/results.md explains the columns.
 
     Attributes:
         run: The engine's own record.
@@ -72,7 +72,7 @@ class Result:
         return f"<Result of {names}: .summary, .steps, .units, .layers, .requests, .experts are frames>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: a row for each policy, with its main figures."""
+        """HTML for a notebook: a row for each policy, with its main figures."""
         figures = {name: FIGURES[name] for name in _SHOWN}
         values = {
             name: [_times(figure.shown[0], value_in(policy, name)) for policy in self._policies]
@@ -111,7 +111,7 @@ class Result:
 
     @cached_property
     def experts(self) -> pl.DataFrame:
-        """One row a MoE layer and expert, whatever the policy: how much it was wanted."""
+        """One row a MoE layer and expert, for all policies: how much it was wanted."""
         return frames.expert_frame(self.run)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The figures of a whole replay, one set a policy: what `summary.json` holds. What each means stands in `record`."""
+"""The figures of a whole replay, one set a policy: the content of `summary.json`. `record` has the meaning of each."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def _host_figures(lane: AnyLane) -> dict[str, Any]:
 
 
 def _losses(lane: AnyLane) -> dict[str, Any]:
-    """What a link that loses packets sent again, and the share of all gates that it lost; nothing of other links."""
+    """Bytes that a lossy link sent again, and the share of all gates that it lost; nothing for other links."""
     losses = lane.losses
     if losses is None:
         return {}
@@ -206,7 +206,7 @@ def _losses(lane: AnyLane) -> dict[str, Any]:
 
 
 def _moves(system: System, lane: AnyLane) -> dict[str, Any]:
-    """What moved between layouts, where a policy lets experts move, and what evictions took, where they take time."""
+    """Moves between layouts, where a policy lets experts move, and the time of evictions, where they take time."""
     if isinstance(lane, ClusterLane):
         return {}
     found: dict[str, Any] = {}
@@ -219,7 +219,7 @@ def _moves(system: System, lane: AnyLane) -> dict[str, Any]:
 
 
 def _regret(lane: AnyLane) -> dict[str, Any]:
-    """What the decisions cost beside those of `optimal`, where that was asked for."""
+    """The cost of the decisions over those of `optimal`, where that was asked for."""
     if isinstance(lane, ClusterLane) or lane.aside.regret is None:
         return {}
     tally = lane.aside.regret.tally[0]
@@ -258,7 +258,7 @@ def _utilization(system: System, of_part: dict[str, float | None]) -> Utilizatio
 
 
 def _spread(values: np.ndarray) -> Spread:
-    """Mean, quantiles (linear) and maximum of what is defined."""
+    """Mean, quantiles (linear) and maximum of the defined values."""
     values = values[~np.isnan(values)]
     if values.size == 0:
         return Spread(mean=None, p50=None, p95=None, p99=None, max=None)

@@ -12,7 +12,7 @@ ResultForm = TypeVar("ResultForm")
 
 
 class ListedCell(msgspec.Struct):
-    """A cell in `sweep.json`: its name and the hash that names its file, or why it has none. Its axes are beside it."""
+    """A cell in `sweep.json`: its name and the hash in its file's name, or why it has none. Its axes are beside it."""
 
     name: str
     cell: str | None

@@ -1,4 +1,4 @@
-"""What the report of a sweep is made from: `sweep.json` and `cells.parquet`, as a stranger's folder holds them."""
+"""The inputs of the report of a sweep: `sweep.json` and `cells.parquet`, as a stranger's folder holds them."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -35,14 +35,15 @@ def timeline_frame(run: Run) -> pl.DataFrame:
     layer, a wait, a cold start, evictions and moves); `kind` (`step`, `layer`, `wait`, `cold`, `dense`, `expert`,
     `fetch`, `prefetch`, `activations`, `head`; with more tiers `evict`, `activations-cpu`, `outside`, `read`,
     `read-ahead`, `move`, `remote`); `name`; `start_s` (since the trace began) and `duration_s`; `step`; `layer` and
-    `expert` (null where there is none); `rows` and `bytes` (of a unit's shard, so that all add up); `resident` (of an
-    expert, whether the GPU held it when the router spoke). Those of a cluster are in `cluster_timeline`.
+    `expert` (null where there is no such number); `rows` and `bytes` (of a unit's shard, so that all add up);
+    `resident` (of an expert, whether the GPU held it when the router spoke). Those of a cluster are in
+    `cluster_timeline`.
     """
     return pl.concat([slices_of(run, lane, recording) for lane, recording in recordings(run)])
 
 
 def counter_frame(run: Run) -> pl.DataFrame:
-    """Return what was resident and queued whenever that changed, policy by policy.
+    """Return the counts of resident experts and queued transfers at each change, policy by policy.
 
     Columns: `policy`; `at_s` (since the trace began); `step`; `residents`, experts that the GPU holds; `queued`, and
     `queued_bytes`, transfers of the prefetch queue that have yet to be completed.
@@ -51,7 +52,7 @@ def counter_frame(run: Run) -> pl.DataFrame:
 
 
 def recordings(run: Run) -> Iterator[tuple[AnyLane, Recording | ClusterRecording]]:
-    """Yield each policy's lane, and what was recorded of it.
+    """Yield each policy's lane, and its recording.
 
     Raises UsageError if nothing was recorded.
     """
@@ -181,7 +182,7 @@ def _unless(is_none: pl.Expr, column: str) -> pl.Expr:
 
 
 def counts_of(lane: AnyLane, recording: Recording | ClusterRecording) -> pl.DataFrame:
-    """Return the rows of `counter_frame` that are one policy's; a cluster has none."""
+    """Return the rows of `counter_frame` that are one policy's; a cluster has no such rows."""
     starts_s = step_starts_s(lane, recording.first, recording.stop)
     counts = recording.counts if isinstance(recording, Recording) else np.zeros(0, COUNT)
     what = ("residents", "queued", "queued_bytes")

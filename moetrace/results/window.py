@@ -1,4 +1,4 @@
-"""Which steps a timeline covers."""
+"""The steps that a timeline covers."""
 
 from collections.abc import Sequence
 from typing import SupportsIndex
@@ -11,10 +11,10 @@ Window = bool | slice | Sequence[SupportsIndex | None]
 
 
 def window_of(timeline: Window, steps: int, warnings: list[str]) -> range | None:
-    """Return the steps that a timeline covers, of a trace of so many; None for none. `True` is the first ones.
+    """Return the steps that a timeline covers, of a trace with `steps` steps, or None. `True` is the first ones.
 
-    A window is `(A, B)` or `slice(A, B)`, from A up to B without it, as in Python: None is an end of the trace, and
-    what is negative counts from its end. Raises UsageError if it is none, is reversed, or lies outside the trace.
+    A window is `(A, B)` or `slice(A, B)`, from A up to B without it, as in Python: None is an end of the trace, and a
+    negative number counts from its end. Raises UsageError if it is no window, is reversed, or lies outside the trace.
     """
     if timeline is False:
         return None

@@ -1,4 +1,4 @@
-"""What a trace runs on: models, systems and policies as TOML.
+"""The specs of a replay: models, systems and policies as TOML.
 
 Importing this package loads nothing but its errors, which every command needs; the rest, and with it NumPy and msgspec,
 comes when a name is first used.

@@ -1,4 +1,4 @@
-"""What people say of memory for experts: a number of experts, a share of all, or bytes."""
+"""A budget of memory for experts: a number of experts, a share of all, or bytes."""
 
 import re
 
@@ -49,8 +49,8 @@ def slots_of(slots: int | str, expert_bytes: np.ndarray) -> int:
         expert_bytes: [layers, experts], bytes of each.
 
     Returns:
-        The number, rounded down. Memory is counted in the largest expert, so that it suffices whoever is kept; memory
-        for all of them holds all.
+        The number, rounded down. Memory is counted in the largest expert, so that it suffices for any set of experts;
+        memory for all of them holds all.
 
     Raises:
         UsageError: It is none of these, or more than nothing that yet holds not one expert.

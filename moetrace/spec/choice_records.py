@@ -1,4 +1,4 @@
-"""The records of a policy's choices: what each is called, what it means and reads, and what it goes with."""
+"""The records of a policy's choices: the name of each, its meaning, the parameters that it reads, and its partners."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -13,7 +13,7 @@ BY_AGE, BY_SCORE, BY_TOUCH, BY_ADMISSION, BY_HAND = -1, 0, 1, 2, 3
 
 
 class PolicyChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """What every record says.
+    """The fields of every record.
 
     Attributes:
         name: lower-case letters, digits and dashes.
@@ -23,7 +23,7 @@ class PolicyChoice(msgspec.Struct, frozen=True, kw_only=True):
         letter, largest: of a choice with a number behind a colon (`online:m`): the number's letter and largest value.
         bare: whether it is also a choice without that number.
         instead: why a replay refuses it and what to use instead, if only `moetrace analyze` knows it.
-        knows_future: whether it uses what comes later in the trace, which no engine can.
+        knows_future: whether it uses later parts of the trace, which no engine can.
         list_order: its position in lists: lower numbers come first, equal numbers by name.
     """
 
@@ -47,13 +47,13 @@ class PolicyChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Placement(PolicyChoice, frozen=True, kw_only=True):
-    """Which units hold an expert. Its hook takes a `moetrace.engine.placement.Placing`, which says what it returns.
+    """Units of an expert. Its hook takes a `moetrace.engine.placement.Placing`, which says what it returns.
 
     Attributes:
         splits: whether each expert is split over a group of units: its number is the group's size, else all units.
         mixes: whether some experts may be split over all units while others are whole on one.
         needs_units: whether it says nothing on a system without NDP units.
-        planner: `module:name` of the `Planner` that makes plans for `moetrace analyze balance`; "" if that has it not.
+        planner: `module:name` of the `Planner` that makes plans for `moetrace analyze balance`; "" if it makes none.
     """
 
     splits: bool = False
@@ -114,7 +114,7 @@ class CachePolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Residency(PolicyChoice, frozen=True, kw_only=True):
-    """What the GPU keeps. Its hook is one of `moetrace.policy`, called after each layer; None keeps the ring's order.
+    """The GPU's resident experts. Its hook, of `moetrace.policy`, runs after each layer; None keeps the ring's order.
 
     Attributes:
         order: what is evicted: BY_SCORE (of the hook), BY_AGE, BY_TOUCH, BY_ADMISSION or BY_HAND.
@@ -122,12 +122,12 @@ class Residency(PolicyChoice, frozen=True, kw_only=True):
         begin: `begin(policy, state, decoded)`, called before the first step of a system with a link.
         keeps: of a residency whose set never changes, `keeps(policy, room)`: the keys that it keeps, int64 [n].
         starts_full: whether `begin` puts experts on the GPU, free of charge.
-        shares_slots: whether all layers share the slots, whatever `scope` says.
+        shares_slots: whether all layers share the slots, regardless of `scope`.
         prefetches: names of those that it goes with, beside `none` and those that name it themselves.
         next_steps: whether it reads when an expert is demanded next.
         counts_prompts: whether the engine counts what the prompts chose, and lets it keep that.
-        foresees: whether the engine learns from rows what comes, and keeps what is worth most.
-        cache: how `moetrace analyze cache` replays it; None if that has it not.
+        foresees: whether the engine learns from rows to predict experts, and keeps those of the greatest worth.
+        cache: how `moetrace analyze cache` replays it; None if that does not offer it.
     """
 
     order: int = BY_SCORE
@@ -145,7 +145,7 @@ class Residency(PolicyChoice, frozen=True, kw_only=True):
 
 
 class Prefetch(PolicyChoice, frozen=True, kw_only=True):
-    """What moves to the GPU without being demanded.
+    """The experts that move to the GPU without being demanded.
 
     Attributes:
         rule: what the engine does: one of the constants in `moetrace.engine.prefetch`.

@@ -1,9 +1,9 @@
-"""The choices of a policy as records: what each is called, what it means and reads, and what it goes with.
+"""The choices of a policy as records: the name of each, its meaning, the parameters that it reads, and its partners.
 
 A record stands beside its hook in the engine, one file a choice, and the folder is the registry. Here the folders are
 named as text: this is the one place where the spec knows of the engine. A record's file imports nothing heavy.
 Other packages bring records by entry points of the group `moetrace.choices`. Their code is imported only for a name
-that no built-in choice has, and for lists of choices: what is wrong with a package never stops a built-in choice.
+that no built-in choice has, and for lists of choices: an error in a package never stops a built-in choice.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def prefetches_of(residency: str) -> tuple[str, ...]:
 
 
 def cache_policy(name: str) -> CachePolicy | None:
-    """Return the residency of that name as `moetrace analyze cache` replays it; None if there is none."""
+    """Return the residency of that name as `moetrace analyze cache` replays it; None if that has no such name."""
     record = None if ":" in name else find("residency", name)
     return record and record.cache
 

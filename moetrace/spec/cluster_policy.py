@@ -1,4 +1,4 @@
-"""What a policy of a cluster decides: the fields that it may set, which go together, and its schedule as numbers."""
+"""The decisions of a cluster's policy: the fields that it may set, which go together, and its schedule as numbers."""
 
 import re
 from typing import NamedTuple
@@ -63,7 +63,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(schedule: str) -> Parts | None:
-    """Return r1 and r2 of a schedule, (1, 1) of `serial`; None of `pipeline:auto` and of what is no schedule."""
+    """Return r1 and r2 of a schedule, (1, 1) of `serial`; None of `pipeline:auto` and of a text that is no schedule."""
     if schedule == SERIAL:
         return Parts(1, 1)
     found = _SCHEDULE.fullmatch(schedule)

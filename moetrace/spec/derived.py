@@ -17,7 +17,7 @@ MAX_ROWS = 1_000_000
 
 
 class Derived(NamedTuple):
-    """One derived quantity: a name with its unit, the value (None: there is none) and what it says."""
+    """One derived quantity: a name with its unit, the value (None: undefined) and its meaning."""
 
     name: str
     value: float | int | None
@@ -50,7 +50,7 @@ def model_figures(model: Model) -> list[Derived]:
         Derived("dense_layer_mb", model.dense_bytes / 1e6, "dense weights of one layer"),
         Derived("dense_gb", dense / 1e9, f"dense weights of all {model.moe_layers} layers"),
         Derived("head_mb", model.head_bytes / 1e6, "LM head and dense first layers, once a step"),
-        Derived("weights_per_token_gb", read / 1e9, "weights that one row alone needs"),
+        Derived("weights_per_token_gb", read / 1e9, "weights that a step of one row needs"),
         Derived("activation_row_kb", model.activation_row_bytes / 1e3, "one row sent to a unit, and as much back"),
         Derived(
             "kv_token_kb", model.moe_layers * model.kv_bytes_per_token_layer / 1e3, "KV cache of one token, all layers"
@@ -108,7 +108,7 @@ def _cluster_figures(system: System) -> list[Derived]:
 
 
 def pair_figures(model: Model, system: System) -> list[Derived]:
-    """What fits where, and what one expert (the largest) costs on each part of the machine."""
+    """The room for experts in each memory, and the cost of one expert (the largest) on each part of the machine."""
     expert_bytes = model.expert_bytes()
     slots = gpu_slots(model, system, expert_bytes)
     everything = model.all_experts
@@ -185,6 +185,6 @@ def _times(model: Model, system: System, weight: float) -> list[Derived]:
 
 
 def _first(gain: Callable[[np.ndarray], np.ndarray]) -> int | None:
-    """Fewest rows at which the gain in seconds is positive, beyond rounding; None if there are none."""
+    """Fewest rows at which the gain in seconds is positive, beyond rounding; None if it never is."""
     positive = gain(np.arange(1, MAX_ROWS + 1, dtype=np.float64)) > 1e-15
     return int(np.argmax(positive)) + 1 if positive.any() else None

@@ -14,12 +14,12 @@ class MoetraceError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """The sentence, on one harmless line whatever a stranger's file put into it."""
+        """The sentence, on one harmless line even if a stranger's file put control characters into it."""
         return harmless(super().__str__())
 
 
 class UsageError(MoetraceError):
-    """What was asked for makes no sense (a wrong name, value or combination); commands exit with 2."""
+    """An invalid request (a wrong name, value or combination); commands exit with 2."""
 
     exit_code = 2
 

@@ -23,7 +23,7 @@ def _number(limit: float) -> str:
 
 
 def type_at(struct: type[msgspec.Struct], path: str) -> Any:
-    """Return the type of a field, of the values of a list or of a table of numbers; None if there is none."""
+    """Return the type of a field, of the values of a list or of a table of numbers; None if it has no type."""
     table, _, key = re.sub(r"\[[^\]]*\]$", "", path).rpartition(".")
     try:
         return fields_at(struct, table).get(key)
@@ -37,7 +37,7 @@ def fields_at(struct: type[msgspec.Struct], path: str) -> dict[str, msgspec.insp
 
 
 def node_at(struct: type[msgspec.Struct], path: str) -> Any:
-    """Type of the table at `path` of a spec, of `msgspec.inspect`; None if there is none."""
+    """Type of the table at `path` of a spec, of `msgspec.inspect`; None if there is no table."""
     node: Any = msgspec.inspect.type_info(struct)
     for key in filter(None, path.replace("[...]", "[").split(".")):
         name, inside, _ = key.partition("[")  # `calibration[...]`: any value of it
@@ -50,5 +50,5 @@ def node_at(struct: type[msgspec.Struct], path: str) -> Any:
 
 
 def _table_in(kind: Any, wanted: Any) -> Any:
-    """Of the types that a field may have, the one that is wanted: of a table, or of what holds several."""
+    """The wanted type among those that a field may have: of a table, or of a container of several."""
     return next((each for each in getattr(kind, "types", [kind]) if isinstance(each, wanted)), kind)

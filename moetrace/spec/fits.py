@@ -142,7 +142,7 @@ def check_layout(
 
 
 def _behind_a_link(system: System) -> str:
-    """Say what a link would change on a machine that has none."""
+    """Say what a link would change on a machine without one."""
     if system.cpu is not None:
         return "they can lie in host memory, where its [cpu] runs them"
     return "they can lie in host memory (and a [cpu] to run them there) or on a drive"

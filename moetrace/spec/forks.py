@@ -11,7 +11,7 @@ _THREAD = re.compile(r"polars-\d")  # how Polars calls those that work
 
 
 class _Forked:
-    """What is noted before a fork, for the child."""
+    """The facts noted before a fork, for the child."""
 
     had_threads = False
     is_stuck = False

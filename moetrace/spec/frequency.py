@@ -23,7 +23,7 @@ class Level(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def power(self) -> float:
-        """What it draws beyond idle, over what the top level does: f*v^2."""
+        """Its power beyond idle, over that of the top level: f*v^2."""
         return self.frequency * self.voltage**2
 
 

@@ -81,7 +81,7 @@ def policy_misfit(host_residency: str | None, dispatch: str, disk: Disk | None, 
     if disk is None:
         if host_residency is None:
             return None
-        return f"host_residency applies to systems with a [disk] only, and system {system} has none; remove it"
+        return f"host_residency applies to systems with a [disk] only, and system {system} has no [disk]; remove it"
     record = find("dispatch", dispatch)
     if record is not None and record.splits:
         return (

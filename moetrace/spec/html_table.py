@@ -17,7 +17,7 @@ def html_table(headings: Sequence[str], rows: Iterable[Sequence[object]], below:
         below: a line under the table, of plain text.
 
     Returns:
-        The markup. Of more than 50 rows it has the first 50, and says so.
+        The markup. If there are more than 50 rows it has the first 50, and says so.
     """
     rows = list(rows)
     names = [heading.replace("-\n", "-") for heading in headings]  # as tables of text break `speed-up`

@@ -39,7 +39,7 @@ def how_known(
 ) -> str | None:
     """Say in a few words how well a system's constants are known; None if it does not say.
 
-    Of `parts`, as `cpu`, those that are not calibrated are named.
+    Those of `parts`, as `cpu`, that are not calibrated are named.
     """
     others = ", ".join(part for part in parts if part not in (calibration or {}))
     words = [

@@ -1,4 +1,4 @@
-"""Modules that are imported when they are first used: Polars takes a tenth of a second, and a table needs none."""
+"""Modules that are imported when they are first used: Polars takes 0.1 s, and a table does not need it."""
 
 from importlib import import_module
 from typing import Any

@@ -1,6 +1,6 @@
 """Read a spec from a preset, a TOML file or an instance, override single fields, and check every value.
 
-A bad spec is one sentence: which file, which TOML path (`gpu.bandwidth_gb_s`) and what is wanted there.
+A bad spec is one sentence: which file, which TOML path (`gpu.bandwidth_gb_s`) and what it must be.
 """
 
 import re
@@ -180,7 +180,7 @@ def parse(text: str, where: str) -> dict[str, Any]:
 
 
 def canonical(spec: msgspec.Struct) -> dict[str, Any]:
-    """Every field of a spec as plain values, files by their names alone: the same on every machine."""
+    """Every field of a spec as plain values, files only by their names: the same on every machine."""
     return _without_folders(msgspec.to_builtins(spec))
 
 
@@ -212,7 +212,7 @@ def field_names(struct: type[msgspec.Struct]) -> list[str]:
 def _typed(value: object) -> object:
     """Read a text as a TOML value where it is one: `6` is a number, `balance` stays a text.
 
-    What else Python calls a number or a path becomes a plain one.
+    Other types of numbers and paths of Python become plain ones.
     """
     if isinstance(value, np.generic):
         return value.item()
@@ -282,7 +282,7 @@ def _plain(value: object) -> object:
 
 
 def _check_numbers(loaded: Loaded) -> None:
-    """Refuse numbers that would overflow later on, before msgspec says less clearly that they are none."""
+    """Refuse numbers that would overflow later on, before msgspec refuses them in a less clear sentence."""
     for path, value in _leaves(loaded.raw):
         # One comparison for NaN and both infinities too.
         if isinstance(value, int | float) and not abs(value) < MAX_NUMBER:

@@ -1,4 +1,4 @@
-"""What is run: the MoE layers of a model, in bytes and FLOP (timing model, section 1)."""
+"""Models: the MoE layers of a model, in bytes and FLOP (timing model, section 1)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +53,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         expert_intermediate: Intermediate size of an expert, I.
         expert_matrices: Weight matrices of an expert, m.
         weight_bits: Bits of an expert's weight: one number, a list with one for each layer, the path of a CSV file
-            with a line for each layer and a column for each expert, or a table of what a weight takes and what is
+            with a line for each layer and a column for each expert, or a table of the bits of a weight and of those
             stored beside it.
         expert_bits: Path of a CSV file with lines of `layer,expert,bits` that give single experts bits of their own,
             in the place of `weight_bits` or, if that is a table, of its `bits`. By default none.
@@ -220,7 +220,7 @@ def load_model(source: str | Path | Model, overrides: Mapping[str, object] | Non
 
     Args:
         source: A preset's name, a TOML file or an instance; or a model's own file: the folder of a Hugging Face model
-            or its `config.json`, or a GGUF file. Of these, only descriptions are read, and no code is run.
+            or its `config.json`, or a GGUF file. Only the descriptions in these files are read, and no code is run.
         overrides: New values of single fields, by dotted path. By default none.
 
     Returns:
@@ -250,7 +250,7 @@ def load_model(source: str | Path | Model, overrides: Mapping[str, object] | Non
 
 
 def check_shape(where: str, layers: int, experts: int, model: Model) -> None:
-    """Raise a UsageError that begins with `where` unless the model has so many MoE layers and experts in each."""
+    """Raise a UsageError that begins with `where` unless the model has these numbers of MoE layers and experts."""
     if (layers, experts) != (model.moe_layers, model.most_experts):
         raise UsageError(
             f"{where} has {layers} MoE layers of {experts} experts, but the model {model.name} has {model.moe_layers} "

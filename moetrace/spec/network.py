@@ -52,14 +52,14 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def names(self) -> list[str]:
-        """What each GPU is called, in the order of their numbers."""
+        """The name of each GPU, in the order of their numbers."""
         if self.gpus is not None:
             return [f"gpu{number}" for number in range(self.gpus)]
         return [f"attention{i}" for i in range(self.attention_gpus)] + [f"experts{i}" for i in range(self.expert_gpus)]
 
     @property
     def resources(self) -> list[str]:
-        """What serves one task at a time."""
+        """The resources, each of which serves one task at a time."""
         return ["gpus", "network"] if self.is_colocated else ["attention", "dispatch", "experts", "combine"]
 
 
@@ -81,7 +81,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The network between the GPUs of a cluster.
 
     Attributes:
-        bandwidth_gb_s: What one GPU sends or receives at most, GB a second in each direction.
+        bandwidth_gb_s: Most that one GPU sends or receives, GB a second in each direction.
         dispatch_latency_us: Microseconds that each transfer to the experts adds.
         combine_latency_us: Microseconds that each transfer back adds.
         row_ns: Nanoseconds that each row of an attention GPU adds to a transfer. By default 0.

@@ -19,7 +19,7 @@ class Sizes(NamedTuple):
 
     `group_values` is the most values of a column in a row group, those in lists included: a few bytes may repeat one.
     `values` are those of all row groups, by the name of the column in the table, as far as pages tell them.
-    `texts` are what whoever wrote the file put beside, by its key.
+    `texts` are the metadata that the file's writer added, by key.
     """
 
     rows: int
@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
 
 
 class DamagedParquetError(ValueError):
-    """What is wrong with the file, as the end of a sentence."""
+    """The fault of a damaged file, as the end of a sentence."""
 
 
 def parquet_sizes(file: BinaryIO) -> Sizes:

@@ -1,4 +1,4 @@
-"""Which parts of a machine take part under a dispatch, and what suits a machine (timing model, section 1)."""
+"""The parts of a machine that take part under a dispatch, and what suits a machine (timing model, section 1)."""
 
 import numpy as np
 from msgspec.structs import replace
@@ -72,7 +72,7 @@ def default_policies(system: System) -> tuple[str, ...]:
 
 
 def idle_cpu(policy: PolicySpec, system: System) -> str | None:
-    """Say in one sentence that a described CPU takes no part in a replay, and why; None if it does or there is none."""
+    """Say in one sentence that a described CPU takes no part in a replay, and why; None if it does or is not there."""
     if system.cpu is None or seen_by(policy, system).cpu is not None:
         return None
     if system.link is None:

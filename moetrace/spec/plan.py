@@ -99,7 +99,9 @@ def _text(path: Path) -> str:
 def _from_trtllm(path: Path, text: str, layer_index: np.ndarray, units: int, model: Model | None) -> list[list[int]]:
     numbers, layers = _parse(path, text)
     if numbers.get("ep_size", units) != units:
-        raise UsageError(f"{path} is a plan for {numbers['ep_size']} units, not {units}: take as many.")
+        raise UsageError(
+            f"{path} is a plan for {numbers['ep_size']} units, not {units}: set the units to {numbers['ep_size']}."
+        )
     missing = next((layer for layer in layer_index.tolist() if layer not in layers), None)
     if missing is not None:
         raise MoetraceError(f"{path} has no layer {missing} among its initial_global_assignments.")

@@ -84,7 +84,9 @@ def _of_ascend(path: Path, plan: _Ascend, units: int) -> list[list[int]]:
         if layer.device_count not in (len(devices), UNSET):
             raise MoetraceError(f"{path}: device_count of layer {place} is not the number of its devices.")
         if len(devices) != units:
-            raise UsageError(f"{path} is a plan for {len(devices)} units, not {units}: take as many.")
+            raise UsageError(
+                f"{path} is a plan for {len(devices)} units, not {units}: set the units to {len(devices)}."
+            )
         sizes = {len(device.device_expert) for device in devices}
         if len(sizes) > 1:
             raise MoetraceError(
@@ -109,9 +111,9 @@ def _of_moe_layers(path: Path, rows: list[list[int]], layer_index: np.ndarray, m
 
 
 def check_numbers(path: Path, has: set[int], layer_index: np.ndarray, model: Model | None) -> None:
-    """Raise unless the layers that a plan `has` beside those of the trace are told to be others.
+    """Raise unless the layers that a plan `has` beside those of the trace are known to be no MoE layers of the trace.
 
-    They are others if the plan has all layers of a model whose MoE layers the trace has; if no model tells, if they
+    That is known if the plan has all layers of a model whose MoE layers the trace has; if no model tells, if they
     are before the last and so dense. TensorRT-LLM's files leave dense layers out: where such a plan begins as the trace
     does, in a layer that is not the first, both count alike.
     """

@@ -1,4 +1,4 @@
-"""What is decided: placement, dispatch, residency and prefetch, and which go together (timing model, section 5)."""
+"""Policies: placement, dispatch, residency and prefetch, and which go together (timing model, section 5)."""
 
 import os
 import re
@@ -111,7 +111,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def unread(self) -> list[str]:
-        """Parameters that none of the choices reads; of a policy of a cluster also what is not set."""
+        """Parameters that none of the choices reads; of a policy of a cluster also the parameters that are not set."""
         if self.schedule is not None:
             read = cluster_policy.fields_read(self.placement, self.schedule, self.copies, self.migrate)
             unread = [field for field in parameters() if field not in read or getattr(self, field) is None]
@@ -355,7 +355,7 @@ def _check_partners(policy: PolicySpec, loaded: Loaded) -> None:
 
 
 def _check_scope(policy: PolicySpec, loaded: Loaded) -> None:
-    """Slots of each layer are of scope layer; what is learned from all requests is not forgotten with each."""
+    """Slots of each layer are of scope layer; a residency that learns across requests is not of scope request."""
     residency: Residency | None = find("residency", policy.residency)
     shared = residency is not None and residency.shares_slots
     if policy.budget is not None and (policy.scope != "layer" or shared):

@@ -1,4 +1,4 @@
-"""What a machine draws and costs: `[energy]` and `[price]` of a system (timing model, section 10)."""
+"""Power and cost of a machine: `[energy]` and `[price]` of a system (timing model, section 10)."""
 
 from collections.abc import Container, Iterator, Mapping
 from typing import Annotated
@@ -14,7 +14,7 @@ _PARTS = {"host": "host.memory_gb"}
 
 
 class Watts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a device draws; of NDP units, each of them.
+    """Power of a device; for NDP units, of each of them.
 
     Attributes:
         idle_w: Watts while it waits.
@@ -26,7 +26,7 @@ class Watts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class TransferEnergy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the link draws.
+    """Energy of the link.
 
     Attributes:
         joule_per_gb: Joules for each GB that it carries, in either direction.
@@ -36,7 +36,7 @@ class TransferEnergy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Energy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a system draws, by part. A part that is not set is not in the account.
+    """Energy of a system, by part. A part that is not set is not in the account.
 
     Attributes:
         gpu: The GPU.
@@ -54,7 +54,7 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class DevicePrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a device with a memory of its own costs; of NDP units, each of them.
+    """Price of a device with a memory of its own; for NDP units, of each of them.
 
     Attributes:
         usd_hour: USD for each hour.
@@ -66,7 +66,7 @@ class DevicePrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class CpuPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the CPU costs.
+    """Price of the CPU.
 
     Attributes:
         usd_hour: USD for each hour.
@@ -76,7 +76,7 @@ class CpuPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class HostPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What host memory costs.
+    """Price of host memory.
 
     Attributes:
         usd_gb_hour: USD for each hour and GB of `host.memory_gb`, used or not.
@@ -86,10 +86,10 @@ class HostPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a system costs: the sum of all that is set.
+    """Price of a system: the sum of all that is set.
 
     Attributes:
-        usd_hour: USD for each hour of the machine as a whole, or of what has no price of its own.
+        usd_hour: USD for each hour of the machine as a whole, or of the parts without a price of their own.
         gpu: The GPU.
         ndp: Each NDP unit.
         cpu: The CPU.
@@ -103,7 +103,7 @@ class Price(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     host: HostPrice | None = None
 
     def usd_hour_by_part(self, sizes: Mapping[str, tuple[int, float]]) -> dict[str, float]:
-        """Return USD an hour of each part that has a price: `ndp` is all units, `machine` what has none of its own.
+        """Return USD an hour of each part that has a price: `ndp` is all units, `machine` all without an own price.
 
         `sizes` has how many there are of each part, and the GB of memory of one.
         """

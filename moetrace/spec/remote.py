@@ -23,7 +23,7 @@ class Remote(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         start_ms: Milliseconds that a cold start takes before weights are loaded, of the main function too.
         payload_mb: The most that one call carries, MB.
         load_gb_s: How fast a cold start loads weights, GB a second.
-        network_gb_s: What a call carries, GB a second.
+        network_gb_s: Bandwidth of a call, GB a second.
         call_ms: Milliseconds that each call adds.
         usd_per_gb_s: USD for each second in which a copy works, and GB of its memory.
         memory_gb: Memory of one copy, GB. By default what the layer's remote experts take.

@@ -1,4 +1,4 @@
-"""What it runs on: GPU, NDP units, host link and CPU (timing model, section 1).
+"""Systems: GPU, NDP units, host link and CPU (timing model, section 1).
 
 TOML fields carry their units in their names; the properties beside them are the same figures in SI, efficiency
 included, as the replay uses them.
@@ -41,7 +41,7 @@ class Device:
 
     @property
     def names(self) -> list[str]:
-        """What each of them is called."""
+        """The name of each of them."""
         return [f"{self.name}{number}" for number in range(self.count)] if self.is_numbered else [self.name]
 
 
@@ -55,8 +55,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         link: The host link. Without it everything is in the GPU's memory.
         cpu: The CPU. It runs experts where there are no NDP units.
         host: Host memory.
-        energy: What its parts draw. Without it a result says nothing of energy.
-        price: What its parts cost. Without it a result says nothing of price.
+        energy: Power and energy of its parts. Without it a result says nothing of energy.
+        price: Prices of its parts. Without it a result says nothing of price.
         disk: The disk below host memory. Without it host memory holds all experts.
         remote: Functions that may hold a part of the experts. A policy with `remote` uses them.
         cluster: How many GPUs there are. Without it there is one.
@@ -111,7 +111,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def accelerator(self) -> Device:
-        """What runs the dense layers, and experts that are resident or fetched."""
+        """The device that runs the dense layers, and experts that are resident or fetched."""
         gpu = self.gpu
         return _device("gpu", 1, gpu, gpu.launch_s)
 

@@ -99,9 +99,10 @@ class Ndp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             computes; `auto` takes the best number, a power of two up to 64. By default 1.
         activations: Whether a row goes to each unit that needs it (`per-unit`, the default), or to the units once
             (`host`).
-        outside_gb_s: What the GPU or a CPU can read of one unit's memory, GB a second. By default as fast as they can.
+        outside_gb_s: Rate at which the GPU or a CPU can read one unit's memory, GB a second. By default as fast as they
+            can.
         contention: Whether such reads keep the unit busy. By default they do not.
-        move_gb_s: What moves between units in other layouts, GB a second; only prefetch `relayout` does that.
+        move_gb_s: Rate of moves between units in other layouts, GB a second; only prefetch `relayout` does that.
     """
 
     units: Annotated[int, Meta(ge=1, le=65535)]
@@ -147,10 +148,10 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             By default 1: it runs when all of it is there.
         loss: Probability that a packet is lost. By default 0. At most 0.99: beyond that a link carries almost nothing.
         mtu_bytes: Bytes of a packet, where packets are lost. By default 1460. At least 64: each may be a draw.
-        rto_ms: Milliseconds until what is missing is sent again. By default 0.
+        rto_ms: Milliseconds until lost packets are sent again. By default 0.
         loss_mode: Whether lost packets of activations are sent again (`reliable`, the default), or not (`relaxed`):
             then their rows lose what they are about. Weights are always sent again.
-        seed: Of the draws that say what is lost. By default 0.
+        seed: Seed of the draws of lost packets. By default 0.
         rates: Path of a CSV file with lines of `seconds,gb_s`: from which second of the replay on the link has which
             bandwidth, in the place of `bandwidth_gb_s`. By default that is constant.
     """
@@ -184,7 +185,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def rto_s(self) -> float:
-        """Seconds until what is missing is sent again."""
+        """Seconds until lost packets are sent again."""
         return (self.rto_ms or 0.0) / 1e3
 
     @property
@@ -237,11 +238,11 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Host memory, where experts live if there are no NDP units.
 
     Attributes:
-        memory_gb: Memory for experts, GB. Without it there is no limit. With a `[disk]` host memory holds as many
-            experts as it has room for, counted in the largest, and others are read when they are demanded.
+        memory_gb: Memory for experts, GB. Without it there is no limit. With a `[disk]` host memory holds the experts
+            that it has room for, counted in the largest, and others are read when they are demanded.
         slots: With a `[disk]`, how many experts host memory holds, instead of `memory_gb`.
-        channels_gb_s: What the GPU or a CPU can read of an expert that is spread over all NDP units, GB a second. By
-            default as fast as they can.
+        channels_gb_s: Rate at which the GPU or a CPU can read an expert that is spread over all NDP units, GB a second.
+            By default as fast as they can.
     """
 
     memory_gb: Positive | None = None

@@ -9,7 +9,7 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def toml(values: Mapping[str, Any]) -> str:
-    """Return plain values as TOML: first what is flat, then a table for each mapping; None is left out."""
+    """Return plain values as TOML: first the flat values, then a table for each mapping; None is left out."""
     flat = {key: value for key, value in values.items() if value is not None and not isinstance(value, dict)}
     lines = [f"{_key(key)} = {_value(value)}" for key, value in flat.items()]
     for key, value in values.items():

@@ -69,5 +69,5 @@ def unusual_remote(
     if payload_bytes > memory_gb * 1e9:
         yield (
             f"remote.payload_mb = {remote.payload_mb:g} of {system.name} is more than the {memory_gb:.3g} GB of memory "
-            f"that a function has in policy {policy.name}: no call could carry so much."
+            f"that a function has in policy {policy.name}: no call could carry that."
         )

@@ -30,7 +30,7 @@ _MEANING = {
 
 
 class WeightBits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Bits of an expert's weight and of what is stored beside it (docs/timing-model.md, section 1).
+    """Bits of an expert's weight and of the values stored beside it (docs/timing-model.md, section 1).
 
     Attributes:
         bits: Bits of the weight itself, b.
@@ -61,8 +61,8 @@ class WeightBits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 def without_defaults(raw: dict[str, Any]) -> None:
     """Take out of a model's raw values what says the same as if it was not set, so that both have one identity.
 
-    A share of sparse weights that is set to 0 takes out what stands beside it, too, and so do no scales: such a value
-    may be one of several that are compared.
+    A share of sparse weights of 0 also takes out the fields that only sparse weights use; scale bits or a group of 0 do
+    the same for scales: such a 0 may be one of several values that are compared.
     """
     table = raw.get("weight_bits")
     if isinstance(table, Mapping):

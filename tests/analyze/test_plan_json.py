@@ -98,7 +98,7 @@ def test_what_is_no_map_is_one_sentence(tmp_path, content, sentence):
 
 
 def test_units_of_vllm_ascend(tmp_path):
-    with pytest.raises(UsageError, match="is a plan for 2 units, not 4: take as many"):
+    with pytest.raises(UsageError, match="is a plan for 2 units, not 4: set the units to 2"):
         read(tmp_path, ascend(ROWS), units=4)
     odd = ascend(ROWS)
     odd["layer_list"][1]["device_list"][0]["device_expert"].append(2)

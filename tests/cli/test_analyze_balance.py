@@ -30,7 +30,7 @@ def test_tables_fit_80_columns(run):
     code, out, err = run(MIXTRAL, "--system", "edge-ndp", "--placement", "eplb", "--placement", "tp")
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
-    for part in ("What a plan that is kept loses:", "In seconds on edge-ndp:", "break-even", "on 6 units", "(7 times)"):
+    for part in ("Losses of a kept plan:", "In seconds on edge-ndp:", "break-even", "on 6 units", "(7 times)"):
         assert part in " ".join(out.split())  # wherever the name of the trace makes the lines break
     assert sum(line.startswith("eplb ") for line in out.splitlines()) == 3 + 3 + 1 + 3 + 1
     out = run(MIXTRAL, "--units", 4, "--placement", "ep")[1]
@@ -223,7 +223,10 @@ def test_options_without_effect_are_refused(run):
         (("--nodes", 2), "--nodes is for --placement eplb-hierarchical or --fan-out."),
         (("--groups", 1, "--placement", "eplb"), "--groups is for --placement eplb-hierarchical"),
         (("--redundant", 8, "--placement", "ep-lpt"), "--redundant is for --placement eplb"),
-        (("--interval", 4, "--placement", "ep", "--placement", "tp:2"), "--interval is for placements that are made"),
+        (
+            ("--interval", 4, "--placement", "ep", "--placement", "tp:2"),
+            "--interval is for placements that are re-made",
+        ),
         (("--copies", "row", "--placement", "ep"), "--copies is for plans with copies"),
         (("--copies", "row", "--seed", 1), "--seed is for --copies random"),
     ):

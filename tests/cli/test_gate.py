@@ -98,7 +98,7 @@ def test_long_tables_end_with_a_count(run, tmp_path):
     code, out, _ = run("gate", sweep(tmp_path / "t", {"other": summary()}), "--baseline", path)
     assert code == 3
     assert "11 more cells are not shown; --format csv has all." in out
-    assert "cell-0 and 59 more: in the baseline alone." in out
+    assert "cell-0 and 59 more: only in the baseline." in out
 
 
 def write_bad(folder, baseline):

@@ -74,7 +74,7 @@ def test_top_k_is_the_models_or_what_is_asked_for(tmp_path, capsys):
 
 def test_a_trace_without_memory_is_told(tmp_path, capsys):
     assert run(tmp_path / "a.h5", *SMALL, "--stick", "0") == 0
-    assert "each token is drawn anew" in capsys.readouterr().err
+    assert "each token is drawn independently" in capsys.readouterr().err
     main(["replay", str(tmp_path / "a.h5"), "--policy", "monde", "--system", "edge-ndp", "--ignore-capacity"])
     assert "by Zipf's law without memory" in capsys.readouterr().err
 

@@ -13,8 +13,8 @@ EVEN, BY_PLACE = -2, -1  # which copy a row takes; a number from 0 is the seed t
 def count(choices, copies, nodes_of, rule, turn, sums):
     """Add to sums int64 [L, len(SUMS)] the rows of some steps, and the distinct units and nodes that they are on.
 
-    nodes_of int64 [bins, units of a bin] has the node of each unit. Of c copies, a row takes: EVEN, by its number among
-    the expert's rows of the step, less the step's number (``turn`` is that of the first), modulo c, which is how
+    nodes_of int64 [bins, units of a bin] has the node of each unit. A row takes one of c copies: EVEN, by its number
+    among the expert's rows of the step, less the step's number (``turn`` is that of the first), modulo c, which is how
     `imbalance.judge` shares rows; else as in `imbalance.judge_rows`.
     """
     layers, top_k = choices.experts.shape[1:]

@@ -19,7 +19,7 @@ COPY_RULES = ("even", "row", "random")  # which copy of its expert a row goes to
 
 
 class Cost(NamedTuple):
-    """What keeps a bin busy (timing model, section 2); all zeros where no system is given."""
+    """Times that keep a bin busy (timing model, section 2); all zeros where no system is given."""
 
     s_per_row: float
     s_per_byte: float
@@ -30,7 +30,7 @@ class Cost(NamedTuple):
 
 
 class ImbalanceTally(NamedTuple):
-    """What is kept of the steps so far, of each layer."""
+    """The sums of the steps so far, of each layer."""
 
     sums: np.ndarray  # float64 [L, len(SUMS)]
     worst: np.ndarray  # float64 [L], greatest imbalance in rows
@@ -49,7 +49,7 @@ class Least(NamedTuple):
 
 
 class _Heap(NamedTuple):
-    """Room to give out copies in: least key first, then least number, that of an active expert with so many copies."""
+    """Heap to give out copies: least key first, then least number, that of an active expert with its copies."""
 
     key: np.ndarray  # float64 [E]
     number: np.ndarray  # int64 [E]
@@ -128,8 +128,8 @@ def judge(loads, copies, bins, turn, period, cost, tally):
 def judge_rows(choices, copies, bins, seed, turn, period, cost, tally):
     """Add to ``tally`` as `judge`, but each row goes to the copy that its place in the step chooses.
 
-    Of c copies, to that of number ``place % c`` or, if ``seed`` is not negative, to one drawn from the seed, the step,
-    the layer, the place and the expert.
+    It goes to the copy of number ``place % c`` of c or, if ``seed`` is not negative, to one drawn from the seed, the
+    step, the layer, the place and the expert.
     """
     layers, top_k = choices.experts.shape[1:]
     absent = np.int64((1 << (8 * choices.experts.itemsize)) - 1)
@@ -209,7 +209,7 @@ def _note(layer, rows, busy_s, period, tally):
 
 @kernel(inline=False)
 def bound(loads, experts, bins, slots, cost, least):
-    """Add to ``least`` what no plan of ``slots`` copies on ``bins`` bins can beat, even one made anew for every step.
+    """Add to ``least`` bounds that no plan of ``slots`` copies on ``bins`` bins beats, even if re-made for every step.
 
     experts and slots are int64 [L].
 
@@ -223,12 +223,12 @@ def bound(loads, experts, bins, slots, cost, least):
        r_e >= 1 with a sum of ``slots``, so its costliest copy is at least the minimum over all such r of
        max_e c_e(n_e / r_e). Giving each further copy to the expert that is then costliest attains it: were r' with a
        lower maximum, some e would have more copies here than r'_e, so that e was the costliest when it had r'_e. The
-       maximum then, c_e(n_e / r'_e), was at least the one at the end, as no copy makes anything costlier. But it is
-       no more than the maximum of r': a contradiction;
+       maximum then, c_e(n_e / r'_e), was at least the one at the end, as no copy makes anything costlier. But it is at
+       most the maximum of r': a contradiction;
     3. at most R = ``slots - experts`` experts have more than one copy. Leave out the R costliest experts: the k-th
-       costliest of the experts with one copy costs at least as much as the k-th that is left. Of the j * bins + 1
-       costliest with one copy some bin holds j + 1 or more (pigeonhole), so the busiest bin has at least the sum of
-       the j + 1 cheapest of these.
+       costliest of the experts with one copy costs at least as much as the k-th that is left. Some bin holds j + 1 or
+       more of the j * bins + 1 costliest with one copy (pigeonhole), so the busiest bin has at least the sum of the j +
+       1 cheapest of these.
 
     Rows are whole, so the bound in rows is rounded up. Point 2 divides by real numbers, below which no whole number
     of rows can get.
@@ -294,7 +294,7 @@ def _costliest_copy(loads, experts, further, timed, cost, floor, heap):
 
 @kernel
 def _copy_cost(loads, layer, at, copies, timed, cost):
-    """Return what one of so many copies of an expert costs: rows or, if ``timed``, seconds."""
+    """Return the cost of one of ``copies`` copies of an expert: rows or, if ``timed``, seconds."""
     rows = loads.rows[at] / copies
     if not timed:
         return rows

@@ -145,7 +145,7 @@ def _from_counts(trace: Trace, steps: np.ndarray) -> Loads:
 def count_ids(experts, begin, end, num_experts, start, expert, rows):
     """Fill ``Loads``' arrays from experts [rows, L, k], of steps ``begin[s]:end[s]``; return 0 if an id is no expert's.
 
-    Rows come outside, layers inside: what is read streams, and successive increments go to different counters.
+    Rows come outside, layers inside: reads stream, and successive increments go to different counters.
     """
     layers, top_k = experts.shape[1:]
     absent = np.int64((1 << (8 * experts.itemsize)) - 1)

@@ -49,7 +49,7 @@ def layers(
 
 
 def _names(judged: JudgedPlan, size: int) -> dict[str, pl.Series]:
-    """What is a plan's name in ``size`` rows of each frame."""
+    """The columns that name a plan, in ``size`` rows of each frame."""
     names = {"placement": judged.placement, "plan": judged.plan_is, "interval": judged.interval}
     types = {"placement": pl.String, "plan": pl.String, "interval": pl.Int64}
     return {name: pl.Series([value] * size, dtype=types[name]) for name, value in names.items()}
@@ -90,7 +90,7 @@ def summary(by_layer: pl.DataFrame, judged_plans: Sequence[JudgedPlan], judged_s
 def staleness(by_layer: pl.DataFrame, judged: int, intervals: Sequence[int]) -> pl.DataFrame:
     """Make a row for each planned placement, interval and layer, and one of all layers: mean imbalance, summed seconds.
 
-    `loss` is by how much a kept plan is worse than one made anew, or clairvoyant, as a share. A rebalance is worth its
+    `loss` is by how much a kept plan is worse than a re-made or a clairvoyant one, as a share. A rebalance is worth its
     pause after `break_even_steps` of the seconds that it saves a step; null if it saves none, or seconds are unknown.
     """
     wide = pl.concat([_side_by_side(by_layer, interval) for interval in intervals])
@@ -116,7 +116,7 @@ def staleness(by_layer: pl.DataFrame, judged: int, intervals: Sequence[int]) -> 
 
 
 def _side_by_side(by_layer: pl.DataFrame, interval: int) -> pl.DataFrame:
-    """Put a placement's plan that is kept, those made anew at an interval and the clairvoyant one in a row a layer."""
+    """Put a placement's kept plan, those re-made at an interval and the clairvoyant one in a row a layer."""
     wide = None
     for ending, plan in _STALE.items():
         columns = [pl.col(name).alias(f"{name}_{ending}") for name in ("imbalance", "busy_s")]

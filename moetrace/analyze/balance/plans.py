@@ -67,7 +67,7 @@ class Tier(NamedTuple):
 class Plan(NamedTuple):
     """Where every copy of every expert of L layers is.
 
-    share: units that hold a part of each expert together (1 but for tensor parallelism).
+    share: units that hold a part of each expert together (1 except for tensor parallelism).
     expert_of_slot: int32 [L, bins, room], what each bin (a unit, or a group of ``share`` units) holds; -1 = nothing.
     """
 
@@ -100,7 +100,7 @@ def check_tier(tier: Tier) -> None:
 
 
 def check_placement(placement: str, tier: Tier, experts: int | np.ndarray) -> None:
-    """Raise UsageError if there is no such placement, or not for so many units and experts (of each layer)."""
+    """Raise UsageError if there is no such placement, or not for these numbers of units and experts (of each layer)."""
     record = find("placement", placement)
     _, colon, size = placement.partition(":")
     if record is None or not record.planner or (colon and not record.letter):
@@ -156,7 +156,7 @@ def make_plan(
 
 
 class Planner(NamedTuple):
-    """What makes the plans of a placement; records name it (`Placement.planner`)."""
+    """The maker of the plans of a placement; records name it (`Placement.planner`)."""
 
     check: Callable[[Tier, int], object]  # of a tier and a number of experts: raises UsageError if they do not fit
     make: Callable[[str, Tier, tuple[int, int], np.ndarray | None], Plan]  # as `make_plan`

@@ -1,4 +1,4 @@
-"""Which steps plans are made from, which they are judged on, and when they are made anew."""
+"""The steps that plans are made from, those that they are judged on, and when they are re-made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MAX_INTERVALS = 64
 
 @dataclass(frozen=True)
 class Span:
-    """Which steps plans are made from, and which they are judged on; a window of 0 holds no steps back."""
+    """The steps that plans are made from, and those that they are judged on; a window of 0 holds no steps back."""
 
     steps: np.ndarray  # int64, of the trace: those that are looked at
     window: int
@@ -32,7 +32,7 @@ class Span:
         return self.steps[-self.window :] if self.window else self.steps
 
     def rebalances(self, interval: int) -> np.ndarray:
-        """The judged steps, of the trace, before which plans are made anew."""
+        """The judged steps, of the trace, before which plans are re-made."""
         return self.judged[interval::interval]
 
 

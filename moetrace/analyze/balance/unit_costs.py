@@ -1,4 +1,4 @@
-"""What the units of a system cost, if a model and a system are known."""
+"""The costs of the units of a system, if a model and a system are known."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from moetrace.trace.format import Trace
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """What a unit costs, if a model and a system are known, and what an expert weighs, if that is."""
+    """The costs of a unit, if a model and a system are known, and the bytes of an expert, if the model is."""
 
     model: Model | None
     system: System | None

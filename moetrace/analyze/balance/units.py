@@ -46,7 +46,7 @@ MAX_CELLS = 1 << 20
 
 
 class _Sharing(NamedTuple):
-    """Which copy of its expert a row takes, and whether to count how far rows go."""
+    """The copy of its expert that a row takes, and whether to count how far rows go."""
 
     rule: int  # EVEN, BY_PLACE or a seed, as in `fan_out.count`
     unit_nodes: np.ndarray | None  # int64 [units], of each its node; None: fan-out is not counted
@@ -54,14 +54,14 @@ class _Sharing(NamedTuple):
 
 @dataclass(frozen=True)
 class Balance:
-    """What `balance` found. Imbalances are of one layer; nothing is pooled over layers.
+    """The result of `balance`. Imbalances are of one layer; nothing is pooled over layers.
 
     Attributes:
-        trace: What was judged and how, with plain values.
+        trace: The judged trace and the settings, as plain values.
         summary: A row for each plan: means and extremes over the layers, sums of seconds and bytes.
         layers: A row for each plan and layer.
-        staleness: A row for each placement that is made from loads, interval and layer (null: all): what keeping a plan
-            loses.
+        staleness: A row for each placement that is made from loads, interval and layer (null: all): the loss from
+            keeping a plan.
         over_time: A row for each plan, layer and period of the judged steps: its mean imbalance.
     """
 
@@ -111,7 +111,7 @@ def balance(
         plans: Plans to judge, by name.
         copies: How the rows of an expert are shared among its copies: "even"; "row", by each row's place in the step,
             as engines do; or "random".
-        seed: Of `copies` "random", from 0.
+        seed: Seed of `copies` "random", from 0.
         fan_out: Whether to count on how many units, and nodes of units (`tier.nodes`), the experts of one row are. It
             takes as long again. By default not.
         model: A preset's name, a TOML file or a Model. By default the preset that the trace names.
@@ -180,7 +180,7 @@ def plan_for_next(trace: Trace, placement: str, tier: Tier, window: int | None =
 
 
 def loads_for_next(trace: Trace, window: int | None = None, phase: str = "all") -> np.ndarray:
-    """Return the loads of `Span.latest`, int64 [layers, experts]: what that plan is made from."""
+    """Return the loads of `Span.latest`, int64 [layers, experts], from which that plan is made."""
     _check_size(trace)
     return summed(trace, span_of(trace, phase, window, None).latest)
 
@@ -297,7 +297,7 @@ def _walk(
     sharing: _Sharing,
     told: Callable[[int], object],
 ) -> None:
-    """Judge all plans on the judged steps, making plans anew at every interval from ``recent``, the window's loads."""
+    """Judge all plans on the judged steps, re-making plans at every interval from ``recent``, the window's loads."""
     periods = judged_plans[0].tally.over_time.shape[0]
     period = np.arange(span.judged.size) * periods // span.judged.size
     bounds = {_key(judged.plan): (judged, judged.plan.slots) for judged in judged_plans}

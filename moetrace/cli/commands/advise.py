@@ -73,7 +73,7 @@ def policy(
     --slo is a hard constraint: the best is the fastest policy that keeps all of them. If none does, it is the one that
     misses them least, and the exit code is 3.
 
-    -o DIR keeps what was replayed over the whole trace as a sweep does, and advice.json.
+    -o DIR keeps the replays of the whole trace as a sweep does, and advice.json.
 
     `moetrace advise rebalance TRACE.h5` is about clusters: how many redundant experts, and how often to plan again.
     """

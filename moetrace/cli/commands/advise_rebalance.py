@@ -66,12 +66,12 @@ def command(
     """Say how many redundant experts a cluster should hold, and how often it should plan again.
 
     Replays the trace without plans, and for each number of redundant experts and each interval between plans: a row
-    each, with the time of all steps, the median and 99th percentile of a step, what was moved, and what that cost. In
+    each, with the time of all steps, the median and 99th percentile of a step, the moves, and their cost. In
     one sentence: plan again, plan once, or nothing to win.
 
     A row whose experts do not fit a GPU's memory is marked with ! and never the best.
 
-    -o DIR keeps what was replayed as a sweep does, rebalance.json, and policy.toml, the best.
+    -o DIR keeps the replays as a sweep does, rebalance.json, and policy.toml, the best.
     """
     jobs = jobs or cores()
     if jobs > 1:

@@ -48,8 +48,10 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
 @click.option(
     "--redundant", type=int, metavar="R", help="EPLB's further copies a layer; by default one a unit or more."
 )
-@click.option("--nodes", type=int, default=1, show_default=True, help="Of units, for eplb-hierarchical and --fan-out.")
-@click.option("--groups", type=int, default=1, show_default=True, help="Of experts, for eplb-hierarchical.")
+@click.option(
+    "--nodes", type=int, default=1, show_default=True, help="Nodes of units, for eplb-hierarchical and --fan-out."
+)
+@click.option("--groups", type=int, default=1, show_default=True, help="Groups of experts, for eplb-hierarchical.")
 @click.option(
     "--window",
     type=int,
@@ -69,16 +71,18 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     type=click.Choice(["all", "prefill", "decode", "mixed"]),
     default="all",
     show_default=True,
-    help="Which steps to look at, as if there were no others.",
+    help="The steps to look at, as if there were no others.",
 )
 @click.option(
     "--copies",
     type=click.Choice(["even", "row", "random"]),
     default="even",
     show_default=True,
-    help="Which copy of its expert a row runs on: shared evenly; by its place in the batch, as engines do; or drawn.",
+    help="How rows choose a copy of their expert: shared evenly; by place in the batch, as engines do; or drawn.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of --copies random.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of --copies random."
+)
 @click.option("--fan-out", is_flag=True, help="Count on how many units, and nodes, the experts of one row are.")
 @click.option("--system", type=SYSTEM, metavar="S", help="Preset or TOML file of the units, for figures in seconds.")
 @click.option(
@@ -106,15 +110,15 @@ FRAMES = ("summary", "layers", "staleness", "over_time")
     help="Tables to read; everything as JSON; or one frame as CSV.",
 )
 @safe_csv_option
-@click.option("--frame", type=click.Choice(FRAMES), help="Which one, with --format csv.  [default: layers]")
+@click.option("--frame", type=click.Choice(FRAMES), help="The frame to print, with --format csv.  [default: layers]")
 def command(trace: Path, out: Path | None, picture: Path | None, form: str, frame: str | None, **asked: Any) -> None:
     """Say how evenly placements and plans spread the work of experts over units, and what a new plan is worth.
 
     The steps after the first W are judged. A plan that is made from loads is judged three times: made from the first W
-    steps and kept, made anew every I steps from the last W, and clairvoyant: made from what it is judged on. With
-    W = 0, as of a trace of one step (a table of counts), all steps are judged, and such plans are clairvoyant only.
-    Imbalance is the busiest unit's rows over the mean, of each step and layer; balancedness is what vLLM and SGLang
-    log under that name. docs/balance.md defines every figure.
+    steps and kept, re-made every I steps from the last W, and clairvoyant: made from the steps that it is judged on.
+    With W = 0, as of a trace of one step (a table of counts), all steps are judged, and such plans are clairvoyant
+    only. Imbalance is the busiest unit's rows over the mean, of each step and layer; balancedness is what vLLM and
+    SGLang log under that name. docs/balance.md defines every figure.
     """
     from moetrace.cli.progress import LateBar
     from moetrace.trace import Trace
@@ -177,7 +181,7 @@ def _check_options(asked: dict[str, Any]) -> None:
         if not asked["files"]:
             refuse(("copies",), "is for plans with copies: --placement eplb or eplb-hierarchical, or a --plan.")
     if not any(placement.startswith(("eplb", "ep-lpt")) for placement in placements):
-        refuse(("intervals",), "is for placements that are made anew from loads: ep-lpt, eplb or eplb-hierarchical.")
+        refuse(("intervals",), "is for placements that are re-made from loads: ep-lpt, eplb or eplb-hierarchical.")
     if asked["copies"] != "random":
         refuse(("seed",), "is for --copies random.")
     from moetrace.trace.atomic import real_path

@@ -57,7 +57,7 @@ _TRANSFERS = (
     type=click.FloatRange(0, 1e6, min_open=True),
     default=1800.0,
     show_default=True,
-    help="Of a network: what a GPU can move in each direction, the most that a fit may reach.",
+    help="For a network: rate of a GPU's port in each direction, the most that a fit may reach.",
 )
 @click.option("--measure", is_flag=True, help="Time this machine: CPU, disk, and a CUDA device if there is one.")
 @click.option(
@@ -142,7 +142,7 @@ def _check(
 
 
 def _check_parts(base: str | None, parts: tuple[str, ...]) -> None:
-    """Raise UsageError before the work, which takes a minute, if the system lacks what is to be measured."""
+    """Raise UsageError before the work, which takes a minute, if the system lacks a part that is to be measured."""
     from moetrace.spec import load_system
 
     if base is not None and (not parts or "cpu" in parts) and (system := load_system(base)).cpu is None:

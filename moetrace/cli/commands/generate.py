@@ -152,6 +152,6 @@ def _note_memory(stick: float | None, **_: Any) -> None:
     """Say so if tokens have nothing to do with each other."""
     if stick == 0:
         say(
-            "Note: with --stick 0 each token is drawn anew, and only popularity can be learned: caches and prefetches "
-            "do worse than on real routing. --profile draws as a captured model routes."
+            "Note: with --stick 0 each token is drawn independently, and only popularity can be learned: caches and "
+            "prefetches do worse than on real routing. --profile draws as a captured model routes."
         )

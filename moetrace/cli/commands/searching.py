@@ -28,7 +28,7 @@ def search(
     code: bool,
     form: str,
 ) -> None:
-    """Search, and print the best trials; `folder` keeps what was replayed."""
+    """Search, and print the best trials; `folder` keeps the replays."""
     from moetrace.batch.grid import load_space
     from moetrace.batch.search import run_search
     from moetrace.batch.search_space import check_choices

@@ -31,14 +31,14 @@ _SHOWN_ERRORS = 10
 @click.option(
     "--pareto",
     type=click.Choice(["gpu_memory_bytes", "link_bytes", "price", "energy_j", "price_usd"]),
-    help="What the front sets against latency; by default what the file says, else GPU memory.",
+    help="The cost that the front sets against latency; by default the file's, else GPU memory.",
 )
 @slo_option
 @click.option("--sort", type=FIGURE, metavar="FIGURE", help="Best cells by this figure first, as tpot_s.p99.")
 @click.option("--top", type=click.IntRange(1), metavar="N", help="Print the first N cells.")
 @click.option("--columns", type=FIGURE, metavar="A,B", help="Figures to print, as total_s,tpot_s.p99.")
 @click.option(
-    "--baseline", metavar="AXIS[=VALUE]", help="What speed-ups are against, as slots=24; by default the first policy."
+    "--baseline", metavar="AXIS[=VALUE]", help="Reference of speed-ups, as slots=24; by default the first policy."
 )
 @code_option
 @format_option
@@ -65,13 +65,13 @@ def command(
     cells.parquet. A cell that fails is named and does not stop the others; the exit code is then 1.
 
     The table marks the Pareto front: cells that no other of the same trace beats in both latency and GPU memory
-    (or link bytes, price or energy). What knows the future or does not fit the machine is marked, and never on the
-    front; nor is what misses a limit of --slo.
+    (or link bytes, price or energy). Cells that know the future or do not fit the machine are marked, and never on the
+    front; nor are cells that miss a limit of --slo.
 
-    --sort, --top, --columns and --baseline choose what is printed; DIR gets everything.
+    --sort, --top, --columns and --baseline choose the printed part; DIR gets everything.
 
     --search takes the lists of the file as choices, and ranges of numbers from its [search] table: Optuna proposes,
-    and of what was replayed over a part of the trace the best go on to a longer one (extra `search`). If no trial keeps
+    and the best trials of a part of the trace go on to a longer one (extra `search`). If no trial keeps
     the limits, the exit code is 3.
     """
 
@@ -147,7 +147,7 @@ def _run(plan: "SweepPlan", jobs: int | None, dask: str | None) -> "Sweep":
 
 
 def _report(sweep: "Sweep") -> None:
-    """Say what was done, reused, and why the rest failed."""
+    """Say how many cells were replayed or reused, and why the rest failed."""
     for warning, times in sweep.warnings.items():
         say(f"moetrace: note: {warning}{f' ({times:,} cells)' if times > 1 else ''}")
     by_error: dict[str, list[str]] = {}

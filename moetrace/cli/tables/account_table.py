@@ -113,7 +113,7 @@ def _legend(system: System, tokens: int) -> list[str]:
                 lines.append("Remote functions are not in it: their power is not known to those who pay by use.")
     if system.price is not None:
         lines.append(
-            f"Price: {system.usd_hour:g} USD an hour, for the whole time; machine is what has no price of its own."
+            f"Price: {system.usd_hour:g} USD an hour, for the whole time; machine is all without a price of its own."
         )
     if tokens:
         lines.append(f"Tokens are the {counted(tokens, 'decode row')} of the trace.")

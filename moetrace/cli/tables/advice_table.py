@@ -66,7 +66,7 @@ def _print_policies(console: "Console", advice: "Advice") -> None:
 
 
 def _print_sizes(console: "Console", advice: "Advice") -> None:
-    """What other sizes of the GPU's memory win."""
+    """Print the gains of other sizes of the GPU's memory."""
     if not advice.sizes:
         return
     rows = [(size.best, size.more_bytes, size.wins) for size in advice.sizes] + [(advice.best, 0.0, 0.0)]
@@ -120,7 +120,7 @@ def _legend(advice: "Advice", name: str) -> list[str]:
 
 
 def _lossy(advice: "Advice") -> str:
-    """Say that the best loses rows, which no time counts, and what is best without that."""
+    """Say that the best loses rows, which no time counts, and name the best without losses."""
     other = advice.lossless
     found = "No policy that was replayed over the whole trace drops none"
     if other is not None:

@@ -62,14 +62,14 @@ _STALE_TIME = {
 
 
 def print_balance(found: "Balance", name: str) -> None:
-    """Print what was found as tables on stdout; `name` is what the user called the trace."""
+    """Print the result as tables on stdout; `name` is the user's name of the trace."""
     console = stdout_console()
     rows = [_plan(row, found.trace) for row in found.summary.iter_rows(named=True)]
     stale = _stale(found)
     tables = [
         ("", _ROWS, rows),
         ("Balancedness as engines log it:", _LOGGED, rows),
-        ("What a plan that is kept loses:", _STALE, stale),
+        ("Losses of a kept plan:", _STALE, stale),
     ]
     if found.trace["system"]:
         tables += [(f"In seconds on {printable(found.trace['system'])}:", _TIME, rows), ("", _STALE_TIME, stale)]
@@ -125,7 +125,7 @@ def _plan(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
 
 
 def _stale(found: "Balance") -> list[dict[str, str]]:
-    """A row for each placement and interval: all layers, and in how many of them a plan made anew is better."""
+    """A row for each placement and interval: all layers, and in how many of them a re-made plan is better."""
     rows = []
     for row in found.staleness.filter(found.staleness["layer"].is_null()).iter_rows(named=True):
         own = found.staleness.filter(placement=row["placement"], interval=row["interval"]).drop_nulls("layer")
@@ -149,7 +149,7 @@ def _stale(found: "Balance") -> list[dict[str, str]]:
 
 
 def _every(row: dict[str, Any], facts: dict[str, Any]) -> str:
-    """Return after how many steps a row's plan is made anew, where there are several such numbers."""
+    """Return after how many steps a row's plan is re-made, where there are several such numbers."""
     return f"{row['interval']:,}" if row["interval"] is not None and len(facts["intervals"]) > 1 else "-"
 
 
@@ -177,14 +177,14 @@ def _legend(found: "Balance", name: str) -> list[str]:
         f"{counted(facts['layers'], 'layer')} of {fewest}{counted(facts['experts'], 'expert')} on "
         f"{counted(facts['units'], 'unit')}. Plans are {made}{anew}.{shared[facts['copies']]}",
         "Max / mean: the busiest unit's rows over the mean unit's, mean over the steps, then over the layers (worst: "
-        "the worst layer's). Least possible: no plan of so many slots beats it, even if made anew for every step.",
+        "the worst layer's). Least possible: no plan with these slots beats it, even if re-made for every step.",
     ]
     if facts["fan_out"]:
         nodes = f" (and those of the {facts['nodes']:,} nodes)" if facts["nodes"] > 1 else ""
         lines.append(f"Fan-out: units{nodes} on which the experts of one row are, mean over rows and layers.")
     if facts["system"]:
         lines.append(
-            "Busy: seconds of the busiest unit, summed over layers and steps. Pauses: what moves to make plans anew, "
+            "Busy: seconds of the busiest unit, summed over layers and steps. Pauses: moves for re-made plans, "
             "over the link."
         )
     return lines

@@ -27,7 +27,7 @@ _MOST_ROWS = 32  # of a curve
 
 
 def title_of(trace: "Trace", scope: str, sequential: bool, budget: object = None) -> str:
-    """Return what is demanded of which caches, in a sentence."""
+    """Return the demand and the caches that it meets, in a sentence."""
     demand = "one choice at a time" if sequential else "a layer's experts of a step together"
     caches = {
         "global": "one cache for all layers",

@@ -1,4 +1,4 @@
-"""The table of `moetrace analyze locality`: a row for each layer, in as many parts as the terminal's width asks for."""
+"""The table of `moetrace analyze locality`: a row for each layer, in parts that fit the terminal's width."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,7 @@ class _Statistic(NamedTuple):
 
 
 def print_locality(found: "Locality", name: str) -> None:
-    """Print what was found as tables on stdout; `name` is what the user called the trace."""
+    """Print the result as tables on stdout; `name` is the user's name of the trace."""
     console = stdout_console()
     width, console.width = console.width, max(console.width, _LEAST)
     spread = {row["statistic"]: row for row in found.summary.iter_rows(named=True)}
@@ -143,12 +143,12 @@ def _legend(facts: dict[str, Any], name: str) -> list[str]:
         f"{printable(name)}: {printable(facts['model'])}, {counted(facts['rows'], rows)} of "
         f"{counted(facts['requests'], 'request')}; {counted(facts['layers'], 'layer')} of "
         f"{counted(facts['experts'], 'expert')}, top {facts['top_k']}.",
-        "Every figure is of one layer; docs/locality.md defines each. Shuffled, null and by popularity: what chance or "
-        "popularity alone would give.",
+        "Every figure is of one layer; docs/locality.md defines each. Shuffled, null and by popularity: what only "
+        "chance or popularity would give.",
     ]
     if facts["sampled_rows"] < facts["rows"]:
         lines.append(
-            f"Counts, reuse and LRU are of all rows; the rest, and what is shuffled, of a sample of "
+            f"Counts, reuse and LRU are of all rows; the rest, and shuffled figures, of a sample of "
             f"{counted(facts['sampled_rows'], 'row')} of {counted(facts['sampled_requests'], 'request')} "
             f"(--sample-rows)."
         )

@@ -1,4 +1,4 @@
-"""How commands print: one `--format` for whatever is a table, on stdout."""
+"""How commands print: one `--format` for all tables, on stdout."""
 
 import csv
 import functools
@@ -68,7 +68,7 @@ def _format_option(command: Callable, more: tuple[str, ...], rest: str) -> Calla
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, whatever strangers' names are in it."""
+    """Print a line on stderr; control characters in strangers' names are escaped."""
     click.echo(harmless(line), err=True)
 
 

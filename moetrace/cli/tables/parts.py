@@ -1,4 +1,4 @@
-"""Wide tables, in as many parts as the terminal's width asks for: each begins with the same columns."""
+"""Wide tables, in parts that fit the terminal's width: each begins with the same columns."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -71,8 +71,8 @@ def _legend(advice: "RebalanceAdvice", name: str) -> list[str]:
         f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
         f"{counted(trace['requests'], 'request')}. Model {result['model']['name']} on {result['system']['name']}, "
         f"policy {advice.policy}; plans are made from {counted(advice.window, 'step')}, and {moves}.",
-        "* is the best. Speed-ups are over no plan (experts in blocks, one copy of each), and over one plan with as "
-        "many redundant experts (once).",
+        "* is the best. Speed-ups are over no plan (experts in blocks, one copy of each), and over one plan with "
+        "equally many redundant experts (once).",
     ]
     if not all(row.fits for row in advice.rows):
         lines.append("! does not fit the memory of a GPU, and is priced as if it did.")

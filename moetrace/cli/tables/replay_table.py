@@ -1,4 +1,4 @@
-"""The table of `moetrace replay`: policies side by side, in as many parts as the terminal's width asks for."""
+"""The table of `moetrace replay`: policies side by side, in parts that fit the terminal's width."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class _FigureColumn(NamedTuple):
 
 
 def _column(name: str, always: bool | None = True, **changes: Any) -> _FigureColumn:
-    """The column of a figure of `summary.json`, with what `results.record` says of it, but for the changes."""
+    """The column of a figure of `summary.json`, as `results.record` has it, with these changes."""
     return _FigureColumn(FIGURES[name]._replace(**changes), lambda policy: value_in(policy, name), always)
 
 
@@ -155,7 +155,7 @@ def _shown(group: list[_FigureColumn], policies: list[dict[str, Any]]) -> list[T
 
 
 def _cells(unit: str, values: list[float | None]) -> list[str]:
-    """The figures of a column, as many digits behind the point for each; `-` where undefined."""
+    """The figures of a column, with an equal number of digits after the point; `-` where undefined."""
     if unit == "share":
         return digits(values, 1)
     if unit == "ratio":
@@ -185,7 +185,7 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
         f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']}{home}; "
         f"the GPU keeps up to {summary['slots']:,} of {counted(everything, 'expert')} (slots)"
         f"{_host(summary['policies'])}.",
-        "TTFT, TPOT and ITL (the time between two tokens) are medians, but for the p99. "
+        "TTFT, TPOT and ITL (the time between two tokens) are medians, except the p99. "
         f"Over bound: time beyond {bound}. "
         "Over clairvoyant: beyond the same policy with what a layer needs already on the GPU, up to the slots"
         f"{', and all else in host memory' if system.get('disk') else ''}.",
@@ -243,7 +243,7 @@ def _cluster_legend(summary: dict[str, Any], name: str) -> list[str]:
     return [
         f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
         f"{counted(trace['requests'], 'request')}. Model {model['name']} on {system['name']}, {gpus}.",
-        "TTFT, TPOT and ITL (the time between two tokens) are medians, but for the p99. Over bound: time beyond all "
+        "TTFT, TPOT and ITL (the time between two tokens) are medians, except the p99. Over bound: time beyond all "
         "work shared out evenly over the GPUs, without transfers. Exposed: time beyond the same steps with transfers "
         "that take none. Shares of the total: parts of a step that overlap may sum to more than 100 %.",
         *chosen,
@@ -266,7 +266,7 @@ def _speculation(summary: dict[str, Any]) -> list[str]:
 
 
 def _deadlines(summary: dict[str, Any]) -> list[str]:
-    """Say what policies with a deadline chose, and what is not of the levels that they chose."""
+    """Say what policies with a deadline chose, and which figures are not of the chosen levels."""
     deadlines = {policy["name"]: policy["choices"].get("deadline_ms") for policy in summary["policies"]}
     told = [f"{name} {deadline_ms:g} ms" for name, deadline_ms in deadlines.items() if deadline_ms is not None]
     if not told:

@@ -24,13 +24,13 @@ _TABLES = {"energy_j": "[energy]", "price_usd": "a [price]", "price": "a [price]
 
 
 class Shown(NamedTuple):
-    """What of a sweep is shown.
+    """The shown part of a sweep.
 
     Attributes:
         columns: Figures, as a frame has them; empty for the usual ones.
         sort: The figure by which cells are sorted, the better first; None keeps the grid's order.
-        top: So many cells; None for all.
-        baseline: What speed-ups are against, in words.
+        top: How many cells; None for all.
+        baseline: The reference of speed-ups, in words.
     """
 
     columns: Sequence[str] = ()

@@ -1,4 +1,4 @@
-"""What a replay of a cluster records and carries along: the logs, the clock, and room for one step."""
+"""The state and records of a replay of a cluster: the logs, the clock, and room for one step."""
 
 from typing import Any, NamedTuple
 

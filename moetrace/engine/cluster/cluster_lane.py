@@ -32,7 +32,7 @@ _NEVER_S = np.inf
 
 
 class ClusterRecording:
-    """What was noted of the steps ``first`` to ``stop - 1`` of one policy, which grows with that window."""
+    """The record of the steps ``first`` to ``stop - 1`` of one policy, which grows with that window."""
 
     def __init__(self, first: int, stop: int) -> None:
         self.first, self.stop = first, stop
@@ -44,7 +44,7 @@ class ClusterRecording:
         return np.concatenate(self._slices)
 
     def record(self, batch: Batch, s: int, fabric: Fabric, copies: PlacedCopies, books: Books) -> None:
-        """Replay step s of a block, and keep what was noted of it."""
+        """Replay step s of a block, and keep its record."""
         rows, layers = int(batch.steps.rows[s]), fabric.machine.weight_bytes.shape[0]
         cut, top_k = fabric.cut[batch.steps.phase[s]], batch.experts.shape[2]
         tape = new_tape(most_slices(rows, top_k, layers, fabric.gpus[0], cut), *books.stages.rows.shape)
@@ -57,7 +57,7 @@ class ClusterRecording:
 
 @dataclass
 class ClusterLane:
-    """One policy of a cluster, and what it recorded. What it has in common with `Lane` has the same names."""
+    """One policy of a cluster, and what it recorded. Fields that `Lane` has, too, have the same names."""
 
     policy: PolicySpec
     fabric: Fabric
@@ -109,7 +109,7 @@ class ClusterLane:
 
     @property
     def kernels(self) -> list[Any]:
-        """What it calls."""
+        """The kernels that it calls."""
         return [replay_cluster, bound_s, *([record_step] if self.recording is not None else [])]
 
     @property
@@ -281,7 +281,7 @@ def _bound_of(fabric: Fabric) -> Yardstick:
 
 
 def _digested(fabric: Fabric) -> tuple[bytes, ...]:
-    """What of a cluster its bound depends on."""
+    """The facts about a cluster that its bound depends on."""
     machine, gpus = fabric.machine, fabric.gpus
     names = ("attention", "experts", "colocated", "shared_bytes", "shared_flop_per_row", "all_factors")
     return (

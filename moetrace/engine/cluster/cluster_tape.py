@@ -22,9 +22,9 @@ STAGE_SLICE = np.dtype(
 
 
 class ClusterTape(NamedTuple):
-    """What is noted of a step. Times are seconds since its schedule began, after its pause.
+    """The record of a step. Times are seconds since its schedule began, after its pause.
 
-    Of a slice, ``unit`` is a row of the unit log; what has no layer, micro-batch or chunk has -1 there.
+    ``unit`` of a slice is a row of the unit log; slices without a layer, micro-batch or chunk have -1 there.
     """
 
     slices: Any  # STAGE_SLICE [n]
@@ -35,14 +35,14 @@ class ClusterTape(NamedTuple):
 
 
 def new_tape(slices: int, micro_batches: int, chunks: int) -> ClusterTape:
-    """Return an empty tape with room for so many slices."""
+    """Return an empty tape with room for ``slices`` slices."""
     parts = micro_batches, chunks
     room = records(slices, STAGE_SLICE)
     return ClusterTape(room, np.zeros(2, np.int64), np.zeros(parts), np.zeros(parts), np.zeros(1))
 
 
 def most_slices(rows: int, top_k: int, layers: int, gpus: Any, cut: Any) -> int:
-    """Return how many slices a step of so many rows can need, under GPUs (FABRIC) and a cut (CUT)."""
+    """Return how many slices a step of ``rows`` rows can need, under GPUs (FABRIC) and a cut (CUT)."""
     parts = min(rows, int(cut["micro_batches"]))
     chunks = parts * min(rows, int(cut["chunks"]))
     run = min(chunks * int(gpus["experts"]), rows * top_k)

@@ -79,7 +79,7 @@ def run_experts(layer, gpus, copies, routes, each):
 
 
 class Crossing(NamedTuple):
-    """What a chunk sends, in a row's bytes; of what the same GPUs both send and get, only that over the wire."""
+    """The transfers of a chunk, in a row's bytes; if the same GPUs both send and get, only those over the wire."""
 
     port: float  # into the busiest GPU that holds experts, or out of an attention GPU, which all send the same
     out: float  # out of an attention GPU
@@ -166,7 +166,7 @@ def _own_transfer_s(net, slowed, row_s, own, between, row_bytes, latency_s):
 
 
 def new_stages(micro_batches: int, chunks: int, slowness: np.ndarray) -> LayerStages:
-    """Return room for a layer cut into so many parts; slowness float64 [GPUs] of those that hold experts."""
+    """Return room for a layer cut into ``micro_batches`` and ``chunks``; slowness float64 [GPUs with experts]."""
     parts = micro_batches, chunks
     each = records(len(slowness), GPU_SUM)
     each["slowness"] = slowness

@@ -108,7 +108,7 @@ def _send_back(gpus, stages, sends, agenda):
 
 
 def new_agenda(micro_batches: int, chunks: int) -> Agenda:
-    """Return room for steps cut into so many parts."""
+    """Return room for steps cut into ``micro_batches`` and ``chunks``."""
     parts = micro_batches, chunks
     each = [np.zeros(micro_batches) for _ in range(3)]
     return Agenda(records(1, FREE), *each, *(np.zeros(parts) for _ in range(3)))

@@ -1,4 +1,4 @@
-"""Which GPU holds which experts: plans of a cluster, the copies in them, what moves between two, what must fit."""
+"""The GPUs of each expert: plans of a cluster, their copies, moves between two plans, and the room that they need."""
 
 from collections.abc import Callable
 from typing import NamedTuple

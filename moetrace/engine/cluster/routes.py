@@ -14,7 +14,7 @@ FEW_CHOICES = 4
 
 
 class Routes(NamedTuple):
-    """Room for one layer of a step; what is counted of a chunk is zero between chunks."""
+    """Room for one layer of a step; the counts of a chunk are zero between chunks."""
 
     chosen: np.ndarray  # int32 [copies]: rows of the chunk
     touched: np.ndarray  # int32 [copies]: those with rows, of a chunk with few choices
@@ -34,8 +34,8 @@ ROUTED = np.dtype([(name, np.int64) for name in ("mark", "touched", "choices", "
 def route(experts, part, place, gpus, dedup, copies, routes):
     """Count a chunk's rows, ``part`` (begin, end) of experts uint16 [rows, L, k]; return how many chose anything.
 
-    ``place`` is the layer, the number of the step and the step's first row. Of c copies a row takes: ``even``, by its
-    number among the expert's rows of the step, less the step's number, modulo c; ``row``, by its place in the step;
+    ``place`` is the layer, the number of the step and the step's first row. A row takes one of c copies: ``even``, by
+    its number among the expert's rows of the step, less the step's number, modulo c; ``row``, by its place in the step;
     ``random``, by lot; ``nearest``, the one on its own GPU, else as ``row``.
     """
     begin, end = part
@@ -104,7 +104,7 @@ def _chosen(expert, copies, place, gpus, gpu_of, nth):
 
 
 def new_routes(copies: int, experts: int, gpus: int, nodes: int) -> Routes:
-    """Return room for layers of so many copies and experts."""
+    """Return room for layers of ``copies`` copies and ``experts`` experts."""
     return Routes(
         chosen=np.zeros(copies, np.int32),
         touched=np.zeros(copies, np.int32),

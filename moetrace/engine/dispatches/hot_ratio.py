@@ -11,7 +11,8 @@ def hottest_by_rates(state, view, layer, load, plan):
 
 RECORD = Dispatch(
     name="hot:ratio",
-    meaning="as hot, but the share that is fetched is link rate / (link rate + memory bandwidth of home)",
+    meaning="as hot, but the share of fetched experts is the link's rate over the sum of that and home's memory "
+    "bandwidth",
     tiers_hook=hottest_by_rates,
     partners=(("residency", "none"), ("prefetch", "none")),
     ignores_residency=True,

@@ -1,4 +1,4 @@
-"""What each part of a machine with more tiers has done in a layer."""
+"""The work of each part of a machine with more tiers in a layer."""
 
 from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.state import CPU, FIRST_GROUP, GPU, LINK_IN, LINK_OUT

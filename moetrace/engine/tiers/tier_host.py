@@ -50,7 +50,7 @@ _lfuda, _ewma, _least_stale = kernel(by_count_and_age), kernel(by_average), kern
 
 
 class HostMemory(NamedTuple):
-    """What host memory holds of the experts on the disk, and what its residency knows."""
+    """The experts of the disk that host memory holds, and the state of its residency."""
 
     disk: Any  # DISK [1]
     cells: Any  # CELL [L, E]
@@ -75,7 +75,7 @@ def host_of(disk: Disk, policy: PolicySpec, machine: Machine, slots: int) -> Hos
 
 @kernel
 def read_from_disk(host, layer, size, active):
-    """Say when each active expert is in host memory: what is missing is read one by one, in demand order."""
+    """Say when each active expert is in host memory: missing experts are read one by one, in demand order."""
     if host is None:
         return
     disk, books, first = host.disk[0], host.books[0], layer * host.cells.shape[1]
@@ -106,7 +106,7 @@ def spare_disk(host, moe_s):
 
 @kernel
 def keep_in_host(host, step, layer, size, work):
-    """After a layer: touch what host memory holds of the active experts, and offer it what was read."""
+    """After a layer: touch the active experts that host memory holds, and offer it those that were read."""
     if host is None:
         return
     host.books[0].spare_s = np.inf  # no demand is read until the next router speaks

@@ -17,7 +17,7 @@ BY_GPU, BY_CPU, BY_UNIT, BY_NONE = 0, 1, 2, 3  # where an expert is expected to 
 
 
 class Layout(NamedTuple):
-    """What is expected of experts, and which of them are on their way to another layout. A key is ``layer*E + e``."""
+    """The expected rows of experts, and the experts on their way to another layout. A key is ``layer*E + e``."""
 
     rows: np.ndarray  # float64 [L, E]: moving average of rows
     order: np.ndarray  # int64 [L, E]: the experts of a layer by descending average, then id
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
 
 def new_layout(layers: int, experts: int, units: int, move_bytes_s: float, alpha: float) -> Layout:
-    """Return what is known before the first step, when nothing moves."""
+    """Return the state before the first step, when nothing moves."""
     cells = layers * experts
     return Layout(
         rows=np.zeros((layers, experts)),
@@ -53,7 +53,7 @@ def new_layout(layers: int, experts: int, units: int, move_bytes_s: float, alpha
 
 
 def movable_parts(layout: Layout | None, machine: Machine) -> list[np.ndarray]:
-    """Return all that relayout has written but its books: where experts are, what is expected and on its way."""
+    """Return all that relayout has written but its books: where experts are, expectations and moves on their way."""
     if layout is None:
         return []
     known = layout.rows, layout.order, layout.target, layout.left_bytes, layout.queue, layout.place, layout.ends
@@ -122,7 +122,7 @@ def _go(layout, key, target, weight_bytes):
 
 @kernel
 def lay_out(layout, tiers, machine, state, layer, size):
-    """After a layer: learn its rows, and decide for each of its experts where it shall be."""
+    """After a layer: learn its rows, and decide the target location of each of its experts."""
     if layout is None:
         return
     experts, rows = machine.weight_bytes.shape[1], layout.rows[layer]
@@ -167,7 +167,7 @@ def _sort(order, rows):
 
 @kernel
 def _runs_on(layout, tiers, machine, cache, layer, e):
-    """Return where an expert of so many rows costs least: GPU, CPU as if spread, unit as if whole there; ties so."""
+    """Return where an expert's expected rows cost least: GPU, CPU as if spread, unit as if whole; ties in order."""
     term, gpu = tiers.term[0], machine.device[GPU_DEVICE]
     rows, weight_bytes = layout.rows[layer, e], machine.weight_bytes[layer, e]
     if cache.resident[layer * machine.weight_bytes.shape[1] + e]:
@@ -190,7 +190,7 @@ def _runs_on(layout, tiers, machine, cache, layer, e):
 
 @kernel
 def _unit_seconds(layout, machine, layer, e):
-    """Return what an expert of so many rows takes on one unit that holds all of it."""
+    """Return the seconds of an expert with its expected rows on one unit that holds all of it."""
     unit = machine.device[FIRST_HOME]
     return varied_s(unit, layout.rows[layer, e], machine.weight_bytes[layer, e], unit.each_s)
 
@@ -228,7 +228,7 @@ def _send(layout, machine, layer, e, device):
 
 @kernel
 def _queue_hot(layout, state, layer):
-    """Queue for the GPU what is expected to run there, by score, above the least score of a resident of the layer."""
+    """Queue experts expected to run on the GPU, by score, if above the least score of a resident of the layer."""
     cells, cache, queue = state.cells, state.cache, state.queue
     experts = cells.shape[1]
     first, floor = layer * experts, score_to_beat(cells, cache, layer)

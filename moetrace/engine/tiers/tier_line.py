@@ -110,7 +110,7 @@ def _exchanged(transfers, machine, view, parts, device, sizes, plan):
 
 @kernel
 def shared_tiers_s(line, prefetch_s, beside):
-    """Return the seconds that transfers towards the GPU have in common: weights from 0 on, and what comes back."""
+    """Return the seconds that transfers towards the GPU share: weights from 0 on, and returning activations."""
     first_s, first_end_s = beside.home_end_s - beside.home_back_s, beside.home_end_s
     second_s, second_end_s = beside.cpu_end_s - beside.cpu_back_s, beside.cpu_end_s
     if second_s < first_s:

@@ -99,7 +99,7 @@ def carry_s(transfers, byte_count, at_s, cap_s_per_byte):
 
 @kernel
 def carried_bytes(transfers, seconds, at_s, cap_s_per_byte):
-    """Return the bytes that pass in so many seconds from ``at_s`` on; the inverse of `carry_s`."""
+    """Return the bytes that pass in ``seconds`` from ``at_s`` on; the inverse of `carry_s`."""
     at, done_s, byte_count = _rate_at(transfers, at_s), 0.0, 0.0
     while at + 1 < transfers.begin_s.size:
         part_s = max(0.0, transfers.begin_s[at + 1] - at_s - done_s)
@@ -133,9 +133,9 @@ def _is_through(loss, packets, rounds, u):
 
 @kernel
 def rounds_of(loss, packets, u):
-    """Return R: how often what is missing is sent again, the least k >= 0 with u <= (1 - loss^(k+1))^packets.
+    """Return R: how often lost packets are sent again, the least k >= 0 with u <= (1 - loss^(k+1))^packets.
 
-    The range is halved until it is found: after so many rounds that loss^(k+1) is lost in rounding, all is through.
+    The range is halved until it is found: once loss^(k+1) is lost in rounding, all is through.
     """
     if packets <= 0.0 or u <= 0.0 or _is_through(loss, packets, 0.0, u):
         return 0.0
@@ -153,9 +153,9 @@ def rounds_of(loss, packets, u):
 
 @kernel
 def transfer_s(transfers, byte_count, start_s, cap_s_per_byte, who):
-    """Return the seconds of a transfer that starts ``start_s`` after the router's word, but for its latency.
+    """Return the seconds of a transfer that starts ``start_s`` after the router's word, without its latency.
 
-    ``who``: device, direction and item of its draw. What is sent again is noted.
+    ``who``: device, direction and item of its draw. Packets that are sent again are noted.
     """
     term, state = transfers.term[0], transfers.state[0]
     device, direction, item = who
@@ -183,7 +183,7 @@ def weights_s(transfers, expert, start_s, cap_s_per_byte):
 
 @kernel
 def activations_s(transfers, byte_count, start_s, plain_s, device, direction):
-    """Return the seconds of activations, but for their latency; ``plain_s`` on a plain link."""
+    """Return the seconds of activations, without their latency; ``plain_s`` on a plain link."""
     if transfers is None:
         return plain_s
     return transfer_s(transfers, byte_count, start_s, 0.0, (device, direction, 0))
@@ -191,7 +191,7 @@ def activations_s(transfers, byte_count, start_s, plain_s, device, direction):
 
 @kernel
 def resent_bytes(transfers):
-    """Return what was sent again so far, in each direction."""
+    """Return the bytes that were sent again so far, in each direction."""
     if transfers is None:
         return 0.0, 0.0
     return transfers.state[0].resent_out_bytes, transfers.state[0].resent_in_bytes

@@ -1,4 +1,4 @@
-"""What experts cost on a machine with more tiers: on a CPU beside units, and read from outside."""
+"""Costs of experts on a machine with more tiers: on a CPU beside units, and read from outside."""
 
 from moetrace.engine.cost import varied_s
 from moetrace.engine.tiers.tier_times import outside_s_per_byte

@@ -1,4 +1,4 @@
-"""What a machine has beside GPU, home and a plain link, in the numbers that kernels need."""
+"""A machine's parts beside GPU, home and a plain link, in the numbers that kernels need."""
 
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ TIER_TALLY = np.dtype(
 
 
 class RemoteTimes(NamedTuple):
-    """What the layers of a block wait for remote functions (`tier_remote.py`)."""
+    """Seconds that the layers of a block wait for remote functions (`tier_remote.py`)."""
 
     first_step: int
     seconds: np.ndarray  # float64 [steps, L]
@@ -73,7 +73,7 @@ class RemoteTimes(NamedTuple):
 
 
 class Tiers(NamedTuple):
-    """What a machine has beside GPU, home and a plain link."""
+    """A machine's parts beside GPU, home and a plain link."""
 
     term: Any  # TERM [1]
     cpu: Any  # DEVICE [1], beside units

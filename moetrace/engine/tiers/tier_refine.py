@@ -31,7 +31,7 @@ _GPU_HOLDS, _CPU_HOLDS = -2, -3  # NO_GROUP is another
 
 
 class Sums(NamedTuple):
-    """What each part has to do; that of the units is in ``view.groups``."""
+    """The work of each part; that of the units is in ``view.groups``."""
 
     resident_s: float  # on the GPU
     residents: int
@@ -169,7 +169,7 @@ def _last(term, view, ends):
 
 @kernel
 def _costliest(term, held, size, last):
-    """Return the expert for which who ends last takes most, the most demanded on a tie; -1 if there is none."""
+    """Return the costliest expert of the part that ends last, the most demanded on a tie; -1 if it runs no expert."""
     costliest, most_s = -1, 0.0
     shared = term.all_group if last >= 0 else last  # what all units run is every unit's
     for i in range(size):

@@ -1,6 +1,6 @@
 """Experts that live in remote functions (Remoe): who they are, and what their layers wait for.
 
-They leave a block before the replay sees it: no residency, dispatch or prefetch knows them. What their rows take does
+They leave a block before the replay sees it: no residency, dispatch or prefetch knows them. The time of their rows does
 not depend on a policy. So it is computed here, once for all lanes that leave out the same experts, and the replay only
 reads the seconds of the layer at hand.
 """
@@ -59,7 +59,7 @@ REMOTE_BOOKS = np.dtype(
 
 
 class RemotePlan(NamedTuple):
-    """Which experts are remote, and what runs them."""
+    """The remote experts, and the functions that run them."""
 
     is_remote: np.ndarray  # uint8 [L, E]
     weight_bytes: np.ndarray  # float64 [L, E]
@@ -67,7 +67,7 @@ class RemotePlan(NamedTuple):
 
 
 class RemoteScratch(NamedTuple):
-    """What is known of the layer at hand."""
+    """Scratch space for the layer at hand."""
 
     order: np.ndarray  # int64 [E]: its remote experts by what they take, as places in the demand
     cost_s: np.ndarray  # float64 [E]: what each of these takes
@@ -77,7 +77,7 @@ class RemoteScratch(NamedTuple):
 
 @kernel(inline=False)
 def leave_out(demand, is_remote, local):
-    """Copy a block's demand into ``local``, but for what ``is_remote`` uint8 [L, E]."""
+    """Copy a block's demand into ``local``, except for the experts that ``is_remote`` uint8 [L, E] marks."""
     layers, end = is_remote.shape[0], 0
     for at in range(demand.start.size - 1):
         there = is_remote[at % layers]
@@ -198,12 +198,12 @@ class RemoteExperts:
 
     @property
     def function_bytes(self) -> np.ndarray:
-        """What the remote experts of each layer take, float64 [L]."""
+        """Bytes of the remote experts of each layer, float64 [L]."""
         return np.where(self.plan.is_remote, self.plan.weight_bytes, 0.0).sum(1)
 
     @property
     def local_bytes(self) -> np.ndarray:
-        """What the other experts take, float64 [L, E]; 0 of a remote one, which then does not exist for a lane."""
+        """Bytes of the other experts, float64 [L, E]; 0 of a remote one, which then does not exist for a lane."""
         return np.where(self.plan.is_remote, 0.0, self.plan.weight_bytes)
 
     def split(self, batch: Batch) -> tuple[Batch, RemoteTimes]:

@@ -45,7 +45,7 @@ def _place(transfers, batch, row, layer, slot):
 
 @kernel
 def _gate(batch, row, layer, slot):
-    """Return a choice's gate: 1/k if the trace has none."""
+    """Return a choice's gate: 1/k if the trace has no gates."""
     gate = np.float64(batch.gates[row, layer, slot]) if batch.gates.shape[0] > 0 else np.nan
     return gate if np.isfinite(gate) else 1.0 / batch.experts.shape[2]
 

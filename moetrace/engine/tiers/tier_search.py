@@ -29,7 +29,7 @@ _BUSY_S, _ROWS, _OUTSIDE_S, _FREE_S, _ARRIVED_S, _CPU_S, _CPU_ROWS, _HOME_ROWS, 
 
 @kernel
 def is_searched(view, size):
-    """Return whether ``optimal_of`` tries all assignments of so many active experts."""
+    """Return whether ``optimal_of`` tries all assignments of ``size`` active experts."""
     return size <= (OPTIMAL_OF_THREE_UP_TO if term_of(view).has_cpu else OPTIMAL_UP_TO)
 
 
@@ -46,7 +46,7 @@ def optimal_of(view, size, plan):
 
 @kernel
 def _decide(term, view, j, device, kept):
-    """Give the expert of depth ``j`` to a device; what there was before is in ``kept[j]``."""
+    """Give the expert of depth ``j`` to a device; the earlier state is in ``kept[j]``."""
     expert = view.active[view.active[j].turn]
     group, now, after = view.groups[expert.group], kept[j], kept[j + 1]
     now[_BUSY_S], now[_ROWS], now[_OUTSIDE_S] = group.busy_s, group.rows, group.outside_s
@@ -75,7 +75,7 @@ def _undo(view, j, device, kept):
 
 @kernel
 def _moe_s(term, view, decided, on_cpu, plan):
-    """Return the seconds of what is decided: no more work ever ends a layer earlier.
+    """Return the seconds of the decided experts: further work never ends a layer earlier.
 
     Above a disk home runs in demand order, which is not that of the decisions: then the whole time line is made.
     """
@@ -90,8 +90,8 @@ def _moe_s(term, view, decided, on_cpu, plan):
 def _search(view, size, plan, best_s):
     """Improve ``plan``, which takes ``best_s``, by branch and bound; return the seconds of the best.
 
-    Depth j decides the j-th expert in the order in which the GPU would run them: home, GPU, CPU. Of plans that take as
-    long, the one with the fewest experts away from home is taken, then the one whose experts away from home are first
+    Depth j decides the j-th expert in the order in which the GPU would run them: home, GPU, CPU. Among plans of equal
+    time, the one with the fewest experts away from home is taken, then the one whose experts away from home are first
     in demand order, then the one that has the first of these on the GPU: masks have the most demanded in the highest
     bit.
     """

@@ -1,6 +1,6 @@
-"""What a tape notes on a machine with more tiers, where `engine/tape.py` notes it on others.
+"""The slices of a tape on a machine with more tiers; `engine/tape.py` writes those of others.
 
-What the timing model leaves open is drawn in demand order. Kernels take a tape or None first.
+Order that the timing model leaves open is drawn as demand order. Kernels take a tape or None first.
 """
 
 import numpy as np
@@ -96,7 +96,7 @@ def tape_moe(tape, tiers, begun, seen, line, machine, state):
 def _note_flow(tape, tiers, step, times, machine, state):
     """Write what `flow_tiers` is about to let arrive; return the seconds that it takes.
 
-    ``times``: when it begins, since the layer did; for how long; and when the disk has read what is demanded.
+    ``times``: when it begins, since the layer did; for how long; and when the disk has read the demanded experts.
     """
     queue, experts = state.queue, state.cells.shape[1]
     (start_s, left_s, disk_free_s), used_s, spare_s = times, 0.0, disk_spare_s(tiers.host)

@@ -18,7 +18,7 @@ class Ends(NamedTuple):
 
 
 class HomeWork(NamedTuple):
-    """What the units have to do together."""
+    """The work of all units together."""
 
     row_shards: float  # rows that go out, of all units
     busiest_s: float
@@ -27,7 +27,7 @@ class HomeWork(NamedTuple):
 
 
 class CpuWork(NamedTuple):
-    """What a CPU has to do beside the units."""
+    """The work of a CPU beside the units."""
 
     busy_s: float
     rows: float
@@ -66,7 +66,7 @@ def next_fetched_s(term, expert, free_s, from_s):
 
 @kernel
 def next_end_s(term, view, expert, free_s, from_s):
-    """Return the same of any expert; residents come first, and the first of them waits for their start."""
+    """Return both for any expert; residents come first, and the first of them waits for their start."""
     if expert.resident:
         return free_s + expert.gpu_s + (view.gpu_start_s if free_s == 0.0 else 0.0), from_s
     return next_fetched_s(term, expert, free_s, from_s)
@@ -209,7 +209,7 @@ def home_done_s(term, view, size, plan, work):
 
 @kernel
 def home_span_s(term, view, size, plan, act_s, busiest_s):
-    """Return how long home works from ``act_s`` on; above a disk it waits for what has yet to be read."""
+    """Return how long home works from ``act_s`` on; above a disk it waits for the experts that have yet to be read."""
     if not term.has_disk:
         return busiest_s
     free_s = act_s + view.home_start_s
@@ -231,7 +231,7 @@ def cpu_end_s(term, view, work):
 
 @kernel
 def gpu_end_s(term, view, size, plan):
-    """Return when the GPU has run its part, fetching what is missing."""
+    """Return when the GPU has run its part, fetching the missing experts."""
     free_s, arrived_s = 0.0, 0.0
     for j in range(size):
         i = view.active[j].turn

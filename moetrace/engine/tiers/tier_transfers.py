@@ -1,4 +1,4 @@
-"""What a described link has that loses packets, or whose rate changes."""
+"""The transfers of a described link that loses packets, or whose rate changes."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from moetrace.spec.system import System
 
 
 class Losses(NamedTuple):
-    """What a link that loses packets sent again in each direction, and which share of all gates it lost."""
+    """Bytes that a link that loses packets sent again in each direction, and the share of all gates that it lost."""
 
     resent_out_bytes: float
     resent_in_bytes: float
@@ -35,12 +35,12 @@ def losses_of(tiers: Tiers | None) -> Losses | None:
 
 
 def with_transfers(tiers: Tiers | None, policy: PolicySpec, system: System, machine: Machine) -> Tiers | None:
-    """Return what a machine has beside GPU, home and a plain link, with what its link does; None if there is nothing.
+    """Return a machine's parts beside GPU, home and a plain link, with those of its link, or None.
 
     Args:
-        tiers: What it has as yet.
+        tiers: The parts found so far.
         policy: Whose dispatch says which rates the link has.
-        system: The machine as it is described, whoever takes part.
+        system: The machine as it is described, with all parts.
         machine: The same in numbers.
     """
     link = system.link

@@ -1,4 +1,4 @@
-"""What a described machine has beside GPU, home and a plain link."""
+"""A described machine's parts beside GPU, home and a plain link."""
 
 from typing import Any
 

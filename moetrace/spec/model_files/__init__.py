@@ -1,7 +1,7 @@
 """Models from the user's own files: a Hugging Face `config.json`, a safetensors index beside it, or a GGUF file.
 
-Only descriptions are read, never weights, and nothing that a file names is executed. What a family of models calls its
-sizes stands in `families.py`; `anatomy.py` turns any of them into the fields of a model.
+Only descriptions are read, never weights, and nothing that a file names is executed. The names that a family of models
+gives its sizes are in `families.py`; `anatomy.py` turns any of them into the fields of a model.
 """
 
 import stat

@@ -55,8 +55,8 @@ def fields_of(anatomy: Anatomy, where: str) -> dict[str, Any]:
     """The fields of a `Model` but its name and its bits, as plain values.
 
     Layers without experts that come before all others are read once a step, with the LM head; version 1 of the timing
-    model leaves out their attention and KV cache. Where the two kinds of layers alternate, whatever stands between two
-    MoE layers (attention, Mamba blocks, dense MLPs) is averaged over the MoE layers, and so is the KV cache.
+    model leaves out their attention and KV cache. Where the two kinds of layers alternate, everything between two MoE
+    layers (attention, Mamba blocks, dense MLPs) is averaged over the MoE layers, and so is the KV cache.
 
     Raises:
         MoetraceError: No layer has experts. The message begins with `where`.

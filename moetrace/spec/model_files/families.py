@@ -1,7 +1,8 @@
-"""What families of models call their sizes in `config.json`: one line for each `model_type`, and no code for any.
+"""The names of the sizes of families of models in `config.json`: one line for each `model_type`, and no code for any.
 
-Verified against the models that Transformers builds from such files (`tests/spec/model_files/`), but for the families
-marked `remote`, whose code stands in their repositories and is never run; their lines follow what that code says.
+Verified against the models that Transformers builds from such files (`tests/spec/model_files/`), except for the
+families marked `remote`, whose code stands in their repositories and is never run; their lines follow what that code
+says.
 """
 
 from collections.abc import Mapping

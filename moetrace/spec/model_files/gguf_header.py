@@ -47,7 +47,7 @@ class Tensor(NamedTuple):
 
 
 class GgufHeader(NamedTuple):
-    """What the files of one model say: metadata (no long arrays) and all tensors."""
+    """The content of the files of one model: metadata (no long arrays) and all tensors."""
 
     metadata: Mapping[str, Any]
     tensors: list[Tensor]

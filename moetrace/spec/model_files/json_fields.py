@@ -16,7 +16,7 @@ MAX_COUNT = 2**31
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The object in an ordinary JSON file of at most `limit` bytes, or a MoetraceError that says why there is none."""
+    """The object in an ordinary JSON file of at most `limit` bytes, or a MoetraceError that says why not."""
     data = read_ordinary(path, limit)
     try:
         found = json.loads(data)
@@ -61,7 +61,7 @@ class Fields:
         return self._checked(names, value, 1)
 
     def maybe(self, *names: str, default: int = 0) -> int:
-        """A whole number from 0 on; `default` if the file has none."""
+        """A whole number from 0 on; `default` if the file does not have the field."""
         value = self.get(*names)
         return default if value is None else self._checked(names, value, 0)
 
@@ -107,5 +107,5 @@ class Fields:
 
 
 def _shown(value: Any) -> str:
-    """A value in few words: of a long list, or a text, what is not shown is not looked at."""
+    """A value in few words: of a long list, or a text, the part that is not shown is not read."""
     return printable(reprlib.repr(value)[:60])

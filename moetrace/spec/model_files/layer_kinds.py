@@ -1,4 +1,4 @@
-"""Which layers of a model have experts, and which mixer each has: the rules that families of models follow."""
+"""The layers of a model that have experts, and the mixer of each: the rules that families of models follow."""
 
 from collections.abc import Callable
 
@@ -63,7 +63,7 @@ def alike(_: Fields, layers: int) -> list[str]:
 
 
 def listed(fields: Fields, layers: int) -> list[str]:
-    """What `layer_types` says of each layer; all are full attention if it is missing."""
+    """The kind of each layer by `layer_types`; all are full attention if it is missing."""
     return fields.words("layer_types", layers) or alike(fields, layers)
 
 
@@ -117,7 +117,7 @@ def attention_period(fields: Fields, layers: int) -> list[str]:
 
 
 def convolutions(fields: Fields, layers: int) -> list[str]:
-    """`layer_types`, or convolutions but for the layers in `full_attn_idxs` (LFM2)."""
+    """`layer_types`, or convolutions except for the layers in `full_attn_idxs` (LFM2)."""
     if kinds := fields.words("layer_types", layers):
         return kinds
     full = fields.places("full_attn_idxs")

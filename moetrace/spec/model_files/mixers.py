@@ -1,4 +1,4 @@
-"""What stands in a layer beside its MLP: attention and what replaces it, in weights and in bytes of KV cache.
+"""The parts of a layer beside its MLP: attention and its replacements, in weights and in bytes of KV cache.
 
 Each function takes the fields of a config.json and the kind of the layer, as `layer_kinds.py` names it. Biases, norms
 and vectors are left out; a matrix is left out nowhere. Windows are not modelled: a sliding layer counts as a full one.
@@ -205,11 +205,11 @@ def _heads(fields: Fields) -> tuple[int, int, int]:
 
 
 def _overrides(fields: Fields) -> Fields:
-    """What `per_layer_config` says of the layers that it names, which must be one and the same."""
+    """The fields that `per_layer_config` gives the layers that it names, which must be equal for all of them."""
     layers = fields.get("per_layer_config")
     changes = list(layers.values()) if isinstance(layers, dict) else []
     if not all(isinstance(each, dict) and each == changes[0] for each in changes):
-        fields.refuse("per_layer_config must say the same of all layers that it names")
+        fields.refuse("per_layer_config must be equal for all layers that it names")
     return Fields(fields.where, changes[0] if changes else {}, {})
 
 

@@ -23,12 +23,12 @@ _ATTENTION = re.compile(r"(?:attn|attention)(?![^/]*(?:norm|index))")
 
 
 def quantized_name(name: str) -> str | None:
-    """The part of a model's name that says it is quantized (`fp8`, `awq`, `q4_k_m`); None if there is none."""
+    """The part of a model's name that says it is quantized (`fp8`, `awq`, `q4_k_m`); None if no part does."""
     return _part_of(_QUANTIZED, name)
 
 
 def precision_name(name: str) -> str | None:
-    """The part of a model's name that says its bits, quantized or not (`fp8`, `bf16`); None if there is none."""
+    """The part of a model's name that says its bits, quantized or not (`fp8`, `bf16`); None if no part does."""
     return quantized_name(name) or _part_of(_PLAIN, name)
 
 
@@ -50,7 +50,8 @@ def bits_of(config: Mapping[str, Any], name: str, folder: Path) -> dict[str, flo
     """`weight_bits` and `dense_weight_bits` of a config.json; nothing where they cannot be known.
 
     Scales of groups of weights are counted, those of blocks of 128 x 128 and of whole rows are not. The dense weights
-    are of 16 bits if the list of what was not quantized names the attention, else of the same bits as the experts.
+    are of 16 bits if the list of modules that were not quantized names the attention, else of the same bits as the
+    experts.
     """
     inner = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), {})
     quantization = _first(config, inner, "quantization_config", "quantization", "compression_config")
@@ -143,7 +144,7 @@ def _first(first: Mapping[str, Any], second: Mapping[str, Any], *names: str) -> 
 
 
 def _beside(folder: Path) -> Mapping[str, Any] | None:
-    """What ModelOpt writes into `hf_quant_config.json`; None if there is no such file."""
+    """The content of ModelOpt's `hf_quant_config.json`; None if there is no such file."""
     path = folder / "hf_quant_config.json"
     if not path.is_file():
         return None

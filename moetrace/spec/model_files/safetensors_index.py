@@ -31,7 +31,7 @@ _Form = TypeVar("_Form")
 
 
 class _Tensor(msgspec.Struct):
-    """What a header says of a tensor; `__metadata__` has neither field."""
+    """A tensor as a header describes it; `__metadata__` has neither field."""
 
     shape: Annotated[list[_Whole], Meta(max_length=16)] | None = None
     data_offsets: tuple[_Whole, _Whole] | None = None
@@ -100,7 +100,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _add(stored: _Stored, file: Path, layers: int) -> _Stored:
-    """What is stored with that of one more file."""
+    """The stored tensors with those of one more file."""
     experts, dense = dict(stored.experts), stored.dense
     for name, (axes, size) in _tensors(file).items():
         found = _LAYER.search(name)
@@ -139,7 +139,7 @@ def _tensors(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def _decoded(path: Path, data: bytes, form: type[_Form]) -> _Form:
-    """JSON as `form`, or a MoetraceError that says why it is none."""
+    """JSON as `form`, or a MoetraceError that says why it cannot be read so."""
     if data.count(b":") > MAX_COLONS:
         raise MoetraceError(f"Cannot read {path}: its JSON has more than {MAX_COLONS:,} fields.")
     try:
