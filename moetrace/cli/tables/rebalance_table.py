@@ -8,7 +8,6 @@ from moetrace.cli.tables.parts import TextColumn, print_parts
 from moetrace.spec.errors import counted
 
 if TYPE_CHECKING:
-
     from moetrace.batch.rebalance_advice import RebalanceAdvice
 
 # With titles of their own where others would need more room.
