@@ -56,6 +56,15 @@ def test_timeline_columns_kinds_and_tracks_are_explained():
     assert {*result.timeline.columns, *CLUSTER_KINDS, "gpus", "network"} <= named_in("docs/timeline.md")
 
 
+def test_the_cluster_of_should_i_rebalance_has_the_constants_of_presets():
+    page = (ROOT / "docs/how-to/should-i-rebalance.md").read_text(encoding="utf-8")
+    own = tomllib.loads(page.partition("```toml\n")[2].partition("```")[0])
+    gpu, network = load_system("h20-x32").gpu, load_system("h100-x8").network
+    assert network is not None
+    assert own["gpu"] == {name: getattr(gpu, name) for name in own["gpu"]}
+    assert own["network"] == {name: getattr(network, name) for name in own["network"]}
+
+
 def test_summary_keys_and_units_are_explained(result):
     summary = result.to_dict()
     keys = {*summary, *summary["policies"][0], *summary["policies"][0]["step_s"], *part_names()}

@@ -103,7 +103,7 @@ class Advice:
         if self.best.miss == 0:
             return f"{sentence}."
         it = "it" if len(self.slos) == 1 else "them"
-        missed = f"no policy keeps {_limits(self)}: the best misses {it} by {_percent(self.best.miss)}"
+        missed = f"no policy keeps {_limits(self)}: the best misses {it} by {percent_saved(self.best.miss)}"
         return f"{sentence}; with the slots that there are, {missed}."
 
     @property
@@ -222,11 +222,11 @@ def _change(advice: Advice) -> str:
     best, default, larger = advice.best, advice.default, advice.larger
     if default is None:
         return f"Change the policy: {best.candidate.label} runs on this machine, and its default does not"
-    saves = f"saves {_percent(advice.wins or 0.0)} of {default.candidate.label}'s time"
+    saves = f"saves {percent_saved(advice.wins or 0.0)} of {default.candidate.label}'s time"
     if best.miss == 0 < default.miss:
-        saves = f"keeps {_limits(advice)}, which {default.candidate.label} misses by {_percent(default.miss)}"
+        saves = f"keeps {_limits(advice)}, which {default.candidate.label} misses by {percent_saved(default.miss)}"
     more = (
-        f"; {_memory(advice, larger)} would save {_percent(larger.wins)} more"
+        f"; {_memory(advice, larger)} would save {percent_saved(larger.wins)} more"
         if larger and larger.wins >= WORTH
         else ""
     )
@@ -241,19 +241,19 @@ def _buy(advice: Advice) -> str:
     policy = "no other policy saves as much"
     if advice.wins is not None and advice.wins < WORTH:
         policy = "no other policy is worth the change"
-    return f"Buy memory: {_memory(advice, larger)} saves {_percent(larger.wins)} of the time, and {policy}"
+    return f"Buy memory: {_memory(advice, larger)} saves {percent_saved(larger.wins)} of the time, and {policy}"
 
 
 def _nothing(advice: Advice) -> str:
     best, larger, default = advice.best, advice.larger, advice.default
     name = default.candidate.label if default is not None else "the default"
-    said = f"{_best(advice)} saves {_percent(max(advice.wins or 0.0, 0.0))} of {name}'s time"
+    said = f"{_best(advice)} saves {percent_saved(max(advice.wins or 0.0, 0.0))} of {name}'s time"
     if default is not None and (default.candidate.label, default.slots) == (best.candidate.label, best.slots):
         said = f"no policy beats {name}"
     if larger is None:
         fit = "fit the GPU" if best.slots <= advice.fitting else "are priced as if they fitted the GPU"
         return f"Nothing to win: {said}, and all experts {fit}"
-    return f"Nothing to win: {said}, and {_memory(advice, larger)} {_percent(max(larger.wins, 0.0))} more"
+    return f"Nothing to win: {said}, and {_memory(advice, larger)} {percent_saved(max(larger.wins, 0.0))} more"
 
 
 def _lost(advice: Advice) -> str:
@@ -284,8 +284,8 @@ def _limits(advice: Advice) -> str:
     return " and ".join(slo.text for slo in advice.slos)
 
 
-def _percent(share: float) -> str:
-    """A share for people: `12 %`, `3.4 %`."""
+def percent_saved(share: float) -> str:
+    """A share of the time for people: `12 %`, `3.4 %`."""
     if share == float("inf"):
         return "more than can be said"
     return percent(share, 1 if share < 0.1 else 0)

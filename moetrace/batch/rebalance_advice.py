@@ -7,10 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
-from moetrace.batch.advice import WORTH
+from moetrace.batch.advice import WORTH, percent_saved
 from moetrace.batch.cell import Cell
 from moetrace.batch.cell_frame import fits
 from moetrace.batch.command import replay_command
+from moetrace.results.figure_text import beyond
 from moetrace.results.record import REBALANCE_SCHEMA
 from moetrace.results.summary import summary_frame
 from moetrace.spec.errors import counted
@@ -124,19 +125,23 @@ class RebalanceAdvice:
         best, once, none = self.best, self.once, self.none
         if best is none:
             return "Nothing to win: no plan beats experts in blocks without one."
-        saves = f"{_percent(_saves(best, none))} of the time without plans"
+        saves = f"{percent_saved(_saves(best, none))} of the time without plans"
         if self.kind == "nothing to win":
             return f"Nothing to win: {best.label}, the best, saves {saves}."
         if self.kind == "plan again":
-            more = "" if once is None else f", and {_percent(_saves(best, once))} of the time with the best single plan"
+            more = (
+                ""
+                if once is None
+                else f", and {percent_saved(_saves(best, once))} of the time with the best single plan"
+            )
             return f"Plan again: {best.label} saves {saves}{more}."
         assert once is not None
-        saves = f"{_percent(_saves(once, none))} of the time without plans"
+        saves = f"{percent_saved(_saves(once, none))} of the time without plans"
         again = [row for row in self.rows if row.fits and row.interval]
         if not again:
             return f"Plan once: {once.label} saves {saves}."
         more = _saves(min(again, key=_time), once)
-        rest = f"saves {_percent(more)} more" if more >= _LEAST else "wins nothing"
+        rest = f"saves {percent_saved(more)} more" if more >= _LEAST else "wins nothing"
         return f"Plan once: {once.label} saves {saves}, and to plan again {rest}."
 
     @cached_property
@@ -197,12 +202,8 @@ def _time(row: Planned) -> float:
 
 def _saves(row: Planned, other: Planned) -> float:
     """The share of another row's time that a row saves; negative if it takes longer."""
-    return 1 - row.total_s / other.total_s if other.total_s else 0.0
+    return beyond(other.total_s, row.total_s) / other.total_s if other.total_s else 0.0
 
 
 def _ratio(seconds: float, own: float) -> float | None:
     return seconds / own if own else None
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"

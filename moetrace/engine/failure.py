@@ -50,9 +50,13 @@ def place_of(error: Exception, work: Work, cells: Any, scratch: LayerScratch, ho
 
 
 def _place_in_python(error: Exception) -> str:
+    """Return the same of an error in plain Python; without step and layer if it was raised outside a decision."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    found = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__) if "view" in frame.f_locals]
-    return f" ({Path(last.filename).name}, line {last.lineno}; step {found[0]['view'].step}, layer {found[0]['layer']})"
+    place = f"{Path(last.filename).name}, line {last.lineno}"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if {"view", "layer"} <= frame.f_locals.keys():
+            return f" ({place}; step {frame.f_locals['view'].step}, layer {frame.f_locals['layer']})"
+    return f" ({place})"
 
 
 def _seen_again(step: int, layer: int, work: Work, scratch: LayerScratch) -> tuple[Any, ...]:

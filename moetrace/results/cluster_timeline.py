@@ -29,7 +29,6 @@ ARGUMENTS = {
     "pause": ("step", "bytes"),
     "migration": ("step",),
 }
-_NO_ROWS = [kind for kind in KINDS if kind != "experts"]
 
 
 def cluster_slices(lane: ClusterLane, starts_s: np.ndarray) -> pl.DataFrame:
@@ -82,7 +81,7 @@ def cluster_slices(lane: ClusterLane, starts_s: np.ndarray) -> pl.DataFrame:
         "micro_batch",
         "chunk",
         pl.lit(None, pl.Int64).alias("expert"),
-        pl.when(~pl.col("kind").is_in([*_NO_ROWS, "step"]) & ~bare).then(pl.col("rows")).alias("rows"),
+        pl.when((pl.col("kind") == "experts") & ~bare).then(pl.col("rows")).alias("rows"),
         pl.when(~pl.col("kind").is_in(["step", "kernels", "fused", "migration"]) & ~bare)
         .then(pl.col("bytes"))
         .alias("bytes"),

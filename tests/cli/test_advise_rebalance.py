@@ -1,10 +1,13 @@
 """`moetrace advise rebalance`: what it prints, on which stream, and with which exit code."""
 
 import json
+from types import SimpleNamespace
 
+import polars as pl
 import pytest
 
 import moetrace as mt
+from moetrace.cli.tables.rebalance_table import print_rebalance
 
 ASK = ("--system", "h100-x8", "--redundant", "8,0", "--interval", "0,10,4", "--set", "policy.window=8", "--jobs", 1)
 
@@ -34,6 +37,16 @@ def test_the_table_says_what_the_advice_is(run, trace, advice):
     assert shown == [["-", "no"], *([number, one] for number in "08" for one in often)]
     assert "plans are made from 8 steps, and steps wait for experts to move." in " ".join(out.split())
     assert "! does not fit" not in out
+
+
+def test_headings_have_the_unit_of_their_values(advice, capsys):
+    """Times of a machine ten thousand times as fast, in the units that suit them."""
+    seconds = pl.col("total_s", "step_s_p50", "step_s_p99", "cluster_pause_s") / 1e4
+    names = ("verdict", "command", "rows", "best", "migrate", "policy", "window")
+    fast = SimpleNamespace(frame=advice.frame.with_columns(seconds), **{name: getattr(advice, name) for name in names})
+    print_rebalance(fast, "t.h5")
+    units = capsys.readouterr().out.split("\n\n")[1].splitlines()[1]
+    assert units.split() == ["dant", "every", "µs", "up", "once", "µs", "µs", "max/mean", "GB", "pauses", "µs"]
 
 
 def test_json_and_csv_have_every_digit(run, trace, advice):

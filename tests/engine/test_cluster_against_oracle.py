@@ -51,6 +51,7 @@ def test_sums_are_those_of_the_oracle(case):
     clock, log = found.books.clock[0], found.log
     assert (clock["plans"], clock["pauses"]) == (expected.plans, expected.pauses)
     assert found.overhead_s == pytest.approx(expected.overhead_s, rel=1e-9)
+    assert 0 < found.work_bound_s <= expected.total_s * (1 + 1e-9)
     parts = [part.name for part in found.parts]
     busy = {part: float(log.unit["busy_s"][row]) for row, part in enumerate(parts)}
     for unit in range(len(expected.busy_s)):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.by_hand import one, trace_of
 from support.drawn_machines import MachineCase
-from support.drawn_tiers import own_dispatch, tier_cases, tier_policies
+from support.drawn_tiers import OWN, own_dispatch, tier_cases, tier_policies
 from support.machine_example import example_with_units_and_a_cpu
 from support.plain_python import as_plain_python
 from support.tier_runs import run_of, with_what_goes_together
@@ -94,7 +94,7 @@ def test_any_mix(case, data, tmp_path_factory):
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=tier_cases(max_steps=9, max_experts=9, units=(2, 3)), data=st.data())
 def test_relayout(case, data, tmp_path_factory):
-    kinds = ("home", "balance", "gpu", "fiddler")
+    kinds = ("home", "balance", "gpu", "fiddler", "cheapest", "bottleneck", "optimal", "halo", "in-place", OWN)
     policy = data.draw(tier_policies(case, kinds=kinds, placements=("mixed",), relayout=True), label="policy")
     with_what_goes_together(case)
     moved = compare(case, policy, tmp_path_factory.mktemp("drawn")).lanes[0].tiers.layout.moved[0]

@@ -324,6 +324,19 @@ def test_a_file_of_slow_gpus_is_said_to_be_needed(tmp_path):
     assert "--slots" not in run.command
 
 
+def test_files_of_bits_and_of_a_layout_are_said_to_be_needed(tmp_path):
+    (tmp_path / "bits.csv").write_text("".join(f"{layer},{expert},4\n" for layer in range(6) for expert in range(16)))
+    (tmp_path / "where.csv").write_text("0,3,striped\n")
+    overrides = {"model.expert_bits": str(tmp_path / "bits.csv"), "policy.edge-ndp.layout": str(tmp_path / "where.csv")}
+    overrides["policy.edge-ndp.placement"] = "mixed"
+    trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
+    run = again(replayed_of(mt.replay(trace, policies="edge-ndp", slots=4, overrides=overrides)).summary)
+    assert run.notes[1:] == [
+        "model.toml also needs bits.csv, which is not in a result, beside it.",
+        "edge-ndp also needs where.csv, which is not in a result, beside policy-1.toml.",
+    ]
+
+
 def test_what_a_result_lacks_to_run_again_is_said(tmp_path):
     """A policy's file is named, without where it lay; so is the hash of the trace, as `moetrace info` says it."""
     path = tmp_path / "trace.h5"

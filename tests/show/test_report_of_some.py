@@ -2,11 +2,14 @@
 
 import re
 
+import polars as pl
 import pytest
 
 import moetrace as mt
+from moetrace.results.record import TIMELINE_FILE
 from moetrace.results.replayed import replayed_of
 from moetrace.show.charts import parts
+from moetrace.show.charts.one_step import one_step
 from moetrace.show.report.page import number, percent
 
 pytest.importorskip("altair")
@@ -69,6 +72,18 @@ def test_where_the_time_goes_has_the_cold_start_and_sums_up(of_some):
     assert "cold start of machine and functions" in drawn.words
     _, without = of_some["watts"]
     assert "cold" not in parts(replayed_of(without)).words
+
+
+def test_one_step_has_slices_of_every_kind(tmp_path):
+    trace = mt.generate_trace("tiny-olmoe", requests=8, prompt=2, output=3, batch=8)
+    machines = ("h100-amx-dimm", "trimoe", 20), ("remoe", "remoe", 20), ("h100-x8", "two-batch-overlap", None)
+    for system, policy, slots in machines:
+        found = mt.replay(trace, system=system, policies=policy, slots=slots, timeline=True)
+        found.write(tmp_path / policy)
+        drawn = one_step(tmp_path / policy / TIMELINE_FILE)
+        last = found.timeline.filter(pl.col("step") == trace.steps - 1)
+        counts = dict(drawn.table.group_by("kind").agg(pl.sum("slices")).rows())
+        assert counts == dict(last.filter(~pl.col("kind").is_in(["step", "layer"])).group_by("kind").len().rows())
 
 
 def test_a_small_share_is_not_zero_percent():

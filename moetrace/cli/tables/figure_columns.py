@@ -46,16 +46,27 @@ def better(name: str) -> str | None:
     return COLUMNS[name].better
 
 
-def text_column(frame: pl.DataFrame, name: str) -> TextColumn:
-    """Return a figure of each row as people are shown it, `-` where it is undefined."""
+def text_column(frame: pl.DataFrame, name: str, title: str = "") -> TextColumn:
+    """Return a figure of each row as people are shown it, `-` where it is undefined; `title`: another name for it."""
     figure = COLUMNS[name]
     values: Sequence[float | None] = frame[name].to_list()
     factor, sign = shown_unit(figure, values)
     scaled = [None if value is None else factor * value for value in values]
     texts = digits(scaled, _PLACES.get(name, _BY_UNIT[figure.unit]), 1 if figure.unit == "count" else 2)
     if figure.unit == "ratio":
-        texts = [text if text == "-" else f"{text}x" for text in texts]
+        texts = _factors(texts)
+    if title:
+        return TextColumn(f"{title}\n{sign}".rstrip(), texts)
     return TextColumn(figure.column_in(sign) if figure.heading else _heading(name, sign), texts)
+
+
+def ratio_column(frame: pl.DataFrame, name: str, heading: str) -> TextColumn:
+    """Return a column of ratios that is no figure of a result, `-` where it is undefined."""
+    return TextColumn(heading, _factors(digits(frame[name].to_list(), 2)))
+
+
+def _factors(texts: Iterable[str]) -> list[str]:
+    return [text if text == "-" else f"{text}x" for text in texts]
 
 
 def _heading(name: str, sign: str) -> str:

@@ -2,23 +2,21 @@
 
 from typing import TYPE_CHECKING
 
-from moetrace.cli.tables.figure_columns import is_shown, text_column
+from moetrace.cli.tables.figure_columns import is_shown, ratio_column, text_column
 from moetrace.cli.tables.output import stdout_console
 from moetrace.cli.tables.parts import TextColumn, print_parts
 from moetrace.spec.errors import counted
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from moetrace.batch.rebalance_advice import RebalanceAdvice
 
-# With headings of their own where others would need more room.
+# With titles of their own where others would need more room.
 _FIGURES = {
-    "cluster_imbalance_rows": None,
-    "cluster_plans": None,
-    "cluster_moved_bytes": None,
+    "cluster_imbalance_rows": "",
+    "cluster_plans": "",
+    "cluster_moved_bytes": "",
     "cluster_pauses": "pauses",
-    "cluster_pause_s": "paused\nms",
+    "cluster_pause_s": "paused",
 }
 
 
@@ -35,12 +33,12 @@ def print_rebalance(advice: "RebalanceAdvice", name: str) -> None:
     figures = [figure for figure in _FIGURES if is_shown(frame, figure)]
     if "cluster_pauses" in figures:  # then each plan that moves something is one
         figures.remove("cluster_plans")
-    steps = [text_column(frame, f"step_s_{part}")._replace(heading=f"step {part}\nms") for part in ("p50", "p99")]
+    steps = [text_column(frame, f"step_s_{part}", f"step {part}") for part in ("p50", "p99")]
     groups = [
-        [text_column(frame, "total_s"), TextColumn("speed-\nup", _times(frame["speedup"].to_list()))],
-        [TextColumn("over\nonce", _times(frame["over_once"].to_list()))],
+        [text_column(frame, "total_s"), ratio_column(frame, "speedup", "speed-\nup")],
+        [ratio_column(frame, "over_once", "over\nonce")],
         *([step] for step in steps),
-        *([_column(frame, figure)] for figure in figures),
+        *([text_column(frame, figure, _FIGURES[figure])] for figure in figures),
     ]
     print_parts(console, keys, groups)
     console.print()
@@ -50,17 +48,8 @@ def print_rebalance(advice: "RebalanceAdvice", name: str) -> None:
     console.print(f"  {advice.command}", soft_wrap=True)
 
 
-def _column(frame: "pl.DataFrame", figure: str) -> TextColumn:
-    column = text_column(frame, figure)
-    return column._replace(heading=_FIGURES[figure] or column.heading)
-
-
 def _often(interval: int | None) -> str:
     return "no plan" if interval is None else "once" if interval == 0 else f"{interval:,}"
-
-
-def _times(ratios: list[float | None]) -> list[str]:
-    return ["-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
 
 
 def _legend(advice: "RebalanceAdvice", name: str) -> list[str]:

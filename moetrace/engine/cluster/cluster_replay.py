@@ -261,7 +261,7 @@ def _replay_step(batch, s, fabric, copies, books, tape):
             add_layer(gpus, cut, stages, 1.0, books.agenda)
             add_layer(gpus, cut, stages, 0.0, books.free_agenda)
         parts_s = (0.0 if gpus.fused else launch_s + write_s, fused_s if gpus.fused else -1.0)
-        note_layer(tape, batch.steps.first + s, layer, fabric, fabric.network[batch.steps.phase[s]], books, parts_s)
+        note_layer(tape, batch.steps.first + s, batch.steps.phase[s], layer, fabric, books, parts_s)
         imbalance, imbalance_rows = _note_layer(layer, s, gpus, books)
         if imbalance >= 0.0:
             imbalance_sum += imbalance

@@ -98,11 +98,12 @@ def note_chunk(tape, at, gpus, crossing, each):
 
 
 @kernel(inline=False)
-def note_layer(tape, step, layer, fabric, net, books, parts):
+def note_layer(tape, step, phase, layer, fabric, books, parts):
     """Write the stages of a layer, and place what its GPUs run; ``parts``: seconds of further kernels, fused or -1."""
     if tape is None:
         return
-    gpus, stages, agenda, work = fabric.gpus[0], books.stages, books.agenda, fabric.machine.work[0]
+    gpus, stages, agenda, net = fabric.gpus[0], books.stages, books.agenda, fabric.network[phase]
+    work = fabric.machine.work[fabric.cut[phase].apart]
     further_s, fused_s = parts
     last = min(tape.ends[0], tape.slices.size)
     if gpus.serial:

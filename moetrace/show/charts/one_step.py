@@ -10,25 +10,16 @@ import msgspec
 import polars as pl
 from msgspec import Meta
 
+from moetrace.engine import tape
+from moetrace.engine.cluster import cluster_tape
 from moetrace.results.read_json import MOST_JSON_BYTES, decode_json
 from moetrace.results.record import TIMELINE_FILE, TIMELINE_MARK
 from moetrace.show.charts.style import ChartGroup, colour, data, part_label
 from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.ordinary_file import open_ordinary
 
-_KINDS = ("dense", "expert", "fetch", "prefetch", "activations", "wait", "cold", "head")
-_KINDS += ("outside", "activations-cpu", "read", "read-ahead", "evict")  # of machines with more tiers
-_KINDS += (
-    "attention",
-    "shared",
-    "dispatch",
-    "experts",
-    "combine",
-    "kernels",
-    "fused",
-    "pause",
-    "migration",
-)  # clusters
+# All kinds of slices but the frames: steps, and layers, which are their parts together.
+_KINDS = tuple(dict.fromkeys(kind for kind in (*tape.KINDS, *cluster_tape.KINDS) if kind != "layer"))
 _MOST_PANELS = 4
 _MOST_SLICES = 2500  # of a panel
 _NAMES = {"link_in prefetch": "prefetch", "link_in activations": "link in, activations", "layers": "waiting"}

@@ -1,6 +1,7 @@
 """How a replay is run again: a command and the TOML files that it needs, only from `summary.json`, without paths."""
 
 import shlex
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,10 +20,8 @@ from moetrace.spec import (
     load_system,
 )
 from moetrace.spec.errors import printable
-from moetrace.spec.load import AUTO
+from moetrace.spec.load import AUTO, FILE_FIELDS
 from moetrace.spec.toml_text import toml
-
-_FILES = ("static", "loads", "plan", "budget")  # choices of a policy that name a file
 
 
 class Again(NamedTuple):
@@ -40,9 +39,9 @@ def again(summary: Summary) -> Again:
     words = ["moetrace", "replay", "TRACE.h5"]
     words += ["--model", _named_or_file("model", summary.model, files)]
     words += ["--system", _named_or_file("system", summary.system, files)]
-    for table, field in (("link", "rates"), ("cluster", "rate_factors")):
-        if named := (summary.system.get(table) or {}).get(field):
-            notes.append(f"system.toml also needs {printable(str(named))}, which is not in a result, beside it.")
+    for kind, spec in (("model", summary.model), ("system", summary.system)):
+        if named := ", ".join(map(printable, dict.fromkeys(_files_in(spec)))):
+            notes.append(f"{kind}.toml also needs {named}, which is not in a result, beside it.")
     for number, policy in enumerate(summary.policies, start=1):
         if _is_preset_policy(policy.name, policy.choices):
             words += ["--policy", policy.name]
@@ -50,7 +49,7 @@ def again(summary: Summary) -> Again:
         name = f"policy-{number}.toml"
         files[name] = toml({"name": policy.name} | policy.choices)
         words += ["--policy", name]
-        needed = [str(policy.choices[key]) for key in _FILES if policy.choices.get(key) not in (None, AUTO)]
+        needed = [*_files_in(policy.choices)]
         own = [str(value).partition(":")[0] for value in policy.choices.values() if ".py:" in str(value)]
         if needed or own:
             named = ", ".join(map(printable, dict.fromkeys(needed + own)))
@@ -58,6 +57,15 @@ def again(summary: Summary) -> Again:
     words += [] if summary.of_cluster else ["--slots", str(summary.slots)]
     words += [*(["--ignore-capacity"] if _overflows(summary) else []), "-o", "results"]
     return Again(" ".join(shlex.quote(printable(word)) for word in words), files, notes)
+
+
+def _files_in(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the files that the fields of a spec name, those of its tables too."""
+    for field, value in values.items():
+        if isinstance(value, dict):
+            yield from _files_in(value)
+        elif field in FILE_FIELDS and isinstance(value, str) and value != AUTO:
+            yield value
 
 
 def _hash(summary: Summary) -> str:
