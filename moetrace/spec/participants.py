@@ -100,7 +100,7 @@ def idle_loss(policy: PolicySpec, system: System) -> str | None:
 
 
 def idle_nodes(system: System) -> str | None:
-    """Say in one sentence that a network between nodes is described, but no node; None if there are some, or neither."""
+    """Say in one sentence that a network between nodes is described, but no node; else None."""
     network = system.network
     if network is None or system.cluster is None or system.cluster.gpus_per_node is not None:
         return None

@@ -181,7 +181,6 @@ def test_another_schedule_and_ep_lpt(traces, slow):
         ({"overrides": {"policy.placement": "ep"}}, "Placement ep makes no plans"),
         ({"overrides": {"policy.placement": "ep-lpt"}, "redundant": 4}, "leave out redundant"),
         ({"overrides": {"system.gpu.memory_gb": 1.01}}, "do not fit"),
-        ({"policy": "findep"}, "which weights are shared experts"),
         ({"policy": "monde"}, "is one of a single GPU"),
         ({"migrate": "never"}, "migrate"),
         ({"jobs": 0}, "jobs is 0"),
