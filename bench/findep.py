@@ -106,7 +106,7 @@ def testbed(name: str, split: tuple[int, int]) -> System:
 
 @cache
 def model_of(name: str) -> Model:
-    """Return a model of a few layers; Qwen3 has no shared experts."""
+    """Return a model of a few layers."""
     return load_model(name, {"moe_layers": LAYERS})
 
 
