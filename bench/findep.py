@@ -106,8 +106,8 @@ def testbed(name: str, split: tuple[int, int]) -> System:
 
 @cache
 def model_of(name: str) -> Model:
-    """Return a model of a few layers; Qwen3 has no shared experts."""
-    return load_model(name, {"moe_layers": LAYERS} | ({"shared_params_per_layer": 0} if "qwen" in name else {}))
+    """Return a model of a few layers."""
+    return load_model(name, {"moe_layers": LAYERS})
 
 
 def step_of(model: Model, rows: int, prompt: int) -> Trace:

@@ -175,7 +175,8 @@ class RebalanceQuestion:
                 f"No GPU of system {self.system.name} has room for its experts in any row: use more GPUs, fewer "
                 "redundant experts or fewer bits a weight."
             )
-        notes = list(dict.fromkeys(note for row in planned for note in row.found["warnings"]))
+        # The row without plans is one on purpose, and has no other note than the rows with plans.
+        notes = list(dict.fromkeys(note for row in planned[1:] for note in row.found["warnings"]))
         facts = self.window, self.trace.steps, self.policy.name, self.policy.migrate or "pause", notes
         advice = RebalanceAdvice(planned, *facts)
         if folder is not None:

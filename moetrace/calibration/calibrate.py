@@ -124,7 +124,9 @@ def calibrate(
     for part, transfers in measured.transfers.items():
         fit = fits[part] = _network_fit(transfers, part, base, port_gb_s, measured.source)
         rows.append({"part": part, **_network_row(fit)})
-        notes += doubts_of_transfers(part, fit, port_gb_s * 1e9)
+        assert base.network is not None
+        bandwidth = base.network.of_phase(_phase(part))["bandwidth_gb_s"] * 1e9
+        notes += doubts_of_transfers(part, fit, port_gb_s * 1e9, bandwidth)
         changes += _network_changes(part, fit, port_gb_s, measured.source)
     text = rewritten(text, changes)
     frame = pl.DataFrame(rows, infer_schema_length=None)
@@ -162,8 +164,12 @@ def _network_fit(transfers: pl.DataFrame, part: str, base: System, port_gb_s: fl
             f"{source} has {counted(shapes, 'shape')} of transfers for the {part} (a shape is hidden, experts, top_k "
             "and gpus): measure at least 2, so that one can be predicted from the other."
         )
-    phase = part.removeprefix("network").removeprefix(".") or "mixed"
-    return fit_transfers(transfers, port_gb_s * 1e9, dedup=base.network.of_phase(phase)["dedup"])
+    return fit_transfers(transfers, port_gb_s * 1e9, dedup=base.network.of_phase(_phase(part))["dedup"])
+
+
+def _phase(part: str) -> str:
+    """The phase whose steps take the constants of a section of the network."""
+    return part.removeprefix("network").removeprefix(".") or "mixed"
 
 
 def _peaks(system: System, part: str) -> tuple[float, float, str]:

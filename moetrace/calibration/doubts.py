@@ -56,9 +56,19 @@ def doubts_of_copies(part: str, fit: Fit, bandwidth: float) -> Iterator[str]:
         )
 
 
-def doubts_of_transfers(part: str, fit: TransferFit, port_bytes_s: float) -> Iterator[str]:
-    """Yield a sentence if a fit of a network looks wrong; `port_bytes_s` is the most that it may reach."""
+def doubts_of_transfers(part: str, fit: TransferFit, port_bytes_s: float, bandwidth: float) -> Iterator[str]:
+    """Yield a sentence if a fit of a network looks wrong.
+
+    Args:
+        part: The section of the system that is fitted.
+        fit: The fit.
+        port_bytes_s: The most that it may reach.
+        bandwidth: The system's, in bytes a second.
+    """
     why = []
+    if fit.bytes_s < LEAST_EFFICIENCY * bandwidth:
+        reached = f"{fit.bytes_s / 1e9:.3g} GB/s is {fit.bytes_s / bandwidth:.2g} times"
+        why.append(f"its bandwidth of {reached} the system's {bandwidth / 1e9:g} GB/s")
     if fit.bytes_s > AT_LIMIT * port_bytes_s:
         why.append(f"its bandwidth is at the port's limit of {port_bytes_s / 1e9:g} GB/s")
     if fit.median_error > MOST_ERROR:

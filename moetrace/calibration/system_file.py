@@ -1,6 +1,7 @@
 """A system's TOML with some values replaced, its comments kept."""
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterable
@@ -26,6 +27,18 @@ def base_text(source: str | Path) -> str:
     if isinstance(source, str) and source in list_presets("systems"):
         return preset_text("systems", source)
     return read_text(source)
+
+
+def moved_beside(text: str, source: str | Path, folder: Path) -> str:
+    """Return the TOML of a system read from `source` as it has to be in `folder` to name the same files."""
+    if isinstance(source, str) and source in list_presets("systems"):
+        return text
+    raw, changes = tomllib.loads(text), []
+    for table, key in (("link", "rates"), ("cluster", "rate_factors")):
+        if isinstance(file := raw.get(table, {}).get(key), str) and not Path(file).is_absolute():
+            moved = Path(os.path.relpath(Path(source).parent / file, folder)).as_posix()
+            changes += [Change(table, key, moved, "")] if Path(moved) != Path(file) else []
+    return rewritten(text, changes) if changes else text
 
 
 def rewritten(text: str, changes: Iterable[Change]) -> str:

@@ -10,7 +10,7 @@ from moetrace.spec.choices import Residency, find
 from moetrace.spec.errors import MoetraceError, UsageError, counted
 from moetrace.spec.fits import check_fits, gpu_slots, gpu_space_bytes
 from moetrace.spec.model import Model, check_shape
-from moetrace.spec.participants import idle_cpu, idle_loss
+from moetrace.spec.participants import idle_cpu, idle_loss, idle_nodes, never_plans
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 from moetrace.spec.unusual import unusual_host, unusual_remote
@@ -74,6 +74,9 @@ def check_setup(trace: Trace, setup: Setup) -> tuple[int, list[str]]:
         warnings.append(_too_many(setup, slots, fitting, weight_bytes))
     for idle in (idle_cpu, idle_loss):
         warnings += [note for policy in setup.policies if (note := idle(policy, system))]
+    if note := idle_nodes(system):
+        warnings.append(note)
+    warnings += [note for policy in setup.policies if (note := never_plans(policy, trace.steps))]
     warnings += unusual_host(model, system, weight_bytes)
     for policy in setup.policies:
         warnings += unusual_remote(policy, model, system, weight_bytes, trace.steps)

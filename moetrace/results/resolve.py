@@ -25,7 +25,7 @@ from moetrace.spec.errors import UsageError
 from moetrace.spec.fits import dense_misfit
 from moetrace.spec.model_files.quantization import precision_name
 from moetrace.spec.named import nearest
-from moetrace.spec.policy import UnreadParameterError, readers
+from moetrace.spec.policy import UnreadParameterError
 from moetrace.trace import Trace
 
 # What `replay` takes for a policy: a preset's name, a TOML file, `file.py:function`, a spec, or a function.
@@ -75,7 +75,7 @@ def _elsewhere(error: UnreadParameterError, sources: Sequence[Policy], system: S
         return error
     and_take = "" if reading in named else f"--policy {reading} "
     return UsageError(
-        f"{error.where}: {field} applies to {readers(field)} only; set it in a policy that reads it, as with "
+        f"{error.where}: {field} applies to {error.read_by} only; set it in a policy that reads it, as with "
         f"{and_take}--set policy.{reading}.{field}=VALUE."
     )
 

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from moetrace.spec import cluster_policy
 from moetrace.spec.choices import Dispatch, choices_of, find
-from moetrace.spec.errors import UsageError
+from moetrace.spec.errors import UsageError, counted
 from moetrace.spec.host_memory import policy_misfit
 from moetrace.spec.link_rates import read_rates
 from moetrace.spec.policy import PolicySpec, shown
@@ -96,6 +96,33 @@ def idle_loss(policy: PolicySpec, system: System) -> str | None:
     return (
         f'link.loss_mode = "relaxed" of {system.name} changes nothing in policy {policy.name}: dispatch '
         f"{policy.dispatch} runs every expert on the GPU, so only weights travel, and lost ones are sent again."
+    )
+
+
+def idle_nodes(system: System) -> str | None:
+    """Say in one sentence that a network between nodes is described, but no node; else None."""
+    network = system.network
+    if network is None or system.cluster is None or system.cluster.gpus_per_node is not None:
+        return None
+    for field in ("node_bandwidth_gb_s", "node_latency_us"):
+        if any(getattr(part, field) is not None for part in (network, network.decode, network.prefill) if part):
+            return (
+                f"network.{field} of {system.name} changes nothing: without cluster.gpus_per_node all GPUs are on one "
+                "node."
+            )
+    return None
+
+
+def never_plans(policy: PolicySpec, steps: int) -> str | None:
+    """Say in one sentence that a trace of so many steps ends before a cluster's first plan; None if it does not."""
+    if policy.schedule is None or policy.placement not in cluster_policy.PLANNED:
+        return None
+    window = cluster_policy.WINDOW if policy.window is None else policy.window
+    if steps > window:
+        return None
+    return (
+        f"policy {policy.name} makes no plan: the first is made just before step {window} (window), and the trace has "
+        f"{counted(steps, 'step')}; experts stay in blocks."
     )
 
 

@@ -71,6 +71,8 @@ def load_plan(
     else:
         slots = _from_trtllm(path, text, layer_index, units, model)
     sizes = {len(row) for row in slots}
+    if sizes <= {0}:
+        raise MoetraceError(f"{path} is a plan without slots: nothing says where an expert is.")
     if len(sizes) > 1 or 0 in sizes:
         raise MoetraceError(f"{path}: layers have from {min(sizes)} to {max(sizes)} slots, but need equally many.")
     if max(sizes) > MAX_SLOTS or max(sizes) % units:

@@ -130,9 +130,13 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class UnreadParameterError(UsageError):
     """A parameter was set that none of a policy's choices reads."""
 
-    def __init__(self, sentence: str, where: str = "", field: str = "") -> None:
-        super().__init__(sentence)  # of one argument, or it would not come back whole from another process
-        self.where, self.field = where, field
+    def __init__(self, where: str, field: str, read_by: str) -> None:
+        super().__init__(f"{where}: {field} applies to {read_by} only; remove it or choose that.")
+        self.where, self.field, self.read_by = where, field, read_by
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        """Come back whole from another process."""
+        return type(self), (self.where, self.field, self.read_by)
 
 
 def parameters() -> list[str]:
@@ -304,9 +308,7 @@ def _check_of_cluster(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
         loaded.refuse("shared", f"with-attention or apart; auto goes with schedule {cluster_policy.AUTO}")
     for field in policy.unread:
         if field in given and getattr(policy, field) is not None:
-            to = cluster_policy.reader_of(field)
-            sentence = f"{loaded.where}: {field} applies to {to} only; remove it or choose that."
-            raise UnreadParameterError(sentence, loaded.where, field)
+            raise UnreadParameterError(loaded.where, field, cluster_policy.reader_of(field))
     if policy.placement == "plan" and policy.plan is None:
         loaded.refuse("plan", NEEDED_FILES["plan"])
 
@@ -376,8 +378,7 @@ def _check_parameters(policy: PolicySpec, loaded: Loaded, given: set[str]) -> No
     """Each parameter of `given` stands beside the choice that reads it, and each choice has the file that it needs."""
     for field in policy.unread:
         if field in given:
-            sentence = f"{loaded.where}: {field} applies to {readers(field)} only; remove it or choose that."
-            raise UnreadParameterError(sentence, loaded.where, field)
+            raise UnreadParameterError(loaded.where, field, readers(field))
     placement = find("placement", policy.placement)
     places = placement is not None and "loads" in placement.parameters
     if policy.remote is not None and policy.plan_steps is not None and policy.loads is not None and not places:

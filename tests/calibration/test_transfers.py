@@ -59,6 +59,13 @@ def test_no_bandwidth_exceeds_the_port_and_the_fit_is_doubted():
     assert "at the limit of a GPU's port" in found.text
 
 
+def test_times_in_ms_are_doubted():
+    thousandfold = transfers().with_columns(pl.col("seconds") * 1e3)
+    (note,) = mt.calibrate(Measured({}, {}, "mine", [], {"network": thousandfold}), "h100-x8").notes
+    assert note.startswith("The fit of the network is doubtful: its bandwidth of 0.4 GB/s is 0.0009")
+    assert not mt.calibrate(Measured({}, {}, "mine", [], {"network": transfers()}), "h100-x8").notes
+
+
 def test_a_row_with_more_experts_than_the_other_gpus_have_comes_to_every_gpu():
     frame = transfers().head(1).with_columns(experts=4.0, top_k=4.0, gpus=2.0, rows=10.0, hidden=8.0, bits=8.0)
     assert transfer_work(frame, dedup=True).tolist() == [[1.0, 0.0, 10.0, 10 * 2 * 0.5 * 8]]

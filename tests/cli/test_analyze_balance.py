@@ -181,6 +181,11 @@ def test_errors_are_one_sentence(run, tmp_path):
         ((MIXTRAL, "--window", 160), 2, "the window is 160 steps"),
         ((MIXTRAL, "--system", "none"), 2, "none"),
         ((MIXTRAL, "--system", "edge-ndp", "--set", "system.ndp.units=0"), 2, "ndp.units"),
+        (
+            (MIXTRAL, "--system", "h20-x32"),
+            2,
+            "h20-x32 is a cluster, whose seconds moetrace replay says: give 24 units",
+        ),
         ((MIXTRAL, "--set", "system.ndp.units=4"), 2, "--set system.FIELD needs --system"),
         ((MIXTRAL, "--model", "olmoe-1b-7b"), 2, "name the right one with --model"),
         ((MIXTRAL, "--plan", tmp_path / "none.json"), 1, "there is no plan file"),

@@ -133,6 +133,12 @@ def test_transfers_become_the_network_of_a_cluster(run, tmp_path):
     network = mt.load_system(out).network
     assert (network.bandwidth_gb_s, network.dispatch_latency_us, network.combine_latency_us) == (440, 60, 40)
     assert run("show", "system", out)[0] == 0
+    (tmp_path / "slow.csv").write_text("gpu,factor\n3,0.5\n")
+    out.write_text(out.read_text().replace("[cluster]\n", '[cluster]\nrate_factors = "slow.csv"\n'))
+    (tmp_path / "sub").mkdir()
+    assert run("calibrate", path, "--system", out, "-o", tmp_path / "sub" / "b.toml")[0] == 0
+    assert 'rate_factors = "../slow.csv"' in (tmp_path / "sub" / "b.toml").read_text()
+    assert run("show", "system", tmp_path / "sub" / "b.toml")[0] == 0
     code, said, _ = run("calibrate", path, "--system", "h100-x8", "--format", "json")
     (part,) = json.loads(said)["parts"]
     assert code == 0 and part["part"] == "network" and part["row_ns"] == pytest.approx(0, abs=0.1)

@@ -223,7 +223,7 @@ def test_the_other_kind_of_machine_is_refused():
         ({"placement": "eplb", "redundant": 3}, r"8 experts and 3 redundant ones are 11 slots, .* set redundant = 4"),
         ({"placement": "eplb-hierarchical", "nodes": 3}, r"cannot share 4 GPUs among 3 nodes equally"),
         ({"placement": "eplb-hierarchical", "nodes": 2, "groups": 3}, r"cannot share 3 groups among 2 nodes equally"),
-        ({"shared": "apart"}, r"model by-hand does not say; set model.shared_params_per_layer"),
+        ({"shared": "apart"}, r"model by-hand does not say; set model.shared_params_per_layer, to 0 if"),
         ({"schedule": "pipeline:auto", "shared": "auto"}, r'shared = "auto" needs to know which weights are shared'),
     ],
 )

@@ -135,6 +135,11 @@ def test_cells_are_what_their_replays_are_and_can_be_gated(tmp_path, capsys):
             ["replay", MIXTRAL, "--system", "h100-x8", "--set", "policy.interval=5"],
             "set it in a policy that reads it, as with --set policy.eplb.interval=VALUE",
         ),
+        (
+            ["replay", MIXTRAL, "--system", "h100-x8", "--policy", "ep-serial", "--set", "policy.copies=row"],
+            "copies applies to placement eplb, eplb-hierarchical or plan only; set it in a policy that reads it, as "
+            "with --policy eplb",
+        ),
         (["show", "system", "h100-x8", "--set", "system.host.memory_gb=5"], "takes no [host]; remove it"),
         (["show", "system", "h100-x8", "--set", "system.disk.bandwidth_gb_s=5", *LATENCY], "takes no [disk]; remove"),
         (["show", "system", "h100-x8", "--set", "system.cluster.experts=5"], "cluster wants gpus, or attention and"),
@@ -151,3 +156,28 @@ def test_what_is_refused_is_one_sentence(arguments, message, tmp_path, monkeypat
     err = capsys.readouterr()[1]
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_tables_fit_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    policies = [part for policy in ("eplb", "two-batch-overlap", "bulk") for part in ("--policy", policy)]
+    assert run("replay", MIXTRAL, "--system", "h100-x8", *policies) == 0
+    lines = capsys.readouterr()[0].splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("two-batch-overlap") for line in lines) == 5
+
+
+def test_what_changes_nothing_is_noted(result):
+    def notes(system="h100-x8", policy="eplb", **overrides):
+        changes = {key.replace("__", "."): value for key, value in overrides.items()}
+        return list(mt.replay(MIXTRAL, system=system, policies=policy, overrides=changes).warnings)
+
+    assert not result.warnings
+    steps = result.to_dict()["trace"]["steps"]
+    assert not notes(policy__window=steps - 1)
+    (note,) = notes(policy__window=steps)
+    assert note.startswith(f"policy eplb makes no plan: the first is made just before step {steps} (window)")
+    (note,) = notes(policy="ep-serial", system__network__node_latency_us=5)
+    assert note == (
+        "network.node_latency_us of h100-x8 changes nothing: without cluster.gpus_per_node all GPUs are on one node."
+    )

@@ -227,3 +227,11 @@ def test_mixtral_needs_three_dimms():
 def test_tiny_olmoe_would_all_fit():
     model = load_model("tiny-olmoe")
     assert gpu_slots(model, load_system("edge-ndp"), model.expert_bytes()) == 192
+
+
+def test_every_model_says_which_weights_are_shared_experts():
+    """As `findep` asks: as many as the comment above them counts, none where there are none."""
+    for name in list_presets("models"):
+        text = (resources.files("moetrace.spec") / f"presets/models/{name}.toml").read_text()
+        said = re.findall(r"^# (?:shared experts|dense MLP beside the experts): .* = ([0-9_]+)$", text, re.MULTILINE)
+        assert load_model(name).shared_params_per_layer == (int(*said) if said else 0), name

@@ -50,6 +50,11 @@ def costs_of(
     if system is None:
         return UnitCosts(None, None, expert_bytes(trace, model)), tier or Tier(8)
     system = load_system(system)
+    if system.cluster is not None:
+        raise UsageError(
+            f"system {system.name} is a cluster, whose seconds moetrace replay says: give {system.cluster.expert_gpus} "
+            "units (--units), the GPUs that hold its experts, and leave out the system."
+        )
     if system.ndp is None:
         raise UsageError(f"the system {system.name} has no NDP units that could be kept busy: name another --system.")
     spec = model_of(trace, model)

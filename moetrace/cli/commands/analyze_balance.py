@@ -141,7 +141,7 @@ def command(trace: Path, out: Path | None, picture: Path | None, form: str, fram
         model = load_model(model, settings["model"]) if model else None
         if settings["system"] and system is None:
             raise UsageError("--set system.FIELD needs --system.")
-        tier = _tier(asked, system.units if system else 8)
+        tier = _tier(asked, (system and system.units) or 8)  # a system without units is refused below
         placements = asked["placements"] or (() if asked["files"] else DEFAULT_PLACEMENTS)
         files = {out: _exported(opened, placements, tier, asked, out)} if out else {}  # first: it may be refused
         found = balance(

@@ -113,7 +113,9 @@ def command(
     if output is not None:
         if not found.written:
             raise UsageError(f"--output {output} was not written: no fitted value has a place in it; leave out -o.")
-        write_whole({output: found.text.encode()})
+        from moetrace.calibration.system_file import moved_beside
+
+        write_whole({output: moved_beside(found.text, base, output.parent).encode()})
         say(f"{output}: system {found.system.name}, {found.system.how_known}.")
 
 

@@ -97,7 +97,11 @@ class _Command(click.Command):
     metavar="FILE.parquet",
     help="Write every decision beside that of optimal, to learn a dispatch from; includes --regret.",
 )
-@click.option("--ignore-capacity", is_flag=True, help="Replay even if the experts do not fit the NDP units.")
+@click.option(
+    "--ignore-capacity",
+    is_flag=True,
+    help="Replay even if the experts do not fit the NDP units, or the GPUs of a cluster.",
+)
 @code_option
 @format_option
 def command(

@@ -55,7 +55,7 @@ def print_comparison(summary: dict[str, Any], name: str) -> None:
     policies = summary["policies"]
     names = TextColumn("policy", [policy["name"] for policy in policies], right=False)
     groups = _cluster_groups() if summary["system"].get("cluster") else _groups()
-    print_parts(console, [names], [_shown(group, policies) for group in groups])
+    print_parts(console, [names], [shown for group in groups if (shown := _shown(group, policies))])
     console.print()
     for line in _legend(summary, name):
         console.print(line)
@@ -121,7 +121,7 @@ def _times_and_latencies() -> list[list[_FigureColumn]]:
 
 
 def _cluster_groups() -> list[list[_FigureColumn]]:
-    """The same of a cluster: time, latency, where the time goes, how even the work is, what moves."""
+    """The same of a cluster: time, latency, where the time goes, how even the work is, what plans and kernels cost."""
     shares = (f"cluster.{stage}_share" for stage in ("attention", "dispatch", "experts", "combine"))
     taxes = (f"cluster.{tax}_tax_s" for tax in ("launch", "locality", "barrier"))
     return [
@@ -137,6 +137,8 @@ def _cluster_groups() -> list[list[_FigureColumn]]:
             _column("cluster.fan_out", unit="count"),
             _column("utilization.gpu"),
             _column("cluster.network_bytes"),
+        ],
+        [
             _column("cluster.moved_bytes", always=False),
             _column("cluster.pause_s", always=False),
             *(_column(name, always=False) for name in taxes),

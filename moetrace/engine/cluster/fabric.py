@@ -154,7 +154,7 @@ def _with_shared_apart(fabric: Fabric, model: Model, policy: PolicySpec) -> Fabr
     if model.shared_params_per_layer is UNSET:
         raise UsageError(
             f'Policy {policy.name}: shared = "{policy.shared}" needs to know which weights are shared experts, and '
-            f"model {model.name} does not say; set model.shared_params_per_layer."
+            f"model {model.name} does not say; set model.shared_params_per_layer, to 0 if it has none."
         )
     params = model.shared_params_per_layer
     if params == 0:
