@@ -63,8 +63,8 @@ def test_resources_follow_the_oracles_schedule(case):
         np.testing.assert_allclose(own["duration_s"], [row[5] for row in wanted], rtol=1e-9, atol=1e-12)
         last_s = frame.filter(pl.col("kind") != "step", step=number).select(pl.col("start_s") + pl.col("duration_s"))
         # The host's overhead has no slice: without experts and head it is what a step ends with.
-        shown_s = end_s if step.head_s else max(row[4] + row[5] for row in wanted)
-        assert last_s.max().item() == pytest.approx(shown_s, rel=1e-12)
+        least_s = end_s if step.head_s else max(row[4] + row[5] for row in wanted)
+        assert least_s * (1 - 1e-12) <= last_s.max().item() <= end_s * (1 + 1e-12)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -56,7 +56,7 @@ def limits(struct) -> dict[str, tuple[Any, float, float]]:
 CLUSTER = ("gpu.", "network.", "energy.gpu.", "price.gpu.", "price.usd_hour")
 ONE_GPU = ("gpu.", "ndp.", "link.", "cpu.", "host.", "energy.", "price.")
 # What goes only with other fields, or has no end: packets that are always lost.
-NOT_ALONE = ("host.slots", "gpu.levels.", "link.loss")
+NOT_ALONE = ("host.slots", "gpu.levels.", "link.loss", "energy.disk.")
 
 
 def ends(struct, parts=ONE_GPU):

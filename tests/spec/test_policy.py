@@ -121,7 +121,7 @@ def test_refusal_says_what_is_legal():
         ({"placement": "plan"}, "plan wants the path of a plan file"),
         ({"plan": "x.json"}, "plan applies to placement plan only"),
         ({"residency": "arc"}, "residency arc is only in moetrace analyze cache, where accesses come one at a time"),
-        ({"residency": "static-prefill"}, "residency static-prefill .* take residency prefill"),
+        ({"residency": "static-prefill"}, "residency static-prefill .* use residency prefill"),
         (
             {"placement": "eplb-hierarchical"},
             "placement eplb-hierarchical is only available in `moetrace analyze balance`; export",
