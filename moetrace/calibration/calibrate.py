@@ -36,7 +36,7 @@ class Calibrated:
         frame: A row for each fitted part: its constants, the points and shapes, median and p90 of the error on points
             that were not fitted, and of the data-sheet constants with a start for each expert on the same points.
         notes: Unused parts of the table, and doubts about the fits, as sentences.
-        written: Whether any fitted value stands in `text`; no section of a system describes a disk.
+        written: Whether any fitted value stands in `text`; none does of a part that the system lacks.
     """
 
     system: System
@@ -115,12 +115,12 @@ def calibrate(
             )
         fit = fits[part] = fit_copies(copies)
         rows.append({"part": part, **_row(fit, None, None), "sheet_median_error": None, "sheet_p90_error": None})
-        if part == "link" and base.link is not None:
-            notes += doubts_of_copies(part, fit, base.link.bandwidth_gb_s * 1e9)
-            changes += _copy_changes(fit, measured.source)
+        there = base.disk if part == "disk" else base.link
+        if there is None:
+            notes.append(f"The fit of the {part} is printed only: system {base.name} has no [{part}].")
         else:
-            lacks = "no section of a system describes a disk" if part == "disk" else f"system {base.name} has no [link]"
-            notes.append(f"The fit of the {part} is printed only: {lacks}.")
+            notes += doubts_of_copies(part, fit, there.bandwidth_gb_s * 1e9)
+            changes += _copy_changes(part, fit, measured.source)
     for part, transfers in measured.transfers.items():
         fit = fits[part] = _network_fit(transfers, part, base, port_gb_s, measured.source)
         rows.append({"part": part, **_network_row(fit)})
@@ -234,12 +234,12 @@ def _efficiency(rate: float, peak: float) -> float:
     return float(f"{min(rate / peak, 1.0):.4g}")
 
 
-def _copy_changes(fit: Fit, source: str) -> Iterator[Change]:
+def _copy_changes(part: str, fit: Fit, source: str) -> Iterator[Change]:
     how = f"measured: {source}"
-    yield Change("link", "bandwidth_gb_s", round(fit.bytes_s / 1e9, 3), how)
-    yield Change("link", "latency_us", round(fit.start_s * 1e6, 2), how)
-    yield Change("link", "efficiency", 1.0, "the bandwidth is the measured one")
-    yield from _known("link", fit, source)
+    yield Change(part, "bandwidth_gb_s", round(fit.bytes_s / 1e9, 3), how)
+    yield Change(part, "latency_us", round(fit.start_s * 1e6, 2), how)
+    yield Change(part, "efficiency", 1.0, "the bandwidth is the measured one")
+    yield from _known(part, fit, source)
 
 
 def _network_changes(part: str, fit: TransferFit, port_gb_s: float, source: str) -> Iterator[Change]:

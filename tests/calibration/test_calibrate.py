@@ -211,8 +211,18 @@ def test_copies_far_from_the_systems_bandwidth_are_doubted(bytes_s, doubted):
 def test_copies_without_a_place_in_the_system_are_said_to_be_printed_only():
     copies = pl.DataFrame({"bytes": [1e6, 1e8], "seconds": [1e-4, 1e-2]})
     found = mt.calibrate(Measured({}, {"disk": copies}, "mine", []), "rtx4090-offload")
-    assert found.notes == ["The fit of the disk is printed only: no section of a system describes a disk."]
+    assert found.notes == ["The fit of the disk is printed only: system rtx4090-offload has no [disk]."]
     assert not found.written and found.fits["disk"].bytes_s == pytest.approx(10e9, rel=0.01)
+
+
+def test_reads_of_a_disk_calibrate_the_disk_of_a_system(tmp_path):
+    copies = pl.DataFrame({"bytes": [1e6, 1e7, 1e8], "seconds": [5e-5 + size / 6e9 for size in (1e6, 1e7, 1e8)]})
+    found = mt.calibrate(Measured({}, {"disk": copies}, "mine", []), "rtx4090-nvme")
+    assert found.written and found.notes == []
+    (tmp_path / "mine.toml").write_text(found.text)
+    disk = mt.load_system(tmp_path / "mine.toml").disk
+    assert disk is not None
+    assert (disk.bytes_s, disk.latency_s) == (pytest.approx(6e9, rel=1e-3), pytest.approx(5e-5, rel=1e-3))
 
 
 def test_what_fell_on_one_gpu_of_several_is_used(tmp_path):
