@@ -123,7 +123,7 @@ def changed(old, new):
         ("a.json", '{"logical_count": [[1, 2]]}', "missing required field `physical_to_logical_map`"),
         ("a.json", '{"physical_to_logical_map": 5}', "no plan of SGLang's"),
         ("a.json", '{"physical_to_logical_map": []}', "has 0 layers, but the trace has layers up to 4"),
-        ("a.json", '{"physical_to_logical_map": [[],[],[]]}', "have from 0 to 0 slots"),
+        ("a.json", '{"physical_to_logical_map": [[],[],[]]}', "is a plan without slots"),
         ("a.json", '{"physical_to_logical_map": [[0,1,2,0],[0,1,2],[0,1,2,0]]}', "have from 3 to 4 slots"),
         ("a.json", '{"physical_to_logical_map": [[0,1,2,-1],[0,1,2,0],[0,1,2,0]]}', "no plan of SGLang's"),
         ("a.json", '{"physical_to_logical_map": [[0,1,2,1.5],[0,1,2,0],[0,1,2,0]]}', "no plan of SGLang's"),

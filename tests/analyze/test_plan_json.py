@@ -74,9 +74,9 @@ def test_a_map_of_more_layers_needs_a_model(tmp_path, form):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("[]", "have from 0 to 0 slots"),
+        ("[]", "is a plan without slots"),
         ([[]], "a row for each of 1 MoE layers"),
-        ([[], [], []], "have from 0 to 0 slots"),
+        ([[], [], []], "is a plan without slots"),
         ([[0, 1, 2, 0], 1, 2], "is no plan of SGLang's, vLLM's or vllm-ascend's: Expected `array`"),
         ([0, 1, [2]], "Expected `int`"),
         ([0, 1, 2, -1], "is no plan of SGLang's, vLLM's or vllm-ascend's"),

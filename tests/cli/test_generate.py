@@ -89,7 +89,7 @@ def test_unwritable_path_is_one_sentence(tmp_path, capsys):
 def test_first_run_says_that_it_compiles(tmp_path):
     # However fast the machine: compiling takes longer than this, Numba's own start and loading less.
     program = (
-        "import moetrace.jit.announce as a; a._MOMENT_S, a._LOOK_S = 0.7, 0.01; from moetrace.cli import main; main()"
+        "import moetrace.jit.announce as a; a._MOMENT_S, a._LOOK_S = 0.4, 0.01; from moetrace.cli import main; main()"
     )
     for out, compiles in (("a.h5", True), ("b.h5", False)):
         ran = subprocess.run(

@@ -152,7 +152,7 @@ def test_show_a_model_of_few_bits(moetrace):
     assert shown["derived"]["expert_mb_mean"] == pytest.approx(3 * 4096 * 14336 * 3.48 / 8 / 1e6)
     assert "weight_bits.sparse" in moetrace("show", "model", "mixtral-8x7b", *few)[1]
     code, out, err = moetrace("show", "model", "mixtral-8x7b", "--set", "model.weight_bits.sparse=2")
-    assert (code, out) == (2, "") and "weight_bits.sparse wants a number of at most 1, got 2" in err
+    assert (code, out) == (2, "") and "weight_bits.sparse wants a number from 0 to 1, got 2" in err
 
 
 @pytest.mark.parametrize("kind", ["model", "system", "policy"])

@@ -26,10 +26,10 @@ def test_the_footer_names_every_part_that_a_policy_uses(run, system, policy, hom
 
 
 def test_the_footer_of_a_calibrated_machine_names_what_is_not(run):
-    code, out, _ = run("replay", TINY, "--system", "h100-x8", "--policy", "ep-serial")
+    code, out, _ = run("replay", TINY, "--system", "l40s")
     out = " ".join(out.split())
     assert code == 0
-    assert "Constants of h100-x8: gpu calibrated (error " in out and " at p90), network from data sheets" in out
+    assert "Constants of l40s: gpu calibrated (error " in out and " at p90), link from data sheets" in out
 
 
 def test_small_figures_do_not_read_as_zero(run, monkeypatch):

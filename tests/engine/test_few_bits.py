@@ -63,7 +63,7 @@ def test_without_them_nothing_changes_to_the_last_bit():
     on = system({"launch_us": 300}, ndp={"units": 2, "command_us": 70})
     for chosen in (policy("balance", "lru"), policy("split", "lru", placement="tp")):
         plain = in_ms.replay(trace, on, chosen)
-        for changed in (SPARSE | {"sparse_launches": 0.0}, SPARSE | {"weight_bits": WeightBits(bits=8)}):
+        for changed in (SPARSE | {"sparse_launches": 0.0}, {"weight_bits": WeightBits(bits=8)}):
             other = in_ms.replay(trace, on, chosen, **changed)
             assert (plain.machine.is_plain, other.machine.is_plain) == (1, 1)
             for part in ("step", "layer", "unit", "tally"):
