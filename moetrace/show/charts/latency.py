@@ -23,8 +23,8 @@ _OF_STEPS = ("dense_s", "moe_s", "head_s", "wait_s")
 _COLD = "cold_s"
 _NAMES = ("dense layers", "experts", "head", "waiting for prefetch", "cold start")
 _NAMES_OF_A_CLUSTER = ("attention", "experts and transfers", "head", "pauses", "cold start")
-PARTS = dict(zip((*_OF_STEPS, _COLD), _NAMES, strict=True))
-_CLUSTER_PARTS = dict(zip(PARTS, _NAMES_OF_A_CLUSTER, strict=True))
+PARTS: dict[str, str] = dict(zip((*_OF_STEPS, _COLD), _NAMES, strict=True))
+_CLUSTER_PARTS: dict[str, str] = dict(zip(PARTS, _NAMES_OF_A_CLUSTER, strict=True))
 _PERIODS = 160  # of a chart over time
 
 
