@@ -155,7 +155,7 @@ def machine_table() -> str:
             "CPU",
             "i7-14700, up to 192 GB at 89.6 GB/s",
             "none",
-            f"for Fiddler alone, instead of the DIMMs: {I7_14700.bandwidth_gb_s:g} GB/s, {I7_14700.tflops:g} TFLOP/s "
+            f"only for Fiddler, instead of the DIMMs: {I7_14700.bandwidth_gb_s:g} GB/s, {I7_14700.tflops:g} TFLOP/s "
             "(fp32)",
         ],
         [
@@ -207,7 +207,7 @@ def differences(found: Found) -> str:
     ]
     rows = [
         [
-            "What balance adds to TP in decode",
+            "Gain from balance over TP in decode",
             f"{paper_gain:.0f} %",
             f"{min(gain):.0f} to {max(gain):.0f} %",
             "Here an expert crosses the link whole or not at all. While one crosses, "
@@ -295,9 +295,9 @@ def small_models_lose(found: Found) -> str:
         return ", ".join(f"`{model}` {factor(value)}" for model, value in values.items())
 
     return (
-        f"- *With {two} DIMMs, TP alone is slightly slower than MoNDE for DeepSeekMoE and Qwen3*: end to end it "
-        f"{verdict(all(value < 1 for value in ends.values()))} ({said(ends)}); in decode it {decodes} "
-        f"({said(decode)}). End to end over the DIMMs alone without TP (`ndp-ep`), all models: {span(known)}."
+        f"- *With {two} DIMMs, TP without balance is slightly slower than MoNDE for DeepSeekMoE and Qwen3*: end to end "
+        f"it {verdict(all(value < 1 for value in ends.values()))} ({said(ends)}); in decode it {decodes} "
+        f"({said(decode)}). End to end over only the DIMMs without TP (`ndp-ep`), all models: {span(known)}."
     )
 
 
