@@ -74,9 +74,9 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     """A capture a file; one of all files if each is a layer."""
     files = [_file(path, hints) for path in sources]
     if len({file.layer is None for file in files}) > 1:
-        raise MoetraceError(f"{sources[0]} and others do not both have a column of layers: import them apart.")
+        raise MoetraceError(f"{sources[0]} and others do not both have a column of layers: import them separately.")
     if len({len(file.columns.get("scores", [])) for file in files}) > 1:
-        raise MoetraceError(f"{sources[0]} and others do not have the same experts: import them apart.")
+        raise MoetraceError(f"{sources[0]} and others do not have the same experts: import them separately.")
     if files[0].layer is None:
         return [_read([file], hints) for file in files]
     files.sort(key=lambda file: file.layer or 0)

@@ -87,7 +87,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture]:
     answers = [path for path in sources if _is_answers(first_bytes(path, FIRST_BYTES))]
     if answers:
         if len(answers) < len(sources):
-            raise MoetraceError(f"{answers[0]} holds answers of the server, but others do not: import them apart.")
+            raise MoetraceError(f"{answers[0]} holds answers of the server, but others do not: import them separately.")
         return [read_answers(sources, hints)]
     folders: dict[Path, list[Path]] = {}
     for path in sources:

@@ -39,7 +39,7 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture | Counts]:
     csv = [path for path in sources if not _is_archive(path)]
     if csv:
         if len(csv) < len(sources):
-            raise MoetraceError(f"{csv[0]} is no dump of torch.save, but others are: import them apart.")
+            raise MoetraceError(f"{csv[0]} is no dump of torch.save, but others are: import them separately.")
         return [read_csv(sources, hints)]
     found: list[Counts] = []
     dumps: list[Dump] = []
@@ -51,12 +51,12 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture | Counts]:
         else:
             dumps.append(detailed(path, content, hints.strict))
     if found and dumps:
-        raise MoetraceError(f"{dumps[0].path} holds records, but {found[0].sources[0]} counts: import them apart.")
+        raise MoetraceError(f"{dumps[0].path} holds records, but {found[0].sources[0]} counts: import them separately.")
     if not dumps:
         return list(found)
     for dump in dumps:
         if dump.logical.shape[0] != dumps[0].logical.shape[0] or dump.logical.max() != dumps[0].logical.max():
-            raise MoetraceError(f"{dump.path} and {dumps[0].path} are of other layers or experts: import them apart.")
+            raise MoetraceError(f"{dump.path} and {dumps[0].path} are of other layers or experts: import them separately.")
     kinds = {"topk_ids_of_layer" in record for dump in dumps for record in dump.records}
     if not kinds:
         raise MoetraceError(f"{dumps[0].path} holds no records: start recording before the requests.")
