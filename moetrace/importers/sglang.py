@@ -56,7 +56,9 @@ def read(sources: Sequence[Path], hints: Hints) -> list[Capture | Counts]:
         return list(found)
     for dump in dumps:
         if dump.logical.shape[0] != dumps[0].logical.shape[0] or dump.logical.max() != dumps[0].logical.max():
-            raise MoetraceError(f"{dump.path} and {dumps[0].path} are of other layers or experts: import them separately.")
+            raise MoetraceError(
+                f"{dump.path} and {dumps[0].path} are of other layers or experts: import them separately."
+            )
     kinds = {"topk_ids_of_layer" in record for dump in dumps for record in dump.records}
     if not kinds:
         raise MoetraceError(f"{dumps[0].path} holds no records: start recording before the requests.")

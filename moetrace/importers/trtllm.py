@@ -249,7 +249,9 @@ def _rows(
     iterations, layers = _grid(ranks)
     for rank in ranks:
         if len(rank.shapes) < len(iterations) * len(layers):
-            raise MoetraceError(f"{rank.path} lacks layers or iterations that other ranks have: import them separately.")
+            raise MoetraceError(
+                f"{rank.path} lacks layers or iterations that other ranks have: import them separately."
+            )
         for (iteration, layer), shape in rank.shapes.items():
             if shape != (rank.shapes[iteration, layers[0]][0], top_k):
                 raise MoetraceError(
