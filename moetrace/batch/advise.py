@@ -12,7 +12,7 @@ from moetrace.batch.executors import Farm, lasting
 from moetrace.batch.grid import Grid, Point
 from moetrace.batch.slo import parse_slos
 from moetrace.batch.stages import STAGE_WORK, Stages, Tried
-from moetrace.batch.sweep import Sweep, farm_of
+from moetrace.batch.sweep import Sweep, check_jobs, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import forget
 from moetrace.engine.setup import Setup, check_setup, weight_bytes_of
@@ -80,8 +80,7 @@ def advise(
         'buy memory'
     """
     refuse_if_forked()
-    if not isinstance(jobs, int) or jobs < 1:
-        raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
+    check_jobs(jobs)
     question = Question(trace, system, model, slo, slots, overrides or {}, budget_usd_hour)
     with farm_of(jobs, None) as (farm, _):
         return question.answer(farm, None if folder is None else SweepFolder(named_folder(folder)), progress)

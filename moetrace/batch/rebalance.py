@@ -12,7 +12,7 @@ from moetrace.batch.executors import Farm, run_tasks
 from moetrace.batch.grid import Grid, Point
 from moetrace.batch.grid_labels import labels_of
 from moetrace.batch.rebalance_advice import Planned, RebalanceAdvice
-from moetrace.batch.sweep import Sweep, farm_of
+from moetrace.batch.sweep import Sweep, check_jobs, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.work import Outcome, forget, tasks_of
 from moetrace.engine.cluster.cluster_lane import room_of
@@ -85,8 +85,7 @@ def advise_rebalance(
         'nothing to win'
     """
     refuse_if_forked()
-    if not isinstance(jobs, int) or jobs < 1:
-        raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
+    check_jobs(jobs)
     question = RebalanceQuestion(trace, system, model, policy, redundant, interval, migrate, overrides or {})
     with farm_of(jobs, None) as (farm, _):
         return question.answer(farm, None if folder is None else SweepFolder(named_folder(folder)), progress)

@@ -15,12 +15,12 @@ from moetrace.batch.executors import Farm, lasting
 from moetrace.batch.grid import Grid, load_space
 from moetrace.batch.search_space import Halving, SearchChoices, check_choices
 from moetrace.batch.slo import parse_slos
-from moetrace.batch.sweep import Sweep, farm_of
+from moetrace.batch.sweep import Sweep, check_jobs, farm_of
 from moetrace.batch.sweep_folder import SweepFolder
 from moetrace.batch.trials import Halver, Trial
 from moetrace.batch.work import forget
 from moetrace.results.record import SEARCH_FILE, SEARCH_SCHEMA, TRIALS_FILE
-from moetrace.spec.errors import MoetraceError, UsageError
+from moetrace.spec.errors import MoetraceError
 from moetrace.spec.forks import refuse_if_forked
 from moetrace.spec.ordinary_file import named_folder
 
@@ -166,8 +166,7 @@ def search(
         'made/edge-ndp/edge-ndp'
     """
     refuse_if_forked()
-    if not isinstance(jobs, int) or jobs < 1:
-        raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
+    check_jobs(jobs)
     space = load_space(source)
     choices = check_choices(space._replace(slos=parse_slos(slo) or space.slos))
     with farm_of(jobs, dask) as (farm, _):

@@ -328,13 +328,18 @@ def sweep(
         48 5.93 s
     """
     refuse_if_forked()
-    if not isinstance(jobs, int) or jobs < 1:
-        raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
+    check_jobs(jobs)
     if jobs > 1 and dask is None:
         start_early()
     plan = SweepPlan(source, None if folder is None else named_folder(folder), pareto, code=code, slo=slo)
     with farm_of(jobs, dask) as (farm, _):
         return plan.run(farm, progress)
+
+
+def check_jobs(jobs: int) -> None:
+    """Raise UsageError unless a number of processes is a whole number of at least 1."""
+    if not isinstance(jobs, int) or jobs < 1:
+        raise UsageError(f"jobs is {jobs!r}, but must be a whole number of at least 1.")
 
 
 @contextmanager

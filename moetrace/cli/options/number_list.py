@@ -16,6 +16,6 @@ class NumberList(click.ParamType):
         for part in str(value).split(","):
             text = part.strip()
             if not (text.isascii() and text.isdecimal() and len(text) < 10):
-                self.fail(f"{part!r} is no whole number: use numbers from 0 as in 0,16,32.", param, ctx)
+                self.fail(f"{part!r} is not a whole number from 0: use numbers as in 0,16,32.", param, ctx)
             numbers.append(int(text))
         return numbers
