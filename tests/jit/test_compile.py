@@ -1,5 +1,6 @@
 """Kernels compile when they are first needed, once for each type, as parts of whoever names them."""
 
+import gc
 import importlib
 import pkgutil
 import subprocess
@@ -151,3 +152,20 @@ def test_types_are_not_looked_up_while_another_thread_compiles():
         assert looks_up.is_alive() and not found
     looks_up.join(60)
     assert [each.fields for each in found] == [("x",)]
+
+
+@compiled
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_no_cycles_are_looked_for_while_a_kernel_compiles(monkeypatch, was_enabled):
+    import moetrace.jit.dispatchers as dispatchers
+
+    seen, heard = [], dispatchers.heard
+    monkeypatch.setattr(dispatchers, "heard", lambda *call: (seen.append(gc.isenabled()), heard(*call))[1])
+    before = gc.isenabled()
+    (gc.enable if was_enabled else gc.disable)()
+    try:
+        assert kernel(lambda x: x + 2)(1) == 3
+        after = gc.isenabled()
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert seen == [False] and after is was_enabled

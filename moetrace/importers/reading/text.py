@@ -1,16 +1,16 @@
 """Text sources, a bounded piece at a time: whole lines, and JSON lines decoded into typed records."""
 
 import codecs
-import gc
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from moetrace.importers.reading.events import is_event, payload
+from moetrace.jit.no_collection import no_collection
 from moetrace.spec.errors import MoetraceError
 
 CHUNK_BYTES = 8 << 20
@@ -88,6 +88,7 @@ def json_lines(
     decoder = decoders[0]
     for line, data in chunks(path, reading, chunk_bytes):
         try:
+            # Plain records have no cycles; the search for some takes up to half of the time of decoding.
             with no_collection():
                 try:
                     records = decoder.decode_lines(data)
@@ -134,15 +135,3 @@ def _decoded(decoders: list[msgspec.json.Decoder], text: bytes) -> Any:
         with suppress(_OF_TYPE):
             return decoder.decode(text)
     return decoders[-1].decode(text)
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Hold the search for cycles, which plain records don't have: it takes up to half of the time of decoding."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
