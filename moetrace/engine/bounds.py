@@ -48,10 +48,13 @@ def work_bound_s(steps, demand, machine, total_s):
         dense = dense_s(machine, steps.rows[s], steps.kv_tokens[s])
         total_s += head_s(machine)
         for layer in range(layers):
-            weight_bytes, rows = 0.0, 0.0
-            for i in range(demand.start[s * layers + layer], demand.start[s * layers + layer + 1]):
-                weight_bytes += machine.weight_bytes[layer, demand.expert[i]]
+            first, stop = demand.start[s * layers + layer], demand.start[s * layers + layer + 1]
+            rows, weight_bytes = 0, (stop - first) * machine.even_bytes
+            for i in range(first, stop):
                 rows += demand.rows[i]
+            if machine.even_bytes == 0.0:
+                for i in range(first, stop):
+                    weight_bytes += machine.weight_bytes[layer, demand.expert[i]]
             total_s += dense + max(weight_bytes / work.all_bytes_s, work.flop_per_row * rows / work.all_flop_s)
     return total_s
 
@@ -59,6 +62,11 @@ def work_bound_s(steps, demand, machine, total_s):
 @kernel
 def _is_as_before(machine, demand, layer, first, size, active):
     """Return whether a layer's active experts, from ``first`` on, have the rows, bytes and homes of the records."""
+    if machine.even_bytes > 0.0 and machine.device.size == FIRST_HOME + 1:
+        same = True
+        for i in range(size):
+            same &= demand.rows[first + i] == active[i].rows
+        return same
     for i in range(size):
         expert, before = np.int64(demand.expert[first + i]), active[i]
         if demand.rows[first + i] != before.rows or machine.weight_bytes[layer, expert] != before.weight_bytes:

@@ -97,12 +97,16 @@ def new_popularity(layers: int, num_experts: int) -> Popularity:
 @kernel
 def count_experts(demand, popularity):
     """Add a block's demand to the counts: 1 ns an active expert, once for all policies."""
-    layers = popularity.rows.shape[0]
-    for i in range(demand.start.size - 1):
-        rows, steps = popularity.rows[i % layers], popularity.steps[i % layers]
-        for j in range(demand.start[i], demand.start[i + 1]):
-            rows[demand.expert[j]] += demand.rows[j]
-            steps[demand.expert[j]] += 1
+    layers, at, first = popularity.rows.shape[0], 0, demand.start[0]
+    for _ in range((demand.start.size - 1) // layers):
+        for layer in range(layers):  # a remainder to find the layer by took longer than the counting
+            at += 1
+            stop = demand.start[at]
+            for j in range(first, stop):
+                expert = np.uint64(demand.expert[j])
+                popularity.rows[layer, expert] += demand.rows[j]
+                popularity.steps[layer, expert] += 1
+            first = stop
 
 
 @kernel

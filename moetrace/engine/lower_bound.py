@@ -170,50 +170,64 @@ def _add_layer(demand, first, size, layer, costs, machine, bound):
     """Add a layer's two weighings; return the experts held for it, in seconds of the level's price.
 
     One walk for all weights, in registers (7 ns an access; 13 in passes over arrays). So the GPU's weight is what the
-    layer before found.
+    layer before found. Demand order has experts of as many rows side by side, at batch 1 all of them: what they have in
+    common is computed once.
     """
     sums, gpu, home = bound.sums[0], costs.gpu, costs.home
     level, price_s, link_weight = sums.level, sums.fetch_s, sums.link_weight
     free_weight, gpu_weight, rest = sums.free_gpu, sums.linked_gpu, 1.0 - link_weight
-    layer_gpu_s, least_rows = costs.gpu_layer_s / size, np.inf
+    layer_gpu_s, seen = costs.gpu_layer_s / size, 0
     # Of all experts: on the GPU, at home, over the link, and of that what is held instead.
     gpu_s, home_s, link_s, held_s = 0.0, 0.0, 0.0, 0.0
     # Of each where it weighs less, with three weighings: no weight for the link; some; and none for the GPU.
     free_s, linked_s, idle_s, linked_held_s, idle_held_s = 0.0, 0.0, 0.0, 0.0, 0.0
     free_gpu_s, free_home_s, linked_gpu_s, linked_home_s = 0.0, 0.0, 0.0, 0.0
-    for i in range(first, first + size):
-        expert, rows = np.uint64(demand.expert[i]), float(demand.rows[i])
-        weight_bytes = machine.weight_bytes[layer, expert]
+    i, stop = first, first + size
+    while i < stop:
+        alike, weight_bytes = demand.rows[i], machine.weight_bytes[layer, np.uint64(demand.expert[i])]
+        rows = float(alike)
         on_gpu_s = _own_s(gpu, rows, weight_bytes) + layer_gpu_s
         at_home_s = _own_s(home, rows, weight_bytes)
         fetch_s = max(weight_bytes - DONE_BYTES, 0.0) * costs.fetch_s_per_byte
-        before = bound.level[layer, expert]
-        bound.level[layer, expert] = level
-        sums.seen += before == NEVER
-        hold_s = price_s * (level - before)
-        is_held = before != NEVER and hold_s < fetch_s
-        carry_s = hold_s if is_held else fetch_s
-        own_held_s = hold_s if is_held else 0.0
-        least_rows = min(least_rows, rows)
-        gpu_s += on_gpu_s
-        home_s += at_home_s
-        link_s += carry_s
-        held_s += own_held_s
+        linked_there_s, linked_here_s, idle_here_s = (
+            gpu_weight * on_gpu_s,
+            (rest - gpu_weight) * at_home_s,
+            rest * at_home_s,
+        )
+        begin, linked = i, 0
+        while i < stop and demand.rows[i] == alike:
+            expert = np.uint64(demand.expert[i])
+            if machine.weight_bytes[layer, expert] != weight_bytes:
+                break
+            before = bound.level[layer, expert]
+            bound.level[layer, expert] = level
+            seen += before == NEVER
+            hold_s = price_s * (level - before)
+            is_held = (before != NEVER) & (hold_s < fetch_s)
+            carry_s = hold_s if is_held else fetch_s
+            own_held_s = hold_s if is_held else 0.0
+            link_s += carry_s
+            held_s += own_held_s
+            carried_s = link_weight * carry_s
+            there = less(linked_there_s + carried_s, linked_here_s)
+            linked += there
+            linked_s += min(linked_there_s + carried_s, linked_here_s)
+            linked_held_s += own_held_s if there else 0.0
+            idle_s += min(carried_s, idle_here_s)
+            idle_held_s += own_held_s if less(carried_s, idle_here_s) else 0.0
+            i += 1
+        count = float(i - begin)
+        gpu_s += count * on_gpu_s
+        home_s += count * at_home_s
         there_s, here_s = free_weight * on_gpu_s, (1.0 - free_weight) * at_home_s
         there = less(there_s, here_s)
-        free_s += min(there_s, here_s)
-        free_gpu_s += there * on_gpu_s
-        free_home_s += (1.0 - there) * at_home_s
-        there_s, here_s = gpu_weight * on_gpu_s + link_weight * carry_s, (rest - gpu_weight) * at_home_s
-        there = less(there_s, here_s)
-        linked_s += min(there_s, here_s)
-        linked_gpu_s += there * on_gpu_s
-        linked_home_s += (1.0 - there) * at_home_s
-        linked_held_s += there * own_held_s
-        there_s, here_s = link_weight * carry_s, rest * at_home_s
-        there = less(there_s, here_s)
-        idle_s += min(there_s, here_s)
-        idle_held_s += there * own_held_s
+        free_s += count * min(there_s, here_s)
+        free_gpu_s += count * on_gpu_s if there else 0.0
+        free_home_s += 0.0 if there else count * at_home_s
+        linked_gpu_s += linked * on_gpu_s
+        linked_home_s += (count - linked) * at_home_s
+    sums.seen += seen
+    least_rows = float(demand.rows[stop - 1])  # the last in demand order
     only_gpu_s = rest * gpu_s + link_weight * link_s
     if not costs.has_home:
         sums.free_s += gpu_s

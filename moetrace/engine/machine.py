@@ -61,6 +61,7 @@ class Machine(NamedTuple):
     share: int  # units in a group, which share its experts
     weight_bytes: np.ndarray  # float64 [L, E]
     home: np.ndarray  # int64 [L, E]: the device that each expert lives on
+    even_bytes: float  # of each expert, a whole number, where all are alike; else 0
     is_plain: int  # 1: every expert starts itself, and once, and reading overlaps with arithmetic, on all devices
 
 
@@ -112,8 +113,15 @@ def machine_of(
         share,
         np.ascontiguousarray(weight_bytes, np.float64),
         FIRST_HOME + np.ascontiguousarray(group_of_expert, np.int64),
+        _even_bytes(weight_bytes),
         int(not (device["is_serial"].any() or device["layer_s"].any() or model.sparse_starts)),
     )
+
+
+def _even_bytes(weight_bytes: np.ndarray) -> float:
+    """Return what every expert weighs, or 0: a whole number, so that sums of it are exact in any order."""
+    first = float(weight_bytes.flat[0])
+    return first if first.is_integer() and first < 2**40 and (weight_bytes == first).all() else 0.0
 
 
 def parts_of(system: System, share: int) -> list[MachinePart]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.engine.prefetch import HEAD, TAIL, join, leave, restore
-from moetrace.engine.residency import link
+from moetrace.engine.residency import link, unlink
 from moetrace.engine.schedule import places_of
 from moetrace.jit.compile import kernel
 from moetrace.trace.schema import DECODE, PREFILL
@@ -102,70 +102,97 @@ def forget_ended(prompts, step, just_prefilled):
                 count[key] = 0
 
 
-@kernel(inline=False)
-def want_most_frequent(cells, total, begin, stop, most):
-    """Want the up to ``most`` most counted of the keys ``begin`` to ``stop``; ties: lower key; never a count of 0.
-
-    Wanted experts may be kept and are never evicted; unwanted ones are evicted and never kept.
-    """
-    experts, counts = cells.shape[1], total[begin:stop]
-    highest = 0
-    for i in range(counts.size):
-        highest = max(highest, counts[i])
-    # Counts from `threshold` on are wanted, all of them: found by halving, as counting many at once is cheap.
-    low, threshold, above = 1, highest + 1, 0
-    while low < threshold:
-        middle, found = (low + threshold) >> 1, 0
-        for i in range(counts.size):
-            found += counts[i] >= middle
-        if found <= most:
-            threshold, above = middle, found
-        else:
-            low = middle + 1
-    ties = most - above  # wanted among those one below the threshold
-    for row in range(counts.size // experts):
-        layer = begin // experts + row
-        for e in range(experts):
-            count = counts[row * experts + e]
-            tied = (count == threshold - 1) & (count > 0)
-            wanted = (count >= threshold) | (tied & (ties > 0))
-            ties -= tied
-            cells[layer, e].admit = wanted
-            cells[layer, e].score = np.inf if wanted else 0.0
-
-
 @kernel
 def make_wanted(cells, cache, total):
     """Recompute *wanted*: the capacity's worth of most frequent experts, of each layer or of the whole model."""
     pools = cache.residents.size
     span = total.size // pools
     for pool in range(pools):
-        want_most_frequent(cells, total, pool * span, (pool + 1) * span, cache.capacity[pool])
-        _line_up_unwanted(cells, cache, pool, pool * span, (pool + 1) * span)
+        _want_most_frequent(cells, cache, total, pool, pool * span, (pool + 1) * span)
 
 
 @kernel(inline=False)
-def _line_up_unwanted(cells, cache, pool, begin, stop):
-    """Rebuild a pool's ring from the residents that are not wanted any more."""
+def _want_most_frequent(cells, cache, total, pool, begin, stop):
+    """Want the most counted of a pool's keys, up to its capacity; ties: lower key; never a count of 0.
+
+    Wanted experts may be kept and are never evicted; unwanted ones are evicted and never kept. A prompt changes few of
+    them: the others are read, many at once, and not written.
+    """
     experts = cells.shape[1]
-    by_touch = np.empty(cache.residents[pool] + 1, np.int64)  # order of touch, then of key; each may be the last
-    ids = np.empty(experts, np.int64)  # of a layer's residents
+    threshold, last_tie = _threshold_of(total, begin, stop, cache.capacity[pool], experts)
+    unwanted = np.empty(cache.residents[pool] + 1, np.int64)  # residents, from now on; each may be the last
     size = 0
-    for layer in range(begin // experts, stop // experts):
-        residents = 0
-        for e in range(experts):
-            cache.after[layer * experts + e] = -1
-            ids[residents] = e
-            residents += cache.resident[layer * experts + e]
-        for i in range(residents):
-            key = layer * experts + ids[i]
-            by_touch[size] = cache.touched[key] * cache.resident.size + key
-            size += cells[layer, ids[i]].score < np.inf
-    _sort(by_touch, size)
-    end = cache.resident.size + pool
-    cache.after[end] = cache.before[end] = end
-    for i in range(size):
-        link(cache, by_touch[i] % cache.resident.size, end)
+    for first in range(begin, stop, experts):
+        changes = 0
+        for key in range(first, first + experts):
+            changes |= _is_wanted(total, key, threshold, last_tie) ^ cache.wanted[key]
+        if changes == 0:
+            continue
+        for key in range(first, first + experts):
+            wanted = _is_wanted(total, key, threshold, last_tie)
+            if wanted == cache.wanted[key]:
+                continue
+            cache.wanted[key] = wanted
+            cell = cells[first // experts, key - first]
+            cell.admit, cell.score = wanted, np.inf if wanted else 0.0
+            if cache.resident[key] and wanted:
+                unlink(cache, key)
+            elif cache.resident[key]:
+                unwanted[size] = _age_key(cache, key)
+                size += 1
+    _sort(unwanted, size)
+    other = cache.resident.size + pool  # where the ring closes, near which those belong that were touched of late
+    for i in range(size - 1, -1, -1):
+        while cache.before[other] < cache.resident.size and _age_key(cache, cache.before[other]) > unwanted[i]:
+            other = cache.before[other]
+        link(cache, unwanted[i] % cache.resident.size, other)
+        other = unwanted[i] % cache.resident.size
+
+
+@kernel
+def _age_key(cache, key):
+    """Return a number by which residents are in the order of their last touch, then of their keys."""
+    return cache.touched[key] * cache.resident.size + key
+
+
+@kernel
+def _is_wanted(total, key, threshold, last_tie):
+    """Return 1 if a key is wanted, else 0."""
+    return np.uint8((total[key] >= threshold) | ((total[key] == threshold - 1) & (key <= last_tie)))
+
+
+@kernel
+def _threshold_of(total, begin, stop, most, experts):
+    """Return from which count on keys are wanted, and the last wanted key of those counted once less, -1 = none.
+
+    The count is found by halving, as counting many keys at once is cheap.
+    """
+    highest = 0
+    for key in range(begin, stop):
+        highest = max(highest, total[key])
+    low, threshold, above = 1, highest + 1, 0
+    while low < threshold:
+        middle, found = (low + threshold) >> 1, 0
+        for key in range(begin, stop):
+            found += total[key] >= middle
+        if found <= most:
+            threshold, above = middle, found
+        else:
+            low = middle + 1
+    ties = most - above
+    if threshold == 1 or ties == 0:
+        return threshold, -1
+    for first in range(begin, stop, experts):
+        found = 0
+        for key in range(first, first + experts):
+            found += total[key] == threshold - 1
+        if found >= ties:
+            for key in range(first, first + experts):
+                ties -= total[key] == threshold - 1
+                if ties == 0:
+                    return threshold, key
+        ties -= found
+    return threshold, stop  # all of them
 
 
 @kernel
@@ -196,26 +223,21 @@ def queue_wanted(queue, cells, cache, prompts, tally):
             continue
         moved_bytes = queue.moved_bytes[key]
         wasted = leave(queue, key)
-        if cells[key // experts, key % experts].admit:
+        if cache.wanted[key]:
             prompts.kept[key] = moved_bytes
         else:
             tally[0].wasted += wasted
-    ids = np.empty(experts, np.int64)
-    for layer in range(layers):
+    order = np.empty(experts, np.int64)
+    for first in range(0, layers * experts, experts):
         size = 0
         for e in range(experts):
-            ids[size] = e
-            size += (cells[layer, e].admit != 0) & (cache.resident[layer * experts + e] == 0)
+            order[size] = e - prompts.total[first + e] * experts  # by count descending, then id
+            size += cache.wanted[first + e] > cache.resident[first + e]
+        _sort(order, size)
         for i in range(size):
-            e, j = ids[i], i
-            while j > 0 and prompts.total[layer * experts + ids[j - 1]] < prompts.total[layer * experts + e]:
-                ids[j] = ids[j - 1]
-                j -= 1
-            ids[j] = e
-        for i in range(size):
-            key = layer * experts + ids[i]
+            key = first + order[i] % experts
             late = queue.late[key]
             join(queue, key, 0)
             if prompts.kept[key] > 0:
                 restore(queue, key, prompts.kept[key], late)
-            prompts.kept[key] = 0.0
+                prompts.kept[key] = 0.0

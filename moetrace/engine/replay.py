@@ -381,7 +381,7 @@ def smallest_work() -> Work:
     arrays = np.zeros((0, 1, 1), np.uint16), none, bits, no_gates, none
     batch = Batch(Steps(0, one, one, one, bits), demand, one, *arrays)
     nothing, ones = np.ones((1, 1)), np.ones((1, 1), np.int64)
-    machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1)
+    machine = Machine(records(2, DEVICE), records(1, LINK), records(1, WORK), 1, nothing, ones, 1.0, 1)
     state = new_state(machine, prompts_of(none, none, none, 1), empty_cache(1, 1, 1, 0, BY_TOUCH), True)
     return Work(batch, machine, new_setting(), state, new_log(1, 1, 1))
 

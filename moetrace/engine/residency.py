@@ -30,6 +30,7 @@ class Cache(NamedTuple):
     active: np.ndarray  # uint8 [L * E]: not to be evicted now
     touched: np.ndarray  # int64 [L * E]: when it was last touched, 0 = never
     visited: np.ndarray  # uint8 [L * E]: demanded since it was admitted, or since the hand passed
+    wanted: np.ndarray  # uint8 [L * E]: by the prompts, or kept for good: not to be evicted
     hand: np.ndarray  # int64 [pools]: the node that it looks at next
     age: np.ndarray  # float64 [pools]: BY_AGE: the greatest score that was evicted, 0 at the start
     capacity: np.ndarray  # int64 [pools]
@@ -52,6 +53,7 @@ def empty_cache(
         active=np.zeros(cells, np.uint8),
         touched=np.zeros(cells, np.int64),
         visited=np.zeros(cells, np.uint8),
+        wanted=np.zeros(cells, np.uint8),
         hand=ring[cells:].copy(),
         age=np.zeros(pools),
         capacity=np.broadcast_to(np.asarray(capacity, np.int64), pools).copy(),
@@ -70,7 +72,7 @@ def empty_cells(layers: int, experts: int, admit: bool) -> np.ndarray:
 def keep_for_good(cells: np.ndarray, cache: Cache, keys: np.ndarray) -> None:
     """Put experts (int64 [n] keys, as many as fit) into the cache for good, before the first step."""
     layer, expert = np.divmod(keys, cells.shape[1])
-    cache.resident[keys] = 1
+    cache.resident[keys] = cache.wanted[keys] = 1
     np.add.at(cache.residents, layer if len(cache.residents) > 1 else 0 * layer, 1)
     cells["resident"][layer, expert] = 1
     cells["score"][layer, expert] = np.inf
