@@ -60,7 +60,7 @@ class PromptBooks:
             if first_step > self._first_step:
                 self._before, self._first_step = self._after, first_step
             before = self._before
-        mine = {name: getattr(before, name).copy() for name in ("counts", "total", "cursor", "kept")}
+        mine = {name: getattr(before, name).copy() for name in ("counts", "total", "cursor")}
         return before._replace(**mine)
 
     def give_back(self, prompts: Prompts) -> None:

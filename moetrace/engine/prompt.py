@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrace.engine.prefetch import HEAD, TAIL, join, leave, restore
+from moetrace.engine.prefetch import COMPLETE, DONE_BYTES, HEAD, TAIL, is_complete
 from moetrace.engine.residency import link, unlink
 from moetrace.engine.schedule import places_of
 from moetrace.jit.compile import kernel
@@ -24,7 +24,6 @@ class Prompts(NamedTuple):
     last_step: np.ndarray  # int64 [requests]
     last_prefill_step: np.ndarray  # int64 [requests], -1 = none
     cursor: np.ndarray  # int64 [1]: how many of `order` are over
-    kept: np.ndarray  # float64 [L * E]: bytes that had moved of what stays queued, while the queue is made anew
 
 
 def prompts_of(last_step: np.ndarray, first_prefill: np.ndarray, last_prefill: np.ndarray, cells: int) -> Prompts:
@@ -38,7 +37,6 @@ def prompts_of(last_step: np.ndarray, first_prefill: np.ndarray, last_prefill: n
         last_step=last_step,
         last_prefill_step=last_prefill,
         cursor=np.zeros(1, np.int64),
-        kept=np.zeros(cells),
     )
 
 
@@ -49,7 +47,6 @@ def emptied(prompts: Prompts) -> Prompts:
         counts=np.zeros(prompts.counts.shape, np.int32),
         total=np.zeros(cells, np.int64),
         cursor=np.zeros(1, np.int64),
-        kept=np.zeros(cells),
     )
 
 
@@ -119,26 +116,30 @@ def _want_most_frequent(cells, cache, total, pool, begin, stop):
     them: the others are read, many at once, and not written.
     """
     experts = cells.shape[1]
-    threshold, last_tie = _threshold_of(total, begin, stop, cache.capacity[pool], experts)
+    threshold, tied_layer, tied_expert = _threshold_of(total[begin:stop], cache.capacity[pool], experts)
     unwanted = np.empty(cache.residents[pool] + 1, np.int64)  # residents, from now on; each may be the last
     size = 0
-    for first in range(begin, stop, experts):
-        changes = 0
-        for key in range(first, first + experts):
-            changes |= _is_wanted(total, key, threshold, last_tie) ^ cache.wanted[key]
+    for layer in range(begin // experts, stop // experts):
+        first = layer * experts
+        # Views, with numbers that are never negative: only so are many experts compared at a time.
+        counts, before = total[first : first + experts], cache.wanted[first : first + experts]
+        tied = first - begin < tied_layer * experts
+        most_tied = experts if tied else (tied_expert if first - begin == tied_layer * experts else 0)
+        changes = np.uint8(0)
+        for e in range(experts):
+            changes |= _is_wanted(counts, e, threshold, most_tied) ^ before[e]
         if changes == 0:
             continue
-        for key in range(first, first + experts):
-            wanted = _is_wanted(total, key, threshold, last_tie)
-            if wanted == cache.wanted[key]:
+        for e in range(experts):
+            wanted = _is_wanted(counts, e, threshold, most_tied)
+            if wanted == before[e]:
                 continue
-            cache.wanted[key] = wanted
-            cell = cells[first // experts, key - first]
-            cell.admit, cell.score = wanted, np.inf if wanted else 0.0
-            if cache.resident[key] and wanted:
-                unlink(cache, key)
-            elif cache.resident[key]:
-                unwanted[size] = _age_key(cache, key)
+            before[e] = wanted
+            cells[layer, e].admit, cells[layer, e].score = wanted, np.inf if wanted else 0.0
+            if cache.resident[first + e] and wanted:
+                unlink(cache, first + e)
+            elif cache.resident[first + e]:
+                unwanted[size] = _age_key(cache, first + e)
                 size += 1
     _sort(unwanted, size)
     other = cache.resident.size + pool  # where the ring closes, near which those belong that were touched of late
@@ -156,43 +157,46 @@ def _age_key(cache, key):
 
 
 @kernel
-def _is_wanted(total, key, threshold, last_tie):
-    """Return 1 if a key is wanted, else 0."""
-    return np.uint8((total[key] >= threshold) | ((total[key] == threshold - 1) & (key <= last_tie)))
+def _is_wanted(counts, e, threshold, most_tied):
+    """Return 1 if an expert of a layer is wanted, else 0: of those counted once less, the first ``most_tied`` are."""
+    return np.uint8((counts[e] >= threshold) | ((counts[e] == threshold - 1) & (e < most_tied)))
 
 
 @kernel
-def _threshold_of(total, begin, stop, most, experts):
-    """Return from which count on keys are wanted, and the last wanted key of those counted once less, -1 = none.
+def _threshold_of(counts, most, experts):
+    """Return from which count on experts are wanted, found by halving, as counting many at once is cheap.
 
-    The count is found by halving, as counting many keys at once is cheap.
+    And of which layer of the pool, below which expert, the last of those counted once less is wanted; 0 and 0 = none.
     """
     highest = 0
-    for key in range(begin, stop):
-        highest = max(highest, total[key])
+    for i in range(counts.size):
+        highest = max(highest, counts[i])
     low, threshold, above = 1, highest + 1, 0
     while low < threshold:
         middle, found = (low + threshold) >> 1, 0
-        for key in range(begin, stop):
-            found += total[key] >= middle
+        for i in range(counts.size):
+            found += counts[i] >= middle
         if found <= most:
             threshold, above = middle, found
         else:
             low = middle + 1
     ties = most - above
     if threshold == 1 or ties == 0:
-        return threshold, -1
-    for first in range(begin, stop, experts):
-        found = 0
-        for key in range(first, first + experts):
-            found += total[key] == threshold - 1
+        return threshold, 0, 0
+    layer = 0
+    while True:  # there are more of them than ``ties``, or the threshold would be lower
+        of_layer, found = counts[layer * experts : (layer + 1) * experts], 0
+        for e in range(experts):
+            found += of_layer[e] == threshold - 1
         if found >= ties:
-            for key in range(first, first + experts):
-                ties -= total[key] == threshold - 1
-                if ties == 0:
-                    return threshold, key
+            break
         ties -= found
-    return threshold, stop  # all of them
+        layer += 1
+    for e in range(experts):
+        ties -= of_layer[e] == threshold - 1
+        if ties == 0:
+            return threshold, layer, e + 1
+    return threshold, layer, experts
 
 
 @kernel
@@ -221,23 +225,26 @@ def queue_wanted(queue, cells, cache, prompts, tally):
         key = queue.key[at]
         if queue.place[key] != at:
             continue
-        moved_bytes = queue.moved_bytes[key]
-        wasted = leave(queue, key)
-        if cache.wanted[key]:
-            prompts.kept[key] = moved_bytes
-        else:
-            tally[0].wasted += wasted
-    order = np.empty(experts, np.int64)
-    for first in range(0, layers * experts, experts):
-        size = 0
+        queue.place[key] = -1
+        if not cache.wanted[key]:
+            tally[0].wasted += queue.moved_bytes[key] > DONE_BYTES
+            queue.moved_bytes[key] = 0.0
+    ids, order = np.empty(experts, np.int64), np.empty(experts, np.int64)
+    tail, complete = 0, 0
+    for layer in range(layers):
+        first, size = layer * experts, 0
+        wanted, resident = cache.wanted[first : first + experts], cache.resident[first : first + experts]
         for e in range(experts):
-            order[size] = e - prompts.total[first + e] * experts  # by count descending, then id
-            size += cache.wanted[first + e] > cache.resident[first + e]
+            ids[size] = e
+            size += wanted[e] > resident[e]
+        for i in range(size):
+            order[i] = ids[i] - prompts.total[first + ids[i]] * experts  # by count descending, then id
         _sort(order, size)
         for i in range(size):
             key = first + order[i] % experts
-            late = queue.late[key]
-            join(queue, key, 0)
-            if prompts.kept[key] > 0:
-                restore(queue, key, prompts.kept[key], late)
-                prompts.kept[key] = 0.0
+            queue.key[tail], queue.place[key], queue.target[key] = key, tail, 0
+            tail += 1
+            has_begun = queue.moved_bytes[key] > 0.0
+            queue.late[key] &= has_begun
+            complete += has_begun and is_complete(queue, key)
+    queue.ends[HEAD], queue.ends[TAIL], queue.ends[COMPLETE] = 0, tail, complete
