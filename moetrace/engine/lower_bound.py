@@ -18,7 +18,7 @@ from moetrace.engine.state import records
 from moetrace.jit.compile import kernel
 
 BELOW = 0.98  # of the link's weight at which fetching an expert costs what it saves at home: just below, it pays
-NEVER = -1.0  # level of an expert that has not been demanded yet
+NEVER = -1e30  # level of an expert that has not been demanded yet: to have held it would cost more than any fetch
 # How fast weights move: the GPU's with each layer, the price of a slot with each step, e-fold at most by MOST_STEP.
 SHARE_STEP, PRICE_STEP, MOST_STEP = 0.02, 0.05, 0.3
 LEAST_PRICE = 1e-4  # of the first: a price that fell to nothing while few experts were in use would not come back
@@ -194,27 +194,28 @@ def _add_layer(demand, first, size, layer, costs, machine, bound):
             (rest - gpu_weight) * at_home_s,
             rest * at_home_s,
         )
-        begin, linked = i, 0
+        begin, linked = i, 0.0
         while i < stop and demand.rows[i] == alike:
             expert = np.uint64(demand.expert[i])
-            if machine.weight_bytes[layer, expert] != weight_bytes:
+            if machine.even_bytes == 0.0 and machine.weight_bytes[layer, expert] != weight_bytes:
                 break
             before = bound.level[layer, expert]
             bound.level[layer, expert] = level
-            seen += before == NEVER
+            seen += before < 0.0
             hold_s = price_s * (level - before)
-            is_held = (before != NEVER) & (hold_s < fetch_s)
-            carry_s = hold_s if is_held else fetch_s
-            own_held_s = hold_s if is_held else 0.0
+            is_held = hold_s < fetch_s  # comparisons are numbers here: branches could not be foretold
+            carry_s = min(hold_s, fetch_s)
+            own_held_s = is_held * carry_s
             link_s += carry_s
             held_s += own_held_s
             carried_s = link_weight * carry_s
-            there = less(linked_there_s + carried_s, linked_here_s)
-            linked += there
-            linked_s += min(linked_there_s + carried_s, linked_here_s)
-            linked_held_s += own_held_s if there else 0.0
+            there_s = linked_there_s + carried_s
+            there = less(there_s, linked_here_s)
+            linked += there * 1.0
+            linked_s += min(there_s, linked_here_s)
+            linked_held_s += there * own_held_s
             idle_s += min(carried_s, idle_here_s)
-            idle_held_s += own_held_s if less(carried_s, idle_here_s) else 0.0
+            idle_held_s += less(carried_s, idle_here_s) * own_held_s
             i += 1
         count = float(i - begin)
         gpu_s += count * on_gpu_s
