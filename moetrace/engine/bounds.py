@@ -63,8 +63,8 @@ def work_bound_s(steps, demand, machine, total_s):
 def _is_as_before(machine, demand, layer, first, size, active):
     """Return whether a layer's active experts, from ``first`` on, have the rows, bytes and homes of the records."""
     if machine.even_bytes > 0.0 and machine.device.size == FIRST_HOME + 1:
-        same = True
-        for i in range(size):
+        same = demand.rows[first] == active[0].rows  # the most rows
+        for i in range(size if same else 0):
             same &= demand.rows[first + i] == active[i].rows
         return same
     for i in range(size):

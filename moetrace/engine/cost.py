@@ -52,6 +52,7 @@ class Prices(NamedTuple):
     gpu: "Rates"
     home: "Rates"  # of the first group of units
     one_home: bool  # all units share every expert
+    even_bytes: float  # of each expert, 0 if they differ
     fetch_s_per_byte: float
     fetch_latency_s: float
 
@@ -69,7 +70,8 @@ def prices_of(machine):
     """Return the machine's ``Prices``."""
     link = machine.link[0]
     gpu, home = rates_of(machine.device[GPU_DEVICE]), rates_of(machine.device[FIRST_HOME])
-    return Prices(gpu, home, machine.device.size == FIRST_HOME + 1, link.s_per_byte, link.latency_s)
+    one_home = machine.device.size == FIRST_HOME + 1
+    return Prices(gpu, home, one_home, machine.even_bytes, link.s_per_byte, link.latency_s)
 
 
 @kernel
@@ -81,7 +83,7 @@ def rates_of(device):
 @kernel
 def price(machine, prices, layer, expert, rows, resident, active):
     """Fill the record (``ACTIVE``) of an expert that ``rows`` rows chose in ``layer``."""
-    weight_bytes = machine.weight_bytes[layer, expert]
+    weight_bytes = prices.even_bytes if prices.even_bytes > 0.0 else machine.weight_bytes[layer, expert]
     if prices.one_home:
         active.group = 0
         active.ndp_s = expert_s(prices.home, rows, weight_bytes)
