@@ -96,7 +96,8 @@ def price(machine, prices, layer, expert, rows, resident, active):
     active.weight_bytes = weight_bytes
     active.resident = resident
     active.gpu_s = expert_s(prices.gpu, rows, weight_bytes)
-    active.fetch_s = 0.0 if resident else weight_bytes * prices.fetch_s_per_byte + prices.fetch_latency_s
+    # A product: nobody can foretell who is resident, so a branch would cost more.
+    active.fetch_s = (1 - resident) * (weight_bytes * prices.fetch_s_per_byte + prices.fetch_latency_s)
 
 
 @kernel
