@@ -105,7 +105,7 @@ def queue_best(f, queue, cache, layer, size, scratch, tally):
     bar = 0.0 if least == np.inf or cache.residents[0] < cache.capacity[0] else least
     kept = 0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
-        key = queue.key[at]
+        key = np.int64(queue.key[at])
         if queue.place[key] != at:
             continue
         begun = queue.moved_bytes[key] > DONE_BYTES
@@ -175,7 +175,7 @@ def admit_by_worth(f, queue, cells, cache, tally):
     """Before a layer's ``dense``: keep arrived experts, in queue order, or drop them."""
     at = queue.ends[HEAD]
     while queue.ends[COMPLETE] > 0:
-        key = queue.key[at]
+        key = np.int64(queue.key[at])
         if queue.place[key] == at and is_complete(queue, key):
             leave(queue, key)
             grow_stale(f, key // f.worth.shape[1])

@@ -23,9 +23,9 @@ class Queue(NamedTuple):
     """
 
     weight_bytes: np.ndarray  # float64 [L * E]
-    key: np.ndarray  # int64 [2 * L * E]
+    key: np.ndarray  # int32 [2 * L * E]
     ends: np.ndarray  # int64 [4]: first entry, one past the last, complete ones in between, completed ever
-    place: np.ndarray  # int64 [L * E]: where in `key` an expert stands
+    place: np.ndarray  # int32 [L * E]: where in `key` an expert stands
     moved_bytes: np.ndarray  # float64 [L * E]
     late: np.ndarray  # uint8 [L * E]: counted as late already
     target: np.ndarray  # int64 [L * E]: step * L + layer that an `oracle` entry is meant for
@@ -39,9 +39,9 @@ def empty_queue(weight_bytes: np.ndarray) -> Queue:
     cells = weight_bytes.size
     return Queue(
         weight_bytes=weight_bytes.reshape(-1),
-        key=np.zeros(2 * cells, np.int64),
+        key=np.zeros(2 * cells, np.int32),
         ends=np.zeros(4, np.int64),
-        place=np.full(cells, -1),
+        place=np.full(cells, -1, np.int32),
         moved_bytes=np.zeros(cells),
         late=np.zeros(cells, np.uint8),
         target=np.zeros(cells, np.int64),
@@ -71,7 +71,7 @@ def _close_up(queue):
     """Move the entries to the front of the queue's room, without those that left."""
     tail = 0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
-        key = queue.key[at]
+        key = np.int64(queue.key[at])
         if queue.place[key] == at:
             queue.key[tail] = key
             queue.place[key] = tail
@@ -129,7 +129,7 @@ def flow(queue, budget_bytes):
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
         if left <= 0:
             break
-        key = queue.key[at]
+        key = np.int64(queue.key[at])
         if queue.place[key] != at:
             continue
         remaining = queue.weight_bytes[key] - queue.moved_bytes[key]
@@ -150,7 +150,7 @@ def remaining_bytes(queue):
     """Return the bytes in the queue that have yet to arrive."""
     total = 0.0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
-        key = queue.key[at]
+        key = np.int64(queue.key[at])
         if queue.place[key] == at and not is_complete(queue, key):
             total += queue.weight_bytes[key] - queue.moved_bytes[key]
     return total
@@ -162,7 +162,7 @@ def admit_complete(queue, cells, cache, tally):
     experts = cells.shape[1]
     at = queue.ends[HEAD]
     while queue.ends[COMPLETE] > 0:
-        key = queue.key[at]
+        key = np.int64(queue.key[at])
         if queue.place[key] == at and is_complete(queue, key):
             leave(queue, key)
             if keep(cells, cache, key // experts, key % experts, tally):
@@ -212,7 +212,7 @@ def join_ahead(queue, cells, cache, demand, at, now, setting):
     layers, experts = cells.shape
     wasted = 0
     for entry in range(queue.ends[HEAD], queue.ends[TAIL]):
-        key = queue.key[entry]
+        key = np.int64(queue.key[entry])
         if queue.place[key] == entry and queue.target[key] < now:
             wasted += leave(queue, key)
     for ahead in range(1, setting.depth + 1):

@@ -222,7 +222,7 @@ def queue_wanted(queue, cells, cache, prompts, tally):
     """
     layers, experts = cells.shape
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
-        key = queue.key[at]
+        key = np.int64(queue.key[at])
         if queue.place[key] != at:
             continue
         queue.place[key] = -1

@@ -75,7 +75,8 @@ def note_count(tape, step, at_s, state):
     queue = state.queue
     queued = 0
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
-        queued += queue.place[queue.key[at]] == at and not is_complete(queue, queue.key[at])
+        key = np.int64(queue.key[at])
+        queued += queue.place[key] == at and not is_complete(queue, key)
     tape.ends[1] += 1
     entry = tape.counts[min(tape.ends[1], tape.counts.size) - 1]
     entry.step, entry.at_s, entry.residents = step, at_s, state.cache.residents.sum()
@@ -90,7 +91,7 @@ def note_flow(tape, step, budget_bytes, start_s, machine, state):
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
         if left <= 0:
             break
-        key = queue.key[at]
+        key = np.int64(queue.key[at])
         if queue.place[key] != at or is_complete(queue, key):
             continue
         step_bytes = min(left, queue.weight_bytes[key] - queue.moved_bytes[key])

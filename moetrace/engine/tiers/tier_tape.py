@@ -104,7 +104,7 @@ def _note_flow(tape, tiers, step, times, machine, state):
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
         if left_s <= 0:
             break
-        key = queue.key[at]
+        key = np.int64(queue.key[at])
         if queue.place[key] != at:
             continue
         step_bytes, step_s, is_read = piece_of(tiers, queue, key, begin_s + used_s, (left_s, spare_s), machine)
