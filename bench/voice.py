@@ -24,8 +24,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PUBLIC = ("numbagg==0.9.4", "stumpy==1.13.0", "sqlite-utils==3.38")
 
-# A short list of phrases that a reader has to read twice, each with a plain equivalent: "only" for "alone",
-# "recompute" for "anew", "the missing experts" for "what is missing". `^` begins a sentence, a list item or a cell.
+# A short list of phrases that a reader has to read twice, each with a plain equivalent: "only" for `alone`, "recompute"
+# for `anew`, "the missing experts" for `what is missing`. `^` begins a sentence, a list item or a cell.
 MARKERS = {
     "Of ... at the beginning": r"^Of (?!course)",
     "What ... is, as a subject": r"^What (?!follows\b|is new\b|if\b|to\b)[^?]*$",

@@ -86,7 +86,7 @@ def test_an_edit_two_modules_away_shows(copy, code, file, old, new, before, afte
     far.write_text(f"FAR = {after}\n")
     figure, hits = copy.run(code)
     assert hits == 0
-    # Rules that are numbered anew are the same rules: a stale kernel would take one for another.
+    # Other numbers for the same rules change no figure, but a stale kernel would take one rule for another.
     assert figure == copy.run(code, "fresh")[0] and (figure == first) == (code == ANALYZE)
 
 

@@ -104,8 +104,8 @@ def test_a_replay_on_demand_hits_as_the_cache_does(case):
     everything = trace.layers * trace.num_experts
     slots = sorted({case.slots, everything // 2, everything * 3 // 4})
     check(trace, case.model, case.system, slots, [name for name in SHARED if name != "belady"])
-    # Of experts that come next at the same time, belady drops another one here than there. That changes no hits
-    # as long as what comes fits.
+    # Among experts that come next at the same time, belady drops another one here than there. That changes no hits as
+    # long as the demanded experts fit.
     fits = largest_event(trace)
     check(trace, case.model, case.system, [max(s, fits * trace.layers) for s in slots], ["belady"])
 

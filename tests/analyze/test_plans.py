@@ -54,7 +54,7 @@ def test_the_example_of_eplb_s_readme():
 @given(seed=st.integers(0, 2**32), most=KINDS, shape=SHAPES)
 def test_eplb_agrees_with_plain_python(seed, most, shape):
     experts, slots, units, nodes, groups = shape
-    # Sums of shares such as 1/3 may tie exactly but not as floats; loads of 60 times a number have none such.
+    # Sums of shares such as 1/3 may tie exactly but not as floats. Loads that are multiples of 60 have exact shares.
     loads = 60 * loads_of(seed, most, 2, experts) * (1 if slots - experts < 6 else 14)
     plan = eplb_plan(loads, slots, units, nodes, groups)
     assert plan.tolist() == [oracle.eplb(row, slots, units, nodes, groups) for row in loads]

@@ -88,7 +88,7 @@ def simulate(given: dict, predictor: str, capacity: int, most: int, ahead: int) 
             correct, covered = set(names) & set(demanded), set(names) & set(misses)
             found = [len(names), len(correct), len(demanded), len(misses), len(covered), *bytes_of]
             totals = [a + b for a, b in zip(totals, found, strict=True)]
-            # What is resident afterwards, if the event fits.
+            # The cache's content afterwards, if the event fits.
             keys = [(layer, e) for e in demanded]
             touched = [key for key in touched if key not in keys] + keys
             resident = set(touched[-capacity:])

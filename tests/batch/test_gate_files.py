@@ -83,7 +83,7 @@ def test_markdown_is_one_table_whatever_names_say(gate):
     for verdict in ("worse", "missing", "changed", "better", "new"):
         assert sum(f" {verdict} |" in line for line in table) >= 1
     assert "t/s/same" not in text
-    # What is a stranger's stands in code, and nothing in it is a mark of Markdown or HTML.
+    # A stranger's text stands in code, and nothing in it is a mark of Markdown or HTML.
     (nasty,) = re.findall(r"<code>(t/s/.*?)</code>", text)
     assert re.fullmatch(r"(?:[A-Za-z0-9 /-]|&#\d+;)+", nasty)
     assert "<script" not in text and "@user" not in text and "\x1b" not in text

@@ -12,7 +12,7 @@ import moetrace as mt
 from moetrace.batch.verdict import VERDICTS
 
 POLICIES = ["monde", "on-demand", "ndp-ep", "edge-ndp"]
-# Of a machine without units, every policy but one is refused: those cells fail, before and after.
+# A machine without units refuses every policy but one: those cells fail, before and after.
 MACHINES = ["edge-ndp", "rtx4090-offload"]
 GRID = {"trace": "t.h5", "system": MACHINES, "policy": POLICIES, "slots": 48}
 SCRIPT = f"import sys, moetrace as mt; mt.sweep({GRID!r} | {{'trace': sys.argv[1]}}, sys.argv[2])"
@@ -52,7 +52,7 @@ def made(tmp_path_factory):
             "spec/presets/policies/edge-ndp.toml",
             'scope = "global"',
             'scope = "layer"',
-            None,  # whichever way it goes, the cell holds something else
+            None,  # better or worse: the cell changes
             ["edge-ndp/edge-ndp"],
             "policy changed: scope global -> layer",
         ),

@@ -95,7 +95,7 @@ def test_what_wins_depends_on_the_drift(traces, slow, drifting):
     assert again.verdict.startswith(f"Plan again: {again.best.label} saves ")
     assert once.verdict.startswith(f"Plan once: {once.once.label} saves ")
     assert none.verdict.startswith("Nothing to win: ")
-    # What steps wait for experts is lost.
+    # Steps that wait for experts take longer.
     assert drifting.best.total_s > again.best.total_s
     assert all(row.figures["cluster"]["pauses"] == 0 for row in again.rows)
 

@@ -188,7 +188,7 @@ def test_show_policy_has_a_line_for_each_parameter_that_it_reads(moetrace):
             assert value is not None or line.split()[1:4] == ["-", "not", "set:"]
     out = moetrace("show", "policy", "n-cpu-moe")[1]
     assert "gpu_layers      -" in out and "gpu_rows        32" in out
-    # What is not set is no line of a file to keep.
+    # A file to keep has no line for a parameter that is not set.
     assert "gpu_layers" not in moetrace("show", "policy", "n-cpu-moe", "--format", "toml")[1]
 
 

@@ -166,7 +166,7 @@ def test_a_parameter_that_a_policy_does_not_read_is_set_where_it_is_read(capsys,
     assert run(TINY, "--system", system, *named, "--set", f"policy.{field}=1") == 2
     _, err = capsys.readouterr()
     assert f"set it in a policy that reads it, as with {' '.join(advice)}." in err
-    # What the sentence says to write is accepted.
+    # The settings that the sentence advises are accepted.
     assert run(TINY, "--system", system, *named, *(part.replace("VALUE", "1") for part in advice)) == 0
 
 

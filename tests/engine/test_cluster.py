@@ -123,7 +123,7 @@ def test_what_holds_of_schedules(seed, parts, gpus, order):
     np.testing.assert_allclose(cut_up.log.step["imbalance_rows"], serial.log.step["imbalance_rows"])
 
 
-# Each preset as it is, and with as many of its GPUs for attention as FinDEP has of its own (3:5 to 1:3).
+# Each preset as it is, and with FinDEP's shares of GPUs for attention (3:5 to 1:3).
 CLUSTERS = [
     ("h100-x8", None),
     ("h100-x8", (3, 5)),

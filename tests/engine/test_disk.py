@@ -23,7 +23,7 @@ from moetrace.trace import Trace
 from moetrace.trace import format as trace_format
 
 RANDOM = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-# What runs where does not hang on seconds: so the GPU holds the same with a disk as without one.
+# These dispatches do not depend on seconds, so the GPU holds the same experts with a disk as without one.
 PLAIN = [
     PolicySpec(name=f"{dispatch} {residency} {scope}", dispatch=dispatch, residency=residency, scope=scope)
     for dispatch in ("gpu", "ndp", "in-place")
@@ -82,7 +82,7 @@ def test_the_cpu_runs_each_expert_when_it_has_been_read():
     assert moe_ms(at_home) == near(35, 13, 15, 15)
     assert books(at_home) == (3, 6, 6e6, pytest.approx(66e-3))
     assert part(at_home, "cpu")["busy_s"] == pytest.approx(18e-3)
-    # The start of a layer is over long before the first read ends, but not before what is there already.
+    # The start of a layer is over long before the first read ends, but not before the experts in host memory are there.
     once = replay(
         THREE, system(cpu={"command_us": 12_000, "launch": "layer"}, host={"slots": 2}, disk={}), policy("ndp")
     )
@@ -121,7 +121,7 @@ def test_what_is_prefetched_flows_from_the_disk():
     assert books(lane) == (0, 2, pytest.approx(3e6 + 0.4e6), pytest.approx(17e-3))
     assert lane.log.step["prefetch_bytes"].tolist() == near(1e6, 0.2e6, 0.2e6)
     assert lane.tiers.host.cache.resident.tolist() == [1, 0, 1, 0]
-    # Of two reads nothing is left of the disk but 5 of 15 ms, though the link is free for 7.
+    # Two reads leave a prefetch only 5 of 15 ms of the disk, though the link is free for 7.
     two = replay(steps(rows(0, 2), rows(1)), on, ahead)
     assert moe_ms(two) == near(15, 1)
     slower = system(host={"slots": 2}, disk={"bandwidth_gb_s": 0.2, "latency_us": 1000})

@@ -228,7 +228,7 @@ def test_relaxed_rows_lie_unit_by_unit(activations, placement):
     dropped = sum(float(gates[row, 0, slot]) for row, slot in lost)
     assert 0 < len(lost) < 10
     assert lane.losses.gate_mass_dropped == pytest.approx(dropped / float(gates.astype(float).sum()), rel=1e-12)
-    # What runs on the GPU loses nothing, and a link without a loss of activations takes as long as one without loss.
+    # Experts on the GPU lose nothing, and a link that loses no activations takes as long as one without loss.
     assert replay(trace, on, policy("gpu"), activation_bytes=1.0).losses.gate_mass_dropped == 0
     plain = replay(trace, system(ndp={"units": 2, "activations": activations}), policy("ndp", placement=placement))
     assert moe_ms(replay(trace, on, policy("ndp", placement=placement))) == pytest.approx(moe_ms(plain))

@@ -101,7 +101,7 @@ def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path, what):
     known = set(sys.modules)
     with pytest.raises(MoetraceError, match="is not an ordinary file"):
         run_file(path)
-    assert set(sys.modules) == known  # whoever opens the files of all modules would wait for the pipe
+    assert set(sys.modules) == known  # code that opens the files of all modules would wait for the pipe
 
 
 def test_a_file_that_does_not_run_is_no_module(tmp_path):

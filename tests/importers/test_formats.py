@@ -61,7 +61,7 @@ def test_a_byte_order_mark_before_a_text_is_no_matter(tmp_path, importer):
         assert found[0] == found[1]
 
 
-# A wider top_k is allowed, or what is said decides.
+# Options that an importer accepts although they differ: a wider top_k is allowed, and the user's number goes first.
 SAID = {("colibri", "top_k"), ("fiddler", "top_k"), ("sglang", "num_experts")}
 
 

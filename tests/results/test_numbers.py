@@ -20,7 +20,7 @@ from moetrace.spec.load import field_names
 
 LAYERS, EXPERTS, TOP_K = 2, 6, 2
 FIXED = {"name", "gpu.name", "moe_layers", "experts", "top_k"}
-# What goes only with a table of bits, most of whose ends are more bits than a weight may have.
+# Fields that need a table of bits; most of their largest values are more bits than a weight may have.
 OF_A_TABLE = ("weight_bits.", "sparse_launches")
 POLICIES = [
     mt.load_policy("on-demand"),
@@ -55,7 +55,7 @@ def limits(struct) -> dict[str, tuple[Any, float, float]]:
 # Parts that a machine of one GPU has, and that the GPUs of a cluster have.
 CLUSTER = ("gpu.", "network.", "energy.gpu.", "price.gpu.", "price.usd_hour")
 ONE_GPU = ("gpu.", "ndp.", "link.", "cpu.", "host.", "energy.", "price.")
-# What goes only with other fields, or has no end: packets that are always lost.
+# Fields that need other fields, or at whose limit a replay never ends: packets that are always lost.
 NOT_ALONE = ("host.slots", "gpu.levels.", "link.loss", "energy.disk.")
 
 

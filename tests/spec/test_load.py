@@ -203,7 +203,7 @@ def test_a_name_without_a_preset_that_is_the_users_file_says_how_to_write_it(tmp
     assert load_system("./plain") == load_system("dual.toml")
     with pytest.raises(UsageError, match=r"name the function in it, too, as mine\.py:NAME"):
         load_policy("mine.py")
-    # Where a folder is nothing to read, and where there is none.
+    # Names of a folder without a model or system in it, and names that are no paths.
     for load_spec, name in (
         (load_system, "qwen3-30b"),
         (load_model, "a\0b"),

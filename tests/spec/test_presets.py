@@ -39,7 +39,7 @@ MODELS = {
     "tiny-olmoe": (6, 32, 4, 0, 2048, 1024, (16, 16, 128), 50304, 0, 0, 16),
 }
 
-# What the makers say: all parameters in billions, the embedding (looked up, so not counted here) taken off.
+# The makers' figures: all parameters in billions, without the embedding (looked up, so not counted here).
 PARAMETERS = {"mixtral-8x7b": 46.7, "qwen3-30b-a3b": 30.5, "deepseek-v3": 671, "gpt-oss-120b": 117, "olmoe-1b-7b": 6.9}
 
 

@@ -212,12 +212,12 @@ def test_verified_steps_are_those_of_a_plain_simulation(tmp_path_factory, trace,
         wanted = simulate_verified(verified(requests, verify, accept or verify), batch, chunk)
         assert steps_of(out) == wanted
         assert out.source["parameters"]["accept"] == pytest.approx(accept or verify, abs=5e-4)
-        # What was verified together is taken apart again, without what was rejected.
+        # Tokens verified together are taken apart again, without the rejected ones.
         mt.rebatch(out, folder / "apart.h5", batch=batch, chunk=chunk, verify=1)
         mt.rebatch(trace, folder / "plain.h5", batch=batch, chunk=chunk)
         with mt.Trace.open(folder / "apart.h5") as apart, mt.Trace.open(folder / "plain.h5") as plain:
             assert sorted(requests_of([apart])) == sorted(requests)
-            # Of several at a time, the request that appears first need not be the one that was admitted first.
+            # In a batch of several, the request that appears first need not be the one that was admitted first.
             assert batch > 1 or steps_of(apart) == steps_of(plain)
             assert apart.source["parameters"].get("rejected_rows_left_out", 0) == out.rows - trace.rows
 
