@@ -4,7 +4,7 @@ import pytest
 from voice import MARKERS, Text, code_sentences, own_texts, page_sentences, rate, sentences
 
 LIMIT = 0.5  # markers for each 1,000 words; public packages have 0 to 0.3
-# Sentences that may keep a marker: their words say exactly what is meant.
+# Sentences that may keep a marker, because no plainer words are as exact.
 EXCEPTIONS = {
     "An access waits for the stores of the one before it; two layers at once hide that (8.1 ns an access of 128 "
     "experts alone, 4.4 together).",

@@ -24,7 +24,7 @@ class Prompts(NamedTuple):
     last_step: np.ndarray  # int64 [requests]
     last_prefill_step: np.ndarray  # int64 [requests], -1 = none
     cursor: np.ndarray  # int64 [1]: how many of `order` are over
-    kept: np.ndarray  # float64 [L * E]: bytes that had moved of what stays queued, while the queue is made anew
+    kept: np.ndarray  # float64 [L * E]: moved bytes of queued experts, while the queue is rebuilt
 
 
 def prompts_of(last_step: np.ndarray, first_prefill: np.ndarray, last_prefill: np.ndarray, cells: int) -> Prompts:
