@@ -17,7 +17,7 @@ import moetrace as mt
 
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Examples")
 MANY = 3  # parameters, from which on a function has all sections
-# Which may lack them, and why.
+# Names that may lack sections, and why.
 WITHOUT = {
     "Trace.__init__": "says which functions to use instead",
     "PolicySpec": "each parameter is described by the choice that reads it",

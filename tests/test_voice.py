@@ -1,4 +1,4 @@
-"""Docs, docstrings and messages are in plain English: few of the phrases of bench/voice.py for each 1,000 words."""
+"""Docs, docstrings, messages and comments are in plain English: few phrases of bench/voice.py for each 1,000 words."""
 
 import pytest
 from voice import MARKERS, Text, code_sentences, own_texts, page_sentences, rate, sentences
@@ -10,7 +10,7 @@ EXCEPTIONS = {
     "experts alone, 4.4 together).",
 }
 
-ROOMS = {f"{room.kind} {room.room}": room for room in own_texts() if room.kind != "comments"}
+ROOMS = {f"{room.kind} {room.room}": room for room in own_texts()}
 
 
 def _without_exceptions(room: Text) -> Text:
@@ -80,4 +80,6 @@ def test_pages_and_modules_are_read_without_their_code(tmp_path):
     module = tmp_path / "module.py"
     module.write_text('"""Do it.\n\n    >>> anew\n"""\n\n# Why\n# so.\nprint(f"{1} is what is left", "anew")\n')
     assert code_sentences(module) == (["Do it.", "X is what is left"], ["Why so."])
+    module.write_text("# One\n# comment\none = 1  # the same\ntwo = 2  # of two\n    # Another.\n")
+    assert code_sentences(module) == ([], ["One comment", "the same", "of two", "Another."])
     assert sentences("- One.\n- Two: `x`. (Three.)") == ["One.", "Two: X.", "Three.)"]
