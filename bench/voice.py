@@ -4,8 +4,8 @@
     python bench/voice.py --show docs/cache.md  the sentences too, of rooms whose name begins so
     python bench/voice.py --public              the same count of three public packages from PyPI
 
-A room is one page, or one folder of `moetrace/`, `tests/` or `bench/`. Code, output and what stands in backticks is not counted.
-`tests/test_voice.py` holds the limit for each room.
+A room is one page, or one folder of `moetrace/`, `tests/` or `bench/`. Code, output and words in backticks are not
+counted. `tests/test_voice.py` holds the limit for each room.
 """
 
 import argparse

@@ -77,7 +77,7 @@ def test_datasets_and_attributes_are_explained():
     assert paths | attributes <= named_in("docs/trace-format.md")
 
 
-def test_what_a_policy_sees_is_explained():
+def test_arguments_of_a_policy_are_explained():
     fields = {*ARGUMENTS, *UsersView._fields, *(CELL.names or ()), *(ACTIVE.names or ()), *(GROUP.names or ())}
     assert fields - PRIVATE <= named_in("docs/policies.md")
 

@@ -93,7 +93,7 @@ def test_each_parameter_is_described(name):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_what_comes_back_is_described(name):
+def test_returned_values_are_described(name):
     nothing = inspect.signature(_function(name)).return_annotation in (None, "None")
     assert ("Returns" in SAID[name]) == (not nothing)
     # The site would take text before a colon for a type.
@@ -101,7 +101,7 @@ def test_what_comes_back_is_described(name):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_what_is_raised_is_described(name):
+def test_raised_errors_are_described(name):
     body = ast.parse(textwrap.dedent(inspect.getsource(_function(name))))
     raised = {
         node.exc.func.id

@@ -1,7 +1,9 @@
 """Docs, docstrings, messages and comments are in plain English: few phrases of bench/voice.py for each 1,000 words."""
 
+import re
+
 import pytest
-from voice import MARKERS, Text, code_sentences, own_texts, page_sentences, rate, sentences
+from voice import MARKERS, ROOT, Text, code_sentences, own_texts, page_sentences, rate, sentences
 
 LIMIT = 0.5  # markers for each 1,000 words; public packages have 0 to 0.3
 # Sentences that may keep a marker, because no plainer words are as exact.
@@ -23,6 +25,14 @@ def test_a_room_has_few_markers(name):
     room = _without_exceptions(ROOMS[name])
     found = room.found()
     assert rate([room]) <= LIMIT, found[:5]
+
+
+def test_names_of_tests_have_few_markers():
+    names: list[str] = []
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        names += re.findall(r"^ *def test_(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    room = Text("names", "tests", [name.replace("_", " ").capitalize() for name in names])
+    assert room.words > 10_000 and rate([room]) <= LIMIT, room.found()
 
 
 def test_each_exception_still_occurs_and_has_a_marker():

@@ -154,7 +154,7 @@ def test_lru_of_a_layer_is_its_stack_distances():
 
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_a_cache_of_everything_misses_only_what_is_new(sequential, scope):
+def test_a_cache_of_everything_misses_only_first_accesses(sequential, scope):
     trace = Trace.from_arrays(**small_trace(5))
     most = 3 * int(trace.expert_bytes.sum())
     # static-prefill never wants experts that were not in a prefill step.
@@ -169,7 +169,7 @@ def test_a_cache_of_everything_misses_only_what_is_new(sequential, scope):
 
 
 @pytest.mark.parametrize("policy", [policy for policy in GENERAL if policy != "static-prefill"])
-def test_what_is_larger_than_the_budget_is_never_kept_and_evicts_nothing(policy):
+def test_an_expert_larger_than_the_budget_is_never_kept_and_evicts_nothing(policy):
     experts = np.array([0, 2, 0, 2, 1, 0]).reshape(-1, 1, 1)
     trace = Trace.from_arrays(experts, num_experts=3, expert_bytes=np.array([[4, 4, 11]]))
     frame = cache_hits(trace, ["10B"], [policy]).filter(phase="all")
@@ -239,7 +239,7 @@ def test_sizes_are_the_trace_s_or_the_model_s():
         cache_hits(unknown, ["3MB"])
 
 
-def test_what_cannot_be_asked():
+def test_impossible_arguments_are_refused():
     trace = Trace.from_arrays(**small_trace(0))
     with pytest.raises(UsageError, match=r"no cache policy 'mru' \(the nearest is 'lru'\); known are lru"):
         cache_hits(trace, [3], ["mru"])

@@ -92,7 +92,7 @@ def largest_event(trace: Trace) -> int:
     return max(int(np.diff(block.bounds).max()) for block in in_demand_order(trace))
 
 
-def test_all_but_what_is_defined_one_at_a_time_are_shared():
+def test_a_replay_lacks_only_policies_defined_one_access_at_a_time():
     assert set(POLICIES) - set(SHARED) == {"s3-fifo", "arc", "static-prefill"}
     assert on_demand("ewma", "layer").alpha == ALPHA
 

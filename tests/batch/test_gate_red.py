@@ -98,7 +98,7 @@ def test_a_change_turns_exactly_the_cells_concerned_red(made, tmp_path, file, ol
             assert why in cell.why
 
 
-def test_an_engine_whose_text_alone_changed_is_only_noted(made, tmp_path):
+def test_an_engine_that_changed_only_in_text_is_only_noted(made, tmp_path):
     package = tmp_path / "package"
     shutil.copytree(made / "package", package, ignore=shutil.ignore_patterns("__pycache__"))
     with (package / "moetrace/engine/cost.py").open("a", encoding="utf-8") as file:

@@ -64,7 +64,7 @@ def test_list_policies_says_what_tells_each_from_the_others(moetrace):
 
 
 @pytest.mark.parametrize("kind", list(_NAMED))
-def test_list_tells_of_whatever_has_a_name_what_it_means(moetrace, kind):
+def test_list_gives_the_meaning_of_each_name(moetrace, kind):
     rows = json.loads(moetrace("list", kind, "--format", "json")[1])
     registry = {
         "cache-policies": cache_policies(),
@@ -100,7 +100,7 @@ def test_list_tells_of_whatever_has_a_name_what_it_means(moetrace, kind):
         ),
     ],
 )
-def test_a_wrong_name_is_told_the_nearest(moetrace, args, says):
+def test_a_wrong_name_is_answered_with_the_nearest(moetrace, args, says):
     code, out, err = moetrace(*args)
     assert (code, out, err.count("\n")) == (2, "", 1) and says in err
 

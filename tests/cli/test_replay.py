@@ -124,7 +124,7 @@ def test_equal_names_get_a_number(tmp_path, capsys):
     assert err == "moetrace: note: more than one policy is called monde; one of them appears as monde-2.\n"
 
 
-def test_experts_that_do_not_fit_are_refused_unless_told(capsys):
+def test_experts_that_do_not_fit_are_refused_by_default(capsys):
     assert run(MIXTRAL, "--set", "system.ndp.units=2") == 2
     assert "--ignore-capacity" in capsys.readouterr()[1]
     assert run(MIXTRAL, "--set", "system.ndp.units=2", "--ignore-capacity", "--policy", "ndp-tp") == 0

@@ -107,7 +107,7 @@ def test_drawn_copies_depend_on_the_seed(tmp_path):
     gpus=st.sampled_from([{"gpus": 4}, {"attention": 3, "experts": 2}]),
     order=st.sampled_from(["asas", "aass"]),
 )
-def test_what_holds_of_schedules(seed, parts, gpus, order):
+def test_properties_of_all_schedules(seed, parts, gpus, order):
     trace = drawn_trace(seed)
     on = cluster({"bandwidth_gb_s": 1e-3, "dispatch_latency_us": 50, "combine_latency_us": 70}, **gpus)
     cut = f"pipeline:{parts[0]},{parts[1]}"

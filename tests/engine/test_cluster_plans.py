@@ -73,7 +73,7 @@ def test_a_pause_is_what_the_most_bytes_into_one_gpu_take():
     )  # what moves nothing waits for nothing
 
 
-def test_a_layer_of_few_experts_may_have_as_many_copies_as_the_largest_has_experts():
+def test_a_layer_of_few_experts_may_copy_one_several_times():
     """Layer 1 has 2 experts in 4 slots, and all rows choose expert 1: it has 3 copies, each with a third of them."""
     ids = np.tile([[[255], [1]]], (12, 1, 1))
     trace = trace_of(ids, [6, 6])

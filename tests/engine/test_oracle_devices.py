@@ -277,7 +277,7 @@ def test_defaults_are_version_1():
 
 @settings(max_examples=40, deadline=None)
 @given(case=machine_cases(max_steps=5), data=st.data())
-def test_what_goes_in_comes_out(case, data):
+def test_each_active_expert_runs_once_on_any_machine(case, data):
     """On any machine nothing is lost, nothing runs twice, no device is busy for longer than all, no bound is beaten."""
     policy = plain_policy(data.draw(machine_policies(case)))
     outcome = simulate(case.trace, case.model, case.plain, policy, case.slots)

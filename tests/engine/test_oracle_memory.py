@@ -39,7 +39,7 @@ def test_scope():
     assert hits_of(trace, "lru", 0, model) == [0, 0, 0]
 
 
-def test_lfu_keeps_what_was_demanded_most():
+def test_lfu_keeps_the_most_demanded():
     # 0 twice, 1 once: 2 evicts 1, though 0 was touched longer ago.
     assert hits_of(trace_of([one(0)], [one(0)], [one(1)], [one(2)], [one(0)]), "lfu", 2) == [0, 1, 0, 0, 1]
     # 0 four times, 1 three times: 2 evicts 1, unless the 4 were halved after step 4.
@@ -50,7 +50,7 @@ def test_lfu_keeps_what_was_demanded_most():
     assert hits_of(trace_of(*[[one(e)] for e in (1, 0, 0, 1, 2, 1)]), "lfu", 2, half_life=3)[-1] == 1
 
 
-def test_lfuda_forgets_what_was_demanded_most_long_ago():
+def test_lfuda_forgets_experts_that_were_hot_long_ago():
     # At most 2 a count: 0 scores 2, 1 scores 1 and goes for 2, so that the age is 1. 3 scores 1 + 1, and 2 goes for it.
     # 1, whose count was halved, scores 1 + 1.5: of 0 and 3, which score 2, 0 was touched longer ago.
     trace = trace_of(*[[one(e)] for e in (0, 0, 0, 1, 2, 3, 1, 3, 0)])
@@ -227,7 +227,7 @@ def test_overtaken_before_it_moved_is_not_wasted():
     assert (outcome.prefetch_bytes, outcome.late, outcome.wasted) == (MB / 2, 1, 1)
 
 
-def test_oracle_prefetch_stays_for_what_is_wanted_again():
+def test_an_oracle_prefetch_stays_queued_for_a_later_step():
     # The same with 1 in steps 2, 3 and 4: the entry is now for step 3, then 4, stays, is late once, and arrives.
     trace = trace_of([one(0)], [one(1)], [one(1)], [one(1)])
     outcome = replay(trace, 4, "ndp", "lru", "oracle:1", units=2)

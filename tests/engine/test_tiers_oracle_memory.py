@@ -81,7 +81,7 @@ def test_relayout_stays_where_it_is_good():
     assert seen.steps[5].moe_s == [exactly(9e-3)]
 
 
-def test_relayout_queues_what_is_hot():
+def test_relayout_queues_hot_experts():
     # Units take 2 ms a row: expert 0 stays. Expert 1 has n^ = 1.8, 3.6 ms, then 3.06, 6.12 ms: the GPU's 4 are less.
     # It flows beside step 3 and is resident from step 4 on.
     system = system_with(2, ndp={"move_gb_s": 1.0, "gmac_s": 0.5}, link={"stream": 0})

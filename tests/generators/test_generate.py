@@ -162,7 +162,7 @@ def test_schedule_is_continuous_batching(requests, prompt, output, batch, rows):
     assert sum(len(step) for _, step in steps) == schedule.rows
 
 
-def test_block_size_does_not_change_what_is_drawn():
+def test_block_size_does_not_change_the_draws():
     model, schedule = a_model(3, 16, 4), BatchSchedule(5, 7, 6, 2)
     drawn = []
     for rows in (1, 5, 1000):

@@ -185,6 +185,6 @@ def test_a_figure_that_is_not_finite_is_one_sentence_and_costs_other_cells_nothi
         ("ndp.capacity_gb", 1e-12, "ndp.capacity_gb wants a number from 1e-09"),
     ],
 )
-def test_what_lies_outside_is_refused_with_its_range(field, value, says):
+def test_numbers_outside_a_range_are_refused_with_the_range(field, value, says):
     with pytest.raises(UsageError, match=says):
         mt.load_system("edge-ndp", {field: value})

@@ -223,7 +223,7 @@ def aged(path, days=2.0):
     return path
 
 
-def test_what_killed_runs_left_is_removed_after_a_day(tmp_path):
+def test_leftovers_of_killed_runs_are_removed_after_a_day(tmp_path):
     folder = tmp_path / "out"
     put(folder, "old")
     for name in (".moetrace-abcdefgh", ".moetrace-ijklmnop", ".moetrace-abc"):

@@ -101,7 +101,7 @@ MOVING = [
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases().filter(lambda case: case.system.units in (2, 4, 6)))
-def test_what_prefetches(case):
+def test_timelines_of_prefetching_policies_are_those_of_the_oracle(case):
     check_oracle(case, MOVING)
     check_tables(recorded(case, MOVING))
 
@@ -209,7 +209,7 @@ def test_without_a_recording():
         _ = result.timeline
 
 
-def test_what_finds_no_room_on_a_tape_is_written_nowhere_else():
+def test_slices_beyond_a_tape_s_room_are_written_nowhere_else():
     """Room is for sixty slices: with three nothing beyond them is touched, and the replay stops with an error."""
     trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
     tapes = []

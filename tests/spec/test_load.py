@@ -173,7 +173,7 @@ def test_names_and_folders_in_any_script(tmp_path):
 
 
 @pytest.mark.parametrize("source", [None, {}, 3, ["edge-ndp"], b"edge-ndp"])
-def test_what_no_spec_can_be_loaded_from(source):
+def test_values_of_wrong_types_are_refused_as_specs(source):
     for load_spec, noun in ((load_model, "model"), (load_system, "system"), (load_policy, "policy")):
         with pytest.raises(UsageError, match=f"A {noun} is the name of a preset, .* got {type(source).__name__}"):
             load_spec(source)

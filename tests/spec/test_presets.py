@@ -156,7 +156,7 @@ def test_systems():
         assert unified.link.bytes_s == pytest.approx(read_gb_s * 1e9, rel=1e-3)
 
 
-def test_what_a_replay_compares_where_nobody_says():
+def test_default_policies_of_each_preset():
     pairs = {name: default_policies(load_system(name)) for name in list_presets("systems")}
     assert pairs["edge-ndp"] == pairs["monde-cxl"] == ("monde", "edge-ndp")
     assert pairs["rtx4090-ddr5"] == pairs["epyc-ktransformers"] == ("n-cpu-moe", "hybrid")
