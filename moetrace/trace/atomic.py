@@ -281,7 +281,7 @@ def uninterrupted() -> Iterator[None]:
         return
     held: list[tuple[int, types.FrameType | None]] = []
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    # Signals without a Python handler, as SIGTERM in a program that only imports moetrace, keep their default.
+    # Signals without a Python handler, as SIGTERM in a program that only imports moetrace, are left as they are.
     handlers = {number: handler for number in signals if callable(handler := signal.getsignal(number))}
     try:
         for number in handlers:

@@ -181,7 +181,7 @@ def check_steps(where: str, offset: np.ndarray, phase: np.ndarray, rows: int, ha
         raise MoetraceError(f"{path} must begin with 0, but begins with {offset[0]}.")
     if offset[-1] != rows:
         raise MoetraceError(f"{path} must end with the number of rows ({rows}), but ends with {offset[-1]}.")
-    for start in range(0, phase.size, 1 << 20):  # in slices: a long trace of single rows has 1 step for each
+    for start in range(0, phase.size, 1 << 20):  # in slices: a trace may have a step for each row
         part = offset[start : start + (1 << 20) + 1]
         wrong = np.flatnonzero(part[1:] <= part[:-1])
         if wrong.size:
