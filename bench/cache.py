@@ -44,8 +44,8 @@ MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3")  # 8, 128 and 256 expe
 LAYERS = 16  # of each model
 POLICIES = {"lru": "LRU", "fifo": "FIFO", "lfu-in-cache": "LFU in cache", "belady": "Belady"}
 TARGETS = {"lru": "5", "fifo": "5", "lfu-in-cache": "8", "belady": "3 (8 experts), 8"}
-PARTS = 13  # capacities are 1 to 12 of so many parts of a layer's experts
-# End to end: requests of 512 tokens of a model of 48 x 128 experts, top 8; policies, capacities, and what is wanted.
+PARTS = 13  # capacities are 1 to 12 thirteenths of a layer's experts
+# End to end: requests of 512 tokens of a model of 48 x 128 experts, top 8; policies, capacities, and the targets.
 WHOLE = "qwen3-30b-a3b"
 ALL = ("lru", "fifo", "lfu-in-cache", "belady", "sieve")
 _FEW_ROUNDS = 3  # of many caches, as theirs takes long

@@ -44,7 +44,7 @@ _AIM_B200 = (10, 40)
 TRANSFERS_HEAD = (
     "GPU", "GPUs", "kernels", "points", "shapes", "median", "p90", "aim", "dispatch", "combine", "a row", "GB/s",
 )  # fmt: skip
-# What a GPU's NVLink moves in one direction, GB/s (the vendor's data sheets).
+# Rate of a GPU's NVLink in one direction, GB/s (the vendor's data sheets).
 _PORTS = {"h100_sxm": 450, "h200_sxm": 450, "b200_sxm": 900, "b300_sxm": 900, "gb200": 900, "gb300": 900}
 _FRAMEWORKS = {"TRTLLM": "TensorRT-LLM", "vLLM": "vLLM"}
 _MODES = {"network": "high throughput", "network.decode": "low latency"}

@@ -27,7 +27,7 @@ MACHINE = {
     # prefetches at least one in each.
     "gpu.reserve_gb": 1.5,
 }
-MORE_MACS = 8  # times the DIMMs' assumed arithmetic, to see what hangs on it
+MORE_MACS = 8  # times the DIMMs' assumed arithmetic, to see which figures depend on it
 
 # i7-14700: two channels of DDR5-5600 and up to 192 GB, as the paper says. 8 cores x 5.3 GHz x 32 FLOP a cycle and
 # 12 cores x 4.2 GHz x 16 (fp32, Intel's turbo clocks). Start and launch as in the other presets with a CPU.

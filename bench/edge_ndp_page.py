@@ -25,7 +25,7 @@ from edge_ndp_found import (
 
 import moetrace as mt
 
-# What the paper says, over MoNDE unless named; means and maxima are over its four models.
+# Figures of the paper, over MoNDE unless named; means and maxima are over its four models.
 PAPER_DECODE = {
     "edge-ndp-tp": ("TP", 1.99),
     "edge-ndp-tp-lb": ("TP + balance", 2.19),

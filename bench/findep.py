@@ -48,7 +48,7 @@ EXPOSED = {1024: (194.95, 188.65, 97.33), 2048: (536.22, 144.32, 52.60), 4096: (
 
 # Not published, or not known to us.
 LAYERS = 2  # as in its tables 3 and 4
-PROMPTS = (1, 2, 4)  # of a step, for each attention GPU: what its tables 3 and 4 have
+PROMPTS = (1, 2, 4)  # of a step, for each attention GPU: the values of its tables 3 and 4
 SPLITS = ((3, 5), (4, 4))  # attention and experts on eight GPUs; which model has which is not known to us
 NEAR = 0.02
 BLOCK = 4096  # rows that are drawn; more rows repeat them

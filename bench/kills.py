@@ -249,7 +249,7 @@ def looked_at(case: Case, folder: Path, run: Run) -> Counter:
     """Say whether the output is the older one, or the new one, or neither; and whether the next run ends well."""
     try:
         now = case.read(folder / case.output)
-    except Exception as error:  # noqa: BLE001  whatever it is, it is counted, and shown
+    except Exception as error:  # noqa: BLE001  every error is counted and shown
         print(f"  {case.name}: {type(error).__name__}: {error}", file=sys.stderr)
         return Counter(refused=1)
     saw = Counter(older=now == run.older, new=now == run.new, mixed=now not in (run.older, run.new))

@@ -23,7 +23,7 @@ from moetrace.spec import PolicySpec
 PAGE = ROOT / "docs/how-to/learn-a-dispatch.md"
 TRACE = ROOT / "traces/tiny-olmoe.h5"
 SYSTEM, SLOTS, DEPTH, LEAST = "edge-ndp", 48, 8, 40
-# What the tree asks of an expert. Seconds are shares of what the busiest unit would take if all ran at home.
+# Inputs of the tree for each expert. Seconds are shares of the busiest unit's time if all ran at home.
 FEATURES = ("resident", "on_gpu_s", "at_home_s", "gpu_so_far_s", "unit_left_s", "others_left_s")
 
 

@@ -137,7 +137,7 @@ def monde() -> list[Figure]:
     return figures
 
 
-# What users run: a cache on the GPU, and a CPU
+# Replays as users run them: a cache on the GPU, and a CPU
 
 CACHES = ("lru", "lfu-window", "lfuda", "ewma", "belady")
 

@@ -25,7 +25,7 @@ from sybil.parsers.markdown import CodeBlockParser
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COLUMNS = 96
-# What installs, or runs the tests, is tried out by .ci/run, in an environment of its own.
+# .ci/run tries commands that install or run the tests, in an environment of its own.
 _INSTALLS = re.compile(r"^python -m pip install \S+(?: && pytest| && |$)", re.MULTILINE)
 _FILE = re.compile(r"# (\S+\.(?:py|toml))\n")
 

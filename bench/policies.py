@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/winning.md"
 UNITS, BATCHES = (2, 4, 6), (1, 8)
 PROMPT = 64  # rows of a request that a capture without phases is taken to be prompted with
-SMALL_SHARE = 4  # of the experts of a model that fits the GPU whole, one in so many has a slot
+SMALL_SHARE = 4  # if the GPU can hold the whole model, only one expert in 4 has a slot
 GENERATED: dict[str, dict[str, Any]] = {
     "Zipf's law (qwen3-30b-a3b)": {"model": "qwen3-30b-a3b", "zipf": 0.6, "stick": 0.3},
     "like DeepSeek-V2-Lite": {"profile": "deepseek-v2-lite"},

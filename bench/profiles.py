@@ -51,7 +51,7 @@ class Capture(NamedTuple):
 
     files: tuple[str, ...]
     source: str
-    decode_after: int | None = None  # text that was fed in at once is replayed as a prompt of so many rows and output
+    decode_after: int | None = None  # text was fed in at once: the replay takes this number of rows as the prompt
 
 
 CAPTURES = {

@@ -231,7 +231,7 @@ def llama_cpp() -> Engine:
                 replay("gpt-oss-20b", 12, ()).tokens_per_s,
                 why,
             ),
-            # Of the 16 layers, the first is dense.
+            # The first of the 16 layers is dense.
             Figure(
                 7,
                 f"{where}: DeepSeek-Coder-V2-Lite Q4_K_M, 15 of 26",

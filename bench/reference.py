@@ -106,7 +106,7 @@ def _text(text: str) -> str:
     return "".join(parts)
 
 
-# Of the Python page: what belongs together, in the order in which one meets it.
+# Sections of the page on Python, in the order in which a reader needs them.
 _SECTIONS = {
     "Replay": ("replay", "Result", "policy"),
     "Traces": ("Trace", "Writer"),

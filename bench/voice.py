@@ -4,8 +4,8 @@
     python bench/voice.py --show docs/cache.md  the sentences too, of rooms whose name begins so
     python bench/voice.py --public              the same count of three public packages from PyPI
 
-A room is one page, or one folder of `moetrace/`. Code, output and what stands in backticks is not counted.
-`tests/test_voice.py` holds the limit for each room.
+A room is one page, or one folder of `moetrace/`, `tests/` or `bench/`. Code, output and words in backticks are not
+counted. `tests/test_voice.py` holds the limit for each room.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PUBLIC = ("numbagg==0.9.4", "stumpy==1.13.0", "sqlite-utils==3.38")
 
-# A short list of phrases that a reader has to read twice, each with a plain equivalent: "only" for "alone",
-# "recompute" for "anew", "the missing experts" for "what is missing". `^` begins a sentence, a list item or a cell.
+# A short list of phrases that a reader has to read twice, each with a plain equivalent: "only" for `alone`, "recompute"
+# for `anew`, "the missing experts" for `what is missing`. `^` begins a sentence, a list item or a cell.
 MARKERS = {
     "Of ... at the beginning": r"^Of (?!course)",
     "What ... is, as a subject": r"^What (?!follows\b|is new\b|if\b|to\b)[^?]*$",
@@ -133,9 +133,10 @@ def code_sentences(path: Path) -> tuple[list[str], list[str]]:
     comments, last = "", -2
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            line = token.start[0]
-            comments += ("\n" if line == last + 1 else "\n\n") + token.string.lstrip("# ")
-            last = line
+            line, is_apart = token.start[0], not token.line[: token.start[1]].strip()
+            comments += ("\n" if is_apart and line == last + 1 else "\n\n") + token.string.lstrip("# ")
+            # The next line does not go on with a comment that stands behind code.
+            last = line if is_apart else -2
     return said, sentences(comments)
 
 
@@ -161,8 +162,10 @@ def texts(pages: list[Path], root: Path, package: Path) -> list[Text]:
 
 
 def own_texts() -> list[Text]:
-    """The rooms of this project."""
-    return texts([ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ROOT, ROOT / "moetrace")
+    """The rooms of this project; `tests/` and `bench/` are read for their comments only."""
+    rooms = texts([ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ROOT, ROOT / "moetrace")
+    beside = [room for folder in ("tests", "bench") for room in texts([], ROOT, ROOT / folder)]
+    return rooms + [room for room in beside if room.kind == "comments"]
 
 
 def rate(rooms: list[Text]) -> float:

@@ -14,7 +14,7 @@ from moetrace.spec import PolicySpec, list_presets, load_system
 from moetrace.spec.choices import KINDS, USER, cache_policies, legal
 from moetrace.trace.schema import OTHER_PATHS, ROW_PATHS
 
-# Of the records, what only the engine needs.
+# Fields of the records that only the engine needs.
 PRIVATE = {"rows", "next_use", "turn", "here", "share", "outside_s", "ready_s"}
 # Columns of tables that only some machines have.
 OF_SOME_MACHINES = {"cpu_experts"}
@@ -77,7 +77,7 @@ def test_datasets_and_attributes_are_explained():
     assert paths | attributes <= named_in("docs/trace-format.md")
 
 
-def test_what_a_policy_sees_is_explained():
+def test_arguments_of_a_policy_are_explained():
     fields = {*ARGUMENTS, *UsersView._fields, *(CELL.names or ()), *(ACTIVE.names or ()), *(GROUP.names or ())}
     assert fields - PRIVATE <= named_in("docs/policies.md")
 

@@ -17,7 +17,7 @@ import moetrace as mt
 
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Examples")
 MANY = 3  # parameters, from which on a function has all sections
-# Which may lack them, and why.
+# Names that may lack sections, and why.
 WITHOUT = {
     "Trace.__init__": "says which functions to use instead",
     "PolicySpec": "each parameter is described by the choice that reads it",
@@ -39,7 +39,7 @@ def _public() -> dict[str, Any]:
         thing = getattr(mt, name)
         if inspect.isclass(thing):
             found[name] = thing
-            # What `dataclass` and the like make has no docstring; the class has "Attributes".
+            # Methods that `dataclass` makes have no docstring; the class has "Attributes".
             parts = {} if _fields(thing) is None else {"__init__"}
             found |= {f"{name}.{part}": value for part, value in _parts(thing) if part not in parts}
         elif callable(thing):
@@ -93,15 +93,15 @@ def test_each_parameter_is_described(name):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_what_comes_back_is_described(name):
+def test_returned_values_are_described(name):
     nothing = inspect.signature(_function(name)).return_annotation in (None, "None")
     assert ("Returns" in SAID[name]) == (not nothing)
-    # The site would take what stands before a colon for a type.
+    # The site would take text before a colon for a type.
     assert ": " not in SAID[name].get("Returns", "").partition("\n")[0]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_what_is_raised_is_described(name):
+def test_raised_errors_are_described(name):
     body = ast.parse(textwrap.dedent(inspect.getsource(_function(name))))
     raised = {
         node.exc.func.id

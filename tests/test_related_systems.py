@@ -17,7 +17,7 @@ FAST = [name for name in neighbours.SYSTEMS if name not in neighbours.SLOW]
 
 
 @pytest.mark.parametrize("system", FAST)
-def test_what_the_page_says_that_holds(system):
+def test_figures_of_the_page_hold(system):
     figures = neighbours.SYSTEMS[system]()
     assert [figure for figure in figures if figure.holds is False] == []
     page = (ROOT / "docs/related-systems.md").read_text(encoding="utf-8")

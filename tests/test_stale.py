@@ -86,7 +86,7 @@ def test_an_edit_two_modules_away_shows(copy, code, file, old, new, before, afte
     far.write_text(f"FAR = {after}\n")
     figure, hits = copy.run(code)
     assert hits == 0
-    # Rules that are numbered anew are the same rules: a stale kernel would take one for another.
+    # Other numbers for the same rules change no figure, but a stale kernel would take one rule for another.
     assert figure == copy.run(code, "fresh")[0] and (figure == first) == (code == ANALYZE)
 
 
@@ -96,7 +96,7 @@ def test_an_edit_elsewhere_compiles_nothing(copy):
     assert copy.run(GENERATE)[1] == 1
 
 
-def test_a_named_tuple_of_another_name_compiles_anew(copy):
+def test_a_named_tuple_of_another_name_is_compiled_again(copy):
     """Types are in the cache by the names of their classes, those of earlier versions too."""
     figure, hits = copy.run(GENERATE)
     copy.edit("generators/zipf.py", "_Tables", "_Renamed")
@@ -137,7 +137,7 @@ print(mt.replay(trace, policies="on-demand", slots=96).summary["hits"][0],
     ],
     ids=["a user's hook", "replay"],
 )
-def test_fields_of_a_named_tuple_in_another_order_compile_anew(copy, code, file, one, other):
+def test_fields_of_a_named_tuple_in_another_order_are_compiled_again(copy, code, file, one, other):
     """Numba tells named tuples apart by their class and the types in them."""
     (copy.folder / "policy.py").write_text(code)
     run = "import runpy; runpy.run_path('policy.py')"

@@ -1,16 +1,18 @@
-"""Docs, docstrings and messages are in plain English: few of the phrases of bench/voice.py for each 1,000 words."""
+"""Docs, docstrings, messages and comments are in plain English: few phrases of bench/voice.py for each 1,000 words."""
+
+import re
 
 import pytest
-from voice import MARKERS, Text, code_sentences, own_texts, page_sentences, rate, sentences
+from voice import MARKERS, ROOT, Text, code_sentences, own_texts, page_sentences, rate, sentences
 
 LIMIT = 0.5  # markers for each 1,000 words; public packages have 0 to 0.3
-# Sentences that may keep a marker: their words say exactly what is meant.
+# Sentences that may keep a marker, because no plainer words are as exact.
 EXCEPTIONS = {
     "An access waits for the stores of the one before it; two layers at once hide that (8.1 ns an access of 128 "
     "experts alone, 4.4 together).",
 }
 
-ROOMS = {f"{room.kind} {room.room}": room for room in own_texts() if room.kind != "comments"}
+ROOMS = {f"{room.kind} {room.room}": room for room in own_texts()}
 
 
 def _without_exceptions(room: Text) -> Text:
@@ -23,6 +25,14 @@ def test_a_room_has_few_markers(name):
     room = _without_exceptions(ROOMS[name])
     found = room.found()
     assert rate([room]) <= LIMIT, found[:5]
+
+
+def test_names_of_tests_have_few_markers():
+    names: list[str] = []
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        names += re.findall(r"^ *def test_(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    room = Text("names", "tests", [name.replace("_", " ").capitalize() for name in names])
+    assert room.words > 10_000 and rate([room]) <= LIMIT, room.found()
 
 
 def test_each_exception_still_occurs_and_has_a_marker():
@@ -80,4 +90,6 @@ def test_pages_and_modules_are_read_without_their_code(tmp_path):
     module = tmp_path / "module.py"
     module.write_text('"""Do it.\n\n    >>> anew\n"""\n\n# Why\n# so.\nprint(f"{1} is what is left", "anew")\n')
     assert code_sentences(module) == (["Do it.", "X is what is left"], ["Why so."])
+    module.write_text("# One\n# comment\none = 1  # the same\ntwo = 2  # of two\n    # Another.\n")
+    assert code_sentences(module) == ([], ["One comment", "the same", "of two", "Another."])
     assert sentences("- One.\n- Two: `x`. (Three.)") == ["One.", "Two: X.", "Three.)"]

@@ -173,7 +173,7 @@ class Question:
         default = min((one for one in defaults if one), key=lambda one: one.order, default=None)
         sizes = self._sizes(stages, distinct(ranked)) if self.system.link is not None else []
         own = best = ranked[0]
-        # A smaller size may be faster, as what is fetched ahead is not always worth it.
+        # A smaller size may be faster, because a prefetch can cost more than it saves.
         faster = [size for size in sizes if size.slots < own.slots and size.order < own.order]
         if faster:
             best = min(faster, key=lambda size: size.order)

@@ -23,7 +23,7 @@ from moetrace.spec.policy import CodeFile, note_code, read_policy, refuse_code
 from moetrace.trace import Trace
 from moetrace.version import __version__
 
-# What replays, reads a trace, derives bytes and slots from a spec, or makes figures of the engine's logs.
+# The rooms that replay, read a trace, derive bytes and slots from a spec, or turn the engine's logs into figures.
 _ROOMS = ("jit", "spec", "trace", "engine", "results", "batch")
 
 
@@ -234,7 +234,7 @@ def _imports(text: str) -> list[str]:
     try:
         nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError, RecursionError):
-        return []  # whoever runs it says so
+        return []  # the replay reports the error
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
     return sorted({name.partition(".")[0] for name in names})

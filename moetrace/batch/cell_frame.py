@@ -105,7 +105,7 @@ def speedups(cells: Sequence[Cell], frame: pl.DataFrame, fields: Sequence[str], 
     base: dict[tuple, float | None] = {}
     keys = []
     for cell, seconds in zip(cells, frame["total_s"], strict=True):
-        # By what was asked for: of a cell that failed, what that led to may not be known.
+        # Cells are matched by the labels that were asked for: a failed cell may lack the derived ones.
         others = tuple((axis, label) for axis, label in cell.point.labels.items() if axis not in fields)
         keys.append(others)
         if value is None or shown_label(cell.point.labels[fields[0]]) == value:

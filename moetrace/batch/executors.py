@@ -14,7 +14,7 @@ from moetrace.batch.work import Outcome, Task, failed, work
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 
 ATTEMPTS = 3  # of Dask, to run a task whose worker was lost
-# Pools that may break: enough to find a few cells that kill whoever replays them among those of their tasks.
+# Pools that may break: enough to find a few cells whose replay kills its process among the cells of their tasks.
 _MOST_POOLS = 30
 _ENDS_ALL = (BrokenExecutor, CancelledError, OSError)  # of the executor, not of a cell: a lost scheduler is an OSError
 _KILLED = "each process that replays it is killed (not enough memory?): the next run tries it again."

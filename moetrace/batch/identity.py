@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-# Of a SHA-256's digits, as many as tell apart what one project ever has.
+# 12 of a SHA-256's 64 digits are enough to keep all cells of one project apart.
 _DIGITS = 12
-# What a spec is called, and how well its constants are known: no figure depends on them.
+# The names of a spec, and how well its constants are known: no figure depends on them.
 _LABELS = ("name", "known", "calibration")
 
 

@@ -15,8 +15,8 @@ from moetrace.spec.named import nearest
 ROUNDING = 1e-9
 
 
-# What a new baseline gates, of all replays and of those that have it. Left out is what moves beside other work, as
-# `moved_bytes`, and what sums up others, as `remote_s`.
+# A new baseline gates these figures: the first list for all replays, the second for those that have them. Figures that
+# move together with others (`moved_bytes`) or are sums of others (`remote_s`) are left out.
 DEFAULT_METRICS = (
     "total_s",
     "step_s.p99",

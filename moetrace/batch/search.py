@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Proposals for each trial of a round. A sampler that is sure of its ground repeats itself: the second half are random.
 _PROPOSALS = 40
-_MISS = "miss"  # what a sampler is told of limits
+_MISS = "miss"  # the constraint that a sampler is given: by how much a trial misses the limits
 
 
 _Pair = tuple["Proposal", Trial]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 SAMPLERS = ("tpe", "random")
-# These decide what is searched for, so a search has one of each.
+# The goal of a search depends on these, so a search has one of each.
 _FIXED = ("trace", "batch", "model", "system")
 
 
@@ -141,7 +141,7 @@ def _name_of(space: Space, source: str) -> str:
     try:
         return load_policy(space.point(row).values["policy"], {}).name
     except MoetraceError:
-        return source  # whoever replays it says what is wrong
+        return source  # the replay reports the error
 
 
 def _spans(table: Mapping[str, Any], where: str) -> dict[str, Any]:

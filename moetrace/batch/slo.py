@@ -12,7 +12,7 @@ from moetrace.spec.errors import UsageError, printable
 
 _FORM = re.compile(r"\s*([\w.]+)\s*(<=|>=)\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zA-Z%]*(?:/s)?)\s*", re.ASCII)
 _SIGNS = {"lower": "<=", "higher": ">="}
-# What a limit may be given in, by the unit of the figure: seconds, bytes and shares of 1 are its own.
+# Units of a limit, by the unit of the figure. Seconds, bytes and shares of 1 have their own.
 _UNITS = {
     "s": {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6},
     "bytes": {"": 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12},

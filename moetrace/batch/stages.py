@@ -21,7 +21,7 @@ from moetrace.trace.schema import PREFILL
 # an expert of every layer, which is what a cache that all layers share does. 10 to 60 ns of a core each.
 STAGE_WORK = 120_000_000
 _SCORES = 64  # experts whose scores cost as much as an active one
-# Within one content of the GPU's memory, so many ways to share out the work go on from the first stage.
+# For each set of experts in the GPU's memory, this number of ways to share out the work goes on to the second stage.
 _SPLITS = 3
 _FINALISTS = 24
 _FEWEST = 3

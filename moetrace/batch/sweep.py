@@ -34,7 +34,7 @@ from moetrace.spec.policy import names_code
 from moetrace.trace import Trace
 from moetrace.version import __version__
 
-# An estimate is measured on so many expert ids of each trace, with so many of its cells.
+# An estimate replays this number of expert ids of each trace, in this number of its cells.
 _SAMPLE_IDS = 200_000
 _SAMPLE_CELLS = 8
 

@@ -93,7 +93,7 @@ class SweepFolder:
             warnings=found["warnings"],
         )
         content.found_sha256 = _sha256(_found(content))
-        # Not synced: what a crash of the machine cuts short is seen by `finished`, and replayed again.
+        # Not synced: `finished` notices a file that a crash of the machine cut short, and the cell is replayed again.
         try:
             with whole_file(self._cells / f"{cell.key}.json", sync=False, follow=False) as file:
                 file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")

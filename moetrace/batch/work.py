@@ -41,7 +41,7 @@ class Task(NamedTuple):
     needs: Needs
     cells: list[tuple[str, Setup, dict[str, str]]]  # key, what to replay, digest of each file that it names
     code: list[str]  # code_fingerprint
-    steps: int | None = None  # the first ones alone
+    steps: int | None = None  # only the first ones
 
 
 class Outcome(NamedTuple):

@@ -21,7 +21,7 @@ from moetrace.spec.load import Loaded, convert
 MAX_ROWS = 256
 # No port of a GPU moves more in one direction, GB/s: NVLink 5 moves 900, and what follows it twice that.
 PORT_GB_S = 1800.0
-# What version 1 of the timing model takes for the start of an expert on a GPU that nobody measured.
+# Start of an expert on a GPU without a measurement, as in version 1 of the timing model.
 SHEET_START_S = 5e-6
 
 

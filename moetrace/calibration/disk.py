@@ -17,7 +17,8 @@ from moetrace.spec.errors import MoetraceError
 FILE_BYTES = 256 << 20
 READ_BYTES = (1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 _TIMES = 9
-# Windows and macOS: without the first reads cannot be told a place, without the others they come from memory.
+# Windows and macOS lack one or the other. Without `preadv` a read has no position; without O_DIRECT or posix_fadvise it
+# may come from memory.
 _CAN_READ = hasattr(os, "preadv") and (hasattr(os, "O_DIRECT") or hasattr(os, "posix_fadvise"))
 NO_DISK = "" if _CAN_READ else "Reads past the page cache need Linux or FreeBSD, so no disk was measured."
 

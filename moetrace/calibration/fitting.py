@@ -140,7 +140,7 @@ def least_relative(amounts: np.ndarray, seconds: np.ndarray, floors: np.ndarray,
     """Constants of least mean |predicted / measured - 1|, none below its floor; as many as columns."""
     if roofline == "sum":
         return _least_sum(amounts, seconds, floors)
-    # Of the two sides of the roof, each point counts the one that it stands under; from the sum's constants on.
+    # Each point counts only for the side of the roof that it lies under. The search starts at the sum's constants.
     found = _least_sum(amounts, seconds, floors)
     best = np.inf, found
     for _ in range(50):

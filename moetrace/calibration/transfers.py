@@ -26,7 +26,7 @@ _PARTS = {
     "deepep_ll": "network.decode",
 }
 _BITS = {"bfloat16": 16.0, "default": 16.0, "fp8": 8.0 + 32 / 128, "nvfp4": 4.5, "fp4": 4.5}
-_BITS_BACK = 16.0  # combine returns bf16, whatever was sent: its times say so
+_BITS_BACK = 16.0  # combine returns bf16 for every type that was sent: its times say so
 
 
 def named(frame: pl.DataFrame, notes: list[str]) -> pl.DataFrame:

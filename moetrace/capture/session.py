@@ -282,7 +282,7 @@ class _Session:
 
 def draw_token(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
     """A token from the softmax of `logits` float64 [vocabulary] at a temperature above 0; takes one random number."""
-    with np.errstate(over="ignore"):  # a temperature near 0 makes minus infinity of all but the largest
+    with np.errstate(over="ignore"):  # a temperature near 0 makes every logit below the largest minus infinity
         mass = np.cumsum(np.exp((logits - logits.max()) / temperature))
     return min(int(np.searchsorted(mass, random.random() * mass[-1], side="right")), mass.size - 1)
 

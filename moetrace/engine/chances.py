@@ -10,7 +10,7 @@ from moetrace.jit.compile import kernel
 
 LEARN = 1 / 32  # rate of a table in the long run
 PRIOR = 4.0  # visits that a table's start is worth
-LANES = 8  # sums over experts are of so many, of every 8th expert each: one would wait for itself
+LANES = 8  # 8 sums, each over every 8th expert: in a single sum, each addition waits for the one before
 
 
 @kernel

@@ -161,7 +161,7 @@ def _gather(experts, offset, num_experts, start, expert, count):
     size = PARTS
     while size <= num_experts:
         size *= 2  # the absent id is all ones, and so is the place where it is counted
-    # Of some layers, how many rows chose each expert; of a layer, how many experts were chosen so often.
+    # For AT_ONCE layers, how many rows chose each expert; for one layer, how many experts have each number of rows.
     tokens = np.zeros((AT_ONCE, size), np.int32)
     most_rows = 0
     for s in range(offset.size - 1):

@@ -64,7 +64,7 @@ def _seen_again(step: int, layer: int, work: Work, scratch: LayerScratch) -> tup
     batch, machine = work.batch, _answering(work.machine)
     place = (step - batch.steps.first) * len(machine.weight_bytes) + layer
     size = int(batch.demand.start[place + 1] - batch.demand.start[place])
-    pool = (0.0, 1)  # the age and whether all is full: as near as can be told now
+    pool = (0.0, 1)  # the age and whether all is full: neither is known after the failure
     view = view_of.py_func(step, layer, batch.steps, machine, _answering(work.setting)[0], _answering(scratch), pool)
     return view, layer, scratch.load[:size].copy(), scratch.plan[:size].copy()
 

@@ -67,7 +67,7 @@ class FoldedSteps:
         """Take where numbers are kept."""
         self._store = store
         self._duration_s: list = []
-        self._prefetch_bytes: list = []  # an int stands for as many zeros
+        self._prefetch_bytes: list = []  # an int stands for this number of zeros
         self._wait: tuple[int, float] | None = None  # one step of a replay waits, if any
         self.late = 0
 

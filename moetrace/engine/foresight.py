@@ -19,7 +19,7 @@ from moetrace.trace.schema import DECODE
 
 FAST, SLOW = 1 / 4, 1 / 64  # rates of averages of loads
 FLOOR = 0.1  # is added to a frequency that something is divided by
-MIX = 1 / 8  # of the fast average in what is expected
+MIX = 1 / 8  # share of the fast average in the expected load
 PLACES = 4  # in the queue
 # Where a policy does not say; found on three captures, where half of each or twice changed little.
 AHEAD_LAYERS, NOW_WEIGHT, LONG_WEIGHT, MARGIN = 6, 1.0, 2.0, 0.1
@@ -31,7 +31,7 @@ class Foresight(NamedTuple):
 
     fast: np.ndarray  # float64 [L, E]: share of the rows that chose it
     slow: np.ndarray  # float64 [L, E]
-    hope: np.ndarray  # float64 [L, E]: of the two, what is expected
+    hope: np.ndarray  # float64 [L, E]: expected load, from both averages
     inverse: np.ndarray  # float64 [L, E]: 1 / (slow + FLOOR)
     follow: np.ndarray  # float64 [L, E]: fast average of what `after` says
     after: np.ndarray  # float32 [L, E, E]: from a row's choice to that of its request's next row; L = 0: not used
@@ -65,7 +65,7 @@ class Foresight(NamedTuple):
     now_weight: float
     long_weight: float
     runs_at_home: bool  # whether any expert does, under the policy's dispatch
-    margin: float  # what is fetched is worth more than the least resident by more than this
+    margin: float  # an expert is fetched if it is worth more than the least resident by more than this
 
 
 def foresight_of(policy: PolicySpec, requests: Requests, layers: int, experts: int, top_k: int) -> Foresight:

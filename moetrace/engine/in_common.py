@@ -21,7 +21,7 @@ from moetrace.engine.tiers.tier_transfers import without_transfers
 from moetrace.engine.variants import clairvoyant
 from moetrace.engine.view import new_scratch
 
-# What of a policy's setting a dispatch may read (`View`), or the clairvoyant run does.
+# Fields of a policy's setting that a dispatch may read (`View`), or that the clairvoyant run reads.
 _SEEN = ("slots", "alpha", "half_life", "most_count", "gpu_rows", "own_dispatch", "splits")
 
 
@@ -40,7 +40,7 @@ class Yardstick:
             if batch.steps.first < self._next_step:
                 return
             self._next_step = batch.steps.first + len(batch.steps.rows)
-        self.seconds = self._add(batch, self.seconds)  # whoever else comes has no need of it before the pass ends
+        self.seconds = self._add(batch, self.seconds)  # the other lanes do not need it before the pass ends
 
 
 class PromptBooks:

@@ -50,7 +50,7 @@ from moetrace.spec.participants import seen_by
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 
-# What is taken to be true of a user's own function.
+# Records for a user's own functions.
 _OWN_DISPATCH, _OWN_RESIDENCY = Dispatch(name="own", meaning=""), Residency(name="own", meaning="")
 
 

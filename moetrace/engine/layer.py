@@ -6,7 +6,7 @@ from moetrace.engine.sharing import give_shared_rest, missing_share, share_fetch
 from moetrace.engine.state import HOME, ON_GPU
 from moetrace.jit.compile import kernel
 
-# Two times closer than this are equal: a sum kept incrementally and one made anew may differ in the last bit.
+# Two times closer than this are equal: an incremental sum and a recomputed one may differ in the last bit.
 SAME = 1 - 1e-12
 
 

@@ -19,9 +19,9 @@ from moetrace.jit.compile import kernel
 from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 
-# Of each step: its level, 0 = the top, and what it takes at the top.
+# For each step: its level, 0 = the top, and its time at the top.
 STEP_LEVEL = np.dtype([("level", np.int64), ("top_s", np.float64)])
-# Of each level: the steps that ran at it, and the GPU's busy seconds in them.
+# For each level: the steps that ran at it, and the GPU's busy seconds in them.
 LEVEL_SUM = np.dtype([("steps", np.int64), ("busy_s", np.float64)])
 
 

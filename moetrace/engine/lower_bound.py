@@ -35,8 +35,8 @@ SUMS = np.dtype(
             "price",  # by which a step raises the level
             "least_price",  # from the first price on
             "seen",  # experts demanded so far
-            "free_gpu",  # the GPU's weight in the next layer, where the link has none
-            "linked_gpu",  # and where it has
+            "free_gpu",  # the GPU's weight in the next layer, where the link's weight is 0
+            "linked_gpu",  # and where it is above 0
             "free_share",  # these, as parts of the weight at which all experts cost the same on the GPU and at home
             "linked_share",
             "free_s",  # sum of both weighings over the layers
@@ -177,9 +177,10 @@ def _add_layer(demand, first, size, layer, costs, machine, bound):
     level, price_s, link_weight = sums.level, sums.fetch_s, sums.link_weight
     free_weight, gpu_weight, rest = sums.free_gpu, sums.linked_gpu, 1.0 - link_weight
     layer_gpu_s, seen = costs.gpu_layer_s / size, 0
-    # Of all experts: on the GPU, at home, over the link, and of that what is held instead.
+    # Sums over all experts: on the GPU, at home, over the link, and the part of the link's that is held instead.
     gpu_s, home_s, link_s, held_s = 0.0, 0.0, 0.0, 0.0
-    # Of each where it weighs less, with three weighings: no weight for the link; some; and none for the GPU.
+    # Sums over experts where each weighs less, under three weighings: no weight for the link, some, and none for the
+    # GPU.
     free_s, linked_s, idle_s, linked_held_s, idle_held_s = 0.0, 0.0, 0.0, 0.0, 0.0
     free_gpu_s, free_home_s, linked_gpu_s, linked_home_s = 0.0, 0.0, 0.0, 0.0
     i, stop = first, first + size

@@ -31,7 +31,7 @@ DEVICE = np.dtype(
     ]
 )
 LINK = np.dtype([(name, np.float64) for name in ("bytes_s", "s_per_byte", "latency_s")])
-# What a model asks of any machine.
+# Work of a model, for every kind of machine.
 WORK = np.dtype(
     [
         (name, np.float64)
@@ -70,7 +70,7 @@ class MachinePart(NamedTuple):
 
     name: str
     log_row: int  # in the unit log; NO_ROW: it is described, but takes no part
-    share: int  # the part's row in the log is that of so many units together
+    share: int  # the part's row in the log is the sum of this number of units
 
 
 def machine_of(

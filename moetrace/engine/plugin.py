@@ -127,7 +127,7 @@ def _guarded(function: Callable, decides: bool) -> Callable:
     return FunctionType(_user_hook.__code__, names, function.__name__)
 
 
-# What `_guarded` gives the code of `_user_hook` for each function.
+# `_guarded` gives the code of `_user_hook` other values of these names for each function.
 _function = _nothing = _for_reading = _record_at = _plan_of = cast("Callable", None)
 _role = 0
 _decides = True

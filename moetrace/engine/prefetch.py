@@ -8,7 +8,7 @@ from moetrace.engine.residency import keep, link_by_age, pool_of
 from moetrace.jit.compile import kernel
 from moetrace.jit.random import GOLDEN, mix
 
-# What a prefetch (`prefetches/`) does.
+# Kinds of prefetch (`prefetches/`).
 NO_PREFETCH, FROM_PROMPT, ONLINE, ORACLE, BY_WORTH, RELAYOUT = 0, 1, 2, 3, 4, 5
 
 # A transfer is complete when at most this remains, and has begun when more than this has moved: the flow is a fluid,

@@ -98,9 +98,9 @@ def _most_records(work: Work, tiers: Tiers | None) -> tuple[int, int]:
     # slices of their own, steps two.
     slices = 2 * active + moved + 5 * layers + 2
     if tiers is not None:
-        # A disk reads what is fetched ahead, too, and may stop halfway while the link goes on. Each unit may have a
-        # slice of an expert. Layers have four slices more. Of moves between layouts, one may stop halfway in a layer;
-        # the others are complete: those under way before the step, and those that its layers begin.
+        # A disk also reads for prefetches, and may stop halfway while the link goes on. Each unit may have a slice of
+        # an expert. Layers have four slices more. One move between layouts may stop halfway in a layer; the others are
+        # complete: those under way before the step, and those that its layers begin.
         on_units = 1 if tiers.term["all_group"][0] == NO_GROUP else int(tiers.term["units"][0])
         slices += moved + 4 * layers + active * (1 + on_units) + 4 * layers
         slices += layers + 2 * cells if tiers.layout is not None else 0

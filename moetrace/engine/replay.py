@@ -88,7 +88,7 @@ class Batch(NamedTuple):
     experts: np.ndarray  # uint16 [rows, L, k]
     request: np.ndarray  # int64 [rows]
     row_phase: np.ndarray  # uint8 [rows]
-    gates: np.ndarray  # float32 [rows, L, k]; or [0, L, k] where the trace has none, or nobody asks for them
+    gates: np.ndarray  # float32 [rows, L, k]; or [0, L, k] where the trace lacks them, or nobody asks for them
     position: np.ndarray  # int64 [rows], in the request; empty where no policy cuts steps
 
 
@@ -231,7 +231,7 @@ def _replay_layer(layer, step, dense, work, dispatch, residency, tiers, aside):
         now = step * cells.shape[0] + layer
         tally[0].wasted += join_ahead(queue, cells, state.cache, batch.demand, at, now, setting)
     if tiers is not None:
-        # What has flowed beside it was read where it stood before.
+        # Moves arrive after the prefetches of the same seconds, which read from the old places.
         flow_layout(aside.tape, step, tiers.layout, tiers, machine, dense)
         begin_transfers(tiers.transfers, tiers, machine, step, layer, dense)
     size = _see(at, layer, s, batch.demand, machine, setting, state, log)

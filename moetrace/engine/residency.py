@@ -80,9 +80,9 @@ def keep_for_good(cells: np.ndarray, cache: Cache, keys: np.ndarray) -> None:
 
 # The rules that a hook and a cache of `moetrace analyze cache` share
 
-# Of lfuda, where a policy does not say: the most that a count can be, and what an expert keeps of it when evicted.
+# Defaults of lfuda: the most that a count can be, and the part of it that an evicted expert keeps.
 MOST_COUNT, EVICTED_SHARE = 12.0, 0.5
-# Steps that lfu-window looks back on: a float tells so many bits apart.
+# Steps that lfu-window looks back on: one bit of a float's 53 for each.
 WINDOW = 48
 WINDOW_MARKS = 2.0**WINDOW
 
@@ -146,7 +146,7 @@ def unchanged(state, view, layer, load, plan):
     """Residencies that use the ring: equal scores, so the one touched (or admitted) longest ago goes first."""
 
 
-# What the engine does with them
+# How the engine calls them
 
 
 @kernel

@@ -144,7 +144,7 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
     """Replay every block in every lane; return how much each expert was wanted."""
     popularity = new_popularity(decoded.trace.layers, decoded.trace.num_experts)
     compile_now(*(each for one in underway for lane in one.lanes for each in lane.kernels))  # before threads want them
-    # A user's function may never return: that must not keep the main thread from hearing Ctrl-C. What is built in does
+    # A user's function may never return: that must not keep the main thread from hearing Ctrl-C. Built-in hooks return
     # soon, and would take a few percent longer in another thread, whose caches are cold.
     own = may_wait() and any(is_users(hook) for one in underway for lane in one.lanes for hook in lane.hooks)
     weighs = any(lane.setting["weighs"][0] for one in underway for lane in one.lanes)
@@ -174,7 +174,8 @@ def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> Non
     if pool is None:
         errors = [_attempt(job, batch) for _, job, _ in jobs]
     else:
-        # What took longest in the block before goes first: begun last, it would keep one thread when others are done.
+        # The lane that took longest in the block before goes first: begun last, it would keep one thread when others
+        # are done.
         longest_first = sorted(range(len(jobs)), key=lambda i: -jobs[i][2])
         futures = {i: pool.submit(_attempt, jobs[i][1], batch) for i in longest_first}
         errors = [result_of(futures[i]) for i in range(len(jobs))]

@@ -87,5 +87,5 @@ def share_out(layer, shared, state, log):
         log.layer[layer].ndp_experts += 1
     if not active.resident and queue.place[key] >= 0:
         moved_bytes = queue.moved_bytes[key] + missing_share(active) * active.weight_bytes
-        # Never complete by this, and never less: what flowed to its end is counted as complete.
+        # Sharing never completes a transfer, and never takes bytes back: a flow that ended is counted as complete.
         queue.moved_bytes[key] = max(queue.moved_bytes[key], min(moved_bytes, active.weight_bytes - 2 * DONE_BYTES))

@@ -13,9 +13,9 @@ import numpy as np
 
 from moetrace.jit.compile import PURE_PYTHON
 
-# What `plan[i]` may be: where an active expert runs. With dispatch `split` one may be shared by the two.
+# Values of `plan[i]`: where an active expert runs. With dispatch `split` one may be shared by the two.
 DEVICES = ("home", "gpu", "cpu")
-HOME, ON_GPU, CPU, SHARED = 0, 1, 2, 3  # the GPU runs what is odd
+HOME, ON_GPU, CPU, SHARED = 0, 1, 2, 3  # odd numbers run on the GPU
 
 # One expert of one layer, as policies see it. `resident` is a copy for reading: the engine keeps its own.
 CELL = np.dtype(
@@ -63,13 +63,13 @@ GROUP = np.dtype(
     [(name, np.float64) for name in ("busy_s", "rows", "weight_bytes", "outside_s")] + [("count", np.int64)], align=True
 )
 
-# What a policy has of each layer. A user's hook notes step and role, in case it fails; `memory` is the policy's own.
+# A policy's memory of each layer. A user's hook notes step and role, in case it fails; `memory` is the policy's own.
 MEMORY, DISPATCH, RESIDENCY = 64, 0, 1
 OWN = np.dtype(
     [
         ("step", np.int64),
         ("role", np.int64),
-        ("term_at", np.int64),  # address of the machine's TERM (`tiers/tier_records.py`), 0 if it has none
+        ("term_at", np.int64),  # address of the machine's TERM (`tiers/tier_records.py`), 0 without one
         ("memory", np.float64, (MEMORY,)),
     ],
     align=True,
@@ -117,10 +117,10 @@ class View(NamedTuple):
     alpha: float
     half_life: int
     most_count: float
-    age: float  # of the layer's pool, where what is evicted goes by age
+    age: float  # of the layer's pool, where evictions go by age
     gpu_start_s: float  # before the first resident that the GPU runs; 0 unless its launch is "layer"
     home_start_s: float  # before a unit's first expert; 0 unless the units' launch is "layer"
-    gpu_rows: int  # from so many rows on all experts run on the GPU; 0 = never
+    gpu_rows: int  # from this number of rows on all experts run on the GPU; 0 = never
     gpu_launch_s: float  # in the `gpu_s` of an expert
     home_launch_s: float  # in the `ndp_s` of an expert
     is_full: int  # 1: no slot of the layer's pool is free

@@ -9,7 +9,7 @@ from moetrace.jit.compile import kernel
 
 NONE = -1
 
-# A turn; steps are NONE where there is none. prompt_step: the step of the last prefill row before the first decode row.
+# A turn; an undefined step is NONE. prompt_step: the step of the last prefill row before the first decode row.
 TURN = np.dtype(
     [
         ("request", "i8"),

@@ -16,7 +16,7 @@ from moetrace.jit.compile import kernel
 from moetrace.jit.random import mix
 from moetrace.trace.schema import PREFILL
 
-# Which of 64 positions of a request were seen: of those that do not follow on what was seen before.
+# The positions of a request that were seen, by pages of 64, apart from its run from `low` to `stop` - 1.
 _PAGE = np.dtype([("key", "u8"), ("bits", "u8")])
 
 _REQUEST = np.dtype(

@@ -41,7 +41,7 @@ def write(trace: Counted, file: IO[bytes], progress: Callable[[int], object], ch
 
 def _add(archive: zipfile.ZipFile, file: IO[bytes], name: str, data: bytes) -> None:
     member = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    member.create_system = 3  # whatever system this is
+    member.create_system = 3  # always Unix, so that the bytes do not depend on the system
     start = file.tell() + 30 + len(name) + 4  # of the data, after the header and that of the padding
     padding = bytes(-start % _ALIGNED)
     member.extra = struct.pack("<HH", _PADDING, len(padding)) + padding

@@ -66,7 +66,7 @@ def _add(
     descr = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
     member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-    member.create_system = 3  # whatever system this is
+    member.create_system = 3  # always Unix, so that the bytes do not depend on the system
     member.file_size = header.tell() + math.prod(shape) * dtype.itemsize  # tells zipfile whether 4 GiB are enough
     with archive.open(member, "w") as file:
         file.write(header.getvalue())

@@ -22,10 +22,10 @@ from moetrace.spec.errors import MoetraceError
 from moetrace.trace import Trace
 from moetrace.trace.opening import accepts_path
 
-# A try takes about as long as its sample has logits: some tenths of a second for so many, in so many rows at most.
+# The time of a try is proportional to the logits of its sample: some tenths of a second at these limits.
 SAMPLE_LOGITS, LEAST_SAMPLE_ROWS, MOST_SAMPLE_ROWS = 1 << 24, 1 << 11, 1 << 15
-# The sample is simulated several times: until there are so many rows, but so often at least and at most; by routers in
-# turn that so many seeds draw, so that the profile does not fit the chances of one.
+# The sample is simulated until there are SIMULATED_ROWS, within the limits of its repetitions. Routers with different
+# seeds take turns, so that the profile does not fit one router's chance.
 SIMULATED_ROWS, LEAST_SIMULATIONS, MOST_SIMULATIONS, SEEDS = 1 << 14, 2, 16, 2
 SMALLEST_ROWS = 64
 LAGS = np.array([1, 4, 16, 64])
@@ -35,9 +35,9 @@ _RELATIVE = np.array([0.1] * 5 + [0.06] * 2 + [0.15] * 3)  # hit rates decide ab
 _ABSOLUTE = np.array([0.0] * 8 + [0.001, 0.003])
 DIMENSIONS = (8, 5, 14)  # tried first, where the next layer is more predictable than that allows, and where less
 CURVE_KNOTS = 17
-TOKEN_PART = 0.5  # of what is not memory, if the trace has no token ids
+TOKEN_PART = 0.5  # of the part that is not memory, if the trace has no token ids
 VOCABULARY, TOKEN_ZIPF = 4096, 1.0
-SINGLE_REQUEST = 0.1  # share of a request's preference if there is one request, from which it cannot be told
+SINGLE_REQUEST = 0.1  # share of a request's preference, assumed where there is only one request to measure it on
 ITERATIONS = 8
 PULL, HELD = 0.03, 30.0  # of a parameter towards its start: weak, to decide what moments leave open; and to hold it
 

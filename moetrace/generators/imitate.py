@@ -23,7 +23,7 @@ from moetrace.jit.compile import kernel
 from moetrace.jit.random import GOLDEN, mix
 from moetrace.trace.schema import DECODE, expert_dtype
 
-# Apart from each other and from the streams of rows, whose counters are small: what a stream is for.
+# The purpose of a stream is in its high bits, apart from the streams of rows, whose counters are small.
 _TOPICS, _TOKENS, _ROUTERS, _SAMPLES, _SINK = (np.uint64(tag << 56) for tag in range(1, 6))
 _16, _48 = np.uint64(16), np.uint64(48)
 _LOW_16 = np.uint64(0xFFFF)

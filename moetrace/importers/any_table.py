@@ -215,7 +215,7 @@ def _first_reading(files: list[File], hints: Hints) -> _FirstReading:
                 parts = [pl.concat(parts).unique(key, keep="first", maintain_order=True)]
                 held = parts[0].height // 2
         if (sizes := file.table.sizes) is not None and "experts" in file.columns:
-            # Of lists, only the first was looked at: others may be shorter.
+            # The length of a list was taken from the first one: others may be shorter.
             choices = min(choices, before + sum(sizes.values.get(name, choices) for name in file.columns["experts"]))
     if not choices or not top_k:
         raise MoetraceError(f"{where} holds no choice of an expert.")

@@ -11,9 +11,9 @@ from moetrace.spec import Model
 from moetrace.spec.errors import UsageError
 from moetrace.trace.ranges import Range
 
-# What `Capture.parts` yields: rows of "experts" and of each optional array, by name.
+# One item of `Capture.parts`: rows of "experts" and of each optional array, by name.
 Part = Mapping[str, np.ndarray]
-# What `recognize` is told of a longer file.
+# `recognize` gets at most these first bytes of a file.
 FIRST_BYTES = 64 << 10
 # Lines and events name any layer, row and expert: a source with fewer than one of them for this many cells of a trace
 # (or, of counts, numbers) is not believed.
@@ -69,8 +69,8 @@ class Hints(NamedTuple):
     top_k: int | None = None
     layers: int | None = None  # MoE layers
     scratch: Path | None = None  # folder for temporary files; None: the system's own
-    from_model: tuple[str, ...] = ()  # which of the above are of the user's model, and not said by himself
-    reading: Callable[[int], object] = lambda _: None  # is told of bytes of the sources, as they are read
+    from_model: tuple[str, ...] = ()  # those of the above that come from the user's model and not from an option
+    reading: Callable[[int], object] = lambda _: None  # is called with the number of source bytes that were read
     note: Callable[[str], object] = lambda _: None
     strict: bool = False
     keep_cached: bool = False

@@ -28,7 +28,7 @@ _USAGE_LINE = re.compile(rb"(\d{1,5}|-[12]) \d{1,9} \d{1,10}")
 _LINES_SEEN = 8
 ENGINES = ("glm_moe_dsa", "inkling", "olmoe", "kimi_k3", "glm53")
 USAGE_VERSION = 1
-# A history may name any layer and expert: of those that exist, none needs as many counters.
+# A history may name any layer and expert; every existing model needs fewer counters.
 MAX_COUNTERS = 1 << 24
 
 

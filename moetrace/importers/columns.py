@@ -48,7 +48,7 @@ _KNOWN = {
 }
 _COUNTS = {"count", "counts", "hits", "frequency"}
 OWN_COLUMNS = {"step", "row", "request", "position", "phase", "layer", "slot", "expert"}  # docs/export.md
-# What some exports call otherwise: tables that have all of the first names mean the pairs.
+# Other names of columns in some exports: tables that have all of the first names mean the pairs.
 _EXPORTS: tuple[tuple[set[str], dict[str, str]], ...] = (
     (OWN_COLUMNS, {"token": "row", "token_id": "token"}),
     # As BigMoeOnEdge's route traces, without their first lines.

@@ -84,7 +84,7 @@ def read_captures(
             raise MoetraceError(f"{source} is not a file." if source.exists() else f"there is no file {source}.")
     files: list[Path] = []
     told = format is not None
-    told_only = ("any-table", "npy-layers") if told else ("any-table",)  # content alone does not show these
+    told_only = ("any-table", "npy-layers") if told else ("any-table",)  # their content does not identify these
     for source in sources:
         if source.is_dir():
             format, found = _files_in(source, format, told)

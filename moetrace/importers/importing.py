@@ -35,7 +35,7 @@ from moetrace.trace.writer import CountsWriter, Writer, append_parts
 
 _SAY_STEPS = ": of passes that hold rows of several requests, say which decode, with --steps A:B instead of --prompt"
 _ONE_ID = 0.9  # of the ids that stand in cells twice, if one of them stands for no expert
-# What captures must have in common to share a trace.
+# Captures must have these in common to share a trace.
 _ALIKE = ("num_experts", "top_k", "layer_index", "expert_bytes", "layer_experts", "optional")
 
 Progress = Callable[[int], object]

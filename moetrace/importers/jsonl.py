@@ -103,7 +103,7 @@ class _Log:
 
     def __init__(self, path: Path, hints: Hints, reference: int | None = None) -> None:
         self._reference = reference  # by default the first one
-        self._early: list[Route] = []  # routes of tokens that it has not told yet
+        self._early: list[Route] = []  # routes of tokens that the reference layer has not reached yet
         self._path, self._hints = path, hints
         self._meta = RouteHeader()
         self._num_experts = self._top_k = 0
@@ -115,7 +115,7 @@ class _Log:
         self._layers: dict[int, Spool] = {}  # the first is the one whose routes say what each row is
         self._requests: dict[str | int, int] = {}
         self._request, self._token = GrowingArray(), GrowingArray()  # of each row
-        self._runs_on, self._last = True, -1  # token_idx of all lines, whatever their layer, only counts up
+        self._runs_on, self._last = True, -1  # token_idx counts up by 1 from line to line, across all layers
         self._cut_line = ""  # what is wrong with the last line
         self._broken: list[str] = []  # and with others that can't be read
         self._odd: MoetraceError | None = None  # of the first odd route

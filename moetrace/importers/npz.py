@@ -36,7 +36,7 @@ FACTS = ("engine", "version", "source", "commit", "licence", "license", "quantiz
 ROW_ARRAY_BYTES = 256 << 20
 META_BYTES = 1 << 20
 _OPTIONAL = {"gates": "gate_weights", "token": "token_id"}
-# What NumPy writes. Other methods bring errors, and bombs, of their own.
+# The methods that NumPy writes. Others bring their own errors and decompression bombs.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
 

@@ -239,7 +239,7 @@ def _planes(answer: _Answer, top_k: int, hints: Hints) -> int:
             found = [n for n in found if values == rows * n * top_k] or found
         if len(found) == 1:
             return found[0]
-    # What was generated, nothing or a prompt without its cached tokens leaves other numbers of rows.
+    # Other numbers of rows occur where nothing was generated, and where the prompt's cached tokens are missing.
     likely = [] if rows is None or told.choices > 1 else [{rows, told.prompt} if told.output == 0 else {rows}]
     if likely and told.cached:
         likely.append({count - told.cached for count in likely[0]})

@@ -7,7 +7,7 @@ from typing import Any
 from moetrace.importers.captured import Capture, Counts, Hints
 from moetrace.version import __version__
 
-# Of more files than these, `source` tells one hash of all their hashes instead of each.
+# With more files than these, `source` has one hash of all their hashes instead of each.
 TOLD_FILES = 32
 
 

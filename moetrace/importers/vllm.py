@@ -39,7 +39,7 @@ _PAYLOAD = re.compile(rb'"routed_experts"\s*:\s*\{')
 _BARE_PAYLOAD = re.compile(rb'[\[\s]*\{(?=[^{}]{0,200}"data"\s*:\s*"[A-Za-z0-9+/=]*("|\Z))')
 _SGLANGS = re.compile(rb'"(?:meta_info|sgl_?ext)"\s*:\s*\{')
 
-# What finds the array [tokens, layers, top_k] of a choice, the tokens of its prompt, and its first position.
+# Finds the array [tokens, layers, top_k] of a choice, the tokens of its prompt, and its first position.
 Arrays = Callable[[str, Response, Choice], tuple[np.ndarray | None, int | None, int | None]]
 
 

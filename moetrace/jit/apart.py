@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 _Made = TypeVar("_Made")
 
-# Numba and LLVM recurse deeply, and threads have 512 KiB on macOS, 128 KiB with musl. What is not touched is free.
+# Numba and LLVM recurse deeply, and threads have 512 KiB on macOS, 128 KiB with musl. Untouched pages cost nothing.
 _STACK_BYTES = 64 << 20
 # How long the end of the process waits for threads that were left behind: a block takes well under a second.
 _PATIENCE_S = 3.0

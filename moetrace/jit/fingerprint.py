@@ -19,7 +19,7 @@ import numpy as np
 _HERE = Path(__file__).parent
 _NAMED = (type, ModuleType, FunctionType, BuiltinFunctionType, np.ufunc)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
-# What these packages bring changes with their versions only, which are a part of the fingerprint.
+# Functions of these packages change only with their versions, which are a part of the fingerprint.
 _NO_FILES = ("<built in>", "<frozen ", "<__array_function__")  # and not "<string>", which is anybody's
 _SETTLED = {*sys.stdlib_module_names, "numpy", "numba", "llvmlite"}
 

@@ -9,7 +9,7 @@ from moetrace.lints.piece import Piece, Shape
 
 # Eight float16 numbers that should sum to 1 are off by at most 0.003 in captures.
 TOLERANCE = 0.02
-_INFINITY = np.uint16(0x7C00)  # as float16; what is above it in the same bits is NaN, or has a sign
+_INFINITY = np.uint16(0x7C00)  # bits of a float16; greater ones are NaN or have a sign
 
 
 class Gates:

@@ -78,7 +78,7 @@ class DuplicateIds:
         count = int(self.cells[wrong].sum())
         if not count:
             return
-        before = self.zero_until[wrong].max()  # rows at the begin in which a layer was all zeros, then no more
+        before = self.zero_until[wrong].max()  # up to this row a layer held only zeros
         rows = Ranges()
         if before > 0:
             rows.add(0, int(before))

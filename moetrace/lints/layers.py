@@ -85,7 +85,7 @@ class AbsentRows:
         self.last_of_prefill = 0  # of those, in the last layer and in prefill rows
         self.partial = np.zeros(shape.top_k, np.int64)  # cells by how many of their ids are missing
         self.most_missing = np.zeros(shape.layers, np.int64)  # in a cell that has any id
-        self.least_missing = np.full(shape.layers, shape.top_k)  # likewise; top_k: no cell has any
+        self.least_missing = np.full(shape.layers, shape.top_k)  # the same; top_k: no cell has any
         self.some = np.zeros(shape.layers, np.int64)  # cells that lack some of their ids, but not all
         self.runs = np.zeros(shape.layers, np.int64)  # runs of successive rows without a choice
         self.drafts = Drafts(shape.layers)

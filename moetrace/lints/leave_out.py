@@ -105,7 +105,7 @@ def import_and_leave_out(
         options |= {"model": None if dense else model, "hints": hints}
         keep_inputs(path, import_traces(sources, whole, **options))
         if warmup and options.get("decode_after") is not None and (ranges := _found_warm_up(whole)):
-            options["hints"] = hints._replace(reading=_quiet, note=_quiet)  # it was all told once
+            options["hints"] = hints._replace(reading=_quiet, note=_quiet)  # the first import has printed its notes
             import_traces(sources, whole, uncounted=ranges, **options)
         with Trace.open(whole) as trace:
             return leave_out(trace, path, warmup=warmup, dense=dense, model=model, compress=compress)

@@ -13,8 +13,8 @@ _EXPECTED = 40.0  # experts that two layers should share, in all sampled rows, b
 # As above, for few and not none. Rows of one request are no sample of a model's: in captures of sound layers three of
 # five pairs shared less than half of 89, 172 and 150 in 396 rows of three requests.
 _EXPECTED_OF_FEW, _TOTAL_OF_FEW = 100.0, 800.0  # of a pair, and of all that share few
-_NONE, _FEW = 0.05, 0.55  # shares of what is expected
-# Of the neighbours: 8 read as 4 parts every second pair, 6 read as 4 two of three.
+_NONE, _FEW = 0.05, 0.55  # of the expected number of common experts
+# Shares of pairs of neighbours: 8 layers read as 4 parts affect every second pair, 6 read as 4 two of three.
 _PAIRS_NONE, _PAIRS_FEW = 1 / 4, 1 / 2
 _LEAST_ROWS, _COPY = 32, 0.5  # rows of copied layers, and the share of common choices that popularity may explain
 _MOST_PARTS = 16  # of a layer, each read as one

@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     first_row: int
     experts: np.ndarray  # uint8 | uint16 [rows, layers, top_k]
     slots: np.ndarray  # the same [top_k, rows, layers]
-    missing: np.ndarray | None  # uint16 [rows, layers]: absent ids of each cell; None if there are none at all
+    missing: np.ndarray | None  # uint16 [rows, layers]: absent ids of each cell; None if no id is absent
     request: np.ndarray  # int32 [rows]
     position: np.ndarray  # int32 [rows]
     phase: np.ndarray  # uint8 [rows]: the row's own where there is one, else its step's

@@ -7,13 +7,13 @@ import numpy as np
 
 from moetrace.lints.finding import Finding, finding, many
 
-_CAPPED = 8  # choices of an expert in a layer that count: warm-up or one text shall not speak for an expert
+_CAPPED = 8  # choices of an expert in a layer that count: warm-up or a single text must not decide
 _BESIDE = 8  # chosen ids beside an unused part that say how often its own should be chosen
 _EXPECTED = 20.0  # choices that an unused part lacks: as Poisson, a chance of 2e-9
 _LOG_CHANCE = log(1e-6)
 _EXPECTED_OF_EACH = 5.0  # of them, for each of its experts
 _LEAST_STRIDED = 4  # experts whose ids are equal modulo a number
-_PATTERNS = 10_000  # ways to choose so many unused experts, so that a pattern is no chance
+_PATTERNS = 10_000  # ways to choose the same number of unused experts: with more than these, a pattern is no chance
 _EXPLAINED = 0.9  # of the unused experts, by a pattern
 _ALWAYS, _MOSTLY = 0.99, 0.9
 _NEAR = 0.9  # of the rows choose the next one, at most, beside a shared expert of some layers
@@ -120,7 +120,7 @@ def _unused(chosen: np.ndarray) -> Iterator[Finding]:
         each = min(means)  # the ids of the quieter side: popularity may fall towards one end
         if each >= _EXPECTED_OF_EACH and each * (stop - start) >= _EXPECTED:
             parts.append((start, stop))
-    if _log_chance(chosen, parts) > _LOG_CHANCE:  # a short part, in which what is rare did not come up
+    if _log_chance(chosen, parts) > _LOG_CHANCE:  # a short part, in which rare experts did not occur
         parts = []
     count = sum(stop - start for start, stop in parts)
     runs = (f"{start} to {stop - 1}" if stop - start > 1 else str(start) for start, stop in parts[:4])

@@ -13,7 +13,7 @@ from moetrace.lints.repeats import SHORT_ROWS as LEAST_ROWS
 SURE_ROWS = 16  # a run that is named however small its share of the trace
 LEAST_SHARE = 0.01  # of the rows of the trace, from which shorter runs are named
 MAX_RUNS = 1 << 16
-_MOST_COPIES = 8  # of each row, as of so many ranks
+_MOST_COPIES = 8  # of each row: one for each of 8 ranks
 LEAST_TAIL = 4  # equal rows at the end of nearly all requests
 _TAILS, _TAIL_REQUESTS, _REPEATING = 0.8, 16, 0.2  # share and number of requests, share of their other rows that repeat
 _DOUBLED_RUNS, _DOUBLED, _TRIPLED = 32, 0.5, 0.1  # runs of 2 rows or more, their share of all, and those that go on

@@ -179,7 +179,8 @@ class Periodic:
         overlap = shared / (pairs * self.layers.size * self.shape.top_k)
         lag = int(np.argmax(overlap[3:])) + 4
         high, low = overlap[lag - 1], overlap[0]
-        # As if all layers told the same: successive rows are not independent, so this is on the safe side.
+        # The error is as large as if all layers agreed: successive rows are not independent, so this is on the safe
+        # side.
         error = 6 * (2 * high * (1 - high) / (pairs * self.shape.top_k)) ** 0.5
         if high > 1.05 * low + error:
             what = f"Rows of a request share {high:.1%} of their experts at lag {lag}, but {low:.1%} at lag 1."

@@ -24,7 +24,7 @@ ERROR_BYTES = 64 << 10  # read of an answer that says what is wrong
 _PIECE_BYTES = 1 << 16
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _OF_ALL = {401, 403, 404, 405, 407, 421, 426}
-LONGEST_WAIT_S = 60  # before a request is tried again, whoever says so
+LONGEST_WAIT_S = 60  # before a request is tried again, even if the server asks for more
 _SHOWN_LETTERS = 200  # of what a server says
 
 

@@ -21,7 +21,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.atomic import hold, keep_inputs, sync_folder, uninterrupted, whole_file
 
 _MARK = re.compile(rb'\{"moetrace":\{"prompt":(\d{1,10}),"asked":"([0-9a-f]{32})"\},')
-# A line that a killed run left without its end; what begins otherwise is somebody's, and stays.
+# A killed run may leave a line of this form without its end. Lines of other forms are not ours, and stay.
 _BEGIN = b'{"moetrace":{"prompt":'
 _COPIED_BYTES = 1 << 20
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | sum(getattr(os, n, 0) for n in ("O_CLOEXEC", "O_NOFOLLOW", "O_BINARY"))

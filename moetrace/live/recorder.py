@@ -19,7 +19,7 @@ from moetrace.spec import load_model
 from moetrace.spec.errors import MoetraceError, UsageError, counted
 from moetrace.trace.naming import presets_in
 
-# A run ends when so many prompts, and all that are under way, fail one after the other.
+# A run ends when this number of prompts, and all that are under way, fail one after the other.
 _IN_A_ROW = 8
 
 

@@ -7,7 +7,7 @@ from msgspec import Meta
 
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]  # JSON knows no limit, a column does
 
-# What people are shown of a unit: factor and sign.
+# Units in printed figures: factor and sign.
 SHOWN_UNITS = {"s": (1e3, "ms"), "bytes": (1e-9, "GB"), "share": (100.0, "%")}
 
 

@@ -164,7 +164,7 @@ def _read_listed(folder: Path, listed: ListedCell) -> ResultCell:
     if len(file.result.policies) != 1:
         raise MoetraceError(f"{path}: result.policies wants one policy.")
     cell = _cell_of(listed.name, file.result, file.result.policies[0])
-    # Of a sweep they say more: the content of a policy's files, axes of their own.
+    # The inputs of a sweep's cell also have the content of a policy's files and the sweep's own axes.
     given = {kind: value for kind, value in file.inputs.items() if value not in (None, False, {})}
     return cell._replace(inputs=cell.inputs | given)
 

@@ -33,7 +33,7 @@ else:
 # The step log may be larger than memory: it is turned into rows this many steps at a time.
 SLICE_STEPS = 1 << 16
 
-# From the log as they are; what stands before and after them in a row of steps.parquet is made here.
+# Copied from the log as they are; the columns before and after them in steps.parquet are made here.
 _STEP_FIGURES = ("dense_s", "moe_s", "head_s", "wait_s", "hits", "misses", "demand_bytes", "prefetch_bytes", "late")
 
 
@@ -185,7 +185,7 @@ def link_bytes_of(lane: Lane) -> float:
 
 def _part_log(lane: AnyLane) -> np.ndarray:
     """The log of units, a row for each part of the machine."""
-    log = np.concatenate((lane.log.unit, np.zeros(1, UNIT)))  # its last row is that of whatever takes no part
+    log = np.concatenate((lane.log.unit, np.zeros(1, UNIT)))  # the last row is for parts that do no work
     return log[[part.log_row for part in lane.parts]]
 
 

@@ -39,7 +39,7 @@ def read_strict_json(path: Path, *, follow: bool = True) -> Any:
     text = read_text(path, follow=follow)
     try:
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite)
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a pair alone is no text
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # a surrogate without its partner is not text
             json.dumps(found, ensure_ascii=False).encode()
         return found
     except json.JSONDecodeError as error:

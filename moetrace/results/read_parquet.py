@@ -13,7 +13,7 @@ from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.ordinary_file import open_ordinary
 from moetrace.spec.parquet_pages import DamagedParquetError, Sizes, parquet_sizes
 
-# No file of ours has so many rows a byte; one that claims more would take memory that it does not justify.
+# Our files have fewer rows for each byte; a file that claims more could take memory out of proportion to its size.
 _MOST_ROWS_A_BYTE = 64
 # A table that is read whole, and a row group of one that is read in parts (ours have 1 << 17 rows).
 MOST_ROWS = 1 << 24

@@ -39,7 +39,7 @@ TRIALS_FILE = "trials.parquet"
 CELLS_FOLDER = "cells"
 TABLES = ("steps", "units", "layers", "requests", "experts")  # of a replay, each NAME.parquet
 
-# What one write replaces: of an older result nothing of these names stays.
+# A write replaces all of these: no file of an older result keeps one of these names.
 RESULT_FILES = (SUMMARY_FILE, *(f"{name}.parquet" for name in TABLES), TIMELINE_FILE)
 SWEEP_FILES = (SWEEP_FILE, CELLS_FILE, SEARCH_FILE, TRIALS_FILE, ADVICE_FILE, REBALANCE_FILE, POLICY_FILE)
 OWN_FILES = frozenset((*RESULT_FILES, *SWEEP_FILES))
@@ -257,7 +257,7 @@ class TraceFacts(msgspec.Struct, kw_only=True):
     accepted_rows: Count = 0
 
 
-# How far the parts of a file are checked when it is read: a report takes structs, a gate whatever it is to compare.
+# Depth of the checks when a file is read: a report takes structs, a gate takes any value that it compares.
 TraceForm = TypeVar("TraceForm")
 PolicyForm = TypeVar("PolicyForm")
 
@@ -322,7 +322,7 @@ COSTS: dict[str, Figure] = dict(_figures_of(CellCosts))
 COLUMNS: dict[str, Figure] = {name.replace(".", "_"): figure for name, figure in FIGURES.items()} | COSTS
 ACCOUNTS: dict[str, str] = dict.fromkeys(("energy_j", "energy_per_token_j"), "energy")
 ACCOUNTS |= dict.fromkeys(("price_usd", "usd_per_million_tokens"), "price")
-# What a Pareto front may set against time.
+# Figures that a Pareto front may set against time.
 FRONTS = (*COSTS, "energy_j", "price_usd")
 
 _OF_DISK = ("host_slots", "host_hits", "host_misses", "host_hit_rate", "disk_bytes", "disk_busy")

@@ -15,7 +15,7 @@ from moetrace.results.record import Summary
 if TYPE_CHECKING:
     from moetrace.results.replay import Result
 
-# Columns that charts need of each file; whatever else is in it is left alone.
+# Columns of each file that charts need; other columns are not read.
 COLUMNS: dict[str, dict[str, Any]] = {
     "steps": {
         "policy": pl.String,

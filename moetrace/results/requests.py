@@ -11,7 +11,7 @@ from moetrace.engine.turns import Turns
 
 QUANTILES = (0.5, 0.95, 0.99)
 
-# What a request counts, whatever the policy.
+# Counts of a request that are the same under every policy.
 REQUEST_COUNTS = ("turns", "tokens", "recomputed_rows", "drafted_rows", "accepted_rows")
 
 

@@ -28,7 +28,7 @@ from moetrace.spec.named import nearest
 from moetrace.spec.policy import UnreadParameterError
 from moetrace.trace import Trace
 
-# What `replay` takes for a policy: a preset's name, a TOML file, `file.py:function`, a spec, or a function.
+# A policy of `replay`: a preset's name, a TOML file, `file.py:function`, a spec, or a function.
 Policy = str | Path | PolicySpec | Callable
 
 

@@ -16,7 +16,7 @@ _ALWAYS = ("trace", "model", "system", "policy", "slots")
 LATENCIES = ("ttft_s_p50", "tpot_s_p50", "itl_s_p50", "itl_s_p99", "tokens_per_s")
 PER_TOKEN = ("energy_per_token_j", "usd_per_million_tokens")
 SOME_HAVE = ("gate_mass_dropped", "resent_bytes", "host_hit_rate", "disk_bytes", "remote_usd", "cold_s")
-# What a table or the front shows, where it is there.
+# Optional columns that a table or the front shows.
 _FIGURES: dict[str, Any] = {"error": pl.String, "pareto": pl.Boolean}
 _FIGURES |= dict.fromkeys((*FRONTS, *PER_TOKEN, *SOME_HAVE, "hit_rate", *LATENCIES), pl.Float64)
 

@@ -78,7 +78,7 @@ def slices_of(run: Run, lane: AnyLane, recording: Recording | ClusterRecording) 
         return cluster_slices(lane, starts_s)
     assert isinstance(recording, Recording)
     notes, share, groups = recording.slices, lane.machine.share, len(lane.state.scratch.groups)
-    # A group of units is one row of the tape, but each of its units is busy. What stands behind the groups is one part.
+    # A group of units is one row of the tape, but each of its units is busy. Each row after the groups is one part.
     behind = notes["unit"] >= FIRST_GROUP + groups
     in_group = (notes["unit"] >= FIRST_GROUP) & ~behind
     copies = np.where(in_group, share, 1)
@@ -105,7 +105,7 @@ def slices_of(run: Run, lane: AnyLane, recording: Recording | ClusterRecording) 
         }
     )
     steps = _steps_of(run, lane, recording, starts_s)
-    # Steps first, then layers: what begins together stands from the outside in.
+    # Steps first, then layers: slices that begin together are sorted from the outside in.
     frame = pl.concat([steps.select(frame.columns), frame]).with_columns(pl.lit(lane.policy.name).alias("policy"))
     order = pl.col("kind").replace_strict({"step": 0, "layer": 1}, default=2, return_dtype=pl.Int8)
     return frame.sort("step", "start_s", order, maintain_order=True).select(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:
     pl = Later("polars")
 
-# Of steps and layers, and of what shares a link's direction without waiting for one another: tracks of their own.
+# Tracks of their own: steps, layers, and transfers that share a link's direction without waiting for each other.
 _OWN_TRACKS = {
     "step": "steps",
     "layer": "layers",
@@ -42,7 +42,7 @@ _OWN_TRACKS = {
 }
 _OWN_TRACKS |= dict.fromkeys(("pause", "migration"), cluster_timeline.MOVES)
 _LINK_IN_TRACKS = {"fetch": "link_in", "prefetch": "link_in prefetch", "activations": "link_in activations"}
-# What goes to a CPU beside units, and comes from it.
+# Transfers to and from a CPU that works beside units.
 _CPU_TRACKS = {"link_out": "link_out cpu", "link_in": "link_in activations cpu"}
 _ARGUMENTS = {
     "dense": ("step", "layer", "bytes"),

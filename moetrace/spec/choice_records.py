@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import msgspec
 
-_LAST = 1000  # place in lists of what says none
+_LAST = 1000  # place in lists of a record without one
 
-# What a residency evicts: the least score (by age, its count is scaled, and its score may become the pool's age); the
+# Victim of a residency: the least score (by age, its count is scaled, and its score may become the pool's age); the
 # first of the ring, by touch or by admission; or the first by admission that a hand finds not visited (Sieve).
 BY_AGE, BY_SCORE, BY_TOUCH, BY_ADMISSION, BY_HAND = -1, 0, 1, 2, 3
 

@@ -32,7 +32,7 @@ _SCHEDULE = re.compile(r"pipeline:([0-9]{1,3}),([0-9]{1,3})", re.ASCII)
 
 SCHEDULES = f"{SERIAL}, {AUTO} or pipeline:r1,r2 with whole numbers from 1 to {MOST_PARTS}"
 
-# What holds where a field is not set.
+# Defaults of fields that are not set.
 WINDOW, INTERVAL, MIGRATE_SHARE, PLAN_STEPS = 32, 0, 0.1, 32
 COPIES = ("even", "row", "random", "nearest")
 

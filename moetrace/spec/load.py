@@ -24,7 +24,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 # Fields whose text is the path of a file, and fields where it is one only in the form `file.py:function`.
 FILE_FIELDS = ("weight_bits", "expert_bits", "loads", "plan", "static", "budget", "layout", "rates", "rate_factors")
-AUTO = "auto"  # is the name of no file: what is made of the trace instead
+AUTO = "auto"  # not a file's name: the table is made from the trace
 FUNCTION_FIELDS = ("dispatch", "residency")
 # Fields where a number stands for a table with one field.
 NUMBER_FIELDS = {"weight_bits": "bits"}
@@ -294,7 +294,7 @@ def _check_begun(loaded: Loaded, struct: type[msgspec.Struct]) -> None:
     for table, path in loaded.begun.items():
         fields, given = getattr(node_at(struct, table), "fields", ()), _at(loaded.raw, table)
         if not isinstance(given, dict) or given.keys() - {field.encode_name for field in fields}:
-            continue  # msgspec's message says what is unknown
+            continue  # msgspec's message names the unknown field
         lacks = [f"{table}.{field.encode_name}" for field in fields if field.required]
         lacks = [field for field in lacks if field.rpartition(".")[2] not in given]
         if lacks:
@@ -312,7 +312,7 @@ def _check_texts(loaded: Loaded) -> None:
             raise UsageError(f"{loaded.where}: {path} is a key that cannot be printed.")
         if not isinstance(value, str):
             continue
-        # Of a path the last part is shown; what the others are called is not ours to judge.
+        # Only the last part of a path must be printable: the names of its folders are not ours to judge.
         shown = Path(value).name if _is_file(value, path.rpartition(".")[2]) else value
         longest = MAX_NAME if path.rpartition(".")[2] == "name" else MAX_TEXT
         if not value.strip() or len(value) > longest:

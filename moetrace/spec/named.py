@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moetrace.spec.errors import UsageError
 
-# What a message about an unknown model adds.
+# The end of a message about an unknown model.
 _OWN_FILES = ", as are a config.json, a GGUF file and the folder of a Hugging Face model (./NAME)"
 
 

@@ -23,7 +23,7 @@ MAX_SLOTS = 1 << 16  # of a layer
 MAX_BYTES = 8 << 20  # of a plan file; one of 58 layers of 288 slots has 80 kB
 _NUMBERS = ("num_slots", "layer_updates_per_iter", "ep_size")
 _INTEGER = re.compile(r"[0-9]{1,6}", re.ASCII)
-# Of lines without spaces at their end: to look for these here would take the square of a long line's length.
+# For lines without spaces at their end: a pattern that skips these takes the square of a long line's length.
 _TOP = re.compile(r"([a-z_]+):(?: +(\S.*))?", re.ASCII)
 _LAYER = re.compile(r" +([0-9]{1,6}):(?: +(\S.*))?", re.ASCII)
 _ITEM = re.compile(r" +- +([0-9]{1,6})", re.ASCII)

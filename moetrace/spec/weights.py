@@ -20,7 +20,7 @@ Starts = Annotated[float, Meta(ge=0, le=1000)]
 
 HEADER = ["layer", "expert", "bits"]
 
-# Of a table of bits: a field that switches something on, and those that are read only then.
+# Fields of a table of bits: one that switches a feature on, and those that are read only with it.
 _READ_WITH = (("sparse", ("index_bits", "sparse_value_bits")), ("group", ("scale_bits",)), ("scale_bits", ("group",)))
 _MEANING = {
     "sparse": "the share of weights that are stored by themselves",

@@ -38,7 +38,7 @@ class AtomicFile(io.RawIOBase):
         # Without `follow` a file of any kind with the name is replaced and not opened; a folder is not.
         if (self._path.exists() and not self._path.is_file()) if follow else is_folder(self._path):
             raise OSError(0, "it is not an ordinary file")
-        if follow:  # else whoever owns the folder does it, once for all of its files
+        if follow:  # otherwise the owner of the folder does it, once for all of its files
             remove_stale(self._path.parent, temporary_of(re.escape(self._path.name)))
         self._temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.tmp")
         self._file = self._temporary.open("x+b", buffering=0)
@@ -281,7 +281,7 @@ def uninterrupted() -> Iterator[None]:
         return
     held: list[tuple[int, types.FrameType | None]] = []
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    # What no handler of Python's takes, as SIGTERM in a program that only imports moetrace, is left alone.
+    # Signals without a Python handler, as SIGTERM in a program that only imports moetrace, are left as they are.
     handlers = {number: handler for number in signals if callable(handler := signal.getsignal(number))}
     try:
         for number in handlers:

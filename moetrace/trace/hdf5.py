@@ -18,7 +18,7 @@ from moetrace.trace.probe import Attributes, attributes_of, hard_path
 from moetrace.trace.schema import OPTIONAL, OTHER_PATHS, ROW_PATHS
 from moetrace.trace.stored import CHUNK_CACHE_BYTES, check_chunks, stored_reader, with_cache
 
-# A stranger's file may claim any size: what compressed data is read whole has at most this one.
+# A stranger's file may claim any size: compressed data that is read whole has at most this one.
 WHOLE_BYTES = 256 << 20
 ROOT_NAMES = {"schema": str, "model": str, "num_experts": int, "top_k": int, "source": str, "created_by": str}
 PATHS = (*ROW_PATHS.values(), *(path for path, _ in OTHER_PATHS.values()), "/counts")
@@ -103,7 +103,7 @@ def read_attributes(source: Source) -> dict[str, Any]:
         raise MoetraceError(f"{where}: the attribute source is not JSON: {error}.") from error
     if not isinstance(values["source"], dict):
         raise MoetraceError(f"{where}: the attribute source is not a JSON object.")
-    # The largest sizes also bound what is asked of the datasets' shapes.
+    # The largest sizes also bound the shapes that the datasets may have.
     schema.check_sizes(where, values["num_experts"], values["top_k"], 1, 1, 1)
     return values
 
@@ -193,7 +193,7 @@ def _column(source: Source, path: str, dtype: np.dtype) -> Column:
     size = math.prod(dataset.shape) * dtype.itemsize
     if layout == h5py.h5d.CONTIGUOUS and size:
         offset = dataset.id.get_offset()
-        # HDF5 itself trusts these numbers, and returns zeros for what is not there.
+        # HDF5 itself trusts these numbers, and returns zeros for missing data.
         if offset is None or offset + size > os.fstat(source.descriptor).st_size:
             raise MoetraceError(f"{where}: {path} has no data or ends beyond the file; it is truncated.")
         return Column(path, dtype, dataset.shape, "mapped", sha256, _in_place(source, dataset, offset))

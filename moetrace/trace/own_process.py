@@ -20,8 +20,8 @@ from moetrace.trace.schema import ATTRIBUTE_BYTES
 
 TIME_LIMIT_S = 10.0  # some 0.2 s are enough, for a large file too
 MEMORY_BYTES = 4 << 30  # of addresses: the packages reserve more than they use
-# It imports h5py from where this process does: its sys.path, but for an empty entry, which is the current folder, where
-# a stranger's h5py.py might lie. -I and -S keep Python from adding to that, and from heeding PYTHON* variables.
+# The other process imports h5py from the same sys.path as this one. Its empty entry, the current folder, is left out: a
+# stranger's h5py.py might lie there. -I and -S keep Python from adding to the path and from reading PYTHON* variables.
 _PROGRAM = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-MAX_CHUNKS = 1 << 20  # of a dataset; a trace of 4 billion rows has as many
+MAX_CHUNKS = 1 << 20  # of a dataset; a trace of 4 billion rows reaches this
 _NOWHERE = (1 << 64) - 1
 _NUMBER, _FLOAT, _TEXT = 0, 1, 3  # classes of datatypes
 _HEADER_BYTES = 1 << 20  # of one header; those of the writer have up to 64 KiB

@@ -10,7 +10,7 @@ from typing import Any
 
 import h5py
 
-# name -> what it is ("text", "number", "large" or "other") and the value of the first two; without what is missing.
+# name -> its kind ("text", "number", "large" or "other"), and the value of the first two. Missing names are left out.
 Attributes = dict[str, tuple[str, Any]]
 
 

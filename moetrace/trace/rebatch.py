@@ -42,7 +42,7 @@ ORDERS = ("arrival", "shuffle")
 GATHER_BYTES = 32 << 20
 GATHER_ROWS = 1 << 17
 MAX_ROWS = 1 << 27  # of all captures: 40 bytes of memory each
-_KEPT = ("gates", "token")  # of what a trace may hold beside ids; row_phase comes anew
+_KEPT = ("gates", "token")  # optional arrays of a trace that are copied; row_phase is computed for the new steps
 _TOLD_BYTES = schema.ATTRIBUTE_BYTES - 4096  # what `source` says of the inputs, if it fits
 
 TraceLike = Trace | str | os.PathLike[str]
@@ -276,7 +276,7 @@ def _plan(rows: _Rows, batch: int, chunk: int | None, verify: int) -> Iterator[_
     """Yield all steps in time order, equal ones together: some 20 µs for each time that a run ends."""
     starts = np.concatenate(([0], rows.request_end[:-1]))
     first_run = np.searchsorted(rows.run_end, starts, side="right")
-    # Of the admitted requests, in order of admission: next row, number of the run that holds it, end.
+    # The admitted requests, in order of admission: next row, number of the run that holds it, end.
     row, run, end = (np.empty(0, np.int64) for _ in range(3))
     admitted = 0
     while admitted < starts.size or row.size:

@@ -47,7 +47,7 @@ MAX_CELLS = 1 << 24  # layers x experts; a row or a step of counts is at most as
 MAX_ROWS, MAX_STEPS, MAX_REQUESTS = 1 << 40, 1 << 26, 1 << 24
 MAX_COUNT, MAX_COUNTED = 1 << 32, 1 << 62  # of one expert in a step, and of all in a trace: sums fit int64
 STEP_BYTES = 512 << 20  # of the rows of a step where whole steps are needed: their ids, and ROW_BYTES each
-ROW_BYTES = 32  # request, position and phase of a row, and what is made of them
+ROW_BYTES = 32  # request, position and phase of a row, and arrays made from them
 CHUNK_BYTES = 64 << 20  # the most that a compressed chunk unpacks to
 PART_ROWS = 1 << 18  # at a time, where rows are narrow
 _PAIRS_UP_TO = 32  # slots, beyond which sorting a cell is faster than comparing all pairs
@@ -181,7 +181,7 @@ def check_steps(where: str, offset: np.ndarray, phase: np.ndarray, rows: int, ha
         raise MoetraceError(f"{path} must begin with 0, but begins with {offset[0]}.")
     if offset[-1] != rows:
         raise MoetraceError(f"{path} must end with the number of rows ({rows}), but ends with {offset[-1]}.")
-    for start in range(0, phase.size, 1 << 20):  # in slices: a long trace has as many steps as rows
+    for start in range(0, phase.size, 1 << 20):  # in slices: a trace may have a step for each row
         part = offset[start : start + (1 << 20) + 1]
         wrong = np.flatnonzero(part[1:] <= part[:-1])
         if wrong.size:

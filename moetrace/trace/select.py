@@ -187,7 +187,7 @@ def _copy(
     if not left.any():
         raise MoetraceError(f"{trace.shown}: no row fits, so nothing would be left.")
     optional = [name for name in OPTIONAL if name in trace.has]
-    if MIXED in trace.phase and MIXED not in step_phase[left]:  # which alone needed phases of rows
+    if MIXED in trace.phase and MIXED not in step_phase[left]:  # only mixed steps needed phases of rows
         optional = [name for name in optional if name != "row_phase"]
     facts |= {
         "rows": int(step_rows.sum()),

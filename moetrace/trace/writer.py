@@ -396,5 +396,5 @@ def _write_text(target: Any, name: str, text: str, where: str) -> None:
     data = text.encode()
     if len(data) > ATTRIBUTE_BYTES:
         raise MoetraceError(f"{where}: the attribute {name} would take {len(data)} bytes, above {ATTRIBUTE_BYTES}.")
-    # Fixed length: a variable one lives in a global heap, whose bytes depend on what was there before.
+    # Fixed length: a text of variable length lies in a global heap, whose bytes depend on earlier writes.
     target.attrs.create(name, data, dtype=h5py.string_dtype("utf-8", max(len(data), 1)))

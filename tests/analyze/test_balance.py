@@ -191,7 +191,7 @@ def test_seconds_are_those_of_the_timing_model(timed):
 
 
 @pytest.mark.parametrize("placement", ["ep", "ep-block", "tp:2"])
-def test_a_replay_on_the_units_alone_is_as_uneven(timed, placement):
+def test_a_replay_on_units_only_is_equally_uneven(timed, placement):
     trace, found = timed
     policy = PolicySpec(name="units", placement=placement, dispatch="ndp")
     steps = replay(trace, system=load_system("edge-ndp", {"ndp.units": 6}), policies=[policy]).steps
@@ -199,7 +199,7 @@ def test_a_replay_on_the_units_alone_is_as_uneven(timed, placement):
     assert steps["imbalance"].tail(found.trace["judged_steps"]).mean() == pytest.approx(own, rel=1e-12)
 
 
-def test_what_holds_of_all_plans(timed):
+def test_figures_of_all_plans_are_in_order(timed):
     _, found = timed
     rows = found.layers
     assert (rows["imbalance"] >= rows["least_imbalance"]).all() and (rows["busy_s"] >= rows["least_busy_s"]).all()
@@ -274,7 +274,7 @@ def test_a_given_plan_is_judged_as_it_is():
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), copies=st.sampled_from(["even", "row"]))
-def test_layers_of_their_own_numbers_of_experts_are_as_alone(seed, copies):
+def test_layers_with_different_numbers_of_experts_are_as_in_separate_traces(seed, copies):
     """A layer of 3 among others of 7 and 5: its slots, its figures and its bound are those of a trace of it only."""
     rng, own = np.random.default_rng(seed), [7, 3, 5]
     ids = np.stack([np.argsort(rng.random((60, e)))[:, :2] for e in own], axis=1).astype(np.uint8)
@@ -303,7 +303,7 @@ def test_layers_without_choices():
     assert found.summary["imbalance"].null_count() == 0
 
 
-def test_what_cannot_be_asked():
+def test_impossible_arguments_are_refused():
     trace = small_trace(0)
     for arguments, sentence in (
         ({"placements": ["best"]}, "no placement 'best'"),

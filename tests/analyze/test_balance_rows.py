@@ -15,7 +15,7 @@ from moetrace.jit.random import drawn
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), intervals=st.lists(st.integers(1, 30), min_size=2, max_size=4, unique=True))
-def test_several_intervals_are_what_each_is_alone(seed, intervals):
+def test_several_intervals_give_the_figures_of_separate_runs(seed, intervals):
     trace, asked = small_trace(seed, steps=30), {"tier": Tier(3, 2), "window": 5, "fan_out": True}
     whole = balance(trace, ["ep", "eplb"], interval=intervals, **asked)
     assert whole.trace["intervals"] == intervals

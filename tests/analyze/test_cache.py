@@ -129,9 +129,9 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch, sequential):
 @given(seed=st.integers(0, 2**32), capacity=st.integers(1, 21), sequential=st.booleans(), most=st.sampled_from([1, 4]))
 def test_belady_is_never_beaten_at_equal_sizes(seed, capacity, sequential, most):
     trace = Trace.from_arrays(**small_trace(seed, most=most, equal=True))
-    # At once, all that an event demands has to fit: what a cache may not keep at all is no choice of its policy.
+    # All that an event demands at once has to fit: otherwise the policy has no choice.
     capacity = capacity if sequential else max(capacity, EXPERTS)
-    # Static sets may win: they do not keep whatever is demanded.
+    # Static sets may win: they do not have to keep each demanded expert.
     filled = [policy for policy in (POLICIES if sequential else GENERAL) if not policy.startswith("static-")]
     frame = cache_hits(trace, [capacity], filled, sequential=sequential).filter(phase="all")
     hits = dict(zip(frame["policy"], frame["hits"], strict=True))
@@ -154,10 +154,10 @@ def test_lru_of_a_layer_is_its_stack_distances():
 
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_a_cache_of_everything_misses_only_what_is_new(sequential, scope):
+def test_a_cache_of_everything_misses_only_first_accesses(sequential, scope):
     trace = Trace.from_arrays(**small_trace(5))
     most = 3 * int(trace.expert_bytes.sum())
-    # What was not in a prefill step is not wanted by static-prefill.
+    # static-prefill never wants experts that were not in a prefill step.
     policies = [policy for policy in GENERAL if policy != "static-prefill"]
     frame = cache_hits(trace, [21, f"{most}B"], policies, scope=scope, sequential=sequential)
     assert (frame["accesses"] - frame["hits"]).equals(frame["compulsory_misses"].rename("accesses"))
@@ -169,7 +169,7 @@ def test_a_cache_of_everything_misses_only_what_is_new(sequential, scope):
 
 
 @pytest.mark.parametrize("policy", [policy for policy in GENERAL if policy != "static-prefill"])
-def test_what_is_larger_than_the_budget_is_never_kept_and_evicts_nothing(policy):
+def test_an_expert_larger_than_the_budget_is_never_kept_and_evicts_nothing(policy):
     experts = np.array([0, 2, 0, 2, 1, 0]).reshape(-1, 1, 1)
     trace = Trace.from_arrays(experts, num_experts=3, expert_bytes=np.array([[4, 4, 11]]))
     frame = cache_hits(trace, ["10B"], [policy]).filter(phase="all")
@@ -239,7 +239,7 @@ def test_sizes_are_the_trace_s_or_the_model_s():
         cache_hits(unknown, ["3MB"])
 
 
-def test_what_cannot_be_asked():
+def test_impossible_arguments_are_refused():
     trace = Trace.from_arrays(**small_trace(0))
     with pytest.raises(UsageError, match=r"no cache policy 'mru' \(the nearest is 'lru'\); known are lru"):
         cache_hits(trace, [3], ["mru"])
@@ -290,7 +290,7 @@ def decode(frame: pl.DataFrame, column: str) -> dict[str, float]:
 @captured
 def test_an_lru_of_4000_mib_is_the_recorded_residency(qwen):
     agreement = decode(cache_hits(qwen, ["4000MiB"], ["lru"], sequential=True), "recorded_agreement")["lru"]
-    assert round(agreement, 4) == 0.9999  # all but 5 of 36,864
+    assert round(agreement, 4) == 0.9999  # 5 of 36,864 differ
     assert decode(cache_hits(qwen, ["4000MiB"], ["lru"]), "recorded_agreement")["lru"] == 1
     for other in ("3000MiB", "3900MiB", "4100MiB", "5000MiB"):
         assert 0.9 < decode(cache_hits(qwen, [other], ["lru"]), "recorded_agreement")["lru"] < 0.995

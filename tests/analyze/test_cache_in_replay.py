@@ -92,7 +92,7 @@ def largest_event(trace: Trace) -> int:
     return max(int(np.diff(block.bounds).max()) for block in in_demand_order(trace))
 
 
-def test_all_but_what_is_defined_one_at_a_time_are_shared():
+def test_a_replay_lacks_only_policies_defined_one_access_at_a_time():
     assert set(POLICIES) - set(SHARED) == {"s3-fifo", "arc", "static-prefill"}
     assert on_demand("ewma", "layer").alpha == ALPHA
 
@@ -104,8 +104,8 @@ def test_a_replay_on_demand_hits_as_the_cache_does(case):
     everything = trace.layers * trace.num_experts
     slots = sorted({case.slots, everything // 2, everything * 3 // 4})
     check(trace, case.model, case.system, slots, [name for name in SHARED if name != "belady"])
-    # Of experts that come next at the same time, belady drops another one here than there. That changes no hits
-    # as long as what comes fits.
+    # Among experts that come next at the same time, belady drops another one here than there. That changes no hits as
+    # long as the demanded experts fit.
     fits = largest_event(trace)
     check(trace, case.model, case.system, [max(s, fits * trace.layers) for s in slots], ["belady"])
 

@@ -63,7 +63,7 @@ def test_a_budget_is_each_layer_by_itself(tmp_path, sequential):
     assert (auto["hits"] <= auto["accesses"]).all() and auto["hits"][0] > 0
 
 
-def test_what_a_budget_of_caches_goes_with(tmp_path):
+def test_a_budget_of_caches_needs_scope_layer(tmp_path):
     trace = Trace.from_arrays(**small_trace(3))
     for scope, capacity in (("global", 9), ("request", 9), ("layer", "9KiB")):
         with pytest.raises(UsageError, match="a budget gives each layer's cache experts: use scope layer, and capac"):

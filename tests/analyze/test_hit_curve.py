@@ -126,7 +126,7 @@ def test_some_layers_have_the_accesses_that_they_have_among_all(seed, sequential
         assert part.phase.tolist() == whole.phase.tolist()
 
 
-def test_an_impossible_id_is_named_whoever_finds_it():
+def test_an_impossible_id_is_named_with_any_number_of_threads():
     ids = np.zeros((6, 4, 1), np.uint8)
     ids[3, 3], ids[4, 0] = 9, 9
     trace = Trace.from_arrays(ids, num_experts=8)
@@ -152,7 +152,7 @@ def test_moments_are_renumbered_often_enough():
     assert curve["hits"].gather([29, 59, 99]).to_list() == frame["hits"].to_list()
 
 
-def test_what_cannot_be_asked(monkeypatch):
+def test_impossible_arguments_are_refused(monkeypatch):
     trace = routing(0, 2, 7, 2)
     with pytest.raises(UsageError, match="no scope 'step'"):
         lru_curve(trace, scope="step")

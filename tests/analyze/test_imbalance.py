@@ -105,7 +105,7 @@ def test_drawn_copies_are_drawn_evenly_and_from_the_seed():
             judge_rows(choices, copies, 4, seed, 0, np.arange(steps), cost, tally)
         found.append(tally.over_time[:, 0, 1])
     assert np.array_equal(found[0], found[2]) and not np.array_equal(found[0], found[1])
-    # Of 100 rows in four bins the fullest has 30.1 on average, 2.5 more or less.
+    # With 100 rows in four bins, the fullest bin has 30.1 on average, with a standard deviation of 2.5.
     fullest = 25 * np.concatenate(found[:2])
     assert abs(fullest.mean() - 30.1) < 3 * 2.5 / np.sqrt(2 * steps) and np.unique(fullest).size > 5
 

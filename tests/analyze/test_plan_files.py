@@ -97,7 +97,7 @@ def test_yaml_as_engines_and_people_write_it(tmp_path, text):
     assert read_plan(tmp_path / "a.yml", LAYERS, 3, 2).expert_of_slot.tolist() == WANTED
 
 
-def test_json_of_moe_layers_alone(tmp_path):
+def test_json_of_only_moe_layers(tmp_path):
     rows = [[e for unit in units for e in unit] for units in WANTED]
     (tmp_path / "a.json").write_text(json.dumps({"other": {"x": [1.5]}, "physical_to_logical_map": rows}))
     assert read_plan(tmp_path / "a.json", LAYERS, 3, 2).expert_of_slot.tolist() == WANTED
@@ -171,7 +171,7 @@ def changed(old, new):
         ("a.yaml", changed("[0, 2, 1, 2]", "[0, 2, 1, 2, 0]"), "num_slots must be there and"),
     ],
 )
-def test_what_is_no_plan_is_one_sentence(tmp_path, name, text, sentence):
+def test_a_file_that_is_no_plan_is_refused_in_one_sentence(tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(MoetraceError) as error:
         read_plan(tmp_path / name, LAYERS, 3, 2)

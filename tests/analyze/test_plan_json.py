@@ -45,7 +45,7 @@ def test_a_flat_list_is_for_all_layers(tmp_path):
     assert read(tmp_path, list(range(8)) + [0] * 8, units=4, experts=8) == [[*range(8), *[0] * 8]] * 3
 
 
-def test_what_vllm_ascend_writes(tmp_path):
+def test_a_plan_of_vllm_ascend_is_read(tmp_path):
     assert read(tmp_path, ascend(ROWS)) == ROWS
     bare = ascend(ROWS)
     for layer in bare["layer_list"]:
@@ -91,7 +91,7 @@ def test_a_map_of_more_layers_needs_a_model(tmp_path, form):
         ({"moe_layer_count": 3, "layer_list": [{"device_list": 5}] * 3}, "Expected `array`"),
     ],
 )
-def test_what_is_no_map_is_one_sentence(tmp_path, content, sentence):
+def test_a_file_that_is_no_map_is_refused_in_one_sentence(tmp_path, content, sentence):
     with pytest.raises(MoetraceError) as error:
         read(tmp_path, content)
     assert sentence in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400

@@ -54,7 +54,7 @@ def test_the_example_of_eplb_s_readme():
 @given(seed=st.integers(0, 2**32), most=KINDS, shape=SHAPES)
 def test_eplb_agrees_with_plain_python(seed, most, shape):
     experts, slots, units, nodes, groups = shape
-    # Sums of shares such as 1/3 may tie exactly but not as floats; loads of 60 times a number have none such.
+    # Sums of shares such as 1/3 may tie exactly but not as floats. Loads that are multiples of 60 have exact shares.
     loads = 60 * loads_of(seed, most, 2, experts) * (1 if slots - experts < 6 else 14)
     plan = eplb_plan(loads, slots, units, nodes, groups)
     assert plan.tolist() == [oracle.eplb(row, slots, units, nodes, groups) for row in loads]
@@ -70,7 +70,7 @@ def test_eplb_agrees_with_plain_python(seed, most, shape):
     units=st.integers(1, 4),  # of a node
     room=st.integers(0, 3),  # slots of a unit beyond the fewest
 )
-def test_eplb_is_that_of_floats_whatever_the_loads(seed, most, nodes, groups, size, units, room):
+def test_eplb_of_any_loads_is_that_of_floats(seed, most, nodes, groups, size, units, room):
     """Thirds and fifths of loads tie, or nearly do: the plan is the one that sums of float64 make."""
     experts, fewest = nodes * groups * size, -(-groups * size // units)
     slots = nodes * units * (fewest + room)
@@ -165,7 +165,7 @@ def test_copies_and_what_moves(seed):
             assert bins == [u for u in range(3) for x in new.expert_of_slot[layer, u] if x == e]
 
 
-def test_slots_unless_told():
+def test_default_slots():
     assert Tier(8).slots(64) == 72 and Tier(6).slots(32) == 42 and Tier(4, 0).slots(32) == 32
     assert Tier(36, 32).slots(256) == 288
 
@@ -193,7 +193,7 @@ def test_slots_unless_told():
         ("eplb-hierarchical", Tier(4, 2, 2, 4), 6, "cannot share 6 experts among 4 groups equally"),
     ],
 )
-def test_what_makes_no_sense(placement, tier, experts, sentence):
+def test_impossible_placements_are_refused(placement, tier, experts, sentence):
     with pytest.raises(UsageError, match=sentence):
         check_placement(placement, tier, experts)
 

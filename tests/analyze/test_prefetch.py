@@ -88,7 +88,7 @@ def simulate(given: dict, predictor: str, capacity: int, most: int, ahead: int) 
             correct, covered = set(names) & set(demanded), set(names) & set(misses)
             found = [len(names), len(correct), len(demanded), len(misses), len(covered), *bytes_of]
             totals = [a + b for a, b in zip(totals, found, strict=True)]
-            # What is resident afterwards, if the event fits.
+            # The cache's content afterwards, if the event fits.
             keys = [(layer, e) for e in demanded]
             touched = [key for key in touched if key not in keys] + keys
             resident = set(touched[-capacity:])
@@ -142,7 +142,7 @@ def test_misses_are_those_of_the_cache(scope):
 
 
 @pytest.mark.parametrize("recall", [0.0, 0.3, 1.0])
-def test_the_oracle_names_what_is_demanded(recall):
+def test_the_oracle_names_demanded_experts(recall):
     trace = generate_trace("tiny-olmoe", requests=4, prompt=3, output=100)
     row = prefetch_value(trace, 60, ["oracle"], recall=recall, seed=3).row(0, named=True)
     assert abs(row["recall"] - recall) < 0.01 and row["wasted_bytes"] == 0
@@ -150,7 +150,7 @@ def test_the_oracle_names_what_is_demanded(recall):
     assert abs(row["displaced"] - recall) < 0.03
 
 
-def test_what_arrives_in_time():
+def test_computing_hides_fetches_that_arrive_in_time():
     """One layer's computing hides as many fetches as fit into it, on a machine whose link is as quick as its memory."""
     trace = generate_trace("tiny-olmoe", requests=2, prompt=2, output=40)
     slow, model = load_system("rtx4090-offload"), load_model("tiny-olmoe")
@@ -215,7 +215,7 @@ def test_transitions_come_from_other_requests():
     assert (row["named"], row["demanded"], row["recall"]) == (20, 40, 0.5)
 
 
-def test_what_cannot_be_asked():
+def test_impossible_arguments_are_refused():
     given = some_trace(0)
     trace = Trace.from_arrays(**given)
     for arguments, sentence in (

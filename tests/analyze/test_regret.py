@@ -71,7 +71,7 @@ def test_regret_in_points_and_in_time():
     assert unknown["regret_ms_per_step"].null_count() == 2
 
 
-def test_a_system_s_link_and_what_is_missing():
+def test_a_system_s_link_needs_sizes_of_experts_and_a_link():
     link = link_of("rtx4090-offload", known=True)
     assert link.bytes_s > 1e9
     with pytest.raises(UsageError, match="--system needs the sizes of experts"):

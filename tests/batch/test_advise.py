@@ -115,7 +115,7 @@ def test_oracles_are_bounds_and_no_advice(advice):
     assert advice.to_dict()["lower_bound_s"] == figures["lower_bound_s"]
 
 
-def test_the_verdict_follows_from_what_was_replayed(advice):
+def test_the_verdict_follows_from_the_replays(advice):
     assert advice.default.candidate.label in default_policies(load_system("rtx4090-offload"))
     assert advice.wins == pytest.approx(1 - advice.best.total_s / advice.default.total_s)
     larger = [size for size in advice.sizes if size.best.slots > 60]
@@ -133,7 +133,7 @@ def test_machines_without_a_choice_have_nothing_to_win(trace):
     assert found.best.candidate.label == found.default.candidate.label == "resident"
 
 
-def test_memory_is_advised_to_a_machine_that_has_none(trace):
+def test_memory_is_advised_to_a_machine_without_slots(trace):
     """Without slots all keep nothing and are equal; what memory wins is what the best of them does with it."""
     found = ask(trace, "rtx4090-offload", 0)
     assert found.best.slots == 0 and found.best.figures["hits"] == 0 and found.kind == "buy memory"
@@ -157,7 +157,7 @@ def test_a_size_that_is_faster_than_the_one_asked_for_stands_once_and_beside_tha
     assert f"{found.best.candidate.label} with 12 slots" in found.verdict or found.kind == "buy memory"
 
 
-def test_slots_that_are_not_those_of_the_machine_are_told(trace):
+def test_a_note_names_slots_that_are_not_those_of_the_machine(trace):
     assert "to use it costs no new memory" in ask(trace, "rtx4090-offload", 191).notes[0]
     small = {"system.gpu.memory_gb": 4.0}
     assert ask(trace, "rtx4090-offload", overrides=small).fitting < 192
@@ -187,7 +187,7 @@ def test_nothing_depends_on_the_jobs(trace, advice):
     assert again.to_dict() == advice.to_dict()
 
 
-def test_a_folder_is_a_sweep_that_keeps_what_was_replayed(trace, tmp_path):
+def test_a_folder_is_a_sweep_that_keeps_finished_replays(trace, tmp_path):
     asked = {"system": "rtx4090-offload", "slots": 60, "folder": tmp_path / "out"}
     first = mt.advise(trace, **asked)
     told = json.loads((tmp_path / "out" / "advice.json").read_text())

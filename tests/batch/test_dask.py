@@ -67,6 +67,6 @@ def test_no_scheduler_is_one_sentence(small):
 @pytest.mark.parametrize(
     "address", ["", "banana", "tcp://", "tcp://host", "host:port", "a b:1", "tcp://127.0.0.1:123456"]
 )
-def test_what_is_no_address_is_refused_before_dask_is_asked(address):
+def test_an_impossible_address_is_refused_before_dask_is_asked(address):
     with pytest.raises(UsageError, match="tcp://host:8786"), dask_farm(address):
         pytest.fail("nothing may be opened")

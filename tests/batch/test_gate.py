@@ -113,7 +113,7 @@ def test_the_content_of_a_policys_files_is_an_input(tmp_path):
     assert "ignore_capacity changed: true -> none" in cell.why
 
 
-def test_a_name_alone_is_no_change(tmp_path):
+def test_a_new_name_is_no_change(tmp_path):
     cells = {"a": summary()}
     baseline = tmp_path / "b.json"
     mt.gate(sweep(tmp_path / "one", cells), baseline, update=True)
@@ -160,7 +160,7 @@ def test_a_failed_cell_is_missing(tmp_path):
     assert [(cell.verdict, cell.why) for cell in works.cells] == [("same", ""), *[("new", "it failed before")] * 2]
 
 
-def test_what_fails_is_chosen(tmp_path):
+def test_fail_on_chooses_the_verdicts_that_fail(tmp_path):
     better = {"total_s": 12.0}
     assert judged(tmp_path, better, fail_on=["better", "new"]).failed == (MONDE,)
     assert judged(tmp_path, {"total_s": 14.0}, fail_on="missing").passed
@@ -185,7 +185,7 @@ def test_a_baseline_of_another_trace_is_refused(tmp_path):
     assert "trace changed: model tiny-olmoe -> mixtral-8x7b" in found.cells[1].why
 
 
-def test_a_trace_without_a_hash_is_told_by_its_facts(tmp_path):
+def test_a_trace_without_a_hash_is_known_by_its_facts(tmp_path):
     none = {"sha256": None}
     baseline = accepted(tmp_path, {}, trace=none)
     assert judged(tmp_path, baseline=baseline, trace=none).passed
@@ -239,7 +239,7 @@ def test_a_bad_tolerance_is_one_sentence(text, words):
     st.floats(0, 60),
     st.sampled_from([name for name in METRICS if METRICS[name].better]),
 )
-def test_exactly_what_is_beyond_the_tolerance_moves(baseline, share, percent, metric):
+def test_exactly_figures_beyond_the_tolerance_move(baseline, share, percent, metric):
     from moetrace.batch.verdict import _moved
 
     value = baseline * (1 + share)
@@ -279,7 +279,7 @@ def test_the_file_is_sorted_and_its_diff_is_of_what_moved(tmp_path):
     assert [old.replace('"total_s": 12.957496905156987', '"total_s": 9') for old, _ in moved] == [moved[0][1]]
 
 
-def test_an_update_by_rounding_alone_leaves_the_file(tmp_path):
+def test_an_update_within_rounding_leaves_the_file(tmp_path):
     path = accepted(tmp_path)
     before = path.read_bytes(), path.stat().st_mtime_ns
     now = replay(tmp_path / "now", {"total_s": FIGURES["total_s"] * (1 + 3e-16), "hit_rate": 0.71 * (1 + 1e-12)})
@@ -342,7 +342,7 @@ def test_energy_is_compared_where_the_folder_has_it(tmp_path):
 
 
 @pytest.mark.parametrize("metric", sorted(OPTIONAL & {*METRICS}))
-def test_what_no_cell_has_is_refused_with_what_is_lacking(tmp_path, metric):
+def test_a_metric_that_no_cell_has_is_refused_with_the_missing_option(tmp_path, metric):
     need = need_of(metric)
     with pytest.raises(mt.UsageError) as error:
         mt.gate(replay(tmp_path / "now"), tmp_path / "b.json", metrics=[metric], update=True)
@@ -393,6 +393,6 @@ def test_a_new_baseline_holds_optional_figures_that_a_cell_has(tmp_path):
     assert [one.metric for one in other.metrics if one.verdict == "worse"] == ["remote_usd"]
 
 
-def test_what_is_gated_by_default_has_a_direction_and_is_optional():
+def test_default_optional_metrics_have_a_direction_and_are_optional():
     assert {*DEFAULT_OPTIONAL} <= OPTIONAL & {*METRICS} and not {*DEFAULT_OPTIONAL} & {*DEFAULT_METRICS}
     assert all(METRICS[name].better for name in DEFAULT_OPTIONAL)

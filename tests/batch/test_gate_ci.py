@@ -46,7 +46,7 @@ def test_the_workflow_uses_options_that_there_are(workflow):
         assert {word for word in command if word.startswith("-")} <= known
 
 
-def test_what_the_readme_copies_is_there():
+def test_files_that_the_readme_copies_exist():
     readme = (CI / "README.md").read_text(encoding="utf-8")
     for name in ("moetrace.yml", "sweep.toml", "baseline.json"):
         assert name in readme

@@ -73,7 +73,7 @@ def test_junit_keeps_to_the_schema(gate):
     assert junit(gate) == junit(gate)
 
 
-def test_markdown_is_one_table_whatever_names_say(gate):
+def test_markdown_is_one_table_even_with_hostile_names(gate):
     text = markdown(gate)
     lines = text.splitlines()
     assert lines[0] == "### moetrace gate: failed"
@@ -83,7 +83,7 @@ def test_markdown_is_one_table_whatever_names_say(gate):
     for verdict in ("worse", "missing", "changed", "better", "new"):
         assert sum(f" {verdict} |" in line for line in table) >= 1
     assert "t/s/same" not in text
-    # What is a stranger's stands in code, and nothing in it is a mark of Markdown or HTML.
+    # A stranger's text stands in code, and nothing in it is a mark of Markdown or HTML.
     (nasty,) = re.findall(r"<code>(t/s/.*?)</code>", text)
     assert re.fullmatch(r"(?:[A-Za-z0-9 /-]|&#\d+;)+", nasty)
     assert "<script" not in text and "@user" not in text and "\x1b" not in text
@@ -110,7 +110,7 @@ def test_benchmark_json_is_custom_smaller_is_better(gate):
     assert not any("hit_rate" in name for name in names)
 
 
-def test_files_of_an_update_say_what_was_accepted(tmp_path):
+def test_files_of_an_update_list_accepted_changes(tmp_path):
     path = tmp_path / "b.json"
     mt.gate(replay(tmp_path / "one", {}, {"name": "gone"}), path, update=True)
     found = mt.gate(replay(tmp_path / "two", {"total_s": 14.0}), path, update=True)

@@ -12,7 +12,7 @@ import moetrace as mt
 from moetrace.batch.verdict import VERDICTS
 
 POLICIES = ["monde", "on-demand", "ndp-ep", "edge-ndp"]
-# Of a machine without units, every policy but one is refused: those cells fail, before and after.
+# A machine without units refuses every policy but one: those cells fail, before and after.
 MACHINES = ["edge-ndp", "rtx4090-offload"]
 GRID = {"trace": "t.h5", "system": MACHINES, "policy": POLICIES, "slots": 48}
 SCRIPT = f"import sys, moetrace as mt; mt.sweep({GRID!r} | {{'trace': sys.argv[1]}}, sys.argv[2])"
@@ -52,7 +52,7 @@ def made(tmp_path_factory):
             "spec/presets/policies/edge-ndp.toml",
             'scope = "global"',
             'scope = "layer"',
-            None,  # whichever way it goes, the cell holds something else
+            None,  # better or worse: the cell changes
             ["edge-ndp/edge-ndp"],
             "policy changed: scope global -> layer",
         ),
@@ -98,7 +98,7 @@ def test_a_change_turns_exactly_the_cells_concerned_red(made, tmp_path, file, ol
             assert why in cell.why
 
 
-def test_an_engine_whose_text_alone_changed_is_only_noted(made, tmp_path):
+def test_an_engine_that_changed_only_in_text_is_only_noted(made, tmp_path):
     package = tmp_path / "package"
     shutil.copytree(made / "package", package, ignore=shutil.ignore_patterns("__pycache__"))
     with (package / "moetrace/engine/cost.py").open("a", encoding="utf-8") as file:

@@ -60,7 +60,7 @@ def test_zipped_axes_go_together(tmp_path):
     assert {(p.labels["trace"], p.labels["model"]) for p in grid.points} == {("a", "x"), ("b", "y")}
 
 
-def test_what_is_excluded_is_left_out():
+def test_excluded_cells_are_left_out():
     grid = {"trace": ["x/a.h5", "b.h5"], "slots": [1, 2], "set": {"system.ndp.units": [4, 6]}, "policy": "monde"}
     left = load_grid(grid | {"exclude": [{"trace": "a", "slots": 2}, {"set": {"system": {"ndp": {"units": [4, 5]}}}}]})
     assert names(left) == [
@@ -99,7 +99,7 @@ def test_policies_by_default_suit_the_systems(tmp_path):
         load_grid({"trace": "t.h5", "system": ["edge-ndp", "rtx4090-ddr5"]})
 
 
-def test_files_of_one_name_are_told_apart():
+def test_files_of_one_name_get_distinct_labels():
     grid = load_grid({"trace": ["one/a.h5", "two/a.h5", "b.h5"], "policy": "monde"})
     assert [point.labels["trace"] for point in grid.points] == ["one-a.h5", "two-a.h5", "b"]
 
@@ -151,7 +151,7 @@ def test_a_grid_is_the_product_of_its_axes(data):
         ({"trace": "t.h5", "slots": list(range(400)), "set": {"system.ndp.units": list(range(400))}}, "320,000 cells"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(given, words):
+def test_an_impossible_grid_is_refused_in_one_sentence(given, words):
     with pytest.raises(UsageError, match=words) as error:
         load_grid(given)
     assert "\n" not in str(error.value)
@@ -167,7 +167,7 @@ def test_a_file_that_is_no_sweep(tmp_path):
         load_grid(tmp_path / "none.toml")
 
 
-def test_what_is_no_grid_at_all_is_one_sentence():
+def test_a_number_is_refused_as_a_grid():
     with pytest.raises(UsageError, match="path of a TOML file or a mapping, got int"):
         load_grid(5)  # pyright: ignore
 

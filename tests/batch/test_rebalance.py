@@ -85,7 +85,7 @@ def test_the_best_is_the_least_of_all_and_its_command_replays_it(traces, slow, d
     assert policy["total_s"] == drifting.best.total_s
 
 
-def test_what_wins_depends_on_the_drift(traces, slow, drifting):
+def test_the_best_plan_depends_on_the_drift(traces, slow, drifting):
     again, once, none = (
         mt.advise_rebalance(traces[name], system=slow, migrate="async", **ASKED)
         for name in ("drifting", "still", "even")
@@ -95,7 +95,7 @@ def test_what_wins_depends_on_the_drift(traces, slow, drifting):
     assert again.verdict.startswith(f"Plan again: {again.best.label} saves ")
     assert once.verdict.startswith(f"Plan once: {once.once.label} saves ")
     assert none.verdict.startswith("Nothing to win: ")
-    # What steps wait for experts is lost.
+    # Steps that wait for experts take longer.
     assert drifting.best.total_s > again.best.total_s
     assert all(row.figures["cluster"]["pauses"] == 0 for row in again.rows)
 
@@ -111,7 +111,7 @@ def test_frame_compares_with_no_plan_and_with_one(drifting):
     assert frame["cluster_moved_bytes"].to_list() == [row.figures["cluster"]["moved_bytes"] for row in drifting.rows]
 
 
-def test_what_does_not_fit_is_marked_and_never_the_best(traces, slow):
+def test_a_row_that_does_not_fit_is_marked_and_never_the_best(traces, slow):
     asked = {"redundant": [0, 8, 16], "interval": [0, 20], "migrate": "async", "overrides": {"policy.window": 4}}
     free = mt.advise_rebalance(traces["still"], system=slow, **asked)
     assert free.best.redundant
@@ -186,7 +186,7 @@ def test_another_schedule_and_ep_lpt(traces, slow):
         ({"jobs": 0}, "jobs is 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_a_sentence(traces, slow, wrong, said):
+def test_impossible_options_are_refused_in_one_sentence(traces, slow, wrong, said):
     with pytest.raises(mt.UsageError) as caught:
         mt.advise_rebalance(traces["still"], **{"system": slow} | wrong)
     assert said in str(caught.value) and "\n" not in str(caught.value)

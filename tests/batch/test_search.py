@@ -133,7 +133,7 @@ def test_the_best_of_each_keep_so_far_go_on(trace, trials, keep, reached):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_the_same_whatever_the_jobs_and_from_a_folder(trace, tmp_path, sampler):
+def test_the_same_for_each_number_of_jobs_and_from_a_folder(trace, tmp_path, sampler):
     asked = space(trace, sampler=sampler, seed=5)
     first = mt.search(asked, tmp_path / "a")
     again = mt.search(asked, tmp_path / "a")
@@ -204,7 +204,7 @@ def test_the_largest_seed_is_one(trace):
     assert len(mt.search(space(trace, seed=2**32 - 1)).trials) == 30
 
 
-def test_what_a_search_has_one_of(trace):
+def test_a_search_has_one_trace_and_something_to_choose(trace):
     with pytest.raises(mt.UsageError, match="trace is a list"):
         mt.search(space(trace) | {"trace": [trace, TINY]})
     with pytest.raises(mt.UsageError, match="nothing to choose"):
@@ -248,7 +248,7 @@ def test_energy_is_an_objective_of_a_system_with_watts(trace):
     assert failed.reference.error == "energy_j is undefined: the system needs [energy]."
 
 
-def test_an_objective_or_a_limit_that_no_trial_has_says_what_is_lacking(trace):
+def test_an_objective_or_a_limit_that_no_trial_has_names_the_missing_option(trace):
     asked = space(trace) | {"policy": ["monde", "edge-ndp"]}
     lacking = "resent_bytes is undefined, as no system has link.loss: set it in the system."
     objective = {"search": {"objective": "resent_bytes", "trials": 1, "parts": 1}}

@@ -46,7 +46,7 @@ def test_units_are_read(text, metric, limit):
         ("\x1b[2Jtotal_s<=1", "METRIC<=LIMIT"),
     ],
 )
-def test_what_is_no_limit_is_one_sentence(text, words):
+def test_a_malformed_limit_is_refused_in_one_sentence(text, words):
     with pytest.raises(UsageError, match="SLO") as error:
         parse_slos([text])
     assert words in str(error.value) and "\n" not in str(error.value) and "\x1b" not in str(error.value)

@@ -197,7 +197,7 @@ def test_other_code_shares_nothing(small, tmp_path, monkeypatch):
         assert (found.computed, found.unused) == (2, 2 * unused)
 
 
-def test_what_makes_figures_is_part_of_the_code():
+def test_the_code_includes_each_room_that_makes_figures():
     code = cell_module.code_fingerprint()
     assert {room_fingerprint(room) for room in ("jit", "engine", "spec", "trace", "results")} <= {*code}
 
@@ -353,7 +353,7 @@ def test_tables_are_whole_or_not_there(small, tmp_path):
         (["edge-ndp", "h100-dimm-ndp"], None),
     ],
 )
-def test_calibrated_machines_beside_others_are_told(tmp_path, systems, note):
+def test_calibrated_machines_beside_others_are_noted(tmp_path, systems, note):
     mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2).write(tmp_path / "t.h5")
     swept = mt.sweep({"trace": str(tmp_path / "t.h5"), "system": systems, "policy": "on-demand", "slots": 48})
     assert not swept.failed

@@ -108,7 +108,7 @@ def group_is_alive(group: int) -> bool:
     return True
 
 
-def test_ctrl_c_keeps_what_is_finished(small, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_finished_cells(small, tmp_path, monkeypatch):
     grid = {"trace": small, "policy": ["monde", "edge-ndp"], "slots": list(range(6))}
     taken = []
 
@@ -124,7 +124,7 @@ def test_ctrl_c_keeps_what_is_finished(small, tmp_path, monkeypatch):
     assert mt.sweep(grid, tmp_path).reused == done
 
 
-def test_a_full_disk_keeps_what_is_finished(small, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_finished_cells(small, tmp_path, monkeypatch):
     grid = {"trace": small, "slots": list(range(6))}
     written, write = [], AtomicFile.write
 

@@ -225,7 +225,7 @@ def test_reads_of_a_disk_calibrate_the_disk_of_a_system(tmp_path):
     assert (disk.bytes_s, disk.latency_s) == (pytest.approx(6e9, rel=1e-3), pytest.approx(5e-5, rel=1e-3))
 
 
-def test_what_fell_on_one_gpu_of_several_is_used(tmp_path):
+def test_rows_of_one_gpu_of_several_are_used(tmp_path):
     """With `choices` and `active`, rows of a group count; one without them is left out."""
     head = GOOD.splitlines()[0] + ",moe_ep_size,distribution"
     group = f"{head},active,choices\n"
@@ -245,7 +245,7 @@ def test_what_fell_on_one_gpu_of_several_is_used(tmp_path):
         mt.calibrate(path, "rtx4090-offload")
 
 
-def test_a_wrong_number_is_told_by_its_row(tmp_path):
+def test_a_wrong_number_is_named_with_its_row(tmp_path):
     """Also behind the rows that a reader would guess types from, and behind rows that were left out."""
     head, first, second = GOOD.splitlines()
     path = tmp_path / "t.csv"

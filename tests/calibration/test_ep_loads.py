@@ -22,7 +22,7 @@ def dealt_one_by_one(counts: list[list[int]], wanted: int, most: int) -> list[li
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 9), st.data())
 @settings(max_examples=60, deadline=None)
-def test_what_is_missing_is_dealt_as_one_by_one(gpus, each, most, data):
+def test_missing_choices_are_dealt_as_one_by_one(gpus, each, most, data):
     counts = data.draw(
         st.lists(st.lists(st.integers(0, most), min_size=each, max_size=each), min_size=gpus, max_size=gpus)
     )

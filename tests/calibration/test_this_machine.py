@@ -70,7 +70,7 @@ def test_unknown_parts_and_folders_are_refused(tmp_path):
         this_machine.measure(("disk",), folder=tmp_path / "none")
 
 
-def test_repeats_are_told_by_median_and_quartiles():
+def test_repeats_are_summarized_by_median_and_quartiles():
     assert repeated([1.0, 2.0, 3.0, 4.0, 50.0]) == (3.0, pytest.approx(2 / 3))
     assert repeated([2.0] * 5) == (2.0, 0.0)
     assert doubts_of_repeats("cpu", [0.02, 0.1, 3.0]) == []  # one disturbed time is no busy machine

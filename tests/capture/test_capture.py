@@ -129,7 +129,7 @@ def test_captured_is_what_the_experts_are_given(family, folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss"])
-def test_top_k_of_the_logits_is_what_was_captured(family, folder, tmp_path):
+def test_captured_ids_are_the_top_k_of_the_logits(family, folder, tmp_path):
     """Where routing is the top k of the logits that the model itself can return."""
     model = load_weights(open_folder(folder(family)), "float64", "cpu")
     for rows in by_request(captured(folder(family), tmp_path / "a.h5")):
@@ -306,7 +306,7 @@ def test_the_folder_names_the_model(folder, tmp_path):
         name(tmp_path / "again", model="mixtral-8x7b")
 
 
-def test_prefill_alone_and_cut_prompts(folder, tmp_path):
+def test_prefill_only_and_cut_prompts(folder, tmp_path):
     trace = captured(folder("gpt-oss"), tmp_path / "a.h5", output=0, max_prompt=5)
     assert steps(trace) == [(4, 0), (5, 0), (5, 0)] and trace.source["prompts_cut"] == 2
     assert [rows["token"].tolist() for rows in by_request(trace)] == [ids[:5] for ids in prompts()]

@@ -27,7 +27,7 @@ def edit(folder, **fields):
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
 
 
-def test_what_a_folder_says(folder):
+def test_facts_of_a_folder(folder):
     opened = open_folder(folder)
     assert (opened.name, opened.config.vocab_size, len(opened.config_sha256)) == ("model", 64, 64)
     assert load_weights(opened, "auto", "cpu").dtype == torch.float32
@@ -35,7 +35,7 @@ def test_what_a_folder_says(folder):
     assert not load_weights(opened, "float64", "cpu").training
 
 
-def test_folders_that_are_none(tmp_path, folder):
+def test_folders_without_a_model_are_refused(tmp_path, folder):
     with pytest.raises(MoetraceError, match="there is no folder"):
         open_folder(tmp_path / "allenai" / "OLMoE")
     with pytest.raises(MoetraceError, match="is not a folder with a model"):
@@ -54,7 +54,7 @@ def test_folders_that_are_none(tmp_path, folder):
         ('{"model_type": []}', "the model type"),
     ],
 )
-def test_configs_that_are_none(folder, content, words):
+def test_malformed_configs_are_refused(folder, content, words):
     (folder / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(MoetraceError, match=words):
         open_folder(folder)

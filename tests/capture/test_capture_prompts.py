@@ -93,7 +93,7 @@ def test_a_tokenizer_is_loaded_once_and_only_for_text(tmp_path):
         ("plain text", "is not"),
     ],
 )
-def test_what_is_no_prompt_names_its_line(tmp_path, line, words):
+def test_a_malformed_prompt_is_refused_with_its_line(tmp_path, line, words):
     line = line if isinstance(line, bytes) else line.encode()
     with pytest.raises(MoetraceError, match=r"prompts\.jsonl: line 3[ :]") as error:
         read(tmp_path, b'{"prompt": "a"}\n\n' + line + b"\n", "prompts.jsonl")

@@ -65,7 +65,7 @@ def test_a_limit_that_none_keeps_exits_with_3(run, trace, advice):
     assert "no policy keeps ttft_s.p50<=1us and tokens_per_s>=1: the best misses them by " in " ".join(out.split())
 
 
-def test_a_price_is_told_by_the_million_tokens(run, trace):
+def test_a_price_is_shown_for_a_million_tokens(run, trace):
     priced = ("--set", "system.price.usd_hour=3")
     code, out, _ = run("advise", trace, *ASK, *priced, "--budget-usd-hour", 4)
     assert code == 0 and "At 3 USD an hour, a million output tokens cost " in out
@@ -123,7 +123,7 @@ def lossy(trace) -> tuple:
     return ("advise", trace, "--system", "rtx4090-ddr5", "--slots", 60, "--jobs", 1, "--set", "system.link.loss=0.02")
 
 
-def test_what_a_relaxed_link_drops_is_told_and_a_limit(run, lossy, monkeypatch):
+def test_drops_of_a_relaxed_link_are_shown_and_can_be_limited(run, lossy, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     relaxed = (*lossy, "--set", "system.link.loss_mode=relaxed")
     code, out, _ = run(*relaxed)

@@ -56,7 +56,7 @@ def test_json_and_csv_have_every_digit(run, trace, advice):
     assert out == advice.frame.write_csv()
 
 
-def test_what_does_not_fit_is_marked(run, trace, advice):
+def test_rows_that_do_not_fit_are_marked(run, trace, advice):
     need_gb = max(row.found["costs"]["gpu_memory_bytes"] for row in advice.rows) / 1e9
     tight = ("--set", f"system.gpu.memory_gb={8 + 0.999 * need_gb}")
     code, out, _ = run("advise", "rebalance", trace, *ASK, *tight)

@@ -95,7 +95,7 @@ def test_a_plan_that_was_exported_is_the_one_that_is_kept(run, tmp_path, name):
     assert given == found.layers.to_dicts() and {row["placement"] for row in given} == {name}
 
 
-def test_plans_of_one_name_are_told_apart_by_their_folders(run, tmp_path, monkeypatch):
+def test_plans_of_one_name_are_shown_with_their_folders(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     for name, placement in (("a/p.json", "ep"), ("p.json", "ep-block")):
@@ -134,7 +134,7 @@ def test_a_replay_places_as_the_plan_that_was_exported(run, tmp_path, placement)
             assert [[unit_of_expert[layer, e] for e in held] for held in units] == [[u] * 2 for u in range(4)]
 
 
-def test_counts_alone_are_enough(run, tmp_path):
+def test_a_trace_of_counts_is_enough(run, tmp_path):
     facts = {"model": "", "num_experts": 4, "top_k": 1, "layers": 1, "rows": 12, "steps": 3, "source": {}}
     with CountsWriter(tmp_path / "a.h5", **facts) as writer:
         counts = np.array([[[4, 0, 0, 0]], [[2, 2, 0, 0]], [[1, 1, 1, 1]]])
@@ -245,7 +245,7 @@ def test_a_plan_that_no_file_can_hold_is_refused_before_the_work(run, tmp_path, 
     assert (code, out) == (2, "") and "gives units unequal numbers of experts" in err
 
 
-def test_units_and_model_are_the_system_s_and_the_trace_s_unless_told(run):
+def test_units_and_model_come_from_the_system_and_the_trace_by_default(run):
     out = run(MIXTRAL, "--system", "edge-ndp", "--set", "system.ndp.units=2", "--placement", "ep", "--format", "json")[
         1
     ]

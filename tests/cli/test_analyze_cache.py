@@ -71,7 +71,7 @@ def test_the_exported_set_is_one_that_a_replay_holds(run, tmp_path):
         assert [int(lane.log.step["hits"].sum()) for lane in outcome.lanes] == [hits + 60, hits]
 
 
-def test_what_cannot_be_exported(run, tmp_path):
+def test_impossible_exports_are_refused(run, tmp_path):
     hindsight, export = ("--policy", "static-hindsight"), ("--export", tmp_path / "a.csv")
     for arguments, sentence in (
         (("--capacity", 4, *export), "ask for that --policy, and for one --capacity"),
@@ -127,7 +127,7 @@ def test_without_a_capacity_it_is_an_eighth_a_quarter_and_a_half(run):
     assert [row["capacity_experts"] for row in rows] == [24, 48, 96]
 
 
-def test_agreement_with_what_was_recorded(run, tmp_path):
+def test_agreement_with_recorded_residency(run, tmp_path):
     experts = np.array([0, 1, 0, 2, 0]).reshape(-1, 1, 1)
     recorded = np.array([0, 0, 1, 0, 2]).reshape(-1, 1, 1)
     Trace.from_arrays(experts, num_experts=3, recorded=recorded).write(tmp_path / "a.h5")
@@ -222,7 +222,7 @@ def test_curve(run):
     assert [int(row["capacity_experts"]) for row in decode] == list(range(6, 193, 6))
 
 
-def test_a_picture_without_the_curve_where_there_can_be_none(run, tmp_path):
+def test_a_picture_without_the_curve_where_it_is_undefined(run, tmp_path):
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
     Trace.from_arrays(np.arange(40).reshape(-1, 1, 1), num_experts=65535).write(tmp_path / "a.h5")

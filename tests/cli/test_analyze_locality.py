@@ -101,14 +101,14 @@ def test_plot_writes_a_picture_beside_the_table(run, small, tmp_path, name):
         (["--format", "csv", "-o", "no/x.csv"], 1, "no/x.csv could not be written"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(run, small, monkeypatch, arguments, code, said):
+def test_impossible_options_are_refused_in_one_sentence(run, small, monkeypatch, arguments, code, said):
     monkeypatch.chdir(small.parent)
     found, out, err = run("small.h5", *arguments)
     assert (found, out) == (code, "") and said in err and err.count("\n") == 1
     assert [path.name for path in Path().iterdir()] == ["small.h5"]
 
 
-def test_counts_alone_are_refused(run, tmp_path):
+def test_a_trace_of_counts_is_refused(run, tmp_path):
     import h5py
 
     path = tmp_path / "counts.h5"

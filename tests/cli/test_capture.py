@@ -88,7 +88,7 @@ def test_a_model_of_ones_own_fits(model, tmp_path):
         (["--device", "abacus"], 1, "the device 'abacus' can't be used"),
     ],
 )
-def test_what_goes_wrong_is_one_sentence_and_no_file(model, tmp_path, capsys, arguments, code, words):
+def test_an_error_is_one_sentence_and_leaves_no_file(model, tmp_path, capsys, arguments, code, words):
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 6, 7]}', encoding="utf-8")
     out = tmp_path / "out"
     out.mkdir()
@@ -104,7 +104,7 @@ def test_prompts_are_not_overwritten(tmp_path, capsys):
     assert "is also an input" in capsys.readouterr().err
 
 
-def test_interrupted_leaves_what_was_there(model, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_capture_leaves_the_old_file(model, tmp_path, capsys, monkeypatch):
     from moetrace.capture.routers import Recorder
 
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 6, 7]}', encoding="utf-8")

@@ -61,7 +61,7 @@ def test_no_code_refuses_it_everywhere(stranger, run):
     assert run("replay", "t.h5", "--policy", "monde", "--no-code")[0] == 0
 
 
-def test_what_the_user_named_is_not_announced(stranger, run):
+def test_files_that_the_user_named_are_not_announced(stranger, run):
     code, _, err = run("replay", "t.h5", "--policy", "own.py:mine")
     assert (code, err) == (0, "") and stranger.exists()
     assert "fast.toml names own.py" in run("replay", "t.h5", "--policy", "fast.toml")[2]

@@ -46,7 +46,7 @@ def test_write_copies_no_damaged_trace(damaged):
     assert [path.name for path in damaged.parent.iterdir()] == ["t.h5"]
 
 
-def test_what_has_no_sha256_is_copied(run, damaged):
+def test_a_dataset_without_sha256_is_copied(run, damaged):
     with h5py.File(damaged, "r+") as raw:
         del raw["/experts"].attrs["sha256"]
     assert run("lint", damaged, "--drop-dense", "-o", damaged.with_name("copy.h5"))[0] == 0

@@ -58,7 +58,7 @@ def test_wrong_values_are_one_sentence_and_no_file(tmp_path, capsys, options, wo
     assert not list(tmp_path.iterdir())
 
 
-def test_top_k_is_the_models_or_what_is_asked_for(tmp_path, capsys):
+def test_top_k_is_the_models_or_that_of_the_option(tmp_path, capsys):
     for options, top_k, note in (
         (["--profile", "qwen3-30b-a3b"], 8, "fitted to top 6; qwen3-30b-a3b takes the top 8"),
         (["--profile", "qwen3-30b-a3b", "--top-k", "6"], 6, ""),
@@ -72,7 +72,7 @@ def test_top_k_is_the_models_or_what_is_asked_for(tmp_path, capsys):
     assert run(tmp_path / "b.h5", *SMALL, "--profile", "tiny-olmoe", "--top-k", "33") == 2
 
 
-def test_a_trace_without_memory_is_told(tmp_path, capsys):
+def test_a_note_names_a_trace_without_memory(tmp_path, capsys):
     assert run(tmp_path / "a.h5", *SMALL, "--stick", "0") == 0
     assert "each token is drawn independently" in capsys.readouterr().err
     main(["replay", str(tmp_path / "a.h5"), "--policy", "monde", "--system", "edge-ndp", "--ignore-capacity"])
@@ -193,7 +193,7 @@ def test_trace_to_imitate_is_not_overwritten(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("out", "profile"), [("no/a.h5", "p.toml"), ("a.h5", "no/p.toml")])
-def test_what_can_not_be_written_is_said_before_the_fit(tmp_path, monkeypatch, capsys, out, profile):
+def test_an_unwritable_path_is_refused_before_the_fit(tmp_path, monkeypatch, capsys, out, profile):
     def fit_profile(*_, **__):
         raise AssertionError("fitted")
 

@@ -269,7 +269,7 @@ def test_import_offers_every_format():
     assert tuple(engines.FORMATS) == FORMATS
 
 
-def test_counts_are_imported_and_told_from_ids(run, tmp_path):
+def test_counts_are_imported_and_shown_as_counts(run, tmp_path):
     path = tmp_path / "popularity.json"
     path.write_text(json.dumps({"total_input_tokens": 3, "expert_popularity": [[2, 1, 3], [3, 2, 1]]}))
     code, _, err = run("import", path, "-o", tmp_path / "t.h5")
@@ -278,7 +278,7 @@ def test_counts_are_imported_and_told_from_ids(run, tmp_path):
     assert json.loads(out)["source"]["prompt_words"] == 3
 
 
-def test_what_a_format_does_not_say_comes_from_options(run, tmp_path):
+def test_sizes_that_a_format_lacks_come_from_options(run, tmp_path):
     path = tmp_path / "moe_trace.csv"
     path.write_text("0,1\n0,2\n1,0\n1,3\n")
     code, _, err = run("import", path, "-o", tmp_path / "t.h5", "--top-k", 2)

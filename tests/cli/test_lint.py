@@ -35,7 +35,7 @@ def test_a_clean_trace_says_so_in_one_line(run):
     assert run("lint", path, "--format", "csv")[:2] == (0, "code,level,what,effect,fix,layers,rows,count\n")
 
 
-def test_notes_alone_exit_with_0(run):
+def test_only_notes_exit_with_0(run):
     code, out, err = run("lint", TRACES / "tiny-olmoe.h5")
     assert code == 0 and err == "" and "2 notes" in out and "note  position-0-sink" in out
 
@@ -63,14 +63,14 @@ def test_errors_exit_with_3_in_every_format(run, trapped):
     assert next(row for row in rows if row["code"] == "warm-up")["rows"] == "0-63"
 
 
-def test_what_cannot_be_opened_is_an_error(run, tmp_path):
+def test_a_file_that_cannot_be_opened_is_an_error(run, tmp_path):
     (tmp_path / "t.h5").write_text("no")
     for path, said in ((tmp_path / "t.h5", "is not a trace file"), (tmp_path / "none.h5", "there is no file")):
         code, out, err = run("lint", path)
         assert code == 1 and out == "" and said in err and len(err.splitlines()) == 1
 
 
-def test_a_copy_without_what_was_found(run, tmp_path, trapped):
+def test_a_copy_leaves_out_warm_up_and_dense_layers(run, tmp_path, trapped):
     fixed = tmp_path / "fixed.h5"
     code, out, err = run("lint", trapped, "--drop-warmup", "--drop-dense", "-o", fixed)
     assert code == 0 and out.startswith(f"{fixed}: 1 note\n\nnote  first-layer-not-0\n")

@@ -64,7 +64,7 @@ def test_list_policies_says_what_tells_each_from_the_others(moetrace):
 
 
 @pytest.mark.parametrize("kind", list(_NAMED))
-def test_list_tells_of_whatever_has_a_name_what_it_means(moetrace, kind):
+def test_list_gives_the_meaning_of_each_name(moetrace, kind):
     rows = json.loads(moetrace("list", kind, "--format", "json")[1])
     registry = {
         "cache-policies": cache_policies(),
@@ -100,7 +100,7 @@ def test_list_tells_of_whatever_has_a_name_what_it_means(moetrace, kind):
         ),
     ],
 )
-def test_a_wrong_name_is_told_the_nearest(moetrace, args, says):
+def test_a_wrong_name_is_answered_with_the_nearest(moetrace, args, says):
     code, out, err = moetrace(*args)
     assert (code, out, err.count("\n")) == (2, "", 1) and says in err
 
@@ -188,7 +188,7 @@ def test_show_policy_has_a_line_for_each_parameter_that_it_reads(moetrace):
             assert value is not None or line.split()[1:4] == ["-", "not", "set:"]
     out = moetrace("show", "policy", "n-cpu-moe")[1]
     assert "gpu_layers      -" in out and "gpu_rows        32" in out
-    # What is not set is no line of a file to keep.
+    # A file to keep has no line for a parameter that is not set.
     assert "gpu_layers" not in moetrace("show", "policy", "n-cpu-moe", "--format", "toml")[1]
 
 

@@ -139,7 +139,7 @@ def test_help_fits_80_columns(run, command):
 
 
 @pytest.mark.parametrize("command", EVERY_COMMAND, ids=" ".join)
-def test_what_can_not_be_read_is_no_wrong_usage(command):
+def test_an_unreadable_file_is_no_wrong_usage(command):
     """Exit code 1, as for what is not there: so that must be left to whatever opens it."""
     with _group.make_context("moetrace", command[:1], resilient_parsing=True) as context:
         found = _group

@@ -83,7 +83,7 @@ def test_a_failed_prompt_is_a_note(run, server, prompts, tmp_path):
         ("http://127.0.0.1:9", ["--temperature", "nan"], 2, "--temperature"),
     ],
 )
-def test_what_it_refuses(run, prompts, tmp_path, url, options, code, sentence):
+def test_wrong_urls_and_options_are_refused_in_one_sentence(run, prompts, tmp_path, url, options, code, sentence):
     found, said, err = run("record", url, "--prompts", prompts, "-o", tmp_path / "a.h5", *SIZES, *options)
     assert (found, said) == (code, "") and sentence in err and err.count("\n") == 1 and SECRET not in err
     assert list(tmp_path.iterdir()) == [prompts]

@@ -124,7 +124,7 @@ def test_equal_names_get_a_number(tmp_path, capsys):
     assert err == "moetrace: note: more than one policy is called monde; one of them appears as monde-2.\n"
 
 
-def test_experts_that_do_not_fit_are_refused_unless_told(capsys):
+def test_experts_that_do_not_fit_are_refused_by_default(capsys):
     assert run(MIXTRAL, "--set", "system.ndp.units=2") == 2
     assert "--ignore-capacity" in capsys.readouterr()[1]
     assert run(MIXTRAL, "--set", "system.ndp.units=2", "--ignore-capacity", "--policy", "ndp-tp") == 0
@@ -166,7 +166,7 @@ def test_a_parameter_that_a_policy_does_not_read_is_set_where_it_is_read(capsys,
     assert run(TINY, "--system", system, *named, "--set", f"policy.{field}=1") == 2
     _, err = capsys.readouterr()
     assert f"set it in a policy that reads it, as with {' '.join(advice)}." in err
-    # What the sentence says to write is accepted.
+    # The settings that the sentence advises are accepted.
     assert run(TINY, "--system", system, *named, *(part.replace("VALUE", "1") for part in advice)) == 0
 
 

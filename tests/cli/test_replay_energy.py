@@ -82,7 +82,7 @@ def test_energy_of_a_system_without_rates_is_one_sentence(run):
     assert code == 2 and "there is no [energy.gpu] to set energy.gpu.idle_w in: set energy.gpu.active_w, too" in err
 
 
-def test_what_no_account_holds_is_said_below_the_table(run, tmp_path):
+def test_devices_that_no_account_holds_are_named_below_the_table(run, tmp_path):
     """A disk without watts, and remote functions."""
     path = tmp_path / "t.h5"
     mt.generate(path, "tiny-olmoe", requests=1, prompt=2, output=2)

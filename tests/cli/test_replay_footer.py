@@ -25,7 +25,7 @@ def test_the_footer_names_every_part_that_a_policy_uses(run, system, policy, hom
     assert f"Constants of {system}: {parts} from data sheets and assumptions, not calibrated." in out
 
 
-def test_the_footer_of_a_calibrated_machine_names_what_is_not(run):
+def test_the_footer_of_a_calibrated_machine_names_uncalibrated_parts(run):
     code, out, _ = run("replay", TINY, "--system", "l40s")
     out = " ".join(out.split())
     assert code == 0

@@ -53,7 +53,7 @@ def test_best_is_what_its_command_replays(trace, tmp_path, run):
     assert json.loads(replayed)["policies"][0]["total_s"] == search["best"]["value"]
 
 
-def test_the_command_leaves_out_what_is_of_other_policies(trace, tmp_path, run):
+def test_the_command_leaves_out_settings_of_other_policies(trace, tmp_path, run):
     text = f'''trace = "{trace}"
 policy = ["static-popular.toml", "on-demand-lfu"]
 slots = 24

@@ -38,7 +38,7 @@ def test_a_part_is_left_out(run, tmp_path):
         (["--phase", "mixed"], 2, "--phase"),
     ],
 )
-def test_what_it_refuses(run, tmp_path, options, code, sentence):
+def test_wrong_selections_are_refused_in_one_sentence(run, tmp_path, options, code, sentence):
     found, out, err = run("select", TINY, "-o", tmp_path / "p.h5", *options)
     assert (found, out) == (code, "") and sentence in err and len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

@@ -40,7 +40,7 @@ def trace(tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
-def test_what_a_trace_says_of_itself(run, trace, form):
+def test_hostile_names_in_a_trace_are_escaped(run, trace, form):
     code, out, err = run("info", trace, "--format", form)
     assert (code, err) == (0, "")
     check_text(out)

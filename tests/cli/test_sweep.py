@@ -59,7 +59,7 @@ def test_energy_and_price_are_columns_fronts_and_limits(run, grid, tmp_path, mon
     assert "no other beats in both time and energy" in page.read_text() and "Least energy: " in page.read_text()
 
 
-def test_calibrated_machines_beside_others_are_told(run, grid, tmp_path):
+def test_calibrated_machines_beside_others_are_noted(run, grid, tmp_path):
     grid.write_text('trace = "t.h5"\nsystem = ["edge-ndp", "l40s"]\npolicy = "on-demand"\nslots = 8\n')
     code, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
     assert code == 0 and "Constants of l40s are calibrated, those of edge-ndp are not" in out
@@ -88,7 +88,7 @@ def test_json_and_csv_have_every_digit(run, grid, tmp_path):
     assert out == frame.write_csv()
 
 
-def test_failures_are_told_and_exit_with_1(run, grid, tmp_path):
+def test_failures_are_shown_and_exit_with_1(run, grid, tmp_path):
     grid.write_text('trace = ["t.h5", "no.h5"]\nsystem = ["edge-ndp", "rtx4090-offload"]\npolicy = "monde"\n')
     code, out, err = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
     assert code == 1
@@ -182,7 +182,7 @@ def rows_of(out: str) -> list[list[str]]:
     return [line.split() for line in rest[: rest.index("")]]
 
 
-def test_what_is_printed_can_be_chosen(run, grid, tmp_path):
+def test_printed_rows_and_columns_can_be_chosen(run, grid, tmp_path):
     """Sorted, the better first; the first of these; other figures; JSON and CSV follow, and the folder has all."""
     _, out, _ = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1, "--format", "json")
     cells = json.loads(out)["cells"]
@@ -248,7 +248,7 @@ def test_oracles_and_what_does_not_fit_are_marked_and_never_starred(run, grid, t
     assert "o knows the future" in out and "! does not fit the machine" in " ".join(out.split())
 
 
-def test_of_equal_cells_one_is_starred(run, grid, tmp_path):
+def test_one_of_equal_cells_is_starred(run, grid, tmp_path):
     grid.write_text('trace = "t.h5"\npolicy = ["edge-ndp-tp", "ndp-tp"]\nslots = 8\n')
     run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1)
     cells = pl.read_parquet(tmp_path / "out" / "cells.parquet")
@@ -325,7 +325,7 @@ def test_a_dry_run_says_the_sum_first(run, grid, tmp_path, monkeypatch):
         (["--search", "--top", "3"], "--top is for a sweep, not for --search"),
     ],
 )
-def test_what_cannot_be_printed_is_one_sentence_before_any_work(run, grid, tmp_path, arguments, words):
+def test_impossible_columns_are_refused_before_any_work(run, grid, tmp_path, arguments, words):
     code, out, err = run("sweep", grid, "-o", tmp_path / "out", "--jobs", 1, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1) and words in err
     assert not list(tmp_path.glob("out/cells/*"))

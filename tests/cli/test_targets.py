@@ -44,7 +44,7 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", WRITERS)
-def test_what_cannot_be_written_is_said_first(run, here, command):
+def test_an_unwritable_output_is_refused_first(run, here, command):
     if command.startswith("analyze"):
         pytest.importorskip("altair")
         pytest.importorskip("vl_convert")
@@ -67,7 +67,7 @@ def test_what_cannot_be_written_is_said_first(run, here, command):
 
 
 @pytest.mark.parametrize("command", WRITERS)
-def test_what_is_read_is_not_replaced(run, here, command):
+def test_an_input_is_not_replaced(run, here, command):
     if command.startswith("analyze"):
         pytest.importorskip("altair")
         pytest.importorskip("vl_convert")

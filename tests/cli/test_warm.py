@@ -51,7 +51,7 @@ def test_commands_need_nothing_more(called, tmp_path, capsys):
 
 
 @compiled
-def test_only_what_is_named_is_made_ready(called, capsys):
+def test_only_named_commands_are_made_ready(called, capsys):
     main(["warm", "sweep", "replay"])
     assert {line.split(":")[0] for line in capsys.readouterr().err.splitlines()} == {"replay"}
     with pytest.raises(SystemExit) as stop:

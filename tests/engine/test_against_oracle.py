@@ -63,7 +63,7 @@ def test_placements_of_equally_many_experts(tmp_path, experts):
     compare(case, [PolicySpec(name="a", dispatch=kind, **given) for given in fields for kind in dispatches])
 
 
-def test_what_units_cannot_hold(tmp_path):
+def test_placements_that_units_cannot_hold_are_refused(tmp_path):
     case = small_case(np.random.default_rng(1))
     loads = write_loads(tmp_path / "loads.csv", case)
     with pytest.raises(UsageError, match="placement eplb gives units equally many experts, but 4 units cannot share 6"):

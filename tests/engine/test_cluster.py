@@ -107,7 +107,7 @@ def test_drawn_copies_depend_on_the_seed(tmp_path):
     gpus=st.sampled_from([{"gpus": 4}, {"attention": 3, "experts": 2}]),
     order=st.sampled_from(["asas", "aass"]),
 )
-def test_what_holds_of_schedules(seed, parts, gpus, order):
+def test_properties_of_all_schedules(seed, parts, gpus, order):
     trace = drawn_trace(seed)
     on = cluster({"bandwidth_gb_s": 1e-3, "dispatch_latency_us": 50, "combine_latency_us": 70}, **gpus)
     cut = f"pipeline:{parts[0]},{parts[1]}"
@@ -123,7 +123,7 @@ def test_what_holds_of_schedules(seed, parts, gpus, order):
     np.testing.assert_allclose(cut_up.log.step["imbalance_rows"], serial.log.step["imbalance_rows"])
 
 
-# Each preset as it is, and with as many of its GPUs for attention as FinDEP has of its own (3:5 to 1:3).
+# Each preset as it is, and with FinDEP's shares of GPUs for attention (3:5 to 1:3).
 CLUSTERS = [
     ("h100-x8", None),
     ("h100-x8", (3, 5)),

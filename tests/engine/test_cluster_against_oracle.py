@@ -16,7 +16,8 @@ STAGES = {"dispatch_s": "A2E", "experts_s": "E", "combine_s": "E2A"}
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cluster_cases())
 def test_steps_are_those_of_the_oracle(case):
-    # Which latency a fused transfer has over two tiers the text does not say: here that of the slower tier.
+    # The timing model does not define the latency of a fused transfer over two tiers; the kernel takes the slower
+    # tier's.
     nodes = "gpus_per_node" in case.system["network"]
     assume(not (nodes and case.policy.get("execution") == "fused"))
     found, expected = replayed(case).lanes[0], case.run()

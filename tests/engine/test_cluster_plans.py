@@ -73,7 +73,7 @@ def test_a_pause_is_what_the_most_bytes_into_one_gpu_take():
     )  # what moves nothing waits for nothing
 
 
-def test_a_layer_of_few_experts_may_have_as_many_copies_as_the_largest_has_experts():
+def test_a_layer_of_few_experts_may_copy_one_several_times():
     """Layer 1 has 2 experts in 4 slots, and all rows choose expert 1: it has 3 copies, each with a third of them."""
     ids = np.tile([[[255], [1]]], (12, 1, 1))
     trace = trace_of(ids, [6, 6])
@@ -158,7 +158,7 @@ def test_copies_share_rows_as_in_analyze_balance(copies, tmp_path):
 def test_auto_takes_the_least_of_the_first_steps(shared):
     trace = drawn_trace(8, steps=12, rows=30)
     on = cluster({"bandwidth_gb_s": 1e-3, "dispatch_latency_us": 50, "combine_latency_us": 70}, attention=2, experts=2)
-    # Little weight: what is cut costs little more.
+    # Little weight: a layer that is cut into parts costs little more.
     more = {"dense_params_per_layer": 1000, "shared_params_per_layer": 400, "activation_bytes": 2}
     auto = lane(trace, on, policy("pipeline:auto", plan_steps=4, shared=shared), **more)
     places = {"with-attention": [0], "apart": [1], "auto": [0, 1]}[shared]

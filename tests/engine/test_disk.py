@@ -23,7 +23,7 @@ from moetrace.trace import Trace
 from moetrace.trace import format as trace_format
 
 RANDOM = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-# What runs where does not hang on seconds: so the GPU holds the same with a disk as without one.
+# These dispatches do not depend on seconds, so the GPU holds the same experts with a disk as without one.
 PLAIN = [
     PolicySpec(name=f"{dispatch} {residency} {scope}", dispatch=dispatch, residency=residency, scope=scope)
     for dispatch in ("gpu", "ndp", "in-place")
@@ -82,7 +82,7 @@ def test_the_cpu_runs_each_expert_when_it_has_been_read():
     assert moe_ms(at_home) == near(35, 13, 15, 15)
     assert books(at_home) == (3, 6, 6e6, pytest.approx(66e-3))
     assert part(at_home, "cpu")["busy_s"] == pytest.approx(18e-3)
-    # The start of a layer is over long before the first read ends, but not before what is there already.
+    # The start of a layer is over long before the first read ends, but not before the experts in host memory are there.
     once = replay(
         THREE, system(cpu={"command_us": 12_000, "launch": "layer"}, host={"slots": 2}, disk={}), policy("ndp")
     )
@@ -100,7 +100,7 @@ def test_a_decision_sees_the_reads():
     assert moe_ms(replay(steps(rows(0), rows(*[0] * 3)), on, policy("balance"))) == near(13, 3)
 
 
-def test_what_the_gpu_holds_is_neither_read_nor_touched():
+def test_experts_on_the_gpu_are_neither_read_nor_touched():
     """The GPU keeps 0 from step 1 on, so that it is the oldest in host memory; but none goes for one of its layer."""
     on, on_demand = system(host={"slots": 2}, disk={}), policy("gpu", "lru", scope="global")
     for third, held in ((rows(2), [0, 1, 1, 0]), (rows(0, 2), [1, 0, 1, 0])):
@@ -110,7 +110,7 @@ def test_what_the_gpu_holds_is_neither_read_nor_touched():
         assert lane.tiers.host.cache.resident.tolist() == held
 
 
-def test_what_is_prefetched_flows_from_the_disk():
+def test_prefetches_flow_from_the_disk():
     """A disk of 5 ms an expert: it has 5 ms to spare in step 1 and reads expert 1, which passes host memory by."""
     ahead = policy("gpu", "lru", prefetch="oracle:1")
     on = system(host={"slots": 2}, disk={"bandwidth_gb_s": 0.2, "latency_us": 0})
@@ -121,7 +121,7 @@ def test_what_is_prefetched_flows_from_the_disk():
     assert books(lane) == (0, 2, pytest.approx(3e6 + 0.4e6), pytest.approx(17e-3))
     assert lane.log.step["prefetch_bytes"].tolist() == near(1e6, 0.2e6, 0.2e6)
     assert lane.tiers.host.cache.resident.tolist() == [1, 0, 1, 0]
-    # Of two reads nothing is left of the disk but 5 of 15 ms, though the link is free for 7.
+    # Two reads leave a prefetch only 5 of 15 ms of the disk, though the link is free for 7.
     two = replay(steps(rows(0, 2), rows(1)), on, ahead)
     assert moe_ms(two) == near(15, 1)
     slower = system(host={"slots": 2}, disk={"bandwidth_gb_s": 0.2, "latency_us": 1000})
@@ -233,7 +233,7 @@ def test_more_room_never_reads_more(case, data):
 
 @RANDOM
 @given(case=disk_cases(), residency=st.sampled_from(host_residencies()), data=st.data())
-def test_it_hits_as_the_gpu_would_with_as_many_slots(case, residency, data):
+def test_host_memory_hits_as_the_gpu_with_the_same_slots(case, residency, data):
     """Where the GPU holds nothing, every demand reaches host memory."""
     numbers = {"half_life": 3, "alpha": 0.6, "most_count": 2.5, "evicted_share": 0.25}
     record = find("residency", residency)
@@ -318,7 +318,7 @@ def test_how_much_host_memory_holds():
         ({"host": {"slots": 2}}, r"host.slots applies to systems with a \[disk\] only; remove it or add \[disk\]\.$"),
     ],
 )
-def test_what_a_disk_does_not_go_with(parts, message):
+def test_systems_that_cannot_have_a_disk_are_refused(parts, message):
     with pytest.raises(UsageError, match=message):
         system(**parts)
 
@@ -340,7 +340,7 @@ def test_one_memory_has_its_disk_as_a_link():
         load_system(replace(system(disk={}), link=None))
 
 
-def test_which_policies_go_with_a_disk():
+def test_policies_that_go_with_a_disk():
     with pytest.raises(UsageError, match=r"host_residency wants one of lru, fifo, sieve, .* got 'belady'"):
         load_policy("on-demand", {"host_residency": "belady"})
     with pytest.raises(

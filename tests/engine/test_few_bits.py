@@ -14,7 +14,7 @@ from moetrace.results.replay import replay as replay_trace
 from moetrace.spec import WeightBits, load_policy, load_system
 from moetrace.trace import Trace
 
-# Of 1 MB and with one start more than its own: 2 of 8 bits are of sparse weights.
+# An expert keeps its 1 MB and needs one more start: 2 of its 8 bits are of sparse weights.
 SPARSE = {"weight_bits": WeightBits(bits=6, sparse=0.125, index_bits=0.0), "sparse_launches": 1.0}
 
 

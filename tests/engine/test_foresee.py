@@ -61,7 +61,7 @@ def test_random_traces(case, data):
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases(max_steps=20), jobs=st.integers(1, 2))
-def test_figures_do_not_depend_on_threads_blocks_or_what_comes(case, jobs):
+def test_figures_do_not_depend_on_threads_blocks_or_later_steps(case, jobs):
     """Two threads, blocks of a row each, and the first half of the trace by itself say the same of its steps."""
     chosen = [load_policy(name) if case.system.units else policies(("gpu",), ("ep",))[0] for name in PRESETS[:1]]
     whole = replay(case, chosen).lanes[0].log.step

@@ -106,7 +106,7 @@ def written(case, fields, folder):
 def test_levels_with_tiers_are_the_oracles(case, data, tmp_path_factory):
     """With losses, rates over time and a disk, too: what is drawn, and when, is as at the top."""
     case.system.pop("remote", None)
-    # Each mix of what is there is compiled once more: few of them, or the test takes minutes.
+    # Each combination of system parts is compiled separately: there are few, or the test takes minutes.
     if "disk" in case.system:
         case.system["cpu"].pop("chunks", None)
         for name in ("loss", "mtu_bytes", "rto_ms", "loss_mode", "seed", "rates"):
@@ -176,7 +176,7 @@ def test_a_longer_deadline(case, data):
             assert found[0] >= before[0] and (found[1] >= before[1]).all()
             assert found[2] <= before[2] * (1 + 1e-9)
         before = found
-        # What is decided, moved and run elsewhere is as at the top.
+        # Decisions, moves and the experts that run elsewhere are as at the top.
         for name in ("hits", "misses", "late", "demand_bytes", "prefetch_bytes", "wait_s"):
             assert lane.log.step[name].tolist() == top.log.step[name].tolist(), name
         for column in ("rows", "bytes", "experts"):

@@ -107,7 +107,7 @@ def test_rounds_end_however_much_is_lost(loss):
     assert rounds_of(loss, 1e6, 1.0) > 1e10
 
 
-def test_a_reliable_transfer_waits_for_what_was_lost():
+def test_a_reliable_transfer_waits_for_lost_packets():
     """A fetch of 1 MB in 4 ms, 685 packets; one row out and back of 5 packets, 7.3 kB and 29.2 us each way."""
     link = {"loss": 0.02, "rto_ms": 7.0, "seed": SEED}
     fetched = replay(steps(rows(2), rows(1)), system(link=link), policy("gpu"))
@@ -128,7 +128,7 @@ def test_a_reliable_transfer_waits_for_what_was_lost():
     assert fetched.log.unit["busy_s"][LINK_IN] * 1e3 == pytest.approx(sum(moe_ms(fetched)) - 2)
 
 
-def test_chunks_share_what_is_sent_again():
+def test_chunks_share_resent_bytes():
     link = {"loss": 0.4, "rto_ms": 7.0, "seed": SEED, "latency_us": 100.0}
     lane = replay(steps(rows(0)), system(ndp={"chunks": 4}, link=link), policy("ndp"), activation_bytes=7.3)
     x, y = (
@@ -166,7 +166,7 @@ def test_a_decision_holds_the_rate_at_which_the_router_speaks(tmp_path):
     assert lane.clairvoyant_s * 1e3 == pytest.approx(2 * (1 + 1))  # resident; its link is link.bandwidth_gb_s
 
 
-def test_prefetches_flow_at_the_rate_of_the_moment_less_what_is_lost(tmp_path):
+def test_prefetches_flow_at_the_rate_of_the_moment_less_losses(tmp_path):
     """From 5 ms, when the fetch has ended, to 7, when the next router speaks; the rate doubles at 5.5 ms."""
     trace, ahead = steps(rows(0), rows(1)), policy("gpu", "lru", prefetch="oracle:1")
     link = {"rates": written(tmp_path / "r.csv", (0.0, 0.25), (0.0055, 0.5))}
@@ -228,7 +228,7 @@ def test_relaxed_rows_lie_unit_by_unit(activations, placement):
     dropped = sum(float(gates[row, 0, slot]) for row, slot in lost)
     assert 0 < len(lost) < 10
     assert lane.losses.gate_mass_dropped == pytest.approx(dropped / float(gates.astype(float).sum()), rel=1e-12)
-    # What runs on the GPU loses nothing, and a link without a loss of activations takes as long as one without loss.
+    # Experts on the GPU lose nothing, and a link that loses no activations takes as long as one without loss.
     assert replay(trace, on, policy("gpu"), activation_bytes=1.0).losses.gate_mass_dropped == 0
     plain = replay(trace, system(ndp={"units": 2, "activations": activations}), policy("ndp", placement=placement))
     assert moe_ms(replay(trace, on, policy("ndp", placement=placement))) == pytest.approx(moe_ms(plain))
@@ -272,7 +272,7 @@ def test_more_loss_never_makes_a_reliable_replay_faster(case, data):
     assert found[1].clairvoyant_s == found[0].clairvoyant_s
 
 
-def test_neither_jobs_nor_cuts_change_what_is_lost(tmp_path, monkeypatch):
+def test_neither_jobs_nor_cuts_change_losses(tmp_path, monkeypatch):
     rng = np.random.default_rng(4)
     experts = np.argsort(rng.random((60, 3, 6)), axis=-1)[..., :2].astype(np.uint8)
     gates = rng.random(experts.shape).astype(np.float16)
@@ -325,7 +325,7 @@ def test_each_gate_is_kept_only_for_who_loses_rows():
 
 @settings(max_examples=200, deadline=None)
 @given(st.floats(1.0, 1e9), st.floats(1e-12, 1e3), st.floats(1e-13, 1e-6))
-def test_what_does_not_arrive_takes_all_of_the_time(byte_count, most_s, each_s):
+def test_an_incomplete_transfer_takes_all_of_the_time(byte_count, most_s, each_s):
     """Else a rest of rounding is left, in which the next expert moves."""
     moved_bytes, seconds = flow_of(None, byte_count, 0.0, most_s, each_s, 0.0)
     assert 0.0 < moved_bytes <= byte_count

@@ -117,7 +117,7 @@ def bound_ms(lane) -> float:
 TWO_AND_TWO = [in_ms.rows(0, 1), in_ms.rows(2, 3)] * 3
 
 
-def test_what_only_the_gpu_runs_takes_the_links_time():
+def test_without_a_home_the_bound_is_the_time_of_the_link():
     """Without a home: each of 4 experts is fetched once, or each of 12 demands; the GPU would take 18 ms."""
     slow = in_ms.system(link={"bandwidth_gb_s": 0.025})  # 40 ms an expert
     for slots, fetches in ((4, 4), (0, 12)):
@@ -152,7 +152,7 @@ def test_the_price_of_a_slot_comes_back():
     assert lane.lower_bound_s == pytest.approx(oracle.seconds(), rel=1e-9)
 
 
-def test_what_starts_full_need_not_be_fetched():
+def test_experts_resident_from_the_start_need_no_fetch():
     slow = in_ms.system(link={"bandwidth_gb_s": 0.025})
     chosen = in_ms.policy("gpu", "static-popular", scope="global")
     lane = in_ms.replay(in_ms.steps(*TWO_AND_TWO), slow, chosen)

@@ -58,7 +58,7 @@ def test_the_yardsticks():
     assert outcome.work_bound_s == ms(1 + 2 / 1.5)
     assert outcome.clairvoyant_s == ms(1 + 5)
     assert outcome.total_s == ms(1 + 9)
-    # the slots of all layers count, whatever the scope
+    # The slots of all layers count under each scope.
     policy = policy_of(residency="lru")
     outcome = simulate(trace_of([[[0, 1], []]]), model_of(layers=2), system_of(), policy, slots=2)
     assert outcome.clairvoyant_s == ms(2 + 2)

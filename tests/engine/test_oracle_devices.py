@@ -119,7 +119,8 @@ def test_a_cpu_is_home_without_units():
 
 
 def test_the_link_is_no_faster_than_what_it_reads():
-    # 10 MB/s of host memory: 100 ms, whatever the CPU reaches of it. A policy of version 1 does not know the CPU.
+    # 10 MB/s of host memory: 100 ms; the CPU's efficiency does not change it. A policy of version 1 does not know the
+    # CPU.
     trace = trace_of([one(0)])
     slow = with_cpu(bandwidth_gb_s=0.01, memory_efficiency=0.25)
     hot = policy_of(dispatch="balance", residency="lru")
@@ -276,7 +277,7 @@ def test_defaults_are_version_1():
 
 @settings(max_examples=40, deadline=None)
 @given(case=machine_cases(max_steps=5), data=st.data())
-def test_what_goes_in_comes_out(case, data):
+def test_each_active_expert_runs_once_on_any_machine(case, data):
     """On any machine nothing is lost, nothing runs twice, no device is busy for longer than all, no bound is beaten."""
     policy = plain_policy(data.draw(machine_policies(case)))
     outcome = simulate(case.trace, case.model, case.plain, policy, case.slots)

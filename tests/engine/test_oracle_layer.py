@@ -112,7 +112,7 @@ def test_dense_attends_to_the_cached_tokens():
 
 def test_balance_moves_what_helps():
     # One unit. Expert 0 has 8 rows, 1 to 3 one each: D = A takes 8+2+2+2 = 14 ms (+ twice 11 rows out).
-    # Move 0: fetched 4, ends at 5; units 6 -> 6. Move 1: GPU 9, units 4 -> worse. 2 and 3 likewise.
+    # Move 0: fetched 4, ends at 5; units 6 -> 6. Move 1: GPU 9, units 4 -> worse. Moves 2 and 3 are as move 1.
     trace = trace_of([one(0)] * 8 + [one(1), one(2), one(3)])
     outcome = simulate(trace, model_of(experts=4), system_of(), policy_of(dispatch="balance"))
     assert outcome.steps["moe_s"] == ms(6 + 2 * 0.024)
@@ -126,8 +126,9 @@ def test_balance_moves_what_helps():
 
 
 def test_a_dispatch_of_the_users_own():
-    # The caller sees the active experts in demand order, their rows and what is resident; so does the clairvoyant run,
-    # in which the first of each layer is resident. Expert 0 goes to the GPU: fetched in step 1 (5 ms), a hit in step 2.
+    # The caller sees the active experts in demand order, their rows and the resident ones. So does the clairvoyant run,
+    # in which the first expert of each layer is resident. Expert 0 goes to the GPU: fetched in step 1 (5 ms), a hit in
+    # step 2.
     seen = []
 
     def zero_to_gpu(layer, active, n, resident):

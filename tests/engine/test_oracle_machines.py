@@ -81,7 +81,7 @@ def test_every_dispatch(case):
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=machine_cases(max_steps=2))
-def test_what_home_cannot_hold(case):
+def test_experts_that_do_not_fit_home_are_refused(case):
     """Experts that do not fit units or host memory are refused, and those that fit are not."""
     size_gb = float(machine_of(case.trace, case.model, case.plain, case.slots).W.sum()) / 1e9
     for share, fits in ((1.01, True), (0.99, False)):

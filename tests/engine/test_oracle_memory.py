@@ -18,7 +18,7 @@ def test_lru_demands_all_of_a_layer_at_once():
 
 
 def test_a_demand_on_the_units_touches_too():
-    # A demand on a unit touches what is resident: at step 3, 0 has been touched after 1, so 2 evicts 1.
+    # A demand on a unit touches resident experts: at step 3, 0 has been touched after 1, so 2 evicts 1.
     def hits_on_unit(layer, active, n, resident):
         return set() if active == [0] and resident else set(active)
 
@@ -39,7 +39,7 @@ def test_scope():
     assert hits_of(trace, "lru", 0, model) == [0, 0, 0]
 
 
-def test_lfu_keeps_what_was_demanded_most():
+def test_lfu_keeps_the_most_demanded():
     # 0 twice, 1 once: 2 evicts 1, though 0 was touched longer ago.
     assert hits_of(trace_of([one(0)], [one(0)], [one(1)], [one(2)], [one(0)]), "lfu", 2) == [0, 1, 0, 0, 1]
     # 0 four times, 1 three times: 2 evicts 1, unless the 4 were halved after step 4.
@@ -50,7 +50,7 @@ def test_lfu_keeps_what_was_demanded_most():
     assert hits_of(trace_of(*[[one(e)] for e in (1, 0, 0, 1, 2, 1)]), "lfu", 2, half_life=3)[-1] == 1
 
 
-def test_lfuda_forgets_what_was_demanded_most_long_ago():
+def test_lfuda_forgets_experts_that_were_hot_long_ago():
     # At most 2 a count: 0 scores 2, 1 scores 1 and goes for 2, so that the age is 1. 3 scores 1 + 1, and 2 goes for it.
     # 1, whose count was halved, scores 1 + 1.5: of 0 and 3, which score 2, 0 was touched longer ago.
     trace = trace_of(*[[one(e)] for e in (0, 0, 0, 1, 2, 3, 1, 3, 0)])
@@ -65,8 +65,8 @@ def test_ewma_follows_the_shares():
     # was touched last. Step 3: 1 comes; 0 has 3/32, 2 has 1/4: 0 goes. Step 4: 2 is there.
     trace = trace_of([one(1), one(0), one(0), one(0)], [one(2)], [one(1)], [one(2)])
     assert hits_of(trace, "ewma", 2, alpha=0.5) == [0, 0, 0, 1]
-    # A row counts by its share of all rows of the step, absent ones too: alone, 0 has 0.3 * 0.7 * 0.7 at step 3 and 1
-    # has 0.3 * 0.7; in a crowd of nine 1 has a ninth of that, so 2 evicts 1.
+    # A row counts by its share of all rows of the step, absent ones too. As the only row, 0 has 0.3 * 0.7 * 0.7 at step
+    # 3 and 1 has 0.3 * 0.7. In a crowd of nine, 1 has a ninth of that, so 2 evicts 1.
     crowd = [one(1)] + [one()] * 8
     assert hits_of(trace_of([one(0)], [one(1)], [one(2)], [one(0)]), "ewma", 2) == [0, 0, 0, 0]
     assert hits_of(trace_of([one(0)], crowd, [one(2)], [one(0)]), "ewma", 2) == [0, 0, 0, 1]
@@ -75,7 +75,8 @@ def test_ewma_follows_the_shares():
 def test_belady_looks_ahead():
     # At the demand of 2, 0 comes back before 1.
     assert hits_of(trace_of(*[[one(e)] for e in (0, 1, 2, 0, 1)]), "belady", 2) == [0, 0, 0, 1, 0]
-    # Of those that never come back the one touched longest ago goes; what comes is admitted whenever it comes back.
+    # If several never come back, the one touched longest ago goes. A demanded expert is admitted even if it never comes
+    # back.
     assert hits_of(trace_of(*[[one(e)] for e in (0, 1, 2, 3, 2)]), "belady", 2) == [0, 0, 0, 0, 1]
     # Global: in step 2, expert 1 of layer 0 evicts layer 0's 0 (step 3), not layer 1's 0 (still in step 2).
     trace = trace_of([[[0], [0]]], [[[1], [0]]], [[[0], []]])
@@ -202,7 +203,7 @@ def test_oracle_prefetch_comes_in_time_or_is_late():
 
 def test_oracle_prefetch_wraps_and_forgets():
     # One layer, depth 1, two units: 1 ms of dense and 1 of moe, 0.25 MB each. Step 1: 1 joins, 0.25. Step 2: 0.25,
-    # late, 2 joins, 0.25. Step 3: 0.25, all of 1; but it was for step 2: it leaves, wasted, and joins anew for step 4,
+    # late, 2 joins, 0.25. Step 3: 0.25, all of 1; but it was for step 2: it leaves, wasted, and joins again for step 4,
     # behind 2, which gets 0.25. Step 4: 0.25 more for 2, which leaves, wasted; 0.25 for 1.
     trace = trace_of([one(0)], [one(1)], [one(2)], [one(1)])
     outcome = replay(trace, 4, "ndp", "lru", "oracle:1", units=2)
@@ -226,7 +227,7 @@ def test_overtaken_before_it_moved_is_not_wasted():
     assert (outcome.prefetch_bytes, outcome.late, outcome.wasted) == (MB / 2, 1, 1)
 
 
-def test_oracle_prefetch_stays_for_what_is_wanted_again():
+def test_an_oracle_prefetch_stays_queued_for_a_later_step():
     # The same with 1 in steps 2, 3 and 4: the entry is now for step 3, then 4, stays, is late once, and arrives.
     trace = trace_of([one(0)], [one(1)], [one(1)], [one(1)])
     outcome = replay(trace, 4, "ndp", "lru", "oracle:1", units=2)

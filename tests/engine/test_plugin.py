@@ -161,7 +161,7 @@ def test_an_index_out_of_bounds_is_one_sentence(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_what_a_function_raises_is_one_sentence(tmp_path):
+def test_an_error_in_a_function_is_one_sentence(tmp_path):
     with pytest.raises(MoetraceError, match="Policy own failed: ValueError: no thanks"):
         replay_with(tmp_path, "raise ValueError('no thanks')\n", hooks=["dispatch"])
 
@@ -180,7 +180,7 @@ def test_a_plan_for_all_is_not_a_fallback(tmp_path):
 
 @pytest.mark.parametrize("prefetch", ["none", "online:2", "oracle:2"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_hook_that_writes_what_is_not_its_own_harms_nobody(tmp_path, prefetch, scope):
+def test_a_hook_that_writes_into_copies_changes_nothing(tmp_path, prefetch, scope):
     """`resident` and `touched` are copies: the replay ends, and the cache keeps to its capacity."""
     body = """
     for e in range(state.shape[1]):

@@ -28,7 +28,7 @@ def leave_compiled(path: Path, text: str) -> None:
     cached.write_bytes(head + found.st_size.to_bytes(4, "little") + marshal.dumps(compile(text, str(path), "exec")))
 
 
-def test_what_was_compiled_from_another_text_does_not_run(tmp_path):
+def test_code_compiled_from_another_text_does_not_run(tmp_path):
     for name in ("mine", "beside"):
         (tmp_path / f"{name}.py").write_text("import sys\nWHAT = 'text'\n")
         leave_compiled(tmp_path / f"{name}.py", "WHAT = 'other'\n")
@@ -95,13 +95,13 @@ def test_a_helper_that_was_edited_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["pipe", "folder"])
-def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path, what):
+def test_a_pipe_or_a_folder_is_refused_without_waiting(tmp_path, what):
     path = tmp_path / "mine.py"
     os.mkfifo(path) if what == "pipe" else path.mkdir()
     known = set(sys.modules)
     with pytest.raises(MoetraceError, match="is not an ordinary file"):
         run_file(path)
-    assert set(sys.modules) == known  # whoever opens the files of all modules would wait for the pipe
+    assert set(sys.modules) == known  # code that opens the files of all modules would wait for the pipe
 
 
 def test_a_file_that_does_not_run_is_no_module(tmp_path):
@@ -123,7 +123,7 @@ def test_a_file_that_does_not_run_is_no_module(tmp_path):
         "load[:2][0] = 7",
     ],
 )
-def test_what_is_for_reading_cannot_be_written(tmp_path, line):
+def test_read_only_arguments_cannot_be_written(tmp_path, line):
     (tmp_path / "mine.py").write_text(HOOK.format(line))
     with pytest.raises(UsageError, match=r"read-only argument: a dispatch may .*\(mine.py, line 3\)") as error:
         load_hook("dispatch", f"{tmp_path / 'mine.py'}:mine")
@@ -153,7 +153,7 @@ def test_a_helper_and_a_residency_cannot_either(tmp_path):
         ("plan[i] = layer % layer", "ZeroDivisionError"),
     ],
 )
-def test_what_shows_when_it_runs_is_one_sentence(tmp_path, line, says):
+def test_an_error_at_run_time_is_one_sentence(tmp_path, line, says):
     helper = "import numba\n\n@numba.njit\ndef beyond(load):\n    return load[load.size + 5]\n\n"
     (tmp_path / "mine.py").write_text(helper + HOOK.format(line))
     trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
@@ -174,7 +174,7 @@ def test_without_compilation_the_line_is_named(tmp_path):
     assert "(mine.py, line 3; step 0, layer 0).\n" in done.stdout
 
 
-def test_functions_of_no_file_are_told_apart():
+def test_functions_without_a_file_are_distinct():
     """Two texts that were run without a module's name: what was compiled of one is not taken for the other."""
     hooks = []
     for line in ("plan[i] = 1", "load[i] = 1"):

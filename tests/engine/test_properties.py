@@ -211,7 +211,7 @@ def test_static_set_must_fit(tmp_path):
 
 @RANDOM
 @given(case=cases(), data=st.data())
-def test_many_setups_in_one_pass_are_what_each_is_alone(case, data, tmp_path_factory):
+def test_many_setups_in_one_pass_give_the_figures_of_separate_replays(case, data, tmp_path_factory):
     """Other slots, other machines, other needs of the blocks beside each other, decoded each time or once and kept."""
     policies = some_policies(case, data, tmp_path_factory.mktemp("p"))
     trace = Trace.from_arrays(num_experts=case.model.experts, **as_arrays(case.trace, case.model.experts))

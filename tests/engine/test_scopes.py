@@ -48,7 +48,7 @@ def test_cold_starts_against_the_oracle(case, turns, data, tmp_path_factory):
 
 @RANDOM
 @given(case=cases(), data=st.data())
-def test_each_request_is_as_if_it_were_alone(case, data, tmp_path_factory):
+def test_each_request_starts_cold(case, data, tmp_path_factory):
     """Steps of requests in turn take what they take in a replay of nothing else, to the last bit."""
     case = replace_trace(case, in_turn(case.trace))
     policies = request_policies(data, case, tmp_path_factory.mktemp("p"))
@@ -78,7 +78,7 @@ def test_where_requests_overlap_nothing_is_emptied(case, data, tmp_path_factory)
         assert all(getattr(one.log, part).tobytes() == getattr(other.log, part).tobytes() for part in LOGGED)
 
 
-def test_what_a_user_s_functions_remember_starts_cold_too():
+def test_memory_of_a_user_s_functions_starts_cold_too():
     """Both kinds of memory, in dispatch and residency: each request is as if it were alone."""
 
     @mt.policy
@@ -194,7 +194,7 @@ def test_wrong_budgets(text, message, tmp_path):
         replay(case, [load_policy("on-demand", {"budget": str(path)})])
 
 
-def test_what_a_budget_goes_with():
+def test_a_budget_needs_scope_layer():
     with pytest.raises(UsageError, match="budget gives each layer slots of its own, but scope is global; remove one"):
         load_policy("on-demand", {"scope": "global", "budget": "auto"})
     with pytest.raises(UsageError, match="but in residency foresee all layers share the slots"):

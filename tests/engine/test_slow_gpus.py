@@ -27,7 +27,7 @@ def test_times_by_hand(tmp_path):
     assert found.log.step["imbalance"].tolist() == pytest.approx([4.2 / 3.2])
     slow = with_factors(tmp_path, {"gpu0": 0.25}, SLOW, {"launch_us": 100}, gpus=2)
     found = lane(trace, slow, policy(placement="ep-block"), once_params=1_000_000)
-    # Attention and head wait for GPU 0; GPU 1 is done with its own after a quarter of the time, but for the starts.
+    # Attention and head wait for GPU 0. GPU 1 takes a quarter of the time, apart from the starts.
     assert ms(found) == pytest.approx([4.1 + 1.5 + 8.2 + 1.5 + 4.1])
     assert (found.log.unit["busy_s"] * 1e3).tolist() == pytest.approx([8.2 + 8.2, 2.2 + 2.2, 8.2 + 8.2, 3])
 

@@ -76,7 +76,7 @@ def test_no_share_of_a_grid_is_better(case, data):
                 assert found_s <= line_of(G - {e}, share=Share(e, x, here[e])).moe * (1 + 1e-9), (e, x)
 
 
-def test_what_is_run_whole_counts_as_fetched():
+def test_an_expert_that_the_gpu_runs_whole_counts_as_fetched():
     """Expert 0 has arrived to two thirds: the rest is fetched in 7 of the 10 ms that the unit needs for expert 1."""
     rows_of = [*[[3]] * 12, [3] * 40, [3] * 40, [0] * 10 + [1] * 10, [0]]
     ids = np.array([e for step in rows_of for e in step])[:, None, None]
@@ -92,7 +92,7 @@ def test_what_is_run_whole_counts_as_fetched():
     assert lane.log.tally["wasted"][0] == 1  # expert 1, whose layer passed
 
 
-def test_what_it_needs():
+def test_dispatch_split_needs_placement_tp_and_single_starts():
     with pytest.raises(UsageError, match="dispatch split goes with placement tp only, got placement ep"):
         load_policy("foresee-split", {"placement": "ep"})
     system = load_system("edge-ndp", {"ndp.launch": "layer"})

@@ -22,7 +22,7 @@ def test_the_wanted_of_prompts_are_the_most_demanded_of_equal_sizes(seed, capaci
     assert found.tolist() == expected.tolist()
 
 
-def test_what_does_not_fit_leaves_room_for_what_does():
+def test_an_expert_that_does_not_fit_leaves_room_for_smaller_ones():
     count, weight = np.array([3, 2, 1, 0]), np.array([6, 5, 4, 1])
     assert most_demanded(count, weight, 10, 1).tolist() == [1, 0, 1, 0]
     assert most_demanded(count, weight, 5, 2).tolist() == [0, 1, 1, 0]

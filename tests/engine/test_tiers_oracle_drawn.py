@@ -37,7 +37,7 @@ def test_on_without_effect_is_version_1(case, data):
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=tier_cases(), data=st.data())
-def test_what_holds_for_any_mix(case, data):
+def test_properties_of_any_combination(case, data):
     policy = data.draw(tier_policies(case), label="policy")
     specs, own = (case.trace, case.model, case.plain, SimpleNamespace(**policy), case.slots), own_dispatch(policy)
     machine, plain = from_specs(*specs, dispatch=own)

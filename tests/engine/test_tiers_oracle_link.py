@@ -100,7 +100,7 @@ def test_a_second_prefetch_has_the_rate_of_its_moments():
 
 
 def test_prefetches_beside_moe_flow_after_the_fetches():
-    # Layer 0: router at 1, fetch until 5, work until 6; from 5 on 0.125 GB/s: 0.125 MB, and as many in the next dense.
+    # Layer 0: router at 1, fetch until 5, work until 6; from 5 on 0.125 GB/s: 0.125 MB, and 0.125 MB in the next dense.
     model = model_of(layers=2, experts=1, activation_bytes=0)
     system = system_with(link={"rates": [(0.0, 0.25), (5e-3, 0.125)]})
     chosen = {"slots": 1, "residency": "lru", "prefetch": "oracle:1", "scope": "global"}
@@ -163,7 +163,7 @@ def test_activations_have_a_draw_for_each_direction():
 
 
 def test_the_number_of_chunks_is_decided_without_draws():
-    # As in `test_chunks` with commands of 0.1 ms: 4 chunks. Timed with what is sent again, with which 16 would be less.
+    # With commands of 0.1 ms the number is 4, as in `test_chunks`. The time counts resent bytes, with which 16 is less.
     ndp, link = {"chunks": "auto", "command_us": 100.0}, {"loss": 0.5, "mtu_bytes": 1000, "rto_ms": 1.0, "seed": 3}
     model = model_of(experts=1, activation_bytes=250)
     seen = run(trace_of(rows_of(1)), system_with(1, link=link, ndp=ndp), model, dispatch="ndp")

@@ -72,7 +72,7 @@ def test_relayout_stays_where_it_is_good():
     system = system_with(2, ndp={"move_gb_s": 1.0}, link={"bandwidth_gb_s": 0.05})
     seen = run(trace_of(*[rows_of(2, 1, 1)] * 3), system, layout={(0, 1): 0}, dispatch="ndp", **RELAYOUT)
     assert seen.moved_bytes == seen.prefetch_bytes == 0
-    # What is striped goes, most rows first, to the unit of least predicted seconds: 0 to unit 0, 1 and 2 to unit 1.
+    # Striped experts go, most rows first, to the unit of least predicted seconds: 0 to unit 0, 1 and 2 to unit 1.
     layout = {(0, e): "striped" for e in range(3)}
     chosen = RELAYOUT | {"layout": layout, "alpha": 1.0, "dispatch": "ndp"}
     seen = run(trace_of(*[rows_of(9, 2, 2)] * 6), system, **chosen)
@@ -81,7 +81,7 @@ def test_relayout_stays_where_it_is_good():
     assert seen.steps[5].moe_s == [exactly(9e-3)]
 
 
-def test_relayout_queues_what_is_hot():
+def test_relayout_queues_hot_experts():
     # Units take 2 ms a row: expert 0 stays. Expert 1 has n^ = 1.8, 3.6 ms, then 3.06, 6.12 ms: the GPU's 4 are less.
     # It flows beside step 3 and is resident from step 4 on.
     system = system_with(2, ndp={"move_gb_s": 1.0, "gmac_s": 0.5}, link={"stream": 0})

@@ -119,7 +119,7 @@ def test_parquet_has_a_row_for_each_choice(tmp_path_factory, trace, part_choices
 
 @settings(max_examples=40, deadline=None)
 @given(small_traces())
-def test_parquet_comes_back_but_for_rows_without_choices(tmp_path_factory, trace):
+def test_parquet_comes_back_without_rows_that_lack_choices(tmp_path_factory, trace):
     folder = tmp_path_factory.mktemp("parquet")
     exported(trace, folder / "t.parquet")
     ids = trace.read("experts", 0, trace.rows)
@@ -274,7 +274,7 @@ def with_counts(path: Path, counts: np.ndarray) -> Path:
     return path
 
 
-def test_counts_alone_are_good_for_eplb_and_nothing_else(tmp_path):
+def test_a_trace_of_counts_is_only_good_for_eplb(tmp_path):
     counts = np.arange(24).reshape(3, 2, 4)
     source = with_counts(tmp_path / "t.h5", counts)
     made = json.loads(exported(source, tmp_path / "t.json", 1).read_text())["logical_count"]
@@ -288,7 +288,7 @@ def test_counts_alone_are_good_for_eplb_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("form", FILES)
-def test_same_bytes_whatever_the_parts_and_the_storage(tmp_path, form):
+def test_bytes_do_not_depend_on_parts_and_storage(tmp_path, form):
     with mt.Trace.open(SHIPPED / "tiny-olmoe.h5") as trace:
         trace.write(tmp_path / "z.h5", compress="zstd")
         one = exported(trace, tmp_path / f"one{FILES[form]}").read_bytes()
@@ -297,7 +297,7 @@ def test_same_bytes_whatever_the_parts_and_the_storage(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", FILES)
-def test_an_impossible_id_is_one_sentence_and_leaves_what_was_there(tmp_path, form):
+def test_an_impossible_id_is_one_sentence_and_leaves_the_old_file(tmp_path, form):
     ids = np.zeros((9, 2, 1), np.uint8)
     ids[7, 1] = 8
     trace = mt.Trace.from_arrays(ids, num_experts=8)
@@ -329,7 +329,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, form):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_is_none_is_one_sentence(tmp_path):
+def test_an_unwritable_output_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "t.npz").mkdir()
     for path in (tmp_path / "none" / "t.npz", tmp_path / "t.npz"):
         with pytest.raises(MoetraceError, match=r"t\.npz could not be written: .+; nothing was changed"):

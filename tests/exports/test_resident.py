@@ -127,7 +127,7 @@ def test_a_set_without_a_whole_layer_is_no_choice_of_layers(tmp_path):
     assert written(tmp_path / "a", "llama-args", held=held).read_text() == "--n-cpu-moe 3\n"
 
 
-def test_what_does_not_go_together(tmp_path):
+def test_conflicting_options_are_refused(tmp_path):
     for form, choice, sentence in (
         ("moe-l2", {}, "moe-l2 holds a set of experts: give --slots"),
         ("npz", {"slots": 3}, "npz holds the whole trace"),

@@ -92,14 +92,14 @@ def test_nothing_chosen_at_all():
     assert a_trace(profile).rows == 24 * 80
 
 
-def test_progress_says_what_was_reached():
+def test_progress_says_how_far_the_fit_is_off():
     told = []
     fit_profile(a_trace(requests=4), progress=told.append)
     assert len(told) > 10
     assert all("off by" in text for text in told)
 
 
-def test_what_cannot_be_fitted_is_one_sentence():
+def test_a_trace_that_cannot_be_fitted_is_refused_in_one_sentence():
     with pytest.raises(MoetraceError, match="a fit needs 64 rows"):
         fit_profile(a_trace(requests=1, prompt=0, output=63))
     one = msgspec.structs.replace(PROFILE, experts=16)

@@ -98,7 +98,7 @@ def test_ids_are_distinct_and_exist(experts, share, zipf, stick, seed):
 
 @pytest.mark.parametrize("stick", [0.0, 0.3, 0.7, 1.0])
 def test_stick_keeps_its_share_of_the_previous_row(stick):
-    # 8 of 16000 uniform experts: one that is dropped hardly ever comes back, so the overlap is what was kept.
+    # 8 of 16000 uniform experts: a dropped one hardly ever comes back, so the overlap is the kept share.
     ranks = draw_ranks(a_model(2, 16_000, 8), 0.0, stick, requests=20, length=200)
     overlap = (ranks[:, 1:, :, :, None] == ranks[:, :-1, :, None, :]).any(axis=-1).mean()
     assert overlap == pytest.approx(stick, abs=0.01)
@@ -162,7 +162,7 @@ def test_schedule_is_continuous_batching(requests, prompt, output, batch, rows):
     assert sum(len(step) for _, step in steps) == schedule.rows
 
 
-def test_block_size_does_not_change_what_is_drawn():
+def test_block_size_does_not_change_the_draws():
     model, schedule = a_model(3, 16, 4), BatchSchedule(5, 7, 6, 2)
     drawn = []
     for rows in (1, 5, 1000):

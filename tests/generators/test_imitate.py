@@ -93,7 +93,7 @@ def test_ids_are_uint16_beyond_255_experts():
     assert drawn.max() > 255
 
 
-def test_blocks_do_not_change_what_is_drawn():
+def test_block_size_does_not_change_the_draws():
     schedule, drawn = BatchSchedule(5, 7, 6, 2), []
     for rows in (1, 5, 1000):
         drawer = ProfileDrawer(a_profile(), 0, prompt=7, slots=2)

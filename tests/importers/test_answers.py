@@ -51,7 +51,7 @@ def test_a_number_of_ids_that_fits_two_numbers_of_layers_is_asked_about(tmp_path
     assert "give --model" in refused(tmp_path, path, num_experts=16, top_k=2)
 
 
-def test_answers_without_numbers_among_others_are_told(tmp_path):
+def test_a_note_names_answers_without_numbers(tmp_path):
     path = tmp_path / "log.jsonl"
     answers = [answer("vllm", ids_of(9, seed), *numbers) for seed, numbers in enumerate([(6, 4), (), (6, 4)])]
     path.write_text("".join(json.dumps(one) + "\n" for one in answers))
@@ -62,7 +62,7 @@ def test_answers_without_numbers_among_others_are_told(tmp_path):
     assert trace.source["requests_of_unknown_phase"] == 1 and "1 of 3 requests do not tell" in notes[0]
 
 
-def test_a_start_that_is_told_goes_before_what_the_tokens_tell(tmp_path):
+def test_a_recorded_start_goes_before_that_of_the_tokens(tmp_path):
     whole = answer("vllm", ids_of(6), 8, 4)
     assert places(read(tmp_path, "vllm", whole)) == one(range(5, 11), 8)
     cut = answer("vllm", ids_of(5), 8, 4, routed_experts_prompt_start=5)
@@ -311,7 +311,7 @@ def test_an_answer_that_was_aborted_in_its_prompt_has_the_first_rows(tmp_path, e
     assert trace.source.get("aborted_in_their_prompts") == (1 if first == 0 else None)
 
 
-def test_what_a_stream_has_beside_answers_is_no_answer_that_was_left_out(tmp_path):
+def test_other_events_of_a_stream_do_not_count_as_left_out_answers(tmp_path):
     ids = ids_of(11)
     events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks(ids, [(0, 8), (8, 9), (9, 11)], 8)]
     alone = json.dumps(answer("vllm", ids_of(9, 2), 7, 3, name="other")) + "\n"
@@ -331,7 +331,7 @@ def test_what_a_stream_has_beside_answers_is_no_answer_that_was_left_out(tmp_pat
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang-request", "megatron"])
-def test_rows_that_are_taken_as_the_last_ones_are_told(tmp_path, engine):
+def test_a_note_names_rows_that_are_taken_as_the_last_ones(tmp_path, engine):
     notes: list[str] = []
     path = tmp_path / "log.jsonl"
     for cached, told in ((None, True), (2, True), (3, False)):

@@ -139,7 +139,7 @@ def test_a_file_for_each_layer(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tiny-olmoe.h5", "mixtral-8x7b-b16.h5"])
-def test_what_export_wrote_is_read_back(tmp_path, name):
+def test_an_export_is_read_back(tmp_path, name):
     from pathlib import Path
 
     with Trace.open(Path(__file__).parents[2] / "traces" / name) as trace:
@@ -224,7 +224,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 @pytest.mark.parametrize("bad", BAD)
-def test_what_does_not_fit_is_one_sentence(tmp_path, bad, kind):
+def test_a_table_that_does_not_fit_is_refused_in_one_sentence(tmp_path, bad, kind):
     frame, columns, message = BAD[bad]
     said = not_named(tmp_path, write(tmp_path, frame, kind), columns=columns)
     if not (kind == "csv" and bad == "ids that are text"):

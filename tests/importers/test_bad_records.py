@@ -243,7 +243,7 @@ def test_an_answer_without_choices_that_ends_no_stream_is_counted(tmp_path):
         assert "has no choices" in notes[0] and "has no choices" in strict(path, num_experts=16)
 
 
-def test_an_array_file_that_holds_none_is_left_out(tmp_path):
+def test_an_array_file_without_an_array_is_left_out(tmp_path):
     folder = tmp_path / "arrays"
     folder.mkdir()
     for number in range(3):

@@ -22,7 +22,7 @@ def test_usage_counts_the_tokens_of_all_choices(tmp_path, engine, start):
         assert "24 tokens in 3 choices" in no(tmp_path, engine, whole)
 
 
-def test_the_first_choice_alone_is_not_compared_with_the_tokens_of_both(tmp_path):
+def test_a_single_choice_of_two_is_not_compared_with_the_tokens_of_both(tmp_path):
     ids = ids_of(10)
     usage = {"prompt_tokens": 6, "completion_tokens": 9}
     whole = {"choices": [{"index": 0}, {"index": 1}], "sglext": {"routed_experts": text(ids)}, "usage": usage}
@@ -65,7 +65,7 @@ def test_several_prompts_with_several_choices_begin_at_0(tmp_path, prompts, cach
     assert trace.source["phase"].startswith("unknown") and "left_out_cached_rows" not in trace.source
 
 
-def test_prompts_that_are_told_and_outputs_that_are_not(tmp_path):
+def test_recorded_prompts_without_recorded_outputs(tmp_path):
     whole = of_choices([ids_of(5, 1), ids_of(7, 2)], 8, 6)
     for choice, prompt in zip(whole["choices"], (3, 5), strict=True):
         choice["prompt_token_ids"] = [prompt] * prompt

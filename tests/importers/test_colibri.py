@@ -47,7 +47,7 @@ def test_lines_with_fewer_experts_leave_the_rest_absent(tmp_path):
     assert np.array_equal(column(trace, "gates"), gates.astype(np.float32).astype(np.float16))
 
 
-def test_calls_that_begin_anew_are_another_request(tmp_path):
+def test_calls_that_restart_are_another_request(tmp_path):
     path = tmp_path / "route.txt"
     path.write_text(route_trace(known([2, 1]), gates_of(3), LAYERS) * 2)
     trace = imported(path, "colibri", num_experts=8)

@@ -40,7 +40,7 @@ def test_load_views(tmp_path, dtype):
     assert np.array_equal(trace.read("counts", 0, 9), COUNTS[:1]) and trace.source["format"] == "counts-table"
 
 
-def test_lists_alone(tmp_path):
+def test_plain_lists_of_counts(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(COUNTS[0].tolist()))
     assert detect(path) == "counts-table"
@@ -129,7 +129,7 @@ def test_bad_tensors_are_one_sentence(tmp_path):
         assert sentence in refused(tmp_path, tmp_path / "a.pt", top_k=1)
 
 
-def test_what_is_exported_for_eplb_comes_back(tmp_path):
+def test_an_export_for_eplb_is_read_back(tmp_path):
     path = eplb_json(tmp_path / "a.json", COUNTS)
     with imported(tmp_path, path, top_k=2) as trace:
         export(trace, tmp_path / "b.json")

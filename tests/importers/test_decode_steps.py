@@ -54,7 +54,7 @@ def test_passes_that_decode_are_said(tmp_path):
     assert trace.source["decode_steps"] == [[4, None]]
 
 
-def test_a_prompt_that_no_request_exceeds_is_told(tmp_path):
+def test_a_note_names_a_prompt_that_no_request_exceeds(tmp_path):
     path, _ = megatron(tmp_path, [10] * 4 + [4] * 5)
     trace, notes = imported(tmp_path, path, decode_after=10)
     assert (trace.phase == 0).all()

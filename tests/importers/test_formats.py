@@ -18,7 +18,7 @@ NEEDS = {"sglang": "torch", "moe-cache-eval": "safetensors", "trtllm": "safetens
 
 
 @pytest.mark.parametrize("importer", fuzz.WRITERS)
-def test_samples_are_of_their_own_format_alone(tmp_path, importer):
+def test_samples_are_recognized_only_as_their_own_format(tmp_path, importer):
     if importer in NEEDS:
         pytest.importorskip(NEEDS[importer])
     for sample in importlib.import_module(fuzz.WRITERS[importer]).samples(tmp_path):
@@ -61,7 +61,7 @@ def test_a_byte_order_mark_before_a_text_is_no_matter(tmp_path, importer):
         assert found[0] == found[1]
 
 
-# A wider top_k is allowed, or what is said decides.
+# Options that an importer accepts although they differ: a wider top_k is allowed, and the user's number goes first.
 SAID = {("colibri", "top_k"), ("fiddler", "top_k"), ("sglang", "num_experts")}
 
 
@@ -91,7 +91,7 @@ def test_sizes_that_contradict_the_source_are_wrong_usage(tmp_path, importer):
 
 
 @pytest.mark.parametrize("importer", ["colibri", "llamacpp", "megatron", "bigmoeonedge", "lattice"])
-def test_the_bytes_of_a_source_are_told_once(tmp_path, importer):
+def test_progress_counts_the_bytes_of_a_source_once(tmp_path, importer):
     for sample in importlib.import_module(fuzz.WRITERS[importer]).samples(tmp_path):
         read: list[int] = []
         hints = Hints(**sample.hints, reading=read.append)

@@ -31,7 +31,7 @@ def test_any_of_the_matrices_of_experts_will_do(tmp_path, matrices):
     assert trace.read("counts", 0, 1).tolist() == [[[3, 4, 1]]] and "matrices_that_count_otherwise" not in trace.source
 
 
-def test_matrices_of_a_layer_that_count_otherwise_are_told(tmp_path):
+def test_a_note_names_matrices_of_a_layer_with_other_counts(tmp_path):
     tensors = tensors_of(COUNTS)
     tensors["blk.2.ffn_down_exps.weight.counts"] = tensors["blk.2.ffn_down_exps.weight.counts"] + 1
     trace = imported(imatrix(tmp_path / "a.gguf", tensors), "imatrix", top_k=2)
@@ -39,7 +39,7 @@ def test_matrices_of_a_layer_that_count_otherwise_are_told(tmp_path):
     assert np.array_equal(trace.read("counts", 0, 1)[0, 0], COUNTS[2])
 
 
-def test_what_has_no_counts_of_experts_is_one_sentence(tmp_path):
+def test_a_file_without_counts_of_experts_is_refused_in_one_sentence(tmp_path):
     name = "blk.1.ffn_up_exps.weight.counts"
     for tensors, sentence in (
         ({"blk.1.ffn_up.weight.counts": np.array([[9]])}, "has no counts of stacked experts"),

@@ -72,7 +72,7 @@ def test_small_chunks_change_nothing(tmp_path, monkeypatch):
         ("[0.5, 0.25]", "[1.7e308, 1.7e308]", "has a weight beyond 65504"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(tmp_path, old, new, message):
+def test_routes_that_do_not_fit_are_refused_in_one_sentence(tmp_path, old, new, message):
     path = write(tmp_path / "a.jsonl", IDS, [4, 3, 1, 1])
     path.write_text(path.read_text().replace(old, new, 2))
     assert message in refused(tmp_path, path, num_experts=8, format="jsonl")
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, old, new, message):
         ("}\n", "\n", "line 1 is not as expected"),
     ],
 )
-def test_what_fits_nowhere_is_one_sentence(tmp_path, old, new, message):
+def test_routes_that_are_wrong_in_all_lines_are_refused_in_one_sentence(tmp_path, old, new, message):
     path = write(tmp_path / "a.jsonl", IDS, [4, 3, 1, 1])
     path.write_text(path.read_text().replace(old, new))
     assert message in refused(tmp_path, path, num_experts=8, format="jsonl")

@@ -68,7 +68,7 @@ def statistics(folder, layers, mtp_rows=8, raw=False, iterations=4, mtp_iteratio
     ids=["nothing", "mtp", "dense", "both"],
 )
 @pytest.mark.parametrize("raw", [False, True])
-def test_mtp_layer_of_statistics_is_left_out_and_told(tmp_path, said, raw):
+def test_an_mtp_layer_of_statistics_is_left_out_with_a_note(tmp_path, said, raw):
     files, ids = statistics(tmp_path, [3, 4, 5], raw=raw)
     trace, notes = imported(tmp_path, files, model(tmp_path, 2, **said))
     assert trace.layer_index.tolist() == [3, 4]
@@ -162,7 +162,7 @@ def test_layers_that_count_from_1_are_shifted(tmp_path):
     assert imported(tmp_path, path, model(tmp_path, 3))[0].layer_index.tolist() == [2, 3, 4], "it does not say"
 
 
-def test_numbers_that_fit_no_model_stay_and_are_told(tmp_path):
+def test_numbers_that_fit_no_model_stay_with_a_note(tmp_path):
     path = tmp_path / "router_trace_rank0.jsonl"
     path.write_text(records(0, {(0, 0): routing(6, 3, 2, 8)}, [0, 1, 4]))
     trace, notes = imported(tmp_path, path, model(tmp_path, 3, dense_layers=2))
@@ -225,7 +225,7 @@ def test_gates_residency_and_sizes_go_with_their_layers(tmp_path):
     assert part.expert_bytes.tolist() == [1000, 1002]
 
 
-def test_sources_that_differ_only_in_what_is_left_out_share_a_trace(tmp_path):
+def test_sources_that_differ_only_in_left_out_layers_share_a_trace(tmp_path):
     for name, planes in (("a", 3), ("b", 4)):
         arrays = {"expert_ids": routing(5, planes, 2, 8).astype(np.uint8), "layer_index": np.arange(planes)}
         arrays |= {name: np.zeros(5, int) for name in ("request_id", "phase")} | {"position": np.arange(5)}

@@ -59,7 +59,7 @@ def test_a_header_and_windows_lines_are_allowed(tmp_path):
         assert np.array_equal(column(trace, "experts"), joined(known, 8))
 
 
-def test_a_decoded_request_alone_begins_at_0(tmp_path):
+def test_a_single_decoded_request_begins_at_0(tmp_path):
     known = passes([1, 1, 1], 3, 2, 8)
     text = tokens(known, LAYERS) * 2
     trace = imported(save(tmp_path, text), "llamacpp", num_experts=8)
@@ -67,7 +67,7 @@ def test_a_decoded_request_alone_begins_at_0(tmp_path):
     assert column(trace, "position").tolist() == [0, 1, 2] * 2
 
 
-def test_prompts_that_were_read_flat_are_kept_and_told_of(tmp_path):
+def test_prompts_that_were_read_flat_are_kept_with_a_note(tmp_path):
     known = read_flat(passes([5, 9, 1, 1], 3, 2, 8), 8)
     trace = imported(save(tmp_path, choices(known, LAYERS)), "llamacpp", num_experts=8, top_k=2)
     assert np.array_equal(column(trace, "experts"), joined(known, 8)), "they are not dropped"
@@ -133,7 +133,7 @@ def warm_up(tokens_of_it, layers, num_experts, seed=3):
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("rows", [[1, 1, 1], [6, 1, 1], [3, 1, 4, 1]])
 @pytest.mark.parametrize("chunk", [64, 1 << 20])
-def test_a_warm_up_is_left_out_and_told(tmp_path, monkeypatch, count, rows, chunk):
+def test_a_warm_up_is_left_out_with_a_note(tmp_path, monkeypatch, count, rows, chunk):
     monkeypatch.setattr("moetrace.importers.reading.text.CHUNK_BYTES", chunk)
     known, notes = passes(rows, 3, 3, 10), []  # 10 is no multiple of 3
     path = save(tmp_path, warm_up(count, LAYERS, 10) + choices(known, LAYERS))
@@ -176,7 +176,7 @@ def test_a_line_after_a_warm_up_has_its_number(tmp_path):
     refused(save(tmp_path, "".join(lines)), "line 51 holds the expert 77", "llamacpp", num_experts=16, top_k=2)
 
 
-def test_a_warm_up_with_positions_is_left_out_and_told(tmp_path):
+def test_a_warm_up_with_positions_is_left_out_with_a_note(tmp_path):
     known = passes([4, 1, 1], 3, 2, 8)
     ids = np.random.default_rng(1).permuted(np.tile(np.arange(8), (2, 3, 1)), axis=2)
     wide = tokens([Pass(ids, True)], LAYERS)
@@ -207,7 +207,7 @@ def test_another_matrix_of_numbers_is_no_trace_of_llamacpp(width):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_tokens_that_are_parts_of_one_are_told(tmp_path, parts):
+def test_a_note_names_tokens_that_are_parts_of_one(tmp_path, parts):
     known = passes([1] * 30, 3, 8, 64)
     notes: list[str] = []
     path, out = save(tmp_path, choices(known, LAYERS)), tmp_path / "o.h5"

@@ -73,7 +73,7 @@ def test_a_prompt_may_be_cut_anywhere(tmp_path):
         assert imported(path, "mbolt").source.get("left_out_cut_records", 0) == (size not in starts)
 
 
-def test_what_does_not_fit_is_one_sentence(tmp_path):
+def test_a_log_that_does_not_fit_is_refused_in_one_sentence(tmp_path):
     path = tmp_path / "a.bin"
     whole = log(passes(3, layers=3), [0, 1, 2], 8)
     path.write_bytes(whole[:12])

@@ -198,7 +198,7 @@ def test_topk_may_be_missing_from_the_beginning(tmp_path, monkeypatch):
     lines = records(0, given, LAYERS).splitlines(keepends=True)
     lines[0] = lines[0].replace('"topk": 2', '"topk": null')
     paths = save(tmp_path, ["".join(lines)])
-    monkeypatch.setattr("moetrace.importers.reading.text.CHUNK_BYTES", len(lines[0]))  # the first piece says none
+    monkeypatch.setattr("moetrace.importers.reading.text.CHUNK_BYTES", len(lines[0]))  # the first piece has no topk
     trace, wanted = imported(paths, "megatron", num_experts=8), np.concatenate(list(given.values()))
     wanted[:3, 0] = 255
     assert np.array_equal(column(trace, "experts"), wanted) and trace.source["absent_routes_of_another_shape"] == 1

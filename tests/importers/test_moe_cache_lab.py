@@ -57,7 +57,7 @@ def test_sizes_that_are_null_must_be_said(tmp_path):
         ('"layer"', '"lay', "line 2 is not as expected"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(tmp_path, old, new, sentence):
+def test_a_trace_that_does_not_fit_is_refused_in_one_sentence(tmp_path, old, new, sentence):
     text = trace(np.array([[[0, 7], [5, 1]], [[2, 3], [4, 6]], [[1, 0], [3, 2]]]), 2, [0, 1])
     assert old in text
     (tmp_path / "a.jsonl").write_text(text.replace(old, new, 1))

@@ -68,7 +68,7 @@ def test_pieces_cut_nothing(tmp_path, monkeypatch):
         ('{"t": 3, "l": 2', '{"l": 2, "x', "is not as expected"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(tmp_path, old, new, message):
+def test_records_that_do_not_fit_are_refused_in_one_sentence(tmp_path, old, new, message):
     path = trace(tmp_path / "a.jsonl", IDS, [4, 1, 1, 2, 1])
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
@@ -100,7 +100,7 @@ def test_a_header_that_says_otherwise_is_noted_and_refused_if_strict(tmp_path, o
 
 
 @pytest.mark.parametrize("more", [{}, {"l": 1}])
-def test_a_header_alone_has_no_records(tmp_path, more):
+def test_a_file_of_only_a_header_has_no_records(tmp_path, more):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"num_layers": 2, "num_experts": 8, "top_k": 2, "num_entries": 0} | more))
     assert "has no records" in refused(tmp_path, path, format="moe-policylang")

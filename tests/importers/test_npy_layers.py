@@ -83,7 +83,7 @@ def test_each_folder_is_a_request(tmp_path):
     assert column(trace, "request").tolist() == [0] * 4 + [1] * 6
 
 
-def test_what_does_not_fit_is_one_sentence(tmp_path):
+def test_files_that_do_not_fit_are_refused_in_one_sentence(tmp_path):
     ids = routing(6, 2, 2, 8)
     paths = write(tmp_path, ids, [0, 1])
     np.save(paths[1], ids[:5, 1])

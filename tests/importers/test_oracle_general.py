@@ -52,7 +52,7 @@ def test_rows_and_steps_come_back_however_the_file_is_cut(tmp_path_factory, data
     assert np.diff(back.offset).tolist() == sizes and back.layer_index.tolist() == list(range(layers))
 
 
-def test_what_is_not_in_it_is_said_or_can_be_given(tmp_path):
+def test_missing_facts_are_named_or_come_from_options(tmp_path):
     path = write(tmp_path, trace())
     back = imported(tmp_path, path, **SAID)
     assert steps(back) == [(5, 0), (1, 0), (3, 0), (1, 0)] and "not recorded" in back.source["requests"]
@@ -79,7 +79,7 @@ def test_a_shipped_trace_comes_back(tmp_path):
         assert np.array_equal(back.offset, made.offset)
 
 
-def test_what_does_not_make_rows_is_one_sentence(tmp_path):
+def test_records_that_do_not_make_rows_are_refused_in_one_sentence(tmp_path):
     path = write(tmp_path, trace())
     records = np.fromfile(path, RECORD)
     assert "do not make rows of 4 a layer" in refused(tmp_path, path, num_experts=8, top_k=4)

@@ -34,7 +34,7 @@ def test_the_payload_of_training_stacks(tmp_path, dtype):
         assert message in no(tmp_path, "vllm", whole)
 
 
-def test_a_payload_alone_is_a_request(tmp_path):
+def test_a_single_payload_is_a_request(tmp_path):
     ids = ids_of(7).astype(np.int16)
     path = tmp_path / "a.json"
     for form in (payload(ids, 4), [payload(ids, 4)], dict(reversed(payload(ids, 4).items()))):
@@ -110,7 +110,7 @@ def test_streams_of_sglang(tmp_path):
     assert "no part of an answer" in refused(tmp_path, path, num_experts=16, top_k=2, format="sglang-request")
 
 
-def test_streams_of_several_answers_in_one_log_are_told_apart_by_id(tmp_path):
+def test_streams_of_several_answers_in_one_log_are_joined_by_id(tmp_path):
     first, second = ids_of(9), ids_of(8, 1)
     lines = [
         stream_of_generate(tmp_path / f"{name}.txt", ids, 6, name).read_text().splitlines()

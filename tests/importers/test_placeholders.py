@@ -243,7 +243,7 @@ def test_counts_have_no_ids_to_make_absent(tmp_path):
 
 
 @pytest.mark.parametrize("experts", [384, 512])
-def test_ids_that_wrapped_are_told_and_none_is_called_a_placeholder(tmp_path, experts):
+def test_wrapped_ids_get_a_note_and_are_no_placeholders(tmp_path, experts):
     ids = request(300, 4, 8, experts)
     path, wide = tmp_path / "a.npy", tmp_path / "b.npy"
     np.save(path, ids.astype(np.uint8))

@@ -175,7 +175,7 @@ def test_files_of_all_layers_are_requests(tmp_path):
         (None, "give --router softmax"),
     ],
 )
-def test_a_rule_that_is_none_is_wrong_usage(tmp_path, rule, message):
+def test_an_impossible_rule_is_wrong_usage(tmp_path, rule, message):
     np.save(tmp_path / "a.npy", logits())
     assert message in no(tmp_path, tmp_path / "a.npy", router=rule, error=UsageError)
 
@@ -196,7 +196,7 @@ def test_a_bias_that_does_not_fit_is_one_sentence(tmp_path, bias, message):
     assert message in no(tmp_path, tmp_path / "a.npy", router=f"sigmoid,bias={tmp_path / 'b.npy'}")
 
 
-def test_what_does_not_fit_is_one_sentence(tmp_path):
+def test_arrays_that_do_not_fit_are_refused_in_one_sentence(tmp_path):
     path = tmp_path / "layer_2.npy"
     for value, message in ((np.nan, "the logit nan"), (np.inf, "the logit inf")):
         made = logits()
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path):
     assert detect(path) == "vllm" and "not floats" in no(tmp_path, path), "ids are no logits"
 
 
-def test_the_rule_is_of_logits_alone(tmp_path):
+def test_a_rule_is_refused_for_ids(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((7, 3, 2), int))
     assert "--from or --columns says vllm" in no(tmp_path, tmp_path / "a.npy", format="vllm", error=UsageError)
 
@@ -261,7 +261,7 @@ def test_weights_of_models_are_no_logits(tmp_path):
     assert "does not say its layer" in no(tmp_path, path)
 
 
-def test_scores_that_are_taken_for_logits_are_told(tmp_path):
+def test_a_note_names_scores_that_are_taken_for_logits(tmp_path):
     values = logits().astype(np.float64)
     scores = np.exp(values) / np.exp(values).sum(2, keepdims=True)
     sigmoids = 1 / (1 + np.exp(-values))

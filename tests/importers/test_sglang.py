@@ -74,7 +74,7 @@ def test_dense_layers_are_absent_and_dropped_if_the_model_then_fits(tmp_path):
     assert trace.layer_index.tolist() == [1, 2] and np.array_equal(trace.read("experts", 0, 4), ids[:, 1:])
 
 
-def test_rows_of_padding_are_cut_and_unknown_modes_told_by_their_segments(tmp_path):
+def test_rows_of_padding_are_cut_and_unknown_modes_known_by_their_segments(tmp_path):
     one = record(1, 0, 1, [(0, 0, 4)], routing(4, 3, 2, 8)) | {"extend_seq_lens": [3, 0]}
     drafts = record(2, 0, 5, [(0, 3, 3)], routing(3, 3, 2, 8)) | {"extend_seq_lens": [3]}
     more = record(4, 0, 5, [(0, 6, 3), (1, 2, 2)], routing(5, 3, 2, 8))

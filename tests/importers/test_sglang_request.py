@@ -51,7 +51,7 @@ def test_the_model_tells_the_layers_and_its_dense_ones_are_dropped(tmp_path):
     assert np.array_equal(trace.read("experts", 0, 4), ids[:, 1:]) and trace.source["phase"].startswith("unknown")
 
 
-def test_layers_are_told_apart_by_where_the_zeros_are(tmp_path):
+def test_the_number_of_layers_follows_from_the_places_of_zeros(tmp_path):
     ids = request(12, 4, 2, 8, dense=1)  # 96 ids: as well 16 tokens of 3 layers, but then zeros are everywhere
     (tmp_path / "a.b64").write_text(text(ids))
     trace = imported(tmp_path, tmp_path / "a.b64", layers=3, **SAID)
@@ -65,7 +65,7 @@ def test_routing_that_begins_later_has_later_positions(tmp_path):
     assert trace.source["first_position"].startswith("3 to 3")
 
 
-def test_what_does_not_fit_is_one_sentence(tmp_path):
+def test_a_response_that_does_not_fit_is_refused_in_one_sentence(tmp_path):
     ids = request(6, 3, 2, 8)
     path = write(tmp_path / "a.json", generated(ids, 4))
     assert "--experts" in refused(tmp_path, path) and "--top-k" in refused(tmp_path, path, num_experts=8)

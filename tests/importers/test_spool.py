@@ -54,7 +54,7 @@ def test_chunks_are_whole_lines(tmp_path_factory, lines, ends, size):
     read = []
     found = list(chunks(path, read.append, size))
     assert sum(read) == len(text)
-    text = text.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no part of what is read
+    text = text.removeprefix(b"\xef\xbb\xbf")  # the byte order mark is left out
     assert b"".join(data for _, data in found) == text
     assert all(data.endswith(b"\n") for _, data in found[:-1])
     assert [line for line, _ in found] == [1 + text[: text.index(data, at)].count(b"\n") for data, at in starts(found)]

@@ -46,7 +46,7 @@ def sentence(path):
         (json.dumps({f"key{n}": n for n in range(20)}), "key6, key7 and others"),
     ],
 )
-def test_what_it_is_and_what_to_do(tmp_path, content, what):
+def test_an_unknown_file_is_described_with_advice(tmp_path, content, what):
     path = tmp_path / "a.dat"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert re.search(what.replace("(", r"\("), sentence(path))
@@ -84,6 +84,6 @@ def test_archives(tmp_path):
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200) | st.text(alphabet='{}[]",:x1\n\\', max_size=60).map(str.encode))
-def test_any_bytes_are_told_in_a_few_words(tmp_path_factory, data):
+def test_any_bytes_are_described_in_a_few_words(tmp_path_factory, data):
     what, way = what_it_is(tmp_path_factory.getbasetemp() / "a", data)
     assert what and way and "\n" not in what + way and len(what) < 600

@@ -89,7 +89,7 @@ def test_prompt_and_output_parts_of_0_21(tmp_path, encode, indent):
     assert steps(trace) == [(4, 0), (1, 1), (1, 1), (4, 0), (1, 1)]
 
 
-def test_a_base64_text_alone_and_files_of_both_kinds(tmp_path):
+def test_a_single_base64_text_and_files_of_both_kinds(tmp_path):
     ids = request(6, 3, 2, 8)
     (tmp_path / "a.b64").write_text(npy_base64(ids) + "\n")
     sources = [tmp_path / "a.b64", save(tmp_path / "b.npy", ids)]

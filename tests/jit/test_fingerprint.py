@@ -76,7 +76,7 @@ def test_a_constant_array_or_tuple_that_a_callee_names_counts(before, monkeypatc
 
 
 @pytest.mark.parametrize(("name", "value"), [("OTHER", 6), ("KIND", np.dtype([("b", np.int64)]))])
-def test_what_nobody_names_does_not(before, monkeypatch, name, value):
+def test_unused_values_do_not_change_it(before, monkeypatch, name, value):
     monkeypatch.setitem(globals(), name, value)
     assert fingerprint_of(outer) == before
 
@@ -96,7 +96,7 @@ def test_an_attribute_of_a_module_counts(monkeypatch):
     assert fingerprint_of(by_module) != before
 
 
-def test_what_cannot_be_told_is_compiled_each_time():
+def test_a_kernel_without_a_fingerprint_is_compiled_each_time():
     assert fingerprint_of(opened) is None
 
 
@@ -116,7 +116,7 @@ def test_options_of_a_function_that_is_called_count(options):
     assert fingerprint_of(helper_under(**options)) != fingerprint_of(helper_under())
 
 
-def test_tuples_are_told_apart_by_where_they_end():
+def test_tuples_differ_by_where_they_end():
     def of(a, b):
         return lambda x: x + a[0] + b[0]
 

@@ -220,7 +220,7 @@ def test_layers_that_are_parts_of_one_as_all_pairs_together_show(experts, k, rea
     assert "wrong-stride" not in codes(whole)
 
 
-def test_layers_that_choose_apart_by_popularity_alone_are_no_parts():
+def test_layers_that_choose_apart_only_by_popularity_are_no_parts():
     """Experts that only even layers use, and others that only odd layers use."""
     ids = choose(np.random.default_rng(4), 2000, 6, 32, 4)
     ids[:, 1::2] += 32

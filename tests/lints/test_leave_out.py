@@ -71,7 +71,7 @@ def test_dropping_warm_up_leaves_the_rest_as_it_is(tmp_path, compress):
         assert copy.storage == ("mapped" if compress is None else "compressed")
 
 
-def test_steps_are_cut_anew(tmp_path):
+def test_steps_are_cut_again(tmp_path):
     """Warm-up that ends within a step, a later run of it within others, and steps that go as a whole."""
     cell = choose(np.random.default_rng(1), 1)
     made = arrays()
@@ -167,7 +167,7 @@ def test_both_at_once_and_one_after_the_other(tmp_path):
         assert two.source["left_out"] == {"warm_up_rows": 64, "dense_layers": [3]}
 
 
-def test_what_is_left_may_be_a_preset(tmp_path):
+def test_the_remaining_layers_may_be_those_of_a_preset(tmp_path):
     """With its dense layer, OLMoE's capture would have 17 layers and fit no preset."""
     made = arrays(layers=17, experts=64, k=8)
     made["experts"][:, 0] = 255

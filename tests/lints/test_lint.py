@@ -37,7 +37,7 @@ def test_a_clean_trace_has_no_findings():
     assert found(arrays()) == {}
 
 
-# What lint says of each file, in order. All of it is a note: PROVENANCE.md and the README of traces/ admit it.
+# Findings of lint in each file, in order. All of them are notes: PROVENANCE.md and the README of traces/ admit it.
 OF_FILES = {
     "mixtral-8x7b-b16.h5": [],
     "qwen3-30b-a3b-b1.h5": ["single-request"],

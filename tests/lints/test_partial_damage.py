@@ -58,7 +58,7 @@ def test_layers_that_stand_still_for_a_while(start, stop, layers, size, monkeypa
 
 def test_words_that_repeat_in_first_layers_and_warm_up_are_not_stuck():
     ids = choose(np.random.default_rng(8), 1000, 8, 64, 6)
-    ids[100:300, :2] = ids[100, :2]  # these choose by the token alone
+    ids[100:300, :2] = ids[100, :2]  # in these layers the choices depend only on the token
     assert not warned({"experts": ids, "num_experts": 64})
     ids[:400] = ids[0]
     ids[400, 3] = ids[0, 3]

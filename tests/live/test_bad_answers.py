@@ -41,7 +41,7 @@ def no_http(handler, path, body):
 
 
 @pytest.mark.parametrize("how", [busy, cut, cut_chunk, hung_up, no_http])
-def test_what_passes_is_asked_again(engine, serve, prompts, tmp_path, how):
+def test_a_request_is_repeated_after_a_passing_failure(engine, serve, prompts, tmp_path, how):
     server, calm = serve(engine, fault=failing(2, how)), serve(engine)
     recorded(calm.url, prompts, tmp_path / "calm.h5").close()
     check_routing(recorded(server.url, prompts, tmp_path / "a.h5"), PROMPTS)
@@ -148,7 +148,7 @@ def test_a_server_without_routing_is_not_asked_for_all(engine, serve, tmp_path):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_what_holds_for_all_ends_the_run(engine, serve, prompts, tmp_path, status):
+def test_an_error_that_holds_for_all_requests_ends_the_run(engine, serve, prompts, tmp_path, status):
     def fault(handler, path, body):
         if body is not None:
             handler.reply({"detail": "no"}, status)

@@ -29,7 +29,7 @@ class Clock(threading.Event):
         (60, [60] * 20),
     ],
 )
-def test_waits_grow_up_to_a_minute_whatever_the_server_says(said_s, waits):
+def test_waits_grow_to_at_most_a_minute_even_if_the_server_asks_for_more(said_s, waits):
     clock = Clock()
 
     def ask():

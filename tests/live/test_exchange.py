@@ -152,7 +152,7 @@ def test_addresses(url, address):
         "http://a#b",
     ],
 )
-def test_what_is_no_address(url):
+def test_malformed_addresses_are_refused_without_their_secret(url):
     with pytest.raises(UsageError) as found:
         address_of(url)
     assert "pw-123" not in str(found.value)
@@ -182,6 +182,6 @@ def test_a_secret_across_the_cut_is_not_shown(ask, before):
     assert "sk-" not in str(error)
 
 
-def test_a_secret_across_the_end_of_what_is_read_is_not_shown(ask):
+def test_a_secret_across_the_end_of_the_read_bytes_is_not_shown(ask):
     for before in (b" " * (ERROR_BYTES - 12), b"x" + b" " * (ERROR_BYTES - 13), b"x" * (ERROR_BYTES - 12)):
         assert "sk-" not in str(ask(body_of(before + SECRET.encode(), status=500)))

@@ -17,7 +17,7 @@ def filled(path, numbers):
     return journal
 
 
-def test_what_is_added_is_found_again_and_put_in_order(tmp_path):
+def test_added_answers_are_found_again_and_put_in_order(tmp_path):
     path = tmp_path / "j"
     filled(path, [2, 0, 3]).close()
     journal = Journal(path)
@@ -63,7 +63,7 @@ def test_an_answer_twice_is_refused(tmp_path):
         Journal(path)
 
 
-def test_links_folders_and_what_is_read_are_refused(tmp_path):
+def test_links_folders_pipes_and_inputs_are_refused(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "file")
     (tmp_path / "file").write_bytes(b"")
@@ -88,7 +88,7 @@ def test_only_one_run_has_it(tmp_path):
 
 
 @pytest.mark.parametrize("answer", [b"", b"{}", b"[1]", b"1", b'{"a"', b"\xff", b'{"a":' + b"[" * 100_000])
-def test_what_is_no_answer(answer):
+def test_malformed_answers_are_refused(answer):
     with pytest.raises(MoetraceError, match="it is no JSON"):
         marked(0, KEY, answer)
 

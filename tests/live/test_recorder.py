@@ -22,7 +22,7 @@ from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace import Trace
 
 
-def test_the_trace_is_what_was_routed_and_what_an_import_makes(engine, serve, prompts, tmp_path):
+def test_the_trace_is_the_routing_and_that_of_an_import(engine, serve, prompts, tmp_path):
     server = serve(engine, delay_s=0.02)
     trace = recorded(f"{server.url}/v1", prompts, tmp_path / "a.h5", concurrency=4, keep_answers=True)
     check_routing(trace, PROMPTS)
@@ -56,7 +56,7 @@ def test_concurrency_does_not_change_a_byte(engine, serve, prompts, tmp_path):
     assert left(tmp_path) == ["1.h5", "12.h5"], "the answers go when the trace is there"
 
 
-def test_what_a_request_says(engine, serve, tmp_path):
+def test_bodies_of_requests(engine, serve, tmp_path):
     server = serve(engine)
     lines = [
         {"prompt": "a b", "max_tokens": 2},
@@ -181,7 +181,7 @@ def test_answers_to_other_questions_are_refused(engine, serve, prompts, tmp_path
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_what_is_no_answer_of_a_server(serve, prompts, tmp_path):
+def test_servers_without_usable_answers_are_refused(serve, prompts, tmp_path):
     server = serve("vllm")
     with pytest.raises(
         UsageError, match=r"the answers of x/Some-Model do not say its sizes: give --model or --experts\.$"
@@ -201,7 +201,7 @@ def test_what_is_no_answer_of_a_server(serve, prompts, tmp_path):
         ({"/server_info": {"enable_return_routed_experts": False}}, "runs without --enable-return-routed-experts"),
     ],
 )
-def test_what_a_server_says_of_itself(serve, prompts, tmp_path, answers, sentence):
+def test_servers_with_malformed_facts_are_refused(serve, prompts, tmp_path, answers, sentence):
     def fault(handler, path, body):
         if path in answers:
             handler.reply(answers[path])

@@ -157,7 +157,7 @@ def test_a_replay_is_the_formula_of_its_own_frames(replayed):
         assert parts["price_usd"].sum() == pytest.approx(policy["price_usd"], rel=1e-12)
 
 
-def test_what_is_sent_again_takes_energy(trace):
+def test_resent_bytes_take_energy(trace):
     """2 J a GB of payload and of what was lost, both ways: a row of `accounts`, and the costs of a cell."""
     changed = {"system.energy.link.joule_per_gb": 2.0, "system.link.loss": 0.2}
     result = mt.replay(trace, policies="monde", slots=48, overrides=changed)
@@ -241,7 +241,7 @@ def test_the_robot_of_intra_dp(tmp_path, dispatch, seconds, energy_j):
     assert found["energy_j"] == pytest.approx(energy_j, abs=0.005)
 
 
-def test_an_account_of_nothing_is_none():
+def test_an_empty_account_is_undefined():
     assert Account("gpu").energy_j is None
     assert account_figures([], 5) == {}
 

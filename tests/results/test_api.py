@@ -77,7 +77,7 @@ def test_a_refused_number_is_named_as_both_python_and_the_command_line_know_it()
         mt.generate_trace("mixtral-8x7b", requests=0, prompt=1, output=1)
 
 
-def test_progress_is_told_every_row():
+def test_progress_counts_every_row():
     told = []
     mt.replay(trace(), policies="ndp-ep", progress=told.append)
     assert sum(told) == 40
@@ -123,7 +123,7 @@ def test_senseless_trace(source):
         mt.replay(source)
 
 
-def test_counts_are_refused_for_what_they_are_whatever_the_model(tmp_path):
+def test_counts_are_refused_as_counts_for_each_model(tmp_path):
     facts = {"model": "unknown", "num_experts": 4, "top_k": 2, "layers": 1, "rows": 1, "steps": 1, "source": {}}
     with CountsWriter(tmp_path / "counts.h5", **facts) as writer:
         writer.append_counts(np.ones((1, 1, 4), int), np.array([1]), np.array([2], np.uint8))
@@ -183,6 +183,6 @@ def test_functions_that_no_file_holds_are_policies_too():
     assert none["demand_bytes"] == 0 < every["demand_bytes"]
 
 
-def test_summary_stays_json_whatever_the_source_holds():
+def test_summary_stays_json_for_any_source():
     result = mt.replay(trace(source={"loss": [float("nan"), 1.5], "by": {"max": float("inf")}}), policies="ndp-ep")
     assert result.to_dict()["trace"]["source"] == {"loss": [None, 1.5], "by": {"max": None}}

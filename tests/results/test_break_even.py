@@ -44,7 +44,7 @@ def test_it_is_the_ratio_of_two_replays(tmp_path, wish):
     assert found.summary["break_even_tokens"].null_count() == 0
 
 
-def test_prompts_alone_have_none(tmp_path):
+def test_prompts_without_output_have_no_break_even(tmp_path):
     trace = mt.Trace.from_arrays(np.zeros((4, 1, 1), np.uint8), num_experts=4, phase=np.zeros(4, int))
     mt.rebatch(trace, tmp_path / "t.h5", batch=1, verify=2)
     model = mt.load_model("olmoe-1b-7b", overrides={"moe_layers": 1, "dense_layers": 0, "experts": 4, "top_k": 1})
@@ -66,7 +66,7 @@ def test_prompts_alone_have_none(tmp_path):
         None,
     ],
 )
-def test_what_a_source_says_is_checked(said):
+def test_parameters_in_a_source_are_checked(said):
     source = {"rebatch": "moetrace", "parameters": said}
     trace = mt.Trace.from_arrays(np.zeros((1, 1, 1), np.uint8), num_experts=4, source=json.loads(json.dumps(source)))
     assert verified_batch(trace) is None

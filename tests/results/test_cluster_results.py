@@ -150,7 +150,7 @@ def test_cells_are_what_their_replays_are_and_can_be_gated(tmp_path, capsys):
         (["show", "system", "h100-x8", "--set", "system.cluster.gpus_per_node=4"], "network.node_bandwidth_gb_s wants"),
     ],
 )
-def test_what_is_refused_is_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
+def test_refusals_are_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(*arguments) in (1, 2)
     err = capsys.readouterr()[1]
@@ -167,7 +167,7 @@ def test_tables_fit_80_columns(monkeypatch, capsys):
     assert sum(line.startswith("two-batch-overlap") for line in lines) == 5
 
 
-def test_what_changes_nothing_is_noted(result):
+def test_settings_that_change_nothing_are_noted(result):
     def notes(system="h100-x8", policy="eplb", **overrides):
         changes = {key.replace("__", "."): value for key, value in overrides.items()}
         return list(mt.replay(MIXTRAL, system=system, policies=policy, overrides=changes).warnings)

@@ -49,7 +49,7 @@ def test_resources_follow_the_oracles_schedule(case):
         for span in step.spans:
             kind = "fused" if fused and span.stage == "E" else KIND_OF[span.stage]
             end_s = span.end_s - (overhead_s if kind == "attention" else 0.0)
-            # What lasts no longer than rounding has no slice, or has one, which is as well.
+            # Spans no longer than rounding may have a slice or not.
             if end_s - span.start_s > 1e-12:
                 begin_s = step.start_s + step.pause_s + span.start_s
                 batch, size = batches[span.batch]

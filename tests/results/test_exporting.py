@@ -114,7 +114,7 @@ def test_a_placement_is_a_map(tmp_path, trace):
         exported(tmp_path / "tp", tmp_path / "c", "vllm-map")
 
 
-def test_what_cannot_be_said_is_one_sentence(tmp_path, trace):
+def test_impossible_exports_are_refused_in_one_sentence(tmp_path, trace):
     folder = tmp_path / "res"
     result_of(trace, folder, spec("lru"), spec("none"))
     for more, sentence in (

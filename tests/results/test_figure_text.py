@@ -12,7 +12,7 @@ VALUES = st.lists(st.none() | st.just(0.0) | st.floats(1e-12, 1e12) | st.floats(
 
 
 @given(VALUES, st.integers(0, 3), st.integers(1, 4), st.booleans())
-def test_what_is_not_zero_reads_as_what_it_is(values, places, significant, signed):
+def test_no_figure_above_zero_is_shown_as_zero(values, places, significant, signed):
     texts = digits(values, places, significant, signed)
     plain = {text.partition(".")[2] for text in texts if text != "-" and "e" not in text}
     assert len({len(behind) for behind in plain}) <= 1  # the same digits behind the point
@@ -73,6 +73,6 @@ def test_shares_in_sentences():
     assert [percent(share) for share in (0.0, 0.034, 0.00004, 1.5)] == ["0.0 %", "3.4 %", "0.004 %", "150.0 %"]
 
 
-def test_what_rounding_leaves_is_nothing_and_what_is_more_stays():
+def test_differences_within_rounding_are_zero_and_larger_ones_stay():
     assert beyond(0.1 + 0.2, 0.3) == 0.0 == beyond(0.0, 0.0)
     assert beyond(1.0 + 1e-9, 1.0) == pytest.approx(1e-9)

@@ -59,7 +59,7 @@ def test_summary_has_what_the_contract_says(result):
         assert list(policy["step_s"]) == ["mean", "p50", "p95", "p99", "max"]
         assert list(policy["utilization"]) == ["gpu", "ndp", "link_in", "link_out", "cpu"]
         assert len(policy["utilization"]["ndp"]) == 6
-    # What runs on units alone is its own clairvoyant, to the last bit.
+    # A policy that runs only on units is its own clairvoyant, to the last bit.
     assert summary["policies"][3]["clairvoyant_s"] == summary["policies"][3]["total_s"]
 
 

@@ -108,7 +108,7 @@ def test_steps_and_requests_by_hand(by_hand):
     assert requests["ttft_s"].to_list() == ms(3.016, 3.016)
     assert requests["tpot_s"].to_list() == ms(3.032, 9.064 / 2)
     assert requests["e2e_s"].to_list() == ms(6.048, 12.08)
-    # Request 7 waits in step 1: its tokens come 6.048 and 3.016 ms after what was before them.
+    # Request 7 waits in step 1: its tokens come 6.048 and 3.016 ms after their predecessors.
     assert requests["itl_s_p50"].to_list() == ms(3.032, (6.048 + 3.016) / 2)
     assert requests["tokens_per_s"].to_list() == pytest.approx([1 / 0.003032, 2 / 0.009064])
     assert requests["tokens"].to_list() == [1, 2]

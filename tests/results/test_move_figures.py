@@ -13,7 +13,7 @@ def trace():
     return mt.generate_trace("tiny-olmoe", requests=2, prompt=3, output=6)
 
 
-def test_moves_are_told_of_a_policy_that_moves(trace):
+def test_moves_are_shown_for_a_policy_that_moves(trace):
     """Outside reads are faster than `ndp.move_gb_s` here, so that is the rate of what moves."""
     changed = {"system.ndp.move_gb_s": 0.5}
     result = mt.replay(trace, system="h100-amx-dimm", policies=["monde", "trimoe"], slots=48, overrides=changed)
@@ -25,7 +25,7 @@ def test_moves_are_told_of_a_policy_that_moves(trace):
     assert result.summary["moved_bytes"].to_list() == [None, moving["moved_bytes"]]
 
 
-def test_evictions_are_told_where_they_take_time(trace):
+def test_evictions_are_shown_where_they_take_time(trace):
     plain, slow, free = (
         mt.replay(trace, system="edge-ndp", policies="on-demand", slots=20, overrides=changed)
         for changed in ({}, {"system.gpu.evict_us": 500.0}, {"system.gpu.evict_us": 0.0})

@@ -20,7 +20,7 @@ from moetrace.spec.load import field_names
 
 LAYERS, EXPERTS, TOP_K = 2, 6, 2
 FIXED = {"name", "gpu.name", "moe_layers", "experts", "top_k"}
-# What goes only with a table of bits, most of whose ends are more bits than a weight may have.
+# Fields that need a table of bits; most of their largest values are more bits than a weight may have.
 OF_A_TABLE = ("weight_bits.", "sparse_launches")
 POLICIES = [
     mt.load_policy("on-demand"),
@@ -55,7 +55,7 @@ def limits(struct) -> dict[str, tuple[Any, float, float]]:
 # Parts that a machine of one GPU has, and that the GPUs of a cluster have.
 CLUSTER = ("gpu.", "network.", "energy.gpu.", "price.gpu.", "price.usd_hour")
 ONE_GPU = ("gpu.", "ndp.", "link.", "cpu.", "host.", "energy.", "price.")
-# What goes only with other fields, or has no end: packets that are always lost.
+# Fields that need other fields, or at whose limit a replay never ends: packets that are always lost.
 NOT_ALONE = ("host.slots", "gpu.levels.", "link.loss", "energy.disk.")
 
 
@@ -185,6 +185,6 @@ def test_a_figure_that_is_not_finite_is_one_sentence_and_costs_other_cells_nothi
         ("ndp.capacity_gb", 1e-12, "ndp.capacity_gb wants a number from 1e-09"),
     ],
 )
-def test_what_lies_outside_is_refused_with_its_range(field, value, says):
+def test_numbers_outside_a_range_are_refused_with_the_range(field, value, says):
     with pytest.raises(UsageError, match=says):
         mt.load_system("edge-ndp", {field: value})

@@ -166,7 +166,7 @@ def test_tables_of_two_sweeps_are_refused(tmp_path):
     shutil.copy(tmp_path / "8" / "cells.parquet", tmp_path / "48")
     with pytest.raises(mt.MoetraceError, match=r"cells\.parquet is of another result"):
         read_swept(tmp_path / "48")
-    # What an older version wrote has no mark.
+    # A file of an older version has no mark.
     pl.read_parquet(tmp_path / "8" / "cells.parquet").write_parquet(tmp_path / "48" / "cells.parquet")
     assert read_swept(tmp_path / "48").cells["slots"].to_list() == [8]
 
@@ -223,7 +223,7 @@ def aged(path, days=2.0):
     return path
 
 
-def test_what_killed_runs_left_is_removed_after_a_day(tmp_path):
+def test_leftovers_of_killed_runs_are_removed_after_a_day(tmp_path):
     folder = tmp_path / "out"
     put(folder, "old")
     for name in (".moetrace-abcdefgh", ".moetrace-ijklmnop", ".moetrace-abc"):

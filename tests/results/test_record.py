@@ -158,7 +158,7 @@ def test_a_part_without_a_field_is_no_figure(numbered):
     assert found == Utilization(gpu=0.5, ndp=[], link_in=0.0, link_out=None, cpu=0.0)
 
 
-def test_a_folder_of_an_earlier_version_has_the_work_bound_alone(tmp_path):
+def test_a_folder_of_an_earlier_version_has_only_the_work_bound(tmp_path):
     trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
     policy = mt.replay(trace, policies="edge-ndp", slots=24).to_dict()["policies"][0]
     now = msgspec.convert(policy, PolicyFigures)

@@ -33,7 +33,7 @@ def result(trace):
     return mt.replay(trace, policies=[policy(name) for name in NAMES], slots=48, decisions=True)
 
 
-def test_what_regret_says_of_each_dispatch(result):
+def test_regret_of_each_dispatch(result):
     found = dict(zip(NAMES, result.to_dict()["policies"], strict=True))
     assert found["optimal"]["regret"] == pytest.approx(0.0, abs=1e-12)
     assert found["optimal"]["regret_equal_share"] == 1.0
@@ -127,7 +127,7 @@ def test_a_tree_is_learned(tmp_path):
     assert found["hot"] >= found["learned"] >= 0.0
 
 
-def test_features_know_what_was_decided_before():
+def test_features_include_earlier_decisions():
     decisions = pl.DataFrame(
         {
             "step": [0] * 3,

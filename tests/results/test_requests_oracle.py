@@ -19,7 +19,7 @@ Drawn = list[tuple[int, int, int]]  # step, position, phase of each row
 def wild(draw) -> Drawn:
     """Draw rows of one request in any order of positions and phases, several in a step."""
     rows, step = [], 0
-    far = draw(st.sampled_from([1, 70]))  # beyond what stands together
+    far = draw(st.sampled_from([1, 70]))  # 70: positions on different pages of 64
     for ahead, position, phase in draw(st.lists(st.tuples(*map(st.integers, (0, 0, 0), (1, 7, 1))), max_size=16)):
         step += ahead
         rows.append((step, far * position, phase))

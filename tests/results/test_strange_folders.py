@@ -50,7 +50,7 @@ def special(path, what):
 
 
 @pytest.mark.parametrize("what", ["fifo", "folder", "socket", "device", "loop", "nothing", "file"])
-def test_what_is_no_ordinary_file_is_refused_at_once(folder, what):
+def test_special_files_are_refused_at_once(folder, what):
     shutil.copy(folder / "units.parquet", folder / "x")
     special(folder / "units.parquet", what)
     said = "not an ordinary file" if what in ("fifo", "folder", "socket") else "it is a symbolic link"

@@ -101,7 +101,7 @@ MOVING = [
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases().filter(lambda case: case.system.units in (2, 4, 6)))
-def test_what_prefetches(case):
+def test_timelines_of_prefetching_policies_are_those_of_the_oracle(case):
     check_oracle(case, MOVING)
     check_tables(recorded(case, MOVING))
 
@@ -149,7 +149,7 @@ def test_counters_follow_the_queue_and_the_cache():
         assert counts["queued"].max() <= 30
     counts = result.timeline_counters.filter(policy="edge-ndp")
     moved = result.timeline.filter(policy="edge-ndp", kind="prefetch")["bytes"].sum()
-    # What the prompt queued is what has arrived and what has yet to arrive.
+    # All that the prompt queued has either arrived or is still in the queue.
     assert counts["queued_bytes"].max() == pytest.approx(moved + counts["queued_bytes"][-1])
     assert moved > 0
 
@@ -209,7 +209,7 @@ def test_without_a_recording():
         _ = result.timeline
 
 
-def test_what_finds_no_room_on_a_tape_is_written_nowhere_else():
+def test_slices_beyond_a_tape_s_room_are_written_nowhere_else():
     """Room is for sixty slices: with three nothing beyond them is touched, and the replay stops with an error."""
     trace = mt.generate_trace("tiny-olmoe", requests=1, prompt=2, output=2)
     tapes = []

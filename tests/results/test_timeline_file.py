@@ -60,7 +60,7 @@ def test_schema(document):
     assert not validator.is_valid(spoiled)
 
 
-def test_what_it_is_of(document):
+def test_the_file_names_its_replay(document):
     steps = document["otherData"].pop("window")
     assert steps == [0, 27]
     assert re.fullmatch("[0-9a-f]{64}", document["otherData"].pop("summary_sha256"))

@@ -52,7 +52,7 @@ def panels(page: str) -> list[dict]:
     return [(title, layers, spec["datasets"]) for title, layers in found]
 
 
-def test_one_phase_is_drawn_and_what_was_asked_for_is_marked(trace):
+def test_one_phase_is_drawn_and_chosen_capacities_are_marked(trace):
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
     frame = cache_hits(trace, ["24", "48", "96"], ["fifo", "belady"])

@@ -63,13 +63,13 @@ def test_nothing_recorded_is_no_section(tmp_path):
     [b"", b"no gzip", gzip.compress(b"{", mtime=0)[:-4], gzip.compress(b"[]"), gzip.compress(b'{"traceEvents": [{}]}')],
     ids=["empty", "no gzip", "cut", "a list", "no event"],
 )
-def test_what_is_no_timeline_is_one_sentence(tmp_path, content):
+def test_a_file_that_is_no_timeline_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / TIMELINE_FILE).write_bytes(content)
     with pytest.raises(mt.MoetraceError, match="is not what moetrace writes"):
         one_step(tmp_path / TIMELINE_FILE)
 
 
-def test_what_unpacks_to_too_much_is_refused(tmp_path):
+def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path):
     (tmp_path / TIMELINE_FILE).write_bytes(gzip.compress(bytes(65 << 20), 1, mtime=0))
     with pytest.raises(mt.MoetraceError, match="too long for a report"):
         one_step(tmp_path / TIMELINE_FILE)

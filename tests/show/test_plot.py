@@ -29,7 +29,7 @@ def test_every_chart_is_drawn(result, name):
     assert image.startswith("<svg") and ("edge-ndp" in image or name == "load")
 
 
-def test_what_is_not_installed_is_said(result, monkeypatch):
+def test_a_missing_package_is_named(result, monkeypatch):
     plot = result.plot
     monkeypatch.setitem(sys.modules, "altair", None)
     with pytest.raises(mt.MoetraceError, match=r"pip install '\.\[report\]'"):

@@ -61,7 +61,7 @@ def change(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_stands_alone_and_is_the_same_from_memory_and_folder(result, written, tmp_path):
+def test_needs_no_other_file_and_is_the_same_from_memory_and_folder(result, written, tmp_path):
     page = parsed(written, tmp_path)
     check_alone(page)
     first = (tmp_path / "page.html").read_bytes()
@@ -117,7 +117,7 @@ def test_the_size_does_not_grow_with_the_trace(tmp_path):
     assert sizes[1] < sizes[0] + 20_000
 
 
-def test_what_strangers_wrote_is_text(folder, tmp_path):
+def test_strangers_names_are_shown_as_text(folder, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     names = {"monde": HOSTILE}
     for policy in summary["policies"]:
@@ -172,7 +172,7 @@ def test_a_missing_file_leaves_its_section_out(folder, tmp_path):
         (lambda f: (f / "summary.json").unlink(), "neither summary.json nor sweep.json"),
     ],
 )
-def test_what_is_no_result_is_one_sentence(folder, tmp_path, spoil, said):
+def test_a_folder_that_is_no_result_is_refused_in_one_sentence(folder, tmp_path, spoil, said):
     spoil(folder)
     with pytest.raises(mt.MoetraceError, match=said) as error:
         mt.report(folder, tmp_path / "page.html")
@@ -337,7 +337,7 @@ def test_files_of_bits_and_of_a_layout_are_said_to_be_needed(tmp_path):
     ]
 
 
-def test_what_a_result_lacks_to_run_again_is_said(tmp_path):
+def test_files_needed_to_run_again_are_named(tmp_path):
     """A policy's file is named, without where it lay; so is the hash of the trace, as `moetrace info` says it."""
     path = tmp_path / "trace.h5"
     mt.generate(path, "tiny-olmoe", requests=2, prompt=3, output=3)
@@ -369,7 +369,7 @@ def test_numbers_are_for_people():
     assert [seconds(v) for v in (None, 0.0, 2.5e-6, 0.0123, 12.3)] == ["–", "0 µs", "2.500 µs", "12.30 ms", "12.30 s"]
 
 
-def test_reading_gives_what_was_written(result, written):
+def test_reading_gives_the_written_values(result, written):
     read, made = read_replayed(written), replayed_of(result)
     assert read.summary == made.summary
     assert read.experts is not None and read.experts.equals(made.experts)

@@ -84,7 +84,7 @@ def test_a_pointer_gets_a_tooltip(tab, replayed):
         assert re.search("policy|expert", text)
 
 
-def test_what_got_into_a_page_would_not_run(tab, replayed, tmp_path):
+def test_injected_scripts_do_not_run(tab, replayed, tmp_path):
     page = replayed.read_text(encoding="utf-8")
     bad = "<img src=x onerror='window.ran = 1'><script>window.ran = 1</script>"
     assert page.count("<footer>") == 1

@@ -30,7 +30,7 @@ def test_a_sweep_has_its_front_and_its_axes(tmp_path):
         mt.report(folder, tmp_path / "page.html")
 
 
-def test_a_search_is_told_as_one_and_no_front_that_is_not_drawn(tmp_path):
+def test_a_search_is_described_as_one_and_no_undrawn_front_is_mentioned(tmp_path):
     """Its cells may all have the same slots, so that there is no front to draw."""
     folder = sweep_folder(tmp_path / "sweep", policies=["monde", "edge-ndp"])
     cells = pl.read_parquet(folder / "cells.parquet").with_columns(gpu_memory_bytes=pl.lit(1e9))

@@ -33,7 +33,7 @@ def test_slots_of(said, slots):
 
 
 @pytest.mark.parametrize("said", ["1B", "299B", "0.1kB", "0.01%", "16.6%"])
-def test_what_holds_not_one_expert_is_not_rounded_to_none(said):
+def test_a_budget_below_one_expert_is_not_rounded_to_zero(said):
     with pytest.raises(UsageError, match=rf"slots = {said} holds not one of the 6 experts, .* takes 0\.0003 MB: give"):
         slots_of(said, SIZES)
     assert slots_of("0B", SIZES) == slots_of("0.0%", SIZES) == 0

@@ -29,7 +29,7 @@ EVERY = [(kind, name) for kind in KINDS for name in choices_of(kind)]
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
-def test_what_a_record_says_is_there(kind, name):
+def test_parts_that_a_record_names_exist(kind, name):
     record = choices_of(kind)[name]
     assert record.kind == kind and record.name == name and record.meaning
     assert set(record.parameters) <= set(parameters()) < set(PolicySpec.__struct_fields__)
@@ -174,7 +174,7 @@ def test_a_package_of_one_file_brings_a_residency(tmp_path):
         (MODULE.replace('"two-touch"', '"Two:touch"'), "a residency whose name is not of lower-case letters"),
     ],
 )
-def test_what_a_package_brings_in_vain_is_skipped_with_a_note(tmp_path, module, says):
+def test_an_unusable_record_of_a_package_is_skipped_with_a_note(tmp_path, module, says):
     package = Package(tmp_path, module)
     rows = json.loads(package.moetrace("list", "residencies", "--format", "json"))
     assert [row["name"] for row in rows] == [*choices_of("residency")]
@@ -212,7 +212,7 @@ def test_a_built_in_choice_imports_no_package(tmp_path):
         assert "imported" not in package.said, command
 
 
-def test_what_a_package_prints_is_not_data(tmp_path):
+def test_output_of_a_package_is_not_data(tmp_path):
     package = Package(tmp_path, "print('hello')\n" + MODULE)
     rows = json.loads(package.moetrace("list", "residencies", "--format", "json"))
     assert "two-touch" in [row["name"] for row in rows] and package.said == "hello\n"
@@ -234,7 +234,7 @@ def test_a_choice_that_a_worker_lacks_is_one_sentence():
         load_hook("residency", "two-touch")
 
 
-def test_an_unknown_name_is_refused_with_what_is_there():
+def test_an_unknown_name_is_refused_with_the_known_names():
     with pytest.raises(MoetraceError, match="residency wants one of none, static"):
         load_policy(PolicySpec(name="mine"), {"residency": "two-touch"})
 

@@ -56,7 +56,7 @@ def test_times_and_crossovers():
         assert fetched_and_run(rows - 1) >= on_units(rows - 1, g)
 
 
-def test_a_crossover_that_never_comes_is_none():
+def test_a_crossover_that_never_comes_is_undefined():
     weak = load_system("edge-ndp", {"gpu.tflops": 0.01})
     assert values(pair_figures(load_model("mixtral-8x7b"), weak))["fetch_beats_all_units_rows"] is None
 

@@ -173,7 +173,7 @@ def test_names_and_folders_in_any_script(tmp_path):
 
 
 @pytest.mark.parametrize("source", [None, {}, 3, ["edge-ndp"], b"edge-ndp"])
-def test_what_no_spec_can_be_loaded_from(source):
+def test_values_of_wrong_types_are_refused_as_specs(source):
     for load_spec, noun in ((load_model, "model"), (load_system, "system"), (load_policy, "policy")):
         with pytest.raises(UsageError, match=f"A {noun} is the name of a preset, .* got {type(source).__name__}"):
             load_spec(source)
@@ -203,7 +203,7 @@ def test_a_name_without_a_preset_that_is_the_users_file_says_how_to_write_it(tmp
     assert load_system("./plain") == load_system("dual.toml")
     with pytest.raises(UsageError, match=r"name the function in it, too, as mine\.py:NAME"):
         load_policy("mine.py")
-    # Where a folder is nothing to read, and where there is none.
+    # Names of a folder without a model or system in it, and names that are no paths.
     for load_spec, name in (
         (load_system, "qwen3-30b"),
         (load_model, "a\0b"),

@@ -59,7 +59,7 @@ def test_every_combination(tmp_path):
     assert accepted == 4 * (17 + 1 + 4 + 1 + 8) + 1
 
 
-def test_refusal_says_what_is_legal():
+def test_refusal_lists_legal_choices():
     partners = r"prefetch online:2 goes with residency ewma or lfu or lfuda or lfu-window or file.py:function only"
     with pytest.raises(UsageError, match=partners):
         load(residency="lru", prefetch="online:2")

@@ -39,7 +39,7 @@ MODELS = {
     "tiny-olmoe": (6, 32, 4, 0, 2048, 1024, (16, 16, 128), 50304, 0, 0, 16),
 }
 
-# What the makers say: all parameters in billions, the embedding (looked up, so not counted here) taken off.
+# The makers' figures: all parameters in billions, without the embedding (looked up, so not counted here).
 PARAMETERS = {"mixtral-8x7b": 46.7, "qwen3-30b-a3b": 30.5, "deepseek-v3": 671, "gpt-oss-120b": 117, "olmoe-1b-7b": 6.9}
 
 
@@ -156,7 +156,7 @@ def test_systems():
         assert unified.link.bytes_s == pytest.approx(read_gb_s * 1e9, rel=1e-3)
 
 
-def test_what_a_replay_compares_where_nobody_says():
+def test_default_policies_of_each_preset():
     pairs = {name: default_policies(load_system(name)) for name in list_presets("systems")}
     assert pairs["edge-ndp"] == pairs["monde-cxl"] == ("monde", "edge-ndp")
     assert pairs["rtx4090-ddr5"] == pairs["epyc-ktransformers"] == ("n-cpu-moe", "hybrid")

@@ -31,7 +31,7 @@ def test_slots_are_never_negative_nor_more_than_the_experts():
     assert gpu_slots(load_model("olmoe-1b-7b"), no_room, np.ones((16, 64))) == 0
 
 
-def test_room_for_all_experts_holds_all_whatever_the_largest_takes():
+def test_room_for_all_experts_holds_all_for_any_largest_size():
     model, system = load_model("qwen3-30b-a3b"), load_system("edge-ndp")
     weights = np.full((48, 128), 1e6)
     weights[7, 9] = 1e9
@@ -71,7 +71,7 @@ def test_host_memory_holds_anything():
         (8, "GPU too; set system"),
     ],
 )
-def test_a_pc_with_too_little_memory_is_told_how_many_bits_fit(memory_gb, advice):
+def test_a_refusal_of_a_pc_with_too_little_memory_says_how_many_bits_fit(memory_gb, advice):
     model, system = load_model("qwen3-30b-a3b"), load_system("rtx3060-ddr4", {"host.memory_gb": memory_gb})
     with pytest.raises(
         UsageError, match=r"which has all of them, those on the GPU too; .*memory_gb=58, add a \[disk"
@@ -87,7 +87,7 @@ def test_a_pc_with_too_little_memory_is_told_how_many_bits_fit(memory_gb, advice
     assert "bits" not in str(caught.value)
 
 
-def test_a_pc_without_a_link_is_told_to_add_one_and_then_fits():
+def test_a_pc_without_a_link_is_refused_and_fits_with_one():
     model = load_model("mixtral-8x7b")
     pc = msgspec.structs.replace(load_system("rtx3060-ddr4"), link=None, host=None)
     with pytest.raises(

@@ -93,14 +93,14 @@ def test_scales(bits, group, scale_bits):
     assert (alone.expert_bytes() == load_model("mixtral-8x7b", SMALL | {"weight_bits": bits}).expert_bytes()).all()
 
 
-def test_a_table_of_bits_alone_is_a_number_to_the_last_bit():
+def test_a_table_of_only_bits_is_a_number_to_the_last_bit():
     for bits in (3, 4.84, 16):
         table, number = (load_model("qwen3-30b-a3b", {field: bits}) for field in ("weight_bits.bits", "weight_bits"))
         assert table.weight_bits == WeightBits(bits=bits)
         assert table.expert_bytes().tobytes() == number.expert_bytes().tobytes()
 
 
-def test_what_is_as_by_default_does_not_change_what_a_model_is(tmp_path):
+def test_default_values_do_not_change_a_model(tmp_path):
     """A baseline from before these fields, and one of a model that writes defaults out, compare as the same."""
     plain = canonical(load_model("mixtral-8x7b"))
     assert not {"expert_bits", "sparse_launches"} & plain.keys()
@@ -234,7 +234,7 @@ def test_bad_tables(overrides, sentence):
         {"scale_bits": 0, "group": 8},
     ],
 )
-def test_what_is_switched_off_is_as_if_not_set(off):
+def test_a_field_switched_off_equals_one_not_set(off):
     """So a sweep may have it as one of its values."""
     table, number = (load_model("mixtral-8x7b", {"weight_bits": {"bits": 4} | more, "name": "x"}) for more in (off, {}))
     assert table == number and canonical(table) == canonical(number)

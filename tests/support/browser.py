@@ -15,7 +15,7 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _PATIENCE_S = 60.0
-# The protocol's pipe is descriptors 3 and 4, whatever they are here.
+# The protocol's pipe must be descriptors 3 and 4; here they have other numbers.
 _ON_3_AND_4 = """
 import fcntl, os, sys
 here, back = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])

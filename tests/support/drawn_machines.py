@@ -50,7 +50,7 @@ def machine_cases(draw, max_steps: int = 8, max_experts: int = 8) -> MachineCase
         kinds = {"launch": LAUNCHES, "roofline": ROOFLINES}
         system["ndp"] |= draw(fields(**kinds, **share))
     if "ndp" not in system or draw(st.booleans(), label="a CPU beside units"):
-        # Of the order of the link, so that reading host memory is the bottleneck in some and not in others.
+        # As fast as the link, more or less, so that reading host memory is the bottleneck in some and not in others.
         rate = link["bandwidth_gb_s"] * draw(st.sampled_from([0.5, 0.9, 1.5, 4.0]))
         tflops = gpu["tflops"] * draw(st.sampled_from([0.02, 0.25, 1.0]))
         system["cpu"] = {"tflops": tflops, "bandwidth_gb_s": rate, "command_us": draw(st.sampled_from([0.0, 80.0]))}

@@ -31,7 +31,7 @@ KEPT = (
     {"residency": "ewma", "prefetch": "online:2", "prefetch_blocks": True},
     {"residency": "lru", "prefetch": "oracle:2", "p": 0.7},
 )
-# What host memory keeps, and the policy's own numbers that this reads.
+# Residencies of host memory, and the policy's numbers that each reads.
 HOST_RESIDENCIES: dict[str, dict[str, tuple]] = {
     "lru": {},
     "fifo": {},

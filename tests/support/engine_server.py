@@ -20,7 +20,7 @@ LAYERS, DENSE, TOP_K, EXPERTS = 4, 1, 2, 8
 MODEL = "x/Some-Model"
 VERSIONS = {"vllm": "0.33.0", "sglang": "0.5.23"}
 
-# What answers a request itself, in the place of the engine, if it returns True: handler, path, body.
+# Handler, path, body: answers a request in the place of the engine if it returns True.
 Fault = Callable[["Handler", str, Any], bool]
 
 

@@ -28,7 +28,7 @@ def demand_order(n: dict[int, int]) -> list[int]:
     return sorted(n, key=lambda e: (-n[e], e))
 
 
-# --- 1. What goes in -------------------------------------------------------------------------------------------------
+# --- 1. Inputs -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -237,7 +237,7 @@ class TimeLine:
     at_home: list[int]
     on_cpu: list[int]  # where the CPU is not home
     fetched: list[int]
-    X: float  # bytes of activations that go to home, and as many come back
+    X: float  # bytes of activations to home; the same number comes back
     act: float
     X_cpu: float
     act_cpu: float

@@ -46,7 +46,7 @@ class Leveled:
         )
 
 
-# How to time a layer on another machine: (what comes before its experts, moe, the GPU's busy seconds).
+# How to time a layer on another machine: (seconds before its experts, moe, the GPU's busy seconds).
 Retime = Callable[[Machine], tuple[float, float, float]]
 
 

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import moetrace as mt
 
-# What a stranger may have written anywhere.
+# A stranger may have written this anywhere.
 HOSTILE = "</script><img src=x onerror=alert(1)>'\"&\x1b[31m"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 

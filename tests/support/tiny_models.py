@@ -6,7 +6,7 @@ import numpy as np
 
 VOCABULARY = 64
 EXPERTS, TOP_K = 8, 2
-# What configurations call their sizes; each takes those that it knows.
+# Sizes by their names in configurations; each takes those that it knows.
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -40,7 +40,7 @@ _SIZES = {
     "eos_token_id": 2,
     "initializer_range": 0.4,
 }
-_MLA = {"num_key_value_heads": 4}  # latent attention has as many heads for keys as for queries
+_MLA = {"num_key_value_heads": 4}  # in latent attention, keys have the same number of heads as queries
 _GROUPS = {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}
 _MIXED = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _LINEAR = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim", "num_value_heads", "num_key_heads")}

@@ -135,7 +135,7 @@ def test_arrays_in_memory_are_checked_alike(arrays, sentence):
         Trace.from_arrays(np.zeros((5, 2, 1), np.uint8), **({"num_experts": 3} | arrays))
 
 
-def test_what_is_no_trace_file(tmp_path):
+def test_files_that_are_no_trace_are_refused(tmp_path):
     text = tmp_path / "text.h5"
     text.write_text("rows,steps\n1,2\n")
     for path, sentence in (

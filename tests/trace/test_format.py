@@ -113,7 +113,7 @@ def test_a_file_that_becomes_shorter_while_open_is_an_error(file):
             list(trace.blocks())
 
 
-def test_memory_does_not_grow_with_what_is_read(tmp_path):
+def test_memory_does_not_grow_with_the_rows_read(tmp_path):
     path = tmp_path / "large.h5"
     experts = np.broadcast_to(np.arange(8, dtype=np.uint8), (150_000, 60, 8))
     Trace.from_arrays(experts, num_experts=8).write(path)

@@ -50,7 +50,7 @@ def model(folder, experts, more=""):
     return str(folder / "m.toml")
 
 
-def test_import_takes_them_from_the_model_and_no_expert_is_dead_that_is_none(tmp_path):
+def test_import_takes_them_from_the_model_and_missing_experts_are_not_dead(tmp_path):
     ids = ids_of()
     import_traces(archive(tmp_path, ids), tmp_path / "t.h5", model=model(tmp_path, EXPERTS))
     with Trace.open(tmp_path / "t.h5") as trace:

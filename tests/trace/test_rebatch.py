@@ -212,12 +212,12 @@ def test_verified_steps_are_those_of_a_plain_simulation(tmp_path_factory, trace,
         wanted = simulate_verified(verified(requests, verify, accept or verify), batch, chunk)
         assert steps_of(out) == wanted
         assert out.source["parameters"]["accept"] == pytest.approx(accept or verify, abs=5e-4)
-        # What was verified together is taken apart again, without what was rejected.
+        # Tokens verified together are taken apart again, without the rejected ones.
         mt.rebatch(out, folder / "apart.h5", batch=batch, chunk=chunk, verify=1)
         mt.rebatch(trace, folder / "plain.h5", batch=batch, chunk=chunk)
         with mt.Trace.open(folder / "apart.h5") as apart, mt.Trace.open(folder / "plain.h5") as plain:
             assert sorted(requests_of([apart])) == sorted(requests)
-            # Of several at a time, the request that appears first need not be the one that was admitted first.
+            # In a batch of several, the request that appears first need not be the one that was admitted first.
             assert batch > 1 or steps_of(apart) == steps_of(plain)
             assert apart.source["parameters"].get("rejected_rows_left_out", 0) == out.rows - trace.rows
 
@@ -283,7 +283,7 @@ def test_the_batch_that_a_trace_has_gives_the_same_trace(tmp_path, name, batch):
 
 
 @pytest.mark.parametrize("phase", [0, 1])
-def test_prompts_alone_and_output_alone(tmp_path, phase):
+def test_only_prompts_and_only_output(tmp_path, phase):
     experts = np.zeros((12, 1, 1), np.uint8)
     trace = mt.Trace.from_arrays(
         experts, num_experts=4, request=np.repeat([9, 3, 5], 4), steps=np.ones(12, int), phase=np.full(12, phase)
@@ -302,7 +302,7 @@ def test_compressed_traces_are_the_same(tmp_path):
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
 
 
-def test_a_shuffle_depends_on_its_seed_alone(tmp_path):
+def test_a_shuffle_depends_only_on_its_seed(tmp_path):
     source = SHIPPED / "tiny-olmoe.h5"
     for out, options in (("a", {"seed": 1}), ("b", {"seed": 1}), ("c", {"seed": 2})):
         mt.rebatch([source, source], tmp_path / out, batch=8, order="shuffle", **options)
@@ -325,7 +325,7 @@ def test_a_capture_of_single_requests_is_recombined(tmp_path):
         assert requests_of([made]) == requests_of([given])
 
 
-def test_source_says_what_was_done_to_what(tmp_path):
+def test_source_names_inputs_and_parameters(tmp_path):
     traces = [capture(np.random.default_rng(seed), [3, 2], wild=False) for seed in (1, 2)]
     mt.rebatch(traces, tmp_path / "out.h5", batch=3, chunk=2)
     with mt.Trace.open(tmp_path / "out.h5") as trace:
@@ -343,7 +343,7 @@ def test_source_says_what_was_done_to_what(tmp_path):
         assert trace.source["inputs"] == 400 and len(json.dumps(trace.source)) < 1000
 
 
-def test_what_does_not_go_together_is_one_sentence(tmp_path):
+def test_captures_that_do_not_go_together_are_refused_in_one_sentence(tmp_path):
     rng = np.random.default_rng(0)
     one = capture(rng, [3], wild=False)
     ids = np.zeros((2, 2, 2), int) + np.arange(2)

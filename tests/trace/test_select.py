@@ -111,7 +111,7 @@ def test_any_wish_against_loops(tmp_path_factory, rows, steps, requests, layers,
         assert ("row_phase" in copy.has) == (2 in copy.phase.tolist())
 
 
-def test_source_says_what_was_selected_and_bytes_repeat(tmp_path):
+def test_source_names_the_selection_and_bytes_repeat(tmp_path):
     whole().write(tmp_path / "t.h5")
     for name in ("a.h5", "b.h5"):
         select(tmp_path / "t.h5", tmp_path / name, rows=[(4, 9), (7, 12)], layers=[(2, None)])
@@ -154,7 +154,7 @@ def test_counts(tmp_path):
         ({"rows": []}, "no rows are said"),
     ],
 )
-def test_what_leaves_nothing_is_refused(tmp_path, wish, message):
+def test_a_selection_that_leaves_nothing_is_refused(tmp_path, wish, message):
     with pytest.raises(MoetraceError, match=message):
         select(whole(), tmp_path / "t.h5", **wish)
     assert list(tmp_path.iterdir()) == []

@@ -64,7 +64,7 @@ def test_a_step_of_many_rows_is_looked_at_in_pieces_and_not_replayed(tmp_path):
         next(trace.blocks())
 
 
-def test_what_reads_in_pieces_says_the_same_of_a_step_that_is_too_large(tmp_path, monkeypatch):
+def test_readers_in_pieces_agree_on_a_step_that_is_too_large(tmp_path, monkeypatch):
     rng = np.random.default_rng(3)
     ids = np.argsort(rng.random((400, 3, 8)), axis=-1)[..., :2]
     steps = np.array([120, 3, 200, 77])
@@ -236,7 +236,7 @@ def test_a_plain_file_needs_no_other_process(file, tmp_path, monkeypatch):
             Trace.open(tmp_path / name)
 
 
-def test_what_the_writer_does_not_use_is_not_plain(file):
+def test_features_that_the_writer_does_not_use_are_not_plain(file):
     def is_plain() -> bool:
         with file.open("rb") as raw:
             return plain.is_plain(raw, hdf5.PATHS)

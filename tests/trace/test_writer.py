@@ -141,7 +141,7 @@ def test_a_link_to_a_file_stays_a_link(old):
         ({"gates": np.zeros((4, 3, 2))}, "expected the arrays"),
     ],
 )
-def test_what_does_not_fit_is_refused(old, changes, sentence):
+def test_rows_that_do_not_fit_are_refused(old, changes, sentence):
     with pytest.raises(MoetraceError, match=sentence), writer(old) as to:
         append(to, **changes)
     assert unchanged(old)

@@ -23,9 +23,9 @@ class JudgedPlan:
     tally: ImbalanceTally
     moved_bytes: np.ndarray  # int64 [L]
     copies: Copies
-    least: Least  # shared by plans of as many bins and slots
+    least: Least  # shared by plans with the same numbers of bins and slots
     fan_out: np.ndarray  # int64 [L, len(fan_out.SUMS)]
-    interval: int | None = None  # judged steps after which a series of plans is made anew
+    interval: int | None = None  # a new plan is made after this number of judged steps
 
     def judge(self, loads: Loads, turn: int, period: np.ndarray) -> None:
         """Add the steps of `loads` to the tally; copies of an expert share its rows evenly."""

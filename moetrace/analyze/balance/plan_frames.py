@@ -21,7 +21,7 @@ def layers(
     for judged in judged_plans:
         sums = dict(zip(SUMS, judged.tally.sums.T, strict=True))
         steps = sums["steps"]
-        mean = np.where(steps > 0, steps, np.nan)  # of no step there is none
+        mean = np.where(steps > 0, steps, np.nan)  # a mean over no steps is undefined
         none = np.full(layer.size, np.nan)
         moved = pl.Series(judged.moved_bytes if sizes_known else [None] * layer.size, dtype=pl.Int64)
         pause_s = none if link_bytes_s is None else judged.moved_bytes / link_bytes_s

@@ -19,7 +19,7 @@ class Span:
 
     steps: np.ndarray  # int64, of the trace: those that are looked at
     window: int
-    intervals: tuple[int, ...]  # judged steps after which plans are made anew
+    intervals: tuple[int, ...]  # new plans are made after these numbers of judged steps
 
     @property
     def judged(self) -> np.ndarray:

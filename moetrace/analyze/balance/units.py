@@ -40,7 +40,7 @@ from moetrace.trace.opening import accepts_path
 SCHEMA = "moetrace.balance/1"
 FRAMES = ("summary", "layers", "staleness", "over_time")
 PERIODS = 120  # of the judged steps, for a picture
-# Of the largest models there are 94 layers and 23,000 experts; a damaged file may claim anything.
+# The largest models have 94 layers and 23,000 experts; a damaged file may claim anything.
 MAX_LAYERS = 1024
 MAX_CELLS = 1 << 20
 

@@ -23,7 +23,7 @@ class Accesses(NamedTuple):
     first: int  # number of accesses before these
     key: np.ndarray  # int32 [n]
     bounds: np.ndarray  # int64 [steps * L + 1]
-    # What the engine recorded for each (at once: for the first row that chose it), 255 = nothing; [0] if not asked for.
+    # The record of each access (at once: of the first row that chose it), 255 = nothing; [0] if not asked for.
     recorded: np.ndarray  # uint8 [n]
     phase: np.ndarray  # uint8 [steps]: 0 prefill, 1 decode, 2 mixed
     rows: int
@@ -56,8 +56,8 @@ class _Room(NamedTuple):
     chosen_by: np.ndarray  # int32 [choices]
     fresh: np.ndarray  # int32 [keys]
     last_row: np.ndarray  # int32 [keys]: the last row that chose each key, -1 at first
-    # Of an event at once: its experts, last first, and the last row of each; by expert, how many rows chose it, and the
-    # record of the first.
+    # For an event at once: its experts, last first, and the last row of each; by expert, how many rows chose it, and
+    # the record of the first.
     own: np.ndarray  # int32 [4, experts + 1]
 
 

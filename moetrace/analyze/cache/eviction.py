@@ -154,7 +154,7 @@ def _demand_ranked(cache, rule, pool, block, next_use, start, stop, hit):
     for i in range(start, stop):
         k = block.key[i]
         hit[i] = place[k] >= 0
-        ours += hit[i] > 0  # NumPy alone would add in uint8
+        ours += hit[i] > 0  # without `> 0`, plain Python would add in uint8
         cache.accessed[k] = demands(cache.accessed[k], rule == LFU_IN_CACHE, hit[i])
         if together:
             cache.event[k] = event

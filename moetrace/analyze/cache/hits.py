@@ -103,7 +103,7 @@ class Asked(NamedTuple):
     scope: str
     sequential: bool
     sizes: np.ndarray | None  # int64 [layers, experts]: bytes, if known
-    budget: str | None = None  # who says how many experts each layer's cache holds; None: each as many
+    budget: str | None = None  # option that sets each layer's number of cached experts; None: the same number in each
 
 
 def parse_capacity(text: str | int) -> Capacity:

@@ -11,7 +11,7 @@ from moetrace.spec.choices import find
 from moetrace.spec.errors import UsageError
 
 YARDSTICK = "belady"
-ENOUGH = 0.05  # of all accesses: fewer misses than this, but for first uses, are no failure
+ENOUGH = 0.05  # of all accesses: fewer misses than this, without first uses, are no failure
 POLICY, WORKING_SET, NEITHER = "policy", "working set", "neither"
 _CASE = ["capacity", "phase"]
 _COLUMNS = {

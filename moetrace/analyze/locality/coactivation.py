@@ -11,7 +11,7 @@ import numpy as np
 
 from moetrace.jit.compile import kernel
 
-ROWS = 1 << 13  # evenly spread rows of a layer that are looked at: figures grow with the rows, so null has as many
+ROWS = 1 << 13  # evenly spread rows of a layer; figures grow with the rows, so the null has the same number
 LEAST_EXPECTED = 1.0  # pairs that independence expects less often are left out
 
 

@@ -194,7 +194,7 @@ class _Measure:
         """The k hottest experts as a static list, tried on the rows that the overlap at lag 1 is about."""
         ids, later = self.sample.ids[layer], np.zeros((2, self.experts), np.int64)
         count(ids, (self.sample.first < np.arange(len(ids))).astype(np.uint8), later)
-        # Of the equally hot the better one, so that it does not depend on the experts' numbers.
+        # Between equally hot experts the one with more later choices wins, so that the numbering has no effect.
         hottest = np.lexsort((-later[1], -self.counts[layer].sum(axis=0)))[: self.trace.top_k]
         total = later[1].sum()
         return {"static_share": later[1][hottest].sum() / total if total else np.nan}

@@ -10,8 +10,8 @@ import numpy as np
 from moetrace.jit.compile import kernel
 
 FEW_REQUESTS = 4  # with fewer, rows are split instead of requests
-# The halves are thinned to so many rows, evenly. Those to train on fill a table of E * E pairs; those to test cost the
-# most time, and 4,096 rows of 8 choices leave a recall a standard error of half a point.
+# Each half is thinned evenly to this number of rows. Training rows fill a table of E * E pairs. Test rows cost the most
+# time, and 4,096 rows of 8 choices leave a recall a standard error of half a point.
 TRAIN_ROWS, TEST_ROWS = 1 << 15, 1 << 12
 
 

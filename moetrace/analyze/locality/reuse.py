@@ -6,7 +6,7 @@ import numpy as np
 
 from moetrace.jit.compile import kernel
 
-DISTANCES = 1 << 14  # reuse distances are told apart up to here; the last entry counts those beyond
+DISTANCES = 1 << 14  # the last entry counts all longer reuse distances
 
 
 class Reuse(NamedTuple):
@@ -24,7 +24,7 @@ class Reuse(NamedTuple):
     total: np.ndarray  # int64 [L]: sum of these distances
     accesses: np.ndarray  # int64 [L]
     rank: np.ndarray  # uint8 or, beyond 256 experts, uint16 [L, E]: place of each expert in the LRU stack
-    last: np.ndarray  # int64 [L, E]: row of its last choice, -1 if there was none
+    last: np.ndarray  # int64 [L, E]: row of its last choice, -1 before the first
     rows: np.ndarray  # int64 [L]: rows so far that made choices in the layer
 
 

@@ -143,7 +143,7 @@ def _turn(experts, row, num_experts, ids):
     _, layers, k = experts.shape
     absent = 255 if num_experts <= 255 else 65535
     highest = 0
-    for start in range(0, row.size, 64):  # so many rows at a time, so that what is written stays in the cache
+    for start in range(0, row.size, 64):  # 64 rows at a time, so that the rows being written stay in the cache
         for layer in range(layers):
             for i in range(start, min(start + 64, row.size)):
                 source, target = experts[row[i], layer], ids[layer, i]

@@ -27,7 +27,7 @@ class Predictor(NamedTuple):
     """The state of a predictor."""
 
     kind: int
-    most: int  # experts that it names; the oracle and what was recorded name any number
+    most: int  # experts that it names; the oracle and recorded predictions name any number
     ahead: int  # layers
     # SCORED: what an access adds to its key's score grows by `growth` each step: by 1, and it is a frequency.
     score: np.ndarray  # float64 [layers, experts]
@@ -207,7 +207,7 @@ def _fetch(cache, costs, scratch, first_key, names, number, turn, totals):
     for i in range(names):
         k = first_key + scratch.names[i]
         scratch.named[k] = number
-        # What would come too late is not begun, but a smaller one after it may be.
+        # A fetch that would end too late is not begun, but a smaller one after it may be.
         if cache.newer[k] < 0 and begin_s + costs.fetch_s[k] <= scratch.now_s[0]:
             begin_s += costs.fetch_s[k]
             scratch.arrived[k], scratch.free_s[0] = number, begin_s

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moetrace.spec import Model
     from moetrace.trace import Trace
 
-# What is in moetrace.analyze.balance.units, which takes too long to import for a mere --help.
+# The frames of moetrace.analyze.balance.units, which takes too long to import for --help.
 FRAMES = ("summary", "layers", "staleness", "over_time")
 
 

@@ -74,7 +74,7 @@ def command(
     run, and weights are read from safetensors only. Findings of `moetrace lint` in the new trace go to stderr, and do
     not change the exit code.
     """
-    # Transformers fetches kernels for some quantizations, whatever it is told about local files.
+    # Transformers downloads kernels for some quantizations, even with local_files_only.
     os.environ["HF_HUB_OFFLINE"] = "1"
     from rich.console import Console
     from rich.progress import Progress

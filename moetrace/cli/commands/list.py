@@ -67,7 +67,7 @@ _OF_A_CHOICE = {
     "used_by": "used by",
 }
 
-# What else has names -> the columns of its list.
+# Lists of other names -> their columns.
 _NAMED = {
     "cache-policies": {"name": "name", "meaning": "meaning", "parameters": "parameters", "used_by": "used by"},
     "predictors": {"name": "name", "meaning": "meaning"},

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moetrace.spec.derived import Derived
 
 
-# What holds where a parameter of a policy is not set.
+# Text for a policy's parameter that is not set.
 _UNSET = {
     "half_life": "not set: counts are never halved",
     "gpu_layers": "not set: the layers that fit",

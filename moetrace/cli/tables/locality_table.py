@@ -108,7 +108,7 @@ def _cells(column: _Statistic, values: list[float | None], spread: dict[str, Any
     def cell(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{round(factor * value, digits) + 0.0:,.{digits}f}"
 
-    # What is whole in every layer need not be so in the mean or the median.
+    # Figures that are whole numbers in every layer may have a fraction in the mean or the median.
     finer = {how: max(places, 1) if how in ("mean", "median") else places for how in _SPREAD}
     return [*(cell(value, places) for value in values), *(cell(spread[how], finer[how]) for how in _SPREAD)]
 

@@ -158,7 +158,7 @@ def stdout_console() -> "Console":
             raise BrokenPipeError
 
         def render_str(self, text: str, **style: Any) -> Text:
-            # Of a text that is printed, or of a cell; a line's end is ours.
+            # `text` is a printed text or a cell. Line ends are kept: they are ours.
             return super().render_str("\n".join(map(printable, text.split("\n"))), **style)
 
     columns = os.environ.get("COLUMNS", "")

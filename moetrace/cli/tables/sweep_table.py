@@ -13,13 +13,13 @@ from moetrace.results.figure_text import digits
 from moetrace.results.record import COLUMNS, FRONTS
 from moetrace.spec.errors import UsageError
 
-# Columns of the frame that are shown where nobody chooses; what is zero or undefined in all cells is left out.
+# Columns shown by default; a column that is zero or undefined in all cells is left out.
 _SHOWN = (
     *("total_s", "speedup", "tokens_per_s", "ttft_s_p50", "tpot_s_p50", "tpot_s_p99", "itl_s_p50", "itl_s_p99"),
     *("hit_rate", "gpu_memory_bytes", "link_bytes", "price", *SOME_HAVE),
 )
 _AGAINST = {name: COLUMNS[name].label for name in FRONTS} | {"link_bytes": "bytes over the link"}
-# What a system must have for a front against these.
+# The section that a system needs for a front against these.
 _TABLES = {"energy_j": "[energy]", "price_usd": "a [price]", "price": "a [price]"}
 
 
@@ -69,7 +69,7 @@ def print_sweep(cells: pl.DataFrame, pareto: str, notes: list[str], view: Shown 
             axis.rpartition(".")[2] if sum(a.rpartition(".")[2] == axis.rpartition(".")[2] for a in axes) == 1 else axis
         )
         values = [figure(value) for value in cells[axis]]
-        if axis == "slots":  # 25%, of a cell that failed before its experts were counted, stands in its name alone
+        if axis == "slots":  # a cell that failed before its experts were counted has its 25% only in its name
             values = [
                 _named_slots(name) if value == "-" else value for name, value in zip(cells["name"], values, strict=True)
             ]

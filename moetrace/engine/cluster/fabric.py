@@ -42,7 +42,7 @@ _REAL = (
     "row_bytes",  # activations of one row, h*a
     "shared_bytes",
     "shared_flop_per_row",
-    "wire_share",  # of what is sent that crosses the wire: 1 - 1/M where the same GPUs do both
+    "wire_share",  # part of the sent bytes that crosses the wire: 1 - 1/M where the same GPUs do both
     "migrate_share",
 )
 FABRIC = np.dtype([(name, np.int64) for name in _WHOLE] + [(name, np.float64) for name in _REAL])

@@ -9,7 +9,7 @@ from moetrace.engine.machine import GPU_DEVICE
 from moetrace.engine.state import records
 from moetrace.jit.compile import kernel
 
-# Of each GPU that holds experts: 1 / its factor; what a step adds up; and, in a chunk, what it does in that.
+# For each GPU that holds experts: 1 / its factor, the sums of a step, and the sums of a chunk.
 GPU_SUM = np.dtype(
     [(name, np.float64) for name in ("slowness", "busy_s", "chunk_s", "weight_bytes", "chunk_bytes")]
     + [(name, np.int64) for name in ("rows", "chunk_rows", "slots")]

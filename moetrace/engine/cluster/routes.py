@@ -9,7 +9,8 @@ from moetrace.engine.state import records
 from moetrace.jit.compile import kernel
 from moetrace.jit.random import drawn
 
-# A copy that no other row has chosen is noted down where so few choices meet so many copies; else all are looked at.
+# If a chunk's choices times this are at most the number of copies, the copies with rows are listed; otherwise all are
+# looked at.
 FEW_CHOICES = 4
 
 

@@ -19,7 +19,7 @@ def hottest_on_gpu(state, view, layer, load, plan):
         if less(moe_s, best_s):
             best_s, best = moe_s, i + 1
         if not less(free_s, best_s):
-            break  # the GPU alone takes as long already, and only gets slower
+            break  # the GPU's time is already as long, and only grows
     for i in range(load.size):
         plan[i] = i < best
 

@@ -21,7 +21,7 @@ def whole_layers(policy: PolicySpec, room: StaticRoom) -> np.ndarray:
     exists, slots = room.exists, int(room.capacity[0])
     layers = len(exists)
     order = np.arange(layers) if policy.gpu_layers_end == "first" else np.arange(layers)[::-1]
-    needed = np.r_[0, np.cumsum(np.count_nonzero(exists, axis=1)[order])]  # slots of so many layers
+    needed = np.r_[0, np.cumsum(np.count_nonzero(exists, axis=1)[order])]  # slots of the first 0, 1, 2, ... layers
     fitting = int(np.searchsorted(needed, slots, side="right")) - 1
     held = fitting if policy.gpu_layers is None else policy.gpu_layers
     if held > layers:

@@ -50,7 +50,7 @@ def piece_of(tiers, queue, key, at_s, limits_s, machine):
     if remaining <= DONE_BYTES or most_s <= 0.0:
         return 0.0, 0.0, False
     group = machine.home[key // experts, key % experts] - FIRST_HOME
-    # What the link loses is sent again out of host memory: the disk reads each byte once.
+    # Lost packets are sent again from host memory: the disk reads each byte once.
     cap_s = max(outside_s_per_byte(tiers.term[0], machine.share, group), disk_s * kept_share(tiers.transfers))
     link_s = machine.link[0].s_per_byte
     step_bytes, step_s = flow_of(tiers.transfers, remaining, at_s, most_s, link_s, cap_s)

@@ -25,13 +25,13 @@ DISK = np.dtype(
         ("rule", np.int64),  # of host memory's residency: one of those below
     ]
 )
-# What a replay counts of host memory and the disk beside the log.
+# Counts of host memory and the disk in a replay, beside the log.
 HOST_TALLY = np.dtype(
     [(name, np.int64) for name in ("hits", "misses")]  # experts that were demanded of host memory
     + [(name, np.float64) for name in ("disk_bytes", "busy_s")]  # read, those of prefetches too
     + [
         ("read_s", np.float64),  # when the last expert of the layer at hand is read, after the router's word
-        ("spare_s", np.float64),  # how long the disk is free for prefetches in what comes
+        ("spare_s", np.float64),  # how long the disk is free for prefetches in the next stretch of time
     ]
 )
 # The ring's order, and the hooks that kernels call by number: of a first-class function Numba can make no member.

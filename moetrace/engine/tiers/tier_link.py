@@ -26,7 +26,7 @@ LINK_TERM = np.dtype(
         ("key", np.uint64),  # that draws begin with
     ]
 )
-# The layer at hand, and what was lost so far.
+# The layer at hand, and the losses so far.
 LINK_STATE = np.dtype(
     [
         ("at_s", np.float64),  # the router's word, since the start of the replay

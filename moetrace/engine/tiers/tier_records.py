@@ -7,7 +7,7 @@ import numpy as np
 from moetrace.engine.machine import DEVICE
 from moetrace.engine.state import records
 
-# Of `stream` and the chunks: a number of parts; these stand for no limit, and for the best number.
+# Values of `stream` and the chunks, otherwise a number of parts: no limit, and the best number.
 NO_LIMIT, AUTO = 0, 0
 MOST_CHUNKS = 64
 NO_GROUP = -1
@@ -26,8 +26,8 @@ TERM = np.dtype(
         ("all_group", np.int64),  # the group that is all units together, beside groups of one; NO_GROUP
         ("has_cpu", np.int64),  # 1: a CPU runs experts beside the units
         ("sends_once", np.int64),  # 1: a row goes to the units once, however many of them need it
-        ("all_s_per_byte", np.float64),  # reading from outside what is spread over units; 0 = as fast as the reader
-        ("one_s_per_byte", np.float64),  # reading from outside what one unit holds
+        ("all_s_per_byte", np.float64),  # reading from outside an expert spread over units; 0 = as fast as the reader
+        ("one_s_per_byte", np.float64),  # reading from outside an expert that one unit holds
         ("contends", np.int64),  # 1: such reads keep units busy
         ("evict_s", np.float64),  # that an admission adds which evicts
         ("has_disk", np.int64),
@@ -36,7 +36,7 @@ TERM = np.dtype(
         ("remote_s", np.float64),  # that the layer at hand waits for remote functions
     ]
 )
-# What the layer at hand has beside a `layer.Timeline`; seconds after the router's word.
+# Fields of the layer at hand beside `layer.Timeline`; seconds after the router's word.
 BESIDE = np.dtype(
     [
         (name, np.float64)
@@ -54,7 +54,7 @@ BESIDE = np.dtype(
         )
     ]
 )
-# What a replay on such a machine counts beside the log.
+# Counts of a replay on such a machine, beside the log.
 TIER_TALLY = np.dtype(
     [
         ("now_s", np.float64),  # since the start of the replay: when the layer at hand begins

@@ -196,7 +196,7 @@ def _best_move(term, view, held, sums, ends, i, source):
                 continue
             there = _shifted(view, without, expert, device, 1)
             cpu_s = cpu_end_s(term, view, there.cpu) if device == CPU else off_cpu_s
-            # Its fetch alone takes too long: the GPU cannot end before.
+            # The GPU cannot end before the fetch does, and that is too late.
             late_s = held.arrived_s[sums.fetched] + expert.fetch_s if device == ON_GPU else cpu_s
             if less(late_s, best_s):
                 home_s = ends.home_s

@@ -44,7 +44,7 @@ FUNCTION = np.dtype(
         )
     ]
 )
-# What the functions of a layer did in the whole replay.
+# Work of a layer's functions in the whole replay.
 REMOTE_BOOKS = np.dtype(
     [
         ("busy_s", np.float64),  # in which any copy works

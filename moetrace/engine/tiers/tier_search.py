@@ -23,7 +23,7 @@ from moetrace.jit.compile import kernel
 # With three devices: 3^12 assignments are fewer than the 2^20 of 20 experts and two devices, 3^13 are more.
 OPTIMAL_OF_THREE_UP_TO = 12
 _UNDECIDED = 255  # in the place of a device
-# What is kept of a decision, to undo it: of the group, and what was decided before it.
+# State before a decision, to undo it: three sums of the group, and the sums over all groups.
 _BUSY_S, _ROWS, _OUTSIDE_S, _FREE_S, _ARRIVED_S, _CPU_S, _CPU_ROWS, _HOME_ROWS, _KEPT = range(9)
 
 

@@ -161,7 +161,7 @@ class Conversations:
         """Remember how `request`, to which an answer has just been added, can be continued; its last row if known."""
         if told.id:
             self._of_id[told.id, told.choice] = request
-        self.forget(request)  # of what has gone on since, only the whole is what a next turn repeats
+        self.forget(request)  # a next turn repeats the whole, so its earlier end is forgotten
         if told.prompt is None or request.end <= told.prompt:  # nothing of its output was routed, so nothing repeats it
             return
         tokens, length = [*told.prompt_ids, *told.output_ids], request.end

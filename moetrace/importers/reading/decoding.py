@@ -8,7 +8,7 @@ from moetrace.importers.captured import Capture
 from moetrace.trace.ranges import Range, inside, merged
 from moetrace.trace.schema import DECODE, PREFILL
 
-# Requests of passes whose rows are not told apart otherwise.
+# How requests are found in passes that do not name the request of a row.
 LANES = "not recorded: row j of a decode pass is taken to continue row j of the pass before, after a prompt the prompts"
 
 

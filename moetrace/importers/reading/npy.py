@@ -44,7 +44,7 @@ def read_header(where: str, file: IO[bytes]) -> Header:
     text = file.read(int.from_bytes(size_bytes, "little"))
     try:
         shape, fortran, dtype = (_parsed if len(text) < 1000 else _parsed.__wrapped__)(version, size_bytes + text)
-    except Exception as error:  # of the tokenizer, the parser, dtypes: whatever a stranger's header provokes
+    except Exception as error:  # a stranger's header can make the tokenizer, the parser or dtypes raise anything
         raise MoetraceError(f"{where} has a header that NumPy can't read.") from error
     if dtype.hasobject or min(shape, default=0) < 0:
         raise MoetraceError(f"{where} holds Python objects or a negative size, which is refused.")

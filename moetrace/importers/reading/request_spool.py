@@ -193,7 +193,7 @@ class RequestSpool:
                 ranges = [(start - first, stop - first) for start, stop in free]
                 fresh = sum(max(stop - start, 0) for start, stop in ranges)
                 self._counts["cached" if turn else "again"] += rows - kept - fresh
-            # Else what comes again although it was not cached was recomputed.
+            # Otherwise repeated rows that were not cached were recomputed.
         return [(start, stop) for start, stop in ranges if start < stop]
 
     def _append(

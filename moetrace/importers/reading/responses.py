@@ -117,7 +117,7 @@ class Response(msgspec.Struct):
     model: str | None = None
     prompt_token_ids: TokenIds = None
     output_ids: TokenIds = None
-    data: Any = None  # of a payload that stands alone; other answers may use these names otherwise
+    data: Any = None  # of a payload that is a whole file; other answers may use these names otherwise
     shape: Any = None
     dtype: Any = None
     start: Any = None

@@ -10,7 +10,7 @@ import numpy as np
 from moetrace.importers.captured import Hints, Part
 from moetrace.trace.schema import BLOCK_BYTES, NOT_RECORDED, absent_id, row_dtype, row_shape
 
-# What stands where nothing was put.
+# Values of cells that were never written.
 _EMPTY = {"gates": 0, "recorded": NOT_RECORDED, "token": 0}
 
 

@@ -96,7 +96,7 @@ _SPACES = bytes.maketrans(b":", b" ")
 def _parsed(
     text: bytes, schema: Mapping[str, type[pl.DataType]], wanted: list[str], separator: str, ragged: bool
 ) -> pl.DataFrame:
-    # The first line alone decides which columns there are, so it must have them all.
+    # Polars takes the columns from the first line, so it must have them all.
     names = separator.join(schema).encode() + b"\n"
     return pl.read_csv(
         io.BytesIO(names + text),

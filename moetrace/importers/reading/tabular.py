@@ -20,8 +20,8 @@ from moetrace.spec.ordinary_file import open_ordinary
 from moetrace.spec.parquet_pages import DamagedParquetError, Sizes, parquet_sizes
 
 PARQUET = b"PAR1"
-# What a file may claim: rows and values for each of its bytes, and in all; of Parquet, in a row group, which is read as
-# a whole. Choices of one expert in one layer pack to almost nothing, but other columns do not.
+# Limits on the sizes that a file claims: rows and values for each of its bytes, and in all; for Parquet also in a row
+# group, which is read as a whole. Choices of one expert in one layer pack to almost nothing, but other columns do not.
 MOST_ROWS_A_BYTE = 64
 MOST_ROWS, MOST_GROUP_ROWS, MOST_GROUP_VALUES = 1 << 33, 1 << 24, 1 << 27
 MOST_GROUP_BYTES = 1 << 30
@@ -169,7 +169,7 @@ def _look(file: TableFile) -> tuple[bool, bool]:
         while piece := opened.read(_LOOKED_AT_BYTES):
             data = piece
             quotes += b'"' in data
-            marks = np.frombuffer(data, np.uint8)  # ten times as fast as `count` where so many are found
+            marks = np.frombuffer(data, np.uint8)  # ten times as fast as `count` where separators are this frequent
             fields += np.count_nonzero(marks == ord(file.separator))
             lines += np.count_nonzero(marks == ord("\n"))
     lines += not data.endswith(b"\n")

@@ -18,7 +18,7 @@ MAX_LINE_BYTES = 256 << 20
 BOM = codecs.BOM_UTF8  # which some editors and shells put before a text
 
 Record = TypeVar("Record")
-_OF_TYPE = msgspec.ValidationError  # JSON that is whole, but not what is expected
+_OF_TYPE = msgspec.ValidationError  # complete JSON of an unexpected form
 
 
 def text_of(path: Path) -> bytes:

@@ -111,7 +111,7 @@ def _starts(where: str, arrays: Sequence[np.ndarray], told: Sequence[Told]) -> l
     prompt = prompts[0]
     if any(one.prompt != prompt or one.prompt_ids != told[0].prompt_ids for one in told):
         return None
-    # Rows of as many tokens may be those of several prompts, whose lengths `usage` adds up.
+    # This number of rows may be missing because there are several prompts, whose lengths `usage` adds up.
     batch = any(choices % of == 0 and lacking == (choices - choices // of) * prompt for of in range(2, choices + 1))
     start, rest = divmod(lacking, count)
     even = not rest and start < prompt and outputs.min() + start >= 0 and (not batch or start == told[0].cached)

@@ -13,7 +13,7 @@ from moetrace.show.charts.style import ChartGroup, by_policy, colour, data, line
 _SHARES = np.unique(np.concatenate([np.linspace(0, 0.9, 46), np.linspace(0.9, 0.99, 19), [0.995, 0.999, 1.0]]))
 _TABLE_SHARES = {"least": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "most": 1.0}
 _STEPS = ("prefill step", "decode step", "mixed step")
-# Of requests: column and title.
+# Times of requests: column and title.
 _LATENCIES = {
     "TTFT": ("ttft_s", "Time to first token"),
     "TPOT": ("tpot_s", "Time per output token"),
@@ -164,7 +164,7 @@ def over_time(replayed: Replayed) -> ChartGroup | None:
     if replayed.steps is None:
         return None
     counts = replayed.steps.filter(pl.col("policy").is_in(replayed.names)).group_by("policy").len()
-    most: int = counts.select(pl.max("len")).collect().item() or 0  # the file's own, whatever summary.json says
+    most: int = counts.select(pl.max("len")).collect().item() or 0  # counted in the file: summary.json may be wrong
     if most < 2:
         return None
     every = -(-most // _PERIODS)

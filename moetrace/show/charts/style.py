@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Apart for colour-blind eyes, and at least 3.5 : 1 against white and against a page's dark.
 COLOURS = ("#2f81d0", "#d56a1e", "#17916a", "#a860c4", "#9c7f14", "#d1495b", "#6f7f9c", "#c9589b")
-# Never by colour alone: the next policy has another dash and another shape, too.
+# Colour is never the only sign: the next policy also has another dash and another shape.
 DASHES = ([1, 0], [7, 3], [3, 2], [9, 3, 2, 3], [4, 2])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
 _LEGEND_WIDTH = 280  # pixels, of a phone
@@ -141,7 +141,7 @@ def in_order(frame: pl.DataFrame, names: Sequence[str], *by: str) -> pl.DataFram
     return frame.with_columns(order.alias("#")).drop_nulls("#").sort("#", *by, maintain_order=True).drop("#")
 
 
-# Of a cluster: what is called by its work.
+# Parts of a cluster that have the name of their work.
 _STAGES = ("network", "attention", "dispatch", "experts", "combine", "migration", "steps")
 
 

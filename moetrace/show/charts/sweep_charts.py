@@ -73,7 +73,7 @@ def axes(swept: Swept) -> ChartGroup | None:
     import altair as alt
 
     done = swept.done.drop_nulls("relative")
-    # What only follows from the trace, as its model, differs between cells and is no axis.
+    # Values that follow from the trace, such as its model, differ between cells and are no axes.
     names = [axis for axis in swept.axes if axis != "trace" and axis in swept.grid]
     if done.is_empty() or not names:
         return None

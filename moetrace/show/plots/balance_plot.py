@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moetrace.analyze.balance.units import Balance
 
 _WIDTH, _TIME_WIDTH, _HEIGHT = 768, 480, 84
-# Of plans, by order; apart for colour-blind eyes, and legible on white and on black.
+# Colours of plans, by order: distinct for colour-blind eyes, and legible on white and on black.
 _COLOURS = ("#2f81d0", "#e0782f", "#8b8b8b", "#1f9e77", "#b05fc0", "#c9a227", "#d1495b", "#5c6f8f")
 _MOST_MARKS = 200
 _PLAN = ("placement", "plan", "interval")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 _WIDTH, _GAP, _ROW = 768, 56, 26
-# What becomes of misses and of bytes -> its colour: apart for colour-blind eyes, the worst in grey.
+# Outcome of misses and of bytes -> its colour: distinct for colour-blind eyes, the worst in grey.
 _MISSES = {"named, and there in time": "#2f81d0", "named too late": "#e0782f", "not named": "#c8c8c8"}
 _UNTIMED = {"named": "#2f81d0", "not named": "#c8c8c8"}
 _BYTES = {"demanded": "#2f81d0", "in vain": "#e0782f"}

@@ -112,7 +112,7 @@ $sections
 </body>
 </html>
 """)
-# The policy above allows this script alone, by its hash: whatever else got into a page would not run.
+# The policy above allows only this script, by its hash: no other script in the page would run.
 _DRAW = """
 const options = {mode: "vega-lite", renderer: "svg", actions: false, tooltip: {theme: "custom"}};
 for (const chart of document.querySelectorAll(".chart")) {

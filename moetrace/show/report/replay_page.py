@@ -29,7 +29,7 @@ from moetrace.show.charts.one_step import one_step
 from moetrace.show.report import page
 from moetrace.show.report.again import again
 
-# Of a folder of an earlier version there is only the work bound.
+# A folder of an earlier version has only the work bound.
 _WHAT_COUNTS = (
     "GPU and units share each layer's work as well as they can; starts count, the rate of the link and the "
     "number of slots limit it. No policy is faster, not even one that knows the trace."

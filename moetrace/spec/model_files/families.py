@@ -28,7 +28,7 @@ class Family(NamedTuple):
     matrices: int = 3
     latent: str = ""  # width of the latent vector in which experts work
     shared_count: str = ""  # shared experts; "": as many as `shared_width` is wide, once
-    shared_width: str = ""  # "": there are none
+    shared_width: str = ""  # "": no shared experts
     dense_width: str = "intermediate_size"  # of a layer without experts
     has_experts: Places = layer_kinds.every
     kinds: Kinds = layer_kinds.alike

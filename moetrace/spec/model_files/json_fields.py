@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from moetrace.spec.errors import MoetraceError, printable
 from moetrace.spec.ordinary_file import read_ordinary
 
-# Released config.json files have 1 to 30 KB; lists of what was not quantized make some of 3 MB.
+# Released config.json files have 1 to 30 KB; a few have lists of unquantized modules and reach 3 MB.
 MAX_CONFIG_BYTES = 4 << 20
 MAX_LAYERS = 10_000
 MAX_COUNT = 2**31

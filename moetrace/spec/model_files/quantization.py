@@ -17,7 +17,7 @@ _QUANTIZED = re.compile(
 # Names that say it is not quantized, as of gpt-oss-20b-BF16, whose release is of 4 bits.
 _PLAIN = re.compile(r"(?<![a-z0-9])(?P<name>bf16|fp?16|fp?32|bfloat16|float(?:16|32))(?![a-z0-9])")
 _WIDTHS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
-# Of a name in a list: the search below takes time that grows with its square.
+# Letters of a listed name that are searched: the time of the search below grows with their square.
 _MOST_LETTERS = 300
 _ATTENTION = re.compile(r"(?:attn|attention)(?![^/]*(?:norm|index))")
 

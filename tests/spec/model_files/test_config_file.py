@@ -201,7 +201,7 @@ def test_more_experts_than_ids(tmp_path):
     assert "experts" in refused(tmp_path, QWEN | {"num_experts": 70_000}, UsageError)
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_that_are_no_config_are_refused(tmp_path):
     with pytest.raises(MoetraceError, match=r"it has no config\.json and no GGUF file"):
         load_model(tmp_path)
     with pytest.raises(MoetraceError, match="No such file"):

@@ -96,7 +96,7 @@ def test_family_has_the_weights_of_the_model(name, tmp_path):
     assert anatomy.params - anatomy.head == weights(built)
     assert anatomy.head == SIZES["vocab_size"] * SIZES["hidden_size"]
 
-    # Which layers have experts, as the model has them.
+    # The layers that have experts in the built model.
     places = {
         int(parameter.split("layers.")[1].split(".")[0])
         for parameter, _ in built.named_parameters()

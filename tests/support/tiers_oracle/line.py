@@ -34,7 +34,7 @@ class Situation:
 class Exchange:
     """Activations out, work, activations back, of one device."""
 
-    sent_bytes: float = 0.0  # and as many come back
+    sent_bytes: float = 0.0  # the same number comes back
     out_s: float = 0.0  # on the link, latencies included
     back_s: float = 0.0
     chunks: int = 1

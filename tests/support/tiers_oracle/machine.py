@@ -28,7 +28,7 @@ class Remote:
     """Functions that run the experts of least demand."""
 
     F: float  # FLOP/s of one replica, all of its vCPUs
-    B: float  # bytes/s, likewise
+    B: float  # bytes/s of one replica
     network_bytes_s: float
     call_s: float = 0.0
     payload_bytes: float = math.inf

@@ -42,7 +42,7 @@ class Tale:
         local = trace.experts.copy()
         for layer, experts in enumerate(self.remote):
             local[:, layer][np.isin(local[:, layer], sorted(experts))] = -1
-        self.local = with_changes(trace, experts=local)  # as all but the functions see it
+        self.local = with_changes(trace, experts=local)  # the trace without the experts that functions run
         steps, layers = range(trace.steps), range(m.L)
         self.demand = [[self.local.demand(step, layer) for layer in layers] for step in steps]
         self.relayout = Relayout(m, policy, first_layout(m, policy))

@@ -6,7 +6,7 @@ import numpy as np
 
 from support.writers import Sample, routing
 
-SLOTS = 8  # whatever top_k is
+SLOTS = 8  # the writer's width for every top_k
 # Two replicas of expert 0 in layer 1: nine physical experts of eight logical ones.
 MAP = np.array([[3, 1, 2, 0, 4, 5, 6, 7, 7], [0, 2, 1, 3, 5, 4, 7, 6, 0], [7, 6, 5, 4, 3, 2, 1, 0, 0]])
 # forward_mode (1 extend, 2 decode, 3 mixed, 4 idle) and segments: request, first position, rows.

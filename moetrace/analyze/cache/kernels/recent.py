@@ -15,7 +15,7 @@ from moetrace.analyze.cache.accesses import Accesses
 from moetrace.jit.compile import kernel
 
 _GROUP = 64  # places: of 32, a group is looked at too often; of 128, an access is too often in that at the edge
-_BEFORE = 2 * _GROUP  # places before the log: what was never touched lies there, before any group
+_BEFORE = 2 * _GROUP  # places before the log: keys that were never touched lie there, before any group
 
 
 class Touches(NamedTuple):

@@ -54,7 +54,7 @@ def make_replay(policy: CachePolicy, budgets: Sequence[Budget], demands: Demands
     return resolve(policy.replays)(budgets, demands)
 
 
-_WORTH_A_STACK = 4  # capacities: the distances of all layers' keys take as long as so many linked lists
+_WORTH_A_STACK = 4  # capacities: the distances of all layers' keys take as long as linked lists for this number of them
 
 
 def _lru_by_distances(amounts: list[int], demands: Demands, per_layer: bool) -> Replay:

@@ -19,7 +19,7 @@ class Sieve(NamedTuple):
     newer: np.ndarray  # int32 [keys + pools]; -1 = not resident
     older: np.ndarray  # int32 [keys + pools]
     visited: np.ndarray  # uint8 [keys]: whether it was accessed since it was admitted, or the hand passed
-    hand: np.ndarray  # int32 [pools]: what it looks at next; the sentinel = what was admitted first
+    hand: np.ndarray  # int32 [pools]: the key that it looks at next; the sentinel = the first one that was admitted
     event: np.ndarray  # int64 [keys]: number of the first access of the last event that demanded it
 
 

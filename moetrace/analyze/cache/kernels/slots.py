@@ -29,7 +29,7 @@ class Slots(NamedTuple):
 
     experts: int  # of a layer
     capacity: int
-    rank: np.ndarray  # int64 [layers, >= capacity]: of what is in each slot, the least goes first; _EMPTY if nothing is
+    rank: np.ndarray  # int64 [layers, >= capacity]: of each slot's expert, the least goes first; _EMPTY without one
     slot: np.ndarray  # int16 [layers, MAX_EXPERTS]: of each expert, -1 = not resident
     residents: np.ndarray  # int64 [layers]
     accessed: np.ndarray  # int64 [layers, experts]: how often

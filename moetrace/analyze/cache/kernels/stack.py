@@ -28,7 +28,7 @@ _WORD = 64  # bits
 class LayerStacks(NamedTuple):
     """The LRU stack of each layer."""
 
-    # Of each expert: how many were touched since. Those never touched come last in any order; filled up.
+    # Number of experts touched after each expert. Those never touched come last in any order; filled up.
     place: np.ndarray  # uint8 or, for more than 256 experts, int16 [layers, >= experts]
     seen: np.ndarray  # int64 [layers]: experts touched so far
 
