@@ -1,7 +1,8 @@
 """The hook of mkdocs.yml: adds the reference pages, and makes links to files outside docs/ lead somewhere in the site.
 
 In the repository, a page links to `../traces/README.md` or `../bench/pages.py`. The site has such a file too: Markdown
-and pictures at their own path, any other file as a page that shows it. The README's part is played by the front page.
+and pictures at their own path, any other file as a page that shows it, a folder as a list of its files. The README's
+part is played by the front page.
 """
 
 import posixpath
@@ -34,6 +35,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         path = _place(source)
         if path is None or source.startswith("docs/") or files.get_file_from_path(path):
             continue
+        if (ROOT / source).is_dir():
+            names = sorted(file.name for file in (ROOT / source).iterdir() if file.is_file())
+            waiting += [f"{source}/{name}" for name in names]
+            links = "\n".join(f"- [{name}]({name}.md)" for name in names)
+            files.append(File.generated(config, path, content=f"# {source}\n\n{links}\n"))
+            continue
         content = (ROOT / source).read_bytes()
         if source.endswith(".md"):
             waiting += _targets(source, content.decode())
@@ -60,14 +67,29 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _CODE.sub(lambda code: code[0].replace("\\|", "|"), _LINK.sub(moved, markdown))
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn names of pages in docstrings, as docs/results.md, into links."""
+    if page.file.src_uri != "reference/python.md":
+        return html
+
+    def linked(match: re.Match) -> str:
+        if not (file := files.get_file_from_path(match[1])):
+            raise PluginError(f"A docstring names {match[0]}, which does not exist.")
+        return f'<a href="{file.url_relative_to(page.file)}">{match[0]}</a>'
+
+    return re.sub(r"\bdocs/([\w/-]+\.md)\b", linked, html)
+
+
 def _targets(source: str, text: str) -> list[str]:
     return [posixpath.normpath(posixpath.join(posixpath.dirname(source), link)) for link in _LINK.findall(text)]
 
 
 def _place(source: str) -> str | None:
     """Return where in the site a file of the repository is; None if there is no such file."""
-    if source.startswith("../") or not (ROOT / source).is_file():
+    if source.startswith("../") or not (ROOT / source).exists():
         return None
+    if (ROOT / source).is_dir():
+        return f"source/{source}/index.md"
     if source == "README.md":
         return "index.md"
     if source.startswith("docs/"):
