@@ -5,8 +5,11 @@ and pictures at their own path, any other file as a page that shows it, a folder
 part is played by the front page.
 """
 
+import importlib
+import inspect
 import posixpath
 import re
+from html import escape
 from pathlib import Path
 
 import reference
@@ -17,6 +20,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+# A name in the reference, not of a public class: its module, and the name itself.
+_NAMED = re.compile(r'<span title="(moetrace(?:\.[a-z_]+)+)\.([A-Z]\w*)">\2</span>')
 _CODE = re.compile(r"`[^`\n]+`")
 # On GitHub a list may follow a line of text at once; here it would be part of the paragraph.
 _GLUED = re.compile(r"^(?![-*|#>`]|\d+\. | |$).*\n(?:[-*]|\d+\.) ", re.MULTILINE)
@@ -67,17 +72,22 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _CODE.sub(lambda code: code[0].replace("\\|", "|"), _LINK.sub(moved, markdown))
 
 
-def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn names of pages in docstrings, as docs/results.md, into links."""
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """In the reference of Python, link the names of pages, as docs/results.md; show constants and types by value."""
     if page.file.src_uri != "reference/python.md":
-        return html
+        return output
+    linked = re.sub(r"\bdocs/([\w/-]+)\.md\b", r'<a href="../\1.html">\g<0></a>', output)
+    return _NAMED.sub(_by_value, linked)
 
-    def linked(match: re.Match) -> str:
-        if not (file := files.get_file_from_path(match[1])):
-            raise PluginError(f"A docstring names {match[0]}, which does not exist.")
-        return f'<a href="{file.url_relative_to(page.file)}">{match[0]}</a>'
 
-    return re.sub(r"\bdocs/([\w/-]+\.md)\b", linked, html)
+def _by_value(match: re.Match) -> str:
+    """Show a default that is a constant, or a type that is an alias, as what it stands for."""
+    thing = getattr(importlib.import_module(match[1]), match[2])
+    if isinstance(thing, (str, int, float, tuple)):
+        return escape(repr(thing))
+    if isinstance(thing, type) or "moetrace" in getattr(thing, "__module__", ""):
+        return match[0]
+    return escape(re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(thing)))
 
 
 def _targets(source: str, text: str) -> list[str]:
