@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 # A name in the reference, not of a public class: its module, and the name itself.
 _NAMED = re.compile(r'<span title="(moetrace(?:\.[a-z_]+)+)\.([A-Z]\w*)">\2</span>')
+# An item of a list whose text begins less than four places in.
+_ITEM = re.compile(r"(?:[-*] {1,2}|\d\. )(?=\S)")
 _CODE = re.compile(r"`[^`\n]+`")
 # On GitHub a list may follow a line of text at once; here it would be part of the paragraph.
 _GLUED = re.compile(r"^(?![-*|#>`]|\d+\. | |$).*\n(?:[-*]|\d+\.) ", re.MULTILINE)
@@ -68,6 +70,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     if here.startswith("source/"):
         return markdown
+    markdown = _nested(markdown)
     # In a table GitHub wants \| for | in code, where the backslash would be shown here.
     return _CODE.sub(lambda code: code[0].replace("\\|", "|"), _LINK.sub(moved, markdown))
 
@@ -88,6 +91,19 @@ def _by_value(match: re.Match) -> str:
     if isinstance(thing, type) or "moetrace" in getattr(thing, "__module__", ""):
         return match[0]
     return escape(re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(thing)))
+
+
+def _nested(markdown: str) -> str:
+    """Indent what belongs to a list's item by four spaces a level, as the site wants; on GitHub two or three do."""
+    lines, in_list, in_code = [], False, False
+    for line in markdown.split("\n"):
+        indent = len(line) - len(line.lstrip())
+        if line.startswith("```"):
+            in_code = not in_code
+        elif line and not indent:
+            in_list = bool(_ITEM.match(line))
+        lines.append(" " * indent + line if in_list and not in_code and 2 <= indent else line)
+    return "\n".join(lines)
 
 
 def _targets(source: str, text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Check a built site: it loads nothing from elsewhere, no link is dead, and the search answers without a server.
+"""Check a built site: it loads nothing from elsewhere, no link is dead, lists are lists, the search needs no server.
 
     python bench/site_check.py SITE
 
@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from support.browser import CHROMIUM, browser  # noqa: E402
 
+_NO_LIST = re.compile(r"(?<=\n) *[-*] (?!\d).*")
 _LOADS = {"link": "href", "script": "src", "img": "src", "iframe": "src", "source": "src"}
+_VERBATIM = ("pre", "script", "style")
 _PATIENCE_S = 30.0
 _SEARCH = """(async () => {
     document.querySelector('label.md-header__button[for=__search]').click()
@@ -37,9 +39,19 @@ class Page(HTMLParser):
         self.loads: list[str] = []
         self.links: list[str] = []
         self.names: set[str] = set()
+        self.plain: list[str] = []  # text outside code
+        self._code = 0
         self.feed(text)
 
+    def handle_data(self, data: str) -> None:
+        if not self._code:
+            self.plain.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._code -= tag in _VERBATIM
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._code += tag in _VERBATIM
         known = {name: value or "" for name, value in attrs}
         self.names |= {known[name] for name in ("id", "name") if name in known}
         if tag in _LOADS and _LOADS[tag] in known and known.get("rel") not in ("canonical", "prev", "next"):
@@ -55,6 +67,7 @@ def faults(site: Path) -> list[str]:
     for path, page in pages.items():
         shown = path.relative_to(site)
         found += [f"{shown} loads {url}" for url in page.loads if re.match(r"(?:https?:)?//", url)]
+        found += [f"{shown}: not shown as a list: {line}" for part in page.plain for line in _NO_LIST.findall(part)]
         # 404.html stands for any address, so its links begin at the root of the site.
         for url in page.links + page.loads if path.name != "404.html" else []:
             target, _, name = url.partition("#")
