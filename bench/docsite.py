@@ -102,7 +102,7 @@ def _nested(markdown: str) -> str:
             in_code = not in_code
         elif line and not indent:
             in_list = bool(_ITEM.match(line))
-        lines.append(" " * indent + line if in_list and not in_code and 2 <= indent else line)
+        lines.append(" " * indent + line if in_list and not in_code and indent >= 2 else line)
     return "\n".join(lines)
 
 

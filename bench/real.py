@@ -97,8 +97,8 @@ def page(some: list[Engine]) -> str:
             " ".join(counts),
             "Reasons, where the calibrated constants are off by more than a tenth:",
             "\n".join(missed),
-            "Where the calibrated constants come from. The best fit uses all figures of a machine, so it judges none of "
-            "them; begin with it when you describe a machine of your own:",
+            "Where the calibrated constants come from. The best fit uses all figures of a machine, so it judges none "
+            "of them; begin with it when you describe a machine of your own:",
             markdown(("engine and machine", "figures", "judged by constants from", "best fit"), found),
         ]
     )
